@@ -1,0 +1,88 @@
+"""Frozen descriptions of the machines and of the engine; every field names its unit."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+class UserError(ValueError):
+    """Something the user gave is wrong; the message says what, where and what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ServerSpec:
+    """One line of the hosts file: one engine process with one or more equal devices.
+
+    Exactly one of `memory` and `experts` is given.
+    """
+
+    name: str
+    #: Host name or IP address the server listens on.
+    address: str
+    #: JAX devices of this server.
+    devices: int = 1
+    #: Bytes for expert weights on each device.
+    memory: int | None = None
+    #: Expert slots on each device.
+    experts: int | None = None
+    #: Rate of the server's network link in bits per second; None when unknown.
+    bandwidth: float | None = None
+
+    def slots(self, expert_bytes: int) -> int:
+        """Expert slots on each device: floor(memory / bytes of one expert)."""
+        if self.experts is not None:
+            return self.experts
+        if self.memory is None:
+            raise UserError(f"server {self.name}: give memory= or experts=")
+        return self.memory // expert_bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class ClusterSpec:
+    """The servers in the order of the hosts file; a server's position is its rank."""
+
+    servers: tuple[ServerSpec, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(server.name for server in self.servers)
+
+    @property
+    def devices(self) -> tuple[int, ...]:
+        """Devices of each server."""
+        return tuple(server.devices for server in self.servers)
+
+    def rank_of(self, name: str) -> int:
+        """Position of the server called `name`.
+
+        Raises:
+            UserError: no server has that name.
+        """
+        if name not in self.names:
+            raise UserError(f"unknown server {name!r}; the hosts file has {', '.join(self.names)}")
+        return self.names.index(name)
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineConfig:
+    """What one engine process compiles and holds; equal on all servers of a cluster."""
+
+    #: Longest sequence (prompt + output) in tokens.
+    max_model_len: int
+    #: Sequences that run at once on each device.
+    max_num_seqs: int = 8
+    #: Compiled decode steps: sequences per device, ascending; the last is max_num_seqs.
+    decode_rows: tuple[int, ...] = (8,)
+    #: Compiled prefill steps: (sequences, tokens of each) per device, ascending in tokens.
+    prefill: tuple[tuple[int, int], ...] = ((2, 128),)
+    #: dtype of pool, activations and wire: "float32" or "bfloat16".
+    dtype: str = "float32"
+    #: Default seed of sampling.
+    seed: int = 0
+    #: Tokens whose routes are kept for placement, per server; 0 keeps none.
+    route_sample: int = 4096
+
+    @property
+    def max_step_tokens(self) -> int:
+        """Most tokens one device carries in one step."""
+        return max(self.max_num_seqs, *(rows * chunk for rows, chunk in self.prefill))

@@ -1,0 +1,258 @@
+"""Between requests and sequences: `RequestTracker` turns requests into sequences and sampled
+tokens into deltas; `OutputCollector`, at the reader's end, adds deltas up to a RequestOutput."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import time
+from collections.abc import Iterable
+
+from dance_jax.config import UserError
+from dance_jax.engine.detokenizer import Decoder, Detokenizer
+from dance_jax.engine.sequence import (
+    MAX_STOP_IDS,
+    CompletionOutput,
+    FinishReason,
+    Logprob,
+    OutputDelta,
+    Request,
+    RequestMetrics,
+    RequestOutput,
+    Sequence,
+    sample_seed,
+)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SampledToken:
+    """What the device reports for one row, as Python numbers (sampling.Sampled of that row)."""
+
+    token: int
+    logprob: float
+    rank: int = 0
+    top_tokens: list[int] = dataclasses.field(default_factory=list)
+    top_logprobs: list[float] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(slots=True)
+class _Open:
+    """A request with samples that still run."""
+
+    metrics: RequestMetrics
+    detokenizers: dict[int, Detokenizer]
+
+
+class RequestTracker:
+    """Samples in flight in one engine.
+
+    Args:
+        decoder: the tokenizer.
+        max_model_len: context in tokens, prompt and output.
+        vocab_size: token ids are below it.
+        eos_token_ids: the model's ends of output.
+        seed: of requests that give none; they get seeds in the order of their arrival.
+        rank: server, so that servers draw differently from the same seed.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        max_model_len: int,
+        vocab_size: int,
+        eos_token_ids: Iterable[int],
+        seed: int = 0,
+        rank: int = 0,
+    ) -> None:
+        self._decoder = decoder
+        self._max_model_len = max_model_len
+        self._vocab_size = vocab_size
+        self._eos = tuple(eos_token_ids)
+        self._seeds = (sample_seed(seed, (rank << 32) + i) for i in itertools.count())
+        self._open: dict[str, _Open] = {}
+
+    def open(self, request: Request) -> tuple[list[Sequence], list[OutputDelta]]:
+        """Sequences to schedule, or, for a request that cannot run, deltas with the reason."""
+        metrics = RequestMetrics(request.arrival_time or time.time())
+        reason = self._refusal(request)
+        if reason is not None:
+            metrics.finished_time = time.time()
+            return [], [
+                OutputDelta(
+                    request.request_id,
+                    index,
+                    finish_reason="error",
+                    stop_reason=reason,
+                    metrics=metrics,
+                )
+                for index in range(request.params.n)
+            ]
+        params = request.params
+        room = self._max_model_len - len(request.prompt_token_ids)
+        stop_ids = dict.fromkeys(() if params.ignore_eos else self._eos)
+        stop_ids.update(dict.fromkeys(params.stop_token_ids or []))
+        seed = next(self._seeds) if params.seed is None else params.seed
+        sequences = [
+            Sequence(
+                request_id=request.request_id,
+                index=index,
+                prompt_token_ids=request.prompt_token_ids,
+                params=params,
+                max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
+                seed=sample_seed(seed, index),
+                stop_ids=frozenset(stop_ids),
+                held_back_ids=self._held_back(request) if params.min_tokens else (),
+            )
+            for index in range(params.n)
+        ]
+        self._open[request.request_id] = _Open(
+            metrics,
+            {
+                index: Detokenizer(
+                    self._decoder,
+                    request.prompt_token_ids,
+                    params.stop_strings,
+                    params.min_tokens,
+                )
+                for index in range(params.n)
+            },
+        )
+        return sequences, []
+
+    def append(self, sequence: Sequence, sampled: SampledToken) -> OutputDelta:
+        """Add a sampled token to its sequence; the delta's finish_reason tells when it is done."""
+        opened = self._open[sequence.request_id]
+        now = time.time()
+        first = opened.metrics.first_token_time is None
+        if first:
+            opened.metrics.first_token_time = now
+        sequence.output_token_ids.append(sampled.token)
+        params = sequence.params
+        delta = OutputDelta(
+            sequence.request_id,
+            sequence.index,
+            token_ids=[sampled.token],
+            logprob=sampled.logprob,
+            logprobs=None if params.logprobs is None else [self._logprobs(sampled, sequence)],
+            metrics=opened.metrics if first else None,
+        )
+        count = len(sequence.output_token_ids)
+        detokenizer = opened.detokenizers[sequence.index]
+        if count >= params.min_tokens and sampled.token in sequence.stop_ids:
+            # The token that ends the output is no part of the text.
+            delta.finish_reason = "stop"
+            is_eos = sampled.token in self._eos and not params.ignore_eos
+            delta.stop_reason = None if is_eos else sampled.token
+        else:
+            delta.text = detokenizer.append(sampled.token)
+            if detokenizer.stopped_by is None and count >= sequence.max_tokens:
+                delta.finish_reason = "length"
+        if delta.finish_reason is not None:
+            delta.text += detokenizer.finish()
+        if detokenizer.stopped_by is not None:
+            delta.finish_reason, delta.stop_reason = "stop", detokenizer.stopped_by
+        if delta.finish_reason is not None:
+            self._close(sequence, opened, delta, now)
+        return delta
+
+    def end(self, sequence: Sequence, reason: FinishReason, why: str | None = None) -> OutputDelta:
+        """End a sample from outside ("abort", "error"); its held text comes out."""
+        opened = self._open[sequence.request_id]
+        delta = OutputDelta(
+            sequence.request_id,
+            sequence.index,
+            text=opened.detokenizers[sequence.index].finish(),
+            finish_reason=reason,
+            stop_reason=why,
+        )
+        self._close(sequence, opened, delta, time.time())
+        return delta
+
+    def _close(self, sequence: Sequence, opened: _Open, delta: OutputDelta, now: float) -> None:
+        del opened.detokenizers[sequence.index]
+        if not opened.detokenizers:
+            opened.metrics.finished_time = now
+            del self._open[sequence.request_id]
+        delta.metrics = opened.metrics
+
+    def _refusal(self, request: Request) -> str | None:
+        """Why the request cannot run."""
+        try:
+            request.params.verify()
+        except UserError as error:
+            return str(error)
+        prompt = request.prompt_token_ids
+        if not prompt:
+            return "the prompt is empty: it has no tokens"
+        if len(prompt) + 1 > self._max_model_len:
+            return (
+                f"the prompt has {len(prompt)} tokens; with one output token that is more than "
+                f"the context of {self._max_model_len} tokens (max_model_len)"
+            )
+        strange = [token for token in prompt if not 0 <= token < self._vocab_size]
+        if strange:
+            return f"the prompt has token id {strange[0]}; ids are 0..{self._vocab_size - 1}"
+        unknown = [id for id in request.params.stop_token_ids or [] if id >= self._vocab_size]
+        if unknown:
+            return f"stop_token_ids has {unknown[0]}; ids are 0..{self._vocab_size - 1}"
+        if request.params.min_tokens and len(self._held_back(request)) > MAX_STOP_IDS:
+            return (
+                f"min_tokens holds back at most {MAX_STOP_IDS} tokens; EOS and stop_token_ids are "
+                f"{len(self._held_back(request))}"
+            )
+        if request.request_id in self._open:
+            return f"request id {request.request_id!r} is in use"
+        return None
+
+    def _held_back(self, request: Request) -> tuple[int, ...]:
+        """Tokens that cannot come before min_tokens; EOS too where it is ignored, as in vLLM."""
+        return tuple(dict.fromkeys((*self._eos, *(request.params.stop_token_ids or []))))
+
+    def _logprobs(self, sampled: SampledToken, sequence: Sequence) -> dict[int, Logprob]:
+        count = sequence.params.logprobs or 0
+        found = {sampled.token: (sampled.logprob, sampled.rank)}
+        for rank, (token, logprob) in enumerate(
+            zip(sampled.top_tokens[:count], sampled.top_logprobs[:count], strict=True), 1
+        ):
+            found.setdefault(token, (logprob, rank))
+        return {
+            token: Logprob(logprob, rank, self._decoder.decode([token]))
+            for token, (logprob, rank) in found.items()
+        }
+
+
+class OutputCollector:
+    """The RequestOutput of one request, as far as deltas have come.
+
+    Args:
+        request: as sent to the engine.
+    """
+
+    def __init__(self, request: Request) -> None:
+        wants_logprobs = request.params.logprobs is not None
+        self.output = RequestOutput(
+            request_id=request.request_id,
+            prompt=request.prompt,
+            prompt_token_ids=request.prompt_token_ids,
+            outputs=[
+                CompletionOutput(index=index, logprobs=[] if wants_logprobs else None)
+                for index in range(request.params.n)
+            ],
+            finished=False,
+            metrics=RequestMetrics(request.arrival_time or time.time()),
+        )
+
+    def apply(self, delta: OutputDelta) -> RequestOutput:
+        """Add a delta of this request; returns the same, growing output."""
+        sample = self.output.outputs[delta.index]
+        sample.text += delta.text
+        sample.token_ids.extend(delta.token_ids)
+        sample.cumulative_logprob += delta.logprob
+        if sample.logprobs is not None and delta.logprobs is not None:
+            sample.logprobs.extend(delta.logprobs)
+        if delta.finish_reason is not None:
+            sample.finish_reason, sample.stop_reason = delta.finish_reason, delta.stop_reason
+            self.output.finished = all(sample.finished for sample in self.output.outputs)
+        if delta.metrics is not None:
+            self.output.metrics = delta.metrics
+        return self.output

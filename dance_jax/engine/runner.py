@@ -1,0 +1,248 @@
+"""Owner of jit, buckets, pools and tables of one engine process."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dance_jax.config import EngineConfig
+from dance_jax.engine import step as step_module
+from dance_jax.engine.kv_cache import Memory, new_memory
+from dance_jax.engine.scheduler import Row, StepPlan
+from dance_jax.engine.step import Batch, Extras, Outcome
+from dance_jax.models.config import ModelConfig
+from dance_jax.models.exchange import AXIS, Tables, Topology
+from dance_jax.models.experts import Pool
+from dance_jax.placement.core import Layout
+
+logger = logging.getLogger(__name__)
+
+#: (rows, chunk) of a compiled step.
+Bucket = tuple[int, int]
+#: Reads experts: pairs (layer, expert) -> w_gate [n, d, f], w_up [n, d, f], w_down [n, f, d].
+ReadExperts = Callable[[list[tuple[int, int]]], tuple[np.ndarray, np.ndarray, np.ndarray]]
+#: Compiles a lowered step, perhaps from a cache: (bucket, lowered) -> executable.
+Compile = Callable[[Bucket, Any], Any]
+
+
+def cluster_mesh(devices: tuple[int, ...]) -> Mesh:
+    """The 1-D mesh over all servers' devices, in rank order.
+
+    Raises:
+        RuntimeError: the processes do not have these devices.
+    """
+    found = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    if jax.process_count() == 1:
+        found = found[: sum(devices)]
+    have = tuple(
+        sum(device.process_index == rank for device in found) for rank in range(len(devices))
+    )
+    if have != devices:
+        raise RuntimeError(f"JAX sees {have} devices per server, the cluster has {devices}")
+    return Mesh(np.array(found), (AXIS,))
+
+
+class Runner:
+    """Runs steps on this server's devices.
+
+    Arrays of the step are global over the mesh, but every process has its own idea of their
+    shapes: pools and token counts differ from server to server, and nothing ever looks at
+    another process's shard (DESIGN: one SPMD program, a different shape on each server).
+    """
+
+    def __init__(
+        self,
+        model_config: ModelConfig,
+        trunk: nnx.Module,
+        read_experts: ReadExperts,
+        layout: Layout,
+        rank: int,
+        config: EngineConfig,
+        compile_step: Compile | None = None,
+    ):
+        self.model_config = model_config
+        self.config = config
+        self.topology = Topology(rank, layout.devices, config.max_step_tokens)
+        self.mesh = cluster_mesh(layout.devices)
+        self.devices = [
+            device for device in self.mesh.devices if device.process_index == jax.process_index()
+        ]
+        if jax.process_count() == 1 and len(layout.devices) > 1:
+            raise RuntimeError("several servers need a process each")
+        self._read_experts = read_experts
+        self._compile_step = compile_step or (lambda bucket, lowered: lowered.compile())
+        self._executables: dict[Bucket, Any] = {}
+        self.graphdef, state = nnx.split(trunk)
+        self.state = jax.tree.map(self._replicated, state)
+        self.pool = self._build_pool(layout)
+        self.tables = self._build_tables(layout)
+        memory = new_memory(model_config, config)
+        self.memory: Memory = jax.tree.map(
+            lambda leaf: self._per_device([leaf] * len(self.devices)), memory
+        )
+
+    # Global arrays from this process's shards.
+
+    def _per_device(self, shards: list[Any]) -> jax.Array:
+        """One array per local device -> a global array sharded over the leading (device) axis."""
+        arrays = [
+            jax.device_put(np.asarray(shard)[None], device)
+            for shard, device in zip(shards, self.devices, strict=True)
+        ]
+        return self._assemble(arrays, PartitionSpec(AXIS), self.mesh.devices.size)
+
+    def _replicated(self, value: Any) -> jax.Array:
+        arrays = [jax.device_put(np.asarray(value), device) for device in self.devices]
+        return self._assemble(arrays, PartitionSpec(), None)
+
+    def _assemble(
+        self, arrays: list[jax.Array], spec: PartitionSpec, leading: int | None
+    ) -> jax.Array:
+        shape = arrays[0].shape if leading is None else (leading, *arrays[0].shape[1:])
+        return jax.make_array_from_single_device_arrays(
+            shape, NamedSharding(self.mesh, spec), arrays
+        )
+
+    def _local(self, array: jax.Array) -> list[np.ndarray]:
+        """This process's shards of a per-device array, in device order."""
+        shards = {shard.device: shard.data for shard in array.addressable_shards}
+        return [np.asarray(shards[device])[0] for device in self.devices]
+
+    # Experts.
+
+    def _build_pool(self, layout: Layout) -> Pool:
+        rank = self.topology.rank
+        return self._stack_pools(
+            [self._device_pool(layout.experts_of(rank, d)) for d in range(len(self.devices))]
+        )
+
+    def _stack_pools(self, pools: list[Pool]) -> Pool:
+        return Pool(*(self._per_device(list(leaves)) for leaves in zip(*pools, strict=True)))
+
+    def _device_pool(self, experts_s2: np.ndarray) -> Pool:
+        d, f = self.model_config.hidden_size, self.model_config.expert_width
+        slots, dtype = len(experts_s2), jnp.dtype(self.config.dtype)
+        pool = Pool(
+            np.zeros((slots, d, f), dtype),  # type: ignore[arg-type]
+            np.zeros((slots, d, f), dtype),  # type: ignore[arg-type]
+            np.zeros((slots, f, d), dtype),  # type: ignore[arg-type]
+        )
+        used = np.flatnonzero(experts_s2[:, 0] >= 0)
+        if len(used):
+            pairs = [(int(layer), int(expert)) for layer, expert in experts_s2[used]]
+            for ours, read in zip(pool, self._read_experts(pairs), strict=True):
+                ours[used] = read  # type: ignore[index]
+        return pool
+
+    def _build_tables(self, layout: Layout) -> Tables:
+        rank = self.topology.rank
+        holders = [layout.holders] * len(self.devices)
+        slot_of = [
+            np.where(layout.device_of[rank] == d, layout.slot_of[rank], -1).astype(np.int32)
+            for d in range(len(self.devices))
+        ]
+        return Tables(self._per_device(holders), self._per_device(slot_of))
+
+    def place(self, layout: Layout) -> None:
+        """Put another placement in force; the step is not compiled again."""
+        self.pool = self._build_pool(layout)
+        self.tables = self._build_tables(layout)
+
+    # Steps.
+
+    @property
+    def buckets(self) -> list[Bucket]:
+        """All (rows, chunk) a step can have, cheapest first."""
+        return [*((rows, 1) for rows in self.config.decode_rows), *self.config.prefill]
+
+    def compile(self, bucket: Bucket) -> Any:
+        """The executable of a bucket, compiled at first use."""
+        if bucket not in self._executables:
+            batch = self._pack_batches(((),) * len(self.devices), bucket, active=False)
+            lowered = self.lower(bucket, batch)
+            self._executables[bucket] = self._compile_step(bucket, lowered)
+        return self._executables[bucket]
+
+    def lower(self, bucket: Bucket, batch: jax.Array) -> Any:
+        like = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype),
+            step_module.host_batch((), bucket, self.config.max_model_len, False),
+        )
+        one_device = functools.partial(
+            step_module.run_step, self.graphdef, self.topology, self.config, like
+        )
+
+        def body(state, pool, tables, memory, packed):
+            own = jax.tree.map(lambda leaf: leaf[0], (pool, tables, memory, packed))
+            result = one_device(state, *own)
+            return jax.tree.map(lambda leaf: leaf[None], result)
+
+        sharded = PartitionSpec(AXIS)
+        mapped = jax.shard_map(
+            body,
+            mesh=self.mesh,
+            in_specs=(PartitionSpec(), sharded, sharded, sharded, sharded),
+            out_specs=sharded,
+            check_vma=False,
+        )
+        stepper = jax.jit(mapped, donate_argnums=3)
+        return stepper.lower(self.state, self.pool, self.tables, self.memory, batch)
+
+    def _pack_batches(
+        self, entries: tuple[tuple[Row, ...], ...], bucket: Bucket, active: bool
+    ) -> jax.Array:
+        return self._per_device(
+            [
+                step_module.pack(
+                    step_module.host_batch(rows, bucket, self.config.max_model_len, active)
+                )
+                for rows in entries
+            ]
+        )
+
+    def run(self, plan: StepPlan, active: bool) -> tuple[list[Outcome], Extras]:
+        """Runs one step, together with all other servers' steps.
+
+        Args:
+            plan: this server's rows; an empty plan takes part with padding alone.
+            active: this server has work after this step.
+
+        Returns:
+            The outcome of each device, in numpy, and the extras, still on the devices.
+        """
+        bucket = (plan.rows, plan.chunk) if not plan.empty else self.buckets[0]
+        executable = self.compile(bucket)
+        batch = self._pack_batches(plan.entries, bucket, active)
+        self.memory, packed, extras = executable(
+            self.state, self.pool, self.tables, self.memory, batch
+        )
+        like = self._outcome_like(bucket[0])
+        outcomes = [step_module.unpack_host(vector, like) for vector in self._local(packed)]
+        return outcomes, extras
+
+    def _outcome_like(self, rows: int) -> Outcome:
+        layers, servers = len(self.model_config.moe_layers), self.topology.num_servers
+        return Outcome(
+            token=np.zeros(rows, np.int32),
+            logprob=np.zeros(rows, np.float32),
+            rank=np.zeros(rows, np.int32),
+            active=np.zeros((), bool),
+            rows=np.zeros((layers, servers, servers), np.int32),
+            first=np.zeros(layers, np.int32),
+        )  # type: ignore[arg-type]
+
+    def read(self, array: jax.Array) -> list[np.ndarray]:
+        """A per-device array of the step (an extra, or of the memory), one per local device."""
+        return self._local(array)
+
+    def counts(self) -> np.ndarray:
+        """int64 [l, e]: expert calls of this server's tokens since the start."""
+        return sum(part.astype(np.int64) for part in self._local(self.memory.counts))  # type: ignore

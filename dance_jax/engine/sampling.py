@@ -1,0 +1,278 @@
+"""Sampling on the device: all rows at once, each with its own parameters and its own random key.
+
+Semantics and order are vLLM's: tokens held back and the repetition penalty, then argmax for greedy
+rows; for the others temperature, min-p, top-k, top-p, and a draw. Reported logprobs are those of
+the unchanged logits. There is no sort: top-k and top-p keep every token at or above a threshold,
+found by bisection over the bits of the logits (ties at the threshold stay in).
+
+Axis letters: r rows, v vocabulary, s slots, c tokens of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dance_jax.engine.sequence import MAX_LOGPROBS, MAX_STOP_IDS, Sequence
+
+#: Vocabulary entries whose probabilities are summed before the draw looks at single ones.
+_BLOCK = 256
+
+
+class SamplingState(NamedTuple):
+    """Parameters of each row; unused rows are greedy. Made by `sampling_state`."""
+
+    #: float32 [r]; 0 is greedy.
+    temperature: jax.Array
+    #: float32 [r], in (0, 1]; 1 keeps all.
+    top_p: jax.Array
+    #: int32 [r]; 0 keeps all.
+    top_k: jax.Array
+    #: float32 [r]; 0 keeps all.
+    min_p: jax.Array
+    #: float32 [r]; 1 changes nothing.
+    repetition_penalty: jax.Array
+    #: uint32 [r].
+    seed: jax.Array
+    #: int32 [r]: output tokens so far; the key is fold_in(key(seed), position).
+    position: jax.Array
+    #: int32 [r, MAX_STOP_IDS]: tokens that cannot be sampled now, -1 for none.
+    held_back: jax.Array
+    #: bool [r]: the most likely tokens are to be reported.
+    top: jax.Array
+
+
+class Sampled(NamedTuple):
+    """One token for each row."""
+
+    #: int32 [r].
+    token: jax.Array
+    #: float32 [r]: natural logarithm of its probability under the unchanged logits.
+    logprob: jax.Array
+    #: int32 [r]: 1 + tokens more likely than it; 0 when no row has `top`.
+    rank: jax.Array
+    #: int32 [r, k] and float32 [r, k]: most likely tokens first; zeros when no row has `top`.
+    top_token: jax.Array
+    top_logprob: jax.Array
+
+
+def sampling_state(sequences: Mapping[int, Sequence], rows: int) -> SamplingState:
+    """Numpy SamplingState of a step on one device.
+
+    Args:
+        sequences: row -> the sequence that samples there.
+        rows: r, rows of the bucket.
+    """
+    array = {
+        "temperature": np.zeros(rows, np.float32),
+        "top_p": np.ones(rows, np.float32),
+        "top_k": np.zeros(rows, np.int32),
+        "min_p": np.zeros(rows, np.float32),
+        "repetition_penalty": np.ones(rows, np.float32),
+        "seed": np.zeros(rows, np.uint32),
+        "position": np.zeros(rows, np.int32),
+        "held_back": np.full((rows, MAX_STOP_IDS), -1, np.int32),
+        "top": np.zeros(rows, bool),
+    }
+    for row, sequence in sequences.items():
+        params = sequence.params
+        position = len(sequence.output_token_ids)
+        array["temperature"][row] = 0 if params.greedy else params.temperature
+        array["top_p"][row] = params.top_p
+        array["top_k"][row] = min(max(params.top_k, 0), np.iinfo(np.int32).max)
+        array["min_p"][row] = params.min_p
+        array["repetition_penalty"][row] = params.repetition_penalty
+        array["seed"][row] = sequence.seed
+        array["position"][row] = position
+        if position < params.min_tokens:
+            array["held_back"][row, : len(sequence.held_back_ids)] = sequence.held_back_ids
+        array["top"][row] = params.logprobs is not None
+    return SamplingState(**cast("dict[str, jax.Array]", array))
+
+
+def sample(
+    logits_rv: jax.Array, seen_rv: jax.Array, state: SamplingState, top: int = MAX_LOGPROBS
+) -> Sampled:
+    """Choose the next token of every row.
+
+    A row's token depends on its own logits, seen and state alone. What no row asks for is not
+    computed: greedy rows without penalties cost one argmax and one log-sum-exp.
+
+    Args:
+        logits_rv: float32 [r, v], finite.
+        seen_rv: bool [r, v]: token is in the row's prompt or output.
+        state: parameters of each row.
+        top: how many of the most likely tokens are reported (static).
+    """
+    changed_rv = jax.lax.cond(
+        jnp.any(state.repetition_penalty != 1) | jnp.any(state.held_back >= 0),
+        _apply_penalties,
+        lambda logits_rv, seen_rv, state: logits_rv,
+        logits_rv,
+        seen_rv,
+        state,
+    )
+    greedy_r = jnp.argmax(changed_rv, axis=-1).astype(jnp.int32)
+    token_r = jax.lax.cond(
+        jnp.any(state.temperature > 0),
+        lambda logits_rv, greedy_r, state: jnp.where(
+            state.temperature > 0, _draw(logits_rv, state), greedy_r
+        ),
+        lambda logits_rv, greedy_r, state: greedy_r,
+        changed_rv,
+        greedy_r,
+        state,
+    )
+    chosen_r1 = jnp.take_along_axis(logits_rv, token_r[:, None], axis=-1)
+    total_r1 = jax.nn.logsumexp(logits_rv, axis=-1, keepdims=True)
+    logprob_r = (chosen_r1 - total_r1)[:, 0]
+
+    def most_likely(logits_rv, chosen_r1, total_r1):
+        top_logit_rk, top_token_rk = jax.lax.top_k(logits_rv, top)
+        rank_r = 1 + jnp.sum(logits_rv > chosen_r1, axis=-1, dtype=jnp.int32)
+        return rank_r, top_token_rk.astype(jnp.int32), top_logit_rk - total_r1
+
+    def nothing(logits_rv, chosen_r1, total_r1):
+        # Derived from the operands so that under shard_map both branches vary over the same axes.
+        zero_rk = jnp.broadcast_to(0 * logits_rv[:, :1], (logits_rv.shape[0], top))
+        return zero_rk[:, 0].astype(jnp.int32), zero_rk.astype(jnp.int32), zero_rk
+
+    rank_r, top_token_rk, top_logprob_rk = jax.lax.cond(
+        jnp.any(state.top), most_likely, nothing, logits_rv, chosen_r1, total_r1
+    )
+    return Sampled(token_r, logprob_r, rank_r, top_token_rk, top_logprob_rk)
+
+
+def mark_seen(
+    seen_sv: jax.Array,
+    slot_r: jax.Array,
+    start_r: jax.Array,
+    length_r: jax.Array,
+    token_rc: jax.Array,
+) -> jax.Array:
+    """Note the tokens of a step in the array the repetition penalty reads; call before `sample`.
+
+    A row that starts at position 0 begins a new sequence: its slot is cleared first. Pass every
+    computed token, prompt chunks and decode tokens alike; then prompt and output are all noted.
+
+    Args:
+        seen_sv: bool [s, v].
+        slot_r: int32 [r], the row's slot; no two used rows share one.
+        start_r: int32 [r], position of the row's first token.
+        length_r: int32 [r], tokens of the row; 0 for an unused row, whose slot does not change.
+        token_rc: int32 [r, c], padded after length_r.
+    """
+    slots, vocab = seen_sv.shape
+    used_rc = jnp.arange(token_rc.shape[1])[None] < length_r[:, None]
+    outside = jnp.asarray(slots, slot_r.dtype)
+    fresh_r = jnp.where((start_r == 0) & (length_r > 0), slot_r, outside)
+    seen_sv = seen_sv.at[fresh_r].set(False, mode="drop")
+    row_rc = jnp.where(used_rc, slot_r[:, None], outside)
+    return seen_sv.at[row_rc, jnp.where(used_rc, token_rc, vocab)].set(True, mode="drop")
+
+
+def _apply_penalties(logits_rv: jax.Array, seen_rv: jax.Array, state: SamplingState) -> jax.Array:
+    """Held-back tokens get -inf; seen tokens' logits shrink by the penalty (grow where < 0)."""
+    rows, vocab = logits_rv.shape
+    column_rs = jnp.where(state.held_back >= 0, state.held_back, vocab)
+    row_r1 = jnp.arange(rows)[:, None]
+    logits_rv = logits_rv.at[row_r1, column_rs].set(-jnp.inf, mode="drop")
+    penalty_r1 = state.repetition_penalty[:, None]
+    punished_rv = jnp.where(logits_rv > 0, logits_rv / penalty_r1, logits_rv * penalty_r1)
+    return jnp.where(seen_rv, punished_rv, logits_rv)
+
+
+def kept_tokens(logits_rv: jax.Array, state: SamplingState) -> tuple[jax.Array, jax.Array]:
+    """Scaled logits float32 [r, v] and the mask bool [r, v] of tokens that can be drawn.
+
+    With p = softmax(logits / temperature): min-p keeps p >= min_p max(p); top-k keeps, of these,
+    those at least as likely as the k-th; top-p keeps, renormalised over these, every token whose
+    more likely ones sum to less than top_p.
+    """
+    warm_r1 = jnp.where(state.temperature > 0, state.temperature, 1)[:, None]
+    scaled_rv = logits_rv / warm_r1
+    scaled_rv = scaled_rv - jnp.max(scaled_rv, axis=-1, keepdims=True)
+    kept_rv = (scaled_rv >= jnp.log(state.min_p)[:, None]) & jnp.isfinite(scaled_rv)
+    kept_rv = jax.lax.cond(
+        jnp.any(state.top_k > 0), _keep_top_k, lambda s, k, _: k, scaled_rv, kept_rv, state.top_k
+    )
+    kept_rv = jax.lax.cond(
+        jnp.any(state.top_p < 1), _keep_top_p, lambda s, k, _: k, scaled_rv, kept_rv, state.top_p
+    )
+    return scaled_rv, kept_rv
+
+
+def _draw(logits_rv: jax.Array, state: SamplingState) -> jax.Array:
+    """int32 [r]: the kept token at which the cumulated probability passes a uniform number.
+
+    One random number a row, and sums over blocks of the vocabulary: the Gumbel trick costs a
+    random number and two logarithms a token, 20 times as much on a CPU.
+    """
+    scaled_rv, kept_rv = kept_tokens(logits_rv, state)
+    weight_rv = jnp.where(kept_rv, jnp.exp(scaled_rv), 0)
+    rows, vocab = weight_rv.shape
+    padded_rv = jnp.pad(weight_rv, ((0, 0), (0, -vocab % _BLOCK)))
+    weight_rbj = padded_rv.reshape(rows, -1, _BLOCK)
+    passed_rb = jnp.cumsum(jnp.sum(weight_rbj, axis=-1), axis=-1)
+
+    def uniform(seed, position):
+        return jax.random.uniform(jax.random.fold_in(jax.random.key(seed), position))
+
+    target_r = jax.vmap(uniform)(state.seed, state.position) * passed_rb[:, -1]
+    block_r = _first_above(passed_rb, target_r)
+    row_r = jnp.arange(rows)
+    before_r = jnp.where(block_r > 0, passed_rb[row_r, block_r - 1], 0)
+    inside_rj = jnp.cumsum(weight_rbj[row_r, block_r], axis=-1)
+    return block_r * _BLOCK + _first_above(inside_rj, target_r - before_r)
+
+
+def _first_above(passed_rj: jax.Array, target_r: jax.Array) -> jax.Array:
+    """int32 [r]: where a running sum first exceeds the target, or, should rounding have put the
+    target at the very end, where it last grows."""
+    below_r1 = jnp.minimum(target_r, jnp.nextafter(passed_rj[:, -1], jnp.float32(0)))[:, None]
+    return jnp.argmax(passed_rj > below_r1, axis=-1).astype(jnp.int32)
+
+
+def _keep_top_k(scaled_rv: jax.Array, kept_rv: jax.Array, top_k_r: jax.Array) -> jax.Array:
+    """Tokens with fewer than k kept ones above them, and their ties."""
+    count_rv = kept_rv.astype(jnp.int32)
+    limit_r = jnp.where(top_k_r > 0, top_k_r, scaled_rv.shape[1] + 1)
+    return kept_rv & _few_above(scaled_rv, count_rv, limit_r)
+
+
+def _keep_top_p(scaled_rv: jax.Array, kept_rv: jax.Array, top_p_r: jax.Array) -> jax.Array:
+    """Tokens with less than top_p of the kept probability above them."""
+    weight_rv = jnp.where(kept_rv, jnp.exp(scaled_rv), 0)
+    limit_r = jnp.where(top_p_r < 1, top_p_r * jnp.sum(weight_rv, axis=-1), jnp.inf)
+    return kept_rv & _few_above(scaled_rv, weight_rv, limit_r)
+
+
+def _few_above(scaled_rv: jax.Array, weight_rv: jax.Array, limit_r: jax.Array) -> jax.Array:
+    """bool [r, v]: the weights of all larger logits sum to less than the limit.
+
+    The sum of weights above a threshold falls with it, so the lowest threshold whose sum stays
+    below the limit is found by bisection. Logits are at most 0, so their bit patterns, read as
+    unsigned integers, grow as they fall; 31 halvings (the sign is fixed) find the exact one.
+
+    Args:
+        scaled_rv: float32 [r, v], at most 0.
+        weight_rv: int32 or float32 [r, v], not negative.
+        limit_r: [r], above 0.
+    """
+    depth_rv = jax.lax.bitcast_convert_type(jnp.abs(scaled_rv), jnp.int32)
+
+    def halve(_, bounds):
+        low_r, high_r = bounds
+        middle_r = low_r + (high_r - low_r + 1) // 2
+        above_r = jnp.sum(jnp.where(depth_rv < middle_r[:, None], weight_rv, 0), axis=-1)
+        fits_r = above_r < limit_r
+        return jnp.where(fits_r, middle_r, low_r), jnp.where(fits_r, high_r, middle_r - 1)
+
+    infinity = np.float32(np.inf).view(np.int32)
+    low_r = jnp.min(depth_rv, axis=-1)
+    deepest_r, _ = jax.lax.fori_loop(0, 31, halve, (low_r, jnp.full_like(low_r, infinity)))
+    return depth_rv <= deepest_r[:, None]

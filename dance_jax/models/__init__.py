@@ -1,0 +1,6 @@
+"""Model definitions and checkpoints; knows neither clusters nor placements."""
+
+from dance_jax.models.config import ModelConfig
+from dance_jax.models.families import FAMILIES, Family
+
+__all__ = ["FAMILIES", "Family", "ModelConfig"]

@@ -1,0 +1,89 @@
+"""The expert pool of one device, and the grouped expert FFN over it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+
+class Pool(NamedTuple):
+    """Expert-sized slots of one device; any layer's expert may sit in any slot.
+
+    w_gate, w_up: [s, d, f]; w_down: [s, f, d]; all in the engine's dtype.
+    """
+
+    w_gate: Array
+    w_up: Array
+    w_down: Array
+
+
+def block_rows(assignments: int, slots: int) -> int:
+    """Rows one block of `grouped_ffn` takes, for a step of so many (row, expert) assignments.
+
+    Small blocks waste no arithmetic on the few rows an expert gets in decode; large ones read
+    an expert's weights once for many rows in prefill.
+    """
+    mean = assignments / max(slots, 1)
+    return next((rows for rows in (4, 16, 32) if mean <= rows), 64)
+
+
+def grouped_ffn(pool: Pool, x_nd: Array, slot_nk: Array, weight_nk: Array, block: int) -> Array:
+    """Weighted sum of each row's experts: sum over k of weight * FFN_slot(x), in float32.
+
+    Assignments are sorted by slot and each slot's run is cut into blocks of `block` rows. The
+    loop over blocks has a dynamic trip count, so absent assignments cost nothing.
+
+    Args:
+        x_nd: [n, d] rows in the pool's dtype.
+        slot_nk: int32 [n, k], the slot of each assignment, -1 for none.
+        weight_nk: float32 [n, k].
+        block: rows a block takes.
+
+    Returns:
+        float32 [n, d].
+    """
+    n, d = x_nd.shape
+    k = slot_nk.shape[1]
+    slots = pool.w_gate.shape[0]
+    assignments = n * k
+    if slots == 0:
+        return jnp.zeros((n, d), jnp.float32)
+    slot_a = jnp.where(slot_nk < 0, slots, slot_nk).reshape(assignments)
+    order_a = jnp.argsort(slot_a)
+    rank_a = jnp.zeros(assignments, jnp.int32).at[order_a].set(
+        jnp.arange(assignments, dtype=jnp.int32), unique_indices=True
+    )
+    run_end_s = jnp.searchsorted(slot_a[order_a], jnp.arange(slots), side="right")
+    run_end_s = run_end_s.astype(jnp.int32)
+    run_start_s = jnp.concatenate([jnp.zeros(1, jnp.int32), run_end_s[:-1]])
+    blocks_end_s = jnp.cumsum((run_end_s - run_start_s + block - 1) // block)
+    row_a = jnp.pad(order_a // k, (0, block)).astype(jnp.int32)
+
+    def run_block(i: Array, out_ad: Array) -> Array:
+        slot = jnp.searchsorted(blocks_end_s, i, side="right").astype(jnp.int32)
+        blocks_left = blocks_end_s[slot] - i
+        runs = (run_end_s[slot] - run_start_s[slot] + block - 1) // block
+        start = run_start_s[slot] + (runs - blocks_left) * block
+        x_bd = x_nd[lax.dynamic_slice(row_a, (start,), (block,))]
+        gate_bf = _matmul(x_bd, lax.dynamic_index_in_dim(pool.w_gate, slot, keepdims=False))
+        up_bf = _matmul(x_bd, lax.dynamic_index_in_dim(pool.w_up, slot, keepdims=False))
+        hidden_bf = (jax.nn.silu(gate_bf) * up_bf).astype(x_nd.dtype)
+        out_bd = _matmul(hidden_bf, lax.dynamic_index_in_dim(pool.w_down, slot, keepdims=False))
+        # Rows past the run's end belong to the next slot, whose own block, coming later,
+        # overwrites them.
+        return lax.dynamic_update_slice(out_ad, out_bd, (start, jnp.int32(0)))
+
+    out_ad = lax.fori_loop(
+        0, blocks_end_s[-1], run_block, jnp.zeros((assignments + block, d), jnp.float32)
+    )
+    weight_nk = jnp.where(slot_nk < 0, 0.0, weight_nk)
+    picked_nkd = out_ad[rank_a].reshape(n, k, d)
+    # A row past the last run may hold anything finite, and weighs zero.
+    return jnp.einsum("nkd,nk->nd", picked_nkd, weight_nk)
+
+
+def _matmul(x: Array, w: Array) -> Array:
+    return jnp.dot(x, w, preferred_element_type=jnp.float32)

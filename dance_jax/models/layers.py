@@ -1,0 +1,125 @@
+"""Building blocks of every family: projection, norm, gated feed-forward, and the trunk's loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dance_jax.models.config import ModelConfig
+from dance_jax.models.rope import rotation
+
+#: moe(l, x_td, expert_tk, weight_tk) -> float32 [t, d]: the routed experts' weighted sum in MoE
+#: layer l = 0..len(moe_layers) - 1, supplied by whoever holds the experts.
+MoE = Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def parameter(shape: tuple[int, ...], dtype: jnp.dtype) -> nnx.Param:
+    """A weight that is filled later (under nnx.eval_shape it takes no memory)."""
+    return nnx.Param(jnp.zeros(shape, dtype))
+
+
+def contract(spec: str, left: jax.Array, right: jax.Array) -> jax.Array:
+    """einsum with float32 sums and result, for operands of equal dtype."""
+    if jax.default_backend() == "cpu":
+        # XLA:CPU has no bfloat16 x bfloat16 -> float32 product
+        left, right = left.astype(jnp.float32), right.astype(jnp.float32)
+    return jnp.einsum(spec, left, right, preferred_element_type=jnp.float32)
+
+
+class Linear(nnx.Module):
+    """Projection without bias; weight [in, out]. The sum is float32, the result in `dtype`."""
+
+    def __init__(self, d_in: int, d_out: int, dtype: jnp.dtype):
+        self.weight = parameter((d_in, d_out), dtype)
+
+    def __call__(self, values: jax.Array) -> jax.Array:
+        return contract("...i,io->...o", values, self.weight[...]).astype(values.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """x / sqrt(mean(x^2) + eps), in float32, times a weight [d]."""
+
+    def __init__(self, width: int, eps: float, dtype: jnp.dtype):
+        self.weight = parameter((width,), dtype)
+        self.eps = eps
+
+    def __call__(self, values: jax.Array) -> jax.Array:
+        wide = values.astype(jnp.float32)
+        mean = jnp.mean(wide * wide, axis=-1, keepdims=True)
+        return (wide * jax.lax.rsqrt(mean + self.eps)).astype(values.dtype) * self.weight[...]
+
+
+class GatedMLP(nnx.Module):
+    """down(silu(gate(x)) * up(x)); returns float32, as it is summed with the experts' output."""
+
+    def __init__(self, d: int, width: int, dtype: jnp.dtype):
+        self.gate = Linear(d, width, dtype)
+        self.up = Linear(d, width, dtype)
+        self.down = Linear(width, d, dtype)
+
+    def __call__(self, values: jax.Array) -> jax.Array:
+        inner = jax.nn.silu(self.gate(values)) * self.up(values)
+        return contract("...i,io->...o", inner, self.down.weight[...])
+
+
+class Layer(Protocol):
+    """One decoder layer; returns its output [r, c, d] and its chunk's cache entries [r, c, w]."""
+
+    def __call__(
+        self,
+        hidden_rcd: jax.Array,
+        rotation: tuple[jax.Array, jax.Array],
+        start_r: jax.Array,
+        cached_rmw: jax.Array,
+        moe: MoE,
+    ) -> tuple[jax.Array, jax.Array]: ...
+
+
+class Trunk(nnx.Module):
+    """Everything but the routed experts: embedding, layers, final norm, output projection."""
+
+    def __init__(self, config: ModelConfig, layers: Sequence[Layer], dtype: jnp.dtype):
+        self.config = config
+        self.embedding = parameter((config.vocab_size, config.hidden_size), dtype)
+        self.layers = nnx.List(layers)
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps, dtype)
+        if not config.tie_embeddings:
+            self.head = parameter((config.vocab_size, config.hidden_size), dtype)
+
+    def __call__(
+        self,
+        tokens_rc: jax.Array,
+        start_r: jax.Array,
+        cached: Sequence[jax.Array],
+        moe: MoE,
+    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        """Runs a chunk of each row.
+
+        Args:
+            tokens_rc: int32 [rows, chunk]; row r stands at positions start_r[r] + 0..chunk-1.
+            start_r: int32 [rows], positions of each row that are cached.
+            cached: per layer [rows, positions, cache_width]; position j of row r counts if
+                j < start_r[r]. It is read, never written.
+            moe: the routed experts.
+
+        Returns:
+            hidden [rows, chunk, hidden_size] after the final norm, and per layer the chunk's cache
+            entries [rows, chunk, cache_width] for the caller to write.
+        """
+        positions = start_r[:, None] + jnp.arange(tokens_rc.shape[1], dtype=start_r.dtype)
+        angles = rotation(self.config.rope, positions)
+        hidden = jnp.take(self.embedding[...], tokens_rc, axis=0, mode="clip")
+        fresh = []
+        for layer, entries in zip(self.layers, cached, strict=True):
+            hidden, new = layer(hidden, angles, start_r, entries, moe)
+            fresh.append(new)
+        return self.norm(hidden), tuple(fresh)
+
+    def logits(self, hidden_nd: jax.Array) -> jax.Array:
+        """Scores of every token of the vocabulary, float32 [n, vocab_size]."""
+        weight = self.embedding if self.config.tie_embeddings else self.head
+        return contract("nd,vd->nv", hidden_nd, weight[...])

@@ -1,0 +1,82 @@
+"""Mixtral: GQA with an optional sliding window, experts in every layer."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dance_jax.models.attention import GroupedAttentionLayer, Rotation
+from dance_jax.models.config import GroupedAttention, ModelConfig
+from dance_jax.models.layers import MoE, RMSNorm, Trunk, parameter
+from dance_jax.models.router import choose_experts
+from dance_jax.models.tensors import TensorRule, expert_rules, outer_rules, same, transposed
+
+
+class MixtralLayer(nnx.Module):
+    """Attention, then routed experts."""
+
+    def __init__(self, config: ModelConfig, index: int, dtype: jnp.dtype):
+        d = config.hidden_size
+        self.attention_norm = RMSNorm(d, config.norm_eps, dtype)
+        self.attention = GroupedAttentionLayer(config, dtype)
+        self.mlp_norm = RMSNorm(d, config.norm_eps, dtype)
+        self.router_config = config.router
+        self.moe_index = index
+        self.router = parameter((d, config.num_experts), jnp.dtype("float32"))
+
+    def __call__(
+        self,
+        hidden_rcd: jax.Array,
+        rotation: Rotation,
+        start_r: jax.Array,
+        cached_rmw: jax.Array,
+        moe: MoE,
+    ) -> tuple[jax.Array, jax.Array]:
+        """See `layers.Layer`."""
+        mixed, fresh = self.attention(
+            self.attention_norm(hidden_rcd), rotation, start_r, cached_rmw
+        )
+        hidden_rcd = hidden_rcd + mixed
+        x_td = self.mlp_norm(hidden_rcd).reshape(-1, hidden_rcd.shape[-1])
+        logits = jnp.matmul(x_td.astype(jnp.float32), self.router[...])
+        sums = moe(self.moe_index, x_td, *choose_experts(self.router_config, logits))
+        return hidden_rcd + sums.astype(hidden_rcd.dtype).reshape(hidden_rcd.shape), fresh
+
+
+class Mixtral(Trunk):
+    """The trunk of Mixtral."""
+
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype):
+        layers = [MixtralLayer(config, i, dtype) for i in range(config.num_layers)]
+        super().__init__(config, layers, dtype)
+
+
+def tensor_rules(config: ModelConfig) -> list[TensorRule]:
+    """The checkpoint's tensors of the trunk, layer by layer."""
+    shape = config.attention
+    assert isinstance(shape, GroupedAttention)
+    d, q = config.hidden_size, shape.num_heads * shape.head_dim
+    kv = shape.num_kv_heads * shape.head_dim
+    rules = outer_rules(config)
+    for index in range(config.num_layers):
+        source, target = f"model.layers.{index}", f"layers.{index}"
+        attention, ours = f"{source}.self_attn", f"{target}.attention"
+        rules += [
+            same(f"{source}.input_layernorm", (d,), f"{target}.attention_norm.weight"),
+            transposed(f"{attention}.q_proj", (q, d), f"{ours}.q.weight"),
+            transposed(f"{attention}.k_proj", (kv, d), f"{ours}.k.weight"),
+            transposed(f"{attention}.v_proj", (kv, d), f"{ours}.v.weight"),
+            transposed(f"{attention}.o_proj", (d, q), f"{ours}.out.weight"),
+            same(f"{source}.post_attention_layernorm", (d,), f"{target}.mlp_norm.weight"),
+            transposed(
+                f"{source}.block_sparse_moe.gate", (config.num_experts, d), f"{target}.router"
+            ),
+        ]
+    return rules
+
+
+def expert_tensors(config: ModelConfig, layer: int, expert: int) -> list[TensorRule]:
+    """The checkpoint's tensors of one routed expert; `layer` counts from 0 over all layers."""
+    prefix = f"model.layers.{layer}.block_sparse_moe.experts.{expert}"
+    return expert_rules(config, prefix, ("w1", "w3", "w2"))

@@ -1,0 +1,136 @@
+"""Reads safetensors files tensor by tensor, without mapping them and without a framework.
+
+Format: 8 bytes little-endian header length, a JSON header {name: {dtype, shape, data_offsets}},
+then the data. numpy knows bfloat16 through ml_dtypes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import pathlib
+
+import ml_dtypes
+import numpy as np
+
+from dance_jax.config import UserError
+
+#: Weights may have these types; quantised ones are refused.
+FLOATS: dict[str, np.dtype] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+
+_SAMPLE = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor's bytes are."""
+
+    file: pathlib.Path
+    #: safetensors' name, e.g. "BF16".
+    kind: str
+    shape: tuple[int, ...]
+    #: Byte of the file at which the tensor begins.
+    offset: int
+    size: int
+
+    @property
+    def is_float(self) -> bool:
+        """True if the type is one that weights can have here."""
+        return self.kind in FLOATS
+
+    @property
+    def dtype(self) -> np.dtype:
+        """numpy's type; only where `is_float`."""
+        return FLOATS[self.kind]
+
+    def part(self, index: int, parts: int) -> StoredTensor:
+        """The index-th of `parts` equal pieces along the first axis, which must divide."""
+        rows = self.shape[0] // parts
+        size = self.size // parts
+        return dataclasses.replace(
+            self, shape=(rows, *self.shape[1:]), offset=self.offset + index * size, size=size
+        )
+
+    def without_first_axis(self) -> StoredTensor:
+        """The same bytes for a shape that begins with 1."""
+        return dataclasses.replace(self, shape=self.shape[1:])
+
+    def read(self) -> np.ndarray:
+        """The tensor's values; only its bytes are read."""
+        values = np.empty(self.shape, self.dtype)
+        view = memoryview(values.reshape(-1).view(np.uint8))
+        with open(self.file, "rb", buffering=0) as file:
+            file.seek(self.offset)
+            done = 0
+            while done < self.size:
+                count = file.readinto(view[done:])
+                if not count:
+                    raise UserError(f"{self.file}: ends within a tensor; the file is torn")
+                done += count
+        return values
+
+
+def read_header(path: pathlib.Path) -> dict[str, StoredTensor]:
+    """The tensors of one file.
+
+    Raises:
+        UserError: the file is missing, torn or not in this format; the message names it.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > size - 8:
+                raise UserError(f"{path}: torn: {size} bytes end within the header")
+            text = file.read(length)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    try:
+        entries = json.loads(text)
+        entries.pop("__metadata__", None)
+        tensors = {name: _entry(path, 8 + length, item) for name, item in entries.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not a safetensors file, or torn: {error}") from error
+    end = max((tensor.offset + tensor.size for tensor in tensors.values()), default=8 + length)
+    if end != size:
+        raise UserError(f"{path}: torn: {size} bytes, the header describes {end}")
+    return tensors
+
+
+def _entry(path: pathlib.Path, base: int, item: dict) -> StoredTensor:
+    shape = tuple(int(length) for length in item["shape"])
+    begin, end = item["data_offsets"]
+    kind = item["dtype"]
+    if begin < 0 or end < begin or min(shape, default=0) < 0:
+        raise ValueError("a tensor has a negative size")
+    if kind in FLOATS and end - begin != math.prod(shape) * FLOATS[kind].itemsize:
+        raise ValueError(f"a tensor of {kind} {list(shape)} has {end - begin} bytes")
+    return StoredTensor(path, kind, shape, base + begin, end - begin)
+
+
+def content_hash(path: pathlib.Path, whole_below: int = 1 << 27) -> bytes:
+    """SHA-256 that tells checkpoints apart.
+
+    Files under `whole_below` bytes are hashed whole; of a larger one the header and the first and
+    last bytes of every tensor.
+    """
+    digest = hashlib.sha256()
+    if path.stat().st_size < whole_below:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").digest()
+    tensors = read_header(path)
+    with path.open("rb") as file:
+        digest.update(file.read(8 + int.from_bytes(os.pread(file.fileno(), 8, 0), "little")))
+        for tensor in tensors.values():
+            digest.update(os.pread(file.fileno(), min(_SAMPLE, tensor.size), tensor.offset))
+            tail = max(tensor.offset, tensor.offset + tensor.size - _SAMPLE)
+            digest.update(os.pread(file.fileno(), min(_SAMPLE, tensor.size), tail))
+    return digest.digest()

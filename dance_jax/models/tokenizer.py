@@ -1,0 +1,213 @@
+"""Text to tokens and back, and chat templates, from a model directory's tokenizer files."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import pathlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import jinja2.sandbox
+import tokenizers
+
+from dance_jax.config import UserError
+from dance_jax.models.hf import read_config, read_json
+
+_SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token")
+
+
+class Tokenizer:
+    """A model's tokenizer; made by `Tokenizer.load`."""
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        settings: dict[str, Any],
+        template: str | None,
+        eos_token_ids: Sequence[int],
+        where: str,
+    ):
+        self._backend = backend
+        self._settings = settings
+        self._where = where
+        self._special = {name: _text(settings[name]) for name in _SPECIAL if settings.get(name)}
+        self._template = None if template is None else _compile(template, where)
+        #: Token ids that end a sequence.
+        self.eos_token_ids = tuple(eos_token_ids)
+        bos, eos = self._special.get("bos_token"), self._special.get("eos_token")
+        self.bos_token_id = backend.token_to_id(bos) if bos else None
+        self._eos_token_id = backend.token_to_id(eos) if eos else None
+        for name, token in (("add_bos_token", self.bos_token_id), ("add_eos_token", self._eos_token_id)):
+            if settings.get(name) and token is None:
+                raise UserError(
+                    f"{where}: {name} is true but {name[4:]} is not in tokenizer.json"
+                )
+
+    @staticmethod
+    def load(directory: str | pathlib.Path) -> Tokenizer:
+        """Reads tokenizer.json, tokenizer_config.json, chat_template.jinja and the configs' EOS.
+
+        Args:
+            directory: in Hugging Face format, or converted from it.
+
+        Raises:
+            UserError: a file is missing or torn, or there are more tokens than the model has.
+        """
+        directory = pathlib.Path(directory)
+        path = directory / "tokenizer.json"
+        if not path.exists():
+            raise UserError(f"{path}: no such file")
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise UserError(f"{path}: not a tokenizer, or torn: {error}") from error
+        config = read_config(directory)
+        top = max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
+        if top >= config.vocab_size:
+            raise UserError(f"{path}: has token {top}, but vocab_size is {config.vocab_size}")
+        settings_path = directory / "tokenizer_config.json"
+        settings = read_json(settings_path, required=False) or {}
+        older = read_json(directory / "special_tokens_map.json", required=False) or {}
+        template_path = directory / "chat_template.jinja"
+        where = str(settings_path)
+        if template_path.exists():
+            template, where = template_path.read_text(encoding="utf-8"), str(template_path)
+        else:
+            template = _default_template(settings.get("chat_template"), where)
+        eos = config.eos_token_ids
+        return Tokenizer(backend, {**older, **settings}, template, eos, where)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, special ones included."""
+        return self._backend.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def has_chat_template(self) -> bool:
+        """True if `apply_chat_template` can be used."""
+        return self._template is not None
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Tokens of a prompt.
+
+        With `add_special_tokens` begin and end tokens are added as add_bos_token and add_eos_token
+        of tokenizer_config.json say or, where it says nothing, as tokenizer.json does.
+        """
+        explicit = "add_bos_token" in self._settings or "add_eos_token" in self._settings
+        own = add_special_tokens and not explicit
+        ids = self._backend.encode(text, add_special_tokens=own).ids
+        if add_special_tokens and self._settings.get("add_bos_token"):
+            ids = [self.bos_token_id, *ids]
+        if add_special_tokens and self._settings.get("add_eos_token"):
+            ids = [*ids, self._eos_token_id]
+        return ids
+
+    def decode(self, token_ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """Text of tokens; bytes that are no UTF-8 become U+FFFD."""
+        return self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+
+    def chat_text(
+        self,
+        messages: Sequence[dict[str, Any]],
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> str:
+        """The prompt of a conversation as text.
+
+        Args:
+            messages: each with "role" and "content".
+            add_generation_prompt: end where the assistant's answer begins.
+            variables: more names for the template, e.g. tools.
+
+        Raises:
+            UserError: the model has no chat template, or it refuses the messages.
+        """
+        if self._template is None:
+            raise UserError(f"{self._where}: the model has no chat template")
+        names = {"tools": None, "documents": None} | self._special | variables
+        try:
+            return self._template.render(
+                messages=messages, add_generation_prompt=add_generation_prompt, **names
+            )
+        except (jinja2.TemplateError, TypeError) as error:
+            raise UserError(f"{self._where}: chat template: {error}") from error
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[dict[str, Any]],
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> list[int]:
+        """The prompt of a conversation as tokens; the template itself writes special tokens."""
+        text = self.chat_text(messages, add_generation_prompt, **variables)
+        return self.encode(text, add_special_tokens=False)
+
+
+def _text(token: str | dict[str, Any]) -> str:
+    return token["content"] if isinstance(token, dict) else token
+
+
+def _default_template(value: Any, where: str) -> str | None:
+    """A template, or the one called "default" of a list of named ones."""
+    if isinstance(value, list):
+        named = {item.get("name"): item.get("template") for item in value}
+        value = named.get("default")
+    if value is not None and not isinstance(value, str):
+        raise UserError(f"{where}: chat_template is neither text nor a list with a default")
+    return value
+
+
+class _Generation(jinja2.ext.Extension):
+    """{% generation %} ... {% endgeneration %} marks answers for training; it renders its body."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _compile(template: str, where: str) -> jinja2.Template:
+    """A template in a sandbox, with the names Hugging Face's templates rely on."""
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[_Generation, jinja2.ext.loopcontrols],
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _refuse
+    environment.globals["strftime_now"] = _strftime_now
+    try:
+        return environment.from_string(template)
+    except jinja2.TemplateSyntaxError as error:
+        raise UserError(f"{where}: chat template, line {error.lineno}: {error.message}") from error
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # jinja2's own filter escapes for HTML
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
+
+
+def _refuse(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.datetime.now().strftime(form)

@@ -1,0 +1,285 @@
+"""Who holds which expert (Placement), and on which device and slot of a server (Layout)."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import zipfile
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from dance_jax.config import UserError
+from dance_jax.placement.metrics import Traffic, holders_mask, measure
+from dance_jax.placement.visit import MAX_SERVERS
+
+Routes = Sequence[np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Placement:
+    """Which expert of which layer is resident on which servers."""
+
+    #: bool [servers, MoE layers, experts].
+    resident: np.ndarray
+
+    def __post_init__(self):
+        resident = np.array(self.resident)
+        if resident.ndim != 3 or resident.dtype != np.bool_:
+            raise UserError(
+                f"placement: {resident.dtype} {resident.shape}; "
+                "bool [servers, layers, experts] is needed"
+            )
+        resident.flags.writeable = False
+        object.__setattr__(self, "resident", resident)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Placement) and np.array_equal(self.resident, other.resident)
+
+    @property
+    def num_servers(self) -> int:
+        return self.resident.shape[0]
+
+    @functools.cached_property
+    def holders(self) -> np.ndarray:
+        """Bitmask of the servers that hold each expert, int32 [layers, experts].
+
+        Raises:
+            UserError: there are more servers than bits.
+        """
+        if self.num_servers > MAX_SERVERS:
+            raise UserError(f"{self.num_servers} servers: at most {MAX_SERVERS} are supported")
+        return holders_mask(self.resident)
+
+    def validate(self, capacities: Sequence[int] | np.ndarray | None = None) -> None:
+        """Checks coverage and, where given, that no server exceeds its capacity.
+
+        Args:
+            capacities: int [servers], expert slots.
+
+        Raises:
+            UserError: an expert is on no server, or a server holds more than its slots.
+        """
+        homeless = np.argwhere(~self.resident.any(0))
+        if len(homeless):
+            layer, expert = homeless[0]
+            raise UserError(
+                f"placement: {len(homeless)} experts are on no server, "
+                f"the first is expert {expert} of MoE layer {layer}"
+            )
+        if capacities is None:
+            return
+        if len(capacities) != self.num_servers:
+            raise UserError(
+                f"placement of {self.num_servers} servers, {len(capacities)} capacities given"
+            )
+        for n, (held, slots) in enumerate(
+            zip(self.resident.sum((1, 2)), np.asarray(capacities), strict=True)
+        ):
+            if held > slots:
+                raise UserError(f"placement: server {n} holds {held} experts in {slots} slots")
+
+    def local_shares(self, counts: np.ndarray) -> np.ndarray:
+        """Predicted share of expert calls served at home per server, float64 [servers].
+
+        A server without any count is taken to use all experts equally.
+
+        Args:
+            counts: [servers, layers, experts], expert calls of the requests of each server.
+        """
+        counts = np.asarray(counts, np.float64)
+        if counts.shape != self.resident.shape:
+            raise UserError(f"counts {counts.shape} do not fit placement {self.resident.shape}")
+        silent = counts.sum((1, 2), keepdims=True) == 0
+        counts = np.where(silent, 1.0, counts)
+        return (counts * self.resident).sum((1, 2)) / counts.sum((1, 2))
+
+    def local_share(self, counts: np.ndarray) -> float:
+        """Predicted share of all expert calls served at home; servers weigh by their counts."""
+        shares = self.local_shares(counts)
+        totals = np.asarray(counts, np.float64).sum((1, 2))
+        return float(shares.mean() if totals.sum() == 0 else shares @ totals / totals.sum())
+
+    def traffic(self, routes: Routes) -> Traffic:
+        """All flows on routes (per server int [tokens, layers, k]); see `Traffic`."""
+        self.validate()
+        if self.num_servers > MAX_SERVERS:
+            raise UserError(f"{self.num_servers} servers: at most {MAX_SERVERS} are supported")
+        return measure(self.resident, routes)
+
+    def remote(self, routes: Routes) -> float:
+        """Share of expert calls that leave the server, mean over servers."""
+        return self.traffic(routes).remote
+
+    def transfers(self, routes: Routes) -> float:
+        """Remote servers a token visits per layer, mean over layers and servers."""
+        return self.traffic(routes).transfers
+
+    def busiest(self, routes: Routes) -> float:
+        """Hidden states through the busiest server and direction of a layer, mean over layers."""
+        return self.traffic(routes).busiest
+
+    def load(self, routes: Routes, devices: Sequence[int] | None = None) -> float:
+        """Largest share of a layer's calls on one device, mean over layers; devices default 1."""
+        return self.traffic(routes).load(devices)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes an npz file with `resident`."""
+        temporary = f"{os.fspath(path)}.part"
+        with open(temporary, "wb") as file:
+            np.savez_compressed(file, allow_pickle=False, resident=self.resident)
+        os.replace(temporary, path)
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str]) -> Placement:
+        """Reads what `save` wrote.
+
+        Raises:
+            UserError: the file cannot be read or holds something else.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                return cls(file["resident"])
+        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+            raise UserError(f"{path}: not a readable placement file ({error})") from error
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Layout:
+    """Where on each server a resident expert lies. Local device numbers start at 0 per server."""
+
+    #: int32 [layers, experts], bit n set where server n holds the expert.
+    holders: np.ndarray
+    #: int32 [servers, layers, experts], local device of the expert on the server, -1: not there.
+    device_of: np.ndarray
+    #: int32 [servers, layers, experts], slot on that device, -1: not there.
+    slot_of: np.ndarray
+    #: Devices of each server.
+    devices: tuple[int, ...]
+    #: Slots on each device of each server.
+    slots_per_device: tuple[int, ...]
+
+    def experts_of(self, server: int, device: int) -> np.ndarray:
+        """What each slot of a device holds: int32 [slots, 2] of (layer, expert), -1 where empty."""
+        table = np.full((self.slots_per_device[server], 2), -1, np.int32)
+        layer_expert = np.argwhere(self.device_of[server] == device)
+        table[self.slot_of[server][tuple(layer_expert.T)]] = layer_expert
+        return table
+
+
+def _expected_calls(resident_nle: np.ndarray, counts_nle: np.ndarray) -> np.ndarray:
+    """Calls each server is expected to run, float64 [n, l, e]: its own and a share of others'.
+
+    A server that lacks the expert sends its calls to one of the holders; each is as likely.
+    """
+    away_le = (counts_nle * ~resident_nle).sum(0)
+    holders_le = np.maximum(resident_nle.sum(0), 1)
+    return np.where(resident_nle, counts_nle + (away_le / holders_le)[None], 0.0)
+
+
+@functools.partial(jax.jit, static_argnames="max_devices")
+def _spread(
+    resident_nle: jax.Array,
+    calls_nle: jax.Array,
+    devices_n: jax.Array,
+    slots_n: jax.Array,
+    max_devices: int,
+) -> tuple[jax.Array, jax.Array]:
+    """device_of and slot_of, int32 [n, l, e] both; the algorithm of `spread`."""
+    experts = resident_nle.shape[2]
+    device_d = jnp.arange(max_devices, dtype=jnp.int32)
+
+    def one_server(resident_le, calls_le, devices, slots):
+        order_le = jnp.argsort(jnp.where(resident_le, -calls_le, jnp.float32(jnp.inf)), stable=True)
+        held_l = resident_le.sum(axis=1, dtype=jnp.int32)
+        later_l = held_l.sum(dtype=jnp.int32) - jnp.cumsum(held_l, dtype=jnp.int32)
+        exists_d = device_d < devices
+
+        def one_layer(filled_d, layer):
+            resident_e, calls_e, order_e, later = layer
+            # What later layers must find on every device stays free, unless there is room.
+            limit_d = jnp.where(exists_d, slots - later // devices, jnp.int32(0))
+
+            def one_expert(i, state):
+                filled_d, load_d, device_e, slot_e = state
+                e = order_e[i]
+                open_d = filled_d < limit_d
+                lightest = jnp.where(open_d, load_d, jnp.float32(jnp.inf)).min()
+                best_d = open_d & (load_d <= lightest)
+                d = jnp.argmin(jnp.where(best_d, filled_d, jnp.int32(2**31 - 1)))
+                d = d.astype(jnp.int32)
+                device_e, slot_e = device_e.at[e].set(d), slot_e.at[e].set(filled_d[d])
+                return filled_d.at[d].add(1), load_d.at[d].add(calls_e[e]), device_e, slot_e
+
+            absent_e = jnp.full(experts, -1, jnp.int32)
+            held = resident_e.sum(dtype=jnp.int32)
+            start = (filled_d, jnp.zeros(max_devices, jnp.float32), absent_e, absent_e)
+            filled_d, _, device_e, slot_e = lax.fori_loop(0, held, one_expert, start)
+            return filled_d, (device_e, slot_e)
+
+        empty_d = jnp.zeros(max_devices, jnp.int32)
+        per_layer = (resident_le, calls_le, order_le, later_l)
+        return lax.scan(one_layer, empty_d, per_layer)[1]
+
+    def next_server(_, server):
+        return None, one_server(*server)
+
+    return lax.scan(next_server, None, (resident_nle, calls_nle, devices_n, slots_n))[1]
+
+
+def spread(
+    placement: Placement,
+    devices: Sequence[int],
+    slots_per_device: Sequence[int],
+    counts: np.ndarray | None = None,
+) -> Layout:
+    """Spreads the experts of every server over its devices.
+
+    Lock step waits for the busiest device of each layer, so every layer is balanced on its own:
+    its experts, most called first, each go to the device with the least calls of this layer
+    (ties: fewest filled slots, lowest number) that can take one and still leaves later layers
+    their even share of its slots. Slots are filled from 0 in order of layers.
+
+    Args:
+        placement: covers all experts; a server's experts fit into devices x slots.
+        devices: int [servers], devices of each server, at least 1.
+        slots_per_device: int [servers], expert slots of each device of a server.
+        counts: [servers, layers, experts] expert calls of each server's requests; None: equal.
+
+    Raises:
+        UserError: a server has no device, or holds more than its slots; counts do not fit.
+    """
+    num_servers = placement.num_servers
+    devices_n, slots_n = np.asarray(devices, np.int32), np.asarray(slots_per_device, np.int32)
+    if devices_n.shape != (num_servers,) or slots_n.shape != (num_servers,):
+        raise UserError(f"spread: devices and slots of {num_servers} servers are needed")
+    if (devices_n < 1).any() or (slots_n < 0).any():
+        raise UserError("spread: every server needs a device, and slots are not negative")
+    placement.validate(devices_n * slots_n)
+    shape = placement.resident.shape
+    counts_nle = np.ones(shape) if counts is None else np.asarray(counts, np.float64)
+    if counts_nle.shape != shape:
+        raise UserError(f"spread: counts {counts_nle.shape} do not fit placement {shape}")
+    if not np.isfinite(counts_nle).all() or (counts_nle < 0).any():
+        raise UserError("spread: counts are not finite or negative")
+    # Without calls all experts of a server's layer count the same.
+    silent_nl1 = counts_nle.sum(2, keepdims=True) == 0
+    calls_nle = _expected_calls(placement.resident, np.where(silent_nl1, 1.0, counts_nle))
+    device_of, slot_of = _spread(
+        jnp.asarray(placement.resident),
+        jnp.asarray(calls_nle, jnp.float32),
+        jnp.asarray(devices_n),
+        jnp.asarray(slots_n),
+        max_devices=int(devices_n.max()),
+    )
+    return Layout(
+        placement.holders,
+        np.asarray(device_of),
+        np.asarray(slot_of),
+        tuple(int(d) for d in devices_n),
+        tuple(int(s) for s in slots_n),
+    )

@@ -1,0 +1,127 @@
+"""What a placement costs on given routes: remote, transfers, busiest, load.
+
+Every server weighs equally, however many tokens its routes have; servers without tokens send
+nothing and are left out of the means.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dance_jax.config import UserError
+from dance_jax.placement.visit import choose_servers
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Traffic:
+    """Flows between servers on given routes, per token of the sending server."""
+
+    #: float64 [layers, from, to]: hidden states a token of `from` sends to `to`; 0 to itself.
+    transfers_lnn: np.ndarray
+    #: float64 [layers, from, to]: expert calls of a token of `from` that `to` runs, itself too.
+    calls_lnn: np.ndarray
+    #: bool [servers]: servers that have tokens.
+    active_n: np.ndarray
+
+    @property
+    def remote(self) -> float:
+        """Share of expert calls that leave the server, mean over servers."""
+        calls_nn = self.calls_lnn.sum(0)[self.active_n]
+        local_n = self.calls_lnn.sum(0).diagonal()[self.active_n]
+        return float(np.mean(1.0 - local_n / calls_nn.sum(1)))
+
+    @property
+    def transfers(self) -> float:
+        """Remote servers a token visits per layer, mean over layers and servers."""
+        return float(self.transfers_lnn.sum(2)[:, self.active_n].mean())
+
+    @property
+    def busiest(self) -> float:
+        """Hidden states into or out of the busiest server per token of a server.
+
+        Worst server and direction of each layer, mean over layers.
+        """
+        out_ln, into_ln = self.transfers_lnn.sum(2), self.transfers_lnn.sum(1)
+        return float(np.maximum(out_ln, into_ln).max(1).mean())
+
+    def load(self, devices: Sequence[int] | np.ndarray | None = None) -> float:
+        """Largest share of a layer's expert calls on one device, mean over layers.
+
+        A server's calls are divided evenly by its devices (int [servers], default one each).
+        """
+        total_ln1 = self.calls_lnn.sum(2, keepdims=True)
+        share_lnn = self.calls_lnn / np.where(total_ln1 > 0, total_ln1, 1) / self.active_n.sum()
+        num_servers = len(self.active_n)
+        devices_n = np.ones(num_servers) if devices is None else np.asarray(devices, float)
+        if devices_n.shape != (num_servers,) or (devices_n < 1).any():
+            raise UserError(f"devices: {num_servers} numbers of at least 1 are needed")
+        return float((share_lnn.sum(1) / devices_n[None, :]).max(1).mean())
+
+
+@functools.partial(jax.jit, static_argnames="num_servers")
+def _flows(
+    holders_le: jax.Array, server: jax.Array, routes_tlk: jax.Array, num_servers: int
+) -> tuple[jax.Array, jax.Array]:
+    """Sums over tokens: transfers and calls to each server, int32 [l, n] both; routes < 0 pad."""
+    tokens, layers, k = routes_tlk.shape
+    layer_1l1 = jnp.arange(layers, dtype=jnp.int32)[None, :, None]
+    holders = holders_le[layer_1l1, jnp.maximum(routes_tlk, 0)]
+    valid = routes_tlk >= 0
+    needed = valid & ((holders >> server) & jnp.int32(1) == 0)
+    chosen = choose_servers(holders.reshape(-1, k), needed.reshape(-1, k), num_servers)
+    chosen = chosen.reshape(tokens, layers, k)
+    server_n = jnp.arange(num_servers, dtype=jnp.int32)
+    served = jnp.where(valid & ~needed, server, chosen)[..., None] == server_n[None, None, None, :]
+    calls_ln = served.sum(axis=(0, 2), dtype=jnp.int32)
+    visits = (chosen[..., None] == server_n[None, None, None, :]).any(axis=2)
+    return visits.sum(axis=0, dtype=jnp.int32), calls_ln
+
+
+def holders_mask(resident_nle: np.ndarray) -> np.ndarray:
+    """int32 [layers, experts] with bit n set where server n holds the expert."""
+    bits_n = np.left_shift(1, np.arange(resident_nle.shape[0]), dtype=np.int64)
+    return (resident_nle * bits_n[:, None, None]).sum(0).astype(np.int32)
+
+
+def measure(resident_nle: np.ndarray, routes: Sequence[np.ndarray]) -> Traffic:
+    """Counts where the experts of every token run under a placement.
+
+    Args:
+        resident_nle: bool [servers, layers, experts].
+        routes: per server an int array [tokens, layers, k] of chosen experts.
+
+    Raises:
+        UserError: shapes disagree, an expert number is out of range, or there is no token at all.
+    """
+    num_servers, layers, experts = resident_nle.shape
+    if len(routes) != num_servers:
+        raise UserError(f"routes of {len(routes)} servers, the placement has {num_servers}")
+    holders_le = jnp.asarray(holders_mask(resident_nle))
+    transfers_lnn = np.zeros((layers, num_servers, num_servers))
+    calls_lnn = np.zeros_like(transfers_lnn)
+    active_n = np.array([len(route) > 0 for route in routes])
+    if not active_n.any():
+        raise UserError("routes: no server has a token")
+    for n, route in enumerate(routes):
+        if not active_n[n]:
+            continue
+        if route.ndim != 3 or route.shape[1] != layers:
+            raise UserError(
+                f"routes of server {n} have shape {route.shape}; "
+                f"[tokens, {layers} layers, k] is needed"
+            )
+        if route.min() < 0 or route.max() >= experts:
+            raise UserError(f"routes of server {n}: expert numbers are 0..{experts - 1}")
+        # Powers of two bound the number of compiled shapes.
+        padded = np.full((1 << (len(route) - 1).bit_length(), *route.shape[1:]), -1, np.int32)
+        padded[: len(route)] = route
+        transfers_ln, calls_ln = _flows(holders_le, jnp.int32(n), jnp.asarray(padded), num_servers)
+        transfers_lnn[:, n] = np.asarray(transfers_ln) / len(route)
+        calls_lnn[:, n] = np.asarray(calls_ln) / len(route)
+    return Traffic(transfers_lnn, calls_lnn, active_n)

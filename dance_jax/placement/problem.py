@@ -1,0 +1,120 @@
+"""The placement problem as a policy receives it, checked once for all policies."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from dance_jax.config import UserError
+from dance_jax.placement.core import Placement
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Problem:
+    """Checked inputs of a policy; built by `Problem.checked`."""
+
+    #: float64 [servers, layers, experts]: expert calls of the requests arriving at each server.
+    counts: np.ndarray
+    #: int64 [servers]: expert slots, never more than there are experts in all layers.
+    capacities: np.ndarray
+    #: Per server int [tokens, layers, k], or None: not known.
+    routes: tuple[np.ndarray, ...] | None
+    #: int64 [servers]: devices of each server.
+    devices: np.ndarray
+    #: Seconds per hidden state and call, for policies that predict time; None: their defaults.
+    cost: Any
+    #: The placement in force, for policies that keep churn low.
+    previous: Placement | None
+    #: Seed of policies that draw at random.
+    seed: int
+
+    @classmethod
+    def checked(
+        cls,
+        counts: np.ndarray,
+        capacities: Sequence[int] | np.ndarray,
+        *,
+        routes: Sequence[np.ndarray] | None,
+        devices: Sequence[int] | np.ndarray | None,
+        cost: Any,
+        previous: Placement | None,
+        seed: int,
+    ) -> Problem:
+        """Checks shapes, ranges and that all experts fit somewhere.
+
+        Raises:
+            UserError: something is of wrong shape, negative or not finite, or slots are missing.
+        """
+        counts = np.asarray(counts)
+        if counts.ndim != 3 or 0 in counts.shape or counts.dtype.kind not in "iuf":
+            raise UserError(
+                f"counts: {counts.dtype} {counts.shape}; "
+                "numbers [servers, layers, experts] are needed"
+            )
+        counts = counts.astype(np.float64)
+        if not np.isfinite(counts).all() or (counts < 0).any():
+            raise UserError("counts: every number must be finite and at least 0")
+        num_servers, layers, experts = counts.shape
+        return cls(
+            counts,
+            _checked_capacities(capacities, num_servers, layers * experts),
+            _checked_routes(routes, num_servers, layers, experts),
+            _per_server(
+                "devices", [1] * num_servers if devices is None else devices, num_servers, 1
+            ),
+            cost,
+            _checked_previous(previous, counts.shape),
+            seed,
+        )
+
+
+def _per_server(what: str, values: Sequence[int] | np.ndarray, num: int, least: int) -> np.ndarray:
+    """One whole number per server, none below `least`: int64 [servers]."""
+    array = np.asarray(values)
+    if array.shape != (num,) or array.dtype.kind not in "iu":
+        raise UserError(f"{what}: {num} whole numbers are needed, one per server; got {values}")
+    if (array < least).any():
+        raise UserError(f"{what}: every number must be at least {least}; got {values}")
+    return array.astype(np.int64)
+
+
+def _checked_capacities(
+    capacities: Sequence[int] | np.ndarray, num_servers: int, total: int
+) -> np.ndarray:
+    capacities_n = np.minimum(_per_server("capacities", capacities, num_servers, 0), total)
+    missing = total - int(capacities_n.sum())
+    if missing > 0:
+        raise UserError(
+            f"too little memory: the model has {total} experts and the servers have "
+            f"{total - missing} slots, {missing} slots are missing; "
+            "give servers more memory or add one"
+        )
+    return capacities_n
+
+
+def _checked_routes(
+    routes: Sequence[np.ndarray] | None, num_servers: int, layers: int, experts: int
+) -> tuple[np.ndarray, ...] | None:
+    if routes is None:
+        return None
+    if len(routes) != num_servers:
+        raise UserError(f"routes: {len(routes)} arrays for {num_servers} servers")
+    checked = tuple(np.asarray(route) for route in routes)
+    for n, route in enumerate(checked):
+        if route.ndim != 3 or route.shape[1] != layers or route.dtype.kind not in "iu":
+            raise UserError(
+                f"routes of server {n}: {route.dtype} {route.shape}; "
+                f"integers [tokens, {layers} layers, k] are needed"
+            )
+        if route.size and (route.min() < 0 or route.max() >= experts):
+            raise UserError(f"routes of server {n}: expert numbers are 0..{experts - 1}")
+    return checked
+
+
+def _checked_previous(previous: Placement | None, shape: tuple[int, ...]) -> Placement | None:
+    if previous is not None and previous.resident.shape != shape:
+        raise UserError(f"previous: placement {previous.resident.shape} for counts {shape}")
+    return previous

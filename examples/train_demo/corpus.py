@@ -1,0 +1,214 @@
+"""Text for the demo model from installed packages: five domains, deduplicated, split by document.
+
+Debian packages are downloaded with `apt-get download` and unpacked below --work (no root, nothing
+is installed); Python source comes from this interpreter's standard library and site-packages.
+Writes --work/corpus/<domain>.{train,heldout}.jsonl with one {"source", "text"} per line.
+"""
+
+import argparse
+import hashlib
+import json
+import random
+import re
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import arithmetic
+import readers
+
+HELDOUT_BYTES = 1_300_000  # 1 MB to measure bits per byte on, the rest for prompts
+TRAIN_BYTES = 16_000_000
+PYTHON_PACKAGES = """jax flax optax grain numpy scipy matplotlib orbax fontTools hypothesis rich
+pydantic fastapi starlette anyio huggingface_hub pygments setuptools pip _pytest fsspec etils
+treescope jinja2 httpx httpcore requests urllib3 tokenizers uvicorn click absl msgspec zmq aiohttp
+tqdm yaml pyparsing packaging filelock cycler dateutil simplejson humanize""".split()
+
+DOC, MAN, HELP = "usr/share/doc", "usr/share/man", "usr/share/help"
+LILYPOND = DOC + "/lilypond/html/Documentation"
+Reader = Callable[[Path], list[str]]
+html, text = readers.html_blocks, readers.text_blocks
+man, fortune = readers.man_blocks, readers.fortune_blocks
+
+# domain -> (package, pattern of files below the unpacked package, reader)
+SOURCES: dict[str, list[tuple[str, str, Reader]]] = {
+    "english": [
+        ("debian-handbook", DOC + "/debian-handbook/html/en-US/*.html", html),
+        ("debian-reference-en", "usr/share/debian-reference/*.en.html", html),
+        ("developers-reference", "usr/share/developers-reference/*.html", html),
+        ("debian-faq", DOC + "/debian/FAQ/*.html", html),
+        ("debian-policy", DOC + "/debian-policy/policy.html/_sources/*.txt", text),
+        ("debian-history", DOC + "/debian-history/docs/*.en.html", html),
+        ("installation-guide-amd64", DOC + "/installation-guide-amd64/en/*.html", html),
+        ("libreoffice-help-en-us", "usr/share/libreoffice/help/en-US/text/**/*.html", html),
+        ("gnome-user-docs", HELP + "/C/**/*.page", html),
+        ("evolution-common", HELP + "/C/**/*.page", html),
+        ("python3.11-doc", DOC + "/python3.11/html/_sources/**/*.txt", text),
+        ("git-doc", DOC + "/git-doc/**/*.txt", text),
+        ("postgresql-doc-15", DOC + "/postgresql-doc-15/html/*.html", html),
+        ("apache2-doc", DOC + "/apache2-doc/manual/en/**/*.html", html),
+        ("lilypond-doc-html", LILYPOND + "/[elmnu]*/**/*.html", html),
+        ("gimp-help-en", "usr/share/gimp/2.0/help/en/*.html", html),
+        ("linux-doc-6.1", DOC + "/linux-doc-6.1/html/_sources/[a-p]*/*.txt", text),
+        ("manpages", MAN + "/man*/*.gz", man),
+        ("fortunes", "usr/share/games/fortunes/[a-z]*", fortune),
+    ],
+    "german": [
+        ("debian-handbook", DOC + "/debian-handbook/html/de-DE/*.html", html),
+        ("debian-reference-de", "usr/share/debian-reference/*.de.html", html),
+        ("developers-reference-de", "usr/share/developers-reference/de/*.html", html),
+        ("debian-faq-de", DOC + "/debian/FAQ/de/*.html", html),
+        ("maint-guide-de", DOC + "/maint-guide-de/html/*.html", html),
+        ("installation-guide-amd64", DOC + "/installation-guide-amd64/de/*.html", html),
+        ("libreoffice-help-de", "usr/share/libreoffice/help/de/text/**/*.html", html),
+        ("gnome-user-docs", HELP + "/de/**/*.page", html),
+        ("evolution-common", HELP + "/de/**/*.page", html),
+        ("lilypond-doc-html-de", LILYPOND + "/*/*.de.html", html),
+        ("gimp-help-de", "usr/share/gimp/2.0/help/de/*.html", html),
+        ("manpages-de", MAN + "/de/man*/*.gz", man),
+        ("manpages-de-dev", MAN + "/de/man*/*.gz", man),
+        ("fortunes-de", "usr/share/games/fortunes/de/[a-z]*", fortune),
+    ],
+    "french": [
+        ("debian-handbook", DOC + "/debian-handbook/html/fr-FR/*.html", html),
+        ("debian-reference-fr", "usr/share/debian-reference/*.fr.html", html),
+        ("developers-reference-fr", "usr/share/developers-reference/fr/*.html", html),
+        ("debian-faq-fr", DOC + "/debian/FAQ/fr/*.html", html),
+        ("maint-guide-fr", DOC + "/maint-guide-fr/html/*.html", html),
+        ("aptitude-doc-fr", DOC + "/aptitude/html/fr/*.html", html),
+        ("installation-guide-amd64", DOC + "/installation-guide-amd64/fr/*.html", html),
+        ("libreoffice-help-fr", "usr/share/libreoffice/help/fr/text/**/*.html", html),
+        ("gnome-user-docs", HELP + "/fr/**/*.page", html),
+        ("evolution-common", HELP + "/fr/**/*.page", html),
+        ("apache2-doc", DOC + "/apache2-doc/manual/fr/**/*.html", html),
+        ("lilypond-doc-html-fr", LILYPOND + "/*/*.fr.html", html),
+        ("gimp-help-fr", "usr/share/gimp/2.0/help/fr/*.html", html),
+        ("manpages-fr", MAN + "/fr/man*/*.gz", man),
+        ("manpages-fr-dev", MAN + "/fr/man*/*.gz", man),
+    ],
+}
+NO_PROSE = re.compile(r"big-page|\.dat$|\.u8$|copyright|legal|/changelog|/index\.|whatsnew/changelog")
+
+
+def fetch(work: Path) -> None:
+    """Download and unpack the packages of SOURCES that --work/packages lacks."""
+    missing = []
+    for package in sorted({p for rows in SOURCES.values() for p, _, _ in rows}):
+        if not (work / "packages" / package).exists():
+            missing.append(package)
+    if not missing:
+        return
+    if not shutil.which("apt-get") or not shutil.which("dpkg-deb"):
+        raise SystemExit(f"needs Debian's apt-get and dpkg-deb to fetch: {' '.join(missing)}")
+    debs = work / "debs"
+    debs.mkdir(parents=True, exist_ok=True)
+    for package in missing:
+        got = subprocess.run(["apt-get", "download", "-q", package], cwd=debs)
+        found = sorted(debs.glob(f"{package}_*.deb"))
+        if got.returncode or not found:
+            raise SystemExit(f"apt-get download {package} failed: run apt-get update, or Debian 12")
+        target = work / "packages" / package
+        subprocess.run(["dpkg-deb", "-x", str(found[-1]), str(target)], check=True)
+
+
+def shuffled(paths: list[Path], root: Path) -> list[Path]:
+    """Paths in an order that depends only on their names below `root`."""
+    return sorted(set(paths), key=lambda p: hashlib.sha1(str(p.relative_to(root)).encode()).digest())
+
+
+def prose(domain: str, work: Path, seen: set[bytes]) -> Iterator[tuple[str, str]]:
+    """(source, text) of a documentation domain; a paragraph of `seen` is never repeated."""
+    root = work / "packages"
+    reader_of: dict[Path, Reader] = {}
+    for package, pattern, reader in SOURCES[domain]:
+        found = [p for p in (root / package).glob(pattern) if p.is_file()]
+        if not found:
+            raise SystemExit(f"no file matches {pattern} in package {package}")
+        reader_of |= {p: reader for p in found if not NO_PROSE.search(str(p.relative_to(root)))}
+    for path in shuffled(list(reader_of), root):
+        blocks = []
+        for block in reader_of[path](path):
+            key = re.sub(r"\d+", "0", re.sub(r"\W+", " ", block.casefold())).strip()
+            digest = hashlib.sha1(key.encode()).digest()[:10]
+            if len(key) >= 24:
+                if digest in seen:
+                    continue
+                seen.add(digest)
+            blocks.append(block)
+        if sum(map(len, blocks)) >= 300:
+            chat = len(blocks) > 1 and len(blocks[0]) < 80 and len("".join(blocks)) < 3000
+            if chat and hashlib.sha1(path.name.encode()).digest()[0] < 64:
+                blocks[0:2] = [f"User: {blocks[0]}\nAssistant: {blocks[1]}"]
+            yield str(path.relative_to(root)), "\n\n".join(blocks)
+
+
+def code(seen: set[bytes]) -> Iterator[tuple[str, str]]:
+    """(source, text) of Python files; one with over 40 % known lines is a near duplicate."""
+    roots = [Path(sysconfig.get_paths()[name]) for name in ("stdlib", "purelib")]
+    paths: dict[Path, Path] = {}
+    for root, tops in zip(roots, (["."], PYTHON_PACKAGES), strict=True):
+        for top in tops:
+            for path in (root / top).rglob("*.py"):
+                name = str(path.relative_to(root))
+                if root == roots[0] and re.match(r"site-packages|dist-packages|test|lib2to3", name):
+                    continue
+                paths[path] = root
+    ordered = sorted(
+        paths, key=lambda p: hashlib.sha1(str(p.relative_to(paths[p])).encode()).digest()
+    )
+    for path in ordered:
+        body = readers.read_text(path)
+        lines = body.splitlines()
+        digits = sum(c.isdigit() for c in body)
+        if not 300 <= len(body) <= 150_000 or max(map(len, lines)) > 400 or digits > len(body) / 8:
+            continue
+        keys = {hashlib.sha1(s.encode()).digest()[:10] for s in map(str.strip, lines) if len(s) > 24}
+        if len(keys & seen) > 0.4 * len(keys):
+            continue
+        seen |= keys
+        yield str(path.relative_to(paths[path])), body
+
+
+def sums(seed: int) -> Iterator[tuple[str, str]]:
+    """(source, text) of generated arithmetic without end; a text comes once."""
+    rng, seen = random.Random(seed), set()
+    while True:
+        page = arithmetic.document(rng)
+        if page not in seen:
+            seen.add(page)
+            yield "arithmetic.py", page
+
+
+def write(domain: str, documents: Iterator[tuple[str, str]], out: Path) -> None:
+    """The first HELDOUT_BYTES of documents become held-out text, the next ones training text."""
+    for part, limit in (("heldout", HELDOUT_BYTES), ("train", TRAIN_BYTES)):
+        size = count = 0
+        with (out / f"{domain}.{part}.jsonl").open("w") as file:
+            for source, body in documents:
+                if part == "heldout" and len(body) > 60_000:
+                    body = body[:60_000]
+                file.write(json.dumps({"source": source, "text": body}, ensure_ascii=False) + "\n")
+                size, count = size + len(body.encode()), count + 1
+                if size >= limit:
+                    break
+        print(f"{domain:8} {part:8} {count:6} documents {size / 1e6:6.2f} MB", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, required=True, help="folder for packages and corpus")
+    work: Path = parser.parse_args().work
+    fetch(work)
+    out = work / "corpus"
+    out.mkdir(parents=True, exist_ok=True)
+    seen: set[bytes] = set()
+    for domain in SOURCES:
+        write(domain, prose(domain, work, seen), out)
+    write("code", code(set()), out)
+    write("math", sums(seed=1), out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""Training batches with grain: all domains in every batch, in a fixed ratio, order from a seed.
+
+`python data.py --work W` turns W/corpus and W/tokenizer.json into W/tokens/<domain>.npy.
+"""
+
+import argparse
+from pathlib import Path
+
+import grain
+import numpy as np
+from tokenizer import BOS, DOMAINS, EOS, documents
+from tokenizers import Tokenizer
+
+WEIGHTS = {"code": 0.32, "english": 0.22, "german": 0.175, "french": 0.175, "math": 0.11}
+
+
+class Windows:
+    """Random access to consecutive windows of `length` + 1 tokens (inputs and targets)."""
+
+    def __init__(self, path: Path, domain: int, length: int) -> None:
+        self.tokens, self.domain, self.length = np.load(path, mmap_mode="r"), domain, length
+
+    def __len__(self) -> int:
+        return (len(self.tokens) - 1) // self.length
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        start = index * self.length
+        window = self.tokens[start : start + self.length + 1].astype(np.int32)
+        return {"tokens": window, "domain": np.int32(self.domain)}
+
+
+def batches(folder: Path, length: int, batch: int, seed: int) -> grain.DatasetIterator:
+    """Endless iterator of {"tokens": [batch, length + 1], "domain": [batch]}.
+
+    The domain is for the log alone: the model never sees it. get_state and set_state resume it.
+    """
+    parts = []
+    for number, domain in enumerate(DOMAINS):
+        windows = Windows(folder / f"{domain}.npy", number, length)
+        parts.append(grain.MapDataset.source(windows).seed(seed + number).shuffle().repeat())
+    mixed = grain.MapDataset.mix(parts, weights=[WEIGHTS[d] for d in DOMAINS])
+    return iter(mixed.batch(batch).to_iter_dataset())
+
+
+def tokenize(work: Path) -> None:
+    """Write each domain's training documents as one token array, BOS and EOS around each."""
+    tokenizer = Tokenizer.from_file(str(work / "tokenizer.json"))
+    begin, end = tokenizer.token_to_id(BOS), tokenizer.token_to_id(EOS)
+    (work / "tokens").mkdir(exist_ok=True)
+    for domain in DOMAINS:
+        bodies = list(documents(work / "corpus", domain, "train"))
+        ids: list[int] = []
+        for encoding in tokenizer.encode_batch(bodies, add_special_tokens=False):
+            ids += [begin, *encoding.ids, end]
+        np.save(work / "tokens" / f"{domain}.npy", np.array(ids, np.uint16))
+        print(f"{domain:8} {len(ids) / 1e6:.2f} million tokens", flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, required=True)
+    tokenize(parser.parse_args().work)

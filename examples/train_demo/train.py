@@ -1,0 +1,129 @@
+"""Train the demo model for a given time. Stop it whenever you like: it resumes where it was.
+
+The learning rate rises, stays, and falls linearly to zero at the end of the --minutes, which
+count over all restarts. Checkpoints are written whole and then renamed.
+"""
+
+import argparse
+import json
+import os
+import pickle
+import time
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from data import batches
+from model import Config, init, loss
+from optax import contrib
+from tokenizer import DOMAINS
+
+SHAPES = {"short": (8, 512), "long": (2, 2048)}  # (sequences, tokens of each) in a batch
+LONG_EVERY = 8  # every eighth batch is a long one
+WARMUP_STEPS, DECAY_SHARE = 60, 0.3
+
+
+def muon_axes(params: dict) -> dict:
+    """Muon for the matrices (each expert's on its own), AdamW for embedding, router and norms."""
+
+    def axes(path: tuple, leaf: jax.Array) -> contrib.MuonDimensionNumbers | None:
+        name = jax.tree_util.keystr(path)
+        if leaf.ndim < 2 or "embed" in name or "router" in name:
+            return None
+        return contrib.MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1)
+
+    return jax.tree_util.tree_map_with_path(axes, params)
+
+
+OPTIMIZER = contrib.muon(
+    6e-3,
+    ns_steps=4,
+    consistent_rms=0.2,
+    weight_decay=0.05,
+    adam_learning_rate=4e-3,
+    adam_b2=0.95,
+    muon_weight_dimension_numbers=muon_axes,
+)
+
+
+@partial(jax.jit, static_argnums=4, donate_argnums=(0, 1))
+def train_step(params: dict, state: tuple, tokens: jax.Array, rate: jax.Array, config: Config):
+    """One update on tokens [B, T+1]; `rate` in [0, 1] scales the peak learning rates."""
+    (_, logged), grads = jax.value_and_grad(loss, has_aux=True)(params, tokens, config)
+    updates, state = OPTIMIZER.update(grads, state, params)
+    params = optax.apply_updates(params, jax.tree.map(lambda u: u * rate, updates))
+    return params, state, logged
+
+
+def schedule(step: int, progress: float) -> float:
+    """Share of the peak learning rate at a share `progress` of the time."""
+    return max(0.0, min((step + 1) / WARMUP_STEPS, (1 - progress) / DECAY_SHARE, 1.0))
+
+
+def save(path: Path, params: dict, state: tuple, iterators: dict, counters: dict) -> None:
+    arrays = jax.tree.map(np.asarray, (params, state))
+    data = {name: it.get_state() for name, it in iterators.items()}
+    with path.with_suffix(".new").open("wb") as file:
+        pickle.dump({"arrays": arrays, "data": data, "counters": counters}, file)
+    os.replace(path.with_suffix(".new"), path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, required=True, help="of training in all")
+    parser.add_argument("--save-every", type=float, default=3, help="minutes between checkpoints")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    config = Config()
+    path = args.work / "checkpoint.pickle"
+    iterators = {
+        name: batches(args.work / "tokens", length, batch, args.seed + 100 * i)
+        for i, (name, (batch, length)) in enumerate(SHAPES.items())
+    }
+    counters = {"step": 0, "seconds": 0.0, "tokens": 0}
+    if path.exists():
+        saved = pickle.loads(path.read_bytes())
+        params, state = jax.tree.map(jnp.asarray, saved["arrays"])
+        counters = saved["counters"]
+        for name, iterator in iterators.items():
+            iterator.set_state(saved["data"][name])
+        print(f"resumed at step {counters['step']}", flush=True)
+    else:
+        params = init(config, jax.random.key(args.seed))
+        state = OPTIMIZER.init(params)
+
+    log = (args.work / "train_log.jsonl").open("a")
+    window: dict[str, list] = {d: [] for d in DOMAINS}
+    last_save = counters["seconds"]
+    while (progress := counters["seconds"] / (60 * args.minutes)) < 1:
+        began = time.monotonic()
+        name = "long" if counters["step"] % LONG_EVERY == LONG_EVERY - 1 else "short"
+        batch = next(iterators[name])
+        rate = schedule(counters["step"], progress)
+        params, state, logged = train_step(params, state, batch["tokens"], jnp.float32(rate), config)
+        losses = np.asarray(logged["nll"])
+        for domain, value in zip(batch["domain"], losses, strict=True):
+            window[DOMAINS[domain]].append(float(value))
+        counters["step"] += 1
+        counters["tokens"] += losses.size * SHAPES[name][1]
+        counters["seconds"] += time.monotonic() - began
+        if counters["step"] % 20 == 0:
+            row = {k: round(v, 1) for k, v in counters.items()} | {"rate": round(rate, 3)}
+            row |= {d: round(float(np.mean(v)), 3) for d, v in window.items() if v}
+            row |= {k: round(float(logged[k]), 4) for k in ("balance", "dropped")}
+            print(json.dumps(row), file=log, flush=True)
+            window = {d: [] for d in DOMAINS}
+        if counters["seconds"] - last_save > 60 * args.save_every:
+            save(path, params, state, iterators, counters)
+            last_save = counters["seconds"]
+    save(path, params, state, iterators, counters)
+    print(f"done: {counters}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""Three real processes with 1, 1 and 2 devices, alive through the test session."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import pickle
+import socket
+import subprocess
+import sys
+from typing import Any
+
+from dance_jax.placement.core import Layout
+
+DEVICES = (1, 1, 2)
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+class TestCluster:
+    """Sends every command to all servers and collects their replies."""
+
+    __test__ = False
+
+    def __init__(self) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        devices = ",".join(map(str, DEVICES))
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        self.processes = [
+            subprocess.Popen(
+                [sys.executable, "-m", "tests.cluster.worker", str(rank), port, devices],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                cwd=ROOT,
+                env=environment,
+            )
+            for rank in range(len(DEVICES))
+        ]
+
+    def send(self, *command: Any) -> list[Any]:
+        """One reply per server."""
+        for process in self.processes:
+            assert process.stdin is not None
+            pickle.dump(command, process.stdin)
+            process.stdin.flush()
+        return [pickle.load(process.stdout) for process in self.processes]  # type: ignore[arg-type]
+
+    def place(self, layout: Layout) -> list[Any]:
+        return self.send("place", layout)
+
+    def step(self, commands: list[Any]) -> list[Any]:
+        return self.send("step", commands)
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
+            for pipe in (process.stdin, process.stdout):
+                assert pipe is not None
+                pipe.close()

@@ -1,0 +1,116 @@
+"""A tiny random DeepSeek-V2 for cluster tests: its runner, and one step of raw token rows."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from dance_jax.config import EngineConfig
+from dance_jax.engine.runner import Runner
+from dance_jax.engine.scheduler import Row, StepPlan
+from dance_jax.engine.sequence import SamplingParams, Sequence
+from dance_jax.models import ModelConfig
+from dance_jax.models.build import init_random
+from dance_jax.models.random_weights import random_expert_tensors
+from dance_jax.placement.core import Layout
+
+FIELDS = {
+    "model_type": "deepseek_v2",
+    "vocab_size": 260,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "n_shared_experts": 1,
+    "n_routed_experts": 16,
+    "num_experts_per_tok": 4,
+    "routed_scaling_factor": 2.0,
+    "kv_lora_rank": 16,
+    "q_lora_rank": None,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "topk_method": "greedy",
+    "n_group": None,
+    "topk_group": None,
+    "norm_topk_prob": False,
+    "scoring_func": "softmax",
+    "moe_layer_freq": 1,
+    "first_k_dense_replace": 1,
+    "hidden_act": "silu",
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float32",
+    "eos_token_id": 1,
+    "bos_token_id": 0,
+}
+CONFIG = ModelConfig.from_hf(FIELDS)
+ENGINE = EngineConfig(
+    max_model_len=128, max_num_seqs=4, decode_rows=(4,), prefill=((2, 32),), route_sample=64
+)
+LAYERS, EXPERTS = len(CONFIG.moe_layers), CONFIG.num_experts
+
+
+def read_experts(pairs: list[tuple[int, int]]):
+    """Stands in for a checkpoint: the same weights as `init_random` goes with."""
+    tensors = dict(random_expert_tensors(CONFIG, seed=0))
+    stacks = []
+    for part in ("gate_proj", "up_proj", "down_proj"):
+        names = (
+            f"model.layers.{CONFIG.moe_layers[layer]}.mlp.experts.{expert}.{part}.weight"
+            for layer, expert in pairs
+        )
+        stacks.append(np.stack([tensors[name].T for name in names]))
+    return tuple(stacks)
+
+
+def runner(layout: Layout, rank: int) -> Runner:
+    return Runner(CONFIG, init_random(CONFIG, seed=0), read_experts, layout, rank, ENGINE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """Rows of one device: (slot, start, tokens) each."""
+
+    rows: tuple[tuple[int, int, tuple[int, ...]], ...]
+
+
+def run(runner: Runner, command: tuple[tuple[int, int], list[Tokens]]) -> list[dict]:
+    """One step in a bucket; per device the logits and routes of its rows and the traffic."""
+    (rows, chunk), devices = command
+    full = chunk == 1 and rows == ENGINE.max_num_seqs
+    entries = tuple(
+        tuple(
+            Row(
+                Sequence("r", 0, list(tokens), SamplingParams(temperature=0), 1, 0),
+                slot if full else index,
+                slot,
+                start,
+                list(tokens),
+                True,
+            )
+            for index, (slot, start, tokens) in enumerate(device.rows)
+        )
+        for device in devices
+    )
+    outcomes, extras = runner.run(StepPlan(rows, chunk, entries), active=True)
+    replies = []
+    for device, (outcome, logits, routes) in enumerate(
+        zip(outcomes, runner.read(extras.logits), runner.read(extras.routes), strict=True)
+    ):
+        used = [row.index for row in entries[device]]
+        replies.append(
+            {
+                "logits": logits[used],
+                "token": outcome.token[used],
+                "routes": [routes[r.index, : len(r.tokens)] for r in entries[device]],
+                "rows": outcome.rows,
+                "first": outcome.first,
+            }
+        )
+    return replies

@@ -1,0 +1,173 @@
+"""Placement, its metrics against a plain reading of their definitions, and its file."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dance_jax.config import UserError
+from dance_jax.placement import Placement
+
+SHAPE, TOKENS, K = (3, 2, 6), 8, 3
+LAYERS, EXPERTS = SHAPE[1:]
+
+
+@st.composite
+def placements(draw):
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    resident = rng.random(SHAPE) < draw(st.sampled_from([0.0, 0.3, 0.7]))
+    home = rng.integers(0, SHAPE[0], SHAPE[1:])
+    return Placement(resident | (np.arange(SHAPE[0])[:, None, None] == home))
+
+
+def random_routes(seed, lengths=(TOKENS, TOKENS - 3, 1)):
+    rng = np.random.default_rng(seed)
+    return [
+        np.argsort(rng.random((length, LAYERS, EXPERTS)), axis=2)[:, :, :K] for length in lengths
+    ]
+
+
+def plain_metrics(resident, routes, devices):
+    """Flows by one loop per token: (remote, transfers, busiest, load)."""
+    num_servers = len(resident)
+    flow = np.zeros((LAYERS, num_servers, num_servers))
+    calls = np.zeros((LAYERS, num_servers))
+    remote, visits = np.zeros(num_servers), np.zeros(num_servers)
+    for n, route in enumerate(routes):
+        for token in route:
+            for layer in range(LAYERS):
+                missing = [e for e in token[layer] if not resident[n, layer, e]]
+                chosen = next(
+                    servers
+                    for size in range(num_servers + 1)
+                    for servers in itertools.combinations(range(num_servers), size)
+                    if all(resident[list(servers), layer, e].any() for e in missing)
+                )
+                remote[n] += len(missing) / (len(route) * LAYERS * K)
+                visits[n] += len(chosen) / (len(route) * LAYERS)
+                for m in chosen:
+                    flow[layer, n, m] += 1 / len(route)
+                for e in token[layer]:
+                    at = n if e not in missing else min(m for m in chosen if resident[m, layer, e])
+                    calls[layer, at] += 1 / (len(route) * K * num_servers)
+    ways = np.concatenate([flow.sum(2), flow.sum(1)], axis=1)
+    load = (calls / np.array(devices)).max(1).mean()
+    return remote.mean(), visits.mean(), ways.max(1).mean(), load
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, database=None)
+@given(placements(), st.integers(0, 2**32 - 1))
+def test_metrics_follow_their_definitions(placement, seed):
+    routes, devices = random_routes(seed), [1, 1, 2]
+    got = (
+        placement.remote(routes),
+        placement.transfers(routes),
+        placement.busiest(routes),
+        placement.load(routes, devices),
+    )
+    assert got == pytest.approx(plain_metrics(placement.resident, routes, devices), abs=1e-12)
+
+
+@settings(max_examples=15, deadline=None, derandomize=True, database=None)
+@given(placements(), st.integers(0, 2**32 - 1), st.permutations(range(3)))
+def test_metrics_do_not_depend_on_names(placement, seed, order):
+    """Renumbering experts changes nothing; renumbering servers keeps what ties cannot change."""
+    routes = random_routes(seed)
+    rng = np.random.default_rng(seed)
+    names = rng.permutation(EXPERTS)
+    renamed = Placement(placement.resident[:, :, np.argsort(names)])
+    new_routes = [names[route] for route in routes]
+    for metric in ("remote", "transfers", "busiest", "load"):
+        want = getattr(placement, metric)(routes)
+        assert getattr(renamed, metric)(new_routes) == pytest.approx(want)
+    moved = Placement(placement.resident[list(order)])
+    for metric in ("remote", "transfers"):
+        want = getattr(placement, metric)(routes)
+        assert getattr(moved, metric)([routes[n] for n in order]) == pytest.approx(want)
+
+
+def test_everything_everywhere_moves_nothing():
+    placement = Placement(np.ones(SHAPE, bool))
+    traffic = placement.traffic(random_routes(0))
+    assert (traffic.remote, traffic.transfers, traffic.busiest) == (0, 0, 0)
+    assert traffic.load([1, 1, 2]) == pytest.approx(1 / 3)
+
+
+def test_a_server_without_tokens_is_left_out():
+    placement = Placement(np.arange(3)[:, None, None] == np.zeros(SHAPE[1:], int))
+    traffic = placement.traffic(random_routes(0, lengths=(4, 4, 0)))
+    assert traffic.remote == traffic.transfers == pytest.approx(0.5)
+    assert traffic.busiest == pytest.approx(1)
+    assert traffic.load() == pytest.approx(1)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, database=None)
+@given(placements(), st.integers(0, 2**32 - 1))
+def test_local_share_is_what_remote_measures(placement, seed):
+    routes = random_routes(seed, lengths=(5, 5, 5))
+    counts = np.zeros(SHAPE, np.int64)
+    for n, route in enumerate(routes):
+        for layer in range(LAYERS):
+            np.add.at(counts[n, layer], route[:, layer].ravel(), 1)
+    assert placement.local_share(counts) == pytest.approx(1 - placement.remote(routes))
+    assert placement.local_shares(counts).mean() == pytest.approx(placement.local_share(counts))
+
+
+def test_local_share_without_counts_is_the_share_of_experts_held():
+    placement = Placement(np.arange(3)[:, None, None] == np.zeros(SHAPE[1:], int))
+    assert placement.local_shares(np.zeros(SHAPE)).tolist() == [1, 0, 0]
+    assert placement.local_share(np.zeros(SHAPE)) == pytest.approx(1 / 3)
+
+
+def test_validate():
+    resident = np.zeros(SHAPE, bool)
+    resident[0] = True
+    Placement(resident).validate([12, 0, 0])
+    with pytest.raises(UserError, match="server 0 holds 12 experts in 11 slots"):
+        Placement(resident).validate([11, 9, 9])
+    with pytest.raises(UserError, match="3 servers, 2 capacities"):
+        Placement(resident).validate([11, 9])
+    resident[0, 1, 4] = False
+    with pytest.raises(UserError, match=r"1 experts .* expert 4 of MoE layer 1"):
+        Placement(resident).validate()
+
+
+def test_holders_is_a_bitmask():
+    resident = np.zeros(SHAPE, bool)
+    resident[[0, 2], 1, 5] = True
+    holders = Placement(resident).holders
+    assert holders.dtype == np.int32 and holders[1, 5] == 0b101 and holders.sum() == 5
+    with pytest.raises(UserError, match="32 servers"):
+        _ = Placement(np.ones((32, 1, 1), bool)).holders
+
+
+def test_file_round_trip_and_torn_file(tmp_path):
+    placement = Placement(np.random.default_rng(0).random(SHAPE) < 0.5)
+    path = tmp_path / "placement.npz"
+    placement.save(path)
+    assert Placement.from_file(path) == placement
+    assert [file.name for file in tmp_path.iterdir()] == ["placement.npz"]
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(UserError, match=r"placement\.npz"):
+        Placement.from_file(path)
+    with pytest.raises(UserError, match="missing"):
+        Placement.from_file(tmp_path / "missing.npz")
+
+
+def test_malformed_inputs():
+    with pytest.raises(UserError, match="bool"):
+        Placement(np.ones(SHAPE))
+    placement = Placement(np.ones(SHAPE, bool))
+    with pytest.raises(UserError, match="do not fit"):
+        placement.local_share(np.ones((3, 2, 5)))
+    routes = random_routes(0)
+    with pytest.raises(UserError, match="routes of 2 servers"):
+        placement.remote(routes[:2])
+    with pytest.raises(UserError, match="expert numbers"):
+        placement.remote([routes[0], routes[1] + EXPERTS, routes[2]])
+    with pytest.raises(UserError, match="no server has a token"):
+        placement.remote([route[:0] for route in routes])
+    with pytest.raises(UserError, match="devices"):
+        placement.load(routes, [1, 1])
