@@ -7,10 +7,12 @@ from typing import Protocol
 
 #: What decoders write for bytes that are no (or not yet a) character.
 _OPEN = "\ufffd"
-#: Tokens of the prompt decoded together with the first output token (leading spaces depend on it).
-_CONTEXT = 4
-#: A character has at most 4 bytes: bytes still open after this many tokens are no character.
-_PATIENCE = 12
+#: Tokens that may be looked through for a context (leading spaces depend on the token before).
+_LONGEST_CONTEXT = 32
+#: The window is shortened when it is longer.
+_LONG = 4
+#: A character has at most 4 bytes: after so many tokens without one, some bytes are no character.
+_PATIENCE = 4
 
 
 class Decoder(Protocol):
@@ -45,10 +47,10 @@ class Detokenizer:
         self._stop = tuple(stop)
         self._min_tokens = min_tokens
         self._num_tokens = 0
-        #: Last tokens; the first `_read` of them are `_read_text`, already passed on.
-        self._window = list(prompt_token_ids[-_CONTEXT:])
-        self._read = len(self._window)
-        self._read_text = decoder.decode(self._window).rstrip(_OPEN) if self._window else ""
+        #: Last tokens, and what of their text was passed on: all but open bytes at the end.
+        self._window, self._read = self._context(list(prompt_token_ids[-_LONGEST_CONTEXT:]))
+        #: Tokens since the window's text last grew.
+        self._idle = 0
         #: Text that may be the beginning of a stop string.
         self._held = ""
         #: The stop string that ended the text.
@@ -62,41 +64,40 @@ class Detokenizer:
 
     def finish(self) -> str:
         """The rest of the text, when no more tokens come."""
-        rest = ""
-        if self.stopped_by is None and len(self._window) > self._read:
-            text = self._decoder.decode(self._window)
-            rest = self._pass_on(text[len(self._read_text) :].rstrip(_OPEN))
-        rest += self._held
-        self._held = ""
-        self._window.clear()
-        self._read, self._read_text = 0, ""
+        rest, self._held = self._held, ""
         return rest
 
     def _decode(self) -> str:
         """New whole characters of the window."""
         text = self._decoder.decode(self._window)
-        end = len(self._window)
-        if text.endswith(_OPEN):
-            if end - self._read < _PATIENCE:
-                return ""
-            end, text = self._whole_part(text)
-        new = text[len(self._read_text) :]
-        # What was just read stays as the context of the next token.
-        self._window = self._window[self._read :]
-        self._read = end - self._read
-        self._read_text = self._decoder.decode(self._window[: self._read])
+        # An open character is one U+FFFD to byte-level decoders; byte fallback writes one for every
+        # byte, even of the whole characters just before it.
+        whole = text.rstrip(_OPEN)
+        if len(whole) > len(self._read):
+            new = whole[len(self._read) :]
+            self._read, self._idle = whole, 0
+            if len(self._window) > _LONG:
+                self._window, self._read = self._context(self._window)
+            return new
+        self._idle += 1
+        if self._idle < _PATIENCE or len(text) <= len(self._read) + 1:
+            return ""
+        # Only the last U+FFFD can still become a character, and it is within the last tokens.
+        new = text[len(self._read) : -1]
+        self._window, self._idle = self._window[-_PATIENCE:], 0
+        self._read = self._decoder.decode(self._window)[:-1]
         return new
 
-    def _whole_part(self, text: str) -> tuple[int, str]:
-        """Longest part of the window, (tokens, text), that no further token can change.
+    def _context(self, tokens: list[int]) -> tuple[list[int], str]:
+        """The fewest last tokens with a whole character in their text, and this text.
 
-        Where cutting the tokens cuts the text, no character runs across the cut.
+        It may begin with U+FFFD, the end of a character cut off; more tokens do not change it.
         """
-        for end in range(len(self._window) - 1, self._read, -1):
-            head = self._decoder.decode(self._window[:end])
-            if head + self._decoder.decode(self._window[end:]) == text:
-                return end, head
-        return len(self._window), text
+        for count in range(1, len(tokens) + 1):
+            whole = self._decoder.decode(tokens[-count:]).rstrip(_OPEN)
+            if whole:
+                return tokens[-count:], whole
+        return [], ""
 
     def _pass_on(self, new: str) -> str:
         """Text that is no part of a stop string, now and later."""

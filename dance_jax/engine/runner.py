@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -15,22 +14,19 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dance_jax.config import EngineConfig
 from dance_jax.engine import step as step_module
+from dance_jax.engine.compile_cache import CompileCache
 from dance_jax.engine.kv_cache import Memory, new_memory
 from dance_jax.engine.scheduler import Row, StepPlan
-from dance_jax.engine.step import Batch, Extras, Outcome
+from dance_jax.engine.step import Extras, Outcome
 from dance_jax.models.config import ModelConfig
 from dance_jax.models.exchange import AXIS, Tables, Topology
 from dance_jax.models.experts import Pool
 from dance_jax.placement.core import Layout
 
-logger = logging.getLogger(__name__)
-
 #: (rows, chunk) of a compiled step.
 Bucket = tuple[int, int]
 #: Reads experts: pairs (layer, expert) -> w_gate [n, d, f], w_up [n, d, f], w_down [n, f, d].
 ReadExperts = Callable[[list[tuple[int, int]]], tuple[np.ndarray, np.ndarray, np.ndarray]]
-#: Compiles a lowered step, perhaps from a cache: (bucket, lowered) -> executable.
-Compile = Callable[[Bucket, Any], Any]
 
 
 def cluster_mesh(devices: tuple[int, ...]) -> Mesh:
@@ -66,7 +62,7 @@ class Runner:
         layout: Layout,
         rank: int,
         config: EngineConfig,
-        compile_step: Compile | None = None,
+        compile_cache: CompileCache,
     ):
         self.model_config = model_config
         self.config = config
@@ -78,7 +74,7 @@ class Runner:
         if jax.process_count() == 1 and len(layout.devices) > 1:
             raise RuntimeError("several servers need a process each")
         self._read_experts = read_experts
-        self._compile_step = compile_step or (lambda bucket, lowered: lowered.compile())
+        self._compile_cache = compile_cache
         self._executables: dict[Bucket, Any] = {}
         self.graphdef, state = nnx.split(trunk)
         self.state = jax.tree.map(self._replicated, state)
@@ -166,12 +162,13 @@ class Runner:
     def compile(self, bucket: Bucket) -> Any:
         """The executable of a bucket, compiled at first use."""
         if bucket not in self._executables:
-            batch = self._pack_batches(((),) * len(self.devices), bucket, active=False)
-            lowered = self.lower(bucket, batch)
-            self._executables[bucket] = self._compile_step(bucket, lowered)
+            key = ("step", self.topology, bucket)
+            self._executables[bucket] = self._compile_cache.compile(key, lambda: self.lower(bucket))
         return self._executables[bucket]
 
-    def lower(self, bucket: Bucket, batch: jax.Array) -> Any:
+    def lower(self, bucket: Bucket) -> jax.stages.Lowered:
+        """The step of a bucket, traced for this process."""
+        batch = self._pack_batches(((),) * len(self.devices), bucket, active=False)
         like = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype),
             step_module.host_batch((), bucket, self.config.max_model_len, False),
@@ -213,7 +210,7 @@ class Runner:
 
         Args:
             plan: this server's rows; an empty plan takes part with padding alone.
-            active: this server has work after this step.
+            active: this server has work.
 
         Returns:
             The outcome of each device, in numpy, and the extras, still on the devices.
@@ -246,3 +243,11 @@ class Runner:
     def counts(self) -> np.ndarray:
         """int64 [l, e]: expert calls of this server's tokens since the start."""
         return sum(part.astype(np.int64) for part in self._local(self.memory.counts))  # type: ignore
+
+    def pool_bytes(self) -> list[int]:
+        """Bytes of the live expert arrays on each of this server's devices."""
+        sizes = dict.fromkeys(self.devices, 0)
+        for leaf in self.pool:
+            for shard in leaf.addressable_shards:
+                sizes[shard.device] += shard.data.nbytes
+        return list(sizes.values())

@@ -27,7 +27,7 @@ class Batch(NamedTuple):
     start: Array
     length: Array
     slot: Array
-    #: bool []: this server has work after this step.
+    #: bool []: this server has work.
     active: Array
     sampling: SamplingState
 
@@ -39,7 +39,7 @@ class Outcome(NamedTuple):
     token: Array
     logprob: Array
     rank: Array
-    #: bool []: some server has work.
+    #: bool []: some server had work.
     active: Array
     #: int32 [l, n, n] and [l]: `Exchanged.rows` and `.first` of each MoE layer.
     rows: Array
@@ -65,7 +65,7 @@ def host_batch(rows: tuple[Row, ...], shape: tuple[int, int], scratch: int, acti
         rows: the rows in use.
         shape: (rows, chunk) of the bucket.
         scratch: a position past the context, where unused rows write.
-        active: this server has work after this step.
+        active: this server has work.
     """
     token = np.zeros(shape, np.int32)
     start = np.zeros(shape[0], np.int32)
@@ -150,18 +150,15 @@ def run_step(
     valid_rc = jnp.arange(chunk) < batch.length[:, None]
     valid_t = valid_rc.reshape(-1)
     exchange = Exchange(topology, pool, tables, batch.active)
-    routes, exchanged = [], []
 
-    def moe(l: int, x_td: Array, expert_tk: Array, weight_tk: Array) -> Array:
-        y_td, record = exchange(l, x_td, expert_tk, weight_tk, valid_t, memory.credit[l])
-        routes.append(expert_tk)
-        exchanged.append(record)
-        return y_td
+    def moe(layer: Array, x_td: Array, expert_tk: Array, weight_tk: Array):
+        y_td, exchanged = exchange(layer, x_td, expert_tk, weight_tk, valid_t, memory.credit[layer])
+        return y_td, (expert_tk, exchanged)
 
     # In a full decode row i is slot i: the cache is read where it lies.
     whole = chunk == 1 and rows == config.max_num_seqs
     cached = memory.cache if whole else tuple(layer[batch.slot] for layer in memory.cache)
-    hidden_rcd, fresh = model(batch.token, batch.start, cached, moe)
+    hidden_rcd, fresh, (route_ltk, exchanged) = model(batch.token, batch.start, cached, moe)
     last_rd = jnp.take_along_axis(
         hidden_rcd, jnp.maximum(batch.length - 1, 0)[:, None, None], axis=1
     )[:, 0]
@@ -177,21 +174,19 @@ def run_step(
         write(layer, new, batch.slot, position_r)
         for layer, new in zip(memory.cache, fresh, strict=True)
     )
-    route_ltk = jnp.stack(routes)
-    layers = jnp.arange(len(routes))[:, None, None]
+    layers = jnp.arange(route_ltk.shape[0])[:, None, None]
     calls = jnp.broadcast_to(valid_t[None, :, None], route_ltk.shape).astype(jnp.int32)
     counts = memory.counts.at[layers, route_ltk].add(calls)
-    credit = jnp.stack([record.credit for record in exchanged])
     outcome = Outcome(
         token=sampled.token,
         logprob=sampled.logprob,
         rank=sampled.rank,
-        active=exchanged[-1].active,
-        rows=jnp.stack([record.rows for record in exchanged]),
-        first=jnp.stack([record.first for record in exchanged]),
+        active=exchanged.active[-1],
+        rows=exchanged.rows,
+        first=exchanged.first,
     )
     route_rclk = jnp.moveaxis(route_ltk, 0, 1).reshape(rows, chunk, *jnp.shape(route_ltk)[::2])
     extras = Extras(
         sampled.top_token, sampled.top_logprob, route_rclk.astype(jnp.uint16), logits_rv
     )
-    return Memory(cache, seen, counts, credit), pack_traced(outcome), extras
+    return Memory(cache, seen, counts, exchanged.credit), pack_traced(outcome), extras

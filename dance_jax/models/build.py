@@ -67,6 +67,4 @@ def _skeleton(config: ModelConfig, dtype: str) -> Trunk:
 
 def _abstract(config: ModelConfig, dtype: str) -> dict[str, tuple[tuple, nnx.Variable]]:
     _, state = nnx.split(_skeleton(config, dtype))
-    return {
-        ".".join(map(str, key)): (key, variable) for key, variable in nnx.to_flat_state(state)
-    }
+    return {".".join(map(str, key)): (key, variable) for key, variable in nnx.to_flat_state(state)}

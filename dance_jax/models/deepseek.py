@@ -8,7 +8,7 @@ from flax import nnx
 
 from dance_jax.models.attention import LatentAttentionLayer, Rotation
 from dance_jax.models.config import LatentAttention, ModelConfig
-from dance_jax.models.layers import GatedMLP, MoE, RMSNorm, Trunk, parameter
+from dance_jax.models.layers import GatedMLP, RMSNorm, Routed, Trunk, parameter
 from dance_jax.models.router import choose_experts
 from dance_jax.models.tensors import (
     Target,
@@ -30,8 +30,8 @@ class DeepseekV2Layer(nnx.Module):
         self.attention = LatentAttentionLayer(config, dtype)
         self.mlp_norm = RMSNorm(d, config.norm_eps, dtype)
         self.router_config = config.router
-        self.moe_index = config.moe_layers.index(index) if index in config.moe_layers else None
-        if self.moe_index is None:
+        self.routed = index in config.moe_layers
+        if not self.routed:
             self.mlp = GatedMLP(d, config.dense_width, dtype)
         else:
             self.router = parameter((d, config.num_experts), jnp.dtype("float32"))
@@ -43,22 +43,22 @@ class DeepseekV2Layer(nnx.Module):
         rotation: Rotation,
         start_r: jax.Array,
         cached_rmw: jax.Array,
-        moe: MoE,
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> tuple[jax.Array, Routed | None, jax.Array]:
         """See `layers.Layer`."""
         mixed, fresh = self.attention(
             self.attention_norm(hidden_rcd), rotation, start_r, cached_rmw
         )
         hidden_rcd = hidden_rcd + mixed
         x_td = self.mlp_norm(hidden_rcd).reshape(-1, hidden_rcd.shape[-1])
-        if self.moe_index is None:
-            sums = self.mlp(x_td)
-        else:
-            logits = jnp.matmul(x_td.astype(jnp.float32), self.router[...])
-            sums = moe(self.moe_index, x_td, *choose_experts(self.router_config, logits))
-            if self.shared is not None:
-                sums = sums + self.shared(x_td)
-        return hidden_rcd + sums.astype(hidden_rcd.dtype).reshape(hidden_rcd.shape), fresh
+        residual_rcd = hidden_rcd.astype(jnp.float32)
+        if not self.routed:
+            residual_rcd += self.mlp(x_td).reshape(hidden_rcd.shape)
+            return residual_rcd.astype(hidden_rcd.dtype), None, fresh
+        logits = jnp.matmul(x_td.astype(jnp.float32), self.router[...])
+        if self.shared is not None:
+            residual_rcd += self.shared(x_td).reshape(hidden_rcd.shape)
+        routed = Routed(x_td, *choose_experts(self.router_config, logits))
+        return residual_rcd, routed, fresh
 
 
 class DeepseekV2(Trunk):
@@ -116,9 +116,7 @@ def tensor_rules(config: ModelConfig) -> list[TensorRule]:
         if index not in config.moe_layers:
             rules += mlp_rules(f"{source}.mlp", d, config.dense_width, f"{target}.mlp")
             continue
-        rules.append(
-            transposed(f"{source}.mlp.gate", (config.num_experts, d), f"{target}.router")
-        )
+        rules.append(transposed(f"{source}.mlp.gate", (config.num_experts, d), f"{target}.router"))
         if config.shared_width:
             name = f"{source}.mlp.shared_experts"
             rules += mlp_rules(name, d, config.shared_width, f"{target}.shared")

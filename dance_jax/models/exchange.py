@@ -18,6 +18,7 @@ header.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -25,13 +26,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from dance_jax.models.config import ModelConfig
 from dance_jax.models.experts import Pool, block_rows, grouped_ffn
 from dance_jax.placement.visit import choose_servers
 
 #: Mesh axis over all devices of all servers, in rank order.
 AXIS = "device"
 #: Rows of a first message.
-LADDER = (0, 1, 3, 8)
+LADDER = (0, 2, 8)
 #: Rows of each further message.
 CHUNK = 16
 #: A quiet link keeps a row of its first message for this many steps.
@@ -91,7 +93,7 @@ class Exchanged(NamedTuple):
     first: Array
     #: int32 [], expected rows of the next step's largest link, in 1/CREDIT_STEPS rows.
     credit: Array
-    #: bool [], some server reported work for the next step.
+    #: bool [], some server reported work.
     active: Array
 
 
@@ -99,16 +101,22 @@ class Exchange:
     """The MoE computation of one layer across servers, inside shard_map over AXIS."""
 
     def __init__(self, topology: Topology, pool: Pool, tables: Tables, active: Array):
-        """`active`: bool [], this server has work for the next step."""
+        """`active`: bool [], this server has work."""
         self.topology = topology
         self.pool = pool
         self.tables = tables
         self.active = active
 
     def __call__(
-        self, l: int, x_td: Array, expert_tk: Array, weight_tk: Array, valid_t: Array, credit: Array
+        self,
+        layer: Array,
+        x_td: Array,
+        expert_tk: Array,
+        weight_tk: Array,
+        valid_t: Array,
+        credit: Array,
     ) -> tuple[Array, Exchanged]:
-        """Weighted sums of routed experts for this device's tokens of MoE layer `l`.
+        """Weighted sums of routed experts for this device's tokens of MoE layer `layer`, int32 [].
 
         Args:
             x_td: [t, d] hidden states, in the wire's dtype.
@@ -120,9 +128,9 @@ class Exchange:
             float32 [t, d] and the layer's traffic.
         """
         topology = self.topology
-        t, d = x_td.shape
+        d = x_td.shape[1]
         k = expert_tk.shape[1]
-        holders_e, slot_e = self.tables.holders[l], self.tables.slot_of[l]
+        holders_e, slot_e = self.tables.holders[layer], self.tables.slot_of[layer]
         expert_tk = jnp.where(valid_t[:, None], expert_tk, NO_EXPERT)
         rows = _gather_siblings(topology, pack_rows(x_td, expert_tk, weight_tk))
         x_gd, expert_gk, weight_gk = unpack_rows(rows, d, k, x_td.dtype)
@@ -142,9 +150,14 @@ class Exchange:
         outgoing = {}
         for peer in topology.peers:
             expert_gk_peer = jnp.where(visit_gk == peer, expert_gk, NO_EXPERT)
-            outgoing[peer] = _Outgoing.select(pack_rows(x_gd, expert_gk_peer, weight_gk), expert_gk_peer)
+            outgoing[peer] = _Outgoing.select(
+                pack_rows(x_gd, expert_gk_peer, weight_gk), expert_gk_peer
+            )
         counts_n = jnp.stack(
-            [outgoing[n].count if n in outgoing else jnp.int32(0) for n in range(topology.num_servers)]
+            [
+                outgoing[n].count if n in outgoing else jnp.int32(0)
+                for n in range(topology.num_servers)
+            ]
         )
         inbox, traffic, order = _dispatch(topology, outgoing, counts_n, self.active, credit)
 
@@ -210,7 +223,11 @@ def unpack_rows(lanes: Array, d: int, k: int, dtype: jnp.dtype) -> tuple[Array, 
     """Inverse of `pack_rows`: [t, d], int32 [t, k], float32 [t, k]."""
     ids = lanes.shape[-1] - 3 * k
     x = from_lanes(lanes[:, :ids], dtype)
-    return x, lanes[:, ids : ids + k].astype(jnp.int32), from_lanes(lanes[:, ids + k :], jnp.float32)
+    return (
+        x,
+        lanes[:, ids : ids + k].astype(jnp.int32),
+        from_lanes(lanes[:, ids + k :], jnp.float32),
+    )
 
 
 class _Outgoing(NamedTuple):
@@ -244,12 +261,16 @@ def _after(lanes: Array, order: Array) -> Array:
 
 
 def _dispatch(
-    topology: Topology, outgoing: dict[int, _Outgoing], counts_n: Array, active: Array, credit: Array
+    topology: Topology,
+    outgoing: dict[int, _Outgoing],
+    counts_n: Array,
+    active: Array,
+    credit: Array,
 ) -> tuple[dict[int, Array], Exchanged, Array]:
     """Send each peer its rows and everyone the counts; returns rows per peer, and the traffic."""
     num = topology.num_servers
     expected = (credit + CREDIT_STEPS - 1) // CREDIT_STEPS
-    rung = jnp.searchsorted(jnp.array(LADDER), jnp.minimum(expected, LADDER[-1])).astype(jnp.int32)
+    rung = _rung(expected)
     header = jnp.concatenate([counts_n, active.astype(jnp.int32)[None]]).astype(jnp.uint16)
     heads, firsts, order = _first_round(
         topology, {p: out.lanes for p, out in outgoing.items()}, rung, header, jnp.int32(0)
@@ -281,7 +302,7 @@ def _return(
 ) -> dict[int, Array]:
     """Send each peer the sums of the rows it sent; returns sums per peer, in the order sent."""
     back = rows.T
-    rung = jnp.searchsorted(jnp.array(LADDER), jnp.minimum(rows.max(), LADDER[-1])).astype(jnp.int32)
+    rung = _rung(rows.max())
     first = jnp.array(LADDER)[rung].astype(jnp.int32)
     _, firsts, order = _first_round(topology, replies, rung, None, order)
     inbox = {}
@@ -291,6 +312,11 @@ def _return(
         inbox[peer] = jnp.zeros((room, lanes), jnp.uint16).at[: LADDER[-1]].set(firsts[peer])
     inbox, _ = _chunks(topology, replies, inbox, back, first, order)
     return inbox
+
+
+def _rung(rows: Array) -> Array:
+    """int32 []: the first rung of LADDER with so much room, or the last."""
+    return jnp.sum(jnp.array(LADDER[:-1]) < rows, dtype=jnp.int32)
 
 
 def _first_round(
@@ -307,19 +333,19 @@ def _first_round(
         target, source = (rank + shift) % num, (rank - shift) % num
         lanes = outgoing[target].shape[-1]
         pairs = [(topology.gateway(n), topology.gateway((n + shift) % num)) for n in range(num)]
+        message = outgoing[target][: LADDER[-1]].ravel()
+        if header is not None:
+            message = jnp.concatenate([header, message])
+        message += order.astype(jnp.uint16)
 
-        def send(size, order, lanes=lanes, pairs=pairs, rows=outgoing[target]):
-            if head + size == 0:
-                return jnp.zeros(LADDER[-1] * lanes, jnp.uint16), order
-            message = rows[:size].ravel()
-            if header is not None:
-                message = jnp.concatenate([header, message])
-            message = lax.ppermute(message + order.astype(jnp.uint16), AXIS, pairs)
-            padding = (LADDER[-1] - size) * lanes
-            return jnp.pad(message, (0, padding)), _after(message, order)
+        def send(message: Array, size: int, pairs=pairs) -> Array:
+            got = lax.ppermute(message[:size], AXIS, pairs) if size else message[:0]
+            return jnp.pad(got, (0, message.shape[0] - size))
 
-        branches = [lambda order, size=size, send=send: send(size, order) for size in LADDER]
-        message, order = lax.switch(rung, branches, order)
+        sizes = [head + rows * lanes for rows in LADDER]
+        branches = [functools.partial(send, size=size) for size in sizes]
+        message = lax.switch(rung, branches, message)
+        order = _after(message, order)
         heads[source] = message[:head]
         firsts[source] = message[head:].reshape(LADDER[-1], lanes)
     return heads, firsts, order
@@ -371,9 +397,13 @@ def _chunks(
     return inbox, order
 
 
-def wire_bytes(
-    rows: np.ndarray, first: np.ndarray, lanes: int, reply_lanes: int
-) -> np.ndarray:
+def row_lanes(model: ModelConfig, dtype: str) -> tuple[int, int]:
+    """uint16 lanes of a packed row, and of a reply row."""
+    reply = model.hidden_size * jnp.dtype(dtype).itemsize // 2
+    return reply + 3 * model.top_k, reply
+
+
+def wire_bytes(rows: np.ndarray, first: np.ndarray, lanes: int, reply_lanes: int) -> np.ndarray:
     """Payload bytes per directed pair of servers that `Exchanged` stands for.
 
     Args:

@@ -52,21 +52,21 @@ def grouped_ffn(pool: Pool, x_nd: Array, slot_nk: Array, weight_nk: Array, block
     if slots == 0:
         return jnp.zeros((n, d), jnp.float32)
     slot_a = jnp.where(slot_nk < 0, slots, slot_nk).reshape(assignments)
-    order_a = jnp.argsort(slot_a)
-    rank_a = jnp.zeros(assignments, jnp.int32).at[order_a].set(
-        jnp.arange(assignments, dtype=jnp.int32), unique_indices=True
+    order_a = jnp.argsort(slot_a).astype(jnp.int32)
+    rank_a = (
+        jnp.zeros(assignments, jnp.int32)
+        .at[order_a]
+        .set(jnp.arange(assignments, dtype=jnp.int32), unique_indices=True)
     )
-    run_end_s = jnp.searchsorted(slot_a[order_a], jnp.arange(slots), side="right")
-    run_end_s = run_end_s.astype(jnp.int32)
-    run_start_s = jnp.concatenate([jnp.zeros(1, jnp.int32), run_end_s[:-1]])
-    blocks_end_s = jnp.cumsum((run_end_s - run_start_s + block - 1) // block)
-    row_a = jnp.pad(order_a // k, (0, block)).astype(jnp.int32)
+    run_s = jnp.zeros(slots + 1, jnp.int32).at[slot_a].add(1)[:slots]
+    run_end_s = jnp.cumsum(run_s)
+    blocks_end_s = jnp.cumsum((run_s + block - 1) // block)
+    row_a = jnp.pad(order_a // k, (0, block))
 
     def run_block(i: Array, out_ad: Array) -> Array:
-        slot = jnp.searchsorted(blocks_end_s, i, side="right").astype(jnp.int32)
-        blocks_left = blocks_end_s[slot] - i
-        runs = (run_end_s[slot] - run_start_s[slot] + block - 1) // block
-        start = run_start_s[slot] + (runs - blocks_left) * block
+        slot = jnp.sum(blocks_end_s <= i, dtype=jnp.int32)
+        first = blocks_end_s[slot] - (run_s[slot] + block - 1) // block
+        start = run_end_s[slot] - run_s[slot] + (i - first) * block
         x_bd = x_nd[lax.dynamic_slice(row_a, (start,), (block,))]
         gate_bf = _matmul(x_bd, lax.dynamic_index_in_dim(pool.w_gate, slot, keepdims=False))
         up_bf = _matmul(x_bd, lax.dynamic_index_in_dim(pool.w_up, slot, keepdims=False))

@@ -41,7 +41,9 @@ class Fields:
 
     def __init__(self, values: Any, where: str):
         if not isinstance(values, dict):
-            raise UserError(f"{where}: expected an object with fields, found {type(values).__name__}")
+            raise UserError(
+                f"{where}: expected an object with fields, found {type(values).__name__}"
+            )
         self.values = values
         self.where = where
         self.seen: set[str] = set()
@@ -62,7 +64,11 @@ class Fields:
             if default is _ABSENT:
                 raise UserError(f"{self.where}: {name} is missing")
             return default
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not math.isfinite(value)
+        ):
             raise UserError(f"{self.where}: {name} is {value!r}; expected a number")
         return float(value)
 
@@ -74,7 +80,9 @@ class Fields:
                 raise UserError(f"{self.where}: {name} is missing")
             return default
         if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-            raise UserError(f"{self.where}: {name} is {value!r}; expected a whole number >= {minimum}")
+            raise UserError(
+                f"{self.where}: {name} is {value!r}; expected a whole number >= {minimum}"
+            )
         return value
 
     def boolean(self, name: str, default: bool) -> bool:
@@ -156,7 +164,9 @@ def _deepseek_v2(fields: Fields, eos: tuple[int, ...]) -> ModelConfig:
     fields.choice("scoring_func", "softmax", ("softmax",))
     heads = fields.integer("num_attention_heads")
     if "q_lora_rank" not in fields.values:
-        raise UserError(f"{fields.where}: q_lora_rank is missing (null: queries are not compressed)")
+        raise UserError(
+            f"{fields.where}: q_lora_rank is missing (null: queries are not compressed)"
+        )
     attention = LatentAttention(
         num_heads=heads,
         q_lora_rank=fields.integer("q_lora_rank", None),
@@ -207,7 +217,9 @@ def _deepseek_v2(fields: Fields, eos: tuple[int, ...]) -> ModelConfig:
     )
     first = fields.integer("first_k_dense_replace", 0, minimum=0)
     if first >= common["num_layers"]:
-        raise UserError(f"{fields.where}: first_k_dense_replace {first} leaves no layer with experts")
+        raise UserError(
+            f"{fields.where}: first_k_dense_replace {first} leaves no layer with experts"
+        )
     width = fields.integer("moe_intermediate_size")
     if "n_shared_experts" not in fields.values:
         raise UserError(f"{fields.where}: n_shared_experts is missing (0 or null: none)")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +13,21 @@ from flax import nnx
 from dance_jax.models.config import ModelConfig
 from dance_jax.models.rope import rotation
 
-#: moe(l, x_td, expert_tk, weight_tk) -> float32 [t, d]: the routed experts' weighted sum in MoE
-#: layer l = 0..len(moe_layers) - 1, supplied by whoever holds the experts.
-MoE = Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]
+
+class Routed(NamedTuple):
+    """What a layer hands to the routed experts; t = rows * chunk."""
+
+    #: [t, d] in the engine's dtype.
+    x: jax.Array
+    #: int32 [t, k] and float32 [t, k].
+    expert: jax.Array
+    weight: jax.Array
+
+
+#: moe(l, x_td, expert_tk, weight_tk) -> (float32 [t, d], record): the routed experts' weighted sum
+#: in MoE layer l, a traced int32 0..len(moe_layers) - 1, and any pytree to stack over the layers.
+#: Supplied by whoever holds the experts.
+MoE = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 
 def parameter(shape: tuple[int, ...], dtype: jnp.dtype) -> nnx.Param:
@@ -67,7 +80,11 @@ class GatedMLP(nnx.Module):
 
 
 class Layer(Protocol):
-    """One decoder layer; returns its output [r, c, d] and its chunk's cache entries [r, c, w]."""
+    """One decoder layer up to its routed experts.
+
+    Returns the residual (float32 when routed experts are still to be added to it), what goes to
+    the routed experts (None in a dense layer), and the chunk's cache entries [r, c, w].
+    """
 
     def __call__(
         self,
@@ -75,8 +92,7 @@ class Layer(Protocol):
         rotation: tuple[jax.Array, jax.Array],
         start_r: jax.Array,
         cached_rmw: jax.Array,
-        moe: MoE,
-    ) -> tuple[jax.Array, jax.Array]: ...
+    ) -> tuple[jax.Array, Routed | None, jax.Array]: ...
 
 
 class Trunk(nnx.Module):
@@ -96,8 +112,11 @@ class Trunk(nnx.Module):
         start_r: jax.Array,
         cached: Sequence[jax.Array],
         moe: MoE,
-    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    ) -> tuple[jax.Array, tuple[jax.Array, ...], Any]:
         """Runs a chunk of each row.
+
+        The MoE layers are one loop: experts and exchange are compiled once, and each turn branches
+        to its layer's own weights (stacked ones would be copied in every turn).
 
         Args:
             tokens_rc: int32 [rows, chunk]; row r stands at positions start_r[r] + 0..chunk-1.
@@ -107,17 +126,33 @@ class Trunk(nnx.Module):
             moe: the routed experts.
 
         Returns:
-            hidden [rows, chunk, hidden_size] after the final norm, and per layer the chunk's cache
-            entries [rows, chunk, cache_width] for the caller to write.
+            hidden [rows, chunk, hidden_size] after the final norm; per layer the chunk's cache
+            entries [rows, chunk, cache_width] for the caller to write; the records of `moe`,
+            stacked over the MoE layers.
         """
         positions = start_r[:, None] + jnp.arange(tokens_rc.shape[1], dtype=start_r.dtype)
         angles = rotation(self.config.rope, positions)
         hidden = jnp.take(self.embedding[...], tokens_rc, axis=0, mode="clip")
+        moe_layers = self.config.moe_layers
         fresh = []
-        for layer, entries in zip(self.layers, cached, strict=True):
-            hidden, new = layer(hidden, angles, start_r, entries, moe)
+        for index in range(moe_layers[0]):
+            hidden, _, new = self.layers[index](hidden, angles, start_r, cached[index])
             fresh.append(new)
-        return self.norm(hidden), tuple(fresh)
+
+        def up_to_experts(index: int, hidden: jax.Array):
+            return self.layers[index](hidden, angles, start_r, cached[index])
+
+        branches = [functools.partial(up_to_experts, index) for index in moe_layers]
+
+        def moe_layer(hidden: jax.Array, layer: jax.Array):
+            residual, routed, new = jax.lax.switch(layer, branches, hidden)
+            sums, record = moe(layer, *routed)
+            hidden = (residual + sums.reshape(residual.shape)).astype(hidden.dtype)
+            return hidden, (new, record)
+
+        turns = jnp.arange(len(moe_layers), dtype=jnp.int32)
+        hidden, (stacked, records) = jax.lax.scan(moe_layer, hidden, turns)
+        return self.norm(hidden), (*fresh, *stacked), records
 
     def logits(self, hidden_nd: jax.Array) -> jax.Array:
         """Scores of every token of the vocabulary, float32 [n, vocab_size]."""

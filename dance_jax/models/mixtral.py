@@ -8,7 +8,7 @@ from flax import nnx
 
 from dance_jax.models.attention import GroupedAttentionLayer, Rotation
 from dance_jax.models.config import GroupedAttention, ModelConfig
-from dance_jax.models.layers import MoE, RMSNorm, Trunk, parameter
+from dance_jax.models.layers import RMSNorm, Routed, Trunk, parameter
 from dance_jax.models.router import choose_experts
 from dance_jax.models.tensors import TensorRule, expert_rules, outer_rules, same, transposed
 
@@ -22,7 +22,6 @@ class MixtralLayer(nnx.Module):
         self.attention = GroupedAttentionLayer(config, dtype)
         self.mlp_norm = RMSNorm(d, config.norm_eps, dtype)
         self.router_config = config.router
-        self.moe_index = index
         self.router = parameter((d, config.num_experts), jnp.dtype("float32"))
 
     def __call__(
@@ -31,8 +30,7 @@ class MixtralLayer(nnx.Module):
         rotation: Rotation,
         start_r: jax.Array,
         cached_rmw: jax.Array,
-        moe: MoE,
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> tuple[jax.Array, Routed | None, jax.Array]:
         """See `layers.Layer`."""
         mixed, fresh = self.attention(
             self.attention_norm(hidden_rcd), rotation, start_r, cached_rmw
@@ -40,8 +38,8 @@ class MixtralLayer(nnx.Module):
         hidden_rcd = hidden_rcd + mixed
         x_td = self.mlp_norm(hidden_rcd).reshape(-1, hidden_rcd.shape[-1])
         logits = jnp.matmul(x_td.astype(jnp.float32), self.router[...])
-        sums = moe(self.moe_index, x_td, *choose_experts(self.router_config, logits))
-        return hidden_rcd + sums.astype(hidden_rcd.dtype).reshape(hidden_rcd.shape), fresh
+        routed = Routed(x_td, *choose_experts(self.router_config, logits))
+        return hidden_rcd.astype(jnp.float32), routed, fresh
 
 
 class Mixtral(Trunk):

@@ -47,9 +47,7 @@ def mlp_rules(source: str, d: int, width: int, path: str) -> list[TensorRule]:
     ]
 
 
-def expert_rules(
-    config: ModelConfig, source: str, names: tuple[str, str, str]
-) -> list[TensorRule]:
+def expert_rules(config: ModelConfig, source: str, names: tuple[str, str, str]) -> list[TensorRule]:
     """The three projections of one routed expert, named in the order gate, up, down."""
     d, f = config.hidden_size, config.expert_width
     gate, up, down = names

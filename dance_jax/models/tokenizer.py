@@ -42,11 +42,12 @@ class Tokenizer:
         bos, eos = self._special.get("bos_token"), self._special.get("eos_token")
         self.bos_token_id = backend.token_to_id(bos) if bos else None
         self._eos_token_id = backend.token_to_id(eos) if eos else None
-        for name, token in (("add_bos_token", self.bos_token_id), ("add_eos_token", self._eos_token_id)):
+        for name, token in (
+            ("add_bos_token", self.bos_token_id),
+            ("add_eos_token", self._eos_token_id),
+        ):
             if settings.get(name) and token is None:
-                raise UserError(
-                    f"{where}: {name} is true but {name[4:]} is not in tokenizer.json"
-                )
+                raise UserError(f"{where}: {name} is true but {name[4:]} is not in tokenizer.json")
 
     @staticmethod
     def load(directory: str | pathlib.Path) -> Tokenizer:

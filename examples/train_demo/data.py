@@ -43,15 +43,21 @@ def batches(folder: Path, length: int, batch: int, seed: int) -> grain.DatasetIt
 
 
 def tokenize(work: Path) -> None:
-    """Write each domain's training documents as one token array, BOS and EOS around each."""
+    """Write each domain's training documents as one token array, BOS and EOS around each.
+
+    In a conversation EOS ends every answer, as in the chat template.
+    """
     tokenizer = Tokenizer.from_file(str(work / "tokenizer.json"))
     begin, end = tokenizer.token_to_id(BOS), tokenizer.token_to_id(EOS)
     (work / "tokens").mkdir(exist_ok=True)
     for domain in DOMAINS:
-        bodies = list(documents(work / "corpus", domain, "train"))
         ids: list[int] = []
-        for encoding in tokenizer.encode_batch(bodies, add_special_tokens=False):
-            ids += [begin, *encoding.ids, end]
+        for body in documents(work / "corpus", domain, "train"):
+            turns = body.split("\nUser: ") if body.startswith("User: ") else [body]
+            turns = turns[:1] + ["User: " + turn for turn in turns[1:]]
+            ids.append(begin)
+            for encoding in tokenizer.encode_batch(turns, add_special_tokens=False):
+                ids += [*encoding.ids, end]
         np.save(work / "tokens" / f"{domain}.npy", np.array(ids, np.uint16))
         print(f"{domain:8} {len(ids) / 1e6:.2f} million tokens", flush=True)
 

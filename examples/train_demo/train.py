@@ -21,8 +21,10 @@ from model import Config, init, loss
 from optax import contrib
 from tokenizer import DOMAINS
 
-SHAPES = {"short": (8, 512), "long": (2, 2048)}  # (sequences, tokens of each) in a batch
-LONG_EVERY = 8  # every eighth batch is a long one
+# (sequences, tokens of each) in a batch: short ones first, then a mix
+SHAPES = {"short": (16, 256), "middle": (8, 512), "long": (2, 2048)}
+SHORT_UNTIL = 0.45  # share of the time
+LONG_EVERY = 6  # from then on every sixth batch is a long one
 WARMUP_STEPS, DECAY_SHARE = 60, 0.3
 
 
@@ -61,6 +63,13 @@ def train_step(params: dict, state: tuple, tokens: jax.Array, rate: jax.Array, c
 def schedule(step: int, progress: float) -> float:
     """Share of the peak learning rate at a share `progress` of the time."""
     return max(0.0, min((step + 1) / WARMUP_STEPS, (1 - progress) / DECAY_SHARE, 1.0))
+
+
+def shape(step: int, progress: float) -> str:
+    """Which of SHAPES the step trains on."""
+    if progress < SHORT_UNTIL:
+        return "short"
+    return "long" if step % LONG_EVERY == 0 else "middle"
 
 
 def save(path: Path, params: dict, state: tuple, iterators: dict, counters: dict) -> None:
@@ -102,7 +111,7 @@ def main() -> None:
     last_save = counters["seconds"]
     while (progress := counters["seconds"] / (60 * args.minutes)) < 1:
         began = time.monotonic()
-        name = "long" if counters["step"] % LONG_EVERY == LONG_EVERY - 1 else "short"
+        name = shape(counters["step"], progress)
         batch = next(iterators[name])
         rate = schedule(counters["step"], progress)
         params, state, logged = train_step(params, state, batch["tokens"], jnp.float32(rate), config)

@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 
 from dance_jax.config import EngineConfig
+from dance_jax.engine.compile_cache import CompileCache
 from dance_jax.engine.runner import Runner
 from dance_jax.engine.scheduler import Row, StepPlan
 from dance_jax.engine.sequence import SamplingParams, Sequence
@@ -70,7 +71,8 @@ def read_experts(pairs: list[tuple[int, int]]):
 
 
 def runner(layout: Layout, rank: int) -> Runner:
-    return Runner(CONFIG, init_random(CONFIG, seed=0), read_experts, layout, rank, ENGINE)
+    trunk = init_random(CONFIG, seed=0)
+    return Runner(CONFIG, trunk, read_experts, layout, rank, ENGINE, CompileCache(None))
 
 
 @dataclasses.dataclass(frozen=True)

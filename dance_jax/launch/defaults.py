@@ -1,0 +1,84 @@
+"""What is used where the user says nothing: model, caches, platform, engine configuration."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+
+from dance_jax.config import EngineConfig, UserError
+from dance_jax.models.config import ModelConfig
+
+#: Context when none is asked for, if the model's own is longer: every slot holds it in memory.
+DEFAULT_MODEL_LEN = 2048
+
+
+def demo_dir() -> pathlib.Path:
+    """The model that is part of this package.
+
+    Raises:
+        UserError: this installation lacks it.
+    """
+    path = pathlib.Path(__file__).resolve().parents[1] / "demo"
+    if not (path / "config.json").exists():
+        raise UserError(f"{path}: the demo model is missing; name another model's directory")
+    return path
+
+
+def default_cache_dir() -> pathlib.Path:
+    """$XDG_CACHE_HOME/dance_jax, by default ~/.cache/dance_jax."""
+    base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    return pathlib.Path(base) / "dance_jax"
+
+
+def default_platform() -> str:
+    """What the servers compute on: "cuda" if JAX_PLATFORMS asks for it, else "cpu"."""
+    wanted = os.environ.get("JAX_PLATFORMS", "").split(",")[0]
+    return "cuda" if wanted in ("cuda", "gpu") else "cpu"
+
+
+def engine_config(
+    model: ModelConfig,
+    max_model_len: int | None = None,
+    *,
+    seed: int = 0,
+    dtype: str | None = None,
+    max_num_seqs: int = 8,
+    platform: str = "cpu",
+) -> EngineConfig:
+    """Configuration of the engines of a model.
+
+    Args:
+        model: the model.
+        max_model_len: context in tokens, prompt and output; None: the model's, at most
+            DEFAULT_MODEL_LEN.
+        seed: of sampling.
+        dtype: "float32" or "bfloat16"; None: float32 on CPUs (bfloat16 is slow there), bfloat16
+            elsewhere.
+        max_num_seqs: sequences that run at once on each device.
+        platform: "cpu" or another.
+
+    Raises:
+        UserError: a value is wrong or more than the model can do.
+    """
+    longest = model.max_position
+    if max_model_len is None:
+        max_model_len = min(longest, DEFAULT_MODEL_LEN)
+    if not 2 <= max_model_len <= longest:
+        raise UserError(
+            f"max_model_len={max_model_len}: 2 tokens at least, and at most the {longest} the "
+            "model was made for"
+        )
+    if max_num_seqs < 1:
+        raise UserError(f"max_num_seqs={max_num_seqs}: at least 1 is needed")
+    if dtype is None:
+        dtype = "float32" if platform == "cpu" else "bfloat16"
+    if dtype not in ("float32", "bfloat16"):
+        raise UserError(f'dtype={dtype!r}: "float32" or "bfloat16" is needed')
+    return EngineConfig(
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        decode_rows=(max_num_seqs,),
+        prefill=((min(2, max_num_seqs), 128),),
+        dtype=dtype,
+        seed=seed,
+    )

@@ -1,0 +1,164 @@
+"""Prompt files in and result files out, both JSON Lines."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import tempfile
+from collections.abc import Iterable
+from typing import Any
+
+from dance_jax.config import ClusterSpec, UserError
+
+KEYS = ("prompt", "server", "max_tokens", "temperature")
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """One line of a prompts file."""
+
+    #: Position among the prompts, from 0.
+    index: int
+    text: str
+    #: Rank of the server that answers.
+    rank: int
+    max_tokens: int
+    #: 0 is greedy.
+    temperature: float = 0.0
+
+
+def read_prompts(path: str | os.PathLike[str], spec: ClusterSpec, max_tokens: int) -> list[Prompt]:
+    """Reads `{"prompt", "server"?, "max_tokens"?, "temperature"?}` a line; blank lines are skipped.
+
+    Prompts without a server go round the servers, in the order of both files.
+
+    Args:
+        path: the file.
+        spec: the servers.
+        max_tokens: of lines that name none.
+
+    Raises:
+        UserError: the file cannot be read, has no prompt, or a line is wrong; the message has
+            file, line and field.
+    """
+    try:
+        text = pathlib.Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: the prompts cannot be read: {error}") from error
+    prompts: list[Prompt] = []
+    turn = 0
+    # Not splitlines(): JSON strings may hold other line separators as they are.
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        fields = _fields(line, where)
+        if "server" in fields:
+            rank = _rank(fields["server"], spec, where)
+        else:
+            rank, turn = turn % len(spec.servers), turn + 1
+        prompts.append(
+            Prompt(
+                index=len(prompts),
+                text=_text(fields, where),
+                rank=rank,
+                max_tokens=_max_tokens(fields.get("max_tokens", max_tokens), where),
+                temperature=_temperature(fields.get("temperature", 0.0), where),
+            )
+        )
+    if not prompts:
+        raise UserError(f'{path}: no prompt; write one a line, e.g. {{"prompt": "..."}}')
+    return prompts
+
+
+def _fields(line: str, where: str) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [key for key, _ in pairs]
+            twice = next(key for key in names if names.count(key) > 1)
+            raise UserError(f"{where}: {twice}: given twice")
+        return found
+
+    try:
+        fields = json.loads(line, object_pairs_hook=unique)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not JSON: {error.msg} at column {error.colno}") from error
+    except RecursionError as error:
+        raise UserError(f"{where}: not a prompt: nested too deeply") from error
+    if not isinstance(fields, dict):
+        raise UserError(f'{where}: an object is needed, e.g. {{"prompt": "..."}}')
+    for key in fields:
+        if key not in KEYS:
+            raise UserError(f"{where}: {key}: unknown key; there are {', '.join(KEYS)}")
+    return fields
+
+
+def _text(fields: dict[str, Any], where: str) -> str:
+    if "prompt" not in fields:
+        raise UserError(f"{where}: prompt: missing")
+    text = fields["prompt"]
+    if not isinstance(text, str):
+        raise UserError(f"{where}: prompt: a string is needed, not {text!r}")
+    if any("\ud800" <= char <= "\udfff" for char in text):
+        raise UserError(f"{where}: prompt: half of a surrogate pair, which is no character")
+    return text
+
+
+def _rank(name: Any, spec: ClusterSpec, where: str) -> int:
+    if not isinstance(name, str) or name not in spec.names:
+        raise UserError(f"{where}: server: {name!r} is none of {', '.join(spec.names)}")
+    return spec.names.index(name)
+
+
+def _max_tokens(value: Any, where: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise UserError(
+            f"{where}: max_tokens: a whole number of at least 1 is needed, not {value!r}"
+        )
+    return value
+
+
+def _temperature(value: Any, where: str) -> float:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or value < 0:
+        raise UserError(f"{where}: temperature: a number of at least 0 is needed, not {value!r}")
+    return float(value)
+
+
+def check_writable(path: str | os.PathLike[str], option: str) -> None:
+    """Finds out before a run whether its result can be written.
+
+    Raises:
+        UserError: the path is a directory, or its folder is missing or not writable.
+    """
+    path = pathlib.Path(path)
+    folder = path.absolute().parent
+    if path.is_dir():
+        raise UserError(f"{option} {path}: is a directory; name a file")
+    if not folder.is_dir():
+        raise UserError(f"{option} {path}: there is no folder {folder}")
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"{option} {path}: the folder {folder} is not writable")
+
+
+def write_results(path: str | os.PathLike[str], results: Iterable[dict[str, Any]]) -> None:
+    """Writes one JSON object a line; the file appears whole or not at all."""
+    path = pathlib.Path(path)
+    with tempfile.NamedTemporaryFile(
+        "w", encoding="utf-8", dir=path.absolute().parent, suffix=".part", delete=False
+    ) as file:
+        try:
+            for result in results:
+                file.write(json.dumps(result, ensure_ascii=False) + "\n")
+            file.close()
+            umask = os.umask(0)
+            os.umask(umask)
+            os.chmod(file.name, 0o666 & ~umask)
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise

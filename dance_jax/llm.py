@@ -1,0 +1,440 @@
+"""`LLM`: offline inference in Python, with vLLM's names."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import numbers
+import os
+import pathlib
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+import msgspec
+
+from dance_jax.config import ClusterSpec, EngineConfig, UserError
+from dance_jax.engine.output import OutputCollector
+from dance_jax.engine.sequence import (
+    OutputDelta,
+    Request,
+    RequestOutput,
+    SamplingParams,
+    sample_seed,
+)
+
+if TYPE_CHECKING:
+    from dance_jax.engine.engine import Engine
+    from dance_jax.models.checkpoint import Checkpoint
+    from dance_jax.models.tokenizer import Tokenizer
+    from dance_jax.placement.activations import Activations
+
+#: Text, or token ids.
+Prompt = str | Sequence[int]
+#: One turn of a conversation: {"role": ..., "content": ...}.
+Message = dict[str, Any]
+#: Told while the object starts: (what, parts done, parts in all or 0).
+Progress = Callable[[str, int, int], None]
+
+
+class LLM:
+    """A model that answers lists of prompts, from this process or from a cluster.
+
+    >>> with LLM() as llm:                                                # doctest: +SKIP
+    ...     llm.generate("Once upon", SamplingParams(temperature=0))[0].outputs[0].text
+
+    Close it, best as a context manager; what is forgotten is closed with the object or at exit.
+
+    Args:
+        model: directory in Hugging Face format, or converted; None: the model of this package.
+        hosts: hosts file (or its content as a ClusterSpec): one engine process per server is
+            started. None: one server in this process with all experts.
+        policy: placement policy of the cluster, "dance" or "uniform".
+        activations: npz file with the counts that the policy reads; None: all counts are equal.
+        max_model_len: context in tokens, prompt and output; default: the model's, at most
+            2,048, because every slot holds that much in memory.
+        seed: of requests without a seed; the n-th such request of the object draws the same
+            whichever server runs it.
+        dtype: "float32" or "bfloat16"; None: float32 on CPUs, bfloat16 elsewhere.
+        max_num_seqs: sequences that run at once on each device.
+        cache_dir: where converted models and compiled steps are kept.
+        log_dir: where the cluster's servers keep their logs; None: nowhere.
+        progress: show on standard error what happens while starting and generating; or a
+            function that is told while starting.
+
+    Raises:
+        UserError: an argument, a file or the model is wrong.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | None = None,
+        hosts: str | os.PathLike[str] | ClusterSpec | None = None,
+        policy: str = "dance",
+        activations: str | os.PathLike[str] | None = None,
+        max_model_len: int | None = None,
+        seed: int = 0,
+        *,
+        dtype: str | None = None,
+        max_num_seqs: int = 8,
+        cache_dir: str | os.PathLike[str] | None = None,
+        log_dir: str | os.PathLike[str] | None = None,
+        progress: bool | Progress = False,
+    ) -> None:
+        from dance_jax.launch import defaults
+        from dance_jax.models.checkpoint import Checkpoint
+        from dance_jax.models.convert import ensure_converted
+        from dance_jax.models.tokenizer import Tokenizer
+
+        # What can be wrong at once comes before what takes long.
+        servers = None if hosts is None else _cluster_arguments(hosts, policy, activations)
+        self._show = progress is True
+        report = progress if callable(progress) else _print_progress if progress else _silent
+        # In this process JAX has the say; of servers it must not be asked here, or it would take
+        # their GPU's memory.
+        platform = defaults.default_platform() if hosts is not None else _jax_platform()
+        cache = pathlib.Path(cache_dir) if cache_dir is not None else defaults.default_cache_dir()
+        source = pathlib.Path(model) if model is not None else defaults.demo_dir()
+        path = ensure_converted(source, cache / "models", report)
+        checkpoint = Checkpoint.open(path)
+        self.tokenizer: Tokenizer = Tokenizer.load(path)
+        self.config = defaults.engine_config(
+            checkpoint.config,
+            max_model_len,
+            seed=seed,
+            dtype=dtype,
+            max_num_seqs=max_num_seqs,
+            platform=platform,
+        )
+        self._seeds = (sample_seed(seed, number) for number in itertools.count())
+        self._numbers = itertools.count()
+        self._next_server = 0
+        self._lock = threading.Lock()
+        self._backend: _Backend
+        if servers is None:
+            self._backend = _InProcess(checkpoint, self.tokenizer, self.config, cache, report)
+        else:
+            self._backend = _Servers(
+                checkpoint, self.config, platform, cache, log_dir, report, *servers
+            )
+        self._finalizer = weakref.finalize(self, self._backend.close)
+
+    @property
+    def servers(self) -> tuple[str, ...]:
+        """Names of the servers; one nameless server without hosts."""
+        return self._backend.servers
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        server: str | Sequence[str] | None = None,
+        progress: bool | None = None,
+    ) -> list[RequestOutput]:
+        """Complete prompts; they run together.
+
+        A prompt that cannot run (empty, longer than the context, unknown token ids) gets samples
+        with finish_reason "error" and the reason as stop_reason; the others finish.
+
+        Args:
+            prompts: one or several, as text or as token ids.
+            sampling_params: for all prompts, or one for each; default: SamplingParams().
+            server: name of the server that answers, for all or one for each; default: they go
+                round.
+            progress: show a bar on standard error; default: as the object was made.
+
+        Returns:
+            One output per prompt, in the order of the prompts.
+
+        Raises:
+            UserError: an argument is wrong; nothing was started.
+            ClusterError: a server died; the cluster is stopped.
+        """
+        given = _prompt_list(prompts)
+        encoded = [
+            (prompt, self.tokenizer.encode(prompt)) if isinstance(prompt, str) else (None, prompt)
+            for prompt in given
+        ]
+        return self._run(encoded, sampling_params, server, progress)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        server: str | Sequence[str] | None = None,
+        progress: bool | None = None,
+    ) -> list[RequestOutput]:
+        """Answer conversations through the model's chat template; otherwise as `generate`.
+
+        Args:
+            messages: one conversation, or several.
+
+        Raises:
+            UserError: as `generate`; the model has no chat template, or it refuses the messages.
+        """
+        single = bool(messages) and isinstance(messages[0], dict)
+        conversations: Sequence[Any] = [messages] if single else messages
+        encoded = []
+        for conversation in conversations:
+            text = self.tokenizer.chat_text(conversation)
+            encoded.append((text, self.tokenizer.encode(text, add_special_tokens=False)))
+        return self._run(encoded, sampling_params, server, progress)
+
+    def close(self) -> None:
+        """Stop the servers and free the memory; may be called twice."""
+        self._finalizer()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _run(
+        self,
+        prompts: Sequence[tuple[str | None, list[int]]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        server: str | Sequence[str] | None,
+        progress: bool | None,
+    ) -> list[RequestOutput]:
+        params = _one_each("sampling_params", sampling_params, SamplingParams, len(prompts))
+        for each in params:
+            (each or SamplingParams()).verify()
+        with self._lock:
+            if not self._finalizer.alive:
+                raise RuntimeError("this LLM is closed")
+            ranks = self._ranks(_one_each("server", server, str, len(prompts)))
+            requests = [
+                self._request(prompt, token_ids, each or SamplingParams())
+                for (prompt, token_ids), each in zip(prompts, params, strict=True)
+            ]
+            collectors = {request.request_id: OutputCollector(request) for request in requests}
+            show = self._show if progress is None else progress
+            with (
+                _bar(len(requests), show) as advance,
+                contextlib.closing(
+                    self._backend.run(list(zip(ranks, requests, strict=True)))
+                ) as deltas,
+            ):
+                for delta in deltas:
+                    output = collectors[delta.request_id].apply(delta)
+                    advance(output.finished, len(delta.token_ids))
+        return [collector.output for collector in collectors.values()]
+
+    def _request(self, prompt: str | None, token_ids: list[int], params: SamplingParams) -> Request:
+        if params.seed is None:
+            params = msgspec.structs.replace(params, seed=next(self._seeds))
+        return Request(str(next(self._numbers)), prompt, token_ids, params, time.time())
+
+    def _ranks(self, names: Sequence[str | None]) -> list[int]:
+        servers = self._backend.servers
+        ranks = []
+        for name in names:
+            if name is None:
+                ranks.append(self._next_server)
+                self._next_server = (self._next_server + 1) % len(servers)
+            elif name in servers:
+                ranks.append(servers.index(name))
+            else:
+                known = ", ".join(map(repr, servers))
+                raise UserError(f"server: there is no server {name!r}; there are {known}")
+        return ranks
+
+
+class _Backend(Protocol):
+    """Where requests run."""
+
+    @property
+    def servers(self) -> tuple[str, ...]: ...
+
+    def run(self, requests: list[tuple[int, Request]]) -> Generator[OutputDelta]:
+        """Deltas of (rank, request) pairs until all are finished; closing it aborts the rest."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class _InProcess:
+    """One server with all experts in this process."""
+
+    servers: tuple[str, ...] = ("",)
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        tokenizer: Tokenizer,
+        config: EngineConfig,
+        cache_dir: pathlib.Path,
+        report: Progress,
+    ) -> None:
+        from dance_jax.engine.compile_cache import CompileCache
+        from dance_jax.engine.engine import Engine
+
+        scope = (checkpoint.fingerprint, "one server", config)
+        cache = CompileCache(cache_dir / "compiled", scope)
+        report("loading", 0, 0)
+        engine = Engine(checkpoint, tokenizer, None, 0, None, config, compile_cache=cache)
+        engine.warmup(report)
+        self._engine: Engine | None = engine
+
+    def run(self, requests: list[tuple[int, Request]]) -> Generator[OutputDelta]:
+        engine = self._engine
+        assert engine is not None
+        for _, request in requests:
+            engine.add(request)
+        active = True
+        try:
+            while active:
+                result = engine.step()
+                active = result.active
+                yield from result.outputs
+        finally:
+            if active:
+                engine.abort_all()
+                while engine.step().active:
+                    pass
+
+    def close(self) -> None:
+        self._engine = None
+
+
+class _Servers:
+    """A cluster that this object starts and stops."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        config: EngineConfig,
+        platform: str,
+        cache_dir: pathlib.Path,
+        log_dir: str | os.PathLike[str] | None,
+        report: Progress,
+        spec: ClusterSpec,
+        policy: str,
+        activations: Activations | None,
+    ) -> None:
+        from dance_jax.launch.cluster import Cluster
+        from dance_jax.launch.plan import make_plan
+
+        plan = make_plan(spec, checkpoint, config, policy, activations)
+        self.servers = spec.names
+        self._cluster = Cluster(
+            spec,
+            checkpoint.path,
+            plan.layout,
+            config,
+            log_dir=log_dir,
+            cache_dir=cache_dir,
+            platform=platform,
+            progress=lambda name, stage, done, total: report(f"{name}: {stage}", done, total),
+        )
+        self._cluster.start()
+
+    def run(self, requests: list[tuple[int, Request]]) -> Generator[OutputDelta]:
+        # Closed with this generator, not some time later: that aborts what still runs.
+        running = cast("Generator[tuple[int, OutputDelta]]", self._cluster.generate(requests))
+        with contextlib.closing(running) as deltas:
+            for _, delta in deltas:
+                yield delta
+
+    def close(self) -> None:
+        self._cluster.stop()
+
+
+def _cluster_arguments(
+    hosts: str | os.PathLike[str] | ClusterSpec,
+    policy: str,
+    activations: str | os.PathLike[str] | None,
+) -> tuple[ClusterSpec, str, Activations | None]:
+    """Servers, policy and counts, from what the user gave."""
+    from dance_jax.launch.hosts import read_hosts
+    from dance_jax.placement.activations import Activations
+    from dance_jax.placement.policies import POLICIES
+
+    if policy not in POLICIES:
+        raise UserError(f"policy: there is no {policy!r}; there are {', '.join(POLICIES)}")
+    spec = hosts if isinstance(hosts, ClusterSpec) else read_hosts(hosts)
+    return spec, policy, None if activations is None else Activations.load(activations)
+
+
+def _jax_platform() -> str:
+    import jax
+
+    return jax.default_backend()
+
+
+def _prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[str | list[int]]:
+    if isinstance(prompts, str):
+        return [prompts]
+    if not isinstance(prompts, Sequence):
+        raise UserError(f"prompts: text, token ids or a list of them; got {type(prompts).__name__}")
+    if prompts and all(_is_token(token) for token in prompts):
+        return [[int(token) for token in prompts]]  # type: ignore[arg-type]
+    result: list[str | list[int]] = []
+    for number, prompt in enumerate(prompts):
+        if isinstance(prompt, str):
+            result.append(prompt)
+        elif isinstance(prompt, Sequence) and all(_is_token(token) for token in prompt):
+            result.append([int(token) for token in prompt])
+        else:
+            raise UserError(f"prompts[{number}]: must be text or token ids; got {prompt!r:.80}")
+    return result
+
+
+def _is_token(value: object) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _one_each(name: str, value: Any, kind: type, count: int) -> list[Any]:
+    """`value` for everybody, or a list of one for each."""
+    if value is None or isinstance(value, kind):
+        return [value] * count
+    if not isinstance(value, Sequence) or not all(isinstance(each, kind) for each in value):
+        raise UserError(f"{name}: must be a {kind.__name__} or a list of them; got {value!r:.80}")
+    if len(value) != count:
+        raise UserError(f"{name}: {len(value)} given for {count} prompts; give one, or one each")
+    return list(value)
+
+
+@contextlib.contextmanager
+def _bar(total: int, show: bool) -> Iterator[Callable[[bool, int], None]]:
+    """A bar of finished prompts; yields a function of (one more finished, new tokens)."""
+    if not show:
+        yield lambda finished, tokens: None
+        return
+    from rich import progress as bars
+    from rich.console import Console
+
+    columns = (
+        bars.TextColumn("{task.description}"),
+        bars.BarColumn(),
+        bars.MofNCompleteColumn(),
+        bars.TimeElapsedColumn(),
+        bars.TextColumn("{task.fields[tokens]} tokens"),
+    )
+    with bars.Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("prompts", total=total, tokens=0)
+        seen = 0
+
+        def advance(finished: bool, tokens: int) -> None:
+            nonlocal seen
+            seen += tokens
+            bar.update(task, advance=int(finished), tokens=seen)
+
+        yield advance
+
+
+def _silent(what: str, done: int, total: int) -> None:
+    pass
+
+
+def _print_progress(what: str, done: int, total: int) -> None:
+    """A line on standard error that is overwritten by the next."""
+    share = f" {done}/{total}" if total else ""
+    end = "\n" if total and done >= total else ""
+    print(f"\r\033[K{what}{share}", end=end, file=sys.stderr, flush=True)

@@ -1,0 +1,275 @@
+"""Turns a Hugging Face directory into orbax checkpoints: python -m dance_jax.models.convert SRC DST
+
+Tensors are read one at a time and written in groups of bounded size, so memory stays small however
+large the model is. Everything is written beside the destination and renamed at the end: what bears
+the destination's name is whole.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import os
+import pathlib
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from dance_jax.config import UserError
+from dance_jax.models.checkpoint import (
+    Checkpoint,
+    expert_leaf,
+    is_converted,
+    write_manifest,
+)
+from dance_jax.models.families import FAMILIES
+from dance_jax.models.hf import SIDE_FILES, HFDirectory
+from dance_jax.models.orbax_store import save_arrays
+from dance_jax.models.tensors import TensorRule
+
+#: progress(text, bytes done, bytes in all)
+Progress = Callable[[str, int, int], None]
+
+#: Bytes of the arrays of one checkpoint; a larger single tensor has a checkpoint of its own.
+GROUP_BYTES = 128 << 20
+
+
+def convert(
+    source: str | pathlib.Path,
+    destination: str | pathlib.Path,
+    progress: Progress | None = None,
+) -> pathlib.Path:
+    """Converts a model.
+
+    Two conversions to one destination may run at once: the second waits and finds it done. What a
+    killed conversion left is removed by the next one.
+
+    Args:
+        source: directory in Hugging Face format.
+        destination: made by this; if it exists already it must hold the same model.
+        progress: told after each group of tensors.
+
+    Returns:
+        The destination.
+
+    Raises:
+        UserError: the source is wrong, or the destination is something else.
+    """
+    source, destination = pathlib.Path(source), pathlib.Path(destination).absolute()
+    model = HFDirectory(source)
+    fingerprint = model.fingerprint()
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    with _only_one(destination):
+        if destination.exists() and any(destination.iterdir()):
+            if (
+                is_converted(destination)
+                and Checkpoint.open(destination).fingerprint == fingerprint
+            ):
+                return destination
+            raise UserError(
+                f"{destination}: exists and is not this model; choose another directory"
+            )
+        partial = _partial(destination)
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            _write(model, partial, fingerprint, progress or (lambda text, done, total: None))
+            partial.rename(destination)
+        except OSError as error:
+            raise UserError(f"{destination}: cannot be written: {error}") from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return destination
+
+
+def ensure_converted(
+    source: str | pathlib.Path,
+    cache_dir: str | pathlib.Path,
+    progress: Progress | None = None,
+) -> pathlib.Path:
+    """The converted form of a model, made in the cache on first use.
+
+    Args:
+        source: directory in Hugging Face format, or one that is converted already.
+        cache_dir: holds one directory for each content that was converted.
+        progress: called only if the model is converted now.
+
+    Returns:
+        A directory for `Checkpoint.open`.
+
+    Raises:
+        UserError: the source or the cached conversion is wrong.
+    """
+    source, cache_dir = pathlib.Path(source), pathlib.Path(cache_dir)
+    if is_converted(source):
+        return source
+    model = HFDirectory(source)
+    name = f"{source.absolute().name}-{model.fingerprint()[:16]}"
+    if not is_converted(cache_dir / name):
+        _remove_abandoned(cache_dir)
+        convert(source, cache_dir / name, progress)
+    return cache_dir / name
+
+
+def _write(
+    model: HFDirectory, directory: pathlib.Path, fingerprint: str, progress: Progress
+) -> None:
+    config, family = model.config, FAMILIES[model.config.family]
+    trunk_rules = family.tensor_rules(config)
+    total = sum(model.tensors[rule.source].size for rule in trunk_rules)
+    layers = []
+    for layer in config.moe_layers:
+        rules = [family.expert_tensors(config, layer, e) for e in range(config.num_experts)]
+        layers.append(rules)
+        total += sum(model.tensors[rule.source].size for three in rules for rule in three)
+    free = shutil.disk_usage(directory.parent).free
+    if free < total:
+        raise UserError(
+            f"{directory.parent}: {free / 1e9:.1f} GB are free, the converted model needs about "
+            f"{total / 1e9:.1f} GB"
+        )
+    directory.mkdir()
+    for name in SIDE_FILES:
+        if (model.path / name).exists():
+            shutil.copyfile(model.path / name, directory / name)
+
+    done = 0
+
+    def group(items: list[tuple[str, TensorRule]], where: pathlib.Path) -> list[list[str]]:
+        """Writes the arrays of (prefix of the name, rule), a checkpoint at a time."""
+        nonlocal done
+        where.mkdir(parents=True)
+        names: list[list[str]] = []
+        for part in _parts(model, items):
+            arrays = dict(_arrays(model, part))
+            save_arrays(where / str(len(names)), arrays)
+            names.append(list(arrays))
+            done += sum(model.tensors[rule.source].size for _, rule in part)
+            progress("converting", done, total)
+        return names
+
+    trunk = group([("", rule) for rule in trunk_rules], directory / "trunk")
+    experts = [
+        group(
+            [(expert_leaf(e, ""), rule) for e, three in enumerate(rules) for rule in three],
+            directory / "experts" / str(index),
+        )
+        for index, rules in enumerate(layers)
+    ]
+    write_manifest(directory, fingerprint, trunk, experts)
+
+
+def _parts(
+    model: HFDirectory, items: list[tuple[str, TensorRule]]
+) -> Iterator[list[tuple[str, TensorRule]]]:
+    part: list[tuple[str, TensorRule]] = []
+    size = 0
+    for item in items:
+        new = model.tensors[item[1].source].size
+        if part and size + new > GROUP_BYTES:
+            yield part
+            part, size = [], 0
+        part.append(item)
+        size += new
+    if part:
+        yield part
+
+
+def _arrays(
+    model: HFDirectory, part: list[tuple[str, TensorRule]]
+) -> Iterator[tuple[str, np.ndarray]]:
+    for prefix, rule in part:
+        tensor = model.tensors[rule.source].read()
+        if tensor.dtype == np.float64:
+            tensor = tensor.astype(np.float32)
+        for target in rule.targets:
+            yield prefix + target.path, np.ascontiguousarray(target.cut(tensor))
+
+
+def _partial(destination: pathlib.Path) -> pathlib.Path:
+    return destination.with_name(f".{destination.name}.partial")
+
+
+def _lock_path(destination: pathlib.Path) -> pathlib.Path:
+    return destination.with_name(f".{destination.name}.lock")
+
+
+@contextlib.contextmanager
+def _only_one(destination: pathlib.Path, wait: bool = True) -> Iterator[bool]:
+    """Holds the destination's lock, which ends with the process; yields False if it is taken."""
+    path = _lock_path(destination)
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            os.close(handle)
+            yield False
+            return
+        # whoever held it before may have removed the file: then others lock another one
+        if path.exists() and os.fstat(handle).st_ino == path.stat().st_ino:
+            break
+        os.close(handle)
+    try:
+        yield True
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _remove_abandoned(cache_dir: pathlib.Path) -> None:
+    """Removes what conversions that died have left in the cache."""
+    for partial in cache_dir.glob(".*.partial"):
+        name = partial.name.removeprefix(".").removesuffix(".partial")
+        with _only_one(cache_dir / name, wait=False) as ours:
+            if ours:
+                shutil.rmtree(partial, ignore_errors=True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m dance_jax.models.convert",
+        description="Converts a model in Hugging Face format for dance_jax.",
+    )
+    parser.add_argument(
+        "source", metavar="SRC", help="directory with config.json and *.safetensors"
+    )
+    parser.add_argument("destination", metavar="DST", help="directory to make")
+    options = parser.parse_args(arguments)
+
+    from rich import progress as bars
+    from rich.console import Console
+
+    columns = (
+        bars.TextColumn("{task.description}"),
+        bars.BarColumn(),
+        bars.DownloadColumn(),
+        bars.TransferSpeedColumn(),
+        bars.TimeRemainingColumn(),
+    )
+    try:
+        with bars.Progress(*columns, console=Console(stderr=True)) as bar:
+            task = bar.add_task("reading headers", total=None)
+            convert(
+                options.source,
+                options.destination,
+                lambda text, done, total: bar.update(
+                    task, description=text, completed=done, total=total
+                ),
+            )
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: nothing was left behind", file=sys.stderr)
+        return 130
+    print(options.destination)
+    return 0
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # no array of a conversion needs a device
+    sys.exit(main())

@@ -1,0 +1,63 @@
+"""One orbax checkpoint of named arrays, written and read by this process alone.
+
+Orbax meets the other processes of a jax.distributed job in barriers unless it is told that this one
+is its whole world; see `_alone`. A single array restores without its neighbours being read.
+"""
+
+from __future__ import annotations
+
+import logging
+import pathlib
+from collections.abc import Iterable, Mapping
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from dance_jax.config import UserError
+
+#: An array is cut into pieces of at most this many bytes, so that few are in memory compressed.
+_CHUNK_BYTES = 64 << 20
+
+
+def save_arrays(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes a new checkpoint."""
+    options = _alone()
+    saved = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), dict(arrays))
+    with ocp.Checkpointer(_handler(options), multiprocessing_options=options) as checkpointer:
+        checkpointer.save(path.absolute(), args=ocp.args.PyTreeSave(dict(arrays), saved))
+
+
+def load_arrays(path: pathlib.Path, names: Iterable[str]) -> dict[str, np.ndarray]:
+    """Reads the named arrays and no byte of the others.
+
+    Raises:
+        UserError: the checkpoint is torn; the message names it.
+    """
+    wanted = dict.fromkeys(names, 0.0)
+    arguments = ocp.args.PyTreeRestore(
+        wanted,
+        restore_args=dict.fromkeys(wanted, ocp.RestoreArgs(restore_type=np.ndarray)),
+        partial_restore=True,
+    )
+    try:
+        restored = _handler(_alone()).restore(epath.Path(path.absolute()), args=arguments)
+    except (ValueError, KeyError, OSError) as error:
+        raise UserError(
+            f"{path}: torn: {error}; delete the converted model and convert it again"
+        ) from error
+    return {name: np.asarray(restored[name]) for name in wanted}
+
+
+def _handler(options: ocp.options.MultiprocessingOptions) -> ocp.PyTreeCheckpointHandler:
+    return ocp.PyTreeCheckpointHandler(multiprocessing_options=options)
+
+
+def _alone() -> ocp.options.MultiprocessingOptions:
+    # absl's orbax warnings speak of shardings, which arrays restored to numpy do not have
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    rank = jax.process_index()
+    return ocp.options.MultiprocessingOptions(
+        primary_host=rank, active_processes={rank}, barrier_sync_key_prefix=f"dance-{rank}"
+    )

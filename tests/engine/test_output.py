@@ -1,0 +1,149 @@
+"""From request to output without a model: the tracker's deltas add up to RequestOutputs."""
+
+import re
+
+import pytest
+
+from dance_jax.engine.output import OutputCollector, RequestTracker, SampledToken
+from dance_jax.engine.sequence import MAX_STOP_IDS, Request, SamplingParams
+
+EOS = 0
+
+
+class Letters:
+    """Token i is the i-th letter; EOS is nothing."""
+
+    def decode(self, ids):
+        return "".join("" if i == EOS else chr(96 + i) for i in ids)
+
+
+def run(params, tokens, prompt=(1, 2), max_model_len=64, eos=(EOS,)):
+    """Output of one request whose every sample gets these tokens, and tokens used by sample 0."""
+    tracker = RequestTracker(Letters(), max_model_len, 27, eos, seed=3)
+    request = Request("r", None, list(prompt), params)
+    collector = OutputCollector(request)
+    sequences, deltas = tracker.open(request)
+    for delta in deltas:
+        collector.apply(delta)
+    for sequence in sequences:
+        for token in tokens:
+            sampled = SampledToken(token, -0.5, 2, [5, token, 9], [-0.1, -0.5, -3.0])
+            delta = tracker.append(sequence, sampled)
+            collector.apply(delta)
+            if delta.finish_reason is not None:
+                break
+    return collector.output
+
+
+def test_length():
+    output = run(SamplingParams(max_tokens=3), [1, 2, 3, 4])
+    sample = output.outputs[0]
+    assert (sample.text, sample.token_ids) == ("abc", [1, 2, 3])
+    assert (sample.finish_reason, sample.stop_reason) == ("length", None)
+    assert sample.cumulative_logprob == -1.5 and sample.logprobs is None
+    metrics = output.metrics
+    assert output.finished and 0 <= metrics.ttft_s <= metrics.e2e_s
+
+
+@pytest.mark.parametrize(
+    "params, text, count, stop_reason",
+    [
+        (dict(), "ab", 3, None),
+        (dict(stop_token_ids=[2]), "a", 2, 2),
+        (dict(ignore_eos=True, stop_token_ids=[3]), "abab", 6, 3),
+        (dict(ignore_eos=True, stop_token_ids=[0]), "ab", 3, 0),
+        (dict(min_tokens=4), "ababc", 7, None),
+        (dict(stop="b"), "a", 2, "b"),
+        (dict(stop=["abc", "zz"], min_tokens=4), "ab", 6, "abc"),
+        (dict(stop="ba", ignore_eos=True), "a", 4, "ba"),
+    ],
+)
+def test_stops(params, text, count, stop_reason):
+    tokens = [1, 2, EOS, 1, 2, 3, EOS]
+    sample = run(SamplingParams(max_tokens=7, **params), tokens).outputs[0]
+    assert (sample.text, len(sample.token_ids)) == (text, count)
+    assert (sample.finish_reason, sample.stop_reason) == ("stop", stop_reason)
+
+
+def test_output_is_cut_to_the_context():
+    for max_tokens in (None, 50):
+        sample = run(SamplingParams(max_tokens=max_tokens), [1] * 99, max_model_len=10).outputs[0]
+        assert (len(sample.token_ids), sample.finish_reason) == (8, "length")
+    assert run(SamplingParams(), [1], [1] * 9, 10).outputs[0].text == "a"
+
+
+@pytest.mark.parametrize(
+    "params, prompt, reason",
+    [
+        (SamplingParams(n=2), [], "empty"),
+        (SamplingParams(), [1] * 64, "64 tokens.*context of 64"),
+        (SamplingParams(), [1, 27], "token id 27; ids are 0..26"),
+        (SamplingParams(), [-1], "token id -1"),
+        (SamplingParams(stop_token_ids=[40]), [1], "stop_token_ids has 40"),
+    ],
+)
+def test_what_cannot_run_says_why(params, prompt, reason):
+    output = run(params, [1], prompt)
+    assert output.finished and len(output.outputs) == params.n
+    for sample in output.outputs:
+        assert sample.finish_reason == "error"
+        assert re.search(reason, sample.stop_reason)
+    assert output.metrics.ttft_s is None and output.metrics.e2e_s >= 0
+
+
+def test_too_many_tokens_to_hold_back():
+    params = SamplingParams(min_tokens=1)
+    assert run(params, [1], eos=range(MAX_STOP_IDS)).outputs[0].finish_reason == "stop"
+    sample = run(params, [1], eos=range(MAX_STOP_IDS + 1)).outputs[0]
+    assert sample.finish_reason == "error" and "min_tokens" in sample.stop_reason
+
+
+def test_logprobs_hold_the_token_and_the_most_likely():
+    sample = run(SamplingParams(max_tokens=2, logprobs=1), [7, 5]).outputs[0]
+    first, second = sample.logprobs
+    assert {token: (p.logprob, p.rank, p.decoded_token) for token, p in first.items()} == {
+        7: (-0.5, 2, "g"),
+        5: (-0.1, 1, "e"),
+    }
+    assert list(second) == [5]
+    alone = run(SamplingParams(max_tokens=1, logprobs=0), [7]).outputs[0]
+    assert [list(place) for place in alone.logprobs] == [[7]]
+
+
+def test_samples_and_seeds():
+    tracker = RequestTracker(Letters(), 64, 27, (EOS,), seed=3)
+    other = RequestTracker(Letters(), 64, 27, (EOS,), seed=3, rank=1)
+
+    def seeds(tracker, name, **fields):
+        sequences, _ = tracker.open(Request(name, None, [1], SamplingParams(**fields)))
+        return [sequence.seed for sequence in sequences]
+
+    first = seeds(tracker, "a", n=3)
+    assert len({*first, *seeds(tracker, "b", n=3), *seeds(other, "a", n=3)}) == 9
+    assert seeds(tracker, "c", n=2, seed=5) == seeds(other, "c", n=2, seed=5)
+    again = RequestTracker(Letters(), 64, 27, (EOS,), seed=3)
+    assert seeds(again, "x", n=3) == first
+
+
+def test_end_from_outside_gives_out_the_held_text():
+    tracker = RequestTracker(Letters(), 64, 27, (EOS,))
+    request = Request("r", None, [1], SamplingParams(n=2, stop="ab"))
+    collector = OutputCollector(request)
+    sequences, _ = tracker.open(request)
+    assert tracker.append(sequences[0], SampledToken(1, -1.0)).text == ""
+    collector.apply(tracker.end(sequences[0], "abort"))
+    assert not collector.output.finished
+    collector.apply(tracker.end(sequences[1], "error", "the engine died"))
+    first, second = collector.output.outputs
+    assert (first.text, first.finish_reason) == ("a", "abort")
+    assert (second.finish_reason, second.stop_reason) == ("error", "the engine died")
+    assert collector.output.finished
+    assert not tracker.open(request)[1], "its id is free again"
+
+
+def test_an_id_in_use_is_refused():
+    tracker = RequestTracker(Letters(), 64, 27, (EOS,))
+    request = Request("r", None, [1], SamplingParams())
+    tracker.open(request)
+    sequences, deltas = tracker.open(request)
+    assert not sequences and "in use" in deltas[0].stop_reason

@@ -1,0 +1,169 @@
+"""The hosts file."""
+
+from __future__ import annotations
+
+import pathlib
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dance_jax.config import ServerSpec, UserError
+from dance_jax.launch.hosts import parse_hosts, read_hosts
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def test_every_key_and_default() -> None:
+    spec = parse_hosts(
+        """
+        # servers
+        alpha address=localhost devices=2 memory=48MiB bandwidth=500Mbps  # the large one
+        beta experts=7 address=127.0.0.1
+
+        """,
+        "hosts.txt",
+    )
+    assert spec.servers == (
+        ServerSpec("alpha", "localhost", 2, 48 << 20, None, 500e6),
+        ServerSpec("beta", "127.0.0.1", 1, None, 7, None),
+    )
+    assert spec.servers[0].slots(1 << 20) == 48
+    assert spec.servers[1].slots(1 << 20) == 7
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("1B", 1),
+        ("3kB", 3000),
+        ("48MB", 48_000_000),
+        ("20GB", 20_000_000_000),
+        ("1TB", 10**12),
+        ("2KiB", 2048),
+        ("13.5MiB", 14_155_776),
+        ("20GiB", 20 << 30),
+        ("0.5TiB", 1 << 39),
+    ],
+)
+def test_memory_units(text: str, size: int) -> None:
+    assert parse_hosts(f"a address=localhost memory={text}").servers[0].memory == size
+
+
+@pytest.mark.parametrize(
+    ("text", "rate"), [("900bps", 900), ("5kbps", 5e3), ("500Mbps", 5e8), ("2.5Gbps", 2.5e9)]
+)
+def test_bandwidth_units(text: str, rate: float) -> None:
+    spec = parse_hosts(f"a address=localhost experts=1 bandwidth={text}")
+    assert spec.servers[0].bandwidth == rate
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("a experts=1 colour=red", ["colour", "address, devices"]),
+        ("a experts=1 experts=2", ["experts", "twice"]),
+        ("a experts", ["experts", "no value"]),
+        ("a experts=", ["experts", "no value"]),
+        ("a =1", ["unknown key ''"]),
+        ("a memory=48", ["memory=48", "MiB"]),
+        ("a memory=48mib", ["memory=48mib", "MiB"]),
+        ("a memory=MiB", ["memory=MiB"]),
+        ("a memory=-1MiB", ["memory=-1MiB"]),
+        ("a memory=1e3MiB", ["memory=1e3MiB"]),
+        ("a memory=0MiB", ["memory=0MiB"]),
+        ("a experts=-1", ["experts=-1", "whole number"]),
+        ("a experts=1.5", ["experts=1.5"]),
+        ("a experts=1 bandwidth=500", ["bandwidth=500", "Mbps"]),
+        ("a experts=1 bandwidth=500MB", ["bandwidth=500MB"]),
+        ("a experts=1 bandwidth=0Mbps", ["bandwidth=0Mbps"]),
+        ("a experts=1 devices=0", ["devices=0", "at least one"]),
+        ("a experts=1 devices=two", ["devices=two"]),
+        ("a memory=1GiB experts=1", ["both"]),
+        ("a devices=1", ["neither", "memory=", "experts="]),
+        ("-a experts=1", ["'-a'", "name"]),
+        ("devices=1 experts=1", ["'devices=1'", "name"]),
+        ("../a experts=1", ["'../a'"]),
+    ],
+)
+def test_errors_name_file_line_and_key(line: str, words: list[str]) -> None:
+    text = f"# first\nok address=localhost experts=1\n{line} address=localhost"
+    with pytest.raises(UserError) as caught:
+        parse_hosts(text, "my-hosts")
+    assert str(caught.value).startswith("my-hosts:3: ")
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_repeated_name() -> None:
+    with pytest.raises(UserError, match="h:3: server a is already on line 1"):
+        parse_hosts("a address=localhost experts=1\n\na address=localhost experts=2", "h")
+
+
+@pytest.mark.parametrize("address", ["10.0.0.1", "example.org", "0.0.0.0", "::2"])
+def test_other_machines_are_refused(address: str) -> None:
+    with pytest.raises(UserError, match=f"h:1: address={address} is not this machine"):
+        parse_hosts(f"a experts=1 address={address}", "h")
+
+
+def test_address_is_the_name_by_default() -> None:
+    with pytest.raises(UserError, match="h:1: the address of alpha is its name .*localhost"):
+        parse_hosts("alpha experts=1", "h")
+    assert parse_hosts("localhost experts=1").servers[0].address == "localhost"
+
+
+def test_unreadable_and_empty_files(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(UserError, match="cannot be read"):
+        read_hosts(tmp_path / "none")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="cannot be read"):
+        read_hosts(tmp_path / "binary")
+    (tmp_path / "empty").write_text("# nobody\n")
+    with pytest.raises(UserError, match="no server"):
+        read_hosts(tmp_path / "empty")
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.from_regex(r"[a-z][a-z0-9._-]{0,8}", fullmatch=True),
+            st.integers(1, 9),
+            st.one_of(st.integers(0, 10**6), st.integers(1, 10**6).map(lambda n: f"{n}MiB")),
+            st.booleans(),
+        ),
+        min_size=1,
+        max_size=5,
+        unique_by=lambda server: server[0],
+    )
+)
+def test_what_is_written_is_read(servers: list[tuple[str, int, int | str, bool]]) -> None:
+    lines = []
+    for name, devices, size, comment in servers:
+        key = "experts" if isinstance(size, int) else "memory"
+        words = [name, f"{key}={size}", f"devices={devices}", "address=localhost"]
+        lines.append("\t ".join(words) + (" # memory=bad" if comment else ""))
+    spec = parse_hosts("\n".join(lines))
+    assert spec.names == tuple(server[0] for server in servers)
+    assert spec.devices == tuple(server[1] for server in servers)
+    for found, (_, _, size, _) in zip(spec.servers, servers, strict=True):
+        if isinstance(size, int):
+            assert (found.experts, found.memory) == (size, None)
+        else:
+            assert (found.experts, found.memory) == (None, int(size[:-3]) << 20)
+
+
+@given(st.text(max_size=60))
+def test_any_text_is_parsed_or_refused_with_a_place(text: str) -> None:
+    try:
+        parse_hosts(text, "some/hosts")
+    except UserError as error:
+        assert str(error).startswith("some/hosts:")
+
+
+def test_the_example_holds_what_it_says() -> None:
+    """About 0.45, 0.35 and 2 x 0.3 of the demo's 320 experts of 96 KiB."""
+    spec = read_hosts(ROOT / "examples" / "hosts.txt")
+    assert spec.names == ("alpha", "beta", "gamma")
+    assert spec.devices == (1, 1, 2)
+    assert [server.slots(3 * 128 * 64 * 4) for server in spec.servers] == [144, 112, 96]
+    assert [server.bandwidth for server in spec.servers] == [500e6] * 3

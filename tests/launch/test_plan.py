@@ -1,0 +1,145 @@
+"""Plans: who holds what, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import types
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from dance_jax.config import EngineConfig, UserError
+from dance_jax.launch.defaults import engine_config
+from dance_jax.launch.hosts import parse_hosts
+from dance_jax.launch.plan import Plan, load_layout, make_plan, save_layout
+from dance_jax.launch.report import print_plan
+from dance_jax.models import ModelConfig
+from dance_jax.placement import Activations
+from tests.launch.tiny import EXPERT_BYTES, EXPERTS, FIELDS, HOSTS, LAYERS
+
+SPEC = parse_hosts(HOSTS)
+MODEL: Any = types.SimpleNamespace(
+    config=ModelConfig.from_hf(FIELDS),
+    fingerprint="this model",
+    expert_bytes=lambda dtype: EXPERT_BYTES // (1 if dtype == "float32" else 2),
+    trunk_bytes=lambda dtype: 1000,
+)
+CONFIG = EngineConfig(max_model_len=64)
+
+
+def activations(model: str = "this model", layers: int = LAYERS, names=("gamma", "beta", "alpha")):
+    counts = np.zeros((3, layers, EXPERTS), np.int64)
+    counts[0, :, :8] = 5  # gamma uses the first half, beta and alpha the second
+    counts[1:, :, 8:] = 5
+    return Activations(tuple(names), counts, model)
+
+
+def text_of(plan: Plan) -> str:
+    console = Console(width=120, record=True, quiet=False, file=open("/dev/null", "w"))
+    print_plan(console, plan)
+    return console.export_text()
+
+
+def test_slots_are_what_memory_holds() -> None:
+    plan = make_plan(SPEC, MODEL, CONFIG)
+    assert [server.slots for server in plan.servers] == [14, 11, 10]
+    assert [server.pool_bytes for server in plan.servers] == [
+        14 * EXPERT_BYTES,
+        11 * EXPERT_BYTES,
+        10 * EXPERT_BYTES,
+    ]
+    assert plan.layout.slots_per_device == (14, 11, 10)
+    assert plan.layout.devices == (1, 1, 2)
+    half = make_plan(SPEC, MODEL, dataclasses.replace(CONFIG, dtype="bfloat16"))
+    assert [server.slots for server in half.servers] == [14, 22, 10]
+
+
+def test_every_expert_has_a_slot() -> None:
+    plan = make_plan(SPEC, MODEL, CONFIG, "uniform")
+    plan.placement.validate([14, 11, 20])
+    placed = {
+        (int(layer), int(expert))
+        for server, devices in enumerate(SPEC.devices)
+        for device in range(devices)
+        for layer, expert in plan.layout.experts_of(server, device)
+        if layer >= 0
+    }
+    assert placed == {(layer, expert) for layer in range(LAYERS) for expert in range(EXPERTS)}
+
+
+def test_without_activations_the_plan_says_so() -> None:
+    plan = make_plan(SPEC, MODEL, CONFIG)
+    assert plan.equal_counts
+    assert "No activations were given" in text_of(plan)
+
+
+def test_activations_are_matched_by_name() -> None:
+    plan = make_plan(SPEC, MODEL, CONFIG, "dance", activations())
+    text = text_of(plan)
+    assert not plan.equal_counts
+    assert "No activations" not in text
+    assert plan.placement.resident[2, :, :8].all()  # gamma has 20 slots for the 16 it uses
+    assert plan.servers[2].local_share == 1.0
+    assert plan.local_share == plan.placement.local_share(activations().counts[::-1])
+    for server in plan.servers:
+        assert " ".join(map(str, server.resident)) in text
+        assert f"{server.local_share:.3f}" in text
+
+
+def test_kv_cache_is_what_a_device_allocates() -> None:
+    from dance_jax.engine.kv_cache import new_memory
+
+    plan = make_plan(SPEC, MODEL, CONFIG)
+    cache = new_memory(MODEL.config, CONFIG).cache
+    assert plan.servers[0].kv_bytes == sum(np.asarray(layer).nbytes for layer in cache)
+
+
+def test_too_little_memory_says_how_much_is_missing() -> None:
+    spec = parse_hosts("a address=localhost experts=20\nb address=localhost devices=2 experts=4")
+    with pytest.raises(UserError) as caught:
+        make_plan(spec, MODEL, CONFIG)
+    message = str(caught.value)
+    assert "4 slots are missing" in message
+    assert f"{4 * EXPERT_BYTES:,} bytes" in message
+    assert "a 20, b 8" in message
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (activations(model="another"), "another model"),
+        (activations(layers=3), "3 MoE layers"),
+        (activations(names=("alpha", "beta", "delta")), "gamma"),
+    ],
+)
+def test_activations_that_do_not_fit(given: Activations, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        make_plan(SPEC, MODEL, CONFIG, "dance", given)
+
+
+def test_unknown_policy() -> None:
+    with pytest.raises(UserError, match="unknown policy 'best'"):
+        make_plan(SPEC, MODEL, CONFIG, "best")
+
+
+def test_layout_files(tmp_path: pathlib.Path) -> None:
+    layout = make_plan(SPEC, MODEL, CONFIG).layout
+    save_layout(layout, tmp_path / "layout.npz")
+    found = load_layout(tmp_path / "layout.npz")
+    for field in dataclasses.fields(layout):
+        assert np.array_equal(getattr(found, field.name), getattr(layout, field.name))
+    (tmp_path / "torn.npz").write_bytes((tmp_path / "layout.npz").read_bytes()[:100])
+    with pytest.raises(UserError, match="not a readable layout"):
+        load_layout(tmp_path / "torn.npz")
+
+
+def test_engine_configuration() -> None:
+    model = MODEL.config
+    assert engine_config(model).max_model_len == 256
+    assert engine_config(model).dtype == "float32"
+    assert engine_config(model, platform="cuda").dtype == "bfloat16"
+    with pytest.raises(UserError, match="at most the 256"):
+        engine_config(model, 257)

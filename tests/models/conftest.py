@@ -1,0 +1,132 @@
+"""Helpers of the model tests: tiny configs, a dense stand-in for the expert pool, a runner."""
+
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+#: Tiny models run for milliseconds and would compile for seconds.
+QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+
+REFERENCE = pathlib.Path(__file__).parent.parent / "reference"
+
+DEEPSEEK = {
+    "model_type": "deepseek_v2",
+    "vocab_size": 264,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "q_lora_rank": None,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "max_position_embeddings": 512,
+    "eos_token_id": 1,
+}
+MIXTRAL = {
+    "model_type": "mixtral",
+    "vocab_size": 264,
+    "hidden_size": 32,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 512,
+    "eos_token_id": 1,
+}
+
+
+@pytest.fixture
+def deepseek_fields():
+    """config.json of a tiny DeepSeek-V2, to be changed freely."""
+    return dict(DEEPSEEK)
+
+
+@pytest.fixture
+def mixtral_fields():
+    """config.json of a tiny Mixtral, to be changed freely."""
+    return dict(MIXTRAL)
+
+
+def dense_moe(pools):
+    """moe(l, x, expert, weight) that runs every expert on every token.
+
+    Args:
+        pools: per MoE layer (w_gate [e, d, f], w_up [e, d, f], w_down [e, f, d]).
+    """
+
+    stacks = [np.stack([np.asarray(w, np.float32) for w in part]) for part in zip(*pools)]
+
+    def moe(layer, x_td, expert_tk, weight_tk):
+        w_gate, w_up, w_down = (jnp.asarray(stack)[layer] for stack in stacks)
+        x_td = x_td.astype(jnp.float32)
+        inner = jax.nn.silu(jnp.einsum("td,edf->etf", x_td, w_gate))
+        inner = inner * jnp.einsum("td,edf->etf", x_td, w_up)
+        outputs = jnp.einsum("etf,efd->ted", inner, w_down)
+        weight_te = jnp.zeros(outputs.shape[:2]).at[jnp.arange(len(x_td))[:, None], expert_tk]
+        return jnp.einsum("te,ted->td", weight_te.add(weight_tk), outputs), None
+
+    return moe
+
+
+class Runner:
+    """A model with a cache of its own: the smallest possible engine."""
+
+    def __init__(self, model, moe, rows=1, length=256):
+        graph, state = nnx.split(model)
+        config, dtype = model.config, model.embedding.get_value().dtype
+
+        @functools.partial(jax.jit, compiler_options=QUICK)
+        def step(state, tokens, start, cached):
+            model = nnx.merge(graph, state)
+            hidden, fresh, _ = model(tokens, start, cached, moe)
+            logits = model.logits(hidden.reshape(-1, hidden.shape[-1]))
+            return logits.reshape(*tokens.shape, -1), fresh
+
+        self.step, self.state = step, state
+        shape = (rows, length, config.cache_width)
+        self.cached = [np.zeros(shape, dtype) for _ in range(config.num_layers)]
+
+    def __call__(self, tokens_rc, start_r):
+        """Logits [r, c, v] of a chunk; its entries are kept."""
+        tokens = np.asarray(tokens_rc, np.int32)
+        start = np.asarray(start_r, np.int32)
+        logits, fresh = self.step(self.state, tokens, start, [jnp.asarray(c) for c in self.cached])
+        for kept, new in zip(self.cached, fresh, strict=True):
+            for row, first in enumerate(start):
+                kept[row, first : first + tokens.shape[1]] = new[row]
+        return np.asarray(logits)
+
+
+@pytest.fixture
+def make_runner():
+    """Runner(model, moe, rows, length), with `make_runner.dense_moe` for the experts."""
+
+    def make(model, moe, rows=1, length=256):
+        return Runner(model, moe, rows, length)
+
+    make.dense_moe = dense_moe
+    return make
+
+
+@pytest.fixture(scope="session")
+def converted_references(tmp_path_factory):
+    """open(name) -> Checkpoint of a reference model, converted once a session."""
+    from dance_jax.models.checkpoint import Checkpoint
+    from dance_jax.models.convert import convert
+
+    cache = tmp_path_factory.mktemp("references")
+    return lambda name: Checkpoint.open(convert(REFERENCE / name, cache / name))

@@ -1,0 +1,167 @@
+"""Reading Hugging Face directories: spellings of names, reports, torn files."""
+
+import json
+import shutil
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from dance_jax.config import UserError
+from dance_jax.models.hf import INDEX, HFDirectory
+from dance_jax.models.random_weights import write_random_checkpoint
+
+
+@pytest.fixture
+def source(tmp_path, deepseek_fields):
+    return write_random_checkpoint(tmp_path / "source", deepseek_fields)
+
+
+@pytest.fixture
+def sharded(tmp_path, mixtral_fields):
+    return write_random_checkpoint(
+        tmp_path / "sharded", mixtral_fields, dtype="bfloat16", shard_bytes=20_000
+    )
+
+
+def rewrite(directory, change):
+    path = directory / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+def test_one_file(source):
+    model = HFDirectory(source)
+    stored = load_file(source / "model.safetensors")
+    assert set(model.tensors) == set(stored)
+    for name in ("model.norm.weight", "model.layers.2.mlp.experts.7.down_proj.weight"):
+        np.testing.assert_array_equal(model.tensors[name].read(), stored[name])
+
+
+def test_shards_in_bfloat16(sharded):
+    model = HFDirectory(sharded)
+    assert len(model.files) == 3
+    stored = load_file(model.files[1])
+    for name, values in stored.items():
+        read = model.tensors[name].read()
+        assert read.dtype == ml_dtypes.bfloat16
+        np.testing.assert_array_equal(read.view(np.uint16), values.view(np.uint16))
+
+
+def test_all_wrong_tensors_come_in_one_report(source):
+    def change(tensors):
+        del tensors["model.norm.weight"]
+        for expert in range(8):
+            del tensors[f"model.layers.1.mlp.experts.{expert}.up_proj.weight"]
+        tensors["model.layers.0.self_attn.q_proj.bias"] = np.zeros(3, np.float32)
+        tensors["model.layers.1.mlp.gate.weight"] = np.zeros((9, 32), np.float32)
+        tensors["lm_head.weight"] = np.zeros((264, 32), np.int8)
+
+    rewrite(source, change)
+    with pytest.raises(UserError) as error:
+        HFDirectory(source)
+    report = str(error.value)
+    assert str(source) in report
+    assert "9 missing" in report and "model.norm.weight" in report
+    assert "1 not part of this model: model.layers.0.self_attn.q_proj.bias" in report
+    assert "model.layers.1.mlp.gate.weight is [9, 32], not [8, 32]" in report
+    assert "lm_head.weight is I8" in report
+
+
+def test_tied_models_may_repeat_the_embedding_and_old_ones_store_frequencies(source):
+    fields = json.loads((source / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (source / "config.json").write_text(json.dumps(fields))
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    rewrite(source, lambda tensors: tensors.update({name: np.zeros(4, np.float32)}))
+    HFDirectory(source)
+
+
+def test_experts_in_one_tensor_and_modules_named_mlp(tmp_path, mixtral_fields):
+    source = write_random_checkpoint(tmp_path / "m", mixtral_fields)
+    plain = HFDirectory(source).tensors
+    plain = {name: tensor.read() for name, tensor in plain.items()}
+
+    def fuse(tensors):
+        for layer in range(2):
+            prefix = f"model.layers.{layer}.block_sparse_moe"
+            new = f"model.layers.{layer}.mlp"
+            tensors[f"{new}.gate.weight"] = tensors.pop(f"{prefix}.gate.weight")
+            part = {
+                w: np.stack([tensors.pop(f"{prefix}.experts.{e}.{w}.weight") for e in range(4)])
+                for w in ("w1", "w2", "w3")
+            }
+            joined = np.concatenate([part["w1"], part["w3"]], axis=1)
+            tensors[f"{new}.experts.gate_up_proj"] = joined
+            tensors[f"{new}.experts.down_proj"] = part["w2"]
+
+    rewrite(source, fuse)
+    fused = HFDirectory(source).tensors
+    assert fused.keys() == plain.keys()
+    for name, values in plain.items():
+        np.testing.assert_array_equal(fused[name].read(), values)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 100, -1])
+def test_torn_weights_name_the_file(source, keep):
+    path = source / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(UserError, match=r"model\.safetensors.*torn"):
+        HFDirectory(source)
+
+
+def test_files_that_are_no_safetensors(source):
+    path = source / "model.safetensors"
+    path.write_bytes((20).to_bytes(8, "little") + b"x" * 100)
+    with pytest.raises(UserError, match=r"model\.safetensors: not a safetensors file"):
+        HFDirectory(source)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_torn_json_names_file_and_line(source, name):
+    (source / name).write_text('{"hidden_size": 3,\n "voc')
+    with pytest.raises(UserError, match=rf"{name}, line 2"):
+        HFDirectory(source)
+    (source / name).write_text("[]")
+    with pytest.raises(UserError, match=rf"{name}.*object"):
+        HFDirectory(source)
+
+
+def test_missing_files(source, sharded, tmp_path):
+    with pytest.raises(UserError, match="no such directory"):
+        HFDirectory(tmp_path / "nowhere")
+    (source / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="no safetensors"):
+        HFDirectory(source)
+    (source / "config.json").unlink()
+    with pytest.raises(UserError, match=r"config\.json: no such file"):
+        HFDirectory(source)
+    HFDirectory(sharded).files[1].unlink()
+    with pytest.raises(UserError, match="model-00002-of"):
+        HFDirectory(sharded)
+
+
+def test_index_that_lies(sharded):
+    index = json.loads((sharded / INDEX).read_text())
+    index["weight_map"]["model.surprise.weight"] = "model-00001-of-00002.safetensors"
+    (sharded / INDEX).write_text(json.dumps(index))
+    with pytest.raises(UserError):
+        HFDirectory(sharded)
+    (sharded / INDEX).unlink()
+    with pytest.raises(UserError, match="safetensors files but no"):
+        HFDirectory(sharded)
+
+
+def test_fingerprint_is_of_the_content(source, tmp_path):
+    first = HFDirectory(source).fingerprint()
+    assert HFDirectory(shutil.copytree(source, tmp_path / "copy")).fingerprint() == first
+    # one weight in the middle of a tensor, same header
+    path = source / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    changed = HFDirectory(source).fingerprint()
+    assert changed != first
+    (source / "tokenizer_config.json").write_text("{}")
+    assert HFDirectory(source).fingerprint() not in (first, changed)

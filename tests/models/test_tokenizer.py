@@ -1,0 +1,135 @@
+"""Tokens and chat templates."""
+
+import json
+
+import pytest
+
+from dance_jax.config import UserError
+from dance_jax.models import ModelConfig
+from dance_jax.models.random_weights import write_byte_tokenizer
+from dance_jax.models.tokenizer import Tokenizer
+
+MESSAGES = [{"role": "user", "content": "hi <b> é"}]
+
+
+@pytest.fixture
+def directory(tmp_path, deepseek_fields):
+    (tmp_path / "config.json").write_text(json.dumps(deepseek_fields))
+    write_byte_tokenizer(tmp_path, ModelConfig.from_hf(deepseek_fields))
+    return tmp_path
+
+
+def settings(directory, **changes):
+    path = directory / "tokenizer_config.json"
+    values = {k: v for k, v in (json.loads(path.read_text()) | changes).items() if v != "absent"}
+    path.write_text(json.dumps(values))
+    return Tokenizer.load(directory)
+
+
+def with_begin_token(directory):
+    """Lets tokenizer.json itself add <s>."""
+    path = directory / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [0], "tokens": ["<s>"]}},
+    }
+    path.write_text(json.dumps(content))
+
+
+def test_round_trip(directory):
+    tokenizer = Tokenizer.load(directory)
+    text = "héllo ☃\n  x"
+    ids = tokenizer.encode(text)
+    assert len(ids) == len(text.encode()) and tokenizer.decode(ids) == text
+    assert tokenizer.decode([0, *ids, 1]) == text
+    assert tokenizer.decode([1], skip_special_tokens=False) == "</s>"
+    assert tokenizer.vocab_size == 258 and tokenizer.eos_token_ids == (1,)
+
+
+@pytest.mark.parametrize("processor", [False, True])
+@pytest.mark.parametrize(("add", "begins"), [(True, True), (False, False), ("absent", None)])
+def test_add_bos_token(directory, processor, add, begins):
+    if processor:
+        with_begin_token(directory)
+    tokenizer = settings(directory, add_bos_token=add)
+    begins = processor if begins is None else begins
+    assert tokenizer.encode("ab")[:-2] == [0] * begins
+    assert tokenizer.encode("ab", add_special_tokens=False)[:-2] == []
+
+
+def test_add_bos_token_spelled_as_an_object(directory):
+    tokenizer = settings(directory, add_bos_token=True, bos_token={"content": "<s>"})
+    assert tokenizer.encode("a")[0] == tokenizer.bos_token_id == 0
+    with pytest.raises(UserError, match="bos_token is not in"):
+        settings(directory, bos_token="<nothing>")
+
+
+def test_generation_config_goes_first_for_eos(directory):
+    (directory / "generation_config.json").write_text('{"eos_token_id": [1, 9]}')
+    assert Tokenizer.load(directory).eos_token_ids == (1, 9)
+
+
+def test_chat_template(directory):
+    tokenizer = Tokenizer.load(directory)
+    text = "user: hi <b> é\nassistant:"
+    assert tokenizer.chat_text(MESSAGES) == text
+    assert tokenizer.decode(tokenizer.apply_chat_template(MESSAGES)) == text
+    assert tokenizer.chat_text(MESSAGES, add_generation_prompt=False) == "user: hi <b> é\n"
+
+
+def test_template_file_goes_first_and_sees_what_templates_rely_on(directory):
+    (directory / "chat_template.jinja").write_text(
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'skip' %}{% continue %}{% endif %}\n"
+        "{{ m | tojson }}{% generation %}x{% endgeneration %}{% endfor %}{{ strftime_now('%%') }}"
+        "{{ tools }}"
+    )
+    tokenizer = Tokenizer.load(directory)
+    text = tokenizer.chat_text([{"role": "skip", "content": ""}, *MESSAGES], tools=3)
+    assert text == '<s>{"role": "user", "content": "hi <b> é"}x%3'
+
+
+def test_begin_token_of_a_template_is_not_doubled(directory):
+    tokenizer = settings(directory, add_bos_token=True, chat_template="{{ bos_token }}a")
+    assert tokenizer.apply_chat_template(MESSAGES) == [0, tokenizer.encode("a")[-1]]
+
+
+def test_named_templates(directory):
+    named = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
+    assert settings(directory, chat_template=named).chat_text(MESSAGES) == "d"
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ raise_exception('only users') }}", "only users"),
+        ("{{ messages.append(1) }}", "unsafe|not safe"),
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "unsafe|undefined"),
+    ],
+)
+def test_templates_that_refuse_or_break_out(directory, template, message):
+    tokenizer = settings(directory, chat_template=template)
+    with pytest.raises(UserError, match=message):
+        tokenizer.chat_text(MESSAGES)
+
+
+def test_bad_files(directory):
+    with pytest.raises(UserError, match="line 2"):
+        settings(directory, chat_template="a\n{% if %}")
+    tokenizer = settings(directory, chat_template="absent")
+    assert not tokenizer.has_chat_template
+    with pytest.raises(UserError, match="no chat template"):
+        tokenizer.chat_text(MESSAGES)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"vocab_size": 100}))
+    with pytest.raises(UserError, match=r"token 257, but vocab_size is 100"):
+        Tokenizer.load(directory)
+    path = directory / "tokenizer.json"
+    path.write_text(path.read_text()[:500])
+    with pytest.raises(UserError, match=r"tokenizer\.json.*torn"):
+        Tokenizer.load(directory)
+    path.unlink()
+    with pytest.raises(UserError, match=r"tokenizer\.json: no such file"):
+        Tokenizer.load(directory)

@@ -1,0 +1,272 @@
+"""`LLM` on a tiny random model: what users rely on, through the real engine."""
+
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from dance_jax import LLM, RequestOutput, SamplingParams
+from dance_jax.config import UserError
+from dance_jax.models.random_weights import write_random_checkpoint
+
+FIELDS = {
+    "model_type": "deepseek_v2",
+    "vocab_size": 264,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "q_lora_rank": None,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "max_position_embeddings": 256,
+    "eos_token_id": 1,
+}
+PROMPTS = [
+    "a",
+    "Two servers of unequal size",
+    "नमस्ते दुनिया",
+    "x" * 150,
+    "def f(x):\n    return x",
+    "🎉" * 9,
+    "last but not least, ",
+    "1 + 1 =",
+    "one more than there are slots",
+    "and another one",
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_random_checkpoint(tmp_path_factory.mktemp("model") / "tiny", FIELDS, seed=3)
+
+
+@pytest.fixture(scope="module")
+def cache_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def llm(model, cache_dir):
+    with LLM(model, max_model_len=192, cache_dir=cache_dir) as llm:
+        yield llm
+
+
+def greedy(**fields):
+    return SamplingParams(**{"temperature": 0, "max_tokens": 8, "ignore_eos": True, **fields})
+
+
+def tokens(outputs):
+    return [sample.token_ids for output in outputs for sample in output.outputs]
+
+
+def test_outputs_are_complete_and_in_order(llm):
+    outputs = llm.generate(PROMPTS, greedy())
+    assert [output.prompt for output in outputs] == PROMPTS
+    for output, prompt in zip(outputs, PROMPTS, strict=True):
+        assert isinstance(output, RequestOutput) and output.finished
+        assert output.prompt_token_ids == llm.tokenizer.encode(prompt)
+        (sample,) = output.outputs
+        assert (sample.index, sample.finish_reason, len(sample.token_ids)) == (0, "length", 8)
+        whole = llm.tokenizer.decode(output.prompt_token_ids + sample.token_ids)
+        assert (prompt + sample.text).rstrip("\ufffd") == whole.rstrip("\ufffd")
+        assert 0 < output.metrics.ttft_s <= output.metrics.e2e_s
+    assert len({output.request_id for output in outputs}) == len(PROMPTS)
+
+
+def test_token_ids_and_single_prompts(llm):
+    ids = llm.tokenizer.encode(PROMPTS[1])
+    by_text, by_ids = llm.generate([PROMPTS[1], ids], greedy())
+    assert by_ids.prompt is None and by_ids.prompt_token_ids == ids
+    assert tokens([by_text]) == tokens([by_ids])
+    assert tokens(llm.generate(PROMPTS[1], greedy())) == tokens([by_text])
+    assert tokens(llm.generate(ids, greedy())) == tokens([by_text])
+    assert llm.generate([], greedy()) == []
+
+
+def test_greedy_is_the_same_alone_and_in_a_batch(llm):
+    together = tokens(llm.generate(PROMPTS, greedy()))
+    assert together == [tokens(llm.generate(prompt, greedy()))[0] for prompt in PROMPTS]
+
+
+def test_a_seed_gives_the_same_whatever_else_is_in_the_batch(llm):
+    params = [
+        SamplingParams(
+            temperature=0.8, top_p=0.9, top_k=k, seed=i, max_tokens=6 + i, ignore_eos=True
+        )
+        for i, k in enumerate([0, 5, 50] * 4)
+    ][: len(PROMPTS)]
+    together = tokens(llm.generate(PROMPTS, params))
+    backwards = tokens(llm.generate(PROMPTS[::-1], params[::-1]))[::-1]
+    alone = [tokens(llm.generate(p, each))[0] for p, each in zip(PROMPTS, params, strict=True)]
+    assert together == backwards == alone
+    other = tokens(llm.generate(PROMPTS[0], SamplingParams(seed=99, max_tokens=16)))
+    assert other != tokens(llm.generate(PROMPTS[0], SamplingParams(seed=98, max_tokens=16)))
+
+
+def test_the_objects_seed(model, cache_dir, llm):
+    params = SamplingParams(max_tokens=6, ignore_eos=True)
+
+    def two_calls(seed):
+        with LLM(model, max_model_len=192, seed=seed, cache_dir=cache_dir) as llm:
+            return tokens(llm.generate(PROMPTS[:3], params)), tokens(llm.generate("a", params))
+
+    first = two_calls(7)
+    assert first == two_calls(7)
+    assert first != two_calls(8)
+
+
+def test_samples_of_a_prompt(llm):
+    params = SamplingParams(n=4, seed=5, max_tokens=12, ignore_eos=True)
+    first, other = llm.generate(["same", "other"], params)
+    assert [sample.index for sample in first.outputs] == [0, 1, 2, 3]
+    assert len({tuple(sample.token_ids) for sample in first.outputs}) == 4
+    (again,) = llm.generate("same", params)
+    assert tokens([again]) == tokens([first])
+    assert tokens([other]) != tokens([first])
+
+
+def test_logprobs_are_consistent(llm):
+    outputs = llm.generate(PROMPTS[:4], greedy(logprobs=3))
+    outputs += llm.generate(PROMPTS[:4], SamplingParams(seed=1, logprobs=20, ignore_eos=True))
+    outputs += llm.generate(PROMPTS[:4], SamplingParams(seed=1, logprobs=0, ignore_eos=True))
+    for number, output in enumerate(outputs):
+        (sample,) = output.outputs
+        assert len(sample.logprobs) == len(sample.token_ids)
+        chosen = [p[t] for p, t in zip(sample.logprobs, sample.token_ids, strict=True)]
+        assert math.isclose(sum(p.logprob for p in chosen), sample.cumulative_logprob, abs_tol=1e-4)
+        for entry, own in zip(sample.logprobs, chosen, strict=True):
+            asked = [3, 20, 0][number // 4]
+            assert len(entry) == max(1, asked + (own.rank > asked))
+            if number < 4:
+                assert own.rank == 1
+            ranked = sorted(entry.values(), key=lambda p: p.rank)
+            values = [p.logprob for p in ranked]
+            assert values == sorted(values, reverse=True)
+            assert sum(map(math.exp, values)) <= 1 + 1e-5
+    assert tokens(outputs[4:8]) == tokens(outputs[8:])
+    silent = llm.generate(PROMPTS[0], greedy())[0].outputs[0]
+    assert silent.logprobs is None
+    assert math.isclose(silent.cumulative_logprob, outputs[0].outputs[0].cumulative_logprob)
+
+
+def test_chunked_prefill_gives_the_same_logprobs(llm):
+    """A prompt in two chunks (150 > 128), and its beginning with the rest as decode steps."""
+    prompt = llm.tokenizer.encode(PROMPTS[3])
+    (long,) = llm.generate(prompt, greedy(max_tokens=1, logprobs=5))
+    (short,) = llm.generate(prompt[:40], greedy(max_tokens=20, logprobs=5))
+    steps = short.outputs[0]
+    for count in (1, 7, 19):
+        grown = prompt[:40] + steps.token_ids[:count]
+        (again,) = llm.generate(grown, greedy(max_tokens=1, logprobs=5))
+        sample = again.outputs[0]
+        assert sample.token_ids == steps.token_ids[count : count + 1]
+        np.testing.assert_allclose(
+            [p.logprob for p in sample.logprobs[0].values()],
+            [p.logprob for p in steps.logprobs[count].values()],
+            atol=1e-4,
+        )
+    assert long.outputs[0].logprobs[0][long.outputs[0].token_ids[0]].rank == 1
+
+
+def test_stops(llm):
+    whole = llm.generate("stop", greedy(max_tokens=24))[0].outputs[0]
+    text = whole.text
+    at = next(i for i in range(4, len(text) - 2) if "\ufffd" not in text[i : i + 2])
+    stop = text[at : at + 2]
+    sample = llm.generate("stop", greedy(max_tokens=24, stop=["never there", stop]))[0].outputs[0]
+    assert (sample.finish_reason, sample.stop_reason) == ("stop", stop)
+    assert sample.text == text[: text.find(stop)]
+    assert whole.token_ids[: len(sample.token_ids)] == sample.token_ids
+    token = whole.token_ids[5]
+    first = whole.token_ids.index(token)
+    sample = llm.generate("stop", greedy(max_tokens=24, stop_token_ids=[token]))[0].outputs[0]
+    assert (sample.finish_reason, sample.stop_reason) == ("stop", token)
+    assert sample.token_ids == whole.token_ids[: first + 1]
+    held = llm.generate(
+        "stop", greedy(max_tokens=24, stop_token_ids=[token], min_tokens=first + 3)
+    )[0].outputs[0]
+    assert held.token_ids[:first] == whole.token_ids[:first]
+    assert token not in held.token_ids[: first + 3] and len(held.token_ids) >= first + 3
+
+
+def test_repetition_penalty(llm):
+    free = llm.generate(PROMPTS[3], greedy(max_tokens=20))[0].outputs[0]
+    fresh = llm.generate(PROMPTS[3], greedy(max_tokens=20, repetition_penalty=1e6))[0].outputs[0]
+    assert len(set(fresh.token_ids)) == 20
+    assert llm.tokenizer.encode("x")[0] not in fresh.token_ids
+    # A slot that is used again knows nothing of the sequence before.
+    assert tokens(llm.generate(PROMPTS[3], greedy(max_tokens=20))) == [free.token_ids]
+
+
+def test_what_cannot_run_is_an_error_of_its_own(llm):
+    outputs = llm.generate(["fine", "", "x" * 192, [5, 999], "x" * 191], greedy(max_tokens=None))
+    reasons = [output.outputs[0].finish_reason for output in outputs]
+    assert reasons == ["length", "error", "error", "error", "length"]
+    assert "empty" in outputs[1].outputs[0].stop_reason
+    assert "192" in outputs[2].outputs[0].stop_reason
+    assert "999" in outputs[3].outputs[0].stop_reason
+    assert [len(outputs[i].outputs[0].token_ids) for i in (0, 4)] == [188, 1]
+    assert all(output.finished for output in outputs)
+
+
+def test_wrong_arguments_name_themselves(llm, model, cache_dir):
+    for call, name in [
+        (lambda: llm.generate(["a", "b"], [SamplingParams()]), "sampling_params: 1 given for 2"),
+        (lambda: llm.generate("a", {"n": 1}), "sampling_params"),
+        (lambda: llm.generate("a", server="alpha"), "server.*alpha"),
+        (lambda: llm.generate(["a", 3.5]), r"prompts\[1\]"),
+        (lambda: llm.generate(17), "prompts"),
+        (lambda: LLM(model, max_model_len=257, cache_dir=cache_dir), "max_model_len=257.*256"),
+        (lambda: LLM(model, dtype="int8", cache_dir=cache_dir), "dtype='int8'"),
+        (lambda: LLM(model, hosts="nowhere.txt", cache_dir=cache_dir), "nowhere.txt"),
+        (lambda: LLM(model / "nothing", cache_dir=cache_dir), "nothing"),
+    ]:
+        with pytest.raises(UserError, match=name):
+            call()
+    changed = SamplingParams()
+    changed.top_p = 7
+    with pytest.raises(UserError, match="top_p"):
+        llm.generate("a", changed)
+
+
+def test_chat(llm):
+    message = {"role": "user", "content": "hello"}
+    (single,) = llm.chat([message], greedy())
+    assert single.prompt == "user: hello\nassistant:"
+    several = llm.chat([[message], [message, {**message, "content": "more"}]], greedy())
+    assert tokens(several[:1]) == tokens([single])
+    assert several[1].prompt == "user: hello\nuser: more\nassistant:"
+
+
+def test_progress_shows_on_standard_error(llm, capfd):
+    llm.generate(PROMPTS[:2], greedy(), progress=True)
+    shown = capfd.readouterr()
+    assert "2/2" in shown.err and shown.out == ""
+
+
+def test_close_is_idempotent_and_final(model, cache_dir):
+    llm = LLM(model, max_model_len=192, cache_dir=cache_dir)
+    llm.close()
+    llm.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        llm.generate("a")
+
+
+def test_names_come_without_jax():
+    code = (
+        "import sys, dance_jax, dance_jax.config, dance_jax.launch.protocol;"
+        "assert 'jax' not in sys.modules;"
+        "assert dance_jax.SamplingParams().n == 1;"
+        "assert 'jax' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
