@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import numbers
 import os
@@ -275,7 +276,8 @@ class _InProcess:
         from dance_jax.engine.compile_cache import CompileCache
         from dance_jax.engine.engine import Engine
 
-        scope = (checkpoint.fingerprint, "one server", config)
+        # The seed is data, not code.
+        scope = (checkpoint.fingerprint, "one server", dataclasses.replace(config, seed=0))
         cache = CompileCache(cache_dir / "compiled", scope)
         report("loading", 0, 0)
         engine = Engine(checkpoint, tokenizer, None, 0, None, config, compile_cache=cache)
@@ -284,7 +286,8 @@ class _InProcess:
 
     def run(self, requests: list[tuple[int, Request]]) -> Generator[OutputDelta]:
         engine = self._engine
-        assert engine is not None
+        if engine is None:
+            raise RuntimeError("an earlier call was interrupted within a step; make a new LLM")
         for _, request in requests:
             engine.add(request)
         active = True
@@ -293,11 +296,15 @@ class _InProcess:
                 result = engine.step()
                 active = result.active
                 yield from result.outputs
-        finally:
-            if active:
-                engine.abort_all()
-                while engine.step().active:
-                    pass
+        except GeneratorExit:
+            engine.abort_all()
+            while engine.step().active:
+                pass
+            raise
+        except BaseException:
+            # The step had taken the KV cache; what is left cannot go on.
+            self._engine = None
+            raise
 
     def close(self) -> None:
         self._engine = None

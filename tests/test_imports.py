@@ -31,7 +31,9 @@ def imported(path: pathlib.Path) -> list[tuple[int, str]]:
             module = ".".join([*base, *([node.module] if node.module else [])])
             # `from dance_jax import x` may name a module.
             names = [f"{module}.{alias.name}" for alias in node.names]
-            found += [(node.lineno, name) for name in (names if module == "dance_jax" else [module])]
+            found += [
+                (node.lineno, name) for name in (names if module == "dance_jax" else [module])
+            ]
     return [(line, name) for line, name in found if name.split(".")[0] == "dance_jax"]
 
 

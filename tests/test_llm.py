@@ -4,11 +4,18 @@ import math
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import psutil
 import pytest
+from flax import nnx
 
 from dance_jax import LLM, RequestOutput, SamplingParams
 from dance_jax.config import UserError
+from dance_jax.engine.output import OutputCollector
+from dance_jax.models.checkpoint import Checkpoint
+from dance_jax.models.convert import ensure_converted
 from dance_jax.models.random_weights import write_random_checkpoint
 
 FIELDS = {
@@ -17,7 +24,7 @@ FIELDS = {
     "hidden_size": 32,
     "intermediate_size": 48,
     "moe_intermediate_size": 16,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "num_attention_heads": 2,
     "q_lora_rank": None,
     "kv_lora_rank": 16,
@@ -159,6 +166,47 @@ def test_logprobs_are_consistent(llm):
     assert math.isclose(silent.cumulative_logprob, outputs[0].outputs[0].cumulative_logprob)
 
 
+def test_logprobs_equal_the_plain_model(llm, model, cache_dir):
+    """The whole sequence at once, every expert on every token, no cache, no slots."""
+    checkpoint = Checkpoint.open(ensure_converted(model, cache_dir / "models"))
+    experts = range(FIELDS["n_routed_experts"])
+    w_gate, w_up, w_down = checkpoint.experts([(0, e) for e in experts], "float32")
+
+    def moe(layer, x_td, expert_tk, weight_tk):
+        inner = jax.nn.silu(jnp.einsum("td,edf->tef", x_td, w_gate))
+        inner = inner * jnp.einsum("td,edf->tef", x_td, w_up)
+        each_ted = jnp.einsum("tef,efd->ted", inner, w_down)
+        chosen_tkd = jnp.take_along_axis(each_ted, expert_tk[:, :, None], axis=1)
+        return jnp.einsum("tkd,tk->td", chosen_tkd, weight_tk), None
+
+    graph, state = nnx.split(checkpoint.trunk("float32"))
+    cached = [np.zeros((1, 1, checkpoint.config.cache_width), np.float32)] * 2
+
+    @jax.jit
+    def plain(state, tokens):
+        trunk = nnx.merge(graph, state)
+        hidden, _, _ = trunk(tokens, np.zeros(1, np.int32), cached, moe)
+        return jax.nn.log_softmax(trunk.logits(hidden[0]))
+
+    sampled = SamplingParams(
+        temperature=0.7, top_p=0.9, repetition_penalty=1.2, seed=3, logprobs=20, ignore_eos=True
+    )
+    for params in (greedy(logprobs=20), sampled):
+        for output in llm.generate([PROMPTS[1], PROMPTS[3]], params):
+            (sample,) = output.outputs
+            known = output.prompt_token_ids + sample.token_ids
+            padded = np.zeros((1, 192), np.int32)
+            padded[0, : len(known)] = known
+            before_outputs = slice(len(output.prompt_token_ids) - 1, len(known) - 1)
+            expected = np.asarray(plain(state, padded))[before_outputs]
+            for row, entry, token in zip(expected, sample.logprobs, sample.token_ids, strict=True):
+                ids = list(entry)
+                np.testing.assert_allclose([entry[i].logprob for i in ids], row[ids], atol=1e-4)
+                assert entry[token].rank == 1 + (row > row[token]).sum()
+                if params.greedy:
+                    assert token == row.argmax()
+
+
 def test_chunked_prefill_gives_the_same_logprobs(llm):
     """A prompt in two chunks (150 > 128), and its beginning with the rest as decode steps."""
     prompt = llm.tokenizer.encode(PROMPTS[3])
@@ -254,12 +302,62 @@ def test_progress_shows_on_standard_error(llm, capfd):
     assert "2/2" in shown.err and shown.out == ""
 
 
+def test_a_call_that_ends_early_leaves_nothing_behind(llm, monkeypatch):
+    expected = tokens(llm.generate(PROMPTS[:3], greedy()))
+    with monkeypatch.context() as patch:
+        patch.setattr(OutputCollector, "apply", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            llm.generate(PROMPTS, greedy(max_tokens=100))
+    assert tokens(llm.generate(PROMPTS[:3], greedy())) == expected
+
+
+def test_a_step_that_fails_ends_the_engine(model, cache_dir, monkeypatch):
+    llm = LLM(model, max_model_len=192, cache_dir=cache_dir)
+    monkeypatch.setattr(llm._backend._engine, "step", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        llm.generate("a", greedy())
+    with pytest.raises(RuntimeError, match="interrupted"):
+        llm.generate("a", greedy())
+    llm.close()
+
+
 def test_close_is_idempotent_and_final(model, cache_dir):
     llm = LLM(model, max_model_len=192, cache_dir=cache_dir)
     llm.close()
     llm.close()
     with pytest.raises(RuntimeError, match="closed"):
         llm.generate("a")
+
+
+def test_a_cluster_of_unequal_servers(model, cache_dir, llm, tmp_path, monkeypatch):
+    """Two processes, one of them with two devices: same tokens as one process with everything."""
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")  # halves their compiling
+    hosts = tmp_path / "hosts.txt"
+    hosts.write_text(
+        "single address=localhost experts=5\npair address=localhost devices=2 experts=2\n"
+    )
+    logs = tmp_path / "logs"
+    params = [greedy(), SamplingParams(seed=2, max_tokens=8, logprobs=2), greedy(stop="x")] * 3
+    expected = llm.generate(PROMPTS[:9], params)
+    with LLM(
+        model, hosts, max_model_len=192, cache_dir=cache_dir, log_dir=logs, max_num_seqs=8
+    ) as cluster:
+        assert cluster.servers == ("single", "pair")
+        outputs = cluster.generate(PROMPTS[:9], params)
+        assert tokens(outputs) == tokens(expected)
+        for output, alone in zip(outputs, expected, strict=True):
+            assert output.prompt == alone.prompt
+            (sample,), (other,) = output.outputs, alone.outputs
+            assert (sample.text, sample.finish_reason) == (other.text, other.finish_reason)
+            assert math.isclose(sample.cumulative_logprob, other.cumulative_logprob, abs_tol=1e-3)
+        one, error = cluster.generate([PROMPTS[0], ""], greedy(), server=["pair", "single"])
+        assert tokens([one]) == tokens(expected[:1])
+        assert error.outputs[0].finish_reason == "error"
+        with pytest.raises(UserError, match="nobody"):
+            cluster.generate("a", server="nobody")
+        pids = cluster._backend._cluster.pids
+    assert sorted(path.name for path in logs.iterdir()) == ["pair.log", "single.log"]
+    assert not any(psutil.pid_exists(pid) for pid in pids)
 
 
 def test_names_come_without_jax():

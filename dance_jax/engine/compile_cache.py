@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable
 
 import jax
-import jaxlib
+import jaxlib.version
 from jax.experimental import serialize_executable
 
 log = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ def environment() -> tuple[str, ...]:
     devices = [(d.id, d.process_index, d.device_kind) for d in jax.devices()]
     return (
         jax.__version__,
-        jaxlib.__version__,
+        jaxlib.version.__version__,
         platform.python_version(),
         jax.devices()[0].client.platform_version,
         repr(devices),

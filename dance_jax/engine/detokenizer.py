@@ -18,7 +18,7 @@ _PATIENCE = 4
 class Decoder(Protocol):
     """Any tokenizer: byte-level BPE, or SentencePiece with byte fallback."""
 
-    def decode(self, ids: list[int]) -> str: ...
+    def decode(self, ids: list[int], /) -> str: ...
 
 
 class Detokenizer:

@@ -197,12 +197,20 @@ def kept_tokens(logits_rv: jax.Array, state: SamplingState) -> tuple[jax.Array, 
     scaled_rv = logits_rv / warm_r1
     scaled_rv = scaled_rv - jnp.max(scaled_rv, axis=-1, keepdims=True)
     kept_rv = (scaled_rv >= jnp.log(state.min_p)[:, None]) & jnp.isfinite(scaled_rv)
-    kept_rv = jax.lax.cond(
-        jnp.any(state.top_k > 0), _keep_top_k, lambda s, k, _: k, scaled_rv, kept_rv, state.top_k
-    )
-    kept_rv = jax.lax.cond(
-        jnp.any(state.top_p < 1), _keep_top_p, lambda s, k, _: k, scaled_rv, kept_rv, state.top_p
-    )
+    weight_rv = jnp.exp(scaled_rv)
+
+    def narrow(stage: jax.Array, kept_rv: jax.Array) -> jax.Array:
+        """Stage 0 counts tokens for top-k, stage 1 sums weights for top-p."""
+        measure_rv = jnp.where(kept_rv, jnp.where(stage == 0, 1, weight_rv), 0)
+        top_p_r = jnp.where(state.top_p < 1, state.top_p * jnp.sum(measure_rv, axis=-1), jnp.inf)
+        top_k_r = jnp.where(state.top_k > 0, state.top_k.astype(jnp.float32), jnp.inf)
+        limit_r = jnp.where(stage == 0, top_k_r, top_p_r)
+        return kept_rv & _few_above(scaled_rv, measure_rv, limit_r)
+
+    # One loop for both, and none for what no row asks for: it is compiled once.
+    first = jnp.where(jnp.any(state.top_k > 0), 0, 1)
+    last = jnp.where(jnp.any(state.top_p < 1), 2, 1)
+    kept_rv = jax.lax.fori_loop(first, last, narrow, kept_rv)
     return scaled_rv, kept_rv
 
 
@@ -217,38 +225,35 @@ def _draw(logits_rv: jax.Array, state: SamplingState) -> jax.Array:
     rows, vocab = weight_rv.shape
     padded_rv = jnp.pad(weight_rv, ((0, 0), (0, -vocab % _BLOCK)))
     weight_rbj = padded_rv.reshape(rows, -1, _BLOCK)
-    passed_rb = jnp.cumsum(jnp.sum(weight_rbj, axis=-1), axis=-1)
+    weight_rb = jnp.sum(weight_rbj, axis=-1)
+    passed_rb = _running_sum(weight_rb)
 
     def uniform(seed, position):
         return jax.random.uniform(jax.random.fold_in(jax.random.key(seed), position))
 
     target_r = jax.vmap(uniform)(state.seed, state.position) * passed_rb[:, -1]
-    block_r = _first_above(passed_rb, target_r)
+    block_r = _first_above(weight_rb, passed_rb, target_r)
     row_r = jnp.arange(rows)
     before_r = jnp.where(block_r > 0, passed_rb[row_r, block_r - 1], 0)
-    inside_rj = jnp.cumsum(weight_rbj[row_r, block_r], axis=-1)
-    return block_r * _BLOCK + _first_above(inside_rj, target_r - before_r)
+    weight_rj = weight_rbj[row_r, block_r]
+    index_r = _first_above(weight_rj, _running_sum(weight_rj), target_r - before_r)
+    return block_r * _BLOCK + index_r
 
 
-def _first_above(passed_rj: jax.Array, target_r: jax.Array) -> jax.Array:
-    """int32 [r]: where a running sum first exceeds the target, or, should rounding have put the
-    target at the very end, where it last grows."""
-    below_r1 = jnp.minimum(target_r, jnp.nextafter(passed_rj[:, -1], jnp.float32(0)))[:, None]
-    return jnp.argmax(passed_rj > below_r1, axis=-1).astype(jnp.int32)
+def _running_sum(weight_rj: jax.Array) -> jax.Array:
+    """Sums up to each place; quadratic, for short rows: jnp.cumsum takes a second to compile."""
+    upto_ij = jnp.tri(weight_rj.shape[1], dtype=bool)
+    return jnp.sum(jnp.where(upto_ij[None], weight_rj[:, None, :], 0), axis=-1)
 
 
-def _keep_top_k(scaled_rv: jax.Array, kept_rv: jax.Array, top_k_r: jax.Array) -> jax.Array:
-    """Tokens with fewer than k kept ones above them, and their ties."""
-    count_rv = kept_rv.astype(jnp.int32)
-    limit_r = jnp.where(top_k_r > 0, top_k_r, scaled_rv.shape[1] + 1)
-    return kept_rv & _few_above(scaled_rv, count_rv, limit_r)
-
-
-def _keep_top_p(scaled_rv: jax.Array, kept_rv: jax.Array, top_p_r: jax.Array) -> jax.Array:
-    """Tokens with less than top_p of the kept probability above them."""
-    weight_rv = jnp.where(kept_rv, jnp.exp(scaled_rv), 0)
-    limit_r = jnp.where(top_p_r < 1, top_p_r * jnp.sum(weight_rv, axis=-1), jnp.inf)
-    return kept_rv & _few_above(scaled_rv, weight_rv, limit_r)
+def _first_above(weight_rj: jax.Array, passed_rj: jax.Array, target_r: jax.Array) -> jax.Array:
+    """int32 [r]: the first place with a weight where the running sum exceeds the target; the one
+    with the largest sum, should rounding have put the target at the very end."""
+    passed_rj = jnp.where(weight_rj > 0, passed_rj, 0)
+    below_end_r = jnp.nextafter(jnp.max(passed_rj, axis=-1), jnp.float32(0))
+    return jnp.argmax(passed_rj > jnp.minimum(target_r, below_end_r)[:, None], axis=-1).astype(
+        jnp.int32
+    )
 
 
 def _few_above(scaled_rv: jax.Array, weight_rv: jax.Array, limit_r: jax.Array) -> jax.Array:
@@ -260,8 +265,8 @@ def _few_above(scaled_rv: jax.Array, weight_rv: jax.Array, limit_r: jax.Array) -
 
     Args:
         scaled_rv: float32 [r, v], at most 0.
-        weight_rv: int32 or float32 [r, v], not negative.
-        limit_r: [r], above 0.
+        weight_rv: float32 [r, v], not negative.
+        limit_r: float32 [r], above 0.
     """
     depth_rv = jax.lax.bitcast_convert_type(jnp.abs(scaled_rv), jnp.int32)
 
@@ -273,6 +278,6 @@ def _few_above(scaled_rv: jax.Array, weight_rv: jax.Array, limit_r: jax.Array) -
         return jnp.where(fits_r, middle_r, low_r), jnp.where(fits_r, high_r, middle_r - 1)
 
     infinity = np.float32(np.inf).view(np.int32)
-    low_r = jnp.min(depth_rv, axis=-1)
+    low_r = 0 * depth_rv[:, 0]
     deepest_r, _ = jax.lax.fori_loop(0, 31, halve, (low_r, jnp.full_like(low_r, infinity)))
     return depth_rv <= deepest_r[:, None]

@@ -131,12 +131,18 @@ def run_prompts(
 
 def gather(stats: Sequence[Any]) -> Traffic:
     """The servers' statistics (EngineStats as plain types, in rank order) as arrays."""
+    layers = len(stats[0]["counts"])
+    top_k = next((len(each["routes"][0][0]) for each in stats if each["routes"]), 0)
     return Traffic(
         counts=np.stack([np.asarray(each["counts"], np.int64) for each in stats]),
         transfers=np.stack([np.asarray(each["transfers"], np.int64) for each in stats], axis=1),
         bytes_sent=np.stack([np.asarray(each["bytes_sent"], np.int64) for each in stats]),
         tokens=np.array([each["tokens"] for each in stats], np.int64),
-        routes=tuple(np.asarray(each["routes"], np.int16) for each in stats),
+        routes=tuple(
+            # A server without tokens has an empty list, which has no shape of its own.
+            np.asarray(each["routes"], np.int16).reshape(len(each["routes"]), layers, top_k)
+            for each in stats
+        ),
         pool_bytes=tuple(tuple(each["pool_bytes"]) for each in stats),
     )
 

@@ -119,7 +119,7 @@ class Checkpoint:
         """
         d, f = self.config.hidden_size, self.config.expert_width
         shapes = ((d, f), (d, f), (f, d))
-        pools = tuple(np.empty((len(pairs), *shape), jnp.dtype(dtype)) for shape in shapes)
+        gate, up, down = (np.empty((len(pairs), *shape), jnp.dtype(dtype)) for shape in shapes)
         wanted: dict[tuple[int, int], list[tuple[str, int, int]]] = collections.defaultdict(list)
         for row, (layer, expert) in enumerate(pairs):
             if not (0 <= layer < len(self._group_of) and 0 <= expert < self.config.num_experts):
@@ -132,8 +132,8 @@ class Checkpoint:
             path = self.path / "experts" / str(layer) / str(group)
             arrays = load_arrays(path, {leaf for leaf, _, _ in leaves})
             for leaf, which, row in leaves:
-                pools[which][row] = arrays[leaf]
-        return pools
+                (gate, up, down)[which][row] = arrays[leaf]
+        return gate, up, down
 
 
 def write_manifest(

@@ -133,7 +133,7 @@ class ModelConfig:
 
         Args:
             fields: config.json as a dict, in transformers' older spelling or in that of version 5.
-            generation: generation_config.json as a dict; its eos_token_id goes before config.json's.
+            generation: generation_config.json as a dict; its eos_token_id goes first.
             where: the file's name for messages.
 
         Raises:

@@ -61,7 +61,11 @@ def convert(
     source, destination = pathlib.Path(source), pathlib.Path(destination).absolute()
     model = HFDirectory(source)
     fingerprint = model.fingerprint()
-    destination.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        _lock_path(destination).touch()
+    except OSError as error:
+        raise UserError(f"{destination.parent}: cannot be written: {error}") from error
     with _only_one(destination):
         if destination.exists() and any(destination.iterdir()):
             if (

@@ -84,7 +84,7 @@ class HFDirectory:
         self._check()
 
     def fingerprint(self) -> str:
-        """Hash (hex) of weights, config and tokenizer; equal content gives an equal one anywhere."""
+        """Hash (hex) of weights, config and tokenizer; the same wherever the files lie."""
         digest = hashlib.sha256()
         for name in SIDE_FILES:
             path = self.path / name

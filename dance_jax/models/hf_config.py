@@ -17,20 +17,76 @@ from dance_jax.models.config import (
 #: Fields that change no logit of inference: bookkeeping, training, other programs' defaults of
 #: sampling (here these are SamplingParams), labels of other heads.
 HARMLESS = frozenset(
-    """
-    _attn_implementation _attn_implementation_autoset _commit_hash _name_or_path architectures
-    attention_dropout attn_implementation auto_map aux_loss_alpha bad_words_ids begin_suppress_tokens
-    bos_token_id chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id
-    diversity_penalty do_sample dtype early_stopping encoder_no_repeat_ngram_size eos_token_id ep_size
-    exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id
-    id2label initializer_range label2id length_penalty max_length min_length model_type
-    no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_attentions
-    output_hidden_states output_router_logits output_scores pad_token_id prefix pretraining_tp
-    problem_type remove_invalid_values repetition_penalty return_dict return_dict_in_generate
-    router_aux_loss_coef router_jitter_noise sep_token_id seq_aux suppress_tokens
-    task_specific_params temperature tf_legacy_loss tokenizer_class top_k top_p torch_dtype torchscript
-    transformers_version typical_p unsloth_fixed unsloth_version use_bfloat16 use_cache
-    """.split()
+    [
+        "_attn_implementation",
+        "_attn_implementation_autoset",
+        "_commit_hash",
+        "_name_or_path",
+        "architectures",
+        "attention_dropout",
+        "attn_implementation",
+        "auto_map",
+        "aux_loss_alpha",
+        "bad_words_ids",
+        "begin_suppress_tokens",
+        "bos_token_id",
+        "chunk_size_feed_forward",
+        "cross_attention_hidden_size",
+        "decoder_start_token_id",
+        "diversity_penalty",
+        "do_sample",
+        "dtype",
+        "early_stopping",
+        "encoder_no_repeat_ngram_size",
+        "eos_token_id",
+        "ep_size",
+        "exponential_decay_length_penalty",
+        "finetuning_task",
+        "forced_bos_token_id",
+        "forced_eos_token_id",
+        "id2label",
+        "initializer_range",
+        "label2id",
+        "length_penalty",
+        "max_length",
+        "min_length",
+        "model_type",
+        "no_repeat_ngram_size",
+        "num_beam_groups",
+        "num_beams",
+        "num_return_sequences",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "output_scores",
+        "pad_token_id",
+        "prefix",
+        "pretraining_tp",
+        "problem_type",
+        "remove_invalid_values",
+        "repetition_penalty",
+        "return_dict",
+        "return_dict_in_generate",
+        "router_aux_loss_coef",
+        "router_jitter_noise",
+        "sep_token_id",
+        "seq_aux",
+        "suppress_tokens",
+        "task_specific_params",
+        "temperature",
+        "tf_legacy_loss",
+        "tokenizer_class",
+        "top_k",
+        "top_p",
+        "torch_dtype",
+        "torchscript",
+        "transformers_version",
+        "typical_p",
+        "unsloth_fixed",
+        "unsloth_version",
+        "use_bfloat16",
+        "use_cache",
+    ]
 )
 
 _ABSENT = object()
@@ -195,7 +251,7 @@ def _deepseek_v2(fields: Fields, eos: tuple[int, ...]) -> ModelConfig:
         if topk_group > groups:
             raise UserError(f"{fields.where}: topk_group {topk_group} exceeds n_group {groups}")
     else:
-        fields.raw("n_group"), fields.raw("topk_group")  # read by group_limited_greedy alone
+        fields.seen |= {"n_group", "topk_group"}  # only group_limited_greedy reads them
     top_k = fields.integer("num_experts_per_tok")
     if top_k > experts // groups * topk_group:
         raise UserError(
@@ -285,7 +341,7 @@ def _rope(
     if dim % 2:
         raise UserError(f"{fields.where}: rotary position embedding needs an even width, not {dim}")
     spellings = [name for name in ("rope_parameters", "rope_scaling") if fields.has(name)]
-    fields.raw("rope_parameters"), fields.raw("rope_scaling")
+    fields.seen |= {"rope_parameters", "rope_scaling", "rope_theta"}
     readings = [
         _rope_dict(fields, name, dim, interleaved, theta, max_position) for name in spellings
     ]
@@ -332,7 +388,7 @@ def _factor(inner: Fields, default: Any = _ABSENT) -> float:
 
 
 def _yarn(inner: Fields, rope: RopeConfig, max_position: int) -> RopeConfig:
-    """YaRN (arXiv 2309.00071) with DeepSeek's mscale and mscale_all_dim, as transformers reads them:
+    """YaRN (arXiv 2309.00071) with DeepSeek's mscale and mscale_all_dim, as transformers does it:
     their ratio scales the rotation where both are given, otherwise the default does."""
     original = inner.integer("original_max_position_embeddings", max_position)
     factor = _factor(inner, max_position / original)
@@ -342,6 +398,7 @@ def _yarn(inner: Fields, rope: RopeConfig, max_position: int) -> RopeConfig:
         return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
 
     ratio = magnitude(mscale) / magnitude(all_dim) if mscale and all_dim else magnitude(1.0)
+    # only DeepSeek, the family with interleaved pairs, scales its scores too
     softmax = magnitude(all_dim) ** 2 if all_dim and rope.interleaved else 1.0
     return RopeConfig(
         rope.dim,

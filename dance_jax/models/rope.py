@@ -15,8 +15,8 @@ def inverse_frequencies(rope: RopeConfig) -> np.ndarray:
     """Radians per position of each pair of floats, float32 [dim / 2].
 
     YaRN (arXiv 2309.00071, section 3.2): pair i turns original_max_position * f_i / 2 pi times over
-    the trained context; pairs above beta_fast turns keep f_i, those below beta_slow get f_i / factor,
-    a linear ramp over i blends between.
+    the trained context; pairs above beta_fast turns keep f_i, those below beta_slow get
+    f_i / factor, a linear ramp over i blends between.
     """
     # float32 throughout: the angle of a late position shows every bit of it
     exponents = np.arange(0, rope.dim, 2, dtype=np.float32) / np.float32(rope.dim)

@@ -66,7 +66,7 @@ class StoredTensor:
     def read(self) -> np.ndarray:
         """The tensor's values; only its bytes are read."""
         values = np.empty(self.shape, self.dtype)
-        view = memoryview(values.reshape(-1).view(np.uint8))
+        view = values.reshape(-1).view(np.uint8).data
         with open(self.file, "rb", buffering=0) as file:
             file.seek(self.offset)
             done = 0

@@ -2,9 +2,45 @@
 
 import random
 
-NAMES = "Anna Ben Clara David Emma Felix Grace Henry Ida Jonas Kim Lena Mia Noah Olga Paul".split()
-THINGS = "apples books coins cards pencils stones tickets eggs stamps shells bottles letters".split()
-PLACES = ["at the market", "in a drawer", "from a friend", "on Monday", "in the garden", "at school"]
+NAMES = [
+    "Anna",
+    "Ben",
+    "Clara",
+    "David",
+    "Emma",
+    "Felix",
+    "Grace",
+    "Henry",
+    "Ida",
+    "Jonas",
+    "Kim",
+    "Lena",
+    "Mia",
+    "Noah",
+    "Olga",
+    "Paul",
+]
+THINGS = [
+    "apples",
+    "books",
+    "coins",
+    "cards",
+    "pencils",
+    "stones",
+    "tickets",
+    "eggs",
+    "stamps",
+    "shells",
+    "bottles",
+]
+PLACES = [
+    "at the market",
+    "in a drawer",
+    "from a friend",
+    "on Monday",
+    "in the garden",
+    "at school",
+]
 
 
 def number(rng: random.Random, digits: int | None = None) -> int:
@@ -83,7 +119,9 @@ def word_problem(rng: random.Random) -> tuple[str, str]:
 
 def document(rng: random.Random) -> str:
     """One document: a page of exercises in one style, or one question and answer in chat form."""
-    style = rng.choice("equation equation words sentence story compare series mixed chat".split())
+    style = rng.choice(
+        ["equation", "equation", "words", "sentence", "story", "compare", "series", "mixed", "chat"]
+    )
     makers = {"story": [word_problem], "compare": [comparison], "series": [series]}
 
     def exercise() -> tuple[str, str]:

@@ -21,10 +21,52 @@ import readers
 
 HELDOUT_BYTES = 1_300_000  # 1 MB to measure bits per byte on, the rest for prompts
 TRAIN_BYTES = 16_000_000
-PYTHON_PACKAGES = """jax flax optax grain numpy scipy matplotlib orbax fontTools hypothesis rich
-pydantic fastapi starlette anyio huggingface_hub pygments setuptools pip _pytest fsspec etils
-treescope jinja2 httpx httpcore requests urllib3 tokenizers uvicorn click absl msgspec zmq aiohttp
-tqdm yaml pyparsing packaging filelock cycler dateutil simplejson humanize""".split()
+PYTHON_PACKAGES = [
+    "jax",
+    "flax",
+    "optax",
+    "grain",
+    "numpy",
+    "scipy",
+    "matplotlib",
+    "orbax",
+    "fontTools",
+    "hypothesis",
+    "rich",
+    "pydantic",
+    "fastapi",
+    "starlette",
+    "anyio",
+    "huggingface_hub",
+    "pygments",
+    "setuptools",
+    "pip",
+    "_pytest",
+    "fsspec",
+    "etils",
+    "treescope",
+    "jinja2",
+    "httpx",
+    "httpcore",
+    "requests",
+    "urllib3",
+    "tokenizers",
+    "uvicorn",
+    "click",
+    "absl",
+    "msgspec",
+    "zmq",
+    "aiohttp",
+    "tqdm",
+    "yaml",
+    "pyparsing",
+    "packaging",
+    "filelock",
+    "cycler",
+    "dateutil",
+    "simplejson",
+    "humanize",
+]
 
 DOC, MAN, HELP = "usr/share/doc", "usr/share/man", "usr/share/help"
 LILYPOND = DOC + "/lilypond/html/Documentation"
@@ -89,7 +131,9 @@ SOURCES: dict[str, list[tuple[str, str, Reader]]] = {
         ("manpages-fr-dev", MAN + "/fr/man*/*.gz", man),
     ],
 }
-NO_PROSE = re.compile(r"big-page|\.dat$|\.u8$|copyright|legal|/changelog|/index\.|whatsnew/changelog")
+NO_PROSE = re.compile(
+    r"big-page|\.dat$|\.u8$|copyright|legal|/changelog|/index\.|whatsnew/changelog"
+)
 
 
 def fetch(work: Path) -> None:
@@ -115,7 +159,9 @@ def fetch(work: Path) -> None:
 
 def shuffled(paths: list[Path], root: Path) -> list[Path]:
     """Paths in an order that depends only on their names below `root`."""
-    return sorted(set(paths), key=lambda p: hashlib.sha1(str(p.relative_to(root)).encode()).digest())
+    return sorted(
+        set(paths), key=lambda p: hashlib.sha1(str(p.relative_to(root)).encode()).digest()
+    )
 
 
 def prose(domain: str, work: Path, seen: set[bytes]) -> Iterator[tuple[str, str]]:
@@ -164,7 +210,9 @@ def code(seen: set[bytes]) -> Iterator[tuple[str, str]]:
         digits = sum(c.isdigit() for c in body)
         if not 300 <= len(body) <= 150_000 or max(map(len, lines)) > 400 or digits > len(body) / 8:
             continue
-        keys = {hashlib.sha1(s.encode()).digest()[:10] for s in map(str.strip, lines) if len(s) > 24}
+        keys = {
+            hashlib.sha1(s.encode()).digest()[:10] for s in map(str.strip, lines) if len(s) > 24
+        }
         if len(keys & seen) > 0.4 * len(keys):
             continue
         seen |= keys

@@ -11,7 +11,7 @@ import numpy as np
 from tokenizer import BOS, DOMAINS, EOS, documents
 from tokenizers import Tokenizer
 
-WEIGHTS = {"code": 0.32, "english": 0.22, "german": 0.175, "french": 0.175, "math": 0.11}
+WEIGHTS = {"code": 0.46, "english": 0.17, "german": 0.17, "french": 0.15, "math": 0.05}
 
 
 class Windows:

@@ -11,10 +11,11 @@ import tempfile
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from model import Config, Params, init
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from tokenizer import BOS, EOS, PAD
 
 CHAT_TEMPLATE = (
@@ -104,6 +105,43 @@ def hf_tensors(params: Params, c: Config) -> dict[str, np.ndarray]:
         name: np.ascontiguousarray(np.asarray(value).astype(ml_dtypes.bfloat16))
         for name, value in tensors.items()
     }
+
+
+def load(folder: Path, c: Config) -> Params:
+    """The inverse of hf_tensors: an exported folder as float32 parameters for model.py."""
+    tensors = load_file(folder / "model.safetensors")
+
+    def get(name: str) -> np.ndarray:
+        value = tensors.pop(f"{name}.weight").astype(np.float32)
+        return value.T if value.ndim == 2 else value
+
+    def ffn(prefix: str) -> Params:
+        return {name: get(f"{prefix}.{name}_proj") for name in ("gate", "up", "down")}
+
+    layers = []
+    for index in range(c.layers):
+        root = f"model.layers.{index}"
+        layer: Params = {
+            "norm1": get(f"{root}.input_layernorm"),
+            "norm2": get(f"{root}.post_attention_layernorm"),
+            "kv_norm": get(f"{root}.self_attn.kv_a_layernorm"),
+            "q": get(f"{root}.self_attn.q_proj"),
+            "kv_a": get(f"{root}.self_attn.kv_a_proj_with_mqa"),
+            "kv_b": get(f"{root}.self_attn.kv_b_proj"),
+            "o": get(f"{root}.self_attn.o_proj"),
+        }
+        if index == 0:
+            layer["mlp"] = ffn(f"{root}.mlp")
+        else:
+            layer["router"] = get(f"{root}.mlp.gate")
+            layer["shared"] = ffn(f"{root}.mlp.shared_experts")
+            experts = [ffn(f"{root}.mlp.experts.{expert}") for expert in range(c.experts)]
+            layer["experts"] = jax.tree.map(lambda *rows: np.stack(rows), *experts)
+        layers.append(layer)
+    params = {"embed": get("model.embed_tokens").T, "norm": get("model.norm"), "layers": layers}
+    if tensors:
+        raise ValueError(f"unknown tensors: {sorted(tensors)[:3]}")
+    return jax.tree.map(jnp.asarray, params)
 
 
 def export(params: Params, c: Config, tokenizer_json: Path, out: Path) -> None:

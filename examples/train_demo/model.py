@@ -116,8 +116,9 @@ def attention(x: Array, layer: Params, c: Config) -> Array:
         stop = min(start + block, length)
         scores = q[:, :, start:stop] @ k[..., :stop]
         hidden = jnp.arange(stop) > jnp.arange(start, stop)[:, None]
-        weights = jax.nn.softmax(jnp.where(hidden, -1e30, scores), -1)
-        outputs.append(weights @ v[:, :, :stop])
+        scores = jnp.where(hidden, -1e30, scores)
+        weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+        outputs.append((weights @ v[:, :, :stop]) / weights.sum(-1, keepdims=True))
     out = jnp.concatenate(outputs, 2).transpose(0, 2, 1, 3).reshape(batch, length, -1)
     return out @ layer["o"]
 

@@ -5,8 +5,31 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
-BREAK_TAGS = set("p li h1 h2 h3 h4 h5 h6 dt dd td th tr div pre title item section note table".split())
-SKIP_TAGS = set("script style head nav footer form info credit svg".split())
+BREAK_TAGS = set(
+    [
+        "p",
+        "li",
+        "h1",
+        "h2",
+        "h3",
+        "h4",
+        "h5",
+        "h6",
+        "dt",
+        "dd",
+        "td",
+        "th",
+        "tr",
+        "div",
+        "pre",
+        "title",
+        "item",
+        "section",
+        "note",
+        "table",
+    ]
+)
+SKIP_TAGS = set(["script", "style", "head", "nav", "footer", "form", "info", "credit", "svg"])
 SKIP_CLASSES = re.compile(
     r"navheader|navfooter|toc|docnav|sphinxsidebar|\brelated\b|footer|nav_table|breadcrumb"
     r"|tocframe|lang-?menu|toplang|bottomlang|up\b|_help_langs|copyright"
@@ -35,10 +58,7 @@ class _HtmlText(HTMLParser):
 
     def flush(self) -> None:
         text = "".join(self.current)
-        if self.pre_depth:
-            text = text.strip("\n")
-        else:
-            text = re.sub(r"\s+", " ", text).strip()
+        text = text.strip("\n") if self.pre_depth else re.sub(r"\s+", " ", text).strip()
         if text.strip():
             self.blocks.append(text)
         self.current = []

@@ -23,9 +23,9 @@ from tokenizer import DOMAINS
 
 # (sequences, tokens of each) in a batch: short ones first, then a mix
 SHAPES = {"short": (16, 256), "middle": (8, 512), "long": (2, 2048)}
-SHORT_UNTIL = 0.45  # share of the time
-LONG_EVERY = 6  # from then on every sixth batch is a long one
-WARMUP_STEPS, DECAY_SHARE = 60, 0.3
+SHORT_UNTIL = 0.4  # share of the time
+LONG_EVERY = 8  # from then on every eighth batch is a long one
+WARMUP_STEPS, DECAY_SHARE = 60, 0.57
 
 
 def muon_axes(params: dict) -> dict:
@@ -41,7 +41,7 @@ def muon_axes(params: dict) -> dict:
 
 
 OPTIMIZER = contrib.muon(
-    6e-3,
+    1e-2,
     ns_steps=4,
     consistent_rms=0.2,
     weight_decay=0.05,
@@ -114,7 +114,8 @@ def main() -> None:
         name = shape(counters["step"], progress)
         batch = next(iterators[name])
         rate = schedule(counters["step"], progress)
-        params, state, logged = train_step(params, state, batch["tokens"], jnp.float32(rate), config)
+        tokens = jnp.asarray(batch["tokens"])
+        params, state, logged = train_step(params, state, tokens, jnp.float32(rate), config)
         losses = np.asarray(logged["nll"])
         for domain, value in zip(batch["domain"], losses, strict=True):
             window[DOMAINS[domain]].append(float(value))

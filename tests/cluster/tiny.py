@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 
+import jax
 import numpy as np
 
 from dance_jax.config import EngineConfig
@@ -73,6 +76,21 @@ def read_experts(pairs: list[tuple[int, int]]):
 def runner(layout: Layout, rank: int) -> Runner:
     trunk = init_random(CONFIG, seed=0)
     return Runner(CONFIG, trunk, read_experts, layout, rank, ENGINE, CompileCache(None))
+
+
+@contextlib.contextmanager
+def level_router(runner: Runner) -> Iterator[None]:
+    """Within it all experts score the same, so that every token chooses the lowest numbers."""
+    kept = runner.state
+
+    def level(path, leaf):
+        return leaf * 0 if any(getattr(key, "key", None) == "router" for key in path) else leaf
+
+    runner.state = jax.tree.map_with_path(level, kept)
+    try:
+        yield
+    finally:
+        runner.state = kept
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,7 @@ per device, and every server runs the same commands in the same order.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import sys
@@ -35,6 +36,7 @@ everyone = jax.shard_map(
 jax.jit(everyone)().block_until_ready()
 
 runner: Runner | None = None
+leveled = contextlib.ExitStack()
 while True:
     command = pickle.load(sys.stdin.buffer)
     if command[0] == "stop":
@@ -45,7 +47,14 @@ while True:
             runner = tiny.runner(layout, RANK)
         else:
             runner.place(layout)
-        reply = [leaf.addressable_shards[0].data.shape for leaf in runner.pool]
+        reply = [[shard.data.shape for shard in leaf.addressable_shards] for leaf in runner.pool]
+    elif command[0] == "level router":
+        assert runner is not None
+        if command[1]:
+            leveled.enter_context(tiny.level_router(runner))
+        else:
+            leveled.close()
+        reply = None
     else:
         assert runner is not None
         reply = tiny.run(runner, command[1][RANK])

@@ -94,7 +94,7 @@ def test_masks_equal_the_oracle(seed):
     ],
 )
 def test_draws_follow_the_distribution(parameters):
-    rows = 8192
+    rows = 4096
     logits = make_logits(1)
     expected, kept, _ = oracle(logits[0], **parameters)
     state = make_state(rows, seed=np.arange(rows), position=np.arange(rows) % 7, **parameters)

@@ -30,6 +30,8 @@ class FakeEngine:
         self.cache = {}
         self.done = {}
         self.waited = {}
+        #: The last step decoded although prompts were there.
+        self.paused = False
 
     def add(self, sequence):
         self.waited[sequence.request_id] = 0
@@ -73,12 +75,16 @@ class FakeEngine:
         for sequence in running:
             waited = 0 if sequence.request_id in ran else self.waited[sequence.request_id] + 1
             self.waited[sequence.request_id] = waited
-            # Nobody starves: prompts go oldest first, and decoding is never put off for long.
-            older = [s for s in self.scheduler.running[sequence.device] if s.prefilling]
-            if not sequence.prefilling:
-                assert waited <= MAX_PREFILL_STREAK
-            elif sequence is older[0]:
-                assert waited <= 1
+            # Nobody starves: decoding is not put off for long,
+            assert sequence.prefilling or waited <= MAX_PREFILL_STREAK
+        # and prompts go oldest first, stopped by one step of decoding at a time.
+        for device in self.scheduler.running:
+            oldest = next((s for s in device if s.prefilling), None)
+            if oldest is not None and plan.chunk > 1:
+                assert oldest.request_id in ran
+        pausing = plan.chunk == 1 and any(s.prefilling for s in running)
+        assert not (pausing and self.paused)
+        self.paused = pausing
 
     def check_row(self, device, row, plan):
         sequence = row.sequence

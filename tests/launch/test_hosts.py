@@ -107,7 +107,7 @@ def test_other_machines_are_refused(address: str) -> None:
 
 
 def test_address_is_the_name_by_default() -> None:
-    with pytest.raises(UserError, match="h:1: the address of alpha is its name .*localhost"):
+    with pytest.raises(UserError, match=r"h:1: the address of alpha is its name .*localhost"):
         parse_hosts("alpha experts=1", "h")
     assert parse_hosts("localhost experts=1").servers[0].address == "localhost"
 

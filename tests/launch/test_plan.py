@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import pathlib
 import types
 from typing import Any
@@ -38,7 +39,7 @@ def activations(model: str = "this model", layers: int = LAYERS, names=("gamma",
 
 
 def text_of(plan: Plan) -> str:
-    console = Console(width=120, record=True, quiet=False, file=open("/dev/null", "w"))
+    console = Console(width=120, record=True, file=io.StringIO())
     print_plan(console, plan)
     return console.export_text()
 

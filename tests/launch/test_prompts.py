@@ -95,7 +95,7 @@ def test_results_appear_whole_or_not_at_all(tmp_path: pathlib.Path) -> None:
 
 def test_places_that_cannot_be_written(tmp_path: pathlib.Path) -> None:
     check_writable(tmp_path / "out", "--output")
-    with pytest.raises(UserError, match="--output .* is a directory"):
+    with pytest.raises(UserError, match=r"--output .* is a directory"):
         check_writable(tmp_path, "--output")
     with pytest.raises(UserError, match="there is no folder"):
         check_writable(tmp_path / "none" / "out", "--output")

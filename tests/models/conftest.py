@@ -68,7 +68,9 @@ def dense_moe(pools):
         pools: per MoE layer (w_gate [e, d, f], w_up [e, d, f], w_down [e, f, d]).
     """
 
-    stacks = [np.stack([np.asarray(w, np.float32) for w in part]) for part in zip(*pools)]
+    stacks = [
+        np.stack([np.asarray(w, np.float32) for w in part]) for part in zip(*pools, strict=True)
+    ]
 
     def moe(layer, x_td, expert_tk, weight_tk):
         w_gate, w_up, w_down = (jnp.asarray(stack)[layer] for stack in stacks)

@@ -103,7 +103,10 @@ def test_normalised_weights_are_not_scaled(deepseek_fields, size):
         ({"rope_scaling": {"type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary"),
         ({"rope_theta": 2.0, "rope_parameters": {"rope_theta": 3.0}}, "rope_theta"),
         (
-            {"rope_scaling": {"type": "linear", "factor": 2}, "rope_parameters": {"rope_type": "default"}},
+            {
+                "rope_scaling": {"type": "linear", "factor": 2},
+                "rope_parameters": {"rope_type": "default"},
+            },
             "contradict",
         ),
         ({"topk_method": "group_limited_greedy", "n_group": 3, "topk_group": 1}, "n_group"),

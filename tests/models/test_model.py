@@ -15,10 +15,12 @@ def random_pools(config, seed):
     rules = FAMILIES[config.family].expert_tensors
     return [
         tuple(
-            np.stack([tensors[rules(config, l, e)[i].source].T for e in range(config.num_experts)])
+            np.stack(
+                [tensors[rules(config, layer, e)[i].source].T for e in range(config.num_experts)]
+            )
             for i in range(3)
         )
-        for l in config.moe_layers
+        for layer in config.moe_layers
     ]
 
 

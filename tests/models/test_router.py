@@ -19,12 +19,9 @@ def deepseek_oracle(logits, top_k, normalise, scaling, groups=1, topk_group=1):
         allowed = [e for e in range(len(row)) if e // size in best[:topk_group]]
         chosen = sorted(allowed, key=lambda e: -scores[e])[:top_k]
         weight = scores[chosen]
-        if top_k > 1 and normalise:
-            weight = weight / (weight.sum() + 1e-20)
-        else:
-            weight = weight * scaling
+        either = weight / (weight.sum() + 1e-20) if top_k > 1 and normalise else weight * scaling
         experts.append(chosen)
-        weights.append(weight)
+        weights.append(either)
     return np.array(experts), np.array(weights)
 
 

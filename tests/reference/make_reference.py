@@ -208,12 +208,16 @@ def run(model, prompt):
         handle.remove()
     top = torch.cat([prefill[-1:], torch.stack(decode[:-1])]).topk(2).values
     margin = float((top[:, 0] - top[:, 1]).min())
-    return {
-        "prompt": np.array(prompt, np.int32),
-        "prefill": prefill.numpy(),
-        "greedy": np.array(greedy, np.int32),
-        "decode": torch.stack(decode).numpy(),
-    }, margin, float(min(gaps))
+    return (
+        {
+            "prompt": np.array(prompt, np.int32),
+            "prefill": prefill.numpy(),
+            "greedy": np.array(greedy, np.int32),
+            "decode": torch.stack(decode).numpy(),
+        },
+        margin,
+        float(min(gaps)),
+    )
 
 
 def older_spelling(path):

@@ -1,0 +1,180 @@
+"""`make demo`: the same prompts under two placements, and what the placement is worth.
+
+Three servers of unequal size (three processes here, with 1, 1 and 2 devices) answer the prompts of
+examples/prompts.jsonl with the model that ships with the package, which none of them could hold
+alone: first with experts placed uniformly, then where examples/activations.npz says that they are
+used. The activations come from other prompts (examples/make_activations.py).
+
+The first run is a cold start: the model is converted and every step compiled in a fresh directory.
+The second finds the compiled steps there. Nothing is left behind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import pathlib
+import signal
+import sys
+import tempfile
+import time
+
+from rich.console import Console
+from rich.table import Table
+
+from dance_jax.config import EngineConfig, UserError
+from dance_jax.launch.cluster import Cluster, ClusterError
+from dance_jax.launch.defaults import default_platform, demo_dir, engine_config
+from dance_jax.launch.hosts import read_hosts
+from dance_jax.launch.plan import Plan, make_plan
+from dance_jax.launch.prompts import Prompt, read_prompts
+from dance_jax.launch.report import print_plan, print_summary
+from dance_jax.launch.run import RunResult, run_prompts
+from dance_jax.launch.stream import Startup, Stream, conversion
+from dance_jax.models.checkpoint import Checkpoint
+from dance_jax.models.convert import ensure_converted
+from dance_jax.models.tokenizer import Tokenizer
+from dance_jax.placement import Activations
+
+EXAMPLES = pathlib.Path(__file__).resolve().parent
+POLICIES = ("uniform", "dance")
+MAX_TOKENS = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One policy's run; seconds from the start of the servers."""
+
+    result: RunResult
+    ready: float
+    first_token: float
+
+
+def main() -> int:
+    """Runs the demo; returns its exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--hosts", type=pathlib.Path, default=EXAMPLES / "hosts.txt")
+    parser.add_argument("--prompts", type=pathlib.Path, default=EXAMPLES / "prompts.jsonl")
+    parser.add_argument("--activations", type=pathlib.Path, default=EXAMPLES / "activations.npz")
+    options = parser.parse_args()
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=max(console.width, 120))
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    try:
+        with tempfile.TemporaryDirectory(prefix="dance-jax-demo-") as cache:
+            return demo(options, pathlib.Path(cache), console)
+    except (UserError, ClusterError) as error:
+        console.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+        return 2 if isinstance(error, UserError) else 1
+    except KeyboardInterrupt:
+        console.print("interrupted; all servers were stopped")
+        return 130
+
+
+def demo(options: argparse.Namespace, cache: pathlib.Path, console: Console) -> int:
+    """Both runs and their table, with all files in `cache`."""
+    spec = read_hosts(options.hosts)
+    prompts = read_prompts(options.prompts, spec, MAX_TOKENS)
+    activations = Activations.load(options.activations)
+    began = time.monotonic()
+    with conversion(console) as progress:
+        path = ensure_converted(demo_dir(), cache / "models", progress)
+    converted = time.monotonic() - began
+    checkpoint = Checkpoint.open(path)
+    config = engine_config(checkpoint.config, platform=default_platform())
+    runs = []
+    for policy in POLICIES:
+        console.rule(f"policy {policy}")
+        plan = make_plan(spec, checkpoint, config, policy, activations)
+        print_plan(console, plan)
+        cluster = Cluster(
+            spec, path, plan.layout, config, cache_dir=cache, platform=default_platform()
+        )
+        runs.append(run_policy(cluster, plan, path, config, prompts, console))
+        print_summary(console, runs[-1].result)
+    console.rule("uniform and dance")
+    console.print(comparison(runs, spec.names))
+    cold, warm = (f"{run.first_token:.1f} s (ready after {run.ready:.1f} s)" for run in runs)
+    for line in (
+        f"Converting the model, once: {converted:.1f} s.",
+        f"From the start of the servers to the first token: cold {cold}, warm {warm}.",
+        agreement(runs),
+    ):
+        console.print(line, highlight=False, soft_wrap=True)
+    return verdict(runs, console)
+
+
+def run_policy(
+    cluster: Cluster,
+    plan: Plan,
+    path: pathlib.Path,
+    config: EngineConfig,
+    prompts: list[Prompt],
+    console: Console,
+) -> Run:
+    """Starts the servers, runs the prompts and stops the servers."""
+    tokenizer = Tokenizer.load(path)
+    began = time.monotonic()
+    try:
+        with Startup(console, plan.spec.names) as startup:
+            cluster.start(startup.update)
+        ready = time.monotonic() - began
+        with Stream(console, plan.spec.names, prompts) as stream:
+            result = run_prompts(cluster, plan, tokenizer, prompts, stream.update)
+    finally:
+        cluster.stop()
+    if result.first_token is None:
+        raise ClusterError("no prompt was answered")
+    return Run(result, ready, result.first_token - began)
+
+
+def comparison(runs: list[Run], names: tuple[str, ...]) -> Table:
+    """One row per measure, one column per policy; definitions as in docs/structure.md."""
+    table = Table(title=f"{len(runs[0].result.prompts)} prompts on {len(names)} servers")
+    table.add_column("")
+    for run in runs:
+        table.add_column(run.result.plan.policy, justify="right")
+    flows = [run.result.plan.placement.traffic(run.result.traffic.routes) for run in runs]
+    table.add_row("local share of expert calls", *(f"{1 - flow.remote:.3f}" for flow in flows))
+    table.add_row("transfers per token and layer", *(f"{flow.transfers:.3f}" for flow in flows))
+    busiest = (f"{flow.busiest:.3f}" for flow in flows)
+    table.add_row("busiest link, hidden states per token and layer", *busiest)
+    for source, name in enumerate(names):
+        for target, other in enumerate(names):
+            if source != target:
+                sent = (int(run.result.traffic.bytes_sent[source, target]) for run in runs)
+                table.add_row(f"bytes {name} -> {other}", *(f"{count:,}" for count in sent))
+    total = (int(run.result.traffic.bytes_sent.sum()) for run in runs)
+    table.add_row("bytes, all links", *(f"{count:,}" for count in total), end_section=True)
+    seconds = (f"{run.result.seconds:.1f} s" for run in runs)
+    table.add_row("time for all prompts", *seconds)
+    return table
+
+
+def agreement(runs: list[Run]) -> str:
+    """How many answers the placement did not change; greedy ones should all be the same."""
+    pairs = list(zip(*(run.result.outputs for run in runs), strict=True))
+    same = sum(a.outputs[0].token_ids == b.outputs[0].token_ids for a, b in pairs)
+    return f"{same} of {len(pairs)} answers are the same under both policies."
+
+
+def verdict(runs: list[Run], console: Console) -> int:
+    """1 if something is not as it should be."""
+    failed = [
+        f"prompt {prompt.index}: {output.outputs[0].stop_reason}"
+        for run in runs
+        for prompt, output in zip(run.result.prompts, run.result.outputs, strict=True)
+        if output.outputs[0].finish_reason == "error"
+    ]
+    uniform, dance = (run.result.local_share for run in runs)
+    if dance <= uniform:
+        failed.append(f"the local share of dance ({dance:.3f}) is not above uniform's")
+    for line in failed:
+        console.print(f"error: {line}", markup=False, highlight=False, soft_wrap=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

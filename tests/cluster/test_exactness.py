@@ -1,0 +1,208 @@
+"""Three real processes give what one device gives, whatever the placement and the batches."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, Phase, example, given, settings
+from hypothesis import strategies as st
+
+from dance_jax.models.exchange import row_lanes, wire_bytes
+from dance_jax.placement.core import Layout, Placement, spread
+from dance_jax.placement.metrics import measure
+from tests.cluster import tiny
+from tests.cluster.fixture import DEVICES, TestCluster
+from tests.cluster.tiny import EXPERTS, LAYERS, Tokens
+
+#: Expert slots on each device of each server: unequal, and the first server has room for all.
+SLOTS = (32, 20, 16)
+SHAPE = (3, LAYERS, EXPERTS)
+DECODE, PREFILL = (4, 1), (2, 32)
+#: The cluster starts once; no example may take it down or time out because of a busy machine.
+cluster_settings = settings(
+    max_examples=12,
+    deadline=None,
+    phases=[Phase.explicit, Phase.generate],
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+
+@pytest.fixture(scope="module")
+def single():
+    """The same model on one device that holds every expert."""
+    everything = Placement(np.ones((1, LAYERS, EXPERTS), bool))
+    return tiny.runner(spread(everything, [1], [LAYERS * EXPERTS]), 0)
+
+
+@functools.cache
+def sequence(seed: int, length: int) -> tuple[int, ...]:
+    return tuple(np.random.default_rng([seed, 7]).integers(2, 258, length).tolist())
+
+
+def placed(resident: np.ndarray) -> tuple[Placement, Layout]:
+    placement = Placement(resident)
+    return placement, spread(placement, DEVICES, SLOTS)
+
+
+def random_resident(seed: int, empty: frozenset[int], replicas: float) -> np.ndarray:
+    """Every expert on a random server with room, and copies into free slots at random."""
+    rng = np.random.default_rng(seed)
+    room = np.array(SLOTS) * np.array(DEVICES)
+    room[list(empty)] = 0
+    resident = np.zeros(SHAPE, bool)
+    for layer, expert in rng.permutation(list(np.ndindex(SHAPE[1:]))):
+        server = rng.choice(np.flatnonzero(room))
+        resident[server, layer, expert], room[server] = True, room[server] - 1
+    for server, layer, expert in rng.permutation(np.argwhere(~resident)):
+        if room[server] and rng.random() < replicas:
+            resident[server, layer, expert], room[server] = True, room[server] - 1
+    return resident
+
+
+def alone(runner, start: int, tokens: tuple[int, ...]) -> dict:
+    """One row on the single device; `start` > 0 first fills the cache with the tokens before."""
+    if start:
+        tiny.run(runner, (PREFILL, [Tokens(((0, 0, tokens[:start]),))]))
+    bucket = PREFILL if len(tokens) - start > 1 else DECODE
+    return tiny.run(runner, (bucket, [Tokens(((0, start, tokens[start:]),))]))[0]
+
+
+def check_row(reply: dict, index: int, expected: dict) -> None:
+    """Logits within 1e-4; the greedy token equal unless two are within 1e-3."""
+    logits, wanted = reply["logits"][index], expected["logits"][0]
+    np.testing.assert_allclose(logits, wanted, atol=1e-4, rtol=0)
+    best = np.sort(wanted)[-2:]
+    if best[1] - best[0] >= 1e-3:
+        assert reply["token"][index] == expected["token"][0]
+
+
+def check_traffic(replies: list[list[dict]], resident: np.ndarray) -> np.ndarray:
+    """Hidden states sent, per layer and pair, are what the recorded routes say."""
+    routes = [
+        np.concatenate([route for device in server for route in device["routes"]])
+        if any(device["routes"] for device in server)
+        else np.zeros((0, LAYERS, tiny.CONFIG.top_k), int)
+        for server in replies
+    ]
+    tokens = np.array([len(route) for route in routes])
+    expected = np.zeros((LAYERS, len(DEVICES), len(DEVICES)))
+    if tokens.any():
+        expected = measure(resident, routes).transfers_lnn * tokens[:, None]
+    for server in replies:
+        for device in server:
+            np.testing.assert_allclose(device["rows"], expected, atol=1e-6)
+    return replies[0][0]["rows"]
+
+
+@st.composite
+def server_batches(draw) -> list[tuple[tuple[int, int], list[list[tuple[int, int]]]]]:
+    """Per server a bucket and, per device, the (seed, length) of its rows; some have none."""
+    batches = []
+    for devices in DEVICES:
+        bucket = draw(st.sampled_from([DECODE, PREFILL]))
+        rows = st.tuples(st.integers(0, 5), st.integers(1, 30))
+        batches.append(
+            (bucket, [draw(st.lists(rows, max_size=bucket[0])) for _ in range(devices)])
+        )
+    return batches
+
+
+@cluster_settings
+@given(
+    seed=st.integers(0, 2**31),
+    empty=st.sampled_from([frozenset(), frozenset({1}), frozenset({0, 1}), frozenset({1, 2})]),
+    replicas=st.sampled_from([0.0, 0.3, 1.0]),
+    batches=server_batches(),
+)
+@example(
+    seed=1,
+    empty=frozenset(),
+    replicas=0.0,
+    batches=[(PREFILL, [[(0, 30), (1, 30)]]), (DECODE, [[(2, 9)]]), (PREFILL, [[(3, 30)], []])],
+)
+def test_any_placement_gives_what_one_device_gives(
+    three_servers: TestCluster, single, seed, empty, replicas, batches
+):
+    resident = random_resident(seed, empty, replicas)
+    three_servers.place(placed(resident)[1])
+    # Prefill everything but the last token where the bucket is decode, then run the step itself.
+    fill, step = [], []
+    for bucket, devices in batches:
+        tokens = [[sequence(*row) for row in rows] for rows in devices]
+        if bucket == PREFILL:
+            fill.append((DECODE, [Tokens(())] * len(devices)))
+            rows = [[(slot, 0, row) for slot, row in enumerate(rows)] for rows in tokens]
+        else:
+            early = [
+                [(slot, 0, row[:-1]) for slot, row in enumerate(rows[:2]) if len(row) > 1]
+                for rows in tokens
+            ]
+            fill.append((PREFILL, [Tokens(tuple(rows)) for rows in early]))
+            rows = [
+                [(slot, len(row) - 1, row[-1:]) for slot, row in enumerate(rows[:2])]
+                for rows in tokens
+            ]
+        step.append((bucket, [Tokens(tuple(each)) for each in rows]))
+    three_servers.step(fill)
+    replies = three_servers.step(step)
+    for (bucket, devices), server in zip(batches, replies, strict=True):
+        for rows, reply in zip(devices, server, strict=True):
+            for index, row in enumerate(rows[:2]):
+                tokens = sequence(*row)
+                start = len(tokens) - 1 if bucket == DECODE else 0
+                check_row(reply, index, alone(single, start, tokens))
+    check_traffic(replies, resident)
+
+
+def test_no_token_is_dropped_when_all_want_the_same_experts(three_servers: TestCluster, single):
+    """Routers without weights choose experts 0..3 for every token; one server holds them all."""
+    resident = np.zeros(SHAPE, bool)
+    resident[2, :, :4] = True
+    resident[0, :, 4:] = True
+    three_servers.place(placed(resident)[1])
+    full = [sequence(seed, 32) for seed in range(2)]
+    rows = Tokens(tuple((slot, 0, tokens) for slot, tokens in enumerate(full)))
+    with tiny.level_router(single):
+        expected = [alone(single, 0, tokens) for tokens in full]
+    three_servers.send("level router", True)
+    try:
+        replies = three_servers.step([(PREFILL, [rows] * count) for count in DEVICES])
+    finally:
+        three_servers.send("level router", False)
+    for server in replies:
+        for reply in server:
+            assert {e for route in reply["routes"] for e in route.ravel()} == {0, 1, 2, 3}
+            for index, wanted in enumerate(expected):
+                check_row(reply, index, wanted)
+    sent = check_traffic(replies, resident)
+    assert (sent[:, :2, 2] == 64).all(), "every token of both other servers crosses once"
+    assert sent.sum() == LAYERS * 2 * 64
+
+
+def test_a_local_layer_sends_headers_only(three_servers: TestCluster):
+    """After traffic, a few quiet steps shrink every message to its header."""
+    tokens = sequence(0, 32)
+    three_servers.place(placed(random_resident(3, frozenset(), 0.0))[1])
+    prefill = [(PREFILL, [Tokens(((0, 0, tokens),))] * count) for count in DEVICES]
+    assert three_servers.step(prefill)[0][0]["rows"].sum() > 0
+    resident = np.zeros(SHAPE, bool)
+    resident[0] = True
+    three_servers.place(placed(resident)[1])
+    quiet = [(DECODE, [Tokens(((0, 32, (5,)),))]), *((DECODE, [Tokens(())] * n) for n in (1, 2))]
+    for _ in range(8 * 8 + 1):
+        reply = three_servers.step(quiet)[0][0]
+    assert reply["rows"].sum() == 0
+    assert reply["first"].tolist() == [0] * LAYERS
+    lanes = row_lanes(tiny.CONFIG, "float32")
+    sent = wire_bytes(reply["rows"], reply["first"], *lanes)
+    assert sent.sum(2).max() <= 64, "bytes a server sends in one layer"
+
+
+def test_pools_hold_exactly_their_slots(three_servers: TestCluster):
+    """On the live arrays of every process: a smaller server allocates less."""
+    shapes = three_servers.place(placed(random_resident(4, frozenset(), 0.3))[1])
+    d, f = tiny.CONFIG.hidden_size, tiny.CONFIG.expert_width
+    for slots, devices, pools in zip(SLOTS, DEVICES, shapes, strict=True):
+        assert pools == [[(1, slots, d, f)] * devices] * 2 + [[(1, slots, f, d)] * devices]

@@ -1,0 +1,172 @@
+"""What the command refuses before anything starts, and what it prints."""
+
+from __future__ import annotations
+
+import io
+import json
+import pathlib
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+import dance_jax.launch.__main__ as launch
+from dance_jax.engine.sequence import OutputDelta
+from dance_jax.launch import cores
+from dance_jax.launch.prompts import Prompt
+from dance_jax.launch.stream import Startup, Stream, printable
+from dance_jax.placement import Activations
+from tests.launch.tiny import EXPERTS, HOSTS, LAYERS, write_model
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("cli")
+    write_model(folder / "model")
+    (folder / "hosts.txt").write_text(HOSTS)
+    (folder / "prompts.jsonl").write_text('{"prompt": "x"}\n')
+    return folder
+
+
+@pytest.fixture
+def run(files: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch):
+    """Runs the command in this process; nothing it does here may start a server."""
+    monkeypatch.setattr(launch.signal, "signal", lambda *_: None)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def no_cluster(*_: object, **__: object) -> None:
+        raise AssertionError("a server was started")
+
+    monkeypatch.setattr(launch, "Cluster", no_cluster)
+
+    def command(*options: object, hosts: object = "hosts.txt", model: object = "model"):
+        words = ["--hosts", files / str(hosts), "--model", files / str(model)]
+        words += ["--cache-dir", files / "cache", *options]
+        code = launch.main(list(map(str, words)))
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return command
+
+
+def test_dry_run_prints_the_plan_alone(run) -> None:
+    code, out, err = run("--dry-run")
+    assert (code, err) == (0, "")
+    for words in ("alpha", "beta", "gamma", "uniform" if "uniform" in out else "dance", "14"):
+        assert words in out
+    assert "No activations were given" in out
+
+
+def test_conversion_is_said_once(run, files: pathlib.Path) -> None:
+    write_model(files / "other", seed=5)
+    assert "on first use" in run("--dry-run", model="other")[1]
+    assert "on first use" not in run("--dry-run", model="other")[1]
+
+
+def test_serving_comes_later(run) -> None:
+    code, _, err = run()
+    assert code == 2
+    assert "will serve HTTP later" in err and "--prompts" in err
+
+
+def test_bad_files_are_named(run, files: pathlib.Path) -> None:
+    (files / "bad-hosts").write_text("alpha address=localhost experts=3 devises=2\n")
+    (files / "bad.jsonl").write_text('{"prompt": "x"}\n{"prompt": "x", "server": "delta"}\n')
+    (files / "empty").mkdir(exist_ok=True)
+    cases = [
+        (run("--dry-run", hosts="bad-hosts"), f"{files / 'bad-hosts'}:1: unknown key 'devises'"),
+        (run("--dry-run", hosts="none"), f"{files / 'none'}: "),
+        (run("--prompts", files / "bad.jsonl"), f"{files / 'bad.jsonl'}:2: server: 'delta'"),
+        (run("--prompts", files / "none.jsonl"), f"{files / 'none.jsonl'}: "),
+        (run("--dry-run", model="nowhere"), str(files / "nowhere")),
+        (run("--dry-run", model="empty"), str(files / "empty")),
+        (run("--dry-run", "--activations", files / "none.npz"), f"{files / 'none.npz'}: "),
+        (run("--dry-run", "--policy", "best"), "unknown policy 'best'"),
+        (run("--dry-run", "--output", files / "out"), "--output needs --prompts"),
+        (
+            run("--prompts", files / "prompts.jsonl", "--output", files / "no" / "out"),
+            f"there is no folder {files / 'no'}",
+        ),
+        (run("--dry-run", "--max-model-len", "300"), "256"),
+    ]
+    for (code, _, err), words in cases:
+        assert code == 2, (err, words)
+        assert words in err
+
+
+def test_torn_weights_are_named(run, files: pathlib.Path) -> None:
+    torn = write_model(files / "torn", seed=7)
+    weights = torn / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    code, _, err = run("--dry-run", model="torn")
+    assert code == 2 and str(weights) in err
+
+
+def test_too_little_memory(run, files: pathlib.Path) -> None:
+    (files / "small").write_text("alpha address=localhost experts=20\n")
+    code, _, err = run("--dry-run", hosts="small")
+    assert code == 2 and "12 slots are missing" in err and "bytes" in err
+
+
+def test_activations_of_another_model(run, files: pathlib.Path) -> None:
+    counts = np.ones((3, LAYERS, EXPERTS), np.int64)
+    Activations(("alpha", "beta", "gamma"), counts, "0123").save(files / "foreign.npz")
+    code, _, err = run("--dry-run", "--activations", files / "foreign.npz")
+    assert code == 2 and "another model" in err
+
+
+@pytest.mark.parametrize("options", [["--max-tokens", "0"], ["--dtype", "int4"], ["--colour", "x"]])
+def test_wrong_options(run, options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        run(*options)
+    assert caught.value.code == 2
+    assert options[0] in capsys.readouterr().err
+
+
+def test_cores_are_shared_in_proportion() -> None:
+    assert cores.share([0, 1], [1, 1, 2]) == [[0], [0], [1]]
+    assert cores.share([5], [1, 3]) == [[5], [5]]
+    assert cores.share(list(range(8)), [1, 1, 2]) == [[0, 1], [2, 3], [4, 5, 6, 7]]
+    assert cores.share([], [1, 2]) == [[], []]
+
+
+def test_streams_interleave_in_whole_lines() -> None:
+    console = Console(file=io.StringIO(), width=120)
+    prompts = [Prompt(0, "p", 0, 9), Prompt(1, "q", 2, 9)]
+    with Stream(console, ("alpha", "beta", "gamma"), prompts) as stream:
+        for prompt, text, reason in (
+            (prompts[0], "one ", None),
+            (prompts[1], "eins\nzw", None),
+            (prompts[0], "two", "length"),
+            (prompts[1], "ei \x1b[31mrot [bold]", "stop"),
+        ):
+            delta = OutputDelta(str(prompt.index), 0, text, [1], finish_reason=reason)
+            stream.update(prompt, delta)
+    assert console.file.getvalue().splitlines() == [  # type: ignore[attr-defined]
+        "gamma 1 | eins",
+        "alpha 0 | one two",
+        "alpha 0 | [length]",
+        "gamma 1 | zwei \ufffd[31mrot [bold]",
+    ]
+
+
+def test_control_characters_do_not_reach_the_terminal() -> None:
+    assert (
+        printable("a\x1b[2J\r\x07\tb\n\u00fc \u65e5") == "a\ufffd[2J\ufffd\ufffd\tb\n\u00fc \u65e5"
+    )
+
+
+def test_startup_lines() -> None:
+    console = Console(file=io.StringIO(), width=120)
+    with Startup(console, ["a", "b"]) as startup:
+        startup.update("a", "compiling", 1, 3)
+        startup.update("a", "compiling", 1, 3)
+        startup.update("b", "ready", 0, 0)
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert [line.split("  ")[-1] for line in lines] == ["a: compiling 1 of 3", "b: ready"]
+
+
+def test_prompts_file_is_utf8(run, files: pathlib.Path) -> None:
+    (files / "latin.jsonl").write_bytes(json.dumps({"prompt": "\u00fc"}).encode() + b"\xff")
+    code, _, err = run("--prompts", files / "latin.jsonl")
+    assert code == 2 and "latin.jsonl" in err

@@ -1,0 +1,155 @@
+"""Real launches: three processes with 1, 1 and 2 devices, what they print, and how they end."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import signal
+import time
+
+import numpy as np
+import psutil
+import pytest
+
+from dance_jax.placement import Activations
+from tests.launch.conftest import PROMPTS, Tiny
+from tests.launch.tiny import EXPERT_BYTES, EXPERTS, LAYERS
+
+
+def many_prompts(folder: pathlib.Path) -> pathlib.Path:
+    """Work for much longer than a test takes."""
+    path = folder / "many.jsonl"
+    path.write_text('{"prompt": "on and on", "max_tokens": 240}\n' * 400)
+    return path
+
+
+def test_results_come_in_input_order(tiny: Tiny) -> None:
+    names = ["alpha", "beta", "alpha", "gamma", "beta", "gamma"]
+    assert [line["index"] for line in tiny.lines] == list(range(len(PROMPTS)))
+    assert [line["server"] for line in tiny.lines] == names
+    assert [line["prompt"] for line in tiny.lines] == [line["prompt"] for line in PROMPTS]
+    for number in (0, 2, 3, 5):
+        line, asked = tiny.lines[number], PROMPTS[number]
+        assert set(line) == {
+            "index", "server", "prompt", "text", "token_ids", "finish_reason", "metrics",
+        }  # fmt: skip
+        assert line["finish_reason"] in ("length", "stop")
+        assert 1 <= len(line["token_ids"]) <= asked["max_tokens"]
+        assert 0 < line["metrics"]["ttft_s"] <= line["metrics"]["e2e_s"]
+
+
+def test_prompts_that_cannot_run_do_not_stop_the_others(tiny: Tiny) -> None:
+    long, empty = tiny.lines[1], tiny.lines[4]
+    for line in (long, empty):
+        assert line["finish_reason"] == "error"
+        assert line["text"] == "" and line["token_ids"] == []
+        assert line["error"] in tiny.terminal
+    assert "400 tokens" in long["error"] and "256" in long["error"]
+    assert "empty" in empty["error"]
+
+
+def test_pools_hold_exactly_what_memory_allows(tiny: Tiny) -> None:
+    """Bytes of the live arrays of each process."""
+    pools = tiny.result.traffic.pool_bytes
+    assert pools == ((14 * EXPERT_BYTES,), (11 * EXPERT_BYTES,), (10 * EXPERT_BYTES,) * 2)
+    assert f"{14 * EXPERT_BYTES:,}" in tiny.terminal
+
+
+def test_transfers_agree_with_the_recorded_routes(tiny: Tiny) -> None:
+    traffic, placement = tiny.result.traffic, tiny.result.plan.placement
+    assert [len(routes) for routes in traffic.routes] == traffic.tokens.tolist()
+    assert traffic.tokens[1] == 0  # beta's prompts could not run
+    for server, routes in enumerate(traffic.routes):
+        if not len(routes):
+            assert not traffic.transfers[:, server].any()
+            continue
+        alone = [routes if n == server else routes[:0] for n in range(3)]
+        expected = placement.traffic(alone).transfers_lnn[:, server] * len(routes)
+        assert np.array_equal(traffic.transfers[:, server], np.round(expected))
+        counts = np.stack(
+            [np.bincount(routes[:, layer].ravel(), minlength=EXPERTS) for layer in range(LAYERS)]
+        )
+        assert np.array_equal(traffic.counts[server], counts)
+    assert f"{traffic.transfers_per_token:.3f} remote servers" in tiny.terminal
+
+
+def test_the_summary_has_everything(tiny: Tiny) -> None:
+    for words in (
+        "requests",
+        "2 of them with an error",
+        "prompt tokens",
+        "output tokens",
+        "per second",
+        "time to first token",
+        "end-to-end latency",
+        "p50",
+        "p99",
+        f"{tiny.result.local_share:.3f}",
+        *(f"{count:,}" for count in tiny.result.traffic.bytes_sent[0, 1:]),
+    ):
+        assert words in tiny.terminal
+    assert (np.diag(tiny.result.traffic.bytes_sent) == 0).all()
+
+
+def test_a_warm_start_gives_the_same(tiny: Tiny, launch, tmp_path: pathlib.Path) -> None:
+    """Steps come from the cache in every process, and what they compute has not changed."""
+    assert tiny.cold == [(0, 2)] * 3
+    output, saved = tmp_path / "out.jsonl", tmp_path / "saved.npz"
+    run = launch(
+        "--policy", "uniform", "--prompts", tiny.folder / "prompts.jsonl", "--max-tokens", "8",
+        "--output", output, "--save-activations", saved, "--log-dir", tmp_path / "logs",
+    )  # fmt: skip
+    run.wait_for("alpha: ready")
+    assert run.process.wait(120) == 0, run.text
+    run.assert_nothing_left()
+    for name in ("alpha", "beta", "gamma"):
+        log = (tmp_path / "logs" / f"{name}.log").read_text()
+        assert log.count("read from the cache") == 2
+        assert "compiled in" not in log
+    lines = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+    for line, before in zip(lines, tiny.lines, strict=True):
+        assert {**line, "metrics": None} == {**before, "metrics": None}
+    activations = Activations.load(saved)
+    assert activations.servers == ("alpha", "beta", "gamma")
+    assert activations.model == tiny.fingerprint
+    assert np.array_equal(activations.counts, tiny.result.traffic.counts)
+    assert "No activations were given" in run.text
+    assert "gamma 5 | " in run.text
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_dead_server_is_named(rank: int, tiny: Tiny, launch, tmp_path: pathlib.Path) -> None:
+    """Within 10 s all end, with the server's name and the end of its log."""
+    run = launch("--prompts", many_prompts(tmp_path), "--output", tmp_path / "out.jsonl")
+    run.wait_for(" | ")
+    run.worker(rank).send_signal(signal.SIGKILL)
+    began = time.monotonic()
+    assert run.process.wait(10) == 1
+    run.assert_nothing_left(10 - (time.monotonic() - began))
+    name = ("alpha", "beta", "gamma")[rank]
+    assert f"server {name} (process {run.worker(rank).pid}) was killed by signal 9" in run.text
+    assert "last lines of its log" in run.text and "joined: 4 devices of 3 servers" in run.text
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 128 + signal.SIGTERM)]
+)
+def test_a_signal_leaves_nothing(number: int, code: int, tiny: Tiny, launch, tmp_path) -> None:
+    run = launch("--prompts", many_prompts(tmp_path))
+    # One while it runs, one while it starts.
+    run.wait_for(" | " if number == signal.SIGINT else "joining")
+    ports = {c.laddr.port for p in run.workers for c in p.net_connections() if c.status == "LISTEN"}
+    run.process.send_signal(number)
+    assert run.process.wait(10) == code
+    run.assert_nothing_left()
+    listening = {c.laddr.port for c in psutil.net_connections() if c.status == "LISTEN"}
+    assert not ports & listening
+
+
+def test_workers_end_with_a_killed_parent(tiny: Tiny, launch, tmp_path: pathlib.Path) -> None:
+    run = launch("--prompts", many_prompts(tmp_path))
+    run.wait_for("alpha: loading")
+    run.process.send_signal(signal.SIGKILL)
+    run.process.wait(10)
+    run.assert_nothing_left()
