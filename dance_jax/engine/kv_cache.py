@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,18 +11,21 @@ from jax import Array, lax
 from dance_jax.config import EngineConfig
 from dance_jax.models.config import ModelConfig
 
+#: A jax.Array on the device, an np.ndarray on the host.
+Leaf = Any
+
 
 class Memory(NamedTuple):
     """One device's state, donated to every step and returned by it."""
 
     #: Per layer [slots, positions, w] in the engine's dtype.
-    cache: tuple[Array, ...]
+    cache: tuple[Leaf, ...]
     #: bool [slots, v], tokens of each sequence so far.
-    seen: Array
+    seen: Leaf
     #: int32 [l, e], expert calls of this device's tokens since the start.
-    counts: Array
+    counts: Leaf
     #: int32 [l], `Exchanged.credit` of each MoE layer.
-    credit: Array
+    credit: Leaf
 
 
 def cache_positions(config: EngineConfig) -> int:

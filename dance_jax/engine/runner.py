@@ -234,7 +234,7 @@ class Runner:
             active=np.zeros((), bool),
             rows=np.zeros((layers, servers, servers), np.int32),
             first=np.zeros(layers, np.int32),
-        )  # type: ignore[arg-type]
+        )
 
     def read(self, array: jax.Array) -> list[np.ndarray]:
         """A per-device array of the step (an extra, or of the memory), one per local device."""

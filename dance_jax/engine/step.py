@@ -11,7 +11,7 @@ from flax import nnx
 from jax import Array, lax
 
 from dance_jax.config import EngineConfig
-from dance_jax.engine.kv_cache import Memory, write
+from dance_jax.engine.kv_cache import Leaf, Memory, write
 from dance_jax.engine.sampling import SamplingState, mark_seen, sample, sampling_state
 from dance_jax.engine.scheduler import Row
 from dance_jax.models.exchange import Exchange, Tables, Topology
@@ -22,13 +22,13 @@ class Batch(NamedTuple):
     """What one device computes in a step; r rows of c tokens."""
 
     #: int32 [r, c], padded after length.
-    token: Array
+    token: Leaf
     #: int32 [r]: position of the first token, number of tokens (0: row unused), slot.
-    start: Array
-    length: Array
-    slot: Array
+    start: Leaf
+    length: Leaf
+    slot: Leaf
     #: bool []: this server has work.
-    active: Array
+    active: Leaf
     sampling: SamplingState
 
 
@@ -36,26 +36,26 @@ class Outcome(NamedTuple):
     """What the host reads after a step, of one device."""
 
     #: int32 [r], float32 [r], int32 [r]: the sampled token, its logprob and rank.
-    token: Array
-    logprob: Array
-    rank: Array
+    token: Leaf
+    logprob: Leaf
+    rank: Leaf
     #: bool []: some server had work.
-    active: Array
+    active: Leaf
     #: int32 [l, n, n] and [l]: `Exchanged.rows` and `.first` of each MoE layer.
-    rows: Array
-    first: Array
+    rows: Leaf
+    first: Leaf
 
 
 class Extras(NamedTuple):
     """What the host reads only when it needs it, of one device."""
 
     #: int32 [r, 20] and float32 [r, 20]: most likely tokens.
-    top_token: Array
-    top_logprob: Array
+    top_token: Leaf
+    top_logprob: Leaf
     #: uint16 [r, c, l, k]: experts each token chose.
-    routes: Array
+    routes: Leaf
     #: float32 [r, v].
-    logits: Array
+    logits: Leaf
 
 
 def host_batch(rows: tuple[Row, ...], shape: tuple[int, int], scratch: int, active: bool) -> Batch:

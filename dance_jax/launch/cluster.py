@@ -454,6 +454,15 @@ def _environment(platform: str) -> dict[str, str]:
     # A worker's device count is its server's, not a test's or a user's flag.
     flags = environment.get("XLA_FLAGS", "").split()
     flags = [flag for flag in flags if "host_platform_device_count" not in flag]
+    if platform == "cpu":
+        # A step is hundreds of small kernels around library matrix products: compiling them
+        # plainly halves the time to start and costs no measurable time in the step.
+        flags = [
+            "--xla_cpu_use_fusion_emitters=false",
+            "--xla_llvm_disable_expensive_passes=true",
+            "--xla_backend_optimization_level=1",
+            *flags,
+        ]
     if platform == "cuda":
         # Each process compiles its own program, so results of autotuning are not to be shared.
         flags.append("--xla_gpu_shard_autotuning=false")

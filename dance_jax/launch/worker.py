@@ -8,6 +8,7 @@ others while any server has work.
 
 from __future__ import annotations
 
+import dataclasses
 import faulthandler
 import logging
 import os
@@ -132,7 +133,9 @@ def _start(setup: Setup, channel: Channel) -> Engine:
 
     checkpoint = Checkpoint.open(setup.checkpoint)
     layout = load_layout(setup.layout)
-    scope = (checkpoint.fingerprint, layout.devices, layout.slots_per_device, setup.config)
+    # The seed only reaches the step as an argument.
+    shape = dataclasses.replace(setup.config, seed=0)
+    scope = (checkpoint.fingerprint, layout.devices, layout.slots_per_device, shape)
     cache = CompileCache(setup.compile_dir, scope)
     engine = Engine(
         checkpoint,

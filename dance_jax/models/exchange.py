@@ -276,7 +276,7 @@ def _dispatch(
         topology, {p: out.lanes for p, out in outgoing.items()}, rung, header, jnp.int32(0)
     )
     heads, firsts = _from_gateway(topology, (heads, firsts))
-    rows = jnp.stack([heads[n] if n in heads else header for n in range(num)]).astype(jnp.int32)
+    rows = jnp.stack([heads.get(n, header) for n in range(num)]).astype(jnp.int32)
     rows, actives = rows[:, :num], rows[:, num]
     first = jnp.array(LADDER)[rung].astype(jnp.int32)
     largest = rows.max()

@@ -107,7 +107,8 @@ def main() -> None:
         state = OPTIMIZER.init(params)
 
     log = (args.work / "train_log.jsonl").open("a")
-    window: dict[str, list] = {d: [] for d in DOMAINS}
+    groups = [*DOMAINS, "repeated"]
+    window: dict[str, list] = {g: [] for g in groups}
     last_save = counters["seconds"]
     while (progress := counters["seconds"] / (60 * args.minutes)) < 1:
         began = time.monotonic()
@@ -118,7 +119,7 @@ def main() -> None:
         params, state, logged = train_step(params, state, tokens, jnp.float32(rate), config)
         losses = np.asarray(logged["nll"])
         for domain, value in zip(batch["domain"], losses, strict=True):
-            window[DOMAINS[domain]].append(float(value))
+            window[groups[domain]].append(float(value))
         counters["step"] += 1
         counters["tokens"] += losses.size * SHAPES[name][1]
         counters["seconds"] += time.monotonic() - began
@@ -127,7 +128,7 @@ def main() -> None:
             row |= {d: round(float(np.mean(v)), 3) for d, v in window.items() if v}
             row |= {k: round(float(logged[k]), 4) for k in ("balance", "dropped")}
             print(json.dumps(row), file=log, flush=True)
-            window = {d: [] for d in DOMAINS}
+            window = {g: [] for g in groups}
         if counters["seconds"] - last_save > 60 * args.save_every:
             save(path, params, state, iterators, counters)
             last_save = counters["seconds"]

@@ -103,9 +103,7 @@ def server_batches(draw) -> list[tuple[tuple[int, int], list[list[tuple[int, int
     for devices in DEVICES:
         bucket = draw(st.sampled_from([DECODE, PREFILL]))
         rows = st.tuples(st.integers(0, 5), st.integers(1, 30))
-        batches.append(
-            (bucket, [draw(st.lists(rows, max_size=bucket[0])) for _ in range(devices)])
-        )
+        batches.append((bucket, [draw(st.lists(rows, max_size=bucket[0])) for _ in range(devices)]))
     return batches
 
 
