@@ -52,7 +52,7 @@ class Run:
 
 def main() -> int:
     """Runs the demo; returns its exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="The same prompts under two placements")
     parser.add_argument("--hosts", type=pathlib.Path, default=EXAMPLES / "hosts.txt")
     parser.add_argument("--prompts", type=pathlib.Path, default=EXAMPLES / "prompts.jsonl")
     parser.add_argument("--activations", type=pathlib.Path, default=EXAMPLES / "activations.npz")

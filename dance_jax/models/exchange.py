@@ -161,28 +161,34 @@ class Exchange:
         )
         inbox, traffic, order = _dispatch(topology, outgoing, counts_n, self.active, credit)
 
-        x_rd, expert_rk, weight_rk = unpack_rows(
-            jnp.concatenate([inbox[peer] for peer in topology.peers]), d, k, x_td.dtype
-        )
-        present = [
-            jnp.arange(inbox[peer].shape[0]) < traffic.rows[peer, topology.rank]
-            for peer in topology.peers
-        ]
-        expert_rk = jnp.where(jnp.concatenate(present)[:, None], expert_rk, NO_EXPERT)
-        y_d = self._ffn(
-            jnp.concatenate([x_gd, x_rd]),
-            jnp.concatenate([local_gk, expert_rk]),
-            jnp.concatenate([weight_gk, weight_rk]),
-            slot_e,
-        )
-        y_gd, y_rd = y_d[: x_gd.shape[0]], y_d[x_gd.shape[0] :]
-        y_rd = _sum_at_gateway(topology, y_rd).astype(x_td.dtype)
-        replies, offset = {}, 0
-        for peer in topology.peers:
-            size = inbox[peer].shape[0]
-            replies[peer] = to_lanes(y_rd[offset : offset + size])
-            offset += size
-        returned = _return(topology, replies, traffic.rows, counts_n, order)
+        def run_experts(limit: int | None) -> tuple[Array, list[Array]]:
+            """Sums for this server's tokens, and for the first `limit` rows of each peer."""
+            x, expert, weight = [x_gd], [local_gk], [weight_gk]
+            for peer in topology.peers:
+                x_rd, expert_rk, weight_rk = unpack_rows(inbox[peer][:limit], d, k, x_td.dtype)
+                present_r = jnp.arange(x_rd.shape[0]) < traffic.rows[peer, topology.rank]
+                x.append(x_rd)
+                expert.append(jnp.where(present_r[:, None], expert_rk, NO_EXPERT))
+                weight.append(weight_rk)
+            y_nd = self._ffn(*map(jnp.concatenate, (x, expert, weight)), slot_e)
+            y_gd, *y_peers = jnp.split(y_nd, np.cumsum([len(part) for part in x])[:-1])
+            room = [
+                len(inbox[peer]) - len(y) for peer, y in zip(topology.peers, y_peers, strict=True)
+            ]
+            return y_gd, [jnp.pad(y, ((0, r), (0, 0))) for y, r in zip(y_peers, room, strict=True)]
+
+        # In decode the few rows that come must not cost what the room for a prefill's costs.
+        few = traffic.rows.max() <= LADDER[-1]
+        y_gd, sums = lax.cond(few, lambda: run_experts(LADDER[-1]), lambda: run_experts(None))
+        replies = {
+            peer: to_lanes(
+                _sum_at_gateway(topology, y_rd, traffic.rows[peer, topology.rank]).astype(
+                    x_td.dtype
+                )
+            )
+            for peer, y_rd in zip(topology.peers, sums, strict=True)
+        }
+        returned = _return(topology, replies, traffic.rows, order)
         is_gateway = lax.axis_index(AXIS) == topology.gateway(topology.rank)
         for peer in topology.peers:
             partial_gd = from_lanes(returned[peer], x_td.dtype)[outgoing[peer].position]
@@ -291,14 +297,13 @@ def _dispatch(
         room = topology.max_rows(peer) + CHUNK + LADDER[-1]
         lanes = firsts[peer].shape[-1]
         inbox[peer] = jnp.zeros((room, lanes), jnp.uint16).at[: LADDER[-1]].set(firsts[peer])
-    inbox, order = _chunks(
-        topology, {p: out.lanes for p, out in outgoing.items()}, inbox, rows, first, order
-    )
-    return _from_gateway(topology, inbox), traffic, order
+    lanes = {peer: out.lanes for peer, out in outgoing.items()}
+    inbox, order = _chunks(topology, lanes, inbox, rows, first, order, relay=True)
+    return inbox, traffic, order
 
 
 def _return(
-    topology: Topology, replies: dict[int, Array], rows: Array, counts_n: Array, order: Array
+    topology: Topology, replies: dict[int, Array], rows: Array, order: Array
 ) -> dict[int, Array]:
     """Send each peer the sums of the rows it sent; returns sums per peer, in the order sent."""
     back = rows.T
@@ -310,7 +315,7 @@ def _return(
         lanes = firsts[peer].shape[-1]
         room = topology.max_rows(topology.rank) + CHUNK + LADDER[-1]
         inbox[peer] = jnp.zeros((room, lanes), jnp.uint16).at[: LADDER[-1]].set(firsts[peer])
-    inbox, _ = _chunks(topology, replies, inbox, back, first, order)
+    inbox, _ = _chunks(topology, replies, inbox, back, first, order, relay=False)
     return inbox
 
 
@@ -358,10 +363,12 @@ def _chunks(
     rows: Array,
     first: Array,
     order: Array,
+    relay: bool,
 ) -> tuple[dict[int, Array], Array]:
     """What the first messages left, pair of servers by pair: both ways at once, then one way.
 
-    Pairs come in one order on all servers, so that no two wait for each other.
+    Pairs come in one order on all servers, so that no two wait for each other. With `relay` the
+    gateway hands what it receives to its siblings.
     """
     rank = topology.rank
     chunks = (jnp.maximum(rows - first, 0) + CHUNK - 1) // CHUNK
@@ -375,11 +382,14 @@ def _chunks(
         def message(i, peer=peer, lanes=lanes):
             return lax.dynamic_slice(outgoing[peer], (first + i * CHUNK, 0), (CHUNK, lanes))
 
+        def keep(box, got, i):
+            got = _from_gateway(topology, got) if relay else got
+            return lax.dynamic_update_slice(box, got, (first + i * CHUNK, 0))
+
         def swap(i, carry, message=message, pairs=((here, there), (there, here))):
             box, order = carry
             got = lax.ppermute(message(i + order), AXIS, pairs)
-            box = lax.dynamic_update_slice(box, got, (first + i * CHUNK, 0))
-            return box, _after(got, order)
+            return keep(box, got, i), _after(got, order)
 
         def push(i, order, message=message, pairs=((here, there),)):
             return _after(lax.ppermute(message(i + order), AXIS, pairs), order)
@@ -388,8 +398,7 @@ def _chunks(
             box, order = carry
             got = jnp.broadcast_to((i + order).astype(jnp.uint16), (CHUNK, lanes))
             got = lax.ppermute(got, AXIS, pairs)
-            box = lax.dynamic_update_slice(box, got, (first + i * CHUNK, 0))
-            return box, _after(got, order)
+            return keep(box, got, i), _after(got, order)
 
         box, order = lax.fori_loop(order, both, swap, (inbox[peer], order))
         order = lax.fori_loop(both + order, sent, push, order)
@@ -467,12 +476,20 @@ def _scatter_siblings(topology: Topology, y_gd: Array) -> Array:
     return total
 
 
-def _sum_at_gateway(topology: Topology, y_rd: Array) -> Array:
-    """Sum of [r, d] over the devices, right on the gateway."""
-    base, total = topology.gateway(topology.rank), y_rd
-    for i in range(1, topology.siblings):
-        total += lax.ppermute(y_rd, AXIS, [(base + i, base)])
-    return total
+def _sum_at_gateway(topology: Topology, y_rd: Array, count: Array) -> Array:
+    """Sum of the first `count` rows over the devices, right on the gateway."""
+    base = topology.gateway(topology.rank)
+
+    def add(i, y_rd):
+        part = lax.dynamic_slice(y_rd, (i * CHUNK, 0), (CHUNK, y_rd.shape[1]))
+        total = part
+        for sibling in range(1, topology.siblings):
+            total += lax.ppermute(part, AXIS, [(base + sibling, base)])
+        return lax.dynamic_update_slice(y_rd, total, (i * CHUNK, 0))
+
+    if topology.siblings == 1:
+        return y_rd
+    return lax.fori_loop(0, (count + CHUNK - 1) // CHUNK, add, y_rd)
 
 
 def _from_gateway(topology: Topology, tree):

@@ -22,7 +22,7 @@ SHAPE = (3, LAYERS, EXPERTS)
 DECODE, PREFILL = (4, 1), (2, 32)
 #: The cluster starts once; no example may take it down or time out because of a busy machine.
 cluster_settings = settings(
-    max_examples=12,
+    max_examples=10,
     deadline=None,
     phases=[Phase.explicit, Phase.generate],
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
