@@ -19,7 +19,7 @@ from dance_jax.engine.scheduler import Row, Scheduler, StepPlan
 from dance_jax.engine.sequence import OutputDelta, Request
 from dance_jax.engine.step import Extras, Outcome
 from dance_jax.models.checkpoint import Checkpoint
-from dance_jax.models.exchange import row_lanes, wire_bytes
+from dance_jax.models.messages import row_lanes, wire_bytes
 from dance_jax.placement.core import Layout, Placement, spread
 
 #: Called with (stage, parts done, parts in all).

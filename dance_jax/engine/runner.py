@@ -19,8 +19,9 @@ from dance_jax.engine.kv_cache import Memory, new_memory
 from dance_jax.engine.scheduler import Row, StepPlan
 from dance_jax.engine.step import Extras, Outcome
 from dance_jax.models.config import ModelConfig
-from dance_jax.models.exchange import AXIS, Tables, Topology
+from dance_jax.models.exchange import Tables
 from dance_jax.models.experts import Pool
+from dance_jax.models.topology import AXIS, Topology
 from dance_jax.placement.core import Layout
 
 #: (rows, chunk) of a compiled step.

@@ -14,8 +14,9 @@ from dance_jax.config import EngineConfig
 from dance_jax.engine.kv_cache import Leaf, Memory, write
 from dance_jax.engine.sampling import SamplingState, mark_seen, sample, sampling_state
 from dance_jax.engine.scheduler import Row
-from dance_jax.models.exchange import Exchange, Tables, Topology
+from dance_jax.models.exchange import Exchange, Tables
 from dance_jax.models.experts import Pool
+from dance_jax.models.topology import Topology
 
 
 class Batch(NamedTuple):

@@ -20,14 +20,20 @@ class Pool(NamedTuple):
     w_down: Array
 
 
-def block_rows(assignments: int, slots: int) -> int:
-    """Rows one block of `grouped_ffn` takes, for a step of so many (row, expert) assignments.
+def block_rows(assignments: int, experts: float) -> int:
+    """Rows one block of `grouped_ffn` takes.
 
     Small blocks waste no arithmetic on the few rows an expert gets in decode; large ones read
     an expert's weights once for many rows in prefill.
+
+    Args:
+        assignments: most (row, expert) pairs of one layer in this step.
+        experts: experts of one layer in the pool.
     """
-    mean = assignments / max(slots, 1)
-    return next((rows for rows in (4, 16, 32) if mean <= rows), 64)
+    mean = assignments / max(experts, 1)
+    return next(
+        (rows for limit, rows in ((1, 2), (4, 4), (8, 8), (24, 16), (48, 32)) if mean <= limit), 64
+    )
 
 
 def grouped_ffn(pool: Pool, x_nd: Array, slot_nk: Array, weight_nk: Array, block: int) -> Array:

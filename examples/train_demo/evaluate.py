@@ -35,18 +35,20 @@ def run_window(params: Params, tokens: jax.Array, config: Config):
     return losses[0], choice, jax.numpy.stack([s["dropped"] for s in stats]).max()
 
 
-def measure(params: Params, ids: list[int], begin: int, c: Config) -> tuple[float, np.ndarray]:
+def measure(
+    params: Params, ids: list[int], begin: int, c: Config, window: int, stride: int
+) -> tuple[float, np.ndarray]:
     """(bits of all tokens, activation counts [window, layer, expert]).
 
-    Windows of CONTEXT - 1 tokens after BOS overlap by half, so every token but the first ones
-    sees at least CONTEXT / 2 tokens before it; each token counts once. No token is dropped: a
-    window that overflows the experts' rows is run again with more of them.
+    Windows of BOS and `window` - 1 tokens start `stride` tokens apart; a token counts in the first
+    one it is in. No token is dropped: a window that overflows the experts' rows is run again with
+    more of them.
     """
-    length, step = CONTEXT - 1, CONTEXT // 2
+    length = window - 1
     bits, counts, scored = 0.0, [], 0
-    for start in range(0, max(1, len(ids) - length + step), step):
+    for start in range(0, max(1, len(ids) - length + stride), stride):
         part = ids[start : start + length]
-        tokens = np.zeros((1, CONTEXT), np.int32)
+        tokens = np.zeros((1, window), np.int32)
         tokens[0, : len(part) + 1] = [begin, *part]
         for capacity in (3, 6, 0):
             losses, choice, dropped = run_window(params, tokens, replace(c, capacity=capacity))
@@ -57,7 +59,6 @@ def measure(params: Params, ids: list[int], begin: int, c: Config) -> tuple[floa
         layers = np.asarray(choice)[:, new].reshape(c.layers - 1, -1)
         counts.append([np.bincount(row, minlength=c.experts) for row in layers])
         scored = start + len(part)
-    assert scored == len(ids)
     return bits, np.array(counts)
 
 
@@ -117,6 +118,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--bytes", type=int, default=1_000_000)
+    parser.add_argument("--window", type=int, default=CONTEXT, help="tokens a forward pass sees")
+    parser.add_argument("--stride", type=int, help="tokens between windows (default: no overlap)")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     config = Config()
@@ -127,7 +130,9 @@ def main() -> None:
     for domain in DOMAINS:
         text = heldout(args.work, domain, args.bytes)
         ids = tokenizer.encode(text.decode(errors="ignore"), add_special_tokens=False).ids
-        bits, counts[domain] = measure(params, ids, tokenizer.token_to_id(BOS), config)
+        begin = tokenizer.token_to_id(BOS)
+        stride = args.stride or args.window - 1
+        bits, counts[domain] = measure(params, ids, begin, config, args.window, stride)
         row = {
             "bytes": len(text),
             "tokens": len(ids),

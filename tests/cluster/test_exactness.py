@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
-from dance_jax.models.exchange import row_lanes, wire_bytes
+from dance_jax.models.messages import row_lanes, wire_bytes
 from dance_jax.placement.core import Layout, Placement, spread
 from dance_jax.placement.metrics import measure
 from tests.cluster import tiny

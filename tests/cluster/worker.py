@@ -28,7 +28,7 @@ jax.config.update("jax_enable_preemption_service", False)
 jax.distributed.initialize(f"127.0.0.1:{PORT}", len(DEVICES), RANK)
 
 from dance_jax.engine.runner import Runner, cluster_mesh  # noqa: E402
-from dance_jax.models.exchange import AXIS  # noqa: E402
+from dance_jax.models.topology import AXIS  # noqa: E402
 from tests.cluster import tiny  # noqa: E402
 
 mesh = cluster_mesh(DEVICES)

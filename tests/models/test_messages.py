@@ -1,4 +1,4 @@
-"""Parts of the exchange that need no cluster; tests/cluster runs the whole on three processes."""
+"""Packing and sizes of messages; tests/cluster sends them between three processes."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dance_jax.models.exchange import (
-    CHUNK,
+from dance_jax.models.messages import (
     LADDER,
     NO_EXPERT,
-    Topology,
     pack_rows,
     unpack_rows,
     wire_bytes,
 )
+from dance_jax.models.topology import CHUNK, Topology
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

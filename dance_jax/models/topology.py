@@ -1,0 +1,116 @@
+"""Which devices belong to which server, and what passes between the devices of one server."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+#: Mesh axis over all devices of all servers, in rank order.
+AXIS = "device"
+#: Rows of one message where a count decides how many messages there are.
+CHUNK = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """What one process knows of the cluster at compile time."""
+
+    #: This server's position in the hosts file.
+    rank: int
+    #: Devices of each server.
+    devices: tuple[int, ...]
+    #: Most tokens one device of any server carries in one step.
+    max_step_tokens: int
+
+    @property
+    def num_servers(self) -> int:
+        return len(self.devices)
+
+    @property
+    def siblings(self) -> int:
+        """Devices of this server."""
+        return self.devices[self.rank]
+
+    @property
+    def peers(self) -> tuple[int, ...]:
+        return tuple(n for n in range(self.num_servers) if n != self.rank)
+
+    def gateway(self, server: int) -> int:
+        """Mesh position of a server's first device."""
+        return sum(self.devices[:server])
+
+    def max_rows(self, server: int) -> int:
+        """Most rows `server` can send to another in one layer."""
+        return self.devices[server] * self.max_step_tokens
+
+
+def _ring(topology: Topology, shift: int) -> list[tuple[int, int]]:
+    base, size = topology.gateway(topology.rank), topology.siblings
+    return [(base + i, base + (i + shift) % size) for i in range(size)]
+
+
+def _local_index(topology: Topology) -> Array:
+    return lax.axis_index(AXIS) - topology.gateway(topology.rank)
+
+
+def gather_siblings(topology: Topology, x_td: Array) -> Array:
+    """[t, w] of each device -> [devices * t, w] of all, in device order, on every device."""
+    size = topology.siblings
+    if size == 1:
+        return x_td
+    me, t = _local_index(topology), x_td.shape[0]
+    out = jnp.zeros((size * t, x_td.shape[1]), x_td.dtype)
+    out = lax.dynamic_update_slice(out, x_td, (me * t, 0))
+    for shift in range(1, size):
+        got = lax.ppermute(x_td, AXIS, _ring(topology, shift))
+        out = lax.dynamic_update_slice(out, got, ((me - shift) % size * t, 0))
+    return out
+
+
+def scatter_siblings(topology: Topology, y_gd: Array) -> Array:
+    """Sum over devices of [devices * t, d], of which each device keeps its own [t, d]."""
+    size = topology.siblings
+    if size == 1:
+        return y_gd
+    me, t = _local_index(topology), y_gd.shape[0] // size
+    total = lax.dynamic_slice_in_dim(y_gd, me * t, t)
+    for shift in range(1, size):
+        part = lax.dynamic_slice_in_dim(y_gd, (me + shift) % size * t, t)
+        total += lax.ppermute(part, AXIS, _ring(topology, shift))
+    return total
+
+
+def sum_at_gateway(topology: Topology, y_rd: Array, count: Array) -> Array:
+    """Sum of the first `count` rows over the devices, right on the gateway."""
+    base = topology.gateway(topology.rank)
+
+    def add(i, y_rd):
+        part = lax.dynamic_slice(y_rd, (i * CHUNK, 0), (CHUNK, y_rd.shape[1]))
+        total = part
+        for sibling in range(1, topology.siblings):
+            total += lax.ppermute(part, AXIS, [(base + sibling, base)])
+        return lax.dynamic_update_slice(y_rd, total, (i * CHUNK, 0))
+
+    if topology.siblings == 1:
+        return y_rd
+    return lax.fori_loop(0, (count + CHUNK - 1) // CHUNK, add, y_rd)
+
+
+def from_gateway(topology: Topology, tree):
+    """The gateway's arrays, on every device of the server."""
+    if topology.siblings == 1:
+        return tree
+    base = topology.gateway(topology.rank)
+    is_gateway = _local_index(topology) == 0
+
+    def copy(x):
+        out = jnp.where(is_gateway, x, jnp.zeros_like(x))
+        for i in range(1, topology.siblings):
+            got = lax.ppermute(x, AXIS, [(base, base + i)])
+            out = jnp.where(_local_index(topology) == i, got, out)
+        return out
+
+    return jax.tree.map(copy, tree)
