@@ -81,7 +81,7 @@ def test_the_test_would_notice(
 @pytest.mark.parametrize(
     "module", ["dance_jax", "dance_jax.config", "dance_jax.launch.worker", "dance_jax.launch.hosts"]
 )
-def test_no_jax_before_cores_are_chosen(module: str) -> None:
-    """XLA sizes its thread pools when it is imported; workers choose their cores before."""
+def test_no_jax_before_a_worker_has_its_setup(module: str) -> None:
+    """A worker says that it lives, and watches its parent, before the slow import begins."""
     code = f"import sys, {module}; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

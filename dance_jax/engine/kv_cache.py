@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -55,6 +56,7 @@ def new_memory(model: ModelConfig, config: EngineConfig) -> Memory:
     )
 
 
+@jax.named_scope("write")
 def write(cache_smw: Array, fresh_rcw: Array, slot_r: Array, position_r: Array) -> Array:
     """Puts each row's fresh entries at position_r of its slot, in place where donated."""
 

@@ -94,6 +94,7 @@ def sampling_state(sequences: Mapping[int, Sequence], rows: int) -> SamplingStat
     return SamplingState(**cast("dict[str, jax.Array]", array))
 
 
+@jax.named_scope("sampling")
 def sample(
     logits_rv: jax.Array, seen_rv: jax.Array, state: SamplingState, top: int = MAX_LOGPROBS
 ) -> Sampled:

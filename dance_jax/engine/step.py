@@ -131,7 +131,7 @@ def run_step(
     topology: Topology,
     config: EngineConfig,
     like: Batch,
-    state: nnx.State,
+    state: dict[Any, Any],
     pool: Pool,
     tables: Tables,
     memory: Memory,
@@ -141,6 +141,7 @@ def run_step(
 
     Args:
         like: shapes and dtypes of the batch in `packed`.
+        state: the trunk's weights, nnx.to_pure_dict of its state.
 
     Returns:
         The new memory, the packed `Outcome`, and the extras.

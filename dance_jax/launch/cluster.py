@@ -273,8 +273,7 @@ class Cluster:
         else:
             listener.bind(control)
         save_layout(self.layout, private / "layout.npz")
-        machine = cores.available()
-        shares = cores.share(machine, self.spec.devices)
+        shares = cores.share(cores.available(), self.spec.devices)
         coordinator = f"127.0.0.1:{_free_port()}"
         logs = self.log_dir or private / "logs"
         environment = _environment(self.platform)
@@ -294,7 +293,6 @@ class Cluster:
                 address="127.0.0.1",
                 platform=self.platform,
                 cores=shares[rank],
-                start_cores=machine,
                 compile_dir=None if compile_dir is None else str(compile_dir),
                 private_dir=str(private),
             )

@@ -34,9 +34,8 @@ class Setup(msgspec.Struct, kw_only=True):
     address: str
     #: "cpu" or "cuda".
     platform: str
-    #: Cores of this server while it serves; all cores the servers may use while it starts.
+    #: This server's share of the machine's cores: its thread pools are made for so many.
     cores: list[int]
-    start_cores: list[int]
     #: Where compiled steps are kept; None: nowhere.
     compile_dir: str | None
     #: The launch's private directory, removed by the workers if the parent is killed.

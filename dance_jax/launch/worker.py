@@ -1,6 +1,6 @@
 """One server's engine process: `python -m dance_jax.launch.worker`, started by `Cluster`.
 
-The order is what matters here: cores are limited before JAX is imported, because XLA sizes its
+The order is what matters here: cores are limited while JAX makes its devices, because XLA sizes its
 thread pools by them; all processes do one collective before anything else, because a first
 collective of only some of them fails; then the engine loads, compiles, and steps together with all
 others while any server has work.
@@ -77,7 +77,6 @@ def main() -> None:
     logging.getLogger("absl").setLevel(logging.WARNING)
     setup = msgspec.json.decode(_read_line(0), type=Setup)
     _end_with_parent(setup.private_dir)
-    cores.pin(setup.cores)
     channel = Channel(setup.control, setup.rank)
     status = 0
     try:
@@ -123,7 +122,6 @@ def _end_with_parent(private_dir: str) -> None:
 def _start(setup: Setup, channel: Channel) -> Engine:
     channel.send(protocol.Progress("joining", 0, 0))
     _join(setup)
-    cores.pin(setup.start_cores)
     channel.send(protocol.Progress("loading", 0, 0))
     from dance_jax.engine.compile_cache import CompileCache
     from dance_jax.engine.engine import Engine
@@ -135,7 +133,8 @@ def _start(setup: Setup, channel: Channel) -> Engine:
     layout = load_layout(setup.layout)
     # The seed only reaches the step as an argument.
     shape = dataclasses.replace(setup.config, seed=0)
-    scope = (checkpoint.fingerprint, layout.devices, layout.slots_per_device, shape)
+    threads = len(setup.cores)
+    scope = (checkpoint.fingerprint, layout.devices, layout.slots_per_device, shape, threads)
     cache = CompileCache(setup.compile_dir, scope)
     engine = Engine(
         checkpoint,
@@ -147,7 +146,6 @@ def _start(setup: Setup, channel: Channel) -> Engine:
         compile_cache=cache,
     )
     engine.warmup(lambda stage, done, total: channel.send(protocol.Progress(stage, done, total)))
-    cores.pin(setup.cores)
     channel.send(protocol.Ready(cache.hits, cache.misses))
     return engine
 
@@ -179,6 +177,7 @@ def _join(setup: Setup) -> None:
             )
 
         _jax.make_gloo_tcp_collectives = at_address
+    log.info("JAX is imported; finding the others at %s", setup.coordinator)
     jax.distributed.initialize(
         setup.coordinator,
         num_processes=len(setup.spec.servers),
@@ -187,6 +186,8 @@ def _join(setup: Setup) -> None:
         initialization_timeout=JOIN_TIMEOUT_S,
         local_device_ids=list(range(first, first + devices)),
     )
+    with cores.limited(setup.cores):
+        log.info("all servers are there; devices: %s", ", ".join(map(str, jax.devices())))
     _first_collective(len(setup.spec.servers))
 
 

@@ -31,11 +31,11 @@ def block_rows(assignments: int, experts: float) -> int:
         experts: experts of one layer in the pool.
     """
     mean = assignments / max(experts, 1)
-    return next(
-        (rows for limit, rows in ((1, 2), (4, 4), (8, 8), (24, 16), (48, 32)) if mean <= limit), 64
-    )
+    ladder = ((1 / 8, 1), (1, 2), (4, 4), (8, 8), (24, 16), (48, 32))
+    return next((rows for limit, rows in ladder if mean <= limit), 64)
 
 
+@jax.named_scope("experts")
 def grouped_ffn(pool: Pool, x_nd: Array, slot_nk: Array, weight_nk: Array, block: int) -> Array:
     """Weighted sum of each row's experts: sum over k of weight * FFN_slot(x), in float32.
 
@@ -68,11 +68,15 @@ def grouped_ffn(pool: Pool, x_nd: Array, slot_nk: Array, weight_nk: Array, block
     run_end_s = jnp.cumsum(run_s)
     blocks_end_s = jnp.cumsum((run_s + block - 1) // block)
     row_a = jnp.pad(order_a // k, (0, block))
+    # Slot and first assignment of every block, once: in the loop they cost more than small blocks.
+    block_b = jnp.arange(min(assignments, slots + assignments // block), dtype=jnp.int32)
+    passed_bs = blocks_end_s <= block_b[:, None]
+    slot_b = jnp.minimum(jnp.sum(passed_bs, axis=1, dtype=jnp.int32), slots - 1)
+    first_b = blocks_end_s[slot_b] - (run_s[slot_b] + block - 1) // block
+    start_b = run_end_s[slot_b] - run_s[slot_b] + (block_b - first_b) * block
 
     def run_block(i: Array, out_ad: Array) -> Array:
-        slot = jnp.sum(blocks_end_s <= i, dtype=jnp.int32)
-        first = blocks_end_s[slot] - (run_s[slot] + block - 1) // block
-        start = run_end_s[slot] - run_s[slot] + (i - first) * block
+        slot, start = slot_b[i], start_b[i]
         x_bd = x_nd[lax.dynamic_slice(row_a, (start,), (block,))]
         gate_bf = _matmul(x_bd, lax.dynamic_index_in_dim(pool.w_gate, slot, keepdims=False))
         up_bf = _matmul(x_bd, lax.dynamic_index_in_dim(pool.w_up, slot, keepdims=False))

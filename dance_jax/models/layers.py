@@ -136,7 +136,8 @@ class Trunk(nnx.Module):
         moe_layers = self.config.moe_layers
         fresh = []
         for index in range(moe_layers[0]):
-            hidden, _, new = self.layers[index](hidden, angles, start_r, cached[index])
+            with jax.named_scope("layer"):
+                hidden, _, new = self.layers[index](hidden, angles, start_r, cached[index])
             fresh.append(new)
 
         def up_to_experts(index: int, hidden: jax.Array):
@@ -145,7 +146,8 @@ class Trunk(nnx.Module):
         branches = [functools.partial(up_to_experts, index) for index in moe_layers]
 
         def moe_layer(hidden: jax.Array, layer: jax.Array):
-            residual, routed, new = jax.lax.switch(layer, branches, hidden)
+            with jax.named_scope("layer"):
+                residual, routed, new = jax.lax.switch(layer, branches, hidden)
             sums, record = moe(layer, *routed)
             hidden = (residual + sums.reshape(residual.shape)).astype(hidden.dtype)
             return hidden, (new, record)
@@ -154,6 +156,7 @@ class Trunk(nnx.Module):
         hidden, (stacked, records) = jax.lax.scan(moe_layer, hidden, turns)
         return self.norm(hidden), (*fresh, *stacked), records
 
+    @jax.named_scope("logits")
     def logits(self, hidden_nd: jax.Array) -> jax.Array:
         """Scores of every token of the vocabulary, float32 [n, vocab_size]."""
         weight = self.embedding if self.config.tie_embeddings else self.head

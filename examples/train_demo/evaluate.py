@@ -7,19 +7,27 @@ import argparse
 import json
 import lzma
 import math
-from dataclasses import replace
-from functools import partial
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from export import CONTEXT, load
-from model import Config, Params, token_losses
+from flax import nnx
 from tokenizer import BOS, DOMAINS, documents
 from tokenizers import Tokenizer
 
+from dance_jax.models.checkpoint import Checkpoint
+from dance_jax.models.convert import convert
+from dance_jax.models.experts import Pool, block_rows, grouped_ffn
+from dance_jax.placement import place
+
 # three unequal servers: share of all routed experts each can hold, and the domain of its users
 SERVERS = {"alpha": (0.45, "code"), "beta": (0.35, "english"), "gamma": (0.60, "german")}
+POLICIES = ("uniform", "dance")
+#: tokens [1, T] -> (nats of tokens 1..T-1 [T-1], experts chosen [layers, T, K])
+RunWindow = Callable[[np.ndarray], tuple[jax.Array, jax.Array]]
 
 
 def heldout(work: Path, domain: str, size: int) -> bytes:
@@ -27,22 +35,37 @@ def heldout(work: Path, domain: str, size: int) -> bytes:
     return "\n\n".join(documents(work / "corpus", domain, "heldout")).encode()[:size]
 
 
-@partial(jax.jit, static_argnums=2)
-def run_window(params: Params, tokens: jax.Array, config: Config):
-    """tokens [1, T+1] -> (losses [T], experts chosen [layers, T, K], share dropped)."""
-    losses, stats = token_losses(params, tokens, config)
-    choice = jax.numpy.stack([s["choice"] for s in stats])
-    return losses[0], choice, jax.numpy.stack([s["dropped"] for s in stats]).max()
+def window_runner(checkpoint: Checkpoint) -> RunWindow:
+    """The engine's own model on one window, no token dropped."""
+    c = checkpoint.config
+    pairs = [(layer, e) for layer in range(len(c.moe_layers)) for e in range(c.num_experts)]
+    pool = Pool(*map(jnp.asarray, checkpoint.experts(pairs, "float32")))
+    graph, state = nnx.split(checkpoint.trunk("float32"))
+    nothing = [jnp.zeros((1, 1, c.cache_width))] * c.num_layers
+
+    @jax.jit
+    def run(state, pool, tokens):
+        model = nnx.merge(graph, state)
+
+        def moe(layer, x, expert, weight):
+            slot = layer * c.num_experts + expert
+            return grouped_ffn(pool, x, slot, weight, block_rows(slot.size, c.num_experts)), expert
+
+        hidden, _, choice = model(tokens, jnp.zeros(1, jnp.int32), nothing, moe)
+        logits = model.logits(hidden[0, :-1])
+        chosen = jnp.take_along_axis(logits, tokens[0, 1:, None], 1)[:, 0]
+        return jax.nn.logsumexp(logits, 1) - chosen, choice
+
+    return lambda tokens: run(state, pool, tokens)
 
 
 def measure(
-    params: Params, ids: list[int], begin: int, c: Config, window: int, stride: int
+    run: RunWindow, ids: list[int], begin: int, window: int, stride: int, experts: int
 ) -> tuple[float, np.ndarray]:
     """(bits of all tokens, activation counts [window, layer, expert]).
 
     Windows of BOS and `window` - 1 tokens start `stride` tokens apart; a token counts in the first
-    one it is in. No token is dropped: a window that overflows the experts' rows is run again with
-    more of them.
+    one it is in.
     """
     length = window - 1
     bits, counts, scored = 0.0, [], 0
@@ -50,14 +73,11 @@ def measure(
         part = ids[start : start + length]
         tokens = np.zeros((1, window), np.int32)
         tokens[0, : len(part) + 1] = [begin, *part]
-        for capacity in (3, 6, 0):
-            losses, choice, dropped = run_window(params, tokens, replace(c, capacity=capacity))
-            if dropped == 0:
-                break
+        losses, choice = run(tokens)
         new = slice(scored - start, len(part))
         bits += float(np.asarray(losses, np.float64)[new].sum()) / math.log(2)
-        layers = np.asarray(choice)[:, new].reshape(c.layers - 1, -1)
-        counts.append([np.bincount(row, minlength=c.experts) for row in layers])
+        layers = np.asarray(choice)[:, new]
+        counts.append([np.bincount(layer.ravel(), minlength=experts) for layer in layers])
         scored = start + len(part)
     return bits, np.array(counts)
 
@@ -70,46 +90,22 @@ def skew(counts: np.ndarray) -> dict[str, list[float]]:
     return {"entropy": entropy.round(3).tolist(), "top_quarter": top.round(3).tolist()}
 
 
-def place(counts: np.ndarray, capacity: list[int]) -> np.ndarray:
-    """Each server's most used experts, then a place for every expert that nobody took.
-
-    counts: [server, experts of all layers]; returns resident [server, experts], bool.
-    """
-    resident = np.zeros(counts.shape, bool)
-    for server, room in enumerate(capacity):
-        resident[server, np.argsort(-counts[server], kind="stable")[:room]] = True
-    for expert in np.flatnonzero(~resident.any(0)):
-        best = None
-        for server in range(len(capacity)):
-            spare = resident[server] & (resident.sum(0) > 1)
-            if spare.any():
-                victim = np.flatnonzero(spare)[counts[server, spare].argmin()]
-                loss = counts[server, victim] - counts[server, expert]
-                best = min(best or (loss, server, victim), (loss, server, victim))
-        if best is None:
-            raise ValueError("the servers together cannot hold every expert")
-        resident[best[1], best[2]], resident[best[1], expert] = False, True
-    return resident
-
-
 def local_share(counts: dict[str, np.ndarray]) -> dict[str, float]:
     """Share of expert calls served at home on the odd windows, placed by the even windows.
 
-    counts: per domain [window, layer, expert]; `uniform` places without looking at them.
+    counts: per domain [window, layer, expert].
     """
-    total = next(iter(counts.values())).shape[1] * next(iter(counts.values())).shape[2]
-    rooms = [int(share * total) for share, _ in SERVERS.values()]
-
-    def half(first: int) -> np.ndarray:
-        rows = [counts[d][first::2].sum(0).reshape(-1) for _, d in SERVERS.values()]
-        return np.array([row / row.sum() for row in rows])
-
-    fit, test = half(0), half(1)
-    shares = (test * place(fit, rooms)).sum(1)
-    result = {name: round(float(s), 3) for name, s in zip(SERVERS, shares, strict=True)}
+    layers, experts = next(iter(counts.values())).shape[1:]
+    rooms = [int(share * layers * experts) for share, _ in SERVERS.values()]
+    fit, test = (
+        np.stack([counts[domain][first::2].sum(0) for _, domain in SERVERS.values()])
+        for first in (0, 1)
+    )
+    shares = {policy: place(policy, fit, rooms).local_shares(test) for policy in POLICIES}
+    result = {name: round(float(s), 3) for name, s in zip(SERVERS, shares["dance"], strict=True)}
     return result | {
-        "mean": round(float(shares.mean()), 3),
-        "uniform": round(float(np.mean(rooms)) / total, 3),
+        "mean": round(float(shares["dance"].mean()), 3),
+        "uniform": round(float(shares["uniform"].mean()), 3),
     }
 
 
@@ -118,12 +114,13 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--bytes", type=int, default=1_000_000)
-    parser.add_argument("--window", type=int, default=CONTEXT, help="tokens a forward pass sees")
+    parser.add_argument("--window", type=int, default=2048, help="tokens a forward pass sees")
     parser.add_argument("--stride", type=int, help="tokens between windows (default: no overlap)")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    config = Config()
-    params = load(args.model, config)
+    with tempfile.TemporaryDirectory() as converted:
+        checkpoint = Checkpoint.open(convert(args.model, Path(converted) / "model"))
+        run = window_runner(checkpoint)
     tokenizer = Tokenizer.from_file(str(args.model / "tokenizer.json"))
     report: dict[str, dict] = {}
     counts: dict[str, np.ndarray] = {}
@@ -132,7 +129,9 @@ def main() -> None:
         ids = tokenizer.encode(text.decode(errors="ignore"), add_special_tokens=False).ids
         begin = tokenizer.token_to_id(BOS)
         stride = args.stride or args.window - 1
-        bits, counts[domain] = measure(params, ids, begin, config, args.window, stride)
+        bits, counts[domain] = measure(
+            run, ids, begin, args.window, stride, checkpoint.config.num_experts
+        )
         row = {
             "bytes": len(text),
             "tokens": len(ids),

@@ -105,7 +105,7 @@ class Launch:
     def text(self) -> str:
         return self.output.read_text(encoding="utf-8", errors="replace")
 
-    def wait_for(self, text: str, seconds: float = 120) -> None:
+    def wait_for(self, text: str, seconds: float = 300) -> None:
         """Waits until the launch has printed something; notes its workers."""
         deadline = time.monotonic() + seconds
         while text not in self.text:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pathlib
+import threading
 
 import numpy as np
 import pytest
@@ -128,6 +130,23 @@ def test_cores_are_shared_in_proportion() -> None:
     assert cores.share([5], [1, 3]) == [[5], [5]]
     assert cores.share(list(range(8)), [1, 1, 2]) == [[0, 1], [2, 3], [4, 5, 6, 7]]
     assert cores.share([], [1, 2]) == [[], []]
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="the system has no affinities")
+def test_cores_are_limited_within_and_free_afterwards() -> None:
+    """Threads made within are free again as well: limited pools, not pinned threads."""
+    before = os.sched_getaffinity(0)
+    done = threading.Event()
+    with cores.limited([min(before)]):
+        assert os.sched_getaffinity(0) == {min(before)}
+        thread = threading.Thread(target=done.wait)
+        thread.start()
+    assert os.sched_getaffinity(0) == before
+    assert os.sched_getaffinity(thread.native_id or 0) == before
+    done.set()
+    thread.join()
+    with cores.limited([]):
+        assert os.sched_getaffinity(0) == before
 
 
 def test_streams_interleave_in_whole_lines() -> None:

@@ -1,0 +1,51 @@
+"""The compiled step updates its memory in place and reads the experts where they lie."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+import pytest
+
+from dance_jax.engine.runner import Runner
+from dance_jax.placement.core import Placement, spread
+from tests.cluster import tiny
+
+
+@pytest.fixture(scope="module")
+def alone() -> Runner:
+    """Every expert on one device."""
+    resident = np.ones((1, tiny.LAYERS, tiny.EXPERTS), bool)
+    return tiny.runner(spread(Placement(resident), [1], [tiny.LAYERS * tiny.EXPERTS]), 0)
+
+
+def _copies(hlo: str) -> Iterator[str]:
+    """Shapes, as "2,3,4", of what is copied, also within fusions."""
+    yield from re.findall(r"= \w+\[([\d,]*)\]\S* copy\(", hlo)
+    # A start of an asynchronous copy has a tuple of shapes.
+    for shapes in re.findall(r"= (\(.*?\)) copy-start\(", hlo):
+        yield from re.findall(r"\w+\[([\d,]*)\]", shapes)
+
+
+def _forbidden(arrays: list[jax.Array]) -> set[str]:
+    """The shapes of the arrays on a device, with and without the axis of the devices."""
+    shapes = {array.shape for array in arrays} | {array.shape[1:] for array in arrays}
+    return {",".join(map(str, shape)) for shape in shapes}
+
+
+@pytest.mark.parametrize("bucket", [tiny.ENGINE.prefill[0], (tiny.ENGINE.decode_rows[-1], 1)])
+def test_pool_and_cache_are_not_copied(alone: Runner, bucket: tuple[int, int]) -> None:
+    copied = set(_copies(alone.compile(bucket).as_text()))
+    assert copied, "the pattern no longer finds any copy"
+    assert not copied & _forbidden([*alone.pool, *alone.memory.cache])
+
+
+def test_memory_is_updated_in_place(alone: Runner) -> None:
+    text = alone.compile((tiny.ENGINE.decode_rows[-1], 1)).as_text()
+    aliased = re.search(r"input_output_alias=\{(.*?)\}, entry", text)
+    assert aliased is not None
+    assert aliased[1].count("may-alias") + aliased[1].count("must-alias") >= len(
+        jax.tree.leaves(alone.memory)
+    )
