@@ -20,7 +20,6 @@ from jax import Array, lax
 from dance_jax.models.experts import Pool, block_rows, grouped_ffn
 from dance_jax.models.layers import Routed
 from dance_jax.models.messages import (
-    LADDER,
     NO_EXPERT,
     Exchanged,
     Outgoing,
@@ -39,6 +38,9 @@ from dance_jax.models.topology import (
     sum_at_gateway,
 )
 from dance_jax.placement.visit import choose_servers
+
+#: Rows from one peer that decode usually brings.
+FEW_ROWS = 16
 
 
 class Tables(NamedTuple):
@@ -118,8 +120,8 @@ class Exchange:
         received = {peer: traffic.rows[peer, topology.rank] for peer in topology.peers}
         own = Routed(x_gd, local_gk, weight_gk)
         run = functools.partial(self._run_experts, own, inbox, received, slot_e)
-        few = traffic.rows.max() <= LADDER[-1]
-        y_gd, sums = lax.cond(few, lambda: run(LADDER[-1]), lambda: run(None))
+        few = traffic.rows.max() <= FEW_ROWS
+        y_gd, sums = lax.cond(few, lambda: run(FEW_ROWS), lambda: run(None))
         replies = {
             peer: to_lanes(sum_at_gateway(topology, y_rd, received[peer]).astype(x_td.dtype))
             for peer, y_rd in sums.items()

@@ -1,10 +1,9 @@
 """What crosses the links between servers: packed rows in messages whose sizes follow the routing.
 
-A phase (dispatch, return) is a *first* message to every server, of a few rows chosen from a
-ladder, then, for a pair of servers with more to say, chunks. The first dispatch message carries
-the sender's row counts to all servers, so that every server knows every size. Its ladder rung
-comes from the counts of earlier steps (`Exchanged.credit`), which all servers know as well: decode
-needs two rounds a layer, and a layer whose tokens stay at home sends a header.
+Dispatch begins with a *first* message to every server: the sender's row counts, so that every
+server knows every size, and a few rows, chosen from a ladder by the counts of earlier steps
+(`Exchanged.credit`), which all servers know as well. A layer whose tokens stay at home sends the
+counts alone. What is left, and all that returns, goes in chunks, pair of servers by pair.
 """
 
 from __future__ import annotations
@@ -17,10 +16,12 @@ import numpy as np
 from jax import Array, lax
 
 from dance_jax.models.config import ModelConfig
-from dance_jax.models.topology import AXIS, CHUNK, Topology, from_gateway
+from dance_jax.models.topology import AXIS, Topology, from_gateway
 
 #: Rows of a first message.
-LADDER = (0, 2, 8)
+LADDER = (0, 2, 4)
+#: Rows of each further message: large ones while they fill, then small ones.
+CHUNKS = (32, 4)
 #: A quiet link keeps a row of its first message for this many steps.
 CREDIT_STEPS = 8
 #: Marks "no expert" in a packed row.
@@ -89,7 +90,7 @@ class Outgoing(NamedTuple):
         chosen = (expert_gk != NO_EXPERT).any(-1)
         position = jnp.cumsum(chosen.astype(jnp.int32)) - 1
         source = jnp.nonzero(chosen, size=chosen.shape[0], fill_value=0)[0]
-        padded = jnp.pad(lanes[source], ((0, CHUNK + LADDER[-1]), (0, 0)))
+        padded = jnp.pad(lanes[source], ((0, CHUNKS[0] + LADDER[-1]), (0, 0)))
         return cls(padded, position[-1] + 1, chosen, jnp.maximum(position, 0))
 
 
@@ -131,7 +132,7 @@ def dispatch(
     )
     inbox = {}
     for peer in topology.peers:
-        room = topology.max_rows(peer) + CHUNK + LADDER[-1]
+        room = topology.max_rows(peer) + CHUNKS[0] + LADDER[-1]
         lanes = firsts[peer].shape[-1]
         inbox[peer] = jnp.zeros((room, lanes), jnp.uint16).at[: LADDER[-1]].set(firsts[peer])
     lanes = {peer: out.lanes for peer, out in outgoing.items()}
@@ -143,17 +144,11 @@ def give_back(
     topology: Topology, replies: dict[int, Array], rows: Array, order: Array
 ) -> dict[int, Array]:
     """Send each peer the sums of the rows it sent; returns sums per peer, in the order sent."""
-    back = rows.T
-    rung = _rung(rows.max())
-    first = jnp.array(LADDER)[rung].astype(jnp.int32)
-    _, firsts, order = _first_round(topology, replies, rung, None, order)
-    inbox = {}
-    for peer in topology.peers:
-        lanes = firsts[peer].shape[-1]
-        room = topology.max_rows(topology.rank) + CHUNK + LADDER[-1]
-        inbox[peer] = jnp.zeros((room, lanes), jnp.uint16).at[: LADDER[-1]].set(firsts[peer])
-    inbox, _ = _chunks(topology, replies, inbox, back, first, order, relay=False)
-    return inbox
+    inbox = {
+        peer: jnp.zeros((topology.max_rows(topology.rank) + CHUNKS[0], lanes.shape[1]), jnp.uint16)
+        for peer, lanes in replies.items()
+    }
+    return _chunks(topology, replies, inbox, rows.T, jnp.int32(0), order, relay=False)[0]
 
 
 def _rung(rows: Array) -> Array:
@@ -162,26 +157,24 @@ def _rung(rows: Array) -> Array:
 
 
 def _first_round(
-    topology: Topology, outgoing: dict[int, Array], rung: Array, header: Array | None, order: Array
+    topology: Topology, outgoing: dict[int, Array], rung: Array, header: Array, order: Array
 ) -> tuple[dict[int, Array], dict[int, Array], Array]:
     """All gateways send LADDER[rung] rows (behind `header`) to all others, one shift at a time.
 
     Returns per peer the header received and uint16 [LADDER[-1], lanes] of rows, and the order.
     """
     num, rank = topology.num_servers, topology.rank
-    head = 0 if header is None else header.shape[0]
+    head = header.shape[0]
     heads, firsts = {}, {}
     for shift in range(1, num):
         target, source = (rank + shift) % num, (rank - shift) % num
         lanes = outgoing[target].shape[-1]
         pairs = [(topology.gateway(n), topology.gateway((n + shift) % num)) for n in range(num)]
-        message = outgoing[target][: LADDER[-1]].ravel()
-        if header is not None:
-            message = jnp.concatenate([header, message])
+        message = jnp.concatenate([header, outgoing[target][: LADDER[-1]].ravel()])
         message += order.astype(jnp.uint16)
 
         def send(message: Array, size: int, pairs=pairs) -> Array:
-            got = lax.ppermute(message[:size], AXIS, pairs) if size else message[:0]
+            got = lax.ppermute(message[:size], AXIS, pairs)
             return jnp.pad(got, (0, message.shape[0] - size))
 
         sizes = [head + rows * lanes for rows in LADDER]
@@ -207,40 +200,61 @@ def _chunks(
     Pairs come in one order on all servers, so that no two wait for each other. With `relay` the
     gateway hands what it receives to its siblings.
     """
-    rank = topology.rank
-    chunks = (jnp.maximum(rows - first, 0) + CHUNK - 1) // CHUNK
     inbox = dict(inbox)
-    for peer in topology.peers:  # ascending: pairs (a, b) in lexicographic order for both ends
-        here, there = topology.gateway(rank), topology.gateway(peer)
-        lanes = outgoing[peer].shape[-1]
-        sent, received = chunks[rank, peer], chunks[peer, rank]
-        both = jnp.minimum(sent, received)
-
-        def message(i, peer=peer, lanes=lanes):
-            return lax.dynamic_slice(outgoing[peer], (first + i * CHUNK, 0), (CHUNK, lanes))
-
-        def keep(box, got, i):
-            got = from_gateway(topology, got) if relay else got
-            return lax.dynamic_update_slice(box, got, (first + i * CHUNK, 0))
-
-        def swap(i, carry, message=message, pairs=((here, there), (there, here))):
-            box, order = carry
-            got = lax.ppermute(message(i + order), AXIS, pairs)
-            return keep(box, got, i), _after(got, order)
-
-        def push(i, order, message=message, pairs=((here, there),)):
-            return _after(lax.ppermute(message(i + order), AXIS, pairs), order)
-
-        def pull(i, carry, lanes=lanes, pairs=((there, here),)):
-            box, order = carry
-            got = jnp.broadcast_to((i + order).astype(jnp.uint16), (CHUNK, lanes))
-            got = lax.ppermute(got, AXIS, pairs)
-            return keep(box, got, i), _after(got, order)
-
-        box, order = lax.fori_loop(order, both, swap, (inbox[peer], order))
-        order = lax.fori_loop(both + order, sent, push, order)
-        inbox[peer], order = lax.fori_loop(both + order, received, pull, (box, order))
+    start = jnp.broadcast_to(first, rows.shape)
+    for size in CHUNKS:
+        left = jnp.maximum(rows - start, 0)
+        chunks = left // size if size != CHUNKS[-1] else (left + size - 1) // size
+        for peer in topology.peers:  # ascending: both ends take pairs in lexicographic order
+            inbox[peer], order = _swap_chunks(
+                topology, peer, outgoing[peer], inbox[peer], start, chunks, size, order, relay
+            )
+        start += chunks * size
     return inbox, order
+
+
+def _swap_chunks(
+    topology: Topology,
+    peer: int,
+    lanes: Array,
+    box: Array,
+    start: Array,
+    chunks: Array,
+    size: int,
+    order: Array,
+    relay: bool,
+) -> tuple[Array, Array]:
+    """chunks [n, n] messages of `size` rows each, from row start [n, n] on, to and from `peer`."""
+    rank = topology.rank
+    here, there = topology.gateway(rank), topology.gateway(peer)
+    sent, received = chunks[rank, peer], chunks[peer, rank]
+    out_start, in_start = start[rank, peer], start[peer, rank]
+    both = jnp.minimum(sent, received)
+
+    def message(i):
+        return lax.dynamic_slice(lanes, (out_start + i * size, 0), (size, lanes.shape[1]))
+
+    def keep(box, got, i):
+        got = from_gateway(topology, got) if relay else got
+        return lax.dynamic_update_slice(box, got, (in_start + i * size, 0))
+
+    def swap(i, carry):
+        box, order = carry
+        got = lax.ppermute(message(i + order), AXIS, [(here, there), (there, here)])
+        return keep(box, got, i), _after(got, order)
+
+    def push(i, order):
+        return _after(lax.ppermute(message(i + order), AXIS, [(here, there)]), order)
+
+    def pull(i, carry):
+        box, order = carry
+        got = jnp.broadcast_to((i + order).astype(jnp.uint16), (size, lanes.shape[1]))
+        got = lax.ppermute(got, AXIS, [(there, here)])
+        return keep(box, got, i), _after(got, order)
+
+    box, order = lax.fori_loop(order, both, swap, (box, order))
+    order = lax.fori_loop(both + order, sent, push, order)
+    return lax.fori_loop(both + order, received, pull, (box, order))
 
 
 def row_lanes(model: ModelConfig, dtype: str) -> tuple[int, int]:
@@ -261,14 +275,11 @@ def wire_bytes(rows: np.ndarray, first: np.ndarray, lanes: int, reply_lanes: int
     """
     rows = np.asarray(rows, np.int64)
     num = rows.shape[-1]
-    ladder = np.array(LADDER)
-    largest = np.minimum(rows.max((-2, -1)), LADDER[-1])
-    reply = ladder[np.searchsorted(ladder, largest)][..., None, None]
     first = np.asarray(first, np.int64)[..., None, None]
 
-    def padded(count: np.ndarray, head: np.ndarray) -> np.ndarray:
-        return head + -(-np.maximum(count - head, 0) // CHUNK) * CHUNK
+    def padded(count: np.ndarray) -> np.ndarray:
+        return -(-np.maximum(count, 0) // CHUNKS[-1]) * CHUNKS[-1]
 
-    sent = padded(rows, first) * lanes + (num + 1)
-    sent = sent + padded(np.swapaxes(rows, -1, -2), reply) * reply_lanes
+    sent = (first + padded(rows - first)) * lanes + num + 1
+    sent = sent + padded(np.swapaxes(rows, -1, -2)) * reply_lanes
     return 2 * sent * (1 - np.eye(num, dtype=np.int64))

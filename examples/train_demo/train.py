@@ -25,7 +25,7 @@ from tokenizer import DOMAINS
 SHAPES = {"short": (16, 256), "middle": (8, 512), "long": (2, 2048)}
 SHORT_UNTIL = 0.4  # share of the time
 LONG_EVERY = 8  # from then on every eighth batch is a long one
-WARMUP_STEPS, DECAY_SHARE = 60, 0.5
+WARMUP_STEPS, DECAY_SHARE = 60, 0.45
 
 
 def muon_axes(params: dict) -> dict:

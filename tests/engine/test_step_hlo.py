@@ -46,6 +46,6 @@ def test_memory_is_updated_in_place(alone: Runner) -> None:
     text = alone.compile((tiny.ENGINE.decode_rows[-1], 1)).as_text()
     aliased = re.search(r"input_output_alias=\{(.*?)\}, entry", text)
     assert aliased is not None
-    assert aliased[1].count("may-alias") + aliased[1].count("must-alias") >= len(
-        jax.tree.leaves(alone.memory)
-    )
+    # Alone there is no link, and the credit of links is not an input of the compiled step.
+    kept = [*alone.memory.cache, alone.memory.seen, alone.memory.counts]
+    assert aliased[1].count("may-alias") + aliased[1].count("must-alias") >= len(kept)

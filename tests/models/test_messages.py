@@ -9,13 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dance_jax.models.messages import (
+    CHUNKS,
     LADDER,
     NO_EXPERT,
     pack_rows,
     unpack_rows,
     wire_bytes,
 )
-from dance_jax.models.topology import CHUNK, Topology
+from dance_jax.models.topology import Topology
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -47,18 +48,17 @@ def test_bytes_are_at_least_the_bound_and_little_more(rows, first):
     sent = wire_bytes(rows, np.array(first), lanes, reply)
     bound = 2 * (rows * lanes + rows.T * reply)
     assert (sent >= bound).all()
-    slack = 2 * ((LADDER[-1] + CHUNK) * (lanes + reply) + 4)
+    slack = 2 * ((LADDER[-1] + CHUNKS[-1]) * (lanes + reply) + 4)
     assert (sent - bound <= slack).all()
     assert not np.diag(sent).any()
 
 
 def test_layers_and_steps_add_up():
     rows = np.zeros((4, 3, 3), int)
-    rows[1, 0, 2] = 20
+    rows[1, 0, 2] = 21
     sent = wire_bytes(rows, np.zeros(4, int), 130, 100)
     assert sent.shape == (4, 3, 3)
     assert sent[0, 0, 1] == 2 * 4, "a header of four lanes"
-    # 20 rows out are two chunks; the 20 replies are 8 in the first round, which goes to everyone,
-    # and one chunk.
-    assert sent[1, 0, 2] == 2 * (4 + 32 * 130 + 8 * 100)
+    # 21 rows are 24 in chunks of 4, out and back.
+    assert sent[1, 0, 2] == 2 * (4 + 24 * 130)
     assert sent[1, 2, 0] == 2 * (4 + 24 * 100)
