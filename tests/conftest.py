@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 
@@ -11,6 +12,9 @@ from collections.abc import Iterator
 import pytest
 
 from tests.cluster.fixture import TestCluster
+
+# A shell's background job ignores Ctrl-C, and so would every process that the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
