@@ -132,7 +132,6 @@ def test_cores_are_shared_in_proportion() -> None:
     assert cores.share([], [1, 2]) == [[], []]
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="the system has no affinities")
 def test_cores_are_limited_within_and_free_afterwards() -> None:
     """Threads made within are free again as well: limited pools, not pinned threads."""
     before = os.sched_getaffinity(0)
