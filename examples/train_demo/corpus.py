@@ -1,7 +1,7 @@
-"""Text for the demo model from installed packages: five domains, deduplicated, split by document.
+"""Text for the demo model from Debian packages: five domains, deduplicated, split by document.
 
 Debian packages are downloaded with `apt-get download` and unpacked below --work (no root, nothing
-is installed); Python source comes from this interpreter's standard library and site-packages.
+is installed).
 Writes --work/corpus/<domain>.{train,heldout}.jsonl with one {"source", "text"} per line.
 """
 
@@ -12,7 +12,7 @@ import random
 import re
 import shutil
 import subprocess
-import sysconfig
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,53 +20,8 @@ import arithmetic
 import readers
 
 HELDOUT_BYTES = 1_300_000  # 1 MB to measure bits per byte on, the rest for prompts
-TRAIN_BYTES = 16_000_000
-PYTHON_PACKAGES = [
-    "jax",
-    "flax",
-    "optax",
-    "grain",
-    "numpy",
-    "scipy",
-    "matplotlib",
-    "orbax",
-    "fontTools",
-    "hypothesis",
-    "rich",
-    "pydantic",
-    "fastapi",
-    "starlette",
-    "anyio",
-    "huggingface_hub",
-    "pygments",
-    "setuptools",
-    "pip",
-    "_pytest",
-    "fsspec",
-    "etils",
-    "treescope",
-    "jinja2",
-    "httpx",
-    "httpcore",
-    "requests",
-    "urllib3",
-    "tokenizers",
-    "uvicorn",
-    "click",
-    "absl",
-    "msgspec",
-    "zmq",
-    "aiohttp",
-    "tqdm",
-    "yaml",
-    "pyparsing",
-    "packaging",
-    "filelock",
-    "cycler",
-    "dateutil",
-    "simplejson",
-    "humanize",
-]
+TRAIN_BYTES = 24_000_000
+DOCUMENT_CHARACTERS = 20_000  # longer documents are cut: many different ones, in both parts
 
 DOC, MAN, HELP = "usr/share/doc", "usr/share/man", "usr/share/help"
 LILYPOND = DOC + "/lilypond/html/Documentation"
@@ -131,6 +86,27 @@ SOURCES: dict[str, list[tuple[str, str, Reader]]] = {
         ("manpages-fr-dev", MAN + "/fr/man*/*.gz", man),
     ],
 }
+# Debian packages of Python source; tests, vendored copies and generated files are left out
+CODE = [
+    *["libpython3.11-stdlib", "libpython3.11-minimal", "ansible-core", "beets", "black"],
+    *["borgbackup", "buildbot", "deluge-common", "gajim", "gramps", "mailman3", "meld"],
+    *["mercurial-common", "meson", "picard", "pylint", "python3-aiohttp", "python3-astropy"],
+    *["python3-breezy", "python3-cherrypy3", "python3-dask", "python3-distributed"],
+    *["python3-django", "python3-docutils", "python3-dulwich", "python3-flask"],
+    *["python3-fonttools", "python3-ipython", "python3-jedi", "python3-matplotlib"],
+    *["python3-networkx", "python3-nltk", "python3-numpy", "python3-pandas", "python3-paramiko"],
+    *["python3-passlib", "python3-pil", "python3-pygments", "python3-pyqtgraph"],
+    *["python3-requests", "python3-rich", "python3-scipy", "python3-scrapy", "python3-setuptools"],
+    *["python3-sklearn", "python3-sphinx", "python3-spyder", "python3-sqlalchemy"],
+    *["python3-statsmodels", "python3-sympy", "python3-tornado", "python3-twisted"],
+    *["python3-werkzeug", "python3-whoosh", "python3-xarray", "qutebrowser", "quodlibet"],
+    *["ranger", "solaar", "terminator", "virt-manager", "yt-dlp"],
+]
+NO_CODE = re.compile(
+    r"/tests?/|/test_|_test\.py|/testing/|/_?vendor(ed)?/|/migrations/|/locale/|_pb2|/_?data/"
+    r"|/benchmarks?/|lib2to3|/lextab|/yacctab|/encodings/"
+)
+HEADER = re.compile(r"\A(?:[ \t]*(?:#.*)?\n)+")  # comments before the code: mostly licences
 NO_PROSE = re.compile(
     r"big-page|\.dat$|\.u8$|copyright|legal|/changelog|/index\.|whatsnew/changelog"
 )
@@ -138,10 +114,10 @@ NO_PROSE = re.compile(
 
 def fetch(work: Path) -> None:
     """Download and unpack the packages of SOURCES that --work/packages lacks."""
-    missing = []
-    for package in sorted({p for rows in SOURCES.values() for p, _, _ in rows}):
-        if not (work / "packages" / package).exists():
-            missing.append(package)
+    packages = work / "packages"
+    packages.mkdir(parents=True, exist_ok=True)
+    wanted = {*CODE, *(p for rows in SOURCES.values() for p, _, _ in rows)}
+    missing = [p for p in sorted(wanted) if not (packages / p).exists()]
     if not missing:
         return
     if not shutil.which("apt-get") or not shutil.which("dpkg-deb"):
@@ -153,8 +129,10 @@ def fetch(work: Path) -> None:
         found = sorted(debs.glob(f"{package}_*.deb"))
         if got.returncode or not found:
             raise SystemExit(f"apt-get download {package} failed: run apt-get update, or Debian 12")
-        target = work / "packages" / package
-        subprocess.run(["dpkg-deb", "-x", str(found[-1]), str(target)], check=True)
+        with tempfile.TemporaryDirectory(dir=debs) as folder:  # no half unpacked one is kept
+            unpacked = Path(folder, package)
+            subprocess.run(["dpkg-deb", "-x", str(found[-1]), str(unpacked)], check=True)
+            unpacked.rename(packages / package)
 
 
 def shuffled(paths: list[Path], root: Path) -> list[Path]:
@@ -190,25 +168,18 @@ def prose(domain: str, work: Path, seen: set[bytes]) -> Iterator[tuple[str, str]
             yield str(path.relative_to(root)), "\n\n".join(blocks)
 
 
-def code(seen: set[bytes]) -> Iterator[tuple[str, str]]:
+def code(work: Path, seen: set[bytes]) -> Iterator[tuple[str, str]]:
     """(source, text) of Python files; one with over 40 % known lines is a near duplicate."""
-    roots = [Path(sysconfig.get_paths()[name]) for name in ("stdlib", "purelib")]
-    paths: dict[Path, Path] = {}
-    for root, tops in zip(roots, (["."], PYTHON_PACKAGES), strict=True):
-        for top in tops:
-            for path in (root / top).rglob("*.py"):
-                name = str(path.relative_to(root))
-                if root == roots[0] and re.match(r"site-packages|dist-packages|test|lib2to3", name):
-                    continue
-                paths[path] = root
-    ordered = sorted(
-        paths, key=lambda p: hashlib.sha1(str(p.relative_to(paths[p])).encode()).digest()
-    )
-    for path in ordered:
-        body = readers.read_text(path)
+    root = work / "packages"
+    paths = [p for package in CODE for p in (root / package).rglob("*.py") if p.is_file()]
+    for path in shuffled(paths, root):
+        name = str(path.relative_to(root))
+        body = HEADER.sub("", readers.read_text(path))
         lines = body.splitlines()
         digits = sum(c.isdigit() for c in body)
-        if not 300 <= len(body) <= 150_000 or max(map(len, lines)) > 400 or digits > len(body) / 8:
+        if NO_CODE.search(name) or not 300 <= len(body) <= 150_000:
+            continue
+        if max(map(len, lines)) > 400 or digits > len(body) / 8:
             continue
         keys = {
             hashlib.sha1(s.encode()).digest()[:10] for s in map(str.strip, lines) if len(s) > 24
@@ -216,7 +187,7 @@ def code(seen: set[bytes]) -> Iterator[tuple[str, str]]:
         if len(keys & seen) > 0.4 * len(keys):
             continue
         seen |= keys
-        yield str(path.relative_to(paths[path])), body
+        yield name, body
 
 
 def sums(seed: int) -> Iterator[tuple[str, str]]:
@@ -235,8 +206,7 @@ def write(domain: str, documents: Iterator[tuple[str, str]], out: Path) -> None:
         size = count = 0
         with (out / f"{domain}.{part}.jsonl").open("w") as file:
             for source, body in documents:
-                if part == "heldout" and len(body) > 60_000:
-                    body = body[:60_000]
+                body = body[:DOCUMENT_CHARACTERS]
                 file.write(json.dumps({"source": source, "text": body}, ensure_ascii=False) + "\n")
                 size, count = size + len(body.encode()), count + 1
                 if size >= limit:
@@ -254,7 +224,7 @@ def main() -> None:
     seen: set[bytes] = set()
     for domain in SOURCES:
         write(domain, prose(domain, work, seen), out)
-    write("code", code(set()), out)
+    write("code", code(work, set()), out)
     write("math", sums(seed=1), out)
 
 

@@ -74,7 +74,31 @@ def init(config: Config, key: Array) -> Params:
             layer["shared"] = ffn(c.expert_width * c.shared_experts)
         layers.append(layer)
     embedding = jax.random.normal(next(keys), (c.vocab, c.hidden)) / math.sqrt(c.hidden)
+    embedding = embedding.at[:, 0].set(0.5)  # the same for every token, so softmax ignores it
+    layers[0] |= look_back(layers[0], c)
     return {"embed": embedding, "norm": jnp.ones(c.hidden), "layers": layers}
+
+
+def look_back(layer: Params, c: Config) -> Params:
+    """Query and key matrices whose head h looks h + 1 tokens back, for all heads but the last.
+
+    A head that copies from far back ("A B ... A": B again) needs one in an earlier layer that
+    tells each token its predecessor; a short training does not find such a pair by itself. The
+    constant input 0 of the embedding becomes a key of fixed direction, and a query turned back by
+    h + 1 positions, on the fast half of the rotary frequencies. Everything stays trainable.
+    """
+    pairs = c.rope // 4
+    frequency = c.rope_theta ** (-jnp.arange(pairs) * 2 / c.rope)
+    gain = 1.5  # times the normed input 0, about 5, squared over the softmax scale: 8
+    key = jnp.zeros(c.rope).at[0 : 2 * pairs : 2].set(gain)
+    q = layer["q"].reshape(c.hidden, c.heads, c.nope + c.rope)
+    for head in range(c.heads - 1):
+        angle = -frequency * (head + 1)
+        turned = jnp.stack([jnp.cos(angle), jnp.sin(angle)], -1).reshape(-1)
+        q = q.at[:, head].multiply(0.1)
+        q = q.at[0, head, c.nope :].set(jnp.zeros(c.rope).at[: 2 * pairs].set(gain * turned))
+    kv_a = layer["kv_a"].at[:, c.kv_rank :].multiply(0.1).at[0, c.kv_rank :].set(key)
+    return {"q": q.reshape(layer["q"].shape), "kv_a": kv_a}
 
 
 def rms_norm(x: Array, weight: Array, epsilon: float) -> Array:

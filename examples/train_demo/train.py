@@ -21,10 +21,10 @@ from model import Config, init, loss
 from optax import contrib
 from tokenizer import DOMAINS
 
-# (sequences, tokens of each) in a batch: short ones first, then a mix
-SHAPES = {"short": (16, 256), "middle": (8, 512), "long": (2, 2048)}
-SHORT_UNTIL = 0.4  # share of the time
-LONG_EVERY = 8  # from then on every eighth batch is a long one
+# (sequences, tokens of each) in a batch: longer ones as the training goes on
+SHAPES = {"short": (16, 256), "middle": (8, 512), "wide": (4, 1024), "long": (2, 2048)}
+SHORT_UNTIL, MIDDLE_UNTIL = 0.3, 0.7  # shares of the time
+LONG_EVERY = 8  # after the short ones every eighth batch is a long one
 WARMUP_STEPS, DECAY_SHARE = 60, 0.45
 
 
@@ -69,7 +69,9 @@ def shape(step: int, progress: float) -> str:
     """Which of SHAPES the step trains on."""
     if progress < SHORT_UNTIL:
         return "short"
-    return "long" if step % LONG_EVERY == 0 else "middle"
+    if step % LONG_EVERY == 0:
+        return "long"
+    return "middle" if progress < MIDDLE_UNTIL else "wide"
 
 
 def save(path: Path, params: dict, state: tuple, iterators: dict, counters: dict) -> None:
