@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import msgspec
 
+from dance_jax.cache import default_cache_dir, private_directory
 from dance_jax.config import ClusterSpec, EngineConfig, UserError
 from dance_jax.engine.output import OutputCollector
 from dance_jax.engine.sequence import (
@@ -97,7 +98,7 @@ class LLM:
         # In this process JAX has the say; of servers it must not be asked here, or it would take
         # their GPU's memory.
         platform = defaults.default_platform() if hosts is not None else _jax_platform()
-        cache = pathlib.Path(cache_dir) if cache_dir is not None else defaults.default_cache_dir()
+        cache = pathlib.Path(cache_dir) if cache_dir is not None else default_cache_dir()
         source = pathlib.Path(model) if model is not None else defaults.demo_dir()
         path = ensure_converted(source, cache / "models", report)
         checkpoint = Checkpoint.open(path)
@@ -275,10 +276,14 @@ class _InProcess:
     ) -> None:
         from dance_jax.engine.compile_cache import CompileCache
         from dance_jax.engine.engine import Engine
+        from dance_jax.models import experts_cpu
 
+        compiled = private_directory(cache_dir / "compiled")
+        if compiled is not None:
+            experts_cpu.load(compiled)
         # The seed is data, not code.
         scope = (checkpoint.fingerprint, "one server", dataclasses.replace(config, seed=0))
-        cache = CompileCache(cache_dir / "compiled", scope)
+        cache = CompileCache(compiled, scope)
         report("loading", 0, 0)
         engine = Engine(checkpoint, tokenizer, None, 0, None, config, compile_cache=cache)
         engine.warmup(report)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import pathlib
+import shutil
 import signal
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -11,6 +13,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from dance_jax.models import experts_cpu
 from tests.cluster.fixture import TestCluster
 
 # A shell's background job ignores Ctrl-C, and so would every process that the tests start.
@@ -18,8 +21,17 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
-def three_servers() -> Iterator[TestCluster]:
+def expert_library(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path | None:
+    """The experts in C++, registered in this process from here on; None without a compiler."""
+    library = experts_cpu.build(tmp_path_factory.mktemp("library"))
+    assert (library is None) == (shutil.which(os.environ.get("CXX", "c++")) is None)
+    experts_cpu.register(library)
+    return library
+
+
+@pytest.fixture(scope="session")
+def three_servers(expert_library: pathlib.Path | None) -> Iterator[TestCluster]:
     """Processes with 1, 1 and 2 devices; asserted by the processes when they join."""
-    cluster = TestCluster()
+    cluster = TestCluster(expert_library)
     yield cluster
     cluster.close()

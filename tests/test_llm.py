@@ -17,27 +17,9 @@ from dance_jax.engine.output import OutputCollector
 from dance_jax.models.checkpoint import Checkpoint
 from dance_jax.models.convert import ensure_converted
 from dance_jax.models.random_weights import write_random_checkpoint
+from tests.tiny_models import DEEPSEEK
 
-FIELDS = {
-    "model_type": "deepseek_v2",
-    "vocab_size": 264,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "moe_intermediate_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "q_lora_rank": None,
-    "kv_lora_rank": 16,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 8,
-    "n_routed_experts": 8,
-    "num_experts_per_tok": 2,
-    "n_shared_experts": 1,
-    "first_k_dense_replace": 1,
-    "max_position_embeddings": 256,
-    "eos_token_id": 1,
-}
+FIELDS = DEEPSEEK | {"num_hidden_layers": 2, "max_position_embeddings": 256}
 PROMPTS = [
     "a",
     "Two servers of unequal size",

@@ -26,6 +26,9 @@ import jax
 import jaxlib.version
 from jax.experimental import serialize_executable
 
+from dance_jax.cache import private_directory, processor
+from dance_jax.models import experts_cpu
+
 log = logging.getLogger(__name__)
 
 #: Changes when the files' format does.
@@ -46,7 +49,7 @@ class CompileCache:
     """
 
     def __init__(self, directory: str | os.PathLike[str] | None, scope: object = ()) -> None:
-        self.directory = None if directory is None else _private(pathlib.Path(directory))
+        self.directory = None if directory is None else private_directory(directory)
         self.scope = scope
         #: Functions read from files, and compiled here.
         self.hits = 0
@@ -91,23 +94,14 @@ def environment() -> tuple[str, ...]:
         jax.devices()[0].client.platform_version,
         repr(devices),
         repr(jax.process_index()),
-        _processor(),
+        processor(),
+        experts_cpu.registered(),
         # XLA:CPU cuts its work by the cores it may use.
         repr(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
         os.environ.get("XLA_FLAGS", ""),
         repr(jax.config.jax_default_matmul_precision),  # pyright: ignore
         _sources(),
     )
-
-
-def _processor() -> str:
-    """Model and instruction sets: code compiled for one processor may not run on another."""
-    try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    wanted = ("model name", "flags", "Features", "CPU part")
-    return repr(sorted({line for line in lines if line.startswith(wanted)}))
 
 
 def _sources() -> str:
@@ -118,22 +112,6 @@ def _sources() -> str:
         for path in sorted((package / folder).glob("*.py")):
             digest.update(f"{folder}/{path.name}\0".encode() + path.read_bytes() + b"\0")
     return digest.hexdigest()
-
-
-def _private(directory: pathlib.Path) -> pathlib.Path | None:
-    try:
-        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        status = directory.stat()
-    except OSError as error:
-        log.warning("compiled steps are not kept: %s", error)
-        return None
-    if status.st_uid != os.geteuid() or status.st_mode & 0o022:
-        log.warning(
-            "compiled steps are not kept: %s must belong to you and be writable by you alone",
-            directory,
-        )
-        return None
-    return directory
 
 
 def _read(path: pathlib.Path) -> jax.stages.Compiled | None:

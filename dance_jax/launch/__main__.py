@@ -11,10 +11,10 @@ import types
 
 from rich.console import Console
 
+from dance_jax.cache import default_cache_dir
 from dance_jax.config import UserError
 from dance_jax.launch.cluster import Cluster, ClusterError
 from dance_jax.launch.defaults import (
-    default_cache_dir,
     default_platform,
     demo_dir,
     engine_config,

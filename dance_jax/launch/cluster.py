@@ -25,10 +25,12 @@ from typing import Any
 import msgspec
 import zmq
 
+from dance_jax.cache import private_directory
 from dance_jax.config import ClusterSpec, EngineConfig, UserError
 from dance_jax.engine.sequence import OutputDelta, Request
 from dance_jax.launch import cores, protocol
 from dance_jax.launch.plan import save_layout
+from dance_jax.models import experts_cpu
 from dance_jax.placement.core import Layout
 
 #: Called with (server's name, stage, parts done, parts in all or 0).
@@ -280,8 +282,9 @@ class Cluster:
         for server in self.spec.servers:
             process = _Process(server.name, logs / f"{server.name}.log", environment)
             self._processes.append(process)
+        compile_dir = self.cache_dir and private_directory(self.cache_dir / "compiled")
+        library = experts_cpu.build(compile_dir or private) if self.platform == "cpu" else None
         for rank, process in enumerate(self._processes):
-            compile_dir = self.cache_dir and self.cache_dir / "compiled"
             setup = protocol.Setup(
                 spec=self.spec,
                 rank=rank,
@@ -294,6 +297,7 @@ class Cluster:
                 platform=self.platform,
                 cores=shares[rank],
                 compile_dir=None if compile_dir is None else str(compile_dir),
+                expert_library=None if library is None else str(library),
                 private_dir=str(private),
             )
             process.tell(msgspec.json.encode(setup))

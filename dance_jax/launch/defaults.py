@@ -1,4 +1,4 @@
-"""What is used where the user says nothing: model, caches, platform, engine configuration."""
+"""What is used where the user says nothing: model, platform, engine configuration."""
 
 from __future__ import annotations
 
@@ -22,12 +22,6 @@ def demo_dir() -> pathlib.Path:
     if not (path / "config.json").exists():
         raise UserError(f"{path}: the demo model is missing; name another model's directory")
     return path
-
-
-def default_cache_dir() -> pathlib.Path:
-    """$XDG_CACHE_HOME/dance_jax, by default ~/.cache/dance_jax."""
-    base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    return pathlib.Path(base) / "dance_jax"
 
 
 def default_platform() -> str:

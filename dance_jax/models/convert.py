@@ -213,8 +213,9 @@ def _only_one(destination: pathlib.Path, wait: bool = True) -> Iterator[bool]:
             yield False
             return
         # whoever held it before may have removed the file: then others lock another one
-        if path.exists() and os.fstat(handle).st_ino == path.stat().st_ino:
-            break
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), path.stat()):
+                break
         os.close(handle)
     try:
         yield True

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from dance_jax.models.experts import Pool, block_rows, grouped_ffn
+from dance_jax.models.experts import Pool, expert_ffn
 from dance_jax.models.layers import Routed
 from dance_jax.models.messages import (
     NO_EXPERT,
@@ -173,5 +173,4 @@ class Exchange:
         known_nk = expert_nk != NO_EXPERT
         slot_nk = jnp.where(known_nk, slot_e[jnp.where(known_nk, expert_nk, 0)], -1)
         experts = self.pool.w_gate.shape[0] / self.tables.slot_of.shape[0]
-        block = block_rows(expert_nk.size, experts)
-        return grouped_ffn(self.pool, x_nd, slot_nk, weight_nk, block)
+        return expert_ffn(self.pool, x_nd, slot_nk, weight_nk, experts)

@@ -1,4 +1,7 @@
-"""The expert pool of one device, and the grouped expert FFN over it."""
+"""The expert pool of one device, and the grouped expert FFN over it.
+
+`expert_ffn` is what the engine calls; `grouped_ffn` is its form for every backend.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+
+from dance_jax.models import experts_cpu
 
 
 class Pool(NamedTuple):
@@ -18,6 +23,25 @@ class Pool(NamedTuple):
     w_gate: Array
     w_up: Array
     w_down: Array
+
+
+def expert_ffn(pool: Pool, x_nd: Array, slot_nk: Array, weight_nk: Array, experts: float) -> Array:
+    """Weighted sum of each row's experts: sum over k of weight * FFN_slot(x), in float32.
+
+    In C++ where it is registered (experts_cpu.py), else in JAX.
+
+    Args:
+        x_nd: [n, d] rows in the pool's dtype.
+        slot_nk: int32 [n, k], the slot of each assignment, -1 for none.
+        weight_nk: float32 [n, k].
+        experts: experts of one layer in the pool, on average.
+
+    Returns:
+        float32 [n, d].
+    """
+    if experts_cpu.usable():
+        return experts_cpu.grouped_ffn(*pool, x_nd, slot_nk, weight_nk)
+    return grouped_ffn(pool, x_nd, slot_nk, weight_nk, block_rows(slot_nk.size, experts))
 
 
 def block_rows(assignments: int, experts: float) -> int:
@@ -37,19 +61,13 @@ def block_rows(assignments: int, experts: float) -> int:
 
 @jax.named_scope("experts")
 def grouped_ffn(pool: Pool, x_nd: Array, slot_nk: Array, weight_nk: Array, block: int) -> Array:
-    """Weighted sum of each row's experts: sum over k of weight * FFN_slot(x), in float32.
+    """`expert_ffn` in JAX.
 
     Assignments are sorted by slot and each slot's run is cut into blocks of `block` rows. The
     loop over blocks has a dynamic trip count, so absent assignments cost nothing.
 
     Args:
-        x_nd: [n, d] rows in the pool's dtype.
-        slot_nk: int32 [n, k], the slot of each assignment, -1 for none.
-        weight_nk: float32 [n, k].
-        block: rows a block takes.
-
-    Returns:
-        float32 [n, d].
+        block: rows a block takes; the others as in `expert_ffn`.
     """
     n, d = x_nd.shape
     k = slot_nk.shape[1]

@@ -21,15 +21,16 @@ class TestCluster:
 
     __test__ = False
 
-    def __init__(self) -> None:
+    def __init__(self, expert_library: pathlib.Path | None) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
         devices = ",".join(map(str, DEVICES))
+        library = "" if expert_library is None else str(expert_library)
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         self.processes = [
             subprocess.Popen(
-                [sys.executable, "-m", "tests.cluster.worker", str(rank), port, devices],
+                [sys.executable, "-m", "tests.cluster.worker", str(rank), port, devices, library],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 cwd=ROOT,

@@ -18,42 +18,9 @@ from dance_jax.models import ModelConfig
 from dance_jax.models.build import init_random
 from dance_jax.models.random_weights import random_expert_tensors
 from dance_jax.placement.core import Layout
+from tests.tiny_models import SERVED
 
-FIELDS = {
-    "model_type": "deepseek_v2",
-    "vocab_size": 260,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "moe_intermediate_size": 16,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "n_shared_experts": 1,
-    "n_routed_experts": 16,
-    "num_experts_per_tok": 4,
-    "routed_scaling_factor": 2.0,
-    "kv_lora_rank": 16,
-    "q_lora_rank": None,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 8,
-    "v_head_dim": 8,
-    "topk_method": "greedy",
-    "n_group": None,
-    "topk_group": None,
-    "norm_topk_prob": False,
-    "scoring_func": "softmax",
-    "moe_layer_freq": 1,
-    "first_k_dense_replace": 1,
-    "hidden_act": "silu",
-    "max_position_embeddings": 256,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10000.0,
-    "tie_word_embeddings": False,
-    "torch_dtype": "float32",
-    "eos_token_id": 1,
-    "bos_token_id": 0,
-}
-CONFIG = ModelConfig.from_hf(FIELDS)
+CONFIG = ModelConfig.from_hf(SERVED)
 ENGINE = EngineConfig(
     max_model_len=128, max_num_seqs=4, decode_rows=(4,), prefill=((2, 32),), route_sample=64
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pathlib
 import re
 from collections.abc import Iterator
 
@@ -10,13 +11,21 @@ import numpy as np
 import pytest
 
 from dance_jax.engine.runner import Runner
+from dance_jax.models import experts_cpu
 from dance_jax.placement.core import Placement, spread
 from tests.cluster import tiny
 
 
-@pytest.fixture(scope="module")
-def alone() -> Runner:
+@pytest.fixture(scope="module", params=["experts in C++", "experts in JAX"])
+def alone(request: pytest.FixtureRequest, expert_library: pathlib.Path | None) -> Iterator[Runner]:
     """Every expert on one device."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "experts in JAX":
+            patch.setattr(experts_cpu, "usable", lambda: False)
+        yield _alone()
+
+
+def _alone() -> Runner:
     resident = np.ones((1, tiny.LAYERS, tiny.EXPERTS), bool)
     return tiny.runner(spread(Placement(resident), [1], [tiny.LAYERS * tiny.EXPERTS]), 0)
 

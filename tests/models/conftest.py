@@ -9,44 +9,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from tests.tiny_models import DEEPSEEK, MIXTRAL
+
 #: Tiny models run for milliseconds and would compile for seconds.
 QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 
 REFERENCE = pathlib.Path(__file__).parent.parent / "reference"
-
-DEEPSEEK = {
-    "model_type": "deepseek_v2",
-    "vocab_size": 264,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "moe_intermediate_size": 16,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "q_lora_rank": None,
-    "kv_lora_rank": 16,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 8,
-    "n_routed_experts": 8,
-    "num_experts_per_tok": 2,
-    "n_shared_experts": 1,
-    "first_k_dense_replace": 1,
-    "max_position_embeddings": 512,
-    "eos_token_id": 1,
-}
-MIXTRAL = {
-    "model_type": "mixtral",
-    "vocab_size": 264,
-    "hidden_size": 32,
-    "intermediate_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_local_experts": 4,
-    "num_experts_per_tok": 2,
-    "max_position_embeddings": 512,
-    "eos_token_id": 1,
-}
 
 
 @pytest.fixture

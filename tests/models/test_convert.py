@@ -20,30 +20,17 @@ from dance_jax.models.convert import convert, ensure_converted, main
 from dance_jax.models.hf import HFDirectory
 from dance_jax.models.random_weights import write_random_checkpoint
 from dance_jax.models.tokenizer import Tokenizer
+from tests.tiny_models import DEEPSEEK, MIXTRAL
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     """A DeepSeek-V2 whose experts are large beside an orbax checkpoint's metadata."""
-    fields = {
-        "model_type": "deepseek_v2",
-        "vocab_size": 264,
+    fields = DEEPSEEK | {
         "hidden_size": 128,
         "intermediate_size": 64,
         "moe_intermediate_size": 256,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 2,
         "q_lora_rank": 24,
-        "kv_lora_rank": 16,
-        "qk_nope_head_dim": 8,
-        "qk_rope_head_dim": 8,
-        "v_head_dim": 8,
-        "n_routed_experts": 8,
-        "num_experts_per_tok": 2,
-        "n_shared_experts": 1,
-        "first_k_dense_replace": 1,
-        "max_position_embeddings": 512,
-        "eos_token_id": 1,
     }
     path = tmp_path_factory.mktemp("source") / "model"
     write_random_checkpoint(path, fields, dtype="bfloat16")
@@ -258,8 +245,7 @@ def sparse_checkpoint(path, layers, experts, d, f):
     """A Mixtral of zeros that takes no disk: safetensors data is a hole in the file."""
     from dance_jax.models import FAMILIES, ModelConfig
 
-    fields = {
-        "model_type": "mixtral",
+    fields = MIXTRAL | {
         "vocab_size": 512,
         "hidden_size": d,
         "intermediate_size": f,
@@ -268,8 +254,6 @@ def sparse_checkpoint(path, layers, experts, d, f):
         "num_key_value_heads": 1,
         "head_dim": 16,
         "num_local_experts": experts,
-        "num_experts_per_tok": 2,
-        "max_position_embeddings": 512,
     }
     path.mkdir()
     (path / "config.json").write_text(json.dumps(fields))

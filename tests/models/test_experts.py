@@ -10,15 +10,16 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dance_jax.models.experts import Pool, block_rows, grouped_ffn
+from dance_jax.models import experts_cpu
+from dance_jax.models.experts import Pool, block_rows, expert_ffn, grouped_ffn
 
 D, F = 8, 12
 
 
-def make_pool(slots: int) -> Pool:
+def make_pool(slots: int, d: int = D, f: int = F, dtype: str = "float32") -> Pool:
     rng = np.random.default_rng(slots)
-    shapes = (slots, D, F), (slots, D, F), (slots, F, D)
-    return Pool(*(jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes))
+    shapes = (slots, d, f), (slots, d, f), (slots, f, d)
+    return Pool(*(jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes))
 
 
 def dense(pool: Pool, x_nd: np.ndarray, slot_nk: np.ndarray, weight_nk: np.ndarray) -> np.ndarray:
@@ -57,8 +58,46 @@ def test_equals_one_dense_ffn_per_assignment(seed, block, absent, skewed):
     np.testing.assert_allclose(y_nd, dense(pool, x_nd, slot_nk, weight_nk), rtol=1e-4, atol=1e-4)
 
 
-def test_a_device_without_slots_adds_nothing():
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    rows=st.sampled_from([1, 2, 23, 90]),
+    sizes=st.sampled_from([(8, 12), (19, 5), (1, 1), (64, 33)]),
+    slots=st.sampled_from([1, 5, 40]),
+    absent=st.sampled_from([0.0, 0.5, 1.0]),
+    dtype=st.sampled_from(["float32", "bfloat16"]),
+)
+def test_in_cpp_it_is_the_same(expert_library, seed, rows, sizes, slots, absent, dtype):
+    assert experts_cpu.usable() == (expert_library is not None)
+    rng = np.random.default_rng(seed)
+    pool = make_pool(slots, *sizes, dtype)
+    x_nd = jnp.asarray(rng.normal(size=(rows, sizes[0])), dtype)
+    slot_nk = rng.integers(0, slots, (rows, 3)).astype(np.int32)
+    slot_nk[rng.random((rows, 3)) < absent] = -1
+    weight_nk = rng.random((rows, 3)).astype(np.float32)
+    y_nd = expert_ffn(pool, x_nd, slot_nk, weight_nk, slots)
+    assert y_nd.dtype == jnp.float32
+    expected = dense(pool, np.asarray(x_nd), slot_nk, weight_nk)
+    # in JAX the hidden activations are rounded to the dtype
+    exact = expert_library is not None or dtype == "float32"
+    tolerance = (1e-4 if exact else 3e-2) * (1 + np.abs(expected).max())
+    np.testing.assert_allclose(y_nd, expected, rtol=0, atol=tolerance)
+
+
+def test_without_a_compiler_there_is_no_library(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("CXX", "no-such-compiler -pipe")
+    assert experts_cpu.build(tmp_path) is None
+    assert "no-such-compiler" in caplog.text
+    monkeypatch.setenv("CXX", "false")
+    assert experts_cpu.build(tmp_path) is None
+    assert "false failed" in caplog.text
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_device_without_slots_adds_nothing(expert_library):
     y_nd = grouped_ffn(make_pool(0), jnp.ones((2, D)), jnp.full((2, 3), -1), jnp.ones((2, 3)), 4)
+    assert y_nd.shape == (2, D) and not y_nd.any()
+    y_nd = expert_ffn(make_pool(0), jnp.ones((2, D)), jnp.full((2, 3), -1), jnp.ones((2, 3)), 0)
     assert y_nd.shape == (2, D) and not y_nd.any()
 
 
