@@ -11,7 +11,7 @@ import numpy as np
 from tokenizer import BOS, DOMAINS, EOS, documents
 from tokenizers import Tokenizer
 
-WEIGHTS = {"code": 0.46, "english": 0.17, "german": 0.17, "french": 0.15, "math": 0.05}
+WEIGHTS = {"code": 0.42, "english": 0.17, "german": 0.18, "french": 0.18, "math": 0.05}
 REPEAT_EVERY = 8  # every eighth window is a passage said over and over: copying is learnt early
 REPEATED = len(DOMAINS)  # stands in the log for the domain of such a window
 

@@ -5,7 +5,7 @@ E experts, C rows per expert, F expert width, V vocabulary. Matrices are [in, ou
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import jax
@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax import Array
 
 Params = dict
+COPY_GAIN = 5.0  # sharpness of the copying head at the start
+AXIS = "data"  # the mesh axis a batch is split over; parameters are the same on all of it
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Config:
     routed_scale: float = 3.0
     rope_theta: float = 10000.0
     epsilon: float = 1e-6
-    capacity: float = 1.4  # rows per expert over the mean; 0: enough for any routing
+    capacity: float = 1.4  # rows per expert over the mean
     balance: float = 0.005  # weight of the load-balancing loss
 
 
@@ -68,6 +70,7 @@ def init(config: Config, key: Array) -> Params:
         }
         if index == 0:
             layer["mlp"] = ffn(c.dense_width)
+            layer["mlp"]["down"] *= 0.3
         else:
             layer["router"] = matrix(c.hidden, c.experts)
             layer["experts"] = ffn(c.expert_width, c.experts)
@@ -76,6 +79,7 @@ def init(config: Config, key: Array) -> Params:
     embedding = jax.random.normal(next(keys), (c.vocab, c.hidden)) / math.sqrt(c.hidden)
     embedding = embedding.at[:, 0].set(0.5)  # the same for every token, so softmax ignores it
     layers[0] |= look_back(layers[0], c)
+    layers[1] |= find_again(layers[1], layers[0], c)
     return {"embed": embedding, "norm": jnp.ones(c.hidden), "layers": layers}
 
 
@@ -98,7 +102,34 @@ def look_back(layer: Params, c: Config) -> Params:
         q = q.at[:, head].multiply(0.1)
         q = q.at[0, head, c.nope :].set(jnp.zeros(c.rope).at[: 2 * pairs].set(gain * turned))
     kv_a = layer["kv_a"].at[:, c.kv_rank :].multiply(0.1).at[0, c.kv_rank :].set(key)
-    return {"q": q.reshape(layer["q"].shape), "kv_a": kv_a}
+    return {"q": q.reshape(layer["q"].shape), "kv_a": kv_a, "o": layer["o"] * 0.3}
+
+
+def find_again(layer: Params, before: Params, c: Config) -> Params:
+    """Matrices of the second layer whose head 0 copies what followed the token the last time.
+
+    Head 0 of the layer `before` has written each token's predecessor, seen through its value
+    matrix, into the residual stream. Here the first half of the latent reads that back: it is the
+    key, and the token itself, through the same matrix, is the query, so a query meets the places
+    behind its own earlier occurrences. The second half is the value, written back as it was read.
+    """
+    half = c.kv_rank // 2
+    assert c.value == c.nope == half
+    seen = before["kv_a"][:, : c.kv_rank] @ value_part(before["kv_b"], c)  # [D, value]
+    read = layer["kv_a"][:, half : c.kv_rank]
+    kv_a = layer["kv_a"].at[:, :half].set(jnp.linalg.pinv(before["o"][: c.value]) * 0.3)
+    kv_b = layer["kv_b"].at[:, : c.nope + c.value].set(0.0)
+    kv_b = kv_b.at[:half, : c.nope].set(COPY_GAIN * jnp.eye(half))
+    kv_b = kv_b.at[half:, c.nope : c.nope + c.value].set(jnp.eye(half))
+    q = layer["q"].at[:, : c.nope].set(seen)
+    q = q.at[:, c.nope : c.nope + c.rope].set(0.0)
+    o = layer["o"].at[: c.value].set(0.3 * read.T)
+    return {"q": q, "kv_a": kv_a, "kv_b": kv_b, "o": o}
+
+
+def value_part(kv_b: Array, c: Config) -> Array:
+    """The columns of kv_b that make head 0's value, [rank, value]."""
+    return kv_b[:, c.nope : c.nope + c.value]
 
 
 def rms_norm(x: Array, weight: Array, epsilon: float) -> Array:
@@ -170,12 +201,12 @@ def moe(x: Array, layer: Params, c: Config) -> tuple[Array, dict[str, Array]]:
     """Routed and shared experts. x: [N, D] -> ([N, D], statistics).
 
     Assignments are sorted by expert; each expert gets C rows, and what overflows is dropped
-    (in training only: with capacity 0 there is room for everything).
+    (in training only).
     """
     n, k, e = x.shape[0], c.experts_per_token, c.experts
     probs = jax.nn.softmax(x @ layer["router"], -1)  # [N, E]
     weight, choice = jax.lax.top_k(probs, k)  # [N, K]
-    rows = n if c.capacity == 0 else min(n, math.ceil(n * k / e * c.capacity))
+    rows = min(n, math.ceil(n * k / e * c.capacity))
 
     flat = choice.reshape(-1)
     order = jnp.argsort(flat)  # assignments, those of expert 0 first
@@ -193,11 +224,10 @@ def moe(x: Array, layer: Params, c: Config) -> tuple[Array, dict[str, Array]]:
     back = permute(outputs.reshape(e * rows, -1), row_of, assignment, 1).reshape(n, k, -1)
     routed = jnp.einsum("nkd,nk->nd", back, weight * c.routed_scale)
 
-    share = counts / (n * k)
+    share = jax.lax.pmean(counts / (n * k), AXIS)  # of the whole batch, not of a sequence
     stats = {
-        "balance": e * jnp.sum(share * probs.mean(0)),  # over the whole batch, not per sequence
+        "balance": e * jnp.sum(share * probs.mean(0)),
         "dropped": jnp.mean(row_of == e * rows),
-        "choice": choice,
     }
     return routed + swiglu(x, layer["shared"]), stats
 
@@ -216,12 +246,6 @@ def forward(params: Params, tokens: Array, c: Config) -> tuple[Array, list[dict[
         x = x + out.reshape(x.shape)
         stats.append(stat)
     return rms_norm(x, params["norm"], c.epsilon), stats
-
-
-def token_losses(params: Params, tokens: Array, c: Config) -> tuple[Array, list[dict[str, Array]]]:
-    """Negative log likelihood in nats of tokens[:, 1:]. tokens: [B, T+1] -> [B, T]."""
-    hidden, stats = forward(params, tokens[:, :-1], c)
-    return cross_entropy(hidden, params["embed"], tokens[:, 1:]), stats
 
 
 def cross_entropy(hidden: Array, embed: Array, targets: Array) -> Array:
@@ -266,8 +290,3 @@ def loss(params: Params, tokens: Array, c: Config) -> tuple[Array, dict[str, Arr
     balance = sum(s["balance"] for s in stats) / len(stats)
     dropped = sum(s["dropped"] for s in stats) / len(stats)
     return mean + c.balance * balance, {"nll": of_sequence, "balance": balance, "dropped": dropped}
-
-
-def exact(config: Config) -> Config:
-    """The same model with room for every routed token, for evaluation."""
-    return replace(config, capacity=0)

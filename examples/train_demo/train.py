@@ -17,7 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from data import batches
-from model import Config, init, loss
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from model import AXIS, Config, init, loss
 from optax import contrib
 from tokenizer import DOMAINS
 
@@ -51,13 +53,44 @@ OPTIMIZER = contrib.muon(
 )
 
 
-@partial(jax.jit, static_argnums=4, donate_argnums=(0, 1))
-def train_step(params: dict, state: tuple, tokens: jax.Array, rate: jax.Array, config: Config):
-    """One update on tokens [B, T+1]; `rate` in [0, 1] scales the peak learning rates."""
-    (_, logged), grads = jax.value_and_grad(loss, has_aux=True)(params, tokens, config)
-    updates, state = OPTIMIZER.update(grads, state, params)
-    params = optax.apply_updates(params, jax.tree.map(lambda u: u * rate, updates))
-    return params, state, logged
+def split(tree: dict | tuple, mesh: Mesh) -> dict | tuple:
+    """The tree with every expert stack [E, ., .] split over the mesh: Muon works on its own ones."""
+
+    def place(leaf: jax.Array) -> jax.Array:
+        spec = P(AXIS) if leaf.ndim == 3 else P()
+        return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, spec))
+
+    return jax.tree.map(place, tree)
+
+
+@partial(jax.jit, static_argnums=(4, 5), donate_argnums=(0, 1))
+def train_step(
+    params: dict, state: tuple, tokens: jax.Array, rate: jax.Array, config: Config, mesh: Mesh
+):
+    """One update on tokens [B, T+1]; `rate` in [0, 1] scales the peak learning rates.
+
+    Each device of the mesh takes its sequences of the batch; gradients are averaged.
+    """
+
+    @partial(
+        jax.shard_map,
+        mesh=mesh,
+        in_specs=(P(), P(AXIS)),
+        out_specs=(P(), {"nll": P(AXIS), "balance": P(), "dropped": P()}),
+        check_vma=False,
+    )
+    def mean_gradient(params: dict, tokens: jax.Array):
+        (_, logged), grads = jax.value_and_grad(loss, has_aux=True)(params, tokens, config)
+        averaged = {name: jax.lax.pmean(logged[name], AXIS) for name in ("balance", "dropped")}
+        return jax.lax.pmean(grads, AXIS), logged | averaged
+
+    grads, logged = mean_gradient(params, tokens)
+    updates, state = OPTIMIZER.update(split(grads, mesh), split(state, mesh), split(params, mesh))
+    updates = jax.tree.map(lambda u: u * rate, updates)
+    params = jax.lax.with_sharding_constraint(
+        optax.apply_updates(params, updates), NamedSharding(mesh, P())
+    )
+    return params, split(state, mesh), logged
 
 
 def schedule(step: int, progress: float) -> float:
@@ -87,9 +120,12 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--minutes", type=float, required=True, help="of training in all")
     parser.add_argument("--save-every", type=float, default=3, help="minutes between checkpoints")
+    parser.add_argument("--devices", type=int, default=os.cpu_count(), help="cores to train on")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
+    jax.config.update("jax_num_cpu_devices", args.devices)
+    mesh = jax.make_mesh((args.devices,), (AXIS,), axis_types=(AxisType.Auto,))
     config = Config()
     path = args.work / "checkpoint.pickle"
     iterators = {
@@ -118,7 +154,7 @@ def main() -> None:
         batch = next(iterators[name])
         rate = schedule(counters["step"], progress)
         tokens = jnp.asarray(batch["tokens"])
-        params, state, logged = train_step(params, state, tokens, jnp.float32(rate), config)
+        params, state, logged = train_step(params, state, tokens, jnp.float32(rate), config, mesh)
         losses = np.asarray(logged["nll"])
         for domain, value in zip(batch["domain"], losses, strict=True):
             window[groups[domain]].append(float(value))

@@ -19,11 +19,12 @@ from dance_jax.launch.plan import Plan, load_layout, make_plan, save_layout
 from dance_jax.launch.report import print_plan
 from dance_jax.models import ModelConfig
 from dance_jax.placement import Activations
-from tests.launch.tiny import EXPERT_BYTES, EXPERTS, FIELDS, HOSTS, LAYERS
+from tests.launch.tiny import EXPERT_BYTES, EXPERTS, HOSTS, LAYERS
+from tests.tiny_models import SERVED
 
 SPEC = parse_hosts(HOSTS)
 MODEL: Any = types.SimpleNamespace(
-    config=ModelConfig.from_hf(FIELDS),
+    config=ModelConfig.from_hf(SERVED),
     fingerprint="this model",
     expert_bytes=lambda dtype: EXPERT_BYTES // (1 if dtype == "float32" else 2),
     trunk_bytes=lambda dtype: 1000,
