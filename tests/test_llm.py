@@ -145,7 +145,9 @@ def test_logprobs_are_consistent(llm):
     assert tokens(outputs[4:8]) == tokens(outputs[8:])
     silent = llm.generate(PROMPTS[0], greedy())[0].outputs[0]
     assert silent.logprobs is None
-    assert math.isclose(silent.cumulative_logprob, outputs[0].outputs[0].cumulative_logprob)
+    # Another batch sums an expert's width in other parts.
+    logprob = outputs[0].outputs[0].cumulative_logprob
+    assert math.isclose(silent.cumulative_logprob, logprob, abs_tol=1e-4)
 
 
 def test_logprobs_equal_the_plain_model(llm, model, cache_dir):
