@@ -1,6 +1,7 @@
 """The expert pool of one device, and the grouped expert FFN over it.
 
-`expert_ffn` is what the engine calls; `grouped_ffn` is its form for every backend.
+`expert_ffn` is what the engine calls. Its forms: C++ on CPUs (experts_cpu.py), a loop over blocks
+on CPUs without a compiler, the library's grouped product elsewhere.
 """
 
 from __future__ import annotations
@@ -28,8 +29,6 @@ class Pool(NamedTuple):
 def expert_ffn(pool: Pool, x_nd: Array, slot_nk: Array, weight_nk: Array, experts: float) -> Array:
     """Weighted sum of each row's experts: sum over k of weight * FFN_slot(x), in float32.
 
-    In C++ where it is registered (experts_cpu.py), else in JAX.
-
     Args:
         x_nd: [n, d] rows in the pool's dtype.
         slot_nk: int32 [n, k], the slot of each assignment, -1 for none.
@@ -41,6 +40,8 @@ def expert_ffn(pool: Pool, x_nd: Array, slot_nk: Array, weight_nk: Array, expert
     """
     if experts_cpu.usable():
         return experts_cpu.grouped_ffn(*pool, x_nd, slot_nk, weight_nk)
+    if jax.default_backend() != "cpu":
+        return ragged_ffn(pool, x_nd, slot_nk, weight_nk)
     return grouped_ffn(pool, x_nd, slot_nk, weight_nk, block_rows(slot_nk.size, experts))
 
 
@@ -59,9 +60,51 @@ def block_rows(assignments: int, experts: float) -> int:
     return next((rows for limit, rows in ladder if mean <= limit), 64)
 
 
+class _Sorted(NamedTuple):
+    """Assignments in the order of their slots, those without one last; a = n * k of them."""
+
+    #: int32 [a], assignment (row * k + which) at each place; int32 [a], place of each assignment.
+    order: Array
+    place: Array
+    #: int32 [s], assignments of each slot.
+    run: Array
+
+
+def _sort(slot_nk: Array, slots: int) -> _Sorted:
+    slot_a = jnp.where(slot_nk < 0, slots, slot_nk).reshape(-1)
+    order_a = jnp.argsort(slot_a).astype(jnp.int32)
+    place_a = (
+        jnp.zeros(slot_a.size, jnp.int32)
+        .at[order_a]
+        .set(jnp.arange(slot_a.size, dtype=jnp.int32), unique_indices=True)
+    )
+    return _Sorted(order_a, place_a, jnp.zeros(slots + 1, jnp.int32).at[slot_a].add(1)[:slots])
+
+
+@jax.named_scope("experts")
+def ragged_ffn(pool: Pool, x_nd: Array, slot_nk: Array, weight_nk: Array) -> Array:
+    """`expert_ffn` with the library's grouped product, which GPUs and TPUs have kernels for."""
+    (n, d), k, slots = x_nd.shape, slot_nk.shape[1], pool.w_gate.shape[0]
+    if slots == 0:
+        return jnp.zeros((n, d), jnp.float32)
+    assignments = _sort(slot_nk, slots)
+
+    def product(rows: Array, w: Array) -> Array:
+        return lax.ragged_dot(rows, w, assignments.run, preferred_element_type=jnp.float32)
+
+    x_ad = x_nd[assignments.order // k]
+    hidden_af = (jax.nn.silu(product(x_ad, pool.w_gate)) * product(x_ad, pool.w_up)).astype(
+        x_nd.dtype
+    )
+    out_nkd = product(hidden_af, pool.w_down)[assignments.place].reshape(n, k, d)
+    # What assignments without a slot give is not defined.
+    out_nkd = jnp.where(slot_nk[..., None] < 0, 0.0, out_nkd)
+    return jnp.einsum("nkd,nk->nd", out_nkd, weight_nk)
+
+
 @jax.named_scope("experts")
 def grouped_ffn(pool: Pool, x_nd: Array, slot_nk: Array, weight_nk: Array, block: int) -> Array:
-    """`expert_ffn` in JAX.
+    """`expert_ffn` as a loop over blocks of assignments.
 
     Assignments are sorted by slot and each slot's run is cut into blocks of `block` rows. The
     loop over blocks has a dynamic trip count, so absent assignments cost nothing.
@@ -75,14 +118,7 @@ def grouped_ffn(pool: Pool, x_nd: Array, slot_nk: Array, weight_nk: Array, block
     assignments = n * k
     if slots == 0:
         return jnp.zeros((n, d), jnp.float32)
-    slot_a = jnp.where(slot_nk < 0, slots, slot_nk).reshape(assignments)
-    order_a = jnp.argsort(slot_a).astype(jnp.int32)
-    rank_a = (
-        jnp.zeros(assignments, jnp.int32)
-        .at[order_a]
-        .set(jnp.arange(assignments, dtype=jnp.int32), unique_indices=True)
-    )
-    run_s = jnp.zeros(slots + 1, jnp.int32).at[slot_a].add(1)[:slots]
+    order_a, place_a, run_s = _sort(slot_nk, slots)
     run_end_s = jnp.cumsum(run_s)
     blocks_end_s = jnp.cumsum((run_s + block - 1) // block)
     row_a = jnp.pad(order_a // k, (0, block))
@@ -108,7 +144,7 @@ def grouped_ffn(pool: Pool, x_nd: Array, slot_nk: Array, weight_nk: Array, block
         0, blocks_end_s[-1], run_block, jnp.zeros((assignments + block, d), jnp.float32)
     )
     weight_nk = jnp.where(slot_nk < 0, 0.0, weight_nk)
-    picked_nkd = out_ad[rank_a].reshape(n, k, d)
+    picked_nkd = out_ad[place_a].reshape(n, k, d)
     # A row past the last run may hold anything finite, and weighs zero.
     return jnp.einsum("nkd,nk->nd", picked_nkd, weight_nk)
 

@@ -12,7 +12,8 @@ from tokenizer import BOS, DOMAINS, EOS, documents
 from tokenizers import Tokenizer
 
 WEIGHTS = {"code": 0.42, "english": 0.17, "german": 0.18, "french": 0.18, "math": 0.05}
-REPEAT_EVERY = 8  # every eighth window is a passage said over and over: copying is learnt early
+# Every fourth short window is a passage said over and over, until copying is learnt; later few.
+SHORT, REPEAT_EVERY_SHORT, REPEAT_EVERY = 256, 8, 16
 REPEATED = len(DOMAINS)  # stands in the log for the domain of such a window
 
 
@@ -28,7 +29,7 @@ class Windows:
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         start = index * self.length
         window = self.tokens[start : start + self.length + 1].astype(np.int32)
-        if index % REPEAT_EVERY:
+        if index % (REPEAT_EVERY_SHORT if self.length <= SHORT else REPEAT_EVERY):
             return {"tokens": window, "domain": np.int32(self.domain)}
         period = np.random.default_rng(index).integers(self.length // 16, self.length // 2)
         return {"tokens": np.resize(window[:period], window.shape), "domain": np.int32(REPEATED)}
@@ -45,6 +46,15 @@ def batches(folder: Path, length: int, batch: int, seed: int) -> grain.DatasetIt
         parts.append(grain.MapDataset.source(windows).seed(seed + number).shuffle().repeat())
     mixed = grain.MapDataset.mix(parts, weights=[WEIGHTS[d] for d in DOMAINS])
     return iter(mixed.batch(batch).to_iter_dataset())
+
+
+def unigram(folder: Path, vocab: int) -> np.ndarray:
+    """Share of every token in the mix of the domains, none of them zero: float64 [vocab]."""
+    share = np.zeros(vocab)
+    for domain in DOMAINS:
+        counts = 1 + np.bincount(np.load(folder / f"{domain}.npy"), minlength=vocab)
+        share += WEIGHTS[domain] * counts / counts.sum()
+    return share
 
 
 def tokenize(work: Path) -> None:

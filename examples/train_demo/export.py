@@ -1,6 +1,6 @@
 """Write a training checkpoint as a Hugging Face DeepSeek-V2 folder (bfloat16, one file).
 
-python export.py --work W --out ../../dance_jax/demo [--random]
+python export.py --work W --out ../../dance_jax/demo
 """
 
 import argparse
@@ -10,12 +10,10 @@ import pickle
 import tempfile
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from model import Config, Params, init
-from safetensors.numpy import load_file, save_file
+from model import Config, Params
+from safetensors.numpy import save_file
 from tokenizer import BOS, EOS, PAD
 
 CHAT_TEMPLATE = (
@@ -66,7 +64,7 @@ def hf_config(c: Config) -> dict:
         "routed_scaling_factor": c.routed_scale,
         "scoring_func": "softmax",
         "seq_aux": False,
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": False,
         "topk_group": None,
         "topk_method": "greedy",
         "torch_dtype": "bfloat16",
@@ -78,7 +76,11 @@ def hf_config(c: Config) -> dict:
 
 def hf_tensors(params: Params, c: Config) -> dict[str, np.ndarray]:
     """Tensors by their Hugging Face names; matrices become [out, in]."""
-    tensors = {"model.embed_tokens.weight": params["embed"], "model.norm.weight": params["norm"]}
+    tensors = {
+        "model.embed_tokens.weight": params["embed"],
+        "model.norm.weight": params["norm"],
+        "lm_head.weight": params["head"],
+    }
 
     def put_ffn(prefix: str, weights: Params, expert: int | None = None) -> None:
         for name in ("gate", "up", "down"):
@@ -105,43 +107,6 @@ def hf_tensors(params: Params, c: Config) -> dict[str, np.ndarray]:
         name: np.ascontiguousarray(np.asarray(value).astype(ml_dtypes.bfloat16))
         for name, value in tensors.items()
     }
-
-
-def load(folder: Path, c: Config) -> Params:
-    """The inverse of hf_tensors: an exported folder as float32 parameters for model.py."""
-    tensors = load_file(folder / "model.safetensors")
-
-    def get(name: str) -> np.ndarray:
-        value = tensors.pop(f"{name}.weight").astype(np.float32)
-        return value.T if value.ndim == 2 else value
-
-    def ffn(prefix: str) -> Params:
-        return {name: get(f"{prefix}.{name}_proj") for name in ("gate", "up", "down")}
-
-    layers = []
-    for index in range(c.layers):
-        root = f"model.layers.{index}"
-        layer: Params = {
-            "norm1": get(f"{root}.input_layernorm"),
-            "norm2": get(f"{root}.post_attention_layernorm"),
-            "kv_norm": get(f"{root}.self_attn.kv_a_layernorm"),
-            "q": get(f"{root}.self_attn.q_proj"),
-            "kv_a": get(f"{root}.self_attn.kv_a_proj_with_mqa"),
-            "kv_b": get(f"{root}.self_attn.kv_b_proj"),
-            "o": get(f"{root}.self_attn.o_proj"),
-        }
-        if index == 0:
-            layer["mlp"] = ffn(f"{root}.mlp")
-        else:
-            layer["router"] = get(f"{root}.mlp.gate")
-            layer["shared"] = ffn(f"{root}.mlp.shared_experts")
-            experts = [ffn(f"{root}.mlp.experts.{expert}") for expert in range(c.experts)]
-            layer["experts"] = jax.tree.map(lambda *rows: np.stack(rows), *experts)
-        layers.append(layer)
-    params = {"embed": get("model.embed_tokens").T, "norm": get("model.norm"), "layers": layers}
-    if tensors:
-        raise ValueError(f"unknown tensors: {sorted(tensors)[:3]}")
-    return jax.tree.map(jnp.asarray, params)
 
 
 def export(params: Params, c: Config, tokenizer_json: Path, out: Path) -> None:
@@ -177,15 +142,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--random", action="store_true", help="untrained weights")
     args = parser.parse_args()
-    if args.random:
-        params = init(Config(), jax.random.key(0))
-    else:
-        saved = pickle.loads((args.work / "checkpoint.pickle").read_bytes())
-        params = saved["arrays"][0]
-        print(saved["counters"])
-    export(params, Config(), args.work / "tokenizer.json", args.out)
+    saved = pickle.loads((args.work / "checkpoint.pickle").read_bytes())
+    print(saved["counters"])
+    export(saved["arrays"][0], Config(), args.work / "tokenizer.json", args.out)
 
 
 if __name__ == "__main__":

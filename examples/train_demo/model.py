@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 
 Params = dict
-COPY_GAIN = 5.0  # sharpness of the copying head at the start
+FINAL_CONSTANT = 3.0  # input 0 after the last norm, about, at the start
 AXIS = "data"  # the mesh axis a batch is split over; parameters are the same on all of it
 
 
@@ -37,12 +37,17 @@ class Config:
     routed_scale: float = 3.0
     rope_theta: float = 10000.0
     epsilon: float = 1e-6
-    capacity: float = 1.4  # rows per expert over the mean
+    capacity: float = 2.0  # rows per expert over the mean
     balance: float = 0.005  # weight of the load-balancing loss
+    residual: float = 0.1  # weight of the residual stream's mean square
 
 
-def init(config: Config, key: Array) -> Params:
-    """Random parameters; matrices that write into the residual stream start small."""
+def init(config: Config, key: Array, unigram: Array) -> Params:
+    """Random parameters; matrices that write into the residual stream start small.
+
+    Input 0 of every token is the same constant, from which the output projection takes the
+    tokens' frequencies `unigram` [V], which would otherwise be the first thing the layers learn.
+    """
     keys = iter(jax.random.split(key, 200))
     c = config
 
@@ -70,17 +75,18 @@ def init(config: Config, key: Array) -> Params:
         }
         if index == 0:
             layer["mlp"] = ffn(c.dense_width)
-            layer["mlp"]["down"] *= 0.3
         else:
             layer["router"] = matrix(c.hidden, c.experts)
             layer["experts"] = ffn(c.expert_width, c.experts)
             layer["shared"] = ffn(c.expert_width * c.shared_experts)
         layers.append(layer)
     embedding = jax.random.normal(next(keys), (c.vocab, c.hidden)) / math.sqrt(c.hidden)
-    embedding = embedding.at[:, 0].set(0.5)  # the same for every token, so softmax ignores it
+    embedding = embedding.at[:, 0].set(0.5)
+    log_share = jnp.log(unigram / unigram.sum())
+    head = embedding.at[:, 0].set((log_share - log_share.mean()) / FINAL_CONSTANT)
     layers[0] |= look_back(layers[0], c)
     layers[1] |= find_again(layers[1], layers[0], c)
-    return {"embed": embedding, "norm": jnp.ones(c.hidden), "layers": layers}
+    return {"embed": embedding, "norm": jnp.ones(c.hidden), "head": head, "layers": layers}
 
 
 def look_back(layer: Params, c: Config) -> Params:
@@ -89,11 +95,11 @@ def look_back(layer: Params, c: Config) -> Params:
     A head that copies from far back ("A B ... A": B again) needs one in an earlier layer that
     tells each token its predecessor; a short training does not find such a pair by itself. The
     constant input 0 of the embedding becomes a key of fixed direction, and a query turned back by
-    h + 1 positions, on the fast half of the rotary frequencies. Everything stays trainable.
+    h + 1 positions, on the fast half of the rotary frequencies.
     """
     pairs = c.rope // 4
     frequency = c.rope_theta ** (-jnp.arange(pairs) * 2 / c.rope)
-    gain = 1.5  # times the normed input 0, about 5, squared over the softmax scale: 8
+    gain = 1.5  # times the normed input 0, about 6, squared over the softmax scale: 12
     key = jnp.zeros(c.rope).at[0 : 2 * pairs : 2].set(gain)
     q = layer["q"].reshape(c.hidden, c.heads, c.nope + c.rope)
     for head in range(c.heads - 1):
@@ -102,7 +108,7 @@ def look_back(layer: Params, c: Config) -> Params:
         q = q.at[:, head].multiply(0.1)
         q = q.at[0, head, c.nope :].set(jnp.zeros(c.rope).at[: 2 * pairs].set(gain * turned))
     kv_a = layer["kv_a"].at[:, c.kv_rank :].multiply(0.1).at[0, c.kv_rank :].set(key)
-    return {"q": q.reshape(layer["q"].shape), "kv_a": kv_a, "o": layer["o"] * 0.3}
+    return {"q": q.reshape(layer["q"].shape), "kv_a": kv_a, "o": 0.3 * layer["o"]}
 
 
 def find_again(layer: Params, before: Params, c: Config) -> Params:
@@ -115,21 +121,33 @@ def find_again(layer: Params, before: Params, c: Config) -> Params:
     """
     half = c.kv_rank // 2
     assert c.value == c.nope == half
-    seen = before["kv_a"][:, : c.kv_rank] @ value_part(before["kv_b"], c)  # [D, value]
+    value = slice(c.nope, c.nope + c.value)  # columns of kv_b: head 0's value
     read = layer["kv_a"][:, half : c.kv_rank]
-    kv_a = layer["kv_a"].at[:, :half].set(jnp.linalg.pinv(before["o"][: c.value]) * 0.3)
-    kv_b = layer["kv_b"].at[:, : c.nope + c.value].set(0.0)
-    kv_b = kv_b.at[:half, : c.nope].set(COPY_GAIN * jnp.eye(half))
-    kv_b = kv_b.at[half:, c.nope : c.nope + c.value].set(jnp.eye(half))
-    q = layer["q"].at[:, : c.nope].set(seen)
-    q = q.at[:, c.nope : c.nope + c.rope].set(0.0)
-    o = layer["o"].at[: c.value].set(0.3 * read.T)
-    return {"q": q, "kv_a": kv_a, "kv_b": kv_b, "o": o}
+    kv_a = layer["kv_a"].at[:, :half].set(0.3 * jnp.linalg.pinv(before["o"][: c.value]))
+    kv_b = layer["kv_b"].at[:, : value.stop].set(0)
+    kv_b = kv_b.at[:half, : c.nope].set(5 * jnp.eye(half)).at[half:, value].set(jnp.eye(half))
+    q = layer["q"].at[:, : c.nope + c.rope].set(0)
+    q = q.at[:, : c.nope].set(before["kv_a"][:, : c.kv_rank] @ before["kv_b"][:, value])
+    return {"q": q, "kv_a": kv_a, "kv_b": kv_b, "o": layer["o"].at[: c.value].set(0.3 * read.T)}
 
 
-def value_part(kv_b: Array, c: Config) -> Array:
-    """The columns of kv_b that make head 0's value, [rank, value]."""
-    return kv_b[:, c.nope : c.nope + c.value]
+def learnt(params: Params, c: Config) -> Params:
+    """1 where a weight may change from the first step, 0 for `look_back` and `find_again`.
+
+    The first steps are large and blind: within 300 of them the heads would look elsewhere, before
+    any layer above has learnt to listen to them. Later on the loss itself keeps them.
+    """
+    free = jax.tree.map(jnp.ones_like, params)
+    free["embed"] = free["embed"].at[:, 0].set(0)
+    before, layer = free["layers"][:2]
+    for name in ("norm1", "kv_norm", "q", "kv_a", "kv_b", "o"):
+        before[name] = jnp.zeros_like(before[name])
+    layer["norm1"], layer["kv_norm"] = before["norm1"], before["kv_norm"]
+    layer["q"] = layer["q"].at[:, : c.nope + c.rope].set(0)
+    layer["kv_a"] = layer["kv_a"].at[:, : c.kv_rank].set(0)
+    layer["kv_b"] = layer["kv_b"].at[:, : c.nope + c.value].set(0)
+    layer["o"] = layer["o"].at[: c.value].set(0)
+    return free
 
 
 def rms_norm(x: Array, weight: Array, epsilon: float) -> Array:
@@ -232,25 +250,29 @@ def moe(x: Array, layer: Params, c: Config) -> tuple[Array, dict[str, Array]]:
     return routed + swiglu(x, layer["shared"]), stats
 
 
-def forward(params: Params, tokens: Array, c: Config) -> tuple[Array, list[dict[str, Array]]]:
-    """tokens [B, T] -> (normed hidden states [B, T, D], statistics of each MoE layer)."""
+def forward(
+    params: Params, tokens: Array, c: Config
+) -> tuple[Array, list[dict[str, Array]], Array]:
+    """tokens [B, T] -> (normed hidden states [B, T, D], statistics of each MoE layer, mean square
+    of the residual stream)."""
     x = params["embed"][tokens]
-    stats = []
+    stats, size = [], jnp.float32(0)
     for layer in params["layers"]:
         x = x + attention(rms_norm(x, layer["norm1"], c.epsilon), layer, c)
         normed = rms_norm(x, layer["norm2"], c.epsilon)
         if "mlp" in layer:
             x = x + swiglu(normed, layer["mlp"])
-            continue
-        out, stat = moe(normed.reshape(-1, c.hidden), layer, c)
-        x = x + out.reshape(x.shape)
-        stats.append(stat)
-    return rms_norm(x, params["norm"], c.epsilon), stats
+        else:
+            out, stat = moe(normed.reshape(-1, c.hidden), layer, c)
+            x = x + out.reshape(x.shape)
+            stats.append(stat)
+        size += jnp.mean(x * x) / c.layers
+    return rms_norm(x, params["norm"], c.epsilon), stats, size
 
 
-def cross_entropy(hidden: Array, embed: Array, targets: Array) -> Array:
-    """Negative log likelihood. hidden [..., D], embed [V, D], targets [...] -> [...]."""
-    logits = hidden @ embed.T
+def cross_entropy(hidden: Array, head: Array, targets: Array) -> Array:
+    """Negative log likelihood. hidden [..., D], head [V, D], targets [...] -> [...]."""
+    logits = hidden @ head.T
     picked = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
     return jax.nn.logsumexp(logits, -1) - picked
 
@@ -285,8 +307,9 @@ mean_cross_entropy.defvjp(_mean_cross_entropy_forward, _mean_cross_entropy_backw
 
 def loss(params: Params, tokens: Array, c: Config) -> tuple[Array, dict[str, Array]]:
     """Training loss of a batch [B, T+1], and figures for the log."""
-    hidden, stats = forward(params, tokens[:, :-1], c)
-    mean, of_sequence = mean_cross_entropy(hidden, params["embed"], tokens[:, 1:])
+    hidden, stats, size = forward(params, tokens[:, :-1], c)
+    mean, of_sequence = mean_cross_entropy(hidden, params["head"], tokens[:, 1:])
     balance = sum(s["balance"] for s in stats) / len(stats)
     dropped = sum(s["dropped"] for s in stats) / len(stats)
-    return mean + c.balance * balance, {"nll": of_sequence, "balance": balance, "dropped": dropped}
+    logged = {"nll": of_sequence, "balance": balance, "dropped": dropped, "size": size}
+    return mean + c.balance * balance + c.residual * size, logged

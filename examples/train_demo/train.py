@@ -16,26 +16,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from data import batches
+from data import batches, unigram
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from model import AXIS, Config, init, loss
+from model import AXIS, Config, init, learnt, loss
 from optax import contrib
 from tokenizer import DOMAINS
 
 # (sequences, tokens of each) in a batch: longer ones as the training goes on
 SHAPES = {"short": (16, 256), "middle": (8, 512), "wide": (4, 1024), "long": (2, 2048)}
 SHORT_UNTIL, MIDDLE_UNTIL = 0.3, 0.7  # shares of the time
+HELD_UNTIL = 0.3  # share of the time in which the heads that look back are not changed
 LONG_EVERY = 8  # after the short ones every eighth batch is a long one
+AVERAGED = ("balance", "dropped", "size")  # over the devices, for the log
 WARMUP_STEPS, DECAY_SHARE = 60, 0.45
 
 
 def muon_axes(params: dict) -> dict:
-    """Muon for the matrices (each expert's on its own), AdamW for embedding, router and norms."""
+    """Muon for matrices (each expert's on its own), AdamW for embedding, head, router, norms."""
 
     def axes(path: tuple, leaf: jax.Array) -> contrib.MuonDimensionNumbers | None:
         name = jax.tree_util.keystr(path)
-        if leaf.ndim < 2 or "embed" in name or "router" in name:
+        if leaf.ndim < 2 or any(part in name for part in ("embed", "head", "router")):
             return None
         return contrib.MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1)
 
@@ -54,7 +56,7 @@ OPTIMIZER = contrib.muon(
 
 
 def split(tree: dict | tuple, mesh: Mesh) -> dict | tuple:
-    """The tree with every expert stack [E, ., .] split over the mesh: Muon works on its own ones."""
+    """The tree with each expert stack [E, ., .] split over the mesh: a device updates its own."""
 
     def place(leaf: jax.Array) -> jax.Array:
         spec = P(AXIS) if leaf.ndim == 3 else P()
@@ -63,30 +65,39 @@ def split(tree: dict | tuple, mesh: Mesh) -> dict | tuple:
     return jax.tree.map(place, tree)
 
 
-@partial(jax.jit, static_argnums=(4, 5), donate_argnums=(0, 1))
+@partial(jax.jit, static_argnums=(4, 5, 6), donate_argnums=(0, 1))
 def train_step(
-    params: dict, state: tuple, tokens: jax.Array, rate: jax.Array, config: Config, mesh: Mesh
+    params: dict,
+    state: tuple,
+    tokens: jax.Array,
+    rate: jax.Array,
+    held: bool,
+    config: Config,
+    mesh: Mesh,
 ):
     """One update on tokens [B, T+1]; `rate` in [0, 1] scales the peak learning rates.
 
-    Each device of the mesh takes its sequences of the batch; gradients are averaged.
+    Each device of the mesh takes its sequences of the batch; gradients are averaged. With `held`
+    the first layer's heads go on looking where `look_back` made them look.
     """
 
     @partial(
         jax.shard_map,
         mesh=mesh,
         in_specs=(P(), P(AXIS)),
-        out_specs=(P(), {"nll": P(AXIS), "balance": P(), "dropped": P()}),
+        out_specs=(P(), {"nll": P(AXIS)} | dict.fromkeys(AVERAGED, P())),
         check_vma=False,
     )
     def mean_gradient(params: dict, tokens: jax.Array):
         (_, logged), grads = jax.value_and_grad(loss, has_aux=True)(params, tokens, config)
-        averaged = {name: jax.lax.pmean(logged[name], AXIS) for name in ("balance", "dropped")}
+        averaged = {name: jax.lax.pmean(logged[name], AXIS) for name in AVERAGED}
         return jax.lax.pmean(grads, AXIS), logged | averaged
 
     grads, logged = mean_gradient(params, tokens)
     updates, state = OPTIMIZER.update(split(grads, mesh), split(state, mesh), split(params, mesh))
     updates = jax.tree.map(lambda u: u * rate, updates)
+    if held:
+        updates = jax.tree.map(jnp.multiply, updates, learnt(params, config))
     params = jax.lax.with_sharding_constraint(
         optax.apply_updates(params, updates), NamedSharding(mesh, P())
     )
@@ -141,7 +152,9 @@ def main() -> None:
             iterator.set_state(saved["data"][name])
         print(f"resumed at step {counters['step']}", flush=True)
     else:
-        params = init(config, jax.random.key(args.seed))
+        params = init(
+            config, jax.random.key(args.seed), unigram(args.work / "tokens", config.vocab)
+        )
         state = OPTIMIZER.init(params)
 
     log = (args.work / "train_log.jsonl").open("a")
@@ -152,9 +165,11 @@ def main() -> None:
         began = time.monotonic()
         name = shape(counters["step"], progress)
         batch = next(iterators[name])
-        rate = schedule(counters["step"], progress)
+        rate, held = schedule(counters["step"], progress), progress < HELD_UNTIL
         tokens = jnp.asarray(batch["tokens"])
-        params, state, logged = train_step(params, state, tokens, jnp.float32(rate), config, mesh)
+        params, state, logged = train_step(
+            params, state, tokens, jnp.float32(rate), held, config, mesh
+        )
         losses = np.asarray(logged["nll"])
         for domain, value in zip(batch["domain"], losses, strict=True):
             window[groups[domain]].append(float(value))
@@ -164,7 +179,7 @@ def main() -> None:
         if counters["step"] % 20 == 0:
             row = {k: round(v, 1) for k, v in counters.items()} | {"rate": round(rate, 3)}
             row |= {d: round(float(np.mean(v)), 3) for d, v in window.items() if v}
-            row |= {k: round(float(logged[k]), 4) for k in ("balance", "dropped")}
+            row |= {k: round(float(logged[k]), 4) for k in AVERAGED}
             print(json.dumps(row), file=log, flush=True)
             window = {g: [] for g in groups}
         if counters["seconds"] - last_save > 60 * args.save_every:

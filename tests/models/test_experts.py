@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dance_jax.models import experts_cpu
-from dance_jax.models.experts import Pool, block_rows, expert_ffn, grouped_ffn
+from dance_jax.models.experts import Pool, block_rows, expert_ffn, grouped_ffn, ragged_ffn
 
 D, F = 8, 12
 
@@ -35,14 +35,15 @@ def dense(pool: Pool, x_nd: np.ndarray, slot_nk: np.ndarray, weight_nk: np.ndarr
 
 
 @functools.cache
-def compiled(block: int):
-    return jax.jit(functools.partial(grouped_ffn, block=block))
+def compiled(block: int | None):
+    """The loop over blocks; None: the library's grouped product."""
+    return jax.jit(functools.partial(grouped_ffn, block=block) if block else ragged_ffn)
 
 
 @settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 2**31),
-    block=st.sampled_from([1, 4, 16]),
+    block=st.sampled_from([1, 4, 16, None]),
     absent=st.sampled_from([0.0, 0.5, 1.0]),
     skewed=st.booleans(),
 )
@@ -96,6 +97,8 @@ def test_without_a_compiler_there_is_no_library(tmp_path, monkeypatch, caplog):
 
 def test_a_device_without_slots_adds_nothing(expert_library):
     y_nd = grouped_ffn(make_pool(0), jnp.ones((2, D)), jnp.full((2, 3), -1), jnp.ones((2, 3)), 4)
+    assert y_nd.shape == (2, D) and not y_nd.any()
+    y_nd = ragged_ffn(make_pool(0), jnp.ones((2, D)), jnp.full((2, 3), -1), jnp.ones((2, 3)))
     assert y_nd.shape == (2, D) and not y_nd.any()
     y_nd = expert_ffn(make_pool(0), jnp.ones((2, D)), jnp.full((2, 3), -1), jnp.ones((2, 3)), 0)
     assert y_nd.shape == (2, D) and not y_nd.any()
