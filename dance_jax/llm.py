@@ -100,9 +100,8 @@ class LLM:
         platform = defaults.default_platform() if hosts is not None else _jax_platform()
         cache = pathlib.Path(cache_dir) if cache_dir is not None else default_cache_dir()
         source = pathlib.Path(model) if model is not None else defaults.demo_dir()
-        path = ensure_converted(source, cache / "models", report)
-        checkpoint = Checkpoint.open(path)
-        self.tokenizer: Tokenizer = Tokenizer.load(path)
+        self.tokenizer: Tokenizer = Tokenizer.load(source)
+        checkpoint = Checkpoint.open(ensure_converted(source, cache / "models", report))
         self.config = defaults.engine_config(
             checkpoint.config,
             max_model_len,
@@ -183,6 +182,7 @@ class LLM:
         conversations: Sequence[Any] = [messages] if single else messages
         encoded = []
         for conversation in conversations:
+            _check_conversation(conversation)
             text = self.tokenizer.chat_text(conversation)
             encoded.append((text, self.tokenizer.encode(text, add_special_tokens=False)))
         return self._run(encoded, sampling_params, server, progress)
@@ -380,10 +380,20 @@ def _jax_platform() -> str:
     return jax.default_backend()
 
 
+def _check_conversation(messages: Any) -> None:
+    if isinstance(messages, str) or not isinstance(messages, Sequence) or not messages:
+        raise UserError(f"messages: a list of them is needed; got {messages!r:.80}")
+    for number, message in enumerate(messages):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise UserError(f'messages[{number}]: needs "role", a string; got {message!r:.80}')
+        if not isinstance(message.get("content"), str | list):
+            raise UserError(f'messages[{number}]: needs "content", text; got {message!r:.80}')
+
+
 def _prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[str | list[int]]:
     if isinstance(prompts, str):
         return [prompts]
-    if not isinstance(prompts, Sequence):
+    if not isinstance(prompts, Sequence) or isinstance(prompts, bytes | bytearray):
         raise UserError(f"prompts: text, token ids or a list of them; got {type(prompts).__name__}")
     if prompts and all(_is_token(token) for token in prompts):
         return [[int(token) for token in prompts]]  # type: ignore[arg-type]
@@ -391,7 +401,7 @@ def _prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[str | list[int]]:
     for number, prompt in enumerate(prompts):
         if isinstance(prompt, str):
             result.append(prompt)
-        elif isinstance(prompt, Sequence) and all(_is_token(token) for token in prompt):
+        elif isinstance(prompt, list | tuple) and all(_is_token(token) for token in prompt):
             result.append([int(token) for token in prompt])
         else:
             raise UserError(f"prompts[{number}]: must be text or token ids; got {prompt!r:.80}")
@@ -399,7 +409,10 @@ def _prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[str | list[int]]:
 
 
 def _is_token(value: object) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    """An integer that can cross processes; whether the model knows it is another question."""
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        return False
+    return -(2**63) <= int(value) < 2**63
 
 
 def _one_each(name: str, value: Any, kind: type, count: int) -> list[Any]:

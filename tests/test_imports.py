@@ -1,4 +1,4 @@
-"""Imports point one way: config -> cache -> placement -> models -> engine -> launch -> llm."""
+"""Imports point one way: the order of ORDER."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 import pytest
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "dance_jax"
-ORDER = ("config", "cache", "placement", "models", "engine", "launch", "llm")
+ORDER = ("config", "cache", "files", "placement", "models", "engine", "launch", "llm")
 
 
 def layer(module: str) -> str:

@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import math
 import numbers
+import sys
 from typing import Any, Literal
 
 import msgspec
@@ -19,6 +20,10 @@ from dance_jax.config import UserError
 MAX_LOGPROBS = 20
 #: Most token ids (EOS included) that `SamplingParams.min_tokens` can hold back (compiled too).
 MAX_STOP_IDS = 16
+#: Most tokens, prompt or output, that anything here counts to: numbers go to the device as int32.
+MAX_TOKENS = 2**31 - 1
+#: Most samples of one prompt.
+MAX_SAMPLES = 1024
 #: Temperatures below this are greedy, as in vLLM.
 GREEDY_TEMPERATURE = 1e-5
 
@@ -69,6 +74,13 @@ class SamplingParams(msgspec.Struct, kw_only=True):
         if self.seed == -1:
             self.seed = None
         self.verify()
+        # numpy's numbers, say: only Python's own cross processes.
+        for name in ("n", "top_k", "seed", "max_tokens", "min_tokens", "logprobs"):
+            if (value := getattr(self, name)) is not None:
+                setattr(self, name, int(value))
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+            setattr(self, name, float(getattr(self, name)))
+        self.stop_token_ids = [int(token) for token in self.stop_token_ids]
 
     @property
     def stop_strings(self) -> list[str]:
@@ -87,12 +99,12 @@ class SamplingParams(msgspec.Struct, kw_only=True):
         Raises:
             UserError: a field has a wrong type or value; the message names the field.
         """
-        _integer("n", self.n, 1)
+        _integer("n", self.n, 1, MAX_SAMPLES)
         _number("temperature", self.temperature, 0.0)
         _number("top_p", self.top_p, 0.0, 1.0)
         if self.top_p == 0:
             _reject("top_p", self.top_p, "above 0 and at most 1")
-        _integer("top_k", self.top_k, -1)
+        _integer("top_k", self.top_k, -1, MAX_TOKENS)
         _number("min_p", self.min_p, 0.0, 1.0)
         if self.seed is not None:
             _integer("seed", self.seed, -(2**63), 2**64 - 1)
@@ -100,10 +112,10 @@ class SamplingParams(msgspec.Struct, kw_only=True):
             if not isinstance(text, str) or not text:
                 _reject("stop", text, "a non-empty string, or a list of them")
         for token in _items("stop_token_ids", self.stop_token_ids or [], "a list of token ids"):
-            _integer("stop_token_ids", token, 0)
+            _integer("stop_token_ids", token, 0, MAX_TOKENS)
         if self.max_tokens is not None:
-            _integer("max_tokens", self.max_tokens, 1)
-        _integer("min_tokens", self.min_tokens, 0)
+            _integer("max_tokens", self.max_tokens, 1, MAX_TOKENS)
+        _integer("min_tokens", self.min_tokens, 0, MAX_TOKENS)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             _reject("min_tokens", self.min_tokens, f"at most max_tokens, {self.max_tokens}")
         if self.min_tokens and len(self.stop_token_ids or []) >= MAX_STOP_IDS:
@@ -134,7 +146,8 @@ def _integer(field: str, value: Any, low: int, high: int | None = None) -> None:
 
 def _number(field: str, value: Any, low: float, high: float = math.inf) -> None:
     real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not real or not math.isfinite(value) or not low <= float(value) <= high:
+    # Compared as it is: an integer can be larger than any float.
+    if not real or not low <= value <= min(high, sys.float_info.max):  # pyright: ignore
         span = f"of at least {low:g}" if math.isinf(high) else f"from {low:g} to {high:g}"
         _reject(field, value, f"a finite number {span}")
 

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from dance_jax.cache import default_cache_dir
 from dance_jax.config import UserError
+from dance_jax.engine.sequence import MAX_TOKENS
 from dance_jax.launch.cluster import Cluster, ClusterError
 from dance_jax.launch.defaults import (
     default_platform,
@@ -69,10 +70,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return value
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text[:20]) <= MAX_TOKENS:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 to {MAX_TOKENS}")
+    return int(text)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -116,11 +116,7 @@ def _launch(options: argparse.Namespace, platform: str, console: Console) -> int
             "serving is not there yet: without --prompts this command will serve HTTP later; "
             "give --prompts FILE.jsonl, or --dry-run for the plan alone"
         )
-    for option in ("output", "save_activations"):
-        if (path := getattr(options, option)) is not None:
-            check_writable(path, "--" + option.replace("_", "-"))
-            if prompts is None:
-                raise UserError(f"--{option.replace('_', '-')} needs --prompts")
+    _check_results(options)
     # Here, not above: wrong files are reported before anything slow is imported.
     from dance_jax.models.checkpoint import Checkpoint
     from dance_jax.models.convert import ensure_converted
@@ -132,6 +128,7 @@ def _launch(options: argparse.Namespace, platform: str, console: Console) -> int
         activations = Activations.load(options.activations)
     cache = options.cache_dir or default_cache_dir()
     source = options.model or demo_dir()
+    tokenizer = Tokenizer.load(source)
     with conversion(console) as progress:
         path = ensure_converted(source, cache / "models", progress)
     checkpoint = Checkpoint.open(path)
@@ -146,7 +143,6 @@ def _launch(options: argparse.Namespace, platform: str, console: Console) -> int
     print_plan(console, plan)
     if options.dry_run or prompts is None:
         return 0
-    tokenizer = Tokenizer.load(path)
     cluster = Cluster(
         spec,
         path,
@@ -169,6 +165,33 @@ def _launch(options: argparse.Namespace, platform: str, console: Console) -> int
         result.activations(checkpoint.fingerprint).save(options.save_activations)
     print_summary(console, result)
     return 0
+
+
+def _check_results(options: argparse.Namespace) -> None:
+    """The files to write can be written, and none of them is another file of the run."""
+    others = {
+        "--hosts": options.hosts,
+        "--prompts": options.prompts,
+        "--activations": options.activations,
+    }
+    for option, path in (
+        ("--output", options.output),
+        ("--save-activations", options.save_activations),
+    ):
+        if path is None:
+            continue
+        if options.prompts is None:
+            raise UserError(f"{option} needs --prompts")
+        check_writable(path, option)
+        for other, taken in others.items():
+            if taken is not None and path.resolve() == taken.resolve():
+                raise UserError(f"{option} {path}: is the file of {other}; name another one")
+        others[option] = path
+    if options.log_dir is not None:
+        try:
+            options.log_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--log-dir {options.log_dir}: cannot be made: {error}") from error
 
 
 if __name__ == "__main__":

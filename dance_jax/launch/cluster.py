@@ -169,6 +169,7 @@ class Cluster:
         self._stats: list[Any] = [None] * len(spec.servers)
         self._processes: list[_Process] = []
         self._stopping = threading.Lock()
+        self._stopped_by = ""
         self._private: pathlib.Path | None = None
         self._context: zmq.Context | None = None
         self._socket: zmq.Socket | None = None
@@ -220,14 +221,17 @@ class Cluster:
             ClusterError: a server failed; all are stopped.
         """
         if not self.started:
-            raise RuntimeError("the cluster is not running")
+            why = f": it was stopped by {self._stopped_by}" if self._stopped_by else ""
+            raise RuntimeError(f"the cluster is not running{why}; start a new one")
         batches: list[list[Request]] = [[] for _ in self.spec.servers]
         for rank, request in requests:
             batches[rank].append(request)
+        # All of them first: what cannot be encoded must not leave the servers with half of it.
+        work = [protocol.encode(protocol.Work(batch)) for batch in batches]
         busy = set(range(len(batches)))
         try:
-            for rank, batch in enumerate(batches):
-                self._send(rank, protocol.Work(batch))
+            for rank, encoded in enumerate(work):
+                self._send(rank, encoded)
             while busy:
                 for rank, event in self._events():
                     if isinstance(event, protocol.Done):
@@ -239,7 +243,8 @@ class Cluster:
         except GeneratorExit:
             self._abort(busy)
             raise
-        except BaseException:
+        except BaseException as error:
+            self._stopped_by = str(error).partition("\n")[0] or type(error).__name__
             self.stop()
             raise
 
@@ -328,10 +333,10 @@ class Cluster:
 
     # Talking.
 
-    def _send(self, rank: int, command: protocol.Command) -> None:
+    def _send(self, rank: int, encoded: bytes) -> None:
         assert self._socket is not None
         try:
-            self._socket.send_multipart([b"server-%d" % rank, protocol.encode(command)])
+            self._socket.send_multipart([b"server-%d" % rank, encoded])
         except zmq.ZMQError as error:
             if error.errno != zmq.EHOSTUNREACH:
                 raise
@@ -367,7 +372,7 @@ class Cluster:
         """Ends a batch early; a cluster that does not manage to is stopped."""
         try:
             for rank in range(len(self._processes)):
-                self._send(rank, protocol.Abort())
+                self._send(rank, protocol.encode(protocol.Abort()))
             deadline = time.monotonic() + ABORT_TIMEOUT_S
             while busy and time.monotonic() < deadline:
                 for rank, event in self._events():

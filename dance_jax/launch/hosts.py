@@ -35,7 +35,7 @@ def read_hosts(path: str | os.PathLike[str]) -> ClusterSpec:
         UserError: the file cannot be read, or a line is wrong; the message has file and line.
     """
     try:
-        text = pathlib.Path(path).read_text(encoding="utf-8")
+        text = pathlib.Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: the hosts file cannot be read: {error}") from error
     return parse_hosts(text, str(path))
@@ -96,7 +96,6 @@ def _server(words: list[str], where: str) -> ServerSpec:
             f"{given} given"
         )
     address = values.get("address", name)
-    _check_local(address, "address" in values, where)
     devices = _integer(values.get("devices", "1"), "devices", where)
     if devices < 1:
         raise UserError(f"{where}: devices={devices}: a server has at least one device")
@@ -107,6 +106,7 @@ def _server(words: list[str], where: str) -> ServerSpec:
         experts = _integer(values["experts"], "experts", where)
     if "bandwidth" in values:
         bandwidth = float(_quantity(values["bandwidth"], "bandwidth", _BANDWIDTH_UNITS, where))
+    _check_local(address, "address" in values, where)
     return ServerSpec(name, address, devices, memory, experts, bandwidth)
 
 

@@ -84,7 +84,8 @@ def make_plan(
     """
     layers, experts = len(model.config.moe_layers), model.config.num_experts
     expert_bytes = model.expert_bytes(config.dtype)
-    slots = [server.slots(expert_bytes) for server in spec.servers]
+    # No device can use more slots than there are experts.
+    slots = [min(server.slots(expert_bytes), layers * experts) for server in spec.servers]
     _check_capacity(spec, slots, layers * experts, expert_bytes)
     if activations is None:
         counts, routes = np.ones((len(spec.servers), layers, experts), np.int64), None

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 import pathlib
-import tempfile
+import sys
 from collections.abc import Iterable
 from typing import Any
 
 from dance_jax.config import ClusterSpec, UserError
+from dance_jax.engine.sequence import MAX_TOKENS
+from dance_jax.files import whole_file
 
 KEYS = ("prompt", "server", "max_tokens", "temperature")
 
@@ -45,7 +46,7 @@ def read_prompts(path: str | os.PathLike[str], spec: ClusterSpec, max_tokens: in
             file, line and field.
     """
     try:
-        text = pathlib.Path(path).read_text(encoding="utf-8")
+        text = pathlib.Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: the prompts cannot be read: {error}") from error
     prompts: list[Prompt] = []
@@ -87,6 +88,10 @@ def _fields(line: str, where: str) -> dict[str, Any]:
         fields = json.loads(line, object_pairs_hook=unique)
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: not JSON: {error.msg} at column {error.colno}") from error
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{where}: a number is too long: {error}") from error
     except RecursionError as error:
         raise UserError(f"{where}: not a prompt: nested too deeply") from error
     if not isinstance(fields, dict):
@@ -115,16 +120,17 @@ def _rank(name: Any, spec: ClusterSpec, where: str) -> int:
 
 
 def _max_tokens(value: Any, where: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or not 1 <= value <= MAX_TOKENS:
         raise UserError(
-            f"{where}: max_tokens: a whole number of at least 1 is needed, not {value!r}"
+            f"{where}: max_tokens: a whole number from 1 to {MAX_TOKENS} is needed, not {value!r}"
         )
     return value
 
 
 def _temperature(value: Any, where: str) -> float:
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value < 0:
+    if not number or not 0 <= value <= sys.float_info.max:
         raise UserError(f"{where}: temperature: a number of at least 0 is needed, not {value!r}")
     return float(value)
 
@@ -147,18 +153,6 @@ def check_writable(path: str | os.PathLike[str], option: str) -> None:
 
 def write_results(path: str | os.PathLike[str], results: Iterable[dict[str, Any]]) -> None:
     """Writes one JSON object a line; the file appears whole or not at all."""
-    path = pathlib.Path(path)
-    with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", dir=path.absolute().parent, suffix=".part", delete=False
-    ) as file:
-        try:
-            for result in results:
-                file.write(json.dumps(result, ensure_ascii=False) + "\n")
-            file.close()
-            umask = os.umask(0)
-            os.umask(umask)
-            os.chmod(file.name, 0o666 & ~umask)
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+    with whole_file(path) as file:
+        for result in results:
+            file.write((json.dumps(result, ensure_ascii=False) + "\n").encode())

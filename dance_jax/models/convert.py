@@ -13,7 +13,9 @@ import fcntl
 import os
 import pathlib
 import shutil
+import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -35,6 +37,8 @@ Progress = Callable[[str, int, int], None]
 
 #: Bytes of the arrays of one checkpoint; a larger single tensor has a checkpoint of its own.
 GROUP_BYTES = 128 << 20
+#: Seconds that writers of an interrupted conversion have to notice.
+_REMOVE_TIMEOUT_S = 10.0
 
 
 def convert(
@@ -59,6 +63,8 @@ def convert(
         UserError: the source is wrong, or the destination is something else.
     """
     source, destination = pathlib.Path(source), pathlib.Path(destination).absolute()
+    if os.path.lexists(destination) and not destination.is_dir():
+        raise UserError(f"{destination}: exists and is no directory; choose another one")
     model = HFDirectory(source)
     fingerprint = model.fingerprint()
     try:
@@ -77,14 +83,14 @@ def convert(
                 f"{destination}: exists and is not this model; choose another directory"
             )
         partial = _partial(destination)
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove(partial)
         try:
             _write(model, partial, fingerprint, progress or (lambda text, done, total: None))
             partial.rename(destination)
         except OSError as error:
             raise UserError(f"{destination}: cannot be written: {error}") from error
         finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            _remove(partial)
     return destination
 
 
@@ -230,7 +236,17 @@ def _remove_abandoned(cache_dir: pathlib.Path) -> None:
         name = partial.name.removeprefix(".").removesuffix(".partial")
         with _only_one(cache_dir / name, wait=False) as ours:
             if ours:
-                shutil.rmtree(partial, ignore_errors=True)
+                _remove(partial)
+
+
+def _remove(partial: pathlib.Path) -> None:
+    """Removes what a conversion wrote; orbax's threads may still write after an interruption."""
+    deadline = time.monotonic() + _REMOVE_TIMEOUT_S
+    while partial.exists():
+        shutil.rmtree(partial, ignore_errors=True)
+        if time.monotonic() > deadline:
+            raise UserError(f"{partial}: cannot be removed; delete it")
+        time.sleep(0.05)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -244,6 +260,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("destination", metavar="DST", help="directory to make")
     options = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
 
     from rich import progress as bars
     from rich.console import Console

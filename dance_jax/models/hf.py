@@ -32,6 +32,20 @@ _DERIVED = re.compile(r"\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
 _LISTED = 12
 
 
+def model_directory(directory: str | pathlib.Path) -> pathlib.Path:
+    """The path of a model, which must be a directory.
+
+    Raises:
+        UserError: it is none.
+    """
+    path = pathlib.Path(directory)
+    if not path.is_dir():
+        raise UserError(
+            f"{path}: no such directory; a model is a directory on this machine, download it first"
+        )
+    return path
+
+
 def read_json(path: pathlib.Path, required: bool = True) -> dict[str, Any] | None:
     """A JSON object from a file; None where it is absent and not required.
 
@@ -74,9 +88,7 @@ class HFDirectory:
     """
 
     def __init__(self, directory: str | pathlib.Path):
-        self.path = pathlib.Path(directory)
-        if not self.path.is_dir():
-            raise UserError(f"{self.path}: no such directory")
+        self.path = model_directory(directory)
         self.config = read_config(self.path)
         self.files = _weight_files(self.path)
         self.tensors = self._headers()

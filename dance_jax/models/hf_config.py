@@ -128,6 +128,13 @@ class Fields:
             raise UserError(f"{self.where}: {name} is {value!r}; expected a number")
         return float(value)
 
+    def positive(self, name: str, default: Any = _ABSENT) -> float:
+        """A finite number above 0; `default` where absent or null."""
+        value = self.number(name, default)
+        if value <= 0:
+            raise UserError(f"{self.where}: {name} is {value:g}; expected a number above 0")
+        return value
+
     def integer(self, name: str, default: Any = _ABSENT, minimum: int = 1) -> int:
         """A whole number of at least `minimum`; `default` where absent or null."""
         value = self.raw(name)
@@ -281,7 +288,7 @@ def _deepseek_v2(fields: Fields, eos: tuple[int, ...]) -> ModelConfig:
         raise UserError(f"{fields.where}: n_shared_experts is missing (0 or null: none)")
     return ModelConfig(
         family="deepseek_v2",
-        norm_eps=fields.number("rms_norm_eps", 1e-6),
+        norm_eps=fields.positive("rms_norm_eps", 1e-6),
         dense_width=fields.integer("intermediate_size"),
         expert_width=width,
         shared_width=fields.integer("n_shared_experts", 0, minimum=0) * width,
@@ -322,7 +329,7 @@ def _mixtral(fields: Fields, eos: tuple[int, ...]) -> ModelConfig:
         )
     return ModelConfig(
         family="mixtral",
-        norm_eps=fields.number("rms_norm_eps", 1e-5),
+        norm_eps=fields.positive("rms_norm_eps", 1e-5),
         dense_width=0,
         expert_width=fields.integer("intermediate_size"),
         shared_width=0,
@@ -346,7 +353,7 @@ def _rope(
         _rope_dict(fields, name, dim, interleaved, theta, max_position) for name in spellings
     ]
     if not readings:
-        return RopeConfig(dim, fields.number("rope_theta", theta), interleaved)
+        return RopeConfig(dim, fields.positive("rope_theta", theta), interleaved)
     if len(readings) == 2 and readings[0] != readings[1]:
         raise UserError(f"{fields.where}: rope_parameters and rope_scaling contradict each other")
     return readings[0]
@@ -363,7 +370,8 @@ def _rope_dict(
     kind = kinds.pop()
     if kind not in ("default", "linear", "yarn"):
         raise UserError(f"{where}: rope type is {kind!r}; supported: 'default', 'linear', 'yarn'")
-    thetas = {source.number("rope_theta") for source in (inner, fields) if source.has("rope_theta")}
+    given = [source for source in (inner, fields) if source.has("rope_theta")]
+    thetas = {source.positive("rope_theta") for source in given}
     if len(thetas) > 1:
         raise UserError(f"{where}: rope_theta differs from the one outside it: {sorted(thetas)}")
     theta = thetas.pop() if thetas else theta
@@ -371,7 +379,7 @@ def _rope_dict(
     inner.choice("partial_rotary_factor", 1.0, (1.0,))
     rope = RopeConfig(dim, theta, interleaved, kind=kind)
     if kind == "linear":
-        rope = RopeConfig(dim, theta, interleaved, kind, factor=_factor(inner))
+        rope = RopeConfig(dim, theta, interleaved, kind, factor=inner.positive("factor"))
     elif kind == "yarn":
         rope = _yarn(inner, rope, max_position)
     unknown = sorted(set(inner.values) - inner.seen)
@@ -380,18 +388,11 @@ def _rope_dict(
     return rope
 
 
-def _factor(inner: Fields, default: Any = _ABSENT) -> float:
-    factor = inner.number("factor", default)
-    if factor <= 0:
-        raise UserError(f"{inner.where}: factor is {factor}; expected a number above 0")
-    return factor
-
-
 def _yarn(inner: Fields, rope: RopeConfig, max_position: int) -> RopeConfig:
     """YaRN (arXiv 2309.00071) with DeepSeek's mscale and mscale_all_dim, as transformers does it:
     their ratio scales the rotation where both are given, otherwise the default does."""
     original = inner.integer("original_max_position_embeddings", max_position)
-    factor = _factor(inner, max_position / original)
+    factor = inner.positive("factor", max_position / original)
     mscale, all_dim = inner.number("mscale", 0.0), inner.number("mscale_all_dim", 0.0)
 
     def magnitude(scale: float) -> float:
@@ -425,4 +426,7 @@ def _eos_token_ids(fields: Fields, generation: dict[str, Any] | None) -> tuple[i
     items = value if isinstance(value, list) else [value]
     if any(isinstance(item, bool) or not isinstance(item, int) or item < 0 for item in items):
         raise UserError(f"{where} is {value!r}; expected a token id or a list of token ids")
+    vocab = fields.integer("vocab_size")
+    if max(items, default=0) >= vocab:
+        raise UserError(f"{where} is {value!r}; token ids are below vocab_size, {vocab}")
     return tuple(dict.fromkeys(items))

@@ -99,7 +99,11 @@ def read_header(path: pathlib.Path) -> dict[str, StoredTensor]:
         tensors = {name: _entry(path, 8 + length, item) for name, item in entries.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not a safetensors file, or torn: {error}") from error
-    end = max((tensor.offset + tensor.size for tensor in tensors.values()), default=8 + length)
+    end = 8 + length
+    for name, tensor in sorted(tensors.items(), key=lambda item: item[1].offset):
+        if tensor.offset < end:
+            raise UserError(f"{path}: {name} overlaps the tensor before it; the header is wrong")
+        end = tensor.offset + tensor.size
     if end != size:
         raise UserError(f"{path}: torn: {size} bytes, the header describes {end}")
     return tensors

@@ -16,7 +16,7 @@ import jinja2.sandbox
 import tokenizers
 
 from dance_jax.config import UserError
-from dance_jax.models.hf import read_config, read_json
+from dance_jax.models.hf import model_directory, read_config, read_json
 
 _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token")
 
@@ -35,7 +35,11 @@ class Tokenizer:
         self._backend = backend
         self._settings = settings
         self._where = where
-        self._special = {name: _text(settings[name]) for name in _SPECIAL if settings.get(name)}
+        self._special = {
+            name: _text(settings[name], f"{where}: {name}")
+            for name in _SPECIAL
+            if settings.get(name)
+        }
         self._template = None if template is None else _compile(template, where)
         #: Token ids that end a sequence.
         self.eos_token_ids = tuple(eos_token_ids)
@@ -59,9 +63,9 @@ class Tokenizer:
         Raises:
             UserError: a file is missing or torn, or there are more tokens than the model has.
         """
-        directory = pathlib.Path(directory)
+        directory = model_directory(directory)
         path = directory / "tokenizer.json"
-        if not path.exists():
+        if not path.is_file():
             raise UserError(f"{path}: no such file")
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
@@ -77,7 +81,11 @@ class Tokenizer:
         template_path = directory / "chat_template.jinja"
         where = str(settings_path)
         if template_path.exists():
-            template, where = template_path.read_text(encoding="utf-8"), str(template_path)
+            where = str(template_path)
+            try:
+                template = template_path.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise UserError(f"{where}: cannot be read: {error}") from error
         else:
             template = _default_template(settings.get("chat_template"), where)
         eos = config.eos_token_ids
@@ -98,7 +106,12 @@ class Tokenizer:
 
         With `add_special_tokens` begin and end tokens are added as add_bos_token and add_eos_token
         of tokenizer_config.json say or, where it says nothing, as tokenizer.json does.
+
+        Raises:
+            UserError: the text has half of a surrogate pair, which is no character.
         """
+        if any("\ud800" <= char <= "\udfff" for char in text):
+            raise UserError("prompt: half of a surrogate pair, which is no character")
         explicit = "add_bos_token" in self._settings or "add_eos_token" in self._settings
         own = add_special_tokens and not explicit
         ids = self._backend.encode(text, add_special_tokens=own).ids
@@ -149,8 +162,12 @@ class Tokenizer:
         return self.encode(text, add_special_tokens=False)
 
 
-def _text(token: str | dict[str, Any]) -> str:
-    return token["content"] if isinstance(token, dict) else token
+def _text(token: Any, where: str) -> str:
+    """A special token, given as text or as {"content": text}."""
+    text = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(text, str):
+        raise UserError(f"{where} is {token!r}; expected text")
+    return text
 
 
 def _default_template(value: Any, where: str) -> str | None:

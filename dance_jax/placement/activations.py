@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from dance_jax.config import UserError
+from dance_jax.files import whole_file
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -79,10 +80,8 @@ class Activations:
             "model": np.array(self.model, dtype=np.str_),
         }
         arrays |= {f"routes_{n}": route for n, route in enumerate(self.routes)}
-        temporary = f"{os.fspath(path)}.part"
-        with open(temporary, "wb") as file:
+        with whole_file(path) as file:
             np.savez_compressed(file, allow_pickle=False, **arrays)
-        os.replace(temporary, path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Activations:
@@ -94,7 +93,8 @@ class Activations:
         try:
             with np.load(path, allow_pickle=False) as file:
                 arrays = {key: file[key] for key in file.files}
-        except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+        # TypeError: a plain .npy is no archive
+        except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:
             raise UserError(f"{path}: not a readable npz file of activations ({error})") from error
         missing = {"servers", "counts", "model"} - arrays.keys()
         if missing:

@@ -14,6 +14,7 @@ import numpy as np
 from jax import lax
 
 from dance_jax.config import UserError
+from dance_jax.files import whole_file
 from dance_jax.placement.metrics import Traffic, holders_mask, measure
 from dance_jax.placement.visit import MAX_SERVERS
 
@@ -129,10 +130,8 @@ class Placement:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes an npz file with `resident`."""
-        temporary = f"{os.fspath(path)}.part"
-        with open(temporary, "wb") as file:
+        with whole_file(path) as file:
             np.savez_compressed(file, allow_pickle=False, resident=self.resident)
-        os.replace(temporary, path)
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> Placement:

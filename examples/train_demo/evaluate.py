@@ -18,9 +18,10 @@ from flax import nnx
 from tokenizer import BOS, DOMAINS, documents
 from tokenizers import Tokenizer
 
+from dance_jax.models import experts_cpu
 from dance_jax.models.checkpoint import Checkpoint
 from dance_jax.models.convert import convert
-from dance_jax.models.experts import Pool, block_rows, grouped_ffn
+from dance_jax.models.experts import Pool, expert_ffn
 from dance_jax.placement import place
 
 # three unequal servers: share of all routed experts each can hold, and the domain of its users
@@ -49,7 +50,7 @@ def window_runner(checkpoint: Checkpoint) -> RunWindow:
 
         def moe(layer, x, expert, weight):
             slot = layer * c.num_experts + expert
-            return grouped_ffn(pool, x, slot, weight, block_rows(slot.size, c.num_experts)), expert
+            return expert_ffn(pool, x, slot, weight, c.num_experts), expert
 
         hidden, _, choice = model(tokens, jnp.zeros(1, jnp.int32), nothing, moe)
         logits = model.logits(hidden[0, :-1])
@@ -119,6 +120,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as converted:
+        experts_cpu.load(Path(converted))
         checkpoint = Checkpoint.open(convert(args.model, Path(converted) / "model"))
         run = window_runner(checkpoint)
     tokenizer = Tokenizer.from_file(str(args.model / "tokenizer.json"))

@@ -38,11 +38,31 @@ def test_defaults_are_vllms():
     assert SamplingParams(seed=-1).seed is None
 
 
+def test_numbers_of_numpy_cross_processes():
+    given = {
+        "n": np.int64(2),
+        "seed": np.int64(2),
+        "top_p": np.float32(0.5),
+        "logprobs": np.int8(3),
+    }
+    params = SamplingParams(**given, stop_token_ids=list(np.arange(3)))
+    again = msgspec.msgpack.decode(msgspec.msgpack.encode(params), type=SamplingParams)
+    assert (
+        again
+        == params
+        == SamplingParams(n=2, seed=2, top_p=0.5, logprobs=3, stop_token_ids=[0, 1, 2])
+    )
+
+
 @pytest.mark.parametrize(
     "field, value",
     [
         ("n", 0),
         ("n", 1.5),
+        ("n", 10**9),
+        ("temperature", 10**400),
+        ("max_tokens", 2**31),
+        ("stop_token_ids", [2**70]),
         ("n", True),
         ("temperature", -0.1),
         ("temperature", float("nan")),

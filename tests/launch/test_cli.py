@@ -75,6 +75,7 @@ def test_bad_files_are_named(run, files: pathlib.Path) -> None:
     (files / "bad-hosts").write_text("alpha address=localhost experts=3 devises=2\n")
     (files / "bad.jsonl").write_text('{"prompt": "x"}\n{"prompt": "x", "server": "delta"}\n')
     (files / "empty").mkdir(exist_ok=True)
+    np.save(files / "plain.npy", np.ones(3))
     cases = [
         (run("--dry-run", hosts="bad-hosts"), f"{files / 'bad-hosts'}:1: unknown key 'devises'"),
         (run("--dry-run", hosts="none"), f"{files / 'none'}: "),
@@ -90,6 +91,12 @@ def test_bad_files_are_named(run, files: pathlib.Path) -> None:
             f"there is no folder {files / 'no'}",
         ),
         (run("--dry-run", "--max-model-len", "300"), "256"),
+        (run("--dry-run", "--log-dir", files / "hosts.txt"), "--log-dir"),
+        (
+            run("--prompts", files / "prompts.jsonl", "--output", files / "prompts.jsonl"),
+            "is the file of --prompts",
+        ),
+        (run("--dry-run", "--activations", files / "plain.npy"), f"{files / 'plain.npy'}: "),
     ]
     for (code, _, err), words in cases:
         assert code == 2, (err, words)
@@ -102,6 +109,14 @@ def test_torn_weights_are_named(run, files: pathlib.Path) -> None:
     weights.write_bytes(weights.read_bytes()[:-100])
     code, _, err = run("--dry-run", model="torn")
     assert code == 2 and str(weights) in err
+
+
+def test_a_torn_tokenizer_is_named_before_anything_is_converted(run, files: pathlib.Path) -> None:
+    torn = write_model(files / "torn-tokenizer", seed=8)
+    (torn / "tokenizer.json").write_text("{")
+    code, out, err = run("--dry-run", model="torn-tokenizer")
+    assert code == 2 and str(torn / "tokenizer.json") in err
+    assert "on first use" not in out
 
 
 def test_too_little_memory(run, files: pathlib.Path) -> None:
@@ -117,7 +132,10 @@ def test_activations_of_another_model(run, files: pathlib.Path) -> None:
     assert code == 2 and "another model" in err
 
 
-@pytest.mark.parametrize("options", [["--max-tokens", "0"], ["--dtype", "int4"], ["--colour", "x"]])
+@pytest.mark.parametrize(
+    "options",
+    [["--max-tokens", "0"], ["--max-tokens", "9" * 30], ["--dtype", "int4"], ["--colour", "x"]],
+)
 def test_wrong_options(run, options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         run(*options)

@@ -59,6 +59,12 @@ def test_slots_are_what_memory_holds() -> None:
     assert [server.slots for server in half.servers] == [14, 22, 10]
 
 
+def test_no_device_has_more_slots_than_there_are_experts() -> None:
+    spec = parse_hosts("alpha address=localhost memory=9999999TiB")
+    plan = make_plan(spec, MODEL, CONFIG)
+    assert plan.layout.slots_per_device == (LAYERS * EXPERTS,)
+
+
 def test_every_expert_has_a_slot() -> None:
     plan = make_plan(SPEC, MODEL, CONFIG, "uniform")
     plan.placement.validate([14, 11, 20])

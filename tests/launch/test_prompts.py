@@ -56,6 +56,9 @@ def test_defaults_and_turns(tmp_path: pathlib.Path) -> None:
         ('{"prompt": "x", "temperature": -1}', "temperature: "),
         ('{"prompt": "x", "temperature": NaN}', "temperature: "),
         ('{"prompt": "x", "temperature": "0"}', "temperature: "),
+        ('{"prompt": "x", "max_tokens": 2147483648}', "max_tokens: "),
+        (f'{{"prompt": "x", "temperature": {"9" * 400}}}', "temperature: "),
+        (f'{{"prompt": "x", "temperature": {"9" * 5000}}}', "too long"),
         ("[" * 100_000, "nested"),
     ],
 )

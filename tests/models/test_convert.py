@@ -168,6 +168,15 @@ def test_an_interrupted_conversion_leaves_nothing(source, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_stands_in_the_way_is_named(source, tmp_path):
+    (tmp_path / "file").write_text("kept")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for name in ("file", "link"):
+        with pytest.raises(UserError, match=name):
+            convert(source, tmp_path / name)
+    assert (tmp_path / "file").read_text() == "kept"
+
+
 def test_a_killed_conversion_is_not_taken_for_a_whole_one(source, tmp_path):
     code = """
         import os, signal, sys

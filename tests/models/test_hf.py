@@ -111,6 +111,22 @@ def test_torn_weights_name_the_file(source, keep):
         HFDirectory(source)
 
 
+def test_tensors_that_overlap(source):
+    path = source / "model.safetensors"
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    first, second = sorted(
+        (name for name in header if name.endswith("layernorm.weight")),
+        key=lambda name: header[name]["data_offsets"],
+    )[:2]
+    header[second]["data_offsets"] = header[first]["data_offsets"]
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+    with pytest.raises(UserError, match=r"model\.safetensors: .* overlaps"):
+        HFDirectory(source)
+
+
 def test_files_that_are_no_safetensors(source):
     path = source / "model.safetensors"
     path.write_bytes((20).to_bytes(8, "little") + b"x" * 100)

@@ -42,6 +42,21 @@ def with_begin_token(directory):
     path.write_text(json.dumps(content))
 
 
+def test_files_that_are_no_tokenizer(directory):
+    (directory / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(UserError, match=r"chat_template\.jinja"):
+        Tokenizer.load(directory)
+    (directory / "chat_template.jinja").unlink()
+    with pytest.raises(UserError, match="bos_token is 5"):
+        settings(directory, bos_token=5)
+    (directory / "tokenizer.json").unlink()
+    (directory / "tokenizer.json").mkdir()
+    with pytest.raises(UserError, match=r"tokenizer\.json: no such file"):
+        Tokenizer.load(directory)
+    with pytest.raises(UserError, match="nowhere: no such directory"):
+        Tokenizer.load(directory / "nowhere")
+
+
 def test_round_trip(directory):
     tokenizer = Tokenizer.load(directory)
     text = "héllo ☃\n  x"
