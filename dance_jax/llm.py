@@ -276,11 +276,11 @@ class _InProcess:
     ) -> None:
         from dance_jax.engine.compile_cache import CompileCache
         from dance_jax.engine.engine import Engine
-        from dance_jax.models import experts_cpu
+        from dance_jax.models import kernels_cpu
 
         compiled = private_directory(cache_dir / "compiled")
         if compiled is not None:
-            experts_cpu.load(compiled)
+            kernels_cpu.load(compiled)
         # The seed is data, not code.
         scope = (checkpoint.fingerprint, "one server", dataclasses.replace(config, seed=0))
         cache = CompileCache(compiled, scope)

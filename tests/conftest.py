@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from dance_jax.models import experts_cpu
+from dance_jax.models import kernels_cpu
 from tests.cluster.fixture import TestCluster
 
 # A shell's background job ignores Ctrl-C, and so would every process that the tests start.
@@ -23,9 +23,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 @pytest.fixture(scope="session")
 def expert_library(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path | None:
     """The experts in C++, registered in this process from here on; None without a compiler."""
-    library = experts_cpu.build(tmp_path_factory.mktemp("library"))
+    library = kernels_cpu.build(tmp_path_factory.mktemp("library"))
     assert (library is None) == (shutil.which(os.environ.get("CXX", "c++")) is None)
-    experts_cpu.register(library)
+    kernels_cpu.register(library)
     return library
 
 

@@ -14,6 +14,7 @@ from flax import nnx
 from dance_jax import LLM, RequestOutput, SamplingParams
 from dance_jax.config import UserError
 from dance_jax.engine.output import OutputCollector
+from dance_jax.models.attention import Cached
 from dance_jax.models.checkpoint import Checkpoint
 from dance_jax.models.convert import ensure_converted
 from dance_jax.models.random_weights import write_random_checkpoint
@@ -164,7 +165,7 @@ def test_logprobs_equal_the_plain_model(llm, model, cache_dir):
         return jnp.einsum("tkd,tk->td", chosen_tkd, weight_tk), None
 
     graph, state = nnx.split(checkpoint.trunk("float32"))
-    cached = [np.zeros((1, 1, checkpoint.config.cache_width), np.float32)] * 2
+    cached = [Cached(jnp.zeros((1, 1, checkpoint.config.cache_width)))] * 2
 
     @jax.jit
     def plain(state, tokens):

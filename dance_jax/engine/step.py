@@ -14,6 +14,7 @@ from dance_jax.config import EngineConfig
 from dance_jax.engine.kv_cache import Leaf, Memory, write
 from dance_jax.engine.sampling import SamplingState, mark_seen, sample, sampling_state
 from dance_jax.engine.scheduler import Row
+from dance_jax.models.attention import Cached
 from dance_jax.models.exchange import Exchange, Tables
 from dance_jax.models.experts import Pool
 from dance_jax.models.topology import Topology
@@ -157,9 +158,9 @@ def run_step(
         y_td, exchanged = exchange(layer, x_td, expert_tk, weight_tk, valid_t, memory.credit[layer])
         return y_td, (expert_tk, exchanged)
 
-    # In a full decode row i is slot i: the cache is read where it lies.
+    # In a full decode row i is slot i.
     whole = chunk == 1 and rows == config.max_num_seqs
-    cached = memory.cache if whole else tuple(layer[batch.slot] for layer in memory.cache)
+    cached = [Cached(layer, None if whole else batch.slot) for layer in memory.cache]
     hidden_rcd, fresh, (route_ltk, exchanged) = model(batch.token, batch.start, cached, moe)
     last_rd = jnp.take_along_axis(
         hidden_rcd, jnp.maximum(batch.length - 1, 0)[:, None, None], axis=1

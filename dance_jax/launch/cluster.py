@@ -30,7 +30,7 @@ from dance_jax.config import ClusterSpec, EngineConfig, UserError
 from dance_jax.engine.sequence import OutputDelta, Request
 from dance_jax.launch import cores, protocol
 from dance_jax.launch.plan import save_layout
-from dance_jax.models import experts_cpu
+from dance_jax.models import kernels_cpu
 from dance_jax.placement.core import Layout
 
 #: Called with (server's name, stage, parts done, parts in all or 0).
@@ -288,7 +288,7 @@ class Cluster:
             process = _Process(server.name, logs / f"{server.name}.log", environment)
             self._processes.append(process)
         compile_dir = self.cache_dir and private_directory(self.cache_dir / "compiled")
-        library = experts_cpu.build(compile_dir or private) if self.platform == "cpu" else None
+        library = kernels_cpu.build(compile_dir or private) if self.platform == "cpu" else None
         for rank, process in enumerate(self._processes):
             setup = protocol.Setup(
                 spec=self.spec,

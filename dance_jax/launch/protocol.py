@@ -38,7 +38,7 @@ class Setup(msgspec.Struct, kw_only=True):
     cores: list[int]
     #: Where compiled steps are kept; None: nowhere.
     compile_dir: str | None
-    #: The C++ expert FFN (models/experts_cpu.py); None: the experts are computed by XLA.
+    #: The C++ expert FFN (models/kernels_cpu.py); None: the experts are computed by XLA.
     expert_library: str | None
     #: The launch's private directory, removed by the workers if the parent is killed.
     private_dir: str

@@ -126,11 +126,11 @@ def _start(setup: Setup, channel: Channel) -> Engine:
     from dance_jax.engine.compile_cache import CompileCache
     from dance_jax.engine.engine import Engine
     from dance_jax.launch.plan import load_layout
-    from dance_jax.models import experts_cpu
+    from dance_jax.models import kernels_cpu
     from dance_jax.models.checkpoint import Checkpoint
     from dance_jax.models.tokenizer import Tokenizer
 
-    experts_cpu.register(setup.expert_library)
+    kernels_cpu.register(setup.expert_library)
     checkpoint = Checkpoint.open(setup.checkpoint)
     layout = load_layout(setup.layout)
     # The seed only reaches the step as an argument.

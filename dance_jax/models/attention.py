@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +24,28 @@ Rotation = tuple[jax.Array, jax.Array]
 Split = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
 
 
+class Cached(NamedTuple):
+    """What earlier steps left of the rows, in one layer; it is read where it lies."""
+
+    #: [slots, positions, w]
+    entries: jax.Array
+    #: int32 [rows], the slot of each row; None: row r is slot r.
+    slot: jax.Array | None = None
+
+    def block(self, begin: jax.Array, size: int) -> jax.Array:
+        """[rows, size, w]: the entries of every row from position `begin` on."""
+        if self.slot is None:
+            return jax.lax.dynamic_slice_in_dim(self.entries, begin, size, axis=1)
+        shape = (1, size, self.entries.shape[2])
+        starts = [(slot, begin, jnp.int32(0)) for slot in self.slot]
+        return jnp.concatenate(
+            [jax.lax.dynamic_slice(self.entries, start, shape) for start in starts]
+        )
+
+
 def attend(
     query_rcgqk: jax.Array,
-    cached_rmw: jax.Array,
+    cached: Cached,
     fresh_rcw: jax.Array,
     start_r: jax.Array,
     split: Split,
@@ -40,7 +60,7 @@ def attend(
 
     Args:
         query_rcgqk: [rows, chunk, key heads, queries per key head, key width].
-        cached_rmw: [rows, positions, width]; position j of row r counts if j < start_r[r].
+        cached: position j of row r counts if j < start_r[r].
         fresh_rcw: [rows, chunk, width] entries of the chunk itself, at start_r[r] + 0..c-1.
         start_r: int32 [rows].
         split: cuts entries into keys [r, j, g, k] and values [r, j, g, v].
@@ -51,7 +71,7 @@ def attend(
     Returns:
         float32 [rows, chunk, key heads, queries per key head, value width].
     """
-    chunk, length = query_rcgqk.shape[1], cached_rmw.shape[1]
+    chunk, length = query_rcgqk.shape[1], cached.entries.shape[1]
     block = min(block, length)
     offset_c = jnp.arange(chunk)
 
@@ -75,7 +95,7 @@ def attend(
         top, total, sums = state
         # the last block may reach back over positions already visited: they are masked
         begin = jnp.minimum(index * block, length - block)
-        keys, values = split(jax.lax.dynamic_slice_in_dim(cached_rmw, begin, block, axis=1))
+        keys, values = split(cached.block(begin, block))
         position_j = begin + jnp.arange(block)
         seen = (position_j[None] < start_r[:, None]) & (position_j >= index * block)[None]
         seen = seen[:, None, :]
@@ -132,7 +152,7 @@ class LatentAttentionLayer(nnx.Module):
         self.out = Linear(heads * shape.v_head_dim, d, dtype)
 
     def __call__(
-        self, hidden_rcd: jax.Array, rotation: Rotation, start_r: jax.Array, cached_rmw: jax.Array
+        self, hidden_rcd: jax.Array, rotation: Rotation, start_r: jax.Array, cached: Cached
     ) -> tuple[jax.Array, jax.Array]:
         """Returns the attention's output [r, c, d] and the chunk's entries [r, c, w]."""
         shape, dtype = self.shape, hidden_rcd.dtype
@@ -156,7 +176,7 @@ class LatentAttentionLayer(nnx.Module):
 
         mixed = attend(
             jnp.concatenate([absorbed, turned], axis=-1)[:, :, None],
-            cached_rmw,
+            cached,
             fresh,
             start_r,
             split,
@@ -182,7 +202,7 @@ class GroupedAttentionLayer(nnx.Module):
         self.out = Linear(shape.num_heads * shape.head_dim, d, dtype)
 
     def __call__(
-        self, hidden_rcd: jax.Array, rotation: Rotation, start_r: jax.Array, cached_rmw: jax.Array
+        self, hidden_rcd: jax.Array, rotation: Rotation, start_r: jax.Array, cached: Cached
     ) -> tuple[jax.Array, jax.Array]:
         """Returns the attention's output [r, c, d] and the chunk's entries [r, c, w]."""
         shape = self.shape
@@ -200,7 +220,7 @@ class GroupedAttentionLayer(nnx.Module):
 
         mixed = attend(
             query.reshape(rows, chunk, groups, -1, width),
-            cached_rmw,
+            cached,
             fresh,
             start_r,
             split,

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dance_jax.models.attention import LatentAttentionLayer, Rotation
+from dance_jax.models.attention import Cached, LatentAttentionLayer, Rotation
 from dance_jax.models.config import LatentAttention, ModelConfig
-from dance_jax.models.layers import GatedMLP, RMSNorm, Routed, Trunk, parameter
+from dance_jax.models.layers import GatedMLP, RMSNorm, Routed, Trunk, matmul, parameter
 from dance_jax.models.router import choose_experts
 from dance_jax.models.tensors import (
     Target,
@@ -42,19 +42,17 @@ class DeepseekV2Layer(nnx.Module):
         hidden_rcd: jax.Array,
         rotation: Rotation,
         start_r: jax.Array,
-        cached_rmw: jax.Array,
+        cached: Cached,
     ) -> tuple[jax.Array, Routed | None, jax.Array]:
         """See `layers.Layer`."""
-        mixed, fresh = self.attention(
-            self.attention_norm(hidden_rcd), rotation, start_r, cached_rmw
-        )
+        mixed, fresh = self.attention(self.attention_norm(hidden_rcd), rotation, start_r, cached)
         hidden_rcd = hidden_rcd + mixed
         x_td = self.mlp_norm(hidden_rcd).reshape(-1, hidden_rcd.shape[-1])
         residual_rcd = hidden_rcd.astype(jnp.float32)
         if not self.routed:
             residual_rcd += self.mlp(x_td).reshape(hidden_rcd.shape)
             return residual_rcd.astype(hidden_rcd.dtype), None, fresh
-        logits = jnp.matmul(x_td.astype(jnp.float32), self.router[...])
+        logits = matmul(x_td.astype(jnp.float32), self.router[...])
         if self.shared is not None:
             residual_rcd += self.shared(x_td).reshape(hidden_rcd.shape)
         routed = Routed(x_td, *choose_experts(self.router_config, logits))

@@ -1,6 +1,6 @@
 """The expert pool of one device, and the grouped expert FFN over it.
 
-`expert_ffn` is what the engine calls. Its forms: C++ on CPUs (experts_cpu.py), a loop over blocks
+`expert_ffn` is what the engine calls. Its forms: C++ on CPUs (kernels_cpu.py), a loop over blocks
 on CPUs without a compiler, the library's grouped product elsewhere.
 """
 
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from dance_jax.models import experts_cpu
+from dance_jax.models import kernels_cpu
 
 
 class Pool(NamedTuple):
@@ -38,8 +38,8 @@ def expert_ffn(pool: Pool, x_nd: Array, slot_nk: Array, weight_nk: Array, expert
     Returns:
         float32 [n, d].
     """
-    if experts_cpu.usable():
-        return experts_cpu.grouped_ffn(*pool, x_nd, slot_nk, weight_nk)
+    if kernels_cpu.usable():
+        return kernels_cpu.grouped_ffn(*pool, x_nd, slot_nk, weight_nk)
     if jax.default_backend() != "cpu":
         return ragged_ffn(pool, x_nd, slot_nk, weight_nk)
     return grouped_ffn(pool, x_nd, slot_nk, weight_nk, block_rows(slot_nk.size, experts))

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from dance_jax.models import kernels_cpu
 from dance_jax.models.config import ModelConfig
 from dance_jax.models.rope import rotation
 
@@ -43,6 +44,14 @@ def contract(spec: str, left: jax.Array, right: jax.Array) -> jax.Array:
     return jnp.einsum(spec, left, right, preferred_element_type=jnp.float32)
 
 
+def matmul(values: jax.Array, weight_io: jax.Array) -> jax.Array:
+    """values [..., i] @ weight for operands of equal dtype, summed in float32: [..., o]."""
+    if not kernels_cpu.usable():
+        return contract("...i,io->...o", values, weight_io)
+    rows = values.reshape(-1, values.shape[-1])
+    return kernels_cpu.linear(rows, weight_io).reshape(*values.shape[:-1], -1)
+
+
 class Linear(nnx.Module):
     """Projection without bias; weight [in, out]. The sum is float32, the result in `dtype`."""
 
@@ -50,7 +59,7 @@ class Linear(nnx.Module):
         self.weight = parameter((d_in, d_out), dtype)
 
     def __call__(self, values: jax.Array) -> jax.Array:
-        return contract("...i,io->...o", values, self.weight[...]).astype(values.dtype)
+        return matmul(values, self.weight[...]).astype(values.dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -75,8 +84,12 @@ class GatedMLP(nnx.Module):
         self.down = Linear(width, d, dtype)
 
     def __call__(self, values: jax.Array) -> jax.Array:
+        if kernels_cpu.usable():
+            rows = values.reshape(-1, values.shape[-1])
+            weights = (part.weight[...] for part in (self.gate, self.up, self.down))
+            return kernels_cpu.gated_mlp(*weights, rows).reshape(values.shape)
         inner = jax.nn.silu(self.gate(values)) * self.up(values)
-        return contract("...i,io->...o", inner, self.down.weight[...])
+        return matmul(inner, self.down.weight[...])
 
 
 class Layer(Protocol):
@@ -91,7 +104,7 @@ class Layer(Protocol):
         hidden_rcd: jax.Array,
         rotation: tuple[jax.Array, jax.Array],
         start_r: jax.Array,
-        cached_rmw: jax.Array,
+        cached: Any,
     ) -> tuple[jax.Array, Routed | None, jax.Array]: ...
 
 
@@ -110,7 +123,7 @@ class Trunk(nnx.Module):
         self,
         tokens_rc: jax.Array,
         start_r: jax.Array,
-        cached: Sequence[jax.Array],
+        cached: Sequence[Any],
         moe: MoE,
     ) -> tuple[jax.Array, tuple[jax.Array, ...], Any]:
         """Runs a chunk of each row.
@@ -121,8 +134,8 @@ class Trunk(nnx.Module):
         Args:
             tokens_rc: int32 [rows, chunk]; row r stands at positions start_r[r] + 0..chunk-1.
             start_r: int32 [rows], positions of each row that are cached.
-            cached: per layer [rows, positions, cache_width]; position j of row r counts if
-                j < start_r[r]. It is read, never written.
+            cached: per layer an `attention.Cached`; position j of row r counts if j < start_r[r].
+                It is read, never written.
             moe: the routed experts.
 
         Returns:

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dance_jax.models.attention import GroupedAttentionLayer, Rotation
+from dance_jax.models.attention import Cached, GroupedAttentionLayer, Rotation
 from dance_jax.models.config import GroupedAttention, ModelConfig
-from dance_jax.models.layers import RMSNorm, Routed, Trunk, parameter
+from dance_jax.models.layers import RMSNorm, Routed, Trunk, matmul, parameter
 from dance_jax.models.router import choose_experts
 from dance_jax.models.tensors import TensorRule, expert_rules, outer_rules, same, transposed
 
@@ -29,15 +29,13 @@ class MixtralLayer(nnx.Module):
         hidden_rcd: jax.Array,
         rotation: Rotation,
         start_r: jax.Array,
-        cached_rmw: jax.Array,
+        cached: Cached,
     ) -> tuple[jax.Array, Routed | None, jax.Array]:
         """See `layers.Layer`."""
-        mixed, fresh = self.attention(
-            self.attention_norm(hidden_rcd), rotation, start_r, cached_rmw
-        )
+        mixed, fresh = self.attention(self.attention_norm(hidden_rcd), rotation, start_r, cached)
         hidden_rcd = hidden_rcd + mixed
         x_td = self.mlp_norm(hidden_rcd).reshape(-1, hidden_rcd.shape[-1])
-        logits = jnp.matmul(x_td.astype(jnp.float32), self.router[...])
+        logits = matmul(x_td.astype(jnp.float32), self.router[...])
         routed = Routed(x_td, *choose_experts(self.router_config, logits))
         return hidden_rcd.astype(jnp.float32), routed, fresh
 

@@ -18,7 +18,8 @@ from flax import nnx
 from tokenizer import BOS, DOMAINS, documents
 from tokenizers import Tokenizer
 
-from dance_jax.models import experts_cpu
+from dance_jax.models import kernels_cpu
+from dance_jax.models.attention import Cached
 from dance_jax.models.checkpoint import Checkpoint
 from dance_jax.models.convert import convert
 from dance_jax.models.experts import Pool, expert_ffn
@@ -42,7 +43,7 @@ def window_runner(checkpoint: Checkpoint) -> RunWindow:
     pairs = [(layer, e) for layer in range(len(c.moe_layers)) for e in range(c.num_experts)]
     pool = Pool(*map(jnp.asarray, checkpoint.experts(pairs, "float32")))
     graph, state = nnx.split(checkpoint.trunk("float32"))
-    nothing = [jnp.zeros((1, 1, c.cache_width))] * c.num_layers
+    nothing = [Cached(jnp.zeros((1, 1, c.cache_width)))] * c.num_layers
 
     @jax.jit
     def run(state, pool, tokens):
@@ -120,7 +121,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as converted:
-        experts_cpu.load(Path(converted))
+        kernels_cpu.load(Path(converted))
         checkpoint = Checkpoint.open(convert(args.model, Path(converted) / "model"))
         run = window_runner(checkpoint)
     tokenizer = Tokenizer.from_file(str(args.model / "tokenizer.json"))

@@ -28,11 +28,11 @@ jax.config.update("jax_enable_preemption_service", False)
 jax.distributed.initialize(f"127.0.0.1:{PORT}", len(DEVICES), RANK)
 
 from dance_jax.engine.runner import Runner, cluster_mesh  # noqa: E402
-from dance_jax.models import experts_cpu  # noqa: E402
+from dance_jax.models import kernels_cpu  # noqa: E402
 from dance_jax.models.topology import AXIS  # noqa: E402
 from tests.cluster import tiny  # noqa: E402
 
-experts_cpu.register(sys.argv[4] or None)
+kernels_cpu.register(sys.argv[4] or None)
 mesh = cluster_mesh(DEVICES)
 everyone = jax.shard_map(
     lambda: jax.lax.psum(jnp.ones(()), AXIS), mesh=mesh, in_specs=(), out_specs=PartitionSpec()

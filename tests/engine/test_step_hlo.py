@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from dance_jax.engine.runner import Runner
-from dance_jax.models import experts_cpu
+from dance_jax.models import kernels_cpu
 from dance_jax.placement.core import Placement, spread
 from tests.cluster import tiny
 
@@ -21,7 +21,7 @@ def alone(request: pytest.FixtureRequest, expert_library: pathlib.Path | None) -
     """Every expert on one device."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "experts in JAX":
-            patch.setattr(experts_cpu, "usable", lambda: False)
+            patch.setattr(kernels_cpu, "usable", lambda: False)
         yield _alone()
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from dance_jax.models.attention import Cached
 from tests.tiny_models import DEEPSEEK, MIXTRAL
 
 #: Tiny models run for milliseconds and would compile for seconds.
@@ -74,7 +75,8 @@ class Runner:
         """Logits [r, c, v] of a chunk; its entries are kept."""
         tokens = np.asarray(tokens_rc, np.int32)
         start = np.asarray(start_r, np.int32)
-        logits, fresh = self.step(self.state, tokens, start, [jnp.asarray(c) for c in self.cached])
+        cached = [Cached(jnp.asarray(entries)) for entries in self.cached]
+        logits, fresh = self.step(self.state, tokens, start, cached)
         for kept, new in zip(self.cached, fresh, strict=True):
             for row, first in enumerate(start):
                 kept[row, first : first + tokens.shape[1]] = new[row]

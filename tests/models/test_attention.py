@@ -1,10 +1,11 @@
 """Blocked attention against a plain softmax over everything a token sees."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dance_jax.models.attention import attend
+from dance_jax.models.attention import Cached, attend
 
 
 def oracle(query, cached, fresh, start, scale, window):
@@ -21,11 +22,16 @@ def oracle(query, cached, fresh, start, scale, window):
 
 @pytest.mark.parametrize("window", [None, 1, 5, 17])
 @pytest.mark.parametrize("chunk", [1, 7])
-def test_attend(chunk, window):
+@pytest.mark.parametrize("slot", [None, (2, 0, 4, 1)])
+def test_attend(chunk, window, slot):
     rng = np.random.default_rng(0)
     # 37 positions in blocks of 8: the last block overlaps the one before
     query = rng.standard_normal((4, chunk, 1, 3, 6)).astype(np.float32)
-    cached = rng.standard_normal((4, 37, 10)).astype(np.float32)
+    entries = rng.standard_normal((5, 37, 10)).astype(np.float32)
+    if slot is None:
+        entries = entries[:4]
+    where = Cached(jnp.asarray(entries), None if slot is None else jnp.array(slot))
+    cached = entries if slot is None else entries[list(slot)]
     fresh = rng.standard_normal((4, chunk, 10)).astype(np.float32)
     starts = [[0, 1, 20, 37], [0, 0, 0, 0], [8, 16, 35, 0], [36, 36, 36, 36]]
 
@@ -33,7 +39,7 @@ def test_attend(chunk, window):
     def run(start):
         return attend(
             query,
-            cached,
+            where,
             fresh,
             start,
             lambda entries: (entries[:, :, None, :6], entries[:, :, None, -4:]),
@@ -54,7 +60,7 @@ def test_the_loop_follows_the_sequences_not_the_cache():
         one = np.ones((1, 1, 1, 1, 6), np.float32)
         fresh = np.ones((1, 1, 6), np.float32)
         split = lambda entries: (entries[:, :, None], entries[:, :, None])  # noqa: E731
-        return attend(one, cached, fresh, start, split, 1.0)
+        return attend(one, Cached(cached), fresh, start, split, 1.0)
 
     cached = np.zeros((1, 128 * 1000, 6), np.float32)
     text = jax.jit(run).lower(np.zeros(1, np.int32), cached).as_text()

@@ -10,8 +10,9 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dance_jax.models import experts_cpu
+from dance_jax.models import kernels_cpu
 from dance_jax.models.experts import Pool, block_rows, expert_ffn, grouped_ffn, ragged_ffn
+from dance_jax.models.layers import GatedMLP, matmul
 
 D, F = 8, 12
 
@@ -69,7 +70,7 @@ def test_equals_one_dense_ffn_per_assignment(seed, block, absent, skewed):
     dtype=st.sampled_from(["float32", "bfloat16"]),
 )
 def test_in_cpp_it_is_the_same(expert_library, seed, rows, sizes, slots, absent, dtype):
-    assert experts_cpu.usable() == (expert_library is not None)
+    assert kernels_cpu.usable() == (expert_library is not None)
     rng = np.random.default_rng(seed)
     pool = make_pool(slots, *sizes, dtype)
     x_nd = jnp.asarray(rng.normal(size=(rows, sizes[0])), dtype)
@@ -85,12 +86,38 @@ def test_in_cpp_it_is_the_same(expert_library, seed, rows, sizes, slots, absent,
     np.testing.assert_allclose(y_nd, expected, rtol=0, atol=tolerance)
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    rows=st.sampled_from([1, 2, 3, 7, 12, 61]),
+    sizes=st.sampled_from([(8, 12), (19, 5), (1, 1), (64, 33), (40, 300)]),
+    dtype=st.sampled_from(["float32", "bfloat16"]),
+)
+def test_plain_products_in_cpp(expert_library, seed, rows, sizes, dtype):
+    """`matmul` and `GatedMLP` of the trunk; without a compiler XLA's own."""
+    rng = np.random.default_rng(seed)
+    x_nd, w_df = (jnp.asarray(rng.normal(size=shape), dtype) for shape in ((rows, sizes[0]), sizes))
+    expected = np.asarray(x_nd, np.float64) @ np.asarray(w_df, np.float64)
+    found = matmul(x_nd, w_df)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * (1 + np.abs(expected).max()))
+    mlp = GatedMLP(*sizes, jnp.dtype(dtype))
+    pool = make_pool(1, *sizes, dtype)
+    for part, weight in zip((mlp.gate, mlp.up, mlp.down), pool, strict=True):
+        part.weight[...] = weight[0]
+    only = np.zeros((rows, 1), np.int32)
+    expected = dense(pool, np.asarray(x_nd), only, np.ones((rows, 1)))
+    exact = expert_library is not None or dtype == "float32"
+    tolerance = (1e-4 if exact else 3e-2) * (1 + np.abs(expected).max())
+    np.testing.assert_allclose(mlp(x_nd), expected, rtol=0, atol=tolerance)
+
+
 def test_without_a_compiler_there_is_no_library(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("CXX", "no-such-compiler -pipe")
-    assert experts_cpu.build(tmp_path) is None
+    assert kernels_cpu.build(tmp_path) is None
     assert "no-such-compiler" in caplog.text
     monkeypatch.setenv("CXX", "false")
-    assert experts_cpu.build(tmp_path) is None
+    assert kernels_cpu.build(tmp_path) is None
     assert "false failed" in caplog.text
     assert not list(tmp_path.iterdir())
 

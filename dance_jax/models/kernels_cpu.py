@@ -1,7 +1,8 @@
-"""The grouped expert FFN on CPU, in C++: experts_cpu.cc, built on first use and registered here.
+"""Products with weights on CPU, in C++: kernels_cpu.cc, built on first use and registered here.
 
-XLA:CPU copies every expert's matrices out of the pool before it multiplies by them; the C++ reads
-them where they lie. Without a C++ compiler the FFN of experts.py serves, slower.
+XLA:CPU copies every expert's matrices out of the pool before it multiplies by them, and reads a
+trunk's on one thread where rows are few; the C++ reads them where they lie, on all threads. Without
+a C++ compiler XLA's own products serve, slower.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -27,10 +29,11 @@ log = logging.getLogger(__name__)
 _SOURCE = pathlib.Path(__file__).with_suffix(".cc")
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-w")
 _BUILD_TIMEOUT_S = 120
-#: XLA's name of the custom call, and the library's symbol, per dtype.
-_TARGETS = {
-    "float32": ("dance_jax_grouped_ffn_float32", "GroupedFfnFloat32"),
-    "bfloat16": ("dance_jax_grouped_ffn_bfloat16", "GroupedFfnBfloat16"),
+#: The library's symbols by (kernel, dtype); XLA knows them by the same names.
+_SYMBOLS = {
+    (kernel, dtype): kernel + dtype.capitalize()
+    for kernel in ("GroupedFfn", "Linear")
+    for dtype in ("float32", "bfloat16")
 }
 _registered: str | None = None  # the library's file name
 
@@ -43,16 +46,16 @@ def build(directory: pathlib.Path) -> pathlib.Path | None:
     """
     compiler = shlex.split(os.environ.get("CXX", "")) or ["c++"]
     if shutil.which(compiler[0]) is None:
-        log.warning("no C++ compiler (%s): experts run slower; install one", compiler[0])
+        log.warning("no C++ compiler (%s): products run slower; install one", compiler[0])
         return None
     key = repr((_SOURCE.read_bytes(), _FLAGS, compiler, jax.__version__, processor()))
     digest = hashlib.blake2b(key.encode(), digest_size=12).hexdigest()
-    library = directory / f"experts-{digest}.so"
+    library = directory / f"kernels-{digest}.so"
     if library.exists():
         return library
     try:
         with tempfile.TemporaryDirectory(dir=directory, prefix="build-") as folder:
-            new = pathlib.Path(folder, "experts.so")
+            new = pathlib.Path(folder, "kernels.so")
             command = [*compiler, *_FLAGS, f"-I{jax.ffi.include_dir()}", str(_SOURCE)]
             subprocess.run(
                 [*command, "-o", str(new)],
@@ -63,16 +66,16 @@ def build(directory: pathlib.Path) -> pathlib.Path | None:
             )
             os.replace(new, library)
     except subprocess.CalledProcessError as error:
-        log.warning("experts run slower, %s failed: %s", compiler[0], error.stderr.strip()[-500:])
+        log.warning("products run slower, %s failed: %s", compiler[0], error.stderr.strip()[-500:])
         return None
     except (OSError, subprocess.TimeoutExpired) as error:
-        log.warning("experts run slower: %s", error)
+        log.warning("products run slower: %s", error)
         return None
     return library
 
 
 def register(library: str | os.PathLike[str] | None) -> None:
-    """Makes `grouped_ffn` usable in this process; None, what `build` gives on failure, does not.
+    """Makes the kernels usable in this process; None, what `build` gives on failure, does not.
 
     Before the first step is traced, and once: a second library is not loaded.
     """
@@ -82,11 +85,11 @@ def register(library: str | os.PathLike[str] | None) -> None:
     try:
         symbols = ctypes.CDLL(os.fspath(library))
     except OSError as error:
-        log.warning("experts run slower: %s", error)
+        log.warning("products run slower: %s", error)
         return
-    for target, symbol in _TARGETS.values():
+    for symbol in _SYMBOLS.values():
         handler = jax.ffi.pycapsule(getattr(symbols, symbol))
-        jax.ffi.register_ffi_target(target, handler, platform="cpu")
+        jax.ffi.register_ffi_target(_target(symbol), handler, platform="cpu")
     _registered = os.path.basename(library)
 
 
@@ -95,13 +98,17 @@ def load(directory: pathlib.Path) -> None:
     register(build(directory))
 
 
+def _target(symbol: str) -> str:
+    return f"dance_jax.{symbol}"
+
+
 def registered() -> str:
     """Name of the library in use, "" for none. Compiled steps depend on it."""
     return _registered or ""
 
 
 def usable() -> bool:
-    """Whether steps traced now may call `grouped_ffn`."""
+    """Whether steps traced now may call these kernels."""
     return _registered is not None and jax.default_backend() == "cpu"
 
 
@@ -119,6 +126,32 @@ def grouped_ffn(
     Returns:
         float32 [n, d].
     """
-    target, _ = _TARGETS[x_nd.dtype.name]
-    call = jax.ffi.ffi_call(target, jax.ShapeDtypeStruct(x_nd.shape, jnp.float32))
-    return call(w_gate, w_up, w_down, x_nd, slot_nk, weight_nk)
+    return _call("GroupedFfn", x_nd, x_nd.shape)(w_gate, w_up, w_down, x_nd, slot_nk, weight_nk)
+
+
+def gated_mlp(w_gate: Array, w_up: Array, w_down: Array, x_nd: Array) -> Array:
+    """down(silu(gate(x)) * up(x)), all rows through one expert: float32 [n, d].
+
+    Args:
+        w_gate, w_up: [d, f]; w_down: [f, d]; x_nd: [n, d]; of one dtype.
+    """
+    rows = (x_nd.shape[0], 1)
+    return grouped_ffn(
+        w_gate[None],
+        w_up[None],
+        w_down[None],
+        x_nd,
+        jnp.zeros(rows, jnp.int32),
+        jnp.ones(rows, jnp.float32),
+    )
+
+
+def linear(x_nd: Array, w_df: Array) -> Array:
+    """x @ w, summed in float32, for operands of one dtype, float32 or bfloat16: float32 [n, f]."""
+    return _call("Linear", x_nd, (x_nd.shape[0], w_df.shape[1]))(x_nd, w_df)
+
+
+def _call(kernel: str, x: Array, shape: tuple[int, ...]) -> Callable[..., Array]:
+    """The kernel for x's dtype; it returns float32 of that shape."""
+    symbol = _SYMBOLS[kernel, x.dtype.name]
+    return jax.ffi.ffi_call(_target(symbol), jax.ShapeDtypeStruct(shape, jnp.float32))
