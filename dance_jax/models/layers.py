@@ -86,8 +86,8 @@ class GatedMLP(nnx.Module):
     def __call__(self, values: jax.Array) -> jax.Array:
         if kernels_cpu.usable():
             rows = values.reshape(-1, values.shape[-1])
-            weights = (part.weight[...] for part in (self.gate, self.up, self.down))
-            return kernels_cpu.gated_mlp(*weights, rows).reshape(values.shape)
+            gate, up, down = (part.weight[...] for part in (self.gate, self.up, self.down))
+            return kernels_cpu.gated_mlp(gate, up, down, rows).reshape(values.shape)
         inner = jax.nn.silu(self.gate(values)) * self.up(values)
         return matmul(inner, self.down.weight[...])
 
