@@ -12,7 +12,7 @@ from tokenizer import BOS, DOMAINS, EOS, documents
 from tokenizers import Tokenizer
 
 WEIGHTS = {"code": 0.42, "english": 0.17, "german": 0.18, "french": 0.18, "math": 0.05}
-# Every fourth short window is a passage said over and over, until copying is learnt; later few.
+# Every eighth short window is a passage said over and over, until copying is learnt; later few.
 SHORT, REPEAT_EVERY_SHORT, REPEAT_EVERY = 256, 8, 16
 REPEATED = len(DOMAINS)  # stands in the log for the domain of such a window
 
