@@ -22,7 +22,7 @@ from dance_jax.launch.defaults import (
 )
 from dance_jax.launch.hosts import read_hosts
 from dance_jax.launch.plan import make_plan
-from dance_jax.launch.prompts import check_writable, read_prompts, write_results
+from dance_jax.launch.prompts import check_writable, read_prompts, same_file, write_results
 from dance_jax.launch.report import print_plan, print_summary
 from dance_jax.launch.run import result_lines, run_prompts
 from dance_jax.launch.stream import Startup, Stream, conversion
@@ -116,7 +116,7 @@ def _launch(options: argparse.Namespace, platform: str, console: Console) -> int
             "serving is not there yet: without --prompts this command will serve HTTP later; "
             "give --prompts FILE.jsonl, or --dry-run for the plan alone"
         )
-    _check_results(options)
+    _check_paths(options)
     # Here, not above: wrong files are reported before anything slow is imported.
     from dance_jax.models.checkpoint import Checkpoint
     from dance_jax.models.convert import ensure_converted
@@ -167,8 +167,8 @@ def _launch(options: argparse.Namespace, platform: str, console: Console) -> int
     return 0
 
 
-def _check_results(options: argparse.Namespace) -> None:
-    """The files to write can be written, and none of them is another file of the run."""
+def _check_paths(options: argparse.Namespace) -> None:
+    """What is to be written can be, and no result takes the place of another file of the run."""
     others = {
         "--hosts": options.hosts,
         "--prompts": options.prompts,
@@ -184,7 +184,7 @@ def _check_results(options: argparse.Namespace) -> None:
             raise UserError(f"{option} needs --prompts")
         check_writable(path, option)
         for other, taken in others.items():
-            if taken is not None and path.resolve() == taken.resolve():
+            if taken is not None and same_file(path, taken):
                 raise UserError(f"{option} {path}: is the file of {other}; name another one")
         others[option] = path
     if options.log_dir is not None:

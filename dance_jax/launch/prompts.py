@@ -145,10 +145,24 @@ def check_writable(path: str | os.PathLike[str], option: str) -> None:
     folder = path.absolute().parent
     if path.is_dir():
         raise UserError(f"{option} {path}: is a directory; name a file")
+    if _is_special(path):  # it is written to, not replaced
+        if not os.access(path, os.W_OK):
+            raise UserError(f"{option} {path}: is not writable")
+        return
     if not folder.is_dir():
         raise UserError(f"{option} {path}: there is no folder {folder}")
     if not os.access(folder, os.W_OK):
         raise UserError(f"{option} {path}: the folder {folder} is not writable")
+
+
+def _is_special(path: pathlib.Path) -> bool:
+    """A device or a pipe."""
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
+def same_file(path: pathlib.Path, other: pathlib.Path) -> bool:
+    """Both name one file; two results may go to one device."""
+    return not _is_special(path) and path.resolve() == other.resolve()
 
 
 def write_results(path: str | os.PathLike[str], results: Iterable[dict[str, Any]]) -> None:

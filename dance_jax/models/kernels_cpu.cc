@@ -30,6 +30,7 @@ constexpr int64_t kWorthAThread = 1 << 18;
 
 // Weight rows that are asked of the memory ahead of their use.
 constexpr int64_t kAhead = 32;
+// Weight rows that some tiles read in full before the next ones.
 constexpr int64_t kChunk = 16;
 // With fewer rows than this the products wait for the memory, not for the processor.
 constexpr int64_t kFewRows = 12;
@@ -302,8 +303,8 @@ ffi::Error Linear(ffi::ThreadPool pool, ffi::Buffer<kType, 2> x, ffi::Buffer<kTy
   const float* rows_nd = wide.empty() ? reinterpret_cast<const float*>(x_nd) : wide.data();
   std::fill(y_nf, y_nf + n * f, 0.0f);
   if (n < kFewRows) {
-    const int64_t parts =
-        std::clamp<int64_t>(d * f * sizeof(T) / kWorthAThread, 1, pool.num_threads());
+    const int64_t parts = std::clamp<int64_t>(d * f * sizeof(T) / kWorthAThread, 1,
+                                              std::max<int64_t>(pool.num_threads(), 1));
     std::vector<float> sums((parts - 1) * n * f, 0.0f);
     ParallelFor(pool, parts, [&](int64_t i) {
       const int64_t first = d * i / parts, last = d * (i + 1) / parts;

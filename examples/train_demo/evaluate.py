@@ -28,6 +28,7 @@ from dance_jax.placement import place
 # three unequal servers: share of all routed experts each can hold, and the domain of its users
 SERVERS = {"alpha": (0.45, "code"), "beta": (0.35, "english"), "gamma": (0.60, "german")}
 POLICIES = ("uniform", "dance")
+KNOWN_LINE = 40
 #: tokens [1, T] -> (nats of tokens 1..T-1 [T-1], experts chosen [layers, T, K])
 RunWindow = Callable[[np.ndarray], tuple[jax.Array, jax.Array]]
 
@@ -35,6 +36,17 @@ RunWindow = Callable[[np.ndarray], tuple[jax.Array, jax.Array]]
 def heldout(work: Path, domain: str, size: int) -> bytes:
     """The first `size` bytes of the domain's held-out documents."""
     return "\n\n".join(documents(work / "corpus", domain, "heldout")).encode()[:size]
+
+
+def known_share(work: Path, domain: str, text: bytes) -> float:
+    """Share of the text's lines over KNOWN_LINE characters that the training text has too."""
+
+    def lines(body: str) -> list[str]:
+        return [s for s in map(str.strip, body.split("\n")) if len(s) > KNOWN_LINE]
+
+    known = {s for body in documents(work / "corpus", domain, "train") for s in lines(body)}
+    held = lines(text.decode(errors="ignore"))
+    return sum(len(s) for s in held if s in known) / max(1, sum(map(len, held)))
 
 
 def window_runner(checkpoint: Checkpoint) -> RunWindow:
@@ -138,6 +150,7 @@ def main() -> None:
         row = {
             "bytes": len(text),
             "tokens": len(ids),
+            "known_lines": round(known_share(args.work, domain, text), 3),
             "model_bits_per_byte": round(bits / len(text), 3),
             "xz_bits_per_byte": round(8 * len(lzma.compress(text, preset=9)) / len(text), 3),
         }

@@ -81,7 +81,7 @@ def init(config: Config, key: Array, unigram: Array) -> Params:
             layer["shared"] = ffn(c.expert_width * c.shared_experts)
         layers.append(layer)
     embedding = jax.random.normal(next(keys), (c.vocab, c.hidden)) / math.sqrt(c.hidden)
-    embedding = embedding.at[:, 0].set(0.5)
+    embedding = embedding.at[:, 0].set(0.5)  # the same for every token
     log_share = jnp.log(unigram / unigram.sum())
     head = embedding.at[:, 0].set((log_share - log_share.mean()) / FINAL_CONSTANT)
     layers[0] |= look_back(layers[0], c)
@@ -99,7 +99,7 @@ def look_back(layer: Params, c: Config) -> Params:
     """
     pairs = c.rope // 4
     frequency = c.rope_theta ** (-jnp.arange(pairs) * 2 / c.rope)
-    gain = 1.5  # times the normed input 0, about 6, squared over the softmax scale: 12
+    gain = 1.5  # times the normed input 0, about 5, squared over the softmax scale: 8
     key = jnp.zeros(c.rope).at[0 : 2 * pairs : 2].set(gain)
     q = layer["q"].reshape(c.hidden, c.heads, c.nope + c.rope)
     for head in range(c.heads - 1):

@@ -78,7 +78,7 @@ def train_step(
     """One update on tokens [B, T+1]; `rate` in [0, 1] scales the peak learning rates.
 
     Each device of the mesh takes its sequences of the batch; gradients are averaged. With `held`
-    the first layer's heads go on looking where `look_back` made them look.
+    what `look_back` and `find_again` have set stays as it is.
     """
 
     @partial(

@@ -9,7 +9,7 @@ import pytest
 
 from dance_jax.config import UserError
 from dance_jax.launch.hosts import parse_hosts
-from dance_jax.launch.prompts import check_writable, read_prompts, write_results
+from dance_jax.launch.prompts import check_writable, read_prompts, same_file, write_results
 
 SPEC = parse_hosts("\n".join(f"{name} address=localhost experts=1" for name in "abc"))
 
@@ -102,3 +102,11 @@ def test_places_that_cannot_be_written(tmp_path: pathlib.Path) -> None:
         check_writable(tmp_path, "--output")
     with pytest.raises(UserError, match="there is no folder"):
         check_writable(tmp_path / "none" / "out", "--output")
+
+
+def test_devices_take_any_number_of_results(tmp_path: pathlib.Path) -> None:
+    null = pathlib.Path("/dev/null")
+    check_writable(null, "--output")
+    assert not same_file(null, null)
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    assert same_file(tmp_path / "link", tmp_path / "file")
