@@ -10,6 +10,20 @@ class UserError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
+class SshTarget:
+    """What the system's ssh connects to."""
+
+    host: str
+    user: str | None = None
+    port: int | None = None
+
+    def __str__(self) -> str:
+        user = f"{self.user}@" if self.user else ""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{user}{host}" + (f":{self.port}" if self.port else "")
+
+
+@dataclasses.dataclass(frozen=True)
 class ServerSpec:
     """One line of the hosts file: one engine process with one or more equal devices.
 
@@ -17,24 +31,38 @@ class ServerSpec:
     """
 
     name: str
-    #: Host name or IP address the server listens on.
+    #: Host name or IP address the server listens on and the others reach it by.
     address: str
     #: JAX devices of this server.
     devices: int = 1
-    #: Bytes for expert weights on each device.
-    memory: int | None = None
+    #: Bytes for expert weights, one number per device.
+    memory: tuple[int, ...] | None = None
     #: Expert slots on each device.
     experts: int | None = None
     #: Rate of the server's network link in bits per second; None when unknown.
     bandwidth: float | None = None
+    #: The rate is to be measured before the start (`bandwidth=auto`).
+    measure_bandwidth: bool = False
+    #: Where ssh starts the server; None: it is a process of this machine.
+    ssh: SshTarget | None = None
+    #: The Python that runs it; None: the path of the one that launches.
+    python: str | None = None
+    #: Its copy of the model's directory; None: the path given for all.
+    model: str | None = None
+    #: Numbers of the GPUs it uses, one per device; empty: JAX's choice.
+    gpus: tuple[int, ...] = ()
 
     def slots(self, expert_bytes: int) -> int:
-        """Expert slots on each device: floor(memory / bytes of one expert)."""
+        """Expert slots on each device: floor(memory / bytes of one expert).
+
+        The devices of a server run one program and have equal pools, so the smallest memory
+        decides.
+        """
         if self.experts is not None:
             return self.experts
         if self.memory is None:
             raise UserError(f"server {self.name}: give memory= or experts=")
-        return self.memory // expert_bytes
+        return min(self.memory) // expert_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,8 +103,11 @@ class EngineConfig:
     decode_rows: tuple[int, ...] = (8,)
     #: Compiled prefill steps: (sequences, tokens of each) per device, ascending in tokens.
     prefill: tuple[tuple[int, int], ...] = ((2, 128),)
-    #: dtype of pool, activations and wire: "float32" or "bfloat16".
+    #: dtype of pool and activations: "float32" or "bfloat16".
     dtype: str = "float32"
+    #: What hidden states and sums between servers are rounded to: "compute" (not at all: `dtype`),
+    #: "bfloat16" or "int8" (with one float32 scale for each).
+    wire_dtype: str = "compute"
     #: Default seed of sampling.
     seed: int = 0
     #: Tokens whose routes are kept for placement, per server; 0 keeps none.

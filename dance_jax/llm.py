@@ -53,7 +53,7 @@ class LLM:
     Args:
         model: directory in Hugging Face format, or converted; None: the model of this package.
         hosts: hosts file (or its content as a ClusterSpec): one engine process per server is
-            started. None: one server in this process with all experts.
+            started, here or over ssh. None: one server in this process with all experts.
         policy: placement policy of the cluster, "dance" or "uniform".
         activations: npz file with the counts that the policy reads; None: all counts are equal.
         max_model_len: context in tokens, prompt and output; default: the model's, at most
@@ -62,6 +62,9 @@ class LLM:
             whichever server runs it.
         dtype: "float32" or "bfloat16"; None: float32 on CPUs, bfloat16 elsewhere.
         max_num_seqs: sequences that run at once on each device.
+        wire_dtype: of hidden states between servers: "compute" (as they are, exact), "bfloat16"
+            or "int8".
+        ssh_config: file for `ssh -F`, for servers on other machines.
         cache_dir: where converted models and compiled steps are kept.
         log_dir: where the cluster's servers keep their logs; None: nowhere.
         progress: show on standard error what happens while starting and generating; or a
@@ -82,6 +85,8 @@ class LLM:
         *,
         dtype: str | None = None,
         max_num_seqs: int = 8,
+        wire_dtype: str = "compute",
+        ssh_config: str | os.PathLike[str] | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         log_dir: str | os.PathLike[str] | None = None,
         progress: bool | Progress = False,
@@ -109,6 +114,7 @@ class LLM:
             dtype=dtype,
             max_num_seqs=max_num_seqs,
             platform=platform,
+            wire_dtype=wire_dtype,
         )
         self._seeds = (sample_seed(seed, number) for number in itertools.count())
         self._numbers = itertools.count()
@@ -118,8 +124,13 @@ class LLM:
         if servers is None:
             self._backend = _InProcess(checkpoint, self.tokenizer, self.config, cache, report)
         else:
+            far = _Far(
+                None if model is None else pathlib.Path(model),
+                None if cache_dir is None else pathlib.Path(cache_dir),
+                None if ssh_config is None else pathlib.Path(ssh_config),
+            )
             self._backend = _Servers(
-                checkpoint, self.config, platform, cache, log_dir, report, *servers
+                checkpoint, self.config, platform, cache, log_dir, report, far, *servers
             )
         self._finalizer = weakref.finalize(self, self._backend.close)
 
@@ -315,6 +326,15 @@ class _InProcess:
         self._engine = None
 
 
+@dataclasses.dataclass(frozen=True)
+class _Far:
+    """What servers on other machines need: as the user gave it, None where he did not."""
+
+    model: pathlib.Path | None
+    cache_dir: pathlib.Path | None
+    ssh_config: pathlib.Path | None
+
+
 class _Servers:
     """A cluster that this object starts and stops."""
 
@@ -326,20 +346,37 @@ class _Servers:
         cache_dir: pathlib.Path,
         log_dir: str | os.PathLike[str] | None,
         report: Progress,
+        far: _Far,
         spec: ClusterSpec,
         policy: str,
         activations: Activations | None,
     ) -> None:
-        from dance_jax.launch.cluster import Cluster
+        from dance_jax.launch.cluster import Cluster, Network
         from dance_jax.launch.plan import make_plan
+        from dance_jax.launch.reach import checked, needs_preflight, survey
 
         plan = make_plan(spec, checkpoint, config, policy, activations)
+        network = Network(ssh_config=far.ssh_config)
+        if needs_preflight(plan, None):
+            found = survey(
+                plan,
+                network,
+                None,
+                model=far.model,
+                fingerprint=checkpoint.fingerprint,
+                cache_dir=far.cache_dir,
+                platform=platform,
+                progress=lambda text: report(f"preflight: {text}", 0, 0),
+            )
+            plan, network = checked(plan, network, found)
         self.servers = spec.names
         self._cluster = Cluster(
-            spec,
-            checkpoint.path,
+            plan.spec,
+            checkpoint,
             plan.layout,
             config,
+            network=network,
+            model=far.model,
             log_dir=log_dir,
             cache_dir=cache_dir,
             platform=platform,

@@ -90,7 +90,7 @@ def demo(options: argparse.Namespace, cache: pathlib.Path, console: Console) -> 
         plan = make_plan(spec, checkpoint, config, policy, activations)
         print_plan(console, plan)
         cluster = Cluster(
-            spec, path, plan.layout, config, cache_dir=cache, platform=default_platform()
+            spec, checkpoint, plan.layout, config, cache_dir=cache, platform=default_platform()
         )
         runs.append(run_policy(cluster, plan, path, config, prompts, console))
         print_summary(console, runs[-1].result)

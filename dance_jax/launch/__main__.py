@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import pathlib
 import signal
@@ -10,12 +11,14 @@ import sys
 import types
 
 from rich.console import Console
+from rich.text import Text
 
 from dance_jax.cache import default_cache_dir
 from dance_jax.config import UserError
 from dance_jax.engine.sequence import MAX_TOKENS
-from dance_jax.launch.cluster import Cluster, ClusterError
+from dance_jax.launch.cluster import Cluster, ClusterError, Network
 from dance_jax.launch.defaults import (
+    WIRE_DTYPES,
     default_platform,
     demo_dir,
     engine_config,
@@ -24,6 +27,7 @@ from dance_jax.launch.hosts import read_hosts
 from dance_jax.launch.plan import make_plan
 from dance_jax.launch.prompts import check_writable, read_prompts, same_file, write_results
 from dance_jax.launch.report import print_plan, print_summary
+from dance_jax.launch.roles import KEY_VARIABLE, Role, role
 from dance_jax.launch.run import result_lines, run_prompts
 from dance_jax.launch.stream import Startup, Stream, conversion
 
@@ -61,12 +65,66 @@ def parser() -> argparse.ArgumentParser:
         choices=("float32", "bfloat16"),
         help="of pool, activations and wire (default: float32 on CPU, bfloat16 on GPU)",
     )
+    parser.add_argument(
+        "--wire-dtype",
+        choices=WIRE_DTYPES,
+        default="compute",
+        help="of hidden states between servers; compute: as they are, exact (%(default)s)",
+    )
     parser.add_argument("--max-model-len", type=_positive, help="context in tokens (<= 2048)")
     parser.add_argument(
         "--cache-dir", type=path, help=f"converted models, compiled steps ({default_cache_dir()})"
     )
     parser.add_argument("--log-dir", type=path, help="keep each server's log here as NAME.log")
+    _add_network_options(parser.add_argument_group("servers on other machines"))
     return parser
+
+
+def _add_network_options(group: argparse._ArgumentGroup) -> None:
+    path = pathlib.Path
+    group.add_argument(
+        "--preflight", action="store_true", help="check every server and link, and start nothing"
+    )
+    group.add_argument("--ssh-config", type=path, metavar="FILE", help="for ssh -F")
+    group.add_argument(
+        "--control-address",
+        metavar="ADDRESS",
+        help="of this machine, where the servers reach it (default: where ssh comes from)",
+    )
+    group.add_argument(
+        "--control-port", type=_port, default=0, help="of this machine (default: a free one)"
+    )
+    group.add_argument(
+        "--coordinator-port",
+        type=_port,
+        default=0,
+        help="of the first server's jax.distributed (default: a free one)",
+    )
+    group.add_argument(
+        "--node-rank",
+        type=_rank,
+        metavar="N",
+        help="run server N (from 0) of the file here, without ssh; 0 also launches. "
+        "Taken from Slurm or Open MPI inside their jobs",
+    )
+    group.add_argument(
+        "--key-file",
+        type=path,
+        metavar="FILE",
+        help=f"the launch's key, with --node-rank; or set {KEY_VARIABLE}",
+    )
+
+
+def _port(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or not 0 < int(text[:9]) < 65536:
+        raise argparse.ArgumentTypeError(f"{text!r} is no TCP port")
+    return int(text)
+
+
+def _rank(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text[:9]) > 30:
+        raise argparse.ArgumentTypeError(f"{text!r} is no server's number; the first is 0")
+    return int(text)
 
 
 def _positive(text: str) -> int:
@@ -108,16 +166,21 @@ def _terminate(number: int, frame: types.FrameType | None) -> None:
 
 def _launch(options: argparse.Namespace, platform: str, console: Console) -> int:
     spec = read_hosts(options.hosts)
+    part = role(spec, _network(options), options.node_rank, options.key_file)
+    if part.node:
+        return _hold_server(options, part, console)
     prompts = None
     if options.prompts is not None:
         prompts = read_prompts(options.prompts, spec, options.max_tokens)
-    elif not options.dry_run:
+    elif not (options.dry_run or options.preflight):
         raise UserError(
             "serving is not there yet: without --prompts this command will serve HTTP later; "
-            "give --prompts FILE.jsonl, or --dry-run for the plan alone"
+            "give --prompts FILE.jsonl, --preflight for the checks or --dry-run for the plan alone"
         )
     _check_paths(options)
     # Here, not above: wrong files are reported before anything slow is imported.
+    from dance_jax.launch.preflight.report import print_preflight
+    from dance_jax.launch.reach import checked, needs_preflight, survey
     from dance_jax.models.checkpoint import Checkpoint
     from dance_jax.models.convert import ensure_converted
     from dance_jax.models.tokenizer import Tokenizer
@@ -138,33 +201,86 @@ def _launch(options: argparse.Namespace, platform: str, console: Console) -> int
         seed=options.seed,
         dtype=options.dtype,
         platform=platform,
+        wire_dtype=options.wire_dtype,
     )
-    plan = make_plan(spec, checkpoint, config, options.policy, activations)
-    print_plan(console, plan)
-    if options.dry_run or prompts is None:
+    plan = make_plan(part.spec, checkpoint, config, options.policy, activations)
+    if options.dry_run:
+        print_plan(console, plan)
         return 0
-    cluster = Cluster(
-        spec,
-        path,
-        plan.layout,
-        config,
-        log_dir=options.log_dir,
-        cache_dir=cache,
-        platform=platform,
-    )
-    try:
-        with Startup(console, spec.names) as startup:
-            cluster.start(startup.update)
-        with Stream(console, spec.names, prompts) as stream:
-            result = run_prompts(cluster, plan, tokenizer, prompts, stream.update)
-    finally:
-        cluster.stop()
+    nodes = part.gather_nodes(lambda name, text: console.print(Text(f"{name}: {text}")))
+    with contextlib.nullcontext() if nodes is None else contextlib.closing(nodes):
+        network = part.network
+        if options.preflight or needs_preflight(plan, nodes):
+            found = survey(
+                plan,
+                network,
+                nodes,
+                model=options.model,
+                fingerprint=checkpoint.fingerprint,
+                cache_dir=options.cache_dir,
+                platform=platform,
+                measure_all=options.preflight,
+                progress=lambda text: console.print(Text(f"preflight: {text}")),
+            )
+            print_preflight(console, found)
+            plan, network = checked(plan, network, found)
+        if options.preflight or prompts is None:
+            return 0
+        print_plan(console, plan)
+        cluster = Cluster(
+            plan.spec,
+            checkpoint,
+            plan.layout,
+            config,
+            model=options.model,
+            log_dir=options.log_dir,
+            cache_dir=cache,
+            platform=platform,
+            network=network,
+            nodes=nodes,
+        )
+        try:
+            with Startup(console, spec.names) as startup:
+                cluster.start(startup.update)
+            with Stream(console, spec.names, prompts) as stream:
+                result = run_prompts(cluster, plan, tokenizer, prompts, stream.update)
+        finally:
+            cluster.stop()
     if options.output is not None:
         write_results(options.output, result_lines(result))
     if options.save_activations is not None:
         result.activations(checkpoint.fingerprint).save(options.save_activations)
     print_summary(console, result)
     return 0
+
+
+def _network(options: argparse.Namespace) -> Network:
+    if options.ssh_config is not None and not options.ssh_config.is_file():
+        raise UserError(f"--ssh-config {options.ssh_config}: no such file")
+    address = options.control_address
+    return Network(
+        ssh_config=options.ssh_config,
+        control_addresses=() if address is None else (address,),
+        control_port=options.control_port,
+        coordinator_port=options.coordinator_port,
+    )
+
+
+def _hold_server(options: argparse.Namespace, part: Role, console: Console) -> int:
+    """--node-rank N for N > 0: this server's process, for the launcher of node 0."""
+    from dance_jax.launch.node import run_node
+    from dance_jax.launch.preflight.probe import answer_json
+
+    assert part.node is not None and part.network.key is not None
+    return run_node(
+        part.spec,
+        part.node,
+        part.endpoint,
+        part.network.key,
+        answer_json,
+        options.log_dir,
+        lambda text: console.print(Text(text), soft_wrap=True),
+    )
 
 
 def _check_paths(options: argparse.Namespace) -> None:

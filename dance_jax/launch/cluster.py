@@ -9,170 +9,131 @@ from __future__ import annotations
 import atexit
 import collections
 import contextlib
+import dataclasses
 import os
 import pathlib
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 import zmq
 
-from dance_jax.cache import private_directory
+from dance_jax.cache import default_cache_dir
 from dance_jax.config import ClusterSpec, EngineConfig, UserError
 from dance_jax.engine.sequence import OutputDelta, Request
-from dance_jax.launch import cores, protocol
-from dance_jax.launch.plan import save_layout
-from dance_jax.models import kernels_cpu
+from dance_jax.launch import protocol
+from dance_jax.launch.control import ALIVE_INTERVAL_S, Listener, bracketed, new_key
+from dance_jax.launch.node import Nodes
+from dance_jax.launch.plan import dump_layout
+from dance_jax.launch.process import Server, ServerProcess
 from dance_jax.placement.core import Layout
+
+if TYPE_CHECKING:
+    from dance_jax.models.checkpoint import Checkpoint
+
+_Event = TypeVar("_Event", bound=msgspec.Struct)
 
 #: Called with (server's name, stage, parts done, parts in all or 0).
 ProgressCallback = Callable[[str, str, int, int], None]
 
-#: Seconds from the start of the workers until all must have joined.
-JOIN_TIMEOUT_S = 180.0
+#: Seconds until every started process must have called back, and, once all are prepared, joined.
+CALL_TIMEOUT_S, JOIN_TIMEOUT_S = 60.0, 180.0
 #: Seconds an aborted batch has to end before the workers are ended instead.
 ABORT_TIMEOUT_S = 5.0
+#: What a server runs.
+WORKER = "dance_jax.launch.worker"
 #: Seconds in which, after a first failure, others are gathered to find the one that caused them.
 CAUSE_WINDOW_S = 0.7
-#: Lines of a dead server's log in the error.
-LOG_LINES = 25
-
-#: In a log or message, signs that a process failed because another was gone.
-_ECHOES = (
-    "gloo",
-    "Connection reset by peer",
-    "Connection closed by peer",
-    "coordination service",
-    "CoordinationService",
-    "heartbeat",
-    "another task died",
-    "UNAVAILABLE",
-)
 
 
 class ClusterError(RuntimeError):
     """A server failed and the cluster was stopped; the message names it and quotes its log."""
 
 
-class _Process:
-    """One worker process and what is known of its end."""
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """How this process and servers on other machines reach each other."""
 
-    def __init__(self, name: str, log_path: pathlib.Path, environment: dict[str, str]) -> None:
-        self.name = name
-        self.log_path = log_path
-        #: time.monotonic() of its end, as soon as it is noticed.
-        self.ended: float | None = None
-        self.failure: protocol.Failed | None = None
-        self.log_path.parent.mkdir(parents=True, exist_ok=True)
-        with open(log_path, "wb") as log:
-            self.popen = subprocess.Popen(
-                [sys.executable, "-m", "dance_jax.launch.worker"],
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                start_new_session=True,  # Ctrl-C in the terminal is for the parent alone
-            )
-        threading.Thread(target=self._wait, daemon=True, name=f"wait-{name}").start()
-
-    def _wait(self) -> None:
-        self.popen.wait()
-        self.ended = time.monotonic()
-
-    def tell(self, line: bytes) -> None:
-        """Writes its setup; standard input stays open as a sign of life."""
-        assert self.popen.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it is dead, which is noticed elsewhere
-            self.popen.stdin.write(line + b"\n")
-            self.popen.stdin.flush()
-
-    def kill(self, number: signal.Signals) -> None:
-        """Sends a signal to the worker and everything it started."""
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.popen.pid, number)
-
-    def fate(self) -> str:
-        """How it ended, in words."""
-        code = self.popen.poll()
-        if self.failure is not None:
-            return f"failed: {self.failure.message}"
-        if code is not None and code < 0:
-            with contextlib.suppress(ValueError):
-                return f"was killed by signal {-code} ({signal.Signals(-code).name})"
-        return f"ended with exit status {code}"
-
-    def last_lines(self) -> list[str]:
-        try:
-            with open(self.log_path, "rb") as log:
-                log.seek(max(0, os.path.getsize(self.log_path) - 16384))
-                return log.read().decode(errors="replace").splitlines()[-LOG_LINES:]
-        except OSError as error:
-            return [f"(the log cannot be read: {error})"]
-
-    def echo(self) -> bool:
-        """It looks like a consequence of another server's end."""
-        code = self.popen.poll()
-        if self.failure is None and code is not None and code < 0:
-            return code == -signal.SIGABRT  # how JAX ends a process whose job is broken
-        text = self.failure.message if self.failure else "\n".join(self.last_lines())
-        return any(sign.lower() in text.lower() for sign in _ECHOES)
+    #: For `ssh -F`.
+    ssh_config: pathlib.Path | None = None
+    #: Addresses of this machine at which the servers reach it (`preflight` finds them).
+    control_addresses: tuple[str, ...] = ()
+    #: TCP port of this process for them; 0: a free one.
+    control_port: int = 0
+    #: host:port where the first server coordinates jax.distributed; None: its own address.
+    coordinator: str | None = None
+    #: That port; 0: a free one.
+    coordinator_port: int = 0
+    #: The key of the launch; None: a new one.
+    key: bytes | None = None
 
 
 class Cluster:
-    """All servers of a hosts file, each an engine process on this machine.
+    """All servers of a hosts file, each an engine process here or, over ssh, elsewhere.
 
     A context manager: `with Cluster(...) as cluster` starts and, however the block ends, stops
-    them. If this process is killed, the workers notice and end as well.
+    them. If this process is killed, or the network to it breaks, the workers notice and end.
 
     Args:
         spec: the servers.
-        checkpoint: directory of the converted model.
+        checkpoint: the model, converted, on this machine.
         layout: which expert is on which device and slot.
         config: of all engines.
+        model: the model's directory on other machines, where a server names none of its own;
+            None: the demo model.
         log_dir: keeps each server's log as NAME.log; None: logs are removed at the end.
-        cache_dir: compiled steps are kept under it; None: nowhere.
+        cache_dir: converted models and compiled steps are kept under it; None: nowhere (other
+            machines then use their own default).
         platform: "cpu" or "cuda".
         progress: told what each server does while it starts.
+        network: how servers on other machines are reached.
+        nodes: launchers on other nodes, which hold all servers but the first; None: this process
+            starts all of them.
     """
 
     def __init__(
         self,
         spec: ClusterSpec,
-        checkpoint: str | os.PathLike[str],
+        checkpoint: Checkpoint,
         layout: Layout,
         config: EngineConfig,
         *,
+        model: str | os.PathLike[str] | None = None,
         log_dir: str | os.PathLike[str] | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         platform: str = "cpu",
         progress: ProgressCallback | None = None,
+        network: Network | None = None,
+        nodes: Nodes | None = None,
     ) -> None:
         self.spec = spec
-        self.checkpoint = pathlib.Path(checkpoint).resolve()
+        self.checkpoint = checkpoint
         self.layout = layout
         self.config = config
+        self.model = "" if model is None else str(pathlib.Path(model).absolute())
         self.log_dir = None if log_dir is None else pathlib.Path(log_dir)
         self.cache_dir = None if cache_dir is None else pathlib.Path(cache_dir).resolve()
         self.platform = platform
         self.progress = progress or (lambda *_: None)
+        self.network = network or Network()
+        self.nodes = nodes
         self.started = False
         #: Per server: steps read from the compile cache, and compiled.
         self.cache_use: list[tuple[int, int]] = []
+        #: Per server, the last event of each kind while it starts.
+        self._reached: list[dict[type, Any]] = [{} for _ in spec.servers]
         self._stats: list[Any] = [None] * len(spec.servers)
-        self._processes: list[_Process] = []
+        self._processes: list[Server] = []
         self._stopping = threading.Lock()
         self._stopped_by = ""
         self._private: pathlib.Path | None = None
-        self._context: zmq.Context | None = None
-        self._socket: zmq.Socket | None = None
+        self._listener: Listener | None = None
+        self._beating: threading.Event | None = None
 
     def __enter__(self) -> Cluster:
         self.start()
@@ -182,9 +143,9 @@ class Cluster:
         self.stop()
 
     @property
-    def pids(self) -> list[int]:
-        """Process ids of the workers, in rank order."""
-        return [process.popen.pid for process in self._processes]
+    def pids(self) -> list[int | None]:
+        """Process ids of the workers on their machines, in rank order."""
+        return [process.pid for process in self._processes]
 
     def start(self, progress: ProgressCallback | None = None) -> None:
         """Starts all servers; returns when they are ready.
@@ -259,10 +220,11 @@ class Cluster:
             try:
                 self._end_processes()
             finally:
-                if self._socket is not None and self._context is not None:
-                    self._socket.close(linger=0)
-                    self._context.term()
-                    self._socket = self._context = None
+                if self._beating is not None:
+                    self._beating.set()
+                if self._listener is not None:
+                    self._listener.close()
+                    self._listener = None
                 if self._private is not None:
                     shutil.rmtree(self._private, ignore_errors=True)
                 atexit.unregister(self.stop)
@@ -271,72 +233,122 @@ class Cluster:
 
     def _spawn(self) -> None:
         self._private = private = pathlib.Path(tempfile.mkdtemp(prefix="dance-jax-"))
-        self._context = zmq.Context()
-        self._socket = listener = self._context.socket(zmq.ROUTER)
-        listener.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        control = f"ipc://{private}/control"
-        if len(control) > 100:  # a socket's path has 107 bytes at most
-            control = f"tcp://127.0.0.1:{listener.bind_to_random_port('tcp://127.0.0.1')}"
+        key = self.network.key or new_key()
+        if self.nodes is not None:
+            self._listener = self.nodes.listener
         else:
-            listener.bind(control)
-        save_layout(self.layout, private / "layout.npz")
-        shares = cores.share(cores.available(), self.spec.devices)
-        coordinator = f"127.0.0.1:{_free_port()}"
+            self._listener = Listener(key)
+        port = self.network.control_port
+        if self.nodes is None and any(server.ssh for server in self.spec.servers):
+            port = self._listen()
         logs = self.log_dir or private / "logs"
-        environment = _environment(self.platform)
-        for server in self.spec.servers:
-            process = _Process(server.name, logs / f"{server.name}.log", environment)
-            self._processes.append(process)
-        compile_dir = self.cache_dir and private_directory(self.cache_dir / "compiled")
-        library = kernels_cpu.build(compile_dir or private) if self.platform == "cpu" else None
+        for rank, server in enumerate(self.spec.servers):
+            if self.nodes is not None and rank in self.nodes.servers:
+                self._processes.append(self.nodes.servers[rank])
+            else:
+                log, ssh_config = logs / f"{server.name}.log", self.network.ssh_config
+                self._processes.append(ServerProcess(server, log, WORKER, ssh_config))
+            self.progress(server.name, "starting", 0, 0)
         for rank, process in enumerate(self._processes):
-            setup = protocol.Setup(
-                spec=self.spec,
-                rank=rank,
-                config=self.config,
-                checkpoint=str(self.checkpoint),
-                layout=str(private / "layout.npz"),
-                control=control,
-                coordinator=coordinator,
-                address="127.0.0.1",
-                platform=self.platform,
-                cores=shares[rank],
-                compile_dir=None if compile_dir is None else str(compile_dir),
-                expert_library=None if library is None else str(library),
-                private_dir=str(private),
-            )
-            process.tell(msgspec.json.encode(setup))
+            process.tell(msgspec.json.encode(self._setup(rank, key, port)))
+        self._beating = stop = threading.Event()
+        threading.Thread(target=self._beat, args=(stop,), daemon=True, name="beat").start()
+
+    def _listen(self) -> int:
+        assert self._listener is not None
+        network = self.network
+        if not network.control_addresses:
+            raise ValueError("servers on other machines need Network.control_addresses")
+        try:
+            return self._listener.listen(network.control_addresses, network.control_port)
+        except OSError as error:
+            raise UserError(
+                f"this machine cannot listen for its servers: {error}; give --control-address and "
+                "--control-port"
+            ) from error
+
+    def _beat(self, stop: threading.Event) -> None:
+        while not stop.wait(ALIVE_INTERVAL_S):
+            for process in self._processes:
+                process.beat()
+
+    def _setup(self, rank: int, key: bytes, port: int) -> protocol.Setup:
+        assert self._listener is not None
+        server = self.spec.servers[rank]
+        on_node = self.nodes is not None and rank in self.nodes.servers
+        remote = server.ssh is not None or on_node
+        servers = list(enumerate(self.spec.servers))
+        neighbours = [n for n, other in servers if other.ssh == server.ssh]
+        if self.nodes is not None:
+            neighbours = [rank]
+        here = str(self.checkpoint.path.resolve())
+        if not remote:
+            control = self._listener.private
+            cache = None if self.cache_dir is None else str(self.cache_dir)
+        else:
+            # Several: each server has seen another one of this machine's.
+            addresses = self.network.control_addresses
+            host = addresses[0] if len(addresses) == 1 else protocol.SSH_CLIENT
+            control = f"tcp://{bracketed(host)}:{port}"
+            usual = self.cache_dir in (None, default_cache_dir().resolve())
+            cache = "" if usual else str(self.cache_dir)
+        return protocol.Setup(
+            spec=self.spec,
+            rank=rank,
+            config=self.config,
+            model=server.model or (self.model if remote else here),
+            fingerprint=self.checkpoint.fingerprint,
+            layout=dump_layout(self.layout),
+            control=control,
+            key=key,
+            platform=self.platform,
+            coordinator_port=self.network.coordinator_port,
+            machine_devices=tuple(self.spec.devices[n] for n in neighbours),
+            machine_index=neighbours.index(rank),
+            cache_dir=cache,
+            private_dir="" if remote else str(self._private),
+            beats=server.ssh is not None,
+        )
 
     def _wait_until_ready(self) -> None:
-        ready: dict[int, tuple[int, int]] = {}
-        joined: set[int] = set()
-        deadline = time.monotonic() + JOIN_TIMEOUT_S
-        for process in self._processes:
-            self.progress(process.name, "starting", 0, 0)
-        while len(ready) < len(self._processes):
+        self._gather(protocol.Hello, CALL_TIMEOUT_S, "did not call back")
+        prepared = self._gather(protocol.Prepared)
+        join = protocol.Join(self.network.coordinator or prepared[0].coordinator)
+        for rank in range(len(self._processes)):
+            self._send(rank, protocol.encode(join))
+        self._gather(protocol.Joined, JOIN_TIMEOUT_S, "did not join the others")
+        ready = self._gather(protocol.Ready)
+        self.cache_use = [(each.cache_hits, each.cache_misses) for each in ready]
+
+    def _gather(
+        self, kind: type[_Event], timeout_s: float = float("inf"), what: str = ""
+    ) -> list[_Event]:
+        """Waits until every server has sent an event of this kind while it starts.
+
+        Raises:
+            ClusterError: one has not within the time: `what` it did not do.
+        """
+        deadline = time.monotonic() + timeout_s
+        while missing := [rank for rank, seen in enumerate(self._reached) if kind not in seen]:
             for rank, event in self._events():
-                name = self._processes[rank].name
+                process = self._processes[rank]
+                self._reached[rank][type(event)] = event
                 if isinstance(event, protocol.Progress):
-                    if event.stage != "joining":
-                        joined.add(rank)
-                    self.progress(name, event.stage, event.done, event.total)
+                    self.progress(process.name, event.stage, event.done, event.total)
                 elif isinstance(event, protocol.Ready):
-                    ready[rank] = (event.cache_hits, event.cache_misses)
-                    self.progress(name, "ready", 0, 0)
-            late = [p.name for rank, p in enumerate(self._processes) if rank not in joined]
-            if late and time.monotonic() > deadline:
-                raise self._error(
-                    self._processes[self.spec.rank_of(late[0])],
-                    f"did not join the others within {JOIN_TIMEOUT_S:.0f} s",
-                )
-        self.cache_use = [ready[rank] for rank in range(len(self._processes))]
+                    self.progress(process.name, "ready", 0, 0)
+                elif isinstance(event, protocol.Hello):
+                    process.pid = event.pid
+            if time.monotonic() > deadline:
+                raise self._error(self._processes[missing[0]], f"{what} within {timeout_s:.0f} s")
+        return [seen[kind] for seen in self._reached]
 
     # Talking.
 
     def _send(self, rank: int, encoded: bytes) -> None:
-        assert self._socket is not None
+        assert self._listener is not None
         try:
-            self._socket.send_multipart([b"server-%d" % rank, encoded])
+            self._listener.socket.send_multipart([b"server-%d" % rank, encoded])
         except zmq.ZMQError as error:
             if error.errno != zmq.EHOSTUNREACH:
                 raise
@@ -356,16 +368,26 @@ class Cluster:
 
     def _receive(self, timeout_ms: int) -> tuple[list[tuple[int, Any]], list[int]]:
         """(rank, event) of workers, and the ranks that say they failed."""
-        assert self._socket is not None
+        assert self._listener is not None
         events, failed = [], []
-        while self._socket.poll(0 if events else timeout_ms):
-            sender, content = self._socket.recv_multipart()
-            rank, event = int(sender.rpartition(b"-")[2]), protocol.decode_event(content)
+        while self._listener.socket.poll(0 if events else timeout_ms):
+            sender, content = self._listener.socket.recv_multipart()
+            kind, _, number = sender.partition(b"-")
+            rank = int(number)
+            if kind == b"node":
+                assert self.nodes is not None
+                self.nodes.receive(rank, content)
+                break
+            event = protocol.decode_event(content)
             if isinstance(event, protocol.Failed):
-                self._processes[rank].failure = event
+                process = self._processes[rank]
+                process.failure, process.user_failure = event.message, event.user
+                process.failed = time.monotonic()
                 failed.append(rank)
                 break
             events.append((rank, event))
+        if self.nodes is not None:
+            self.nodes.check()
         return events, failed
 
     def _abort(self, busy: set[int]) -> None:
@@ -395,90 +417,52 @@ class Cluster:
             more += [rank for rank, p in enumerate(self._processes) if p.ended is not None]
             suspects |= {rank: self._processes[rank] for rank in more}
 
-        def order(process: _Process) -> tuple[bool, float]:
-            failure = process.failure
-            when = failure.time if failure else process.ended
+        def order(process: Server) -> tuple[bool, float]:
+            when = process.failed or process.ended
             return process.echo(), when if when is not None else float("inf")
 
         cause = min(suspects.values(), key=order)
-        failure = cause.failure
-        if failure is not None and failure.user:
-            raise UserError(f"server {cause.name}: {failure.message}")
+        if cause.failure is not None and cause.user_failure:
+            raise UserError(f"server {cause.name}: {cause.failure}")
         raise self._error(cause, cause.fate())
 
-    def _error(self, process: _Process, what: str) -> ClusterError:
-        kept = f"; the whole log is {process.log_path}" if self.log_dir else ""
+    def _error(self, process: Server, what: str) -> ClusterError:
+        kept = f"; the whole log is {process.log}" if self.log_dir else ""
         lines = "\n".join(f"    {line}" for line in process.last_lines()) or "    (it is empty)"
+        number = f" (process {process.pid})" if process.pid is not None else ""
         return ClusterError(
-            f"server {process.name} (process {process.popen.pid}) {what}; all servers were "
+            f"server {process.name}{number} {what}; all servers were "
             f"stopped{kept}. The last lines of its log:\n{lines}"
         )
 
     def _end_processes(self) -> None:
         alive = [process for process in self._processes if process.ended is None]
-        if alive and self._socket is not None:
+        if alive and self._listener is not None:
             for rank, process in enumerate(self._processes):
                 if process in alive:
                     # DONTWAIT: nothing may hold up the end.
                     message = [b"server-%d" % rank, protocol.encode(protocol.Stop())]
                     with contextlib.suppress(zmq.ZMQError):
-                        self._socket.send_multipart(message, flags=zmq.DONTWAIT)
-        _wait(alive, 0.5)
-        for number, seconds in ((signal.SIGTERM, 2.0), (signal.SIGKILL, 10.0)):
+                        self._listener.socket.send_multipart(message, flags=zmq.DONTWAIT)
+        self._await_end(alive, 0.5)
+        # A worker whose input ends kills itself, on whatever machine: the others are only told so.
+        for process in self._processes:
+            process.let_go()
+        self._await_end(self._processes, 3.0)
+        for number, seconds in ((signal.SIGTERM, 1.0), (signal.SIGKILL, 5.0)):
             for process in self._processes:
                 if process.ended is None:
                     process.kill(number)
-            _wait(self._processes, seconds)
-        for process in self._processes:
-            if process.popen.stdin is not None:
-                with contextlib.suppress(BrokenPipeError):
-                    process.popen.stdin.close()
+            self._await_end(self._processes, seconds)
 
-
-def _wait(processes: Iterable[_Process], seconds: float) -> None:
-    """Waits until all have ended, or for so long."""
-    deadline = time.monotonic() + seconds
-    waiting = collections.deque(processes)
-    while waiting and time.monotonic() < deadline:
-        if waiting[0].ended is None:
-            time.sleep(0.01)
-        else:
-            waiting.popleft()
-
-
-def _environment(platform: str) -> dict[str, str]:
-    """The workers' environment: this one's, without what would steer JAX elsewhere."""
-    environment = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(("JAX_COORDINATOR", "JAX_NUM_", "JAX_PROCESS", "JAX_LOCAL_DEVICE"))
-    }
-    package_parent = str(pathlib.Path(__file__).resolve().parents[2])
-    paths = [package_parent, environment.get("PYTHONPATH", "")]
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-    environment["PYTHONUNBUFFERED"] = "1"
-    environment["JAX_PLATFORMS"] = platform
-    # A worker's device count is its server's, not a test's or a user's flag.
-    flags = environment.get("XLA_FLAGS", "").split()
-    flags = [flag for flag in flags if "host_platform_device_count" not in flag]
-    if platform == "cpu":
-        # A step is hundreds of small kernels around library matrix products: compiling them
-        # plainly halves the time to start and costs no measurable time in the step.
-        flags = [
-            "--xla_cpu_use_fusion_emitters=false",
-            "--xla_llvm_disable_expensive_passes=true",
-            "--xla_backend_optimization_level=1",
-            *flags,
-        ]
-    if platform == "cuda":
-        # Each process compiles its own program, so results of autotuning are not to be shared.
-        flags.append("--xla_gpu_shard_autotuning=false")
-    environment["XLA_FLAGS"] = " ".join(flags)
-    return environment
-
-
-def _free_port() -> int:
-    """A TCP port of the loopback interface that nobody uses at the moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    def _await_end(self, processes: Iterable[Server], seconds: float) -> None:
+        """Waits until all have ended, or for so long."""
+        deadline = time.monotonic() + seconds
+        waiting = collections.deque(processes)
+        while waiting and time.monotonic() < deadline:
+            if waiting[0].ended is not None:
+                waiting.popleft()
+            elif self.nodes is not None and self._listener is not None:
+                self._receive(10)  # their ends come as messages
+            else:
+                time.sleep(0.01)

@@ -10,6 +10,8 @@ from dance_jax.models.config import ModelConfig
 
 #: Context when none is asked for, if the model's own is longer: every slot holds it in memory.
 DEFAULT_MODEL_LEN = 2048
+#: How hidden states travel between servers; "compute": in the engine's dtype, exact.
+WIRE_DTYPES = ("compute", "bfloat16", "int8")
 
 
 def demo_dir() -> pathlib.Path:
@@ -38,6 +40,7 @@ def engine_config(
     dtype: str | None = None,
     max_num_seqs: int = 8,
     platform: str = "cpu",
+    wire_dtype: str = "compute",
 ) -> EngineConfig:
     """Configuration of the engines of a model.
 
@@ -50,6 +53,7 @@ def engine_config(
             elsewhere.
         max_num_seqs: sequences that run at once on each device.
         platform: "cpu" or another.
+        wire_dtype: one of WIRE_DTYPES.
 
     Raises:
         UserError: a value is wrong or more than the model can do.
@@ -68,6 +72,8 @@ def engine_config(
         dtype = "float32" if platform == "cpu" else "bfloat16"
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f'dtype={dtype!r}: "float32" or "bfloat16" is needed')
+    if wire_dtype not in WIRE_DTYPES:
+        raise UserError(f"wire_dtype={wire_dtype!r}: one of {', '.join(WIRE_DTYPES)} is needed")
     return EngineConfig(
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
@@ -75,4 +81,5 @@ def engine_config(
         prefill=((min(2, max_num_seqs), 128),),
         dtype=dtype,
         seed=seed,
+        wire_dtype=wire_dtype,
     )

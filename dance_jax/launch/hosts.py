@@ -1,4 +1,8 @@
-"""Reads the hosts file: one server a line, `name key=value ...`, `#` begins a comment."""
+"""Reads the hosts file: one server a line, `name key=value ...`, `#` begins a comment.
+
+No value reaches a shell as anything but one quoted word, and none that ssh reads can begin with a
+dash: what does not look like a host, a user or an absolute path is refused here.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +12,19 @@ import os
 import pathlib
 import re
 
-from dance_jax.config import ClusterSpec, ServerSpec, UserError
+from dance_jax.config import ClusterSpec, ServerSpec, SshTarget, UserError
 
-KEYS = ("address", "devices", "memory", "experts", "bandwidth")
+KEYS = (
+    "address",
+    "devices",
+    "memory",
+    "experts",
+    "bandwidth",
+    "ssh",
+    "python",
+    "model",
+    "gpus",
+)
 
 _MEMORY_UNITS = {
     "B": 1,
@@ -26,6 +40,11 @@ _MEMORY_UNITS = {
 _BANDWIDTH_UNITS = {"bps": 1, "kbps": 10**3, "Mbps": 10**6, "Gbps": 10**9}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _QUANTITY = re.compile(r"([0-9]+(?:\.[0-9]+)?)([A-Za-z]*)")
+_HOST = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,252}[A-Za-z0-9_])?"
+_SSH = re.compile(
+    rf"(?:(?P<user>[A-Za-z0-9_][A-Za-z0-9._-]{{0,63}})@)?"
+    rf"(?:(?P<host>{_HOST})|\[(?P<ipv6>[0-9A-Fa-f:.]{{2,45}})\])(?::(?P<port>[0-9]{{1,5}}))?"
+)
 
 
 def read_hosts(path: str | os.PathLike[str]) -> ClusterSpec:
@@ -52,7 +71,7 @@ def parse_hosts(text: str, source: str = "hosts") -> ClusterSpec:
         source: the file's name, for messages.
 
     Raises:
-        UserError: a line is wrong, there is no server, or a server is not on this machine.
+        UserError: a line is wrong, there is no server, or the servers cannot reach each other.
     """
     servers: list[ServerSpec] = []
     line_of: dict[str, int] = {}
@@ -69,6 +88,7 @@ def parse_hosts(text: str, source: str = "hosts") -> ClusterSpec:
         servers.append(server)
     if not servers:
         raise UserError(f"{source}: no server; write one a line: name key=value ...")
+    _check_together(servers, line_of, source)
     return ClusterSpec(tuple(servers))
 
 
@@ -95,19 +115,68 @@ def _server(words: list[str], where: str) -> ServerSpec:
             f"{where}: give memory= (per device, e.g. 48MiB) or experts= (slots per device); "
             f"{given} given"
         )
+    gpus = tuple(_integer(each, "gpus", where) for each in _list(values.get("gpus", "")))
+    if len(set(gpus)) < len(gpus):
+        raise UserError(f"{where}: gpus={values['gpus']}: a GPU is named twice")
+    memory = tuple(
+        int(_quantity(each, "memory", _MEMORY_UNITS, where))
+        for each in _list(values.get("memory", ""))
+    )
+    devices = _devices(values.get("devices"), gpus, memory, where)
+    rate = values.get("bandwidth", "auto")
     address = values.get("address", name)
-    devices = _integer(values.get("devices", "1"), "devices", where)
+    if not _is_address(address):
+        raise UserError(f"{where}: address={address}: a host name or an IP address is needed")
+    return ServerSpec(
+        name=name,
+        address=address,
+        devices=devices,
+        memory=(memory * devices if len(memory) == 1 else memory) or None,
+        experts=_integer(values["experts"], "experts", where) if "experts" in values else None,
+        bandwidth=None
+        if rate == "auto"
+        else float(_quantity(rate, "bandwidth", _BANDWIDTH_UNITS, where)),
+        measure_bandwidth="bandwidth" in values and rate == "auto",
+        ssh=_ssh(values.get("ssh"), address, where),
+        python=_path(values, "python", where),
+        model=_path(values, "model", where),
+        gpus=gpus,
+    )
+
+
+def _list(text: str) -> list[str]:
+    return text.split(",") if text else []
+
+
+def _devices(text: str | None, gpus: tuple[int, ...], memory: tuple[int, ...], where: str) -> int:
+    """Number of devices, from devices= or from the lists that have an entry for each."""
+    many = memory if len(memory) > 1 else ()
+    devices = _integer(text, "devices", where) if text else len(gpus or many) or 1
     if devices < 1:
         raise UserError(f"{where}: devices={devices}: a server has at least one device")
-    memory = experts = bandwidth = None
-    if "memory" in values:
-        memory = int(_quantity(values["memory"], "memory", _MEMORY_UNITS, where))
-    else:
-        experts = _integer(values["experts"], "experts", where)
-    if "bandwidth" in values:
-        bandwidth = float(_quantity(values["bandwidth"], "bandwidth", _BANDWIDTH_UNITS, where))
-    _check_local(address, "address" in values, where)
-    return ServerSpec(name, address, devices, memory, experts, bandwidth)
+    for key, values in (("gpus", gpus), ("memory", many)):
+        if values and len(values) != devices:
+            raise UserError(f"{where}: {key} has {len(values)} values for {devices} devices")
+    return devices
+
+
+def _ssh(text: str | None, address: str, where: str) -> SshTarget | None:
+    """Where ssh= points; by default a server elsewhere is reached at its address."""
+    if text is None:
+        return None if is_loopback(address) else SshTarget(address)
+    match = _SSH.fullmatch(text)
+    if not match or not 0 < int(match["port"] or 22) < 65536:
+        raise UserError(f"{where}: ssh={text}: write ssh=user@host:port, user and port as needed")
+    port = int(match["port"]) if match["port"] else None
+    return SshTarget(match["host"] or match["ipv6"], match["user"], port)
+
+
+def _path(values: dict[str, str], key: str, where: str) -> str | None:
+    """An absolute path on the server's own machine: relative to what would be anybody's guess."""
+    path = values.get(key)
+    if path is not None and not (path.startswith("/") and path.isprintable()):
+        raise UserError(f"{where}: {key}={path}: an absolute path on the server is needed")
+    return path
 
 
 def _integer(text: str, key: str, where: str) -> int:
@@ -128,17 +197,44 @@ def _quantity(text: str, key: str, units: dict[str, int], where: str) -> decimal
     return value
 
 
-def _check_local(address: str, given: bool, where: str) -> None:
-    """Servers on other machines are not started yet."""
+def is_loopback(address: str) -> bool:
+    """The address says itself that only its own machine can reach it; no name is looked up."""
     if address == "localhost":
-        return
+        return True
     try:
-        if ipaddress.ip_address(address).is_loopback:
-            return
+        return ipaddress.ip_address(address).is_loopback
     except ValueError:
-        pass
-    what = f"address={address}" if given else f"the address of {address} is its name by default and"
-    raise UserError(
-        f"{where}: {what} is not this machine; servers on other machines are not supported yet: "
-        "write address=localhost"
-    )
+        return False
+
+
+def _is_address(address: str) -> bool:
+    if re.fullmatch(_HOST, address):
+        return not re.fullmatch(r"[0-9.]+", address) or _is_ip(address)
+    return _is_ip(address)
+
+
+def _is_ip(text: str) -> bool:
+    try:
+        return not ipaddress.ip_address(text).is_unspecified
+    except ValueError:
+        return False
+
+
+def _check_together(servers: list[ServerSpec], line_of: dict[str, int], source: str) -> None:
+    """What no line shows alone: servers that could not reach each other, or share no platform."""
+    near = [server for server in servers if is_loopback(server.address)]
+    far = [server for server in servers if not is_loopback(server.address)]
+    if near and far:
+        raise UserError(
+            f"{source}:{line_of[near[0].name]}: address={near[0].address} is reachable on its own "
+            f"machine only, and {far[0].name} (line {line_of[far[0].name]}, address="
+            f"{far[0].address}) is elsewhere: give {near[0].name} the address the others reach it "
+            "by, or all of them a loopback address"
+        )
+    with_gpus = [server for server in servers if server.gpus]
+    if with_gpus and len(with_gpus) < len(servers):
+        other = next(server for server in servers if not server.gpus)
+        raise UserError(
+            f"{source}:{line_of[other.name]}: {other.name} has no gpus= and "
+            f"{with_gpus[0].name} has; all servers must compute on the same kind of device"
+        )

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import pathlib
-import zipfile
+import io
 from typing import Protocol
 
 import numpy as np
@@ -156,24 +154,18 @@ def format_bytes(count: float) -> str:
 _LAYOUT_KEYS = ("holders", "device_of", "slot_of", "devices", "slots_per_device")
 
 
-def save_layout(layout: Layout, path: str | os.PathLike[str]) -> None:
-    """Writes a layout for the workers."""
+def dump_layout(layout: Layout) -> bytes:
+    """A layout for the workers, as an npz file's content."""
     arrays = {key: np.asarray(getattr(layout, key)) for key in _LAYOUT_KEYS}
-    with open(path, "wb") as file:
-        np.savez(file, allow_pickle=False, **arrays)
+    file = io.BytesIO()
+    np.savez_compressed(file, allow_pickle=False, **arrays)
+    return file.getvalue()
 
 
-def load_layout(path: str | os.PathLike[str]) -> Layout:
-    """Reads what `save_layout` wrote.
-
-    Raises:
-        UserError: the file cannot be read.
-    """
-    try:
-        with np.load(pathlib.Path(path), allow_pickle=False) as file:
-            found = {key: file[key] for key in _LAYOUT_KEYS}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: not a readable layout ({error})") from error
+def parse_layout(content: bytes) -> Layout:
+    """Reads what `dump_layout` made."""
+    with np.load(io.BytesIO(content), allow_pickle=False) as file:
+        found = {key: file[key] for key in _LAYOUT_KEYS}
     return Layout(
         holders=found["holders"],
         device_of=found["device_of"],

@@ -1,20 +1,24 @@
 """One server's engine process: `python -m dance_jax.launch.worker`, started by `Cluster`.
 
-The order is what matters here: cores are limited while JAX makes its devices, because XLA sizes its
-thread pools by them; all processes do one collective before anything else, because a first
-collective of only some of them fails; then the engine loads, compiles, and steps together with all
-others while any server has work.
+The order is what matters here: the model is made ready before anybody waits for anybody; cores are
+limited while JAX makes its devices, because XLA sizes its thread pools by them; all processes do
+one collective before anything else, because a first collective of only some of them fails; then
+the engine loads, compiles, and steps together with all others while any server has work.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import faulthandler
 import logging
+import multiprocessing
 import os
+import pathlib
 import select
 import shutil
 import signal
+import socket
 import sys
 import threading
 import time
@@ -22,15 +26,17 @@ import traceback
 from typing import TYPE_CHECKING
 
 import msgspec
-import zmq
 
+from dance_jax.cache import default_cache_dir, private_directory
 from dance_jax.config import UserError
 from dance_jax.engine.sequence import OutputDelta, Request
-from dance_jax.launch import cores, protocol
+from dance_jax.launch import cores, environment, protocol
+from dance_jax.launch.control import ALIVE_TIMEOUT_S, Connection, bracketed, derived
 from dance_jax.launch.protocol import Setup
 
 if TYPE_CHECKING:
     from dance_jax.engine.engine import Engine
+    from dance_jax.models.checkpoint import Checkpoint
 
 log = logging.getLogger("dance_jax.worker")
 
@@ -41,29 +47,25 @@ JOIN_TIMEOUT_S = 120
 class Channel:
     """The socket to the parent; used by the main thread alone."""
 
-    def __init__(self, endpoint: str, rank: int) -> None:
-        self.context = zmq.Context()
-        self.socket = self.context.socket(zmq.DEALER)
-        self.socket.setsockopt(zmq.IDENTITY, b"server-%d" % rank)
-        self.socket.setsockopt(zmq.LINGER, 1000)
-        self.socket.connect(endpoint)
+    def __init__(self, endpoint: str, key: bytes, rank: int) -> None:
+        self._connection = Connection(endpoint, key, f"server-{rank}")
+        self._socket = self._connection.socket
 
     def send(self, event: protocol.Event) -> None:
-        self.socket.send(protocol.encode(event))
+        self._socket.send(protocol.encode(event))
 
     def receive(self) -> protocol.Command:
         """Waits for the parent's next command."""
-        return protocol.decode_command(self.socket.recv())
+        return protocol.decode_command(self._socket.recv())
 
     @property
     def waiting(self) -> bool:
         """A command is there."""
-        return bool(self.socket.poll(0))
+        return bool(self._socket.poll(0))
 
     def close(self) -> None:
         """Sends what is left, for a second at most."""
-        self.socket.close()
-        self.context.term()
+        self._connection.close()
 
 
 def main() -> None:
@@ -75,21 +77,29 @@ def main() -> None:
     )
     logging.getLogger("jax").setLevel(logging.WARNING)
     logging.getLogger("absl").setLevel(logging.WARNING)
-    setup = msgspec.json.decode(_read_line(0), type=Setup)
-    _end_with_parent(setup.private_dir)
-    channel = Channel(setup.control, setup.rank)
+    line = _read_line(0)
+    if not line:
+        return  # the parent changed its mind
+    setup = msgspec.json.decode(line, type=Setup)
+    _end_with_parent(setup.private_dir, setup.beats)
+    environment.prepare(setup.platform, setup.spec.servers[setup.rank].gpus)
+    control = setup.control.replace(protocol.SSH_CLIENT, _ssh_client())
+    channel = Channel(control, setup.key, setup.rank)
     status = 0
     try:
         channel.send(protocol.Hello(os.getpid()))
         engine = _start(setup, channel)
         _serve(engine, channel)
     except BaseException as error:
-        now = time.monotonic()
         traceback.print_exc()
         message = f"{type(error).__name__}: {error}"
         user = isinstance(error, UserError)
-        channel.send(protocol.Failed(str(error) if user else message, user, now))
+        channel.send(protocol.Failed(str(error) if user else message, user))
         status = 1
+    _exit(channel, status)
+
+
+def _exit(channel: Channel, status: int) -> None:
     channel.close()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -97,66 +107,162 @@ def main() -> None:
     os._exit(status)
 
 
+def _ssh_client() -> str:
+    """The machine that this process's ssh connection comes from, as a URL has it; "" for none."""
+    return bracketed((os.environ.get("SSH_CONNECTION", "").split() or [""])[0])
+
+
 def _read_line(descriptor: int) -> bytes:
-    """One line, unbuffered: what follows it stays in the pipe."""
-    parts = []
-    while (byte := os.read(descriptor, 1)) not in (b"", b"\n"):
-        parts.append(byte)
+    """The next line that is not empty, unbuffered: what follows it stays in the pipe."""
+    parts: list[bytes] = []
+    while (byte := os.read(descriptor, 1)) != b"":
+        if byte != b"\n":
+            parts.append(byte)
+        elif parts:
+            break
     return b"".join(parts)
 
 
-def _end_with_parent(private_dir: str) -> None:
-    """Kills this process when standard input ends or the parent is another process."""
+def _end_with_parent(private_dir: str, beats: bool) -> None:
+    """Kills this process and what it started when the parent is gone.
+
+    It is when standard input ends, when this process's parent is another one, or, for a parent on
+    another machine, when it has been silent for ALIVE_TIMEOUT_S: a broken network ends nothing.
+    """
     parent = os.getppid()
 
     def watch() -> None:
+        heard = time.monotonic()
         while True:
             readable, _, _ = select.select([0], [], [], 1.0)
-            if (readable and not os.read(0, 1)) or os.getppid() != parent:
-                shutil.rmtree(private_dir, ignore_errors=True)
-                os.kill(os.getpid(), signal.SIGKILL)
+            ended = bool(readable) and not os.read(0, 4096)
+            heard = time.monotonic() if readable else heard
+            silent = beats and time.monotonic() - heard > ALIVE_TIMEOUT_S
+            if ended or silent or os.getppid() != parent:
+                if private_dir:
+                    shutil.rmtree(private_dir, ignore_errors=True)
+                os.killpg(os.getpgrp(), signal.SIGKILL)
 
     threading.Thread(target=watch, daemon=True, name="parent-watch").start()
 
 
 def _start(setup: Setup, channel: Channel) -> Engine:
-    channel.send(protocol.Progress("joining", 0, 0))
-    _join(setup)
-    channel.send(protocol.Progress("loading", 0, 0))
+    cache = _cache_dir(setup)
+    checkpoint = _open_model(setup, cache or pathlib.Path(setup.private_dir), channel)
+    channel.send(protocol.Progress("preparing", 0, 0))
     from dance_jax.engine.compile_cache import CompileCache
     from dance_jax.engine.engine import Engine
-    from dance_jax.launch.plan import load_layout
-    from dance_jax.models import kernels_cpu
-    from dance_jax.models.checkpoint import Checkpoint
+    from dance_jax.launch.plan import parse_layout
+    from dance_jax.models import kernels_cpu, links_cpu
     from dance_jax.models.tokenizer import Tokenizer
 
-    kernels_cpu.register(setup.expert_library)
-    checkpoint = Checkpoint.open(setup.checkpoint)
-    layout = load_layout(setup.layout)
+    compile_dir = None if cache is None else private_directory(cache / "compiled")
+    if setup.platform == "cpu":
+        kernels_cpu.load(compile_dir or pathlib.Path(setup.private_dir))
+    channel.send(protocol.Prepared(_coordinator(setup)))
+    match channel.receive():
+        case protocol.Join(coordinator):
+            pass
+        case _:
+            _exit(channel, 0)
+            raise AssertionError
+    channel.send(protocol.Progress("joining", 0, 0))
+    threads = _join(setup, coordinator)
+    names, link_key = setup.spec.names, derived(setup.key, "links")
+    transport = links_cpu.connect(setup.rank, names, _address(setup), link_key)
+    channel.send(protocol.Joined())
+    channel.send(protocol.Progress("loading", 0, 0))
+    layout = parse_layout(setup.layout)
     # The seed only reaches the step as an argument.
     shape = dataclasses.replace(setup.config, seed=0)
-    threads = len(setup.cores)
     scope = (checkpoint.fingerprint, layout.devices, layout.slots_per_device, shape, threads)
-    cache = CompileCache(setup.compile_dir, scope)
+    steps = CompileCache(compile_dir, scope)
     engine = Engine(
         checkpoint,
-        Tokenizer.load(setup.checkpoint),
+        Tokenizer.load(checkpoint.path),
         setup.spec,
         setup.rank,
         layout,
         setup.config,
-        compile_cache=cache,
+        compile_cache=steps,
+        transport=transport,
     )
     engine.warmup(lambda stage, done, total: channel.send(protocol.Progress(stage, done, total)))
-    channel.send(protocol.Ready(cache.hits, cache.misses))
+    channel.send(protocol.Ready(steps.hits, steps.misses))
     return engine
 
 
-def _join(setup: Setup) -> None:
-    """Makes this process part of the cluster's jax.distributed job."""
-    devices = setup.spec.devices[setup.rank]
-    # Servers of one machine take its GPUs in their order; CPU devices are each process's own.
-    first = sum(setup.spec.devices[: setup.rank]) if setup.platform == "cuda" else 0
+def _cache_dir(setup: Setup) -> pathlib.Path | None:
+    if setup.cache_dir is None:
+        return None
+    return pathlib.Path(setup.cache_dir) if setup.cache_dir else default_cache_dir()
+
+
+def _open_model(setup: Setup, cache: pathlib.Path, channel: Channel) -> Checkpoint:
+    """This machine's copy of the model, converted into its cache if need be.
+
+    Raises:
+        UserError: it is missing, torn or another one.
+    """
+    from dance_jax.launch.defaults import demo_dir
+    from dance_jax.models.checkpoint import Checkpoint, is_converted
+
+    path = pathlib.Path(setup.model) if setup.model else demo_dir()
+    if not is_converted(path):
+        channel.send(protocol.Progress("converting the model", 0, 0))
+        # Elsewhere: it computes with JAX, which must not happen here before all have joined.
+        with concurrent.futures.ProcessPoolExecutor(
+            1, multiprocessing.get_context("spawn")
+        ) as pool:
+            path = pool.submit(_convert, path, cache / "models").result()
+    checkpoint = Checkpoint.open(path)
+    if checkpoint.fingerprint != setup.fingerprint:
+        raise UserError(
+            f"{path}: is not the model that the launch is for (fingerprint "
+            f"{checkpoint.fingerprint[:16]}, not {setup.fingerprint[:16]}): copy the same files"
+        )
+    return checkpoint
+
+
+def _convert(source: pathlib.Path, cache: pathlib.Path) -> pathlib.Path:
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    from dance_jax.models.convert import ensure_converted
+
+    return ensure_converted(source, cache)
+
+
+def _coordinator(setup: Setup) -> str:
+    """host:port where this server would coordinate jax.distributed."""
+    address = _address(setup)
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((address, setup.coordinator_port))
+        except OSError as error:
+            port = f"port {setup.coordinator_port}" if setup.coordinator_port else "a port"
+            raise UserError(f"{address}: cannot listen on {port}: {error}") from error
+        port = probe.getsockname()[1]
+    return f"{bracketed(address)}:{port}"
+
+
+def _address(setup: Setup) -> str:
+    """Where this server's collectives listen."""
+    address = setup.spec.servers[setup.rank].address
+    return "127.0.0.1" if address == "localhost" else address
+
+
+def _join(setup: Setup, coordinator: str) -> int:
+    """Makes this process part of the cluster's jax.distributed job.
+
+    Returns:
+        The cores its thread pools are made for.
+    """
+    server = setup.spec.servers[setup.rank]
+    # Without gpus=, the servers of one machine take its GPUs in their order; CPU devices are each
+    # process's own.
+    shared = setup.platform == "cuda" and not server.gpus
+    first = sum(setup.machine_devices[: setup.machine_index]) if shared else 0
+    mine = cores.share(cores.available(), setup.machine_devices)[setup.machine_index]
     import jax
 
     # Gloo's address can be set nowhere else.
@@ -166,7 +272,7 @@ def _join(setup: Setup) -> None:
     # Off: JAX would catch SIGTERM and live on.
     jax.config.update("jax_enable_preemption_service", False)
     if setup.platform == "cpu":
-        jax.config.update("jax_num_cpu_devices", devices)
+        jax.config.update("jax_num_cpu_devices", server.devices)
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         make_collectives = _jax.make_gloo_tcp_collectives
 
@@ -174,23 +280,24 @@ def _join(setup: Setup) -> None:
             """Gloo would resolve this machine's host name, which may have no address."""
             return make_collectives(
                 distributed_client=distributed_client,
-                hostname=hostname or setup.address,
+                hostname=hostname or _address(setup),
                 interface=interface,
             )
 
         _jax.make_gloo_tcp_collectives = at_address
-    log.info("JAX is imported; finding the others at %s", setup.coordinator)
+    log.info("JAX is imported; finding the others at %s", coordinator)
     jax.distributed.initialize(
-        setup.coordinator,
+        coordinator,
         num_processes=len(setup.spec.servers),
         process_id=setup.rank,
-        coordinator_bind_address=setup.coordinator,
+        coordinator_bind_address=coordinator,
         initialization_timeout=JOIN_TIMEOUT_S,
-        local_device_ids=list(range(first, first + devices)),
+        local_device_ids=list(range(first, first + server.devices)),
     )
-    with cores.limited(setup.cores):
+    with cores.limited(mine):
         log.info("all servers are there; devices: %s", ", ".join(map(str, jax.devices())))
     _first_collective(len(setup.spec.servers))
+    return len(mine)
 
 
 def _first_collective(num_servers: int) -> None:
@@ -228,6 +335,8 @@ def _serve(engine: Engine, channel: Channel) -> None:
                 _run(engine, channel, command.requests)
             case protocol.Abort():
                 pass  # it came after the batch had ended
+            case protocol.Join():
+                raise RuntimeError("the servers have joined already")
 
 
 def _run(engine: Engine, channel: Channel, requests: list[Request]) -> None:
@@ -250,12 +359,11 @@ def _run(engine: Engine, channel: Channel, requests: list[Request]) -> None:
         if channel.waiting:
             match channel.receive():
                 case protocol.Stop():
-                    channel.close()
-                    os._exit(0)
+                    _exit(channel, 0)
                 case protocol.Abort():
                     engine.abort_all()
-                case protocol.Work():
-                    raise RuntimeError("work came before the last batch had ended")
+                case command:
+                    raise RuntimeError(f"{command!r:.80} came before the batch had ended")
         result = engine.step()
         active = result.active
         if result.outputs:

@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -30,6 +31,14 @@ from dance_jax.models.checkpoint import Checkpoint
 from dance_jax.models.convert import ensure_converted
 from dance_jax.models.tokenizer import Tokenizer
 from tests.launch.tiny import HOSTS, write_model
+
+
+def free_port() -> int:
+    """A TCP port of the loopback interface that nobody uses at the moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
 
 PROMPTS: list[dict[str, Any]] = [
     {"prompt": "Es war einmal", "max_tokens": 6},
@@ -73,7 +82,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     plan = make_plan(spec, checkpoint, config, "uniform")
     prompts = read_prompts(folder / "prompts.jsonl", spec, max_tokens=8)
     console = Console(file=io.StringIO(), width=120, record=True)
-    cluster = Cluster(spec, path, plan.layout, config, cache_dir=folder / "cache")
+    cluster = Cluster(spec, checkpoint, plan.layout, config, cache_dir=folder / "cache")
     with cluster, Stream(console, spec.names, prompts) as stream:
         result = run_prompts(cluster, plan, Tokenizer.load(path), prompts, stream.update)
     print_summary(console, result)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dance_jax.config import ServerSpec, UserError
+from dance_jax.config import ServerSpec, SshTarget, UserError
 from dance_jax.launch.hosts import parse_hosts, read_hosts
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -25,7 +25,7 @@ def test_every_key_and_default() -> None:
         "hosts.txt",
     )
     assert spec.servers == (
-        ServerSpec("alpha", "localhost", 2, 48 << 20, None, 500e6),
+        ServerSpec("alpha", "localhost", 2, (48 << 20,) * 2, None, 500e6),
         ServerSpec("beta", "127.0.0.1", 1, None, 7, None),
     )
     assert spec.servers[0].slots(1 << 20) == 48
@@ -47,7 +47,7 @@ def test_every_key_and_default() -> None:
     ],
 )
 def test_memory_units(text: str, size: int) -> None:
-    assert parse_hosts(f"a address=localhost memory={text}").servers[0].memory == size
+    assert parse_hosts(f"a address=localhost memory={text}").servers[0].memory == (size,)
 
 
 @pytest.mark.parametrize(
@@ -100,16 +100,72 @@ def test_repeated_name() -> None:
         parse_hosts("a address=localhost experts=1\n\na address=localhost experts=2", "h")
 
 
-@pytest.mark.parametrize("address", ["10.0.0.1", "example.org", "0.0.0.0", "::2"])
-def test_other_machines_are_refused(address: str) -> None:
-    with pytest.raises(UserError, match=f"h:1: address={address} is not this machine"):
-        parse_hosts(f"a experts=1 address={address}", "h")
+def test_a_server_elsewhere() -> None:
+    spec = parse_hosts(
+        """
+        alpha address=10.0.0.1 ssh=me@gate.example.org:2222 python=/v/bin/python model=/m gpus=0,2 \
+memory=24GB,12GB bandwidth=auto
+        beta  address=beta.lan experts=3 gpus=1
+        gamma experts=3 ssh=root@[fe80::1] gpus=0
+        """
+    )
+    alpha, beta, gamma = spec.servers
+    assert alpha.ssh == SshTarget("gate.example.org", "me", 2222)
+    assert (alpha.python, alpha.model, alpha.gpus) == ("/v/bin/python", "/m", (0, 2))
+    assert alpha.devices == 2 and alpha.memory == (24 * 10**9, 12 * 10**9)
+    assert alpha.slots(10**9) == 12, "equal pools: the smallest memory decides"
+    assert (alpha.bandwidth, alpha.measure_bandwidth) == (None, True)
+    assert beta.ssh == SshTarget("beta.lan") and not beta.measure_bandwidth
+    assert gamma.address == "gamma" and gamma.ssh == SshTarget("fe80::1", "root")
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("a experts=1 ssh=-oProxyCommand=x", ["ssh=-oProxyCommand=x"]),
+        ("a experts=1 ssh=-o@host", ["ssh=-o@host"]),
+        ("a experts=1 ssh=me@-host", ["ssh=me@-host"]),
+        ("a experts=1 ssh=me@host:0", ["ssh=me@host:0"]),
+        ("a experts=1 ssh=me@host:99999", ["ssh=me@host:99999"]),
+        ("a experts=1 ssh=me@$(id)", ["ssh=me@$(id)"]),
+        ("a experts=1 python=bin/python", ["python=bin/python", "absolute"]),
+        ("a experts=1 model=models/x", ["model=models/x", "absolute"]),
+        ("a experts=1 address=-h", ["address=-h"]),
+        ("a experts=1 address=0.0.0.0", ["address=0.0.0.0"]),
+        ("a experts=1 address=1.2.3", ["address=1.2.3"]),
+        ("a experts=1 address=a;b", ["address=a;b"]),
+        ("a experts=1 gpus=0,0", ["gpus=0,0", "twice"]),
+        ("a experts=1 gpus=x", ["gpus=x"]),
+        ("a experts=1 gpus=0,1 devices=3", ["gpus", "2 values for 3 devices"]),
+        ("a memory=1GB,2GB devices=3", ["memory", "2 values for 3 devices"]),
+        ("a memory=1GB,", ["memory="]),
+    ],
+)
+def test_errors_of_servers_elsewhere(line: str, words: list[str]) -> None:
+    address = "" if "address=" in line else " address=10.0.0.2"
+    with pytest.raises(UserError) as caught:
+        parse_hosts(f"ok address=10.0.0.1 experts=1\n{line}{address}", "h")
+    assert str(caught.value).startswith("h:2: ")
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_a_loopback_address_among_others_is_refused() -> None:
+    text = "a experts=1 address=localhost\nb experts=1 address=10.0.0.2"
+    with pytest.raises(UserError, match=r"h:1: address=localhost .* b \(line 2"):
+        parse_hosts(text, "h")
+
+
+def test_all_or_no_server_names_gpus() -> None:
+    text = "a experts=1 address=localhost gpus=0\nb experts=1 address=localhost"
+    with pytest.raises(UserError, match="h:2: b has no gpus= and a has"):
+        parse_hosts(text, "h")
 
 
 def test_address_is_the_name_by_default() -> None:
-    with pytest.raises(UserError, match=r"h:1: the address of alpha is its name .*localhost"):
-        parse_hosts("alpha experts=1", "h")
-    assert parse_hosts("localhost experts=1").servers[0].address == "localhost"
+    assert parse_hosts("alpha experts=1").servers[0].ssh == SshTarget("alpha")
+    local = parse_hosts("localhost experts=1").servers[0]
+    assert (local.address, local.ssh) == ("localhost", None)
 
 
 def test_unreadable_and_empty_files(tmp_path: pathlib.Path) -> None:
@@ -145,11 +201,11 @@ def test_what_is_written_is_read(servers: list[tuple[str, int, int | str, bool]]
     spec = parse_hosts("\n".join(lines))
     assert spec.names == tuple(server[0] for server in servers)
     assert spec.devices == tuple(server[1] for server in servers)
-    for found, (_, _, size, _) in zip(spec.servers, servers, strict=True):
+    for found, (_, devices, size, _) in zip(spec.servers, servers, strict=True):
         if isinstance(size, int):
             assert (found.experts, found.memory) == (size, None)
         else:
-            assert (found.experts, found.memory) == (None, int(size[:-3]) << 20)
+            assert (found.experts, found.memory) == (None, (int(size[:-3]) << 20,) * devices)
 
 
 @given(st.text(max_size=60))

@@ -1,0 +1,268 @@
+"""Asks a server's machine the questions of a preflight: a process there, here or through ssh."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import pathlib
+import queue
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable
+from typing import Protocol
+
+import msgspec
+
+from dance_jax.config import ServerSpec
+from dance_jax.launch.preflight.messages import (
+    MARK,
+    Refused,
+    Reply,
+    Request,
+    decode_reply,
+    encode,
+)
+from dance_jax.launch.ssh import SSH_FAILED, server_command, server_environment
+
+#: Seconds that a probe has to end by itself when nobody asks any more.
+_END_TIMEOUT_S = 1.0
+
+
+class Unreachable(Exception):
+    """A machine cannot be asked; the message says why and what to do."""
+
+
+class Asker(Protocol):
+    """Asks one server's machine."""
+
+    def ask(self, request: Request, timeout_s: float) -> Reply:
+        """The answer to a question; called by one thread at a time.
+
+        Raises:
+            Unreachable: none came within so many seconds, or none can come.
+        """
+        ...
+
+    def close(self) -> None:
+        """Ends whatever answers, there and here."""
+        ...
+
+
+class CallAsker:
+    """Asks through a function from JSON to JSON, e.g. over another launcher's channel.
+
+    Args:
+        call: takes a question and the seconds it may take; raises TimeoutError.
+    """
+
+    def __init__(self, call: Callable[[bytes, float], bytes]) -> None:
+        self._call = call
+        #: Why it is not asked any more.
+        self._problem = ""
+
+    def ask(self, request: Request, timeout_s: float) -> Reply:
+        if self._problem:
+            raise Unreachable(self._problem)
+        try:
+            return _decoded(self._call(encode(request), timeout_s))
+        except TimeoutError as error:
+            # A late answer would be taken for that to another question.
+            self._problem = f"no answer within {timeout_s:.0f} s"
+            raise Unreachable(self._problem) from error
+
+    def close(self) -> None:
+        """Nothing is its own."""
+
+
+class ProbeAsker:
+    """Asks a process of `dance_jax.launch.preflight.probe` on the server's machine.
+
+    The process ends when this one closes its input or is gone.
+    """
+
+    def __init__(self, server: ServerSpec, ssh_config: pathlib.Path | None = None) -> None:
+        self._server = server
+        self._ssh_config = ssh_config
+        self._answers: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed by close)
+        self._popen: subprocess.Popen[bytes] | None = None
+        #: Why it cannot be asked any more.
+        self._problem = ""
+        command = server_command(server, "dance_jax.launch.preflight.probe", ssh_config)
+        try:
+            self._popen = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._errors,
+                env=server_environment(server),
+                start_new_session=True,  # Ctrl-C in the terminal is for the parent alone
+            )
+        except OSError as error:
+            self._problem = f"{command[0]} cannot be started: {(error.strerror or '').lower()}"
+            return
+        read = functools.partial(self._read, self._popen)
+        threading.Thread(target=read, daemon=True, name=f"probe-{server.name}").start()
+
+    def _read(self, popen: subprocess.Popen[bytes]) -> None:
+        assert popen.stdout is not None
+        with popen.stdout:
+            for line in popen.stdout:
+                if line.startswith(MARK):
+                    self._answers.put(line.removeprefix(MARK))
+        self._answers.put(None)
+
+    def ask(self, request: Request, timeout_s: float) -> Reply:
+        if self._popen is None or self._problem:
+            raise Unreachable(self._problem)
+        assert self._popen.stdin is not None
+        # Where writing fails, the end of its output says so as well.
+        with contextlib.suppress(BrokenPipeError):
+            self._popen.stdin.write(encode(request) + b"\n")
+            self._popen.stdin.flush()
+        try:
+            answer = self._answers.get(timeout=timeout_s)
+        except queue.Empty:
+            # It is not asked again: a late answer would be taken for that to another question.
+            self._problem = f"{where(self._server)}: no answer within {timeout_s:.0f} s"
+            if self._server.ssh is not None:
+                self._problem += f"; does this work? {by_hand(self._server, self._ssh_config)}"
+            raise Unreachable(self._problem) from None
+        if answer is None:
+            self._problem = self._why()
+            raise Unreachable(self._problem)
+        return _decoded(answer)
+
+    def _why(self) -> str:
+        assert self._popen is not None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._popen.wait(_END_TIMEOUT_S)
+        self._errors.seek(0)
+        said = self._errors.read(1 << 16).decode(errors="replace")
+        return explanation(self._server, self._popen.returncode, said, self._ssh_config)
+
+    def close(self) -> None:
+        if self._popen is None:
+            self._errors.close()
+            return
+        self._problem = self._problem or "it was closed"
+        assert self._popen.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._popen.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._popen.wait(_END_TIMEOUT_S)
+        # A group of its own, which children that outlive their leader still have.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._popen.pid, signal.SIGKILL)
+        self._popen.wait()
+        self._errors.close()
+
+
+def _decoded(answer: bytes) -> Reply:
+    try:
+        reply = decode_reply(answer)
+    except msgspec.DecodeError as error:
+        raise Unreachable(
+            f"its answer is not understood: dance_jax there is another version ({error})"
+        ) from error
+    if isinstance(reply, Refused):
+        raise Unreachable(reply.why)
+    return reply
+
+
+def where(server: ServerSpec) -> str:
+    """How the server's machine is reached, in words."""
+    return f"ssh {server.ssh}" if server.ssh else "its process on this machine"
+
+
+def by_hand(server: ServerSpec, ssh_config: pathlib.Path | None) -> str:
+    """A command line with which a user tries the connection."""
+    assert server.ssh is not None
+    config = ["-F", str(ssh_config)] if ssh_config else []
+    port = ["-p", str(server.ssh.port)] if server.ssh.port else []
+    target = f"{server.ssh.user}@{server.ssh.host}" if server.ssh.user else server.ssh.host
+    return shlex.join(["ssh", "-o", "BatchMode=yes", *config, *port, target, "true"])
+
+
+#: What ssh prints when it cannot connect, and what it means. The first that fits is taken.
+_SSH_FAILURES = (
+    (
+        "REMOTE HOST IDENTIFICATION HAS CHANGED",
+        "the host has another key than it had before; if that is right, remove the old one "
+        "(ssh-keygen -R HOST)",
+    ),
+    (
+        "Host key verification failed",
+        "the host's key is not known here; connect once by hand and accept it",
+    ),
+    (
+        "Permission denied",
+        "the host lets nobody in with the keys of this user; add yours there (ssh-copy-id)",
+    ),
+    (
+        "Too many authentication failures",
+        "the host refused all keys; name the right one in the ssh configuration (IdentityFile)",
+    ),
+    ("Could not resolve", "the name of the host is not known here; correct ssh= or address="),
+    (
+        "Connection refused",
+        "no ssh server listens there; start one, or correct the port in ssh=",
+    ),
+    ("No route to host", "there is no way to it; is it on, and is the address right?"),
+    ("Network is unreachable", "there is no way to it from this machine"),
+    ("timed out", "it does not answer; is it on, is the address right, does a firewall drop this?"),
+    ("Bad configuration option", "the ssh configuration is wrong"),
+    ("Can't open user config file", "the file of --ssh-config cannot be read"),
+)
+
+_MISSING_MODULE = re.compile(r"No module named '?([A-Za-z0-9_.]+)'?")
+
+
+def explanation(
+    server: ServerSpec, status: int | None, said: str, ssh_config: pathlib.Path | None = None
+) -> str:
+    """Why a server's process ended before it answered, and what to do.
+
+    Args:
+        server: whose process it was.
+        status: how it ended, as `subprocess` and shells say it; None: it runs on.
+        said: its standard error.
+        ssh_config: for the command that is proposed.
+    """
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    last = _printable(lines[-1]) if lines else "it said nothing"
+    python = server.python or sys.executable
+    if server.ssh is not None and status == SSH_FAILED:
+        reason = next((text for sign, text in _SSH_FAILURES if sign in said), "ssh failed")
+        return (
+            f"{where(server)}: {reason} ({last}). This must work without a question: "
+            f"{by_hand(server, ssh_config)}"
+        )
+    missing = _MISSING_MODULE.search(said)
+    if missing:
+        name = missing[1]
+        package = "dance_jax" if name.startswith("dance_jax") else name
+        which = "" if name.count(".") == 0 else f" (it lacks {name}: another version)"
+        return (
+            f"{where(server)}: {python} has no {package}{which}; install the same version there, "
+            "or name the right Python with python="
+        )
+    if status in (126, 127):
+        return (
+            f"{where(server)}: there is no {python} that can be run ({last}); install it there, "
+            "or name the right one with python="
+        )
+    if "SyntaxError" in said or "TypeError: unsupported operand" in said:
+        return f"{where(server)}: {python} is too old; Python 3.11 or newer is needed"
+    ended = "gave no answer" if status is None else f"ended with status {status}"
+    return f"{where(server)}: {python} {ended}: {last}"
+
+
+def _printable(text: str) -> str:
+    return "".join(char if char.isprintable() else "?" for char in text)[:300]

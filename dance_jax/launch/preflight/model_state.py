@@ -1,0 +1,138 @@
+"""What tells copies of a model apart, read in moments and without JAX or numpy.
+
+The fingerprint of a model reads far into its weights; this compares names, shapes and sizes, which
+finds another model, another version of it, and a download that is not complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pathlib
+from typing import Any
+
+from dance_jax.launch.preflight.messages import ModelState
+
+# As models.checkpoint and models.hf have them, which import JAX; a test compares.
+MANIFEST = "dance_jax.json"
+INDEX = "model.safetensors.index.json"
+SIDE_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+
+#: Bytes of a header that is still believed.
+_LONGEST_HEADER = 1 << 28
+
+
+class _Wrong(Exception):
+    """What is wrong with a model, in words."""
+
+
+def model_state(directory: str | os.PathLike[str] | None) -> ModelState:
+    """Looks at a model's directory.
+
+    Args:
+        directory: in Hugging Face format or converted; None: the demo of this installation.
+    """
+    demo = pathlib.Path(__file__).resolve().parents[2] / "demo"
+    path = demo if directory is None else pathlib.Path(directory)
+    state = ModelState(path=str(path), kind="")
+    try:
+        if (path / MANIFEST).exists():
+            state.kind = "converted"
+            state.index, state.fingerprint = _converted(path)
+        elif (path / "config.json").exists():
+            state.kind = "hf"
+            state.index = _hugging_face(path)
+        elif path.is_dir():
+            raise _Wrong("there is no config.json in it")
+        else:
+            raise _Wrong("there is no such directory")
+        state.definition = _definition(path)
+    except _Wrong as error:
+        state.problem = str(error)
+    except OSError as error:
+        state.problem = f"{error.filename or path} cannot be read: {error.strerror}"
+    return state
+
+
+def _definition(path: pathlib.Path) -> str:
+    digest = hashlib.sha256()
+    for name in SIDE_FILES:
+        file = path / name
+        digest.update(hashlib.sha256(file.read_bytes()).digest() if file.exists() else b"absent")
+    return digest.hexdigest()
+
+
+def _converted(path: pathlib.Path) -> tuple[str, str]:
+    """Hash of the manifest, and the fingerprint in it; all files are there in full."""
+    text = (path / MANIFEST).read_bytes()
+    try:
+        manifest = json.loads(text)
+        fingerprint, sizes = str(manifest["fingerprint"]), dict(manifest["files"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise _Wrong(
+            f"{MANIFEST} cannot be understood ({error}); convert the model again"
+        ) from error
+    for name, size in sizes.items():
+        _check_size(path / name, size)
+    return hashlib.sha256(text).hexdigest(), fingerprint
+
+
+def _check_size(file: pathlib.Path, size: int) -> None:
+    if not file.exists():
+        raise _Wrong(f"{file.name} is missing; copy or convert the model again")
+    if (found := file.stat().st_size) != size:
+        raise _Wrong(f"{file.name} has {found:,} bytes, not {size:,}; it is not complete")
+
+
+def _hugging_face(path: pathlib.Path) -> str:
+    """Hash of the shards' names, sizes and headers; all are there in full."""
+    shards = _shards(path)
+    if missing := [shard.name for shard in shards if not shard.exists()]:
+        raise _Wrong(f"{len(missing)} of {len(shards)} files of weights are missing: {missing[0]}")
+    digest = hashlib.sha256()
+    for shard in shards:
+        header = _header(shard)
+        digest.update(f"{shard.name}\0{shard.stat().st_size}\0{len(header)}\0".encode())
+        digest.update(header)
+    return digest.hexdigest()
+
+
+def _shards(path: pathlib.Path) -> list[pathlib.Path]:
+    index = path / INDEX
+    if index.exists():
+        try:
+            names = set(json.loads(index.read_bytes())["weight_map"].values())
+            return [path / name for name in sorted(names)]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise _Wrong(f"{INDEX} cannot be understood ({error})") from error
+    if not (found := sorted(path.glob("*.safetensors"))):
+        raise _Wrong("there are no safetensors files in it")
+    return found
+
+
+def _header(shard: pathlib.Path) -> bytes:
+    """The header of a safetensors file, which says how long the file is."""
+    size = shard.stat().st_size
+    with shard.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 0 < length <= min(size - 8, _LONGEST_HEADER):
+            raise _Wrong(f"{shard.name} is torn, or no safetensors file")
+        header = file.read(length)
+    try:
+        _check_size(shard, 8 + length + _data_bytes(json.loads(header)))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _Wrong(f"{shard.name} is torn, or no safetensors file") from error
+    return header
+
+
+def _data_bytes(header: dict[str, Any]) -> int:
+    tensors = (entry for name, entry in header.items() if name != "__metadata__")
+    return max((int(entry["data_offsets"][1]) for entry in tensors), default=0)

@@ -1,0 +1,238 @@
+"""Looks at every server and link before anything starts, and says all that is wrong at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pathlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+from dance_jax.config import ClusterSpec, ServerSpec, UserError
+from dance_jax.launch.preflight import findings, probe
+from dance_jax.launch.preflight.asker import Asker, ProbeAsker, Unreachable
+from dance_jax.launch.preflight.at_once import at_once
+from dance_jax.launch.preflight.findings import Finding
+from dance_jax.launch.preflight.link_pairs import measure_links
+from dance_jax.launch.preflight.messages import AskClock, AskMachine, Clock, Machine
+from dance_jax.launch.preflight.survey import Links, Offset, Survey
+from dance_jax.launch.ssh import CONNECT_TIMEOUT_S
+
+#: Seconds for the first answer, which may need a connection, and for the others.
+FIRST_TIMEOUT_S, ANSWER_TIMEOUT_S = CONNECT_TIMEOUT_S + 2.0, 10.0
+#: Questions for the time, of which the fastest answer counts.
+_CLOCK_QUESTIONS = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Preflight:
+    """What was found; `report.print_preflight` shows it, `check` refuses what is wrong."""
+
+    #: The servers, with measured rates where the file has bandwidth=auto.
+    spec: ClusterSpec
+    #: One per server.
+    surveys: tuple[Survey, ...]
+    #: Bytes per device of each server.
+    needs: tuple[int, ...]
+    #: "cpu" or "cuda".
+    platform: str
+    #: Between servers of different addresses.
+    links: Links
+    findings: tuple[Finding, ...]
+
+    @property
+    def errors(self) -> tuple[str, ...]:
+        """What keeps the servers from working together."""
+        return tuple(finding.message for finding in self.findings if finding.error)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What is worth a word."""
+        return tuple(finding.message for finding in self.findings if not finding.error)
+
+    @property
+    def coordinator_port(self) -> int:
+        """Of the first server, given or found free; 0: it could not be asked."""
+        machine = self.surveys[0].machine
+        return machine.ports[0].port if machine else 0
+
+    @property
+    def client_addresses(self) -> tuple[str | None, ...]:
+        """Per server, the address of this machine over there; None without ssh."""
+        return tuple(
+            survey.machine.ssh_client if survey.machine and survey.server.ssh else None
+            for survey in self.surveys
+        )
+
+    def rtt(self, one: int, other: int) -> float | None:
+        """Seconds of a round trip between two servers; None: not measured."""
+        ways = [self.links.get((one, other)), self.links.get((other, one))]
+        return min((link.rtt for link in ways if link and link.rtt is not None), default=None)
+
+    def rate(self, source: int, target: int) -> float | None:
+        """Bits per second from one server to another; None: not measured."""
+        way, back = self.links.get((source, target)), self.links.get((target, source))
+        if way and way.sent is not None:
+            return way.sent
+        return back.received if back else None
+
+    def check(self) -> None:
+        """Passes if a launch can succeed.
+
+        Raises:
+            UserError: with all that is wrong.
+        """
+        if self.errors:
+            count = f"{len(self.errors)} problems" if len(self.errors) > 1 else "a problem"
+            listed = "".join(f"\n  {message}" for message in self.errors)
+            raise UserError(f"the preflight found {count}, nothing was started:{listed}")
+
+
+def run_preflight(
+    spec: ClusterSpec,
+    *,
+    model: pathlib.Path | None,
+    fingerprint: str,
+    cache_dir: pathlib.Path | None,
+    platform: str,
+    needs: Sequence[int],
+    coordinator_port: int = 0,
+    ports: Mapping[str, Sequence[int]] | None = None,
+    ssh_config: pathlib.Path | None = None,
+    measure_all: bool = False,
+    askers: Sequence[Asker] | None = None,
+    progress: Callable[[str], None] = lambda text: None,
+) -> Preflight:
+    """Asks all servers' machines at the same time and measures the links between them.
+
+    Args:
+        spec: the servers.
+        model: the model's directory on this machine and, where a line has no model=, on the
+            servers'; None: the demo of each installation.
+        fingerprint: of the model that was planned with.
+        cache_dir: of this machine and the servers'; None: the default one of each.
+        platform: "cpu" or "cuda".
+        needs: per server, bytes that each device will hold.
+        coordinator_port: of the first server; 0: a free one is found.
+        ports: by server, more ports that it will use.
+        ssh_config: file for `ssh -F`.
+        measure_all: rates of all links, not only of servers with bandwidth=auto.
+        askers: one per server, which the caller closes; None: a process on every server's machine,
+            gone when this returns.
+        progress: told what is done.
+    """
+    opened: list[ProbeAsker] = []
+    try:
+        if askers is None:
+            for server in spec.servers:
+                opened.append(ProbeAsker(server, ssh_config))
+            askers = opened
+        own = _own_machine(model)
+        progress(f"asking {len(askers)} servers")
+        questions = [
+            AskMachine(
+                address=server.address,
+                names=[each.address for each in spec.servers],
+                ports=[coordinator_port if rank == 0 else 0, *(ports or {}).get(server.name, ())],
+                model=server.model or _absolute(model),
+                cache_dir=_absolute(cache_dir),
+                platform=platform,
+            )
+            for rank, server in enumerate(spec.servers)
+        ]
+        surveys = _surveys(spec.servers, askers, questions)
+        measured = measure_links(surveys, askers, measure_all, progress)
+    finally:
+        at_once([asker.close for asker in opened])
+    found = [
+        *findings.unreachable(surveys),
+        *findings.names(surveys),
+        *findings.ports(surveys),
+        *findings.links(surveys, measured),
+        *findings.software(surveys, own),
+        *findings.compilers(surveys, platform),
+        *findings.model(surveys, own, fingerprint),
+        *findings.memory(surveys, needs, platform),
+        *findings.clocks(surveys),
+    ]
+    return Preflight(
+        spec=with_rates(spec, measured.links),
+        surveys=tuple(surveys),
+        needs=tuple(needs),
+        platform=platform,
+        links=measured.links,
+        findings=tuple(dict.fromkeys(found)),
+    )
+
+
+def with_rates(spec: ClusterSpec, links: Links) -> ClusterSpec:
+    """The servers; those with bandwidth=auto get the largest rate any of their links showed."""
+    best: dict[int, float] = {}
+    for pair, link in links.items():
+        for rank in pair:
+            rates = [rate for rate in (link.sent, link.received, best.get(rank)) if rate]
+            best |= {rank: max(rates)} if rates else {}
+    servers = (
+        dataclasses.replace(server, bandwidth=best.get(rank, server.bandwidth))
+        if server.measure_bandwidth
+        else server
+        for rank, server in enumerate(spec.servers)
+    )
+    return ClusterSpec(tuple(servers))
+
+
+def _absolute(path: pathlib.Path | None) -> str | None:
+    return None if path is None else str(path.absolute())
+
+
+def _own_machine(model: pathlib.Path | None) -> Machine:
+    """This machine's answer, with which the others' are compared."""
+    question = AskMachine(
+        address="localhost",
+        names=[],
+        ports=[],
+        model=_absolute(model),
+        cache_dir=None,
+        platform="cpu",
+    )
+    own = probe.answer(question)
+    assert isinstance(own, Machine)
+    return own
+
+
+def _surveys(
+    servers: Sequence[ServerSpec], askers: Sequence[Asker], questions: Sequence[AskMachine]
+) -> list[Survey]:
+    calls = [
+        functools.partial(_survey, *each) for each in zip(servers, askers, questions, strict=True)
+    ]
+    surveys = []
+    for result in at_once(calls):
+        if isinstance(result, Exception):
+            raise result
+        surveys.append(result)
+    return surveys
+
+
+def _survey(server: ServerSpec, asker: Asker, question: AskMachine) -> Survey:
+    """Asks one machine what it is and what time it has."""
+    began = time.monotonic()
+    try:
+        asker.ask(AskClock(), FIRST_TIMEOUT_S)
+        seconds = time.monotonic() - began
+        machine = asker.ask(question, ANSWER_TIMEOUT_S)
+        assert isinstance(machine, Machine)
+        offsets = [_offset(asker) for _ in range(_CLOCK_QUESTIONS)]
+    except Unreachable as error:
+        return Survey(server, problem=str(error))
+    best = min(offsets, key=lambda offset: offset.uncertainty)
+    return Survey(server, machine=machine, clock=best, seconds=seconds)
+
+
+def _offset(asker: Asker) -> Offset:
+    """How far a clock is ahead, if question and answer took equally long."""
+    began, clock = time.monotonic(), time.time()
+    reply = asker.ask(AskClock(), ANSWER_TIMEOUT_S)
+    assert isinstance(reply, Clock)
+    half = (time.monotonic() - began) / 2
+    return Offset(reply.time - (clock + half), half)

@@ -1,0 +1,109 @@
+"""--node-rank: a launcher per server, without ssh; here on three loopback addresses."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+
+import psutil
+import pytest
+
+from dance_jax.launch.roles import KEY_VARIABLE
+from tests.launch.conftest import Tiny, free_port
+from tests.launch.test_cluster import many_prompts
+from tests.launch.tiny import HOSTS
+
+KEY = "an example of a key that all nodes have"
+Start = Callable[..., psutil.Popen]
+
+
+@pytest.fixture
+def start(tiny: Tiny, tmp_path: pathlib.Path) -> Iterator[Start]:
+    """start(rank, options..., key=...): the launcher of a node, which logs to node-RANK."""
+    hosts = tmp_path / "hosts.txt"
+    lines = HOSTS.splitlines()
+    addressed = [
+        line.replace("address=localhost", f"address=127.0.0.{n + 1}")
+        for n, line in enumerate(line for line in lines if "address=" in line)
+    ]
+    hosts.write_text("\n".join(addressed))
+    port = str(free_port())
+    started: list[psutil.Popen] = []
+
+    def run(rank: int, *options: str | os.PathLike[str], key: str = KEY) -> psutil.Popen:
+        command = tiny.command("--node-rank", str(rank), "--control-port", port, *options)
+        command[command.index("--hosts") + 1] = str(hosts)
+        with open(tmp_path / f"node-{rank}", "ab") as output:
+            process = psutil.Popen(
+                command,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=os.environ | {KEY_VARIABLE: key, "COLUMNS": "200"},
+            )
+        started.append(process)
+        return process
+
+    yield run
+    for process in started:
+        if process.is_running():
+            for child in process.children(recursive=True):
+                child.kill()
+            process.kill()
+        process.wait()
+
+
+def said(folder: pathlib.Path, rank: int, text: str, seconds: float = 120) -> None:
+    """Waits until a node's launcher has printed something."""
+    deadline = time.monotonic() + seconds
+    while text not in (shown := (folder / f"node-{rank}").read_text()):
+        assert time.monotonic() < deadline, shown
+        time.sleep(0.05)
+
+
+def test_nodes_answer_as_one_launch(tiny: Tiny, start: Start, tmp_path: pathlib.Path) -> None:
+    wrong = start(2, key="the key of somebody else altogether")
+    output = tmp_path / "out.jsonl"
+    first = start(
+        0, "--policy", "uniform", "--prompts", tiny.folder / "prompts.jsonl", "--max-tokens", "8",
+        "--output", output,
+    )  # fmt: skip
+    assert wrong.wait(60) == 2
+    assert "refuses this node's key" in (tmp_path / "node-2").read_text()
+    others = [start(1), start(2)]
+    said(tmp_path, 0, "all servers can work together")
+    children = [child for node in (first, *others) for child in node.children(recursive=True)]
+    assert first.wait(200) == 0, (tmp_path / "node-0").read_text()
+    assert [node.wait(10) for node in others] == [0, 0]
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert not alive
+    lines = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+    for line, before in zip(lines, tiny.lines, strict=True):
+        assert {**line, "metrics": None} == {**before, "metrics": None}
+
+
+@pytest.mark.parametrize("lost", ["node", "first", "worker"])
+def test_all_nodes_end_when_one_does(
+    lost: str, start: Start, tmp_path: pathlib.Path, tiny: Tiny
+) -> None:
+    nodes = [
+        start(0, "--policy", "uniform", "--prompts", many_prompts(tmp_path)),
+        start(1),
+        start(2),
+    ]
+    said(tmp_path, 0, " | ")
+    processes = [child for node in nodes for child in node.children(recursive=True)]
+    victim = {"node": nodes[1], "first": nodes[0], "worker": nodes[1].children()[0]}[lost]
+    victim.send_signal(signal.SIGKILL)
+    _, alive = psutil.wait_procs([*nodes, *processes], timeout=10)
+    assert not alive
+    if lost != "first":
+        assert nodes[0].returncode == 1
+        end = "was killed by signal 9" if lost == "worker" else "cannot be reached any more"
+        assert re.search(rf"server beta \(process \d+\) .*{end}", (tmp_path / "node-0").read_text())
+    assert nodes[2].returncode != 0 or lost != "first"

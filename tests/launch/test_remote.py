@@ -1,0 +1,134 @@
+"""Launches over ssh, here a fake one: the same answers, and nothing left on any host."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+
+import psutil
+import pytest
+
+from tests.launch.conftest import Tiny
+from tests.launch.fake_ssh import FakeSsh
+from tests.launch.test_cluster import many_prompts
+from tests.launch.tiny import HOSTS
+
+#: Seconds that everything has to end, on every host.
+PATIENCE_S = 10
+
+
+class Remote:
+    """A launch of the tiny cluster whose servers are behind ssh."""
+
+    def __init__(self, tiny: Tiny, folder: pathlib.Path) -> None:
+        self.ssh = FakeSsh(folder / "ssh")
+        self.output = folder / "terminal"
+        lines = [line for line in HOSTS.splitlines() if "address=" in line]
+        hosts = folder / "hosts.txt"
+        hosts.write_text(
+            "\n".join(
+                line.replace("address=localhost", f"address=127.0.0.{n + 1} ssh=me@host-{n}")
+                for n, line in enumerate(lines)
+            )
+        )
+        self._command = tiny.command("--policy", "uniform", "--control-address", "127.0.0.1")
+        self._command[self._command.index("--hosts") + 1] = str(hosts)
+        self.process: psutil.Popen | None = None
+
+    def start(self, *options: str | os.PathLike[str]) -> psutil.Popen:
+        with open(self.output, "wb") as output:
+            self.process = psutil.Popen(
+                [*self._command, *map(str, options)],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=os.environ | {"PATH": self.ssh.path, "COLUMNS": "200"},
+            )
+        return self.process
+
+    @property
+    def text(self) -> str:
+        return self.output.read_text(encoding="utf-8", errors="replace")
+
+    def wait_for(self, text: str, seconds: float = 120) -> None:
+        deadline = time.monotonic() + seconds
+        while text not in self.text:
+            assert time.monotonic() < deadline, self.text
+            time.sleep(0.05)
+
+    @property
+    def workers(self) -> list[psutil.Process]:
+        """Everything that runs a server, behind ssh and on this side of it."""
+        assert self.process is not None
+        return self.process.children(recursive=True)
+
+    def worker(self, rank: int) -> psutil.Process:
+        """A server's own process."""
+        assert self.process is not None
+        over_ssh = sorted(self.process.children(), key=lambda child: child.pid)[rank]
+        below = over_ssh.children(recursive=True)
+        return next(each for each in below if "-m" in each.cmdline() and each.name() != "sh")
+
+
+@pytest.fixture
+def remote(tiny: Tiny, tmp_path: pathlib.Path) -> Iterator[Remote]:
+    remote = Remote(tiny, tmp_path)
+    yield remote
+    if remote.process is not None and remote.process.is_running():
+        for process in [*remote.workers, remote.process]:
+            process.kill()
+        remote.process.wait()
+
+
+def test_servers_over_ssh_give_the_same(tiny: Tiny, remote: Remote, tmp_path) -> None:
+    output = tmp_path / "out.jsonl"
+    prompts = tiny.folder / "prompts.jsonl"
+    process = remote.start("--prompts", prompts, "--max-tokens", "8", "--output", output)
+    remote.wait_for("alpha: ready")
+    workers = remote.workers
+    assert process.wait(120) == 0, remote.text
+    _, alive = psutil.wait_procs(workers, timeout=PATIENCE_S)
+    assert not alive
+    assert "preflight: all servers can work together" in remote.text
+    lines = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+    for line, before in zip(lines, tiny.lines, strict=True):
+        assert {**line, "metrics": None} == {**before, "metrics": None}
+
+
+@pytest.mark.parametrize("how", ["interrupt", "kill worker", "kill launch", "freeze launch"])
+def test_all_hosts_are_left_clean(how: str, remote: Remote, tmp_path: pathlib.Path) -> None:
+    """Freezing the launch is what a server sees of a broken network: no sign of life comes."""
+    process = remote.start("--prompts", many_prompts(tmp_path))
+    remote.wait_for(" | ")
+    workers = remote.workers
+    if how == "kill worker":
+        remote.worker(1).kill()
+    else:
+        names = {
+            "interrupt": signal.SIGINT,
+            "kill launch": signal.SIGKILL,
+            "freeze launch": signal.SIGSTOP,
+        }
+        process.send_signal(names[how])
+    _, alive = psutil.wait_procs(workers, timeout=PATIENCE_S)
+    # A frozen launch leaves its children unburied.
+    assert not [each for each in alive if each.status() != psutil.STATUS_ZOMBIE]
+    process.send_signal(signal.SIGCONT)
+    code = process.wait(PATIENCE_S)
+    assert code == {"interrupt": 130, "kill launch": -signal.SIGKILL}.get(how, 1), remote.text
+    if how == "kill worker":
+        assert re.search(r"server beta \(process \d+\) was killed by signal 9", remote.text)
+
+
+def test_a_host_that_lacks_the_model_starts_nothing(remote: Remote, tmp_path) -> None:
+    path = remote.ssh.folder.parent / "hosts.txt"
+    path.write_text(path.read_text().replace("ssh=me@host-2", "ssh=me@host-2 model=/no/model"))
+    process = remote.start("--prompts", many_prompts(tmp_path))
+    assert process.wait(60) == 2
+    assert "/no/model" in remote.text and "gamma" in remote.text
+    assert "preparing" not in remote.text, "no server was started"
