@@ -1,9 +1,9 @@
-# make demo | test | lint; each makes .venv first when it is missing.
+# make demo | test | lint | testbed; each makes .venv first when it is missing.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint
+.PHONY: demo test lint testbed
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.complete
@@ -16,6 +16,10 @@ lint: $(VENV)/.complete
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+# Three hosts on slow links in this machine answer the demo's prompts. Root; may install sshd.
+testbed: $(VENV)/.complete
+	$(BIN)/python -m tests.testbed.check --rate 100Mbps
 
 # The marker is written last: a venv whose installation was interrupted is made again.
 $(VENV)/.complete: pyproject.toml constraints.txt

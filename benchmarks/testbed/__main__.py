@@ -1,0 +1,218 @@
+"""The command: `python -m benchmarks.testbed up|run|exec|down`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+import types
+from collections.abc import Iterable, Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from dance_jax.config import UserError
+from dance_jax.placement import Activations
+
+from . import leftovers
+from .bed import Testbed
+from .cores import MODES, QUOTA, describe, show_share
+from .hosts import HEAD, MAX_HOSTS, hosts_like, parse_rate, show_rate
+from .machine import check_root
+
+EXAMPLES = pathlib.Path(__file__).resolve().parents[2] / "examples"
+PROMPTS, ACTIVATIONS = EXAMPLES / "prompts.jsonl", EXAMPLES / "activations.npz"
+#: Exit codes: something must be changed; Ctrl-C.
+WRONG, INTERRUPTED = 2, 130
+#: Seconds that sessions have to end after the launch.
+GRACE_S = 12.0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line. `run` passes options that it does not know to dance_jax.launch."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.testbed",
+        description="Hosts on slow links in one machine, as network namespaces. Root, Linux.",
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    about = {
+        "up": "make the hosts and their links",
+        "run": "dance_jax.launch on the head, with the hosts as its servers; other options are "
+        "passed to it, by default the example prompts",
+        "exec": "run a command on a host or the head",
+        "down": "remove everything",
+    }
+    for command, text in about.items():
+        sub = commands.add_parser(command, help=text, description=text, allow_abbrev=False)
+        sub.add_argument("--name", type=_name, default="main", help="of the testbed (%(default)s)")
+        if command == "up":
+            _add_up(sub)
+        if command == "run":
+            sub.add_argument(
+                "--bandwidth",
+                choices=("auto", "link"),
+                default="auto",
+                help="in the hosts file: measured by launch, or the links' rates (%(default)s)",
+            )
+        if command == "exec":
+            sub.add_argument("host")
+            sub.add_argument("argv", nargs=argparse.REMAINDER, metavar="command ...")
+    return parser
+
+
+def _add_up(up: argparse.ArgumentParser) -> None:
+    up.add_argument("--hosts", type=_count, help="how many (default: one per line of --like)")
+    up.add_argument(
+        "--rate",
+        type=parse_rate,
+        default="500Mbps",
+        help="of each link and direction, as 500Mbps, 500Mbit (the same) or none (%(default)s)",
+    )
+    up.add_argument("--cores", choices=MODES, default=QUOTA, help="how shared out (%(default)s)")
+    up.add_argument(
+        "--like",
+        type=pathlib.Path,
+        default=EXAMPLES / "hosts.txt",
+        help="hosts file with the hosts' names, devices and memory; repeats (examples/hosts.txt)",
+    )
+
+
+def _name(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9]{1,20}", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: up to 20 letters and digits are needed")
+    return text
+
+
+def _count(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,3}", text) or not 1 <= int(text) <= MAX_HOSTS:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 to {MAX_HOSTS}")
+    return int(text)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
+    options, others = parser().parse_known_args(arguments)
+    if others and options.command != "run":
+        parser().error(f"unknown: {' '.join(others)}")
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _leave)
+    try:
+        match options.command:
+            case "up":
+                return up(options)
+            case "run":
+                return run(Testbed.load(options.name), others, options.bandwidth == "auto")
+            case "exec":
+                return execute(Testbed.load(options.name), options.host, options.argv)
+            case _:
+                check_root()
+                leftovers.down(options.name)
+                return 0
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return WRONG
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def _leave(number: int, frame: types.FrameType | None) -> None:
+    raise SystemExit(128 + number)
+
+
+def up(options: argparse.Namespace) -> int:
+    """Makes a testbed and says what it is."""
+    try:
+        hosts = hosts_like(options.like.read_text(), options.hosts)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--like {options.like}: {error}") from error
+    bed = Testbed.up(options.name, hosts, options.rate, options.cores)
+    if options.cores != bed.cores:
+        print("this machine has no cpu quota that could be used; cores are pinned instead")
+    print(f"testbed {bed.name} is up: {', '.join(bed.hosts)}; links {show_rate(options.rate)}")
+    print(describe(bed.hosts.values(), bed.cores))
+    return 0
+
+
+def execute(bed: Testbed, host: str, argv: Sequence[str]) -> int:
+    """Becomes the command, on a host or the head."""
+    if host != HEAD and host not in bed.hosts:
+        raise UserError(f"there is no host {host}, but {HEAD}, {', '.join(bed.hosts)}")
+    command = bed.command(host, argv or [os.environ.get("SHELL", "sh")])
+    os.execvp(command[0], command)
+
+
+def run(bed: Testbed, launch_options: list[str], measure: bool) -> int:
+    """Runs dance_jax.launch on the head, which may measure the links; returns its exit code."""
+    if any(word.split("=")[0] in ("--hosts", "--ssh-config") for word in launch_options):
+        raise UserError("the testbed gives --hosts and --ssh-config itself")
+    print(describe(bed.hosts.values(), bed.cores), flush=True)
+    command = [sys.executable, "-m", "dance_jax.launch"]
+    command += ["--hosts", str(bed.write_hosts(measure)), "--ssh-config", str(bed.ssh_config)]
+    running, before = set(bed.processes()), bed.counters()
+    command += launch_options or example_options(bed.hosts)
+    # Of its own process group: what ends this process is passed on, so it gets it once.
+    code = _wait(bed.exec(HEAD, command, stdin=subprocess.DEVNULL, process_group=0))
+    left = _left(bed, running)
+    print_links(bed, before)
+    for pid, line in left.items():
+        print(f"warning: still running in the testbed: process {pid}: {line}", file=sys.stderr)
+    return code
+
+
+def example_options(hosts: Iterable[str]) -> list[str]:
+    """Launch options for the example prompts; placed by the example activations if they can be."""
+    options = ["--prompts", str(PROMPTS)]
+    if missing := set(hosts) - set(Activations.load(ACTIVATIONS).servers):
+        print(f"no example activations for {', '.join(sorted(missing))}: experts go anywhere")
+        return options
+    return [*options, "--activations", str(ACTIVATIONS)]
+
+
+def _wait(process: subprocess.Popen) -> int:
+    """Waits for a process while it gets the signals that are meant to end us."""
+
+    def pass_on(number: int, frame: types.FrameType | None) -> None:
+        process.send_signal(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, pass_on)
+    code = process.wait()
+    return code if code >= 0 else 128 - code
+
+
+def _left(bed: Testbed, before: set[int]) -> dict[int, str]:
+    """What the launch has left running; sessions get a little time to notice its end."""
+    deadline = time.monotonic() + GRACE_S
+    while True:
+        left = {pid: line for pid, line in bed.processes().items() if pid not in before}
+        if not left or time.monotonic() > deadline:
+            return left
+        time.sleep(0.1)
+
+
+def print_links(bed: Testbed, before: dict[str, tuple[int, int]]) -> None:
+    """Bytes of every host's interface since `before`, beside its rate and share of the cores."""
+    console = Console()
+    table = Table(title="On the hosts' interfaces", title_justify="left")
+    table.add_column("host")
+    for column in ("link", "bytes received", "bytes sent", "cores"):
+        table.add_column(column, justify="right")
+    for name, (received, sent) in bed.counters().items():
+        table.add_row(
+            name,
+            show_rate(bed.rates[name]),
+            f"{received - before[name][0]:,}",
+            f"{sent - before[name][1]:,}",
+            show_share(bed.hosts[name].share),
+        )
+    (console if console.is_terminal else Console(width=120)).print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,101 @@
+"""What the hosts of a testbed are before there is one: names, addresses, devices, rates."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import re
+
+from dance_jax.config import UserError
+
+#: The host of the person who launches.
+HEAD = "head"
+SUBNET = "10.77.0"
+#: As many as dance_jax.launch takes.
+MAX_HOSTS = 31
+#: Names of hosts beyond those of the hosts file.
+GREEK = ("alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa")
+
+_RATE = re.compile(r"(\d+(?:\.\d+)?)([kMG]?)(?:bps|bit)", re.IGNORECASE)
+_FACTORS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9}
+
+
+@dataclasses.dataclass(frozen=True)
+class Host:
+    """One host of the testbed."""
+
+    name: str
+    address: str
+    #: Its line of the hosts file, without address and bandwidth.
+    keys: dict[str, str]
+    #: Its share of the cores: how many (quota), or which (pin); None: it may use all.
+    share: float | list[int] | None = None
+
+    @property
+    def devices(self) -> int:
+        return int(self.keys.get("devices", "1"))
+
+
+def parse_rate(text: str) -> int | None:
+    """Bits per second of `500Mbps` or `500Mbit`; None of `none`.
+
+    >>> parse_rate("1.5Mbps")
+    1500000
+
+    Raises:
+        argparse.ArgumentTypeError: it is neither.
+    """
+    if text.lower() == "none":
+        return None
+    match = _RATE.fullmatch(text)
+    rate = float(match[1]) * _FACTORS[match[2].lower()] if match else 0
+    if not 1e5 <= rate <= 1e12:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no rate from 100kbps to 1000Gbps (500Mbit is 500Mbps), nor none"
+        )
+    return round(rate)
+
+
+def show_rate(rate: int | None) -> str:
+    """In the hosts file's words: `500Mbps`."""
+    return "not shaped" if rate is None else f"{rate / 1e6:.12g}Mbps"
+
+
+def hosts_like(template: str, count: int | None = None) -> list[Host]:
+    """Hosts with the keys of a hosts file's lines.
+
+    Args:
+        template: the file's text.
+        count: how many; the lines repeat when there are more. None: as many as there are lines.
+
+    Raises:
+        UserError: a line cannot be a host here, or there is none.
+    """
+    lines = [line.split("#", 1)[0].split() for line in template.splitlines()]
+    lines = [words for words in lines if words]
+    names = [words[0] for words in lines]
+    for name in names:
+        if name == HEAD or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9-]{0,30}", name):
+            raise UserError(
+                f"{name!r} cannot be a host of the testbed: a name has up to 31 letters, digits "
+                f"and '-', and is not {HEAD}"
+            )
+    if not lines or len(set(names)) < len(names):
+        raise UserError("the hosts file has no line, or two with one name")
+    more = [*GREEK, *(f"host{number}" for number in range(1, MAX_HOSTS + 1))]
+    names += [name for name in more if name not in names]
+    hosts = []
+    for index, words in zip(range(count or len(lines)), itertools.cycle(lines), strict=False):
+        pairs = [word.partition("=") for word in words[1:]]
+        keys = {key: value for key, _, value in pairs if key not in ("address", "bandwidth")}
+        if not re.fullmatch(r"[1-9]\d{0,2}", keys.get("devices", "1")):
+            raise UserError(f"{words[0]}: devices={keys['devices']}: a whole number is needed")
+        hosts.append(Host(names[index], f"{SUBNET}.{index + 11}", keys))
+    return hosts
+
+
+def hosts_line(host: Host, **keys: str | None) -> str:
+    """A line of a hosts file: the host's keys and others, without those that are None."""
+    words = [f"{key}={value}" for key, value in (keys | host.keys).items() if value is not None]
+    return " ".join([host.name, *words])

@@ -1,0 +1,173 @@
+"""Brings a testbed up, answers the example prompts across it, and takes it down: `make testbed`.
+
+    python -m tests.testbed.check [--rate 100Mbps]    # as root, on Linux
+
+No part of pytest, as it takes root and may install sshd. Prints every check; exit code 1 if one
+fails, 2 if the machine cannot have a testbed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import subprocess
+import sys
+import time
+
+from benchmarks.testbed import HEAD, Testbed, down, parse_rate, remains
+from benchmarks.testbed.cores import QUOTA
+
+COMMAND = [sys.executable, "-m", "benchmarks.testbed"]
+#: Not the default name: one that is up meanwhile is not touched.
+NAME = "check"
+#: What the example prompts send and receive at least, per host; the start alone is far below.
+LEAST_BYTES = 1_000_000
+
+_RECEIVE = """
+import socket, time
+server = socket.create_server(("", 5000))
+print("ready", flush=True)
+peer, _ = server.accept()
+began, count = time.monotonic(), 0
+while received := peer.recv(1 << 16):
+    count += len(received)
+print(8 * count / (time.monotonic() - began))
+"""
+_SEND = """
+import socket, sys
+socket.create_connection((sys.argv[1], 5000)).sendall(bytes(int(sys.argv[2])))
+"""
+_BURN = """
+import time
+end = time.monotonic() + 1.5
+while time.monotonic() < end:
+    pass
+print(time.process_time() / 1.5)
+"""
+
+
+class Checks:
+    """Counts and prints what held and what did not."""
+
+    def __init__(self) -> None:
+        self.passed = self.failed = 0
+
+    def check(self, holds: bool, what: str) -> None:
+        self.passed += holds
+        self.failed += not holds
+        print(f"{'ok' if holds else 'FAILED'}: {what}", flush=True)
+
+
+def output(bed: Testbed, host: str, *argv: str) -> str:
+    """What a command on a host prints."""
+    process = bed.exec(host, argv, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True)
+    return process.communicate()[0].strip()
+
+
+def throughput(bed: Testbed, source: str, target: str, size: int) -> float:
+    """Bits per second of one connection that sends so many bytes."""
+    receive = [sys.executable, "-c", _RECEIVE]
+    receiver = bed.exec(target, receive, stdout=subprocess.PIPE, text=True)
+    assert receiver.stdout is not None
+    receiver.stdout.readline()
+    output(bed, source, sys.executable, "-c", _SEND, target, str(size))
+    return float(receiver.communicate()[0])
+
+
+def root_links() -> list[str]:
+    """The interfaces of this machine itself."""
+    return sorted(path.name for path in pathlib.Path("/sys/class/net").iterdir())
+
+
+def inhabitants(namespaces: set[int]) -> list[str]:
+    """Processes whose network namespace has one of these inodes."""
+    found = []
+    for process in pathlib.Path("/proc").glob("[0-9]*"):
+        try:
+            if (process / "ns/net").stat().st_ino in namespaces:
+                found.append(process.name)
+        except OSError:  # it has just ended
+            continue
+    return found
+
+
+def check_hosts(checks: Checks, bed: Testbed, rate: int | None) -> None:
+    """Names, logins, isolation, rates and shares."""
+    ssh = ["ssh", "-F", str(bed.ssh_config)]
+    for host in bed.hosts:
+        name = output(bed, HEAD, *ssh, f"root@{host}", "--", "hostname")
+        checks.check(name == host, f"{host} says its name over ssh")
+    known = output(bed, "alpha", "getent", "hosts", "alpha", "beta").split()
+    expected = [word for name in ("alpha", "beta") for word in (bed.hosts[name].address, name)]
+    checks.check(known == expected, "hosts know the addresses of their own and others' names")
+    routes = output(bed, HEAD, "ip", "route")
+    checks.check("default" not in routes, "nothing leads out of the testbed")
+    if rate is not None:
+        measured = throughput(bed, "alpha", "beta", rate // 8)
+        text = f"a link of {rate / 1e6:.0f} Mbit/s passes {measured / 1e6:.0f} from alpha to beta"
+        checks.check(0.75 * rate < measured < 1.05 * rate, text)
+    if bed.cores == QUOTA:
+        share = bed.hosts["alpha"].share
+        used = float(output(bed, "alpha", sys.executable, "-c", _BURN))
+        assert isinstance(share, float)
+        checks.check(used < 1.15 * min(share, 1), f"alpha may use {share:.2f} cores: {used:.2f}")
+
+
+def check_run(checks: Checks, bed: Testbed, options: list[str]) -> None:
+    """The launch answers prompts over the links and leaves no process."""
+    idle, run = set(bed.processes()), [*COMMAND, "run", "--name", NAME]
+    code = subprocess.run([*run, "--preflight"]).returncode
+    checks.check(code == 0, f"the preflight, which measures the links, ends with exit code {code}")
+    before = bed.counters()
+    # Not measured again, so that the bytes are the prompts'.
+    code = subprocess.run([*run, "--bandwidth", "link", *options]).returncode
+    checks.check(code == 0, f"the example prompts end with exit code {code}")
+    for host, counts in bed.counters().items():
+        received, sent = (now - then for now, then in zip(counts, before[host], strict=True))
+        text = f"{host} received {received:,} and sent {sent:,} bytes"
+        checks.check(min(received, sent) > LEAST_BYTES, text)
+    left = [line for pid, line in bed.processes().items() if pid not in idle]
+    checks.check(not left, f"no process is left on the hosts {left or ''}")
+
+
+def check_down(checks: Checks, bed: Testbed, links: list[str]) -> None:
+    """Nothing of it is left, and nothing of this machine has changed."""
+    spaces = {path.stat().st_ino for path in pathlib.Path("/run/netns").glob(f"dance-{NAME}.*")}
+    checks.check(len(inhabitants(spaces)) >= len(bed.hosts), "the hosts have processes")
+    # One that polite signals do not end.
+    stubborn = ["sh", "-c", "trap '' TERM INT HUP; sleep 600 & wait"]
+    process = bed.exec("alpha", stubborn, start_new_session=True)
+    code = subprocess.run([*COMMAND, "down", "--name", NAME]).returncode
+    process.wait()
+    checks.check(code == 0, f"down ends with exit code {code}")
+    checks.check(not (left := remains(NAME)), f"nothing is left {left or ''}")
+    time.sleep(0.2)  # until the killed are reaped
+    checks.check(not (alive := inhabitants(spaces)), f"no process is left {alive or ''}")
+    checks.check(root_links() == links, f"this machine's interfaces are {', '.join(links)}")
+
+
+def main() -> int:
+    """Runs all checks; returns the exit code."""
+    parser = argparse.ArgumentParser(description="Checks the testbed; other options go to launch")
+    parser.add_argument("--rate", default="100Mbps", help="of the links (%(default)s)")
+    options, launch_options = parser.parse_known_args()
+    rate, links, checks = parse_rate(options.rate), root_links(), Checks()
+    up = [*COMMAND, "up", "--name", NAME, "--rate", options.rate]
+    if code := subprocess.run(up).returncode:
+        print("the testbed cannot be checked here; `TESTBED=no .ci/run` leaves it out")
+        return code
+    try:
+        again = subprocess.run(up, capture_output=True, text=True)
+        checks.check(again.returncode == 2 and "is up already" in again.stderr, "not up twice")
+        bed = Testbed.load(NAME)
+        check_hosts(checks, bed, rate)
+        check_run(checks, bed, launch_options)
+        check_down(checks, bed, links)
+    finally:
+        down(NAME)
+    print(f"{checks.passed} passed, {checks.failed} failed")
+    return 1 if checks.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
