@@ -102,7 +102,9 @@ class LLM:
         report = progress if callable(progress) else _print_progress if progress else _silent
         # In this process JAX has the say; of servers it must not be asked here, or it would take
         # their GPU's memory.
-        platform = defaults.default_platform() if hosts is not None else _jax_platform()
+        platform = defaults.default_platform() if servers is not None else _jax_platform()
+        if servers is not None:
+            platform = defaults.platform_of(servers[0], platform)
         cache = pathlib.Path(cache_dir) if cache_dir is not None else default_cache_dir()
         source = pathlib.Path(model) if model is not None else defaults.demo_dir()
         self.tokenizer: Tokenizer = Tokenizer.load(source)

@@ -19,7 +19,7 @@ from dance_jax.engine.scheduler import Row, Scheduler, StepPlan
 from dance_jax.engine.sequence import OutputDelta, Request
 from dance_jax.engine.step import Extras, Outcome
 from dance_jax.models.checkpoint import Checkpoint
-from dance_jax.models.messages import row_lanes, wire_bytes
+from dance_jax.models.messages import Transport
 from dance_jax.placement.core import Layout, Placement, spread
 
 #: Called with (stage, parts done, parts in all).
@@ -71,6 +71,7 @@ class Engine:
         layout: where every expert is; None (alone): all of them here.
         config: equal on all servers.
         compile_cache: keeps compiled steps between starts.
+        transport: carries rows between servers, e.g. from links_cpu.connect; None: collectives.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class Engine:
         layout: Layout | None,
         config: EngineConfig,
         compile_cache: CompileCache | None = None,
+        transport: Transport | None = None,
     ):
         model = checkpoint.config
         self.layout = layout or whole_model(checkpoint)
@@ -97,6 +99,7 @@ class Engine:
             rank,
             config,
             compile_cache or CompileCache(None),
+            transport,
         )
         self.scheduler = Scheduler(config, devices[rank])
         self.tracker = RequestTracker(
@@ -194,8 +197,7 @@ class Engine:
         self.steps += 1
         self.tokens += plan.num_tokens
         self._transfers += outcome.rows[:, self.rank]
-        lanes = row_lanes(self.runner.model_config, self.config.dtype)
-        self._bytes_sent += wire_bytes(outcome.rows, outcome.first, *lanes)[:, self.rank].sum(0)
+        self._bytes_sent += outcome.sent.sum(0)
         if self._routes.wanted and not plan.empty:
             for device, routes_rclk in zip(
                 plan.entries, self.runner.read(extras.routes), strict=True

@@ -1,4 +1,4 @@
-"""What one device remembers between steps: cached positions, seen tokens, counts, link credit."""
+"""What one device remembers between steps: cached positions, seen tokens, counts, links."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from jax import Array, lax
 
 from dance_jax.config import EngineConfig
 from dance_jax.models.config import ModelConfig
+from dance_jax.models.messages import Transport
 
 #: A jax.Array on the device, an np.ndarray on the host.
 Leaf = Any
@@ -25,8 +26,8 @@ class Memory(NamedTuple):
     seen: Leaf
     #: int32 [l, e], expert calls of this device's tokens since the start.
     counts: Leaf
-    #: int32 [l], `Exchanged.credit` of each MoE layer.
-    credit: Leaf
+    #: `Exchanged.memory` of each MoE layer, on a leading axis.
+    links: Any
 
 
 def cache_positions(config: EngineConfig) -> int:
@@ -43,7 +44,7 @@ def cache_bytes(model: ModelConfig, config: EngineConfig) -> int:
     return model.num_layers * positions * model.cache_width * jnp.dtype(config.dtype).itemsize
 
 
-def new_memory(model: ModelConfig, config: EngineConfig) -> Memory:
+def new_memory(model: ModelConfig, config: EngineConfig, transport: Transport) -> Memory:
     """An empty memory, in numpy."""
     shape = (config.max_num_seqs, cache_positions(config), model.cache_width)
     dtype = jnp.dtype(config.dtype)
@@ -52,7 +53,7 @@ def new_memory(model: ModelConfig, config: EngineConfig) -> Memory:
         cache=tuple(np.zeros(shape, dtype) for _ in range(model.num_layers)),
         seen=np.zeros((config.max_num_seqs, model.vocab_size), bool),
         counts=np.zeros((layers, model.num_experts), np.int32),
-        credit=np.zeros(layers, np.int32),
+        links=transport.memory(layers),
     )
 
 

@@ -18,9 +18,11 @@ from dance_jax.engine.compile_cache import CompileCache
 from dance_jax.engine.kv_cache import Memory, new_memory
 from dance_jax.engine.scheduler import Row, StepPlan
 from dance_jax.engine.step import Extras, Outcome
+from dance_jax.models.collectives import Collectives
 from dance_jax.models.config import ModelConfig
 from dance_jax.models.exchange import Tables
 from dance_jax.models.experts import Pool
+from dance_jax.models.messages import Transport
 from dance_jax.models.topology import AXIS, Topology
 from dance_jax.placement.core import Layout
 
@@ -53,6 +55,9 @@ class Runner:
     Arrays of the step are global over the mesh, but every process has its own idea of their
     shapes: pools and token counts differ from server to server, and nothing ever looks at
     another process's shard (DESIGN: one SPMD program, a different shape on each server).
+
+    Args:
+        transport: carries rows between servers; of one kind on all of them.
     """
 
     def __init__(
@@ -64,6 +69,7 @@ class Runner:
         rank: int,
         config: EngineConfig,
         compile_cache: CompileCache,
+        transport: Transport | None = None,
     ):
         self.model_config = model_config
         self.config = config
@@ -76,13 +82,14 @@ class Runner:
             raise RuntimeError("several servers need a process each")
         self._read_experts = read_experts
         self._compile_cache = compile_cache
+        self.transport = transport or Collectives()
         self._executables: dict[Bucket, Any] = {}
         self.graphdef, state = nnx.split(trunk)
         # A plain dict: nnx's own containers are flattened in Python in every step.
         self.state = jax.tree.map(self._replicated, nnx.to_pure_dict(state))
         self.pool = self._build_pool(layout)
         self.tables = self._build_tables(layout)
-        memory = new_memory(model_config, config)
+        memory = new_memory(model_config, config, self.transport)
         self.memory: Memory = jax.tree.map(
             lambda leaf: self._per_device([leaf] * len(self.devices)), memory
         )
@@ -164,7 +171,7 @@ class Runner:
     def compile(self, bucket: Bucket) -> Any:
         """The executable of a bucket, compiled at first use."""
         if bucket not in self._executables:
-            key = ("step", self.topology, bucket)
+            key = ("step", self.topology, self.transport.name, bucket)
             self._executables[bucket] = self._compile_cache.compile(key, lambda: self.lower(bucket))
         return self._executables[bucket]
 
@@ -176,7 +183,12 @@ class Runner:
             step_module.host_batch((), bucket, self.config.max_model_len, False),
         )
         one_device = functools.partial(
-            step_module.run_step, self.graphdef, self.topology, self.config, like
+            step_module.run_step,
+            self.graphdef,
+            self.topology,
+            self.transport,
+            self.config,
+            like,
         )
 
         def body(state, pool, tables, memory, packed):
@@ -235,7 +247,7 @@ class Runner:
             rank=np.zeros(rows, np.int32),
             active=np.zeros((), bool),
             rows=np.zeros((layers, servers, servers), np.int32),
-            first=np.zeros(layers, np.int32),
+            sent=np.zeros((layers, servers), np.int32),
         )
 
     def read(self, array: jax.Array) -> list[np.ndarray]:

@@ -17,6 +17,7 @@ from dance_jax.engine.scheduler import Row
 from dance_jax.models.attention import Cached
 from dance_jax.models.exchange import Exchange, Tables
 from dance_jax.models.experts import Pool
+from dance_jax.models.messages import Transport
 from dance_jax.models.topology import Topology
 
 
@@ -43,9 +44,9 @@ class Outcome(NamedTuple):
     rank: Leaf
     #: bool []: some server had work.
     active: Leaf
-    #: int32 [l, n, n] and [l]: `Exchanged.rows` and `.first` of each MoE layer.
+    #: int32 [l, n, n] and [l, n]: `Exchanged.rows` and `.sent` of each MoE layer.
     rows: Leaf
-    first: Leaf
+    sent: Leaf
 
 
 class Extras(NamedTuple):
@@ -130,6 +131,7 @@ def unpack_host(vector: np.ndarray, like: Any) -> Any:
 def run_step(
     graphdef: nnx.GraphDef,
     topology: Topology,
+    transport: Transport,
     config: EngineConfig,
     like: Batch,
     state: dict[Any, Any],
@@ -152,10 +154,12 @@ def run_step(
     rows, chunk = batch.token.shape
     valid_rc = jnp.arange(chunk) < batch.length[:, None]
     valid_t = valid_rc.reshape(-1)
-    exchange = Exchange(topology, pool, tables, batch.active)
+    wire_dtype = jnp.dtype(config.dtype if config.wire_dtype == "compute" else config.wire_dtype)
+    exchange = Exchange(topology, pool, tables, batch.active, transport, wire_dtype)
 
     def moe(layer: Array, x_td: Array, expert_tk: Array, weight_tk: Array):
-        y_td, exchanged = exchange(layer, x_td, expert_tk, weight_tk, valid_t, memory.credit[layer])
+        links = jax.tree.map(lambda leaf: leaf[layer], memory.links)
+        y_td, exchanged = exchange(layer, x_td, expert_tk, weight_tk, valid_t, links)
         return y_td, (expert_tk, exchanged)
 
     # In a full decode row i is slot i.
@@ -186,10 +190,10 @@ def run_step(
         rank=sampled.rank,
         active=exchanged.active[-1],
         rows=exchanged.rows,
-        first=exchanged.first,
+        sent=exchanged.sent,
     )
     route_rclk = jnp.moveaxis(route_ltk, 0, 1).reshape(rows, chunk, *jnp.shape(route_ltk)[::2])
     extras = Extras(
         sampled.top_token, sampled.top_logprob, route_rclk.astype(jnp.uint16), logits_rv
     )
-    return Memory(cache, seen, counts, exchanged.credit), pack_traced(outcome), extras
+    return Memory(cache, seen, counts, exchanged.memory), pack_traced(outcome), extras

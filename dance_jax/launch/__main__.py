@@ -22,6 +22,7 @@ from dance_jax.launch.defaults import (
     default_platform,
     demo_dir,
     engine_config,
+    platform_of,
 )
 from dance_jax.launch.hosts import read_hosts
 from dance_jax.launch.plan import make_plan
@@ -166,6 +167,7 @@ def _terminate(number: int, frame: types.FrameType | None) -> None:
 
 def _launch(options: argparse.Namespace, platform: str, console: Console) -> int:
     spec = read_hosts(options.hosts)
+    platform = platform_of(spec, platform)
     part = role(spec, _network(options), options.node_rank, options.key_file)
     if part.node:
         return _hold_server(options, part, console)

@@ -17,7 +17,7 @@ from zmq.auth.thread import ThreadAuthenticator
 from zmq.utils import z85
 
 #: Seconds between signs of life on a connection, and until one without them counts as lost.
-ALIVE_INTERVAL_S, ALIVE_TIMEOUT_S = 1.0, 6.0
+ALIVE_INTERVAL_S, ALIVE_TIMEOUT_S = 1.0, 5.0
 
 
 def bracketed(host: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pathlib
 
-from dance_jax.config import EngineConfig, UserError
+from dance_jax.config import ClusterSpec, EngineConfig, UserError
 from dance_jax.models.config import ModelConfig
 
 #: Context when none is asked for, if the model's own is longer: every slot holds it in memory.
@@ -30,6 +30,11 @@ def default_platform() -> str:
     """What the servers compute on: "cuda" if JAX_PLATFORMS asks for it, else "cpu"."""
     wanted = os.environ.get("JAX_PLATFORMS", "").split(",")[0]
     return "cuda" if wanted in ("cuda", "gpu") else "cpu"
+
+
+def platform_of(spec: ClusterSpec, default: str) -> str:
+    """What these servers compute on: "cuda" if they name GPUs, else `default`."""
+    return "cuda" if any(server.gpus for server in spec.servers) else default
 
 
 def engine_config(

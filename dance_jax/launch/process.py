@@ -165,6 +165,8 @@ class ServerProcess:
             said = next((line for line in reversed(self.last_lines()) if line.strip()), "")
             why = f": {said.strip()}" if said.startswith(("ssh", "Connection", "Timeout")) else ""
             return f"is lost: the ssh connection to {self._target} broke{why}"
+        if self._target is not None and status < 0:
+            return f"is lost: the ssh to {self._target} {in_words(128 - status)}"
         return in_words(status if status >= 0 else 128 - status)
 
     def last_lines(self) -> list[str]:

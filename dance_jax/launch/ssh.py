@@ -13,7 +13,7 @@ from dance_jax.config import ServerSpec, SshTarget
 #: Seconds until a host that does not answer counts as unreachable.
 CONNECT_TIMEOUT_S = 10
 #: An established connection is asked for a sign of life this often, and lost after so many missed.
-ALIVE_INTERVAL_S, ALIVE_COUNT = 2, 2
+ALIVE_INTERVAL_S, ALIVE_COUNT = 1, 4
 #: ssh's own exit status: it could not connect, or the connection was lost.
 SSH_FAILED = 255
 

@@ -134,7 +134,7 @@ def _end_with_parent(private_dir: str, beats: bool) -> None:
     def watch() -> None:
         heard = time.monotonic()
         while True:
-            readable, _, _ = select.select([0], [], [], 1.0)
+            readable, _, _ = select.select([0], [], [], 0.5)
             ended = bool(readable) and not os.read(0, 4096)
             heard = time.monotonic() if readable else heard
             silent = beats and time.monotonic() - heard > ALIVE_TIMEOUT_S

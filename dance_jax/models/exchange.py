@@ -1,7 +1,8 @@
 """The exchange of one MoE layer: hidden states to the servers that hold experts, sums back.
 
 Every process compiles its own program of the one step, with its own token count and pool size;
-what must agree is the sequence of messages between two processes (messages.py).
+what must agree is the sequence of messages between two processes, which a transport carries
+(messages.py).
 
 A server's first device is its gateway: only gateways use the slow links, so a token crosses a
 link once per server it needs. Inside a server the devices gather their tokens, each computes the
@@ -11,8 +12,9 @@ experts it holds, and the sums are scattered back (topology.py).
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -21,26 +23,28 @@ from dance_jax.models.experts import Pool, expert_ffn
 from dance_jax.models.layers import Routed
 from dance_jax.models.messages import (
     NO_EXPERT,
+    Columns,
     Exchanged,
+    Incoming,
     Outgoing,
-    dispatch,
-    from_lanes,
-    give_back,
-    pack_rows,
-    to_lanes,
-    unpack_rows,
+    Transport,
+    decode,
+    encode,
+    join_columns,
+    split_columns,
 )
 from dance_jax.models.topology import (
-    AXIS,
     Topology,
     gather_siblings,
+    local_index,
     scatter_siblings,
     sum_at_gateway,
 )
 from dance_jax.placement.visit import choose_servers
 
-#: Rows from one peer that decode usually brings.
-FEW_ROWS = 16
+#: Rows from all peers for which experts are compiled, beside the most there can be: few rows must
+#: not cost what the room for a prefill's costs.
+LIMITS = (16, 128)
 
 
 class Tables(NamedTuple):
@@ -55,12 +59,26 @@ class Tables(NamedTuple):
 class Exchange:
     """The MoE computation of one layer across servers, inside shard_map over AXIS."""
 
-    def __init__(self, topology: Topology, pool: Pool, tables: Tables, active: Array):
-        """`active`: bool [], this server has work."""
+    def __init__(
+        self,
+        topology: Topology,
+        pool: Pool,
+        tables: Tables,
+        active: Array,
+        transport: Transport,
+        wire_dtype: np.dtype,
+    ):
+        """
+        Args:
+            active: bool [], this server has work.
+            wire_dtype: of hidden states and sums between servers, see messages.encode.
+        """
         self.topology = topology
         self.pool = pool
         self.tables = tables
         self.active = active
+        self.transport = transport
+        self.wire_dtype = wire_dtype
 
     def __call__(
         self,
@@ -69,105 +87,91 @@ class Exchange:
         expert_tk: Array,
         weight_tk: Array,
         valid_t: Array,
-        credit: Array,
+        memory: Any,
     ) -> tuple[Array, Exchanged]:
         """Weighted sums of routed experts for this device's tokens of MoE layer `layer`, int32 [].
 
         Args:
-            x_td: [t, d] hidden states, in the wire's dtype.
+            x_td: [t, d] hidden states, in the pool's dtype.
             expert_tk: int32 [t, k]; weight_tk: float32 [t, k].
             valid_t: bool [t], False for padding, which is routed nowhere.
-            credit: int32 [], `Exchanged.credit` of this layer's last step.
+            memory: `Exchanged.memory` of this layer's last step.
 
         Returns:
             float32 [t, d] and the layer's traffic.
         """
-        topology = self.topology
-        d = x_td.shape[1]
-        k = expert_tk.shape[1]
+        topology, servers = self.topology, self.topology.num_servers
         holders_e, slot_e = self.tables.holders[layer], self.tables.slot_of[layer]
         expert_tk = jnp.where(valid_t[:, None], expert_tk, NO_EXPERT)
-        rows = gather_siblings(topology, pack_rows(x_td, expert_tk, weight_tk))
-        x_gd, expert_gk, weight_gk = unpack_rows(rows, d, k, x_td.dtype)
+        x_gd, expert_gk, weight_gk = self._gather(Routed(x_td, expert_tk, weight_tk))
 
         known_gk = expert_gk != NO_EXPERT
         holders_gk = holders_e[jnp.where(known_gk, expert_gk, 0)]
         here_gk = ((holders_gk >> topology.rank) & 1) == 1
-        visit_gk = choose_servers(holders_gk, known_gk & ~here_gk, topology.num_servers)
-        local_gk = jnp.where(known_gk & here_gk, expert_gk, NO_EXPERT)
+        visit_gk = choose_servers(holders_gk, known_gk & ~here_gk, servers)
+        own = Routed(x_gd, jnp.where(here_gk, expert_gk, NO_EXPERT), weight_gk)
 
-        if topology.num_servers == 1:
-            y_gd = self._ffn(x_gd, local_gk, weight_gk, slot_e)
-            zero = jnp.int32(0)
-            traffic = Exchanged(jnp.zeros((1, 1), jnp.int32), zero, zero, self.active)
-            return scatter_siblings(topology, y_gd), traffic
+        if servers == 1:
+            none = jnp.zeros((1, 1), jnp.int32)
+            exchanged = Exchanged(none, none[0], self.active, memory)
+            return scatter_siblings(topology, self._ffn(*own, slot_e)), exchanged
 
-        outgoing = {}
-        for peer in topology.peers:
-            expert_gk_peer = jnp.where(visit_gk == peer, expert_gk, NO_EXPERT)
-            outgoing[peer] = Outgoing.select(
-                pack_rows(x_gd, expert_gk_peer, weight_gk), expert_gk_peer
-            )
-        counts_n = jnp.stack(
-            [
-                outgoing[n].count if n in outgoing else jnp.int32(0)
-                for n in range(topology.num_servers)
-            ]
+        visit_ngk = visit_gk == jnp.arange(servers)[:, None, None]
+        outgoing = Outgoing(
+            goes=visit_ngk.any(-1),
+            expert=jnp.where(visit_ngk, expert_gk, NO_EXPERT).astype(jnp.uint16),
+            weight=weight_gk,
+            hidden=encode(x_gd, self.wire_dtype),
         )
-        inbox, traffic, order = dispatch(topology, outgoing, counts_n, self.active, credit)
-
-        # In decode the few rows that come must not cost what the room for a prefill's costs.
-        received = {peer: traffic.rows[peer, topology.rank] for peer in topology.peers}
-        own = Routed(x_gd, local_gk, weight_gk)
-        run = functools.partial(self._run_experts, own, inbox, received, slot_e)
-        few = traffic.rows.max() <= FEW_ROWS
-        y_gd, sums = lax.cond(few, lambda: run(FEW_ROWS), lambda: run(None))
-        replies = {
-            peer: to_lanes(sum_at_gateway(topology, y_rd, received[peer]).astype(x_td.dtype))
-            for peer, y_rd in sums.items()
-        }
-        returned = give_back(topology, replies, traffic.rows, order)
-        is_gateway = lax.axis_index(AXIS) == topology.gateway(topology.rank)
+        incoming, exchanged = self.transport.dispatch(topology, outgoing, self.active, memory)
+        y_gd, sums = self._run_experts(
+            own, incoming, exchanged.rows[:, topology.rank].sum(), slot_e
+        )
+        returned = self.transport.give_back(topology, sums, outgoing.goes, exchanged.rows)
         for peer in topology.peers:
-            partial_gd = from_lanes(returned[peer], x_td.dtype)[outgoing[peer].position]
-            arrived_g = outgoing[peer].chosen & is_gateway
-            y_gd += jnp.where(arrived_g[:, None], partial_gd.astype(jnp.float32), 0.0)
-        return scatter_siblings(topology, y_gd), traffic
+            sum_gd = decode(tuple(column[peer] for column in returned), jnp.dtype(jnp.float32))
+            arrived_g = outgoing.goes[peer] & (local_index(topology) == 0)
+            y_gd += jnp.where(arrived_g[:, None], sum_gd, 0.0)
+        return scatter_siblings(topology, y_gd), exchanged
+
+    def _gather(self, own: Routed) -> Routed:
+        """The tokens of all devices of this server; expert numbers become uint16."""
+        columns = (own.x, own.expert.astype(jnp.uint16), own.weight)
+        if self.topology.siblings > 1:
+            rows = gather_siblings(self.topology, join_columns(columns))
+            columns = split_columns(rows, columns)
+        x_gd, expert_gk, weight_gk = columns
+        return Routed(x_gd, expert_gk.astype(jnp.int32), weight_gk)
 
     def _run_experts(
-        self,
-        own: Routed,
-        inbox: dict[int, Array],
-        received: dict[int, Array],
-        slot_e: Array,
-        limit: int | None,
-    ) -> tuple[Array, dict[int, Array]]:
-        """Sums of this device's experts for this server's tokens and for what peers sent.
+        self, own: Routed, incoming: Incoming, received: Array, slot_e: Array
+    ) -> tuple[Array, Columns]:
+        """Sums of this server's experts for its own tokens and for what peers sent.
 
         Args:
             own: tokens of this server, with the experts that are here.
-            inbox: packed rows of each peer, of which the first `received` count.
+            incoming: peers' rows, of which the first `received`, int32 [], count.
             slot_e: int32 [e], `Tables.slot_of` of the layer.
-            limit: no peer sent more rows; None: any number.
 
         Returns:
-            float32 [g, d], and per peer float32 [its rows, d].
+            float32 [g, d], this device's experts alone; and per row of `incoming` the sum to give
+            back, encoded, right on the gateway.
         """
-        parts = [own]
-        for peer, box in inbox.items():
-            x, expert, weight = unpack_rows(
-                box[:limit], own.x.shape[1], own.expert.shape[1], own.x.dtype
-            )
-            present = jnp.arange(x.shape[0])[:, None] < received[peer]
-            parts.append(Routed(x, jnp.where(present, expert, NO_EXPERT), weight))
-        rows = Routed(*(jnp.concatenate(column) for column in zip(*parts, strict=True)))
-        y_gd, *y_peers = jnp.split(
-            self._ffn(*rows, slot_e), np.cumsum([part.x.shape[0] for part in parts])[:-1]
-        )
-        return y_gd, {
-            peer: jnp.pad(y, ((0, inbox[peer].shape[0] - y.shape[0]), (0, 0)))
-            for peer, y in zip(inbox, y_peers, strict=True)
-        }
+        room = incoming.expert.shape[0]
+
+        def run(limit: int) -> tuple[Array, Columns]:
+            expert, weight, hidden = jax.tree.map(lambda column: column[:limit], incoming)
+            present = jnp.arange(limit)[:, None] < received
+            expert = jnp.where(present, expert, NO_EXPERT).astype(jnp.int32)
+            theirs = Routed(decode(hidden, own.x.dtype), expert, weight)
+            rows = Routed(*(jnp.concatenate(parts) for parts in zip(own, theirs, strict=True)))
+            y_gd, y_rd = jnp.split(self._ffn(*rows, slot_e), [own.x.shape[0]])
+            sums = encode(sum_at_gateway(self.topology, y_rd, received), self.wire_dtype)
+            return y_gd, tuple(jnp.pad(column, ((0, room - limit), (0, 0))) for column in sums)
+
+        limits = [*(limit for limit in LIMITS if limit < room), room]
+        branch = jnp.sum(jnp.array(limits[:-1], jnp.int32) < received, dtype=jnp.int32)
+        return lax.switch(branch, [functools.partial(run, limit) for limit in limits])
 
     def _ffn(self, x_nd: Array, expert_nk: Array, weight_nk: Array, slot_e: Array) -> Array:
         known_nk = expert_nk != NO_EXPERT

@@ -1,13 +1,18 @@
-"""Products with weights on CPU, in C++: kernels_cpu.cc, built on first use and registered here.
+"""Products with weights on CPU, in C++: kernels_cpu.cc.
 
 XLA:CPU copies every expert's matrices out of the pool before it multiplies by them, and reads a
 trunk's on one thread where rows are few; the C++ reads them where they lie, on all threads. Without
 a C++ compiler XLA's own products serve, slower.
+
+One library is built on first use from all C++ beside this file (links_cpu.cc too) and registered
+here.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import fcntl
 import hashlib
 import logging
 import os
@@ -16,17 +21,20 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from dance_jax.cache import processor
 
 log = logging.getLogger(__name__)
 
-_SOURCE = pathlib.Path(__file__).with_suffix(".cc")
+_SOURCES = tuple(
+    pathlib.Path(__file__).with_name(name) for name in ("kernels_cpu.cc", "links_cpu.cc")
+)
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-w")
 _BUILD_TIMEOUT_S = 120
 #: The library's symbols by (kernel, dtype); XLA knows them by the same names.
@@ -35,11 +43,14 @@ _SYMBOLS = {
     for kernel in ("GroupedFfn", "Linear")
     for dtype in ("float32", "bfloat16")
 }
-_registered: str | None = None  # the library's file name
+_HANDLERS = (*_SYMBOLS.values(), "LinksDispatch", "LinksReturn")
+_library: ctypes.CDLL | None = None
 
 
 def build(directory: pathlib.Path) -> pathlib.Path | None:
     """The library in `directory`, compiled with $CXX (default: c++) if it is not there yet.
+
+    Where several processes want it at once, one compiles and the others wait for it.
 
     Returns:
         None, and the reason in the log, when it cannot be compiled.
@@ -48,23 +59,14 @@ def build(directory: pathlib.Path) -> pathlib.Path | None:
     if shutil.which(compiler[0]) is None:
         log.warning("no C++ compiler (%s): products run slower; install one", compiler[0])
         return None
-    key = repr((_SOURCE.read_bytes(), _FLAGS, compiler, jax.__version__, processor()))
+    sources = [source.read_bytes() for source in _SOURCES]
+    key = repr((sources, _FLAGS, compiler, jax.__version__, processor()))
     digest = hashlib.blake2b(key.encode(), digest_size=12).hexdigest()
     library = directory / f"kernels-{digest}.so"
-    if library.exists():
-        return library
     try:
-        with tempfile.TemporaryDirectory(dir=directory, prefix="build-") as folder:
-            new = pathlib.Path(folder, "kernels.so")
-            command = [*compiler, *_FLAGS, f"-I{jax.ffi.include_dir()}", str(_SOURCE)]
-            subprocess.run(
-                [*command, "-o", str(new)],
-                check=True,
-                capture_output=True,
-                text=True,
-                timeout=_BUILD_TIMEOUT_S,
-            )
-            os.replace(new, library)
+        with _lock(directory):
+            if not library.exists():
+                _compile(compiler, library)
     except subprocess.CalledProcessError as error:
         log.warning("products run slower, %s failed: %s", compiler[0], error.stderr.strip()[-500:])
         return None
@@ -74,23 +76,48 @@ def build(directory: pathlib.Path) -> pathlib.Path | None:
     return library
 
 
+@contextlib.contextmanager
+def _lock(directory: pathlib.Path) -> Iterator[None]:
+    """Among the processes of this machine; it ends with the process, however that ends."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _compile(compiler: list[str], library: pathlib.Path) -> None:
+    with tempfile.TemporaryDirectory(dir=library.parent, prefix="build-") as folder:
+        new = pathlib.Path(folder, "kernels.so")
+        command = [*compiler, *_FLAGS, f"-I{jax.ffi.include_dir()}", *map(str, _SOURCES)]
+        subprocess.run(
+            [*command, "-o", str(new)],
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=_BUILD_TIMEOUT_S,
+        )
+        os.replace(new, library)
+
+
 def register(library: str | os.PathLike[str] | None) -> None:
     """Makes the kernels usable in this process; None, what `build` gives on failure, does not.
 
     Before the first step is traced, and once: a second library is not loaded.
     """
-    global _registered
-    if library is None or _registered is not None:
+    global _library
+    if library is None or _library is not None:
         return
     try:
         symbols = ctypes.CDLL(os.fspath(library))
     except OSError as error:
         log.warning("products run slower: %s", error)
         return
-    for symbol in _SYMBOLS.values():
+    for symbol in _HANDLERS:
         handler = jax.ffi.pycapsule(getattr(symbols, symbol))
-        jax.ffi.register_ffi_target(_target(symbol), handler, platform="cpu")
-    _registered = os.path.basename(library)
+        jax.ffi.register_ffi_target(target(symbol), handler, platform="cpu")
+    _library = symbols
 
 
 def load(directory: pathlib.Path) -> None:
@@ -98,23 +125,44 @@ def load(directory: pathlib.Path) -> None:
     register(build(directory))
 
 
-def _target(symbol: str) -> str:
+def target(symbol: str) -> str:
+    """The name under which XLA knows a handler of the library."""
     return f"dance_jax.{symbol}"
+
+
+def library() -> ctypes.CDLL | None:
+    """The library in use."""
+    return _library
 
 
 def registered() -> str:
     """Name of the library in use, "" for none. Compiled steps depend on it."""
-    return _registered or ""
+    return "" if _library is None else os.path.basename(_library._name)
 
 
 def usable() -> bool:
     """Whether steps traced now may call these kernels."""
-    return _registered is not None and jax.default_backend() == "cpu"
+    return _library is not None and jax.default_backend() == "cpu"
+
+
+def routed_seconds() -> tuple[int, float]:
+    """Calls for routed experts on all devices of this process so far, and seconds in them."""
+    counters = np.zeros(2, np.int64)
+    if _library is not None:
+        _library.KernelsCounters(counters.ctypes.data_as(ctypes.POINTER(ctypes.c_int64)))
+    calls, ns = counters.tolist()
+    return calls, ns / 1e9
 
 
 @jax.named_scope("experts")
 def grouped_ffn(
-    w_gate: Array, w_up: Array, w_down: Array, x_nd: Array, slot_nk: Array, weight_nk: Array
+    w_gate: Array,
+    w_up: Array,
+    w_down: Array,
+    x_nd: Array,
+    slot_nk: Array,
+    weight_nk: Array,
+    routed: bool = True,
 ) -> Array:
     """What experts.grouped_ffn computes, on CPU; hidden activations stay float32.
 
@@ -122,11 +170,13 @@ def grouped_ffn(
         w_gate, w_up: [s, d, f]; w_down: [s, f, d]; float32 or bfloat16.
         x_nd: [n, d] in the weights' dtype.
         slot_nk: int32 [n, k], -1 for none; weight_nk: float32 [n, k].
+        routed: the time is counted in `routed_seconds`.
 
     Returns:
         float32 [n, d].
     """
-    return _call("GroupedFfn", x_nd, x_nd.shape)(w_gate, w_up, w_down, x_nd, slot_nk, weight_nk)
+    call = _call("GroupedFfn", x_nd, x_nd.shape)
+    return call(w_gate, w_up, w_down, x_nd, slot_nk, weight_nk, routed=routed)
 
 
 def gated_mlp(w_gate: Array, w_up: Array, w_down: Array, x_nd: Array) -> Array:
@@ -143,6 +193,7 @@ def gated_mlp(w_gate: Array, w_up: Array, w_down: Array, x_nd: Array) -> Array:
         x_nd,
         jnp.zeros(rows, jnp.int32),
         jnp.ones(rows, jnp.float32),
+        routed=False,
     )
 
 
@@ -154,4 +205,4 @@ def linear(x_nd: Array, w_df: Array) -> Array:
 def _call(kernel: str, x: Array, shape: tuple[int, ...]) -> Callable[..., Array]:
     """The kernel for x's dtype; it returns float32 of that shape."""
     symbol = _SYMBOLS[kernel, x.dtype.name]
-    return jax.ffi.ffi_call(_target(symbol), jax.ShapeDtypeStruct(shape, jnp.float32))
+    return jax.ffi.ffi_call(target(symbol), jax.ShapeDtypeStruct(shape, jnp.float32))

@@ -46,13 +46,19 @@ class Topology:
         """Most rows `server` can send to another in one layer."""
         return self.devices[server] * self.max_step_tokens
 
+    @property
+    def room(self) -> int:
+        """Rows of an array that holds all that others can send in one layer, in whole CHUNKs."""
+        return -(-sum(self.max_rows(peer) for peer in self.peers) // CHUNK) * CHUNK
+
 
 def _ring(topology: Topology, shift: int) -> list[tuple[int, int]]:
     base, size = topology.gateway(topology.rank), topology.siblings
     return [(base + i, base + (i + shift) % size) for i in range(size)]
 
 
-def _local_index(topology: Topology) -> Array:
+def local_index(topology: Topology) -> Array:
+    """int32 []: this device's position in its server; the gateway is 0."""
     return lax.axis_index(AXIS) - topology.gateway(topology.rank)
 
 
@@ -61,7 +67,7 @@ def gather_siblings(topology: Topology, x_td: Array) -> Array:
     size = topology.siblings
     if size == 1:
         return x_td
-    me, t = _local_index(topology), x_td.shape[0]
+    me, t = local_index(topology), x_td.shape[0]
     out = jnp.zeros((size * t, x_td.shape[1]), x_td.dtype)
     out = lax.dynamic_update_slice(out, x_td, (me * t, 0))
     for shift in range(1, size):
@@ -75,7 +81,7 @@ def scatter_siblings(topology: Topology, y_gd: Array) -> Array:
     size = topology.siblings
     if size == 1:
         return y_gd
-    me, t = _local_index(topology), y_gd.shape[0] // size
+    me, t = local_index(topology), y_gd.shape[0] // size
     total = lax.dynamic_slice_in_dim(y_gd, me * t, t)
     for shift in range(1, size):
         part = lax.dynamic_slice_in_dim(y_gd, (me + shift) % size * t, t)
@@ -104,13 +110,12 @@ def from_gateway(topology: Topology, tree):
     if topology.siblings == 1:
         return tree
     base = topology.gateway(topology.rank)
-    is_gateway = _local_index(topology) == 0
 
     def copy(x):
-        out = jnp.where(is_gateway, x, jnp.zeros_like(x))
+        out = jnp.where(local_index(topology) == 0, x, jnp.zeros_like(x))
         for i in range(1, topology.siblings):
             got = lax.ppermute(x, AXIS, [(base, base + i)])
-            out = jnp.where(_local_index(topology) == i, got, out)
+            out = jnp.where(local_index(topology) == i, got, out)
         return out
 
     return jax.tree.map(copy, tree)

@@ -16,6 +16,7 @@ from dance_jax.engine.scheduler import Row, StepPlan
 from dance_jax.engine.sequence import SamplingParams, Sequence
 from dance_jax.models import ModelConfig
 from dance_jax.models.build import init_random
+from dance_jax.models.messages import Transport
 from dance_jax.models.random_weights import random_expert_tensors
 from dance_jax.placement.core import Layout
 from tests.tiny_models import SERVED
@@ -40,9 +41,13 @@ def read_experts(pairs: list[tuple[int, int]]):
     return tuple(stacks)
 
 
-def runner(layout: Layout, rank: int) -> Runner:
+def runner(
+    layout: Layout, rank: int, transport: Transport | None = None, wire_dtype: str = "compute"
+) -> Runner:
     trunk = init_random(CONFIG, seed=0)
-    return Runner(CONFIG, trunk, read_experts, layout, rank, ENGINE, CompileCache(None))
+    config = dataclasses.replace(ENGINE, wire_dtype=wire_dtype)
+    cache = CompileCache(None)
+    return Runner(CONFIG, trunk, read_experts, layout, rank, config, cache, transport)
 
 
 @contextlib.contextmanager
@@ -97,7 +102,7 @@ def run(runner: Runner, command: tuple[tuple[int, int], list[Tokens]]) -> list[d
                 "token": outcome.token[used],
                 "routes": [routes[r.index, : len(r.tokens)] for r in entries[device]],
                 "rows": outcome.rows,
-                "first": outcome.first,
+                "sent": outcome.sent,
             }
         )
     return replies

@@ -28,7 +28,8 @@ jax.config.update("jax_enable_preemption_service", False)
 jax.distributed.initialize(f"127.0.0.1:{PORT}", len(DEVICES), RANK)
 
 from dance_jax.engine.runner import Runner, cluster_mesh  # noqa: E402
-from dance_jax.models import kernels_cpu  # noqa: E402
+from dance_jax.models import kernels_cpu, links_cpu  # noqa: E402
+from dance_jax.models.collectives import Collectives  # noqa: E402
 from dance_jax.models.topology import AXIS  # noqa: E402
 from tests.cluster import tiny  # noqa: E402
 
@@ -39,28 +40,36 @@ everyone = jax.shard_map(
 )
 jax.jit(everyone)().block_until_ready()
 
-runner: Runner | None = None
+names = [f"server-{rank}" for rank in range(len(DEVICES))]
+sockets = links_cpu.connect(RANK, names, "127.0.0.1", b"the key of this test")
+transports = {"collectives": Collectives(), "sockets": sockets}
+runners: dict[tuple[str, str], Runner] = {}
+variant = ("collectives", "compute")
 leveled = contextlib.ExitStack()
 while True:
     command = pickle.load(sys.stdin.buffer)
     if command[0] == "stop":
         break
-    if command[0] == "place":
+    if command[0] == "use":
+        variant = command[1:]
+        reply = transports[variant[0]].name
+    elif command[0] == "place":
         layout = command[1]
-        if runner is None:
-            runner = tiny.runner(layout, RANK)
+        if variant in runners:
+            runners[variant].place(layout)
         else:
-            runner.place(layout)
-        reply = [[shard.data.shape for shard in leaf.addressable_shards] for leaf in runner.pool]
+            runners[variant] = tiny.runner(layout, RANK, transports[variant[0]], variant[1])
+        pool = runners[variant].pool
+        reply = [[shard.data.shape for shard in leaf.addressable_shards] for leaf in pool]
     elif command[0] == "level router":
-        assert runner is not None
         if command[1]:
-            leveled.enter_context(tiny.level_router(runner))
+            leveled.enter_context(tiny.level_router(runners[variant]))
         else:
             leveled.close()
         reply = None
+    elif command[0] == "counters":
+        reply = links_cpu.counters(len(DEVICES))
     else:
-        assert runner is not None
-        reply = tiny.run(runner, command[1][RANK])
+        reply = tiny.run(runners[variant], command[1][RANK])
     pickle.dump(reply, replies)
     replies.flush()

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from dance_jax.config import EngineConfig, UserError
-from dance_jax.launch.defaults import engine_config
+from dance_jax.launch.defaults import engine_config, platform_of
 from dance_jax.launch.hosts import parse_hosts
 from dance_jax.launch.plan import Plan, dump_layout, make_plan, parse_layout
 from dance_jax.launch.report import print_plan
@@ -138,6 +138,11 @@ def test_a_layout_travels_whole() -> None:
     found = parse_layout(dump_layout(layout))
     for field in dataclasses.fields(layout):
         assert np.array_equal(getattr(found, field.name), getattr(layout, field.name))
+
+
+def test_servers_that_name_gpus_compute_on_them() -> None:
+    assert platform_of(SPEC, "cpu") == "cpu"
+    assert platform_of(parse_hosts("a address=localhost experts=1 gpus=1"), "cpu") == "cuda"
 
 
 def test_engine_configuration() -> None:

@@ -1,0 +1,229 @@
+"""Rows between servers as JAX collectives: runs wherever JAX does, GPUs and TPUs included.
+
+JAX's all-to-all moves equal parts, and a collective has one size, so what goes is cut into messages
+whose number follows the routing. Dispatch begins with a *first* message to every server: the
+sender's row counts, so that every server knows every size, and a few rows, chosen from a ladder by
+the counts of earlier steps (credit), which all servers know as well. A layer whose tokens stay at
+home sends the counts alone. What is left, and all that returns, goes in chunks, pair of servers by
+pair.
+
+Messages are tied to each other by data: XLA is free to reorder independent collectives, and two
+processes that disagree on the order wait for each other for ever.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from dance_jax.models.messages import (
+    Columns,
+    Exchanged,
+    Incoming,
+    Outgoing,
+    join_columns,
+    row_bytes,
+    split_columns,
+)
+from dance_jax.models.topology import AXIS, Topology, from_gateway
+
+#: Rows of a first message.
+LADDER = (0, 2, 4)
+#: Rows of each further message: large ones while they fill, then small ones.
+CHUNKS = (32, 4)
+#: A quiet link keeps a row of its first message for this many steps.
+CREDIT_STEPS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Collectives:
+    """The `Transport` made of ppermute."""
+
+    name = "collectives"
+
+    def memory(self, layers: int) -> np.ndarray:
+        """int32 [l], credit: expected rows of the largest link, in 1/CREDIT_STEPS rows."""
+        return np.zeros(layers, np.int32)
+
+    def dispatch(
+        self, topology: Topology, outgoing: Outgoing, active: Array, memory: Array
+    ) -> tuple[Incoming, Exchanged]:
+        num, rank = topology.num_servers, topology.rank
+        like = (outgoing.expert[0], outgoing.weight, *outgoing.hidden)
+        packed = {
+            peer: _to_front(join_columns((outgoing.expert[peer], *like[1:])), outgoing.goes[peer])
+            for peer in topology.peers
+        }
+        counts_n = outgoing.goes.sum(1, dtype=jnp.int32)
+        header = jnp.concatenate([counts_n, active.astype(jnp.int32)[None]])
+        rung = _rung((memory + CREDIT_STEPS - 1) // CREDIT_STEPS)
+        headers, firsts, order = _first_round(topology, packed, rung, header)
+        headers, firsts = from_gateway(topology, (headers, firsts))
+        heads = jnp.stack([headers.get(n, header) for n in range(num)])
+        rows = heads[:, :num]
+        first = jnp.array(LADDER)[rung].astype(jnp.int32)
+
+        box = jnp.zeros((topology.room + CHUNKS[0], row_bytes(like)), jnp.uint8)
+        place = jnp.int32(0)
+        # Peer after peer: what a last chunk holds too much, the next peer's rows overwrite.
+        for peer in topology.peers:
+            box = lax.dynamic_update_slice(box, firsts[peer], (place, 0))
+            link = _Link(topology, peer, rows, first, jnp.int32(0), place, relay=True)
+            box, order = link.swap(packed[peer], box, order)
+            place += rows[peer, rank]
+        expert, weight, *hidden = split_columns(box, like)
+        largest = rows.max()
+        exchanged = Exchanged(
+            # With the order in them, they tie the sums' messages to these.
+            rows=rows + order,
+            sent=wire_bytes(rows, first, row_bytes(like), row_bytes(outgoing.hidden))[rank],
+            active=heads[:, num].any(),
+            memory=jnp.maximum(jnp.minimum(largest, LADDER[-1]) * CREDIT_STEPS, memory - 1),
+        )
+        return Incoming(expert, weight, tuple(hidden)), exchanged
+
+    def give_back(self, topology: Topology, sums: Columns, goes: Array, rows: Array) -> Columns:
+        packed = join_columns(sums)
+        returned = jnp.zeros((*goes.shape, packed.shape[1]), jnp.uint8)
+        empty = jnp.zeros((goes.shape[1] + CHUNKS[0], packed.shape[1]), jnp.uint8)
+        place, order = jnp.int32(0), jnp.int32(0)
+        for peer in topology.peers:
+            link = _Link(topology, peer, rows.T, jnp.int32(0), place, jnp.int32(0), relay=False)
+            box, order = link.swap(packed, empty, order)
+            place += rows[peer, topology.rank]
+            position_g = jnp.maximum(jnp.cumsum(goes[peer].astype(jnp.int32)) - 1, 0)
+            returned = returned.at[peer].set(box[position_g])
+        return split_columns(returned, sums)
+
+
+def _to_front(rows_gw: Array, goes_g: Array) -> Array:
+    """The rows that go first, and room for whole messages."""
+    source = jnp.nonzero(goes_g, size=goes_g.shape[0], fill_value=0)[0]
+    return jnp.pad(rows_gw[source], ((0, CHUNKS[0] + LADDER[-1]), (0, 0)))
+
+
+def _after(message: Array, order: Array) -> Array:
+    """The next `order`: depends on `message`, is 0, in a way the compiler cannot see through."""
+    return order + jnp.minimum(message.ravel()[0].astype(jnp.int32), 0)
+
+
+def _rung(rows: Array) -> Array:
+    """int32 []: the first rung of LADDER with so much room, or the last."""
+    return jnp.sum(jnp.array(LADDER[:-1]) < rows, dtype=jnp.int32)
+
+
+def _first_round(
+    topology: Topology, packed: dict[int, Array], rung: Array, header: Array
+) -> tuple[dict[int, Array], dict[int, Array], Array]:
+    """All gateways send LADDER[rung] rows (behind `header`) to all others, one shift at a time.
+
+    Returns:
+        Per peer the header received and uint8 [LADDER[-1], w] of rows; the order.
+    """
+    num, rank = topology.num_servers, topology.rank
+    (head,) = join_columns((header[None],))
+    headers, firsts, order = {}, {}, jnp.int32(0)
+    for shift in range(1, num):
+        target, source = (rank + shift) % num, (rank - shift) % num
+        width = packed[target].shape[-1]
+        pairs = [(topology.gateway(n), topology.gateway((n + shift) % num)) for n in range(num)]
+        message = jnp.concatenate([head, packed[target][: LADDER[-1]].ravel()])
+        message += order.astype(jnp.uint8)
+
+        def send(message: Array, size: int, pairs=pairs) -> Array:
+            got = lax.ppermute(message[:size], AXIS, pairs)
+            return jnp.pad(got, (0, message.shape[0] - size))
+
+        branches = [functools.partial(send, size=head.shape[0] + rows * width) for rows in LADDER]
+        message = lax.switch(rung, branches, message)
+        order = _after(message, order)
+        (headers[source],) = split_columns(message[: head.shape[0]], (header,))
+        firsts[source] = message[head.shape[0] :].reshape(LADDER[-1], width)
+    return headers, firsts, order
+
+
+@dataclasses.dataclass(frozen=True)
+class _Link:
+    """What a first message left, to and from one peer: both ways at once, then one way."""
+
+    topology: Topology
+    peer: int
+    #: int32 [n, n], rows from server to server, of which int32 [] `first` are there already.
+    rows: Array
+    first: Array
+    #: int32 [], where the peer's rows begin in what is sent, and in what is received.
+    out_place: Array
+    in_place: Array
+    #: The gateway hands what it receives to its siblings.
+    relay: bool
+
+    def swap(self, packed: Array, box: Array, order: Array) -> tuple[Array, Array]:
+        """Sends rows of `packed`, receives into `box`, both uint8; returns `box` and the order."""
+        start = jnp.broadcast_to(self.first, self.rows.shape)
+        for size in CHUNKS:
+            left = jnp.maximum(self.rows - start, 0)
+            chunks = left // size if size != CHUNKS[-1] else (left + size - 1) // size
+            box, order = self._swap_chunks(packed, box, start, chunks, size, order)
+            start += chunks * size
+        return box, order
+
+    def _swap_chunks(
+        self, packed: Array, box: Array, start: Array, chunks: Array, size: int, order: Array
+    ) -> tuple[Array, Array]:
+        """chunks [n, n] messages of `size` rows each, from row start [n, n] on."""
+        rank, peer, topology = self.topology.rank, self.peer, self.topology
+        here, there = topology.gateway(rank), topology.gateway(peer)
+        sent, received = chunks[rank, peer], chunks[peer, rank]
+        out_start = self.out_place + start[rank, peer]
+        in_start = self.in_place + start[peer, rank]
+        both = jnp.minimum(sent, received)
+
+        def message(i):
+            return lax.dynamic_slice(packed, (out_start + i * size, 0), (size, packed.shape[1]))
+
+        def keep(box, got, i):
+            got = from_gateway(topology, got) if self.relay else got
+            return lax.dynamic_update_slice(box, got, (in_start + i * size, 0))
+
+        def swap(i, carry):
+            box, order = carry
+            got = lax.ppermute(message(i + order), AXIS, [(here, there), (there, here)])
+            return keep(box, got, i), _after(got, order)
+
+        def push(i, order):
+            return _after(lax.ppermute(message(i + order), AXIS, [(here, there)]), order)
+
+        def pull(i, carry):
+            box, order = carry
+            got = jnp.broadcast_to((i + order).astype(jnp.uint8), (size, packed.shape[1]))
+            got = lax.ppermute(got, AXIS, [(there, here)])
+            return keep(box, got, i), _after(got, order)
+
+        box, order = lax.fori_loop(order, both, swap, (box, order))
+        order = lax.fori_loop(both + order, sent, push, order)
+        return lax.fori_loop(both + order, received, pull, (box, order))
+
+
+def wire_bytes(rows_nn: Array, first: Array, row: int, reply: int) -> Array:
+    """Payload bytes per directed pair of servers.
+
+    Args:
+        rows_nn: int32 [n, n], as in `Exchanged`.
+        first: int32 [], rows of the first message.
+        row, reply: bytes of a row, and of its sum.
+
+    Returns:
+        int32 [n, n], bytes from server (first axis) to server (second axis).
+    """
+    num = rows_nn.shape[-1]
+
+    def padded(count: Array) -> Array:
+        return -(-jnp.maximum(count, 0) // CHUNKS[-1]) * CHUNKS[-1]
+
+    header = 4 * (num + 1)
+    sent = header + (first + padded(rows_nn - first)) * row + padded(rows_nn.T) * reply
+    return sent * (1 - jnp.eye(num, dtype=jnp.int32))

@@ -1,0 +1,49 @@
+"""The library of C++ kernels: built once where several want it, and its counters."""
+
+from __future__ import annotations
+
+import pathlib
+import shutil
+import threading
+import time
+
+import jax.numpy as jnp
+import pytest
+
+from dance_jax.models import kernels_cpu
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+def test_of_several_at_once_one_compiles(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
+    compiled = []
+
+    def compile_slowly(compiler: list[str], library: pathlib.Path) -> None:
+        time.sleep(0.2)
+        library.write_bytes(b"")
+        compiled.append(library)
+
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(kernels_cpu, "_compile", compile_slowly)
+    built = []
+    threads = [
+        threading.Thread(target=lambda: built.append(kernels_cpu.build(tmp_path))) for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(compiled) == 1
+    assert built == compiled * 3
+
+
+def test_time_for_routed_experts_is_counted(expert_library: pathlib.Path | None):
+    if expert_library is None:
+        pytest.skip("no C++ compiler")
+    calls, seconds = kernels_cpu.routed_seconds()
+    w_gate, w_down, x_nd = jnp.ones((2, 8, 4)), jnp.ones((2, 4, 8)), jnp.ones((1, 8))
+    kernels_cpu.gated_mlp(w_gate[0], w_gate[0], w_down[0], x_nd).block_until_ready()
+    assert kernels_cpu.routed_seconds() == (calls, seconds), "the trunk's are not"
+    slot, weight = jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1))
+    kernels_cpu.grouped_ffn(w_gate, w_gate, w_down, x_nd, slot, weight).block_until_ready()
+    now = kernels_cpu.routed_seconds()
+    assert now[0] == calls + 1 and now[1] > seconds
