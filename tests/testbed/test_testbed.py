@@ -11,8 +11,8 @@ import sys
 
 import pytest
 
-from benchmarks.testbed import bed, cores, hosts, leftovers, machine
-from benchmarks.testbed.__main__ import main, parser
+from benchmarks.namespaces import bed, cores, hosts, leftovers, machine
+from benchmarks.testbed import main, parser
 from dance_jax.config import UserError
 from dance_jax.launch.hosts import parse_hosts
 
@@ -181,7 +181,7 @@ def test_options_that_run_does_not_know_keep_their_order_for_launch() -> None:
     ],
 )
 def test_wrong_options_are_refused(arguments: list[str], message: str) -> None:
-    command = [sys.executable, "-m", "benchmarks.testbed", *arguments]
+    command = [sys.executable, "benchmarks/testbed.py", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2
     assert message in done.stderr

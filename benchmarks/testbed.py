@@ -1,4 +1,7 @@
-"""The command: `python -m benchmarks.testbed up|run|exec|down`."""
+"""Several hosts on slow links in one machine: `python benchmarks/testbed.py up|run|exec|down`.
+
+What the hosts are is said in benchmarks/namespaces.
+"""
 
 from __future__ import annotations
 
@@ -13,19 +16,21 @@ import time
 import types
 from collections.abc import Iterable, Sequence
 
+# Run as a script, only this folder would be searched.
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.namespaces import leftovers
+from benchmarks.namespaces.bed import Testbed
+from benchmarks.namespaces.cores import MODES, QUOTA, describe, show_share
+from benchmarks.namespaces.hosts import HEAD, MAX_HOSTS, hosts_like, parse_rate, show_rate
+from benchmarks.namespaces.machine import check_root
 from dance_jax.config import UserError
 from dance_jax.placement import Activations
 
-from . import leftovers
-from .bed import Testbed
-from .cores import MODES, QUOTA, describe, show_share
-from .hosts import HEAD, MAX_HOSTS, hosts_like, parse_rate, show_rate
-from .machine import check_root
-
-EXAMPLES = pathlib.Path(__file__).resolve().parents[2] / "examples"
+EXAMPLES = pathlib.Path(__file__).resolve().parents[1] / "examples"
 PROMPTS, ACTIVATIONS = EXAMPLES / "prompts.jsonl", EXAMPLES / "activations.npz"
 #: Exit codes: something must be changed; Ctrl-C.
 WRONG, INTERRUPTED = 2, 130
@@ -36,7 +41,7 @@ GRACE_S = 12.0
 def parser() -> argparse.ArgumentParser:
     """The command line. `run` passes options that it does not know to dance_jax.launch."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.testbed",
+        prog="python benchmarks/testbed.py",
         description="Hosts on slow links in one machine, as network namespaces. Root, Linux.",
         allow_abbrev=False,
     )

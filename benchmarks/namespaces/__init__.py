@@ -1,10 +1,10 @@
 """Several hosts on slow links in one machine: what `dance_jax.launch` meets between real ones.
 
-    python -m benchmarks.testbed up --hosts 3 --rate 500Mbps    # as root, on Linux
-    python -m benchmarks.testbed run                            # the example prompts across it
-    python -m benchmarks.testbed run --prompts my.jsonl         # options go to dance_jax.launch
-    python -m benchmarks.testbed exec alpha ip address          # a command on one host
-    python -m benchmarks.testbed down
+    python benchmarks/testbed.py up --hosts 3 --rate 500Mbps    # as root, on Linux
+    python benchmarks/testbed.py run                            # the example prompts across it
+    python benchmarks/testbed.py run --prompts my.jsonl         # options go to dance_jax.launch
+    python benchmarks/testbed.py exec alpha ip address          # a command on one host
+    python benchmarks/testbed.py down
 
 A host is a network namespace with its own address, host name, /etc/hosts, /run and sshd. A veth
 pair leads from it to a bridge, and both ends of the pair send through a token bucket (tc tbf), so
