@@ -31,7 +31,13 @@ from dance_jax.placement.core import spread
 from .routes import Sizes, draw_routes
 
 #: What an operation is part of: by the kernel it calls, else by its kind.
-_KERNELS = {"GroupedFfn": "experts", "LinksDispatch": "links", "LinksReturn": "links"}
+_KERNELS = {
+    "GroupedFfn": "experts",
+    "LinksDispatch": "links",
+    "LinksReturn": "links",
+    "SiblingsGather": "collectives",
+    "SiblingsSum": "collectives",
+}
 _KINDS = {"collective-permute": "collectives"}
 
 

@@ -4,8 +4,8 @@ XLA:CPU copies every expert's matrices out of the pool before it multiplies by t
 trunk's on one thread where rows are few; the C++ reads them where they lie, on all threads. Without
 a C++ compiler XLA's own products serve, slower.
 
-One library is built on first use from all C++ beside this file (links_cpu.cc too) and registered
-here.
+One library is built on first use from all C++ beside this file (links_cpu.cc and siblings_cpu.cc
+too) and registered here.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from dance_jax.cache import processor
 log = logging.getLogger(__name__)
 
 _SOURCES = tuple(
-    pathlib.Path(__file__).with_name(name) for name in ("kernels_cpu.cc", "links_cpu.cc")
+    pathlib.Path(__file__).with_name(f"{name}_cpu.cc") for name in ("kernels", "links", "siblings")
 )
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-w")
 _BUILD_TIMEOUT_S = 120
@@ -43,7 +43,7 @@ _SYMBOLS = {
     for kernel in ("GroupedFfn", "Linear")
     for dtype in ("float32", "bfloat16")
 }
-_HANDLERS = (*_SYMBOLS.values(), "LinksDispatch", "LinksReturn")
+_HANDLERS = (*_SYMBOLS.values(), "LinksDispatch", "LinksReturn", "SiblingsGather", "SiblingsSum")
 _library: ctypes.CDLL | None = None
 
 

@@ -39,8 +39,13 @@ def ssh(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> FakeSsh:
 
 
 def no_children(seconds: float = 5) -> bool:
-    """Every process that this one has started is gone."""
-    _, alive = psutil.wait_procs(psutil.Process().children(recursive=True), seconds)
+    """Every process that a test here has started is gone; the session's cluster may be there."""
+    children = [
+        child
+        for child in psutil.Process().children(recursive=True)
+        if "tests.cluster.worker" not in child.cmdline()
+    ]
+    _, alive = psutil.wait_procs(children, seconds)
     return not alive
 
 
