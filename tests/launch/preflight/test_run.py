@@ -40,13 +40,16 @@ def ssh(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> FakeSsh:
 
 def no_children(seconds: float = 5) -> bool:
     """Every process that a test here has started is gone; the session's cluster may be there."""
-    children = [
-        child
-        for child in psutil.Process().children(recursive=True)
-        if "tests.cluster.worker" not in child.cmdline()
-    ]
-    _, alive = psutil.wait_procs(children, seconds)
+    children = psutil.Process().children(recursive=True)
+    _, alive = psutil.wait_procs([child for child in children if not _in_cluster(child)], seconds)
     return not alive
+
+
+def _in_cluster(child: psutil.Process) -> bool:
+    try:
+        return "tests.cluster.worker" in child.cmdline()
+    except psutil.Error:  # it has just ended
+        return False
 
 
 # Servers of this machine.
