@@ -102,9 +102,10 @@ class LLM:
         report = progress if callable(progress) else _print_progress if progress else _silent
         # In this process JAX has the say; of servers it must not be asked here, or it would take
         # their GPU's memory.
-        platform = defaults.default_platform() if servers is not None else _jax_platform()
-        if servers is not None:
-            platform = defaults.platform_of(servers[0], platform)
+        if servers is None:
+            platform = _jax_platform()
+        else:
+            platform = defaults.platform_of(servers[0], defaults.default_platform())
         cache = pathlib.Path(cache_dir) if cache_dir is not None else default_cache_dir()
         source = pathlib.Path(model) if model is not None else defaults.demo_dir()
         self.tokenizer: Tokenizer = Tokenizer.load(source)
@@ -126,11 +127,8 @@ class LLM:
         if servers is None:
             self._backend = _InProcess(checkpoint, self.tokenizer, self.config, cache, report)
         else:
-            far = _Far(
-                None if model is None else pathlib.Path(model),
-                None if cache_dir is None else pathlib.Path(cache_dir),
-                None if ssh_config is None else pathlib.Path(ssh_config),
-            )
+            given = (model, cache_dir, ssh_config)
+            far = _Far(*(None if each is None else pathlib.Path(each) for each in given))
             self._backend = _Servers(
                 checkpoint, self.config, platform, cache, log_dir, report, far, *servers
             )
