@@ -15,7 +15,6 @@ the bandwidth of a plain read of 1 GiB, measured here as well.
 from __future__ import annotations
 
 import argparse
-import collections
 import concurrent.futures
 import dataclasses
 import gzip
@@ -31,9 +30,13 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+# Run as a script, only this folder would be searched.
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
 import jax
 import numpy as np
 
+from benchmarks.trace import self_times
 from dance_jax.config import EngineConfig
 from dance_jax.engine.engine import Engine
 from dance_jax.engine.sequence import Request, SamplingParams
@@ -227,7 +230,7 @@ class Ours:
                     self._step(produced)
             (path,) = pathlib.Path(directory).rglob("*.trace.json.gz")
             events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
-        times = _self_times(events, scopes)
+        times = self_times(events, scopes)
         total = sum(times.values())
         return {part: times[part] / total for part in sorted(times, key=lambda p: -times[p])}
 
@@ -240,30 +243,6 @@ def _scopes(hlo: str) -> Iterator[tuple[str, str]]:
             if part in PARTS:
                 yield name, part
                 break
-
-
-def _self_times(events: list[dict[str, Any]], scopes: dict[str, str]) -> collections.Counter[str]:
-    """Time by part: each operation's own, without the operations that ran within it.
-
-    An operation without a scope belongs to the one it ran in.
-    """
-    times: collections.Counter[str] = collections.Counter()
-    threads = collections.defaultdict(list)
-    for event in events:
-        if event.get("ph") == "X" and "hlo_op" in event.get("args", ()):
-            threads[event["tid"]].append(event)
-    for own in threads.values():
-        open_events: list[tuple[float, str]] = []
-        for event in sorted(own, key=lambda e: (e["ts"], -e["dur"])):
-            while open_events and open_events[-1][0] <= event["ts"]:
-                open_events.pop()
-            around = open_events[-1][1] if open_events else "other"
-            part = scopes.get(event["args"]["hlo_op"], around)
-            times[part] += event["dur"]
-            if open_events:
-                times[around] -= event["dur"]
-            open_events.append((event["ts"] + event["dur"], part))
-    return times
 
 
 class Theirs:

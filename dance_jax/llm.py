@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import itertools
 import numbers
 import os
@@ -12,16 +11,16 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from dance_jax.cache import default_cache_dir, private_directory
-from dance_jax.config import ClusterSpec, EngineConfig, UserError
+from dance_jax.backends import Backend, Far, InProcess, Progress, Servers
+from dance_jax.cache import default_cache_dir
+from dance_jax.config import ClusterSpec, UserError
 from dance_jax.engine.output import OutputCollector
 from dance_jax.engine.sequence import (
-    OutputDelta,
     Request,
     RequestOutput,
     SamplingParams,
@@ -29,8 +28,6 @@ from dance_jax.engine.sequence import (
 )
 
 if TYPE_CHECKING:
-    from dance_jax.engine.engine import Engine
-    from dance_jax.models.checkpoint import Checkpoint
     from dance_jax.models.tokenizer import Tokenizer
     from dance_jax.placement.activations import Activations
 
@@ -38,8 +35,6 @@ if TYPE_CHECKING:
 Prompt = str | Sequence[int]
 #: One turn of a conversation: {"role": ..., "content": ...}.
 Message = dict[str, Any]
-#: Told while the object starts: (what, parts done, parts in all or 0).
-Progress = Callable[[str, int, int], None]
 
 
 class LLM:
@@ -123,13 +118,13 @@ class LLM:
         self._numbers = itertools.count()
         self._next_server = 0
         self._lock = threading.Lock()
-        self._backend: _Backend
+        self._backend: Backend
         if servers is None:
-            self._backend = _InProcess(checkpoint, self.tokenizer, self.config, cache, report)
+            self._backend = InProcess(checkpoint, self.tokenizer, self.config, cache, report)
         else:
             given = (model, cache_dir, ssh_config)
-            far = _Far(*(None if each is None else pathlib.Path(each) for each in given))
-            self._backend = _Servers(
+            far = Far(*(None if each is None else pathlib.Path(each) for each in given))
+            self._backend = Servers(
                 checkpoint, self.config, platform, cache, log_dir, report, far, *servers
             )
         self._finalizer = weakref.finalize(self, self._backend.close)
@@ -257,142 +252,6 @@ class LLM:
                 known = ", ".join(map(repr, servers))
                 raise UserError(f"server: there is no server {name!r}; there are {known}")
         return ranks
-
-
-class _Backend(Protocol):
-    """Where requests run."""
-
-    @property
-    def servers(self) -> tuple[str, ...]: ...
-
-    def run(self, requests: list[tuple[int, Request]]) -> Generator[OutputDelta]:
-        """Deltas of (rank, request) pairs until all are finished; closing it aborts the rest."""
-        ...
-
-    def close(self) -> None: ...
-
-
-class _InProcess:
-    """One server with all experts in this process."""
-
-    servers: tuple[str, ...] = ("",)
-
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        tokenizer: Tokenizer,
-        config: EngineConfig,
-        cache_dir: pathlib.Path,
-        report: Progress,
-    ) -> None:
-        from dance_jax.engine.compile_cache import CompileCache
-        from dance_jax.engine.engine import Engine
-        from dance_jax.models import kernels_cpu
-
-        compiled = private_directory(cache_dir / "compiled")
-        if compiled is not None:
-            kernels_cpu.load(compiled)
-        # The seed is data, not code.
-        scope = (checkpoint.fingerprint, "one server", dataclasses.replace(config, seed=0))
-        cache = CompileCache(compiled, scope)
-        report("loading", 0, 0)
-        engine = Engine(checkpoint, tokenizer, None, 0, None, config, compile_cache=cache)
-        engine.warmup(report)
-        self._engine: Engine | None = engine
-
-    def run(self, requests: list[tuple[int, Request]]) -> Generator[OutputDelta]:
-        engine = self._engine
-        if engine is None:
-            raise RuntimeError("an earlier call was interrupted within a step; make a new LLM")
-        for _, request in requests:
-            engine.add(request)
-        active = True
-        try:
-            while active:
-                result = engine.step()
-                active = result.active
-                yield from result.outputs
-        except GeneratorExit:
-            engine.abort_all()
-            while engine.step().active:
-                pass
-            raise
-        except BaseException:
-            # The step had taken the KV cache; what is left cannot go on.
-            self._engine = None
-            raise
-
-    def close(self) -> None:
-        self._engine = None
-
-
-@dataclasses.dataclass(frozen=True)
-class _Far:
-    """What servers on other machines need: as the user gave it, None where he did not."""
-
-    model: pathlib.Path | None
-    cache_dir: pathlib.Path | None
-    ssh_config: pathlib.Path | None
-
-
-class _Servers:
-    """A cluster that this object starts and stops."""
-
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        config: EngineConfig,
-        platform: str,
-        cache_dir: pathlib.Path,
-        log_dir: str | os.PathLike[str] | None,
-        report: Progress,
-        far: _Far,
-        spec: ClusterSpec,
-        policy: str,
-        activations: Activations | None,
-    ) -> None:
-        from dance_jax.launch.cluster import Cluster, Network
-        from dance_jax.launch.plan import make_plan
-        from dance_jax.launch.reach import checked, needs_preflight, survey
-
-        plan = make_plan(spec, checkpoint, config, policy, activations)
-        network = Network(ssh_config=far.ssh_config)
-        if needs_preflight(plan, None):
-            found = survey(
-                plan,
-                network,
-                None,
-                model=far.model,
-                fingerprint=checkpoint.fingerprint,
-                cache_dir=far.cache_dir,
-                platform=platform,
-                progress=lambda text: report(f"preflight: {text}", 0, 0),
-            )
-            plan, network = checked(plan, network, found)
-        self.servers = spec.names
-        self._cluster = Cluster(
-            plan.spec,
-            checkpoint,
-            plan.layout,
-            config,
-            network=network,
-            model=far.model,
-            log_dir=log_dir,
-            cache_dir=cache_dir,
-            platform=platform,
-            progress=lambda name, stage, done, total: report(f"{name}: {stage}", done, total),
-        )
-        self._cluster.start()
-
-    def run(self, requests: list[tuple[int, Request]]) -> Generator[OutputDelta]:
-        # Closed with this generator, not some time later: that aborts what still runs.
-        running = cast("Generator[tuple[int, OutputDelta]]", self._cluster.generate(requests))
-        with contextlib.closing(running) as deltas:
-            for _, delta in deltas:
-                yield delta
-
-    def close(self) -> None:
-        self._cluster.stop()
 
 
 def _cluster_arguments(

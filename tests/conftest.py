@@ -30,6 +30,13 @@ def expert_library(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path | N
 
 
 @pytest.fixture(scope="session")
+def compiled(expert_library: pathlib.Path | None) -> pathlib.Path:
+    """`expert_library`, for tests of what is in it alone."""
+    assert expert_library is not None, "this test needs a C++ compiler: c++ or $CXX"
+    return expert_library
+
+
+@pytest.fixture(scope="session")
 def three_servers(expert_library: pathlib.Path | None) -> Iterator[TestCluster]:
     """Processes with 1, 1 and 2 devices; asserted by the processes when they join."""
     cluster = TestCluster(expert_library)

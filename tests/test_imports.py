@@ -10,7 +10,7 @@ import sys
 import pytest
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "dance_jax"
-ORDER = ("config", "cache", "files", "placement", "models", "engine", "launch", "llm")
+ORDER = ("config", "cache", "files", "placement", "models", "engine", "launch", "backends", "llm")
 
 
 def layer(module: str) -> str:

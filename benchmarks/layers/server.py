@@ -15,7 +15,7 @@ import traceback
 from typing import TYPE_CHECKING, Any
 
 from dance_jax.config import ClusterSpec, EngineConfig
-from dance_jax.launch import environment, worker
+from dance_jax.launch import environment, join
 from dance_jax.launch.protocol import Setup
 
 from .routes import Sizes
@@ -62,7 +62,7 @@ class Server:
 
     def coordinator(self) -> str:
         """host:port where this server would coordinate."""
-        return worker._coordinator(self.setup)
+        return join.coordinator_endpoint(self.setup)
 
     def join(self, coordinator: str, delayed: bool) -> str:
         """Becomes one of the servers; returns the name of the transport.
@@ -76,11 +76,11 @@ class Server:
         from . import delay
 
         kernels_cpu.register(self.library)
-        worker._join(self.setup, coordinator)
+        join.join(self.setup, coordinator)
         self.delay = delay.Delay()
         if delayed:
             delay.install(self.delay)
-        names, address = self.setup.spec.names, worker._address(self.setup)
+        names, address = self.setup.spec.names, join.own_address(self.setup)
         own = links_cpu.connect(self.setup.rank, names, address, self.setup.key)
         self.transports: dict[str, Transport] = {each.name: each for each in (Collectives(), own)}
         return own.name

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import gzip
 import json
@@ -19,6 +18,7 @@ import numpy as np
 from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from benchmarks.trace import self_times
 from dance_jax.engine.runner import cluster_mesh
 from dance_jax.models import links_cpu
 from dance_jax.models.exchange import Exchange, Tables
@@ -137,7 +137,7 @@ class Layers:
                 timed = self.run(steps)
             (path,) = pathlib.Path(directory).rglob("*.trace.json.gz")
             events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
-        traced = _self_times(events, operations)
+        traced = self_times(events, operations, "packing")
         phases = timed.links.dispatch, timed.links.give_back
         parts = {
             "waiting": sum(phase.waited_s for phase in phases),
@@ -224,23 +224,3 @@ def _parts(hlo: str) -> Iterator[tuple[str, str]]:
                 yield name, part
         if part := _KINDS.get(kind.removesuffix("-start").removesuffix("-done")):
             yield name, part
-
-
-def _self_times(events: list[dict[str, Any]], parts: dict[str, str]) -> collections.Counter[str]:
-    """Microseconds by part: each operation's own, without those that ran within it."""
-    times: collections.Counter[str] = collections.Counter()
-    threads = collections.defaultdict(list)
-    for event in events:
-        if event.get("ph") == "X" and "hlo_op" in event.get("args", ()):
-            threads[event["tid"]].append(event)
-    for own in threads.values():
-        running: list[tuple[float, str]] = []
-        for event in sorted(own, key=lambda e: (e["ts"], -e["dur"])):
-            while running and running[-1][0] <= event["ts"]:
-                running.pop()
-            part = parts.get(event["args"]["hlo_op"], "packing")
-            times[part] += event["dur"]
-            if running:
-                times[running[-1][1]] -= event["dur"]
-            running.append((event["ts"] + event["dur"], part))
-    return times

@@ -19,6 +19,7 @@ from benchmarks.layers.measure import Cell
 from benchmarks.layers.routes import Sizes, bound, deal, draw_routes, transfers_per_token
 from benchmarks.layers.targets import Target, halved, targets
 from benchmarks.layers.texts import Score, read_texts
+from benchmarks.trace import self_times
 from dance_jax.config import UserError
 from dance_jax.placement.core import spread
 from dance_jax.placement.metrics import measure
@@ -196,7 +197,7 @@ def test_operations_are_told_apart_and_timed_without_those_within():
         return {"ph": "X", "tid": 1, "ts": start, "dur": length, "args": {"hlo_op": name}}
 
     events = [event("add.4", 0, 10), event("ffn.2", 2, 5), event("gather.1", 12, 3), {"ph": "M"}]
-    assert step._self_times(events, parts) == {"packing": 5, "experts": 5, "collectives": 3}
+    assert self_times(events, parts, "packing") == {"packing": 5, "experts": 5, "collectives": 3}
 
 
 def test_a_delayed_link_brings_everything_later_and_in_order():

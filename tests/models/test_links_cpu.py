@@ -114,10 +114,8 @@ def test_alone_there_are_no_links():
 
 
 @pytest.fixture
-def peer(expert_library: pathlib.Path | None) -> Iterator[socket.socket]:
+def peer(compiled: pathlib.Path) -> Iterator[socket.socket]:
     """The other end of this server's only link."""
-    if expert_library is None:
-        pytest.skip("no C++ compiler")
     with listen() as listener:
         there = socket.create_connection(listener.getsockname())
         here, _ = listener.accept()
@@ -262,9 +260,7 @@ def test_an_error_names_the_server_and_ends_the_links(
         jax.block_until_ready(exchange(goes_to_peer(), X))
 
 
-def test_without_links_a_step_fails(expert_library: pathlib.Path | None):
-    if expert_library is None:
-        pytest.skip("no C++ compiler")
+def test_without_links_a_step_fails(compiled: pathlib.Path):
     with pytest.raises(jax.errors.JaxRuntimeError, match="not open"):
         jax.block_until_ready(exchange(goes_to_peer(), X))
 
@@ -305,12 +301,10 @@ except jax.errors.JaxRuntimeError as error:
 
 
 def test_all_devices_of_a_server_get_the_rows_and_fail_together(
-    expert_library: pathlib.Path | None,
+    compiled: pathlib.Path,
 ):
     """A device that failed alone would leave its siblings waiting in a collective."""
-    if expert_library is None:
-        pytest.skip("no C++ compiler")
     root = pathlib.Path(__file__).parents[2]
-    command = [sys.executable, "-c", TWO_DEVICES, str(expert_library)]
+    command = [sys.executable, "-c", TWO_DEVICES, str(compiled)]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=100)
     assert "failed as one" in done.stdout, done.stderr

@@ -1,0 +1,35 @@
+"""What a profiler's trace says of where time goes."""
+
+from __future__ import annotations
+
+import collections
+from typing import Any
+
+
+def self_times(
+    events: list[dict[str, Any]], parts: dict[str, str], unnamed: str | None = None
+) -> collections.Counter[str]:
+    """Microseconds by part: each operation's own, without those that ran within it.
+
+    Args:
+        events: a trace's.
+        parts: operation -> part.
+        unnamed: the part of all other operations; None: of the one they ran in, or "other".
+    """
+    times: collections.Counter[str] = collections.Counter()
+    threads = collections.defaultdict(list)
+    for event in events:
+        if event.get("ph") == "X" and "hlo_op" in event.get("args", ()):
+            threads[event["tid"]].append(event)
+    for own in threads.values():
+        running: list[tuple[float, str]] = []
+        for event in sorted(own, key=lambda e: (e["ts"], -e["dur"])):
+            while running and running[-1][0] <= event["ts"]:
+                running.pop()
+            around = running[-1][1] if running else "other"
+            part = parts.get(event["args"]["hlo_op"], unnamed or around)
+            times[part] += event["dur"]
+            if running:
+                times[around] -= event["dur"]
+            running.append((event["ts"] + event["dur"], part))
+    return times
