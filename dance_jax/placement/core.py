@@ -15,6 +15,7 @@ from jax import lax
 
 from dance_jax.config import UserError
 from dance_jax.files import whole_file
+from dance_jax.placement.cost import Cost
 from dance_jax.placement.metrics import Traffic, holders_mask, measure
 from dance_jax.placement.visit import MAX_SERVERS
 
@@ -27,6 +28,9 @@ class Placement:
 
     #: bool [servers, MoE layers, experts].
     resident: np.ndarray
+    #: No placement in the same slots has a greater `local_share` of the counts it was made from;
+    #: None: not known.
+    upper_bound: float | None = None
 
     def __post_init__(self):
         resident = np.array(self.resident)
@@ -128,10 +132,35 @@ class Placement:
         """Largest share of a layer's calls on one device, mean over layers; devices default 1."""
         return self.traffic(routes).load(devices)
 
+    def layer_time(
+        self,
+        routes: Routes,
+        cost: Cost | None = None,
+        weights: Sequence[float] | np.ndarray | None = None,
+    ) -> float:
+        """Predicted seconds of a lock-step layer; see `Traffic.layer_time`.
+
+        Without a cost, servers have one device each and the weights of `Cost.reference`.
+        """
+        if cost is None:
+            cost = Cost.reference([1] * self.num_servers, routes[0].shape[-1])
+        return self.traffic(routes).layer_time(cost, weights)
+
+    def moved(self, previous: Placement) -> int:
+        """Experts that servers must load which they do not hold under `previous`."""
+        if previous.resident.shape != self.resident.shape:
+            raise UserError(
+                f"placements of shape {previous.resident.shape} and {self.resident.shape}"
+            )
+        return int((self.resident & ~previous.resident).sum())
+
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes an npz file with `resident`."""
+        """Writes an npz file with `resident` and, where known, `upper_bound`."""
+        arrays = {"resident": self.resident}
+        if self.upper_bound is not None:
+            arrays["upper_bound"] = np.array(self.upper_bound)
         with whole_file(path) as file:
-            np.savez_compressed(file, allow_pickle=False, resident=self.resident)
+            np.savez_compressed(file, allow_pickle=False, **arrays)
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> Placement:
@@ -142,7 +171,8 @@ class Placement:
         """
         try:
             with np.load(path, allow_pickle=False) as file:
-                return cls(file["resident"])
+                bound = float(file["upper_bound"]) if "upper_bound" in file else None
+                return cls(file["resident"], bound)
         except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
             raise UserError(f"{path}: not a readable placement file ({error})") from error
 

@@ -1,4 +1,4 @@
-"""What a placement costs on given routes: remote, transfers, busiest, load.
+"""What a placement costs on given routes: remote, transfers, busiest, load, layer time.
 
 Every server weighs equally, however many tokens its routes have; servers without tokens send
 nothing and are left out of the means.
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dance_jax.config import UserError
+from dance_jax.placement.cost import Cost
 from dance_jax.placement.visit import choose_servers
 
 
@@ -62,6 +63,38 @@ class Traffic:
         if devices_n.shape != (num_servers,) or (devices_n < 1).any():
             raise UserError(f"devices: {num_servers} numbers of at least 1 are needed")
         return float((share_lnn.sum(1) / devices_n[None, :]).max(1).mean())
+
+    def layer_time(self, cost: Cost, weights: Sequence[float] | np.ndarray | None = None) -> float:
+        """Seconds that a layer in lock step takes per token of a server, mean over layers.
+
+        Per layer max over servers and directions of (hidden states x seconds of that link)
+        + max over servers of (expert calls x seconds of a call / devices)
+        + transfers x seconds of a transfer + the fixed part.
+
+        Args:
+            cost: seconds of each part.
+            weights: float [servers], tokens of each server per token of the mean server;
+                default: equal.
+
+        Raises:
+            UserError: cost or weights are of another number of servers.
+        """
+        num_servers = len(self.active_n)
+        weight_n = self.active_n * (
+            np.ones(num_servers) if weights is None else np.asarray(weights)
+        )
+        if len(cost.state) != num_servers or weight_n.shape != (num_servers,):
+            raise UserError(
+                f"layer time: cost of {len(cost.state)} servers and weights {weight_n.shape} "
+                f"for {num_servers}"
+            )
+        flow_lnn = self.transfers_lnn * weight_n[None, :, None]
+        calls_ln = (self.calls_lnn * weight_n[None, :, None]).sum(1)
+        ways_ln = np.maximum(flow_lnn.sum(2), flow_lnn.sum(1))
+        busiest_l = (ways_ln * cost.state).max(1)
+        compute_l = (calls_ln * (cost.call / cost.devices)).max(1)
+        transfers_l = flow_lnn.sum((1, 2)) / self.active_n.sum()
+        return float((busiest_l + compute_l + cost.transfer * transfers_l).mean() + cost.layer)
 
 
 @functools.partial(jax.jit, static_argnames="num_servers")

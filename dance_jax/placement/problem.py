@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from dance_jax.config import UserError
 from dance_jax.placement.core import Placement
+from dance_jax.placement.cost import Cost
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -24,8 +24,8 @@ class Problem:
     routes: tuple[np.ndarray, ...] | None
     #: int64 [servers]: devices of each server.
     devices: np.ndarray
-    #: Seconds per hidden state and call, for policies that predict time; None: their defaults.
-    cost: Any
+    #: What a layer's time is made of; None: routes are not known either.
+    cost: Cost | None
     #: The placement in force, for policies that keep churn low.
     previous: Placement | None
     #: Seed of policies that draw at random.
@@ -39,7 +39,7 @@ class Problem:
         *,
         routes: Sequence[np.ndarray] | None,
         devices: Sequence[int] | np.ndarray | None,
-        cost: Any,
+        cost: Cost | None,
         previous: Placement | None,
         seed: int,
     ) -> Problem:
@@ -58,17 +58,23 @@ class Problem:
         if not np.isfinite(counts).all() or (counts < 0).any():
             raise UserError("counts: every number must be finite and at least 0")
         num_servers, layers, experts = counts.shape
+        checked_routes = _checked_routes(routes, num_servers, layers, experts)
+        checked_devices, checked_cost = _checked_cost(devices, cost, num_servers, checked_routes)
         return cls(
             counts,
             _checked_capacities(capacities, num_servers, layers * experts),
-            _checked_routes(routes, num_servers, layers, experts),
-            _per_server(
-                "devices", [1] * num_servers if devices is None else devices, num_servers, 1
-            ),
-            cost,
+            checked_routes,
+            checked_devices,
+            checked_cost,
             _checked_previous(previous, counts.shape),
             seed,
         )
+
+    @property
+    def token_weights(self) -> np.ndarray:
+        """Tokens of each server per token of the mean server, by its counts: float64 [servers]."""
+        totals_n = self.counts.sum((1, 2))
+        return totals_n / totals_n.mean() if totals_n.any() else np.ones(len(totals_n))
 
 
 def _per_server(what: str, values: Sequence[int] | np.ndarray, num: int, least: int) -> np.ndarray:
@@ -111,7 +117,29 @@ def _checked_routes(
             )
         if route.size and (route.min() < 0 or route.max() >= experts):
             raise UserError(f"routes of server {n}: expert numbers are 0..{experts - 1}")
+    if len({route.shape[2] for route in checked}) > 1 or checked[0].shape[2] < 1:
+        chosen = ", ".join(str(route.shape[2]) for route in checked)
+        raise UserError(f"routes: tokens of the servers choose {chosen} experts; one k is needed")
     return checked
+
+
+def _checked_cost(
+    devices: Sequence[int] | np.ndarray | None,
+    cost: Cost | None,
+    num_servers: int,
+    routes: tuple[np.ndarray, ...] | None,
+) -> tuple[np.ndarray, Cost | None]:
+    """Devices and cost, which has them too; where neither is given, one device each."""
+    if cost is not None and cost.devices.shape != (num_servers,):
+        raise UserError(f"cost: of {len(cost.devices)} servers, counts of {num_servers}")
+    if devices is None:
+        devices = [1] * num_servers if cost is None else cost.devices
+    devices_n = _per_server("devices", devices, num_servers, 1)
+    if cost is not None and (cost.devices != devices_n).any():
+        raise UserError(f"cost: devices {cost.devices}, but {devices_n} are given")
+    if cost is None and routes is not None:
+        cost = Cost.reference(devices_n, routes[0].shape[2])
+    return devices_n, cost
 
 
 def _checked_previous(previous: Placement | None, shape: tuple[int, ...]) -> Placement | None:

@@ -7,19 +7,22 @@ every expert is somewhere, nobody exceeds its capacity, and equal inputs give eq
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
 from dance_jax.config import UserError
 from dance_jax.placement.core import Placement
+from dance_jax.placement.cost import Cost
 from dance_jax.placement.policies.dance import dance
 from dance_jax.placement.policies.uniform import uniform
 from dance_jax.placement.problem import Problem
 
 Policy = Callable[[Problem], Placement]
 
-POLICIES: dict[str, Policy] = {"uniform": uniform, "dance": dance}
+POLICIES: dict[str, Policy] = {
+    "uniform": uniform,
+    "dance": dance,
+}
 
 
 def place(
@@ -29,7 +32,7 @@ def place(
     *,
     routes: Sequence[np.ndarray] | None = None,
     devices: Sequence[int] | np.ndarray | None = None,
-    cost: Any = None,
+    cost: Cost | None = None,
     previous: Placement | None = None,
     seed: int = 0,
 ) -> Placement:
@@ -46,7 +49,8 @@ def place(
         capacities: int [servers], expert slots.
         routes: per server int [tokens, layers, k], for policies that look at whole tokens.
         devices: int [servers], devices of each server, default 1.
-        cost: seconds per hidden state, per call and per layer, for policies that predict time.
+        cost: seconds per hidden state, per call and per layer, for policies that predict time;
+            default: `Cost.reference`.
         previous: the placement in force, for policies that keep churn low.
         seed: for policies that draw at random.
 
