@@ -42,18 +42,19 @@ def subsets(num_servers: int) -> np.ndarray:
 
 
 @functools.cache
-def _missing_words(num_servers: int) -> np.ndarray:
-    """For each holders mask h, the subsets that contain no holder, as bits: uint32 [2 ** n, words].
+def _subsets_with(num_servers: int) -> np.ndarray:
+    """For each server, the subsets that it is in, as bits: unsigned [servers, words].
 
-    Bit i of row h (word i // 32, bit i % 32) is set where subsets(n)[i] & h == 0.
+    Bit i of a row (bit i % word size of word i // word size) is set where subsets(n)[i] has it.
     """
     masks = subsets(num_servers)
-    misses = (np.arange(masks.size)[:, None] & masks[None, :]) == 0
-    words = -(-masks.size // 32)
-    bits = np.zeros((masks.size, words * 32), np.uint64)
-    bits[:, : masks.size] = misses
-    weights = np.uint64(1) << np.arange(32, dtype=np.uint64)
-    return (bits.reshape(masks.size, words, 32) * weights).sum(-1).astype(np.uint32)
+    size = min(max(masks.size, 8), 32)
+    has_ni = (masks[None, :] >> np.arange(num_servers)[:, None]) & 1
+    bits_nw = np.zeros((num_servers, max(masks.size, 8)), np.uint64)
+    bits_nw[:, : masks.size] = has_ni
+    weights = np.uint64(1) << np.arange(size, dtype=np.uint64)
+    words = (bits_nw.reshape(num_servers, -1, size) * weights).sum(-1)
+    return words.astype(f"uint{size}")
 
 
 def lowest_server(mask: jax.Array) -> jax.Array:
@@ -62,39 +63,63 @@ def lowest_server(mask: jax.Array) -> jax.Array:
     return jnp.where(mask == 0, jnp.int32(-1), number)
 
 
-def _fewest_exact(missing_tk: jax.Array, num_servers: int) -> jax.Array:
-    """The preferred smallest set that meets every non-empty mask of a row: int32 [t]."""
-    # Row 0 of the table has all bits set; a mask of 0 must exclude nothing instead.
-    words_tkw = jnp.asarray(_missing_words(num_servers))[missing_tk]
-    words_tkw = jnp.where((missing_tk == 0)[..., None], jnp.uint32(0), words_tkw)
-    free_tw = ~jnp.bitwise_or.reduce(words_tkw, axis=1)
-    word_t = jnp.argmax(free_tw != 0, axis=1).astype(jnp.int32)
-    free_t = jnp.take_along_axis(free_tw, word_t[:, None], axis=1)[:, 0]
-    lowest_t = free_t & (~free_t + jnp.uint32(1))
-    bit_t = lax.population_count(lowest_t - jnp.uint32(1)).astype(jnp.int32)
-    return jnp.asarray(subsets(num_servers))[word_t * jnp.int32(32) + bit_t]
+def _fewest_exact(missing_kt: jax.Array, num_servers: int) -> jax.Array:
+    """The preferred smallest set that meets every non-empty mask.
+
+    All sets are weighed at once, each as a bit: a mask is met by those with any of its servers.
+    """
+    with_nw = _subsets_with(num_servers)
+    dtype, word = missing_kt.dtype, with_nw.dtype
+    open_t = jnp.ones(missing_kt.shape[1:], bool)
+    chosen_t = jnp.zeros(missing_kt.shape[1:], dtype)
+    for with_n in with_nw.T:
+        meets_kt = jnp.where(missing_kt == 0, ~word.type(0), word.type(0))
+        for n in range(num_servers):
+            has_kt = (missing_kt & dtype.type(1 << n)) != 0
+            meets_kt = meets_kt | jnp.where(has_kt, with_n[n], word.type(0))
+        meets_t = jnp.bitwise_and.reduce(meets_kt, axis=0)
+        # The lowest bit is the preferred set, unless one of an earlier word met all.
+        first_t = jnp.where(open_t, meets_t & (~meets_t + word.type(1)), word.type(0))
+        for n in range(num_servers):
+            has_t = (first_t & with_n[n]) != 0
+            chosen_t = chosen_t | jnp.where(has_t, dtype.type(1 << n), dtype.type(0))
+        open_t = open_t & (meets_t == 0)
+    return chosen_t
 
 
-def _fewest_greedy(missing_tk: jax.Array, num_servers: int) -> jax.Array:
-    """Servers in the order of how many open masks they are in, lowest number first: int32 [t]."""
-    server_n = jnp.arange(num_servers, dtype=jnp.int32)
+def _fewest_greedy(missing_kt: jax.Array, num_servers: int) -> jax.Array:
+    """Servers in the order of how many open masks they are in, lowest number first."""
+    dtype = missing_kt.dtype
 
     def visit_next(_, chosen_t: jax.Array) -> jax.Array:
-        open_tk = jnp.where((missing_tk & chosen_t[:, None]) == 0, missing_tk, jnp.int32(0))
-        gain_tn = ((open_tk[:, :, None] >> server_n[None, None, :]) & jnp.int32(1)).sum(
-            axis=1, dtype=jnp.int32
-        )
-        best_t = jnp.argmax(gain_tn, axis=1).astype(jnp.int32)
-        return chosen_t | jnp.where(gain_tn.max(axis=1) > 0, jnp.int32(1) << best_t, jnp.int32(0))
+        open_kt = jnp.where((missing_kt & chosen_t[None]) == 0, missing_kt, dtype.type(0))
+        best_t, most_t = jnp.zeros_like(chosen_t), jnp.zeros(chosen_t.shape, jnp.uint8)
+        for n in range(num_servers):
+            bit = dtype.type(1 << n)
+            gain_t = ((open_kt & bit) != 0).sum(axis=0, dtype=jnp.uint8)
+            best_t = jnp.where(gain_t > most_t, bit, best_t)
+            most_t = jnp.maximum(gain_t, most_t)
+        return chosen_t | best_t
 
-    rounds = min(missing_tk.shape[1], num_servers)
-    return lax.fori_loop(0, rounds, visit_next, jnp.zeros(missing_tk.shape[0], jnp.int32))
+    rounds = min(missing_kt.shape[0], num_servers)
+    return lax.fori_loop(0, rounds, visit_next, jnp.zeros(missing_kt.shape[1:], dtype))
+
+
+def fewest_servers(missing_kt: jax.Array, num_servers: int) -> jax.Array:
+    """The servers that tokens visit: bitmasks [...], of the same type.
+
+    Args:
+        missing_kt: bitmasks [k, ...], who holds each missing expert; 0: not missing.
+        num_servers: servers in the cluster, static.
+    """
+    fewest = _fewest_exact if num_servers <= EXACT_SERVERS else _fewest_greedy
+    return fewest(missing_kt, num_servers)
 
 
 def choose_servers(holders_tk: jax.Array, needed_tk: jax.Array, num_servers: int) -> jax.Array:
     """The remote server that serves each expert a token misses: int32 [t, k].
 
-    Pure and traceable; up to 8 servers t x k table look-ups and a few int32 operations.
+    Pure and traceable; integer operations on whole arrays, without table look-ups.
 
     >>> holders = jnp.array([[0b010, 0b110, 0b100], [0b010, 0b110, 0b001]], jnp.int32)
     >>> needed = jnp.array([[True, True, True], [True, True, False]])
@@ -115,8 +140,7 @@ def choose_servers(holders_tk: jax.Array, needed_tk: jax.Array, num_servers: int
     if not 1 <= num_servers <= MAX_SERVERS:
         raise UserError(f"{num_servers} servers: between 1 and {MAX_SERVERS} are supported")
     missing_tk = jnp.where(needed_tk, jnp.asarray(holders_tk, jnp.int32), jnp.int32(0))
-    fewest = _fewest_exact if num_servers <= EXACT_SERVERS else _fewest_greedy
-    return lowest_server(missing_tk & fewest(missing_tk, num_servers)[:, None])
+    return lowest_server(missing_tk & fewest_servers(missing_tk.T, num_servers)[:, None])
 
 
 def visited(server_tk: jax.Array) -> jax.Array:
