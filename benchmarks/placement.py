@@ -1,149 +1,211 @@
-"""What each placement policy costs on routing traces.
+"""What every placement policy costs, on routing traces.
 
     python benchmarks/placement.py                # a synthetic trace, made here
     python benchmarks/placement.py --traces DIR   # measured ones: gpt_oss_20b_mmlu_pro.npz and,
                                                   # where there, olmoe_mixtral_counts.json
+    python benchmarks/placement.py --traces DIR --quick   # a fast look
+    python benchmarks/placement.py --traces DIR --sections memory,churn --output OUT
+    python benchmarks/placement.py --traces DIR --check   # exit code 1 if a target is missed
 
-Every server has its own workload. Policies see the first half of each topic's tokens, the table
-is measured on the second half. Every server weighs equally. Columns (dance_jax.placement.metrics):
-remote: share of expert calls that leave the server; transfers: remote servers a token visits per
-layer; busiest: hidden states into or out of the busiest server of a layer, per token of a server;
-load: largest share of a layer's calls on one device; ms: time to solve, compiled.
+What is measured, and what the columns mean, is said in benchmarks/policies.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import importlib.util
 import json
+import os
 import pathlib
-import time
-from collections.abc import Sequence
+import sys
+import tempfile
+from collections.abc import Iterable
+from typing import Any
 
-import numpy as np
+# Run as a script, only this folder would be searched.
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+# Placements are solved on the CPU.
+os.environ["JAX_PLATFORMS"] = "cpu"
 
-from dance_jax.placement import POLICIES, place
+import jax
+from rich.console import Console
 
-DEVICES = (1, 1, 2)
-#: Expert slots of all servers together, in copies of the model.
-MEMORY = 1.32
-GPT_OSS_WORKLOADS = (
-    ("law", "history", "philosophy"),
-    ("math", "physics", "chemistry", "engineering"),
-    ("health", "biology", "psychology"),
-)
+from benchmarks.policies import churn, figures, plots, setups, speed, tables, traces
+from benchmarks.policies.setups import Setup
+from benchmarks.policies.targets import Results, Target, targets
+from dance_jax.config import UserError
+from dance_jax.placement import POLICIES
 
-
-def synthetic_routes(
-    tokens: int = 2000, layers: int = 12, experts: int = 64, k: int = 6, seed: int = 0
-) -> list[np.ndarray]:
-    """Three workloads with their own expert preferences: per server int [tokens, layers, k].
-
-    Logits of a token: a preference of its workload, shared by all its tokens, plus noise.
-    """
-    rng = np.random.default_rng(seed)
-    routes = []
-    for _ in DEVICES:
-        preference_le = 0.6 * rng.gumbel(size=(layers, experts))
-        logits_tle = preference_le + rng.gumbel(size=(tokens, layers, experts))
-        routes.append(np.argsort(-logits_tle, axis=2)[:, :, :k])
-    return routes
+MISSED, WRONG, INTERRUPTED = 1, 2, 130
+SECTIONS = ("reference", "counts", "memory", "servers", "churn", "speed")
+QUICK = ("reference", "counts")
+#: Columns of the terminal, where it does not say.
+WIDTH = 110
 
 
-def count(routes: Sequence[np.ndarray], experts: int) -> np.ndarray:
-    """Calls of every expert: int64 [servers, layers, experts]."""
-    layers = routes[0].shape[1]
-    return np.stack(
-        [
-            [np.bincount(route[:, layer].ravel(), minlength=experts) for layer in range(layers)]
-            for route in routes
-        ]
-    )
-
-
-def slots(total: int) -> list[int]:
-    """Capacities of servers whose devices are all equal, MEMORY copies of `total` in all."""
-    return [int(MEMORY * total * devices / sum(DEVICES)) for devices in DEVICES]
-
-
-def normalised(counts: np.ndarray) -> np.ndarray:
-    return counts / counts.sum((1, 2), keepdims=True)
-
-
-def solved(policy: str, counts: np.ndarray, capacities: Sequence[int], routes=None):
-    """The placement and the milliseconds of a second, compiled run."""
-    for _ in range(2):
-        start = time.perf_counter()
-        placement = place(policy, counts, capacities, routes=routes, devices=DEVICES)
-    return placement, (time.perf_counter() - start) * 1e3
-
-
-def print_routes(title: str, fit: list[np.ndarray], test: list[np.ndarray], experts: int) -> None:
-    counts = normalised(count(fit, experts))
-    capacities = slots(fit[0].shape[1] * experts)
-    print(f"\n{title}: {fit[0].shape[1]} layers x {experts} experts, slots {capacities}")
-    print(f"{'policy':12}{'remote':>9}{'transfers':>11}{'busiest':>9}{'load':>8}{'ms':>9}")
-    for policy in POLICIES:
-        placement, ms = solved(policy, counts, capacities, fit)
-        traffic = placement.traffic(test)
-        print(
-            f"{policy:12}{traffic.remote:9.3f}{traffic.transfers:11.3f}"
-            f"{traffic.busiest:9.3f}{traffic.load(DEVICES):8.3f}{ms:9.1f}"
-        )
-
-
-def print_counts(title: str, counts: np.ndarray) -> None:
-    counts = normalised(counts)
-    capacities = slots(counts[0].size)
-    print(f"\n{title}, counts alone: {counts.shape[1]} x {counts.shape[2]}, slots {capacities}")
-    print(f"{'policy':12}{'remote':>9}{'ms':>9}")
-    for policy in POLICIES:
-        placement, ms = solved(policy, counts, capacities)
-        print(f"{policy:12}{1 - placement.local_share(counts):9.3f}{ms:9.1f}")
-
-
-def print_gpt_oss(path: pathlib.Path) -> None:
-    with np.load(path, allow_pickle=False) as file:
-        trace = {key: file[key] for key in file.files}
-    topics = trace["topics"].tolist()
-    fit, test = [], []
-    for workload in GPT_OSS_WORKLOADS:
-        routes = [trace[f"routes_{topics.index(topic):02d}"] for topic in workload]
-        fit.append(np.concatenate([route[: len(route) // 2] for route in routes]))
-        test.append(np.concatenate([route[len(route) // 2 :] for route in routes]))
-    experts = trace["counts"].shape[2]
-    print_routes("gpt-oss-20b, MMLU-Pro", fit, test, experts)
-    alone = [trace["counts"][topics.index(topic)] for topic in ("law", "math", "health")]
-    print_counts("gpt-oss-20b, law | math | health", np.stack(alone))
-
-
-def print_json_counts(path: pathlib.Path) -> None:
-    domains = ("arxiv", "github", "wikipedia")
-    trace = json.loads(path.read_text())
-    for model in ("olmoe", "mistral"):
-        by_domain = trace["counts"][model]["topk"]
-        chosen = [
-            [by_domain[domain][str(layer)] for layer in trace["layers"]] for domain in domains
-        ]
-        print_counts(f"{trace['models'][model]}, {' | '.join(domains)}", np.array(chosen, float))
-
-
-def main() -> None:
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python benchmarks/placement.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--traces", type=pathlib.Path, help="directory of measured traces")
-    directory = parser.parse_args().traces
-    if directory is None:
-        routes = synthetic_routes()
-        half = len(routes[0]) // 2
-        print_routes("synthetic", [r[:half] for r in routes], [r[half:] for r in routes], 64)
-        return
-    if not (directory / "gpt_oss_20b_mmlu_pro.npz").is_file():
-        parser.error(f"--traces: {directory} has no gpt_oss_20b_mmlu_pro.npz")
-    print_gpt_oss(directory / "gpt_oss_20b_mmlu_pro.npz")
-    if (directory / "olmoe_mixtral_counts.json").is_file():
-        print_json_counts(directory / "olmoe_mixtral_counts.json")
+    add = parser.add_argument
+    add("--traces", type=pathlib.Path, metavar="DIR", help="directory of measured traces")
+    add("--output", type=pathlib.Path, metavar="DIR", help="for result.json and the plots")
+    add("--check", action="store_true", help="exit code 1 if a target is missed")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
+        "--sections", type=_sections, default=SECTIONS, metavar="A,B", help=", ".join(SECTIONS)
+    )
+    which.add_argument(
+        "--quick",
+        dest="sections",
+        action="store_const",
+        const=QUICK,
+        help=f"only {' and '.join(QUICK)}",
+    )
+    return parser
+
+
+def _sections(text: str) -> tuple[str, ...]:
+    """In the order of SECTIONS."""
+    words = text.split(",")
+    for word in words:
+        if word not in SECTIONS:
+            raise argparse.ArgumentTypeError(
+                f"no section {word!r}; there are {', '.join(SECTIONS)}"
+            )
+    return tuple(section for section in SECTIONS if section in words)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the benchmark; returns its exit code."""
+    options = parser().parse_args(arguments)
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = WIDTH
+    try:
+        found = run(options, console)
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return WRONG
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    console.print("Targets")
+    for target in found:
+        console.print(target.line(), markup=False, soft_wrap=True)
+    return MISSED if options.check and any(target.missed for target in found) else 0
+
+
+def run(options: argparse.Namespace, console: Console) -> list[Target]:
+    """Measures the sections, printed as they come; writes the results."""
+    if options.traces is None:
+        trace, models = traces.synthetic_trace(), []
+    else:
+        trace, models = traces.read_trace(options.traces), traces.read_counts(options.traces)
+    if options.output is not None:
+        _check_output(options.output)
+    console.print(f"{os.cpu_count()} cores, jax {jax.__version__}, {jax.default_backend()}")
+    results = Results()
+    for section in options.sections:
+        measure(section, trace, models, results, console)
+    found = targets(results)
+    if options.output is not None:
+        write(options.output, results, found)
+    return found
+
+
+def measure(
+    section: str,
+    trace: traces.Trace,
+    models: list[traces.CountsAlone],
+    results: Results,
+    console: Console,
+) -> None:
+    """One section: adds to the results and prints them."""
+    if section == "churn":
+        results.churn = churn.measure_churn(setups.reference(trace), POLICIES, _say)
+        tables.print_churn(console, results.churn)
+    elif section == "speed":
+        results.speed = speed.measure_speed(speed.cases(POLICIES), _say)
+        tables.print_speed(console, results.speed)
+    else:
+        results.tables[section] = []
+        for setup in setups_of(section, trace, models):
+            table = figures.measure(setup, POLICIES, _say)
+            results.tables[section].append(table)
+            tables.print_table(console, table)
+            alone = setup.test is None
+            line = tables.gain_line(table) if alone else tables.fastest_line(table)
+            console.print(f"{line}\n", markup=False)
+    if section == "counts":
+        console.print(tables.counts_note())
+        if not models:
+            console.print(f"OLMoE and Mixtral are left out: no {traces.OLMOE_MIXTRAL} is given.")
+
+
+def setups_of(
+    section: str, trace: traces.Trace, models: list[traces.CountsAlone]
+) -> Iterable[Setup]:
+    """What a section of tables is about."""
+    if section == "reference":
+        return [setups.reference(trace)]
+    if section == "counts":
+        return setups.counts_alone(trace, models)
+    return setups.memories(trace) if section == "memory" else setups.more_servers(trace)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _check_output(directory: pathlib.Path) -> None:
+    """Before minutes of measuring: matplotlib is there, and files can be made."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError("--output: the plots need matplotlib: pip install 'dance-jax[bench]'")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise UserError(f"--output: {directory} cannot be written to: {error.strerror}") from error
+
+
+def write(directory: pathlib.Path, results: Results, found: list[Target]) -> None:
+    """result.json, and the plots of the sections that were measured."""
+    plain: dict[str, Any] = {
+        "cores": os.cpu_count(),
+        "jax": jax.__version__,
+        "sections": {
+            section: [_plain(table) for table in measured]
+            for section, measured in results.tables.items()
+        },
+        "churn": [dataclasses.asdict(row) for row in results.churn],
+        "speed": [dataclasses.asdict(row) for row in results.speed],
+        "targets": [dataclasses.asdict(target) | {"missed": target.missed} for target in found],
+    }
+    (directory / "result.json").write_text(json.dumps(plain, indent=1) + "\n")
+    for table in results.tables.get("reference", []):
+        plots.draw_figures(table, directory / "figures.png")
+        plots.draw_holders(table.setup, table.placements, directory / "holders.png")
+    if swept := results.tables.get("memory"):
+        plots.draw_memory(swept, directory / "memory.png")
+
+
+def _plain(table: figures.Table) -> dict[str, Any]:
+    setup = table.setup
+    return {
+        "title": setup.title,
+        "shape": list(setup.counts.shape),
+        "devices": list(setup.devices),
+        "slots": setup.capacities,
+        "memory": setup.memory,
+        "rows": [dataclasses.asdict(row) for row in table.rows],
+        "published": {policy: dict(each) for policy, each in setup.published.items()},
+    }
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

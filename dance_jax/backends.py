@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import os
 import pathlib
 from collections.abc import Callable, Generator
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from dance_jax.models.checkpoint import Checkpoint
     from dance_jax.models.tokenizer import Tokenizer
     from dance_jax.placement.activations import Activations
+
+log = logging.getLogger(__name__)
 
 #: Told while the object starts: (what, parts done, parts in all or 0).
 Progress = Callable[[str, int, int], None]
@@ -116,14 +119,16 @@ class Servers:
         activations: Activations | None,
     ) -> None:
         from dance_jax.launch.cluster import Cluster, Network
-        from dance_jax.launch.plan import make_plan
+        from dance_jax.launch.plan import make_plan, matched, rooms
         from dance_jax.launch.reach import checked, needs_preflight, survey
 
-        plan = make_plan(spec, checkpoint, config, policy, activations)
+        held = rooms(spec, checkpoint, config)
+        activations = matched(activations, spec, checkpoint)
         network = Network(ssh_config=far.ssh_config)
-        if needs_preflight(plan, None):
+        if needs_preflight(spec, None):
             found = survey(
-                plan,
+                spec,
+                held,
                 network,
                 None,
                 model=far.model,
@@ -132,7 +137,11 @@ class Servers:
                 platform=platform,
                 progress=lambda text: report(f"preflight: {text}", 0, 0),
             )
-            plan, network = checked(plan, network, found)
+            spec, network = checked(network, found)
+        report(f"placing experts ({policy})", 0, 0)
+        plan = make_plan(spec, checkpoint, config, policy, activations)
+        for note in plan.notes:
+            log.warning(note)
         self.servers = spec.names
         self._cluster = Cluster(
             plan.spec,

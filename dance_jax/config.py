@@ -43,6 +43,8 @@ class ServerSpec:
     bandwidth: float | None = None
     #: The rate is to be measured before the start (`bandwidth=auto`).
     measure_bandwidth: bool = False
+    #: Seconds of one expert call, a token through an expert, on one device; None when unknown.
+    expert_time: float | None = None
     #: Where ssh starts the server; None: it is a process of this machine.
     ssh: SshTarget | None = None
     #: The Python that runs it; None: the path of the one that launches.
@@ -112,6 +114,11 @@ class EngineConfig:
     seed: int = 0
     #: Tokens whose routes are kept for placement, per server; 0 keeps none.
     route_sample: int = 4096
+
+    @property
+    def sent_dtype(self) -> str:
+        """dtype of hidden states and sums between servers."""
+        return self.dtype if self.wire_dtype == "compute" else self.wire_dtype
 
     @property
     def max_step_tokens(self) -> int:

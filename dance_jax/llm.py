@@ -49,8 +49,10 @@ class LLM:
         model: directory in Hugging Face format, or converted; None: the model of this package.
         hosts: hosts file (or its content as a ClusterSpec): one engine process per server is
             started, here or over ssh. None: one server in this process with all experts.
-        policy: placement policy of the cluster, "dance" or "uniform".
-        activations: npz file with the counts that the policy reads; None: all counts are equal.
+        policy: placement policy of the cluster, a name in `placement.POLICIES`; None:
+            `placement.DEFAULT_POLICY`.
+        activations: npz file with the counts and routes that the policy reads; None: all counts
+            are equal.
         max_model_len: context in tokens, prompt and output; default: the model's, at most
             2,048, because every slot holds that much in memory.
         seed: of requests without a seed; the n-th such request of the object draws the same
@@ -73,7 +75,7 @@ class LLM:
         self,
         model: str | os.PathLike[str] | None = None,
         hosts: str | os.PathLike[str] | ClusterSpec | None = None,
-        policy: str = "dance",
+        policy: str | None = None,
         activations: str | os.PathLike[str] | None = None,
         max_model_len: int | None = None,
         seed: int = 0,
@@ -256,14 +258,15 @@ class LLM:
 
 def _cluster_arguments(
     hosts: str | os.PathLike[str] | ClusterSpec,
-    policy: str,
+    policy: str | None,
     activations: str | os.PathLike[str] | None,
 ) -> tuple[ClusterSpec, str, Activations | None]:
     """Servers, policy and counts, from what the user gave."""
     from dance_jax.launch.hosts import read_hosts
     from dance_jax.placement.activations import Activations
-    from dance_jax.placement.policies import POLICIES
+    from dance_jax.placement.policies import DEFAULT_POLICY, POLICIES
 
+    policy = DEFAULT_POLICY if policy is None else policy
     if policy not in POLICIES:
         raise UserError(f"policy: there is no {policy!r}; there are {', '.join(POLICIES)}")
     spec = hosts if isinstance(hosts, ClusterSpec) else read_hosts(hosts)

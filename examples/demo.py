@@ -1,12 +1,13 @@
-"""`make demo`: the same prompts under two placements, and what the placement is worth.
+"""`make demo`: the same prompts under three placements, and what the placement is worth.
 
 Three servers of unequal size (three processes here, with 1, 1 and 2 devices) answer the prompts of
 examples/prompts.jsonl with the model that ships with the package, which none of them could hold
-alone: first with experts placed uniformly, then where examples/activations.npz says that they are
-used. The activations come from other prompts (examples/make_activations.py).
+alone: first with experts placed uniformly, then by the paper's `dance` and by the default policy,
+where examples/activations.npz says that they are used. The activations come from other prompts
+(examples/make_activations.py).
 
 The first run is a cold start: the model is converted and every step compiled in a fresh directory.
-The second finds the compiled steps there. Nothing is left behind.
+The others find the compiled steps there. Nothing is left behind.
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ from dance_jax.launch.plan import Plan, make_plan
 from dance_jax.launch.prompts import Prompt, read_prompts
 from dance_jax.launch.report import print_plan, print_summary
 from dance_jax.launch.run import RunResult, run_prompts
-from dance_jax.launch.stream import Startup, Stream, conversion
+from dance_jax.launch.stream import Startup, Stream, conversion, placing
 from dance_jax.models.checkpoint import Checkpoint
 from dance_jax.models.convert import ensure_converted
 from dance_jax.models.tokenizer import Tokenizer
-from dance_jax.placement import Activations
+from dance_jax.placement import DEFAULT_POLICY, Activations
 
 EXAMPLES = pathlib.Path(__file__).resolve().parent
-POLICIES = ("uniform", "dance")
+POLICIES = ("uniform", "dance", DEFAULT_POLICY)
 MAX_TOKENS = 64
 
 
@@ -52,7 +53,7 @@ class Run:
 
 def main() -> int:
     """Runs the demo; returns its exit code."""
-    parser = argparse.ArgumentParser(description="The same prompts under two placements")
+    parser = argparse.ArgumentParser(description="The same prompts under three placements")
     parser.add_argument("--hosts", type=pathlib.Path, default=EXAMPLES / "hosts.txt")
     parser.add_argument("--prompts", type=pathlib.Path, default=EXAMPLES / "prompts.jsonl")
     parser.add_argument("--activations", type=pathlib.Path, default=EXAMPLES / "activations.npz")
@@ -74,7 +75,7 @@ def main() -> int:
 
 
 def demo(options: argparse.Namespace, cache: pathlib.Path, console: Console) -> int:
-    """Both runs and their table, with all files in `cache`."""
+    """All runs and their table, with all files in `cache`."""
     spec = read_hosts(options.hosts)
     prompts = read_prompts(options.prompts, spec, MAX_TOKENS)
     activations = Activations.load(options.activations)
@@ -87,16 +88,17 @@ def demo(options: argparse.Namespace, cache: pathlib.Path, console: Console) -> 
     runs = []
     for policy in POLICIES:
         console.rule(f"policy {policy}")
-        plan = make_plan(spec, checkpoint, config, policy, activations)
+        with placing(console, policy):
+            plan = make_plan(spec, checkpoint, config, policy, activations)
         print_plan(console, plan)
         cluster = Cluster(
             spec, checkpoint, plan.layout, config, cache_dir=cache, platform=default_platform()
         )
         runs.append(run_policy(cluster, plan, path, config, prompts, console))
         print_summary(console, runs[-1].result)
-    console.rule("uniform and dance")
+    console.rule(", ".join(POLICIES))
     console.print(comparison(runs, spec.names))
-    cold, warm = (f"{run.first_token:.1f} s (ready after {run.ready:.1f} s)" for run in runs)
+    cold, warm, *_ = (f"{run.first_token:.1f} s (ready after {run.ready:.1f} s)" for run in runs)
     for line in (
         f"Converting the model, once: {converted:.1f} s.",
         f"From the start of the servers to the first token: cold {cold}, warm {warm}.",
@@ -155,9 +157,9 @@ def comparison(runs: list[Run], names: tuple[str, ...]) -> Table:
 
 def agreement(runs: list[Run]) -> str:
     """How many answers the placement did not change; greedy ones should all be the same."""
-    pairs = list(zip(*(run.result.outputs for run in runs), strict=True))
-    same = sum(a.outputs[0].token_ids == b.outputs[0].token_ids for a, b in pairs)
-    return f"{same} of {len(pairs)} answers are the same under both policies."
+    answers = list(zip(*(run.result.outputs for run in runs), strict=True))
+    same = sum(len({tuple(each.outputs[0].token_ids) for each in group}) == 1 for group in answers)
+    return f"{same} of {len(answers)} answers are the same under all policies."
 
 
 def verdict(runs: list[Run], console: Console) -> int:
@@ -168,9 +170,12 @@ def verdict(runs: list[Run], console: Console) -> int:
         for prompt, output in zip(run.result.prompts, run.result.outputs, strict=True)
         if output.outputs[0].finish_reason == "error"
     ]
-    uniform, dance = (run.result.local_share for run in runs)
-    if dance <= uniform:
-        failed.append(f"the local share of dance ({dance:.3f}) is not above uniform's")
+    uniform, *others = (run.result for run in runs)
+    failed += [
+        f"the local share of {each.plan.policy} ({each.local_share:.3f}) is not above uniform's"
+        for each in others
+        if each.local_share <= uniform.local_share
+    ]
     for line in failed:
         console.print(f"error: {line}", markup=False, highlight=False, soft_wrap=True)
     return 1 if failed else 0

@@ -269,6 +269,7 @@ def test_wrong_arguments_name_themselves(llm, model, cache_dir):
         (lambda: LLM(model, max_model_len=257, cache_dir=cache_dir), "max_model_len=257.*256"),
         (lambda: LLM(model, dtype="int8", cache_dir=cache_dir), "dtype='int8'"),
         (lambda: LLM(model, hosts="nowhere.txt", cache_dir=cache_dir), "nowhere.txt"),
+        (lambda: LLM(model, hosts="nowhere.txt", policy="best"), "policy.*'best'.*uniform"),
         (lambda: LLM(model / "nothing", cache_dir=cache_dir), "nothing"),
     ]:
         with pytest.raises(UserError, match=name):
@@ -321,7 +322,7 @@ def test_close_is_idempotent_and_final(model, cache_dir):
         llm.generate("a")
 
 
-def test_a_cluster_of_unequal_servers(model, cache_dir, llm, tmp_path, monkeypatch):
+def test_a_cluster_of_unequal_servers(model, cache_dir, llm, tmp_path, monkeypatch, caplog):
     """Two processes, one of them with two devices: same tokens as one process with everything."""
     monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")  # halves their compiling
     hosts = tmp_path / "hosts.txt"
@@ -335,6 +336,7 @@ def test_a_cluster_of_unequal_servers(model, cache_dir, llm, tmp_path, monkeypat
         model, hosts, max_model_len=192, cache_dir=cache_dir, log_dir=logs, max_num_seqs=8
     ) as cluster:
         assert cluster.servers == ("single", "pair")
+        assert "latency needs routes, there are none: optimal places instead" in caplog.text
         outputs = cluster.generate(PROMPTS[:9], params)
         assert tokens(outputs) == tokens(expected)
         for output, alone in zip(outputs, expected, strict=True):

@@ -154,8 +154,8 @@ def run_step(
     rows, chunk = batch.token.shape
     valid_rc = jnp.arange(chunk) < batch.length[:, None]
     valid_t = valid_rc.reshape(-1)
-    wire_dtype = jnp.dtype(config.dtype if config.wire_dtype == "compute" else config.wire_dtype)
-    exchange = Exchange(topology, pool, tables, batch.active, transport, wire_dtype)
+    sent_dtype = jnp.dtype(config.sent_dtype)
+    exchange = Exchange(topology, pool, tables, batch.active, transport, sent_dtype)
 
     def moe(layer: Array, x_td: Array, expert_tk: Array, weight_tk: Array):
         links = jax.tree.map(lambda leaf: leaf[layer], memory.links)

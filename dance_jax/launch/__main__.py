@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import os
 import pathlib
 import signal
 import sys
 import types
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NoReturn
 
 from rich.console import Console
 from rich.text import Text
 
 from dance_jax.cache import default_cache_dir
-from dance_jax.config import UserError
+from dance_jax.config import ClusterSpec, EngineConfig, UserError
 from dance_jax.engine.sequence import MAX_TOKENS
 from dance_jax.launch.cluster import Cluster, ClusterError, Network
 from dance_jax.launch.defaults import (
@@ -25,12 +28,18 @@ from dance_jax.launch.defaults import (
     platform_of,
 )
 from dance_jax.launch.hosts import read_hosts
-from dance_jax.launch.plan import make_plan
+from dance_jax.launch.plan import Plan, Room, make_plan, matched, rooms
 from dance_jax.launch.prompts import check_writable, read_prompts, same_file, write_results
 from dance_jax.launch.report import print_plan, print_summary
 from dance_jax.launch.roles import KEY_VARIABLE, Role, role
 from dance_jax.launch.run import result_lines, run_prompts
-from dance_jax.launch.stream import Startup, Stream, conversion
+from dance_jax.launch.stream import Startup, Stream, conversion, placing
+from dance_jax.placement.policies import DEFAULT_POLICY, POLICIES
+
+if TYPE_CHECKING:
+    from dance_jax.launch.node import Nodes
+    from dance_jax.models.checkpoint import Checkpoint
+    from dance_jax.placement.activations import Activations
 
 #: Exit codes: a server failed; the user must change something; ended by Ctrl-C (as shells do).
 FAILED, WRONG, INTERRUPTED = 1, 2, 130
@@ -49,8 +58,16 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--model", type=path, help="directory in Hugging Face format or converted (default: demo)"
     )
-    parser.add_argument("--policy", default="dance", help="placement policy: dance or uniform")
-    parser.add_argument("--activations", type=path, help="npz file of expert counts per server")
+    parser.add_argument(
+        "--policy",
+        metavar="NAME",
+        choices=tuple(POLICIES),
+        default=DEFAULT_POLICY,
+        help=f"where experts go: {', '.join(POLICIES)} (%(default)s)",
+    )
+    parser.add_argument(
+        "--activations", type=path, help="npz file of expert counts and routes per server"
+    )
     parser.add_argument("--prompts", type=path, help="JSON Lines of prompts")
     parser.add_argument("--output", type=path, help="JSON Lines of completions, in input order")
     parser.add_argument(
@@ -181,8 +198,7 @@ def _launch(options: argparse.Namespace, platform: str, console: Console) -> int
         )
     _check_paths(options)
     # Here, not above: wrong files are reported before anything slow is imported.
-    from dance_jax.launch.preflight.report import print_preflight
-    from dance_jax.launch.reach import checked, needs_preflight, survey
+    from dance_jax.launch.reach import needs_preflight
     from dance_jax.models.checkpoint import Checkpoint
     from dance_jax.models.convert import ensure_converted
     from dance_jax.models.tokenizer import Tokenizer
@@ -205,30 +221,21 @@ def _launch(options: argparse.Namespace, platform: str, console: Console) -> int
         platform=platform,
         wire_dtype=options.wire_dtype,
     )
-    plan = make_plan(part.spec, checkpoint, config, options.policy, activations)
+    held = rooms(part.spec, checkpoint, config)
+    activations = matched(activations, part.spec, checkpoint)
+    place = functools.partial(_place, console, options.policy, activations, checkpoint, config)
     if options.dry_run:
-        print_plan(console, plan)
+        place(part.spec)
         return 0
     nodes = part.gather_nodes(lambda name, text: console.print(Text(f"{name}: {text}")))
     with contextlib.nullcontext() if nodes is None else contextlib.closing(nodes):
-        network = part.network
-        if options.preflight or needs_preflight(plan, nodes):
-            found = survey(
-                plan,
-                network,
-                nodes,
-                model=options.model,
-                fingerprint=checkpoint.fingerprint,
-                cache_dir=options.cache_dir,
-                platform=platform,
-                measure_all=options.preflight,
-                progress=lambda text: console.print(Text(f"preflight: {text}")),
-            )
-            print_preflight(console, found)
-            plan, network = checked(plan, network, found)
+        spec, network = part.spec, part.network
+        if options.preflight or needs_preflight(spec, nodes):
+            fingerprint = checkpoint.fingerprint
+            spec, network = _preflight(options, part, nodes, held, fingerprint, platform, console)
         if options.preflight or prompts is None:
             return 0
-        print_plan(console, plan)
+        plan = place(spec)
         cluster = Cluster(
             plan.spec,
             checkpoint,
@@ -254,6 +261,50 @@ def _launch(options: argparse.Namespace, platform: str, console: Console) -> int
         result.activations(checkpoint.fingerprint).save(options.save_activations)
     print_summary(console, result)
     return 0
+
+
+def _preflight(
+    options: argparse.Namespace,
+    part: Role,
+    nodes: Nodes | None,
+    held: Sequence[Room],
+    fingerprint: str,
+    platform: str,
+    console: Console,
+) -> tuple[ClusterSpec, Network]:
+    """Asks all servers and prints what it finds: what is better known about them now."""
+    from dance_jax.launch.preflight.report import print_preflight
+    from dance_jax.launch.reach import checked, survey
+
+    found = survey(
+        part.spec,
+        held,
+        part.network,
+        nodes,
+        model=options.model,
+        fingerprint=fingerprint,
+        cache_dir=options.cache_dir,
+        platform=platform,
+        measure_all=options.preflight,
+        progress=lambda text: console.print(Text(f"preflight: {text}")),
+    )
+    print_preflight(console, found)
+    return checked(part.network, found)
+
+
+def _place(
+    console: Console,
+    policy: str,
+    activations: Activations | None,
+    checkpoint: Checkpoint,
+    config: EngineConfig,
+    spec: ClusterSpec,
+) -> Plan:
+    """Decides where experts go, and prints it."""
+    with placing(console, policy):
+        plan = make_plan(spec, checkpoint, config, policy, activations)
+    print_plan(console, plan)
+    return plan
 
 
 def _network(options: argparse.Namespace) -> Network:
@@ -312,5 +363,21 @@ def _check_paths(options: argparse.Namespace) -> None:
             raise UserError(f"--log-dir {options.log_dir}: cannot be made: {error}") from error
 
 
+def _process() -> NoReturn:
+    """`main` and then the end of this process; after a signal without taking JAX down.
+
+    What XLA was compiling for a placement goes on behind an interrupted call, and would crash.
+    """
+    try:
+        code = main()
+    except SystemExit as ended:
+        code = ended.code
+    if isinstance(code, int) and code > 128:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    _process()

@@ -20,6 +20,7 @@ KEYS = (
     "memory",
     "experts",
     "bandwidth",
+    "expert_time",
     "ssh",
     "python",
     "model",
@@ -38,6 +39,8 @@ _MEMORY_UNITS = {
     "TiB": 2**40,
 }
 _BANDWIDTH_UNITS = {"bps": 1, "kbps": 10**3, "Mbps": 10**6, "Gbps": 10**9}
+#: In nanoseconds.
+_TIME_UNITS = {"ns": 1, "us": 10**3, "ms": 10**6, "s": 10**9}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _QUANTITY = re.compile(r"([0-9]+(?:\.[0-9]+)?)([A-Za-z]*)")
 _HOST = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,252}[A-Za-z0-9_])?"
@@ -137,6 +140,7 @@ def _server(words: list[str], where: str) -> ServerSpec:
         if rate == "auto"
         else float(_quantity(rate, "bandwidth", _BANDWIDTH_UNITS, where)),
         measure_bandwidth="bandwidth" in values and rate == "auto",
+        expert_time=_seconds(values.get("expert_time"), "expert_time", where),
         ssh=_ssh(values.get("ssh"), address, where),
         python=_path(values, "python", where),
         model=_path(values, "model", where),
@@ -197,6 +201,10 @@ def _quantity(text: str, key: str, units: dict[str, int], where: str) -> decimal
     return value
 
 
+def _seconds(text: str | None, key: str, where: str) -> float | None:
+    return None if text is None else float(_quantity(text, key, _TIME_UNITS, where) / 10**9)
+
+
 def is_loopback(address: str) -> bool:
     """The address says itself that only its own machine can reach it; no name is looked up."""
     if address == "localhost":
@@ -221,7 +229,8 @@ def _is_ip(text: str) -> bool:
 
 
 def _check_together(servers: list[ServerSpec], line_of: dict[str, int], source: str) -> None:
-    """What no line shows alone: servers that could not reach each other, or share no platform."""
+    """What no line shows alone: servers that could not reach each other, or share no platform, and
+    times that nothing can be weighed against."""
     near = [server for server in servers if is_loopback(server.address)]
     far = [server for server in servers if not is_loopback(server.address)]
     if near and far:
@@ -237,4 +246,10 @@ def _check_together(servers: list[ServerSpec], line_of: dict[str, int], source: 
         raise UserError(
             f"{source}:{line_of[other.name]}: {other.name} has no gpus= and "
             f"{with_gpus[0].name} has; all servers must compute on the same kind of device"
+        )
+    timed = next((server for server in servers if server.expert_time is not None), None)
+    if timed and not any(server.bandwidth or server.measure_bandwidth for server in servers):
+        raise UserError(
+            f"{source}:{line_of[timed.name]}: expert_time= needs bandwidth= too, of at least one "
+            "server: calls are weighed against what the links carry"
         )

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import io
+from collections.abc import Iterator
 from typing import Protocol
 
 import numpy as np
 
 from dance_jax.config import ClusterSpec, EngineConfig, UserError
 from dance_jax.engine.kv_cache import cache_bytes
+from dance_jax.launch.costs import cluster_cost, cost_note
 from dance_jax.models.config import ModelConfig
 from dance_jax.placement.activations import Activations
 from dance_jax.placement.core import Layout, Placement, spread
-from dance_jax.placement.policies import place
+from dance_jax.placement.policies import DEFAULT_POLICY, place, usable
+
+#: Policies that weigh what links and devices cost.
+TIMED_POLICIES = ("latency",)
 
 
 class ModelFacts(Protocol):
@@ -28,8 +33,8 @@ class ModelFacts(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class ServerPlan:
-    """One server's part of a plan; bytes are per device."""
+class Room:
+    """What one server holds, whichever experts it gets; bytes are per device."""
 
     name: str
     devices: int
@@ -38,6 +43,17 @@ class ServerPlan:
     #: The expert pool: slots x bytes of an expert, full or not.
     pool_bytes: int
     slots: int
+
+    @property
+    def device_bytes(self) -> int:
+        """All of it."""
+        return self.trunk_bytes + self.kv_bytes + self.pool_bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class ServerPlan(Room):
+    """One server's part of a plan."""
+
     #: Experts resident on the server in each MoE layer.
     resident: tuple[int, ...]
     #: Predicted share of its requests' expert calls served without leaving it.
@@ -49,76 +65,122 @@ class Plan:
     """Where everything goes."""
 
     spec: ClusterSpec
+    #: The one that placed.
     policy: str
     placement: Placement
     layout: Layout
     servers: tuple[ServerPlan, ...]
     #: Of all expert calls, weighed by the activations' counts.
     local_share: float
-    #: No activations were given: all counts were taken as equal.
-    equal_counts: bool
     expert_bytes: int
+    #: Sentences on what the policy had to do without.
+    notes: tuple[str, ...]
+
+
+def rooms(spec: ClusterSpec, model: ModelFacts, config: EngineConfig) -> tuple[Room, ...]:
+    """What each server holds, in their order.
+
+    Raises:
+        UserError: the servers together lack memory for the experts.
+    """
+    experts = len(model.config.moe_layers) * model.config.num_experts
+    expert_bytes = model.expert_bytes(config.dtype)
+    # No device can use more slots than there are experts.
+    slots = [min(server.slots(expert_bytes), experts) for server in spec.servers]
+    _check_capacity(spec, slots, experts, expert_bytes)
+    trunk_bytes, kv_bytes = model.trunk_bytes(config.dtype), cache_bytes(model.config, config)
+    return tuple(
+        Room(server.name, server.devices, trunk_bytes, kv_bytes, count * expert_bytes, count)
+        for server, count in zip(spec.servers, slots, strict=True)
+    )
+
+
+def matched(
+    activations: Activations | None, spec: ClusterSpec, model: ModelFacts
+) -> Activations | None:
+    """The statistics of these servers, in their order; None: none are given.
+
+    Raises:
+        UserError: they are of another model, or lack a server.
+    """
+    if activations is None:
+        return None
+    layers, experts = len(model.config.moe_layers), model.config.num_experts
+    activations.check_model(model.fingerprint, layers, experts)
+    return activations.for_servers(spec.names)
 
 
 def make_plan(
     spec: ClusterSpec,
     model: ModelFacts,
     config: EngineConfig,
-    policy: str = "dance",
+    policy: str = DEFAULT_POLICY,
     activations: Activations | None = None,
 ) -> Plan:
     """Places a model's experts on servers.
 
     Args:
-        spec: the servers.
+        spec: the servers; rates that are to be measured have been, or count as unknown.
         model: the checkpoint.
         config: of the engines.
-        policy: a name in `placement.POLICIES`.
+        policy: a name in `placement.POLICIES`; where it needs routes and there are none,
+            `placement.usable` takes another.
         activations: statistics of every server's requests; None: all counts are equal.
 
     Raises:
         UserError: the servers together lack memory, the activations are of another model or lack
             a server, or the policy is unknown.
     """
-    layers, experts = len(model.config.moe_layers), model.config.num_experts
-    expert_bytes = model.expert_bytes(config.dtype)
-    # No device can use more slots than there are experts.
-    slots = [min(server.slots(expert_bytes), layers * experts) for server in spec.servers]
-    _check_capacity(spec, slots, layers * experts, expert_bytes)
+    held = rooms(spec, model, config)
+    activations = matched(activations, spec, model)
     if activations is None:
-        counts, routes = np.ones((len(spec.servers), layers, experts), np.int64), None
+        shape = (len(spec.servers), len(model.config.moe_layers), model.config.num_experts)
+        counts, routes = np.ones(shape, np.int64), None
     else:
-        activations.check_model(model.fingerprint, layers, experts)
-        activations = activations.for_servers(spec.names)
-        counts, routes = activations.counts, activations.routes or None
-    capacities = [count * devices for count, devices in zip(slots, spec.devices, strict=True)]
+        counts = activations.counts
+        # Recorded where nobody asked for anything, they have no tokens and no k.
+        routes = activations.routes if any(map(len, activations.routes)) else None
+    used = usable(policy, routes)
     placement = place(
-        policy, counts, capacities, routes=routes, devices=spec.devices, seed=config.seed
+        used,
+        counts,
+        [room.slots * room.devices for room in held],
+        routes=routes,
+        devices=spec.devices,
+        cost=cluster_cost(spec, model.config, config),
+        seed=config.seed,
     )
-    shares = placement.local_shares(counts)
-    servers = tuple(
-        ServerPlan(
-            name=server.name,
-            devices=server.devices,
-            trunk_bytes=model.trunk_bytes(config.dtype),
-            kv_bytes=cache_bytes(model.config, config),
-            pool_bytes=slots[rank] * expert_bytes,
-            slots=slots[rank],
-            resident=tuple(int(n) for n in placement.resident[rank].sum(1)),
-            local_share=float(shares[rank]),
-        )
-        for rank, server in enumerate(spec.servers)
-    )
+    residents = placement.resident.sum(2).tolist()
+    shares = placement.local_shares(counts).tolist()
     return Plan(
         spec=spec,
-        policy=policy,
+        policy=used,
         placement=placement,
-        layout=spread(placement, spec.devices, slots, counts),
-        servers=servers,
+        layout=spread(placement, spec.devices, [room.slots for room in held], counts),
+        servers=tuple(
+            ServerPlan(**vars(room), resident=tuple(resident), local_share=share)
+            for room, resident, share in zip(held, residents, shares, strict=True)
+        ),
         local_share=placement.local_share(counts),
-        equal_counts=activations is None,
-        expert_bytes=expert_bytes,
+        expert_bytes=model.expert_bytes(config.dtype),
+        notes=tuple(_notes(spec, policy, used, activations)),
     )
+
+
+def _notes(
+    spec: ClusterSpec, policy: str, used: str, activations: Activations | None
+) -> Iterator[str]:
+    if activations is None:
+        yield (
+            "No activations were given (--activations): every expert counts the same for every "
+            "server."
+        )
+    if used != policy:
+        why = "there are none" if activations is None else "the activations have counts only"
+        yield f"{policy} needs routes, {why}: {used} places instead."
+    note = cost_note(spec) if used in TIMED_POLICIES else None
+    if note is not None:
+        yield note
 
 
 def _check_capacity(spec: ClusterSpec, slots: list[int], experts: int, expert_bytes: int) -> None:

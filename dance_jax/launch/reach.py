@@ -1,26 +1,28 @@
-"""Before servers elsewhere start: the preflight, and what it tells about reaching them."""
+"""Before servers elsewhere start: the preflight, and what it tells about them."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+from dance_jax.config import ClusterSpec
 from dance_jax.launch.cluster import Network
 from dance_jax.launch.node import Nodes
-from dance_jax.launch.plan import Plan
+from dance_jax.launch.plan import Room
 from dance_jax.launch.preflight.asker import Asker, CallAsker, ProbeAsker
 from dance_jax.launch.preflight.run import Preflight, run_preflight
 
 
-def needs_preflight(plan: Plan, nodes: Nodes | None) -> bool:
+def needs_preflight(spec: ClusterSpec, nodes: Nodes | None) -> bool:
     """Some server is on another machine, where much can be wrong that nobody sees here."""
-    return nodes is not None or any(server.ssh for server in plan.spec.servers)
+    return nodes is not None or any(server.ssh for server in spec.servers)
 
 
 def survey(
-    plan: Plan,
+    spec: ClusterSpec,
+    held: Sequence[Room],
     network: Network,
     nodes: Nodes | None,
     *,
@@ -31,22 +33,24 @@ def survey(
     measure_all: bool = False,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Preflight:
-    """`run_preflight` for a plan's servers.
+    """`run_preflight` for the servers of a launch.
 
     Args:
-        plan: says how much each device will hold.
+        spec: the servers.
+        held: what each of them will hold.
+        network: how they are reached.
         nodes: launchers to ask; None: every server is asked over ssh, or here.
         model, fingerprint, cache_dir, platform, measure_all, progress: as for `run_preflight`.
     """
-    askers = None if nodes is None else _askers(plan, network, nodes)
+    askers = None if nodes is None else _askers(spec, network, nodes)
     try:
         return run_preflight(
-            plan.spec,
+            spec,
             model=model,
             fingerprint=fingerprint,
             cache_dir=cache_dir,
             platform=platform,
-            needs=[s.trunk_bytes + s.kv_bytes + s.pool_bytes for s in plan.servers],
+            needs=[room.device_bytes for room in held],
             coordinator_port=network.coordinator_port,
             ssh_config=network.ssh_config,
             measure_all=measure_all,
@@ -58,13 +62,13 @@ def survey(
             asker.close()
 
 
-def _askers(plan: Plan, network: Network, nodes: Nodes) -> list[Asker]:
+def _askers(spec: ClusterSpec, network: Network, nodes: Nodes) -> list[Asker]:
     others = (CallAsker(functools.partial(nodes.ask, rank)) for rank in nodes.servers)
-    return [ProbeAsker(plan.spec.servers[0], network.ssh_config), *others]
+    return [ProbeAsker(spec.servers[0], network.ssh_config), *others]
 
 
-def checked(plan: Plan, network: Network, found: Preflight) -> tuple[Plan, Network]:
-    """Plan and network with what the preflight has found: rates, and this machine's addresses.
+def checked(network: Network, found: Preflight) -> tuple[ClusterSpec, Network]:
+    """Servers and network with what the preflight has found: rates, this machine's addresses.
 
     Raises:
         UserError: a launch would fail; with all reasons.
@@ -73,4 +77,4 @@ def checked(plan: Plan, network: Network, found: Preflight) -> tuple[Plan, Netwo
     if not network.control_addresses:
         seen = [address for address in found.client_addresses if address is not None]
         network = dataclasses.replace(network, control_addresses=tuple(dict.fromkeys(seen)))
-    return dataclasses.replace(plan, spec=found.spec), network
+    return found.spec, network

@@ -50,14 +50,8 @@ def print_plan(console: Console, plan: Plan) -> None:
         ),
         soft_wrap=True,
     )
-    if plan.equal_counts:
-        console.print(
-            Text(
-                "No activations were given (--activations): every expert counts the same for "
-                "every server."
-            ),
-            soft_wrap=True,
-        )
+    for note in plan.notes:
+        console.print(Text(note), soft_wrap=True)
 
 
 def print_summary(console: Console, result: RunResult) -> None:

@@ -171,6 +171,18 @@ def _colour(number: int) -> str:
 
 
 @contextlib.contextmanager
+def placing(console: Console, policy: str) -> Iterator[None]:
+    """Says that a policy works, which may take a while."""
+    text = Text(f"placing experts ({policy})")
+    if console.is_terminal:
+        with console.status(text):
+            yield
+    else:
+        console.print(text, soft_wrap=True)
+        yield
+
+
+@contextlib.contextmanager
 def conversion(console: Console) -> Iterator:
     """Yields a progress function for `ensure_converted` that shows a line when it works."""
     shown = ""

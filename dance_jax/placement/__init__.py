@@ -3,10 +3,11 @@
 from dance_jax.placement.activations import Activations
 from dance_jax.placement.core import Layout, Placement, spread
 from dance_jax.placement.cost import Cost
-from dance_jax.placement.policies import POLICIES, place
+from dance_jax.placement.policies import DEFAULT_POLICY, POLICIES, place, usable
 from dance_jax.placement.visit import choose_servers
 
 __all__ = [
+    "DEFAULT_POLICY",
     "POLICIES",
     "Activations",
     "Cost",
@@ -15,4 +16,5 @@ __all__ = [
     "choose_servers",
     "place",
     "spread",
+    "usable",
 ]

@@ -80,14 +80,13 @@ class Traffic:
             UserError: cost or weights are of another number of servers.
         """
         num_servers = len(self.active_n)
-        weight_n = self.active_n * (
-            np.ones(num_servers) if weights is None else np.asarray(weights)
-        )
+        weight_n = np.ones(num_servers) if weights is None else np.asarray(weights)
         if len(cost.state) != num_servers or weight_n.shape != (num_servers,):
             raise UserError(
                 f"layer time: cost of {len(cost.state)} servers and weights {weight_n.shape} "
                 f"for {num_servers}"
             )
+        weight_n = weight_n * self.active_n
         flow_lnn = self.transfers_lnn * weight_n[None, :, None]
         calls_ln = (self.calls_lnn * weight_n[None, :, None]).sum(1)
         ways_ln = np.maximum(flow_lnn.sum(2), flow_lnn.sum(1))

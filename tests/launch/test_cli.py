@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
 import pathlib
 import threading
+from typing import Any
 
 import numpy as np
 import pytest
 from rich.console import Console
 
 import dance_jax.launch.__main__ as launch
+from dance_jax.config import ClusterSpec, UserError
 from dance_jax.engine.sequence import OutputDelta
-from dance_jax.launch import cores
+from dance_jax.launch import cores, reach
+from dance_jax.launch.preflight.run import Preflight
 from dance_jax.launch.prompts import Prompt
 from dance_jax.launch.stream import Startup, Stream, printable
 from dance_jax.placement import Activations
@@ -54,7 +58,7 @@ def run(files: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch):
 def test_dry_run_prints_the_plan_alone(run) -> None:
     code, out, err = run("--dry-run")
     assert (code, err) == (0, "")
-    for words in ("alpha", "beta", "gamma", "uniform" if "uniform" in out else "dance", "14"):
+    for words in ("alpha", "beta", "gamma", "placing experts (latency)", "policy optimal", "14"):
         assert words in out
     assert "No activations were given" in out
 
@@ -84,7 +88,6 @@ def test_bad_files_are_named(run, files: pathlib.Path) -> None:
         (run("--dry-run", model="nowhere"), str(files / "nowhere")),
         (run("--dry-run", model="empty"), str(files / "empty")),
         (run("--dry-run", "--activations", files / "none.npz"), f"{files / 'none.npz'}: "),
-        (run("--dry-run", "--policy", "best"), "unknown policy 'best'"),
         (run("--dry-run", "--output", files / "out"), "--output needs --prompts"),
         (
             run("--prompts", files / "prompts.jsonl", "--output", files / "no" / "out"),
@@ -132,9 +135,65 @@ def test_activations_of_another_model(run, files: pathlib.Path) -> None:
     assert code == 2 and "another model" in err
 
 
+@pytest.fixture
+def far(files: pathlib.Path, monkeypatch) -> list[str]:
+    """Hosts over ssh, of which a preflight finds rates; what was done, in order."""
+    (files / "far").write_text(HOSTS.replace("localhost", "far.example").replace("500Mbps", "auto"))
+    done: list[str] = []
+
+    def preflight(spec, **options: Any) -> Preflight:
+        done.append(f"asked about {len(options['needs'])} servers")
+        servers = tuple(dataclasses.replace(server, bandwidth=7e6) for server in spec.servers)
+        return Preflight(ClusterSpec(servers), (), options["needs"], "cpu", {}, ())
+
+    def place(spec, *_: object) -> None:
+        done.append(f"placed at {[server.bandwidth for server in spec.servers]} bps")
+        raise UserError("far enough")
+
+    monkeypatch.setattr(reach, "run_preflight", preflight)
+    monkeypatch.setattr("dance_jax.launch.preflight.report.print_preflight", lambda *_: None)
+    monkeypatch.setattr(launch, "make_plan", place)
+    return done
+
+
+def test_experts_are_placed_once_by_what_the_preflight_measured(run, files, far) -> None:
+    code, _, err = run("--prompts", files / "prompts.jsonl", hosts="far")
+    assert code == 2 and "far enough" in err
+    asked, placed = far
+    assert asked == "asked about 3 servers"
+    assert placed == "placed at [7000000.0, 7000000.0, 7000000.0] bps"
+
+
+def test_a_preflight_alone_places_nothing(run, far) -> None:
+    assert run("--preflight", hosts="far")[0] == 0
+    assert far == ["asked about 3 servers"]
+
+
+def test_a_dry_run_places_and_asks_nobody(run, far) -> None:
+    assert "far enough" in run("--dry-run", hosts="far")[2]
+    assert far == ["placed at [None, None, None] bps"]
+
+
+def test_what_is_wrong_here_is_said_before_anybody_is_asked(run, files, far) -> None:
+    counts = np.ones((3, LAYERS, EXPERTS), np.int64)
+    Activations(("alpha", "beta", "gamma"), counts, "0123").save(files / "other.npz")
+    code, _, err = run("--preflight", "--activations", files / "other.npz", hosts="far")
+    assert code == 2 and "another model" in err
+    (files / "far").write_text("alpha address=far.example experts=20\n")
+    code, _, err = run("--preflight", hosts="far")
+    assert code == 2 and "12 slots are missing" in err
+    assert far == []
+
+
 @pytest.mark.parametrize(
     "options",
-    [["--max-tokens", "0"], ["--max-tokens", "9" * 30], ["--dtype", "int4"], ["--colour", "x"]],
+    [
+        ["--max-tokens", "0"],
+        ["--max-tokens", "9" * 30],
+        ["--dtype", "int4"],
+        ["--policy", "best"],
+        ["--colour", "x"],
+    ],
 )
 def test_wrong_options(run, options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:

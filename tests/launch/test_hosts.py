@@ -18,14 +18,14 @@ def test_every_key_and_default() -> None:
     spec = parse_hosts(
         """
         # servers
-        alpha address=localhost devices=2 memory=48MiB bandwidth=500Mbps  # the large one
+        alpha address=localhost devices=2 memory=48MiB bandwidth=500Mbps expert_time=120us  # large
         beta experts=7 address=127.0.0.1
 
         """,
         "hosts.txt",
     )
     assert spec.servers == (
-        ServerSpec("alpha", "localhost", 2, (48 << 20,) * 2, None, 500e6),
+        ServerSpec("alpha", "localhost", 2, (48 << 20,) * 2, None, 500e6, expert_time=120e-6),
         ServerSpec("beta", "127.0.0.1", 1, None, 7, None),
     )
     assert spec.servers[0].slots(1 << 20) == 48
@@ -59,6 +59,21 @@ def test_bandwidth_units(text: str, rate: float) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "seconds"), [("800ns", 8e-7), ("1.5us", 1.5e-6), ("2ms", 0.002), ("3s", 3.0)]
+)
+def test_time_units(text: str, seconds: float) -> None:
+    spec = parse_hosts(f"a address=localhost experts=1 expert_time={text} bandwidth=auto")
+    assert spec.servers[0].expert_time == seconds
+
+
+def test_a_time_alone_weighs_nothing() -> None:
+    text = "a address=localhost experts=1\nb address=localhost experts=1 expert_time=3us"
+    with pytest.raises(UserError, match="h:2: expert_time= needs bandwidth= too, of at least one"):
+        parse_hosts(text, "h")
+    assert parse_hosts(text + "\nc address=localhost experts=1 bandwidth=1Mbps").names
+
+
+@pytest.mark.parametrize(
     ("line", "words"),
     [
         ("a experts=1 colour=red", ["colour", "address, devices"]),
@@ -77,6 +92,9 @@ def test_bandwidth_units(text: str, rate: float) -> None:
         ("a experts=1 bandwidth=500", ["bandwidth=500", "Mbps"]),
         ("a experts=1 bandwidth=500MB", ["bandwidth=500MB"]),
         ("a experts=1 bandwidth=0Mbps", ["bandwidth=0Mbps"]),
+        ("a experts=1 expert_time=120", ["expert_time=120", "us"]),
+        ("a experts=1 expert_time=0us", ["expert_time=0us"]),
+        ("a experts=1 expert_time=auto", ["expert_time=auto"]),
         ("a experts=1 devices=0", ["devices=0", "at least one"]),
         ("a experts=1 devices=two", ["devices=two"]),
         ("a memory=1GiB experts=1", ["both"]),

@@ -12,12 +12,14 @@ import pytest
 from rich.console import Console
 
 from dance_jax.config import EngineConfig, UserError
+from dance_jax.launch.costs import cluster_cost
 from dance_jax.launch.defaults import engine_config, platform_of
 from dance_jax.launch.hosts import parse_hosts
-from dance_jax.launch.plan import Plan, dump_layout, make_plan, parse_layout
+from dance_jax.launch.plan import Plan, dump_layout, make_plan, parse_layout, rooms
 from dance_jax.launch.report import print_plan
 from dance_jax.models import ModelConfig
-from dance_jax.placement import Activations
+from dance_jax.placement import POLICIES, Activations, Placement
+from dance_jax.placement.problem import Problem
 from tests.launch.tiny import EXPERT_BYTES, EXPERTS, HOSTS, LAYERS
 from tests.tiny_models import SERVED
 
@@ -31,11 +33,22 @@ MODEL: Any = types.SimpleNamespace(
 CONFIG = EngineConfig(max_model_len=64)
 
 
-def activations(model: str = "this model", layers: int = LAYERS, names=("gamma", "beta", "alpha")):
+def activations(
+    model: str = "this model",
+    layers: int = LAYERS,
+    names=("gamma", "beta", "alpha"),
+    routes: tuple[np.ndarray, ...] = (),
+) -> Activations:
     counts = np.zeros((3, layers, EXPERTS), np.int64)
     counts[0, :, :8] = 5  # gamma uses the first half, beta and alpha the second
     counts[1:, :, 8:] = 5
-    return Activations(tuple(names), counts, model)
+    return Activations(tuple(names), counts, model, routes)
+
+
+def random_routes() -> tuple[np.ndarray, ...]:
+    """Of three servers, 20 tokens each."""
+    scores = np.random.default_rng(0).random((3, 20, LAYERS, EXPERTS))
+    return tuple(scores.argsort(-1)[..., : MODEL.config.top_k])
 
 
 def text_of(plan: Plan) -> str:
@@ -79,15 +92,58 @@ def test_every_expert_has_a_slot() -> None:
 
 def test_without_activations_the_plan_says_so() -> None:
     plan = make_plan(SPEC, MODEL, CONFIG)
-    assert plan.equal_counts
-    assert "No activations were given" in text_of(plan)
+    first, second = plan.notes
+    assert first.startswith("No activations were given")
+    assert second == "latency needs routes, there are none: optimal places instead."
+    assert first in text_of(plan) and second in text_of(plan)
+    assert [note[:14] for note in make_plan(SPEC, MODEL, CONFIG, "dance").notes] == [first[:14]]
+
+
+def test_the_default_policy_needs_routes() -> None:
+    counted = make_plan(SPEC, MODEL, CONFIG, activations=activations())
+    assert counted.policy == "optimal" and "policy optimal" in text_of(counted)
+    assert counted.notes == (
+        "latency needs routes, the activations have counts only: optimal places instead.",
+    )
+    empty = tuple(np.zeros((0, LAYERS, 0), int) for _ in range(3))
+    assert make_plan(SPEC, MODEL, CONFIG, activations=activations(routes=empty)).notes
+    routed = make_plan(SPEC, MODEL, CONFIG, activations=activations(routes=random_routes()))
+    assert (routed.policy, routed.notes) == ("latency", ())
+
+
+def test_what_links_cost_reaches_the_policy(monkeypatch: pytest.MonkeyPatch) -> None:
+    problems = []
+
+    def policy(problem: Problem) -> Placement:
+        problems.append(problem)
+        return POLICIES["uniform"](problem)
+
+    monkeypatch.setitem(POLICIES, "latency", policy)
+    given = activations(routes=random_routes())
+    for rate, words in (("500Mbps", ()), ("auto", ("bandwidth=auto of alpha is not measured",))):
+        plan = make_plan(
+            parse_hosts(HOSTS.replace("500Mbps", rate)), MODEL, CONFIG, "latency", given
+        )
+        assert len(plan.notes) == len(words)
+        assert all(word in text_of(plan) for word in words)
+    known, unknown = (problem.cost for problem in problems)
+    assert np.array_equal(known.state, cluster_cost(SPEC, MODEL.config, CONFIG).state)
+    assert unknown.state.tolist() == [1, 1, 1]
+    spec = parse_hosts(HOSTS.replace("500Mbps", "auto"))
+    assert make_plan(spec, MODEL, CONFIG, "uniform", given).notes == ()
+
+
+def test_rooms_do_not_depend_on_the_placement() -> None:
+    held, plan = rooms(SPEC, MODEL, CONFIG), make_plan(SPEC, MODEL, CONFIG, "uniform")
+    for room, server in zip(held, plan.servers, strict=True):
+        assert vars(room).items() <= vars(server).items()
+        assert room.device_bytes == server.trunk_bytes + server.kv_bytes + server.pool_bytes
 
 
 def test_activations_are_matched_by_name() -> None:
     plan = make_plan(SPEC, MODEL, CONFIG, "dance", activations())
     text = text_of(plan)
-    assert not plan.equal_counts
-    assert "No activations" not in text
+    assert plan.notes == ()
     assert plan.placement.resident[2, :, :8].all()  # gamma has 20 slots for the 16 it uses
     assert plan.servers[2].local_share == 1.0
     assert plan.local_share == plan.placement.local_share(activations().counts[::-1])

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dance_jax.config import UserError
-from dance_jax.placement import Placement
+from dance_jax.placement import Cost, Placement
 
 SHAPE, TOKENS, K = (3, 2, 6), 8, 3
 LAYERS, EXPERTS = SHAPE[1:]
@@ -57,6 +57,20 @@ def plain_metrics(resident, routes, devices):
     return remote.mean(), visits.mean(), ways.max(1).mean(), load
 
 
+def plain_layer_time(resident, routes, cost, weights):
+    """Seconds of each layer by what every server sends, receives and computes, one at a time."""
+    num_servers = len(resident)
+    flows = Placement(resident).traffic(routes)
+    seconds = []
+    for layer in range(LAYERS):
+        sent = flows.transfers_lnn[layer] * np.array(weights)[:, None]
+        calls = flows.calls_lnn[layer] * np.array(weights)[:, None]
+        link = max(cost.state[n] * max(sent[n].sum(), sent[:, n].sum()) for n in range(num_servers))
+        device = max(cost.call[n] * calls[:, n].sum() / cost.devices[n] for n in range(num_servers))
+        seconds.append(link + device + cost.transfer * sent.sum() / num_servers + cost.layer)
+    return np.mean(seconds)
+
+
 @settings(max_examples=25, deadline=None, derandomize=True, database=None)
 @given(placements(), st.integers(0, 2**32 - 1))
 def test_metrics_follow_their_definitions(placement, seed):
@@ -68,6 +82,30 @@ def test_metrics_follow_their_definitions(placement, seed):
         placement.load(routes, devices),
     )
     assert got == pytest.approx(plain_metrics(placement.resident, routes, devices), abs=1e-12)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, database=None)
+@given(placements(), st.integers(0, 2**32 - 1))
+def test_layer_time_follows_its_definition(placement, seed):
+    rng, routes = np.random.default_rng(seed), random_routes(seed)
+    cost = Cost(rng.random(3), rng.random(3), rng.integers(1, 4, 3), rng.random(), rng.random())
+    weights = rng.random(3)
+    want = plain_layer_time(placement.resident, routes, cost, weights)
+    assert placement.layer_time(routes, cost, weights) == pytest.approx(want)
+
+
+@settings(max_examples=15, deadline=None, derandomize=True, database=None)
+@given(placements(), st.integers(0, 2**32 - 1))
+def test_layer_time_of_the_reference_is_the_weighted_sum(placement, seed):
+    routes, devices = random_routes(seed), [1, 1, 2]
+    traffic = placement.traffic(routes)
+    want = traffic.busiest + traffic.load(devices) + 0.3 * traffic.transfers
+    assert placement.layer_time(routes, Cost.reference(devices, K)) == pytest.approx(want)
+    # Links of one speed change the unit alone.
+    slow = Cost.of_links([2e-6] * 3, devices, K)
+    assert placement.layer_time(routes, slow) == pytest.approx(2e-6 * want)
+    alone = traffic.busiest + traffic.load() + 0.3 * traffic.transfers
+    assert placement.layer_time(routes) == pytest.approx(alone)
 
 
 @settings(max_examples=15, deadline=None, derandomize=True, database=None)
@@ -143,17 +181,47 @@ def test_holders_is_a_bitmask():
         _ = Placement(np.ones((32, 1, 1), bool)).holders
 
 
-def test_file_round_trip_and_torn_file(tmp_path):
-    placement = Placement(np.random.default_rng(0).random(SHAPE) < 0.5)
+@pytest.mark.parametrize("bound", [None, 0.75])
+def test_file_round_trip_and_torn_file(tmp_path, bound):
+    placement = Placement(np.random.default_rng(0).random(SHAPE) < 0.5, bound)
     path = tmp_path / "placement.npz"
     placement.save(path)
-    assert Placement.from_file(path) == placement
+    loaded = Placement.from_file(path)
+    assert loaded == placement and loaded.upper_bound == bound
     assert [file.name for file in tmp_path.iterdir()] == ["placement.npz"]
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(UserError, match=r"placement\.npz"):
         Placement.from_file(path)
     with pytest.raises(UserError, match="missing"):
         Placement.from_file(tmp_path / "missing.npz")
+
+
+def test_moved_counts_what_must_be_loaded():
+    before, after = np.zeros(SHAPE, bool), np.zeros(SHAPE, bool)
+    before[0] = after[0] = True
+    before[1, 0, 0] = after[2, 0, :3] = True
+    assert Placement(after).moved(Placement(before)) == 3
+    assert Placement(before).moved(Placement(after)) == 1
+    assert Placement(after).moved(Placement(after)) == 0
+    with pytest.raises(UserError, match=r"\(2, 2, 6\)|shape"):
+        Placement(after).moved(Placement(after[:2]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (([1, 1], [1], [1, 1]), "one number per server"),
+        (([1.0, np.nan], [1, 1], [1, 1]), "state must be finite"),
+        (([1, 1], [1, -1], [1, 1]), "call must be .* at least 0"),
+        (([1, 1], [1, 1], [1, 0]), "whole number of devices"),
+        (([1, 1], [1, 1], [1.0, 1.0]), "whole number of devices"),
+        (([1, 1], [1, 1], [1, 1], -1.0), "transfer must be"),
+        (([1, 1], [1, 1], [1, 1], 0.0, np.inf), "layer must be"),
+    ],
+)
+def test_malformed_costs(arguments, message):
+    with pytest.raises(UserError, match=message):
+        Cost(*arguments)
 
 
 def test_malformed_inputs():
@@ -171,3 +239,7 @@ def test_malformed_inputs():
         placement.remote([route[:0] for route in routes])
     with pytest.raises(UserError, match="devices"):
         placement.load(routes, [1, 1])
+    with pytest.raises(UserError, match="cost of 2 servers"):
+        placement.layer_time(routes, Cost.reference([1, 1], K))
+    with pytest.raises(UserError, match=r"weights \(2,\)"):
+        placement.layer_time(routes, Cost.reference([1, 1, 1], K), [1, 1])

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dance_jax.config import UserError
-from dance_jax.placement import POLICIES, Placement, place, policies, visit
+from dance_jax.placement import POLICIES, Cost, Placement, place, policies, visit
 from dance_jax.placement.policies import rounding
 from dance_jax.placement.policies.dance import assign, layer_counts
 
@@ -239,7 +239,7 @@ ROUTES = [np.zeros((3, 4, 2), np.int16)] * 2
 @pytest.mark.parametrize(
     ("arguments", "keywords", "message"),
     [
-        (("best", GOOD, [32, 32]), {}, "unknown policy 'best'; there are uniform, dance"),
+        (("best", GOOD, [32, 32]), {}, "unknown policy 'best'; there are uniform, "),
         (("dance", np.where(GOOD > 0, np.nan, 0), [32, 32]), {}, "finite"),
         (("dance", -GOOD, [32, 32]), {}, "at least 0"),
         (("dance", GOOD * np.inf, [32, 32]), {}, "finite"),
@@ -254,6 +254,18 @@ ROUTES = [np.zeros((3, 4, 2), np.int16)] * 2
         (("dance", GOOD, [32, 32]), {"routes": ROUTES[:1]}, "routes: 1 arrays for 2 servers"),
         (("dance", GOOD, [32, 32]), {"routes": [r + 8 for r in ROUTES]}, r"0\.\.7"),
         (("dance", GOOD, [32, 32]), {"routes": [r[:, :3] for r in ROUTES]}, "4 layers"),
+        (
+            ("dance", GOOD, [32, 32]),
+            {"routes": [ROUTES[0], ROUTES[1][:, :, :1]]},
+            "choose 2, 1 experts; one k",
+        ),
+        (("dance", GOOD, [32, 32]), {"routes": [r[:, :, :0] for r in ROUTES]}, "one k"),
+        (("dance", GOOD, [32, 32]), {"cost": Cost.reference([1], 2)}, "cost: of 1 servers"),
+        (
+            ("dance", GOOD, [32, 32]),
+            {"cost": Cost.reference([1, 2], 2), "devices": [1, 1]},
+            r"cost: devices \[1 2\], but \[1 1\] are given",
+        ),
         (
             ("dance", GOOD, [32, 32]),
             {"previous": Placement(np.ones((2, 4, 7), bool))},

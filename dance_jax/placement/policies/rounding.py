@@ -1,4 +1,4 @@
-"""Exact integer rounding shared by policies; runs with 64-bit integers."""
+"""Ranks, exact rounding and free slots: shared by policies; runs with 64-bit integers."""
 
 from __future__ import annotations
 
@@ -27,3 +27,17 @@ def largest_remainder(total: jax.Array, weights: jax.Array) -> jax.Array:
     remainder = total * weights % weight_sum
     left_over = jnp.where(weights.sum() > 0, total - whole.sum(), 0)
     return whole + (ranks(-remainder) < left_over).astype(jnp.int64)
+
+
+def fill(resident_nle: jax.Array, wish_nle: jax.Array, capacities_n: jax.Array) -> jax.Array:
+    """Gives the free slots of every server the experts it wishes most: bool [n, l, e].
+
+    Args:
+        resident_nle: bool, what servers hold, within their capacities.
+        wish_nle: float, any finite numbers; ties: lowest layer, lowest expert.
+        capacities_n: int64 slots, none above layers * experts.
+    """
+    resident_nx = resident_nle.reshape(resident_nle.shape[0], -1)
+    wish_nx = jnp.where(resident_nx, -jnp.inf, wish_nle.reshape(resident_nx.shape))
+    free_n = capacities_n - resident_nx.sum(axis=1, dtype=jnp.int64)
+    return (resident_nx | (ranks(-wish_nx) < free_n[:, None])).reshape(resident_nle.shape)

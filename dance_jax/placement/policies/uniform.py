@@ -14,9 +14,8 @@ from dance_jax.placement.policies.rounding import largest_remainder
 from dance_jax.placement.problem import Problem
 
 
-@functools.partial(jax.jit, static_argnames=("layers", "experts"))
-def _blocks(capacities_n: jax.Array, layers: int, experts: int) -> jax.Array:
-    """Who holds what under `uniform`: bool [servers, layers, experts]."""
+def layer_quotas(capacities_n: jax.Array, layers: int, experts: int) -> jax.Array:
+    """Experts of each layer on each server, one copy in proportion to memory: int64 [n, l]."""
     quota_n = largest_remainder(jnp.int64(layers * experts), capacities_n)
 
     def cut_layer(left_n: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
@@ -24,8 +23,13 @@ def _blocks(capacities_n: jax.Array, layers: int, experts: int) -> jax.Array:
         size_n = largest_remainder(jnp.int64(experts), left_n)
         return left_n - size_n, size_n
 
-    _, size_ln = lax.scan(cut_layer, quota_n, None, length=layers)
-    size_nl1 = size_ln.T[:, :, None]
+    return lax.scan(cut_layer, quota_n, None, length=layers)[1].T
+
+
+@functools.partial(jax.jit, static_argnames=("layers", "experts"))
+def blocks(capacities_n: jax.Array, layers: int, experts: int) -> jax.Array:
+    """Who holds what under `uniform`: bool [servers, layers, experts]."""
+    size_nl1 = layer_quotas(capacities_n, layers, experts)[:, :, None]
     end_nl1 = jnp.cumsum(size_nl1, axis=0)
     expert_e = jnp.arange(experts, dtype=jnp.int64)[None, None, :]
     return (expert_e >= end_nl1 - size_nl1) & (expert_e < end_nl1)
@@ -43,4 +47,4 @@ def uniform(problem: Problem) -> Placement:
     """
     _, layers, experts = problem.counts.shape
     with jax.enable_x64(True):
-        return Placement(np.asarray(_blocks(jnp.asarray(problem.capacities), layers, experts)))
+        return Placement(np.asarray(blocks(jnp.asarray(problem.capacities), layers, experts)))

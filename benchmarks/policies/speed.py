@@ -1,0 +1,121 @@
+"""Times to solve, on synthetic skewed statistics."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import statistics
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
+
+from .figures import LATENCY, OPTIMAL, Say, solve
+from .setups import MEMORY, PATTERN, Setup, normalised
+from .traces import count, synthetic_trace
+
+#: Exactly one copy, where servers can only swap, and a little more.
+TIGHT = (1.0, 1.05)
+#: Servers, layers and experts: DeepSeek-V2-Lite, and DeepSeek-V3 on few and on many servers.
+SMALL, LARGE, LARGEST = (3, 26, 64), (8, 58, 256), (64, 58, 256)
+TOKENS, TOP_K = 4000, 6
+#: Runs of one case: so many, and more while they take less than SECONDS in all.
+LEAST_RUNS, MOST_RUNS, SECONDS = 2, 15, 2.0
+#: Milliseconds that a case may take, by policy and sizes.
+LIMITS_MS = {
+    ("dance", SMALL): 50.0,
+    (OPTIMAL, SMALL): 50.0,
+    (LATENCY, SMALL): 20_000.0,
+    (OPTIMAL, LARGE): 1_000.0,
+    (OPTIMAL, LARGEST): 10_000.0,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Speed:
+    """One case; times are after a first run, which compiles."""
+
+    policy: str
+    servers: int
+    layers: int
+    experts: int
+    memory: float
+    runs: int
+    best_ms: float
+    median_ms: float
+    #: None: there is no target.
+    limit_ms: float | None
+    local: float
+    bound: float | None
+
+
+def skewed_counts(servers: int, layers: int, experts: int, seed: int = 0) -> np.ndarray:
+    """Calls, float64 [servers, layers, experts]: each server has its own favourites.
+
+    Logits of an expert: what all servers share plus what one server prefers, in equal parts.
+    """
+    rng = np.random.default_rng(seed)
+    shared_le = rng.normal(size=(layers, experts))
+    own_nle = rng.normal(size=(servers, layers, experts))
+    return normalised(np.round(1000 * np.exp(shared_le + own_nle)))
+
+
+def setup_of(sizes: tuple[int, int, int], memory: float, seed: int = 0) -> Setup:
+    """Counts of that size."""
+    title = f"{' x '.join(map(str, sizes))}, memory {memory:g} x the model"
+    devices = tuple(itertools.islice(itertools.cycle(PATTERN), sizes[0]))
+    return Setup(title, skewed_counts(*sizes, seed), devices, memory)
+
+
+def with_routes(memory: float, tokens: int = TOKENS, seed: int = 0) -> Setup:
+    """SMALL, with as many tokens of each server."""
+    servers, layers, experts = SMALL
+    trace = synthetic_trace(tokens, layers, experts, TOP_K, seed)
+    routes = tuple(trace.routes.values())
+    assert len(routes) == servers
+    counts = normalised(np.stack([count(route, experts) for route in routes]))
+    title = f"{' x '.join(map(str, SMALL))}, memory {memory:g} x the model, {tokens:,} tokens each"
+    return Setup(title, counts, PATTERN, memory, routes, routes)
+
+
+def cases(policies: Iterable[str]) -> Iterator[tuple[str, Setup]]:
+    """All policies on SMALL, and OPTIMAL on more."""
+    known = list(policies)
+    routes = with_routes(MEMORY)
+    for policy in known:
+        yield policy, routes if policy == LATENCY else setup_of(SMALL, MEMORY)
+    for memory in TIGHT:
+        for policy in known:
+            if policy != LATENCY:
+                yield policy, setup_of(SMALL, memory)
+    if OPTIMAL in known:
+        for sizes in (LARGE, LARGEST):
+            for memory in (*TIGHT, MEMORY):
+                yield OPTIMAL, setup_of(sizes, memory)
+
+
+def measure_speed(
+    found: Iterable[tuple[str, Setup]], say: Say, seconds: float = SECONDS
+) -> list[Speed]:
+    """Times of all cases."""
+    return [measure_case(policy, setup, say, seconds) for policy, setup in found]
+
+
+def measure_case(policy: str, setup: Setup, say: Say, seconds: float) -> Speed:
+    run: Callable[[], float] = lambda: solve(policy, setup)[1]  # noqa: E731
+    placement, _ = solve(policy, setup)
+    times = [run() for _ in range(LEAST_RUNS)]
+    while len(times) < MOST_RUNS and sum(times) < seconds * 1e3:
+        times.append(run())
+    sizes = (setup.counts.shape[0], setup.counts.shape[1], setup.counts.shape[2])
+    say(f"{setup.title}: {policy}, {min(times):,.1f} ms")
+    return Speed(
+        policy,
+        *sizes,
+        setup.memory,
+        len(times),
+        min(times),
+        statistics.median(times),
+        LIMITS_MS.get((policy, sizes)),
+        placement.local_share(setup.counts),
+        placement.upper_bound,
+    )

@@ -1,0 +1,134 @@
+"""Results as tables and lines of the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich import box
+from rich.console import Console
+from rich.table import Table as Grid
+
+from .churn import KEEPING, Churn
+from .figures import BLIND, LATENCY, OPTIMAL, Row, Table
+from .speed import Speed
+from .targets import LITTLE, difference, gains, over_best_other
+
+#: Columns of a table: field, digits.
+ROUTES = {"remote": 3, "transfers": 3, "busiest": 3, "load": 3, "layer_time": 3}
+COUNTS = {"remote": 3}
+
+
+def _grid(columns: Sequence[str]) -> Grid:
+    grid = Grid(box=box.SIMPLE_HEAD)
+    for column in columns:
+        words = column in ("policy", "workload", "placement", "sizes")
+        grid.add_column(column, justify="left" if words else "right", no_wrap=True)
+    return grid
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:,.{digits}f}"
+
+
+def _milliseconds(value: float | None) -> str:
+    return _number(value, 1 if value is None or value < 100 else 0)
+
+
+def _cell(table: Table, row: Row, column: str, digits: int) -> str:
+    """A figure, and below it the published one and the difference."""
+    text = _number(getattr(row, column), digits)
+    share = difference(table, row, column)
+    if share is None:
+        return text
+    published = table.setup.published[row.policy][column]
+    return f"{text}\n[dim]{published:g} {share:+.1%}[/dim]"
+
+
+def print_table(console: Console, table: Table) -> None:
+    """All policies on one setup."""
+    columns = COUNTS if table.setup.test is None else ROUTES
+    heads = [column.replace("_", " ") for column in columns]
+    setup = table.setup
+    grid = _grid(["policy", *heads, "local", "bound", "ms"])
+    for row in table.rows:
+        cells = [_cell(table, row, column, digits) for column, digits in columns.items()]
+        last = [_number(row.local, 4), _number(row.bound, 4), _milliseconds(row.ms)]
+        grid.add_row(row.policy, *cells, *last)
+    _print(console, setup.title, setup.describe(), grid)
+
+
+def _print(console: Console, title: str, about: str, grid: Grid) -> None:
+    console.print(f"[bold]{title}[/bold]\n{about}", soft_wrap=True)
+    console.print(grid)
+
+
+def fastest_line(table: Table) -> str:
+    """Whether LATENCY is the fastest on tokens that no policy saw."""
+    found = over_best_other(table)
+    if found is None:
+        return f"{LATENCY} is not among the policies: no comparison of predicted layer times."
+    ratio, other = found
+    if ratio > 1:
+        return (
+            f"{other} beats {LATENCY} on unseen tokens: its predicted layer time is "
+            f"{1 - 1 / ratio:.1%} less."
+        )
+    return (
+        f"No policy beats {LATENCY} on unseen tokens: {1 - ratio:.1%} less predicted layer time "
+        f"than {other}, the best other."
+    )
+
+
+def gain_line(table: Table) -> str:
+    """What knowing the counts wins over filling the memory blindly."""
+    found = gains(table)
+    if found is None:
+        return f"{BLIND} is not among the policies: nothing to compare statistics with."
+    best, blind, won = found
+    verdict = "placement cannot win much here" if won < LITTLE else "placement wins"
+    return (
+        f"{best.policy} sends {best.remote:.1%} of calls elsewhere, {BLIND}, which fills the same "
+        f"memory without statistics, {blind.remote:.1%}: {won:.1%} of all calls between them, "
+        f"{verdict}."
+    )
+
+
+def counts_note() -> str:
+    return (
+        f"{LATENCY} is left out of tables of counts alone: without routes it falls back to "
+        f"{OPTIMAL}."
+    )
+
+
+def print_churn(console: Console, rows: Sequence[Churn]) -> None:
+    """What moves, and what it brings."""
+    if not rows:
+        console.print(f"Of the policies none looks at the old placement ({', '.join(KEEPING)}).")
+        return
+    about = (
+        "new statistics and figures: second half of the tokens; share: moved, of all held experts"
+    )
+    columns = ["policy", "workload", "placement", "moved", "share", "remote", "layer time"]
+    grid = _grid(columns)
+    before = None
+    for row in rows:
+        if before not in (None, (row.policy, row.workload)):
+            grid.add_section()
+        before = (row.policy, row.workload)
+        figures = [_number(row.remote, 3), _number(row.layer_time, 3)]
+        moved = [f"{row.moved:,}", f"{row.moved / row.held:.1%}"]
+        grid.add_row(row.policy, row.workload, row.how, *moved, *figures)
+    _print(console, "Placements made anew", about, grid)
+
+
+def print_speed(console: Console, rows: Sequence[Speed]) -> None:
+    columns = ["policy", "sizes", "memory", "best ms", "median ms", "runs", "at most ms"]
+    grid = _grid([*columns, "below bound"])
+    for row in rows:
+        sizes = f"{row.servers} x {row.layers} x {row.experts}"
+        gap = "-" if row.bound is None else f"{max(1 - row.local / row.bound, 0):.1e}"
+        times = [_milliseconds(row.best_ms), _milliseconds(row.median_ms), str(row.runs)]
+        limit = _number(row.limit_ms, 0)
+        grid.add_row(row.policy, sizes, f"{row.memory:g}", *times, limit, gap)
+    about = "after a first run, which compiles; synthetic statistics; targets are for the best run"
+    _print(console, "Times to solve", about, grid)

@@ -1,0 +1,164 @@
+"""What the policies have to reach, and whether they do."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+
+from .churn import AFRESH, Churn
+from .figures import BLIND, LATENCY, OPTIMAL, Row, Table
+from .speed import Speed
+
+#: Policies that reproduce published figures, within that share of them.
+REPRODUCED, TOLERANCE = ("dance", OPTIMAL), 0.02
+#: What LATENCY reaches at once, where there are published figures.
+LATENCY_LIMITS = {"busiest": 1.17, "load": 0.33, "transfers": 0.84}
+#: OPTIMAL's share of calls at home below its bound, as a share of the bound.
+BOUND_GAP = 1e-4
+#: A policy that keeps less than this share of all calls more at home than BLIND wins little.
+LITTLE = 0.05
+
+
+@dataclasses.dataclass
+class Results:
+    """What was measured; sections that were left out are missing."""
+
+    #: By section.
+    tables: dict[str, list[Table]] = dataclasses.field(default_factory=dict)
+    churn: list[Churn] = dataclasses.field(default_factory=list)
+    speed: list[Speed] = dataclasses.field(default_factory=list)
+
+    def all_tables(self) -> Iterator[Table]:
+        for tables in self.tables.values():
+            yield from tables
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """One line of the verdict; worst: of all figures that it is about, None: there is none."""
+
+    name: str
+    limit: float
+    worst: float | None
+    where: str = ""
+
+    @property
+    def missed(self) -> bool:
+        return self.worst is not None and not self.worst <= self.limit
+
+    def line(self) -> str:
+        if self.worst is None:
+            return f"not measured  {self.name}"
+        verdict = "MISSED" if self.missed else "reached"
+        found = f"{_short(self.worst)} (at most {_short(self.limit)})"
+        return f"{verdict:<14}{self.name}: {found}{', ' if self.where else ''}{self.where}"
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+
+
+def _worst(name: str, limit: float, found: Iterable[tuple[float, str]]) -> Target:
+    value, where = max(found, default=(None, ""))
+    return Target(name, limit, value, where)
+
+
+def difference(table: Table, row: Row, column: str) -> float | None:
+    """A figure over the published one, less 1; None: there is none."""
+    published = table.setup.published.get(row.policy, {}).get(column)
+    value: float | None = getattr(row, column)
+    return None if published is None or value is None else value / published - 1
+
+
+def over_best_other(table: Table) -> tuple[float, str] | None:
+    """LATENCY's predicted layer time over the least of the others', and whose that is."""
+    ours, other = table.row(LATENCY), table.fastest_other()
+    if ours is None or ours.layer_time is None or other is None or other.layer_time is None:
+        return None
+    return ours.layer_time / other.layer_time, other.policy
+
+
+def gains(table: Table) -> tuple[Row, Row, float] | None:
+    """The policy with fewest remote calls, BLIND, and the share of all calls between them."""
+    blind, best = table.row(BLIND), min(table.rows, key=lambda row: row.remote, default=None)
+    return None if blind is None or best is None else (best, blind, blind.remote - best.remote)
+
+
+def _reproduced(tables: list[Table]) -> Iterator[Target]:
+    for policy in REPRODUCED:
+        for column in ("remote", "transfers", "busiest", "load"):
+            found = [
+                (abs(share), f"{share:+.1%}")
+                for table in tables
+                if (row := table.row(policy))
+                and (share := difference(table, row, column)) is not None
+            ]
+            yield _worst(f"{policy}: {column} off the published figure", TOLERANCE, found)
+
+
+def _latency(tables: list[Table]) -> Iterator[Target]:
+    for column, limit in LATENCY_LIMITS.items():
+        found = [
+            (getattr(row, column), "")
+            for table in tables
+            if table.setup.published and (row := table.row(LATENCY))
+        ]
+        yield _worst(f"{LATENCY}: {column}", limit, found)
+
+
+def _gaps(results: Results) -> Iterator[tuple[float, str]]:
+    """Of OPTIMAL, wherever a bound is known; it may give up more to stay close to an old one."""
+    for table in results.all_tables():
+        row = table.row(OPTIMAL)
+        if row and row.bound is not None:
+            yield 1 - row.local / row.bound, table.setup.title
+    for each in results.churn:
+        if each.policy == OPTIMAL and each.how == AFRESH and each.bound is not None:
+            yield 1 - each.local / each.bound, f"workload {each.workload}, {each.how}"
+    for each in results.speed:
+        if each.policy == OPTIMAL and each.bound is not None:
+            yield 1 - each.local / each.bound, _sizes(each)
+
+
+def _sizes(case: Speed) -> str:
+    return f"{case.servers} x {case.layers} x {case.experts}, memory {case.memory:g}"
+
+
+def _times(speed: list[Speed]) -> Iterator[Target]:
+    limits = {(s.policy, s.servers, s.layers, s.experts): s.limit_ms for s in speed}
+    for (policy, *sizes), limit in limits.items():
+        if limit is not None:
+            found = [
+                (case.best_ms, f"memory {case.memory:g} x the model")
+                for case in speed
+                if (case.policy, case.servers, case.layers, case.experts) == (policy, *sizes)
+            ]
+            name = f"{policy}: ms for {' x '.join(map(str, sizes))}, best of some runs"
+            yield _worst(name, limit, found)
+
+
+def targets(results: Results) -> list[Target]:
+    """All of them."""
+    reference = results.tables.get("reference", [])
+    compared = [
+        (*found, table.setup.title)
+        for table in results.all_tables()
+        if (found := over_best_other(table)) is not None
+    ]
+    differing = [
+        (float(not row.repeatable), "" if row.repeatable else f"{row.policy}, {table.setup.title}")
+        for table in results.all_tables()
+        for row in table.rows
+    ]
+    return [
+        *_reproduced(reference),
+        *_latency(reference),
+        _worst(
+            f"{LATENCY}: predicted layer time over the best other policy's",
+            1.0,
+            [(ratio, f"{title}, {policy}") for ratio, policy, title in compared],
+        ),
+        _worst(f"{OPTIMAL}: below its bound", BOUND_GAP, _gaps(results)),
+        _worst("placements that differ in a second run", 0.0, differing),
+        *_times(results.speed),
+    ]

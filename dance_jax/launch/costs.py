@@ -1,0 +1,69 @@
+"""What a layer costs on these servers: the rates of their links and the times of their experts."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import statistics
+from collections.abc import Callable, Iterable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dance_jax.config import ClusterSpec, EngineConfig
+from dance_jax.models.config import ModelConfig
+from dance_jax.models.messages import encode, row_bytes
+from dance_jax.placement.cost import Cost
+
+
+def cluster_cost(spec: ClusterSpec, model: ModelConfig, config: EngineConfig) -> Cost:
+    """What policies that predict time know of the servers.
+
+    A hidden state and the sum that comes back take 2 x their bytes / bandwidth of a link. A link of
+    unknown rate counts as the fastest that is known, a device of unknown expert time as the mean of
+    the known. Without any rate all links and devices are equal (`Cost.reference`); without any
+    time calls have the weight of `Cost.of_links`.
+    """
+    rate_n = _filled((server.bandwidth for server in spec.servers), max)
+    if rate_n is None:
+        return Cost.reference(spec.devices, model.top_k)
+    state_n = 2 * 8 * state_bytes(model.hidden_size, config) / rate_n
+    cost = Cost.of_links(state_n, spec.devices, model.top_k)
+    call_n = _filled((server.expert_time for server in spec.servers), statistics.fmean)
+    return cost if call_n is None else dataclasses.replace(cost, call=call_n)
+
+
+def cost_note(spec: ClusterSpec) -> str | None:
+    """What `cluster_cost` does without although it was asked for; None: nothing."""
+    unmeasured = [s.name for s in spec.servers if s.measure_bandwidth and s.bandwidth is None]
+    rates = any(server.bandwidth is not None for server in spec.servers)
+    times = any(server.expert_time is not None for server in spec.servers)
+    if unmeasured:
+        why = f"bandwidth=auto of {', '.join(unmeasured)} is not measured"
+    elif times and not rates:
+        why = "no link's rate is known"
+    else:
+        return None
+    if rates:
+        return f"{why}: taken for the fastest that is known."
+    without = ", and expert_time= says nothing" if times else ""
+    return f"{why}: all links count the same{without}."
+
+
+def state_bytes(width: int, config: EngineConfig) -> int:
+    """Bytes of one hidden state, or of one sum, between servers."""
+    state = jax.ShapeDtypeStruct((1, width), jnp.dtype(config.dtype))
+    encoded = functools.partial(encode, dtype=jnp.dtype(config.sent_dtype))
+    return row_bytes(jax.eval_shape(encoded, state))
+
+
+def _filled(
+    values: Iterable[float | None], instead: Callable[[list[float]], float]
+) -> np.ndarray | None:
+    """Float [n], with `instead` of the known values for unknown ones; None: none is known."""
+    all_values = list(values)
+    known = [value for value in all_values if value is not None]
+    if not known:
+        return None
+    return np.array([instead(known) if value is None else value for value in all_values])
