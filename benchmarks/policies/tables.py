@@ -106,7 +106,8 @@ def print_churn(console: Console, rows: Sequence[Churn]) -> None:
         console.print(f"Of the policies none looks at the old placement ({', '.join(KEEPING)}).")
         return
     about = (
-        "new statistics and figures: second half of the tokens; share: moved, of all held experts"
+        "made from the first half of the tokens, anew from the second half; figures are of that "
+        "second half, which new ones have seen; share: moved, of all held experts"
     )
     columns = ["policy", "workload", "placement", "moved", "share", "remote", "layer time"]
     grid = _grid(columns)

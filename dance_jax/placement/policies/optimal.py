@@ -75,8 +75,9 @@ def _values(whole_nj: jax.Array, favourite_nj: jax.Array, bonus: jax.Array) -> j
         bonus: int64, calls that a favourite counts more, or up to 2**-SPREAD_BITS above that.
     """
     scale = Scale.of(whole_nj.shape[0])
-    noise_nj = jax.random.bits(jax.random.key(0), whole_nj.shape, jnp.uint32) >> (32 - NOISE_BITS)
-    noise_nj = noise_nj.astype(jnp.int64)
+    key = jax.random.key(0, impl="threefry2x32")
+    random_nj = jax.random.bits(key, whole_nj.shape, jnp.uint32)
+    noise_nj = (random_nj >> (32 - NOISE_BITS)).astype(jnp.int64)
     # Equal calls would all give way to a bonus at once; of unequal ones some do.
     bonus_nj = bonus + ((bonus * noise_nj) >> (NOISE_BITS + SPREAD_BITS))
     favourite_nj = favourite_nj.astype(jnp.int64)
@@ -167,9 +168,10 @@ def optimal(problem: Problem) -> Placement:
     are). All slots are used. Without any count all count the same. Of equally good placements it
     is the one with most residents in common with `previous`, or else with `dance`.
 
-    Where `previous` is given, every resident it had counts a bonus more. The largest bonus that
-    costs at most CHURN_LOSS of the remote calls, to a factor of 2, decides. `upper_bound` is of
-    the counts themselves: the dual value over all counts, rounded up.
+    Where `previous` is given, every resident it had counts a bonus more; the largest bonus for
+    which remote calls exceed the fewest by at most CHURN_LOSS decides, found by bisection. So
+    fewer experts move. `upper_bound` is of the counts themselves: the dual value over all counts,
+    rounded up.
 
     Worked example: one layer of 4 experts, two servers with 2 slots, calls [9, 5, 1, 0] and
     [8, 6, 0, 1]. At a price of 8 calls a slot no second copy pays and every expert is worth most
@@ -178,13 +180,14 @@ def optimal(problem: Problem) -> Placement:
     so nothing is better.
     """
     counts = problem.counts if problem.counts.any() else np.ones_like(problem.counts)
-    favourites = (problem.previous or dance(problem)).resident
+    previous = problem.previous
+    favourites = (dance(problem) if previous is None else previous).resident
     servers = len(counts)
     with jax.enable_x64(True):
         search = _Search(counts.reshape(servers, -1), problem, favourites.reshape(servers, -1))
         optimum = search.best()
         gap = float(_gap(search.counts_nj, search.unit, optimum.held_nj, optimum.arcs_mm))
-        chosen = search.calmer(optimum) if problem.previous else optimum
+        chosen = optimum if previous is None else search.calmer(optimum)
         best, resident = (
             np.asarray(solution.held_nj).reshape(counts.shape) for solution in (optimum, chosen)
         )

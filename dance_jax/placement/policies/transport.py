@@ -14,10 +14,7 @@ integral optimum. With a price per server its dual is
 an upper bound for any prices, reached by copies that the items choose for these prices
 (`choose`) once every server holds as many as it can. Two phases find them:
 
-1. `anneal` looks for prices. At temperature t an item chooses among the nonempty sets of servers
-   at random, with weights exp(sum of r / t). That smooths D: g_j becomes
-   t log(prod_n (1 + exp(r[n,j] / t)) - 1), whose gradient and Hessian in the N prices are
-   expectations of the choice. Newton's method follows the minimum while t falls.
+1. `prices.anneal` looks for prices with Newton's method on D, smoothed less and less.
 2. `balance` mends what prices alone leave open: servers that hold too much hand copies to those
    that hold too little along shortest paths of exchanges, which keeps the copies optimal for their
    numbers throughout. It ends with exactly the capacities, so the result is the optimum whatever
@@ -34,25 +31,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from dance_jax.placement.policies.prices import anneal, in_blocks
+
 #: Cost of an exchange that is not possible.
 NO_ARC = np.int64(2**62)
 #: Bits of a value at most, which leaves room for prices.
 VALUE_BITS = 55
-#: Prices are kept within this, far beyond any value; only capacities of 0 or everything get near.
-MAX_PRICE = 2**60
-
-#: Temperature falls to this share once the expected numbers of copies come near the capacities:
-NEXT_TEMPERATURE = np.float64(0.25)
-#: copies too much or too little per server, in the mean. Following more closely does not pay.
-NEAR = 0.3
-#: Copies too much or too little per server, in the mean, that are left to `balance`.
-FEW = 0.5
-#: Newton steps in all; 40 to 200 are usual, most where many values are equal.
-MAX_STEPS = 500
-#: Added to the Hessian, whose entries count undecided copies: servers may have none left.
-RIDGE = np.float64(1e-6)
-#: Values of one block of items are worked on at a time, so that they stay in the cache.
-BLOCK = 2**15
 
 
 class Solution(NamedTuple):
@@ -70,121 +54,6 @@ class Solution(NamedTuple):
 def value_bits(servers: int) -> int:
     """Bits that values may have: costs of all arcs of a path add up to less than NO_ARC."""
     return min(VALUE_BITS, 62 - (servers + 1).bit_length())
-
-
-def in_blocks(values_nj: jax.Array, layers: int) -> jax.Array:
-    """Values by blocks of items, some layers each: [blocks, n, items of a block]."""
-    servers, items = values_nj.shape
-    fitting = [k for k in range(1, layers + 1) if layers % k == 0 and servers * items <= BLOCK * k]
-    blocks = fitting[0] if fitting else layers
-    return jnp.swapaxes(values_nj.reshape(servers, blocks, items // blocks), 0, 1)
-
-
-def _expectations(
-    values_knb: jax.Array, prices_n: jax.Array, temperature: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Copies of each server, expected and at temperature 0, and the Hessian of D x temperature.
-
-    A copy of an item is on n with probability x = s / (1 - q), where s = 1 / (1 + exp(-r / t)), and
-    q = prod_n (1 - s) is the probability of the empty set, were it allowed. Two servers n, m have
-    covariance -q x_n x_m, one has variance x - x^2.
-    """
-    servers = values_knb.shape[1]
-
-    def add_block(sums, values_nb):
-        reduced_nb = values_nb - prices_n[:, None]
-        best_b = reduced_nb.max(axis=0)
-        decided_n = (reduced_nb >= jnp.minimum(best_b, 1)[None, :]).sum(axis=1)
-        r_nb = reduced_nb.astype(jnp.float64) / temperature
-        # Far below 0 only differences matter; exp must not underflow.
-        r_nb = r_nb - jnp.minimum(r_nb.max(axis=0) + 40, 0)[None, :]
-        small_nb = jnp.exp(-jnp.abs(r_nb))
-        s_nb = jnp.where(r_nb > 0, 1.0, small_nb) / (1 + small_nb)
-        # 1 / q = exp(above) (1 + more). Both matter where 1 - q is tiny: with 1 - q rounded the
-        # Hessian would be indefinite.
-        above_b = jnp.maximum(r_nb, 0).sum(axis=0)
-        more_b = lax.reduce(small_nb, 0.0, lambda p, e: p + e + p * e, (0,))
-        some_b = (more_b - jnp.expm1(-above_b)) / (1 + more_b)
-        none_b = jnp.exp(-above_b) / (1 + more_b)
-        x_nb = s_nb / some_b[None, :]
-        root_nb = x_nb * jnp.sqrt(none_b)[None, :]
-        variance_n = x_nb.sum(axis=1) - (x_nb * x_nb) @ some_b
-        hessian_nn = jnp.diag(variance_n) - root_nb @ root_nb.T
-        added = x_nb.sum(axis=1), decided_n, hessian_nn
-        return jax.tree.map(jnp.add, sums, added), None
-
-    start = (
-        jnp.zeros(servers),
-        jnp.zeros(servers, jnp.int64),
-        jnp.zeros((servers, servers)),
-    )
-    return lax.scan(add_block, start, values_knb)[0]
-
-
-class _Annealing(NamedTuple):
-    """State of `anneal`."""
-
-    prices_n: jax.Array
-    #: Where the last temperature was left.
-    last_n: jax.Array
-    temperature: jax.Array
-    levels: jax.Array
-    steps: jax.Array
-    #: Copies too much and too little, were the items to choose for these prices.
-    misplaced: jax.Array
-
-
-def anneal(
-    values_knb: jax.Array, capacities_n: jax.Array, prices_n: jax.Array, temperature: jax.Array
-) -> jax.Array:
-    """Prices for which `choose` nearly holds what the servers can: int64 [n].
-
-    Args:
-        values_knb: int64, from `in_blocks`.
-        capacities_n: int64.
-        prices_n: int64, where to start.
-        temperature: float64, in units of values, about as far as prices may be off.
-    """
-    servers = capacities_n.shape[0]
-
-    def newton(state: _Annealing) -> _Annealing:
-        expected_n, decided_n, hessian_nn = _expectations(
-            values_knb, state.prices_n, state.temperature
-        )
-        gradient_n = capacities_n.astype(jnp.float64) - expected_n
-        step_n = -jnp.linalg.solve(hessian_nn + RIDGE * jnp.eye(servers), gradient_n)
-        # The quadratic model holds while exponents change by about 1; longer steps are cut.
-        longest = jnp.maximum(jnp.abs(step_n).max(), 1)
-        step_n = step_n * ((1 + jnp.log(longest)) / longest * state.temperature)
-        prices_n = _moved(state.prices_n, step_n)
-        misplaced = jnp.abs(decided_n - capacities_n).sum()
-        # Whole numbers may not come nearer: each may be off by a half.
-        nearest = NEAR * servers + jnp.trace(hessian_nn) / state.temperature
-        near = jnp.abs(gradient_n).sum() < nearest
-        # Prices are nearly linear in the temperature, exactly so where it only decides ties.
-        slope_n = (prices_n - state.last_n).astype(jnp.float64) * NEXT_TEMPERATURE
-        ahead_n = jnp.where(near & (state.levels > 0), slope_n, 0.0)
-        return _Annealing(
-            jnp.where(misplaced > FEW * servers, _moved(prices_n, ahead_n), state.prices_n),
-            jnp.where(near, prices_n, state.last_n),
-            jnp.where(near, state.temperature * NEXT_TEMPERATURE, state.temperature),
-            state.levels + near.astype(jnp.int64),
-            state.steps + 1,
-            misplaced,
-        )
-
-    def unfinished(state: _Annealing) -> jax.Array:
-        return (state.misplaced > FEW * servers) & (state.temperature >= 1) & (state.steps < MAX_STEPS)
-
-    zero = jnp.int64(0)
-    start = _Annealing(prices_n, prices_n, temperature, zero, zero, jnp.int64(servers + 1))
-    return lax.while_loop(unfinished, newton, start).prices_n
-
-
-def _moved(prices_n: jax.Array, step_n: jax.Array) -> jax.Array:
-    """Prices after a step: int64 [n]; added as integers, which keep digits that float64 has not."""
-    step_n = jnp.round(jnp.clip(step_n, -MAX_PRICE, MAX_PRICE)).astype(jnp.int64)
-    return jnp.clip(prices_n + step_n, -MAX_PRICE, MAX_PRICE)
 
 
 def choose(values_nj: jax.Array, prices_n: jax.Array) -> jax.Array:
@@ -205,10 +74,14 @@ class _Sides(NamedTuple):
     gives_mj: jax.Array
     takes_mj: jax.Array
 
-    def cost(self, giver: jax.Array, taker: jax.Array) -> jax.Array:
-        """What every item costs that goes from one node to another: int64 [..., j]."""
-        possible = self.gives_mj[giver] & self.takes_mj[taker]
-        return jnp.where(possible, self.values_mj[giver] - self.values_mj[taker], NO_ARC)
+    def cost(self, giver_a: jax.Array, taker_a: jax.Array) -> jax.Array:
+        """What every item costs that goes from one node to another: int64 [a, j].
+
+        One of the two may be a single node, [1], for all of the other.
+        """
+        possible_aj = self.gives_mj[giver_a] & self.takes_mj[taker_a]
+        cost_aj = self.values_mj[giver_a] - self.values_mj[taker_a]
+        return jnp.where(possible_aj, cost_aj, NO_ARC)
 
 
 def _sides(values_nj: jax.Array, held_nj: jax.Array) -> _Sides:
@@ -228,7 +101,7 @@ def _sides(values_nj: jax.Array, held_nj: jax.Array) -> _Sides:
 def _all_arcs(sides: _Sides) -> jax.Array:
     """Least cost of giving an item from one node to another: int64 [m, m]."""
     node_m = jnp.arange(sides.values_mj.shape[0])
-    return lax.map(lambda giver: sides.cost(giver, node_m).min(axis=1), node_m)
+    return lax.map(lambda giver: sides.cost(giver[None], node_m).min(axis=1), node_m)
 
 
 def distances(arcs_mm: jax.Array, start_m: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -284,7 +157,7 @@ def balance(
         def give(step):
             held_nj, taker = step
             giver = before_m[taker]
-            item = jnp.argmin(sides.cost(giver, taker))
+            item = jnp.argmin(sides.cost(giver[None], taker[None])[0])
             # The spare has no row, and out of bounds updates are dropped.
             held_nj = held_nj.at[giver, item].set(False, mode="drop")
             return held_nj.at[taker, item].set(True, mode="drop"), giver
@@ -297,8 +170,8 @@ def balance(
         node_m = jnp.arange(surplus_m.shape[0])
 
         def refresh(node: jax.Array, arcs_mm: jax.Array) -> jax.Array:
-            arcs_mm = arcs_mm.at[node, :].set(sides.cost(node, node_m).min(axis=1))
-            return arcs_mm.at[:, node].set(sides.cost(node_m, node).min(axis=1))
+            arcs_mm = arcs_mm.at[node, :].set(sides.cost(node[None], node_m).min(axis=1))
+            return arcs_mm.at[:, node].set(sides.cost(node_m, node[None]).min(axis=1))
 
         arcs_mm, _ = lax.while_loop(
             on_path,
