@@ -29,7 +29,7 @@ Columns (means over servers; `dance_jax.placement.metrics`):
     bound       no placement in the same slots has more of them at home; where the policy knows
     ms          time to solve, of a second run: compiled
     moved       experts that servers must load which they did not hold before
-Under a figure, dim: the published one (../shared/data/README.md) and the difference to it.
+Under a figure, dim: the one published with the trace and the difference to it.
 
 Modules: `traces` reads, `setups` says who serves what in which memory, `figures`, `churn` and
 `speed` measure, `published` has the figures to compare with, `targets` judges, `tables` and `plots`

@@ -1,4 +1,4 @@
-"""Figures of other programs on the same data: ../shared/data/README.md."""
+"""Figures of other programs on the same traces, as published with them."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def trace() -> traces.Trace:
 
 @pytest.fixture
 def directory(tmp_path: pathlib.Path) -> pathlib.Path:
-    """Files as those of ../shared/data/traces, of a tiny model."""
+    """Files as those that --traces wants, of a tiny model."""
     rng = np.random.default_rng(0)
     logits = rng.gumbel(size=(len(TOPICS), TOKENS, LAYERS, EXPERTS))
     routes = np.argsort(-logits)[..., :TOP_K].astype(np.uint8)

@@ -1,4 +1,4 @@
-"""`dance`: the two stages of DanceMoE / Prism (arXiv:2508.12851), as read in PAPER.md."""
+"""`dance`: the two stages of DanceMoE / Prism (arXiv:2508.12851)."""
 
 from __future__ import annotations
 

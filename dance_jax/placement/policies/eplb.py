@@ -266,9 +266,9 @@ def _equal_replicas(problem: Problem) -> int:
 def eplb(problem: Problem) -> Placement:
     """Replicas for the experts with most load, packed so that all devices compute about the same.
 
-    DeepSeek's EPLB; a baseline of DanceMoE, whose authors adapted it to unequal servers without
-    saying how (PAPER.md). The load of an expert is its calls by all servers together; who calls
-    what is not looked at.
+    DeepSeek's EPLB; a baseline of DanceMoE (arXiv:2508.12851), whose authors adapted it to unequal
+    servers without saying how. The load of an expert is its calls by all servers together; who
+    calls what is not looked at.
 
     Equal servers (memory and devices): `rebalance_experts`, global policy, with as many replicas a
     layer as all devices can have equally. Two replicas of an expert on one server become one.

@@ -163,7 +163,7 @@ def optimal(problem: Problem) -> Placement:
         maximise  sum over n, l, e of counts[n,l,e] resident[n,l,e]
         subject to  every (l, e) resident somewhere,  server n holding at most capacities[n],
 
-    the objective of PAPER.md, is a transportation problem (`transport`), solved exactly for counts
+    the objective of DanceMoE, is a transportation problem (`transport`), solved exactly for counts
     rounded to integers (38 bits for 3 servers, 30 for 64; whole counts below that stay as they
     are). All slots are used. Without any count all count the same. Of equally good placements it
     is the one with most residents in common with `previous`, or else with `dance`.

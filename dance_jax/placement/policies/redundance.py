@@ -22,9 +22,9 @@ def _with_replicas(resident_nle: jax.Array, capacities_n: jax.Array, key: jax.Ar
 def redundance(problem: Problem) -> Placement:
     """`uniform`, then replicas drawn at random until every server is full.
 
-    The second baseline of DanceMoE (PAPER.md). Each server draws on its own, evenly among the
-    (layer, expert) it does not hold; what others hold and what is called counts for nothing. Equal
-    seeds draw equal replicas.
+    The second baseline of DanceMoE (arXiv:2508.12851). Each server draws on its own, evenly among
+    the (layer, expert) it does not hold; what others hold and what is called counts for nothing.
+    Equal seeds draw equal replicas.
 
     Worked example: capacities 253, 253, 506 and 24 x 32 experts: `uniform` puts 192, 192 and 384
     experts on the servers, so 61, 61 and 122 replicas are drawn from the 576, 576 and 384 others.
