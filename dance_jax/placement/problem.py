@@ -28,7 +28,7 @@ class Problem:
     cost: Cost | None
     #: The placement in force, for policies that keep churn low.
     previous: Placement | None
-    #: Seed of policies that draw at random.
+    #: Seed of policies that draw at random, an int32 of at least 0.
     seed: int
 
     @classmethod
@@ -67,7 +67,7 @@ class Problem:
             checked_devices,
             checked_cost,
             _checked_previous(previous, counts.shape),
-            seed,
+            seed % 2**31,
         )
 
     @property

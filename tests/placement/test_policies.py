@@ -259,6 +259,13 @@ def test_valid_optional_inputs_are_accepted():
     assert place("dance", counts, [10, 10, 20], **keywords) == want
 
 
+@pytest.mark.parametrize("seed", [-1, 2**31, 2**70])
+def test_any_whole_number_is_a_seed(seed):
+    counts, routes = np.ones((2, 4, 8)), [np.zeros((3, 4, 2), np.int16)] * 2
+    for policy in ("redundance", "latency"):
+        place(policy, counts, [20, 20], routes=routes, seed=seed).validate([20, 20])
+
+
 def test_dance_keeps_more_calls_local_than_uniform():
     """Skewed workloads, equally weighed: most calls stay at home."""
     counts = np.exp(np.random.default_rng(0).normal(size=(3, 4, 8)))
