@@ -26,10 +26,11 @@ from benchmarks.layers import measure, plots
 from benchmarks.layers.measure import Cell, Grid, Variant
 from benchmarks.layers.routes import Sizes
 from benchmarks.layers.servers import ROOT, ServerError, Servers, joined
-from benchmarks.layers.targets import DECODE, HALVED, Target, targets
+from benchmarks.layers.targets import DECODE, HALVED, targets
 from benchmarks.layers.texts import WIRE_DTYPES, read_texts
 from benchmarks.namespaces import Testbed, down, hosts_like, parse_rate, show_rate
 from benchmarks.namespaces.cores import MODES, QUOTA, describe
+from benchmarks.targets import Target
 from dance_jax.config import UserError
 from dance_jax.launch.defaults import demo_dir
 from dance_jax.models.config import ModelConfig

@@ -33,7 +33,8 @@ from rich.console import Console
 
 from benchmarks.policies import churn, figures, plots, setups, speed, tables, traces
 from benchmarks.policies.setups import Setup
-from benchmarks.policies.targets import Results, Target, targets
+from benchmarks.policies.targets import Results, targets
+from benchmarks.targets import Target
 from dance_jax.config import UserError
 from dance_jax.placement import POLICIES
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
+
+from benchmarks.targets import Target
 
 from .measure import Cell
 
@@ -21,33 +22,6 @@ HALVED_RATIO, HALVED = 0.6, (20_000_000, 256)
 INT8_RATIO = 0.3
 #: The slope of time over delay may be off by so much; a round more adds 1.
 SLOPE_TOLERANCE = 0.3
-
-
-@dataclasses.dataclass(frozen=True)
-class Target:
-    """One line of the verdict; worst: of all measurements that it is about, None: there is none."""
-
-    name: str
-    limit: float
-    worst: float | None
-    where: str = ""
-
-    @property
-    def missed(self) -> bool:
-        return self.worst is not None and self.worst > self.limit
-
-    def line(self) -> str:
-        if self.worst is None:
-            return f"not measured  {self.name}"
-        verdict = "MISSED" if self.missed else "reached"
-        found = f"{self.worst:.4g} (at most {self.limit:.4g})"
-        return f"{verdict:<14}{self.name}: {found}{', ' if self.where else ''}{self.where}"
-
-
-def _worst(name: str, limit: float, found: Iterable[tuple[float | None, str]]) -> Target:
-    known = [(value, where) for value, where in found if value is not None]
-    value, where = max(known, default=(None, ""))
-    return Target(name, limit, value, where)
 
 
 def halved(cells: Sequence[Cell]) -> list[tuple[float, str]]:
@@ -81,28 +55,28 @@ def targets(result: dict[str, Any]) -> list[Target]:
         return f"{cell.tokens} tokens, local share {cell.local_share}"
 
     return [
-        _worst(
+        Target.of_worst(
             f"prefill ({PREFILL} tokens and more): bytes over the bound",
             PREFILL_RATIO,
             ((cell.ratio, named(cell)) for cell in exact if cell.tokens >= PREFILL),
         ),
         Target("example prompts: bytes over the bound", RUN_RATIO, run and run["ratio"]),
-        _worst(
+        Target.of_worst(
             f"decode (to {DECODE} tokens): exchanges of messages in a layer",
             ROUNDS,
             ((cell.rounds, named(cell)) for cell in decode),
         ),
-        _worst(
+        Target.of_worst(
             "decode: delays of the links by which a layer is later",
             ROUNDS + SLOPE_TOLERANCE,
             ((each["rounds"], f"{each['tokens']} tokens") for each in result["latency"]),
         ),
-        _worst(
+        Target.of_worst(
             "a layer that stays at home: bytes of a server one way",
             LOCAL_BYTES,
             ((cell.worst_bytes, named(cell)) for cell in exact if cell.local_share == 1),
         ),
-        _worst("half the transfers: time over that of all", HALVED_RATIO, halved(exact)),
+        Target.of_worst("half the transfers: time over that of all", HALVED_RATIO, halved(exact)),
         Target(
             "int8: bytes over float32's",
             INT8_RATIO,

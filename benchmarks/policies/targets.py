@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+
+from benchmarks.targets import Target
 
 from .churn import AFRESH, Churn
 from .figures import BLIND, LATENCY, OPTIMAL, Row, Table
@@ -31,36 +33,6 @@ class Results:
     def all_tables(self) -> Iterator[Table]:
         for tables in self.tables.values():
             yield from tables
-
-
-@dataclasses.dataclass(frozen=True)
-class Target:
-    """One line of the verdict; worst: of all figures that it is about, None: there is none."""
-
-    name: str
-    limit: float
-    worst: float | None
-    where: str = ""
-
-    @property
-    def missed(self) -> bool:
-        return self.worst is not None and not self.worst <= self.limit
-
-    def line(self) -> str:
-        if self.worst is None:
-            return f"not measured  {self.name}"
-        verdict = "MISSED" if self.missed else "reached"
-        found = f"{_short(self.worst)} (at most {_short(self.limit)})"
-        return f"{verdict:<14}{self.name}: {found}{', ' if self.where else ''}{self.where}"
-
-
-def _short(value: float) -> str:
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
-
-
-def _worst(name: str, limit: float, found: Iterable[tuple[float, str]]) -> Target:
-    value, where = max(found, default=(None, ""))
-    return Target(name, limit, value, where)
 
 
 def difference(table: Table, row: Row, column: str) -> float | None:
@@ -93,7 +65,7 @@ def _reproduced(tables: list[Table]) -> Iterator[Target]:
                 if (row := table.row(policy))
                 and (share := difference(table, row, column)) is not None
             ]
-            yield _worst(f"{policy}: {column} off the published figure", TOLERANCE, found)
+            yield Target.of_worst(f"{policy}: {column} off the published figure", TOLERANCE, found)
 
 
 def _latency(tables: list[Table]) -> Iterator[Target]:
@@ -103,7 +75,7 @@ def _latency(tables: list[Table]) -> Iterator[Target]:
             for table in tables
             if table.setup.published and (row := table.row(LATENCY))
         ]
-        yield _worst(f"{LATENCY}: {column}", limit, found)
+        yield Target.of_worst(f"{LATENCY}: {column}", limit, found)
 
 
 def _gaps(results: Results) -> Iterator[tuple[float, str]]:
@@ -134,7 +106,7 @@ def _times(speed: list[Speed]) -> Iterator[Target]:
                 if (case.policy, case.servers, case.layers, case.experts) == (policy, *sizes)
             ]
             name = f"{policy}: ms for {' x '.join(map(str, sizes))}, best of some runs"
-            yield _worst(name, limit, found)
+            yield Target.of_worst(name, limit, found)
 
 
 def targets(results: Results) -> list[Target]:
@@ -153,12 +125,12 @@ def targets(results: Results) -> list[Target]:
     return [
         *_reproduced(reference),
         *_latency(reference),
-        _worst(
+        Target.of_worst(
             f"{LATENCY}: predicted layer time over the best other policy's",
             1.0,
             [(ratio, f"{title}, {policy}") for ratio, policy, title in compared],
         ),
-        _worst(f"{OPTIMAL}: below its bound", BOUND_GAP, _gaps(results)),
-        _worst("placements that differ in a second run", 0.0, differing),
+        Target.of_worst(f"{OPTIMAL}: below its bound", BOUND_GAP, _gaps(results)),
+        Target.of_worst("placements that differ in a second run", 0.0, differing),
         *_times(results.speed),
     ]

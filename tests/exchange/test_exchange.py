@@ -17,8 +17,9 @@ from benchmarks import exchange as command
 from benchmarks.layers import delay, step
 from benchmarks.layers.measure import Cell
 from benchmarks.layers.routes import Sizes, bound, deal, draw_routes, transfers_per_token
-from benchmarks.layers.targets import Target, halved, targets
+from benchmarks.layers.targets import halved, targets
 from benchmarks.layers.texts import Score, read_texts
+from benchmarks.targets import Target
 from benchmarks.trace import self_times
 from dance_jax.config import UserError
 from dance_jax.placement.core import spread

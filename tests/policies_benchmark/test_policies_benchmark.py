@@ -15,7 +15,8 @@ from benchmarks import placement as command
 from benchmarks.policies import churn, figures, setups, speed, tables, traces
 from benchmarks.policies.figures import Row, Table
 from benchmarks.policies.setups import Part, slots
-from benchmarks.policies.targets import Results, Target, gains, over_best_other, targets
+from benchmarks.policies.targets import Results, gains, over_best_other, targets
+from benchmarks.targets import Target
 from dance_jax.config import UserError
 from dance_jax.placement import Cost, place
 from dance_jax.placement.metrics import measure
