@@ -6,6 +6,16 @@ from hypothesis import strategies as st
 SHAPES = [(3, 4, 8), (2, 1, 5), (1, 3, 4), (4, 2, 6)]
 
 
+def draw_capacities(draw, rng, servers, total):
+    """Slots of unequal servers, from just enough for all experts to more than everything."""
+    spare = draw(st.sampled_from([0, 1, total // 3, total * servers]))
+    weights = rng.gamma(draw(st.sampled_from([0.1, 5.0])), size=servers) + 1e-9
+    capacities = rng.multinomial(total + spare, weights / weights.sum())
+    # Slots above a whole copy of the model are of no use; the model must still fit.
+    capacities[0] += max(0, total - int(np.minimum(capacities, total).sum()))
+    return capacities
+
+
 @st.composite
 def problems(draw):
     """Counts of every kind, and capacities from just enough to more than everything."""
@@ -27,10 +37,4 @@ def problems(draw):
             )
         )
     ]()
-    total = layers * experts
-    spare = draw(st.sampled_from([0, 1, total // 3, total * servers]))
-    weights = rng.gamma(draw(st.sampled_from([0.1, 5.0])), size=servers) + 1e-9
-    capacities = rng.multinomial(total + spare, weights / weights.sum())
-    # Slots above a whole copy of the model are of no use; the model must still fit.
-    capacities[0] += max(0, total - int(np.minimum(capacities, total).sum()))
-    return counts, capacities
+    return counts, draw_capacities(draw, rng, servers, layers * experts)

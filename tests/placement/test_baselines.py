@@ -16,6 +16,7 @@ from dance_jax.placement import place
 from dance_jax.placement.policies import packing
 from dance_jax.placement.policies.eplb import rebalance_experts
 from dance_jax.placement.policies.packing import pack
+from tests.placement.cases import draw_capacities
 
 #: Servers, layers, experts; every shape compiles each policy once.
 SHAPES = [(3, 4, 8), (4, 2, 6)]
@@ -29,12 +30,8 @@ def problems(draw):
     servers, layers, experts = draw(st.sampled_from(SHAPES))
     rng = np.random.default_rng(draw(seeds))
     counts = rng.integers(0, draw(st.sampled_from([1, 3, 2**30])), (servers, layers, experts))
-    spare = draw(st.sampled_from([0, 1, layers * experts // 3, 2 * layers * experts]))
-    weights = rng.gamma(draw(st.sampled_from([0.3, 5.0])), size=servers) + 1e-9
-    capacities = rng.multinomial(layers * experts + spare, weights / weights.sum())
-    # Slots above a whole copy of the model are of no use; the model must still fit.
-    capacities = np.minimum(capacities, layers * experts)
-    capacities[0] += max(0, layers * experts - capacities.sum())
+    total = layers * experts
+    capacities = np.minimum(draw_capacities(draw, rng, servers, total), total)
     return counts, capacities, rng.integers(1, 4, servers)
 
 
