@@ -1,9 +1,14 @@
-"""Attention over cached positions and the step's own tokens; MLA (absorbed form) and GQA."""
+"""Attention over cached positions and the step's own tokens; MLA (absorbed form) and GQA.
+
+What earlier steps left lies in blocks of positions, in any order; a sequence's block table names
+its own (arXiv 2309.06180).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +18,8 @@ from dance_jax.models.config import GroupedAttention, LatentAttention, ModelConf
 from dance_jax.models.layers import Linear, RMSNorm, contract, parameter
 from dance_jax.models.rope import rotate
 
-#: Cached positions of one turn of the loop.
-BLOCK = 128
+#: Cached positions of one turn of the loop, in whole blocks.
+SPAN = 128
 
 #: DeepSeek's latents are normalised with this epsilon whatever rms_norm_eps says.
 LATENT_EPS = 1e-6
@@ -24,102 +29,188 @@ Rotation = tuple[jax.Array, jax.Array]
 Split = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
 
 
-class Cached(NamedTuple):
-    """What earlier steps left of the rows, in one layer; it is read where it lies."""
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("start_r", "first_r", "table_rp"),
+    meta_fields=("chunk",),
+)
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Some rows of a step, of `chunk` tokens each, one row's tokens after the other's.
 
-    #: [slots, positions, w]
-    entries: jax.Array
-    #: int32 [rows], the slot of each row; None: row r is slot r.
-    slot: jax.Array | None = None
+    A sequence may have several rows of more than one token; they follow each other, in order and
+    without gaps.
+    """
 
-    def block(self, begin: jax.Array, size: int) -> jax.Array:
-        """[rows, size, w]: the entries of every row from position `begin` on."""
-        if self.slot is None:
-            return jax.lax.dynamic_slice_in_dim(self.entries, begin, size, axis=1)
-        shape = (1, size, self.entries.shape[2])
-        starts = [(slot, begin, jnp.int32(0)) for slot in self.slot]
-        return jnp.concatenate(
-            [jax.lax.dynamic_slice(self.entries, start, shape) for start in starts]
-        )
+    #: int32 [r], position of each row's first token.
+    start_r: jax.Array
+    #: int32 [r], the first row of the same sequence.
+    first_r: jax.Array
+    #: int32 [r, p], the cache's blocks that hold the sequence's positions.
+    table_rp: jax.Array
+    chunk: int
+
+    @property
+    def count(self) -> int:
+        return self.start_r.shape[0]
+
+    @property
+    def tokens(self) -> int:
+        return self.count * self.chunk
+
+    @property
+    def positions_t(self) -> jax.Array:
+        """int32 [r * chunk]"""
+        return (self.start_r[:, None] + jnp.arange(self.chunk, dtype=jnp.int32)).reshape(-1)
+
+    @property
+    def cached_r(self) -> jax.Array:
+        """int32 [r], positions of the row's sequence that earlier steps computed."""
+        return self.start_r[self.first_r]
 
 
 def attend(
-    query_rcgqk: jax.Array,
-    cached: Cached,
-    fresh_rcw: jax.Array,
-    start_r: jax.Array,
+    query_tgqk: jax.Array,
+    fresh_tw: jax.Array,
+    batch: Sequence[Rows],
+    cached_bsw: jax.Array,
     split: Split,
     scale: float,
     window: int | None = None,
-    block: int = BLOCK,
+    span: int = SPAN,
 ) -> jax.Array:
-    """Causal attention of a chunk over itself and over what is cached.
+    """Causal attention of a step's tokens over themselves and over what is cached.
 
-    Softmax in one pass over blocks with a running maximum and sum (arXiv 2205.14135), in float32.
-    The number of blocks follows the longest sequence of the step, not the length of the cache.
+    Softmax in one pass over spans with a running maximum and sum (arXiv 2205.14135), in float32.
+    The number of spans follows the longest sequence of the step, not the size of the cache.
 
     Args:
-        query_rcgqk: [rows, chunk, key heads, queries per key head, key width].
-        cached: position j of row r counts if j < start_r[r].
-        fresh_rcw: [rows, chunk, width] entries of the chunk itself, at start_r[r] + 0..c-1.
-        start_r: int32 [rows].
+        query_tgqk: [t, key heads, queries per key head, key width], the tokens of all `batch`.
+        fresh_tw: [t, width], their entries.
+        batch: the rows that the tokens are.
+        cached_bsw: [blocks, positions, width], entries of earlier steps. It is read, never written.
         split: cuts entries into keys [r, j, g, k] and values [r, j, g, v].
         scale: multiplies the scores.
         window: positions a token sees, itself included; None: all.
-        block: cached positions read at once.
+        span: cached positions read at once, rounded to whole blocks.
 
     Returns:
-        float32 [rows, chunk, key heads, queries per key head, value width].
+        float32 [t, key heads, queries per key head, value width].
     """
-    chunk, length = query_rcgqk.shape[1], cached.entries.shape[1]
-    block = min(block, length)
-    offset_c = jnp.arange(chunk)
-
-    def scores(keys: jax.Array, seen_rcj: jax.Array) -> jax.Array:
-        product = contract("rcgqk,rjgk->rgqcj", query_rcgqk, keys)
-        return jnp.where(seen_rcj[:, None, None], product * scale, -jnp.inf)
-
-    def weighted(weights: jax.Array, values: jax.Array) -> jax.Array:
-        return contract("rgqcj,rjgv->rgqcv", weights.astype(values.dtype), values)
-
-    keys, values = split(fresh_rcw)
-    distance = offset_c[:, None] - offset_c[None, :]
-    seen = (distance >= 0) & ((distance < window) if window else True)
-    own = scores(keys, seen[None])
-    # every token sees itself, so the maximum is finite from here on
-    top = own.max(axis=-1)
-    weights = jnp.exp(own - top[..., None])
-    state = top, weights.sum(axis=-1), weighted(weights, values)
-
-    def visit(index: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        top, total, sums = state
-        # the last block may reach back over positions already visited: they are masked
-        begin = jnp.minimum(index * block, length - block)
-        keys, values = split(cached.block(begin, block))
-        position_j = begin + jnp.arange(block)
-        seen = (position_j[None] < start_r[:, None]) & (position_j >= index * block)[None]
-        seen = seen[:, None, :]
-        if window:
-            distance = (start_r[:, None] + offset_c)[:, :, None] - position_j
-            seen = seen & (distance < window)
-        found = scores(keys, seen)
-        new_top = jnp.maximum(top, found.max(axis=-1))
-        weights = jnp.exp(found - new_top[..., None])
-        shrink = jnp.exp(top - new_top)
-        return (
-            new_top,
-            total * shrink + weights.sum(axis=-1),
-            sums * shrink[..., None] + weighted(weights, values),
+    begin, parts = 0, []
+    for rows in batch:
+        own = slice(begin, begin + rows.tokens)
+        parts.append(
+            _attend_rows(
+                query_tgqk[own], fresh_tw[own], rows, cached_bsw, split, scale, window, span
+            )
         )
+        begin += rows.tokens
+    return jnp.concatenate(parts)
+
+
+#: Running maximum [r, g, q, c], sum [r, g, q, c] and weighted values [r, g, q, c, v].
+_State = tuple[jax.Array, jax.Array, jax.Array]
+
+
+def _attend_rows(
+    query_tgqk: jax.Array,
+    fresh_tw: jax.Array,
+    rows: Rows,
+    cached_bsw: jax.Array,
+    split: Split,
+    scale: float,
+    window: int | None,
+    span: int,
+) -> jax.Array:
+    """`attend` for the tokens of some rows."""
+    size = cached_bsw.shape[1]
+    pages = max(1, span // size)
+    table_rp = jnp.pad(rows.table_rp, ((0, 0), (0, -rows.table_rp.shape[1] % pages)))
+    query_rcgqk = query_tgqk.reshape(rows.count, rows.chunk, *query_tgqk.shape[1:])
+    position_rc = rows.positions_t.reshape(rows.count, rows.chunk)
+
+    def visit(index: jax.Array, state: _State) -> _State:
+        block_rp = jax.lax.dynamic_slice_in_dim(table_rp, index * pages, pages, axis=1)
+        entries = jnp.take(cached_bsw, block_rp, axis=0, mode="clip")
+        keys, values = split(entries.reshape(rows.count, pages * size, -1))
+        position_j = index * (pages * size) + jnp.arange(pages * size)
+        seen_rcj = (position_j < rows.cached_r[:, None])[:, None]
+        if window:
+            seen_rcj = seen_rcj & (position_rc[:, :, None] - position_j < window)
+        return _further(state, _scores(query_rcgqk, keys, seen_rcj, scale), values)
 
     first: int | jax.Array = 0
     if window:
         # rows without cached positions must not pull the loop back to the beginning
-        oldest = jnp.where(start_r > 0, start_r, jnp.iinfo(jnp.int32).max).min() - window + 1
-        first = jnp.maximum(oldest, 0) // block
-    blocks = (start_r.max() + block - 1) // block
-    _, total, sums = jax.lax.fori_loop(jnp.int32(first), blocks.astype(jnp.int32), visit, state)
-    return jnp.moveaxis(sums / total[..., None], 3, 1)
+        far = jnp.iinfo(jnp.int32).max
+        oldest = jnp.where(rows.cached_r > 0, rows.start_r, far).min() - window + 1
+        first = jnp.maximum(oldest, 0) // (pages * size)
+    last = (rows.cached_r.max() + pages * size - 1) // (pages * size)
+    state = _among_themselves(query_tgqk, fresh_tw, rows, split, scale, window)
+    state = jax.lax.fori_loop(jnp.int32(first), last.astype(jnp.int32), visit, state)
+    _, total, sums = state
+    return jnp.moveaxis(sums / total[..., None], 3, 1).reshape(
+        *query_tgqk.shape[:-1], sums.shape[-1]
+    )
+
+
+def _among_themselves(
+    query_tgqk: jax.Array,
+    fresh_tw: jax.Array,
+    rows: Rows,
+    split: Split,
+    scale: float,
+    window: int | None,
+) -> _State:
+    """Attention of the rows' tokens to the step's tokens of their own sequences."""
+    # Rows of one token are sequences of their own; others may see the rows before them.
+    groups = rows.count if rows.chunk == 1 else 1
+    size = rows.tokens // groups
+    index = jnp.arange(size)
+    distance = index[:, None] - index
+    seen_ij = (distance >= 0) & ((distance < window) if window else True)
+    if rows.chunk > 1:
+        seen_ij &= jnp.repeat(rows.first_r * rows.chunk, rows.chunk)[:, None] <= index
+    keys, values = split(fresh_tw.reshape(groups, size, -1))
+    query = query_tgqk.reshape(groups, size, *query_tgqk.shape[1:])
+    scores = _scores(query, keys, seen_ij[None], scale)
+    # every token sees itself, so the maximum is finite from here on
+    top = scores.max(axis=-1)
+    weights = jnp.exp(scores - top[..., None])
+    state = top, weights.sum(axis=-1), _weighted(weights, values)
+
+    def by_rows(part: jax.Array) -> jax.Array:
+        """[groups, g, q, size, ...] -> [r, g, q, c, ...]"""
+        moved = jnp.moveaxis(part, 3, 1)
+        return jnp.moveaxis(moved.reshape(rows.count, rows.chunk, *moved.shape[2:]), 1, 3)
+
+    return by_rows(state[0]), by_rows(state[1]), by_rows(state[2])
+
+
+def _further(state: _State, scores_rgqcj: jax.Array, values_rjgv: jax.Array) -> _State:
+    """The state after some more positions."""
+    top, total, sums = state
+    new_top = jnp.maximum(top, scores_rgqcj.max(axis=-1))
+    weights = jnp.exp(scores_rgqcj - new_top[..., None])
+    shrink = jnp.exp(top - new_top)
+    return (
+        new_top,
+        total * shrink + weights.sum(axis=-1),
+        sums * shrink[..., None] + _weighted(weights, values_rjgv),
+    )
+
+
+def _scores(
+    query_rcgqk: jax.Array, keys_rjgk: jax.Array, seen_rcj: jax.Array, scale: float
+) -> jax.Array:
+    """float32 [r, g, q, c, j], -inf where a position is not seen."""
+    product = contract("rcgqk,rjgk->rgqcj", query_rcgqk, keys_rjgk)
+    return jnp.where(seen_rcj[:, None, None], product * scale, -jnp.inf)
+
+
+def _weighted(weights_rgqcj: jax.Array, values_rjgv: jax.Array) -> jax.Array:
+    return contract("rgqcj,rjgv->rgqcv", weights_rgqcj.astype(values_rjgv.dtype), values_rjgv)
 
 
 class LatentAttentionLayer(nnx.Module):
@@ -152,39 +243,43 @@ class LatentAttentionLayer(nnx.Module):
         self.out = Linear(heads * shape.v_head_dim, d, dtype)
 
     def __call__(
-        self, hidden_rcd: jax.Array, rotation: Rotation, start_r: jax.Array, cached: Cached
+        self,
+        hidden_td: jax.Array,
+        rotation: Rotation,
+        batch: Sequence[Rows],
+        cached_bsw: jax.Array,
     ) -> tuple[jax.Array, jax.Array]:
-        """Returns the attention's output [r, c, d] and the chunk's entries [r, c, w]."""
-        shape, dtype = self.shape, hidden_rcd.dtype
-        rows, chunk, _ = hidden_rcd.shape
+        """Returns the attention's output [t, d] and the tokens' entries [t, w]."""
+        shape, dtype = self.shape, hidden_td.dtype
+        tokens = hidden_td.shape[0]
         if shape.q_lora_rank is None:
-            query = self.q(hidden_rcd)
+            query = self.q(hidden_td)
         else:
-            query = self.q_b(self.q_norm(self.q_a(hidden_rcd)))
-        query = query.reshape(rows, chunk, shape.num_heads, -1)
+            query = self.q_b(self.q_norm(self.q_a(hidden_td)))
+        query = query.reshape(tokens, shape.num_heads, -1)
         plain, turned = jnp.split(query, [shape.qk_nope_head_dim], axis=-1)
-        absorbed = contract("rchn,hnk->rchk", plain, self.w_uk[...]).astype(dtype)
+        absorbed = contract("thn,hnk->thk", plain, self.w_uk[...]).astype(dtype)
         turned = rotate(self.rope, turned, rotation)
 
-        latent, key = jnp.split(self.kv_a(hidden_rcd), [shape.kv_lora_rank], axis=-1)
-        key = rotate(self.rope, key[:, :, None], rotation)[:, :, 0]
-        fresh = jnp.concatenate([self.kv_norm(latent), key], axis=-1)
+        latent, key = jnp.split(self.kv_a(hidden_td), [shape.kv_lora_rank], axis=-1)
+        key = rotate(self.rope, key[:, None], rotation)[:, 0]
+        fresh_tw = jnp.concatenate([self.kv_norm(latent), key], axis=-1)
 
         def split(entries: jax.Array) -> tuple[jax.Array, jax.Array]:
             shared = entries[:, :, None]
             return shared, shared[..., : shape.kv_lora_rank]
 
         mixed = attend(
-            jnp.concatenate([absorbed, turned], axis=-1)[:, :, None],
-            cached,
-            fresh,
-            start_r,
+            jnp.concatenate([absorbed, turned], axis=-1)[:, None],
+            fresh_tw,
+            batch,
+            cached_bsw,
             split,
             self.scale,
         )
-        values = contract("rchk,hkv->rchv", mixed[:, :, 0].astype(dtype), self.w_uv[...])
+        values = contract("thk,hkv->thv", mixed[:, 0].astype(dtype), self.w_uv[...])
         values = values.astype(dtype)
-        return self.out(values.reshape(rows, chunk, -1)), fresh
+        return self.out(values.reshape(tokens, -1)), fresh_tw
 
 
 class GroupedAttentionLayer(nnx.Module):
@@ -202,30 +297,33 @@ class GroupedAttentionLayer(nnx.Module):
         self.out = Linear(shape.num_heads * shape.head_dim, d, dtype)
 
     def __call__(
-        self, hidden_rcd: jax.Array, rotation: Rotation, start_r: jax.Array, cached: Cached
+        self,
+        hidden_td: jax.Array,
+        rotation: Rotation,
+        batch: Sequence[Rows],
+        cached_bsw: jax.Array,
     ) -> tuple[jax.Array, jax.Array]:
-        """Returns the attention's output [r, c, d] and the chunk's entries [r, c, w]."""
+        """Returns the attention's output [t, d] and the tokens' entries [t, w]."""
         shape = self.shape
-        rows, chunk, _ = hidden_rcd.shape
+        tokens = hidden_td.shape[0]
         groups, width = shape.num_kv_heads, shape.head_dim
-        query = self.q(hidden_rcd).reshape(rows, chunk, shape.num_heads, width)
+        query = self.q(hidden_td).reshape(tokens, shape.num_heads, width)
         query = rotate(self.rope, query, rotation)
-        keys = self.k(hidden_rcd).reshape(rows, chunk, groups, width)
-        keys = rotate(self.rope, keys, rotation).reshape(rows, chunk, -1)
-        fresh = jnp.concatenate([keys, self.v(hidden_rcd)], axis=-1)
+        keys = self.k(hidden_td).reshape(tokens, groups, width)
+        keys = rotate(self.rope, keys, rotation).reshape(tokens, -1)
+        fresh_tw = jnp.concatenate([keys, self.v(hidden_td)], axis=-1)
 
         def split(entries: jax.Array) -> tuple[jax.Array, jax.Array]:
-            pair = entries.reshape(rows, -1, 2, groups, width)
+            pair = entries.reshape(*entries.shape[:2], 2, groups, width)
             return pair[:, :, 0], pair[:, :, 1]
 
         mixed = attend(
-            query.reshape(rows, chunk, groups, -1, width),
-            cached,
-            fresh,
-            start_r,
+            query.reshape(tokens, groups, -1, width),
+            fresh_tw,
+            batch,
+            cached_bsw,
             split,
             self.scale,
             shape.sliding_window,
         )
-        values = mixed.astype(hidden_rcd.dtype).reshape(rows, chunk, -1)
-        return self.out(values), fresh
+        return self.out(mixed.astype(hidden_td.dtype).reshape(tokens, -1)), fresh_tw

@@ -50,7 +50,7 @@ class Collectives:
         return np.zeros(layers, np.int32)
 
     def dispatch(
-        self, topology: Topology, outgoing: Outgoing, active: Array, memory: Array
+        self, topology: Topology, outgoing: Outgoing, work: Array, memory: Array
     ) -> tuple[Incoming, Exchanged]:
         num, rank = topology.num_servers, topology.rank
         like = (outgoing.expert[0], outgoing.weight, *outgoing.hidden)
@@ -59,7 +59,7 @@ class Collectives:
             for peer in topology.peers
         }
         counts_n = outgoing.goes.sum(1, dtype=jnp.int32)
-        header = jnp.concatenate([counts_n, active.astype(jnp.int32)[None]])
+        header = jnp.concatenate([counts_n, work[None]])
         rung = _rung((memory + CREDIT_STEPS - 1) // CREDIT_STEPS)
         headers, firsts, order = _first_round(topology, packed, rung, header)
         headers, firsts = from_gateway(topology, (headers, firsts))
@@ -80,8 +80,8 @@ class Collectives:
         exchanged = Exchanged(
             # With the order in them, they tie the sums' messages to these.
             rows=rows + order,
-            sent=wire_bytes(rows, first, row_bytes(like), row_bytes(outgoing.hidden))[rank],
-            active=heads[:, num].any(),
+            bytes=wire_bytes(rows, first, row_bytes(like), row_bytes(outgoing.hidden)),
+            work=heads[:, num].max(),
             memory=jnp.maximum(jnp.minimum(largest, LADDER[-1]) * CREDIT_STEPS, memory - 1),
         )
         return Incoming(expert, weight, tuple(hidden)), exchanged

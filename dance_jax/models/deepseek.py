@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dance_jax.models.attention import Cached, LatentAttentionLayer, Rotation
+from dance_jax.models.attention import LatentAttentionLayer, Rotation, Rows
 from dance_jax.models.config import LatentAttention, ModelConfig
 from dance_jax.models.layers import GatedMLP, RMSNorm, Routed, Trunk, matmul, parameter
 from dance_jax.models.router import choose_experts
@@ -39,24 +41,22 @@ class DeepseekV2Layer(nnx.Module):
 
     def __call__(
         self,
-        hidden_rcd: jax.Array,
+        hidden_td: jax.Array,
         rotation: Rotation,
-        start_r: jax.Array,
-        cached: Cached,
+        batch: Sequence[Rows],
+        cached_bsw: jax.Array,
     ) -> tuple[jax.Array, Routed | None, jax.Array]:
         """See `layers.Layer`."""
-        mixed, fresh = self.attention(self.attention_norm(hidden_rcd), rotation, start_r, cached)
-        hidden_rcd = hidden_rcd + mixed
-        x_td = self.mlp_norm(hidden_rcd).reshape(-1, hidden_rcd.shape[-1])
-        residual_rcd = hidden_rcd.astype(jnp.float32)
+        mixed, fresh = self.attention(self.attention_norm(hidden_td), rotation, batch, cached_bsw)
+        hidden_td = hidden_td + mixed
+        x_td = self.mlp_norm(hidden_td)
+        residual_td = hidden_td.astype(jnp.float32)
         if not self.routed:
-            residual_rcd += self.mlp(x_td).reshape(hidden_rcd.shape)
-            return residual_rcd.astype(hidden_rcd.dtype), None, fresh
+            return (residual_td + self.mlp(x_td)).astype(hidden_td.dtype), None, fresh
         logits = matmul(x_td.astype(jnp.float32), self.router[...])
         if self.shared is not None:
-            residual_rcd += self.shared(x_td).reshape(hidden_rcd.shape)
-        routed = Routed(x_td, *choose_experts(self.router_config, logits))
-        return residual_rcd, routed, fresh
+            residual_td += self.shared(x_td)
+        return residual_td, Routed(x_td, *choose_experts(self.router_config, logits)), fresh
 
 
 class DeepseekV2(Trunk):

@@ -64,19 +64,19 @@ class Exchange:
         topology: Topology,
         pool: Pool,
         tables: Tables,
-        active: Array,
+        work: Array,
         transport: Transport,
         wire_dtype: np.dtype,
     ):
         """
         Args:
-            active: bool [], this server has work.
+            work: int32 [], what this server tells the others of its work; all learn the most.
             wire_dtype: of hidden states and sums between servers, see messages.encode.
         """
         self.topology = topology
         self.pool = pool
         self.tables = tables
-        self.active = active
+        self.work = work
         self.transport = transport
         self.wire_dtype = wire_dtype
 
@@ -113,7 +113,7 @@ class Exchange:
 
         if servers == 1:
             none = jnp.zeros((1, 1), jnp.int32)
-            exchanged = Exchanged(none, none[0], self.active, memory)
+            exchanged = Exchanged(none, none, self.work, memory)
             return scatter_siblings(topology, self._ffn(*own, slot_e)), exchanged
 
         visit_ngk = visit_gk == jnp.arange(servers)[:, None, None]
@@ -123,7 +123,7 @@ class Exchange:
             weight=weight_gk,
             hidden=encode(x_gd, self.wire_dtype),
         )
-        incoming, exchanged = self.transport.dispatch(topology, outgoing, self.active, memory)
+        incoming, exchanged = self.transport.dispatch(topology, outgoing, self.work, memory)
         y_gd, sums = self._run_experts(
             own, incoming, exchanged.rows[:, topology.rank].sum(), slot_e
         )

@@ -16,7 +16,7 @@ from dance_jax.models.rope import rotation
 
 
 class Routed(NamedTuple):
-    """What a layer hands to the routed experts; t = rows * chunk."""
+    """What a layer hands to the routed experts."""
 
     #: [t, d] in the engine's dtype.
     x: jax.Array
@@ -95,16 +95,16 @@ class GatedMLP(nnx.Module):
 class Layer(Protocol):
     """One decoder layer up to its routed experts.
 
-    Returns the residual (float32 when routed experts are still to be added to it), what goes to
-    the routed experts (None in a dense layer), and the chunk's cache entries [r, c, w].
+    Returns the residual [t, d] (float32 when routed experts are still to be added to it), what goes
+    to the routed experts (None in a dense layer), and the tokens' cache entries [t, w].
     """
 
     def __call__(
         self,
-        hidden_rcd: jax.Array,
+        hidden_td: jax.Array,
         rotation: tuple[jax.Array, jax.Array],
-        start_r: jax.Array,
-        cached: Any,
+        batch: Any,
+        cached_bsw: jax.Array,
     ) -> tuple[jax.Array, Routed | None, jax.Array]: ...
 
 
@@ -121,40 +121,39 @@ class Trunk(nnx.Module):
 
     def __call__(
         self,
-        tokens_rc: jax.Array,
-        start_r: jax.Array,
-        cached: Sequence[Any],
+        tokens_t: jax.Array,
+        positions_t: jax.Array,
+        batch: Any,
+        cached: Sequence[jax.Array],
         moe: MoE,
     ) -> tuple[jax.Array, tuple[jax.Array, ...], Any]:
-        """Runs a chunk of each row.
+        """Runs the tokens of a step.
 
         The MoE layers are one loop: experts and exchange are compiled once, and each turn branches
         to its layer's own weights (stacked ones would be copied in every turn).
 
         Args:
-            tokens_rc: int32 [rows, chunk]; row r stands at positions start_r[r] + 0..chunk-1.
-            start_r: int32 [rows], positions of each row that are cached.
-            cached: per layer an `attention.Cached`; position j of row r counts if j < start_r[r].
-                It is read, never written.
+            tokens_t: int32 [t]; positions_t: int32 [t], where they stand.
+            batch: the rows they are, for the attention (`attention.Rows`).
+            cached: per layer [blocks, positions, cache_width]. It is read, never written.
             moe: the routed experts.
 
         Returns:
-            hidden [rows, chunk, hidden_size] after the final norm; per layer the chunk's cache
-            entries [rows, chunk, cache_width] for the caller to write; the records of `moe`,
-            stacked over the MoE layers.
+            hidden [t, hidden_size] after the final norm; per layer the tokens' cache entries
+            [t, cache_width] for the caller to write; the records of `moe`, stacked over the MoE
+            layers.
         """
-        positions = start_r[:, None] + jnp.arange(tokens_rc.shape[1], dtype=start_r.dtype)
-        angles = rotation(self.config.rope, positions)
-        hidden = jnp.take(self.embedding[...], tokens_rc, axis=0, mode="clip")
+        angles = rotation(self.config.rope, positions_t)
+        hidden = jnp.take(self.embedding[...], tokens_t, axis=0, mode="clip")
         moe_layers = self.config.moe_layers
         fresh = []
         for index in range(moe_layers[0]):
             with jax.named_scope("layer"):
-                hidden, _, new = self.layers[index](hidden, angles, start_r, cached[index])
+                hidden, _, new = self.layers[index](hidden, angles, batch, cached[index])
             fresh.append(new)
 
         def up_to_experts(index: int, hidden: jax.Array):
-            return self.layers[index](hidden, angles, start_r, cached[index])
+            return self.layers[index](hidden, angles, batch, cached[index])
 
         branches = [functools.partial(up_to_experts, index) for index in moe_layers]
 
@@ -162,7 +161,7 @@ class Trunk(nnx.Module):
             with jax.named_scope("layer"):
                 residual, routed, new = jax.lax.switch(layer, branches, hidden)
             sums, record = moe(layer, *routed)
-            hidden = (residual + sums.reshape(residual.shape)).astype(hidden.dtype)
+            hidden = (residual + sums).astype(hidden.dtype)
             return hidden, (new, record)
 
         turns = jnp.arange(len(moe_layers), dtype=jnp.int32)

@@ -39,7 +39,7 @@ constexpr int64_t kSilenceMs = 10'000;
 constexpr int kLookMs = 1'000;
 
 // Before the rows of every message. In a dispatch what all servers need to know follows, int32
-// each: rows from the sender to each server, and whether the sender has work. Two servers that do
+// each: rows from the sender to each server, and what the sender has to do. Two servers that do
 // not run the same step find it out here.
 struct Head {
   uint32_t magic;
@@ -322,9 +322,9 @@ std::vector<int64_t> Chosen(const bool* goes, int64_t count) {
 }
 
 // Each server's hidden states for the others. Rows received stand at the front of the results,
-// peers in the order of their ranks. heads [n, n + 1]: each server's counts, and if it has work.
+// peers in the order of their ranks. heads [n, n + 1]: each server's counts, and its work.
 ffi::Error Dispatch(int64_t devices, ffi::Buffer<ffi::S32, 0> device,
-                    ffi::Buffer<ffi::PRED, 0> active, ffi::Buffer<ffi::PRED, 2> goes,
+                    ffi::Buffer<ffi::S32, 0> work, ffi::Buffer<ffi::PRED, 2> goes,
                     ffi::AnyBuffer expert_ngk, ffi::RemainingArgs columns,
                     ffi::ResultBuffer<ffi::S32, 2> heads, ffi::Result<ffi::AnyBuffer> got_expert,
                     ffi::RemainingRets got_columns) {
@@ -344,7 +344,7 @@ ffi::Error Dispatch(int64_t devices, ffi::Buffer<ffi::S32, 0> device,
     chosen[n] = Chosen(goes.typed_data() + n * count, count);
     known(rank)[n] = chosen[n].size();
   }
-  known(rank)[servers] = *active.typed_data();
+  known(rank)[servers] = *work.typed_data();
 
   auto call = [&] {
     const Head head{kMagic, ++links->exchange, kDispatch, Width(sources)};
@@ -436,7 +436,7 @@ auto DispatchBinding() {
   return ffi::Ffi::Bind()
       .Attr<int64_t>("devices")
       .Arg<ffi::Buffer<ffi::S32, 0>>()
-      .Arg<ffi::Buffer<ffi::PRED, 0>>()
+      .Arg<ffi::Buffer<ffi::S32, 0>>()
       .Arg<ffi::Buffer<ffi::PRED, 2>>()
       .Arg<ffi::AnyBuffer>()
       .RemainingArgs()

@@ -45,14 +45,14 @@ class Incoming(NamedTuple):
 
 
 class Exchanged(NamedTuple):
-    """What one layer's exchange reports; all but `sent` is known alike to all servers."""
+    """What one layer's exchange reports; known alike to all servers."""
 
     #: int32 [n, n], rows sent from server (first axis) to server (second axis).
     rows: Array
-    #: int32 [n], payload bytes this server sends to each, sums included.
-    sent: Array
-    #: bool [], some server reported work.
-    active: Array
+    #: int32 [n, n], payload bytes from server to server, sums included.
+    bytes: Array
+    #: int32 [], the most that a server reported of its work (`Exchange`).
+    work: Array
     #: What the transport wants to know in this layer's next exchange.
     memory: Any
 
@@ -74,12 +74,12 @@ class Transport(Protocol):
         ...
 
     def dispatch(
-        self, topology: Topology, outgoing: Outgoing, active: Array, memory: Any
+        self, topology: Topology, outgoing: Outgoing, work: Array, memory: Any
     ) -> tuple[Incoming, Exchanged]:
         """Sends every server its rows.
 
         Args:
-            active: bool [], this server has work.
+            work: int32 [], this server's, see `Exchange`.
             memory: of this layer's last exchange.
         """
         ...

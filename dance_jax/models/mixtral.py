@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dance_jax.models.attention import Cached, GroupedAttentionLayer, Rotation
+from dance_jax.models.attention import GroupedAttentionLayer, Rotation, Rows
 from dance_jax.models.config import GroupedAttention, ModelConfig
 from dance_jax.models.layers import RMSNorm, Routed, Trunk, matmul, parameter
 from dance_jax.models.router import choose_experts
@@ -26,18 +28,18 @@ class MixtralLayer(nnx.Module):
 
     def __call__(
         self,
-        hidden_rcd: jax.Array,
+        hidden_td: jax.Array,
         rotation: Rotation,
-        start_r: jax.Array,
-        cached: Cached,
+        batch: Sequence[Rows],
+        cached_bsw: jax.Array,
     ) -> tuple[jax.Array, Routed | None, jax.Array]:
         """See `layers.Layer`."""
-        mixed, fresh = self.attention(self.attention_norm(hidden_rcd), rotation, start_r, cached)
-        hidden_rcd = hidden_rcd + mixed
-        x_td = self.mlp_norm(hidden_rcd).reshape(-1, hidden_rcd.shape[-1])
+        mixed, fresh = self.attention(self.attention_norm(hidden_td), rotation, batch, cached_bsw)
+        hidden_td = hidden_td + mixed
+        x_td = self.mlp_norm(hidden_td)
         logits = matmul(x_td.astype(jnp.float32), self.router[...])
         routed = Routed(x_td, *choose_experts(self.router_config, logits))
-        return hidden_rcd.astype(jnp.float32), routed, fresh
+        return hidden_td.astype(jnp.float32), routed, fresh
 
 
 class Mixtral(Trunk):

@@ -48,11 +48,11 @@ def rotation(rope: RopeConfig, positions: jax.Array) -> tuple[jax.Array, jax.Arr
 
 
 def rotate(
-    rope: RopeConfig, heads_rchk: jax.Array, rotation_rck: tuple[jax.Array, jax.Array]
+    rope: RopeConfig, heads_thk: jax.Array, rotation_tk: tuple[jax.Array, jax.Array]
 ) -> jax.Array:
-    """Rotates each head's pairs of floats: [r, c, heads, dim] in any dtype, returned in it."""
-    cos, sin = (table[..., None, :] for table in rotation_rck)
-    values = heads_rchk.astype(jnp.float32)
+    """Rotates each head's pairs of floats: [t, heads, dim] in any dtype, returned in it."""
+    cos, sin = (table[..., None, :] for table in rotation_tk)
+    values = heads_thk.astype(jnp.float32)
     if rope.interleaved:
         first, second = values[..., 0::2], values[..., 1::2]
     else:
@@ -62,4 +62,4 @@ def rotate(
         joined = jnp.stack(turned, axis=-1).reshape(values.shape)
     else:
         joined = jnp.concatenate(turned, axis=-1)
-    return joined.astype(heads_rchk.dtype)
+    return joined.astype(heads_thk.dtype)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dance_jax.models.attention import Cached
+from dance_jax.models.attention import Rows
 from tests.tiny_models import DEEPSEEK, MIXTRAL
 
 #: Tiny models run for milliseconds and would compile for seconds.
@@ -53,33 +53,50 @@ def dense_moe(pools):
     return moe
 
 
+#: Positions of a block of the runner's cache; chunks may begin and end anywhere.
+BLOCK = 8
+
+
 class Runner:
-    """A model with a cache of its own: the smallest possible engine."""
+    """A model with a cache of its own, in blocks without order: the smallest possible engine."""
 
     def __init__(self, model, moe, rows=1, length=256):
         graph, state = nnx.split(model)
         config, dtype = model.config, model.embedding.get_value().dtype
 
         @functools.partial(jax.jit, compiler_options=QUICK)
-        def step(state, tokens, start, cached):
+        def step(state, tokens, batch, cached):
             model = nnx.merge(graph, state)
-            hidden, fresh, _ = model(tokens, start, cached, moe)
-            logits = model.logits(hidden.reshape(-1, hidden.shape[-1]))
-            return logits.reshape(*tokens.shape, -1), fresh
+            positions = jnp.concatenate([each.positions_t for each in batch])
+            hidden, fresh, _ = model(tokens.reshape(-1), positions, batch, cached, moe)
+            return model.logits(hidden).reshape(*tokens.shape, -1), fresh
 
         self.step, self.state = step, state
-        shape = (rows, length, config.cache_width)
+        pages = -(-length // BLOCK)
+        self.table = np.random.default_rng(0).permutation(rows * pages).reshape(rows, pages)
+        shape = (rows * pages, BLOCK, config.cache_width)
         self.cached = [np.zeros(shape, dtype) for _ in range(config.num_layers)]
 
     def __call__(self, tokens_rc, start_r):
         """Logits [r, c, v] of a chunk; its entries are kept."""
         tokens = np.asarray(tokens_rc, np.int32)
-        start = np.asarray(start_r, np.int32)
-        cached = [Cached(jnp.asarray(entries)) for entries in self.cached]
-        logits, fresh = self.step(self.state, tokens, start, cached)
+        count, chunk = tokens.shape
+        # One row is one group of rows here: the rows are sequences of their own.
+        batch = [
+            Rows(
+                np.array([first], np.int32),
+                np.zeros(1, np.int32),
+                self.table[row : row + 1].astype(np.int32),
+                chunk,
+            )
+            for row, first in enumerate(start_r)
+        ]
+        logits, fresh = self.step(self.state, tokens, batch, self.cached)
         for kept, new in zip(self.cached, fresh, strict=True):
-            for row, first in enumerate(start):
-                kept[row, first : first + tokens.shape[1]] = new[row]
+            entries = np.asarray(new).reshape(count, chunk, -1)
+            for row, first in enumerate(start_r):
+                position = first + np.arange(chunk)
+                kept[self.table[row, position // BLOCK], position % BLOCK] = entries[row]
         return np.asarray(logits)
 
 

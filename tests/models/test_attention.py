@@ -5,65 +5,114 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dance_jax.models.attention import Cached, attend
+from dance_jax.models.attention import Rows, attend
+
+WIDTH = 10
 
 
-def oracle(query, cached, fresh, start, scale, window):
-    """float64; keys are the first 6 floats of an entry, values the last 4."""
-    result = np.zeros((*query.shape[:-1], 4))
-    for r, c in np.ndindex(*query.shape[:2]):
-        entries = np.concatenate([cached[r, : start[r]], fresh[r, : c + 1]])
-        entries = entries[-window:] if window else entries
-        scores = query[r, c, 0] @ entries[:, :6].T * scale
-        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-        result[r, c, 0] = weights @ entries[:, -4:] / weights.sum(axis=-1, keepdims=True)
-    return result
+def oracle(query, known, position, scale, window):
+    """float64 [heads, 4]; keys are the first 6 floats of an entry, values the last 4."""
+    entries = known[: position + 1]
+    entries = entries[-window:] if window else entries
+    scores = query[0] @ entries[:, :6].T * scale
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    return weights @ entries[:, -4:] / weights.sum(axis=-1, keepdims=True)
 
 
-@pytest.mark.parametrize("window", [None, 1, 5, 17])
-@pytest.mark.parametrize("chunk", [1, 7])
-@pytest.mark.parametrize("slot", [None, (2, 0, 4, 1)])
-def test_attend(chunk, window, slot):
-    rng = np.random.default_rng(0)
-    # 37 positions in blocks of 8: the last block overlaps the one before
-    query = rng.standard_normal((4, chunk, 1, 3, 6)).astype(np.float32)
-    entries = rng.standard_normal((5, 37, 10)).astype(np.float32)
-    if slot is None:
-        entries = entries[:4]
-    where = Cached(jnp.asarray(entries), None if slot is None else jnp.array(slot))
-    cached = entries if slot is None else entries[list(slot)]
-    fresh = rng.standard_normal((4, chunk, 10)).astype(np.float32)
-    starts = [[0, 1, 20, 37], [0, 0, 0, 0], [8, 16, 35, 0], [36, 36, 36, 36]]
+class Sequences:
+    """Entries of some sequences, and a cache that holds their beginnings in scattered blocks.
+
+    What the cache holds beside is anything, and so are the table's entries past the beginnings.
+    """
+
+    def __init__(self, lengths, block, cached):
+        rng = np.random.default_rng(0)
+        self.entries = [rng.standard_normal((n, WIDTH)).astype(np.float32) for n in lengths]
+        pages = [-(-n // block) for n in lengths]
+        self.cache = rng.standard_normal((1 + sum(pages), block, WIDTH)).astype(np.float32)
+        order = iter(rng.permutation(1 + sum(pages)).tolist())
+        self.table = rng.integers(0, sum(pages), (len(lengths), max(pages))).astype(np.int32)
+        for number, (entries, count) in enumerate(zip(self.entries, cached, strict=True)):
+            self.table[number, : pages[number]] = [next(order) for _ in range(pages[number])]
+            for position in range(count):
+                where = self.table[number, position // block], position % block
+                self.cache[where] = entries[position]
+
+    def rows(self, starts, owners, firsts, chunk):
+        start = np.array(starts, np.int32)
+        return Rows(start, np.array(firsts, np.int32), self.table[list(owners)], chunk)
+
+
+def run(sequences, batch, owners, window, span):
+    """Compares every token that is one (rows may be padded) with the oracle."""
+    rng = np.random.default_rng(1)
+    tokens = sum(rows.tokens for rows in batch)
+    query = rng.standard_normal((tokens, 1, 3, 6)).astype(np.float32)
+    positions = np.concatenate([rows.positions_t for rows in batch])
+    owner_t = np.concatenate(
+        [np.repeat(each, rows.chunk) for each, rows in zip(owners, batch, strict=True)]
+    )
+    fresh = rng.standard_normal((tokens, WIDTH)).astype(np.float32)  # padding is anything
+    real = [p < len(sequences.entries[o]) for p, o in zip(positions, owner_t, strict=True)]
+    for t in np.flatnonzero(real):
+        fresh[t] = sequences.entries[owner_t[t]][positions[t]]
 
     @jax.jit
-    def run(start):
+    def attended(batch):
         return attend(
             query,
-            where,
             fresh,
-            start,
+            batch,
+            sequences.cache,
             lambda entries: (entries[:, :, None, :6], entries[:, :, None, -4:]),
             scale=0.5,
             window=window,
-            block=8,
+            span=span,
         )
 
-    for start in starts:
-        found = run(np.array(start, np.int32))
-        expected = oracle(query, cached, fresh, start, 0.5, window)
-        np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6)
+    found = np.asarray(attended(batch))
+    for t in np.flatnonzero(real):
+        known = sequences.entries[owner_t[t]].astype(np.float64)
+        expected = oracle(query[t], known, positions[t], 0.5, window)
+        np.testing.assert_allclose(found[t, 0], expected, rtol=0, atol=2e-6)
+    return int(np.sum(real))
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 17])
+@pytest.mark.parametrize("span", [4, 8, 16])
+@pytest.mark.parametrize("lengths", [(1, 2, 21, 38), (9, 17, 36, 1), (1, 1, 1, 1)])
+def test_decode_rows(lengths, span, window):
+    """The last token of each sequence, all others cached."""
+    cached = [length - 1 for length in lengths]
+    sequences = Sequences(lengths, 4, cached)
+    rows = sequences.rows(cached, range(4), range(4), 1)
+    assert run(sequences, [rows], [range(4)], window, span) == 4
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 17])
+@pytest.mark.parametrize("span", [4, 16])
+def test_a_slice_beside_a_decode(span, window):
+    """Sequence 0 has three rows, 1 one after cached blocks, 2 a short one; 3 decodes."""
+    sequences = Sequences((11, 24, 2, 19), 4, (0, 20, 0, 18))
+    decode = sequences.rows([18, 0], [3, 3], [0, 1], 1)
+    starts, owners = [0, 4, 8, 20, 0, 0], [0, 0, 0, 1, 2, 2]
+    piece = sequences.rows(starts, owners, [0, 0, 0, 3, 4, 5], 4)
+    owners = [[3, 3], owners]
+    # The second decode row and the last row of the slice stand for unused ones.
+    assert run(sequences, [decode, piece], owners, window, span) == 2 + 11 + 4 + 2 + 2
 
 
 def test_the_loop_follows_the_sequences_not_the_cache():
     # a cache 1000 times as long must not be read: the loop's bound is data, not shape
-    def run(start, cached):
-        one = np.ones((1, 1, 1, 1, 6), np.float32)
-        fresh = np.ones((1, 1, 6), np.float32)
+    def alone(start, cached):
+        one = np.ones((1, 1, 1, 6), np.float32)
+        table = np.arange(1000, dtype=np.int32)[None]
+        rows = Rows(start, np.zeros(1, np.int32), table, 1)
         split = lambda entries: (entries[:, :, None], entries[:, :, None])  # noqa: E731
-        return attend(one, Cached(cached), fresh, start, split, 1.0)
+        return attend(one, np.ones((1, 6), np.float32), [rows], cached, split, 1.0)
 
-    cached = np.zeros((1, 128 * 1000, 6), np.float32)
-    text = jax.jit(run).lower(np.zeros(1, np.int32), cached).as_text()
+    cached = jnp.zeros((1000, 128, 6), jnp.float32)
+    text = jax.jit(alone).lower(np.zeros(1, np.int32), cached).as_text()
     assert "stablehlo.while" in text
-    wide = [line for line in text.splitlines() if "128000" in line and "dynamic_slice" not in line]
+    wide = [line for line in text.splitlines() if "1000x128" in line and "gather" not in line]
     assert not [line for line in wide if "dot_general" in line or "exponential" in line]

@@ -1,11 +1,10 @@
-"""Connections between servers: who is let in, what is sent, and what ends them.
+"""Rows over connections between servers: what is sent, and what ends it.
 
 One server runs here, the other is played by the test: it speaks the protocol by hand.
 """
 
 from __future__ import annotations
 
-import contextlib
 import pathlib
 import socket
 import struct
@@ -33,77 +32,8 @@ G, D, K = 4, 3, 2
 MAGIC, DISPATCH, RETURN = 0x31786A64, 0, 1
 
 
-# Who is let in.
-
-
 def listen() -> socket.socket:
     return socket.create_server(("127.0.0.1", 0))
-
-
-def address(listener: socket.socket) -> str:
-    return "{}:{}".format(*listener.getsockname())
-
-
-def join_both(keys: tuple[bytes, bytes], disturb: Callable[[str], None] = lambda where: None):
-    """What `join` gave, or raised, on two servers."""
-    with listen() as first, listen() as second:
-        addresses = [address(first), address(second)]
-        results: list = [None, None]
-
-        def run(rank: int, listener: socket.socket) -> None:
-            try:
-                results[rank] = links_cpu.join(rank, NAMES, listener, addresses, keys[rank])
-            except RuntimeError as error:
-                results[rank] = error
-
-        waiting = threading.Thread(target=run, args=(0, first))
-        waiting.start()
-        disturb(addresses[0])
-        run(1, second)
-        waiting.join()
-        return results
-
-
-def test_two_who_know_the_key_are_connected():
-    here, there = join_both((KEY, KEY))
-    with here[1] as ours, there[0] as theirs:
-        ours.sendall(b"x")
-        assert theirs.recv(1) == b"x"
-
-
-def test_another_key_is_refused(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(links_cpu, "TIMEOUT_S", 0.5)
-    here, there = join_both((KEY, b"another"))
-    assert "no connection from there" in str(here)
-    assert "server here" in str(there) and "another key" in str(there)
-
-
-def test_strangers_do_not_stop_the_others():
-    """One says nothing, one hangs up, one talks of something else."""
-    with contextlib.ExitStack() as stack:
-
-        def disturb(where: str) -> None:
-            host, port = where.split(":")
-            for text in (b"", None, b"GET / HTTP/1.1\r\n\r\n" * 8):
-                stranger = stack.enter_context(socket.create_connection((host, int(port))))
-                if text is None:
-                    stranger.close()
-                else:
-                    stranger.sendall(text)
-
-        here, there = join_both((KEY, KEY), disturb)
-        assert isinstance(here, dict) and isinstance(there, dict)
-        here[1].close()
-        there[0].close()
-
-
-def test_a_server_that_cannot_be_reached_is_named(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(links_cpu, "TIMEOUT_S", 0.5)
-    with listen() as gone, listen() as listener:
-        nowhere = address(gone)
-        gone.close()
-        with pytest.raises(RuntimeError, match=f"server here at {nowhere}"):
-            links_cpu.join(1, NAMES, listener, [nowhere, address(listener)], KEY)
 
 
 def test_alone_there_are_no_links():
@@ -140,7 +70,7 @@ def exchange(goes_ng, x_gd):
     expert = jnp.where(goes_ng[..., None], jnp.array([7, NO_EXPERT]), NO_EXPERT)
     outgoing = Outgoing(goes_ng, expert.astype(jnp.uint16), jnp.ones((G, K)), (x_gd,))
     transport = Sockets()
-    incoming, exchanged = transport.dispatch(TOPOLOGY, outgoing, jnp.bool_(True), ())
+    incoming, exchanged = transport.dispatch(TOPOLOGY, outgoing, jnp.int32(2), ())
     doubled = tuple(2 * column for column in incoming.hidden)
     sums = transport.give_back(TOPOLOGY, doubled, goes_ng, exchanged.rows)
     return incoming, exchanged, sums
@@ -167,8 +97,8 @@ def test_a_quiet_layer_is_a_head(peer: socket.socket):
     peer.sendall(QUIET)
     _, exchanged, _ = exchange(goes_to_peer(), X)
     assert exchanged.rows.tolist() == [[0, 0], [0, 0]]
-    expected = head(1, DISPATCH, len(ROW)) + struct.pack("<iii", 0, 0, 1)
-    assert exchanged.sent.tolist() == [0, len(expected)]
+    expected = head(1, DISPATCH, len(ROW)) + struct.pack("<iii", 0, 0, 2)
+    assert exchanged.bytes.tolist() == [[0, len(expected)], [len(QUIET), 0]]
     peer.setblocking(False)
     assert peer.recv(1000) == expected
     with pytest.raises(BlockingIOError):
@@ -183,12 +113,12 @@ def test_rows_go_and_sums_come_back(peer: socket.socket):
     assert incoming.weight[0].tolist() == [0.5, 0]
     assert incoming.hidden[0][0].tolist() == [1, 2, 3]
     assert exchanged.rows.tolist() == [[0, 2], [1, 0]]
-    assert bool(exchanged.active)
+    assert exchanged.work == 2
     np.testing.assert_array_equal(returned[0][1, [1, 3]], sums)
 
     expected = (
         head(1, DISPATCH, len(ROW))
-        + struct.pack("<iii", 0, 2, 1)
+        + struct.pack("<iii", 0, 2, 2)
         + np.array([[7, NO_EXPERT]] * 2, "<u2").tobytes()
         + np.ones((2, K), "<f4").tobytes()
         + X[[1, 3]].tobytes()
@@ -196,10 +126,11 @@ def test_rows_go_and_sums_come_back(peer: socket.socket):
         + np.array([2, 4, 6], "<f4").tobytes()
     )
     assert peer.recv(10_000) == expected
-    assert exchanged.sent.tolist() == [0, len(expected)]
+    reply = HEAD_BYTES + sums.nbytes
+    assert exchanged.bytes.tolist() == [[0, len(expected)], [len(ONE_ROW) + reply, 0]]
     counters = links_cpu.counters(2)
     assert counters.bytes_sent == (0, len(expected))
-    assert counters.bytes_received == (0, len(ONE_ROW) + HEAD_BYTES + sums.nbytes)
+    assert counters.bytes_received == (0, len(ONE_ROW) + reply)
     assert counters.dispatch.calls == counters.give_back.calls == 1
     assert row_bytes((incoming.expert, incoming.weight, *incoming.hidden)) == len(ROW)
 
@@ -213,7 +144,7 @@ def test_large_messages_cross(peer: socket.socket):
     def swap(x_gd):
         goes = jnp.zeros((2, 512), bool).at[1].set(True)
         outgoing = Outgoing(goes, jnp.zeros((2, 512, 1), jnp.uint16), jnp.ones((512, 1)), (x_gd,))
-        incoming, _ = Sockets().dispatch(topology, outgoing, jnp.bool_(True), ())
+        incoming, _ = Sockets().dispatch(topology, outgoing, jnp.int32(2), ())
         return incoming.hidden[0]
 
     x_gd = np.random.default_rng(0).normal(size=(512, width)).astype(np.float32)
@@ -280,7 +211,7 @@ links_cpu.open_links(0, t.NAMES, {1: here})
 topology = t.Topology(rank=0, devices=(2, 1), max_step_tokens=t.G)
 def both(goes, x):
     out = t.Outgoing(goes, t.jnp.zeros((2, t.G, t.K), "uint16"), t.jnp.ones((t.G, t.K)), (x,))
-    incoming, exchanged = t.Sockets().dispatch(topology, out, t.jnp.bool_(True), ())
+    incoming, exchanged = t.Sockets().dispatch(topology, out, t.jnp.int32(2), ())
     shared = jax.lax.psum(incoming.hidden[0][0], t.AXIS)
     return shared[None], exchanged.rows[None]
 one, each = PartitionSpec(), PartitionSpec(t.AXIS)
