@@ -73,16 +73,13 @@ class InProcess:
             raise RuntimeError("an earlier call was interrupted within a step; make a new LLM")
         for _, request in requests:
             engine.add(request)
-        active = True
         try:
-            while active:
-                result = engine.step()
-                active = result.active
-                yield from result.outputs
+            while engine.has_work:
+                yield from engine.step().outputs
         except GeneratorExit:
-            engine.abort_all()
-            while engine.step().active:
-                pass
+            engine.abort()
+            while engine.has_work:
+                engine.step()
             raise
         except BaseException:
             # The step had taken the KV cache; what is left cannot go on.

@@ -99,12 +99,18 @@ class EngineConfig:
 
     #: Longest sequence (prompt + output) in tokens.
     max_model_len: int
-    #: Sequences that run at once on each device.
+    #: Sequences that run at once on each device: rows of its decode.
     max_num_seqs: int = 8
-    #: Compiled decode steps: sequences per device, ascending; the last is max_num_seqs.
+    #: Compiled decodes: sequences per device, ascending; the last is max_num_seqs.
     decode_rows: tuple[int, ...] = (8,)
-    #: Compiled prefill steps: (sequences, tokens of each) per device, ascending in tokens.
-    prefill: tuple[tuple[int, int], ...] = ((2, 128),)
+    #: Compiled slices of prefill beside a decode: blocks per device, ascending. The first is what
+    #: a step takes while sequences decode, the others serve when none does.
+    slice_rows: tuple[int, ...] = (1, 4)
+    #: Positions of a KV block, and tokens of a row of a slice.
+    block_size: int = 32
+    #: Bytes of each device's KV cache; None: room for max_num_seqs whole contexts, in at most half
+    #: of the memory that is free.
+    kv_memory: int | None = None
     #: dtype of pool and activations: "float32" or "bfloat16".
     dtype: str = "float32"
     #: What hidden states and sums between servers are rounded to: "compute" (not at all: `dtype`),
@@ -121,6 +127,18 @@ class EngineConfig:
         return self.dtype if self.wire_dtype == "compute" else self.wire_dtype
 
     @property
+    def buckets(self) -> tuple[tuple[int, int], ...]:
+        """All (decode rows, slice rows) that are compiled, cheapest first."""
+        first, *larger = self.slice_rows
+        beside_decodes = ((rows, size) for size in (0, first) for rows in self.decode_rows)
+        return (*beside_decodes, *((self.decode_rows[0], size) for size in larger))
+
+    @property
     def max_step_tokens(self) -> int:
         """Most tokens one device carries in one step."""
-        return max(self.max_num_seqs, *(rows * chunk for rows, chunk in self.prefill))
+        return self.max_num_seqs + self.slice_rows[-1] * self.block_size
+
+    @property
+    def max_blocks(self) -> int:
+        """KV blocks of the longest sequence."""
+        return -(-self.max_model_len // self.block_size)

@@ -81,7 +81,7 @@ class LLM:
         seed: int = 0,
         *,
         dtype: str | None = None,
-        max_num_seqs: int = 8,
+        max_num_seqs: int = 16,
         wire_dtype: str = "compute",
         ssh_config: str | os.PathLike[str] | None = None,
         cache_dir: str | os.PathLike[str] | None = None,

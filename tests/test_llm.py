@@ -14,7 +14,7 @@ from flax import nnx
 from dance_jax import LLM, RequestOutput, SamplingParams
 from dance_jax.config import UserError
 from dance_jax.engine.output import OutputCollector
-from dance_jax.models.attention import Cached
+from dance_jax.models.attention import Rows
 from dance_jax.models.checkpoint import Checkpoint
 from dance_jax.models.convert import ensure_converted
 from dance_jax.models.random_weights import write_random_checkpoint
@@ -165,13 +165,15 @@ def test_logprobs_equal_the_plain_model(llm, model, cache_dir):
         return jnp.einsum("tkd,tk->td", chosen_tkd, weight_tk), None
 
     graph, state = nnx.split(checkpoint.trunk("float32"))
-    cached = [Cached(jnp.zeros((1, 1, checkpoint.config.cache_width)))] * 2
+    cached = [jnp.zeros((1, 1, checkpoint.config.cache_width))] * 2
 
     @jax.jit
     def plain(state, tokens):
         trunk = nnx.merge(graph, state)
-        hidden, _, _ = trunk(tokens, np.zeros(1, np.int32), cached, moe)
-        return jax.nn.log_softmax(trunk.logits(hidden[0]))
+        zero = jnp.zeros(1, jnp.int32)
+        whole = Rows(zero, zero, zero[None], len(tokens))
+        hidden, _, _ = trunk(tokens, whole.positions_t, [whole], cached, moe)
+        return jax.nn.log_softmax(trunk.logits(hidden))
 
     sampled = SamplingParams(
         temperature=0.7, top_p=0.9, repetition_penalty=1.2, seed=3, logprobs=20, ignore_eos=True
@@ -180,8 +182,8 @@ def test_logprobs_equal_the_plain_model(llm, model, cache_dir):
         for output in llm.generate([PROMPTS[1], PROMPTS[3]], params):
             (sample,) = output.outputs
             known = output.prompt_token_ids + sample.token_ids
-            padded = np.zeros((1, 192), np.int32)
-            padded[0, : len(known)] = known
+            padded = np.zeros(192, np.int32)
+            padded[: len(known)] = known
             before_outputs = slice(len(output.prompt_token_ids) - 1, len(known) - 1)
             expected = np.asarray(plain(state, padded))[before_outputs]
             for row, entry, token in zip(expected, sample.logprobs, sample.token_ids, strict=True):

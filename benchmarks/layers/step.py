@@ -158,8 +158,8 @@ class Layers:
         sizes = self.sizes
 
         def one_device(pool, tables, memory, x_td, route_ltk):
-            active = jnp.array(True)
-            exchange = Exchange(topology, pool, tables, active, self.transport, wire_dtype)
+            work = jnp.int32(1)
+            exchange = Exchange(topology, pool, tables, work, self.transport, wire_dtype)
             weight_tk = jnp.full(route_ltk.shape[1:], 1 / sizes.top_k, jnp.float32)
             valid_t = jnp.ones(x_td.shape[0], bool)
 

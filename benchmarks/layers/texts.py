@@ -111,7 +111,7 @@ def score(
             max_model_len=CONTEXT,
             max_num_seqs=rows,
             decode_rows=(rows,),
-            prefill=((1, rows),),
+            slice_rows=(1,),
             wire_dtype=wire_dtype,
         )
         runners[wire_dtype] = Runner(
@@ -121,6 +121,7 @@ def score(
             layout,
             rank,
             config,
+            rows * config.max_blocks,
             CompileCache(None),
             transport,
         )
@@ -145,26 +146,21 @@ def _decode(runner, texts: list[list[int]], position: int, rows: int) -> np.ndar
     """Logits after the token at `position` of each text that goes on: float32 [n, v]."""
     from dance_jax.engine.scheduler import Row, StepPlan
     from dance_jax.engine.sequence import SamplingParams, Sequence
+    from dance_jax.engine.step import BUSY
 
     greedy = SamplingParams(temperature=0)
+    blocks = runner.config.max_blocks
     entries = []
     for first in range(0, rows * len(runner.devices), rows):
-        mine = enumerate(texts[first : first + rows])
-        entries.append(
-            tuple(
-                Row(
-                    Sequence("", 0, text, greedy, 1, 0),
-                    slot,
-                    slot,
-                    position,
-                    [text[position]],
-                    True,
-                )
-                for slot, text in mine
-                if position + 1 < len(text)
-            )
-        )
-    _, extras = runner.run(StepPlan(rows, 1, tuple(entries)), active=True)
+        device = []
+        for number, text in enumerate(texts[first : first + rows]):
+            if position + 1 >= len(text):
+                continue
+            sequence = Sequence("", 0, text, greedy, 1, 0)
+            sequence.blocks = list(range(1 + number * blocks, 1 + (number + 1) * blocks))
+            device.append(Row(sequence, number, number, position, [text[position]], True))
+        entries.append(tuple(device))
+    _, extras = runner.run(StepPlan(rows, 0, tuple(entries)), work=BUSY)
     logits = runner.read(extras.logits)
     return np.concatenate(
         [each[[row.index for row in device]] for each, device in zip(logits, entries, strict=True)]

@@ -1,4 +1,9 @@
-"""What one device remembers between steps: cached positions, seen tokens, counts, links."""
+"""What one device remembers between steps: blocks of cached positions, counts, links.
+
+A block holds `block_size` positions of one sequence; which block holds which is the scheduler's
+business (engine.blocks). Block 0 is scratch: unused rows of a step write there, so that no row
+needs a test.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from dance_jax.config import EngineConfig
+from dance_jax.config import EngineConfig, UserError
+from dance_jax.models.attention import Rows
 from dance_jax.models.config import ModelConfig
 from dance_jax.models.messages import Transport
 
@@ -20,49 +26,84 @@ Leaf = Any
 class Memory(NamedTuple):
     """One device's state, donated to every step and returned by it."""
 
-    #: Per layer [slots, positions, w] in the engine's dtype.
+    #: Per layer [1 + blocks, block_size, w] in the engine's dtype.
     cache: tuple[Leaf, ...]
-    #: bool [slots, v], tokens of each sequence so far.
-    seen: Leaf
     #: int32 [l, e], expert calls of this device's tokens since the start.
     counts: Leaf
     #: `Exchanged.memory` of each MoE layer, on a leading axis.
     links: Any
 
 
-def cache_positions(config: EngineConfig) -> int:
-    """Positions a slot has: the context, and room for the padding of its last chunk.
+def block_bytes(model: ModelConfig, config: EngineConfig) -> int:
+    """Bytes of one KV block over all layers: MLA keeps the latents alone."""
+    entry = model.cache_width * jnp.dtype(config.dtype).itemsize
+    return model.num_layers * config.block_size * entry
 
-    Unused rows of a step write there too, so that no row needs a test.
+
+def num_blocks(model: ModelConfig, config: EngineConfig, free: int | None = None) -> int:
+    """KV blocks of one device, scratch not counted.
+
+    Args:
+        free: bytes of memory that nothing uses, for this device; None: enough. Half of it may be
+            taken where `config.kv_memory` says nothing; the number is then rounded down to whole
+            contexts, so that it does not change with every start.
+
+    Raises:
+        UserError: the longest sequence does not fit.
     """
-    return config.max_model_len + max(chunk for _, chunk in config.prefill)
+    each, wanted = block_bytes(model, config), config.max_num_seqs * config.max_blocks
+    if config.kv_memory is not None:
+        count, given = config.kv_memory // each, f"kv_memory={config.kv_memory}"
+    else:
+        room = wanted if free is None else free // 2 // each
+        count = min(wanted, room // config.max_blocks * config.max_blocks)
+        given = f"half of the {free or 0:,} bytes of free memory"
+    if count < config.max_blocks:
+        raise UserError(
+            f"{given}: a context of {config.max_model_len} tokens takes "
+            f"{config.max_blocks * each:,} bytes of KV cache; give more, or a smaller max_model_len"
+        )
+    return count
 
 
 def cache_bytes(model: ModelConfig, config: EngineConfig) -> int:
-    """Bytes of one device's KV cache."""
-    positions = config.max_num_seqs * cache_positions(config)
-    return model.num_layers * positions * model.cache_width * jnp.dtype(config.dtype).itemsize
+    """Bytes of one device's KV cache where memory is not short."""
+    return (1 + num_blocks(model, config)) * block_bytes(model, config)
 
 
-def new_memory(model: ModelConfig, config: EngineConfig, transport: Transport) -> Memory:
-    """An empty memory, in numpy."""
-    shape = (config.max_num_seqs, cache_positions(config), model.cache_width)
+def new_memory(
+    model: ModelConfig, config: EngineConfig, blocks: int, transport: Transport
+) -> Memory:
+    """An empty memory with so many blocks and scratch, in numpy."""
+    shape = (1 + blocks, config.block_size, model.cache_width)
     dtype = jnp.dtype(config.dtype)
     layers = len(model.moe_layers)
     return Memory(
         cache=tuple(np.zeros(shape, dtype) for _ in range(model.num_layers)),
-        seen=np.zeros((config.max_num_seqs, model.vocab_size), bool),
         counts=np.zeros((layers, model.num_experts), np.int32),
         links=transport.memory(layers),
     )
 
 
 @jax.named_scope("write")
-def write(cache_smw: Array, fresh_rcw: Array, slot_r: Array, position_r: Array) -> Array:
-    """Puts each row's fresh entries at position_r of its slot, in place where donated."""
+def write(cache_bsw: Array, fresh_tw: Array, rows: Rows, used_r: Array) -> Array:
+    """Puts the fresh entries of rows where their tables say, in place where donated.
+
+    A row of several tokens begins a block and may write all of it: what is past its tokens is not
+    valid before it is written again.
+
+    Args:
+        fresh_tw: [r * chunk, w], entries of the rows' tokens.
+        used_r: bool [r].
+    """
+    fresh_rcw = fresh_tw.reshape(rows.count, rows.chunk, -1)
+    size = cache_bsw.shape[1]
+    page_r1 = (rows.start_r // size)[:, None]
+    block_r = jnp.where(used_r, jnp.take_along_axis(rows.table_rp, page_r1, axis=1)[:, 0], 0)
+    offset_r = rows.start_r % size
 
     def put(r: Array, cache: Array) -> Array:
         row = lax.dynamic_index_in_dim(fresh_rcw, r)
-        return lax.dynamic_update_slice(cache, row, (slot_r[r], position_r[r], jnp.int32(0)))
+        return lax.dynamic_update_slice(cache, row, (block_r[r], offset_r[r], jnp.int32(0)))
 
-    return lax.fori_loop(0, fresh_rcw.shape[0], put, cache_smw)
+    return lax.fori_loop(0, rows.count, put, cache_bsw)

@@ -102,22 +102,25 @@ class RequestTracker:
                 seed=sample_seed(seed, index),
                 stop_ids=frozenset(stop_ids),
                 held_back_ids=self._held_back(request) if params.min_tokens else (),
+                output_token_ids=list(resumed),
             )
-            for index in range(params.n)
+            for index, resumed in enumerate(request.resumed or [[]] * params.n)
+            if resumed is not None
         ]
         self._open[request.request_id] = _Open(
-            metrics,
-            {
-                index: Detokenizer(
-                    self._decoder,
-                    request.prompt_token_ids,
-                    params.stop_strings,
-                    params.min_tokens,
-                )
-                for index in range(params.n)
-            },
+            metrics, {sequence.index: self._detokenizer(sequence) for sequence in sequences}
         )
         return sequences, []
+
+    def _detokenizer(self, sequence: Sequence) -> Detokenizer:
+        """Of a sample, past the tokens it has already."""
+        params = sequence.params
+        detokenizer = Detokenizer(
+            self._decoder, sequence.prompt_token_ids, params.stop_strings, params.min_tokens
+        )
+        for token in sequence.output_token_ids:
+            detokenizer.append(token)
+        return detokenizer
 
     def append(self, sequence: Sequence, sampled: SampledToken) -> OutputDelta:
         """Add a sampled token to its sequence; the delta's finish_reason tells when it is done."""
@@ -195,6 +198,9 @@ class RequestTracker:
         unknown = [id for id in request.params.stop_token_ids or [] if id >= self._vocab_size]
         if unknown:
             return f"stop_token_ids has {unknown[0]}; ids are 0..{self._vocab_size - 1}"
+        biased = max(request.params.logit_bias or {}, default=0)
+        if biased >= self._vocab_size:
+            return f"logit_bias has token id {biased}; ids are 0..{self._vocab_size - 1}"
         if request.params.min_tokens and len(self._held_back(request)) > MAX_STOP_IDS:
             return (
                 f"min_tokens holds back at most {MAX_STOP_IDS} tokens; EOS and stop_token_ids are "

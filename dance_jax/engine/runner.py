@@ -16,8 +16,9 @@ from dance_jax.config import EngineConfig
 from dance_jax.engine import step as step_module
 from dance_jax.engine.compile_cache import CompileCache
 from dance_jax.engine.kv_cache import Memory, new_memory
+from dance_jax.engine.sampling import adjustments, adjusts
 from dance_jax.engine.scheduler import Row, StepPlan
-from dance_jax.engine.step import Extras, Outcome
+from dance_jax.engine.step import DECODING, IDLE, Bucket, Extras, Outcome
 from dance_jax.models.collectives import Collectives
 from dance_jax.models.config import ModelConfig
 from dance_jax.models.exchange import Tables
@@ -26,8 +27,6 @@ from dance_jax.models.messages import Transport
 from dance_jax.models.topology import AXIS, Topology
 from dance_jax.placement.core import Layout
 
-#: (rows, chunk) of a compiled step.
-Bucket = tuple[int, int]
 #: Reads experts: pairs (layer, expert) -> w_gate [n, d, f], w_up [n, d, f], w_down [n, f, d].
 ReadExperts = Callable[[list[tuple[int, int]]], tuple[np.ndarray, np.ndarray, np.ndarray]]
 
@@ -57,6 +56,7 @@ class Runner:
     another process's shard (DESIGN: one SPMD program, a different shape on each server).
 
     Args:
+        blocks: KV blocks of each device, scratch not counted.
         transport: carries rows between servers; of one kind on all of them.
     """
 
@@ -68,6 +68,7 @@ class Runner:
         layout: Layout,
         rank: int,
         config: EngineConfig,
+        blocks: int,
         compile_cache: CompileCache,
         transport: Transport | None = None,
     ):
@@ -83,13 +84,16 @@ class Runner:
         self._read_experts = read_experts
         self._compile_cache = compile_cache
         self.transport = transport or Collectives()
+        self.blocks = blocks
         self._executables: dict[Bucket, Any] = {}
+        #: Per bucket what a step without adjustments gets, on the devices.
+        self._no_adjustments: dict[Bucket, jax.Array] = {}
         self.graphdef, state = nnx.split(trunk)
         # A plain dict: nnx's own containers are flattened in Python in every step.
         self.state = jax.tree.map(self._replicated, nnx.to_pure_dict(state))
         self.pool = self._build_pool(layout)
         self.tables = self._build_tables(layout)
-        memory = new_memory(model_config, config, self.transport)
+        memory = new_memory(model_config, config, blocks, self.transport)
         self.memory: Memory = jax.tree.map(
             lambda leaf: self._per_device([leaf] * len(self.devices)), memory
         )
@@ -163,24 +167,23 @@ class Runner:
 
     # Steps.
 
-    @property
-    def buckets(self) -> list[Bucket]:
-        """All (rows, chunk) a step can have, cheapest first."""
-        return [*((rows, 1) for rows in self.config.decode_rows), *self.config.prefill]
-
     def compile(self, bucket: Bucket) -> Any:
         """The executable of a bucket, compiled at first use."""
         if bucket not in self._executables:
-            key = ("step", self.topology, self.transport.name, bucket)
+            key = ("step", self.topology, self.transport.name, self.blocks, bucket)
             self._executables[bucket] = self._compile_cache.compile(key, lambda: self.lower(bucket))
         return self._executables[bucket]
 
     def lower(self, bucket: Bucket) -> jax.stages.Lowered:
         """The step of a bucket, traced for this process."""
-        batch = self._pack_batches(((),) * len(self.devices), bucket, active=False)
+        nothing = ((),) * len(self.devices)
+        batch = self._pack_batches(nothing, bucket, IDLE)
         like = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype),
-            step_module.host_batch((), bucket, self.config.max_model_len, False),
+            (
+                step_module.host_batch((), bucket, self.config, IDLE),
+                adjustments({}, sum(bucket), self.config.max_model_len),
+            ),
         )
         one_device = functools.partial(
             step_module.run_step,
@@ -188,11 +191,12 @@ class Runner:
             self.topology,
             self.transport,
             self.config,
+            bucket,
             like,
         )
 
-        def body(state, pool, tables, memory, packed):
-            own = jax.tree.map(lambda leaf: leaf[0], (pool, tables, memory, packed))
+        def body(state, *per_device):
+            own = jax.tree.map(lambda leaf: leaf[0], per_device)
             result = one_device(state, *own)
             return jax.tree.map(lambda leaf: leaf[None], result)
 
@@ -200,42 +204,58 @@ class Runner:
         mapped = jax.shard_map(
             body,
             mesh=self.mesh,
-            in_specs=(PartitionSpec(), sharded, sharded, sharded, sharded),
+            in_specs=(PartitionSpec(), *[sharded] * 5),
             out_specs=sharded,
             check_vma=False,
         )
         stepper = jax.jit(mapped, donate_argnums=3)
-        return stepper.lower(self.state, self.pool, self.tables, self.memory, batch)
+        changes = self._pack_adjustments(nothing, bucket)
+        return stepper.lower(self.state, self.pool, self.tables, self.memory, batch, changes)
 
     def _pack_batches(
-        self, entries: tuple[tuple[Row, ...], ...], bucket: Bucket, active: bool
+        self, entries: tuple[tuple[Row, ...], ...], bucket: Bucket, work: int
     ) -> jax.Array:
         return self._per_device(
             [
-                step_module.pack(
-                    step_module.host_batch(rows, bucket, self.config.max_model_len, active)
-                )
+                step_module.pack(step_module.host_batch(rows, bucket, self.config, work))
                 for rows in entries
             ]
         )
 
-    def run(self, plan: StepPlan, active: bool) -> tuple[list[Outcome], Extras]:
+    def _pack_adjustments(self, entries: tuple[tuple[Row, ...], ...], bucket: Bucket) -> jax.Array:
+        """`Adjustments` of every device; what most steps have of them stays on the devices."""
+        sampled = [{row.index: row.sequence for row in rows if row.sample} for rows in entries]
+        wanted = any(adjusts(sequence) for rows in sampled for sequence in rows.values())
+        if not wanted and bucket in self._no_adjustments:
+            return self._no_adjustments[bucket]
+        longest = self.config.max_model_len
+        packed = self._per_device(
+            [step_module.pack(adjustments(rows, sum(bucket), longest)) for rows in sampled]
+        )
+        if not wanted:
+            self._no_adjustments[bucket] = packed
+        return packed
+
+    def run(self, plan: StepPlan, work: int | None = None) -> tuple[list[Outcome], Extras]:
         """Runs one step, together with all other servers' steps.
 
         Args:
             plan: this server's rows; an empty plan takes part with padding alone.
-            active: this server has work.
+            work: what the others are told; None: what the plan says.
 
         Returns:
             The outcome of each device, in numpy, and the extras, still on the devices.
         """
-        bucket = (plan.rows, plan.chunk) if not plan.empty else self.buckets[0]
+        bucket = self.config.buckets[0] if plan.empty else plan.bucket
+        if work is None:
+            work = IDLE if plan.empty else DECODING if plan.decoding else step_module.BUSY
         executable = self.compile(bucket)
-        batch = self._pack_batches(plan.entries, bucket, active)
+        batch = self._pack_batches(plan.entries, bucket, work)
+        changes = self._pack_adjustments(plan.entries, bucket)
         self.memory, packed, extras = executable(
-            self.state, self.pool, self.tables, self.memory, batch
+            self.state, self.pool, self.tables, self.memory, batch, changes
         )
-        like = self._outcome_like(bucket[0])
+        like = self._outcome_like(sum(bucket))
         outcomes = [step_module.unpack_host(vector, like) for vector in self._local(packed)]
         return outcomes, extras
 
@@ -245,9 +265,9 @@ class Runner:
             token=np.zeros(rows, np.int32),
             logprob=np.zeros(rows, np.float32),
             rank=np.zeros(rows, np.int32),
-            active=np.zeros((), bool),
+            work=np.zeros((), np.int32),
             rows=np.zeros((layers, servers, servers), np.int32),
-            sent=np.zeros((layers, servers), np.int32),
+            bytes=np.zeros((layers, servers, servers), np.int32),
         )
 
     def read(self, array: jax.Array) -> list[np.ndarray]:

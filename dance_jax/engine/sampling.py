@@ -1,11 +1,11 @@
 """Sampling on the device: all rows at once, each with its own parameters and its own random key.
 
-Semantics and order are vLLM's: tokens held back and the repetition penalty, then argmax for greedy
-rows; for the others temperature, min-p, top-k, top-p, and a draw. Reported logprobs are those of
+Semantics and order are vLLM's: tokens held back, biases and penalties, then argmax for greedy rows;
+for the others temperature, min-p, top-k, top-p, and a draw. Reported logprobs are those of
 the unchanged logits. There is no sort: top-k and top-p keep every token at or above a threshold,
 found by bisection over the bits of the logits (ties at the threshold stay in).
 
-Axis letters: r rows, v vocabulary, s slots, c tokens of a row.
+Axis letters: r rows, v vocabulary, h known tokens of a row, b biases.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dance_jax.engine.sequence import MAX_LOGPROBS, MAX_STOP_IDS, Sequence
+from dance_jax.engine.sequence import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_IDS, Sequence
 
 #: Vocabulary entries whose probabilities are summed before the draw looks at single ones.
 _BLOCK = 256
@@ -34,8 +34,6 @@ class SamplingState(NamedTuple):
     top_k: jax.Array
     #: float32 [r]; 0 keeps all.
     min_p: jax.Array
-    #: float32 [r]; 1 changes nothing.
-    repetition_penalty: jax.Array
     #: uint32 [r].
     seed: jax.Array
     #: int32 [r]: output tokens so far; the key is fold_in(key(seed), position).
@@ -44,6 +42,26 @@ class SamplingState(NamedTuple):
     held_back: jax.Array
     #: bool [r]: the most likely tokens are to be reported.
     top: jax.Array
+
+
+class Adjustments(NamedTuple):
+    """Changes of logits that few requests ask for; made by `adjustments`.
+
+    They come from the host in every step that has such a request, and so hold whatever became of
+    the sequence before: cached prefixes, preemption, another engine.
+    """
+
+    #: int32 [r, h]: known tokens, prompt and output; -1 behind them.
+    history: jax.Array
+    #: int32 [r]: of which so many are the prompt.
+    prompt_length: jax.Array
+    #: float32 [r] each; 1, 0 and 0 change nothing.
+    repetition_penalty: jax.Array
+    presence_penalty: jax.Array
+    frequency_penalty: jax.Array
+    #: int32 [r, b], -1 for none, and float32 [r, b].
+    bias_token: jax.Array
+    bias: jax.Array
 
 
 class Sampled(NamedTuple):
@@ -72,7 +90,6 @@ def sampling_state(sequences: Mapping[int, Sequence], rows: int) -> SamplingStat
         "top_p": np.ones(rows, np.float32),
         "top_k": np.zeros(rows, np.int32),
         "min_p": np.zeros(rows, np.float32),
-        "repetition_penalty": np.ones(rows, np.float32),
         "seed": np.zeros(rows, np.uint32),
         "position": np.zeros(rows, np.int32),
         "held_back": np.full((rows, MAX_STOP_IDS), -1, np.int32),
@@ -85,7 +102,6 @@ def sampling_state(sequences: Mapping[int, Sequence], rows: int) -> SamplingStat
         array["top_p"][row] = params.top_p
         array["top_k"][row] = min(max(params.top_k, 0), np.iinfo(np.int32).max)
         array["min_p"][row] = params.min_p
-        array["repetition_penalty"][row] = params.repetition_penalty
         array["seed"][row] = sequence.seed
         array["position"][row] = position
         if position < params.min_tokens:
@@ -94,28 +110,64 @@ def sampling_state(sequences: Mapping[int, Sequence], rows: int) -> SamplingStat
     return SamplingState(**cast("dict[str, jax.Array]", array))
 
 
+def adjusts(sequence: Sequence) -> bool:
+    """The sequence's logits are changed by what `Adjustments` holds."""
+    params = sequence.params
+    penalised = params.repetition_penalty != 1 or params.presence_penalty
+    return bool(penalised or params.frequency_penalty or params.logit_bias)
+
+
+def adjustments(sequences: Mapping[int, Sequence], rows: int, longest: int) -> Adjustments:
+    """Numpy Adjustments of a step on one device.
+
+    Args:
+        sequences: row -> the sequence that samples there.
+        rows: r, rows of the bucket.
+        longest: h, most known tokens of a sequence.
+    """
+    array = {
+        "history": np.full((rows, longest), -1, np.int32),
+        "prompt_length": np.zeros(rows, np.int32),
+        "repetition_penalty": np.ones(rows, np.float32),
+        "presence_penalty": np.zeros(rows, np.float32),
+        "frequency_penalty": np.zeros(rows, np.float32),
+        "bias_token": np.full((rows, MAX_LOGIT_BIAS), -1, np.int32),
+        "bias": np.zeros((rows, MAX_LOGIT_BIAS), np.float32),
+    }
+    for row, sequence in sequences.items():
+        if not adjusts(sequence):
+            continue
+        params, biases = sequence.params, sequence.params.logit_bias or {}
+        array["history"][row, : sequence.num_tokens] = sequence.tokens(0, sequence.num_tokens)
+        array["prompt_length"][row] = len(sequence.prompt_token_ids)
+        array["repetition_penalty"][row] = params.repetition_penalty
+        array["presence_penalty"][row] = params.presence_penalty
+        array["frequency_penalty"][row] = params.frequency_penalty
+        array["bias_token"][row, : len(biases)] = list(biases)
+        array["bias"][row, : len(biases)] = list(biases.values())
+    return Adjustments(**cast("dict[str, jax.Array]", array))
+
+
 @jax.named_scope("sampling")
 def sample(
-    logits_rv: jax.Array, seen_rv: jax.Array, state: SamplingState, top: int = MAX_LOGPROBS
+    logits_rv: jax.Array, state: SamplingState, changes: Adjustments, top: int = MAX_LOGPROBS
 ) -> Sampled:
     """Choose the next token of every row.
 
-    A row's token depends on its own logits, seen and state alone. What no row asks for is not
-    computed: greedy rows without penalties cost one argmax and one log-sum-exp.
+    A row's token depends on its own logits, state and changes alone. What no row asks for is not
+    computed: greedy rows without changes cost one argmax and one log-sum-exp.
 
     Args:
         logits_rv: float32 [r, v], finite.
-        seen_rv: bool [r, v]: token is in the row's prompt or output.
         state: parameters of each row.
+        changes: of each row's logits.
         top: how many of the most likely tokens are reported (static).
     """
     changed_rv = jax.lax.cond(
-        jnp.any(state.repetition_penalty != 1) | jnp.any(state.held_back >= 0),
-        _apply_penalties,
-        lambda logits_rv, seen_rv, state: logits_rv,
-        logits_rv,
-        seen_rv,
-        state,
+        jnp.any(state.held_back >= 0), _hold_back, lambda logits_rv, _: logits_rv, logits_rv, state
+    )
+    changed_rv = jax.lax.cond(
+        jnp.any(changes.history >= 0), adjusted, lambda logits_rv, _: logits_rv, changed_rv, changes
     )
     greedy_r = jnp.argmax(changed_rv, axis=-1).astype(jnp.int32)
     token_r = jax.lax.cond(
@@ -148,43 +200,32 @@ def sample(
     return Sampled(token_r, logprob_r, rank_r, top_token_rk, top_logprob_rk)
 
 
-def mark_seen(
-    seen_sv: jax.Array,
-    slot_r: jax.Array,
-    start_r: jax.Array,
-    length_r: jax.Array,
-    token_rc: jax.Array,
-) -> jax.Array:
-    """Note the tokens of a step in the array the repetition penalty reads; call before `sample`.
-
-    A row that starts at position 0 begins a new sequence: its slot is cleared first. Pass every
-    computed token, prompt chunks and decode tokens alike; then prompt and output are all noted.
-
-    Args:
-        seen_sv: bool [s, v].
-        slot_r: int32 [r], the row's slot; no two used rows share one.
-        start_r: int32 [r], position of the row's first token.
-        length_r: int32 [r], tokens of the row; 0 for an unused row, whose slot does not change.
-        token_rc: int32 [r, c], padded after length_r.
-    """
-    slots, vocab = seen_sv.shape
-    used_rc = jnp.arange(token_rc.shape[1])[None] < length_r[:, None]
-    outside = jnp.asarray(slots, slot_r.dtype)
-    fresh_r = jnp.where((start_r == 0) & (length_r > 0), slot_r, outside)
-    seen_sv = seen_sv.at[fresh_r].set(False, mode="drop")
-    row_rc = jnp.where(used_rc, slot_r[:, None], outside)
-    return seen_sv.at[row_rc, jnp.where(used_rc, token_rc, vocab)].set(True, mode="drop")
+def _hold_back(logits_rv: jax.Array, state: SamplingState) -> jax.Array:
+    """Tokens held back get -inf."""
+    column_rs = jnp.where(state.held_back >= 0, state.held_back, logits_rv.shape[1])
+    row_r1 = jnp.arange(logits_rv.shape[0])[:, None]
+    return logits_rv.at[row_r1, column_rs].set(-jnp.inf, mode="drop")
 
 
-def _apply_penalties(logits_rv: jax.Array, seen_rv: jax.Array, state: SamplingState) -> jax.Array:
-    """Held-back tokens get -inf; seen tokens' logits shrink by the penalty (grow where < 0)."""
+def adjusted(logits_rv: jax.Array, changes: Adjustments) -> jax.Array:
+    """Biases are added; known tokens' logits shrink by the repetition penalty (grow where < 0);
+    the frequency penalty counts a token's outputs, the presence penalty asks for one."""
     rows, vocab = logits_rv.shape
-    column_rs = jnp.where(state.held_back >= 0, state.held_back, vocab)
     row_r1 = jnp.arange(rows)[:, None]
-    logits_rv = logits_rv.at[row_r1, column_rs].set(-jnp.inf, mode="drop")
-    penalty_r1 = state.repetition_penalty[:, None]
+    bias_rb = jnp.where(changes.bias_token >= 0, changes.bias_token, vocab)
+    logits_rv = logits_rv.at[row_r1, bias_rb].add(changes.bias, mode="drop")
+
+    known_rh = jnp.where(changes.history >= 0, changes.history, vocab)
+    seen_rv = jnp.zeros((rows, vocab), bool).at[row_r1, known_rh].set(True, mode="drop")
+    penalty_r1 = changes.repetition_penalty[:, None]
     punished_rv = jnp.where(logits_rv > 0, logits_rv / penalty_r1, logits_rv * penalty_r1)
-    return jnp.where(seen_rv, punished_rv, logits_rv)
+    logits_rv = jnp.where(seen_rv, punished_rv, logits_rv)
+
+    is_output_rh = jnp.arange(known_rh.shape[1])[None] >= changes.prompt_length[:, None]
+    output_rh = jnp.where(is_output_rh, known_rh, vocab)
+    count_rv = jnp.zeros_like(logits_rv).at[row_r1, output_rh].add(1.0, mode="drop")
+    logits_rv -= changes.frequency_penalty[:, None] * count_rv
+    return logits_rv - jnp.where(count_rv > 0, changes.presence_penalty[:, None], 0)
 
 
 def kept_tokens(logits_rv: jax.Array, state: SamplingState) -> tuple[jax.Array, jax.Array]:

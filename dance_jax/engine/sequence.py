@@ -24,6 +24,8 @@ MAX_STOP_IDS = 16
 MAX_TOKENS = 2**31 - 1
 #: Most samples of one prompt.
 MAX_SAMPLES = 1024
+#: Most entries of `SamplingParams.logit_bias` (compiled into the step).
+MAX_LOGIT_BIAS = 300
 #: Temperatures below this are greedy, as in vLLM.
 GREEDY_TEMPERATURE = 1e-5
 
@@ -63,6 +65,12 @@ class SamplingParams(msgspec.Struct, kw_only=True):
     logprobs: int | None = None
     #: Above 1 makes tokens of the prompt and the output less likely, below 1 more.
     repetition_penalty: float = 1.0
+    #: Subtracted from the logit of every token that is in the output, -2..2.
+    presence_penalty: float = 0.0
+    #: Subtracted from a token's logit for each time it is in the output, -2..2.
+    frequency_penalty: float = 0.0
+    #: Token id -> what is added to its logit, -100..100; at most MAX_LOGIT_BIAS tokens.
+    logit_bias: dict[int, float] | None = None
 
     def __post_init__(self) -> None:
         if self.stop is None:
@@ -78,8 +86,18 @@ class SamplingParams(msgspec.Struct, kw_only=True):
         for name in ("n", "top_k", "seed", "max_tokens", "min_tokens", "logprobs"):
             if (value := getattr(self, name)) is not None:
                 setattr(self, name, int(value))
-        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+        for name in (
+            "temperature",
+            "top_p",
+            "min_p",
+            "repetition_penalty",
+            "presence_penalty",
+            "frequency_penalty",
+        ):
             setattr(self, name, float(getattr(self, name)))
+        self.logit_bias = {
+            int(token): float(bias) for token, bias in (self.logit_bias or {}).items()
+        }
         self.stop_token_ids = [int(token) for token in self.stop_token_ids]
 
     @property
@@ -129,8 +147,23 @@ class SamplingParams(msgspec.Struct, kw_only=True):
         _number("repetition_penalty", self.repetition_penalty, 0.0)
         if self.repetition_penalty == 0:
             _reject("repetition_penalty", self.repetition_penalty, "above 0")
+        _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _check_bias(self.logit_bias)
         if self.greedy and self.n > 1:
             _reject("n", self.n, "1 when temperature is 0: greedy samples are all the same")
+
+
+def _check_bias(bias: Any) -> None:
+    if bias is None:
+        return
+    if not isinstance(bias, dict):
+        _reject("logit_bias", bias, "a mapping of token ids to numbers")
+    if len(bias) > MAX_LOGIT_BIAS:
+        _reject("logit_bias", f"{len(bias)} entries", f"at most {MAX_LOGIT_BIAS} entries")
+    for token, value in bias.items():
+        _integer("logit_bias", token, 0, MAX_TOKENS)
+        _number("logit_bias", value, -100.0, 100.0)
 
 
 def _reject(field: str, value: object, expected: str) -> None:
@@ -252,13 +285,17 @@ class Request(msgspec.Struct):
     params: SamplingParams
     #: Unix time in seconds; None: the engine notes when it gets the request.
     arrival_time: float | None = None
+    #: Per sample, output tokens that an engine before this one has brought: it goes on from there.
+    #: Samples that had finished have None. Empty: all begin.
+    resumed: list[list[int] | None] = []
 
 
 @dataclasses.dataclass(eq=False, slots=True)
 class Sequence:
     """State of one sample: what the scheduler moves and the runner computes.
 
-    Invariant: tokens 0..num_computed-1 are in the KV cache of `slot` on `device`.
+    Invariant: tokens 0..num_computed-1 are in the KV cache of `device`, position p in block
+    blocks[p // block_size].
     """
 
     request_id: str
@@ -276,8 +313,11 @@ class Sequence:
     held_back_ids: tuple[int, ...] = ()
     output_token_ids: list[int] = dataclasses.field(default_factory=list)
     num_computed: int = 0
+    #: -1: it waits.
     device: int = -1
-    slot: int = -1
+    blocks: list[int] = dataclasses.field(default_factory=list)
+    #: Number in the order in which the scheduler got the sequences.
+    arrival: int = -1
 
     @property
     def num_tokens(self) -> int:

@@ -1,4 +1,4 @@
-"""The one jitted step: a chunk of every row through the model, experts wherever they live."""
+"""The one jitted step: decode rows and a slice of prefill, experts wherever they live."""
 
 from __future__ import annotations
 
@@ -12,26 +12,37 @@ from jax import Array, lax
 
 from dance_jax.config import EngineConfig
 from dance_jax.engine.kv_cache import Leaf, Memory, write
-from dance_jax.engine.sampling import SamplingState, mark_seen, sample, sampling_state
+from dance_jax.engine.sampling import Adjustments, SamplingState, sample, sampling_state
 from dance_jax.engine.scheduler import Row
-from dance_jax.models.attention import Cached
+from dance_jax.models.attention import Rows
 from dance_jax.models.exchange import Exchange, Tables
 from dance_jax.models.experts import Pool
 from dance_jax.models.messages import Transport
 from dance_jax.models.topology import Topology
 
+#: (decode rows, slice rows) of a compiled step.
+Bucket = tuple[int, int]
+#: What a server tells the others of its work: none, some, and that some of it decodes.
+IDLE, BUSY, DECODING = 0, 1, 2
+
 
 class Batch(NamedTuple):
-    """What one device computes in a step; r rows of c tokens."""
+    """What one device computes in a step: d decode rows, then s rows of a slice; r = d + s.
 
-    #: int32 [r, c], padded after length.
+    The tokens, t, are one of each decode row, then block_size of each row of the slice.
+    """
+
+    #: int32 [t], padded after a row's length.
     token: Leaf
-    #: int32 [r]: position of the first token, number of tokens (0: row unused), slot.
+    #: int32 [r]: position of the first token, number of tokens (0: row unused), and the first row
+    #: of the same sequence.
     start: Leaf
     length: Leaf
-    slot: Leaf
-    #: bool []: this server has work.
-    active: Leaf
+    first: Leaf
+    #: int32 [r, p]: blocks of the row's sequence.
+    table: Leaf
+    #: int32 []: IDLE, BUSY or DECODING.
+    work: Leaf
     sampling: SamplingState
 
 
@@ -42,11 +53,11 @@ class Outcome(NamedTuple):
     token: Leaf
     logprob: Leaf
     rank: Leaf
-    #: bool []: some server had work.
-    active: Leaf
-    #: int32 [l, n, n] and [l, n]: `Exchanged.rows` and `.sent` of each MoE layer.
+    #: int32 []: the most that a server had to do.
+    work: Leaf
+    #: int32 [l, n, n] each: `Exchanged.rows` and `.bytes` of each MoE layer.
     rows: Leaf
-    sent: Leaf
+    bytes: Leaf
 
 
 class Extras(NamedTuple):
@@ -55,31 +66,54 @@ class Extras(NamedTuple):
     #: int32 [r, 20] and float32 [r, 20]: most likely tokens.
     top_token: Leaf
     top_logprob: Leaf
-    #: uint16 [r, c, l, k]: experts each token chose.
+    #: uint16 [t, l, k]: experts each token chose.
     routes: Leaf
     #: float32 [r, v].
     logits: Leaf
 
 
-def host_batch(rows: tuple[Row, ...], shape: tuple[int, int], scratch: int, active: bool) -> Batch:
+def token_slice(bucket: Bucket, config: EngineConfig, row: Row) -> slice:
+    """Which of the batch's tokens are the row's."""
+    decode, _ = bucket
+    begin = row.index
+    if row.index >= decode:
+        begin = decode + (row.index - decode) * config.block_size
+    return slice(begin, begin + len(row.tokens))
+
+
+def host_batch(rows: tuple[Row, ...], bucket: Bucket, config: EngineConfig, work: int) -> Batch:
     """Numpy batch of one device.
 
     Args:
         rows: the rows in use.
-        shape: (rows, chunk) of the bucket.
-        scratch: a position past the context, where unused rows write.
-        active: this server has work.
+        work: IDLE, BUSY or DECODING.
     """
-    token = np.zeros(shape, np.int32)
-    start = np.zeros(shape[0], np.int32)
-    length = np.zeros(shape[0], np.int32)
-    slot = np.arange(shape[0], dtype=np.int32)
+    decode, slices = bucket
+    count = decode + slices
+    token = np.zeros(decode + slices * config.block_size, np.int32)
+    start = np.zeros(count, np.int32)
+    length = np.zeros(count, np.int32)
+    first = np.concatenate([np.arange(decode), np.arange(slices)]).astype(np.int32)
+    table = np.zeros((count, config.max_blocks), np.int32)
     for row in rows:
-        token[row.index, : len(row.tokens)] = row.tokens
+        token[token_slice(bucket, config, row)] = row.tokens
         start[row.index], length[row.index] = row.start, len(row.tokens)
-        slot[row.index] = row.slot
-    sampling = sampling_state({r.index: r.sequence for r in rows if r.sample}, shape[0])
-    return Batch(token, start, length, slot, np.array(active), sampling)
+        # Among the rows of its kind.
+        first[row.index] = row.first - (decode if row.index >= decode else 0)
+        table[row.index, : len(row.sequence.blocks)] = row.sequence.blocks
+    sampling = sampling_state({row.index: row.sequence for row in rows if row.sample}, count)
+    return Batch(token, start, length, first, table, np.array(work, np.int32), sampling)
+
+
+def batch_rows(batch: Batch, bucket: Bucket, block_size: int) -> tuple[Rows, ...]:
+    """The batch's rows for the attention: those of the decode, those of the slice."""
+    decode, slices = bucket
+    parts = [(slice(0, decode), 1), (slice(decode, decode + slices), block_size)]
+    return tuple(
+        Rows(batch.start[part], batch.first[part], batch.table[part], chunk)
+        for part, chunk in parts
+        if part.stop > part.start
+    )
 
 
 def pack(tree: Any) -> np.ndarray:
@@ -133,52 +167,53 @@ def run_step(
     topology: Topology,
     transport: Transport,
     config: EngineConfig,
-    like: Batch,
+    bucket: Bucket,
+    like: tuple[Batch, Adjustments],
     state: dict[Any, Any],
     pool: Pool,
     tables: Tables,
     memory: Memory,
     packed: Array,
+    packed_adjustments: Array,
 ) -> tuple[Memory, Array, Extras]:
     """One step of one device, inside shard_map: every array is this device's own.
 
     Args:
-        like: shapes and dtypes of the batch in `packed`.
+        like: shapes and dtypes of what is in `packed` and `packed_adjustments`.
         state: the trunk's weights, nnx.to_pure_dict of its state.
 
     Returns:
         The new memory, the packed `Outcome`, and the extras.
     """
-    batch: Batch = unpack(packed, like)
+    batch: Batch = unpack(packed, like[0])
+    adjustments: Adjustments = unpack(packed_adjustments, like[1])
     model = nnx.merge(graphdef, state)
-    rows, chunk = batch.token.shape
-    valid_rc = jnp.arange(chunk) < batch.length[:, None]
-    valid_t = valid_rc.reshape(-1)
+    kinds = batch_rows(batch, bucket, config.block_size)
+    chunk_r = np.concatenate([np.full(rows.count, rows.chunk) for rows in kinds])
+    begin_r = np.cumsum(chunk_r) - chunk_r
+    row_t = np.repeat(np.arange(len(chunk_r)), chunk_r)
+    valid_t = np.arange(len(row_t)) - begin_r[row_t] < batch.length[row_t]
+    position_t = jnp.concatenate([rows.positions_t for rows in kinds])
     sent_dtype = jnp.dtype(config.sent_dtype)
-    exchange = Exchange(topology, pool, tables, batch.active, transport, sent_dtype)
+    exchange = Exchange(topology, pool, tables, batch.work, transport, sent_dtype)
 
     def moe(layer: Array, x_td: Array, expert_tk: Array, weight_tk: Array):
         links = jax.tree.map(lambda leaf: leaf[layer], memory.links)
         y_td, exchanged = exchange(layer, x_td, expert_tk, weight_tk, valid_t, links)
         return y_td, (expert_tk, exchanged)
 
-    # In a full decode row i is slot i.
-    whole = chunk == 1 and rows == config.max_num_seqs
-    cached = [Cached(layer, None if whole else batch.slot) for layer in memory.cache]
-    hidden_rcd, fresh, (route_ltk, exchanged) = model(batch.token, batch.start, cached, moe)
-    last_rd = jnp.take_along_axis(
-        hidden_rcd, jnp.maximum(batch.length - 1, 0)[:, None, None], axis=1
-    )[:, 0]
-    logits_rv = model.logits(last_rd)
-    seen = mark_seen(memory.seen, batch.slot, batch.start, batch.length, batch.token)
-    sampled = sample(logits_rv, seen[batch.slot], batch.sampling)
+    hidden_td, fresh, (route_ltk, exchanged) = model(
+        batch.token, position_t, kinds, memory.cache, moe
+    )
+    last_r = begin_r.astype(np.int32) + jnp.maximum(batch.length - 1, 0)
+    logits_rv = model.logits(hidden_td[last_r])
+    sampled = sample(logits_rv, batch.sampling, adjustments)
 
-    # All reads of the cache come before its first write: the position waits for the token, which
+    # All reads of the cache come before its first write: what is written waits for the token, which
     # waits for every layer. Otherwise XLA copies the last layers' caches.
     used_r = (batch.length > 0) & (sampled.token >= 0)
-    position_r = jnp.where(used_r, batch.start, config.max_model_len)
     cache = tuple(
-        write(layer, new, batch.slot, position_r)
+        _write_kinds(layer, new, kinds, used_r)
         for layer, new in zip(memory.cache, fresh, strict=True)
     )
     layers = jnp.arange(route_ltk.shape[0])[:, None, None]
@@ -188,12 +223,21 @@ def run_step(
         token=sampled.token,
         logprob=sampled.logprob,
         rank=sampled.rank,
-        active=exchanged.active[-1],
+        work=exchanged.work[-1],
         rows=exchanged.rows,
-        sent=exchanged.sent,
+        bytes=exchanged.bytes,
     )
-    route_rclk = jnp.moveaxis(route_ltk, 0, 1).reshape(rows, chunk, *jnp.shape(route_ltk)[::2])
-    extras = Extras(
-        sampled.top_token, sampled.top_logprob, route_rclk.astype(jnp.uint16), logits_rv
-    )
-    return Memory(cache, seen, counts, exchanged.memory), pack_traced(outcome), extras
+    routes = jnp.moveaxis(route_ltk, 0, 1).astype(jnp.uint16)
+    extras = Extras(sampled.top_token, sampled.top_logprob, routes, logits_rv)
+    return Memory(cache, counts, exchanged.memory), pack_traced(outcome), extras
+
+
+def _write_kinds(
+    cache_bsw: Array, fresh_tw: Array, kinds: tuple[Rows, ...], used_r: Array
+) -> Array:
+    token = row = 0
+    for rows in kinds:
+        fresh, used = fresh_tw[token : token + rows.tokens], used_r[row : row + rows.count]
+        cache_bsw = write(cache_bsw, fresh, rows, used)
+        token, row = token + rows.tokens, row + rows.count
+    return cache_bsw

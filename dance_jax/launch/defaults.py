@@ -6,10 +6,17 @@ import os
 import pathlib
 
 from dance_jax.config import ClusterSpec, EngineConfig, UserError
+from dance_jax.engine.kv_cache import num_blocks
 from dance_jax.models.config import ModelConfig
 
 #: Context when none is asked for, if the model's own is longer: every slot holds it in memory.
 DEFAULT_MODEL_LEN = 2048
+#: Sequences that run at once on each device.
+DEFAULT_NUM_SEQS = 16
+#: Rows of the smaller decodes: one user alone should not pay for a full house.
+FEW_ROWS = (4,)
+#: Slices of prefill in blocks. The first, beside a decode, is to take about as long as the decode.
+CPU_SLICES, SLICES = (1, 4), (8, 32)
 #: How hidden states travel between servers; "compute": in the engine's dtype, exact.
 WIRE_DTYPES = ("compute", "bfloat16", "int8")
 
@@ -43,9 +50,10 @@ def engine_config(
     *,
     seed: int = 0,
     dtype: str | None = None,
-    max_num_seqs: int = 8,
+    max_num_seqs: int = DEFAULT_NUM_SEQS,
     platform: str = "cpu",
     wire_dtype: str = "compute",
+    kv_memory: int | None = None,
 ) -> EngineConfig:
     """Configuration of the engines of a model.
 
@@ -59,6 +67,7 @@ def engine_config(
         max_num_seqs: sequences that run at once on each device.
         platform: "cpu" or another.
         wire_dtype: one of WIRE_DTYPES.
+        kv_memory: bytes of each device's KV cache; None: see `EngineConfig.kv_memory`.
 
     Raises:
         UserError: a value is wrong or more than the model can do.
@@ -79,12 +88,15 @@ def engine_config(
         raise UserError(f'dtype={dtype!r}: "float32" or "bfloat16" is needed')
     if wire_dtype not in WIRE_DTYPES:
         raise UserError(f"wire_dtype={wire_dtype!r}: one of {', '.join(WIRE_DTYPES)} is needed")
-    return EngineConfig(
+    config = EngineConfig(
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
-        decode_rows=(max_num_seqs,),
-        prefill=((min(2, max_num_seqs), 128),),
+        decode_rows=tuple(rows for rows in FEW_ROWS if rows < max_num_seqs) + (max_num_seqs,),
+        slice_rows=CPU_SLICES if platform == "cpu" else SLICES,
         dtype=dtype,
         seed=seed,
         wire_dtype=wire_dtype,
+        kv_memory=kv_memory,
     )
+    num_blocks(model, config)  # refuses what cannot hold a whole context
+    return config

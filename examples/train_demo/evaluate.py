@@ -19,7 +19,7 @@ from tokenizer import BOS, DOMAINS, documents
 from tokenizers import Tokenizer
 
 from dance_jax.models import kernels_cpu
-from dance_jax.models.attention import Cached
+from dance_jax.models.attention import Rows
 from dance_jax.models.checkpoint import Checkpoint
 from dance_jax.models.convert import convert
 from dance_jax.models.experts import Pool, expert_ffn
@@ -55,7 +55,7 @@ def window_runner(checkpoint: Checkpoint) -> RunWindow:
     pairs = [(layer, e) for layer in range(len(c.moe_layers)) for e in range(c.num_experts)]
     pool = Pool(*map(jnp.asarray, checkpoint.experts(pairs, "float32")))
     graph, state = nnx.split(checkpoint.trunk("float32"))
-    nothing = [Cached(jnp.zeros((1, 1, c.cache_width)))] * c.num_layers
+    nothing = [jnp.zeros((1, 1, c.cache_width))] * c.num_layers
 
     @jax.jit
     def run(state, pool, tokens):
@@ -65,8 +65,10 @@ def window_runner(checkpoint: Checkpoint) -> RunWindow:
             slot = layer * c.num_experts + expert
             return expert_ffn(pool, x, slot, weight, c.num_experts), expert
 
-        hidden, _, choice = model(tokens, jnp.zeros(1, jnp.int32), nothing, moe)
-        logits = model.logits(hidden[0, :-1])
+        zero = jnp.zeros(1, jnp.int32)
+        window = Rows(zero, zero, zero[None], tokens.shape[1])
+        hidden, _, choice = model(tokens[0], window.positions_t, [window], nothing, moe)
+        logits = model.logits(hidden[:-1])
         chosen = jnp.take_along_axis(logits, tokens[0, 1:, None], 1)[:, 0]
         return jax.nn.logsumexp(logits, 1) - chosen, choice
 

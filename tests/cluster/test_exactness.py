@@ -14,12 +14,11 @@ from dance_jax.placement.core import Layout, Placement, spread
 from dance_jax.placement.metrics import measure
 from tests.cluster import tiny
 from tests.cluster.fixture import DEVICES, TestCluster
-from tests.cluster.tiny import EXPERTS, LAYERS, Tokens
+from tests.cluster.tiny import DECODE, EXPERTS, LAYERS, SLICE, Tokens
 
 #: Expert slots on each device of each server: unequal, and the first server has room for all.
 SLOTS = (32, 20, 16)
 SHAPE = (3, LAYERS, EXPERTS)
-DECODE, PREFILL = (4, 1), (2, 32)
 #: The cluster starts once; no example may take it down or time out because of a busy machine.
 cluster_settings = settings(
     deadline=None,
@@ -63,8 +62,8 @@ def random_resident(seed: int, empty: frozenset[int], replicas: float) -> np.nda
 def alone(runner, start: int, tokens: tuple[int, ...]) -> dict:
     """One row on the single device; `start` > 0 first fills the cache with the tokens before."""
     if start:
-        tiny.run(runner, (PREFILL, [Tokens(((0, 0, tokens[:start]),))]))
-    bucket = PREFILL if len(tokens) - start > 1 else DECODE
+        tiny.run(runner, (SLICE, [Tokens(((0, 0, tokens[:start]),))]))
+    bucket = SLICE if len(tokens) - start > 1 else DECODE
     return tiny.run(runner, (bucket, [Tokens(((0, start, tokens[start:]),))]))[0]
 
 
@@ -95,15 +94,32 @@ def check_traffic(replies: list[list[dict]], resident: np.ndarray) -> np.ndarray
     return replies[0][0]["rows"]
 
 
+#: What the sequences of a server do in a step: all decode, all are in the slice, or the first of
+#: each device decodes beside the slice.
+KINDS = ("decode", "slice", "mixed")
+
+
 @st.composite
-def server_batches(draw) -> list[tuple[tuple[int, int], list[list[tuple[int, int]]]]]:
-    """Per server a bucket and, per device, the (seed, length) of its rows; some have none."""
-    batches = []
-    for devices in DEVICES:
-        bucket = draw(st.sampled_from([DECODE, PREFILL]))
-        rows = st.tuples(st.integers(0, 5), st.integers(1, 30))
-        batches.append((bucket, [draw(st.lists(rows, max_size=bucket[0])) for _ in range(devices)]))
-    return batches
+def server_batches(draw) -> list[tuple[str, list[list[tuple[int, int]]]]]:
+    """Per server a kind and, per device, the (seed, length) of its sequences; some have none."""
+    rows = st.tuples(st.integers(0, 5), st.integers(1, 30))
+    return [
+        (
+            draw(st.sampled_from(KINDS)),
+            [draw(st.lists(rows, max_size=2)) for _ in range(devices)],
+        )
+        for devices in DEVICES
+    ]
+
+
+def decodes(kind: str, number: int, tokens: tuple[int, ...]) -> bool:
+    """The sequence computes its last token alone, all others before."""
+    return kind == "decode" or (kind == "mixed" and number == 0 and len(tokens) > 1)
+
+
+def start(kind: str, number: int, tokens: tuple[int, ...]) -> int:
+    """The position of the first token that the sequence computes in the step."""
+    return len(tokens) - 1 if decodes(kind, number, tokens) else 0
 
 
 def any_placement(test):
@@ -114,7 +130,11 @@ def any_placement(test):
         replicas=st.sampled_from([0.0, 0.3, 1.0]),
         batches=server_batches(),
     )
-    uneven = [(PREFILL, [[(0, 30), (1, 30)]]), (DECODE, [[(2, 9)]]), (PREFILL, [[(3, 30)], []])]
+    uneven = [
+        ("mixed", [[(0, 30), (1, 30)]]),
+        ("decode", [[(2, 9)]]),
+        ("slice", [[(3, 30)], []]),
+    ]
     return given_any(example(seed=1, empty=frozenset(), replicas=0.0, batches=uneven)(test))
 
 
@@ -139,32 +159,28 @@ def test_collectives_give_it_too(
 def check_placement(three_servers: TestCluster, single, seed, empty, replicas, batches) -> None:
     resident = random_resident(seed, empty, replicas)
     three_servers.place(placed(resident)[1])
-    # Prefill everything but the last token where the bucket is decode, then run the step itself.
+    # First everything but the last token of what decodes, then the step itself.
     fill, step = [], []
-    for bucket, devices in batches:
+    for kind, devices in batches:
         tokens = [[sequence(*row) for row in rows] for rows in devices]
-        if bucket == PREFILL:
-            fill.append((DECODE, [Tokens(())] * len(devices)))
-            rows = [[(slot, 0, row) for slot, row in enumerate(rows)] for rows in tokens]
-        else:
-            early = [
-                [(slot, 0, row[:-1]) for slot, row in enumerate(rows[:2]) if len(row) > 1]
-                for rows in tokens
-            ]
-            fill.append((PREFILL, [Tokens(tuple(rows)) for rows in early]))
-            rows = [
-                [(slot, len(row) - 1, row[-1:]) for slot, row in enumerate(rows[:2])]
-                for rows in tokens
-            ]
+        early = [
+            [(n, 0, row[:-1]) for n, row in enumerate(rows) if decodes(kind, n, row) and row[1:]]
+            for rows in tokens
+        ]
+        fill.append((SLICE, [Tokens(tuple(rows)) for rows in early]))
+        rows = [
+            [(n, start(kind, n, row), row[start(kind, n, row) :]) for n, row in enumerate(each)]
+            for each in tokens
+        ]
+        bucket = DECODE if kind == "decode" else SLICE
         step.append((bucket, [Tokens(tuple(each)) for each in rows]))
     three_servers.step(fill)
     replies = three_servers.step(step)
-    for (bucket, devices), server in zip(batches, replies, strict=True):
+    for (kind, devices), server in zip(batches, replies, strict=True):
         for rows, reply in zip(devices, server, strict=True):
-            for index, row in enumerate(rows[:2]):
+            for number, row in enumerate(rows):
                 tokens = sequence(*row)
-                start = len(tokens) - 1 if bucket == DECODE else 0
-                check_row(reply, index, alone(single, start, tokens))
+                check_row(reply, number, alone(single, start(kind, number, tokens), tokens))
     check_traffic(replies, resident)
 
 
@@ -187,7 +203,7 @@ def test_no_token_is_dropped_when_all_want_the_same_experts(
         expected = [alone(single, 0, tokens) for tokens in full]
     three_servers.send("level router", True)
     try:
-        replies = three_servers.step([(PREFILL, [rows] * count) for count in DEVICES])
+        replies = three_servers.step([(SLICE, [rows] * count) for count in DEVICES])
     finally:
         three_servers.send("level router", False)
     for server in replies:
@@ -206,7 +222,7 @@ def test_a_local_layer_sends_headers_only(three_servers: TestCluster, transport:
     tokens = sequence(0, 32)
     three_servers.use(transport)
     three_servers.place(placed(random_resident(3, frozenset(), 0.0))[1])
-    prefill = [(PREFILL, [Tokens(((0, 0, tokens),))] * count) for count in DEVICES]
+    prefill = [(SLICE, [Tokens(((0, 0, tokens),))] * count) for count in DEVICES]
     assert three_servers.step(prefill)[0][0]["rows"].sum() > 0
     resident = np.zeros(SHAPE, bool)
     resident[0] = True
@@ -224,7 +240,7 @@ def test_bytes_are_what_the_connections_carried(three_servers: TestCluster):
     three_servers.place(placed(random_resident(5, frozenset(), 0.0))[1])
     tokens = sequence(1, 30)
     steps = [
-        [(PREFILL, [Tokens(((0, 0, tokens),))] * count) for count in DEVICES],
+        [(SLICE, [Tokens(((0, 0, tokens),))] * count) for count in DEVICES],
         [(DECODE, [Tokens(((0, 30, (7,)),))] * count) for count in DEVICES],
     ]
     before = three_servers.send("counters")
@@ -265,7 +281,7 @@ def test_rounded_rows_stay_close(
     three_servers.place(placed(resident)[1])
     rows = [sequence(seed, 30) for seed in range(2)]
     batch = Tokens(tuple((slot, 0, row) for slot, row in enumerate(rows)))
-    replies = three_servers.step([(PREFILL, [batch] * count) for count in DEVICES])
+    replies = three_servers.step([(SLICE, [batch] * count) for count in DEVICES])
     check_traffic(replies, resident)
     worst = 0.0
     for server in replies:

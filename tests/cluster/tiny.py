@@ -14,6 +14,7 @@ from dance_jax.engine.compile_cache import CompileCache
 from dance_jax.engine.runner import Runner
 from dance_jax.engine.scheduler import Row, StepPlan
 from dance_jax.engine.sequence import SamplingParams, Sequence
+from dance_jax.engine.step import BUSY, token_slice
 from dance_jax.models import ModelConfig
 from dance_jax.models.build import init_random
 from dance_jax.models.messages import Transport
@@ -23,8 +24,14 @@ from tests.tiny_models import SERVED
 
 CONFIG = ModelConfig.from_hf(SERVED)
 ENGINE = EngineConfig(
-    max_model_len=128, max_num_seqs=4, decode_rows=(4,), prefill=((2, 32),), route_sample=64
+    max_model_len=128,
+    max_num_seqs=4,
+    decode_rows=(4,),
+    slice_rows=(4,),
+    block_size=16,
+    route_sample=64,
 )
+DECODE, SLICE = ENGINE.buckets
 LAYERS, EXPERTS = len(CONFIG.moe_layers), CONFIG.num_experts
 
 
@@ -46,8 +53,9 @@ def runner(
 ) -> Runner:
     trunk = init_random(CONFIG, seed=0)
     config = dataclasses.replace(ENGINE, wire_dtype=wire_dtype)
+    blocks = config.max_num_seqs * config.max_blocks
     cache = CompileCache(None)
-    return Runner(CONFIG, trunk, read_experts, layout, rank, config, cache, transport)
+    return Runner(CONFIG, trunk, read_experts, layout, rank, config, blocks, cache, transport)
 
 
 @contextlib.contextmanager
@@ -67,42 +75,60 @@ def level_router(runner: Runner) -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """Rows of one device: (slot, start, tokens) each."""
+    """What sequences of one device compute: (number of the sequence, start, tokens) each.
+
+    Each number has blocks of its own. One token past the start of its sequence is a decode row.
+    """
 
     rows: tuple[tuple[int, int, tuple[int, ...]], ...]
 
 
-def run(runner: Runner, command: tuple[tuple[int, int], list[Tokens]]) -> list[dict]:
-    """One step in a bucket; per device the logits and routes of its rows and the traffic."""
-    (rows, chunk), devices = command
-    full = chunk == 1 and rows == ENGINE.max_num_seqs
-    entries = tuple(
-        tuple(
-            Row(
-                Sequence("r", 0, list(tokens), SamplingParams(temperature=0), 1, 0),
-                slot if full else index,
-                slot,
-                start,
-                list(tokens),
-                True,
-            )
-            for index, (slot, start, tokens) in enumerate(device.rows)
+def rows_of(bucket: tuple[int, int], tokens: Tokens) -> list[list[Row]]:
+    """The rows of each sequence: decode rows from the front, the slice's behind them."""
+    decode, size = 0, ENGINE.block_size
+    piece = bucket[0]
+    found = []
+    for number, start, ids in tokens.rows:
+        sequence = Sequence("r", 0, list(ids), SamplingParams(temperature=0), 1, 0)
+        first = 1 + number * ENGINE.max_blocks
+        sequence.blocks = list(range(first, first + ENGINE.max_blocks))
+        if not bucket[1] or (start > 0 and len(ids) == 1):
+            found.append([Row(sequence, decode, decode, start, list(ids), True)])
+            decode += 1
+            continue
+        parts = [list(ids[at : at + size]) for at in range(0, len(ids), size)]
+        last = len(parts) - 1
+        found.append(
+            [
+                Row(sequence, piece + i, piece, start + i * size, part, i == last)
+                for i, part in enumerate(parts)
+            ]
         )
-        for device in devices
-    )
-    outcomes, extras = runner.run(StepPlan(rows, chunk, entries), active=True)
+        piece += len(parts)
+    return found
+
+
+def run(runner: Runner, command: tuple[tuple[int, int], list[Tokens]]) -> list[dict]:
+    """One step in a bucket; per device the logits and routes of its sequences and the traffic."""
+    bucket, devices = command
+    rows = [rows_of(bucket, tokens) for tokens in devices]
+    entries = tuple(tuple(row for parts in device for row in parts) for device in rows)
+    outcomes, extras = runner.run(StepPlan(*bucket, entries), work=BUSY)
     replies = []
-    for device, (outcome, logits, routes) in enumerate(
-        zip(outcomes, runner.read(extras.logits), runner.read(extras.routes), strict=True)
+    for device, outcome, logits, routes in zip(
+        rows, outcomes, runner.read(extras.logits), runner.read(extras.routes), strict=True
     ):
-        used = [row.index for row in entries[device]]
+        last = [parts[-1].index for parts in device]
         replies.append(
             {
-                "logits": logits[used],
-                "token": outcome.token[used],
-                "routes": [routes[r.index, : len(r.tokens)] for r in entries[device]],
+                "logits": logits[last],
+                "token": outcome.token[last],
+                "routes": [
+                    np.concatenate([routes[token_slice(bucket, ENGINE, row)] for row in parts])
+                    for parts in device
+                ],
                 "rows": outcome.rows,
-                "sent": outcome.sent,
+                "sent": outcome.bytes[:, runner.topology.rank],
             }
         )
     return replies

@@ -147,3 +147,42 @@ def test_an_id_in_use_is_refused():
     tracker.open(request)
     sequences, deltas = tracker.open(request)
     assert not sequences and "in use" in deltas[0].stop_reason
+
+
+@pytest.mark.parametrize("params", [dict(), dict(stop="ca", n=2), dict(stop="abca", min_tokens=3)])
+@pytest.mark.parametrize("border", range(1, 6))
+def test_another_engine_goes_on_where_one_ended(params, border):
+    """Deltas of both add up to those of one engine, wherever the first one's end is."""
+    tokens = [1, 2, 3, 1, 2, 3, 4, 5]
+    params = SamplingParams(max_tokens=8, seed=5, **params)
+    expected = run(params, tokens)
+    request = Request("r", None, [1, 2], params)
+    collector = OutputCollector(request)
+    resumed: list = [[] for _ in range(params.n)]
+    for steps in (border, len(tokens)):
+        tracker = RequestTracker(Letters(), 64, 27, (EOS,), seed=3)
+        request.resumed = resumed
+        sequences, _ = tracker.open(request)
+        assert [s.index for s in sequences] == [i for i, r in enumerate(resumed) if r is not None]
+        for sequence in sequences:
+            while len(sequence.output_token_ids) < steps:
+                token = tokens[len(sequence.output_token_ids)]
+                delta = tracker.append(sequence, SampledToken(token, -0.5, 2))
+                collector.apply(delta)
+                if delta.finish_reason is not None:
+                    break
+        resumed = [
+            None if sample.finished else list(sample.token_ids)
+            for sample in collector.output.outputs
+        ]
+        if all(each is None for each in resumed):
+            break
+    for ours, wanted in zip(collector.output.outputs, expected.outputs, strict=True):
+        assert (ours.text, ours.token_ids) == (wanted.text, wanted.token_ids)
+        assert (ours.finish_reason, ours.stop_reason) == (wanted.finish_reason, wanted.stop_reason)
+
+
+def test_biases_of_unknown_tokens_are_refused():
+    output = run(SamplingParams(logit_bias={26: 1.0, 27: 1.0}), [1])
+    assert output.outputs[0].finish_reason == "error"
+    assert "logit_bias has token id 27" in output.outputs[0].stop_reason

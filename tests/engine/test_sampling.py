@@ -7,9 +7,11 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from dance_jax.engine.sampling import (
+    Adjustments,
     SamplingState,
+    adjusted,
+    adjustments,
     kept_tokens,
-    mark_seen,
     sample,
     sampling_state,
 )
@@ -19,6 +21,7 @@ VOCAB = 700
 #: Rows of most tests, so that they share one compilation.
 ROWS = 16
 sample_jit = jax.jit(sample, static_argnums=3)
+adjusted_jit = jax.jit(adjusted)
 
 
 @pytest.fixture(autouse=True)
@@ -43,8 +46,19 @@ def make_logits(rows, seed=0, scale=3.0, vocab=VOCAB):
     return np.random.default_rng(seed).normal(size=(rows, vocab)).astype(np.float32) * scale
 
 
-def unseen(logits):
-    return np.zeros(logits.shape, bool)
+#: Known tokens of a row at most.
+HISTORY = 40
+
+
+def unchanged(rows=ROWS) -> Adjustments:
+    return adjustments({}, rows, HISTORY)
+
+
+def changes_of(rows=ROWS, **params) -> Adjustments:
+    """Every row has prompt 0, 1 and output 2, 2, 3, and these parameters."""
+    sequence = Sequence("r", 0, [0, 1], SamplingParams(**params), 16, 0)
+    sequence.output_token_ids = [2, 2, 3]
+    return adjustments(dict.fromkeys(range(rows), sequence), rows, HISTORY)
 
 
 def oracle(logits_v, temperature, top_k, top_p, min_p):
@@ -99,7 +113,7 @@ def test_draws_follow_the_distribution(parameters):
     expected, kept, _ = oracle(logits[0], **parameters)
     state = make_state(rows, seed=np.arange(rows), position=np.arange(rows) % 7, **parameters)
     tiled = np.tile(logits, (rows, 1))
-    token = np.asarray(sample_jit(tiled, unseen(tiled), state).token)
+    token = np.asarray(sample_jit(tiled, state, unchanged(rows)).token)
     assert kept[token].all()
     often = expected * rows >= 8
     counts = np.bincount(token, minlength=VOCAB)
@@ -116,29 +130,37 @@ def test_a_row_does_not_depend_on_its_batch():
     rows = ROWS
     rng = np.random.default_rng(5)
     logits = make_logits(rows, 5)
-    seen = rng.random(logits.shape) < 0.1
     state = make_state(
         rows,
         temperature=rng.choice([0.0, 0.5, 1.0], rows),
         top_k=rng.choice([0, 20], rows),
         top_p=rng.choice([1.0, 0.8], rows),
         min_p=rng.choice([0.0, 0.02], rows),
-        repetition_penalty=rng.choice([1.0, 1.3], rows),
         seed=rng.integers(0, 2**32, rows, np.uint32),
         position=rng.integers(0, 100, rows),
     )
-    together = sample_jit(logits, seen, state)
+    params = SamplingParams(
+        repetition_penalty=1.3, presence_penalty=0.5, frequency_penalty=0.2, logit_bias={7: 2.0}
+    )
+    known = {
+        row: Sequence("r", 0, rng.integers(0, VOCAB, 9).tolist(), params, 16, 0)
+        for row in range(0, rows, 2)
+    }
+    changes = adjustments(known, rows, HISTORY)
+    together = sample_jit(logits, state, changes)
     for row in range(rows):
         alone = sample_jit(
             logits[row : row + 1],
-            seen[row : row + 1],
             SamplingState(*(field[row : row + 1] for field in state)),
+            Adjustments(*(field[row : row + 1] for field in changes)),
         )
         assert alone.token[0] == together.token[row]
         np.testing.assert_allclose(alone.logprob[0], together.logprob[row], atol=1e-6)
     order = rng.permutation(rows)
     shuffled = sample_jit(
-        logits[order], seen[order], SamplingState(*(field[order] for field in state))
+        logits[order],
+        SamplingState(*(field[order] for field in state)),
+        Adjustments(*(field[order] for field in changes)),
     )
     np.testing.assert_array_equal(shuffled.token, np.asarray(together.token)[order])
 
@@ -148,7 +170,7 @@ def test_seed_and_position_change_the_draw():
 
     def draw(**fields):
         state = make_state(ROWS, temperature=1.0, **fields)
-        return np.asarray(sample_jit(logits, unseen(logits), state).token)
+        return np.asarray(sample_jit(logits, state, unchanged()).token)
 
     by_position = draw(seed=7, position=np.arange(ROWS))
     by_seed = draw(seed=np.arange(ROWS), position=7)
@@ -159,7 +181,7 @@ def test_seed_and_position_change_the_draw():
 def test_greedy_rows_are_argmax_beside_sampled_ones():
     logits = make_logits(ROWS)
     state = make_state(ROWS, temperature=[0, 1] * 8, seed=np.arange(ROWS))
-    token = np.asarray(sample_jit(logits, unseen(logits), state).token)
+    token = np.asarray(sample_jit(logits, state, unchanged()).token)
     np.testing.assert_array_equal(token[::2], logits[::2].argmax(-1))
 
 
@@ -167,7 +189,7 @@ def test_extreme_parameters_are_greedy():
     logits = make_logits(ROWS)
     for fields in [dict(top_k=1), dict(top_p=1e-9), dict(min_p=1.0), dict(temperature=1e-4)]:
         state = make_state(ROWS, **{"temperature": 1.0, "seed": np.arange(ROWS), **fields})
-        token = sample_jit(logits, unseen(logits), state).token
+        token = sample_jit(logits, state, unchanged()).token
         np.testing.assert_array_equal(token, logits.argmax(-1))
 
 
@@ -179,11 +201,10 @@ def test_logprobs_are_of_the_raw_distribution():
         ROWS,
         temperature=0.5,
         top_k=5,
-        repetition_penalty=1.5,
         seed=np.arange(ROWS),
         top=[True] + (ROWS - 1) * [False],
     )
-    result = sample_jit(logits, logits > 3, state)
+    result = sample_jit(logits, state, changes_of(repetition_penalty=1.5))
     token = np.asarray(result.token)
     rows = np.arange(ROWS)
     np.testing.assert_allclose(result.logprob, raw[rows, token], atol=1e-5)
@@ -191,18 +212,34 @@ def test_logprobs_are_of_the_raw_distribution():
     best = np.argsort(-raw, axis=-1)[:, :MAX_LOGPROBS]
     np.testing.assert_array_equal(result.top_token, best)
     np.testing.assert_allclose(result.top_logprob, np.take_along_axis(raw, best, -1), atol=1e-5)
-    nobody = sample_jit(logits, unseen(logits), state._replace(top=np.zeros(ROWS, bool)))
+    nobody = sample_jit(logits, state._replace(top=np.zeros(ROWS, bool)), unchanged())
     assert not np.any(nobody.rank) and not np.any(nobody.top_token)
 
 
-def test_repetition_penalty_moves_seen_tokens_down():
-    logits = np.full((ROWS, VOCAB), -9, np.float32)
-    logits[:, :4] = [2.0, 1.8, -1.0, -1.1]
-    logits[3, :4] = [-1.0, -1.2, -9, -9]
-    seen = unseen(logits)
-    seen[0, 0] = seen[1, :2] = seen[3, 0] = True
-    result = sample_jit(logits, seen, make_state(ROWS, repetition_penalty=1.5))
-    assert result.token[:4].tolist() == [1, 0, 0, 1]
+def changed_logits(**params) -> np.ndarray:
+    """What `changes_of` makes of [2, -2, 2, 2, 2, 2]."""
+    logits = np.full((ROWS, VOCAB), 2, np.float32)
+    logits[:, 1] = -2
+    return np.asarray(adjusted_jit(logits, changes_of(**params)))[0, :6]
+
+
+def test_penalties_follow_their_definitions():
+    """Prompt 0, 1, output 2, 2, 3; 4 and 5 are unknown."""
+    plain = [2, -2, 2, 2, 2, 2]
+    expected = {
+        (("repetition_penalty", 1.25),): [1.6, -2.5, 1.6, 1.6, 2, 2],
+        (("presence_penalty", 0.5),): [2, -2, 1.5, 1.5, 2, 2],
+        (("frequency_penalty", 0.5),): [2, -2, 1, 1.5, 2, 2],
+        (("presence_penalty", -1.0), ("frequency_penalty", 0.25)): [2, -2, 2.5, 2.75, 2, 2],
+    }
+    assert np.allclose(changed_logits(), plain, atol=1e-6)
+    for params, wanted in expected.items():
+        np.testing.assert_allclose(changed_logits(**dict(params)), wanted, atol=1e-6)
+
+
+def test_a_bias_comes_before_the_penalties():
+    found = changed_logits(logit_bias={2: 1.0, 4: -0.5}, repetition_penalty=2.0)
+    np.testing.assert_allclose(found, [1, -4, 1.5, 1, 1.5, 2], atol=1e-6)
 
 
 def test_held_back_tokens_are_never_drawn_before_min_tokens():
@@ -214,7 +251,7 @@ def test_held_back_tokens_are_never_drawn_before_min_tokens():
         sequence = Sequence("r", 0, [1], params, 16, 0, frozenset({3, 9}), (3, 9))
         sequence.output_token_ids = [0] * row
         sequences[row] = sequence
-    result = sample_jit(logits, unseen(logits), sampling_state(sequences, ROWS))
+    result = sample_jit(logits, sampling_state(sequences, ROWS), unchanged())
     held = np.isin(np.asarray(result.token[:5]), [3, 9])
     np.testing.assert_array_equal(held, [False, False, True, True, True])
 
@@ -231,18 +268,16 @@ def test_state_of_sequences():
     assert state.held_back.shape == (4, MAX_STOP_IDS)
 
 
-def test_mark_seen_clears_new_sequences_and_skips_unused_rows():
-    seen = np.zeros((4, 10), bool)
-    seen[1, 9] = seen[2, 8] = seen[3, 7] = True
-    result = jax.jit(mark_seen)(
-        seen,
-        np.array([1, 2, 3], np.int32),
-        np.array([0, 5, 0], np.int32),
-        np.array([2, 1, 0], np.int32),
-        np.array([[4, 5, 6], [1, 6, 6], [2, 2, 2]], np.int32),
-    )
-    expected = [[], [4, 5], [1, 8], [7]]
-    assert [np.flatnonzero(row).tolist() for row in np.asarray(result)] == expected
+def test_adjustments_of_sequences():
+    plain = Sequence("r", 0, [1], SamplingParams(repetition_penalty=1), 16, 0)
+    params = SamplingParams(presence_penalty=1, logit_bias={5: -1.5})
+    sequence = Sequence("r", 0, [8, 7], params, 16, 0, output_token_ids=[6])
+    changes = adjustments({0: plain, 2: sequence}, 4, 5)
+    assert changes.history.tolist() == [[-1] * 5, [-1] * 5, [8, 7, 6, -1, -1], [-1] * 5]
+    assert changes.prompt_length.tolist() == [0, 0, 2, 0]
+    assert changes.presence_penalty.tolist() == [0, 0, 1, 0]
+    assert (changes.bias_token[2, 0], changes.bias[2, 0]) == (5, -1.5)
+    assert (changes.bias_token >= 0).sum() == 1
 
 
 def test_runs_under_shard_map():
@@ -251,7 +286,7 @@ def test_runs_under_shard_map():
     state = make_state(ROWS, temperature=1.0, top_p=0.9, top_k=9, seed=np.arange(ROWS))
     spec = PartitionSpec("device")
     sharded = jax.jit(jax.shard_map(sample, mesh=mesh, in_specs=(spec, spec, spec), out_specs=spec))
-    result = sharded(logits, unseen(logits), state)
+    result = sharded(logits, state, unchanged())
     np.testing.assert_array_equal(
-        result.token, sample_jit(jnp.asarray(logits), unseen(logits), state).token
+        result.token, sample_jit(jnp.asarray(logits), state, unchanged()).token
     )

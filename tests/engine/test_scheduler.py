@@ -1,236 +1,321 @@
 """The scheduler as plain Python: a fake engine checks every plan and that all work gets done."""
 
+import dataclasses
+
 import pytest
-from hypothesis import given, settings
+from hypothesis import settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from dance_jax.config import EngineConfig, UserError
-from dance_jax.engine.scheduler import MAX_PREFILL_STREAK, Scheduler
+from dance_jax.config import UserError
+from dance_jax.engine.scheduler import Scheduler
 from dance_jax.engine.sequence import SamplingParams, Sequence
+from tests.engine.fake_engine import FakeEngine, known_tokens, make_config, outputs_of
+
+#: Beginnings that prompts share, of several blocks and less than one.
+BEGINNINGS = ([1, 2, 3, 4, 5, 6, 7, 8, 9, 1], [1, 2, 3, 4, 9, 9, 9], [5], [])
+sizes = st.sets(st.integers(1, 5), min_size=1, max_size=3).map(lambda found: tuple(sorted(found)))
 
 
-def make_sequence(name, prompt_length, outputs=1):
-    prompt = [1000 * int(name) + i for i in range(prompt_length)]
-    return Sequence(str(name), 0, prompt, SamplingParams(), outputs, seed=0)
+class AnyTraffic(RuleBasedStateMachine):
+    """Requests come, go on and hang up in any order; blocks are short more often than not."""
 
-
-def config(max_num_seqs=4, decode_rows=(4,), prefill=((2, 8),)):
-    return EngineConfig(
-        max_model_len=4096, max_num_seqs=max_num_seqs, decode_rows=decode_rows, prefill=prefill
+    @initialize(
+        decode_rows=sizes,
+        slice_rows=sizes,
+        block_size=st.integers(2, 4),
+        max_model_len=st.integers(12, 30),
+        devices=st.integers(1, 3),
+        spare=st.integers(0, 12),
     )
+    def start(self, decode_rows, slice_rows, block_size, max_model_len, devices, spare):
+        config = make_config(decode_rows, slice_rows, block_size, max_model_len)
+        self.engine = FakeEngine(config, devices, config.max_blocks + spare)
 
-
-class FakeEngine:
-    """Runs plans without a model and checks each one."""
-
-    def __init__(self, config, devices):
-        self.config = config
-        self.scheduler = Scheduler(config, devices)
-        #: (device, slot) -> tokens in its cache.
-        self.cache = {}
-        self.done = {}
-        self.waited = {}
-        #: The last step decoded although prompts were there.
-        self.paused = False
-
-    def add(self, sequence):
-        self.waited[sequence.request_id] = 0
-        self.scheduler.add(sequence)
-
-    def step(self):
-        plan = self.scheduler.schedule()
-        self.check(plan)
-        self.scheduler.commit(plan)
-        for row in (row for rows in plan.entries for row in rows if row.sample):
-            sequence = row.sequence
-            # The fake model counts: the next token depends on all before it.
-            sequence.output_token_ids.append(-sequence.num_tokens)
-            if len(sequence.output_token_ids) == sequence.max_tokens:
-                self.done[sequence.request_id] = sequence
-                del self.cache[sequence.device, sequence.slot]
-                self.scheduler.finish(sequence)
-        return plan
-
-    def check(self, plan):
-        if plan.empty:
-            assert not self.scheduler.active
-            return
-        buckets = [*((rows, 1) for rows in self.config.decode_rows), *self.config.prefill]
-        assert (plan.rows, plan.chunk) in buckets
-        ran = set()
-        for device, rows in enumerate(plan.entries):
-            indices = [row.index for row in rows]
-            slots = [row.slot for row in rows]
-            assert len(set(indices)) == len(indices) and len(set(slots)) == len(slots)
-            assert all(0 <= index < plan.rows for index in indices)
-            assert all(0 <= slot < self.config.max_num_seqs for slot in slots)
-            if plan.chunk == 1 and plan.rows == self.config.max_num_seqs:
-                assert indices == slots
-            for row in rows:
-                self.check_row(device, row, plan)
-                ran.add(row.sequence.request_id)
-        running = [s for device in self.scheduler.running for s in device]
-        places = [(s.device, s.slot) for s in running]
-        assert len(set(places)) == len(places)
-        for sequence in running:
-            waited = 0 if sequence.request_id in ran else self.waited[sequence.request_id] + 1
-            self.waited[sequence.request_id] = waited
-            # Nobody starves: decoding is not put off for long,
-            assert sequence.prefilling or waited <= MAX_PREFILL_STREAK
-        # and prompts go oldest first, stopped by one step of decoding at a time.
-        for device in self.scheduler.running:
-            oldest = next((s for s in device if s.prefilling), None)
-            if oldest is not None and plan.chunk > 1:
-                assert oldest.request_id in ran
-        pausing = plan.chunk == 1 and any(s.prefilling for s in running)
-        assert not (pausing and self.paused)
-        self.paused = pausing
-
-    def check_row(self, device, row, plan):
-        sequence = row.sequence
-        assert (sequence.device, sequence.slot) == (device, row.slot)
-        assert 1 <= len(row.tokens) <= plan.chunk
-        if row.start == 0:
-            assert (device, row.slot) not in self.cache
-            self.cache[device, row.slot] = []
-        cached = self.cache[device, row.slot]
-        assert len(cached) == row.start
-        cached.extend(row.tokens)
-        known = sequence.prompt_token_ids + sequence.output_token_ids
-        assert cached == known[: len(cached)]
-        assert row.sample == (len(cached) == len(known))
-
-
-def bucket_configs():
-    def build(draw_rows, top, prefill):
-        rows = tuple(sorted({r for r in draw_rows if r < top} | {top}))
-        fitting = {(min(r, top), c) for r, c in prefill}
-        return config(top, rows, tuple(sorted(fitting, key=lambda b: b[0] * b[1])))
-
-    return st.builds(
-        build,
-        st.sets(st.integers(1, 6), max_size=3),
-        st.integers(1, 6),
-        st.lists(st.tuples(st.integers(1, 4), st.integers(2, 12)), min_size=1, max_size=3),
+    @rule(
+        beginning=st.sampled_from(BEGINNINGS),
+        tail=st.lists(st.integers(0, 1), min_size=1, max_size=20),
+        outputs=st.integers(1, 16),
+        resumed=st.integers(0, 15),
+        copies=st.sampled_from([1, 1, 1, 3]),
     )
+    def add(self, beginning, tail, outputs, resumed, copies):
+        longest = self.engine.config.max_model_len
+        prompt = [*beginning, *tail][: longest - 1]
+        outputs = min(outputs, longest - len(prompt))
+        for _ in range(copies):
+            self.engine.add(prompt, outputs, min(resumed, outputs - 1))
+
+    @rule(count=st.integers(1, 8), others_decode=st.booleans())
+    def step(self, count, others_decode):
+        for _ in range(count):
+            self.engine.step(others_decode)
+
+    @precondition(lambda self: self.engine.live)
+    @rule(data=st.data())
+    def hang_up(self, data):
+        victim = data.draw(st.sampled_from(self.engine.live))
+        assert self.engine.abort(victim.request_id) == [victim]
+        assert self.engine.abort(victim.request_id) == []
+
+    @precondition(lambda self: self.engine.live)
+    @rule(data=st.data())
+    def finish_early(self, data):
+        self.engine.finish(data.draw(st.sampled_from(self.engine.live)))
+
+    @precondition(lambda self: len(self.engine.live) > 5)
+    @rule()
+    def abort_all(self):
+        self.engine.abort()
+        assert not self.engine.live and self.engine.scheduler.blocks_used == 0
+
+    @invariant()
+    def blocks_are_accounted_for(self):
+        self.engine.check_blocks()
+
+    def teardown(self):
+        if hasattr(self, "engine"):
+            self.engine.drain()
+            assert self.engine.scheduler.schedule().empty
+            assert self.engine.scheduler.blocks_used == 0
 
 
-jobs = st.lists(
-    st.tuples(st.integers(1, 40), st.integers(1, 8), st.integers(0, 3)), min_size=1, max_size=20
-)
+AnyTraffic.TestCase.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
+test_any_traffic = AnyTraffic.TestCase
 
 
-@settings(max_examples=150, deadline=None)
-@given(bucket_configs(), st.integers(1, 3), jobs)
-def test_every_token_once_in_order_and_all_finish(config, devices, jobs):
-    engine = FakeEngine(config, devices)
-    for name, (length, outputs, steps_before) in enumerate(jobs):
-        for _ in range(steps_before):
-            engine.step()
-        engine.add(make_sequence(name, length, outputs))
+def prompt_of(length: int, name: int = 0) -> list[int]:
+    """A prompt whose first token is its own, so nothing of it is another's."""
+    return [100 + name, *range(1, length)]
+
+
+def test_no_token_is_lost_when_blocks_run_out():
+    config = make_config(decode_rows=(8,), max_model_len=64)
+    engine = FakeEngine(config, num_blocks=config.max_blocks)
+    sequences = [engine.add(prompt_of(9, name), 40) for name in range(8)]
+    engine.drain()
+    assert engine.scheduler.preemptions >= 4
+    assert [s.output_token_ids for s in sequences] == [
+        outputs_of(s.prompt_token_ids, 40) for s in sequences
+    ]
+    # Oldest first, whatever was preempted.
+    assert engine.done == sequences
+
+
+def test_the_youngest_is_preempted_and_prefilled_with_its_outputs():
+    engine = FakeEngine(make_config(slice_rows=(6,), max_model_len=32), num_blocks=8)
+    old, young = engine.add(prompt_of(11, 0), 20), engine.add(prompt_of(11, 1), 20)
+    while not engine.scheduler.preemptions:
+        engine.step()
+    assert (old.device, len(old.blocks)) == (0, 5)
+    assert (young.device, young.blocks, young.num_computed) == (-1, [], 0)
+    assert len(young.output_token_ids) == 6
+    engine.step()
+    assert (engine.scheduler.num_running, engine.scheduler.num_waiting) == (1, 1)
+    known = known_tokens(young)
+    while young.device < 0:
+        plan = engine.step()
+    rows = [row for row in plan.entries[0] if row.sequence is young]
+    assert known[rows[0].start :] == [token for row in rows for token in row.tokens]
+    assert [row.sample for row in rows] == [False] * (len(rows) - 1) + [True]
+    engine.drain()
+    assert engine.scheduler.preemptions == 1
+    assert engine.done == [old, young]
+
+
+def test_what_is_preempted_goes_before_all_younger_ones():
+    engine = FakeEngine(make_config(max_model_len=32), num_blocks=8)
+    old, preempted = (engine.add(prompt_of(11, name), 20) for name in range(2))
+    while not engine.scheduler.preemptions:
+        engine.step()
+    younger = [engine.add(prompt_of(1, name), 9) for name in range(2, 5)]
+    while preempted.device < 0:
+        assert engine.scheduler.running[0] in ([old], [])
+        engine.step()
+    assert engine.scheduler.running[0] in ([preempted, *younger], [preempted, *younger[:2]])
+
+
+def test_a_long_prompt_is_not_starved_by_short_ones():
+    config = make_config(decode_rows=(4,), block_size=4, max_model_len=64)
+    engine = FakeEngine(config, num_blocks=config.max_blocks)
+    for name in range(4):
+        engine.add(prompt_of(6, name), 10)
+    engine.step()
+    long = engine.add(prompt_of(62, 9), 2)
     steps = 0
-    while engine.scheduler.active:
+    while long in engine.live:
+        engine.add(prompt_of(6, 10 + steps), 10)
         engine.step()
         steps += 1
-        assert steps < 20 * 50
-    assert len(engine.done) == len(jobs)
-    for name, (length, outputs, _) in enumerate(jobs):
-        sequence = engine.done[str(name)]
-        assert sequence.output_token_ids == [-length - i for i in range(outputs)]
-    assert engine.scheduler.schedule().empty
+    assert steps < 40
+    assert len(engine.done) == 5
 
 
-@settings(max_examples=100, deadline=None)
-@given(bucket_configs(), st.integers(1, 2), jobs, st.data())
-def test_aborts_free_their_slots(config, devices, jobs, data):
-    engine = FakeEngine(config, devices)
-    for name, (length, outputs, _) in enumerate(jobs):
-        engine.add(make_sequence(name, length, outputs))
-    while engine.scheduler.active:
-        victim = data.draw(st.integers(0, 3 * len(jobs)))
-        places = {s.request_id: (s.device, s.slot) for d in engine.scheduler.running for s in d}
-        for gone in engine.scheduler.abort(str(victim)):
-            assert gone.request_id == str(victim) and gone.slot == -1
-            engine.cache.pop(places.get(gone.request_id), None)
-        engine.step()
-    engine.scheduler.abort()
-    assert all(len(free) == config.max_num_seqs for free in engine.scheduler._free)
-
-
-def test_admission_balances_devices_in_order_of_arrival():
-    engine = FakeEngine(config(), devices=2)
-    sequences = [make_sequence(name, 3, 5) for name in range(9)]
-    for sequence in sequences:
-        engine.add(sequence)
+def test_decoding_goes_on_beside_a_long_prompt():
+    engine = FakeEngine(make_config(decode_rows=(4,), slice_rows=(1, 8), max_model_len=200))
+    decoding = [engine.add(prompt_of(3, name), 150) for name in range(3)]
     engine.step()
-    assert [(s.device, s.slot) for s in sequences[:8]] == [
-        (d, slot) for slot in range(4) for d in range(2)
-    ]
-    assert list(engine.scheduler.waiting) == sequences[8:]
-
-
-def test_smallest_bucket_that_fits_the_busiest_device():
-    ladder = config(8, (1, 2, 8), ((1, 4), (2, 8), (4, 8), (2, 32)))
-    for lengths, bucket in [
-        ([3], (1, 4)),
-        ([5], (2, 8)),
-        ([3, 3, 3], (2, 8)),
-        ([3] * 6, (4, 8)),
-        ([20], (2, 32)),
-        ([100] * 8, (2, 32)),
-    ]:
-        engine = FakeEngine(ladder, devices=2)
-        for name, length in enumerate(lengths):
-            engine.add(make_sequence(name, length, 2))
+    long = engine.add(prompt_of(160, 9), 2)
+    for row in range(40):
         plan = engine.step()
-        assert (plan.rows, plan.chunk) == bucket
-        engine.scheduler.abort()
-    for count, rows in [(1, 1), (2, 1), (3, 2), (5, 8), (16, 8)]:
-        engine = FakeEngine(ladder, devices=2)
-        for name in range(count):
-            engine.add(make_sequence(name, 1, 2))
-        while (plan := engine.step()).chunk > 1:
-            pass
-        assert plan.rows == rows
+        assert plan.bucket == (4, 1)
+        assert [len(s.output_token_ids) for s in decoding] == [row + 2] * 3
+        assert long.num_computed == 4 * (row + 1)
+    assert len(long.output_token_ids) == 1
+    assert engine.step().bucket == (4, 0)
+    assert not engine.live.count(long)
 
 
-def test_long_prompts_go_in_chunks_and_only_the_last_samples():
-    engine = FakeEngine(config(prefill=((1, 8),)), devices=1)
-    engine.add(make_sequence(0, 20))
-    plans = [engine.step() for _ in range(3)]
-    assert [len(plan.entries[0][0].tokens) for plan in plans] == [8, 8, 4]
-    assert [plan.entries[0][0].sample for plan in plans] == [False, False, True]
-    assert not engine.scheduler.active
+@pytest.mark.parametrize(
+    "lengths, others_decode, sizes",
+    [
+        ([3], False, [1]),
+        ([5], False, [2]),
+        ([5, 5], False, [2]),
+        ([3, 3, 3, 3, 3], False, [4]),
+        ([70], False, [8, 8, 2]),
+        ([9], True, [1, 1, 1]),
+    ],
+)
+def test_the_slice_is_the_smallest_that_holds_the_prompts(lengths, others_decode, sizes):
+    config = make_config((2, 4), (1, 2, 4, 8), max_model_len=128)
+    engine = FakeEngine(config, devices=2)
+    for name, length in enumerate(lengths):
+        engine.add(prompt_of(length, name))
+    plans = []
+    while engine.live:
+        plans.append(engine.step(others_decode))
+    assert [plan.bucket for plan in plans] == [(2, size) for size in sizes]
+    assert not any(plan.decoding for plan in plans)
 
 
-def test_a_stream_of_prompts_does_not_stop_decoding():
-    engine = FakeEngine(config(2, (2,), ((2, 8),)), devices=1)
-    decoding = make_sequence(0, 4, 10**6)
-    engine.add(decoding)
-    engine.step()
-    for name in range(1, 200):
-        engine.add(make_sequence(name, 8, 1))
-    for _ in range(150):
-        engine.step()
-    assert len(decoding.output_token_ids) >= 150 // (MAX_PREFILL_STREAK + 1)
-
-
-def test_a_recomputed_sequence_prefills_prompt_and_output():
-    engine = FakeEngine(config(), devices=1)
-    sequence = make_sequence(0, 5, 9)
-    sequence.output_token_ids += [-5, -6, -7, -8]
-    engine.add(sequence)
+@pytest.mark.parametrize("count, rows", [(1, 1), (2, 1), (3, 2), (5, 8), (16, 8)])
+def test_the_decode_is_the_smallest_for_the_busiest_device(count, rows):
+    engine = FakeEngine(make_config((1, 2, 8), (8,)), devices=2)
+    for name in range(count):
+        engine.add(prompt_of(1, name), 2)
+    assert engine.step().bucket == (1, 8)
     plan = engine.step()
-    assert (plan.chunk, plan.entries[0][0].tokens) == (8, [0, 1, 2, 3, 4, -5, -6, -7])
-    assert not plan.entries[0][0].sample
-    while engine.scheduler.active:
+    assert plan.bucket == (rows, 0) and plan.decoding
+    assert not engine.live
+
+
+def test_rows_of_a_slice():
+    engine = FakeEngine(make_config((2,), (6,)))
+    one, two = engine.add(prompt_of(9, 1)), engine.add(prompt_of(20, 2))
+    rows = engine.step().entries[0]
+    assert [row.sequence for row in rows] == [one] * 3 + [two] * 3
+    assert [row.index for row in rows] == [2, 3, 4, 5, 6, 7]
+    assert [row.first for row in rows] == [2, 2, 2, 5, 5, 5]
+    assert [row.start for row in rows] == [0, 4, 8, 0, 4, 8]
+    assert [len(row.tokens) for row in rows] == [4, 4, 1, 4, 4, 4]
+    assert [row.sample for row in rows] == [False, False, True, False, False, False]
+    rows = engine.step().entries[0]
+    assert [(row.index, row.first, row.start) for row in rows] == [(2, 2, 12), (3, 2, 16)]
+    assert not engine.live
+
+
+def test_a_shared_prefix_is_computed_once():
+    engine = FakeEngine(make_config(slice_rows=(4,)))
+    engine.add([*range(40), 50])
+    engine.drain()
+    assert (engine.scheduler.prefix_queries, engine.scheduler.prefix_hits) == (41, 0)
+    engine.add([*range(38), 60, 61])
+    (row,) = engine.step().entries[0]
+    assert (row.start, row.tokens) == (36, [36, 37, 60, 61])
+    assert (engine.scheduler.prefix_queries, engine.scheduler.prefix_hits) == (81, 36)
+
+
+def test_the_last_token_is_computed_even_if_all_is_cached():
+    engine = FakeEngine(make_config(slice_rows=(4,)))
+    for start in (0, 4):
+        engine.add(list(range(8)))
+        plan = engine.step()
+        assert [row.start for row in plan.entries[0]] == list(range(start, 8, 4))
+        assert plan.entries[0][-1].sample
+
+
+def test_samples_of_a_prompt_share_its_blocks_while_they_run():
+    engine = FakeEngine(make_config((4,), (4,)))
+    samples = [engine.add(prompt_of(17), 8) for _ in range(3)]
+    while any(s.prefilling for s in samples):
         engine.step()
-    assert sequence.output_token_ids == [-5 - i for i in range(9)]
+    assert [s.blocks[:4] for s in samples] == [samples[0].blocks[:4]] * 3
+    assert engine.scheduler.prefix_hits == 2 * 16
+    assert engine.scheduler.blocks_used == 4 + 3
+
+
+def test_outputs_are_found_by_the_next_turn_of_a_chat():
+    engine = FakeEngine(make_config())
+    first = engine.add(prompt_of(6), 11)
+    engine.drain()
+    engine.add([*known_tokens(first), 7, 7, 7])
+    engine.step()
+    # The last output is no input of any step yet.
+    assert engine.scheduler.prefix_hits == 16
+
+
+def test_devices_the_cached_prefix_first_then_the_fewest():
+    engine = FakeEngine(make_config((3,), (8,)), devices=3)
+    spread = [engine.add(prompt_of(9, name), 9) for name in range(3)]
+    engine.step()
+    assert [s.device for s in spread] == [0, 1, 2]
+    # Of prompts 1, 1, 1, 2 and a new one; device 1 has room for two.
+    more = [engine.add([*prompt_of(8, name), 77], 9) for name in (1, 1, 1, 2, 3)]
+    engine.step()
+    assert [s.device for s in more] == [1, 1, 0, 2, 0]
+
+
+def test_cached_blocks_give_way_to_new_ones():
+    config = make_config(slice_rows=(16,), max_model_len=33)
+    engine = FakeEngine(config, num_blocks=config.max_blocks)
+    for name in range(5):
+        engine.add(prompt_of(32, name))
+        engine.drain()
+    assert engine.scheduler.preemptions == 0
+    engine.add(prompt_of(32, 4))
+    engine.step()
+    assert engine.scheduler.prefix_hits == 28
+    engine.add(prompt_of(32, 0))
+    engine.step()
+    assert engine.scheduler.prefix_hits == 28
+
+
+def test_a_resumed_sequence_prefills_prompt_and_output():
+    engine = FakeEngine(make_config(slice_rows=(4,)))
+    sequence = engine.add(prompt_of(5), 9, done=4)
+    rows = engine.step().entries[0]
+    assert [len(row.tokens) for row in rows] == [4, 4, 1] and rows[-1].sample
+    engine.drain()
+    assert sequence.output_token_ids == outputs_of(prompt_of(5), 9)
+
+
+def test_a_step_looks_at_the_oldest_waiting_sequence_alone():
+    looked_at = []
+
+    class Watched(Sequence):
+        @property
+        def num_tokens(self):
+            looked_at.append(self)
+            return super().num_tokens
+
+    engine = FakeEngine(make_config((4,), (1,)))
+    for name in range(4):
+        engine.add(prompt_of(1, name), 9)
+    engine.step()
+    waiting = [Watched(str(n), 0, [n], SamplingParams(), 1, seed=0) for n in range(1000)]
+    for sequence in waiting:
+        engine.scheduler.add(sequence)
+    looked_at.clear()
+    plan = engine.scheduler.schedule()
+    assert engine.scheduler.num_waiting == 1000 and not plan.empty
+    assert set(looked_at) <= {waiting[0]}
 
 
 def test_forgetting_a_sampled_token_or_commit_is_noticed():
-    scheduler = Scheduler(config(), 1)
-    scheduler.add(make_sequence(0, 3))
+    scheduler = Scheduler(make_config(), 1, 16)
+    engine = FakeEngine(make_config())
+    scheduler.add(engine.add(prompt_of(3)))
     plan = scheduler.schedule()
     with pytest.raises(RuntimeError, match="commit"):
         scheduler.schedule()
@@ -239,17 +324,40 @@ def test_forgetting_a_sampled_token_or_commit_is_noticed():
         scheduler.schedule()
 
 
+def test_sequences_that_can_never_run_are_refused():
+    engine = FakeEngine(make_config(max_model_len=8))
+    for prompt in ([], prompt_of(8)):
+        with pytest.raises(ValueError, match="max_model_len, 8"):
+            engine.add(prompt)
+    engine.add(prompt_of(7))
+    engine.drain()
+
+
+def test_finishing_what_is_unknown_is_noticed():
+    engine = FakeEngine(make_config())
+    sequence = engine.add(prompt_of(3))
+    engine.finish(sequence)
+    with pytest.raises(ValueError):
+        engine.scheduler.finish(sequence)
+
+
 @pytest.mark.parametrize(
     "wrong, field",
     [
-        (config(4, (2,)), "decode_rows"),
-        (config(4, (4, 2)), "decode_rows"),
-        (config(4, ()), "decode_rows"),
-        (config(4, (4,), ()), "prefill"),
-        (config(4, (4,), ((1, 1),)), "prefill"),
-        (config(4, (4,), ((8, 16),)), "prefill"),
+        ({"decode_rows": (4, 2)}, "decode_rows"),
+        ({"decode_rows": (2, 2)}, "decode_rows"),
+        ({"decode_rows": (0, 2)}, "decode_rows"),
+        ({"decode_rows": ()}, "decode_rows"),
+        ({"max_num_seqs": 8}, "decode_rows"),
+        ({"slice_rows": ()}, "slice_rows"),
+        ({"slice_rows": (0, 1)}, "slice_rows"),
+        ({"slice_rows": (4, 1)}, "slice_rows"),
+        ({"block_size": 1, "max_model_len": 8}, "block_size"),
+        ({"max_model_len": 65}, "max_model_len"),
     ],
 )
-def test_buckets_that_cannot_work_are_refused(wrong, field):
-    with pytest.raises(UserError, match=field):
-        Scheduler(wrong, 1)
+def test_configurations_that_cannot_work_are_refused(wrong, field):
+    good = make_config()
+    Scheduler(good, 1, 16)
+    with pytest.raises(UserError, match=f"^{field}: "):
+        Scheduler(dataclasses.replace(good, **wrong), 1, 16)

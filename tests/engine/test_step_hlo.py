@@ -44,7 +44,7 @@ def _forbidden(arrays: list[jax.Array]) -> set[str]:
     return {",".join(map(str, shape)) for shape in shapes}
 
 
-@pytest.mark.parametrize("bucket", [tiny.ENGINE.prefill[0], (tiny.ENGINE.decode_rows[-1], 1)])
+@pytest.mark.parametrize("bucket", tiny.ENGINE.buckets)
 def test_pool_and_cache_are_not_copied(alone: Runner, bucket: tuple[int, int]) -> None:
     copied = set(_copies(alone.compile(bucket).as_text()))
     assert copied, "the pattern no longer finds any copy"
@@ -52,9 +52,9 @@ def test_pool_and_cache_are_not_copied(alone: Runner, bucket: tuple[int, int]) -
 
 
 def test_memory_is_updated_in_place(alone: Runner) -> None:
-    text = alone.compile((tiny.ENGINE.decode_rows[-1], 1)).as_text()
+    text = alone.compile(tiny.DECODE).as_text()
     aliased = re.search(r"input_output_alias=\{(.*?)\}, entry", text)
     assert aliased is not None
     # Alone there is no link, and the credit of links is not an input of the compiled step.
-    kept = [*alone.memory.cache, alone.memory.seen, alone.memory.counts]
+    kept = [*alone.memory.cache, alone.memory.counts]
     assert aliased[1].count("may-alias") + aliased[1].count("must-alias") >= len(kept)

@@ -1,0 +1,59 @@
+"""Where the time of an engine's steps goes."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+
+from dance_jax.models import kernels_cpu, links_cpu
+
+
+class StepClock:
+    """Seconds by part of the steps.
+
+    Parts: "schedule" plans; "wait" is for other servers' first bytes, "exchange" moves rows,
+    "experts" computes them (these three where the C++ library does it, else they are 0);
+    "compute" is the rest of the device's step; "output" makes text of what was sampled.
+
+    Args:
+        servers: in the cluster.
+    """
+
+    def __init__(self, servers: int) -> None:
+        self._servers = servers
+        self._seconds: dict[str, float] = dict.fromkeys(
+            ("schedule", "compute", "experts", "wait", "exchange", "output"), 0.0
+        )
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """What happens within counts for the part."""
+        began = time.perf_counter()
+        yield
+        self._seconds[name] += time.perf_counter() - began
+
+    @contextlib.contextmanager
+    def computing(self) -> Iterator[None]:
+        """Within it the devices run a step."""
+        began, before = time.perf_counter(), self._inside()
+        yield
+        rest = time.perf_counter() - began
+        for name, seconds in self._inside().items():
+            spent = min(seconds - before[name], rest)
+            self._seconds[name] += spent
+            rest -= spent
+        self._seconds["compute"] += rest
+
+    def seconds(self) -> dict[str, float]:
+        """Since this clock was made."""
+        return dict(self._seconds)
+
+    def _inside(self) -> dict[str, float]:
+        """Seconds since the process began, by the C++ library's own count."""
+        links = links_cpu.counters(self._servers)
+        return {
+            "wait": links.dispatch.waited_s + links.give_back.waited_s,
+            "exchange": links.dispatch.moved_s + links.give_back.moved_s,
+            "experts": kernels_cpu.routed_seconds()[1],
+        }

@@ -1,0 +1,211 @@
+"""An engine without a model: it runs the scheduler's plans on a paged cache and checks each one."""
+
+from __future__ import annotations
+
+import itertools
+
+from dance_jax.config import EngineConfig
+from dance_jax.engine.scheduler import Row, Scheduler, StepPlan
+from dance_jax.engine.sequence import SamplingParams, Sequence
+
+
+def make_config(
+    decode_rows: tuple[int, ...] = (4,),
+    slice_rows: tuple[int, ...] = (1, 4),
+    block_size: int = 4,
+    max_model_len: int = 64,
+) -> EngineConfig:
+    return EngineConfig(
+        max_model_len=max_model_len,
+        max_num_seqs=decode_rows[-1] if decode_rows else 1,
+        decode_rows=decode_rows,
+        slice_rows=slice_rows,
+        block_size=block_size,
+    )
+
+
+def next_token(known: list[int]) -> int:
+    """The fake model: depends on every token and its position; few values, so outputs repeat."""
+    return (len(known) + sum((place + 1) * token for place, token in enumerate(known))) % 7
+
+
+def outputs_of(prompt: list[int], count: int) -> list[int]:
+    """What the fake model goes on with, by itself."""
+    known = list(prompt)
+    for _ in range(count):
+        known.append(next_token(known))
+    return known[len(prompt) :]
+
+
+def known_tokens(sequence: Sequence) -> list[int]:
+    return sequence.prompt_token_ids + sequence.output_token_ids
+
+
+class FakeEngine:
+    """Adds, steps and finishes as the engine does; an assertion fails at the first wrong plan."""
+
+    def __init__(self, config: EngineConfig, devices: int = 1, num_blocks: int = 0) -> None:
+        self.config = config
+        self.scheduler = Scheduler(config, devices, num_blocks or 8 * config.max_blocks)
+        #: (device, block, offset) -> the token written there; None: padding of a partial row.
+        self.cache: dict[tuple[int, int, int], int | None] = {}
+        self.live: list[Sequence] = []
+        self.done: list[Sequence] = []
+        self._names = itertools.count()
+
+    def add(self, prompt: list[int], outputs: int = 1, done: int = 0) -> Sequence:
+        """Queues a request; `done` of its outputs were brought by an engine before this one."""
+        name = str(next(self._names))
+        sequence = Sequence(name, 0, prompt, SamplingParams(), outputs, seed=0)
+        sequence.output_token_ids += outputs_of(prompt, done)
+        self.scheduler.add(sequence)
+        self.live.append(sequence)
+        return sequence
+
+    def step(self, others_decode: bool = False) -> StepPlan:
+        before = {sequence: sequence.device for sequence in self.live}
+        decoding = [s for s in self.live if s.device >= 0 and not s.prefilling]
+        preemptions = self.scheduler.preemptions
+        plan = self.scheduler.schedule(others_decode)
+        preempted = [s for s in self.live if before[s] >= 0 and s.device < 0]
+        assert self.scheduler.preemptions == preemptions + len(preempted)
+        for sequence in preempted:
+            stayed = self.scheduler.running[before[sequence]]
+            assert stayed and all(s.arrival < sequence.arrival for s in stayed)
+        # First come, first served: those that waited and now run came before all that still wait.
+        admitted = [s.device >= 0 for s in self.live if before[s] < 0]
+        assert admitted == sorted(admitted, reverse=True)
+        planned = {row.sequence for rows in plan.entries for row in rows}
+        assert planned | set(preempted) >= set(decoding)
+        self._check_plan(plan, bool(decoding) or others_decode)
+        self._run(plan)
+        self.scheduler.commit(plan)
+        for row in (row for rows in plan.entries for row in rows if row.sample):
+            self._sample(row.sequence)
+        self.check_blocks()
+        return plan
+
+    def drain(self, others_decode: bool = False) -> int:
+        """Steps until nothing is left; returns how many."""
+        work = sum(s.num_pending + s.max_tokens for s in self.live)
+        # On each device the oldest sequence advances in every step, and what a younger one
+        # computed it loses at most once to each older one.
+        bound = work * (1 + len(self.live))
+        for steps in range(bound + 1):
+            if not self.scheduler.active:
+                assert not self.live
+                return steps
+            self.step(others_decode)
+        raise AssertionError(f"{len(self.live)} sequences are left after {bound} steps")
+
+    def finish(self, sequence: Sequence) -> None:
+        self.scheduler.finish(sequence)
+        self._forget(sequence)
+
+    def abort(self, request_id: str | None = None) -> list[Sequence]:
+        gone = self.scheduler.abort(request_id)
+        assert gone == [s for s in self.live if request_id in (None, s.request_id)]
+        for sequence in gone:
+            self._forget(sequence)
+        return gone
+
+    def check_blocks(self) -> None:
+        """No block leaks, and the blocks of a sequence are just those of its computed tokens."""
+        scheduler, size = self.scheduler, self.config.block_size
+        running = [s for s in self.live if s.device >= 0]
+        assert scheduler.num_running == len(running)
+        assert scheduler.num_waiting == len(self.live) - len(running)
+        assert scheduler.active == bool(self.live)
+        for sequence in self.live:
+            assert len(sequence.blocks) == -(-sequence.num_computed // size)
+            assert sequence.device >= 0 or not sequence.blocks
+        for device, pool in enumerate(scheduler.pools):
+            here = [s for s in running if s.device == device]
+            assert here == scheduler.running[device], "oldest first"
+            assert len(here) <= self.config.max_num_seqs
+            holders = [block for s in here for block in s.blocks]
+            assert 0 not in holders
+            for block in range(1, pool.num_blocks + 1):
+                assert pool.refs(block) == holders.count(block)
+            assert pool.used == len(set(holders))
+            assert pool.free + pool.cached + pool.used == pool.num_blocks
+        assert scheduler.blocks_used == sum(pool.used for pool in scheduler.pools)
+
+    def _check_plan(self, plan: StepPlan, slow: bool) -> None:
+        """Rows are where they belong, none is missing, and the bucket is the smallest for them."""
+        if plan.empty:
+            assert plan.bucket == (0, 0) and not any(plan.entries) and not self.live
+            return
+        most_rows = self.config.slice_rows[0 if slow else -1]
+        decodes, slices = [], []
+        for device, rows in enumerate(plan.entries):
+            decode = [row for row in rows if row.index < plan.decode]
+            piece = list(rows[len(decode) :])
+            assert [row.index for row in decode] == list(range(len(decode)))
+            assert [row.index - plan.decode for row in piece] == list(range(len(piece)))
+            assert all(len(row.tokens) == 1 and row.first == row.index for row in decode)
+            assert not any(row.sequence.prefilling for row in decode)
+            for _, group in itertools.groupby(piece, key=lambda row: row.sequence):
+                self._check_group(list(group))
+            # What is not planned waits for the slice or for blocks, and for older ones.
+            full = len(piece) == most_rows or not self.scheduler.pools[device].available
+            running = self.scheduler.running[device]
+            complete = [any(row.sample for row in rows if row.sequence is s) for s in running]
+            begun = [any(row.sequence is s for row in piece) for s in running if s.prefilling]
+            assert full or all(complete)
+            assert begun == sorted(begun, reverse=True)
+            assert not running or any(row.sequence is running[0] for row in rows)
+            decodes.append(len(decode))
+            slices.append(len(piece))
+        assert max(slices) <= most_rows
+        assert plan.decoding == any(decodes)
+        assert plan.decode == min(n for n in self.config.decode_rows if n >= max(decodes))
+        assert plan.slice == min(n for n in (0, *self.config.slice_rows) if n >= max(slices))
+        assert plan.bucket in self.config.buckets
+        assert plan.num_tokens == sum(len(row.tokens) for rows in plan.entries for row in rows)
+
+    def _check_group(self, rows: list[Row]) -> None:
+        """One sequence's rows of a slice: each begins a block, all but the last are whole."""
+        size = self.config.block_size
+        for row in rows:
+            assert row.first == rows[0].index and row.start % size == 0
+            assert len(row.tokens) == size or (row is rows[-1] and 0 < len(row.tokens) < size)
+
+    def _run(self, plan: StepPlan) -> None:
+        """A step reads the cache before it writes."""
+        rows = [(device, row) for device, rows in enumerate(plan.entries) for row in rows]
+        for device, row in rows:
+            sequence, known = row.sequence, known_tokens(row.sequence)
+            assert sequence.device == device
+            ahead = (row.index - row.first) * self.config.block_size
+            assert row.start == sequence.num_computed + ahead
+            assert self._cached(sequence, sequence.num_computed) == known[: sequence.num_computed]
+            end = row.start + len(row.tokens)
+            assert row.tokens == known[row.start : end] and row.sample == (end == len(known))
+        for device, row in rows:
+            page, offset = divmod(row.start, self.config.block_size)
+            block, pool = row.sequence.blocks[page], self.scheduler.pools[device]
+            assert pool.refs(block) == 1 and not pool.is_published(block), "others read it"
+            # A row of a slice writes its whole block, whatever it has to say.
+            padding = 0 if row.index < plan.decode else self.config.block_size - len(row.tokens)
+            for place, token in enumerate([*row.tokens, *[None] * padding], start=offset):
+                self.cache[device, block, place] = token
+
+    def _cached(self, sequence: Sequence, count: int) -> list[int | None]:
+        """The first entries that a sequence reaches through its block table."""
+        places = (divmod(place, self.config.block_size) for place in range(count))
+        return [self.cache[sequence.device, sequence.blocks[p], offset] for p, offset in places]
+
+    def _sample(self, sequence: Sequence) -> None:
+        known = known_tokens(sequence)
+        assert self._cached(sequence, len(known)) == known
+        sequence.output_token_ids.append(next_token(known))
+        if len(sequence.output_token_ids) == sequence.max_tokens:
+            self.finish(sequence)
+            self.done.append(sequence)
+            wanted = outputs_of(sequence.prompt_token_ids, sequence.max_tokens)
+            assert sequence.output_token_ids == wanted, "tokens were lost"
+
+    def _forget(self, sequence: Sequence) -> None:
+        assert (sequence.device, sequence.blocks, sequence.num_computed) == (-1, [], 0)
+        self.live.remove(sequence)
