@@ -1,0 +1,330 @@
+"""A served cluster, measured over HTTP: `python benchmarks/serve.py`.
+
+What is measured, and what the words mean, is said in benchmarks/serving.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import importlib.util
+import os
+import pathlib
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+# Run as a script, only this folder would be searched.
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+# The servers compute, this process does not.
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+from rich.console import Console
+
+from benchmarks.serving import arrivals, cluster, long, plots, prefix, report, soak, static, tables
+from benchmarks.serving.client import Api, Call
+from benchmarks.serving.cluster import ClusterError
+from benchmarks.serving.drive import open_loop
+from benchmarks.serving.figures import by_server
+from benchmarks.serving.http import Address, HttpError
+from benchmarks.serving.report import SECTIONS, Results
+from benchmarks.serving.setting import Setting, failures
+from benchmarks.serving.texts import read_texts, task_files
+from benchmarks.serving.workload import calls_of_prompts, calls_of_texts
+from benchmarks.targets import Target
+from dance_jax.config import ClusterSpec, ServerSpec, UserError
+from dance_jax.launch.defaults import demo_dir
+from dance_jax.launch.hosts import read_hosts
+from dance_jax.launch.prompts import check_writable, read_prompts
+from dance_jax.models.tokenizer import Tokenizer
+
+MISSED, WRONG, INTERRUPTED = 1, 2, 130
+EXAMPLES = pathlib.Path(__file__).resolve().parents[1] / "examples"
+#: Without --tasks: what the users of the demo's servers ask, as in examples/prompts.jsonl.
+DEMO_TASKS = [
+    EXAMPLES / "tasks" / f"{name}.heldout.jsonl" for name in ("code", "english", "german")
+]
+KEY_VARIABLE = "DANCE_JAX_API_KEY"
+#: Requests of a run under load; of the soak; seconds of arrivals in `static`.
+REQUESTS, SOAK_REQUESTS, WINDOW_S = 100, 2000, 60.0
+RATE, MAX_TOKENS = 1.0, 256
+#: Columns of the terminal, where it does not say.
+WIDTH = 110
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python benchmarks/serve.py",
+        description="A served cluster, measured over HTTP; it is started here, or given with "
+        "--url. Without --sections and --check: one run under load.",
+        epilog="What follows -- goes to dance_jax.launch, e.g. -- --policy latency",
+    )
+    add = parser.add_argument
+    add("--hosts", type=pathlib.Path, help="of the cluster that is started (examples/hosts.txt)")
+    add("--url", nargs="+", metavar="URL", help="of servers that are there already, in order")
+    add("--model", type=pathlib.Path, metavar="DIR", help="(the demo)")
+    add("--max-num-seqs", type=_count, default=8, help="of each device (%(default)s)")
+    asked = parser.add_mutually_exclusive_group()
+    asked.add_argument("--tasks", type=pathlib.Path, metavar="DIR", help="*.jsonl with prompts")
+    asked.add_argument(
+        "--prompts", type=pathlib.Path, metavar="FILE", help="as of dance_jax.launch"
+    )
+    coming = parser.add_mutually_exclusive_group()
+    coming.add_argument("--rate", type=_positive, help=f"per server, requests/s ({RATE:g})")
+    coming.add_argument("--trace", type=pathlib.Path, metavar="CSV", help="of Azure's form")
+    add("--speedup", type=_positive, help="of the trace (1)")
+    add("--requests", type=_count, help=f"of all servers ({REQUESTS}); in soak {SOAK_REQUESTS}")
+    add("--duration", type=_positive, help=f"of arrivals, seconds; in static {WINDOW_S:g} a rate")
+    add("--max-tokens", type=_count, help=f"of an answer at most ({MAX_TOKENS})")
+    add("--seed", type=_count_or_0, default=0, help="of arrivals, lengths and texts (%(default)s)")
+    add("--sections", type=_sections, metavar="A,B", help=f"{', '.join(SECTIONS)}")
+    add("--check", action="store_true", help="exit code 1 if a target is missed")
+    add("--output", type=pathlib.Path, metavar="JSON")
+    add("--plot", type=pathlib.Path, metavar="PNG")
+    add("launch", nargs="*", help=argparse.SUPPRESS)
+    return parser
+
+
+def _count(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text[:10]) <= 10**9:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+    return int(text)
+
+
+def _count_or_0(text: str) -> int:
+    return 0 if text == "0" else _count(text)
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+    return value
+
+
+def _sections(text: str) -> tuple[str, ...]:
+    """In the order of SECTIONS."""
+    words = text.split(",")
+    for word in words:
+        if word not in SECTIONS:
+            raise argparse.ArgumentTypeError(
+                f"no section {word!r}; there are {', '.join(SECTIONS)}"
+            )
+    return tuple(section for section in SECTIONS if section in words)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the benchmark; returns its exit code."""
+    options = parser().parse_args(arguments)
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = WIDTH
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    try:
+        found = run(options, console)
+    except (ClusterError, HttpError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return MISSED
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return WRONG
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    if found:
+        console.print("Targets")
+    for target in found:
+        console.print(target.line(), markup=False, soft_wrap=True)
+    return MISSED if options.check and any(target.missed for target in found) else 0
+
+
+def run(options: argparse.Namespace, console: Console) -> list[Target]:
+    """Measures servers that are there or are started here; writes the results."""
+    check(options)
+    spec = servers_of(options)
+    # Wrong files are reported before anything starts.
+    tokenizer = Tokenizer.load(options.model or demo_dir())
+    files = task_files(options.tasks) if options.tasks else DEMO_TASKS
+    texts = read_texts(files, len(spec.servers), tokenizer)
+    coming = None if options.sections else work_of(options, spec, tokenizer)
+    with addresses_of(options, spec, console) as (addresses, running):
+
+        async def measure() -> Results:
+            if running is not None:
+                began = time.perf_counter()
+                await running.ready()
+                console.print(f"ready after {time.perf_counter() - began:.1f} s")
+            # Servers that are started here find the same variable.
+            api = await Api.connect(addresses, os.environ.get(KEY_VARIABLE))
+            setting = Setting(
+                api=api,
+                names=spec.names,
+                rows=tuple(options.max_num_seqs * devices for devices in spec.devices),
+                texts=texts,
+                seed=options.seed,
+                console=console,
+                pid=None if running is None else running.pid,
+            )
+            if coming is not None:
+                return await load(setting, coming(setting))
+            return await measure_sections(setting, options)
+
+        results = asyncio.run(measure())
+    if options.output is not None:
+        report.write(options.output, _setup(options, spec), results)
+    if options.plot is not None:
+        plots.draw(spec.names, results, options.plot)
+    return results.targets() if options.sections else []
+
+
+def check(options: argparse.Namespace) -> None:
+    """Completes the options.
+
+    Raises:
+        UserError: some do not go together, or a result cannot be written.
+    """
+    if options.check and options.sections is None:
+        options.sections = SECTIONS
+    if options.max_tokens is None and not options.sections:
+        options.max_tokens = MAX_TOKENS
+    if options.speedup is not None and options.trace is None:
+        raise UserError("--speedup is of a --trace")
+    if options.prompts is not None and options.trace is not None:
+        raise UserError("--trace says how long prompts are, --prompts what they are: give one")
+    if options.sections:
+        for name in ("rate", "trace", "prompts", "max_tokens"):
+            if getattr(options, name) is not None:
+                option = name.replace("_", "-")
+                raise UserError(f"--{option} is of a run under load: leave out --check, --sections")
+        for name, section in (("requests", "soak"), ("duration", "static")):
+            if getattr(options, name) is not None and section not in options.sections:
+                raise UserError(f"--{name} is of section {section}, which is not measured")
+        if "static" in options.sections and options.url and options.hosts is None:
+            raise UserError("static: with --url give --hosts too: what runs at once depends on it")
+    if options.url and options.launch:
+        raise UserError(f"{options.launch[0]}: with --url nothing is launched")
+    needed = {"soak": "psutil"} if "soak" in (options.sections or ()) else {}
+    needed |= {"--plot": "matplotlib"} if options.plot else {}
+    for what, module in needed.items():
+        if importlib.util.find_spec(module) is None:
+            raise UserError(f"{what} needs {module}: pip install 'dance-jax[bench]'")
+    for name in ("output", "plot"):
+        if (path := getattr(options, name)) is not None:
+            check_writable(path, f"--{name}")
+
+
+def servers_of(options: argparse.Namespace) -> ClusterSpec:
+    """
+    Raises:
+        UserError: the hosts file is wrong, or has other servers than --url.
+    """
+    if options.url and options.hosts is None:
+        addresses = [Address.of(url) for url in options.url]
+        return ClusterSpec(tuple(ServerSpec(str(each), each.host) for each in addresses))
+    options.hosts = options.hosts or EXAMPLES / "hosts.txt"
+    spec = read_hosts(options.hosts)
+    if options.url and len(options.url) != len(spec.servers):
+        raise UserError(
+            f"{options.hosts} has {len(spec.servers)} servers, --url names {len(options.url)}"
+        )
+    return spec
+
+
+def work_of(
+    options: argparse.Namespace, spec: ClusterSpec, tokenizer: Tokenizer
+) -> Callable[[Setting], list[Call]]:
+    """What is asked in a run under load, once the servers are known.
+
+    Raises:
+        UserError: a file is wrong, or nothing arrives.
+    """
+    prompts = None
+    if options.prompts is not None:
+        prompts = read_prompts(options.prompts, spec, options.max_tokens)
+    requests, rate = options.requests, options.rate or RATE
+    if requests is None and options.duration is None:
+        requests = REQUESTS if prompts is None else len(prompts)
+    if options.trace is not None:
+        everything: Any = arrivals.read_trace(
+            options.trace, len(spec.servers), options.speedup or 1.0
+        )
+    else:
+        users = range(len(spec.servers)) if prompts is None else {each.rank for each in prompts}
+        rates = [rate * (server in users) for server in range(len(spec.servers))]
+        everything = arrivals.poisson(rates, options.seed)
+    coming = arrivals.limited(everything, requests, options.duration)
+    if not coming:
+        raise UserError(f"--duration {options.duration:g}: no request arrives within it")
+    if prompts is not None:
+        calls = calls_of_prompts(coming, prompts, tokenizer)
+        return lambda setting: calls
+    return lambda setting: calls_of_texts(
+        coming, setting.texts, options.max_tokens, setting.api.max_model_len, setting.seed
+    )
+
+
+@contextlib.contextmanager
+def addresses_of(
+    options: argparse.Namespace, spec: ClusterSpec, console: Console
+) -> Iterator[tuple[Sequence[Address], cluster.Cluster | None]]:
+    """Where the servers are; the cluster, if it is started here: it ends with the block."""
+    if options.url:
+        yield [Address.of(url) for url in options.url], None
+        return
+    arguments = ["--hosts", str(options.hosts.absolute())]
+    arguments += ["--max-num-seqs", str(options.max_num_seqs)]
+    arguments += ["--model", str(options.model.absolute())] if options.model else []
+    with cluster.started(spec, [*arguments, *options.launch]) as running:
+        console.print(f"{', '.join(spec.names)}: starting on {running.addresses[0]} and up")
+        yield running.addresses, running
+        running.check()
+
+
+async def load(setting: Setting, calls: list[Call]) -> Results:
+    """A run under load, printed."""
+    with setting.progress("requests", len(calls)) as done:
+        answers = await open_loop(setting.api, calls, done)
+    rows = by_server(setting.names, answers)
+    tables.print_load(setting.console, rows)
+    tables.print_failed(setting.console, failures(answers))
+    if not any(answer.good for answer in answers):
+        raise HttpError("no request was answered")
+    return Results(answers=answers, load=rows)
+
+
+async def measure_sections(setting: Setting, options: argparse.Namespace) -> Results:
+    """The sections, printed as they come."""
+    results, console = Results(), setting.console
+    if "static" in options.sections:
+        results.static = await static.measure(setting, options.duration or WINDOW_S)
+        tables.print_static(console, results.static)
+    if "long" in options.sections:
+        results.long = await long.measure(setting)
+        tables.print_long(console, results.long)
+    if "prefix" in options.sections:
+        results.prefix = await prefix.measure(setting)
+        tables.print_prefix(console, results.prefix)
+    if "soak" in options.sections:
+        results.soak = await soak.measure(setting, options.requests or SOAK_REQUESTS)
+        tables.print_soak(console, results.soak)
+    return results
+
+
+def _setup(options: argparse.Namespace, spec: ClusterSpec) -> dict[str, Any]:
+    """What was asked for, as JSON."""
+    given = {
+        name: str(value) if isinstance(value, pathlib.Path) else value
+        for name, value in vars(options).items()
+    }
+    return given | {"servers": list(spec.names), "devices": list(spec.devices)}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

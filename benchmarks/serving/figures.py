@@ -1,0 +1,146 @@
+"""What answers say of the servers: times, rates, failures."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from .client import Answer
+
+ALL = "all"
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """Of some seconds."""
+
+    mean: float
+    p50: float
+    p90: float
+    p99: float
+    count: int
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> Spread | None:
+        """None: there are no values."""
+        found = np.fromiter(values, float)
+        if not found.size:
+            return None
+        p50, p90, p99 = np.percentile(found, [50, 90, 99]).tolist()
+        return cls(float(found.mean()), p50, p90, p99, found.size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Figures:
+    """Of a server, or of all."""
+
+    server: str
+    requests: int
+    failed: int
+    #: From the first arrival to the last answer's end.
+    seconds: float
+    prompt_tokens: int
+    output_tokens: int
+    ttft: Spread | None
+    tpot: Spread | None
+    itl: Spread | None
+    e2e: Spread | None
+
+    @classmethod
+    def of(cls, server: str, answers: Sequence[Answer]) -> Figures:
+        """Times and tokens are of whole answers alone."""
+        good = [answer for answer in answers if answer.good]
+        begin = min((answer.asked_s for answer in answers), default=0.0)
+        end = max((answer.end_s for answer in answers), default=0.0)
+        return cls(
+            server=server,
+            requests=len(answers),
+            failed=sum(answer.error is not None for answer in answers),
+            seconds=end - begin,
+            prompt_tokens=sum(answer.prompt_tokens for answer in good),
+            output_tokens=sum(answer.output_tokens for answer in good),
+            ttft=Spread.of(first_token_s(good)),
+            tpot=Spread.of(per_token_s(good)),
+            itl=Spread.of(gaps_s(good)),
+            e2e=Spread.of(answer.end_s - answer.asked_s for answer in good),
+        )
+
+    def rate(self, count: int) -> float:
+        """So many, per second."""
+        return count / self.seconds if self.seconds else 0.0
+
+    @property
+    def output_rate(self) -> float:
+        """Output tokens per second."""
+        return self.rate(self.output_tokens)
+
+    @property
+    def prompt_rate(self) -> float:
+        """Prompt tokens per second."""
+        return self.rate(self.prompt_tokens)
+
+    @property
+    def request_rate(self) -> float:
+        """Whole answers per second."""
+        return self.rate(self.requests - self.failed)
+
+
+def by_server(names: Sequence[str], answers: Sequence[Answer]) -> list[Figures]:
+    """Of each server and, where there are several, of all."""
+    rows = [
+        Figures.of(name, [answer for answer in answers if answer.call.server == server])
+        for server, name in enumerate(names)
+    ]
+    return [*rows, Figures.of(ALL, answers)] if len(names) > 1 else rows
+
+
+def first_token_s(answers: Iterable[Answer]) -> list[float]:
+    """TTFT of each answer that has text."""
+    return [answer.piece_s[0] - answer.asked_s for answer in answers if answer.piece_s]
+
+
+def per_token_s(answers: Iterable[Answer]) -> list[float]:
+    """TPOT of each answer of several pieces."""
+    return [
+        (answer.piece_s[-1] - answer.piece_s[0]) / (answer.output_tokens - 1)
+        for answer in answers
+        if len(answer.piece_s) > 1 and answer.output_tokens > 1
+    ]
+
+
+def gaps_s(answers: Iterable[Answer], after_s: float = 0.0) -> list[float]:
+    """ITLs of all answers: of those that begin at `after_s` or later."""
+    return [
+        later - earlier
+        for answer in answers
+        for earlier, later in itertools.pairwise(answer.piece_s)
+        if earlier >= after_s
+    ]
+
+
+def saturated_until(answers: Sequence[Answer]) -> float:
+    """When the first of the servers had no request any more that waited for its first token."""
+    last: dict[int, float] = {}
+    for answer in answers:
+        if answer.good and answer.piece_s:
+            server = answer.call.server
+            last[server] = max(last.get(server, 0.0), answer.piece_s[0])
+    return min(last.values(), default=0.0)
+
+
+def token_rate(answers: Iterable[Answer], until_s: float) -> float:
+    """Output tokens per second from the run's start until then.
+
+    A piece may have several tokens: those of an answer are spread over its pieces.
+    """
+    tokens = sum(
+        answer.output_tokens
+        * sum(moment <= until_s for moment in answer.piece_s)
+        / len(answer.piece_s)
+        for answer in answers
+        if answer.good and answer.piece_s
+    )
+    return tokens / until_s if until_s else 0.0

@@ -1,0 +1,99 @@
+"""Everything that was measured, what it has to reach, and its JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+import platform
+from typing import Any
+
+from benchmarks.targets import Target
+from dance_jax.files import whole_file
+
+from . import long, prefix, soak, static
+from .client import Answer
+from .figures import Figures
+
+SECTIONS = ("static", "long", "prefix", "soak")
+
+
+@dataclasses.dataclass
+class Results:
+    """What was left out is None."""
+
+    #: Of a run under load.
+    answers: list[Answer] | None = None
+    load: list[Figures] | None = None
+    static: static.Static | None = None
+    long: list[long.Row] | None = None
+    prefix: prefix.Prefix | None = None
+    soak: soak.Soak | None = None
+
+    def targets(self) -> list[Target]:
+        """Of all sections."""
+        return [
+            *static.targets(self.static),
+            *long.targets(self.long),
+            *prefix.targets(self.prefix),
+            *soak.targets(self.soak),
+        ]
+
+
+def machine() -> dict[str, Any]:
+    """What figures depend on."""
+    return {"cores": os.cpu_count(), "system": platform.platform(), "processor": _processor()}
+
+
+def _processor() -> str:
+    """Its name, where Linux tells it."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())
+
+
+def write(path: pathlib.Path, setup: dict[str, Any], results: Results) -> None:
+    """A JSON object; the file appears whole or not at all.
+
+    Args:
+        setup: what was asked for.
+    """
+    plain: dict[str, Any] = {"machine": machine(), "setup": setup}
+    if results.load is not None:
+        plain["load"] = [_figures(each) for each in results.load]
+    for section in SECTIONS:
+        if (found := getattr(results, section)) is not None:
+            plain[section] = _plain(found)
+    plain["targets"] = [
+        dataclasses.asdict(target) | {"missed": target.missed}
+        for target in results.targets()
+        if target.worst is not None
+    ]
+    with whole_file(path) as file:
+        file.write((json.dumps(_finite(plain), indent=1, allow_nan=False) + "\n").encode())
+
+
+def _figures(figures: Figures) -> dict[str, Any]:
+    rates = {
+        name: getattr(figures, name) for name in ("output_rate", "prompt_rate", "request_rate")
+    }
+    return dataclasses.asdict(figures) | rates
+
+
+def _plain(found: Any) -> Any:
+    if isinstance(found, list):
+        return [_plain(each) for each in found]
+    return dataclasses.asdict(found)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity: such numbers become text."""
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_finite(each) for each in value]
+    return str(value) if isinstance(value, float) and value - value != 0 else value

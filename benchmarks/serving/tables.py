@@ -1,0 +1,155 @@
+"""Results as tables and lines of the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from .figures import Figures, Spread
+from .long import Row
+from .memory import Sample
+from .prefix import Prefix
+from .soak import Soak
+from .static import Static
+
+TIMES = ("ttft", "tpot", "itl", "e2e")
+
+
+def _grid(*columns: str, left: int = 1) -> Table:
+    """The first `left` columns are words, the others numbers."""
+    grid = Table(box=box.SIMPLE_HEAD)
+    for number, column in enumerate(columns):
+        grid.add_column(column, justify="left" if number < left else "right", no_wrap=True)
+    return grid
+
+
+def milliseconds(seconds: float) -> str:
+    """Of a time."""
+    value = seconds * 1e3
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+
+
+def _cells(spread: Spread | None) -> list[str]:
+    if spread is None:
+        return ["-"] * 4
+    return [milliseconds(value) for value in (spread.mean, spread.p50, spread.p90, spread.p99)]
+
+
+def print_load(console: Console, rows: Sequence[Figures]) -> None:
+    """Rates, then times, of each server and of all."""
+    rates = _grid(
+        "server", "requests", "failed", "requests/s", "prompt tokens/s", "output tokens/s"
+    )
+    times = _grid("server", "ms", "mean", "p50", "p90", "p99", left=2)
+    for row in rows:
+        found = (row.request_rate, row.prompt_rate, row.output_rate)
+        cells = [f"{found[0]:.2f}", *(f"{rate:.1f}" for rate in found[1:])]
+        rates.add_row(row.server, str(row.requests), str(row.failed), *cells)
+        for name in TIMES:
+            head = row.server if name == TIMES[0] else ""
+            times.add_row(head, name.upper(), *_cells(getattr(row, name)))
+        times.add_section()
+    console.print(rates)
+    console.print(times)
+
+
+def print_failed(console: Console, failed: Sequence[str], most: int = 5) -> None:
+    """The first reasons."""
+    for why in failed[:most]:
+        console.print(f"failed: {why}", markup=False, soft_wrap=True)
+    if len(failed) > most:
+        console.print(f"and {len(failed) - most} more failed")
+
+
+def print_static(console: Console, found: Static) -> None:
+    batches, ours = found.saturated_batches, found.saturated_ours
+    console.print(
+        "[bold]A batch at a time, and continuous batching[/bold]\n"
+        f"all requests wait: {batches.token_rate:.1f} output tokens/s in batches, "
+        f"{ours.token_rate:.1f} continuously, "
+        f"{ours.token_rate / batches.token_rate if batches.token_rate else 0:.2f} times as many"
+    )
+    if found.batches is None or found.ours is None or found.rate is None:
+        console.print("batches sustained none of the rates that were tried")
+        return
+    console.print(
+        f"{found.rate:.2f} requests/s, {found.fraction:.1f} of what batches reach at saturation, "
+        f"is the highest rate tried that they sustain: {found.batches.requests} requests",
+        soft_wrap=True,
+    )
+    grid = _grid("", "ms", "mean", "p50", "p90", "p99", left=2)
+    for row in (found.batches, found.ours):
+        for name in TIMES:
+            head = row.server if name == TIMES[0] else ""
+            grid.add_row(head, name.upper(), *_cells(getattr(row, name)))
+        grid.add_section()
+    console.print(grid)
+
+
+def print_long(console: Console, rows: Sequence[Row]) -> None:
+    console.print(
+        "[bold]A long prompt beside four streams[/bold]\n"
+        "ITL of the streams, and of those while the prompt is read; ms"
+    )
+    grid = _grid(
+        "server",
+        "others",
+        "ITLs",
+        "p50",
+        "p90",
+        "p99",
+        "p99/p50",
+        "beside: ITLs",
+        "p50",
+        "p99",
+        "TTFT",
+        left=2,
+    )
+    for row in rows:
+        itl, beside = _cells(row.itl)[1:], _cells(row.beside)
+        counts = [str(each.count) if each else "-" for each in (row.itl, row.beside)]
+        around = [counts[1], beside[1], beside[3], _cells(row.ttft)[1]]
+        grid.add_row(row.server, row.busy_word, counts[0], *itl, f"{row.ratio:.2f}", *around)
+    console.print(grid)
+
+
+def print_prefix(console: Console, found: Prefix) -> None:
+    console.print("[bold]A prompt with a known beginning[/bold]\nTTFT, ms; medians")
+    grid = _grid("server", "pairs", "first", "second")
+    for server in dict.fromkeys(pair.server for pair in found.pairs):
+        own = [pair for pair in found.pairs if pair.server == server]
+        first, second = (Spread.of(getattr(p, name) for p in own) for name in ("first", "second"))
+        grid.add_row(server, str(len(own)), _cells(first)[1], _cells(second)[1])
+    console.print(grid)
+
+
+def print_soak(console: Console, found: Soak) -> None:
+    wrong = ", ".join(f"{name} {count}" for name, count in found.wrong.items())
+    console.print(
+        f"[bold]{found.requests:,} requests at saturation[/bold]\n"
+        f"{found.hung_up} hung up; wrong: {wrong or 'none'}\n"
+        f"{found.compared:,} answers compared with the quiet run's: {len(found.differences)} differ"
+        f"{_margins(found)}\n{_memory(found.samples)}",
+        soft_wrap=True,
+    )
+    print_load(console, [found.figures])
+    print_failed(console, [*found.failed, *found.taken, *found.left_over])
+
+
+def _margins(found: Soak) -> str:
+    if not found.differences:
+        return ""
+    widest = max(found.differences, key=lambda each: each.margin)
+    return f", at a margin of {widest.margin:.2g} at most (token {widest.index})"
+
+
+def _memory(samples: Sequence[Sample]) -> str:
+    if not samples:
+        return "resident memory: not known of servers that were there before"
+    sizes = [sample.resident / 2**20 for sample in samples]
+    return (
+        f"resident memory: {min(sizes):,.0f} to {max(sizes):,.0f} MiB, {sizes[-1]:,.0f} at the end"
+    )

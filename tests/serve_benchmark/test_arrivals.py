@@ -1,0 +1,167 @@
+"""Arrivals, lengths and texts: reproducible, and as the seed and the files say."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+from benchmarks.serving.arrivals import Arrival, answer_lengths, limited, poisson, read_trace
+from benchmarks.serving.client import Call
+from benchmarks.serving.texts import Texts, read_texts, task_files
+from benchmarks.serving.workload import calls_of_prompts, calls_of_texts
+from dance_jax.config import UserError
+from dance_jax.launch.defaults import demo_dir
+from dance_jax.launch.prompts import Prompt
+from dance_jax.models.tokenizer import Tokenizer
+
+TRACE = """\
+TIMESTAMP,ContextTokens,GeneratedTokens
+2023-11-16 18:17:04.0000000,40,8
+2023-11-16 18:17:03.5000000,4808,10
+2023-11-16 18:17:06.0000000,3,400
+"""
+TEXTS = Texts([[[10, 11, 12], [13]], [[20, 21]]])
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.load(demo_dir())
+
+
+def test_poisson_arrivals_come_from_the_seed_alone() -> None:
+    some = limited(poisson([2.0, 0.0, 1.0], seed=3), 50)
+    assert some == limited(poisson([2.0, 0.0, 1.0], seed=3), 50)
+    assert some != limited(poisson([2.0, 0.0, 1.0], seed=4), 50)
+    assert some == sorted(some) and {arrival.server for arrival in some} == {0, 2}
+    # A server's arrivals do not depend on the others.
+    alone = limited(poisson([2.0], seed=3), 20)
+    assert [a for a in limited(poisson([2.0, 9.0], seed=3), 300) if a.server == 0][:20] == alone
+
+
+def test_poisson_arrivals_have_their_rate_and_spread() -> None:
+    gaps = np.diff([arrival.at_s for arrival in limited(poisson([4.0], seed=0), 20001)])
+    assert gaps.mean() == pytest.approx(1 / 4, rel=0.03)
+    assert gaps.std() == pytest.approx(1 / 4, rel=0.03)
+
+
+def test_limits() -> None:
+    everything = [Arrival(0.5, 0), Arrival(1.0, 1), Arrival(2.0, 0)]
+    assert limited(everything, duration_s=1.0) == everything[:2]
+    assert limited(everything, 1, 1.0) == everything[:1]
+    assert limited(everything) == everything
+    assert len(limited(poisson([1.0, 1.0], 0), 7)) == 7
+
+
+def test_a_trace_is_dealt_in_the_order_of_time(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "trace.csv"
+    path.write_text(TRACE)
+    assert read_trace(path, 2, speedup=2.0) == [
+        Arrival(0.0, 0, 4808, 10),
+        Arrival(0.25, 1, 40, 8),
+        Arrival(1.25, 0, 3, 400),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "where"),
+    [
+        ("TIMESTAMP,Tokens\n", "trace.csv: the columns"),
+        ("TIMESTAMP,ContextTokens,GeneratedTokens\n", "no arrivals"),
+        (TRACE + "2023-11-16,x,5\n", "trace.csv:5"),
+        (TRACE + "yesterday,1,5\n", "trace.csv:5"),
+        (TRACE + "2023-11-16,1\n", "trace.csv:5"),
+        (TRACE + "2023-11-16,0,5\n", "trace.csv:5"),
+    ],
+)
+def test_wrong_traces_are_told(text: str, where: str, tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "trace.csv"
+    path.write_text(text)
+    with pytest.raises(UserError, match=where):
+        read_trace(path, 1)
+    with pytest.raises(UserError, match="cannot be read"):
+        read_trace(tmp_path / "none.csv", 1)
+
+
+def test_lengths_vary_within_their_limits() -> None:
+    found = answer_lengths(2000, 100, np.random.default_rng(0))
+    assert found == answer_lengths(2000, 100, np.random.default_rng(0))
+    assert min(found) >= 1 and max(found) == 100 and len(set(found)) > 50
+    assert np.median(found) == pytest.approx(60, abs=5)
+
+
+def test_cut_prompts_are_of_the_server_s_texts_and_begin_by_themselves() -> None:
+    rng = np.random.default_rng(0)
+    long = Texts([[list(range(100)), list(range(100, 1000))]])
+    found = [long.cut(0, 50, rng) for _ in range(200)]
+    assert all(len(prompt) == 50 for prompt in found)
+    assert len({tuple(prompt[:3]) for prompt in found}) == 200
+    for prompt in found:  # behind the beginning it is text as it is, round and round
+        assert np.all(np.diff(prompt[3:]) % 1000 == 1)
+    assert set(TEXTS.cut(1, 7, rng)) <= {20, 21}
+    assert len(TEXTS.cut(0, 1, rng)) == 1
+    assert {tuple(TEXTS.whole(0, rng)) for _ in range(50)} == {(10, 11, 12), (13,)}
+
+
+def test_calls_keep_to_arrivals_and_context() -> None:
+    arrivals = [Arrival(0.0, 0), Arrival(1.0, 1, 30, 5), Arrival(2.0, 1, 4, 500), Arrival(3.0, 0)]
+    calls = calls_of_texts(arrivals, TEXTS, longest=16, context=20, seed=1)
+    assert calls == calls_of_texts(arrivals, TEXTS, longest=16, context=20, seed=1)
+    assert [(call.server, call.arrival_s) for call in calls] == [
+        (arrival.server, arrival.at_s) for arrival in arrivals
+    ]
+    assert (len(calls[1].prompt), calls[1].max_tokens) == (15, 5)
+    assert (len(calls[2].prompt), calls[2].max_tokens) == (4, 16)
+    assert calls[0].prompt in ([10, 11, 12], [13]) and 1 <= calls[0].max_tokens <= 16
+
+
+def test_prompts_of_a_file_take_turns(tokenizer: Tokenizer) -> None:
+    texts = ["one", "two", "three"]
+    prompts = [Prompt(n, text, n % 2, 5 + n, 0.5) for n, text in enumerate(texts)]
+    arrivals = [Arrival(float(n), server) for n, server in enumerate([0, 0, 1, 0])]
+    calls = calls_of_prompts(arrivals, prompts, tokenizer)
+    one, two, three = (tokenizer.encode(text) for text in texts)
+    assert [call.prompt for call in calls] == [one, three, two, one]
+    assert calls[1] == Call(0, three, 7, 1.0, temperature=0.5, ignore_eos=False)
+
+
+def test_task_files_are_dealt_to_servers(tmp_path: pathlib.Path, tokenizer: Tokenizer) -> None:
+    for name in "abc":
+        lines = [json.dumps({"task": name, "prompt": f"{name} {n}"}) for n in range(2)]
+        (tmp_path / f"{name}.jsonl").write_text("\n\n".join(lines) + "\n")
+    rng = np.random.default_rng(0)
+
+    def found(servers: int) -> list[set[str]]:
+        texts = read_texts(task_files(tmp_path), servers, tokenizer)
+        drawn = ([texts.whole(n, rng) for _ in range(60)] for n in range(servers))
+        return [{tokenizer.decode(tokens) for tokens in own} for own in drawn]
+
+    both = [{f"{name} {n}" for n in range(2)} for name in "abc"]
+    assert found(2) == [both[0] | both[2], both[1]]
+    assert found(4) == [*both, both[0]]
+
+
+@pytest.mark.parametrize("line", ["no JSON", '{"text": "x"}', '{"prompt": 5}'])
+def test_wrong_task_files_are_told(line: str, tmp_path: pathlib.Path, tokenizer: Tokenizer) -> None:
+    with pytest.raises(UserError, match=r"no \*\.jsonl"):
+        task_files(tmp_path)
+    path = tmp_path / "a.jsonl"
+    path.write_text(f'{{"prompt": "fine"}}\n{line}\n')
+    with pytest.raises(UserError, match=r"a\.jsonl:2"):
+        read_texts([path], 1, tokenizer)
+    path.write_text("\n")
+    with pytest.raises(UserError, match="no prompts"):
+        read_texts([path], 1, tokenizer)
+
+
+def test_the_demo_s_tasks_are_there(tokenizer: Tokenizer) -> None:
+    from benchmarks.serve import DEMO_TASKS
+
+    texts = read_texts(DEMO_TASKS, 3, tokenizer)
+    rng = np.random.default_rng(0)
+    assert all(len(texts.cut(server, 1500, rng)) == 1500 for server in range(3))
+    starts = {tuple(texts.cut(server, 3, rng)) for server, _ in itertools.product(range(3), "ab")}
+    assert len(starts) == 6

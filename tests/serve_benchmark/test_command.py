@@ -1,0 +1,303 @@
+"""benchmarks/serve.py from its command line, against fake servers."""
+
+from __future__ import annotations
+
+import collections
+import json
+import pathlib
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+
+import psutil
+import pytest
+
+from benchmarks import serve
+from benchmarks.serving import cluster, long, prefix, soak, static
+from benchmarks.serving.cluster import ClusterError
+from benchmarks.serving.texts import Texts
+from dance_jax.config import UserError
+from dance_jax.launch.hosts import read_hosts
+from tests.serve_benchmark import fake_launcher
+from tests.serve_benchmark.fake_server import FakeServer, running
+
+HOSTS = "alpha devices=1 experts=4 address=localhost\nbeta devices=2 experts=4 address=localhost\n"
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.fixture
+def hosts(tmp_path: pathlib.Path) -> pathlib.Path:
+    """Two servers, with 1 and 2 devices."""
+    path = tmp_path / "hosts.txt"
+    path.write_text(HOSTS)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No measurement is repeated."""
+    for section in (long, prefix):
+        monkeypatch.setattr(section, "REPEATS", 1)
+    monkeypatch.setattr(static, "TURNS", 2)
+    monkeypatch.setattr(soak, "IDLE_S", 0.1)
+    monkeypatch.setattr(soak, "ASK_S", 0.05)
+
+
+def measured(
+    servers: Sequence[FakeServer], path: pathlib.Path, *arguments: str
+) -> tuple[int, dict]:
+    """Exit code and JSON of a run with --url."""
+    output = path / "out.json"
+    with running(servers) as urls:
+        code = serve.main(["--url", *urls, *arguments, "--output", str(output)])
+    return code, json.loads(output.read_text())
+
+
+def test_a_run_under_load(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    servers, plot = [FakeServer(), FakeServer()], tmp_path / "out.png"
+    options = ("--requests", "40", "--rate", "200", "--max-tokens", "9", "--plot", str(plot))
+    code, found = measured(servers, tmp_path, *options)
+    assert code == 0
+    rows = found["load"]
+    assert [row["requests"] for row in rows][2] == 40 == sum(len(s.prompts) for s in servers)
+    assert all(len(each.prompts) > 5 for each in servers)
+    assert [row["failed"] for row in rows] == [0, 0, 0]
+    assert rows[2]["output_tokens"] == sum(row["output_tokens"] for row in rows[:2]) <= 9 * 40
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    said = capsys.readouterr().out
+    for word in ("TTFT", "TPOT", "ITL", "E2E", "p99", "output tokens/s", "failed", "all"):
+        assert word in said
+
+
+def test_failed_requests_are_counted_and_told(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    servers = [FakeServer(), FakeServer(last=b'data: {"error": {"message": "gone"}}\n\n')]
+    code, found = measured(servers, tmp_path, "--requests", "12", "--rate", "200")
+    rows = found["load"]
+    assert code == 0 and rows[0]["failed"] == 0
+    assert rows[1]["failed"] == rows[1]["requests"] == rows[2]["failed"] > 0
+    assert "failed: gone" in capsys.readouterr().out
+    with running(servers[1:]) as urls:
+        assert serve.main(["--url", *urls, "--requests", "3", "--rate", "200"]) == serve.MISSED
+
+
+def test_a_trace_and_a_file_of_prompts(tmp_path: pathlib.Path) -> None:
+    trace, prompts = tmp_path / "trace.csv", tmp_path / "prompts.jsonl"
+    rows = [f"2023-11-16 18:17:0{n}.0000000,{5 + n},{2 + n}" for n in range(4)]
+    trace.write_text("\n".join(["TIMESTAMP,ContextTokens,GeneratedTokens", *rows]))
+    server = FakeServer()
+    options = ("--trace", str(trace), "--speedup", "100", "--requests", "3")
+    _, found = measured([server], tmp_path, *options)
+    assert [len(prompt) for prompt in server.prompts] == [5, 6, 7]
+    assert found["load"][0]["output_tokens"] == 2 + 3 + 4
+    prompts.write_text('{"prompt": "Hello", "max_tokens": 3}\n{"prompt": "Hi", "max_tokens": 4}\n')
+    server = FakeServer()
+    _, found = measured([server], tmp_path, "--prompts", str(prompts), "--rate", "200")
+    assert found["load"][0]["output_tokens"] == 7 and len(server.prompts) == 2
+
+
+def test_sections_measure_what_they_say(tmp_path: pathlib.Path, hosts: pathlib.Path) -> None:
+    servers = [FakeServer(), FakeServer()]
+    options = ("--hosts", str(hosts), "--sections", "static,long,prefix", "--duration", "0.2")
+    code, found = measured(servers, tmp_path, *options, "--max-num-seqs", "4")
+    assert code == 0  # without --check, whatever the targets say
+    assert len(found["static"]["ttft_ours"]) == len(found["static"]["ttft_batches"])
+    assert found["static"]["capacity"] > 0 and found["static"]["failed"] == []
+    ways = [(row["server"], row["others_busy"]) for row in found["long"]]
+    assert ways == [("alpha", False), ("alpha", True), ("beta", False), ("beta", True)]
+    assert all(row["itl"]["count"] > 100 and row["failed"] == [] for row in found["long"])
+    assert [pair["server"] for pair in found["prefix"]["pairs"]] == ["alpha", "beta"]
+    first, second = servers[0].prompts[-2:]
+    assert len(first) == len(second) == prefix.SHARED + prefix.TAIL
+    assert first[: prefix.SHARED] == second[: prefix.SHARED] and first != second
+    # Twice as many devices, twice as many requests: two turns of 4 and 8, in batches and not.
+    assert [len(each.prompts) >= 2 * 2 * 4 * n for n, each in enumerate(servers, 1)] == [True] * 2
+    assert sum(len(prompt) == long.LONG for each in servers for prompt in each.prompts) == 4
+    assert "soak" not in found and found["setup"]["devices"] == [1, 2]
+
+
+def test_streams_and_long_prompts(tmp_path: pathlib.Path) -> None:
+    servers = [FakeServer(), FakeServer()]
+    measured(servers, tmp_path, "--sections", "long")
+    for server in servers:
+        # Four streams while the other is idle and while it is busy, and one beside the other's.
+        lengths = collections.Counter(len(prompt) for prompt in server.prompts)
+        assert lengths == {long.SHORT: 4 + 4 + 1, long.LONG: 2}
+
+
+def test_rates_of_static_follow_what_runs_at_once() -> None:
+    texts = Texts([[[1]], [[2]]])
+    setting = serve.Setting(serve.Api([], "", 9), ("x", "y"), (8, 24), texts, 0, serve.Console())
+    coming = static._arrivals(setting, 4.0, 1000.0)
+    assert len(coming) == pytest.approx(4000, rel=0.05)
+    assert sum(each.server == 1 for each in coming) == pytest.approx(3000, rel=0.05)
+
+
+def test_static_batches_are_of_the_devices(tmp_path: pathlib.Path, hosts: pathlib.Path) -> None:
+    servers = [FakeServer(), FakeServer()]
+    options = ("--hosts", str(hosts), "--sections", "static", "--duration", "0.01")
+    with pytest.MonkeyPatch.context() as patched:
+        # Without the continuous runs and the search for a rate, only batches are left.
+        patched.setattr(static, "open_loop", lambda api, calls, done: nothing())
+        patched.setattr(static, "FRACTIONS", ())
+        measured(servers, tmp_path, *options, "--max-num-seqs", "3")
+    assert [len(each.prompts) for each in servers] == [6, 12]
+    assert servers[0].most_running <= 3 and servers[1].most_running <= 6
+
+
+async def nothing() -> list:
+    """No answers."""
+    return []
+
+
+@pytest.mark.parametrize(
+    ("server", "missed"),
+    [
+        (FakeServer(), []),
+        (FakeServer(margin=5e-4), []),
+        (FakeServer(margin=0.5), ["soak: margin at a first difference"]),
+        (
+            FakeServer(metrics={"num_requests_running": 1.0}),
+            ["soak: metrics of idle servers that are not 0"],
+        ),
+    ],
+)
+def test_a_soak(server: FakeServer, missed: list[str], tmp_path: pathlib.Path) -> None:
+    code, found = measured([server], tmp_path, "--check", "--sections", "soak", "--requests", "40")
+    assert [target["name"] for target in found["targets"] if target["missed"]] == missed
+    assert code == (serve.MISSED if missed else 0)
+    section = found["soak"]
+    assert section["hung_up"] == sum(section["wrong"].values()) == 2
+    assert section["compared"] == 36 and section["failed"] == section["taken"] == []
+    assert len(server.prompts) == 36 + 38
+    assert max(len(prompt) for prompt in server.prompts) <= soak.PROMPTS[1]
+    differ = 0 if server.margin is None else sum(c.max_tokens > 1 for c in greedy(server))
+    assert len(section["differences"]) == differ
+    assert section["growth"] is None  # nobody knows the processes behind a URL
+
+
+def greedy(server: FakeServer) -> list[serve.Call]:
+    """Calls of the soak whose users wait, which a disturbed server answers in two ways."""
+    texts = serve.read_texts(serve.DEMO_TASKS, 1, serve.Tokenizer.load(serve.demo_dir()))
+    api = serve.Api([], "", server.context)
+    setting = serve.Setting(api, ("x",), (8,), texts, 0, serve.Console())
+    calls = soak._calls(setting, 40)
+    return [call for call in calls if call is not None and call.hang_up_after is None]
+
+
+@pytest.fixture
+def fake_cluster(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Lets the launcher be a script with so many fake servers."""
+
+    def install(count: int) -> None:
+        module = fake_launcher.__name__
+        monkeypatch.setattr(cluster, "LAUNCHER", (sys.executable, "-m", module, str(count)))
+
+    return install
+
+
+def test_a_cluster_is_started_watched_and_ended(
+    fake_cluster: Callable[[int], None], hosts: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    fake_cluster(2)
+    output, plot = tmp_path / "out.json", tmp_path / "out.png"
+    arguments = ["--hosts", str(hosts), "--sections", "soak", "--requests", "40"]
+    code = serve.main([*arguments, "--check", "--output", str(output), "--plot", str(plot)])
+    found = json.loads(output.read_text())
+    assert found["soak"]["samples"][-1]["done"] == 40
+    assert found["soak"]["samples"][-1]["resident"] > 1e6
+    missed = [target["name"] for target in found["targets"] if target["missed"]]
+    assert (code, missed) == (0, []) and plot.exists()
+    assert children() == []
+
+
+def children() -> list[psutil.Process]:
+    """Launchers that this process has started and not ended."""
+    mine = psutil.Process().children(recursive=True)
+    return [each for each in mine if fake_launcher.__name__ in each.cmdline()]
+
+
+def test_a_launcher_that_fails_says_why(
+    fake_cluster: Callable[[int], None],
+    hosts: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    fake_cluster(0)
+    assert serve.main(["--hosts", str(hosts), "--requests", "1"]) == serve.MISSED
+    said = capsys.readouterr().err
+    assert "ended with code 1" in said and "hosts.txt:3: no such memory" in said
+
+
+@pytest.mark.parametrize("ending", [ClusterError("x"), KeyboardInterrupt(), SystemExit(143)])
+def test_a_cluster_ends_however_the_run_ends(
+    ending: BaseException, fake_cluster: Callable[[int], None], hosts: pathlib.Path
+) -> None:
+    fake_cluster(2)
+    with (
+        pytest.raises(type(ending)),
+        cluster.started(read_hosts(hosts), ["--hosts", str(hosts)]) as started,
+    ):
+        assert psutil.pid_exists(started.pid) and len(started.addresses) == 2
+        raise ending
+    assert not psutil.pid_exists(started.pid) and children() == []
+
+
+def test_a_signal_ends_the_cluster(hosts: pathlib.Path) -> None:
+    code = (
+        "import sys; from benchmarks import serve; from benchmarks.serving import cluster; "
+        f"cluster.LAUNCHER = (sys.executable, '-m', '{fake_launcher.__name__}', '2'); "
+        f"sys.exit(serve.main(['--hosts', '{hosts}', '--rate', '1e-6', '--requests', '1']))"
+    )
+    command = [sys.executable, "-u", "-c", code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT, text=True) as process:
+        assert process.stdout is not None
+        assert "starting on" in process.stdout.readline()
+        assert "ready after" in process.stdout.readline()
+        (launcher,) = psutil.Process(process.pid).children()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait() == 128 + signal.SIGTERM
+    assert not launcher.is_running()
+
+
+def test_servers_of_other_machines_are_not_started(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "hosts.txt"
+    path.write_text("alpha address=192.0.2.1 experts=4\n")
+    with (
+        pytest.raises(UserError, match="alpha: on another machine"),
+        cluster.started(read_hosts(path), []),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--speedup 2", "--speedup is of a --trace"),
+        ("--trace a --prompts b", "give one"),
+        ("--check --rate 2", "--rate is of a run under load"),
+        ("--check --max-tokens 2", "--max-tokens is of a run under load"),
+        ("--sections soak --duration 2", "--duration is of section static"),
+        ("--sections static --url http://a:1", "give --hosts too"),
+        ("--url a:1", "http://host:port is needed"),
+        ("--url http://a:1 --output /no/such/folder/x", "no folder"),
+        ("--url http://a:1 --hosts examples/hosts.txt", "has 3 servers, --url names 1"),
+        ("--url http://a:1 --duration 0.0001", "no request arrives"),
+        ("--tasks no_such_folder", "no *.jsonl there"),
+        ("--url http://a:1 --requests 1 -- --policy dance", "nothing is launched"),
+    ],
+)
+def test_options_that_are_wrong(
+    arguments: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert serve.main(arguments.split()) == serve.WRONG
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments", ["--sections none", "--requests 0", "--rate -1", "--rate 1 --trace x"]
+)
+def test_what_the_parser_refuses(arguments: str) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        serve.main(arguments.split())
