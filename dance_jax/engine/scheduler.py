@@ -232,7 +232,7 @@ class Scheduler:
             bisect.insort(self.running[device], sequence, key=_by_arrival)
 
     def _choose_device(self, sequence: Sequence) -> int | None:
-        """Of the devices with room: the longest cached prefix, then the fewest running."""
+        """Of the devices with room: the fewest running, where a cached block outweighs one."""
         needed = self._blocks_for(sequence.num_tokens + 1)
         fitting = [
             device
@@ -242,7 +242,9 @@ class Scheduler:
         if len(fitting) < 2:
             return fitting[0] if fitting else None
         cached = {device: len(self._cached_prefix(sequence, device)) for device in fitting}
-        return min(fitting, key=lambda device: (-cached[device], len(self.running[device]), device))
+        running = {device: len(self.running[device]) for device in fitting}
+        # Not the longest prefix alone: one that all share would leave the other devices empty.
+        return min(fitting, key=lambda device: (running[device] - cached[device], device))
 
     def _unclaimed(self, device: int) -> int:
         """Blocks left when all running sequences have those of their known tokens."""

@@ -114,7 +114,9 @@ class Tokenizer:
             raise UserError("prompt: half of a surrogate pair, which is no character")
         explicit = "add_bos_token" in self._settings or "add_eos_token" in self._settings
         own = add_special_tokens and not explicit
-        ids = self._backend.encode(text, add_special_tokens=own).ids
+        # As a batch of one: that leaves other threads their turn, which a long text must.
+        (encoding,) = self._backend.encode_batch([text], add_special_tokens=own)
+        ids = encoding.ids
         if add_special_tokens and self._settings.get("add_bos_token"):
             ids = [self.bos_token_id, *ids]
         if add_special_tokens and self._settings.get("add_eos_token"):
