@@ -128,10 +128,12 @@ class EngineConfig:
 
     @property
     def buckets(self) -> tuple[tuple[int, int], ...]:
-        """All (decode rows, slice rows) that are compiled, cheapest first."""
-        first, *larger = self.slice_rows
-        beside_decodes = ((rows, size) for size in (0, first) for rows in self.decode_rows)
-        return (*beside_decodes, *((self.decode_rows[0], size) for size in larger))
+        """All (decode rows, slice rows) that are compiled, cheapest first.
+
+        Beside a slice a decode costs little more in full, so there it has one size.
+        """
+        decodes = ((rows, 0) for rows in self.decode_rows)
+        return (*decodes, *((self.max_num_seqs, size) for size in self.slice_rows))
 
     @property
     def max_step_tokens(self) -> int:

@@ -337,8 +337,11 @@ class Scheduler:
         rows = max((part.slice_rows for part in work), default=0)
         if not decodes and not rows:
             return 0, 0
-        decode = next(size for size in self.config.decode_rows if size >= decodes)
-        return decode, next(size for size in (0, *self.config.slice_rows) if size >= rows)
+        return next(
+            (decode, size)
+            for decode, size in self.config.buckets
+            if decode >= decodes and size >= rows
+        )
 
     def _rows(self, work: _Work, decode: int) -> tuple[Row, ...]:
         """The rows of one device, in order of their indices."""

@@ -13,7 +13,7 @@ from dance_jax.models.config import ModelConfig
 DEFAULT_MODEL_LEN = 2048
 #: Sequences that run at once on each device.
 DEFAULT_NUM_SEQS = 16
-#: Rows of the smaller decodes: one user alone should not pay for a full house.
+#: Rows of smaller decodes, for servers with few users or none.
 FEW_ROWS = (4,)
 #: Slices of prefill in blocks. The first, beside a decode, is to take about as long as the decode.
 CPU_SLICES, SLICES = (1, 4), (8, 32)

@@ -159,7 +159,8 @@ class FakeEngine:
             slices.append(len(piece))
         assert max(slices) <= most_rows
         assert plan.decoding == any(decodes)
-        assert plan.decode == min(n for n in self.config.decode_rows if n >= max(decodes))
+        fitting = [n for n in self.config.decode_rows if n >= max(decodes)]
+        assert plan.decode == (max(fitting) if plan.slice else min(fitting))
         assert plan.slice == min(n for n in (0, *self.config.slice_rows) if n >= max(slices))
         assert plan.bucket in self.config.buckets
         assert plan.num_tokens == sum(len(row.tokens) for rows in plan.entries for row in rows)

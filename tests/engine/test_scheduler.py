@@ -228,7 +228,7 @@ def test_the_slice_is_the_smallest_that_holds_the_prompts(lengths, others_decode
     plans = []
     while engine.live:
         plans.append(engine.step(others_decode))
-    assert [plan.bucket for plan in plans] == [(2, size) for size in sizes]
+    assert [plan.bucket for plan in plans] == [(4, size) for size in sizes]
     assert not any(plan.decoding for plan in plans)
 
 
@@ -237,7 +237,7 @@ def test_the_decode_is_the_smallest_for_the_busiest_device(count, rows):
     engine = FakeEngine(make_config((1, 2, 8), (8,)), devices=2)
     for name in range(count):
         engine.add(prompt_of(1, name), 2)
-    assert engine.step().bucket == (1, 8)
+    assert engine.step().bucket == (8, 8)
     plan = engine.step()
     assert plan.bucket == (rows, 0) and plan.decoding
     assert not engine.live
