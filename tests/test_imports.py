@@ -10,7 +10,18 @@ import sys
 import pytest
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "dance_jax"
-ORDER = ("config", "cache", "files", "placement", "models", "engine", "launch", "backends", "llm")
+ORDER = (
+    "config",
+    "cache",
+    "files",
+    "placement",
+    "models",
+    "engine",
+    "launch",
+    "serve",
+    "backends",
+    "llm",
+)
 
 
 def layer(module: str) -> str:

@@ -1,4 +1,4 @@
-"""`python -m dance_jax.launch`: starts the servers of a hosts file and runs prompts on them."""
+"""`python -m dance_jax.launch`: starts the servers of a hosts file, to serve or to run prompts."""
 
 from __future__ import annotations
 
@@ -6,149 +6,40 @@ import argparse
 import contextlib
 import functools
 import os
-import pathlib
 import signal
 import sys
 import types
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NoReturn
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from rich.console import Console
 from rich.text import Text
 
 from dance_jax.cache import default_cache_dir
 from dance_jax.config import ClusterSpec, EngineConfig, UserError
-from dance_jax.engine.sequence import MAX_TOKENS
-from dance_jax.launch.cluster import Cluster, ClusterError, Network
-from dance_jax.launch.defaults import (
-    WIRE_DTYPES,
-    default_platform,
-    demo_dir,
-    engine_config,
-    platform_of,
-)
+from dance_jax.launch.attend import attend
+from dance_jax.launch.cluster import Cluster
+from dance_jax.launch.defaults import default_platform, demo_dir, engine_config, platform_of
+from dance_jax.launch.fleet import ClusterError, Fleet, Network
 from dance_jax.launch.hosts import read_hosts
+from dance_jax.launch.options import BATCH_TOKENS, check_mode, parser, serve_options
 from dance_jax.launch.plan import Plan, Room, make_plan, matched, rooms
 from dance_jax.launch.prompts import check_writable, read_prompts, same_file, write_results
 from dance_jax.launch.report import print_plan, print_summary
-from dance_jax.launch.roles import KEY_VARIABLE, Role, role
+from dance_jax.launch.roles import Role, role
 from dance_jax.launch.run import result_lines, run_prompts
+from dance_jax.launch.service import Service
 from dance_jax.launch.stream import Startup, Stream, conversion, placing
-from dance_jax.placement.policies import DEFAULT_POLICY, POLICIES
 
 if TYPE_CHECKING:
     from dance_jax.launch.node import Nodes
     from dance_jax.models.checkpoint import Checkpoint
     from dance_jax.placement.activations import Activations
 
+_Fleet = TypeVar("_Fleet", bound=Fleet)
+
 #: Exit codes: a server failed; the user must change something; ended by Ctrl-C (as shells do).
 FAILED, WRONG, INTERRUPTED = 1, 2, 130
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m dance_jax.launch",
-        description="Starts one engine process per server of a hosts file and runs prompts.",
-    )
-    path = pathlib.Path
-    parser.add_argument(
-        "--hosts", type=path, required=True, help="servers, one a line: name key=value ..."
-    )
-    parser.add_argument(
-        "--model", type=path, help="directory in Hugging Face format or converted (default: demo)"
-    )
-    parser.add_argument(
-        "--policy",
-        metavar="NAME",
-        choices=tuple(POLICIES),
-        default=DEFAULT_POLICY,
-        help=f"where experts go: {', '.join(POLICIES)} (%(default)s)",
-    )
-    parser.add_argument(
-        "--activations", type=path, help="npz file of expert counts and routes per server"
-    )
-    parser.add_argument("--prompts", type=path, help="JSON Lines of prompts")
-    parser.add_argument("--output", type=path, help="JSON Lines of completions, in input order")
-    parser.add_argument(
-        "--max-tokens", type=_positive, default=128, help="of prompts that name none (%(default)s)"
-    )
-    parser.add_argument(
-        "--save-activations", type=path, help="write the run's expert counts and routes here"
-    )
-    parser.add_argument("--dry-run", action="store_true", help="print the plan and start nothing")
-    parser.add_argument("--seed", type=int, default=0, help="of sampling (%(default)s)")
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16"),
-        help="of pool, activations and wire (default: float32 on CPU, bfloat16 on GPU)",
-    )
-    parser.add_argument(
-        "--wire-dtype",
-        choices=WIRE_DTYPES,
-        default="compute",
-        help="of hidden states between servers; compute: as they are, exact (%(default)s)",
-    )
-    parser.add_argument("--max-model-len", type=_positive, help="context in tokens (<= 2048)")
-    parser.add_argument(
-        "--cache-dir", type=path, help=f"converted models, compiled steps ({default_cache_dir()})"
-    )
-    parser.add_argument("--log-dir", type=path, help="keep each server's log here as NAME.log")
-    _add_network_options(parser.add_argument_group("servers on other machines"))
-    return parser
-
-
-def _add_network_options(group: argparse._ArgumentGroup) -> None:
-    path = pathlib.Path
-    group.add_argument(
-        "--preflight", action="store_true", help="check every server and link, and start nothing"
-    )
-    group.add_argument("--ssh-config", type=path, metavar="FILE", help="for ssh -F")
-    group.add_argument(
-        "--control-address",
-        metavar="ADDRESS",
-        help="of this machine, where the servers reach it (default: where ssh comes from)",
-    )
-    group.add_argument(
-        "--control-port", type=_port, default=0, help="of this machine (default: a free one)"
-    )
-    group.add_argument(
-        "--coordinator-port",
-        type=_port,
-        default=0,
-        help="of the first server's jax.distributed (default: a free one)",
-    )
-    group.add_argument(
-        "--node-rank",
-        type=_rank,
-        metavar="N",
-        help="run server N (from 0) of the file here, without ssh; 0 also launches. "
-        "Taken from Slurm or Open MPI inside their jobs",
-    )
-    group.add_argument(
-        "--key-file",
-        type=path,
-        metavar="FILE",
-        help=f"the launch's key, with --node-rank; or set {KEY_VARIABLE}",
-    )
-
-
-def _port(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or not 0 < int(text[:9]) < 65536:
-        raise argparse.ArgumentTypeError(f"{text!r} is no TCP port")
-    return int(text)
-
-
-def _rank(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text[:9]) > 30:
-        raise argparse.ArgumentTypeError(f"{text!r} is no server's number; the first is 0")
-    return int(text)
-
-
-def _positive(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or not 1 <= int(text[:20]) <= MAX_TOKENS:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 to {MAX_TOKENS}")
-    return int(text)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -188,14 +79,11 @@ def _launch(options: argparse.Namespace, platform: str, console: Console) -> int
     part = role(spec, _network(options), options.node_rank, options.key_file)
     if part.node:
         return _hold_server(options, part, console)
+    check_mode(options)
+    serving = serve_options(options)
     prompts = None
     if options.prompts is not None:
-        prompts = read_prompts(options.prompts, spec, options.max_tokens)
-    elif not (options.dry_run or options.preflight):
-        raise UserError(
-            "serving is not there yet: without --prompts this command will serve HTTP later; "
-            "give --prompts FILE.jsonl, --preflight for the checks or --dry-run for the plan alone"
-        )
+        prompts = read_prompts(options.prompts, spec, options.max_tokens or BATCH_TOKENS)
     _check_paths(options)
     # Here, not above: wrong files are reported before anything slow is imported.
     from dance_jax.launch.reach import needs_preflight
@@ -218,8 +106,10 @@ def _launch(options: argparse.Namespace, platform: str, console: Console) -> int
         options.max_model_len,
         seed=options.seed,
         dtype=options.dtype,
+        max_num_seqs=options.max_num_seqs,
         platform=platform,
         wire_dtype=options.wire_dtype,
+        kv_memory=options.kv_memory,
     )
     held = rooms(part.spec, checkpoint, config)
     activations = matched(activations, part.spec, checkpoint)
@@ -233,13 +123,14 @@ def _launch(options: argparse.Namespace, platform: str, console: Console) -> int
         if options.preflight or needs_preflight(spec, nodes):
             fingerprint = checkpoint.fingerprint
             spec, network = _preflight(options, part, nodes, held, fingerprint, platform, console)
-        if options.preflight or prompts is None:
+        if options.preflight:
             return 0
         plan = place(spec)
-        cluster = Cluster(
-            plan.spec,
+        started = functools.partial(
+            _started,
+            console,
+            plan,
             checkpoint,
-            plan.layout,
             config,
             model=options.model,
             log_dir=options.log_dir,
@@ -248,19 +139,37 @@ def _launch(options: argparse.Namespace, platform: str, console: Console) -> int
             network=network,
             nodes=nodes,
         )
-        try:
-            with Startup(console, spec.names) as startup:
-                cluster.start(startup.update)
-            with Stream(console, spec.names, prompts) as stream:
-                result = run_prompts(cluster, plan, tokenizer, prompts, stream.update)
-        finally:
-            cluster.stop()
+        if prompts is None:
+            with started(functools.partial(Service, serving)) as service:
+                attend(service, console)
+            return 0
+        with started(Cluster) as cluster, Stream(console, spec.names, prompts) as stream:
+            result = run_prompts(cluster, plan, tokenizer, prompts, stream.update)
     if options.output is not None:
         write_results(options.output, result_lines(result))
     if options.save_activations is not None:
         result.activations(checkpoint.fingerprint).save(options.save_activations)
     print_summary(console, result)
     return 0
+
+
+@contextlib.contextmanager
+def _started(
+    console: Console,
+    plan: Plan,
+    checkpoint: Checkpoint,
+    config: EngineConfig,
+    make: Callable[..., _Fleet],
+    **how: Any,
+) -> Iterator[_Fleet]:
+    """A cluster or a service, started with its progress shown, and stopped in the end."""
+    fleet = make(plan.spec, checkpoint, plan.layout, config, **how)
+    try:
+        with Startup(console, plan.spec.names) as startup:
+            fleet.start(startup.update)
+        yield fleet
+    finally:
+        fleet.stop()
 
 
 def _preflight(
@@ -349,8 +258,6 @@ def _check_paths(options: argparse.Namespace) -> None:
     ):
         if path is None:
             continue
-        if options.prompts is None:
-            raise UserError(f"{option} needs --prompts")
         check_writable(path, option)
         for other, taken in others.items():
             if taken is not None and same_file(path, taken):

@@ -99,10 +99,10 @@ class Listener:
             port = int(endpoint.rpartition(":")[2])
         return port
 
-    def close(self) -> None:
-        """Closes everything, with half a second to send what is left; may be called twice."""
+    def close(self, linger_s: float = 0.5) -> None:
+        """Closes everything, with so long to send what is left; may be called twice."""
         if not self.socket.closed:
-            self.socket.close(linger=500)
+            self.socket.close(linger=int(1000 * linger_s))
             self._guard.stop()
             self._context.term()
 

@@ -91,7 +91,7 @@ def engine_config(
     config = EngineConfig(
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
-        decode_rows=tuple(rows for rows in FEW_ROWS if rows < max_num_seqs) + (max_num_seqs,),
+        decode_rows=(*(rows for rows in FEW_ROWS if rows < max_num_seqs), max_num_seqs),
         slice_rows=CPU_SLICES if platform == "cpu" else SLICES,
         dtype=dtype,
         seed=seed,

@@ -27,7 +27,7 @@ KEYS = (
     "gpus",
 )
 
-_MEMORY_UNITS = {
+MEMORY_UNITS = {
     "B": 1,
     "kB": 10**3,
     "MB": 10**6,
@@ -122,7 +122,7 @@ def _server(words: list[str], where: str) -> ServerSpec:
     if len(set(gpus)) < len(gpus):
         raise UserError(f"{where}: gpus={values['gpus']}: a GPU is named twice")
     memory = tuple(
-        int(_quantity(each, "memory", _MEMORY_UNITS, where))
+        int(quantity(each, "memory", MEMORY_UNITS, where))
         for each in _list(values.get("memory", ""))
     )
     devices = _devices(values.get("devices"), gpus, memory, where)
@@ -138,7 +138,7 @@ def _server(words: list[str], where: str) -> ServerSpec:
         experts=_integer(values["experts"], "experts", where) if "experts" in values else None,
         bandwidth=None
         if rate == "auto"
-        else float(_quantity(rate, "bandwidth", _BANDWIDTH_UNITS, where)),
+        else float(quantity(rate, "bandwidth", _BANDWIDTH_UNITS, where)),
         measure_bandwidth="bandwidth" in values and rate == "auto",
         expert_time=_seconds(values.get("expert_time"), "expert_time", where),
         ssh=_ssh(values.get("ssh"), address, where),
@@ -189,7 +189,7 @@ def _integer(text: str, key: str, where: str) -> int:
     return int(text)
 
 
-def _quantity(text: str, key: str, units: dict[str, int], where: str) -> decimal.Decimal:
+def quantity(text: str, key: str, units: dict[str, int], where: str) -> decimal.Decimal:
     match = _QUANTITY.fullmatch(text)
     if not match or match[2] not in units:
         raise UserError(
@@ -202,7 +202,7 @@ def _quantity(text: str, key: str, units: dict[str, int], where: str) -> decimal
 
 
 def _seconds(text: str | None, key: str, where: str) -> float | None:
-    return None if text is None else float(_quantity(text, key, _TIME_UNITS, where) / 10**9)
+    return None if text is None else float(quantity(text, key, _TIME_UNITS, where) / 10**9)
 
 
 def is_loopback(address: str) -> bool:

@@ -1,7 +1,7 @@
 """Servers that another launcher starts, one `--node-rank` each: what both ends say and do.
 
 Node 0 is the parent of the cluster: it listens on the first server's address. Every other node
-calls it, answers its preflight, starts its own worker with the setup it is given, and ends it when
+calls it, answers its preflight, starts its own server with the setup it is given, and ends it when
 node 0 says so or cannot be reached any more. Nothing but this channel, which the launch's key
 protects, connects the launchers.
 """
@@ -23,8 +23,10 @@ from zmq.utils import monitor
 from dance_jax.config import ClusterSpec, ServerSpec, UserError
 from dance_jax.launch import protocol
 from dance_jax.launch.control import ALIVE_TIMEOUT_S, Connection, Listener
-from dance_jax.launch.process import ServerProcess, in_words, sounds_like_echo
+from dance_jax.launch.process import ServerProcess, in_words, is_echo
 
+#: What a server that serves runs.
+FRONT_END = "dance_jax.serve.frontend"
 #: Seconds that nodes wait for each other at the start.
 MEET_TIMEOUT_S = 300.0
 #: Seconds between pings, which notice a lost node: well within the time in which the cause of a
@@ -126,6 +128,8 @@ class NodeServer:
     def __init__(self, server: ServerSpec, rank: int, socket: zmq.Socket) -> None:
         self.name = server.name
         self.rank = rank
+        #: What its process is to run; set before it is told its setup.
+        self.module = ""
         self.called = False
         self.ended: float | None = None
         self.failed: float | None = None
@@ -144,7 +148,7 @@ class NodeServer:
             self.ended = self.ended or time.monotonic()
 
     def tell(self, line: bytes) -> None:
-        self.send(protocol.NodeSetup(line))
+        self.send(protocol.NodeSetup(self.module, line))
 
     def beat(self) -> None:
         """Not needed: the connection has signs of life of its own."""
@@ -182,13 +186,9 @@ class NodeServer:
         return f"on its node{f': {self._end.log}' if self._end else ''}"
 
     def echo(self) -> bool:
-        if self.failure is not None:
-            return sounds_like_echo(self.failure)
         if self._end is None:
-            return False
-        if self._end.status > 128:
-            return self._end.status == 128 + signal.SIGABRT
-        return sounds_like_echo("\n".join(self._end.last_lines))
+            return self.failure is not None and is_echo(self.failure, None, ())
+        return is_echo(self.failure, self._end.status, self._end.last_lines)
 
 
 def run_node(
@@ -225,8 +225,8 @@ def run_node(
         try:
             while contact.holds():
                 if process is not None and process.ended is not None:
-                    status = process.popen.returncode
-                    status = status if status >= 0 else 128 - status
+                    status = process.status
+                    assert status is not None
                     ended = protocol.NodeEnded(status, process.last_lines(), process.log)
                     connection.socket.send(protocol.encode(ended))
                     progress(f"the server {process.fate()}")
@@ -237,10 +237,12 @@ def run_node(
                     case protocol.NodeProbe(request):
                         reply = protocol.NodeReply(answer(request))
                         connection.socket.send(protocol.encode(reply))
-                    case protocol.NodeSetup(setup):
+                    case protocol.NodeSetup(module, setup):
                         log = logs / f"{local.name}.log"
-                        process = ServerProcess(local, log, "dance_jax.launch.worker")
+                        process = ServerProcess(local, log, module)
                         process.tell(setup)
+                        if module == FRONT_END:
+                            _pass_on(signal.SIGTERM, process)
                         progress("the server starts")
                     case protocol.NodeEnd(kill):
                         told_to_end = True
@@ -256,6 +258,11 @@ def run_node(
                 process.popen.wait()
             contact.close()
             connection.close()
+
+
+def _pass_on(number: signal.Signals, process: ServerProcess) -> None:
+    """Lets the process do what the signal asks of this one: it drains, and all servers with it."""
+    signal.signal(number, lambda *_: process.kill(number))
 
 
 class _Contact:

@@ -9,7 +9,8 @@ import signal
 import subprocess
 import threading
 import time
-from typing import Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import IO, Protocol
 
 from dance_jax.config import ServerSpec
 from dance_jax.launch.ssh import SSH_FAILED, server_command, server_environment
@@ -81,6 +82,20 @@ def sounds_like_echo(text: str) -> bool:
     return any(sign.lower() in text.lower() for sign in _ECHOES)
 
 
+def is_echo(failure: str | None, status: int | None, lines: Sequence[str]) -> bool:
+    """A process's end looks like a consequence of another server's.
+
+    Args:
+        failure: what it said itself.
+        status: exit status as a shell has it; None: it lives yet.
+        lines: the end of its log.
+    """
+    if failure is None and status is not None and status > 128:
+        # Aborting is how JAX ends a process whose job is broken.
+        return status == 128 + signal.SIGABRT
+    return sounds_like_echo(failure or "\n".join(lines))
+
+
 def in_words(status: int) -> str:
     """What a shell's exit status says of a process.
 
@@ -95,14 +110,23 @@ def in_words(status: int) -> str:
 
 
 class ServerProcess:
-    """A process of `module` for a server, local or through ssh, with a log on this machine."""
+    """A process of `module` for a server, local or through ssh.
+
+    Args:
+        server: whose.
+        log_path: file for all that it prints; None: it prints where this process does.
+        module: dotted name.
+        ssh_config: file for `ssh -F`.
+        on_end: called, by a thread, when it has ended.
+    """
 
     def __init__(
         self,
         server: ServerSpec,
-        log_path: pathlib.Path,
+        log_path: pathlib.Path | None,
         module: str,
         ssh_config: pathlib.Path | None = None,
+        on_end: Callable[[], object] = lambda: None,
     ) -> None:
         self.name = server.name
         self.ended: float | None = None
@@ -112,8 +136,8 @@ class ServerProcess:
         self.pid: int | None = None
         self._target = server.ssh
         self._log_path = log_path
-        self._log_path.parent.mkdir(parents=True, exist_ok=True)
-        with open(log_path, "wb") as log:
+        self._on_end = on_end
+        with _log_file(log_path) as log:
             self.popen = subprocess.Popen(
                 server_command(server, module, ssh_config),
                 stdin=subprocess.PIPE,
@@ -129,6 +153,13 @@ class ServerProcess:
     def _wait(self) -> None:
         self.popen.wait()
         self.ended = time.monotonic()
+        self._on_end()
+
+    @property
+    def status(self) -> int | None:
+        """Exit status as a shell has it; None: it lives yet."""
+        status = self.popen.poll()
+        return status if status is None or status >= 0 else 128 - status
 
     def tell(self, line: bytes) -> None:
         """Writes its setup; standard input stays open as a sign of life."""
@@ -156,20 +187,21 @@ class ServerProcess:
             os.killpg(self.popen.pid, number)
 
     def fate(self) -> str:
-        status = self.popen.poll()
         if self.failure is not None:
             return f"failed: {self.failure}"
-        if status is None:
+        if self.status is None:
             return "was ended"
-        if self._target is not None and status == SSH_FAILED:
+        if self._target is not None and self.status == SSH_FAILED:
             said = next((line for line in reversed(self.last_lines()) if line.strip()), "")
             why = f": {said.strip()}" if said.startswith(("ssh", "Connection", "Timeout")) else ""
             return f"is lost: the ssh connection to {self._target} broke{why}"
-        if self._target is not None and status < 0:
-            return f"is lost: the ssh to {self._target} {in_words(128 - status)}"
-        return in_words(status if status >= 0 else 128 - status)
+        if self._target is not None and self.popen.returncode < 0:
+            return f"is lost: the ssh to {self._target} {in_words(self.status)}"
+        return in_words(self.status)
 
     def last_lines(self) -> list[str]:
+        if self._log_path is None:
+            return []
         try:
             with open(self._log_path, "rb") as log:
                 log.seek(max(0, os.path.getsize(self._log_path) - 16384))
@@ -182,8 +214,14 @@ class ServerProcess:
         return str(self._log_path)
 
     def echo(self) -> bool:
-        status = self.popen.poll()
-        if self.failure is None and status is not None and (status < 0 or status > 128):
-            # Aborting is how JAX ends a process whose job is broken.
-            return status in (-signal.SIGABRT, 128 + signal.SIGABRT)
-        return sounds_like_echo(self.failure or "\n".join(self.last_lines()))
+        return is_echo(self.failure, self.status, self.last_lines())
+
+
+@contextlib.contextmanager
+def _log_file(path: pathlib.Path | None) -> Iterator[IO[bytes] | None]:
+    if path is None:
+        yield None
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "wb") as file:
+        yield file

@@ -1,4 +1,4 @@
-"""What a cluster's parent and its servers say to each other: msgspec over a socket.
+"""What launcher, front ends and engines say to each other: msgspec over a socket.
 
 Without JAX: a worker reads its Setup before it may import it.
 """
@@ -33,7 +33,9 @@ class Setup(msgspec.Struct, kw_only=True):
     layout: bytes
     #: ZeroMQ endpoint of the parent.
     control: str
-    #: The launch's key, from which all secrets are derived.
+    #: The key of that channel.
+    control_key: bytes
+    #: The launch's key, from which the servers' secrets are derived.
     key: bytes
     #: "cpu" or "cuda".
     platform: str
@@ -45,11 +47,37 @@ class Setup(msgspec.Struct, kw_only=True):
     #: Converted models and compiled steps are kept under it; None: nowhere; "": where the user
     #: of that machine keeps them.
     cache_dir: str | None
-    #: The launch's private directory on this machine, removed by its servers if the parent is
+    #: The parent's private directory on this machine, removed by the process if the parent is
     #: killed; "": the parent is on another one.
     private_dir: str
     #: The parent sends signs of life on standard input, because a network lies between.
     beats: bool
+
+
+class ServeOptions(msgspec.Struct, frozen=True):
+    """How front ends serve."""
+
+    #: Name of the model in requests and answers.
+    served_model_name: str
+    #: Address that all of them listen on.
+    bind: str = "127.0.0.1"
+    #: TCP port; the second server of the same machine has the next, and so on.
+    port: int = 8000
+    #: What requests must carry; None: nothing.
+    api_key: str | None = None
+    #: Seconds that what runs has to finish in the end.
+    drain_seconds: float = 30.0
+    #: Requests on each server that may wait for their first token.
+    max_queue: int = 256
+
+
+class FrontSetup(msgspec.Struct, kw_only=True):
+    """Everything a front end needs to start; one JSON line on its standard input, as a Setup."""
+
+    #: What its engine gets, but for the control channel between the two.
+    engine: Setup
+    #: With the port of this very server.
+    options: ServeOptions
 
 
 # Parent to worker.
@@ -62,14 +90,20 @@ class Join(msgspec.Struct, tag=True):
     coordinator: str
 
 
-class Work(msgspec.Struct, tag=True):
-    """Requests of this server; every server gets one at the same time, perhaps without requests."""
+class Submit(msgspec.Struct, tag=True):
+    """More requests for this server."""
 
     requests: list[Request]
 
 
 class Abort(msgspec.Struct, tag=True):
-    """Drop all requests; the batch ends when no server has work."""
+    """End these requests, or all: their last deltas say "abort"."""
+
+    request_ids: list[str] | None = None
+
+
+class AskStats(msgspec.Struct, tag=True):
+    """Send a Stats."""
 
 
 class Stop(msgspec.Struct, tag=True):
@@ -80,7 +114,7 @@ class Stop(msgspec.Struct, tag=True):
 
 
 class Hello(msgspec.Struct, tag=True):
-    """The worker runs and listens."""
+    """The process runs and listens."""
 
     pid: int
 
@@ -105,7 +139,7 @@ class Progress(msgspec.Struct, tag=True):
 
 
 class Ready(msgspec.Struct, tag=True):
-    """The worker waits for work."""
+    """The worker waits for requests."""
 
     #: Steps read from the compile cache, and compiled.
     cache_hits: int
@@ -118,26 +152,78 @@ class Deltas(msgspec.Struct, tag=True):
     deltas: list[OutputDelta]
 
 
-class Done(msgspec.Struct, tag=True):
-    """The batch is finished on all servers; `stats` is an EngineStats as plain types."""
+class Report(msgspec.Struct, tag=True):
+    """A step was completed; often, but not after each. `report` is an EngineReport."""
+
+    report: Any
+
+
+class Stats(msgspec.Struct, tag=True):
+    """All that the worker has counted; `stats` is an EngineStats as plain types."""
 
     stats: Any
 
 
 class Failed(msgspec.Struct, tag=True):
-    """The worker is about to exit because of an exception."""
+    """The process is about to exit because of an exception."""
 
     message: str
     #: The user can do something about it (UserError).
     user: bool
 
 
+# Launcher to front end, beside Join and Stop.
+
+
+class Restart(msgspec.Struct, tag=True):
+    """End what is left of the engine and start another."""
+
+    #: Number of this start; the first, without a Restart, is 0.
+    start: int
+
+
+class Drain(msgspec.Struct, tag=True):
+    """Take no more requests, finish what runs, and say Drained; the engine steps on."""
+
+
+# Front end to launcher, beside Hello and Failed.
+
+
+class FromEngine(msgspec.Struct, tag=True):
+    """What its engine says while it starts."""
+
+    #: Number of the start.
+    start: int
+    event: Prepared | Joined | Progress | Ready
+
+
+class EngineDied(msgspec.Struct, tag=True):
+    """Its engine has ended, or failed."""
+
+    start: int
+    pid: int
+    #: Exit status as a shell has it; None: it lives yet.
+    status: int | None
+    #: What it said.
+    failure: Failed | None
+
+
+class DrainWanted(msgspec.Struct, tag=True):
+    """It was told to end (SIGTERM): all servers are to drain."""
+
+
+class Drained(msgspec.Struct, tag=True):
+    """Nothing is in flight any more, and no request is taken."""
+
+
 # Parent to the launcher of another node (--node-rank), and back.
 
 
 class NodeSetup(msgspec.Struct, tag=True):
-    """Start the worker with this `Setup`, as JSON."""
+    """Start the server's process with this `Setup` or `FrontSetup`, as JSON."""
 
+    #: What it runs: a module of this package.
+    module: str
     setup: bytes
 
 
@@ -182,11 +268,15 @@ class NodeEnded(msgspec.Struct, tag=True):
 NodeCommand = NodeSetup | NodeProbe | NodeEnd | NodePing
 NodeEvent = NodeHello | NodeReply | NodeEnded
 
-Command = Join | Work | Abort | Stop
-Event = Hello | Prepared | Joined | Progress | Ready | Deltas | Done | Failed
+Command = Join | Submit | Abort | AskStats | Stop
+Event = Hello | Prepared | Joined | Progress | Ready | Deltas | Report | Stats | Failed
+FrontCommand = Join | Restart | Drain | Stop
+FrontEvent = Hello | FromEngine | EngineDied | DrainWanted | Drained | Failed
 
 encode = msgspec.msgpack.Encoder().encode
 decode_command = msgspec.msgpack.Decoder(Command).decode
 decode_event = msgspec.msgpack.Decoder(Event).decode
+decode_front_command = msgspec.msgpack.Decoder(FrontCommand).decode
+decode_front_event = msgspec.msgpack.Decoder(FrontEvent).decode
 decode_node_command = msgspec.msgpack.Decoder(NodeCommand).decode
 decode_node_event = msgspec.msgpack.Decoder(NodeEvent).decode

@@ -1,25 +1,20 @@
-"""One server's engine process: `python -m dance_jax.launch.worker`, started by `Cluster`.
+"""One server's engine process: `python -m dance_jax.launch.worker`, started by `Cluster`, or by the
+server's front end.
 
 The order is what matters here: the model is made ready before anybody waits for anybody; cores are
 limited while JAX makes its devices, because XLA sizes its thread pools by them; all processes do
 one collective before anything else, because a first collective of only some of them fails; then
-the engine loads, compiles, and steps together with all others while any server has work.
+the engine loads, compiles, and steps together with all others: one step after another while any
+server has work, and one a second while none has, which shows that all can.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-import faulthandler
-import logging
 import multiprocessing
 import os
 import pathlib
-import select
-import shutil
-import signal
-import sys
-import threading
 import time
 import traceback
 from typing import TYPE_CHECKING
@@ -28,9 +23,9 @@ import msgspec
 
 from dance_jax.cache import default_cache_dir, private_directory
 from dance_jax.config import UserError
-from dance_jax.engine.sequence import OutputDelta, Request
-from dance_jax.launch import environment, protocol
-from dance_jax.launch.control import ALIVE_TIMEOUT_S, Connection, bracketed, derived
+from dance_jax.launch import child, environment, protocol
+from dance_jax.launch.bell import Bell, hang
+from dance_jax.launch.control import Connection, derived
 from dance_jax.launch.join import coordinator_endpoint, join, own_address
 from dance_jax.launch.protocol import Setup
 
@@ -38,7 +33,10 @@ if TYPE_CHECKING:
     from dance_jax.engine.engine import Engine
     from dance_jax.models.checkpoint import Checkpoint
 
-log = logging.getLogger("dance_jax.worker")
+#: Seconds after which servers without work do a step together; between two reports of busy ones.
+HEARTBEAT_S, REPORT_S = 1.0, 0.25
+#: Seconds in which the parent's Stop may follow the end of another server.
+STOP_WINDOW_S = 0.5
 
 
 class Channel:
@@ -46,109 +44,68 @@ class Channel:
 
     def __init__(self, endpoint: str, key: bytes, rank: int) -> None:
         self._connection = Connection(endpoint, key, f"server-{rank}")
-        self._socket = self._connection.socket
+        self.socket = self._connection.socket
 
     def send(self, event: protocol.Event) -> None:
-        self._socket.send(protocol.encode(event))
+        self.socket.send(protocol.encode(event))
 
     def receive(self) -> protocol.Command:
         """Waits for the parent's next command."""
-        return protocol.decode_command(self._socket.recv())
+        return protocol.decode_command(self.socket.recv())
 
-    @property
-    def waiting(self) -> bool:
-        """A command is there."""
-        return bool(self._socket.poll(0))
+    def waits(self, timeout_s: float = 0.0) -> bool:
+        """A command is there, or comes within so long."""
+        return bool(self.socket.poll(int(1000 * timeout_s)))
 
     def close(self) -> None:
         """Sends what is left, for a second at most."""
         self._connection.close()
 
 
+class Stopped(Exception):
+    """The parent wants this process to end."""
+
+
 def main() -> None:
     """Reads the setup from standard input, serves until told to stop, and exits."""
-    faulthandler.enable()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s: %(message)s"
-    )
-    logging.getLogger("jax").setLevel(logging.WARNING)
-    logging.getLogger("absl").setLevel(logging.WARNING)
-    line = _read_line(0)
-    if not line:
-        return  # the parent changed its mind
-    setup = msgspec.json.decode(line, type=Setup)
-    _end_with_parent(setup.private_dir, setup.beats)
+    child.prepare()
+    setup = child.read_setup(Setup)
+    if setup is None:
+        return
+    child.end_with_parent(setup)
     environment.prepare(setup.platform, setup.spec.servers[setup.rank].gpus)
-    control = setup.control.replace(protocol.SSH_CLIENT, _ssh_client())
-    channel = Channel(control, setup.key, setup.rank)
+    channel = Channel(child.parent_endpoint(setup), setup.control_key, setup.rank)
     status = 0
     try:
         channel.send(protocol.Hello(os.getpid()))
-        engine = _start(setup, channel)
-        _serve(engine, channel)
+        _serve(*_start(setup, channel), channel)
+    except Stopped:
+        pass
     except BaseException as error:
-        traceback.print_exc()
-        message = f"{type(error).__name__}: {error}"
-        user = isinstance(error, UserError)
-        channel.send(protocol.Failed(str(error) if user else message, user))
-        status = 1
-    _exit(channel, status)
-
-
-def _exit(channel: Channel, status: int) -> None:
+        if not _told_to_stop(channel):
+            traceback.print_exc()
+            channel.send(child.failure(error))
+            status = 1
     channel.close()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # Not sys.exit: jax.distributed would wait at its exit for processes that may be gone.
-    os._exit(status)
+    child.end(status)
 
 
-def _ssh_client() -> str:
-    """The machine that this process's ssh connection comes from, as a URL has it; "" for none."""
-    return bracketed((os.environ.get("SSH_CONNECTION", "").split() or [""])[0])
+def _told_to_stop(channel: Channel) -> bool:
+    """What failed may be a consequence: other servers have been stopped already."""
+    deadline = time.monotonic() + STOP_WINDOW_S
+    while channel.waits(max(0.0, deadline - time.monotonic())):
+        if isinstance(channel.receive(), protocol.Stop):
+            return True
+    return False
 
 
-def _read_line(descriptor: int) -> bytes:
-    """The next line that is not empty, unbuffered: what follows it stays in the pipe."""
-    parts: list[bytes] = []
-    while (byte := os.read(descriptor, 1)) != b"":
-        if byte != b"\n":
-            parts.append(byte)
-        elif parts:
-            break
-    return b"".join(parts)
-
-
-def _end_with_parent(private_dir: str, beats: bool) -> None:
-    """Kills this process and what it started when the parent is gone.
-
-    It is when standard input ends, when this process's parent is another one, or, for a parent on
-    another machine, when it has been silent for ALIVE_TIMEOUT_S: a broken network ends nothing.
-    """
-    parent = os.getppid()
-
-    def watch() -> None:
-        heard = time.monotonic()
-        while True:
-            readable, _, _ = select.select([0], [], [], 0.5)
-            ended = bool(readable) and not os.read(0, 4096)
-            heard = time.monotonic() if readable else heard
-            silent = beats and time.monotonic() - heard > ALIVE_TIMEOUT_S
-            if ended or silent or os.getppid() != parent:
-                if private_dir:
-                    shutil.rmtree(private_dir, ignore_errors=True)
-                os.killpg(os.getpgrp(), signal.SIGKILL)
-
-    threading.Thread(target=watch, daemon=True, name="parent-watch").start()
-
-
-def _start(setup: Setup, channel: Channel) -> Engine:
+def _start(setup: Setup, channel: Channel) -> tuple[Engine, Bell]:
     cache = _cache_dir(setup)
     checkpoint = _open_model(setup, cache or pathlib.Path(setup.private_dir), channel)
     channel.send(protocol.Progress("preparing", 0, 0))
     from dance_jax.engine.compile_cache import CompileCache
     from dance_jax.engine.engine import Engine
+    from dance_jax.launch.memory import free_per_device
     from dance_jax.launch.plan import parse_layout
     from dance_jax.models import kernels_cpu, links_cpu
     from dance_jax.models.tokenizer import Tokenizer
@@ -161,12 +118,12 @@ def _start(setup: Setup, channel: Channel) -> Engine:
         case protocol.Join(coordinator):
             pass
         case _:
-            _exit(channel, 0)
-            raise AssertionError
+            raise Stopped
     channel.send(protocol.Progress("joining", 0, 0))
     threads = join(setup, coordinator)
-    names, link_key = setup.spec.names, derived(setup.key, "links")
-    transport = links_cpu.connect(setup.rank, names, own_address(setup), link_key)
+    me = (setup.rank, setup.spec.names, own_address(setup))
+    transport = links_cpu.connect(*me, derived(setup.key, "links"))
+    bell = hang(*me, derived(setup.key, "bell"))
     channel.send(protocol.Joined())
     channel.send(protocol.Progress("loading", 0, 0))
     layout = parse_layout(setup.layout)
@@ -183,10 +140,11 @@ def _start(setup: Setup, channel: Channel) -> Engine:
         setup.config,
         compile_cache=steps,
         transport=transport,
+        free_memory=free_per_device(setup.platform, setup.machine_devices),
     )
     engine.warmup(lambda stage, done, total: channel.send(protocol.Progress(stage, done, total)))
     channel.send(protocol.Ready(steps.hits, steps.misses))
-    return engine
+    return engine, bell
 
 
 def _cache_dir(setup: Setup) -> pathlib.Path | None:
@@ -228,51 +186,55 @@ def _convert(source: pathlib.Path, cache: pathlib.Path) -> pathlib.Path:
     return ensure_converted(source, cache)
 
 
-def _serve(engine: Engine, channel: Channel) -> None:
-    """Answers commands until told to stop."""
+def _serve(engine: Engine, bell: Bell, channel: Channel) -> None:
+    """Steps together with all servers, and does what the parent says, until it says Stop.
+
+    All servers do the same steps. After one in which none had work (`StepResult.active`, known to
+    all alike) they rest, until one of them begins the next step and rings.
+    """
+    step = 1  # number of the next one, the same on all servers
+    busy = rung = False
+    heartbeat = reported = 0.0
     while True:
-        command = channel.receive()
-        match command:
-            case protocol.Stop():
-                return
-            case protocol.Work():
-                _run(engine, channel, command.requests)
-            case protocol.Abort():
-                pass  # it came after the batch had ended
-            case protocol.Join():
-                raise RuntimeError("the servers have joined already")
-
-
-def _run(engine: Engine, channel: Channel, requests: list[Request]) -> None:
-    """Steps together with all servers until none has work."""
-    refused = []
-    for request in requests:
-        try:
-            engine.add(request)
-        except UserError as error:
-            refused += [
-                OutputDelta(
-                    request.request_id, index, finish_reason="error", stop_reason=str(error)
-                )
-                for index in range(request.params.n)
-            ]
-    if refused:
-        channel.send(protocol.Deltas(refused))
-    active = True
-    while active:
-        if channel.waiting:
-            match channel.receive():
-                case protocol.Stop():
-                    _exit(channel, 0)
-                case protocol.Abort():
-                    engine.abort_all()
-                case command:
-                    raise RuntimeError(f"{command!r:.80} came before the batch had ended")
+        _obey(engine, channel)
+        now = time.monotonic()
+        if not (busy or rung):
+            if not engine.has_work and now < heartbeat:
+                rung = bell.wait(channel.socket, heartbeat - now, step)
+                continue
+            bell.ring(step)
         result = engine.step()
-        active = result.active
+        step += 1
+        busy, rung = result.active, False
         if result.outputs:
             channel.send(protocol.Deltas(result.outputs))
-    channel.send(protocol.Done(msgspec.to_builtins(engine.stats())))
+        now = time.monotonic()
+        heartbeat = now + HEARTBEAT_S
+        if not busy or now > reported + REPORT_S:
+            reported = now
+            channel.send(protocol.Report(engine.report()))
+
+
+def _obey(engine: Engine, channel: Channel) -> None:
+    """Does what the parent has said.
+
+    Raises:
+        Stopped: it wants an end.
+    """
+    while channel.waits():
+        match channel.receive():
+            case protocol.Submit(requests):
+                for request in requests:
+                    engine.add(request)
+            case protocol.Abort(request_ids):
+                for request_id in [None] if request_ids is None else request_ids:
+                    engine.abort(request_id)
+            case protocol.AskStats():
+                channel.send(protocol.Stats(msgspec.to_builtins(engine.stats())))
+            case protocol.Stop():
+                raise Stopped
+            case protocol.Join():
+                raise RuntimeError("the servers have joined already")
 
 
 if __name__ == "__main__":

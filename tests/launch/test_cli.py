@@ -20,6 +20,7 @@ from dance_jax.engine.sequence import OutputDelta
 from dance_jax.launch import cores, reach
 from dance_jax.launch.preflight.run import Preflight
 from dance_jax.launch.prompts import Prompt
+from dance_jax.launch.protocol import ServeOptions
 from dance_jax.launch.stream import Startup, Stream, printable
 from dance_jax.placement import Activations
 from tests.launch.tiny import EXPERTS, HOSTS, LAYERS, write_model
@@ -69,10 +70,69 @@ def test_conversion_is_said_once(run, files: pathlib.Path) -> None:
     assert "on first use" not in run("--dry-run", model="other")[1]
 
 
-def test_serving_comes_later(run) -> None:
-    code, _, err = run()
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--bind", "0.0.0.0"),
+        ("--port", "80"),
+        ("--api-key", "k"),
+        ("--drain-seconds", "3"),
+        ("--max-queue", "9"),
+        ("--served-model-name", "m"),
+    ],
+)
+def test_what_is_for_serving_is_refused_for_a_batch(run, files, options) -> None:
+    code, _, err = run("--prompts", files / "prompts.jsonl", *options)
     assert code == 2
-    assert "will serve HTTP later" in err and "--prompts" in err
+    assert f"{options[0]} is for serving and --prompts runs a batch" in err
+
+
+@pytest.mark.parametrize(
+    "options", [("--output", "out"), ("--max-tokens", "5"), ("--save-activations", "out.npz")]
+)
+def test_what_is_for_a_batch_is_refused_for_serving(run, options) -> None:
+    code, _, err = run(*options)
+    assert code == 2 and f"{options[0]} needs --prompts" in err
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[ServeOptions]:
+    """How services are to serve that are made; none starts."""
+    made: list[ServeOptions] = []
+
+    def service(options: ServeOptions, *_: object, **__: object) -> None:
+        made.append(options)
+        raise UserError("far enough")
+
+    monkeypatch.setattr(launch, "Service", service)
+    monkeypatch.delenv("DANCE_JAX_API_KEY", raising=False)
+    return made
+
+
+def test_without_prompts_it_serves(run, started: list[ServeOptions]) -> None:
+    assert "far enough" in run()[2]
+    assert started == [ServeOptions("model")]
+    run(
+        "--bind", "::1", "--port", "99", "--api-key", "k", "--drain-seconds", "0.5",
+        "--max-queue", "7", "--served-model-name", "org/name",
+    )  # fmt: skip
+    assert started[1] == ServeOptions("org/name", "::1", 99, "k", 0.5, 7)
+
+
+def test_the_key_of_users_comes_from_the_environment(run, started, monkeypatch) -> None:
+    monkeypatch.setenv("DANCE_JAX_API_KEY", "from-there")
+    run()
+    run("--api-key", "given")
+    assert [options.api_key for options in started] == ["from-there", "given"]
+    monkeypatch.setenv("DANCE_JAX_API_KEY", "two words")
+    code, _, err = run()
+    assert code == 2 and "DANCE_JAX_API_KEY: visible ASCII" in err and "two words" not in err
+
+
+def test_the_cache_has_the_size_that_is_asked_for(run, files: pathlib.Path) -> None:
+    code, _, err = run("--dry-run", "--kv-memory", "5B")
+    assert code == 2 and "kv_memory=5:" in err
+    assert run("--dry-run", "--kv-memory", "64MiB", "--max-num-seqs", "2")[0] == 0
 
 
 def test_bad_files_are_named(run, files: pathlib.Path) -> None:
@@ -88,7 +148,6 @@ def test_bad_files_are_named(run, files: pathlib.Path) -> None:
         (run("--dry-run", model="nowhere"), str(files / "nowhere")),
         (run("--dry-run", model="empty"), str(files / "empty")),
         (run("--dry-run", "--activations", files / "none.npz"), f"{files / 'none.npz'}: "),
-        (run("--dry-run", "--output", files / "out"), "--output needs --prompts"),
         (
             run("--prompts", files / "prompts.jsonl", "--output", files / "no" / "out"),
             f"there is no folder {files / 'no'}",
@@ -192,6 +251,10 @@ def test_what_is_wrong_here_is_said_before_anybody_is_asked(run, files, far) -> 
         ["--max-tokens", "9" * 30],
         ["--dtype", "int4"],
         ["--policy", "best"],
+        ["--max-num-seqs", "0"],
+        ["--kv-memory", "5"],
+        ["--drain-seconds", "-1"],
+        ["--port", "65536"],
         ["--colour", "x"],
     ],
 )

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from dance_jax.placement import Activations
-from tests.launch.conftest import PROMPTS, Tiny
+from tests.launch.cold_run import PROMPTS, Tiny
 from tests.launch.tiny import EXPERT_BYTES, EXPERTS, LAYERS
 
 
@@ -46,6 +46,13 @@ def test_prompts_that_cannot_run_do_not_stop_the_others(tiny: Tiny) -> None:
         assert line["error"] in tiny.terminal
     assert "400 tokens" in long["error"] and "256" in long["error"]
     assert "empty" in empty["error"]
+
+
+def test_a_batch_that_is_given_up_leaves_no_trace(tiny: Tiny) -> None:
+    """Its requests have ended, and the next batch runs as if it had not been."""
+    for asked, line, before in zip(PROMPTS, tiny.again, tiny.lines, strict=True):
+        if "temperature" not in asked:  # seeds of sampled ones are drawn as requests come
+            assert {**line, "metrics": None} == {**before, "metrics": None}
 
 
 def test_pools_hold_exactly_what_memory_allows(tiny: Tiny) -> None:
@@ -93,7 +100,7 @@ def test_the_summary_has_everything(tiny: Tiny) -> None:
 
 def test_a_warm_start_gives_the_same(tiny: Tiny, launch, tmp_path: pathlib.Path) -> None:
     """Steps come from the cache in every process, and what they compute has not changed."""
-    assert tiny.cold == [(0, 2)] * 3
+    assert tiny.cold == [(0, tiny.buckets)] * 3
     output, saved = tmp_path / "out.jsonl", tmp_path / "saved.npz"
     run = launch(
         "--policy", "uniform", "--prompts", tiny.folder / "prompts.jsonl", "--max-tokens", "8",
@@ -104,7 +111,7 @@ def test_a_warm_start_gives_the_same(tiny: Tiny, launch, tmp_path: pathlib.Path)
     run.assert_nothing_left()
     for name in ("alpha", "beta", "gamma"):
         log = (tmp_path / "logs" / f"{name}.log").read_text()
-        assert log.count("read from the cache") == 2
+        assert log.count("read from the cache") == tiny.buckets
         assert "compiled in" not in log
     lines = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
     for line, before in zip(lines, tiny.lines, strict=True):

@@ -15,7 +15,8 @@ import psutil
 import pytest
 
 from dance_jax.launch.roles import KEY_VARIABLE
-from tests.launch.conftest import Tiny, free_port
+from tests.launch.cold_run import Tiny
+from tests.launch.launched import completion, free_port, free_ports
 from tests.launch.test_cluster import many_prompts
 from tests.launch.tiny import HOSTS
 
@@ -107,3 +108,24 @@ def test_all_nodes_end_when_one_does(
         end = "was killed by signal 9" if lost == "worker" else "cannot be reached any more"
         assert re.search(rf"server beta \(process \d+\) .*{end}", (tmp_path / "node-0").read_text())
     assert nodes[2].returncode != 0 or lost != "first"
+
+
+def test_nodes_serve_and_end_together(tiny: Tiny, start: Start, tmp_path: pathlib.Path) -> None:
+    """They go on when an engine dies, and a signal to one node's launcher drains all."""
+    port = free_ports(3)
+    nodes = [start(0, "--policy", "uniform", "--port", str(port)), start(1), start(2)]
+    urls = [f"http://127.0.0.1:{port + rank}" for rank in range(3)]
+    said(tmp_path, 0, "curl ")
+    expected = tiny.lines[0]["text"]
+    assert [completion(url) for url in urls] == [expected] * 3
+    (front,) = nodes[1].children()
+    (engine,) = front.children()
+    engine.kill()
+    said(tmp_path, 0, f"beta: its engine (process {engine.pid}) was killed by signal 9")
+    said(tmp_path, 0, "all servers go on")
+    assert [completion(url) for url in urls] == [expected] * 3
+    processes = [child for node in nodes for child in node.children(recursive=True)]
+    nodes[2].send_signal(signal.SIGTERM)
+    assert [node.wait(30) for node in nodes] == [0, 0, 0], (tmp_path / "node-0").read_text()
+    _, alive = psutil.wait_procs(processes, timeout=10)
+    assert not alive

@@ -14,8 +14,9 @@ from collections.abc import Iterator
 import psutil
 import pytest
 
-from tests.launch.conftest import Tiny
+from tests.launch.cold_run import Tiny
 from tests.launch.fake_ssh import FakeSsh
+from tests.launch.launched import completion, free_ports
 from tests.launch.test_cluster import many_prompts
 from tests.launch.tiny import HOSTS
 
@@ -123,6 +124,27 @@ def test_all_hosts_are_left_clean(how: str, remote: Remote, tmp_path: pathlib.Pa
     assert code == {"interrupt": 130, "kill launch": -signal.SIGKILL}.get(how, 1), remote.text
     if how == "kill worker":
         assert re.search(r"server beta \(process \d+\) was killed by signal 9", remote.text)
+
+
+def test_servers_over_ssh_serve(tiny: Tiny, remote: Remote) -> None:
+    """They go on when an engine dies, and end with a launch that gives no sign of life."""
+    port = free_ports(3)
+    process = remote.start("--port", str(port))
+    remote.wait_for("curl ")
+    urls = [f"http://127.0.0.1:{port + rank}" for rank in range(3)]
+    expected = tiny.lines[0]["text"]
+    assert [completion(url) for url in urls] == [expected] * 3
+    (engine,) = remote.worker(1).children()
+    engine.kill()
+    remote.wait_for(f"beta: its engine (process {engine.pid}) was killed by signal 9")
+    remote.wait_for("all servers go on")
+    assert [completion(url) for url in urls] == [expected] * 3
+    workers = remote.workers
+    process.send_signal(signal.SIGSTOP)
+    _, alive = psutil.wait_procs(workers, timeout=PATIENCE_S)
+    assert not [each for each in alive if each.status() != psutil.STATUS_ZOMBIE]
+    process.send_signal(signal.SIGCONT)
+    assert process.wait(PATIENCE_S) == 1, remote.text
 
 
 def test_a_host_that_lacks_the_model_starts_nothing(remote: Remote, tmp_path) -> None:

@@ -1,0 +1,125 @@
+"""How servers that rest wake each other: a mesh of connections on which they ring for a step.
+
+Servers step in lock step, so one that gets a request while all of them rest must tell the others to
+begin the next step too. Whoever begins a step after a rest rings for it, by its number; a ring for
+a step that has been is void.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+import time
+from collections.abc import Sequence
+
+import zmq
+
+_NUMBER = struct.Struct("<Q")
+
+
+class Bell:
+    """One server's end of the mesh.
+
+    Args:
+        names: of all servers, by rank.
+        connections: to all others, by rank; closed with this object.
+    """
+
+    def __init__(self, names: Sequence[str], connections: dict[int, socket.socket]) -> None:
+        self._names = names
+        self._connections = connections
+        self._unread = dict.fromkeys(connections, b"")
+        #: The latest step somebody rang for.
+        self._rung = 0
+        for connection in connections.values():
+            connection.setblocking(False)
+
+    def ring(self, next_step: int) -> None:
+        """Tells all others that this server begins a step.
+
+        Raises:
+            RuntimeError: one is gone, or has not listened for thousands of rings.
+        """
+        for rank, connection in self._connections.items():
+            try:
+                sent = connection.send(_NUMBER.pack(next_step))
+            except OSError as error:
+                raise RuntimeError(
+                    f"server {self._names[rank]} closed the connection: {error}"
+                ) from error
+            if sent != _NUMBER.size:
+                raise RuntimeError(f"server {self._names[rank]} does not listen to the bell")
+
+    def wait(self, control: zmq.Socket, timeout_s: float, next_step: int) -> bool:
+        """Rests until there is something to do, at most for so long.
+
+        Args:
+            control: a message on it ends the rest.
+            timeout_s: in seconds.
+            next_step: number of the step that this server does next.
+
+        Returns:
+            Whether another server has begun that step.
+
+        Raises:
+            RuntimeError: another server closed its connection.
+        """
+        deadline = time.monotonic() + timeout_s
+        poller = zmq.Poller()
+        poller.register(control, zmq.POLLIN)
+        ranks = {connection.fileno(): rank for rank, connection in self._connections.items()}
+        for descriptor in ranks:
+            poller.register(descriptor, zmq.POLLIN)
+        while self._rung < next_step:
+            left = deadline - time.monotonic()
+            # A millisecond more, or the last one is spent in a loop.
+            ready = dict(poller.poll(max(0, int(1000 * left) + 1))) if left > 0 else {}
+            for descriptor in ranks.keys() & ready.keys():
+                self._read(ranks[descriptor])
+            if control in ready or not ready:
+                break
+        return self._rung >= next_step
+
+    def _read(self, rank: int) -> None:
+        try:
+            received = self._connections[rank].recv(4096)
+        except BlockingIOError:
+            return
+        except OSError:
+            received = b""
+        if not received:
+            raise RuntimeError(f"server {self._names[rank]} closed the connection")
+        unread = self._unread[rank] + received
+        whole = len(unread) - len(unread) % _NUMBER.size
+        self._unread[rank] = unread[whole:]
+        for (number,) in _NUMBER.iter_unpack(unread[:whole]):
+            self._rung = max(self._rung, number)
+
+    def close(self) -> None:
+        """Closes all connections."""
+        for connection in self._connections.values():
+            connection.close()
+
+
+def hang(rank: int, names: Sequence[str], address: str, key: bytes) -> Bell:
+    """Connects this server's bell with all others'; they do it at the same time.
+
+    Args:
+        rank: this server's.
+        names: of all servers, by rank.
+        address: of this server, where the others reach it.
+        key: secret of the servers, for this use alone.
+
+    Raises:
+        RuntimeError: a server cannot be reached, or is a stranger.
+    """
+    # Not above: it brings JAX along.
+    from dance_jax.models.connections import join, publish
+
+    if len(names) == 1:
+        return Bell(names, {})
+    family = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0][0]
+    with socket.create_server((address, 0), family=family) as listener:
+        host, port = listener.getsockname()[:2]
+        addresses = publish("bell", rank, f"{host}:{port}", names)
+        return Bell(names, join(rank, names, listener, addresses, key))

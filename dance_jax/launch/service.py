@@ -1,0 +1,213 @@
+"""A cluster that serves: the parent of one front end per server, each with an engine of its own.
+
+An engine that dies takes the others along, so this process has all front ends start theirs anew;
+the users' requests wait there. A front end that dies ends the service.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from dance_jax.config import UserError
+from dance_jax.launch import protocol
+from dance_jax.launch.control import bracketed
+from dance_jax.launch.fleet import CAUSE_WINDOW_S, Fleet
+from dance_jax.launch.node import FRONT_END
+from dance_jax.launch.process import in_words, is_echo
+from dance_jax.launch.protocol import ServeOptions
+
+#: Called with (server's name or "", what happens, in words).
+Notice = Callable[[str, str], None]
+
+#: Starts of the engines in a row that fail until the service gives up.
+MAX_FAILED_STARTS = 5
+#: Seconds beyond the time to drain until a front end that has not drained is not waited for.
+DRAIN_MARGIN_S = 5.0
+
+
+class _EngineFailure(Exception):
+    """An engine died; `rank` is the server whose engine did so first."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(rank)
+        self.rank = rank
+
+
+class _Drained(Exception):
+    """The service has come to its end."""
+
+
+class Service(Fleet):
+    """All servers of a hosts file, each with a front end and an engine.
+
+    Args:
+        options: how they serve.
+        arguments: as for `Fleet`.
+    """
+
+    module = FRONT_END
+
+    def __init__(self, options: ServeOptions, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.options = options
+        #: Number of the engines' start.
+        self._start = 0
+        #: Ranks whose engines of this start have died, with what is known of it.
+        self._died: dict[int, protocol.EngineDied] = {}
+        self._drained: set[int] = set()
+        #: Somebody wants the service to end; time.monotonic() at which it does in any case.
+        self._drain_wanted = False
+        self._deadline: float | None = None
+        self._notice: Notice = lambda name, text: None
+
+    @property
+    def urls(self) -> list[str]:
+        """Where each server is reached, by rank; from its own machine if it binds to loopback."""
+        anywhere = self.options.bind in ("0.0.0.0", "::", "")
+        return [
+            f"http://{bracketed(server.address if anywhere else self.options.bind)}:"
+            f"{self._port(rank)}"
+            for rank, server in enumerate(self.spec.servers)
+        ]
+
+    def serve(self, notice: Notice = lambda name, text: None) -> None:
+        """Serves until `drain` was called and all servers have drained; starts engines anew.
+
+        Args:
+            notice: told what happens.
+
+        Raises:
+            ClusterError: a front end failed, or engines that are started anew die again and again.
+        """
+        self.progress, self._notice = (lambda *_: None), notice
+        with contextlib.suppress(_Drained):
+            while True:
+                self._start_anew(self._first_death())
+
+    def drain(self) -> None:
+        """Lets all servers finish what runs, and then `serve` return; from a signal handler too."""
+        self._drain_wanted = True
+
+    def _bring_up(self) -> None:
+        try:
+            super()._bring_up()
+        except _EngineFailure as failure:
+            if self.started:
+                raise
+            died = self._died[failure.rank]
+            name = self.spec.names[failure.rank]
+            if died.failure is not None and died.failure.user:
+                raise UserError(f"server {name}: {died.failure.message}") from None
+            what = f"cannot start: its engine {self._fate(failure.rank)}"
+            raise self._error(failure.rank, what) from None
+
+    def _first_death(self) -> int:
+        """Waits until an engine dies: its server's rank."""
+        try:
+            while True:
+                self._events()
+        except _EngineFailure as failure:
+            return failure.rank
+
+    def _start_anew(self, dead: int) -> None:
+        """Starts all engines again, because that server's has died.
+
+        Raises:
+            ClusterError: it does not help.
+        """
+        for _ in range(MAX_FAILED_STARTS):
+            what, _, _ = f"its engine {self._fate(dead)}".partition("\n")
+            text = f"{what}; all engines start anew, requests in flight wait"
+            self._notice(self.spec.names[dead], text)
+            self._restart()
+            try:
+                self._bring_up()
+            except _EngineFailure as failure:
+                dead = failure.rank
+            else:
+                self._notice("", "all servers go on")
+                return
+        what = f"its engine {self._fate(dead)}, as in the {MAX_FAILED_STARTS - 1} starts before"
+        raise self._error(dead, what)
+
+    def _restart(self) -> None:
+        self._start += 1
+        self._died.clear()
+        # Hello came with the front end, which stays.
+        hello = protocol.Hello
+        self._reached = [{hello: seen[hello]} for seen in self._reached]
+        self._send_all(protocol.Restart(self._start))
+
+    def _process_setup(self, engine: protocol.Setup) -> msgspec.Struct:
+        options = msgspec.structs.replace(self.options, port=self._port(engine.rank))
+        return protocol.FrontSetup(engine=engine, options=options)
+
+    def _port(self, rank: int) -> int:
+        return self.options.port + self._neighbours(rank).index(rank)
+
+    def _decode(self, rank: int, content: bytes) -> Any:
+        match protocol.decode_front_event(content):
+            case protocol.FromEngine(start, event):
+                return event if start == self._start else None
+            case protocol.EngineDied() as died:
+                if died.start == self._start:
+                    self._died[rank] = died
+            case protocol.DrainWanted():
+                self.drain()
+            case protocol.Drained():
+                self._drained.add(rank)
+            case event:
+                return event
+        return None
+
+    def _events(self) -> list[tuple[int, Any]]:
+        """As `Fleet._events`, of engines of this start.
+
+        Raises:
+            _EngineFailure: one has died.
+            _Drained: there is no more to do.
+        """
+        events = super()._events()
+        if self._drain_wanted and self.started and self._deadline is None:
+            seconds = self.options.drain_seconds
+            self._deadline = time.monotonic() + seconds + DRAIN_MARGIN_S
+            self._notice("", f"finishing what runs, for {seconds:g} s at most")
+            self._send_all(protocol.Drain())
+        if self._deadline is not None:
+            late = [name for n, name in enumerate(self.spec.names) if n not in self._drained]
+            if not late or time.monotonic() > self._deadline:
+                text = f"not in time: {', '.join(late)}" if late else "all servers have drained"
+                self._notice("", text)
+                raise _Drained
+        if self._died:
+            self._raise_engine_failure()
+        return events
+
+    def _raise_engine_failure(self) -> None:
+        """Finds the engine that died first."""
+        deadline = time.monotonic() + CAUSE_WINDOW_S
+        failed: list[int] = []
+        while time.monotonic() < deadline:
+            failed += self._receive(50)[1]
+        # A front end that is gone takes its engine along.
+        if failed := failed + self._ended():
+            self._raise_failure(failed)
+        raise _EngineFailure(min(self._died, key=self._is_consequence))
+
+    def _is_consequence(self, rank: int) -> bool:
+        died = self._died[rank]
+        said = None if died.failure is None else died.failure.message
+        return is_echo(said, died.status, self._processes[rank].last_lines())
+
+    def _fate(self, rank: int) -> str:
+        died = self._died[rank]
+        if died.failure is not None:
+            what = f"failed: {died.failure.message}"
+        else:
+            what = "was ended" if died.status is None else in_words(died.status)
+        return f"(process {died.pid}) {what}"

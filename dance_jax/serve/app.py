@@ -1,0 +1,55 @@
+"""The HTTP side of one server: OpenAI's API, and what supervisors ask."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import fastapi
+
+from dance_jax.serve import chat, completions, errors, status, tokens
+from dance_jax.serve.guard import KeyGuard
+from dance_jax.serve.info import ServeInfo, Server
+from dance_jax.serve.metrics import Metrics
+from dance_jax.serve.prompts import Prompts
+
+if TYPE_CHECKING:
+    from dance_jax.serve.queue import RequestQueue
+
+__all__ = ["ServeInfo", "create_app"]
+
+
+class _App(fastapi.FastAPI):
+    """FastAPI, but its description of the API says what this API does."""
+
+    def openapi(self) -> dict[str, Any]:
+        described = super().openapi()
+        for methods in described["paths"].values():
+            for operation in methods.values():
+                # FastAPI's own status for wrong fields; here it is 400.
+                operation["responses"].pop("422", None)
+        for unused in ("HTTPValidationError", "ValidationError"):
+            described["components"]["schemas"].pop(unused, None)
+        return described
+
+
+def create_app(queue: RequestQueue, info: ServeInfo) -> fastapi.FastAPI:
+    """The ASGI application of a server.
+
+    Args:
+        queue: where requests go.
+        info: the server.
+    """
+    server = Server(
+        queue,
+        info,
+        Prompts(info.tokenizer, info.max_model_len, info.model_config.vocab_size),
+        Metrics(queue, info.model, info.servers, info.rank),
+    )
+    # No pages that load scripts from elsewhere; the description is at /openapi.json.
+    app = _App(title="dance_jax", docs_url=None, redoc_url=None, redirect_slashes=False)
+    for module in (completions, chat, tokens, status):
+        app.include_router(module.routes(server))
+    errors.install(app)
+    if info.api_key is not None:
+        app.add_middleware(KeyGuard, key=info.api_key)
+    return app

@@ -1,0 +1,153 @@
+"""POST /v1/chat/completions."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+import uuid
+from collections.abc import AsyncIterator
+
+import fastapi
+
+from dance_jax.engine.sequence import OutputDelta
+from dance_jax.serve.answers import (
+    AssistantMessage,
+    ChatChoice,
+    ChatChunk,
+    ChatChunkChoice,
+    ChatCompletion,
+    ChatDelta,
+    ChatLogprobs,
+    FinishReason,
+    TokenLogprob,
+    Usage,
+)
+from dance_jax.serve.bodies import JsonRoute
+from dance_jax.serve.delivery import GENERATED, answered, ending
+from dance_jax.serve.errors import ApiError
+from dance_jax.serve.generation import Generation
+from dance_jax.serve.info import Server
+from dance_jax.serve.logprobs import chat_logprobs
+from dance_jax.serve.requests import ChatRequest
+from dance_jax.serve.sampling import engine_requests
+
+
+def routes(server: Server) -> fastapi.APIRouter:
+    """The route of chats."""
+    router = fastapi.APIRouter(route_class=JsonRoute)
+
+    @router.post("/v1/chat/completions", response_model=ChatCompletion, responses=GENERATED)
+    async def chat_completions(request: fastapi.Request, body: ChatRequest) -> fastapi.Response:
+        """Continues a conversation."""
+        server.info.check_model(body.model)
+        _check(body)
+        call = await _start(server, body)
+        return await answered(request, call.generation, call.whole, call.chunks, body.stream)
+
+    return router
+
+
+def _check(body: ChatRequest) -> None:
+    limits = (body.max_tokens, body.max_completion_tokens)
+    if None not in limits and body.max_tokens != body.max_completion_tokens:
+        raise ApiError(
+            400,
+            f"max_tokens: {body.max_tokens}, but max_completion_tokens is "
+            f"{body.max_completion_tokens}; give one of them",
+            param="max_tokens",
+        )
+    if body.top_logprobs is not None and not body.logprobs:
+        raise ApiError(
+            400, "top_logprobs: only allowed together with logprobs: true", param="top_logprobs"
+        )
+
+
+async def _start(server: Server, body: ChatRequest) -> _Call:
+    call_id = f"chatcmpl-{uuid.uuid4().hex}"
+    prompt = await server.prompts.chat(body.messages, body.add_generation_prompt is not False)
+    requests = engine_requests(
+        server,
+        body,
+        call_id,
+        [prompt],
+        max_tokens=body.max_completion_tokens or body.max_tokens,
+        default_max_tokens=None,
+        logprobs=body.top_logprobs or 0 if body.logprobs else None,
+    )
+    return _Call(call_id, server.info.model, body, await Generation.start(server, requests))
+
+
+@dataclasses.dataclass
+class _Choice:
+    """What has come of one choice."""
+
+    text: str = ""
+    logprobs: list[TokenLogprob] = dataclasses.field(default_factory=list)
+    finish_reason: FinishReason = "length"
+    stop_reason: int | str | None = None
+
+
+@dataclasses.dataclass
+class _Call:
+    """One HTTP call on its way."""
+
+    id: str
+    model: str
+    body: ChatRequest
+    generation: Generation
+    created: int = dataclasses.field(default_factory=lambda: int(time.time()))
+
+    async def chunks(self) -> AsyncIterator[ChatChunk]:
+        """The answer as a stream."""
+        begun: set[int] = set()
+        async for number, delta in self.generation.deltas():
+            if number not in begun:
+                begun.add(number)
+                first = ChatDelta(role="assistant", content="")
+                yield self._chunk([ChatChunkChoice(index=number, delta=first)])
+            logprobs = self._logprobs(delta)
+            if delta.text or logprobs or delta.finish_reason:
+                part = ChatChunkChoice(
+                    index=number,
+                    delta=ChatDelta(content=delta.text) if delta.text else ChatDelta(),
+                    logprobs=ChatLogprobs(content=logprobs) if logprobs else None,
+                    finish_reason=ending(delta),
+                    stop_reason=delta.stop_reason,
+                )
+                yield self._chunk([part])
+        if self.body.include_usage:
+            yield self._chunk([], self.generation.usage)
+
+    async def whole(self) -> ChatCompletion:
+        """The answer at once."""
+        choices = [_Choice() for _ in range(self.body.n or 1)]
+        async for number, delta in self.generation.deltas():
+            choice = choices[number]
+            choice.text += delta.text
+            choice.logprobs += self._logprobs(delta)
+            choice.finish_reason = ending(delta) or choice.finish_reason
+            choice.stop_reason = delta.stop_reason
+        return ChatCompletion(
+            id=self.id,
+            created=self.created,
+            model=self.model,
+            choices=[
+                ChatChoice(
+                    index=number,
+                    message=AssistantMessage(content=choice.text),
+                    logprobs=ChatLogprobs(content=choice.logprobs) if self.body.logprobs else None,
+                    finish_reason=choice.finish_reason,
+                    stop_reason=choice.stop_reason,
+                )
+                for number, choice in enumerate(choices)
+            ],
+            usage=self.generation.usage,
+        )
+
+    def _logprobs(self, delta: OutputDelta) -> list[TokenLogprob]:
+        return chat_logprobs(delta, self.body.top_logprobs or 0) if self.body.logprobs else []
+
+    def _chunk(self, choices: list[ChatChunkChoice], usage: Usage | None = None) -> ChatChunk:
+        return ChatChunk(
+            id=self.id, created=self.created, model=self.model, choices=choices, usage=usage
+        )

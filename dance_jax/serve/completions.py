@@ -1,0 +1,143 @@
+"""POST /v1/completions."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+import uuid
+from collections.abc import AsyncIterator
+
+import fastapi
+
+from dance_jax.serve.answers import Completion, CompletionChoice, CompletionLogprobs, Usage
+from dance_jax.serve.bodies import JsonRoute
+from dance_jax.serve.delivery import GENERATED, answered, ending
+from dance_jax.serve.errors import ApiError
+from dance_jax.serve.generation import Generation
+from dance_jax.serve.info import Server
+from dance_jax.serve.logprobs import completion_logprobs
+from dance_jax.serve.requests import CompletionRequest
+from dance_jax.serve.sampling import engine_requests
+
+#: OpenAI's default.
+_DEFAULT_MAX_TOKENS = 16
+
+
+def routes(server: Server) -> fastapi.APIRouter:
+    """The route of completions."""
+    router = fastapi.APIRouter(route_class=JsonRoute)
+
+    @router.post("/v1/completions", response_model=Completion, responses=GENERATED)
+    async def completions(request: fastapi.Request, body: CompletionRequest) -> fastapi.Response:
+        """Continues prompts."""
+        server.info.check_model(body.model)
+        _check(body)
+        call = await _start(server, body)
+        return await answered(request, call.generation, call.whole, call.chunks, body.stream)
+
+    return router
+
+
+def _check(body: CompletionRequest) -> None:
+    if body.best_of is not None and body.best_of != (body.n or 1):
+        raise ApiError(
+            400,
+            f"best_of: only n, {body.n or 1}, is supported; got {body.best_of}",
+            param="best_of",
+        )
+    if body.echo and body.logprobs is not None:
+        message = "echo: logprobs of prompts are not supported; leave out echo or logprobs"
+        raise ApiError(400, message, param="echo")
+
+
+async def _start(server: Server, body: CompletionRequest) -> _Call:
+    call_id = f"cmpl-{uuid.uuid4().hex}"
+    special = body.add_special_tokens is not False
+    prompts = await server.prompts.completions(body.prompt, special)
+    requests = engine_requests(
+        server,
+        body,
+        call_id,
+        prompts,
+        max_tokens=body.max_tokens,
+        default_max_tokens=_DEFAULT_MAX_TOKENS,
+        logprobs=body.logprobs,
+    )
+    echoes = [""] * len(prompts)
+    if body.echo:
+        echoes = [
+            await server.prompts.detokenized(prompt.token_ids)
+            if prompt.text is None
+            else prompt.text
+            for prompt in prompts
+        ]
+    generation = await Generation.start(server, requests)
+    return _Call(call_id, server.info.model, body, generation, echoes)
+
+
+@dataclasses.dataclass
+class _Call:
+    """One HTTP call on its way."""
+
+    id: str
+    model: str
+    body: CompletionRequest
+    generation: Generation
+    #: What precedes the text of each prompt's samples.
+    echoes: list[str]
+    created: int = dataclasses.field(default_factory=lambda: int(time.time()))
+
+    async def parts(self) -> AsyncIterator[CompletionChoice]:
+        """What is new in each choice, as it comes."""
+        samples = self.body.n or 1
+        lengths: dict[int, int] = {}
+        async for number, delta in self.generation.deltas():
+            echo = "" if number in lengths else self.echoes[number // samples]
+            offset = lengths.get(number, 0)
+            text = echo + delta.text
+            lengths[number] = offset + len(text)
+            yield CompletionChoice(
+                index=number,
+                text=text,
+                logprobs=completion_logprobs(delta, offset),
+                finish_reason=ending(delta),
+                stop_reason=delta.stop_reason,
+            )
+
+    async def chunks(self) -> AsyncIterator[Completion]:
+        """The answer as a stream."""
+        async for part in self.parts():
+            if part.text or part.logprobs or part.finish_reason:
+                yield self._answer([part])
+        if self.body.include_usage:
+            yield self._answer([], self.generation.usage)
+
+    async def whole(self) -> Completion:
+        """The answer at once."""
+        parts: dict[int, list[CompletionChoice]] = {}
+        async for part in self.parts():
+            parts.setdefault(part.index, []).append(part)
+        choices = [_joined(parts[number]) for number in sorted(parts)]
+        return self._answer(choices, self.generation.usage)
+
+    def _answer(self, choices: list[CompletionChoice], usage: Usage | None = None) -> Completion:
+        return Completion(
+            id=self.id, created=self.created, model=self.model, choices=choices, usage=usage
+        )
+
+
+def _joined(parts: list[CompletionChoice]) -> CompletionChoice:
+    """A choice from all that came of it."""
+    listed = [part.logprobs for part in parts if part.logprobs is not None]
+    logprobs = CompletionLogprobs(
+        text_offset=[offset for each in listed for offset in each.text_offset],
+        token_logprobs=[logprob for each in listed for logprob in each.token_logprobs],
+        tokens=[token for each in listed for token in each.tokens],
+        top_logprobs=[top for each in listed for top in each.top_logprobs],
+    )
+    return parts[-1].model_copy(
+        update={
+            "text": "".join(part.text for part in parts),
+            "logprobs": logprobs if listed else None,
+        }
+    )

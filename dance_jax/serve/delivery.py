@@ -1,0 +1,135 @@
+"""How answers reach a client: at once or as server-sent events, while it is there."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, TypeVar, cast
+
+import fastapi
+from fastapi.responses import Response
+from pydantic import BaseModel
+from starlette.types import Receive, Scope, Send
+
+from dance_jax.engine.sequence import OutputDelta
+from dance_jax.serve.answers import FinishReason
+from dance_jax.serve.errors import ApiError, documented
+from dance_jax.serve.generation import Generation
+
+Result = TypeVar("Result")
+
+#: `responses` of the routes that generate: a stream instead of JSON, and the errors.
+GENERATED: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The answer; with stream: true server-sent events, each with a chunk of it",
+        "content": {"text/event-stream": {}},
+    }
+} | documented(400, 401, 404, 413, 415, 429, 500, 503)
+
+#: nginx's word for a client that has gone; nobody sees it.
+_CLIENT_GONE = 499
+
+
+class Disconnected(Exception):
+    """Nobody waits for the answer any more."""
+
+
+async def answered(
+    request: fastapi.Request,
+    generation: Generation,
+    whole: Callable[[], Awaitable[BaseModel]],
+    chunks: Callable[[], AsyncIterator[BaseModel]],
+    stream: bool | None,
+) -> Response:
+    """The response of a call that generates; a client that hangs up aborts it.
+
+    Args:
+        request: its body has been read.
+        generation: in flight; closed here or with the response.
+        whole: the answer at once.
+        chunks: the answer in parts.
+        stream: in parts.
+    """
+    if stream:
+        return EventStream(generation, chunks())
+    async with generation:
+        try:
+            answer = await while_connected(request.receive, whole())
+        except Disconnected:
+            return Response(status_code=_CLIENT_GONE)
+    return Response(answer.model_dump_json(), media_type="application/json")
+
+
+class EventStream(Response):
+    """Sends chunks as events until they end, or until the client hangs up.
+
+    Args:
+        generation: what the chunks come from; closed at the end, whatever ends it.
+        chunks: bodies of the events, in order.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, generation: Generation, chunks: AsyncIterator[BaseModel]) -> None:
+        # Proxies must not wait for more.
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self._generation = generation
+        self._chunks = chunks
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with self._generation:
+            try:
+                await while_connected(receive, self._send_all(send))
+            except Disconnected:
+                return
+
+    async def _send_all(self, send: Send) -> None:
+        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+        await send(start)
+        try:
+            async for chunk in self._chunks:
+                await _send_event(send, chunk.model_dump_json())
+        except ApiError as error:
+            # The status has been sent; OpenAI's client raises on such an event.
+            await _send_event(send, error.answer.model_dump_json())
+        await _send_event(send, "[DONE]")
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _send_event(send: Send, data: str) -> None:
+    body = f"data: {data}\n\n".encode()
+    await send({"type": "http.response.body", "body": body, "more_body": True})
+
+
+async def while_connected(receive: Receive, work: Awaitable[Result]) -> Result:
+    """The result of `work`, which is cancelled when the client hangs up.
+
+    Args:
+        receive: of a call whose body has been read.
+
+    Raises:
+        Disconnected: the client hung up.
+    """
+    task = asyncio.ensure_future(work)
+    watcher = asyncio.create_task(_disconnected(receive))
+    try:
+        await asyncio.wait((task, watcher), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise Disconnected
+        return task.result()
+    finally:
+        # Also when this call itself is cancelled.
+        task.cancel()
+        watcher.cancel()
+        await asyncio.gather(task, watcher, return_exceptions=True)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def ending(delta: OutputDelta) -> FinishReason | None:
+    """Why a choice of a `Generation` ended; other reasons are errors there."""
+    return cast("FinishReason | None", delta.finish_reason)

@@ -1,0 +1,290 @@
+"""One server's front end: `python -m dance_jax.serve.frontend`, started by `launch.service`.
+
+It holds what must survive an engine: users' connections and their requests. Its engine is its child
+(`engine_process`); when one of the cluster's engines dies, JAX takes the others along, and the
+launcher tells all front ends to start theirs anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import os
+import pathlib
+import shutil
+import signal
+import socket
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from dance_jax.config import UserError
+from dance_jax.engine.sequence import sample_seed
+from dance_jax.launch import child, protocol
+from dance_jax.launch.control import Connection, bracketed
+from dance_jax.launch.protocol import FrontSetup, ServeOptions
+from dance_jax.serve.engine_process import EngineProcess
+from dance_jax.serve.loop_socket import LoopSocket
+from dance_jax.serve.queue import RequestQueue
+
+if TYPE_CHECKING:
+    import fastapi
+    import uvicorn
+
+log = logging.getLogger("dance_jax.frontend")
+
+#: Connections that may wait until they are accepted.
+BACKLOG = 2048
+#: Seconds that responses have to end after what they wait for has been given up.
+HANGUP_S = 2.0
+
+
+def main() -> None:
+    """Reads the setup from standard input, serves until told to stop, and exits."""
+    child.prepare()
+    setup = child.read_setup(FrontSetup)
+    if setup is None:
+        return
+    # What is imported here brings JAX along, which must not touch the engine's GPUs.
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    engine = setup.engine
+    private = tempfile.mkdtemp(prefix="dance-jax-", dir=engine.private_dir or None)
+    front = FrontEnd(setup, private)
+    child.end_with_parent(engine, before=front.kill)
+    connection = Connection(
+        child.parent_endpoint(engine), engine.control_key, f"server-{engine.rank}"
+    )
+    status = 0
+    try:
+        connection.socket.send(protocol.encode(protocol.Hello(os.getpid())))
+        asyncio.run(front.run(connection))
+    except BaseException as error:
+        traceback.print_exc()
+        connection.socket.send(protocol.encode(child.failure(error)))
+        status = 1
+    front.kill()
+    connection.close()
+    child.end(status)
+
+
+class FrontEnd:
+    """Users on one side, the engine and the launcher on the other.
+
+    Args:
+        setup: from the launcher.
+        private: directory of this process and its engine, which is removed in the end.
+    """
+
+    def __init__(self, setup: FrontSetup, private: str) -> None:
+        self._setup = setup
+        self._private = private
+        self._engine: EngineProcess | None = None
+        #: Number of the engine's start.
+        self._start = 0
+        self.queue = RequestQueue(self._to_engine, setup.options.max_queue, _seeds(setup))
+
+    def kill(self) -> None:
+        """Kills the engine and removes what both have made; from any thread."""
+        if self._engine is not None:
+            self._engine.kill()
+        shutil.rmtree(self._private, ignore_errors=True)
+
+    async def run(self, connection: Connection) -> None:
+        """Serves until the launcher says Stop.
+
+        Raises:
+            UserError: the address cannot be listened on, or there is no model.
+        """
+        #: Join and Restart, which take time.
+        self._commands: asyncio.Queue[protocol.FrontCommand] = asyncio.Queue()
+        self._draining, self._stopped = asyncio.Event(), asyncio.Event()
+        with contextlib.closing(_listen(self._setup.options)) as listener:
+            self._launcher = LoopSocket(connection.socket, self._from_launcher)
+            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self._end_wanted)
+            self._start_engine()
+            server = _http_server(_app(self._setup, self.queue), self._setup.options.drain_seconds)
+            tasks = [
+                asyncio.create_task(work)
+                for work in (self._stopped.wait(), self._serve(server, listener), self._obey())
+            ]
+            try:
+                # The first ends when all is well, the others only with an exception.
+                done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    task.result()
+            finally:
+                self.queue.close()
+                server.should_exit = server.force_exit = True
+                await self._end_engine()
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+                self._launcher.close()
+
+    # The launcher.
+
+    def _tell(self, event: protocol.FrontEvent) -> None:
+        self._launcher.send(protocol.encode(event))
+
+    def _from_launcher(self, message: list[bytes]) -> None:
+        match protocol.decode_front_command(message[0]):
+            case protocol.Stop():
+                self._stopped.set()
+            case protocol.Drain():
+                self._drain()
+            case command:
+                self._commands.put_nowait(command)
+
+    def _end_wanted(self) -> None:
+        self._tell(protocol.DrainWanted())
+        self._drain()
+
+    def _drain(self) -> None:
+        self.queue.drain()
+        self._draining.set()
+
+    async def _obey(self) -> None:
+        while True:
+            match await self._commands.get():
+                case protocol.Restart(start):
+                    await self._end_engine()
+                    self._start = start
+                    self._start_engine()
+                case protocol.Join() as join:
+                    self._to_engine(join)
+
+    # The engine.
+
+    def _start_engine(self) -> None:
+        start = self._start
+        setup = msgspec.structs.replace(self._setup.engine, private_dir=self._private)
+        self._engine = EngineProcess(setup, self._from_engine, lambda: self._has_died(start))
+        log.info("engine %d is process %d", start, self._engine.pid)
+
+    async def _end_engine(self) -> None:
+        self.queue.engine_died()
+        if self._engine is not None:
+            await self._engine.end()
+
+    def _to_engine(self, command: protocol.Command) -> None:
+        if self._engine is not None:
+            self._engine.send(command)
+
+    def _from_engine(self, event: protocol.Event) -> None:
+        match event:
+            case protocol.Deltas(deltas):
+                self.queue.receive(deltas)
+            case protocol.Report(report):
+                self.queue.reported(_report(report))
+            case protocol.Ready():
+                self.queue.engine_started()
+                self._tell(protocol.FromEngine(self._start, event))
+            case protocol.Prepared() | protocol.Joined() | protocol.Progress():
+                self._tell(protocol.FromEngine(self._start, event))
+
+    def _has_died(self, start: int) -> None:
+        assert self._engine is not None
+        self.queue.engine_died()
+        engine = self._engine
+        log.error("engine %d has ended: status %s", start, engine.status)
+        self._tell(protocol.EngineDied(start, engine.pid, engine.status, engine.failure))
+
+    # Users.
+
+    async def _serve(self, server: uvicorn.Server, listener: socket.socket) -> None:
+        """Serves HTTP until there is an end to all requests, and says so to the launcher."""
+        serving = asyncio.create_task(server.serve([listener]))
+        draining = asyncio.create_task(self._draining.wait())
+        try:
+            await asyncio.wait({serving, draining}, return_when=asyncio.FIRST_COMPLETED)
+            if serving.done():
+                serving.result()
+                raise RuntimeError("the HTTP server has ended")
+            log.info("draining: %d requests are in flight", self.queue.in_flight)
+            server.should_exit = True
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.queue.drained(), self._setup.options.drain_seconds)
+            self.queue.close()
+            await serving
+            self._tell(protocol.Drained())
+            await self._stopped.wait()
+        finally:
+            serving.cancel()
+            draining.cancel()
+
+
+def _seeds(setup: FrontSetup) -> Iterator[int]:
+    """Of requests without one; servers draw differently."""
+    first, seed = setup.engine.rank << 32, setup.engine.config.seed
+    return (sample_seed(seed, number) for number in itertools.count(first))
+
+
+def _listen(options: ServeOptions) -> socket.socket:
+    """The HTTP port, bound before anything that takes long."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(
+            options.bind, options.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        return socket.create_server(address[:2], family=family, backlog=BACKLOG)
+    except OSError as error:
+        where = f"{bracketed(options.bind)}:{options.port}"
+        raise UserError(f"cannot listen on {where}: {error}; give --bind or --port") from error
+
+
+def _app(setup: FrontSetup, queue: RequestQueue) -> fastapi.FastAPI:
+    from dance_jax.launch.defaults import demo_dir
+    from dance_jax.launch.plan import parse_layout
+    from dance_jax.models.hf import read_config
+    from dance_jax.models.tokenizer import Tokenizer
+    from dance_jax.serve.app import ServeInfo, create_app
+
+    engine = setup.engine
+    model = pathlib.Path(engine.model) if engine.model else demo_dir()
+    info = ServeInfo(
+        model=setup.options.served_model_name,
+        tokenizer=Tokenizer.load(model),
+        engine_config=engine.config,
+        model_config=read_config(model),
+        servers=engine.spec.names,
+        rank=engine.rank,
+        layout=parse_layout(engine.layout),
+        api_key=setup.options.api_key,
+        created=int(time.time()),
+    )
+    return create_app(queue, info)
+
+
+def _http_server(app: fastapi.FastAPI, drain_seconds: float) -> uvicorn.Server:
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        """Leaves signals to the front end."""
+
+        @contextlib.contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            yield
+
+    config = uvicorn.Config(
+        app,
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=int(drain_seconds + HANGUP_S),
+    )
+    return Server(config)
+
+
+def _report(plain: object):
+    from dance_jax.engine.engine import EngineReport
+
+    return msgspec.convert(plain, EngineReport)
+
+
+if __name__ == "__main__":
+    main()

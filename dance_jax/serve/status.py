@@ -1,0 +1,77 @@
+"""GET: how the server is, what it has, what it did."""
+
+from __future__ import annotations
+
+import fastapi
+from fastapi.responses import JSONResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from dance_jax.serve.answers import (
+    ModelCard,
+    ModelList,
+    PlacedServer,
+    PlacementAnswer,
+    Readiness,
+)
+from dance_jax.serve.errors import documented
+from dance_jax.serve.info import ServeInfo, Server
+
+#: Paths that need no key: what supervisors ask.
+OPEN_PATHS = frozenset({"/health", "/ready", "/metrics"})
+
+
+def routes(server: Server) -> fastapi.APIRouter:
+    """All of them."""
+    router = fastapi.APIRouter()
+    info = server.info
+
+    @router.get("/health", response_class=Response)
+    async def health() -> Response:
+        """200 as long as the process lives."""
+        return Response()
+
+    @router.get("/ready", response_model=Readiness, responses={503: {"model": Readiness}})
+    async def ready() -> Response:
+        """200 once warmed up and as long as steps complete; otherwise 503."""
+        answer = Readiness(ready=server.queue.ready)
+        return JSONResponse(answer.model_dump(), 200 if answer.ready else 503)
+
+    @router.get(
+        "/metrics",
+        response_class=Response,
+        responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+    )
+    async def metrics() -> Response:
+        """For Prometheus."""
+        return Response(server.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
+
+    @router.get("/v1/models", responses=documented(401))
+    async def models() -> ModelList:
+        """The one model."""
+        return ModelList(data=[_card(info)])
+
+    @router.get("/v1/models/{model:path}", responses=documented(401, 404))
+    async def model(model: str) -> ModelCard:
+        """The one model, by its name."""
+        info.check_model(model)
+        return _card(info)
+
+    @router.get("/placement", responses=documented(401))
+    async def placement() -> PlacementAnswer:
+        """Which experts live on which server."""
+        return _placement(info)
+
+    return router
+
+
+def _card(info: ServeInfo) -> ModelCard:
+    return ModelCard(id=info.model, created=info.created, max_model_len=info.max_model_len)
+
+
+def _placement(info: ServeInfo) -> PlacementAnswer:
+    """Experts do not move while the server runs: its version is 1."""
+    servers = [
+        PlacedServer(name=name, resident=[layer.nonzero()[0].tolist() for layer in held_le])
+        for name, held_le in zip(info.servers, info.layout.device_of >= 0, strict=True)
+    ]
+    return PlacementAnswer(version=1, servers=servers)

@@ -1,0 +1,48 @@
+"""POST /tokenize and /detokenize, as vLLM has them."""
+
+from __future__ import annotations
+
+import fastapi
+
+from dance_jax.serve.answers import Detokenized, Tokenized
+from dance_jax.serve.bodies import JsonRoute
+from dance_jax.serve.errors import ApiError, documented
+from dance_jax.serve.info import Server
+from dance_jax.serve.requests import DetokenizeRequest, TokenizeRequest
+
+_ERRORS = documented(400, 401, 404, 413, 415)
+
+
+def routes(server: Server) -> fastapi.APIRouter:
+    """Both routes."""
+    router = fastapi.APIRouter(route_class=JsonRoute)
+
+    @router.post("/tokenize", responses=_ERRORS)
+    async def tokenize(body: TokenizeRequest) -> Tokenized:
+        """Tokens of a prompt, or of messages in the model's chat template."""
+        server.info.check_model(body.model)
+        tokens = await _tokens(server, body)
+        limit = server.info.max_model_len
+        return Tokenized(count=len(tokens), max_model_len=limit, tokens=tokens)
+
+    @router.post("/detokenize", responses=_ERRORS)
+    async def detokenize(body: DetokenizeRequest) -> Detokenized:
+        """Text of tokens."""
+        server.info.check_model(body.model)
+        return Detokenized(prompt=await server.prompts.detokenized(body.tokens))
+
+    return router
+
+
+async def _tokens(server: Server, body: TokenizeRequest) -> list[int]:
+    """Of either; they need not leave room in the context."""
+    if body.prompt is not None and body.messages is None and body.add_generation_prompt is None:
+        special = body.add_special_tokens is not False
+        return await server.prompts.encoded(body.prompt, special, "prompt")
+    if body.messages is not None and body.prompt is None:
+        rendered = await server.prompts.rendered(
+            body.messages, body.add_generation_prompt is not False
+        )
+        return await server.prompts.encoded(rendered, bool(body.add_special_tokens), "messages")
+    message = "prompt: give either a prompt or messages (with add_generation_prompt)"
+    raise ApiError(400, message, param="prompt")

@@ -1,0 +1,115 @@
+"""One cold start of a tiny cluster, whose results and compiled steps all tests of launches use."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Generator
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from dance_jax.engine.sequence import Request, SamplingParams
+from dance_jax.launch.cluster import Cluster
+from dance_jax.launch.defaults import engine_config
+from dance_jax.launch.hosts import read_hosts
+from dance_jax.launch.plan import make_plan
+from dance_jax.launch.prompts import read_prompts
+from dance_jax.launch.report import print_summary
+from dance_jax.launch.run import RunResult, result_lines, run_prompts
+from dance_jax.launch.stream import Stream
+from dance_jax.models.checkpoint import Checkpoint
+from dance_jax.models.convert import ensure_converted
+from dance_jax.models.tokenizer import Tokenizer
+from tests.launch.tiny import HOSTS, write_model
+
+#: Sequences at once on each device: fewer sizes to compile.
+NUM_SEQS = 4
+PROMPTS: list[dict[str, Any]] = [
+    {"prompt": "Es war einmal", "max_tokens": 6},
+    {"prompt": "x" * 400},
+    {"prompt": "1 + 1 =", "server": "alpha", "max_tokens": 5},
+    {"prompt": "\u00fcber alle Berge", "server": "gamma", "temperature": 0.8, "max_tokens": 4},
+    {"prompt": "", "server": "beta"},
+    {"prompt": "def f(x):", "server": "gamma", "max_tokens": 7},
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiny:
+    """Files of the tiny cluster and what its cold run gave."""
+
+    folder: pathlib.Path
+    fingerprint: str
+    result: RunResult
+    lines: list[dict[str, Any]]
+    terminal: str
+    cold: list[tuple[int, int]]
+    #: Compiled sizes of the step.
+    buckets: int
+    #: The same prompts again, after a batch that was given up half-way.
+    again: list[dict[str, Any]]
+
+    def command(self, *options: str | os.PathLike[str]) -> list[str]:
+        """A launch of the same cluster with the same caches."""
+        folder = self.folder
+        words = ["--hosts", folder / "hosts.txt", "--model", folder / "model"]
+        words += ["--cache-dir", folder / "cache", "--max-num-seqs", NUM_SEQS, *options]
+        return [sys.executable, "-m", "dance_jax.launch", *map(str, words)]
+
+
+_tiny: list[Tiny] = []
+
+
+def cold_run(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    """The files and results; made at the first call of the session."""
+    if not _tiny:
+        _tiny.append(_cold_run(tmp_path_factory.mktemp("tiny")))
+    return _tiny[0]
+
+
+def _cold_run(folder: pathlib.Path) -> Tiny:
+    model = write_model(folder / "model")
+    (folder / "hosts.txt").write_text(HOSTS)
+    (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, PROMPTS)))
+    path = ensure_converted(model, folder / "cache" / "models")
+    checkpoint = Checkpoint.open(path)
+    spec = read_hosts(folder / "hosts.txt")
+    config = engine_config(checkpoint.config, max_num_seqs=NUM_SEQS)
+    plan = make_plan(spec, checkpoint, config, "uniform")
+    prompts = read_prompts(folder / "prompts.jsonl", spec, max_tokens=8)
+    console = Console(file=io.StringIO(), width=120, record=True)
+    tokenizer = Tokenizer.load(path)
+    cluster = Cluster(spec, checkpoint, plan.layout, config, cache_dir=folder / "cache")
+    with cluster:
+        with Stream(console, spec.names, prompts) as stream:
+            result = run_prompts(cluster, plan, tokenizer, prompts, stream.update)
+        give_up(cluster)
+        again = run_prompts(cluster, plan, tokenizer, prompts)
+    print_summary(console, result)
+    return Tiny(
+        folder,
+        checkpoint.fingerprint,
+        result,
+        result_lines(result),
+        console.export_text(),
+        cluster.cache_use,
+        len(config.buckets),
+        result_lines(again),
+    )
+
+
+def give_up(cluster: Cluster) -> None:
+    """Closes a long batch at its first delta."""
+    params = SamplingParams(max_tokens=200, ignore_eos=True)
+    work = [(rank, Request(str(n), None, [5, 6], params)) for rank in range(3) for n in range(9)]
+    deltas = cluster.generate(work)
+    assert isinstance(deltas, Generator)
+    next(deltas)
+    deltas.close()
+    assert cluster.started

@@ -1,0 +1,157 @@
+"""How a service goes on, and when it gives up; its front ends are fake ones (`fake_front`)."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import signal
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import msgspec
+import numpy as np
+import psutil
+import pytest
+
+from dance_jax.config import EngineConfig, UserError
+from dance_jax.launch import fleet as fleet_module
+from dance_jax.launch import service as service_module
+from dance_jax.launch.fleet import ClusterError
+from dance_jax.launch.hosts import parse_hosts
+from dance_jax.launch.protocol import ServeOptions
+from dance_jax.launch.service import MAX_FAILED_STARTS, Service
+from dance_jax.placement.core import Placement, spread
+from tests.serve.fake_front import ENGINE_PID, Script
+
+SPEC = parse_hosts("alpha address=localhost experts=2\nbeta address=localhost experts=2")
+
+
+class FakeService(Service):
+    module = "tests.serve.fake_front"
+
+
+Start = Callable[..., Service]
+
+
+@pytest.fixture(autouse=True)
+def short_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What these front ends say of one death comes at once."""
+    monkeypatch.setattr(fleet_module, "CAUSE_WINDOW_S", 0.2)
+    monkeypatch.setattr(service_module, "CAUSE_WINDOW_S", 0.2)
+
+
+@pytest.fixture
+def start(tmp_path: pathlib.Path) -> Iterator[Start]:
+    """start(what the script says): a service that is not started; nothing of it is left."""
+    made: list[Service] = []
+
+    def make(drain_seconds: float = 30.0, **script: Any) -> Service:
+        options = ServeOptions(
+            msgspec.json.encode(Script(**script)).decode(), drain_seconds=drain_seconds
+        )
+        checkpoint: Any = types.SimpleNamespace(path=tmp_path, fingerprint="f")
+        layout = spread(Placement(np.ones((2, 1, 2), bool)), [1, 1], [2, 2])
+        made.append(FakeService(options, SPEC, checkpoint, layout, EngineConfig(64)))
+        return made[-1]
+
+    yield make
+    for service in made:
+        processes = [psutil.Process(pid) for pid in service.pids if psutil.pid_exists(pid or -1)]
+        service.stop()
+        _, alive = psutil.wait_procs(processes, timeout=10)
+        assert not alive
+
+
+def signal_all(service: Service, number: signal.Signals = signal.SIGUSR1) -> None:
+    """SIGUSR1: the engines have died."""
+    for pid in service.pids:
+        assert pid is not None
+        os.kill(pid, number)
+
+
+def served(service: Service) -> list[str]:
+    """Lets it serve to its end: what it said meanwhile."""
+    said: list[str] = []
+    service.serve(lambda name, text: said.append(f"{name}: {text}" if name else text))
+    return said
+
+
+def test_engines_start_anew_until_somebody_wants_an_end(start: Start) -> None:
+    """The second server's engine is killed when it runs, and while it starts; all feel it."""
+    service = start(dead_at_once=[1, 2])
+    service.start()
+    said: list[str] = []
+
+    def notice(name: str, text: str) -> None:
+        said.append(f"{name}: {text}" if name else text)
+        match said.count("all servers go on"):
+            case 1 if said[-1] == "all servers go on":
+                signal_all(service)
+            case 2:
+                service.drain()
+
+    signal_all(service)
+    service.serve(notice)
+    died = f"beta: its engine (process {ENGINE_PID}) was killed by signal 9 (SIGKILL)"
+    assert [text.partition(";")[0] for text in said] == [
+        died,
+        died,
+        died,
+        "all servers go on",
+        died,
+        "all servers go on",
+        "finishing what runs, for 30 s at most",
+        "all servers have drained",
+    ]
+
+
+def test_it_gives_up_when_engines_die_again_and_again(start: Start) -> None:
+    service = start(dead_at_once=list(range(1, 20)), says="ValueError: no")
+    service.start()
+    signal_all(service)
+    with pytest.raises(ClusterError) as caught:
+        served(service)
+    assert f"its engine (process {ENGINE_PID}) failed: ValueError: no" in str(caught.value)
+    assert str(caught.value).startswith("server beta")
+    assert service._start == MAX_FAILED_STARTS
+
+
+def test_an_engine_that_cannot_start_at_all_ends_the_launch(start: Start) -> None:
+    service = start(dead_at_once=[0])
+    with pytest.raises(ClusterError, match=r"server beta .*its engine .* was killed by signal 9"):
+        service.start()
+
+
+def test_what_the_user_can_mend_is_said_to_the_user(start: Start) -> None:
+    service = start(dead_at_once=[0], says="/models: there is no model", user=True)
+    with pytest.raises(UserError, match="server beta: /models: there is no model"):
+        service.start()
+
+
+def test_a_front_end_that_dies_ends_the_service(start: Start) -> None:
+    service = start()
+    service.start()
+    signal_all(service)
+    os.kill(service.pids[1] or 0, signal.SIGKILL)
+    with pytest.raises(ClusterError, match=r"server beta \(process \d+\) was killed by signal 9"):
+        served(service)
+
+
+def test_one_front_end_that_is_to_end_drains_all(start: Start) -> None:
+    service = start()
+    service.start()
+    os.kill(service.pids[0] or 0, signal.SIGTERM)
+    assert served(service)[-1] == "all servers have drained"
+
+
+def test_a_server_that_does_not_drain_is_not_waited_for(start: Start, monkeypatch) -> None:
+    monkeypatch.setattr(service_module, "DRAIN_MARGIN_S", 0.0)
+    service = start(runs_on=True, drain_seconds=0.5)
+    service.start()
+    service.drain()
+    assert served(service)[-1] == "not in time: beta"
+
+
+def test_servers_of_one_machine_have_ports_in_a_row(start: Start) -> None:
+    assert start().urls == ["http://127.0.0.1:8000", "http://127.0.0.1:8001"]

@@ -1,0 +1,22 @@
+"""One served cluster for the whole session."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.launch.cold_run import Tiny, cold_run
+from tests.serve.served import Served, serving
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    return cold_run(tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def served(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """Three local servers on a tiny model; tests may kill its engines, not its front ends."""
+    with serving(tiny, tmp_path_factory.mktemp("served")) as cluster:
+        yield cluster

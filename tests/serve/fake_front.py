@@ -1,0 +1,89 @@
+"""A front end without users or an engine: it tells the launcher what a `Script` says.
+
+The script comes as the served model's name. At SIGUSR1 its engine has just died.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import msgspec
+
+from dance_jax.launch import child, protocol
+from dance_jax.launch.control import Connection
+from dance_jax.launch.protocol import FrontSetup
+
+#: Process id that its engine has.
+ENGINE_PID = 4242
+
+
+class Script(msgspec.Struct):
+    """What happens to the second server, or because of it."""
+
+    #: Starts at which its engine dies at once.
+    dead_at_once: list[int] = []
+    #: What its engine says when it dies; "": it is killed.
+    says: str = ""
+    #: The user can do something about it.
+    user: bool = False
+    #: It never drains.
+    runs_on: bool = False
+
+
+def main() -> None:
+    child.prepare()
+    setup = child.read_setup(FrontSetup)
+    assert setup is not None
+    child.end_with_parent(setup.engine)
+    rank = setup.engine.rank
+    script = msgspec.json.decode(setup.options.served_model_name, type=Script)
+    second = rank == 1
+    connection = Connection(setup.engine.control, setup.engine.control_key, f"server-{rank}")
+    start = 0
+
+    def tell(event: protocol.FrontEvent) -> None:
+        connection.socket.send(protocol.encode(event))
+
+    def die(*_: object) -> None:
+        if not second:
+            failed = protocol.Failed("server beta closed the connection", user=False)
+            tell(protocol.EngineDied(start, ENGINE_PID, None, failed))
+        elif script.says:
+            failed = protocol.Failed(script.says, script.user)
+            tell(protocol.EngineDied(start, ENGINE_PID, None, failed))
+        else:
+            tell(protocol.EngineDied(start, ENGINE_PID, 128 + signal.SIGKILL, None))
+
+    def begin() -> None:
+        if start in script.dead_at_once:
+            die()
+        else:
+            tell(protocol.FromEngine(start, protocol.Prepared(f"host-{rank}:{start}")))
+
+    signal.signal(signal.SIGUSR1, die)
+    signal.signal(signal.SIGTERM, lambda *_: tell(protocol.DrainWanted()))
+    tell(protocol.Hello(os.getpid()))
+    begin()
+    while True:
+        match protocol.decode_front_command(connection.socket.recv()):
+            case protocol.Stop():
+                break
+            case protocol.Restart(number):
+                # What an engine before it says late is of no interest.
+                tell(protocol.EngineDied(start, ENGINE_PID, 1, None))
+                start = number
+                begin()
+            case protocol.Drain():
+                if not (second and script.runs_on):
+                    tell(protocol.Drained())
+            case protocol.Join(coordinator):
+                assert coordinator == f"host-0:{start}"
+                tell(protocol.FromEngine(start, protocol.Joined()))
+                tell(protocol.FromEngine(start, protocol.Ready(start, 0)))
+    connection.close()
+    child.end(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""One server in this process: a real engine on a tiny model, behind a real HTTP server."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import pathlib
+import queue
+import socket
+import threading
+from collections.abc import Iterator
+
+import uvicorn
+
+from dance_jax.config import EngineConfig
+from dance_jax.engine.engine import Engine, whole_model
+from dance_jax.launch.protocol import Abort, Command, Submit
+from dance_jax.models.checkpoint import Checkpoint
+from dance_jax.models.convert import ensure_converted
+from dance_jax.models.random_weights import write_random_checkpoint
+from dance_jax.models.tokenizer import Tokenizer
+from dance_jax.serve.app import ServeInfo, create_app
+from dance_jax.serve.queue import RequestQueue
+from tests.tiny_models import SERVED
+
+MODEL = "tiny"
+#: Tokens, prompt and output.
+CONTEXT = 192
+#: Requests that may wait.
+MAX_QUEUE = 32
+#: Seconds after which something that should come does not.
+PATIENCE_S = 60.0
+
+
+class _EngineThread:
+    """Stands in for the engine's process: steps in a thread while there is work.
+
+    Args:
+        engine: warmed up.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
+        #: Every command, as it comes.
+        self.seen: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
+        #: Ids of requests, as the engine gives them up.
+        self.aborted: queue.SimpleQueue[str] = queue.SimpleQueue()
+        #: Steps that may be done while the engine is held.
+        self._permits: threading.Semaphore | None = None
+
+    def send(self, command: Command | None) -> None:
+        """To the engine; None ends it."""
+        self.seen.put(command)
+        self._commands.put(command)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[threading.Semaphore]:
+        """Inside, the engine does one step for each release of the semaphore."""
+        permits = self._permits = threading.Semaphore(0)
+        try:
+            yield permits
+        finally:
+            self._permits = None
+            permits.release()
+
+    def run(self, loop: asyncio.AbstractEventLoop, requests: RequestQueue) -> None:
+        """Until None is sent; what the engine brings goes to `requests` on its event loop."""
+        while True:
+            while not self._engine.has_work or not self._commands.empty():
+                command = self._commands.get()
+                if command is None:
+                    return
+                self._obey(command)
+            if self._permits is not None:
+                self._permits.acquire()
+            deltas = self._engine.step().outputs
+            loop.call_soon_threadsafe(requests.reported, self._engine.report())
+            loop.call_soon_threadsafe(requests.receive, deltas)
+            for delta in deltas:
+                if delta.finish_reason == "abort":
+                    self.aborted.put(delta.request_id)
+
+    def _obey(self, command: Command) -> None:
+        match command:
+            case Submit(requests):
+                for request in requests:
+                    self._engine.add(request)
+            case Abort(request_ids):
+                for request_id in request_ids or ():
+                    self._engine.abort(request_id)
+
+
+class LocalServer:
+    """A server at `url`, from construction until `stop`.
+
+    Args:
+        directory: for the model's files.
+    """
+
+    def __init__(self, directory: pathlib.Path) -> None:
+        model = write_random_checkpoint(directory / "tiny", SERVED, seed=3)
+        checkpoint = Checkpoint.open(ensure_converted(model, directory / "cache"))
+        self.tokenizer = Tokenizer.load(model)
+        # As few buckets as there can be: compiling them takes most of the time.
+        config = EngineConfig(CONTEXT, max_num_seqs=4, decode_rows=(4,), slice_rows=(1,))
+        engine = Engine(checkpoint, self.tokenizer, None, 0, None, config)
+        engine.warmup()
+        self.engine = _EngineThread(engine)
+        self.queue = RequestQueue(self.engine.send, MAX_QUEUE, itertools.count())
+        info = ServeInfo(
+            model=MODEL,
+            tokenizer=self.tokenizer,
+            engine_config=config,
+            model_config=checkpoint.config,
+            servers=("alone",),
+            rank=0,
+            layout=whole_model(checkpoint),
+            api_key=None,
+            created=1_700_000_000,
+        )
+        app = create_app(self.queue, info)
+        self._http = uvicorn.Server(
+            uvicorn.Config(app, log_level="warning", lifespan="off", ws="none")
+        )
+        # Listens from here on: who connects waits until it is accepted.
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self.address: tuple[str, int] = self._socket.getsockname()
+        self.url = f"http://127.0.0.1:{self.address[1]}"
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)
+        self._thread.start()
+
+    async def _serve(self) -> None:
+        loop = asyncio.get_running_loop()
+        stepping = loop.run_in_executor(None, self.engine.run, loop, self.queue)
+        self.queue.engine_started()
+        try:
+            await self._http.serve(sockets=[self._socket])
+        finally:
+            self.engine.send(None)
+            await stepping
+
+    def stop(self) -> None:
+        """End HTTP and the engine."""
+        self._http.should_exit = True
+        self._thread.join()
+        self._socket.close()
+
+
+@contextlib.contextmanager
+def local_server(directory: pathlib.Path) -> Iterator[LocalServer]:
+    """A running server."""
+    server = LocalServer(directory)
+    try:
+        yield server
+    finally:
+        server.stop()

@@ -1,0 +1,155 @@
+"""A queue whose answers are written down beforehand: tests of HTTP without an engine."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import pathlib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import fastapi
+import numpy as np
+from fastapi.testclient import TestClient
+
+from dance_jax.config import EngineConfig
+from dance_jax.engine.engine import EngineReport
+from dance_jax.engine.sequence import Logprob, OutputDelta, Request
+from dance_jax.models.config import ModelConfig
+from dance_jax.models.random_weights import write_byte_tokenizer
+from dance_jax.models.tokenizer import Tokenizer
+from dance_jax.placement.core import Placement, spread
+from dance_jax.serve.app import ServeInfo, create_app
+from tests.tiny_models import SERVED
+
+MODEL = "tiny"
+CONTEXT = 64
+VOCABULARY = SERVED["vocab_size"]
+SERVERS = ("alpha", "beta")
+HELLO = [{"role": "user", "content": "hello"}]
+
+Script = Callable[[Request], Iterable[OutputDelta]]
+
+
+def letters(request: Request) -> Iterable[OutputDelta]:
+    """Each sample says "a", "b", ... for max_tokens tokens, in turn with the other samples."""
+    params = request.params
+    last = (params.max_tokens or 1) - 1
+    for number in range(last + 1):
+        letter = chr(ord("a") + number % 26)
+        token = ord(letter)
+        found = {token: Logprob(-0.5, 1, letter), token + 1: Logprob(-1.5, 2, chr(token + 1))}
+        for sample in range(params.n):
+            yield OutputDelta(
+                request.request_id,
+                sample,
+                text=letter,
+                token_ids=[token],
+                logprobs=None if params.logprobs is None else [found],
+                finish_reason="length" if number == last else None,
+            )
+
+
+class ScriptedQueue:
+    """Stands in for serve.queue.RequestQueue.
+
+    Args:
+        script: the deltas of a request.
+        refusal: raised by `submit`, once `accepted` requests have been taken.
+    """
+
+    def __init__(
+        self, script: Script = letters, refusal: Exception | None = None, accepted: int = 0
+    ) -> None:
+        self._script = script
+        self._refusal = refusal
+        self._accepted = accepted
+        self.requests: list[Request] = []
+        self.closed: list[str] = []
+        self.report: EngineReport | None = None
+        self.ready = True
+        self.in_flight = 0
+        self.restarts = 0
+
+    def submit(self, request: Request) -> _Deltas:
+        if self._refusal is not None and len(self.requests) >= self._accepted:
+            raise self._refusal
+        self.requests.append(request)
+        return _Deltas(self, request, list(self._script(request)))
+
+
+class _Deltas:
+    """The deltas of a request; after the last it ends if all samples have, or else waits."""
+
+    def __init__(self, queue: ScriptedQueue, request: Request, deltas: list[OutputDelta]) -> None:
+        self._queue = queue
+        self._request = request
+        self._deltas = deltas
+        self._running = request.params.n
+
+    def __aiter__(self) -> _Deltas:
+        return self
+
+    async def __anext__(self) -> OutputDelta:
+        if self._deltas:
+            delta = self._deltas.pop(0)
+            self._running -= delta.finish_reason is not None
+            return delta
+        if self._running:
+            await asyncio.Event().wait()
+        raise StopAsyncIteration
+
+    async def aclose(self) -> None:
+        self._queue.closed.append(self._request.request_id)
+
+
+def serve_info(directory: pathlib.Path, **changes: Any) -> ServeInfo:
+    """A model of single bytes; it needs no weights.
+
+    Args:
+        directory: where the tokenizer is written.
+        changes: fields of the ServeInfo.
+    """
+    config = ModelConfig.from_hf(SERVED)
+    (directory / "config.json").write_text(json.dumps(SERVED))
+    write_byte_tokenizer(directory, config)
+    resident = np.zeros((2, 2, 16), bool)
+    resident[0, :, :10] = resident[1, :, 8:] = True
+    fields: dict[str, Any] = {
+        "model": MODEL,
+        "tokenizer": Tokenizer.load(directory),
+        "engine_config": EngineConfig(max_model_len=CONTEXT),
+        "model_config": config,
+        "servers": SERVERS,
+        "rank": 0,
+        "layout": spread(Placement(resident), [1, 1], [20, 16]),
+        "api_key": None,
+        "created": 1_700_000_000,
+    }
+    return ServeInfo(**fields | changes)
+
+
+def application(queue: ScriptedQueue, info: ServeInfo) -> fastapi.FastAPI:
+    """The app on this queue."""
+    return create_app(queue, info)  # pyright: ignore[reportArgumentType]
+
+
+def client(queue: ScriptedQueue, info: ServeInfo) -> TestClient:
+    """Talks to the app without a socket; errors of the app come back as 500."""
+    return TestClient(application(queue, info), raise_server_exceptions=False)
+
+
+def events(text: str) -> list[Any]:
+    """The data of a stream of server-sent events; its last, "[DONE]", left out."""
+    *chunks, done, end = text.split("\n\n")
+    assert (done, end) == ("data: [DONE]", "")
+    return [json.loads(chunk.removeprefix("data: ")) for chunk in chunks]
+
+
+def error(answer: Any, status: int) -> dict[str, Any]:
+    """The error of an answer, which must have OpenAI's form."""
+    assert answer.status_code == status, answer.text
+    body = answer.json()
+    assert list(body) == ["error"]
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+    return body["error"]

@@ -1,0 +1,53 @@
+"""A tiny cluster of three local servers that serves, started as a user would."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+from collections.abc import Iterator
+
+import psutil
+
+from tests.launch.cold_run import Tiny
+from tests.launch.launched import Launch, free_ports
+
+#: Name of the model there.
+MODEL = "tiny"
+NAMES = ("alpha", "beta", "gamma")
+
+
+class Served(Launch):
+    """One launch of the tiny cluster; `urls[rank]` is where a server answers, without /v1.
+
+    Args:
+        tiny: its files.
+        folder: for what it leaves, which is nothing.
+        options: more of the command line.
+    """
+
+    def __init__(self, tiny: Tiny, folder: pathlib.Path, *options: str | os.PathLike[str]) -> None:
+        self.port = free_ports(len(NAMES))
+        self.urls = tuple(f"http://127.0.0.1:{self.port + rank}" for rank in range(len(NAMES)))
+        words = ["--port", str(self.port), "--served-model-name", MODEL, "--policy", "uniform"]
+        super().__init__(tiny.command(*words, *options), folder)
+
+    def front(self, rank: int) -> psutil.Process:
+        """A server's front end."""
+        return self.workers[rank]
+
+    def engine(self, rank: int) -> psutil.Process:
+        """The engine it has now."""
+        (engine,) = self.front(rank).children()
+        return engine
+
+
+@contextlib.contextmanager
+def serving(tiny: Tiny, folder: pathlib.Path, *options: str | os.PathLike[str]) -> Iterator[Served]:
+    """A cluster that is ready."""
+    served = Served(tiny, folder, *options)
+    try:
+        served.wait_for("curl ")
+        yield served
+    finally:
+        served.kill()

@@ -1,0 +1,98 @@
+"""Requests made up from the API's own description: no 500, and nothing that it does not say."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from schemathesis import GenerationMode
+from schemathesis.specs.openapi.checks import positive_data_acceptance
+
+from tests.serve.scripted import MODEL, VOCABULARY, ScriptedQueue, application, serve_info
+
+OPERATIONS = [
+    ("/v1/completions", "POST"),
+    ("/v1/chat/completions", "POST"),
+    ("/tokenize", "POST"),
+    ("/detokenize", "POST"),
+    ("/health", "GET"),
+    ("/ready", "GET"),
+    ("/metrics", "GET"),
+    ("/v1/models", "GET"),
+    ("/v1/models/{model}", "GET"),
+    ("/placement", "GET"),
+]
+
+
+@pytest.fixture(scope="module")
+def schema(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    app = application(ScriptedQueue(), serve_info(tmp_path_factory.mktemp("model")))
+    return schemathesis.openapi.from_asgi("/openapi.json", app)
+
+
+def test_all_operations_are_known(schema: Any) -> None:
+    found = [result.ok() for result in schema.get_all_operations()]
+    assert [(one.path, one.method.upper()) for one in found] == OPERATIONS
+
+
+@pytest.mark.parametrize(
+    ("path", "method", "mode"),
+    [(path, method, GenerationMode.POSITIVE) for path, method in OPERATIONS]
+    + [(path, "POST", GenerationMode.NEGATIVE) for path, method in OPERATIONS if method == "POST"],
+)
+def test_the_description_is_true(schema: Any, path: str, method: str, mode: Any) -> None:
+    statuses = set()
+
+    @given(case=schema[path][method].as_strategy(generation_mode=mode))
+    @settings(
+        max_examples=60 if method == "POST" else 5,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+    )
+    def check(case: schemathesis.Case) -> None:
+        if mode == GenerationMode.POSITIVE:
+            _make_likely(case)
+        # What the schema allows may still be too long for the context, say.
+        answer = case.call_and_validate(excluded_checks=[positive_data_acceptance])
+        statuses.add(answer.status_code)
+
+    check()
+    assert (200 in statuses) == (mode == GenerationMode.POSITIVE), statuses
+
+
+def _make_likely(case: schemathesis.Case) -> None:
+    """What no schema says is made right, or next to no request would be answered."""
+    if "model" in case.path_parameters:
+        case.path_parameters["model"] = MODEL
+    body: Any = case.body
+    if not isinstance(body, dict):
+        return
+    for message in body.get("messages") or ():
+        message["content"] = message.get("content") or "text"
+    changed: dict[str, Any] = {"model": MODEL, "best_of": None, "logit_bias": None}
+    if not body.get("stream"):
+        changed["stream_options"] = None
+    if "max_completion_tokens" in body:
+        changed["max_tokens"] = None
+    if "messages" in body and case.path == "/tokenize":
+        changed["prompt"] = None
+    body |= {name: value for name, value in changed.items() if name in body}
+    for name in ("prompt", "tokens", "stop_token_ids"):
+        body[name] = _known_tokens(body[name]) if name in body else None
+    case.body = {name: _whole(value) for name, value in body.items() if value is not None}
+
+
+def _known_tokens(value: Any) -> Any:
+    """Numbers become ids of the model's tokens."""
+    if isinstance(value, list):
+        return [_known_tokens(each) for each in value]
+    return int(value) % VOCABULARY if isinstance(value, int | float) else value
+
+
+def _whole(value: Any) -> Any:
+    """2.0 is an integer in schemas; the API takes 2."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value

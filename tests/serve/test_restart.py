@@ -1,0 +1,181 @@
+"""Engines die under load, and servers end: no answer is lost, nothing is left."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import pathlib
+import signal
+import socket
+import urllib.request
+from typing import Any
+
+import openai
+import psutil
+import pytest
+
+from tests.launch.cold_run import Tiny
+from tests.serve.served import MODEL, NAMES, Served, serving
+
+#: What is asked of every server at once: more than run at the same time on two of them.
+QUESTIONS: tuple[dict[str, Any], ...] = (
+    {"prompt": "Es war einmal", "temperature": 0},
+    {"prompt": "1 + 1 =", "temperature": 1.0, "seed": 11},
+    {"prompt": "def f(x):", "temperature": 0},
+    {"prompt": "On and on", "temperature": 0.8, "seed": 12, "n": 2},
+    {"prompt": "The end", "temperature": 0},
+)
+LENGTH = 200
+#: Chunks of its first answer that every server has sent before anything is done to it.
+UNDER_WAY = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """A completion: its texts and how they ended, by number of the choice."""
+
+    texts: dict[int, str]
+    reasons: dict[int, str]
+
+
+class Load:
+    """All questions to all servers of a cluster, as streams.
+
+    An async context manager: inside it they are under way.
+    """
+
+    def __init__(self, served: Served) -> None:
+        self._served = served
+        self._clients = [
+            openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+            for url in served.urls
+        ]
+        self._begun = [asyncio.Event() for _ in served.urls]
+
+    async def __aenter__(self) -> Load:
+        self._streams = [
+            asyncio.create_task(self._ask(rank, number))
+            for rank in range(len(self._clients))
+            for number in range(len(QUESTIONS))
+        ]
+        for begun in self._begun:
+            await begun.wait()
+        assert not any(stream.done() for stream in self._streams)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for stream in self._streams:
+            stream.cancel()
+        for client in self._clients:
+            await client.close()
+
+    async def answers(self) -> list[Answer]:
+        return await asyncio.gather(*self._streams)
+
+    async def _ask(self, rank: int, number: int) -> Answer:
+        chunks = await self._clients[rank].completions.create(
+            model=MODEL,
+            max_tokens=LENGTH,
+            stream=True,
+            extra_body={"ignore_eos": True},
+            **QUESTIONS[number],
+        )
+        answer, count = Answer({}, {}), 0
+        async for chunk in chunks:
+            for choice in chunk.choices:
+                answer.texts[choice.index] = answer.texts.get(choice.index, "") + choice.text
+                if choice.finish_reason is not None:
+                    answer.reasons[choice.index] = choice.finish_reason
+            count += 1
+            if number == 0 and count == UNDER_WAY:
+                self._begun[rank].set()
+        return answer
+
+
+def get(url: str) -> str:
+    with urllib.request.urlopen(url, timeout=30) as response:
+        return response.read().decode()
+
+
+def test_every_answer_arrives_whichever_engine_dies(served: Served) -> None:
+    """And is the same as without a death, greedy or sampled from a seed."""
+
+    async def ask(victim: int | None) -> list[Answer]:
+        async with Load(served) as load:
+            if victim is not None:
+                served.engine(victim).kill()
+            return await load.answers()
+
+    async def ask_all() -> None:
+        quiet = await ask(None)
+        for answer in quiet:
+            assert set(answer.reasons.values()) == {"length"}
+        for victim in range(len(NAMES)):
+            dying = served.engine(victim).pid
+            assert await ask(victim) == quiet
+            end = f"{NAMES[victim]}: its engine (process {dying}) was killed by signal 9 (SIGKILL)"
+            served.wait_for(end, seconds=10)
+
+    asyncio.run(asyncio.wait_for(ask_all(), 300))
+    for url in served.urls:
+        assert get(f"{url}/ready")
+        restarts = [
+            line.rpartition(" ")[2]
+            for line in get(f"{url}/metrics").splitlines()
+            if line.startswith("dance_jax:engine_restarts_total")
+        ]
+        assert [float(count) for count in restarts] == [len(NAMES)]
+
+
+def test_a_signal_lets_servers_finish_what_runs(
+    served: Served, tiny: Tiny, tmp_path: pathlib.Path
+) -> None:
+    async def ask(cluster: Served, end: bool) -> list[Answer]:
+        async with Load(cluster) as load:
+            if end:
+                cluster.process.send_signal(signal.SIGTERM)
+                # Polls; each server stops listening when it is told.
+                for rank in range(len(NAMES)):
+                    while accepts(cluster.port + rank):
+                        await asyncio.sleep(0.02)
+            return await load.answers()
+
+    with serving(tiny, tmp_path) as ending:
+        answers = asyncio.run(asyncio.wait_for(ask(ending, end=True), 120))
+        assert ending.process.wait(30) == 0
+        ending.assert_nothing_left()
+        assert "all servers have drained" in ending.text
+    assert answers == asyncio.run(asyncio.wait_for(ask(served, end=False), 120))
+
+
+def accepts(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def test_a_taken_port_is_said_before_anything_is_loaded(tiny: Tiny, tmp_path: pathlib.Path) -> None:
+    cluster = Served(tiny, tmp_path)
+    with socket.create_server(("127.0.0.1", cluster.port + 1)):
+        assert cluster.process.wait(60) == 2, cluster.text
+    assert f"server beta: cannot listen on 127.0.0.1:{cluster.port + 1}" in cluster.text
+    assert "--port" in cluster.text and "joining" not in cluster.text
+    cluster.assert_nothing_left()
+
+
+@pytest.mark.parametrize("victim", ["launch", "front end"])
+def test_engines_end_with_those_above_them(victim: str, tiny: Tiny, tmp_path: pathlib.Path) -> None:
+    cluster = Served(tiny, tmp_path)
+    for name in NAMES:
+        cluster.wait_for(f"{name}: preparing")
+    engines = [cluster.engine(rank) for rank in range(len(NAMES))]
+    if victim == "launch":
+        cluster.process.kill()
+        cluster.process.wait(10)
+    else:
+        cluster.front(2).kill()
+        assert cluster.process.wait(20) == 1
+        end = f"server gamma (process {cluster.front(2).pid}) was killed by signal 9"
+        assert end in cluster.text
+    _, alive = psutil.wait_procs(engines, timeout=10)
+    assert not alive
+    cluster.assert_nothing_left()
