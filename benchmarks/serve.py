@@ -36,7 +36,7 @@ from benchmarks.serving.texts import read_texts, task_files
 from benchmarks.serving.workload import calls_of_prompts, calls_of_texts
 from benchmarks.targets import Target
 from dance_jax.config import ClusterSpec, ServerSpec, UserError
-from dance_jax.launch.defaults import demo_dir
+from dance_jax.launch.defaults import DEFAULT_NUM_SEQS, demo_dir
 from dance_jax.launch.hosts import read_hosts
 from dance_jax.launch.prompts import check_writable, read_prompts
 from dance_jax.models.tokenizer import Tokenizer
@@ -67,7 +67,12 @@ def parser() -> argparse.ArgumentParser:
     add("--hosts", type=pathlib.Path, help="of the cluster that is started (examples/hosts.txt)")
     add("--url", nargs="+", metavar="URL", help="of servers that are there already, in order")
     add("--model", type=pathlib.Path, metavar="DIR", help="(the demo)")
-    add("--max-num-seqs", type=_count, default=8, help="of each device (%(default)s)")
+    add(
+        "--max-num-seqs",
+        type=_count,
+        default=DEFAULT_NUM_SEQS,
+        help="of each device (%(default)s)",
+    )
     asked = parser.add_mutually_exclusive_group()
     asked.add_argument("--tasks", type=pathlib.Path, metavar="DIR", help="*.jsonl with prompts")
     asked.add_argument(

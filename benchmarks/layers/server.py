@@ -49,6 +49,7 @@ class Server:
             fingerprint="",
             layout=b"",
             control="",
+            control_key=key,
             key=key,
             platform="cpu",
             coordinator_port=0,

@@ -269,7 +269,8 @@ async def _follow(
                 answer.prompt_tokens = chunk.usage.prompt_tokens
                 answer.output_tokens = chunk.usage.completion_tokens
             for choice in chunk.choices:
-                if _add(answer, choice, now_s) and heard is not None:
+                _add(answer, choice, now_s)
+                if heard is not None:
                     heard(len(answer.piece_s))
             leaves = answer.call.hang_up_after
             if leaves is not None and len(answer.piece_s) >= leaves:
@@ -278,18 +279,15 @@ async def _follow(
     return "the stream ended without [DONE]"
 
 
-def _add(answer: Answer, choice: _Choice, now_s: float) -> bool:
-    """Adds a part; True: it had tokens."""
+def _add(answer: Answer, choice: _Choice, now_s: float) -> None:
+    """Adds a part; each has a token, though not always text."""
     answer.finish_reason = choice.finish_reason or answer.finish_reason
     answer.text += choice.text
     if choice.logprobs is not None:
         told = choice.logprobs
         rows = zip(told.tokens, told.token_logprobs, told.top_logprobs, strict=True)
         answer.tokens += [Token(*row) for row in rows]
-    has_tokens = bool(choice.text) or choice.logprobs is not None
-    if has_tokens:
-        answer.piece_s.append(now_s)
-    return has_tokens
+    answer.piece_s.append(now_s)
 
 
 async def _refusal(response: Response) -> str:

@@ -98,7 +98,7 @@ class _Call:
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
 
     async def chunks(self) -> AsyncIterator[ChatChunk]:
-        """The answer as a stream."""
+        """The answer as a stream: a chunk per token, with or without text, as it is sampled."""
         begun: set[int] = set()
         async for number, delta in self.generation.deltas():
             if number not in begun:
@@ -106,15 +106,14 @@ class _Call:
                 first = ChatDelta(role="assistant", content="")
                 yield self._chunk([ChatChunkChoice(index=number, delta=first)])
             logprobs = self._logprobs(delta)
-            if delta.text or logprobs or delta.finish_reason:
-                part = ChatChunkChoice(
-                    index=number,
-                    delta=ChatDelta(content=delta.text) if delta.text else ChatDelta(),
-                    logprobs=ChatLogprobs(content=logprobs) if logprobs else None,
-                    finish_reason=ending(delta),
-                    stop_reason=delta.stop_reason,
-                )
-                yield self._chunk([part])
+            part = ChatChunkChoice(
+                index=number,
+                delta=ChatDelta(content=delta.text),
+                logprobs=ChatLogprobs(content=logprobs) if logprobs else None,
+                finish_reason=ending(delta),
+                stop_reason=delta.stop_reason,
+            )
+            yield self._chunk([part])
         if self.body.include_usage:
             yield self._chunk([], self.generation.usage)
 

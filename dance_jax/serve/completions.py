@@ -105,10 +105,9 @@ class _Call:
             )
 
     async def chunks(self) -> AsyncIterator[Completion]:
-        """The answer as a stream."""
+        """The answer as a stream: a chunk per token, with or without text, as it is sampled."""
         async for part in self.parts():
-            if part.text or part.logprobs or part.finish_reason:
-                yield self._answer([part])
+            yield self._answer([part])
         if self.body.include_usage:
             yield self._answer([], self.generation.usage)
 
