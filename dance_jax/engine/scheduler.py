@@ -196,7 +196,7 @@ class Scheduler:
 
         Args:
             others_decode: sequences decode on other servers, which wait for this one in every
-                layer, so the slice must be a small one.
+                layer, as decoding sequences of this server do.
 
         Raises:
             RuntimeError: the last plan was not committed, or a sampled token not appended.
@@ -204,8 +204,7 @@ class Scheduler:
         if self._uncommitted:
             raise RuntimeError("schedule() before commit() of the last plan")
         self._admit()
-        decoding = others_decode or any(not s.prefilling for device in self.running for s in device)
-        most_rows = self.config.slice_rows[0 if decoding else -1]
+        most_rows = self._most_rows(others_decode)
         work = [self._plan_device(device, most_rows) for device in self.running]
         bucket = self._bucket(work)
         plan = StepPlan(*bucket, tuple(self._rows(part, bucket[0]) for part in work))
@@ -219,6 +218,19 @@ class Scheduler:
             if row.sequence.num_computed % self.config.block_size == 0:
                 self._publish_last(row.sequence)
         self._uncommitted = False
+
+    def _most_rows(self, others_decode: bool) -> int:
+        """Rows of a slice that each device may take now.
+
+        Beside a decode a prompt takes a small slice, however long it is, so that it holds the
+        others up little. Many prompts take a row each: their users wait too, and a device whose
+        sequences wait for their slices computes decodes with few rows.
+        """
+        sizes = self.config.slice_rows
+        if not (others_decode or any(not s.prefilling for device in self.running for s in device)):
+            return sizes[-1]
+        prompts = max(sum(s.prefilling for s in device) for device in self.running)
+        return max(size for size in sizes if size <= max(prompts, sizes[0]))
 
     def _admit(self) -> None:
         """First come, first served: no sequence goes before an older one that does not fit yet."""

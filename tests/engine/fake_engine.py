@@ -77,7 +77,9 @@ class FakeEngine:
         assert admitted == sorted(admitted, reverse=True)
         planned = {row.sequence for rows in plan.entries for row in rows}
         assert planned | set(preempted) >= set(decoding)
-        self._check_plan(plan, bool(decoding) or others_decode)
+        # Those that made room may have counted when the slice was chosen.
+        most_rows = None if preempted else self._most_rows(bool(decoding) or others_decode)
+        self._check_plan(plan, most_rows)
         self._run(plan)
         self.scheduler.commit(plan)
         for row in (row for rows in plan.entries for row in rows if row.sample):
@@ -131,12 +133,22 @@ class FakeEngine:
             assert pool.free + pool.cached + pool.used == pool.num_blocks
         assert scheduler.blocks_used == sum(pool.used for pool in scheduler.pools)
 
-    def _check_plan(self, plan: StepPlan, slow: bool) -> None:
-        """Rows are where they belong, none is missing, and the bucket is the smallest for them."""
+    def _most_rows(self, beside_decode: bool) -> int:
+        """Rows of a slice: all there can be, or beside a decode as many as there are prompts."""
+        sizes = self.config.slice_rows
+        prompts = [sum(s.prefilling for s in device) for device in self.scheduler.running]
+        fitting = [size for size in sizes if size <= max(prompts)]
+        return max(fitting, default=sizes[0]) if beside_decode else sizes[-1]
+
+    def _check_plan(self, plan: StepPlan, most_rows: int | None) -> None:
+        """Rows are where they belong, none is missing, and the bucket is the smallest for them.
+
+        Args:
+            most_rows: of a slice; None: not known.
+        """
         if plan.empty:
             assert plan.bucket == (0, 0) and not any(plan.entries) and not self.live
             return
-        most_rows = self.config.slice_rows[0 if slow else -1]
         decodes, slices = [], []
         for device, rows in enumerate(plan.entries):
             decode = [row for row in rows if row.index < plan.decode]
@@ -148,7 +160,7 @@ class FakeEngine:
             for _, group in itertools.groupby(piece, key=lambda row: row.sequence):
                 self._check_group(list(group))
             # What is not planned waits for the slice or for blocks, and for older ones.
-            full = len(piece) == most_rows or not self.scheduler.pools[device].available
+            full = most_rows in (None, len(piece)) or not self.scheduler.pools[device].available
             running = self.scheduler.running[device]
             complete = [any(row.sample for row in rows if row.sequence is s) for s in running]
             begun = [any(row.sequence is s for row in piece) for s in running if s.prefilling]
@@ -157,7 +169,7 @@ class FakeEngine:
             assert not running or any(row.sequence is running[0] for row in rows)
             decodes.append(len(decode))
             slices.append(len(piece))
-        assert max(slices) <= most_rows
+        assert max(slices) <= (most_rows or self.config.slice_rows[-1])
         assert plan.decoding == any(decodes)
         fitting = [n for n in self.config.decode_rows if n >= max(decodes)]
         assert plan.decode == (max(fitting) if plan.slice else min(fitting))

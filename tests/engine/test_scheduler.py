@@ -209,6 +209,18 @@ def test_decoding_goes_on_beside_a_long_prompt():
     assert not engine.live.count(long)
 
 
+def test_many_prompts_take_a_row_each_beside_a_decode():
+    engine = FakeEngine(make_config(decode_rows=(8,), slice_rows=(1, 3, 4), max_model_len=200))
+    engine.add(prompt_of(3, 0), 60)
+    engine.step()
+    prompts = [engine.add(prompt_of(12, name), 2) for name in range(1, 5)]
+    # Four prompts of three rows each; then two, which are fewer than three.
+    assert engine.step().bucket == (8, 4)
+    assert [len(s.output_token_ids) for s in prompts] == [1, 0, 0, 0]
+    assert engine.step().bucket == (8, 3)
+    assert engine.step().bucket == (8, 1)
+
+
 @pytest.mark.parametrize(
     "lengths, others_decode, sizes",
     [
