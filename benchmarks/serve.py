@@ -24,7 +24,18 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 from rich.console import Console
 
-from benchmarks.serving import arrivals, cluster, long, plots, prefix, report, soak, static, tables
+from benchmarks.serving import (
+    arrivals,
+    cluster,
+    idle,
+    long,
+    plots,
+    prefix,
+    report,
+    soak,
+    static,
+    tables,
+)
 from benchmarks.serving.client import Api, Call
 from benchmarks.serving.cluster import ClusterError
 from benchmarks.serving.drive import open_loop
@@ -72,6 +83,13 @@ def parser() -> argparse.ArgumentParser:
         type=_count,
         default=DEFAULT_NUM_SEQS,
         help="of each device (%(default)s)",
+    )
+    add(
+        "--batch-seqs",
+        type=_count,
+        default=8,
+        help="of each device in a batch of the section static; %(default)s: as batches were "
+        "before servers batched continuously",
     )
     asked = parser.add_mutually_exclusive_group()
     asked.add_argument("--tasks", type=pathlib.Path, metavar="DIR", help="*.jsonl with prompts")
@@ -172,6 +190,7 @@ def run(options: argparse.Namespace, console: Console) -> list[Target]:
                 api=api,
                 names=spec.names,
                 rows=tuple(options.max_num_seqs * devices for devices in spec.devices),
+                batch_rows=tuple(options.batch_seqs * devices for devices in spec.devices),
                 texts=texts,
                 seed=options.seed,
                 console=console,
@@ -307,6 +326,9 @@ async def load(setting: Setting, calls: list[Call]) -> Results:
 async def measure_sections(setting: Setting, options: argparse.Namespace) -> Results:
     """The sections, printed as they come."""
     results, console = Results(), setting.console
+    if "idle" in options.sections:
+        results.idle = await idle.measure(setting)
+        tables.print_idle(console, results.idle)
     if "static" in options.sections:
         results.static = await static.measure(setting, options.duration or WINDOW_S)
         tables.print_static(console, results.static)

@@ -16,6 +16,7 @@ Figures:
     E2E    end to end: to the last token
 
 Sections:
+    idle    what servers that rest take of a core, and how soon requests begin there
     static  a batch at a time, as without continuous batching: the client lets the requests that
             have arrived wait until every answer of the batch before is finished, on all servers,
             and then starts as many as run at once. Its throughput when all requests wait; the
@@ -28,6 +29,6 @@ Sections:
 
 Modules: `http` and `client` talk to servers, `cluster` starts them, `memory` looks at their
 processes; `texts`, `arrivals` and `workload` say what is asked and when, `drive` asks it, `figures`
-and `agreement` judge answers; `setting` is what the sections `static`, `long`, `prefix` and `soak`
-(with `wrong`, its bad requests) work with; `tables`, `plots` and `report` show.
+and `agreement` judge answers; `setting` is what the sections `idle`, `static`, `long`,
+`prefix` and `soak` (with `wrong`, its bad requests) work with; `tables`, `plots` and `report` show.
 """

@@ -12,11 +12,11 @@ from typing import Any
 from benchmarks.targets import Target
 from dance_jax.files import whole_file
 
-from . import long, prefix, soak, static
+from . import idle, long, prefix, soak, static
 from .client import Answer
 from .figures import Figures
 
-SECTIONS = ("static", "long", "prefix", "soak")
+SECTIONS = ("idle", "static", "long", "prefix", "soak")
 
 
 @dataclasses.dataclass
@@ -26,6 +26,7 @@ class Results:
     #: Of a run under load.
     answers: list[Answer] | None = None
     load: list[Figures] | None = None
+    idle: idle.Idle | None = None
     static: static.Static | None = None
     long: list[long.Row] | None = None
     prefix: prefix.Prefix | None = None
@@ -34,6 +35,7 @@ class Results:
     def targets(self) -> list[Target]:
         """Of all sections."""
         return [
+            *idle.targets(self.idle),
             *static.targets(self.static),
             *long.targets(self.long),
             *prefix.targets(self.prefix),

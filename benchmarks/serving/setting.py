@@ -28,6 +28,8 @@ class Setting:
     names: tuple[str, ...]
     #: Sequences that each server runs at once.
     rows: tuple[int, ...]
+    #: Those of a static batch.
+    batch_rows: tuple[int, ...]
     texts: Texts
     seed: int
     #: For progress.

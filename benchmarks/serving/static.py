@@ -15,7 +15,7 @@ from .figures import Figures, first_token_s, saturated_until, token_rate
 from .setting import Setting, failures
 
 #: Full batches of each server at saturation.
-TURNS = 6
+TURNS = 4
 #: Rates that are tried, of what batches reach at saturation, in requests.
 FRACTIONS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 #: Tokens: of the longest answer; of prompts, at least and at most.
@@ -111,7 +111,7 @@ async def _batches(
 ) -> tuple[list[Answer], list[Batch]]:
     calls = _calls(setting, coming, title)
     with setting.progress(title, len(calls)) as done:
-        return await gated(setting.api, calls, setting.rows, done)
+        return await gated(setting.api, calls, setting.batch_rows, done)
 
 
 async def _ours(setting: Setting, coming: Sequence[Arrival], title: str) -> list[Answer]:

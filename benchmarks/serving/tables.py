@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .figures import Figures, Spread
+from .idle import Idle
 from .long import Row
 from .memory import Sample
 from .prefix import Prefix
@@ -113,6 +114,18 @@ def print_long(console: Console, rows: Sequence[Row]) -> None:
         counts = [str(each.count) if each else "-" for each in (row.itl, row.beside)]
         around = [counts[1], beside[1], beside[3], _cells(row.ttft)[1]]
         grid.add_row(row.server, row.busy_word, counts[0], *itl, f"{row.ratio:.2f}", *around)
+    console.print(grid)
+
+
+def print_idle(console: Console, found: Idle) -> None:
+    cores = ", ".join(f"{100 * share:.1f} %" for share in found.cores or []) or "not known"
+    console.print(
+        f"[bold]Servers that rest[/bold]\nof a core, front end and engine: {cores}; then requests "
+        "of one token, ms"
+    )
+    grid = _grid("from arrival", "mean", "p50", "p90", "p99")
+    grid.add_row("to the first step", *_cells(found.begin))
+    grid.add_row("to the first token", *_cells(found.ttft))
     console.print(grid)
 
 

@@ -192,6 +192,8 @@ class Engine:
         """
         with self.clock.part("schedule"):
             plan = self.scheduler.schedule(others_decode=self._work == DECODING)
+            for row in (row for rows in plan.entries for row in rows if row.index >= plan.decode):
+                self.tracker.scheduled(row.sequence)
         with self.clock.computing():
             outcomes, extras = self.runner.run(plan)
         with self.clock.part("output"):

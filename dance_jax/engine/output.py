@@ -122,6 +122,12 @@ class RequestTracker:
             detokenizer.append(token)
         return detokenizer
 
+    def scheduled(self, sequence: Sequence) -> None:
+        """A step is about to compute the sequence's prompt, or a part of it."""
+        metrics = self._open[sequence.request_id].metrics
+        if metrics.first_scheduled_time is None:
+            metrics.first_scheduled_time = time.time()
+
     def append(self, sequence: Sequence, sampled: SampledToken) -> OutputDelta:
         """Add a sampled token to its sequence; the delta's finish_reason tells when it is done."""
         opened = self._open[sequence.request_id]

@@ -49,6 +49,9 @@ class Metrics:
         self._model = model
         self._registry = CollectorRegistry()
         self._registry.register(_EngineMetrics(queue, model, servers, rank))
+        self.queue = self._histogram(
+            "request_queue_time_seconds", "From arrival to the first step", _FIRST_TOKEN_S
+        )
         self.first_token = self._histogram(
             "time_to_first_token_seconds", "From arrival to the first token", _FIRST_TOKEN_S
         )
@@ -137,6 +140,9 @@ class Observation:
     def add(self, delta: OutputDelta) -> None:
         """A delta came just now."""
         now = time.monotonic()
+        if not self._samples and delta.metrics and delta.metrics.first_scheduled_time:
+            waited_s = delta.metrics.first_scheduled_time - delta.metrics.arrival_time
+            self._metrics.queue.observe(max(0.0, waited_s))
         if delta.token_ids:
             self._add_tokens(delta.index, len(delta.token_ids), now)
         if delta.finish_reason is not None:

@@ -89,7 +89,9 @@ class FakeServer:
         else:
             assert path == "/metrics"
             names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
-            values = dict.fromkeys(names, 0.0) | self.metrics
+            # Every prompt waits for a millisecond.
+            waited = {"request_queue_time_seconds_sum": 0.001 * len(self.prompts)}
+            values = dict.fromkeys(names, 0.0) | waited | self.metrics
             lines = [f'dance_jax:{name}{{model_name="a b"}} {n}' for name, n in values.items()]
             _whole(writer, 200, "\n".join(["# HELP x", *lines, ""]))
 

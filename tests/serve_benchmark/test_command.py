@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from benchmarks import serve
-from benchmarks.serving import cluster, long, prefix, soak, static
+from benchmarks.serving import cluster, idle, long, prefix, soak, static
 from benchmarks.serving.cluster import ClusterError
 from benchmarks.serving.texts import Texts
 from dance_jax.config import UserError
@@ -37,8 +37,9 @@ def hosts(tmp_path: pathlib.Path) -> pathlib.Path:
 @pytest.fixture(autouse=True)
 def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     """No measurement is repeated."""
-    for section in (long, prefix):
+    for section in (idle, long, prefix):
         monkeypatch.setattr(section, "REPEATS", 1)
+    monkeypatch.setattr(idle, "REST_S", 0.0)
     monkeypatch.setattr(static, "TURNS", 2)
     monkeypatch.setattr(soak, "IDLE_S", 0.1)
     monkeypatch.setattr(soak, "ASK_S", 0.05)
@@ -100,9 +101,10 @@ def test_a_trace_and_a_file_of_prompts(tmp_path: pathlib.Path) -> None:
 
 def test_sections_measure_what_they_say(tmp_path: pathlib.Path, hosts: pathlib.Path) -> None:
     servers = [FakeServer(), FakeServer()]
-    options = ("--hosts", str(hosts), "--sections", "static,long,prefix", "--duration", "0.2")
-    code, found = measured(servers, tmp_path, *options, "--max-num-seqs", "4")
+    options = ("--hosts", str(hosts), "--sections", "idle,static,long,prefix", "--duration", "0.2")
+    code, found = measured(servers, tmp_path, *options, "--max-num-seqs", "4", "--batch-seqs", "4")
     assert code == 0  # without --check, whatever the targets say
+    assert found["idle"]["begin"]["p99"] == pytest.approx(0.001) and found["idle"]["cores"] is None
     assert len(found["static"]["ttft_ours"]) == len(found["static"]["ttft_batches"])
     assert found["static"]["capacity"] > 0 and found["static"]["failed"] == []
     ways = [(row["server"], row["others_busy"]) for row in found["long"]]
@@ -129,7 +131,9 @@ def test_streams_and_long_prompts(tmp_path: pathlib.Path) -> None:
 
 def test_rates_of_static_follow_what_runs_at_once() -> None:
     texts = Texts([[[1]], [[2]]])
-    setting = serve.Setting(serve.Api([], "", 9), ("x", "y"), (8, 24), texts, 0, serve.Console())
+    setting = serve.Setting(
+        serve.Api([], "", 9), ("x", "y"), (8, 24), (8, 24), texts, 0, serve.Console()
+    )
     coming = static._arrivals(setting, 4.0, 1000.0)
     assert len(coming) == pytest.approx(4000, rel=0.05)
     assert sum(each.server == 1 for each in coming) == pytest.approx(3000, rel=0.05)
@@ -142,8 +146,8 @@ def test_static_batches_are_of_the_devices(tmp_path: pathlib.Path, hosts: pathli
         # Without the continuous runs and the search for a rate, only batches are left.
         patched.setattr(static, "open_loop", lambda api, calls, done: nothing())
         patched.setattr(static, "FRACTIONS", ())
-        measured(servers, tmp_path, *options, "--max-num-seqs", "3")
-    assert [len(each.prompts) for each in servers] == [6, 12]
+        measured(servers, tmp_path, *options, "--max-num-seqs", "5", "--batch-seqs", "3")
+    assert [len(each.prompts) for each in servers] == [10, 20]
     assert servers[0].most_running <= 3 and servers[1].most_running <= 6
 
 
@@ -182,7 +186,7 @@ def greedy(server: FakeServer) -> list[serve.Call]:
     """Calls of the soak whose users wait, which a disturbed server answers in two ways."""
     texts = serve.read_texts(serve.DEMO_TASKS, 1, serve.Tokenizer.load(serve.demo_dir()))
     api = serve.Api([], "", server.context)
-    setting = serve.Setting(api, ("x",), (8,), texts, 0, serve.Console())
+    setting = serve.Setting(api, ("x",), (8,), (8,), texts, 0, serve.Console())
     calls = soak._calls(setting, 40)
     return [call for call in calls if call is not None and call.hang_up_after is None]
 
