@@ -52,8 +52,11 @@ class InProcess:
         cache_dir: pathlib.Path,
         report: Progress,
     ) -> None:
+        import jax
+
         from dance_jax.engine.compile_cache import CompileCache
         from dance_jax.engine.engine import Engine
+        from dance_jax.launch.memory import free_per_device
         from dance_jax.models import kernels_cpu
 
         compiled = private_directory(cache_dir / "compiled")
@@ -63,7 +66,10 @@ class InProcess:
         scope = (checkpoint.fingerprint, "one server", dataclasses.replace(config, seed=0))
         cache = CompileCache(compiled, scope)
         report("loading", 0, 0)
-        engine = Engine(checkpoint, tokenizer, None, 0, None, config, compile_cache=cache)
+        free = free_per_device(jax.default_backend(), (1,))
+        engine = Engine(
+            checkpoint, tokenizer, None, 0, None, config, compile_cache=cache, free_memory=free
+        )
         engine.warmup(report)
         self._engine: Engine | None = engine
 

@@ -54,11 +54,13 @@ class LLM:
         activations: npz file with the counts and routes that the policy reads; None: all counts
             are equal.
         max_model_len: context in tokens, prompt and output; default: the model's, at most
-            2,048, because every slot holds that much in memory.
+            2,048.
         seed: of requests without a seed; the n-th such request of the object draws the same
             whichever server runs it.
         dtype: "float32" or "bfloat16"; None: float32 on CPUs, bfloat16 elsewhere.
         max_num_seqs: sequences that run at once on each device.
+        kv_memory: bytes of each device's KV cache; None: all sequences at full length, in at most
+            half of the memory that is free.
         wire_dtype: of hidden states between servers: "compute" (as they are, exact), "bfloat16"
             or "int8".
         ssh_config: file for `ssh -F`, for servers on other machines.
@@ -82,6 +84,7 @@ class LLM:
         *,
         dtype: str | None = None,
         max_num_seqs: int = 16,
+        kv_memory: int | None = None,
         wire_dtype: str = "compute",
         ssh_config: str | os.PathLike[str] | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
@@ -115,6 +118,7 @@ class LLM:
             max_num_seqs=max_num_seqs,
             platform=platform,
             wire_dtype=wire_dtype,
+            kv_memory=kv_memory,
         )
         self._seeds = (sample_seed(seed, number) for number in itertools.count())
         self._numbers = itertools.count()
