@@ -229,10 +229,10 @@ class RequestMetrics(msgspec.Struct):
     """Times in seconds; the absolute ones are unix time. None: it did not happen (yet)."""
 
     arrival_time: float
-    #: A step began to compute the prompt.
-    first_scheduled_time: float | None = None
     first_token_time: float | None = None
     finished_time: float | None = None
+    #: A step began to compute the prompt.
+    first_scheduled_time: float | None = None
 
     @property
     def ttft_s(self) -> float | None:

@@ -153,11 +153,12 @@ def test_activations_are_matched_by_name() -> None:
 
 
 def test_kv_cache_is_what_a_device_allocates() -> None:
-    from dance_jax.engine.kv_cache import new_memory
+    from dance_jax.engine.kv_cache import new_memory, num_blocks
     from dance_jax.models.collectives import Collectives
 
     plan = make_plan(SPEC, MODEL, CONFIG)
-    cache = new_memory(MODEL.config, CONFIG, Collectives()).cache
+    blocks = num_blocks(MODEL.config, CONFIG)
+    cache = new_memory(MODEL.config, CONFIG, blocks, Collectives()).cache
     assert plan.servers[0].kv_bytes == sum(np.asarray(layer).nbytes for layer in cache)
 
 
