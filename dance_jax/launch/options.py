@@ -236,6 +236,8 @@ def serve_options(options: argparse.Namespace) -> ServeOptions:
         where = "--api-key"
     if given["api_key"] is not None and not re.fullmatch(r"[!-~]+", given["api_key"]):
         raise UserError(f"{where}: visible ASCII characters are needed, without spaces")
+    if given["served_model_name"] == "":
+        raise UserError("--served-model-name: is empty; requests need a name")
     if given["served_model_name"] is None:
         model = options.model
         given["served_model_name"] = "demo" if model is None else model.resolve().name

@@ -24,6 +24,7 @@ from dance_jax.launch.protocol import ServeOptions
 #: Called with (server's name or "", what happens, in words).
 Notice = Callable[[str, str], None]
 
+MAX_PORT = 65535
 #: Starts of the engines in a row that fail until the service gives up.
 MAX_FAILED_STARTS = 5
 #: Seconds beyond the time to drain until a front end that has not drained is not waited for.
@@ -55,6 +56,12 @@ class Service(Fleet):
     def __init__(self, options: ServeOptions, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.options = options
+        ports = [self._port(rank) for rank in range(len(self.spec.servers))]
+        if max(ports) > MAX_PORT:
+            raise UserError(
+                f"--port {options.port}: the servers of a machine take one port each, up to "
+                f"{max(ports)}; the last there is is {MAX_PORT}"
+            )
         #: Number of the engines' start.
         self._start = 0
         #: Ranks whose engines of this start have died, with what is known of it.

@@ -24,7 +24,7 @@ GENERATED: dict[int | str, dict[str, Any]] = {
         "description": "The answer; with stream: true server-sent events, each with a chunk of it",
         "content": {"text/event-stream": {}},
     }
-} | documented(400, 401, 404, 413, 415, 429, 500, 503)
+} | documented(400, 401, 404, 408, 413, 415, 429, 500, 503)
 
 #: nginx's word for a client that has gone; nobody sees it.
 _CLIENT_GONE = 499

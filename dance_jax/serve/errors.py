@@ -21,6 +21,7 @@ _KINDS = {
     401: ("authentication_error", "The key is missing or wrong"),
     404: ("not_found_error", "There is no such model"),
     405: ("invalid_request_error", "The path has no such method"),
+    408: ("invalid_request_error", "The body does not come"),
     413: ("invalid_request_error", "The body is too large"),
     415: ("invalid_request_error", "The body is not application/json"),
     429: ("rate_limit_error", "Too many requests wait; Retry-After says when to come again"),
@@ -141,7 +142,7 @@ def _field(location: Sequence[int | str]) -> str:
             name += f"[{part}]"
         elif not part.startswith("<"):  # which of several forms the value has, not a field
             name += f".{part}" if name else part
-    return name
+    return name[:80]
 
 
 def _shown(value: Any) -> str:

@@ -211,6 +211,9 @@ class FrontEnd:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.queue.drained(), self._setup.options.drain_seconds)
             self.queue.close()
+            # Whoever still sends a request, or does not read an answer, is not waited for.
+            await asyncio.wait({serving}, timeout=HANGUP_S)
+            server.force_exit = True
             await serving
             self._tell(protocol.Drained())
             await self._stopped.wait()

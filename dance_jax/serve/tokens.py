@@ -10,7 +10,7 @@ from dance_jax.serve.errors import ApiError, documented
 from dance_jax.serve.info import Server
 from dance_jax.serve.requests import DetokenizeRequest, TokenizeRequest
 
-_ERRORS = documented(400, 401, 404, 413, 415)
+_ERRORS = documented(400, 401, 404, 408, 413, 415)
 
 
 def routes(server: Server) -> fastapi.APIRouter:

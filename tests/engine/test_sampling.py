@@ -165,6 +165,17 @@ def test_a_row_does_not_depend_on_its_batch():
     np.testing.assert_array_equal(shuffled.token, np.asarray(together.token)[order])
 
 
+def test_noise_of_other_batches_seldom_changes_the_draw():
+    """Logits that differ by 1e-5 choose another token about as seldom: no border moves."""
+    rows = 4096
+    logits = np.tile(make_logits(1, vocab=VOCAB), (rows, 1))
+    noise = np.random.default_rng(0).normal(size=logits.shape).astype(np.float32) * 1e-5
+    state = make_state(rows, temperature=1.0, seed=np.arange(rows))
+    calm = sample_jit(logits, state, unchanged(rows)).token
+    noisy = sample_jit(logits + noise, state, unchanged(rows)).token
+    assert np.sum(np.asarray(calm) != np.asarray(noisy)) <= 1
+
+
 def test_seed_and_position_change_the_draw():
     logits = np.zeros((ROWS, VOCAB), np.float32)
 

@@ -12,8 +12,9 @@ import pytest
 from fastapi.testclient import TestClient
 
 from dance_jax.engine.sequence import OutputDelta
+from dance_jax.serve import errors
 from dance_jax.serve.app import ServeInfo
-from dance_jax.serve.bodies import MAX_BODY
+from dance_jax.serve.bodies import MAX_BODY, MAX_TOKEN_IDS
 from dance_jax.serve.queue import QueueFull, Unavailable
 from tests.serve.scripted import (
     CONTEXT,
@@ -346,3 +347,31 @@ def test_the_key(info: ServeInfo) -> None:
     error(http.post("/v1/completions", json=body), 401)
     error(http.post("/v1/completions", content=b" " * (MAX_BODY + 1)), 401)
     assert http.post("/v1/completions", json=body, headers=right).is_success
+
+
+@pytest.mark.parametrize(
+    ("path", "field", "value"),
+    [
+        ("/v1/chat/completions", "messages", [1] * 500_000),
+        ("/v1/chat/completions", "messages", [{}] * 500_000),
+        ("/v1/chat/completions", "messages", [{"role": "user", "content": [1] * 500_000}]),
+        ("/v1/completions", "prompt", [[1]] + [[]] * 500_000),
+        ("/v1/completions", "prompt", [1] * (MAX_TOKEN_IDS + 1)),
+        ("/v1/completions", "logit_bias", {f"x{n}": 1 for n in range(100_000)}),
+        ("/v1/completions", "stop", [[["a"]] * 1000] * 1000),
+        ("/detokenize", "tokens", [1] * 1_000_000),
+    ],
+)
+def test_large_bodies_are_not_looked_at_entry_by_entry(
+    http: TestClient, path: str, field: str, value: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked = []
+    monkeypatch.setattr(errors, "_first_wrong_field", looked.append)
+    found = error(http.post(path, json={field: value}), 400)
+    assert found["param"] == field and "holds too much" in found["message"]
+    assert not looked
+
+
+def test_names_are_shown_in_part(http: TestClient) -> None:
+    found = error(http.post("/v1/completions", json={"prompt": "a", "z" * 1_000_000: 1}), 400)
+    assert len(found["param"]) == 80 and len(found["message"]) < 300
