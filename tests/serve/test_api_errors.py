@@ -358,7 +358,7 @@ def test_the_key(info: ServeInfo) -> None:
         ("/v1/completions", "prompt", [[1]] + [[]] * 500_000),
         ("/v1/completions", "prompt", [1] * (MAX_TOKEN_IDS + 1)),
         ("/v1/completions", "logit_bias", {f"x{n}": 1 for n in range(100_000)}),
-        ("/v1/completions", "stop", [[["a"]] * 1000] * 1000),
+        ("/v1/completions", "stop", [[["a"]] * 1000] * 10),
         ("/detokenize", "tokens", [1] * 1_000_000),
     ],
 )
