@@ -144,7 +144,7 @@ class SamplingParams(msgspec.Struct, kw_only=True):
             _reject("ignore_eos", self.ignore_eos, "True or False")
         if self.logprobs is not None:
             _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
-        _number("repetition_penalty", self.repetition_penalty, 0.001, 1000.0)
+        _number("repetition_penalty", self.repetition_penalty, 1e-6, 1e6)
         _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         _check_bias(self.logit_bias)
