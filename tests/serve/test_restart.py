@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
 import pathlib
 import signal
 import socket
@@ -17,7 +18,9 @@ import pytest
 from tests.launch.cold_run import Tiny
 from tests.serve.served import MODEL, NAMES, Served, serving
 
-#: What is asked of every server at once: more than run at the same time on two of them.
+#: What is asked of every server at once. The first answer is streamed; the others come several
+#: times, so that more are asked than run at the same time.
+COPIES = 8
 QUESTIONS: tuple[dict[str, Any], ...] = (
     {"prompt": "Es war einmal", "temperature": 0},
     {"prompt": "1 + 1 =", "temperature": 1.0, "seed": 11},
@@ -26,7 +29,7 @@ QUESTIONS: tuple[dict[str, Any], ...] = (
     {"prompt": "The end", "temperature": 0},
 )
 LENGTH = 230
-#: Chunks of its first answer that every server has sent before anything is done to it.
+#: Chunks of the streamed answer that every server has sent before anything is done to it.
 UNDER_WAY = 8
 
 
@@ -39,7 +42,7 @@ class Answer:
 
 
 class Load:
-    """All questions to all servers of a cluster, as streams.
+    """All questions to all servers of a cluster.
 
     An async context manager: inside it they are under way.
     """
@@ -56,43 +59,44 @@ class Load:
         # What a first request takes longer is over when they begin together.
         for client in self._clients:
             await client.completions.create(model=MODEL, prompt="a", max_tokens=1)
-        self._streams = [
-            asyncio.create_task(self._ask(rank, number))
+        numbers = [0, *list(range(1, len(QUESTIONS))) * COPIES]
+        self._answers = [
+            [asyncio.create_task(self._ask(rank, number)) for number in numbers]
             for rank in range(len(self._clients))
-            for number in range(len(QUESTIONS))
         ]
         for begun in self._begun:
             await begun.wait()
-        for rank in range(len(self._clients)):
-            own = self._streams[rank * len(QUESTIONS) : (rank + 1) * len(QUESTIONS)]
-            assert not all(stream.done() for stream in own), "too short for this machine"
+        for own in self._answers:
+            assert not all(answer.done() for answer in own), "too little for this machine"
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        for stream in self._streams:
-            stream.cancel()
+        for answer in itertools.chain(*self._answers):
+            answer.cancel()
         for client in self._clients:
             await client.close()
 
     async def answers(self) -> list[Answer]:
-        return await asyncio.gather(*self._streams)
+        return await asyncio.gather(*itertools.chain(*self._answers))
 
     async def _ask(self, rank: int, number: int) -> Answer:
-        chunks = await self._clients[rank].completions.create(
-            model=MODEL,
-            max_tokens=LENGTH,
-            stream=True,
-            extra_body={"ignore_eos": True},
-            **QUESTIONS[number],
-        )
+        create = self._clients[rank].completions.create
+        asked = {"model": MODEL, "max_tokens": LENGTH, "extra_body": {"ignore_eos": True}}
         answer, count = Answer({}, {}), 0
+        if number > 0:
+            whole = await create(**asked, **QUESTIONS[number])
+            for choice in whole.choices:
+                answer.texts[choice.index] = choice.text
+                answer.reasons[choice.index] = choice.finish_reason
+            return answer
+        chunks = await create(**asked, **QUESTIONS[number], stream=True)
         async for chunk in chunks:
             for choice in chunk.choices:
                 answer.texts[choice.index] = answer.texts.get(choice.index, "") + choice.text
                 if choice.finish_reason is not None:
                     answer.reasons[choice.index] = choice.finish_reason
             count += 1
-            if number == 0 and count == UNDER_WAY:
+            if count == UNDER_WAY:
                 self._begun[rank].set()
         return answer
 
