@@ -34,7 +34,7 @@ from rich.console import Console
 from benchmarks.policies import churn, figures, plots, setups, speed, tables, traces
 from benchmarks.policies.setups import Setup
 from benchmarks.policies.targets import Results, targets
-from benchmarks.targets import Target
+from benchmarks.targets import Target, chosen_sections
 from dance_jax.config import UserError
 from dance_jax.placement import POLICIES
 
@@ -71,14 +71,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _sections(text: str) -> tuple[str, ...]:
-    """In the order of SECTIONS."""
-    words = text.split(",")
-    for word in words:
-        if word not in SECTIONS:
-            raise argparse.ArgumentTypeError(
-                f"no section {word!r}; there are {', '.join(SECTIONS)}"
-            )
-    return tuple(section for section in SECTIONS if section in words)
+    return chosen_sections(text, SECTIONS)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -45,7 +45,7 @@ from benchmarks.serving.report import SECTIONS, Results
 from benchmarks.serving.setting import Setting, failures
 from benchmarks.serving.texts import read_texts, task_files
 from benchmarks.serving.workload import calls_of_prompts, calls_of_texts
-from benchmarks.targets import Target
+from benchmarks.targets import Target, chosen_sections
 from dance_jax.config import ClusterSpec, ServerSpec, UserError
 from dance_jax.launch.defaults import DEFAULT_NUM_SEQS, demo_dir
 from dance_jax.launch.hosts import read_hosts
@@ -133,14 +133,7 @@ def _positive(text: str) -> float:
 
 
 def _sections(text: str) -> tuple[str, ...]:
-    """In the order of SECTIONS."""
-    words = text.split(",")
-    for word in words:
-        if word not in SECTIONS:
-            raise argparse.ArgumentTypeError(
-                f"no section {word!r}; there are {', '.join(SECTIONS)}"
-            )
-    return tuple(section for section in SECTIONS if section in words)
+    return chosen_sections(text, SECTIONS)
 
 
 def main(arguments: list[str] | None = None) -> int:

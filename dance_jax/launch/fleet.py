@@ -7,6 +7,7 @@ and somebody must be left to say which server it was.
 
 from __future__ import annotations
 
+import abc
 import atexit
 import collections
 import contextlib
@@ -70,7 +71,7 @@ class Network:
     key: bytes | None = None
 
 
-class Fleet:
+class Fleet(abc.ABC):
     """The processes of all servers of a hosts file, here or, over ssh, elsewhere.
 
     A context manager: `with Cluster(...) as cluster` starts and, however the block ends, stops
@@ -323,9 +324,9 @@ class Fleet:
                 raise
             self._raise_failure([rank])
 
+    @abc.abstractmethod
     def _decode(self, rank: int, content: bytes) -> Any:
         """An event of a server's process; None: it was dealt with."""
-        raise NotImplementedError
 
     def _events(self) -> list[tuple[int, Any]]:
         """What has come from the servers; waits a fifth of a second at most.
