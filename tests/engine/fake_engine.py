@@ -78,7 +78,7 @@ class FakeEngine:
         planned = {row.sequence for rows in plan.entries for row in rows}
         assert planned | set(preempted) >= set(decoding)
         # Those that made room may have counted when the slice was chosen.
-        most_rows = None if preempted else self._most_rows(bool(decoding) or others_decode)
+        most_rows = None if preempted else self._most_rows(decoding, others_decode)
         self._check_plan(plan, most_rows)
         self._run(plan)
         self.scheduler.commit(plan)
@@ -133,12 +133,18 @@ class FakeEngine:
             assert pool.free + pool.cached + pool.used == pool.num_blocks
         assert scheduler.blocks_used == sum(pool.used for pool in scheduler.pools)
 
-    def _most_rows(self, beside_decode: bool) -> int:
-        """Rows of a slice: all there can be, or beside a decode as many as there are prompts."""
+    def _most_rows(self, decoding: list[Sequence], others_decode: bool) -> int:
+        """Rows of a slice: all there can be, or beside a decode as many as there are prompts.
+
+        Args:
+            decoding: before the step. A sequence that begins behind a cached prefix counts as a
+                prompt, though the step may find no more than one token of it left to compute.
+        """
         sizes = self.config.slice_rows
-        prompts = [sum(s.prefilling for s in device) for device in self.scheduler.running]
-        fitting = [size for size in sizes if size <= max(prompts)]
-        return max(fitting, default=sizes[0]) if beside_decode else sizes[-1]
+        if not (decoding or others_decode):
+            return sizes[-1]
+        prompts = [sum(s not in decoding for s in device) for device in self.scheduler.running]
+        return max((size for size in sizes if size <= max(prompts)), default=sizes[0])
 
     def _check_plan(self, plan: StepPlan, most_rows: int | None) -> None:
         """Rows are where they belong, none is missing, and the bucket is the smallest for them.

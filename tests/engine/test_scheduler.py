@@ -124,6 +124,17 @@ def test_the_youngest_is_preempted_and_prefilled_with_its_outputs():
     assert engine.done == [old, young]
 
 
+def test_a_resumed_sequence_counts_as_a_prompt_even_if_all_but_one_token_is_cached():
+    config = make_config(decode_rows=(1, 2, 3), slice_rows=(1, 2), block_size=2, max_model_len=12)
+    engine = FakeEngine(config)
+    for _ in range(3):
+        engine.add([5, 0], outputs=3, done=1)
+    engine.step()
+    plan = engine.step()
+    assert plan.bucket == (3, 2) and [len(row.tokens) for row in plan.entries[0]] == [1, 1, 1]
+    engine.drain()
+
+
 def test_a_prompt_keeps_its_rows_of_a_step_in_which_blocks_run_out():
     engine = FakeEngine(make_config(slice_rows=(2, 3), max_model_len=32), num_blocks=9)
     old = [engine.add(prompt_of(3, name), 20) for name in range(3)]
