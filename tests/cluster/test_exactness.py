@@ -138,7 +138,7 @@ def any_placement(test):
     return given_any(example(seed=1, empty=frozenset(), replicas=0.0, batches=uneven)(test))
 
 
-@settings(cluster_settings, max_examples=6)
+@settings(cluster_settings, max_examples=5)
 @any_placement
 def test_any_placement_gives_what_one_device_gives(
     three_servers: TestCluster, single, seed, empty, replicas, batches
@@ -147,7 +147,7 @@ def test_any_placement_gives_what_one_device_gives(
     check_placement(three_servers, single, seed, empty, replicas, batches)
 
 
-@settings(cluster_settings, max_examples=3)
+@settings(cluster_settings, max_examples=2)
 @any_placement
 def test_collectives_give_it_too(
     three_servers: TestCluster, single, seed, empty, replicas, batches

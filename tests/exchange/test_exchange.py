@@ -37,7 +37,7 @@ def sizes(draw) -> Sizes:
 SHARES = st.sampled_from([0.0, 0.25, 0.5, 1.0]) | st.floats(0, 1)
 
 
-@settings(deadline=None, max_examples=40)  # every shape is compiled
+@settings(deadline=None, max_examples=15)  # every shape is compiled
 @given(sizes(), st.integers(1, 40), SHARES, st.integers(0, 99))
 def test_routes_have_the_share_and_the_transfers(sizes, tokens, share, seed):
     rng = np.random.default_rng(seed)
@@ -52,7 +52,7 @@ def test_routes_have_the_share_and_the_transfers(sizes, tokens, share, seed):
     assert flows.transfers == pytest.approx(transfers_per_token(sizes, at_home / pairs), abs=1e-9)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=15)
 @given(sizes())
 def test_every_expert_has_one_server_and_fits(sizes):
     placement = sizes.placement()

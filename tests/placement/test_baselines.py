@@ -20,7 +20,7 @@ from tests.placement.cases import draw_capacities
 
 #: Servers, layers, experts; every shape compiles each policy once.
 SHAPES = [(3, 4, 8), (4, 2, 6)]
-quick = settings(max_examples=50, deadline=None, derandomize=True, database=None)
+quick = settings(max_examples=25, deadline=None, derandomize=True, database=None)
 seeds = st.integers(0, 2**32 - 1)
 
 

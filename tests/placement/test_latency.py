@@ -15,7 +15,7 @@ from dance_jax.placement.policies import lockstep
 from dance_jax.placement.policies.latency import SEARCH, SETTLE, Schedule, anneal
 from dance_jax.placement.policies.lockstep import Sample, layer_times, locate, relocate
 
-quick = settings(max_examples=15, deadline=None, derandomize=True, database=None)
+quick = settings(max_examples=8, deadline=None, derandomize=True, database=None)
 #: Servers, layers, experts, k.
 SHAPE = (3, 4, 8, 2)
 

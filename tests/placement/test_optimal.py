@@ -15,7 +15,7 @@ from dance_jax.placement import Placement, place
 from dance_jax.placement.policies.transport import balance, choose
 from tests.placement.cases import SHAPES, problems
 
-quick = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+quick = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 
 
 def highs(counts, capacities):

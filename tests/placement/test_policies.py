@@ -18,7 +18,7 @@ from tests.placement.cases import SHAPES, problems
 
 #: `latency` needs routes (test_latency).
 OF_COUNTS = [policy for policy in POLICIES if policy != "latency"]
-quick = settings(max_examples=50, deadline=None, derandomize=True, database=None)
+quick = settings(max_examples=25, deadline=None, derandomize=True, database=None)
 
 
 def plain_shares(capacity, entropy, experts):

@@ -20,7 +20,7 @@ from tests.serve.served import MODEL, NAMES, Served, serving
 
 #: What is asked of every server at once. The first answer is streamed; the others come several
 #: times, so that more are asked than run at the same time.
-COPIES = 8
+COPIES = 4
 QUESTIONS: tuple[dict[str, Any], ...] = (
     {"prompt": "Es war einmal", "temperature": 0},
     {"prompt": "1 + 1 =", "temperature": 1.0, "seed": 11},
