@@ -17,6 +17,7 @@ from dance_jax.config import UserError
 from dance_jax.files import whole_file
 from dance_jax.placement.cost import Cost
 from dance_jax.placement.metrics import Traffic, holders_mask, measure
+from dance_jax.placement.succession import successors
 from dance_jax.placement.visit import MAX_SERVERS
 
 Routes = Sequence[np.ndarray]
@@ -210,54 +211,61 @@ def _expected_calls(resident_nle: np.ndarray, counts_nle: np.ndarray) -> np.ndar
     return np.where(resident_nle, counts_nle + (away_le / holders_le)[None], 0.0)
 
 
-@functools.partial(jax.jit, static_argnames="max_devices")
+@jax.jit
 def _spread(
-    resident_nle: jax.Array,
-    calls_nle: jax.Array,
-    devices_n: jax.Array,
-    slots_n: jax.Array,
-    max_devices: int,
+    arriving_nle: jax.Array, calls_nle: jax.Array, load_nld: jax.Array, free_nd: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """device_of and slot_of, int32 [n, l, e] both; the algorithm of `spread`."""
-    experts = resident_nle.shape[2]
-    device_d = jnp.arange(max_devices, dtype=jnp.int32)
+    """The algorithm of `spread`.
 
-    def one_server(resident_le, calls_le, devices, slots):
-        order_le = jnp.argsort(jnp.where(resident_le, -calls_le, jnp.float32(jnp.inf)), stable=True)
-        held_l = resident_le.sum(axis=1, dtype=jnp.int32)
-        later_l = held_l.sum(dtype=jnp.int32) - jnp.cumsum(held_l, dtype=jnp.int32)
-        exists_d = device_d < devices
+    Args:
+        arriving_nle: bool, experts that need a device.
+        calls_nle: float32, expected calls of each expert on each server.
+        load_nld: float32, calls of the experts that are on the devices already.
+        free_nd: int32, slots of each device for those that arrive; 0 where there is no device.
+
+    Returns:
+        device_nle, and number_nle: which of those that arrive on its device an expert is, from 0,
+        in order of layers; int32 both, -1 where nothing arrives.
+    """
+    experts = arriving_nle.shape[2]
+    max_devices = free_nd.shape[1]
+
+    def one_server(arriving_le, calls_le, load_ld, free_d):
+        order_le = jnp.argsort(jnp.where(arriving_le, -calls_le, jnp.float32(jnp.inf)), stable=True)
+        arriving_l = arriving_le.sum(axis=1, dtype=jnp.int32)
+        later_l = arriving_l.sum(dtype=jnp.int32) - jnp.cumsum(arriving_l, dtype=jnp.int32)
+        free = jnp.maximum(free_d.sum(dtype=jnp.int32), 1)
 
         def one_layer(filled_d, layer):
-            resident_e, calls_e, order_e, later = layer
+            arriving_e, calls_e, order_e, load_d, later = layer
             # What later layers must find on every device stays free, unless there is room.
-            limit_d = jnp.where(exists_d, slots - later // devices, jnp.int32(0))
+            limit_d = free_d - later * free_d // free
 
             def one_expert(i, state):
-                filled_d, load_d, device_e, slot_e = state
+                filled_d, load_d, device_e, number_e = state
                 e = order_e[i]
                 open_d = filled_d < limit_d
                 lightest = jnp.where(open_d, load_d, jnp.float32(jnp.inf)).min()
                 best_d = open_d & (load_d <= lightest)
-                d = jnp.argmin(jnp.where(best_d, filled_d, jnp.int32(2**31 - 1)))
+                d = jnp.argmax(jnp.where(best_d, free_d - filled_d, jnp.int32(-1)))
                 d = d.astype(jnp.int32)
-                device_e, slot_e = device_e.at[e].set(d), slot_e.at[e].set(filled_d[d])
-                return filled_d.at[d].add(1), load_d.at[d].add(calls_e[e]), device_e, slot_e
+                device_e, number_e = device_e.at[e].set(d), number_e.at[e].set(filled_d[d])
+                return filled_d.at[d].add(1), load_d.at[d].add(calls_e[e]), device_e, number_e
 
             absent_e = jnp.full(experts, -1, jnp.int32)
-            held = resident_e.sum(dtype=jnp.int32)
-            start = (filled_d, jnp.zeros(max_devices, jnp.float32), absent_e, absent_e)
-            filled_d, _, device_e, slot_e = lax.fori_loop(0, held, one_expert, start)
-            return filled_d, (device_e, slot_e)
+            arriving = arriving_e.sum(dtype=jnp.int32)
+            start = (filled_d, load_d, absent_e, absent_e)
+            filled_d, _, device_e, number_e = lax.fori_loop(0, arriving, one_expert, start)
+            return filled_d, (device_e, number_e)
 
         empty_d = jnp.zeros(max_devices, jnp.int32)
-        per_layer = (resident_le, calls_le, order_le, later_l)
+        per_layer = (arriving_le, calls_le, order_le, load_ld, later_l)
         return lax.scan(one_layer, empty_d, per_layer)[1]
 
     def next_server(_, server):
         return None, one_server(*server)
 
-    return lax.scan(next_server, None, (resident_nle, calls_nle, devices_n, slots_n))[1]
+    return lax.scan(next_server, None, (arriving_nle, calls_nle, load_nld, free_nd))[1]
 
 
 def spread(
@@ -265,22 +273,30 @@ def spread(
     devices: Sequence[int],
     slots_per_device: Sequence[int],
     counts: np.ndarray | None = None,
+    previous: Layout | None = None,
 ) -> Layout:
     """Spreads the experts of every server over its devices.
 
     Lock step waits for the busiest device of each layer, so every layer is balanced on its own:
     its experts, most called first, each go to the device with the least calls of this layer
-    (ties: fewest filled slots, lowest number) that can take one and still leaves later layers
-    their even share of its slots. Slots are filled from 0 in order of layers.
+    (ties: most free slots, lowest number) that can take one and still leaves later layers
+    their share of its slots. Slots are filled from 0 in order of layers.
+
+    Where `previous` is given, experts that stay on a server stay where they are, and count as calls
+    of their devices. The others are balanced around them and take the slots that remain, such that
+    experts which lose their last slots to each other do so in short circles
+    (`succession.successors`), which is what makes batches of a migration small.
 
     Args:
         placement: covers all experts; a server's experts fit into devices x slots.
         devices: int [servers], devices of each server, at least 1.
         slots_per_device: int [servers], expert slots of each device of a server.
         counts: [servers, layers, experts] expert calls of each server's requests; None: equal.
+        previous: the layout in force, of the same devices and slots.
 
     Raises:
-        UserError: a server has no device, or holds more than its slots; counts do not fit.
+        UserError: a server has no device, or holds more than its slots; counts or `previous` do
+            not fit.
     """
     num_servers = placement.num_servers
     devices_n, slots_n = np.asarray(devices, np.int32), np.asarray(slots_per_device, np.int32)
@@ -289,7 +305,48 @@ def spread(
     if (devices_n < 1).any() or (slots_n < 0).any():
         raise UserError("spread: every server needs a device, and slots are not negative")
     placement.validate(devices_n * slots_n)
-    shape = placement.resident.shape
+    calls_nle = _balanced_calls(placement.resident, counts)
+    empty = _empty_layout(placement.resident.shape, devices_n, slots_n)
+    before = empty if previous is None else previous
+    if (before.devices, before.slots_per_device, before.device_of.shape) != (
+        empty.devices,
+        empty.slots_per_device,
+        empty.device_of.shape,
+    ):
+        raise UserError("spread: the previous layout is of other servers, devices or slots")
+    stays_nle = placement.resident & (before.device_of >= 0)
+    arrives_nle = placement.resident & ~stays_nle
+    on_device_nled = stays_nle[..., None] & (
+        before.device_of[..., None] == np.arange(devices_n.max())
+    )
+    exists_nd = np.arange(devices_n.max()) < devices_n[:, None]
+    free_nd = np.where(exists_nd, slots_n[:, None] - on_device_nled.sum((1, 2)), 0)
+    device_of, number_of = _spread(
+        jnp.asarray(arrives_nle),
+        jnp.asarray(calls_nle, jnp.float32),
+        jnp.asarray((on_device_nled * calls_nle[..., None]).sum(2), jnp.float32),
+        jnp.asarray(free_nd, jnp.int32),
+    )
+    slot_of = np.asarray(number_of)
+    if previous is not None:
+        slot_of = successors(
+            stays_nle,
+            np.asarray(device_of),
+            previous.device_of,
+            previous.slot_of,
+            previous.slots_per_device,
+        )
+    return dataclasses.replace(
+        empty,
+        holders=placement.holders,
+        device_of=np.where(stays_nle, before.device_of, device_of),
+        slot_of=np.where(stays_nle, before.slot_of, slot_of),
+    )
+
+
+def _balanced_calls(resident_nle: np.ndarray, counts: np.ndarray | None) -> np.ndarray:
+    """What `spread` balances, float64 [n, l, e]; raises what it raises about counts."""
+    shape = resident_nle.shape
     counts_nle = np.ones(shape) if counts is None else np.asarray(counts, np.float64)
     if counts_nle.shape != shape:
         raise UserError(f"spread: counts {counts_nle.shape} do not fit placement {shape}")
@@ -297,18 +354,15 @@ def spread(
         raise UserError("spread: counts are not finite or negative")
     # Without calls all experts of a server's layer count the same.
     silent_nl1 = counts_nle.sum(2, keepdims=True) == 0
-    calls_nle = _expected_calls(placement.resident, np.where(silent_nl1, 1.0, counts_nle))
-    device_of, slot_of = _spread(
-        jnp.asarray(placement.resident),
-        jnp.asarray(calls_nle, jnp.float32),
-        jnp.asarray(devices_n),
-        jnp.asarray(slots_n),
-        max_devices=int(devices_n.max()),
-    )
+    return _expected_calls(resident_nle, np.where(silent_nl1, 1.0, counts_nle))
+
+
+def _empty_layout(shape: tuple[int, ...], devices_n: np.ndarray, slots_n: np.ndarray) -> Layout:
+    nowhere = np.full(shape, -1, np.int32)
     return Layout(
-        placement.holders,
-        np.asarray(device_of),
-        np.asarray(slot_of),
+        np.zeros(shape[1:], np.int32),
+        nowhere,
+        nowhere,
         tuple(int(d) for d in devices_n),
         tuple(int(s) for s in slots_n),
     )

@@ -108,3 +108,66 @@ def test_malformed_inputs():
         spread(placement, [2, 1], [2, 4], np.ones((2, 1, 3)))
     with pytest.raises(UserError, match="not finite"):
         spread(placement, [2, 1], [2, 4], np.full((2, 1, 4), np.nan))
+
+
+def random_placement(rng, capacities, shape=SHAPE):
+    """Covers everything and fills all slots."""
+    servers, layers, experts = shape
+    resident = np.zeros((servers, layers * experts), bool)
+    for expert in rng.permutation(layers * experts):
+        free = np.flatnonzero(resident.sum(1) < capacities)
+        resident[rng.choice(free), expert] = True
+    for held, capacity in zip(resident, capacities, strict=True):
+        held[rng.permutation(np.flatnonzero(~held))[: capacity - held.sum()]] = True
+    return Placement(resident.reshape(shape))
+
+
+@settings(max_examples=30, deadline=None, derandomize=True, database=None)
+@given(st.integers(0, 2**32 - 1), st.sampled_from([(13, 5, 4), (16, 8, 5), (32, 16, 11)]))
+def test_those_that_stay_keep_their_slots(seed, slots):
+    rng = np.random.default_rng(seed)
+    capacities = np.multiply(DEVICES, slots)
+    # The first leaves slots empty, the second does not.
+    old = random_placement(rng, capacities - rng.integers(0, 2, 3))
+    new = random_placement(rng, capacities)
+    counts = rng.gamma(0.5, size=SHAPE)
+    before = spread(old, DEVICES, slots, counts)
+    after = spread(new, DEVICES, slots, counts, previous=before)
+    stays = old.resident & new.resident
+    assert stays.any()
+    assert (after.device_of[stays] == before.device_of[stays]).all()
+    assert (after.slot_of[stays] == before.slot_of[stays]).all()
+    assert ((after.device_of >= 0) == new.resident).all()
+    assert (after.holders == new.holders).all()
+    for server, (devices, size) in enumerate(zip(DEVICES, slots, strict=True)):
+        tables = [after.experts_of(server, device) for device in range(devices)]
+        assert all(table.shape == (size, 2) for table in tables)
+        # No two in one slot: all are found again.
+        assert sum(int((table[:, 0] >= 0).sum()) for table in tables) == new.resident[server].sum()
+
+
+def test_nothing_moves_where_nothing_changes():
+    counts = np.random.default_rng(2).gamma(0.5, size=SHAPE)
+    placement = place("dance", counts, np.multiply(DEVICES, (20, 8, 5)))
+    before = spread(placement, DEVICES, (20, 8, 5), counts)
+    again = spread(placement, DEVICES, (20, 8, 5), counts[::-1], previous=before)
+    assert (again.slot_of == before.slot_of).all() and (again.device_of == before.device_of).all()
+
+
+def test_those_that_come_are_balanced_around_those_that_stay():
+    counts = np.array([[[40, 10, 10, 10, 10]]])
+    first = Placement(np.array([[[True, True, False, False, False]]] * 2))
+    first = Placement(first.resident | (np.arange(2)[:, None, None] == 1))
+    everything = Placement(np.ones((2, 1, 5), bool))
+    counts = np.concatenate([counts, counts])
+    before = spread(first, [2, 1], [4, 5], counts)
+    assert before.device_of[0, 0].tolist() == [0, 1, -1, -1, -1]
+    after = spread(everything, [2, 1], [4, 5], counts, previous=before)
+    assert after.device_of[0, 0].tolist() == [0, 1, 1, 1, 1]
+
+
+def test_previous_of_other_slots():
+    placement = Placement(np.ones((2, 1, 4), bool))
+    before = spread(placement, [1, 1], [4, 4])
+    with pytest.raises(UserError, match="previous layout"):
+        spread(placement, [1, 1], [4, 5], previous=before)

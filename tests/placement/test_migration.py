@@ -1,0 +1,281 @@
+"""Batches between layouts, and whether they pay."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dance_jax.engine.route_sample import RouteSample
+from dance_jax.placement import Cost, Layout, Placement, place, spread
+from dance_jax.placement.decay import DecayedCounts
+from dance_jax.placement.migration import (
+    HYSTERESIS,
+    Batch,
+    SlotChange,
+    batches,
+    changed,
+    decide,
+    gain_error,
+    halves,
+    migration_seconds,
+    seconds_per_token,
+    worth,
+)
+from tests.placement.test_spread import random_placement
+
+SHAPE, DEVICES = (3, 4, 8), (1, 1, 2)
+
+
+def same(one: Layout, other: Layout) -> bool:
+    return all(
+        np.array_equal(getattr(one, field.name), getattr(other, field.name))
+        for field in dataclasses.fields(Layout)
+    )
+
+
+def tables(layout: Layout) -> dict[tuple[int, int], np.ndarray]:
+    """A copy of what is in every device's slots, as an engine has it."""
+    return {
+        (server, device): layout.experts_of(server, device).copy()
+        for server, devices in enumerate(layout.devices)
+        for device in range(devices)
+    }
+
+
+def replay(old: Layout, new: Layout, most: int) -> list[int]:
+    """Applies all batches as engines do, checking each; most loads of a server in each."""
+    pools, loads, layout = tables(old), [], old
+    for batch, after in batches(old, new, most):
+        assert len({change[:3] for change in batch.changes}) == len(batch.changes) > 0
+        for server, device, slot, layer, expert in batch.changes:
+            assert [layer, expert] != pools[server, device][slot].tolist()
+            # An emptied slot keeps its weights, but nothing may name them.
+            pools[server, device][slot] = layer, expert
+        layout = changed(layout, batch.changes)
+        assert same(layout, after)
+        for key, table in tables(layout).items():
+            assert (table == pools[key]).all()
+        resident = layout.device_of >= 0
+        Placement(resident).validate(np.multiply(layout.devices, layout.slots_per_device))
+        assert (layout.holders == Placement(resident).holders).all()
+        loads.append(max(len(batch.loads(server)) for server in range(len(old.devices))))
+    assert same(layout, new)
+    return loads
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    slots=st.sampled_from([(11, 11, 5), (12, 12, 8), (32, 20, 12)]),
+    most=st.integers(1, 5),
+    keep=st.booleans(),
+)
+def test_every_batch_leaves_a_true_layout(seed, slots, most, keep):
+    rng = np.random.default_rng(seed)
+    capacities = np.multiply(DEVICES, slots)
+    old = spread(random_placement(rng, capacities), DEVICES, slots)
+    target = random_placement(rng, capacities - rng.integers(0, 1 + (sum(capacities) > 32), 3))
+    # Without previous residents also change their places on a server.
+    new = spread(target, DEVICES, slots, rng.random(SHAPE), previous=old if keep else None)
+    loads = replay(old, new, most)
+    if keep:
+        # Circles in which experts take each other's last slots visit each device once.
+        assert max(loads) <= max(most, max(DEVICES))
+    again = batches(old, new, most)
+    assert [batch for batch, _ in again] == [batch for batch, _ in batches(old, new, most)]
+
+
+def test_few_batches():
+    """With room to spare no more than the loads of the busiest server need."""
+    rng = np.random.default_rng(0)
+    shape, slots = (3, 6, 32), (100, 100, 50)
+    capacities = np.multiply(DEVICES, slots)
+    old = spread(random_placement(rng, capacities, shape), DEVICES, slots)
+    target = random_placement(rng, capacities, shape)
+    moved_n = (target.resident & ~(old.device_of >= 0)).sum((1, 2))
+    loads = replay(old, spread(target, DEVICES, slots, previous=old), 8)
+    assert len(loads) == -(-int(moved_n.max()) // 8) > 4
+
+
+def test_last_copies_that_swap_do_so_at_once():
+    def layout(*experts: int) -> Layout:
+        resident = np.array(experts) == np.arange(3)[:, None]
+        return spread(Placement(resident[:, None, :]), [1, 1, 1], [1, 1, 1])
+
+    old, new = layout(0, 1, 2), layout(1, 2, 0)
+    ((batch, after),) = batches(old, new, 1)
+    assert len(batch.loads()) == 3 and same(after, new)
+    # Two on one server: more than `most`, because neither can go first.
+    old = spread(Placement(np.array([[[1, 1, 0, 0]], [[0, 0, 1, 1]]], bool)), [1, 1], [2, 2])
+    order = np.array([[[-1, -1, 1, 0]], [[1, 0, -1, -1]]], np.int32)
+    new = dataclasses.replace(
+        old,
+        holders=np.array([[2, 2, 1, 1]], np.int32),
+        device_of=np.where(order >= 0, 0, -1).astype(np.int32),
+        slot_of=order,
+    )
+    # 0 -> slot of 3, which goes to the slot of 0: two circles of two.
+    assert replay(old, new, 1) == [1, 1]
+    new.slot_of[0, 0, 2:] = 0, 1
+    # 0 -> slot of 3 -> slot of 1 -> slot of 2 -> slot of 0.
+    assert replay(old, new, 1) == [2]
+
+
+def test_only_emptied_slots_cost_no_load():
+    old = spread(Placement(np.ones((2, 1, 3), bool)), [1, 1], [3, 3])
+    fewer = Placement(np.array([[[True, False, True]], [[False, True, True]]]))
+    ((batch, after),) = batches(old, spread(fewer, [1, 1], [3, 3], previous=old), 1)
+    assert batch.loads() == () and len(batch.changes) == 2
+    assert migration_seconds([batch], 1e9, [1.0, 1.0]) == 0
+    assert Placement(after.device_of >= 0) == fewer
+    assert batches(old, old, 1) == []
+
+
+def test_malformed_changes():
+    layout = spread(Placement(np.ones((2, 1, 3), bool)), [1, 1], [4, 3])
+    for change, match in [
+        (SlotChange(0, 0, 4, 0, 0), "no such"),
+        (SlotChange(0, 1, 0, 0, 0), "no such"),
+        (SlotChange(2, 0, 0, 0, 0), "no such"),
+        (SlotChange(0, 0, 3, 0, 3), "no such"),
+        (SlotChange(0, 0, 3, 1, 0), "no such"),
+        (SlotChange(0, 0, 3, 0, -1), "no such"),
+        (SlotChange(0, 0, 3, 0, 0), "twice on a server"),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            changed(layout, [change])
+    emptied = SlotChange(0, 0, 0, -1, -1)
+    with pytest.raises(ValueError, match="changes twice"):
+        changed(layout, [emptied, emptied])
+    with pytest.raises(ValueError, match="nowhere"):
+        changed(layout, [emptied, SlotChange(1, 0, 0, -1, -1)])
+    with pytest.raises(ValueError, match="at least 1"):
+        batches(layout, layout, 0)
+    other = spread(Placement(np.ones((2, 1, 3), bool)), [1, 1], [3, 3])
+    with pytest.raises(ValueError, match="different"):
+        batches(layout, other, 1)
+
+
+def test_a_batch_waits_for_the_slowest_server():
+    load = [SlotChange(n, 0, slot, 0, slot) for n, slot in [(0, 0), (0, 1), (1, 2)]]
+    found = migration_seconds([Batch(tuple(load)), Batch(tuple(load[:1]))], 100.0, [50.0, 10.0])
+    assert found == pytest.approx(10.0 + 2.0)
+    with pytest.raises(ValueError, match="above 0"):
+        migration_seconds([], 100.0, [0.0])
+
+
+def test_what_pays():
+    assert worth(2.0, 1.0, 100, 99.0) and not worth(2.0, 1.0, 100, 100.0)
+    # No gain is large enough where it is a small part of what there is.
+    assert worth(1.0, 0.94, 1e9, 0.0) and not worth(1.0, 0.96, 1e9, 0.0)
+    assert worth(1.0, 0.96, 1e9, 0.0, hysteresis=0.01)
+    assert not worth(1.0, 0.5, 0, 0.0) and not worth(1.0, 1.0, 100, 0.0, hysteresis=0.0)
+
+
+def test_decisions_in_words():
+    decision = decide(2.0, 1.0, 100, 10.0, experts_moved=7)
+    assert decision.migrate and decision.gain == 0.5
+    assert (decision.present_seconds, decision.expected_seconds) == (200.0, 100.0)
+    small, dear = decide(1.0, 0.99, 100, 0.0, 7), decide(2.0, 1.0, 100, 500.0, 7)
+    assert not small.migrate and "5% of the present" in small.reason
+    assert not dear.migrate and "costs more" in dear.reason
+    forced = decide(2.0, 1.0, 100, 500.0, 7, force=True)
+    assert forced.migrate and forced.reason.startswith("forced, although")
+    assert not decide(1.0, 1.0, 100, 0.0, experts_moved=0, force=True).migrate
+    assert decide(1.0, 1.0, 0, 0.0, 1).gain == 0.0
+
+
+def test_halves_share_no_token_but_an_only_one():
+    routes = [np.arange(size).reshape(-1, 1, 1) for size in (5, 1, 0)]
+    fit, judge = halves(routes)
+    assert [part.ravel().tolist() for part in fit] == [[0, 2, 4], [0], []]
+    assert [part.ravel().tolist() for part in judge] == [[1, 3], [0], []]
+
+
+def test_the_error_of_a_gain_is_its_spread_over_samples():
+    rng = np.random.default_rng(0)
+    old, new = (random_placement(rng, [16, 16, 16], (3, 3, 12)) for _ in range(2))
+    cost = Service.COST
+
+    def measured(tokens):
+        routes = [
+            np.argsort(rng.gumbel(size=(tokens, 3, 12)) + 2 * np.eye(12)[n])[:, :, :2]
+            for n in range(3)
+        ]
+        before, after = (seconds_per_token(each, routes, cost) for each in (old, new))
+        return 1 - after / before, gain_error(old, new, routes, cost)
+
+    gains, errors = zip(*(measured(256) for _ in range(40)), strict=True)
+    assert np.mean(errors) == pytest.approx(np.std(gains), rel=0.3)
+    assert gain_error(old, old, [np.zeros((64, 3, 2), int)] * 3, cost) == 0
+    assert gain_error(old, new, [np.zeros((7, 3, 2), int)] * 3, cost) == np.inf
+
+
+class Service:
+    """Statistics and decisions of a service, without the service."""
+
+    SHAPE = (3, 3, 12, 2)
+    SLOTS = (16, 16, 8)
+    COST = Cost(np.full(3, 1e-3), np.full(3, 1e-4), np.array(DEVICES))
+
+    def __init__(self, half_life, seed=0):
+        servers, layers, _, k = self.SHAPE
+        self.rng = np.random.default_rng(seed)
+        self.counts = DecayedCounts(half_life)
+        self.samples = [RouteSample(1024, (layers, k), n, half_life) for n in range(servers)]
+        self.now, self.layout = 0.0, None
+        self.preferences = self.rng.gumbel(size=self.SHAPE[:3])
+
+    def interval(self, tokens=4000):
+        """Ten parts of an interval of 300 s, then a decision; whether it migrated."""
+        servers, layers, experts, k = self.SHAPE
+        for _ in range(10):
+            self.now += 30.0
+            counts = np.zeros(self.SHAPE[:3])
+            for n in range(servers):
+                noise = self.rng.gumbel(size=(tokens // 10, layers, experts))
+                routes = np.argsort(-(1.5 * self.preferences[n] + noise))[:, :, :k]
+                self.samples[n].add(routes, self.now)
+                for layer in range(layers):
+                    counts[n, layer] = np.bincount(routes[:, layer].ravel(), minlength=experts)
+            self.counts.add(counts, self.now)
+        return self.decide(tokens)
+
+    def decide(self, tokens):
+        counts, old = self.counts.value(self.now), self.layout
+        fit, judge = halves([sample.kept for sample in self.samples])
+        present = None if old is None else Placement(old.device_of >= 0)
+        found = place(
+            "latency",
+            counts,
+            np.multiply(DEVICES, self.SLOTS),
+            routes=fit,
+            cost=self.COST,
+            previous=present,
+        )
+        new = spread(found, DEVICES, self.SLOTS, counts, previous=old)
+        if old is None or present is None:
+            self.layout = new
+            return True
+        steps = batches(old, new, 8)
+        decision = decide(
+            seconds_per_token(present, judge, self.COST),
+            seconds_per_token(found, judge, self.COST),
+            tokens,
+            migration_seconds([batch for batch, _ in steps], 1e6, [1e9] * 3),
+            found.moved(present),
+            hysteresis=HYSTERESIS + 2 * gain_error(present, found, judge, self.COST),
+        )
+        if decision.migrate:
+            self.layout = new
+        return decision.migrate
+
+
+def test_a_stable_workload_never_migrates_and_a_shift_does_once():
+    service = Service(half_life=60.0)
+    assert service.interval()
+    assert [service.interval() for _ in range(10)] == [False] * 10
+    service.preferences = service.preferences[[1, 2, 0]]
+    assert [service.interval() for _ in range(4)] == [True, False, False, False]
