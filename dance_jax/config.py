@@ -53,6 +53,9 @@ class ServerSpec:
     model: str | None = None
     #: Numbers of the GPUs it uses, one per device; empty: JAX's choice.
     gpus: tuple[int, ...] = ()
+    #: Experts that move here come from servers that hold them, not from its copy of the model,
+    #: which it needs for the start alone (`checkpoint=peer`).
+    from_peers: bool = False
 
     def slots(self, expert_bytes: int) -> int:
         """Expert slots on each device: floor(memory / bytes of one expert).
@@ -120,6 +123,8 @@ class EngineConfig:
     seed: int = 0
     #: Tokens whose routes are kept for placement, per server; 0 keeps none.
     route_sample: int = 4096
+    #: Seconds after which a token's chance to be among them has halved; None: all have the same.
+    half_life: float | None = None
 
     @property
     def sent_dtype(self) -> str:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
+import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import msgspec
 import numpy as np
 
 from dance_jax.config import ClusterSpec, EngineConfig
@@ -14,13 +15,18 @@ from dance_jax.engine.compile_cache import CompileCache
 from dance_jax.engine.detokenizer import Decoder
 from dance_jax.engine.kv_cache import num_blocks
 from dance_jax.engine.output import RequestTracker, SampledToken
+from dance_jax.engine.report import EngineReport, EngineStats
 from dance_jax.engine.route_sample import RouteSample
 from dance_jax.engine.runner import Runner
 from dance_jax.engine.scheduler import Row, Scheduler, StepPlan
 from dance_jax.engine.sequence import OutputDelta, Request
+from dance_jax.engine.slots import Weights
+from dance_jax.engine.staging import Experts, Staging
 from dance_jax.engine.step import DECODING, IDLE, Extras, Outcome, token_slice
 from dance_jax.engine.step_clock import StepClock
+from dance_jax.models import kernels_cpu, links_cpu
 from dance_jax.models.checkpoint import Checkpoint
+from dance_jax.models.links_cpu import Moved
 from dance_jax.models.messages import Transport
 from dance_jax.placement.core import Layout, Placement, spread
 
@@ -35,54 +41,8 @@ class StepResult:
     outputs: list[OutputDelta]
     #: Some server had work in this step; when none had, all servers may rest.
     active: bool
-
-
-class EngineStats(msgspec.Struct):
-    """What one server counted since its start; plain types, to cross processes."""
-
-    #: [l][e] expert calls of this server's tokens.
-    counts: list[list[int]]
-    #: [l][n] hidden states sent to each server.
-    transfers: list[list[int]]
-    #: [n] payload bytes sent to each server.
-    bytes_sent: list[int]
-    #: Tokens computed, prompt and output.
-    tokens: int
-    steps: int
-    #: [tokens][l][k] experts chosen by a random sample of the tokens.
-    routes: list[list[list[int]]]
-    #: Bytes of the live expert pool of each device.
-    pool_bytes: list[int]
-
-
-class EngineReport(msgspec.Struct):
-    """What one server does, in a few numbers; counters are since its start."""
-
-    steps: int
-    #: Sequences.
-    running: int
-    waiting: int
-    #: KV blocks of all devices, and those that running sequences hold.
-    kv_blocks: int
-    kv_blocks_used: int
-    preemptions: int
-    #: Tokens looked up in the prefix cache, and found there.
-    prefix_queries: int
-    prefix_hits: int
-    #: Tokens of prompts computed, and tokens sampled.
-    prompt_tokens: int
-    generation_tokens: int
-    #: Expert calls of this server's tokens, by where they were served.
-    calls_local: int
-    calls_remote: int
-    #: Hidden states sent to other servers.
-    transfers: int
-    #: Payload bytes to and from each server, by rank.
-    bytes_sent: list[int]
-    bytes_received: list[int]
-    experts_resident: int
-    #: Seconds in each part of the steps; see `step_clock.StepClock`.
-    step_seconds: dict[str, float]
+    #: The batch of moved experts that came into force after it, on all servers; 0: none.
+    applied: int = 0
 
 
 def whole_model(checkpoint: Checkpoint) -> Layout:
@@ -121,16 +81,16 @@ class Engine:
         free_memory: int | None = None,
     ):
         model = checkpoint.config
-        self.layout = layout or whole_model(checkpoint)
+        layout = layout or whole_model(checkpoint)
         devices = (1,) if cluster is None else cluster.devices
-        if self.layout.devices != devices:
-            raise ValueError(f"layout for devices {self.layout.devices}, cluster has {devices}")
-        self.rank, self.config = rank, config
+        if layout.devices != devices:
+            raise ValueError(f"layout for devices {layout.devices}, cluster has {devices}")
+        self.rank, self.config, self._top_k = rank, config, model.top_k
         self.runner = Runner(
             model,
             checkpoint.trunk(config.dtype),
             lambda pairs: checkpoint.experts(pairs, config.dtype),
-            self.layout,
+            layout,
             rank,
             config,
             num_blocks(model, config, free_memory),
@@ -149,21 +109,38 @@ class Engine:
         layers, servers = len(model.moe_layers), len(devices)
         self.steps = self.tokens = self.prompt_tokens = self.generation_tokens = 0
         self.clock = StepClock(servers)
+        like = self.runner.expert_like
+        self._staging = Staging(layout, rank, [leaf.shape for leaf in like], like.w_gate.dtype)
+        #: Held while pool and layout change, and while an expert is read.
+        self._placed = threading.Lock()
+        #: Calls, by where they were served, up to the last change of the layout; and int64 [l, e],
+        #: all of them then.
+        self._calls_local = self._calls_remote = 0
+        self._counted = np.zeros((layers, model.num_experts), np.int64)
+        self._cost_base = self._costs()
         self._work = IDLE
         self._transfers = np.zeros((layers, servers), np.int64)
         self._bytes = np.zeros((servers, servers), np.int64)
-        self._routes = RouteSample(config.route_sample, (layers, model.top_k), seed=rank)
+        self._routes = RouteSample(
+            config.route_sample, (layers, model.top_k), seed=rank, half_life=config.half_life
+        )
         #: Deltas that the next step hands out beside its own.
         self._pending: list[OutputDelta] = []
 
     @property
     def has_work(self) -> bool:
-        """Requests wait or run here, or something is to be handed out."""
-        return self.scheduler.active or bool(self._pending)
+        """Requests wait or run here, or something is to be handed out or told the others."""
+        return self.scheduler.active or bool(self._pending) or self._staging.news
+
+    @property
+    def layout(self) -> Layout:
+        """Where every expert is now."""
+        return self._staging.layout
 
     def warmup(self, progress: Progress = lambda stage, done, total: None) -> None:
         """Compiles every bucket and runs each once, together with all other servers."""
         buckets = self.config.buckets
+        self.runner.compile_slots()
         for done, bucket in enumerate(buckets):
             progress("compiling", done, len(buckets))
             self.runner.compile(bucket)
@@ -172,6 +149,7 @@ class Engine:
         for bucket in buckets:
             self.runner.run(StepPlan(*bucket, empty), work=IDLE)
         self.clock = StepClock(self.runner.topology.num_servers)
+        self._cost_base = self._costs()
 
     def add(self, request: Request) -> None:
         """Queue a request; one that cannot run ends with finish_reason "error" in the next step."""
@@ -190,19 +168,99 @@ class Engine:
 
         Every server must call it equally often; one without work takes part with padding.
         """
-        with self.clock.part("schedule"):
-            plan = self.scheduler.schedule(others_decode=self._work == DECODING)
-            for row in (row for rows in plan.entries for row in rows if row.index >= plan.decode):
-                self.tracker.scheduled(row.sequence)
-        with self.clock.computing():
-            outcomes, extras = self.runner.run(plan)
-        with self.clock.part("output"):
-            self.scheduler.commit(plan)
-            outputs, self._pending = self._pending, []
-            for sampled in self._sampled(plan, outcomes, extras):
-                outputs.append(self._append(*sampled))
-            self._record(plan, outcomes[0], extras)
-        return StepResult(outputs, self._work != IDLE)
+        with self.clock.step():
+            with self.clock.part("schedule"):
+                plan = self.scheduler.schedule(others_decode=self._work == DECODING)
+                for row in (
+                    row for rows in plan.entries for row in rows if row.index >= plan.decode
+                ):
+                    self.tracker.scheduled(row.sequence)
+            with self.clock.computing():
+                outcomes, extras = self.runner.run(plan, loaded=self._staging.tell())
+            with self.clock.part("output"):
+                self.scheduler.commit(plan)
+                outputs, self._pending = self._pending, []
+                for sampled in self._sampled(plan, outcomes, extras):
+                    outputs.append(self._append(*sampled))
+                self._record(plan, outcomes[0], extras)
+                applied = int(outcomes[0].loaded)
+                if applied:
+                    self._apply(applied)
+        return StepResult(outputs, self._work != IDLE, applied)
+
+    def stage(self, number: int, layout: Layout, experts: Experts) -> None:
+        """Holds loaded experts until all servers have staged the batch; then it comes into force.
+
+        Batches come into force one by one, in the order of their numbers, each on all servers after
+        the same step.
+
+        Args:
+            number: of the batch, from 1 on, the same on all servers, greater than all before.
+            layout: after the batch.
+            experts: w_gate [d, f], w_up [d, f] and w_down [f, d], in the pool's dtype, by (local
+                device, slot); of all slots of this server in which `layout` has another expert
+                than the batch before it, or the layout in force, has. They are not copied.
+
+        Raises:
+            ValueError: the number is not new, the layout is another cluster's, or experts are
+                missing or not what the layout says; nothing is held then.
+        """
+        self._staging.add(number, layout, experts)
+
+    def unstage(self, number: int) -> bool:
+        """Drops a staged batch and those after it, which build on it.
+
+        Returns:
+            False: it was not there, because it was not staged or is in force already.
+        """
+        return self._staging.drop(number)
+
+    def expert(self, layer: int, expert: int) -> Weights:
+        """The weights of an expert that is resident here, host arrays as in `stage`.
+
+        Any thread may call it once the engine is warm.
+
+        Raises:
+            KeyError: it is not resident here.
+        """
+        with self._placed:
+            device = int(self.layout.device_of[self.rank, layer, expert])
+            if device < 0:
+                raise KeyError(f"expert {expert} of MoE layer {layer} is not on this server")
+            slot = int(self.layout.slot_of[self.rank, layer, expert])
+            return self.runner.read_slot(device, slot)
+
+    def _apply(self, number: int) -> None:
+        """Puts the batch in force that all servers have staged."""
+        counts_le = self.runner.counts()
+        self._calls_local, self._calls_remote = self._calls(counts_le)
+        self._counted = counts_le
+        with self._placed:
+            batch = self._staging.take(number)
+            self.runner.write_slots(batch.writes)
+            self.runner.use_tables(batch.layout)
+
+    def _calls(self, counts_le: np.ndarray) -> tuple[int, int]:
+        """Expert calls of this server's tokens, served here and elsewhere; of all calls."""
+        since_le = counts_le - self._counted
+        resident_le = self.layout.slot_of[self.rank] >= 0
+        local = self._calls_local + int(since_le[resident_le].sum())
+        return local, self._calls_remote + int(since_le[~resident_le].sum())
+
+    def _costs(self) -> tuple[int, float, list[Moved]]:
+        """What the C++ library has counted in this process."""
+        _, seconds, served = kernels_cpu.routed_seconds()
+        links = links_cpu.counters(self.runner.topology.num_servers)
+        return served, seconds, [links.dispatch.moved, links.give_back.moved]
+
+    def _measured(self) -> dict[str, Any]:
+        """What `EngineReport` and `EngineStats` say of costs."""
+        (served, seconds, moved), base = self._costs(), self._cost_base
+        return {
+            "calls_served": served - base[0],
+            "expert_seconds": seconds - base[1],
+            "moved": [now - before for now, before in zip(moved, base[2], strict=True)],
+        }
 
     def stats(self) -> EngineStats:
         return EngineStats(
@@ -211,13 +269,14 @@ class Engine:
             bytes_sent=self._bytes[self.rank].tolist(),
             tokens=self.tokens,
             steps=self.steps,
-            routes=self._routes.kept.tolist(),
+            routes=self._routes.kept.tobytes(),
+            top_k=self._top_k,
             pool_bytes=self.runner.pool_bytes(),
+            **self._measured(),
         )
 
     def report(self) -> EngineReport:
-        counts_le = self.runner.counts()
-        resident_le = self.layout.slot_of[self.rank] >= 0
+        calls_local, calls_remote = self._calls(self.runner.counts())
         scheduler = self.scheduler
         return EngineReport(
             steps=self.steps,
@@ -230,13 +289,15 @@ class Engine:
             prefix_hits=scheduler.prefix_hits,
             prompt_tokens=self.prompt_tokens,
             generation_tokens=self.generation_tokens,
-            calls_local=int(counts_le[resident_le].sum()),
-            calls_remote=int(counts_le[~resident_le].sum()),
+            calls_local=calls_local,
+            calls_remote=calls_remote,
             transfers=int(self._transfers.sum()),
             bytes_sent=self._bytes[self.rank].tolist(),
             bytes_received=self._bytes[:, self.rank].tolist(),
-            experts_resident=int(resident_le.sum()),
+            experts_resident=int((self.layout.slot_of[self.rank] >= 0).sum()),
             step_seconds=self.clock.seconds(),
+            longest_step_s=self.clock.longest,
+            **self._measured(),
         )
 
     def _sampled(
@@ -278,8 +339,17 @@ class Engine:
         self._transfers += outcome.rows[:, self.rank]
         self._bytes += outcome.bytes.sum(0)
         if self._routes.wanted and not plan.empty:
+            self._sample_routes(plan, extras)
+
+    def _sample_routes(self, plan: StepPlan, extras: Extras) -> None:
+        chosen = self._routes.choose(plan.num_tokens, time.monotonic())
+        if not len(chosen.tokens):
+            return
+        routes_tlk = [
+            routes_tlk[token_slice(plan.bucket, self.config, row)]
             for device, routes_tlk in zip(
                 plan.entries, self.runner.read(extras.routes), strict=True
-            ):
-                for row in device:
-                    self._routes.add(routes_tlk[token_slice(plan.bucket, self.config, row)])
+            )
+            for row in device
+        ]
+        self._routes.put(chosen, np.concatenate(routes_tlk)[chosen.tokens])

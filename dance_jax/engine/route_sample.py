@@ -1,38 +1,99 @@
-"""A bounded, uniform sample of the routes of all tokens."""
+"""A bounded sample of the routes of all tokens, in which old ones fade."""
 
 from __future__ import annotations
 
+import heapq
+from typing import NamedTuple
+
 import numpy as np
+
+from dance_jax.placement.decay import decay_rate
+
+
+class Chosen(NamedTuple):
+    """Which of the tokens on offer enter a sample."""
+
+    #: int [chosen], ascending: their numbers among those on offer.
+    tokens: np.ndarray
+    #: float64 [chosen]: their keys.
+    keys: np.ndarray
 
 
 class RouteSample:
-    """Reservoir sampling (Vitter's algorithm R): every token is as likely to be kept.
+    """A random sample in which a token's chance halves with every half-life.
+
+    Priority sampling (Duffield, Lund and Thorup 2007) in logarithms: every token gets the key
+    rate x time + exponential noise, with rate = ln 2 / half-life, and those of the largest keys are
+    kept. What has a key below rate x now has faded and goes as well, so that of few tokens, too, a
+    share of exp(-rate x age) is left: else a sample as large as the traffic of a half-life would
+    keep old ones for want of new. Without a half-life all are as likely and none fades. Equal calls
+    give equal samples.
+
+    Keys are drawn before routes are looked at: once the sample is full most tokens cannot enter,
+    and their routes need not be fetched from a device (`choose`, `put`).
 
     Args:
         size: tokens kept at most; 0 keeps none.
         shape: (l, k) of one token's routes.
         seed: of the choice.
+        half_life: seconds; None: old tokens do not fade.
     """
 
-    def __init__(self, size: int, shape: tuple[int, int], seed: int = 0):
+    def __init__(
+        self, size: int, shape: tuple[int, int], seed: int = 0, half_life: float | None = None
+    ):
+        self._rate = decay_rate(half_life)
         self._routes = np.zeros((size, *shape), np.int16)
-        self._seen = 0
+        #: (key, place in the array) of every token kept, the least key first.
+        self._heap: list[tuple[float, int]] = []
+        self._free = list(range(size))[::-1]
         self._rng = np.random.default_rng(seed)
 
     @property
     def wanted(self) -> bool:
+        """It keeps any tokens at all."""
         return len(self._routes) > 0
 
     @property
     def kept(self) -> np.ndarray:
-        """int16 [tokens, l, k]."""
-        return self._routes[: min(self._seen, len(self._routes))]
+        """int16 [tokens, l, k]: what is left as of the last `choose` or `add`."""
+        return self._routes[sorted(place for _, place in self._heap)]
 
-    def add(self, routes_tlk: np.ndarray) -> None:
-        """Offer the routes of more tokens, [t, l, k]."""
-        order = self._seen + np.arange(len(routes_tlk))
-        self._seen += len(routes_tlk)
-        size = len(self._routes)
-        place = np.where(order < size, order, self._rng.integers(0, order + 1))
-        kept = place < size
-        self._routes[place[kept]] = routes_tlk[kept]
+    def choose(self, tokens: int, now: float = 0.0) -> Chosen:
+        """Which of the next tokens enter; their routes must follow with `put`.
+
+        Args:
+            tokens: number of tokens on offer.
+            now: seconds of any clock, when they were computed; of no effect without a half-life.
+        """
+        faded = self._rate * now
+        while self._heap and self._heap[0][0] < faded:
+            self._free.append(heapq.heappop(self._heap)[1])
+        keys = faded + self._rng.exponential(size=tokens)
+        least = -np.inf if self._free or not self.wanted else self._heap[0][0]
+        entering = np.flatnonzero((keys > least) & self.wanted)
+        return Chosen(entering, keys[entering])
+
+    def put(self, chosen: Chosen, routes_clk: np.ndarray) -> None:
+        """Keeps the tokens that `choose` named last, in place of those with the least keys.
+
+        Args:
+            routes_clk: int [chosen, l, k], routes of `chosen.tokens` in this order.
+        """
+        source: dict[int, int] = {}
+        for token, key in enumerate(chosen.keys.tolist()):
+            if self._free:
+                place = self._free.pop()
+                heapq.heappush(self._heap, (key, place))
+            elif key > self._heap[0][0]:
+                place = self._heap[0][1]
+                heapq.heapreplace(self._heap, (key, place))
+            else:
+                continue
+            source[place] = token
+        self._routes[list(source)] = routes_clk[list(source.values())]
+
+    def add(self, routes_tlk: np.ndarray, now: float = 0.0) -> None:
+        """Offers the routes of more tokens, [t, l, k]; `now` as in `choose`."""
+        chosen = self.choose(len(routes_tlk), now)
+        self.put(chosen, routes_tlk[chosen.tokens])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,17 +14,19 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dance_jax.config import EngineConfig
+from dance_jax.engine import slots
 from dance_jax.engine import step as step_module
 from dance_jax.engine.compile_cache import CompileCache
 from dance_jax.engine.kv_cache import Memory, new_memory
 from dance_jax.engine.sampling import adjustments, adjusts
 from dance_jax.engine.scheduler import Row, StepPlan
+from dance_jax.engine.slots import SlotWrite, Weights
 from dance_jax.engine.step import DECODING, IDLE, Bucket, Extras, Outcome
 from dance_jax.models.collectives import Collectives
 from dance_jax.models.config import ModelConfig
 from dance_jax.models.exchange import Tables
 from dance_jax.models.experts import Pool
-from dance_jax.models.messages import Transport
+from dance_jax.models.messages import Transport, say
 from dance_jax.models.topology import AXIS, Topology
 from dance_jax.placement.core import Layout
 
@@ -86,6 +89,9 @@ class Runner:
         self.transport = transport or Collectives()
         self.blocks = blocks
         self._executables: dict[Bucket, Any] = {}
+        #: What writes a slot of the pool, and what reads one, once compiled.
+        self._write_slot: Any = None
+        self._read_slot: Any = None
         #: Per bucket what a step without adjustments gets, on the devices.
         self._no_adjustments: dict[Bucket, jax.Array] = {}
         self.graphdef, state = nnx.split(trunk)
@@ -161,9 +167,87 @@ class Runner:
         return Tables(self._per_device(holders), self._per_device(slot_of))
 
     def place(self, layout: Layout) -> None:
-        """Put another placement in force; the step is not compiled again."""
+        """Put another placement in force, read anew; the step is not compiled again."""
         self.pool = self._build_pool(layout)
+        self.use_tables(layout)
+
+    def use_tables(self, layout: Layout) -> None:
+        """From the next step on experts are looked for where `layout` says; the pool stays."""
         self.tables = self._build_tables(layout)
+
+    @property
+    def expert_like(self) -> Pool:
+        """Shapes and dtypes of one expert's weights."""
+        return Pool(*(jax.ShapeDtypeStruct(leaf.shape[2:], leaf.dtype) for leaf in self.pool))  # type: ignore[arg-type]
+
+    @functools.cached_property
+    def _no_expert(self) -> list[np.ndarray]:
+        """Weights for a device that writes nothing."""
+        return [np.zeros(leaf.shape, leaf.dtype) for leaf in self.expert_like]
+
+    def compile_slots(self) -> None:
+        """Compiles and runs once what `write_slots` and `read_slot` call.
+
+        The first write copies what of the pool is still numpy's memory; later ones copy nothing.
+        """
+        if self._write_slot is not None or self.pool.w_gate.shape[1] == 0:
+            return
+        compile_, key = self._compile_cache.compile, self.topology
+        self._write_slot = compile_(("write slot", key), self.lower_write_slot)
+        self._read_slot = compile_(("read slot", key), self._lower_read_slot)
+        self._write_one([None] * len(self.devices))
+        self.read_slot(0, 0)
+
+    def lower_write_slot(self) -> jax.stages.Lowered:
+        """`slots.write` on every device, traced for this process."""
+        nothing = self._pack_write([None] * len(self.devices))
+        return jax.jit(self._on_each(slots.write), donate_argnums=0).lower(self.pool, *nothing)
+
+    def _lower_read_slot(self) -> jax.stages.Lowered:
+        slot = self._per_device([np.int32(0)] * len(self.devices))
+        return jax.jit(self._on_each(slots.read)).lower(self.pool, slot)
+
+    def _on_each(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function of one device's arrays, on every device's."""
+
+        def body(*per_device):
+            result = function(*jax.tree.map(lambda leaf: leaf[0], per_device))
+            return jax.tree.map(lambda leaf: leaf[None], result)
+
+        sharded = PartitionSpec(AXIS)
+        return jax.shard_map(
+            body, mesh=self.mesh, in_specs=sharded, out_specs=sharded, check_vma=False
+        )
+
+    def write_slots(self, writes: Sequence[Sequence[SlotWrite]]) -> None:
+        """Puts experts into slots of the pool, in place; no step may be under way.
+
+        Other servers take no part. The tables stay as they are: `use_tables`.
+
+        Args:
+            writes: per local device.
+        """
+        self.compile_slots()
+        for each in itertools.zip_longest(*writes):
+            self._write_one(list(each))
+
+    def _write_one(self, writes: list[SlotWrite | None]) -> None:
+        self.pool = Pool(*self._write_slot(self.pool, *self._pack_write(writes)))
+
+    def _pack_write(self, writes: list[SlotWrite | None]) -> tuple[jax.Array, Pool]:
+        """The arguments of `slots.write`: a slot of each device, or none."""
+        slot = [np.int32(-1 if write is None else write.slot) for write in writes]
+        fresh = [Pool(*(self._no_expert if write is None else write[1:])) for write in writes]  # type: ignore[arg-type]
+        return self._per_device(slot), self._stack_pools(fresh)
+
+    def read_slot(self, device: int, slot: int) -> Weights:
+        """What a slot of a local device holds, as host arrays; `write_slots` must not run."""
+        self.compile_slots()
+        slot_d = np.zeros(len(self.devices), np.int32)
+        slot_d[device] = slot
+        found = self._read_slot(self.pool, self._per_device(list(slot_d)))
+        w_gate, w_up, w_down = (self._local(leaf)[device] for leaf in found)
+        return w_gate, w_up, w_down
 
     # Steps.
 
@@ -213,11 +297,11 @@ class Runner:
         return stepper.lower(self.state, self.pool, self.tables, self.memory, batch, changes)
 
     def _pack_batches(
-        self, entries: tuple[tuple[Row, ...], ...], bucket: Bucket, work: int
+        self, entries: tuple[tuple[Row, ...], ...], bucket: Bucket, said: int
     ) -> jax.Array:
         return self._per_device(
             [
-                step_module.pack(step_module.host_batch(rows, bucket, self.config, work))
+                step_module.pack(step_module.host_batch(rows, bucket, self.config, said))
                 for rows in entries
             ]
         )
@@ -236,12 +320,15 @@ class Runner:
             self._no_adjustments[bucket] = packed
         return packed
 
-    def run(self, plan: StepPlan, work: int | None = None) -> tuple[list[Outcome], Extras]:
+    def run(
+        self, plan: StepPlan, work: int | None = None, loaded: int = 0
+    ) -> tuple[list[Outcome], Extras]:
         """Runs one step, together with all other servers' steps.
 
         Args:
             plan: this server's rows; an empty plan takes part with padding alone.
             work: what the others are told; None: what the plan says.
+            loaded: and the batch of experts that this server is ready to put in place; 0: none.
 
         Returns:
             The outcome of each device, in numpy, and the extras, still on the devices.
@@ -250,7 +337,7 @@ class Runner:
         if work is None:
             work = IDLE if plan.empty else DECODING if plan.decoding else step_module.BUSY
         executable = self.compile(bucket)
-        batch = self._pack_batches(plan.entries, bucket, work)
+        batch = self._pack_batches(plan.entries, bucket, say(work, loaded))
         changes = self._pack_adjustments(plan.entries, bucket)
         self.memory, packed, extras = executable(
             self.state, self.pool, self.tables, self.memory, batch, changes
@@ -266,6 +353,7 @@ class Runner:
             logprob=np.zeros(rows, np.float32),
             rank=np.zeros(rows, np.int32),
             work=np.zeros((), np.int32),
+            loaded=np.zeros((), np.int32),
             rows=np.zeros((layers, servers, servers), np.int32),
             bytes=np.zeros((layers, servers, servers), np.int32),
         )

@@ -41,8 +41,8 @@ class Batch(NamedTuple):
     first: Leaf
     #: int32 [r, p]: blocks of the row's sequence.
     table: Leaf
-    #: int32 []: IDLE, BUSY or DECODING.
-    work: Leaf
+    #: int32 []: what the server tells the others of itself, `messages.say`.
+    said: Leaf
     sampling: SamplingState
 
 
@@ -53,8 +53,10 @@ class Outcome(NamedTuple):
     token: Leaf
     logprob: Leaf
     rank: Leaf
-    #: int32 []: the most that a server had to do.
+    #: int32 []: the most that a server had to do, and the batch of experts that all servers are
+    #: ready to put in place, or 0.
     work: Leaf
+    loaded: Leaf
     #: int32 [l, n, n] each: `Exchanged.rows` and `.bytes` of each MoE layer.
     rows: Leaf
     bytes: Leaf
@@ -81,12 +83,12 @@ def token_slice(bucket: Bucket, config: EngineConfig, row: Row) -> slice:
     return slice(begin, begin + len(row.tokens))
 
 
-def host_batch(rows: tuple[Row, ...], bucket: Bucket, config: EngineConfig, work: int) -> Batch:
+def host_batch(rows: tuple[Row, ...], bucket: Bucket, config: EngineConfig, said: int) -> Batch:
     """Numpy batch of one device.
 
     Args:
         rows: the rows in use.
-        work: IDLE, BUSY or DECODING.
+        said: to the other servers, `messages.say` of IDLE, BUSY or DECODING and a batch.
     """
     decode, slices = bucket
     count = decode + slices
@@ -102,7 +104,7 @@ def host_batch(rows: tuple[Row, ...], bucket: Bucket, config: EngineConfig, work
         first[row.index] = row.first - (decode if row.index >= decode else 0)
         table[row.index, : len(row.sequence.blocks)] = row.sequence.blocks
     sampling = sampling_state({row.index: row.sequence for row in rows if row.sample}, count)
-    return Batch(token, start, length, first, table, np.array(work, np.int32), sampling)
+    return Batch(token, start, length, first, table, np.array(said, np.int32), sampling)
 
 
 def batch_rows(batch: Batch, bucket: Bucket, block_size: int) -> tuple[Rows, ...]:
@@ -195,7 +197,7 @@ def run_step(
     valid_t = np.arange(len(row_t)) - begin_r[row_t] < batch.length[row_t]
     position_t = jnp.concatenate([rows.positions_t for rows in kinds])
     sent_dtype = jnp.dtype(config.sent_dtype)
-    exchange = Exchange(topology, pool, tables, batch.work, transport, sent_dtype)
+    exchange = Exchange(topology, pool, tables, batch.said, transport, sent_dtype)
 
     def moe(layer: Array, x_td: Array, expert_tk: Array, weight_tk: Array):
         links = jax.tree.map(lambda leaf: leaf[layer], memory.links)
@@ -224,6 +226,7 @@ def run_step(
         logprob=sampled.logprob,
         rank=sampled.rank,
         work=exchanged.work[-1],
+        loaded=exchanged.loaded[-1],
         rows=exchanged.rows,
         bytes=exchanged.bytes,
     )

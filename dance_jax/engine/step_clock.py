@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import time
 from collections.abc import Iterator
 
 from dance_jax.models import kernels_cpu, links_cpu
+
+#: Seconds of which the longest step is known.
+WINDOW_S = 10.0
 
 
 class StepClock:
@@ -25,6 +29,25 @@ class StepClock:
         self._seconds: dict[str, float] = dict.fromkeys(
             ("schedule", "compute", "experts", "wait", "exchange", "output"), 0.0
         )
+        #: (when it ended, seconds) of the steps in the window that no later one was as long as.
+        self._long: collections.deque[tuple[float, float]] = collections.deque()
+
+    @contextlib.contextmanager
+    def step(self) -> Iterator[None]:
+        """A whole step."""
+        began = time.perf_counter()
+        yield
+        ended = time.perf_counter()
+        while self._long and self._long[-1][1] <= ended - began:
+            self._long.pop()
+        self._long.append((ended, ended - began))
+
+    @property
+    def longest(self) -> float:
+        """Seconds of the longest step that ended in the last WINDOW_S; 0: none did."""
+        while self._long and self._long[0][0] < time.perf_counter() - WINDOW_S:
+            self._long.popleft()
+        return self._long[0][1] if self._long else 0.0
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:

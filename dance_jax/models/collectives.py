@@ -25,6 +25,7 @@ from dance_jax.models.messages import (
     Exchanged,
     Incoming,
     Outgoing,
+    agree,
     join_columns,
     row_bytes,
     split_columns,
@@ -50,7 +51,7 @@ class Collectives:
         return np.zeros(layers, np.int32)
 
     def dispatch(
-        self, topology: Topology, outgoing: Outgoing, work: Array, memory: Array
+        self, topology: Topology, outgoing: Outgoing, said: Array, memory: Array
     ) -> tuple[Incoming, Exchanged]:
         num, rank = topology.num_servers, topology.rank
         like = (outgoing.expert[0], outgoing.weight, *outgoing.hidden)
@@ -59,7 +60,7 @@ class Collectives:
             for peer in topology.peers
         }
         counts_n = outgoing.goes.sum(1, dtype=jnp.int32)
-        header = jnp.concatenate([counts_n, work[None]])
+        header = jnp.concatenate([counts_n, said[None]])
         rung = _rung((memory + CREDIT_STEPS - 1) // CREDIT_STEPS)
         headers, firsts, order = _first_round(topology, packed, rung, header)
         headers, firsts = from_gateway(topology, (headers, firsts))
@@ -77,11 +78,13 @@ class Collectives:
             place += rows[peer, rank]
         expert, weight, *hidden = split_columns(box, like)
         largest = rows.max()
+        work, loaded = agree(heads[:, num])
         exchanged = Exchanged(
             # With the order in them, they tie the sums' messages to these.
             rows=rows + order,
             bytes=wire_bytes(rows, first, row_bytes(like), row_bytes(outgoing.hidden)),
-            work=heads[:, num].max(),
+            work=work,
+            loaded=loaded,
             memory=jnp.maximum(jnp.minimum(largest, LADDER[-1]) * CREDIT_STEPS, memory - 1),
         )
         return Incoming(expert, weight, tuple(hidden)), exchanged

@@ -28,6 +28,7 @@ from dance_jax.models.messages import (
     Incoming,
     Outgoing,
     Transport,
+    agree,
     decode,
     encode,
     join_columns,
@@ -64,19 +65,20 @@ class Exchange:
         topology: Topology,
         pool: Pool,
         tables: Tables,
-        work: Array,
+        said: Array,
         transport: Transport,
         wire_dtype: np.dtype,
     ):
         """
         Args:
-            work: int32 [], what this server tells the others of its work; all learn the most.
+            said: int32 [], what this server tells the others of itself (`messages.say`); all learn
+                what follows from all (`messages.agree`).
             wire_dtype: of hidden states and sums between servers, see messages.encode.
         """
         self.topology = topology
         self.pool = pool
         self.tables = tables
-        self.work = work
+        self.said = said
         self.transport = transport
         self.wire_dtype = wire_dtype
 
@@ -113,7 +115,7 @@ class Exchange:
 
         if servers == 1:
             none = jnp.zeros((1, 1), jnp.int32)
-            exchanged = Exchanged(none, none, self.work, memory)
+            exchanged = Exchanged(none, none, *agree(self.said[None]), memory)
             return scatter_siblings(topology, self._ffn(*own, slot_e)), exchanged
 
         visit_ngk = visit_gk == jnp.arange(servers)[:, None, None]
@@ -123,7 +125,7 @@ class Exchange:
             weight=weight_gk,
             hidden=encode(x_gd, self.wire_dtype),
         )
-        incoming, exchanged = self.transport.dispatch(topology, outgoing, self.work, memory)
+        incoming, exchanged = self.transport.dispatch(topology, outgoing, self.said, memory)
         y_gd, sums = self._run_experts(
             own, incoming, exchanged.rows[:, topology.rank].sum(), slot_e
         )

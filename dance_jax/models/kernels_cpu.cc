@@ -215,9 +215,10 @@ void ParallelFor(ffi::ThreadPool& pool, int64_t count, const Run& run) {
   while (state->done.load(std::memory_order_acquire) < count) std::this_thread::yield();
 }
 
+// The layer's sums; returns the assignments that have a slot.
 template <typename T>
-void Run(ffi::ThreadPool& pool, const Layer<T>& layer, int64_t slots, const int32_t* slot_nk,
-         const float* weight_nk, float* y_nd) {
+int64_t Run(ffi::ThreadPool& pool, const Layer<T>& layer, int64_t slots, const int32_t* slot_nk,
+            const float* weight_nk, float* y_nd) {
   const int64_t assignments = layer.n * layer.k, d = layer.d;
   // Assignments sorted by slot (a counting sort); those without a slot are left out.
   std::vector<int32_t> end(slots + 1, 0);
@@ -270,10 +271,11 @@ void Run(ffi::ThreadPool& pool, const Layer<T>& layer, int64_t slots, const int3
       }
     }
   });
+  return end[slots];
 }
 
-// Calls for routed experts in this process, and the time in them.
-std::atomic<int64_t> routed_calls{0}, routed_ns{0};
+// Calls for routed experts in this process, the time in them, and the assignments they computed.
+std::atomic<int64_t> routed_calls{0}, routed_ns{0}, routed_assignments{0};
 
 // routed: the experts are those that a router chose.
 template <ffi::DataType kType>
@@ -287,9 +289,11 @@ ffi::Error GroupedFfn(ffi::ThreadPool pool, bool routed, ffi::Buffer<kType, 3> w
   Layer<T> layer{data(w_gate), data(w_up), data(w_down), data(x),
                  rows[0],      shape[1],   shape[2],     rows[1]};
   const auto start = std::chrono::steady_clock::now();
-  Run(pool, layer, shape[0], slot.typed_data(), weight.typed_data(), y->typed_data());
+  const int64_t assignments =
+      Run(pool, layer, shape[0], slot.typed_data(), weight.typed_data(), y->typed_data());
   if (routed) {
     ++routed_calls;
+    routed_assignments += assignments;
     routed_ns += std::chrono::nanoseconds(std::chrono::steady_clock::now() - start).count();
   }
   return ffi::Error::Success();
@@ -366,8 +370,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(GroupedFfnBfloat16, GroupedFfn<ffi::BF16>,
 XLA_FFI_DEFINE_HANDLER_SYMBOL(LinearFloat32, Linear<ffi::F32>, LinearBinding<ffi::F32>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(LinearBfloat16, Linear<ffi::BF16>, LinearBinding<ffi::BF16>());
 
-// counters [2]: calls for routed experts, and ns in them.
+// counters [3]: calls for routed experts, ns in them, and assignments that they computed.
 extern "C" void KernelsCounters(int64_t* counters) {
   counters[0] = routed_calls.load();
   counters[1] = routed_ns.load();
+  counters[2] = routed_assignments.load();
 }

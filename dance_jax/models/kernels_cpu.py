@@ -145,13 +145,15 @@ def usable() -> bool:
     return _library is not None and jax.default_backend() == "cpu"
 
 
-def routed_seconds() -> tuple[int, float]:
-    """Calls for routed experts on all devices of this process so far, and seconds in them."""
-    counters = np.zeros(2, np.int64)
+def routed_seconds() -> tuple[int, float, int]:
+    """Of all devices of this process so far: calls for routed experts, seconds in them, and pairs
+    of a row and an expert that they computed.
+    """
+    counters = np.zeros(3, np.int64)
     if _library is not None:
         _library.KernelsCounters(counters.ctypes.data_as(ctypes.POINTER(ctypes.c_int64)))
-    calls, ns = counters.tolist()
-    return calls, ns / 1e9
+    calls, ns, assignments = counters.tolist()
+    return calls, ns / 1e9, assignments
 
 
 @jax.named_scope("experts")

@@ -62,16 +62,16 @@ struct Peer {
   bool receiving() const { return got < in.size(); }
 };
 
-// Time in the calls of one phase: until the first bytes of the last peer came, and from then on.
-struct Timing {
-  std::atomic<int64_t> calls{0}, waited_ns{0}, moved_ns{0};
-};
+// Sums over the calls of one phase: 1, seconds until the last peer's first bytes came; and over
+// those that moved b bytes in the busier direction in s seconds from then on: 1, s, b, bb, bs, ss.
+constexpr int kSums = 8;
+using Timing = std::atomic<double>[kSums];
 
 struct Links {
   int rank = 0;
   std::vector<Peer> peers;  // by rank; this server's own has no connection (-1)
   uint32_t exchange = 0;
-  Timing timing[2];
+  Timing timing[2] = {};
 
   // The devices of this server meet in every call: its first one, the gateway, makes the call.
   std::mutex mutex;
@@ -218,14 +218,17 @@ class Transfer {
   }
 
   void Count() {
+    size_t out = 0, in = 0;
     for (Peer& peer : links_.peers) {
       peer.bytes_sent += peer.out.size();
       peer.bytes_received += peer.in.size();
+      out += peer.out.size(), in += peer.in.size();
     }
     Timing& timing = links_.timing[head_.phase];
-    ++timing.calls;
-    timing.waited_ns += began_ - start_;
-    timing.moved_ns += Now() - began_;
+    const double waited = (began_ - start_) * 1e-9, s = (Now() - began_) * 1e-9;
+    const double b = std::max(out, in), more[kSums] = {1, waited, 1, s, b, b * b, b * s, s * s};
+    // This thread alone writes them.
+    for (int i = 0; i < (b > 0 ? kSums : 2); ++i) timing[i] = timing[i] + more[i];
   }
 
   static constexpr const char* kClosed = "it closed the connection";
@@ -484,14 +487,11 @@ extern "C" void LinksClose() {
   links->Break("the links between servers were closed");
 }
 
-// timing [2, 3]: calls, ns waited and ns moved of dispatches, then of returns. bytes [servers, 2]:
-// payload sent to and received from each server.
-extern "C" void LinksCounters(int servers, int64_t* timing, int64_t* bytes) {
+// timing [2, kSums]: of dispatches, of returns. bytes [servers, 2]: payload to and from each.
+extern "C" void LinksCounters(int servers, double* timing, int64_t* bytes) {
   const auto links = Current(servers);
   if (links == nullptr) return;
-  for (const Timing& phase : links->timing) {
-    for (const auto* each : {&phase.calls, &phase.waited_ns, &phase.moved_ns}) *timing++ = *each;
-  }
+  for (const Timing& phase : links->timing) timing = std::copy(phase, phase + kSums, timing);
   for (const Peer& peer : links->peers) {
     *bytes++ = peer.bytes_sent;
     *bytes++ = peer.bytes_received;

@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import logging
+import math
 import socket
 from collections.abc import Sequence
 
@@ -29,6 +30,7 @@ from dance_jax.models.messages import (
     Incoming,
     Outgoing,
     Transport,
+    agree,
     row_bytes,
 )
 from dance_jax.models.topology import Topology, local_index
@@ -37,6 +39,9 @@ log = logging.getLogger(__name__)
 
 #: Bytes before the rows of a message.
 HEAD_BYTES = 16
+#: `seconds_per_byte` says nothing of fewer calls, or where the slope is not so many standard errors
+#: above 0.
+LEAST_CALLS, CERTAIN = 100, 4.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +54,7 @@ class Sockets:
         return ()
 
     def dispatch(
-        self, topology: Topology, outgoing: Outgoing, work: Array, memory: tuple[()]
+        self, topology: Topology, outgoing: Outgoing, said: Array, memory: tuple[()]
     ) -> tuple[Incoming, Exchanged]:
         num, room = topology.num_servers, topology.room
         like = (outgoing.expert[0], outgoing.weight, *outgoing.hidden)
@@ -57,11 +62,11 @@ class Sockets:
             jax.ShapeDtypeStruct((num, num + 1), jnp.int32),
             *(jax.ShapeDtypeStruct((room, column.shape[1]), column.dtype) for column in like),
         ]
-        operands = (work, outgoing.goes, outgoing.expert, outgoing.weight, *outgoing.hidden)
+        operands = (said, outgoing.goes, outgoing.expert, outgoing.weight, *outgoing.hidden)
         heads, expert, weight, *hidden = _call("LinksDispatch", topology, results, *operands)
         rows = heads[:, :num]
         payload = payload_bytes(rows, row_bytes(like), row_bytes(outgoing.hidden))
-        exchanged = Exchanged(rows, payload, heads[:, num].max(), memory)
+        exchanged = Exchanged(rows, payload, *agree(heads[:, num]), memory)
         return Incoming(expert, weight, tuple(hidden)), exchanged
 
     def give_back(self, topology: Topology, sums: Columns, goes: Array, rows: Array) -> Columns:
@@ -97,14 +102,40 @@ def payload_bytes(rows_nn: Array, row: int, reply: int) -> Array:
 
 
 @dataclasses.dataclass(frozen=True)
+class Moved:
+    """Sums over calls that moved bytes, for the line of their seconds over their bytes.
+
+    Seconds are those after the first bytes of the last peer; bytes are the payload of a call in its
+    busier direction, to or from all peers.
+    """
+
+    calls: float = 0.0
+    seconds: float = 0.0
+    bytes: float = 0.0
+    bytes_bytes: float = 0.0
+    bytes_seconds: float = 0.0
+    seconds_seconds: float = 0.0
+
+    def __sub__(self, before: Moved) -> Moved:
+        """The calls since then."""
+        ours, theirs = dataclasses.astuple(self), dataclasses.astuple(before)
+        return Moved(*(a - b for a, b in zip(ours, theirs, strict=True)))
+
+
+@dataclasses.dataclass(frozen=True)
 class Phase:
     """Time the gateway spent in the calls of one phase since the links were opened."""
 
     calls: int
     #: Seconds until the first bytes of the last peer came: what this server waited for others.
     waited_s: float
-    #: Seconds from then on.
-    moved_s: float
+    #: What came then.
+    moved: Moved
+
+    @property
+    def moved_s(self) -> float:
+        """Seconds from then on."""
+        return self.moved.seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,18 +151,44 @@ class Counters:
 
 def counters(servers: int) -> Counters:
     """Of the open links between so many servers; all 0 where none are open."""
-    timing, traffic = np.zeros((2, 3), np.int64), np.zeros((servers, 2), np.int64)
+    timing, traffic = np.zeros((2, 8)), np.zeros((servers, 2), np.int64)
     library = kernels_cpu.library()
     if library is not None:
-        pointer = ctypes.POINTER(ctypes.c_int64)
         library.LinksCounters(
-            servers, timing.ctypes.data_as(pointer), traffic.ctypes.data_as(pointer)
+            servers,
+            timing.ctypes.data_as(ctypes.POINTER(ctypes.c_double)),
+            traffic.ctypes.data_as(ctypes.POINTER(ctypes.c_int64)),
         )
     dispatch, give_back = (
-        Phase(calls, waited / 1e9, moved / 1e9) for calls, waited, moved in timing.tolist()
+        Phase(int(calls), waited, Moved(*sums)) for calls, waited, *sums in timing.tolist()
     )
     sent, received = traffic.T.tolist()
     return Counters(dispatch, give_back, tuple(sent), tuple(received))
+
+
+def seconds_per_byte(phases: Sequence[Moved]) -> float | None:
+    """What a byte more takes through this server's links, by least squares; None: not known.
+
+    Every phase has its own fixed part, all have one slope. It is known where it stands out of its
+    own scatter: between servers of one machine, or where all calls are of a size, it does not.
+
+    Args:
+        phases: `Phase.moved` of the phases, or what they grew by over some time.
+    """
+    xx = xy = yy = 0.0
+    free = -1
+    for each in phases:
+        if each.calls == 0:
+            continue
+        xx += each.bytes_bytes - each.bytes**2 / each.calls
+        xy += each.bytes_seconds - each.bytes * each.seconds / each.calls
+        yy += each.seconds_seconds - each.seconds**2 / each.calls
+        free += each.calls - 1
+    if free < LEAST_CALLS or xx <= 0 or xy <= 0:
+        return None
+    slope = xy / xx
+    scatter = math.sqrt(max(yy - slope * xy, 0.0) / free / xx)
+    return slope if slope > CERTAIN * scatter else None
 
 
 # Connections.

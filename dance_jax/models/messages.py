@@ -16,6 +16,8 @@ from dance_jax.models.topology import Topology
 
 #: Marks "no expert" where expert numbers are uint16.
 NO_EXPERT = 0xFFFF
+#: What a server says of itself is one int32: in the low bits its work, above them a batch.
+WORK_BITS = 2
 #: Arrays that hold parts of the same rows; the leading axes are equal.
 Columns = tuple[Array, ...]
 
@@ -51,8 +53,10 @@ class Exchanged(NamedTuple):
     rows: Array
     #: int32 [n, n], payload bytes from server to server, sums included.
     bytes: Array
-    #: int32 [], the most that a server reported of its work (`Exchange`).
+    #: int32 [], the most work that a server has; the batch of experts that all are ready to put in
+    #: place, 0 where they do not name the same (`agree`).
     work: Array
+    loaded: Array
     #: What the transport wants to know in this layer's next exchange.
     memory: Any
 
@@ -74,12 +78,12 @@ class Transport(Protocol):
         ...
 
     def dispatch(
-        self, topology: Topology, outgoing: Outgoing, work: Array, memory: Any
+        self, topology: Topology, outgoing: Outgoing, said: Array, memory: Any
     ) -> tuple[Incoming, Exchanged]:
         """Sends every server its rows.
 
         Args:
-            work: int32 [], this server's, see `Exchange`.
+            said: int32 [], by this server, see `say`.
             memory: of this layer's last exchange.
         """
         ...
@@ -96,6 +100,26 @@ class Transport(Protocol):
             in the others' places.
         """
         ...
+
+
+def say(work: int, loaded: int) -> int:
+    """What a server says of itself.
+
+    Args:
+        work: a number below 2 ** WORK_BITS.
+        loaded: the batch that it is ready to put in place next; 0: none.
+    """
+    return work | loaded << WORK_BITS
+
+
+def agree(said_n: Array) -> tuple[Array, Array]:
+    """`Exchanged.work` and `.loaded` from what all servers said, int32 [n].
+
+    A batch takes effect only where all name the same one: a server that has not heard yet that one
+    was dropped cannot be taken for ready for the next, nor the others for ready for that one.
+    """
+    work_n, batch_n = said_n & (2**WORK_BITS - 1), said_n >> WORK_BITS
+    return work_n.max(), jnp.where((batch_n == batch_n[0]).all(), batch_n[0], 0)
 
 
 def encode(x_nd: Array, dtype: np.dtype) -> Columns:

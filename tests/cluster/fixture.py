@@ -59,6 +59,10 @@ class TestCluster:
     def place(self, layout: Layout) -> list[Any]:
         return self.send("place", layout)
 
+    def stage(self, number: int, layout: Layout, *ranks: int) -> None:
+        """These servers have loaded a batch."""
+        self.send("stage", number, layout, ranks)
+
     def step(self, commands: list[Any]) -> list[Any]:
         return self.send("step", commands)
 

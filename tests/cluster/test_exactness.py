@@ -27,13 +27,6 @@ cluster_settings = settings(
 )
 
 
-@pytest.fixture(scope="module")
-def single():
-    """The same model on one device that holds every expert."""
-    everything = Placement(np.ones((1, LAYERS, EXPERTS), bool))
-    return tiny.runner(spread(everything, [1], [LAYERS * EXPERTS]), 0)
-
-
 @functools.cache
 def sequence(seed: int, length: int) -> tuple[int, ...]:
     return tuple(np.random.default_rng([seed, 7]).integers(2, 258, length).tolist())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterator
 
 import jax
@@ -35,9 +36,14 @@ DECODE, SLICE = ENGINE.buckets
 LAYERS, EXPERTS = len(CONFIG.moe_layers), CONFIG.num_experts
 
 
+@functools.cache
+def expert_tensors() -> dict[str, np.ndarray]:
+    return dict(random_expert_tensors(CONFIG, seed=0))
+
+
 def read_experts(pairs: list[tuple[int, int]]):
     """Stands in for a checkpoint: the same weights as `init_random` goes with."""
-    tensors = dict(random_expert_tensors(CONFIG, seed=0))
+    tensors = expert_tensors()
     stacks = []
     for part in ("gate_proj", "up_proj", "down_proj"):
         names = (
@@ -56,6 +62,18 @@ def runner(
     blocks = config.max_num_seqs * config.max_blocks
     cache = CompileCache(None)
     return Runner(CONFIG, trunk, read_experts, layout, rank, config, blocks, cache, transport)
+
+
+def weights_of(layout: Layout, rank: int) -> dict[tuple[int, int], tuple[np.ndarray, ...]]:
+    """What the slots of a server that hold an expert must hold, by (local device, slot)."""
+    found = {}
+    for device in range(layout.devices[rank]):
+        table = layout.experts_of(rank, device)
+        used = np.flatnonzero(table[:, 0] >= 0).tolist()
+        if used:
+            stacks = read_experts([tuple(table[slot]) for slot in used])
+            found |= {(device, slot): each for slot, *each in zip(used, *stacks, strict=True)}
+    return {place: tuple(each) for place, each in found.items()}
 
 
 @contextlib.contextmanager
@@ -108,12 +126,14 @@ def rows_of(bucket: tuple[int, int], tokens: Tokens) -> list[list[Row]]:
     return found
 
 
-def run(runner: Runner, command: tuple[tuple[int, int], list[Tokens]]) -> list[dict]:
+def run(
+    runner: Runner, command: tuple[tuple[int, int], list[Tokens]], loaded: int = 0
+) -> list[dict]:
     """One step in a bucket; per device the logits and routes of its sequences and the traffic."""
     bucket, devices = command
     rows = [rows_of(bucket, tokens) for tokens in devices]
     entries = tuple(tuple(row for parts in device for row in parts) for device in rows)
-    outcomes, extras = runner.run(StepPlan(*bucket, entries), work=BUSY)
+    outcomes, extras = runner.run(StepPlan(*bucket, entries), work=BUSY, loaded=loaded)
     replies = []
     for device, outcome, logits, routes in zip(
         rows, outcomes, runner.read(extras.logits), runner.read(extras.routes), strict=True
@@ -128,6 +148,7 @@ def run(runner: Runner, command: tuple[tuple[int, int], list[Tokens]]) -> list[d
                     for parts in device
                 ],
                 "rows": outcome.rows,
+                "loaded": int(outcome.loaded),
                 "sent": outcome.bytes[:, runner.topology.rank],
             }
         )

@@ -28,6 +28,7 @@ jax.config.update("jax_enable_preemption_service", False)
 jax.distributed.initialize(f"127.0.0.1:{PORT}", len(DEVICES), RANK)
 
 from dance_jax.engine.runner import Runner, cluster_mesh  # noqa: E402
+from dance_jax.engine.staging import Staging, new_slots  # noqa: E402
 from dance_jax.models import kernels_cpu, links_cpu  # noqa: E402
 from dance_jax.models.collectives import Collectives  # noqa: E402
 from dance_jax.models.topology import AXIS  # noqa: E402
@@ -44,6 +45,7 @@ names = [f"server-{rank}" for rank in range(len(DEVICES))]
 sockets = links_cpu.connect(RANK, names, "127.0.0.1", b"the key of this test")
 transports = {"collectives": Collectives(), "sockets": sockets}
 runners: dict[tuple[str, str], Runner] = {}
+staging: Staging | None = None
 variant = ("collectives", "compute")
 leveled = contextlib.ExitStack()
 while True:
@@ -59,6 +61,9 @@ while True:
             runners[variant].place(layout)
         else:
             runners[variant] = tiny.runner(layout, RANK, transports[variant[0]], variant[1])
+        like = runners[variant].expert_like
+        shapes = [leaf.shape for leaf in like]
+        staging = Staging(layout, RANK, shapes, like.w_gate.dtype)
         pool = runners[variant].pool
         reply = [[shard.data.shape for shard in leaf.addressable_shards] for leaf in pool]
     elif command[0] == "level router":
@@ -67,9 +72,25 @@ while True:
         else:
             leveled.close()
         reply = None
+    elif command[0] == "stage":
+        _, number, layout, ranks = command
+        if RANK in ranks:
+            weights = tiny.weights_of(layout, RANK)
+            needed = new_slots(staging.latest, layout, RANK)
+            staging.add(number, layout, {place: weights[place] for place in needed})
+        reply = None
+    elif command[0] == "drop":
+        reply = staging.drop(command[1]) if RANK in command[2] else None
+    elif command[0] == "pool":
+        places = tiny.weights_of(staging.layout, RANK)
+        reply = {place: runners[variant].read_slot(*place) for place in places}
     elif command[0] == "counters":
         reply = links_cpu.counters(len(DEVICES))
     else:
-        reply = tiny.run(runners[variant], command[1][RANK])
+        reply = tiny.run(runners[variant], command[1][RANK], staging.tell())
+        if number := reply[0]["loaded"]:
+            batch = staging.take(number)
+            runners[variant].write_slots(batch.writes)
+            runners[variant].use_tables(batch.layout)
     pickle.dump(reply, replies)
     replies.flush()

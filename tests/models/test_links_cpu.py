@@ -20,7 +20,7 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 from dance_jax.models import links_cpu
-from dance_jax.models.links_cpu import HEAD_BYTES, Sockets
+from dance_jax.models.links_cpu import HEAD_BYTES, Moved, Sockets, seconds_per_byte
 from dance_jax.models.messages import NO_EXPERT, Outgoing, row_bytes
 from dance_jax.models.topology import AXIS, Topology
 
@@ -113,7 +113,7 @@ def test_rows_go_and_sums_come_back(peer: socket.socket):
     assert incoming.weight[0].tolist() == [0.5, 0]
     assert incoming.hidden[0][0].tolist() == [1, 2, 3]
     assert exchanged.rows.tolist() == [[0, 2], [1, 0]]
-    assert exchanged.work == 2
+    assert (exchanged.work, exchanged.loaded) == (2, 0)
     np.testing.assert_array_equal(returned[0][1, [1, 3]], sums)
 
     expected = (
@@ -132,6 +132,14 @@ def test_rows_go_and_sums_come_back(peer: socket.socket):
     assert counters.bytes_sent == (0, len(expected))
     assert counters.bytes_received == (0, len(ONE_ROW) + reply)
     assert counters.dispatch.calls == counters.give_back.calls == 1
+    moved = [counters.dispatch.moved, counters.give_back.moved]
+    # Out goes more than comes in a dispatch, and comes more than goes in a return.
+    assert [each.bytes for each in moved] == [len(expected) - HEAD_BYTES - 4 * D, reply]
+    for each in moved:
+        assert each.calls == 1 and each.seconds > 0
+        assert each.bytes_bytes == each.bytes**2
+        assert each.bytes_seconds == pytest.approx(each.bytes * each.seconds)
+        assert each.seconds_seconds == pytest.approx(each.seconds**2)
     assert row_bytes((incoming.expert, incoming.weight, *incoming.hidden)) == len(ROW)
 
 
@@ -162,6 +170,40 @@ def test_large_messages_cross(peer: socket.socket):
     np.testing.assert_array_equal(swap(x_gd), x_gd)
     player.join()
     assert received[-x_gd.nbytes :] == x_gd.tobytes()
+
+
+# What a byte takes.
+
+
+def moved(sizes: np.ndarray, seconds: np.ndarray) -> Moved:
+    sums = (seconds, sizes, sizes * sizes, sizes * seconds, seconds * seconds)
+    return Moved(len(sizes), *(float(each.sum()) for each in sums))
+
+
+def phases(byte_s: float, noise_s: float, calls: int = 400) -> list[Moved]:
+    """Phases of different sizes and fixed parts on one link."""
+    rng = np.random.default_rng(0)
+    found = []
+    for fixed_s, largest in ((1e-3, 20_000), (5e-3, 90_000)):
+        sizes = rng.integers(100, largest, calls).astype(float)
+        seconds = fixed_s + byte_s * sizes + np.abs(rng.normal(0, noise_s, calls))
+        found.append(moved(sizes, seconds))
+    return found
+
+
+def test_the_slope_of_time_over_bytes_is_found():
+    assert seconds_per_byte(phases(1e-8, 0.0)) == pytest.approx(1e-8, rel=1e-6)
+    assert seconds_per_byte(phases(1e-8, 1e-4)) == pytest.approx(1e-8, rel=0.05)
+    (early, _), (late, other) = phases(1e-8, 1e-4), phases(1e-8, 1e-4, 900)
+    assert seconds_per_byte([late - early, other]) == pytest.approx(1e-8, rel=0.1)
+
+
+def test_an_uncertain_slope_is_not_known():
+    assert seconds_per_byte(phases(1e-11, 1e-3)) is None, "lost in the noise"
+    assert seconds_per_byte(phases(1e-8, 0.0, calls=20)) is None, "few calls"
+    same = moved(np.full(400, 1e4), np.full(400, 1e-3))
+    assert seconds_per_byte([same, Moved()]) is None, "all of a size"
+    assert seconds_per_byte([]) is None
 
 
 # What ends them.

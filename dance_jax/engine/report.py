@@ -1,0 +1,75 @@
+"""What an engine tells of itself; plain types, to cross processes."""
+
+from __future__ import annotations
+
+import msgspec
+import numpy as np
+
+from dance_jax.models.links_cpu import Moved
+
+
+class EngineStats(msgspec.Struct):
+    """What one server counted since its start: much, told on request."""
+
+    #: [l][e] expert calls of this server's tokens.
+    counts: list[list[int]]
+    #: [l][n] hidden states sent to each server.
+    transfers: list[list[int]]
+    #: [n] payload bytes sent to each server.
+    bytes_sent: list[int]
+    #: Tokens computed, prompt and output.
+    tokens: int
+    steps: int
+    #: int16 [tokens, l, k]: experts chosen by a random sample of the tokens, and their k.
+    routes: bytes
+    top_k: int
+    #: Bytes of the live expert pool of each device.
+    pool_bytes: list[int]
+    #: As in `EngineReport`.
+    calls_served: int = 0
+    expert_seconds: float = 0.0
+    moved: list[Moved] = []
+
+    @property
+    def routes_tlk(self) -> np.ndarray:
+        """`routes` as an array."""
+        found = np.frombuffer(self.routes, np.int16)
+        return found.reshape(-1, len(self.counts), self.top_k)
+
+
+class EngineReport(msgspec.Struct):
+    """What one server does, in a few numbers; counters are since its start."""
+
+    steps: int
+    #: Sequences.
+    running: int
+    waiting: int
+    #: KV blocks of all devices, and those that running sequences hold.
+    kv_blocks: int
+    kv_blocks_used: int
+    preemptions: int
+    #: Tokens looked up in the prefix cache, and found there.
+    prefix_queries: int
+    prefix_hits: int
+    #: Tokens of prompts computed, and tokens sampled.
+    prompt_tokens: int
+    generation_tokens: int
+    #: Expert calls of this server's tokens, by where they were served.
+    calls_local: int
+    calls_remote: int
+    #: Hidden states sent to other servers.
+    transfers: int
+    #: Payload bytes to and from each server, by rank.
+    bytes_sent: list[int]
+    bytes_received: list[int]
+    experts_resident: int
+    #: Seconds in each part of the steps; see `step_clock.StepClock`.
+    step_seconds: dict[str, float]
+    #: The longest step of the last seconds; see `step_clock.StepClock.longest`.
+    longest_step_s: float = 0.0
+    #: Expert calls that this server's devices computed, for its own tokens and others', and the
+    #: devices' seconds in them, together; 0 where it is not counted: without the C++ library.
+    calls_served: int = 0
+    expert_seconds: float = 0.0
+    #: Time over bytes of the exchange's two phases, for `links_cpu.seconds_per_byte`.
+    moved: list[Moved] = []

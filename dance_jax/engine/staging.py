@@ -1,0 +1,130 @@
+"""Batches of moved experts that are loaded and wait until all servers have loaded them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+
+from dance_jax.engine.slots import SlotWrite, Weights
+from dance_jax.placement.core import Layout
+
+#: By (local device, slot).
+Experts = Mapping[tuple[int, int], Weights]
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """The slots that a server writes when a layout comes into force."""
+
+    number: int
+    layout: Layout
+    #: Per local device.
+    writes: list[list[SlotWrite]]
+
+
+def new_slots(old: Layout, new: Layout, rank: int) -> set[tuple[int, int]]:
+    """(local device, slot) of a server whose content is another expert's under `new`."""
+    found = set()
+    for device in range(new.devices[rank]):
+        was, now = old.experts_of(rank, device), new.experts_of(rank, device)
+        changed = (now != was).any(1) & (now[:, 0] >= 0)
+        found |= {(device, slot) for slot in np.flatnonzero(changed).tolist()}
+    return found
+
+
+class Staging:
+    """One server's batches, in their order. It holds host arrays and touches no device.
+
+    Args:
+        layout: in force.
+        rank: this server's.
+        shapes: of one expert's weights.
+        dtype: of the pool.
+    """
+
+    def __init__(
+        self, layout: Layout, rank: int, shapes: list[tuple[int, ...]], dtype: np.dtype
+    ) -> None:
+        #: In force.
+        self.layout = layout
+        self._rank, self._shapes, self._dtype = rank, shapes, dtype
+        self._batches: list[Batch] = []
+        self._last = self._told = 0
+
+    @property
+    def ready(self) -> int:
+        """The batch that comes next and is loaded here; 0: none."""
+        return self._batches[0].number if self._batches else 0
+
+    @property
+    def latest(self) -> Layout:
+        """Of the last batch, which the next one is to follow."""
+        return self._batches[-1].layout if self._batches else self.layout
+
+    @property
+    def news(self) -> bool:
+        """The others do not know yet that the next one is ready."""
+        return bool(self._batches) and self.ready != self._told
+
+    def add(self, number: int, layout: Layout, experts: Experts) -> None:
+        """Holds a batch; see `Engine.stage`."""
+        before = self.latest
+        if number <= self._last:
+            raise ValueError(f"batch {number} after batch {self._last}: numbers must grow")
+        same = (layout.devices, layout.slots_per_device) == (
+            before.devices,
+            before.slots_per_device,
+        )
+        if not same or layout.holders.shape != before.holders.shape:
+            raise ValueError(f"batch {number}: its layout is for other servers or another model")
+        needed = new_slots(before, layout, self._rank)
+        if missing := sorted(needed - set(experts)):
+            raise ValueError(
+                f"batch {number}: no weights for (device, slot) {missing[0]} and "
+                f"{len(missing) - 1} more that its layout changes"
+            )
+        writes = [[] for _ in range(layout.devices[self._rank])]
+        tables = [layout.experts_of(self._rank, device) for device in range(len(writes))]
+        for (device, slot), weights in sorted(experts.items(), key=lambda item: item[0]):
+            self._check(number, tables, device, slot, weights)
+            writes[device].append(SlotWrite(slot, *weights))
+        self._batches.append(Batch(number, layout, writes))
+        self._last = number
+
+    def _check(
+        self, number: int, tables: list[np.ndarray], device: int, slot: int, weights: Weights
+    ) -> None:
+        at = f"batch {number}, device {device}, slot {slot}"
+        if not (0 <= device < len(tables) and 0 <= slot < len(tables[device])):
+            raise ValueError(f"{at}: there is no such slot")
+        if tables[device][slot, 0] < 0:
+            raise ValueError(f"{at}: its layout has no expert there")
+        found = [(array.shape, array.dtype) for array in weights]
+        if found != (wanted := [(shape, self._dtype) for shape in self._shapes]):
+            raise ValueError(f"{at}: weights are {found}, not {wanted}")
+
+    def drop(self, number: int) -> bool:
+        """Forgets a batch and those after it; see `Engine.unstage`."""
+        kept = [batch for batch in self._batches if batch.number < number]
+        dropped = any(batch.number == number for batch in self._batches)
+        self._batches = kept
+        return dropped
+
+    def tell(self) -> int:
+        """What this server says in the step that begins: `ready`."""
+        self._told = self.ready
+        return self._told
+
+    def take(self, number: int) -> Batch:
+        """The next batch, from here on in force.
+
+        Args:
+            number: what all servers have said.
+        """
+        batch = self._batches.pop(0)
+        if batch.number != number:
+            raise RuntimeError(f"all servers agree on batch {number}, here {batch.number} is next")
+        self.layout = batch.layout
+        return batch

@@ -1,0 +1,20 @@
+"""What the tests of the three processes share."""
+
+from __future__ import annotations
+
+import pathlib
+
+import numpy as np
+import pytest
+
+from dance_jax.engine.runner import Runner
+from dance_jax.placement.core import Placement, spread
+from tests.cluster import tiny
+from tests.cluster.tiny import EXPERTS, LAYERS
+
+
+@pytest.fixture(scope="package")
+def single(expert_library: pathlib.Path | None) -> Runner:
+    """The same model on one device that holds every expert."""
+    everything = Placement(np.ones((1, LAYERS, EXPERTS), bool))
+    return tiny.runner(spread(everything, [1], [LAYERS * EXPERTS]), 0)

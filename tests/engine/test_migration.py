@@ -1,0 +1,224 @@
+"""Experts move to other slots of one server while it answers requests."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import re
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dance_jax.config import EngineConfig
+from dance_jax.engine.engine import Engine
+from dance_jax.engine.output import OutputCollector
+from dance_jax.engine.sequence import Request, SamplingParams
+from dance_jax.engine.slots import SlotWrite
+from dance_jax.models.checkpoint import Checkpoint
+from dance_jax.models.convert import ensure_converted
+from dance_jax.models.tokenizer import Tokenizer
+from dance_jax.placement.core import Layout, Placement, spread
+from dance_jax.placement.migration import SlotChange, changed
+from tests.launch.tiny import write_model
+
+LAYERS, EXPERTS = 2, 16
+#: More than experts, so that they can move.
+SLOTS = 40
+dtypes = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+
+
+@pytest.fixture(scope="module")
+def checkpoint(
+    tmp_path_factory: pytest.TempPathFactory, expert_library: pathlib.Path | None
+) -> Checkpoint:
+    folder = tmp_path_factory.mktemp("engine")
+    return Checkpoint.open(ensure_converted(write_model(folder / "model"), folder / "cache"))
+
+
+def start(checkpoint: Checkpoint, dtype: str) -> Engine:
+    """All experts on one server, with free slots."""
+    config = EngineConfig(
+        max_model_len=64,
+        max_num_seqs=4,
+        decode_rows=(4,),
+        slice_rows=(2,),
+        block_size=8,
+        dtype=dtype,
+    )
+    everything = Placement(np.ones((1, LAYERS, EXPERTS), bool))
+    layout = spread(everything, [1], [SLOTS])
+    engine = Engine(checkpoint, Tokenizer.load(checkpoint.path), None, 0, layout, config)
+    return engine
+
+
+@pytest.fixture(scope="module")
+def engine(checkpoint: Checkpoint) -> Engine:
+    engine = start(checkpoint, "float32")
+    engine.warmup()
+    return engine
+
+
+def shuffled(layout: Layout, seed: int, most: int) -> Layout:
+    """Some experts in slots of others, and in free ones."""
+    rng = np.random.default_rng(seed)
+    table = layout.experts_of(0, 0)
+    moving = rng.choice(SLOTS, most, replace=False)
+    pairs = zip(moving.tolist(), table[np.roll(moving, 1)].tolist(), strict=True)
+    return changed(layout, [SlotChange(0, 0, slot, *pair) for slot, pair in pairs])
+
+
+def loads(checkpoint: Checkpoint, engine: Engine, old: Layout, new: Layout):
+    """From the checkpoint, what `new` has in other slots."""
+    was, now = old.experts_of(0, 0), new.experts_of(0, 0)
+    slots = np.flatnonzero((was != now).any(1) & (now[:, 0] >= 0)).tolist()
+    assert slots
+    pairs = [tuple(now[slot].tolist()) for slot in slots]
+    stacks = checkpoint.experts(pairs, engine.config.dtype)
+    return {(0, slot): each for slot, *each in zip(slots, *stacks, strict=True)}
+
+
+def stage(checkpoint: Checkpoint, engine: Engine, number: int, seed: int, most: int) -> None:
+    new = shuffled(engine.layout, seed, most)
+    experts = loads(checkpoint, engine, engine.layout, new)
+    engine.stage(number, new, {place: tuple(each) for place, each in experts.items()})
+
+
+def check_pool(checkpoint: Checkpoint, engine: Engine) -> None:
+    """Every expert is what the checkpoint has, read on a thread of its own."""
+    pairs = list(np.ndindex(LAYERS, EXPERTS))
+    found = []
+    reader = threading.Thread(target=lambda: found.extend(engine.expert(*pair) for pair in pairs))
+    reader.start()
+    reader.join()
+    assert len(found) == len(pairs)
+    for ours, theirs in zip(
+        zip(*found, strict=True), checkpoint.experts(pairs, engine.config.dtype), strict=True
+    ):
+        np.testing.assert_array_equal(np.stack(ours), theirs)
+
+
+REQUESTS = {str(n): np.random.default_rng(n).integers(2, 258, 5 + 4 * n).tolist() for n in range(6)}
+
+
+def outputs(engine: Engine, each_step=lambda: None) -> dict[str, list[int]]:
+    """Greedy, all at once."""
+    collectors = {}
+    for name, prompt in REQUESTS.items():
+        sampling = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)
+        request = Request(name, None, prompt, sampling)
+        collectors[name] = OutputCollector(request)
+        engine.add(request)
+    while engine.has_work:
+        each_step()
+        for delta in engine.step().outputs:
+            collectors[delta.request_id].apply(delta)
+    return {name: each.output.outputs[0].token_ids for name, each in collectors.items()}
+
+
+def test_outputs_do_not_change_and_nothing_is_compiled(checkpoint: Checkpoint, engine: Engine):
+    expected = outputs(engine)
+    first, before = engine.layout, engine.report()
+    numbers = iter(range(1, 100))
+
+    def move() -> None:
+        stage(checkpoint, engine, number := next(numbers), seed=number, most=12 + number % 7)
+
+    compiled = []
+    listener = lambda event, _, **__: compiled.append(event) if "compile" in event else None  # noqa: E731
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    try:
+        jax.jit(lambda x: x + 43)(jnp.ones(3))
+        assert compiled, "the listener hears nothing"
+        compiled.clear()
+        assert outputs(engine, move) == expected
+        after = engine.report()
+        check_pool(checkpoint, engine)
+        assert not compiled
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listener)
+    assert next(numbers) > 20, "a batch in every step"
+    assert (engine.layout.slot_of != first.slot_of).mean() > 0.5
+    # All calls are served here, by whatever layout.
+    computed = after.prompt_tokens - before.prompt_tokens
+    computed += after.generation_tokens - before.generation_tokens - len(REQUESTS)
+    calls = after.calls_local - before.calls_local
+    assert calls == computed * LAYERS * checkpoint.config.top_k and after.calls_remote == 0
+
+
+def test_a_batch_is_in_force_after_the_step_that_tells_of_it(
+    checkpoint: Checkpoint, engine: Engine
+):
+    assert not engine.has_work
+    old = engine.layout
+    stage(checkpoint, engine, 1000, seed=1, most=12)
+    assert engine.has_work and engine.layout is old
+    result = engine.step()
+    assert (result.applied, result.active, engine.has_work) == (1000, False, False)
+    assert engine.layout is not old
+    assert engine.step().applied == 0 and not engine.unstage(1000)
+    check_pool(checkpoint, engine)
+
+    kept = engine.layout
+    stage(checkpoint, engine, 1001, seed=2, most=12)
+    assert engine.unstage(1001) and not engine.has_work
+    assert engine.step().applied == 0 and engine.layout is kept
+    with pytest.raises(KeyError, match="expert 3 of MoE layer 1 is not on this server"):
+        absent = kept.device_of.copy()
+        absent[0, 1, 3] = -1
+        engine._staging.layout = dataclasses.replace(kept, device_of=absent)
+        engine.expert(1, 3)
+    engine._staging.layout = kept
+
+
+def test_routes_of_all_tokens_are_kept_while_there_is_room(engine: Engine):
+    outputs(engine)
+    stats = engine.stats()
+    assert 0 < stats.tokens <= engine.config.route_sample
+    routes_tlk = stats.routes_tlk
+    assert len(routes_tlk) == stats.tokens
+    for layer, counts_e in enumerate(stats.counts):
+        found_e = np.bincount(routes_tlk[:, layer].ravel(), minlength=EXPERTS)
+        assert found_e.tolist() == counts_e
+
+
+def test_costs_are_measured(engine: Engine):
+    """Of the calls that were served, not of those that warmed up."""
+    before = engine.report()
+    outputs(engine)
+    after, stats = engine.report(), engine.stats()
+    served = after.calls_served - before.calls_served
+    assert served == after.calls_local - before.calls_local > 0
+    assert after.expert_seconds > before.expert_seconds
+    assert (stats.calls_served, stats.moved) == (after.calls_served, after.moved)
+    assert [each.calls for each in after.moved] == [0, 0], "alone there is no link"
+
+
+@dtypes
+def test_slots_are_written_in_place(checkpoint: Checkpoint, dtype: str):
+    """Neither the compiled write nor the call of it copies the pool."""
+    runner = start(checkpoint, dtype).runner
+    text = runner.lower_write_slot().compile().as_text()
+    assert text is not None
+    shapes = {shape for leaf in runner.pool for shape in (leaf.shape, leaf.shape[1:])}
+    forbidden = "|".join(",".join(map(str, shape)) for shape in shapes)
+    assert re.search(rf"\[({forbidden})\]", text), "the pool is in the program"
+    assert not re.search(rf"= \w+\[({forbidden})\]\S* copy\(", text)
+    assert not re.search(rf"\w+\[({forbidden})\][^=]* copy-start\(", text)
+    aliased = re.search(r"input_output_alias=\{(.*?)\}, entry", text)
+    assert aliased is not None and len(re.findall("(?:may|must)-alias", aliased[1])) == 3
+
+    def places() -> list[int]:
+        return [leaf.addressable_shards[0].data.unsafe_buffer_pointer() for leaf in runner.pool]
+
+    runner.compile_slots()
+    before, neighbour = places(), runner.read_slot(0, 8)
+    fresh = [np.full(leaf.shape, 2, leaf.dtype) for leaf in runner.expert_like]
+    runner.write_slots([[SlotWrite(slot, *fresh) for slot in (7, 9)]])
+    assert places() == before
+    for slot, wanted in ((7, fresh), (8, neighbour), (9, fresh)):
+        for ours, theirs in zip(runner.read_slot(0, slot), wanted, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+            assert ours.dtype == jnp.dtype(dtype)
