@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import os
 import signal
@@ -22,7 +23,13 @@ from dance_jax.launch.cluster import Cluster
 from dance_jax.launch.defaults import default_platform, demo_dir, engine_config, platform_of
 from dance_jax.launch.fleet import ClusterError, Fleet, Network
 from dance_jax.launch.hosts import read_hosts
-from dance_jax.launch.options import BATCH_TOKENS, check_mode, parser, serve_options
+from dance_jax.launch.options import (
+    BATCH_TOKENS,
+    check_mode,
+    parser,
+    rebalance_options,
+    serve_options,
+)
 from dance_jax.launch.plan import Plan, Room, make_plan, matched, rooms
 from dance_jax.launch.prompts import check_writable, read_prompts, same_file, write_results
 from dance_jax.launch.report import print_plan, print_summary
@@ -33,6 +40,7 @@ from dance_jax.launch.stream import Startup, Stream, conversion, placing
 
 if TYPE_CHECKING:
     from dance_jax.launch.node import Nodes
+    from dance_jax.launch.state import State
     from dance_jax.models.checkpoint import Checkpoint
     from dance_jax.placement.activations import Activations
 
@@ -80,7 +88,7 @@ def _launch(options: argparse.Namespace, platform: str, console: Console) -> int
     if part.node:
         return _hold_server(options, part, console)
     check_mode(options)
-    serving = serve_options(options)
+    serving, moving = serve_options(options), rebalance_options(options)
     prompts = None
     if options.prompts is not None:
         prompts = read_prompts(options.prompts, spec, options.max_tokens or BATCH_TOKENS)
@@ -111,9 +119,15 @@ def _launch(options: argparse.Namespace, platform: str, console: Console) -> int
         wire_dtype=options.wire_dtype,
         kv_memory=options.kv_memory,
     )
+    if prompts is None:
+        config = dataclasses.replace(config, half_life=moving.half_life_s)
     held = rooms(part.spec, checkpoint, config)
     activations = matched(activations, part.spec, checkpoint)
-    place = functools.partial(_place, console, options.policy, activations, checkpoint, config)
+    state = _state(console, moving.state_dir, part.spec, checkpoint, held)
+    if state is None:
+        place = functools.partial(_place, console, options.policy, activations, checkpoint, config)
+    else:
+        place = functools.partial(_resume, console, state, checkpoint, config)
     if options.dry_run:
         place(part.spec)
         return 0
@@ -140,7 +154,9 @@ def _launch(options: argparse.Namespace, platform: str, console: Console) -> int
             nodes=nodes,
         )
         if prompts is None:
-            with started(functools.partial(Service, serving)) as service:
+            before = None if state is None else state.statistics
+            make = functools.partial(Service, serving, rebalance=moving, before=before)
+            with started(make) as service:
                 attend(service, console)
             return 0
         with started(Cluster) as cluster, Stream(console, spec.names, prompts) as stream:
@@ -212,6 +228,47 @@ def _place(
     """Decides where experts go, and prints it."""
     with placing(console, policy):
         plan = make_plan(spec, checkpoint, config, policy, activations)
+    print_plan(console, plan)
+    return plan
+
+
+def _state(
+    console: Console,
+    directory: str | None,
+    spec: ClusterSpec,
+    checkpoint: Checkpoint,
+    held: Sequence[Room],
+) -> State | None:
+    """What a service before has left for these servers; says so if that is of no use."""
+    from dance_jax.launch.state import FILE_NAME, load
+
+    if directory is None:
+        return None
+    why = ""
+    try:
+        state = load(directory)
+    except UserError as error:
+        state, why = None, str(error)
+    else:
+        misfit = "" if state is None else state.misfit(spec, checkpoint, held)
+        if misfit:
+            state, why = None, f"{os.path.join(directory, FILE_NAME)}: {misfit}"
+    if why:
+        console.print(Text(f"{why}; experts are placed anew"), soft_wrap=True)
+    return state
+
+
+def _resume(
+    console: Console,
+    state: State,
+    checkpoint: Checkpoint,
+    config: EngineConfig,
+    spec: ClusterSpec,
+) -> Plan:
+    """Goes on where a service before ended, and prints it."""
+    from dance_jax.launch.state import resumed_plan
+
+    plan = resumed_plan(spec, checkpoint, config, state)
     print_plan(console, plan)
     return plan
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from dance_jax.config import UserError
 from dance_jax.engine.sequence import OutputDelta, Request
@@ -13,6 +15,9 @@ from dance_jax.launch import protocol
 from dance_jax.launch.fleet import ClusterError, Fleet, Network, ProgressCallback
 
 __all__ = ["Cluster", "ClusterError", "Network", "ProgressCallback"]
+
+if TYPE_CHECKING:
+    from dance_jax.engine.report import EngineStats
 
 #: Seconds an aborted batch has to end before the engines are ended instead.
 ABORT_TIMEOUT_S = 5.0
@@ -28,7 +33,8 @@ class Cluster(Fleet):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._stats: list[Any] = [None] * len(self.spec.servers)
+        #: Of the last batch, by rank.
+        self._stats: dict[int, EngineStats] = {}
         self._stopped_by = ""
 
     def generate(
@@ -69,9 +75,9 @@ class Cluster(Fleet):
             self.stop()
             raise
 
-    def stats(self) -> list[Any]:
-        """Each server's statistics since its start, as plain types, as of the last batch."""
-        return list(self._stats)
+    def stats(self) -> list[EngineStats]:
+        """Each server's statistics since its start, as of the last batch."""
+        return [self._stats[rank] for rank in range(len(self.spec.servers))]
 
     def _decode(self, rank: int, content: bytes) -> protocol.Event:
         return protocol.decode_event(content)
@@ -88,12 +94,15 @@ class Cluster(Fleet):
 
     def _count(self) -> None:
         """Asks all servers for their statistics."""
+        # Not above: it brings JAX along.
+        from dance_jax.engine.report import EngineStats
+
         self._send_all(protocol.AskStats())
         missing = set(range(len(self.spec.servers)))
         while missing:
             for rank, event in self._events():
                 if isinstance(event, protocol.Stats):
-                    self._stats[rank] = event.stats
+                    self._stats[rank] = msgspec.msgpack.decode(event.stats, type=EngineStats)
                     missing.discard(rank)
 
     def _abort(self, running: _Samples) -> None:

@@ -1,11 +1,12 @@
-"""What a layer costs on these servers: the rates of their links and the times of their experts."""
+"""What a layer costs on these servers: the rates of their links and the times of their experts, as
+they are given, or measured while the servers run."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,39 @@ from dance_jax.config import ClusterSpec, EngineConfig
 from dance_jax.models.config import ModelConfig
 from dance_jax.models.messages import encode, row_bytes
 from dance_jax.placement.cost import Cost
+
+#: Bits a second of every link where nothing is known of any, and seconds count.
+DEFAULT_RATE = 1e9
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What a server has found out while it ran; None: nothing certain."""
+
+    #: Seconds that a byte takes through its links in one direction.
+    byte_s: float | None = None
+    #: Seconds of one expert call on one of its devices.
+    call_s: float | None = None
+
+
+def running_cost(
+    spec: ClusterSpec, model: ModelConfig, config: EngineConfig, measured: Sequence[Measured]
+) -> Cost:
+    """`cluster_cost` of servers that run, in seconds: what is measured comes before what is given.
+
+    Where no rate is known at all, links count as DEFAULT_RATE.
+    """
+    servers = tuple(
+        dataclasses.replace(
+            server,
+            bandwidth=server.bandwidth if found.byte_s is None else 8 / found.byte_s,
+            expert_time=server.expert_time if found.call_s is None else found.call_s,
+        )
+        for server, found in zip(spec.servers, measured, strict=True)
+    )
+    if all(server.bandwidth is None for server in servers):
+        servers = tuple(dataclasses.replace(each, bandwidth=DEFAULT_RATE) for each in servers)
+    return cluster_cost(ClusterSpec(servers), model, config)
 
 
 def cluster_cost(spec: ClusterSpec, model: ModelConfig, config: EngineConfig) -> Cost:

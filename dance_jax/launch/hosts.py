@@ -25,6 +25,7 @@ KEYS = (
     "python",
     "model",
     "gpus",
+    "checkpoint",
 )
 
 MEMORY_UNITS = {
@@ -145,7 +146,17 @@ def _server(words: list[str], where: str) -> ServerSpec:
         python=_path(values, "python", where),
         model=_path(values, "model", where),
         gpus=gpus,
+        from_peers=_from_peers(values.get("checkpoint", "own"), where),
     )
+
+
+def _from_peers(text: str, where: str) -> bool:
+    if text not in ("own", "peer"):
+        raise UserError(
+            f"{where}: checkpoint={text}: write own (experts that move here are read from this "
+            "server's copy of the model) or peer (they come from servers that hold them)"
+        )
+    return text == "peer"
 
 
 def _list(text: str) -> list[str]:

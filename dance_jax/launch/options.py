@@ -7,12 +7,15 @@ import os
 import pathlib
 import re
 
+import msgspec
+
 from dance_jax.cache import default_cache_dir
 from dance_jax.config import UserError
 from dance_jax.engine.sequence import MAX_TOKENS
 from dance_jax.launch.defaults import DEFAULT_NUM_SEQS, WIRE_DTYPES
 from dance_jax.launch.hosts import MEMORY_UNITS, quantity
 from dance_jax.launch.protocol import ServeOptions
+from dance_jax.launch.rebalance import RebalanceOptions
 from dance_jax.launch.roles import KEY_VARIABLE
 from dance_jax.placement.policies import DEFAULT_POLICY, POLICIES
 
@@ -21,7 +24,14 @@ API_KEY_VARIABLE = "DANCE_JAX_API_KEY"
 #: Output tokens of a prompt of a batch that names none.
 BATCH_TOKENS = 128
 #: Options of one mode alone, as argparse names them.
-_SERVING = ServeOptions.__struct_fields__
+_REBALANCE = (
+    "rebalance_interval",
+    "rebalance_policy",
+    "half_life",
+    "state_dir",
+    "rebalance_dry_run",
+)
+_SERVING = ServeOptions.__struct_fields__ + _REBALANCE
 _BATCH = ("output", "max_tokens", "save_activations")
 
 
@@ -81,6 +91,7 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--log-dir", type=path, help="keep each server's log here as NAME.log")
     _add_serve_options(parser.add_argument_group("serving (without --prompts)"))
+    _add_rebalance_options(parser.add_argument_group("moving experts while serving"))
     _add_batch_options(parser.add_argument_group("a batch instead"))
     _add_network_options(parser.add_argument_group("servers on other machines"))
     return parser
@@ -124,6 +135,42 @@ def _add_serve_options(group: argparse._ArgumentGroup) -> None:
         "--served-model-name",
         metavar="NAME",
         help="in requests and answers (default: the model's directory, or demo)",
+    )
+
+
+def _add_rebalance_options(group: argparse._ArgumentGroup) -> None:
+    usual = RebalanceOptions()
+    group.add_argument(
+        "--rebalance-interval",
+        type=_seconds,
+        metavar="S",
+        help="from one decision to the next; 0: only on POST /placement/rebalance "
+        f"(default: {usual.interval_s:g})",
+    )
+    group.add_argument(
+        "--rebalance-policy",
+        metavar="NAME",
+        choices=tuple(POLICIES),
+        help=f"as --policy, for experts that move (default: {usual.policy})",
+    )
+    group.add_argument(
+        "--half-life",
+        type=_seconds,
+        metavar="S",
+        help="after which what users asked for counts half; 0: it never fades "
+        f"(default: {usual.half_life_s:g})",
+    )
+    group.add_argument(
+        "--state-dir",
+        type=pathlib.Path,
+        metavar="DIR",
+        help="keep placement and statistics here, and go on with them at the next start",
+    )
+    group.add_argument(
+        "--rebalance-dry-run",
+        action="store_true",
+        default=None,
+        help="say what would move, and move nothing",
     )
 
 
@@ -228,7 +275,7 @@ def serve_options(options: argparse.Namespace) -> ServeOptions:
     Raises:
         UserError: a key that no request can carry, or more ports than there are.
     """
-    given = {name: getattr(options, name) for name in _SERVING}
+    given = {name: getattr(options, name) for name in ServeOptions.__struct_fields__}
     if given["api_key"] is None:
         given["api_key"] = os.environ.get(API_KEY_VARIABLE) or None
         where = API_KEY_VARIABLE
@@ -242,3 +289,27 @@ def serve_options(options: argparse.Namespace) -> ServeOptions:
         model = options.model
         given["served_model_name"] = "demo" if model is None else model.resolve().name
     return ServeOptions(**{name: value for name, value in given.items() if value is not None})
+
+
+def rebalance_options(options: argparse.Namespace) -> RebalanceOptions:
+    """When experts move.
+
+    Raises:
+        UserError: what is to be kept cannot be kept there.
+    """
+    given = {
+        "interval_s": options.rebalance_interval,
+        "policy": options.rebalance_policy,
+        "half_life_s": options.half_life,
+        "state_dir": None if options.state_dir is None else str(options.state_dir),
+        "dry_run": options.rebalance_dry_run,
+    }
+    found = RebalanceOptions(**{name: value for name, value in given.items() if value is not None})
+    if options.state_dir is not None:
+        try:
+            options.state_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--state-dir {options.state_dir}: cannot be made: {error}") from error
+        if not os.access(options.state_dir, os.W_OK | os.X_OK):
+            raise UserError(f"--state-dir {options.state_dir}: cannot be written to")
+    return found if found.half_life_s else msgspec.structs.replace(found, half_life_s=None)

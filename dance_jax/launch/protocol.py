@@ -106,6 +106,38 @@ class AskStats(msgspec.Struct, tag=True):
     """Send a Stats."""
 
 
+class Load(msgspec.Struct, frozen=True, array_like=True):
+    """An expert that a slot is to hold."""
+
+    #: Local device of the server, and slot on it.
+    device: int
+    slot: int
+    layer: int
+    expert: int
+    #: Rank of a server that holds it until the batch is in force.
+    holder: int
+
+
+class Stage(msgspec.Struct, tag=True):
+    """Load a batch of moved experts in the background, and say Staged.
+
+    When all servers have, it comes into force on all of them after the same step.
+    """
+
+    #: From 1 on since the engines' start; all servers get the same batches.
+    number: int
+    #: The layout after it, as in `Setup`.
+    layout: bytes
+    #: What this server loads; others may load more.
+    loads: list[Load]
+
+
+class Drop(msgspec.Struct, tag=True):
+    """Forget a batch that some server could not load."""
+
+    number: int
+
+
 class Stop(msgspec.Struct, tag=True):
     """Exit."""
 
@@ -159,9 +191,31 @@ class Report(msgspec.Struct, tag=True):
 
 
 class Stats(msgspec.Struct, tag=True):
-    """All that the worker has counted; `stats` is an EngineStats as plain types."""
+    """All that the worker has counted: an EngineStats, which those on the way need not read."""
 
-    stats: Any
+    stats: msgspec.Raw
+
+
+class Staged(msgspec.Struct, tag=True):
+    """A batch is loaded, in so many seconds."""
+
+    number: int
+    seconds: float
+    #: Read from files, or received from other servers.
+    bytes_read: int
+
+
+class StageFailed(msgspec.Struct, tag=True):
+    """A batch cannot be loaded; the server goes on as before."""
+
+    number: int
+    why: str
+
+
+class Applied(msgspec.Struct, tag=True):
+    """A batch is in force, on all servers."""
+
+    number: int
 
 
 class Failed(msgspec.Struct, tag=True):
@@ -172,7 +226,7 @@ class Failed(msgspec.Struct, tag=True):
     user: bool
 
 
-# Launcher to front end, beside Join and Stop.
+# Launcher to front end, beside Join, AskStats, Stage, Drop and Stop.
 
 
 class Restart(msgspec.Struct, tag=True):
@@ -180,21 +234,70 @@ class Restart(msgspec.Struct, tag=True):
 
     #: Number of this start; the first, without a Restart, is 0.
     start: int
+    #: Where experts are by now, as in `Setup`.
+    layout: bytes
 
 
 class Drain(msgspec.Struct, tag=True):
     """Take no more requests, finish what runs, and say Drained; the engine steps on."""
 
 
+class Decision(msgspec.Struct, frozen=True, kw_only=True):
+    """Whether experts move, and why."""
+
+    #: Unix time in seconds.
+    when: float
+    policy: str
+    #: Somebody asked for it whatever it costs; only to see it.
+    forced: bool
+    dry_run: bool
+    #: Experts move, or would, but for the dry run.
+    migrate: bool
+    reason: str
+    #: Predicted seconds of expert calls and what they send over the coming interval, where experts
+    #: are and where they would be; None: nothing is known to predict them from.
+    present_seconds: float | None = None
+    expected_seconds: float | None = None
+    #: Predicted seconds of loading.
+    migration_seconds: float = 0.0
+    #: Experts that servers must load.
+    experts_moved: int = 0
+    #: Share of the present seconds that is saved.
+    gain: float | None = None
+    #: Why experts stopped moving half-way; "": they did not.
+    failure: str = ""
+
+
+class Decided(msgspec.Struct, tag=True):
+    """The answer to a RebalanceWanted; None: there is none, `why` not."""
+
+    id: int
+    decision: Decision | None
+    why: str = ""
+
+
+class Placed(msgspec.Struct, tag=True):
+    """Where experts are now, and what has become of moving them; sent when any of it changes."""
+
+    #: Grows when all experts of a migration have moved, or when it stops half-way.
+    version: int
+    layout: bytes
+    last_decision: Decision | None
+    #: Completed, those that loads made impossible, and experts loaded, on all servers.
+    migrations: int
+    failures: int
+    experts_migrated: int
+
+
 # Front end to launcher, beside Hello and Failed.
 
 
 class FromEngine(msgspec.Struct, tag=True):
-    """What its engine says while it starts."""
+    """What its engine says to the launcher."""
 
     #: Number of the start.
     start: int
-    event: Prepared | Joined | Progress | Ready
+    event: Prepared | Joined | Progress | Ready | Stats | Staged | StageFailed | Applied
 
 
 class EngineDied(msgspec.Struct, tag=True):
@@ -214,6 +317,15 @@ class DrainWanted(msgspec.Struct, tag=True):
 
 class Drained(msgspec.Struct, tag=True):
     """Nothing is in flight any more, and no request is taken."""
+
+
+class RebalanceWanted(msgspec.Struct, tag=True):
+    """A user asks for a decision now."""
+
+    id: int
+    #: Move experts whatever it costs; only decide.
+    force: bool
+    dry_run: bool
 
 
 # Parent to the launcher of another node (--node-rank), and back.
@@ -268,10 +380,23 @@ class NodeEnded(msgspec.Struct, tag=True):
 NodeCommand = NodeSetup | NodeProbe | NodeEnd | NodePing
 NodeEvent = NodeHello | NodeReply | NodeEnded
 
-Command = Join | Submit | Abort | AskStats | Stop
-Event = Hello | Prepared | Joined | Progress | Ready | Deltas | Report | Stats | Failed
-FrontCommand = Join | Restart | Drain | Stop
-FrontEvent = Hello | FromEngine | EngineDied | DrainWanted | Drained | Failed
+Command = Join | Submit | Abort | AskStats | Stage | Drop | Stop
+Event = (
+    Hello
+    | Prepared
+    | Joined
+    | Progress
+    | Ready
+    | Deltas
+    | Report
+    | Stats
+    | Staged
+    | StageFailed
+    | Applied
+    | Failed
+)
+FrontCommand = Join | Restart | AskStats | Stage | Drop | Decided | Placed | Drain | Stop
+FrontEvent = Hello | FromEngine | EngineDied | RebalanceWanted | DrainWanted | Drained | Failed
 
 encode = msgspec.msgpack.Encoder().encode
 decode_command = msgspec.msgpack.Decoder(Command).decode

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,6 +16,9 @@ from dance_jax.launch.plan import Plan
 from dance_jax.launch.prompts import Prompt
 from dance_jax.models.tokenizer import Tokenizer
 from dance_jax.placement.activations import Activations
+
+if TYPE_CHECKING:
+    from dance_jax.engine.report import EngineStats
 
 #: Called with (prompt, delta) as outputs come.
 DeltaCallback = Callable[[Prompt, OutputDelta], None]
@@ -129,21 +132,15 @@ def run_prompts(
     )
 
 
-def gather(stats: Sequence[Any]) -> Traffic:
-    """The servers' statistics (EngineStats as plain types, in rank order) as arrays."""
-    layers = len(stats[0]["counts"])
-    top_k = next((len(each["routes"][0][0]) for each in stats if each["routes"]), 0)
+def gather(stats: Sequence[EngineStats]) -> Traffic:
+    """The servers' statistics, in rank order, as arrays."""
     return Traffic(
-        counts=np.stack([np.asarray(each["counts"], np.int64) for each in stats]),
-        transfers=np.stack([np.asarray(each["transfers"], np.int64) for each in stats], axis=1),
-        bytes_sent=np.stack([np.asarray(each["bytes_sent"], np.int64) for each in stats]),
-        tokens=np.array([each["tokens"] for each in stats], np.int64),
-        routes=tuple(
-            # A server without tokens has an empty list, which has no shape of its own.
-            np.asarray(each["routes"], np.int16).reshape(len(each["routes"]), layers, top_k)
-            for each in stats
-        ),
-        pool_bytes=tuple(tuple(each["pool_bytes"]) for each in stats),
+        counts=np.array([each.counts for each in stats], np.int64),
+        transfers=np.stack([np.asarray(each.transfers, np.int64) for each in stats], axis=1),
+        bytes_sent=np.array([each.bytes_sent for each in stats], np.int64),
+        tokens=np.array([each.tokens for each in stats], np.int64),
+        routes=tuple(each.routes_tlk for each in stats),
+        pool_bytes=tuple(tuple(each.pool_bytes) for each in stats),
     )
 
 

@@ -1,7 +1,8 @@
 """A cluster that serves: the parent of one front end per server, each with an engine of its own.
 
 An engine that dies takes the others along, so this process has all front ends start theirs anew;
-the users' requests wait there. A front end that dies ends the service.
+the users' requests wait there. A front end that dies ends the service. Meanwhile experts move to
+where they are used (`rebalancer`).
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -18,8 +19,13 @@ from dance_jax.launch import protocol
 from dance_jax.launch.control import bracketed
 from dance_jax.launch.fleet import CAUSE_WINDOW_S, Fleet
 from dance_jax.launch.node import FRONT_END
+from dance_jax.launch.plan import dump_layout
 from dance_jax.launch.process import in_words, is_echo
 from dance_jax.launch.protocol import ServeOptions
+from dance_jax.launch.rebalance import RebalanceOptions
+
+if TYPE_CHECKING:
+    from dance_jax.launch.workload import Statistics
 
 #: Called with (server's name or "", what happens, in words).
 Notice = Callable[[str, str], None]
@@ -49,11 +55,23 @@ class Service(Fleet):
     Args:
         options: how they serve.
         arguments: as for `Fleet`.
+        rebalance: when experts move; None: on request alone.
+        before: statistics of an earlier service.
     """
 
     module = FRONT_END
 
-    def __init__(self, options: ServeOptions, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        options: ServeOptions,
+        *args: Any,
+        rebalance: RebalanceOptions | None = None,
+        before: Statistics | None = None,
+        **kwargs: Any,
+    ) -> None:
+        # Not above: it takes long, and what is wrong with files is said before.
+        from dance_jax.launch.rebalancer import Rebalancer
+
         super().__init__(*args, **kwargs)
         self.options = options
         ports = [self._port(rank) for rank in range(len(self.spec.servers))]
@@ -62,6 +80,10 @@ class Service(Fleet):
                 f"--port {options.port}: the servers of a machine take one port each, up to "
                 f"{max(ports)}; the last there is is {MAX_PORT}"
             )
+        how = rebalance or RebalanceOptions(interval_s=0)
+        self._rebalancer = Rebalancer(
+            how, self.spec, self.checkpoint, self.config, self.layout, self, before
+        )
         #: Number of the engines' start.
         self._start = 0
         #: Ranks whose engines of this start have died, with what is known of it.
@@ -96,6 +118,23 @@ class Service(Fleet):
             while True:
                 self._start_anew(self._first_death())
 
+    def stop(self) -> None:
+        """As `Fleet.stop`."""
+        self._rebalancer.close()
+        super().stop()
+
+    def tell(self, rank: int, command: protocol.FrontCommand) -> None:
+        """Says something to a front end, or to its engine."""
+        self._send(rank, protocol.encode(command))
+
+    def tell_all(self, command: protocol.FrontCommand) -> None:
+        """Says it to all."""
+        self._send_all(command)
+
+    def notice(self, name: str, text: str) -> None:
+        """Tells who serves what happens."""
+        self._notice(name, text)
+
     def drain(self) -> None:
         """Lets all servers finish what runs, and then `serve` return; from a signal handler too."""
         self._drain_wanted = True
@@ -117,7 +156,9 @@ class Service(Fleet):
         """Waits until an engine dies: its server's rank."""
         try:
             while True:
-                self._events()
+                for rank, event in self._events():
+                    self._rebalancer.receive(rank, event)
+                self._rebalancer.tick()
         except _EngineFailure as failure:
             return failure.rank
 
@@ -143,12 +184,14 @@ class Service(Fleet):
         raise self._error(dead, what)
 
     def _restart(self) -> None:
+        self._rebalancer.engines_died()
+        self.layout = self._rebalancer.layout
         self._start += 1
         self._died.clear()
         # Hello came with the front end, which stays.
         hello = protocol.Hello
         self._reached = [{hello: seen[hello]} for seen in self._reached]
-        self._send_all(protocol.Restart(self._start))
+        self._send_all(protocol.Restart(self._start, dump_layout(self.layout)))
 
     def _process_setup(self, engine: protocol.Setup) -> msgspec.Struct:
         options = msgspec.structs.replace(self.options, port=self._port(engine.rank))
@@ -164,6 +207,8 @@ class Service(Fleet):
             case protocol.EngineDied() as died:
                 if died.start == self._start:
                     self._died[rank] = died
+            case protocol.RebalanceWanted() as wanted:
+                self._rebalancer.want(rank, wanted)
             case protocol.DrainWanted():
                 self.drain()
             case protocol.Drained():
@@ -185,9 +230,11 @@ class Service(Fleet):
             self._deadline = time.monotonic() + seconds + DRAIN_MARGIN_S
             self._notice("", f"finishing what runs, for {seconds:g} s at most")
             self._send_all(protocol.Drain())
+            self._rebalancer.drain()
         if self._deadline is not None:
             late = [name for n, name in enumerate(self.spec.names) if n not in self._drained]
-            if not late or time.monotonic() > self._deadline:
+            done = not late and self._rebalancer.settled
+            if done or time.monotonic() > self._deadline:
                 text = f"not in time: {', '.join(late)}" if late else "all servers have drained"
                 self._notice("", text)
                 raise _Drained

@@ -5,7 +5,8 @@ The order is what matters here: the model is made ready before anybody waits for
 limited while JAX makes its devices, because XLA sizes its thread pools by them; all processes do
 one collective before anything else, because a first collective of only some of them fails; then
 the engine loads, compiles, and steps together with all others: one step after another while any
-server has work, and one a second while none has, which shows that all can.
+server has work, and one a second while none has, which shows that all can. Experts that move are
+read in the background (`loading`).
 """
 
 from __future__ import annotations
@@ -31,10 +32,14 @@ from dance_jax.launch.protocol import Setup
 
 if TYPE_CHECKING:
     from dance_jax.engine.engine import Engine
+    from dance_jax.launch.loading import Loaded, Loader
+    from dance_jax.launch.peers import Peers
     from dance_jax.models.checkpoint import Checkpoint
 
 #: Seconds after which servers without work do a step together; between two reports of busy ones.
 HEARTBEAT_S, REPORT_S = 1.0, 0.25
+#: Seconds between two looks at a batch that is being loaded, of a server that rests.
+LOADING_POLL_S = 0.05
 #: Seconds in which the parent's Stop may follow the end of another server.
 STOP_WINDOW_S = 0.5
 
@@ -99,13 +104,14 @@ def _told_to_stop(channel: Channel) -> bool:
     return False
 
 
-def _start(setup: Setup, channel: Channel) -> tuple[Engine, Bell]:
+def _start(setup: Setup, channel: Channel) -> tuple[Engine, Loader, Bell]:
     cache = _cache_dir(setup)
     checkpoint = _open_model(setup, cache or pathlib.Path(setup.private_dir), channel)
     channel.send(protocol.Progress("preparing", 0, 0))
     from dance_jax.engine.compile_cache import CompileCache
     from dance_jax.engine.engine import Engine
     from dance_jax.launch.memory import free_per_device
+    from dance_jax.launch.peers import meet
     from dance_jax.launch.plan import parse_layout
     from dance_jax.models import kernels_cpu, links_cpu
     from dance_jax.models.tokenizer import Tokenizer
@@ -124,11 +130,14 @@ def _start(setup: Setup, channel: Channel) -> tuple[Engine, Bell]:
     me = (setup.rank, setup.spec.names, own_address(setup))
     transport = links_cpu.connect(*me, derived(setup.key, "links"))
     bell = hang(*me, derived(setup.key, "bell"))
+    peers = None
+    if any(server.from_peers for server in setup.spec.servers):
+        peers = meet(*me, setup.key)
     channel.send(protocol.Joined())
     channel.send(protocol.Progress("loading", 0, 0))
     layout = parse_layout(setup.layout)
-    # The seed only reaches the step as an argument.
-    shape = dataclasses.replace(setup.config, seed=0)
+    # The seed only reaches the step as an argument, and the half-life does not.
+    shape = dataclasses.replace(setup.config, seed=0, half_life=None)
     scope = (checkpoint.fingerprint, layout.devices, layout.slots_per_device, shape, threads)
     steps = CompileCache(compile_dir, scope)
     engine = Engine(
@@ -143,8 +152,21 @@ def _start(setup: Setup, channel: Channel) -> tuple[Engine, Bell]:
         free_memory=free_per_device(setup.platform, setup.machine_devices),
     )
     engine.warmup(lambda stage, done, total: channel.send(protocol.Progress(stage, done, total)))
+    loader = _loader(setup, engine, checkpoint, peers)
     channel.send(protocol.Ready(steps.hits, steps.misses))
-    return engine, bell
+    return engine, loader, bell
+
+
+def _loader(setup: Setup, engine: Engine, checkpoint: Checkpoint, peers: Peers | None) -> Loader:
+    """What reads the experts that move to this server."""
+    from dance_jax.launch.loading import Loader, checkpoint_reader
+
+    if peers is not None:
+        peers.answer(engine.expert)
+    if peers is None or not setup.spec.servers[setup.rank].from_peers:
+        return Loader(checkpoint_reader(checkpoint, setup.config.dtype))
+    like = engine.runner.expert_like
+    return Loader(peers.reader(engine.expert, [leaf.shape for leaf in like], like.w_gate.dtype))
 
 
 def _cache_dir(setup: Setup) -> pathlib.Path | None:
@@ -186,7 +208,7 @@ def _convert(source: pathlib.Path, cache: pathlib.Path) -> pathlib.Path:
     return ensure_converted(source, cache)
 
 
-def _serve(engine: Engine, bell: Bell, channel: Channel) -> None:
+def _serve(engine: Engine, loader: Loader, bell: Bell, channel: Channel) -> None:
     """Steps together with all servers, and does what the parent says, until it says Stop.
 
     All servers do the same steps. After one in which none had work (`StepResult.active`, known to
@@ -196,11 +218,14 @@ def _serve(engine: Engine, bell: Bell, channel: Channel) -> None:
     busy = rung = False
     heartbeat = reported = 0.0
     while True:
-        _obey(engine, channel)
+        _obey(engine, loader, channel)
+        for loaded in loader.finished():
+            channel.send(_stage(engine, loaded))
         now = time.monotonic()
         if not (busy or rung):
             if not engine.has_work and now < heartbeat:
-                rung = bell.wait(channel.socket, heartbeat - now, step)
+                wake = min(heartbeat, now + LOADING_POLL_S) if loader.busy else heartbeat
+                rung = bell.wait(channel.socket, wake - now, step)
                 continue
             bell.ring(step)
         result = engine.step()
@@ -208,6 +233,8 @@ def _serve(engine: Engine, bell: Bell, channel: Channel) -> None:
         busy, rung = result.active, False
         if result.outputs:
             channel.send(protocol.Deltas(result.outputs))
+        if result.applied:
+            channel.send(protocol.Applied(result.applied))
         now = time.monotonic()
         heartbeat = now + HEARTBEAT_S
         if not busy or now > reported + REPORT_S:
@@ -215,7 +242,22 @@ def _serve(engine: Engine, bell: Bell, channel: Channel) -> None:
             channel.send(protocol.Report(engine.report()))
 
 
-def _obey(engine: Engine, channel: Channel) -> None:
+def _stage(engine: Engine, loaded: Loaded) -> protocol.Staged | protocol.StageFailed:
+    """Hands a batch to the engine: what the parent is told of it."""
+    from dance_jax.launch.plan import parse_layout
+
+    number, why = loaded.stage.number, loaded.why
+    if not why:
+        try:
+            engine.stage(number, parse_layout(loaded.stage.layout), loaded.experts)
+        except ValueError as error:
+            why = str(error)
+    if why:
+        return protocol.StageFailed(number, why)
+    return protocol.Staged(number, loaded.seconds, loaded.bytes_read)
+
+
+def _obey(engine: Engine, loader: Loader, channel: Channel) -> None:
     """Does what the parent has said.
 
     Raises:
@@ -230,7 +272,13 @@ def _obey(engine: Engine, channel: Channel) -> None:
                 for request_id in [None] if request_ids is None else request_ids:
                     engine.abort(request_id)
             case protocol.AskStats():
-                channel.send(protocol.Stats(msgspec.to_builtins(engine.stats())))
+                stats = msgspec.msgpack.encode(engine.stats())
+                channel.send(protocol.Stats(msgspec.Raw(stats)))
+            case protocol.Stage() as stage:
+                loader.begin(stage)
+            case protocol.Drop(number):
+                loader.drop(number)
+                engine.unstage(number)
             case protocol.Stop():
                 raise Stopped
             case protocol.Join():

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import fastapi
 
-from dance_jax.serve import chat, completions, errors, status, tokens
+from dance_jax.serve import chat, completions, errors, placement, status, tokens
 from dance_jax.serve.guard import KeyGuard
 from dance_jax.serve.info import ServeInfo, Server
 from dance_jax.serve.metrics import Metrics
+from dance_jax.serve.placed import Board
 from dance_jax.serve.prompts import Prompts
 
 if TYPE_CHECKING:
@@ -32,22 +33,25 @@ class _App(fastapi.FastAPI):
         return described
 
 
-def create_app(queue: RequestQueue, info: ServeInfo) -> fastapi.FastAPI:
+def create_app(queue: RequestQueue, info: ServeInfo, board: Board | None = None) -> fastapi.FastAPI:
     """The ASGI application of a server.
 
     Args:
         queue: where requests go.
         info: the server.
+        board: where experts are; None: they stay where they are.
     """
+    board = board or Board(info.layout)
     server = Server(
         queue,
         info,
         Prompts(info.tokenizer, info.max_model_len, info.model_config.vocab_size),
-        Metrics(queue, info.model, info.servers, info.rank),
+        Metrics(queue, board, info.model, info.servers, info.rank),
+        board,
     )
     # No pages that load scripts from elsewhere; the description is at /openapi.json.
     app = _App(title="dance_jax", docs_url=None, redoc_url=None, redirect_slashes=False)
-    for module in (completions, chat, tokens, status):
+    for module in (completions, chat, tokens, status, placement):
         app.include_router(module.routes(server))
     errors.install(app)
     if info.api_key is not None:

@@ -31,11 +31,14 @@ from dance_jax.launch.control import Connection, bracketed
 from dance_jax.launch.protocol import FrontSetup, ServeOptions
 from dance_jax.serve.engine_process import EngineProcess
 from dance_jax.serve.loop_socket import LoopSocket
+from dance_jax.serve.placed import Board
 from dance_jax.serve.queue import RequestQueue
 
 if TYPE_CHECKING:
     import fastapi
     import uvicorn
+
+    from dance_jax.placement.core import Layout
 
 log = logging.getLogger("dance_jax.frontend")
 
@@ -85,8 +88,8 @@ class FrontEnd:
         self._setup = setup
         self._private = private
         self._engine: EngineProcess | None = None
-        #: Number of the engine's start.
-        self._start = 0
+        #: Number of the engine's start, and where experts are at that time.
+        self._start, self._layout = 0, setup.engine.layout
         self.queue = RequestQueue(self._to_engine, setup.options.max_queue, _seeds(setup))
 
     def kill(self) -> None:
@@ -101,14 +104,16 @@ class FrontEnd:
         Raises:
             UserError: the address cannot be listened on, or there is no model.
         """
-        #: Join and Restart, which take time.
+        #: Restart, which takes time, and what is for the engine that it starts.
         self._commands: asyncio.Queue[protocol.FrontCommand] = asyncio.Queue()
         self._draining, self._stopped = asyncio.Event(), asyncio.Event()
         with contextlib.closing(_listen(self._setup.options)) as listener:
             self._launcher = LoopSocket(connection.socket, self._from_launcher)
             asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self._end_wanted)
             self._start_engine()
-            server = _http_server(_app(self._setup, self.queue), self._setup.options.drain_seconds)
+            self._board = Board(_layout(self._layout), self._tell)
+            app = _app(self._setup, self.queue, self._board)
+            server = _http_server(app, self._setup.options.drain_seconds)
             tasks = [
                 asyncio.create_task(work)
                 for work in (self._stopped.wait(), self._serve(server, listener), self._obey())
@@ -120,6 +125,7 @@ class FrontEnd:
                     task.result()
             finally:
                 self.queue.close()
+                self._board.close()
                 server.should_exit = server.force_exit = True
                 await self._end_engine()
                 for task in tasks:
@@ -138,6 +144,10 @@ class FrontEnd:
                 self._stopped.set()
             case protocol.Drain():
                 self._drain()
+            case protocol.Decided() as decided:
+                self._board.decided(decided)
+            case protocol.Placed() as placed:
+                self._board.placed(placed, _layout(placed.layout))
             case command:
                 self._commands.put_nowait(command)
 
@@ -152,18 +162,22 @@ class FrontEnd:
     async def _obey(self) -> None:
         while True:
             match await self._commands.get():
-                case protocol.Restart(start):
+                case protocol.Restart(start, layout):
                     await self._end_engine()
-                    self._start = start
+                    self._start, self._layout = start, layout
                     self._start_engine()
-                case protocol.Join() as join:
-                    self._to_engine(join)
+                case (
+                    protocol.Join() | protocol.AskStats() | protocol.Stage() | protocol.Drop()
+                ) as command:
+                    self._to_engine(command)
 
     # The engine.
 
     def _start_engine(self) -> None:
         start = self._start
-        setup = msgspec.structs.replace(self._setup.engine, private_dir=self._private)
+        setup = msgspec.structs.replace(
+            self._setup.engine, private_dir=self._private, layout=self._layout
+        )
         self._engine = EngineProcess(setup, self._from_engine, lambda: self._has_died(start))
         log.info("engine %d is process %d", start, self._engine.pid)
 
@@ -185,7 +199,9 @@ class FrontEnd:
             case protocol.Ready():
                 self.queue.engine_started()
                 self._tell(protocol.FromEngine(self._start, event))
-            case protocol.Prepared() | protocol.Joined() | protocol.Progress():
+            case protocol.Hello() | protocol.Failed():
+                pass
+            case _:
                 self._tell(protocol.FromEngine(self._start, event))
 
     def _has_died(self, start: int) -> None:
@@ -211,6 +227,7 @@ class FrontEnd:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.queue.drained(), self._setup.options.drain_seconds)
             self.queue.close()
+            self._board.close()
             # Whoever still sends a request, or does not read an answer, is not waited for.
             await asyncio.wait({serving}, timeout=HANGUP_S)
             server.force_exit = True
@@ -240,9 +257,14 @@ def _listen(options: ServeOptions) -> socket.socket:
         raise UserError(f"cannot listen on {where}: {error}; give --bind or --port") from error
 
 
-def _app(setup: FrontSetup, queue: RequestQueue) -> fastapi.FastAPI:
-    from dance_jax.launch.defaults import demo_dir
+def _layout(content: bytes) -> Layout:
     from dance_jax.launch.plan import parse_layout
+
+    return parse_layout(content)
+
+
+def _app(setup: FrontSetup, queue: RequestQueue, board: Board) -> fastapi.FastAPI:
+    from dance_jax.launch.defaults import demo_dir
     from dance_jax.models.hf import read_config
     from dance_jax.models.tokenizer import Tokenizer
     from dance_jax.serve.app import ServeInfo, create_app
@@ -256,11 +278,11 @@ def _app(setup: FrontSetup, queue: RequestQueue) -> fastapi.FastAPI:
         model_config=read_config(model),
         servers=engine.spec.names,
         rank=engine.rank,
-        layout=parse_layout(engine.layout),
+        layout=board.layout,
         api_key=setup.options.api_key,
         created=int(time.time()),
     )
-    return create_app(queue, info)
+    return create_app(queue, info, board)
 
 
 def _http_server(app: fastapi.FastAPI, drain_seconds: float) -> uvicorn.Server:
@@ -284,7 +306,7 @@ def _http_server(app: fastapi.FastAPI, drain_seconds: float) -> uvicorn.Server:
 
 
 def _report(plain: object):
-    from dance_jax.engine.engine import EngineReport
+    from dance_jax.engine.report import EngineReport
 
     return msgspec.convert(plain, EngineReport)
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from dance_jax.models.tokenizer import Tokenizer
     from dance_jax.placement.core import Layout
     from dance_jax.serve.metrics import Metrics
+    from dance_jax.serve.placed import Board
     from dance_jax.serve.prompts import Prompts
     from dance_jax.serve.queue import RequestQueue
 
@@ -30,7 +31,7 @@ class ServeInfo:
     #: Names of all servers by rank, and which of them this is.
     servers: tuple[str, ...]
     rank: int
-    #: Where every expert is.
+    #: Where every expert is at the start.
     layout: Layout
     #: What requests must carry as bearer token; None: nothing.
     api_key: str | None
@@ -65,3 +66,4 @@ class Server:
     info: ServeInfo
     prompts: Prompts
     metrics: Metrics
+    board: Board

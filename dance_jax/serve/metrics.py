@@ -14,7 +14,8 @@ from dance_jax.engine.sequence import OutputDelta, Request
 from dance_jax.serve.queue import QueueFull, Unavailable
 
 if TYPE_CHECKING:
-    from dance_jax.engine.engine import EngineReport
+    from dance_jax.engine.report import EngineReport
+    from dance_jax.serve.placed import Board
     from dance_jax.serve.queue import RequestQueue
 
 PREFIX = "dance_jax:"
@@ -40,15 +41,18 @@ class Metrics:
 
     Args:
         queue: where requests in flight and the engine's report are looked up.
+        board: where experts are.
         model: label `model_name` of every metric.
         servers: names of all servers by rank.
         rank: this server's.
     """
 
-    def __init__(self, queue: RequestQueue, model: str, servers: Sequence[str], rank: int) -> None:
+    def __init__(
+        self, queue: RequestQueue, board: Board, model: str, servers: Sequence[str], rank: int
+    ) -> None:
         self._model = model
         self._registry = CollectorRegistry()
-        self._registry.register(_EngineMetrics(queue, model, servers, rank))
+        self._registry.register(_EngineMetrics(queue, board, model, servers, rank))
         self.queue = self._histogram(
             "request_queue_time_seconds", "From arrival to the first step", _FIRST_TOKEN_S
         )
@@ -178,10 +182,14 @@ class Observation:
 
 
 class _EngineMetrics(Collector):
-    """The engine's latest report as metrics; its counters begin anew with a new engine."""
+    """The engine's latest report as metrics, whose counters begin anew with a new engine; and what
+    the launcher says."""
 
-    def __init__(self, queue: RequestQueue, model: str, servers: Sequence[str], rank: int) -> None:
+    def __init__(
+        self, queue: RequestQueue, board: Board, model: str, servers: Sequence[str], rank: int
+    ) -> None:
         self._queue = queue
+        self._board = board
         self._model = model
         self._servers = servers
         self._rank = rank
@@ -191,9 +199,20 @@ class _EngineMetrics(Collector):
             "requests_in_flight", "Requests submitted and not finished", self._queue.in_flight
         )
         yield self._counter("engine_restarts", "Engines started anew", {(): self._queue.restarts})
+        yield from self._placement()
         if (report := self._queue.report) is not None:
             yield from self._gauges(report)
             yield from self._counters(report)
+
+    def _placement(self) -> Iterable[Metric]:
+        board = self._board
+        yield self._gauge("placement_version", "Grows with each migration", board.version)
+        for name, text, value in (
+            ("migrations", "Migrations of experts completed", board.migrations),
+            ("migration_failures", "Migrations that failed to load experts", board.failures),
+            ("experts_migrated", "Experts loaded by migrations", board.experts_migrated),
+        ):
+            yield self._counter(name, text + ", on all servers", {(): value})
 
     def _gauges(self, report: EngineReport) -> Iterable[Metric]:
         calls = report.calls_local + report.calls_remote
@@ -204,6 +223,7 @@ class _EngineMetrics(Collector):
         yield self._gauge("kv_cache_usage_perc", "KV blocks in use, 1 is all", used)
         yield self._gauge("local_share", "Share of expert calls that stay here", share)
         yield self._gauge("experts_resident", "Experts that live here", report.experts_resident)
+        yield self._gauge("longest_step_seconds", "Of the last ten seconds", report.longest_step_s)
 
     def _counters(self, report: EngineReport) -> Iterable[Metric]:
         for name, text, value in (

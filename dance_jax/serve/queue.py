@@ -20,7 +20,7 @@ from dance_jax.engine.sequence import OutputDelta, Request
 from dance_jax.launch.protocol import Abort, Command, Submit
 
 if TYPE_CHECKING:
-    from dance_jax.engine.engine import EngineReport
+    from dance_jax.engine.report import EngineReport
 
 #: Seconds without a completed step after which the engine counts as stuck.
 STEP_TIMEOUT_S = 5.0

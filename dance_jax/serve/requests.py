@@ -232,3 +232,10 @@ class DetokenizeRequest(_Body):
 
     model: str | None = None
     tokens: Annotated[list[TokenId], Field(fail_fast=True)]
+
+
+class RebalanceRequest(_Body):
+    """Body of /placement/rebalance."""
+
+    force: bool | None = Field(None, description="Move experts whatever it costs.")
+    dry_run: bool | None = Field(None, description="Decide, but move nothing.")

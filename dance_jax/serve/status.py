@@ -6,13 +6,7 @@ import fastapi
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from dance_jax.serve.answers import (
-    ModelCard,
-    ModelList,
-    PlacedServer,
-    PlacementAnswer,
-    Readiness,
-)
+from dance_jax.serve.answers import ModelCard, ModelList, Readiness
 from dance_jax.serve.errors import documented
 from dance_jax.serve.info import ServeInfo, Server
 
@@ -56,22 +50,8 @@ def routes(server: Server) -> fastapi.APIRouter:
         info.check_model(model)
         return _card(info)
 
-    @router.get("/placement", responses=documented(401))
-    async def placement() -> PlacementAnswer:
-        """Which experts live on which server."""
-        return _placement(info)
-
     return router
 
 
 def _card(info: ServeInfo) -> ModelCard:
     return ModelCard(id=info.model, created=info.created, max_model_len=info.max_model_len)
-
-
-def _placement(info: ServeInfo) -> PlacementAnswer:
-    """Experts do not move while the server runs: its version is 1."""
-    servers = [
-        PlacedServer(name=name, resident=[layer.nonzero()[0].tolist() for layer in held_le])
-        for name, held_le in zip(info.servers, info.layout.device_of >= 0, strict=True)
-    ]
-    return PlacementAnswer(version=1, servers=servers)

@@ -18,11 +18,19 @@ import dance_jax.launch.__main__ as launch
 from dance_jax.config import ClusterSpec, UserError
 from dance_jax.engine.sequence import OutputDelta
 from dance_jax.launch import cores, reach
+from dance_jax.launch.hosts import read_hosts
+from dance_jax.launch.options import parser, rebalance_options
 from dance_jax.launch.preflight.run import Preflight
 from dance_jax.launch.prompts import Prompt
 from dance_jax.launch.protocol import ServeOptions
+from dance_jax.launch.rebalance import RebalanceOptions
+from dance_jax.launch.state import State
 from dance_jax.launch.stream import Startup, Stream, printable
+from dance_jax.launch.workload import Statistics
+from dance_jax.models.checkpoint import Checkpoint
+from dance_jax.models.convert import ensure_converted
 from dance_jax.placement import Activations
+from dance_jax.placement.core import Placement, spread
 from tests.launch.tiny import EXPERTS, HOSTS, LAYERS, write_model
 
 
@@ -79,6 +87,11 @@ def test_conversion_is_said_once(run, files: pathlib.Path) -> None:
         ("--drain-seconds", "3"),
         ("--max-queue", "9"),
         ("--served-model-name", "m"),
+        ("--rebalance-interval", "9"),
+        ("--rebalance-policy", "dance"),
+        ("--half-life", "0"),
+        ("--state-dir", "kept"),
+        ("--rebalance-dry-run",),
     ],
 )
 def test_what_is_for_serving_is_refused_for_a_batch(run, files, options) -> None:
@@ -117,6 +130,39 @@ def test_without_prompts_it_serves(run, started: list[ServeOptions]) -> None:
         "--max-queue", "7", "--served-model-name", "org/name",
     )  # fmt: skip
     assert started[1] == ServeOptions("org/name", "::1", 99, "k", 0.5, 7)
+
+
+def test_when_experts_move() -> None:
+    def found(*words: str) -> RebalanceOptions:
+        return rebalance_options(parser().parse_args(["--hosts", "h", *words]))
+
+    assert found() == RebalanceOptions()
+    words = "--rebalance-interval 9 --rebalance-policy dance --half-life 60 --rebalance-dry-run"
+    assert found(*words.split()) == RebalanceOptions(9.0, "dance", 60.0, None, True)
+    assert found("--half-life", "0").half_life_s is None
+    with pytest.raises(UserError, match="--state-dir /dev/null/x: cannot be made"):
+        found("--state-dir", "/dev/null/x")
+
+
+def test_a_service_goes_on_where_one_before_ended(run, files: pathlib.Path) -> None:
+    assert "experts are placed anew" not in run("--dry-run", "--state-dir", files / "kept")[1]
+    spec = read_hosts(files / "hosts.txt")
+    held = np.zeros((3, LAYERS, EXPERTS), bool)
+    held[0, 0, :14] = held[1, 1, :11] = held[2, 0, 14:] = held[2, 1, 11:] = True
+    layout = spread(Placement(held), spec.devices, [14, 11, 10])
+    counts = np.zeros(held.shape)
+    counts[:, 0, :14] = 1
+    statistics = Statistics(counts, (np.zeros((0, LAYERS, 4), np.int16),) * 3)
+    path = ensure_converted(files / "model", files / "cache" / "models")
+    fingerprint = Checkpoint.open(path).fingerprint
+    State(spec.names, fingerprint, layout, statistics).save(files / "kept")
+    code, out, err = run("--dry-run", "--state-dir", files / "kept")
+    assert (code, err) == (0, "")
+    assert "policy as before" in out and "14 0" in out and "1.000" in out
+    State(spec.names, "another", layout, statistics).save(files / "kept")
+    code, out, _ = run("--dry-run", "--state-dir", files / "kept")
+    assert code == 0 and "policy optimal" in out
+    assert "another model; experts are placed anew" in " ".join(out.split())
 
 
 def test_the_key_of_users_comes_from_the_environment(run, started, monkeypatch) -> None:

@@ -123,8 +123,8 @@ def test_a_server_elsewhere() -> None:
         """
         alpha address=10.0.0.1 ssh=me@gate.example.org:2222 python=/v/bin/python model=/m gpus=0,2 \
 memory=24GB,12GB bandwidth=auto
-        beta  address=beta.lan experts=3 gpus=1
-        gamma experts=3 ssh=root@[fe80::1] gpus=0
+        beta  address=beta.lan experts=3 gpus=1 checkpoint=peer
+        gamma checkpoint=own experts=3 ssh=root@[fe80::1] gpus=0
         """
     )
     alpha, beta, gamma = spec.servers
@@ -134,6 +134,7 @@ memory=24GB,12GB bandwidth=auto
     assert alpha.slots(10**9) == 12, "equal pools: the smallest memory decides"
     assert (alpha.bandwidth, alpha.measure_bandwidth) == (None, True)
     assert beta.ssh == SshTarget("beta.lan") and not beta.measure_bandwidth
+    assert [server.from_peers for server in spec.servers] == [False, True, False]
     assert gamma.address == "gamma" and gamma.ssh == SshTarget("fe80::1", "root")
 
 
@@ -157,6 +158,7 @@ memory=24GB,12GB bandwidth=auto
         ("a experts=1 gpus=0,1 devices=3", ["gpus", "2 values for 3 devices"]),
         ("a memory=1GB,2GB devices=3", ["memory", "2 values for 3 devices"]),
         ("a memory=1GB,", ["memory="]),
+        ("a experts=1 checkpoint=beta", ["checkpoint=beta", "own", "peer"]),
     ],
 )
 def test_errors_of_servers_elsewhere(line: str, words: list[str]) -> None:

@@ -50,7 +50,8 @@ def start(tmp_path: pathlib.Path) -> Iterator[Start]:
         options = ServeOptions(
             msgspec.json.encode(Script(**script)).decode(), drain_seconds=drain_seconds
         )
-        checkpoint: Any = types.SimpleNamespace(path=tmp_path, fingerprint="f")
+        config = types.SimpleNamespace(top_k=1)
+        checkpoint: Any = types.SimpleNamespace(path=tmp_path, fingerprint="f", config=config)
         layout = spread(Placement(np.ones((2, 1, 2), bool)), [1, 1], [2, 2])
         made.append(FakeService(options, SPEC, checkpoint, layout, EngineConfig(64)))
         return made[-1]

@@ -13,7 +13,7 @@ EXPERT_BYTES = 3 * 32 * 16 * 4  # three matrices of floats
 HOSTS = f"""\
 alpha address=localhost devices=1 experts=14 bandwidth=500Mbps
 beta  address=localhost devices=1 memory={11 * EXPERT_BYTES + 5}B  # 11 slots and a bit
-gamma address=localhost devices=2 experts=10
+gamma address=localhost devices=2 experts=10 checkpoint=peer
 """
 
 

@@ -13,13 +13,15 @@ import numpy as np
 from fastapi.testclient import TestClient
 
 from dance_jax.config import EngineConfig
-from dance_jax.engine.engine import EngineReport
+from dance_jax.engine.report import EngineReport
 from dance_jax.engine.sequence import Logprob, OutputDelta, Request
+from dance_jax.launch.protocol import Decided, Decision, RebalanceWanted
 from dance_jax.models.config import ModelConfig
 from dance_jax.models.random_weights import write_byte_tokenizer
 from dance_jax.models.tokenizer import Tokenizer
 from dance_jax.placement.core import Placement, spread
 from dance_jax.serve.app import ServeInfo, create_app
+from dance_jax.serve.placed import Board
 from tests.tiny_models import SERVED
 
 MODEL = "tiny"
@@ -129,14 +131,40 @@ def serve_info(directory: pathlib.Path, **changes: Any) -> ServeInfo:
     return ServeInfo(**fields | changes)
 
 
-def application(queue: ScriptedQueue, info: ServeInfo) -> fastapi.FastAPI:
-    """The app on this queue."""
-    return create_app(queue, info)  # pyright: ignore[reportArgumentType]
+def decision(wanted: RebalanceWanted) -> Decision:
+    """What `deciding_board` answers."""
+    return Decision(
+        when=1_700_000_000.0,
+        policy="latency",
+        forced=wanted.force,
+        dry_run=wanted.dry_run,
+        migrate=True,
+        reason="it pays",
+        present_seconds=4.0,
+        expected_seconds=3.0,
+        migration_seconds=0.5,
+        experts_moved=7,
+        gain=0.25,
+    )
 
 
-def client(queue: ScriptedQueue, info: ServeInfo) -> TestClient:
+def deciding_board(info: ServeInfo) -> Board:
+    """A board whose launcher decides at once."""
+    board = Board(info.layout, lambda wanted: board.decided(Decided(wanted.id, decision(wanted))))
+    return board
+
+
+def application(
+    queue: ScriptedQueue, info: ServeInfo, board: Board | None = None
+) -> fastapi.FastAPI:
+    """The app on this queue; its launcher decides at once where no board is given."""
+    board = board or deciding_board(info)
+    return create_app(queue, info, board)  # pyright: ignore[reportArgumentType]
+
+
+def client(queue: ScriptedQueue, info: ServeInfo, board: Board | None = None) -> TestClient:
     """Talks to the app without a socket; errors of the app come back as 500."""
-    return TestClient(application(queue, info), raise_server_exceptions=False)
+    return TestClient(application(queue, info, board), raise_server_exceptions=False)
 
 
 def events(text: str) -> list[Any]:

@@ -30,6 +30,8 @@ class Served(Launch):
         self.port = free_ports(len(NAMES))
         self.urls = tuple(f"http://127.0.0.1:{self.port + rank}" for rank in range(len(NAMES)))
         words = ["--port", str(self.port), "--served-model-name", MODEL, "--policy", "uniform"]
+        # Experts move when a test says so, and nobody waits long for where to.
+        words += ["--rebalance-interval", "0", "--rebalance-policy", "dance"]
         super().__init__(tiny.command(*words, *options), folder)
 
     def front(self, rank: int) -> psutil.Process:

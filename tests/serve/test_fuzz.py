@@ -23,6 +23,7 @@ OPERATIONS = [
     ("/v1/models", "GET"),
     ("/v1/models/{model}", "GET"),
     ("/placement", "GET"),
+    ("/placement/rebalance", "POST"),
 ]
 
 

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from dance_jax.engine.engine import EngineReport
+from dance_jax.engine.report import EngineReport
 from dance_jax.engine.sequence import OutputDelta
 from dance_jax.serve.app import ServeInfo
 from dance_jax.serve.queue import QueueFull, Unavailable
@@ -33,12 +33,14 @@ REPORT = EngineReport(
     bytes_received=[0, 2000],
     experts_resident=20,
     step_seconds={"compute": 1.5, "wait": 0.25},
+    longest_step_s=0.5,
 )
 #: (name, further labels in the order of their names) -> value
 EXPECTED = {
     ("num_requests_running",): 3,
     ("num_requests_waiting",): 2,
     ("kv_cache_usage_perc",): 0.25,
+    ("longest_step_seconds",): 0.5,
     ("num_preemptions_total",): 1,
     ("prefix_cache_queries_total",): 100,
     ("prefix_cache_hits_total",): 60,
@@ -55,7 +57,14 @@ EXPECTED = {
     ("step_seconds_total", "compute"): 1.5,
     ("step_seconds_total", "wait"): 0.25,
 }
-FRONT_END = {("requests_in_flight",): 0, ("engine_restarts_total",): 0}
+FRONT_END = {
+    ("requests_in_flight",): 0,
+    ("engine_restarts_total",): 0,
+    ("placement_version",): 1,
+    ("migrations_total",): 0,
+    ("migration_failures_total",): 0,
+    ("experts_migrated_total",): 0,
+}
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +100,7 @@ def test_the_engines_report(info: ServeInfo) -> None:
     assert engine_metrics(scraped(queue, info)) == FRONT_END
     queue.report, queue.in_flight, queue.restarts = REPORT, 7, 2
     own = {("requests_in_flight",): 7, ("engine_restarts_total",): 2}
-    assert engine_metrics(scraped(queue, info)) == EXPECTED | own
+    assert engine_metrics(scraped(queue, info)) == EXPECTED | FRONT_END | own
 
 
 def test_no_calls_have_no_share(info: ServeInfo) -> None:

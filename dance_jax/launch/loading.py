@@ -1,0 +1,131 @@
+"""Reads moved experts in the background, while the server steps on.
+
+A thread of its own reads one batch after the other into host memory; the thread that steps asks for
+what is there and hands it to the engine. A batch that cannot be read is a result too: nothing of it
+reaches the engine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import tensorstore
+
+from dance_jax.config import UserError
+from dance_jax.launch.protocol import Load, Stage
+from dance_jax.models.checkpoint import Checkpoint
+
+log = logging.getLogger("dance_jax.loading")
+
+#: One expert's w_gate [d, f], w_up [d, f] and w_down [f, d], in the pool's dtype.
+Weights = tuple[np.ndarray, np.ndarray, np.ndarray]
+#: Reads what is to be loaded, in the same order: the weights, and the bytes that took.
+Read = Callable[[Sequence[Load]], tuple[list[Weights], int]]
+
+#: What tensorstore, which reads for orbax, has read from files in this process.
+_BYTES_READ = "/tensorstore/kvstore/file/bytes_read"
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A batch that was read, or was not."""
+
+    stage: Stage
+    #: By (local device, slot).
+    experts: dict[tuple[int, int], Weights]
+    seconds: float
+    bytes_read: int
+    #: Why it was not; "": it was.
+    why: str = ""
+
+
+class Loader:
+    """A thread that loads batches, in their order.
+
+    Args:
+        read: called in that thread; whatever it raises is the end of the batch, not of the thread.
+    """
+
+    def __init__(self, read: Read) -> None:
+        self._read = read
+        self._wanted: queue.SimpleQueue[Stage] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[Loaded] = queue.SimpleQueue()
+        self._dropped: set[int] = set()
+        #: Batches that were begun and not handed out.
+        self._open = 0
+        threading.Thread(target=self._run, daemon=True, name="loader").start()
+
+    @property
+    def busy(self) -> bool:
+        """Something is being read, or was read and not handed out."""
+        return self._open > 0
+
+    def begin(self, stage: Stage) -> None:
+        """Loads a batch."""
+        self._open += 1
+        self._wanted.put(stage)
+
+    def drop(self, number: int) -> None:
+        """The batch is not wanted any more: it is not handed out."""
+        self._dropped.add(number)
+
+    def finished(self) -> list[Loaded]:
+        """What was read since the last call; returns at once."""
+        found = []
+        while self._open:
+            try:
+                loaded = self._done.get_nowait()
+            except queue.Empty:
+                break
+            self._open -= 1
+            if loaded.stage.number not in self._dropped:
+                found.append(loaded)
+        return found
+
+    def _run(self) -> None:
+        while True:
+            stage = self._wanted.get()
+            self._done.put(self._load(stage))
+
+    def _load(self, stage: Stage) -> Loaded:
+        begin = time.monotonic()
+        try:
+            weights, size = self._read(stage.loads)
+        except Exception as error:
+            log.exception("batch %d cannot be loaded", stage.number)
+            why = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            return Loaded(stage, {}, time.monotonic() - begin, 0, why)
+        slots = [(load.device, load.slot) for load in stage.loads]
+        experts = dict(zip(slots, weights, strict=True))
+        return Loaded(stage, experts, time.monotonic() - begin, size)
+
+
+def checkpoint_reader(checkpoint: Checkpoint, dtype: str) -> Read:
+    """Reads experts from this machine's copy of the model.
+
+    Args:
+        checkpoint: that copy.
+        dtype: of the pool.
+    """
+
+    def read(loads: Sequence[Load]) -> tuple[list[Weights], int]:
+        if not loads:
+            return [], 0
+        before = bytes_read()
+        pairs = [(load.layer, load.expert) for load in loads]
+        gate, up, down = checkpoint.experts(pairs, dtype)
+        return list(zip(gate, up, down, strict=True)), bytes_read() - before
+
+    return read
+
+
+def bytes_read() -> int:
+    """Bytes that checkpoints of this process have read from files so far."""
+    found = tensorstore.experimental_collect_matching_metrics(_BYTES_READ)
+    return sum(int(each["value"]) for metric in found for each in metric["values"])

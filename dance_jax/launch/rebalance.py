@@ -1,0 +1,158 @@
+"""One decision of the global scheduler: where experts would be best by now, whether moving pays.
+
+Everything here is a function of a `Question`; it is computed in a process of its own (`solver`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import msgspec
+import numpy as np
+
+from dance_jax.placement import migration
+from dance_jax.placement.core import Layout, Placement, spread
+from dance_jax.placement.cost import Cost
+from dance_jax.placement.migration import HYSTERESIS, Batch
+from dance_jax.placement.policies import DEFAULT_POLICY, place, usable
+
+#: Bytes that a server writes between two steps, and experts at most.
+BATCH_BYTES, BATCH_EXPERTS = 16 << 20, 8
+#: Seconds for which a placement is weighed that is only made on request.
+HORIZON_S = 300.0
+
+
+class RebalanceOptions(msgspec.Struct, frozen=True):
+    """When experts move while a service runs, and on what grounds."""
+
+    #: Seconds from one decision to the next; 0: on request alone.
+    interval_s: float = 300.0
+    policy: str = DEFAULT_POLICY
+    #: Seconds after which what was counted weighs half; None: it never fades. A fifth of the
+    #: interval: at the second decision after a shift hardly anything is left of before.
+    half_life_s: float | None = 60.0
+    #: Directory of this machine that keeps placement and statistics over restarts; None: nothing.
+    state_dir: str | None = None
+    #: Decide, but move nothing.
+    dry_run: bool = False
+
+    @property
+    def horizon_s(self) -> float:
+        """Seconds over which costs are compared."""
+        return self.interval_s or HORIZON_S
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Question:
+    """What a decision depends on."""
+
+    policy: str
+    #: In force.
+    layout: Layout
+    #: float64 [servers, layers, experts], expert calls of each server's requests.
+    counts: np.ndarray
+    #: Per server int [tokens, layers, k].
+    routes: tuple[np.ndarray, ...]
+    cost: Cost
+    #: float [servers]: tokens that each server is expected to compute until the next decision.
+    tokens: np.ndarray
+    expert_bytes: int
+    #: float [servers]: bytes a second that each loads.
+    read_rates: np.ndarray
+    #: Move whatever it costs.
+    force: bool = False
+    #: Move only if that is not soon to be done again: where the decision before would have gone,
+    #: must be about as good by now. None there: there was none, so wait for the next.
+    patient: bool = False
+    candidate: Placement | None = None
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Answer:
+    """What follows."""
+
+    #: The one that placed.
+    policy: str
+    #: None: nothing is known to decide on.
+    decision: migration.Decision | None
+    #: Where experts would move if it still pays later; None: nothing is to be waited for.
+    candidate: Placement | None
+    #: What moves if it is decided: batches in their order, each with the layout after it.
+    batches: list[tuple[Batch, Layout]]
+
+
+def answer(question: Question) -> Answer:
+    """Solves the placement anew and weighs it against the one in force.
+
+    Raises:
+        UserError: the policy cannot place on these servers.
+    """
+    used = usable(question.policy, question.routes)
+    if not any(map(len, question.routes)):
+        return Answer(used, None, None, [])
+    old, present = question.layout, resident(question.layout)
+    fit, judge = migration.halves(question.routes)
+    slots_n = np.multiply(old.devices, old.slots_per_device)
+    found = place(
+        used,
+        question.counts,
+        slots_n,
+        routes=fit,
+        devices=old.devices,
+        cost=question.cost,
+        previous=present,
+        seed=question.seed,
+    )
+    new = spread(found, old.devices, old.slots_per_device, question.counts, previous=old)
+    steps = migration.batches(old, new, most_loads(question.expert_bytes))
+    judged = (judge, question.cost, _weights(question.tokens))
+    decision = migration.decide(
+        migration.seconds_per_token(present, *judged),
+        migration.seconds_per_token(found, *judged),
+        tokens_expected=float(question.tokens.mean()),
+        migration_seconds=migration.migration_seconds(
+            [batch for batch, _ in steps], question.expert_bytes, question.read_rates
+        ),
+        experts_moved=found.moved(present),
+        force=question.force,
+        hysteresis=HYSTERESIS + 2 * migration.gain_error(present, found, *judged),
+    )
+    candidate = None
+    if question.patient and decision.migrate and not _settled(question.candidate, found, *judged):
+        candidate = found
+        reason = "it pays, but the workload may still be changing"
+        decision = dataclasses.replace(decision, migrate=False, reason=reason)
+    return Answer(used, decision, candidate, steps)
+
+
+def _settled(
+    before: Placement | None,
+    found: Placement,
+    judge: Sequence[np.ndarray],
+    cost: Cost,
+    weights: np.ndarray | None,
+) -> bool:
+    """Where experts would have moved before, they would not be moved again now."""
+    if before is None:
+        return False
+    seconds = [migration.seconds_per_token(each, judge, cost, weights) for each in (before, found)]
+    error = migration.gain_error(before, found, judge, cost, weights)
+    return seconds[0] - seconds[1] <= (HYSTERESIS + 2 * error) * seconds[0]
+
+
+def resident(layout: Layout) -> Placement:
+    """Which server holds what."""
+    return Placement(layout.device_of >= 0)
+
+
+def most_loads(expert_bytes: int) -> int:
+    """Experts of a batch on one server, so that writing them takes no longer than a step may."""
+    return max(1, min(BATCH_EXPERTS, BATCH_BYTES // expert_bytes))
+
+
+def _weights(tokens_n: np.ndarray) -> np.ndarray | None:
+    """What each server's tokens count; None: all the same, where none has any."""
+    mean = tokens_n.mean()
+    return tokens_n / mean if mean > 0 else None

@@ -1,0 +1,111 @@
+"""What a service leaves for the next one: where experts are, and what users ask for."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+import zipfile
+from collections.abc import Sequence
+
+import numpy as np
+
+from dance_jax.config import ClusterSpec, EngineConfig, UserError
+from dance_jax.files import whole_file
+from dance_jax.launch.plan import (
+    ModelFacts,
+    Plan,
+    Room,
+    ServerPlan,
+    dump_layout,
+    parse_layout,
+    rooms,
+)
+from dance_jax.launch.workload import Statistics
+from dance_jax.placement.core import Layout, Placement
+
+#: In the directory that the user names.
+FILE_NAME = "placement.npz"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class State:
+    """What is kept."""
+
+    #: Names of the servers by rank, and the model's fingerprint.
+    servers: tuple[str, ...]
+    model: str
+    layout: Layout
+    statistics: Statistics
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Writes it; another one that is there is replaced at once, or not at all.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        arrays = {
+            "servers": np.array(self.servers, np.str_),
+            "model": np.array(self.model, np.str_),
+            "layout": np.frombuffer(dump_layout(self.layout), np.uint8),
+            "counts": self.statistics.counts,
+        }
+        arrays |= {f"routes_{n}": route for n, route in enumerate(self.statistics.routes)}
+        with whole_file(pathlib.Path(directory) / FILE_NAME) as file:
+            np.savez_compressed(file, allow_pickle=False, **arrays)
+
+    def misfit(self, spec: ClusterSpec, model: ModelFacts, held: Sequence[Room]) -> str:
+        """Why it is of no use to these servers; "": it is."""
+        if self.model != model.fingerprint:
+            return "it is of another model"
+        if self.servers != spec.names:
+            return f"it is of servers {', '.join(self.servers)}"
+        if (self.layout.devices, self.layout.slots_per_device) != (
+            spec.devices,
+            tuple(room.slots for room in held),
+        ):
+            return "the servers had other devices, or slots for experts"
+        return ""
+
+
+def load(directory: str | os.PathLike[str]) -> State | None:
+    """What was saved there; None: nothing.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    path = pathlib.Path(directory) / FILE_NAME
+    if not path.exists():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            servers = tuple(str(name) for name in file["servers"])
+            return State(
+                servers,
+                str(file["model"]),
+                parse_layout(file["layout"].tobytes()),
+                Statistics(file["counts"], tuple(file[f"routes_{n}"] for n in range(len(servers)))),
+            )
+    except (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: not a readable state of a service ({error})") from error
+
+
+def resumed_plan(spec: ClusterSpec, model: ModelFacts, config: EngineConfig, state: State) -> Plan:
+    """The plan that goes on where a service before ended."""
+    placement = Placement(state.layout.device_of >= 0)
+    counts = state.statistics.counts
+    residents = placement.resident.sum(2).tolist()
+    shares = placement.local_shares(counts).tolist()
+    return Plan(
+        spec=spec,
+        policy="as before",
+        placement=placement,
+        layout=state.layout,
+        servers=tuple(
+            ServerPlan(**vars(room), resident=tuple(each), local_share=share)
+            for room, each, share in zip(rooms(spec, model, config), residents, shares, strict=True)
+        ),
+        local_share=placement.local_share(counts),
+        expert_bytes=model.expert_bytes(config.dtype),
+        notes=("Experts are where the service before had them.",),
+    )

@@ -1,0 +1,152 @@
+"""What users ask for: the statistics of all engines, over one engine after another."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import msgspec
+import numpy as np
+
+from dance_jax.engine.report import EngineStats
+from dance_jax.launch.costs import Measured
+from dance_jax.models.links_cpu import Moved, seconds_per_byte
+from dance_jax.placement.decay import DecayedCounts
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Statistics:
+    """As of one moment."""
+
+    #: float64 [servers, layers, experts], expert calls, older ones weigh less.
+    counts: np.ndarray
+    #: Per server int16 [tokens, layers, k], a sample in which older tokens are fewer.
+    routes: tuple[np.ndarray, ...]
+
+
+class Workload:
+    """Gathers what the engines have counted since they were asked last.
+
+    Args:
+        shape: (servers, layers, experts).
+        k: experts that a token chooses.
+        half_life_s: see `RebalanceOptions`.
+        before: of an earlier service.
+        now: time.monotonic().
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        k: int,
+        half_life_s: float | None,
+        before: Statistics | None,
+        now: float,
+    ) -> None:
+        servers, layers, _ = shape
+        self._half_life_s = half_life_s
+        self._counts, self._tokens = DecayedCounts(half_life_s), DecayedCounts(half_life_s)
+        self._counts.add(np.zeros(shape), now)
+        self._tokens.add(np.zeros(servers), now)
+        #: Samples of engines that are gone, which fill up those of the present ones; since when.
+        self._old_routes = [np.zeros((0, layers, k), np.int16)] * servers
+        self._old_since = now
+        self._routes = list(self._old_routes)
+        self._forget()
+        self._measured = [Measured()] * servers
+        self.engines_began(now)
+        if before is not None:
+            self._old_routes = list(before.routes)
+            self._routes = list(before.routes)
+            self._counts.add(before.counts, now)
+
+    def engines_began(self, now: float) -> None:
+        """The first ones: nobody could ask for anything before."""
+        self._begin = self._asked = now
+
+    def _forget(self) -> None:
+        """What the present engines had counted when they were asked last."""
+        servers = len(self._old_routes)
+        self._counted: np.ndarray | float = 0.0
+        self._computed: np.ndarray | float = 0.0
+        self._costs = [_Costs()] * servers
+
+    @property
+    def measured(self) -> list[Measured]:
+        """By server."""
+        return list(self._measured)
+
+    def update(self, stats: Sequence[bytes], now: float) -> None:
+        """Adds what all engines have counted.
+
+        Args:
+            stats: EngineStats of each server.
+            now: time.monotonic().
+        """
+        share = _unfaded(now - self._asked, self._half_life_s)
+        self._asked = now
+        found = [msgspec.msgpack.decode(each, type=EngineStats) for each in stats]
+        counts_nle = np.array([each.counts for each in found], np.float64)
+        tokens_n = np.array([each.tokens for each in found], np.float64)
+        self._counts.add(share * (counts_nle - self._counted), now)
+        self._tokens.add(share * (tokens_n - self._computed), now)
+        self._counted, self._computed = counts_nle, tokens_n
+        for rank, each in enumerate(found):
+            self._routes[rank] = self._filled(rank, each.routes_tlk, now)
+            costs = _Costs(each.expert_seconds, each.calls_served, each.moved or _Costs.moved)
+            self._measured[rank] = costs.since(self._costs[rank], self._measured[rank])
+            self._costs[rank] = costs
+
+    def engines_died(self, now: float) -> None:
+        """Their counters begin anew."""
+        self._old_routes, self._old_since = list(self._routes), now
+        self._forget()
+
+    def statistics(self, now: float) -> Statistics:
+        """As of now."""
+        return Statistics(self._counts.value(now), tuple(self._routes))
+
+    def token_rates(self, now: float) -> np.ndarray:
+        """Tokens a second that each server computes, float64 [servers]; later ones weigh more."""
+        seconds = max(now - self._begin, 1e-3)
+        return self._tokens.value(now) / (seconds * _unfaded(seconds, self._half_life_s))
+
+    def _filled(self, rank: int, new: np.ndarray, now: float) -> np.ndarray:
+        """The engine's sample; while it is small, with what is left of the one before."""
+        old, faded = self._old_routes[rank], 1.0
+        if self._half_life_s is not None:
+            faded = 0.5 ** ((now - self._old_since) / self._half_life_s)
+        left = max(0, int(faded * len(old)) - len(new))
+        return np.concatenate([new, old[:left]])
+
+
+def _unfaded(seconds: float, half_life_s: float | None) -> float:
+    """What is left, in the mean, of what came evenly over so many seconds up to now."""
+    if half_life_s is None or seconds <= 0:
+        return 1.0
+    faded = seconds * math.log(2) / half_life_s
+    return -math.expm1(-faded) / faded
+
+
+@dataclasses.dataclass(frozen=True)
+class _Costs:
+    """What an engine has measured since its start."""
+
+    expert_seconds: float = 0.0
+    calls: int = 0
+    #: Of both phases of the exchange.
+    moved: Sequence[Moved] = (Moved(), Moved())
+
+    def since(self, before: _Costs, known: Measured) -> Measured:
+        """By what was done since then; where that is too little, since the start, or as known."""
+        moved = [now - then for now, then in zip(self.moved, before.moved, strict=True)]
+        calls = self.calls - before.calls
+        byte_s = known.byte_s
+        for phases in (moved, self.moved):
+            found = seconds_per_byte(phases)
+            if found is not None:
+                byte_s = found
+                break
+        call_s = (self.expert_seconds - before.expert_seconds) / calls if calls else known.call_s
+        return Measured(byte_s, call_s)

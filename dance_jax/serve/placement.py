@@ -1,0 +1,52 @@
+"""/placement: which experts live where, and whether that is still right."""
+
+from __future__ import annotations
+
+import fastapi
+import msgspec
+
+from dance_jax.launch.protocol import Decision
+from dance_jax.serve.answers import DecisionAnswer, PlacedServer, PlacementAnswer
+from dance_jax.serve.bodies import JsonRoute
+from dance_jax.serve.errors import documented, refused
+from dance_jax.serve.info import Server
+from dance_jax.serve.queue import Unavailable
+from dance_jax.serve.requests import RebalanceRequest
+
+_ERRORS = documented(400, 401, 413, 415, 503)
+
+
+def routes(server: Server) -> fastapi.APIRouter:
+    """Both routes."""
+    router = fastapi.APIRouter(route_class=JsonRoute)
+
+    @router.get("/placement", responses=documented(401))
+    async def placement() -> PlacementAnswer:
+        """Which experts live on which server."""
+        return _placement(server)
+
+    @router.post("/placement/rebalance", responses=_ERRORS)
+    async def rebalance(body: RebalanceRequest) -> DecisionAnswer:
+        """Decides now whether experts move; they do after the answer, and /placement's version
+        grows when they have."""
+        try:
+            decision = await server.board.decision(bool(body.force), bool(body.dry_run))
+        except Unavailable as error:
+            raise refused(error) from error
+        return _decision(decision)
+
+    return router
+
+
+def _placement(server: Server) -> PlacementAnswer:
+    board = server.board
+    servers = [
+        PlacedServer(name=name, resident=[layer.nonzero()[0].tolist() for layer in held_le])
+        for name, held_le in zip(server.info.servers, board.layout.device_of >= 0, strict=True)
+    ]
+    last = None if board.last_decision is None else _decision(board.last_decision)
+    return PlacementAnswer(version=board.version, servers=servers, last_decision=last)
+
+
+def _decision(decision: Decision) -> DecisionAnswer:
+    return DecisionAnswer(**msgspec.to_builtins(decision))

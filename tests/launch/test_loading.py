@@ -1,0 +1,167 @@
+"""Moved experts come in the background, from files or from other servers, and no others."""
+
+from __future__ import annotations
+
+import pathlib
+import shutil
+import socket
+import threading
+from collections.abc import Iterator
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dance_jax.config import UserError
+from dance_jax.launch.loading import Loaded, Loader, Read, checkpoint_reader
+from dance_jax.launch.peers import Peers
+from dance_jax.launch.protocol import Load, Stage
+from dance_jax.models.checkpoint import Checkpoint
+from dance_jax.models.convert import ensure_converted
+from dance_jax.models.random_weights import write_random_checkpoint
+from tests.tiny_models import DEEPSEEK
+
+#: Large enough that what describes the arrays is little beside them.
+WIDE = DEEPSEEK | {"hidden_size": 256, "moe_intermediate_size": 192}
+LOADS = [Load(0, 3, 0, 5, 1), Load(1, 0, 1, 2, 2), Load(0, 1, 1, 7, 1)]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    folder = tmp_path_factory.mktemp("wide")
+    return Checkpoint.open(
+        ensure_converted(write_random_checkpoint(folder / "hf", WIDE, seed=2), folder / "cache")
+    )
+
+
+def load(read: Read, loads: list[Load], number: int = 1) -> Loaded:
+    """What a loader gives for one batch."""
+    loader = Loader(read)
+    loader.begin(Stage(number, b"", loads))
+    return first(loader)
+
+
+def first(loader: Loader) -> Loaded:
+    while not (found := loader.finished()):
+        assert loader.busy
+    (loaded,) = found
+    assert not loader.busy
+    return loaded
+
+
+def test_only_what_moves_is_read(checkpoint: Checkpoint) -> None:
+    loaded = load(checkpoint_reader(checkpoint, "float32"), LOADS)
+    assert loaded.why == "" and loaded.seconds > 0
+    assert set(loaded.experts) == {(0, 3), (1, 0), (0, 1)}
+    for each in LOADS:
+        expected = checkpoint.experts([(each.layer, each.expert)], "float32")
+        for ours, theirs in zip(loaded.experts[each.device, each.slot], expected, strict=True):
+            np.testing.assert_array_equal(ours, theirs[0])
+    needed = len(LOADS) * checkpoint.expert_bytes("float32")
+    assert 0.9 * needed < loaded.bytes_read < 1.1 * needed
+
+
+def test_nothing_to_load_reads_nothing(checkpoint: Checkpoint) -> None:
+    loaded = load(checkpoint_reader(checkpoint, "float32"), [])
+    assert (loaded.experts, loaded.bytes_read, loaded.why) == ({}, 0, "")
+
+
+# Reads beside the one that failed end after orbax has closed its event loop.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_torn_checkpoint(checkpoint: Checkpoint, tmp_path: pathlib.Path) -> None:
+    """The batch fails with the file's name, and the next one is loaded."""
+    copy = tmp_path / "copy"
+    shutil.copytree(checkpoint.path, copy)
+    torn = Checkpoint.open(copy)
+    for path in (copy / "experts" / "1").rglob("*"):
+        if path.is_file() and path.stat().st_size > 10_000:
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    loader = Loader(checkpoint_reader(torn, "float32"))
+    loader.begin(Stage(1, b"", LOADS))
+    failed = first(loader)
+    assert "torn" in failed.why and str(copy) in failed.why and not failed.experts
+    loader.begin(Stage(2, b"", LOADS[:1]))
+    assert first(loader).why == ""
+
+
+def test_what_is_dropped_does_not_come() -> None:
+    """However far it is."""
+    begun, going = threading.Event(), threading.Event()
+
+    def read(loads: object) -> tuple[list, int]:
+        begun.set()
+        going.wait()
+        return [], 0
+
+    loader = Loader(read)
+    for number in (1, 2, 3):
+        loader.begin(Stage(number, b"", []))
+    begun.wait()
+    assert loader.finished() == [] and loader.busy
+    loader.drop(1)
+    loader.drop(2)
+    going.set()
+    assert first(loader).stage.number == 3
+
+
+def held(layer: int, expert: int):
+    """Experts of a server that has no expert 9."""
+    if expert == 9:
+        raise KeyError("not here")
+    base = np.arange(6, dtype=np.float32).reshape(2, 3) + 10 * layer + 100 * expert
+    return base.astype(jnp.bfloat16), -base.astype(jnp.bfloat16), base.T.astype(jnp.bfloat16)
+
+
+@pytest.fixture
+def peers() -> Iterator[list[Peers]]:
+    """Three servers that are connected."""
+    names = ("alpha", "beta", "gamma")
+    asks: list[dict[int, socket.socket]] = [{}, {}, {}]
+    answers: list[dict[int, socket.socket]] = [{}, {}, {}]
+    for one in range(3):
+        for other in set(range(3)) - {one}:
+            asks[one][other], answers[other][one] = socket.socketpair()
+    made = [Peers(rank, names, asks[rank], answers[rank]) for rank in range(3)]
+    yield made
+    for each in made:
+        each.close()
+
+
+def reader(peers: Peers) -> Read:
+    return peers.reader(held, [(2, 3), (2, 3), (3, 2)], np.dtype(jnp.bfloat16))
+
+
+def test_experts_come_from_other_servers(peers: list[Peers]) -> None:
+    """All at the same time, and what is here already from here."""
+    for each in peers:
+        each.answer(held)
+    wanted = [Load(0, n, n % 2, n, n % 3) for n in range(9)]
+    loaders = [Loader(reader(each)) for each in peers]
+    for loader in loaders:
+        loader.begin(Stage(1, b"", wanted))
+    for loader in loaders:
+        loaded = first(loader)
+        assert loaded.why == "" and loaded.bytes_read == 6 * 3 * 6 * 2
+        for each in wanted:
+            expected = held(each.layer, each.expert)
+            for ours, theirs in zip(loaded.experts[0, each.slot], expected, strict=True):
+                assert ours.dtype == theirs.dtype
+                np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_server_that_does_not_hold_it(peers: list[Peers]) -> None:
+    peers[1].answer(held)
+    failed = load(reader(peers[0]), [Load(0, 0, 1, 9, 1)])
+    assert "server beta does not hold expert 9 of MoE layer 1" in failed.why
+    assert load(reader(peers[0]), [Load(0, 0, 1, 8, 1)]).why == ""
+
+
+def test_a_server_that_goes_away(peers: list[Peers]) -> None:
+    peers[2].close()
+    failed = load(reader(peers[0]), [Load(0, 0, 0, 1, 2)])
+    assert "server gamma did not send expert 1 of MoE layer 0" in failed.why
+
+
+def test_there_is_no_such_expert(checkpoint: Checkpoint) -> None:
+    with pytest.raises(UserError, match="there is no expert 99"):
+        checkpoint_reader(checkpoint, "float32")([Load(0, 0, 0, 99, 0)])

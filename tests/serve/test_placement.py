@@ -1,0 +1,90 @@
+"""/placement, and what it asks of the launcher."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import msgspec
+import numpy as np
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from dance_jax.launch.protocol import Decided, Placed, RebalanceWanted
+from dance_jax.placement.core import Placement, spread
+from dance_jax.serve.app import ServeInfo
+from dance_jax.serve.placed import Board
+from tests.serve.scripted import ScriptedQueue, client, decision, error, serve_info
+
+
+@pytest.fixture(scope="module")
+def info(tmp_path_factory: pytest.TempPathFactory) -> ServeInfo:
+    return serve_info(tmp_path_factory.mktemp("model"))
+
+
+def test_what_the_launcher_says_is_shown(info: ServeInfo) -> None:
+    board = Board(info.layout)
+    http = client(ScriptedQueue(), info, board)
+    assert http.get("/placement").json()["last_decision"] is None
+    swapped = Placement(np.asarray(info.layout.device_of >= 0)[::-1])
+    layout = spread(swapped, [1, 1], [20, 20])
+    made = msgspec.structs.replace(decision(RebalanceWanted(0, True, False)), failure="torn")
+    board.placed(Placed(5, b"", made, 3, 1, 44), layout)
+    answer = http.get("/placement").json()
+    assert answer["version"] == 5
+    assert answer["servers"][0]["resident"] == [list(range(8, 16))] * 2
+    assert answer["last_decision"] == {
+        "when": 1_700_000_000.0,
+        "policy": "latency",
+        "forced": True,
+        "dry_run": False,
+        "migrate": True,
+        "reason": "it pays",
+        "present_seconds": 4.0,
+        "expected_seconds": 3.0,
+        "migration_seconds": 0.5,
+        "experts_moved": 7,
+        "gain": 0.25,
+        "failure": "torn",
+    }
+    found = {
+        sample.name.removeprefix("dance_jax:"): sample.value
+        for family in text_string_to_metric_families(http.get("/metrics").text)
+        for sample in family.samples
+    }
+    assert found["placement_version"] == 5
+    assert found["migrations_total"] == 3
+    assert found["migration_failures_total"] == 1
+    assert found["experts_migrated_total"] == 44
+
+
+def test_a_decision_on_request(info: ServeInfo) -> None:
+    http = client(ScriptedQueue(), info)
+    answer = http.post("/placement/rebalance", json={"force": True}).json()
+    assert (answer["forced"], answer["dry_run"], answer["migrate"]) == (True, False, True)
+    answer = http.post("/placement/rebalance", json={"dry_run": True}).json()
+    assert (answer["forced"], answer["dry_run"]) == (False, True)
+    assert http.post("/placement/rebalance", json={}).json()["forced"] is False
+    error(http.post("/placement/rebalance", json={"force": 1}), 400)
+    assert error(http.post("/placement/rebalance", json={"forced": True}), 400)["param"] == "forced"
+
+
+def test_nobody_decides(info: ServeInfo) -> None:
+    """There is no launcher, or it is about to end."""
+    http = client(ScriptedQueue(), info, Board(info.layout))
+    error(http.post("/placement/rebalance", json={}), 503)
+    board = Board(info.layout, lambda wanted: board.decided(Decided(wanted.id, None, "it ends")))
+    http = client(ScriptedQueue(), info, board)
+    answer = http.post("/placement/rebalance", json={})
+    assert "it ends" in error(answer, 503)["message"]
+    assert int(answer.headers["retry-after"]) > 0
+
+
+def test_who_waits_is_told_of_the_end(info: ServeInfo) -> None:
+    board = Board(info.layout, lambda wanted: board.close())
+    http = client(ScriptedQueue(), info, board)
+    assert "ends" in error(http.post("/placement/rebalance", json={}), 503)["message"]
+
+
+def test_it_needs_the_key(info: ServeInfo) -> None:
+    http = client(ScriptedQueue(), dataclasses.replace(info, api_key="k"))
+    error(http.post("/placement/rebalance", json={"force": True}), 401)
