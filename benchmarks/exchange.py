@@ -22,6 +22,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 # This process computes placements and nothing else.
 os.environ["JAX_PLATFORMS"] = "cpu"
 
+from benchmarks.arguments import count
 from benchmarks.layers import measure, plots
 from benchmarks.layers.measure import Cell, Grid, Variant
 from benchmarks.layers.routes import Sizes
@@ -69,19 +70,19 @@ def parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--rates", type=_list_of(parse_rate), help="of the links, e.g. 20Mbps,none")
-    add("--tokens", type=_list_of(_positive), help="per device, e.g. 1,8,256")
+    add("--tokens", type=_list_of(count), help="per device, e.g. 1,8,256")
     add("--local-shares", type=_list_of(_share), help="of tokens, from 0 to 1")
-    add("--layers", type=_positive, default=demo.layers, help="MoE layers of a step (%(default)s)")
-    add("--repeat", type=_positive, help="steps of a cell at most")
+    add("--layers", type=count, default=demo.layers, help="MoE layers of a step (%(default)s)")
+    add("--repeat", type=count, help="steps of a cell at most")
     add("--seconds", type=float, help="of a cell, about")
-    add("--hidden", type=_positive, default=demo.hidden, help="(%(default)s, as of the demo model)")
-    add("--width", type=_positive, default=demo.width, help="of an expert (%(default)s)")
-    add("--experts", type=_positive, default=demo.experts, help="of a layer (%(default)s)")
-    add("--top-k", type=_positive, default=demo.top_k, help="(%(default)s)")
+    add("--hidden", type=count, default=demo.hidden, help="(%(default)s, as of the demo model)")
+    add("--width", type=count, default=demo.width, help="of an expert (%(default)s)")
+    add("--experts", type=count, default=demo.experts, help="of a layer (%(default)s)")
+    add("--top-k", type=count, default=demo.top_k, help="(%(default)s)")
     add("--wire-dtype", choices=WIRE_DTYPES, default="compute", help="of the grid (%(default)s)")
     add("--transport", choices=(*TRANSPORTS, "both"), default=SOCKETS)
     add("--tasks", type=pathlib.Path, help="directory of JSON Lines with texts (examples/tasks)")
-    add("--text-bytes", type=_positive, help="of text, about")
+    add("--text-bytes", type=count, help="of text, about")
     add("--cores", choices=MODES, default=QUOTA, help="of the hosts (%(default)s)")
     add("--name", default="exchange", help="of the testbed that is made (%(default)s)")
     add("--output", type=pathlib.Path, help="directory for result.json and the plots")
@@ -102,12 +103,6 @@ class Demo:
 
 def _list_of(one: Callable[[str], Any]) -> Callable[[str], list[Any]]:
     return lambda text: [one(word) for word in text.split(",")]
-
-
-def _positive(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or not 1 <= int(text[:9]) <= 1_000_000:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
-    return int(text)
 
 
 def _share(text: str) -> float:

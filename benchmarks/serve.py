@@ -24,6 +24,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 from rich.console import Console
 
+from benchmarks.arguments import count, count_or_0, positive
 from benchmarks.serving import (
     arrivals,
     cluster,
@@ -80,13 +81,13 @@ def parser() -> argparse.ArgumentParser:
     add("--model", type=pathlib.Path, metavar="DIR", help="(the demo)")
     add(
         "--max-num-seqs",
-        type=_count,
+        type=count,
         default=DEFAULT_NUM_SEQS,
         help="of each device (%(default)s)",
     )
     add(
         "--batch-seqs",
-        type=_count,
+        type=count,
         default=8,
         help="of each device in a batch of the section static; %(default)s: as batches were "
         "before servers batched continuously",
@@ -97,39 +98,19 @@ def parser() -> argparse.ArgumentParser:
         "--prompts", type=pathlib.Path, metavar="FILE", help="as of dance_jax.launch"
     )
     coming = parser.add_mutually_exclusive_group()
-    coming.add_argument("--rate", type=_positive, help=f"per server, requests/s ({RATE:g})")
+    coming.add_argument("--rate", type=positive, help=f"per server, requests/s ({RATE:g})")
     coming.add_argument("--trace", type=pathlib.Path, metavar="CSV", help="of Azure's form")
-    add("--speedup", type=_positive, help="of the trace (1)")
-    add("--requests", type=_count, help=f"of all servers ({REQUESTS}); in soak {SOAK_REQUESTS}")
-    add("--duration", type=_positive, help=f"of arrivals, seconds; in static {WINDOW_S:g} a rate")
-    add("--max-tokens", type=_count, help=f"of an answer at most ({MAX_TOKENS})")
-    add("--seed", type=_count_or_0, default=0, help="of arrivals, lengths and texts (%(default)s)")
+    add("--speedup", type=positive, help="of the trace (1)")
+    add("--requests", type=count, help=f"of all servers ({REQUESTS}); in soak {SOAK_REQUESTS}")
+    add("--duration", type=positive, help=f"of arrivals, seconds; in static {WINDOW_S:g} a rate")
+    add("--max-tokens", type=count, help=f"of an answer at most ({MAX_TOKENS})")
+    add("--seed", type=count_or_0, default=0, help="of arrivals, lengths and texts (%(default)s)")
     add("--sections", type=_sections, metavar="A,B", help=f"{', '.join(SECTIONS)}")
     add("--check", action="store_true", help="exit code 1 if a target is missed")
     add("--output", type=pathlib.Path, metavar="JSON")
     add("--plot", type=pathlib.Path, metavar="PNG")
     add("launch", nargs="*", help=argparse.SUPPRESS)
     return parser
-
-
-def _count(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or not 1 <= int(text[:10]) <= 10**9:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
-    return int(text)
-
-
-def _count_or_0(text: str) -> int:
-    return 0 if text == "0" else _count(text)
-
-
-def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
-    return value
 
 
 def _sections(text: str) -> tuple[str, ...]:
@@ -195,7 +176,11 @@ def run(options: argparse.Namespace, console: Console) -> list[Target]:
 
         results = asyncio.run(measure())
     if options.output is not None:
-        report.write(options.output, _setup(options, spec), results)
+        report.write(
+            options.output,
+            vars(options) | {"servers": spec.names, "devices": spec.devices},
+            results,
+        )
     if options.plot is not None:
         plots.draw(spec.names, results, options.plot)
     return results.targets() if options.sections else []
@@ -335,15 +320,6 @@ async def measure_sections(setting: Setting, options: argparse.Namespace) -> Res
         results.soak = await soak.measure(setting, options.requests or SOAK_REQUESTS)
         tables.print_soak(console, results.soak)
     return results
-
-
-def _setup(options: argparse.Namespace, spec: ClusterSpec) -> dict[str, Any]:
-    """What was asked for, as JSON."""
-    given = {
-        name: str(value) if isinstance(value, pathlib.Path) else value
-        for name, value in vars(options).items()
-    }
-    return given | {"servers": list(spec.names), "devices": list(spec.devices)}
 
 
 if __name__ == "__main__":

@@ -174,11 +174,19 @@ class Api:
         Raises:
             HttpError: there is no answer.
         """
+        return parse_metrics((await self.get(server, "/metrics")).decode())
+
+    async def get(self, server: int, path: str) -> bytes:
+        """What a server answers there.
+
+        Raises:
+            HttpError: nothing, or an error.
+        """
         address = self.addresses[server]
-        async with request(address, "GET", "/metrics", headers=self._headers) as response:
+        async with request(address, "GET", path, headers=self._headers) as response:
             if response.status != 200:
-                raise HttpError(f"{address}/metrics answers {response.status}")
-            return parse_metrics((await response.read()).decode())
+                raise HttpError(f"{address}{path} answers {response.status}")
+            return await response.read()
 
 
 def parse_metrics(text: str) -> dict[str, float]:

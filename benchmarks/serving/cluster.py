@@ -89,26 +89,31 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def started(spec: ClusterSpec, arguments: Sequence[str]) -> Iterator[Cluster]:
+def started(
+    spec: ClusterSpec, arguments: Sequence[str], addresses: Sequence[Address] | None = None
+) -> Iterator[Cluster]:
     """Starts the servers; they end with the block, however it ends.
 
     Args:
         arguments: of the launcher, without its port.
+        addresses: where they will listen, all at the first one's port or the next ones; None: on
+            free ports of this machine.
 
     Raises:
-        UserError: a server is on another machine.
+        UserError: a server is on another machine, and no addresses are given.
     """
     elsewhere = [server.name for server in spec.servers if server.ssh is not None]
-    if elsewhere:
+    if elsewhere and addresses is None:
         raise UserError(
             f"{', '.join(elsewhere)}: on another machine; start the cluster yourself, with --bind, "
             "and give --url of each server"
         )
-    port = free_ports(len(spec.servers))
-    addresses = [Address(LOOPBACK, port + n) for n in range(len(spec.servers))]
+    if addresses is None:
+        port = free_ports(len(spec.servers))
+        addresses = [Address(LOOPBACK, port + n) for n in range(len(spec.servers))]
     with tempfile.TemporaryDirectory(prefix="dance-jax-serve-") as work:
         log = pathlib.Path(work) / "launcher.log"
-        command = [*LAUNCHER, *arguments, "--port", str(port)]
+        command = [*LAUNCHER, *arguments, "--port", str(addresses[0].port)]
         with log.open("wb") as file:
             # In a session of its own: Ctrl-C reaches this process alone, which then ends it.
             process = subprocess.Popen(

@@ -29,13 +29,22 @@ def draw(names: Sequence[str], results: Results, path: pathlib.Path) -> None:
         panels.append(lambda panel: _memory(panel, soak.samples))
     if not panels:
         return
+    save(panels, path)
+
+
+def save(panels: Sequence[Callable[[Any], None]], path: pathlib.Path, width: float = 4.2) -> None:
+    """A PNG file with panels side by side, each of which fills its axes.
+
+    Args:
+        width: of a panel, inches.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(
-        1, len(panels), squeeze=False, figsize=(4.2 * len(panels), 3.4), layout="constrained"
+        1, len(panels), squeeze=False, figsize=(width * len(panels), 3.4), layout="constrained"
     )
     for panel, fill in zip(axes[0], panels, strict=True):
         fill(panel)

@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import platform
+from collections.abc import Iterable
 from typing import Any
 
 from benchmarks.targets import Target
@@ -59,20 +60,30 @@ def _processor() -> str:
 
 
 def write(path: pathlib.Path, setup: dict[str, Any], results: Results) -> None:
-    """A JSON object; the file appears whole or not at all.
-
-    Args:
-        setup: what was asked for.
-    """
-    plain: dict[str, Any] = {"machine": machine(), "setup": setup}
+    """As `write_json`."""
+    plain: dict[str, Any] = {}
     if results.load is not None:
         plain["load"] = [_figures(each) for each in results.load]
     for section in SECTIONS:
         if (found := getattr(results, section)) is not None:
             plain[section] = _plain(found)
+    write_json(path, setup, plain, results.targets())
+
+
+def write_json(
+    path: pathlib.Path, setup: dict[str, Any], found: dict[str, Any], targets: Iterable[Target]
+) -> None:
+    """A JSON object; the file appears whole or not at all.
+
+    Args:
+        setup: what was asked for, of the command line.
+        found: by section.
+    """
+    told = {k: str(v) if isinstance(v, pathlib.Path) else v for k, v in setup.items()}
+    plain = {"machine": machine(), "setup": told, **found}
     plain["targets"] = [
         dataclasses.asdict(target) | {"missed": target.missed}
-        for target in results.targets()
+        for target in targets
         if target.worst is not None
     ]
     with whole_file(path) as file:

@@ -56,20 +56,27 @@ class Setting:
                 f"{self.api.max_model_len}"
             )
 
-    @contextlib.contextmanager
-    def progress(self, title: str, total: int) -> Iterator[Callable[[], None]]:
-        """A bar that the caller advances; only where there is a terminal."""
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-        with Progress(
-            *columns,
-            TimeElapsedColumn(),
-            console=self.console,
-            transient=True,
-            refresh_per_second=REFRESHES_PER_S,
-            disable=not self.console.is_terminal,
-        ) as bar:
-            task = bar.add_task(title, total=total)
-            yield lambda: bar.advance(task)
+    def progress(
+        self, title: str, total: int
+    ) -> contextlib.AbstractContextManager[Callable[[], None]]:
+        """A bar that the caller advances."""
+        return progress(self.console, title, total)
+
+
+@contextlib.contextmanager
+def progress(console: Console, title: str, total: int) -> Iterator[Callable[[], None]]:
+    """A bar that the caller advances; only where there is a terminal."""
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    with Progress(
+        *columns,
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        refresh_per_second=REFRESHES_PER_S,
+        disable=not console.is_terminal,
+    ) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda: bar.advance(task)
 
 
 def failures(answers: Sequence[Answer]) -> list[str]:

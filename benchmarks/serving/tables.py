@@ -19,12 +19,12 @@ from .static import Static
 TIMES = ("ttft", "tpot", "itl", "e2e")
 
 
-def _grid(*columns: str, left: int = 1) -> Table:
+def grid(*columns: str, left: int = 1) -> Table:
     """The first `left` columns are words, the others numbers."""
-    grid = Table(box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD)
     for number, column in enumerate(columns):
-        grid.add_column(column, justify="left" if number < left else "right", no_wrap=True)
-    return grid
+        table.add_column(column, justify="left" if number < left else "right", no_wrap=True)
+    return table
 
 
 def milliseconds(seconds: float) -> str:
@@ -41,10 +41,8 @@ def _cells(spread: Spread | None) -> list[str]:
 
 def print_load(console: Console, rows: Sequence[Figures]) -> None:
     """Rates, then times, of each server and of all."""
-    rates = _grid(
-        "server", "requests", "failed", "requests/s", "prompt tokens/s", "output tokens/s"
-    )
-    times = _grid("server", "ms", "mean", "p50", "p90", "p99", left=2)
+    rates = grid("server", "requests", "failed", "requests/s", "prompt tokens/s", "output tokens/s")
+    times = grid("server", "ms", "mean", "p50", "p90", "p99", left=2)
     for row in rows:
         found = (row.request_rate, row.prompt_rate, row.output_rate)
         cells = [f"{found[0]:.2f}", *(f"{rate:.1f}" for rate in found[1:])]
@@ -81,13 +79,13 @@ def print_static(console: Console, found: Static) -> None:
         f"is the highest rate tried that they sustain: {found.batches.requests} requests",
         soft_wrap=True,
     )
-    grid = _grid("", "ms", "mean", "p50", "p90", "p99", left=2)
+    table = grid("", "ms", "mean", "p50", "p90", "p99", left=2)
     for row in (found.batches, found.ours):
         for name in TIMES:
             head = row.server if name == TIMES[0] else ""
-            grid.add_row(head, name.upper(), *_cells(getattr(row, name)))
-        grid.add_section()
-    console.print(grid)
+            table.add_row(head, name.upper(), *_cells(getattr(row, name)))
+        table.add_section()
+    console.print(table)
 
 
 def print_long(console: Console, rows: Sequence[Row]) -> None:
@@ -95,7 +93,7 @@ def print_long(console: Console, rows: Sequence[Row]) -> None:
         "[bold]A long prompt beside four streams[/bold]\n"
         "ITL of the streams, and of those while the prompt is read; ms"
     )
-    grid = _grid(
+    table = grid(
         "server",
         "others",
         "ITLs",
@@ -113,8 +111,8 @@ def print_long(console: Console, rows: Sequence[Row]) -> None:
         itl, beside = _cells(row.itl)[1:], _cells(row.beside)
         counts = [str(each.count) if each else "-" for each in (row.itl, row.beside)]
         around = [counts[1], beside[1], beside[3], _cells(row.ttft)[1]]
-        grid.add_row(row.server, row.busy_word, counts[0], *itl, f"{row.ratio:.2f}", *around)
-    console.print(grid)
+        table.add_row(row.server, row.busy_word, counts[0], *itl, f"{row.ratio:.2f}", *around)
+    console.print(table)
 
 
 def print_idle(console: Console, found: Idle) -> None:
@@ -123,20 +121,20 @@ def print_idle(console: Console, found: Idle) -> None:
         f"[bold]Servers that rest[/bold]\nof a core, front end and engine: {cores}; then requests "
         "of one token, ms"
     )
-    grid = _grid("from arrival", "mean", "p50", "p90", "p99")
-    grid.add_row("to the first step", *_cells(found.begin))
-    grid.add_row("to the first token", *_cells(found.ttft))
-    console.print(grid)
+    table = grid("from arrival", "mean", "p50", "p90", "p99")
+    table.add_row("to the first step", *_cells(found.begin))
+    table.add_row("to the first token", *_cells(found.ttft))
+    console.print(table)
 
 
 def print_prefix(console: Console, found: Prefix) -> None:
     console.print("[bold]A prompt with a known beginning[/bold]\nTTFT, ms; medians")
-    grid = _grid("server", "pairs", "first", "second")
+    table = grid("server", "pairs", "first", "second")
     for server in dict.fromkeys(pair.server for pair in found.pairs):
         own = [pair for pair in found.pairs if pair.server == server]
         first, second = (Spread.of(getattr(p, name) for p in own) for name in ("first", "second"))
-        grid.add_row(server, str(len(own)), _cells(first)[1], _cells(second)[1])
-    console.print(grid)
+        table.add_row(server, str(len(own)), _cells(first)[1], _cells(second)[1])
+    console.print(table)
 
 
 def print_soak(console: Console, found: Soak) -> None:

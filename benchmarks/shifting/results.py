@@ -1,0 +1,140 @@
+"""What was found: its figures, whether they reach the targets, and JSON of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from benchmarks.serving.agreement import first_difference
+from benchmarks.serving.client import Answer
+from benchmarks.targets import Target
+
+from .runs import Pause, Shift
+from .watch import Watched
+
+#: Mean latency with migration over that without. Remote share after one, over that of servers
+#: placed for what users then ask. Margin from which on greedy outputs must be the same.
+LATENCY, REMOTE, MARGIN = 0.9, 1.05, 1e-3
+#: A step beyond the median: seconds, or medians. p99 of gaps beside a migration over that before.
+STEP_S, STEP_MEDIANS, GAPS = 0.05, 2.0, 1.5
+
+
+@dataclasses.dataclass
+class Results:
+    """By section; None: not measured."""
+
+    shift: Shift | None = None
+    accumulate: Watched | None = None
+    pause: Pause | None = None
+    stable: Watched | None = None
+
+    def targets(self) -> list[Target]:
+        """All that were measured."""
+        found: list[Target] = []
+        if self.shift is not None:
+            found += _shift(self.shift)
+        if self.pause is not None:
+            found += _pause(self.pause)
+        if self.stable is not None:
+            moves = len(self.stable.moves_s)
+            found.append(Target("migrations under a stable workload", 0, moves))
+        return found
+
+
+def latencies_s(answers: Iterable[Answer], since_s: float = 0.0) -> list[float]:
+    """Of whole answers that were asked for from then on."""
+    return [a.end_s - a.asked_s for a in answers if a.good and a.asked_s >= since_s]
+
+
+def mean_latency_s(run: Watched, since_s: float = 0.0) -> float:
+    return float(np.mean(latencies_s(run.answers, since_s)))
+
+
+def after_shift(found: Shift) -> list[float]:
+    """When migrations after the shift were complete."""
+    return [moment for moment in found.move.moves_s if moment >= found.plan.shift_s]
+
+
+def differences(ours: Watched, theirs: Watched) -> list[float]:
+    """Margins of the first differences between the answers to the same requests."""
+    pairs = zip(ours.answers, theirs.answers, strict=True)
+    found = (first_difference(a.tokens, b.tokens) for a, b in pairs if a.good and b.good)
+    return [difference.margin for difference in found if difference is not None]
+
+
+def failed(runs: Iterable[Watched]) -> int:
+    """Answers that are not whole."""
+    return sum(not answer.good for run in runs for answer in run.answers)
+
+
+def _shift(found: Shift) -> list[Target]:
+    moves, margins = after_shift(found), differences(found.move, found.stay)
+    ratio = mean_latency_s(found.move) / mean_latency_s(found.stay)
+    targets = [
+        Target("mean latency with migration / without", LATENCY, ratio),
+        # None at all is as wrong as two.
+        Target("migrations after the shift, beside the one", 0, abs(len(moves) - 1)),
+        Target(
+            "margin of outputs that differ from those without migration",
+            MARGIN,
+            max([0.0, *margins]),
+        ),
+        Target("answers that are not whole", 0, failed([found.stay, found.move, found.placed])),
+    ]
+    if not moves:
+        return targets
+    placed = found.placed.remote_share(0.0)
+    remote = found.move.remote_share(moves[0])
+    sent = sum(found.move.sent_per_call(moves[0])) / sum(found.placed.sent_per_call(0.0))
+    of = "after one migration / placed for it"
+    return [
+        *targets,
+        Target(f"remote share {of}", REMOTE, remote / placed),
+        Target(f"bytes on links per expert call {of}", REMOTE, sent),
+    ]
+
+
+def _pause(found: Pause) -> list[Target]:
+    limit = found.median_s + max(STEP_S, STEP_MEDIANS * found.median_s)
+    longest = [(each.longest_step_s, f"round {n}") for n, each in enumerate(found.rounds, 1)]
+    p99 = [float(np.quantile(found.gaps(during), 0.99)) for during in (True, False)]
+    still = [n for n, each in enumerate(found.rounds, 1) if not each.experts]
+    return [
+        Target.of_worst("seconds of the longest step beside a migration", limit, longest),
+        Target("p99 of gaps between tokens beside migrations / before", GAPS, p99[0] / p99[1]),
+        Target("rounds in which nothing moved", 0, len(still)),
+    ]
+
+
+def plain(results: Results) -> dict[str, Any]:
+    """For JSON, everything but the answers' texts."""
+    found: dict[str, Any] = {}
+    if (shift := results.shift) is not None:
+        runs = {name: _run(getattr(shift, name)) for name in ("stay", "move", "placed")}
+        margins = differences(shift.move, shift.stay)
+        found["shift"] = {"shift_s": shift.plan.shift_s, "margins": margins, **runs}
+    for name in ("accumulate", "stable"):
+        if (run := getattr(results, name)) is not None:
+            found[name] = _run(run)
+    if results.pause is not None:
+        found["pause"] = dataclasses.asdict(results.pause)
+    return found
+
+
+def _run(run: Watched) -> dict[str, Any]:
+    answers = [
+        {"server": a.call.server, "asked_s": a.asked_s, "end_s": a.end_s, "tokens": a.output_tokens}
+        for a in run.answers
+        if a.good
+    ]
+    return {
+        "mean_latency_s": mean_latency_s(run),
+        "moves_s": run.moves_s,
+        "decision": run.decision,
+        "samples": [dataclasses.asdict(sample) for sample in run.samples],
+        "answers": answers,
+        "failed": failed([run]),
+    }

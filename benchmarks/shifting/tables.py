@@ -1,0 +1,93 @@
+"""Results as tables of the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from rich.console import Console
+
+from benchmarks.serving.tables import grid, milliseconds
+
+from .results import Results, after_shift, differences, latencies_s
+from .runs import Pause, Shift
+from .watch import Watched
+
+_RUN = ("run", "latency: mean", "p50", "p99", "of the 2nd: mean", "remote", "migrations", "moved")
+
+
+def show(console: Console, names: Sequence[str], results: Results) -> None:
+    """All that was measured."""
+    if (found := results.shift) is not None:
+        runs = {"no migration": found.stay, "migration": found.move}
+        if results.accumulate is not None:
+            runs["nothing fades"] = results.accumulate
+        _runs(console, runs, found.plan.shift_s)
+        _shift(console, names, found)
+    elif results.accumulate is not None:
+        _runs(console, {"nothing fades": results.accumulate}, None)
+    if results.pause is not None:
+        _pause(console, results.pause)
+    if (stable := results.stable) is not None:
+        _runs(console, {"a stable workload": stable}, None)
+
+
+def _runs(console: Console, runs: Mapping[str, Watched], shift_s: float | None) -> None:
+    """Seconds; remote: share of expert calls, and in the second phase."""
+    table = grid(*_RUN)
+    for name, run in runs.items():
+        times = latencies_s(run.answers)
+        late = latencies_s(run.answers, shift_s) if shift_s is not None else []
+        moves = ", ".join(f"{moment:.0f} s" for moment in run.moves_s) or "none"
+        remote = f"{run.remote_share(0.0):.3f}"
+        if shift_s is not None:
+            remote = f"{run.remote_share(0.0, shift_s):.3f}, {run.remote_share(shift_s):.3f}"
+        table.add_row(
+            name,
+            *(f"{value:.2f}" for value in (np.mean(times), *np.quantile(times, [0.5, 0.99]))),
+            f"{np.mean(late):.2f}" if late else "-",
+            remote,
+            moves,
+            str(run.samples[-1].experts_migrated),
+        )
+    console.print(table)
+    if shift_s is not None:
+        console.print(f"users change their minds until {shift_s:.0f} s")
+
+
+def _shift(console: Console, names: Sequence[str], found: Shift) -> None:
+    margins = differences(found.move, found.stay)
+    console.print(
+        f"outputs with and without migration: {len(margins)} of {len(found.move.answers)} differ"
+        + (f", at margins up to {max(margins):.2g}" if margins else "")
+    )
+    if not (moves := after_shift(found)):
+        return
+    table = grid("after the shift", "remote", *(f"{name}, bytes/call" for name in names))
+    rows = {
+        "no migration": (found.stay, found.plan.shift_s),
+        "migration": (found.move, moves[0]),
+        "placed for it": (found.placed, 0.0),
+    }
+    for name, (run, since_s) in rows.items():
+        sent = (f"{each:.1f}" for each in run.sent_per_call(since_s))
+        table.add_row(name, f"{run.remote_share(since_s):.3f}", *sent)
+    console.print(table)
+
+
+def _pause(console: Console, found: Pause) -> None:
+    columns = ("experts", "s", "longest step", "the same before", "gaps: p50, p99 before")
+    table = grid("migration", *columns, "p50, p99 beside it")
+    for number, each in enumerate(found.rounds, 1):
+        table.add_row(
+            str(number),
+            str(each.experts),
+            f"{each.length_s:.2f}",
+            milliseconds(each.longest_step_s),
+            milliseconds(each.longest_before_s),
+            *(
+                ", ".join(milliseconds(value) for value in np.quantile(gaps, [0.5, 0.99]))
+                for gaps in (each.before, each.during)
+            ),
+        )
+    console.print(table)

@@ -1,0 +1,181 @@
+"""What servers tell while they are asked."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import itertools
+import math
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
+
+import msgspec
+import numpy as np
+from prometheus_client.parser import text_string_to_metric_families
+
+from benchmarks.serving.client import Answer, Api, Call
+from benchmarks.serving.drive import Done, open_loop
+from benchmarks.serving.http import request
+
+PREFIX = "dance_jax:"
+#: Seconds between two questions.
+ASK_S = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """All servers at one moment; counters since they started."""
+
+    #: Seconds after the run's start.
+    at_s: float
+    #: By server: expert calls by where they were served; payload sent; steps; longest of late.
+    local: list[float]
+    remote: list[float]
+    sent: list[float]
+    #: The same through the hosts' interfaces; empty where there are none.
+    wire: list[float]
+    steps: list[float]
+    longest_step_s: list[float]
+    #: As the first server knows it.
+    version: int
+    migrations: int
+    experts_migrated: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Watched:
+    """A run under load.
+
+    Attributes:
+        answers: in the order of the calls.
+        samples: in their order.
+        decision: the last one, as /placement tells it; None: there was none.
+    """
+
+    answers: list[Answer]
+    samples: list[Sample]
+    decision: dict[str, Any] | None
+
+    @property
+    def moves_s(self) -> list[float]:
+        """When migrations were seen to be complete."""
+        return [
+            later.at_s
+            for before, later in itertools.pairwise(self.samples)
+            if later.migrations > before.migrations
+        ]
+
+    def remote_share(self, since_s: float, until_s: float = math.inf) -> float:
+        """Of the expert calls counted in that time, the mean of the servers."""
+        remote, local = (
+            self._spent("remote", since_s, until_s),
+            self._spent("local", since_s, until_s),
+        )
+        return float(np.mean(remote / np.maximum(remote + local, 1)))
+
+    def sent_per_call(self, since_s: float) -> list[float]:
+        """Bytes that each server sent from then on, per expert call of all users: through its
+        interface, or the payload where there is none."""
+        calls = self._spent("remote", since_s) + self._spent("local", since_s)
+        sent = self._spent("wire" if self.samples[0].wire else "sent", since_s)
+        return (sent / max(calls.sum(), 1)).tolist()
+
+    def _spent(self, counter: str, since_s: float, until_s: float = math.inf) -> np.ndarray:
+        """What a counter of each server grew by."""
+        within = [s for s in self.samples if since_s <= s.at_s <= until_s] or self.samples[-1:]
+        return np.subtract(getattr(within[-1], counter), getattr(within[0], counter))
+
+
+def _nothing() -> list[float]:
+    return []
+
+
+async def load(
+    api: Api, calls: Sequence[Call], done: Done, wire: Callable[[], list[float]] = _nothing
+) -> Watched:
+    """Asks, and watches meanwhile and until the counters of the last answers have come.
+
+    Args:
+        wire: bytes sent through each server's interface so far.
+    """
+    async with watched(api, wire) as samples:
+        answers = await open_loop(api, calls, done)
+        await asyncio.sleep(2 * ASK_S)
+    return Watched(answers, samples, (await placement(api))["last_decision"])
+
+
+@contextlib.asynccontextmanager
+async def watched(api: Api, wire: Callable[[], list[float]]) -> AsyncIterator[list[Sample]]:
+    """Samples that come while the block runs; the first and the last are of its ends."""
+    origin, samples = time.perf_counter(), []
+
+    async def watch() -> None:
+        while True:
+            samples.append(await sample(api, origin, wire))
+            await asyncio.sleep(ASK_S)
+
+    samples.append(await sample(api, origin, wire))
+    task = asyncio.create_task(watch())
+    try:
+        yield samples
+        samples.append(await sample(api, origin, wire))
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+
+async def sample(api: Api, origin: float, wire: Callable[[], list[float]] = _nothing) -> Sample:
+    """All servers now; `origin` of time.perf_counter."""
+    told = await asyncio.gather(*(_metrics(api, n) for n in range(len(api.addresses))))
+    at_s = time.perf_counter() - origin
+
+    def each(name: str, **labels: str) -> list[float]:
+        return [
+            sum(
+                value
+                for found, carried, value in metrics
+                if found == PREFIX + name and labels.items() <= carried.items()
+            )
+            for metrics in told
+        ]
+
+    return Sample(
+        at_s=at_s,
+        local=each("expert_calls_total", where="local"),
+        remote=each("expert_calls_total", where="remote"),
+        sent=each("link_bytes_total", direction="sent"),
+        wire=await asyncio.to_thread(wire),
+        steps=each("steps_total"),
+        longest_step_s=each("longest_step_seconds"),
+        version=int(each("placement_version")[0]),
+        migrations=int(each("migrations_total")[0]),
+        experts_migrated=int(each("experts_migrated_total")[0]),
+    )
+
+
+async def _metrics(api: Api, server: int) -> list[tuple[str, dict[str, str], float]]:
+    text = await api.get(server, "/metrics")
+    return [
+        (sample.name, sample.labels, sample.value)
+        for family in text_string_to_metric_families(text.decode())
+        for sample in family.samples
+    ]
+
+
+async def placement(api: Api) -> dict[str, Any]:
+    """What /placement says."""
+    return msgspec.json.decode(await api.get(0, "/placement"))
+
+
+async def force(api: Api) -> dict[str, Any]:
+    """Experts move whatever it costs; returns the decision when they have."""
+    before = (await placement(api))["version"]
+    body = msgspec.json.encode({"force": True})
+    async with request(api.addresses[0], "POST", "/placement/rebalance", body) as response:
+        decision = msgspec.json.decode(await response.read())
+    while decision.get("migrate") and (await placement(api))["version"] == before:
+        await asyncio.sleep(0.05)
+    return decision
