@@ -133,7 +133,7 @@ class Stage(msgspec.Struct, tag=True):
 
 
 class Drop(msgspec.Struct, tag=True):
-    """Forget a batch that some server could not load."""
+    """Forget a batch that some server could not load, and say Dropped."""
 
     number: int
 
@@ -218,6 +218,12 @@ class Applied(msgspec.Struct, tag=True):
     number: int
 
 
+class Dropped(msgspec.Struct, tag=True):
+    """A batch cannot come into force any more, unless Applied came before this."""
+
+    number: int
+
+
 class Failed(msgspec.Struct, tag=True):
     """The process is about to exit because of an exception."""
 
@@ -297,7 +303,7 @@ class FromEngine(msgspec.Struct, tag=True):
 
     #: Number of the start.
     start: int
-    event: Prepared | Joined | Progress | Ready | Stats | Staged | StageFailed | Applied
+    event: Prepared | Joined | Progress | Ready | Stats | Staged | StageFailed | Applied | Dropped
 
 
 class EngineDied(msgspec.Struct, tag=True):
@@ -393,6 +399,7 @@ Event = (
     | Staged
     | StageFailed
     | Applied
+    | Dropped
     | Failed
 )
 FrontCommand = Join | Restart | AskStats | Stage | Drop | Decided | Placed | Drain | Stop

@@ -33,6 +33,8 @@ from dance_jax.placement.core import Layout, Placement
 READ_RATE = 200e6
 #: Weight of the latest batch in a server's mean rate.
 _RATE_WEIGHT = 0.3
+#: Seconds after which a batch that is not in force everywhere is given up.
+LOAD_TIMEOUT_S = 300.0
 
 
 class Front(Protocol):
@@ -53,6 +55,24 @@ class _Wanted:
     id: int
     force: bool
     dry_run: bool
+
+
+@dataclasses.dataclass
+class _Loading:
+    """The batch under way: until when at most, the servers that have not loaded it yet."""
+
+    deadline: float
+    missing: set[int]
+
+
+@dataclasses.dataclass
+class _Dropping:
+    """A batch that is given up: because of which server, why, and who may have it yet."""
+
+    number: int
+    name: str
+    why: str
+    missing: set[int]
 
 
 class _Doing(enum.Enum):
@@ -115,6 +135,8 @@ class Rebalancer:
         self._stats: dict[int, bytes] = {}
         self._answer: concurrent.futures.Future[Answer] | None = None
         self._migration: Migration | None = None
+        self._loading = _Loading(float("inf"), set())
+        self._dropping: _Dropping | None = None
         #: Latest batch of these engines.
         self._number = 0
         self._rates = np.full(shape[0], READ_RATE)
@@ -147,6 +169,9 @@ class Rebalancer:
             assert self._answer is not None
             if self._answer.done():
                 self._decide(self._answer)
+        elif self._doing is _Doing.MOVING:
+            if self._clock() >= self._loading.deadline:
+                self._give_up()
         elif self._doing is _Doing.NOTHING and not self._draining:
             if self._waiting:
                 self._ask(self._waiting.popleft())
@@ -160,14 +185,16 @@ class Rebalancer:
                 self._stats[rank] = bytes(stats)
                 if len(self._stats) == len(self._spec.servers):
                     self._count()
-            case protocol.Staged(_, seconds, size) if size and seconds > 0:
-                rate = size / seconds
-                known = self._rates[rank]
-                self._rates[rank] = known + _RATE_WEIGHT * (rate - known)
+            case protocol.Staged(_, seconds, size):
+                self._loading.missing.discard(rank)
+                if size and seconds > 0:
+                    self._rates[rank] += _RATE_WEIGHT * (size / seconds - self._rates[rank])
             case protocol.StageFailed(number, why):
-                self._abandon(rank, number, why)
+                self._drop(number, self._spec.names[rank], why)
             case protocol.Applied(number):
                 self._advance(rank, number)
+            case protocol.Dropped(number):
+                self._dropped(rank, number)
 
     def engines_died(self) -> None:
         """All of them; what is in force stays, and others start with it."""
@@ -307,6 +334,8 @@ class Rebalancer:
     def _load(self) -> None:
         assert self._migration is not None
         self._number = self._migration.number
+        ranks = set(range(len(self._spec.servers)))
+        self._loading = _Loading(self._clock() + LOAD_TIMEOUT_S, ranks)
         for rank, stage in enumerate(self._migration.stages()):
             self._front.tell(rank, stage)
 
@@ -327,16 +356,37 @@ class Rebalancer:
             self._load()
         self._publish()
 
-    def _abandon(self, rank: int, number: int, why: str) -> None:
-        """A server cannot load a batch."""
+    def _give_up(self) -> None:
+        """A batch takes too long."""
+        slow = [self._spec.names[rank] for rank in sorted(self._loading.missing)]
+        what = "have not loaded them" if slow else "have not put them in place"
+        names = ", ".join(slow or self._spec.names)
+        self._drop(self._number, names, f"{what} in {LOAD_TIMEOUT_S:g} s")
+
+    def _drop(self, number: int, name: str, why: str) -> None:
+        """A batch is to come into force nowhere; all have to say so, as it may have by then."""
         moving = self._migration
-        if moving is None or number != moving.number:
+        if moving is None or number != moving.number or self._dropping is not None:
             return
+        self._dropping = _Dropping(number, name, why, set(range(len(self._spec.servers))))
+        self._loading.deadline = float("inf")
         self._front.tell_all(protocol.Drop(number))
+
+    def _dropped(self, rank: int, number: int) -> None:
+        """A server can put a batch in force no more."""
+        dropping, moving = self._dropping, self._migration
+        if dropping is None or number != dropping.number:
+            return
+        dropping.missing.discard(rank)
+        if dropping.missing:
+            return
+        self._dropping = None
+        if moving is None or moving.number != number:
+            return  # it came into force everywhere just before
         self._failures += 1
-        name = self._spec.names[rank]
-        self._stop_moving(why=f"server {name}: {why}")
-        self._front.notice(name, f"experts do not move, they stay where they are: {why}")
+        self._stop_moving(why=f"server {dropping.name}: {dropping.why}")
+        text = f"experts do not move, they stay where they are: {dropping.why}"
+        self._front.notice(dropping.name, text)
         self._publish()
 
     def _stop_moving(self, why: str = "") -> None:
@@ -344,7 +394,7 @@ class Rebalancer:
         assert self._migration is not None
         self._version += self._migration.moved > 0
         self._migrated += self._migration.moved
-        self._migration, self._doing = None, _Doing.NOTHING
+        self._migration, self._dropping, self._doing = None, None, _Doing.NOTHING
         self._look_again(None)
         if why and self._decision is not None:
             self._decision = msgspec.structs.replace(self._decision, failure=why)

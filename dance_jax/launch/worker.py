@@ -279,6 +279,7 @@ def _obey(engine: Engine, loader: Loader, channel: Channel) -> None:
             case protocol.Drop(number):
                 loader.drop(number)
                 engine.unstage(number)
+                channel.send(protocol.Dropped(number))
             case protocol.Stop():
                 raise Stopped
             case protocol.Join():

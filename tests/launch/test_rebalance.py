@@ -181,6 +181,7 @@ class Bench:
                 self._stage(rank, number, parse_layout(layout), loads)
             case protocol.Drop(number):
                 self.staged[rank].discard(number)
+                self._say(rank, protocol.Dropped(number))
 
     def _stage(self, rank: int, number: int, layout: Layout, loads: list[Any]) -> None:
         before = self.in_force[rank]
@@ -361,6 +362,55 @@ def test_a_server_that_cannot_load(monkeypatch, fails: int) -> None:
     *_, last = bench.heard(protocol.Placed)
     assert (last.version, last.migrations, last.failures) == (fails + 1, 1, 1)
     assert local_share(bench.rebalancer.layout) == 1
+
+
+def test_a_server_that_never_loads(monkeypatch) -> None:
+    """The batch is given up; serving goes on, and the next decision comes in its time."""
+    bench = Bench(monkeypatch)
+    stage = bench._stage
+    monkeypatch.setattr(bench, "_stage", lambda rank, *rest: rank or stage(rank, *rest))
+    bench.now += INTERVAL_S
+    bench.run()
+    assert bench.heard(protocol.Stage, rank=1) and not bench.heard(protocol.Drop)
+    bench.now += rebalancer.LOAD_TIMEOUT_S
+    bench.run()
+    assert [drop.number for drop in bench.heard(protocol.Drop, rank=1)] == [1]
+    *_, last = bench.heard(protocol.Placed)
+    assert (last.version, last.migrations, last.failures) == (1, 0, 1)
+    assert "beta: have not loaded them in 300 s" in last.last_decision.failure
+    monkeypatch.setattr(bench, "_stage", stage)
+    bench.now += INTERVAL_S
+    bench.run()
+    assert bench.heard(protocol.Placed)[-1].migrations == 1
+    assert local_share(bench.rebalancer.layout) == 1
+
+
+def test_a_batch_that_is_in_force_when_it_is_given_up(monkeypatch) -> None:
+    """All servers have agreed on it just before they were told: what is in force counts."""
+    bench = Bench(monkeypatch)
+    say, held_back = bench._say, []
+
+    def late(rank: int, event: Any) -> None:
+        if isinstance(event, protocol.Applied) and event.number == 1:
+            held_back.append((rank, event))
+        elif isinstance(event, protocol.Dropped):
+            while held_back:
+                say(*held_back.pop(0))
+            say(rank, event)
+        else:
+            say(rank, event)
+
+    monkeypatch.setattr(bench, "_say", late)
+    bench.now += INTERVAL_S
+    bench.run()
+    assert len(held_back) == 2
+    bench.now += rebalancer.LOAD_TIMEOUT_S
+    bench.run()
+    assert bench.heard(protocol.Drop)
+    *_, last = bench.heard(protocol.Placed)
+    assert (last.migrations, last.failures) == (1, 0)
+    assert local_share(bench.rebalancer.layout) == 1
+    np.testing.assert_array_equal(bench.in_force[0].slot_of, bench.rebalancer.layout.slot_of)
 
 
 def test_engines_that_die_meanwhile(monkeypatch) -> None:
