@@ -1,0 +1,173 @@
+"""What benchmarks/migrate.py asks, and what it makes of what servers tell."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from benchmarks.migrate import main
+from benchmarks.serving.client import Answer, Call, Token
+from benchmarks.shifting import plots, tables
+from benchmarks.shifting.results import Results, after_shift, differences, plain
+from benchmarks.shifting.runs import Pause, Round, Shift, _gaps
+from benchmarks.shifting.tasks import Askers, Plan, Task, read_task
+from benchmarks.shifting.watch import Sample, Watched
+from dance_jax.config import UserError
+from dance_jax.launch.defaults import demo_dir
+from dance_jax.models.tokenizer import Tokenizer
+
+ONE, OTHER = (Task(n, (f"fit {n}",), tuple(f"{n} {i}" for i in range(5))) for n in ("one", "other"))
+REQUESTS = 12
+
+
+@pytest.fixture(scope="module")
+def askers() -> Askers:
+    return Askers(Tokenizer.load(demo_dir()), context=64, longest=16, rate=2.0, seed=3)
+
+
+def test_every_server_asks_for_both_tasks_in_turn(askers: Askers) -> None:
+    plan = askers.plan([(ONE, OTHER), (OTHER, ONE)], REQUESTS)
+    tokenizer = Tokenizer.load(demo_dir())
+    assert [call.arrival_s for call in plan.calls] == sorted(c.arrival_s for c in plan.calls)
+    for server, (first, second) in enumerate([("one", "other"), ("other", "one")]):
+        texts = [tokenizer.decode(call.prompt) for call in plan.calls if call.server == server]
+        words = [text.split()[-2] for text in texts]
+        assert words == [first] * REQUESTS + [second] * REQUESTS
+        # Each prompt of a task comes up before any comes up again.
+        assert len(set(texts[:5])) == len(set(texts[REQUESTS : REQUESTS + 5])) == 5
+    assert all(1 <= call.max_tokens <= 16 for call in plan.calls)
+    late = plan.after(plan.shift_s)
+    assert late.calls[0].arrival_s == 0.0 and late.shift_s == 0.0
+    assert 0 < len(late.calls) <= 2 * REQUESTS
+    assert askers.plan([(ONE, OTHER), (OTHER, ONE)], REQUESTS) == plan
+
+
+def test_streams_fill_the_context(askers: Askers) -> None:
+    calls = askers.streams((ONE, OTHER), 7)
+    assert [call.server for call in calls] == [0] * 7 + [1] * 7
+    assert {len(call.prompt) + call.max_tokens for call in calls} == {63}
+
+
+def test_prompts_to_fit_are_not_asked(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "sums.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"{n}+{n}="}) + "\n" for n in range(5)))
+    task = read_task(path)
+    assert (task.name, task.fit, task.asked) == ("sums", ("0+0=", "2+2=", "4+4="), ("1+1=", "3+3="))
+    path.write_text('{"prompt": "1"}\n{"text": "2"}\n')
+    with pytest.raises(UserError, match=r"sums\.jsonl: not JSON Lines of prompts"):
+        read_task(path)
+
+
+def sample(at_s: float, local: float, remote: float, migrations: int = 0) -> Sample:
+    """Of two servers that do the same."""
+    return Sample(
+        at_s=at_s,
+        local=[local] * 2,
+        remote=[remote] * 2,
+        sent=[10 * remote] * 2,
+        wire=[],
+        steps=[0.0] * 2,
+        longest_step_s=[0.0] * 2,
+        version=1 + migrations,
+        migrations=migrations,
+        experts_migrated=7 * migrations,
+    )
+
+
+def answers(taken_s: float, text: str = "a", margin: float = 1.0) -> list[Answer]:
+    found = []
+    for n in range(4):
+        answer = Answer(
+            Call(n % 2, [1], 1, float(10 * n)), asked_s=10.0 * n, end_s=10 * n + taken_s
+        )
+        answer.tokens = [Token(text, 0.0, {"a": 0.0, "b": -margin})]
+        found.append(answer)
+    return found
+
+
+def run(taken_s: float, samples: Sequence[Sample], **more: Any) -> Watched:
+    return Watched(answers(taken_s, **more), list(samples), None)
+
+
+STAY = run(2.0, [sample(0, 0, 0), sample(20, 90, 10), sample(40, 140, 60)])
+MOVE = run(
+    1.5, [sample(0, 0, 0), sample(20, 90, 10), sample(30, 110, 40, 1), sample(40, 190, 60, 1)]
+)
+PLACED = run(1.0, [sample(0, 0, 0), sample(20, 80, 20)])
+GOOD = Shift(Plan((), 15.0), STAY, MOVE, PLACED)
+
+
+def verdicts(results: Results) -> dict[str, bool]:
+    return {target.name: target.missed for target in results.targets()}
+
+
+def test_figures_of_a_shift() -> None:
+    assert MOVE.moves_s == [30] and after_shift(GOOD) == [30]
+    assert MOVE.remote_share(30) == pytest.approx(0.2)
+    assert MOVE.remote_share(0, 20) == pytest.approx(0.1)
+    assert MOVE.sent_per_call(30) == pytest.approx([1.0, 1.0])
+    assert not any(verdicts(Results(shift=GOOD)).values())
+
+
+@pytest.mark.parametrize(
+    ("change", "missed"),
+    [
+        ({"stay": run(1.6, STAY.samples)}, "mean latency with migration / without"),
+        ({"move": run(1.5, STAY.samples)}, "migrations after the shift, beside the one"),
+        ({"placed": run(1.0, [sample(0, 0, 0), sample(9, 85, 15)])}, "remote share after one"),
+        ({"stay": run(2.0, STAY.samples, text="b", margin=2e-3)}, "margin of outputs"),
+    ],
+)
+def test_what_misses_a_target_is_told(change: dict[str, Watched], missed: str) -> None:
+    found = verdicts(Results(shift=dataclasses.replace(GOOD, **change)))
+    assert any(name.startswith(missed) for name, miss in found.items() if miss)
+
+
+def test_close_choices_may_fall_otherwise() -> None:
+    move = run(1.5, MOVE.samples, margin=5e-4)
+    stay = run(2.0, STAY.samples, text="b", margin=4e-4)
+    other = dataclasses.replace(GOOD, move=move, stay=stay)
+    assert differences(other.move, other.stay) == pytest.approx([5e-4] * 4)
+    assert not any(verdicts(Results(shift=other)).values())
+
+
+def test_gaps_beside_a_migration() -> None:
+    assert _gaps([[0.0, 1.0, 2.0, 3.5]], 1.5, 3.0) == [1.0, 1.5]
+    steady = Round([0.02] * 99, [0.025] * 99, 1.0, 0.06, 0.03, 12)
+    assert not any(verdicts(Results(pause=Pause([steady]))).values())
+    slow = dataclasses.replace(steady, longest_step_s=0.08)
+    late = dataclasses.replace(steady, during=[0.025] * 90 + [0.04] * 9)
+    idle = dataclasses.replace(steady, experts=0)
+    for bad in (slow, late, idle):
+        assert sum(verdicts(Results(pause=Pause([steady, bad]))).values()) == 1
+
+
+def test_results_are_shown(tmp_path: pathlib.Path, capsys: Any) -> None:
+    from rich.console import Console
+
+    steady = Round([0.02] * 9, [0.025] * 9, 1.0, 0.06, 0.03, 12)
+    results = Results(shift=GOOD, accumulate=MOVE, pause=Pause([steady]), stable=STAY)
+    tables.show(Console(width=120), ("alpha", "beta"), results)
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in ("nothing fades", "30 s", "alpha, bytes/call", "0.200"))
+    plots.draw(results, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads(json.dumps(plain(results)))["shift"]["move"]["moves_s"] == [30]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--tasks", "nowhere"], "0 files *.jsonl"),
+        (["--hosts", "nowhere.txt"], "nowhere.txt"),
+        (["--output", "no/such/place.json"], "--output"),
+    ],
+)
+def test_wrong_options_start_nothing(words: list[str], said: str, capsys: Any) -> None:
+    assert main(words) == 2
+    assert said in capsys.readouterr().err
