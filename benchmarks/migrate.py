@@ -208,13 +208,13 @@ def measure(options: argparse.Namespace, console: Console) -> list[Target]:
         results = Results()
         for section in options.sections:
             setattr(results, section, getattr(runs, section)(setting))
-    tables.show(console, setting.place.spec.names, results)
-    found = results.targets()
-    if options.output is not None:
-        write_json(options.output, vars(options), plain(results), found)
-    if options.plot is not None:
-        plots.draw(results, options.plot)
-    return found
+            tables.show(console, section, setting.place.spec.names, results)
+            # What was measured is kept, whatever becomes of the next section.
+            if options.output is not None:
+                write_json(options.output, vars(options), plain(results), results.targets())
+            if options.plot is not None:
+                plots.draw(results, options.plot)
+    return results.targets()
 
 
 if __name__ == "__main__":

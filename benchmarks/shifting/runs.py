@@ -13,13 +13,13 @@ from typing import TypeVar
 import numpy as np
 from rich.console import Console
 
-from benchmarks.serving.client import Answer, Api
+from benchmarks.serving.client import Api, Call
 from benchmarks.serving.cluster import ClusterError
 from benchmarks.serving.setting import progress
 
 from .places import Place, count_activations
 from .tasks import Askers, Plan, Task, write_fit
-from .watch import ASK_S, Watched, force, load, sample
+from .watch import ASK_S, Watched, decide, load, moved, placement, sample
 
 SECTIONS = ("shift", "accumulate", "pause", "stable")
 #: Prompts of each server, and tokens of each answer, that placements at the start are fitted to.
@@ -164,16 +164,19 @@ class Round:
 
     Attributes:
         before: gaps between tokens, before it.
-        during: those that overlap it.
-        length_s: from the wish to its end.
-        longest_step_s: of any server, while it lasted and up to ten seconds before.
+        solving: those that overlap the time until it is decided what moves.
+        moving: those that overlap the time in which it does.
+        solving_s, moving_s: those times.
+        longest_step_s: of any server, while experts moved and up to ten seconds before.
         longest_before_s: the same of ten seconds just before.
         experts: that were loaded.
     """
 
     before: list[float]
-    during: list[float]
-    length_s: float
+    solving: list[float]
+    moving: list[float]
+    solving_s: float
+    moving_s: float
     longest_step_s: float
     longest_before_s: float
     experts: int
@@ -185,14 +188,14 @@ class Pause:
 
     rounds: list[Round]
 
-    def gaps(self, during: bool) -> np.ndarray:
-        """Gaps between tokens of all rounds, in seconds."""
-        return np.concatenate([each.during if during else each.before for each in self.rounds])
+    def gaps(self, when: str) -> np.ndarray:
+        """Gaps between tokens of all rounds, in seconds: before, solving or moving."""
+        return np.concatenate([getattr(each, when) for each in self.rounds])
 
     @property
     def median_s(self) -> float:
         """Of the steps before migrations: each gives every stream a token."""
-        return float(np.median(self.gaps(during=False)))
+        return float(np.median(self.gaps("before")))
 
 
 def pause(setting: Setting) -> Pause:
@@ -207,44 +210,43 @@ def pause(setting: Setting) -> Pause:
 async def _round(api: Api, setting: Setting, number: int) -> Round:
     """Streams run, experts are moved, and the streams are hung up on."""
     calls = setting.askers.streams(setting.phases[1 - number % 2], STREAMS)
-    origin, heard = time.perf_counter(), [list[float]() for _ in calls]
+    origin, heard = time.perf_counter(), list[list[float]]()
+    version = (await placement(api))["version"]
 
     def now() -> float:
         return time.perf_counter() - origin
 
-    def hear(times: list[float]) -> Callable[[int], None]:
-        return lambda _: times.append(now())
+    async def stream(call: Call) -> None:
+        while True:
+            times: list[float] = []
+            heard.append(times)
+            answer = await api.answer(call, origin, now(), lambda _: times.append(now()))
+            if answer.error is not None:
+                raise ClusterError(f"a stream beside a migration: {answer.error}")
 
     async with asyncio.TaskGroup() as group:
-        streams = [
-            group.create_task(api.answer(call, origin, 0.0, hear(times)))
-            for call, times in zip(calls, heard, strict=True)
-        ]
+        streams = [group.create_task(stream(call)) for call in calls]
         await asyncio.sleep(STEADY_S)
         before, begin_s = await sample(api, origin), now()
-        decision = await force(api)
+        decision = await decide(api)
+        decided_s = now()
+        if decision["migrate"]:
+            await moved(api, version)
         end_s = now()
         await asyncio.sleep(ASK_S)
         after = await sample(api, origin)
-        finished = sum(stream.done() for stream in streams)
-        for stream in streams:
-            stream.cancel()
-    if finished:
-        raise ClusterError(f"{finished} streams ended before the migration did: {_why(streams)}")
+        for each in streams:
+            each.cancel()
     return Round(
         before=_gaps(heard, STEADY_S / 3, begin_s),
-        during=_gaps(heard, begin_s, end_s),
-        length_s=end_s - begin_s,
+        solving=_gaps(heard, begin_s, decided_s),
+        moving=_gaps(heard, decided_s, end_s),
+        solving_s=decided_s - begin_s,
+        moving_s=end_s - decided_s,
         longest_step_s=max(after.longest_step_s),
         longest_before_s=max(before.longest_step_s),
         experts=decision["experts_moved"] if decision["migrate"] else 0,
     )
-
-
-def _why(streams: Sequence[asyncio.Task[Answer]]) -> str:
-    """What the streams that ended said."""
-    found = {str(s.result().error) for s in streams if s.done() and not s.cancelled()}
-    return "; ".join(sorted(found))
 
 
 def _gaps(heard: Sequence[Sequence[float]], begin_s: float, end_s: float) -> list[float]:

@@ -16,20 +16,22 @@ from .watch import Watched
 _RUN = ("run", "latency: mean", "p50", "p99", "of the 2nd: mean", "remote", "migrations", "moved")
 
 
-def show(console: Console, names: Sequence[str], results: Results) -> None:
-    """All that was measured."""
-    if (found := results.shift) is not None:
-        runs = {"no migration": found.stay, "migration": found.move}
-        if results.accumulate is not None:
-            runs["nothing fades"] = results.accumulate
-        _runs(console, runs, found.plan.shift_s)
-        _shift(console, names, found)
-    elif results.accumulate is not None:
-        _runs(console, {"nothing fades": results.accumulate}, None)
-    if results.pause is not None:
-        _pause(console, results.pause)
-    if (stable := results.stable) is not None:
-        _runs(console, {"a stable workload": stable}, None)
+def show(console: Console, section: str, names: Sequence[str], results: Results) -> None:
+    """A section that was measured, beside those before."""
+    found = getattr(results, section)
+    match section:
+        case "shift":
+            _runs(
+                console, {"no migration": found.stay, "migration": found.move}, found.plan.shift_s
+            )
+            _shift(console, names, found)
+        case "accumulate":
+            shift_s = None if results.shift is None else results.shift.plan.shift_s
+            _runs(console, {"nothing fades": found}, shift_s)
+        case "pause":
+            _pause(console, found)
+        case "stable":
+            _runs(console, {"a stable workload": found}, None)
 
 
 def _runs(console: Console, runs: Mapping[str, Watched], shift_s: float | None) -> None:
@@ -76,18 +78,21 @@ def _shift(console: Console, names: Sequence[str], found: Shift) -> None:
 
 
 def _pause(console: Console, found: Pause) -> None:
-    columns = ("experts", "s", "longest step", "the same before", "gaps: p50, p99 before")
-    table = grid("migration", *columns, "p50, p99 beside it")
+    columns = ("experts", "deciding", "moving", "longest step", "the same before")
+    table = grid(
+        "migration", *columns, *(f"gaps {w}: p50, p99" for w in ("before", "deciding", "moving"))
+    )
     for number, each in enumerate(found.rounds, 1):
         table.add_row(
             str(number),
             str(each.experts),
-            f"{each.length_s:.2f}",
+            f"{each.solving_s:.2f} s",
+            f"{each.moving_s:.2f} s",
             milliseconds(each.longest_step_s),
             milliseconds(each.longest_before_s),
             *(
                 ", ".join(milliseconds(value) for value in np.quantile(gaps, [0.5, 0.99]))
-                for gaps in (each.before, each.during)
+                for gaps in (each.before, each.solving, each.moving)
             ),
         )
     console.print(table)

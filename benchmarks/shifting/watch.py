@@ -16,12 +16,13 @@ import numpy as np
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.serving.client import Answer, Api, Call
+from benchmarks.serving.cluster import ClusterError
 from benchmarks.serving.drive import Done, open_loop
 from benchmarks.serving.http import request
 
 PREFIX = "dance_jax:"
-#: Seconds between two questions.
-ASK_S = 0.5
+#: Seconds between two questions; for a migration.
+ASK_S, MOVE_S = 0.5, 300.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,12 +171,24 @@ async def placement(api: Api) -> dict[str, Any]:
     return msgspec.json.decode(await api.get(0, "/placement"))
 
 
-async def force(api: Api) -> dict[str, Any]:
-    """Experts move whatever it costs; returns the decision when they have."""
-    before = (await placement(api))["version"]
+async def decide(api: Api) -> dict[str, Any]:
+    """Experts are to move whatever it costs; returns the decision, before they do."""
     body = msgspec.json.encode({"force": True})
     async with request(api.addresses[0], "POST", "/placement/rebalance", body) as response:
-        decision = msgspec.json.decode(await response.read())
-    while decision.get("migrate") and (await placement(api))["version"] == before:
-        await asyncio.sleep(0.05)
-    return decision
+        return msgspec.json.decode(await response.read())
+
+
+async def moved(api: Api, version: int) -> None:
+    """Returns when the placement is a later one than this.
+
+    Raises:
+        ClusterError: experts stopped moving, or do not arrive.
+    """
+    try:
+        async with asyncio.timeout(MOVE_S):
+            while (now := await placement(api))["version"] <= version:
+                if why := now["last_decision"]["failure"]:
+                    raise ClusterError(f"experts stopped moving: {why}")
+                await asyncio.sleep(0.05)
+    except TimeoutError:
+        raise ClusterError(f"experts have not moved after {MOVE_S:g} s") from None

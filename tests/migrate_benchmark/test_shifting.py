@@ -14,7 +14,7 @@ from benchmarks.migrate import main
 from benchmarks.serving.client import Answer, Call, Token
 from benchmarks.shifting import plots, tables
 from benchmarks.shifting.results import Results, after_shift, differences, plain
-from benchmarks.shifting.runs import Pause, Round, Shift, _gaps
+from benchmarks.shifting.runs import SECTIONS, Pause, Round, Shift, _gaps
 from benchmarks.shifting.tasks import Askers, Plan, Task, read_task
 from benchmarks.shifting.watch import Sample, Watched
 from dance_jax.config import UserError
@@ -138,21 +138,23 @@ def test_close_choices_may_fall_otherwise() -> None:
 
 def test_gaps_beside_a_migration() -> None:
     assert _gaps([[0.0, 1.0, 2.0, 3.5]], 1.5, 3.0) == [1.0, 1.5]
-    steady = Round([0.02] * 99, [0.025] * 99, 1.0, 0.06, 0.03, 12)
+    steady = Round([0.02] * 99, [0.02] * 99, [0.025] * 99, 2.0, 1.0, 0.06, 0.03, 12)
     assert not any(verdicts(Results(pause=Pause([steady]))).values())
     slow = dataclasses.replace(steady, longest_step_s=0.08)
-    late = dataclasses.replace(steady, during=[0.025] * 90 + [0.04] * 9)
+    late = dataclasses.replace(steady, moving=[0.025] * 90 + [0.04] * 9)
     idle = dataclasses.replace(steady, experts=0)
-    for bad in (slow, late, idle):
+    busy = dataclasses.replace(steady, solving=[0.02] * 90 + [0.04] * 9)
+    for bad in (slow, late, busy, idle):
         assert sum(verdicts(Results(pause=Pause([steady, bad]))).values()) == 1
 
 
 def test_results_are_shown(tmp_path: pathlib.Path, capsys: Any) -> None:
     from rich.console import Console
 
-    steady = Round([0.02] * 9, [0.025] * 9, 1.0, 0.06, 0.03, 12)
+    steady = Round([0.02] * 9, [0.02] * 9, [0.025] * 9, 2.0, 1.0, 0.06, 0.03, 12)
     results = Results(shift=GOOD, accumulate=MOVE, pause=Pause([steady]), stable=STAY)
-    tables.show(Console(width=120), ("alpha", "beta"), results)
+    for section in SECTIONS:
+        tables.show(Console(width=120), section, ("alpha", "beta"), results)
     shown = capsys.readouterr().out
     assert all(word in shown for word in ("nothing fades", "30 s", "alpha, bytes/call", "0.200"))
     plots.draw(results, tmp_path / "plot.png")
