@@ -13,7 +13,7 @@ from typing import TypeVar
 import numpy as np
 from rich.console import Console
 
-from benchmarks.serving.client import Api, Call
+from benchmarks.serving.client import Answer, Api, Call
 from benchmarks.serving.cluster import ClusterError
 from benchmarks.serving.setting import progress
 
@@ -216,13 +216,15 @@ async def _round(api: Api, setting: Setting, number: int) -> Round:
     def now() -> float:
         return time.perf_counter() - origin
 
+    async def ask(call: Call) -> Answer:
+        times: list[float] = []
+        heard.append(times)
+        return await api.answer(call, origin, now(), lambda _: times.append(now()))
+
     async def stream(call: Call) -> None:
-        while True:
-            times: list[float] = []
-            heard.append(times)
-            answer = await api.answer(call, origin, now(), lambda _: times.append(now()))
-            if answer.error is not None:
-                raise ClusterError(f"a stream beside a migration: {answer.error}")
+        while (answer := await ask(call)).good:
+            pass
+        raise ClusterError(f"a stream beside a migration: {answer.error}")
 
     async with asyncio.TaskGroup() as group:
         streams = [group.create_task(stream(call)) for call in calls]

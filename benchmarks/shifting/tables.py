@@ -78,9 +78,17 @@ def _shift(console: Console, names: Sequence[str], found: Shift) -> None:
 
 
 def _pause(console: Console, found: Pause) -> None:
-    columns = ("experts", "deciding", "moving", "longest step", "the same before")
+    console.print("[bold]Migrations beside streams[/bold]\nsteps and gaps in ms")
     table = grid(
-        "migration", *columns, *(f"gaps {w}: p50, p99" for w in ("before", "deciding", "moving"))
+        "",
+        "experts",
+        "decided in",
+        "moved in",
+        "longest step",
+        "before",
+        "gaps before",
+        "deciding",
+        "moving",
     )
     for number, each in enumerate(found.rounds, 1):
         table.add_row(

@@ -1,8 +1,9 @@
 """Reads moved experts in the background, while the server steps on.
 
 A thread of its own reads one batch after the other into host memory; the thread that steps asks for
-what is there and hands it to the engine. A batch that cannot be read is a result too: nothing of it
-reaches the engine.
+what is there and hands it to the engine. It reads an expert at a time and rests in between, as what
+it takes of the cores and of the interpreter the steps lack. A batch that cannot be read is a result
+too: nothing of it reaches the engine.
 """
 
 from __future__ import annotations
@@ -27,6 +28,10 @@ log = logging.getLogger("dance_jax.loading")
 Weights = tuple[np.ndarray, np.ndarray, np.ndarray]
 #: Reads what is to be loaded, in the same order: the weights, and the bytes that took.
 Read = Callable[[Sequence[Load]], tuple[list[Weights], int]]
+
+#: After an expert the reader rests so many times as long as that took, but no longer than so many
+#: seconds: large experts are read by threads that steps hardly notice.
+REST, LONGEST_REST_S = 7.0, 0.05
 
 #: What tensorstore, which reads for orbax, has read from files in this process.
 _BYTES_READ = "/tensorstore/kvstore/file/bytes_read"
@@ -95,14 +100,19 @@ class Loader:
 
     def _load(self, stage: Stage) -> Loaded:
         begin = time.monotonic()
+        experts: dict[tuple[int, int], Weights] = {}
+        size = 0
         try:
-            weights, size = self._read(stage.loads)
+            for load in stage.loads:
+                began = time.monotonic()
+                (weights,), read = self._read([load])
+                experts[load.device, load.slot] = weights
+                size += read
+                time.sleep(min(REST * (time.monotonic() - began), LONGEST_REST_S))
         except Exception as error:
             log.exception("batch %d cannot be loaded", stage.number)
             why = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             return Loaded(stage, {}, time.monotonic() - begin, 0, why)
-        slots = [(load.device, load.slot) for load in stage.loads]
-        experts = dict(zip(slots, weights, strict=True))
         return Loaded(stage, experts, time.monotonic() - begin, size)
 
 
@@ -115,8 +125,6 @@ def checkpoint_reader(checkpoint: Checkpoint, dtype: str) -> Read:
     """
 
     def read(loads: Sequence[Load]) -> tuple[list[Weights], int]:
-        if not loads:
-            return [], 0
         before = bytes_read()
         pairs = [(load.layer, load.expert) for load in loads]
         gate, up, down = checkpoint.experts(pairs, dtype)

@@ -16,6 +16,7 @@ import dataclasses
 import multiprocessing
 import os
 import pathlib
+import sys
 import time
 import traceback
 from typing import TYPE_CHECKING
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
 HEARTBEAT_S, REPORT_S = 1.0, 0.25
 #: Seconds between two looks at a batch that is being loaded, of a server that rests.
 LOADING_POLL_S = 0.05
+#: Seconds for which a thread that loads may keep the interpreter from the one that steps.
+SWITCH_S = 0.0005
 #: Seconds in which the parent's Stop may follow the end of another server.
 STOP_WINDOW_S = 0.5
 
@@ -74,6 +77,7 @@ class Stopped(Exception):
 def main() -> None:
     """Reads the setup from standard input, serves until told to stop, and exits."""
     child.prepare()
+    sys.setswitchinterval(SWITCH_S)
     setup = child.read_setup(Setup)
     if setup is None:
         return

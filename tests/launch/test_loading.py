@@ -91,11 +91,11 @@ def test_what_is_dropped_does_not_come() -> None:
     def read(loads: object) -> tuple[list, int]:
         begun.set()
         going.wait()
-        return [], 0
+        return [()], 0
 
     loader = Loader(read)
     for number in (1, 2, 3):
-        loader.begin(Stage(number, b"", []))
+        loader.begin(Stage(number, b"", LOADS[:1]))
     begun.wait()
     assert loader.finished() == [] and loader.busy
     loader.drop(1)
