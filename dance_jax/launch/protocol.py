@@ -332,6 +332,8 @@ class RebalanceWanted(msgspec.Struct, tag=True):
     #: Move experts whatever it costs; only decide.
     force: bool
     dry_run: bool
+    #: [server][layer]: ids of the experts that are to live there; None: as the policy finds.
+    resident: list[list[list[int]]] | None = None
 
 
 # Parent to the launcher of another node (--node-rank), and back.

@@ -62,6 +62,8 @@ class Question:
     read_rates: np.ndarray
     #: Move whatever it costs.
     force: bool = False
+    #: Where experts are to be, whatever it costs; None: as the policy finds.
+    wanted: Placement | None = None
     #: Move only if that is not soon to be done again: where the decision before would have gone,
     #: must be about as good by now. None there: there was none, so wait for the next.
     patient: bool = False
@@ -90,21 +92,23 @@ def answer(question: Question) -> Answer:
         UserError: the policy cannot place on these servers.
     """
     used = usable(question.policy, question.routes)
-    if not any(map(len, question.routes)):
+    if question.wanted is None and not any(map(len, question.routes)):
         return Answer(used, None, None, [])
     old, present = question.layout, resident(question.layout)
     fit, judge = migration.halves(question.routes)
-    slots_n = np.multiply(old.devices, old.slots_per_device)
-    found = place(
-        used,
-        question.counts,
-        slots_n,
-        routes=fit,
-        devices=old.devices,
-        cost=question.cost,
-        previous=present,
-        seed=question.seed,
-    )
+    if question.wanted is not None:
+        used, found = "request", question.wanted
+    else:
+        found = place(
+            used,
+            question.counts,
+            np.multiply(old.devices, old.slots_per_device),
+            routes=fit,
+            devices=old.devices,
+            cost=question.cost,
+            previous=present,
+            seed=question.seed,
+        )
     new = spread(found, old.devices, old.slots_per_device, question.counts, previous=old)
     steps = migration.batches(old, new, most_loads(question.expert_bytes))
     judged = (judge, question.cost, _weights(question.tokens))
@@ -120,7 +124,10 @@ def answer(question: Question) -> Answer:
         hysteresis=HYSTERESIS + 2 * migration.gain_error(present, found, *judged),
     )
     candidate = None
-    if question.patient and decision.migrate and not _settled(question.candidate, found, *judged):
+    if question.wanted is not None:
+        reason = "it is wanted there" if steps else "it is there already"
+        decision = dataclasses.replace(decision, migrate=bool(steps), reason=reason)
+    elif question.patient and decision.migrate and not _settled(question.candidate, found, *judged):
         candidate = found
         reason = "it pays, but the workload may still be changing"
         decision = dataclasses.replace(decision, migrate=False, reason=reason)

@@ -55,6 +55,8 @@ class _Wanted:
     id: int
     force: bool
     dry_run: bool
+    #: Where experts are to be; None: as the policy finds.
+    placement: Placement | None = None
 
 
 @dataclasses.dataclass
@@ -153,7 +155,10 @@ class Rebalancer:
 
     def want(self, rank: int, wanted: protocol.RebalanceWanted) -> None:
         """A server's user asks for a decision."""
-        one = _Wanted(rank, wanted.id, wanted.force, wanted.dry_run)
+        there = None
+        if wanted.resident is not None:
+            there = Placement.of_lists(wanted.resident, self.layout.device_of.shape[2])
+        one = _Wanted(rank, wanted.id, wanted.force, wanted.dry_run, there)
         if self._draining:
             self._refuse(one)
         else:
@@ -255,6 +260,7 @@ class Rebalancer:
             expert_bytes=self._model.expert_bytes(self._config.dtype),
             read_rates=self._rates.copy(),
             force=self._current.force,
+            wanted=self._current.placement,
             patient=self._patient(now),
             candidate=self._candidate,
             seed=self._config.seed,

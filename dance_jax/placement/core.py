@@ -61,6 +61,28 @@ class Placement:
             raise UserError(f"{self.num_servers} servers: at most {MAX_SERVERS} are supported")
         return holders_mask(self.resident)
 
+    @classmethod
+    def of_lists(cls, resident: Sequence[Sequence[Sequence[int]]], experts: int) -> Placement:
+        """From ids of the experts that each server holds.
+
+        Args:
+            resident: [servers][layers], in any order.
+            experts: of a layer.
+
+        Raises:
+            UserError: there is no such expert.
+        """
+        found = np.zeros((len(resident), len(resident[0]), experts), bool)
+        for server, held in enumerate(resident):
+            for layer, ids in enumerate(held):
+                if wrong := [expert for expert in ids if not 0 <= expert < experts]:
+                    raise UserError(
+                        f"placement: there is no expert {wrong[0]} in MoE layer {layer}, which "
+                        f"has {experts}"
+                    )
+                found[server, layer, list(ids)] = True
+        return cls(found)
+
     def validate(self, capacities: Sequence[int] | np.ndarray | None = None) -> None:
         """Checks coverage and, where given, that no server exceeds its capacity.
 

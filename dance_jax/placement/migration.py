@@ -150,7 +150,12 @@ def seconds_per_token(
     cost: Cost,
     weights: Sequence[float] | np.ndarray | None = None,
 ) -> float:
-    """Predicted seconds of all layers per token of the mean server; see `Placement.layer_time`."""
+    """Predicted seconds of all layers per token of the mean server; see `Placement.layer_time`.
+
+    0 where no server has a token.
+    """
+    if not any(map(len, routes)):
+        return 0.0
     return placement.layer_time(routes, cost, weights) * placement.resident.shape[1]
 
 

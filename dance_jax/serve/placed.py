@@ -57,12 +57,15 @@ class Board:
         else:
             future.set_result(decided.decision)
 
-    async def decision(self, force: bool, dry_run: bool) -> Decision:
+    async def decision(
+        self, force: bool, dry_run: bool, resident: list[list[list[int]]] | None = None
+    ) -> Decision:
         """Asks the launcher for a decision, and waits for it.
 
         Args:
             force: move experts whatever it costs.
             dry_run: move none.
+            resident: [server][layer], experts that are to live there; None: as the policy finds.
 
         Raises:
             Unavailable: there is nobody to decide, or the service ends.
@@ -70,7 +73,7 @@ class Board:
         number = next(self._numbers)
         future = self._asked[number] = asyncio.get_running_loop().create_future()
         try:
-            self._ask(RebalanceWanted(number, force, dry_run))
+            self._ask(RebalanceWanted(number, force, dry_run, resident))
             return await future
         finally:
             del self._asked[number]

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import fastapi
 import msgspec
+import numpy as np
 
+from dance_jax.config import UserError
 from dance_jax.launch.protocol import Decision
+from dance_jax.placement.core import Placement
 from dance_jax.serve.answers import DecisionAnswer, PlacedServer, PlacementAnswer
 from dance_jax.serve.bodies import JsonRoute
-from dance_jax.serve.errors import documented, refused
+from dance_jax.serve.errors import ApiError, documented, refused
 from dance_jax.serve.info import Server
 from dance_jax.serve.queue import Unavailable
-from dance_jax.serve.requests import RebalanceRequest
+from dance_jax.serve.requests import RebalanceRequest, WantedServer
 
 _ERRORS = documented(400, 401, 413, 415, 503)
 
@@ -30,7 +33,8 @@ def routes(server: Server) -> fastapi.APIRouter:
         """Decides now whether experts move; they do after the answer, and /placement's version
         grows when they have."""
         try:
-            decision = await server.board.decision(bool(body.force), bool(body.dry_run))
+            resident = None if body.servers is None else _wanted(server, body.servers)
+            decision = await server.board.decision(bool(body.force), bool(body.dry_run), resident)
         except Unavailable as error:
             raise refused(error) from error
         return _decision(decision)
@@ -46,6 +50,28 @@ def _placement(server: Server) -> PlacementAnswer:
     ]
     last = None if board.last_decision is None else _decision(board.last_decision)
     return PlacementAnswer(version=board.version, servers=servers, last_decision=last)
+
+
+def _wanted(server: Server, servers: list[WantedServer]) -> list[list[list[int]]]:
+    """What each server is to hold, by rank.
+
+    Raises:
+        ApiError: 400, it is no placement of this model on these servers.
+    """
+    layout = server.board.layout
+    layers, experts = layout.holders.shape
+    by_name = {each.name: each.resident for each in servers}
+    try:
+        if len(servers) != len(by_name) or set(by_name) != set(server.info.servers):
+            raise UserError(f"servers: all of {', '.join(server.info.servers)} are needed, once")
+        resident = [by_name[name] for name in server.info.servers]
+        if {len(each) for each in resident} != {layers}:
+            raise UserError(f"resident: a list for each of the {layers} MoE layers is needed")
+        slots_n = np.multiply(layout.devices, layout.slots_per_device)
+        Placement.of_lists(resident, experts).validate(slots_n)
+    except UserError as error:
+        raise ApiError(400, str(error), param="servers") from error
+    return resident
 
 
 def _decision(decision: Decision) -> DecisionAnswer:

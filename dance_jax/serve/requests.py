@@ -234,8 +234,20 @@ class DetokenizeRequest(_Body):
     tokens: Annotated[list[TokenId], Field(fail_fast=True)]
 
 
+class WantedServer(_Body):
+    """Where /placement shows it, `servers` has the same form."""
+
+    name: str
+    resident: list[list[Annotated[int, Field(ge=0, strict=True)]]]
+
+
 class RebalanceRequest(_Body):
     """Body of /placement/rebalance."""
 
     force: bool | None = Field(None, description="Move experts whatever it costs.")
     dry_run: bool | None = Field(None, description="Decide, but move nothing.")
+    servers: list[WantedServer] | None = Field(
+        None,
+        description="Where experts are to live, in the form of /placement: they move there "
+        "whatever it costs.",
+    )

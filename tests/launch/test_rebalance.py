@@ -462,6 +462,32 @@ def test_zero_means_on_request_alone(monkeypatch) -> None:
     assert bench.history == [[], []]
 
 
+def test_experts_go_where_they_are_wanted(monkeypatch) -> None:
+    """Also before anybody has asked for anything, and without slots that are only emptied."""
+    bench = Bench(monkeypatch)
+    bench.tokens = (np.zeros((0, LAYERS, K), np.int16),) * 2
+
+    def want(layout: Layout) -> protocol.Decision:
+        lists = [[np.flatnonzero(e).tolist() for e in le] for le in layout.device_of >= 0]
+        wanted = protocol.RebalanceWanted(1, force=False, dry_run=False, resident=lists)
+        bench.rebalancer.want(0, wanted)
+        bench.run()
+        (decided,) = bench.heard(protocol.Decided)
+        return decided.decision
+
+    found = want(halves(LOW))
+    assert (found.migrate, found.policy, found.experts_moved) == (True, "request", 32)
+    assert resident(bench.rebalancer.layout) == resident(halves(LOW))
+    np.testing.assert_array_equal(bench.in_force[1].slot_of, bench.rebalancer.layout.slot_of)
+    assert not want(halves(LOW)).migrate
+    more = halves(LOW)
+    both = Placement((more.device_of >= 0) | np.isin(np.arange(EXPERTS), [3, 12]))
+    want(spread(both, [1, 1], [20, 20]))
+    assert resident(bench.rebalancer.layout) == both
+    assert want(halves(LOW)).migrate
+    assert resident(bench.rebalancer.layout) == resident(halves(LOW))
+
+
 def test_no_placement_can_be_found(monkeypatch) -> None:
     bench = Bench(monkeypatch, policy="no such policy")
     bench.rebalancer.want(0, protocol.RebalanceWanted(1, force=True, dry_run=False))

@@ -68,6 +68,35 @@ def test_a_decision_on_request(info: ServeInfo) -> None:
     assert error(http.post("/placement/rebalance", json={"forced": True}), 400)["param"] == "forced"
 
 
+def test_where_experts_are_to_be(info: ServeInfo) -> None:
+    """What /placement shows may be sent back, changed."""
+    wanted: list[RebalanceWanted] = []
+
+    def ask(asked: RebalanceWanted) -> None:
+        wanted.append(asked)
+        board.decided(Decided(asked.id, decision(asked), ""))
+
+    board = Board(info.layout, ask)
+    http = client(ScriptedQueue(), info, board)
+    servers = http.get("/placement").json()["servers"]
+    held = [server["resident"] for server in servers]
+    servers[0]["resident"] = [list(range(8)), list(range(9, -1, -1))]
+    answer = http.post("/placement/rebalance", json={"servers": servers[::-1]})
+    assert answer.status_code == 200, answer.text
+    assert wanted[0].resident == [[list(range(8)), list(range(9, -1, -1))], held[1]]
+    for bad, said in (
+        (servers[:1], "are needed, once"),
+        ([servers[0], servers[0]], "are needed, once"),
+        ([servers[0] | {"resident": held[0][:1]}, servers[1]], "each of the 2 MoE layers"),
+        ([servers[0] | {"resident": [[16], []]}, servers[1]], "no expert 16"),
+        ([servers[0] | {"resident": [[], []]}, servers[1]], "on no server"),
+        ([servers[0] | {"resident": [list(range(16))] * 2}, servers[1]], "slots"),
+    ):
+        answer = error(http.post("/placement/rebalance", json={"servers": bad}), 400)
+        assert said in answer["message"] and answer["param"] == "servers"
+    assert len(wanted) == 1
+
+
 def test_nobody_decides(info: ServeInfo) -> None:
     """There is no launcher, or it is about to end."""
     http = client(ScriptedQueue(), info, Board(info.layout))
