@@ -53,8 +53,8 @@ class ServerSpec:
     model: str | None = None
     #: Numbers of the GPUs it uses, one per device; empty: JAX's choice.
     gpus: tuple[int, ...] = ()
-    #: Experts that move here come from servers that hold them, not from its copy of the model,
-    #: which it needs for the start alone (`checkpoint=peer`).
+    #: It has no copy of the model: weights come from servers that have one, experts that move from
+    #: those that hold them (`checkpoint=peer`).
     from_peers: bool = False
 
     def slots(self, expert_bytes: int) -> int:

@@ -25,7 +25,7 @@ from dance_jax.engine.staging import Experts, Staging
 from dance_jax.engine.step import DECODING, IDLE, Extras, Outcome, token_slice
 from dance_jax.engine.step_clock import StepClock
 from dance_jax.models import kernels_cpu, links_cpu
-from dance_jax.models.checkpoint import Checkpoint
+from dance_jax.models.checkpoint import WeightSource
 from dance_jax.models.links_cpu import Moved
 from dance_jax.models.messages import Transport
 from dance_jax.placement.core import Layout, Placement, spread
@@ -45,7 +45,7 @@ class StepResult:
     applied: int = 0
 
 
-def whole_model(checkpoint: Checkpoint) -> Layout:
+def whole_model(checkpoint: WeightSource) -> Layout:
     """One server with one device that holds every expert."""
     config = checkpoint.config
     shape = (1, len(config.moe_layers), config.num_experts)
@@ -56,7 +56,7 @@ class Engine:
     """Schedules, runs and finishes the requests of one server.
 
     Args:
-        checkpoint: the converted model.
+        checkpoint: the converted model, or whatever else has its weights.
         tokenizer: its tokenizer.
         cluster: all servers, or None for this process alone.
         rank: this server's position among them.
@@ -70,7 +70,7 @@ class Engine:
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        checkpoint: WeightSource,
         tokenizer: Decoder,
         cluster: ClusterSpec | None,
         rank: int,

@@ -42,14 +42,15 @@ def read_setup(kind: type[_Setup]) -> _Setup | None:
 
 
 def _read_line(descriptor: int) -> bytes:
-    """The next line that is not empty, unbuffered: what follows it stays in the pipe."""
-    parts: list[bytes] = []
-    while (byte := os.read(descriptor, 1)) != b"":
-        if byte != b"\n":
-            parts.append(byte)
-        elif parts:
-            break
-    return b"".join(parts)
+    """The first line that is not empty, b"" if there is none; of the signs of life that follow it
+    some are lost."""
+    line = bytearray()
+    while content := os.read(descriptor, 1 << 16):
+        part, end, _ = (content if line else content.lstrip(b"\n")).partition(b"\n")
+        line += part
+        if end:
+            return bytes(line)
+    return b""
 
 
 def parent_endpoint(setup: Setup) -> str:

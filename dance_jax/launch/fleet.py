@@ -12,6 +12,7 @@ import atexit
 import collections
 import contextlib
 import dataclasses
+import functools
 import os
 import pathlib
 import shutil
@@ -27,7 +28,7 @@ import zmq
 
 from dance_jax.cache import default_cache_dir
 from dance_jax.config import ClusterSpec, EngineConfig, UserError
-from dance_jax.launch import protocol
+from dance_jax.launch import model_files, protocol
 from dance_jax.launch.control import ALIVE_INTERVAL_S, Listener, bracketed, new_key
 from dance_jax.launch.hosts import is_loopback
 from dance_jax.launch.node import Nodes
@@ -250,7 +251,8 @@ class Fleet(abc.ABC):
             spec=self.spec,
             rank=rank,
             config=self.config,
-            model=server.model or (self.model if remote else here),
+            model="" if server.from_peers else server.model or (self.model if remote else here),
+            model_files=self._model_files if server.from_peers else b"",
             fingerprint=self.checkpoint.fingerprint,
             layout=dump_layout(self.layout),
             control=control,
@@ -264,6 +266,10 @@ class Fleet(abc.ABC):
             private_dir="" if remote else str(self._private),
             beats=server.ssh is not None,
         )
+
+    @functools.cached_property
+    def _model_files(self) -> bytes:
+        return model_files.pack(self.checkpoint.path)
 
     def _neighbours(self, rank: int) -> list[int]:
         """Ranks of the servers on this one's machine, itself included."""

@@ -127,6 +127,12 @@ def _server(words: list[str], where: str) -> ServerSpec:
         for each in _list(values.get("memory", ""))
     )
     devices = _devices(values.get("devices"), gpus, memory, where)
+    from_peers = _from_peers(values.get("checkpoint", "own"), where)
+    if from_peers and "model" in values:
+        raise UserError(
+            f"{where}: checkpoint=peer and model= contradict each other: leave out model= if there "
+            "is no copy of the model, or checkpoint=peer if there is one"
+        )
     rate = values.get("bandwidth", "auto")
     address = values.get("address", name)
     if not _is_address(address):
@@ -146,15 +152,15 @@ def _server(words: list[str], where: str) -> ServerSpec:
         python=_path(values, "python", where),
         model=_path(values, "model", where),
         gpus=gpus,
-        from_peers=_from_peers(values.get("checkpoint", "own"), where),
+        from_peers=from_peers,
     )
 
 
 def _from_peers(text: str, where: str) -> bool:
     if text not in ("own", "peer"):
         raise UserError(
-            f"{where}: checkpoint={text}: write own (experts that move here are read from this "
-            "server's copy of the model) or peer (they come from servers that hold them)"
+            f"{where}: checkpoint={text}: write own (this server has a copy of the model) or peer "
+            "(its weights come from servers that have one)"
         )
     return text == "peer"
 
@@ -240,8 +246,8 @@ def _is_ip(text: str) -> bool:
 
 
 def _check_together(servers: list[ServerSpec], line_of: dict[str, int], source: str) -> None:
-    """What no line shows alone: servers that could not reach each other, or share no platform, and
-    times that nothing can be weighed against."""
+    """What no line shows alone: servers that could not reach each other, or share no platform or
+    have no model, and times that nothing can be weighed against."""
     near = [server for server in servers if is_loopback(server.address)]
     far = [server for server in servers if not is_loopback(server.address)]
     if near and far:
@@ -257,6 +263,11 @@ def _check_together(servers: list[ServerSpec], line_of: dict[str, int], source: 
         raise UserError(
             f"{source}:{line_of[other.name]}: {other.name} has no gpus= and "
             f"{with_gpus[0].name} has; all servers must compute on the same kind of device"
+        )
+    if all(server.from_peers for server in servers):
+        raise UserError(
+            f"{source}: all servers have checkpoint=peer, and none has a copy of the model: leave "
+            "it out for at least one, whose model= or --model is a directory on its machine"
         )
     timed = next((server for server in servers if server.expert_time is not None), None)
     if timed and not any(server.bandwidth or server.measure_bandwidth for server in servers):

@@ -1,33 +1,75 @@
-"""Experts from the servers that hold them, for those without a copy of the model of their own
+"""Weights from other servers, for those without a copy of the model of their own
 (`checkpoint=peer`).
 
 Any two servers have two connections for it, one for the questions of either. Questions are answered
-by a thread for each peer, from the pool; the thread that steps has no part in it.
+by a thread for each peer; the thread that steps has no part in it. What is asked for while servers
+load comes from the model's files (`peer_weights`), experts that move come from the pool of a server
+that holds them.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import enum
 import logging
+import math
 import socket
 import struct
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
+from dance_jax.config import UserError
 from dance_jax.launch.control import derived
 from dance_jax.launch.loading import Read, Weights
 from dance_jax.launch.protocol import Load
 
 log = logging.getLogger("dance_jax.peers")
 
-#: MoE layer and expert that are asked for; bytes of the answer, 0: it is not there.
-_QUESTION, _SIZE = struct.Struct("<II"), struct.Struct("<Q")
-#: Seconds a peer has to go on with its answer.
+#: A question: its kind, the layer, and how many numbers follow it. The answer: all is well, and
+#: bytes of what follows: the arrays, or else why there are none.
+_QUESTION, _ANSWER = struct.Struct("<BII"), struct.Struct("<?Q")
+#: Bytes of the longest reason.
+_LONGEST_REASON = 4096
+#: Seconds a peer has to begin its answer, and to go on with it.
 ANSWER_TIMEOUT_S = 60.0
 
+#: Shape and dtype of an array.
+Like = tuple[tuple[int, ...], np.dtype]
 #: Reads a resident expert from the pool: `Engine.expert`.
 Held = Callable[[int, int], Weights]
+
+
+class Kind(enum.IntEnum):
+    """Where the answer to a question comes from."""
+
+    #: The pool: one expert of a layer.
+    HELD = 0
+    #: The model's files: experts of a layer, all w_gate, all w_up, all w_down.
+    EXPERTS = 1
+    #: The model's files: weights of the trunk, by their positions in the order of their names.
+    TRUNK = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """What one server wants of another."""
+
+    kind: Kind
+    #: MoE layer counted from 0; 0 where it is about the trunk.
+    layer: int
+    numbers: tuple[int, ...]
+
+    def __str__(self) -> str:
+        if self.kind is Kind.TRUNK:
+            return f"{len(self.numbers)} weights of the trunk"
+        listed = ", ".join(map(str, self.numbers))
+        return f"expert{'s' * (len(self.numbers) > 1)} {listed} of MoE layer {self.layer}"
+
+
+#: Finds what is asked for; raises whatever it likes where it cannot.
+Find = Callable[[Question], Iterable[np.ndarray]]
 
 
 class Peers:
@@ -47,43 +89,74 @@ class Peers:
         asks: dict[int, socket.socket],
         answers: dict[int, socket.socket],
     ) -> None:
-        self._rank, self._names = rank, names
+        self.rank = rank
+        self._names = names
         self._asks, self._answers = asks, answers
         for connection in asks.values():
             connection.settimeout(ANSWER_TIMEOUT_S)
 
-    def answer(self, held: Held) -> None:
+    def answer(self, find: Find) -> None:
         """Answers questions from now on, in threads.
 
         Args:
-            held: called there; raises KeyError for an expert that is not here.
+            find: called there; what it raises is the answer.
         """
         for rank, connection in self._answers.items():
             connection.settimeout(None)
-            arguments = (connection, held, self._names[rank])
+            arguments = (connection, find, self._names[rank])
             threading.Thread(
                 target=_answer, args=arguments, daemon=True, name=f"peer-{rank}"
             ).start()
 
+    def ask(self, rank: int, question: Question, likes: Sequence[Like]) -> list[np.ndarray]:
+        """Asks one server; only one question may be on the way to each.
+
+        Args:
+            rank: of that server.
+            question: what is wanted.
+            likes: of the arrays that the answer has.
+
+        Raises:
+            LookupError: it has them not.
+            OSError: it is gone or silent, or answers something else; it is not asked any more.
+        """
+        sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in likes]
+        connection, name = self._asks[rank], self._names[rank]
+        try:
+            connection.sendall(_packed(question))
+            there, found = _ANSWER.unpack(_receive(connection, _ANSWER.size))
+            if found != sum(sizes) if there else found > _LONGEST_REASON:
+                raise OSError(f"{found} bytes announced, not {sum(sizes)}")
+            content = _receive(connection, found)
+        except OSError as error:
+            # What may come late would be taken for the next answer.
+            connection.close()
+            raise OSError(f"server {name} did not send {question}: {error}") from error
+        if not there:
+            reason = content.decode(errors="replace")
+            raise LookupError(f"server {name} cannot send {question}: {reason}")
+        parts = np.split(np.frombuffer(content, np.uint8), np.cumsum(sizes)[:-1])
+        return [
+            part.view(dtype).reshape(shape)
+            for part, (shape, dtype) in zip(parts, likes, strict=True)
+        ]
+
     def reader(self, held: Held, shapes: Sequence[tuple[int, ...]], dtype: np.dtype) -> Read:
-        """Reads experts from the servers that hold them.
+        """Reads experts that move, from the servers that hold them.
 
         Args:
             held: for those that are here.
             shapes: of an expert's three matrices.
             dtype: of the pool.
         """
-        sizes = [int(np.prod(shape)) * dtype.itemsize for shape in shapes]
+        likes = [(shape, dtype) for shape in shapes]
 
         def one(load: Load) -> tuple[Weights, int]:
-            if load.holder == self._rank:
+            if load.holder == self.rank:
                 return held(load.layer, load.expert), 0
-            content = self._ask(load, sum(sizes))
-            parts = np.split(np.frombuffer(content, np.uint8), np.cumsum(sizes)[:-1])
-            gate, up, down = (
-                part.view(dtype).reshape(shape) for part, shape in zip(parts, shapes, strict=True)
-            )
-            return (gate, up, down), len(content)
+            question = Question(Kind.HELD, load.layer, (load.expert,))
+            gate, up, down = self.ask(load.holder, question, likes)
+            return (gate, up, down), gate.nbytes + up.nbytes + down.nbytes
 
         def read(loads: Sequence[Load]) -> tuple[list[Weights], int]:
             found = [one(load) for load in loads]
@@ -96,40 +169,44 @@ class Peers:
         for connection in (*self._asks.values(), *self._answers.values()):
             connection.close()
 
-    def _ask(self, load: Load, size: int) -> bytearray:
-        connection, name = self._asks[load.holder], self._names[load.holder]
-        what = f"expert {load.expert} of MoE layer {load.layer}"
-        try:
-            connection.sendall(_QUESTION.pack(load.layer, load.expert))
-            (found,) = _SIZE.unpack(_receive(connection, _SIZE.size))
-            if found not in (0, size):
-                raise OSError(f"{found} bytes announced, not {size}")
-            content = _receive(connection, found)
-        except OSError as error:
-            # What may come late would be taken for the next answer.
-            connection.close()
-            raise OSError(f"server {name} did not send {what}: {error}") from error
-        if not content:
-            raise LookupError(f"server {name} does not hold {what}")
-        return content
 
-
-def _answer(connection: socket.socket, held: Held, name: str) -> None:
+def _answer(connection: socket.socket, find: Find, name: str) -> None:
     """Until the other end is gone."""
     try:
         while True:
-            layer, expert = _QUESTION.unpack(_receive(connection, _QUESTION.size))
+            question = _next_question(connection)
             try:
-                weights = held(layer, expert)
-            except KeyError:
-                connection.sendall(_SIZE.pack(0))
+                arrays = [np.ascontiguousarray(array) for array in find(question)]
+            except Exception as error:
+                reason = _reason(error)
+                log.warning("server %s wants %s: %s", name, question, reason)
+                content = reason.encode()[:_LONGEST_REASON]
+                connection.sendall(_ANSWER.pack(False, len(content)) + content)
                 continue
-            connection.sendall(_SIZE.pack(sum(array.nbytes for array in weights)))
-            for array in weights:
+            connection.sendall(_ANSWER.pack(True, sum(array.nbytes for array in arrays)))
+            for array in arrays:
                 # bfloat16 has no buffer of its own.
-                connection.sendall(np.ascontiguousarray(array).view(np.uint8).data)
-    except OSError as error:
+                connection.sendall(array.view(np.uint8).data)
+    except (OSError, ValueError) as error:
         log.info("server %s asks no more: %s", name, error)
+        connection.close()
+
+
+def _packed(question: Question) -> bytes:
+    numbers = np.array(question.numbers, "<u4").tobytes()
+    return _QUESTION.pack(question.kind, question.layer, len(question.numbers)) + numbers
+
+
+def _next_question(connection: socket.socket) -> Question:
+    kind, layer, count = _QUESTION.unpack(_receive(connection, _QUESTION.size))
+    numbers = np.frombuffer(_receive(connection, 4 * count), "<u4")
+    return Question(Kind(kind), layer, tuple(numbers.tolist()))
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UserError | LookupError):
+        return str(error.args[0] if error.args else error)
+    return f"{type(error).__name__}: {error}"
 
 
 def _receive(connection: socket.socket, count: int) -> bytearray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pathlib
+import queue
 import signal
 import subprocess
 import threading
@@ -148,11 +149,16 @@ class ServerProcess:
             )
         if self._target is None:
             self.pid = self.popen.pid
-        threading.Thread(target=self._wait, daemon=True, name=f"wait-{self.name}").start()
+        #: What is to be written to it; None: its input ends.
+        self._lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        for work in (self._wait, self._feed):
+            name = f"{work.__name__.strip('_')}-{self.name}"
+            threading.Thread(target=work, daemon=True, name=name).start()
 
     def _wait(self) -> None:
         self.popen.wait()
         self.ended = time.monotonic()
+        self._lines.put(None)
         self._on_end()
 
     @property
@@ -163,23 +169,24 @@ class ServerProcess:
 
     def tell(self, line: bytes) -> None:
         """Writes its setup; standard input stays open as a sign of life."""
-        self._write(line + b"\n")
+        self._lines.put(line + b"\n")
 
     def beat(self) -> None:
         if self._target is not None:
-            self._write(b"\n")
-
-    def _write(self, line: bytes) -> None:
-        assert self.popen.stdin is not None
-        # It is dead, or let go; the one is noticed elsewhere.
-        with contextlib.suppress(BrokenPipeError, ValueError):
-            self.popen.stdin.write(line)
-            self.popen.stdin.flush()
+            self._lines.put(b"\n")
 
     def let_go(self) -> None:
-        assert self.popen.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            self.popen.stdin.close()
+        self._lines.put(None)
+
+    def _feed(self) -> None:
+        """A thread of its own: a setup is larger than a pipe, and is read once all is imported."""
+        pipe = self.popen.stdin
+        assert pipe is not None
+        # It may be dead, which is noticed elsewhere.
+        with contextlib.suppress(BrokenPipeError), pipe:
+            while (line := self._lines.get()) is not None:
+                pipe.write(line)
+                pipe.flush()
 
     def kill(self, number: signal.Signals) -> None:
         """Sends a signal to the process (of ssh, if it is elsewhere) and everything it started."""

@@ -27,6 +27,9 @@ class Setup(msgspec.Struct, kw_only=True):
     config: EngineConfig
     #: Directory of the model on the server's machine, converted or not; "": the demo model.
     model: str
+    #: Config and tokenizer for a server that has no such directory (`model_files.pack`); empty:
+    #: it has.
+    model_files: bytes = b""
     #: Fingerprint the model there must have.
     fingerprint: str
     #: The layout, as an npz file's content (`plan.dump_layout`).

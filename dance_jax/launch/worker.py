@@ -29,13 +29,16 @@ from dance_jax.launch import child, environment, protocol
 from dance_jax.launch.bell import Bell, hang
 from dance_jax.launch.control import Connection, derived
 from dance_jax.launch.join import coordinator_endpoint, join, own_address
+from dance_jax.launch.model_files import ModelFiles
 from dance_jax.launch.protocol import Setup
 
 if TYPE_CHECKING:
     from dance_jax.engine.engine import Engine
     from dance_jax.launch.loading import Loaded, Loader
+    from dance_jax.launch.peer_weights import Shelf
     from dance_jax.launch.peers import Peers
-    from dance_jax.models.checkpoint import Checkpoint
+    from dance_jax.models.checkpoint import Checkpoint, WeightSource
+    from dance_jax.models.config import ModelConfig
 
 #: Seconds after which servers without work do a step together; between two reports of busy ones.
 HEARTBEAT_S, REPORT_S = 1.0, 0.25
@@ -81,13 +84,14 @@ def main() -> None:
     setup = child.read_setup(Setup)
     if setup is None:
         return
-    child.end_with_parent(setup)
+    files = ModelFiles(setup, setup.private_dir)
+    child.end_with_parent(setup, before=files.close)
     environment.prepare(setup.platform, setup.spec.servers[setup.rank].gpus)
     channel = Channel(child.parent_endpoint(setup), setup.control_key, setup.rank)
     status = 0
     try:
         channel.send(protocol.Hello(os.getpid()))
-        _serve(*_start(setup, channel), channel)
+        _serve(*_start(setup, files, channel), channel)
     except Stopped:
         pass
     except BaseException as error:
@@ -95,6 +99,7 @@ def main() -> None:
             traceback.print_exc()
             channel.send(child.failure(error))
             status = 1
+    files.close()
     channel.close()
     child.end(status)
 
@@ -108,17 +113,19 @@ def _told_to_stop(channel: Channel) -> bool:
     return False
 
 
-def _start(setup: Setup, channel: Channel) -> tuple[Engine, Loader, Bell]:
+def _start(setup: Setup, files: ModelFiles, channel: Channel) -> tuple[Engine, Loader, Bell]:
     cache = _cache_dir(setup)
-    checkpoint = _open_model(setup, cache or pathlib.Path(setup.private_dir), channel)
+    checkpoint = None
+    if not setup.spec.servers[setup.rank].from_peers:
+        checkpoint = _open_model(setup, cache or pathlib.Path(setup.private_dir), channel)
+    model, tokenizer = files.read()
     channel.send(protocol.Progress("preparing", 0, 0))
     from dance_jax.engine.compile_cache import CompileCache
     from dance_jax.engine.engine import Engine
     from dance_jax.launch.memory import free_per_device
-    from dance_jax.launch.peers import meet
+    from dance_jax.launch.peer_weights import Shelf
     from dance_jax.launch.plan import parse_layout
     from dance_jax.models import kernels_cpu, links_cpu
-    from dance_jax.models.tokenizer import Tokenizer
 
     compile_dir = None if cache is None else private_directory(cache / "compiled")
     if setup.platform == "cpu":
@@ -134,19 +141,19 @@ def _start(setup: Setup, channel: Channel) -> tuple[Engine, Loader, Bell]:
     me = (setup.rank, setup.spec.names, own_address(setup))
     transport = links_cpu.connect(*me, derived(setup.key, "links"))
     bell = hang(*me, derived(setup.key, "bell"))
-    peers = None
-    if any(server.from_peers for server in setup.spec.servers):
-        peers = meet(*me, setup.key)
+    shelf = Shelf(checkpoint, setup.config.dtype)
+    weights, peers = _weights(setup, model, checkpoint, shelf)
     channel.send(protocol.Joined())
-    channel.send(protocol.Progress("loading", 0, 0))
+    stage = "loading" if checkpoint is not None else "loading from the other servers"
+    channel.send(protocol.Progress(stage, 0, 0))
     layout = parse_layout(setup.layout)
     # The seed only reaches the step as an argument, and the half-life does not.
     shape = dataclasses.replace(setup.config, seed=0, half_life=None)
-    scope = (checkpoint.fingerprint, layout.devices, layout.slots_per_device, shape, threads)
+    scope = (setup.fingerprint, layout.devices, layout.slots_per_device, shape, threads)
     steps = CompileCache(compile_dir, scope)
     engine = Engine(
-        checkpoint,
-        Tokenizer.load(checkpoint.path),
+        weights,
+        tokenizer,
         setup.spec,
         setup.rank,
         layout,
@@ -156,19 +163,37 @@ def _start(setup: Setup, channel: Channel) -> tuple[Engine, Loader, Bell]:
         free_memory=free_per_device(setup.platform, setup.machine_devices),
     )
     engine.warmup(lambda stage, done, total: channel.send(protocol.Progress(stage, done, total)))
+    shelf.held = engine.expert
     loader = _loader(setup, engine, checkpoint, peers)
     channel.send(protocol.Ready(steps.hits, steps.misses))
     return engine, loader, bell
 
 
-def _loader(setup: Setup, engine: Engine, checkpoint: Checkpoint, peers: Peers | None) -> Loader:
+def _weights(
+    setup: Setup, model: ModelConfig, checkpoint: Checkpoint | None, shelf: Shelf
+) -> tuple[WeightSource, Peers | None]:
+    """What this server loads from, and its connections for it, if some server needs any."""
+    from dance_jax.launch.peer_weights import PeerWeights
+    from dance_jax.launch.peers import meet
+
+    servers = setup.spec.servers
+    sources = [rank for rank, server in enumerate(servers) if not server.from_peers]
+    if checkpoint is not None and len(sources) == len(servers):
+        return checkpoint, None
+    peers = meet(setup.rank, setup.spec.names, own_address(setup), setup.key)
+    peers.answer(shelf.find)
+    return checkpoint or PeerWeights(model, peers, sources), peers
+
+
+def _loader(
+    setup: Setup, engine: Engine, checkpoint: Checkpoint | None, peers: Peers | None
+) -> Loader:
     """What reads the experts that move to this server."""
     from dance_jax.launch.loading import Loader, checkpoint_reader
 
-    if peers is not None:
-        peers.answer(engine.expert)
-    if peers is None or not setup.spec.servers[setup.rank].from_peers:
+    if checkpoint is not None:
         return Loader(checkpoint_reader(checkpoint, setup.config.dtype))
+    assert peers is not None
     like = engine.runner.expert_like
     return Loader(peers.reader(engine.expert, [leaf.shape for leaf in like], like.w_gate.dtype))
 

@@ -6,7 +6,8 @@ import collections
 import hashlib
 import json
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from typing import Protocol
 
 import jax.numpy as jnp
 import numpy as np
@@ -35,6 +36,18 @@ def expert_leaf(expert: int, projection: str) -> str:
 def is_converted(directory: str | pathlib.Path) -> bool:
     """True if the directory says that it is a converted model; `Checkpoint.open` checks it."""
     return (pathlib.Path(directory) / MANIFEST).exists()
+
+
+class WeightSource(Protocol):
+    """Where an engine's weights come from; `Checkpoint` is one."""
+
+    config: ModelConfig
+
+    def trunk(self, dtype: str) -> Trunk: ...
+
+    def experts(
+        self, pairs: Sequence[tuple[int, int]], dtype: str
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]: ...
 
 
 class Checkpoint:
@@ -97,10 +110,25 @@ class Checkpoint:
         """The trunk with its weights, on this process's default device."""
 
         def weights() -> Iterator[tuple[str, np.ndarray]]:
-            for index, paths in enumerate(self._trunk_groups):
-                yield from load_arrays(self.path / "trunk" / str(index), paths).items()
+            for group in self._trunk_groups:
+                yield from self.trunk_weights(group).items()
 
         return fill(self.config, dtype, weights())
+
+    def trunk_weights(self, names: Collection[str]) -> dict[str, np.ndarray]:
+        """Reads weights of the trunk and nothing else, as they are stored.
+
+        Args:
+            names: their dotted paths.
+
+        Raises:
+            UserError: the checkpoint is torn.
+        """
+        found: dict[str, np.ndarray] = {}
+        for index, group in enumerate(self._trunk_groups):
+            if wanted := [name for name in group if name in names]:
+                found |= load_arrays(self.path / "trunk" / str(index), wanted)
+        return found
 
     def experts(
         self, pairs: Sequence[tuple[int, int]], dtype: str

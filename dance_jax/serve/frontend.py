@@ -12,7 +12,6 @@ import contextlib
 import itertools
 import logging
 import os
-import pathlib
 import shutil
 import signal
 import socket
@@ -28,6 +27,7 @@ from dance_jax.config import UserError
 from dance_jax.engine.sequence import sample_seed
 from dance_jax.launch import child, protocol
 from dance_jax.launch.control import Connection, bracketed
+from dance_jax.launch.model_files import ModelFiles
 from dance_jax.launch.protocol import FrontSetup, ServeOptions
 from dance_jax.serve.engine_process import EngineProcess
 from dance_jax.serve.loop_socket import LoopSocket
@@ -112,7 +112,8 @@ class FrontEnd:
             asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self._end_wanted)
             self._start_engine()
             self._board = Board(_layout(self._layout), self._tell)
-            app = _app(self._setup, self.queue, self._board)
+            files = ModelFiles(self._setup.engine, self._private)
+            app = _app(self._setup, files, self.queue, self._board)
             server = _http_server(app, self._setup.options.drain_seconds)
             tasks = [
                 asyncio.create_task(work)
@@ -263,19 +264,18 @@ def _layout(content: bytes) -> Layout:
     return parse_layout(content)
 
 
-def _app(setup: FrontSetup, queue: RequestQueue, board: Board) -> fastapi.FastAPI:
-    from dance_jax.launch.defaults import demo_dir
-    from dance_jax.models.hf import read_config
-    from dance_jax.models.tokenizer import Tokenizer
+def _app(
+    setup: FrontSetup, files: ModelFiles, queue: RequestQueue, board: Board
+) -> fastapi.FastAPI:
     from dance_jax.serve.app import ServeInfo, create_app
 
     engine = setup.engine
-    model = pathlib.Path(engine.model) if engine.model else demo_dir()
+    model_config, tokenizer = files.read()
     info = ServeInfo(
         model=setup.options.served_model_name,
-        tokenizer=Tokenizer.load(model),
+        tokenizer=tokenizer,
         engine_config=engine.config,
-        model_config=read_config(model),
+        model_config=model_config,
         servers=engine.spec.names,
         rank=engine.rank,
         layout=board.layout,

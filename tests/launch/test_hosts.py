@@ -102,6 +102,8 @@ def test_a_time_alone_weighs_nothing() -> None:
         ("-a experts=1", ["'-a'", "name"]),
         ("devices=1 experts=1", ["'devices=1'", "name"]),
         ("../a experts=1", ["'../a'"]),
+        ("a experts=1 checkpoint=none", ["checkpoint=none", "own", "peer"]),
+        ("a experts=1 checkpoint=peer model=/m", ["checkpoint=peer", "model=", "contradict"]),
     ],
 )
 def test_errors_name_file_line_and_key(line: str, words: list[str]) -> None:
@@ -116,6 +118,13 @@ def test_errors_name_file_line_and_key(line: str, words: list[str]) -> None:
 def test_repeated_name() -> None:
     with pytest.raises(UserError, match="h:3: server a is already on line 1"):
         parse_hosts("a address=localhost experts=1\n\na address=localhost experts=2", "h")
+
+
+def test_some_server_must_have_the_model() -> None:
+    text = "a address=localhost experts=1 checkpoint=peer\nb address=localhost experts=1"
+    assert [server.from_peers for server in parse_hosts(text).servers] == [True, False]
+    with pytest.raises(UserError, match=r"h: all servers have checkpoint=peer.*at least one"):
+        parse_hosts(text + " checkpoint=peer", "h")
 
 
 def test_a_server_elsewhere() -> None:

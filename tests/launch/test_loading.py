@@ -1,20 +1,16 @@
-"""Moved experts come in the background, from files or from other servers, and no others."""
+"""Moved experts come in the background, and no others; from other servers: `test_peers`."""
 
 from __future__ import annotations
 
 import pathlib
 import shutil
-import socket
 import threading
-from collections.abc import Iterator
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dance_jax.config import UserError
 from dance_jax.launch.loading import Loaded, Loader, Read, checkpoint_reader
-from dance_jax.launch.peers import Peers
 from dance_jax.launch.protocol import Load, Stage
 from dance_jax.models.checkpoint import Checkpoint
 from dance_jax.models.convert import ensure_converted
@@ -102,64 +98,6 @@ def test_what_is_dropped_does_not_come() -> None:
     loader.drop(2)
     going.set()
     assert first(loader).stage.number == 3
-
-
-def held(layer: int, expert: int):
-    """Experts of a server that has no expert 9."""
-    if expert == 9:
-        raise KeyError("not here")
-    base = np.arange(6, dtype=np.float32).reshape(2, 3) + 10 * layer + 100 * expert
-    return base.astype(jnp.bfloat16), -base.astype(jnp.bfloat16), base.T.astype(jnp.bfloat16)
-
-
-@pytest.fixture
-def peers() -> Iterator[list[Peers]]:
-    """Three servers that are connected."""
-    names = ("alpha", "beta", "gamma")
-    asks: list[dict[int, socket.socket]] = [{}, {}, {}]
-    answers: list[dict[int, socket.socket]] = [{}, {}, {}]
-    for one in range(3):
-        for other in set(range(3)) - {one}:
-            asks[one][other], answers[other][one] = socket.socketpair()
-    made = [Peers(rank, names, asks[rank], answers[rank]) for rank in range(3)]
-    yield made
-    for each in made:
-        each.close()
-
-
-def reader(peers: Peers) -> Read:
-    return peers.reader(held, [(2, 3), (2, 3), (3, 2)], np.dtype(jnp.bfloat16))
-
-
-def test_experts_come_from_other_servers(peers: list[Peers]) -> None:
-    """All at the same time, and what is here already from here."""
-    for each in peers:
-        each.answer(held)
-    wanted = [Load(0, n, n % 2, n, n % 3) for n in range(9)]
-    loaders = [Loader(reader(each)) for each in peers]
-    for loader in loaders:
-        loader.begin(Stage(1, b"", wanted))
-    for loader in loaders:
-        loaded = first(loader)
-        assert loaded.why == "" and loaded.bytes_read == 6 * 3 * 6 * 2
-        for each in wanted:
-            expected = held(each.layer, each.expert)
-            for ours, theirs in zip(loaded.experts[0, each.slot], expected, strict=True):
-                assert ours.dtype == theirs.dtype
-                np.testing.assert_array_equal(ours, theirs)
-
-
-def test_a_server_that_does_not_hold_it(peers: list[Peers]) -> None:
-    peers[1].answer(held)
-    failed = load(reader(peers[0]), [Load(0, 0, 1, 9, 1)])
-    assert "server beta does not hold expert 9 of MoE layer 1" in failed.why
-    assert load(reader(peers[0]), [Load(0, 0, 1, 8, 1)]).why == ""
-
-
-def test_a_server_that_goes_away(peers: list[Peers]) -> None:
-    peers[2].close()
-    failed = load(reader(peers[0]), [Load(0, 0, 0, 1, 2)])
-    assert "server gamma did not send expert 1 of MoE layer 0" in failed.why
 
 
 def test_there_is_no_such_expert(checkpoint: Checkpoint) -> None:

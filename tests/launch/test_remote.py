@@ -8,6 +8,7 @@ import pathlib
 import re
 import signal
 import subprocess
+import textwrap
 import time
 from collections.abc import Iterator
 
@@ -24,6 +25,42 @@ from tests.launch.tiny import HOSTS
 PATIENCE_S = 10
 
 
+class Blind:
+    """A Python that cannot open what is in some directories, nor anything that it starts."""
+
+    def __init__(self, ssh: FakeSsh, directories: list[pathlib.Path]) -> None:
+        folder = ssh.folder / "blind"
+        folder.mkdir()
+        self._log = folder / "log"
+        (folder / "sitecustomize.py").write_text(
+            textwrap.dedent(f"""\
+                import os, sys
+
+                def look(event, arguments):
+                    if event in ("open", "os.scandir", "os.listdir"):
+                        path = arguments[0]
+                        if isinstance(path, (str, os.PathLike)):
+                            if os.path.realpath(path).startswith({(*map(str, directories),)!r}):
+                                note(f"opened {{path}}")
+                                raise PermissionError(path)
+
+                def note(text):
+                    with open({str(self._log)!r}, "a") as log:
+                        log.write(f"{{text}}\\n")
+
+                note(f"{{sys.orig_argv[1:3]}}")
+                sys.addaudithook(look)
+                """)
+        )
+        self.python = ssh.python("blind-python", PYTHONPATH=f"{folder}:$PYTHONPATH")
+
+    def count(self, module: str) -> int:
+        """How often such a module was run; nothing was opened meanwhile."""
+        text = self._log.read_text()
+        assert "opened" not in text, text
+        return text.count(f"{['-m', module]}")
+
+
 class Remote:
     """A launch of the tiny cluster whose servers are behind ssh."""
 
@@ -31,10 +68,15 @@ class Remote:
         self.ssh = FakeSsh(folder / "ssh")
         self.output = folder / "terminal"
         lines = [line for line in HOSTS.splitlines() if "address=" in line]
+        self.blind = Blind(self.ssh, [tiny.folder / "model", tiny.folder / "cache" / "models"])
         hosts = folder / "hosts.txt"
         hosts.write_text(
             "\n".join(
-                line.replace("address=localhost", f"address=127.0.0.{n + 1} ssh=me@host-{n}")
+                line.replace(
+                    "address=localhost",
+                    f"address=127.0.0.{n + 1} ssh=me@host-{n}"
+                    + f" python={self.blind.python}" * ("checkpoint=peer" in line),
+                )
                 for n, line in enumerate(lines)
             )
         )
@@ -99,6 +141,7 @@ def test_servers_over_ssh_give_the_same(tiny: Tiny, remote: Remote, tmp_path) ->
     lines = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
     for line, before in zip(lines, tiny.lines, strict=True):
         assert {**line, "metrics": None} == {**before, "metrics": None}
+    assert remote.blind.count("dance_jax.launch.worker") == 1
 
 
 @pytest.mark.parametrize("how", ["interrupt", "kill worker", "kill launch", "freeze launch"])
@@ -139,6 +182,8 @@ def test_servers_over_ssh_serve(tiny: Tiny, remote: Remote) -> None:
     remote.wait_for(f"beta: its engine (process {engine.pid}) was killed by signal 9")
     remote.wait_for("all servers go on")
     assert [completion(url) for url in urls] == [expected] * 3
+    assert remote.blind.count("dance_jax.serve.frontend") == 1
+    assert remote.blind.count("dance_jax.launch.worker") == 2
     workers = remote.workers
     process.send_signal(signal.SIGSTOP)
     _, alive = psutil.wait_procs(workers, timeout=PATIENCE_S)
@@ -149,8 +194,8 @@ def test_servers_over_ssh_serve(tiny: Tiny, remote: Remote) -> None:
 
 def test_a_host_that_lacks_the_model_starts_nothing(remote: Remote, tmp_path) -> None:
     path = remote.ssh.folder.parent / "hosts.txt"
-    path.write_text(path.read_text().replace("ssh=me@host-2", "ssh=me@host-2 model=/no/model"))
+    path.write_text(path.read_text().replace("ssh=me@host-1", "ssh=me@host-1 model=/no/model"))
     process = remote.start("--prompts", many_prompts(tmp_path))
     assert process.wait(60) == 2
-    assert "/no/model" in remote.text and "gamma" in remote.text
+    assert "/no/model" in remote.text and "beta" in remote.text
     assert "preparing" not in remote.text, "no server was started"

@@ -136,14 +136,15 @@ def _package(package: str, known: Sequence[tuple[Survey, Machine]]) -> Iterator[
 
 
 def model(surveys: Sequence[Survey], own: Machine, fingerprint: str) -> Iterator[Finding]:
-    """Models that are missing, incomplete, or not the one that was planned with here.
+    """Models that are missing, incomplete, or not the one that was planned with here, of servers
+    that are to have one.
 
     Args:
         surveys: of all servers.
         own: this machine.
         fingerprint: of the model that was planned with.
     """
-    known = reached(surveys)
+    known = reached(survey for survey in surveys if not survey.server.from_peers)
     indices = [m.model.index for m in (own, *(m for _, m in known)) if m.model.kind == "hf"]
     # This machine's, unless it has the converted weights only.
     index = indices[0] if own.model.kind == "hf" else _most_common(indices)

@@ -23,6 +23,8 @@ class AskMachine(msgspec.Struct, tag=True, kw_only=True):
     ports: list[int]
     #: Directory of the model; None: the demo of this installation.
     model: str | None
+    #: There is to be a model; else nobody looks for it.
+    needs_model: bool = True
     #: None: the default one.
     cache_dir: str | None
     #: "cpu" or "cuda".
@@ -85,7 +87,7 @@ class ModelState(msgspec.Struct, kw_only=True):
 
     #: Where it was looked for.
     path: str
-    #: "hf", "converted", or "" if it is neither.
+    #: "hf", "converted", or "" if it is neither; "from peers" if nobody looked for it.
     kind: str
     #: What is wrong with it; empty if nothing was found.
     problem: str = ""

@@ -41,6 +41,7 @@ from dance_jax.launch.preflight.messages import (
     Machine,
     Measure,
     Measured,
+    ModelState,
     PortState,
     Refused,
     Reply,
@@ -125,7 +126,9 @@ def _machine(request: AskMachine) -> Machine:
             PortState(port, address_problem) if address_problem else _try_port(request, port)
             for port in request.ports
         ],
-        model=model_state(request.model),
+        model=model_state(request.model)
+        if request.needs_model
+        else ModelState(path="", kind="from peers"),
         cache_problem=_cache_problem(cache),
     )
 

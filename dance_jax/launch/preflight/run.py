@@ -135,6 +135,7 @@ def run_preflight(
                 names=[each.address for each in spec.servers],
                 ports=[coordinator_port if rank == 0 else 0, *(ports or {}).get(server.name, ())],
                 model=server.model or _absolute(model),
+                needs_model=not server.from_peers,
                 cache_dir=_absolute(cache_dir),
                 platform=platform,
             )

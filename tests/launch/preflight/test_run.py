@@ -133,6 +133,17 @@ def test_models_that_are_missing_or_different(tmp_path: pathlib.Path) -> None:
     assert "on gamma" in found.errors[1] and "another model" in found.errors[1]
 
 
+def test_a_server_without_the_model(tmp_path: pathlib.Path) -> None:
+    """Nobody looks for it there, nor for a place to convert it."""
+    hosts = LOCAL.replace("address=127.0.0.3", "address=127.0.0.3 checkpoint=peer")
+    found = run(hosts, model=tmp_path / "nowhere")
+    assert [error.partition(",")[0] for error in found.errors] == ["on alpha", "on beta"]
+    machine = found.surveys[2].machine
+    assert machine is not None and machine.model.path == ""
+    row = next(line for line in text(found).splitlines() if line.startswith("│ gamma"))
+    assert "from peers" in row and "!" not in row
+
+
 def test_too_little_memory_for_all_servers_of_a_machine() -> None:
     total = probe.memory_free() or 0
     need = total // 3

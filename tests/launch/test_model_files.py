@@ -1,0 +1,122 @@
+"""Config and tokenizer for servers without a copy of the model, and how setups reach them."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import threading
+
+import msgspec
+import numpy as np
+import pytest
+
+from dance_jax.config import EngineConfig, ServerSpec, UserError
+from dance_jax.launch import child, model_files
+from dance_jax.launch.hosts import parse_hosts
+from dance_jax.launch.model_files import ModelFiles, pack
+from dance_jax.launch.process import ServerProcess
+from dance_jax.launch.protocol import Setup
+from dance_jax.models.hf import SIDE_FILES, read_config
+from tests.launch.tiny import HOSTS, write_model
+
+
+def setup_with(files: bytes, model: str = "") -> Setup:
+    return Setup(
+        spec=parse_hosts(HOSTS),
+        rank=2,
+        config=EngineConfig(64),
+        model=model,
+        model_files=files,
+        fingerprint="f00d",
+        layout=b"",
+        control="",
+        control_key=b"",
+        key=b"",
+        platform="cpu",
+        coordinator_port=0,
+        machine_devices=(1, 1, 2),
+        machine_index=2,
+        cache_dir=None,
+        private_dir="",
+        beats=False,
+    )
+
+
+def test_they_are_there_until_they_have_been_read(tmp_path: pathlib.Path) -> None:
+    model, private = write_model(tmp_path / "model"), tmp_path / "private"
+    private.mkdir()
+    sent = msgspec.json.encode(setup_with(pack(model)))
+    files = ModelFiles(msgspec.json.decode(sent, type=Setup), str(private))
+    (directory,) = private.iterdir()
+    there = {path.name: path.read_bytes() for path in directory.iterdir()}
+    assert there == {n: (model / n).read_bytes() for n in SIDE_FILES if (model / n).exists()}
+    config, tokenizer = files.read()
+    assert config == read_config(model)
+    assert tokenizer.decode(tokenizer.encode("Es war")) == "Es war"
+    assert list(private.iterdir()) == []
+    files.close()
+
+
+def test_nobody_reads_them(tmp_path: pathlib.Path) -> None:
+    files = ModelFiles(setup_with(pack(write_model(tmp_path / "model"))), str(tmp_path))
+    files.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_server_with_a_copy_reads_that(tmp_path: pathlib.Path) -> None:
+    model = write_model(tmp_path / "model")
+    config, _ = ModelFiles(setup_with(b"", str(model)), str(tmp_path)).read()
+    assert config == read_config(model)
+    assert model.exists() and [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_files_that_are_not_small(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_files, "MAX_BYTES", 1 << 16)
+    (tmp_path / "tokenizer.json").write_bytes(np.random.default_rng(0).bytes(1 << 17))
+    with pytest.raises(UserError, match=r"checkpoint=peer .* give them a copy of the model"):
+        pack(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("written", "line"),
+    [
+        (b"\n\n{1}\n\n\n", b"{1}"),
+        (b"{" + b"2" * 300_000 + b"}\n\n", b"{" + b"2" * 300_000 + b"}"),
+        (b"\n{3", b""),  # its parent was killed while it wrote
+        (b"", b""),
+    ],
+)
+def test_a_setup_between_signs_of_life(written: bytes, line: bytes) -> None:
+    reading, writing = os.pipe()
+
+    def write() -> None:
+        with open(writing, "wb") as pipe:
+            pipe.write(written)
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    try:
+        assert child._read_line(reading) == line
+    finally:
+        os.close(reading)
+        thread.join()
+
+
+def test_nobody_waits_until_a_setup_is_read(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that begins to read late, here when a file appears; what it is told is whole."""
+    gate, line = tmp_path / "gate", b"x" * (1 << 20)
+    os.mkfifo(gate)
+    opened = os.open(gate, os.O_RDWR)
+    (tmp_path / "late.py").write_text(
+        f"import sys; open({str(gate)!r}).read(1); print(len(sys.stdin.read()))"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    process = ServerProcess(ServerSpec("late", ""), tmp_path / "log", "late")
+    process.tell(line)
+    process.let_go()
+    os.write(opened, b"!")
+    assert process.popen.wait(60) == 0
+    os.close(opened)
+    assert (tmp_path / "log").read_text() == f"{len(line) + 1}\n"

@@ -1,0 +1,215 @@
+"""Weights from other servers: what they answer, what goes wrong, and a whole model from them."""
+
+from __future__ import annotations
+
+import pathlib
+import shutil
+import socket
+import threading
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dance_jax.launch import peer_weights, peers
+from dance_jax.launch.loading import Loader, Read
+from dance_jax.launch.peer_weights import PeerWeights, Shelf
+from dance_jax.launch.peers import Find, Kind, Like, Peers, Question
+from dance_jax.launch.protocol import Load, Stage
+from dance_jax.models.checkpoint import Checkpoint
+from dance_jax.models.convert import ensure_converted
+from dance_jax.models.random_weights import write_random_checkpoint
+from tests.launch.test_loading import first, load
+from tests.tiny_models import DEEPSEEK
+
+NAMES = ("alpha", "beta", "gamma")
+#: What gamma, which has no copy of the model, loads: of both layers, not in order.
+PAIRS = [(1, 3), (0, 5), (1, 0), (0, 2), (0, 7), (1, 6), (0, 1)]
+#: Of the arrays that `held` finds.
+LIKES: list[Like] = [(shape, np.dtype(jnp.bfloat16)) for shape in ((2, 3), (2, 3), (3, 2))]
+
+
+def held(layer: int, expert: int):
+    """Experts of a server that has no expert 9."""
+    if expert == 9:
+        raise KeyError("it is not resident")
+    base = np.arange(6, dtype=np.float32).reshape(2, 3) + 10 * layer + 100 * expert
+    return base.astype(jnp.bfloat16), -base.astype(jnp.bfloat16), base.T.astype(jnp.bfloat16)
+
+
+def pool() -> Find:
+    """Of a server that is warm."""
+    shelf = Shelf(None, "bfloat16")
+    shelf.held = held
+    return shelf.find
+
+
+@pytest.fixture
+def three() -> Iterator[list[Peers]]:
+    """Three servers that are connected; none answers yet."""
+    asks: list[dict[int, socket.socket]] = [{}, {}, {}]
+    answers: list[dict[int, socket.socket]] = [{}, {}, {}]
+    for one in range(3):
+        for other in set(range(3)) - {one}:
+            asks[one][other], answers[other][one] = socket.socketpair()
+    made = [Peers(rank, NAMES, asks[rank], answers[rank]) for rank in range(3)]
+    yield made
+    for each in made:
+        each.close()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    folder = tmp_path_factory.mktemp("peers")
+    model = write_random_checkpoint(folder / "hf", DEEPSEEK, seed=3)
+    return Checkpoint.open(ensure_converted(model, folder / "cache"))
+
+
+def reader(peers: Peers) -> Read:
+    return peers.reader(held, [shape for shape, _ in LIKES], LIKES[0][1])
+
+
+def test_moved_experts_come_from_those_that_hold_them(three: list[Peers]) -> None:
+    """All at the same time, and what is here already from here."""
+    for each in three:
+        each.answer(pool())
+    wanted = [Load(0, n, n % 2, n, n % 3) for n in range(9)]
+    loaders = [Loader(reader(each)) for each in three]
+    for loader in loaders:
+        loader.begin(Stage(1, b"", wanted))
+    for loader in loaders:
+        loaded = first(loader)
+        assert loaded.why == "" and loaded.bytes_read == 6 * 3 * 6 * 2
+        for each in wanted:
+            expected = held(each.layer, each.expert)
+            for ours, theirs in zip(loaded.experts[0, each.slot], expected, strict=True):
+                assert ours.dtype == theirs.dtype
+                np.testing.assert_array_equal(ours, theirs)
+
+
+def test_what_a_server_does_not_have(three: list[Peers]) -> None:
+    """It says why, and goes on to answer."""
+    three[1].answer(pool())
+    three[2].answer(Shelf(None, "bfloat16").find)
+    failed = load(reader(three[0]), [Load(0, 0, 1, 9, 1)])
+    assert "server beta cannot send expert 9 of MoE layer 1: it is not resident" in failed.why
+    assert load(reader(three[0]), [Load(0, 0, 1, 8, 1)]).why == ""
+    failed = load(reader(three[0]), [Load(0, 0, 1, 8, 2)])
+    assert "server gamma cannot send expert 8 of MoE layer 1: it holds no experts yet" in failed.why
+    with pytest.raises(LookupError, match="gamma cannot send experts 1, 2 of MoE layer 0: it has"):
+        three[0].ask(2, Question(Kind.EXPERTS, 0, (1, 2)), LIKES)
+
+
+def silent(three: list[Peers]) -> None:
+    """Gamma does not answer at all."""
+
+
+def gone(three: list[Peers]) -> None:
+    three[2].close()
+
+
+def larger(three: list[Peers]) -> None:
+    three[2].answer(lambda question: [np.zeros((2, 3), np.float64)] * 3)
+
+
+def talkative(three: list[Peers]) -> None:
+    """It has more reasons than anybody wants to hear."""
+    connection = three[2]._answers[0]
+    connection.sendall(peers._ANSWER.pack(False, 1 << 40))
+
+
+def breaks_off(three: list[Peers]) -> None:
+    connection = three[2]._answers[0]
+    connection.sendall(peers._ANSWER.pack(True, 36) + b"12")
+    connection.shutdown(socket.SHUT_WR)
+
+
+@pytest.mark.parametrize(
+    ("what", "why"),
+    [
+        (silent, "timed out"),
+        (gone, ""),
+        (larger, "144 bytes announced, not 36"),
+        (talkative, "bytes announced"),
+        (breaks_off, "it closed the connection"),
+    ],
+)
+def test_what_can_go_wrong(
+    what: Callable[[list[Peers]], None],
+    why: str,
+    three: list[Peers],
+) -> None:
+    """The error names server and expert, and that server is not asked again."""
+    three[0]._asks[2].settimeout(0.05 if what is silent else 10)
+    what(three)
+    failed = load(reader(three[0]), [Load(0, 0, 0, 1, 2)])
+    assert "OSError: server gamma did not send expert 1 of MoE layer 0" in failed.why
+    assert why in failed.why
+    assert "server gamma did not send" in load(reader(three[0]), [Load(0, 0, 0, 2, 2)]).why
+
+
+class Source:
+    """Answers as `Shelf` does, and notes what it is asked."""
+
+    def __init__(self, checkpoint: Checkpoint, dtype: str) -> None:
+        self._shelf = Shelf(checkpoint, dtype)
+        self.asked: list[Question] = []
+        #: Called before the first answer.
+        self.before: Callable[[], object] = lambda: None
+
+    def find(self, question: Question) -> Sequence[np.ndarray]:
+        if not self.asked:
+            self.before()
+        self.asked.append(question)
+        return self._shelf.find(question)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_whole_model_from_others(
+    dtype: str, checkpoint: Checkpoint, three: list[Peers], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same as from files, in answers of bounded size; both servers send at the same time."""
+    expert_bytes = checkpoint.expert_bytes(dtype)
+    monkeypatch.setattr(peer_weights, "PORTION_BYTES", 2 * expert_bytes)
+    together = threading.Barrier(2, timeout=60)
+    sources = [Source(checkpoint, dtype) for _ in range(2)]
+    for source, each in zip(sources, three, strict=False):
+        each.answer(source.find)
+    weights = PeerWeights(checkpoint.config, three[2], [0, 1])
+    ours, theirs = (nnx.to_flat_state(nnx.state(w.trunk(dtype))) for w in (weights, checkpoint))
+    for (our_path, our), (their_path, their) in zip(ours, theirs, strict=True):
+        assert our_path == their_path and our.get_value().dtype == their.get_value().dtype
+        np.testing.assert_array_equal(our.get_value(), their.get_value())
+    assert all(len(source.asked) > 2 for source in sources)
+    for source in sources:
+        source.asked.clear()
+        source.before = together.wait
+    found = weights.experts(PAIRS, dtype)
+    for our, their in zip(found, checkpoint.experts(PAIRS, dtype), strict=True):
+        assert our.dtype == their.dtype
+        np.testing.assert_array_equal(our, their)
+    asked = [question for source in sources for question in source.asked]
+    assert {(each.kind, len(each.numbers)) for each in asked} == {
+        (Kind.EXPERTS, 1),
+        (Kind.EXPERTS, 2),
+    }
+    assert sorted((each.layer, n) for each in asked for n in each.numbers) == sorted(PAIRS)
+
+
+# Reads beside the one that failed end after orbax has closed its event loop.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_torn_copy_elsewhere(
+    checkpoint: Checkpoint, three: list[Peers], tmp_path: pathlib.Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(checkpoint.path, copy)
+    torn = Checkpoint.open(copy)
+    shutil.rmtree(copy / "experts" / "1")
+    three[1].answer(Shelf(torn, "float32").find)
+    weights = PeerWeights(checkpoint.config, three[2], [1])
+    assert len(jax.tree.leaves(nnx.state(weights.trunk("float32")))) > 10
+    with pytest.raises(LookupError, match=rf"server beta cannot send experts .* {copy}.*torn"):
+        weights.experts(PAIRS, "float32")
