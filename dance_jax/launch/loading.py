@@ -31,7 +31,7 @@ Read = Callable[[Sequence[Load]], tuple[list[Weights], int]]
 
 #: After an expert the reader rests so many times as long as that took, but no longer than so many
 #: seconds: large experts are read by threads that steps hardly notice.
-REST, LONGEST_REST_S = 7.0, 0.05
+REST, LONGEST_REST_S = 20.0, 0.2
 
 #: What tensorstore, which reads for orbax, has read from files in this process.
 _BYTES_READ = "/tensorstore/kvstore/file/bytes_read"

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import gc
 import multiprocessing
 import os
 import pathlib
@@ -165,6 +166,9 @@ def _start(setup: Setup, files: ModelFiles, channel: Channel) -> tuple[Engine, L
     engine.warmup(lambda stage, done, total: channel.send(protocol.Progress(stage, done, total)))
     shelf.held = engine.expert
     loader = _loader(setup, engine, checkpoint, peers)
+    # What is there now stays: collections need not look at it again, which takes them a step's time.
+    gc.collect()
+    gc.freeze()
     channel.send(protocol.Ready(steps.hits, steps.misses))
     return engine, loader, bell
 
