@@ -196,10 +196,8 @@ def measure(options: argparse.Namespace, console: Console) -> list[Target]:
             phases=phases(options, len(read_hosts(options.hosts).servers)),
             requests=options.requests,
             interval_s=options.interval,
-            arguments=(
-                *(["--model", str(model.absolute())] if options.model else []),
-                *options.launch,
-            ),
+            model=("--model", str(model.absolute())) if options.model else (),
+            serving=tuple(options.launch),
             work=pathlib.Path(work),
             console=console,
         )

@@ -44,7 +44,8 @@ class Setting:
         phases: each server's task, before and after the shift.
         requests: of each server in a phase.
         interval_s: from one decision to the next.
-        arguments: of every launcher besides.
+        model: arguments of every launcher about the model.
+        serving: arguments of those that serve.
         work: a directory for files in between.
     """
 
@@ -53,7 +54,8 @@ class Setting:
     phases: tuple[tuple[Task, ...], tuple[Task, ...]]
     requests: int
     interval_s: float
-    arguments: tuple[str, ...]
+    model: tuple[str, ...]
+    serving: tuple[str, ...]
     work: pathlib.Path
     console: Console
 
@@ -64,7 +66,7 @@ class Setting:
             prompts = self.work / f"fit{phase}.jsonl"
             write_fit(prompts, self.phases[phase], self.place.spec.names, FIT_PROMPTS)
             self.console.print(f"counting activations of {self.names(phase)}")
-            count_activations(self.place.hosts, prompts, result, FIT_TOKENS, self.arguments)
+            count_activations(self.place.hosts, prompts, result, FIT_TOKENS, self.model)
         return result
 
     def names(self, phase: int) -> str:
@@ -88,7 +90,7 @@ class Setting:
             self.console.print(title)
             return await run(await Api.connect(cluster.addresses))
 
-        words = ["--activations", str(self.fitted(phase)), *scheduling, *self.arguments]
+        words = ["--activations", str(self.fitted(phase)), *scheduling, *self.model, *self.serving]
         with self.place.serving(words) as cluster:
             found = asyncio.run(asked())
             cluster.check()

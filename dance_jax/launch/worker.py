@@ -166,7 +166,7 @@ def _start(setup: Setup, files: ModelFiles, channel: Channel) -> tuple[Engine, L
     engine.warmup(lambda stage, done, total: channel.send(protocol.Progress(stage, done, total)))
     shelf.held = engine.expert
     loader = _loader(setup, engine, checkpoint, peers)
-    # What is there now stays: collections need not look at it again, which takes them a step's time.
+    # What is there now stays: later collections need not look at it, for longer than a step takes.
     gc.collect()
     gc.freeze()
     channel.send(protocol.Ready(steps.hits, steps.misses))
