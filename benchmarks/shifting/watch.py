@@ -189,6 +189,6 @@ async def moved(api: Api, version: int) -> None:
             while (now := await placement(api))["version"] <= version:
                 if why := now["last_decision"]["failure"]:
                     raise ClusterError(f"experts stopped moving: {why}")
-                await asyncio.sleep(0.05)
+                await asyncio.sleep(ASK_S)
     except TimeoutError:
         raise ClusterError(f"experts have not moved after {MOVE_S:g} s") from None

@@ -143,8 +143,7 @@ def test_gaps_beside_a_migration() -> None:
     slow = dataclasses.replace(steady, longest_step_s=0.08)
     late = dataclasses.replace(steady, moving=[0.025] * 90 + [0.04] * 9)
     idle = dataclasses.replace(steady, experts=0)
-    busy = dataclasses.replace(steady, solving=[0.02] * 90 + [0.04] * 9)
-    for bad in (slow, late, busy, idle):
+    for bad in (slow, late, idle):
         assert sum(verdicts(Results(pause=Pause([steady, bad]))).values()) == 1
 
 
