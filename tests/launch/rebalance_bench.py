@@ -1,0 +1,208 @@
+"""The scheduler of a service between front ends and engines that are made up."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import pathlib
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from dance_jax.config import EngineConfig, UserError
+from dance_jax.engine.report import EngineStats
+from dance_jax.launch import protocol, rebalancer
+from dance_jax.launch.hosts import parse_hosts
+from dance_jax.launch.plan import parse_layout
+from dance_jax.launch.rebalance import (
+    Answer,
+    Question,
+    RebalanceOptions,
+    answer,
+    resident,
+)
+from dance_jax.launch.rebalancer import Rebalancer
+from dance_jax.launch.solver import SolverError
+from dance_jax.models import ModelConfig
+from dance_jax.placement.core import Layout, Placement, spread
+from tests.tiny_models import SERVED
+
+SPEC = parse_hosts(
+    "alpha address=localhost experts=20 bandwidth=1Mbps\n"
+    "beta address=localhost experts=20 bandwidth=1Mbps"
+)
+MODEL = ModelConfig.from_hf(SERVED)
+CONFIG = EngineConfig(max_model_len=64)
+LAYERS, EXPERTS, K = 2, 16, 4
+EXPERT_BYTES = 3 * 32 * 16 * 4
+INTERVAL_S = 300.0
+
+
+class Facts:
+    """A checkpoint as planning sees it."""
+
+    config = MODEL
+    fingerprint = "f" * 64
+
+    def expert_bytes(self, dtype: str) -> int:
+        return EXPERT_BYTES
+
+    def trunk_bytes(self, dtype: str) -> int:
+        return 1
+
+
+def halves(first: range) -> Layout:
+    """Alpha holds these experts of every layer, beta the others; both have slots to spare."""
+    held = np.zeros((2, LAYERS, EXPERTS), bool)
+    held[0, :, first] = True
+    held[1] = ~held[0]
+    return spread(Placement(held), [1, 1], [20, 20])
+
+
+def routes(experts: range, tokens: int = 400, seed: int = 0) -> np.ndarray:
+    """Tokens that choose K of these experts in every layer."""
+    rng = np.random.default_rng(seed)
+    chosen = rng.permuted(np.tile(np.array(experts), (tokens * LAYERS, 1)), axis=1)[:, :K]
+    return chosen.reshape(tokens, LAYERS, K).astype(np.int16)
+
+
+def stats(tokens: np.ndarray, more: int = 1) -> EngineStats:
+    """Of an engine that computed these tokens, `more` times; its sample has the latest."""
+    counts = [np.bincount(tokens[:, layer].ravel(), minlength=EXPERTS) for layer in range(LAYERS)]
+    return EngineStats(
+        counts=(more * np.array(counts)).tolist(),
+        transfers=[[0, 0]] * LAYERS,
+        bytes_sent=[0, 0],
+        tokens=more * len(tokens),
+        steps=1,
+        routes=tokens[-400:].tobytes(),
+        top_k=K,
+        pool_bytes=[0],
+    )
+
+
+#: What users of alpha and of beta ask for; it is at home where LOW is alpha's.
+LOW, HIGH = range(8), range(8, 16)
+AT_HOME = (routes(LOW), routes(HIGH))
+
+
+class Inline:
+    """Stands in for the process that solves: answers at once."""
+
+    def __init__(self) -> None:
+        self.asked: list[Question] = []
+
+    def ask(self, question: Question) -> concurrent.futures.Future[Answer]:
+        self.asked.append(question)
+        future: concurrent.futures.Future[Answer] = concurrent.futures.Future()
+        try:
+            future.set_result(answer(question))
+        except UserError as error:
+            future.set_exception(SolverError(str(error)))
+        return future
+
+    def close(self) -> None:
+        pass
+
+
+class Bench:
+    """A rebalancer between front ends and engines that do as they are told.
+
+    Args:
+        directory: for the state; None: none is kept.
+        fails: number of the batch that beta cannot load.
+        more: options.
+    """
+
+    def __init__(
+        self, monkeypatch: Any, directory: pathlib.Path | None = None, fails: int = 0, **more: Any
+    ) -> None:
+        self.now, self.fails = 1000.0, fails
+        self.layout = halves(HIGH)  # the wrong way round
+        #: What was said to each front end, and to users of the launch.
+        self.told: list[list[Any]] = [[], []]
+        self.said: list[str] = []
+        self.tokens: tuple[np.ndarray, ...] = AT_HOME
+        self.more = 1000
+        #: The layout that each engine has in force, and batches that are staged there.
+        self.in_force = [self.layout, self.layout]
+        self.staged: list[set[int]] = [set(), set()]
+        #: What front ends were told in the last run.
+        self.history: list[list[Any]] = [[], []]
+        self.solver = Inline()
+        monkeypatch.setattr(rebalancer, "Solver", lambda: self.solver)
+        options = RebalanceOptions(
+            interval_s=INTERVAL_S,
+            policy="dance",
+            half_life_s=None,
+            state_dir=None if directory is None else str(directory),
+        )
+        self.options = msgspec.structs.replace(options, **more)
+        self.rebalancer = Rebalancer(
+            self.options, SPEC, Facts(), CONFIG, self.layout, self, clock=lambda: self.now
+        )
+        self.rebalancer.tick()  # all engines run
+
+    def tell(self, rank: int, command: Any) -> None:
+        self.told[rank].append(protocol.decode_front_command(protocol.encode(command)))
+
+    def tell_all(self, command: Any) -> None:
+        for rank in range(2):
+            self.tell(rank, command)
+
+    def notice(self, name: str, text: str) -> None:
+        self.said.append(f"{name}: {text}" if name else text)
+
+    def run(self) -> None:
+        """Until nothing is to be done any more."""
+        done = [0, 0]
+        self.rebalancer.tick()
+        while any(done[rank] < len(self.told[rank]) for rank in range(2)):
+            for rank in range(2):
+                while done[rank] < len(self.told[rank]):
+                    done[rank] += 1
+                    self._obey(rank, self.told[rank][done[rank] - 1])
+            self.rebalancer.tick()
+        self.history, self.told = self.told, [[], []]
+
+    def _obey(self, rank: int, command: Any) -> None:
+        match command:
+            case protocol.AskStats():
+                found = msgspec.msgpack.encode(stats(self.tokens[rank], self.more))
+                self._say(rank, protocol.Stats(msgspec.Raw(found)))
+            case protocol.Stage(number, layout, loads):
+                self._stage(rank, number, parse_layout(layout), loads)
+            case protocol.Drop(number):
+                self.staged[rank].discard(number)
+                self._say(rank, protocol.Dropped(number))
+
+    def _stage(self, rank: int, number: int, layout: Layout, loads: list[Any]) -> None:
+        before = self.in_force[rank]
+        for load in loads:
+            assert before.device_of[rank, load.layer, load.expert] < 0
+            assert before.device_of[load.holder, load.layer, load.expert] >= 0
+            assert load.holder != rank
+        if rank == 1 and number == self.fails:
+            self._say(rank, protocol.StageFailed(number, "the disk is gone"))
+            return
+        self.staged[rank].add(number)
+        self._say(rank, protocol.Staged(number, 0.5, len(loads) * EXPERT_BYTES))
+        if all(number in staged for staged in self.staged):
+            for each in range(2):
+                self.in_force[each] = layout
+                self._say(each, protocol.Applied(number))
+
+    def _say(self, rank: int, event: protocol.Event) -> None:
+        said = protocol.FromEngine(0, event)  # pyright: ignore[reportArgumentType]
+        found = protocol.decode_front_event(protocol.encode(said))
+        assert isinstance(found, protocol.FromEngine)
+        self.rebalancer.receive(rank, found.event)
+
+    def heard(self, kind: type, rank: int = 0) -> list[Any]:
+        """What a front end was told in the last run, of one kind."""
+        return [command for command in self.history[rank] if isinstance(command, kind)]
+
+
+def local_share(layout: Layout) -> float:
+    counts = np.array([stats(tokens).counts for tokens in AT_HOME])
+    return resident(layout).local_share(counts)

@@ -1,0 +1,139 @@
+"""What decisions about placements are made from, and the process that makes them."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from dance_jax.config import UserError
+from dance_jax.engine.report import EngineStats
+from dance_jax.launch import protocol, state
+from dance_jax.launch.costs import DEFAULT_RATE, Measured, cluster_cost, running_cost
+from dance_jax.launch.hosts import parse_hosts
+from dance_jax.launch.plan import Room
+from dance_jax.launch.rebalance import (
+    BATCH_BYTES,
+    BATCH_EXPERTS,
+    answer,
+    most_loads,
+)
+from dance_jax.launch.solver import Solver, SolverError
+from dance_jax.launch.workload import Statistics, Workload
+from tests.launch.rebalance_bench import (
+    AT_HOME,
+    CONFIG,
+    EXPERTS,
+    HIGH,
+    LAYERS,
+    LOW,
+    MODEL,
+    SPEC,
+    Bench,
+    Facts,
+    K,
+    halves,
+    routes,
+    stats,
+)
+
+
+def test_a_state_of_something_else(tmp_path: pathlib.Path) -> None:
+    assert state.load(tmp_path) is None
+    empty = Statistics(np.zeros((2, LAYERS, EXPERTS)), (AT_HOME[0][:0],) * 2)
+    state.State(SPEC.names, "f" * 64, halves(LOW), empty).save(tmp_path)
+    kept = state.load(tmp_path)
+    assert kept is not None
+    room, other = Room("", 1, 1, 1, 1, 20), Room("", 1, 1, 1, 1, 19)
+    named = parse_hosts("alpha address=localhost experts=20\ngamma address=localhost experts=20")
+    assert "servers alpha, beta" in kept.misfit(named, Facts(), [room, room])
+    assert "slots" in kept.misfit(SPEC, Facts(), [room, other])
+    model: Any = dataclasses.make_dataclass("Other", ["fingerprint"])("g")
+    assert "another model" in kept.misfit(SPEC, model, [room, room])
+    (tmp_path / state.FILE_NAME).write_bytes(b"torn")
+    with pytest.raises(UserError, match=r"placement\.npz: not a readable state"):
+        state.load(tmp_path)
+
+
+def test_a_process_solves(monkeypatch) -> None:
+    """It gives the same answer, and says what is wrong; nothing of it is left."""
+    bench = Bench(monkeypatch)
+    bench.rebalancer.want(0, protocol.RebalanceWanted(1, force=False, dry_run=True))
+    bench.run()
+    (question,) = bench.solver.asked
+    solver = Solver()
+    try:
+        with pytest.raises(SolverError, match="unknown policy 'none'"):
+            solver.ask(dataclasses.replace(question, policy="none")).result(120)
+        first = solver._process
+        found, expected = solver.ask(question).result(120), answer(question)
+        assert solver._process is first
+        assert found.decision == expected.decision
+        assert [batch for batch, _ in found.batches] == [batch for batch, _ in expected.batches]
+        assert first is not None
+        first.kill()
+        first.wait()
+        # The next question starts another.
+        with pytest.raises(SolverError, match="unknown policy 'none'"):
+            solver.ask(dataclasses.replace(question, policy="none")).result(120)
+        last = solver._process
+        assert last is not None and last is not first
+    finally:
+        solver.close()
+    assert last.poll() is not None
+
+
+def test_batches_are_small() -> None:
+    assert most_loads(BATCH_BYTES + 1) == 1
+    assert most_loads(BATCH_BYTES // 3) == 3
+    assert most_loads(1) == BATCH_EXPERTS
+
+
+def test_what_is_measured_comes_first() -> None:
+    measured = [Measured(byte_s=8e-6), Measured(call_s=1e-3)]
+    cost = running_cost(SPEC, MODEL, CONFIG, measured)
+    given = parse_hosts(
+        "alpha address=localhost experts=20 bandwidth=1Mbps\n"
+        "beta address=localhost experts=20 bandwidth=1Mbps expert_time=1ms"
+    )
+    expected = cluster_cost(given, MODEL, CONFIG)
+    for field in dataclasses.fields(cost):
+        np.testing.assert_allclose(getattr(cost, field.name), getattr(expected, field.name))
+    nothing = parse_hosts("a address=localhost experts=20\nb address=localhost experts=20")
+    cost = running_cost(nothing, MODEL, CONFIG, [Measured()] * 2)
+    np.testing.assert_allclose(cost.state, 2 * 8 * 128 / DEFAULT_RATE)
+
+
+def test_old_work_fades() -> None:
+    """A workload that has changed: after two half-lives a quarter of the old one is left, and the
+    tokens a second are those of a steady flow, however often engines are asked."""
+    work = Workload((1, LAYERS, EXPERTS), K, 100.0, None, 0.0)
+    tokens, seconds = 0, 0.0
+    per_second = 50
+    counts = np.zeros((LAYERS, EXPERTS), np.int64)
+    for wait in (300.0, 10.0, 290.0, 900.0):
+        tokens, seconds = tokens + int(per_second * wait), seconds + wait
+        counts[:, 0] += int(per_second * wait)
+        sample = routes(LOW, 3).tobytes()
+        found = EngineStats(counts.tolist(), [[0]] * LAYERS, [0], tokens, 1, sample, K, [0])
+        work.update([msgspec.msgpack.encode(found)], seconds)
+        np.testing.assert_allclose(work.token_rates(seconds), per_second, rtol=1e-6)
+    before = work.statistics(seconds).counts.sum()
+    np.testing.assert_allclose(work.statistics(seconds + 200.0).counts.sum(), before / 4)
+
+
+def test_engines_before_count_on() -> None:
+    """Counters of an engine that is started anew begin at 0, and its sample is small."""
+    work = Workload((1, LAYERS, EXPERTS), K, None, None, 0.0)
+    work.update([msgspec.msgpack.encode(stats(AT_HOME[0]))], 1.0)
+    work.engines_died(1.0)
+    few = routes(HIGH, tokens=10)
+    work.update([msgspec.msgpack.encode(stats(few))], 2.0)
+    found = work.statistics(2.0)
+    assert found.counts.sum() == (len(AT_HOME[0]) + len(few)) * LAYERS * K
+    assert len(found.routes[0]) == len(AT_HOME[0])
+    np.testing.assert_array_equal(found.routes[0][: len(few)], few)
