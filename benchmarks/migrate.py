@@ -10,7 +10,6 @@ import importlib.util
 import os
 import pathlib
 import signal
-import subprocess
 import sys
 import tempfile
 
@@ -22,13 +21,13 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 from rich.console import Console
 
 from benchmarks.arguments import count, count_or_0, positive
-from benchmarks.namespaces import HEAD, Testbed, down, hosts_like, parse_rate
-from benchmarks.namespaces.cores import MODES, QUOTA, describe
+from benchmarks.namespaces import Testbed, parse_rate
+from benchmarks.namespaces.cores import MODES, QUOTA
 from benchmarks.serving.cluster import ClusterError
 from benchmarks.serving.http import HttpError
 from benchmarks.serving.report import write_json
 from benchmarks.shifting import plots, runs, tables
-from benchmarks.shifting.places import Place
+from benchmarks.shifting.places import Place, again_on, testbed
 from benchmarks.shifting.results import Results, plain
 from benchmarks.shifting.runs import INTERVALS, SECTIONS, Setting
 from benchmarks.shifting.tasks import Askers, Task, read_task
@@ -109,7 +108,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         check(options)
         if options.links is not None and options.bed is None:
-            return on_testbed(options, words, console)
+            text = options.hosts.read_text()
+            with testbed(options.name, text, options.links, options.cores, console) as bed:
+                return again_on(bed, __file__, words)
         found = measure(options, console)
     except (ClusterError, HttpError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -158,25 +159,6 @@ def phases(options: argparse.Namespace, servers: int) -> tuple[tuple[Task, ...],
         raise UserError(f"{directory}: {len(files)} files *.jsonl; more than servers are needed")
     tasks = [read_task(file) for file in files]
     return tuple(tasks[:servers]), tuple(tasks[n % len(tasks)] for n in range(servers, 2 * servers))
-
-
-def on_testbed(options: argparse.Namespace, words: list[str], console: Console) -> int:
-    """Runs this program on the head of a testbed, which is removed whatever happens."""
-    bed = Testbed.up(
-        options.name, hosts_like(options.hosts.read_text()), options.links, options.cores
-    )
-    try:
-        console.print(describe(bed.hosts.values(), bed.cores), soft_wrap=True)
-        command = [sys.executable, str(pathlib.Path(__file__).resolve()), "--bed", bed.name, *words]
-        # Of its own process group: what ends this process is passed on by hand, once.
-        process = bed.exec(HEAD, command, stdin=subprocess.DEVNULL, process_group=0)
-        try:
-            return process.wait()
-        finally:
-            process.terminate()
-            process.wait()
-    finally:
-        down(options.name)
 
 
 def measure(options: argparse.Namespace, console: Console) -> list[Target]:

@@ -21,6 +21,8 @@ from benchmarks.serving.drive import Done, open_loop
 from benchmarks.serving.http import request
 
 PREFIX = "dance_jax:"
+#: Of a step's time, as `engine.step_clock.StepClock` counts it.
+PARTS = ("schedule", "compute", "experts", "wait", "exchange", "output")
 #: Seconds between two questions; for a migration.
 ASK_S, MOVE_S = 0.5, 300.0
 
@@ -37,8 +39,13 @@ class Sample:
     sent: list[float]
     #: The same through the hosts' interfaces; empty where there are none.
     wire: list[float]
+    #: Hidden states sent; tokens computed.
+    transfers: list[float]
+    tokens: list[float]
     steps: list[float]
     longest_step_s: list[float]
+    #: By part of the steps, as `engine.step_clock` names them, and server.
+    seconds: dict[str, list[float]]
     #: As the first server knows it.
     version: int
     migrations: int
@@ -149,8 +156,16 @@ async def sample(api: Api, origin: float, wire: Callable[[], list[float]] = _not
         remote=each("expert_calls_total", where="remote"),
         sent=each("link_bytes_total", direction="sent"),
         wire=await asyncio.to_thread(wire),
+        transfers=each("transfers_total"),
+        tokens=[
+            sum(both)
+            for both in zip(
+                each("prompt_tokens_total"), each("generation_tokens_total"), strict=True
+            )
+        ],
         steps=each("steps_total"),
         longest_step_s=each("longest_step_seconds"),
+        seconds={part: each("step_seconds_total", part=part) for part in PARTS},
         version=int(each("placement_version")[0]),
         migrations=int(each("migrations_total")[0]),
         experts_migrated=int(each("experts_migrated_total")[0]),
@@ -173,9 +188,36 @@ async def placement(api: Api) -> dict[str, Any]:
 
 async def decide(api: Api) -> dict[str, Any]:
     """Experts are to move whatever it costs; returns the decision, before they do."""
-    body = msgspec.json.encode({"force": True})
-    async with request(api.addresses[0], "POST", "/placement/rebalance", body) as response:
-        return msgspec.json.decode(await response.read())
+    return await _rebalance(api, {"force": True})
+
+
+async def _rebalance(api: Api, body: dict[str, Any]) -> dict[str, Any]:
+    content, path = msgspec.json.encode(body), "/placement/rebalance"
+    async with request(api.addresses[0], "POST", path, content) as response:
+        answer = await response.read()
+        if response.status != 200:
+            raise ClusterError(f"{path} answers {response.status}: {answer.decode()}")
+        return msgspec.json.decode(answer)
+
+
+async def put(
+    api: Api, names: Sequence[str], resident: Sequence[Sequence[Sequence[int]]]
+) -> dict[str, Any]:
+    """Experts are to move there; returns the decision when they have.
+
+    Args:
+        names: of the servers.
+        resident: [server][layer], experts that each holds.
+
+    Raises:
+        ClusterError: they do not.
+    """
+    version = (await placement(api))["version"]
+    servers = [{"name": n, "resident": r} for n, r in zip(names, resident, strict=True)]
+    decision = await _rebalance(api, {"servers": servers})
+    if decision["migrate"]:
+        await moved(api, version)
+    return decision
 
 
 async def moved(api: Api, version: int) -> None:

@@ -1,0 +1,165 @@
+"""One run of the evaluation, and the runs that differ in their seed alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from benchmarks.shifting.watch import PARTS, Watched
+
+from .workloads import Placed
+
+#: Quantile of Student's t, two-sided 95 %, by the number of values.
+_T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """A workload, rate, policy and seed.
+
+    Attributes:
+        rate: bits a second of every link; None: not shaped.
+        latency_s: of each whole answer.
+        failed: answers that are not whole.
+        expert_calls: of all servers' tokens.
+        remote, transfers: means of the servers; see `benchmarks.evaluation`.
+        busiest, load: as predicted.
+        wire_bytes: sent through each host's interface.
+        bound_bytes: of all hosts, each byte once.
+        seconds: of the mean server, by part of its steps.
+        wall_s: of the run.
+    """
+
+    workload: str
+    rate: int | None
+    policy: str
+    seed: int
+    latency_s: list[float]
+    failed: int
+    expert_calls: float
+    remote: float
+    transfers: float
+    busiest: float
+    load: float
+    wire_bytes: list[float]
+    bound_bytes: float
+    seconds: dict[str, float]
+    wall_s: float
+
+    @property
+    def key(self) -> tuple[str, int | None, str]:
+        """Of cells that differ in their seed alone."""
+        return self.workload, self.rate, self.policy
+
+    @property
+    def bytes_ratio(self) -> float:
+        """Bytes that the interfaces counted over the bound."""
+        return sum(self.wire_bytes) / self.bound_bytes if self.bound_bytes else float("nan")
+
+    @property
+    def computing_s(self) -> float:
+        return sum(self.seconds[part] for part in ("schedule", "compute", "experts", "output"))
+
+    @property
+    def utilisation(self) -> float:
+        """Share of the run in which the mean server was in a step."""
+        return sum(self.seconds.values()) / self.wall_s
+
+
+def cell_of(
+    run: Watched, placed: Placed, workload: str, rate: int | None, seed: int, layers: int, row: int
+) -> Cell:
+    """What a run says.
+
+    Args:
+        layers: MoE layers of the model.
+        row: bytes of a hidden state, there and back.
+    """
+    first, last = run.samples[0], run.samples[-1]
+
+    def spent(name: str) -> np.ndarray:
+        return np.subtract(getattr(last, name), getattr(first, name))
+
+    good = [answer for answer in run.answers if answer.good]
+    return Cell(
+        workload=workload,
+        rate=rate,
+        policy=placed.policy,
+        seed=seed,
+        latency_s=[answer.end_s - answer.asked_s for answer in good],
+        failed=len(run.answers) - len(good),
+        expert_calls=float((spent("local") + spent("remote")).sum()),
+        remote=run.remote_share(0.0),
+        transfers=float(np.mean(spent("transfers") / np.maximum(spent("tokens") * layers, 1))),
+        busiest=placed.busiest,
+        load=placed.load,
+        wire_bytes=spent("wire").tolist(),
+        bound_bytes=float(spent("transfers").sum() * row),
+        seconds={
+            part: float(np.subtract(last.seconds[part], first.seconds[part]).mean())
+            for part in PARTS
+        },
+        wall_s=last.at_s - first.at_s,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Mean:
+    """A figure over seeds; half: of its 95 % interval, None: of one seed."""
+
+    value: float
+    half: float | None
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Mean:
+        found = np.asarray(values, float)
+        if len(found) < 2:
+            return cls(float(found.mean()), None)
+        t95 = _T95.get(len(found), 1.96)
+        return cls(float(found.mean()), float(t95 * found.std(ddof=1) / np.sqrt(len(found))))
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """Cells of several seeds.
+
+    Attributes:
+        workload, rate, policy: theirs.
+        mean_s, p50_s, p99_s: of the latency.
+        cells: theirs.
+    """
+
+    workload: str
+    rate: int | None
+    policy: str
+    mean_s: Mean
+    p50_s: Mean
+    p99_s: Mean
+    cells: tuple[Cell, ...]
+
+    def average(self, name: str) -> float:
+        """Of an attribute of the cells."""
+        return float(np.mean([getattr(cell, name) for cell in self.cells]))
+
+    def seconds(self, *parts: str) -> float:
+        """In parts of the steps."""
+        return float(np.mean([sum(cell.seconds[p] for p in parts) for cell in self.cells]))
+
+
+def rows_of(cells: Iterable[Cell]) -> list[Row]:
+    """In the order in which their first cell comes."""
+    groups: dict[tuple[str, int | None, str], list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault(cell.key, []).append(cell)
+    return [
+        Row(
+            *key,
+            mean_s=Mean.of([float(np.mean(cell.latency_s)) for cell in group]),
+            p50_s=Mean.of([float(np.median(cell.latency_s)) for cell in group]),
+            p99_s=Mean.of([float(np.quantile(cell.latency_s, 0.99)) for cell in group]),
+            cells=tuple(group),
+        )
+        for key, group in groups.items()
+    ]

@@ -1,0 +1,118 @@
+"""The servers, the tasks of their users, and where each policy puts experts."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from benchmarks.shifting.tasks import Task, read_task
+from dance_jax.config import UserError
+from dance_jax.placement import place
+from dance_jax.placement.activations import Activations
+from dance_jax.placement.core import Placement
+from dance_jax.placement.cost import Cost
+from dance_jax.placement.migration import halves
+
+#: Devices of the servers, as in the paper, and names.
+DEVICES = {"alpha": 1, "beta": 1, "gamma": 2}
+#: The three tasks of BIG-bench that the paper's servers are asked for; tasks that differ more.
+BIG_BENCH = ("abstract_narrative_understanding", "arithmetic", "ascii_word_recognition")
+MULTI_DATA = ("code_line_description", "hindi_question_answering", "mmlu_pro_math")
+#: Without --tasks: our own prompts.
+OWN = {"own": ("code", "english", "german"), "others": ("math", "french", "english")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """Attributes:
+    name: as on the command line.
+    tasks: of each server.
+    """
+
+    name: str
+    tasks: tuple[Task, ...]
+
+
+def read_workloads(directory: pathlib.Path | None, examples: pathlib.Path) -> list[Workload]:
+    """
+    Args:
+        directory: with NAME.jsonl of all tasks; None: our own prompts.
+        examples: where those are.
+
+    Raises:
+        UserError: a task is missing, or cannot be read.
+    """
+    if directory is None:
+        named, pattern, where = OWN, "{}.heldout.jsonl", examples
+    else:
+        named = {"big-bench": BIG_BENCH, "multidata": MULTI_DATA}
+        pattern, where = "{}.jsonl", directory
+    return [
+        Workload(name, tuple(read_task(where / pattern.format(task)) for task in tasks))
+        for name, tasks in named.items()
+    ]
+
+
+def hosts_text(experts: int, memory: float) -> str:
+    """A hosts file whose servers hold `memory` times the experts, each device about the same.
+
+    Args:
+        experts: of all layers.
+
+    Raises:
+        UserError: it is too little for all experts.
+    """
+    if memory < 1:
+        raise UserError(f"--memory {memory:g}: at least 1 is needed, so that all experts live")
+    slots = math.ceil(round(experts * memory) / sum(DEVICES.values()))
+    lines = (f"{name} address=localhost devices={n} experts={slots}" for name, n in DEVICES.items())
+    return "\n".join(lines) + "\n"
+
+
+@dataclasses.dataclass(frozen=True)
+class Placed:
+    """A policy's placement, and what it promises.
+
+    Attributes:
+        policy: its name.
+        placement: fitted to one half of the tokens.
+        busiest, load: on the other half, see `placement.metrics.Traffic`.
+    """
+
+    policy: str
+    placement: Placement
+    busiest: float
+    load: float
+
+
+def placed(
+    policy: str, activations: Activations, devices: Sequence[int], slots: int, cost: Cost, seed: int
+) -> Placed:
+    """Args:
+    activations: of the workload, servers in the order of `devices`.
+    slots: of each device.
+    cost: for policies that ask for it.
+    """
+    fit, judge = halves(activations.routes)
+    layers, experts = activations.counts.shape[1:]
+    found = place(
+        policy,
+        np.array([_counts(routes, layers, experts) for routes in fit]),
+        slots * np.asarray(devices),
+        routes=fit,
+        devices=devices,
+        cost=cost,
+        seed=seed,
+    )
+    traffic = found.traffic(judge)
+    return Placed(policy, found, traffic.busiest, traffic.load(devices))
+
+
+def _counts(routes_tlk: np.ndarray, layers: int, experts: int) -> np.ndarray:
+    """Calls, int64 [layers, experts]."""
+    flat = routes_tlk.astype(np.int64) + experts * np.arange(layers)[:, None]
+    return np.bincount(flat.ravel(), minlength=layers * experts).reshape(layers, experts)

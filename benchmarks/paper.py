@@ -1,0 +1,280 @@
+"""The paper's evaluation on servers that run: `python benchmarks/paper.py`, as root.
+
+What is measured, and how, is said in benchmarks/evaluation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import dataclasses
+import importlib.util
+import os
+import pathlib
+import signal
+import sys
+import tempfile
+from collections.abc import Sequence
+
+# Run as a script, only this folder would be searched.
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+# The servers compute, this process places experts.
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import numpy as np
+from rich.console import Console
+
+from benchmarks.arguments import count, count_or_0, positive
+from benchmarks.evaluation import report
+from benchmarks.evaluation.cells import Cell, cell_of
+from benchmarks.evaluation.workloads import Workload, hosts_text, placed, read_workloads
+from benchmarks.namespaces import Testbed, parse_rate, show_rate
+from benchmarks.namespaces.cores import MODES, QUOTA
+from benchmarks.serving.client import Api
+from benchmarks.serving.cluster import ClusterError
+from benchmarks.serving.http import HttpError
+from benchmarks.serving.report import write_json
+from benchmarks.serving.setting import progress
+from benchmarks.shifting.places import Place, again_on, count_activations, testbed
+from benchmarks.shifting.tasks import Askers, write_fit
+from benchmarks.shifting.watch import load, put
+from dance_jax.config import ClusterSpec, EngineConfig, UserError
+from dance_jax.launch.costs import cluster_cost, state_bytes
+from dance_jax.launch.defaults import demo_dir, engine_config
+from dance_jax.launch.prompts import check_writable
+from dance_jax.models.config import ModelConfig
+from dance_jax.models.hf import read_config
+from dance_jax.models.tokenizer import Tokenizer
+from dance_jax.placement import POLICIES, Activations, Cost
+
+MISSED, WRONG, INTERRUPTED = 1, 2, 130
+EXAMPLES = pathlib.Path(__file__).resolve().parents[1] / "examples" / "tasks"
+#: All of the paper's and ours; the first one shows what a call costs.
+MATRIX = ("uniform", "redundance", "smartmoe", "eplb", "dance", "optimal", "latency")
+#: Prompts of each server, and tokens of each answer, that placements are fitted to.
+FIT_PROMPTS, FIT_TOKENS = 60, 32
+WIDTH = 150
+#: Bits a second of links that are not shaped, for policies that weigh them.
+UNSHAPED = 10e9
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python benchmarks/paper.py",
+        description="The policies of arXiv:2508.12851 and ours on servers that run, on a testbed. "
+        "Root, Linux.",
+        epilog="What follows -- goes to dance_jax.launch, e.g. -- --max-num-seqs 8",
+    )
+    add = parser.add_argument
+    add("--model", type=pathlib.Path, metavar="DIR", help="(the demo)")
+    add("--memory", type=positive, default=1.32, help="experts that fit, of all (%(default)s)")
+    add("--tasks", type=pathlib.Path, metavar="DIR", help="*.jsonl with prompts (examples/tasks)")
+    add("--workloads", type=_words, metavar="A,B", help="(all)")
+    add(
+        "--links",
+        type=lambda text: [parse_rate(word) for word in text.split(",")],
+        default=[20_000_000],
+        metavar="RATES",
+        help="one after another, e.g. 500Mbps,100Mbps,20Mbps (20Mbps)",
+    )
+    add("--policies", type=_policies, default=MATRIX, metavar="A,B", help=", ".join(MATRIX))
+    add("--seeds", type=count, default=3, help="runs of each policy (%(default)s)")
+    add("--seed", type=count_or_0, default=0, help="the first one (%(default)s)")
+    add("--requests", type=count, default=60, help="of each server in a run (%(default)s)")
+    add("--rate", type=positive, default=0.6, help="of each server, requests/s (%(default)s)")
+    add("--max-tokens", type=count, default=64, help="of an answer at most (%(default)s)")
+    add("--cores", choices=MODES, default=QUOTA, help="of the hosts (%(default)s)")
+    add("--name", default="paper", help="of the testbed that is made (%(default)s)")
+    add("--check", action="store_true", help="exit code 1 if a target is missed")
+    add("--output", type=pathlib.Path, metavar="JSON")
+    add("--plot", type=pathlib.Path, metavar="PNG")
+    # This program again, inside a testbed that is up.
+    add("--bed", help=argparse.SUPPRESS)
+    add("launch", nargs="*", help=argparse.SUPPRESS)
+    return parser
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
+
+
+def _policies(text: str) -> tuple[str, ...]:
+    for word in _words(text):
+        if word not in POLICIES:
+            raise argparse.ArgumentTypeError(f"no policy {word!r}; there are {', '.join(POLICIES)}")
+    return _words(text)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the benchmark; returns its exit code."""
+    words = sys.argv[1:] if arguments is None else arguments
+    options = parser().parse_args(words)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = WIDTH
+    try:
+        work = check(options)
+        if options.bed is None:
+            text = hosts_text(work.experts, options.memory)
+            with testbed(options.name, text, options.links[0], options.cores, console) as bed:
+                return again_on(bed, __file__, words)
+        cells = Evaluation(options, work, Testbed.load(options.bed), console).run()
+    except (ClusterError, HttpError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return MISSED
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return WRONG
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    found = report.targets(cells)
+    console.print("Targets")
+    for target in found:
+        console.print(target.line(), markup=False, soft_wrap=True)
+    return MISSED if options.check and any(target.missed for target in found) else 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """The model, and what is asked of it."""
+
+    directory: pathlib.Path
+    model: ModelConfig
+    config: EngineConfig
+    workloads: list[Workload]
+
+    @property
+    def experts(self) -> int:
+        """Of all layers."""
+        return len(self.model.moe_layers) * self.model.num_experts
+
+
+def check(options: argparse.Namespace) -> Work:
+    """
+    Raises:
+        UserError: something is missing, or a result cannot be written.
+    """
+    directory = options.model or demo_dir()
+    workloads = read_workloads(options.tasks, EXAMPLES)
+    if options.workloads is not None:
+        names = [workload.name for workload in workloads]
+        for name in options.workloads:
+            if name not in names:
+                raise UserError(f"--workloads: no {name!r}; there are {', '.join(names)}")
+        workloads = [each for each in workloads if each.name in options.workloads]
+    if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
+        raise UserError("--plot needs matplotlib: pip install 'dance-jax[bench]'")
+    for name in ("output", "plot"):
+        if (path := getattr(options, name)) is not None:
+            check_writable(path, f"--{name}")
+    model = read_config(directory)
+    return Work(directory, model, engine_config(model), workloads)
+
+
+class Evaluation:
+    """All cells, one after another in one cluster.
+
+    Args:
+        options: of the command line.
+        work: what is asked.
+        bed: where.
+        console: for tables and progress.
+    """
+
+    def __init__(
+        self, options: argparse.Namespace, work: Work, bed: Testbed, console: Console
+    ) -> None:
+        self._options, self._work, self._bed, self._console = options, work, bed, console
+        self._cells: list[Cell] = []
+        self._about_model = ("--model", str(work.directory.absolute())) if options.model else ()
+
+    def run(self) -> list[Cell]:
+        """What was measured is written after each policy."""
+        with tempfile.TemporaryDirectory(prefix="dance-jax-paper-") as directory:
+            folder = pathlib.Path(directory)
+            hosts = folder / "hosts.txt"
+            hosts.write_text(hosts_text(self._work.experts, self._options.memory))
+            self._place = Place(hosts, self._bed)
+            counted = [self._count(workload, folder) for workload in self._work.workloads]
+            words = ["--rebalance-interval", "0", *self._about_model, *self._options.launch]
+            with self._place.serving(words) as cluster:
+
+                async def measure() -> None:
+                    await cluster.ready()
+                    api = await Api.connect(cluster.addresses)
+                    for rate in self._options.links:
+                        self._bed.set_rate(rate)
+                        for workload, activations in zip(
+                            self._work.workloads, counted, strict=True
+                        ):
+                            await self._matrix(api, rate, workload, activations)
+
+                asyncio.run(measure())
+                cluster.check()
+        report.show(self._console, self._cells)
+        return self._cells
+
+    def _count(self, workload: Workload, folder: pathlib.Path) -> Activations:
+        """What the tasks use, by prompts that nobody sends later."""
+        prompts, result = folder / f"{workload.name}.jsonl", folder / f"{workload.name}.npz"
+        write_fit(prompts, workload.tasks, self._place.spec.names, FIT_PROMPTS)
+        count_activations(self._place.hosts, prompts, result, FIT_TOKENS, self._about_model)
+        return Activations.load(result)
+
+    async def _matrix(
+        self, api: Api, rate: int | None, workload: Workload, activations: Activations
+    ) -> None:
+        """All policies and seeds at one rate."""
+        spec, layers = self._place.spec, len(self._work.model.moe_layers)
+        slots = spec.servers[0].experts
+        assert slots is not None
+        row = 2 * state_bytes(self._work.model.hidden_size, self._work.config)
+        for policy in self._options.policies:
+            cost = self._cost(rate, [c for c in self._cells if c.rate == rate])
+            found = placed(policy, activations, spec.devices, slots, cost, self._options.seed)
+            resident = [
+                [np.flatnonzero(held).tolist() for held in layer]
+                for layer in found.placement.resident
+            ]
+            await put(api, spec.names, resident)
+            for seed in range(self._options.seed, self._options.seed + self._options.seeds):
+                plan = self._askers(seed).plan([workload.tasks], self._options.requests)
+                title = f"{workload.name}, {show_rate(rate)}, {policy}, seed {seed}"
+                with progress(self._console, title, len(plan.calls)) as done:
+                    run = await load(api, plan.calls, done, self._place.sent)
+                cell = cell_of(run, found, workload.name, rate, seed, layers, row)
+                self._cells.append(cell)
+                self._console.print(f"{title}: mean latency {np.mean(cell.latency_s):.2f} s")
+            self._write()
+
+    def _askers(self, seed: int) -> Askers:
+        options, config = self._options, self._work.config
+        tokenizer = Tokenizer.load(self._work.directory)
+        return Askers(tokenizer, config.max_model_len, options.max_tokens, options.rate, seed)
+
+    def _cost(self, rate: int | None, cells: Sequence[Cell]) -> Cost:
+        """Seconds: of the links as they are shaped, of experts as they were measured."""
+        calls = sum(cell.expert_calls for cell in cells)
+        call_s = sum(cell.seconds["experts"] for cell in cells) * len(self._place.spec.servers)
+        servers = tuple(
+            dataclasses.replace(
+                server, bandwidth=rate or UNSHAPED, expert_time=call_s / calls if calls else None
+            )
+            for server in self._place.spec.servers
+        )
+        return cluster_cost(ClusterSpec(servers), self._work.model, self._work.config)
+
+    def _write(self) -> None:
+        options = self._options
+        if options.output is not None:
+            found = report.targets(self._cells)
+            write_json(options.output, vars(options), report.plain(self._cells), found)
+        if options.plot is not None:
+            report.draw(self._cells, options.plot)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
