@@ -297,7 +297,29 @@ def spread(
     counts: np.ndarray | None = None,
     previous: Layout | None = None,
 ) -> Layout:
-    """Spreads the experts of every server over its devices.
+    """Spreads the experts of every server over its devices; see `device_slots`.
+
+    Raises:
+        UserError: as `device_slots`, and if there are more servers than bits.
+    """
+    device_of, slot_of = device_slots(placement, devices, slots_per_device, counts, previous)
+    return Layout(
+        placement.holders,
+        device_of,
+        slot_of,
+        tuple(int(d) for d in devices),
+        tuple(int(s) for s in slots_per_device),
+    )
+
+
+def device_slots(
+    placement: Placement,
+    devices: Sequence[int] | np.ndarray,
+    slots_per_device: Sequence[int] | np.ndarray,
+    counts: np.ndarray | None = None,
+    previous: Layout | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Device and slot of every resident expert, of any number of servers.
 
     Lock step waits for the busiest device of each layer, so every layer is balanced on its own:
     its experts, most called first, each go to the device with the least calls of this layer
@@ -315,6 +337,9 @@ def spread(
         slots_per_device: int [servers], expert slots of each device of a server.
         counts: [servers, layers, experts] expert calls of each server's requests; None: equal.
         previous: the layout in force, of the same devices and slots.
+
+    Returns:
+        `Layout.device_of` and `Layout.slot_of`.
 
     Raises:
         UserError: a server has no device, or holds more than its slots; counts or `previous` do
@@ -358,11 +383,9 @@ def spread(
             previous.slot_of,
             previous.slots_per_device,
         )
-    return dataclasses.replace(
-        empty,
-        holders=placement.holders,
-        device_of=np.where(stays_nle, before.device_of, device_of),
-        slot_of=np.where(stays_nle, before.slot_of, slot_of),
+    return (
+        np.where(stays_nle, before.device_of, device_of),
+        np.where(stays_nle, before.slot_of, slot_of),
     )
 
 

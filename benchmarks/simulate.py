@@ -1,0 +1,234 @@
+"""Requests on clusters that are not here: the paper's servers, and its sweep to 256 devices.
+
+    python benchmarks/simulate.py                          # routes and arrivals made here
+    python benchmarks/simulate.py --sections parts         # half a minute
+    python benchmarks/simulate.py --traces DIR --output OUT
+    python benchmarks/simulate.py --sections sweep --devices 4,16 --mbps 100,1000
+
+--traces: a directory with gpt_oss_20b_mmlu_pro.npz, azure_code.csv and azure_conv.csv. What is
+simulated, and what is assumed, is said in benchmarks/simulation and dance_jax/placement/simulate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import math
+import os
+import pathlib
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+
+# Run as a script, only this folder would be searched.
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+# Placements are solved on the CPU.
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+from rich.console import Console
+
+import benchmarks.simulation
+import dance_jax.placement.simulate
+from benchmarks.simulation import clusters, plots, runs, tables
+from benchmarks.simulation.runs import Run, Sweep
+from benchmarks.targets import chosen_sections
+from dance_jax.config import UserError
+from dance_jax.placement import POLICIES
+
+WRONG, INTERRUPTED = 2, 130
+SECTIONS = ("parts", "recorded", "sweep")
+#: Columns of the terminal, where it does not say.
+WIDTH = 130
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python benchmarks/simulate.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add, swept = parser.add_argument, Sweep()
+    add("--traces", type=pathlib.Path, metavar="DIR", help="directory of measured traces")
+    add("--output", type=pathlib.Path, metavar="DIR", help="for result.json and the plots")
+    add(
+        "--sections",
+        type=lambda text: chosen_sections(text, SECTIONS),
+        metavar="A,B",
+        help=f"{', '.join(SECTIONS)} (default: all; recorded only with --traces)",
+    )
+    add(
+        "--policies",
+        type=_policies,
+        default=tuple(POLICIES),
+        metavar="A,B",
+        help="of parts and recorded (default: all)",
+    )
+    add(
+        "--sweep-policies",
+        type=_policies,
+        default=swept.policies,
+        metavar="A,B",
+        help=f"of the sweep ({','.join(swept.policies)})",
+    )
+    add("--devices", type=_devices, default=swept.devices, metavar="N,M", help="of the sweep")
+    add(
+        "--mbps",
+        dest="bandwidths",
+        type=_rates,
+        default=swept.bandwidths,
+        metavar="X,Y",
+        help="of the sweep's links (100,300,1000)",
+    )
+    add(
+        "--intervals",
+        type=_positive,
+        default=swept.intervals_s,
+        metavar="X,Y",
+        help="of the sweep: mean seconds between two requests of a server (8,10,15)",
+    )
+    add("--seed", type=_seed, default=0, help="of tasks, requests and policies (%(default)s)")
+    return parser
+
+
+def _policies(text: str) -> tuple[str, ...]:
+    return chosen_sections(text, tuple(POLICIES))
+
+
+def _positive(text: str) -> tuple[float, ...]:
+    try:
+        numbers = tuple(float(word) for word in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: numbers with commas are needed") from error
+    if not all(math.isfinite(number) and number > 0 for number in numbers):
+        raise argparse.ArgumentTypeError(f"{text!r}: numbers above 0 are needed")
+    return tuple(sorted(set(numbers)))
+
+
+def _rates(text: str) -> tuple[float, ...]:
+    return tuple(number * 1e6 for number in _positive(text))
+
+
+def _devices(text: str) -> tuple[int, ...]:
+    numbers = _positive(text)
+    for number in numbers:
+        try:
+            if number != int(number):
+                raise UserError(f"{number:g} devices: whole numbers are needed")
+            clusters.devices_of(int(number))
+        except UserError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+    return tuple(int(number) for number in numbers)
+
+
+def _seed(text: str) -> int:
+    if not text.isascii() or not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 0")
+    return int(text)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the benchmark; returns its exit code."""
+    options = parser().parse_args(arguments)
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = WIDTH
+    try:
+        run(options, console)
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return WRONG
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return 0
+
+
+def run(options: argparse.Namespace, console: Console) -> None:
+    """Simulates the sections, printed as they come; writes the results."""
+    sections = _sections(options)
+    if options.output is not None:
+        _check_output(options.output)
+    console.print(assumptions(), markup=False)
+    found: list[Run] = []
+    for section in sections:
+        began = time.perf_counter()
+        measured = list(_runs(section, options))
+        found += measured
+        _print(console, section, measured)
+        console.print(f"{len(measured)} runs in {time.perf_counter() - began:.0f} s\n")
+        if options.output is not None:
+            write(options.output, found)
+            draw(options.output, section, measured)
+
+
+def assumptions() -> str:
+    """What the model leaves out and takes for granted."""
+    texts = (dance_jax.placement.simulate.__doc__, benchmarks.simulation.__doc__)
+    return "\n".join(text.strip() for text in texts if text) + "\n"
+
+
+def _sections(options: argparse.Namespace) -> tuple[str, ...]:
+    if options.sections is None:
+        return SECTIONS if options.traces else tuple(s for s in SECTIONS if s != "recorded")
+    if "recorded" in options.sections and options.traces is None:
+        raise UserError("--sections recorded: --traces DIR is needed")
+    return options.sections
+
+
+def _runs(section: str, options: argparse.Namespace) -> Iterable[Run]:
+    say: Callable[[str], None] = _say
+    if section == "parts":
+        return runs.parts(options.policies, options.seed, say)
+    if section == "recorded":
+        return runs.recorded(options.traces, options.policies, options.seed, say)
+    what = Sweep(options.devices, options.bandwidths, options.intervals, options.sweep_policies)
+    return runs.sweep(what, options.seed, say)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _print(console: Console, section: str, measured: list[Run]) -> None:
+    if section == "sweep":
+        tables.print_sweep(console, measured)
+        return
+    for workload in dict.fromkeys(run.workload for run in measured):
+        own = [run for run in measured if run.workload == workload]
+        tables.print_ways(console, f"{section}, {workload}", own)
+
+
+def _check_output(directory: pathlib.Path) -> None:
+    """Before minutes of simulating: matplotlib is there, and files can be made."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError("--output: the plots need matplotlib: pip install 'dance-jax[bench]'")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise UserError(f"--output: {directory} cannot be written to: {error.strerror}") from error
+
+
+def write(directory: pathlib.Path, found: list[Run]) -> None:
+    """result.json."""
+    plain = {"assumptions": assumptions(), "runs": [dataclasses.asdict(run) for run in found]}
+    (directory / "result.json").write_text(json.dumps(plain, indent=1) + "\n")
+
+
+def draw(directory: pathlib.Path, section: str, measured: list[Run]) -> None:
+    """The plots of a section."""
+    if section == "sweep":
+        plots.draw_sweep(measured, directory / "sweep.png")
+        return
+    for name in dict.fromkeys(run.workload for run in measured):
+        own = [run for run in measured if run.workload == name]
+        file = directory / f"{section}_{name.replace(' ', '_')}.png"
+        plots.draw_ways(f"{section}, {name}", own, file)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,306 @@
+"""All servers do every step together, as the engine does.
+
+A layer, from one dispatch to the next, is: every server hears from all others (a dispatch brings a
+head even where no row goes), computes the experts of its own and of received rows, waits for the
+sums of those it sent rows to, and computes the trunk of the next layer. The slowest server ends it,
+since nobody's next dispatch is over before that server has sent its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import numpy as np
+
+from dance_jax.placement.simulate.batches import Batches, Plan, Sequence
+from dance_jax.placement.simulate.flows import Flows
+from dance_jax.placement.simulate.result import Book, Result, Work
+from dance_jax.placement.simulate.scenario import Bucket, Scenario
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Layers:
+    """What one step moves and computes; l layers, n and m servers, d devices of all servers."""
+
+    #: int64 [l, n, m]: rows from n to m.
+    rows_lnm: np.ndarray
+    #: float64 [l, d]: seconds of each device's experts, if nobody disturbs it.
+    experts_ld: np.ndarray
+    #: float64 [n]: seconds of the trunk on each device of a server, per layer.
+    trunk_n: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class StepTime:
+    """How long a step takes, and each link is in use."""
+
+    seconds: float
+    #: Of computation on the critical path: of each layer, the experts and the trunk of those that
+    #: all wait for.
+    compute: float
+    #: float64 [n] each: seconds of all layers that each direction of a link is in use.
+    out_n: np.ndarray
+    in_n: np.ndarray
+    #: float64 [n] each: what `Work` counts of each server in this step.
+    trunk_n: np.ndarray
+    experts_n: np.ndarray
+    exchange_n: np.ndarray
+    rounds_n: np.ndarray
+    bytes_n: np.ndarray
+
+
+class Exchange(NamedTuple):
+    """What one step's messages take, in seconds."""
+
+    #: float64 [l, n]: until the server has heard from all others.
+    dispatch_ln: np.ndarray
+    #: float64 [l, n] each: sums that it gives back on its link, and that it gets back.
+    give_back_ln: np.ndarray
+    take_back_ln: np.ndarray
+    #: As in `StepTime`.
+    out_n: np.ndarray
+    in_n: np.ndarray
+    exchange_n: np.ndarray
+    rounds_n: np.ndarray
+    bytes_n: np.ndarray
+
+
+class Wires:
+    """Links, and what goes over them: seconds of everything that they carry."""
+
+    def __init__(self, scenario: Scenario) -> None:
+        servers, model = scenario.servers, scenario.model
+        num = len(servers)
+        #: Heads of messages as in models/links_cpu: of every dispatch, of returns with rows.
+        self.head, self.reply_head = 16 + 4 * (num + 1), 16
+        self.row, self.reply = model.row_bytes, model.state_bytes
+        self.second_per_byte = np.array([8 / server.bandwidth for server in servers])
+        self.second_per_row = np.array([server.speed.row for server in servers])
+        self.round = np.array([server.speed.round for server in servers])
+        delay_n = np.array([server.delay for server in servers])
+        #: float64 [n, m]: from n to m.
+        self.delay = delay_n[:, None] + delay_n[None, :]
+        np.fill_diagonal(self.delay, 0)
+        #: float64 [n]: until the furthest server's head is here.
+        self.furthest = self.delay.max(0)
+
+    def occupied(self, bytes_ln: np.ndarray, rows_ln: np.ndarray) -> np.ndarray:
+        """Seconds that these take on the servers' links in one direction."""
+        return bytes_ln * self.second_per_byte + rows_ln * self.second_per_row
+
+    def bytes_nm(self, rows_lnm: np.ndarray) -> np.ndarray:
+        """Payload from n to m in a step: heads, rows, and the sums of what came from m."""
+        layers, num, _ = rows_lnm.shape
+        rows_nm, returns_nm = rows_lnm.sum(0), (rows_lnm > 0).sum(0)
+        back_nm = rows_nm.T * self.reply + returns_nm.T * self.reply_head
+        heads_nm = layers * self.head * (1 - np.eye(num, dtype=np.int64))
+        return heads_nm + rows_nm * self.row + back_nm
+
+
+class Clock:
+    """How long steps of a scenario take."""
+
+    def __init__(self, scenario: Scenario) -> None:
+        self.wires = Wires(scenario)
+        self.cores = scenario.cores
+        self.devices = np.array(scenario.devices)
+        self.first = np.cumsum(self.devices) - self.devices
+        self.step = max(server.speed.step for server in scenario.servers)
+
+    def time(self, layers: Layers) -> StepTime:
+        """Of a step."""
+        experts_ld = self._stretched(layers.experts_ld)
+        experts_ln = np.maximum.reduceat(experts_ld, self.first, axis=1)
+        trunk_d = np.repeat(layers.trunk_n, self.devices)[None]
+        trunk_n = np.maximum.reduceat(self._stretched(trunk_d), self.first, axis=1)[0]
+        sends_lnm = layers.rows_lnm > 0
+        exchange = self._exchange(layers.rows_lnm, sends_lnm)
+        ready_ln = exchange.dispatch_ln + experts_ln
+        back_lnm = (
+            ready_ln[:, None, :]
+            + np.maximum(exchange.take_back_ln[:, :, None], exchange.give_back_ln[:, None, :])
+            + (self.wires.delay + self.wires.round[:, None])[None]
+        )
+        back_lnm = np.where(sends_lnm, back_lnm, 0)
+        end_ln = np.maximum(ready_ln, back_lnm.max(2)) + trunk_n
+        # Whom all wait for, and whose experts it waited for.
+        layer, last_l = np.arange(len(end_ln)), end_ln.argmax(1)
+        peer_l = back_lnm[layer, last_l].argmax(1)
+        waits_l = back_lnm[layer, last_l, peer_l] > ready_ln[layer, last_l]
+        experts_l = experts_ln[layer, np.where(waits_l, peer_l, last_l)]
+        return StepTime(
+            seconds=float(end_ln[layer, last_l].sum()) + self.step,
+            compute=float((experts_l + trunk_n[last_l]).sum()) + self.step,
+            out_n=exchange.out_n,
+            in_n=exchange.in_n,
+            trunk_n=trunk_n * len(end_ln),
+            experts_n=np.add.reduceat(experts_ld.sum(0), self.first),
+            exchange_n=exchange.exchange_n,
+            rounds_n=exchange.rounds_n,
+            bytes_n=exchange.bytes_n,
+        )
+
+    def _exchange(self, rows_lnm: np.ndarray, sends_lnm: np.ndarray) -> Exchange:
+        wires, peers = self.wires, len(self.devices) - 1
+        if not peers:
+            none_ln, none_n = np.zeros((len(rows_lnm), 1)), np.zeros(1)
+            return Exchange(none_ln, none_ln, none_ln, none_n, none_n, none_n, none_n, none_n)
+        out_ln, in_ln = rows_lnm.sum(2), rows_lnm.sum(1)
+        heads = peers * wires.head
+        sent_ln, taken_ln = out_ln * wires.row + heads, in_ln * wires.row + heads
+        send_ln, take_ln = wires.occupied(sent_ln, out_ln), wires.occupied(taken_ln, in_ln)
+        # Who sends to several servers at once has sent none of them all before it is through.
+        sender_ln = np.where(sends_lnm, send_ln[:, :, None], 0).max(1)
+        dispatch_ln = np.maximum(np.maximum(send_ln, take_ln), sender_ln)
+        given_ln = in_ln * wires.reply + sends_lnm.sum(1) * wires.reply_head
+        back_ln = out_ln * wires.reply + sends_lnm.sum(2) * wires.reply_head
+        give_ln, get_ln = wires.occupied(given_ln, in_ln), wires.occupied(back_ln, out_ln)
+        rounds_ln = 1 + ((given_ln > 0) | (back_ln > 0))
+        moving_ln = np.maximum(send_ln, take_ln) + np.maximum(give_ln, get_ln)
+        return Exchange(
+            dispatch_ln + wires.furthest + wires.round,
+            give_ln,
+            get_ln,
+            (send_ln + give_ln).sum(0),
+            (take_ln + get_ln).sum(0),
+            (moving_ln + rounds_ln * wires.round).sum(0),
+            rounds_ln.sum(0),
+            (np.maximum(sent_ln, taken_ln) + np.maximum(given_ln, back_ln)).sum(0),
+        )
+
+    def _stretched(self, seconds_ld: np.ndarray) -> np.ndarray:
+        """Seconds of devices that compute at the same time, on as many cores as there are.
+
+        The last of them ends when the cores have done all work, or when its own is done; the
+        others are delayed in proportion.
+        """
+        if self.cores is None:
+            return seconds_ld
+        longest_l1 = seconds_ld.max(1, keepdims=True)
+        last_l1 = np.maximum(longest_l1, seconds_ld.sum(1, keepdims=True) / self.cores)
+        return seconds_ld * (last_l1 / np.where(longest_l1 > 0, longest_l1, 1))
+
+
+class Cluster:
+    """The servers between two steps."""
+
+    def __init__(self, scenario: Scenario) -> None:
+        self.scenario = scenario
+        self.flows, self.clock = Flows.of(scenario), Clock(scenario)
+        self.book = Book(scenario)
+        self.book.work = tuple(Work() for _ in scenario.servers)
+        self.batches = [Batches(scenario.config, devices) for devices in scenario.devices]
+        model, num = scenario.model, len(scenario.servers)
+        self._shape_nlm = (num, model.layers, num)
+        self._shape_lne = (model.layers, num, model.experts)
+        self._call = np.array([s.speed.call for s in scenario.servers])[None, :, None]
+        self._expert = np.array([s.speed.expert for s in scenario.servers])[None, :, None]
+
+    @property
+    def active(self) -> bool:
+        """Some server has work."""
+        return any(batches.active for batches in self.batches)
+
+    def step(self, now: float, others_decode: bool) -> tuple[float, list[Plan]]:
+        """Does one; returns when it ends, and what each server did."""
+        plans = [batches.schedule(others_decode) for batches in self.batches]
+        tokens = self.flows.tokens(each for plan in plans for each in plan.work)
+        calls_lne = self._calls(tokens)
+        layers = Layers(self._rows(tokens), self._experts(calls_lne), self._trunks(plans))
+        time = self.clock.time(layers)
+        for batches, plan in zip(self.batches, plans, strict=True):
+            self.book.tokens(batches.commit(plan), now + time.seconds)
+        self._record(layers, time)
+        self._count(plans, calls_lne, time)
+        return now + time.seconds, plans
+
+    def _calls(self, tokens: np.ndarray) -> np.ndarray:
+        """Calls of each expert on each server in a step: int64 [l, n, e]."""
+        calls = np.bincount(self.flows.calls[tokens].ravel(), minlength=np.prod(self._shape_lne))
+        return calls.reshape(self._shape_lne)
+
+    def _rows(self, tokens: np.ndarray) -> np.ndarray:
+        """`Layers.rows_lnm`."""
+        rows = np.bincount(self.flows.rows[tokens].ravel(), minlength=np.prod(self._shape_nlm))
+        rows_lnm = rows.reshape(self._shape_nlm).transpose(1, 0, 2)
+        own = np.arange(len(self.batches))
+        rows_lnm[:, own, own] = 0
+        return rows_lnm
+
+    def _experts(self, calls_lne: np.ndarray) -> np.ndarray:
+        """`Layers.experts_ld`."""
+        layers, devices = self.scenario.model.layers, sum(self.scenario.devices)
+        seconds_lne = calls_lne * self._call + (calls_lne > 0) * self._expert
+        return np.bincount(
+            self.flows.device, weights=seconds_lne.ravel(), minlength=layers * devices
+        ).reshape(layers, devices)
+
+    def _trunks(self, plans: list[Plan]) -> np.ndarray:
+        """`Layers.trunk_n`."""
+        config = self.scenario.config
+        seconds = [
+            server.speed.trunk(self._bucket(plan), config.block_size)
+            for server, plan in zip(self.scenario.servers, plans, strict=True)
+        ]
+        return np.array(seconds) / self.scenario.model.layers
+
+    def _bucket(self, plan: Plan) -> Bucket:
+        """Who has nothing to do takes part with padding, in the smallest."""
+        return plan.bucket if plan.work else self.scenario.config.buckets[0]
+
+    def _record(self, layers: Layers, time: StepTime) -> None:
+        book = self.book
+        book.steps += 1
+        book.bytes_nn += self.clock.wires.bytes_nm(layers.rows_lnm)
+        book.rows += layers.rows_lnm.sum((1, 2))
+        trunk_n = layers.trunk_n * self.scenario.model.layers
+        book.device_busy += layers.experts_ld.sum(0) + np.repeat(trunk_n, self.clock.devices)
+        book.out_busy += time.out_n
+        book.in_busy += time.in_n
+        book.compute += time.compute
+        book.communicate += time.seconds - time.compute
+
+    def _count(self, plans: list[Plan], calls_lne: np.ndarray, time: StepTime) -> None:
+        """What each server did, as its engine would count it."""
+        calls_n, experts_n = calls_lne.sum((0, 2)), (calls_lne > 0).sum((0, 2))
+        for n, (work, plan) in enumerate(zip(self.book.work, plans, strict=True)):
+            work.steps += 1
+            work.buckets[self._bucket(plan)] += 1
+            work.calls += int(calls_n[n])
+            work.experts += int(experts_n[n])
+            work.rounds += int(time.rounds_n[n])
+            work.bytes += int(time.bytes_n[n])
+            work.step_s += self.scenario.servers[n].speed.step
+            work.trunk_s += float(time.trunk_n[n])
+            work.experts_s += float(time.experts_n[n])
+            work.exchange_s += float(time.exchange_n[n])
+
+
+def run(scenario: Scenario) -> Result:
+    """Serves all requests.
+
+    Servers rest when none had work in the last step; who gets a request then begins the next one
+    and rings the others.
+    """
+    cluster, requests = Cluster(scenario), scenario.requests
+    order = np.argsort(requests.at, kind="stable").tolist()
+    ring = float(cluster.clock.wires.furthest.max())
+    now, arrived, busy, decoding = 0.0, 0, False, False
+
+    def arrive() -> None:
+        nonlocal arrived
+        while arrived < len(order) and requests.at[order[arrived]] <= now:
+            r = order[arrived]
+            sequence = Sequence(r, int(requests.prompt[r]), int(requests.output[r]))
+            cluster.batches[requests.server[r]].add(sequence)
+            arrived += 1
+
+    while arrived < len(order) or cluster.active:
+        if not (busy or cluster.active):
+            now = max(now, float(requests.at[order[arrived]])) + ring
+        arrive()
+        now, plans = cluster.step(now, decoding)
+        busy = any(plan.work for plan in plans)
+        decoding = any(plan.decoding for plan in plans)
+    return cluster.book.result()

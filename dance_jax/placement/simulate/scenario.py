@@ -1,0 +1,266 @@
+"""What is simulated: machines, the model's sizes, a placement, routes and requests."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+
+from dance_jax.config import EngineConfig, UserError
+from dance_jax.placement.core import Placement
+from dance_jax.placement.cost import Cost
+from dance_jax.placement.visit import MAX_SERVERS
+
+#: (decode rows, slice rows) of a compiled step, on each device.
+Bucket = tuple[int, int]
+#: A hidden state goes once to each visited server, or once for each remote expert call.
+Messages = Literal["server", "expert"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Speed:
+    """How fast a server computes; all numbers are seconds, at least 0.
+
+    The trunk (attention, norms, routers, shared experts, head) costs by bucket, padding included.
+    """
+
+    #: Of every step besides the rest: scheduling, dispatch, sampling, output.
+    step: float = 0.0
+    #: Trunk of each token of a bucket, all layers together; for buckets that are not measured.
+    token: float = 0.0
+    #: Trunk of a whole step in a bucket, where it was measured.
+    buckets: Mapping[Bucket, float] = dataclasses.field(default_factory=dict)
+    #: Of an expert call: a token through an expert.
+    call: float = 0.0
+    #: Of each expert that has any call in a step: its weights are read once.
+    expert: float = 0.0
+    #: Of each round of messages (two a layer) besides links' rates and delays.
+    round: float = 0.0
+    #: Of a row into or out of a link, besides the link's rate: packing, unpacking.
+    row: float = 0.0
+    #: Of every request besides its steps: HTTP, tokens from text and back.
+    request: float = 0.0
+
+    def trunk(self, bucket: Bucket, block_size: int) -> float:
+        """Seconds of the trunk in a step of this bucket."""
+        decode, rows = bucket
+        return self.buckets.get(bucket, self.token * (decode + rows * block_size))
+
+
+@dataclasses.dataclass(frozen=True)
+class Server:
+    """One server: equal devices behind one link."""
+
+    #: Devices.
+    devices: int
+    #: Expert slots of each device.
+    slots: int
+    speed: Speed
+    #: Bits per second of its link, in each direction; may be infinite.
+    bandwidth: float = math.inf
+    #: Seconds from the server to the middle of the network: a message to another takes both's.
+    delay: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """Sizes of an MoE model."""
+
+    #: MoE layers.
+    layers: int
+    #: Experts of a layer.
+    experts: int
+    #: Experts that a token chooses in a layer.
+    top_k: int
+    #: Bytes of a hidden state, or of a sum, between servers.
+    state_bytes: int
+
+    @property
+    def row_bytes(self) -> int:
+        """What goes to a server for one token: the hidden state, experts (2 bytes), weights (4)."""
+        return self.state_bytes + 6 * self.top_k
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Requests:
+    """Who asks when, and how much; in any order.
+
+    Raises:
+        UserError: arrays of different lengths, or a number out of range.
+    """
+
+    #: float64 [requests]: seconds after the start.
+    at: np.ndarray
+    #: int64 [requests]: where it arrives.
+    server: np.ndarray
+    #: int64 [requests] each: tokens of the prompt and of the output, at least 1.
+    prompt: np.ndarray
+    output: np.ndarray
+
+    def __post_init__(self):
+        at = np.asarray(self.at, float)
+        whole = {name: np.asarray(getattr(self, name)) for name in ("server", "prompt", "output")}
+        if at.ndim != 1 or not at.size or any(each.shape != at.shape for each in whole.values()):
+            shapes = ", ".join(f"{name} {each.shape}" for name, each in whole.items())
+            raise UserError(f"requests: one number each is needed; got at {at.shape}, {shapes}")
+        if not (np.isfinite(at) & (at >= 0)).all():
+            raise UserError("requests: times must be finite and at least 0")
+        for name, each in whole.items():
+            if each.dtype.kind not in "iu" or each.min() < (name != "server"):
+                raise UserError(
+                    f"requests: {name} must be whole numbers of at least {int(name != 'server')}"
+                )
+            object.__setattr__(self, name, each.astype(np.int64))
+        object.__setattr__(self, "at", at)
+
+    def __len__(self) -> int:
+        return len(self.at)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Scenario:
+    """Everything that a simulation depends on.
+
+    Raises:
+        UserError: the parts do not fit each other, or a number is out of range.
+    """
+
+    servers: tuple[Server, ...]
+    model: Model
+    #: Its buckets, block_size, max_num_seqs and max_model_len are used.
+    config: EngineConfig
+    placement: Placement
+    #: Per server int [tokens, layers, k]: what its requests' tokens choose.
+    routes: tuple[np.ndarray, ...]
+    requests: Requests
+    #: All servers do every step together.
+    lock_step: bool = True
+    messages: Messages = "server"
+    #: Cores of the one machine that all devices share, where they are fewer than devices: devices
+    #: that compute at the same time slow each other down. None: each device has what it needs.
+    cores: float | None = None
+    #: [servers, layers, experts]: calls by which `spread` puts experts on devices; None: equal.
+    counts: np.ndarray | None = None
+    #: Of all draws: where in the routes a request begins, which holder serves a call.
+    seed: int = 0
+
+    def __post_init__(self):
+        object.__setattr__(self, "servers", tuple(self.servers))
+        object.__setattr__(self, "routes", tuple(np.asarray(route) for route in self.routes))
+        _check_servers(self.servers)
+        _check_mode(self)
+        shape = (len(self.servers), self.model.layers, self.model.experts)
+        if self.placement.resident.shape != shape:
+            raise UserError(
+                f"scenario: placement {self.placement.resident.shape}, but servers, layers and "
+                f"experts are {shape}"
+            )
+        self.placement.validate([server.devices * server.slots for server in self.servers])
+        _check_routes(self)
+        _check_requests(self)
+
+    @property
+    def devices(self) -> tuple[int, ...]:
+        """Of each server."""
+        return tuple(server.devices for server in self.servers)
+
+
+def cost_of(servers: Sequence[Server], model: Model) -> Cost:
+    """What a policy that predicts time is told of servers, as by launch/costs of measured ones.
+
+    What the simulation knows besides, trunk and reading of weights, has no place in it.
+
+    Raises:
+        UserError: some links are infinitely fast and others are not; where all are, calls and
+            states count as in `Cost.reference`.
+    """
+    devices = [server.devices for server in servers]
+    infinite = [math.isinf(server.bandwidth) for server in servers]
+    if all(infinite):
+        return Cost.reference(devices, model.top_k)
+    if any(infinite):
+        raise UserError("scenario: a policy cannot weigh links without limit against others")
+    state_n = np.array([2 * 8 * model.state_bytes / server.bandwidth for server in servers])
+    call_n = np.array([server.speed.call for server in servers])
+    return dataclasses.replace(Cost.of_links(state_n, devices, model.top_k), call=call_n)
+
+
+def _check_servers(servers: tuple[Server, ...]) -> None:
+    if not servers:
+        raise UserError("scenario: at least one server is needed")
+    for n, server in enumerate(servers):
+        if server.devices < 1 or server.slots < 0:
+            raise UserError(
+                f"scenario: server {n} has {server.devices} devices of {server.slots} slots; at "
+                "least one device is needed, and slots are not negative"
+            )
+        if not server.bandwidth > 0:
+            raise UserError(f"scenario: bandwidth of server {n} is {server.bandwidth}, not above 0")
+        seconds = {
+            field.name: getattr(server.speed, field.name)
+            for field in dataclasses.fields(Speed)
+            if field.name != "buckets"
+        }
+        seconds |= {f"bucket {bucket}": each for bucket, each in server.speed.buckets.items()}
+        for name, value in (seconds | {"delay": server.delay}).items():
+            if not (math.isfinite(value) and value >= 0):
+                raise UserError(
+                    f"scenario: {name} of server {n} must be finite and at least 0; got {value}"
+                )
+
+
+def _check_mode(scenario: Scenario) -> None:
+    if scenario.messages not in ("server", "expert"):
+        raise UserError(f'scenario: messages={scenario.messages!r}; "server" or "expert"')
+    if scenario.messages == "server" and len(scenario.servers) > MAX_SERVERS:
+        raise UserError(
+            f"scenario: {len(scenario.servers)} servers; a token visits servers among at most "
+            f'{MAX_SERVERS}. With messages="expert" there may be more'
+        )
+    if scenario.cores is None:
+        return
+    if not scenario.cores > 0:
+        raise UserError(f"scenario: cores={scenario.cores}, not above 0")
+    if not scenario.lock_step:
+        raise UserError("scenario: shared cores are simulated in lock step only")
+
+
+def _check_routes(scenario: Scenario) -> None:
+    model = scenario.model
+    if len(scenario.routes) != len(scenario.servers):
+        raise UserError(
+            f"scenario: routes of {len(scenario.routes)} servers, {len(scenario.servers)} are there"
+        )
+    for n, route in enumerate(scenario.routes):
+        if route.ndim != 3 or route.shape[1:] != (model.layers, model.top_k):
+            raise UserError(
+                f"scenario: routes of server {n} have shape {route.shape}; "
+                f"[tokens, {model.layers} layers, {model.top_k}] is needed"
+            )
+        if route.dtype.kind not in "iu" or (
+            route.size and not 0 <= route.min() <= route.max() < model.experts
+        ):
+            raise UserError(
+                f"scenario: routes of server {n} are not expert numbers 0..{model.experts - 1}"
+            )
+
+
+def _check_requests(scenario: Scenario) -> None:
+    requests, longest = scenario.requests, scenario.config.max_model_len
+    if requests.server.max() >= len(scenario.servers):
+        raise UserError(
+            f"scenario: a request for server {requests.server.max()}, "
+            f"there are {len(scenario.servers)}"
+        )
+    for n in np.unique(requests.server):
+        if not len(scenario.routes[n]):
+            raise UserError(f"scenario: server {n} has requests, but no routes")
+    too_long = requests.prompt + requests.output > longest
+    if too_long.any():
+        raise UserError(
+            f"scenario: {too_long.sum()} of {len(requests)} requests are longer than "
+            f"max_model_len, {longest} tokens; cut them or raise it"
+        )
