@@ -233,7 +233,8 @@ class Evaluation:
         assert slots is not None
         row = 2 * state_bytes(self._work.model.hidden_size, self._work.config)
         for policy in self._options.policies:
-            cost = self._cost(rate, [c for c in self._cells if c.rate == rate])
+            known = [c for c in self._cells if (c.rate, c.workload) == (rate, workload.name)]
+            cost = self._cost(rate, known)
             found = placed(policy, activations, spec.devices, slots, cost, self._options.seed)
             resident = [
                 [np.flatnonzero(held).tolist() for held in layer]
@@ -256,7 +257,8 @@ class Evaluation:
         return Askers(tokenizer, config.max_model_len, options.max_tokens, options.rate, seed)
 
     def _cost(self, rate: int | None, cells: Sequence[Cell]) -> Cost:
-        """Seconds: of the links as they are shaped, of experts as they were measured."""
+        """Seconds: of links as they are shaped, of experts and of servers that had tokens one at a
+        time as it was measured; `cells` are of the same workload and rate."""
         calls = sum(cell.expert_calls for cell in cells)
         call_s = sum(cell.seconds["experts"] for cell in cells) * len(self._place.spec.servers)
         servers = tuple(
@@ -265,7 +267,8 @@ class Evaluation:
             )
             for server in self._place.spec.servers
         )
-        return cluster_cost(ClusterSpec(servers), self._work.model, self._work.config)
+        cost = cluster_cost(ClusterSpec(servers), self._work.model, self._work.config)
+        return cost.apart(float(np.mean([cell.apart for cell in cells]))) if cells else cost
 
     def _write(self) -> None:
         options = self._options

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from benchmarks.shifting.watch import PARTS, Watched
+from dance_jax.placement.cost import apart_share
 
 from .workloads import Placed
 
@@ -26,6 +27,8 @@ class Cell:
         expert_calls: of all servers' tokens.
         remote, transfers: means of the servers; see `benchmarks.evaluation`.
         busiest, load: as predicted.
+        apart: share of hidden states that were sent while one server had tokens, see
+            `placement.cost.apart_share`.
         wire_bytes: sent through each host's interface.
         bound_bytes: of all hosts, each byte once.
         seconds: of the mean server, by part of its steps.
@@ -43,6 +46,7 @@ class Cell:
     transfers: float
     busiest: float
     load: float
+    apart: float
     wire_bytes: list[float]
     bound_bytes: float
     seconds: dict[str, float]
@@ -95,6 +99,9 @@ def cell_of(
         transfers=float(np.mean(spent("transfers") / np.maximum(spent("tokens") * layers, 1))),
         busiest=placed.busiest,
         load=placed.load,
+        apart=apart_share(
+            float(spent("busiest")[0] / max(spent("transfers").sum(), 1)), placed.concentration
+        ),
         wire_bytes=spent("wire").tolist(),
         bound_bytes=float(spent("transfers").sum() * row),
         seconds={

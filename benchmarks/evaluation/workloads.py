@@ -80,13 +80,14 @@ class Placed:
     Attributes:
         policy: its name.
         placement: fitted to one half of the tokens.
-        busiest, load: on the other half, see `placement.metrics.Traffic`.
+        busiest, load, concentration: on the other half, see `placement.metrics.Traffic`.
     """
 
     policy: str
     placement: Placement
     busiest: float
     load: float
+    concentration: float
 
 
 def placed(
@@ -109,7 +110,7 @@ def placed(
         seed=seed,
     )
     traffic = found.traffic(judge)
-    return Placed(policy, found, traffic.busiest, traffic.load(devices))
+    return Placed(policy, found, traffic.busiest, traffic.load(devices), traffic.concentration())
 
 
 def _counts(routes_tlk: np.ndarray, layers: int, experts: int) -> np.ndarray:

@@ -39,8 +39,9 @@ class Sample:
     sent: list[float]
     #: The same through the hosts' interfaces; empty where there are none.
     wire: list[float]
-    #: Hidden states sent; tokens computed.
+    #: Hidden states sent; those of all servers through the busiest link of each layer; tokens.
     transfers: list[float]
+    busiest: list[float]
     tokens: list[float]
     steps: list[float]
     longest_step_s: list[float]
@@ -157,6 +158,7 @@ async def sample(api: Api, origin: float, wire: Callable[[], list[float]] = _not
         sent=each("link_bytes_total", direction="sent"),
         wire=await asyncio.to_thread(wire),
         transfers=each("transfers_total"),
+        busiest=each("busiest_transfers_total"),
         tokens=[
             sum(both)
             for both in zip(

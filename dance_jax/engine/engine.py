@@ -120,6 +120,7 @@ class Engine:
         self._cost_base = self._costs()
         self._work = IDLE
         self._transfers = np.zeros((layers, servers), np.int64)
+        self._rows = self._busiest_rows = 0
         self._bytes = np.zeros((servers, servers), np.int64)
         self._routes = RouteSample(
             config.route_sample, (layers, model.top_k), seed=rank, half_life=config.half_life
@@ -257,6 +258,8 @@ class Engine:
         """What `EngineReport` and `EngineStats` say of costs."""
         (served, seconds, moved), base = self._costs(), self._cost_base
         return {
+            "rows": self._rows,
+            "busiest_rows": self._busiest_rows,
             "calls_served": served - base[0],
             "expert_seconds": seconds - base[1],
             "moved": [now - before for now, before in zip(moved, base[2], strict=True)],
@@ -337,6 +340,9 @@ class Engine:
         self.prompt_tokens += plan.num_tokens - decoded
         self.generation_tokens += sum(row.sample for row in rows)
         self._transfers += outcome.rows[:, self.rank]
+        self._rows += int(outcome.rows.sum())
+        ways_ln = np.maximum(outcome.rows.sum(1), outcome.rows.sum(2))
+        self._busiest_rows += int(ways_ln.max(1).sum())
         self._bytes += outcome.bytes.sum(0)
         if self._routes.wanted and not plan.empty:
             self._sample_routes(plan, extras)

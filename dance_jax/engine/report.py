@@ -26,6 +26,8 @@ class EngineStats(msgspec.Struct):
     #: Bytes of the live expert pool of each device.
     pool_bytes: list[int]
     #: As in `EngineReport`.
+    rows: int = 0
+    busiest_rows: int = 0
     calls_served: int = 0
     expert_seconds: float = 0.0
     moved: list[Moved] = []
@@ -67,6 +69,10 @@ class EngineReport(msgspec.Struct):
     step_seconds: dict[str, float]
     #: The longest step of the last seconds; see `step_clock.StepClock.longest`.
     longest_step_s: float = 0.0
+    #: Hidden states sent by all servers, and those through the busiest link direction of each
+    #: layer and step; all servers know the same.
+    rows: int = 0
+    busiest_rows: int = 0
     #: Expert calls that this server's devices computed, for its own tokens and others', and the
     #: devices' seconds in them, together; 0 where it is not counted: without the C++ library.
     calls_served: int = 0

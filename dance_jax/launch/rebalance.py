@@ -13,7 +13,7 @@ import numpy as np
 
 from dance_jax.placement import migration
 from dance_jax.placement.core import Layout, Placement, spread
-from dance_jax.placement.cost import Cost
+from dance_jax.placement.cost import Cost, apart_share
 from dance_jax.placement.migration import HYSTERESIS, Batch
 from dance_jax.placement.policies import DEFAULT_POLICY, place, usable
 
@@ -55,6 +55,8 @@ class Question:
     #: Per server int [tokens, layers, k].
     routes: tuple[np.ndarray, ...]
     cost: Cost
+    #: Of hidden states, those through the busiest link of each layer, as measured; None: unknown.
+    busiest: float | None
     #: float [servers]: tokens that each server is expected to compute until the next decision.
     tokens: np.ndarray
     expert_bytes: int
@@ -96,6 +98,7 @@ def answer(question: Question) -> Answer:
         return Answer(used, None, None, [])
     old, present = question.layout, resident(question.layout)
     fit, judge = migration.halves(question.routes)
+    cost = _apart(question, present)
     if question.wanted is not None:
         used, found = "request", question.wanted
     else:
@@ -105,13 +108,13 @@ def answer(question: Question) -> Answer:
             np.multiply(old.devices, old.slots_per_device),
             routes=fit,
             devices=old.devices,
-            cost=question.cost,
+            cost=cost,
             previous=present,
             seed=question.seed,
         )
     new = spread(found, old.devices, old.slots_per_device, question.counts, previous=old)
     steps = migration.batches(old, new, most_loads(question.expert_bytes))
-    judged = (judge, question.cost, _weights(question.tokens))
+    judged = (judge, cost, _weights(question.tokens))
     decision = migration.decide(
         migration.seconds_per_token(present, *judged),
         migration.seconds_per_token(found, *judged),
@@ -132,6 +135,14 @@ def answer(question: Question) -> Answer:
         reason = "it pays, but the workload may still be changing"
         decision = dataclasses.replace(decision, migrate=False, reason=reason)
     return Answer(used, decision, candidate, steps)
+
+
+def _apart(question: Question, present: Placement) -> Cost:
+    """What a layer costs when servers have tokens at the same time as often as was measured."""
+    if question.busiest is None or not any(map(len, question.routes)):
+        return question.cost
+    together = present.traffic(question.routes).concentration(_weights(question.tokens))
+    return question.cost.apart(apart_share(question.busiest, together))
 
 
 def _settled(

@@ -256,6 +256,7 @@ class Rebalancer:
             cost=running_cost(
                 self._spec, self._model.config, self._config, self._workload.measured
             ),
+            busiest=self._workload.busiest_share(now),
             tokens=self._workload.token_rates(now) * self._options.horizon_s,
             expert_bytes=self._model.expert_bytes(self._config.dtype),
             read_rates=self._rates.copy(),

@@ -54,6 +54,9 @@ class Workload:
         self._old_since = now
         self._routes = list(self._old_routes)
         self._forget()
+        #: Hidden states of all servers, and through the busiest link of each layer.
+        self._rows = DecayedCounts(half_life_s)
+        self._rows.add(np.zeros(2), now)
         self._measured = [Measured()] * servers
         self.engines_began(now)
         if before is not None:
@@ -70,12 +73,18 @@ class Workload:
         servers = len(self._old_routes)
         self._counted: np.ndarray | float = 0.0
         self._computed: np.ndarray | float = 0.0
+        self._sent: np.ndarray | float = 0.0
         self._costs = [_Costs()] * servers
 
     @property
     def measured(self) -> list[Measured]:
         """By server."""
         return list(self._measured)
+
+    def busiest_share(self, now: float) -> float | None:
+        """Of hidden states, those through the busiest link of each layer; None: there are none."""
+        rows, busiest = self._rows.value(now)
+        return float(busiest / rows) if rows > 0 else None
 
     def update(self, stats: Sequence[bytes], now: float) -> None:
         """Adds what all engines have counted.
@@ -91,7 +100,10 @@ class Workload:
         tokens_n = np.array([each.tokens for each in found], np.float64)
         self._counts.add(share * (counts_nle - self._counted), now)
         self._tokens.add(share * (tokens_n - self._computed), now)
-        self._counted, self._computed = counts_nle, tokens_n
+        # All servers know the same.
+        rows = np.array([found[0].rows, found[0].busiest_rows], np.float64)
+        self._rows.add(share * (rows - self._sent), now)
+        self._counted, self._computed, self._sent = counts_nle, tokens_n, rows
         for rank, each in enumerate(found):
             self._routes[rank] = self._filled(rank, each.routes_tlk, now)
             costs = _Costs(each.expert_seconds, each.calls_served, each.moved or _Costs.moved)

@@ -58,6 +58,25 @@ class Cost:
         object.__setattr__(self, "call", call)
         object.__setattr__(self, "devices", devices.astype(np.int64))
 
+    def apart(self, share: float) -> Cost:
+        """The cost where servers have tokens one at a time, for a share of what crosses links.
+
+        `state` counts on the busiest link alone, as all links carry at the same time what tokens
+        of all servers send. A server that reads a long prompt while the others have little to do
+        is the busiest whatever is placed on the others: then all its transfers count.
+
+        Args:
+            share: from 0 to 1, see `apart_share`.
+
+        Raises:
+            UserError: it is not.
+        """
+        if not 0 <= share <= 1:
+            raise UserError(f"cost: a share is from 0 to 1; got {share}")
+        one = share * len(self.state) * float(np.mean(self.state))
+        state = (1.0 - share) * self.state
+        return dataclasses.replace(self, state=state, transfer=self.transfer + one)
+
     @classmethod
     def reference(cls, devices: Sequence[int] | np.ndarray, k: int) -> Cost:
         """Weights where nothing is known: `busiest` + `load` + 0.3 `transfers`.
@@ -85,3 +104,15 @@ class Cost:
         unit = float(np.mean(state))
         call = np.full(len(devices), unit / (k * len(devices)))
         return cls(np.asarray(state), call, np.asarray(devices), REFERENCE_TRANSFER * unit)
+
+
+def apart_share(observed: float, together: float) -> float:
+    """How much of what crosses links does so while one server has tokens, from 0 to 1.
+
+    Args:
+        observed: hidden states through the busiest link direction of each layer, over all hidden
+            states, both summed over all steps that were done.
+        together: the same if all servers had their tokens at once (`Traffic.concentration`); with
+            one server at a time it is 1.
+    """
+    return float(np.clip((observed - together) / (1.0 - together), 0, 1)) if together < 1 else 0.0

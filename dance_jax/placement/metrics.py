@@ -95,6 +95,17 @@ class Traffic:
         transfers_l = flow_lnn.sum((1, 2)) / self.active_n.sum()
         return float((busiest_l + compute_l + cost.transfer * transfers_l).mean() + cost.layer)
 
+    def concentration(self, weights: Sequence[float] | np.ndarray | None = None) -> float:
+        """Hidden states through the busiest link direction of each layer over all hidden states.
+
+        Of layers in which all servers have tokens, as many as `weights` says; 1: none is sent.
+        """
+        weight_n = np.ones(len(self.active_n)) if weights is None else np.asarray(weights)
+        flow_lnn = self.transfers_lnn * (weight_n * self.active_n)[None, :, None]
+        total = flow_lnn.sum()
+        busiest_l = np.maximum(flow_lnn.sum(2), flow_lnn.sum(1)).max(1)
+        return float(busiest_l.sum() / total) if total > 0 else 1.0
+
 
 @functools.partial(jax.jit, static_argnames="num_servers")
 def _flows(

@@ -233,6 +233,11 @@ class _EngineMetrics(Collector):
             ("prompt_tokens", "Prompt tokens computed", report.prompt_tokens),
             ("generation_tokens", "Tokens sampled", report.generation_tokens),
             ("transfers", "Hidden states sent to other servers", report.transfers),
+            (
+                "busiest_transfers",
+                "Hidden states through the busiest link of each layer, of all servers",
+                report.busiest_rows,
+            ),
             ("steps", "Steps", report.steps),
         ):
             yield self._counter(name, text, {(): value})

@@ -21,9 +21,11 @@ from dance_jax.launch.rebalance import (
     BATCH_EXPERTS,
     answer,
     most_loads,
+    resident,
 )
 from dance_jax.launch.solver import Solver, SolverError
 from dance_jax.launch.workload import Statistics, Workload
+from dance_jax.placement import migration
 from tests.launch.rebalance_bench import (
     AT_HOME,
     CONFIG,
@@ -87,6 +89,24 @@ def test_a_process_solves(monkeypatch) -> None:
     assert last.poll() is not None
 
 
+def test_servers_that_have_tokens_one_at_a_time(monkeypatch) -> None:
+    """All transfers count then, for the policy and for what is weighed."""
+    bench = Bench(monkeypatch)
+    bench.rebalancer.want(0, protocol.RebalanceWanted(1, force=False, dry_run=True))
+    bench.run()
+    (question,) = bench.solver.asked
+    assert question.busiest is None
+    found = answer(dataclasses.replace(question, busiest=1.0)).decision
+    assert found is not None
+    seconds = migration.seconds_per_token(
+        resident(question.layout),
+        migration.halves(question.routes)[1],
+        question.cost.apart(1.0),
+        question.tokens / question.tokens.mean(),
+    )
+    np.testing.assert_allclose(found.present_seconds, seconds * question.tokens.mean())
+
+
 def test_batches_are_small() -> None:
     assert most_loads(BATCH_BYTES + 1) == 1
     assert most_loads(BATCH_BYTES // 3) == 3
@@ -119,9 +139,12 @@ def test_old_work_fades() -> None:
         tokens, seconds = tokens + int(per_second * wait), seconds + wait
         counts[:, 0] += int(per_second * wait)
         sample = routes(LOW, 3).tobytes()
-        found = EngineStats(counts.tolist(), [[0]] * LAYERS, [0], tokens, 1, sample, K, [0])
+        found = EngineStats(
+            counts.tolist(), [[0]] * LAYERS, [0], tokens, 1, sample, K, [0], 4 * tokens, tokens
+        )
         work.update([msgspec.msgpack.encode(found)], seconds)
         np.testing.assert_allclose(work.token_rates(seconds), per_second, rtol=1e-6)
+        np.testing.assert_allclose(work.busiest_share(seconds), 0.25)
     before = work.statistics(seconds).counts.sum()
     np.testing.assert_allclose(work.statistics(seconds + 200.0).counts.sum(), before / 4)
 

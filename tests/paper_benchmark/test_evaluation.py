@@ -13,13 +13,13 @@ from rich.console import Console
 
 from benchmarks.evaluation import report
 from benchmarks.evaluation.cells import Cell, Mean, cell_of, rows_of
-from benchmarks.evaluation.workloads import hosts_text, placed, read_workloads
+from benchmarks.evaluation.workloads import Placed, hosts_text, placed, read_workloads
 from benchmarks.paper import EXAMPLES, main
 from benchmarks.serving.client import Answer, Call
 from benchmarks.shifting.watch import PARTS, Sample, Watched
 from dance_jax.config import UserError
 from dance_jax.launch.hosts import parse_hosts
-from dance_jax.placement import Activations, Cost
+from dance_jax.placement import Activations, Cost, Placement
 
 LAYERS, EXPERTS, K = 2, 16, 4
 
@@ -34,6 +34,7 @@ def sample(at_s: float, share: float, sent: float) -> Sample:
         sent=[sent] * 2,
         wire=[1.1 * sent] * 2,
         transfers=[sent / 64] * 2,
+        busiest=[1.5 * sent / 64] * 2,
         tokens=[100.0 if at_s else 0.0] * 2,
         steps=[0.0] * 2,
         longest_step_s=[0.0] * 2,
@@ -99,6 +100,9 @@ def test_a_cell_is_what_servers_counted(cells: list[Cell]) -> None:
     assert (len(cell.latency_s), cell.failed) == (3, 1)
     assert cell.remote == pytest.approx(0.25) and cell.expert_calls == 2 * 100 * LAYERS * K
     assert cell.transfers == pytest.approx(0.5)
+    # 0.75 of all states passed busiest links, where 0.5 do when all send at once.
+    where = Placed("uniform", Placement(np.ones((2, LAYERS, EXPERTS), bool)), 1.0, 1.0, 0.5)
+    assert cell_of(watched(1.0), where, "own", None, 0, LAYERS, 64).apart == pytest.approx(0.5)
     assert cell.bytes_ratio == pytest.approx(1.1)
     assert cell.seconds == pytest.approx(dict.fromkeys(PARTS, 1.5))
     assert cell.computing_s == pytest.approx(6.0) and cell.utilisation == pytest.approx(0.9)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from dance_jax.config import UserError
 from dance_jax.placement import Cost, Placement
+from dance_jax.placement.cost import apart_share
 
 SHAPE, TOKENS, K = (3, 2, 6), 8, 3
 LAYERS, EXPERTS = SHAPE[1:]
@@ -92,6 +93,37 @@ def test_layer_time_follows_its_definition(placement, seed):
     weights = rng.random(3)
     want = plain_layer_time(placement.resident, routes, cost, weights)
     assert placement.layer_time(routes, cost, weights) == pytest.approx(want)
+
+
+@settings(max_examples=15, deadline=None, derandomize=True, database=None)
+@given(placements(), st.integers(0, 2**32 - 1))
+def test_servers_with_tokens_one_at_a_time(placement, seed):
+    """All transfers then pass a busiest link: a layer of each server's token alone, added up."""
+    routes = random_routes(seed)
+    cost = Cost(np.full(3, 2.0), np.zeros(3), np.ones(3, int), 0.7)
+    alone = [
+        placement.layer_time([r if m == n else r[:0] for m, r in enumerate(routes)], cost)
+        for n in range(3)
+    ]
+    per_transfer = cost.transfer * placement.traffic(routes).transfers
+    want = sum(alone) - 3 * per_transfer + per_transfer
+    assert placement.layer_time(routes, cost.apart(1.0)) == pytest.approx(want)
+    half = (placement.layer_time(routes, cost) + want) / 2
+    assert placement.layer_time(routes, cost.apart(0.5)) == pytest.approx(half)
+
+
+@settings(max_examples=15, deadline=None, derandomize=True, database=None)
+@given(placements(), st.integers(0, 2**32 - 1), st.floats(0, 1))
+def test_how_often_that_was_is_found_again(placement, seed, share):
+    """From what passed the busiest links while servers had tokens at once, and one at a time."""
+    traffic = placement.traffic(random_routes(seed))
+    together = traffic.concentration()
+    if not traffic.transfers:
+        assert together == 1.0 and apart_share(1.0, together) == 0.0
+        return
+    assert together == pytest.approx(traffic.busiest / traffic.transfers / 3)
+    observed = (1 - share) * together + share
+    assert apart_share(observed, together) == pytest.approx(share if together < 1 else 0.0)
 
 
 @settings(max_examples=15, deadline=None, derandomize=True, database=None)

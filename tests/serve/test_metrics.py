@@ -34,6 +34,8 @@ REPORT = EngineReport(
     experts_resident=20,
     step_seconds={"compute": 1.5, "wait": 0.25},
     longest_step_s=0.5,
+    rows=90,
+    busiest_rows=40,
 )
 #: (name, further labels in the order of their names) -> value
 EXPECTED = {
@@ -50,6 +52,7 @@ EXPECTED = {
     ("expert_calls_total", "local"): 300,
     ("expert_calls_total", "remote"): 100,
     ("transfers_total",): 55,
+    ("busiest_transfers_total",): 40,
     ("link_bytes_total", "sent", "beta"): 1000,
     ("link_bytes_total", "received", "beta"): 2000,
     ("experts_resident",): 20,
