@@ -105,7 +105,7 @@ def count_activations(
     """
     words = ["--hosts", str(hosts), "--prompts", str(prompts), "--max-tokens", str(tokens)]
     words += ["--save-activations", str(result), "--policy", "uniform"]
-    words += ["--output", str(result.with_suffix(".jsonl")), *arguments]
+    words += ["--output", str(result.with_suffix(".answers.jsonl")), *arguments]
     run = subprocess.run(
         [*LAUNCHER, *words], capture_output=True, text=True, stdin=subprocess.DEVNULL
     )
