@@ -231,8 +231,9 @@ async def moved(api: Api, version: int) -> None:
     try:
         async with asyncio.timeout(MOVE_S):
             while (now := await placement(api))["version"] <= version:
-                if why := now["last_decision"]["failure"]:
-                    raise ClusterError(f"experts stopped moving: {why}")
+                # Told a moment after its answer.
+                if (last := now["last_decision"]) is not None and last["failure"]:
+                    raise ClusterError(f"experts stopped moving: {last['failure']}")
                 await asyncio.sleep(ASK_S)
     except TimeoutError:
         raise ClusterError(f"experts have not moved after {MOVE_S:g} s") from None
