@@ -99,10 +99,10 @@ def placed(
     cost: for policies that ask for it.
     """
     fit, judge = halves(activations.routes)
-    layers, experts = activations.counts.shape[1:]
     found = place(
         policy,
-        np.array([_counts(routes, layers, experts) for routes in fit]),
+        # Of all tokens: how many each server has is in them, and in no sample of equal size.
+        activations.counts,
         slots * np.asarray(devices),
         routes=fit,
         devices=devices,
@@ -111,9 +111,3 @@ def placed(
     )
     traffic = found.traffic(judge)
     return Placed(policy, found, traffic.busiest, traffic.load(devices), traffic.concentration())
-
-
-def _counts(routes_tlk: np.ndarray, layers: int, experts: int) -> np.ndarray:
-    """Calls, int64 [layers, experts]."""
-    flat = routes_tlk.astype(np.int64) + experts * np.arange(layers)[:, None]
-    return np.bincount(flat.ravel(), minlength=layers * experts).reshape(layers, experts)
