@@ -20,6 +20,7 @@ from dance_jax.cache import default_cache_dir
 from dance_jax.config import ClusterSpec, EngineConfig, UserError
 from dance_jax.launch.attend import attend
 from dance_jax.launch.cluster import Cluster
+from dance_jax.launch.costs import SERVICE_APART
 from dance_jax.launch.defaults import default_platform, demo_dir, engine_config, platform_of
 from dance_jax.launch.fleet import ClusterError, Fleet, Network
 from dance_jax.launch.hosts import read_hosts
@@ -125,7 +126,10 @@ def _launch(options: argparse.Namespace, platform: str, console: Console) -> int
     activations = matched(activations, part.spec, checkpoint)
     state = _state(console, moving.state_dir, part.spec, checkpoint, held)
     if state is None:
-        place = functools.partial(_place, console, options.policy, activations, checkpoint, config)
+        apart = SERVICE_APART if options.prompts is None else 0.0
+        place = functools.partial(
+            _place, console, options.policy, activations, apart, checkpoint, config
+        )
     else:
         place = functools.partial(_resume, console, state, checkpoint, config)
     if options.dry_run:
@@ -221,13 +225,14 @@ def _place(
     console: Console,
     policy: str,
     activations: Activations | None,
+    apart: float,
     checkpoint: Checkpoint,
     config: EngineConfig,
     spec: ClusterSpec,
 ) -> Plan:
     """Decides where experts go, and prints it."""
     with placing(console, policy):
-        plan = make_plan(spec, checkpoint, config, policy, activations)
+        plan = make_plan(spec, checkpoint, config, policy, activations, apart)
     print_plan(console, plan)
     return plan
 

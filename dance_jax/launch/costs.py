@@ -20,6 +20,10 @@ from dance_jax.placement.cost import Cost
 #: Bits a second of every link where nothing is known of any, and seconds count.
 DEFAULT_RATE = 1e9
 
+#: `Cost.apart` of a service whose users have asked for nothing yet: about what benchmarks/paper.py
+#: measures of servers that are asked at random. In a batch all have tokens most of the time.
+SERVICE_APART = 0.7
+
 
 @dataclasses.dataclass(frozen=True)
 class Measured:

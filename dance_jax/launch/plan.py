@@ -116,6 +116,7 @@ def make_plan(
     config: EngineConfig,
     policy: str = DEFAULT_POLICY,
     activations: Activations | None = None,
+    apart: float = 0.0,
 ) -> Plan:
     """Places a model's experts on servers.
 
@@ -126,6 +127,7 @@ def make_plan(
         policy: a name in `placement.POLICIES`; where it needs routes and there are none,
             `placement.usable` takes another.
         activations: statistics of every server's requests; None: all counts are equal.
+        apart: share of what crosses links while one server has tokens, see `Cost.apart`.
 
     Raises:
         UserError: the servers together lack memory, the activations are of another model or lack
@@ -147,7 +149,7 @@ def make_plan(
         [room.slots * room.devices for room in held],
         routes=routes,
         devices=spec.devices,
-        cost=cluster_cost(spec, model.config, config),
+        cost=cluster_cost(spec, model.config, config).apart(apart),
         seed=config.seed,
     )
     residents = placement.resident.sum(2).tolist()
