@@ -36,7 +36,7 @@ from benchmarks.serving.http import HttpError
 from benchmarks.serving.report import write_json
 from benchmarks.serving.setting import progress
 from benchmarks.shifting.places import Place, again_on, count_activations, testbed
-from benchmarks.shifting.tasks import Askers, write_fit
+from benchmarks.shifting.tasks import LONGEST_SALT, Askers, write_fit
 from benchmarks.shifting.watch import load, put
 from dance_jax.config import ClusterSpec, EngineConfig, UserError
 from dance_jax.launch.costs import cluster_cost, state_bytes
@@ -189,6 +189,7 @@ class Evaluation:
     ) -> None:
         self._options, self._work, self._bed, self._console = options, work, bed, console
         self._cells: list[Cell] = []
+        self._tokenizer = Tokenizer.load(work.directory)
         self._about_model = ("--model", str(work.directory.absolute())) if options.model else ()
 
     def run(self) -> list[Cell]:
@@ -242,7 +243,8 @@ class Evaluation:
             ]
             await put(api, spec.names, resident)
             for seed in range(self._options.seed, self._options.seed + self._options.seeds):
-                plan = self._askers(seed).plan([workload.tasks], self._options.requests)
+                salt = self._tokenizer.encode(f"{len(self._cells)} ")[:LONGEST_SALT]
+                plan = self._askers(seed).plan([workload.tasks], self._options.requests, salt)
                 title = f"{workload.name}, {show_rate(rate)}, {policy}, seed {seed}"
                 with progress(self._console, title, len(plan.calls)) as done:
                     run = await load(api, plan.calls, done, self._place.sent)
@@ -253,8 +255,7 @@ class Evaluation:
 
     def _askers(self, seed: int) -> Askers:
         options, config = self._options, self._work.config
-        tokenizer = Tokenizer.load(self._work.directory)
-        return Askers(tokenizer, config.max_model_len, options.max_tokens, options.rate, seed)
+        return Askers(self._tokenizer, config.max_model_len, options.max_tokens, options.rate, seed)
 
     def _cost(self, rate: int | None, cells: Sequence[Cell]) -> Cost:
         """Seconds: of links as they are shaped, of experts and of servers that had tokens one at a

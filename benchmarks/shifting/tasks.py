@@ -17,6 +17,8 @@ from dance_jax.models.tokenizer import Tokenizer
 
 #: Most likely tokens that are told with each, for the margins of choices.
 LOGPROBS = 2
+#: Tokens before a prompt at most.
+LONGEST_SALT = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,11 +112,14 @@ class Askers:
         self._tokenizer, self._context, self._longest = tokenizer, context, longest
         self._rate, self._seed = rate, seed
 
-    def plan(self, phases: Sequence[Sequence[Task]], requests: int) -> Plan:
+    def plan(
+        self, phases: Sequence[Sequence[Task]], requests: int, salt: Sequence[int] = ()
+    ) -> Plan:
         """So many requests of each server in each phase, one phase after the other.
 
         Args:
             phases: per phase each server's task.
+            salt: tokens before every prompt: with others the servers find none of it cached.
         """
         servers = len(phases[0])
         streams = [self._prompts(server, phases, requests) for server in range(servers)]
@@ -131,7 +136,7 @@ class Askers:
             left -= 1
             if seen[server] == requests + 1:
                 shift_s = max(shift_s, arrival.at_s)
-            prompt, length = next(streams[server]), lengths[left]
+            prompt, length = [*salt, *next(streams[server])], lengths[left]
             calls.append(Call(server, prompt, length, arrival.at_s, logprobs=LOGPROBS))
             if not left:
                 break
@@ -159,4 +164,4 @@ class Askers:
                 yield self._cut(asked[number], self._longest)
 
     def _cut(self, prompt: str, answer: int) -> list[int]:
-        return self._tokenizer.encode(prompt)[: self._context - answer - 1]
+        return self._tokenizer.encode(prompt)[: self._context - answer - LONGEST_SALT - 1]

@@ -44,6 +44,10 @@ class Sample:
     busiest: list[float]
     tokens: list[float]
     steps: list[float]
+    #: By bucket, as in `engine.report.EngineReport.bucket_steps`, and server.
+    bucket_steps: dict[str, list[float]]
+    #: Expert calls that its devices computed.
+    served: list[float]
     longest_step_s: list[float]
     #: By part of the steps, as `engine.step_clock` names them, and server.
     seconds: dict[str, list[float]]
@@ -151,6 +155,9 @@ async def sample(api: Api, origin: float, wire: Callable[[], list[float]] = _not
             for metrics in told
         ]
 
+    buckets = sorted(
+        {carried["bucket"] for metrics in told for _, carried, _ in metrics if "bucket" in carried}
+    )
     return Sample(
         at_s=at_s,
         local=each("expert_calls_total", where="local"),
@@ -166,6 +173,8 @@ async def sample(api: Api, origin: float, wire: Callable[[], list[float]] = _not
             )
         ],
         steps=each("steps_total"),
+        bucket_steps={b: each("bucket_steps_total", bucket=b) for b in buckets},
+        served=each("expert_calls_served_total"),
         longest_step_s=each("longest_step_seconds"),
         seconds={part: each("step_seconds_total", part=part) for part in PARTS},
         version=int(each("placement_version")[0]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import threading
 import time
@@ -22,7 +23,7 @@ from dance_jax.engine.scheduler import Row, Scheduler, StepPlan
 from dance_jax.engine.sequence import OutputDelta, Request
 from dance_jax.engine.slots import Weights
 from dance_jax.engine.staging import Experts, Staging
-from dance_jax.engine.step import DECODING, IDLE, Extras, Outcome, token_slice
+from dance_jax.engine.step import DECODING, IDLE, Bucket, Extras, Outcome, token_slice
 from dance_jax.engine.step_clock import StepClock
 from dance_jax.models import kernels_cpu, links_cpu
 from dance_jax.models.checkpoint import WeightSource
@@ -119,6 +120,7 @@ class Engine:
         self._counted = np.zeros((layers, model.num_experts), np.int64)
         self._cost_base = self._costs()
         self._work = IDLE
+        self._bucket_steps: collections.Counter[Bucket] = collections.Counter()
         self._transfers = np.zeros((layers, servers), np.int64)
         self._rows = self._busiest_rows = 0
         self._bytes = np.zeros((servers, servers), np.int64)
@@ -300,6 +302,7 @@ class Engine:
             experts_resident=int((self.layout.slot_of[self.rank] >= 0).sum()),
             step_seconds=self.clock.seconds(),
             longest_step_s=self.clock.longest,
+            bucket_steps={f"{rows}+{more}": n for (rows, more), n in self._bucket_steps.items()},
             **self._measured(),
         )
 
@@ -333,6 +336,7 @@ class Engine:
 
     def _record(self, plan: StepPlan, outcome: Outcome, extras: Extras) -> None:
         self.steps += 1
+        self._bucket_steps[self.config.buckets[0] if plan.empty else plan.bucket] += 1
         self.tokens += plan.num_tokens
         self._work = int(outcome.work)
         rows = [row for device in plan.entries for row in device]

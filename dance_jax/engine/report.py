@@ -73,6 +73,8 @@ class EngineReport(msgspec.Struct):
     #: layer and step; all servers know the same.
     rows: int = 0
     busiest_rows: int = 0
+    #: Steps by what was compiled for them, "decode rows+slice rows".
+    bucket_steps: dict[str, int] = {}
     #: Expert calls that this server's devices computed, for its own tokens and others', and the
     #: devices' seconds in them, together; 0 where it is not counted: without the C++ library.
     calls_served: int = 0

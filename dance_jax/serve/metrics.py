@@ -238,6 +238,11 @@ class _EngineMetrics(Collector):
                 "Hidden states through the busiest link of each layer, of all servers",
                 report.busiest_rows,
             ),
+            (
+                "expert_calls_served",
+                "Expert calls computed here, also for other servers",
+                report.calls_served,
+            ),
             ("steps", "Steps", report.steps),
         ):
             yield self._counter(name, text, {(): value})
@@ -254,6 +259,12 @@ class _EngineMetrics(Collector):
                 if rank != self._rank
             },
             ["peer", "direction"],
+        )
+        yield self._counter(
+            "bucket_steps",
+            "Steps by rows of decodes and of prompts that were compiled for them",
+            {(bucket,): steps for bucket, steps in report.bucket_steps.items()},
+            ["bucket"],
         )
         yield self._counter(
             "step_seconds",

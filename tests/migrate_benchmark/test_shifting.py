@@ -53,6 +53,12 @@ def test_streams_fill_the_context(askers: Askers) -> None:
     assert {len(call.prompt) + call.max_tokens for call in calls} == {63}
 
 
+def test_salt_comes_before_every_prompt(askers: Askers) -> None:
+    plain = askers.plan([(ONE, OTHER)], REQUESTS).calls
+    salted = askers.plan([(ONE, OTHER)], REQUESTS, [7, 8]).calls
+    assert [call.prompt for call in salted] == [[7, 8, *call.prompt] for call in plain]
+
+
 def test_prompts_to_fit_are_not_asked(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "sums.jsonl"
     path.write_text("".join(json.dumps({"prompt": f"{n}+{n}="}) + "\n" for n in range(5)))
@@ -76,6 +82,8 @@ def sample(at_s: float, local: float, remote: float, migrations: int = 0) -> Sam
         tokens=[0.0] * 2,
         seconds={},
         steps=[0.0] * 2,
+        bucket_steps={},
+        served=[0.0] * 2,
         longest_step_s=[0.0] * 2,
         version=1 + migrations,
         migrations=migrations,

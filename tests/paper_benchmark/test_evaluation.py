@@ -37,6 +37,8 @@ def sample(at_s: float, share: float, sent: float) -> Sample:
         busiest=[1.5 * sent / 64] * 2,
         tokens=[100.0 if at_s else 0.0] * 2,
         steps=[0.0] * 2,
+        bucket_steps={},
+        served=[0.0] * 2,
         longest_step_s=[0.0] * 2,
         seconds={part: [at_s / 10, at_s / 5] for part in PARTS},
         version=1,

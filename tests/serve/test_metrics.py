@@ -36,6 +36,8 @@ REPORT = EngineReport(
     longest_step_s=0.5,
     rows=90,
     busiest_rows=40,
+    bucket_steps={"4+0": 7, "16+1": 3},
+    calls_served=350,
 )
 #: (name, further labels in the order of their names) -> value
 EXPECTED = {
@@ -53,6 +55,9 @@ EXPECTED = {
     ("expert_calls_total", "remote"): 100,
     ("transfers_total",): 55,
     ("busiest_transfers_total",): 40,
+    ("expert_calls_served_total",): 350,
+    ("bucket_steps_total", "4+0"): 7,
+    ("bucket_steps_total", "16+1"): 3,
     ("link_bytes_total", "sent", "beta"): 1000,
     ("link_bytes_total", "received", "beta"): 2000,
     ("experts_resident",): 20,
