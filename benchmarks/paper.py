@@ -27,6 +27,7 @@ from rich.console import Console
 from benchmarks.arguments import count, count_or_0, positive
 from benchmarks.evaluation import report
 from benchmarks.evaluation.cells import Cell, cell_of
+from benchmarks.evaluation.predict import Measured, predicted, speeds, work_of
 from benchmarks.evaluation.workloads import Workload, hosts_text, placed, read_workloads
 from benchmarks.namespaces import Testbed, parse_rate, show_rate
 from benchmarks.namespaces.cores import MODES, QUOTA
@@ -46,6 +47,7 @@ from dance_jax.models.config import ModelConfig
 from dance_jax.models.hf import read_config
 from dance_jax.models.tokenizer import Tokenizer
 from dance_jax.placement import POLICIES, Activations, Cost
+from dance_jax.placement.simulate import Model
 
 MISSED, WRONG, INTERRUPTED = 1, 2, 130
 EXAMPLES = pathlib.Path(__file__).resolve().parents[1] / "examples" / "tasks"
@@ -53,7 +55,7 @@ EXAMPLES = pathlib.Path(__file__).resolve().parents[1] / "examples" / "tasks"
 MATRIX = ("uniform", "redundance", "smartmoe", "eplb", "dance", "optimal", "latency")
 #: Prompts of each server, and tokens of each answer, that placements are fitted to.
 FIT_PROMPTS, FIT_TOKENS = 60, 32
-WIDTH = 150
+WIDTH = 170
 #: Bits a second of links that are not shaped, for policies that weigh them.
 UNSHAPED = 10e9
 
@@ -189,6 +191,8 @@ class Evaluation:
     ) -> None:
         self._options, self._work, self._bed, self._console = options, work, bed, console
         self._cells: list[Cell] = []
+        #: Of each cell.
+        self._measured: list[Measured] = []
         self._tokenizer = Tokenizer.load(work.directory)
         self._about_model = ("--model", str(work.directory.absolute())) if options.model else ()
 
@@ -215,8 +219,28 @@ class Evaluation:
 
                 asyncio.run(measure())
                 cluster.check()
+        self._simulate()
+        self._write()
         report.show(self._console, self._cells)
         return self._cells
+
+    def _simulate(self) -> None:
+        """All runs again, with the speeds that were measured in them."""
+        model, spec = self._work.model, self._place.spec
+        sizes = Model(
+            len(model.moe_layers),
+            model.num_experts,
+            model.top_k,
+            state_bytes(model.hidden_size, self._work.config),
+        )
+        slots = spec.servers[0].experts
+        assert slots is not None
+        fitted = speeds(self._measured, self._work.config.block_size)
+        for one, name in zip(fitted, spec.names, strict=True):
+            self._console.print(f"{name}: {one.speed}; off by {one.errors}", soft_wrap=True)
+        for n, run in enumerate(self._measured):
+            seconds = predicted(run, fitted, spec.devices, slots, sizes, self._work.config)
+            self._cells[n] = dataclasses.replace(self._cells[n], predicted_s=seconds)
 
     def _count(self, workload: Workload, folder: pathlib.Path) -> Activations:
         """What the tasks use, by prompts that nobody sends later."""
@@ -250,6 +274,9 @@ class Evaluation:
                     run = await load(api, plan.calls, done, self._place.sent)
                 cell = cell_of(run, found, workload.name, rate, seed, layers, row)
                 self._cells.append(cell)
+                self._measured.append(
+                    Measured(rate, found, plan, activations, work_of(run, layers))
+                )
                 self._console.print(f"{title}: mean latency {np.mean(cell.latency_s):.2f} s")
             self._write()
 

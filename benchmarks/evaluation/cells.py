@@ -51,6 +51,8 @@ class Cell:
     bound_bytes: float
     seconds: dict[str, float]
     wall_s: float
+    #: Mean latency as the simulator has it; None: it was not asked.
+    predicted_s: float | None = None
 
     @property
     def key(self) -> tuple[str, int | None, str]:
@@ -145,6 +147,12 @@ class Row:
     p50_s: Mean
     p99_s: Mean
     cells: tuple[Cell, ...]
+
+    @property
+    def predicted_s(self) -> float | None:
+        """Mean of the cells that were simulated."""
+        found = [cell.predicted_s for cell in self.cells if cell.predicted_s is not None]
+        return float(np.mean(found)) if found else None
 
     def average(self, name: str) -> float:
         """Of an attribute of the cells."""

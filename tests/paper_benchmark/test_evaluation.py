@@ -13,13 +13,17 @@ from rich.console import Console
 
 from benchmarks.evaluation import report
 from benchmarks.evaluation.cells import Cell, Mean, cell_of, rows_of
+from benchmarks.evaluation.predict import Measured, predicted, work_of
 from benchmarks.evaluation.workloads import Placed, hosts_text, placed, read_workloads
 from benchmarks.paper import EXAMPLES, main
 from benchmarks.serving.client import Answer, Call
+from benchmarks.shifting.tasks import Plan
 from benchmarks.shifting.watch import PARTS, Sample, Watched
-from dance_jax.config import UserError
+from benchmarks.simulation.fit import Fitted
+from dance_jax.config import EngineConfig, UserError
 from dance_jax.launch.hosts import parse_hosts
 from dance_jax.placement import Activations, Cost, Placement
+from dance_jax.placement.simulate import Model, Speed
 
 LAYERS, EXPERTS, K = 2, 16, 4
 
@@ -120,6 +124,37 @@ def test_seeds_become_intervals(cells: list[Cell]) -> None:
     assert report.weight(rows[0]) == pytest.approx(1.5)
 
 
+def test_runs_are_simulated_with_their_own_speeds(activations: Activations) -> None:
+    """And links of half the rate take longer."""
+    first = dataclasses.replace(sample(0, 0, 0), bucket_steps={"4+0": [1.0, 1.0]})
+    last = dataclasses.replace(
+        sample(10, 0.25, 6400),
+        bucket_steps={"4+0": [5.0, 6.0], "16+1": [3.0, 0.0]},
+        steps=[7.0, 5.0],
+        served=[300.0, 500.0],
+    )
+    run = Watched([], [first, last], None)
+    work = work_of(run, LAYERS)
+    assert work[0].buckets == {(4, 0): 4, (16, 1): 3} and work[1].buckets == {(4, 0): 5}
+    assert (work[0].calls, work[0].rounds, work[0].bytes) == (300, 2 * LAYERS * 7, 6400)
+    assert work[0].trunk_s == pytest.approx(1.0) and work[1].step_s == pytest.approx(4.0)
+    uniform = placed("uniform", activations, [1, 1], 20, Cost.reference([1, 1], K), 0)
+    plan = Plan(tuple(Call(n % 2, [1] * 30, 5, float(n)) for n in range(4)), 0.0)
+    speed = Fitted(Speed(), np.inf, {})
+    seconds = [
+        predicted(
+            Measured(rate, uniform, plan, activations, work),
+            [speed, speed],
+            [1, 1],
+            20,
+            Model(LAYERS, EXPERTS, K, 512),
+            EngineConfig(max_model_len=64),
+        )
+        for rate in (10_000, 20_000)
+    ]
+    assert seconds[0] > seconds[1] > 0
+
+
 def test_targets(cells: list[Cell]) -> None:
     found = {target.name: target for target in report.targets(cells)}
     (over_eplb,) = (t for name, t in found.items() if name.endswith("/ eplb"))
@@ -132,7 +167,7 @@ def test_targets(cells: list[Cell]) -> None:
 
 
 def test_what_is_shown(cells: list[Cell], tmp_path: pathlib.Path, capsys: Any) -> None:
-    report.show(Console(width=150), cells)
+    report.show(Console(width=170), cells)
     shown = capsys.readouterr().out
     assert "big-bench, links 20Mbps" in shown and "2.05±0.64" in shown
     report.draw(cells, tmp_path / "plot.png")
