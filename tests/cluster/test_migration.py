@@ -101,7 +101,7 @@ def check_migration(
     check_traffic(sequences.step(), residents[1])
 
 
-@settings(cluster_settings, max_examples=4)
+@settings(cluster_settings, max_examples=2)
 @given(
     seed=st.integers(0, 2**31 - 2),
     replicas=st.tuples(*[st.sampled_from([0.0, 0.3, 1.0])] * 2),
