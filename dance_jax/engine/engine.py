@@ -362,4 +362,11 @@ class Engine:
             )
             for row in device
         ]
-        self._routes.put(chosen, np.concatenate(routes_tlk)[chosen.tokens])
+        requests_t = [
+            np.full(len(row.tokens), row.sequence.arrival) for rows in plan.entries for row in rows
+        ]
+        self._routes.put(
+            chosen,
+            np.concatenate(routes_tlk)[chosen.tokens],
+            np.concatenate(requests_t)[chosen.tokens],
+        )

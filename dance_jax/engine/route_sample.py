@@ -44,6 +44,7 @@ class RouteSample:
     ):
         self._rate = decay_rate(half_life)
         self._routes = np.zeros((size, *shape), np.int16)
+        self._request = np.zeros(size, np.int64)
         #: (key, place in the array) of every token kept, the least key first.
         self._heap: list[tuple[float, int]] = []
         self._free = list(range(size))[::-1]
@@ -56,8 +57,13 @@ class RouteSample:
 
     @property
     def kept(self) -> np.ndarray:
-        """int16 [tokens, l, k]: what is left as of the last `choose` or `add`."""
-        return self._routes[sorted(place for _, place in self._heap)]
+        """int16 [tokens, l, k]: what is left as of the last `choose` or `add`.
+
+        Tokens of one request are neighbours: they choose alike, so who divides a sample should not
+        divide requests.
+        """
+        places = np.array([place for _, place in self._heap], np.int64)
+        return self._routes[places[np.lexsort((places, self._request[places]))]]
 
     def choose(self, tokens: int, now: float = 0.0) -> Chosen:
         """Which of the next tokens enter; their routes must follow with `put`.
@@ -74,12 +80,14 @@ class RouteSample:
         entering = np.flatnonzero((keys > least) & self.wanted)
         return Chosen(entering, keys[entering])
 
-    def put(self, chosen: Chosen, routes_clk: np.ndarray) -> None:
+    def put(self, chosen: Chosen, routes_clk: np.ndarray, request_c: np.ndarray | int = 0) -> None:
         """Keeps the tokens that `choose` named last, in place of those with the least keys.
 
         Args:
             routes_clk: int [chosen, l, k], routes of `chosen.tokens` in this order.
+            request_c: int [chosen], of which request they are; a number: all of that one.
         """
+        request_c = np.broadcast_to(request_c, len(routes_clk))
         source: dict[int, int] = {}
         for token, key in enumerate(chosen.keys.tolist()):
             if self._free:
@@ -92,8 +100,9 @@ class RouteSample:
                 continue
             source[place] = token
         self._routes[list(source)] = routes_clk[list(source.values())]
+        self._request[list(source)] = request_c[list(source.values())]
 
-    def add(self, routes_tlk: np.ndarray, now: float = 0.0) -> None:
-        """Offers the routes of more tokens, [t, l, k]; `now` as in `choose`."""
+    def add(self, routes_tlk: np.ndarray, now: float = 0.0, request: int = 0) -> None:
+        """Offers the routes of more tokens of a request, [t, l, k]; `now` as in `choose`."""
         chosen = self.choose(len(routes_tlk), now)
-        self.put(chosen, routes_tlk[chosen.tokens])
+        self.put(chosen, routes_tlk[chosen.tokens], request)

@@ -15,6 +15,8 @@ from dance_jax.placement.metrics import holders_mask
 
 #: Share of the present cost that a migration must gain.
 HYSTERESIS = 0.05
+#: Parts that `halves` deals out in turn.
+PARTS = 16
 
 
 class SlotChange(NamedTuple):
@@ -133,14 +135,20 @@ def batches(old: Layout, new: Layout, most: int) -> list[tuple[Batch, Layout]]:
 
 
 def halves(routes: Routes) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Every other token of each server: routes to place on, and routes to judge by.
+    """Every other part of each server's tokens: routes to place on, and routes to judge by.
 
     A new placement looks better than it is on the very tokens that it was fitted to, while the one
     in force was fitted to others: enough to migrate, once in a while, although nothing changed.
-    A server's only token is in both.
+    Tokens of one request choose alike; where they are neighbours (`RouteSample.kept`), parts of
+    neighbours are of different requests, but for those at their ends. A server's only token is in
+    both.
     """
-    fit = [route[::2] for route in routes]
-    judge = [route[1::2] if len(route) > 1 else route for route in routes]
+    parts = [np.array_split(route, PARTS) for route in routes]
+    fit = [np.concatenate(each[::2]) for each in parts]
+    judge = [
+        np.concatenate(each[1::2]) if len(route) > 1 else route
+        for route, each in zip(routes, parts, strict=True)
+    ]
     return fit, judge
 
 
@@ -169,9 +177,10 @@ def gain_error(
 ) -> float:
     """Standard error of the gain `1 - new seconds / old seconds` measured on routes.
 
-    From its spread over interleaved parts of the routes, on each of which both placements are
-    measured. Twice of it belongs on top of the hysteresis: a few hundred tokens say no more about
-    a placement than some per cent, and would else move experts of a stable workload.
+    From its spread over parts of the routes, on each of which both placements are measured; parts
+    are of neighbours, see `halves`. Twice of it belongs on top of the hysteresis: a few requests
+    say no more about a placement than some per cent, and would else move experts of a stable
+    workload.
 
     Returns:
         A share of the present cost; infinite where routes are too few for parts.
@@ -179,8 +188,7 @@ def gain_error(
     if all(len(route) < parts for route in routes):
         return float("inf")
     gains = []
-    for part in range(parts):
-        some = [route[part::parts] for route in routes]
+    for some in zip(*(np.array_split(route, parts) for route in routes), strict=True):
         before = old.layer_time(some, cost, weights)
         gains.append(1.0 - new.layer_time(some, cost, weights) / before if before > 0 else 0.0)
     return float(np.std(gains, ddof=1) / np.sqrt(parts))

@@ -22,6 +22,15 @@ def test_few_tokens_are_all_kept_in_order():
     assert sample.kept.ravel().tolist() == list(range(7))
 
 
+def test_tokens_of_a_request_are_neighbours():
+    """However requests take turns."""
+    sample = RouteSample(40, (1, 1))
+    for start in range(0, 60, 3):
+        sample.add(routes(range(start, start + 3)), request=start // 3 % 4)
+    requests = sample.kept.ravel() // 3 % 4
+    assert len(requests) == 40 and requests.tolist() == sorted(requests.tolist())
+
+
 def test_many_tokens_are_sampled_evenly():
     hits = np.zeros(100)
     for seed in range(400):

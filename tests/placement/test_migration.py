@@ -194,6 +194,25 @@ def test_halves_share_no_token_but_an_only_one():
     assert [part.ravel().tolist() for part in judge] == [[1, 3], [0], []]
 
 
+def test_halves_are_of_different_requests():
+    """Neighbours choose alike: of 32 requests each is in one half, and the error of a gain says how
+    much requests differ, not tokens."""
+    rng = np.random.default_rng(0)
+    old, new = (random_placement(rng, [16, 16, 16], (3, 3, 12)) for _ in range(2))
+    request = np.repeat(np.arange(32), 8)
+    for part in halves([request])[0] + halves([request])[1]:
+        assert len(set(part.tolist())) == 16
+
+    def measured(_):
+        taste = rng.gumbel(size=(3, 64, 3, 12)).repeat(32, 1)
+        routes = [np.argsort(3 * each + rng.gumbel(size=each.shape))[..., :2] for each in taste]
+        before, after = (seconds_per_token(each, routes, Service.COST) for each in (old, new))
+        return 1 - after / before, gain_error(old, new, routes, Service.COST)
+
+    gains, errors = zip(*map(measured, range(40)), strict=True)
+    assert np.mean(errors) == pytest.approx(np.std(gains), rel=0.3)
+
+
 def test_the_error_of_a_gain_is_its_spread_over_samples():
     rng = np.random.default_rng(0)
     old, new = (random_placement(rng, [16, 16, 16], (3, 3, 12)) for _ in range(2))
