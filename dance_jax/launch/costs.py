@@ -38,14 +38,17 @@ class Measured:
 def running_cost(
     spec: ClusterSpec, model: ModelConfig, config: EngineConfig, measured: Sequence[Measured]
 ) -> Cost:
-    """`cluster_cost` of servers that run, in seconds: what is measured comes before what is given.
+    """`cluster_cost` of servers that run, in seconds: with what is measured of expert calls, and of
+    links whose rate is not given.
 
-    Where no rate is known at all, links count as DEFAULT_RATE.
+    What a server measures of its link is the slowest link of those it exchanges with, so that
+    unequal links are better given, or measured by the preflight. Where no rate is known at all,
+    links count as DEFAULT_RATE.
     """
     servers = tuple(
         dataclasses.replace(
             server,
-            bandwidth=server.bandwidth if found.byte_s is None else 8 / found.byte_s,
+            bandwidth=server.bandwidth or (None if found.byte_s is None else 8 / found.byte_s),
             expert_time=server.expert_time if found.call_s is None else found.call_s,
         )
         for server, found in zip(spec.servers, measured, strict=True)

@@ -322,13 +322,19 @@ class Fleet(abc.ABC):
             self._send(rank, protocol.encode(command))
 
     def _send(self, rank: int, encoded: bytes) -> None:
+        if not self._sent(rank, encoded):
+            self._raise_failure([rank])
+
+    def _sent(self, rank: int, encoded: bytes) -> bool:
+        """Whether a server's process could be told; not while it has no connection."""
         assert self._listener is not None
         try:
             self._listener.socket.send_multipart([b"server-%d" % rank, encoded])
         except zmq.ZMQError as error:
             if error.errno != zmq.EHOSTUNREACH:
                 raise
-            self._raise_failure([rank])
+            return False
+        return True
 
     @abc.abstractmethod
     def _decode(self, rank: int, content: bytes) -> Any:

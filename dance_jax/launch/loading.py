@@ -104,6 +104,8 @@ class Loader:
         size = 0
         try:
             for load in stage.loads:
+                if stage.number in self._dropped:
+                    break
                 began = time.monotonic()
                 (weights,), read = self._read([load])
                 experts[load.device, load.slot] = weights

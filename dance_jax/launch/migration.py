@@ -30,6 +30,8 @@ class Migration:
         self.number = number
         #: Experts loaded by batches in force, on all servers.
         self.moved = 0
+        #: Some batch is in force.
+        self.begun = False
         self._missing = set(range(len(layout.devices)))
 
     @property
@@ -52,6 +54,7 @@ class Migration:
         if self._missing:
             return False
         batch, self.layout = self._left.popleft()
+        self.begun = True
         self.moved += len(batch.loads())
         self.number += 1
         self._missing = set(range(len(self.layout.devices)))

@@ -142,7 +142,8 @@ def _apart(question: Question, present: Placement) -> Cost:
     if question.busiest is None or not any(map(len, question.routes)):
         return question.cost
     together = present.traffic(question.routes).concentration(_weights(question.tokens))
-    return question.cost.apart(apart_share(question.busiest, together))
+    active = sum(len(route) > 0 for route in question.routes)
+    return question.cost.apart(apart_share(question.busiest, together), active)
 
 
 def _settled(

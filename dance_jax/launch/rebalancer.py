@@ -35,6 +35,8 @@ READ_RATE = 200e6
 _RATE_WEIGHT = 0.3
 #: Seconds after which a batch that is not in force everywhere is given up.
 LOAD_TIMEOUT_S = 300.0
+#: Seconds that engines have to say what they have counted, or that a batch is dropped.
+ANSWER_TIMEOUT_S = 30.0
 
 
 class Front(Protocol):
@@ -141,7 +143,9 @@ class Rebalancer:
         self._dropping: _Dropping | None = None
         #: Latest batch of these engines.
         self._number = 0
-        self._rates = np.full(shape[0], READ_RATE)
+        self._answers_due = float("inf")
+        #: Bytes a second that each server loads; nan: it has loaded nothing.
+        self._rates = np.full(shape[0], np.nan)
         self._draining = False
         #: All engines have started and none has died: they listen.
         self._engines_run = False
@@ -174,6 +178,9 @@ class Rebalancer:
             assert self._answer is not None
             if self._answer.done():
                 self._decide(self._answer)
+        elif self._doing is _Doing.ASKING:
+            if self._clock() >= self._answers_due:
+                self._ask_no_more()
         elif self._doing is _Doing.MOVING:
             if self._clock() >= self._loading.deadline:
                 self._give_up()
@@ -193,7 +200,9 @@ class Rebalancer:
             case protocol.Staged(_, seconds, size):
                 self._loading.missing.discard(rank)
                 if size and seconds > 0:
-                    self._rates[rank] += _RATE_WEIGHT * (size / seconds - self._rates[rank])
+                    rate, known = size / seconds, self._rates[rank]
+                    news = rate if np.isnan(known) else known + _RATE_WEIGHT * (rate - known)
+                    self._rates[rank] = news
             case protocol.StageFailed(number, why):
                 self._drop(number, self._spec.names[rank], why)
             case protocol.Applied(number):
@@ -235,8 +244,20 @@ class Rebalancer:
 
     def _ask(self, wanted: _Wanted) -> None:
         self._current, self._doing = wanted, _Doing.ASKING
+        self._answers_due = self._clock() + ANSWER_TIMEOUT_S
         self._stats.clear()
         self._front.tell_all(protocol.AskStats())
+
+    def _ask_no_more(self) -> None:
+        """Some engine does not answer."""
+        self._doing = _Doing.NOTHING
+        silent = sorted(set(range(len(self._spec.servers))) - set(self._stats))
+        names = ", ".join(self._spec.names[rank] for rank in silent)
+        why = f"{names} did not say what was asked for in {ANSWER_TIMEOUT_S:g} s"
+        self._front.notice("", f"no placement is looked for: {why}")
+        self._refuse(self._current, why)
+        if self._current.rank is None:
+            self._look_again(None)
 
     def _count(self) -> None:
         """All engines have answered."""
@@ -259,7 +280,7 @@ class Rebalancer:
             busiest=self._workload.busiest_share(now),
             tokens=self._workload.token_rates(now) * self._options.horizon_s,
             expert_bytes=self._model.expert_bytes(self._config.dtype),
-            read_rates=self._rates.copy(),
+            read_rates=np.where(np.isnan(self._rates), READ_RATE, self._rates),
             force=self._current.force,
             wanted=self._current.placement,
             patient=self._patient(now),
@@ -292,12 +313,14 @@ class Rebalancer:
             answer = future.result()
         except SolverError as error:
             decision, batches = self._undecided(f"no placement was found: {error}"), []
-            self._look_again(None)
+            candidate = None
         else:
             decision, batches = self._decided(answer), answer.batches
-            self._look_again(answer.candidate)
+            candidate = answer.candidate
         self._decision = decision
         wanted = self._current
+        if wanted.rank is None:  # what users ask does not put off what is due
+            self._look_again(candidate)
         if wanted.rank is not None:
             self._front.tell(wanted.rank, protocol.Decided(wanted.id, decision))
         self._front.notice("", in_words(decision, self._options.horizon_s))
@@ -332,9 +355,9 @@ class Rebalancer:
             gain=found.gain,
         )
 
-    def _refuse(self, wanted: _Wanted) -> None:
+    def _refuse(self, wanted: _Wanted, why: str = "the service ends") -> None:
         if wanted.rank is not None:
-            self._front.tell(wanted.rank, protocol.Decided(wanted.id, None, "the service ends"))
+            self._front.tell(wanted.rank, protocol.Decided(wanted.id, None, why))
 
     # A migration.
 
@@ -364,7 +387,11 @@ class Rebalancer:
         self._publish()
 
     def _give_up(self) -> None:
-        """A batch takes too long."""
+        """A batch takes too long, or its end does."""
+        if self._dropping is not None:
+            self._front.tell_all(protocol.Drop(self._dropping.number))
+            self._loading.deadline = self._clock() + ANSWER_TIMEOUT_S
+            return
         slow = [self._spec.names[rank] for rank in sorted(self._loading.missing)]
         what = "have not loaded them" if slow else "have not put them in place"
         names = ", ".join(slow or self._spec.names)
@@ -373,10 +400,12 @@ class Rebalancer:
     def _drop(self, number: int, name: str, why: str) -> None:
         """A batch is to come into force nowhere; all have to say so, as it may have by then."""
         moving = self._migration
-        if moving is None or number != moving.number or self._dropping is not None:
+        if moving is None or number != moving.number:
+            return
+        if self._dropping is not None and self._dropping.number == number:
             return
         self._dropping = _Dropping(number, name, why, set(range(len(self._spec.servers))))
-        self._loading.deadline = float("inf")
+        self._loading.deadline = self._clock() + ANSWER_TIMEOUT_S
         self._front.tell_all(protocol.Drop(number))
 
     def _dropped(self, rank: int, number: int) -> None:
@@ -399,7 +428,7 @@ class Rebalancer:
     def _stop_moving(self, why: str = "") -> None:
         """All are where they should be, or as far as they came."""
         assert self._migration is not None
-        self._version += self._migration.moved > 0
+        self._version += self._migration.begun
         self._migrated += self._migration.moved
         self._migration, self._dropping, self._doing = None, None, _Doing.NOTHING
         self._look_again(None)

@@ -124,12 +124,17 @@ class Service(Fleet):
         super().stop()
 
     def tell(self, rank: int, command: protocol.FrontCommand) -> None:
-        """Says something to a front end, or to its engine."""
-        self._send(rank, protocol.encode(command))
+        """Says something to a front end, or to its engine.
+
+        It does not hear it while its connection is made anew, after this process was stopped for
+        some seconds; its end is noticed elsewhere.
+        """
+        self._sent(rank, protocol.encode(command))
 
     def tell_all(self, command: protocol.FrontCommand) -> None:
         """Says it to all."""
-        self._send_all(command)
+        for rank in range(len(self.spec.servers)):
+            self.tell(rank, command)
 
     def notice(self, name: str, text: str) -> None:
         """Tells who serves what happens."""

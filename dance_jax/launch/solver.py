@@ -47,8 +47,11 @@ class Solver:
             self._process.wait()
 
     def _answer(self, question: Question) -> Answer:
-        if self._process is None or self._process.poll() is not None:
-            self._process = _start()
+        try:
+            if self._process is None or self._process.poll() is not None:
+                self._process = _start()
+        except OSError as error:
+            raise SolverError(f"the process that places cannot start: {error}") from error
         assert self._process.stdin is not None and self._process.stdout is not None
         try:
             pickle.dump(question, self._process.stdin)

@@ -98,7 +98,9 @@ class Workload:
         found = [msgspec.msgpack.decode(each, type=EngineStats) for each in stats]
         counts_nle = np.array([each.counts for each in found], np.float64)
         tokens_n = np.array([each.tokens for each in found], np.float64)
-        self._counts.add(share * (counts_nle - self._counted), now)
+        new_nle = counts_nle - self._counted
+        # Counters on the devices have 32 bits.
+        self._counts.add(share * (new_nle + (new_nle < 0) * 2.0**32), now)
         self._tokens.add(share * (tokens_n - self._computed), now)
         # All servers know the same.
         rows = np.array([found[0].rows, found[0].busiest_rows], np.float64)

@@ -58,7 +58,7 @@ class Cost:
         object.__setattr__(self, "call", call)
         object.__setattr__(self, "devices", devices.astype(np.int64))
 
-    def apart(self, share: float) -> Cost:
+    def apart(self, share: float, servers: int | None = None) -> Cost:
         """The cost where servers have tokens one at a time, for a share of what crosses links.
 
         `state` counts on the busiest link alone, as all links carry at the same time what tokens
@@ -67,13 +67,14 @@ class Cost:
 
         Args:
             share: from 0 to 1, see `apart_share`.
+            servers: that have any tokens; None: all.
 
         Raises:
             UserError: it is not.
         """
         if not 0 <= share <= 1:
             raise UserError(f"cost: a share is from 0 to 1; got {share}")
-        one = share * len(self.state) * float(np.mean(self.state))
+        one = share * (servers or len(self.state)) * float(np.mean(self.state))
         state = (1.0 - share) * self.state
         return dataclasses.replace(self, state=state, transfer=self.transfer + one)
 

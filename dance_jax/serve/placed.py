@@ -32,6 +32,8 @@ class Board:
         self.version = 1
         self.last_decision: Decision | None = None
         self.migrations = self.failures = self.experts_migrated = 0
+        #: That were told here.
+        self.decisions = 0
         self._ask = ask
         self._numbers = itertools.count()
         self._asked: dict[int, asyncio.Future[Decision]] = {}
@@ -43,6 +45,9 @@ class Board:
             layout: `placed.layout`.
         """
         self.layout, self.version = layout, placed.version
+        before, latest = self.last_decision, placed.last_decision
+        if latest is not None and (before is None or before.when != latest.when):
+            self.decisions += 1
         self.last_decision = placed.last_decision
         self.migrations, self.failures = placed.migrations, placed.failures
         self.experts_migrated = placed.experts_migrated

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import pathlib
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from dance_jax.config import UserError
 from dance_jax.engine.report import EngineStats
 from dance_jax.launch import protocol, state
+from dance_jax.launch import solver as solver_module
 from dance_jax.launch.costs import DEFAULT_RATE, Measured, cluster_cost, running_cost
 from dance_jax.launch.hosts import parse_hosts
 from dance_jax.launch.plan import Room
@@ -56,9 +58,41 @@ def test_a_state_of_something_else(tmp_path: pathlib.Path) -> None:
     assert "slots" in kept.misfit(SPEC, Facts(), [room, other])
     model: Any = dataclasses.make_dataclass("Other", ["fingerprint"])("g")
     assert "another model" in kept.misfit(SPEC, model, [room, room])
+    whole = bytearray((tmp_path / state.FILE_NAME).read_bytes())
+    for broken in (b"torn", whole[: len(whole) // 2], *(_flipped(whole, n) for n in range(60))):
+        (tmp_path / state.FILE_NAME).write_bytes(broken)
+        # Not every bit matters, but none may do worse.
+        with contextlib.suppress(UserError):
+            state.load(tmp_path)
     (tmp_path / state.FILE_NAME).write_bytes(b"torn")
     with pytest.raises(UserError, match=r"placement\.npz: not a readable state"):
         state.load(tmp_path)
+
+
+def _flipped(content: bytearray, seed: int) -> bytes:
+    """With one bit changed."""
+    rng = np.random.default_rng(seed)
+    changed = bytearray(content)
+    changed[rng.integers(len(changed))] ^= 1 << int(rng.integers(8))
+    return bytes(changed)
+
+
+def test_a_solver_that_cannot_start(monkeypatch) -> None:
+    """Says so, as any other that fails."""
+
+    def fails() -> None:
+        raise OSError("no more processes")
+
+    monkeypatch.setattr(solver_module, "_start", fails)
+    bench = Bench(monkeypatch)
+    bench.rebalancer.want(0, protocol.RebalanceWanted(1, force=False, dry_run=True))
+    bench.run()
+    solver = Solver()
+    try:
+        with pytest.raises(SolverError, match="cannot start: no more processes"):
+            solver.ask(bench.solver.asked[0]).result(60)
+    finally:
+        solver.close()
 
 
 def test_a_process_solves(monkeypatch) -> None:

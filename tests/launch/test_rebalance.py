@@ -182,6 +182,34 @@ def test_a_server_that_cannot_load(monkeypatch, fails: int) -> None:
     assert local_share(bench.rebalancer.layout) == 1
 
 
+def test_engines_that_do_not_answer(monkeypatch) -> None:
+    """Nobody waits for ever, and the next decision comes in its time."""
+    bench = Bench(monkeypatch)
+    say = bench._say
+    monkeypatch.setattr(bench, "_say", lambda rank, event: rank or say(rank, event))
+    bench.rebalancer.want(0, protocol.RebalanceWanted(1, force=True, dry_run=False))
+    bench.run()
+    assert not bench.heard(protocol.Decided)
+    bench.now += rebalancer.ANSWER_TIMEOUT_S
+    bench.run()
+    (decided,) = bench.heard(protocol.Decided)
+    assert decided.decision is None and decided.why.startswith("beta did not say")
+    monkeypatch.setattr(bench, "_say", say)
+    bench.now += INTERVAL_S
+    bench.run()
+    assert local_share(bench.rebalancer.layout) == 1
+
+
+def test_what_users_ask_does_not_put_off_what_is_due(monkeypatch) -> None:
+    bench = Bench(monkeypatch)
+    for _ in range(5):
+        bench.now += INTERVAL_S / 5
+        bench.rebalancer.want(0, protocol.RebalanceWanted(1, force=False, dry_run=True))
+        bench.run()
+    bench.run()
+    assert local_share(bench.rebalancer.layout) == 1
+
+
 def test_a_server_that_never_loads(monkeypatch) -> None:
     """The batch is given up; serving goes on, and the next decision comes in its time."""
     bench = Bench(monkeypatch)
@@ -302,8 +330,10 @@ def test_experts_go_where_they_are_wanted(monkeypatch) -> None:
     both = Placement((more.device_of >= 0) | np.isin(np.arange(EXPERTS), [3, 12]))
     want(spread(both, [1, 1], [20, 20]))
     assert resident(bench.rebalancer.layout) == both
+    version = bench.heard(protocol.Placed)[-1].version
     assert want(halves(LOW)).migrate
     assert resident(bench.rebalancer.layout) == resident(halves(LOW))
+    assert bench.heard(protocol.Placed)[-1].version == version + 1
 
 
 def test_no_placement_can_be_found(monkeypatch) -> None:

@@ -69,6 +69,7 @@ FRONT_END = {
     ("requests_in_flight",): 0,
     ("engine_restarts_total",): 0,
     ("placement_version",): 1,
+    ("placement_decisions_total",): 0,
     ("migrations_total",): 0,
     ("migration_failures_total",): 0,
     ("experts_migrated_total",): 0,

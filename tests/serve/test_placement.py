@@ -51,7 +51,8 @@ def test_what_the_launcher_says_is_shown(info: ServeInfo) -> None:
         for family in text_string_to_metric_families(http.get("/metrics").text)
         for sample in family.samples
     }
-    assert found["placement_version"] == 5
+    assert found["placement_version"] == 5 and found["placement_decisions_total"] == 1
+    assert found["placement_present_seconds"] == 4.0 and found["placement_gain"] == 0.25
     assert found["migrations_total"] == 3
     assert found["migration_failures_total"] == 1
     assert found["experts_migrated_total"] == 44
