@@ -110,12 +110,17 @@ class Loader:
                 (weights,), read = self._read([load])
                 experts[load.device, load.slot] = weights
                 size += read
-                time.sleep(min(REST * (time.monotonic() - began), LONGEST_REST_S))
+                time.sleep(rest_s(time.monotonic() - began))
         except Exception as error:
             log.exception("batch %d cannot be loaded", stage.number)
             why = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             return Loaded(stage, {}, time.monotonic() - begin, 0, why)
         return Loaded(stage, experts, time.monotonic() - begin, size)
+
+
+def rest_s(read_s: float) -> float:
+    """Seconds of rest after an expert that took so long to read."""
+    return min(REST * read_s, LONGEST_REST_S)
 
 
 def checkpoint_reader(checkpoint: Checkpoint, dtype: str) -> Read:

@@ -20,6 +20,7 @@ import numpy as np
 from dance_jax.config import ClusterSpec, EngineConfig
 from dance_jax.launch import protocol
 from dance_jax.launch.costs import running_cost
+from dance_jax.launch.loading import rest_s
 from dance_jax.launch.migration import Migration
 from dance_jax.launch.plan import ModelFacts, dump_layout
 from dance_jax.launch.protocol import Decision
@@ -29,8 +30,10 @@ from dance_jax.launch.state import State
 from dance_jax.launch.workload import Statistics, Workload
 from dance_jax.placement.core import Layout, Placement
 
-#: Bytes a second that a server loads, until it has loaded something.
+#: Bytes a second that a server reads, until it has loaded something.
 READ_RATE = 200e6
+#: Wishes for decisions that may wait.
+MOST_WAITING = 16
 #: Weight of the latest batch in a server's mean rate.
 _RATE_WEIGHT = 0.3
 #: Seconds after which a batch that is not in force everywhere is given up.
@@ -165,6 +168,8 @@ class Rebalancer:
         one = _Wanted(rank, wanted.id, wanted.force, wanted.dry_run, there)
         if self._draining:
             self._refuse(one)
+        elif len(self._waiting) >= MOST_WAITING:
+            self._refuse(one, f"{MOST_WAITING} others wait for a decision")
         else:
             self._waiting.append(one)
 
@@ -259,6 +264,12 @@ class Rebalancer:
         if self._current.rank is None:
             self._look_again(None)
 
+    def _read_rates(self) -> np.ndarray:
+        """Bytes a second that each server loads; float [servers]."""
+        size = self._model.expert_bytes(self._config.dtype)
+        read_s = size / READ_RATE
+        return np.where(np.isnan(self._rates), size / (read_s + rest_s(read_s)), self._rates)
+
     def _count(self) -> None:
         """All engines have answered."""
         now = self._clock()
@@ -280,7 +291,7 @@ class Rebalancer:
             busiest=self._workload.busiest_share(now),
             tokens=self._workload.token_rates(now) * self._options.horizon_s,
             expert_bytes=self._model.expert_bytes(self._config.dtype),
-            read_rates=np.where(np.isnan(self._rates), READ_RATE, self._rates),
+            read_rates=self._read_rates(),
             force=self._current.force,
             wanted=self._current.placement,
             patient=self._patient(now),

@@ -200,6 +200,16 @@ def test_engines_that_do_not_answer(monkeypatch) -> None:
     assert local_share(bench.rebalancer.layout) == 1
 
 
+def test_only_so_many_wait(monkeypatch) -> None:
+    bench = Bench(monkeypatch)
+    for number in range(rebalancer.MOST_WAITING + 2):
+        wanted = protocol.RebalanceWanted(number, force=False, dry_run=True)
+        bench.rebalancer.want(number % 2, wanted)
+    refused = [told[0] for told in bench.told]
+    assert all(each.decision is None and "others wait" in each.why for each in refused)
+    assert sum(map(len, bench.told)) == 2
+
+
 def test_what_users_ask_does_not_put_off_what_is_due(monkeypatch) -> None:
     bench = Bench(monkeypatch)
     for _ in range(5):
