@@ -131,7 +131,7 @@ def any_placement(test):
     return given_any(example(seed=1, empty=frozenset(), replicas=0.0, batches=uneven)(test))
 
 
-@settings(cluster_settings, max_examples=5)
+@settings(cluster_settings, max_examples=3)
 @any_placement
 def test_any_placement_gives_what_one_device_gives(
     three_servers: TestCluster, single, seed, empty, replicas, batches
