@@ -214,19 +214,16 @@ class _EngineMetrics(Collector):
             ("experts_migrated", "Experts loaded by migrations", board.experts_migrated),
         ):
             yield self._counter(name, text + ", on all servers", {(): value})
-        if (decision := board.last_decision) is not None and decision.gain is not None:
+        if (decision := board.last_decision) is not None:
             for name, text, value in (
-                (
-                    "present_seconds",
-                    "Seconds until the next decision as it is",
-                    decision.present_seconds,
-                ),
+                ("present_seconds", "Seconds to the next one as it is", decision.present_seconds),
                 ("expected_seconds", "Seconds as it would be", decision.expected_seconds),
                 ("migration_seconds", "Seconds of loading", decision.migration_seconds),
                 ("gain", "Share of the present seconds that is saved", decision.gain),
                 ("experts_moved", "Experts to load", decision.experts_moved),
             ):
-                yield self._gauge(f"placement_{name}", f"{text}, of the last decision", value)
+                if value is not None:
+                    yield self._gauge(f"placement_{name}", f"{text}, of the last decision", value)
 
     def _gauges(self, report: EngineReport) -> Iterable[Metric]:
         calls = report.calls_local + report.calls_remote
