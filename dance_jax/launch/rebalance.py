@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 
 from dance_jax.placement import migration
-from dance_jax.placement.core import Layout, Placement, spread
+from dance_jax.placement.core import Layout, Placement, Routes, spread
 from dance_jax.placement.cost import Cost, apart_share
 from dance_jax.placement.migration import HYSTERESIS, Batch
 from dance_jax.placement.policies import DEFAULT_POLICY, place, usable
@@ -96,32 +96,20 @@ def answer(question: Question) -> Answer:
     used = usable(question.policy, question.routes)
     if question.wanted is None and not any(map(len, question.routes)):
         return Answer(used, None, None, [])
-    old, present = question.layout, resident(question.layout)
+    present = resident(question.layout)
     fit, judge = migration.halves(question.routes)
     cost = _apart(question, present)
     if question.wanted is not None:
         used, found = "request", question.wanted
     else:
-        found = place(
-            used,
-            question.counts,
-            np.multiply(old.devices, old.slots_per_device),
-            routes=fit,
-            devices=old.devices,
-            cost=cost,
-            previous=present,
-            seed=question.seed,
-        )
-    new = spread(found, old.devices, old.slots_per_device, question.counts, previous=old)
-    steps = migration.batches(old, new, most_loads(question.expert_bytes))
+        found = _place(question, used, fit, cost)
     judged = (judge, cost, _weights(question.tokens))
+    steps = _steps(question, found)
     decision = migration.decide(
         migration.seconds_per_token(present, *judged),
         migration.seconds_per_token(found, *judged),
         tokens_expected=float(question.tokens.mean()),
-        migration_seconds=migration.migration_seconds(
-            [batch for batch, _ in steps], question.expert_bytes, question.read_rates
-        ),
+        migration_seconds=_loading_seconds(question, steps),
         experts_moved=found.moved(present),
         force=question.force,
         hysteresis=HYSTERESIS + 2 * migration.gain_error(present, found, *judged),
@@ -134,7 +122,44 @@ def answer(question: Question) -> Answer:
         candidate = found
         reason = "it pays, but the workload may still be changing"
         decision = dataclasses.replace(decision, migrate=False, reason=reason)
+    elif decision.migrate:
+        # That it pays is judged by tokens it was not fitted to; where to go, all tokens say better.
+        found = _place(question, used, question.routes, cost)
+        steps = _steps(question, found)
+        decision = dataclasses.replace(
+            decision,
+            migration_seconds=_loading_seconds(question, steps),
+            experts_moved=found.moved(present),
+        )
     return Answer(used, decision, candidate, steps)
+
+
+def _place(question: Question, policy: str, routes: Routes, cost: Cost) -> Placement:
+    """Where experts are best, of these tokens."""
+    old = question.layout
+    return place(
+        policy,
+        question.counts,
+        np.multiply(old.devices, old.slots_per_device),
+        routes=routes,
+        devices=old.devices,
+        cost=cost,
+        previous=resident(old),
+        seed=question.seed,
+    )
+
+
+def _steps(question: Question, found: Placement) -> list[tuple[Batch, Layout]]:
+    """How experts get there."""
+    old = question.layout
+    new = spread(found, old.devices, old.slots_per_device, question.counts, previous=old)
+    return migration.batches(old, new, most_loads(question.expert_bytes))
+
+
+def _loading_seconds(question: Question, steps: list[tuple[Batch, Layout]]) -> float:
+    return migration.migration_seconds(
+        [batch for batch, _ in steps], question.expert_bytes, question.read_rates
+    )
 
 
 def _apart(question: Question, present: Placement) -> Cost:
