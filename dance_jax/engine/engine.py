@@ -242,6 +242,8 @@ class Engine:
             batch = self._staging.take(number)
             self.runner.write_slots(batch.writes)
             self.runner.use_tables(batch.layout)
+        if self.config.half_life is None:  # what never fades is of the present placement alone
+            self._routes.clear()
 
     def _calls(self, counts_le: np.ndarray) -> tuple[int, int]:
         """Expert calls of this server's tokens, served here and elsewhere; of all calls."""

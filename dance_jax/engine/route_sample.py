@@ -45,10 +45,14 @@ class RouteSample:
         self._rate = decay_rate(half_life)
         self._routes = np.zeros((size, *shape), np.int16)
         self._request = np.zeros(size, np.int64)
+        self._rng = np.random.default_rng(seed)
+        self.clear()
+
+    def clear(self) -> None:
+        """Keeps none of the tokens so far."""
         #: (key, place in the array) of every token kept, the least key first.
         self._heap: list[tuple[float, int]] = []
-        self._free = list(range(size))[::-1]
-        self._rng = np.random.default_rng(seed)
+        self._free = list(range(len(self._routes)))[::-1]
 
     @property
     def wanted(self) -> bool:

@@ -137,6 +137,8 @@ class Rebalancer:
         #: Where experts move if it still pays when it is looked at again, until when at most.
         self._candidate: Placement | None = None
         self._patience = 0.0
+        #: Nothing is to move, by all that has been asked for.
+        self._stays = False
         self._waiting: collections.deque[_Wanted] = collections.deque()
         self._current = _Wanted(None, 0, False, False)
         self._stats: dict[int, bytes] = {}
@@ -228,6 +230,8 @@ class Rebalancer:
         self._doing, self._answer, self._number = _Doing.NOTHING, None, 0
         self._candidate = None
         self._workload.engines_died(self._clock())
+        if self._draining:  # nobody is left to be asked
+            self._save()
 
     def drain(self) -> None:
         """Moves nothing more, and keeps what is known by now."""
@@ -278,6 +282,11 @@ class Rebalancer:
             self._doing = _Doing.NOTHING
             self._refuse(self._current)
             self._save()
+            return
+        self._stays = self._stays and self._workload.idle
+        if self._stays and self._current.rank is None:
+            self._doing = _Doing.NOTHING
+            self._look_again(None)
             return
         statistics = self._workload.statistics(now)
         question = Question(
@@ -332,7 +341,8 @@ class Rebalancer:
         wanted = self._current
         if wanted.rank is None:  # what users ask does not put off what is due
             self._look_again(candidate)
-        if wanted.rank is not None:
+            self._stays = not decision.migrate and candidate is None
+        else:
             self._front.tell(wanted.rank, protocol.Decided(wanted.id, decision))
         self._front.notice("", in_words(decision, self._options.horizon_s))
         if decision.migrate and not decision.dry_run:
@@ -388,6 +398,7 @@ class Rebalancer:
         self.layout = moving.layout
         if moving.complete:
             self._migrations += 1
+            self._workload.migrated(self._clock())
             self._stop_moving()
             text = f"experts have moved: {moving.moved} loaded; placement {self._version}"
             self._front.notice("", text)

@@ -14,6 +14,9 @@ from dance_jax.launch.costs import Measured
 from dance_jax.models.links_cpu import Moved, seconds_per_byte
 from dance_jax.placement.decay import DecayedCounts
 
+#: Expert calls whose mean time says how long one takes.
+LEAST_CALLS = 1000
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Statistics:
@@ -45,32 +48,46 @@ class Workload:
         now: float,
     ) -> None:
         servers, layers, _ = shape
+        #: Nothing was computed between the last two times that engines were asked.
+        self.idle = False
+        self._shape, self._no_routes = shape, np.zeros((0, layers, k), np.int16)
         self._half_life_s = half_life_s
-        self._counts, self._tokens = DecayedCounts(half_life_s), DecayedCounts(half_life_s)
-        self._counts.add(np.zeros(shape), now)
-        self._tokens.add(np.zeros(servers), now)
-        #: Samples of engines that are gone, which fill up those of the present ones; since when.
-        self._old_routes = [np.zeros((0, layers, k), np.int16)] * servers
-        self._old_since = now
-        self._routes = list(self._old_routes)
         self._forget()
-        #: Hidden states of all servers, and through the busiest link of each layer.
-        self._rows = DecayedCounts(half_life_s)
-        self._rows.add(np.zeros(2), now)
         self._measured = [Measured()] * servers
-        self.engines_began(now)
+        self._begin_counts(now)
         if before is not None:
             self._old_routes = list(before.routes)
             self._routes = list(before.routes)
             self._counts.add(before.counts, now)
 
+    def _begin_counts(self, now: float) -> None:
+        """Nothing is known of what users ask for."""
+        servers = self._shape[0]
+        #: Expert calls; tokens; hidden states of all servers, and through the busiest link of each
+        #: layer.
+        self._counts, self._tokens, self._rows = (
+            DecayedCounts(self._half_life_s) for _ in range(3)
+        )
+        self._counts.add(np.zeros(self._shape), now)
+        self._tokens.add(np.zeros(servers), now)
+        self._rows.add(np.zeros(2), now)
+        #: Samples of engines that are gone, which fill up those of the present ones; since when.
+        self._old_routes, self._old_since = [self._no_routes] * servers, now
+        self._routes = list(self._old_routes)
+        self.engines_began(now)
+
     def engines_began(self, now: float) -> None:
         """The first ones: nobody could ask for anything before."""
         self._begin = self._asked = now
 
+    def migrated(self, now: float) -> None:
+        """Experts are where they are best: what never fades accumulates anew (arXiv:2508.12851)."""
+        if self._half_life_s is None:
+            self._begin_counts(now)
+
     def _forget(self) -> None:
         """What the present engines had counted when they were asked last."""
-        servers = len(self._old_routes)
+        servers = self._shape[0]
         self._counted: np.ndarray | float = 0.0
         self._computed: np.ndarray | float = 0.0
         self._sent: np.ndarray | float = 0.0
@@ -98,6 +115,7 @@ class Workload:
         found = [msgspec.msgpack.decode(each, type=EngineStats) for each in stats]
         counts_nle = np.array([each.counts for each in found], np.float64)
         tokens_n = np.array([each.tokens for each in found], np.float64)
+        self.idle = bool((tokens_n == self._computed).all())
         new_nle = counts_nle - self._counted
         # Counters on the devices have 32 bits.
         self._counts.add(share * (new_nle + (new_nle < 0) * 2.0**32), now)
@@ -162,5 +180,7 @@ class _Costs:
             if found is not None:
                 byte_s = found
                 break
-        call_s = (self.expert_seconds - before.expert_seconds) / calls if calls else known.call_s
+        call_s = known.call_s
+        if calls >= LEAST_CALLS:
+            call_s = (self.expert_seconds - before.expert_seconds) / calls
         return Measured(byte_s, call_s)

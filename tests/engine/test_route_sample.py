@@ -122,3 +122,12 @@ def test_few_tokens_fade_too() -> None:
     share = 0.5 ** np.arange(7, -1, -1)
     assert left[7] == 2000
     assert (np.abs(left - 2000 * share) <= 4 * np.sqrt(2000 * share * (1 - share))).all()
+
+
+def test_a_cleared_sample_is_as_new() -> None:
+    sample = RouteSample(4, (1, 1))
+    sample.add(np.full((9, 1, 1), 1))
+    sample.clear()
+    assert len(sample.kept) == 0
+    sample.add(np.full((9, 1, 1), 2))
+    assert sample.kept.ravel().tolist() == [2] * 4
