@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
 import json
 import os
 import pathlib
-import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 # Run as a script, only this folder would be searched.
@@ -22,21 +20,25 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 # This process computes placements and nothing else.
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-from benchmarks.arguments import count
+from rich.console import Console
+
+from benchmarks.arguments import add_check, add_folder, check_folder, count, list_of
+from benchmarks.command import EXAMPLES, exit_code, terminal, verdict
 from benchmarks.layers import measure, plots
 from benchmarks.layers.measure import Cell, Grid, Variant
 from benchmarks.layers.routes import Sizes
-from benchmarks.layers.servers import ROOT, ServerError, Servers, joined
+from benchmarks.layers.servers import ServerError, Servers, joined
 from benchmarks.layers.targets import DECODE, HALVED, targets
 from benchmarks.layers.texts import WIRE_DTYPES, read_texts
-from benchmarks.namespaces import Testbed, down, hosts_like, parse_rate, show_rate
-from benchmarks.namespaces.cores import MODES, QUOTA, describe
+from benchmarks.namespaces import Testbed, hosts_like, parse_rate, show_rate
+from benchmarks.namespaces.temporary import add_testbed, testbed
 from benchmarks.targets import Target
 from dance_jax.config import UserError
 from dance_jax.launch.defaults import demo_dir
 from dance_jax.models.config import ModelConfig
 
-MISSED, WRONG, INTERRUPTED = 1, 2, 130
+#: Columns of the terminal, where it does not say.
+WIDTH = 110
 SOCKETS = "sockets"
 TRANSPORTS = (SOCKETS, "collectives")
 #: Delays of the links, each way, and the seconds in which idle bytes are counted.
@@ -69,9 +71,9 @@ def parser() -> argparse.ArgumentParser:
         description="The exchange of a MoE layer, measured on a testbed. Root, Linux.",
     )
     add = parser.add_argument
-    add("--rates", type=_list_of(parse_rate), help="of the links, e.g. 20Mbps,none")
-    add("--tokens", type=_list_of(count), help="per device, e.g. 1,8,256")
-    add("--local-shares", type=_list_of(_share), help="of tokens, from 0 to 1")
+    add("--rates", type=list_of(parse_rate), help="of the links, e.g. 20Mbps,none")
+    add("--tokens", type=list_of(count), help="per device, e.g. 1,8,256")
+    add("--local-shares", type=list_of(_share), help="of tokens, from 0 to 1")
     add("--layers", type=count, default=demo.layers, help="MoE layers of a step (%(default)s)")
     add("--repeat", type=count, help="steps of a cell at most")
     add("--seconds", type=float, help="of a cell, about")
@@ -83,11 +85,10 @@ def parser() -> argparse.ArgumentParser:
     add("--transport", choices=(*TRANSPORTS, "both"), default=SOCKETS)
     add("--tasks", type=pathlib.Path, help="directory of JSON Lines with texts (examples/tasks)")
     add("--text-bytes", type=count, help="of text, about")
-    add("--cores", choices=MODES, default=QUOTA, help="of the hosts (%(default)s)")
-    add("--name", default="exchange", help="of the testbed that is made (%(default)s)")
-    add("--output", type=pathlib.Path, help="directory for result.json and the plots")
+    add_testbed(parser, "exchange")
+    add_folder(parser)
     add("--quick", action="store_true", help="a small grid")
-    add("--check", action="store_true", help="exit code 1 if a target is missed")
+    add_check(parser)
     return parser
 
 
@@ -99,10 +100,6 @@ class Demo:
         self.hidden, self.width = config.hidden_size, config.expert_width
         self.experts, self.top_k = config.num_experts, config.top_k
         self.layers = len(config.moe_layers)
-
-
-def _list_of(one: Callable[[str], Any]) -> Callable[[str], list[Any]]:
-    return lambda text: [one(word) for word in text.split(",")]
 
 
 def _share(text: str) -> float:
@@ -117,48 +114,33 @@ def _share(text: str) -> float:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the benchmark; returns its exit code."""
-    options = parser().parse_args(arguments)
+    options, console = parser().parse_args(arguments), terminal(WIDTH)
     for key, value in (QUICK if options.quick else FULL).items():
         if getattr(options, key) is None:
             setattr(options, key, value)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
-    try:
-        found = run(options)
-    except ServerError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return MISSED
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return WRONG
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    print("\nTargets")
-    for target in found:
-        print(target.line())
-    return MISSED if options.check and any(target.missed for target in found) else 0
+
+    def work() -> int:
+        return verdict(console, run(options, console), options.check)
+
+    return exit_code(work, ServerError)
 
 
-def run(options: argparse.Namespace) -> list[Target]:
+def run(options: argparse.Namespace, console: Console) -> list[Target]:
     """Measures on a testbed that is removed whatever happens; writes the results."""
-    hosts = hosts_like((ROOT / "examples" / "hosts.txt").read_text())
-    directory = options.tasks or ROOT / "examples" / "tasks"
+    hosts = hosts_like((EXAMPLES / "hosts.txt").read_text())
+    directory = options.tasks or EXAMPLES / "tasks"
     pattern = "*.jsonl" if options.tasks else "*.heldout.jsonl"
     texts = read_texts(sorted(directory.glob(pattern)), options.text_bytes)
     devices = tuple(host.devices for host in hosts)
     values = (options.hidden, options.width, options.experts, options.top_k, options.layers)
     sizes = Sizes(*values, devices)
-    if options.output is not None:
-        if importlib.util.find_spec("matplotlib") is None:
-            raise UserError("--output: the plots need matplotlib: pip install 'dance-jax[bench]'")
-        options.output.mkdir(parents=True, exist_ok=True)
-    bed = Testbed.up(options.name, hosts, None, options.cores)
-    try:
-        print(describe(bed.hosts.values(), bed.cores), flush=True)
-        with tempfile.TemporaryDirectory(prefix="dance-jax-exchange-") as work:
-            result = measure_all(options, bed, sizes, texts, pathlib.Path(work))
-    finally:
-        down(options.name)
+    check_folder(options)
+    with (
+        testbed(options.name, hosts, None, options.cores, console) as bed,
+        tempfile.TemporaryDirectory(prefix="dance-jax-exchange-") as work,
+    ):
+        result = measure_all(options, bed, sizes, texts, pathlib.Path(work))
+    console.print()
     found = targets(result)
     if options.output is not None:
         write(options.output, result, found)

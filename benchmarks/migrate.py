@@ -6,10 +6,8 @@ What is measured, and how, is said in benchmarks/shifting.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import pathlib
-import signal
 import sys
 import tempfile
 
@@ -20,27 +18,33 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 from rich.console import Console
 
-from benchmarks.arguments import count, count_or_0, positive
-from benchmarks.namespaces import Testbed, parse_rate
-from benchmarks.namespaces.cores import MODES, QUOTA
+from benchmarks.arguments import (
+    add_results,
+    add_seed,
+    add_service,
+    add_users,
+    check_results,
+    positive,
+    some_of,
+)
+from benchmarks.command import EXAMPLES, exit_code, terminal, verdict
+from benchmarks.live.places import Place
+from benchmarks.live.tasks import Askers, Task, read_task
+from benchmarks.namespaces import Testbed, hosts_like, parse_rate
+from benchmarks.namespaces.temporary import add_bed, add_testbed, again_on, testbed
 from benchmarks.serving.cluster import ClusterError
 from benchmarks.serving.http import HttpError
 from benchmarks.serving.report import write_json
 from benchmarks.shifting import plots, runs, tables
-from benchmarks.shifting.places import Place, again_on, testbed
 from benchmarks.shifting.results import Results, plain
 from benchmarks.shifting.runs import INTERVALS, SECTIONS, Setting
-from benchmarks.shifting.tasks import Askers, Task, read_task
-from benchmarks.targets import Target, chosen_sections
+from benchmarks.targets import Target
 from dance_jax.config import UserError
 from dance_jax.launch.defaults import demo_dir, engine_config
 from dance_jax.launch.hosts import read_hosts
-from dance_jax.launch.prompts import check_writable
 from dance_jax.models.hf import read_config
 from dance_jax.models.tokenizer import Tokenizer
 
-MISSED, WRONG, INTERRUPTED = 1, 2, 130
-EXAMPLES = pathlib.Path(__file__).resolve().parents[1] / "examples"
 #: Columns of the terminal, where it does not say.
 WIDTH = 120
 
@@ -55,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--hosts", type=pathlib.Path, help="servers of this machine (examples/hosts.txt)")
-    add("--model", type=pathlib.Path, metavar="DIR", help="(the demo)")
+    add_service(parser)
     add(
         "--links",
         type=parse_rate,
@@ -63,8 +67,8 @@ def parser() -> argparse.ArgumentParser:
         help="run on a testbed with links of this rate, e.g. 20Mbps (root, Linux); without it on "
         "this machine, where links cost nothing",
     )
-    add("--cores", choices=MODES, default=QUOTA, help="of the testbed's hosts (%(default)s)")
-    add("--name", default="migrate", help="of the testbed that is made (%(default)s)")
+    add_testbed(parser, "migrate")
+    add_bed(parser)
     add(
         "--tasks",
         type=pathlib.Path,
@@ -72,58 +76,34 @@ def parser() -> argparse.ArgumentParser:
         help="*.jsonl with prompts: the first files are what each server's users ask before the "
         "shift, the next ones after it (examples/tasks)",
     )
-    add("--requests", type=count, default=200, help="of each server, before and after the shift")
-    add("--rate", type=positive, default=0.6, help="of each server, requests/s (%(default)s)")
-    add("--max-tokens", type=count, default=64, help="of an answer at most (%(default)s)")
+    add_users(parser, 200, "of each server, before and after the shift")
     add(
         "--interval",
         type=positive,
         metavar="S",
         help=f"from one decision to the next (a {INTERVALS}th of a phase)",
     )
-    add("--seed", type=count_or_0, default=0, help="of arrivals and texts (%(default)s)")
-    add("--sections", type=_sections, default=SECTIONS, metavar="A,B", help=", ".join(SECTIONS))
-    add("--check", action="store_true", help="exit code 1 if a target is missed")
-    add("--output", type=pathlib.Path, metavar="JSON")
-    add("--plot", type=pathlib.Path, metavar="PNG")
-    # This program again, inside a testbed that is up.
-    add("--bed", help=argparse.SUPPRESS)
-    add("launch", nargs="*", help=argparse.SUPPRESS)
+    add_seed(parser, "of arrivals and texts")
+    sections = ", ".join(SECTIONS)
+    add("--sections", type=some_of(SECTIONS), default=SECTIONS, metavar="A,B", help=sections)
+    add_results(parser)
     return parser
-
-
-def _sections(text: str) -> tuple[str, ...]:
-    return chosen_sections(text, SECTIONS)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the benchmark; returns its exit code."""
     words = sys.argv[1:] if arguments is None else arguments
-    options = parser().parse_args(words)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = WIDTH
-    try:
+    options, console = parser().parse_args(words), terminal(WIDTH)
+
+    def work() -> int:
         check(options)
         if options.links is not None and options.bed is None:
-            text = options.hosts.read_text()
-            with testbed(options.name, text, options.links, options.cores, console) as bed:
+            hosts = hosts_like(options.hosts.read_text())
+            with testbed(options.name, hosts, options.links, options.cores, console) as bed:
                 return again_on(bed, __file__, words)
-        found = measure(options, console)
-    except (ClusterError, HttpError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return MISSED
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return WRONG
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    console.print("Targets")
-    for target in found:
-        console.print(target.line(), markup=False, soft_wrap=True)
-    return MISSED if options.check and any(target.missed for target in found) else 0
+        return verdict(console, measure(options, console), options.check)
+
+    return exit_code(work, ClusterError, HttpError)
 
 
 def check(options: argparse.Namespace) -> None:
@@ -140,11 +120,7 @@ def check(options: argparse.Namespace) -> None:
     if len(spec.servers) < 2:
         raise UserError(f"{options.hosts}: nothing moves on one server")
     phases(options, len(spec.servers))
-    if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
-        raise UserError("--plot needs matplotlib: pip install 'dance-jax[bench]'")
-    for name in ("output", "plot"):
-        if (path := getattr(options, name)) is not None:
-            check_writable(path, f"--{name}")
+    check_results(options)
 
 
 def phases(options: argparse.Namespace, servers: int) -> tuple[tuple[Task, ...], tuple[Task, ...]]:

@@ -8,10 +8,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import dataclasses
-import importlib.util
 import os
 import pathlib
-import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -24,33 +22,40 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import numpy as np
 from rich.console import Console
 
-from benchmarks.arguments import count, count_or_0, positive
+from benchmarks.arguments import (
+    add_results,
+    add_seed,
+    add_service,
+    add_users,
+    check_results,
+    count,
+    list_of,
+    positive,
+)
+from benchmarks.command import EXAMPLES, exit_code, terminal, verdict
 from benchmarks.evaluation import report
 from benchmarks.evaluation.cells import Cell, cell_of
 from benchmarks.evaluation.predict import Measured, predicted, speeds, work_of
 from benchmarks.evaluation.workloads import Workload, hosts_text, placed, read_workloads
-from benchmarks.namespaces import Testbed, parse_rate, show_rate
-from benchmarks.namespaces.cores import MODES, QUOTA
+from benchmarks.live.places import Place, count_activations
+from benchmarks.live.tasks import LONGEST_SALT, Askers, write_fit
+from benchmarks.live.watch import load, put
+from benchmarks.namespaces import Testbed, hosts_like, parse_rate, show_rate
+from benchmarks.namespaces.temporary import add_bed, add_testbed, again_on, testbed
 from benchmarks.serving.client import Api
 from benchmarks.serving.cluster import ClusterError
 from benchmarks.serving.http import HttpError
 from benchmarks.serving.report import write_json
 from benchmarks.serving.setting import progress
-from benchmarks.shifting.places import Place, again_on, count_activations, testbed
-from benchmarks.shifting.tasks import LONGEST_SALT, Askers, write_fit
-from benchmarks.shifting.watch import load, put
 from dance_jax.config import ClusterSpec, EngineConfig, UserError
 from dance_jax.launch.costs import cluster_cost, state_bytes
 from dance_jax.launch.defaults import demo_dir, engine_config
-from dance_jax.launch.prompts import check_writable
 from dance_jax.models.config import ModelConfig
 from dance_jax.models.hf import read_config
 from dance_jax.models.tokenizer import Tokenizer
 from dance_jax.placement import POLICIES, Activations, Cost
 from dance_jax.placement.simulate import Model
 
-MISSED, WRONG, INTERRUPTED = 1, 2, 130
-EXAMPLES = pathlib.Path(__file__).resolve().parents[1] / "examples" / "tasks"
 #: All of the paper's and ours; the first one shows what a call costs.
 MATRIX = ("uniform", "redundance", "smartmoe", "eplb", "dance", "optimal", "latency")
 #: Prompts of each server, and tokens of each answer, that placements are fitted to.
@@ -69,74 +74,49 @@ def parser() -> argparse.ArgumentParser:
         epilog="What follows -- goes to dance_jax.launch, e.g. -- --max-num-seqs 8",
     )
     add = parser.add_argument
-    add("--model", type=pathlib.Path, metavar="DIR", help="(the demo)")
+    add_service(parser)
     add("--memory", type=positive, default=1.32, help="experts that fit, of all (%(default)s)")
     add("--tasks", type=pathlib.Path, metavar="DIR", help="*.jsonl with prompts (examples/tasks)")
-    add("--workloads", type=_words, metavar="A,B", help="(all)")
+    add("--workloads", type=list_of(str), metavar="A,B", help="(all)")
     add(
         "--links",
-        type=lambda text: [parse_rate(word) for word in text.split(",")],
+        type=list_of(parse_rate),
         default=[20_000_000],
         metavar="RATES",
         help="one after another, e.g. 500Mbps,100Mbps,20Mbps (20Mbps)",
     )
-    add("--policies", type=_policies, default=MATRIX, metavar="A,B", help=", ".join(MATRIX))
+    policies = ", ".join(MATRIX)
+    add("--policies", type=list_of(_policy), default=MATRIX, metavar="A,B", help=policies)
     add("--seeds", type=count, default=3, help="runs of each policy (%(default)s)")
-    add("--seed", type=count_or_0, default=0, help="the first one (%(default)s)")
-    add("--requests", type=count, default=60, help="of each server in a run (%(default)s)")
-    add("--rate", type=positive, default=0.6, help="of each server, requests/s (%(default)s)")
-    add("--max-tokens", type=count, default=64, help="of an answer at most (%(default)s)")
-    add("--cores", choices=MODES, default=QUOTA, help="of the hosts (%(default)s)")
-    add("--name", default="paper", help="of the testbed that is made (%(default)s)")
-    add("--check", action="store_true", help="exit code 1 if a target is missed")
-    add("--output", type=pathlib.Path, metavar="JSON")
-    add("--plot", type=pathlib.Path, metavar="PNG")
-    # This program again, inside a testbed that is up.
-    add("--bed", help=argparse.SUPPRESS)
-    add("launch", nargs="*", help=argparse.SUPPRESS)
+    add_seed(parser, "the first one")
+    add_users(parser, 60, "of each server in a run")
+    add_testbed(parser, "paper")
+    add_bed(parser)
+    add_results(parser)
     return parser
 
 
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(text.split(","))
-
-
-def _policies(text: str) -> tuple[str, ...]:
-    for word in _words(text):
-        if word not in POLICIES:
-            raise argparse.ArgumentTypeError(f"no policy {word!r}; there are {', '.join(POLICIES)}")
-    return _words(text)
+def _policy(word: str) -> str:
+    if word not in POLICIES:
+        raise argparse.ArgumentTypeError(f"no policy {word!r}; there are {', '.join(POLICIES)}")
+    return word
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the benchmark; returns its exit code."""
     words = sys.argv[1:] if arguments is None else arguments
-    options = parser().parse_args(words)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = WIDTH
-    try:
+    options, console = parser().parse_args(words), terminal(WIDTH)
+
+    def evaluate() -> int:
         work = check(options)
         if options.bed is None:
-            text = hosts_text(work.experts, options.memory)
-            with testbed(options.name, text, options.links[0], options.cores, console) as bed:
+            hosts = hosts_like(hosts_text(work.experts, options.memory))
+            with testbed(options.name, hosts, options.links[0], options.cores, console) as bed:
                 return again_on(bed, __file__, words)
         cells = Evaluation(options, work, Testbed.load(options.bed), console).run()
-    except (ClusterError, HttpError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return MISSED
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return WRONG
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    found = report.targets(cells)
-    console.print("Targets")
-    for target in found:
-        console.print(target.line(), markup=False, soft_wrap=True)
-    return MISSED if options.check and any(target.missed for target in found) else 0
+        return verdict(console, report.targets(cells), options.check)
+
+    return exit_code(evaluate, ClusterError, HttpError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,18 +140,14 @@ def check(options: argparse.Namespace) -> Work:
         UserError: something is missing, or a result cannot be written.
     """
     directory = options.model or demo_dir()
-    workloads = read_workloads(options.tasks, EXAMPLES)
+    workloads = read_workloads(options.tasks, EXAMPLES / "tasks")
     if options.workloads is not None:
         names = [workload.name for workload in workloads]
         for name in options.workloads:
             if name not in names:
                 raise UserError(f"--workloads: no {name!r}; there are {', '.join(names)}")
         workloads = [each for each in workloads if each.name in options.workloads]
-    if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
-        raise UserError("--plot needs matplotlib: pip install 'dance-jax[bench]'")
-    for name in ("output", "plot"):
-        if (path := getattr(options, name)) is not None:
-            check_writable(path, f"--{name}")
+    check_results(options)
     model = read_config(directory)
     return Work(directory, model, engine_config(model), workloads)
 

@@ -14,12 +14,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
 import json
 import os
 import pathlib
 import sys
-import tempfile
 from collections.abc import Iterable
 from typing import Any
 
@@ -31,14 +29,14 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 from rich.console import Console
 
+from benchmarks.arguments import add_check, add_folder, check_folder, some_of
+from benchmarks.command import exit_code, say, terminal, verdict
 from benchmarks.policies import churn, figures, plots, setups, speed, tables, traces
 from benchmarks.policies.setups import Setup
 from benchmarks.policies.targets import Results, targets
-from benchmarks.targets import Target, chosen_sections
-from dance_jax.config import UserError
+from benchmarks.targets import Target
 from dance_jax.placement import POLICIES
 
-MISSED, WRONG, INTERRUPTED = 1, 2, 130
 SECTIONS = ("reference", "counts", "memory", "servers", "churn", "speed")
 QUICK = ("reference", "counts")
 #: Columns of the terminal, where it does not say.
@@ -52,13 +50,15 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = parser.add_argument
-    add("--traces", type=pathlib.Path, metavar="DIR", help="directory of measured traces")
-    add("--output", type=pathlib.Path, metavar="DIR", help="for result.json and the plots")
-    add("--check", action="store_true", help="exit code 1 if a target is missed")
+    parser.add_argument(
+        "--traces", type=pathlib.Path, metavar="DIR", help="directory of measured traces"
+    )
+    add_folder(parser)
+    add_check(parser)
     which = parser.add_mutually_exclusive_group()
+    sections = ", ".join(SECTIONS)
     which.add_argument(
-        "--sections", type=_sections, default=SECTIONS, metavar="A,B", help=", ".join(SECTIONS)
+        "--sections", type=some_of(SECTIONS), default=SECTIONS, metavar="A,B", help=sections
     )
     which.add_argument(
         "--quick",
@@ -70,27 +70,10 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _sections(text: str) -> tuple[str, ...]:
-    return chosen_sections(text, SECTIONS)
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Runs the benchmark; returns its exit code."""
-    options = parser().parse_args(arguments)
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = WIDTH
-    try:
-        found = run(options, console)
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return WRONG
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    console.print("Targets")
-    for target in found:
-        console.print(target.line(), markup=False, soft_wrap=True)
-    return MISSED if options.check and any(target.missed for target in found) else 0
+    options, console = parser().parse_args(arguments), terminal(WIDTH)
+    return exit_code(lambda: verdict(console, run(options, console), options.check))
 
 
 def run(options: argparse.Namespace, console: Console) -> list[Target]:
@@ -99,8 +82,7 @@ def run(options: argparse.Namespace, console: Console) -> list[Target]:
         trace, models = traces.synthetic_trace(), []
     else:
         trace, models = traces.read_trace(options.traces), traces.read_counts(options.traces)
-    if options.output is not None:
-        _check_output(options.output)
+    check_folder(options)
     console.print(f"{os.cpu_count()} cores, jax {jax.__version__}, {jax.default_backend()}")
     results = Results()
     for section in options.sections:
@@ -120,15 +102,15 @@ def measure(
 ) -> None:
     """One section: adds to the results and prints them."""
     if section == "churn":
-        results.churn = churn.measure_churn(setups.reference(trace), POLICIES, _say)
+        results.churn = churn.measure_churn(setups.reference(trace), POLICIES, say)
         tables.print_churn(console, results.churn)
     elif section == "speed":
-        results.speed = speed.measure_speed(speed.cases(POLICIES), _say)
+        results.speed = speed.measure_speed(speed.cases(POLICIES), say)
         tables.print_speed(console, results.speed)
     else:
         results.tables[section] = []
         for setup in setups_of(section, trace, models):
-            table = figures.measure(setup, POLICIES, _say)
+            table = figures.measure(setup, POLICIES, say)
             results.tables[section].append(table)
             tables.print_table(console, table)
             alone = setup.test is None
@@ -149,22 +131,6 @@ def setups_of(
     if section == "counts":
         return setups.counts_alone(trace, models)
     return setups.memories(trace) if section == "memory" else setups.more_servers(trace)
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def _check_output(directory: pathlib.Path) -> None:
-    """Before minutes of measuring: matplotlib is there, and files can be made."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UserError("--output: the plots need matplotlib: pip install 'dance-jax[bench]'")
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
-            pass
-    except OSError as error:
-        raise UserError(f"--output: {directory} cannot be written to: {error.strerror}") from error
 
 
 def write(directory: pathlib.Path, results: Results, found: list[Target]) -> None:

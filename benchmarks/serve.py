@@ -8,10 +8,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import importlib.util
 import os
 import pathlib
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +22,17 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 from rich.console import Console
 
-from benchmarks.arguments import count, count_or_0, positive
+from benchmarks.arguments import (
+    add_results,
+    add_seed,
+    add_service,
+    check_module,
+    check_results,
+    count,
+    positive,
+    some_of,
+)
+from benchmarks.command import EXAMPLES, exit_code, terminal, verdict
 from benchmarks.serving import (
     arrivals,
     cluster,
@@ -46,15 +54,13 @@ from benchmarks.serving.report import SECTIONS, Results
 from benchmarks.serving.setting import Setting, failures
 from benchmarks.serving.texts import read_texts, task_files
 from benchmarks.serving.workload import calls_of_prompts, calls_of_texts
-from benchmarks.targets import Target, chosen_sections
+from benchmarks.targets import Target
 from dance_jax.config import ClusterSpec, ServerSpec, UserError
 from dance_jax.launch.defaults import DEFAULT_NUM_SEQS, demo_dir
 from dance_jax.launch.hosts import read_hosts
-from dance_jax.launch.prompts import check_writable, read_prompts
+from dance_jax.launch.prompts import read_prompts
 from dance_jax.models.tokenizer import Tokenizer
 
-MISSED, WRONG, INTERRUPTED = 1, 2, 130
-EXAMPLES = pathlib.Path(__file__).resolve().parents[1] / "examples"
 #: Without --tasks: what the users of the demo's servers ask, as in examples/prompts.jsonl.
 DEMO_TASKS = [
     EXAMPLES / "tasks" / f"{name}.heldout.jsonl" for name in ("code", "english", "german")
@@ -78,7 +84,7 @@ def parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--hosts", type=pathlib.Path, help="of the cluster that is started (examples/hosts.txt)")
     add("--url", nargs="+", metavar="URL", help="of servers that are there already, in order")
-    add("--model", type=pathlib.Path, metavar="DIR", help="(the demo)")
+    add_service(parser)
     add(
         "--max-num-seqs",
         type=count,
@@ -104,42 +110,20 @@ def parser() -> argparse.ArgumentParser:
     add("--requests", type=count, help=f"of all servers ({REQUESTS}); in soak {SOAK_REQUESTS}")
     add("--duration", type=positive, help=f"of arrivals, seconds; in static {WINDOW_S:g} a rate")
     add("--max-tokens", type=count, help=f"of an answer at most ({MAX_TOKENS})")
-    add("--seed", type=count_or_0, default=0, help="of arrivals, lengths and texts (%(default)s)")
-    add("--sections", type=_sections, metavar="A,B", help=f"{', '.join(SECTIONS)}")
-    add("--check", action="store_true", help="exit code 1 if a target is missed")
-    add("--output", type=pathlib.Path, metavar="JSON")
-    add("--plot", type=pathlib.Path, metavar="PNG")
-    add("launch", nargs="*", help=argparse.SUPPRESS)
+    add_seed(parser, "of arrivals, lengths and texts")
+    add("--sections", type=some_of(SECTIONS), metavar="A,B", help=", ".join(SECTIONS))
+    add_results(parser)
     return parser
-
-
-def _sections(text: str) -> tuple[str, ...]:
-    return chosen_sections(text, SECTIONS)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the benchmark; returns its exit code."""
-    options = parser().parse_args(arguments)
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = WIDTH
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
-    try:
-        found = run(options, console)
-    except (ClusterError, HttpError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return MISSED
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return WRONG
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    if found:
-        console.print("Targets")
-    for target in found:
-        console.print(target.line(), markup=False, soft_wrap=True)
-    return MISSED if options.check and any(target.missed for target in found) else 0
+    options, console = parser().parse_args(arguments), terminal(WIDTH)
+
+    def work() -> int:
+        return verdict(console, run(options, console), options.check)
+
+    return exit_code(work, ClusterError, HttpError)
 
 
 def run(options: argparse.Namespace, console: Console) -> list[Target]:
@@ -212,14 +196,9 @@ def check(options: argparse.Namespace) -> None:
             raise UserError("static: with --url give --hosts too: what runs at once depends on it")
     if options.url and options.launch:
         raise UserError(f"{options.launch[0]}: with --url nothing is launched")
-    needed = {"soak": "psutil"} if "soak" in (options.sections or ()) else {}
-    needed |= {"--plot": "matplotlib"} if options.plot else {}
-    for what, module in needed.items():
-        if importlib.util.find_spec(module) is None:
-            raise UserError(f"{what} needs {module}: pip install 'dance-jax[bench]'")
-    for name in ("output", "plot"):
-        if (path := getattr(options, name)) is not None:
-            check_writable(path, f"--{name}")
+    if "soak" in (options.sections or ()):
+        check_module("psutil", "soak")
+    check_results(options)
 
 
 def servers_of(options: argparse.Namespace) -> ClusterSpec:

@@ -13,15 +13,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
 import json
 import math
 import os
 import pathlib
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 # Run as a script, only this folder would be searched.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
@@ -32,13 +30,13 @@ from rich.console import Console
 
 import benchmarks.simulation
 import dance_jax.placement.simulate
+from benchmarks.arguments import add_folder, add_seed, check_folder, some_of
+from benchmarks.command import exit_code, say, terminal
 from benchmarks.simulation import clusters, plots, runs, tables
 from benchmarks.simulation.runs import Run, Sweep
-from benchmarks.targets import chosen_sections
 from dance_jax.config import UserError
 from dance_jax.placement import POLICIES
 
-WRONG, INTERRUPTED = 2, 130
 SECTIONS = ("parts", "recorded", "sweep")
 #: Columns of the terminal, where it does not say.
 WIDTH = 130
@@ -52,24 +50,25 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add, swept = parser.add_argument, Sweep()
+    policies = some_of(tuple(POLICIES), "policy")
     add("--traces", type=pathlib.Path, metavar="DIR", help="directory of measured traces")
-    add("--output", type=pathlib.Path, metavar="DIR", help="for result.json and the plots")
+    add_folder(parser)
     add(
         "--sections",
-        type=lambda text: chosen_sections(text, SECTIONS),
+        type=some_of(SECTIONS),
         metavar="A,B",
         help=f"{', '.join(SECTIONS)} (default: all; recorded only with --traces)",
     )
     add(
         "--policies",
-        type=_policies,
+        type=policies,
         default=tuple(POLICIES),
         metavar="A,B",
         help="of parts and recorded (default: all)",
     )
     add(
         "--sweep-policies",
-        type=_policies,
+        type=policies,
         default=swept.policies,
         metavar="A,B",
         help=f"of the sweep ({','.join(swept.policies)})",
@@ -90,12 +89,8 @@ def parser() -> argparse.ArgumentParser:
         metavar="X,Y",
         help="of the sweep: mean seconds between two requests of a server (8,10,15)",
     )
-    add("--seed", type=_seed, default=0, help="of tasks, requests and policies (%(default)s)")
+    add_seed(parser, "of tasks, requests and policies")
     return parser
-
-
-def _policies(text: str) -> tuple[str, ...]:
-    return chosen_sections(text, tuple(POLICIES))
 
 
 def _positive(text: str) -> tuple[float, ...]:
@@ -124,33 +119,21 @@ def _devices(text: str) -> tuple[int, ...]:
     return tuple(int(number) for number in numbers)
 
 
-def _seed(text: str) -> int:
-    if not text.isascii() or not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 0")
-    return int(text)
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Runs the benchmark; returns its exit code."""
     options = parser().parse_args(arguments)
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = WIDTH
-    try:
-        run(options, console)
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return WRONG
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    return 0
+
+    def work() -> int:
+        run(options, terminal(WIDTH))
+        return 0
+
+    return exit_code(work)
 
 
 def run(options: argparse.Namespace, console: Console) -> None:
     """Simulates the sections, printed as they come; writes the results."""
     sections = _sections(options)
-    if options.output is not None:
-        _check_output(options.output)
+    check_folder(options)
     console.print(assumptions(), markup=False)
     found: list[Run] = []
     for section in sections:
@@ -179,17 +162,12 @@ def _sections(options: argparse.Namespace) -> tuple[str, ...]:
 
 
 def _runs(section: str, options: argparse.Namespace) -> Iterable[Run]:
-    say: Callable[[str], None] = _say
     if section == "parts":
         return runs.parts(options.policies, options.seed, say)
     if section == "recorded":
         return runs.recorded(options.traces, options.policies, options.seed, say)
     what = Sweep(options.devices, options.bandwidths, options.intervals, options.sweep_policies)
     return runs.sweep(what, options.seed, say)
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def _print(console: Console, section: str, measured: list[Run]) -> None:
@@ -199,18 +177,6 @@ def _print(console: Console, section: str, measured: list[Run]) -> None:
     for workload in dict.fromkeys(run.workload for run in measured):
         own = [run for run in measured if run.workload == workload]
         tables.print_ways(console, f"{section}, {workload}", own)
-
-
-def _check_output(directory: pathlib.Path) -> None:
-    """Before minutes of simulating: matplotlib is there, and files can be made."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UserError("--output: the plots need matplotlib: pip install 'dance-jax[bench]'")
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
-            pass
-    except OSError as error:
-        raise UserError(f"--output: {directory} cannot be written to: {error.strerror}") from error
 
 
 def write(directory: pathlib.Path, found: list[Run]) -> None:

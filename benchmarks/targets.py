@@ -1,10 +1,9 @@
-"""Figures that have to be reached, whether they are, and the sections that measure them."""
+"""Figures that have to be reached, and whether they are."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,12 +38,3 @@ class Target:
 
 def _short(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
-
-
-def chosen_sections(text: str, known: Sequence[str]) -> tuple[str, ...]:
-    """A comma-separated list of sections, for argparse; in the order of `known`."""
-    words = text.split(",")
-    for word in words:
-        if word not in known:
-            raise argparse.ArgumentTypeError(f"no section {word!r}; there are {', '.join(known)}")
-    return tuple(section for section in known if section in words)

@@ -19,9 +19,9 @@ from collections.abc import Iterable, Sequence
 # Run as a script, only this folder would be searched.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from rich.console import Console
 from rich.table import Table
 
+from benchmarks.command import EXAMPLES, exit_code, terminal
 from benchmarks.namespaces import leftovers
 from benchmarks.namespaces.bed import Testbed
 from benchmarks.namespaces.cores import MODES, QUOTA, describe, show_share
@@ -30,10 +30,7 @@ from benchmarks.namespaces.machine import check_root
 from dance_jax.config import UserError
 from dance_jax.placement import Activations
 
-EXAMPLES = pathlib.Path(__file__).resolve().parents[1] / "examples"
 PROMPTS, ACTIVATIONS = EXAMPLES / "prompts.jsonl", EXAMPLES / "activations.npz"
-#: Exit codes: something must be changed; Ctrl-C.
-WRONG, INTERRUPTED = 2, 130
 #: Seconds that sessions have to end after the launch.
 GRACE_S = 12.0
 
@@ -105,29 +102,22 @@ def main(arguments: list[str] | None = None) -> int:
     options, others = parser().parse_known_args(arguments)
     if others and options.command != "run":
         parser().error(f"unknown: {' '.join(others)}")
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _leave)
-    try:
-        match options.command:
-            case "up":
-                return up(options)
-            case "run":
-                return run(Testbed.load(options.name), others, options.bandwidth == "auto")
-            case "exec":
-                return execute(Testbed.load(options.name), options.host, options.argv)
-            case _:
-                check_root()
-                leftovers.down(options.name)
-                return 0
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return WRONG
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    return exit_code(lambda: command(options, others))
 
 
-def _leave(number: int, frame: types.FrameType | None) -> None:
-    raise SystemExit(128 + number)
+def command(options: argparse.Namespace, others: list[str]) -> int:
+    """One of the commands; `others` go to dance_jax.launch."""
+    match options.command:
+        case "up":
+            return up(options)
+        case "run":
+            return run(Testbed.load(options.name), others, options.bandwidth == "auto")
+        case "exec":
+            return execute(Testbed.load(options.name), options.host, options.argv)
+        case _:
+            check_root()
+            leftovers.down(options.name)
+            return 0
 
 
 def up(options: argparse.Namespace) -> int:
@@ -203,7 +193,6 @@ def _left(bed: Testbed, before: set[int]) -> dict[int, str]:
 
 def print_links(bed: Testbed, before: dict[str, tuple[int, int]]) -> None:
     """Bytes of every host's interface since `before`, beside its rate and share of the cores."""
-    console = Console()
     table = Table(title="On the hosts' interfaces", title_justify="left")
     table.add_column("host")
     for column in ("link", "bytes received", "bytes sent", "cores"):
@@ -216,7 +205,7 @@ def print_links(bed: Testbed, before: dict[str, tuple[int, int]]) -> None:
             f"{sent - before[name][1]:,}",
             show_share(bed.hosts[name].share),
         )
-    (console if console.is_terminal else Console(width=120)).print(table)
+    terminal(120).print(table)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from benchmarks.shifting.watch import PARTS, Watched
+from benchmarks.live.watch import PARTS, Watched
 from dance_jax.placement.cost import apart_share
 
 from .workloads import Placed

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from benchmarks.shifting.tasks import Plan
-from benchmarks.shifting.watch import Watched
+from benchmarks.live.tasks import Plan
+from benchmarks.live.watch import Watched
 from benchmarks.simulation.fit import Fitted, fit
 from dance_jax.config import EngineConfig
 from dance_jax.placement import Activations

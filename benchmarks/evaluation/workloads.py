@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from benchmarks.shifting.tasks import Task, read_task
+from benchmarks.live.tasks import Task, read_task
 from dance_jax.config import UserError
 from dance_jax.placement import place
 from dance_jax.placement.activations import Activations

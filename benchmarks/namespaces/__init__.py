@@ -19,6 +19,8 @@ size, so that up to 4 % of headers are missing there. Other benchmarks use `Test
     bed.set_rate(100_000_000)                # None: not shaped
     process = bed.exec("alpha", ["hostname"], stdout=subprocess.PIPE)
     received, sent = bed.counters()["alpha"]
+
+or make one that lasts as long as they do (`temporary`).
 """
 
 from .bed import Testbed

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.live.watch import Watched
 from benchmarks.serving.plots import save
 
 from .results import Results
-from .watch import Watched
 
 #: Points of a line, whatever a run's length; each is of so many of these together.
 POINTS, SMOOTH = 60, 3

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.live.watch import Watched
 from benchmarks.serving.agreement import first_difference
 from benchmarks.serving.client import Answer
 from benchmarks.targets import Target
 
 from .runs import Pause, Shift
-from .watch import Watched
 
 #: Mean latency with migration over that without. Remote share after one, over that of servers
 #: placed for what users then ask. Margin from which on greedy outputs must be the same.

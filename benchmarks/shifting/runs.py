@@ -13,13 +13,12 @@ from typing import TypeVar
 import numpy as np
 from rich.console import Console
 
+from benchmarks.live.places import Place, count_activations
+from benchmarks.live.tasks import Askers, Plan, Task, write_fit
+from benchmarks.live.watch import ASK_S, Watched, decide, load, moved, placement, sample
 from benchmarks.serving.client import Answer, Api, Call
 from benchmarks.serving.cluster import ClusterError
 from benchmarks.serving.setting import progress
-
-from .places import Place, count_activations
-from .tasks import Askers, Plan, Task, write_fit
-from .watch import ASK_S, Watched, decide, load, moved, placement, sample
 
 SECTIONS = ("shift", "accumulate", "pause", "stable")
 #: Prompts of each server, and tokens of each answer, that placements at the start are fitted to.

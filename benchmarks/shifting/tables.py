@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from rich.console import Console
 
+from benchmarks.live.watch import Watched
 from benchmarks.serving.tables import grid, milliseconds
 
 from .results import Results, after_shift, differences, latencies_s
 from .runs import Pause, Shift
-from .watch import Watched
 
 _RUN = ("run", "latency: mean", "p50", "p99", "of the 2nd: mean", "remote", "migrations", "moved")
 

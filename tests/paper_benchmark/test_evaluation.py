@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from benchmarks.command import EXAMPLES
 from benchmarks.evaluation import report
 from benchmarks.evaluation.cells import Cell, Mean, cell_of, rows_of
 from benchmarks.evaluation.predict import Measured, predicted, work_of
 from benchmarks.evaluation.workloads import Placed, hosts_text, placed, read_workloads
-from benchmarks.paper import EXAMPLES, main
+from benchmarks.live.tasks import Plan
+from benchmarks.live.watch import PARTS, Sample, Watched
+from benchmarks.paper import main
 from benchmarks.serving.client import Answer, Call
-from benchmarks.shifting.tasks import Plan
-from benchmarks.shifting.watch import PARTS, Sample, Watched
 from benchmarks.simulation.fit import Fitted
 from dance_jax.config import EngineConfig, UserError
 from dance_jax.launch.hosts import parse_hosts
@@ -177,10 +178,11 @@ def test_what_is_shown(cells: list[Cell], tmp_path: pathlib.Path, capsys: Any) -
 
 
 def test_our_own_prompts_are_there() -> None:
-    workloads = read_workloads(None, EXAMPLES)
+    tasks = EXAMPLES / "tasks"
+    workloads = read_workloads(None, tasks)
     assert [len(workload.tasks) for workload in workloads] == [3, 3]
     with pytest.raises(UserError, match="abstract_narrative"):
-        read_workloads(EXAMPLES, EXAMPLES)
+        read_workloads(tasks, tasks)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks import placement as command
+from benchmarks.command import MISSED, WRONG
 from benchmarks.policies import churn, figures, setups, speed, tables, traces
 from benchmarks.policies.figures import Row, Table
 from benchmarks.policies.setups import Part, slots
@@ -281,7 +282,7 @@ def test_measured_traces_are_compared_with_published_figures(
     quickly: None, directory: pathlib.Path, tmp_path: pathlib.Path, capsys
 ) -> None:
     arguments = ["--traces", str(directory), "--quick"]
-    assert command.main([*arguments, "--check"]) == command.MISSED
+    assert command.main([*arguments, "--check"]) == MISSED
     assert "MISSED        dance: remote off the published" in capsys.readouterr().out
     assert command.main(arguments) == 0
     assert "Mixtral, counts alone: arxiv | github | wikipedia" in capsys.readouterr().out
@@ -292,7 +293,7 @@ def test_measured_traces_are_compared_with_published_figures(
 
 def test_traces_that_are_missing_or_broken_are_refused(directory: pathlib.Path, capsys) -> None:
     def refused(traces_at: pathlib.Path) -> str:
-        assert command.main(["--traces", str(traces_at), "--quick"]) == command.WRONG
+        assert command.main(["--traces", str(traces_at), "--quick"]) == WRONG
         return capsys.readouterr().err
 
     assert "is no directory" in refused(directory / "none")
@@ -310,7 +311,7 @@ def test_traces_that_are_missing_or_broken_are_refused(directory: pathlib.Path, 
 def test_outputs_that_cannot_be_written_are_refused(tmp_path: pathlib.Path, capsys) -> None:
     (tmp_path / "file").write_text("")
     for output in (tmp_path / "file", tmp_path / "file" / "below"):
-        assert command.main(["--output", str(output)]) == command.WRONG
+        assert command.main(["--output", str(output)]) == WRONG
         assert "--output" in capsys.readouterr().err
 
 
@@ -320,7 +321,7 @@ def test_outputs_that_cannot_be_written_are_refused(tmp_path: pathlib.Path, caps
 def test_wrong_options_are_refused(options: list[str], capsys) -> None:
     with pytest.raises(SystemExit) as ended:
         command.parser().parse_args(options)
-    assert ended.value.code == command.WRONG
+    assert ended.value.code == WRONG
     assert "--sections" in capsys.readouterr().err
 
 

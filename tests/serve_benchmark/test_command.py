@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from benchmarks import serve
+from benchmarks.command import MISSED, WRONG
 from benchmarks.serving import cluster, idle, long, prefix, soak, static
 from benchmarks.serving.cluster import ClusterError
 from benchmarks.serving.texts import Texts
@@ -81,7 +82,7 @@ def test_failed_requests_are_counted_and_told(
     assert rows[1]["failed"] == rows[1]["requests"] == rows[2]["failed"] > 0
     assert "failed: gone" in capsys.readouterr().out
     with running(servers[1:]) as urls:
-        assert serve.main(["--url", *urls, "--requests", "3", "--rate", "200"]) == serve.MISSED
+        assert serve.main(["--url", *urls, "--requests", "3", "--rate", "200"]) == MISSED
 
 
 def test_a_trace_and_a_file_of_prompts(tmp_path: pathlib.Path) -> None:
@@ -171,7 +172,7 @@ async def nothing() -> list:
 def test_a_soak(server: FakeServer, missed: list[str], tmp_path: pathlib.Path) -> None:
     code, found = measured([server], tmp_path, "--check", "--sections", "soak", "--requests", "40")
     assert [target["name"] for target in found["targets"] if target["missed"]] == missed
-    assert code == (serve.MISSED if missed else 0)
+    assert code == (MISSED if missed else 0)
     section = found["soak"]
     assert section["hung_up"] == sum(section["wrong"].values()) == 2
     assert section["compared"] == 36 and section["failed"] == section["taken"] == []
@@ -229,7 +230,7 @@ def test_a_launcher_that_fails_says_why(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     fake_cluster(0)
-    assert serve.main(["--hosts", str(hosts), "--requests", "1"]) == serve.MISSED
+    assert serve.main(["--hosts", str(hosts), "--requests", "1"]) == MISSED
     said = capsys.readouterr().err
     assert "ended with code 1" in said and "hosts.txt:3: no such memory" in said
 
@@ -295,7 +296,7 @@ def test_servers_of_other_machines_are_not_started(tmp_path: pathlib.Path) -> No
 def test_options_that_are_wrong(
     arguments: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert serve.main(arguments.split()) == serve.WRONG
+    assert serve.main(arguments.split()) == WRONG
     assert message in capsys.readouterr().err
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from benchmarks import simulate as command
+from benchmarks.command import WRONG
 from benchmarks.policies import traces
 from benchmarks.serving.arrivals import Arrival
 from benchmarks.simulation import clusters, runs, tables
@@ -228,11 +229,11 @@ def test_options(
 def test_what_cannot_be_done_is_said(
     tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert command.main(["--sections", "recorded"]) == command.WRONG
+    assert command.main(["--sections", "recorded"]) == WRONG
     assert "--traces DIR is needed" in capsys.readouterr().err
     file = tmp_path / "file"
     file.touch()
-    assert command.main(["--sections", "parts", "--output", str(file)]) == command.WRONG
+    assert command.main(["--sections", "parts", "--output", str(file)]) == WRONG
     assert f"--output: {file} cannot be written to" in capsys.readouterr().err
-    assert command.main(["--sections", "recorded", "--traces", str(tmp_path)]) == command.WRONG
+    assert command.main(["--sections", "recorded", "--traces", str(tmp_path)]) == WRONG
     assert "gpt_oss" in capsys.readouterr().err

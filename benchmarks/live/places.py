@@ -6,13 +6,9 @@ import contextlib
 import dataclasses
 import pathlib
 import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 
-from rich.console import Console
-
-from benchmarks.namespaces import HEAD, Testbed, down, hosts_like
-from benchmarks.namespaces.cores import describe
+from benchmarks.namespaces import Testbed
 from benchmarks.serving.cluster import LAUNCHER, Cluster, ClusterError, started
 from benchmarks.serving.http import Address
 from dance_jax.config import ClusterSpec
@@ -53,42 +49,6 @@ class Place:
     def sent(self) -> list[float]:
         """Bytes sent through each host's interface so far; none where there are no interfaces."""
         return [] if self.bed is None else [sent for _, sent in self.bed.counters().values()]
-
-
-@contextlib.contextmanager
-def testbed(
-    name: str, hosts: str, rate: int | None, cores: str, console: Console
-) -> Iterator[Testbed]:
-    """A testbed that is removed whatever happens.
-
-    Args:
-        hosts: text of a hosts file.
-        rate: of the links.
-        cores: how they are shared.
-    """
-    bed = Testbed.up(name, hosts_like(hosts), rate, cores)
-    try:
-        console.print(describe(bed.hosts.values(), bed.cores), soft_wrap=True)
-        yield bed
-    finally:
-        down(name)
-
-
-def again_on(bed: Testbed, script: str, words: Sequence[str]) -> int:
-    """Runs a script on the head of a testbed, with --bed; returns its exit code."""
-    path = str(pathlib.Path(script).resolve())
-    # Of its own process group: what ends this process is passed on, once.
-    process = bed.exec(
-        HEAD,
-        [sys.executable, path, "--bed", bed.name, *words],
-        stdin=subprocess.DEVNULL,
-        process_group=0,
-    )
-    try:
-        return process.wait()
-    finally:
-        process.terminate()
-        process.wait()
 
 
 def count_activations(

@@ -1,0 +1,59 @@
+"""A testbed that is made for one run, and scripts that run themselves again inside it."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import pathlib
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+
+from rich.console import Console
+
+from .bed import Testbed
+from .cores import MODES, QUOTA, describe
+from .hosts import HEAD, Host
+from .leftovers import down
+
+
+def add_testbed(parser: argparse.ArgumentParser, name: str) -> None:
+    """Options --cores and --name, the latter by default `name`."""
+    add = parser.add_argument
+    add("--cores", choices=MODES, default=QUOTA, help="of the testbed's hosts (%(default)s)")
+    add("--name", default=name, help="of the testbed that is made (%(default)s)")
+
+
+def add_bed(parser: argparse.ArgumentParser) -> None:
+    """Option --bed: the script runs again, inside this testbed; see `again_on`."""
+    parser.add_argument("--bed", help=argparse.SUPPRESS)
+
+
+@contextlib.contextmanager
+def testbed(
+    name: str, hosts: Sequence[Host], rate: int | None, cores: str, console: Console
+) -> Iterator[Testbed]:
+    """A testbed that is removed whatever happens; arguments as of `Testbed.up`."""
+    bed = Testbed.up(name, hosts, rate, cores)
+    try:
+        console.print(describe(bed.hosts.values(), bed.cores), soft_wrap=True)
+        yield bed
+    finally:
+        down(name)
+
+
+def again_on(bed: Testbed, script: str, words: Sequence[str]) -> int:
+    """Runs a script on the head of a testbed, with --bed; returns its exit code."""
+    path = str(pathlib.Path(script).resolve())
+    # Of its own process group: what ends this process is passed on, once.
+    process = bed.exec(
+        HEAD,
+        [sys.executable, path, "--bed", bed.name, *words],
+        stdin=subprocess.DEVNULL,
+        process_group=0,
+    )
+    try:
+        return process.wait()
+    finally:
+        process.terminate()
+        process.wait()
