@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import dataclasses
 import os
 import pathlib
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 # Run as a script, only this folder would be searched.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
@@ -36,6 +37,7 @@ from benchmarks.command import EXAMPLES, exit_code, terminal, verdict
 from benchmarks.evaluation import report
 from benchmarks.evaluation.cells import Cell, cell_of
 from benchmarks.evaluation.predict import Measured, predicted, speeds, work_of
+from benchmarks.evaluation.shapes import MEMORY, SHAPES
 from benchmarks.evaluation.workloads import Workload, hosts_text, placed, read_workloads
 from benchmarks.live.places import Place, count_activations
 from benchmarks.live.tasks import LONGEST_SALT, Askers, write_fit
@@ -75,7 +77,10 @@ def parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add_service(parser)
-    add("--memory", type=positive, default=1.32, help="experts that fit, of all (%(default)s)")
+    made = "in place of --model: one with random weights, made for the run, in the shape of that"
+    add("--shape", choices=SHAPES, help=f"{made}; locality wins little with it")
+    others = ", ".join(f"{shape.memory} of a {name}" for name, shape in SHAPES.items())
+    add("--memory", type=positive, help=f"experts that fit, of all ({MEMORY}; {others})")
     add("--tasks", type=pathlib.Path, metavar="DIR", help="*.jsonl with prompts (examples/tasks)")
     add("--workloads", type=list_of(str), metavar="A,B", help="(all)")
     add(
@@ -108,22 +113,49 @@ def main(arguments: list[str] | None = None) -> int:
     options, console = parser().parse_args(words), terminal(WIDTH)
 
     def evaluate() -> int:
-        work = check(options)
         if options.bed is None:
-            hosts = hosts_like(hosts_text(work.experts, options.memory))
-            with testbed(options.name, hosts, options.links[0], options.cores, console) as bed:
-                return again_on(bed, __file__, words)
+            return outside(options, words, console)
+        work = check(options, options.model or demo_dir())
         cells = Evaluation(options, work, Testbed.load(options.bed), console).run()
         return verdict(console, report.targets(cells), options.check)
 
     return exit_code(evaluate, ClusterError, HttpError)
 
 
+def outside(options: argparse.Namespace, words: Sequence[str], console: Console) -> int:
+    """The same command on a testbed, which is made for it like the model of --shape."""
+    with model_of(options) as directory:
+        work = check(options, directory)
+        hosts = hosts_like(hosts_text(work.experts, work.memory))
+        made = ["--model", str(directory)] if options.shape else []
+        with testbed(options.name, hosts, options.links[0], options.cores, console) as bed:
+            return again_on(bed, __file__, [*made, *words])
+
+
+@contextlib.contextmanager
+def model_of(options: argparse.Namespace) -> Iterator[pathlib.Path]:
+    """Where the model is: that of --shape is made, and removed with the block.
+
+    Hosts of a testbed see it too: they share this machine's files.
+
+    Raises:
+        UserError: both --shape and --model are given.
+    """
+    if options.shape is None:
+        yield options.model or demo_dir()
+        return
+    if options.model is not None:
+        raise UserError("--shape makes a model, --model names one: give one of them")
+    with tempfile.TemporaryDirectory(prefix="dance-jax-paper-") as folder:
+        yield SHAPES[options.shape].write(pathlib.Path(folder) / options.shape)
+
+
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """The model, and what is asked of it."""
+    """The model, what fits of its experts, and what is asked of it."""
 
     directory: pathlib.Path
+    memory: float
     model: ModelConfig
     config: EngineConfig
     workloads: list[Workload]
@@ -134,12 +166,14 @@ class Work:
         return len(self.model.moe_layers) * self.model.num_experts
 
 
-def check(options: argparse.Namespace) -> Work:
+def check(options: argparse.Namespace, directory: pathlib.Path) -> Work:
     """
+    Args:
+        directory: of the model.
+
     Raises:
         UserError: something is missing, or a result cannot be written.
     """
-    directory = options.model or demo_dir()
     workloads = read_workloads(options.tasks, EXAMPLES / "tasks")
     if options.workloads is not None:
         names = [workload.name for workload in workloads]
@@ -148,8 +182,10 @@ def check(options: argparse.Namespace) -> Work:
                 raise UserError(f"--workloads: no {name!r}; there are {', '.join(names)}")
         workloads = [each for each in workloads if each.name in options.workloads]
     check_results(options)
+    usual = SHAPES[options.shape].memory if options.shape else MEMORY
+    memory = usual if options.memory is None else options.memory
     model = read_config(directory)
-    return Work(directory, model, engine_config(model), workloads)
+    return Work(directory, memory, model, engine_config(model), workloads)
 
 
 class Evaluation:
@@ -177,7 +213,7 @@ class Evaluation:
         with tempfile.TemporaryDirectory(prefix="dance-jax-paper-") as directory:
             folder = pathlib.Path(directory)
             hosts = folder / "hosts.txt"
-            hosts.write_text(hosts_text(self._work.experts, self._options.memory))
+            hosts.write_text(hosts_text(self._work.experts, self._work.memory))
             self._place = Place(hosts, self._bed)
             counted = [self._count(workload, folder) for workload in self._work.workloads]
             words = ["--rebalance-interval", "0", *self._about_model, *self._options.launch]
@@ -278,7 +314,8 @@ class Evaluation:
         options = self._options
         if options.output is not None:
             found = report.targets(self._cells)
-            write_json(options.output, vars(options), report.plain(self._cells), found)
+            setup = vars(options) | {"memory": self._work.memory}
+            write_json(options.output, setup, report.plain(self._cells), found)
         if options.plot is not None:
             report.draw(self._cells, options.plot)
 

@@ -1,0 +1,75 @@
+"""Models in the shape of one that is too large, with random weights, made for a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import shutil
+from typing import Any
+
+from dance_jax.launch.defaults import demo_dir
+from dance_jax.models.random_weights import write_random_checkpoint
+
+#: Experts that fit, of all: the paper's for DeepSeek-V2-Lite.
+MEMORY = 1.32
+#: Of the demo model: its tokenizer, and what config.json says of tokens and of the context.
+_TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
+_TOKENS = ("vocab_size", "bos_token_id", "eos_token_id", "max_position_embeddings")
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """Attributes:
+    fields: of config.json, but those that the demo model's tokenizer decides.
+    memory: experts that fit, of all.
+    """
+
+    fields: dict[str, Any]
+    memory: float
+
+    def write(self, directory: pathlib.Path) -> pathlib.Path:
+        """A checkpoint that reads and writes the demo model's tokens; always the same weights.
+
+        Args:
+            directory: made by this.
+
+        Returns:
+            The directory.
+
+        Raises:
+            UserError: this installation lacks the demo model.
+        """
+        demo = demo_dir()
+        config = json.loads((demo / "config.json").read_text(encoding="utf-8"))
+        fields = self.fields | {name: config[name] for name in _TOKENS}
+        write_random_checkpoint(directory, fields, dtype="bfloat16", tokenizer=False)
+        for name in _TOKENIZER:
+            shutil.copyfile(demo / name, directory / name)
+        return directory
+
+
+#: By name on the command line. Mixtral-8x7B at the demo model's width: as many experts, of which
+#: as many are chosen, as wide for their input; query heads to a head of keys; a fourth of its
+#: layers.
+SHAPES = {
+    "mixtral": Shape(
+        {
+            "architectures": ["MixtralForCausalLM"],
+            "model_type": "mixtral",
+            "hidden_size": 128,
+            "intermediate_size": 448,
+            "num_hidden_layers": 8,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 2,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "hidden_act": "silu",
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1e6,
+            "tie_word_embeddings": False,
+            "torch_dtype": "bfloat16",
+        },
+        memory=1.11,
+    )
+}
