@@ -11,9 +11,24 @@ the same tasks. Words:
 - busiest, load: hidden states through the busiest server and direction of a layer, per token of a
   server; share of a layer's calls on the busiest device. Predicted on tokens that the placement was
   not fitted to.
-- bytes: sent through each host's interface. Bound: transfers x the bytes of a hidden state, there
-  and back.
+- MB of each link: sent through each host's interface, in the order of the servers. Bound: transfers
+  x the bytes of a hidden state, there and back; over all hosts.
 - computing, exchanging, waiting: a step's seconds in the trunk and in experts; in moving rows; in
   waiting for other servers' first bytes, who may compute or send. Mean of the servers.
+- computation, communication: of steps, which all servers do together, the seconds of the server
+  that computes longest, and the rest. The first is a lower bound (`cells.alone_s`), so the second
+  is an upper one.
+- longer: seconds of steps over computation, their own if nothing were sent. The paper's layers took
+  up to 8.3 times as long with all calls remote. Here it is the policy with the most remote calls
+  that is compared with it, though some of its calls are local, and the rate is named at which it
+  comes nearest (`weight`). Targets of latency are of that rate.
 - utilisation: share of the run's seconds in which the mean server was in a step.
+
+`--shape mixtral` evaluates a model like Mixtral (8 experts in each layer, 2 of them for a token)
+with random weights, at 1.11 x the experts' memory, in whole slots of all devices 1.125 x.
+Its routers go by the token and know no tasks: all experts are used nearly equally often, and
+servers differ only as far as the tokens of their prompts do. So locality can win little: expect
+policies to be close to each other, and no gain of one that was trained. What this shows is what few
+large experts and scarce memory do. Answers are as long as they are asked for: nothing that such a
+model says is an end.
 """

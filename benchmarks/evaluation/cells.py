@@ -7,11 +7,13 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from benchmarks.live.watch import PARTS, Watched
+from benchmarks.live.watch import PARTS, Sample, Watched
 from dance_jax.placement.cost import apart_share
 
 from .workloads import Placed
 
+#: Parts of a step in which nothing is moved or waited for.
+COMPUTING = ("schedule", "compute", "experts", "output")
 #: Quantile of Student's t, two-sided 95 %, by the number of values.
 _T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
 
@@ -31,7 +33,10 @@ class Cell:
             `placement.cost.apart_share`.
         wire_bytes: sent through each host's interface.
         bound_bytes: of all hosts, each byte once.
+        steps: that all servers did together.
+        tokens: of all servers, computed in them.
         seconds: of the mean server, by part of its steps.
+        alone_s: of the steps, if nothing were sent; see `alone_s`.
         wall_s: of the run.
     """
 
@@ -49,7 +54,10 @@ class Cell:
     apart: float
     wire_bytes: list[float]
     bound_bytes: float
+    steps: float
+    tokens: float
     seconds: dict[str, float]
+    alone_s: float
     wall_s: float
     #: Mean latency as the simulator has it; None: it was not asked.
     predicted_s: float | None = None
@@ -66,12 +74,23 @@ class Cell:
 
     @property
     def computing_s(self) -> float:
-        return sum(self.seconds[part] for part in ("schedule", "compute", "experts", "output"))
+        """Of the mean server."""
+        return sum(self.seconds[part] for part in COMPUTING)
+
+    @property
+    def step_s(self) -> float:
+        """Of all steps."""
+        return sum(self.seconds.values())
+
+    @property
+    def communicating_s(self) -> float:
+        """Of the steps, what they would not take if nothing were sent."""
+        return self.step_s - self.alone_s
 
     @property
     def utilisation(self) -> float:
         """Share of the run in which the mean server was in a step."""
-        return sum(self.seconds.values()) / self.wall_s
+        return self.step_s / self.wall_s
 
 
 def cell_of(
@@ -106,12 +125,35 @@ def cell_of(
         ),
         wire_bytes=spent("wire").tolist(),
         bound_bytes=float(spent("transfers").sum() * row),
+        steps=float(spent("steps").mean()),
+        tokens=float(spent("tokens").sum()),
         seconds={
             part: float(np.subtract(last.seconds[part], first.seconds[part]).mean())
             for part in PARTS
         },
+        alone_s=alone_s(run.samples),
         wall_s=last.at_s - first.at_s,
     )
+
+
+def alone_s(samples: Sequence[Sample]) -> float:
+    """Seconds that the steps of a run would take at least if nothing were sent.
+
+    All servers do a step together, so it takes as long as the one that computes longest in it; what
+    the others wait for it is no communication. From one sample to the next, over some steps, that
+    is the server that computed longest in all of them: less than the truth where servers take
+    turns. Servers tell what they did up to a step, not all the same one: between is interpolated.
+    """
+    at = np.unique([sample.steps[0] for sample in samples])
+    computed = [
+        np.interp(
+            at,
+            [sample.steps[server] for sample in samples],
+            [sum(sample.seconds[part][server] for part in COMPUTING) for sample in samples],
+        )
+        for server in range(len(samples[0].steps))
+    ]
+    return float(np.diff(computed, axis=1).max(axis=0).sum())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,13 +196,24 @@ class Row:
         found = [cell.predicted_s for cell in self.cells if cell.predicted_s is not None]
         return float(np.mean(found)) if found else None
 
+    @property
+    def wire_bytes(self) -> list[float]:
+        """Sent through each host's interface in a run."""
+        return np.mean([cell.wire_bytes for cell in self.cells], axis=0).tolist()
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Of a run, by part of its steps."""
+        return {p: float(np.mean([cell.seconds[p] for cell in self.cells])) for p in PARTS}
+
     def average(self, name: str) -> float:
         """Of an attribute of the cells."""
         return float(np.mean([getattr(cell, name) for cell in self.cells]))
 
-    def seconds(self, *parts: str) -> float:
-        """In parts of the steps."""
-        return float(np.mean([sum(cell.seconds[p] for p in parts) for cell in self.cells]))
+    def ratio(self, name: str, other: str) -> float:
+        """Of one attribute to another, both of all cells together."""
+        below = self.average(other)
+        return self.average(name) / below if below else float("nan")
 
 
 def rows_of(cells: Iterable[Cell]) -> list[Row]:

@@ -7,8 +7,8 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from rich.console import Console
+from rich.table import Table
 
 from benchmarks.namespaces import show_rate
 from benchmarks.serving.plots import save
@@ -16,6 +16,7 @@ from benchmarks.serving.tables import grid
 from benchmarks.targets import Target
 
 from .cells import Cell, Mean, Row, rows_of
+from .weight import PAPER_RATIO, nearest, weights_of
 
 #: Mean latency of `latency` over that of another policy: by workload over eplb's, over dance's.
 #: The paper's own placement won 30.6 % and 10.9 % over EPLB.
@@ -23,48 +24,90 @@ OVER_EPLB = {"big-bench": 0.69, "multidata": 0.89}
 OVER_DANCE = 0.9
 #: Simulated mean latency, off the measured one.
 PREDICTED = 0.15
-#: The paper's layers took so many times as long when all calls were remote.
-PAPER_RATIO = 8.3
+#: Of a row's attributes, what JSON has as the mean of its cells.
+_MEANS = (
+    "remote", "transfers", "busiest", "load", "apart", "bound_bytes", "bytes_ratio", "utilisation",
+    "steps", "tokens", "step_s", "alone_s", "communicating_s", "computing_s", "failed",
+)  # fmt: skip
 
 
 def show(console: Console, cells: Sequence[Cell]) -> None:
-    """A table for each workload and rate."""
+    """Tables for each workload and rate, and at which rate communication weighs as in the paper."""
     tables: dict[tuple[str, int | None], list[Row]] = {}
-    for row in rows_of(cells):
+    rows = rows_of(cells)
+    for row in rows:
         tables.setdefault((row.workload, row.rate), []).append(row)
-    for (workload, rate), rows in tables.items():
+    for (workload, rate), own in tables.items():
         console.print(f"[bold]{workload}, links {show_rate(rate)}[/bold]")
-        table = grid(
-            "policy",
-            "mean s",
-            "p50",
-            "p99",
-            "remote",
-            "transfers",
-            "busiest",
-            "load",
-            "MB",
-            "/ bound",
-            "computing",
-            "exchanging",
-            "waiting",
-            "utilised",
-            "simulated",
+        console.print(_results(own))
+        console.print(_times(own))
+    weights = weights_of(rows)
+    for weight in weights:
+        console.print(weight.line(), markup=False, soft_wrap=True)
+    for weight in nearest(weights):
+        console.print(
+            f"{weight.most.workload}: of these {weight.over_alone:.1f}, at "
+            f"{show_rate(weight.most.rate)}, is nearest to the paper's {PAPER_RATIO}",
+            soft_wrap=True,
         )
-        for row in rows:
-            table.add_row(
-                row.policy,
-                *(_shown(mean) for mean in (row.mean_s, row.p50_s, row.p99_s)),
-                *(f"{row.average(n):.3f}" for n in ("remote", "transfers", "busiest", "load")),
-                f"{np.mean([sum(cell.wire_bytes) for cell in row.cells]) / 1e6:.1f}",
-                f"{row.average('bytes_ratio'):.2f}",
-                f"{row.average('computing_s'):.1f} s",
-                f"{row.seconds('exchange'):.1f} s",
-                f"{row.seconds('wait'):.1f} s",
-                f"{row.average('utilisation'):.0%}",
-                "-" if row.predicted_s is None else f"{row.predicted_s:.2f} s",
-            )
-        console.print(table)
+
+
+def _results(rows: Sequence[Row]) -> Table:
+    """What policies are judged by."""
+    table = grid(
+        "policy",
+        "mean s",
+        "p50",
+        "p99",
+        "remote",
+        "transfers",
+        "busiest",
+        "load",
+        "MB of each link",
+        "/ bound",
+        "utilised",
+        "simulated",
+    )
+    for row in rows:
+        table.add_row(
+            row.policy,
+            *(_shown(mean) for mean in (row.mean_s, row.p50_s, row.p99_s)),
+            *(f"{row.average(n):.3f}" for n in ("remote", "transfers", "busiest", "load")),
+            " ".join(f"{sent / 1e6:.1f}" for sent in row.wire_bytes),
+            f"{row.average('bytes_ratio'):.2f}",
+            f"{row.average('utilisation'):.0%}",
+            "-" if row.predicted_s is None else f"{row.predicted_s:.2f} s",
+        )
+    return table
+
+
+def _times(rows: Sequence[Row]) -> Table:
+    """Where the seconds of a run's steps go: of all servers together, then of the mean one."""
+    table = grid(
+        "policy",
+        "tokens",
+        "steps",
+        "ms/token",
+        "steps, s",
+        "computation",
+        "communication",
+        "longer",
+        "computing",
+        "exchanging",
+        "waiting",
+    )
+    for row in rows:
+        names = ("step_s", "alone_s", "communicating_s")
+        table.add_row(
+            row.policy,
+            *(f"{row.average(n):,.0f}" for n in ("tokens", "steps")),
+            f"{1e3 * row.ratio('step_s', 'tokens'):.2f}",
+            *(f"{row.average(name):.1f}" for name in names),
+            f"{row.ratio('step_s', 'alone_s'):.2f} x",
+            f"{row.average('computing_s'):.1f}",
+            *(f"{row.seconds[part]:.1f}" for part in ("exchange", "wait")),
+        )
+    return table
 
 
 def _shown(mean: Mean) -> str:
@@ -72,48 +115,51 @@ def _shown(mean: Mean) -> str:
 
 
 def targets(cells: Sequence[Cell]) -> list[Target]:
-    """At the rate where communication weighs most like in the paper."""
-    rows = {(row.workload, row.rate, row.policy): row for row in rows_of(cells)}
-    rows_off = [
+    """Of policies: at the rate where communication weighs most like in the paper."""
+    rows = rows_of(cells)
+    mean_s = {(row.workload, row.rate, row.policy): row.mean_s.value for row in rows}
+    off = [
         (abs(row.predicted_s / row.mean_s.value - 1), f"{row.workload}, {row.policy}")
-        for row in rows.values()
+        for row in rows
         if row.predicted_s is not None
     ]
     found = [Target("answers that are not whole", 0, sum(cell.failed for cell in cells))]
-    for workload, rate in dict.fromkeys((cell.workload, cell.rate) for cell in cells):
+    for weight in nearest(weights_of(rows)):
+        workload, rate = weight.most.workload, weight.most.rate
         for other, limit in (("eplb", OVER_EPLB.get(workload)), ("dance", OVER_DANCE)):
-            ours, theirs = (rows.get((workload, rate, p)) for p in ("latency", other))
+            ours, theirs = (mean_s.get((workload, rate, p)) for p in ("latency", other))
             if limit is not None and ours is not None and theirs is not None:
                 name = f"{workload}, {show_rate(rate)}: mean latency of latency / {other}"
-                found.append(Target(name, limit, ours.mean_s.value / theirs.mean_s.value))
-    off = "share by which the simulator's mean latency is off"
-    return [*found, Target.of_worst(off, PREDICTED, rows_off)]
-
-
-def weight(row: Row) -> float:
-    """Seconds of steps over those in which nothing is exchanged or waited for: how much longer
-    they are for communication, to compare with PAPER_RATIO."""
-    return row.seconds("schedule", "compute", "experts", "output", "wait", "exchange") / max(
-        row.average("computing_s"), 1e-9
-    )
+                found.append(Target(name, limit, ours / theirs))
+    name = "share by which the simulator's mean latency is off"
+    return [*found, Target.of_worst(name, PREDICTED, off)]
 
 
 def plain(cells: Sequence[Cell]) -> dict[str, Any]:
-    """For JSON."""
-    rows = [
-        {
-            "workload": row.workload,
-            "rate": row.rate,
-            "policy": row.policy,
-            "steps_longer_for_communication": weight(row),
-            **{
-                name: dataclasses.asdict(getattr(row, name))
-                for name in ("mean_s", "p50_s", "p99_s")
-            },
-        }
-        for row in rows_of(cells)
-    ]
-    return {"rows": rows, "cells": [dataclasses.asdict(cell) for cell in cells]}
+    """For JSON: figures over seeds, how much communication weighs, and all cells."""
+    rows = rows_of(cells)
+    weights = weights_of(rows)
+    return {
+        "rows": [_plain(row) for row in rows],
+        "weights": [weight.plain() for weight in weights],
+        "nearest_to_paper": [weight.plain() for weight in nearest(weights)],
+        "cells": [dataclasses.asdict(cell) for cell in cells],
+    }
+
+
+def _plain(row: Row) -> dict[str, Any]:
+    latency = {n: dataclasses.asdict(getattr(row, n)) for n in ("mean_s", "p50_s", "p99_s")}
+    return {
+        "workload": row.workload,
+        "rate": row.rate,
+        "policy": row.policy,
+        "seeds": len(row.cells),
+        **latency,
+        **{name: row.average(name) for name in _MEANS},
+        "wire_bytes": row.wire_bytes,
+        "seconds": row.seconds,
+        "predicted_s": row.predicted_s,
+    }
 
 
 def draw(cells: Sequence[Cell], path: pathlib.Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -11,18 +12,24 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from benchmarks.command import EXAMPLES
+from benchmarks import paper
+from benchmarks.command import EXAMPLES, INTERRUPTED
 from benchmarks.evaluation import report
-from benchmarks.evaluation.cells import Cell, Mean, cell_of, rows_of
+from benchmarks.evaluation.cells import Cell, Mean, alone_s, cell_of, rows_of
 from benchmarks.evaluation.predict import Measured, predicted, work_of
+from benchmarks.evaluation.shapes import SHAPES
+from benchmarks.evaluation.weight import nearest, weights_of
 from benchmarks.evaluation.workloads import Placed, hosts_text, placed, read_workloads
 from benchmarks.live.tasks import Plan
 from benchmarks.live.watch import PARTS, Sample, Watched
-from benchmarks.paper import main
+from benchmarks.paper import MATRIX, check, main, parser
 from benchmarks.serving.client import Answer, Call
 from benchmarks.simulation.fit import Fitted
 from dance_jax.config import EngineConfig, UserError
+from dance_jax.launch.defaults import demo_dir
 from dance_jax.launch.hosts import parse_hosts
+from dance_jax.models.hf import HFDirectory, read_config
+from dance_jax.models.tokenizer import Tokenizer
 from dance_jax.placement import Activations, Cost, Placement
 from dance_jax.placement.simulate import Model, Speed
 
@@ -41,7 +48,7 @@ def sample(at_s: float, share: float, sent: float) -> Sample:
         transfers=[sent / 64] * 2,
         busiest=[1.5 * sent / 64] * 2,
         tokens=[100.0 if at_s else 0.0] * 2,
-        steps=[0.0] * 2,
+        steps=[at_s * 5] * 2,
         bucket_steps={},
         served=[0.0] * 2,
         longest_step_s=[0.0] * 2,
@@ -114,6 +121,27 @@ def test_a_cell_is_what_servers_counted(cells: list[Cell]) -> None:
     assert cell.bytes_ratio == pytest.approx(1.1)
     assert cell.seconds == pytest.approx(dict.fromkeys(PARTS, 1.5))
     assert cell.computing_s == pytest.approx(6.0) and cell.utilisation == pytest.approx(0.9)
+    assert (cell.steps, cell.tokens) == (50, 200)
+    # The second server computes twice as long as the first.
+    assert cell.alone_s == pytest.approx(8.0) and cell.communicating_s == pytest.approx(1.0)
+
+
+def test_computation_is_that_of_the_slowest_server_of_the_moment() -> None:
+    """Servers that tell of different steps are compared at the same ones."""
+
+    def told(steps: list[float], computed: list[float]) -> Sample:
+        seconds = {part: computed if part == "experts" else [0.0, 0.0] for part in PARTS}
+        seconds["wait"] = [9.0, 9.0]
+        return dataclasses.replace(sample(0, 0, 0), steps=steps, seconds=seconds)
+
+    # 1 s a step of the first server, 0.5 s of the second; from step 4 on, 0.5 s and 2 s.
+    samples = [
+        told([0, 0], [0.0, 0.0]),
+        told([4, 3], [4.0, 1.5]),
+        told([4, 4], [4.0, 2.0]),
+        told([6, 6], [5.0, 6.0]),
+    ]
+    assert alone_s(samples) == pytest.approx(4 + 4)
 
 
 def test_seeds_become_intervals(cells: list[Cell]) -> None:
@@ -123,7 +151,31 @@ def test_seeds_become_intervals(cells: list[Cell]) -> None:
     rows = rows_of(cells)
     assert [row.policy for row in rows] == ["eplb", "dance", "latency"]
     assert rows[0].mean_s.value == pytest.approx(2.05) and len(rows[0].cells) == 2
-    assert report.weight(rows[0]) == pytest.approx(1.5)
+    assert rows[0].ratio("step_s", "alone_s") == pytest.approx(9 / 8)
+    assert rows[0].wire_bytes == pytest.approx([1.1 * 6400] * 2)
+    assert rows[0].seconds == pytest.approx(dict.fromkeys(PARTS, 1.5))
+
+
+def test_weight_of_communication(cells: list[Cell]) -> None:
+    """Steps of the policy with the most remote calls; twice and nine times its computing."""
+    found = []
+    for rate, alone in ((500_000_000, 4.5), (20_000_000, 1.0)):
+        for cell in cells:
+            remote = 0.8 if cell.policy == "dance" else 0.25
+            step = {"wait": 0.0, "exchange": 0.0} if cell.policy == "latency" else {}
+            changes = {"rate": rate, "alone_s": alone, "remote": remote}
+            changes["seconds"] = cell.seconds | step
+            found.append(dataclasses.replace(cell, **changes))
+    weights = weights_of(rows_of(found))
+    assert [weight.most.policy for weight in weights] == ["dance"] * 2
+    assert [weight.over_alone for weight in weights] == pytest.approx([2, 9])
+    assert [weight.best.policy for weight in weights] == ["latency"] * 2
+    assert [weight.over_best for weight in weights] == pytest.approx([1.5] * 2)
+    (most_like,) = nearest(weights)
+    assert most_like.most.rate == 20_000_000
+    assert "20Mbps: dance, with 80% of calls remote, takes 9.0 times" in most_like.line()
+    judged = [target.name for target in report.targets(found) if " / " in target.name]
+    assert len(judged) == 2 and all("20Mbps" in name for name in judged)
 
 
 def test_runs_are_simulated_with_their_own_speeds(activations: Activations) -> None:
@@ -174,7 +226,18 @@ def test_what_is_shown(cells: list[Cell], tmp_path: pathlib.Path, capsys: Any) -
     assert "big-bench, links 20Mbps" in shown and "2.05±0.64" in shown
     report.draw(cells, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
-    assert json.loads(json.dumps(report.plain(cells)))["rows"][2]["policy"] == "latency"
+    assert "big-bench: of these 1.1, at 20Mbps, is nearest to the paper's 8.3" in shown
+    plain = json.loads(json.dumps(report.plain(cells)))
+    row = plain["rows"][2]
+    assert row["policy"] == "latency" and row["mean_s"] == pytest.approx(
+        {"value": 1.05, "half": 12.71 * 0.05}
+    )
+    assert row["p99_s"]["value"] == pytest.approx(1.05)
+    assert row["wire_bytes"] == pytest.approx([1.1 * 6400] * 2)
+    known = {"remote": 0.25, "transfers": 0.5, "busiest": 0.0, "load": 0.5, "utilisation": 0.9}
+    known |= {"bytes_ratio": 1.1, "alone_s": 8.0, "communicating_s": 1.0}
+    assert {name: row[name] for name in known} == pytest.approx(known)
+    assert plain["nearest_to_paper"][0]["rate"] == 20_000_000
 
 
 def test_our_own_prompts_are_there() -> None:
@@ -185,12 +248,63 @@ def test_our_own_prompts_are_there() -> None:
         read_workloads(tasks, tasks)
 
 
+def test_a_mixtral_is_made(tmp_path: pathlib.Path) -> None:
+    """Policies have a place for its experts; the demo model's tokens are its own."""
+    shape = SHAPES["mixtral"]
+    directory = shape.write(tmp_path / "mixtral")
+    model = HFDirectory(directory).config
+    demo = read_config(demo_dir())
+    assert (model.family, model.num_experts, model.top_k) == ("mixtral", 8, 2)
+    assert (model.vocab_size, model.max_position) == (demo.vocab_size, demo.max_position)
+    assert model.eos_token_ids == demo.eos_token_ids
+    text = "Was ist 3 + 4?"
+    ours, theirs = Tokenizer.load(directory), Tokenizer.load(demo_dir())
+    assert ours.encode(text) == theirs.encode(text)
+    spec = parse_hosts(hosts_text(len(model.moe_layers) * model.num_experts, shape.memory))
+    held = [server.experts for server in spec.servers]
+    assert held == [18, 18, 18]
+    rng = np.random.default_rng(0)
+    choices = rng.random((3, 24, len(model.moe_layers), model.num_experts)).argsort(axis=3)
+    routes = choices[..., : model.top_k].astype(np.int16)
+    counts = np.stack([(routes == expert).sum(axis=(1, 3)) for expert in range(8)], axis=2)
+    even = Activations(spec.names, counts, "", tuple(routes))
+    cost = Cost.reference(spec.devices, model.top_k)
+    for policy in MATRIX[:-1]:  # ours takes seconds
+        found = placed(policy, even, spec.devices, 18, cost, 0)
+        assert found.placement.resident.any(axis=0).all(), policy
+
+
+def test_the_model_that_is_made_goes_with_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever ends it."""
+    seen: list[pathlib.Path] = []
+
+    def ends(bed: str, script: str, words: list[str]) -> int:
+        directory = pathlib.Path(words[words.index("--model") + 1])
+        assert words.index("--model") < words.index("--") and "--shape" in words
+        assert (directory / "model.safetensors").exists()
+        seen.append(directory)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(paper, "testbed", lambda *_: contextlib.nullcontext("bed"))
+    monkeypatch.setattr(paper, "again_on", ends)
+    assert main(["--shape", "mixtral", "--", "--max-num-seqs", "8"]) == INTERRUPTED
+    assert len(seen) == 1 and not seen[0].parent.exists()
+
+
+@pytest.mark.parametrize(("words", "memory"), [([], 1.32), (["--shape", "mixtral"], 1.11)])
+def test_memory_is_the_papers(words: list[str], memory: float) -> None:
+    assert check(parser().parse_args(words), demo_dir()).memory == memory
+    asked = parser().parse_args([*words, "--memory", "1.5"])
+    assert check(asked, demo_dir()).memory == 1.5
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (["--workloads", "own,nothing"], "no 'nothing'; there are own, others"),
         (["--tasks", "nowhere"], "nowhere"),
         (["--memory", "0.5"], "--memory 0.5"),
+        (["--shape", "mixtral", "--model", "there"], "give one of them"),
         (["--output", "no/such/place.json"], "--output"),
     ],
 )
