@@ -78,7 +78,7 @@ def parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add_service(parser)
     made = "in place of --model: one with random weights, made for the run, in the shape of that"
-    add("--shape", choices=SHAPES, help=f"{made}; locality wins little with it")
+    add("--shape", choices=SHAPES, help=f"{made}; locality wins less there")
     others = ", ".join(f"{shape.memory} of a {name}" for name, shape in SHAPES.items())
     add("--memory", type=positive, help=f"experts that fit, of all ({MEMORY}; {others})")
     add("--tasks", type=pathlib.Path, metavar="DIR", help="*.jsonl with prompts (examples/tasks)")

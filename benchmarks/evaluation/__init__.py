@@ -26,9 +26,9 @@ the same tasks. Words:
 
 `--shape mixtral` evaluates a model like Mixtral (8 experts in each layer, 2 of them for a token)
 with random weights, at 1.11 x the experts' memory, in whole slots of all devices 1.125 x.
-Its routers go by the token and know no tasks: all experts are used nearly equally often, and
-servers differ only as far as the tokens of their prompts do. So locality can win little: expect
-policies to be close to each other, and no gain of one that was trained. What this shows is what few
-large experts and scarce memory do. Answers are as long as they are asked for: nothing that such a
-model says is an end.
+Its routers go by the token and know no tasks: in varied text all experts are used nearly equally
+often, and servers differ only as far as the tokens of their prompts do; most in tasks that repeat a
+few of them. So locality can win much less than in a model that was trained, and what it wins says
+nothing of Mixtral itself. What this shows is what few large experts and scarce memory do. Answers
+are as long as they are asked for: nothing that such a model says is an end.
 """
