@@ -14,7 +14,7 @@ import numpy as np
 from dance_jax.placement import migration
 from dance_jax.placement.core import Layout, Placement, Routes, spread
 from dance_jax.placement.cost import Cost, apart_share
-from dance_jax.placement.migration import HYSTERESIS, Batch
+from dance_jax.placement.migration import ERRORS, HYSTERESIS, Batch
 from dance_jax.placement.policies import DEFAULT_POLICY, place, usable
 
 #: Bytes that a server writes between two steps, and experts at most.
@@ -112,7 +112,7 @@ def answer(question: Question) -> Answer:
         migration_seconds=_loading_seconds(question, steps),
         experts_moved=found.moved(present),
         force=question.force,
-        hysteresis=HYSTERESIS + 2 * migration.gain_error(present, found, *judged),
+        hysteresis=HYSTERESIS + ERRORS * migration.gain_error(present, found, *judged),
     )
     candidate = None
     if question.wanted is not None:
@@ -183,7 +183,7 @@ def _settled(
         return False
     seconds = [migration.seconds_per_token(each, judge, cost, weights) for each in (before, found)]
     error = migration.gain_error(before, found, judge, cost, weights)
-    return seconds[0] - seconds[1] <= (HYSTERESIS + 2 * error) * seconds[0]
+    return seconds[0] - seconds[1] <= (HYSTERESIS + ERRORS * error) * seconds[0]
 
 
 def resident(layout: Layout) -> Placement:

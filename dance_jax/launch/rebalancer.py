@@ -30,8 +30,9 @@ from dance_jax.launch.state import State
 from dance_jax.launch.workload import Statistics, Workload
 from dance_jax.placement.core import Layout, Placement
 
-#: Bytes a second that a server reads, until it has loaded something.
-READ_RATE = 200e6
+#: Until a server has loaded something: seconds that reading an expert takes whatever its size, and
+#: bytes a second.
+READ_S, READ_RATE = 0.01, 200e6
 #: Wishes for decisions that may wait.
 MOST_WAITING = 16
 #: Weight of the latest batch in a server's mean rate.
@@ -271,7 +272,7 @@ class Rebalancer:
     def _read_rates(self) -> np.ndarray:
         """Bytes a second that each server loads; float [servers]."""
         size = self._model.expert_bytes(self._config.dtype)
-        read_s = size / READ_RATE
+        read_s = READ_S + size / READ_RATE
         return np.where(np.isnan(self._rates), size / (read_s + rest_s(read_s)), self._rates)
 
     def _count(self) -> None:

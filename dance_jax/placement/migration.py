@@ -15,6 +15,9 @@ from dance_jax.placement.metrics import holders_mask
 
 #: Share of the present cost that a migration must gain.
 HYSTERESIS = 0.05
+#: Standard errors of that gain that it must exceed besides. There is a decision every few minutes,
+#: and in none of them may chance move experts.
+ERRORS = 3.0
 #: Parts that `halves` deals out in turn.
 PARTS = 16
 
@@ -178,7 +181,7 @@ def gain_error(
     """Standard error of the gain `1 - new seconds / old seconds` measured on routes.
 
     From its spread over parts of the routes, on each of which both placements are measured; parts
-    are of neighbours, see `halves`. Twice of it belongs on top of the hysteresis: a few requests
+    are of neighbours, see `halves`. ERRORS times it belong on top of the hysteresis: a few requests
     say no more about a placement than some per cent, and would else move experts of a stable
     workload.
 
@@ -251,7 +254,7 @@ def decide(
         migration_seconds: of `migration_seconds`.
         experts_moved: `Placement.moved`; without any there is nothing to do.
         force: migrate whatever it costs.
-        hysteresis: least gain, as a share of the present cost; HYSTERESIS + 2 x `gain_error`,
+        hysteresis: least gain, as a share of the present cost; HYSTERESIS + ERRORS x `gain_error`,
             which may be infinite.
     """
     old, new = old_seconds_per_token * tokens_expected, new_seconds_per_token * tokens_expected

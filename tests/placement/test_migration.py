@@ -11,6 +11,7 @@ from dance_jax.engine.route_sample import RouteSample
 from dance_jax.placement import Cost, Layout, Placement, place, spread
 from dance_jax.placement.decay import DecayedCounts
 from dance_jax.placement.migration import (
+    ERRORS,
     HYSTERESIS,
     Batch,
     SlotChange,
@@ -285,7 +286,7 @@ class Service:
             tokens,
             migration_seconds([batch for batch, _ in steps], 1e6, [1e9] * 3),
             found.moved(present),
-            hysteresis=HYSTERESIS + 2 * gain_error(present, found, judge, self.COST),
+            hysteresis=HYSTERESIS + ERRORS * gain_error(present, found, judge, self.COST),
         )
         if decision.migrate:
             self.layout = new
