@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import pathlib
 import shutil
@@ -18,6 +19,13 @@ from tests.cluster.fixture import TestCluster
 
 # A shell's background job ignores Ctrl-C, and so would every process that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def collected() -> None:
+    """What earlier modules left, compiled code above all, no collection looks through again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -13,11 +13,13 @@ from flax import nnx
 
 from dance_jax import LLM, RequestOutput, SamplingParams
 from dance_jax.config import UserError
+from dance_jax.engine import compile_cache
 from dance_jax.engine.output import OutputCollector
 from dance_jax.models.attention import Rows
 from dance_jax.models.checkpoint import Checkpoint
 from dance_jax.models.convert import ensure_converted
 from dance_jax.models.random_weights import write_random_checkpoint
+from tests.quick import XLA_FLAGS, QuickCache, cache_directory
 from tests.tiny_models import DEEPSEEK
 
 FIELDS = DEEPSEEK | {"num_hidden_layers": 2, "max_position_embeddings": 256}
@@ -35,14 +37,21 @@ PROMPTS = [
 ]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quickly():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compile_cache, "CompileCache", QuickCache)
+        yield
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return write_random_checkpoint(tmp_path_factory.mktemp("model") / "tiny", FIELDS, seed=3)
 
 
 @pytest.fixture(scope="module")
-def cache_dir(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
+def cache_dir(tmp_path_factory, expert_library):
+    return cache_directory(tmp_path_factory.mktemp("llm"), expert_library)
 
 
 @pytest.fixture(scope="module")
@@ -326,7 +335,7 @@ def test_close_is_idempotent_and_final(model, cache_dir):
 
 def test_a_cluster_of_unequal_servers(model, cache_dir, llm, tmp_path, monkeypatch, caplog):
     """Two processes, one of them with two devices: same tokens as one process with everything."""
-    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")  # halves their compiling
+    monkeypatch.setenv("XLA_FLAGS", XLA_FLAGS)
     hosts = tmp_path / "hosts.txt"
     hosts.write_text(
         "single address=localhost experts=5\npair address=localhost devices=2 experts=2\n"
@@ -335,7 +344,7 @@ def test_a_cluster_of_unequal_servers(model, cache_dir, llm, tmp_path, monkeypat
     params = [greedy(), SamplingParams(seed=2, max_tokens=8, logprobs=2), greedy(stop="x")] * 3
     expected = llm.generate(PROMPTS[:9], params)
     with LLM(
-        model, hosts, max_model_len=192, cache_dir=cache_dir, log_dir=logs, max_num_seqs=8
+        model, hosts, max_model_len=192, cache_dir=cache_dir, log_dir=logs, max_num_seqs=4
     ) as cluster:
         assert cluster.servers == ("single", "pair")
         assert "latency needs routes, there are none: optimal places instead" in caplog.text

@@ -21,6 +21,7 @@ from dance_jax.models.build import init_random
 from dance_jax.models.messages import Transport
 from dance_jax.models.random_weights import random_expert_tensors
 from dance_jax.placement.core import Layout
+from tests.quick import QuickCache
 from tests.tiny_models import SERVED
 
 CONFIG = ModelConfig.from_hf(SERVED)
@@ -55,12 +56,17 @@ def read_experts(pairs: list[tuple[int, int]]):
 
 
 def runner(
-    layout: Layout, rank: int, transport: Transport | None = None, wire_dtype: str = "compute"
+    layout: Layout,
+    rank: int,
+    transport: Transport | None = None,
+    wire_dtype: str = "compute",
+    compile_cache: CompileCache | None = None,
 ) -> Runner:
+    """Of a server; what compiles its steps is by default quick."""
     trunk = init_random(CONFIG, seed=0)
     config = dataclasses.replace(ENGINE, wire_dtype=wire_dtype)
     blocks = config.max_num_seqs * config.max_blocks
-    cache = CompileCache(None)
+    cache = compile_cache or QuickCache(None)
     return Runner(CONFIG, trunk, read_experts, layout, rank, config, blocks, cache, transport)
 
 

@@ -12,9 +12,7 @@ import pickle
 import sys
 
 RANK, PORT, DEVICES = int(sys.argv[1]), sys.argv[2], tuple(map(int, sys.argv[3].split(",")))
-os.environ["XLA_FLAGS"] = (
-    f"--xla_force_host_platform_device_count={DEVICES[RANK]} --xla_backend_optimization_level=0"
-)
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES[RANK]}"
 replies = os.fdopen(os.dup(1), "wb")
 os.dup2(2, 1)  # what libraries print must not end up among the pickles
 

@@ -25,6 +25,7 @@ from dance_jax.models.convert import ensure_converted
 from dance_jax.models.experts import Pool, expert_ffn
 from dance_jax.models.tokenizer import Tokenizer
 from tests.launch.tiny import write_model
+from tests.quick import QuickCache
 
 #: Prompt and output of the longest request below; 12 blocks of 8 positions.
 CONTEXT = 96
@@ -56,7 +57,8 @@ def engine(checkpoint: Checkpoint) -> Engine:
     )
     memory = BLOCKS * block_bytes(checkpoint.config, config)
     config = dataclasses.replace(config, kv_memory=memory)
-    engine = Engine(checkpoint, Tokenizer.load(checkpoint.path), None, 0, None, config)
+    tokenizer, steps = Tokenizer.load(checkpoint.path), QuickCache(None)
+    engine = Engine(checkpoint, tokenizer, None, 0, None, config, compile_cache=steps)
     engine.warmup()
     return engine
 

@@ -23,6 +23,7 @@ from dance_jax.models.tokenizer import Tokenizer
 from dance_jax.placement.core import Layout, Placement, spread
 from dance_jax.placement.migration import SlotChange, changed
 from tests.launch.tiny import write_model
+from tests.quick import QuickCache
 
 LAYERS, EXPERTS = 2, 16
 #: More than experts, so that they can move.
@@ -50,8 +51,8 @@ def start(checkpoint: Checkpoint, dtype: str) -> Engine:
     )
     everything = Placement(np.ones((1, LAYERS, EXPERTS), bool))
     layout = spread(everything, [1], [SLOTS])
-    engine = Engine(checkpoint, Tokenizer.load(checkpoint.path), None, 0, layout, config)
-    return engine
+    tokenizer, steps = Tokenizer.load(checkpoint.path), QuickCache(None)
+    return Engine(checkpoint, tokenizer, None, 0, layout, config, compile_cache=steps)
 
 
 @pytest.fixture(scope="module")

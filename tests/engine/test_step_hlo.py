@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+from dance_jax.engine.compile_cache import CompileCache
 from dance_jax.engine.runner import Runner
 from dance_jax.models import kernels_cpu
 from dance_jax.placement.core import Placement, spread
@@ -18,7 +19,7 @@ from tests.cluster import tiny
 
 @pytest.fixture(scope="module", params=["experts in C++", "experts in JAX"])
 def alone(request: pytest.FixtureRequest, expert_library: pathlib.Path | None) -> Iterator[Runner]:
-    """Every expert on one device."""
+    """Every expert on one device, compiled as for users."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "experts in JAX":
             patch.setattr(kernels_cpu, "usable", lambda: False)
@@ -27,7 +28,8 @@ def alone(request: pytest.FixtureRequest, expert_library: pathlib.Path | None) -
 
 def _alone() -> Runner:
     resident = np.ones((1, tiny.LAYERS, tiny.EXPERTS), bool)
-    return tiny.runner(spread(Placement(resident), [1], [tiny.LAYERS * tiny.EXPERTS]), 0)
+    layout = spread(Placement(resident), [1], [tiny.LAYERS * tiny.EXPERTS])
+    return tiny.runner(layout, 0, compile_cache=CompileCache(None))
 
 
 def _copies(hlo: str) -> Iterator[str]:

@@ -27,6 +27,7 @@ from dance_jax.models.checkpoint import Checkpoint
 from dance_jax.models.convert import ensure_converted
 from dance_jax.models.tokenizer import Tokenizer
 from tests.launch.tiny import HOSTS, write_model
+from tests.quick import cache_directory
 
 #: Sequences at once on each device: fewer sizes to compile.
 NUM_SEQS = 4
@@ -66,18 +67,19 @@ class Tiny:
 _tiny: list[Tiny] = []
 
 
-def cold_run(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+def cold_run(tmp_path_factory: pytest.TempPathFactory, expert_library: pathlib.Path | None) -> Tiny:
     """The files and results; made at the first call of the session."""
     if not _tiny:
-        _tiny.append(_cold_run(tmp_path_factory.mktemp("tiny")))
+        _tiny.append(_cold_run(tmp_path_factory.mktemp("tiny"), expert_library))
     return _tiny[0]
 
 
-def _cold_run(folder: pathlib.Path) -> Tiny:
+def _cold_run(folder: pathlib.Path, expert_library: pathlib.Path | None) -> Tiny:
+    cache_dir = cache_directory(folder, expert_library)
     model = write_model(folder / "model")
     (folder / "hosts.txt").write_text(HOSTS)
     (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, PROMPTS)))
-    path = ensure_converted(model, folder / "cache" / "models")
+    path = ensure_converted(model, cache_dir / "models")
     checkpoint = Checkpoint.open(path)
     spec = read_hosts(folder / "hosts.txt")
     config = engine_config(checkpoint.config, max_num_seqs=NUM_SEQS)
@@ -85,7 +87,7 @@ def _cold_run(folder: pathlib.Path) -> Tiny:
     prompts = read_prompts(folder / "prompts.jsonl", spec, max_tokens=8)
     console = Console(file=io.StringIO(), width=120, record=True)
     tokenizer = Tokenizer.load(path)
-    cluster = Cluster(spec, checkpoint, plan.layout, config, cache_dir=folder / "cache")
+    cluster = Cluster(spec, checkpoint, plan.layout, config, cache_dir=cache_dir)
     with cluster:
         with Stream(console, spec.names, prompts) as stream:
             result = run_prompts(cluster, plan, tokenizer, prompts, stream.update)

@@ -14,8 +14,8 @@ from tests.launch.launched import Launch
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    return cold_run(tmp_path_factory)
+def tiny(tmp_path_factory: pytest.TempPathFactory, expert_library: pathlib.Path | None) -> Tiny:
+    return cold_run(tmp_path_factory, expert_library)
 
 
 @pytest.fixture

@@ -38,6 +38,23 @@ def by_pid(processes: list[psutil.Process]) -> list[psutil.Process]:
     return sorted(processes, key=lambda process: process.pid)
 
 
+def gone(processes: list[psutil.Process], seconds: float) -> bool:
+    """All end within so long; the children of a parent that is frozen stay as zombies."""
+    deadline = time.monotonic() + seconds
+    while any(_lives(process) for process in processes):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)  # between two looks
+    return True
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 class Launch:
     """A launch in a process of its own, with its workers and its private directory."""
 

@@ -66,6 +66,17 @@ def routes(experts: range, tokens: int = 400, seed: int = 0) -> np.ndarray:
     return chosen.reshape(tokens, LAYERS, K).astype(np.int16)
 
 
+def tastes(seed: int, tokens: int = 400) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of alpha's users and of beta's, who like some of all experts a little more."""
+
+    def chosen(server: int) -> np.ndarray:
+        taste = np.random.default_rng([0, server]).gumbel(size=(LAYERS, EXPERTS))
+        mood = np.random.default_rng([seed, server, 0]).gumbel(size=(tokens, LAYERS, EXPERTS))
+        return np.argsort(-(taste / 2 + mood))[:, :, :K].astype(np.int16)
+
+    return chosen(0), chosen(1)
+
+
 def stats(tokens: np.ndarray, more: int = 1) -> EngineStats:
     """Of an engine that computed these tokens, `more` times; its sample has the latest."""
     counts = [np.bincount(tokens[:, layer].ravel(), minlength=EXPERTS) for layer in range(LAYERS)]

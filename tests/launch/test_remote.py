@@ -17,7 +17,7 @@ import pytest
 
 from tests.launch.cold_run import Tiny
 from tests.launch.fake_ssh import FakeSsh
-from tests.launch.launched import completion, free_ports
+from tests.launch.launched import completion, free_ports, gone
 from tests.launch.test_cluster import many_prompts
 from tests.launch.tiny import HOSTS
 
@@ -159,9 +159,7 @@ def test_all_hosts_are_left_clean(how: str, remote: Remote, tmp_path: pathlib.Pa
             "freeze launch": signal.SIGSTOP,
         }
         process.send_signal(names[how])
-    _, alive = psutil.wait_procs(workers, timeout=PATIENCE_S)
-    # A frozen launch leaves its children unburied.
-    assert not [each for each in alive if each.status() != psutil.STATUS_ZOMBIE]
+    assert gone(workers, PATIENCE_S)
     process.send_signal(signal.SIGCONT)
     code = process.wait(PATIENCE_S)
     assert code == {"interrupt": 130, "kill launch": -signal.SIGKILL}.get(how, 1), remote.text
@@ -186,8 +184,7 @@ def test_servers_over_ssh_serve(tiny: Tiny, remote: Remote) -> None:
     assert remote.blind.count("dance_jax.launch.worker") == 2
     workers = remote.workers
     process.send_signal(signal.SIGSTOP)
-    _, alive = psutil.wait_procs(workers, timeout=PATIENCE_S)
-    assert not [each for each in alive if each.status() != psutil.STATUS_ZOMBIE]
+    assert gone(workers, PATIENCE_S)
     process.send_signal(signal.SIGCONT)
     assert process.wait(PATIENCE_S) == 1, remote.text
 

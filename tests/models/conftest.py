@@ -10,10 +10,8 @@ import pytest
 from flax import nnx
 
 from dance_jax.models.attention import Rows
+from tests.quick import QUICK
 from tests.tiny_models import DEEPSEEK, MIXTRAL
-
-#: Tiny models run for milliseconds and would compile for seconds.
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 
 REFERENCE = pathlib.Path(__file__).parent.parent / "reference"
 

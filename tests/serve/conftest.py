@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pathlib
 from collections.abc import Iterator
 
 import pytest
@@ -11,8 +12,8 @@ from tests.serve.served import Served, serving
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    return cold_run(tmp_path_factory)
+def tiny(tmp_path_factory: pytest.TempPathFactory, expert_library: pathlib.Path | None) -> Tiny:
+    return cold_run(tmp_path_factory, expert_library)
 
 
 @pytest.fixture(scope="session")

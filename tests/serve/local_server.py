@@ -22,6 +22,7 @@ from dance_jax.models.random_weights import write_random_checkpoint
 from dance_jax.models.tokenizer import Tokenizer
 from dance_jax.serve.app import ServeInfo, create_app
 from dance_jax.serve.queue import RequestQueue
+from tests.quick import QuickCache
 from tests.tiny_models import SERVED
 
 MODEL = "tiny"
@@ -105,7 +106,8 @@ class LocalServer:
         self.tokenizer = Tokenizer.load(model)
         # As few buckets as there can be: compiling them takes most of the time.
         config = EngineConfig(CONTEXT, max_num_seqs=4, decode_rows=(4,), slice_rows=(1,))
-        engine = Engine(checkpoint, self.tokenizer, None, 0, None, config)
+        steps = QuickCache(None)
+        engine = Engine(checkpoint, self.tokenizer, None, 0, None, config, compile_cache=steps)
         engine.warmup()
         self.engine = _EngineThread(engine)
         self.queue = RequestQueue(self.engine.send, MAX_QUEUE, itertools.count())

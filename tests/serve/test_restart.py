@@ -20,7 +20,7 @@ from tests.serve.served import MODEL, NAMES, Served, serving
 
 #: What is asked of every server at once. The first answer is streamed; the others come several
 #: times, so that more are asked than run at the same time.
-COPIES = 4
+COPIES = 2
 QUESTIONS: tuple[dict[str, Any], ...] = (
     {"prompt": "Es war einmal", "temperature": 0},
     {"prompt": "1 + 1 =", "temperature": 1.0, "seed": 11},
@@ -121,20 +121,30 @@ def restarts(url: str) -> int:
     return int(float(count))
 
 
-def test_every_answer_arrives_whichever_engine_dies(served: Served) -> None:
+@pytest.fixture(scope="module")
+def quiet(served: Served) -> list[Answer]:
+    """What the cluster answers when nothing happens to it."""
+
+    async def ask() -> list[Answer]:
+        async with Load(served) as load:
+            return await load.answers()
+
+    answers = asyncio.run(asyncio.wait_for(ask(), 120))
+    for answer in answers:
+        assert set(answer.reasons.values()) == {"length"}
+    return answers
+
+
+def test_every_answer_arrives_whichever_engine_dies(served: Served, quiet: list[Answer]) -> None:
     """And is the same as without a death, greedy or sampled from a seed."""
     before = [restarts(url) for url in served.urls]
 
-    async def ask(victim: int | None) -> list[Answer]:
+    async def ask(victim: int) -> list[Answer]:
         async with Load(served) as load:
-            if victim is not None:
-                served.engine(victim).kill()
+            served.engine(victim).kill()
             return await load.answers()
 
     async def ask_all() -> None:
-        quiet = await ask(None)
-        for answer in quiet:
-            assert set(answer.reasons.values()) == {"length"}
         for victim in VICTIMS:
             dying = served.engine(victim).pid
             assert await ask(victim) == quiet
@@ -148,24 +158,23 @@ def test_every_answer_arrives_whichever_engine_dies(served: Served) -> None:
 
 
 def test_a_signal_lets_servers_finish_what_runs(
-    served: Served, tiny: Tiny, tmp_path: pathlib.Path
+    quiet: list[Answer], tiny: Tiny, tmp_path: pathlib.Path
 ) -> None:
-    async def ask(cluster: Served, end: bool) -> list[Answer]:
+    async def ask(cluster: Served) -> list[Answer]:
         async with Load(cluster) as load:
-            if end:
-                cluster.process.send_signal(signal.SIGTERM)
-                # Polls; each server stops listening when it is told.
-                for rank in range(len(NAMES)):
-                    while accepts(cluster.port + rank):
-                        await asyncio.sleep(0.02)
+            cluster.process.send_signal(signal.SIGTERM)
+            # Polls; each server stops listening when it is told.
+            for rank in range(len(NAMES)):
+                while accepts(cluster.port + rank):
+                    await asyncio.sleep(0.02)
             return await load.answers()
 
     with serving(tiny, tmp_path) as ending:
-        answers = asyncio.run(asyncio.wait_for(ask(ending, end=True), 120))
+        answers = asyncio.run(asyncio.wait_for(ask(ending), 120))
         assert ending.process.wait(30) == 0
         ending.assert_nothing_left()
         assert "all servers have drained" in ending.text
-    assert answers == asyncio.run(asyncio.wait_for(ask(served, end=False), 120))
+    assert answers == quiet
 
 
 def accepts(port: int) -> bool:

@@ -2,24 +2,28 @@
 
     python -m tests.testbed.check [--rate 100Mbps]    # as root, on Linux
 
-No part of pytest, as it takes root and may install sshd. Prints every check; exit code 1 if one
-fails, 2 if the machine cannot have a testbed.
+The testbed is named after this process; what an earlier check left, because it was killed, is
+removed first. No part of pytest, as it takes root and may install sshd. Prints every check; exit
+code 1 if one fails, 2 if the machine cannot have a testbed.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import pathlib
+import re
 import subprocess
 import sys
 import time
 
-from benchmarks.namespaces import HEAD, Testbed, down, parse_rate, remains
+from benchmarks.namespaces import HEAD, Testbed, down, leftovers, parse_rate, remains
 from benchmarks.namespaces.cores import QUOTA
+from dance_jax.config import UserError
 
 COMMAND = [sys.executable, "benchmarks/testbed.py"]
-#: Not the default name: one that is up meanwhile is not touched.
-NAME = "check"
+#: By the process: one that is up meanwhile, another check's too, is not touched.
+NAME = f"check{os.getpid()}"
 #: What the example prompts send and receive at least, per host; the start alone is far below.
 LEAST_BYTES = 1_000_000
 
@@ -56,6 +60,22 @@ class Checks:
         self.passed += holds
         self.failed += not holds
         print(f"{'ok' if holds else 'FAILED'}: {what}", flush=True)
+
+
+def forsaken() -> list[str]:
+    """Names of the testbeds that earlier checks left: their processes no longer run."""
+    names = sorted(path.name for path in leftovers.STATE.glob("check*"))
+    pids = {name: int(name[5:]) for name in names if re.fullmatch("check[0-9]+", name)}
+    return [name for name, pid in pids.items() if not _checks(pid)]
+
+
+def _checks(pid: int) -> bool:
+    """The process runs this command, and is another one: numbers are used again."""
+    try:
+        line = pathlib.Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+    return b"tests.testbed.check" in line.split(b"\0") and pid != os.getpid()
 
 
 def output(bed: Testbed, host: str, *argv: str) -> str:
@@ -152,6 +172,13 @@ def main() -> int:
     parser.add_argument("--rate", default="100Mbps", help="of the links (%(default)s)")
     options, launch_options = parser.parse_known_args()
     rate, links, checks = parse_rate(options.rate), root_links(), Checks()
+    try:
+        for name in forsaken():
+            print(f"testbed {name} is removed: its check was killed", flush=True)
+            down(name)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
     up = [*COMMAND, "up", "--name", NAME, "--rate", options.rate]
     if code := subprocess.run(up).returncode:
         print("the testbed cannot be checked here; `TESTBED=no .ci/run` leaves it out")

@@ -15,6 +15,7 @@ from benchmarks.namespaces import bed, cores, hosts, leftovers, machine
 from benchmarks.testbed import main, parser
 from dance_jax.config import UserError
 from dance_jax.launch.hosts import parse_hosts
+from tests.testbed.check import forsaken
 
 ROOT = pathlib.Path(__file__).parents[2]
 TEMPLATE = (ROOT / "examples/hosts.txt").read_text()
@@ -142,6 +143,26 @@ def test_down_removes_its_own_and_no_other(state: pathlib.Path) -> None:
     assert leftovers.remains("one") == []
     assert len(leftovers.remains("one2")) == 3
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_what_killed_checks_left_is_found(state: pathlib.Path) -> None:
+    """And neither the testbed of a check that runs nor one of somebody else."""
+    other = [sys.executable, "-c", "import sys; sys.stdin.read()"]
+    running, ended, foreign = (
+        subprocess.Popen([*other, *word], stdin=subprocess.PIPE)
+        for word in (["tests.testbed.check"], ["tests.testbed.check"], [])
+    )
+    try:
+        ended.kill()
+        ended.wait()
+        names = [f"check{process.pid}" for process in (running, ended, foreign)]
+        for name in (*names, f"check{os.getpid()}", "check", "checkpoint1", "main"):
+            (leftovers.STATE / name).mkdir()
+        assert forsaken() == sorted([names[1], names[2], f"check{os.getpid()}"])
+    finally:
+        for process in (running, ended, foreign):
+            process.kill()
+            process.communicate()
 
 
 @pytest.mark.parametrize("command", [["up"], ["down"], ["run"], ["exec", "alpha", "true"]])

@@ -1,0 +1,41 @@
+"""What tests compile runs for milliseconds, so it is not optimised: compiling takes seconds."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import shutil
+from collections.abc import Callable
+
+import jax
+
+from dance_jax.engine.compile_cache import CompileCache
+
+#: For `compile` of what is lowered.
+QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+#: The same for engines in processes of their own.
+XLA_FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+
+
+def cache_directory(folder: pathlib.Path, expert_library: pathlib.Path | None) -> pathlib.Path:
+    """One for launches, in which the C++ of the session lies as if it had been built there."""
+    compiled = folder / "cache" / "compiled"
+    compiled.mkdir(mode=0o700, parents=True)
+    if expert_library is not None:
+        shutil.copy(expert_library, compiled)
+    return compiled.parent
+
+
+class QuickCache(CompileCache):
+    """For engines in the tests' process, where algorithms are compiled that run for long."""
+
+    def compile(self, key: object, lower: Callable[[], jax.stages.Lowered]) -> jax.stages.Compiled:
+        return super().compile(key, lambda: _Quickly(lower()))  # type: ignore[arg-type]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Quickly:
+    lowered: jax.stages.Lowered
+
+    def compile(self) -> jax.stages.Compiled:
+        return self.lowered.compile(compiler_options=QUICK)
