@@ -174,15 +174,24 @@ def test_a_batch_is_in_force_after_the_step_that_tells_of_it(
     engine._staging.layout = kept
 
 
-def test_routes_of_all_tokens_are_kept_while_there_is_room(engine: Engine):
+def test_routes_since_a_migration_are_kept_while_there_is_room(
+    checkpoint: Checkpoint, engine: Engine
+):
+    """All of them, as nothing fades."""
+    assert engine.config.half_life is None
     outputs(engine)
-    stats = engine.stats()
-    assert 0 < stats.tokens <= engine.config.route_sample
-    routes_tlk = stats.routes_tlk
-    assert len(routes_tlk) == stats.tokens
-    for layer, counts_e in enumerate(stats.counts):
-        found_e = np.bincount(routes_tlk[:, layer].ravel(), minlength=EXPERTS)
-        assert found_e.tolist() == counts_e
+    assert len(engine.stats().routes_tlk) > 0
+    stage(checkpoint, engine, 1002, seed=3, most=12)
+    assert engine.step().applied == 1002
+    before = engine.stats()
+    assert len(before.routes_tlk) == 0
+    outputs(engine)
+    after = engine.stats()
+    assert len(after.routes_tlk) == after.tokens - before.tokens > 0
+    for layer in range(LAYERS):
+        found_e = np.bincount(after.routes_tlk[:, layer].ravel(), minlength=EXPERTS)
+        counted_e = np.subtract(after.counts[layer], before.counts[layer])
+        assert found_e.tolist() == counted_e.tolist()
 
 
 def test_costs_are_measured(engine: Engine):
