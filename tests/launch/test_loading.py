@@ -71,7 +71,8 @@ def test_a_torn_checkpoint(checkpoint: Checkpoint, tmp_path: pathlib.Path) -> No
     torn = Checkpoint.open(copy)
     for path in (copy / "experts" / "1").rglob("*"):
         if path.is_file() and path.stat().st_size > 10_000:
-            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+            # Less than an array: which of them come first in a file changes from run to run.
+            path.write_bytes(path.read_bytes()[:10_000])
     loader = Loader(checkpoint_reader(torn, "float32"))
     loader.begin(Stage(1, b"", LOADS))
     failed = first(loader)
