@@ -249,6 +249,8 @@ def run_node(
                         if process is None:
                             return 0
                         process.kill(signal.SIGKILL) if kill else process.let_go()
+            if told_to_end:  # node 0 has ended before this server did
+                return 0
             progress("node 0 cannot be reached any more")
             return 1
         finally:

@@ -80,7 +80,8 @@ def test_nodes_answer_as_one_launch(tiny: Tiny, start: Start, tmp_path: pathlib.
     said(tmp_path, 0, "all servers can work together")
     children = [child for node in (first, *others) for child in node.children(recursive=True)]
     assert first.wait(200) == 0, (tmp_path / "node-0").read_text()
-    assert [node.wait(10) for node in others] == [0, 0]
+    codes = [node.wait(10) for node in others]
+    assert codes == [0, 0], [(tmp_path / f"node-{n}").read_text() for n in (0, 1, 2)]
     _, alive = psutil.wait_procs(children, timeout=10)
     assert not alive
     lines = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
