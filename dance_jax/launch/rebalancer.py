@@ -138,7 +138,7 @@ class Rebalancer:
         #: Where experts move if it still pays when it is looked at again, until when at most.
         self._candidate: Placement | None = None
         self._patience = 0.0
-        #: Nothing is to move, by all that has been asked for.
+        #: Nothing is to move from where experts are, by all that has been asked for.
         self._stays = False
         self._waiting: collections.deque[_Wanted] = collections.deque()
         self._current = _Wanted(None, 0, False, False)
@@ -454,6 +454,7 @@ class Rebalancer:
         self._version += self._migration.begun
         self._migrated += self._migration.moved
         self._migration, self._dropping, self._doing = None, None, _Doing.NOTHING
+        self._stays = False  # it was of the placement before
         self._look_again(None)
         if why and self._decision is not None:
             self._decision = msgspec.structs.replace(self._decision, failure=why)

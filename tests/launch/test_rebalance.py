@@ -337,6 +337,13 @@ def test_nothing_is_solved_while_nobody_asks(monkeypatch) -> None:
     bench.rebalancer.want(0, protocol.RebalanceWanted(1, force=False, dry_run=True))
     bench.run()
     assert len(bench.solver.asked) == 3  # users are answered all the same
+    # What was found holds for where experts were then.
+    elsewhere = [[np.flatnonzero(e).tolist() for e in le] for le in halves(LOW).device_of >= 0]
+    bench.rebalancer.want(0, protocol.RebalanceWanted(2, False, False, resident=elsewhere))
+    bench.run()
+    bench.now += INTERVAL_S
+    bench.run()
+    assert len(bench.solver.asked) == 5
 
 
 def test_zero_means_on_request_alone(monkeypatch) -> None:
