@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import queue
+import random
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -110,7 +111,8 @@ class Loader:
                 (weights,), read = self._read([load])
                 experts[load.device, load.slot] = weights
                 size += read
-                time.sleep(rest_s(time.monotonic() - began))
+                # Not as long as on other servers, so that one step does not wait for all readers.
+                time.sleep(random.uniform(0.5, 1.5) * rest_s(time.monotonic() - began))
         except Exception as error:
             log.exception("batch %d cannot be loaded", stage.number)
             why = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
@@ -119,7 +121,7 @@ class Loader:
 
 
 def rest_s(read_s: float) -> float:
-    """Seconds of rest after an expert that took so long to read."""
+    """Seconds of rest after an expert that took so long to read, in the mean."""
     return min(REST * read_s, LONGEST_REST_S)
 
 

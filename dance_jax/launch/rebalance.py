@@ -18,7 +18,7 @@ from dance_jax.placement.migration import ERRORS, HYSTERESIS, Batch
 from dance_jax.placement.policies import DEFAULT_POLICY, place, usable
 
 #: Bytes that a server writes between two steps, and experts at most.
-BATCH_BYTES, BATCH_EXPERTS = 16 << 20, 8
+BATCH_BYTES, BATCH_EXPERTS = 16 << 20, 4
 #: Seconds for which a placement is weighed that is only made on request.
 HORIZON_S = 300.0
 
