@@ -20,6 +20,10 @@ from .machine import check_root, find, install_missing, run
 
 #: Seconds until every host's sshd must answer.
 SSH_TIMEOUT_S = 20
+#: What a link that rests takes at once: as much as it carries in so many seconds, but a packet. A
+#: larger bucket passes the small messages of a step as if there were no limit; a smaller one does
+#: not reach its rate, as a timer is not that exact.
+BURST_S, PACKET_BYTES = 0.25e-3, 1600
 _SSHD_CONFIG = """\
 ListenAddress {address}:22
 HostKey /run/testbed/host_key
@@ -168,7 +172,8 @@ class Testbed:
             for end, interface in ((host, "eth0"), (HEAD, self._port(host))):
                 queue = ["tc", "-n", self._label(end), "qdisc"]
                 if rate is not None:
-                    bucket = ["rate", f"{rate}bit", "burst", "128kb", "latency", "200ms"]
+                    burst = max(PACKET_BYTES, round(rate / 8 * BURST_S))
+                    bucket = ["rate", f"{rate}bit", "burst", str(burst), "latency", "200ms"]
                     run(*queue, "replace", "dev", interface, "root", "tbf", *bucket)
                 elif self.rates[host] is not None:
                     run(*queue, "delete", "dev", interface, "root")
