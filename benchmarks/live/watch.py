@@ -120,7 +120,9 @@ async def load(
 
 
 @contextlib.asynccontextmanager
-async def watched(api: Api, wire: Callable[[], list[float]]) -> AsyncIterator[list[Sample]]:
+async def watched(
+    api: Api, wire: Callable[[], list[float]] = _nothing
+) -> AsyncIterator[list[Sample]]:
     """Samples that come while the block runs; the first and the last are of its ends."""
     origin, samples = time.perf_counter(), []
 

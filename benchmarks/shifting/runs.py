@@ -15,10 +15,21 @@ from rich.console import Console
 
 from benchmarks.live.places import Place, count_activations
 from benchmarks.live.tasks import Askers, Plan, Task, write_fit
-from benchmarks.live.watch import ASK_S, Watched, decide, load, moved, placement, sample
+from benchmarks.live.watch import (
+    ASK_S,
+    Sample,
+    Watched,
+    decide,
+    load,
+    moved,
+    placement,
+    sample,
+    watched,
+)
 from benchmarks.serving.client import Answer, Api, Call
 from benchmarks.serving.cluster import ClusterError
 from benchmarks.serving.setting import progress
+from dance_jax.engine.step_clock import WINDOW_S
 
 SECTIONS = ("shift", "accumulate", "pause", "stable")
 #: Prompts of each server, and tokens of each answer, that placements at the start are fitted to.
@@ -168,8 +179,9 @@ class Round:
         solving: those that overlap the time until it is decided what moves.
         moving: those that overlap the time in which it does.
         solving_s, moving_s: those times.
-        longest_step_s: of any server, while experts moved and up to ten seconds before.
-        longest_before_s: the same of ten seconds just before.
+        longest_before_s, longest_solving_s: steps of any server, in the last ten seconds of the
+            time before and of that in which it was decided.
+        longest_step_s: while experts moved; if that took less than ten seconds, of ten.
         experts: that were loaded.
     """
 
@@ -178,8 +190,9 @@ class Round:
     moving: list[float]
     solving_s: float
     moving_s: float
-    longest_step_s: float
     longest_before_s: float
+    longest_solving_s: float
+    longest_step_s: float
     experts: int
 
 
@@ -233,11 +246,11 @@ async def _round(api: Api, setting: Setting, number: int) -> Round:
         before, begin_s = await sample(api, origin), now()
         decision = await decide(api)
         decided_s = now()
-        if decision["migrate"]:
-            await moved(api, version)
-        end_s = now()
-        await asyncio.sleep(ASK_S)
-        after = await sample(api, origin)
+        async with watched(api) as samples:
+            if decision["migrate"]:
+                await moved(api, version)
+            end_s = now()
+            await asyncio.sleep(ASK_S)
         for each in streams:
             each.cancel()
     return Round(
@@ -246,10 +259,17 @@ async def _round(api: Api, setting: Setting, number: int) -> Round:
         moving=_gaps(heard, decided_s, end_s),
         solving_s=decided_s - begin_s,
         moving_s=end_s - decided_s,
-        longest_step_s=max(after.longest_step_s),
         longest_before_s=max(before.longest_step_s),
+        longest_solving_s=max(samples[0].longest_step_s),
+        longest_step_s=_longest_s(samples),
         experts=decision["experts_moved"] if decision["migrate"] else 0,
     )
+
+
+def _longest_s(samples: Sequence[Sample]) -> float:
+    """Seconds of the longest step since the first sample; each knows those of WINDOW_S."""
+    since_s = min(WINDOW_S + ASK_S, samples[-1].at_s)
+    return max(max(each.longest_step_s) for each in samples if each.at_s >= since_s)
 
 
 def _gaps(heard: Sequence[Sequence[float]], begin_s: float, end_s: float) -> list[float]:

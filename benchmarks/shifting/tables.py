@@ -84,8 +84,9 @@ def _pause(console: Console, found: Pause) -> None:
         "experts",
         "decided in",
         "moved in",
-        "longest step",
-        "before",
+        "longest step before",
+        "deciding",
+        "moving",
         "gaps before",
         "deciding",
         "moving",
@@ -96,8 +97,10 @@ def _pause(console: Console, found: Pause) -> None:
             str(each.experts),
             f"{each.solving_s:.2f} s",
             f"{each.moving_s:.2f} s",
-            milliseconds(each.longest_step_s),
-            milliseconds(each.longest_before_s),
+            *map(
+                milliseconds,
+                (each.longest_before_s, each.longest_solving_s, each.longest_step_s),
+            ),
             *(
                 ", ".join(milliseconds(value) for value in np.quantile(gaps, [0.5, 0.99]))
                 for gaps in (each.before, each.solving, each.moving)

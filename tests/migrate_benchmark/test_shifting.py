@@ -16,7 +16,7 @@ from benchmarks.migrate import main
 from benchmarks.serving.client import Answer, Call, Token
 from benchmarks.shifting import plots, tables
 from benchmarks.shifting.results import Results, after_shift, differences, plain
-from benchmarks.shifting.runs import SECTIONS, Pause, Round, Shift, _gaps
+from benchmarks.shifting.runs import SECTIONS, Pause, Round, Shift, _gaps, _longest_s
 
 
 def sample(at_s: float, local: float, remote: float, migrations: int = 0) -> Sample:
@@ -100,7 +100,7 @@ def test_close_choices_may_fall_otherwise() -> None:
 
 def test_gaps_beside_a_migration() -> None:
     assert _gaps([[0.0, 1.0, 2.0, 3.5]], 1.5, 3.0) == [1.0, 1.5]
-    steady = Round([0.02] * 99, [0.02] * 99, [0.025] * 99, 2.0, 1.0, 0.06, 0.03, 12)
+    steady = Round([0.02] * 99, [0.02] * 99, [0.025] * 99, 2.0, 1.0, 0.03, 0.2, 0.06, 12)
     assert not any(verdicts(Results(pause=Pause([steady]))).values())
     slow = dataclasses.replace(steady, longest_step_s=0.08)
     late = dataclasses.replace(steady, moving=[0.025] * 90 + [0.04] * 9)
@@ -109,10 +109,21 @@ def test_gaps_beside_a_migration() -> None:
         assert sum(verdicts(Results(pause=Pause([steady, bad]))).values()) == 1
 
 
+def test_the_longest_step_is_of_the_migration_alone() -> None:
+    """A sample knows the last ten seconds: the first ones know steps from before."""
+    longest_s = {0.0: 0.9, 5.0: 0.8, 11.0: 0.04, 16.0: 0.03}
+    samples = [
+        dataclasses.replace(sample(at_s, 0, 0), longest_step_s=[0.01, each_s])
+        for at_s, each_s in longest_s.items()
+    ]
+    assert _longest_s(samples) == 0.04
+    assert _longest_s(samples[:2]) == 0.8
+
+
 def test_results_are_shown(tmp_path: pathlib.Path, capsys: Any) -> None:
     from rich.console import Console
 
-    steady = Round([0.02] * 9, [0.02] * 9, [0.025] * 9, 2.0, 1.0, 0.06, 0.03, 12)
+    steady = Round([0.02] * 9, [0.02] * 9, [0.025] * 9, 2.0, 1.0, 0.03, 0.05, 0.06, 12)
     results = Results(shift=GOOD, accumulate=MOVE, pause=Pause([steady]), stable=STAY)
     for section in SECTIONS:
         tables.show(Console(width=120), section, ("alpha", "beta"), results)
