@@ -231,7 +231,7 @@ class Evaluation:
 
                 asyncio.run(measure())
                 cluster.check()
-        self._simulate()
+            self._simulate()
         self._write()
         report.show(self._console, self._cells)
         return self._cells
@@ -247,7 +247,11 @@ class Evaluation:
         )
         slots = spec.servers[0].experts
         assert slots is not None
-        fitted = speeds(self._measured, self._work.config.block_size)
+        try:
+            fitted = speeds(self._measured, self._work.config.block_size)
+        except UserError as error:
+            self._console.print(f"nothing is simulated: {error}", soft_wrap=True)
+            return
         for one, name in zip(fitted, spec.names, strict=True):
             self._console.print(f"{name}: {one.speed}; off by {one.errors}", soft_wrap=True)
         for n, run in enumerate(self._measured):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
 
 from benchmarks.live.tasks import Plan
-from benchmarks.live.watch import Watched
+from benchmarks.live.watch import Sample, Watched
 from benchmarks.simulation.fit import Fitted, fit
 from dance_jax.config import EngineConfig
 from dance_jax.placement import Activations
@@ -30,58 +31,67 @@ class Measured:
         placed: in force.
         plan: what was asked.
         activations: of the workload.
-        work: of each server.
+        work: of each server, in windows.
     """
 
     rate: int | None
     placed: Placed
     plan: Plan
     activations: Activations
-    work: tuple[Work, ...]
+    work: tuple[tuple[Work, ...], ...]
 
 
-def work_of(run: Watched, layers: int) -> tuple[Work, ...]:
-    """What each server did in a run.
+def work_of(run: Watched, layers: int) -> tuple[tuple[Work, ...], ...]:
+    """What each server did in a run, from one sample to the next: windows of different kinds.
 
     Args:
         layers: MoE layers of the model.
     """
-    first, last = run.samples[0], run.samples[-1]
+    servers = range(len(run.samples[0].steps))
+    return tuple(
+        tuple(_between(*pair, server, layers) for pair in itertools.pairwise(run.samples))
+        for server in servers
+    )
 
-    def spent(values: str, server: int) -> float:
+
+def _between(first: Sample, last: Sample, server: int, layers: int) -> Work:
+    """What a server did between two samples."""
+
+    def spent(values: str) -> float:
         return getattr(last, values)[server] - getattr(first, values)[server]
 
-    def part(server: int, *names: str) -> float:
+    def part(*names: str) -> float:
         return sum(last.seconds[name][server] - first.seconds[name][server] for name in names)
 
-    def buckets(server: int) -> collections.Counter[tuple[int, int]]:
-        found: collections.Counter[tuple[int, int]] = collections.Counter()
-        for name, steps in last.bucket_steps.items():
-            before = first.bucket_steps.get(name, [0.0] * len(steps))
-            rows, _, more = name.partition("+")
-            found[int(rows), int(more)] = round(steps[server] - before[server])
-        return +found
-
-    return tuple(
-        Work(
-            steps=round(spent("steps", server)),
-            buckets=buckets(server),
-            calls=round(spent("served", server)),
-            rounds=round(2 * layers * spent("steps", server)),
-            bytes=round(spent("sent", server)),
-            step_s=part(server, "schedule", "output"),
-            trunk_s=part(server, "compute"),
-            exchange_s=part(server, "exchange"),
-            experts_s=part(server, "experts"),
-        )
-        for server in range(len(last.steps))
+    buckets: collections.Counter[tuple[int, int]] = collections.Counter()
+    for name, steps in last.bucket_steps.items():
+        rows, _, more = name.partition("+")
+        before = first.bucket_steps.get(name, [0.0] * len(steps))
+        buckets[int(rows), int(more)] = round(steps[server] - before[server])
+    return Work(
+        steps=round(spent("steps")),
+        buckets=+buckets,
+        calls=round(spent("served")),
+        rounds=round(2 * layers * spent("steps")),
+        bytes=round(spent("sent")),
+        step_s=part("schedule", "output"),
+        trunk_s=part("compute"),
+        exchange_s=part("exchange"),
+        experts_s=part("experts"),
     )
 
 
 def speeds(runs: Sequence[Measured], block_size: int) -> list[Fitted]:
-    """Of each server, from all runs."""
+    """Of each server, from all runs.
+
+    Raises:
+        UserError: they are too few, or too much alike.
+    """
     servers = range(len(runs[0].work))
-    return [fit([run.work[server] for run in runs], block_size) for server in servers]
+    return [
+        fit([window for run in runs for window in run.work[server]], block_size)
+        for server in servers
+    ]
 
 
 def predicted(

@@ -189,9 +189,10 @@ def test_runs_are_simulated_with_their_own_speeds(activations: Activations) -> N
     )
     run = Watched([], [first, last], None)
     work = work_of(run, LAYERS)
-    assert work[0].buckets == {(4, 0): 4, (16, 1): 3} and work[1].buckets == {(4, 0): 5}
-    assert (work[0].calls, work[0].rounds, work[0].bytes) == (300, 2 * LAYERS * 7, 6400)
-    assert work[0].trunk_s == pytest.approx(1.0) and work[1].step_s == pytest.approx(4.0)
+    (alpha,), (beta,) = work
+    assert alpha.buckets == {(4, 0): 4, (16, 1): 3} and beta.buckets == {(4, 0): 5}
+    assert (alpha.calls, alpha.rounds, alpha.bytes) == (300, 2 * LAYERS * 7, 6400)
+    assert alpha.trunk_s == pytest.approx(1.0) and beta.step_s == pytest.approx(4.0)
     uniform = placed("uniform", activations, [1, 1], 20, Cost.reference([1, 1], K), 0)
     plan = Plan(tuple(Call(n % 2, [1] * 30, 5, float(n)) for n in range(4)), 0.0)
     speed = Fitted(Speed(), np.inf, {})
