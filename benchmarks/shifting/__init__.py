@@ -9,7 +9,8 @@ Sections:
 - accumulate: the same with statistics that never fade, as in arXiv:2508.12851: how often that
   migrates.
 - pause: streams decode steadily, and a migration is forced: what it does to steps, and to the
-  gaps between tokens, against the seconds before.
+  gaps between tokens, against the seconds before. Steps that compute a prompt beside them do not
+  count, in either time.
 - stable: the first task for ten intervals, in which nothing should move.
 
 A step's length is the engines' own (`dance_jax:longest_step_seconds`, of ten seconds); times are

@@ -174,8 +174,11 @@ def stable(setting: Setting) -> Watched:
 class Round:
     """One migration beside steady streams; times in seconds.
 
+    No gap in which the prompt of a stream is computed counts: one whose answer is complete begins
+    again, which has nothing to do with migrations.
+
     Attributes:
-        before: gaps between tokens, before it.
+        before: gaps between tokens, before it: of a step, and what passes it on.
         solving: those that overlap the time until it is decided what moves.
         moving: those that overlap the time in which it does.
         solving_s, moving_s: those times.
@@ -224,16 +227,23 @@ def pause(setting: Setting) -> Pause:
 async def _round(api: Api, setting: Setting, number: int) -> Round:
     """Streams run, experts are moved, and the streams are hung up on."""
     calls = setting.askers.streams(setting.phases[1 - number % 2], STREAMS)
-    origin, heard = time.perf_counter(), list[list[float]]()
+    origin, heard, begun = time.perf_counter(), list[list[float]](), list[list[float]]()
     version = (await placement(api))["version"]
 
     def now() -> float:
         return time.perf_counter() - origin
 
     async def ask(call: Call) -> Answer:
-        times: list[float] = []
+        times, asked = list[float](), [now()]
         heard.append(times)
-        return await api.answer(call, origin, now(), lambda _: times.append(now()))
+        begun.append(asked)
+
+        def hear(_: object) -> None:
+            times.append(now())
+            if len(times) == 1:
+                asked.append(times[0])
+
+        return await api.answer(call, origin, now(), hear)
 
     async def stream(call: Call) -> None:
         while (answer := await ask(call)).good:
@@ -254,9 +264,9 @@ async def _round(api: Api, setting: Setting, number: int) -> Round:
         for each in streams:
             each.cancel()
     return Round(
-        before=_gaps(heard, STEADY_S / 3, begin_s),
-        solving=_gaps(heard, begin_s, decided_s),
-        moving=_gaps(heard, decided_s, end_s),
+        before=_gaps(heard, begun, STEADY_S / 3, begin_s),
+        solving=_gaps(heard, begun, begin_s, decided_s),
+        moving=_gaps(heard, begun, decided_s, end_s),
         solving_s=decided_s - begin_s,
         moving_s=end_s - decided_s,
         longest_before_s=max(before.longest_step_s),
@@ -272,11 +282,24 @@ def _longest_s(samples: Sequence[Sample]) -> float:
     return max(max(each.longest_step_s) for each in samples if each.at_s >= since_s)
 
 
-def _gaps(heard: Sequence[Sequence[float]], begin_s: float, end_s: float) -> list[float]:
-    """Gaps between tokens of all streams, those that overlap a time."""
+def _gaps(
+    heard: Sequence[Sequence[float]],
+    begun: Sequence[Sequence[float]],
+    begin_s: float,
+    end_s: float,
+) -> list[float]:
+    """Gaps between tokens of all streams, those that overlap a time.
+
+    Args:
+        begun: of each stream when it was asked for and when its first token came; gaps that overlap
+            the time between are left out.
+    """
+    prompts = [times for times in begun if len(times) == 2]
     return [
         later - earlier
         for times in heard
         for earlier, later in itertools.pairwise(times)
-        if earlier < end_s and later > begin_s
+        if earlier < end_s
+        and later > begin_s
+        and not any(earlier < first and later > asked for asked, first in prompts)
     ]

@@ -78,7 +78,7 @@ def _shift(console: Console, names: Sequence[str], found: Shift) -> None:
 
 
 def _pause(console: Console, found: Pause) -> None:
-    console.print("[bold]Migrations beside streams[/bold]\nsteps and gaps in ms")
+    console.print("[bold]Migrations beside streams[/bold]\nin ms; gaps: median, p99, longest")
     table = grid(
         "",
         "experts",
@@ -102,7 +102,7 @@ def _pause(console: Console, found: Pause) -> None:
                 (each.longest_before_s, each.longest_solving_s, each.longest_step_s),
             ),
             *(
-                ", ".join(milliseconds(value) for value in np.quantile(gaps, [0.5, 0.99]))
+                ", ".join(milliseconds(value) for value in np.quantile(gaps, [0.5, 0.99, 1.0]))
                 for gaps in (each.before, each.solving, each.moving)
             ),
         )
