@@ -199,9 +199,15 @@ async def placement(api: Api) -> dict[str, Any]:
     return msgspec.json.decode(await api.get(0, "/placement"))
 
 
-async def decide(api: Api) -> dict[str, Any]:
-    """Experts are to move whatever it costs; returns the decision, before they do."""
-    return await _rebalance(api, {"force": True})
+async def force(api: Api) -> None:
+    """Experts move to where the policy wants them now, whatever it costs.
+
+    Raises:
+        ClusterError: they do not arrive.
+    """
+    version = (await placement(api))["version"]
+    if (await _rebalance(api, {"force": True}))["migrate"]:
+        await moved(api, version)
 
 
 async def _rebalance(api: Api, body: dict[str, Any]) -> dict[str, Any]:

@@ -8,9 +8,8 @@ Sections:
   The remote share of a time is that of the expert calls counted in it.
 - accumulate: the same with statistics that never fade, as in arXiv:2508.12851: how often that
   migrates.
-- pause: streams decode steadily, and a migration is forced: what it does to steps, and to the
-  gaps between tokens, against the seconds before. Steps that compute a prompt beside them do not
-  count, in either time.
+- pause: streams decode steadily, and experts are moved: what it does to steps, and to the gaps
+  between tokens, against the seconds before.
 - stable: the first task for ten intervals, in which nothing should move.
 
 A step's length is the engines' own (`dance_jax:longest_step_seconds`, of ten seconds); times are

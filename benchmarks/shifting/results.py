@@ -111,11 +111,11 @@ def _shift(found: Shift) -> list[Target]:
 
 def _pause(found: Pause) -> list[Target]:
     limit = found.median_s + max(STEP_S, STEP_MEDIANS * found.median_s)
-    longest = [(max(each.moving), f"round {n}") for n, each in enumerate(found.rounds, 1)]
+    longest = [(each.longest_step_s, f"round {n}") for n, each in enumerate(found.rounds, 1)]
     p99 = [float(np.quantile(found.gaps(when), 0.99)) for when in ("moving", "before")]
     still = [n for n, each in enumerate(found.rounds, 1) if not each.experts]
     return [
-        Target.of_worst("seconds of the longest gap beside a migration", limit, longest),
+        Target.of_worst("seconds of the longest step beside a migration", limit, longest),
         Target("p99 of gaps between tokens while experts move / before", GAPS, p99[0] / p99[1]),
         Target("rounds in which nothing moved", 0, len(still)),
     ]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
+import functools
 import itertools
 import pathlib
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from typing import TypeVar
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 from rich.console import Console
@@ -19,14 +21,13 @@ from benchmarks.live.watch import (
     ASK_S,
     Sample,
     Watched,
-    decide,
+    force,
     load,
-    moved,
     placement,
-    sample,
+    put,
     watched,
 )
-from benchmarks.serving.client import Answer, Api, Call
+from benchmarks.serving.client import Api, Call
 from benchmarks.serving.cluster import ClusterError
 from benchmarks.serving.setting import progress
 from dance_jax.engine.step_clock import WINDOW_S
@@ -38,8 +39,9 @@ FIT_PROMPTS, FIT_TOKENS = 40, 32
 INTERVALS, STABLE_INTERVALS = 4, 10
 #: An interval has so many half-lives, as with the launcher's own defaults.
 HALF_LIVES = 5
-#: `pause`: seconds of decoding before a migration, half-life then, streams of a server, times.
-STEADY_S, PAUSE_HALF_LIFE_S, STREAMS, ROUNDS = 12.0, 4.0, 4, 4
+#: `pause`: seconds in which streams run before a migration, of which the first half is for their
+#: prompts; half-life, streams of a server, migrations.
+STEADY_S, PAUSE_HALF_LIFE_S, STREAMS, ROUNDS = 9.0, 4.0, 4, 4
 
 Found = TypeVar("Found")
 
@@ -172,29 +174,18 @@ def stable(setting: Setting) -> Watched:
 
 @dataclasses.dataclass(frozen=True)
 class Round:
-    """One migration beside steady streams; times in seconds.
-
-    No gap in which the prompt of a stream is computed counts: one whose answer is complete begins
-    again, which has nothing to do with migrations.
+    """One migration beside steady streams, none of which begins or ends in it; times in seconds.
 
     Attributes:
-        before: gaps between tokens, before it: of a step, and what passes it on.
-        solving: those that overlap the time until it is decided what moves.
-        moving: those that overlap the time in which it does.
-        solving_s, moving_s: those times.
-        longest_before_s, longest_solving_s: steps of any server, in the last ten seconds of the
-            time before and of that in which it was decided.
-        longest_step_s: while experts moved; if that took less than ten seconds, of ten.
+        before, moving: gaps between tokens, before it and those that overlap it.
+        moving_s: how long it took.
+        longest_step_s: of any server meanwhile; if that took less than ten seconds, of ten.
         experts: that were loaded.
     """
 
     before: list[float]
-    solving: list[float]
     moving: list[float]
-    solving_s: float
     moving_s: float
-    longest_before_s: float
-    longest_solving_s: float
     longest_step_s: float
     experts: int
 
@@ -206,7 +197,7 @@ class Pause:
     rounds: list[Round]
 
     def gaps(self, when: str) -> np.ndarray:
-        """Gaps between tokens of all rounds, in seconds: before, solving or moving."""
+        """Gaps between tokens of all rounds, in seconds: before or moving."""
         return np.concatenate([getattr(each, when) for each in self.rounds])
 
     @property
@@ -216,64 +207,67 @@ class Pause:
 
 
 def pause(setting: Setting) -> Pause:
-    """Section `pause`: users swap the two phases' tasks from round to round."""
+    """Section `pause`: experts go to and fro between what was placed for the two phases' tasks.
+
+    They are told where to go, as nothing is solved then: streams run out while a policy looks.
+    """
 
     async def run(api: Api) -> Pause:
-        return Pause([await _round(api, setting, number) for number in range(ROUNDS)])
+        there = [(await placement(api))["servers"]]
+        async with _streams(api, setting, 1):
+            await asyncio.sleep(STEADY_S)
+            await force(api)
+        there.append((await placement(api))["servers"])
+        return Pause([await _round(api, setting, n % 2, there[n % 2]) for n in range(ROUNDS)])
 
     return setting.serve("migrations beside streams", 0, moving(0.0, PAUSE_HALF_LIFE_S), run)
 
 
-async def _round(api: Api, setting: Setting, number: int) -> Round:
-    """Streams run, experts are moved, and the streams are hung up on."""
-    calls = setting.askers.streams(setting.phases[1 - number % 2], STREAMS)
-    origin, heard, begun = time.perf_counter(), list[list[float]](), list[list[float]]()
-    version = (await placement(api))["version"]
-
-    def now() -> float:
-        return time.perf_counter() - origin
-
-    async def ask(call: Call) -> Answer:
-        times, asked = list[float](), [now()]
-        heard.append(times)
-        begun.append(asked)
-
-        def hear(_: object) -> None:
-            times.append(now())
-            if len(times) == 1:
-                asked.append(times[0])
-
-        return await api.answer(call, origin, now(), hear)
-
-    async def stream(call: Call) -> None:
-        while (answer := await ask(call)).good:
-            pass
-        raise ClusterError(f"a stream beside a migration: {answer.error}")
-
-    async with asyncio.TaskGroup() as group:
-        streams = [group.create_task(stream(call)) for call in calls]
+async def _round(api: Api, setting: Setting, phase: int, servers: list[dict[str, Any]]) -> Round:
+    """Streams of a phase run, experts move, and the streams are hung up on."""
+    async with _streams(api, setting, phase) as heard:
+        begun_s = time.perf_counter()
         await asyncio.sleep(STEADY_S)
-        before, begin_s = await sample(api, origin), now()
-        decision = await decide(api)
-        decided_s = now()
+        moving_s = time.perf_counter()
         async with watched(api) as samples:
-            if decision["migrate"]:
-                await moved(api, version)
-            end_s = now()
+            names, resident = ([server[k] for server in servers] for k in ("name", "resident"))
+            decision = await put(api, names, resident)
+            end_s = time.perf_counter()
             await asyncio.sleep(ASK_S)
-        for each in streams:
-            each.cancel()
     return Round(
-        before=_gaps(heard, begun, STEADY_S / 3, begin_s),
-        solving=_gaps(heard, begun, begin_s, decided_s),
-        moving=_gaps(heard, begun, decided_s, end_s),
-        solving_s=decided_s - begin_s,
-        moving_s=end_s - decided_s,
-        longest_before_s=max(before.longest_step_s),
-        longest_solving_s=max(samples[0].longest_step_s),
+        before=_gaps(heard, begun_s + STEADY_S / 2, moving_s),
+        moving=_gaps(heard, moving_s, end_s),
+        moving_s=end_s - moving_s,
         longest_step_s=_longest_s(samples),
         experts=decision["experts_moved"] if decision["migrate"] else 0,
     )
+
+
+@contextlib.asynccontextmanager
+async def _streams(api: Api, setting: Setting, phase: int) -> AsyncIterator[list[list[float]]]:
+    """Users of a phase read answers without end while the block runs; when each token came."""
+    heard = list[list[float]]()
+
+    async def stream(call: Call) -> None:
+        origin = time.perf_counter()
+        while True:
+            times = list[float]()
+            heard.append(times)
+            hear = functools.partial(_hear, times)
+            answer = await api.answer(call, origin, time.perf_counter() - origin, hear)
+            if not answer.good:
+                raise ClusterError(f"a stream beside a migration: {answer.error}")
+
+    async with asyncio.TaskGroup() as group:
+        calls = setting.askers.streams(setting.phases[phase], STREAMS)
+        tasks = [group.create_task(stream(call)) for call in calls]
+        yield heard
+        for each in tasks:
+            each.cancel()
+
+
+def _hear(times: list[float], _: object) -> None:
+    times.append(time.perf_counter())
 
 
 def _longest_s(samples: Sequence[Sample]) -> float:
@@ -282,24 +276,11 @@ def _longest_s(samples: Sequence[Sample]) -> float:
     return max(max(each.longest_step_s) for each in samples if each.at_s >= since_s)
 
 
-def _gaps(
-    heard: Sequence[Sequence[float]],
-    begun: Sequence[Sequence[float]],
-    begin_s: float,
-    end_s: float,
-) -> list[float]:
-    """Gaps between tokens of all streams, those that overlap a time.
-
-    Args:
-        begun: of each stream when it was asked for and when its first token came; gaps that overlap
-            the time between are left out.
-    """
-    prompts = [times for times in begun if len(times) == 2]
+def _gaps(heard: Sequence[Sequence[float]], begin_s: float, end_s: float) -> list[float]:
+    """Gaps between tokens of all streams, those that overlap a time."""
     return [
         later - earlier
         for times in heard
         for earlier, later in itertools.pairwise(times)
-        if earlier < end_s
-        and later > begin_s
-        and not any(earlier < first and later > asked for asked, first in prompts)
+        if earlier < end_s and later > begin_s
     ]

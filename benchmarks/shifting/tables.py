@@ -78,32 +78,17 @@ def _shift(console: Console, names: Sequence[str], found: Shift) -> None:
 
 
 def _pause(console: Console, found: Pause) -> None:
-    console.print("[bold]Migrations beside streams[/bold]\nin ms; gaps: median, p99, longest")
-    table = grid(
-        "",
-        "experts",
-        "decided in",
-        "moved in",
-        "longest step before",
-        "deciding",
-        "moving",
-        "gaps before",
-        "deciding",
-        "moving",
-    )
+    console.print("[bold]Migrations beside streams[/bold]\nsteps and gaps in ms")
+    table = grid("", "experts", "moved in", "longest step", "gaps before", "moving")
     for number, each in enumerate(found.rounds, 1):
         table.add_row(
             str(number),
             str(each.experts),
-            f"{each.solving_s:.2f} s",
             f"{each.moving_s:.2f} s",
-            *map(
-                milliseconds,
-                (each.longest_before_s, each.longest_solving_s, each.longest_step_s),
-            ),
+            milliseconds(each.longest_step_s),
             *(
-                ", ".join(milliseconds(value) for value in np.quantile(gaps, [0.5, 0.99, 1.0]))
-                for gaps in (each.before, each.solving, each.moving)
+                ", ".join(milliseconds(value) for value in np.quantile(gaps, [0.5, 0.99]))
+                for gaps in (each.before, each.moving)
             ),
         )
     console.print(table)

@@ -99,12 +99,10 @@ def test_close_choices_may_fall_otherwise() -> None:
 
 
 def test_gaps_beside_a_migration() -> None:
-    heard = [[0.0, 1.0, 2.0, 3.5]]
-    assert _gaps(heard, [[-1.0, 0.0]], 1.5, 3.0) == [1.0, 1.5]
-    assert _gaps(heard, [[3.1, 3.4], [3.6]], 1.5, 3.0) == [1.0]
-    steady = Round([0.02] * 99, [0.02] * 99, [0.025] * 99, 2.0, 1.0, 0.03, 0.2, 0.06, 12)
+    assert _gaps([[0.0, 1.0, 2.0, 3.5]], 1.5, 3.0) == [1.0, 1.5]
+    steady = Round([0.02] * 99, [0.025] * 99, 1.0, 0.06, 12)
     assert not any(verdicts(Results(pause=Pause([steady]))).values())
-    slow = dataclasses.replace(steady, moving=[0.025] * 999 + [0.08])
+    slow = dataclasses.replace(steady, longest_step_s=0.08)
     late = dataclasses.replace(steady, moving=[0.025] * 90 + [0.04] * 9)
     idle = dataclasses.replace(steady, experts=0)
     for bad in (slow, late, idle):
@@ -125,7 +123,7 @@ def test_the_longest_step_is_of_the_migration_alone() -> None:
 def test_results_are_shown(tmp_path: pathlib.Path, capsys: Any) -> None:
     from rich.console import Console
 
-    steady = Round([0.02] * 9, [0.02] * 9, [0.025] * 9, 2.0, 1.0, 0.03, 0.05, 0.06, 12)
+    steady = Round([0.02] * 9, [0.025] * 9, 1.0, 0.06, 12)
     results = Results(shift=GOOD, accumulate=MOVE, pause=Pause([steady]), stable=STAY)
     for section in SECTIONS:
         tables.show(Console(width=120), section, ("alpha", "beta"), results)
