@@ -1,13 +1,12 @@
 """One orbax checkpoint of named arrays, written and read by this process alone.
 
 Orbax meets the other processes of a jax.distributed job in barriers unless it is told that this one
-is its whole world; see `_alone`. A single array restores without its neighbours being read.
+is its whole world; see `_alone`. Single arrays are read without their neighbours.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import pathlib
 from collections.abc import Iterable, Mapping
 
@@ -66,8 +65,6 @@ def _handler(options: ocp.options.MultiprocessingOptions) -> ocp.PyTreeCheckpoin
 
 
 def _alone() -> ocp.options.MultiprocessingOptions:
-    # absl's orbax warnings speak of shardings, which arrays restored to numpy do not have
-    logging.getLogger("absl").setLevel(logging.ERROR)
     rank = jax.process_index()
     return ocp.options.MultiprocessingOptions(
         primary_host=rank, active_processes={rank}, barrier_sync_key_prefix=f"dance-{rank}"
