@@ -7,6 +7,7 @@ is its whole world; see `_alone`. Single arrays are read without their neighbour
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import pathlib
 from collections.abc import Iterable, Mapping
 
@@ -52,7 +53,10 @@ def load_arrays(path: pathlib.Path, names: Iterable[str]) -> dict[str, np.ndarra
         for name in names
     ]
     try:
-        restored = asyncio.run(type_handlers.NumpyHandler().deserialize(arrays))
+        # In a thread of its own: an event loop may run in the caller's, as in a notebook.
+        with concurrent.futures.ThreadPoolExecutor(1) as thread:
+            reading = type_handlers.NumpyHandler().deserialize(arrays)
+            restored = thread.submit(asyncio.run, reading).result()
     except (ValueError, KeyError, OSError) as error:
         raise UserError(
             f"{path}: torn: {error}; delete the converted model and convert it again"

@@ -1,5 +1,6 @@
 """Conversion: exact, interruptible, bounded in memory; single experts restore alone."""
 
+import asyncio
 import json
 import os
 import pathlib
@@ -101,6 +102,19 @@ def test_one_expert_reads_one_expert(converted):
     size = checkpoint.expert_bytes("bfloat16")
     print(f"read {used} bytes for an expert of {size}")
     assert 0.5 * size < used < 1.5 * size  # of 8 in this layer's checkpoint
+
+
+def test_experts_are_read_beside_an_event_loop(converted):
+    """As in a notebook, whose cells run within one."""
+    checkpoint = Checkpoint.open(converted)
+
+    async def cell():
+        return checkpoint.experts([(0, 1)], "float32")
+
+    for found, expected in zip(
+        asyncio.run(cell()), checkpoint.experts([(0, 1)], "float32"), strict=True
+    ):
+        np.testing.assert_array_equal(found, expected)
 
 
 def test_a_converted_model_stands_alone(source, converted):
