@@ -36,7 +36,7 @@ from benchmarks.arguments import (
 from benchmarks.command import EXAMPLES, exit_code, terminal, verdict
 from benchmarks.evaluation import report
 from benchmarks.evaluation.cells import Cell, cell_of
-from benchmarks.evaluation.predict import Measured, predicted, speeds, work_of
+from benchmarks.evaluation.predict import Machine, Measured, predictions, speeds, work_of
 from benchmarks.evaluation.shapes import MEMORY, SHAPES
 from benchmarks.evaluation.workloads import Workload, hosts_text, placed, read_workloads
 from benchmarks.live.places import Place, count_activations
@@ -237,7 +237,7 @@ class Evaluation:
         return self._cells
 
     def _simulate(self) -> None:
-        """All runs again, with the speeds that were measured in them."""
+        """All runs again, with speeds that were measured in them."""
         model, spec = self._work.model, self._place.spec
         sizes = Model(
             len(model.moe_layers),
@@ -254,9 +254,13 @@ class Evaluation:
             return
         for one, name in zip(fitted, spec.names, strict=True):
             self._console.print(f"{name}: {one.speed}; off by {one.errors}", soft_wrap=True)
-        for n, run in enumerate(self._measured):
-            seconds = predicted(run, fitted, spec.devices, slots, sizes, self._work.config)
-            self._cells[n] = dataclasses.replace(self._cells[n], predicted_s=seconds)
+        machine = Machine(fitted, spec.devices, slots, sizes, self._work.config)
+        with self._console.status("simulating all runs"):
+            found = predictions(machine, self._measured)
+        self._cells = [
+            dataclasses.replace(cell, predicted_s=seconds)
+            for cell, seconds in zip(self._cells, found, strict=True)
+        ]
 
     def _count(self, workload: Workload, folder: pathlib.Path) -> Activations:
         """What the tasks use, by prompts that nobody sends later."""
@@ -291,7 +295,15 @@ class Evaluation:
                 cell = cell_of(run, found, workload.name, rate, seed, layers, row)
                 self._cells.append(cell)
                 self._measured.append(
-                    Measured(rate, found, plan, activations, work_of(run, layers))
+                    Measured(
+                        rate,
+                        found,
+                        plan,
+                        tuple(answer.output_tokens for answer in run.answers),
+                        activations,
+                        work_of(run, layers),
+                        cell.step_s / cell.steps,
+                    )
                 )
                 self._console.print(f"{title}: mean latency {np.mean(cell.latency_s):.2f} s")
             self._write()

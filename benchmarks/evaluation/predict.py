@@ -1,10 +1,18 @@
-"""What the simulator says of runs that were measured, with speeds that were measured in them."""
+"""What the simulator says of runs that were measured, with speeds that were measured in them.
+
+What a server computes costs what its engine's clock counted (`simulation.fit`). What a round costs
+besides its bytes, and how much of a link's rate there is for them, no clock tells: seconds in which
+a server moves bytes are also seconds in which it waits for others to send them, phases overlap, and
+who is woken has to find a core. So those two are the ones with which steps of the *other* policies
+take as long as they took: a policy's own runs have no part in its prediction but for computing.
+"""
 
 from __future__ import annotations
 
 import collections
 import dataclasses
 import itertools
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,8 +26,10 @@ from dance_jax.placement.simulate import Model, Requests, Scenario, Work, simula
 
 from .workloads import Placed
 
-#: Of a link's rate, what is left for rows beside headers of packets.
-PAYLOAD = 0.95
+#: Seconds of a round, and shares of a link's rate, that are tried. 0.95 is left beside headers of
+#: packets; more than 1, where what the simulator does one after the other overlaps.
+ROUNDS_S = (0.0, 2e-4, 3e-4, 4e-4, 5e-4, 6e-4)
+SHARES = (0.85, 0.95, 1.05, 1.15, 1.25)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -30,15 +40,19 @@ class Measured:
         rate: bits a second of every link; None: not shaped.
         placed: in force.
         plan: what was asked.
+        outputs: tokens of each answer, in the order of the plan's calls.
         activations: of the workload.
         work: of each server, in windows.
+        step_s: seconds of a step, in the mean.
     """
 
     rate: int | None
     placed: Placed
     plan: Plan
+    outputs: tuple[int, ...]
     activations: Activations
     work: tuple[tuple[Work, ...], ...]
+    step_s: float
 
 
 def work_of(run: Watched, layers: int) -> tuple[tuple[Work, ...], ...]:
@@ -94,35 +108,89 @@ def speeds(runs: Sequence[Measured], block_size: int) -> list[Fitted]:
     ]
 
 
-def predicted(
-    run: Measured, fitted: Sequence[Fitted], devices: Sequence[int], slots: int, model: Model,
-    config: EngineConfig,
-) -> float:  # fmt: skip
-    """Mean latency in seconds.
+@dataclasses.dataclass(frozen=True)
+class Predicted:
+    """What the simulator says of a run; seconds, means."""
 
-    Args:
+    latency_s: float
+    step_s: float
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Machine:
+    """All that runs have in common.
+
+    Attributes:
         fitted: of each server.
+        devices: of each server.
         slots: of each device.
     """
-    rate = np.inf if run.rate is None else PAYLOAD * run.rate
-    servers = tuple(
-        dataclasses.replace(one.server(count, slots), bandwidth=rate)
-        for one, count in zip(fitted, devices, strict=True)
-    )
-    calls = run.plan.calls
-    requests = Requests(
-        at=np.array([call.arrival_s for call in calls]),
-        server=np.array([call.server for call in calls]),
-        prompt=np.array([len(call.prompt) for call in calls]),
-        output=np.array([call.max_tokens for call in calls]),
-    )
-    scenario = Scenario(
-        servers,
-        model,
-        config,
-        run.placed.placement,
-        run.activations.routes,
-        requests,
-        counts=run.activations.counts,
-    )
-    return simulate(scenario).latency.mean
+
+    fitted: Sequence[Fitted]
+    devices: Sequence[int]
+    slots: int
+    model: Model
+    config: EngineConfig
+
+    def predict(self, run: Measured, round_s: float, share: float) -> Predicted:
+        """What comes of a run.
+
+        Args:
+            round_s: seconds that a round costs besides its bytes.
+            share: of a link's rate, that there is for payload.
+        """
+        rate = np.inf if run.rate is None else share * run.rate
+        servers = [
+            one.server(count, self.slots)
+            for one, count in zip(self.fitted, self.devices, strict=True)
+        ]
+        calls = run.plan.calls
+        scenario = Scenario(
+            tuple(
+                dataclasses.replace(
+                    server,
+                    speed=dataclasses.replace(server.speed, round=round_s),
+                    bandwidth=rate,
+                )
+                for server in servers
+            ),
+            self.model,
+            self.config,
+            run.placed.placement,
+            run.activations.routes,
+            Requests(
+                at=np.array([call.arrival_s for call in calls]),
+                server=np.array([call.server for call in calls]),
+                prompt=np.array([len(call.prompt) for call in calls]),
+                output=np.maximum(run.outputs, 1),
+            ),
+            counts=run.activations.counts,
+        )
+        result = simulate(scenario)
+        in_steps = result.compute_seconds[0] + result.communicate_seconds[0]
+        return Predicted(result.latency.mean, float(in_steps / result.steps[0]))
+
+
+def predictions(machine: Machine, runs: Sequence[Measured]) -> list[float]:
+    """Mean latency of each run, in seconds; those at one rate share a link.
+
+    What a round costs and what a link carries are chosen from runs of other policies at the same
+    rate; of the same one, where there is no other.
+    """
+    tried = [
+        {
+            pair: machine.predict(run, *pair)
+            for pair in itertools.product(ROUNDS_S, SHARES)
+        }
+        for run in runs
+    ]  # fmt: skip
+
+    def off(pair: tuple[float, float], others: Sequence[int]) -> float:
+        return sum(math.log(tried[n][pair].step_s / runs[n].step_s) ** 2 for n in others)
+
+    found = []
+    for own, run in zip(tried, runs, strict=True):
+        alike = [n for n, other in enumerate(runs) if other.rate == run.rate]
+        others = [n for n in alike if runs[n].placed.policy != run.placed.policy] or alike
+        found.append(own[min(own, key=lambda pair: off(pair, others))].latency_s)
+    return found

@@ -3,12 +3,13 @@
 An engine's clock (engine/step_clock) keeps the parts of a step apart, so each part is a small
 problem of its own. Over windows w of some steps each, with the weight of 1 / sqrt(steps):
 
-    step_s[w]     = step x steps[w]
+    step_s[w]     = schedule x steps[w]
     trunk_s[w]    = sum over buckets b of buckets[b] x steps[w, b]
-    experts_s[w]  = call x calls[w] + expert x experts[w]
+    experts_s[w]  = call x calls[w] + expert x experts[w] + routing x steps[w]
     exchange_s[w] = round x rounds[w] + second_per_byte x bytes[w]
 
-Windows have to differ: a server that rests, one with long prompts, one with many short requests.
+A step costs schedule + routing, whatever is in it. Windows have to differ: a server that rests, one
+with long prompts, one with many short requests.
 No speed is below 0: a term that would be is left out. Waiting for other servers is in none of the
 parts. `Server.delay` comes from a ping, `Speed.request` from a request on an idle cluster; what a
 row costs besides its bytes is in the seconds per byte.
@@ -108,7 +109,11 @@ def fit(windows: Sequence[Work], block_size: int) -> Fitted:
     experts = _solve(
         windows,
         "experts_s",
-        {"calls": [w.calls for w in windows], "experts": [w.experts for w in windows]},
+        {
+            "calls": [w.calls for w in windows],
+            "experts": [w.experts for w in windows],
+            "steps": [w.steps for w in windows],
+        },
     )
     exchange = _solve(
         windows,
@@ -116,7 +121,7 @@ def fit(windows: Sequence[Work], block_size: int) -> Fitted:
         {"rounds": [w.rounds for w in windows], "bytes": [w.bytes for w in windows]},
     )
     speed = Speed(
-        step=step.cost["steps"],
+        step=step.cost["steps"] + experts.cost["steps"],
         token=token.cost["tokens"],
         buckets={bucket: trunk.cost[f"bucket {bucket}"] for bucket in buckets},
         call=experts.cost["calls"],

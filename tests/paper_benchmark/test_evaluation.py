@@ -16,7 +16,7 @@ from benchmarks import paper
 from benchmarks.command import EXAMPLES, INTERRUPTED
 from benchmarks.evaluation import report
 from benchmarks.evaluation.cells import Cell, Mean, alone_s, cell_of, rows_of
-from benchmarks.evaluation.predict import Measured, predicted, work_of
+from benchmarks.evaluation.predict import Machine, Measured, predictions, work_of
 from benchmarks.evaluation.shapes import SHAPES
 from benchmarks.evaluation.weight import nearest, weights_of
 from benchmarks.evaluation.workloads import Placed, hosts_text, placed, read_workloads
@@ -34,6 +34,7 @@ from dance_jax.placement import Activations, Cost, Placement
 from dance_jax.placement.simulate import Model, Speed
 
 LAYERS, EXPERTS, K = 2, 16, 4
+CONFIG = EngineConfig(max_model_len=64)
 
 
 def sample(at_s: float, share: float, sent: float) -> Sample:
@@ -195,19 +196,33 @@ def test_runs_are_simulated_with_their_own_speeds(activations: Activations) -> N
     assert alpha.trunk_s == pytest.approx(1.0) and beta.step_s == pytest.approx(4.0)
     uniform = placed("uniform", activations, [1, 1], 20, Cost.reference([1, 1], K), 0)
     plan = Plan(tuple(Call(n % 2, [1] * 30, 5, float(n)) for n in range(4)), 0.0)
-    speed = Fitted(Speed(), np.inf, {})
-    seconds = [
-        predicted(
-            Measured(rate, uniform, plan, activations, work),
-            [speed, speed],
-            [1, 1],
-            20,
-            Model(LAYERS, EXPERTS, K, 512),
-            EngineConfig(max_model_len=64),
-        )
+    fitted = Fitted(Speed(token=1e-4), np.inf, {})
+    machine = Machine([fitted] * 2, [1, 1], 20, Model(LAYERS, EXPERTS, K, 512), CONFIG)
+    runs = [
+        Measured(rate, uniform, plan, (5, 1, 2, 0), activations, work, 0.1)
         for rate in (10_000, 20_000)
     ]
+    seconds = [machine.predict(run, 0.0, 1.0).latency_s for run in runs]
     assert seconds[0] > seconds[1] > 0
+    longer = dataclasses.replace(runs[0], outputs=(5, 5, 5, 5))
+    assert machine.predict(longer, 0.0, 1.0).latency_s > seconds[0]
+
+
+def test_rounds_and_links_are_those_of_other_policies(activations: Activations) -> None:
+    """Runs that were themselves simulated, one with a round and a share of its own."""
+    plan = Plan(tuple(Call(n % 2, [1] * 30, 5, n / 10) for n in range(8)), 0.0)
+    fitted = Fitted(Speed(token=1e-4), np.inf, {})
+    machine = Machine([fitted] * 2, [1, 1], 20, Model(LAYERS, EXPERTS, K, 512), CONFIG)
+    runs, expected = [], []
+    for policy in ("uniform", "redundance", "eplb"):
+        found = placed(policy, activations, [1, 1], 20, Cost.reference([1, 1], K), 0)
+        run = Measured(1_000_000, found, plan, (5,) * 8, activations, (), 1.0)
+        true = (6e-4, 0.85) if policy == "eplb" else (3e-4, 1.15)
+        runs.append(dataclasses.replace(run, step_s=machine.predict(run, *true).step_s))
+        expected.append(machine.predict(run, 3e-4, 1.15).latency_s)
+    assert predictions(machine, runs)[2] == pytest.approx(expected[2])
+    alone = predictions(machine, runs[:1])
+    assert alone == pytest.approx(expected[:1], rel=0.05)
 
 
 def test_targets(cells: list[Cell]) -> None:

@@ -198,6 +198,20 @@ def test_the_critical_path_leads_through_what_comes_last(
     assert time.seconds == pytest.approx(compute + 0.5 + ways * 2 * delay)
 
 
+@pytest.mark.parametrize(("sender", "seconds"), [(0, 10.0 + 4.0), (1, 10.0 + 9.0)])
+def test_rows_are_under_way_while_another_server_computes(sender: int, seconds: float) -> None:
+    """Server 1 computes ten seconds of the first layer, the other nothing; the rows of the second
+    take five seconds there, and the sums four back."""
+    clock = Clock(scenario((1, 1), bandwidth=8 * ROW / 5 * 1000))
+    clock.wires.reply = 0.8 * ROW
+    rows_lnm = np.zeros((2, 2, 2), np.int64)
+    rows_lnm[1, sender, 1 - sender] = 1000
+    experts_ld = np.array([[0.0, 10.0], [0.0, 0.0]])
+    time = clock.time(Layers(rows_lnm, experts_ld, np.zeros(2)))
+    assert time.seconds == pytest.approx(seconds, rel=0.01)
+    assert time.compute == pytest.approx(10.0)
+
+
 def test_shared_cores() -> None:
     work = np.array([[2.0, 2.0], [4.0, 0.0], [3.0, 1.0]])
 

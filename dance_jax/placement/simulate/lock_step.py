@@ -2,8 +2,9 @@
 
 A layer, from one dispatch to the next, is: every server hears from all others (a dispatch brings a
 head even where no row goes), computes the experts of its own and of received rows, waits for the
-sums of those it sent rows to, and computes the trunk of the next layer. The slowest server ends it,
-since nobody's next dispatch is over before that server has sent its own.
+sums of those it sent rows to, and computes the trunk of the next layer. Nobody is more than a layer
+ahead, since a dispatch is over when the slowest server has sent its own; but who has its sums goes
+on, while others still wait for theirs.
 """
 
 from __future__ import annotations
@@ -53,17 +54,42 @@ class StepTime:
 class Exchange(NamedTuple):
     """What one step's messages take, in seconds."""
 
-    #: float64 [l, n]: until the server has heard from all others.
-    dispatch_ln: np.ndarray
-    #: float64 [l, n] each: sums that it gives back on its link, and that it gets back.
-    give_back_ln: np.ndarray
-    take_back_ln: np.ndarray
+    #: float64 [l, n] each: rows that a server sends over its link, and those that it takes.
+    send_ln: np.ndarray
+    take_ln: np.ndarray
+    #: float64 [l, n] each: sums that it gives back, and those that it gets back.
+    give_ln: np.ndarray
+    get_ln: np.ndarray
     #: As in `StepTime`.
     out_n: np.ndarray
     in_n: np.ndarray
     exchange_n: np.ndarray
     rounds_n: np.ndarray
     bytes_n: np.ndarray
+
+
+class Moment(NamedTuple):
+    """Where each server is in a step; a server waits for messages of others, not for others."""
+
+    #: float64 [n]: seconds since the step began.
+    now_n: np.ndarray
+    #: float64 [n]: of them, computation on the path that led here.
+    compute_n: np.ndarray
+
+    @classmethod
+    def zero(cls, servers: int) -> Moment:
+        """Where a step begins."""
+        return cls(np.zeros(servers), np.zeros(servers))
+
+    def heard(self, seconds_nm: np.ndarray) -> Moment:
+        """When the last message is there, of those that take so long from n to m."""
+        there_nm = self.now_n[:, None] + seconds_nm
+        from_m = there_nm.argmax(0)
+        return Moment(there_nm[from_m, np.arange(len(from_m))], self.compute_n[from_m])
+
+    def computed(self, seconds_n: np.ndarray) -> Moment:
+        """After these."""
+        return Moment(self.now_n + seconds_n, self.compute_n + seconds_n)
 
 
 class Wires:
@@ -116,50 +142,63 @@ class Clock:
         trunk_n = np.maximum.reduceat(self._stretched(trunk_d), self.first, axis=1)[0]
         sends_lnm = layers.rows_lnm > 0
         exchange = self._exchange(layers.rows_lnm, sends_lnm)
-        ready_ln = exchange.dispatch_ln + experts_ln
-        back_lnm = (
-            ready_ln[:, None, :]
-            + np.maximum(exchange.take_back_ln[:, :, None], exchange.give_back_ln[:, None, :])
-            + (self.wires.delay + self.wires.round[:, None])[None]
-        )
-        back_lnm = np.where(sends_lnm, back_lnm, 0)
-        end_ln = np.maximum(ready_ln, back_lnm.max(2)) + trunk_n
-        # Whom all wait for, and whose experts it waited for.
-        layer, last_l = np.arange(len(end_ln)), end_ln.argmax(1)
-        peer_l = back_lnm[layer, last_l].argmax(1)
-        waits_l = back_lnm[layer, last_l, peer_l] > ready_ln[layer, last_l]
-        experts_l = experts_ln[layer, np.where(waits_l, peer_l, last_l)]
+        moment = Moment.zero(len(trunk_n))
+        for dispatch_nm, back_nm, experts_n in zip(
+            self._dispatch(exchange, sends_lnm), self._back(exchange, sends_lnm), experts_ln,
+            strict=True,
+        ):  # fmt: skip
+            moment = moment.heard(dispatch_nm).computed(experts_n)
+            moment = moment.heard(back_nm).computed(trunk_n)
+        last = moment.now_n.argmax()
         return StepTime(
-            seconds=float(end_ln[layer, last_l].sum()) + self.step,
-            compute=float((experts_l + trunk_n[last_l]).sum()) + self.step,
+            seconds=float(moment.now_n[last]) + self.step,
+            compute=float(moment.compute_n[last]) + self.step,
             out_n=exchange.out_n,
             in_n=exchange.in_n,
-            trunk_n=trunk_n * len(end_ln),
+            trunk_n=trunk_n * len(experts_ln),
             experts_n=np.add.reduceat(experts_ld.sum(0), self.first),
             exchange_n=exchange.exchange_n,
             rounds_n=exchange.rounds_n,
             bytes_n=exchange.bytes_n,
         )
 
+    def _dispatch(self, exchange: Exchange, sends_lnm: np.ndarray) -> np.ndarray:
+        """From a server's begin of a layer until each has its rows: [l, n, m], from n to m."""
+        rows_lnm = np.maximum(exchange.send_ln[:, :, None], exchange.take_ln[:, None, :])
+        seconds_lnm = np.where(sends_lnm, rows_lnm, 0) + self.wires.delay + self.wires.round
+        return self._own(seconds_lnm, exchange.send_ln)
+
+    def _back(self, exchange: Exchange, sends_lnm: np.ndarray) -> np.ndarray:
+        """From what a server computed until its sums are there: [l, n, m], from n back to m."""
+        sums_lnm = np.maximum(exchange.give_ln[:, :, None], exchange.get_ln[:, None, :])
+        seconds_lnm = sums_lnm + self.wires.delay + self.wires.round
+        waits_lnm = np.where(sends_lnm.transpose(0, 2, 1), seconds_lnm, -np.inf)
+        return self._own(waits_lnm, 0.0)
+
+    @staticmethod
+    def _own(seconds_lnm: np.ndarray, own: np.ndarray | float) -> np.ndarray:
+        """With these from each server to itself."""
+        server = np.arange(seconds_lnm.shape[1])
+        seconds_lnm[:, server, server] = own
+        return seconds_lnm
+
     def _exchange(self, rows_lnm: np.ndarray, sends_lnm: np.ndarray) -> Exchange:
         wires, peers = self.wires, len(self.devices) - 1
         if not peers:
             none_ln, none_n = np.zeros((len(rows_lnm), 1)), np.zeros(1)
-            return Exchange(none_ln, none_ln, none_ln, none_n, none_n, none_n, none_n, none_n)
+            return Exchange(*[none_ln] * 4, *[none_n] * 5)
         out_ln, in_ln = rows_lnm.sum(2), rows_lnm.sum(1)
         heads = peers * wires.head
         sent_ln, taken_ln = out_ln * wires.row + heads, in_ln * wires.row + heads
         send_ln, take_ln = wires.occupied(sent_ln, out_ln), wires.occupied(taken_ln, in_ln)
-        # Who sends to several servers at once has sent none of them all before it is through.
-        sender_ln = np.where(sends_lnm, send_ln[:, :, None], 0).max(1)
-        dispatch_ln = np.maximum(np.maximum(send_ln, take_ln), sender_ln)
         given_ln = in_ln * wires.reply + sends_lnm.sum(1) * wires.reply_head
         back_ln = out_ln * wires.reply + sends_lnm.sum(2) * wires.reply_head
         give_ln, get_ln = wires.occupied(given_ln, in_ln), wires.occupied(back_ln, out_ln)
         rounds_ln = 1 + ((given_ln > 0) | (back_ln > 0))
         moving_ln = np.maximum(send_ln, take_ln) + np.maximum(give_ln, get_ln)
         return Exchange(
-            dispatch_ln + wires.furthest + wires.round,
+            send_ln,
+            take_ln,
             give_ln,
             get_ln,
             (send_ln + give_ln).sum(0),
