@@ -255,7 +255,7 @@ class Evaluation:
         for one, name in zip(fitted, spec.names, strict=True):
             self._console.print(f"{name}: {one.speed}; off by {one.errors}", soft_wrap=True)
         machine = Machine(fitted, spec.devices, slots, sizes, self._work.config)
-        with self._console.status("simulating all runs"):
+        with self._console.status(f"simulating {len(self._measured)} runs"):
             found = predictions(machine, self._measured)
         self._cells = [
             dataclasses.replace(cell, predicted_s=seconds)
@@ -302,7 +302,7 @@ class Evaluation:
                         tuple(answer.output_tokens for answer in run.answers),
                         activations,
                         work_of(run, layers),
-                        cell.step_s / cell.steps,
+                        cell.step_s / max(cell.steps, 1),
                     )
                 )
                 self._console.print(f"{title}: mean latency {np.mean(cell.latency_s):.2f} s")

@@ -43,7 +43,7 @@ class Measured:
         outputs: tokens of each answer, in the order of the plan's calls.
         activations: of the workload.
         work: of each server, in windows.
-        step_s: seconds of a step, in the mean.
+        step_s: seconds of a step, in the mean; 0: there was none.
     """
 
     rate: int | None
@@ -177,20 +177,15 @@ def predictions(machine: Machine, runs: Sequence[Measured]) -> list[float]:
     What a round costs and what a link carries are chosen from runs of other policies at the same
     rate; of the same one, where there is no other.
     """
-    tried = [
-        {
-            pair: machine.predict(run, *pair)
-            for pair in itertools.product(ROUNDS_S, SHARES)
-        }
-        for run in runs
-    ]  # fmt: skip
+    pairs = list(itertools.product(ROUNDS_S, SHARES))
+    tried = [{pair: machine.predict(run, *pair) for pair in pairs} for run in runs]
 
     def off(pair: tuple[float, float], others: Sequence[int]) -> float:
         return sum(math.log(tried[n][pair].step_s / runs[n].step_s) ** 2 for n in others)
 
     found = []
     for own, run in zip(tried, runs, strict=True):
-        alike = [n for n, other in enumerate(runs) if other.rate == run.rate]
+        alike = [n for n, other in enumerate(runs) if other.rate == run.rate and other.step_s]
         others = [n for n in alike if runs[n].placed.policy != run.placed.policy] or alike
-        found.append(own[min(own, key=lambda pair: off(pair, others))].latency_s)
+        found.append(own[min(pairs, key=lambda pair: off(pair, others))].latency_s)
     return found

@@ -8,11 +8,11 @@ problem of its own. Over windows w of some steps each, with the weight of 1 / sq
     experts_s[w]  = call x calls[w] + expert x experts[w] + routing x steps[w]
     exchange_s[w] = round x rounds[w] + second_per_byte x bytes[w]
 
-A step costs schedule + routing, whatever is in it. Windows have to differ: a server that rests, one
-with long prompts, one with many short requests.
-No speed is below 0: a term that would be is left out. Waiting for other servers is in none of the
-parts. `Server.delay` comes from a ping, `Speed.request` from a request on an idle cluster; what a
-row costs besides its bytes is in the seconds per byte.
+`Speed.step` is schedule + routing: what a step costs, whatever is in it. Windows have to differ: a
+server that rests, one with long prompts, one with many short requests. No speed is below 0: a term
+that would be is left out. Waiting for other servers is in none of the parts. `Server.delay` comes
+from a ping, `Speed.request` from a request on an idle cluster; what a row costs besides its bytes
+is in the seconds per byte.
 
 Where servers share cores, fit them one by one while the others rest, and say `Scenario.cores`; or
 fit them together under load and leave `cores` out. Doing both counts the sharing twice.

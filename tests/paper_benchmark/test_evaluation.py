@@ -221,6 +221,8 @@ def test_rounds_and_links_are_those_of_other_policies(activations: Activations) 
         runs.append(dataclasses.replace(run, step_s=machine.predict(run, *true).step_s))
         expected.append(machine.predict(run, 3e-4, 1.15).latency_s)
     assert predictions(machine, runs)[2] == pytest.approx(expected[2])
+    nothing = dataclasses.replace(runs[1], step_s=0.0)
+    assert predictions(machine, [runs[0], nothing, runs[2]])[2] == pytest.approx(expected[2])
     alone = predictions(machine, runs[:1])
     assert alone == pytest.approx(expected[:1], rel=0.05)
 

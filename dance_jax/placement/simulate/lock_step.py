@@ -163,7 +163,10 @@ class Clock:
         )
 
     def _dispatch(self, exchange: Exchange, sends_lnm: np.ndarray) -> np.ndarray:
-        """From a server's begin of a layer until each has its rows: [l, n, m], from n to m."""
+        """From a server's begin of a layer until each has its rows: [l, n, m], from n to m.
+
+        Who sends to several servers at once has sent none of them all before it is through.
+        """
         rows_lnm = np.maximum(exchange.send_ln[:, :, None], exchange.take_ln[:, None, :])
         seconds_lnm = np.where(sends_lnm, rows_lnm, 0) + self.wires.delay + self.wires.round
         return self._own(seconds_lnm, exchange.send_ln)
