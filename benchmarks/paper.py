@@ -36,7 +36,8 @@ from benchmarks.arguments import (
 from benchmarks.command import EXAMPLES, exit_code, terminal, verdict
 from benchmarks.evaluation import report
 from benchmarks.evaluation.cells import Cell, cell_of
-from benchmarks.evaluation.predict import Machine, Measured, predictions, speeds, work_of
+from benchmarks.evaluation.predict import Measured, work_of
+from benchmarks.evaluation.runs import Runs
 from benchmarks.evaluation.shapes import MEMORY, SHAPES
 from benchmarks.evaluation.workloads import Workload, hosts_text, placed, read_workloads
 from benchmarks.live.places import Place, count_activations
@@ -52,6 +53,7 @@ from benchmarks.serving.setting import progress
 from dance_jax.config import ClusterSpec, EngineConfig, UserError
 from dance_jax.launch.costs import cluster_cost, state_bytes
 from dance_jax.launch.defaults import demo_dir, engine_config
+from dance_jax.launch.prompts import check_writable
 from dance_jax.models.config import ModelConfig
 from dance_jax.models.hf import read_config
 from dance_jax.models.tokenizer import Tokenizer
@@ -97,6 +99,8 @@ def parser() -> argparse.ArgumentParser:
     add_users(parser, 60, "of each server in a run")
     add_testbed(parser, "paper")
     add_bed(parser)
+    add("--save-runs", type=pathlib.Path, metavar="F", help="keep all that was measured")
+    add("--runs", type=pathlib.Path, metavar="F", help="measure nothing, simulate these again")
     add_results(parser)
     return parser
 
@@ -113,13 +117,26 @@ def main(arguments: list[str] | None = None) -> int:
     options, console = parser().parse_args(words), terminal(WIDTH)
 
     def evaluate() -> int:
+        if options.runs is not None:
+            check_files(options)
+            runs = Runs.load(options.runs)
+            return told(options, runs.memory, runs.simulated(console), console)
         if options.bed is None:
             return outside(options, words, console)
         work = check(options, options.model or demo_dir())
         cells = Evaluation(options, work, Testbed.load(options.bed), console).run()
-        return verdict(console, report.targets(cells), options.check)
+        return told(options, work.memory, cells, console)
 
     return exit_code(evaluate, ClusterError, HttpError)
+
+
+def told(
+    options: argparse.Namespace, memory: float, cells: Sequence[Cell], console: Console
+) -> int:
+    """Writes and shows all; returns the exit code."""
+    write(options, memory, cells)
+    report.show(console, cells)
+    return verdict(console, report.targets(cells), options.check)
 
 
 def outside(options: argparse.Namespace, words: Sequence[str], console: Console) -> int:
@@ -166,6 +183,16 @@ class Work:
         return len(self.model.moe_layers) * self.model.num_experts
 
 
+def check_files(options: argparse.Namespace) -> None:
+    """
+    Raises:
+        UserError: one that is asked for cannot be made.
+    """
+    check_results(options)
+    if options.save_runs is not None:
+        check_writable(options.save_runs, "--save-runs")
+
+
 def check(options: argparse.Namespace, directory: pathlib.Path) -> Work:
     """
     Args:
@@ -181,7 +208,7 @@ def check(options: argparse.Namespace, directory: pathlib.Path) -> Work:
             if name not in names:
                 raise UserError(f"--workloads: no {name!r}; there are {', '.join(names)}")
         workloads = [each for each in workloads if each.name in options.workloads]
-    check_results(options)
+    check_files(options)
     usual = SHAPES[options.shape].memory if options.shape else MEMORY
     memory = usual if options.memory is None else options.memory
     model = read_config(directory)
@@ -209,7 +236,11 @@ class Evaluation:
         self._about_model = ("--model", str(work.directory.absolute())) if options.model else ()
 
     def run(self) -> list[Cell]:
-        """What was measured is written after each policy."""
+        """What was measured is written after each policy.
+
+        Returns:
+            All cells, simulated too.
+        """
         with tempfile.TemporaryDirectory(prefix="dance-jax-paper-") as directory:
             folder = pathlib.Path(directory)
             hosts = folder / "hosts.txt"
@@ -231,36 +262,30 @@ class Evaluation:
 
                 asyncio.run(measure())
                 cluster.check()
-            self._simulate()
-        self._write()
-        report.show(self._console, self._cells)
-        return self._cells
+            return self._runs().simulated(self._console)
 
-    def _simulate(self) -> None:
-        """All runs again, with speeds that were measured in them."""
-        model, spec = self._work.model, self._place.spec
-        sizes = Model(
-            len(model.moe_layers),
-            model.num_experts,
-            model.top_k,
-            state_bytes(model.hidden_size, self._work.config),
-        )
+    def _runs(self) -> Runs:
+        """All so far."""
+        model, spec, hosts = self._work.model, self._place.spec, self._bed.hosts.values()
         slots = spec.servers[0].experts
         assert slots is not None
-        try:
-            fitted = speeds(self._measured, self._work.config.block_size)
-        except UserError as error:
-            self._console.print(f"nothing is simulated: {error}", soft_wrap=True)
-            return
-        for one, name in zip(fitted, spec.names, strict=True):
-            self._console.print(f"{name}: {one.speed}; off by {one.errors}", soft_wrap=True)
-        machine = Machine(fitted, spec.devices, slots, sizes, self._work.config)
-        with self._console.status(f"simulating {len(self._measured)} runs"):
-            found = predictions(machine, self._measured)
-        self._cells = [
-            dataclasses.replace(cell, predicted_s=seconds)
-            for cell, seconds in zip(self._cells, found, strict=True)
-        ]
+        cores = tuple(host.share for host in hosts if isinstance(host.share, float))
+        return Runs(
+            tuple(spec.names),
+            tuple(spec.devices),
+            cores if len(cores) == len(hosts) else None,
+            slots,
+            Model(
+                len(model.moe_layers),
+                model.num_experts,
+                model.top_k,
+                state_bytes(model.hidden_size, self._work.config),
+            ),
+            self._work.config,
+            self._work.memory,
+            tuple(self._cells),
+            tuple(self._measured),
+        )
 
     def _count(self, workload: Workload, folder: pathlib.Path) -> Activations:
         """What the tasks use, by prompts that nobody sends later."""
@@ -302,11 +327,14 @@ class Evaluation:
                         tuple(answer.output_tokens for answer in run.answers),
                         activations,
                         work_of(run, layers),
+                        tuple(run.cpu_s),
                         cell.step_s / max(cell.steps, 1),
                     )
                 )
                 self._console.print(f"{title}: mean latency {np.mean(cell.latency_s):.2f} s")
-            self._write()
+            write(self._options, self._work.memory, self._cells)
+            if self._options.save_runs is not None:
+                self._runs().save(self._options.save_runs)
 
     def _askers(self, seed: int) -> Askers:
         options, config = self._options, self._work.config
@@ -326,14 +354,14 @@ class Evaluation:
         cost = cluster_cost(ClusterSpec(servers), self._work.model, self._work.config)
         return cost.apart(float(np.mean([cell.apart for cell in cells]))) if cells else cost
 
-    def _write(self) -> None:
-        options = self._options
-        if options.output is not None:
-            found = report.targets(self._cells)
-            setup = vars(options) | {"memory": self._work.memory}
-            write_json(options.output, setup, report.plain(self._cells), found)
-        if options.plot is not None:
-            report.draw(self._cells, options.plot)
+
+def write(options: argparse.Namespace, memory: float, cells: Sequence[Cell]) -> None:
+    """The files that were asked for."""
+    if options.output is not None:
+        setup = vars(options) | {"memory": memory}
+        write_json(options.output, setup, report.plain(cells), report.targets(cells))
+    if options.plot is not None:
+        report.draw(cells, options.plot)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ class Measured:
         outputs: tokens of each answer, in the order of the plan's calls.
         activations: of the workload.
         work: of each server, in windows.
+        cpu_s: processor seconds of each server's engine.
         step_s: seconds of a step, in the mean; 0: there was none.
     """
 
@@ -52,6 +53,7 @@ class Measured:
     outputs: tuple[int, ...]
     activations: Activations
     work: tuple[tuple[Work, ...], ...]
+    cpu_s: tuple[float, ...]
     step_s: float
 
 

@@ -51,6 +51,8 @@ class Sample:
     longest_step_s: list[float]
     #: By part of the steps, as `engine.step_clock` names them, and server.
     seconds: dict[str, list[float]]
+    #: Processor seconds of each engine.
+    cpu_s: list[float]
     #: As the first server knows it.
     version: int
     migrations: int
@@ -79,6 +81,11 @@ class Watched:
             for before, later in itertools.pairwise(self.samples)
             if later.migrations > before.migrations
         ]
+
+    @property
+    def cpu_s(self) -> list[float]:
+        """Processor seconds of each engine."""
+        return self._spent("cpu_s", 0.0).tolist()
 
     def remote_share(self, since_s: float, until_s: float = math.inf) -> float:
         """Of the expert calls counted in that time, the mean of the servers."""
@@ -179,6 +186,7 @@ async def sample(api: Api, origin: float, wire: Callable[[], list[float]] = _not
         served=each("expert_calls_served_total"),
         longest_step_s=each("longest_step_seconds"),
         seconds={part: each("step_seconds_total", part=part) for part in PARTS},
+        cpu_s=each("engine_cpu_seconds_total"),
         version=int(each("placement_version")[0]),
         migrations=int(each("migrations_total")[0]),
         experts_migrated=int(each("experts_migrated_total")[0]),

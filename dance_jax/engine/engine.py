@@ -303,6 +303,7 @@ class Engine:
             bytes_received=self._bytes[:, self.rank].tolist(),
             experts_resident=int((self.layout.slot_of[self.rank] >= 0).sum()),
             step_seconds=self.clock.seconds(),
+            cpu_seconds=time.process_time(),
             longest_step_s=self.clock.longest,
             bucket_steps={f"{rows}+{more}": n for (rows, more), n in self._bucket_steps.items()},
             **self._measured(),

@@ -255,6 +255,7 @@ class _EngineMetrics(Collector):
                 report.calls_served,
             ),
             ("steps", "Steps", report.steps),
+            ("engine_cpu_seconds", "Processor time of the engine", report.cpu_seconds),
         ):
             yield self._counter(name, text, {(): value})
         calls = {("local",): report.calls_local, ("remote",): report.calls_remote}

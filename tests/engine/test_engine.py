@@ -252,3 +252,4 @@ def test_reports_add_up(engine: Engine):
         "output",
     }
     assert after.step_seconds["compute"] > before.step_seconds["compute"]
+    assert after.cpu_seconds > before.cpu_seconds > 0

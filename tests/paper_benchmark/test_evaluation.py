@@ -54,6 +54,7 @@ def sample(at_s: float, share: float, sent: float) -> Sample:
         served=[0.0] * 2,
         longest_step_s=[0.0] * 2,
         seconds={part: [at_s / 10, at_s / 5] for part in PARTS},
+        cpu_s=[at_s / 4, at_s / 2],
         version=1,
         migrations=0,
         experts_migrated=0,
@@ -199,7 +200,7 @@ def test_runs_are_simulated_with_their_own_speeds(activations: Activations) -> N
     fitted = Fitted(Speed(token=1e-4), np.inf, {})
     machine = Machine([fitted] * 2, [1, 1], 20, Model(LAYERS, EXPERTS, K, 512), CONFIG)
     runs = [
-        Measured(rate, uniform, plan, (5, 1, 2, 0), activations, work, 0.1)
+        Measured(rate, uniform, plan, (5, 1, 2, 0), activations, work, (), 0.1)
         for rate in (10_000, 20_000)
     ]
     seconds = [machine.predict(run, 0.0, 1.0).latency_s for run in runs]
@@ -216,7 +217,7 @@ def test_rounds_and_links_are_those_of_other_policies(activations: Activations) 
     runs, expected = [], []
     for policy in ("uniform", "redundance", "eplb"):
         found = placed(policy, activations, [1, 1], 20, Cost.reference([1, 1], K), 0)
-        run = Measured(1_000_000, found, plan, (5,) * 8, activations, (), 1.0)
+        run = Measured(1_000_000, found, plan, (5,) * 8, activations, (), (), 1.0)
         true = (6e-4, 0.85) if policy == "eplb" else (3e-4, 1.15)
         runs.append(dataclasses.replace(run, step_s=machine.predict(run, *true).step_s))
         expected.append(machine.predict(run, 3e-4, 1.15).latency_s)

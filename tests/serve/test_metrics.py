@@ -33,6 +33,7 @@ REPORT = EngineReport(
     bytes_received=[0, 2000],
     experts_resident=20,
     step_seconds={"compute": 1.5, "wait": 0.25},
+    cpu_seconds=1.25,
     longest_step_s=0.5,
     rows=90,
     busiest_rows=40,
@@ -62,6 +63,7 @@ EXPECTED = {
     ("link_bytes_total", "received", "beta"): 2000,
     ("experts_resident",): 20,
     ("steps_total",): 10,
+    ("engine_cpu_seconds_total",): 1.25,
     ("step_seconds_total", "compute"): 1.5,
     ("step_seconds_total", "wait"): 0.25,
 }

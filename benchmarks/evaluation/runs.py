@@ -1,0 +1,85 @@
+"""What an evaluation measured, kept in a file, so that it can be simulated again."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import pickle
+
+from rich.console import Console
+
+from benchmarks.simulation.fit import Fitted
+from dance_jax.config import EngineConfig, UserError
+from dance_jax.files import whole_file
+from dance_jax.placement.simulate import Model
+
+from .cells import Cell
+from .predict import Machine, Measured, predictions, speeds
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Runs:
+    """All of one evaluation.
+
+    Attributes:
+        names, devices: of the servers.
+        cores: of each server by its quota; None: it has none.
+        slots: of each device.
+        model: its sizes.
+        config: of the engines.
+        memory: experts that fit, of all.
+        cells: what is reported of each run.
+        measured: what the simulator has to know of it, in the same order.
+    """
+
+    names: tuple[str, ...]
+    devices: tuple[int, ...]
+    cores: tuple[float, ...] | None
+    slots: int
+    model: Model
+    config: EngineConfig
+    memory: float
+    cells: tuple[Cell, ...]
+    measured: tuple[Measured, ...]
+
+    @classmethod
+    def load(cls, path: pathlib.Path) -> Runs:
+        """What `save` wrote; like all pickles it has to come from a source that is trusted.
+
+        Raises:
+            UserError: it cannot be read, or is something else.
+        """
+        try:
+            found = pickle.loads(path.read_bytes())
+        except OSError as error:
+            raise UserError(f"--runs: {path} cannot be read: {error.strerror}") from error
+        except Exception as error:  # whatever a file that is no pickle makes of its reader
+            raise UserError(f"--runs: {path} is not what --save-runs wrote: {error}") from error
+        if not isinstance(found, cls):
+            raise UserError(f"--runs: {path} is not what --save-runs wrote")
+        return found
+
+    def save(self, path: pathlib.Path) -> None:
+        """For `load`, by the same version of this program."""
+        with whole_file(path) as file:
+            pickle.dump(self, file)
+
+    def simulated(self, console: Console) -> list[Cell]:
+        """All runs again, with speeds that were measured in them."""
+        try:
+            fitted = speeds(self.measured, self.config.block_size)
+        except UserError as error:
+            console.print(f"nothing is simulated: {error}", soft_wrap=True)
+            return list(self.cells)
+        self._tell(fitted, console)
+        machine = Machine(fitted, self.devices, self.slots, self.model, self.config)
+        with console.status(f"simulating {len(self.measured)} runs"):
+            found = predictions(machine, self.measured)
+        return [
+            dataclasses.replace(cell, predicted_s=seconds)
+            for cell, seconds in zip(self.cells, found, strict=True)
+        ]
+
+    def _tell(self, fitted: list[Fitted], console: Console) -> None:
+        for one, name in zip(fitted, self.names, strict=True):
+            console.print(f"{name}: {one.speed}; off by {one.errors}", soft_wrap=True)
