@@ -13,7 +13,7 @@ import collections
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from dance_jax.config import EngineConfig
 from dance_jax.placement import Activations
 from dance_jax.placement.simulate import Model, Requests, Scenario, Work, simulate
 
+from .cells import COMPUTING
 from .workloads import Placed
 
 #: Seconds of a round, and shares of a link's rate, that are tried. 0.95 is left beside headers of
@@ -94,6 +95,7 @@ def _between(first: Sample, last: Sample, server: int, layers: int) -> Work:
         trunk_s=part("compute"),
         exchange_s=part("exchange"),
         experts_s=part("experts"),
+        computing_s=part(*COMPUTING),
     )
 
 
@@ -112,10 +114,16 @@ def speeds(runs: Sequence[Measured], block_size: int) -> list[Fitted]:
 
 @dataclasses.dataclass(frozen=True)
 class Predicted:
-    """What the simulator says of a run; seconds, means."""
+    """What the simulator says of a run; seconds, means.
+
+    Attributes:
+        computing_s, stopped_s: of a step, by server; see `Work`.
+    """
 
     latency_s: float
     step_s: float
+    computing_s: tuple[float, ...]
+    stopped_s: tuple[float, ...]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -170,17 +178,30 @@ class Machine:
         )
         result = simulate(scenario)
         in_steps = result.compute_seconds[0] + result.communicate_seconds[0]
-        return Predicted(result.latency.mean, float(in_steps / result.steps[0]))
+        return Predicted(
+            result.latency.mean,
+            float(in_steps / result.steps[0]),
+            tuple(work.computing_s / work.steps for work in result.work),
+            tuple(work.stopped_s / work.steps for work in result.work),
+        )
 
 
-def predictions(machine: Machine, runs: Sequence[Measured]) -> list[float]:
+def predictions(
+    machine: Machine, runs: Sequence[Measured], done: Callable[[], object] = lambda: None
+) -> list[float]:
     """Mean latency of each run, in seconds; those at one rate share a link.
 
     What a round costs and what a link carries are chosen from runs of other policies at the same
     rate; of the same one, where there is no other.
+
+    Args:
+        done: called after each run.
     """
     pairs = list(itertools.product(ROUNDS_S, SHARES))
-    tried = [{pair: machine.predict(run, *pair) for pair in pairs} for run in runs]
+    tried = []
+    for run in runs:
+        tried.append({pair: machine.predict(run, *pair) for pair in pairs})
+        done()
 
     def off(pair: tuple[float, float], others: Sequence[int]) -> float:
         return sum(math.log(tried[n][pair].step_s / runs[n].step_s) ** 2 for n in others)

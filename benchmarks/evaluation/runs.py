@@ -8,13 +8,14 @@ import pickle
 
 from rich.console import Console
 
-from benchmarks.simulation.fit import Fitted
+from benchmarks.serving.setting import progress
 from dance_jax.config import EngineConfig, UserError
 from dance_jax.files import whole_file
 from dance_jax.placement.simulate import Model
 
 from .cells import Cell
 from .predict import Machine, Measured, predictions, speeds
+from .quota import unstopped
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -71,15 +72,14 @@ class Runs:
         except UserError as error:
             console.print(f"nothing is simulated: {error}", soft_wrap=True)
             return list(self.cells)
-        self._tell(fitted, console)
         machine = Machine(fitted, self.devices, self.slots, self.model, self.config)
-        with console.status(f"simulating {len(self.measured)} runs"):
-            found = predictions(machine, self.measured)
+        if self.cores is not None:
+            machine = unstopped(machine, self.measured, self.cores)
+        for one, name in zip(machine.fitted, self.names, strict=True):
+            console.print(f"{name}: {one.speed}; off by {one.errors}", soft_wrap=True)
+        with progress(console, "simulating runs", len(self.measured)) as done:
+            found = predictions(machine, self.measured, done)
         return [
             dataclasses.replace(cell, predicted_s=seconds)
             for cell, seconds in zip(self.cells, found, strict=True)
         ]
-
-    def _tell(self, fitted: list[Fitted], console: Console) -> None:
-        for one, name in zip(fitted, self.names, strict=True):
-            console.print(f"{name}: {one.speed}; off by {one.errors}", soft_wrap=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import json
@@ -17,6 +18,8 @@ from benchmarks.command import EXAMPLES, INTERRUPTED
 from benchmarks.evaluation import report
 from benchmarks.evaluation.cells import Cell, Mean, alone_s, cell_of, rows_of
 from benchmarks.evaluation.predict import Machine, Measured, predictions, work_of
+from benchmarks.evaluation.quota import TYPICAL, unstopped
+from benchmarks.evaluation.runs import Runs
 from benchmarks.evaluation.shapes import SHAPES
 from benchmarks.evaluation.weight import nearest, weights_of
 from benchmarks.evaluation.workloads import Placed, hosts_text, placed, read_workloads
@@ -31,7 +34,7 @@ from dance_jax.launch.hosts import parse_hosts
 from dance_jax.models.hf import HFDirectory, read_config
 from dance_jax.models.tokenizer import Tokenizer
 from dance_jax.placement import Activations, Cost, Placement
-from dance_jax.placement.simulate import Model, Speed
+from dance_jax.placement.simulate import Model, Speed, Work
 
 LAYERS, EXPERTS, K = 2, 16, 4
 CONFIG = EngineConfig(max_model_len=64)
@@ -226,6 +229,68 @@ def test_rounds_and_links_are_those_of_other_policies(activations: Activations) 
     assert predictions(machine, [runs[0], nothing, runs[2]])[2] == pytest.approx(expected[2])
     alone = predictions(machine, runs[:1])
     assert alone == pytest.approx(expected[:1], rel=0.05)
+
+
+def test_speeds_between_stops_are_found(activations: Activations) -> None:
+    """Of runs that were themselves simulated, whose steps' clock counts stops too."""
+    plan = Plan(tuple(Call(n % 2, [1] * 30, 5, n / 10) for n in range(8)), 0.0)
+    true = [Speed(token=1.2e-3, call=2e-5, share=0.6, burst=0.006), Speed(token=5e-4, call=2e-5)]
+    fitted = [Fitted(speed, np.inf, {}) for speed in true]
+    machine = Machine(fitted, [1, 1], 20, Model(LAYERS, EXPERTS, K, 512), CONFIG)
+    runs = []
+    for policy in ("uniform", "eplb"):
+        found = placed(policy, activations, [1, 1], 20, Cost.reference([1, 1], K), 0)
+        run = Measured(1_000_000, found, plan, (5,) * 8, activations, (), (), 1.0)
+        told = machine.predict(run, *TYPICAL)
+        between = np.subtract(told.computing_s, told.stopped_s)
+        assert told.computing_s[0] > 1.15 * between[0] and told.stopped_s[1] == pytest.approx(0)
+        work = tuple((Work(steps=100, computing_s=100 * seconds),) for seconds in told.computing_s)
+        # Half a core each: 0.83 in use while the first computes, 0.5 while the second does.
+        cpu_s = (100 * between[0] * 0.5 / 0.6, 100 * between[1] * 0.5)
+        runs.append(dataclasses.replace(run, work=work, cpu_s=cpu_s))
+    slow = [Speed(token=1.8e-3, call=3e-5), Speed(token=7.5e-4, call=3e-5)]
+    begin = dataclasses.replace(machine, fitted=[Fitted(speed, np.inf, {}) for speed in slow])
+    found = unstopped(begin, runs, [0.5, 0.5])
+    first, second = (one.speed for one in found.fitted)
+    assert (first.token, first.call) == pytest.approx((1.2e-3, 2e-5), rel=0.03)
+    assert (first.share, first.burst) == pytest.approx((0.6, 0.006), rel=0.03)
+    assert (second.token, second.share) == pytest.approx((5e-4, 1.0), rel=0.02)
+
+
+def test_runs_are_kept(
+    cells: list[Cell], activations: Activations, tmp_path: pathlib.Path, capsys: Any
+) -> None:
+    """And simulated again, without a testbed."""
+    uniform = placed("uniform", activations, [1, 1], 20, Cost.reference([1, 1], K), 0)
+    plan = Plan(tuple(Call(n % 2, [1] * 30, 5, float(n)) for n in range(4)), 0.0)
+    window = Work(10, rounds=40, step_s=0.1, trunk_s=0.5, experts_s=0.3, computing_s=0.9)
+    work = tuple(
+        dataclasses.replace(window, buckets=collections.Counter({b: 10}), calls=n, bytes=n**2)
+        for b, n in (((4, 0), 100), ((16, 1), 300), ((16, 1), 500))
+    )
+    runs = Runs(
+        names=("alpha", "beta"),
+        devices=(1, 1),
+        cores=(0.5, 0.5),
+        slots=20,
+        model=Model(LAYERS, EXPERTS, K, 512),
+        config=CONFIG,
+        memory=1.25,
+        cells=tuple(cells[:1]),
+        measured=(
+            Measured(20_000, uniform, plan, (5,) * 4, activations, (work,) * 2, (1.0,) * 2, 0.1),
+        ),
+    )
+    kept, result = tmp_path / "runs", tmp_path / "result.json"
+    runs.save(kept)
+    assert main(["--runs", str(kept), "--output", str(result)]) == 0
+    (row,) = json.loads(result.read_text())["rows"]
+    assert row["predicted_s"] > 0 and json.loads(result.read_text())["setup"]["memory"] == 1.25
+    assert "alpha: Speed(" in capsys.readouterr().out
+    kept.write_text("nothing")
+    for path in (kept, tmp_path / "nowhere"):
+        assert main(["--runs", str(path)]) == 2
+        assert f"--runs: {path}" in capsys.readouterr().err
 
 
 def test_targets(cells: list[Cell]) -> None:

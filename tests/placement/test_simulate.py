@@ -23,6 +23,7 @@ from dance_jax.placement.simulate import (
 from dance_jax.placement.simulate.batches import Batches, Sequence
 from dance_jax.placement.simulate.independent import Queues
 from dance_jax.placement.simulate.lock_step import Clock, Layers
+from dance_jax.placement.simulate.shares import Shares
 from tests.placement.simulated import (
     ALL,
     CONFIG,
@@ -192,7 +193,7 @@ def test_the_critical_path_leads_through_what_comes_last(
     clock = Clock(scenario((1, 1, 1), delay=delay))
     rows_lnm = np.zeros((1, 3, 3), np.int64)
     rows_lnm[0, 0, 1:] = 1
-    time = clock.time(Layers(rows_lnm, np.array([[own, 5.0, 1.0]]), np.array([0.5, 0.0, 0.0])))
+    time = clock.time(Layers(rows_lnm, np.array([[own, 5.0, 1.0]]), np.array([0.5, 0.0, 0.0])), 0.0)
     # There and back, or only there: before server 0 has heard from all it computes nothing.
     assert time.compute == pytest.approx(compute + 0.5)
     assert time.seconds == pytest.approx(compute + 0.5 + ways * 2 * delay)
@@ -207,7 +208,7 @@ def test_rows_are_under_way_while_another_server_computes(sender: int, seconds: 
     rows_lnm = np.zeros((2, 2, 2), np.int64)
     rows_lnm[1, sender, 1 - sender] = 1000
     experts_ld = np.array([[0.0, 10.0], [0.0, 0.0]])
-    time = clock.time(Layers(rows_lnm, experts_ld, np.zeros(2)))
+    time = clock.time(Layers(rows_lnm, experts_ld, np.zeros(2)), 0.0)
     assert time.seconds == pytest.approx(seconds, rel=0.01)
     assert time.compute == pytest.approx(10.0)
 
@@ -218,11 +219,56 @@ def test_shared_cores() -> None:
     def seconds(cores: float | None) -> float:
         clock = Clock(scenario((1, 1), cores=cores))
         nothing = np.zeros((3, 2, 2), np.int64)
-        return clock.time(Layers(nothing, work, np.zeros(2))).seconds
+        return clock.time(Layers(nothing, work, np.zeros(2)), 0.0).seconds
 
     assert seconds(None) == seconds(2) == pytest.approx(2 + 4 + 3)
     assert seconds(1) == pytest.approx(4 + 4 + 4)
     assert seconds(0.5) == pytest.approx(8 + 8 + 8)
+
+
+def test_a_quota_stops_who_computes_at_length() -> None:
+    """Half of the time, after a burst of 1 s that lasts for 2 s, and is saved anew in 2 s."""
+    shares = Shares([Speed(share=0.5, burst=1.0), Speed()])
+
+    def spend(seconds: float, at: float) -> list[float]:
+        return shares.spend(np.full(2, seconds), np.full(2, at)).tolist()
+
+    assert spend(2, 0) == [2, 2]
+    assert spend(3, 2) == [6, 3]
+    assert spend(2, 9) == [3, 2]  # 0.5 s are saved, and last for 1 s
+    assert spend(2, 100) == [2, 2]
+
+
+@given(
+    st.floats(0.1, 1),
+    st.floats(0, 5),
+    st.lists(st.tuples(st.floats(0, 5), st.floats(0, 5)), min_size=1, max_size=20),
+)
+def test_a_quota_is_kept(share: float, burst: float, turns: list[tuple[float, float]]) -> None:
+    """In any time: never more than it and what was saved; who has saved enough is not stopped."""
+    shares, at, moments = Shares([Speed(share=share, burst=burst)]), 0.0, []
+    for rest, seconds in turns:
+        at += rest
+        (taken,) = shares.spend(np.array([seconds]), np.array([at]))
+        assert taken >= seconds
+        if seconds * (1 - share) > burst + 1e-9:
+            assert taken > seconds
+        moments.append((at, at + taken, seconds))
+        at += taken
+    for first in range(len(moments)):
+        for last in range(first, len(moments)):
+            spent = sum(seconds for *_, seconds in moments[first : last + 1])
+            assert spent <= burst + share * (moments[last][1] - moments[first][0]) + 1e-6
+
+
+def test_a_server_with_a_quota_takes_longer() -> None:
+    """A step of 3 x (0.5 + 0.5) s: 1 s is saved, and it gets a half."""
+    speed = Speed(token=0.75, call=0.25, share=0.5, burst=1.0)
+    result = simulate(scenario(speed=speed, requests=[(0.0, 0, 1, 1)]))
+    free = simulate(scenario(speed=dataclasses.replace(speed, share=1.0)))
+    spent = free.work[0].computing_s
+    assert free.latency.mean == pytest.approx(spent) and spent > 2
+    assert result.latency.mean == result.work[0].computing_s == pytest.approx(2 * (spent - 1))
 
 
 # Queues.
@@ -319,11 +365,15 @@ def test_requests_that_are_none() -> None:
     [
         ({"messages": "token"}, "messages='token'"),
         ({"cores": 0}, "cores=0, not above 0"),
-        ({"cores": 1.0, "lock_step": False}, "shared cores are simulated in lock step only"),
+        ({"cores": 1.0, "lock_step": False}, "shares of cores are simulated in lock step only"),
         ({"bandwidth": 0.0}, "bandwidth of server 0 is 0.0"),
         ({"delay": -1.0}, "delay of server 0 must be finite and at least 0; got -1.0"),
         ({"speed": Speed(call=math.inf)}, "call of server 0 must be finite"),
         ({"speed": Speed(buckets={(2, 0): -1.0})}, r"bucket \(2, 0\) of server 0 must be"),
+        ({"speed": Speed(share=0.0)}, "share of server 0 is 0.0; above 0"),
+        ({"speed": Speed(share=1.5)}, "share of server 0 is 1.5; above 0 and at most 1"),
+        ({"speed": Speed(burst=-1.0)}, "burst of server 0 must be finite"),
+        ({"speed": Speed(share=0.5), "lock_step": False}, "in lock step only"),
         ({"devices": (0,)}, "server 0 has 0 devices"),
         ({"devices": ()}, "at least one server"),
         ({"resident": np.ones((2, 3, 8), bool)}, r"placement \(2, 3, 8\)"),

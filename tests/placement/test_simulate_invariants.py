@@ -188,20 +188,20 @@ def test_a_step_waits_for_its_slowest_server_and_link(seed: int, num: int) -> No
     case = dataclasses.replace(scenario((1,) * num, model=model), servers=servers)
     clock, wires = Clock(case), Wires(case)
     work = Layers(rows, rng.exponential(1e-3, (layers, num)), rng.exponential(1e-3, num))
-    time = clock.time(work)
+    time = clock.time(work, 0.0)
     alone = (work.experts_ld + work.trunk_n).sum(0)
     assert time.seconds >= alone.max() * (1 - 1e-12)
     assert time.seconds >= time.compute > 0
     # Where links cost nothing, a step waits for computation alone.
     fast = tuple(dataclasses.replace(server, bandwidth=math.inf) for server in servers)
-    free = Clock(dataclasses.replace(case, servers=fast)).time(work)
+    free = Clock(dataclasses.replace(case, servers=fast)).time(work, 0.0)
     assert time.seconds >= free.seconds == pytest.approx(free.compute, rel=1e-12)
     assert free.seconds >= alone.max() * (1 - 1e-12)
     for use in (time.out_n, time.in_n):
         assert time.seconds >= use.max() * (1 - 1e-12)
     slower = work.experts_ld.copy()
     slower[:, rng.integers(num)] *= 2
-    assert clock.time(dataclasses.replace(work, experts_ld=slower)).seconds >= time.seconds
+    assert clock.time(dataclasses.replace(work, experts_ld=slower), 0.0).seconds >= time.seconds
     # At most what `Traffic.layer_time` says: the busiest way, and the busiest device, in turn.
     head = (num - 1) * (wires.head + wires.reply_head)
     ways = np.maximum(rows.sum(2), rows.sum(1)) * (model.row_bytes + model.state_bytes) + head

@@ -18,6 +18,7 @@ from dance_jax.placement.simulate.batches import Batches, Plan, Sequence
 from dance_jax.placement.simulate.flows import Flows
 from dance_jax.placement.simulate.result import Book, Result, Work
 from dance_jax.placement.simulate.scenario import Bucket, Scenario
+from dance_jax.placement.simulate.shares import Shares
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -49,6 +50,8 @@ class StepTime:
     exchange_n: np.ndarray
     rounds_n: np.ndarray
     bytes_n: np.ndarray
+    computing_n: np.ndarray
+    stopped_n: np.ndarray
 
 
 class Exchange(NamedTuple):
@@ -132,10 +135,15 @@ class Clock:
         self.cores = scenario.cores
         self.devices = np.array(scenario.devices)
         self.first = np.cumsum(self.devices) - self.devices
-        self.step = max(server.speed.step for server in scenario.servers)
+        self.step_n = np.array([server.speed.step for server in scenario.servers])
+        self.shares = Shares([server.speed for server in scenario.servers])
 
-    def time(self, layers: Layers) -> StepTime:
-        """Of a step."""
+    def time(self, layers: Layers, began: float) -> StepTime:
+        """Of the step after those that were asked for before.
+
+        Args:
+            began: seconds from 0 until then.
+        """
         experts_ld = self._stretched(layers.experts_ld)
         experts_ln = np.maximum.reduceat(experts_ld, self.first, axis=1)
         trunk_d = np.repeat(layers.trunk_n, self.devices)[None]
@@ -143,16 +151,28 @@ class Clock:
         sends_lnm = layers.rows_lnm > 0
         exchange = self._exchange(layers.rows_lnm, sends_lnm)
         moment = Moment.zero(len(trunk_n))
+        computing_n, stopped_n = np.zeros((2, len(trunk_n)))
+
+        def compute(seconds_n: np.ndarray) -> None:
+            nonlocal moment
+            taken_n = self.shares.spend(seconds_n, began + moment.now_n)
+            computing_n[:] += taken_n
+            stopped_n[:] += taken_n - seconds_n
+            moment = moment.computed(taken_n)
+
         for dispatch_nm, back_nm, experts_n in zip(
             self._dispatch(exchange, sends_lnm), self._back(exchange, sends_lnm), experts_ln,
             strict=True,
         ):  # fmt: skip
-            moment = moment.heard(dispatch_nm).computed(experts_n)
-            moment = moment.heard(back_nm).computed(trunk_n)
+            moment = moment.heard(dispatch_nm)
+            compute(experts_n)
+            moment = moment.heard(back_nm)
+            compute(trunk_n)
+        compute(self.step_n)
         last = moment.now_n.argmax()
         return StepTime(
-            seconds=float(moment.now_n[last]) + self.step,
-            compute=float(moment.compute_n[last]) + self.step,
+            seconds=float(moment.now_n[last]),
+            compute=float(moment.compute_n[last]),
             out_n=exchange.out_n,
             in_n=exchange.in_n,
             trunk_n=trunk_n * len(experts_ln),
@@ -160,6 +180,8 @@ class Clock:
             exchange_n=exchange.exchange_n,
             rounds_n=exchange.rounds_n,
             bytes_n=exchange.bytes_n,
+            computing_n=computing_n,
+            stopped_n=stopped_n,
         )
 
     def _dispatch(self, exchange: Exchange, sends_lnm: np.ndarray) -> np.ndarray:
@@ -250,7 +272,7 @@ class Cluster:
         tokens = self.flows.tokens(each for plan in plans for each in plan.work)
         calls_lne = self._calls(tokens)
         layers = Layers(self._rows(tokens), self._experts(calls_lne), self._trunks(plans))
-        time = self.clock.time(layers)
+        time = self.clock.time(layers, now)
         for batches, plan in zip(self.batches, plans, strict=True):
             self.book.tokens(batches.commit(plan), now + time.seconds)
         self._record(layers, time)
@@ -317,6 +339,8 @@ class Cluster:
             work.trunk_s += float(time.trunk_n[n])
             work.experts_s += float(time.experts_n[n])
             work.exchange_s += float(time.exchange_n[n])
+            work.computing_s += float(time.computing_n[n])
+            work.stopped_s += float(time.stopped_n[n])
 
 
 def run(scenario: Scenario) -> Result:

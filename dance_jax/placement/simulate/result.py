@@ -49,6 +49,11 @@ class Work:
     exchange_s: float = 0.0
     #: Seconds of experts on all its devices, together.
     experts_s: float = 0.0
+    #: Seconds of its computing: steps besides the rest, trunks, and experts of its busiest device,
+    #: and what its quota stopped it meanwhile; the latter, not known of a measured one. There the
+    #: parts above have it in them too.
+    computing_s: float = 0.0
+    stopped_s: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -22,7 +22,7 @@ Messages = Literal["server", "expert"]
 
 @dataclasses.dataclass(frozen=True)
 class Speed:
-    """How fast a server computes; all numbers are seconds, at least 0.
+    """How fast a server computes; numbers are seconds, at least 0.
 
     The trunk (attention, norms, routers, shared experts, head) costs by bucket, padding included.
     """
@@ -43,6 +43,11 @@ class Speed:
     row: float = 0.0
     #: Of every request besides its steps: HTTP, tokens from text and back.
     request: float = 0.0
+    #: No seconds: the part of the time that it may compute in the long run, where a quota stops it
+    #: (in lock step only, see `shares`); above 0, 1: nothing does.
+    share: float = 1.0
+    #: Of computing at full speed, that a server which rested has before its quota stops it.
+    burst: float = 0.0
 
     def trunk(self, bucket: Bucket, block_size: int) -> float:
         """Seconds of the trunk in a step of this bucket."""
@@ -205,6 +210,10 @@ def _check_servers(servers: tuple[Server, ...]) -> None:
             if field.name != "buckets"
         }
         seconds |= {f"bucket {bucket}": each for bucket, each in server.speed.buckets.items()}
+        if not 0 < server.speed.share <= 1:
+            raise UserError(
+                f"scenario: share of server {n} is {server.speed.share}; above 0 and at most 1"
+            )
         for name, value in (seconds | {"delay": server.delay}).items():
             if not (math.isfinite(value) and value >= 0):
                 raise UserError(
@@ -220,12 +229,11 @@ def _check_mode(scenario: Scenario) -> None:
             f"scenario: {len(scenario.servers)} servers; a token visits servers among at most "
             f'{MAX_SERVERS}. With messages="expert" there may be more'
         )
-    if scenario.cores is None:
-        return
-    if not scenario.cores > 0:
+    if scenario.cores is not None and not scenario.cores > 0:
         raise UserError(f"scenario: cores={scenario.cores}, not above 0")
-    if not scenario.lock_step:
-        raise UserError("scenario: shared cores are simulated in lock step only")
+    shared = scenario.cores is not None or any(s.speed.share < 1 for s in scenario.servers)
+    if shared and not scenario.lock_step:
+        raise UserError("scenario: shares of cores are simulated in lock step only")
 
 
 def _check_routes(scenario: Scenario) -> None:
