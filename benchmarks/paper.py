@@ -14,6 +14,7 @@ import pathlib
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 # Run as a script, only this folder would be searched.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
@@ -48,7 +49,7 @@ from benchmarks.namespaces.temporary import add_bed, add_testbed, again_on, test
 from benchmarks.serving.client import Api
 from benchmarks.serving.cluster import ClusterError
 from benchmarks.serving.http import HttpError
-from benchmarks.serving.report import write_json
+from benchmarks.serving.report import machine, write_json
 from benchmarks.serving.setting import progress
 from dance_jax.config import ClusterSpec, EngineConfig, UserError
 from dance_jax.launch.costs import cluster_cost, state_bytes
@@ -99,8 +100,10 @@ def parser() -> argparse.ArgumentParser:
     add_users(parser, 60, "of each server in a run")
     add_testbed(parser, "paper")
     add_bed(parser)
-    add("--save-runs", type=pathlib.Path, metavar="F", help="keep all that was measured")
-    add("--runs", type=pathlib.Path, metavar="F", help="measure nothing, simulate these again")
+    runs = parser.add_mutually_exclusive_group()
+    runs.add_argument("--save-runs", type=pathlib.Path, metavar="F", help="keep what was measured")
+    again = "measure nothing, simulate these again; of other options only files' and --check count"
+    runs.add_argument("--runs", type=pathlib.Path, metavar="F", help=again)
     add_results(parser)
     return parser
 
@@ -120,21 +123,21 @@ def main(arguments: list[str] | None = None) -> int:
         if options.runs is not None:
             check_files(options)
             runs = Runs.load(options.runs)
-            return told(options, runs.memory, runs.simulated(console), console)
+            return told(options, runs.setup, runs.simulated(console), console)
         if options.bed is None:
             return outside(options, words, console)
         work = check(options, options.model or demo_dir())
         cells = Evaluation(options, work, Testbed.load(options.bed), console).run()
-        return told(options, work.memory, cells, console)
+        return told(options, setup(options, work), cells, console)
 
     return exit_code(evaluate, ClusterError, HttpError)
 
 
 def told(
-    options: argparse.Namespace, memory: float, cells: Sequence[Cell], console: Console
+    options: argparse.Namespace, setup: dict[str, Any], cells: Sequence[Cell], console: Console
 ) -> int:
     """Writes and shows all; returns the exit code."""
-    write(options, memory, cells)
+    write(options, setup, cells)
     report.show(console, cells)
     return verdict(console, report.targets(cells), options.check)
 
@@ -266,14 +269,15 @@ class Evaluation:
 
     def _runs(self) -> Runs:
         """All so far."""
-        model, spec, hosts = self._work.model, self._place.spec, self._bed.hosts.values()
+        model, spec = self._work.model, self._place.spec
         slots = spec.servers[0].experts
         assert slots is not None
-        cores = tuple(host.share for host in hosts if isinstance(host.share, float))
+        shares = [self._bed.hosts[name].share for name in spec.names]
+        cores = tuple(share for share in shares if isinstance(share, float))
         return Runs(
             tuple(spec.names),
             tuple(spec.devices),
-            cores if len(cores) == len(hosts) else None,
+            cores if len(cores) == len(shares) else None,
             slots,
             Model(
                 len(model.moe_layers),
@@ -282,7 +286,7 @@ class Evaluation:
                 state_bytes(model.hidden_size, self._work.config),
             ),
             self._work.config,
-            self._work.memory,
+            setup(self._options, self._work),
             tuple(self._cells),
             tuple(self._measured),
         )
@@ -332,7 +336,7 @@ class Evaluation:
                     )
                 )
                 self._console.print(f"{title}: mean latency {np.mean(cell.latency_s):.2f} s")
-            write(self._options, self._work.memory, self._cells)
+            write(self._options, setup(self._options, self._work), self._cells)
             if self._options.save_runs is not None:
                 self._runs().save(self._options.save_runs)
 
@@ -355,10 +359,14 @@ class Evaluation:
         return cost.apart(float(np.mean([cell.apart for cell in cells]))) if cells else cost
 
 
-def write(options: argparse.Namespace, memory: float, cells: Sequence[Cell]) -> None:
+def setup(options: argparse.Namespace, work: Work) -> dict[str, Any]:
+    """What is measured, and where."""
+    return vars(options) | {"memory": work.memory, "measured_on": machine()}
+
+
+def write(options: argparse.Namespace, setup: dict[str, Any], cells: Sequence[Cell]) -> None:
     """The files that were asked for."""
     if options.output is not None:
-        setup = vars(options) | {"memory": memory}
         write_json(options.output, setup, report.plain(cells), report.targets(cells))
     if options.plot is not None:
         report.draw(cells, options.plot)

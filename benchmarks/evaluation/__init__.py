@@ -23,6 +23,9 @@ the same tasks. Words:
   that is compared with it, though some of its calls are local, and the rate is named at which it
   comes nearest (`weight`). Targets of latency are of that rate.
 - utilisation: share of the run's seconds in which the mean server was in a step.
+- simulated: what the simulator makes of the mean latency, with speeds that were measured in the
+  runs (`predict`) and with what the testbed's quotas of cores do to them (`quota`). `--save-runs F`
+  keeps what that takes, `--runs F` simulates it again and measures nothing.
 
 `--shape mixtral` evaluates a model like Mixtral (8 experts in each layer, 2 of them for a token)
 with random weights, at 1.11 x the experts' memory, in whole slots of all devices 1.125 x.

@@ -24,7 +24,6 @@ from dance_jax.config import EngineConfig
 from dance_jax.placement import Activations
 from dance_jax.placement.simulate import Model, Requests, Scenario, Work, simulate
 
-from .cells import COMPUTING
 from .workloads import Placed
 
 #: Seconds of a round, and shares of a link's rate, that are tried. 0.95 is left beside headers of
@@ -95,7 +94,6 @@ def _between(first: Sample, last: Sample, server: int, layers: int) -> Work:
         trunk_s=part("compute"),
         exchange_s=part("exchange"),
         experts_s=part("experts"),
-        computing_s=part(*COMPUTING),
     )
 
 
@@ -117,13 +115,12 @@ class Predicted:
     """What the simulator says of a run; seconds, means.
 
     Attributes:
-        computing_s, stopped_s: of a step, by server; see `Work`.
+        computing_s: of a step, by server, stops included.
     """
 
     latency_s: float
     step_s: float
     computing_s: tuple[float, ...]
-    stopped_s: tuple[float, ...]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -143,7 +140,17 @@ class Machine:
     config: EngineConfig
 
     def predict(self, run: Measured, round_s: float, share: float) -> Predicted:
-        """What comes of a run.
+        """What comes of a run; see `scenario`."""
+        result = simulate(self.scenario(run, round_s, share))
+        in_steps = result.compute_seconds[0] + result.communicate_seconds[0]
+        return Predicted(
+            result.latency.mean,
+            float(in_steps / result.steps[0]),
+            tuple(work.computing_s / work.steps for work in result.work),
+        )
+
+    def scenario(self, run: Measured, round_s: float, share: float) -> Scenario:
+        """A run, as the simulator wants it.
 
         Args:
             round_s: seconds that a round costs besides its bytes.
@@ -155,7 +162,7 @@ class Machine:
             for one, count in zip(self.fitted, self.devices, strict=True)
         ]
         calls = run.plan.calls
-        scenario = Scenario(
+        return Scenario(
             tuple(
                 dataclasses.replace(
                     server,
@@ -175,14 +182,6 @@ class Machine:
                 output=np.maximum(run.outputs, 1),
             ),
             counts=run.activations.counts,
-        )
-        result = simulate(scenario)
-        in_steps = result.compute_seconds[0] + result.communicate_seconds[0]
-        return Predicted(
-            result.latency.mean,
-            float(in_steps / result.steps[0]),
-            tuple(work.computing_s / work.steps for work in result.work),
-            tuple(work.stopped_s / work.steps for work in result.work),
         )
 
 

@@ -5,17 +5,19 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import pickle
+from collections.abc import Sequence
+from typing import Any
 
 from rich.console import Console
 
 from benchmarks.serving.setting import progress
 from dance_jax.config import EngineConfig, UserError
 from dance_jax.files import whole_file
-from dance_jax.placement.simulate import Model
+from dance_jax.placement.simulate import Model, Work
 
 from .cells import Cell
 from .predict import Machine, Measured, predictions, speeds
-from .quota import unstopped
+from .quota import TRIES, unstopped
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -28,7 +30,7 @@ class Runs:
         slots: of each device.
         model: its sizes.
         config: of the engines.
-        memory: experts that fit, of all.
+        setup: what was asked for, as results have it.
         cells: what is reported of each run.
         measured: what the simulator has to know of it, in the same order.
     """
@@ -39,9 +41,11 @@ class Runs:
     slots: int
     model: Model
     config: EngineConfig
-    memory: float
+    setup: dict[str, Any]
     cells: tuple[Cell, ...]
     measured: tuple[Measured, ...]
+    #: By which `load` knows what another version wrote.
+    fields: tuple[str, ...] = dataclasses.field(default_factory=lambda: _fields())
 
     @classmethod
     def load(cls, path: pathlib.Path) -> Runs:
@@ -56,8 +60,8 @@ class Runs:
             raise UserError(f"--runs: {path} cannot be read: {error.strerror}") from error
         except Exception as error:  # whatever a file that is no pickle makes of its reader
             raise UserError(f"--runs: {path} is not what --save-runs wrote: {error}") from error
-        if not isinstance(found, cls):
-            raise UserError(f"--runs: {path} is not what --save-runs wrote")
+        if not isinstance(found, cls) or getattr(found, "fields", None) != _fields():
+            raise UserError(f"--runs: {path} is not what --save-runs of this version wrote")
         return found
 
     def save(self, path: pathlib.Path) -> None:
@@ -67,19 +71,38 @@ class Runs:
 
     def simulated(self, console: Console) -> list[Cell]:
         """All runs again, with speeds that were measured in them."""
+        measured = self.measured
         try:
-            fitted = speeds(self.measured, self.config.block_size)
+            machine = Machine(
+                speeds(measured, self.config.block_size),
+                self.devices,
+                self.slots,
+                self.model,
+                self.config,
+            )
+            for one, name in zip(machine.fitted, self.names, strict=True):
+                console.print(f"{name}: fitted, {one.speed}; off by {one.errors}", soft_wrap=True)
+            if self.cores is not None:
+                machine = self._unstopped(machine, self.cores, console)
         except UserError as error:
             console.print(f"nothing is simulated: {error}", soft_wrap=True)
             return list(self.cells)
-        machine = Machine(fitted, self.devices, self.slots, self.model, self.config)
-        if self.cores is not None:
-            machine = unstopped(machine, self.measured, self.cores)
-        for one, name in zip(machine.fitted, self.names, strict=True):
-            console.print(f"{name}: {one.speed}; off by {one.errors}", soft_wrap=True)
-        with progress(console, "simulating runs", len(self.measured)) as done:
-            found = predictions(machine, self.measured, done)
+        with progress(console, "simulating runs", len(measured)) as done:
+            found = predictions(machine, measured, done)
         return [
             dataclasses.replace(cell, predicted_s=seconds)
             for cell, seconds in zip(self.cells, found, strict=True)
         ]
+
+    def _unstopped(self, machine: Machine, cores: Sequence[float], console: Console) -> Machine:
+        with progress(console, "looking for what quotas do", TRIES) as done:
+            found, off = unstopped(machine, self.measured, cores, done)
+        for one, name, share in zip(found.fitted, self.names, off, strict=True):
+            console.print(f"{name}: between stops, {one.speed}; computing is off by {share:.3f}")
+        return found
+
+
+def _fields() -> tuple[str, ...]:
+    """Of all that is kept."""
+    classes = (Runs, Cell, Measured, Work)
+    return tuple(f"{c.__name__}.{f.name}" for c in classes for f in dataclasses.fields(c))

@@ -101,13 +101,15 @@ def fit(windows: Sequence[Work], block_size: int) -> Fitted:
         sum(n * (decode + rows * block_size) for (decode, rows), n in window.buckets.items())
         for window in windows
     ]
-    step = _solve(windows, "step_s", {"steps": [w.steps for w in windows]})
-    trunk = _solve(
-        windows, "trunk_s", {f"bucket {b}": [w.buckets[b] for w in windows] for b in buckets}
-    )
-    token = _solve(windows, "trunk_s", {"tokens": padded})
-    experts = _solve(
-        windows,
+
+    def of_part(part: str, amounts: Mapping[str, Sequence[float]]) -> Solved:
+        seconds = [getattr(window, part) for window in windows]
+        return solve(part, seconds, amounts, [window.steps for window in windows])
+
+    step = of_part("step_s", {"steps": [w.steps for w in windows]})
+    trunk = of_part("trunk_s", {f"bucket {b}": [w.buckets[b] for w in windows] for b in buckets})
+    token = of_part("trunk_s", {"tokens": padded})
+    experts = of_part(
         "experts_s",
         {
             "calls": [w.calls for w in windows],
@@ -115,8 +117,7 @@ def fit(windows: Sequence[Work], block_size: int) -> Fitted:
             "steps": [w.steps for w in windows],
         },
     )
-    exchange = _solve(
-        windows,
+    exchange = of_part(
         "exchange_s",
         {"rounds": [w.rounds for w in windows], "bytes": [w.bytes for w in windows]},
     )
@@ -138,25 +139,43 @@ def fit(windows: Sequence[Work], block_size: int) -> Fitted:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Solved:
-    #: Seconds of each amount.
+class Solved:
+    """Attributes:
+    cost: seconds of each amount.
+    error: share of all seconds by which it is off.
+    """
+
     cost: dict[str, float]
     error: float
 
 
-def _solve(windows: Sequence[Work], part: str, amounts: Mapping[str, Sequence[float]]) -> _Solved:
-    """Costs of at least 0 by weighted least squares; 0 for amounts that are 0 everywhere."""
-    seconds_w = np.array([getattr(window, part) for window in windows], float)
+def solve(
+    part: str,
+    seconds: Sequence[float],
+    amounts: Mapping[str, Sequence[float]],
+    sizes: Sequence[float],
+) -> Solved:
+    """Costs of at least 0 by weighted least squares; 0 for amounts that are 0 everywhere.
+
+    Args:
+        part: of the time, for the message.
+        seconds: in it, of each window.
+        amounts: that cost something, of each window.
+        sizes: of the windows; one counts with 1 / sqrt(its size).
+
+    Raises:
+        UserError: the windows do not tell two costs apart.
+    """
+    seconds_w, weight_w = np.array(seconds, float), 1 / np.sqrt(sizes)
     amount_wa = np.array(list(amounts.values()), float).T
-    weight_w = 1 / np.sqrt([window.steps for window in windows])
     # Columns of one size, so that rank means something.
     size_a = amount_wa.max(0)
     used = size_a > 0
     names = [name for name, is_used in zip(amounts, used, strict=True) if is_used]
     scaled_wa = amount_wa[:, used] / size_a[used] * weight_w[:, None]
-    if np.linalg.matrix_rank(scaled_wa, tol=1e-6 * math.sqrt(len(windows))) < len(names):
+    if np.linalg.matrix_rank(scaled_wa, tol=1e-6 * math.sqrt(len(seconds))) < len(names):
         raise UserError(
-            f"fit: {part}: {len(windows)} windows do not tell {', '.join(names)} apart; measure "
+            f"fit: {part}: {len(seconds)} windows do not tell {', '.join(names)} apart; measure "
             "more windows with other loads"
         )
     scaled_a = np.zeros(len(used))
@@ -164,7 +183,7 @@ def _solve(windows: Sequence[Work], part: str, amounts: Mapping[str, Sequence[fl
     cost_a = np.divide(scaled_a, size_a, out=np.zeros(len(used)), where=used)
     total = seconds_w.sum()
     error = float(np.abs(amount_wa @ cost_a - seconds_w).sum() / total) if total > 0 else 0.0
-    return _Solved(dict(zip(amounts, cost_a.tolist(), strict=True)), error)
+    return Solved(dict(zip(amounts, cost_a.tolist(), strict=True)), error)
 
 
 def _not_negative(amount_wa: np.ndarray, seconds_w: np.ndarray) -> np.ndarray:

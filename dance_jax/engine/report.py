@@ -67,8 +67,7 @@ class EngineReport(msgspec.Struct):
     experts_resident: int
     #: Seconds in each part of the steps; see `step_clock.StepClock`.
     step_seconds: dict[str, float]
-    #: Processor seconds of this process, all threads; of a host whose cores are its own they are
-    #: what it computes, where a quota stops it they are less than the time that it takes.
+    #: Processor seconds of this process, of all its threads.
     cpu_seconds: float = 0.0
     #: The longest step of the last seconds; see `step_clock.StepClock.longest`.
     longest_step_s: float = 0.0

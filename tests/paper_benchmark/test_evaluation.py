@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import json
 import pathlib
+import pickle
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ from dance_jax.launch.hosts import parse_hosts
 from dance_jax.models.hf import HFDirectory, read_config
 from dance_jax.models.tokenizer import Tokenizer
 from dance_jax.placement import Activations, Cost, Placement
-from dance_jax.placement.simulate import Model, Speed, Work
+from dance_jax.placement.simulate import Model, Speed, Work, simulate
 
 LAYERS, EXPERTS, K = 2, 16, 4
 CONFIG = EngineConfig(max_model_len=64)
@@ -122,6 +123,7 @@ def test_a_cell_is_what_servers_counted(cells: list[Cell]) -> None:
     assert cell.transfers == pytest.approx(0.5)
     # 0.75 of all states passed busiest links, where 0.5 do when all send at once.
     where = Placed("uniform", Placement(np.ones((2, LAYERS, EXPERTS), bool)), 1.0, 1.0, 0.5)
+    assert watched(1.0).cpu_s == [2.5, 5.0]
     assert cell_of(watched(1.0), where, "own", None, 0, LAYERS, 64).apart == pytest.approx(0.5)
     assert cell.bytes_ratio == pytest.approx(1.1)
     assert cell.seconds == pytest.approx(dict.fromkeys(PARTS, 1.5))
@@ -232,29 +234,44 @@ def test_rounds_and_links_are_those_of_other_policies(activations: Activations) 
 
 
 def test_speeds_between_stops_are_found(activations: Activations) -> None:
-    """Of runs that were themselves simulated, whose steps' clock counts stops too."""
-    plan = Plan(tuple(Call(n % 2, [1] * 30, 5, n / 10) for n in range(8)), 0.0)
-    true = [Speed(token=1.2e-3, call=2e-5, share=0.6, burst=0.006), Speed(token=5e-4, call=2e-5)]
-    fitted = [Fitted(speed, np.inf, {}) for speed in true]
-    machine = Machine(fitted, [1, 1], 20, Model(LAYERS, EXPERTS, K, 512), CONFIG)
+    """Of runs that were themselves simulated: computing in short phases and in long ones."""
+    first = Speed(buckets={(8, 0): 5e-3, (8, 1): 3e-2, (8, 4): 3e-2}, call=2e-5, share=0.5, burst=2e-3)
+    second = dataclasses.replace(first, share=1.0)
+    model = Model(LAYERS, EXPERTS, K, 512)
+    true = Machine(
+        [Fitted(speed, np.inf, {}) for speed in (first, second)], [1, 1], 20, model, CONFIG
+    )
     runs = []
-    for policy in ("uniform", "eplb"):
+    for policy, output in (("uniform", 30), ("eplb", 30), ("eplb", 2)):
+        plan = Plan(tuple(Call(n % 2, [1] * 20, output, n / 10) for n in range(8)), 0.0)
         found = placed(policy, activations, [1, 1], 20, Cost.reference([1, 1], K), 0)
-        run = Measured(1_000_000, found, plan, (5,) * 8, activations, (), (), 1.0)
-        told = machine.predict(run, *TYPICAL)
-        between = np.subtract(told.computing_s, told.stopped_s)
-        assert told.computing_s[0] > 1.15 * between[0] and told.stopped_s[1] == pytest.approx(0)
-        work = tuple((Work(steps=100, computing_s=100 * seconds),) for seconds in told.computing_s)
-        # Half a core each: 0.83 in use while the first computes, 0.5 while the second does.
-        cpu_s = (100 * between[0] * 0.5 / 0.6, 100 * between[1] * 0.5)
-        runs.append(dataclasses.replace(run, work=work, cpu_s=cpu_s))
-    slow = [Speed(token=1.8e-3, call=3e-5), Speed(token=7.5e-4, call=3e-5)]
-    begin = dataclasses.replace(machine, fitted=[Fitted(speed, np.inf, {}) for speed in slow])
-    found = unstopped(begin, runs, [0.5, 0.5])
-    first, second = (one.speed for one in found.fitted)
-    assert (first.token, first.call) == pytest.approx((1.2e-3, 2e-5), rel=0.03)
-    assert (first.share, first.burst) == pytest.approx((0.6, 0.006), rel=0.03)
-    assert (second.token, second.share) == pytest.approx((5e-4, 1.0), rel=0.02)
+        run = Measured(1_000_000, found, plan, (output,) * 8, activations, (), (), 1.0)
+        scenario = true.scenario(run, *TYPICAL)
+        work = [
+            dataclasses.replace(each, bytes=100 * each.steps + 10 * each.calls)
+            for each in simulate(scenario).work
+        ]
+        cpu_s = tuple(w.computing_s - w.stopped_s + 1e-6 * w.bytes for w in work)
+        told = tuple(
+            (dataclasses.replace(w, step_s=0.0, trunk_s=w.computing_s, experts_s=0.0),)
+            for w in work
+        )
+        runs.append(dataclasses.replace(run, work=told, cpu_s=cpu_s))
+        assert work[0].stopped_s > 0.1 * work[0].computing_s and work[1].stopped_s == pytest.approx(
+            0
+        )
+    # As if nothing had stopped it, the first is slower than it is.
+    slow = dataclasses.replace(
+        first, buckets={b: 1.25 * s for b, s in first.buckets.items()}, call=2.5e-5, share=1.0
+    )
+    begin = dataclasses.replace(true, fitted=[Fitted(slow, np.inf, {})] * 2)
+    machine, off = unstopped(begin, runs, [0.5, 1.0])
+    assert off == pytest.approx([0, 0], abs=0.02)
+    for found, expected in zip(machine.fitted, (first, second), strict=True):
+        assert found.speed.buckets == pytest.approx(expected.buckets, rel=0.05)
+        assert found.speed.call == pytest.approx(expected.call, rel=0.05)
+        assert found.speed.share == expected.share
+    assert machine.fitted[0].speed.burst == pytest.approx(first.burst, rel=0.2)
 
 
 def test_runs_are_kept(
@@ -263,11 +280,16 @@ def test_runs_are_kept(
     """And simulated again, without a testbed."""
     uniform = placed("uniform", activations, [1, 1], 20, Cost.reference([1, 1], K), 0)
     plan = Plan(tuple(Call(n % 2, [1] * 30, 5, float(n)) for n in range(4)), 0.0)
-    window = Work(10, rounds=40, step_s=0.1, trunk_s=0.5, experts_s=0.3, computing_s=0.9)
+    window = Work(10, rounds=40, step_s=0.1, trunk_s=0.5, experts_s=0.3)
     work = tuple(
         dataclasses.replace(window, buckets=collections.Counter({b: 10}), calls=n, bytes=n**2)
         for b, n in (((4, 0), 100), ((16, 1), 300), ((16, 1), 500))
     )
+    slow, fast = (
+        Measured(rate, uniform, plan, (5,) * 4, activations, (work,) * 2, (cpu_s,) * 2, 0.1)
+        for rate, cpu_s in ((1_000_000, 2.0), (20_000_000, 1.8))
+    )
+    fast = dataclasses.replace(fast, work=(work[:2],) * 2)
     runs = Runs(
         names=("alpha", "beta"),
         devices=(1, 1),
@@ -275,20 +297,24 @@ def test_runs_are_kept(
         slots=20,
         model=Model(LAYERS, EXPERTS, K, 512),
         config=CONFIG,
-        memory=1.25,
-        cells=tuple(cells[:1]),
-        measured=(
-            Measured(20_000, uniform, plan, (5,) * 4, activations, (work,) * 2, (1.0,) * 2, 0.1),
-        ),
+        setup={"memory": 1.25},
+        cells=(dataclasses.replace(cells[0], rate=slow.rate), cells[1]),
+        measured=(slow, fast),
     )
     kept, result = tmp_path / "runs", tmp_path / "result.json"
     runs.save(kept)
     assert main(["--runs", str(kept), "--output", str(result)]) == 0
-    (row,) = json.loads(result.read_text())["rows"]
-    assert row["predicted_s"] > 0 and json.loads(result.read_text())["setup"]["memory"] == 1.25
-    assert "alpha: Speed(" in capsys.readouterr().out
+    found = json.loads(result.read_text())
+    shown = capsys.readouterr().out
+    assert "alpha: fitted, Speed(" in shown and "beta: between stops, Speed(" in shown
+    assert "share=0.5" in shown and found["setup"] == {"memory": 1.25}
+    predicted = [cell.predicted_s for cell in runs.simulated(Console(quiet=True))]
+    assert [row["predicted_s"] for row in found["rows"]] == pytest.approx(predicted)
+    assert predicted[0] != predicted[1]
     kept.write_text("nothing")
-    for path in (kept, tmp_path / "nowhere"):
+    other = tmp_path / "other"
+    other.write_bytes(pickle.dumps({"runs": 1}))
+    for path in (kept, other, tmp_path / "nowhere"):
         assert main(["--runs", str(path)]) == 2
         assert f"--runs: {path}" in capsys.readouterr().err
 
@@ -390,6 +416,7 @@ def test_memory_is_the_papers(words: list[str], memory: float) -> None:
         (["--memory", "0.5"], "--memory 0.5"),
         (["--shape", "mixtral", "--model", "there"], "give one of them"),
         (["--output", "no/such/place.json"], "--output"),
+        (["--save-runs", "no/such/place"], "--save-runs"),
     ],
 )
 def test_wrong_options_start_nothing(words: list[str], said: str, capsys: Any) -> None:

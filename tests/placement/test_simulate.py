@@ -253,6 +253,8 @@ def test_a_quota_is_kept(share: float, burst: float, turns: list[tuple[float, fl
         assert taken >= seconds
         if seconds * (1 - share) > burst + 1e-9:
             assert taken > seconds
+        if seconds * (1 - share) < min(burst, share * rest) - 1e-9:
+            assert taken == seconds
         moments.append((at, at + taken, seconds))
         at += taken
     for first in range(len(moments)):
@@ -374,6 +376,7 @@ def test_requests_that_are_none() -> None:
         ({"speed": Speed(share=1.5)}, "share of server 0 is 1.5; above 0 and at most 1"),
         ({"speed": Speed(burst=-1.0)}, "burst of server 0 must be finite"),
         ({"speed": Speed(share=0.5), "lock_step": False}, "in lock step only"),
+        ({"speed": Speed(share=0.5), "cores": 2.0}, "share cores, or each has its own share"),
         ({"devices": (0,)}, "server 0 has 0 devices"),
         ({"devices": ()}, "at least one server"),
         ({"resident": np.ones((2, 3, 8), bool)}, r"placement \(2, 3, 8\)"),

@@ -201,7 +201,9 @@ def test_a_step_waits_for_its_slowest_server_and_link(seed: int, num: int) -> No
         assert time.seconds >= use.max() * (1 - 1e-12)
     slower = work.experts_ld.copy()
     slower[:, rng.integers(num)] *= 2
-    assert clock.time(dataclasses.replace(work, experts_ld=slower), 0.0).seconds >= time.seconds
+    assert (
+        Clock(case).time(dataclasses.replace(work, experts_ld=slower), 0.0).seconds >= time.seconds
+    )
     # At most what `Traffic.layer_time` says: the busiest way, and the busiest device, in turn.
     head = (num - 1) * (wires.head + wires.reply_head)
     ways = np.maximum(rows.sum(2), rows.sum(1)) * (model.row_bytes + model.state_bytes) + head

@@ -29,7 +29,8 @@ class Spread:
 class Work:
     """What one server did in some steps of lock step, simulated or measured, waiting apart.
 
-    Numbers are those that an engine counts too, so that both can be compared, and speeds fitted.
+    Numbers are those that an engine counts too, so that both can be compared, and speeds fitted;
+    but for the last two. Where a quota stops servers, a measured one's parts have that in them.
     """
 
     steps: int = 0
@@ -49,9 +50,8 @@ class Work:
     exchange_s: float = 0.0
     #: Seconds of experts on all its devices, together.
     experts_s: float = 0.0
-    #: Seconds of its computing: steps besides the rest, trunks, and experts of its busiest device,
-    #: and what its quota stopped it meanwhile; the latter, not known of a measured one. There the
-    #: parts above have it in them too.
+    #: Of a simulated one, seconds of its computing: steps besides the rest, trunks, experts of its
+    #: busiest device, and what its quota stopped it meanwhile; and the latter.
     computing_s: float = 0.0
     stopped_s: float = 0.0
 
@@ -81,8 +81,8 @@ class Result:
     in_utilisation: np.ndarray
     #: float64 [servers] each: seconds of computation and of communication on the critical path of
     #: a server's steps: every layer's ends with what came last. Waiting for a device counts as
-    #: the one, for a link as the other. Together they are all its steps; in lock step all servers
-    #: have the same.
+    #: the one, for a link as the other; being stopped by a quota is computation. Together they are
+    #: all its steps; in lock step all servers have the same.
     compute_seconds: np.ndarray
     communicate_seconds: np.ndarray
     #: Of each server; (): out of lock step, where it is not counted.

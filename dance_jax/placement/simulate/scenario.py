@@ -46,7 +46,7 @@ class Speed:
     #: No seconds: the part of the time that it may compute in the long run, where a quota stops it
     #: (in lock step only, see `shares`); above 0, 1: nothing does.
     share: float = 1.0
-    #: Of computing at full speed, that a server which rested has before its quota stops it.
+    #: What a server that rested has saved: it lasts for burst / (1 - share) of computing.
     burst: float = 0.0
 
     def trunk(self, bucket: Bucket, block_size: int) -> float:
@@ -231,8 +231,10 @@ def _check_mode(scenario: Scenario) -> None:
         )
     if scenario.cores is not None and not scenario.cores > 0:
         raise UserError(f"scenario: cores={scenario.cores}, not above 0")
-    shared = scenario.cores is not None or any(s.speed.share < 1 for s in scenario.servers)
-    if shared and not scenario.lock_step:
+    quota = any(server.speed.share < 1 for server in scenario.servers)
+    if quota and scenario.cores is not None:
+        raise UserError("scenario: servers share cores, or each has its own share: one of them")
+    if (quota or scenario.cores is not None) and not scenario.lock_step:
         raise UserError("scenario: shares of cores are simulated in lock step only")
 
 

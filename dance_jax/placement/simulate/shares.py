@@ -1,9 +1,10 @@
 """Shares of cores: servers compute for a while at full speed, and then as their quota lets them.
 
 A kernel that gives a group of processes a share of the cores does not slow it down evenly. It runs
-at full speed until it has used up what it has saved, and is stopped for a part of every period
-from then on; while it waits for others it saves anew. So a short step costs what it would alone,
-and a server with much to do pays for it: a token bucket, as links have.
+at full speed until its quota is used up, and is stopped for a part of every period from then on;
+after a while of waiting there is quota again. So a short step costs what it would alone, and a
+server with much to do pays for it. Periods are not simulated: quota comes in all the time and is
+saved up to a burst, a token bucket as links have.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ class Shares:
             float64 [n]: that it takes.
         """
         share_n = self._share_n
-        saved_n = np.minimum(self._saved_n + share_n * (at_n - self._at_n), self._burst_n)
+        rest_n = np.maximum(at_n - self._at_n, 0)
+        saved_n = np.minimum(self._saved_n + share_n * rest_n, self._burst_n)
         # While it computes it uses 1 and gets its share, until nothing is left.
         taken_n = np.maximum(seconds_n, (seconds_n - saved_n) / share_n)
         self._saved_n = saved_n + share_n * taken_n - seconds_n
