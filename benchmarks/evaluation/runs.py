@@ -98,7 +98,10 @@ class Runs:
         with progress(console, "looking for what quotas do", TRIES) as done:
             found, off = unstopped(machine, self.measured, cores, done)
         for one, name, share in zip(found.fitted, self.names, off, strict=True):
-            console.print(f"{name}: between stops, {one.speed}; computing is off by {share:.3f}")
+            console.print(
+                f"{name}: between stops, {one.speed}; computing is off by {share:.1%}",
+                soft_wrap=True,
+            )
         return found
 
 

@@ -235,7 +235,9 @@ def test_rounds_and_links_are_those_of_other_policies(activations: Activations) 
 
 def test_speeds_between_stops_are_found(activations: Activations) -> None:
     """Of runs that were themselves simulated: computing in short phases and in long ones."""
-    first = Speed(buckets={(8, 0): 5e-3, (8, 1): 3e-2, (8, 4): 3e-2}, call=2e-5, share=0.5, burst=2e-3)
+    first = Speed(
+        buckets={(8, 0): 5e-3, (8, 1): 3e-2, (8, 4): 3e-2}, call=2e-5, share=0.5, burst=2e-3
+    )
     second = dataclasses.replace(first, share=1.0)
     model = Model(LAYERS, EXPERTS, K, 512)
     true = Machine(
