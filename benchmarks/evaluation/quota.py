@@ -16,8 +16,8 @@ and its seconds are processor seconds and stops. So
   all runs together as long as it was. It is less than a period's quota: the kernel hands it out to
   cores in slices, and a thread on another core finds none.
 
-Processor seconds of the engine's own threads while it rests, and the front end's, which has the
-same quota, are in none of these.
+What an engine's threads do while it rests is taken for computing; what its front end does, which
+has the same quota, is left out.
 """
 
 from __future__ import annotations

@@ -39,6 +39,13 @@ class Weight:
         return self.most.ratio("step_s", "alone_s")
 
     @property
+    def all_remote(self) -> float:
+        """`over_alone`, if communication grew in proportion from `most`'s remote calls to all; nan:
+        it has none."""
+        remote = self.most.average("remote")
+        return 1 + (self.over_alone - 1) / remote if remote else math.nan
+
+    @property
     def over_best(self) -> float:
         """Seconds of steps per token of `most` over those of `best`. Slower steps have more tokens
         in them, so that this is less than their communication alone would make of it."""
@@ -54,7 +61,8 @@ class Weight:
         return (
             f"{self.most.workload}, links {show_rate(self.most.rate)}: {self.most.policy}, with "
             f"{self.most.average('remote'):.0%} of calls remote, takes {self.over_alone:.1f} times "
-            f"as long as computing alone, {self.over_best:.2f} times as long as {self.best.policy}"
+            f"as long as computing alone, in proportion {self.all_remote:.1f} times were all "
+            f"remote, {self.over_best:.2f} times as long as {self.best.policy}"
         )
 
     def plain(self) -> dict[str, Any]:
@@ -65,6 +73,7 @@ class Weight:
             "most_remote": self.most.policy,
             "remote": self.most.average("remote"),
             "over_alone": self.over_alone,
+            "all_remote": self.all_remote,
             "best": self.best.policy,
             "over_best": self.over_best,
             "paper": PAPER_RATIO,

@@ -176,6 +176,7 @@ def test_weight_of_communication(cells: list[Cell]) -> None:
     weights = weights_of(rows_of(found))
     assert [weight.most.policy for weight in weights] == ["dance"] * 2
     assert [weight.over_alone for weight in weights] == pytest.approx([2, 9])
+    assert [weight.all_remote for weight in weights] == pytest.approx([1 + 1 / 0.8, 1 + 8 / 0.8])
     assert [weight.best.policy for weight in weights] == ["latency"] * 2
     assert [weight.over_best for weight in weights] == pytest.approx([1.5] * 2)
     (most_like,) = nearest(weights)
