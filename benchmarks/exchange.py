@@ -35,7 +35,7 @@ from benchmarks.namespaces.temporary import add_testbed, testbed
 from benchmarks.targets import Target
 from dance_jax.config import UserError
 from dance_jax.launch.defaults import demo_dir
-from dance_jax.models.config import ModelConfig
+from dance_jax.models import model_config
 
 #: Columns of the terminal, where it does not say.
 WIDTH = 110
@@ -96,8 +96,8 @@ class Demo:
     """The demo model's sizes."""
 
     def __init__(self) -> None:
-        config = ModelConfig.from_hf(json.loads((demo_dir() / "config.json").read_text()))
-        self.hidden, self.width = config.hidden_size, config.expert_width
+        config = model_config(json.loads((demo_dir() / "config.json").read_text()))
+        self.hidden, self.width = config.hidden_size, config.expert.width
         self.experts, self.top_k = config.num_experts, config.top_k
         self.layers = len(config.moe_layers)
 

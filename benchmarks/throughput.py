@@ -215,7 +215,7 @@ class Ours:
         width = np.dtype(CONFIG.dtype).itemsize
         embedding = model.vocab_size * model.hidden_size * width
         trunk -= 0 if model.tie_embeddings else embedding
-        cache = rows * (PROMPT + steps // 2) * model.num_layers * model.cache_width * width
+        cache = rows * (PROMPT + steps // 2) * model.cache_width * width
         return trunk + distinct / steps * expert + cache
 
     def parts(self, rows: int) -> dict[str, float]:

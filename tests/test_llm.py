@@ -164,7 +164,7 @@ def test_logprobs_equal_the_plain_model(llm, model, cache_dir):
     """The whole sequence at once, every expert on every token, no cache, no slots."""
     checkpoint = Checkpoint.open(ensure_converted(model, cache_dir / "models"))
     experts = range(FIELDS["n_routed_experts"])
-    w_gate, w_up, w_down = checkpoint.experts([(0, e) for e in experts], "float32")
+    w_gate, w_up, w_down = checkpoint.experts([(0, e) for e in experts], checkpoint.form("float32"))
 
     def moe(layer, x_td, expert_tk, weight_tk):
         inner = jax.nn.silu(jnp.einsum("td,edf->tef", x_td, w_gate))
@@ -174,14 +174,13 @@ def test_logprobs_equal_the_plain_model(llm, model, cache_dir):
         return jnp.einsum("tkd,tk->td", chosen_tkd, weight_tk), None
 
     graph, state = nnx.split(checkpoint.trunk("float32"))
-    cached = [jnp.zeros((1, 1, checkpoint.config.cache_width))] * 2
+    cached = [jnp.zeros((1, 1, layer.mixer.cache_width)) for layer in checkpoint.config.layers]
 
     @jax.jit
     def plain(state, tokens):
         trunk = nnx.merge(graph, state)
-        zero = jnp.zeros(1, jnp.int32)
-        whole = Rows(zero, zero, zero[None], len(tokens))
-        hidden, _, _ = trunk(tokens, whole.positions_t, [whole], cached, moe)
+        whole = Rows.whole(len(tokens))
+        hidden, _, _ = trunk(tokens, whole.positions_t, [whole], cached, moe, len(tokens))
         return jax.nn.log_softmax(trunk.logits(hidden))
 
     sampled = SamplingParams(

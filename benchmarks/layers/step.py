@@ -22,7 +22,8 @@ from benchmarks.trace import self_times
 from dance_jax.engine.runner import cluster_mesh
 from dance_jax.models import links_cpu
 from dance_jax.models.exchange import Exchange, Tables
-from dance_jax.models.experts import Pool
+from dance_jax.models.experts import ExpertFormat
+from dance_jax.models.layers import SILU
 from dance_jax.models.links_cpu import Counters
 from dance_jax.models.messages import Transport
 from dance_jax.models.topology import AXIS, Topology
@@ -90,11 +91,10 @@ class Layers:
             return rng.standard_normal(shape, np.float32) / np.float32(np.sqrt(shape[1]))
 
         mine = range(len(self.devices))
-        self.pool = Pool(
-            *(
-                self._global([weights(slots, *shape) for _ in mine])
-                for shape in ((d, f), (d, f), (f, d))
-            )
+        self.form = ExpertFormat(d, f, "float32", SILU, bias=False)
+        self.pool = tuple(
+            self._global([weights(slots, *leaf.shape) for _ in mine])
+            for leaf in self.form.leaves.values()
         )
         slot_of = [
             np.where(layout.device_of[rank] == n, layout.slot_of[rank], -1).astype(np.int32)
@@ -157,9 +157,11 @@ class Layers:
     def _compile(self, topology: Topology, wire_dtype: np.dtype) -> jax.stages.Compiled:
         sizes = self.sizes
 
+        form = self.form
+
         def one_device(pool, tables, memory, x_td, route_ltk):
             work = jnp.int32(1)
-            exchange = Exchange(topology, pool, tables, work, self.transport, wire_dtype)
+            exchange = Exchange(topology, form, pool, tables, work, self.transport, wire_dtype)
             weight_tk = jnp.full(route_ltk.shape[1:], 1 / sizes.top_k, jnp.float32)
             valid_t = jnp.ones(x_td.shape[0], bool)
 

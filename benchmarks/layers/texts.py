@@ -105,6 +105,7 @@ def score(
     from dance_jax.models.checkpoint import Checkpoint
 
     checkpoint = Checkpoint.open(model)
+    form = checkpoint.form("float32")
     runners = {}
     for wire_dtype in WIRE_DTYPES:
         config = EngineConfig(
@@ -117,7 +118,8 @@ def score(
         runners[wire_dtype] = Runner(
             checkpoint.config,
             checkpoint.trunk(config.dtype),
-            lambda pairs: checkpoint.experts(pairs, "float32"),
+            form,
+            lambda pairs: checkpoint.experts(pairs, form),
             layout,
             rank,
             config,

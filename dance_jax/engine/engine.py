@@ -21,12 +21,12 @@ from dance_jax.engine.route_sample import RouteSample
 from dance_jax.engine.runner import Runner
 from dance_jax.engine.scheduler import Row, Scheduler, StepPlan
 from dance_jax.engine.sequence import OutputDelta, Request
-from dance_jax.engine.slots import Weights
 from dance_jax.engine.staging import Experts, Staging
 from dance_jax.engine.step import DECODING, IDLE, Bucket, Extras, Outcome, token_slice
 from dance_jax.engine.step_clock import StepClock
 from dance_jax.models import kernels_cpu, links_cpu
 from dance_jax.models.checkpoint import WeightSource
+from dance_jax.models.experts import Weights, expert_format
 from dance_jax.models.links_cpu import Moved
 from dance_jax.models.messages import Transport
 from dance_jax.placement.core import Layout, Placement, spread
@@ -87,10 +87,12 @@ class Engine:
         if layout.devices != devices:
             raise ValueError(f"layout for devices {layout.devices}, cluster has {devices}")
         self.rank, self.config, self._top_k = rank, config, model.top_k
+        self.form = form = expert_format(model, config.dtype)
         self.runner = Runner(
             model,
             checkpoint.trunk(config.dtype),
-            lambda pairs: checkpoint.experts(pairs, config.dtype),
+            form,
+            lambda pairs: checkpoint.experts(pairs, form),
             layout,
             rank,
             config,
@@ -98,7 +100,9 @@ class Engine:
             compile_cache or CompileCache(None),
             transport,
         )
-        self.scheduler = Scheduler(config, devices[rank], self.runner.blocks)
+        self.scheduler = Scheduler(
+            config, devices[rank], self.runner.blocks, share_prefixes=not model.state_bytes
+        )
         self.tracker = RequestTracker(
             tokenizer,
             config.max_model_len,
@@ -110,8 +114,7 @@ class Engine:
         layers, servers = len(model.moe_layers), len(devices)
         self.steps = self.tokens = self.prompt_tokens = self.generation_tokens = 0
         self.clock = StepClock(servers)
-        like = self.runner.expert_like
-        self._staging = Staging(layout, rank, [leaf.shape for leaf in like], like.w_gate.dtype)
+        self._staging = Staging(layout, rank, form)
         #: Held while pool and layout change, and while an expert is read.
         self._placed = threading.Lock()
         #: Calls, by where they were served, up to the last change of the layout; and int64 [l, e],
@@ -200,9 +203,9 @@ class Engine:
         Args:
             number: of the batch, from 1 on, the same on all servers, greater than all before.
             layout: after the batch.
-            experts: w_gate [d, f], w_up [d, f] and w_down [f, d], in the pool's dtype, by (local
-                device, slot); of all slots of this server in which `layout` has another expert
-                than the batch before it, or the layout in force, has. They are not copied.
+            experts: weights in the format of the pool by (local device, slot); of all slots of this
+                server in which `layout` has another expert than the batch before it, or the layout
+                in force, has. They are not copied.
 
         Raises:
             ValueError: the number is not new, the layout is another cluster's, or experts are

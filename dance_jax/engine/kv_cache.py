@@ -1,12 +1,14 @@
-"""What one device remembers between steps: blocks of cached positions, counts, links.
+"""What one device remembers between steps: blocks of cached positions, states, counts, links.
 
 A block holds `block_size` positions of one sequence; which block holds which is the scheduler's
-business (engine.blocks). Block 0 is scratch: unused rows of a step write there, so that no row
-needs a test.
+business (engine.blocks). A layer with a recurrent state has a slot for each running sequence
+instead. Block 0 and slot 0 are scratch: unused rows of a step write there, so that no row needs a
+test.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +18,8 @@ from jax import Array, lax
 
 from dance_jax.config import EngineConfig, UserError
 from dance_jax.models.attention import Rows
-from dance_jax.models.config import ModelConfig
+from dance_jax.models.config import DeltaNet, Mixer, ModelConfig
+from dance_jax.models.delta import State
 from dance_jax.models.messages import Transport
 
 #: A jax.Array on the device, an np.ndarray on the host.
@@ -26,8 +29,9 @@ Leaf = Any
 class Memory(NamedTuple):
     """One device's state, donated to every step and returned by it."""
 
-    #: Per layer [1 + blocks, block_size, w] in the engine's dtype.
-    cache: tuple[Leaf, ...]
+    #: Per layer [1 + blocks, block_size, w] in the engine's dtype, or a `State` of 1 + max_num_seqs
+    #: sequences.
+    cache: tuple[Any, ...]
     #: int32 [l, e], expert calls of this device's tokens since the start.
     counts: Leaf
     #: `Exchanged.memory` of each MoE layer, on a leading axis.
@@ -36,8 +40,7 @@ class Memory(NamedTuple):
 
 def block_bytes(model: ModelConfig, config: EngineConfig) -> int:
     """Bytes of one KV block over all layers: MLA keeps the latents alone."""
-    entry = model.cache_width * jnp.dtype(config.dtype).itemsize
-    return model.num_layers * config.block_size * entry
+    return config.block_size * model.cache_width * jnp.dtype(config.dtype).itemsize
 
 
 def num_blocks(model: ModelConfig, config: EngineConfig, free: int | None = None) -> int:
@@ -53,17 +56,25 @@ def num_blocks(model: ModelConfig, config: EngineConfig, free: int | None = None
     """
     each, wanted = block_bytes(model, config), config.max_num_seqs * config.max_blocks
     if config.kv_memory is not None:
-        count, given = config.kv_memory // each, f"kv_memory={config.kv_memory}"
+        left = config.kv_memory - state_bytes(model, config)
+        count, given = max(left, 0) // each, f"kv_memory={config.kv_memory}"
     else:
-        room = wanted if free is None else free // 2 // each
+        half = None if free is None else max(free // 2 - state_bytes(model, config), 0)
+        room = wanted if half is None else half // each
         count = min(wanted, room // config.max_blocks * config.max_blocks)
         given = f"half of the {free or 0:,} bytes of free memory"
     if count < config.max_blocks:
         raise UserError(
             f"{given}: a context of {config.max_model_len} tokens takes "
-            f"{config.max_blocks * each:,} bytes of KV cache; give more, or a smaller max_model_len"
+            f"{config.max_blocks * each:,} bytes of KV cache{_beside_states(model, config)}; give "
+            "more, or a smaller max_model_len or max_num_seqs"
         )
     return count
+
+
+def _beside_states(model: ModelConfig, config: EngineConfig) -> str:
+    states = state_bytes(model, config)
+    return f" beside {states:,} bytes of states for {config.max_num_seqs} sequences" * bool(states)
 
 
 def cache_bytes(model: ModelConfig, config: EngineConfig) -> int:
@@ -71,21 +82,67 @@ def cache_bytes(model: ModelConfig, config: EngineConfig) -> int:
     return (1 + num_blocks(model, config)) * block_bytes(model, config)
 
 
+def state_bytes(model: ModelConfig, config: EngineConfig) -> int:
+    """Bytes of one device's recurrent states; 0 for models without any."""
+    return (1 + config.max_num_seqs) * model.state_bytes
+
+
 def new_memory(
     model: ModelConfig, config: EngineConfig, blocks: int, transport: Transport
 ) -> Memory:
     """An empty memory with so many blocks and scratch, in numpy."""
-    shape = (1 + blocks, config.block_size, model.cache_width)
-    dtype = jnp.dtype(config.dtype)
     layers = len(model.moe_layers)
     return Memory(
-        cache=tuple(np.zeros(shape, dtype) for _ in range(model.num_layers)),
+        cache=tuple(_new_cache(layer.mixer, config, blocks) for layer in model.layers),
         counts=np.zeros((layers, model.num_experts), np.int32),
         links=transport.memory(layers),
     )
 
 
+def _new_cache(mixer: Mixer, config: EngineConfig, blocks: int) -> np.ndarray | State:
+    if isinstance(mixer, DeltaNet):
+        slots = 1 + config.max_num_seqs
+        return State(*(np.zeros((slots, *shape), np.float32) for shape in mixer.state_shapes))
+    shape = (1 + blocks, config.block_size, mixer.cache_width)
+    return np.zeros(shape, jnp.dtype(config.dtype))
+
+
 @jax.named_scope("write")
+def write_entries(cached: Any, fresh: Any, batch: Sequence[Rows], used_r: Array) -> Any:
+    """A layer's cache with what the rows of a step leave in it.
+
+    Args:
+        cached: as in `Memory.cache`.
+        fresh: what the trunk returned for the layer.
+        batch: the rows.
+        used_r: bool [r], of all rows.
+    """
+    token = row = 0
+    for rows in batch:
+        used = used_r[row : row + rows.count]
+        if isinstance(cached, State):
+            states = jax.tree.map(lambda leaf: leaf[row : row + rows.count], fresh)  # noqa: B023
+            cached = _write_states(cached, states, rows, used)
+        else:
+            cached = write(cached, fresh[token : token + rows.tokens], rows, used)
+        token, row = token + rows.tokens, row + rows.count
+    return cached
+
+
+def _write_states(cached: State, fresh: State, rows: Rows, used_r: Array) -> State:
+    """Row by row, so that of several rows of a sequence the last one's state stays."""
+    slot_r = jnp.where(used_r, rows.state_r, 0)
+
+    def put(r: Array, cached: State) -> State:
+        return jax.tree.map(
+            lambda kept, new: lax.dynamic_update_index_in_dim(kept, new[r], slot_r[r], 0),
+            cached,
+            fresh,
+        )
+
+    return lax.fori_loop(0, rows.count, put, cached)
+
+
 def write(cache_bsw: Array, fresh_tw: Array, rows: Rows, used_r: Array) -> Array:
     """Puts the fresh entries of rows where their tables say, in place where donated.
 

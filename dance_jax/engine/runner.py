@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -20,18 +19,18 @@ from dance_jax.engine.compile_cache import CompileCache
 from dance_jax.engine.kv_cache import Memory, new_memory
 from dance_jax.engine.sampling import adjustments, adjusts
 from dance_jax.engine.scheduler import Row, StepPlan
-from dance_jax.engine.slots import SlotWrite, Weights
+from dance_jax.engine.slots import SlotWrite
 from dance_jax.engine.step import DECODING, IDLE, Bucket, Extras, Outcome
 from dance_jax.models.collectives import Collectives
 from dance_jax.models.config import ModelConfig
 from dance_jax.models.exchange import Tables
-from dance_jax.models.experts import Pool
+from dance_jax.models.experts import ExpertFormat, Pool, Weights
 from dance_jax.models.messages import Transport, say
 from dance_jax.models.topology import AXIS, Topology
 from dance_jax.placement.core import Layout
 
-#: Reads experts: pairs (layer, expert) -> w_gate [n, d, f], w_up [n, d, f], w_down [n, f, d].
-ReadExperts = Callable[[list[tuple[int, int]]], tuple[np.ndarray, np.ndarray, np.ndarray]]
+#: Reads experts: pairs (layer, expert) -> [n, *shape] for each leaf of the format.
+ReadExperts = Callable[[list[tuple[int, int]]], Weights]
 
 
 def cluster_mesh(devices: tuple[int, ...]) -> Mesh:
@@ -59,6 +58,7 @@ class Runner:
     another process's shard (DESIGN: one SPMD program, a different shape on each server).
 
     Args:
+        form: what a slot of the pool holds.
         blocks: KV blocks of each device, scratch not counted.
         transport: carries rows between servers; of one kind on all of them.
     """
@@ -67,6 +67,7 @@ class Runner:
         self,
         model_config: ModelConfig,
         trunk: nnx.Module,
+        form: ExpertFormat,
         read_experts: ReadExperts,
         layout: Layout,
         rank: int,
@@ -76,6 +77,7 @@ class Runner:
         transport: Transport | None = None,
     ):
         self.model_config = model_config
+        self.form = form
         self.config = config
         self.topology = Topology(rank, layout.devices, config.max_step_tokens)
         self.mesh = cluster_mesh(layout.devices)
@@ -139,22 +141,16 @@ class Runner:
             [self._device_pool(layout.experts_of(rank, d)) for d in range(len(self.devices))]
         )
 
-    def _stack_pools(self, pools: list[Pool]) -> Pool:
-        return Pool(*(self._per_device(list(leaves)) for leaves in zip(*pools, strict=True)))
+    def _stack_pools(self, pools: list[Weights]) -> Pool:
+        return tuple(self._per_device(list(leaves)) for leaves in zip(*pools, strict=True))
 
-    def _device_pool(self, experts_s2: np.ndarray) -> Pool:
-        d, f = self.model_config.hidden_size, self.model_config.expert_width
-        slots, dtype = len(experts_s2), jnp.dtype(self.config.dtype)
-        pool = Pool(
-            np.zeros((slots, d, f), dtype),  # type: ignore[arg-type]
-            np.zeros((slots, d, f), dtype),  # type: ignore[arg-type]
-            np.zeros((slots, f, d), dtype),  # type: ignore[arg-type]
-        )
+    def _device_pool(self, experts_s2: np.ndarray) -> Weights:
+        pool = self.form.empty(len(experts_s2))
         used = np.flatnonzero(experts_s2[:, 0] >= 0)
         if len(used):
             pairs = [(int(layer), int(expert)) for layer, expert in experts_s2[used]]
             for ours, read in zip(pool, self._read_experts(pairs), strict=True):
-                ours[used] = read  # type: ignore[index]
+                ours[used] = read
         return pool
 
     def _build_tables(self, layout: Layout) -> Tables:
@@ -175,22 +171,17 @@ class Runner:
         """From the next step on experts are looked for where `layout` says; the pool stays."""
         self.tables = self._build_tables(layout)
 
-    @property
-    def expert_like(self) -> Pool:
-        """Shapes and dtypes of one expert's weights."""
-        return Pool(*(jax.ShapeDtypeStruct(leaf.shape[2:], leaf.dtype) for leaf in self.pool))  # type: ignore[arg-type]
-
     @functools.cached_property
-    def _no_expert(self) -> list[np.ndarray]:
+    def _no_expert(self) -> Weights:
         """Weights for a device that writes nothing."""
-        return [np.zeros(leaf.shape, leaf.dtype) for leaf in self.expert_like]
+        return self.form.empty()
 
     def compile_slots(self) -> None:
         """Compiles and runs once what `write_slots` and `read_slot` call.
 
         The first write copies what of the pool is still numpy's memory; later ones copy nothing.
         """
-        if self._write_slot is not None or self.pool.w_gate.shape[1] == 0:
+        if self._write_slot is not None or self.pool[0].shape[1] == 0:
             return
         compile_, key = self._compile_cache.compile, self.topology
         self._write_slot = compile_(("write slot", key), self.lower_write_slot)
@@ -232,12 +223,12 @@ class Runner:
             self._write_one(list(each))
 
     def _write_one(self, writes: list[SlotWrite | None]) -> None:
-        self.pool = Pool(*self._write_slot(self.pool, *self._pack_write(writes)))
+        self.pool = self._write_slot(self.pool, *self._pack_write(writes))
 
     def _pack_write(self, writes: list[SlotWrite | None]) -> tuple[jax.Array, Pool]:
         """The arguments of `slots.write`: a slot of each device, or none."""
         slot = [np.int32(-1 if write is None else write.slot) for write in writes]
-        fresh = [Pool(*(self._no_expert if write is None else write[1:])) for write in writes]  # type: ignore[arg-type]
+        fresh = [self._no_expert if write is None else write.weights for write in writes]
         return self._per_device(slot), self._stack_pools(fresh)
 
     def read_slot(self, device: int, slot: int) -> Weights:
@@ -246,8 +237,7 @@ class Runner:
         slot_d = np.zeros(len(self.devices), np.int32)
         slot_d[device] = slot
         found = self._read_slot(self.pool, self._per_device(list(slot_d)))
-        w_gate, w_up, w_down = (self._local(leaf)[device] for leaf in found)
-        return w_gate, w_up, w_down
+        return tuple(self._local(leaf)[device] for leaf in found)
 
     # Steps.
 
@@ -272,6 +262,7 @@ class Runner:
         one_device = functools.partial(
             step_module.run_step,
             self.graphdef,
+            self.form,
             self.topology,
             self.transport,
             self.config,

@@ -102,21 +102,28 @@ class Scheduler:
         config: its sizes of buckets, block_size, max_num_seqs and max_model_len are used.
         devices: devices of this server.
         num_blocks: KV blocks of each device.
+        share_prefixes: sequences begin behind cached blocks of equal tokens. Not so where a layer
+            has a recurrent state, which exists only for a sequence's last token.
 
     Raises:
         UserError: buckets that leave some work without a step, or a KV cache that is too small for
             the longest sequence.
     """
 
-    def __init__(self, config: EngineConfig, devices: int, num_blocks: int) -> None:
+    def __init__(
+        self, config: EngineConfig, devices: int, num_blocks: int, share_prefixes: bool = True
+    ) -> None:
         _check_buckets(config)
         _check_blocks(config, num_blocks)
         self.config = config
         self.devices = devices
+        self.share_prefixes = share_prefixes
         #: The blocks of each device.
         self.pools = [BlockPool(num_blocks, config.block_size) for _ in range(devices)]
         #: Admitted sequences of each device, oldest first.
         self.running: list[list[Sequence]] = [[] for _ in range(devices)]
+        #: Slots for recurrent states that no running sequence of the device has.
+        self._state_slots = [list(range(config.max_num_seqs, 0, -1)) for _ in range(devices)]
         #: Heap of (arrival, sequence): those that were preempted go before all younger ones.
         self._waiting: list[tuple[int, Sequence]] = []
         #: Running sequences that went back to waiting since the start.
@@ -240,7 +247,7 @@ class Scheduler:
             if device is None:
                 return
             heapq.heappop(self._waiting)
-            sequence.device = device
+            sequence.device, sequence.state_slot = device, self._state_slots[device].pop()
             bisect.insort(self.running[device], sequence, key=_by_arrival)
 
     def _choose_device(self, sequence: Sequence) -> int | None:
@@ -316,7 +323,9 @@ class Scheduler:
     def _release(self, sequence: Sequence) -> None:
         self.running[sequence.device].remove(sequence)
         self.pools[sequence.device].release(sequence.blocks)
+        self._state_slots[sequence.device].append(sequence.state_slot)
         sequence.device, sequence.blocks, sequence.num_computed = -1, [], 0
+        sequence.state_slot = 0
 
     def _reuse_prefix(self, sequence: Sequence) -> None:
         """Begins a sequence behind the blocks that are cached.
@@ -333,10 +342,14 @@ class Scheduler:
 
     def _cached_prefix(self, sequence: Sequence, device: int) -> list[int]:
         """Cached blocks of all known tokens but the last, whose logits are needed."""
+        if not self.share_prefixes:
+            return []
         return self.pools[device].lookup(sequence.tokens(0, sequence.num_tokens - 1))
 
     def _publish_last(self, sequence: Sequence) -> None:
         """Lets others find the block that the sequence has just filled."""
+        if not self.share_prefixes:
+            return
         size = self.config.block_size
         page = sequence.num_computed // size - 1
         parent = sequence.blocks[page - 1] if page else None

@@ -316,6 +316,8 @@ class Sequence:
     #: -1: it waits.
     device: int = -1
     blocks: list[int] = dataclasses.field(default_factory=list)
+    #: Where its recurrent states are on the device, from 1 on; 0: it waits.
+    state_slot: int = 0
     #: Number in the order in which the scheduler got the sequences.
     arrival: int = -1
 

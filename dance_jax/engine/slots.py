@@ -6,22 +6,16 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 
-from dance_jax.models.experts import Pool
-
-#: One expert's w_gate [d, f], w_up [d, f] and w_down [f, d], in the pool's dtype.
-Weights = tuple[np.ndarray, np.ndarray, np.ndarray]
+from dance_jax.models.experts import Pool, Weights
 
 
 class SlotWrite(NamedTuple):
     """What a slot of a device is to hold."""
 
     slot: int
-    w_gate: np.ndarray
-    w_up: np.ndarray
-    w_down: np.ndarray
+    weights: Weights
 
 
 @jax.named_scope("write_slot")
@@ -34,11 +28,9 @@ def write(pool: Pool, slot: Array, fresh: Pool) -> Pool:
     """
 
     def put(_: Array, pool: Pool) -> Pool:
-        return Pool(
-            *(
-                lax.dynamic_update_index_in_dim(old, new, slot, 0)
-                for old, new in zip(pool, fresh, strict=True)
-            )
+        return tuple(
+            lax.dynamic_update_index_in_dim(old, new, slot, 0)
+            for old, new in zip(pool, fresh, strict=True)
         )
 
     return lax.fori_loop(0, (slot >= 0).astype(jnp.int32), put, pool)
@@ -46,4 +38,4 @@ def write(pool: Pool, slot: Array, fresh: Pool) -> Pool:
 
 def read(pool: Pool, slot: Array) -> Pool:
     """The weights in slot `slot`, int32 [], of one device."""
-    return Pool(*(lax.dynamic_index_in_dim(leaf, slot, keepdims=False) for leaf in pool))
+    return tuple(lax.dynamic_index_in_dim(leaf, slot, keepdims=False) for leaf in pool)

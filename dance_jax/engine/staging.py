@@ -7,7 +7,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from dance_jax.engine.slots import SlotWrite, Weights
+from dance_jax.engine.slots import SlotWrite
+from dance_jax.models.experts import ExpertFormat, Weights
 from dance_jax.placement.core import Layout
 
 #: By (local device, slot).
@@ -40,16 +41,14 @@ class Staging:
     Args:
         layout: in force.
         rank: this server's.
-        shapes: of one expert's weights.
-        dtype: of the pool.
+        form: of the pool.
     """
 
-    def __init__(
-        self, layout: Layout, rank: int, shapes: list[tuple[int, ...]], dtype: np.dtype
-    ) -> None:
+    def __init__(self, layout: Layout, rank: int, form: ExpertFormat) -> None:
         #: In force.
         self.layout = layout
-        self._rank, self._shapes, self._dtype = rank, shapes, dtype
+        self._rank = rank
+        self._wanted = [(leaf.shape, leaf.dtype) for leaf in form.leaves.values()]
         self._batches: list[Batch] = []
         self._last = self._told = 0
 
@@ -89,7 +88,7 @@ class Staging:
         tables = [layout.experts_of(self._rank, device) for device in range(len(writes))]
         for (device, slot), weights in sorted(experts.items(), key=lambda item: item[0]):
             self._check(number, tables, device, slot, weights)
-            writes[device].append(SlotWrite(slot, *weights))
+            writes[device].append(SlotWrite(slot, weights))
         self._batches.append(Batch(number, layout, writes))
         self._last = number
 
@@ -102,8 +101,8 @@ class Staging:
         if tables[device][slot, 0] < 0:
             raise ValueError(f"{at}: its layout has no expert there")
         found = [(array.shape, array.dtype) for array in weights]
-        if found != (wanted := [(shape, self._dtype) for shape in self._shapes]):
-            raise ValueError(f"{at}: weights are {found}, not {wanted}")
+        if found != self._wanted:
+            raise ValueError(f"{at}: weights are {found}, not {self._wanted}")
 
     def drop(self, number: int) -> bool:
         """Forgets a batch and those after it; see `Engine.unstage`."""

@@ -11,12 +11,12 @@ from flax import nnx
 from jax import Array, lax
 
 from dance_jax.config import EngineConfig
-from dance_jax.engine.kv_cache import Leaf, Memory, write
+from dance_jax.engine.kv_cache import Leaf, Memory, write_entries
 from dance_jax.engine.sampling import Adjustments, SamplingState, sample, sampling_state
 from dance_jax.engine.scheduler import Row
 from dance_jax.models.attention import Rows
 from dance_jax.models.exchange import Exchange, Tables
-from dance_jax.models.experts import Pool
+from dance_jax.models.experts import ExpertFormat, Pool
 from dance_jax.models.messages import Transport
 from dance_jax.models.topology import Topology
 
@@ -39,8 +39,9 @@ class Batch(NamedTuple):
     start: Leaf
     length: Leaf
     first: Leaf
-    #: int32 [r, p]: blocks of the row's sequence.
+    #: int32 [r, p]: blocks of the row's sequence; int32 [r]: the slot of its recurrent states.
     table: Leaf
+    state: Leaf
     #: int32 []: what the server tells the others of itself, `messages.say`.
     said: Leaf
     sampling: SamplingState
@@ -97,14 +98,17 @@ def host_batch(rows: tuple[Row, ...], bucket: Bucket, config: EngineConfig, said
     length = np.zeros(count, np.int32)
     first = np.concatenate([np.arange(decode), np.arange(slices)]).astype(np.int32)
     table = np.zeros((count, config.max_blocks), np.int32)
+    state = np.zeros(count, np.int32)
     for row in rows:
         token[token_slice(bucket, config, row)] = row.tokens
         start[row.index], length[row.index] = row.start, len(row.tokens)
         # Among the rows of its kind.
         first[row.index] = row.first - (decode if row.index >= decode else 0)
         table[row.index, : len(row.sequence.blocks)] = row.sequence.blocks
+        state[row.index] = row.sequence.state_slot
     sampling = sampling_state({row.index: row.sequence for row in rows if row.sample}, count)
-    return Batch(token, start, length, first, table, np.array(said, np.int32), sampling)
+    said_array = np.array(said, np.int32)
+    return Batch(token, start, length, first, table, state, said_array, sampling)
 
 
 def batch_rows(batch: Batch, bucket: Bucket, block_size: int) -> tuple[Rows, ...]:
@@ -112,7 +116,14 @@ def batch_rows(batch: Batch, bucket: Bucket, block_size: int) -> tuple[Rows, ...
     decode, slices = bucket
     parts = [(slice(0, decode), 1), (slice(decode, decode + slices), block_size)]
     return tuple(
-        Rows(batch.start[part], batch.first[part], batch.table[part], chunk)
+        Rows(
+            batch.start[part],
+            batch.length[part],
+            batch.first[part],
+            batch.table[part],
+            batch.state[part],
+            chunk,
+        )
         for part, chunk in parts
         if part.stop > part.start
     )
@@ -166,6 +177,7 @@ def unpack_host(vector: np.ndarray, like: Any) -> Any:
 
 def run_step(
     graphdef: nnx.GraphDef,
+    form: ExpertFormat,
     topology: Topology,
     transport: Transport,
     config: EngineConfig,
@@ -181,6 +193,7 @@ def run_step(
     """One step of one device, inside shard_map: every array is this device's own.
 
     Args:
+        form: what a slot of the pool holds.
         like: shapes and dtypes of what is in `packed` and `packed_adjustments`.
         state: the trunk's weights, nnx.to_pure_dict of its state.
 
@@ -197,7 +210,7 @@ def run_step(
     valid_t = np.arange(len(row_t)) - begin_r[row_t] < batch.length[row_t]
     position_t = jnp.concatenate([rows.positions_t for rows in kinds])
     sent_dtype = jnp.dtype(config.sent_dtype)
-    exchange = Exchange(topology, pool, tables, batch.said, transport, sent_dtype)
+    exchange = Exchange(topology, form, pool, tables, batch.said, transport, sent_dtype)
 
     def moe(layer: Array, x_td: Array, expert_tk: Array, weight_tk: Array):
         links = jax.tree.map(lambda leaf: leaf[layer], memory.links)
@@ -205,7 +218,7 @@ def run_step(
         return y_td, (expert_tk, exchanged)
 
     hidden_td, fresh, (route_ltk, exchanged) = model(
-        batch.token, position_t, kinds, memory.cache, moe
+        batch.token, position_t, kinds, memory.cache, moe, config.max_model_len
     )
     last_r = begin_r.astype(np.int32) + jnp.maximum(batch.length - 1, 0)
     logits_rv = model.logits(hidden_td[last_r])
@@ -215,7 +228,7 @@ def run_step(
     # waits for every layer. Otherwise XLA copies the last layers' caches.
     used_r = (batch.length > 0) & (sampled.token >= 0)
     cache = tuple(
-        _write_kinds(layer, new, kinds, used_r)
+        write_entries(layer, new, kinds, used_r)
         for layer, new in zip(memory.cache, fresh, strict=True)
     )
     layers = jnp.arange(route_ltk.shape[0])[:, None, None]
@@ -233,14 +246,3 @@ def run_step(
     routes = jnp.moveaxis(route_ltk, 0, 1).astype(jnp.uint16)
     extras = Extras(sampled.top_token, sampled.top_logprob, routes, logits_rv)
     return Memory(cache, counts, exchanged.memory), pack_traced(outcome), extras
-
-
-def _write_kinds(
-    cache_bsw: Array, fresh_tw: Array, kinds: tuple[Rows, ...], used_r: Array
-) -> Array:
-    token = row = 0
-    for rows in kinds:
-        fresh, used = fresh_tw[token : token + rows.tokens], used_r[row : row + rows.count]
-        cache_bsw = write(cache_bsw, fresh, rows, used)
-        token, row = token + rows.tokens, row + rows.count
-    return cache_bsw

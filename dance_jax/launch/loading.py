@@ -16,17 +16,15 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import tensorstore
 
 from dance_jax.config import UserError
 from dance_jax.launch.protocol import Load, Stage
 from dance_jax.models.checkpoint import Checkpoint
+from dance_jax.models.experts import ExpertFormat, Weights
 
 log = logging.getLogger("dance_jax.loading")
 
-#: One expert's w_gate [d, f], w_up [d, f] and w_down [f, d], in the pool's dtype.
-Weights = tuple[np.ndarray, np.ndarray, np.ndarray]
 #: Reads what is to be loaded, in the same order: the weights, and the bytes that took.
 Read = Callable[[Sequence[Load]], tuple[list[Weights], int]]
 
@@ -125,19 +123,19 @@ def rest_s(read_s: float) -> float:
     return min(REST * read_s, LONGEST_REST_S)
 
 
-def checkpoint_reader(checkpoint: Checkpoint, dtype: str) -> Read:
+def checkpoint_reader(checkpoint: Checkpoint, form: ExpertFormat) -> Read:
     """Reads experts from this machine's copy of the model.
 
     Args:
         checkpoint: that copy.
-        dtype: of the pool.
+        form: of the pool.
     """
 
     def read(loads: Sequence[Load]) -> tuple[list[Weights], int]:
         before = bytes_read()
         pairs = [(load.layer, load.expert) for load in loads]
-        gate, up, down = checkpoint.experts(pairs, dtype)
-        return list(zip(gate, up, down, strict=True)), bytes_read() - before
+        found = checkpoint.experts(pairs, form)
+        return list(zip(*found, strict=True)), bytes_read() - before
 
     return read
 

@@ -14,14 +14,14 @@ import threading
 from collections.abc import Iterator, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from dance_jax.launch.peers import Held, Kind, Like, Peers, Question
 from dance_jax.models.build import fill, weight_shapes
 from dance_jax.models.checkpoint import Checkpoint
 from dance_jax.models.config import ModelConfig
-from dance_jax.models.layers import Trunk
+from dance_jax.models.experts import ExpertFormat, Weights
+from dance_jax.models.trunk import Trunk
 
 #: Bytes of an answer: so much is in memory twice, on both ends. A single weight may have more.
 PORTION_BYTES = 32 << 20
@@ -32,12 +32,12 @@ class Shelf:
 
     Args:
         checkpoint: its copy of the model; None: it has none.
-        dtype: of the engines.
+        form: of the engines' pools.
     """
 
-    def __init__(self, checkpoint: Checkpoint | None, dtype: str) -> None:
+    def __init__(self, checkpoint: Checkpoint | None, form: ExpertFormat) -> None:
         self._checkpoint = checkpoint
-        self._dtype = dtype
+        self._form = form
         self._shapes: list[tuple[str, jax.ShapeDtypeStruct]] = []
         #: Reads experts from the pool; None: it is not filled yet.
         self.held: Held | None = None
@@ -62,10 +62,10 @@ class Shelf:
             if question.kind is Kind.TRUNK:
                 return self._trunk(self._checkpoint, question.numbers)
             pairs = [(question.layer, expert) for expert in question.numbers]
-            return self._checkpoint.experts(pairs, self._dtype)
+            return self._checkpoint.experts(pairs, self._form)
 
     def _trunk(self, checkpoint: Checkpoint, numbers: Sequence[int]) -> list[np.ndarray]:
-        self._shapes = self._shapes or _trunk_shapes(checkpoint.config, self._dtype)
+        self._shapes = self._shapes or _trunk_shapes(checkpoint.config, self._form.dtype)
         wanted = [self._shapes[number] for number in numbers]
         found = checkpoint.trunk_weights([name for name, _ in wanted])
         return [found[name].astype(shape.dtype, copy=False) for name, shape in wanted]
@@ -105,21 +105,16 @@ class PeerWeights:
             found = self._peers.ask(next(source), Question(Kind.TRUNK, 0, numbers), likes)
             yield from zip((name for name, _ in wanted), found, strict=True)
 
-    def experts(
-        self, pairs: Sequence[tuple[int, int]], dtype: str
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def experts(self, pairs: Sequence[tuple[int, int]], form: ExpertFormat) -> Weights:
         """As `Checkpoint.experts`; all servers that have them send at the same time, each as many
         as its link allows.
 
         Raises:
             OSError, LookupError: a server does not send its part.
         """
-        d, f = self.config.hidden_size, self.config.expert_width
-        kind = jnp.dtype(dtype)
-        shapes = ((d, f), (d, f), (f, d))
-        arrays = [np.empty((len(pairs), *shape), kind) for shape in shapes]
+        arrays = form.empty(len(pairs))
         portions = queue.SimpleQueue[tuple[int, list[int]]]()
-        for portion in _expert_portions(pairs, 3 * d * f * kind.itemsize):
+        for portion in _expert_portions(pairs, form.bytes):
             portions.put(portion)
         failed = threading.Event()
 
@@ -128,7 +123,9 @@ class PeerWeights:
                 while not failed.is_set():
                     layer, rows = portions.get_nowait()
                     question = Question(Kind.EXPERTS, layer, tuple(pairs[row][1] for row in rows))
-                    likes: list[Like] = [((len(rows), *shape), kind) for shape in shapes]
+                    likes: list[Like] = [
+                        ((len(rows), *leaf.shape), leaf.dtype) for leaf in form.leaves.values()
+                    ]
                     found = self._peers.ask(source, question, likes)
                     for array, part in zip(arrays, found, strict=True):
                         array[rows] = part
@@ -140,8 +137,7 @@ class PeerWeights:
 
         with concurrent.futures.ThreadPoolExecutor(len(self._sources)) as threads:
             list(threads.map(fetch, self._sources))
-        gate, up, down = arrays
-        return gate, up, down
+        return arrays
 
 
 def _expert_portions(

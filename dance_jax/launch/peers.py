@@ -22,8 +22,9 @@ import numpy as np
 
 from dance_jax.config import UserError
 from dance_jax.launch.control import derived
-from dance_jax.launch.loading import Read, Weights
+from dance_jax.launch.loading import Read
 from dance_jax.launch.protocol import Load
+from dance_jax.models.experts import ExpertFormat, Weights
 
 log = logging.getLogger("dance_jax.peers")
 
@@ -46,7 +47,7 @@ class Kind(enum.IntEnum):
 
     #: The pool: one expert of a layer.
     HELD = 0
-    #: The model's files: experts of a layer, all w_gate, all w_up, all w_down.
+    #: The model's files: experts of a layer, leaf by leaf of their format.
     EXPERTS = 1
     #: The model's files: weights of the trunk, by their positions in the order of their names.
     TRUNK = 2
@@ -141,22 +142,20 @@ class Peers:
             for part, (shape, dtype) in zip(parts, likes, strict=True)
         ]
 
-    def reader(self, held: Held, shapes: Sequence[tuple[int, ...]], dtype: np.dtype) -> Read:
+    def reader(self, held: Held, form: ExpertFormat) -> Read:
         """Reads experts that move, from the servers that hold them.
 
         Args:
             held: for those that are here.
-            shapes: of an expert's three matrices.
-            dtype: of the pool.
+            form: of the pool.
         """
-        likes = [(shape, dtype) for shape in shapes]
+        likes: list[Like] = [(leaf.shape, leaf.dtype) for leaf in form.leaves.values()]
 
         def one(load: Load) -> tuple[Weights, int]:
             if load.holder == self.rank:
                 return held(load.layer, load.expert), 0
             question = Question(Kind.HELD, load.layer, (load.expert,))
-            gate, up, down = self.ask(load.holder, question, likes)
-            return (gate, up, down), gate.nbytes + up.nbytes + down.nbytes
+            return tuple(self.ask(load.holder, question, likes)), form.bytes
 
         def read(loads: Sequence[Load]) -> tuple[list[Weights], int]:
             found = [one(load) for load in loads]

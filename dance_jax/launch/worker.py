@@ -127,6 +127,7 @@ def _start(setup: Setup, files: ModelFiles, channel: Channel) -> tuple[Engine, L
     from dance_jax.launch.peer_weights import Shelf
     from dance_jax.launch.plan import parse_layout
     from dance_jax.models import kernels_cpu, links_cpu
+    from dance_jax.models.experts import expert_format
 
     compile_dir = None if cache is None else private_directory(cache / "compiled")
     if setup.platform == "cpu":
@@ -142,7 +143,7 @@ def _start(setup: Setup, files: ModelFiles, channel: Channel) -> tuple[Engine, L
     me = (setup.rank, setup.spec.names, own_address(setup))
     transport = links_cpu.connect(*me, derived(setup.key, "links"))
     bell = hang(*me, derived(setup.key, "bell"))
-    shelf = Shelf(checkpoint, setup.config.dtype)
+    shelf = Shelf(checkpoint, expert_format(model, setup.config.dtype))
     weights, peers = _weights(setup, model, checkpoint, shelf)
     channel.send(protocol.Joined())
     stage = "loading" if checkpoint is not None else "loading from the other servers"
@@ -165,7 +166,7 @@ def _start(setup: Setup, files: ModelFiles, channel: Channel) -> tuple[Engine, L
     )
     engine.warmup(lambda stage, done, total: channel.send(protocol.Progress(stage, done, total)))
     shelf.held = engine.expert
-    loader = _loader(setup, engine, checkpoint, peers)
+    loader = _loader(engine, checkpoint, peers)
     # What is there now stays: later collections need not look at it, for longer than a step takes.
     gc.collect()
     gc.freeze()
@@ -189,17 +190,14 @@ def _weights(
     return checkpoint or PeerWeights(model, peers, sources), peers
 
 
-def _loader(
-    setup: Setup, engine: Engine, checkpoint: Checkpoint | None, peers: Peers | None
-) -> Loader:
+def _loader(engine: Engine, checkpoint: Checkpoint | None, peers: Peers | None) -> Loader:
     """What reads the experts that move to this server."""
     from dance_jax.launch.loading import Loader, checkpoint_reader
 
     if checkpoint is not None:
-        return Loader(checkpoint_reader(checkpoint, setup.config.dtype))
+        return Loader(checkpoint_reader(checkpoint, engine.form))
     assert peers is not None
-    like = engine.runner.expert_like
-    return Loader(peers.reader(engine.expert, [leaf.shape for leaf in like], like.w_gate.dtype))
+    return Loader(peers.reader(engine.expert, engine.form))
 
 
 def _cache_dir(setup: Setup) -> pathlib.Path | None:

@@ -1,6 +1,6 @@
 """Model definitions and checkpoints; knows neither clusters nor placements."""
 
 from dance_jax.models.config import ModelConfig
-from dance_jax.models.families import FAMILIES, Family
+from dance_jax.models.families import FAMILIES, model_config
 
-__all__ = ["FAMILIES", "Family", "ModelConfig"]
+__all__ = ["FAMILIES", "ModelConfig", "model_config"]

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dance_jax.models.config import GroupedAttention, LatentAttention, ModelConfig
-from dance_jax.models.layers import Linear, RMSNorm, contract, parameter
+from dance_jax.models.config import GroupedAttention, LatentAttention, ModelConfig, RopeConfig
+from dance_jax.models.layers import Linear, RMSNorm, contract, parameter, root_mean_square
 from dance_jax.models.rope import rotate
 
 #: Cached positions of one turn of the loop, in whole blocks.
@@ -24,14 +24,15 @@ SPAN = 128
 #: DeepSeek's latents are normalised with this epsilon whatever rms_norm_eps says.
 LATENT_EPS = 1e-6
 
-Rotation = tuple[jax.Array, jax.Array]
+#: Cosine and sine of a step's tokens for each kind of rotation in the model (`rope.rotation`).
+Angles = Mapping[RopeConfig, tuple[jax.Array, jax.Array]]
 #: entries [r, j, w] -> keys [r, j, g, key width], values [r, j, g, value width]
 Split = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("start_r", "first_r", "table_rp"),
+    data_fields=("start_r", "length_r", "first_r", "table_rp", "state_r"),
     meta_fields=("chunk",),
 )
 @dataclasses.dataclass(frozen=True)
@@ -44,11 +45,21 @@ class Rows:
 
     #: int32 [r], position of each row's first token.
     start_r: jax.Array
+    #: int32 [r], tokens of each row that are real; 0: the row is unused.
+    length_r: jax.Array
     #: int32 [r], the first row of the same sequence.
     first_r: jax.Array
     #: int32 [r, p], the cache's blocks that hold the sequence's positions.
     table_rp: jax.Array
+    #: int32 [r], the slot of the sequence's recurrent states, for mixers that have any.
+    state_r: jax.Array
     chunk: int
+
+    @staticmethod
+    def whole(tokens: int) -> Rows:
+        """One sequence of so many tokens, of which nothing is cached."""
+        zero = jnp.zeros(1, jnp.int32)
+        return Rows(zero, zero + tokens, zero, zero[None], zero, tokens)
 
     @property
     def count(self) -> int:
@@ -77,6 +88,7 @@ def attend(
     split: Split,
     scale: float,
     window: int | None = None,
+    sinks_gq: jax.Array | None = None,
     span: int = SPAN,
 ) -> jax.Array:
     """Causal attention of a step's tokens over themselves and over what is cached.
@@ -92,6 +104,8 @@ def attend(
         split: cuts entries into keys [r, j, g, k] and values [r, j, g, v].
         scale: multiplies the scores.
         window: positions a token sees, itself included; None: all.
+        sinks_gq: float32 [key heads, queries per key head], one more score of each head, whose
+            value is 0.
         span: cached positions read at once, rounded to whole blocks.
 
     Returns:
@@ -102,7 +116,15 @@ def attend(
         own = slice(begin, begin + rows.tokens)
         parts.append(
             _attend_rows(
-                query_tgqk[own], fresh_tw[own], rows, cached_bsw, split, scale, window, span
+                query_tgqk[own],
+                fresh_tw[own],
+                rows,
+                cached_bsw,
+                split,
+                scale,
+                window,
+                sinks_gq,
+                span,
             )
         )
         begin += rows.tokens
@@ -121,6 +143,7 @@ def _attend_rows(
     split: Split,
     scale: float,
     window: int | None,
+    sinks_gq: jax.Array | None,
     span: int,
 ) -> jax.Array:
     """`attend` for the tokens of some rows."""
@@ -149,7 +172,9 @@ def _attend_rows(
     last = (rows.cached_r.max() + pages * size - 1) // (pages * size)
     state = _among_themselves(query_tgqk, fresh_tw, rows, split, scale, window)
     state = jax.lax.fori_loop(jnp.int32(first), last.astype(jnp.int32), visit, state)
-    _, total, sums = state
+    top, total, sums = state
+    if sinks_gq is not None:
+        total += jnp.exp(sinks_gq[:, :, None] - top)
     return jnp.moveaxis(sums / total[..., None], 3, 1).reshape(
         *query_tgqk.shape[:-1], sums.shape[-1]
     )
@@ -221,37 +246,29 @@ class LatentAttentionLayer(nnx.Module):
     read off the weighted latents: W_uv (sum of weights * latents).
     """
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype):
-        shape = config.attention
-        assert isinstance(shape, LatentAttention)
+    def __init__(self, config: ModelConfig, shape: LatentAttention, dtype: jnp.dtype):
         heads, d = shape.num_heads, config.hidden_size
         query = heads * (shape.qk_nope_head_dim + shape.qk_rope_head_dim)
-        self.shape, self.rope = shape, config.rope
-        width = shape.qk_nope_head_dim + shape.qk_rope_head_dim
-        self.scale = width**-0.5 * config.rope.softmax_factor
+        self.shape = shape
         if shape.q_lora_rank is None:
             self.q = Linear(d, query, dtype)
         else:
-            self.q_a = Linear(d, shape.q_lora_rank, dtype)
+            self.q_a = Linear(d, shape.q_lora_rank, dtype, shape.bias)
             self.q_norm = RMSNorm(shape.q_lora_rank, LATENT_EPS, dtype)
             self.q_b = Linear(shape.q_lora_rank, query, dtype)
-        self.kv_a = Linear(d, config.cache_width, dtype)
+        self.kv_a = Linear(d, shape.cache_width, dtype, shape.bias)
         self.kv_norm = RMSNorm(shape.kv_lora_rank, LATENT_EPS, dtype)
         #: [heads, qk_nope_head_dim, kv_lora_rank] and [heads, kv_lora_rank, v_head_dim]
         self.w_uk = parameter((heads, shape.qk_nope_head_dim, shape.kv_lora_rank), dtype)
         self.w_uv = parameter((heads, shape.kv_lora_rank, shape.v_head_dim), dtype)
-        self.out = Linear(heads * shape.v_head_dim, d, dtype)
+        self.out = Linear(heads * shape.v_head_dim, d, dtype, shape.bias)
 
     def __call__(
-        self,
-        hidden_td: jax.Array,
-        rotation: Rotation,
-        batch: Sequence[Rows],
-        cached_bsw: jax.Array,
+        self, hidden_td: jax.Array, angles: Angles, batch: Sequence[Rows], cached_bsw: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """Returns the attention's output [t, d] and the tokens' entries [t, w]."""
         shape, dtype = self.shape, hidden_td.dtype
-        tokens = hidden_td.shape[0]
+        tokens, rotation = hidden_td.shape[0], angles[shape.rope]
         if shape.q_lora_rank is None:
             query = self.q(hidden_td)
         else:
@@ -259,10 +276,10 @@ class LatentAttentionLayer(nnx.Module):
         query = query.reshape(tokens, shape.num_heads, -1)
         plain, turned = jnp.split(query, [shape.qk_nope_head_dim], axis=-1)
         absorbed = contract("thn,hnk->thk", plain, self.w_uk[...]).astype(dtype)
-        turned = rotate(self.rope, turned, rotation)
+        turned = rotate(shape.rope, turned, rotation)
 
         latent, key = jnp.split(self.kv_a(hidden_td), [shape.kv_lora_rank], axis=-1)
-        key = rotate(self.rope, key[:, None], rotation)[:, 0]
+        key = rotate(shape.rope, key[:, None], rotation)[:, 0]
         fresh_tw = jnp.concatenate([self.kv_norm(latent), key], axis=-1)
 
         def split(entries: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -275,7 +292,7 @@ class LatentAttentionLayer(nnx.Module):
             batch,
             cached_bsw,
             split,
-            self.scale,
+            shape.scale,
         )
         values = contract("thk,hkv->thv", mixed[:, 0].astype(dtype), self.w_uv[...])
         values = values.astype(dtype)
@@ -285,33 +302,32 @@ class LatentAttentionLayer(nnx.Module):
 class GroupedAttentionLayer(nnx.Module):
     """GQA; a cached entry is [rotated keys of all key heads, values of all key heads]."""
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype):
-        shape = config.attention
-        assert isinstance(shape, GroupedAttention)
-        d, kv = config.hidden_size, shape.num_kv_heads * shape.head_dim
-        self.shape, self.rope = shape, config.rope
-        self.scale = shape.head_dim**-0.5 * config.rope.softmax_factor
-        self.q = Linear(d, shape.num_heads * shape.head_dim, dtype)
-        self.k = Linear(d, kv, dtype)
-        self.v = Linear(d, kv, dtype)
-        self.out = Linear(shape.num_heads * shape.head_dim, d, dtype)
+    def __init__(self, config: ModelConfig, shape: GroupedAttention, dtype: jnp.dtype):
+        d, width = config.hidden_size, shape.head_dim
+        queries, keys = shape.num_heads * width, shape.num_kv_heads * width
+        self.shape, self.eps = shape, config.norm_eps
+        self.q = Linear(d, queries * (2 if shape.gated else 1), dtype, shape.qkv_bias)
+        self.k = Linear(d, keys, dtype, shape.qkv_bias)
+        if not shape.values_are_keys:
+            self.v = Linear(d, keys, dtype, shape.qkv_bias)
+        self.out = Linear(queries, d, dtype, shape.out_bias)
+        if shape.qk_norm != "none":
+            flat, plus_one = shape.qk_norm == "flat", config.norm_plus_one
+            self.q_norm = RMSNorm(queries if flat else width, config.norm_eps, dtype, plus_one)
+            self.k_norm = RMSNorm(keys if flat else width, config.norm_eps, dtype, plus_one)
+        if shape.sinks:
+            self.sinks = parameter((shape.num_heads,), jnp.dtype("float32"))
 
     def __call__(
-        self,
-        hidden_td: jax.Array,
-        rotation: Rotation,
-        batch: Sequence[Rows],
-        cached_bsw: jax.Array,
+        self, hidden_td: jax.Array, angles: Angles, batch: Sequence[Rows], cached_bsw: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """Returns the attention's output [t, d] and the tokens' entries [t, w]."""
-        shape = self.shape
-        tokens = hidden_td.shape[0]
-        groups, width = shape.num_kv_heads, shape.head_dim
-        query = self.q(hidden_td).reshape(tokens, shape.num_heads, width)
-        query = rotate(self.rope, query, rotation)
-        keys = self.k(hidden_td).reshape(tokens, groups, width)
-        keys = rotate(self.rope, keys, rotation).reshape(tokens, -1)
-        fresh_tw = jnp.concatenate([keys, self.v(hidden_td)], axis=-1)
+        shape, rotation = self.shape, angles[self.shape.rope]
+        tokens, groups, width = hidden_td.shape[0], shape.num_kv_heads, shape.head_dim
+        query, keys, values, gate = self._projected(hidden_td)
+        query = rotate(shape.rope, query.reshape(tokens, -1, width), rotation)
+        keys = rotate(shape.rope, keys.reshape(tokens, groups, width), rotation)
+        fresh_tw = jnp.concatenate([keys.reshape(tokens, -1), values], axis=-1)
 
         def split(entries: jax.Array) -> tuple[jax.Array, jax.Array]:
             pair = entries.reshape(*entries.shape[:2], 2, groups, width)
@@ -323,7 +339,39 @@ class GroupedAttentionLayer(nnx.Module):
             batch,
             cached_bsw,
             split,
-            self.scale,
-            shape.sliding_window,
+            shape.scale,
+            shape.window,
+            self.sinks[...].reshape(groups, -1) if shape.sinks else None,
         )
-        return self.out(mixed.astype(hidden_td.dtype).reshape(tokens, -1)), fresh_tw
+        mixed_tq = mixed.astype(hidden_td.dtype).reshape(tokens, -1)
+        if gate is not None:
+            mixed_tq = mixed_tq * jax.nn.sigmoid(gate)
+        return self.out(mixed_tq), fresh_tw
+
+    def _projected(
+        self, hidden_td: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+        """Queries, keys and values before the rotation, and the gate: [t, heads * width] each."""
+        shape, width = self.shape, self.shape.head_dim
+        query, gate = self.q(hidden_td), None
+        if shape.gated:
+            # Of each head, the query and then its gate.
+            pair = query.reshape(-1, shape.num_heads, 2, width)
+            query, gate = (pair[:, :, part].reshape(len(pair), -1) for part in (0, 1))
+        keys = self.k(hidden_td)
+        values = keys if shape.values_are_keys else self.v(hidden_td)
+        if shape.qk_norm == "flat":
+            query, keys = self.q_norm(query), self.k_norm(keys)
+        elif shape.qk_norm == "head":
+            query = self.q_norm(query.reshape(-1, shape.num_heads, width))
+            keys = self.k_norm(keys.reshape(-1, shape.num_kv_heads, width))
+            query, keys = (part.reshape(len(part), -1) for part in (query, keys))
+        if shape.value_norm:
+            wide = values.astype(jnp.float32).reshape(-1, shape.num_kv_heads, width)
+            values = (wide / root_mean_square(wide, self.eps)).astype(values.dtype)
+            values = values.reshape(len(keys), -1)
+        if shape.clip is not None:
+            query, keys, values = (
+                jnp.clip(part, -shape.clip, shape.clip) for part in (query, keys, values)
+            )
+        return query, keys, values, gate

@@ -10,9 +10,9 @@ import numpy as np
 from flax import nnx
 
 from dance_jax.models.config import ModelConfig
-from dance_jax.models.families import FAMILIES
-from dance_jax.models.layers import Trunk
 from dance_jax.models.random_weights import random_trunk_tensors
+from dance_jax.models.tensors import trunk_rules
+from dance_jax.models.trunk import Trunk
 
 
 def weight_shapes(config: ModelConfig, dtype: str) -> dict[str, jax.ShapeDtypeStruct]:
@@ -50,7 +50,7 @@ def fill(config: ModelConfig, dtype: str, weights: Iterable[tuple[str, np.ndarra
 
 def init_random(config: ModelConfig, seed: int, dtype: str = "float32") -> Trunk:
     """A trunk with random weights whose activations stay near unit size."""
-    rules = {rule.source: rule for rule in FAMILIES[config.family].tensor_rules(config)}
+    rules = {rule.source: rule for rule in trunk_rules(config)}
 
     def weights() -> Iterable[tuple[str, np.ndarray]]:
         for name, tensor in random_trunk_tensors(config, seed):
@@ -61,8 +61,7 @@ def init_random(config: ModelConfig, seed: int, dtype: str = "float32") -> Trunk
 
 
 def _skeleton(config: ModelConfig, dtype: str) -> Trunk:
-    family = FAMILIES[config.family]
-    return nnx.eval_shape(lambda: family.trunk(config, jnp.dtype(dtype)))
+    return nnx.eval_shape(lambda: Trunk(config, jnp.dtype(dtype)))
 
 
 def _abstract(config: ModelConfig, dtype: str) -> dict[str, tuple[tuple, nnx.Variable]]:

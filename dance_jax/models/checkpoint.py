@@ -9,28 +9,25 @@ import pathlib
 from collections.abc import Collection, Iterator, Sequence
 from typing import Protocol
 
-import jax.numpy as jnp
 import numpy as np
 
 from dance_jax.config import UserError
 from dance_jax.models.build import fill, weight_shapes
 from dance_jax.models.config import ModelConfig
+from dance_jax.models.experts import ExpertFormat, Weights, expert_format
 from dance_jax.models.hf import SIDE_FILES, read_config, read_json
-from dance_jax.models.layers import Trunk
 from dance_jax.models.orbax_store import load_arrays
+from dance_jax.models.trunk import Trunk
 
 #: Written last; a directory without it is no converted model.
 MANIFEST = "dance_jax.json"
 #: Number of the layout below; another one is refused.
-FORMAT = 1
-
-#: The three projections of an expert, in the order of the pool.
-PROJECTIONS = ("w_gate", "w_up", "w_down")
+FORMAT = 2
 
 
-def expert_leaf(expert: int, projection: str) -> str:
-    """Name of one projection of one expert in its layer's checkpoints."""
-    return f"{expert}.{projection}"
+def expert_leaf(expert: int, leaf: str) -> str:
+    """Name of one array of one expert in its layer's checkpoints."""
+    return f"{expert}.{leaf}"
 
 
 def is_converted(directory: str | pathlib.Path) -> bool:
@@ -45,12 +42,35 @@ class WeightSource(Protocol):
 
     def trunk(self, dtype: str) -> Trunk: ...
 
-    def experts(
-        self, pairs: Sequence[tuple[int, int]], dtype: str
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]: ...
+    def experts(self, pairs: Sequence[tuple[int, int]], form: ExpertFormat) -> Weights: ...
 
 
-class Checkpoint:
+class Outline:
+    """What a model's config alone says of it: enough to plan who holds what.
+
+    Args:
+        fingerprint: hash (hex) of the source's weights, config and tokenizer; "": not known.
+    """
+
+    def __init__(self, config: ModelConfig, fingerprint: str = "") -> None:
+        self.config = config
+        self.fingerprint = fingerprint
+
+    def form(self, dtype: str) -> ExpertFormat:
+        """The format of routed experts in engines that compute in `dtype`."""
+        return expert_format(self.config, dtype)
+
+    def expert_bytes(self, dtype: str) -> int:
+        """Bytes of one routed expert in that format."""
+        return self.form(dtype).bytes
+
+    def trunk_bytes(self, dtype: str) -> int:
+        """Bytes of all weights but the routed experts, in a trunk of `dtype`."""
+        shapes = weight_shapes(self.config, dtype).values()
+        return sum(shape.size * shape.dtype.itemsize for shape in shapes)
+
+
+class Checkpoint(Outline):
     """An opened converted model; made by `Checkpoint.open`.
 
     Layout: MANIFEST, the small files of the source, trunk/0.. and experts/LAYER/0..: orbax
@@ -58,14 +78,16 @@ class Checkpoint:
     """
 
     def __init__(self, path: pathlib.Path, config: ModelConfig, manifest: dict):
+        super().__init__(config, manifest["fingerprint"])
         self.path = path
-        self.config = config
-        #: Hash (hex) of the source's weights, config and tokenizer.
-        self.fingerprint: str = manifest["fingerprint"]
         self._trunk_groups: list[list[str]] = manifest["trunk"]
         self._group_of: list[dict[str, int]] = [
             {leaf: index for index, group in enumerate(groups) for leaf in group}
             for groups in manifest["experts"]
+        ]
+        #: Names of an expert's arrays as they are stored.
+        self._leaves = [
+            name.removeprefix("0.") for name in self._group_of[0] if name.startswith("0.")
         ]
 
     @staticmethod
@@ -97,15 +119,6 @@ class Checkpoint:
             f"{path}: torn: {damaged}; delete the directory and convert the model again"
         )
 
-    def expert_bytes(self, dtype: str) -> int:
-        """Bytes of one routed expert in `dtype`."""
-        return 3 * self.config.hidden_size * self.config.expert_width * jnp.dtype(dtype).itemsize
-
-    def trunk_bytes(self, dtype: str) -> int:
-        """Bytes of all weights but the routed experts, in a trunk of `dtype`."""
-        shapes = weight_shapes(self.config, dtype).values()
-        return sum(shape.size * shape.dtype.itemsize for shape in shapes)
-
     def trunk(self, dtype: str) -> Trunk:
         """The trunk with its weights, on this process's default device."""
 
@@ -130,38 +143,40 @@ class Checkpoint:
                 found |= load_arrays(self.path / "trunk" / str(index), wanted)
         return found
 
-    def experts(
-        self, pairs: Sequence[tuple[int, int]], dtype: str
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def experts(self, pairs: Sequence[tuple[int, int]], form: ExpertFormat) -> Weights:
         """Reads routed experts and nothing else.
 
         Args:
             pairs: (MoE layer counted from 0, expert) of each, in the order wanted.
-            dtype: "float32" or "bfloat16".
+            form: what they are wanted as.
 
         Returns:
-            w_gate [n, d, f], w_up [n, d, f] and w_down [n, f, d] in `dtype`.
+            For each leaf of the format an array [n, *shape].
 
         Raises:
             UserError: there is no such expert, or the checkpoint is torn.
         """
-        d, f = self.config.hidden_size, self.config.expert_width
-        shapes = ((d, f), (d, f), (f, d))
-        gate, up, down = (np.empty((len(pairs), *shape), jnp.dtype(dtype)) for shape in shapes)
-        wanted: dict[tuple[int, int], list[tuple[str, int, int]]] = collections.defaultdict(list)
+        found = form.empty(len(pairs))
+        rows: dict[tuple[int, int], list[int]] = collections.defaultdict(list)
+        wanted: dict[tuple[int, int], list[str]] = collections.defaultdict(list)
         for row, (layer, expert) in enumerate(pairs):
             if not (0 <= layer < len(self._group_of) and 0 <= expert < self.config.num_experts):
                 raise UserError(f"{self.path}: there is no expert {expert} in MoE layer {layer}")
-            for which, projection in enumerate(PROJECTIONS):
-                leaf = expert_leaf(expert, projection)
-                group = self._group_of[layer][leaf]
-                wanted[layer, group].append((leaf, which, row))
-        for (layer, group), leaves in sorted(wanted.items()):
-            path = self.path / "experts" / str(layer) / str(group)
-            arrays = load_arrays(path, {leaf for leaf, _, _ in leaves})
-            for leaf, which, row in leaves:
-                (gate, up, down)[which][row] = arrays[leaf]
-        return gate, up, down
+            rows[layer, expert].append(row)
+            for leaf in self._leaves:
+                name = expert_leaf(expert, leaf)
+                wanted[layer, self._group_of[layer][name]].append(name)
+        stored: dict[tuple[int, int], dict[str, np.ndarray]] = collections.defaultdict(dict)
+        for (layer, group), names in sorted(wanted.items()):
+            arrays = load_arrays(self.path / "experts" / str(layer) / str(group), set(names))
+            for name, array in arrays.items():
+                expert, leaf = name.split(".", 1)
+                stored[layer, int(expert)][leaf] = array
+            # An expert's arrays may lie in two groups, one after the other.
+            for pair in [pair for pair, have in stored.items() if len(have) == len(self._leaves)]:
+                for array, leaf in zip(found, form.from_stored(stored.pop(pair)), strict=True):
+                    array[rows[pair]] = leaf
+        return found
 
 
 def write_manifest(

@@ -22,15 +22,15 @@ import numpy as np
 
 from dance_jax.config import UserError
 from dance_jax.models.checkpoint import (
+    FORMAT,
     Checkpoint,
     expert_leaf,
     is_converted,
     write_manifest,
 )
-from dance_jax.models.families import FAMILIES
 from dance_jax.models.hf import SIDE_FILES, HFDirectory
 from dance_jax.models.orbax_store import save_arrays
-from dance_jax.models.tensors import TensorRule
+from dance_jax.models.tensors import TensorRule, expert_rules, trunk_rules
 
 #: progress(text, bytes done, bytes in all)
 Progress = Callable[[str, int, int], None]
@@ -116,7 +116,8 @@ def ensure_converted(
     if is_converted(source):
         return source
     model = HFDirectory(source)
-    name = f"{source.absolute().name}-{model.fingerprint()[:16]}"
+    # Conversions of earlier versions of the layout stay until the user removes them.
+    name = f"{source.absolute().name}-{model.fingerprint()[:16]}-{FORMAT}"
     if not is_converted(cache_dir / name):
         _remove_abandoned(cache_dir)
         convert(source, cache_dir / name, progress)
@@ -126,14 +127,14 @@ def ensure_converted(
 def _write(
     model: HFDirectory, directory: pathlib.Path, fingerprint: str, progress: Progress
 ) -> None:
-    config, family = model.config, FAMILIES[model.config.family]
-    trunk_rules = family.tensor_rules(config)
-    total = sum(model.tensors[rule.source].size for rule in trunk_rules)
+    config = model.config
+    trunk_items = [("", rule) for rule in trunk_rules(config)]
+    total = sum(model.tensors[rule.source].size for _, rule in trunk_items)
     layers = []
     for layer in config.moe_layers:
-        rules = [family.expert_tensors(config, layer, e) for e in range(config.num_experts)]
+        rules = [expert_rules(config, layer, e) for e in range(config.num_experts)]
         layers.append(rules)
-        total += sum(model.tensors[rule.source].size for three in rules for rule in three)
+        total += sum(model.tensors[rule.source].size for own in rules for rule in own)
     free = shutil.disk_usage(directory.parent).free
     if free < total:
         raise UserError(
@@ -160,10 +161,10 @@ def _write(
             progress("converting", done, total)
         return names
 
-    trunk = group([("", rule) for rule in trunk_rules], directory / "trunk")
+    trunk = group(trunk_items, directory / "trunk")
     experts = [
         group(
-            [(expert_leaf(e, ""), rule) for e, three in enumerate(rules) for rule in three],
+            [(expert_leaf(e, ""), rule) for e, own in enumerate(rules) for rule in own],
             directory / "experts" / str(index),
         )
         for index, rules in enumerate(layers)
@@ -282,12 +283,15 @@ def main(arguments: list[str] | None = None) -> int:
                     task, description=text, completed=done, total=total
                 ),
             )
+            report = HFDirectory(options.source).left_out_report()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted: nothing was left behind", file=sys.stderr)
         return 130
+    if report:
+        print(report, file=sys.stderr)
     print(options.destination)
     return 0
 

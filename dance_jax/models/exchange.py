@@ -19,8 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from dance_jax.models.experts import Pool, expert_ffn
-from dance_jax.models.layers import Routed
+from dance_jax.models.experts import ExpertFormat, Pool
 from dance_jax.models.messages import (
     NO_EXPERT,
     Columns,
@@ -34,6 +33,7 @@ from dance_jax.models.messages import (
     join_columns,
     split_columns,
 )
+from dance_jax.models.router import Routed
 from dance_jax.models.topology import (
     Topology,
     gather_siblings,
@@ -63,6 +63,7 @@ class Exchange:
     def __init__(
         self,
         topology: Topology,
+        form: ExpertFormat,
         pool: Pool,
         tables: Tables,
         said: Array,
@@ -71,11 +72,13 @@ class Exchange:
     ):
         """
         Args:
+            form: what the pool's slots hold.
             said: int32 [], what this server tells the others of itself (`messages.say`); all learn
                 what follows from all (`messages.agree`).
             wire_dtype: of hidden states and sums between servers, see messages.encode.
         """
         self.topology = topology
+        self.form = form
         self.pool = pool
         self.tables = tables
         self.said = said
@@ -178,5 +181,5 @@ class Exchange:
     def _ffn(self, x_nd: Array, expert_nk: Array, weight_nk: Array, slot_e: Array) -> Array:
         known_nk = expert_nk != NO_EXPERT
         slot_nk = jnp.where(known_nk, slot_e[jnp.where(known_nk, expert_nk, 0)], -1)
-        experts = self.pool.w_gate.shape[0] / self.tables.slot_of.shape[0]
-        return expert_ffn(self.pool, x_nd, slot_nk, weight_nk, experts)
+        experts = self.pool[0].shape[0] / self.tables.slot_of.shape[0]
+        return self.form.ffn(self.pool, x_nd, slot_nk, weight_nk, experts)

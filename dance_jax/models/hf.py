@@ -10,8 +10,9 @@ from typing import Any
 
 from dance_jax.config import UserError
 from dance_jax.models.config import ModelConfig
-from dance_jax.models.families import FAMILIES
+from dance_jax.models.families import model_config
 from dance_jax.models.safetensors_file import StoredTensor, content_hash, read_header
+from dance_jax.models.tensors import expert_rules, trunk_rules
 
 INDEX = "model.safetensors.index.json"
 
@@ -76,7 +77,7 @@ def read_config(directory: str | pathlib.Path) -> ModelConfig:
     fields = read_json(path)
     assert fields is not None
     generation = read_json(directory / "generation_config.json", required=False)
-    return ModelConfig.from_hf(fields, generation, str(path))
+    return model_config(fields, generation, str(path))
 
 
 class HFDirectory:
@@ -90,10 +91,33 @@ class HFDirectory:
     def __init__(self, directory: str | pathlib.Path):
         self.path = model_directory(directory)
         self.config = read_config(self.path)
+        if self.config.quantization:
+            raise UserError(
+                f"{self.path}: the weights are quantised ({self.config.quantization}, by "
+                "config.json's quantization_config); only float32, float16 and bfloat16 can be "
+                "read: use a copy of the model in one of them"
+            )
         self.files = _weight_files(self.path)
-        self.tensors = self._headers()
-        _rename(self.tensors, self.config)
+        self.tensors = _spelled(self._headers(), self.config)
+        #: Names of tensors that are known and not needed.
+        self.left_out = self._leave_out()
+        _cut_experts(self.tensors, self.config)
         self._check()
+
+    def left_out_report(self) -> str:
+        """One line on the tensors that are left out; "" where there are none."""
+        if not self.left_out:
+            return ""
+        listed = ", ".join(self.left_out[:3]) + (", ..." if len(self.left_out) > 3 else "")
+        count = len(self.left_out)
+        return f"left out, as generating text does not need them: {count} tensors ({listed})"
+
+    def _leave_out(self) -> list[str]:
+        patterns = re.compile("|".join(self.config.names.ignored or ("$^",)))
+        names = sorted(name for name in self.tensors if patterns.match(name))
+        for name in names:
+            del self.tensors[name]
+        return names
 
     def fingerprint(self) -> str:
         """Hash (hex) of weights, config and tokenizer; the same wherever the files lie."""
@@ -119,11 +143,10 @@ class HFDirectory:
         return tensors
 
     def _check(self) -> None:
-        family = FAMILIES[self.config.family]
-        wanted = {rule.source: rule.shape for rule in family.tensor_rules(self.config)}
+        wanted = {rule.source: rule.shape for rule in trunk_rules(self.config)}
         for layer in self.config.moe_layers:
             for expert in range(self.config.num_experts):
-                for rule in family.expert_tensors(self.config, layer, expert):
+                for rule in expert_rules(self.config, layer, expert):
                     wanted[rule.source] = rule.shape
         harmless = {"lm_head.weight"} if self.config.tie_embeddings else set()
         missing = sorted(wanted.keys() - self.tensors.keys())
@@ -177,30 +200,51 @@ def _weight_files(directory: pathlib.Path) -> list[pathlib.Path]:
     return files
 
 
-def _rename(tensors: dict[str, StoredTensor], config: ModelConfig) -> None:
-    """Brings transformers 5's names of modules to those of published checkpoints, in place.
+def _spelled(tensors: dict[str, StoredTensor], config: ModelConfig) -> dict[str, StoredTensor]:
+    """The tensors under the names of `ModelConfig.names`, whichever spelling they are stored in.
 
-    Experts stored as one tensor (gate_up_proj [e, 2f, d], down_proj [e, d, f]) are cut by offset.
+    Raises:
+        UserError: two tensors are one by their names.
     """
-    if config.family == "mixtral":
-        for name in [name for name in tensors if re.match(r"model\.layers\.\d+\.mlp\.", name)]:
-            tensors[name.replace(".mlp.", ".block_sparse_moe.", 1)] = tensors.pop(name)
-    e, d, f = config.num_experts, config.hidden_size, config.expert_width
-    family = FAMILIES[config.family]
+    found: dict[str, StoredTensor] = {}
+    for stored, tensor in tensors.items():
+        name = stored
+        for pattern, replacement in config.names.spellings:
+            name = re.sub(pattern, replacement, name)
+        if name in found:
+            raise UserError(f"{tensor.file}: {stored} is stored twice, under two spellings")
+        found[name] = tensor
+    return found
+
+
+def _cut_experts(tensors: dict[str, StoredTensor], config: ModelConfig) -> None:
+    """Cuts tensors of all experts of a layer into one expert's each, by offset and in place.
+
+    gate_up_proj is [e, 2f, d], gate before up, or as gpt-oss has it; others are [e, ...].
+    """
+    experts, width = config.num_experts, config.expert.width
     for layer in config.moe_layers:
-        first = family.expert_tensors(config, layer, 0)[0].source
-        prefix = first[: first.index(".experts.") + len(".experts.")]
-        both, down = f"{prefix}gate_up_proj", f"{prefix}down_proj"
-        if both not in tensors or down not in tensors:
-            continue
-        if tensors[both].shape != (e, 2 * f, d) or tensors[down].shape != (e, d, f):
-            raise UserError(
-                f"{tensors[both].file}: {both} is {list(tensors[both].shape)} and {down} is "
-                f"{list(tensors[down].shape)}, not {[e, 2 * f, d]} and {[e, d, f]}"
-            )
-        joined, outputs = tensors.pop(both), tensors.pop(down)
-        for expert in range(e):
-            rules = family.expert_tensors(config, layer, expert)
-            pair = joined.part(expert, e).without_first_axis()
-            tensors[rules[0].source], tensors[rules[1].source] = pair.part(0, 2), pair.part(1, 2)
-            tensors[rules[2].source] = outputs.part(expert, e).without_first_axis()
+        prefix = f"model.layers.{layer}.{config.names.experts}."
+        for leaf in ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias"):
+            joined = tensors.get(prefix + leaf)
+            if joined is None:
+                continue
+            gate, up, down = config.names.projections
+            halves = leaf == "gate_up_proj" and not config.names.interleaved
+            rows = joined.shape[1:2] if joined.shape[:1] == (experts,) else ()
+            if not rows or (halves and rows != (2 * width,)):
+                wanted = f"[{experts}, {2 * width}, ...]" if halves else f"[{experts}, ...]"
+                raise UserError(
+                    f"{joined.file}: {prefix}{leaf} is {list(joined.shape)}, not {wanted}"
+                )
+            del tensors[prefix + leaf]
+            for expert in range(experts):
+                own = joined.part(expert, experts).without_first_axis()
+                name = f"{prefix}{expert}."
+                if config.names.interleaved:
+                    tensors[name + leaf] = own
+                elif halves:
+                    tensors[f"{name}{gate}.weight"] = own.part(0, 2)
+                    tensors[f"{name}{up}.weight"] = own.part(1, 2)
+                else:
+                    tensors[f"{name}{down}.weight"] = own

@@ -153,10 +153,41 @@ void Multiply(Product<T> p, int64_t rows, int64_t width) {
   }
 }
 
+// What an expert computes between its projections (models/config.py).
+struct Activation {
+  enum Kind : int32_t { kSilu = 0, kGelu = 1, kClamped = 2 } kind;
+  float alpha, limit;
+
+  // gate[i] becomes the activation of gate[i] and up[i].
+  void Apply(float* gate, const float* up, int64_t count) const {
+    switch (kind) {
+      case kSilu:
+        for (int64_t i = 0; i < count; ++i) gate[i] = gate[i] / (1.0f + std::exp(-gate[i])) * up[i];
+        return;
+      case kGelu:
+        for (int64_t i = 0; i < count; ++i) {
+          const float g = gate[i];
+          const float inner = 0.7978845608028654f * (g + 0.044715f * g * g * g);
+          gate[i] = 0.5f * g * (1.0f + std::tanh(inner)) * up[i];
+        }
+        return;
+      case kClamped:
+        for (int64_t i = 0; i < count; ++i) {
+          const float g = std::min(gate[i], limit), u = std::clamp(up[i], -limit, limit);
+          gate[i] = g / (1.0f + std::exp(-alpha * g)) * (u + 1.0f);
+        }
+        return;
+    }
+  }
+};
+
 template <typename T>
 struct Layer {
   const T *w_gate, *w_up, *w_down;  // [s, d, f], [s, d, f], [s, f, d]
-  const T* x;                       // [n, d]
+  // [s, f], [s, f], [s, d], or null: there are none.
+  const float *b_gate, *b_up, *b_down;
+  Activation activation;
+  const T* x;  // [n, d]
   int64_t n, d, f, k;
 };
 
@@ -172,6 +203,11 @@ void RunTask(const Layer<T>& layer, const Task& task, const std::vector<int32_t>
   thread_local std::vector<float> scratch;
   const int64_t d = layer.d, width = task.f_end - task.f_begin;
   scratch.assign(task.rows * (2 * d + 2 * width), 0.0f);
+  // Rows of a product begin with the bias; of the parts of a cut expert the first one adds b_down.
+  auto begin_with = [&](float* rows, const float* bias, int64_t count) {
+    if (bias == nullptr) return;
+    for (int64_t r = 0; r < task.rows; ++r) std::memcpy(rows + r * count, bias, count * sizeof(float));
+  };
   float* x = scratch.data();
   float* gate = x + task.rows * d;
   float* up = gate + task.rows * width;
@@ -184,11 +220,14 @@ void RunTask(const Layer<T>& layer, const Task& task, const std::vector<int32_t>
   const T* w_gate = layer.w_gate + expert + task.f_begin;
   const T* w_up = layer.w_up + expert + task.f_begin;
   const T* w_down = layer.w_down + expert + task.f_begin * d;
+  if (layer.b_gate != nullptr) {
+    begin_with(gate, layer.b_gate + task.slot * layer.f + task.f_begin, width);
+    begin_with(up, layer.b_up + task.slot * layer.f + task.f_begin, width);
+    if (task.f_begin == 0) begin_with(sum, layer.b_down + task.slot * d, d);
+  }
   Multiply<T>({x, w_gate, gate, d, d, layer.f, width}, task.rows, width);
   Multiply<T>({x, w_up, up, d, d, layer.f, width}, task.rows, width);
-  for (int64_t i = 0; i < task.rows * width; ++i) {
-    gate[i] = gate[i] / (1.0f + std::exp(-gate[i])) * up[i];
-  }
+  layer.activation.Apply(gate, up, task.rows * width);
   Multiply<T>({gate, w_down, sum, width, width, d, d}, task.rows, d);
   for (int64_t r = 0; r < task.rows; ++r) {
     std::memcpy(task.out + order[task.begin + r] * d, sum + r * d, d * sizeof(float));
@@ -277,17 +316,23 @@ int64_t Run(ffi::ThreadPool& pool, const Layer<T>& layer, int64_t slots, const i
 // Calls for routed experts in this process, the time in them, and the assignments they computed.
 std::atomic<int64_t> routed_calls{0}, routed_ns{0}, routed_assignments{0};
 
-// routed: the experts are those that a router chose.
+// routed: the experts are those that a router chose. Biases have no rows where there are none.
 template <ffi::DataType kType>
-ffi::Error GroupedFfn(ffi::ThreadPool pool, bool routed, ffi::Buffer<kType, 3> w_gate,
-                      ffi::Buffer<kType, 3> w_up, ffi::Buffer<kType, 3> w_down,
+ffi::Error GroupedFfn(ffi::ThreadPool pool, bool routed, int32_t activation, float alpha,
+                      float limit, ffi::Buffer<kType, 3> w_gate, ffi::Buffer<kType, 3> w_up,
+                      ffi::Buffer<kType, 3> w_down, ffi::Buffer<ffi::F32, 2> b_gate,
+                      ffi::Buffer<ffi::F32, 2> b_up, ffi::Buffer<ffi::F32, 2> b_down,
                       ffi::Buffer<kType, 2> x, ffi::Buffer<ffi::S32, 2> slot,
                       ffi::Buffer<ffi::F32, 2> weight, ffi::ResultBuffer<ffi::F32, 2> y) {
   using T = std::conditional_t<kType == ffi::F32, float, uint16_t>;
   auto data = [](auto& buffer) { return static_cast<const T*>(buffer.untyped_data()); };
   const auto shape = w_gate.dimensions(), rows = slot.dimensions();
-  Layer<T> layer{data(w_gate), data(w_up), data(w_down), data(x),
-                 rows[0],      shape[1],   shape[2],     rows[1]};
+  auto bias = [](auto& buffer) -> const float* {
+    return buffer.dimensions()[0] == 0 ? nullptr : buffer.typed_data();
+  };
+  Layer<T> layer{data(w_gate), data(w_up), data(w_down), bias(b_gate), bias(b_up), bias(b_down),
+                 {static_cast<Activation::Kind>(activation), alpha, limit},
+                 data(x), rows[0], shape[1], shape[2], rows[1]};
   const auto start = std::chrono::steady_clock::now();
   const int64_t assignments =
       Run(pool, layer, shape[0], slot.typed_data(), weight.typed_data(), y->typed_data());
@@ -352,9 +397,15 @@ auto GroupedFfnBinding() {
   return ffi::Ffi::Bind()
       .template Ctx<ffi::ThreadPool>()
       .template Attr<bool>("routed")
+      .template Attr<int32_t>("activation")
+      .template Attr<float>("alpha")
+      .template Attr<float>("limit")
       .template Arg<ffi::Buffer<kType, 3>>()
       .template Arg<ffi::Buffer<kType, 3>>()
       .template Arg<ffi::Buffer<kType, 3>>()
+      .template Arg<ffi::Buffer<ffi::F32, 2>>()
+      .template Arg<ffi::Buffer<ffi::F32, 2>>()
+      .template Arg<ffi::Buffer<ffi::F32, 2>>()
       .template Arg<ffi::Buffer<kType, 2>>()
       .template Arg<ffi::Buffer<ffi::S32, 2>>()
       .template Arg<ffi::Buffer<ffi::F32, 2>>()

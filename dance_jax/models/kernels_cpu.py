@@ -21,7 +21,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,7 @@ import numpy as np
 from jax import Array
 
 from dance_jax.cache import processor
+from dance_jax.models.config import Activation
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +45,8 @@ _SYMBOLS = {
     for dtype in ("float32", "bfloat16")
 }
 _HANDLERS = (*_SYMBOLS.values(), "LinksDispatch", "LinksReturn", "SiblingsGather", "SiblingsSum")
+#: Kinds of `Activation` by their numbers in C++.
+_ACTIVATIONS = ("silu", "gelu", "clamped")
 _library: ctypes.CDLL | None = None
 
 
@@ -158,9 +161,8 @@ def routed_seconds() -> tuple[int, float, int]:
 
 @jax.named_scope("experts")
 def grouped_ffn(
-    w_gate: Array,
-    w_up: Array,
-    w_down: Array,
+    activation: Activation,
+    leaves: Sequence[Array],
     x_nd: Array,
     slot_nk: Array,
     weight_nk: Array,
@@ -169,7 +171,9 @@ def grouped_ffn(
     """What experts.grouped_ffn computes, on CPU; hidden activations stay float32.
 
     Args:
-        w_gate, w_up: [s, d, f]; w_down: [s, f, d]; float32 or bfloat16.
+        activation: between the projections.
+        leaves: w_gate, w_up [s, d, f] and w_down [s, f, d], float32 or bfloat16; where experts have
+            biases, b_gate, b_up [s, f] and b_down [s, d] too, float32.
         x_nd: [n, d] in the weights' dtype.
         slot_nk: int32 [n, k], -1 for none; weight_nk: float32 [n, k].
         routed: the time is counted in `routed_seconds`.
@@ -177,21 +181,34 @@ def grouped_ffn(
     Returns:
         float32 [n, d].
     """
-    call = _call("GroupedFfn", x_nd, x_nd.shape)
-    return call(w_gate, w_up, w_down, x_nd, slot_nk, weight_nk, routed=routed)
+    weights, biases = leaves[:3], leaves[3:]
+    _, d, f = weights[0].shape
+    biases = biases or [jnp.zeros((0, width), jnp.float32) for width in (f, f, d)]
+    return _call("GroupedFfn", x_nd, x_nd.shape)(
+        *weights,
+        *biases,
+        x_nd,
+        slot_nk,
+        weight_nk,
+        routed=routed,
+        activation=np.int32(_ACTIVATIONS.index(activation.kind)),
+        alpha=np.float32(activation.alpha),
+        limit=np.float32(activation.limit),
+    )
 
 
-def gated_mlp(w_gate: Array, w_up: Array, w_down: Array, x_nd: Array) -> Array:
-    """down(silu(gate(x)) * up(x)), all rows through one expert: float32 [n, d].
+def gated_mlp(
+    activation: Activation, w_gate: Array, w_up: Array, w_down: Array, x_nd: Array
+) -> Array:
+    """down(activation(gate(x), up(x))), all rows through one expert: float32 [n, d].
 
     Args:
         w_gate, w_up: [d, f]; w_down: [f, d]; x_nd: [n, d]; of one dtype.
     """
     rows = (x_nd.shape[0], 1)
     return grouped_ffn(
-        w_gate[None],
-        w_up[None],
-        w_down[None],
+        activation,
+        [w_gate[None], w_up[None], w_down[None]],
         x_nd,
         jnp.zeros(rows, jnp.int32),
         jnp.ones(rows, jnp.float32),

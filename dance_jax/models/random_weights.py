@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import ml_dtypes
@@ -12,15 +12,16 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from dance_jax.models.config import ModelConfig
-from dance_jax.models.families import FAMILIES
-from dance_jax.models.tensors import TensorRule
+from dance_jax.models.experts import ExpertFormat, Weights
+from dance_jax.models.families import model_config
+from dance_jax.models.tensors import TensorRule, expert_rules, trunk_rules
 
 
 def random_trunk_tensors(config: ModelConfig, seed: int) -> Iterator[tuple[str, np.ndarray]]:
     """The trunk's tensors under their Hugging Face names, float32."""
     rng = np.random.default_rng([seed, 0])
-    for rule in FAMILIES[config.family].tensor_rules(config):
-        yield rule.source, _random(rng, rule)
+    for rule in trunk_rules(config):
+        yield rule.source, _random(rng, rule, config)
 
 
 def random_expert_tensors(config: ModelConfig, seed: int) -> Iterator[tuple[str, np.ndarray]]:
@@ -28,15 +29,39 @@ def random_expert_tensors(config: ModelConfig, seed: int) -> Iterator[tuple[str,
     for layer in config.moe_layers:
         rng = np.random.default_rng([seed, 1, layer])
         for expert in range(config.num_experts):
-            for rule in FAMILIES[config.family].expert_tensors(config, layer, expert):
-                yield rule.source, _random(rng, rule)
+            for rule in expert_rules(config, layer, expert):
+                yield rule.source, _random(rng, rule, config)
 
 
-def _random(rng: np.random.Generator, rule: TensorRule) -> np.ndarray:
-    """Norms near 1, an embedding of unit size, projections that keep the size of their input."""
+def random_expert(
+    config: ModelConfig,
+    tensors: Mapping[str, np.ndarray],
+    layer: int,
+    expert: int,
+    form: ExpertFormat,
+) -> Weights:
+    """One expert in `form`, of the tensors that `random_expert_tensors` yields.
+
+    Args:
+        layer: MoE layer counted from 0.
+    """
+    return form.from_stored(
+        {
+            target.path: target.cut(tensors[rule.source])
+            for rule in expert_rules(config, config.moe_layers[layer], expert)
+            for target in rule.targets
+        }
+    )
+
+
+def _random(rng: np.random.Generator, rule: TensorRule, config: ModelConfig) -> np.ndarray:
+    """Factors near 1, biases near 0, an embedding of unit size, projections that keep the size of
+    their input."""
     values = rng.standard_normal(rule.shape, dtype=np.float32)
     if len(rule.shape) == 1:
-        return 1 + 0.1 * values
+        norm = rule.source.endswith("norm.weight") and not config.norm_plus_one
+        factor = norm or rule.source.endswith(("scalar", "scale"))
+        return factor + 0.1 * values
     if rule.source == "model.embed_tokens.weight":
         return values
     return values * np.float32(rule.shape[-1] ** -0.5)
@@ -66,7 +91,7 @@ def write_random_checkpoint(
     """
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    config = ModelConfig.from_hf(fields)
+    config = model_config(fields)
     (directory / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
     if tokenizer:
         write_byte_tokenizer(directory, config)

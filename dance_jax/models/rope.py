@@ -1,4 +1,4 @@
-"""Rotary position embedding, plain, linearly scaled and YaRN."""
+"""Rotary position embedding in the kinds that published models use."""
 
 from __future__ import annotations
 
@@ -11,21 +11,41 @@ import numpy as np
 from dance_jax.models.config import RopeConfig
 
 
-def inverse_frequencies(rope: RopeConfig) -> np.ndarray:
+def inverse_frequencies(rope: RopeConfig, context: int) -> np.ndarray:
     """Radians per position of each pair of floats, float32 [dim / 2].
 
-    YaRN (arXiv 2309.00071, section 3.2): pair i turns original_max_position * f_i / 2 pi times over
-    the trained context; pairs above beta_fast turns keep f_i, those below beta_slow get
-    f_i / factor, a linear ramp over i blends between.
+    Args:
+        rope: the kind and its numbers.
+        context: longest sequence served, in tokens. longrope has one set of frequencies for
+            contexts as trained and one for longer ones; cached keys must all be of one set, so
+            what is served decides, not how long a sequence happens to be.
     """
     # float32 throughout: the angle of a late position shows every bit of it
     exponents = np.arange(0, rope.dim, 2, dtype=np.float32) / np.float32(rope.dim)
     plain = np.float32(1.0) / np.power(np.float32(rope.theta), exponents)
     if rope.kind == "default":
         return plain
+    if rope.kind == "proportional":
+        return np.where(np.arange(rope.dim // 2) < rope.turning_pairs, plain, np.float32(0))
+    if rope.kind == "longrope":
+        longer = context > rope.original_max_position
+        factors = rope.long_factor if longer else rope.short_factor
+        return (plain / np.array(factors, np.float32)).astype(np.float32)
     stretched = (plain / np.float32(rope.factor)).astype(np.float32)
     if rope.kind == "linear":
         return stretched
+    if rope.kind == "llama3":
+        return _llama3(rope, plain, stretched)
+    return _yarn(rope, plain, stretched)
+
+
+def _yarn(rope: RopeConfig, plain: np.ndarray, stretched: np.ndarray) -> np.ndarray:
+    """YaRN (arXiv 2309.00071, section 3.2).
+
+    Pair i turns original_max_position * f_i / 2 pi times over the trained context; pairs above
+    beta_fast turns keep f_i, those below beta_slow get f_i / factor, a linear ramp over i blends
+    between.
+    """
 
     def pair_with(turns: float) -> float:
         wavelengths = rope.original_max_position / (turns * 2 * math.pi)
@@ -40,9 +60,21 @@ def inverse_frequencies(rope: RopeConfig) -> np.ndarray:
     return (stretched * ramp + plain * (1 - ramp)).astype(np.float32)
 
 
-def rotation(rope: RopeConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine of every angle, float32 [*positions.shape, dim / 2]."""
-    angles = positions[..., None].astype(jnp.float32) * inverse_frequencies(rope)
+def _llama3(rope: RopeConfig, plain: np.ndarray, stretched: np.ndarray) -> np.ndarray:
+    """Llama 3.1's scaling: as YaRN, with a ramp over turns instead of pairs."""
+    turns = rope.original_max_position * plain / (2 * math.pi)
+    kept = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    kept = np.clip(kept, 0, 1)
+    return (stretched * (1 - kept) + plain * kept).astype(np.float32)
+
+
+def rotation(rope: RopeConfig, positions: jax.Array, context: int) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine of every angle, float32 [*positions.shape, dim / 2].
+
+    Args:
+        context: see `inverse_frequencies`.
+    """
+    angles = positions[..., None].astype(jnp.float32) * inverse_frequencies(rope, context)
     factor = np.float32(rope.attention_factor)
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
@@ -50,9 +82,15 @@ def rotation(rope: RopeConfig, positions: jax.Array) -> tuple[jax.Array, jax.Arr
 def rotate(
     rope: RopeConfig, heads_thk: jax.Array, rotation_tk: tuple[jax.Array, jax.Array]
 ) -> jax.Array:
-    """Rotates each head's pairs of floats: [t, heads, dim] in any dtype, returned in it."""
+    """Rotates the pairs of floats in the first `rope.dim` of each head; the rest passes.
+
+    Args:
+        heads_thk: [t, heads, head width] in any dtype, returned in it.
+        rotation_tk: of `rotation`, for the tokens' positions.
+    """
     cos, sin = (table[..., None, :] for table in rotation_tk)
-    values = heads_thk.astype(jnp.float32)
+    turning, still = jnp.split(heads_thk, [rope.dim], axis=-1)
+    values = turning.astype(jnp.float32)
     if rope.interleaved:
         first, second = values[..., 0::2], values[..., 1::2]
     else:
@@ -62,4 +100,5 @@ def rotate(
         joined = jnp.stack(turned, axis=-1).reshape(values.shape)
     else:
         joined = jnp.concatenate(turned, axis=-1)
-    return joined.astype(heads_thk.dtype)
+    joined = joined.astype(heads_thk.dtype)
+    return joined if not still.shape[-1] else jnp.concatenate([joined, still], axis=-1)

@@ -22,7 +22,6 @@ from dance_jax.models import kernels_cpu
 from dance_jax.models.attention import Rows
 from dance_jax.models.checkpoint import Checkpoint
 from dance_jax.models.convert import convert
-from dance_jax.models.experts import Pool, expert_ffn
 from dance_jax.placement import place
 
 # three unequal servers: share of all routed experts each can hold, and the domain of its users
@@ -53,9 +52,10 @@ def window_runner(checkpoint: Checkpoint) -> RunWindow:
     """The engine's own model on one window, no token dropped."""
     c = checkpoint.config
     pairs = [(layer, e) for layer in range(len(c.moe_layers)) for e in range(c.num_experts)]
-    pool = Pool(*map(jnp.asarray, checkpoint.experts(pairs, "float32")))
+    pool = tuple(map(jnp.asarray, checkpoint.experts(pairs, checkpoint.form("float32"))))
+    form = checkpoint.form("float32")
     graph, state = nnx.split(checkpoint.trunk("float32"))
-    nothing = [jnp.zeros((1, 1, c.cache_width))] * c.num_layers
+    nothing = [jnp.zeros((1, 1, layer.mixer.cache_width)) for layer in c.layers]
 
     @jax.jit
     def run(state, pool, tokens):
@@ -63,11 +63,12 @@ def window_runner(checkpoint: Checkpoint) -> RunWindow:
 
         def moe(layer, x, expert, weight):
             slot = layer * c.num_experts + expert
-            return expert_ffn(pool, x, slot, weight, c.num_experts), expert
+            return form.ffn(pool, x, slot, weight, c.num_experts), expert
 
-        zero = jnp.zeros(1, jnp.int32)
-        window = Rows(zero, zero, zero[None], tokens.shape[1])
-        hidden, _, choice = model(tokens[0], window.positions_t, [window], nothing, moe)
+        window = Rows.whole(tokens.shape[1])
+        hidden, _, choice = model(
+            tokens[0], window.positions_t, [window], nothing, moe, tokens.shape[1]
+        )
         logits = model.logits(hidden[:-1])
         chosen = jnp.take_along_axis(logits, tokens[0, 1:, None], 1)[:, 0]
         return jax.nn.logsumexp(logits, 1) - chosen, choice

@@ -289,6 +289,6 @@ def test_pools_hold_exactly_their_slots(three_servers: TestCluster):
     """On the live arrays of every process: a smaller server allocates less."""
     three_servers.use("sockets")
     shapes = three_servers.place(placed(random_resident(4, frozenset(), 0.3))[1])
-    d, f = tiny.CONFIG.hidden_size, tiny.CONFIG.expert_width
+    d, f = tiny.CONFIG.hidden_size, tiny.CONFIG.expert.width
     for slots, devices, pools in zip(SLOTS, DEVICES, shapes, strict=True):
         assert pools == [[(1, slots, d, f)] * devices] * 2 + [[(1, slots, f, d)] * devices]

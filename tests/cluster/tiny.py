@@ -16,15 +16,16 @@ from dance_jax.engine.runner import Runner
 from dance_jax.engine.scheduler import Row, StepPlan
 from dance_jax.engine.sequence import SamplingParams, Sequence
 from dance_jax.engine.step import BUSY, token_slice
-from dance_jax.models import ModelConfig
+from dance_jax.models import model_config
 from dance_jax.models.build import init_random
+from dance_jax.models.experts import expert_format
 from dance_jax.models.messages import Transport
-from dance_jax.models.random_weights import random_expert_tensors
+from dance_jax.models.random_weights import random_expert, random_expert_tensors
 from dance_jax.placement.core import Layout
 from tests.quick import QuickCache
 from tests.tiny_models import SERVED
 
-CONFIG = ModelConfig.from_hf(SERVED)
+CONFIG = model_config(SERVED)
 ENGINE = EngineConfig(
     max_model_len=128,
     max_num_seqs=4,
@@ -34,6 +35,7 @@ ENGINE = EngineConfig(
     route_sample=64,
 )
 DECODE, SLICE = ENGINE.buckets
+FORM = expert_format(CONFIG, "float32")
 LAYERS, EXPERTS = len(CONFIG.moe_layers), CONFIG.num_experts
 
 
@@ -44,15 +46,8 @@ def expert_tensors() -> dict[str, np.ndarray]:
 
 def read_experts(pairs: list[tuple[int, int]]):
     """Stands in for a checkpoint: the same weights as `init_random` goes with."""
-    tensors = expert_tensors()
-    stacks = []
-    for part in ("gate_proj", "up_proj", "down_proj"):
-        names = (
-            f"model.layers.{CONFIG.moe_layers[layer]}.mlp.experts.{expert}.{part}.weight"
-            for layer, expert in pairs
-        )
-        stacks.append(np.stack([tensors[name].T for name in names]))
-    return tuple(stacks)
+    found = [random_expert(CONFIG, expert_tensors(), *pair, FORM) for pair in pairs]
+    return tuple(map(np.stack, zip(*found, strict=True)))
 
 
 def runner(
@@ -67,7 +62,7 @@ def runner(
     config = dataclasses.replace(ENGINE, wire_dtype=wire_dtype)
     blocks = config.max_num_seqs * config.max_blocks
     cache = compile_cache or QuickCache(None)
-    return Runner(CONFIG, trunk, read_experts, layout, rank, config, blocks, cache, transport)
+    return Runner(CONFIG, trunk, FORM, read_experts, layout, rank, config, blocks, cache, transport)
 
 
 def weights_of(layout: Layout, rank: int) -> dict[tuple[int, int], tuple[np.ndarray, ...]]:

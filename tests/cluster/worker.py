@@ -59,9 +59,7 @@ while True:
             runners[variant].place(layout)
         else:
             runners[variant] = tiny.runner(layout, RANK, transports[variant[0]], variant[1])
-        like = runners[variant].expert_like
-        shapes = [leaf.shape for leaf in like]
-        staging = Staging(layout, RANK, shapes, like.w_gate.dtype)
+        staging = Staging(layout, RANK, runners[variant].form)
         pool = runners[variant].pool
         reply = [[shard.data.shape for shard in leaf.addressable_shards] for leaf in pool]
     elif command[0] == "level router":

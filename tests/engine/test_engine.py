@@ -22,7 +22,6 @@ from dance_jax.engine.sequence import Request, SamplingParams
 from dance_jax.models.attention import Rows
 from dance_jax.models.checkpoint import Checkpoint
 from dance_jax.models.convert import ensure_converted
-from dance_jax.models.experts import Pool, expert_ffn
 from dance_jax.models.tokenizer import Tokenizer
 from tests.launch.tiny import write_model
 from tests.quick import QuickCache
@@ -70,20 +69,20 @@ class Naive:
         config = checkpoint.config
         experts = range(config.num_experts)
         pairs = [(layer, e) for layer in range(len(config.moe_layers)) for e in experts]
-        pool = Pool(*map(jnp.asarray, checkpoint.experts(pairs, "float32")))
+        pool = tuple(map(jnp.asarray, checkpoint.experts(pairs, checkpoint.form("float32"))))
+        form = checkpoint.form("float32")
         graph, state = nnx.split(checkpoint.trunk("float32"))
-        nothing = [jnp.zeros((1, 1, config.cache_width))] * config.num_layers
+        nothing = [jnp.zeros((1, 1, layer.mixer.cache_width)) for layer in config.layers]
 
         def moe(layer, x_td, expert_tk, weight_tk):
             slot_tk = layer * config.num_experts + expert_tk
-            return expert_ffn(pool, x_td, slot_tk, weight_tk, config.num_experts), None
+            return form.ffn(pool, x_td, slot_tk, weight_tk, config.num_experts), None
 
         @jax.jit
         def logits(state, tokens_t, last):
             trunk = nnx.merge(graph, state)
-            zero = jnp.zeros(1, jnp.int32)
-            whole = Rows(zero, zero, zero[None], len(tokens_t))
-            hidden, _, _ = trunk(tokens_t, whole.positions_t, [whole], nothing, moe)
+            whole = Rows.whole(len(tokens_t))
+            hidden, _, _ = trunk(tokens_t, whole.positions_t, [whole], nothing, moe, CONTEXT)
             return trunk.logits(hidden[last][None])[0]
 
         self._logits = functools.partial(logits, state)

@@ -77,7 +77,7 @@ def loads(checkpoint: Checkpoint, engine: Engine, old: Layout, new: Layout):
     slots = np.flatnonzero((was != now).any(1) & (now[:, 0] >= 0)).tolist()
     assert slots
     pairs = [tuple(now[slot].tolist()) for slot in slots]
-    stacks = checkpoint.experts(pairs, engine.config.dtype)
+    stacks = checkpoint.experts(pairs, engine.form)
     return {(0, slot): each for slot, *each in zip(slots, *stacks, strict=True)}
 
 
@@ -96,7 +96,7 @@ def check_pool(checkpoint: Checkpoint, engine: Engine) -> None:
     reader.join()
     assert len(found) == len(pairs)
     for ours, theirs in zip(
-        zip(*found, strict=True), checkpoint.experts(pairs, engine.config.dtype), strict=True
+        zip(*found, strict=True), checkpoint.experts(pairs, engine.form), strict=True
     ):
         np.testing.assert_array_equal(np.stack(ours), theirs)
 
@@ -225,8 +225,8 @@ def test_slots_are_written_in_place(checkpoint: Checkpoint, dtype: str):
 
     runner.compile_slots()
     before, neighbour = places(), runner.read_slot(0, 8)
-    fresh = [np.full(leaf.shape, 2, leaf.dtype) for leaf in runner.expert_like]
-    runner.write_slots([[SlotWrite(slot, *fresh) for slot in (7, 9)]])
+    fresh = tuple(np.full_like(leaf, 2) for leaf in runner.form.empty())
+    runner.write_slots([[SlotWrite(slot, fresh) for slot in (7, 9)]])
     assert places() == before
     for slot, wanted in ((7, fresh), (8, neighbour), (9, fresh)):
         for ours, theirs in zip(runner.read_slot(0, slot), wanted, strict=True):

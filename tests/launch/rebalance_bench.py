@@ -23,7 +23,7 @@ from dance_jax.launch.rebalance import (
 )
 from dance_jax.launch.rebalancer import Rebalancer
 from dance_jax.launch.solver import SolverError
-from dance_jax.models import ModelConfig
+from dance_jax.models import model_config
 from dance_jax.placement.core import Layout, Placement, spread
 from tests.tiny_models import SERVED
 
@@ -31,7 +31,7 @@ SPEC = parse_hosts(
     "alpha address=localhost experts=20 bandwidth=1Mbps\n"
     "beta address=localhost experts=20 bandwidth=1Mbps"
 )
-MODEL = ModelConfig.from_hf(SERVED)
+MODEL = model_config(SERVED)
 CONFIG = EngineConfig(max_model_len=64)
 LAYERS, EXPERTS, K = 2, 16, 4
 EXPERT_BYTES = 3 * 32 * 16 * 4

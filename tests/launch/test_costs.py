@@ -10,11 +10,11 @@ import pytest
 from dance_jax.config import ClusterSpec, EngineConfig
 from dance_jax.launch.costs import cluster_cost, cost_note, state_bytes
 from dance_jax.launch.hosts import parse_hosts
-from dance_jax.models import ModelConfig
+from dance_jax.models import model_config
 from dance_jax.placement import Cost
 from tests.tiny_models import SERVED
 
-MODEL = ModelConfig.from_hf(SERVED)
+MODEL = model_config(SERVED)
 CONFIG = EngineConfig(max_model_len=64)
 
 

@@ -46,11 +46,11 @@ def first(loader: Loader) -> Loaded:
 
 
 def test_only_what_moves_is_read(checkpoint: Checkpoint) -> None:
-    loaded = load(checkpoint_reader(checkpoint, "float32"), LOADS)
+    loaded = load(checkpoint_reader(checkpoint, checkpoint.form("float32")), LOADS)
     assert loaded.why == "" and loaded.seconds > 0
     assert set(loaded.experts) == {(0, 3), (1, 0), (0, 1)}
     for each in LOADS:
-        expected = checkpoint.experts([(each.layer, each.expert)], "float32")
+        expected = checkpoint.experts([(each.layer, each.expert)], checkpoint.form("float32"))
         for ours, theirs in zip(loaded.experts[each.device, each.slot], expected, strict=True):
             np.testing.assert_array_equal(ours, theirs[0])
     needed = len(LOADS) * checkpoint.expert_bytes("float32")
@@ -58,7 +58,7 @@ def test_only_what_moves_is_read(checkpoint: Checkpoint) -> None:
 
 
 def test_nothing_to_load_reads_nothing(checkpoint: Checkpoint) -> None:
-    loaded = load(checkpoint_reader(checkpoint, "float32"), [])
+    loaded = load(checkpoint_reader(checkpoint, checkpoint.form("float32")), [])
     assert (loaded.experts, loaded.bytes_read, loaded.why) == ({}, 0, "")
 
 
@@ -73,7 +73,7 @@ def test_a_torn_checkpoint(checkpoint: Checkpoint, tmp_path: pathlib.Path) -> No
         if path.is_file() and path.stat().st_size > 10_000:
             # Less than an array: which of them come first in a file changes from run to run.
             path.write_bytes(path.read_bytes()[:10_000])
-    loader = Loader(checkpoint_reader(torn, "float32"))
+    loader = Loader(checkpoint_reader(torn, torn.form("float32")))
     loader.begin(Stage(1, b"", LOADS))
     failed = first(loader)
     assert "torn" in failed.why and str(copy) in failed.why and not failed.experts
@@ -103,4 +103,4 @@ def test_what_is_dropped_does_not_come() -> None:
 
 def test_there_is_no_such_expert(checkpoint: Checkpoint) -> None:
     with pytest.raises(UserError, match="there is no expert 99"):
-        checkpoint_reader(checkpoint, "float32")([Load(0, 0, 0, 99, 0)])
+        checkpoint_reader(checkpoint, checkpoint.form("float32"))([Load(0, 0, 0, 99, 0)])

@@ -21,6 +21,8 @@ from dance_jax.launch.peers import Find, Kind, Like, Peers, Question
 from dance_jax.launch.protocol import Load, Stage
 from dance_jax.models.checkpoint import Checkpoint
 from dance_jax.models.convert import ensure_converted
+from dance_jax.models.experts import ExpertFormat
+from dance_jax.models.layers import SILU
 from dance_jax.models.random_weights import write_random_checkpoint
 from tests.launch.test_loading import first, load
 from tests.tiny_models import DEEPSEEK
@@ -28,8 +30,9 @@ from tests.tiny_models import DEEPSEEK
 NAMES = ("alpha", "beta", "gamma")
 #: What gamma, which has no copy of the model, loads: of both layers, not in order.
 PAIRS = [(1, 3), (0, 5), (1, 0), (0, 2), (0, 7), (1, 6), (0, 1)]
-#: Of the arrays that `held` finds.
-LIKES: list[Like] = [(shape, np.dtype(jnp.bfloat16)) for shape in ((2, 3), (2, 3), (3, 2))]
+#: Of what `held` finds.
+FORM = ExpertFormat(2, 3, "bfloat16", SILU, bias=False)
+LIKES: list[Like] = [(leaf.shape, leaf.dtype) for leaf in FORM.leaves.values()]
 
 
 def held(layer: int, expert: int):
@@ -42,7 +45,7 @@ def held(layer: int, expert: int):
 
 def pool() -> Find:
     """Of a server that is warm."""
-    shelf = Shelf(None, "bfloat16")
+    shelf = Shelf(None, FORM)
     shelf.held = held
     return shelf.find
 
@@ -69,7 +72,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 
 def reader(peers: Peers) -> Read:
-    return peers.reader(held, [shape for shape, _ in LIKES], LIKES[0][1])
+    return peers.reader(held, FORM)
 
 
 def test_moved_experts_come_from_those_that_hold_them(three: list[Peers]) -> None:
@@ -93,7 +96,7 @@ def test_moved_experts_come_from_those_that_hold_them(three: list[Peers]) -> Non
 def test_what_a_server_does_not_have(three: list[Peers]) -> None:
     """It says why, and goes on to answer."""
     three[1].answer(pool())
-    three[2].answer(Shelf(None, "bfloat16").find)
+    three[2].answer(Shelf(None, FORM).find)
     failed = load(reader(three[0]), [Load(0, 0, 1, 9, 1)])
     assert "server beta cannot send expert 9 of MoE layer 1: it is not resident" in failed.why
     assert load(reader(three[0]), [Load(0, 0, 1, 8, 1)]).why == ""
@@ -154,8 +157,8 @@ def test_what_can_go_wrong(
 class Source:
     """Answers as `Shelf` does, and notes what it is asked."""
 
-    def __init__(self, checkpoint: Checkpoint, dtype: str) -> None:
-        self._shelf = Shelf(checkpoint, dtype)
+    def __init__(self, checkpoint: Checkpoint, form: ExpertFormat) -> None:
+        self._shelf = Shelf(checkpoint, form)
         self.asked: list[Question] = []
         #: Called before the first answer.
         self.before: Callable[[], object] = lambda: None
@@ -172,10 +175,10 @@ def test_a_whole_model_from_others(
     dtype: str, checkpoint: Checkpoint, three: list[Peers], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same as from files, in answers of bounded size; both servers send at the same time."""
-    expert_bytes = checkpoint.expert_bytes(dtype)
-    monkeypatch.setattr(peer_weights, "PORTION_BYTES", 2 * expert_bytes)
+    form = checkpoint.form(dtype)
+    monkeypatch.setattr(peer_weights, "PORTION_BYTES", 2 * form.bytes)
     together = threading.Barrier(2, timeout=60)
-    sources = [Source(checkpoint, dtype) for _ in range(2)]
+    sources = [Source(checkpoint, form) for _ in range(2)]
     for source, each in zip(sources, three, strict=False):
         each.answer(source.find)
     weights = PeerWeights(checkpoint.config, three[2], [0, 1])
@@ -187,8 +190,8 @@ def test_a_whole_model_from_others(
     for source in sources:
         source.asked.clear()
         source.before = together.wait
-    found = weights.experts(PAIRS, dtype)
-    for our, their in zip(found, checkpoint.experts(PAIRS, dtype), strict=True):
+    found = weights.experts(PAIRS, form)
+    for our, their in zip(found, checkpoint.experts(PAIRS, form), strict=True):
         assert our.dtype == their.dtype
         np.testing.assert_array_equal(our, their)
     asked = [question for source in sources for question in source.asked]
@@ -208,8 +211,8 @@ def test_a_torn_copy_elsewhere(
     shutil.copytree(checkpoint.path, copy)
     torn = Checkpoint.open(copy)
     shutil.rmtree(copy / "experts" / "1")
-    three[1].answer(Shelf(torn, "float32").find)
+    three[1].answer(Shelf(torn, torn.form("float32")).find)
     weights = PeerWeights(checkpoint.config, three[2], [1])
     assert len(jax.tree.leaves(nnx.state(weights.trunk("float32")))) > 10
     with pytest.raises(LookupError, match=rf"server beta cannot send experts .* {copy}.*torn"):
-        weights.experts(PAIRS, "float32")
+        weights.experts(PAIRS, checkpoint.form("float32"))

@@ -17,7 +17,7 @@ from dance_jax.launch.defaults import engine_config, platform_of
 from dance_jax.launch.hosts import parse_hosts
 from dance_jax.launch.plan import Plan, dump_layout, make_plan, parse_layout, rooms
 from dance_jax.launch.report import print_plan
-from dance_jax.models import ModelConfig
+from dance_jax.models import model_config
 from dance_jax.placement import POLICIES, Activations, Placement
 from dance_jax.placement.problem import Problem
 from tests.launch.tiny import EXPERT_BYTES, EXPERTS, HOSTS, LAYERS
@@ -25,7 +25,7 @@ from tests.tiny_models import SERVED
 
 SPEC = parse_hosts(HOSTS)
 MODEL: Any = types.SimpleNamespace(
-    config=ModelConfig.from_hf(SERVED),
+    config=model_config(SERVED),
     fingerprint="this model",
     expert_bytes=lambda dtype: EXPERT_BYTES // (1 if dtype == "float32" else 2),
     trunk_bytes=lambda dtype: 1000,

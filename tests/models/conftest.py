@@ -10,6 +10,9 @@ import pytest
 from flax import nnx
 
 from dance_jax.models.attention import Rows
+from dance_jax.models.config import DeltaNet
+from dance_jax.models.delta import State
+from dance_jax.models.layers import activate
 from tests.quick import QUICK
 from tests.tiny_models import DEEPSEEK, MIXTRAL
 
@@ -28,23 +31,30 @@ def mixtral_fields():
     return dict(MIXTRAL)
 
 
-def dense_moe(pools):
+def dense_moe(form, pools):
     """moe(l, x, expert, weight) that runs every expert on every token.
 
     Args:
-        pools: per MoE layer (w_gate [e, d, f], w_up [e, d, f], w_down [e, f, d]).
+        form: of the experts.
+        pools: per MoE layer [e, *shape] for each leaf of the format.
     """
 
-    stacks = [
-        np.stack([np.asarray(w, np.float32) for w in part]) for part in zip(*pools, strict=True)
-    ]
+    stacks = {
+        name: np.stack([np.asarray(w, np.float32) for w in part])
+        for name, part in zip(form.leaves, zip(*pools, strict=True), strict=True)
+    }
 
     def moe(layer, x_td, expert_tk, weight_tk):
-        w_gate, w_up, w_down = (jnp.asarray(stack)[layer] for stack in stacks)
+        leaves = {name: jnp.asarray(stack)[layer] for name, stack in stacks.items()}
+
+        def product(spec, rows, part):
+            found = jnp.einsum(spec, rows, leaves[f"w_{part}"])
+            return found + leaves[f"b_{part}"][:, None] if form.bias else found
+
         x_td = x_td.astype(jnp.float32)
-        inner = jax.nn.silu(jnp.einsum("td,edf->etf", x_td, w_gate))
-        inner = inner * jnp.einsum("td,edf->etf", x_td, w_up)
-        outputs = jnp.einsum("etf,efd->ted", inner, w_down)
+        gate, up = (product("td,edf->etf", x_td, part) for part in ("gate", "up"))
+        inner = activate(form.activation, gate, up)
+        outputs = jnp.moveaxis(product("etf,efd->etd", inner, "down"), 0, 1)
         weight_te = jnp.zeros(outputs.shape[:2]).at[jnp.arange(len(x_td))[:, None], expert_tk]
         return jnp.einsum("te,ted->td", weight_te.add(weight_tk), outputs), None
 
@@ -58,7 +68,7 @@ BLOCK = 8
 class Runner:
     """A model with a cache of its own, in blocks without order: the smallest possible engine."""
 
-    def __init__(self, model, moe, rows=1, length=256):
+    def __init__(self, model, moe, rows=1, length=256, context=256):
         graph, state = nnx.split(model)
         config, dtype = model.config, model.embedding.get_value().dtype
 
@@ -66,14 +76,21 @@ class Runner:
         def step(state, tokens, batch, cached):
             model = nnx.merge(graph, state)
             positions = jnp.concatenate([each.positions_t for each in batch])
-            hidden, fresh, _ = model(tokens.reshape(-1), positions, batch, cached, moe)
+            hidden, fresh, _ = model(tokens.reshape(-1), positions, batch, cached, moe, context)
             return model.logits(hidden).reshape(*tokens.shape, -1), fresh
 
         self.step, self.state = step, state
         pages = -(-length // BLOCK)
         self.table = np.random.default_rng(0).permutation(rows * pages).reshape(rows, pages)
-        shape = (rows * pages, BLOCK, config.cache_width)
-        self.cached = [np.zeros(shape, dtype) for _ in range(config.num_layers)]
+        # What is there already is anything: a sequence begins without it.
+        self.cached = [
+            State(
+                *(np.full((1 + rows, *shape), 7, np.float32) for shape in layer.mixer.state_shapes)
+            )
+            if isinstance(layer.mixer, DeltaNet)
+            else np.full((rows * pages, BLOCK, layer.mixer.cache_width), 7, dtype)
+            for layer in config.layers
+        ]
 
     def __call__(self, tokens_rc, start_r):
         """Logits [r, c, v] of a chunk; its entries are kept."""
@@ -83,14 +100,20 @@ class Runner:
         batch = [
             Rows(
                 np.array([first], np.int32),
+                np.array([chunk], np.int32),
                 np.zeros(1, np.int32),
                 self.table[row : row + 1].astype(np.int32),
+                np.array([1 + row], np.int32),
                 chunk,
             )
             for row, first in enumerate(start_r)
         ]
         logits, fresh = self.step(self.state, tokens, batch, self.cached)
         for kept, new in zip(self.cached, fresh, strict=True):
+            if isinstance(kept, State):
+                for old, state in zip(kept, new, strict=True):
+                    old[1:] = state
+                continue
             entries = np.asarray(new).reshape(count, chunk, -1)
             for row, first in enumerate(start_r):
                 position = first + np.arange(chunk)
@@ -100,10 +123,10 @@ class Runner:
 
 @pytest.fixture
 def make_runner():
-    """Runner(model, moe, rows, length), with `make_runner.dense_moe` for the experts."""
+    """Runner(model, moe, rows, length, context), with `make_runner.dense_moe` for the experts."""
 
-    def make(model, moe, rows=1, length=256):
-        return Runner(model, moe, rows, length)
+    def make(*arguments, **more):
+        return Runner(*arguments, **more)
 
     make.dense_moe = dense_moe
     return make

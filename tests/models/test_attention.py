@@ -40,7 +40,10 @@ class Sequences:
 
     def rows(self, starts, owners, firsts, chunk):
         start = np.array(starts, np.int32)
-        return Rows(start, np.array(firsts, np.int32), self.table[list(owners)], chunk)
+        whole, slots = np.full_like(start, chunk), np.zeros_like(start)
+        return Rows(
+            start, whole, np.array(firsts, np.int32), self.table[list(owners)], slots, chunk
+        )
 
 
 def run(sequences, batch, owners, window, span):
@@ -107,7 +110,8 @@ def test_the_loop_follows_the_sequences_not_the_cache():
     def alone(start, cached):
         one = np.ones((1, 1, 1, 6), np.float32)
         table = np.arange(1000, dtype=np.int32)[None]
-        rows = Rows(start, np.zeros(1, np.int32), table, 1)
+        zero = np.zeros(1, np.int32)
+        rows = Rows(start, zero + 1, zero, table, zero, 1)
         split = lambda entries: (entries[:, :, None], entries[:, :, None])  # noqa: E731
         return attend(one, np.ones((1, 6), np.float32), [rows], cached, split, 1.0)
 

@@ -64,19 +64,19 @@ def finish(process, timeout=120):
 def test_experts_equal_the_source(source, converted):
     checkpoint, model = Checkpoint.open(converted), HFDirectory(source)
     pairs = [(1, 7), (0, 0), (1, 0), (1, 7)]
-    gate, up, down = checkpoint.experts(pairs, "float32")
+    gate, up, down = checkpoint.experts(pairs, checkpoint.form("float32"))
     assert gate.shape == up.shape == (4, 128, 256) and down.shape == (4, 256, 128)
     for row, (layer, expert) in enumerate(pairs):
         for pool, name in ((gate, "gate_proj"), (up, "up_proj"), (down, "down_proj")):
             tensor = model.tensors[f"model.layers.{layer + 1}.mlp.experts.{expert}.{name}.weight"]
             np.testing.assert_array_equal(pool[row], tensor.read().T.astype(np.float32))
-    same = checkpoint.experts(pairs[:1], "bfloat16")
+    same = checkpoint.experts(pairs[:1], checkpoint.form("bfloat16"))
     assert same[0].dtype == ml_dtypes.bfloat16
     np.testing.assert_array_equal(same[0][0].astype(np.float32), gate[0])
-    assert checkpoint.experts([], "float32")[0].shape == (0, 128, 256)
+    assert checkpoint.experts([], checkpoint.form("float32"))[0].shape == (0, 128, 256)
     for pair in ((2, 0), (0, 8), (-1, 0)):
         with pytest.raises(UserError, match="there is no expert"):
-            checkpoint.experts([pair], "float32")
+            checkpoint.experts([pair], checkpoint.form("float32"))
 
 
 def test_sizes(converted):
@@ -95,9 +95,9 @@ def test_one_expert_reads_one_expert(converted):
         return int(pathlib.Path("/proc/self/io").read_text().split()[1])
 
     checkpoint = Checkpoint.open(converted)
-    checkpoint.experts([(1, 2)], "bfloat16")
+    checkpoint.experts([(1, 2)], checkpoint.form("bfloat16"))
     before = read_bytes()
-    checkpoint.experts([(0, 3)], "bfloat16")
+    checkpoint.experts([(0, 3)], checkpoint.form("bfloat16"))
     used = read_bytes() - before
     size = checkpoint.expert_bytes("bfloat16")
     print(f"read {used} bytes for an expert of {size}")
@@ -109,10 +109,10 @@ def test_experts_are_read_beside_an_event_loop(converted):
     checkpoint = Checkpoint.open(converted)
 
     async def cell():
-        return checkpoint.experts([(0, 1)], "float32")
+        return checkpoint.experts([(0, 1)], checkpoint.form("float32"))
 
     for found, expected in zip(
-        asyncio.run(cell()), checkpoint.experts([(0, 1)], "float32"), strict=True
+        asyncio.run(cell()), checkpoint.experts([(0, 1)], checkpoint.form("float32")), strict=True
     ):
         np.testing.assert_array_equal(found, expected)
 
@@ -156,7 +156,7 @@ def test_bytes_flipped_on_disk_are_noticed_when_read(converted, tmp_path):
     for path in (copy / "experts" / "0").rglob("d/*"):
         path.write_bytes(b"\0" * path.stat().st_size)
     with pytest.raises(UserError, match="torn"):
-        checkpoint.experts([(0, 0)], "float32")
+        checkpoint.experts([(0, 0)], checkpoint.form("float32"))
 
 
 def test_small_groups_hold_the_same_weights(source, converted, tmp_path, monkeypatch):
@@ -167,7 +167,9 @@ def test_small_groups_hold_the_same_weights(source, converted, tmp_path, monkeyp
     one = Checkpoint.open(converted)
     pairs = [(layer, expert) for layer in range(2) for expert in range(8)]
     for left, right in zip(
-        several.experts(pairs, "float32"), one.experts(pairs, "float32"), strict=True
+        several.experts(pairs, one.form("float32")),
+        one.experts(pairs, one.form("float32")),
+        strict=True,
     ):
         np.testing.assert_array_equal(left, right)
 
@@ -266,7 +268,8 @@ def test_command(source, tmp_path, capsys):
 
 def sparse_checkpoint(path, layers, experts, d, f):
     """A Mixtral of zeros that takes no disk: safetensors data is a hole in the file."""
-    from dance_jax.models import FAMILIES, ModelConfig
+    from dance_jax.models import model_config
+    from dance_jax.models.tensors import expert_rules, trunk_rules
 
     fields = MIXTRAL | {
         "vocab_size": 512,
@@ -280,12 +283,11 @@ def sparse_checkpoint(path, layers, experts, d, f):
     }
     path.mkdir()
     (path / "config.json").write_text(json.dumps(fields))
-    config = ModelConfig.from_hf(fields)
-    family = FAMILIES["mixtral"]
-    rules = family.tensor_rules(config)
+    config = model_config(fields)
+    rules = trunk_rules(config)
     for layer in range(layers):
         for expert in range(experts):
-            rules += family.expert_tensors(config, layer, expert)
+            rules += expert_rules(config, layer, expert)
     header, end = {}, 0
     for rule in rules:
         begin, end = end, end + 2 * int(np.prod(rule.shape))
@@ -329,7 +331,7 @@ def test_one_process_of_a_distributed_job_loads_alone(converted):
         if rank == 1:
             checkpoint = Checkpoint.open(sys.argv[3])
             checkpoint.trunk("float32")
-            checkpoint.experts([(0, 1), (1, 5)], "float32")
+            checkpoint.experts([(0, 1), (1, 5)], checkpoint.form("float32"))
             print("loaded", flush=True)
         else:
             sys.stdin.read()

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from dance_jax.models import kernels_cpu
+from dance_jax.models.layers import SILU
 
 
 def test_of_several_at_once_one_compiles(
@@ -39,9 +40,10 @@ def test_of_several_at_once_one_compiles(
 def test_time_for_routed_experts_is_counted(compiled: pathlib.Path):
     calls, seconds, assignments = before = kernels_cpu.routed_seconds()
     w_gate, w_down, x_nd = jnp.ones((2, 8, 4)), jnp.ones((2, 4, 8)), jnp.ones((1, 8))
-    kernels_cpu.gated_mlp(w_gate[0], w_gate[0], w_down[0], x_nd).block_until_ready()
+    kernels_cpu.gated_mlp(SILU, w_gate[0], w_gate[0], w_down[0], x_nd).block_until_ready()
     assert kernels_cpu.routed_seconds() == before, "the trunk's are not"
     slot, weight = jnp.array([[1, -1, 0]], jnp.int32), jnp.ones((1, 3))
-    kernels_cpu.grouped_ffn(w_gate, w_gate, w_down, x_nd, slot, weight).block_until_ready()
+    leaves = (w_gate, w_gate, w_down)
+    kernels_cpu.grouped_ffn(SILU, leaves, x_nd, slot, weight).block_until_ready()
     now = kernels_cpu.routed_seconds()
     assert (now[0], now[2]) == (calls + 1, assignments + 2) and now[1] > seconds

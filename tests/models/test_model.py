@@ -4,24 +4,32 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dance_jax.models import FAMILIES, ModelConfig
+from dance_jax.models import model_config
 from dance_jax.models.build import fill, init_random, weight_shapes
-from dance_jax.models.random_weights import random_expert_tensors
+from dance_jax.models.experts import expert_format
+from dance_jax.models.random_weights import random_expert, random_expert_tensors
+from dance_jax.models.tensors import trunk_rules
 
 
-def random_pools(config, seed):
-    """Per MoE layer w_gate, w_up, w_down, as `conftest.dense_moe` takes them."""
-    tensors = dict(random_expert_tensors(config, seed))
-    rules = FAMILIES[config.family].expert_tensors
-    return [
+def random_moe(config, seed, make_runner):
+    """`conftest.dense_moe` of random experts."""
+    tensors, form = dict(random_expert_tensors(config, seed)), expert_format(config, "float32")
+    pools = [
         tuple(
-            np.stack(
-                [tensors[rules(config, layer, e)[i].source].T for e in range(config.num_experts)]
+            map(
+                np.stack,
+                zip(
+                    *(
+                        random_expert(config, tensors, layer, expert, form)
+                        for expert in range(config.num_experts)
+                    ),
+                    strict=True,
+                ),
             )
-            for i in range(3)
         )
-        for layer in config.moe_layers
+        for layer in range(len(config.moe_layers))
     ]
+    return make_runner.dense_moe(form, pools)
 
 
 @pytest.mark.parametrize("family", ["deepseek", "mixtral"])
@@ -29,8 +37,8 @@ def test_rows_at_different_positions_do_not_disturb_each_other(
     family, deepseek_fields, mixtral_fields, make_runner
 ):
     fields = deepseek_fields if family == "deepseek" else mixtral_fields | {"sliding_window": 6}
-    config = ModelConfig.from_hf(fields)
-    model, moe = init_random(config, 0), make_runner.dense_moe(random_pools(config, 0))
+    config = model_config(fields)
+    model, moe = init_random(config, 0), random_moe(config, 0, make_runner)
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (3, 16))
     whole = make_runner(model, moe, rows=3, length=24)(tokens, [0, 0, 0])
 
@@ -47,33 +55,33 @@ def test_rows_at_different_positions_do_not_disturb_each_other(
 
 
 def test_bfloat16_follows_float32(deepseek_fields, make_runner):
-    config = ModelConfig.from_hf(deepseek_fields | {"tie_word_embeddings": True})
-    moe = make_runner.dense_moe(random_pools(config, 0))
+    config = model_config(deepseek_fields | {"tie_word_embeddings": True})
+    moe = random_moe(config, 0, make_runner)
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (1, 16))
     exact = make_runner(init_random(config, 0), moe)(tokens, [0])
     model = init_random(config, 0, "bfloat16")
     run = make_runner(model, moe)
     rough = run(tokens, [0])
     assert rough.dtype == np.float32 and run.cached[0].dtype == jnp.bfloat16
-    assert model.layers[1].router.get_value().dtype == jnp.float32
+    assert model.layers[1].router.weight.get_value().dtype == jnp.float32
     assert np.corrcoef(exact.ravel(), rough.ravel())[0, 1] > 0.995
 
 
 def test_shared_experts_are_optional(deepseek_fields):
-    paths = weight_shapes(ModelConfig.from_hf(deepseek_fields | {"n_shared_experts": 0}), "float32")
+    paths = weight_shapes(model_config(deepseek_fields | {"n_shared_experts": 0}), "float32")
     assert not [path for path in paths if "shared" in path]
 
 
 def test_every_rule_fills_a_weight_and_every_weight_has_a_rule(deepseek_fields, mixtral_fields):
     for fields in (deepseek_fields | {"q_lora_rank": 12}, mixtral_fields):
-        config = ModelConfig.from_hf(fields)
-        rules = FAMILIES[config.family].tensor_rules(config)
+        config = model_config(fields)
+        rules = trunk_rules(config)
         targets = [target.path for rule in rules for target in rule.targets]
         assert sorted(targets) == sorted(weight_shapes(config, "float32"))
 
 
 def test_fill_refuses_what_does_not_fit(mixtral_fields):
-    config = ModelConfig.from_hf(mixtral_fields)
+    config = model_config(mixtral_fields)
     with pytest.raises(ValueError, match="missing"):
         fill(config, "float32", [])
     with pytest.raises(ValueError, match="unknown"):

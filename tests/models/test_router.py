@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from dance_jax.models import ModelConfig
+from dance_jax.models import model_config
 from dance_jax.models.router import choose_experts
 
 
@@ -41,7 +41,7 @@ def test_deepseek_router(deepseek_fields, normalise, groups, top_k):
             "topk_group": groups[1],
         }
     logits = np.random.default_rng(0).standard_normal((64, 8)).astype(np.float32)
-    router = ModelConfig.from_hf(fields).router
+    router = model_config(fields).router
     expert, weight = jax.jit(lambda x: choose_experts(router, x))(logits)
     experts, weights = deepseek_oracle(logits, top_k, normalise, 2.5, *(groups or (1, 1)))
     np.testing.assert_array_equal(expert, experts)
@@ -51,11 +51,11 @@ def test_deepseek_router(deepseek_fields, normalise, groups, top_k):
 
 def test_mixtral_weights_sum_to_one(mixtral_fields):
     logits = np.random.default_rng(0).standard_normal((16, 4)).astype(np.float32)
-    expert, weight = choose_experts(ModelConfig.from_hf(mixtral_fields).router, logits)
+    expert, weight = choose_experts(model_config(mixtral_fields).router, logits)
     np.testing.assert_allclose(weight.sum(axis=-1), 1, rtol=1e-6)
     np.testing.assert_array_equal(expert, np.argsort(-logits, axis=-1)[:, :2])
 
 
 def test_ties_go_to_the_lowest_expert(mixtral_fields):
-    expert, _ = choose_experts(ModelConfig.from_hf(mixtral_fields).router, np.zeros((1, 4)))
+    expert, _ = choose_experts(model_config(mixtral_fields).router, np.zeros((1, 4)))
     assert expert.tolist() == [[0, 1]]

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from dance_jax.config import UserError
-from dance_jax.models import ModelConfig
+from dance_jax.models import model_config
 from dance_jax.models.random_weights import write_byte_tokenizer
 from dance_jax.models.tokenizer import Tokenizer
 
@@ -15,7 +15,7 @@ MESSAGES = [{"role": "user", "content": "hi <b> é"}]
 @pytest.fixture
 def directory(tmp_path, deepseek_fields):
     (tmp_path / "config.json").write_text(json.dumps(deepseek_fields))
-    write_byte_tokenizer(tmp_path, ModelConfig.from_hf(deepseek_fields))
+    write_byte_tokenizer(tmp_path, model_config(deepseek_fields))
     return tmp_path
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from dance_jax.config import EngineConfig, UserError
 from dance_jax.launch.costs import cluster_cost
 from dance_jax.launch.hosts import parse_hosts
-from dance_jax.models import ModelConfig
+from dance_jax.models import model_config
 from dance_jax.models.links_cpu import payload_bytes
 from dance_jax.placement import Cost, Placement
 from dance_jax.placement.simulate import (
@@ -248,7 +248,7 @@ def equal_costs(one: Cost, other: Cost) -> None:
 
 def test_policies_are_told_what_the_launcher_tells_them() -> None:
     """Of servers whose rates and times are in the hosts file."""
-    model = ModelConfig.from_hf(SERVED)
+    model = model_config(SERVED)
     spec = parse_hosts(
         "a address=localhost experts=9 bandwidth=800kbps expert_time=2ms\n"
         "b address=localhost experts=9 devices=2 bandwidth=400kbps expert_time=1ms"

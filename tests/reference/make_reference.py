@@ -1,258 +1,223 @@
 """Makes the reference checkpoints and outputs beside this file with transformers and PyTorch.
 
-Run once, by hand, in an environment of its own (neither is a dependency of dance_jax):
-    pip install torch==2.13.0 transformers==5.23.0 && python tests/reference/make_reference.py
-Each case is a tiny random model in Hugging Face format and expected.npz: `prompt` [p], `prefill`
-[p, vocab] logits, `greedy` [32] tokens and `decode` [32, vocab] logits, float32.
+Run by hand, in an environment of its own (neither is a dependency of dance_jax):
+    pip install torch==2.13.0 transformers==5.23.0
+    python tests/reference/make_reference.py [NAME ...]
+Without a NAME it makes all of cases.py. Each is a directory with a tiny random model in Hugging
+Face format and expected.npz: `prompt` [p], `prefill` [p, vocab] logits, `greedy` [32] tokens and
+`decode` [32, vocab] logits. All is computed in float64 and stored as float32: what differs from it
+is an error of the program under test, not of the reference.
 """
 
+import contextlib
 import json
 import pathlib
+import re
 import shutil
+import sys
 
 import numpy as np
 import torch
 import transformers
+from cases import CASES, FAMILIES, Case
+from published import as_published, older_spelling
+from safetensors.torch import load_file, save_file
 
 HERE = pathlib.Path(__file__).parent
 STEPS = 32
-#: Least gap between best and second token, and between the last expert chosen and the next.
-TOKEN_MARGIN, EXPERT_MARGIN = 5e-3, 2e-5
+#: Least gap between best and second token, and between the last expert (or group) chosen and the
+#: next: float32 must choose the same.
+TOKEN_MARGIN, EXPERT_MARGIN = 5e-3, 5e-5
+#: Least number of distinct tokens among the greedy ones: a model that repeats itself shows little.
+DISTINCT = 9
+#: Least change of the logits if a stored tensor is not used: each must matter in a comparison.
+EFFECT = 1e-3
 
-DEEPSEEK = {
-    "vocab_size": 128,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "moe_intermediate_size": 16,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "kv_lora_rank": 16,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 12,
-    "n_routed_experts": 8,
-    "num_experts_per_tok": 3,
-    "max_position_embeddings": 512,
-    "eos_token_id": 1,
-}
-MIXTRAL = {
-    "vocab_size": 128,
-    "hidden_size": 32,
-    "intermediate_size": 16,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_local_experts": 8,
-    "num_experts_per_tok": 2,
-    "max_position_embeddings": 512,
-    "eos_token_id": 1,
-}
+#: How weights that are neither norms nor matrices are made of normal draws z. The first pattern
+#: found in the tensor's name counts. The delta net's decays are slow enough to remember.
+DRAWS = (
+    (r"A_log$", lambda z: 0.5 * z - 1.5),
+    (r"dt_bias$", lambda z: 0.5 * z),
+    (r"sinks$", lambda z: z),
+    (r"e_score_correction_bias$", lambda z: 0.2 * z),
+    (r"(layer_scalar|per_expert_scale|router\.scale)$", lambda z: 1 + 0.3 * z),
+    (r"bias$", lambda z: 0.3 * z),
+    (r"router\.proj\.weight$", lambda z: z),
+)
 
 
-def yarn(**more):
-    return {
-        "rope_type": "yarn",
-        "rope_theta": 10000.0,
-        "factor": 8.0,
-        "original_max_position_embeddings": 64,
-        "beta_fast": 32,
-        "beta_slow": 1,
-        **more,
-    }
+def stored(model):
+    """Names and tensors of all that a checkpoint of `model` has."""
+    names = model.state_dict().keys()
+    yield from model.named_parameters()
+    yield from ((name, buffer) for name, buffer in model.named_buffers() if name in names)
 
 
-#: name: (family, config fields, prompt tokens, stored dtype, bytes of a shard, older spelling)
-CASES = {
-    "deepseek_lite": (
-        "deepseek_v2",
-        DEEPSEEK
-        | {
-            "q_lora_rank": None,
-            "first_k_dense_replace": 1,
-            "n_shared_experts": 2,
-            "topk_method": "greedy",
-            "rms_norm_eps": 1e-3,
-            "rope_parameters": yarn(mscale=0.707, mscale_all_dim=0.707),
-        },
-        150,
-        "float32",
-        None,
-        True,
-    ),
-    "deepseek_full": (
-        "deepseek_v2",
-        DEEPSEEK
-        | {
-            "q_lora_rank": 24,
-            "first_k_dense_replace": 1,
-            "n_shared_experts": 1,
-            "topk_method": "group_limited_greedy",
-            "n_group": 4,
-            "topk_group": 2,
-            "routed_scaling_factor": 2.5,
-            "rope_parameters": yarn(mscale=1.4, mscale_all_dim=0.6),
-        },
-        24,
-        "float32",
-        "100KB",
-        False,
-    ),
-    "deepseek_tied": (
-        "deepseek_v2",
-        DEEPSEEK
-        | {
-            "q_lora_rank": 24,
-            "first_k_dense_replace": 0,
-            "n_shared_experts": 1,
-            "tie_word_embeddings": True,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
-        },
-        24,
-        "bfloat16",
-        None,
-        False,
-    ),
-    "deepseek_yarn_plain": (
-        "deepseek_v2",
-        DEEPSEEK
-        | {
-            "q_lora_rank": None,
-            "first_k_dense_replace": 2,
-            "n_shared_experts": 1,
-            "num_experts_per_tok": 1,
-            "routed_scaling_factor": 1.5,
-            "rope_parameters": yarn(mscale_all_dim=0.5),
-        },
-        24,
-        "bfloat16",
-        None,
-        True,
-    ),
-    "mixtral": (
-        "mixtral",
-        MIXTRAL | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
-        24,
-        "float32",
-        None,
-        True,
-    ),
-    "mixtral_window": (
-        "mixtral",
-        MIXTRAL
-        | {
-            "num_key_value_heads": 1,
-            "head_dim": 16,
-            "sliding_window": 9,
-            "tie_word_embeddings": True,
-            "rope_parameters": yarn(),
-        },
-        24,
-        "bfloat16",
-        "80KB",
-        False,
-    ),
-}
+def draw(name, shape, case, generator):
+    """Random values of one tensor, on a scale that keeps activations near 1."""
+    family, values = FAMILIES[case.family], torch.randn(shape, generator=generator)
+    for pattern, law in DRAWS:
+        if re.search(pattern, name):
+            return law(values)
+    if len(shape) == 1:
+        zero_centred = family.plus_one and "linear_attn.norm" not in name
+        return 0.1 * values + (0 if zero_centred else 1)
+    if "embed_tokens" in name:
+        return values * case.embedding
+    fan_in = shape[-2] if family.experts_in_out and len(shape) == 3 else shape[-1]
+    return values * fan_in**-0.5
 
 
-def build(family, fields, dtype, seed):
-    names = {"deepseek_v2": "DeepseekV2", "mixtral": "Mixtral"}
-    config = getattr(transformers, f"{names[family]}Config")(**fields)
-    config._attn_implementation = "eager"
-    model = getattr(transformers, f"{names[family]}ForCausalLM")(config).eval()
+def stored_dtype(name, case):
+    return torch.float32 if re.search(case.float32, name) else getattr(torch, case.dtype)
+
+
+def build(case, seed):
+    """A random model in float64 whose weights are values of the stored dtype."""
+    family = FAMILIES[case.family]
+    names = family.config or f"{family.model}Config"
+    config = getattr(transformers, names)(**case.fields)
+    config._attn_implementation = config._experts_implementation = "eager"
+    model = getattr(transformers, f"{family.model}ForCausalLM")(config).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, weight in model.named_parameters():
-            values = torch.randn(weight.shape, generator=generator)
-            if weight.dim() == 1:
-                values = 1 + 0.1 * values
-            elif "embed_tokens" in name:
-                values = values * (0.5 if fields.get("tie_word_embeddings") else 1.0)
-            else:
-                values = values * weight.shape[-1] ** -0.5
-            # what is stored is what runs; buffers (rope's frequencies) stay float32
-            weight.copy_(values.to(getattr(torch, dtype)).float())
-    return model
+        for name, weight in stored(model):
+            values = draw(name, weight.shape, case, generator)
+            weight.copy_(values.to(stored_dtype(name, case)).float())
+    return model.double()
 
 
-@torch.no_grad()
+@contextlib.contextmanager
+def float64_only():
+    """Makes transformers' explicit float32 (in norms, routers, softmax, rope) float64."""
+    single, method = torch.float32, torch.Tensor.float
+    torch.float32 = torch.float = torch.float64
+    torch.Tensor.float = torch.Tensor.double
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.float32 = torch.float = single
+        torch.Tensor.float = method
+        torch.set_default_dtype(single)
+
+
+@contextlib.contextmanager
+def watched_choices():
+    """Yields a list that gets the least gap between kept and dropped of each torch.topk.
+
+    Routers of all families choose experts and groups with it, so none has to be known here.
+    """
+    gaps, function, method = [], torch.topk, torch.Tensor.topk
+
+    def watch(scores, k, dim=-1, **more):
+        if k < scores.shape[dim]:
+            ordered = scores.sort(dim=dim, descending=True).values
+            gaps.append(float((ordered.select(dim, k - 1) - ordered.select(dim, k)).min()))
+        return function(scores, k, dim=dim, **more)
+
+    torch.topk = torch.Tensor.topk = watch
+    try:
+        yield gaps
+    finally:
+        torch.topk, torch.Tensor.topk = function, method
+
+
 def run(model, prompt):
     """Outputs of one model, and its smallest gaps between experts and between tokens."""
-    gaps = []
-
-    def watch(module, inputs, outputs):
-        scores = outputs[0].float().softmax(-1)
-        if getattr(module, "topk_method", "greedy") == "group_limited_greedy":
-            groups = scores.view(-1, module.num_group, module.num_experts // module.num_group)
-            best = groups.max(-1).values
-            ordered = best.sort(-1, descending=True).values
-            gaps.append((ordered[:, module.topk_group - 1] - ordered[:, module.topk_group]).min())
-            kept = best >= ordered[:, module.topk_group - 1 : module.topk_group]
-            scores = (groups * kept[..., None]).flatten(1)
-        ordered = scores.sort(-1, descending=True).values
-        gaps.append((ordered[:, module.top_k - 1] - ordered[:, module.top_k]).min())
-
-    handles = [
-        module.register_forward_hook(watch)
-        for module in model.modules()
-        if type(module).__name__.endswith(("TopkRouter", "TopKRouter"))
-    ]
-    output = model(torch.tensor([prompt]), use_cache=True)
-    prefill, cache = output.logits[0], output.past_key_values
-    logits, greedy, decode = prefill[-1], [], []
-    for _ in range(STEPS):
-        greedy.append(int(logits.argmax()))
-        logits = model(torch.tensor([greedy[-1:]]), past_key_values=cache).logits[0, -1]
-        decode.append(logits)
-    for handle in handles:
-        handle.remove()
+    with torch.no_grad(), float64_only(), watched_choices() as gaps:
+        output = model(torch.tensor([prompt]), use_cache=True)
+        prefill, cache = output.logits[0], output.past_key_values
+        logits, greedy, decode = prefill[-1], [], []
+        for _ in range(STEPS):
+            greedy.append(int(logits.argmax()))
+            logits = model(torch.tensor([greedy[-1:]]), past_key_values=cache).logits[0, -1]
+            decode.append(logits)
     top = torch.cat([prefill[-1:], torch.stack(decode[:-1])]).topk(2).values
-    margin = float((top[:, 0] - top[:, 1]).min())
-    return (
-        {
-            "prompt": np.array(prompt, np.int32),
-            "prefill": prefill.numpy(),
-            "greedy": np.array(greedy, np.int32),
-            "decode": torch.stack(decode).numpy(),
-        },
-        margin,
-        float(min(gaps)),
-    )
+    outputs = {
+        "prompt": np.array(prompt, np.int32),
+        "prefill": prefill.numpy(),
+        "greedy": np.array(greedy, np.int32),
+        "decode": torch.stack(decode).numpy(),
+    }
+    return outputs, float((top[:, 0] - top[:, 1]).min()), min(gaps)
 
 
-def older_spelling(path):
-    """Rewrites config.json as transformers 4 wrote it."""
-    fields = json.loads(path.read_text())
-    rope = fields.pop("rope_parameters")
-    fields["torch_dtype"] = fields.pop("dtype")
-    fields["rope_theta"] = rope.pop("rope_theta")
-    rope["type"] = rope.pop("rope_type")
-    fields["rope_scaling"] = None if rope["type"] == "default" else rope
-    fields["transformers_version"] = "4.39.3"
-    path.write_text(json.dumps(fields, indent=2) + "\n")
+def prefilled(model, tokens):
+    """Logits [t, vocab] of all tokens at once, without a cache."""
+    with torch.no_grad(), float64_only():
+        return model(torch.tensor([tokens]), use_cache=False).logits[0].numpy()
+
+
+def check(model, outputs):
+    """Refuses outputs that are not of float64, and models with a tensor that changes nothing.
+
+    Decoding step by step and all at once add in another order: in float64 they agree to 1e-9. A
+    vector is replaced by its mean, which keeps a norm a norm, and any other tensor by zeros.
+    """
+    prompt, greedy = outputs["prompt"].tolist(), outputs["greedy"].tolist()
+    together = prefilled(model, prompt + greedy)
+    error = np.abs(together - np.concatenate([outputs["prefill"], outputs["decode"]])).max()
+    if error > 1e-9:
+        raise SystemExit(f"decoding differs by {error} from prefilling: not all is float64")
+    for name, weight in stored(model):
+        kept = weight.detach().clone()
+        vector = kept.dim() == 1 and kept.numel() > 1
+        weight.data = torch.full_like(kept, kept.mean()) if vector else torch.zeros_like(kept)
+        change = np.abs(prefilled(model, prompt) - outputs["prefill"]).max()
+        weight.data = kept
+        if change < EFFECT:
+            raise SystemExit(f"{name} changes the logits by no more than {change}")
+
+
+def save(model, case, directory):
+    """Writes the model as its case wants it to look."""
+    shutil.rmtree(directory, ignore_errors=True)
+    for name, weight in stored(model):
+        weight.data = weight.data.to(stored_dtype(name, case))
+    options = {"max_shard_size": case.shard} if case.shard else {}
+    model.save_pretrained(directory, save_original_format=not case.fused, **options)
+    if case.edits:
+        tensors = load_file(directory / "model.safetensors")
+        for edit in case.edits:
+            edit(tensors)
+        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    path = directory / "config.json"
+    config = json.loads(path.read_text())
+    if case.older:
+        older_spelling(config)
+    if case.spelling:
+        config = as_published(config, case.spelling)
+    if case.older or case.spelling:
+        path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def clear_model(name: str, case: Case):
+    """The first random model whose choices are clear: the model, its outputs and a report."""
+    for seed in range(400):
+        model = build(case, seed)
+        prompt = np.random.default_rng(seed).integers(2, case.fields["vocab_size"], case.prompt)
+        outputs, margin, gap = run(model, prompt.tolist())
+        distinct = len(set(outputs["greedy"].tolist()))
+        if margin > TOKEN_MARGIN and gap > EXPERT_MARGIN and distinct >= DISTINCT:
+            report = f"token margin {margin:.4f}, expert margin {gap:.6f}, {distinct} tokens"
+            return model, outputs, f"{name}: seed {seed}, {report}"
+    raise SystemExit(f"{name}: no seed gives clear choices")
 
 
 def make(name):
-    family, fields, length, dtype, shard, older = CASES[name]
-    for seed in range(200):
-        model = build(family, fields, dtype, seed)
-        prompt = np.random.default_rng(seed).integers(2, fields["vocab_size"], length).tolist()
-        expected, margin, gap = run(model, prompt)
-        if margin > TOKEN_MARGIN and gap > EXPERT_MARGIN and len(set(expected["greedy"])) > 8:
-            break
-    else:
-        raise SystemExit(f"{name}: no seed gives clear choices")
-    directory = HERE / name
-    shutil.rmtree(directory, ignore_errors=True)
-    model.to(getattr(torch, dtype)).save_pretrained(
-        directory, **({"max_shard_size": shard} if shard else {})
-    )
-    if older:
-        older_spelling(directory / "config.json")
-    np.savez_compressed(directory / "expected.npz", **expected)
-    print(f"{name}: seed {seed}, token margin {margin:.4f}, expert margin {gap:.6f}")
+    case, directory = CASES[name], HERE / name
+    model, outputs, report = clear_model(name, case)
+    check(model, outputs)
+    save(model, case, directory)
+    single = {key: a.astype(np.float32) if a.dtype.kind == "f" else a for key, a in outputs.items()}
+    np.savez_compressed(directory / "expected.npz", **single)
+    size = sum(path.stat().st_size for path in directory.iterdir())
+    print(f"{report}, {size / 1000:.0f} kB", flush=True)
 
 
 if __name__ == "__main__":
-    for case in CASES:
+    torch.set_num_threads(1)
+    transformers.utils.logging.set_verbosity_error()
+    for case in sys.argv[1:] or CASES:
         make(case)

@@ -16,7 +16,7 @@ from dance_jax.config import EngineConfig
 from dance_jax.engine.report import EngineReport
 from dance_jax.engine.sequence import Logprob, OutputDelta, Request
 from dance_jax.launch.protocol import Decided, Decision, RebalanceWanted
-from dance_jax.models.config import ModelConfig
+from dance_jax.models import model_config
 from dance_jax.models.random_weights import write_byte_tokenizer
 from dance_jax.models.tokenizer import Tokenizer
 from dance_jax.placement.core import Placement, spread
@@ -112,7 +112,7 @@ def serve_info(directory: pathlib.Path, **changes: Any) -> ServeInfo:
         directory: where the tokenizer is written.
         changes: fields of the ServeInfo.
     """
-    config = ModelConfig.from_hf(SERVED)
+    config = model_config(SERVED)
     (directory / "config.json").write_text(json.dumps(SERVED))
     write_byte_tokenizer(directory, config)
     resident = np.zeros((2, 2, 16), bool)

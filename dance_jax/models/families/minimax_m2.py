@@ -1,0 +1,49 @@
+"""MiniMax-M2: GQA with norms over whole projections, sigmoid router, experts in every layer."""
+
+from typing import Any
+
+from dance_jax.config import UserError
+from dance_jax.models.config import ExpertConfig, LayerConfig, ModelConfig, Names, RouterConfig
+from dance_jax.models.families import common
+from dance_jax.models.families.fields import Fields
+
+NAMES = Names(
+    router="block_sparse_moe.gate",
+    correction="block_sparse_moe.e_score_correction_bias",
+    experts="block_sparse_moe.experts",
+    projections=("w1", "w3", "w2"),
+    spellings=((r"^(model\.layers\.\d+)\.mlp\.", r"\1.block_sparse_moe."),),
+    ignored=(r"model\.mtp\.", r"mtp\."),
+)
+
+
+def read(fields: Fields, **given: Any) -> ModelConfig:
+    """config.json to the model."""
+    fields.constant("scoring_func", "sigmoid")
+    fields.constant("qk_norm_type", "per_layer")
+    for name in ("use_qk_norm", "use_routing_bias"):
+        fields.constant(name, True)
+    for name in ("layernorm_full_attention_beta", "layernorm_mlp_beta"):
+        fields.constant(name, 1.0)
+    fields.constant("shared_intermediate_size", 0)
+    fields.reject("sliding_window", "not supported for this family")
+    # Of MiniMax-M1's linear attention, dense layers and shared experts, which M2 does not have.
+    fields.ignore("layernorm_linear_attention_beta", "mlp_intermediate_size", "shared_moe_mode")
+    layers, head = fields.integer("num_hidden_layers"), common.head_dim_of(fields)
+    if any(kind != 1 for kind in fields.raw("attn_type_list") or []):
+        raise UserError(f"{fields.where}: attn_type_list: only 1, full attention, is supported")
+    rotated = fields.integer("rotary_dim", head)
+    rope = common.rope(fields, head, theta=5e6, partial=rotated / head)
+    mixer = common.grouped_attention(fields, rope, head, qk_norm="flat")
+    experts = common.num_experts(fields, "num_local_experts", "num_experts")
+    router = RouterConfig(
+        experts, common.top_k(fields, experts), score="sigmoid", correction=True, normalise=True
+    )
+    return ModelConfig(
+        layers=(LayerConfig(mixer, routed=True),) * layers,
+        router=router,
+        expert=ExpertConfig(fields.integer("intermediate_size")),
+        names=NAMES,
+        **common.outer(fields, eps=1e-6),
+        **given,
+    )
