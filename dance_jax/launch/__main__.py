@@ -37,7 +37,7 @@ from dance_jax.launch.report import print_plan, print_summary
 from dance_jax.launch.roles import Role, role
 from dance_jax.launch.run import result_lines, run_prompts
 from dance_jax.launch.service import Service
-from dance_jax.launch.stream import Startup, Stream, conversion, placing
+from dance_jax.launch.stream import Startup, Stream, conversion, download, placing
 
 if TYPE_CHECKING:
     from dance_jax.launch.node import Nodes
@@ -98,6 +98,7 @@ def _launch(options: argparse.Namespace, platform: str, console: Console) -> int
     from dance_jax.launch.reach import needs_preflight
     from dance_jax.models.checkpoint import Checkpoint
     from dance_jax.models.convert import ensure_converted
+    from dance_jax.models.hub import resolve
     from dance_jax.models.tokenizer import Tokenizer
     from dance_jax.placement.activations import Activations
 
@@ -105,7 +106,7 @@ def _launch(options: argparse.Namespace, platform: str, console: Console) -> int
     if options.activations is not None:
         activations = Activations.load(options.activations)
     cache = options.cache_dir or default_cache_dir()
-    source = options.model or demo_dir()
+    source = demo_dir() if options.model is None else resolve(options.model, download(console))
     tokenizer = Tokenizer.load(source)
     with conversion(console) as progress:
         path = ensure_converted(source, cache / "models", progress)
