@@ -415,6 +415,7 @@ def _refused(name: HubName, hub: str, error: Exception) -> UserError:
     advice = {
         401: f"HF_TOKEN is not valid: make a new token at {hub}/settings/tokens",
         403: f"HF_TOKEN must be a token that may read this model{_token()}",
+        404: "HF_ENDPOINT is not the address of a hub: correct it or unset it",
         429: "it has been asked too often: wait some minutes, or set HF_TOKEN",
     }.get(status, "run this again later: files that are complete are kept")
     return UserError(f"{name}: the hub ({hub}) answered with status {status}; {advice}")
