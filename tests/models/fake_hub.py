@@ -40,6 +40,8 @@ class FakeHub(http.server.ThreadingHTTPServer):
         self.refs: dict[str, dict[str, str]] = {}
         #: Models that need TOKEN.
         self.gated: set[str] = set()
+        #: Models that no token may read.
+        self.forbidden: set[str] = set()
         #: Of a file, the bytes after which the connection is cut, once.
         self.cuts: dict[str, int] = {}
         #: Of a file, what is waited for in its middle.
@@ -66,7 +68,7 @@ class FakeHub(http.server.ThreadingHTTPServer):
     def fetched(self) -> list[str]:
         """Names of the files whose content was asked for, in that order."""
         gets = [path.split("/", 4) for method, path, _ in self.requests if method == "GET"]
-        return [parts[4] for parts in gets if parts[2] == "resolve"]
+        return [parts[4] for parts in gets if parts[2:3] == ["resolve"]]
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
@@ -96,6 +98,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         repo, kind, rest = "/".join(parts[:2]), (parts[2:] or ["revision"])[0], parts[3:]
         if repo not in self.server.models:
             return self._refuse(404, "RepoNotFound")
+        if repo in self.server.forbidden:
+            return self._refuse(403, "Forbidden")
         revision = rest[0] if rest else "main"
         commit = self.server.refs[repo].get(revision, revision)
         if commit not in self.server.models[repo]:

@@ -238,6 +238,10 @@ def test_what_the_hub_refuses(
     fake.add("org/name", model)
     with pytest.raises(UserError, match=r"^org/name@v9: .* but no revision v9: name a branch"):
         call("resolve", "org/name@v9")
+    fake.forbidden.add("org/name")
+    with pytest.raises(UserError, match=r"answered with status 403; HF_TOKEN must be a token that"):
+        call("resolve", "org/name", HF_TOKEN=TOKEN)
+    fake.forbidden.clear()
     fake.gated.add("org/name")
     with pytest.raises(UserError, match=rf"restricted.*{fake.url}/org/name.*HF_TOKEN.*none is set"):
         call("resolve", "org/name")
