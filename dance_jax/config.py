@@ -49,7 +49,7 @@ class ServerSpec:
     ssh: SshTarget | None = None
     #: The Python that runs it; None: the path of the one that launches.
     python: str | None = None
-    #: Its copy of the model's directory; None: the path given for all.
+    #: Its copy of the model's directory, or org/name on the hub; None: what is given for all.
     model: str | None = None
     #: Numbers of the GPUs it uses, one per device; empty: JAX's choice.
     gpus: tuple[int, ...] = ()

@@ -46,7 +46,9 @@ class LLM:
     Close it, best as a context manager; what is forgotten is closed with the object or at exit.
 
     Args:
-        model: directory in Hugging Face format, or converted; None: the model of this package.
+        model: directory in Hugging Face format, or converted, or `org/name` or
+            `org/name@revision` on the Hugging Face hub, which is downloaded into the hub's cache
+            on first use; None: the model of this package.
         hosts: hosts file (or its content as a ClusterSpec): one engine process per server is
             started, here or over ssh. None: one server in this process with all experts.
         policy: placement policy of the cluster, a name in `placement.POLICIES`; None:
@@ -94,6 +96,7 @@ class LLM:
         from dance_jax.launch import defaults
         from dance_jax.models.checkpoint import Checkpoint
         from dance_jax.models.convert import ensure_converted
+        from dance_jax.models.hub import resolve
         from dance_jax.models.tokenizer import Tokenizer
 
         # What can be wrong at once comes before what takes long.
@@ -107,7 +110,10 @@ class LLM:
         else:
             platform = defaults.platform_of(servers[0], defaults.default_platform())
         cache = pathlib.Path(cache_dir) if cache_dir is not None else default_cache_dir()
-        source = pathlib.Path(model) if model is not None else defaults.demo_dir()
+        if model is None:
+            source = defaults.demo_dir()
+        else:
+            source = resolve(model, progress if callable(progress) else None)
         self.tokenizer: Tokenizer = Tokenizer.load(source)
         checkpoint = Checkpoint.open(ensure_converted(source, cache / "models", report))
         self.config = defaults.engine_config(

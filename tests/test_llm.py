@@ -1,6 +1,7 @@
 """`LLM` on a tiny random model: what users rely on, through the real engine."""
 
 import math
+import os
 import subprocess
 import sys
 
@@ -19,6 +20,7 @@ from dance_jax.models.attention import Rows
 from dance_jax.models.checkpoint import Checkpoint
 from dance_jax.models.convert import ensure_converted
 from dance_jax.models.random_weights import write_random_checkpoint
+from tests.models.fake_hub import environment, running_hub
 from tests.quick import XLA_FLAGS, QuickCache, cache_directory
 from tests.tiny_models import DEEPSEEK
 
@@ -372,3 +374,24 @@ def test_names_come_without_jax():
         "assert 'jax' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_model_of_the_hub(model, cache_dir, llm, tmp_path):
+    """Downloaded, it answers as its directory does, with what was compiled for that."""
+    with running_hub() as hub:
+        hub.add("org/tiny", model)
+        code = (
+            "import sys; from dance_jax import LLM, SamplingParams\n"
+            "with LLM('org/tiny', max_model_len=192, cache_dir=sys.argv[1]) as llm:\n"
+            "    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)\n"
+            "    print(llm.generate('1 + 1 =', params)[0].outputs[0].token_ids)"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code, cache_dir],
+            env=os.environ | environment(hub, tmp_path / "hf"),
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        assert hub.fetched()[-1] == "model.safetensors"
+    assert done.stdout.strip() == str(tokens(llm.generate("1 + 1 =", greedy()))[0])

@@ -35,6 +35,45 @@ MIXTRAL = {
     "max_position_embeddings": 512,
     "eos_token_id": 1,
 }
+#: Delta nets and attention, and layers without experts between and behind those with experts.
+HYBRID = {
+    "model_type": "qwen3_next",
+    "vocab_size": 264,
+    "hidden_size": 32,
+    "intermediate_size": 24,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+    "num_hidden_layers": 4,
+    "layer_types": [f"{kind}_attention" for kind in ("linear", "linear", "full", "linear")],
+    "mlp_only_layers": [1, 3],
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "num_experts": 16,
+    "num_experts_per_tok": 4,
+    "max_position_embeddings": 512,
+    "eos_token_id": 1,
+}
+#: gpt-oss's attention and experts: sinks, biases, a window in the first layer.
+OSS = {
+    "model_type": "gpt_oss",
+    "vocab_size": 264,
+    "hidden_size": 32,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "sliding_window": 9,
+    "num_local_experts": 16,
+    "num_experts_per_tok": 4,
+    "max_position_embeddings": 512,
+    "eos_token_id": 1,
+}
 #: Two MoE layers of 16 experts and byte tokens: what the tests of whole clusters serve.
 SERVED = DEEPSEEK | {
     "vocab_size": 260,

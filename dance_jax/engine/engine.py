@@ -297,6 +297,8 @@ class Engine:
             preemptions=scheduler.preemptions,
             prefix_queries=scheduler.prefix_queries,
             prefix_hits=scheduler.prefix_hits,
+            shares_prefixes=scheduler.share_prefixes,
+            state_bytes_used=scheduler.num_running * self.runner.model_config.state_bytes,
             prompt_tokens=self.prompt_tokens,
             generation_tokens=self.generation_tokens,
             calls_local=calls_local,

@@ -67,6 +67,10 @@ class EngineReport(msgspec.Struct):
     experts_resident: int
     #: Seconds in each part of the steps; see `step_clock.StepClock`.
     step_seconds: dict[str, float]
+    #: Requests with the same prefix share its computation; not with recurrent states.
+    shares_prefixes: bool = True
+    #: Bytes of recurrent states that running sequences use, on all devices.
+    state_bytes_used: int = 0
     #: Processor seconds of this process, of all its threads.
     cpu_seconds: float = 0.0
     #: The longest step of the last seconds; see `step_clock.StepClock.longest`.

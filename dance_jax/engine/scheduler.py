@@ -337,7 +337,7 @@ class Scheduler:
         self.pools[sequence.device].take(blocks)
         sequence.blocks = blocks
         sequence.num_computed = len(blocks) * self.config.block_size
-        self.prefix_queries += sequence.num_tokens
+        self.prefix_queries += sequence.num_tokens * self.share_prefixes
         self.prefix_hits += sequence.num_computed
 
     def _cached_prefix(self, sequence: Sequence, device: int) -> list[int]:

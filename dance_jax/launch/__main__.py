@@ -31,18 +31,17 @@ from dance_jax.launch.options import (
     rebalance_options,
     serve_options,
 )
-from dance_jax.launch.plan import Plan, Room, make_plan, matched, rooms
+from dance_jax.launch.plan import ModelFacts, Plan, Room, make_plan, matched, rooms
 from dance_jax.launch.prompts import check_writable, read_prompts, same_file, write_results
 from dance_jax.launch.report import print_plan, print_summary
 from dance_jax.launch.roles import Role, role
 from dance_jax.launch.run import result_lines, run_prompts
 from dance_jax.launch.service import Service
-from dance_jax.launch.stream import Startup, Stream, conversion, placing
+from dance_jax.launch.stream import Startup, Stream, conversion, download, placing
 
 if TYPE_CHECKING:
     from dance_jax.launch.node import Nodes
     from dance_jax.launch.state import State
-    from dance_jax.models.checkpoint import Checkpoint
     from dance_jax.placement.activations import Activations
 
 _Fleet = TypeVar("_Fleet", bound=Fleet)
@@ -97,7 +96,8 @@ def _launch(options: argparse.Namespace, platform: str, console: Console) -> int
     # Here, not above: wrong files are reported before anything slow is imported.
     from dance_jax.launch.reach import needs_preflight
     from dance_jax.models.checkpoint import Checkpoint
-    from dance_jax.models.convert import ensure_converted
+    from dance_jax.models.convert import ensure_converted, outline
+    from dance_jax.models.hub import fetch_config, resolve
     from dance_jax.models.tokenizer import Tokenizer
     from dance_jax.placement.activations import Activations
 
@@ -105,13 +105,15 @@ def _launch(options: argparse.Namespace, platform: str, console: Console) -> int
     if options.activations is not None:
         activations = Activations.load(options.activations)
     cache = options.cache_dir or default_cache_dir()
-    source = options.model or demo_dir()
-    tokenizer = Tokenizer.load(source)
-    with conversion(console) as progress:
-        path = ensure_converted(source, cache / "models", progress)
-    checkpoint = Checkpoint.open(path)
+    if options.dry_run:
+        model = outline(demo_dir() if options.model is None else fetch_config(options.model))
+    else:
+        source = demo_dir() if options.model is None else resolve(options.model, download(console))
+        tokenizer = Tokenizer.load(source)
+        with conversion(console) as progress:
+            model = Checkpoint.open(ensure_converted(source, cache / "models", progress))
     config = engine_config(
-        checkpoint.config,
+        model.config,
         options.max_model_len,
         seed=options.seed,
         dtype=options.dtype,
@@ -122,16 +124,16 @@ def _launch(options: argparse.Namespace, platform: str, console: Console) -> int
     )
     if prompts is None:
         config = dataclasses.replace(config, half_life=moving.half_life_s)
-    held = rooms(part.spec, checkpoint, config)
-    activations = matched(activations, part.spec, checkpoint)
-    state = _state(console, moving.state_dir, part.spec, checkpoint, held)
+    held = rooms(part.spec, model, config)
+    activations = matched(activations, part.spec, model)
+    state = _state(console, moving.state_dir, part.spec, model, held)
     if state is None:
         apart = SERVICE_APART if options.prompts is None else 0.0
         place = functools.partial(
-            _place, console, options.policy, activations, apart, checkpoint, config
+            _place, console, options.policy, activations, apart, model, config
         )
     else:
-        place = functools.partial(_resume, console, state, checkpoint, config)
+        place = functools.partial(_resume, console, state, model, config)
     if options.dry_run:
         place(part.spec)
         return 0
@@ -139,7 +141,7 @@ def _launch(options: argparse.Namespace, platform: str, console: Console) -> int
     with contextlib.nullcontext() if nodes is None else contextlib.closing(nodes):
         spec, network = part.spec, part.network
         if options.preflight or needs_preflight(spec, nodes):
-            fingerprint = checkpoint.fingerprint
+            fingerprint = model.fingerprint
             spec, network = _preflight(options, part, nodes, held, fingerprint, platform, console)
         if options.preflight:
             return 0
@@ -148,7 +150,7 @@ def _launch(options: argparse.Namespace, platform: str, console: Console) -> int
             _started,
             console,
             plan,
-            checkpoint,
+            model,
             config,
             model=options.model,
             log_dir=options.log_dir,
@@ -168,7 +170,7 @@ def _launch(options: argparse.Namespace, platform: str, console: Console) -> int
     if options.output is not None:
         write_results(options.output, result_lines(result))
     if options.save_activations is not None:
-        result.activations(checkpoint.fingerprint).save(options.save_activations)
+        result.activations(model.fingerprint).save(options.save_activations)
     print_summary(console, result)
     return 0
 
@@ -177,13 +179,13 @@ def _launch(options: argparse.Namespace, platform: str, console: Console) -> int
 def _started(
     console: Console,
     plan: Plan,
-    checkpoint: Checkpoint,
+    facts: ModelFacts,
     config: EngineConfig,
     make: Callable[..., _Fleet],
     **how: Any,
 ) -> Iterator[_Fleet]:
     """A cluster or a service, started with its progress shown, and stopped in the end."""
-    fleet = make(plan.spec, checkpoint, plan.layout, config, **how)
+    fleet = make(plan.spec, facts, plan.layout, config, **how)
     try:
         with Startup(console, plan.spec.names) as startup:
             fleet.start(startup.update)
@@ -226,13 +228,13 @@ def _place(
     policy: str,
     activations: Activations | None,
     apart: float,
-    checkpoint: Checkpoint,
+    model: ModelFacts,
     config: EngineConfig,
     spec: ClusterSpec,
 ) -> Plan:
     """Decides where experts go, and prints it."""
     with placing(console, policy):
-        plan = make_plan(spec, checkpoint, config, policy, activations, apart)
+        plan = make_plan(spec, model, config, policy, activations, apart)
     print_plan(console, plan)
     return plan
 
@@ -241,7 +243,7 @@ def _state(
     console: Console,
     directory: str | None,
     spec: ClusterSpec,
-    checkpoint: Checkpoint,
+    model: ModelFacts,
     held: Sequence[Room],
 ) -> State | None:
     """What a service before has left for these servers; says so if that is of no use."""
@@ -255,7 +257,7 @@ def _state(
     except UserError as error:
         state, why = None, str(error)
     else:
-        misfit = "" if state is None else state.misfit(spec, checkpoint, held)
+        misfit = "" if state is None else state.misfit(spec, model, held)
         if misfit:
             state, why = None, f"{os.path.join(directory, FILE_NAME)}: {misfit}"
     if why:
@@ -266,14 +268,14 @@ def _state(
 def _resume(
     console: Console,
     state: State,
-    checkpoint: Checkpoint,
+    model: ModelFacts,
     config: EngineConfig,
     spec: ClusterSpec,
 ) -> Plan:
     """Goes on where a service before ended, and prints it."""
     from dance_jax.launch.state import resumed_plan
 
-    plan = resumed_plan(spec, checkpoint, config, state)
+    plan = resumed_plan(spec, model, config, state)
     print_plan(console, plan)
     return plan
 

@@ -34,6 +34,7 @@ from dance_jax.launch.hosts import is_loopback
 from dance_jax.launch.node import Nodes
 from dance_jax.launch.plan import dump_layout
 from dance_jax.launch.process import Server, ServerProcess
+from dance_jax.models.hub import portable_name
 from dance_jax.placement.core import Layout
 
 if TYPE_CHECKING:
@@ -83,8 +84,8 @@ class Fleet(abc.ABC):
         checkpoint: the model, converted, on this machine.
         layout: which expert is on which device and slot.
         config: of all engines.
-        model: the model's directory on other machines, where a server names none of its own;
-            None: the demo model.
+        model: the model's directory on other machines, or its name on the hub, where a server
+            names none of its own; None: the demo model.
         log_dir: keeps each server's log as NAME.log; None: logs are removed at the end.
         cache_dir: converted models and compiled steps are kept under it; None: nowhere (other
             machines then use their own default).
@@ -117,7 +118,7 @@ class Fleet(abc.ABC):
         self.checkpoint = checkpoint
         self.layout = layout
         self.config = config
-        self.model = "" if model is None else str(pathlib.Path(model).absolute())
+        self.model = "" if model is None else portable_name(model)
         self.log_dir = None if log_dir is None else pathlib.Path(log_dir)
         self.cache_dir = None if cache_dir is None else pathlib.Path(cache_dir).resolve()
         self.platform = platform

@@ -13,6 +13,7 @@ import pathlib
 import re
 
 from dance_jax.config import ClusterSpec, ServerSpec, SshTarget, UserError
+from dance_jax.models.hub import parse_name
 
 KEYS = (
     "address",
@@ -150,7 +151,7 @@ def _server(words: list[str], where: str) -> ServerSpec:
         expert_time=_seconds(values.get("expert_time"), "expert_time", where),
         ssh=_ssh(values.get("ssh"), address, where),
         python=_path(values, "python", where),
-        model=_path(values, "model", where),
+        model=_model(values, where),
         gpus=gpus,
         from_peers=from_peers,
     )
@@ -198,6 +199,16 @@ def _path(values: dict[str, str], key: str, where: str) -> str | None:
     if path is not None and not (path.startswith("/") and path.isprintable()):
         raise UserError(f"{where}: {key}={path}: an absolute path on the server is needed")
     return path
+
+
+def _model(values: dict[str, str], where: str) -> str | None:
+    model = values.get("model")
+    if model is None or parse_name(model) is not None:
+        return model
+    try:
+        return _path(values, "model", where)
+    except UserError as error:
+        raise UserError(f"{error}, or org/name or org/name@revision on the hub") from error
 
 
 def _integer(text: str, key: str, where: str) -> int:

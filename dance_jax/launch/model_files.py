@@ -71,12 +71,15 @@ class ModelFiles:
         """
         # Not above: it brings JAX along.
         from dance_jax.launch.defaults import demo_dir
+        from dance_jax.models import hub
         from dance_jax.models.hf import read_config
         from dance_jax.models.tokenizer import Tokenizer
 
-        given = None if self._given is None else self._given.name
-        directory = given or self._own or demo_dir()
         try:
+            if self._given is not None:
+                directory = pathlib.Path(self._given.name)
+            else:
+                directory = hub.fetch_definition(self._own) if self._own else demo_dir()
             return read_config(directory), Tokenizer.load(directory)
         finally:
             self.close()

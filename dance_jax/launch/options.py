@@ -17,6 +17,7 @@ from dance_jax.launch.hosts import MEMORY_UNITS, quantity
 from dance_jax.launch.protocol import ServeOptions
 from dance_jax.launch.rebalance import RebalanceOptions
 from dance_jax.launch.roles import KEY_VARIABLE
+from dance_jax.models.hub import served_name
 from dance_jax.placement.policies import DEFAULT_POLICY, POLICIES
 
 #: Where the key of users may be, besides --api-key, which others on the machine can see.
@@ -47,7 +48,10 @@ def parser() -> argparse.ArgumentParser:
         "--hosts", type=path, required=True, help="servers, one a line: name key=value ..."
     )
     parser.add_argument(
-        "--model", type=path, help="directory in Hugging Face format or converted (default: demo)"
+        "--model",
+        metavar="MODEL",
+        help="directory in Hugging Face format or converted, or org/name or org/name@revision on "
+        "the Hugging Face hub, downloaded on first use (default: demo)",
     )
     parser.add_argument(
         "--policy",
@@ -134,7 +138,7 @@ def _add_serve_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--served-model-name",
         metavar="NAME",
-        help="in requests and answers (default: the model's directory, or demo)",
+        help="in requests and answers (default: org/name, the model's directory, or demo)",
     )
 
 
@@ -287,7 +291,7 @@ def serve_options(options: argparse.Namespace) -> ServeOptions:
         raise UserError("--served-model-name: is empty; requests need a name")
     if given["served_model_name"] is None:
         model = options.model
-        given["served_model_name"] = "demo" if model is None else model.resolve().name
+        given["served_model_name"] = "demo" if model is None else served_name(model)
     return ServeOptions(**{name: value for name, value in given.items() if value is not None})
 
 

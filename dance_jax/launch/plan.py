@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from dance_jax.config import ClusterSpec, EngineConfig, UserError
-from dance_jax.engine.kv_cache import cache_bytes
+from dance_jax.engine.kv_cache import cache_bytes, state_bytes
 from dance_jax.launch.costs import cluster_cost, cost_note
 from dance_jax.models.config import ModelConfig
 from dance_jax.placement.activations import Activations
@@ -40,6 +40,8 @@ class Room:
     devices: int
     trunk_bytes: int
     kv_bytes: int
+    #: Recurrent states of all sequences that run at once; 0 for models without any.
+    state_bytes: int
     #: The expert pool: slots x bytes of an expert, full or not.
     pool_bytes: int
     slots: int
@@ -47,7 +49,7 @@ class Room:
     @property
     def device_bytes(self) -> int:
         """All of it."""
-        return self.trunk_bytes + self.kv_bytes + self.pool_bytes
+        return self.trunk_bytes + self.kv_bytes + self.state_bytes + self.pool_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,9 +90,13 @@ def rooms(spec: ClusterSpec, model: ModelFacts, config: EngineConfig) -> tuple[R
     # No device can use more slots than there are experts.
     slots = [min(server.slots(expert_bytes), experts) for server in spec.servers]
     _check_capacity(spec, slots, experts, expert_bytes)
-    trunk_bytes, kv_bytes = model.trunk_bytes(config.dtype), cache_bytes(model.config, config)
+    fixed = (
+        model.trunk_bytes(config.dtype),
+        cache_bytes(model.config, config),
+        state_bytes(model.config, config),
+    )
     return tuple(
-        Room(server.name, server.devices, trunk_bytes, kv_bytes, count * expert_bytes, count)
+        Room(server.name, server.devices, *fixed, count * expert_bytes, count)
         for server, count in zip(spec.servers, slots, strict=True)
     )
 
@@ -165,8 +171,23 @@ def make_plan(
         ),
         local_share=placement.local_share(counts),
         expert_bytes=model.expert_bytes(config.dtype),
-        notes=tuple(_notes(spec, policy, used, activations)),
+        notes=(*model_notes(model.config, config), *_notes(spec, policy, used, activations)),
     )
+
+
+def model_notes(model: ModelConfig, config: EngineConfig) -> Iterator[str]:
+    """What a user should know of a model's memory and form."""
+    if model.state_bytes:
+        yield (
+            f"The model has recurrent states: {format_bytes(model.state_bytes)} for each of "
+            f"{config.max_num_seqs} sequences that run at once on a device, and one more. Requests "
+            "with the same prefix do not share its computation."
+        )
+    if model.quantization:
+        yield (
+            f"The model's weights are quantised ({model.quantization}) and cannot be loaded as "
+            f"they are; the sizes are those of a copy in {config.dtype}."
+        )
 
 
 def _notes(

@@ -25,7 +25,8 @@ class Setup(msgspec.Struct, kw_only=True):
     spec: ClusterSpec
     rank: int
     config: EngineConfig
-    #: Directory of the model on the server's machine, converted or not; "": the demo model.
+    #: Directory of the model on the server's machine, converted or not, or org/name@revision on
+    #: the hub; "": the demo model.
     model: str
     #: Config and tokenizer for a server that has no such directory (`model_files.pack`); empty:
     #: it has.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import pathlib
 from collections.abc import Callable, Sequence
 
@@ -26,7 +27,7 @@ def survey(
     network: Network,
     nodes: Nodes | None,
     *,
-    model: pathlib.Path | None,
+    model: str | os.PathLike[str] | None,
     fingerprint: str,
     cache_dir: pathlib.Path | None,
     platform: str,

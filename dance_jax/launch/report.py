@@ -26,7 +26,9 @@ def print_plan(console: Console, plan: Plan) -> None:
         title_justify="left",
     )
     table.add_column("server")
-    for column in ("devices", "trunk", "KV cache", "experts", "slots"):
+    states = any(server.state_bytes for server in plan.servers)
+    columns = ("devices", "trunk", "KV cache", *["states"] * states, "experts", "slots")
+    for column in columns:
         table.add_column(column, justify="right")
     table.add_column("resident per layer" if listed else "resident per layer (least-most)")
     table.add_column("local share", justify="right")
@@ -37,6 +39,7 @@ def print_plan(console: Console, plan: Plan) -> None:
             str(server.devices),
             format_bytes(server.trunk_bytes),
             format_bytes(server.kv_bytes),
+            *[format_bytes(server.state_bytes)] * states,
             format_bytes(server.pool_bytes),
             str(server.slots),
             " ".join(map(str, server.resident)) if listed else f"{least}-{most}",
@@ -45,7 +48,7 @@ def print_plan(console: Console, plan: Plan) -> None:
     console.print(table)
     console.print(
         Text(
-            "trunk, KV cache, experts and slots are per device; predicted local share of all "
+            f"{', '.join(columns[1:-1])} and slots are per device; predicted local share of all "
             f"expert calls: {plan.local_share:.3f}"
         ),
         soft_wrap=True,

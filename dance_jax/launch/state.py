@@ -17,6 +17,7 @@ from dance_jax.launch.plan import (
     Room,
     ServerPlan,
     dump_layout,
+    model_notes,
     parse_layout,
     rooms,
 )
@@ -55,7 +56,7 @@ class State:
 
     def misfit(self, spec: ClusterSpec, model: ModelFacts, held: Sequence[Room]) -> str:
         """Why it is of no use to these servers; "": it is."""
-        if self.model != model.fingerprint:
+        if model.fingerprint and self.model != model.fingerprint:
             return "it is of another model"
         if self.servers != spec.names:
             return f"it is of servers {', '.join(self.servers)}"
@@ -106,5 +107,8 @@ def resumed_plan(spec: ClusterSpec, model: ModelFacts, config: EngineConfig, sta
         ),
         local_share=placement.local_share(counts),
         expert_bytes=model.expert_bytes(config.dtype),
-        notes=("Experts are where the service before had them.",),
+        notes=(
+            *model_notes(model.config, config),
+            "Experts are where the service before had them.",
+        ),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -180,6 +180,19 @@ def placing(console: Console, policy: str) -> Iterator[None]:
     else:
         console.print(text, soft_wrap=True)
         yield
+
+
+def download(console: Console) -> Callable[[str, int, int], None] | None:
+    """Make a progress function for `hub.resolve`: a line per file.
+
+    Returns:
+        None on a terminal, where the library that downloads shows bars of its own.
+    """
+    if console.is_terminal:
+        return None
+    return lambda text, number, total: console.print(
+        Text(f"{text} {number} of {total}"), soft_wrap=True
+    )
 
 
 @contextlib.contextmanager

@@ -207,15 +207,18 @@ def _cache_dir(setup: Setup) -> pathlib.Path | None:
 
 
 def _open_model(setup: Setup, cache: pathlib.Path, channel: Channel) -> Checkpoint:
-    """This machine's copy of the model, converted into its cache if need be.
+    """This machine's copy of the model, downloaded and converted into its cache if need be.
 
     Raises:
-        UserError: it is missing, torn or another one.
+        UserError: it is missing, torn or another one, or cannot be downloaded.
     """
     from dance_jax.launch.defaults import demo_dir
+    from dance_jax.models import hub
     from dance_jax.models.checkpoint import Checkpoint, is_converted
 
-    path = pathlib.Path(setup.model) if setup.model else demo_dir()
+    path = demo_dir()
+    if setup.model:
+        path = hub.resolve(setup.model, lambda *what: channel.send(protocol.Progress(*what)))
     if not is_converted(path):
         channel.send(protocol.Progress("converting the model", 0, 0))
         # Elsewhere: it computes with JAX, which must not happen here before all have joined.

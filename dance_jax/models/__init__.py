@@ -1,4 +1,7 @@
-"""Model definitions and checkpoints; knows neither clusters nor placements."""
+"""Model definitions and checkpoints; knows neither clusters nor placements.
+
+What is imported here does without JAX: the preflight and the hosts file's reader use `models.hub`.
+"""
 
 from dance_jax.models.config import ModelConfig
 from dance_jax.models.families import FAMILIES, model_config

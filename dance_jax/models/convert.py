@@ -24,11 +24,12 @@ from dance_jax.config import UserError
 from dance_jax.models.checkpoint import (
     FORMAT,
     Checkpoint,
+    Outline,
     expert_leaf,
     is_converted,
     write_manifest,
 )
-from dance_jax.models.hf import SIDE_FILES, HFDirectory
+from dance_jax.models.hf import SIDE_FILES, HFDirectory, read_config
 from dance_jax.models.orbax_store import save_arrays
 from dance_jax.models.tensors import TensorRule, expert_rules, trunk_rules
 
@@ -122,6 +123,24 @@ def ensure_converted(
         _remove_abandoned(cache_dir)
         convert(source, cache_dir / name, progress)
     return cache_dir / name
+
+
+def outline(directory: str | pathlib.Path) -> Outline:
+    """What can be planned of a model without converting it, from its config.json alone if need be.
+
+    Args:
+        directory: in Hugging Face format, with or without weights, or converted.
+
+    Raises:
+        UserError: the model is not supported, or weights that are there do not fit it.
+    """
+    directory = pathlib.Path(directory)
+    if is_converted(directory):
+        return Checkpoint.open(directory)
+    config = read_config(directory)
+    if config.quantization or not any(directory.glob("*.safetensors")):
+        return Outline(config)
+    return Outline(config, HFDirectory(directory).fingerprint())
 
 
 def _write(

@@ -131,13 +131,13 @@ class Activations:
         return Activations(tuple(names), self.counts[order], self.model, routes)
 
     def check_model(self, fingerprint: str, num_layers: int, num_experts: int) -> None:
-        """Raises UserError unless these are statistics of that model; "" fits every model."""
+        """Raises UserError unless these are statistics of that model; "" on either side fits."""
         if (self.num_layers, self.num_experts) != (num_layers, num_experts):
             raise UserError(
                 f"activations are of a model with {self.num_layers} MoE layers of "
                 f"{self.num_experts} experts, not of {num_layers} x {num_experts}"
             )
-        if self.model and self.model != fingerprint:
+        if self.model and fingerprint and self.model != fingerprint:
             raise UserError(
                 f"activations were made with another model ({self.model}, not {fingerprint}); "
                 "make new ones with --save-activations"

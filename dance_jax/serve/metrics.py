@@ -232,6 +232,14 @@ class _EngineMetrics(Collector):
         yield self._gauge("num_requests_running", "Sequences that run", report.running)
         yield self._gauge("num_requests_waiting", "Sequences that wait", report.waiting)
         yield self._gauge("kv_cache_usage_perc", "KV blocks in use, 1 is all", used)
+        yield self._gauge(
+            "prefix_cache_enabled",
+            "1 if requests with the same prefix share its computation, 0 with recurrent states",
+            float(report.shares_prefixes),
+        )
+        yield self._gauge(
+            "state_bytes", "Recurrent states of running sequences", report.state_bytes_used
+        )
         yield self._gauge("local_share", "Share of expert calls that stay here", share)
         yield self._gauge("experts_resident", "Experts that live here", report.experts_resident)
         yield self._gauge("longest_step_seconds", "Of the last ten seconds", report.longest_step_s)

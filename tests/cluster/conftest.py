@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import pathlib
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -16,5 +18,16 @@ from tests.cluster.tiny import EXPERTS, LAYERS
 @pytest.fixture(scope="package")
 def single(expert_library: pathlib.Path | None) -> Runner:
     """The same model on one device that holds every expert."""
+    return alone("latent")
+
+
+@pytest.fixture(scope="package")
+def single_of(expert_library: pathlib.Path | None) -> Callable[[str], Runner]:
+    """The like of one of `tiny.MODELS`."""
+    return alone
+
+
+@functools.cache
+def alone(model: str) -> Runner:
     everything = Placement(np.ones((1, LAYERS, EXPERTS), bool))
-    return tiny.runner(spread(everything, [1], [LAYERS * EXPERTS]), 0)
+    return tiny.runner(spread(everything, [1], [LAYERS * EXPERTS]), 0, model=model)

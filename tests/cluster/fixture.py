@@ -47,13 +47,13 @@ class TestCluster:
             process.stdin.flush()
         return [pickle.load(process.stdout) for process in self.processes]  # type: ignore[arg-type]
 
-    def use(self, transport: str, wire_dtype: str = "compute") -> str:
+    def use(self, transport: str, wire_dtype: str = "compute", model: str = "latent") -> str:
         """What all further commands mean; the first `place` of each compiles it.
 
         Returns:
             The transport in use: without a C++ compiler "sockets" are collectives.
         """
-        (used,) = set(self.send("use", transport, wire_dtype))
+        (used,) = set(self.send("use", transport, wire_dtype, model))
         return used
 
     def place(self, layout: Layout) -> list[Any]:

@@ -149,6 +149,16 @@ def test_collectives_give_it_too(
     check_placement(three_servers, single, seed, empty, replicas, batches)
 
 
+@pytest.mark.parametrize("model", ["grouped", "recurrent"])
+@settings(cluster_settings, max_examples=2)
+@any_placement
+def test_other_mechanisms_give_it_too(
+    three_servers: TestCluster, single_of, model, seed, empty, replicas, batches
+):
+    three_servers.use("sockets", model=model)
+    check_placement(three_servers, single_of(model), seed, empty, replicas, batches)
+
+
 def check_placement(three_servers: TestCluster, single, seed, empty, replicas, batches) -> None:
     resident = random_resident(seed, empty, replicas)
     three_servers.place(placed(resident)[1])

@@ -1,4 +1,7 @@
-"""A tiny random DeepSeek-V2 for cluster tests: its runner, and one step of raw token rows."""
+"""Tiny random models for cluster tests: their runners, and one step of raw token rows.
+
+All have the same MoE layers and experts, so that one layout fits all.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +26,15 @@ from dance_jax.models.messages import Transport
 from dance_jax.models.random_weights import random_expert, random_expert_tensors
 from dance_jax.placement.core import Layout
 from tests.quick import QuickCache
-from tests.tiny_models import SERVED
+from tests.tiny_models import HYBRID, OSS, SERVED
 
-CONFIG = model_config(SERVED)
+#: One for each mechanism that mixes tokens.
+MODELS = {
+    "latent": model_config(SERVED),
+    "grouped": model_config(OSS),
+    "recurrent": model_config(HYBRID),
+}
+CONFIG = MODELS["latent"]
 ENGINE = EngineConfig(
     max_model_len=128,
     max_num_seqs=4,
@@ -35,18 +44,18 @@ ENGINE = EngineConfig(
     route_sample=64,
 )
 DECODE, SLICE = ENGINE.buckets
-FORM = expert_format(CONFIG, "float32")
 LAYERS, EXPERTS = len(CONFIG.moe_layers), CONFIG.num_experts
 
 
 @functools.cache
-def expert_tensors() -> dict[str, np.ndarray]:
-    return dict(random_expert_tensors(CONFIG, seed=0))
+def expert_tensors(model: str) -> dict[str, np.ndarray]:
+    return dict(random_expert_tensors(MODELS[model], seed=0))
 
 
-def read_experts(pairs: list[tuple[int, int]]):
+def read_experts(model: str, pairs: list[tuple[int, int]]):
     """Stands in for a checkpoint: the same weights as `init_random` goes with."""
-    found = [random_expert(CONFIG, expert_tensors(), *pair, FORM) for pair in pairs]
+    config, form = MODELS[model], expert_format(MODELS[model], "float32")
+    found = [random_expert(config, expert_tensors(model), *pair, form) for pair in pairs]
     return tuple(map(np.stack, zip(*found, strict=True)))
 
 
@@ -55,14 +64,26 @@ def runner(
     rank: int,
     transport: Transport | None = None,
     wire_dtype: str = "compute",
+    model: str = "latent",
     compile_cache: CompileCache | None = None,
 ) -> Runner:
     """Of a server; what compiles its steps is by default quick."""
-    trunk = init_random(CONFIG, seed=0)
+    trunk = init_random(MODELS[model], seed=0)
     config = dataclasses.replace(ENGINE, wire_dtype=wire_dtype)
     blocks = config.max_num_seqs * config.max_blocks
     cache = compile_cache or QuickCache(None)
-    return Runner(CONFIG, trunk, FORM, read_experts, layout, rank, config, blocks, cache, transport)
+    return Runner(
+        MODELS[model],
+        trunk,
+        expert_format(MODELS[model], "float32"),
+        functools.partial(read_experts, model),
+        layout,
+        rank,
+        config,
+        blocks,
+        cache,
+        transport,
+    )
 
 
 def weights_of(layout: Layout, rank: int) -> dict[tuple[int, int], tuple[np.ndarray, ...]]:
@@ -72,7 +93,7 @@ def weights_of(layout: Layout, rank: int) -> dict[tuple[int, int], tuple[np.ndar
         table = layout.experts_of(rank, device)
         used = np.flatnonzero(table[:, 0] >= 0).tolist()
         if used:
-            stacks = read_experts([tuple(table[slot]) for slot in used])
+            stacks = read_experts("latent", [tuple(table[slot]) for slot in used])
             found |= {(device, slot): each for slot, *each in zip(used, *stacks, strict=True)}
     return {place: tuple(each) for place, each in found.items()}
 
@@ -111,6 +132,7 @@ def rows_of(bucket: tuple[int, int], tokens: Tokens) -> list[list[Row]]:
         sequence = Sequence("r", 0, list(ids), SamplingParams(temperature=0), 1, 0)
         first = 1 + number * ENGINE.max_blocks
         sequence.blocks = list(range(first, first + ENGINE.max_blocks))
+        sequence.state_slot = 1 + number
         if not bucket[1] or (start > 0 and len(ids) == 1):
             found.append([Row(sequence, decode, decode, start, list(ids), True)])
             decode += 1

@@ -42,9 +42,9 @@ jax.jit(everyone)().block_until_ready()
 names = [f"server-{rank}" for rank in range(len(DEVICES))]
 sockets = links_cpu.connect(RANK, names, "127.0.0.1", b"the key of this test")
 transports = {"collectives": Collectives(), "sockets": sockets}
-runners: dict[tuple[str, str], Runner] = {}
+runners: dict[tuple[str, str, str], Runner] = {}
 staging: Staging | None = None
-variant = ("collectives", "compute")
+variant = ("collectives", "compute", "latent")
 leveled = contextlib.ExitStack()
 while True:
     command = pickle.load(sys.stdin.buffer)
@@ -58,7 +58,7 @@ while True:
         if variant in runners:
             runners[variant].place(layout)
         else:
-            runners[variant] = tiny.runner(layout, RANK, transports[variant[0]], variant[1])
+            runners[variant] = tiny.runner(layout, RANK, transports[variant[0]], *variant[1:])
         staging = Staging(layout, RANK, runners[variant].form)
         pool = runners[variant].pool
         reply = [[shard.data.shape for shard in leaf.addressable_shards] for leaf in pool]

@@ -157,6 +157,12 @@ def model(surveys: Sequence[Survey], own: Machine, fingerprint: str) -> Iterator
                 "name the right directory with model="
             )
             yield Finding(name, "model", message)
+        elif state.kind == "to download":
+            message = (
+                f"on {name}, {state.path} is not in the cache: it is downloaded there when the "
+                "servers start"
+            )
+            yield Finding(name, "model", message, error=False)
         elif not same or state.definition != own.model.definition:
             message = (
                 f"on {name}, {state.path} is another model than {own.model.path} on this machine: "

@@ -21,7 +21,7 @@ class AskMachine(msgspec.Struct, tag=True, kw_only=True):
     names: list[str]
     #: TCP ports to try on the address; 0 is answered with a free one.
     ports: list[int]
-    #: Directory of the model; None: the demo of this installation.
+    #: Directory of the model, or its name on the hub; None: the demo of this installation.
     model: str | None
     #: There is to be a model; else nobody looks for it.
     needs_model: bool = True
@@ -87,7 +87,8 @@ class ModelState(msgspec.Struct, kw_only=True):
 
     #: Where it was looked for.
     path: str
-    #: "hf", "converted", or "" if it is neither; "from peers" if nobody looked for it.
+    #: "hf", "converted", or "" if it is neither; "from peers" if nobody looked for it, "to
+    #: download" if it is a model of the hub that the machine's cache lacks.
     kind: str
     #: What is wrong with it; empty if nothing was found.
     problem: str = ""

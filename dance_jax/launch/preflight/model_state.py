@@ -12,11 +12,13 @@ import os
 import pathlib
 from typing import Any
 
+from dance_jax.config import UserError
 from dance_jax.launch.preflight.messages import ModelState
+from dance_jax.models import hub
+from dance_jax.models.hub import INDEX
 
 # As models.checkpoint and models.hf have them, which import JAX; a test compares.
 MANIFEST = "dance_jax.json"
-INDEX = "model.safetensors.index.json"
 SIDE_FILES = (
     "config.json",
     "generation_config.json",
@@ -37,13 +39,22 @@ class _Wrong(Exception):
 def model_state(directory: str | os.PathLike[str] | None) -> ModelState:
     """Looks at a model's directory.
 
+    A model of the hub is looked for in this machine's cache; nothing is downloaded.
+
     Args:
-        directory: in Hugging Face format or converted; None: the demo of this installation.
+        directory: in Hugging Face format or converted, or a model's name on the hub; None: the
+            demo of this installation.
     """
     demo = pathlib.Path(__file__).resolve().parents[2] / "demo"
     path = demo if directory is None else pathlib.Path(directory)
     state = ModelState(path=str(path), kind="")
     try:
+        if directory is not None and (name := hub.hub_name(directory)) is not None:
+            found = _in_cache(name)
+            if found is None:
+                state.kind = "to download"
+                return state
+            path, state.path = found, f"{name} in {found}"
         if (path / MANIFEST).exists():
             state.kind = "converted"
             state.index, state.fingerprint = _converted(path)
@@ -60,6 +71,18 @@ def model_state(directory: str | os.PathLike[str] | None) -> ModelState:
     except OSError as error:
         state.problem = f"{error.filename or path} cannot be read: {error.strerror}"
     return state
+
+
+def _in_cache(name: hub.HubName) -> pathlib.Path | None:
+    try:
+        found, offline = hub.cached(name), hub.is_offline()
+    except ImportError as error:
+        raise _Wrong(f"huggingface_hub cannot be imported ({error})") from error
+    except UserError as error:
+        raise _Wrong(str(error)) from error
+    if found is None and offline:
+        raise _Wrong("HF_HUB_OFFLINE is set, and the cache does not have it")
+    return found
 
 
 def _definition(path: pathlib.Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import pathlib
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +18,7 @@ from dance_jax.launch.preflight.link_pairs import measure_links
 from dance_jax.launch.preflight.messages import AskClock, AskMachine, Clock, Machine
 from dance_jax.launch.preflight.survey import Links, Offset, Survey
 from dance_jax.launch.ssh import CONNECT_TIMEOUT_S
+from dance_jax.models.hub import portable_name
 
 #: Seconds for the first answer, which may need a connection, and for the others.
 FIRST_TIMEOUT_S, ANSWER_TIMEOUT_S = CONNECT_TIMEOUT_S + 2.0, 10.0
@@ -91,7 +93,7 @@ class Preflight:
 def run_preflight(
     spec: ClusterSpec,
     *,
-    model: pathlib.Path | None,
+    model: str | os.PathLike[str] | None,
     fingerprint: str,
     cache_dir: pathlib.Path | None,
     platform: str,
@@ -108,7 +110,7 @@ def run_preflight(
     Args:
         spec: the servers.
         model: the model's directory on this machine and, where a line has no model=, on the
-            servers'; None: the demo of each installation.
+            servers', or its name on the hub; None: the demo of each installation.
         fingerprint: of the model that was planned with.
         cache_dir: of this machine and the servers'; None: the default one of each.
         platform: "cpu" or "cuda".
@@ -127,6 +129,7 @@ def run_preflight(
             for server in spec.servers:
                 opened.append(ProbeAsker(server, ssh_config))
             askers = opened
+        model = None if model is None else portable_name(model)
         own = _own_machine(model)
         progress(f"asking {len(askers)} servers")
         questions = [
@@ -134,7 +137,7 @@ def run_preflight(
                 address=server.address,
                 names=[each.address for each in spec.servers],
                 ports=[coordinator_port if rank == 0 else 0, *(ports or {}).get(server.name, ())],
-                model=server.model or _absolute(model),
+                model=server.model or model,
                 needs_model=not server.from_peers,
                 cache_dir=_absolute(cache_dir),
                 platform=platform,
@@ -186,13 +189,13 @@ def _absolute(path: pathlib.Path | None) -> str | None:
     return None if path is None else str(path.absolute())
 
 
-def _own_machine(model: pathlib.Path | None) -> Machine:
+def _own_machine(model: str | None) -> Machine:
     """This machine's answer, with which the others' are compared."""
     question = AskMachine(
         address="localhost",
         names=[],
         ports=[],
-        model=_absolute(model),
+        model=model,
         cache_dir=None,
         platform="cpu",
     )

@@ -24,6 +24,7 @@ from dance_jax.launch.preflight.messages import (
     Machine,
     Measure,
     Measured,
+    ModelState,
     Refused,
     Reply,
     Request,
@@ -209,6 +210,15 @@ def test_converted_models_are_compared_with_the_plan() -> None:
     servers = [converted("f00d"), converted("beef"), MadeUp()]
     found = made_up(*servers, fingerprint="f00d")
     assert "on beta" in only(found) and "its weights differ" in only(found)
+
+
+def test_a_model_that_is_to_be_downloaded_is_a_warning() -> None:
+    def change(machine: Machine) -> None:
+        machine.model = ModelState(path="org/name@v1", kind="to download")
+
+    found = made_up(MadeUp(), MadeUp(change), MadeUp())
+    assert "on beta, org/name@v1 is not in the cache" in only(found, error=False)
+    assert "~ to download" in text(found, 200)
 
 
 def test_a_cache_that_cannot_be_written_is_a_warning() -> None:
