@@ -2,14 +2,15 @@
 
     python benchmarks/throughput.py
     python benchmarks/throughput.py --transformers-python /path/to/venv/bin/python  # compare
+    python benchmarks/throughput.py --family qwen3_next
 
-A random DeepSeek-V2 of about 200 M parameters in float32: 8 layers (the first dense), hidden 512,
-64 experts x 256, top-6, 2 shared. Every step goes through `Engine.step`: scheduler, transfers and
-sampling are part of it. Transformers runs in a process of its own, with as many threads, its
-forward pass alone (no `generate`), and in each case its fastest experts implementation; the two
-take turns. A figure is the median step of a round, the best of all rounds. Decode follows a
-prompt of 32 tokens; its share of the memory's speed is the weights and cache it must read, over
-the bandwidth of a plain read of 1 GiB, measured here as well.
+A random model of about 200 M parameters in float32, by default a DeepSeek-V2: 8 layers (the first
+dense), hidden 512, 64 experts x 256, top-6, 2 shared; families.py has the others. Every step goes
+through `Engine.step`: scheduler, transfers and sampling are part of it. Transformers runs in a
+process of its own, with as many threads, its forward pass alone (no `generate`), and in each case
+its fastest experts implementation; the two take turns. A figure is the median step of a round, the
+best of all rounds. Decode follows a prompt of 32 tokens; its share of the memory's speed is the
+weights and cache it must read, over the bandwidth of a plain read of 1 GiB, measured here as well.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import jax
 import numpy as np
 
+from benchmarks.families import SHAPES
 from benchmarks.trace import self_times
 from dance_jax.config import EngineConfig
 from dance_jax.engine.engine import Engine
@@ -46,42 +48,6 @@ from dance_jax.models.convert import ensure_converted
 from dance_jax.models.random_weights import write_random_checkpoint
 from dance_jax.models.tokenizer import Tokenizer
 
-FIELDS = {
-    "architectures": ["DeepseekV2ForCausalLM"],
-    "model_type": "deepseek_v2",
-    "vocab_size": 8192,
-    "hidden_size": 512,
-    "intermediate_size": 1408,
-    "moe_intermediate_size": 256,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 8,
-    "n_shared_experts": 2,
-    "n_routed_experts": 64,
-    "num_experts_per_tok": 6,
-    "routed_scaling_factor": 1.0,
-    "kv_lora_rank": 256,
-    "q_lora_rank": None,
-    "qk_rope_head_dim": 32,
-    "qk_nope_head_dim": 64,
-    "v_head_dim": 64,
-    "topk_method": "greedy",
-    "n_group": None,
-    "topk_group": None,
-    "norm_topk_prob": False,
-    "scoring_func": "softmax",
-    "moe_layer_freq": 1,
-    "first_k_dense_replace": 1,
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "max_position_embeddings": 1024,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10000.0,
-    "tie_word_embeddings": False,
-    "torch_dtype": "float32",
-    "eos_token_id": 1,
-    "bos_token_id": 0,
-}
 CONFIG = EngineConfig(
     max_model_len=512,
     max_num_seqs=8,
@@ -89,6 +55,8 @@ CONFIG = EngineConfig(
     slice_rows=(4, 32),
     route_sample=0,
 )
+#: Token ids of the shapes.
+VOCABULARY = 8192
 #: Prompt tokens before decode is timed, and prompt tokens of a prefill.
 PROMPT, CHUNK = 32, 128
 #: Steps whose time is attributed to parts of the model.
@@ -290,7 +258,7 @@ def threads() -> int:
 
 def prompts(rows: int, length: int, seed: int) -> list[list[int]]:
     rng = np.random.default_rng(seed)
-    return rng.integers(2, FIELDS["vocab_size"], (rows, length)).tolist()
+    return rng.integers(2, VOCABULARY, (rows, length)).tolist()
 
 
 def read_bandwidth() -> float:
@@ -341,9 +309,9 @@ def agreement(ours: list[list[int]], theirs: list[list[int]]) -> tuple[int, int]
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     work = arguments.work
-    source = work / "throughput-200m"
+    source = work / f"throughput-{arguments.family}"
     if not (source / "complete").exists():
-        write_random_checkpoint(source, FIELDS)
+        write_random_checkpoint(source, SHAPES[arguments.family])
         (source / "complete").touch()
     kernels_cpu.load(work)
     bandwidth = read_bandwidth()
@@ -351,6 +319,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     python = arguments.transformers_python
     theirs = Theirs(python, source) if python else None
     result: dict[str, Any] = {
+        "family": arguments.family,
         "threads": threads(),
         "bandwidth_gb_s": bandwidth / 1e9,
         "compile_s": ours.compile_seconds,
@@ -404,7 +373,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 def show(result: dict[str, Any]) -> None:
     compared = result["transformers"]
     print(
-        f"{result['threads']} threads, memory read at {result['bandwidth_gb_s']:.1f} GB/s"
+        f"{result['family']}, {result['threads']} threads, "
+        f"memory read at {result['bandwidth_gb_s']:.1f} GB/s"
         + (f", {compared}" if compared else "")
         + f"; compiled in {result['compile_s']:.1f} s\n"
     )
@@ -435,6 +405,9 @@ def show(result: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Tokens per second, beside transformers.")
     parser.add_argument("--transformers-python", help="a Python that has torch and transformers")
+    parser.add_argument(
+        "--family", choices=sorted(SHAPES), default="deepseek_v2", help="shape of the model"
+    )
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--steps", type=int, default=32, help="decode steps of a round")
     parser.add_argument("--json", type=pathlib.Path, help="also write the figures here")
@@ -442,7 +415,7 @@ def main() -> None:
         "--work",
         type=pathlib.Path,
         default=pathlib.Path.home() / ".cache" / "dance_jax" / "benchmarks",
-        help="where the random model (1.6 GB) is made and kept",
+        help="where the random models (1.6 GB each) are made and kept",
     )
     arguments = parser.parse_args()
     result = run(arguments)

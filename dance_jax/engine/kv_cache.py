@@ -95,13 +95,14 @@ def new_memory(
     """An empty memory with so many blocks and scratch, in numpy."""
     layers = len(model.moe_layers)
     return Memory(
-        cache=tuple(_new_cache(layer.mixer, config, blocks) for layer in model.layers),
+        cache=tuple(layer_cache(layer.mixer, config, blocks) for layer in model.layers),
         counts=np.zeros((layers, model.num_experts), np.int32),
         links=transport.memory(layers),
     )
 
 
-def _new_cache(mixer: Mixer, config: EngineConfig, blocks: int) -> np.ndarray | State:
+def layer_cache(mixer: Mixer, config: EngineConfig, blocks: int) -> np.ndarray | State:
+    """What a layer with this mixer keeps, empty, in numpy."""
     if isinstance(mixer, DeltaNet):
         slots = 1 + config.max_num_seqs
         return State(*(np.zeros((slots, *shape), np.float32) for shape in mixer.state_shapes))

@@ -80,6 +80,16 @@ def read_config(directory: str | pathlib.Path) -> ModelConfig:
     return model_config(fields, generation, str(path))
 
 
+def check_loadable(config: ModelConfig, directory: pathlib.Path) -> None:
+    """Raises UserError if the weights are of a kind that cannot be read."""
+    if config.quantization:
+        raise UserError(
+            f"{directory}: the weights are quantised ({config.quantization}, by config.json's "
+            "quantization_config); only float32, float16 and bfloat16 can be read: use a copy of "
+            "the model in one of them"
+        )
+
+
 class HFDirectory:
     """An opened directory; every tensor the model needs is there in the right shape.
 
@@ -91,12 +101,7 @@ class HFDirectory:
     def __init__(self, directory: str | pathlib.Path):
         self.path = model_directory(directory)
         self.config = read_config(self.path)
-        if self.config.quantization:
-            raise UserError(
-                f"{self.path}: the weights are quantised ({self.config.quantization}, by "
-                "config.json's quantization_config); only float32, float16 and bfloat16 can be "
-                "read: use a copy of the model in one of them"
-            )
+        check_loadable(self.config, self.path)
         self.files = _weight_files(self.path)
         self.tensors = _spelled(self._headers(), self.config)
         #: Names of tensors that are known and not needed.

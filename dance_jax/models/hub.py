@@ -243,10 +243,10 @@ class _Repository:
         Raises:
             UserError: the model is not supported.
         """
-        from dance_jax.models.hf import SIDE_FILES, read_config
+        from dance_jax.models.hf import SIDE_FILES, check_loadable, read_config
 
         directory = self.config()
-        read_config(directory)
+        check_loadable(read_config(directory), directory)
         for file in (*SIDE_FILES, INDEX):
             self.get(file)
         return directory

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import pathlib
 from collections.abc import Iterator, Mapping
@@ -106,7 +107,10 @@ def write_random_checkpoint(
         parts.append(list(shards[0]))
         shards[0] = {}
 
-    for source in (random_trunk_tensors(config, seed), random_expert_tensors(config, seed)):
+    experts = random_expert_tensors(config, seed)
+    if config.names.interleaved:
+        experts = _stacked(config, experts)
+    for source in (random_trunk_tensors(config, seed), experts):
         for name, tensor in source:
             shards[0][name] = np.ascontiguousarray(tensor.astype(stored))
             size += shards[0][name].nbytes
@@ -126,6 +130,19 @@ def write_random_checkpoint(
     text = json.dumps({"metadata": {}, "weight_map": weight_map}, indent=2)
     (directory / "model.safetensors.index.json").write_text(text + "\n")
     return directory
+
+
+def _stacked(
+    config: ModelConfig, tensors: Iterator[tuple[str, np.ndarray]]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Tensors of single experts as such models are published: all experts of a layer in one."""
+    leaves = len(expert_rules(config, config.moe_layers[0], 0))
+    for layer in config.moe_layers:
+        prefix = f"model.layers.{layer}.{config.names.experts}"
+        own = list(itertools.islice(tensors, leaves * config.num_experts))
+        for leaf in range(leaves):
+            name = own[leaf][0].removeprefix(f"{prefix}.0.")
+            yield f"{prefix}.{name}", np.stack([tensor for _, tensor in own[leaf::leaves]])
 
 
 def write_byte_tokenizer(directory: str | pathlib.Path, config: ModelConfig) -> None:

@@ -17,19 +17,16 @@ from dance_jax.placement.core import Placement, spread
 from tests.cluster import tiny
 
 
-@pytest.fixture(scope="module", params=["experts in C++", "experts in JAX"])
+@pytest.fixture(scope="module", params=["latent", "latent, experts in JAX", "recurrent"])
 def alone(request: pytest.FixtureRequest, expert_library: pathlib.Path | None) -> Iterator[Runner]:
     """Every expert on one device, compiled as for users."""
-    with pytest.MonkeyPatch.context() as patch:
-        if request.param == "experts in JAX":
-            patch.setattr(kernels_cpu, "usable", lambda: False)
-        yield _alone()
-
-
-def _alone() -> Runner:
+    model, *in_jax = request.param.split(", ")
     resident = np.ones((1, tiny.LAYERS, tiny.EXPERTS), bool)
     layout = spread(Placement(resident), [1], [tiny.LAYERS * tiny.EXPERTS])
-    return tiny.runner(layout, 0, compile_cache=CompileCache(None))
+    with pytest.MonkeyPatch.context() as patch:
+        if in_jax:
+            patch.setattr(kernels_cpu, "usable", lambda: False)
+        yield tiny.runner(layout, 0, model=model, compile_cache=CompileCache(None))
 
 
 def _copies(hlo: str) -> Iterator[str]:
@@ -50,7 +47,7 @@ def _forbidden(arrays: list[jax.Array]) -> set[str]:
 def test_pool_and_cache_are_not_copied(alone: Runner, bucket: tuple[int, int]) -> None:
     copied = set(_copies(alone.compile(bucket).as_text()))
     assert copied, "the pattern no longer finds any copy"
-    assert not copied & _forbidden([*alone.pool, *alone.memory.cache])
+    assert not copied & _forbidden([*alone.pool, *jax.tree.leaves(alone.memory.cache)])
 
 
 def test_memory_is_updated_in_place(alone: Runner) -> None:
@@ -58,5 +55,5 @@ def test_memory_is_updated_in_place(alone: Runner) -> None:
     aliased = re.search(r"input_output_alias=\{(.*?)\}, entry", text)
     assert aliased is not None
     # Alone there is no link, and the credit of links is not an input of the compiled step.
-    kept = [*alone.memory.cache, alone.memory.counts]
+    kept = jax.tree.leaves([alone.memory.cache, alone.memory.counts])
     assert aliased[1].count("may-alias") + aliased[1].count("must-alias") >= len(kept)

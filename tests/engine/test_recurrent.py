@@ -1,0 +1,54 @@
+"""An engine whose model has recurrent states: they follow their sequences, and no one else's."""
+
+from __future__ import annotations
+
+import pathlib
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dance_jax.engine.engine import Engine
+from tests.engine.traffic import (
+    SHARED,
+    Job,
+    Naive,
+    any_traffic,
+    jobs,
+    make_checkpoint,
+    make_engine,
+    run,
+)
+from tests.tiny_models import HYBRID
+
+
+@pytest.fixture(scope="module")
+def hybrid(
+    tmp_path_factory: pytest.TempPathFactory, expert_library: pathlib.Path | None
+) -> tuple[Engine, Naive]:
+    checkpoint = make_checkpoint(tmp_path_factory.mktemp("recurrent"), HYBRID)
+    return make_engine(checkpoint), Naive(checkpoint)
+
+
+@settings(any_traffic, max_examples=10)
+@given(st.lists(jobs(), min_size=1, max_size=9))
+def test_greedy_outputs_are_those_of_a_naive_loop(hybrid, given):
+    engine, naive = hybrid
+    collectors = run(engine, [(job, job.request(str(n))) for n, job in enumerate(given)])
+    for number, job in enumerate(given):
+        naive.check(list(job.prompt), collectors[str(number)].output.outputs[0].token_ids)
+
+
+def test_preempted_sequences_are_computed_anew_and_prefixes_are_not_shared(hybrid):
+    """Four long requests want 44 blocks of 18; then one of them comes once more."""
+    engine, naive = hybrid
+    long = [Job((*SHARED[n % 2], n + 2), 30, 0, None) for n in range(4)]
+    before = engine.report().preemptions
+    for traffic in (long, long[:1]):
+        collectors = run(engine, [(job, job.request(str(n))) for n, job in enumerate(traffic)])
+        for number, job in enumerate(traffic):
+            naive.check(list(job.prompt), collectors[str(number)].output.outputs[0].token_ids)
+    report = engine.report()
+    assert report.preemptions > before
+    assert not report.shares_prefixes and report.prefix_queries == report.prefix_hits == 0
+    assert report.state_bytes_used == report.kv_blocks_used == 0
