@@ -1,6 +1,7 @@
 """Reading Hugging Face directories: spellings of names, reports, torn files."""
 
 import json
+import pathlib
 import shutil
 
 import ml_dtypes
@@ -9,8 +10,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from dance_jax.config import UserError
+from dance_jax.models import convert
 from dance_jax.models.hf import INDEX, HFDirectory
 from dance_jax.models.random_weights import write_random_checkpoint
+
+REFERENCE = pathlib.Path(__file__).parent.parent / "reference"
 
 
 @pytest.fixture
@@ -101,6 +105,61 @@ def test_experts_in_one_tensor_and_modules_named_mlp(tmp_path, mixtral_fields):
     assert fused.keys() == plain.keys()
     for name, values in plain.items():
         np.testing.assert_array_equal(fused[name].read(), values)
+
+
+@pytest.mark.parametrize(
+    ("name", "left_out"),
+    [
+        ("deepseek_v3", ["model.layers.3."]),
+        ("kimi_k25", ["mm_projector.", "vision_tower."]),
+        ("qwen3_5_moe", ["model.visual.", "mtp."]),
+        ("qwen3_next", ["mtp."]),
+        ("mixtral", []),
+    ],
+)
+def test_tensors_that_text_does_not_need_are_left_out_and_named(name, left_out, tmp_path, capsys):
+    model = HFDirectory(REFERENCE / name)
+    assert all(tensor.startswith(tuple(left_out)) for tensor in model.left_out)
+    assert all(any(t.startswith(start) for t in model.left_out) for start in left_out)
+    assert convert.main([str(REFERENCE / name), str(tmp_path / "converted")]) == 0
+    said = capsys.readouterr().err.replace("\n", " ")
+    assert (f"left out, as generating text does not need them: {len(model.left_out)}" in said) == (
+        bool(left_out)
+    )
+
+
+def test_a_tensor_under_two_spellings(tmp_path, mixtral_fields):
+    source = write_random_checkpoint(tmp_path / "m", mixtral_fields)
+    name = "model.layers.0.{}.gate.weight"
+    rewrite(
+        source,
+        lambda tensors: tensors.update(
+            {name.format("mlp"): tensors[name.format("block_sparse_moe")]}
+        ),
+    )
+    with pytest.raises(UserError, match=r"stored twice"):
+        HFDirectory(source)
+
+
+def test_joined_experts_of_a_wrong_shape(tmp_path):
+    source = shutil.copytree(REFERENCE / "gpt_oss", tmp_path / "oss")
+    for leaf, shape in (("gate_up_proj_bias", (7, 32)), ("down_proj", (8, 15, 32))):
+        rewrite(
+            source,
+            lambda tensors, leaf=leaf, shape=shape: tensors.update(
+                {f"model.layers.1.mlp.experts.{leaf}": np.zeros(shape, np.float32)}
+            ),
+        )
+    with pytest.raises(UserError, match=r"gate_up_proj_bias is \[7, 32\], not \[8, \.\.\.\]"):
+        HFDirectory(source)
+
+
+def test_quantised_weights_are_refused(source):
+    fields = json.loads((source / "config.json").read_text())
+    fields["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (source / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(UserError, match=r"quantised \(fp8.* use a copy of the model"):
+        HFDirectory(source)
 
 
 @pytest.mark.parametrize("keep", [0, 5, 100, -1])
