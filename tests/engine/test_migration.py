@@ -233,4 +233,5 @@ def test_slots_are_written_in_place(checkpoint: Checkpoint, dtype: str):
     for slot, wanted in ((7, fresh), (8, neighbour), (9, fresh)):
         for ours, theirs in zip(runner.read_slot(0, slot), wanted, strict=True):
             np.testing.assert_array_equal(ours, theirs)
-            assert ours.dtype == jnp.dtype(dtype)
+            assert ours.dtype == theirs.dtype
+    assert {leaf.dtype.name for leaf in fresh} == {dtype, "float32"}
