@@ -1,14 +1,17 @@
 """Whole trunks with random weights: chunks, rows, dtypes, structure."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks.families import SHAPES
 from dance_jax.models import model_config
 from dance_jax.models.build import fill, init_random, weight_shapes
 from dance_jax.models.experts import expert_format
 from dance_jax.models.random_weights import random_expert, random_expert_tensors
 from dance_jax.models.tensors import trunk_rules
+from tests.tiny_models import DEEPSEEK, HYBRID, OSS
 
 
 def random_moe(config, seed, make_runner):
@@ -54,16 +57,19 @@ def test_rows_at_different_positions_do_not_disturb_each_other(
             )
 
 
-def test_bfloat16_follows_float32(deepseek_fields, make_runner):
-    config = model_config(deepseek_fields | {"tie_word_embeddings": True})
+@pytest.mark.parametrize("fields", [DEEPSEEK, HYBRID, OSS], ids=["deepseek", "hybrid", "oss"])
+def test_bfloat16_follows_float32(fields, make_runner):
+    config = model_config(fields | {"tie_word_embeddings": True})
     moe = random_moe(config, 0, make_runner)
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (1, 16))
     exact = make_runner(init_random(config, 0), moe)(tokens, [0])
     model = init_random(config, 0, "bfloat16")
     run = make_runner(model, moe)
     rough = run(tokens, [0])
-    assert rough.dtype == np.float32 and run.cached[0].dtype == jnp.bfloat16
-    assert model.layers[1].router.weight.get_value().dtype == jnp.float32
+    assert rough.dtype == np.float32
+    kinds = {leaf.dtype for leaf in jax.tree.leaves(run.cached)}
+    assert kinds == {jnp.dtype("bfloat16"), *[jnp.dtype("float32")] * bool(config.state_bytes)}
+    assert model.layers[config.moe_layers[-1]].router.weight.get_value().dtype == jnp.float32
     assert np.corrcoef(exact.ravel(), rough.ravel())[0, 1] > 0.995
 
 
@@ -72,8 +78,8 @@ def test_shared_experts_are_optional(deepseek_fields):
     assert not [path for path in paths if "shared" in path]
 
 
-def test_every_rule_fills_a_weight_and_every_weight_has_a_rule(deepseek_fields, mixtral_fields):
-    for fields in (deepseek_fields | {"q_lora_rank": 12}, mixtral_fields):
+def test_every_rule_fills_a_weight_and_every_weight_has_a_rule():
+    for fields in SHAPES.values():
         config = model_config(fields)
         rules = trunk_rules(config)
         targets = [target.path for rule in rules for target in rule.targets]
