@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import pathlib
 import re
 from typing import Any
@@ -26,6 +27,7 @@ SIDE_FILES = (
     "chat_template.jinja",
 )
 
+_WEIGHTS = re.compile(r"\.safetensors$")
 #: Tensors that older programs saved and that hold nothing of their own.
 _DERIVED = re.compile(r"\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
 
@@ -33,7 +35,7 @@ _DERIVED = re.compile(r"\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
 _LISTED = 12
 
 
-def model_directory(directory: str | pathlib.Path) -> pathlib.Path:
+def model_directory(directory: str | os.PathLike[str]) -> pathlib.Path:
     """The path of a model, which must be a directory.
 
     Raises:
@@ -42,7 +44,8 @@ def model_directory(directory: str | pathlib.Path) -> pathlib.Path:
     path = pathlib.Path(directory)
     if not path.is_dir():
         raise UserError(
-            f"{path}: no such directory; a model is a directory on this machine, download it first"
+            f"{os.fspath(directory)}: no such directory; a model is a directory on this machine, "
+            "or org/name or org/name@revision on the Hugging Face hub"
         )
     return path
 
@@ -189,19 +192,35 @@ class HFDirectory:
             )
 
 
+def indexed_files(directory: pathlib.Path) -> list[str] | None:
+    """Names of the files of weights by the index; None where there is none.
+
+    Raises:
+        UserError: the index is no map of names to safetensors files.
+    """
+    path = directory / INDEX
+    index = read_json(path, required=False)
+    if index is None:
+        return None
+    names = index.get("weight_map")
+    files = set(names.values()) if isinstance(names, dict) else set()
+    if not files or not all(isinstance(file, str) and _WEIGHTS.search(file) for file in files):
+        raise UserError(f"{path}: weight_map is missing or no map of names to safetensors files")
+    return sorted(files)
+
+
 def _weight_files(directory: pathlib.Path) -> list[pathlib.Path]:
-    index_path = directory / INDEX
-    index = read_json(index_path, required=False)
-    if index is not None:
-        names = index.get("weight_map")
-        if not isinstance(names, dict) or not all(isinstance(v, str) for v in names.values()):
-            raise UserError(f"{index_path}: weight_map is missing or not a map of names to files")
-        return [directory / name for name in sorted(set(names.values()))]
+    names = indexed_files(directory)
+    if names is not None:
+        return [directory / name for name in names]
     files = sorted(directory.glob("*.safetensors"))
     if len(files) > 1:
         raise UserError(f"{directory}: {len(files)} safetensors files but no {INDEX}")
     if not files:
-        raise UserError(f"{directory}: no safetensors files")
+        raise UserError(
+            f"{directory}: no safetensors files: download the model's weights too, or convert them "
+            "to safetensors; --dry-run needs config.json alone"
+        )
     return files
 
 

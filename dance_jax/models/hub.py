@@ -19,11 +19,18 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 
 from dance_jax.config import UserError
+from dance_jax.models.hf import (
+    INDEX,
+    SIDE_FILES,
+    check_loadable,
+    indexed_files,
+    model_directory,
+    read_config,
+)
 
 #: progress(text, number of the file, files in all)
 Progress = Callable[[str, int, int], None]
 
-INDEX = "model.safetensors.index.json"
 #: The weights where there is no index.
 SINGLE_FILE = "model.safetensors"
 #: What `ModelConfig` is read from.
@@ -94,11 +101,11 @@ def resolve(model: str | os.PathLike[str], progress: Progress | None = None) -> 
     """
     name = hub_name(model)
     if name is None:
-        return _directory(model)
+        return model_directory(model)
     with _explained(name), _bars(progress is None):
         repository = _Repository(name)
         directory = repository.definition()
-        files = _weight_files(name, directory)
+        files = indexed_files(directory) or [SINGLE_FILE]
         missing = [file for file in files if repository.cached(file) is None]
         if missing:
             repository.check(missing)
@@ -120,7 +127,7 @@ def fetch_config(model: str | os.PathLike[str]) -> pathlib.Path:
     """
     name = hub_name(model)
     if name is None:
-        return _directory(model)
+        return model_directory(model)
     with _explained(name):
         return _Repository(name).config()
 
@@ -135,7 +142,7 @@ def fetch_definition(model: str | os.PathLike[str]) -> pathlib.Path:
     """
     name = hub_name(model)
     if name is None:
-        return _directory(model)
+        return model_directory(model)
     with _explained(name):
         return _Repository(name).definition()
 
@@ -159,7 +166,7 @@ def cached(name: HubName) -> pathlib.Path | None:
     if config is None:
         return None
     repository.cached(INDEX)
-    files = _weight_files(name, config.parent)
+    files = indexed_files(config.parent) or [SINGLE_FILE]
     return None if any(repository.cached(file) is None for file in files) else config.parent
 
 
@@ -192,16 +199,6 @@ def served_name(model: str | os.PathLike[str]) -> str:
     """Name a model in requests and answers: `org/name`, or the directory's own name."""
     name = hub_name(model)
     return pathlib.Path(model).resolve().name if name is None else name.repo
-
-
-def _directory(model: str | os.PathLike[str]) -> pathlib.Path:
-    path = pathlib.Path(model)
-    if not path.is_dir():
-        raise UserError(
-            f"{os.fspath(model)}: no such directory; a model is a directory on this machine, or "
-            "org/name or org/name@revision on the Hugging Face hub"
-        )
-    return path
 
 
 class _Repository:
@@ -243,8 +240,6 @@ class _Repository:
         Raises:
             UserError: the model is not supported.
         """
-        from dance_jax.models.hf import SIDE_FILES, check_loadable, read_config
-
         directory = self.config()
         check_loadable(read_config(directory), directory)
         for file in (*SIDE_FILES, INDEX):
@@ -310,20 +305,6 @@ class _Repository:
                 f"{self._name}: {needed / 1e9:.1f} GB are to be downloaded to {cache}, where "
                 f"{free / 1e9:.1f} GB are free: make room, or set HF_HOME to a larger disk"
             )
-
-
-def _weight_files(name: HubName, directory: pathlib.Path) -> list[str]:
-    """Names of the files of weights, of a directory with the index if the model has one."""
-    index = directory / INDEX
-    if not index.exists():
-        return [SINGLE_FILE]
-    try:
-        files = set(json.loads(index.read_bytes())["weight_map"].values())
-        if files and all(file.endswith(".safetensors") for file in files):
-            return sorted(files)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        pass
-    raise UserError(f"{name}: {index}: weight_map is no map of names to safetensors files")
 
 
 def _check_tokenizer(directory: pathlib.Path) -> None:

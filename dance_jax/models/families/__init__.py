@@ -99,7 +99,7 @@ def model_config(
     wrapped = outside.raw("model_type") in MULTIMODAL and outside.has("text_config")
     fields = _text(outside) if wrapped else outside
     kind = fields.raw("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         supported = ", ".join(sorted({*FAMILIES, *MULTIMODAL}))
         raise UserError(f"{fields.where}: model_type is {kind!r}; supported: {supported}")
     given = {
@@ -134,6 +134,7 @@ def _text(outside: Fields) -> Fields:
         outside.ignore(name)
         if outside.has(name) and not fields.has(name):
             fields.values = fields.values | {name: outside.values[name]}
+    outside.agrees("tie_word_embeddings", fields.raw("tie_word_embeddings"))
     outside.finish()
     return fields
 

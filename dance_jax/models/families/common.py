@@ -248,11 +248,11 @@ def rope_of(
         fields: the config around it, in which older spellings have some of its fields.
     """
     where = inner.where
-    kinds = {inner.raw(key) for key in ("rope_type", "type") if inner.has(key)} or {"default"}
-    if len(kinds) > 1:
-        raise UserError(f"{where}: type and rope_type contradict each other: {sorted(kinds)}")
-    kind = kinds.pop()
-    if kind not in _KINDS:
+    kinds = [inner.raw(key) for key in ("rope_type", "type") if inner.has(key)] or ["default"]
+    if kinds[0] != kinds[-1]:
+        raise UserError(f"{where}: type and rope_type contradict each other: {kinds}")
+    kind = kinds[0]
+    if not isinstance(kind, str) or kind not in _KINDS:
         names = ", ".join(repr(name) for name in _KINDS)
         raise UserError(f"{where}: rope type is {kind!r}; supported: {names}")
     theta = _either(inner, fields, "rope_theta", theta)

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from dance_jax.config import UserError
 from dance_jax.models.config import ExpertConfig, ModelConfig, Names
 from dance_jax.models.families import common
 from dance_jax.models.families.deepseek_v2 import shared_experts
@@ -16,6 +17,8 @@ def read(fields: Fields, **given: Any) -> ModelConfig:
     layers = common.first_dense(fields, common.latent_attention(fields), default=int(lite))
     kinds = fields.strings("mlp_layer_types", len(layers), ("dense", "sparse"))
     if kinds is not None:
+        if "sparse" not in kinds:
+            raise UserError(f"{fields.where}: mlp_layer_types leaves no layer with experts")
         dense = fields.integer("intermediate_size")
         layers = tuple(
             dataclasses.replace(

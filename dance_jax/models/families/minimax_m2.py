@@ -30,8 +30,11 @@ def read(fields: Fields, **given: Any) -> ModelConfig:
     # Of MiniMax-M1's linear attention, dense layers and shared experts, which M2 does not have.
     fields.ignore("layernorm_linear_attention_beta", "mlp_intermediate_size", "shared_moe_mode")
     layers, head = fields.integer("num_hidden_layers"), common.head_dim_of(fields)
-    if any(kind != 1 for kind in fields.raw("attn_type_list") or []):
-        raise UserError(f"{fields.where}: attn_type_list: only 1, full attention, is supported")
+    if fields.raw("attn_type_list") not in (None, [1] * layers):
+        raise UserError(
+            f"{fields.where}: attn_type_list: expected {layers} times 1, full attention; nothing "
+            "else is supported"
+        )
     rotated = fields.integer("rotary_dim", head)
     rope = common.rope(fields, head, theta=5e6, partial=rotated / head)
     mixer = common.grouped_attention(fields, rope, head, qk_norm="flat")
