@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import pathlib
+import random
 import socket
 import subprocess
 import time
@@ -18,7 +19,7 @@ import psutil
 _Result = TypeVar("_Result")
 
 
-def eventually(look: Callable[[], _Result], seconds: float = 30) -> _Result:
+def eventually(look: Callable[[], _Result], seconds: float = 60) -> _Result:
     """The first true result of looking again and again; after so many seconds the last one."""
     deadline = time.monotonic() + seconds
     while not (found := look()) and time.monotonic() < deadline:
@@ -26,18 +27,14 @@ def eventually(look: Callable[[], _Result], seconds: float = 30) -> _Result:
     return found
 
 
-def free_port() -> int:
-    """A TCP port of the loopback interface that nobody uses at the moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def free_ports(count: int) -> int:
-    """The first of so many TCP ports in a row that nobody uses at the moment."""
-    for _ in range(100):
-        first = free_port()
-        with contextlib.ExitStack() as probes, contextlib.suppress(OSError, OverflowError):
+    """The first of so many TCP ports in a row that nobody uses at the moment.
+
+    They are below those that Linux gives to whoever asks for any port (from 32768 on), so that
+    none is given away before the server that is told to use it does.
+    """
+    for first in random.SystemRandom().sample(range(10_000, 32_000), 100):
+        with contextlib.ExitStack() as probes, contextlib.suppress(OSError):
             for port in range(first, first + count):
                 probes.enter_context(socket.socket()).bind(("127.0.0.1", port))
             return first

@@ -15,14 +15,7 @@ import pytest
 
 from dance_jax.launch.roles import KEY_VARIABLE
 from tests.launch.cold_run import Tiny
-from tests.launch.launched import (
-    completion,
-    eventually,
-    free_port,
-    free_ports,
-    kill_all,
-    only_child,
-)
+from tests.launch.launched import completion, eventually, free_ports, kill_all, only_child
 from tests.launch.test_cluster import many_prompts
 from tests.launch.tiny import HOSTS
 
@@ -40,7 +33,7 @@ def start(tiny: Tiny, tmp_path: pathlib.Path) -> Iterator[Start]:
         for n, line in enumerate(line for line in lines if "address=" in line)
     ]
     hosts.write_text("\n".join(addressed))
-    port = str(free_port())
+    port = str(free_ports(1))
     started: list[psutil.Popen] = []
 
     def run(rank: int, *options: str | os.PathLike[str], key: str = KEY) -> psutil.Popen:
