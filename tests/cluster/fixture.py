@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import pathlib
 import pickle
-import socket
 import subprocess
 import sys
 from typing import Any
 
 from dance_jax.placement.core import Layout
+from tests.launch.launched import free_ports
 
 DEVICES = (1, 1, 2)
 ROOT = pathlib.Path(__file__).parents[2]
@@ -22,9 +22,7 @@ class TestCluster:
     __test__ = False
 
     def __init__(self, expert_library: pathlib.Path | None) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
+        port = str(free_ports(1))
         devices = ",".join(map(str, DEVICES))
         library = "" if expert_library is None else str(expert_library)
         environment = os.environ | {"PYTHONPATH": str(ROOT)}

@@ -6,46 +6,68 @@ import contextlib
 import json
 import os
 import pathlib
-import signal
+import random
 import socket
 import subprocess
 import time
 import urllib.request
+from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 import psutil
 
+_Result = TypeVar("_Result")
 
-def free_port() -> int:
-    """A TCP port of the loopback interface that nobody uses at the moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+
+def eventually(look: Callable[[], _Result], seconds: float = 60) -> _Result:
+    """The first true result of looking again and again; after so many seconds the last one."""
+    deadline = time.monotonic() + seconds
+    while not (found := look()) and time.monotonic() < deadline:
+        time.sleep(0.02)  # between two looks
+    return found
 
 
 def free_ports(count: int) -> int:
-    """The first of so many TCP ports in a row that nobody uses at the moment."""
-    for _ in range(100):
-        first = free_port()
-        with contextlib.ExitStack() as probes, contextlib.suppress(OSError, OverflowError):
+    """The first of so many TCP ports in a row that nobody uses at the moment.
+
+    They are below those that Linux gives to whoever asks for any port (from 32768 on), so that
+    none is given away before the server that is told to use it does.
+    """
+    for first in random.SystemRandom().sample(range(10_000, 32_000), 100):
+        with contextlib.ExitStack() as probes, contextlib.suppress(OSError):
             for port in range(first, first + count):
                 probes.enter_context(socket.socket()).bind(("127.0.0.1", port))
             return first
     raise RuntimeError(f"no {count} free ports in a row")
 
 
-def by_pid(processes: list[psutil.Process]) -> list[psutil.Process]:
-    """In the order in which they were started."""
-    return sorted(processes, key=lambda process: process.pid)
+def in_order(processes: list[psutil.Process]) -> list[psutil.Process]:
+    """As they were started; process ids alone do not tell, they begin again at a limit."""
+    return sorted(processes, key=lambda process: (process.create_time(), process.pid))
 
 
-def gone(processes: list[psutil.Process], seconds: float) -> bool:
+def gone(processes: Iterable[psutil.Process], seconds: float) -> bool:
     """All end within so long; the children of a parent that is frozen stay as zombies."""
-    deadline = time.monotonic() + seconds
-    while any(_lives(process) for process in processes):
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)  # between two looks
-    return True
+    return eventually(lambda: not any(map(_lives, processes)), seconds)
+
+
+def only_child(process: psutil.Process) -> psutil.Process:
+    """Waits until exactly one child lives: between two engines a front end may have 0 or 2."""
+
+    def look() -> psutil.Process | None:
+        living = [child for child in process.children() if _lives(child)]
+        return living[0] if len(living) == 1 else None
+
+    child = eventually(look)
+    assert child is not None, f"{process} has not one child but {process.children()}"
+    return child
+
+
+def kill_all(processes: Iterable[psutil.Process]) -> None:
+    """Kills those that live; the end of one may be the end of others."""
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def _lives(process: psutil.Process) -> bool:
@@ -77,16 +99,17 @@ class Launch:
 
     def wait_for(self, text: str, seconds: float = 300) -> None:
         """Waits until the launch has printed something; notes its workers."""
-        deadline = time.monotonic() + seconds
-        while text not in self.text:
-            assert self.process.poll() is None, self.text
-            assert time.monotonic() < deadline, self.text
-            time.sleep(0.05)
+        ended = self.process.poll
+        eventually(lambda: text in self.text or ended() is not None, seconds)
+        assert text in self.text, self.text
         self.note_workers()
 
     def note_workers(self) -> None:
-        """The processes that serve: one for each server, and what they have started."""
-        self.workers = by_pid(self.process.children())
+        """The processes that serve: one for each server, and what they have started.
+
+        What the launch starts later, to find placements, comes behind them.
+        """
+        self.workers = in_order(self.process.children())
         self.started = list({*self.started, *self.process.children(recursive=True)})
 
     def worker(self, rank: int) -> psutil.Process:
@@ -100,9 +123,7 @@ class Launch:
         assert list(self.private.iterdir()) == []
 
     def kill(self) -> None:
-        for process in [*self.started, self.process]:
-            if process.is_running():
-                process.send_signal(signal.SIGKILL)
+        kill_all([*self.started, self.process])
         self.process.wait()
 
 

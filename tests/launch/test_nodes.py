@@ -8,7 +8,6 @@ import pathlib
 import re
 import signal
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 
 import psutil
@@ -16,7 +15,7 @@ import pytest
 
 from dance_jax.launch.roles import KEY_VARIABLE
 from tests.launch.cold_run import Tiny
-from tests.launch.launched import completion, free_port, free_ports
+from tests.launch.launched import completion, eventually, free_ports, kill_all, only_child
 from tests.launch.test_cluster import many_prompts
 from tests.launch.tiny import HOSTS
 
@@ -34,7 +33,7 @@ def start(tiny: Tiny, tmp_path: pathlib.Path) -> Iterator[Start]:
         for n, line in enumerate(line for line in lines if "address=" in line)
     ]
     hosts.write_text("\n".join(addressed))
-    port = str(free_port())
+    port = str(free_ports(1))
     started: list[psutil.Popen] = []
 
     def run(rank: int, *options: str | os.PathLike[str], key: str = KEY) -> psutil.Popen:
@@ -53,18 +52,14 @@ def start(tiny: Tiny, tmp_path: pathlib.Path) -> Iterator[Start]:
     yield run
     for process in started:
         if process.is_running():
-            for child in process.children(recursive=True):
-                child.kill()
-            process.kill()
+            kill_all([*process.children(recursive=True), process])
         process.wait()
 
 
 def said(folder: pathlib.Path, rank: int, text: str, seconds: float = 120) -> None:
     """Waits until a node's launcher has printed something."""
-    deadline = time.monotonic() + seconds
-    while text not in (shown := (folder / f"node-{rank}").read_text()):
-        assert time.monotonic() < deadline, shown
-        time.sleep(0.05)
+    shown = folder / f"node-{rank}"
+    assert eventually(lambda: text in shown.read_text(), seconds), shown.read_text()
 
 
 def test_nodes_answer_as_one_launch(tiny: Tiny, start: Start, tmp_path: pathlib.Path) -> None:
@@ -100,7 +95,7 @@ def test_all_nodes_end_when_one_does(
     ]
     said(tmp_path, 0, " | ")
     processes = [child for node in nodes for child in node.children(recursive=True)]
-    victim = {"node": nodes[1], "first": nodes[0], "worker": nodes[1].children()[0]}[lost]
+    victim = {"node": nodes[1], "first": nodes[0], "worker": only_child(nodes[1])}[lost]
     victim.send_signal(signal.SIGKILL)
     _, alive = psutil.wait_procs([*nodes, *processes], timeout=10)
     assert not alive
@@ -119,8 +114,7 @@ def test_nodes_serve_and_end_together(tiny: Tiny, start: Start, tmp_path: pathli
     said(tmp_path, 0, "curl ")
     expected = tiny.lines[0]["text"]
     assert [completion(url) for url in urls] == [expected] * 3
-    (front,) = nodes[1].children()
-    (engine,) = front.children()
+    engine = only_child(only_child(nodes[1]))
     engine.kill()
     said(tmp_path, 0, f"beta: its engine (process {engine.pid}) was killed by signal 9")
     said(tmp_path, 0, "all servers go on")

@@ -9,7 +9,6 @@ import re
 import signal
 import subprocess
 import textwrap
-import time
 from collections.abc import Iterator
 
 import psutil
@@ -17,7 +16,15 @@ import pytest
 
 from tests.launch.cold_run import Tiny
 from tests.launch.fake_ssh import FakeSsh
-from tests.launch.launched import completion, free_ports, gone
+from tests.launch.launched import (
+    completion,
+    eventually,
+    free_ports,
+    gone,
+    in_order,
+    kill_all,
+    only_child,
+)
 from tests.launch.test_cluster import many_prompts
 from tests.launch.tiny import HOSTS
 
@@ -99,10 +106,7 @@ class Remote:
         return self.output.read_text(encoding="utf-8", errors="replace")
 
     def wait_for(self, text: str, seconds: float = 120) -> None:
-        deadline = time.monotonic() + seconds
-        while text not in self.text:
-            assert time.monotonic() < deadline, self.text
-            time.sleep(0.05)
+        assert eventually(lambda: text in self.text, seconds), self.text
 
     @property
     def workers(self) -> list[psutil.Process]:
@@ -113,7 +117,7 @@ class Remote:
     def worker(self, rank: int) -> psutil.Process:
         """A server's own process."""
         assert self.process is not None
-        over_ssh = sorted(self.process.children(), key=lambda child: child.pid)[rank]
+        over_ssh = in_order(self.process.children())[rank]
         below = over_ssh.children(recursive=True)
         return next(each for each in below if "-m" in each.cmdline() and each.name() != "sh")
 
@@ -123,8 +127,7 @@ def remote(tiny: Tiny, tmp_path: pathlib.Path) -> Iterator[Remote]:
     remote = Remote(tiny, tmp_path)
     yield remote
     if remote.process is not None and remote.process.is_running():
-        for process in [*remote.workers, remote.process]:
-            process.kill()
+        kill_all([*remote.workers, remote.process])
         remote.process.wait()
 
 
@@ -175,7 +178,7 @@ def test_servers_over_ssh_serve(tiny: Tiny, remote: Remote) -> None:
     urls = [f"http://127.0.0.1:{port + rank}" for rank in range(3)]
     expected = tiny.lines[0]["text"]
     assert [completion(url) for url in urls] == [expected] * 3
-    (engine,) = remote.worker(1).children()
+    engine = only_child(remote.worker(1))
     engine.kill()
     remote.wait_for(f"beta: its engine (process {engine.pid}) was killed by signal 9")
     remote.wait_for("all servers go on")

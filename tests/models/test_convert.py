@@ -21,6 +21,7 @@ from dance_jax.models.convert import convert, ensure_converted, main
 from dance_jax.models.hf import HFDirectory
 from dance_jax.models.random_weights import write_random_checkpoint
 from dance_jax.models.tokenizer import Tokenizer
+from tests.launch.launched import free_ports
 from tests.tiny_models import DEEPSEEK, MIXTRAL
 
 
@@ -336,11 +337,7 @@ def test_one_process_of_a_distributed_job_loads_alone(converted):
         else:
             sys.stdin.read()
     """
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
+    port = free_ports(1)
     idle = python(code, 0, port, converted, stdin=subprocess.PIPE)
     loader = python(code, 1, port, converted, stdin=subprocess.DEVNULL)
     deadline = threading.Timer(60, loader.kill)

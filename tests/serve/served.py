@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import psutil
 
 from tests.launch.cold_run import Tiny
-from tests.launch.launched import Launch, free_ports
+from tests.launch.launched import Launch, free_ports, gone, only_child
 
 #: Name of the model there.
 MODEL = "tiny"
@@ -39,9 +39,15 @@ class Served(Launch):
         return self.workers[rank]
 
     def engine(self, rank: int) -> psutil.Process:
-        """The engine it has now."""
-        (engine,) = self.front(rank).children()
-        return engine
+        """The engine it has now, or next."""
+        return only_child(self.front(rank))
+
+    def kill_engine(self, rank: int) -> int:
+        """Returns its process id once it is gone: from here on `engine` is the next one."""
+        engine = self.engine(rank)
+        engine.kill()
+        assert gone([engine], 10)
+        return engine.pid
 
 
 @contextlib.contextmanager

@@ -135,7 +135,7 @@ def test_experts_move_while_servers_answer(served: Served, experts: pathlib.Path
     assert asyncio.run(answers(served)) == quiet
 
     # The next engines start with them where they are.
-    served.engine(1).kill()
+    served.kill_engine(1)
     assert asyncio.run(answers(served)) == quiet
     assert placement(served) == after
     served.wait_for("all servers go on", seconds=30)

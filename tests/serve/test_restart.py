@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from tests.launch.cold_run import Tiny
+from tests.launch.launched import Launch, free_ports
 from tests.serve.served import MODEL, NAMES, Served, serving
 
 #: What is asked of every server at once. The first answer is streamed; the others come several
@@ -139,16 +140,15 @@ def test_every_answer_arrives_whichever_engine_dies(served: Served, quiet: list[
     """And is the same as without a death, greedy or sampled from a seed."""
     before = [restarts(url) for url in served.urls]
 
-    async def ask(victim: int) -> list[Answer]:
+    async def ask(victim: int) -> tuple[int, list[Answer]]:
         async with Load(served) as load:
-            served.engine(victim).kill()
-            return await load.answers()
+            return served.kill_engine(victim), await load.answers()
 
     async def ask_all() -> None:
         for victim in VICTIMS:
-            dying = served.engine(victim).pid
-            assert await ask(victim) == quiet
-            end = f"{NAMES[victim]}: its engine (process {dying}) was killed by signal 9 (SIGKILL)"
+            dead, answers = await ask(victim)
+            assert answers == quiet
+            end = f"{NAMES[victim]}: its engine (process {dead}) was killed by signal 9 (SIGKILL)"
             served.wait_for(end, seconds=10)
 
     asyncio.run(asyncio.wait_for(ask_all(), 300))
@@ -183,10 +183,11 @@ def accepts(port: int) -> bool:
 
 
 def test_a_taken_port_is_said_before_anything_is_loaded(tiny: Tiny, tmp_path: pathlib.Path) -> None:
-    cluster = Served(tiny, tmp_path)
-    with socket.create_server(("127.0.0.1", cluster.port + 1)):
+    port = free_ports(len(NAMES))
+    with socket.create_server(("127.0.0.1", port + 1)):
+        cluster = Launch(tiny.command("--port", str(port)), tmp_path)
         assert cluster.process.wait(60) == 2, cluster.text
-    assert f"server beta: cannot listen on 127.0.0.1:{cluster.port + 1}" in cluster.text
+    assert f"server beta: cannot listen on 127.0.0.1:{port + 1}" in cluster.text
     assert "--port" in cluster.text and "joining" not in cluster.text
     cluster.assert_nothing_left()
 

@@ -15,11 +15,11 @@ import pathlib
 import re
 import subprocess
 import sys
-import time
 
 from benchmarks.namespaces import HEAD, Testbed, down, leftovers, parse_rate, remains
 from benchmarks.namespaces.cores import QUOTA
 from dance_jax.config import UserError
+from tests.launch.launched import eventually
 
 COMMAND = [sys.executable, "benchmarks/testbed.py"]
 #: By the process: one that is up meanwhile, another check's too, is not touched.
@@ -161,7 +161,7 @@ def check_down(checks: Checks, bed: Testbed, links: list[str]) -> None:
     process.wait()
     checks.check(code == 0, f"down ends with exit code {code}")
     checks.check(not (left := remains(NAME)), f"nothing is left {left or ''}")
-    time.sleep(0.2)  # until the killed are reaped
+    eventually(lambda: not inhabitants(spaces), 5)  # the killed are reaped
     checks.check(not (alive := inhabitants(spaces)), f"no process is left {alive or ''}")
     checks.check(root_links() == links, f"this machine's interfaces are {', '.join(links)}")
 

@@ -41,6 +41,7 @@ from dance_jax.launch.preflight.messages import (
 )
 from dance_jax.models import checkpoint, hf
 from dance_jax.models.convert import convert
+from tests.launch.launched import eventually, gone
 from tests.launch.tiny import write_model
 
 COMMAND = [sys.executable, "-m", "dance_jax.launch.preflight.probe"]
@@ -90,9 +91,13 @@ def test_ends_soon_even_when_it_is_busy() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         peer = Peer("127.0.0.1", silent.getsockname()[1])
         request = Measure(peers=[peer], token="x" * link.TOKEN_CHARACTERS, seconds=1.0)
-        began = time.monotonic()
         process = subprocess.Popen(COMMAND, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
-        process.communicate(encode(request) + b"\n", timeout=30)
+        assert process.stdin is not None
+        process.stdin.write(encode(request) + b"\n")
+        process.stdin.flush()
+        with silent.accept()[0]:
+            began = time.monotonic()
+            process.communicate(timeout=30)
         assert time.monotonic() - began < link.STALL_TIMEOUT_S
 
 
@@ -105,13 +110,12 @@ def test_what_it_starts_ends_with_it(tmp_path: pathlib.Path) -> None:
     assert process.stdin is not None
     process.stdin.write(encode(question(platform="cuda")) + b"\n")
     process.stdin.flush()
-    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text().strip():
-        time.sleep(0.02)
-    child = psutil.Process(int((tmp_path / "pid").read_text()))
+    pid = tmp_path / "pid"
+    pid.touch()
+    child = psutil.Process(int(eventually(pid.read_text)))
     process.stdin.close()
     process.wait(30)
-    psutil.wait_procs([child], 5)
-    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+    assert gone([child], 5)
 
 
 def test_ends_when_nobody_asks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -313,8 +317,7 @@ def test_a_stranger_is_turned_away() -> None:
 def test_a_listener_ends_by_itself() -> None:
     token = new_token()
     peer = listening(token, seconds=0.1)
-    time.sleep(0.3)
-    assert link.measure([peer], token, 0.0)[0].problem == "connection refused"
+    assert eventually(lambda: link.measure([peer], token, 0.0)[0].problem == "connection refused")
 
 
 def test_peers_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
