@@ -95,7 +95,7 @@ class LLM:
     ) -> None:
         from dance_jax.launch import defaults
         from dance_jax.models.checkpoint import Checkpoint
-        from dance_jax.models.convert import ensure_converted
+        from dance_jax.models.convert import check_readable, ensure_converted
         from dance_jax.models.hub import resolve
         from dance_jax.models.tokenizer import Tokenizer
 
@@ -114,6 +114,7 @@ class LLM:
             source = defaults.demo_dir()
         else:
             source = resolve(model, progress if callable(progress) else None)
+        check_readable(source)
         self.tokenizer: Tokenizer = Tokenizer.load(source)
         checkpoint = Checkpoint.open(ensure_converted(source, cache / "models", report))
         self.config = defaults.engine_config(

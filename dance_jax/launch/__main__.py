@@ -96,7 +96,7 @@ def _launch(options: argparse.Namespace, platform: str, console: Console) -> int
     # Here, not above: wrong files are reported before anything slow is imported.
     from dance_jax.launch.reach import needs_preflight
     from dance_jax.models.checkpoint import Checkpoint
-    from dance_jax.models.convert import ensure_converted, outline
+    from dance_jax.models.convert import check_readable, ensure_converted, outline
     from dance_jax.models.hub import fetch_config, resolve
     from dance_jax.models.tokenizer import Tokenizer
     from dance_jax.placement.activations import Activations
@@ -109,6 +109,7 @@ def _launch(options: argparse.Namespace, platform: str, console: Console) -> int
         model = outline(demo_dir() if options.model is None else fetch_config(options.model))
     else:
         source = demo_dir() if options.model is None else resolve(options.model, download(console))
+        check_readable(source)
         tokenizer = Tokenizer.load(source)
         with conversion(console) as progress:
             model = Checkpoint.open(ensure_converted(source, cache / "models", progress))

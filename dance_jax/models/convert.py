@@ -29,7 +29,14 @@ from dance_jax.models.checkpoint import (
     is_converted,
     write_manifest,
 )
-from dance_jax.models.hf import SIDE_FILES, HFDirectory, read_config
+from dance_jax.models.hf import (
+    SIDE_FILES,
+    HFDirectory,
+    check_loadable,
+    model_directory,
+    read_config,
+    weight_files,
+)
 from dance_jax.models.orbax_store import save_arrays
 from dance_jax.models.tensors import TensorRule, expert_rules, trunk_rules
 
@@ -123,6 +130,18 @@ def ensure_converted(
         _remove_abandoned(cache_dir)
         convert(source, cache_dir / name, progress)
     return cache_dir / name
+
+
+def check_readable(directory: str | pathlib.Path) -> None:
+    """Refuses weights that are missing or cannot be read, before anything else of a model is read.
+
+    Raises:
+        UserError: so it is, or config.json is wrong.
+    """
+    directory = model_directory(directory)
+    if not is_converted(directory):
+        check_loadable(read_config(directory), directory)
+        weight_files(directory)
 
 
 def outline(directory: str | pathlib.Path) -> Outline:

@@ -105,7 +105,7 @@ class HFDirectory:
         self.path = model_directory(directory)
         self.config = read_config(self.path)
         check_loadable(self.config, self.path)
-        self.files = _weight_files(self.path)
+        self.files = weight_files(self.path)
         self.tensors = _spelled(self._headers(), self.config)
         #: Names of tensors that are known and not needed.
         self.left_out = self._leave_out()
@@ -209,7 +209,12 @@ def indexed_files(directory: pathlib.Path) -> list[str] | None:
     return sorted(files)
 
 
-def _weight_files(directory: pathlib.Path) -> list[pathlib.Path]:
+def weight_files(directory: pathlib.Path) -> list[pathlib.Path]:
+    """The files of a model's weights.
+
+    Raises:
+        UserError: there are none, or nobody says which they are.
+    """
     names = indexed_files(directory)
     if names is not None:
         return [directory / name for name in names]
@@ -218,8 +223,8 @@ def _weight_files(directory: pathlib.Path) -> list[pathlib.Path]:
         raise UserError(f"{directory}: {len(files)} safetensors files but no {INDEX}")
     if not files:
         raise UserError(
-            f"{directory}: no safetensors files: download the model's weights too, or convert them "
-            "to safetensors; --dry-run needs config.json alone"
+            f"{directory}: the weights are missing, there are no safetensors files: download them "
+            "too, or convert them to safetensors; --dry-run needs config.json alone"
         )
     return files
 

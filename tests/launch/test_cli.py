@@ -74,8 +74,9 @@ def test_dry_run_prints_the_plan_alone(run) -> None:
 
 def test_conversion_is_said_once(run, files: pathlib.Path) -> None:
     write_model(files / "other", seed=5)
-    assert "on first use" in run("--dry-run", model="other")[1]
     assert "on first use" not in run("--dry-run", model="other")[1]
+    assert "on first use" in run("--preflight", model="other")[1]
+    assert "on first use" not in run("--preflight", model="other")[1]
 
 
 @pytest.mark.parametrize(
@@ -222,7 +223,7 @@ def test_torn_weights_are_named(run, files: pathlib.Path) -> None:
 def test_a_torn_tokenizer_is_named_before_anything_is_converted(run, files: pathlib.Path) -> None:
     torn = write_model(files / "torn-tokenizer", seed=8)
     (torn / "tokenizer.json").write_text("{")
-    code, out, err = run("--dry-run", model="torn-tokenizer")
+    code, out, err = run("--preflight", model="torn-tokenizer")
     assert code == 2 and str(torn / "tokenizer.json") in err
     assert "on first use" not in out
 

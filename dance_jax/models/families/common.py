@@ -212,6 +212,7 @@ def rope(
     interleaved: bool = False,
     partial: float = 1.0,
     scales_scores: bool = False,
+    absent: dict[str, Any] | None = None,
 ) -> RopeConfig:
     """Reads `rope_scaling` + `rope_theta` (older) or `rope_parameters` (transformers 5).
 
@@ -220,13 +221,15 @@ def rope(
         theta: rope_theta where it is absent.
         partial: partial_rotary_factor where it is absent.
         scales_scores: YaRN's mscale_all_dim scales the scores too, as DeepSeek does.
+        absent: what holds where neither is there.
     """
     spellings = [name for name in ("rope_parameters", "rope_scaling") if fields.has(name)]
     fields.ignore("rope_parameters", "rope_scaling")
-    readings: list[RopeConfig] = [
-        rope_of(fields.inner(name), fields, width, theta, partial, interleaved, scales_scores)
-        for name in spellings
-    ] or [rope_of(Fields({}, fields.where), fields, width, theta, partial, interleaved, False)]
+    described = [fields.inner(name) for name in spellings] or [Fields(absent or {}, fields.where)]
+    readings = [
+        rope_of(inner, fields, width, theta, partial, interleaved, scales_scores)
+        for inner in described
+    ]
     if len(readings) == 2 and readings[0] != readings[1]:
         raise UserError(f"{fields.where}: rope_parameters and rope_scaling contradict each other")
     return readings[0]

@@ -14,6 +14,14 @@ from dance_jax.models.config import (
 from dance_jax.models.families import common
 from dance_jax.models.families.fields import Fields
 
+#: The rotation where config.json says nothing of it.
+YARN = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "original_max_position_embeddings": 4096,
+    "truncate": False,
+}
+
 
 def read(fields: Fields, **given: Any) -> ModelConfig:
     """config.json to the model."""
@@ -21,7 +29,7 @@ def read(fields: Fields, **given: Any) -> ModelConfig:
     bias = fields.boolean("attention_bias", True)
     full = common.grouped_attention(
         fields,
-        common.rope(fields, head, theta=150000.0),
+        common.rope(fields, head, theta=150000.0, absent=YARN),
         head,
         sinks=True,
         qkv_bias=bias,
