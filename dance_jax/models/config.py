@@ -236,8 +236,10 @@ class Names:
     projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     shared: str = "mlp.shared_experts"
     shared_gate: str = "mlp.shared_expert_gate"
-    #: Experts are stored [in, out] with the columns of gate and up taking turns (gpt-oss).
-    interleaved: bool = False
+    #: How experts are published. "single": one by one. "joined": all of a layer in gate_up_proj
+    #: [e, 2f, d] and down_proj [e, d, f]. "interleaved" (gpt-oss): [e, d, 2f], columns of gate
+    #: and up taking turns, and [e, f, d]. The first two are read whichever of them it is.
+    experts_as: str = "single"
     #: The delta net's projections are joined, grouped by key heads (qwen3_next).
     joined_delta: bool = False
     #: Other spellings of names: (pattern, replacement), applied to every tensor in turn.

@@ -252,6 +252,7 @@ def _cut_experts(tensors: dict[str, StoredTensor], config: ModelConfig) -> None:
     gate_up_proj is [e, 2f, d], gate before up, or as gpt-oss has it; others are [e, ...].
     """
     experts, width = config.num_experts, config.expert.width
+    interleaved = config.names.experts_as == "interleaved"
     for layer in config.moe_layers:
         prefix = f"model.layers.{layer}.{config.names.experts}."
         for leaf in ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias"):
@@ -259,7 +260,7 @@ def _cut_experts(tensors: dict[str, StoredTensor], config: ModelConfig) -> None:
             if joined is None:
                 continue
             gate, up, down = config.names.projections
-            halves = leaf == "gate_up_proj" and not config.names.interleaved
+            halves = leaf == "gate_up_proj" and not interleaved
             rows = joined.shape[1:2] if joined.shape[:1] == (experts,) else ()
             if not rows or (halves and rows != (2 * width,)):
                 wanted = f"[{experts}, {2 * width}, ...]" if halves else f"[{experts}, ...]"
@@ -270,7 +271,7 @@ def _cut_experts(tensors: dict[str, StoredTensor], config: ModelConfig) -> None:
             for expert in range(experts):
                 own = joined.part(expert, experts).without_first_axis()
                 name = f"{prefix}{expert}."
-                if config.names.interleaved:
+                if interleaved:
                     tensors[name + leaf] = own
                 elif halves:
                     tensors[f"{name}{gate}.weight"] = own.part(0, 2)

@@ -108,8 +108,8 @@ def write_random_checkpoint(
         shards[0] = {}
 
     experts = random_expert_tensors(config, seed)
-    if config.names.interleaved:
-        experts = _stacked(config, experts)
+    if config.names.experts_as != "single":
+        experts = _joined(config, experts)
     for source in (random_trunk_tensors(config, seed), experts):
         for name, tensor in source:
             shards[0][name] = np.ascontiguousarray(tensor.astype(stored))
@@ -132,17 +132,23 @@ def write_random_checkpoint(
     return directory
 
 
-def _stacked(
+def _joined(
     config: ModelConfig, tensors: Iterator[tuple[str, np.ndarray]]
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Tensors of single experts as such models are published: all experts of a layer in one."""
-    leaves = len(expert_rules(config, config.moe_layers[0], 0))
+    """Tensors of single experts as `Names.experts_as` says they are published."""
+    rules = expert_rules(config, config.moe_layers[0], 0)
     for layer in config.moe_layers:
-        prefix = f"model.layers.{layer}.{config.names.experts}"
-        own = list(itertools.islice(tensors, leaves * config.num_experts))
-        for leaf in range(leaves):
-            name = own[leaf][0].removeprefix(f"{prefix}.0.")
-            yield f"{prefix}.{name}", np.stack([tensor for _, tensor in own[leaf::leaves]])
+        prefix = f"model.layers.{layer}.{config.names.experts}."
+        own = list(itertools.islice(tensors, len(rules) * config.num_experts))
+        stacks = {
+            name.removeprefix(f"{prefix}0."): np.stack([t for _, t in own[leaf :: len(rules)]])
+            for leaf, (name, _) in enumerate(own[: len(rules)])
+        }
+        if config.names.experts_as == "joined":
+            gate, up, down = (stacks[f"{name}.weight"] for name in config.names.projections)
+            stacks = {"gate_up_proj": np.concatenate([gate, up], axis=1), "down_proj": down}
+        for name, stack in stacks.items():
+            yield prefix + name, stack
 
 
 def write_byte_tokenizer(directory: str | pathlib.Path, config: ModelConfig) -> None:

@@ -238,7 +238,7 @@ def expert_rules(config: ModelConfig, layer: int, expert: int) -> list[TensorRul
     """
     d, f, names = config.hidden_size, config.expert.width, config.names
     source = f"model.layers.{layer}.{names.experts}.{expert}"
-    if names.interleaved:
+    if names.experts_as == "interleaved":
         return _interleaved_expert(config, source)
     gate, up, down = names.projections
     return [

@@ -16,7 +16,7 @@ from dance_jax.models.families import common
 from dance_jax.models.families.fields import Fields
 
 GELU = Activation("gelu")
-NAMES = Names(router="router.proj", experts="experts")
+NAMES = Names(router="router.proj", experts="experts", experts_as="joined")
 
 
 def read(fields: Fields, **given: Any) -> ModelConfig:

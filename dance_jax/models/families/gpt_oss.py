@@ -50,7 +50,7 @@ def read(fields: Fields, **given: Any) -> ModelConfig:
         ),
         router=RouterConfig(experts, chosen, score="logits", bias=True),
         expert=ExpertConfig(fields.integer("intermediate_size"), activation, bias=True),
-        names=Names(router="mlp.router", interleaved=True),
+        names=Names(router="mlp.router", experts_as="interleaved"),
         **common.outer(fields, eps=1e-5),
         **given,
     )

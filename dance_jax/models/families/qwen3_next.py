@@ -1,5 +1,6 @@
 """Qwen3-Next and Qwen3.5: gated delta nets, and gated GQA in every fourth layer."""
 
+import dataclasses
 from typing import Any
 
 from dance_jax.config import UserError
@@ -27,14 +28,17 @@ def read(fields: Fields, **given: Any) -> ModelConfig:
     )
     delta = _delta(fields)
     mixers = [delta if kind == common.LINEAR else attention for kind in _kinds(fields)]
-    joined = given["family"] == "qwen3_next"
+    # Qwen3.5 joins experts and splits the delta net's projections.
+    names = Names(shared="mlp.shared_expert", experts_as="joined", ignored=(r"mtp\.",))
+    if given["family"] == "qwen3_next":
+        names = dataclasses.replace(names, experts_as="single", joined_delta=True)
     return ModelConfig(
         layers=common.sparse_step(fields, mixers),
         router=router(fields, normalise=True),
         expert=ExpertConfig(fields.integer("moe_intermediate_size")),
         shared=SharedConfig(fields.integer("shared_expert_intermediate_size"), gated=True),
         norm_plus_one=True,
-        names=Names(shared="mlp.shared_expert", joined_delta=joined, ignored=(r"mtp\.",)),
+        names=names,
         **common.outer(fields, eps=1e-6),
         **given,
     )
