@@ -42,7 +42,7 @@ from benchmarks.targets import Target
 from dance_jax.config import UserError
 from dance_jax.launch.defaults import demo_dir, engine_config
 from dance_jax.launch.hosts import read_hosts
-from dance_jax.models.hf import read_config
+from dance_jax.models.directory import read_config
 from dance_jax.models.tokenizer import Tokenizer
 
 #: Columns of the terminal, where it does not say.

@@ -56,7 +56,7 @@ from dance_jax.launch.costs import cluster_cost, state_bytes
 from dance_jax.launch.defaults import demo_dir, engine_config
 from dance_jax.launch.prompts import check_writable
 from dance_jax.models.config import ModelConfig
-from dance_jax.models.hf import read_config
+from dance_jax.models.directory import read_config
 from dance_jax.models.tokenizer import Tokenizer
 from dance_jax.placement import POLICIES, Activations, Cost
 from dance_jax.placement.simulate import Model

@@ -124,7 +124,7 @@ def write_entries(cached: Any, fresh: Any, batch: Sequence[Rows], used_r: Array)
     for rows in batch:
         used = used_r[row : row + rows.count]
         if isinstance(cached, State):
-            states = jax.tree.map(lambda leaf: leaf[row : row + rows.count], fresh)  # noqa: B023
+            states = State(*(leaf[row : row + rows.count] for leaf in fresh))
             cached = _write_states(cached, states, rows, used)
         else:
             cached = write(cached, fresh[token : token + rows.tokens], rows, used)

@@ -30,7 +30,7 @@ def pack(directory: str | os.PathLike[str]) -> bytes:
     Raises:
         UserError: they are not small.
     """
-    from dance_jax.models.hf import SIDE_FILES
+    from dance_jax.models.directory import SIDE_FILES
 
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as packed:
@@ -72,7 +72,7 @@ class ModelFiles:
         # Not above: it brings JAX along.
         from dance_jax.launch.defaults import demo_dir
         from dance_jax.models import hub
-        from dance_jax.models.hf import read_config
+        from dance_jax.models.directory import read_config
         from dance_jax.models.tokenizer import Tokenizer
 
         try:

@@ -14,13 +14,11 @@ import numpy as np
 from dance_jax.config import UserError
 from dance_jax.models.build import fill, weight_shapes
 from dance_jax.models.config import ModelConfig
+from dance_jax.models.directory import MANIFEST, SIDE_FILES, read_config, read_json
 from dance_jax.models.experts import ExpertFormat, Weights, expert_format
-from dance_jax.models.hf import SIDE_FILES, read_config, read_json
 from dance_jax.models.orbax_store import load_arrays
 from dance_jax.models.trunk import Trunk
 
-#: Written last; a directory without it is no converted model.
-MANIFEST = "dance_jax.json"
 #: Number of the layout below; another one is refused.
 FORMAT = 2
 

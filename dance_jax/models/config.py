@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-
-import numpy as np
+import math
 
 
 @dataclasses.dataclass(frozen=True)
@@ -310,7 +309,7 @@ class ModelConfig:
     def state_bytes(self) -> int:
         """Bytes of the recurrent states of one sequence, over all layers; 0: there are none."""
         return 4 * sum(
-            int(np.prod(shape))
+            math.prod(shape)
             for layer in self.layers
             if isinstance(layer.mixer, DeltaNet)
             for shape in layer.mixer.state_shapes

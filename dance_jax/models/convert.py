@@ -29,14 +29,14 @@ from dance_jax.models.checkpoint import (
     is_converted,
     write_manifest,
 )
-from dance_jax.models.hf import (
+from dance_jax.models.directory import (
     SIDE_FILES,
-    HFDirectory,
     check_loadable,
     model_directory,
     read_config,
     weight_files,
 )
+from dance_jax.models.hf import HFDirectory
 from dance_jax.models.orbax_store import save_arrays
 from dance_jax.models.tensors import TensorRule, expert_rules, trunk_rules
 

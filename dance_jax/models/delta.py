@@ -147,6 +147,10 @@ class DeltaNetLayer(nnx.Module):
         if rows.chunk == 1:
             return kept
         width = self.shape.conv_width - 1
+        if rows.chunk < width:
+            raise ValueError(
+                f"rows of {rows.chunk} tokens: the convolution needs {width} before it"
+            )
         joined = jnp.concatenate([kept, inputs_rcx], axis=1)[:, -width:]
         previous = jnp.concatenate([joined[:1], joined[:-1]])
         follows = rows.first_r != jnp.arange(rows.count)

@@ -3,94 +3,28 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import pathlib
 import re
-from typing import Any
 
 from dance_jax.config import UserError
 from dance_jax.models.config import ModelConfig
-from dance_jax.models.families import model_config
+from dance_jax.models.directory import (
+    INDEX,
+    SIDE_FILES,
+    check_loadable,
+    model_directory,
+    read_config,
+    read_json,
+    weight_files,
+)
 from dance_jax.models.safetensors_file import StoredTensor, content_hash, read_header
 from dance_jax.models.tensors import expert_rules, trunk_rules
 
-INDEX = "model.safetensors.index.json"
-
-#: Small files that define the model beside its weights; copied when it is converted.
-SIDE_FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-)
-
-_WEIGHTS = re.compile(r"\.safetensors$")
 #: Tensors that older programs saved and that hold nothing of their own.
 _DERIVED = re.compile(r"\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
 
 #: Names listed of each kind in a report of wrong tensors.
 _LISTED = 12
-
-
-def model_directory(directory: str | os.PathLike[str]) -> pathlib.Path:
-    """The path of a model, which must be a directory.
-
-    Raises:
-        UserError: it is none.
-    """
-    path = pathlib.Path(directory)
-    if not path.is_dir():
-        raise UserError(
-            f"{os.fspath(directory)}: no such directory; a model is a directory on this machine, "
-            "or org/name or org/name@revision on the Hugging Face hub"
-        )
-    return path
-
-
-def read_json(path: pathlib.Path, required: bool = True) -> dict[str, Any] | None:
-    """A JSON object from a file; None where it is absent and not required.
-
-    Raises:
-        UserError: missing, or not a JSON object; the message names file and line.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        if not required:
-            return None
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from error
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}: not JSON: {error.msg}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
-
-
-def read_config(directory: str | pathlib.Path) -> ModelConfig:
-    """The model of a directory with config.json and perhaps generation_config.json."""
-    directory = pathlib.Path(directory)
-    path = directory / "config.json"
-    fields = read_json(path)
-    assert fields is not None
-    generation = read_json(directory / "generation_config.json", required=False)
-    return model_config(fields, generation, str(path))
-
-
-def check_loadable(config: ModelConfig, directory: pathlib.Path) -> None:
-    """Raises UserError if the weights are of a kind that cannot be read."""
-    if config.quantization:
-        raise UserError(
-            f"{directory}: the weights are quantised ({config.quantization}, by config.json's "
-            "quantization_config); only float32, float16 and bfloat16 can be read: use a copy of "
-            "the model in one of them"
-        )
 
 
 class HFDirectory:
@@ -190,43 +124,6 @@ class HFDirectory:
             raise UserError(
                 f"{self.path}: the tensors do not fit config.json:\n  " + "\n  ".join(report)
             )
-
-
-def indexed_files(directory: pathlib.Path) -> list[str] | None:
-    """Names of the files of weights by the index; None where there is none.
-
-    Raises:
-        UserError: the index is no map of names to safetensors files.
-    """
-    path = directory / INDEX
-    index = read_json(path, required=False)
-    if index is None:
-        return None
-    names = index.get("weight_map")
-    files = set(names.values()) if isinstance(names, dict) else set()
-    if not files or not all(isinstance(file, str) and _WEIGHTS.search(file) for file in files):
-        raise UserError(f"{path}: weight_map is missing or no map of names to safetensors files")
-    return sorted(files)
-
-
-def weight_files(directory: pathlib.Path) -> list[pathlib.Path]:
-    """The files of a model's weights.
-
-    Raises:
-        UserError: there are none, or nobody says which they are.
-    """
-    names = indexed_files(directory)
-    if names is not None:
-        return [directory / name for name in names]
-    files = sorted(directory.glob("*.safetensors"))
-    if len(files) > 1:
-        raise UserError(f"{directory}: {len(files)} safetensors files but no {INDEX}")
-    if not files:
-        raise UserError(
-            f"{directory}: the weights are missing, there are no safetensors files: download them "
-            "too, or convert them to safetensors; --dry-run needs config.json alone"
-        )
-    return files
 
 
 def _spelled(tensors: dict[str, StoredTensor], config: ModelConfig) -> dict[str, StoredTensor]:

@@ -19,7 +19,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 
 from dance_jax.config import UserError
-from dance_jax.models.hf import (
+from dance_jax.models.directory import (
     INDEX,
     SIDE_FILES,
     check_loadable,

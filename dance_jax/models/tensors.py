@@ -75,14 +75,18 @@ def trunk_rules(config: ModelConfig) -> list[TensorRule]:
 
 def _layer(config: ModelConfig, layer: LayerConfig, source: str, ours: str) -> Iterator[TensorRule]:
     d, names = config.hidden_size, config.names
-    for theirs, norm in (_SANDWICH_NORMS if config.sandwich else _NORMS).items():
-        yield same(f"{source}.{theirs}.weight", (d,), f"{ours}.{norm}.weight")
+    norms = [
+        same(f"{source}.{theirs}.weight", (d,), f"{ours}.{norm}.weight")
+        for theirs, norm in (_SANDWICH_NORMS if config.sandwich else _NORMS).items()
+    ]
+    yield norms[0]
     if isinstance(layer.mixer, DeltaNet):
         yield from _delta(config, layer.mixer, f"{source}.linear_attn", f"{ours}.mixer")
     elif isinstance(layer.mixer, LatentAttention):
         yield from _latent(config, layer.mixer, f"{source}.self_attn", f"{ours}.mixer")
     else:
         yield from _grouped(config, layer.mixer, f"{source}.self_attn", f"{ours}.mixer")
+    yield from norms[1:]
     if layer.dense_width:
         yield from mlp(f"{source}.mlp", d, layer.dense_width, f"{ours}.mlp")
     if config.sandwich:

@@ -16,7 +16,7 @@ import jinja2.sandbox
 import tokenizers
 
 from dance_jax.config import UserError
-from dance_jax.models.hf import model_directory, read_config, read_json
+from dance_jax.models.directory import model_directory, read_config, read_json
 
 _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token")
 

@@ -52,7 +52,7 @@ def test_a_state_of_something_else(tmp_path: pathlib.Path) -> None:
     state.State(SPEC.names, "f" * 64, halves(LOW), empty).save(tmp_path)
     kept = state.load(tmp_path)
     assert kept is not None
-    room, other = Room("", 1, 1, 1, 1, 20), Room("", 1, 1, 1, 1, 19)
+    room, other = Room("", 1, 1, 1, 0, 1, 20), Room("", 1, 1, 1, 0, 1, 19)
     named = parse_hosts("alpha address=localhost experts=20\ngamma address=localhost experts=20")
     assert "servers alpha, beta" in kept.misfit(named, Facts(), [room, room])
     assert "slots" in kept.misfit(SPEC, Facts(), [room, other])

@@ -16,7 +16,7 @@ from dance_jax.launch.hosts import parse_hosts
 from dance_jax.launch.model_files import ModelFiles, pack
 from dance_jax.launch.process import ServerProcess
 from dance_jax.launch.protocol import Setup
-from dance_jax.models.hf import SIDE_FILES, read_config
+from dance_jax.models.directory import SIDE_FILES, read_config
 from tests.launch.tiny import HOSTS, write_model
 
 

@@ -44,4 +44,4 @@ def test_some_tokens_at_once_are_those_tokens_one_by_one(seed, count, decay):
     memory = rng.normal(size=(HEADS, KEY, VALUE))
     found = _advance(*jax.tree.map(lambda part: jnp.asarray(part, jnp.float32), (memory, tokens)))
     for ours, expected in zip(found, recurrence(memory, tokens), strict=True):
-        np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-5)
+        np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-4)

@@ -11,7 +11,8 @@ from safetensors.numpy import load_file, save_file
 
 from dance_jax.config import UserError
 from dance_jax.models import convert
-from dance_jax.models.hf import INDEX, HFDirectory
+from dance_jax.models.directory import INDEX
+from dance_jax.models.hf import HFDirectory
 from dance_jax.models.random_weights import write_random_checkpoint
 
 REFERENCE = pathlib.Path(__file__).parent.parent / "reference"

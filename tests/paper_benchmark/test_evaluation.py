@@ -32,7 +32,8 @@ from benchmarks.simulation.fit import Fitted
 from dance_jax.config import EngineConfig, UserError
 from dance_jax.launch.defaults import demo_dir
 from dance_jax.launch.hosts import parse_hosts
-from dance_jax.models.hf import HFDirectory, read_config
+from dance_jax.models.directory import read_config
+from dance_jax.models.hf import HFDirectory
 from dance_jax.models.tokenizer import Tokenizer
 from dance_jax.placement import Activations, Cost, Placement
 from dance_jax.placement.simulate import Model, Speed, Work, simulate

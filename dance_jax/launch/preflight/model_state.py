@@ -15,18 +15,7 @@ from typing import Any
 from dance_jax.config import UserError
 from dance_jax.launch.preflight.messages import ModelState
 from dance_jax.models import hub
-from dance_jax.models.hub import INDEX
-
-# As models.checkpoint and models.hf have them, which import JAX; a test compares.
-MANIFEST = "dance_jax.json"
-SIDE_FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-)
+from dance_jax.models.directory import INDEX, MANIFEST, SIDE_FILES
 
 #: Bytes of a header that is still believed.
 _LONGEST_HEADER = 1 << 28

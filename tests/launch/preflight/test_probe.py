@@ -39,7 +39,7 @@ from dance_jax.launch.preflight.messages import (
     decode_reply,
     encode,
 )
-from dance_jax.models import checkpoint, hf
+from dance_jax.models import hf
 from dance_jax.models.convert import convert
 from tests.launch.launched import eventually, gone
 from tests.launch.tiny import write_model
@@ -214,11 +214,6 @@ def test_source_hash_follows_names_and_contents(tmp_path: pathlib.Path) -> None:
 
 
 # The model.
-
-
-def test_names_are_those_of_the_models() -> None:
-    assert (model_state.MANIFEST, model_state.INDEX) == (checkpoint.MANIFEST, hf.INDEX)
-    assert model_state.SIDE_FILES == hf.SIDE_FILES
 
 
 def test_models_that_are_equal_and_not(tmp_path: pathlib.Path) -> None:
