@@ -10,7 +10,7 @@ demo: $(VENV)/.complete
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/.complete
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.complete
 	$(BIN)/ruff check .

@@ -31,7 +31,12 @@ def collected() -> None:
 @pytest.fixture(scope="session")
 def expert_library(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path | None:
     """The experts in C++, registered in this process from here on; None without a compiler."""
-    library = kernels_cpu.build(tmp_path_factory.mktemp("library"))
+    # Processes that share the tests share it, too: one builds and the others wait.
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    (shared / "library").mkdir(exist_ok=True)
+    library = kernels_cpu.build(shared / "library")
     assert (library is None) == (shutil.which(os.environ.get("CXX", "c++")) is None)
     kernels_cpu.register(library)
     return library

@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 #: Changes when the files' format does.
 _MAGIC = b"dance-jax-step-1\n"
 _DIGEST_BYTES = 32
+_PACKAGE = pathlib.Path(__file__).resolve().parents[1]
 
 
 class CompileCache:
@@ -107,11 +108,17 @@ def environment() -> tuple[str, ...]:
 def _sources() -> str:
     """A hash of the package's code up to the engine, which decides what the steps compute."""
     digest = hashlib.blake2b(digest_size=20)
-    package = pathlib.Path(__file__).resolve().parents[1]
-    for folder in ("", "placement", "models", "engine"):
-        for path in sorted((package / folder).glob("*.py")):
-            digest.update(f"{folder}/{path.name}\0".encode() + path.read_bytes() + b"\0")
+    for path in source_files():
+        digest.update(f"{path}\0".encode() + (_PACKAGE / path).read_bytes() + b"\0")
     return digest.hexdigest()
+
+
+def source_files() -> list[pathlib.Path]:
+    """The files of that code, within the package."""
+    files = [*_PACKAGE.glob("*.py")]
+    for folder in ("placement", "models", "engine"):
+        files += (_PACKAGE / folder).rglob("*.py")
+    return sorted(file.relative_to(_PACKAGE) for file in files)
 
 
 def _read(path: pathlib.Path) -> jax.stages.Compiled | None:

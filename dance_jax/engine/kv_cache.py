@@ -54,9 +54,9 @@ def num_blocks(model: ModelConfig, config: EngineConfig, free: int | None = None
     Raises:
         UserError: the longest sequence does not fit.
     """
-    # A model whose layers all have states caches no positions; its blocks take no memory.
-    each = max(block_bytes(model, config), 1)
-    wanted = config.max_num_seqs * config.max_blocks
+    each, wanted = block_bytes(model, config), config.max_num_seqs * config.max_blocks
+    if not each:  # all layers have states: blocks are only counted
+        return wanted
     if config.kv_memory is not None:
         left = config.kv_memory - state_bytes(model, config)
         count, given = max(left, 0) // each, f"kv_memory={config.kv_memory}"

@@ -183,6 +183,13 @@ def model_notes(model: ModelConfig, config: EngineConfig) -> Iterator[str]:
             f"{config.max_num_seqs} sequences that run at once on a device, and one more. Requests "
             "with the same prefix do not share its computation."
         )
+    for original in sorted(model.trained_contexts):
+        which = "longer ones" if config.max_model_len > original else "them"
+        yield (
+            f"The model has positions (longrope) for contexts of up to {original} tokens and for "
+            f"longer ones; those for {which} are used for all requests, as max_model_len is "
+            f"{config.max_model_len}."
+        )
     if model.quantization:
         yield (
             f"The model's weights are quantised ({model.quantization}) and cannot be loaded as "

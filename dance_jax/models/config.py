@@ -306,6 +306,13 @@ class ModelConfig:
         return sum(layer.mixer.cache_width for layer in self.layers)
 
     @property
+    def trained_contexts(self) -> set[int]:
+        """Tokens above which longrope's other frequencies hold; empty without longrope."""
+        mixers = {layer.mixer for layer in self.layers}
+        ropes = {mixer.rope for mixer in mixers if not isinstance(mixer, DeltaNet)}
+        return {rope.original_max_position for rope in ropes if rope.kind == "longrope"}
+
+    @property
     def state_bytes(self) -> int:
         """Bytes of the recurrent states of one sequence, over all layers; 0: there are none."""
         return 4 * sum(

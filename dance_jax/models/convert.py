@@ -32,6 +32,7 @@ from dance_jax.models.checkpoint import (
 from dance_jax.models.directory import (
     SIDE_FILES,
     check_loadable,
+    indexed_files,
     model_directory,
     read_config,
     weight_files,
@@ -157,7 +158,10 @@ def outline(directory: str | pathlib.Path) -> Outline:
     if is_converted(directory):
         return Checkpoint.open(directory)
     config = read_config(directory)
-    if config.quantization or not any(directory.glob("*.safetensors")):
+    files = [directory / name for name in indexed_files(directory) or ()]
+    files = files or [*directory.glob("*.safetensors")]
+    # Weights may be on their way, or not wanted before the plan is known.
+    if config.quantization or not files or not all(file.exists() for file in files):
         return Outline(config)
     return Outline(config, HFDirectory(directory).fingerprint())
 

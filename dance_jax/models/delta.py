@@ -182,6 +182,23 @@ class DeltaNetLayer(nnx.Module):
         )
 
 
+def _solve(lower_ij: jax.Array, right_iv: jax.Array) -> jax.Array:
+    """u of (I + A) u = r, A strictly lower triangular, row after row.
+
+    JAX's own solver calls LAPACK on CPUs, which a step that was read from the compile cache has not
+    initialised: it would crash.
+    """
+
+    def next_row(i: jax.Array, found: jax.Array) -> jax.Array:
+        row = jax.lax.dynamic_index_in_dim(lower_ij, i, -2)
+        old = jax.lax.dynamic_index_in_dim(found, i, -2)
+        new = old - contract("...ij,...jv->...iv", row, found)
+        return jax.lax.dynamic_update_index_in_dim(found, new, i, -2)
+
+    # Row i reads the rows before it alone, which are done.
+    return jax.lax.fori_loop(1, lower_ij.shape[-1], next_row, right_iv)
+
+
 def _advance(memory: jax.Array, tokens: _Tokens) -> tuple[jax.Array, jax.Array]:
     """Outputs [..., h, c, dv] of c tokens and the memory [..., h, dk, dv] after them."""
     total = jnp.cumsum(tokens.decay, axis=-1)
@@ -195,10 +212,8 @@ def _advance(memory: jax.Array, tokens: _Tokens) -> tuple[jax.Array, jax.Array]:
     update = tokens.strength[..., None] * missing
     if count > 1:
         alike_ij = contract("...ik,...jk->...ij", tokens.key, tokens.key) * fade_ij
-        lower = jnp.where(index[:, None] > index, alike_ij, 0.0) * tokens.strength[..., None]
-        update = jax.scipy.linalg.solve_triangular(
-            lower + jnp.eye(count), update, lower=True, unit_diagonal=True
-        )
+        lower_ij = jnp.where(index[:, None] > index, alike_ij, 0.0) * tokens.strength[..., None]
+        update = _solve(lower_ij, update)
     reads_ij = contract("...ik,...jk->...ij", tokens.query, tokens.key) * fade_ij
     output = faded * contract("...ck,...kv->...cv", tokens.query, memory)
     output += contract("...ij,...jv->...iv", reads_ij, update)

@@ -169,9 +169,15 @@ def _cut_experts(tensors: dict[str, StoredTensor], config: ModelConfig) -> None:
                 own = joined.part(expert, experts).without_first_axis()
                 name = f"{prefix}{expert}."
                 if interleaved:
-                    tensors[name + leaf] = own
+                    cut = {leaf: own}
                 elif halves:
-                    tensors[f"{name}{gate}.weight"] = own.part(0, 2)
-                    tensors[f"{name}{up}.weight"] = own.part(1, 2)
+                    cut = {f"{gate}.weight": own.part(0, 2), f"{up}.weight": own.part(1, 2)}
                 else:
-                    tensors[f"{name}{down}.weight"] = own
+                    cut = {f"{down}.weight": own}
+                for part, tensor in cut.items():
+                    if name + part in tensors:
+                        raise UserError(
+                            f"{joined.file}: {prefix}{leaf} and {name}{part} are the same weights, "
+                            "stored twice"
+                        )
+                    tensors[name + part] = tensor

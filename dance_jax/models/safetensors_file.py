@@ -91,6 +91,8 @@ def read_header(path: pathlib.Path) -> dict[str, StoredTensor]:
             if size < 8 or length > size - 8:
                 raise UserError(f"{path}: torn: {size} bytes end within the header")
             text = file.read(length)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: is missing: download the model's weights again") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     try:

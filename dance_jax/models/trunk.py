@@ -93,7 +93,8 @@ class Layer(nnx.Module):
             residual_td += self.shared(x_td)
         return residual_td, routed, fresh
 
-    def finish(self, kept: jax.Array, sums_td: jax.Array) -> jax.Array:
+    @staticmethod
+    def finish(kept: jax.Array, sums_td: jax.Array) -> jax.Array:
         """The layer's output, float32 [t, d], from what calling it left and the experts' sums."""
         return kept + sums_td
 
@@ -215,7 +216,7 @@ class Trunk(nnx.Module):
             if self.config.sandwich:
                 hidden = jax.lax.switch(layer, finishes, kept, sums).astype(hidden.dtype)
             else:
-                hidden = finishes[0](kept, sums).astype(hidden.dtype)
+                hidden = Layer.finish(kept, sums).astype(hidden.dtype)
             return (hidden, entries.put(stacks, made, layer)), record
 
         (hidden, stacks), records = jax.lax.scan(

@@ -59,6 +59,12 @@ def test_key_scope_and_environment_count(
     assert cache.misses == 1
 
 
+def test_all_code_that_decides_counts() -> None:
+    names = set(map(str, compile_cache.source_files()))
+    assert names >= {"config.py", "models/trunk.py", "models/families/gpt_oss.py", "engine/step.py"}
+    assert not any(name.startswith(("launch", "serve")) for name in names)
+
+
 @pytest.mark.parametrize("damage", ["cut", "flip", "empty", "foreign"])
 def test_damaged_files_are_made_again(tmp_path: pathlib.Path, damage: str) -> None:
     CompileCache(tmp_path / "c").compile("step", lowered)

@@ -45,7 +45,11 @@ def _forbidden(arrays: list[jax.Array]) -> set[str]:
 
 @pytest.mark.parametrize("bucket", tiny.ENGINE.buckets)
 def test_pool_and_cache_are_not_copied(alone: Runner, bucket: tuple[int, int]) -> None:
-    copied = set(_copies(alone.compile(bucket).as_text()))
+    text = alone.compile(bucket).as_text()
+    # What a library must initialise first crashes when the step comes from the compile cache.
+    called = set(re.findall(r'custom_call_target="([^"]+)"', text))
+    assert all(name.startswith(("dance_jax.", "TopK")) for name in called), called
+    copied = set(_copies(text))
     assert copied, "the pattern no longer finds any copy"
     assert not copied & _forbidden([*alone.pool, *jax.tree.leaves(alone.memory.cache)])
 

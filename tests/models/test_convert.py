@@ -17,7 +17,8 @@ import pytest
 import dance_jax.models.convert as convert_module
 from dance_jax.config import UserError
 from dance_jax.models.checkpoint import MANIFEST, Checkpoint
-from dance_jax.models.convert import convert, ensure_converted, main
+from dance_jax.models.convert import convert, ensure_converted, main, outline
+from dance_jax.models.directory import INDEX
 from dance_jax.models.hf import HFDirectory
 from dance_jax.models.random_weights import write_random_checkpoint
 from dance_jax.models.tokenizer import Tokenizer
@@ -173,6 +174,20 @@ def test_small_groups_hold_the_same_weights(source, converted, tmp_path, monkeyp
         strict=True,
     ):
         np.testing.assert_array_equal(left, right)
+
+
+def test_what_can_be_planned_before_a_conversion(source, converted, tmp_path):
+    """Of a config alone, of weights of which some are still on their way, of whole ones."""
+    (tmp_path / "config.json").write_bytes((source / "config.json").read_bytes())
+    whole = HFDirectory(source)
+    index = {"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}
+    for name, content in ((INDEX, json.dumps(index)), ("1.safetensors", "")):
+        found = outline(tmp_path)
+        assert (found.fingerprint, found.config.layers) == ("", whole.config.layers)
+        (tmp_path / name).write_text(content)
+    assert outline(tmp_path).fingerprint == "", "one of the two files is not there"
+    assert outline(source).fingerprint == whole.fingerprint() == outline(converted).fingerprint
+    assert outline(source).expert_bytes("float32") == outline(converted).expert_bytes("float32")
 
 
 def test_an_interrupted_conversion_leaves_nothing(source, tmp_path):

@@ -142,6 +142,14 @@ def test_a_tensor_under_two_spellings(tmp_path, mixtral_fields):
         HFDirectory(source)
 
 
+def test_experts_both_joined_and_one_by_one(tmp_path):
+    source = shutil.copytree(REFERENCE / "qwen3_moe_sparse", tmp_path / "qwen")
+    name = "model.layers.1.mlp.experts.3.up_proj.weight"
+    rewrite(source, lambda tensors: tensors.update({name: np.zeros((16, 32), np.float32)}))
+    with pytest.raises(UserError, match=rf"gate_up_proj and {name} are the same weights"):
+        HFDirectory(source)
+
+
 def test_joined_experts_of_a_wrong_shape(tmp_path):
     source = shutil.copytree(REFERENCE / "gpt_oss", tmp_path / "oss")
     for leaf, shape in (("gate_up_proj_bias", (7, 32)), ("down_proj", (8, 15, 32))):

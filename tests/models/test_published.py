@@ -371,10 +371,30 @@ def test_windows_only_where_they_are_used() -> None:
     assert windows == [None if index % 2 or index >= 21 else 32768 for index in range(24)]
 
 
+def test_fields_that_repeat_what_the_family_is() -> None:
+    """As Qwen3-Coder has them."""
+    plain = PUBLISHED["Qwen3-30B-A3B"]
+    more = {"qkv_bias": False, "use_qk_norm": True, "shared_expert_intermediate_size": 0}
+    assert model_config(plain | more) == model_config(plain)
+
+
+def test_routing_that_is_not_said_is_transformers_default() -> None:
+    names = ("n_group", "topk_group", "routed_scaling_factor")
+    for name, expected in (
+        ("DeepSeek-V3", (8, 4, 2.5)),
+        ("GLM-4.7-Flash", (1, 1, 1.8)),
+        ("GLM-4.5", (1, 1, 1.0)),
+    ):
+        fields = {key: value for key, value in PUBLISHED[name].items() if key not in names}
+        router = model_config(fields).router
+        assert (router.num_groups, router.topk_group, router.scale) == expected
+
+
 def text(name: str) -> dict[str, Any]:
     return PUBLISHED[name].get("text_config", PUBLISHED[name])
 
 
+YARN = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096}
 #: Changes of the text model's fields (...: the field is absent), and what the error names.
 REFUSED = [
     ("Mixtral-8x7B", {"attention_bias": True}, "attention_bias is True"),
@@ -431,7 +451,18 @@ REFUSED = [
     ("Gemma-4-26B-A4B", {"use_bidirectional_attention": "all"}, "use_bidirectional_attention"),
     ("Gemma-4-26B-A4B", {"hidden_activation": "silu"}, "hidden_activation is 'silu'"),
     ("Gemma-4-26B-A4B", {"rope_parameters": {"global": {}}}, "rope_parameters: unknown .*global"),
+    ("Gemma-4-26B-A4B", {"layer_types": ["sliding_attention"] * 30}, "last layer must have full"),
     ("OLMoE-1B-7B", {"clip_qkv": -8.0}, "clip_qkv is -8"),
+    ("OLMoE-1B-7B", {"rms_norm_eps": 10**400}, "rms_norm_eps is 1000"),
+    ("OLMoE-1B-7B", {"rope_theta": 1.0}, "rope_theta is 1; expected a number above 1"),
+    ("GLM-4.7-Flash", {"mlp_layer_types": ["sparse"] * 47}, "contradict each other"),
+    ("MiniMax-M2", {"partial_rotary_factor": 0.25}, "rotary_dim is 64, other fields say 32"),
+    ("DeepSeek-V3", {"n_group": 256, "topk_group": 256}, "it needs two at least"),
+    ("DeepSeek-V3", {"rope_scaling": YARN | {"beta_slow": 40}}, "0 < slow <= fast"),
+    ("gpt-oss-20b", {"sliding_window": None}, "sliding_window is null"),
+    ("Qwen3-30B-A3B", {"mlp_only_layers": [True]}, "mlp_only_layers"),
+    ("Qwen3-30B-A3B", {"shared_expert_intermediate_size": 8}, "shared_expert_intermediate_size"),
+    ("Qwen3-Next-80B-A3B", {"linear_conv_kernel_dim": 40}, "at most 32"),
 ]
 
 

@@ -60,29 +60,41 @@ def top_k(fields: Fields, experts: int, name: str = "num_experts_per_tok") -> in
     return count
 
 
-def sigmoid_router(fields: Fields) -> RouterConfig:
-    """DeepSeek-V3's router (arXiv 2412.19437, section 2.1.2), which GLM and Kimi share."""
+def sigmoid_router(
+    fields: Fields, groups: tuple[int, int] = (1, 1), scale: float = 1.0
+) -> RouterConfig:
+    """DeepSeek-V3's router (arXiv 2412.19437, section 2.1.2), which GLM and Kimi share.
+
+    Args:
+        groups: n_group and topk_group where they are absent.
+        scale: routed_scaling_factor where it is absent.
+    """
     fields.constant("topk_method", "noaux_tc")
     fields.constant("scoring_func", "sigmoid")
     experts = num_experts(fields, "n_routed_experts", "num_local_experts")
-    groups, kept = groups_of(fields, experts)
+    number, kept = groups_of(fields, experts, groups)
+    if number > 1 and experts // number < 2:
+        raise UserError(
+            f"{fields.where}: n_group {number} of {experts} experts: a group counts by its two "
+            "best, so it needs two at least"
+        )
     return RouterConfig(
         num_experts=experts,
-        top_k=top_k(fields, experts // groups * kept),
+        top_k=top_k(fields, experts // number * kept),
         score="sigmoid",
         correction=True,
-        num_groups=groups,
+        num_groups=number,
         topk_group=kept,
         group_best=2,
         normalise=fields.boolean("norm_topk_prob", True),
         norm_epsilon=1e-20,
-        scale=fields.number("routed_scaling_factor", 1.0),
+        scale=fields.number("routed_scaling_factor", scale),
     )
 
 
-def groups_of(fields: Fields, experts: int) -> tuple[int, int]:
+def groups_of(fields: Fields, experts: int, default: tuple[int, int] = (1, 1)) -> tuple[int, int]:
     """Groups of experts, and how many of them a token chooses from."""
-    groups, kept = fields.integer("n_group", 1), fields.integer("topk_group", 1)
+    groups, kept = fields.integer("n_group", default[0]), fields.integer("topk_group", default[1])
     if experts % groups:
         raise UserError(
             f"{fields.where}: n_routed_experts {experts} is not a multiple of n_group {groups}"
@@ -177,7 +189,8 @@ def sparse_step(fields: Fields, mixers: Sequence[Mixer]) -> tuple[LayerConfig, .
     """Qwen's pattern: experts in every decoder_sparse_step-th layer not in mlp_only_layers."""
     step = fields.integer("decoder_sparse_step", 1)
     dense = fields.raw("mlp_only_layers") or []
-    if not isinstance(dense, list) or any(index not in range(len(mixers)) for index in dense):
+    known = range(len(mixers))
+    if not isinstance(dense, list) or any(type(i) is not int or i not in known for i in dense):
         raise UserError(
             f"{fields.where}: mlp_only_layers is {dense!r}; expected a list of layers, "
             f"0 to {len(mixers) - 1}"
@@ -259,10 +272,13 @@ def rope_of(
         names = ", ".join(repr(name) for name in _KINDS)
         raise UserError(f"{where}: rope type is {kind!r}; supported: {names}")
     theta = _either(inner, fields, "rope_theta", theta)
+    if theta <= 1:
+        raise UserError(f"{where}: rope_theta is {theta:g}; expected a number above 1")
     partial = _either(inner, fields, "partial_rotary_factor", partial)
     # Which positions of a picture turn which pairs: all of them are equal for text.
     inner.ignore("mrope_section", "mrope_interleaved")
-    dim = width if kind == "proportional" else int(width * partial)
+    # Not int(): a factor that is a quotient may be a bit too small.
+    dim = width if kind == "proportional" else math.floor(width * partial + 1e-6)
     if dim % 2 or not 0 < dim <= width:
         raise UserError(
             f"{where}: rotary position embedding needs an even width of at most {width}, not {dim}"
@@ -310,18 +326,20 @@ def _llama3(inner: Fields, fields: Fields, dim: int, partial: float) -> dict[str
 def _longrope(inner: Fields, fields: Fields, dim: int, partial: float) -> dict[str, Any]:
     """arXiv 2402.13753; the default of attention_factor as transformers has it."""
     name = "original_max_position_embeddings"
-    original = (fields if fields.has(name) else inner).integer(name)
-    inner.ignore(name)
+    original = (fields if fields.has(name) else inner).integer(name, minimum=2)
+    inner.agrees(name, original)
     factor = inner.positive("factor", fields.integer("max_position_embeddings") / original)
     magnitude = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
     lists: dict[str, Any] = {}
     for key in ("short_factor", "long_factor"):
         values = inner.raw(key)
-        numbers = isinstance(values, list) and len(values) == dim // 2
-        if not numbers or any(not isinstance(each, int | float) or each <= 0 for each in values):
+        long_enough = isinstance(values, list) and len(values) == dim // 2
+        if not long_enough or not all(
+            type(each) in (int, float) and 0 < each < math.inf for each in values
+        ):
             raise UserError(f"{inner.where}: {key}: expected a list of {dim // 2} numbers above 0")
         lists[key] = tuple(float(each) for each in values)
-    attention = inner.number("attention_factor", magnitude)
+    attention = inner.positive("attention_factor", magnitude)
     return {"original_max_position": original, "attention_factor": attention, **lists}
 
 
@@ -336,13 +354,18 @@ def _yarn(inner: Fields, fields: Fields, dim: int, partial: float) -> dict[str, 
     ratio = _magnitude(factor, 1.0)
     if mscale and all_dim:
         ratio = _magnitude(factor, mscale) / _magnitude(factor, all_dim)
+    fast, slow = inner.number("beta_fast", 0.0) or 32.0, inner.number("beta_slow", 0.0) or 1.0
+    if not 0 < slow <= fast:
+        raise UserError(
+            f"{inner.where}: beta_slow {slow:g} and beta_fast {fast:g}: 0 < slow <= fast"
+        )
     return {
         "factor": factor,
         "original_max_position": original,
-        "beta_fast": inner.number("beta_fast", 0.0) or 32.0,
-        "beta_slow": inner.number("beta_slow", 0.0) or 1.0,
+        "beta_fast": fast,
+        "beta_slow": slow,
         "truncate": inner.boolean("truncate", True),
-        "attention_factor": inner.number("attention_factor", ratio),
+        "attention_factor": inner.positive("attention_factor", ratio),
     }
 
 

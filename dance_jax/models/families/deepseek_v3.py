@@ -14,22 +14,26 @@ def read(fields: Fields, **given: Any) -> ModelConfig:
     """config.json to the model."""
     fields.constant("moe_layer_freq", 1)
     lite = given["family"] == "glm4_moe_lite"
-    layers = common.first_dense(fields, common.latent_attention(fields), default=int(lite))
+    layers = common.first_dense(fields, common.latent_attention(fields), default=1 if lite else 3)
     kinds = fields.strings("mlp_layer_types", len(layers), ("dense", "sparse"))
-    if kinds is not None:
-        if "sparse" not in kinds:
-            raise UserError(f"{fields.where}: mlp_layer_types leaves no layer with experts")
-        dense = fields.integer("intermediate_size")
-        layers = tuple(
-            dataclasses.replace(
-                layer, routed=kind == "sparse", dense_width=0 if kind == "sparse" else dense
-            )
-            for layer, kind in zip(layers, kinds, strict=True)
+    routed = [
+        layer.routed if kinds is None else kinds[i] == "sparse" for i, layer in enumerate(layers)
+    ]
+    if not any(routed):
+        raise UserError(f"{fields.where}: mlp_layer_types leaves no layer with experts")
+    if fields.has("first_k_dense_replace") and routed != [layer.routed for layer in layers]:
+        raise UserError(
+            f"{fields.where}: mlp_layer_types and first_k_dense_replace contradict each other"
         )
+    dense = fields.integer("intermediate_size")
     width = fields.integer("moe_intermediate_size")
+    groups, scale = ((1, 1), 1.8) if lite else ((8, 4), 2.5)
     return ModelConfig(
-        layers=layers,
-        router=common.sigmoid_router(fields),
+        layers=tuple(
+            dataclasses.replace(layer, routed=has_experts, dense_width=0 if has_experts else dense)
+            for layer, has_experts in zip(layers, routed, strict=True)
+        ),
+        router=common.sigmoid_router(fields, groups, scale),
         expert=ExpertConfig(width),
         shared=shared_experts(fields, width),
         names=Names(ignored=common.more_predictions(fields)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 from dance_jax.config import UserError
@@ -126,7 +127,8 @@ class Fields:
         if (
             isinstance(value, bool)
             or not isinstance(value, int | float)
-            or not math.isfinite(value)
+            or not abs(value) < math.inf
+            or abs(value) > sys.float_info.max
         ):
             raise UserError(f"{self.where}: {name} is {value!r}; expected a number")
         return float(value)

@@ -36,6 +36,9 @@ def read(fields: Fields, **given: Any) -> ModelConfig:
         common.SLIDING if (index + 1) % 6 and index + 1 < count else common.FULL
         for index in range(count)
     ]
+    if kinds[-1] != common.FULL:
+        raise UserError(f"{fields.where}: layer_types: the last layer must have full attention")
+    fields.ignore("sliding_window")
     mixers = {kind: _attention(fields, kind, kinds) for kind in set(kinds)}
     dense = fields.integer("intermediate_size")
     experts = common.num_experts(fields, "num_experts", "num_local_experts")

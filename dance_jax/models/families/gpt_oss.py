@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from dance_jax.config import UserError
 from dance_jax.models.config import (
     Activation,
     ExpertConfig,
@@ -35,6 +36,8 @@ def read(fields: Fields, **given: Any) -> ModelConfig:
         qkv_bias=bias,
         out_bias=bias,
     )
+    if "sliding_window" in fields.values and not fields.has("sliding_window"):
+        raise UserError(f"{fields.where}: sliding_window is null; expected a number of tokens")
     sliding = dataclasses.replace(full, window=fields.integer("sliding_window", 128))
     kinds = fields.strings("layer_types", count, (common.FULL, common.SLIDING))
     kinds = kinds or [(common.SLIDING, common.FULL)[index % 2] for index in range(count)]

@@ -35,8 +35,8 @@ def read(fields: Fields, **given: Any) -> ModelConfig:
             f"{fields.where}: attn_type_list: expected {layers} times 1, full attention; nothing "
             "else is supported"
         )
-    rotated = fields.integer("rotary_dim", head)
-    rope = common.rope(fields, head, theta=5e6, partial=rotated / head)
+    rope = common.rope(fields, head, theta=5e6, partial=fields.integer("rotary_dim", head) / head)
+    fields.agrees("rotary_dim", rope.dim)
     mixer = common.grouped_attention(fields, rope, head, qk_norm="flat")
     experts = common.num_experts(fields, "num_local_experts", "num_experts")
     router = RouterConfig(

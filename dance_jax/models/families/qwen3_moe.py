@@ -10,6 +10,10 @@ from dance_jax.models.families.qwen2_moe import router
 
 def read(fields: Fields, **given: Any) -> ModelConfig:
     """config.json to the model."""
+    # Qwen3-Coder repeats what all models of the family are.
+    fields.constant("qkv_bias", False)
+    fields.constant("use_qk_norm", True)
+    fields.constant("shared_expert_intermediate_size", 0)
     head, bias = common.head_dim_of(fields), fields.boolean("attention_bias", False)
     fields.ignore("sliding_window", "max_window_layers")
     sliding = fields.boolean("use_sliding_window", False)

@@ -9,6 +9,9 @@ from dance_jax.models.families import common
 from dance_jax.models.families.fields import Fields
 from dance_jax.models.families.qwen2_moe import router
 
+#: Of the convolution: a block of prefill, 32 tokens, must hold all before a token.
+MOST_POSITIONS = 32
+
 
 def read(fields: Fields, **given: Any) -> ModelConfig:
     """config.json to the model."""
@@ -61,10 +64,15 @@ def _delta(fields: Fields) -> DeltaNet:
             f"{fields.where}: linear_num_value_heads {values} is not a multiple of "
             f"linear_num_key_heads {keys}"
         )
+    width = fields.integer("linear_conv_kernel_dim", 4, minimum=2)
+    if width > MOST_POSITIONS:
+        raise UserError(
+            f"{fields.where}: linear_conv_kernel_dim {width}: at most {MOST_POSITIONS} is supported"
+        )
     return DeltaNet(
         num_key_heads=keys,
         num_value_heads=values,
         key_dim=fields.integer("linear_key_head_dim"),
         value_dim=fields.integer("linear_value_head_dim"),
-        conv_width=fields.integer("linear_conv_kernel_dim", 4, minimum=2),
+        conv_width=width,
     )
