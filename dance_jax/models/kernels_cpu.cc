@@ -316,21 +316,25 @@ int64_t Run(ffi::ThreadPool& pool, const Layer<T>& layer, int64_t slots, const i
 // Calls for routed experts in this process, the time in them, and the assignments they computed.
 std::atomic<int64_t> routed_calls{0}, routed_ns{0}, routed_assignments{0};
 
-// routed: the experts are those that a router chose. Biases have no rows where there are none.
+// routed: the experts are those that a router chose. biases: of gate, up and down, or none at all.
 template <ffi::DataType kType>
 ffi::Error GroupedFfn(ffi::ThreadPool pool, bool routed, int32_t activation, float alpha,
                       float limit, ffi::Buffer<kType, 3> w_gate, ffi::Buffer<kType, 3> w_up,
-                      ffi::Buffer<kType, 3> w_down, ffi::Buffer<ffi::F32, 2> b_gate,
-                      ffi::Buffer<ffi::F32, 2> b_up, ffi::Buffer<ffi::F32, 2> b_down,
-                      ffi::Buffer<kType, 2> x, ffi::Buffer<ffi::S32, 2> slot,
-                      ffi::Buffer<ffi::F32, 2> weight, ffi::ResultBuffer<ffi::F32, 2> y) {
+                      ffi::Buffer<kType, 3> w_down, ffi::Buffer<kType, 2> x, ffi::Buffer<ffi::S32, 2> slot,
+                      ffi::Buffer<ffi::F32, 2> weight, ffi::RemainingArgs biases,
+                      ffi::ResultBuffer<ffi::F32, 2> y) {
   using T = std::conditional_t<kType == ffi::F32, float, uint16_t>;
   auto data = [](auto& buffer) { return static_cast<const T*>(buffer.untyped_data()); };
   const auto shape = w_gate.dimensions(), rows = slot.dimensions();
-  auto bias = [](auto& buffer) -> const float* {
-    return buffer.dimensions()[0] == 0 ? nullptr : buffer.typed_data();
-  };
-  Layer<T> layer{data(w_gate), data(w_up), data(w_down), bias(b_gate), bias(b_up), bias(b_down),
+  const float* bias[3] = {nullptr, nullptr, nullptr};
+  for (size_t i = 0; i < biases.size(); ++i) {
+    const auto buffer = biases.get<ffi::Buffer<ffi::F32, 2>>(i);
+    if (i >= 3 || !buffer.has_value()) {
+      return ffi::Error::InvalidArgument("biases: three of float32 [s, width] are expected");
+    }
+    bias[i] = buffer->typed_data();
+  }
+  Layer<T> layer{data(w_gate), data(w_up), data(w_down), bias[0], bias[1], bias[2],
                  {static_cast<Activation::Kind>(activation), alpha, limit},
                  data(x), rows[0], shape[1], shape[2], rows[1]};
   const auto start = std::chrono::steady_clock::now();
@@ -403,12 +407,10 @@ auto GroupedFfnBinding() {
       .template Arg<ffi::Buffer<kType, 3>>()
       .template Arg<ffi::Buffer<kType, 3>>()
       .template Arg<ffi::Buffer<kType, 3>>()
-      .template Arg<ffi::Buffer<ffi::F32, 2>>()
-      .template Arg<ffi::Buffer<ffi::F32, 2>>()
-      .template Arg<ffi::Buffer<ffi::F32, 2>>()
       .template Arg<ffi::Buffer<kType, 2>>()
       .template Arg<ffi::Buffer<ffi::S32, 2>>()
       .template Arg<ffi::Buffer<ffi::F32, 2>>()
+      .RemainingArgs()
       .template Ret<ffi::Buffer<ffi::F32, 2>>();
 }
 

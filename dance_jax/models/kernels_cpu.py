@@ -182,14 +182,12 @@ def grouped_ffn(
         float32 [n, d].
     """
     weights, biases = leaves[:3], leaves[3:]
-    _, d, f = weights[0].shape
-    biases = biases or [jnp.zeros((0, width), jnp.float32) for width in (f, f, d)]
     return _call("GroupedFfn", x_nd, x_nd.shape)(
         *weights,
-        *biases,
         x_nd,
         slot_nk,
         weight_nk,
+        *biases,
         routed=routed,
         activation=np.int32(_ACTIVATIONS.index(activation.kind)),
         alpha=np.float32(activation.alpha),

@@ -301,7 +301,7 @@ class _Entries:
         updated = []
         for stack, entries, places in zip(stacks, made, self._places, strict=True):
             for number, entry in enumerate(entries):
-                place = jnp.asarray(places[:, number])[turn]
+                place = _at(places[:, number], turn)
                 put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=place, axis=0)
                 stack = jax.tree.map(put, stack, entry)
             updated.append(stack)
@@ -314,6 +314,13 @@ class _Entries:
             for stack, layers in zip(stacks, self._layers, strict=True)
             for place, index in enumerate(layers)
         }
+
+
+def _at(places: np.ndarray, turn: jax.Array) -> jax.Array:
+    """places[turn], without a look-up where they ascend one by one, as in most models."""
+    if (places == places[0] + np.arange(len(places))).all():
+        return turn + places[0]
+    return jnp.asarray(places)[turn]
 
 
 def _distinct(items: Sequence[Any]) -> list[Any]:
