@@ -2,10 +2,13 @@
 
 import math
 
+import numpy as np
 import pytest
 
-from dance_jax.config import UserError
+from dance_jax.config import EngineConfig, UserError
+from dance_jax.launch.plan import model_notes
 from dance_jax.models import model_config
+from dance_jax.models.rope import inverse_frequencies
 
 
 def test_deepseek_fields(deepseek_fields):
@@ -169,3 +172,23 @@ def test_harmless_fields_are_ignored(deepseek_fields):
 def test_eos(deepseek_fields, config, generation, expected):
     fields = deepseek_fields | {"eos_token_id": config}
     assert model_config(fields, generation).eos_token_ids == expected
+
+
+def test_frequencies_of_linear_and_long_contexts(mixtral_fields):
+    linear = {"type": "linear", "factor": 4.0}
+    plain = model_config(mixtral_fields).layers[0].mixer.rope
+    rope = model_config(mixtral_fields | {"rope_scaling": linear}).layers[0].mixer.rope
+    np.testing.assert_allclose(inverse_frequencies(rope, 64), inverse_frequencies(plain, 64) / 4)
+    long = {
+        "type": "longrope",
+        "original_max_position_embeddings": 64,
+        "short_factor": [1.0] * 4,
+        "long_factor": [2.0] * 4,
+    }
+    config = model_config(mixtral_fields | {"rope_scaling": long})
+    rope = config.layers[0].mixer.rope
+    for context, divisor, said in ((64, 1, "for them"), (65, 2, "for longer ones")):
+        expected = inverse_frequencies(plain, 64) / divisor
+        np.testing.assert_allclose(inverse_frequencies(rope, context), expected)
+        (note,) = model_notes(config, EngineConfig(max_model_len=context))
+        assert "up to 64 tokens" in note and said in note
