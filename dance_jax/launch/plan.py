@@ -184,11 +184,11 @@ def model_notes(model: ModelConfig, config: EngineConfig) -> Iterator[str]:
             "with the same prefix do not share its computation."
         )
     for original in sorted(model.trained_contexts):
-        which = "longer ones" if config.max_model_len > original else "them"
+        which = "longer" if config.max_model_len > original else "shorter"
         yield (
-            f"The model has positions (longrope) for contexts of up to {original} tokens and for "
-            f"longer ones; those for {which} are used for all requests, as max_model_len is "
-            f"{config.max_model_len}."
+            f"The model has two sets of rotary frequencies (longrope): for contexts of up to "
+            f"{original} tokens, and for longer ones. max_model_len is {config.max_model_len}, so "
+            f"all requests use the set for the {which} contexts."
         )
     if model.quantization:
         yield (
