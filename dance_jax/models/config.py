@@ -91,12 +91,12 @@ class GroupedAttention:
     qk_norm: str = "none"
     #: Values are divided by their root mean square, head by head.
     value_norm: bool = False
-    #: There is no projection of values: they are the keys before norm and rotation.
+    #: Values are the projected keys, before norm and rotation; the layer has no value projection.
     values_are_keys: bool = False
     #: Biases of the projections of queries, keys and values, and of the output.
     qkv_bias: bool = False
     out_bias: bool = False
-    #: Queries, keys and values are clamped to plus and minus this; None: they are not.
+    #: Limit that queries, keys and values are clamped to, plus and minus; None: no limit.
     clip: float | None = None
     #: Each head has one more score with value 0 (gpt-oss).
     sinks: bool = False
@@ -237,7 +237,7 @@ class Names:
     shared_gate: str = "mlp.shared_expert_gate"
     #: How experts are published. "single": one by one. "joined": all of a layer in gate_up_proj
     #: [e, 2f, d] and down_proj [e, d, f]. "interleaved" (gpt-oss): [e, d, 2f], columns of gate
-    #: and up taking turns, and [e, f, d]. The first two are read whichever of them it is.
+    #: and up taking turns, and [e, f, d]. A checkpoint may use either of the first two forms.
     experts_as: str = "single"
     #: The delta net's projections are joined, grouped by key heads (qwen3_next).
     joined_delta: bool = False
@@ -275,7 +275,7 @@ class ModelConfig:
     sandwich: bool = False
     #: Multiplies the embeddings.
     embedding_scale: float = 1.0
-    #: Logits become cap * tanh(logits / cap); None: they stay.
+    #: Logits become cap * tanh(logits / cap); None: logits are not capped.
     logit_cap: float | None = None
     names: Names = Names()
     #: How the checkpoint's weights are quantised, by config.json; "": they are not.

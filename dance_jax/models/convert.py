@@ -134,10 +134,10 @@ def ensure_converted(
 
 
 def check_readable(directory: str | pathlib.Path) -> None:
-    """Refuses weights that are missing or cannot be read, before anything else of a model is read.
+    """Check that a model's weights can be converted, before its other files are read.
 
     Raises:
-        UserError: so it is, or config.json is wrong.
+        UserError: the weights are missing or quantised, or config.json is wrong.
     """
     directory = model_directory(directory)
     if not is_converted(directory):

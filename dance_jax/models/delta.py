@@ -27,7 +27,7 @@ LENGTH_EPS = 1e-6
 
 
 class State(NamedTuple):
-    """What is kept of each sequence, or computed for each row; float32, in JAX or numpy."""
+    """The recurrent state of each sequence, or after each row; float32, in JAX or numpy."""
 
     #: [s, conv_width - 1, channels]: the convolution's last inputs.
     inputs: Any
@@ -49,7 +49,7 @@ class _Tokens(NamedTuple):
 
 
 class DeltaNetLayer(nnx.Module):
-    """The mixer; what is cached of it is a `State` with a slot for each sequence."""
+    """The mixer of a layer. Its cache is a `State` with a slot for each sequence."""
 
     def __init__(self, config: ModelConfig, shape: DeltaNet, dtype: jnp.dtype):
         d, heads = config.hidden_size, shape.num_value_heads

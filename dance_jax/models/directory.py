@@ -26,7 +26,7 @@ SIDE_FILES = (
     "chat_template.jinja",
 )
 
-#: Written last into a converted model; a directory without it is none.
+#: The file that a conversion writes last; a directory without it is not a converted model.
 MANIFEST = "dance_jax.json"
 
 

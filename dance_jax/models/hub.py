@@ -125,11 +125,7 @@ def fetch_config(model: str | os.PathLike[str]) -> pathlib.Path:
     Raises:
         UserError: as `resolve`.
     """
-    name = hub_name(model)
-    if name is None:
-        return model_directory(model)
-    with _explained(name):
-        return _Repository(name).config()
+    return _fetch(model, _Repository.config)
 
 
 def fetch_definition(model: str | os.PathLike[str]) -> pathlib.Path:
@@ -140,11 +136,17 @@ def fetch_definition(model: str | os.PathLike[str]) -> pathlib.Path:
     Raises:
         UserError: as `resolve`.
     """
+    return _fetch(model, _Repository.definition)
+
+
+def _fetch(
+    model: str | os.PathLike[str], part: Callable[[_Repository], pathlib.Path]
+) -> pathlib.Path:
     name = hub_name(model)
     if name is None:
         return model_directory(model)
     with _explained(name):
-        return _Repository(name).definition()
+        return part(_Repository(name))
 
 
 def cached(name: HubName) -> pathlib.Path | None:

@@ -251,10 +251,11 @@ def entry_like(mixer: Mixer, rows: int, hidden_td: jax.Array) -> Any:
 
 
 class _Entries:
-    """Collects over the turns of a loop what layers want cached, which differs in shape by layer.
+    """Collects the cache entries of a loop's layers, whose shapes may differ from layer to layer.
 
-    Entries of one shape are stacked. Each turn yields as many of each shape as any turn does; what
-    is too many goes to a last place that nobody reads.
+    Entries of equal shape form one stack. All turns of a loop must return the same arrays, so a
+    turn with fewer entries of a shape than others adds zeros, which go to a spare last place of the
+    stack.
 
     Args:
         turns: the layers of each turn.
