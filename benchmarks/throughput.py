@@ -42,7 +42,7 @@ from benchmarks.trace import self_times
 from dance_jax.config import EngineConfig
 from dance_jax.engine.engine import Engine
 from dance_jax.engine.sequence import Request, SamplingParams
-from dance_jax.models import kernels_cpu
+from dance_jax.models import native
 from dance_jax.models.checkpoint import Checkpoint
 from dance_jax.models.convert import ensure_converted
 from dance_jax.models.random_weights import write_random_checkpoint
@@ -317,7 +317,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     if not (source / "complete").exists():
         write_random_checkpoint(source, SHAPES[arguments.family])
         (source / "complete").touch()
-    kernels_cpu.load(work)
+    native.load(work)
     bandwidth = read_bandwidth()
     ours = Ours(ensure_converted(source, work / "models", lambda *_: None))
     python = arguments.transformers_python

@@ -57,11 +57,11 @@ class InProcess:
         from dance_jax.engine.compile_cache import CompileCache
         from dance_jax.engine.engine import Engine
         from dance_jax.launch.memory import free_per_device
-        from dance_jax.models import kernels_cpu
+        from dance_jax.models import native
 
         compiled = private_directory(cache_dir / "compiled")
         if compiled is not None:
-            kernels_cpu.load(compiled)
+            native.load(compiled)
         # The seed is data, not code.
         scope = (checkpoint.fingerprint, "one server", dataclasses.replace(config, seed=0))
         cache = CompileCache(compiled, scope)

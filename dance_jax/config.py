@@ -96,6 +96,33 @@ class ClusterSpec:
         return self.names.index(name)
 
 
+#: What users may ask for, of experts and of the trunk; "int4-mixed" leaves an expert's last
+#: projection eight bits.
+EXPERT_CHOICES = ("keep", "bf16", "int8", "int4", "int4-mixed", "mxfp4")
+TRUNK_CHOICES = ("keep", "bf16", "int8", "int4")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rounding:
+    """What the matrices of a float checkpoint become when it is converted (models/formats.py).
+
+    Raises:
+        UserError: there is no such choice.
+    """
+
+    #: One of EXPERT_CHOICES, of routed experts.
+    experts: str = "keep"
+    #: One of TRUNK_CHOICES, of everything else.
+    trunk: str = "keep"
+
+    def __post_init__(self) -> None:
+        for name, choices in (("experts", EXPERT_CHOICES), ("trunk", TRUNK_CHOICES)):
+            if getattr(self, name) not in choices:
+                raise UserError(
+                    f"{name}={getattr(self, name)!r}: one of {', '.join(choices)} is needed"
+                )
+
+
 @dataclasses.dataclass(frozen=True)
 class EngineConfig:
     """What one engine process compiles and holds; equal on all servers of a cluster."""
@@ -114,8 +141,10 @@ class EngineConfig:
     #: Bytes of each device's KV cache; None: room for max_num_seqs whole contexts, in at most half
     #: of the memory that is free.
     kv_memory: int | None = None
-    #: dtype of pool and activations: "float32" or "bfloat16".
+    #: dtype of activations and KV cache: "float32" or "bfloat16".
     dtype: str = "float32"
+    #: What weights were rounded to when the model was converted.
+    rounding: Rounding = Rounding()
     #: What hidden states and sums between servers are rounded to: "compute" (not at all: `dtype`),
     #: "bfloat16" or "int8" (with one float32 scale for each).
     wire_dtype: str = "compute"

@@ -18,7 +18,7 @@ import msgspec
 
 from dance_jax.backends import Backend, Far, InProcess, Progress, Servers
 from dance_jax.cache import default_cache_dir
-from dance_jax.config import ClusterSpec, UserError
+from dance_jax.config import ClusterSpec, Rounding, UserError
 from dance_jax.engine.output import OutputCollector
 from dance_jax.engine.sequence import (
     Request,
@@ -59,12 +59,17 @@ class LLM:
             2,048.
         seed: of requests without a seed; the n-th such request of the object draws the same
             whichever server runs it.
-        dtype: "float32" or "bfloat16"; None: float32 on CPUs, bfloat16 elsewhere.
+        dtype: of activations and KV cache, "float32" or "bfloat16"; None: float32 on CPUs,
+            bfloat16 elsewhere.
         max_num_seqs: sequences that run at once on each device.
         kv_memory: bytes of each device's KV cache; None: all sequences at full length, in at most
             half of the memory that is free.
         wire_dtype: of hidden states between servers: "compute" (as they are, exact), "bfloat16"
             or "int8".
+        experts: what the weights of routed experts are rounded to when the model is converted:
+            "keep" (they are not), "bf16", "int8", "int4", "int4-mixed" (the last projection has
+            eight bits), "mxfp4".
+        trunk: what all other matrices are rounded to: "keep", "bf16", "int8" or "int4".
         ssh_config: file for `ssh -F`, for servers on other machines.
         cache_dir: where converted models and compiled steps are kept.
         log_dir: where the cluster's servers keep their logs; None: nowhere.
@@ -88,6 +93,8 @@ class LLM:
         max_num_seqs: int = 16,
         kv_memory: int | None = None,
         wire_dtype: str = "compute",
+        experts: str = "keep",
+        trunk: str = "keep",
         ssh_config: str | os.PathLike[str] | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         log_dir: str | os.PathLike[str] | None = None,
@@ -100,6 +107,7 @@ class LLM:
         from dance_jax.models.tokenizer import Tokenizer
 
         # What can be wrong at once comes before what takes long.
+        rounding = Rounding(experts, trunk)
         servers = None if hosts is None else _cluster_arguments(hosts, policy, activations)
         self._show = progress is True
         report = progress if callable(progress) else _print_progress if progress else _silent
@@ -116,7 +124,7 @@ class LLM:
             source = resolve(model, progress if callable(progress) else None)
         check_readable(source)
         self.tokenizer: Tokenizer = Tokenizer.load(source)
-        checkpoint = Checkpoint.open(ensure_converted(source, cache / "models", report))
+        checkpoint = Checkpoint.open(ensure_converted(source, cache / "models", report, rounding))
         self.config = defaults.engine_config(
             checkpoint.config,
             max_model_len,
@@ -126,6 +134,7 @@ class LLM:
             platform=platform,
             wire_dtype=wire_dtype,
             kv_memory=kv_memory,
+            rounding=rounding,
         )
         self._seeds = (sample_seed(seed, number) for number in itertools.count())
         self._numbers = itertools.count()

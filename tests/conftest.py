@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from dance_jax.models import kernels_cpu
+from dance_jax.models import native
 from tests.cluster.fixture import TestCluster
 
 # A shell's background job ignores Ctrl-C, and so would every process that the tests start.
@@ -36,9 +36,9 @@ def expert_library(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path | N
     if "PYTEST_XDIST_WORKER" in os.environ:
         shared = shared.parent
     (shared / "library").mkdir(exist_ok=True)
-    library = kernels_cpu.build(shared / "library")
+    library = native.build(shared / "library")
     assert (library is None) == (shutil.which(os.environ.get("CXX", "c++")) is None)
-    kernels_cpu.register(library)
+    native.register(library)
     return library
 
 

@@ -22,6 +22,7 @@ from dance_jax.models.convert import ensure_converted
 from dance_jax.models.random_weights import write_random_checkpoint
 from tests.models.fake_hub import environment, running_hub
 from tests.quick import XLA_FLAGS, QuickCache, cache_directory
+from tests.stacks import stacked
 from tests.tiny_models import DEEPSEEK
 
 FIELDS = DEEPSEEK | {"num_hidden_layers": 2, "max_position_embeddings": 256}
@@ -166,7 +167,7 @@ def test_logprobs_equal_the_plain_model(llm, model, cache_dir):
     """The whole sequence at once, every expert on every token, no cache, no slots."""
     checkpoint = Checkpoint.open(ensure_converted(model, cache_dir / "models"))
     experts = range(FIELDS["n_routed_experts"])
-    w_gate, w_up, w_down = checkpoint.experts([(0, e) for e in experts], checkpoint.form("float32"))
+    w_gate, w_up, w_down = stacked(checkpoint, [(0, e) for e in experts])
 
     def moe(layer, x_td, expert_tk, weight_tk):
         inner = jax.nn.silu(jnp.einsum("td,edf->tef", x_td, w_gate))

@@ -71,12 +71,12 @@ class Server:
         Args:
             delayed: what the links send takes a while, see delay.py.
         """
-        from dance_jax.models import kernels_cpu, links_cpu
+        from dance_jax.models import native, links_cpu
         from dance_jax.models.collectives import Collectives
 
         from . import delay
 
-        kernels_cpu.register(self.library)
+        native.register(self.library)
         join.join(self.setup, coordinator)
         self.delay = delay.Delay()
         if delayed:

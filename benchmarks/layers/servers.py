@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks.namespaces import Testbed
 from dance_jax.config import ClusterSpec
 from dance_jax.launch.hosts import read_hosts
-from dance_jax.models import kernels_cpu
+from dance_jax.models import native
 
 from .server import Unanswered
 
@@ -41,7 +41,7 @@ class Servers:
         """
         self.bed = bed
         self.spec: ClusterSpec = read_hosts(bed.write_hosts(measure=False))
-        library, key = kernels_cpu.build(directory), secrets.token_bytes(32)
+        library, key = native.build(directory), secrets.token_bytes(32)
         self._logs = [directory / f"{name}.log" for name in self.spec.names]
         self._processes = [self._start(name) for name in self.spec.names]
         try:

@@ -27,7 +27,7 @@ import jaxlib.version
 from jax.experimental import serialize_executable
 
 from dance_jax.cache import private_directory, processor
-from dance_jax.models import kernels_cpu
+from dance_jax.models import native
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ def environment() -> tuple[str, ...]:
         repr(devices),
         repr(jax.process_index()),
         processor(),
-        kernels_cpu.registered(),
+        native.registered(),
         # XLA:CPU cuts its work by the cores it may use.
         repr(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
         os.environ.get("XLA_FLAGS", ""),

@@ -26,7 +26,7 @@ from dance_jax.engine.step import DECODING, IDLE, Bucket, Extras, Outcome, token
 from dance_jax.engine.step_clock import StepClock
 from dance_jax.models import kernels_cpu, links_cpu
 from dance_jax.models.checkpoint import WeightSource
-from dance_jax.models.experts import Weights, expert_format
+from dance_jax.models.experts import Weights
 from dance_jax.models.links_cpu import Moved
 from dance_jax.models.messages import Transport
 from dance_jax.placement.core import Layout, Placement, spread
@@ -87,7 +87,7 @@ class Engine:
         if layout.devices != devices:
             raise ValueError(f"layout for devices {layout.devices}, cluster has {devices}")
         self.rank, self.config, self._top_k = rank, config, model.top_k
-        self.form = form = expert_format(model, config.dtype)
+        self.form = form = checkpoint.form(config.dtype)
         self.runner = Runner(
             model,
             checkpoint.trunk(config.dtype),
@@ -146,7 +146,7 @@ class Engine:
     def warmup(self, progress: Progress = lambda stage, done, total: None) -> None:
         """Compiles every bucket and runs each once, together with all other servers."""
         buckets = self.config.buckets
-        self.runner.compile_slots()
+        self.runner.pools.warm_up()
         for done, bucket in enumerate(buckets):
             progress("compiling", done, len(buckets))
             self.runner.compile(bucket)
@@ -234,7 +234,7 @@ class Engine:
             if device < 0:
                 raise KeyError(f"expert {expert} of MoE layer {layer} is not on this server")
             slot = int(self.layout.slot_of[self.rank, layer, expert])
-            return self.runner.read_slot(device, slot)
+            return self.runner.pools.read(device, slot)
 
     def _apply(self, number: int) -> None:
         """Puts the batch in force that all servers have staged."""
@@ -243,7 +243,7 @@ class Engine:
         self._counted = counts_le
         with self._placed:
             batch = self._staging.take(number)
-            self.runner.write_slots(batch.writes)
+            self.runner.pools.write(batch.writes)
             self.runner.use_tables(batch.layout)
         if self.config.half_life is None:  # what never fades is of the present placement alone
             self._routes.clear()
@@ -281,7 +281,7 @@ class Engine:
             steps=self.steps,
             routes=self._routes.kept.tobytes(),
             top_k=self._top_k,
-            pool_bytes=self.runner.pool_bytes(),
+            pool_bytes=self.runner.pools.bytes,
             **self._measured(),
         )
 

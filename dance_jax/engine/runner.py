@@ -3,34 +3,33 @@
 from __future__ import annotations
 
 import functools
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from dance_jax.config import EngineConfig
-from dance_jax.engine import slots
 from dance_jax.engine import step as step_module
 from dance_jax.engine.compile_cache import CompileCache
 from dance_jax.engine.kv_cache import Memory, new_memory
+from dance_jax.engine.pools import Pools, make_pools
 from dance_jax.engine.sampling import adjustments, adjusts
 from dance_jax.engine.scheduler import Row, StepPlan
-from dance_jax.engine.slots import SlotWrite
+from dance_jax.engine.shards import Shards
 from dance_jax.engine.step import DECODING, IDLE, Bucket, Extras, Outcome
 from dance_jax.models.collectives import Collectives
 from dance_jax.models.config import ModelConfig
 from dance_jax.models.exchange import Tables
-from dance_jax.models.experts import ExpertFormat, Pool, Weights
+from dance_jax.models.experts import ExpertFormat, Weights
 from dance_jax.models.messages import Transport, say
 from dance_jax.models.topology import AXIS, Topology
 from dance_jax.placement.core import Layout
 
-#: Reads experts: pairs (layer, expert) -> [n, *shape] for each leaf of the format.
-ReadExperts = Callable[[list[tuple[int, int]]], Weights]
+#: Reads experts: pairs (layer, expert) -> their places and weights, in any order.
+ReadExperts = Callable[[list[tuple[int, int]]], Iterable[tuple[int, Weights]]]
 
 
 def cluster_mesh(devices: tuple[int, ...]) -> Mesh:
@@ -81,9 +80,8 @@ class Runner:
         self.config = config
         self.topology = Topology(rank, layout.devices, config.max_step_tokens)
         self.mesh = cluster_mesh(layout.devices)
-        self.devices = [
-            device for device in self.mesh.devices if device.process_index == jax.process_index()
-        ]
+        self.shards = Shards(self.mesh)
+        self.devices = self.shards.devices
         if jax.process_count() == 1 and len(layout.devices) > 1:
             raise RuntimeError("several servers need a process each")
         self._read_experts = read_experts
@@ -91,67 +89,36 @@ class Runner:
         self.transport = transport or Collectives()
         self.blocks = blocks
         self._executables: dict[Bucket, Any] = {}
-        #: What writes a slot of the pool, and what reads one, once compiled.
-        self._write_slot: Any = None
-        self._read_slot: Any = None
         #: Per bucket what a step without adjustments gets, on the devices.
         self._no_adjustments: dict[Bucket, jax.Array] = {}
         self.graphdef, state = nnx.split(trunk)
         # A plain dict: nnx's own containers are flattened in Python in every step.
-        self.state = jax.tree.map(self._replicated, nnx.to_pure_dict(state))
-        self.pool = self._build_pool(layout)
+        self.state = jax.tree.map(self.shards.replicated, nnx.to_pure_dict(state))
+        self.pools = self._build_pools(layout)
         self.tables = self._build_tables(layout)
         memory = new_memory(model_config, config, blocks, self.transport)
         self.memory: Memory = jax.tree.map(
-            lambda leaf: self._per_device([leaf] * len(self.devices)), memory
+            lambda leaf: self.shards.per_device([leaf] * len(self.devices)), memory
         )
-
-    # Global arrays from this process's shards.
-
-    def _per_device(self, shards: list[Any]) -> jax.Array:
-        """One array per local device -> a global array sharded over the leading (device) axis."""
-        arrays = [
-            jax.device_put(np.asarray(shard)[None], device)
-            for shard, device in zip(shards, self.devices, strict=True)
-        ]
-        return self._assemble(arrays, PartitionSpec(AXIS), self.mesh.devices.size)
-
-    def _replicated(self, value: Any) -> jax.Array:
-        arrays = [jax.device_put(np.asarray(value), device) for device in self.devices]
-        return self._assemble(arrays, PartitionSpec(), None)
-
-    def _assemble(
-        self, arrays: list[jax.Array], spec: PartitionSpec, leading: int | None
-    ) -> jax.Array:
-        shape = arrays[0].shape if leading is None else (leading, *arrays[0].shape[1:])
-        return jax.make_array_from_single_device_arrays(
-            shape, NamedSharding(self.mesh, spec), arrays
-        )
-
-    def _local(self, array: jax.Array) -> list[np.ndarray]:
-        """This process's shards of a per-device array, in device order."""
-        shards = {shard.device: shard.data for shard in array.addressable_shards}
-        return [np.asarray(shards[device])[0] for device in self.devices]
 
     # Experts.
 
-    def _build_pool(self, layout: Layout) -> Pool:
+    def _build_pools(self, layout: Layout) -> Pools:
         rank = self.topology.rank
-        return self._stack_pools(
-            [self._device_pool(layout.experts_of(rank, d)) for d in range(len(self.devices))]
+        pools = make_pools(
+            self.form,
+            layout.slots_per_device[rank],
+            self.shards,
+            self._compile_cache,
+            self.topology,
         )
-
-    def _stack_pools(self, pools: list[Weights]) -> Pool:
-        return tuple(self._per_device(list(leaves)) for leaves in zip(*pools, strict=True))
-
-    def _device_pool(self, experts_s2: np.ndarray) -> Weights:
-        pool = self.form.empty(len(experts_s2))
-        used = np.flatnonzero(experts_s2[:, 0] >= 0)
-        if len(used):
+        for device in range(len(self.devices)):
+            experts_s2 = layout.experts_of(rank, device)
+            used = np.flatnonzero(experts_s2[:, 0] >= 0)
             pairs = [(int(layer), int(expert)) for layer, expert in experts_s2[used]]
-            for ours, read in zip(pool, self._read_experts(pairs), strict=True):
-                ours[used] = read
-        return pool
+            experts = self._read_experts(pairs) if pairs else ()
+            pools.fill(device, ((int(used[place]), weights) for place, weights in experts))
+        return pools
 
     def _build_tables(self, layout: Layout) -> Tables:
         rank = self.topology.rank
@@ -160,84 +127,16 @@ class Runner:
             np.where(layout.device_of[rank] == d, layout.slot_of[rank], -1).astype(np.int32)
             for d in range(len(self.devices))
         ]
-        return Tables(self._per_device(holders), self._per_device(slot_of))
+        return Tables(self.shards.per_device(holders), self.shards.per_device(slot_of))
 
     def place(self, layout: Layout) -> None:
         """Put another placement in force, read anew; the step is not compiled again."""
-        self.pool = self._build_pool(layout)
+        self.pools = self._build_pools(layout)
         self.use_tables(layout)
 
     def use_tables(self, layout: Layout) -> None:
         """From the next step on experts are looked for where `layout` says; the pool stays."""
         self.tables = self._build_tables(layout)
-
-    @functools.cached_property
-    def _no_expert(self) -> Weights:
-        """Weights for a device that writes nothing."""
-        return self.form.empty()
-
-    def compile_slots(self) -> None:
-        """Compiles and runs once what `write_slots` and `read_slot` call.
-
-        The first write copies what of the pool is still numpy's memory; later ones copy nothing.
-        """
-        if self._write_slot is not None or self.pool[0].shape[1] == 0:
-            return
-        compile_, key = self._compile_cache.compile, self.topology
-        self._write_slot = compile_(("write slot", key), self.lower_write_slot)
-        self._read_slot = compile_(("read slot", key), self._lower_read_slot)
-        self._write_one([None] * len(self.devices))
-        self.read_slot(0, 0)
-
-    def lower_write_slot(self) -> jax.stages.Lowered:
-        """`slots.write` on every device, traced for this process."""
-        nothing = self._pack_write([None] * len(self.devices))
-        return jax.jit(self._on_each(slots.write), donate_argnums=0).lower(self.pool, *nothing)
-
-    def _lower_read_slot(self) -> jax.stages.Lowered:
-        slot = self._per_device([np.int32(0)] * len(self.devices))
-        return jax.jit(self._on_each(slots.read)).lower(self.pool, slot)
-
-    def _on_each(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function of one device's arrays, on every device's."""
-
-        def body(*per_device):
-            result = function(*jax.tree.map(lambda leaf: leaf[0], per_device))
-            return jax.tree.map(lambda leaf: leaf[None], result)
-
-        sharded = PartitionSpec(AXIS)
-        return jax.shard_map(
-            body, mesh=self.mesh, in_specs=sharded, out_specs=sharded, check_vma=False
-        )
-
-    def write_slots(self, writes: Sequence[Sequence[SlotWrite]]) -> None:
-        """Puts experts into slots of the pool, in place; no step may be under way.
-
-        Other servers take no part. The tables stay as they are: `use_tables`.
-
-        Args:
-            writes: per local device.
-        """
-        self.compile_slots()
-        for each in itertools.zip_longest(*writes):
-            self._write_one(list(each))
-
-    def _write_one(self, writes: list[SlotWrite | None]) -> None:
-        self.pool = self._write_slot(self.pool, *self._pack_write(writes))
-
-    def _pack_write(self, writes: list[SlotWrite | None]) -> tuple[jax.Array, Pool]:
-        """The arguments of `slots.write`: a slot of each device, or none."""
-        slot = [np.int32(-1 if write is None else write.slot) for write in writes]
-        fresh = [self._no_expert if write is None else write.weights for write in writes]
-        return self._per_device(slot), self._stack_pools(fresh)
-
-    def read_slot(self, device: int, slot: int) -> Weights:
-        """What a slot of a local device holds, as host arrays; `write_slots` must not run."""
-        self.compile_slots()
-        slot_d = np.zeros(len(self.devices), np.int32)
-        slot_d[device] = slot
-        found = self._read_slot(self.pool, self._per_device(list(slot_d)))
-        return tuple(self._local(leaf)[device] for leaf in found)
 
     # Steps.
 
@@ -285,12 +184,14 @@ class Runner:
         )
         stepper = jax.jit(mapped, donate_argnums=3)
         changes = self._pack_adjustments(nothing, bucket)
-        return stepper.lower(self.state, self.pool, self.tables, self.memory, batch, changes)
+        return stepper.lower(
+            self.state, self.pools.argument, self.tables, self.memory, batch, changes
+        )
 
     def _pack_batches(
         self, entries: tuple[tuple[Row, ...], ...], bucket: Bucket, said: int
     ) -> jax.Array:
-        return self._per_device(
+        return self.shards.per_device(
             [
                 step_module.pack(step_module.host_batch(rows, bucket, self.config, said))
                 for rows in entries
@@ -304,7 +205,7 @@ class Runner:
         if not wanted and bucket in self._no_adjustments:
             return self._no_adjustments[bucket]
         longest = self.config.max_model_len
-        packed = self._per_device(
+        packed = self.shards.per_device(
             [step_module.pack(adjustments(rows, sum(bucket), longest)) for rows in sampled]
         )
         if not wanted:
@@ -331,10 +232,10 @@ class Runner:
         batch = self._pack_batches(plan.entries, bucket, say(work, loaded))
         changes = self._pack_adjustments(plan.entries, bucket)
         self.memory, packed, extras = executable(
-            self.state, self.pool, self.tables, self.memory, batch, changes
+            self.state, self.pools.argument, self.tables, self.memory, batch, changes
         )
         like = self._outcome_like(sum(bucket))
-        outcomes = [step_module.unpack_host(vector, like) for vector in self._local(packed)]
+        outcomes = [step_module.unpack_host(vector, like) for vector in self.shards.local(packed)]
         return outcomes, extras
 
     def _outcome_like(self, rows: int) -> Outcome:
@@ -351,16 +252,8 @@ class Runner:
 
     def read(self, array: jax.Array) -> list[np.ndarray]:
         """A per-device array of the step (an extra, or of the memory), one per local device."""
-        return self._local(array)
+        return self.shards.local(array)
 
     def counts(self) -> np.ndarray:
         """int64 [l, e]: expert calls of this server's tokens since the start."""
-        return sum(part.astype(np.int64) for part in self._local(self.memory.counts))  # type: ignore
-
-    def pool_bytes(self) -> list[int]:
-        """Bytes of the live expert arrays on each of this server's devices."""
-        sizes = dict.fromkeys(self.devices, 0)
-        for leaf in self.pool:
-            for shard in leaf.addressable_shards:
-                sizes[shard.device] += shard.data.nbytes
-        return list(sizes.values())
+        return sum(part.astype(np.int64) for part in self.shards.local(self.memory.counts))  # type: ignore

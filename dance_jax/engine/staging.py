@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from dance_jax.engine.slots import SlotWrite
+from dance_jax.engine.pools import SlotWrite
 from dance_jax.models.experts import ExpertFormat, Weights
 from dance_jax.placement.core import Layout
 

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.text import Text
 
 from dance_jax.cache import default_cache_dir
-from dance_jax.config import ClusterSpec, EngineConfig, UserError
+from dance_jax.config import ClusterSpec, EngineConfig, Rounding, UserError
 from dance_jax.launch.attend import attend
 from dance_jax.launch.cluster import Cluster
 from dance_jax.launch.costs import SERVICE_APART
@@ -105,14 +105,17 @@ def _launch(options: argparse.Namespace, platform: str, console: Console) -> int
     if options.activations is not None:
         activations = Activations.load(options.activations)
     cache = options.cache_dir or default_cache_dir()
+    rounding = Rounding(options.experts, options.trunk)
     if options.dry_run:
-        model = outline(demo_dir() if options.model is None else fetch_config(options.model))
+        source = demo_dir() if options.model is None else fetch_config(options.model)
+        model = outline(source, rounding)
     else:
         source = demo_dir() if options.model is None else resolve(options.model, download(console))
         check_readable(source)
         tokenizer = Tokenizer.load(source)
         with conversion(console) as progress:
-            model = Checkpoint.open(ensure_converted(source, cache / "models", progress))
+            path = ensure_converted(source, cache / "models", progress, rounding)
+            model = Checkpoint.open(path)
     config = engine_config(
         model.config,
         options.max_model_len,
@@ -122,6 +125,7 @@ def _launch(options: argparse.Namespace, platform: str, console: Console) -> int
         platform=platform,
         wire_dtype=options.wire_dtype,
         kv_memory=options.kv_memory,
+        rounding=rounding,
     )
     if prompts is None:
         config = dataclasses.replace(config, half_life=moving.half_life_s)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pathlib
 
-from dance_jax.config import ClusterSpec, EngineConfig, UserError
+from dance_jax.config import ClusterSpec, EngineConfig, Rounding, UserError
 from dance_jax.engine.kv_cache import num_blocks
 from dance_jax.models.config import ModelConfig
 
@@ -54,6 +54,7 @@ def engine_config(
     platform: str = "cpu",
     wire_dtype: str = "compute",
     kv_memory: int | None = None,
+    rounding: Rounding | None = None,
 ) -> EngineConfig:
     """Configuration of the engines of a model.
 
@@ -62,12 +63,13 @@ def engine_config(
         max_model_len: context in tokens, prompt and output; None: the model's, at most
             DEFAULT_MODEL_LEN.
         seed: of sampling.
-        dtype: "float32" or "bfloat16"; None: float32 on CPUs (bfloat16 is slow there), bfloat16
-            elsewhere.
+        dtype: of activations and KV cache, "float32" or "bfloat16"; None: float32 on CPUs,
+            bfloat16 elsewhere.
         max_num_seqs: sequences that run at once on each device.
         platform: "cpu" or another.
         wire_dtype: one of WIRE_DTYPES.
         kv_memory: bytes of each device's KV cache; None: see `EngineConfig.kv_memory`.
+        rounding: what weights are rounded to when the model is converted.
 
     Raises:
         UserError: a value is wrong or more than the model can do.
@@ -97,6 +99,7 @@ def engine_config(
         seed=seed,
         wire_dtype=wire_dtype,
         kv_memory=kv_memory,
+        rounding=rounding or Rounding(),
     )
     num_blocks(model, config)  # refuses what cannot hold a whole context
     return config

@@ -134,8 +134,8 @@ def checkpoint_reader(checkpoint: Checkpoint, form: ExpertFormat) -> Read:
     def read(loads: Sequence[Load]) -> tuple[list[Weights], int]:
         before = bytes_read()
         pairs = [(load.layer, load.expert) for load in loads]
-        found = checkpoint.experts(pairs, form)
-        return list(zip(*found, strict=True)), bytes_read() - before
+        found = dict(checkpoint.experts(pairs, form))
+        return [found[place] for place in range(len(pairs))], bytes_read() - before
 
     return read
 

@@ -1,4 +1,4 @@
-"""Config and tokenizer of the model on a server's machine.
+"""Config, tokenizer and formats of the model on a server's machine.
 
 A server without a copy of the model (`checkpoint=peer`) gets them with its setup: front end and
 engine need them before there is anybody to ask.
@@ -18,6 +18,7 @@ from dance_jax.launch.protocol import Setup
 
 if TYPE_CHECKING:
     from dance_jax.models.config import ModelConfig
+    from dance_jax.models.formats import Formats
     from dance_jax.models.tokenizer import Tokenizer
 
 #: Most bytes that a setup carries of them, compressed.
@@ -30,11 +31,11 @@ def pack(directory: str | os.PathLike[str]) -> bytes:
     Raises:
         UserError: they are not small.
     """
-    from dance_jax.models.directory import SIDE_FILES
+    from dance_jax.models.directory import FORMATS, SIDE_FILES
 
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as packed:
-        for name in SIDE_FILES:
+        for name in (*SIDE_FILES, FORMATS):
             path = pathlib.Path(directory) / name
             if path.exists():
                 packed.writestr(name, path.read_bytes())
@@ -57,6 +58,8 @@ class ModelFiles:
 
     def __init__(self, setup: Setup, private: str) -> None:
         self._own = setup.model
+        #: How weights are kept, where that came with the setup and has been read.
+        self.formats: Formats | None = None
         self._given: tempfile.TemporaryDirectory[str] | None = None
         if setup.model_files:
             self._given = tempfile.TemporaryDirectory(prefix="dance-jax-", dir=private or None)
@@ -72,12 +75,14 @@ class ModelFiles:
         # Not above: it brings JAX along.
         from dance_jax.launch.defaults import demo_dir
         from dance_jax.models import hub
+        from dance_jax.models.checkpoint import read_formats
         from dance_jax.models.directory import read_config
         from dance_jax.models.tokenizer import Tokenizer
 
         try:
             if self._given is not None:
                 directory = pathlib.Path(self._given.name)
+                self.formats = read_formats(directory)
             else:
                 directory = hub.fetch_definition(self._own) if self._own else demo_dir()
             return read_config(directory), Tokenizer.load(directory)

@@ -10,7 +10,7 @@ import re
 import msgspec
 
 from dance_jax.cache import default_cache_dir
-from dance_jax.config import UserError
+from dance_jax.config import EXPERT_CHOICES, TRUNK_CHOICES, UserError
 from dance_jax.engine.sequence import MAX_TOKENS
 from dance_jax.launch.defaults import DEFAULT_NUM_SEQS, WIRE_DTYPES
 from dance_jax.launch.hosts import MEMORY_UNITS, quantity
@@ -66,9 +66,21 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--dry-run", action="store_true", help="print the plan and start nothing")
     parser.add_argument("--seed", type=int, default=0, help="of sampling (%(default)s)")
     parser.add_argument(
+        "--experts",
+        choices=EXPERT_CHOICES,
+        default="keep",
+        help="what the weights of routed experts are rounded to when the model is converted",
+    )
+    parser.add_argument(
+        "--trunk",
+        choices=TRUNK_CHOICES,
+        default="keep",
+        help="what all other matrices are rounded to; keep, for both, is the default",
+    )
+    parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),
-        help="of pool, activations and wire (default: float32 on CPU, bfloat16 on GPU)",
+        help="of activations, KV cache and wire (default: float32 on CPU, bfloat16 on GPU)",
     )
     parser.add_argument(
         "--wire-dtype",

@@ -17,14 +17,17 @@ import jax
 import numpy as np
 
 from dance_jax.launch.peers import Held, Kind, Like, Peers, Question
-from dance_jax.models.build import fill, weight_shapes
-from dance_jax.models.checkpoint import Checkpoint
+from dance_jax.models.build import fill
+from dance_jax.models.checkpoint import Checkpoint, Outline
 from dance_jax.models.config import ModelConfig
 from dance_jax.models.experts import ExpertFormat, Weights
+from dance_jax.models.formats import Formats
 from dance_jax.models.trunk import Trunk
 
 #: Bytes of an answer: so much is in memory twice, on both ends. A single weight may have more.
 PORTION_BYTES = 32 << 20
+#: Seconds between two looks whether a source has failed.
+ARRIVAL_POLL_S = 0.05
 
 
 class Shelf:
@@ -32,12 +35,12 @@ class Shelf:
 
     Args:
         checkpoint: its copy of the model; None: it has none.
-        form: of the engines' pools.
+        dtype: that the engines compute in.
     """
 
-    def __init__(self, checkpoint: Checkpoint | None, form: ExpertFormat) -> None:
+    def __init__(self, checkpoint: Checkpoint | None, dtype: str) -> None:
         self._checkpoint = checkpoint
-        self._form = form
+        self._dtype = dtype
         self._shapes: list[tuple[str, jax.ShapeDtypeStruct]] = []
         #: Reads experts from the pool; None: it is not filled yet.
         self.held: Held | None = None
@@ -62,26 +65,30 @@ class Shelf:
             if question.kind is Kind.TRUNK:
                 return self._trunk(self._checkpoint, question.numbers)
             pairs = [(question.layer, expert) for expert in question.numbers]
-            return self._checkpoint.experts(pairs, self._form)
+            form = self._checkpoint.form(self._dtype)
+            return form.stacked(len(pairs), self._checkpoint.experts(pairs, form))
 
     def _trunk(self, checkpoint: Checkpoint, numbers: Sequence[int]) -> list[np.ndarray]:
-        self._shapes = self._shapes or _trunk_shapes(checkpoint.config, self._form.dtype)
+        self._shapes = self._shapes or _trunk_shapes(checkpoint, self._dtype)
         wanted = [self._shapes[number] for number in numbers]
         found = checkpoint.trunk_weights([name for name, _ in wanted])
         return [found[name].astype(shape.dtype, copy=False) for name, shape in wanted]
 
 
-class PeerWeights:
+class PeerWeights(Outline):
     """What an engine needs of `models.checkpoint.Checkpoint`, read from other servers.
 
     Args:
         config: of the model.
+        formats: how its weights are kept.
         peers: connections to all servers.
         sources: ranks of those that have a copy of the model, one at least.
     """
 
-    def __init__(self, config: ModelConfig, peers: Peers, sources: Sequence[int]) -> None:
-        self.config = config
+    def __init__(
+        self, config: ModelConfig, formats: Formats, peers: Peers, sources: Sequence[int]
+    ) -> None:
+        super().__init__(config, formats)
         self._peers = peers
         # Servers that load at the same time begin with different ones.
         first = peers.rank % len(sources)
@@ -93,10 +100,11 @@ class PeerWeights:
         Raises:
             OSError, LookupError: a server does not send its part.
         """
-        return fill(self.config, dtype, self._trunk_weights(dtype))
+        forms = self.formats.computed_in(dtype).trunk
+        return fill(self.config, dtype, self._trunk_weights(dtype), forms)
 
     def _trunk_weights(self, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
-        shapes = _trunk_shapes(self.config, dtype)
+        shapes = _trunk_shapes(self, dtype)
         sizes = [shape.size * shape.dtype.itemsize for _, shape in shapes]
         source = itertools.cycle(self._sources)
         for numbers in _portions(sizes, PORTION_BYTES):
@@ -105,17 +113,20 @@ class PeerWeights:
             found = self._peers.ask(next(source), Question(Kind.TRUNK, 0, numbers), likes)
             yield from zip((name for name, _ in wanted), found, strict=True)
 
-    def experts(self, pairs: Sequence[tuple[int, int]], form: ExpertFormat) -> Weights:
+    def experts(
+        self, pairs: Sequence[tuple[int, int]], form: ExpertFormat
+    ) -> Iterator[tuple[int, Weights]]:
         """As `Checkpoint.experts`; all servers that have them send at the same time, each as many
         as its link allows.
 
         Raises:
             OSError, LookupError: a server does not send its part.
         """
-        arrays = form.empty(len(pairs))
         portions = queue.SimpleQueue[tuple[int, list[int]]]()
         for portion in _expert_portions(pairs, form.bytes):
             portions.put(portion)
+        #: Of each source one portion may wait to be taken.
+        arrived = queue.Queue[tuple[list[int], list[np.ndarray]]](len(self._sources))
         failed = threading.Event()
 
         def fetch(source: int) -> None:
@@ -126,9 +137,7 @@ class PeerWeights:
                     likes: list[Like] = [
                         ((len(rows), *leaf.shape), leaf.dtype) for leaf in form.leaves.values()
                     ]
-                    found = self._peers.ask(source, question, likes)
-                    for array, part in zip(arrays, found, strict=True):
-                        array[rows] = part
+                    arrived.put((rows, self._peers.ask(source, question, likes)))
             except queue.Empty:
                 return
             except BaseException:
@@ -136,8 +145,16 @@ class PeerWeights:
                 raise
 
         with concurrent.futures.ThreadPoolExecutor(len(self._sources)) as threads:
-            list(threads.map(fetch, self._sources))
-        return arrays
+            fetching = [threads.submit(fetch, source) for source in self._sources]
+            while not (all(each.done() for each in fetching) and arrived.empty()):
+                try:
+                    rows, found = arrived.get(timeout=ARRIVAL_POLL_S)
+                except queue.Empty:
+                    continue
+                for place, row in enumerate(rows):
+                    yield row, tuple(array[place] for array in found)
+            for each in fetching:
+                each.result()
 
 
 def _expert_portions(
@@ -152,9 +169,9 @@ def _expert_portions(
             yield layer, [rows[number] for number in portion]
 
 
-def _trunk_shapes(config: ModelConfig, dtype: str) -> list[tuple[str, jax.ShapeDtypeStruct]]:
-    """Name and shape of every weight of the trunk; all servers have them in the same order."""
-    return sorted(weight_shapes(config, dtype).items())
+def _trunk_shapes(model: Outline, dtype: str) -> list[tuple[str, jax.ShapeDtypeStruct]]:
+    """Name and shape of every array of the trunk; all servers have them in the same order."""
+    return sorted(model.trunk_shapes(dtype).items())
 
 
 def _portions(sizes: Sequence[int], limit: int) -> Iterator[tuple[int, ...]]:

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from dance_jax.cache import default_cache_dir, private_directory
-from dance_jax.config import UserError
+from dance_jax.config import Rounding, UserError
 from dance_jax.launch import child, environment, protocol
 from dance_jax.launch.bell import Bell, hang
 from dance_jax.launch.control import Connection, derived
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from dance_jax.launch.peers import Peers
     from dance_jax.models.checkpoint import Checkpoint, WeightSource
     from dance_jax.models.config import ModelConfig
+    from dance_jax.models.formats import Formats
 
 #: Seconds after which servers without work do a step together; between two reports of busy ones.
 HEARTBEAT_S, REPORT_S = 1.0, 0.25
@@ -126,12 +127,11 @@ def _start(setup: Setup, files: ModelFiles, channel: Channel) -> tuple[Engine, L
     from dance_jax.launch.memory import free_per_device
     from dance_jax.launch.peer_weights import Shelf
     from dance_jax.launch.plan import parse_layout
-    from dance_jax.models import kernels_cpu, links_cpu
-    from dance_jax.models.experts import expert_format
+    from dance_jax.models import links_cpu, native
 
     compile_dir = None if cache is None else private_directory(cache / "compiled")
     if setup.platform == "cpu":
-        kernels_cpu.load(compile_dir or pathlib.Path(setup.private_dir))
+        native.load(compile_dir or pathlib.Path(setup.private_dir))
     channel.send(protocol.Prepared(coordinator_endpoint(setup)))
     match channel.receive():
         case protocol.Join(coordinator):
@@ -140,11 +140,12 @@ def _start(setup: Setup, files: ModelFiles, channel: Channel) -> tuple[Engine, L
             raise Stopped
     channel.send(protocol.Progress("joining", 0, 0))
     threads = join(setup, coordinator)
+    native.set_threads(threads)
     me = (setup.rank, setup.spec.names, own_address(setup))
     transport = links_cpu.connect(*me, derived(setup.key, "links"))
     bell = hang(*me, derived(setup.key, "bell"))
-    shelf = Shelf(checkpoint, expert_format(model, setup.config.dtype))
-    weights, peers = _weights(setup, model, checkpoint, shelf)
+    shelf = Shelf(checkpoint, setup.config.dtype)
+    weights, peers = _weights(setup, model, checkpoint or files.formats, shelf)
     channel.send(protocol.Joined())
     stage = "loading" if checkpoint is not None else "loading from the other servers"
     channel.send(protocol.Progress(stage, 0, 0))
@@ -175,19 +176,28 @@ def _start(setup: Setup, files: ModelFiles, channel: Channel) -> tuple[Engine, L
 
 
 def _weights(
-    setup: Setup, model: ModelConfig, checkpoint: Checkpoint | None, shelf: Shelf
+    setup: Setup, model: ModelConfig, own: Checkpoint | Formats | None, shelf: Shelf
 ) -> tuple[WeightSource, Peers | None]:
-    """What this server loads from, and its connections for it, if some server needs any."""
+    """What this server loads from, and its connections for it, if some server needs any.
+
+    Args:
+        own: its copy of the model, or how weights are kept.
+    """
     from dance_jax.launch.peer_weights import PeerWeights
     from dance_jax.launch.peers import meet
+    from dance_jax.models.formats import Formats
 
     servers = setup.spec.servers
     sources = [rank for rank, server in enumerate(servers) if not server.from_peers]
+    checkpoint = None if own is None or isinstance(own, Formats) else own
     if checkpoint is not None and len(sources) == len(servers):
         return checkpoint, None
     peers = meet(setup.rank, setup.spec.names, own_address(setup), setup.key)
     peers.answer(shelf.find)
-    return checkpoint or PeerWeights(model, peers, sources), peers
+    if isinstance(own, Formats):
+        return PeerWeights(model, own, peers, sources), peers
+    assert checkpoint is not None
+    return checkpoint, peers
 
 
 def _loader(engine: Engine, checkpoint: Checkpoint | None, peers: Peers | None) -> Loader:
@@ -225,7 +235,7 @@ def _open_model(setup: Setup, cache: pathlib.Path, channel: Channel) -> Checkpoi
         with concurrent.futures.ProcessPoolExecutor(
             1, multiprocessing.get_context("spawn")
         ) as pool:
-            path = pool.submit(_convert, path, cache / "models").result()
+            path = pool.submit(_convert, path, cache / "models", setup.config.rounding).result()
     checkpoint = Checkpoint.open(path)
     if checkpoint.fingerprint != setup.fingerprint:
         raise UserError(
@@ -235,11 +245,11 @@ def _open_model(setup: Setup, cache: pathlib.Path, channel: Channel) -> Checkpoi
     return checkpoint
 
 
-def _convert(source: pathlib.Path, cache: pathlib.Path) -> pathlib.Path:
+def _convert(source: pathlib.Path, cache: pathlib.Path, rounding: Rounding) -> pathlib.Path:
     os.environ["JAX_PLATFORMS"] = "cpu"
     from dance_jax.models.convert import ensure_converted
 
-    return ensure_converted(source, cache)
+    return ensure_converted(source, cache, rounding=rounding)
 
 
 def _serve(engine: Engine, loader: Loader, bell: Bell, channel: Channel) -> None:

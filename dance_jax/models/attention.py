@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dance_jax.models.config import GroupedAttention, LatentAttention, ModelConfig, RopeConfig
-from dance_jax.models.layers import Linear, RMSNorm, contract, parameter, root_mean_square
+from dance_jax.models.layers import Linear, RMSNorm, Weight, contract, parameter, root_mean_square
 from dance_jax.models.rope import rotate
 
 #: Cached positions of one turn of the loop, in whole blocks.
@@ -258,9 +258,8 @@ class LatentAttentionLayer(nnx.Module):
             self.q_b = Linear(shape.q_lora_rank, query, dtype)
         self.kv_a = Linear(d, shape.cache_width, dtype, shape.bias)
         self.kv_norm = RMSNorm(shape.kv_lora_rank, LATENT_EPS, dtype)
-        #: [heads, qk_nope_head_dim, kv_lora_rank] and [heads, kv_lora_rank, v_head_dim]
-        self.w_uk = parameter((heads, shape.qk_nope_head_dim, shape.kv_lora_rank), dtype)
-        self.w_uv = parameter((heads, shape.kv_lora_rank, shape.v_head_dim), dtype)
+        self.w_uk = Weight(shape.qk_nope_head_dim, shape.kv_lora_rank, dtype, heads)
+        self.w_uv = Weight(shape.kv_lora_rank, shape.v_head_dim, dtype, heads)
         self.out = Linear(heads * shape.v_head_dim, d, dtype, shape.bias)
 
     def __call__(
@@ -275,7 +274,7 @@ class LatentAttentionLayer(nnx.Module):
             query = self.q_b(self.q_norm(self.q_a(hidden_td)))
         query = query.reshape(tokens, shape.num_heads, -1)
         plain, turned = jnp.split(query, [shape.qk_nope_head_dim], axis=-1)
-        absorbed = contract("thn,hnk->thk", plain, self.w_uk[...]).astype(dtype)
+        absorbed = self.w_uk(plain).astype(dtype)
         turned = rotate(shape.rope, turned, rotation)
 
         latent, key = jnp.split(self.kv_a(hidden_td), [shape.kv_lora_rank], axis=-1)
@@ -294,8 +293,7 @@ class LatentAttentionLayer(nnx.Module):
             split,
             shape.scale,
         )
-        values = contract("thk,hkv->thv", mixed[:, 0].astype(dtype), self.w_uv[...])
-        values = values.astype(dtype)
+        values = self.w_uv(mixed[:, 0].astype(dtype)).astype(dtype)
         return self.out(values.reshape(tokens, -1)), fresh_tw
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -10,28 +10,51 @@ import numpy as np
 from flax import nnx
 
 from dance_jax.models.config import ModelConfig
-from dance_jax.models.random_weights import random_trunk_tensors
-from dance_jax.models.tensors import trunk_rules
+from dance_jax.models.formats import WeightFormat
+from dance_jax.models.layers import Weight
+from dance_jax.models.random_weights import Held, random_trunk_tensors
+from dance_jax.models.tensors import arrays_of, parts_of, trunk_rules
 from dance_jax.models.trunk import Trunk
 
-
-def weight_shapes(config: ModelConfig, dtype: str) -> dict[str, jax.ShapeDtypeStruct]:
-    """Every weight of the trunk by dotted path, with the dtype it has in a trunk of `dtype`."""
-    return {path: variable.get_value() for path, (_, variable) in _abstract(config, dtype).items()}
+#: Formats of matrices by dotted path; others are floats of the trunk's dtype.
+Forms = Mapping[str, WeightFormat]
 
 
-def fill(config: ModelConfig, dtype: str, weights: Iterable[tuple[str, np.ndarray]]) -> Trunk:
+def weight_shapes(
+    config: ModelConfig, dtype: str, forms: Forms | None = None
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Every array of the trunk by dotted path, with the dtype it has in a trunk of `dtype`."""
+    variables = _abstract(_skeleton(config, dtype, forms or {}))
+    return {path: variable.get_value() for path, (_, variable) in variables.items()}
+
+
+def matrix_shapes(config: ModelConfig) -> dict[str, tuple[int, int, int]]:
+    """Heads (1: none), inputs and outputs of every matrix of the trunk by dotted path."""
+    return {
+        path: (weight.heads or 1, weight.d_in, weight.d_out)
+        for path, weight in _matrices(_skeleton(config, "float32", {}))
+    }
+
+
+def fill(
+    config: ModelConfig,
+    dtype: str,
+    weights: Iterable[tuple[str, np.ndarray]],
+    forms: Forms | None = None,
+) -> Trunk:
     """A trunk with the given weights, on the default device of this process.
 
     Args:
         config: the model.
-        dtype: "float32" or "bfloat16", of weights and activations (routers stay float32).
-        weights: (dotted path, array of any float dtype); each path once, all of them.
+        dtype: "float32" or "bfloat16", of activations and of weights whose format is not given.
+        weights: (dotted path, array); each path once, all of them. Floats may have any type.
+        forms: of matrices.
 
     Raises:
         ValueError: a path is unknown, missing, or its shape is wrong.
     """
-    slots = _abstract(config, dtype)
+    skeleton = _skeleton(config, dtype, forms or {})
+    slots = _abstract(skeleton)
     filled = {}
     for path, array in weights:
         key, variable = slots.pop(path, (None, None))
@@ -44,26 +67,43 @@ def fill(config: ModelConfig, dtype: str, weights: Iterable[tuple[str, np.ndarra
         filled[key] = variable.replace(value)
     if slots:
         raise ValueError(f"weights are missing: {', '.join(sorted(slots))}")
-    graph, _ = nnx.split(_skeleton(config, dtype))
+    graph, _ = nnx.split(skeleton)
     return nnx.merge(graph, nnx.from_flat_state(filled))
 
 
 def init_random(config: ModelConfig, seed: int, dtype: str = "float32") -> Trunk:
     """A trunk with random weights whose activations stay near unit size."""
     rules = {rule.source: rule for rule in trunk_rules(config)}
+    form = WeightFormat(dtype)
 
     def weights() -> Iterable[tuple[str, np.ndarray]]:
         for name, tensor in random_trunk_tensors(config, seed):
-            for target in rules[name].targets:
-                yield target.path, target.cut(tensor)
+            for path, part in parts_of(rules[name], Held(tensor)):
+                yield from arrays_of(path, part, form).items()
 
     return fill(config, dtype, weights())
 
 
-def _skeleton(config: ModelConfig, dtype: str) -> Trunk:
-    return nnx.eval_shape(lambda: Trunk(config, jnp.dtype(dtype)))
+def _skeleton(config: ModelConfig, dtype: str, forms: Forms) -> Trunk:
+    def make() -> Trunk:
+        trunk = Trunk(config, jnp.dtype(dtype))
+        for path, weight in _matrices(trunk):
+            if path in forms:
+                weight.keep_as(forms[path])
+        return trunk
+
+    return nnx.eval_shape(make)
 
 
-def _abstract(config: ModelConfig, dtype: str) -> dict[str, tuple[tuple, nnx.Variable]]:
-    _, state = nnx.split(_skeleton(config, dtype))
+def _matrices(trunk: Trunk) -> list[tuple[str, Weight]]:
+    """Every matrix by its dotted path."""
+    return [
+        (".".join(map(str, path)), node)
+        for path, node in nnx.iter_graph(trunk)
+        if isinstance(node, Weight)
+    ]
+
+
+def _abstract(skeleton: Trunk) -> dict[str, tuple[tuple, nnx.Variable]]:
+    _, state = nnx.split(skeleton)
     return {".".join(map(str, key)): (key, variable) for key, variable in nnx.to_flat_state(state)}

@@ -9,18 +9,20 @@ import pathlib
 from collections.abc import Collection, Iterator, Sequence
 from typing import Protocol
 
+import jax
 import numpy as np
 
 from dance_jax.config import UserError
 from dance_jax.models.build import fill, weight_shapes
 from dance_jax.models.config import ModelConfig
-from dance_jax.models.directory import MANIFEST, SIDE_FILES, read_config, read_json
+from dance_jax.models.directory import FORMATS, MANIFEST, SIDE_FILES, read_config, read_json
 from dance_jax.models.experts import ExpertFormat, Weights, expert_format
+from dance_jax.models.formats import Formats
 from dance_jax.models.orbax_store import load_arrays
 from dance_jax.models.trunk import Trunk
 
 #: Number of the layout below; another one is refused.
-FORMAT = 2
+FORMAT = 3
 
 
 def expert_leaf(expert: int, leaf: str) -> str:
@@ -38,25 +40,32 @@ class WeightSource(Protocol):
 
     config: ModelConfig
 
+    def form(self, dtype: str) -> ExpertFormat: ...
+
     def trunk(self, dtype: str) -> Trunk: ...
 
-    def experts(self, pairs: Sequence[tuple[int, int]], form: ExpertFormat) -> Weights: ...
+    def experts(
+        self, pairs: Sequence[tuple[int, int]], form: ExpertFormat
+    ) -> Iterator[tuple[int, Weights]]: ...
 
 
 class Outline:
     """What a model's config alone says of it: enough to plan who holds what.
 
     Args:
-        fingerprint: hash (hex) of the source's weights, config and tokenizer; "": not known.
+        formats: how its weights are kept.
+        fingerprint: hash (hex) of the source's weights, config and tokenizer, and of the formats;
+            "": not known.
     """
 
-    def __init__(self, config: ModelConfig, fingerprint: str = "") -> None:
+    def __init__(self, config: ModelConfig, formats: Formats, fingerprint: str = "") -> None:
         self.config = config
+        self.formats = formats
         self.fingerprint = fingerprint
 
     def form(self, dtype: str) -> ExpertFormat:
         """The format of routed experts in engines that compute in `dtype`."""
-        return expert_format(self.config, dtype)
+        return expert_format(self.config, self.formats.computed_in(dtype).experts)
 
     def expert_bytes(self, dtype: str) -> int:
         """Bytes of one routed expert in that format."""
@@ -64,19 +73,24 @@ class Outline:
 
     def trunk_bytes(self, dtype: str) -> int:
         """Bytes of all weights but the routed experts, in a trunk of `dtype`."""
-        shapes = weight_shapes(self.config, dtype).values()
+        shapes = self.trunk_shapes(dtype).values()
         return sum(shape.size * shape.dtype.itemsize for shape in shapes)
+
+    def trunk_shapes(self, dtype: str) -> dict[str, jax.ShapeDtypeStruct]:
+        """Every array of the trunk by dotted path."""
+        return weight_shapes(self.config, dtype, self.formats.computed_in(dtype).trunk)
 
 
 class Checkpoint(Outline):
     """An opened converted model; made by `Checkpoint.open`.
 
-    Layout: MANIFEST, the small files of the source, trunk/0.. and experts/LAYER/0..: orbax
-    checkpoints of bounded size, each with whole arrays under the names the manifest lists.
+    Layout: MANIFEST, FORMATS, the small files of the source, trunk/0.. and experts/LAYER/0..: orbax
+    checkpoints of bounded size, each with whole arrays under the names the manifest lists: values,
+    or codes, scales and offsets, of a matrix; arrays of an expert begin with its number.
     """
 
     def __init__(self, path: pathlib.Path, config: ModelConfig, manifest: dict):
-        super().__init__(config, manifest["fingerprint"])
+        super().__init__(config, read_formats(path), manifest["fingerprint"])
         self.path = path
         self._trunk_groups: list[list[str]] = manifest["trunk"]
         self._group_of: list[dict[str, int]] = [
@@ -124,7 +138,7 @@ class Checkpoint(Outline):
             for group in self._trunk_groups:
                 yield from self.trunk_weights(group).items()
 
-        return fill(self.config, dtype, weights())
+        return fill(self.config, dtype, weights(), self.formats.computed_in(dtype).trunk)
 
     def trunk_weights(self, names: Collection[str]) -> dict[str, np.ndarray]:
         """Reads weights of the trunk and nothing else, as they are stored.
@@ -141,20 +155,21 @@ class Checkpoint(Outline):
                 found |= load_arrays(self.path / "trunk" / str(index), wanted)
         return found
 
-    def experts(self, pairs: Sequence[tuple[int, int]], form: ExpertFormat) -> Weights:
-        """Reads routed experts and nothing else.
+    def experts(
+        self, pairs: Sequence[tuple[int, int]], form: ExpertFormat
+    ) -> Iterator[tuple[int, Weights]]:
+        """Reads routed experts and nothing else, in the order in which they lie.
 
         Args:
-            pairs: (MoE layer counted from 0, expert) of each, in the order wanted.
-            form: what they are wanted as.
+            pairs: (MoE layer counted from 0, expert) of each.
+            form: what they are wanted as: `form` of a dtype.
 
-        Returns:
-            For each leaf of the format an array [n, *shape].
+        Yields:
+            The place in `pairs`, and the expert.
 
         Raises:
             UserError: there is no such expert, or the checkpoint is torn.
         """
-        found = form.empty(len(pairs))
         rows: dict[tuple[int, int], list[int]] = collections.defaultdict(list)
         wanted: dict[tuple[int, int], list[str]] = collections.defaultdict(list)
         for row, (layer, expert) in enumerate(pairs):
@@ -172,14 +187,30 @@ class Checkpoint(Outline):
                 stored[layer, int(expert)][leaf] = array
             # An expert's arrays may lie in two groups, one after the other.
             for pair in [pair for pair, have in stored.items() if len(have) == len(self._leaves)]:
-                for array, leaf in zip(found, form.from_stored(stored.pop(pair)), strict=True):
-                    array[rows[pair]] = leaf
-        return found
+                weights = form.from_stored(stored.pop(pair))
+                for row in rows[pair]:
+                    yield row, weights
+
+
+def read_formats(directory: pathlib.Path) -> Formats:
+    """How the weights of a converted model are kept.
+
+    Raises:
+        UserError: the file that says so is missing or torn.
+    """
+    path = directory / FORMATS
+    try:
+        return Formats.from_json(read_json(path) or {})
+    except (ValueError, KeyError, AttributeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}: torn: {error}; convert the model again") from error
 
 
 def write_manifest(
     directory: pathlib.Path,
     fingerprint: str,
+    formats: Formats,
     trunk: list[list[str]],
     experts: list[list[list[str]]],
 ) -> None:
@@ -187,10 +218,12 @@ def write_manifest(
 
     Args:
         directory: with all checkpoints and small files.
-        fingerprint: of the source.
+        fingerprint: of the source and the formats.
+        formats: of the weights.
         trunk: names of the arrays in trunk/0, trunk/1 ...
         experts: for each MoE layer, names of the arrays in experts/LAYER/0, 1 ...
     """
+    (directory / FORMATS).write_text(json.dumps(formats.to_json(), indent=1) + "\n")
     files = sorted(path for path in directory.rglob("*") if path.is_file())
     manifest = {
         "format": FORMAT,
@@ -199,7 +232,9 @@ def write_manifest(
         "experts": experts,
         "files": {str(path.relative_to(directory)): path.stat().st_size for path in files},
         "hashes": {
-            name: _hash(directory / name) for name in SIDE_FILES if (directory / name).exists()
+            name: _hash(directory / name)
+            for name in (*SIDE_FILES, FORMATS)
+            if (directory / name).exists()
         },
     }
     (directory / MANIFEST).write_text(json.dumps(manifest) + "\n")

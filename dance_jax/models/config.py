@@ -278,6 +278,8 @@ class ModelConfig:
     #: Logits become cap * tanh(logits / cap); None: logits are not capped.
     logit_cap: float | None = None
     names: Names = Names()
+    #: Type of the checkpoint's floats by config.json, which need not be so: the files decide.
+    dtype: str = "float32"
     #: How the checkpoint's weights are quantised, by config.json; "": they are not.
     quantization: str = ""
 

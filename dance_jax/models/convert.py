@@ -8,8 +8,11 @@ the destination's name is whole.
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import fcntl
+import hashlib
+import json
 import os
 import pathlib
 import shutil
@@ -20,7 +23,8 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from dance_jax.config import UserError
+from dance_jax.config import EXPERT_CHOICES, TRUNK_CHOICES, Rounding, UserError
+from dance_jax.models.build import matrix_shapes
 from dance_jax.models.checkpoint import (
     FORMAT,
     Checkpoint,
@@ -29,6 +33,7 @@ from dance_jax.models.checkpoint import (
     is_converted,
     write_manifest,
 )
+from dance_jax.models.config import ModelConfig
 from dance_jax.models.directory import (
     SIDE_FILES,
     check_loadable,
@@ -37,9 +42,22 @@ from dance_jax.models.directory import (
     read_config,
     weight_files,
 )
+from dance_jax.models.formats import (
+    Formats,
+    WeightFormat,
+    common,
+    rounded,
+)
 from dance_jax.models.hf import HFDirectory
 from dance_jax.models.orbax_store import save_arrays
-from dance_jax.models.tensors import TensorRule, expert_rules, trunk_rules
+from dance_jax.models.tensors import (
+    TensorRule,
+    arrays_of,
+    expert_rules,
+    matrix_form,
+    parts_of,
+    trunk_rules,
+)
 
 #: progress(text, bytes done, bytes in all)
 Progress = Callable[[str, int, int], None]
@@ -50,10 +68,14 @@ GROUP_BYTES = 128 << 20
 _REMOVE_TIMEOUT_S = 10.0
 
 
+KEEP = Rounding()
+
+
 def convert(
     source: str | pathlib.Path,
     destination: str | pathlib.Path,
     progress: Progress | None = None,
+    rounding: Rounding = KEEP,
 ) -> pathlib.Path:
     """Converts a model.
 
@@ -64,6 +86,7 @@ def convert(
         source: directory in Hugging Face format.
         destination: made by this; if it exists already it must hold the same model.
         progress: told after each group of tensors.
+        rounding: what weights become.
 
     Returns:
         The destination.
@@ -74,8 +97,18 @@ def convert(
     source, destination = pathlib.Path(source), pathlib.Path(destination).absolute()
     if os.path.lexists(destination) and not destination.is_dir():
         raise UserError(f"{destination}: exists and is no directory; choose another one")
-    model = HFDirectory(source)
-    fingerprint = model.fingerprint()
+    return _convert(HFDirectory(source), destination, progress, rounding)
+
+
+def _convert(
+    model: HFDirectory,
+    destination: pathlib.Path,
+    progress: Progress | None,
+    rounding: Rounding,
+) -> pathlib.Path:
+    """`convert` of an opened model."""
+    formats = model_formats(model, rounding)
+    fingerprint = _fingerprint(model, formats)
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
         _lock_path(destination).touch()
@@ -94,7 +127,8 @@ def convert(
         partial = _partial(destination)
         _remove(partial)
         try:
-            _write(model, partial, fingerprint, progress or (lambda text, done, total: None))
+            tell = progress or (lambda text, done, total: None)
+            _Conversion(model, formats, partial, tell).run(fingerprint)
             partial.rename(destination)
         except OSError as error:
             raise UserError(f"{destination}: cannot be written: {error}") from error
@@ -107,6 +141,7 @@ def ensure_converted(
     source: str | pathlib.Path,
     cache_dir: str | pathlib.Path,
     progress: Progress | None = None,
+    rounding: Rounding = KEEP,
 ) -> pathlib.Path:
     """The converted form of a model, made in the cache on first use.
 
@@ -114,6 +149,7 @@ def ensure_converted(
         source: directory in Hugging Face format, or one that is converted already.
         cache_dir: holds one directory for each content that was converted.
         progress: called only if the model is converted now.
+        rounding: what weights become.
 
     Returns:
         A directory for `Checkpoint.open`.
@@ -123,14 +159,66 @@ def ensure_converted(
     """
     source, cache_dir = pathlib.Path(source), pathlib.Path(cache_dir)
     if is_converted(source):
+        if rounding != KEEP:
+            raise UserError(
+                f"{source}: is converted already; weights are rounded when a model is converted: "
+                "give its source, or leave out --experts and --trunk"
+            )
         return source
     model = HFDirectory(source)
     # Conversions of earlier versions of the layout stay until the user removes them.
-    name = f"{source.absolute().name}-{model.fingerprint()[:16]}-{FORMAT}"
+    fingerprint = _fingerprint(model, model_formats(model, rounding))
+    name = f"{source.absolute().name}-{fingerprint[:16]}-{FORMAT}"
     if not is_converted(cache_dir / name):
         _remove_abandoned(cache_dir)
-        convert(source, cache_dir / name, progress)
+        _convert(model, (cache_dir / name).absolute(), progress, rounding)
     return cache_dir / name
+
+
+def _fingerprint(model: HFDirectory, formats: Formats) -> str:
+    """Hash (hex) of what a conversion makes of a model."""
+    text = model.fingerprint() + json.dumps(formats.to_json(), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def model_formats(model: HFDirectory, rounding: Rounding) -> Formats:
+    """How a model's weights are kept when it is converted.
+
+    The experts of all layers have one format for each matrix: the smallest that holds what the
+    checkpoint has of it without loss.
+
+    Raises:
+        UserError: the experts have codes, and others are asked for.
+    """
+    config = model.config
+    inputs = {path: d_in for path, (_, d_in, _) in matrix_shapes(config).items()}
+    trunk = {}
+    for rule in trunk_rules(config):
+        for target in rule.targets:
+            if target.matrix:
+                stored = matrix_form(target, model.tensors[rule.source])
+                # A router's few weights decide where tokens go.
+                choice = "keep" if target.path.endswith("router.weight") else rounding.trunk
+                trunk[target.path] = rounded(choice, stored, inputs[target.path])
+    found: dict[str, set[WeightFormat]] = collections.defaultdict(set)
+    for layer in config.moe_layers:
+        for expert in range(config.num_experts):
+            for rule in expert_rules(config, layer, expert):
+                for target in rule.targets:
+                    if target.matrix:
+                        found[target.path].add(matrix_form(target, model.tensors[rule.source]))
+    d, f = config.hidden_size, config.expert.width
+    experts = {}
+    for name, forms in found.items():
+        stored = common(sorted(forms, key=str))
+        if stored.group and rounding.experts != "keep":
+            raise UserError(
+                f"{model.path}: the experts are stored as {stored.kind}; --experts "
+                f"{rounding.experts} rounds floats only: leave it out"
+            )
+        last = name == "w_down"
+        experts[name] = rounded(rounding.experts, stored, f if last else d, last)
+    return Formats(experts, trunk)
 
 
 def check_readable(directory: str | pathlib.Path) -> None:
@@ -145,11 +233,12 @@ def check_readable(directory: str | pathlib.Path) -> None:
         weight_files(directory)
 
 
-def outline(directory: str | pathlib.Path) -> Outline:
+def outline(directory: str | pathlib.Path, rounding: Rounding = KEEP) -> Outline:
     """What can be planned of a model without converting it, from its config.json alone if need be.
 
     Args:
         directory: in Hugging Face format, with or without weights, or converted.
+        rounding: what weights are to become.
 
     Raises:
         UserError: the model is not supported, or weights that are there do not fit it.
@@ -161,84 +250,126 @@ def outline(directory: str | pathlib.Path) -> Outline:
     files = [directory / name for name in indexed_files(directory) or ()]
     files = files or [*directory.glob("*.safetensors")]
     # Weights may be on their way, or not wanted before the plan is known.
-    if config.quantization or not files or not all(file.exists() for file in files):
-        return Outline(config)
-    return Outline(config, HFDirectory(directory).fingerprint())
+    if not files or not all(file.exists() for file in files):
+        return Outline(config, _expected_formats(config, rounding))
+    model = HFDirectory(directory)
+    formats = model_formats(model, rounding)
+    return Outline(config, formats, _fingerprint(model, formats))
 
 
-def _write(
-    model: HFDirectory, directory: pathlib.Path, fingerprint: str, progress: Progress
-) -> None:
-    config = model.config
-    trunk_items = [("", rule) for rule in trunk_rules(config)]
-    total = sum(model.tensors[rule.source].size for _, rule in trunk_items)
-    layers = []
-    for layer in config.moe_layers:
-        rules = [expert_rules(config, layer, e) for e in range(config.num_experts)]
-        layers.append(rules)
-        total += sum(model.tensors[rule.source].size for own in rules for rule in own)
-    free = shutil.disk_usage(directory.parent).free
-    if free < total:
-        raise UserError(
-            f"{directory.parent}: {free / 1e9:.1f} GB are free, the converted model needs about "
-            f"{total / 1e9:.1f} GB"
-        )
-    directory.mkdir()
-    for name in SIDE_FILES:
-        if (model.path / name).exists():
-            shutil.copyfile(model.path / name, directory / name)
+def _expected_formats(config: ModelConfig, rounding: Rounding) -> Formats:
+    """What `model_formats` will say, if weights have the type that config.json names."""
+    stored, inputs = WeightFormat(config.dtype), matrix_shapes(config)
+    d, f = config.hidden_size, config.expert.width
+    trunk = {
+        path: rounded("keep" if path.endswith("router.weight") else rounding.trunk, stored, d_in)
+        for path, (_, d_in, _) in inputs.items()
+    }
+    experts = {
+        name: rounded(rounding.experts, stored, d_in, name == "w_down")
+        for name, d_in in (("w_gate", d), ("w_up", d), ("w_down", f))
+    }
+    return Formats(experts, trunk)
 
-    done = 0
 
-    def group(items: list[tuple[str, TensorRule]], where: pathlib.Path) -> list[list[str]]:
-        """Writes the arrays of (prefix of the name, rule), a checkpoint at a time."""
-        nonlocal done
+#: What becomes a checkpoint: the number of the expert, or None, and the rule of a tensor.
+_Item = tuple[int | None, TensorRule]
+
+
+class _Conversion:
+    """Writes a model.
+
+    Args:
+        model: the source.
+        formats: what its weights become.
+        directory: is made.
+        progress: told after each group of tensors.
+    """
+
+    def __init__(
+        self, model: HFDirectory, formats: Formats, directory: pathlib.Path, progress: Progress
+    ) -> None:
+        self._model, self._formats = model, formats
+        self._directory, self._progress = directory, progress
+        config = model.config
+        self._trunk: list[_Item] = [(None, rule) for rule in trunk_rules(config)]
+        self._layers: list[list[_Item]] = [
+            [
+                (expert, rule)
+                for expert in range(config.num_experts)
+                for rule in expert_rules(config, layer, expert)
+            ]
+            for layer in config.moe_layers
+        ]
+        self._total = sum(self._size(item) for items in self._all() for item in items)
+        self._done = 0
+
+    def _all(self) -> list[list[_Item]]:
+        return [self._trunk, *self._layers]
+
+    def _size(self, item: _Item) -> int:
+        """Bytes that a tensor has in the source."""
+        return self._model.tensors[item[1].source].size
+
+    def run(self, fingerprint: str) -> None:
+        """Writes everything, the manifest last.
+
+        Raises:
+            UserError: the disk has too little room.
+            OSError: it cannot be written.
+        """
+        directory, source = self._directory, self._model.path
+        free = shutil.disk_usage(directory.parent).free
+        if free < self._total:
+            raise UserError(
+                f"{directory.parent}: {free / 1e9:.1f} GB are free, the converted model needs "
+                f"about {self._total / 1e9:.1f} GB"
+            )
+        directory.mkdir()
+        for name in SIDE_FILES:
+            if (source / name).exists():
+                shutil.copyfile(source / name, directory / name)
+        trunk = self._write(self._trunk, directory / "trunk")
+        experts = [
+            self._write(items, directory / "experts" / str(index))
+            for index, items in enumerate(self._layers)
+        ]
+        write_manifest(directory, fingerprint, self._formats, trunk, experts)
+
+    def _write(self, items: list[_Item], where: pathlib.Path) -> list[list[str]]:
+        """Writes the arrays of tensors, a checkpoint at a time: their names."""
         where.mkdir(parents=True)
         names: list[list[str]] = []
-        for part in _parts(model, items):
-            arrays = dict(_arrays(model, part))
+        for part in self._parts(items):
+            arrays = {name: array for item in part for name, array in self._arrays(item)}
             save_arrays(where / str(len(names)), arrays)
             names.append(list(arrays))
-            done += sum(model.tensors[rule.source].size for _, rule in part)
-            progress("converting", done, total)
+            self._done += sum(map(self._size, part))
+            self._progress("converting", self._done, self._total)
         return names
 
-    trunk = group(trunk_items, directory / "trunk")
-    experts = [
-        group(
-            [(expert_leaf(e, ""), rule) for e, own in enumerate(rules) for rule in own],
-            directory / "experts" / str(index),
-        )
-        for index, rules in enumerate(layers)
-    ]
-    write_manifest(directory, fingerprint, trunk, experts)
-
-
-def _parts(
-    model: HFDirectory, items: list[tuple[str, TensorRule]]
-) -> Iterator[list[tuple[str, TensorRule]]]:
-    part: list[tuple[str, TensorRule]] = []
-    size = 0
-    for item in items:
-        new = model.tensors[item[1].source].size
-        if part and size + new > GROUP_BYTES:
+    def _parts(self, items: list[_Item]) -> Iterator[list[_Item]]:
+        part: list[_Item] = []
+        size = 0
+        for item in items:
+            new = self._size(item)
+            if part and size + new > GROUP_BYTES:
+                yield part
+                part, size = [], 0
+            part.append(item)
+            size += new
+        if part:
             yield part
-            part, size = [], 0
-        part.append(item)
-        size += new
-    if part:
-        yield part
 
-
-def _arrays(
-    model: HFDirectory, part: list[tuple[str, TensorRule]]
-) -> Iterator[tuple[str, np.ndarray]]:
-    for prefix, rule in part:
-        tensor = model.tensors[rule.source].read()
-        if tensor.dtype == np.float64:
-            tensor = tensor.astype(np.float32)
-        for target in rule.targets:
-            yield prefix + target.path, np.ascontiguousarray(target.cut(tensor))
+    def _arrays(self, item: _Item) -> Iterator[tuple[str, np.ndarray]]:
+        expert, rule = item
+        forms = self._formats.trunk if expert is None else self._formats.experts
+        for path, part in parts_of(rule, self._model.tensors[rule.source]):
+            for name, array in arrays_of(path, part, forms.get(path)).items():
+                if array.dtype == np.float64:
+                    array = array.astype(np.float32)
+                name = name if expert is None else expert_leaf(expert, name)
+                yield name, np.ascontiguousarray(array)
 
 
 def _partial(destination: pathlib.Path) -> pathlib.Path:
@@ -302,6 +433,18 @@ def main(arguments: list[str] | None = None) -> int:
         "source", metavar="SRC", help="directory with config.json and *.safetensors"
     )
     parser.add_argument("destination", metavar="DST", help="directory to make")
+    parser.add_argument(
+        "--experts",
+        choices=EXPERT_CHOICES,
+        default="keep",
+        help="what the weights of routed experts become (%(default)s)",
+    )
+    parser.add_argument(
+        "--trunk",
+        choices=TRUNK_CHOICES,
+        default="keep",
+        help="what all other matrices become (%(default)s)",
+    )
     options = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
 
@@ -324,6 +467,7 @@ def main(arguments: list[str] | None = None) -> int:
                 lambda text, done, total: bar.update(
                     task, description=text, completed=done, total=total
                 ),
+                Rounding(options.experts, options.trunk),
             )
             report = HFDirectory(options.source).left_out_report()
     except UserError as error:

@@ -26,6 +26,9 @@ SIDE_FILES = (
     "chat_template.jinja",
 )
 
+#: The small file of a converted model that says how its weights are kept.
+FORMATS = "formats.json"
+
 #: The file that a conversion writes last; a directory without it is not a converted model.
 MANIFEST = "dance_jax.json"
 

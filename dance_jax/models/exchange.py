@@ -97,7 +97,7 @@ class Exchange:
         """Weighted sums of routed experts for this device's tokens of MoE layer `layer`, int32 [].
 
         Args:
-            x_td: [t, d] hidden states, in the pool's dtype.
+            x_td: [t, d] hidden states.
             expert_tk: int32 [t, k]; weight_tk: float32 [t, k].
             valid_t: bool [t], False for padding, which is routed nowhere.
             memory: `Exchanged.memory` of this layer's last step.
@@ -181,5 +181,5 @@ class Exchange:
     def _ffn(self, x_nd: Array, expert_nk: Array, weight_nk: Array, slot_e: Array) -> Array:
         known_nk = expert_nk != NO_EXPERT
         slot_nk = jnp.where(known_nk, slot_e[jnp.where(known_nk, expert_nk, 0)], -1)
-        experts = self.pool[0].shape[0] / self.tables.slot_of.shape[0]
-        return self.form.ffn(self.pool, x_nd, slot_nk, weight_nk, experts)
+        layers = self.tables.slot_of.shape[0]
+        return self.form.ffn(self.pool, x_nd, slot_nk, weight_nk, layers)

@@ -2,15 +2,15 @@
 
 An `ExpertFormat` is all that the engine, its loaders and its peers know of an expert: arrays with
 names, shapes and types. `ExpertFormat.ffn` is what a step calls. Its forms: C++ on CPUs
-(kernels_cpu.py), a loop over blocks on CPUs without a compiler, the library's grouped product
-elsewhere.
+(kernels_cpu.py); JAX's grouped product on GPUs and TPUs; a loop over blocks of rows where weights
+have codes, which it widens one expert at a time, or where a CPU has no compiler.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -20,39 +20,57 @@ from jax import Array, lax
 
 from dance_jax.models import kernels_cpu
 from dance_jax.models.config import Activation, ModelConfig
-from dance_jax.models.layers import activate
+from dance_jax.models.formats import WeightFormat
+from dance_jax.models.layers import activate, contract
 
-#: Expert-sized slots of one device, an array [s, *shape] for each leaf of the format; any layer's
-#: expert may sit in any slot.
-Pool = tuple[Array, ...]
+#: Expert-sized slots of one device, any layer's expert in any slot: an array [s, *shape] for each
+#: leaf of the format; or int32 [], the number of a pool in the C++ library's memory.
+Pool = tuple[Array, ...] | Array
 #: One expert, an array for each leaf of the format; or several, each with a leading axis.
 Weights = tuple[np.ndarray, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class ExpertFormat:
-    """What a slot holds: w_gate, w_up [d, f] and w_down [f, d] in `dtype`.
+    """What a slot holds: w_gate and w_up [d, f], w_down [f, d], each in a format of its own.
 
     With `bias` also b_gate, b_up [f] and b_down [d], in float32.
     """
 
     d: int
     f: int
-    #: "float32" or "bfloat16", of the matrices and of the rows that go through them.
-    dtype: str
+    gate: WeightFormat
+    up: WeightFormat
+    down: WeightFormat
     activation: Activation
     bias: bool
 
     @functools.cached_property
-    def leaves(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shape and type of each array of an expert, by name, in the order of `Weights`."""
+    def matrices(self) -> dict[str, tuple[WeightFormat, int, int]]:
+        """Format, inputs and outputs of each matrix by name."""
         d, f = self.d, self.f
-        shapes: dict[str, tuple[int, ...]] = {"w_gate": (d, f), "w_up": (d, f), "w_down": (f, d)}
-        leaves = {name: jax.ShapeDtypeStruct(shape, self.dtype) for name, shape in shapes.items()}
+        return {
+            "w_gate": (self.gate, d, f),
+            "w_up": (self.up, d, f),
+            "w_down": (self.down, f, d),
+        }
+
+    @functools.cached_property
+    def leaves(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shape and type of each array of an expert, in the order of `Weights`.
+
+        Names are those of the matrix and of its array, as "w_gate.codes"; or of a bias.
+        """
+        leaves = {
+            f"{name}.{array}": like
+            for name, (form, d_in, d_out) in self.matrices.items()
+            for array, like in form.arrays(d_in, d_out).items()
+        }
         if self.bias:
-            biases = {"b_gate": (f,), "b_up": (f,), "b_down": (d,)}
+            widths = {"b_gate": self.f, "b_up": self.f, "b_down": self.d}
             leaves |= {
-                name: jax.ShapeDtypeStruct(shape, "float32") for name, shape in biases.items()
+                name: jax.ShapeDtypeStruct((width,), np.dtype(np.float32))
+                for name, width in widths.items()
             }
         return leaves
 
@@ -61,42 +79,65 @@ class ExpertFormat:
         """Bytes of one expert."""
         return sum(leaf.size * leaf.dtype.itemsize for leaf in self.leaves.values())
 
+    @property
+    def in_floats(self) -> bool:
+        """No matrix has codes."""
+        return all(not form.group for form, _, _ in self.matrices.values())
+
     def empty(self, *leading: int) -> Weights:
         """Arrays of zeros on the host, with leading axes."""
         return tuple(np.zeros((*leading, *leaf.shape), leaf.dtype) for leaf in self.leaves.values())
 
     def from_stored(self, stored: Mapping[str, np.ndarray]) -> Weights:
-        """One expert from a checkpoint's arrays, floats of any type, by the leaves' names."""
+        """One expert from a checkpoint's arrays by the leaves' names, floats of any type."""
         return tuple(
             stored[name].astype(leaf.dtype, copy=False) for name, leaf in self.leaves.items()
         )
 
-    def ffn(
-        self, pool: Pool, x_nd: Array, slot_nk: Array, weight_nk: Array, experts: float
-    ) -> Array:
+    def matrix_form(self, name: str) -> WeightFormat | None:
+        """The format of a matrix; None: it is a bias."""
+        return self.matrices[name][0] if name in self.matrices else None
+
+    def stacked(self, count: int, experts: Iterable[tuple[int, Weights]]) -> Weights:
+        """For each leaf an array [count, *shape] of experts that come with their places."""
+        found = self.empty(count)
+        for place, weights in experts:
+            for array, leaf in zip(found, weights, strict=True):
+                array[place] = leaf
+        return found
+
+    def ffn(self, pool: Pool, x_nd: Array, slot_nk: Array, weight_nk: Array, layers: int) -> Array:
         """Weighted sum of each row's experts: sum over k of weight * FFN_slot(x), in float32.
 
         Args:
-            x_nd: [n, d] rows in `dtype`.
+            pool: the slots' arrays, or the number of a `kernels_cpu.NativePool`.
+            x_nd: [n, d] rows.
             slot_nk: int32 [n, k], the slot of each assignment, -1 for none.
             weight_nk: float32 [n, k].
-            experts: experts of one layer in the pool, on average.
+            layers: of the model that have routed experts.
 
         Returns:
             float32 [n, d].
         """
-        if kernels_cpu.usable():
-            return kernels_cpu.grouped_ffn(self.activation, pool, x_nd, slot_nk, weight_nk)
-        if jax.default_backend() != "cpu":
+        if isinstance(pool, Array):
+            return kernels_cpu.experts(pool, x_nd, slot_nk, weight_nk)
+        if self.in_floats and jax.default_backend() != "cpu":
             return ragged_ffn(self, pool, x_nd, slot_nk, weight_nk)
-        block = block_rows(slot_nk.size, experts)
+        block = block_rows(slot_nk.size, pool[0].shape[0] / layers)
         return grouped_ffn(self, pool, x_nd, slot_nk, weight_nk, block)
 
 
-def expert_format(config: ModelConfig, dtype: str) -> ExpertFormat:
-    """The format of a model's experts in engines that compute in `dtype`."""
+def expert_format(config: ModelConfig, kept: Mapping[str, WeightFormat] | str) -> ExpertFormat:
+    """The format of a model's experts.
+
+    Args:
+        kept: the formats of w_gate, w_up and w_down; or a float type that all have.
+    """
+    if isinstance(kept, str):
+        kept = dict.fromkeys(("w_gate", "w_up", "w_down"), WeightFormat(kept))
     expert = config.expert
-    return ExpertFormat(config.hidden_size, expert.width, dtype, expert.activation, expert.bias)
+    forms = kept["w_gate"], kept["w_up"], kept["w_down"]
+    return ExpertFormat(config.hidden_size, expert.width, *forms, expert.activation, expert.bias)
 
 
 def block_rows(assignments: int, experts: float) -> int:
@@ -137,7 +178,7 @@ def _sort(slot_nk: Array, slots: int) -> _Sorted:
 
 @jax.named_scope("experts")
 def ragged_ffn(
-    form: ExpertFormat, pool: Pool, x_nd: Array, slot_nk: Array, weight_nk: Array
+    form: ExpertFormat, pool: tuple[Array, ...], x_nd: Array, slot_nk: Array, weight_nk: Array
 ) -> Array:
     """`ExpertFormat.ffn` with the library's grouped product: GPUs and TPUs have kernels for it."""
     (n, d), k, slots = x_nd.shape, slot_nk.shape[1], pool[0].shape[0]
@@ -149,7 +190,7 @@ def ragged_ffn(
 
     def product(rows: Array, part: str) -> Array:
         product = lax.ragged_dot(
-            rows, leaves[f"w_{part}"], assignments.run, preferred_element_type=jnp.float32
+            rows, leaves[f"w_{part}.values"], assignments.run, preferred_element_type=jnp.float32
         )
         return product + leaves[f"b_{part}"][slot_a] if form.bias else product
 
@@ -164,7 +205,12 @@ def ragged_ffn(
 
 @jax.named_scope("experts")
 def grouped_ffn(
-    form: ExpertFormat, pool: Pool, x_nd: Array, slot_nk: Array, weight_nk: Array, block: int
+    form: ExpertFormat,
+    pool: tuple[Array, ...],
+    x_nd: Array,
+    slot_nk: Array,
+    weight_nk: Array,
+    block: int,
 ) -> Array:
     """`ExpertFormat.ffn` as a loop over blocks of assignments.
 
@@ -195,12 +241,15 @@ def grouped_ffn(
     def run_block(i: Array, out_ad: Array) -> Array:
         slot, start = slot_b[i], start_b[i]
 
+        def own(leaf: str) -> Array:
+            return lax.dynamic_index_in_dim(leaves[leaf], slot, keepdims=False)
+
         def product(rows: Array, part: str) -> Array:
-            weight = lax.dynamic_index_in_dim(leaves[f"w_{part}"], slot, keepdims=False)
-            product = jnp.dot(rows, weight, preferred_element_type=jnp.float32)
-            if not form.bias:
-                return product
-            return product + lax.dynamic_index_in_dim(leaves[f"b_{part}"], slot, keepdims=False)
+            kept, d_in, d_out = form.matrices[f"w_{part}"]
+            arrays = {name: own(f"w_{part}.{name}") for name in kept.arrays(d_in, d_out)}
+            weight = kept.dequantise(arrays, d_in) if kept.group else arrays["values"]
+            product = contract("bi,io->bo", rows, weight.astype(x_nd.dtype))
+            return product + own(f"b_{part}") if form.bias else product
 
         x_bd = x_nd[lax.dynamic_slice(row_a, (start,), (block,))]
         hidden_bf = activate(form.activation, product(x_bd, "gate"), product(x_bd, "up"))

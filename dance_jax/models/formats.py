@@ -1,7 +1,8 @@
-"""How the weights of a matrix are kept: as floats, or as codes with a scale for a group of inputs.
+"""How a matrix's weights are kept: as floats, or as codes with a scale for a group of inputs.
 
-A matrix is [in, out] everywhere: a row vector is multiplied from the left. What a weight is worth is
-one float32, `scale * value(code) + offset`, whatever computes with it; a product sums in float32.
+A matrix is [in, out] everywhere: a row vector is multiplied from the left. What a weight is worth
+is one float32, `scale * value(code) + offset`, whatever computes with it; a product sums in
+float32.
 """
 
 from __future__ import annotations
@@ -280,7 +281,7 @@ def _common(one: WeightFormat, other: WeightFormat) -> WeightFormat:
     if one == other:
         return one
     kinds, scales = {one.kind, other.kind}, {one.scale, other.scale}
-    if kinds & set(FLOATS) or "fp8" in kinds and len(kinds) > 1:
+    if kinds & set(FLOATS) or ("fp8" in kinds and len(kinds) > 1):
         floats = kinds if kinds <= set(FLOATS) else {"float32"}
         return WeightFormat("float32" if len(floats) > 1 else floats.pop())
     return WeightFormat(
@@ -291,6 +292,52 @@ def _common(one: WeightFormat, other: WeightFormat) -> WeightFormat:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Formats:
+    """How a model's weights are kept."""
+
+    #: Of a routed expert's matrices: w_gate, w_up, w_down; the same for all experts.
+    experts: Mapping[str, WeightFormat]
+    #: Of the trunk's matrices by dotted path.
+    trunk: Mapping[str, WeightFormat]
+
+    def computed_in(self, dtype: str) -> Formats:
+        """As an engine with activations of `dtype` keeps them.
+
+        Weights of float32 become bfloat16 where activations are, and nothing is widened.
+        """
+        if dtype == "float32":
+            return self
+        wide, narrow = WeightFormat("float32"), WeightFormat(dtype)
+        return Formats(
+            *(
+                {name: narrow if form == wide else form for name, form in part.items()}
+                for part in (self.experts, self.trunk)
+            )
+        )
+
+    def to_json(self) -> dict[str, dict[str, str]]:
+        """By names of parts and matrices, the formats' texts."""
+        return {
+            part: {name: str(form) for name, form in forms.items()}
+            for part, forms in vars(self).items()
+        }
+
+    @staticmethod
+    def from_json(parts: Mapping[str, Mapping[str, str]]) -> Formats:
+        """Inverse of `to_json`.
+
+        Raises:
+            ValueError, KeyError, AttributeError: it is not of that kind.
+        """
+        return Formats(
+            *(
+                {name: WeightFormat.parse(text) for name, text in parts[part].items()}
+                for part in ("experts", "trunk")
+            )
+        )
+
+
 #: What a float checkpoint is rounded to, by the names that users give.
 ROUNDED = {
     "bf16": WeightFormat("bfloat16"),
@@ -298,3 +345,22 @@ ROUNDED = {
     "int4": WeightFormat("int4", 32, "bfloat16"),
     "mxfp4": WeightFormat("mxfp4", 32, "e8m0"),
 }
+
+
+def rounded(choice: str, stored: WeightFormat, d_in: int, last: bool = False) -> WeightFormat:
+    """The format of a matrix of a checkpoint under a user's choice.
+
+    Codes stay what they are; so do matrices that the chosen format does not fit.
+
+    Args:
+        choice: one of config.EXPERT_CHOICES.
+        stored: what the checkpoint has.
+        d_in: the matrix's inputs.
+        last: it is an expert's last projection.
+    """
+    if choice == "int4-mixed":
+        choice = "int8" if last else "int4"
+    if choice == "keep" or stored.group:
+        return stored
+    wanted = ROUNDED[choice]
+    return wanted if wanted.fits(d_in) else stored

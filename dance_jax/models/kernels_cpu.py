@@ -1,151 +1,89 @@
-"""Products with weights on CPU, in C++: kernels_cpu.cc.
+"""Products with weights in any format on CPUs, by the C++ library: native/product.cc, experts.cc.
 
-XLA:CPU copies every expert's matrices out of the pool before it multiplies by them, and reads a
-trunk's on one thread where rows are few; the C++ reads them where they lie, on all threads. Without
-a C++ compiler XLA's own products serve, slower.
-
-One library is built on first use from all C++ beside this file (links_cpu.cc and siblings_cpu.cc
-too) and registered here.
+XLA:CPU copies every expert's matrices out of the pool before it multiplies by them, reads a trunk's
+on one thread where rows are few, and knows no weights of eight or four bits; the library reads them
+where they lie, on all threads. A row's result depends on that row alone, in every bit.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import fcntl
-import hashlib
-import logging
-import os
-import pathlib
-import shlex
-import shutil
-import subprocess
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from dance_jax.cache import processor
+from dance_jax.models import native
 from dance_jax.models.config import Activation
+from dance_jax.models.formats import WeightFormat
 
-log = logging.getLogger(__name__)
-
-_SOURCES = tuple(
-    pathlib.Path(__file__).with_name(f"{name}_cpu.cc") for name in ("kernels", "links", "siblings")
-)
-_FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-w")
-_BUILD_TIMEOUT_S = 120
-#: The library's symbols by (kernel, dtype); XLA knows them by the same names.
-_SYMBOLS = {
-    (kernel, dtype): kernel + dtype.capitalize()
-    for kernel in ("GroupedFfn", "Linear")
-    for dtype in ("float32", "bfloat16")
-}
-_HANDLERS = (*_SYMBOLS.values(), "LinksDispatch", "LinksReturn", "SiblingsGather", "SiblingsSum")
-#: Kinds of `Activation` by their numbers in C++.
+#: Kinds of weights, of scales and of `Activation` by their numbers in C++.
+_KINDS = ("float32", "bfloat16", "float16", "int8", "fp8", "int4", "mxfp4")
+_SCALES = ("", "float32", "bfloat16", "float16", "e8m0")
 _ACTIVATIONS = ("silu", "gelu", "clamped")
-_library: ctypes.CDLL | None = None
+
+#: A matrix's format and its arrays.
+Weighted = tuple[WeightFormat, Mapping[str, Array]]
 
 
-def build(directory: pathlib.Path) -> pathlib.Path | None:
-    """The library in `directory`, compiled with $CXX (default: c++) if it is not there yet.
+def format_words(forms: Sequence[WeightFormat]) -> np.ndarray:
+    """int64 [4 * forms], as C++ reads them."""
+    words = [
+        (_KINDS.index(form.kind), _SCALES.index(form.scale), form.group, form.offset)
+        for form in forms
+    ]
+    return np.array(words, np.int64).reshape(-1)
 
-    Where several processes want it at once, one compiles and the others wait for it.
 
-    Returns:
-        None, and the reason in the log, when it cannot be compiled.
+def linear(weight: Weighted, x: Array, d_out: int) -> Array:
+    """x [n, in] @ w, or x[:, h] @ w[h] for each head h of x [n, h, in]: float32 [..., d_out]."""
+    form, arrays = weight
+    call = _call("Linear", (*x.shape[:-1], d_out))
+    return call(x.astype(jnp.float32), *arrays.values(), formats=format_words([form]))
+
+
+def gated_mlp(
+    activation: Activation, weights: Sequence[Weighted], width: int, x_nd: Array
+) -> Array:
+    """down(activation(gate(x), up(x))), all rows through one feed-forward: float32 [n, d].
+
+    Args:
+        weights: gate and up [d, width], down [width, d].
+        x_nd: [n, d] of any float type.
     """
-    compiler = shlex.split(os.environ.get("CXX", "")) or ["c++"]
-    if shutil.which(compiler[0]) is None:
-        log.warning("no C++ compiler (%s): products run slower; install one", compiler[0])
-        return None
-    sources = [source.read_bytes() for source in _SOURCES]
-    key = repr((sources, _FLAGS, compiler, jax.__version__, processor()))
-    digest = hashlib.blake2b(key.encode(), digest_size=12).hexdigest()
-    library = directory / f"kernels-{digest}.so"
-    try:
-        with _lock(directory):
-            if not library.exists():
-                _compile(compiler, library)
-    except subprocess.CalledProcessError as error:
-        log.warning("products run slower, %s failed: %s", compiler[0], error.stderr.strip()[-500:])
-        return None
-    except (OSError, subprocess.TimeoutExpired) as error:
-        log.warning("products run slower: %s", error)
-        return None
-    return library
+    arrays = [array for _, arrays in weights for array in arrays.values()]
+    return _call("GatedMlp", x_nd.shape)(
+        x_nd.astype(jnp.float32),
+        *arrays,
+        formats=format_words([form for form, _ in weights]),
+        width=np.int64(width),
+        activation=np.int32(_ACTIVATIONS.index(activation.kind)),
+        alpha=np.float32(activation.alpha),
+        limit=np.float32(activation.limit),
+    )
 
 
-@contextlib.contextmanager
-def _lock(directory: pathlib.Path) -> Iterator[None]:
-    """Among the processes of this machine; it ends with the process, however that ends."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
+@jax.named_scope("experts")
+def experts(pool: Array, x_nd: Array, slot_nk: Array, weight_nk: Array) -> Array:
+    """Weighted sum of each row's experts in a `NativePool`: float32 [n, d].
 
-
-def _compile(compiler: list[str], library: pathlib.Path) -> None:
-    with tempfile.TemporaryDirectory(dir=library.parent, prefix="build-") as folder:
-        new = pathlib.Path(folder, "kernels.so")
-        command = [*compiler, *_FLAGS, f"-I{jax.ffi.include_dir()}", *map(str, _SOURCES)]
-        subprocess.run(
-            [*command, "-o", str(new)],
-            check=True,
-            capture_output=True,
-            text=True,
-            timeout=_BUILD_TIMEOUT_S,
-        )
-        os.replace(new, library)
-
-
-def register(library: str | os.PathLike[str] | None) -> None:
-    """Makes the kernels usable in this process; None, what `build` gives on failure, does not.
-
-    Before the first step is traced, and once: a second library is not loaded.
+    Args:
+        pool: int32 [], `NativePool.number`.
+        x_nd: [n, d] of any float type.
+        slot_nk: int32 [n, k], -1 for none; weight_nk: float32 [n, k].
     """
-    global _library
-    if library is None or _library is not None:
-        return
-    try:
-        symbols = ctypes.CDLL(os.fspath(library))
-    except OSError as error:
-        log.warning("products run slower: %s", error)
-        return
-    for symbol in _HANDLERS:
-        handler = jax.ffi.pycapsule(getattr(symbols, symbol))
-        jax.ffi.register_ffi_target(target(symbol), handler, platform="cpu")
-    _library = symbols
+    call = _call("Experts", x_nd.shape, has_side_effect=True)
+    return call(pool, x_nd.astype(jnp.float32), slot_nk, weight_nk)
 
 
-def load(directory: pathlib.Path) -> None:
-    """`build` and `register`."""
-    register(build(directory))
-
-
-def target(symbol: str) -> str:
-    """The name under which XLA knows a handler of the library."""
-    return f"dance_jax.{symbol}"
-
-
-def library() -> ctypes.CDLL | None:
-    """The library in use."""
-    return _library
-
-
-def registered() -> str:
-    """Name of the library in use, "" for none. Compiled steps depend on it."""
-    return "" if _library is None else os.path.basename(_library._name)
-
-
-def usable() -> bool:
-    """Whether steps traced now may call these kernels."""
-    return _library is not None and jax.default_backend() == "cpu"
+def _call(
+    kernel: str, shape: tuple[int, ...], has_side_effect: bool = False
+) -> Callable[..., Array]:
+    """A kernel that returns float32 of that shape."""
+    result = jax.ShapeDtypeStruct(shape, jnp.float32)
+    return jax.ffi.ffi_call(native.target(kernel), result, has_side_effect=has_side_effect)
 
 
 def routed_seconds() -> tuple[int, float, int]:
@@ -153,73 +91,79 @@ def routed_seconds() -> tuple[int, float, int]:
     of a row and an expert that they computed.
     """
     counters = np.zeros(3, np.int64)
-    if _library is not None:
-        _library.KernelsCounters(counters.ctypes.data_as(ctypes.POINTER(ctypes.c_int64)))
+    if (library := native.library()) is not None:
+        library.ExpertsCounters(counters.ctypes.data_as(ctypes.POINTER(ctypes.c_int64)))
     calls, ns, assignments = counters.tolist()
     return calls, ns / 1e9, assignments
 
 
-@jax.named_scope("experts")
-def grouped_ffn(
-    activation: Activation,
-    leaves: Sequence[Array],
-    x_nd: Array,
-    slot_nk: Array,
-    weight_nk: Array,
-    routed: bool = True,
-) -> Array:
-    """What experts.grouped_ffn computes, on CPU; hidden activations stay float32.
+class NativePool:
+    """The slots of a device, in the library's memory. Any thread may write one while steps run.
 
     Args:
-        activation: between the projections.
-        leaves: w_gate, w_up [s, d, f] and w_down [s, f, d], float32 or bfloat16; where experts have
-            biases, b_gate, b_up [s, f] and b_down [s, d] too, float32.
-        x_nd: [n, d] in the weights' dtype.
-        slot_nk: int32 [n, k], -1 for none; weight_nk: float32 [n, k].
-        routed: the time is counted in `routed_seconds`.
-
-    Returns:
-        float32 [n, d].
+        d, f: hidden and inner width.
+        forms: of gate, up and down.
+        bias: experts have biases.
+        slots: how many.
     """
-    weights, biases = leaves[:3], leaves[3:]
-    return _call("GroupedFfn", x_nd, x_nd.shape)(
-        *weights,
-        x_nd,
-        slot_nk,
-        weight_nk,
-        *biases,
-        routed=routed,
-        activation=np.int32(_ACTIVATIONS.index(activation.kind)),
-        alpha=np.float32(activation.alpha),
-        limit=np.float32(activation.limit),
-    )
+
+    def __init__(
+        self,
+        d: int,
+        f: int,
+        activation: Activation,
+        forms: Sequence[WeightFormat],
+        bias: bool,
+        slots: int,
+    ) -> None:
+        library = native.library()
+        assert library is not None
+        self._library = library
+        library.PoolNew.restype = library.PoolBytes.restype = ctypes.c_int64
+        library.PoolPut.restype = library.PoolGet.restype = ctypes.c_bool
+        #: By which steps name the pool.
+        self.number: int = library.PoolNew(
+            ctypes.c_int64(d),
+            ctypes.c_int64(f),
+            ctypes.c_int32(_ACTIVATIONS.index(activation.kind)),
+            ctypes.c_float(activation.alpha),
+            ctypes.c_float(activation.limit),
+            ctypes.c_void_p(format_words(forms).ctypes.data),
+            ctypes.c_bool(bias),
+            ctypes.c_int64(slots),
+        )
+
+    def put(self, slot: int, arrays: Sequence[np.ndarray]) -> None:
+        """Copies an expert into a slot; what still computes with the old one keeps that until then.
+
+        Raises:
+            IndexError: there is no such slot.
+        """
+        whole = [np.ascontiguousarray(array) for array in arrays]
+        if not self._library.PoolPut(*self._at(slot), _pointers(whole)):
+            raise IndexError(f"slot {slot}: the pool has none such")
+
+    def get(self, slot: int, arrays: Sequence[np.ndarray]) -> None:
+        """Copies what a slot holds into arrays, which are contiguous.
+
+        Raises:
+            IndexError: the slot is empty, or there is none such.
+        """
+        if not self._library.PoolGet(*self._at(slot), _pointers(arrays)):
+            raise IndexError(f"slot {slot}: nothing is there")
+
+    def _at(self, slot: int) -> tuple[ctypes.c_int64, ctypes.c_int64]:
+        return ctypes.c_int64(self.number), ctypes.c_int64(slot)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the experts that it holds."""
+        return self._library.PoolBytes(ctypes.c_int64(self.number))
+
+    def __del__(self) -> None:
+        if hasattr(self, "number"):
+            self._library.PoolDelete(ctypes.c_int64(self.number))
 
 
-def gated_mlp(
-    activation: Activation, w_gate: Array, w_up: Array, w_down: Array, x_nd: Array
-) -> Array:
-    """down(activation(gate(x), up(x))), all rows through one expert: float32 [n, d].
-
-    Args:
-        w_gate, w_up: [d, f]; w_down: [f, d]; x_nd: [n, d]; of one dtype.
-    """
-    rows = (x_nd.shape[0], 1)
-    return grouped_ffn(
-        activation,
-        [w_gate[None], w_up[None], w_down[None]],
-        x_nd,
-        jnp.zeros(rows, jnp.int32),
-        jnp.ones(rows, jnp.float32),
-        routed=False,
-    )
-
-
-def linear(x_nd: Array, w_df: Array) -> Array:
-    """x @ w, summed in float32, for operands of one dtype, float32 or bfloat16: float32 [n, f]."""
-    return _call("Linear", x_nd, (x_nd.shape[0], w_df.shape[1]))(x_nd, w_df)
-
-
-def _call(kernel: str, x: Array, shape: tuple[int, ...]) -> Callable[..., Array]:
-    """The kernel for x's dtype; it returns float32 of that shape."""
-    symbol = _SYMBOLS[kernel, x.dtype.name]
-    return jax.ffi.ffi_call(target(symbol), jax.ShapeDtypeStruct(shape, jnp.float32))
+def _pointers(arrays: Sequence[np.ndarray]) -> ctypes.Array:
+    return (ctypes.c_void_p * len(arrays))(*(array.ctypes.data for array in arrays))

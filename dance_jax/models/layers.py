@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dance_jax.models import kernels_cpu
+from dance_jax.models import kernels_cpu, native
 from dance_jax.models.config import Activation
+from dance_jax.models.formats import WeightFormat
 
 SILU = Activation()
 
@@ -23,14 +24,6 @@ def contract(spec: str, left: jax.Array, right: jax.Array) -> jax.Array:
         # XLA:CPU has no bfloat16 x bfloat16 -> float32 product
         left, right = left.astype(jnp.float32), right.astype(jnp.float32)
     return jnp.einsum(spec, left, right, preferred_element_type=jnp.float32)
-
-
-def matmul(values: jax.Array, weight_io: jax.Array) -> jax.Array:
-    """values [..., i] @ weight for operands of equal dtype, summed in float32: [..., o]."""
-    if not kernels_cpu.usable():
-        return contract("...i,io->...o", values, weight_io)
-    rows = values.reshape(-1, values.shape[-1])
-    return kernels_cpu.linear(rows, weight_io).reshape(*values.shape[:-1], -1)
 
 
 def activate(activation: Activation, gate: jax.Array, up: jax.Array) -> jax.Array:
@@ -49,15 +42,69 @@ def root_mean_square(wide: jax.Array, eps: float) -> jax.Array:
     return jnp.sqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
 
 
+class Weight(nnx.Module):
+    """The weights of a projection [in, out], or of one for each head, in any format.
+
+    Its parameters are the format's arrays, with a leading axis for heads.
+
+    Args:
+        dtype: of the values, until `keep_as` says another format.
+    """
+
+    def __init__(self, d_in: int, d_out: int, dtype: jnp.dtype, heads: int | None = None):
+        self.d_in, self.d_out, self.heads = d_in, d_out, heads
+        self.form = WeightFormat(jnp.dtype(dtype).name)
+        self._fill()
+
+    def keep_as(self, form: WeightFormat) -> None:
+        """Keeps the weights, which are zeros still, in another format."""
+        for name in self.form.arrays(self.d_in, self.d_out):
+            delattr(self, name)
+        self.form = form
+        self._fill()
+
+    def _fill(self) -> None:
+        leading = () if self.heads is None else (self.heads,)
+        for name, array in self.form.arrays(self.d_in, self.d_out).items():
+            setattr(self, name, parameter((*leading, *array.shape), array.dtype))
+
+    @property
+    def weighted(self) -> kernels_cpu.Weighted:
+        """The format and the arrays."""
+        names = self.form.arrays(self.d_in, self.d_out)
+        return self.form, {name: getattr(self, name)[...] for name in names}
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [..., in] @ w, or x [n, heads, in] by heads, summed in float32: float32 [..., out]."""
+        form, arrays = self.weighted
+        if native.usable():
+            rows = x if self.heads else x.reshape(-1, self.d_in)
+            found = kernels_cpu.linear((form, arrays), rows, self.d_out)
+            return found.reshape(*x.shape[:-1], self.d_out)
+        values = arrays.get("values")
+        if values is None or values.dtype != x.dtype:
+            values = form.dequantise(arrays, self.d_in).astype(x.dtype)
+        return contract("nhi,hio->nho" if self.heads else "...i,io->...o", x, values)
+
+    def columns(self, chosen_t: jax.Array) -> jax.Array:
+        """What the weights of some outputs are worth, float32 [t, in]; numbers out of range are the
+        nearest that there are."""
+        form, arrays = self.weighted
+        own = {
+            name: jnp.take(array, chosen_t, axis=1, mode="clip") for name, array in arrays.items()
+        }
+        return form.dequantise(own, self.d_in).T
+
+
 class Linear(nnx.Module):
-    """Projection; weight [in, out]. The sum is float32, the result in the weights' dtype."""
+    """Projection; the sum is float32, the result in the input's dtype."""
 
     def __init__(self, d_in: int, d_out: int, dtype: jnp.dtype, bias: bool = False):
-        self.weight = parameter((d_in, d_out), dtype)
+        self.weight = Weight(d_in, d_out, dtype)
         self.bias = parameter((d_out,), dtype) if bias else None
 
     def __call__(self, values: jax.Array) -> jax.Array:
-        product = matmul(values, self.weight[...])
+        product = self.weight(values)
         if self.bias is not None:
             product += self.bias[...].astype(jnp.float32)
         return product.astype(values.dtype)
@@ -89,10 +136,11 @@ class GatedMLP(nnx.Module):
         self.activation = activation
 
     def __call__(self, values: jax.Array) -> jax.Array:
-        if kernels_cpu.usable():
+        gate, up, down = self.gate.weight, self.up.weight, self.down.weight
+        if native.usable():
             rows = values.reshape(-1, values.shape[-1])
-            gate, up, down = (part.weight[...] for part in (self.gate, self.up, self.down))
-            found = kernels_cpu.gated_mlp(self.activation, gate, up, down, rows)
+            weights = [gate.weighted, up.weighted, down.weighted]
+            found = kernels_cpu.gated_mlp(self.activation, weights, gate.d_out, rows)
             return found.reshape(values.shape)
-        inner = activate(self.activation, self.gate(values), self.up(values))
-        return matmul(inner, self.down.weight[...])
+        inner = activate(self.activation, gate(values), up(values))
+        return down(inner.astype(values.dtype))

@@ -1,4 +1,4 @@
-"""Rows between servers on CPU, over TCP connections of our own: links_cpu.cc.
+"""Rows between servers on CPU, over TCP connections of our own: native/links.cc.
 
 XLA's collectives on CPU send equal parts, one after the other, with a handshake each. Here every
 server's gateway has a connection to every other's, and a call sends to all and receives from all at
@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from dance_jax.models import kernels_cpu
+from dance_jax.models import native
 from dance_jax.models.collectives import Collectives
 from dance_jax.models.connections import join, publish
 from dance_jax.models.messages import (
@@ -80,7 +80,7 @@ def _call(
     symbol: str, topology: Topology, results: Sequence[jax.ShapeDtypeStruct], *operands: Array
 ) -> list[Array]:
     """A call of all devices of this server; all get what it brings."""
-    handler = jax.ffi.ffi_call(kernels_cpu.target(symbol), results, has_side_effect=True)
+    handler = jax.ffi.ffi_call(native.target(symbol), results, has_side_effect=True)
     device = local_index(topology).astype(jnp.int32)
     return list(handler(device, *operands, devices=np.int64(topology.siblings)))
 
@@ -152,7 +152,7 @@ class Counters:
 def counters(servers: int) -> Counters:
     """Of the open links between so many servers; all 0 where none are open."""
     timing, traffic = np.zeros((2, 8)), np.zeros((servers, 2), np.int64)
-    library = kernels_cpu.library()
+    library = native.library()
     if library is not None:
         library.LinksCounters(
             servers,
@@ -213,7 +213,7 @@ def connect(rank: int, names: Sequence[str], address: str, key: bytes, port: int
     """
     if len(names) == 1:
         return Collectives()
-    if not kernels_cpu.usable():
+    if not native.usable():
         publish("links", rank, "", names)
         log.warning("servers exchange rows by collectives, slower: no C++ library, or no CPU")
         return Collectives()
@@ -230,7 +230,7 @@ def connect(rank: int, names: Sequence[str], address: str, key: bytes, port: int
 
 def open_links(rank: int, names: Sequence[str], connections: dict[int, socket.socket]) -> None:
     """Hands connections, by rank, over to the library."""
-    library = kernels_cpu.library()
+    library = native.library()
     assert library is not None
     for connection in connections.values():
         connection.setblocking(False)
@@ -242,6 +242,6 @@ def open_links(rank: int, names: Sequence[str], connections: dict[int, socket.so
 
 def close() -> None:
     """Ends this process's links; steps that use them fail from here on."""
-    library = kernels_cpu.library()
+    library = native.library()
     if library is not None:
         library.LinksClose()

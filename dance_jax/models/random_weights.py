@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import pathlib
@@ -15,7 +16,25 @@ from safetensors.numpy import save_file
 from dance_jax.models.config import ModelConfig
 from dance_jax.models.experts import ExpertFormat, Weights
 from dance_jax.models.families import model_config
-from dance_jax.models.tensors import TensorRule, expert_rules, trunk_rules
+from dance_jax.models.formats import Matrix, WeightFormat
+from dance_jax.models.tensors import TensorRule, arrays_of, expert_rules, parts_of, trunk_rules
+
+
+@dataclasses.dataclass(frozen=True)
+class Held:
+    """A tensor in memory, as a `tensors.Stored`."""
+
+    values: np.ndarray
+
+    @property
+    def form(self) -> WeightFormat:
+        return Matrix.of(self.values).format
+
+    def read(self) -> np.ndarray:
+        return self.values
+
+    def matrix(self, inputs_first: bool = False) -> Matrix:
+        return Matrix.of(self.values if inputs_first else self.values.T)
 
 
 def random_trunk_tensors(config: ModelConfig, seed: int) -> Iterator[tuple[str, np.ndarray]]:
@@ -46,13 +65,12 @@ def random_expert(
     Args:
         layer: MoE layer counted from 0.
     """
-    return form.from_stored(
-        {
-            target.path: target.cut(tensors[rule.source])
-            for rule in expert_rules(config, config.moe_layers[layer], expert)
-            for target in rule.targets
-        }
-    )
+    rules = expert_rules(config, config.moe_layers[layer], expert)
+    found = {}
+    for rule in rules:
+        for path, part in parts_of(rule, Held(tensors[rule.source])):
+            found |= arrays_of(path, part, form.matrix_form(path))
+    return form.from_stored(found)
 
 
 def _random(rng: np.random.Generator, rule: TensorRule, config: ModelConfig) -> np.ndarray:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dance_jax.models.config import RouterConfig
-from dance_jax.models.layers import matmul, parameter, root_mean_square
+from dance_jax.models.layers import Weight, parameter, root_mean_square
 
 
 class Routed(NamedTuple):
@@ -28,7 +28,7 @@ class Router(nnx.Module):
     def __init__(self, config: RouterConfig, d: int, eps: float):
         wide, experts = jnp.dtype("float32"), config.num_experts
         self.config, self.eps = config, eps
-        self.weight = parameter((d, experts), wide)
+        self.weight = Weight(d, experts, wide)
         if config.bias:
             self.bias = parameter((experts,), wide)
         if config.correction:
@@ -43,7 +43,7 @@ class Router(nnx.Module):
         if self.config.scaled:
             scale = self.input_scale[...] * wide.shape[-1] ** -0.5
             wide = wide / root_mean_square(wide, self.eps) * scale
-        logits = matmul(wide, self.weight[...])
+        logits = self.weight(wide)
         if self.config.bias:
             logits += self.bias[...]
         correction = self.correction[...] if self.config.correction else None

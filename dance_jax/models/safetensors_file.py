@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from dance_jax.config import UserError
+from dance_jax.models.formats import Matrix, WeightFormat
 
 #: Weights may have these types; quantised ones are refused.
 FLOATS: dict[str, np.dtype] = {
@@ -25,6 +26,9 @@ FLOATS: dict[str, np.dtype] = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
+
+#: Formats of matrices that are stored so.
+KINDS = {"F64": "float32", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 _SAMPLE = 256
 
@@ -50,6 +54,19 @@ class StoredTensor:
     def dtype(self) -> np.dtype:
         """numpy's type; only where `is_float`."""
         return FLOATS[self.kind]
+
+    @property
+    def form(self) -> WeightFormat:
+        """The format of a matrix with these values; only where `is_float`."""
+        return WeightFormat(KINDS[self.kind])
+
+    def matrix(self, inputs_first: bool = False) -> Matrix:
+        """A tensor of two axes as a matrix [in, out].
+
+        Args:
+            inputs_first: it is stored so, not as [out, in].
+        """
+        return Matrix.of(self.read() if inputs_first else self.read().T)
 
     def part(self, index: int, parts: int) -> StoredTensor:
         """The index-th of `parts` equal pieces along the first axis, which must divide."""

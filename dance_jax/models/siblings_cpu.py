@@ -1,4 +1,4 @@
-"""What the devices of one server hand each other on CPUs, through memory: siblings_cpu.cc.
+"""What the devices of one server hand each other on CPUs, through memory: native/siblings.cc.
 
 XLA's collectives on CPU go through the network even inside a process, one message after the other.
 (measured) With 1, 1 and 2 devices they took most of a layer's time wherever the links were fast.
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from dance_jax.models import kernels_cpu
+from dance_jax.models import native
 
 
 def gather(device: Array, devices: int, x_td: Array) -> Array:
@@ -43,5 +43,5 @@ def sum_rows(
 def _call(
     symbol: str, result: jax.ShapeDtypeStruct, devices: int, device: Array, *operands: Array
 ) -> Array:
-    handler = jax.ffi.ffi_call(kernels_cpu.target(symbol), result, has_side_effect=True)
+    handler = jax.ffi.ffi_call(native.target(symbol), result, has_side_effect=True)
     return handler(device.astype(jnp.int32), *operands, devices=np.int64(devices))

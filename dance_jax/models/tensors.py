@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import numpy as np
 
@@ -14,6 +15,11 @@ from dance_jax.models.config import (
     LayerConfig,
     ModelConfig,
 )
+from dance_jax.models.formats import Matrix, WeightFormat
+
+
+def _as_it_is(tensor: np.ndarray) -> np.ndarray:
+    return tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +28,12 @@ class Target:
 
     #: Dotted path in the module, e.g. "layers.0.mixer.kv_a.weight".
     path: str
-    cut: Callable[[np.ndarray], np.ndarray] = lambda tensor: tensor
+    #: Makes floats of a tensor's floats: the array, or a matrix [in, out] or [heads, in, out].
+    cut: Callable[[np.ndarray], np.ndarray] = _as_it_is
+    #: It is a matrix, which may be kept in any format.
+    matrix: bool = False
+    #: Instead of `cut`, of a matrix: these outputs of the tensor, as it is stored, without loss.
+    outputs: slice | np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +43,69 @@ class TensorRule:
     source: str
     shape: tuple[int, ...]
     targets: tuple[Target, ...]
+    #: A tensor of two axes is [in, out], not [out, in].
+    inputs_first: bool = False
+
+    @property
+    def d_in(self) -> int:
+        """Inputs of a tensor that is a matrix."""
+        return self.shape[0 if self.inputs_first else 1]
+
+
+class Stored(Protocol):
+    """A tensor of a checkpoint in whatever form its files have it."""
+
+    @property
+    def form(self) -> WeightFormat: ...
+
+    def read(self) -> np.ndarray: ...
+
+    def matrix(self, inputs_first: bool = False) -> Matrix: ...
+
+
+def matrix_form(target: Target, tensor: Stored) -> WeightFormat:
+    """How a matrix of a tensor is kept as it is; of codes that are cut anew, in bfloat16."""
+    if target.outputs is None and tensor.form.group:
+        return WeightFormat("bfloat16")
+    return tensor.form
+
+
+#: A weight on the host: an array, a matrix, or a matrix for each head.
+Part = np.ndarray | Matrix | list[Matrix]
+
+
+def arrays_of(path: str, part: Part, form: WeightFormat | None) -> dict[str, np.ndarray]:
+    """The arrays of a weight by their names.
+
+    Args:
+        form: of a matrix.
+    """
+    if isinstance(part, np.ndarray):
+        return {path: part}
+    assert form is not None
+    if isinstance(part, Matrix):
+        return {f"{path}.{name}": array for name, array in part.to(form).arrays.items()}
+    heads = [head.to(form).arrays for head in part]
+    return {f"{path}.{name}": np.stack([head[name] for head in heads]) for name in heads[0]}
+
+
+def parts_of(rule: TensorRule, tensor: Stored) -> Iterator[tuple[str, Part]]:
+    """Our weights of one tensor by their paths: arrays, matrices, or a matrix for each head."""
+    floats: np.ndarray | None = None
+    kept: Matrix | None = None
+    for target in rule.targets:
+        if target.outputs is not None:
+            kept = tensor.matrix(rule.inputs_first) if kept is None else kept
+            yield target.path, kept.outputs(target.outputs)
+            continue
+        floats = tensor.read() if floats is None else floats
+        array = target.cut(floats)
+        if not target.matrix:
+            yield target.path, array
+        elif array.ndim == 3:
+            yield target.path, [Matrix.of(head) for head in array]
+        else:
+            yield target.path, Matrix.of(array)
 
 
 def same(source: str, shape: tuple[int, ...], path: str) -> TensorRule:
@@ -39,14 +113,17 @@ def same(source: str, shape: tuple[int, ...], path: str) -> TensorRule:
     return TensorRule(source, shape, (Target(path),))
 
 
-def transposed(source: str, shape: tuple[int, int], path: str) -> TensorRule:
-    """A projection [out, in] that becomes [in, out]."""
-    return TensorRule(source, shape, (Target(path, np.transpose),))
+def matrix(
+    source: str, shape: tuple[int, int], path: str, inputs_first: bool = False
+) -> TensorRule:
+    """A projection."""
+    whole = Target(path, matrix=True, outputs=slice(None))
+    return TensorRule(source, shape, (whole,), inputs_first)
 
 
 def linear(source: str, d_in: int, d_out: int, path: str, bias: bool = False) -> list[TensorRule]:
     """A `layers.Linear`."""
-    rules = [transposed(f"{source}.weight", (d_out, d_in), f"{path}.weight")]
+    rules = [matrix(f"{source}.weight", (d_out, d_in), f"{path}.weight")]
     return [*rules, same(f"{source}.bias", (d_out,), f"{path}.bias")] if bias else rules
 
 
@@ -63,11 +140,11 @@ def trunk_rules(config: ModelConfig) -> list[TensorRule]:
     """The checkpoint's tensors of the trunk, layer by layer."""
     shape = (config.vocab_size, config.hidden_size)
     rules = [
-        same("model.embed_tokens.weight", shape, "embedding"),
+        matrix("model.embed_tokens.weight", shape, "embedding"),
         same("model.norm.weight", (config.hidden_size,), "norm.weight"),
     ]
     if not config.tie_embeddings:
-        rules.append(same("lm_head.weight", shape, "head"))
+        rules.append(matrix("lm_head.weight", shape, "head"))
     for index, layer in enumerate(config.layers):
         rules += _layer(config, layer, f"model.layers.{index}", f"layers.{index}")
     return rules
@@ -114,7 +191,7 @@ _SANDWICH_NORMS = {
 def _router(config: ModelConfig, source: str, ours: str) -> Iterator[TensorRule]:
     router, names, experts = config.router, config.names, config.num_experts
     name = f"{source}.{names.router}"
-    yield transposed(f"{name}.weight", (experts, config.hidden_size), f"{ours}.weight")
+    yield matrix(f"{name}.weight", (experts, config.hidden_size), f"{ours}.weight")
     if router.bias:
         yield same(f"{name}.bias", (experts,), f"{ours}.bias")
     if router.correction:
@@ -168,8 +245,8 @@ def _latent(
         f"{source}.kv_b_proj.weight",
         (heads * (nope + value), rank),
         (
-            Target(f"{ours}.w_uk", lambda w: by_head(w)[:, :nope]),
-            Target(f"{ours}.w_uv", lambda w: by_head(w)[:, nope:].transpose(0, 2, 1)),
+            Target(f"{ours}.w_uk", lambda w: by_head(w)[:, :nope], matrix=True),
+            Target(f"{ours}.w_uv", lambda w: by_head(w)[:, nope:].transpose(0, 2, 1), matrix=True),
         ),
     )
     yield from linear(f"{source}.o_proj", heads * value, d, f"{ours}.out", bias)
@@ -205,32 +282,25 @@ def _joined_delta(
     each = shape.num_value_heads // groups
     value = each * shape.value_dim
 
-    def rows(tensor: np.ndarray, begin: int, end: int) -> np.ndarray:
-        """Rows begin..end of every group, one group's after the other's."""
-        return tensor.reshape(groups, -1, d)[:, begin:end].reshape(-1, d)
+    def rows(name: str, width: int, *parts: tuple[int, int]) -> Target:
+        """Of rows in groups of `width`: rows begin..end of every group, for each part in turn."""
+        number = np.arange(groups * width).reshape(groups, width)
+        chosen = [number[:, begin:end].reshape(-1) for begin, end in parts]
+        return Target(f"{ours}.{name}.weight", matrix=True, outputs=np.concatenate(chosen))
 
-    def qkv(tensor: np.ndarray) -> np.ndarray:
-        parts = ((0, key), (key, 2 * key), (2 * key, 2 * key + value))
-        return np.concatenate([rows(tensor, *part) for part in parts]).T
-
+    wide, last = 2 * (key + value), 2 * key + value
     yield TensorRule(
         f"{source}.in_proj_qkvz.weight",
-        (groups * 2 * (key + value), d),
+        (groups * wide, d),
         (
-            Target(f"{ours}.qkv.weight", qkv),
-            Target(
-                f"{ours}.gate.weight",
-                lambda tensor: rows(tensor, 2 * key + value, 2 * (key + value)).T,
-            ),
+            rows("qkv", wide, (0, key), (key, 2 * key), (2 * key, last)),
+            rows("gate", wide, (last, wide)),
         ),
     )
     yield TensorRule(
         f"{source}.in_proj_ba.weight",
         (2 * shape.num_value_heads, d),
-        (
-            Target(f"{ours}.strength.weight", lambda tensor: rows(tensor, 0, each).T),
-            Target(f"{ours}.decay.weight", lambda tensor: rows(tensor, each, 2 * each).T),
-        ),
+        (rows("strength", 2 * each, (0, each)), rows("decay", 2 * each, (each, 2 * each))),
     )
 
 
@@ -246,25 +316,32 @@ def expert_rules(config: ModelConfig, layer: int, expert: int) -> list[TensorRul
         return _interleaved_expert(config, source)
     gate, up, down = names.projections
     return [
-        transposed(f"{source}.{gate}.weight", (f, d), "w_gate"),
-        transposed(f"{source}.{up}.weight", (f, d), "w_up"),
-        transposed(f"{source}.{down}.weight", (d, f), "w_down"),
+        matrix(f"{source}.{gate}.weight", (f, d), "w_gate"),
+        matrix(f"{source}.{up}.weight", (f, d), "w_up"),
+        matrix(f"{source}.{down}.weight", (d, f), "w_down"),
     ]
 
 
 def _interleaved_expert(config: ModelConfig, source: str) -> list[TensorRule]:
     """gpt-oss's: [in, out], the columns of gate and up taking turns."""
     d, f = config.hidden_size, config.expert.width
+    turns = {"gate": slice(0, None, 2), "up": slice(1, None, 2)}
 
-    def pair(kind: str) -> tuple[Target, Target]:
-        return (
-            Target(f"{kind}_gate", lambda tensor: tensor[..., 0::2]),
-            Target(f"{kind}_up", lambda tensor: tensor[..., 1::2]),
-        )
+    def biases(part: slice) -> Callable[[np.ndarray], np.ndarray]:
+        return lambda tensor: tensor[part]
 
     return [
-        TensorRule(f"{source}.gate_up_proj", (d, 2 * f), pair("w")),
-        TensorRule(f"{source}.gate_up_proj_bias", (2 * f,), pair("b")),
-        same(f"{source}.down_proj", (f, d), "w_down"),
+        TensorRule(
+            f"{source}.gate_up_proj",
+            (d, 2 * f),
+            tuple(Target(f"w_{name}", matrix=True, outputs=part) for name, part in turns.items()),
+            inputs_first=True,
+        ),
+        TensorRule(
+            f"{source}.gate_up_proj_bias",
+            (2 * f,),
+            tuple(Target(f"b_{name}", biases(part)) for name, part in turns.items()),
+        ),
+        matrix(f"{source}.down_proj", (f, d), "w_down", inputs_first=True),
         same(f"{source}.down_proj_bias", (d,), "b_down"),
     ]

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from dance_jax.models import kernels_cpu, siblings_cpu
+from dance_jax.models import native, siblings_cpu
 
 #: Mesh axis over all devices of all servers, in rank order.
 AXIS = "device"
@@ -69,7 +69,7 @@ def gather_siblings(topology: Topology, x_td: Array) -> Array:
     size = topology.siblings
     if size == 1:
         return x_td
-    if kernels_cpu.usable():
+    if native.usable():
         return siblings_cpu.gather(local_index(topology), size, x_td)
     me, t = local_index(topology), x_td.shape[0]
     out = jnp.zeros((size * t, x_td.shape[1]), x_td.dtype)
@@ -86,7 +86,7 @@ def scatter_siblings(topology: Topology, y_gd: Array) -> Array:
     if size == 1:
         return y_gd
     me, t = local_index(topology), y_gd.shape[0] // size
-    if kernels_cpu.usable():
+    if native.usable():
         first = (me * t).astype(jnp.int32)
         return siblings_cpu.sum_rows(me, size, y_gd, first, jnp.int32(t), t)
     total = lax.dynamic_slice_in_dim(y_gd, me * t, t)
@@ -109,7 +109,7 @@ def sum_at_gateway(topology: Topology, y_rd: Array, count: Array) -> Array:
 
     if topology.siblings == 1:
         return y_rd
-    if kernels_cpu.usable():
+    if native.usable():
         me = local_index(topology)
         mine = jnp.where(me == 0, count, 0).astype(jnp.int32)
         return siblings_cpu.sum_rows(me, topology.siblings, y_rd, jnp.int32(0), mine, y_rd.shape[0])

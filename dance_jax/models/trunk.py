@@ -16,7 +16,7 @@ from flax import nnx
 from dance_jax.models.attention import Angles, GroupedAttentionLayer, LatentAttentionLayer, Rows
 from dance_jax.models.config import DeltaNet, GroupedAttention, LatentAttention, Mixer, ModelConfig
 from dance_jax.models.delta import DeltaNetLayer, State
-from dance_jax.models.layers import GatedMLP, Linear, RMSNorm, contract, parameter
+from dance_jax.models.layers import GatedMLP, Linear, RMSNorm, Weight, parameter
 from dance_jax.models.rope import rotation
 from dance_jax.models.router import Routed, Router
 
@@ -142,12 +142,12 @@ class Trunk(nnx.Module):
 
     def __init__(self, config: ModelConfig, dtype: jnp.dtype):
         layer = SandwichLayer if config.sandwich else Layer
-        self.config = config
-        self.embedding = parameter((config.vocab_size, config.hidden_size), dtype)
+        self.config, self.dtype = config, dtype
+        self.embedding = Weight(config.hidden_size, config.vocab_size, dtype)
         self.layers = nnx.List([layer(config, index, dtype) for index in range(config.num_layers)])
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, dtype, config.norm_plus_one)
         if not config.tie_embeddings:
-            self.head = parameter((config.vocab_size, config.hidden_size), dtype)
+            self.head = Weight(config.hidden_size, config.vocab_size, dtype)
 
     def __call__(
         self,
@@ -177,7 +177,7 @@ class Trunk(nnx.Module):
             the tokens' entries [t, cache_width] or the rows' states; the records of `moe`, stacked
             over the MoE layers.
         """
-        hidden = jnp.take(self.embedding[...], tokens_t, axis=0, mode="clip")
+        hidden = self.embedding.columns(tokens_t).astype(self.dtype)
         if self.config.embedding_scale != 1.0:
             hidden = (hidden * np.float32(self.config.embedding_scale)).astype(hidden.dtype)
         angles = self._angles(positions_t, context)
@@ -237,7 +237,7 @@ class Trunk(nnx.Module):
     def logits(self, hidden_nd: jax.Array) -> jax.Array:
         """Scores of every token of the vocabulary, float32 [n, vocab_size]."""
         weight = self.embedding if self.config.tie_embeddings else self.head
-        logits = contract("nd,vd->nv", hidden_nd, weight[...])
+        logits = weight(hidden_nd)
         cap = self.config.logit_cap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 

@@ -18,7 +18,7 @@ from flax import nnx
 from tokenizer import BOS, DOMAINS, documents
 from tokenizers import Tokenizer
 
-from dance_jax.models import kernels_cpu
+from dance_jax.models import native
 from dance_jax.models.attention import Rows
 from dance_jax.models.checkpoint import Checkpoint
 from dance_jax.models.convert import convert
@@ -136,7 +136,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as converted:
-        kernels_cpu.load(Path(converted))
+        native.load(Path(converted))
         checkpoint = Checkpoint.open(convert(args.model, Path(converted) / "model"))
         run = window_runner(checkpoint)
     tokenizer = Tokenizer.from_file(str(args.model / "tokenizer.json"))

@@ -55,8 +55,8 @@ def expert_tensors(model: str) -> dict[str, np.ndarray]:
 def read_experts(model: str, pairs: list[tuple[int, int]]):
     """Stands in for a checkpoint: the same weights as `init_random` goes with."""
     config, form = MODELS[model], expert_format(MODELS[model], "float32")
-    found = [random_expert(config, expert_tensors(model), *pair, form) for pair in pairs]
-    return tuple(map(np.stack, zip(*found, strict=True)))
+    tensors = expert_tensors(model)
+    return [(n, random_expert(config, tensors, *pair, form)) for n, pair in enumerate(pairs)]
 
 
 def runner(
@@ -92,10 +92,9 @@ def weights_of(layout: Layout, rank: int) -> dict[tuple[int, int], tuple[np.ndar
     for device in range(layout.devices[rank]):
         table = layout.experts_of(rank, device)
         used = np.flatnonzero(table[:, 0] >= 0).tolist()
-        if used:
-            stacks = read_experts("latent", [tuple(table[slot]) for slot in used])
-            found |= {(device, slot): each for slot, *each in zip(used, *stacks, strict=True)}
-    return {place: tuple(each) for place, each in found.items()}
+        experts = read_experts("latent", [tuple(table[slot]) for slot in used])
+        found |= {(device, used[place]): weights for place, weights in experts}
+    return found
 
 
 @contextlib.contextmanager

@@ -27,12 +27,12 @@ jax.distributed.initialize(f"127.0.0.1:{PORT}", len(DEVICES), RANK)
 
 from dance_jax.engine.runner import Runner, cluster_mesh  # noqa: E402
 from dance_jax.engine.staging import Staging, new_slots  # noqa: E402
-from dance_jax.models import kernels_cpu, links_cpu  # noqa: E402
+from dance_jax.models import links_cpu, native  # noqa: E402
 from dance_jax.models.collectives import Collectives  # noqa: E402
 from dance_jax.models.topology import AXIS  # noqa: E402
 from tests.cluster import tiny  # noqa: E402
 
-kernels_cpu.register(sys.argv[4] or None)
+native.register(sys.argv[4] or None)
 mesh = cluster_mesh(DEVICES)
 everyone = jax.shard_map(
     lambda: jax.lax.psum(jnp.ones(()), AXIS), mesh=mesh, in_specs=(), out_specs=PartitionSpec()
@@ -60,8 +60,7 @@ while True:
         else:
             runners[variant] = tiny.runner(layout, RANK, transports[variant[0]], *variant[1:])
         staging = Staging(layout, RANK, runners[variant].form)
-        pool = runners[variant].pool
-        reply = [[shard.data.shape for shard in leaf.addressable_shards] for leaf in pool]
+        reply = runners[variant].pools.bytes
     elif command[0] == "level router":
         if command[1]:
             leveled.enter_context(tiny.level_router(runners[variant]))
@@ -79,14 +78,14 @@ while True:
         reply = staging.drop(command[1]) if RANK in command[2] else None
     elif command[0] == "pool":
         places = tiny.weights_of(staging.layout, RANK)
-        reply = {place: runners[variant].read_slot(*place) for place in places}
+        reply = {place: runners[variant].pools.read(*place) for place in places}
     elif command[0] == "counters":
         reply = links_cpu.counters(len(DEVICES))
     else:
         reply = tiny.run(runners[variant], command[1][RANK], staging.tell())
         if number := reply[0]["loaded"]:
             batch = staging.take(number)
-            runners[variant].write_slots(batch.writes)
+            runners[variant].pools.write(batch.writes)
             runners[variant].use_tables(batch.layout)
     pickle.dump(reply, replies)
     replies.flush()

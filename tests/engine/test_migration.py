@@ -15,8 +15,9 @@ import pytest
 from dance_jax.config import EngineConfig
 from dance_jax.engine.engine import Engine
 from dance_jax.engine.output import OutputCollector
+from dance_jax.engine.pools import ArrayPools, SlotWrite
 from dance_jax.engine.sequence import Request, SamplingParams
-from dance_jax.engine.slots import SlotWrite
+from dance_jax.models import native
 from dance_jax.models.checkpoint import Checkpoint
 from dance_jax.models.tokenizer import Tokenizer
 from dance_jax.placement.core import Layout, Placement, spread
@@ -77,14 +78,14 @@ def loads(checkpoint: Checkpoint, engine: Engine, old: Layout, new: Layout):
     slots = np.flatnonzero((was != now).any(1) & (now[:, 0] >= 0)).tolist()
     assert slots
     pairs = [tuple(now[slot].tolist()) for slot in slots]
-    stacks = checkpoint.experts(pairs, engine.form)
-    return {(0, slot): each for slot, *each in zip(slots, *stacks, strict=True)}
+    experts = checkpoint.experts(pairs, engine.form)
+    return {(0, slots[place]): weights for place, weights in experts}
 
 
 def stage(checkpoint: Checkpoint, engine: Engine, number: int, seed: int, most: int) -> None:
     new = shuffled(engine.layout, seed, most)
     experts = loads(checkpoint, engine, engine.layout, new)
-    engine.stage(number, new, {place: tuple(each) for place, each in experts.items()})
+    engine.stage(number, new, experts)
 
 
 def check_pool(checkpoint: Checkpoint, engine: Engine) -> None:
@@ -95,10 +96,9 @@ def check_pool(checkpoint: Checkpoint, engine: Engine) -> None:
     reader.start()
     reader.join()
     assert len(found) == len(pairs)
-    for ours, theirs in zip(
-        zip(*found, strict=True), checkpoint.experts(pairs, engine.form), strict=True
-    ):
-        np.testing.assert_array_equal(np.stack(ours), theirs)
+    for place, wanted in checkpoint.experts(pairs, engine.form):
+        for ours, theirs in zip(found[place], wanted, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
 
 
 REQUESTS = {str(n): np.random.default_rng(n).integers(2, 258, 5 + 4 * n).tolist() for n in range(6)}
@@ -209,29 +209,33 @@ def test_costs_are_measured(engine: Engine):
 @dtypes
 def test_slots_are_written_in_place(checkpoint: Checkpoint, dtype: str):
     """Neither the compiled write nor the call of it copies the pool."""
-    runner = start(checkpoint, dtype).runner
-    text = runner.lower_write_slot().compile().as_text()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "usable", lambda: False)
+        runner = start(checkpoint, dtype).runner
+    pools = runner.pools
+    assert isinstance(pools, ArrayPools)
+    text = pools.lower_write().compile().as_text()
     assert text is not None
-    shapes = {shape for leaf in runner.pool for shape in (leaf.shape, leaf.shape[1:])}
+    shapes = {shape for leaf in pools.argument for shape in (leaf.shape, leaf.shape[1:])}
     forbidden = "|".join(",".join(map(str, shape)) for shape in shapes)
     assert re.search(rf"\[({forbidden})\]", text), "the pool is in the program"
     assert not re.search(rf"= \w+\[({forbidden})\]\S* copy\(", text)
     assert not re.search(rf"\w+\[({forbidden})\][^=]* copy-start\(", text)
     aliased = re.search(r"input_output_alias=\{(.*?)\}, entry", text)
     assert aliased is not None and (
-        len(re.findall("(?:may|must)-alias", aliased[1])) == len(runner.pool)
+        len(re.findall("(?:may|must)-alias", aliased[1])) == len(pools.argument)
     )
 
     def places() -> list[int]:
-        return [leaf.addressable_shards[0].data.unsafe_buffer_pointer() for leaf in runner.pool]
+        return [leaf.addressable_shards[0].data.unsafe_buffer_pointer() for leaf in pools.argument]
 
-    runner.compile_slots()
-    before, neighbour = places(), runner.read_slot(0, 8)
+    pools.warm_up()
+    before, neighbour = places(), pools.read(0, 8)
     fresh = tuple(np.full_like(leaf, 2) for leaf in runner.form.empty())
-    runner.write_slots([[SlotWrite(slot, fresh) for slot in (7, 9)]])
+    pools.write([[SlotWrite(slot, fresh) for slot in (7, 9)]])
     assert places() == before
     for slot, wanted in ((7, fresh), (8, neighbour), (9, fresh)):
-        for ours, theirs in zip(runner.read_slot(0, slot), wanted, strict=True):
+        for ours, theirs in zip(pools.read(0, slot), wanted, strict=True):
             np.testing.assert_array_equal(ours, theirs)
             assert ours.dtype == theirs.dtype
     assert {leaf.dtype.name for leaf in fresh} == {dtype, "float32"}

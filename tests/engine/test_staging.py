@@ -9,13 +9,15 @@ import pytest
 
 from dance_jax.engine.staging import Experts, Staging, new_slots
 from dance_jax.models.experts import ExpertFormat
+from dance_jax.models.formats import WeightFormat
 from dance_jax.models.layers import SILU
 from dance_jax.placement.core import Layout, Placement, spread
 from dance_jax.placement.migration import SlotChange, changed
 
 LAYERS, EXPERTS = 2, 4
 #: With leaves of two types.
-FORM = ExpertFormat(3, 2, "bfloat16", SILU, bias=True)
+HALF = WeightFormat("bfloat16")
+FORM = ExpertFormat(3, 2, HALF, HALF, HALF, SILU, bias=True)
 RANK = 1
 
 
@@ -80,13 +82,14 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(staging: Staging, layou
     one = gains(layout, 0, 0, 0, 0)
     two = gains(one, 1, 0, 0, 1)
     other = dataclasses.replace(layout, slots_per_device=(8, 4))
+    wide = dataclasses.replace(FORM, gate=WeightFormat("float32"))
     wrong_shape = {(0, 0): tuple(np.zeros((2, 2), np.float32) for _ in FORM.leaves)}
     for new, experts, wrong in [
         (other, weights(), "other servers or another model"),
         (two, weights((0, 0)), r"no weights for \(device, slot\) \(1, 0\)"),
         (one, weights((0, 0), (1, 0)), "device 1, slot 0: its layout has no expert there"),
         (one, weights((0, 0), (1, 9)), "no such slot"),
-        (one, weights((0, 0), form=dataclasses.replace(FORM, dtype="float32")), "weights are"),
+        (one, weights((0, 0), form=wide), "weights are"),
         (one, wrong_shape, "weights are"),
     ]:
         with pytest.raises(ValueError, match=wrong):

@@ -12,7 +12,7 @@ import pytest
 
 from dance_jax.engine.compile_cache import CompileCache
 from dance_jax.engine.runner import Runner
-from dance_jax.models import kernels_cpu
+from dance_jax.models import native
 from dance_jax.placement.core import Placement, spread
 from tests.cluster import tiny
 
@@ -25,7 +25,7 @@ def alone(request: pytest.FixtureRequest, expert_library: pathlib.Path | None) -
     layout = spread(Placement(resident), [1], [tiny.LAYERS * tiny.EXPERTS])
     with pytest.MonkeyPatch.context() as patch:
         if in_jax:
-            patch.setattr(kernels_cpu, "usable", lambda: False)
+            patch.setattr(native, "usable", lambda: False)
         yield tiny.runner(layout, 0, model=model, compile_cache=CompileCache(None))
 
 
@@ -51,7 +51,9 @@ def test_pool_and_cache_are_not_copied(alone: Runner, bucket: tuple[int, int]) -
     assert all(name.startswith(("dance_jax.", "TopK")) for name in called), called
     copied = set(_copies(text))
     assert copied, "the pattern no longer finds any copy"
-    assert not copied & _forbidden([*alone.pool, *jax.tree.leaves(alone.memory.cache)])
+    assert not copied & _forbidden(
+        [*jax.tree.leaves(alone.pools.argument), *jax.tree.leaves(alone.memory.cache)]
+    )
 
 
 def test_memory_is_updated_in_place(alone: Runner) -> None:

@@ -25,6 +25,7 @@ from dance_jax.models.convert import ensure_converted
 from dance_jax.models.random_weights import write_random_checkpoint
 from dance_jax.models.tokenizer import Tokenizer
 from tests.quick import QuickCache
+from tests.stacks import stacked
 
 #: Prompt and output of the longest request below; 12 blocks of 8 positions.
 CONTEXT = 96
@@ -69,7 +70,7 @@ class Naive:
         config = checkpoint.config
         experts = range(config.num_experts)
         pairs = [(layer, e) for layer in range(len(config.moe_layers)) for e in experts]
-        pool = tuple(map(jnp.asarray, checkpoint.experts(pairs, checkpoint.form("float32"))))
+        pool = tuple(map(jnp.asarray, stacked(checkpoint, pairs)))
         form = checkpoint.form("float32")
         graph, state = nnx.split(checkpoint.trunk("float32"))
         nothing = [layer_cache(layer.mixer, ENGINE, 0) for layer in config.layers]

@@ -15,6 +15,7 @@ from dance_jax.launch.protocol import Load, Stage
 from dance_jax.models.checkpoint import Checkpoint
 from dance_jax.models.convert import ensure_converted
 from dance_jax.models.random_weights import write_random_checkpoint
+from tests.stacks import stacked
 from tests.tiny_models import DEEPSEEK
 
 #: Large enough that what describes the arrays is little beside them.
@@ -50,7 +51,7 @@ def test_only_what_moves_is_read(checkpoint: Checkpoint) -> None:
     assert loaded.why == "" and loaded.seconds > 0
     assert set(loaded.experts) == {(0, 3), (1, 0), (0, 1)}
     for each in LOADS:
-        expected = checkpoint.experts([(each.layer, each.expert)], checkpoint.form("float32"))
+        expected = stacked(checkpoint, [(each.layer, each.expert)])
         for ours, theirs in zip(loaded.experts[each.device, each.slot], expected, strict=True):
             np.testing.assert_array_equal(ours, theirs[0])
     needed = len(LOADS) * checkpoint.expert_bytes("float32")

@@ -22,16 +22,19 @@ from dance_jax.launch.protocol import Load, Stage
 from dance_jax.models.checkpoint import Checkpoint
 from dance_jax.models.convert import ensure_converted
 from dance_jax.models.experts import ExpertFormat
+from dance_jax.models.formats import WeightFormat
 from dance_jax.models.layers import SILU
 from dance_jax.models.random_weights import write_random_checkpoint
 from tests.launch.test_loading import first, load
+from tests.stacks import stacked
 from tests.tiny_models import DEEPSEEK
 
 NAMES = ("alpha", "beta", "gamma")
 #: What gamma, which has no copy of the model, loads: of both layers, not in order.
 PAIRS = [(1, 3), (0, 5), (1, 0), (0, 2), (0, 7), (1, 6), (0, 1)]
 #: Of what `held` finds.
-FORM = ExpertFormat(2, 3, "bfloat16", SILU, bias=False)
+HALF = WeightFormat("bfloat16")
+FORM = ExpertFormat(2, 3, HALF, HALF, HALF, SILU, bias=False)
 LIKES: list[Like] = [(leaf.shape, leaf.dtype) for leaf in FORM.leaves.values()]
 
 
@@ -45,7 +48,7 @@ def held(layer: int, expert: int):
 
 def pool() -> Find:
     """Of a server that is warm."""
-    shelf = Shelf(None, FORM)
+    shelf = Shelf(None, "bfloat16")
     shelf.held = held
     return shelf.find
 
@@ -96,7 +99,7 @@ def test_moved_experts_come_from_those_that_hold_them(three: list[Peers]) -> Non
 def test_what_a_server_does_not_have(three: list[Peers]) -> None:
     """It says why, and goes on to answer."""
     three[1].answer(pool())
-    three[2].answer(Shelf(None, FORM).find)
+    three[2].answer(Shelf(None, "bfloat16").find)
     failed = load(reader(three[0]), [Load(0, 0, 1, 9, 1)])
     assert "server beta cannot send expert 9 of MoE layer 1: it is not resident" in failed.why
     assert load(reader(three[0]), [Load(0, 0, 1, 8, 1)]).why == ""
@@ -157,8 +160,8 @@ def test_what_can_go_wrong(
 class Source:
     """Answers as `Shelf` does, and notes what it is asked."""
 
-    def __init__(self, checkpoint: Checkpoint, form: ExpertFormat) -> None:
-        self._shelf = Shelf(checkpoint, form)
+    def __init__(self, checkpoint: Checkpoint, dtype: str) -> None:
+        self._shelf = Shelf(checkpoint, dtype)
         self.asked: list[Question] = []
         #: Called before the first answer.
         self.before: Callable[[], object] = lambda: None
@@ -178,10 +181,10 @@ def test_a_whole_model_from_others(
     form = checkpoint.form(dtype)
     monkeypatch.setattr(peer_weights, "PORTION_BYTES", 2 * form.bytes)
     together = threading.Barrier(2, timeout=60)
-    sources = [Source(checkpoint, form) for _ in range(2)]
+    sources = [Source(checkpoint, dtype) for _ in range(2)]
     for source, each in zip(sources, three, strict=False):
         each.answer(source.find)
-    weights = PeerWeights(checkpoint.config, three[2], [0, 1])
+    weights = PeerWeights(checkpoint.config, checkpoint.formats, three[2], [0, 1])
     ours, theirs = (nnx.to_flat_state(nnx.state(w.trunk(dtype))) for w in (weights, checkpoint))
     for (our_path, our), (their_path, their) in zip(ours, theirs, strict=True):
         assert our_path == their_path and our.get_value().dtype == their.get_value().dtype
@@ -190,8 +193,8 @@ def test_a_whole_model_from_others(
     for source in sources:
         source.asked.clear()
         source.before = together.wait
-    found = weights.experts(PAIRS, form)
-    for our, their in zip(found, checkpoint.experts(PAIRS, form), strict=True):
+    found = form.stacked(len(PAIRS), weights.experts(PAIRS, form))
+    for our, their in zip(found, stacked(checkpoint, PAIRS, dtype), strict=True):
         assert our.dtype == their.dtype
         np.testing.assert_array_equal(our, their)
     asked = [question for source in sources for question in source.asked]
@@ -211,8 +214,8 @@ def test_a_torn_copy_elsewhere(
     shutil.copytree(checkpoint.path, copy)
     torn = Checkpoint.open(copy)
     shutil.rmtree(copy / "experts" / "1")
-    three[1].answer(Shelf(torn, torn.form("float32")).find)
-    weights = PeerWeights(checkpoint.config, three[2], [1])
+    three[1].answer(Shelf(torn, "float32").find)
+    weights = PeerWeights(checkpoint.config, checkpoint.formats, three[2], [1])
     assert len(jax.tree.leaves(nnx.state(weights.trunk("float32")))) > 10
     with pytest.raises(LookupError, match=rf"server beta cannot send experts .* {copy}.*torn"):
-        weights.experts(PAIRS, checkpoint.form("float32"))
+        list(weights.experts(PAIRS, checkpoint.form("float32")))

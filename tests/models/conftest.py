@@ -48,7 +48,7 @@ def dense_moe(form, pools):
         leaves = {name: jnp.asarray(stack)[layer] for name, stack in stacks.items()}
 
         def product(spec, rows, part):
-            found = jnp.einsum(spec, rows, leaves[f"w_{part}"])
+            found = jnp.einsum(spec, rows, leaves[f"w_{part}.values"])
             return found + leaves[f"b_{part}"][:, None] if form.bias else found
 
         x_td = x_td.astype(jnp.float32)
@@ -70,7 +70,7 @@ class Runner:
 
     def __init__(self, model, moe, rows=1, length=256, context=256):
         graph, state = nnx.split(model)
-        config, dtype = model.config, model.embedding.get_value().dtype
+        config, dtype = model.config, model.dtype
 
         @functools.partial(jax.jit, compiler_options=QUICK)
         def step(state, tokens, batch, cached):

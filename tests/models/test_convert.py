@@ -23,6 +23,7 @@ from dance_jax.models.hf import HFDirectory
 from dance_jax.models.random_weights import write_random_checkpoint
 from dance_jax.models.tokenizer import Tokenizer
 from tests.launch.launched import free_ports
+from tests.stacks import stacked
 from tests.tiny_models import DEEPSEEK, MIXTRAL
 
 
@@ -66,25 +67,23 @@ def finish(process, timeout=120):
 def test_experts_equal_the_source(source, converted):
     checkpoint, model = Checkpoint.open(converted), HFDirectory(source)
     pairs = [(1, 7), (0, 0), (1, 0), (1, 7)]
-    gate, up, down = checkpoint.experts(pairs, checkpoint.form("float32"))
+    gate, up, down = stacked(checkpoint, pairs)
     assert gate.shape == up.shape == (4, 128, 256) and down.shape == (4, 256, 128)
     for row, (layer, expert) in enumerate(pairs):
         for pool, name in ((gate, "gate_proj"), (up, "up_proj"), (down, "down_proj")):
             tensor = model.tensors[f"model.layers.{layer + 1}.mlp.experts.{expert}.{name}.weight"]
-            np.testing.assert_array_equal(pool[row], tensor.read().T.astype(np.float32))
-    same = checkpoint.experts(pairs[:1], checkpoint.form("bfloat16"))
-    assert same[0].dtype == ml_dtypes.bfloat16
-    np.testing.assert_array_equal(same[0][0].astype(np.float32), gate[0])
-    assert checkpoint.experts([], checkpoint.form("float32"))[0].shape == (0, 128, 256)
+            np.testing.assert_array_equal(pool[row], tensor.read().T)
+    assert gate.dtype == ml_dtypes.bfloat16, "as they are stored"
+    assert stacked(checkpoint, [])[0].shape == (0, 128, 256)
     for pair in ((2, 0), (0, 8), (-1, 0)):
         with pytest.raises(UserError, match="there is no expert"):
-            checkpoint.experts([pair], checkpoint.form("float32"))
+            stacked(checkpoint, [pair])
 
 
 def test_sizes(converted):
     checkpoint = Checkpoint.open(converted)
-    assert checkpoint.expert_bytes("float32") == 3 * 128 * 256 * 4
-    assert checkpoint.expert_bytes("bfloat16") == 3 * 128 * 256 * 2
+    for dtype in ("float32", "bfloat16"):  # of activations: weights stay as they are stored
+        assert checkpoint.expert_bytes(dtype) == 3 * 128 * 256 * 2
     import jax
     from flax import nnx
 
@@ -97,9 +96,9 @@ def test_one_expert_reads_one_expert(converted):
         return int(pathlib.Path("/proc/self/io").read_text().split()[1])
 
     checkpoint = Checkpoint.open(converted)
-    checkpoint.experts([(1, 2)], checkpoint.form("bfloat16"))
+    stacked(checkpoint, [(1, 2)])
     before = read_bytes()
-    checkpoint.experts([(0, 3)], checkpoint.form("bfloat16"))
+    stacked(checkpoint, [(0, 3)])
     used = read_bytes() - before
     size = checkpoint.expert_bytes("bfloat16")
     print(f"read {used} bytes for an expert of {size}")
@@ -111,11 +110,9 @@ def test_experts_are_read_beside_an_event_loop(converted):
     checkpoint = Checkpoint.open(converted)
 
     async def cell():
-        return checkpoint.experts([(0, 1)], checkpoint.form("float32"))
+        return stacked(checkpoint, [(0, 1)])
 
-    for found, expected in zip(
-        asyncio.run(cell()), checkpoint.experts([(0, 1)], checkpoint.form("float32")), strict=True
-    ):
+    for found, expected in zip(asyncio.run(cell()), stacked(checkpoint, [(0, 1)]), strict=True):
         np.testing.assert_array_equal(found, expected)
 
 
@@ -158,7 +155,7 @@ def test_bytes_flipped_on_disk_are_noticed_when_read(converted, tmp_path):
     for path in (copy / "experts" / "0").rglob("d/*"):
         path.write_bytes(b"\0" * path.stat().st_size)
     with pytest.raises(UserError, match="torn"):
-        checkpoint.experts([(0, 0)], checkpoint.form("float32"))
+        stacked(checkpoint, [(0, 0)])
 
 
 def test_small_groups_hold_the_same_weights(source, converted, tmp_path, monkeypatch):
@@ -169,8 +166,8 @@ def test_small_groups_hold_the_same_weights(source, converted, tmp_path, monkeyp
     one = Checkpoint.open(converted)
     pairs = [(layer, expert) for layer in range(2) for expert in range(8)]
     for left, right in zip(
-        several.experts(pairs, one.form("float32")),
-        one.experts(pairs, one.form("float32")),
+        stacked(several, pairs),
+        stacked(one, pairs),
         strict=True,
     ):
         np.testing.assert_array_equal(left, right)
@@ -347,7 +344,7 @@ def test_one_process_of_a_distributed_job_loads_alone(converted):
         if rank == 1:
             checkpoint = Checkpoint.open(sys.argv[3])
             checkpoint.trunk("float32")
-            checkpoint.experts([(0, 1), (1, 5)], checkpoint.form("float32"))
+            stacked(checkpoint, [(0, 1), (1, 5)])
             print("loaded", flush=True)
         else:
             sys.stdin.read()

@@ -7,38 +7,85 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dance_jax.models import kernels_cpu
+from dance_jax.models import native
 from dance_jax.models.config import Activation
-from dance_jax.models.experts import ExpertFormat, Pool, block_rows, grouped_ffn, ragged_ffn
-from dance_jax.models.layers import SILU, GatedMLP, matmul
+from dance_jax.models.experts import ExpertFormat, block_rows, grouped_ffn, ragged_ffn
+from dance_jax.models.formats import ROUNDED, WeightFormat
+from dance_jax.models.kernels_cpu import NativePool
+from dance_jax.models.layers import SILU, GatedMLP
 
 D, F = 8, 12
+HALF = WeightFormat("bfloat16")
+Kept = tuple[WeightFormat, WeightFormat, WeightFormat]
 #: Plain experts; gpt-oss's; one with the other activation.
 KINDS = ((SILU, False), (Activation("clamped", 1.702, 1.5), True), (Activation("gelu"), False))
 
 
-def make_format(kind: int = 0, d: int = D, f: int = F, dtype: str = "float32") -> ExpertFormat:
-    return ExpertFormat(d, f, dtype, *KINDS[kind])
+#: Formats of gate, up and down.
+MIXED = (ROUNDED["int4"], ROUNDED["int4"], ROUNDED["int8"])
 
 
-def make_pool(form: ExpertFormat, slots: int) -> Pool:
+def make_format(
+    kind: int = 0, d: int = D, f: int = F, dtype: str = "float32", kept: Kept | None = None
+) -> ExpertFormat:
+    kept = kept or (WeightFormat(dtype),) * 3
+    kept = tuple(each if each.fits(d) and each.fits(f) else HALF for each in kept)
+    return ExpertFormat(d, f, *kept, *KINDS[kind])
+
+
+def make_experts(form: ExpertFormat, slots: int) -> list[dict[str, np.ndarray]]:
+    """Arrays of the leaves, by their names."""
     rng = np.random.default_rng(slots)
+    experts = []
+    for _ in range(slots):
+        own = {}
+        for name, (kept, *shape) in form.matrices.items():
+            arrays = kept.quantise(rng.normal(size=shape).astype(np.float32))
+            own |= {f"{name}.{array}": values for array, values in arrays.items()}
+        for name, leaf in form.leaves.items():
+            if name not in own:
+                own[name] = rng.normal(size=leaf.shape).astype(np.float32)
+        experts.append(own)
+    return experts
+
+
+def make_pool(form: ExpertFormat, slots: int) -> tuple[jax.Array, ...]:
+    experts = make_experts(form, slots)
     return tuple(
-        jnp.asarray(rng.normal(size=(slots, *leaf.shape)), leaf.dtype)
-        for leaf in form.leaves.values()
+        jnp.stack([each[name] for each in experts])
+        if experts
+        else jnp.zeros((0, *leaf.shape), leaf.dtype)
+        for name, leaf in form.leaves.items()
     )
+
+
+def native_pool(form: ExpertFormat, slots: int) -> NativePool:
+    """The same experts in the library's memory."""
+    forms = (form.gate, form.up, form.down)
+    pool = NativePool(form.d, form.f, form.activation, forms, form.bias, slots)
+    for slot, own in enumerate(make_experts(form, slots)):
+        pool.put(slot, [own[name] for name in form.leaves])
+    return pool
 
 
 def dense(form, pool, x_nd: np.ndarray, slot_nk: np.ndarray, weight_nk: np.ndarray) -> np.ndarray:
     """Float64, one assignment at a time."""
-    leaves = dict(zip(form.leaves, (np.asarray(w, np.float64) for w in pool), strict=True))
+    leaves = dict(zip(form.leaves, map(np.asarray, pool), strict=True))
     out = np.zeros(x_nd.shape)
 
     def product(x, part, slot):
-        return x @ leaves[f"w_{part}"][slot] + (leaves[f"b_{part}"][slot] if form.bias else 0)
+        kept, d_in, _ = form.matrices[f"w_{part}"]
+        arrays = {
+            name.partition(".")[2]: leaf[slot]
+            for name, leaf in leaves.items()
+            if name.startswith(f"w_{part}.")
+        }
+        found = x @ kept.dequantise(arrays, d_in).astype(np.float64)
+        return found + (leaves[f"b_{part}"][slot] if form.bias else 0)
 
     for n, k in np.argwhere(slot_nk >= 0):
         slot, x = slot_nk[n, k], x_nd[n].astype(np.float64)
@@ -58,7 +105,7 @@ def dense(form, pool, x_nd: np.ndarray, slot_nk: np.ndarray, weight_nk: np.ndarr
 
 
 @functools.cache
-def compiled(kind: int, block: int | None):
+def lowered(kind: int, block: int | None):
     """The loop over blocks; None: the library's grouped product."""
     form = make_format(kind)
     if block is None:
@@ -82,7 +129,7 @@ def test_equals_one_dense_ffn_per_assignment(seed, block, absent, skewed, kind):
     slot_nk = rng.integers(0, 1 if skewed else 5, (n, k)).astype(np.int32)
     slot_nk[rng.random((n, k)) < absent] = -1
     weight_nk = rng.random((n, k)).astype(np.float32)
-    y_nd = compiled(kind, block)(pool, x_nd, slot_nk, weight_nk)
+    y_nd = lowered(kind, block)(pool, x_nd, slot_nk, weight_nk)
     assert y_nd.dtype == jnp.float32
     expected = dense(form, pool, x_nd, slot_nk, weight_nk)
     np.testing.assert_allclose(y_nd, expected, rtol=1e-4, atol=1e-4)
@@ -95,60 +142,70 @@ def test_equals_one_dense_ffn_per_assignment(seed, block, absent, skewed, kind):
     sizes=st.sampled_from([(8, 12), (19, 5), (1, 1), (64, 33)]),
     slots=st.sampled_from([1, 5, 40]),
     absent=st.sampled_from([0.0, 0.5, 1.0]),
+    kept=st.sampled_from([None, (HALF,) * 3, MIXED, (ROUNDED["mxfp4"],) * 3]),
     dtype=st.sampled_from(["float32", "bfloat16"]),
     kind=st.integers(0, 2),
 )
-def test_in_cpp_it_is_the_same(expert_library, seed, rows, sizes, slots, absent, dtype, kind):
-    assert kernels_cpu.usable() == (expert_library is not None)
+def test_in_cpp_and_in_jax_it_is_the_same(
+    compiled, seed, rows, sizes, slots, absent, kept, dtype, kind
+):
     rng = np.random.default_rng(seed)
-    form = make_format(kind, *sizes, dtype)
-    pool = make_pool(form, slots)
+    form = make_format(kind, *sizes, "float32", kept)
+    pool, library = make_pool(form, slots), native_pool(form, slots)
     x_nd = jnp.asarray(rng.normal(size=(rows, sizes[0])), dtype)
     slot_nk = rng.integers(0, slots, (rows, 3)).astype(np.int32)
     slot_nk[rng.random((rows, 3)) < absent] = -1
     weight_nk = rng.random((rows, 3)).astype(np.float32)
-    y_nd = form.ffn(pool, x_nd, slot_nk, weight_nk, slots)
-    assert y_nd.dtype == jnp.float32
     expected = dense(form, pool, np.asarray(x_nd), slot_nk, weight_nk)
-    # in JAX the hidden activations are rounded to the dtype
-    exact = expert_library is not None or dtype == "float32"
-    tolerance = (1e-4 if exact else 3e-2) * (1 + np.abs(expected).max())
-    np.testing.assert_allclose(y_nd, expected, rtol=0, atol=tolerance)
+    number = jnp.int32(library.number)
+    for argument, rounds in ((number, False), (pool, dtype == "bfloat16")):
+        y_nd = form.ffn(argument, x_nd, slot_nk, weight_nk, 1)
+        assert y_nd.dtype == jnp.float32
+        # In JAX weights and hidden activations are rounded to the dtype.
+        tolerance = (3e-2 if rounds else 1e-4) * (1 + np.abs(expected).max())
+        np.testing.assert_allclose(y_nd, expected, rtol=0, atol=tolerance)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     seed=st.integers(0, 2**31),
-    rows=st.sampled_from([1, 2, 3, 7, 12, 61]),
-    sizes=st.sampled_from([(8, 12), (19, 5), (1, 1), (64, 33), (40, 300)]),
-    dtype=st.sampled_from(["float32", "bfloat16"]),
+    rows=st.sampled_from([1, 3, 61]),
+    sizes=st.sampled_from([(8, 12), (19, 5), (64, 33), (40, 300)]),
+    name=st.sampled_from(["float32", "bf16", "int8", "int4", "mxfp4"]),
+    in_cpp=st.booleans(),
 )
-def test_plain_products_in_cpp(expert_library, seed, rows, sizes, dtype):
-    """`matmul` and `GatedMLP` of the trunk; without a compiler XLA's own."""
-    rng = np.random.default_rng(seed)
-    x_nd, w_df = (jnp.asarray(rng.normal(size=shape), dtype) for shape in ((rows, sizes[0]), sizes))
-    expected = np.asarray(x_nd, np.float64) @ np.asarray(w_df, np.float64)
-    found = matmul(x_nd, w_df)
-    assert found.dtype == jnp.float32
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * (1 + np.abs(expected).max()))
-    mlp = GatedMLP(*sizes, jnp.dtype(dtype))
-    form = make_format(0, *sizes, dtype)
-    pool = make_pool(form, 1)
-    for part, weight in zip((mlp.gate, mlp.up, mlp.down), pool, strict=True):
-        part.weight[...] = weight[0]
+def test_products_of_the_trunk(compiled, seed, rows, sizes, name, in_cpp):
+    """`Weight` and `GatedMLP` in any format, in C++ and in JAX."""
+    kept = WeightFormat("float32") if name == "float32" else ROUNDED[name]
+    kept = kept if kept.fits(sizes[0]) and kept.fits(sizes[1]) else HALF
+    form = make_format(0, *sizes, kept=(kept,) * 3)
+    x_nd = np.random.default_rng(seed).normal(size=(rows, sizes[0])).astype(np.float32)
+    mlp, pool = GatedMLP(*sizes, jnp.dtype("float32")), make_pool(form, 1)
+    leaves = dict(zip(form.leaves, pool, strict=True))
+    for part in ("gate", "up", "down"):
+        weight = getattr(mlp, part).weight
+        weight.keep_as(kept)
+        for array in kept.arrays(weight.d_in, weight.d_out):
+            getattr(weight, array)[...] = leaves[f"w_{part}.{array}"][0]
     only = np.zeros((rows, 1), np.int32)
-    expected = dense(form, pool, np.asarray(x_nd), only, np.ones((rows, 1)))
-    exact = expert_library is not None or dtype == "float32"
-    tolerance = (1e-4 if exact else 3e-2) * (1 + np.abs(expected).max())
-    np.testing.assert_allclose(mlp(x_nd), expected, rtol=0, atol=tolerance)
+    expected = dense(form, pool, x_nd, only, np.ones((rows, 1)))
+    arrays = {array: leaves[f"w_gate.{array}"][0] for array in kept.arrays(*sizes)}
+    values = np.asarray(kept.dequantise(arrays, sizes[0]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "usable", lambda: in_cpp)
+        np.testing.assert_allclose(mlp.gate.weight(x_nd), x_nd @ values, rtol=0, atol=1e-4)
+        tolerance = 1e-4 * (1 + np.abs(expected).max())
+        np.testing.assert_allclose(mlp(x_nd), expected, rtol=0, atol=tolerance)
+    chosen = mlp.gate.weight.columns(jnp.array([2, 0]))
+    np.testing.assert_array_equal(chosen, values[:, [2, 0]].T)
 
 
 def test_without_a_compiler_there_is_no_library(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("CXX", "no-such-compiler -pipe")
-    assert kernels_cpu.build(tmp_path) is None
+    assert native.build(tmp_path) is None
     assert "no-such-compiler" in caplog.text
     monkeypatch.setenv("CXX", "false")
-    assert kernels_cpu.build(tmp_path) is None
+    assert native.build(tmp_path) is None
     assert "false failed" in caplog.text
     assert not list(tmp_path.iterdir())
 
@@ -161,7 +218,7 @@ def test_a_device_without_slots_adds_nothing(expert_library):
         for y_nd in (
             grouped_ffn(form, pool, *rows, 4),
             ragged_ffn(form, pool, *rows),
-            form.ffn(pool, *rows, 0),
+            form.ffn(pool, *rows, 1),
         ):
             assert y_nd.shape == (2, D) and not y_nd.any()
 

@@ -1,16 +1,164 @@
-"""The library of C++ kernels: built once where several want it, and its counters."""
+"""Products with weights in the C++ library, in every set of instructions that this machine has."""
 
 from __future__ import annotations
 
+import ctypes
 import pathlib
 import threading
 import time
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from dance_jax.models import kernels_cpu
+from dance_jax.models import kernels_cpu, native
+from dance_jax.models.formats import WeightFormat
+from dance_jax.models.kernels_cpu import NativePool, format_words
 from dance_jax.models.layers import SILU
+from tests.models.test_formats import FORMATS, random
+
+#: With what no quantiser of ours makes.
+ALL = {**FORMATS, "offsets": WeightFormat("int4", 8, "float32", True)}
+#: Inputs, outputs: whole vectors and panels, and what is left of them.
+SIZES = ((64, 512), (200, 75), (136, 33), (264, 16), (8, 1))
+
+
+@pytest.fixture(scope="module")
+def forms(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The library with every set of instructions."""
+    library = native.build(tmp_path_factory.mktemp("all"), native.usable_instructions())
+    assert library is not None
+    symbols = ctypes.CDLL(str(library))
+    symbols.ProductBy.restype = ctypes.c_bool
+    return symbols
+
+
+def arrays_of(form: WeightFormat, d_in: int, d_out: int, seed: int) -> dict[str, np.ndarray]:
+    plain = WeightFormat(form.kind, form.group, form.scale)
+    arrays = plain.quantise(random(d_in, d_out, seed))
+    if form.offset:
+        arrays["offset"] = random(*arrays["scale"].shape, seed + 1).astype(arrays["scale"].dtype)
+    return arrays
+
+
+def product(symbols: ctypes.CDLL, number: int, form: WeightFormat, arrays, x, d_out: int):
+    """x @ w by the n-th set of instructions; None: there is none."""
+
+    def at(*names: str) -> ctypes.c_void_p:
+        found = [arrays[name] for name in names if name in arrays]
+        return ctypes.c_void_p(found[0].ctypes.data if found else None)
+
+    y, words = np.zeros((len(x), d_out), np.float32), format_words([form])
+    sizes = ctypes.c_int64(x.shape[1]), ctypes.c_int64(d_out)
+    there = symbols.ProductBy(
+        ctypes.c_int64(number),
+        ctypes.c_void_p(words.ctypes.data),
+        at("codes", "values"),
+        at("scale"),
+        at("offset"),
+        *sizes,
+        ctypes.c_void_p(x.ctypes.data),
+        ctypes.c_int64(len(x)),
+        ctypes.c_void_p(y.ctypes.data),
+    )
+    return y if there else None
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_instructions_agree_with_numpy_and_with_each_other(
+    compiled: pathlib.Path, forms: ctypes.CDLL, name: str
+) -> None:
+    form = ALL[name]
+    sets = native.usable_instructions()
+    for number, (d_in, d_out) in enumerate(SIZES):
+        arrays = arrays_of(form, d_in, d_out, number)
+        x = random(7, d_in, 100 + number)
+        values = form.dequantise(arrays, d_in)
+        expected = x.astype(np.float64) @ values
+        bound = 1e-6 * (np.abs(x).astype(np.float64) @ np.abs(values)) + 1e-7
+        found = [product(forms, n, form, arrays, x, d_out) for n in range(len(sets))]
+        for each in found:
+            assert each is not None and (np.abs(each - expected) <= bound).all()
+        fused = [each for each, own in zip(found, sets, strict=True) if own.needs]
+        for each in fused:  # to the bit: so a row is the same on every server with fused products
+            np.testing.assert_array_equal(each, fused[0])
+        # A row does not depend on those beside it, nor on how XLA calls.
+        alone = [product(forms, 0, form, arrays, x[r : r + 1], d_out) for r in range(len(x))]
+        np.testing.assert_array_equal(np.concatenate(alone), found[0])
+        in_jax = {n: jnp.asarray(array) for n, array in arrays.items()}
+        np.testing.assert_array_equal(kernels_cpu.linear((form, in_jax), x, d_out), found[0])
+    assert product(forms, len(sets), form, arrays, x, d_out) is None
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    rows=st.sampled_from([1, 2, 5, 40, 200]),
+    sizes=st.sampled_from([(64, 96), (32, 16), (160, 512)]),
+    name=st.sampled_from(["float32", "bf16", "int8", "int4"]),
+    seed=st.integers(0, 2**31),
+)
+def test_a_row_has_the_same_bits_in_any_batch(compiled, rows, sizes, name, seed) -> None:
+    """Of an expert and of a projection by heads, on however many threads."""
+    (d, f), form = sizes, ALL[name]
+    pool = NativePool(d, f, SILU, (form, form, form), False, 3)
+    for slot in range(3):
+        parts = [arrays_of(form, *shape, seed + slot) for shape in ((d, f), (d, f), (f, d))]
+        pool.put(slot, [array for part in parts for array in part.values()])
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((rows, d), dtype=np.float32)
+    slot = rng.integers(-1, 3, (rows, 2)).astype(np.int32)
+    weight = rng.random((rows, 2), dtype=np.float32)
+    number = jnp.int32(pool.number)
+    whole = np.asarray(kernels_cpu.experts(number, x, slot, weight))
+    for row in {0, rows // 2, rows - 1}:
+        own = slice(row, row + 1)
+        alone = kernels_cpu.experts(number, x[own], slot[own], weight[own])
+        np.testing.assert_array_equal(alone[0], whole[row])
+    heads = jax.tree.map(lambda a: jnp.stack([a] * 2), arrays_of(form, d // 2, f, seed))
+    by_head = kernels_cpu.linear((form, heads), x.reshape(rows, 2, d // 2), f)
+    alone = kernels_cpu.linear((form, heads), x[:1].reshape(1, 2, d // 2), f)
+    np.testing.assert_array_equal(alone[0], by_head[0])
+
+
+def test_slots_are_written_while_others_compute(compiled: pathlib.Path) -> None:
+    """What a call reads is one expert or another, never parts of both."""
+    d, f = 64, 64
+    pool = NativePool(d, f, SILU, [WeightFormat("float32")] * 3, False, 1)
+    experts = [[np.full(s, v, np.float32) for s in ((d, f), (d, f), (f, d))] for v in (0.01, 0.02)]
+    call = jax.jit(kernels_cpu.experts)
+    rows = np.ones((4, d), np.float32), np.zeros((4, 1), np.int32), np.ones((4, 1), np.float32)
+    number, wanted = jnp.int32(pool.number), []
+    for expert in experts:
+        pool.put(0, expert)
+        wanted.append(np.asarray(call(number, *rows)))
+    done = threading.Event()
+
+    def write(pool: NativePool) -> None:
+        while not done.is_set():
+            for expert in experts:
+                pool.put(0, expert)
+
+    writer = threading.Thread(target=write, args=(pool,))
+    writer.start()
+    try:
+        for _ in range(200):
+            found = np.asarray(call(number, *rows))
+            assert any((found == each).all() for each in wanted)
+    finally:
+        done.set()
+        writer.join()
+    found = [np.empty_like(part) for part in experts[1]]
+    pool.get(0, found)
+    assert all((a == b).all() for a, b in zip(found, experts[1], strict=True))
+    assert pool.bytes == sum(part.nbytes for part in found)
+    with pytest.raises(IndexError):
+        pool.get(1, found)
+    del pool, writer
+    with pytest.raises(jax.errors.JaxRuntimeError, match="no such pool"):
+        call(number, *rows).block_until_ready()
 
 
 def test_of_several_at_once_one_compiles(
@@ -18,16 +166,16 @@ def test_of_several_at_once_one_compiles(
 ):
     made = []
 
-    def compile_slowly(compiler: list[str], library: pathlib.Path) -> None:
+    def compile_slowly(compiler: list[str], library: pathlib.Path, instructions) -> None:
         time.sleep(0.2)
         library.write_bytes(b"")
         made.append(library)
 
     monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setattr(kernels_cpu, "_compile", compile_slowly)
+    monkeypatch.setattr(native, "_compile", compile_slowly)
     built = []
     threads = [
-        threading.Thread(target=lambda: built.append(kernels_cpu.build(tmp_path))) for _ in range(3)
+        threading.Thread(target=lambda: built.append(native.build(tmp_path))) for _ in range(3)
     ]
     for thread in threads:
         thread.start()
@@ -39,11 +187,15 @@ def test_of_several_at_once_one_compiles(
 
 def test_time_for_routed_experts_is_counted(compiled: pathlib.Path):
     calls, seconds, assignments = before = kernels_cpu.routed_seconds()
-    w_gate, w_down, x_nd = jnp.ones((2, 8, 4)), jnp.ones((2, 4, 8)), jnp.ones((1, 8))
-    kernels_cpu.gated_mlp(SILU, w_gate[0], w_gate[0], w_down[0], x_nd).block_until_ready()
+    form, w_gate, w_down = WeightFormat("float32"), jnp.ones((8, 4)), jnp.ones((4, 8))
+    weights = [(form, {"values": each}) for each in (w_gate, w_gate, w_down)]
+    x_nd = jnp.ones((1, 8))
+    kernels_cpu.gated_mlp(SILU, weights, 4, x_nd).block_until_ready()
     assert kernels_cpu.routed_seconds() == before, "the trunk's are not"
+    pool = NativePool(8, 4, SILU, [form] * 3, False, 2)
+    for slot in range(2):
+        pool.put(slot, [np.ones((8, 4), np.float32)] * 2 + [np.ones((4, 8), np.float32)])
     slot, weight = jnp.array([[1, -1, 0]], jnp.int32), jnp.ones((1, 3))
-    leaves = (w_gate, w_gate, w_down)
-    kernels_cpu.grouped_ffn(SILU, leaves, x_nd, slot, weight).block_until_ready()
+    kernels_cpu.experts(jnp.int32(pool.number), x_nd, slot, weight).block_until_ready()
     now = kernels_cpu.routed_seconds()
     assert (now[0], now[2]) == (calls + 1, assignments + 2) and now[1] > seconds

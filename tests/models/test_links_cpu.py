@@ -242,10 +242,10 @@ TWO_DEVICES = """
 import socket, sys
 import jax, numpy as np
 jax.config.update("jax_num_cpu_devices", 2)
-from dance_jax.models import kernels_cpu, links_cpu
+from dance_jax.models import native, links_cpu
 from jax.sharding import Mesh, PartitionSpec
 from tests.models import test_links_cpu as t
-kernels_cpu.register(sys.argv[1])
+native.register(sys.argv[1])
 with t.listen() as listener:
     there = socket.create_connection(listener.getsockname())
     here, _ = listener.accept()

@@ -5,6 +5,8 @@ import pathlib
 import numpy as np
 import pytest
 
+from tests.stacks import stacked
+
 REFERENCE = pathlib.Path(__file__).parent.parent / "reference"
 #: Each case, and the tokens of a slice of its prompt: whole slices, then single tokens.
 CASES = {
@@ -44,7 +46,7 @@ def test_prefill_and_decode_match_transformers(name, converted_references, make_
     checkpoint = converted_references(name)
     config, form = checkpoint.config, checkpoint.form("float32")
     pools = [
-        checkpoint.experts([(layer, e) for e in range(config.num_experts)], form)
+        stacked(checkpoint, [(layer, e) for e in range(config.num_experts)])
         for layer in range(len(config.moe_layers))
     ]
     moe = make_runner.dense_moe(form, pools)

@@ -104,6 +104,7 @@ def model_config(
         raise UserError(f"{fields.where}: model_type is {kind!r}; supported: {supported}")
     given = {
         "family": kind,
+        "dtype": _dtype(outside, fields),
         "quantization": _quantization(fields),
         "eos_token_ids": _eos_token_ids(fields, generation),
         "bos_token_id": _token(fields, "bos_token_id"),
@@ -137,6 +138,16 @@ def _text(outside: Fields) -> Fields:
     outside.agrees("tie_word_embeddings", fields.raw("tie_word_embeddings"))
     outside.finish()
     return fields
+
+
+def _dtype(*levels: Fields) -> str:
+    """The type that floats of the checkpoint have, by the config; it may be wrong."""
+    for fields in levels:
+        for name in ("dtype", "torch_dtype"):
+            value = str(fields.raw(name)).removeprefix("torch.")
+            if value in ("float32", "bfloat16", "float16"):
+                return value
+    return "float32"
 
 
 def _quantization(fields: Fields) -> str:

@@ -1,0 +1,212 @@
+// Sixteen floats, by the instructions that this file is compiled for. The same operations give the
+// same bits whatever those are: sums and products are rounded once each, or together where `Fma`
+// says so. To be compiled with -ffp-contract=off.
+
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace dance::DANCE_ISA {
+
+constexpr int64_t kLanes = 16;
+
+// The plain form, and what the others fall back on where an operation is rare.
+using Floats = float __attribute__((vector_size(64)));
+using Words = uint32_t __attribute__((vector_size(64)));
+using Signed = int32_t __attribute__((vector_size(64)));
+
+inline float Fma(float a, float b, float c) {
+#if defined(__FP_FAST_FMAF) || defined(__FMA__) || defined(__aarch64__)
+  return __builtin_fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+#if defined(__AVX512F__)
+
+using Vector = __m512;
+inline Vector Fma(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
+inline Vector Load(const float* from) { return _mm512_loadu_ps(from); }
+inline void Store(float* to, Vector value) { _mm512_storeu_ps(to, value); }
+inline Vector Same(float value) { return _mm512_set1_ps(value); }
+inline Vector FromBfloat16(const char* from) {
+  const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+inline Vector FromFloat16(const char* from) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+inline Vector FromInt8(const char* from) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
+}
+
+#elif defined(__AVX2__)
+
+struct Vector {
+  __m256 low, high;
+};
+inline Vector operator*(Vector a, Vector b) { return {a.low * b.low, a.high * b.high}; }
+inline Vector operator+(Vector a, Vector b) { return {a.low + b.low, a.high + b.high}; }
+inline Vector operator-(Vector a, Vector b) { return {a.low - b.low, a.high - b.high}; }
+inline Vector operator/(Vector a, Vector b) { return {a.low / b.low, a.high / b.high}; }
+inline Vector Fma(Vector a, Vector b, Vector c) {
+  return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
+}
+inline Vector Load(const float* from) { return {_mm256_loadu_ps(from), _mm256_loadu_ps(from + 8)}; }
+inline void Store(float* to, Vector value) {
+  _mm256_storeu_ps(to, value.low);
+  _mm256_storeu_ps(to + 8, value.high);
+}
+inline Vector Same(float value) { return {_mm256_set1_ps(value), _mm256_set1_ps(value)}; }
+inline __m128i Bytes(const char* from) {
+  return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+}
+inline __m256 WideBfloat16(__m128i half) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+}
+inline Vector FromBfloat16(const char* from) {
+  return {WideBfloat16(Bytes(from)), WideBfloat16(Bytes(from + 16))};
+}
+inline Vector FromFloat16(const char* from) {
+  return {_mm256_cvtph_ps(Bytes(from)), _mm256_cvtph_ps(Bytes(from + 16))};
+}
+inline Vector FromInt8(const char* from) {
+  const __m128i bytes = Bytes(from);
+  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)),
+          _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)))};
+}
+
+#else
+
+using Vector = Floats;
+inline Vector Fma(Vector a, Vector b, Vector c) {
+  for (int64_t i = 0; i < kLanes; ++i) c[i] = Fma(a[i], b[i], c[i]);
+  return c;
+}
+inline Vector Load(const float* from) {
+  Vector value;
+  std::memcpy(&value, from, sizeof(value));
+  return value;
+}
+inline void Store(float* to, Vector value) { std::memcpy(to, &value, sizeof(value)); }
+inline Vector Same(float value) { return Vector{} + value; }
+inline Vector FromBfloat16(const char* from) {
+  uint16_t halves[kLanes];
+  std::memcpy(halves, from, sizeof(halves));
+  Words bits;
+  for (int64_t i = 0; i < kLanes; ++i) bits[i] = uint32_t{halves[i]} << 16;
+  return reinterpret_cast<Vector>(bits);
+}
+inline Vector FromFloat16(const char* from) {
+  uint16_t halves[kLanes];
+  std::memcpy(halves, from, sizeof(halves));
+  Vector value;
+  for (int64_t i = 0; i < kLanes; ++i) {
+    // The exponent's bias is moved by a product, which is exact for subnormal numbers too.
+    uint32_t bits = (halves[i] & 0x7fffu) << 13;
+    if (bits >= 0x0f800000u) bits |= 0x70000000u;  // infinity and NaN
+    float magnitude;
+    std::memcpy(&magnitude, &bits, sizeof(bits));
+    if (bits < 0x70000000u) magnitude *= 0x1p112f;
+    value[i] = halves[i] & 0x8000u ? -magnitude : magnitude;
+  }
+  return value;
+}
+inline Vector FromInt8(const char* from) {
+  Vector value;
+  for (int64_t i = 0; i < kLanes; ++i) value[i] = static_cast<signed char>(from[i]);
+  return value;
+}
+
+#endif
+
+inline Vector Zero() { return Same(0.0f); }
+
+inline Words Bits(Vector value) {
+  Words bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
+inline Vector OfBits(Words bits) {
+  Vector value;
+  std::memcpy(&value, &bits, sizeof(bits));
+  return value;
+}
+
+// e4m3 as the half with the same bits moved, which is 2^-8 of it; exact.
+inline Vector FromFp8(const char* from) {
+#if defined(__AVX2__)
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  // Sign extension puts the sign where the half has it, and copies of it that the mask removes.
+  const __m256i wide = _mm256_slli_epi16(_mm256_cvtepi8_epi16(bytes), 7);
+  const __m256i half = _mm256_and_si256(wide, _mm256_set1_epi16(static_cast<short>(0xbfff)));
+  alignas(32) char halves[32];
+  _mm256_store_si256(reinterpret_cast<__m256i*>(halves), half);
+#else
+  char halves[2 * kLanes];
+  for (int64_t i = 0; i < kLanes; ++i) {
+    const uint16_t byte = static_cast<unsigned char>(from[i]);
+    const uint16_t half = static_cast<uint16_t>((byte & 0x80) << 8 | (byte & 0x7f) << 7);
+    std::memcpy(halves + 2 * i, &half, sizeof(half));
+  }
+#endif
+  return FromFloat16(halves) * Same(256.0f);
+}
+
+// Powers of two by their exponents with a bias of 127; 0 is 2^-127.
+inline Vector FromE8m0(const char* from) {
+#if defined(__AVX512F__)
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  const __m512i bits = _mm512_slli_epi32(_mm512_cvtepu8_epi32(bytes), 23);
+  return _mm512_castsi512_ps(_mm512_max_epu32(bits, _mm512_set1_epi32(0x00400000)));
+#else
+  Words bits;
+  for (int64_t i = 0; i < kLanes; ++i) {
+    const uint32_t byte = static_cast<unsigned char>(from[i]);
+    bits[i] = byte == 0 ? 0x00400000u : byte << 23;
+  }
+  return OfBits(bits);
+#endif
+}
+
+// e^x to a unit in the last place or two; saturates instead of overflowing.
+inline Vector Exp(Vector x) {
+  constexpr float kMost = 88.0f, kLog2e = 1.44269504088896341f;
+  constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f, kRound = 12582912.0f;
+#if defined(__AVX512F__)
+  x = _mm512_max_ps(_mm512_min_ps(x, Same(kMost)), Same(-kMost));
+#elif defined(__AVX2__)
+  const __m256 most = _mm256_set1_ps(kMost), least = _mm256_set1_ps(-kMost);
+  x = {_mm256_max_ps(_mm256_min_ps(x.low, most), least),
+       _mm256_max_ps(_mm256_min_ps(x.high, most), least)};
+#else
+  for (int64_t i = 0; i < kLanes; ++i) {
+    x[i] = x[i] < kMost ? x[i] : kMost;
+    x[i] = x[i] > -kMost ? x[i] : -kMost;
+  }
+#endif
+  // x = n ln 2 + r; adding 1.5 * 2^23 rounds to the nearest integer, which stays in the low bits.
+  const Vector shifted = Fma(x, Same(kLog2e), Same(kRound));
+  const Vector n = shifted - Same(kRound);
+  Vector r = Fma(n, Same(-kLn2High), x);
+  r = Fma(n, Same(-kLn2Low), r);
+  Vector sum = Same(1.9875691500e-4f);
+  for (const float term : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f,
+                           5.0000001201e-1f}) {
+    sum = Fma(sum, r, Same(term));
+  }
+  sum = Fma(sum * r, r, r) + Same(1.0f);
+  return OfBits(Bits(sum) + (Bits(shifted) << 23));
+}
+
+inline Vector Sigmoid(Vector x) { return Same(1.0f) / (Same(1.0f) + Exp(Zero() - x)); }
+
+}  // namespace dance::DANCE_ISA

@@ -1,0 +1,129 @@
+"""Formats of weights: what they hold, what they round to, and what holds two of them."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dance_jax.config import Rounding, UserError
+from dance_jax.models.formats import (
+    ROUNDED,
+    Formats,
+    Matrix,
+    WeightFormat,
+    common,
+    pack_words,
+    rounded,
+    unpack_words,
+)
+
+FORMATS = {
+    **ROUNDED,
+    "float32": WeightFormat("float32"),
+    "float16": WeightFormat("float16"),
+    "fp8": WeightFormat("fp8", 128, "float32"),
+    "int8 by output": WeightFormat("int8", 96, "float32"),
+    "int8 of GGUF": WeightFormat("int8", 32, "float16"),
+}
+#: The largest error, of the largest weight in a group; of four bits one side has a value less.
+STEP = {"bf16": 2**-8, "int8": 1 / 253, "int4": 1 / 8, "mxfp4": 1 / 4, "fp8": 1 / 16}
+STEP |= {"float32": 0, "float16": 2**-11, "int8 by output": 1 / 253, "int8 of GGUF": 1 / 253}
+
+
+def random(d_in: int, d_out: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((d_in, d_out), dtype=np.float32)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_rounding_finds_near_values(name: str) -> None:
+    form, values = FORMATS[name], random(96, 5)
+    values[:40, 2] = 0
+    arrays = form.quantise(values)
+    likes = form.arrays(96, 5)
+    assert {n: (a.shape, a.dtype) for n, a in arrays.items()} == {
+        n: (like.shape, like.dtype) for n, like in likes.items()
+    }
+    assert form.bytes(96, 5) == sum(array.nbytes for array in arrays.values())
+    found = form.dequantise(arrays, 96)
+    group = form.group or 1
+    for begin in range(0, 96, group):
+        own = slice(begin, begin + group)
+        most = np.abs(values[own]).max(axis=0)
+        assert (np.abs(found[own] - values[own]) <= STEP[name] * most * 1.02).all()
+    # JAX reads the same, and what is exact is kept.
+    in_jax = form.dequantise({n: jnp.asarray(array) for n, array in arrays.items()}, 96)
+    np.testing.assert_array_equal(in_jax, found)
+    np.testing.assert_array_equal(Matrix(form, arrays, 96).to(form).values(), found)
+
+
+def test_four_bit_codes_by_hand() -> None:
+    values = np.arange(-8, 8, dtype=np.float32)[:, None] * 0.5
+    arrays = WeightFormat("int4", 16, "float32").quantise(values)
+    assert arrays["scale"] == [[0.5]]
+    # The first input is in the lowest bits.
+    assert [f"{word:08x}" for word in arrays["codes"][:, 0]] == ["76543210", "fedcba98"]
+    halves = np.array([6, -6, 4, 0.5, -0.5, 0, 1.2, 5], np.float32)[:, None]
+    form = WeightFormat("mxfp4", 32, "e8m0")
+    arrays = form.quantise(halves)
+    assert arrays["scale"] == [[127]]
+    np.testing.assert_array_equal(form.dequantise(arrays, 8)[:, 0], [6, -6, 4, 0.5, -0.5, 0, 1, 4])
+
+
+@given(st.integers(1, 5), st.integers(1, 4), st.integers(0, 2**31))
+def test_words_keep_their_codes(words: int, outputs: int, seed: int) -> None:
+    codes = np.random.default_rng(seed).integers(0, 16, (8 * words, outputs)).astype(np.uint8)
+    np.testing.assert_array_equal(unpack_words(pack_words(codes)), codes)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.lists(st.sampled_from(["int4", "mxfp4", "int8"]), min_size=2, max_size=3),
+    st.lists(st.sampled_from([16, 32, 64]), min_size=3, max_size=3),
+    st.lists(st.booleans(), min_size=3, max_size=3),
+    st.integers(0, 2**31),
+)
+def test_a_common_format_holds_all_without_loss(kinds, groups, offsets, seed) -> None:
+    rng = np.random.default_rng(seed)
+    matrices = []
+    for kind, group, offset in zip(kinds, groups, offsets, strict=False):
+        scale = "e8m0" if kind == "mxfp4" else "float16"
+        plain = WeightFormat(kind, group, scale)
+        arrays = plain.quantise(random(64, 3, seed))
+        if offset and kind != "mxfp4":
+            arrays["offset"] = rng.standard_normal(arrays["scale"].shape).astype(np.float16)
+            plain = WeightFormat(kind, group, scale, True)
+        matrices.append(Matrix(plain, arrays, 64))
+    form = common(matrix.format for matrix in matrices)
+    for matrix in matrices:
+        assert common([form, matrix.format]) == form
+        assert matrix.to(form).format == form
+        np.testing.assert_array_equal(matrix.to(form).values(), matrix.values())
+
+
+def test_formats_have_a_text() -> None:
+    for form in (*FORMATS.values(), WeightFormat("int4", 128, "float32", True)):
+        assert WeightFormat.parse(str(form)) == form
+    for text in ("int4", "int3:32:float16", "int8:32:float64", "int4:32:float16:zero", "float32:1"):
+        with pytest.raises(ValueError, match="no format"):
+            WeightFormat.parse(text)
+    formats = Formats({"w_gate": ROUNDED["int4"]}, {"head": ROUNDED["int8"]})
+    assert Formats.from_json(formats.to_json()) == formats
+
+
+def test_what_users_choose() -> None:
+    half, codes = WeightFormat("bfloat16"), WeightFormat("fp8", 128, "float32")
+    assert rounded("keep", half, 64) == half
+    assert rounded("int4", half, 64) == ROUNDED["int4"]
+    assert rounded("int4", half, 20) == half, "eight codes do not fill a word"
+    assert rounded("int8", half, 20) == ROUNDED["int8"]
+    assert rounded("int4-mixed", half, 64) == ROUNDED["int4"]
+    assert rounded("int4-mixed", half, 64, last=True) == ROUNDED["int8"]
+    assert rounded("int8", codes, 64) == codes, "codes stay"
+    with pytest.raises(UserError, match="experts='int3'"):
+        Rounding("int3")
+    wide = Formats({"w_up": WeightFormat("float32")}, {"head": codes})
+    assert wide.computed_in("float32") == wide
+    assert wide.computed_in("bfloat16") == Formats({"w_up": half}, {"head": codes})
