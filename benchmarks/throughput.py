@@ -182,7 +182,7 @@ class Ours:
             after = runner.counts()
             distinct += int((after > before).sum())
             before = after
-        expert = sum(leaf.nbytes for leaf in runner.pool) / before.size
+        expert = runner.form.bytes
         trunk = sum(leaf.nbytes for leaf in jax.tree.leaves(runner.state))
         width = np.dtype(CONFIG.dtype).itemsize
         embedding = model.vocab_size * model.hidden_size * width
@@ -192,9 +192,12 @@ class Ours:
 
     def parts(self, rows: int) -> dict[str, float]:
         """Share of a decode step's device time by scope, from a trace of a few steps."""
-        runner = self.engine.runner
-        text = runner.compile((rows, 0)).as_text()
-        scopes = dict(_scopes(text))
+        parts = self.engine.runner.compile((rows, 0))
+        scopes = dict(
+            scope
+            for part in (parts.begin, *parts.layers, parts.logits, parts.choose)
+            for scope in _scopes(part.as_text())
+        )
         produced = self._add(prompts(rows, PROMPT, seed=0), TRACED_STEPS + 2)
         self._step(produced)
         self._step(produced)
@@ -204,18 +207,24 @@ class Ours:
                     self._step(produced)
             (path,) = pathlib.Path(directory).rglob("*.trace.json.gz")
             events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+        for event in events:
+            named = event.get("args", {})
+            if "hlo_op" in named:
+                named["hlo_op"] = f"{named['hlo_module']}/{named['hlo_op']}"
         times = self_times(events, scopes)
         total = sum(times.values())
         return {part: times[part] / total for part in sorted(times, key=lambda p: -times[p])}
 
 
 def _scopes(hlo: str) -> Iterator[tuple[str, str]]:
-    """Instruction -> the scope of PARTS it was traced in."""
+    """Module and instruction -> the scope of PARTS it was traced in."""
+    module = re.match(r"HloModule ([^\s,]+)", hlo)
+    assert module is not None
     pattern = re.compile(r'^\s*(?:ROOT )?%?([\w.\-]+) = .*op_name="([^"]*)"', re.MULTILINE)
     for name, path in pattern.findall(hlo):
         for part in reversed(path.split("/")):
             if part in PARTS:
-                yield name, part
+                yield f"{module[1]}/{name}", part
                 break
 
 
@@ -279,22 +288,22 @@ def read_bandwidth() -> float:
 
 
 def host_seconds(ours: Ours, rows: int) -> float:
-    """Seconds of a decode step outside the compiled step: scheduler, transfers, detokenizer."""
+    """Seconds of a decode step outside `Runner.run`: scheduler, detokenizer, counts."""
     runner = ours.engine.runner
-    executable = runner.compile((rows, 0))
+    run = runner.run
     inside: list[float] = []
 
-    def timed(*arguments: Any) -> Any:
+    def timed(*arguments: Any, **named: Any) -> Any:
         began = time.perf_counter()
-        result = jax.block_until_ready(executable(*arguments))
+        result = run(*arguments, **named)
         inside.append(time.perf_counter() - began)
         return result
 
-    runner._executables[rows, 0] = timed
+    runner.run = timed
     try:
         seconds, _ = ours.measure("decode", prompts(rows, PROMPT, seed=0), 16)
     finally:
-        runner._executables[rows, 0] = executable
+        runner.run = run
     return statistics.median(
         whole - step for whole, step in zip(seconds, inside[-len(seconds) :], strict=True)
     )

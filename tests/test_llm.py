@@ -20,6 +20,7 @@ from dance_jax.models.attention import Rows
 from dance_jax.models.checkpoint import Checkpoint
 from dance_jax.models.convert import ensure_converted
 from dance_jax.models.random_weights import write_random_checkpoint
+from tests.forward import forward
 from tests.models.fake_hub import environment, running_hub
 from tests.quick import XLA_FLAGS, QuickCache, cache_directory
 from tests.stacks import stacked
@@ -174,16 +175,16 @@ def test_logprobs_equal_the_plain_model(llm, model, cache_dir):
         inner = inner * jnp.einsum("td,edf->tef", x_td, w_up)
         each_ted = jnp.einsum("tef,efd->ted", inner, w_down)
         chosen_tkd = jnp.take_along_axis(each_ted, expert_tk[:, :, None], axis=1)
-        return jnp.einsum("tkd,tk->td", chosen_tkd, weight_tk), None
+        return jnp.einsum("tkd,tk->td", chosen_tkd, weight_tk)
 
     graph, state = nnx.split(checkpoint.trunk("float32"))
-    cached = [jnp.zeros((1, 1, layer.mixer.cache_width)) for layer in checkpoint.config.layers]
+    cached = [jnp.zeros((1, 192, layer.mixer.cache_width)) for layer in checkpoint.config.layers]
 
     @jax.jit
     def plain(state, tokens):
         trunk = nnx.merge(graph, state)
         whole = Rows.whole(len(tokens))
-        hidden, _, _ = trunk(tokens, whole.positions_t, [whole], cached, moe, len(tokens))
+        hidden, _ = forward(trunk, tokens, [whole], cached, moe, len(tokens))
         return jax.nn.log_softmax(trunk.logits(hidden))
 
     sampled = SamplingParams(

@@ -71,7 +71,7 @@ class Server:
         Args:
             delayed: what the links send takes a while, see delay.py.
         """
-        from dance_jax.models import native, links_cpu
+        from dance_jax.models import links_cpu, native
         from dance_jax.models.collectives import Collectives
 
         from . import delay

@@ -19,10 +19,14 @@ from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from benchmarks.trace import self_times
+from dance_jax.engine.compile_cache import CompileCache
+from dance_jax.engine.pools import make_pools
 from dance_jax.engine.runner import cluster_mesh
+from dance_jax.engine.shards import Shards
 from dance_jax.models import links_cpu
 from dance_jax.models.exchange import Exchange, Tables
 from dance_jax.models.experts import ExpertFormat
+from dance_jax.models.formats import WeightFormat
 from dance_jax.models.layers import SILU
 from dance_jax.models.links_cpu import Counters
 from dance_jax.models.messages import Transport
@@ -88,14 +92,23 @@ class Layers:
         d, f, slots = sizes.hidden, sizes.width, sizes.slots()[rank]
 
         def weights(*shape: int) -> np.ndarray:
-            return rng.standard_normal(shape, np.float32) / np.float32(np.sqrt(shape[1]))
+            return rng.standard_normal(shape, np.float32) / np.float32(np.sqrt(shape[0]))
 
         mine = range(len(self.devices))
-        self.form = ExpertFormat(d, f, "float32", SILU, bias=False)
-        self.pool = tuple(
-            self._global([weights(slots, *leaf.shape) for _ in mine])
-            for leaf in self.form.leaves.values()
-        )
+        wide = WeightFormat("float32")
+        self.form = ExpertFormat(d, f, wide, wide, wide, SILU, bias=False)
+        topology = Topology(rank, sizes.devices, room)
+        shards = Shards(self.mesh)
+        self.pools = make_pools(self.form, slots, shards, CompileCache(None), topology)
+        for device in mine:
+            self.pools.fill(
+                device,
+                (
+                    (slot, tuple(weights(*leaf.shape) for leaf in self.form.leaves.values()))
+                    for slot in range(slots)
+                ),
+            )
+        self.pool = self.pools.argument
         slot_of = [
             np.where(layout.device_of[rank] == n, layout.slot_of[rank], -1).astype(np.int32)
             for n in mine
@@ -105,7 +118,6 @@ class Layers:
             lambda leaf: self._global([leaf for _ in mine]), transport.memory(sizes.layers)
         )
         self.x = self._global([rng.standard_normal((tokens, d), np.float32) for _ in mine])
-        topology = Topology(rank, sizes.devices, room)
         self._step = self._compile(topology, jnp.dtype(wire_dtype.replace("compute", "float32")))
 
     def draw(self, local_share: float, seed: int) -> None:

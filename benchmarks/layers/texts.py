@@ -165,5 +165,5 @@ def _decode(runner, texts: list[list[int]], position: int, rows: int) -> np.ndar
     _, extras = runner.run(StepPlan(rows, 0, tuple(entries)), work=BUSY)
     logits = runner.read(extras.logits)
     return np.concatenate(
-        [each[[row.index for row in device]] for each, device in zip(logits, entries, strict=True)]
+        [each[: len(device)] for each, device in zip(logits, entries, strict=True)]
     )

@@ -22,7 +22,15 @@ from dance_jax.engine.runner import Runner
 from dance_jax.engine.scheduler import Row, Scheduler, StepPlan
 from dance_jax.engine.sequence import OutputDelta, Request
 from dance_jax.engine.staging import Experts, Staging
-from dance_jax.engine.step import DECODING, IDLE, Bucket, Extras, Outcome, token_slice
+from dance_jax.engine.step import (
+    DECODING,
+    IDLE,
+    Bucket,
+    Extras,
+    Outcome,
+    sampling_rows,
+    token_slice,
+)
 from dance_jax.engine.step_clock import StepClock
 from dance_jax.models import kernels_cpu, links_cpu
 from dance_jax.models.checkpoint import WeightSource
@@ -317,22 +325,20 @@ class Engine:
     def _sampled(
         self, plan: StepPlan, outcomes: list[Outcome], extras: Extras
     ) -> Iterable[tuple[Row, SampledToken]]:
-        rows = [row for device in plan.entries for row in device if row.sample]
+        rows = [sampling_rows(device) for device in plan.entries]
         top: list[Any] = [None] * len(outcomes)
-        if any(row.sequence.params.logprobs is not None for row in rows):
+        if any(row.sequence.params.logprobs is not None for device in rows for row in device):
             tokens = self.runner.read(extras.top_token)
             top = list(zip(tokens, self.runner.read(extras.top_logprob), strict=True))
-        for device, outcome, most_likely in zip(plan.entries, outcomes, top, strict=True):
-            for row in device:
-                if not row.sample:
-                    continue
+        for device, outcome, most_likely in zip(rows, outcomes, top, strict=True):
+            for place, row in enumerate(device):
                 sampled = SampledToken(
-                    int(outcome.token[row.index]),
-                    float(outcome.logprob[row.index]),
-                    int(outcome.rank[row.index]),
+                    int(outcome.token[place]),
+                    float(outcome.logprob[place]),
+                    int(outcome.rank[place]),
                 )
                 if most_likely is not None and row.sequence.params.logprobs is not None:
-                    tokens, logprobs = (part[row.index].tolist() for part in most_likely)
+                    tokens, logprobs = (part[place].tolist() for part in most_likely)
                     sampled = dataclasses.replace(sampled, top_tokens=tokens, top_logprobs=logprobs)
                 yield row, sampled
 

@@ -8,16 +8,14 @@ test.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
 
 from dance_jax.config import EngineConfig, UserError
-from dance_jax.models.attention import Rows
 from dance_jax.models.config import DeltaNet, Mixer, ModelConfig
 from dance_jax.models.delta import State
 from dance_jax.models.messages import Transport
@@ -27,15 +25,15 @@ Leaf = Any
 
 
 class Memory(NamedTuple):
-    """One device's state, donated to every step and returned by it."""
+    """One device's state, donated to every step and returned by it, layer by layer."""
 
     #: Per layer [1 + blocks, block_size, w] in the engine's dtype, or a `State` of 1 + max_num_seqs
     #: sequences.
-    cache: tuple[Any, ...]
+    cache: list[Any]
     #: int32 [l, e], expert calls of this device's tokens since the start.
     counts: Leaf
-    #: `Exchanged.memory` of each MoE layer, on a leading axis.
-    links: Any
+    #: `Exchanged.memory` of each MoE layer.
+    links: list[Any]
 
 
 def block_bytes(model: ModelConfig, config: EngineConfig) -> int:
@@ -94,10 +92,11 @@ def new_memory(
 ) -> Memory:
     """An empty memory with so many blocks and scratch, in numpy."""
     layers = len(model.moe_layers)
+    links = transport.memory(layers)
     return Memory(
-        cache=tuple(layer_cache(layer.mixer, config, blocks) for layer in model.layers),
+        cache=[layer_cache(layer.mixer, config, blocks) for layer in model.layers],
         counts=np.zeros((layers, model.num_experts), np.int32),
-        links=transport.memory(layers),
+        links=[jax.tree.map(operator.itemgetter(layer), links) for layer in range(layers)],
     )
 
 
@@ -108,62 +107,3 @@ def layer_cache(mixer: Mixer, config: EngineConfig, blocks: int) -> np.ndarray |
         return State(*(np.zeros((slots, *shape), np.float32) for shape in mixer.state_shapes))
     shape = (1 + blocks, config.block_size, mixer.cache_width)
     return np.zeros(shape, jnp.dtype(config.dtype))
-
-
-@jax.named_scope("write")
-def write_entries(cached: Any, fresh: Any, batch: Sequence[Rows], used_r: Array) -> Any:
-    """A layer's cache with what the rows of a step leave in it.
-
-    Args:
-        cached: as in `Memory.cache`.
-        fresh: what the trunk returned for the layer.
-        batch: the rows.
-        used_r: bool [r], of all rows.
-    """
-    token = row = 0
-    for rows in batch:
-        used = used_r[row : row + rows.count]
-        if isinstance(cached, State):
-            states = State(*(leaf[row : row + rows.count] for leaf in fresh))
-            cached = _write_states(cached, states, rows, used)
-        else:
-            cached = write(cached, fresh[token : token + rows.tokens], rows, used)
-        token, row = token + rows.tokens, row + rows.count
-    return cached
-
-
-def _write_states(cached: State, fresh: State, rows: Rows, used_r: Array) -> State:
-    """Row by row, so that of several rows of a sequence the last one's state stays."""
-    slot_r = jnp.where(used_r, rows.state_r, 0)
-
-    def put(r: Array, cached: State) -> State:
-        return jax.tree.map(
-            lambda kept, new: lax.dynamic_update_index_in_dim(kept, new[r], slot_r[r], 0),
-            cached,
-            fresh,
-        )
-
-    return lax.fori_loop(0, rows.count, put, cached)
-
-
-def write(cache_bsw: Array, fresh_tw: Array, rows: Rows, used_r: Array) -> Array:
-    """Puts the fresh entries of rows where their tables say, in place where donated.
-
-    A row of several tokens begins a block and may write all of it: what is past its tokens is not
-    valid before it is written again.
-
-    Args:
-        fresh_tw: [r * chunk, w], entries of the rows' tokens.
-        used_r: bool [r].
-    """
-    fresh_rcw = fresh_tw.reshape(rows.count, rows.chunk, -1)
-    size = cache_bsw.shape[1]
-    page_r1 = (rows.start_r // size)[:, None]
-    block_r = jnp.where(used_r, jnp.take_along_axis(rows.table_rp, page_r1, axis=1)[:, 0], 0)
-    offset_r = rows.start_r % size
-
-    def put(r: Array, cache: Array) -> Array:
-        row = lax.dynamic_index_in_dim(fresh_rcw, r)
-        return lax.dynamic_update_slice(cache, row, (block_r[r], offset_r[r], jnp.int32(0)))
-
-    return lax.fori_loop(0, rows.count, put, cache_bsw)

@@ -2,34 +2,44 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dance_jax.config import EngineConfig
 from dance_jax.engine import step as step_module
 from dance_jax.engine.compile_cache import CompileCache
 from dance_jax.engine.kv_cache import Memory, new_memory
 from dance_jax.engine.pools import Pools, make_pools
-from dance_jax.engine.sampling import adjustments, adjusts
+from dance_jax.engine.sampling import adjustments, adjusts, sampling_state
 from dance_jax.engine.scheduler import Row, StepPlan
 from dance_jax.engine.shards import Shards
-from dance_jax.engine.step import DECODING, IDLE, Bucket, Extras, Outcome
+from dance_jax.engine.step import DECODING, IDLE, Bucket, Experts, Extras, Form, Outcome, Record
 from dance_jax.models.collectives import Collectives
 from dance_jax.models.config import ModelConfig
 from dance_jax.models.exchange import Tables
 from dance_jax.models.experts import ExpertFormat, Weights
 from dance_jax.models.messages import Transport, say
 from dance_jax.models.topology import AXIS, Topology
+from dance_jax.models.trunk import Trunk, rope_of, take_apart
 from dance_jax.placement.core import Layout
 
 #: Reads experts: pairs (layer, expert) -> their places and weights, in any order.
 ReadExperts = Callable[[list[tuple[int, int]]], Iterable[tuple[int, Weights]]]
+
+
+class Parts(NamedTuple):
+    """The compiled parts of a step, in their order (step.py)."""
+
+    begin: Any
+    #: One for each layer; layers that are alike have the same.
+    layers: list[Any]
+    logits: Any
+    choose: Any
 
 
 def cluster_mesh(devices: tuple[int, ...]) -> Mesh:
@@ -65,7 +75,7 @@ class Runner:
     def __init__(
         self,
         model_config: ModelConfig,
-        trunk: nnx.Module,
+        trunk: Trunk,
         form: ExpertFormat,
         read_experts: ReadExperts,
         layout: Layout,
@@ -88,18 +98,39 @@ class Runner:
         self._compile_cache = compile_cache
         self.transport = transport or Collectives()
         self.blocks = blocks
-        self._executables: dict[Bucket, Any] = {}
-        #: Per bucket what a step without adjustments gets, on the devices.
-        self._no_adjustments: dict[Bucket, jax.Array] = {}
-        self.graphdef, state = nnx.split(trunk)
-        # A plain dict: nnx's own containers are flattened in Python in every step.
-        self.state = jax.tree.map(self.shards.replicated, nnx.to_pure_dict(state))
+        self._executables: dict[Any, jax.stages.Compiled] = {}
+        self._parts: dict[Bucket, Parts] = {}
+        self._shapes: dict[Bucket, Any] = {}
+        #: By decode rows what a step without adjustments gets, on the devices.
+        self._no_adjustments: dict[int, jax.Array] = {}
+        ends, layers = take_apart(trunk)
+        self._ends, state = nnx.split(ends)
+        self._layers, states = zip(*map(nnx.split, layers), strict=True)
+        #: The trunk's weights. Plain dicts: nnx's own containers are flattened in Python.
+        self.state: dict[str, Any] = jax.tree.map(
+            self.shards.replicated,
+            {"ends": nnx.to_pure_dict(state), "layers": [*map(nnx.to_pure_dict, states)]},
+        )
+        kinds = [
+            (graph, [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(state)])
+            for graph, state in zip(self._layers, states, strict=True)
+        ]
+        #: Of each layer the first one that is compiled to the same.
+        self._like = [kinds.index(kind) for kind in kinds]
+        self._ropes = [rope_of(model_config, layer) for layer in range(len(layers))]
+        #: Of each layer with routed experts which one it is, on the host and on the devices.
+        self._moe = {
+            layer: (number, self._on_all(np.int32(number)))
+            for number, layer in enumerate(model_config.moe_layers)
+        }
         self.pools = self._build_pools(layout)
         self.tables = self._build_tables(layout)
         memory = new_memory(model_config, config, blocks, self.transport)
-        self.memory: Memory = jax.tree.map(
-            lambda leaf: self.shards.per_device([leaf] * len(self.devices)), memory
-        )
+        self.memory: Memory = jax.tree.map(self._on_all, memory)
+
+    def _on_all(self, value: Any) -> jax.Array:
+        """Each local device's own copy of a value."""
+        return self.shards.per_device([value] * len(self.devices))
 
     # Experts.
 
@@ -140,53 +171,130 @@ class Runner:
 
     # Steps.
 
-    def compile(self, bucket: Bucket) -> Any:
-        """The executable of a bucket, compiled at first use."""
-        if bucket not in self._executables:
-            key = ("step", self.topology, self.transport.name, self.blocks, bucket)
-            self._executables[bucket] = self._compile_cache.compile(key, lambda: self.lower(bucket))
-        return self._executables[bucket]
+    def compile(self, bucket: Bucket) -> Parts:
+        """The parts of a bucket's step, compiled at first use; layers that are alike share one."""
+        if bucket not in self._parts:
+            self._parts[bucket] = Parts(
+                self._compiled(self._lower_begin, bucket),
+                [self._compiled(self._lower_layer, bucket, first) for first in self._like],
+                self._compiled(self._lower_logits, bucket),
+                self._compiled(self._lower_choose, bucket[0]),
+            )
+        return self._parts[bucket]
 
-    def lower(self, bucket: Bucket) -> jax.stages.Lowered:
-        """The step of a bucket, traced for this process."""
-        nothing = ((),) * len(self.devices)
-        batch = self._pack_batches(nothing, bucket, IDLE)
-        like = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype),
-            (
-                step_module.host_batch((), bucket, self.config, IDLE),
-                adjustments({}, sum(bucket), self.config.max_model_len),
-            ),
-        )
-        one_device = functools.partial(
-            step_module.run_step,
-            self.graphdef,
+    def _compiled(
+        self, lower: Callable[..., jax.stages.Lowered], *which: Bucket | int
+    ) -> jax.stages.Compiled:
+        key = (lower.__name__, self.topology, self.transport.name, self.blocks, *which)
+        if key not in self._executables:
+            self._executables[key] = self._compile_cache.compile(key, lambda: lower(*which))
+        return self._executables[key]
+
+    def _form(self, bucket: Bucket) -> Form:
+        model = self.model_config
+        return Form(
+            bucket,
+            self.config,
             self.form,
             self.topology,
             self.transport,
-            self.config,
-            bucket,
-            like,
+            len(model.moe_layers),
+            model.num_experts,
+            model.top_k,
         )
 
-        def body(state, *per_device):
-            own = jax.tree.map(lambda leaf: leaf[0], per_device)
-            result = one_device(state, *own)
+    def _lower_begin(self, bucket: Bucket) -> jax.stages.Lowered:
+        def begin(ends, packed):
+            return step_module.begin(self._form(bucket), nnx.merge(self._ends, ends), packed)
+
+        return self._lower(begin, (), self.state["ends"], self._nothing(bucket))
+
+    def _begun(self, bucket: Bucket) -> Any:
+        """Shapes of what `begin` gives."""
+        if bucket not in self._shapes:
+            info = self._lower_begin(bucket).out_info
+            sharding = NamedSharding(self.mesh, PartitionSpec(AXIS))
+            self._shapes[bucket] = jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), info
+            )
+        return self._shapes[bucket]
+
+    def _lower_layer(self, bucket: Bucket, index: int) -> jax.stages.Lowered:
+        """Of layer `index` and those like it; it takes over hidden, cache, links and record."""
+
+        def layer(state, *arrays):
+            layer = nnx.merge(self._layers[index], state)
+            return step_module.layer(self._form(bucket), layer, *arrays)
+
+        layer.__name__ = f"layer_{index}"
+        hidden, rotations, rest = self._begun(bucket)
+        record = Record(self.memory.counts, *rest)
+        arguments = self._arguments(index, hidden, rotations, self._nothing(bucket), record)
+        return self._lower(layer, (1, 4, 6, 7), *arguments)
+
+    def _arguments(
+        self,
+        index: int,
+        hidden: Any,
+        rotations: Sequence[Any],
+        batch: jax.Array,
+        record: Record,
+    ) -> tuple[Any, ...]:
+        """What the part of a layer is called with."""
+        rope = self._ropes[index]
+        rotation = None if rope is None else rotations[rope]
+        state, cache = self.state["layers"][index], self.memory.cache[index]
+        if index not in self._moe:
+            return state, hidden, rotation, batch, cache, None, None, None
+        number, layer = self._moe[index]
+        experts = Experts(layer, self.pools.argument, self.tables)
+        return state, hidden, rotation, batch, cache, experts, self.memory.links[number], record
+
+    def _lower_logits(self, bucket: Bucket) -> jax.stages.Lowered:
+        def logits(ends, hidden, packed):
+            form = self._form(bucket)
+            return step_module.logits(form, nnx.merge(self._ends, ends), hidden, packed)
+
+        hidden, *_ = self._begun(bucket)
+        return self._lower(logits, (), self.state["ends"], hidden, self._nothing(bucket))
+
+    def _lower_choose(self, rows: int) -> jax.stages.Lowered:
+        def choose(_, *arrays):
+            return step_module.choose(self.config.max_model_len, *arrays)
+
+        scores = self._on_all(np.zeros((rows, self.model_config.vocab_size), np.float32))
+        sampling = self._on_all(step_module.pack(sampling_state({}, rows)))
+        changes = self._pack_adjustments(((),) * len(self.devices), rows)
+        links = Record(self.memory.counts, *self._begun((rows, 0))[2])[2:]
+        return self._lower(choose, (), {}, scores, sampling, changes, links)
+
+    def _lower(
+        self, function: Callable[..., Any], donated: tuple[int, ...], state: Any, *arrays: Any
+    ) -> jax.stages.Lowered:
+        """A part of one device's arrays, traced for this process, on every device's.
+
+        Args:
+            state: weights, the function's first argument, equal on all devices.
+        """
+
+        def body(state, *arrays):
+            result = function(state, *jax.tree.map(lambda leaf: leaf[0], arrays))
             return jax.tree.map(lambda leaf: leaf[None], result)
 
+        body.__name__ = function.__name__
         sharded = PartitionSpec(AXIS)
         mapped = jax.shard_map(
             body,
             mesh=self.mesh,
-            in_specs=(PartitionSpec(), *[sharded] * 5),
+            in_specs=(PartitionSpec(), *[sharded] * len(arrays)),
             out_specs=sharded,
             check_vma=False,
         )
-        stepper = jax.jit(mapped, donate_argnums=3)
-        changes = self._pack_adjustments(nothing, bucket)
-        return stepper.lower(
-            self.state, self.pools.argument, self.tables, self.memory, batch, changes
-        )
+        return jax.jit(mapped, donate_argnums=donated).lower(state, *arrays)
+
+    def _nothing(self, bucket: Bucket) -> jax.Array:
+        """The batch of a step without rows."""
+        return self._pack_batches(((),) * len(self.devices), bucket, IDLE)
 
     def _pack_batches(
         self, entries: tuple[tuple[Row, ...], ...], bucket: Bucket, said: int
@@ -198,24 +306,29 @@ class Runner:
             ]
         )
 
-    def _pack_adjustments(self, entries: tuple[tuple[Row, ...], ...], bucket: Bucket) -> jax.Array:
+    def _pack_adjustments(self, entries: tuple[tuple[Row, ...], ...], decode: int) -> jax.Array:
         """`Adjustments` of every device; what most steps have of them stays on the devices."""
-        sampled = [{row.index: row.sequence for row in rows if row.sample} for rows in entries]
+        sampled = [
+            {n: row.sequence for n, row in enumerate(step_module.sampling_rows(rows))}
+            for rows in entries
+        ]
         wanted = any(adjusts(sequence) for rows in sampled for sequence in rows.values())
-        if not wanted and bucket in self._no_adjustments:
-            return self._no_adjustments[bucket]
+        if not wanted and decode in self._no_adjustments:
+            return self._no_adjustments[decode]
         longest = self.config.max_model_len
         packed = self.shards.per_device(
-            [step_module.pack(adjustments(rows, sum(bucket), longest)) for rows in sampled]
+            [step_module.pack(adjustments(rows, decode, longest)) for rows in sampled]
         )
         if not wanted:
-            self._no_adjustments[bucket] = packed
+            self._no_adjustments[decode] = packed
         return packed
 
     def run(
         self, plan: StepPlan, work: int | None = None, loaded: int = 0
     ) -> tuple[list[Outcome], Extras]:
         """Runs one step, together with all other servers' steps.
+
+        The host starts part after part and waits for the outcome alone.
 
         Args:
             plan: this server's rows; an empty plan takes part with padding alone.
@@ -228,15 +341,22 @@ class Runner:
         bucket = self.config.buckets[0] if plan.empty else plan.bucket
         if work is None:
             work = IDLE if plan.empty else DECODING if plan.decoding else step_module.BUSY
-        executable = self.compile(bucket)
+        parts, ends, memory = self.compile(bucket), self.state["ends"], self.memory
         batch = self._pack_batches(plan.entries, bucket, say(work, loaded))
-        changes = self._pack_adjustments(plan.entries, bucket)
-        self.memory, packed, extras = executable(
-            self.state, self.pools.argument, self.tables, self.memory, batch, changes
-        )
-        like = self._outcome_like(sum(bucket))
+        changes = self._pack_adjustments(plan.entries, bucket[0])
+        hidden, rotations, rest = parts.begin(ends, batch)
+        record = Record(memory.counts, *rest)
+        for index, layer in enumerate(parts.layers):
+            arguments = self._arguments(index, hidden, rotations, batch, record)
+            hidden, memory.cache[index], links, recorded = layer(*arguments)
+            if index in self._moe:
+                memory.links[self._moe[index][0]], record = links, recorded
+        self.memory = memory._replace(counts=record.counts)
+        logits, sampling = parts.logits(ends, hidden, batch)
+        packed, *top = parts.choose({}, logits, sampling, changes, record[2:])
+        like = self._outcome_like(bucket[0])
         outcomes = [step_module.unpack_host(vector, like) for vector in self.shards.local(packed)]
-        return outcomes, extras
+        return outcomes, Extras(top[0], top[1], record.routes, logits)
 
     def _outcome_like(self, rows: int) -> Outcome:
         layers, servers = len(self.model_config.moe_layers), self.topology.num_servers

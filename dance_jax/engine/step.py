@@ -1,24 +1,39 @@
-"""The one jitted step: decode rows and a slice of prefill, experts wherever they live."""
+"""The parts of a step: decode rows and a slice of prefill, experts wherever they live.
+
+`begin`, then `layer` for each layer, `logits`, `choose`: each is compiled on its own, a layer once
+for all layers like it, and the host starts one after the other without waiting (runner.py). All are
+functions of one device's arrays.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import Array, lax
 
 from dance_jax.config import EngineConfig
-from dance_jax.engine.kv_cache import Leaf, Memory, write_entries
-from dance_jax.engine.sampling import Adjustments, SamplingState, sample, sampling_state
+from dance_jax.engine.kv_cache import Leaf
+from dance_jax.engine.sampling import (
+    Adjustments,
+    SamplingState,
+    adjustments,
+    sample,
+    sampling_state,
+)
 from dance_jax.engine.scheduler import Row
 from dance_jax.models.attention import Rows
 from dance_jax.models.exchange import Exchange, Tables
 from dance_jax.models.experts import ExpertFormat, Pool
 from dance_jax.models.messages import Transport
+from dance_jax.models.rope import Rotation
+from dance_jax.models.router import Routed
 from dance_jax.models.topology import Topology
+from dance_jax.models.trunk import Trunk
 
 #: (decode rows, slice rows) of a compiled step.
 Bucket = tuple[int, int]
@@ -29,7 +44,8 @@ IDLE, BUSY, DECODING = 0, 1, 2
 class Batch(NamedTuple):
     """What one device computes in a step: d decode rows, then s rows of a slice; r = d + s.
 
-    The tokens, t, are one of each decode row, then block_size of each row of the slice.
+    The tokens, t, are one of each decode row, then block_size of each row of the slice. No more
+    than d rows, one of a sequence, have a token sampled: in the order of `sampling_rows`.
     """
 
     #: int32 [t], padded after a row's length.
@@ -44,13 +60,15 @@ class Batch(NamedTuple):
     state: Leaf
     #: int32 []: what the server tells the others of itself, `messages.say`.
     said: Leaf
+    #: int32 [d]: the tokens behind which one is sampled.
+    last: Leaf
     sampling: SamplingState
 
 
 class Outcome(NamedTuple):
     """What the host reads after a step, of one device."""
 
-    #: int32 [r], float32 [r], int32 [r]: the sampled token, its logprob and rank.
+    #: int32 [d], float32 [d], int32 [d]: the sampled token, its logprob and rank.
     token: Leaf
     logprob: Leaf
     rank: Leaf
@@ -66,13 +84,27 @@ class Outcome(NamedTuple):
 class Extras(NamedTuple):
     """What the host reads only when it needs it, of one device."""
 
-    #: int32 [r, 20] and float32 [r, 20]: most likely tokens.
+    #: int32 [d, 20] and float32 [d, 20]: most likely tokens.
     top_token: Leaf
     top_logprob: Leaf
     #: uint16 [t, l, k]: experts each token chose.
     routes: Leaf
-    #: float32 [r, v].
+    #: float32 [d, v].
     logits: Leaf
+
+
+class Record(NamedTuple):
+    """What the layers of a step record, each in its place; l MoE layers."""
+
+    #: `Memory.counts`.
+    counts: Leaf
+    #: `Extras.routes`.
+    routes: Leaf
+    #: `Exchanged.rows` and `.bytes`, and of the last layer `.work` and `.loaded`.
+    rows: Leaf
+    bytes: Leaf
+    work: Leaf
+    loaded: Leaf
 
 
 def token_slice(bucket: Bucket, config: EngineConfig, row: Row) -> slice:
@@ -82,6 +114,11 @@ def token_slice(bucket: Bucket, config: EngineConfig, row: Row) -> slice:
     if row.index >= decode:
         begin = decode + (row.index - decode) * config.block_size
     return slice(begin, begin + len(row.tokens))
+
+
+def sampling_rows(rows: tuple[Row, ...]) -> list[Row]:
+    """The rows of one device that have a token sampled."""
+    return [row for row in rows if row.sample]
 
 
 def host_batch(rows: tuple[Row, ...], bucket: Bucket, config: EngineConfig, said: int) -> Batch:
@@ -106,9 +143,12 @@ def host_batch(rows: tuple[Row, ...], bucket: Bucket, config: EngineConfig, said
         first[row.index] = row.first - (decode if row.index >= decode else 0)
         table[row.index, : len(row.sequence.blocks)] = row.sequence.blocks
         state[row.index] = row.sequence.state_slot
-    sampling = sampling_state({row.index: row.sequence for row in rows if row.sample}, count)
+    last = np.zeros(decode, np.int32)
+    sampled = sampling_rows(rows)
+    last[: len(sampled)] = [token_slice(bucket, config, row).stop - 1 for row in sampled]
+    sampling = sampling_state({n: row.sequence for n, row in enumerate(sampled)}, decode)
     said_array = np.array(said, np.int32)
-    return Batch(token, start, length, first, table, state, said_array, sampling)
+    return Batch(token, start, length, first, table, state, said_array, last, sampling)
 
 
 def batch_rows(batch: Batch, bucket: Bucket, block_size: int) -> tuple[Rows, ...]:
@@ -175,74 +215,139 @@ def unpack_host(vector: np.ndarray, like: Any) -> Any:
     return jax.tree.unflatten(structure, parts)
 
 
-def run_step(
-    graphdef: nnx.GraphDef,
-    form: ExpertFormat,
-    topology: Topology,
-    transport: Transport,
-    config: EngineConfig,
-    bucket: Bucket,
-    like: tuple[Batch, Adjustments],
-    state: dict[Any, Any],
-    pool: Pool,
-    tables: Tables,
-    memory: Memory,
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """What all parts of the steps of a bucket are compiled for."""
+
+    bucket: Bucket
+    config: EngineConfig
+    experts: ExpertFormat
+    topology: Topology
+    transport: Transport
+    #: MoE layers, experts of each, experts of a token.
+    moe_layers: int
+    num_experts: int
+    top_k: int
+
+    @property
+    def tokens(self) -> int:
+        decode, slices = self.bucket
+        return decode + slices * self.config.block_size
+
+    def batch(self, packed: Array) -> Batch:
+        """The batch that `pack` packed."""
+        return unpack(packed, host_batch((), self.bucket, self.config, IDLE))
+
+    def rows(self, batch: Batch) -> tuple[Rows, ...]:
+        return batch_rows(batch, self.bucket, self.config.block_size)
+
+    def valid(self, rows: tuple[Rows, ...]) -> Array:
+        """bool [t], False for padding."""
+        valid = [jnp.arange(each.chunk) < each.length_r[:, None] for each in rows]
+        return jnp.concatenate([each.reshape(-1) for each in valid])
+
+
+def begin(
+    form: Form, trunk: Trunk, packed: Array
+) -> tuple[Array, tuple[Rotation, ...], tuple[Array, Array, Array, Array, Array]]:
+    """What the first layer gets, the rotations, and `Record` without its counts."""
+    batch = form.batch(packed)
+    positions_t = jnp.concatenate([rows.positions_t for rows in form.rows(batch)])
+    hidden_td, rotations = trunk.embed(batch.token, positions_t, form.config.max_model_len)
+    layers, servers = form.moe_layers, form.topology.num_servers
+    routes = jnp.zeros((form.tokens, layers, form.top_k), jnp.uint16)
+    links = jnp.zeros((layers, servers, servers), jnp.int32)
+    return hidden_td, rotations, (routes, links, links, jnp.int32(0), jnp.int32(0))
+
+
+class Experts(NamedTuple):
+    """What a layer with routed experts gets beside: which of them it is, and where experts are."""
+
+    #: int32 []: which MoE layer.
+    layer: Leaf
+    pool: Pool
+    tables: Tables
+
+
+def layer(
+    form: Form,
+    layer: Callable[..., Any],
+    hidden_td: Array,
+    rotation_tk: Rotation | None,
     packed: Array,
-    packed_adjustments: Array,
-) -> tuple[Memory, Array, Extras]:
-    """One step of one device, inside shard_map: every array is this device's own.
+    cached: Any,
+    experts: Experts | None,
+    links: Any,
+    record: Record | None,
+) -> tuple[Array, Any, Any, Record | None]:
+    """A layer's output, and what is kept: its cache, its links and the record.
 
     Args:
-        form: what a slot of the pool holds.
-        like: shapes and dtypes of what is in `packed` and `packed_adjustments`.
-        state: the trunk's weights, nnx.to_pure_dict of its state.
-
-    Returns:
-        The new memory, the packed `Outcome`, and the extras.
+        layer: of the trunk.
+        experts, links, record: None for a layer without routed experts.
     """
-    batch: Batch = unpack(packed, like[0])
-    adjustments: Adjustments = unpack(packed_adjustments, like[1])
-    model = nnx.merge(graphdef, state)
-    kinds = batch_rows(batch, bucket, config.block_size)
-    chunk_r = np.concatenate([np.full(rows.count, rows.chunk) for rows in kinds])
-    begin_r = np.cumsum(chunk_r) - chunk_r
-    row_t = np.repeat(np.arange(len(chunk_r)), chunk_r)
-    valid_t = np.arange(len(row_t)) - begin_r[row_t] < batch.length[row_t]
-    position_t = jnp.concatenate([rows.positions_t for rows in kinds])
-    sent_dtype = jnp.dtype(config.sent_dtype)
-    exchange = Exchange(topology, form, pool, tables, batch.said, transport, sent_dtype)
+    batch = form.batch(packed)
+    rows = form.rows(batch)
+    valid_t = form.valid(rows)
 
-    def moe(layer: Array, x_td: Array, expert_tk: Array, weight_tk: Array):
-        links = jax.tree.map(lambda leaf: leaf[layer], memory.links)
-        y_td, exchanged = exchange(layer, x_td, expert_tk, weight_tk, valid_t, links)
-        return y_td, (expert_tk, exchanged)
+    def moe(routed: Routed) -> tuple[Array, Any]:
+        assert experts is not None
+        sent_dtype = jnp.dtype(form.config.sent_dtype)
+        exchange = Exchange(
+            form.topology,
+            form.experts,
+            experts.pool,
+            experts.tables,
+            batch.said,
+            form.transport,
+            sent_dtype,
+        )
+        sums_td, exchanged = exchange(experts.layer, *routed, valid_t, links)
+        return sums_td, (routed.expert, exchanged)
 
-    hidden_td, fresh, (route_ltk, exchanged) = model(
-        batch.token, position_t, kinds, memory.cache, moe, config.max_model_len
+    with jax.named_scope("layer"):
+        hidden_td, cached, found = layer(hidden_td, rotation_tk, rows, cached, moe)
+    if experts is None or record is None:
+        return hidden_td, cached, links, record
+    expert_tk, exchanged = found
+    at = experts.layer
+    calls_tk = jnp.broadcast_to(valid_t[:, None], expert_tk.shape).astype(jnp.int32)
+    record = Record(
+        record.counts.at[at, expert_tk].add(calls_tk),
+        record.routes.at[:, at].set(expert_tk.astype(jnp.uint16)),
+        record.rows.at[at].set(exchanged.rows),
+        record.bytes.at[at].set(exchanged.bytes),
+        exchanged.work,
+        exchanged.loaded,
     )
-    last_r = begin_r.astype(np.int32) + jnp.maximum(batch.length - 1, 0)
-    logits_rv = model.logits(hidden_td[last_r])
-    sampled = sample(logits_rv, batch.sampling, adjustments)
+    return hidden_td, cached, exchanged.memory, record
 
-    # All reads of the cache come before its first write: what is written waits for the token, which
-    # waits for every layer. Otherwise XLA copies the last layers' caches.
-    used_r = (batch.length > 0) & (sampled.token >= 0)
-    cache = tuple(
-        write_entries(layer, new, kinds, used_r)
-        for layer, new in zip(memory.cache, fresh, strict=True)
-    )
-    layers = jnp.arange(route_ltk.shape[0])[:, None, None]
-    calls = jnp.broadcast_to(valid_t[None, :, None], route_ltk.shape).astype(jnp.int32)
-    counts = memory.counts.at[layers, route_ltk].add(calls)
+
+def logits(form: Form, trunk: Trunk, hidden_td: Array, packed: Array) -> tuple[Array, Array]:
+    """float32 [d, v], behind the tokens where one is sampled, and the packed `SamplingState`."""
+    batch = form.batch(packed)
+    return trunk.logits(hidden_td[batch.last]), pack_traced(batch.sampling)
+
+
+def choose(
+    longest: int,
+    logits_dv: Array,
+    packed_sampling: Array,
+    packed_adjustments: Array,
+    links: tuple[Array, Array, Array, Array],
+) -> tuple[Array, Array, Array]:
+    """The packed `Outcome`, and `Extras.top_token` and `.top_logprob`.
+
+    Args:
+        longest: most tokens of a sequence.
+        links: `Record.rows`, `.bytes`, `.work` and `.loaded`.
+    """
+    rows = logits_dv.shape[0]
+    state: SamplingState = unpack(packed_sampling, sampling_state({}, rows))
+    changes: Adjustments = unpack(packed_adjustments, adjustments({}, rows, longest))
+    sampled = sample(logits_dv, state, changes)
+    rows_lnn, bytes_lnn, work, loaded = links
     outcome = Outcome(
-        token=sampled.token,
-        logprob=sampled.logprob,
-        rank=sampled.rank,
-        work=exchanged.work[-1],
-        loaded=exchanged.loaded[-1],
-        rows=exchanged.rows,
-        bytes=exchanged.bytes,
+        sampled.token, sampled.logprob, sampled.rank, work, loaded, rows_lnn, bytes_lnn
     )
-    routes = jnp.moveaxis(route_ltk, 0, 1).astype(jnp.uint16)
-    extras = Extras(sampled.top_token, sampled.top_logprob, routes, logits_rv)
-    return Memory(cache, counts, exchanged.memory), pack_traced(outcome), extras
+    return pack_traced(outcome), sampled.top_token, sampled.top_logprob

@@ -1,22 +1,23 @@
-"""Attention over cached positions and the step's own tokens; MLA (absorbed form) and GQA.
+"""Attention over cached positions; MLA (absorbed form) and GQA.
 
-What earlier steps left lies in blocks of positions, in any order; a sequence's block table names
-its own (arXiv 2309.06180).
+The cache is blocks of positions, in any order; a sequence's block table names its own (arXiv
+2309.06180). A step first writes its own tokens' entries there, and then attends over the cache
+alone: prefill and decode are the same arithmetic.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dance_jax.models.config import GroupedAttention, LatentAttention, ModelConfig, RopeConfig
+from dance_jax.models.config import GroupedAttention, LatentAttention, ModelConfig
 from dance_jax.models.layers import Linear, RMSNorm, Weight, contract, parameter, root_mean_square
-from dance_jax.models.rope import rotate
+from dance_jax.models.rope import Rotation, rotate
 
 #: Cached positions of one turn of the loop, in whole blocks.
 SPAN = 128
@@ -24,10 +25,26 @@ SPAN = 128
 #: DeepSeek's latents are normalised with this epsilon whatever rms_norm_eps says.
 LATENT_EPS = 1e-6
 
-#: Cosine and sine of a step's tokens for each kind of rotation in the model (`rope.rotation`).
-Angles = Mapping[RopeConfig, tuple[jax.Array, jax.Array]]
-#: entries [r, j, w] -> keys [r, j, g, key width], values [r, j, g, value width]
-Split = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
+
+@dataclasses.dataclass(frozen=True)
+class Heads:
+    """Where keys and values of key head g lie in an entry, in floats.
+
+    Keys are [g * key_width, (g + 1) * key_width), values the same with value_width, from
+    value_begin on. They may overlap.
+    """
+
+    count: int
+    key_width: int
+    value_begin: int
+    value_width: int
+
+    def split(self, entries: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """[..., w] -> keys [..., g, key_width] and values [..., g, value_width]."""
+        keys = entries[..., : self.count * self.key_width]
+        values = entries[..., self.value_begin :][..., : self.count * self.value_width]
+        leading = entries.shape[:-1]
+        return keys.reshape(*leading, self.count, -1), values.reshape(*leading, self.count, -1)
 
 
 @functools.partial(
@@ -57,7 +74,7 @@ class Rows:
 
     @staticmethod
     def whole(tokens: int) -> Rows:
-        """One sequence of so many tokens, of which nothing is cached."""
+        """One sequence of so many tokens, of which nothing is cached yet, in block 0."""
         zero = jnp.zeros(1, jnp.int32)
         return Rows(zero, zero + tokens, zero, zero[None], zero, tokens)
 
@@ -74,34 +91,47 @@ class Rows:
         """int32 [r * chunk]"""
         return (self.start_r[:, None] + jnp.arange(self.chunk, dtype=jnp.int32)).reshape(-1)
 
-    @property
-    def cached_r(self) -> jax.Array:
-        """int32 [r], positions of the row's sequence that earlier steps computed."""
-        return self.start_r[self.first_r]
+
+@jax.named_scope("write")
+def write(cached_bsw: jax.Array, fresh_tw: jax.Array, batch: Sequence[Rows]) -> jax.Array:
+    """The cache with the entries of a step's tokens, in place where it is donated.
+
+    Args:
+        cached_bsw: [blocks, positions, width].
+        fresh_tw: [t, width], the entries of the tokens of all `batch`; padding is not written.
+    """
+    blocks, size, _ = cached_bsw.shape
+    begin = 0
+    for rows in batch:
+        fresh_rcw = fresh_tw[begin : begin + rows.tokens].reshape(rows.count, rows.chunk, -1)
+        begin += rows.tokens
+        position_rc = rows.positions_t.reshape(rows.count, rows.chunk)
+        block_rc = jnp.take_along_axis(rows.table_rp, position_rc // size, axis=1, mode="clip")
+        block_rc = jnp.where(jnp.arange(rows.chunk) < rows.length_r[:, None], block_rc, blocks)
+        cached_bsw = cached_bsw.at[block_rc, position_rc % size].set(fresh_rcw, mode="drop")
+    return cached_bsw
 
 
 def attend(
     query_tgqk: jax.Array,
-    fresh_tw: jax.Array,
     batch: Sequence[Rows],
     cached_bsw: jax.Array,
-    split: Split,
+    heads: Heads,
     scale: float,
     window: int | None = None,
     sinks_gq: jax.Array | None = None,
     span: int = SPAN,
 ) -> jax.Array:
-    """Causal attention of a step's tokens over themselves and over what is cached.
+    """Causal attention of a step's tokens over the cache, which holds their own entries too.
 
     Softmax in one pass over spans with a running maximum and sum (arXiv 2205.14135), in float32.
     The number of spans follows the longest sequence of the step, not the size of the cache.
 
     Args:
         query_tgqk: [t, key heads, queries per key head, key width], the tokens of all `batch`.
-        fresh_tw: [t, width], their entries.
         batch: the rows that the tokens are.
-        cached_bsw: [blocks, positions, width], entries of earlier steps. It is read, never written.
-        split: cuts entries into keys [r, j, g, k] and values [r, j, g, v].
+        cached_bsw: [blocks, positions, width].
+        heads: where keys and values lie in an entry.
         scale: multiplies the scores.
         window: positions a token sees, itself included; None: all.
         sinks_gq: float32 [key heads, queries per key head], one more score of each head, whose
@@ -113,21 +143,9 @@ def attend(
     """
     begin, parts = 0, []
     for rows in batch:
-        own = slice(begin, begin + rows.tokens)
-        parts.append(
-            _attend_rows(
-                query_tgqk[own],
-                fresh_tw[own],
-                rows,
-                cached_bsw,
-                split,
-                scale,
-                window,
-                sinks_gq,
-                span,
-            )
-        )
+        query = query_tgqk[begin : begin + rows.tokens]
         begin += rows.tokens
+        parts.append(_attend_rows(query, rows, cached_bsw, heads, scale, window, sinks_gq, span))
     return jnp.concatenate(parts)
 
 
@@ -137,10 +155,9 @@ _State = tuple[jax.Array, jax.Array, jax.Array]
 
 def _attend_rows(
     query_tgqk: jax.Array,
-    fresh_tw: jax.Array,
     rows: Rows,
     cached_bsw: jax.Array,
-    split: Split,
+    heads: Heads,
     scale: float,
     window: int | None,
     sinks_gq: jax.Array | None,
@@ -156,61 +173,31 @@ def _attend_rows(
     def visit(index: jax.Array, state: _State) -> _State:
         block_rp = jax.lax.dynamic_slice_in_dim(table_rp, index * pages, pages, axis=1)
         entries = jnp.take(cached_bsw, block_rp, axis=0, mode="clip")
-        keys, values = split(entries.reshape(rows.count, pages * size, -1))
-        position_j = index * (pages * size) + jnp.arange(pages * size)
-        seen_rcj = (position_j < rows.cached_r[:, None])[:, None]
+        keys, values = heads.split(entries.reshape(rows.count, pages * size, -1))
+        behind_rcj = position_rc[:, :, None] - index * (pages * size) - jnp.arange(pages * size)
+        seen_rcj = behind_rcj >= 0
         if window:
-            seen_rcj = seen_rcj & (position_rc[:, :, None] - position_j < window)
+            seen_rcj &= behind_rcj < window
         return _further(state, _scores(query_rcgqk, keys, seen_rcj, scale), values)
 
-    first: int | jax.Array = 0
+    used_r = rows.length_r > 0
+    first, last = jnp.int32(0), jnp.where(used_r, rows.start_r + rows.length_r, 1).max()
     if window:
-        # rows without cached positions must not pull the loop back to the beginning
-        far = jnp.iinfo(jnp.int32).max
-        oldest = jnp.where(rows.cached_r > 0, rows.start_r, far).min() - window + 1
-        first = jnp.maximum(oldest, 0) // (pages * size)
-    last = (rows.cached_r.max() + pages * size - 1) // (pages * size)
-    state = _among_themselves(query_tgqk, fresh_tw, rows, split, scale, window)
-    state = jax.lax.fori_loop(jnp.int32(first), last.astype(jnp.int32), visit, state)
-    top, total, sums = state
+        far = jnp.iinfo(jnp.int32).max  # of rows that are not used
+        first = jnp.maximum(jnp.where(used_r, rows.start_r, far).min() - window + 1, 0)
+        first = jnp.minimum(first, last) // (pages * size)
+    last = (last + pages * size - 1) // (pages * size)
+    shape = (rows.count, *query_tgqk.shape[1:3], rows.chunk)
+    nothing = jnp.full(shape, jnp.finfo(jnp.float32).min), jnp.zeros(shape)
+    state = (*nothing, jnp.zeros((*shape, heads.value_width)))
+    top, total, sums = jax.lax.fori_loop(first, last.astype(jnp.int32), visit, state)
     if sinks_gq is not None:
         total += jnp.exp(sinks_gq[:, :, None] - top)
+    # Rows that are not used may see nothing; what they give must be finite all the same.
+    total = jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
     return jnp.moveaxis(sums / total[..., None], 3, 1).reshape(
         *query_tgqk.shape[:-1], sums.shape[-1]
     )
-
-
-def _among_themselves(
-    query_tgqk: jax.Array,
-    fresh_tw: jax.Array,
-    rows: Rows,
-    split: Split,
-    scale: float,
-    window: int | None,
-) -> _State:
-    """Attention of the rows' tokens to the step's tokens of their own sequences."""
-    # Rows of one token are sequences of their own; others may see the rows before them.
-    groups = rows.count if rows.chunk == 1 else 1
-    size = rows.tokens // groups
-    index = jnp.arange(size)
-    distance = index[:, None] - index
-    seen_ij = (distance >= 0) & ((distance < window) if window else True)
-    if rows.chunk > 1:
-        seen_ij &= jnp.repeat(rows.first_r * rows.chunk, rows.chunk)[:, None] <= index
-    keys, values = split(fresh_tw.reshape(groups, size, -1))
-    query = query_tgqk.reshape(groups, size, *query_tgqk.shape[1:])
-    scores = _scores(query, keys, seen_ij[None], scale)
-    # every token sees itself, so the maximum is finite from here on
-    top = scores.max(axis=-1)
-    weights = jnp.exp(scores - top[..., None])
-    state = top, weights.sum(axis=-1), _weighted(weights, values)
-
-    def by_rows(part: jax.Array) -> jax.Array:
-        """[groups, g, q, size, ...] -> [r, g, q, c, ...]"""
-        moved = jnp.moveaxis(part, 3, 1)
-        return jnp.moveaxis(moved.reshape(rows.count, rows.chunk, *moved.shape[2:]), 1, 3)
-
-    return by_rows(state[0]), by_rows(state[1]), by_rows(state[2])
 
 
 def _further(state: _State, scores_rgqcj: jax.Array, values_rjgv: jax.Array) -> _State:
@@ -263,11 +250,15 @@ class LatentAttentionLayer(nnx.Module):
         self.out = Linear(heads * shape.v_head_dim, d, dtype, shape.bias)
 
     def __call__(
-        self, hidden_td: jax.Array, angles: Angles, batch: Sequence[Rows], cached_bsw: jax.Array
+        self,
+        hidden_td: jax.Array,
+        rotation_tk: Rotation,
+        batch: Sequence[Rows],
+        cached_bsw: jax.Array,
     ) -> tuple[jax.Array, jax.Array]:
-        """Returns the attention's output [t, d] and the tokens' entries [t, w]."""
+        """Returns the attention's output [t, d] and the cache with the tokens' entries."""
         shape, dtype = self.shape, hidden_td.dtype
-        tokens, rotation = hidden_td.shape[0], angles[shape.rope]
+        tokens = hidden_td.shape[0]
         if shape.q_lora_rank is None:
             query = self.q(hidden_td)
         else:
@@ -275,26 +266,18 @@ class LatentAttentionLayer(nnx.Module):
         query = query.reshape(tokens, shape.num_heads, -1)
         plain, turned = jnp.split(query, [shape.qk_nope_head_dim], axis=-1)
         absorbed = self.w_uk(plain).astype(dtype)
-        turned = rotate(shape.rope, turned, rotation)
+        turned = rotate(shape.rope, turned, rotation_tk)
 
         latent, key = jnp.split(self.kv_a(hidden_td), [shape.kv_lora_rank], axis=-1)
-        key = rotate(shape.rope, key[:, None], rotation)[:, 0]
+        key = rotate(shape.rope, key[:, None], rotation_tk)[:, 0]
         fresh_tw = jnp.concatenate([self.kv_norm(latent), key], axis=-1)
 
-        def split(entries: jax.Array) -> tuple[jax.Array, jax.Array]:
-            shared = entries[:, :, None]
-            return shared, shared[..., : shape.kv_lora_rank]
-
-        mixed = attend(
-            jnp.concatenate([absorbed, turned], axis=-1)[:, None],
-            fresh_tw,
-            batch,
-            cached_bsw,
-            split,
-            shape.scale,
-        )
+        cached_bsw = write(cached_bsw, fresh_tw, batch)
+        query = jnp.concatenate([absorbed, turned], axis=-1)[:, None]
+        heads = Heads(1, shape.cache_width, 0, shape.kv_lora_rank)
+        mixed = attend(query, batch, cached_bsw, heads, shape.scale)
         values = self.w_uv(mixed[:, 0].astype(dtype)).astype(dtype)
-        return self.out(values.reshape(tokens, -1)), fresh_tw
+        return self.out(values.reshape(tokens, -1)), cached_bsw
 
 
 class GroupedAttentionLayer(nnx.Module):
@@ -317,26 +300,26 @@ class GroupedAttentionLayer(nnx.Module):
             self.sinks = parameter((shape.num_heads,), jnp.dtype("float32"))
 
     def __call__(
-        self, hidden_td: jax.Array, angles: Angles, batch: Sequence[Rows], cached_bsw: jax.Array
+        self,
+        hidden_td: jax.Array,
+        rotation_tk: Rotation,
+        batch: Sequence[Rows],
+        cached_bsw: jax.Array,
     ) -> tuple[jax.Array, jax.Array]:
-        """Returns the attention's output [t, d] and the tokens' entries [t, w]."""
-        shape, rotation = self.shape, angles[self.shape.rope]
+        """Returns the attention's output [t, d] and the cache with the tokens' entries."""
+        shape = self.shape
         tokens, groups, width = hidden_td.shape[0], shape.num_kv_heads, shape.head_dim
         query, keys, values, gate = self._projected(hidden_td)
-        query = rotate(shape.rope, query.reshape(tokens, -1, width), rotation)
-        keys = rotate(shape.rope, keys.reshape(tokens, groups, width), rotation)
+        query = rotate(shape.rope, query.reshape(tokens, -1, width), rotation_tk)
+        keys = rotate(shape.rope, keys.reshape(tokens, groups, width), rotation_tk)
         fresh_tw = jnp.concatenate([keys.reshape(tokens, -1), values], axis=-1)
 
-        def split(entries: jax.Array) -> tuple[jax.Array, jax.Array]:
-            pair = entries.reshape(*entries.shape[:2], 2, groups, width)
-            return pair[:, :, 0], pair[:, :, 1]
-
+        cached_bsw = write(cached_bsw, fresh_tw, batch)
         mixed = attend(
             query.reshape(tokens, groups, -1, width),
-            fresh_tw,
             batch,
             cached_bsw,
-            split,
+            Heads(groups, width, groups * width, width),
             shape.scale,
             shape.window,
             self.sinks[...].reshape(groups, -1) if shape.sinks else None,
@@ -344,7 +327,7 @@ class GroupedAttentionLayer(nnx.Module):
         mixed_tq = mixed.astype(hidden_td.dtype).reshape(tokens, -1)
         if gate is not None:
             mixed_tq = mixed_tq * jax.nn.sigmoid(gate)
-        return self.out(mixed_tq), fresh_tw
+        return self.out(mixed_tq), cached_bsw
 
     def _projected(
         self, hidden_td: jax.Array

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dance_jax.models.attention import Angles, Rows
+from dance_jax.models.attention import Rows
 from dance_jax.models.config import DeltaNet, ModelConfig
 from dance_jax.models.layers import Linear, RMSNorm, contract, parameter
 
@@ -67,27 +67,27 @@ class DeltaNetLayer(nnx.Module):
         self.out = Linear(inner, d, dtype)
 
     def __call__(
-        self, hidden_td: jax.Array, angles: Angles, batch: Sequence[Rows], cached: State
+        self, hidden_td: jax.Array, rotation_tk: None, batch: Sequence[Rows], cached: State
     ) -> tuple[jax.Array, State]:
-        """Returns the output [t, d] and the state after each row of the batch."""
+        """Returns the output [t, d] and the states after the rows of the batch."""
         wide = jnp.float32
         inputs_tc = self.qkv(hidden_td).astype(wide)
         strength_th = jax.nn.sigmoid(self.strength(hidden_td).astype(wide))
         decay_th = -jnp.exp(self.a_log[...]) * jax.nn.softplus(
             self.decay(hidden_td).astype(wide) + self.dt_bias[...]
         )
-        begin, outputs, states = 0, [], []
+        begin, outputs = 0, []
         for rows in batch:
             own = slice(begin, begin + rows.tokens)
             begin += rows.tokens
             output, state = self._run(rows, cached, inputs_tc[own], decay_th[own], strength_th[own])
             outputs.append(output)
-            states.append(state)
+            # Other rows are of other sequences: what they read is as before.
+            cached = _write(cached, state, rows)
         mixed_thv = jnp.concatenate(outputs).astype(hidden_td.dtype)
         gate = jax.nn.silu(self.gate(hidden_td).astype(wide)).reshape(mixed_thv.shape)
         mixed_thv = (self.norm(mixed_thv).astype(wide) * gate).astype(hidden_td.dtype)
-        state = jax.tree.map(lambda *parts: jnp.concatenate(parts), *states)
-        return self.out(mixed_thv.reshape(len(hidden_td), -1)), state
+        return self.out(mixed_thv.reshape(len(hidden_td), -1)), cached
 
     def _run(
         self,
@@ -133,7 +133,7 @@ class DeltaNetLayer(nnx.Module):
 
     def _before(self, rows: Rows, cached: State) -> State:
         """The state of each row's sequence before this step; a sequence begins with zeros."""
-        began_r = rows.cached_r > 0
+        began_r = rows.start_r[rows.first_r] > 0
 
         def pick(kept: jax.Array) -> jax.Array:
             state = jnp.take(kept, rows.state_r, axis=0, mode="clip")
@@ -180,6 +180,24 @@ class DeltaNetLayer(nnx.Module):
             jnp.moveaxis(decay_rch, 2, 1),
             jnp.moveaxis(strength_rch, 2, 1),
         )
+
+
+def _write(cached: State, fresh: State, rows: Rows) -> State:
+    """The states with those after some rows, in place where they are donated.
+
+    Row by row, so that of several rows of a sequence the last one's state stays. Unused rows write
+    to slot 0.
+    """
+    slot_r = jnp.where(rows.length_r > 0, rows.state_r, 0)
+
+    def put(r: jax.Array, cached: State) -> State:
+        return jax.tree.map(
+            lambda kept, new: jax.lax.dynamic_update_index_in_dim(kept, new[r], slot_r[r], 0),
+            cached,
+            fresh,
+        )
+
+    return jax.lax.fori_loop(0, rows.count, put, cached)
 
 
 def _solve(lower_ij: jax.Array, right_iv: jax.Array) -> jax.Array:

@@ -10,6 +10,9 @@ import numpy as np
 
 from dance_jax.models.config import RopeConfig
 
+#: Cosine and sine of every angle of some positions, float32 [t, dim / 2] each (`rotation`).
+Rotation = tuple[jax.Array, jax.Array]
+
 
 def inverse_frequencies(rope: RopeConfig, context: int) -> np.ndarray:
     """Radians per position of each pair of floats, float32 [dim / 2].
@@ -68,7 +71,7 @@ def _llama3(rope: RopeConfig, plain: np.ndarray, stretched: np.ndarray) -> np.nd
     return (stretched * (1 - kept) + plain * kept).astype(np.float32)
 
 
-def rotation(rope: RopeConfig, positions: jax.Array, context: int) -> tuple[jax.Array, jax.Array]:
+def rotation(rope: RopeConfig, positions: jax.Array, context: int) -> Rotation:
     """Cosine and sine of every angle, float32 [*positions.shape, dim / 2].
 
     Args:
@@ -79,9 +82,7 @@ def rotation(rope: RopeConfig, positions: jax.Array, context: int) -> tuple[jax.
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 
-def rotate(
-    rope: RopeConfig, heads_thk: jax.Array, rotation_tk: tuple[jax.Array, jax.Array]
-) -> jax.Array:
+def rotate(rope: RopeConfig, heads_thk: jax.Array, rotation_tk: Rotation) -> jax.Array:
     """Rotates the pairs of floats in the first `rope.dim` of each head; the rest passes.
 
     Args:

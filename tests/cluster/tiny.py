@@ -160,11 +160,10 @@ def run(
     for device, outcome, logits, routes in zip(
         rows, outcomes, runner.read(extras.logits), runner.read(extras.routes), strict=True
     ):
-        last = [parts[-1].index for parts in device]
         replies.append(
             {
-                "logits": logits[last],
-                "token": outcome.token[last],
+                "logits": logits[: len(device)],
+                "token": outcome.token[: len(device)],
                 "routes": [
                     np.concatenate([routes[token_slice(bucket, ENGINE, row)] for row in parts])
                     for parts in device

@@ -24,6 +24,7 @@ from dance_jax.models.checkpoint import Checkpoint
 from dance_jax.models.convert import ensure_converted
 from dance_jax.models.random_weights import write_random_checkpoint
 from dance_jax.models.tokenizer import Tokenizer
+from tests.forward import forward
 from tests.quick import QuickCache
 from tests.stacks import stacked
 
@@ -73,17 +74,19 @@ class Naive:
         pool = tuple(map(jnp.asarray, stacked(checkpoint, pairs)))
         form = checkpoint.form("float32")
         graph, state = nnx.split(checkpoint.trunk("float32"))
-        nothing = [layer_cache(layer.mixer, ENGINE, 0) for layer in config.layers]
+        one_block = dataclasses.replace(ENGINE, block_size=CONTEXT)
+        nothing = [layer_cache(layer.mixer, one_block, 0) for layer in config.layers]
+        nothing = jax.tree.map(jnp.asarray, nothing)
 
         def moe(layer, x_td, expert_tk, weight_tk):
             slot_tk = layer * config.num_experts + expert_tk
-            return form.ffn(pool, x_td, slot_tk, weight_tk, config.num_experts), None
+            return form.ffn(pool, x_td, slot_tk, weight_tk, config.num_experts)
 
         @jax.jit
         def logits(state, tokens_t, last):
             trunk = nnx.merge(graph, state)
             whole = Rows.whole(len(tokens_t))
-            hidden, _, _ = trunk(tokens_t, whole.positions_t, [whole], nothing, moe, CONTEXT)
+            hidden, _ = forward(trunk, tokens_t, [whole], nothing, moe, CONTEXT)
             return trunk.logits(hidden[last][None])[0]
 
         self._logits = functools.partial(logits, state)

@@ -13,6 +13,7 @@ from dance_jax.models.attention import Rows
 from dance_jax.models.config import DeltaNet
 from dance_jax.models.delta import State
 from dance_jax.models.layers import activate
+from tests.forward import forward
 from tests.quick import QUICK
 from tests.tiny_models import DEEPSEEK, MIXTRAL
 
@@ -56,7 +57,7 @@ def dense_moe(form, pools):
         inner = activate(form.activation, gate, up)
         outputs = jnp.moveaxis(product("etf,efd->etd", inner, "down"), 0, 1)
         weight_te = jnp.zeros(outputs.shape[:2]).at[jnp.arange(len(x_td))[:, None], expert_tk]
-        return jnp.einsum("te,ted->td", weight_te.add(weight_tk), outputs), None
+        return jnp.einsum("te,ted->td", weight_te.add(weight_tk), outputs)
 
     return moe
 
@@ -75,9 +76,8 @@ class Runner:
         @functools.partial(jax.jit, compiler_options=QUICK)
         def step(state, tokens, batch, cached):
             model = nnx.merge(graph, state)
-            positions = jnp.concatenate([each.positions_t for each in batch])
-            hidden, fresh, _ = model(tokens.reshape(-1), positions, batch, cached, moe, context)
-            return model.logits(hidden).reshape(*tokens.shape, -1), fresh
+            hidden, cached = forward(model, tokens.reshape(-1), batch, cached, moe, context)
+            return model.logits(hidden).reshape(*tokens.shape, -1), cached
 
         self.step, self.state = step, state
         pages = -(-length // BLOCK)
@@ -95,7 +95,7 @@ class Runner:
     def __call__(self, tokens_rc, start_r):
         """Logits [r, c, v] of a chunk; its entries are kept."""
         tokens = np.asarray(tokens_rc, np.int32)
-        count, chunk = tokens.shape
+        chunk = tokens.shape[1]
         # One row is one group of rows here: the rows are sequences of their own.
         batch = [
             Rows(
@@ -108,16 +108,7 @@ class Runner:
             )
             for row, first in enumerate(start_r)
         ]
-        logits, fresh = self.step(self.state, tokens, batch, self.cached)
-        for kept, new in zip(self.cached, fresh, strict=True):
-            if isinstance(kept, State):
-                for old, state in zip(kept, new, strict=True):
-                    old[1:] = state
-                continue
-            entries = np.asarray(new).reshape(count, chunk, -1)
-            for row, first in enumerate(start_r):
-                position = first + np.arange(chunk)
-                kept[self.table[row, position // BLOCK], position % BLOCK] = entries[row]
+        logits, self.cached = self.step(self.state, tokens, batch, self.cached)
         return np.asarray(logits)
 
 

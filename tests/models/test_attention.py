@@ -5,13 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dance_jax.models.attention import Rows, attend
+from dance_jax.models.attention import Heads, Rows, attend, write
 
-WIDTH = 10
+#: Of an entry keys are the first 6 floats and values the last 4.
+WIDTH, HEADS = 10, Heads(1, 6, 6, 4)
 
 
 def oracle(query, known, position, scale, window):
-    """float64 [heads, 4]; keys are the first 6 floats of an entry, values the last 4."""
+    """float64 [heads, 4]"""
     entries = known[: position + 1]
     entries = entries[-window:] if window else entries
     scores = query[0] @ entries[:, :6].T * scale
@@ -40,9 +41,10 @@ class Sequences:
 
     def rows(self, starts, owners, firsts, chunk):
         start = np.array(starts, np.int32)
-        whole, slots = np.full_like(start, chunk), np.zeros_like(start)
+        length = np.array([len(self.entries[owner]) for owner in owners], np.int32) - start
+        length, slots = np.clip(length, 0, chunk), np.zeros_like(start)
         return Rows(
-            start, whole, np.array(firsts, np.int32), self.table[list(owners)], slots, chunk
+            start, length, np.array(firsts, np.int32), self.table[list(owners)], slots, chunk
         )
 
 
@@ -64,10 +66,9 @@ def run(sequences, batch, owners, window, span):
     def attended(batch):
         return attend(
             query,
-            fresh,
             batch,
-            sequences.cache,
-            lambda entries: (entries[:, :, None, :6], entries[:, :, None, -4:]),
+            write(jnp.asarray(sequences.cache), fresh, batch),
+            HEADS,
             scale=0.5,
             window=window,
             span=span,
@@ -112,8 +113,7 @@ def test_the_loop_follows_the_sequences_not_the_cache():
         table = np.arange(1000, dtype=np.int32)[None]
         zero = np.zeros(1, np.int32)
         rows = Rows(start, zero + 1, zero, table, zero, 1)
-        split = lambda entries: (entries[:, :, None], entries[:, :, None])  # noqa: E731
-        return attend(one, np.ones((1, 6), np.float32), [rows], cached, split, 1.0)
+        return attend(one, [rows], cached, Heads(1, 6, 0, 6), 1.0)
 
     cached = jnp.zeros((1000, 128, 6), jnp.float32)
     text = jax.jit(alone).lower(np.zeros(1, np.int32), cached).as_text()
