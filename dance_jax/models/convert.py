@@ -31,7 +31,6 @@ from dance_jax.models.checkpoint import (
 )
 from dance_jax.models.directory import (
     SIDE_FILES,
-    check_loadable,
     indexed_files,
     model_directory,
     read_config,
@@ -137,11 +136,12 @@ def check_readable(directory: str | pathlib.Path) -> None:
     """Check that a model's weights can be converted, before its other files are read.
 
     Raises:
-        UserError: the weights are missing or quantised, or config.json is wrong.
+        UserError: the weights are missing, or config.json is wrong or of a model that is
+            quantised in a way that cannot be read.
     """
     directory = model_directory(directory)
     if not is_converted(directory):
-        check_loadable(read_config(directory), directory)
+        read_config(directory)
         weight_files(directory)
 
 

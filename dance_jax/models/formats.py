@@ -1,7 +1,8 @@
-"""How the weights of a matrix are kept: as floats, or as codes with a scale for a group of inputs.
+"""How a matrix's weights are kept: as floats, or as codes with a scale for a group of inputs.
 
-A matrix is [in, out] everywhere: a row vector is multiplied from the left. What a weight is worth is
-one float32, `scale * value(code) + offset`, whatever computes with it; a product sums in float32.
+A matrix is [in, out] everywhere: a row vector is multiplied from the left. What a weight is worth
+is one float32, `scale * value(code) + offset`, whatever computes with it; a product sums in
+float32.
 """
 
 from __future__ import annotations
@@ -280,7 +281,7 @@ def _common(one: WeightFormat, other: WeightFormat) -> WeightFormat:
     if one == other:
         return one
     kinds, scales = {one.kind, other.kind}, {one.scale, other.scale}
-    if kinds & set(FLOATS) or "fp8" in kinds and len(kinds) > 1:
+    if kinds & set(FLOATS) or ("fp8" in kinds and len(kinds) > 1):
         floats = kinds if kinds <= set(FLOATS) else {"float32"}
         return WeightFormat("float32" if len(floats) > 1 else floats.pop())
     return WeightFormat(

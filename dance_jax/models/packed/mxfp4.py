@@ -1,0 +1,51 @@
+"""MXFP4 as gpt-oss stores it (OCP Microscaling Formats 1.0): e2m1 in groups of 32 inputs.
+
+`_blocks` uint8 [e, out, in / 32, 16]: the low half of a byte is the earlier input. `_scales` uint8
+[e, out, in / 32] are exponents whose bias is 127. The float tensor is [e, in, out].
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import numpy as np
+
+from dance_jax.models.config import Quantization
+from dance_jax.models.formats import Matrix, WeightFormat
+from dance_jax.models.packed.base import PackedTensor, Pieces, bytes_of
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mxfp4(PackedTensor):
+    """All experts' weights of a layer, or one expert's."""
+
+    in_first: ClassVar[bool] = True
+
+    @staticmethod
+    def open(names: dict[str, str], pieces: Pieces, quantization: Quantization) -> Mxfp4:
+        stored = pieces["weight"].shape
+        fits = len(stored) == 4 and stored[3] == 16
+        found = Mxfp4(
+            kind="MXFP4",
+            names=names,
+            pieces=pieces,
+            shape=(stored[0], stored[2] * 32, stored[1]) if fits else stored,
+            format=WeightFormat("mxfp4", quantization.group, "e8m0"),
+            size=bytes_of(pieces),
+        )
+        if not fits:
+            wrong = f"is {list(stored)}; expected [experts, out, in / 32, 16]"
+            return dataclasses.replace(found, faults=(found.says("weight", wrong),))
+        return found.checked(
+            {"weight": stored, "scale": stored[:3]},
+            {"weight": ("U8",), "scale": ("U8", "F8_E8M0")},
+        )
+
+    def _outputs(self, begin: int, end: int) -> Matrix:
+        bytes_ogb = self.pieces["weight"].rows(begin, end).read()
+        words = bytes_ogb.reshape(end - begin, -1).view(np.uint32)
+        scale = self.pieces["scale"].rows(begin, end).read()
+        arrays = {"codes": words.T, "scale": scale.T}
+        arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        return Matrix(self.format, arrays, self.inputs)
