@@ -563,6 +563,10 @@ def test_codes_of_an_unsupported_type(tmp_path):
         (GPTQ | {"dynamic": {"+:.*down.*": {"bits": 8}}}, "dynamic is"),
         (AWQ | {"version": "gemv"}, "version is 'gemv'; supported: 'gemm'"),
         (AWQ | {"bits": 8}, "bits is 8"),
+        (AWQ | {"backend": "llm-awq"}, "backend is 'llm-awq'"),
+        (GPTQ | {"format": "gptq", "checkpoint_format": "gptq_v2"}, "other fields say 'gptq'"),
+        (GPTQ | {"adapter": {"name": "lora"}}, "adapter is set"),
+        (GPTQ | {"pack_dtype": "int64"}, "pack_dtype is 'int64'"),
         (compressed(format="nvfp4-pack-quantized"), "format is 'nvfp4-pack-quantized'; supported"),
         (compressed(num_bits=2), "config_groups: group_0: weights: num_bits is 2"),
         (compressed(strategy="tensor_group"), "strategy is 'tensor_group'"),
@@ -580,6 +584,9 @@ def test_settings_by_other_names():
     assert parsed(
         {"quant_method": "awq", "w_bit": 4, "q_group_size": 128, "version": "GEMM"}
     ) == Quantization("awq", 4, 128, symmetric=False)
+    of_gptqmodel = {"format": "gemm", "sym": True, "desc_act": False, "pack_dtype": "int32"}
+    del (plain := dict(AWQ))["zero_point"]
+    assert parsed(plain | of_gptqmodel) == parsed(AWQ | {"zero_point": False})
     older = {key: value for key, value in INT4_G32.items() if key != "quant_method"}
     found = quantization(Fields({"compression_config": older}, "config.json"))
     assert found == parsed(INT4_G32) and str(found) == (

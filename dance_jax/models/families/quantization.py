@@ -15,30 +15,29 @@ _WORD = 8
 
 #: Fields that say how the weights were found, or which kernels multiply them. None of them changes
 #: what a stored code is worth. Activations are floats here, whatever the checkpoint rounds them to.
-#: GPTQ's desc_act shows in the tensors: g_idx is looked at.
 _HARMLESS = {
     "fp8": ("dequantize",),
     "mxfp4": ("dequantize",),
-    "gptq": (
-        *(
-            "act_group_aware",
-            "backend",
-            "batch_size",
-            "block_name_to_quantize",
-            "cache_block_outputs",
-        ),
-        *("damp_auto_increment", "damp_percent", "dataset", "desc_act", "disable_exllama"),
-        *("exllama_config", "format_version", "lm_head", "max_input_length", "meta"),
-        *("model_file_base_name", "model_name_or_path", "model_seqlen", "mse"),
-        *("module_name_preceding_first_block", "modules_in_block_to_quantize", "pack_dtype"),
-        *("pad_token_id", "parallel", "quantizer", "static_groups", "tokenizer", "true_sequential"),
-        *("use_cuda_fp16", "use_exllama"),
+    # Of GPTQ, desc_act shows in the tensors: g_idx is looked at.
+    "integers": (
+        # transformers and AutoGPTQ
+        *("batch_size", "block_name_to_quantize", "cache_block_outputs", "damp_percent", "dataset"),
+        *("desc_act", "disable_exllama", "exllama_config", "lm_head", "max_input_length"),
+        *("model_file_base_name", "model_name_or_path", "model_seqlen", "pad_token_id"),
+        *("module_name_preceding_first_block", "modules_in_block_to_quantize", "static_groups"),
+        *("tokenizer", "true_sequential", "use_cuda_fp16", "use_exllama"),
+        # AutoAWQ
+        *("do_fuse", "fuse_max_seq_len", "modules_to_fuse"),
+        # GPTQModel
+        *("act_group_aware", "damp_auto_increment", "hyb_act", "meta", "method", "mse"),
+        *("offload_to_disk", "offload_to_disk_path", "quantizer"),
+        # AutoRound
+        *("amp", "autoround_version", "data_type", "enable_minmax_tuning"),
+        *("enable_norm_bias_tuning", "enable_quanted_input", "gradient_accumulate_steps", "iters"),
+        *("low_gpu_mem_usage", "lr", "minmax_lr", "nsamples", "provider", "scale_dtype", "seqlen"),
+        *("to_quant_block_names", "train_bs"),
     ),
-    "awq": (
-        *("backend", "do_fuse", "exllama_config", "fuse_max_seq_len", "modules_to_fuse"),
-        "quantizer",
-    ),
-    "compressed-tensors": (*("global_compression_ratio", "run_compressed", "version"),),
+    "compressed-tensors": ("global_compression_ratio", "run_compressed", "version"),
 }
 
 
@@ -61,7 +60,7 @@ def quantization(fields: Fields) -> Quantization | None:
     found = _METHODS[method](inner)
     for name in ("modules_to_not_convert", "ignored_layers", "ignore"):
         _names(inner, name)
-    inner.ignore(*_HARMLESS[method])
+    inner.ignore(*_HARMLESS.get(method, _HARMLESS["integers"]))
     inner.finish()
     return found
 
@@ -82,11 +81,33 @@ def _mxfp4(fields: Fields) -> Quantization:
 def _gptq(fields: Fields) -> Quantization:
     """GPTQModel's and AutoGPTQ's. Version 1 stores zero points less one."""
     bits = fields.choice("bits", None, (4, 8))
-    # What "format" was called before.
-    layout = fields.choice("checkpoint_format", "gptq", ("gptq", "gptq_v2"))
-    layout = fields.choice("format", layout, ("gptq", "gptq_v2"))
-    fields.agrees("checkpoint_format", layout)
+    layout = _layout(fields, ("gptq", "gptq_v2"))
     fields.choice("is_marlin_format", False, (False,))
+    group = _group(fields, "group_size")
+    return Quantization("gptq", bits, group, fields.boolean("sym", True), layout=layout)
+
+
+def _awq(fields: Fields) -> Quantization:
+    """AutoAWQ's, in either spelling of its fields, and GPTQModel's."""
+    fields.choice(_either(fields, "bits", "w_bit"), None, (4,))
+    fields.choice("backend", "autoawq", ("autoawq",))
+    _layout(fields, ("gemm",))
+    version = fields.raw("version")
+    if str(version or "gemm").lower() != "gemm":
+        raise UserError(f"{fields.where}: version is {version!r}; supported: 'gemm'")
+    group = _group(fields, _either(fields, "group_size", "q_group_size"))
+    symmetric = fields.boolean("sym", False)
+    return Quantization("awq", 4, group, not fields.boolean("zero_point", not symmetric))
+
+
+def _layout(fields: Fields, supported: tuple[str, ...]) -> str:
+    """GPTQModel's format, which it also has by an older name; and its further settings."""
+    layout = fields.choice("checkpoint_format", supported[0], supported)
+    layout = fields.choice("format", layout, supported)
+    fields.agrees("checkpoint_format", layout)
+    fields.choice("pack_dtype", "int32", ("int32",))
+    for name in ("adapter", "rotation"):
+        fields.reject(name, "not supported")
     # Modules with settings of their own; "-:" before a pattern leaves them as floats.
     changed = fields.raw("dynamic") or {}
     if not isinstance(changed, dict) or not all(str(key).startswith("-:") for key in changed):
@@ -94,25 +115,13 @@ def _gptq(fields: Fields) -> Quantization:
             f"{fields.where}: dynamic is {changed!r}; only modules that are left as floats, whose "
             'patterns begin with "-:", are supported'
         )
-    return Quantization(
-        "gptq", bits, _group(fields, "group_size"), fields.boolean("sym", True), layout=layout
-    )
-
-
-def _awq(fields: Fields) -> Quantization:
-    """AutoAWQ's, in either spelling of its fields."""
-    fields.choice(_either(fields, "bits", "w_bit"), None, (4,))
-    version = fields.raw("version")
-    if str(version or "gemm").lower() != "gemm":
-        raise UserError(f"{fields.where}: version is {version!r}; supported: 'gemm'")
-    group = _group(fields, _either(fields, "group_size", "q_group_size"))
-    return Quantization("awq", 4, group, not fields.boolean("zero_point", True))
+    return layout
 
 
 def _compressed(fields: Fields) -> Quantization:
     """compressed-tensors: one way for all modules of config_groups."""
     fields.choice("quantization_status", "compressed", ("compressed",))
-    for name in ("kv_cache_scheme", "transform_config"):
+    for name in ("kv_cache_scheme", "moe_sparsity_config", "transform_config"):
         fields.reject(name, "not supported")
     sparsity = Fields(fields.raw("sparsity_config") or {}, f"{fields.where}: sparsity_config")
     sparsity.constant("format", "dense")
