@@ -148,6 +148,14 @@ def float_quantized(name, shape, rng, config):
     return stored, values
 
 
+def mxfp4_linear(name, shape, rng, config):
+    blocks, scales, values = mxfp4((1, *shape[::-1]), rng)
+    return {
+        f"{name}_packed": blocks[0].reshape(shape[0], -1),
+        f"{name}_scale": scales[0],
+    }, np.ascontiguousarray(values[0].T)
+
+
 def mxfp4(shape, rng):
     """Blocks, scales and values of [e, in, out]."""
     experts, d_in, d_out = shape
@@ -242,6 +250,11 @@ CASES = {
         ),
         *((24, 20), "int8:20:float32:offset"),
     ),
+    "mxfp4": (
+        mxfp4_linear,
+        compressed(format="mxfp4-pack-quantized", type="float"),
+        *((24, 96), "mxfp4:32:e8m0"),
+    ),
     "float": (
         float_quantized,
         compressed(
@@ -290,6 +303,15 @@ def test_one_scale_of_a_whole_tensor_and_how_activations_are_rounded(shape, open
     tensors = opened(stored, {"quant_method": "fp8", "activation_scheme": "static"})
     assert tensors.keys() == {"x.weight"}
     same(tensors["x.weight"], stored["x.weight"].astype(np.float32) * scale)
+
+
+def test_one_scale_of_a_whole_tensor_of_integers(opened):
+    codes = np.arange(-128, 128, dtype=np.int8).reshape(8, 32)
+    stored = {"x.weight": codes, "x.weight_scale": np.full(1, 0.25, np.float16)}
+    config = compressed(
+        format="int-quantized", num_bits=8, strategy="tensor", group_size=None, symmetric=True
+    )
+    same(opened(stored, config)["x.weight"], codes.astype(np.float32) * np.float32(0.25))
 
 
 def test_experts_in_one_tensor(opened):
@@ -529,6 +551,40 @@ def test_zero_points_that_contradict_the_config(tmp_path):
     report = refusal(tmp_path)
     assert f"{stem}.qzeros (GPTQ int4, model.safetensors): there are others than 8" in report
     assert f"1 not part of this model: {stem}.bias" in report
+
+
+def test_zero_points_of_awq_that_contradict_the_config(opened):
+    stored, _ = awq("x.weight", (8, 64), np.random.default_rng(0), AWQ)
+    tensor = opened(stored, AWQ | {"zero_point": False})["x.weight"]
+    assert not tensor.faults and "others than 8" in next(iter(tensor.value_faults()))
+
+
+@pytest.mark.parametrize(
+    ("encode", "config", "name", "codes", "message"),
+    [
+        (gptq, GPTQ, "x.qweight", np.zeros(5, np.int32), r"is \[5\]; expected 2 axes"),
+        (gptq, GPTQ, "x.scales", np.zeros((3, 8), np.float16), r"is \[3, 8\], but codes \[8, 8\]"),
+        (awq, AWQ, "x.qweight", np.zeros((63, 1), np.int32), "63 inputs are not a multiple of 8"),
+        (fp8, FP8, "x.weight", np.zeros(5, ml_dtypes.float8_e4m3fn), r"is \[5\]; expected"),
+        (fp8, FP8, "x.weight_scale_inv", np.zeros((), np.float32), r"is \[\]; expected 2 axes"),
+        (pack_quantized, INT4_G32, "x.weight_packed", np.zeros(5, np.int32), "expected 2 axes"),
+        (
+            *(mxfp4_linear, compressed(format="mxfp4-pack-quantized", type="float")),
+            *("x.weight_scale", np.zeros((8, 2), np.float32), "is F32, not U8 or"),
+        ),
+    ],
+)
+def test_shapes_that_do_not_fit(encode, config, name, codes, message, opened):
+    stored, _ = encode("x.weight", (8, 64), np.random.default_rng(0), config)
+    tensor = opened(stored | {name: codes}, config)["x.weight"]
+    assert len(tensor.faults) == 1 and re.search(message, tensor.faults[0])
+    tensor.part(0, 1)
+
+
+def test_experts_whose_codes_have_too_few_axes(opened):
+    stored = {"x_blocks": np.zeros((2, 3, 16), np.uint8), "x_scales": np.zeros((2, 3), np.uint8)}
+    (fault,) = opened(stored, {"quant_method": "mxfp4"})["x"].faults
+    assert "x_blocks (MXFP4, x.safetensors): is [2, 3, 16]; expected [experts, out" in fault
 
 
 def test_codes_of_an_unsupported_type(tmp_path):

@@ -125,7 +125,7 @@ def _compressed(fields: Fields) -> Quantization:
         fields.reject(name, "not supported")
     sparsity = Fields(fields.raw("sparsity_config") or {}, f"{fields.where}: sparsity_config")
     sparsity.constant("format", "dense")
-    layout = fields.choice("format", None, (*_TYPES,))
+    layout = fields.choice("format", None, (*_FORMATS,))
     groups = fields.inner("config_groups")
     found = {_weights(groups.inner(name), layout) for name in groups.values}
     if len(found) != 1:
@@ -134,11 +134,12 @@ def _compressed(fields: Fields) -> Quantization:
     return found.pop()
 
 
-#: What compressed-tensors' formats hold: the type of codes and their numbers of bits.
-_TYPES = {
-    "pack-quantized": ("int", (4, 8)),
-    "int-quantized": ("int", (8,)),
-    "float-quantized": ("float", (8,)),
+#: compressed-tensors' formats: the type of codes, their numbers of bits, what shares a scale.
+_FORMATS = {
+    "pack-quantized": ("int", (4, 8), ("group", "channel")),
+    "int-quantized": ("int", (8,), ("channel", "tensor")),
+    "float-quantized": ("float", (8,), ("channel", "tensor", "block")),
+    "mxfp4-pack-quantized": ("float", (4,), ("group",)),
 }
 
 
@@ -147,17 +148,18 @@ def _weights(group: Fields, layout: str) -> Quantization:
     group.choice("format", layout, (layout,))
     group.ignore("targets", "input_activations", "output_activations")
     weights = group.inner("weights")
-    kind, widths = _TYPES[layout]
+    kind, widths, ways = _FORMATS[layout]
     weights.choice("type", kind, (kind,))
     bits = weights.choice("num_bits", None, widths)
     weights.constant("dynamic", False)
     # Of how they were found. An order of inputs shows in weight_g_idx, which is looked at.
     weights.ignore("observer", "observer_kwargs", "actorder", "scale_dtype", "zp_dtype")
-    ways = ("group", "channel") if layout == "pack-quantized" else ("channel", "tensor", "block")
     way = weights.choice("strategy", "group" if weights.has("group_size") else None, ways)
     block = _block(weights, "block_structure") if way == "block" else None
     weights.ignore("block_structure", "group_size")
     size = _group(weights, "group_size") if way == "group" else 0
+    if layout.startswith("mxfp4"):
+        weights.choice("group_size", None, (32,))
     symmetric = weights.boolean("symmetric", True)
     if kind == "float" and not symmetric:
         raise UserError(f"{weights.where}: symmetric is False; supported: True")

@@ -11,7 +11,7 @@ from dance_jax.models.packed.base import PackedTensor, Pieces
 from dance_jax.models.packed.compressed_tensors import IntQuantized, PackQuantized
 from dance_jax.models.packed.fp8 import Fp8
 from dance_jax.models.packed.gptq import Gptq
-from dance_jax.models.packed.mxfp4 import Mxfp4
+from dance_jax.models.packed.mxfp4 import Mxfp4, Mxfp4Linear
 from dance_jax.models.safetensors_file import StoredTensor
 
 __all__ = ["PackedTensor", "assemble"]
@@ -64,6 +64,13 @@ LAYOUTS: dict[str, tuple[Layout, ...]] = {
         Layout(".weight", ".weight", IntQuantized.open, _INTEGERS, _ACTIVATIONS, type="I8"),
     ),
     "float-quantized": _FP8,
+    "mxfp4-pack-quantized": (
+        Layout(
+            *(".weight_packed", ".weight", Mxfp4Linear.open),
+            {"scale": (".weight_scale",)},
+            _ACTIVATIONS,
+        ),
+    ),
 }
 
 

@@ -39,15 +39,11 @@ class Awq(PackedTensor):
             size=bytes_of(pieces),
         )
         groups = blocks(d_in, group)
-        found = found.checked(
+        return found.checked(
             {"weight": (d_in, words), "scale": (groups, words * 8), "zeros": (groups, words)},
             {"weight": ("I32",), "scale": (*SCALES,), "zeros": ("I32",)},
             optional=("zeros",) if quantization.symmetric else (),
         )
-        if found.format.fits(d_in):
-            return found
-        wrong = found.says("weight", f"{d_in} inputs are not a multiple of 8")
-        return dataclasses.replace(found, faults=(*found.faults, wrong))
 
     def value_faults(self) -> Iterator[str]:
         yield from super().value_faults()

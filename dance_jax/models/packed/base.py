@@ -120,7 +120,8 @@ class PackedTensor:
         types: Mapping[str, tuple[str, ...]],
         optional: tuple[str, ...] = (),
     ) -> Self:
-        """With a fault for each piece that is missing, or not of the shape or a type given.
+        """With faults: a piece is missing, or not of the shape or a type given, or inputs of four
+        bits fill no words.
 
         Args:
             shapes: by role.
@@ -134,10 +135,18 @@ class PackedTensor:
                 faults += [] if role in optional else [self.says(role, "is missing")]
             elif piece.kind not in types[role]:
                 faults.append(self.says(role, f"is {piece.kind}, not {' or '.join(types[role])}"))
+            elif len(piece.shape) != len(shape):
+                fault = f"is {list(piece.shape)}; expected {len(shape)} axes"
+                faults.append(self.says(role, fault))
             elif piece.shape != shape:
                 codes = list(self.pieces["weight"].shape)
                 fault = f"is {list(piece.shape)}, but codes {codes} need {list(shape)}"
                 faults.append(self.says(role, fault))
+            if role == "weight" and faults:
+                break  # the others' shapes follow from it
+        if not faults and not self.format.fits(self.inputs):
+            fault = f"{self.inputs} inputs are not a multiple of 8, which is not supported"
+            faults.append(self.says("weight", fault))
         return dataclasses.replace(self, faults=tuple(faults))
 
 

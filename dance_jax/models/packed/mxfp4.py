@@ -1,7 +1,9 @@
-"""MXFP4 as gpt-oss stores it (OCP Microscaling Formats 1.0): e2m1 in groups of 32 inputs.
+"""MXFP4 (OCP Microscaling Formats 1.0): e2m1 in groups of 32 inputs.
 
-`_blocks` uint8 [e, out, in / 32, 16]: the low half of a byte is the earlier input. `_scales` uint8
-[e, out, in / 32] are exponents whose bias is 127. The float tensor is [e, in, out].
+gpt-oss: `_blocks` uint8 [e, out, in / 32, 16], the low half of a byte is the earlier input;
+`_scales` uint8 [e, out, in / 32] are exponents whose bias is 127. The float tensor is [e, in, out].
+compressed-tensors' "mxfp4-pack-quantized": `weight_packed` [out, in / 2] and `weight_scale`
+[out, in / 32] of one weight, otherwise the same; the float tensor is [out, in].
 """
 
 from __future__ import annotations
@@ -13,12 +15,12 @@ import numpy as np
 
 from dance_jax.models.config import Quantization
 from dance_jax.models.formats import Matrix, WeightFormat
-from dance_jax.models.packed.base import PackedTensor, Pieces, bytes_of
+from dance_jax.models.packed.base import PackedTensor, Pieces, blocks, bytes_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mxfp4(PackedTensor):
-    """All experts' weights of a layer, or one expert's."""
+    """gpt-oss's: all experts' weights of a layer, or one expert's."""
 
     in_first: ClassVar[bool] = True
 
@@ -49,3 +51,27 @@ class Mxfp4(PackedTensor):
         arrays = {"codes": words.T, "scale": scale.T}
         arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
         return Matrix(self.format, arrays, self.inputs)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mxfp4Linear(Mxfp4):
+    """compressed-tensors': one weight."""
+
+    in_first: ClassVar[bool] = False
+
+    @staticmethod
+    def open(names: dict[str, str], pieces: Pieces, quantization: Quantization) -> Mxfp4Linear:
+        stored = pieces["weight"].shape
+        d_out, octets = stored if len(stored) == 2 else (1, 1)
+        found = Mxfp4Linear(
+            kind="compressed-tensors MXFP4",
+            names=names,
+            pieces=pieces,
+            shape=(d_out, 2 * octets),
+            format=WeightFormat("mxfp4", quantization.group, "e8m0"),
+            size=bytes_of(pieces),
+        )
+        return found.checked(
+            {"weight": (d_out, octets), "scale": (d_out, blocks(2 * octets, quantization.group))},
+            {"weight": ("U8",), "scale": ("U8", "F8_E8M0")},
+        )
