@@ -123,7 +123,7 @@ def ensure_converted(
     source, cache_dir = pathlib.Path(source), pathlib.Path(cache_dir)
     if is_converted(source):
         return source
-    model = HFDirectory(source)
+    model = HFDirectory(source, scales=False)
     # Conversions of earlier versions of the layout stay until the user removes them.
     name = f"{source.absolute().name}-{model.fingerprint()[:16]}-{FORMAT}"
     if not is_converted(cache_dir / name):
@@ -163,7 +163,7 @@ def outline(directory: str | pathlib.Path) -> Outline:
     # Weights may be on their way, or not wanted before the plan is known.
     if config.quantization or not files or not all(file.exists() for file in files):
         return Outline(config)
-    return Outline(config, HFDirectory(directory).fingerprint())
+    return Outline(config, HFDirectory(directory, scales=False).fingerprint())
 
 
 def _write(
@@ -325,7 +325,7 @@ def main(arguments: list[str] | None = None) -> int:
                     task, description=text, completed=done, total=total
                 ),
             )
-            report = HFDirectory(options.source).left_out_report()
+            report = HFDirectory(options.source, scales=False).left_out_report()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
