@@ -27,6 +27,7 @@ from tests.tiny_models import OSS
 E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6]
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False}
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
+INT8 = {"format": "int-quantized", "num_bits": 8, "strategy": "channel", "group_size": None}
 
 
 def compressed(**weights):
@@ -240,14 +241,12 @@ CASES = {
     ),
     "int": (
         int_quantized,
-        compressed(format="int-quantized", num_bits=8, strategy="channel", group_size=None),
+        compressed(**INT8),
         *((24, 20), "int8:20:float16"),
     ),
     "int zeros": (
         int_quantized,
-        compressed(
-            format="int-quantized", num_bits=8, strategy="channel", group_size=None, symmetric=False
-        ),
+        compressed(**INT8, symmetric=False),
         *((24, 20), "int8:20:float32:offset"),
     ),
     "mxfp4": (
@@ -308,9 +307,7 @@ def test_one_scale_of_a_whole_tensor_and_how_activations_are_rounded(shape, open
 def test_one_scale_of_a_whole_tensor_of_integers(opened):
     codes = np.arange(-128, 128, dtype=np.int8).reshape(8, 32)
     stored = {"x.weight": codes, "x.weight_scale": np.full(1, 0.25, np.float16)}
-    config = compressed(
-        format="int-quantized", num_bits=8, strategy="tensor", group_size=None, symmetric=True
-    )
+    config = compressed(**INT8 | {"strategy": "tensor"})
     same(opened(stored, config)["x.weight"], codes.astype(np.float32) * np.float32(0.25))
 
 
@@ -549,14 +546,24 @@ def test_zero_points_that_contradict_the_config(tmp_path):
 
     change(tmp_path, edit)
     report = refusal(tmp_path)
-    assert f"{stem}.qzeros (GPTQ int4, model.safetensors): there are others than 8" in report
+    assert f"{stem}.qzeros (GPTQ int4, model.safetensors): 1 of 64 are not 8" in report
     assert f"1 not part of this model: {stem}.bias" in report
 
 
-def test_zero_points_of_awq_that_contradict_the_config(opened):
-    stored, _ = awq("x.weight", (8, 64), np.random.default_rng(0), AWQ)
-    tensor = opened(stored, AWQ | {"zero_point": False})["x.weight"]
-    assert not tensor.faults and "others than 8" in next(iter(tensor.value_faults()))
+@pytest.mark.parametrize(
+    ("encode", "config", "symmetric"),
+    [
+        (awq, AWQ, AWQ | {"zero_point": False}),
+        (pack_quantized, compressed(symmetric=False), INT4_G32),
+        (int_quantized, compressed(**INT8, symmetric=False), compressed(**INT8)),
+    ],
+)
+def test_zero_points_of_symmetric_weights(encode, config, symmetric, opened):
+    stored, _ = encode("x.weight", (8, 64), np.random.default_rng(0), config)
+    tensor = opened(stored, symmetric)["x.weight"]
+    assert not tensor.faults
+    (fault,) = tensor.value_faults()
+    assert "x." in fault and "says that the weights are symmetric" in fault
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import numpy as np
 from dance_jax.models.config import Quantization
 from dance_jax.models.formats import Matrix, pack_words
 from dance_jax.models.packed.base import SCALES, PackedTensor, Pieces, blocks, bytes_of
-from dance_jax.models.packed.integers import integer_format, integer_matrix, unpacked
+from dance_jax.models.packed.integers import integer_format, integer_matrix, unpacked, zero_faults
 
 #: The output, of eight, that a word's half-byte is of.
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -47,9 +47,8 @@ class Awq(PackedTensor):
 
     def value_faults(self) -> Iterator[str]:
         yield from super().value_faults()
-        if not self.format.offset and "zeros" in self.pieces and (self._read("zeros") != 8).any():
-            wrong = "there are others than 8, but quantization_config says no zero_point"
-            yield self.says("zeros", wrong)
+        if not self.format.offset and "zeros" in self.pieces:
+            yield from zero_faults(self, self._read("zeros"), 8)
 
     def _read(self, role: str) -> np.ndarray:
         """uint8 [..., out]"""

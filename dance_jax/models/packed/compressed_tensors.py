@@ -23,6 +23,7 @@ from dance_jax.models.packed.integers import (
     order_faults,
     signed,
     unpacked,
+    zero_faults,
 )
 
 
@@ -75,6 +76,12 @@ class PackQuantized(PackedTensor):
             said = self.pieces["shape"].read().tolist()
             if said != [*self.shape]:
                 yield self.says("shape", f"says {said}, the codes are of {[*self.shape]}")
+        if not self.format.offset and "zeros" in self.pieces:
+            yield from zero_faults(self, self._zeros(), 1 << (self.bits - 1))
+
+    def _zeros(self) -> np.ndarray:
+        """uint8 [groups, out]"""
+        return unpacked(self.pieces["zeros"].read().T, self.bits)[:, : self.outputs]
 
     def _outputs(self, begin: int, end: int) -> Matrix:
         words = self.pieces["weight"].rows(begin, end).read()
@@ -109,6 +116,11 @@ class IntQuantized(PackedTensor):
             {"weight": ("I8",), "scale": (*SCALES,), "zeros": ("I8",)},
             optional=("zeros",) if quantization.symmetric else (),
         )
+
+    def value_faults(self) -> Iterator[str]:
+        yield from super().value_faults()
+        if not self.format.offset and "zeros" in self.pieces:
+            yield from zero_faults(self, self.pieces["zeros"].read(), 0)
 
     def _outputs(self, begin: int, end: int) -> Matrix:
         codes = self.pieces["weight"].rows(begin, end).read().T

@@ -21,6 +21,7 @@ from dance_jax.models.packed.integers import (
     order_faults,
     signed,
     unpacked,
+    zero_faults,
 )
 
 
@@ -66,10 +67,7 @@ class Gptq(PackedTensor):
         yield from super().value_faults()
         yield from order_faults(self, self.format.group)
         if not self.format.offset and "zeros" in self.pieces:
-            middle = 1 << (self.bits - 1)
-            if (self._zeros() != middle).any():
-                wrong = f"there are others than {middle}, but quantization_config says sym"
-                yield self.says("zeros", wrong)
+            yield from zero_faults(self, self._zeros(), 1 << (self.bits - 1))
 
     def _zeros(self) -> np.ndarray:
         """uint8 [groups, out]"""

@@ -52,6 +52,16 @@ def integer_matrix(
     return Matrix(form, {k: np.ascontiguousarray(array) for k, array in arrays.items()}, d_in)
 
 
+def zero_faults(tensor: PackedTensor, zeros: np.ndarray, middle: int) -> Iterator[str]:
+    """Whether zero points are other than the middle code, though the format has no offsets."""
+    if count := np.count_nonzero(zeros != middle):
+        yield tensor.says(
+            "zeros",
+            f"{count} of {zeros.size} are not {middle}, but quantization_config says that the "
+            "weights are symmetric",
+        )
+
+
 def order_faults(tensor: PackedTensor, group: int) -> Iterator[str]:
     """Whether g_idx, the group of each input, is anything but the groups in turn."""
     order = tensor.pieces.get("order")
