@@ -191,10 +191,7 @@ def model_notes(model: ModelConfig, config: EngineConfig) -> Iterator[str]:
             f"all requests use the set for the {which} contexts."
         )
     if model.quantization:
-        yield (
-            f"The model's weights are quantised ({model.quantization}) and cannot be loaded as "
-            f"they are; the sizes are those of a copy in {config.dtype}."
-        )
+        yield f"The model's weights are quantised ({model.quantization}) and stay as they are."
 
 
 def _notes(

@@ -248,6 +248,33 @@ class Names:
 
 
 @dataclasses.dataclass(frozen=True)
+class Quantization:
+    """How a checkpoint's weights are quantised. Made by `families.quantization`."""
+
+    #: config.json's quant_method: "fp8", "mxfp4", "gptq", "awq" or "compressed-tensors".
+    method: str
+    #: Bits of a weight's code.
+    bits: int
+    #: Inputs that share a scale, integers only; 0: all inputs of an output do.
+    group: int = 0
+    #: Integers have no zero points but the middle code.
+    symmetric: bool = True
+    #: Outputs and inputs that share a scale; None: `group`, or for fp8 an output or the tensor.
+    block: tuple[int, int] | None = None
+    #: "gptq" or "gptq_v2" of that method; the format of compressed-tensors.
+    layout: str = ""
+
+    def __str__(self) -> str:
+        if self.method == "mxfp4":
+            return self.method
+        text = f"{self.method} {self.layout}" if "-" in self.layout else self.method
+        text += "" if self.method == "fp8" else f", {self.bits} bits"
+        if self.block:
+            return f"{text}, blocks of {self.block[0]} x {self.block[1]}"
+        return f"{text}, groups of {self.group}" if self.group else text
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """One model; widths in floats. Made by `families.model_config`."""
 
@@ -280,8 +307,8 @@ class ModelConfig:
     names: Names = Names()
     #: Type of the checkpoint's floats by config.json, which need not be so: the files decide.
     dtype: str = "float32"
-    #: How the checkpoint's weights are quantised, by config.json; "": they are not.
-    quantization: str = ""
+    #: How the checkpoint's weights are quantised, by config.json; None: they are not.
+    quantization: Quantization | None = None
 
     @property
     def num_layers(self) -> int:

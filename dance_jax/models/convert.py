@@ -36,7 +36,6 @@ from dance_jax.models.checkpoint import (
 from dance_jax.models.config import ModelConfig
 from dance_jax.models.directory import (
     SIDE_FILES,
-    check_loadable,
     indexed_files,
     model_directory,
     read_config,
@@ -165,7 +164,7 @@ def ensure_converted(
                 "give its source, or leave out --experts and --trunk"
             )
         return source
-    model = HFDirectory(source)
+    model = HFDirectory(source, scales=False)
     # Conversions of earlier versions of the layout stay until the user removes them.
     fingerprint = _fingerprint(model, model_formats(model, rounding))
     name = f"{source.absolute().name}-{fingerprint[:16]}-{FORMAT}"
@@ -225,11 +224,12 @@ def check_readable(directory: str | pathlib.Path) -> None:
     """Check that a model's weights can be converted, before its other files are read.
 
     Raises:
-        UserError: the weights are missing or quantised, or config.json is wrong.
+        UserError: the weights are missing, or config.json is wrong or of a model that is
+            quantised in a way that cannot be read.
     """
     directory = model_directory(directory)
     if not is_converted(directory):
-        check_loadable(read_config(directory), directory)
+        read_config(directory)
         weight_files(directory)
 
 
@@ -252,24 +252,42 @@ def outline(directory: str | pathlib.Path, rounding: Rounding = KEEP) -> Outline
     # Weights may be on their way, or not wanted before the plan is known.
     if not files or not all(file.exists() for file in files):
         return Outline(config, _expected_formats(config, rounding))
-    model = HFDirectory(directory)
+    model = HFDirectory(directory, scales=False)
     formats = model_formats(model, rounding)
     return Outline(config, formats, _fingerprint(model, formats))
 
 
 def _expected_formats(config: ModelConfig, rounding: Rounding) -> Formats:
-    """What `model_formats` will say, if weights have the type that config.json names."""
-    stored, inputs = WeightFormat(config.dtype), matrix_shapes(config)
+    """What `model_formats` will say, if weights are what config.json says of them."""
+    floats, codes = WeightFormat(config.dtype), _codes(config)
     d, f = config.hidden_size, config.expert.width
-    trunk = {
-        path: rounded("keep" if path.endswith("router.weight") else rounding.trunk, stored, d_in)
-        for path, (_, d_in, _) in inputs.items()
-    }
+    trunk = {}
+    for path, (heads, d_in, _) in matrix_shapes(config).items():
+        plain = path.endswith("router.weight")
+        # gpt-oss has codes of experts alone; nobody has them of these.
+        coded = heads == 1 and not plain and path not in ("embedding", "head")
+        stored = codes if coded and codes and codes.kind != "mxfp4" else floats
+        trunk[path] = rounded("keep" if plain else rounding.trunk, stored, d_in)
     experts = {
-        name: rounded(rounding.experts, stored, d_in, name == "w_down")
+        name: rounded(rounding.experts, codes or floats, d_in, name == "w_down")
         for name, d_in in (("w_gate", d), ("w_up", d), ("w_down", f))
     }
     return Formats(experts, trunk)
+
+
+def _codes(config: ModelConfig) -> WeightFormat | None:
+    """What quantised weights are, by config.json; None: there are none."""
+    quantization = config.quantization
+    if quantization is None:
+        return None
+    if quantization.method == "mxfp4":
+        return WeightFormat("mxfp4", 32, "e8m0")
+    block = quantization.block
+    group = block[1] if block else quantization.group or config.hidden_size
+    if quantization.method == "fp8" or quantization.layout == "float-quantized":
+        return WeightFormat("fp8", group, "float32")
+    kind, offset = ("int4" if quantization.bits == 4 else "int8"), not quantization.symmetric
+    return WeightFormat(kind, group, "float32" if offset else "float16", offset)
 
 
 #: What becomes a checkpoint: the number of the expert, or None, and the rule of a tensor.
@@ -469,7 +487,7 @@ def main(arguments: list[str] | None = None) -> int:
                 ),
                 Rounding(options.experts, options.trunk),
             )
-            report = HFDirectory(options.source).left_out_report()
+            report = HFDirectory(options.source, scales=False).left_out_report()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -81,16 +81,6 @@ def read_config(directory: str | pathlib.Path) -> ModelConfig:
     return model_config(fields, generation, str(path))
 
 
-def check_loadable(config: ModelConfig, directory: pathlib.Path) -> None:
-    """Raises UserError if the weights are of a kind that cannot be read."""
-    if config.quantization:
-        raise UserError(
-            f"{directory}: the weights are quantised ({config.quantization}, by config.json's "
-            "quantization_config); only float32, float16 and bfloat16 can be read: use a copy of "
-            "the model in one of them"
-        )
-
-
 def indexed_files(directory: pathlib.Path) -> list[str] | None:
     """Names of the files of weights by the index; None where there is none.
 

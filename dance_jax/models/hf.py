@@ -5,23 +5,27 @@ from __future__ import annotations
 import hashlib
 import pathlib
 import re
+from collections.abc import Iterator
 
 from dance_jax.config import UserError
 from dance_jax.models.config import ModelConfig
 from dance_jax.models.directory import (
     INDEX,
     SIDE_FILES,
-    check_loadable,
     model_directory,
     read_config,
     read_json,
     weight_files,
 )
+from dance_jax.models.packed import PackedTensor, assemble
 from dance_jax.models.safetensors_file import StoredTensor, content_hash, read_header
 from dance_jax.models.tensors import expert_rules, trunk_rules
 
 #: Tensors that older programs saved and that hold nothing of their own.
 _DERIVED = re.compile(r"\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
+
+#: A weight's tensor, or several in place of one.
+Tensor = StoredTensor | PackedTensor
 
 #: Names listed of each kind in a report of wrong tensors.
 _LISTED = 12
@@ -30,21 +34,26 @@ _LISTED = 12
 class HFDirectory:
     """An opened directory; every tensor the model needs is there in the right shape.
 
+    Args:
+        directory: in Hugging Face format.
+        scales: also read all scales of quantised weights, which may be an eighth of their bytes,
+            and check them.
+
     Raises:
         UserError: anything is missing, torn, unknown or of the wrong shape. Tensors come in one
             report.
     """
 
-    def __init__(self, directory: str | pathlib.Path):
+    def __init__(self, directory: str | pathlib.Path, scales: bool = True):
         self.path = model_directory(directory)
         self.config = read_config(self.path)
-        check_loadable(self.config, self.path)
         self.files = weight_files(self.path)
-        self.tensors = _spelled(self._headers(), self.config)
+        self.tensors = _spelled(self._assembled(), self.config)
         #: Names of tensors that are known and not needed.
         self.left_out = self._leave_out()
+        faults = list(_faults(self.tensors, scales))
         _cut_experts(self.tensors, self.config)
-        self._check()
+        self._check(faults)
 
     def left_out_report(self) -> str:
         """One line on the tensors that are left out; "" where there are none."""
@@ -53,6 +62,10 @@ class HFDirectory:
         listed = ", ".join(self.left_out[:3]) + (", ..." if len(self.left_out) > 3 else "")
         count = len(self.left_out)
         return f"left out, as generating text does not need them: {count} tensors ({listed})"
+
+    def _assembled(self) -> dict[str, Tensor]:
+        tensors, quantization = self._headers(), self.config.quantization
+        return assemble(tensors, quantization) if quantization else {**tensors}
 
     def _leave_out(self) -> list[str]:
         patterns = re.compile("|".join(self.config.names.ignored or ("$^",)))
@@ -84,7 +97,7 @@ class HFDirectory:
                 raise UserError(f"{self.path / file}: lacks {name}, which {INDEX} says it has")
         return tensors
 
-    def _check(self) -> None:
+    def _check(self, faults: list[str]) -> None:
         wanted = {rule.source: rule.shape for rule in trunk_rules(self.config)}
         for layer in self.config.moe_layers:
             for expert in range(self.config.num_experts):
@@ -95,7 +108,7 @@ class HFDirectory:
         extra = sorted(
             name
             for name in self.tensors.keys() - wanted.keys() - harmless
-            if not _DERIVED.search(name)
+            if not _DERIVED.search(name) and not self._is_no_bias(name)
         )
         shared = wanted.keys() & self.tensors.keys()
         wrong = [
@@ -113,6 +126,7 @@ class HFDirectory:
             "not part of this model": extra,
             "of the wrong shape": wrong,
             "of an unsupported type": typed,
+            "faults of quantised weights": [f"\n    {fault}" for fault in faults],
         }
         report = [
             f"{len(names)} {kind}: {', '.join(names[:_LISTED])}"
@@ -125,14 +139,28 @@ class HFDirectory:
                 f"{self.path}: the tensors do not fit config.json:\n  " + "\n  ".join(report)
             )
 
+    def _is_no_bias(self, name: str) -> bool:
+        """Whether a bias adds nothing: AutoGPTQ stores zeros where the model has none."""
+        bias = self.tensors[name]
+        weight = self.tensors.get(f"{name.removesuffix('.bias')}.weight")
+        quantised = name.endswith(".bias") and isinstance(weight, PackedTensor)
+        return quantised and bias.is_float and not bias.read().any()
 
-def _spelled(tensors: dict[str, StoredTensor], config: ModelConfig) -> dict[str, StoredTensor]:
+
+def _faults(tensors: dict[str, Tensor], scales: bool) -> Iterator[str]:
+    """What is wrong with quantised weights, and with their scales if these are to be read."""
+    for tensor in tensors.values():
+        if isinstance(tensor, PackedTensor):
+            yield from tensor.faults or (tensor.value_faults() if scales else ())
+
+
+def _spelled(tensors: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """The tensors under the names of `ModelConfig.names`, whichever spelling they are stored in.
 
     Raises:
         UserError: two tensors are one by their names.
     """
-    found: dict[str, StoredTensor] = {}
+    found: dict[str, Tensor] = {}
     for stored, tensor in tensors.items():
         name = stored
         for pattern, replacement in config.names.spellings:
@@ -143,7 +171,7 @@ def _spelled(tensors: dict[str, StoredTensor], config: ModelConfig) -> dict[str,
     return found
 
 
-def _cut_experts(tensors: dict[str, StoredTensor], config: ModelConfig) -> None:
+def _cut_experts(tensors: dict[str, Tensor], config: ModelConfig) -> None:
     """Cuts tensors of all experts of a layer into one expert's each, by offset and in place.
 
     gate_up_proj is [e, 2f, d], gate before up, or as gpt-oss has it; others are [e, ...].

@@ -22,7 +22,6 @@ from dance_jax.config import UserError
 from dance_jax.models.directory import (
     INDEX,
     SIDE_FILES,
-    check_loadable,
     indexed_files,
     model_directory,
     read_config,
@@ -243,7 +242,7 @@ class _Repository:
             UserError: the model is not supported.
         """
         directory = self.config()
-        check_loadable(read_config(directory), directory)
+        read_config(directory)
         for file in (*SIDE_FILES, INDEX):
             self.get(file)
         return directory

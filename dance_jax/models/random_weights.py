@@ -27,7 +27,7 @@ class Held:
     values: np.ndarray
 
     @property
-    def form(self) -> WeightFormat:
+    def format(self) -> WeightFormat:
         return Matrix.of(self.values).format
 
     def read(self) -> np.ndarray:

@@ -19,7 +19,7 @@ import numpy as np
 from dance_jax.config import UserError
 from dance_jax.models.formats import Matrix, WeightFormat
 
-#: Weights may have these types; quantised ones are refused.
+#: Types of weights that are not quantised.
 FLOATS: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -29,6 +29,16 @@ FLOATS: dict[str, np.dtype] = {
 
 #: Formats of matrices that are stored so.
 KINDS = {"F64": "float32", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+#: Types of the tensors of quantised weights. F8_E8M0 is read as the byte of its exponent.
+RAW: dict[str, np.dtype] = {
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E8M0": np.dtype(np.uint8),
+    "U8": np.dtype(np.uint8),
+    "I8": np.dtype(np.int8),
+    "I32": np.dtype(np.int32),
+    "I64": np.dtype(np.int64),
+}
+_TYPES = FLOATS | RAW
 
 _SAMPLE = 256
 
@@ -47,16 +57,16 @@ class StoredTensor:
 
     @property
     def is_float(self) -> bool:
-        """True if the type is one that weights can have here."""
+        """True if the values are weights themselves, not codes."""
         return self.kind in FLOATS
 
     @property
     def dtype(self) -> np.dtype:
-        """numpy's type; only where `is_float`."""
-        return FLOATS[self.kind]
+        """numpy's type; only of types in FLOATS and RAW."""
+        return _TYPES[self.kind]
 
     @property
-    def form(self) -> WeightFormat:
+    def format(self) -> WeightFormat:
         """The format of a matrix with these values; only where `is_float`."""
         return WeightFormat(KINDS[self.kind])
 
@@ -71,9 +81,16 @@ class StoredTensor:
     def part(self, index: int, parts: int) -> StoredTensor:
         """The index-th of `parts` equal pieces along the first axis, which must divide."""
         rows = self.shape[0] // parts
-        size = self.size // parts
+        return self.rows(index * rows, (index + 1) * rows)
+
+    def rows(self, begin: int, end: int) -> StoredTensor:
+        """Some of the first axis."""
+        row = self.size // self.shape[0] if self.shape[0] else 0
         return dataclasses.replace(
-            self, shape=(rows, *self.shape[1:]), offset=self.offset + index * size, size=size
+            self,
+            shape=(end - begin, *self.shape[1:]),
+            offset=self.offset + begin * row,
+            size=(end - begin) * row,
         )
 
     def without_first_axis(self) -> StoredTensor:
@@ -134,7 +151,7 @@ def _entry(path: pathlib.Path, base: int, item: dict) -> StoredTensor:
     kind = item["dtype"]
     if begin < 0 or end < begin or min(shape, default=0) < 0:
         raise ValueError("a tensor has a negative size")
-    if kind in FLOATS and end - begin != math.prod(shape) * FLOATS[kind].itemsize:
+    if kind in _TYPES and end - begin != math.prod(shape) * _TYPES[kind].itemsize:
         raise ValueError(f"a tensor of {kind} {list(shape)} has {end - begin} bytes")
     return StoredTensor(path, kind, shape, base + begin, end - begin)
 

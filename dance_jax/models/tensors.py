@@ -56,7 +56,7 @@ class Stored(Protocol):
     """A tensor of a checkpoint in whatever form its files have it."""
 
     @property
-    def form(self) -> WeightFormat: ...
+    def format(self) -> WeightFormat: ...
 
     def read(self) -> np.ndarray: ...
 
@@ -65,9 +65,9 @@ class Stored(Protocol):
 
 def matrix_form(target: Target, tensor: Stored) -> WeightFormat:
     """How a matrix of a tensor is kept as it is; of codes that are cut anew, in bfloat16."""
-    if target.outputs is None and tensor.form.group:
+    if target.outputs is None and tensor.format.group:
         return WeightFormat("bfloat16")
-    return tensor.form
+    return tensor.format
 
 
 #: A weight on the host: an array, a matrix, or a matrix for each head.

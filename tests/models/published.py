@@ -65,6 +65,24 @@ def routed(experts: int, shared: int, scale: float, dense: int, groups: int = 1,
 
 PLAIN: dict[str, Any] = {"hidden_act": "silu", "tie_word_embeddings": False}
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+INT4_G32 = {
+    "quant_method": "compressed-tensors",
+    "format": "pack-quantized",
+    "quantization_status": "compressed",
+    "ignore": ["lm_head", "re:.*self_attn.*", "re:.*shared_experts.*"],
+    "kv_cache_scheme": None,
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            **{"input_activations": None, "output_activations": None},
+            "weights": {
+                **{"type": "int", "num_bits": 4, "strategy": "group", "group_size": 32},
+                **{"symmetric": True, "dynamic": False, "actorder": None, "block_structure": None},
+                **{"observer": "minmax", "observer_kwargs": {}},
+            },
+        }
+    },
+}
 MLA = PLAIN | {
     "attention_bias": False,
     "kv_lora_rank": 512,
@@ -197,7 +215,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     | {"quantization_config": FP8 | {"fmt": "e4m3"}, "rope_scaling": yarn(32, 1.0, fast=1)},
     "Kimi-K2.5": KIMI_K2
     | GENERATION
-    | {"quantization_config": {"quant_method": "compressed-tensors"}, "rope_scaling": yarn(64, 1)},
+    | {"quantization_config": INT4_G32, "rope_scaling": yarn(64, 1)},
     "GLM-4.5-Air": GLM | routed(128, shared=1, scale=1.0, dense=1) | {"use_qk_norm": False},
     "GLM-4.5": GLM | routed(160, shared=1, scale=2.5, dense=3) | {"use_qk_norm": True},
     "GLM-4.7-Flash": {

@@ -183,7 +183,7 @@ def test_what_can_be_planned_before_a_conversion(source, converted, tmp_path):
         assert (found.fingerprint, found.config.layers) == ("", whole.config.layers)
         (tmp_path / name).write_text(content)
     assert outline(tmp_path).fingerprint == "", "one of the two files is not there"
-    assert outline(source).fingerprint == whole.fingerprint() == outline(converted).fingerprint
+    assert outline(source).fingerprint == outline(converted).fingerprint != ""
     assert outline(source).expert_bytes("float32") == outline(converted).expert_bytes("float32")
 
 
@@ -226,13 +226,13 @@ def test_a_killed_conversion_is_not_taken_for_a_whole_one(source, tmp_path):
 
 def test_two_conversions_at_once(source, tmp_path, monkeypatch):
     written = []
-    original = convert_module._write
+    original = convert_module.write_manifest
 
     def write(*arguments):
         written.append(arguments)
         original(*arguments)
 
-    monkeypatch.setattr(convert_module, "_write", write)
+    monkeypatch.setattr(convert_module, "write_manifest", write)
     results = []
     threads = [
         threading.Thread(target=lambda: results.append(ensure_converted(source, tmp_path)))
@@ -344,7 +344,7 @@ def test_one_process_of_a_distributed_job_loads_alone(converted):
         if rank == 1:
             checkpoint = Checkpoint.open(sys.argv[3])
             checkpoint.trunk("float32")
-            stacked(checkpoint, [(0, 1), (1, 5)])
+            list(checkpoint.experts([(0, 1), (1, 5)], checkpoint.form("float32")))
             print("loaded", flush=True)
         else:
             sys.stdin.read()

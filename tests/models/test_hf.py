@@ -163,12 +163,19 @@ def test_joined_experts_of_a_wrong_shape(tmp_path):
         HFDirectory(source)
 
 
-def test_quantised_weights_are_refused(source):
+def test_a_way_of_quantising_that_is_unknown(source):
+    fields = json.loads((source / "config.json").read_text())
+    fields["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (source / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(UserError, match=r"config\.json: .* quant_method is 'bitsandbytes'"):
+        HFDirectory(source)
+
+
+def test_floats_that_were_quantised_once(source):
     fields = json.loads((source / "config.json").read_text())
     fields["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     (source / "config.json").write_text(json.dumps(fields))
-    with pytest.raises(UserError, match=r"quantised \(fp8.* use a copy of the model"):
-        HFDirectory(source)
+    assert all(tensor.kind == "F32" for tensor in HFDirectory(source).tensors.values())
 
 
 @pytest.mark.parametrize("keep", [0, 5, 100, -1])

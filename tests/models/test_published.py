@@ -18,6 +18,7 @@ from dance_jax.models.config import (
     GroupedAttention,
     LatentAttention,
     ModelConfig,
+    Quantization,
     RopeConfig,
     RouterConfig,
     SharedConfig,
@@ -81,7 +82,7 @@ def clamped(experts: int) -> dict[str, Any]:
         "router": RouterConfig(experts, 4, score="logits", bias=True),
         "expert": ExpertConfig(2880, Activation("clamped", 1.702, 7.0), bias=True),
         "eos_token_ids": (200002,),
-        "quantization": "mxfp4",
+        "quantization": Quantization("mxfp4", 4, 32),
         "norm_eps": 1e-5,
     }
 
@@ -91,6 +92,8 @@ def gemma(keys: int, width: int, rope: RopeConfig, **more: Any):
     return GroupedAttention(16, keys, width, rope, **shape, **more)
 
 
+FP8 = Quantization("fp8", 8, block=(128, 128))
+INT4_G32 = Quantization("compressed-tensors", 4, 32, layout="pack-quantized")
 #: Qwen3-Next's and Qwen3.5's.
 DELTA = DeltaNet(16, 32, 128, 128, conv_width=4)
 GATED = gqa(16, 2, 256, 1e7, turned=64, qk_norm="head", gated=True)
@@ -116,7 +119,7 @@ SPECS: dict[str, tuple[dict, tuple[int, int], dict[str, Any]]] = {
         (3, 18432),
         {"router": sigmoid(256, 8, 2.5, groups=8, kept=4), "expert": ExpertConfig(2048)}
         | {"shared": SharedConfig(2048), "eos_token_ids": (1,), "bos_token_id": 0}
-        | {"quantization": "fp8"},
+        | {"quantization": FP8},
     ),
     "Moonlight-16B-A3B": (
         {mla(16, None, pairs(5e4)): 27},
@@ -130,14 +133,14 @@ SPECS: dict[str, tuple[dict, tuple[int, int], dict[str, Any]]] = {
         (1, 18432),
         {"router": sigmoid(384, 8, 2.827), "expert": ExpertConfig(2048)}
         | {"shared": SharedConfig(2048), "eos_token_ids": (163585,), "bos_token_id": 163584}
-        | {"quantization": "fp8"},
+        | {"quantization": FP8},
     ),
     "Kimi-K2.5": (
         {mla(64, 1536, pairs(5e4, 64, 1.0)): 61},
         (1, 18432),
         {"router": sigmoid(384, 8, 2.827), "expert": ExpertConfig(2048)}
         | {"shared": SharedConfig(2048), "eos_token_ids": (163585,), "bos_token_id": 163584}
-        | {"quantization": "compressed-tensors", "norm_eps": 1e-5},
+        | {"quantization": INT4_G32, "norm_eps": 1e-5},
     ),
     "GLM-4.5-Air": (
         {gqa(96, 8, 128, 1e6, turned=64, qkv_bias=True): 46},
@@ -166,7 +169,7 @@ SPECS: dict[str, tuple[dict, tuple[int, int], dict[str, Any]]] = {
         {
             "router": RouterConfig(256, 8, score="sigmoid", correction=True, normalise=True),
             "expert": ExpertConfig(1536),
-            "quantization": "fp8",
+            "quantization": FP8,
         },
     ),
     "gpt-oss-20b": ({gpt_oss(128): 12, gpt_oss(None): 12}, (0, 0), clamped(32)),
@@ -235,7 +238,7 @@ DEFAULTS = {
     "sandwich": False,
     "embedding_scale": 1.0,
     "logit_cap": None,
-    "quantization": "",
+    "quantization": None,
 }
 
 

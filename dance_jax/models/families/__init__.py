@@ -26,6 +26,7 @@ from dance_jax.models.families import (
     qwen3_next,
 )
 from dance_jax.models.families.fields import Fields
+from dance_jax.models.families.quantization import quantization
 
 #: By config.json's model_type: a function of the fields and of the arguments of `ModelConfig` that
 #: are read here.
@@ -105,12 +106,11 @@ def model_config(
     given = {
         "family": kind,
         "dtype": _dtype(outside, fields),
-        "quantization": _quantization(fields),
+        "quantization": quantization(fields),
         "eos_token_ids": _eos_token_ids(fields, generation),
         "bos_token_id": _token(fields, "bos_token_id"),
     }
-    for name in ("compression_config", "pruned_heads"):
-        fields.reject(name, "not supported")
+    fields.reject("pruned_heads", "not supported")
     for name in ("is_encoder_decoder", "add_cross_attention", "tie_encoder_decoder"):
         fields.constant(name, False)
     fields.choice("is_decoder", False, (False, True))
@@ -130,7 +130,10 @@ def _text(outside: Fields) -> Fields:
     """The fields of a multimodal model's text, with those that stand only outside."""
     fields = outside.inner("text_config")
     outside.ignore(*_MEDIA_FIELDS)
-    moved = ("tie_word_embeddings", "eos_token_id", "bos_token_id", "quantization_config")
+    moved = (
+        *("tie_word_embeddings", "eos_token_id", "bos_token_id"),
+        *("quantization_config", "compression_config"),
+    )
     for name in moved:
         outside.ignore(name)
         if outside.has(name) and not fields.has(name):
@@ -148,14 +151,6 @@ def _dtype(*levels: Fields) -> str:
             if value in ("float32", "bfloat16", "float16"):
                 return value
     return "float32"
-
-
-def _quantization(fields: Fields) -> str:
-    """quantization_config's method; "" where there is none."""
-    if not fields.raw("quantization_config"):
-        return ""
-    inner = fields.inner("quantization_config")
-    return str(inner.raw("quant_method") or "unknown")
 
 
 def _token(fields: Fields, name: str) -> int | None:

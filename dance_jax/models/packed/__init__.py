@@ -1,0 +1,111 @@
+"""Quantised weights of a checkpoint, each in place of the float tensor that it stands for."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+from dance_jax.models.config import Quantization
+from dance_jax.models.packed.awq import Awq
+from dance_jax.models.packed.base import PackedTensor, Pieces
+from dance_jax.models.packed.compressed_tensors import IntQuantized, PackQuantized
+from dance_jax.models.packed.fp8 import Fp8
+from dance_jax.models.packed.gptq import Gptq
+from dance_jax.models.packed.mxfp4 import Mxfp4, Mxfp4Linear
+from dance_jax.models.safetensors_file import StoredTensor
+
+__all__ = ["PackedTensor", "assemble"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How the tensors of one weight are named, by the ends of their names."""
+
+    #: Of the codes.
+    codes: str
+    #: Of the float tensor.
+    float: str
+    open: Callable[[dict[str, str], Pieces, Quantization], PackedTensor]
+    #: By role: of the other tensors, in any of several spellings.
+    others: Mapping[str, tuple[str, ...]]
+    #: Of tensors that are not needed: how activations would be rounded.
+    unused: tuple[str, ...] = ()
+    #: The type that tells codes from floats of the same name.
+    type: str = ""
+
+
+_ACTIVATIONS = (".input_scale", ".input_zero_point", ".activation_scale")
+_FP8 = (
+    Layout(
+        *(".weight", ".weight", Fp8.open),
+        {"scale": (".weight_scale_inv", ".weight_scale")},
+        _ACTIVATIONS,
+        type="F8_E4M3",
+    ),
+    # Of all experts.
+    Layout("", "", Fp8.open, {"scale": ("_scale_inv", "_scale")}, type="F8_E4M3"),
+)
+_INTEGERS = {"scale": (".weight_scale",), "zeros": (".weight_zero_point",)}
+_WORDS = {"scale": (".scales",), "zeros": (".qzeros",)}
+#: By `Quantization.method`, and for compressed-tensors by its format.
+LAYOUTS: dict[str, tuple[Layout, ...]] = {
+    "fp8": _FP8,
+    "mxfp4": (Layout("_blocks", "", Mxfp4.open, {"scale": ("_scales",)}),),
+    "gptq": (Layout(".qweight", ".weight", Gptq.open, _WORDS | {"order": (".g_idx",)}),),
+    "awq": (Layout(".qweight", ".weight", Awq.open, _WORDS),),
+    "pack-quantized": (
+        Layout(
+            *(".weight_packed", ".weight", PackQuantized.open),
+            _INTEGERS | {"shape": (".weight_shape",), "order": (".weight_g_idx",)},
+            _ACTIVATIONS,
+        ),
+    ),
+    "int-quantized": (
+        Layout(".weight", ".weight", IntQuantized.open, _INTEGERS, _ACTIVATIONS, type="I8"),
+    ),
+    "float-quantized": _FP8,
+    "mxfp4-pack-quantized": (
+        Layout(
+            *(".weight_packed", ".weight", Mxfp4Linear.open),
+            {"scale": (".weight_scale",)},
+            _ACTIVATIONS,
+        ),
+    ),
+}
+
+
+def assemble(
+    tensors: Mapping[str, StoredTensor], quantization: Quantization
+) -> dict[str, StoredTensor | PackedTensor]:
+    """A checkpoint's tensors, with one for the several of each quantised weight.
+
+    What is wrong with a weight stands in its `faults`. Tensors of floats stay, as do tensors that
+    belong to no weight.
+    """
+    method = quantization.method
+    layouts = LAYOUTS[quantization.layout if method == "compressed-tensors" else method]
+    found: dict[str, StoredTensor | PackedTensor] = dict(tensors)
+    for name, codes in tensors.items():
+        layout = next((each for each in layouts if _has_codes(each, name, codes)), None)
+        if layout is None:
+            continue
+        stem = name.removesuffix(layout.codes)
+        names, pieces = {"weight": name}, {"weight": codes}
+        for role, ends in layout.others.items():
+            stored = [stem + end for end in ends if stem + end in tensors]
+            names[role] = stored[0] if stored else stem + ends[0]
+            if stored:
+                pieces[role] = tensors[stored[0]]
+        for used in [*names.values(), *(stem + end for end in layout.unused)]:
+            found.pop(used, None)
+        packed = layout.open(names, pieces, quantization)
+        float_name = stem + layout.float
+        if float_name in found:
+            twice = packed.says("weight", f"{float_name} is the same weight, stored twice")
+            packed = dataclasses.replace(packed, faults=(*packed.faults, twice))
+        found[float_name] = packed
+    return found
+
+
+def _has_codes(layout: Layout, name: str, tensor: StoredTensor) -> bool:
+    return name.endswith(layout.codes) and layout.type in ("", tensor.kind)
