@@ -1,4 +1,5 @@
-"""Turns a Hugging Face directory into orbax checkpoints: python -m dance_jax.models.convert SRC DST
+"""Turns a Hugging Face directory or a GGUF file into orbax checkpoints:
+python -m dance_jax.models.convert SRC DST
 
 Tensors are read one at a time and written in groups of bounded size, so memory stays small however
 large the model is. Everything is written beside the destination and renamed at the end: what bears
@@ -30,13 +31,15 @@ from dance_jax.models.checkpoint import (
     write_manifest,
 )
 from dance_jax.models.directory import (
-    SIDE_FILES,
     check_loadable,
     indexed_files,
+    is_gguf,
     model_directory,
+    own_name,
     read_config,
     weight_files,
 )
+from dance_jax.models.ggml.model import open_source
 from dance_jax.models.hf import HFDirectory
 from dance_jax.models.orbax_store import save_arrays
 from dance_jax.models.tensors import TensorRule, expert_rules, trunk_rules
@@ -61,7 +64,7 @@ def convert(
     killed conversion left is removed by the next one.
 
     Args:
-        source: directory in Hugging Face format.
+        source: directory in Hugging Face format, or a GGUF file.
         destination: made by this; if it exists already it must hold the same model.
         progress: told after each group of tensors.
 
@@ -74,7 +77,7 @@ def convert(
     source, destination = pathlib.Path(source), pathlib.Path(destination).absolute()
     if os.path.lexists(destination) and not destination.is_dir():
         raise UserError(f"{destination}: exists and is no directory; choose another one")
-    model = HFDirectory(source)
+    model = open_source(source)
     fingerprint = model.fingerprint()
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
@@ -111,7 +114,8 @@ def ensure_converted(
     """The converted form of a model, made in the cache on first use.
 
     Args:
-        source: directory in Hugging Face format, or one that is converted already.
+        source: directory in Hugging Face format, a GGUF file, or a directory that is converted
+            already.
         cache_dir: holds one directory for each content that was converted.
         progress: called only if the model is converted now.
 
@@ -124,9 +128,9 @@ def ensure_converted(
     source, cache_dir = pathlib.Path(source), pathlib.Path(cache_dir)
     if is_converted(source):
         return source
-    model = HFDirectory(source)
+    model = open_source(source)
     # Conversions of earlier versions of the layout stay until the user removes them.
-    name = f"{source.absolute().name}-{model.fingerprint()[:16]}-{FORMAT}"
+    name = f"{own_name(source)}-{model.fingerprint()[:16]}-{FORMAT}"
     if not is_converted(cache_dir / name):
         _remove_abandoned(cache_dir)
         convert(source, cache_dir / name, progress)
@@ -140,7 +144,9 @@ def check_readable(directory: str | pathlib.Path) -> None:
         UserError: the weights are missing or quantised, or config.json is wrong.
     """
     directory = model_directory(directory)
-    if not is_converted(directory):
+    if is_gguf(directory):
+        open_source(directory)
+    elif not is_converted(directory):
         check_loadable(read_config(directory), directory)
         weight_files(directory)
 
@@ -149,7 +155,7 @@ def outline(directory: str | pathlib.Path) -> Outline:
     """What can be planned of a model without converting it, from its config.json alone if need be.
 
     Args:
-        directory: in Hugging Face format, with or without weights, or converted.
+        directory: in Hugging Face format, with or without weights, or converted; or a GGUF file.
 
     Raises:
         UserError: the model is not supported, or weights that are there do not fit it.
@@ -157,6 +163,9 @@ def outline(directory: str | pathlib.Path) -> Outline:
     directory = pathlib.Path(directory)
     if is_converted(directory):
         return Checkpoint.open(directory)
+    if is_gguf(directory):
+        model = open_source(directory)
+        return Outline(model.config, model.fingerprint())
     config = read_config(directory)
     files = [directory / name for name in indexed_files(directory) or ()]
     files = files or [*directory.glob("*.safetensors")]
@@ -184,9 +193,7 @@ def _write(
             f"{total / 1e9:.1f} GB"
         )
     directory.mkdir()
-    for name in SIDE_FILES:
-        if (model.path / name).exists():
-            shutil.copyfile(model.path / name, directory / name)
+    model.write_side_files(directory)
 
     done = 0
 
@@ -296,10 +303,12 @@ def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m dance_jax.models.convert",
-        description="Converts a model in Hugging Face format for dance_jax.",
+        description="Converts a model in Hugging Face format or in GGUF files for dance_jax.",
     )
     parser.add_argument(
-        "source", metavar="SRC", help="directory with config.json and *.safetensors"
+        "source",
+        metavar="SRC",
+        help="directory with config.json and *.safetensors, or a .gguf file (of several: any)",
     )
     parser.add_argument("destination", metavar="DST", help="directory to make")
     options = parser.parse_args(arguments)
@@ -325,7 +334,7 @@ def main(arguments: list[str] | None = None) -> int:
                     task, description=text, completed=done, total=total
                 ),
             )
-            report = HFDirectory(options.source).left_out_report()
+            report = open_source(options.source).report()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,0 +1,151 @@
+"""llama.cpp's names of tensors, as Hugging Face's."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator
+
+from dance_jax.config import UserError
+from dance_jax.models.config import ModelConfig
+from dance_jax.models.ggml.tensors import LatentHeads, PackedTensor, Tensor
+
+#: Tensors outside the layers.
+_OUTER = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+#: Modules within a layer; their tensors are .weight and .bias on both sides. In braces: names of
+#: `config.Names`.
+_MODULES = {
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "post_attention_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "attn_q_a": "self_attn.q_a_proj",
+    "attn_q_a_norm": "self_attn.q_a_layernorm",
+    "attn_q_b": "self_attn.q_b_proj",
+    "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
+    "attn_kv_a_norm": "self_attn.kv_a_layernorm",
+    "attn_kv_b": "self_attn.kv_b_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+    "ffn_gate_inp": "{router}",
+    "ffn_gate_shexp": "{shared}.gate_proj",
+    "ffn_up_shexp": "{shared}.up_proj",
+    "ffn_down_shexp": "{shared}.down_proj",
+    "ffn_gate_inp_shexp": "{shared_gate}",
+}
+#: Tensors within a layer whose names have other endings.
+_TENSORS = {
+    "attn_sinks.weight": "self_attn.sinks",
+    "exp_probs_b.bias": "{correction}",
+    "exp_probs_b": "{correction}",
+}
+_LAYER = re.compile(r"blk\.(?P<layer>\d+)\.(?P<leaf>.+)")
+#: Experts of a layer in one tensor [e, ...], or one by one as files of early Mixtrals have them.
+_JOINED = re.compile(r"ffn_(?P<part>gate_up|gate|up|down)_exps\.(?P<end>weight|bias)")
+_SINGLE = re.compile(r"ffn_(?P<part>gate|up|down)\.(?P<expert>\d+)\.(?P<end>weight)")
+_PARTS: tuple[str, ...] = ("gate", "up", "down")
+
+
+def renamed(tensors: dict[str, PackedTensor], config: ModelConfig, where: str) -> dict[str, Tensor]:
+    """The tensors under the names of `ModelConfig.names`, experts one by one.
+
+    Raises:
+        UserError: a name is unknown.
+    """
+    found: dict[str, Tensor] = {}
+    halves: dict[str, dict[str, PackedTensor]] = {}
+    unknown = []
+    for name, tensor in tensors.items():
+        layer = _LAYER.fullmatch(name)
+        if layer and layer["leaf"] in ("attn_k_b.weight", "attn_v_b.weight"):
+            halves.setdefault(layer["layer"], {})[layer["leaf"][5]] = tensor
+            continue
+        own = list(_layer(layer, tensor, config)) if layer else []
+        if name in _OUTER:
+            own = [(_OUTER[name], tensor)]
+        if not own:
+            unknown.append(name)
+        found.update(own)
+    for layer, both in halves.items():
+        if both.keys() != {"k", "v"} or {len(each.shape) for each in both.values()} != {3}:
+            unknown += [f"blk.{layer}.attn_{half}_b.weight" for half in both]
+            continue
+        found[f"model.layers.{layer}.self_attn.kv_b_proj.weight"] = LatentHeads(
+            both["k"], both["v"]
+        )
+    if unknown:
+        listed = ", ".join(sorted(unknown)[:8]) + (", ..." if len(unknown) > 8 else "")
+        raise UserError(
+            f"{where}: {len(unknown)} tensors are not known of this architecture: {listed}"
+        )
+    return found
+
+
+def _layer(
+    place: re.Match[str], tensor: PackedTensor, config: ModelConfig
+) -> Iterator[tuple[str, PackedTensor]]:
+    """What one stored tensor of a layer becomes; nothing if its name is unknown."""
+    leaf, source = place["leaf"], f"model.layers.{place['layer']}"
+    if int(place["layer"]) >= config.num_layers:  # predicts more tokens; never read
+        yield f"{source}.{leaf}", tensor
+    elif match := _JOINED.fullmatch(leaf) or _SINGLE.fullmatch(leaf):
+        yield from _experts(match, tensor, config, f"{source}.{config.names.experts}")
+    elif leaf in _TENSORS:
+        yield f"{source}.{_filled(_TENSORS[leaf], config)}", tensor
+    else:
+        module, _, end = leaf.rpartition(".")
+        if module in _MODULES and end in ("weight", "bias"):
+            name = f"{source}.{_filled(_MODULES[module], config)}.{end}"
+            yield name, _shaped(module, tensor, config)
+
+
+def _filled(template: str, config: ModelConfig) -> str:
+    return template.format(**dataclasses.asdict(config.names))
+
+
+def _shaped(module: str, tensor: PackedTensor, config: ModelConfig) -> PackedTensor:
+    """The tensor with Hugging Face's shape and order of rows."""
+    if module == "ffn_gate_inp_shexp" and len(tensor.shape) == 1:
+        return dataclasses.replace(tensor, shape=(1, *tensor.shape))
+    heads = PAIRED.get(config.family, {}).get(module, "")
+    if not heads:
+        return tensor
+    return dataclasses.replace(tensor, paired_heads=getattr(config.layers[0].mixer, heads))
+
+
+#: Projections whose rows are stored pair by pair, and which heads they have.
+PAIRED = {"mixtral": {"attn_q": "num_heads", "attn_k": "num_kv_heads"}}
+
+
+def _experts(
+    match: re.Match[str], tensor: PackedTensor, config: ModelConfig, source: str
+) -> Iterator[tuple[str, PackedTensor]]:
+    """A projection of all experts of a layer, cut by offset, or of one."""
+    part, end = match["part"], match["end"]
+    projections = dict(zip(_PARTS, config.names.projections, strict=True))
+    if match.re is _SINGLE:
+        yield f"{source}.{match['expert']}.{projections[part]}.{end}", tensor
+        return
+    count = config.num_experts
+    if tensor.shape[0] != count:
+        raise UserError(
+            f"{tensor.file}: {match.string} is {list(tensor.shape)}, not [{count}, ...]: there are "
+            f"{count} experts"
+        )
+    for expert in range(count):
+        own = tensor.part(expert, count).without_first_axis()
+        if part != "gate_up":
+            yield f"{source}.{expert}.{projections[part]}.{end}", own
+            continue
+        for index, half in enumerate(("gate", "up")):
+            yield f"{source}.{expert}.{projections[half]}.{end}", own.part(index, 2)
