@@ -73,7 +73,7 @@ def side_files(model: pathlib.Path) -> dict[str, bytes]:
     for name in SIDE_FILES:
         try:
             found[name] = (model / name).read_bytes()
-        except FileNotFoundError:
+        except (FileNotFoundError, IsADirectoryError):
             continue
         except OSError as error:
             raise UserError(f"{model / name}: cannot be read: {error}") from error
