@@ -199,8 +199,9 @@ class _Cursor:
         return _shortest(value) if code == "f" else value
 
     def text(self) -> str:
+        (length,) = _LENGTH.unpack_from(self.data, self.at)
         begin = self.at + 8
-        end = begin + self.number("Q")
+        end = begin + length
         if end > len(self.data):
             raise struct.error("a text goes beyond the end")
         self.at = end
