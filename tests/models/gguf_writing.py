@@ -14,7 +14,7 @@ from gguf.constants import MODEL_ARCH, ExpertGatingFuncType, RopeScalingType, To
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from dance_jax.models.hf import HFDirectory
-from tests.tiny_models import DEEPSEEK, MIXTRAL, OSS
+from tests.tiny_models import DEEPSEEK, HYBRID, MIXTRAL, OSS
 
 QWEN3 = {
     "model_type": "qwen3_moe",
@@ -42,6 +42,9 @@ _YARN_V2 = {
     "mscale": 0.707,
     "mscale_all_dim": 0.707,
 }
+_HYBRID = {
+    name: value for name, value in HYBRID.items() if name not in ("model_type", "mlp_only_layers")
+} | {"vocab_size": 320, "bos_token_id": 0, "num_experts": 4, "num_experts_per_tok": 2}
 #: Architecture and config.json by the test's name of a model.
 MODELS: dict[str, tuple[MODEL_ARCH, dict[str, Any]]] = {
     "qwen3moe": (MODEL_ARCH.QWEN3MOE, QWEN3 | _USUAL),
@@ -101,6 +104,15 @@ MODELS: dict[str, tuple[MODEL_ARCH, dict[str, Any]]] = {
             "routed_scaling_factor": 1.5,
         }
         | _USUAL,
+    ),
+    "qwen3next": (
+        MODEL_ARCH.QWEN3NEXT,
+        _HYBRID | {"model_type": "qwen3_next", "partial_rotary_factor": 0.25},
+    ),
+    "qwen35moe": (
+        MODEL_ARCH.QWEN35MOE,
+        {name: value for name, value in _HYBRID.items() if name != "intermediate_size"}
+        | {"model_type": "qwen3_5_moe_text", "partial_rotary_factor": 0.25},
     ),
     "olmoe": (
         MODEL_ARCH.OLMOE,
@@ -238,6 +250,8 @@ def _add_values(writer: gguf.GGUFWriter, fields: dict[str, Any], old_heads: bool
         writer.add_rope_scaling_orig_ctx_len(scaling["original_max_position_embeddings"])
         if all_dim := scaling.get("mscale_all_dim"):
             writer.add_rope_scaling_yarn_log_mul(0.1 * all_dim)
+    if family in ("qwen3_next", "qwen3_5_moe_text"):
+        _add_delta(writer, fields)
     added = {
         "sliding_window": writer.add_sliding_window,
         "shared_expert_intermediate_size": writer.add_expert_shared_feed_forward_length,
@@ -258,8 +272,23 @@ def _add_values(writer: gguf.GGUFWriter, fields: dict[str, Any], old_heads: bool
 
 
 #: What families have where config.json says nothing.
-_EPS = {"deepseek_v2": 1e-6, "deepseek_v3": 1e-6, "qwen2_moe": 1e-6, "minimax_m2": 1e-6}
+_EPS = dict.fromkeys(
+    ("deepseek_v2", "deepseek_v3", "qwen2_moe", "minimax_m2", "qwen3_next", "qwen3_5_moe_text"),
+    1e-6,
+)
 _THETA = {"mixtral": 1e6, "minimax_m2": 5e6}
+
+
+def _add_delta(writer: gguf.GGUFWriter, fields: dict[str, Any]) -> None:
+    heads = fields["linear_num_value_heads"]
+    writer.add_ssm_conv_kernel(4)
+    writer.add_ssm_state_size(fields["linear_key_head_dim"])
+    writer.add_ssm_group_count(fields["linear_num_key_heads"])
+    writer.add_ssm_time_step_rank(heads)
+    writer.add_ssm_inner_size(heads * fields["linear_value_head_dim"])
+    writer.add_full_attention_interval(4)
+    recurrent = [kind == "linear_attention" for kind in fields["layer_types"]]
+    writer.add_array(f"{writer.arch}.attention.recurrent_layers", recurrent)
 
 
 def _add_latent(writer: gguf.GGUFWriter, fields: dict[str, Any], old_heads: bool) -> None:
@@ -343,8 +372,48 @@ def _laid_out(
         by_head = tensor.reshape(fields["num_attention_heads"], -1, rank)
         keys, values = by_head[:, :nope].swapaxes(1, 2), by_head[:, nope:]
         return [(name.replace("kv_b", "k_b"), keys), (name.replace("kv_b", "v_b"), values)]
+    if fields["model_type"].startswith(("qwen3_next", "qwen3_5")):
+        return _hybrid(name, tensor, fields)
     if part == "shared_expert_gate":
         return [(name, tensor[0])]
     if name.endswith("e_score_correction_bias"):
         name = name.replace("e_score_correction_bias", "e_score_correction.bias")
     return [(name, tensor)]
+
+
+def _hybrid(
+    name: str, tensor: np.ndarray, fields: dict[str, Any]
+) -> list[tuple[str, np.ndarray]]:
+    """A tensor of a model with delta nets."""
+    part = name.partition("linear_attn.")[2].removesuffix(".weight")
+    keys, values = fields["linear_num_key_heads"], fields["linear_num_value_heads"]
+    key, value = fields["linear_key_head_dim"], fields["linear_value_head_dim"]
+    if part == "in_proj_qkvz":
+        ends = np.cumsum([key, key, values // keys * value])
+        parts = np.split(tensor.reshape(keys, -1, tensor.shape[-1]), ends, axis=1)
+        query, keyed, valued, gate = (each.reshape(-1, tensor.shape[-1]) for each in parts)
+        joined = np.concatenate([query, keyed, valued])
+        return [(name.replace("qkvz", "qkv"), joined), (name.replace("qkvz", "z"), gate)]
+    if fields["model_type"] != "qwen3_next":
+        before = 2 * keys * key if part in ("in_proj_qkv", "conv1d") else 0
+        width = {"in_proj_qkv": value, "conv1d": value, "in_proj_z": value, "out_proj": value}
+        if part == "out_proj":
+            tensor = _tiled(tensor.T, keys, width[part]).T
+        elif part and part != "norm":
+            own = _tiled(tensor[before:], keys, width.get(part, 1))
+            tensor = np.concatenate([tensor[:before], own])
+    if part == "A_log":
+        return [(name, -np.exp(tensor))]
+    if part == "dt_bias":
+        return [(name.replace("dt_bias", "dt_proj.bias"), tensor)]
+    if part == "conv1d":
+        return [(name, tensor[:, 0])]
+    if name.endswith("norm.weight") and part != "norm":
+        return [(name, tensor + 1)]
+    return [(name, tensor[0] if "shared_expert_gate" in name else tensor)]
+
+
+def _tiled(rows: np.ndarray, keys: int, width: int) -> np.ndarray:
+    """Value heads of all key heads in turn, where those of one key head stood side by side."""
+    heads = rows.reshape(keys, -1, width, *rows.shape[1:])
+    return heads.swapaxes(0, 1).reshape(rows.shape)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 from dance_jax.config import UserError
+from dance_jax.models.families.common import FULL, LINEAR
 from dance_jax.models.families.fields import Fields
 from dance_jax.models.ggml.header import Header
 
@@ -25,6 +26,24 @@ def config_fields(parts: list[Header]) -> dict[str, Any]:
     Raises:
         UserError: the architecture is not supported, or a key is missing or unknown.
     """
+    fields = _fields(parts)
+    tensors = frozenset(name for part in parts for name in part.tensors)
+    own = _ARCHITECTURES[parts[0].metadata["general.architecture"]]
+    found = _common(fields, parts[0].metadata, tensors) | own(fields, tensors)
+    fields.ignore("rope.scaling.finetuned")
+    fields.constant("attention.causal", True)
+    fields.finish()
+    return found
+
+
+def more_layers(parts: list[Header]) -> range:
+    """Numbers of the layers behind the last one, which predict more tokens than the next."""
+    fields = _fields(parts)
+    return range(_layers(fields), fields.integer("block_count"))
+
+
+def _fields(parts: list[Header]) -> Fields:
+    """The architecture's own keys, without its name."""
     metadata, path = parts[0].metadata, parts[0].path
     architecture = metadata.get("general.architecture")
     if architecture not in _ARCHITECTURES:
@@ -38,13 +57,7 @@ def config_fields(parts: list[Header]) -> dict[str, Any]:
         for key, value in metadata.items()
         if key.startswith(prefix)
     }
-    fields = Fields(own, f"{path}: {architecture}")
-    tensors = frozenset(name for part in parts for name in part.tensors)
-    found = _common(fields, metadata, tensors) | _ARCHITECTURES[architecture](fields, tensors)
-    fields.ignore("rope.scaling.finetuned")
-    fields.constant("attention.causal", True)
-    fields.finish()
-    return found
+    return Fields(own, f"{path}: {architecture}")
 
 
 def _alike(value: Any) -> Any:
@@ -56,14 +69,12 @@ def _alike(value: Any) -> Any:
 
 def _common(fields: Fields, metadata: dict[str, Any], tensors: Collection[str]) -> dict[str, Any]:
     """What all families have."""
-    more = fields.integer("nextn_predict_layers", 0, minimum=0)
-    layers = fields.integer("block_count") - more
-    if layers < 1:
-        raise UserError(f"{fields.where}.block_count: leaves no layer behind the last {more}")
+    layers = _layers(fields)
     heads = fields.integer("attention.head_count")
     tokens = metadata.get("tokenizer.ggml.tokens") or []
     found = {
         "num_hidden_layers": layers,
+        "num_nextn_predict_layers": fields.integer("block_count") - layers,
         "hidden_size": fields.integer("embedding_length"),
         "num_attention_heads": heads,
         "num_key_value_heads": fields.integer("attention.head_count_kv", heads),
@@ -75,12 +86,19 @@ def _common(fields: Fields, metadata: dict[str, Any], tensors: Collection[str]) 
         "rope_theta": fields.positive("rope.freq_base", 10000.0),
         "rope_scaling": _rope_scaling(fields),
     }
-    if more:
-        found["num_nextn_predict_layers"] = more
     for name in ("bos", "eos"):
         if (token := metadata.get(f"tokenizer.ggml.{name}_token_id")) is not None:
             found[f"{name}_token_id"] = token
     return found
+
+
+def _layers(fields: Fields) -> int:
+    """Layers without those behind the last, which predict more tokens than the next."""
+    count = fields.integer("block_count")
+    layers = count - fields.integer("nextn_predict_layers", 0, minimum=0)
+    if layers < 1:
+        raise UserError(f"{fields.where}: nextn_predict_layers leaves none of {count} layers")
+    return layers
 
 
 def _rope_scaling(fields: Fields) -> dict[str, Any] | None:
@@ -170,6 +188,40 @@ def _qwen2moe(fields: Fields, tensors: Collection[str]) -> dict[str, Any]:
         "moe_intermediate_size": fields.integer("expert_feed_forward_length"),
         "shared_expert_intermediate_size": fields.integer("expert_shared_feed_forward_length"),
     }
+
+
+def _qwen3next(fields: Fields, tensors: Collection[str]) -> dict[str, Any]:
+    """Delta nets in most layers."""
+    _scored(fields, _SOFTMAX)
+    fields.constant("expert_weights_norm", True)
+    # Positions of a picture; those of text are all equal.
+    fields.ignore("rope.dimension_sections", "expert_shared_count")
+    width, heads = _head_dim(fields), fields.integer("ssm.time_step_rank")
+    found = {
+        "model_type": "qwen3_next",
+        "head_dim": width,
+        "partial_rotary_factor": _rotated(fields, width) / width,
+        "num_experts": _experts(fields),
+        "norm_topk_prob": True,
+        "intermediate_size": fields.integer("feed_forward_length", None),
+        "moe_intermediate_size": fields.integer("expert_feed_forward_length"),
+        "shared_expert_intermediate_size": fields.integer("expert_shared_feed_forward_length"),
+        "linear_conv_kernel_dim": fields.integer("ssm.conv_kernel"),
+        "linear_key_head_dim": fields.integer("ssm.state_size"),
+        "linear_num_key_heads": fields.integer("ssm.group_count"),
+        "linear_num_value_heads": heads,
+        "linear_value_head_dim": fields.integer("ssm.inner_size") // heads,
+        "full_attention_interval": fields.integer("full_attention_interval", 4),
+    }
+    recurrent = fields.raw("attention.recurrent_layers")
+    if isinstance(recurrent, list):
+        layers = recurrent[: _layers(fields)]
+        found["layer_types"] = [LINEAR if each else FULL for each in layers]
+    return found
+
+
+def _qwen35moe(fields: Fields, tensors: Collection[str]) -> dict[str, Any]:
+    return _qwen3next(fields, tensors) | {"model_type": "qwen3_5_moe_text"}
 
 
 def _olmoe(fields: Fields, tensors: Collection[str]) -> dict[str, Any]:
@@ -311,6 +363,8 @@ _ARCHITECTURES: dict[str, Callable[[Fields, Collection[str]], dict[str, Any]]] =
     "minimax-m2": _minimax_m2,
     "olmoe": _olmoe,
     "qwen2moe": _qwen2moe,
+    "qwen35moe": _qwen35moe,
+    "qwen3next": _qwen3next,
     "qwen3moe": _qwen3moe,
 }
 

@@ -9,6 +9,7 @@ import pathlib
 
 from dance_jax.config import UserError
 from dance_jax.models.directory import side_files
+from dance_jax.models.ggml.config import more_layers
 from dance_jax.models.ggml.header import content_hash, read_parts
 from dance_jax.models.ggml.kinds import KINDS, NOT_EXACT, PLAIN
 from dance_jax.models.ggml.names import renamed
@@ -37,7 +38,13 @@ class GGUFModel(HFDirectory):
         self.files = [part.path for part in self._parts]
         self.path = self.files[0]
         config = gguf_config(self._parts)
-        names = dataclasses.replace(config.names, experts_as="single")
+        more = [rf"model\.layers\.{layer}\." for layer in more_layers(self._parts)]
+        names = dataclasses.replace(
+            config.names,
+            experts_as="single",
+            joined_delta=False,
+            ignored=tuple(dict.fromkeys([*config.names.ignored, *more])),
+        )
         self.config = dataclasses.replace(config, names=names)
         stored = self._stored()
         self.kinds = _bytes_by_kind(stored)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from dance_jax.config import UserError
 from dance_jax.models.config import ModelConfig
+from dance_jax.models.ggml.layout import strengths_and_decays, unchanged
 from dance_jax.models.ggml.tensors import LatentHeads, PackedTensor, Tensor
 
 #: Tensors outside the layers.
@@ -34,6 +35,13 @@ _MODULES = {
     "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
     "attn_kv_a_norm": "self_attn.kv_a_layernorm",
     "attn_kv_b": "self_attn.kv_b_proj",
+    "attn_qkv": "linear_attn.in_proj_qkv",
+    "attn_gate": "linear_attn.in_proj_z",
+    "ssm_beta": "linear_attn.in_proj_b",
+    "ssm_alpha": "linear_attn.in_proj_a",
+    "ssm_conv1d": "linear_attn.conv1d",
+    "ssm_norm": "linear_attn.norm",
+    "ssm_out": "linear_attn.out_proj",
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
@@ -46,6 +54,8 @@ _MODULES = {
 #: Tensors within a layer whose names have other endings.
 _TENSORS = {
     "attn_sinks.weight": "self_attn.sinks",
+    "ssm_a": "linear_attn.A_log",
+    "ssm_dt.bias": "linear_attn.dt_bias",
     "exp_probs_b.bias": "{correction}",
     "exp_probs_b": "{correction}",
 }
@@ -72,7 +82,7 @@ def renamed(tensors: dict[str, PackedTensor], config: ModelConfig, where: str) -
             continue
         own = list(_layer(layer, tensor, config)) if layer else []
         if name in _OUTER:
-            own = [(_OUTER[name], tensor)]
+            own = [(_OUTER[name], unchanged(tensor, name, config))]
         if not own:
             unknown.append(name)
         found.update(own)
@@ -100,31 +110,15 @@ def _layer(
         yield f"{source}.{leaf}", tensor
     elif match := _JOINED.fullmatch(leaf) or _SINGLE.fullmatch(leaf):
         yield from _experts(match, tensor, config, f"{source}.{config.names.experts}")
-    elif leaf in _TENSORS:
-        yield f"{source}.{_filled(_TENSORS[leaf], config)}", tensor
+    elif leaf == "ssm_ba.weight":
+        for name, half in strengths_and_decays(tensor, config).items():
+            yield f"{source}.{name}", half
     else:
         module, _, end = leaf.rpartition(".")
-        if module in _MODULES and end in ("weight", "bias"):
-            name = f"{source}.{_filled(_MODULES[module], config)}.{end}"
-            yield name, _shaped(module, tensor, config)
-
-
-def _filled(template: str, config: ModelConfig) -> str:
-    return template.format(**dataclasses.asdict(config.names))
-
-
-def _shaped(module: str, tensor: PackedTensor, config: ModelConfig) -> PackedTensor:
-    """The tensor with Hugging Face's shape and order of rows."""
-    if module == "ffn_gate_inp_shexp" and len(tensor.shape) == 1:
-        return dataclasses.replace(tensor, shape=(1, *tensor.shape))
-    heads = PAIRED.get(config.family, {}).get(module, "")
-    if not heads:
-        return tensor
-    return dataclasses.replace(tensor, paired_heads=getattr(config.layers[0].mixer, heads))
-
-
-#: Projections whose rows are stored pair by pair, and which heads they have.
-PAIRED = {"mixtral": {"attn_q": "num_heads", "attn_k": "num_kv_heads"}}
+        known = _MODULES.get(module) if end in ("weight", "bias") else None
+        if template := _TENSORS.get(leaf) or (known and f"{known}.{end}"):
+            name = template.format(**dataclasses.asdict(config.names))
+            yield f"{source}.{name}", unchanged(tensor, leaf, config)
 
 
 def _experts(

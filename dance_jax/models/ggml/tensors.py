@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import pathlib
+from collections.abc import Callable
 
 import numpy as np
 
@@ -26,9 +27,14 @@ class PackedTensor:
     #: Byte of the file at which the tensor begins.
     offset: int
     size: int
-    #: Rows of so many heads are stored with the two of each rotated pair side by side, as the
-    #: architecture "llama" has them; 0: in Hugging Face's order.
-    paired_heads: int = 0
+    #: In the file, where it is another one.
+    stored: tuple[int, ...] = ()
+    #: Where each row of a matrix, or each number of a vector, is stored; None: in order.
+    rows: np.ndarray | None = None
+    #: Where each input is stored.
+    inputs: np.ndarray | None = None
+    #: Applied to values without blocks.
+    change: Callable[[np.ndarray], np.ndarray] | None = None
 
     @staticmethod
     def at(place: Place) -> PackedTensor:
@@ -43,7 +49,18 @@ class PackedTensor:
     @property
     def format(self) -> WeightFormat:
         """Of `matrix`; only where `is_float`."""
-        return format_of(self.kind)
+        form = format_of(self.kind)
+        return form if self._whole(form.group or 1) else WeightFormat("float32")
+
+    def _whole(self, unit: int) -> bool:
+        """Whether groups of so many inputs stay together."""
+        if self.inputs is None:
+            return True
+        if len(self.inputs) % unit:
+            return False
+        groups = self.inputs.reshape(-1, unit)
+        first = groups[:, :1]
+        return not (first % unit).any() and bool((groups == first + np.arange(unit)).all())
 
     def part(self, index: int, parts: int) -> PackedTensor:
         """The index-th of `parts` equal pieces along the first axis, which must divide."""
@@ -57,20 +74,32 @@ class PackedTensor:
 
     def matrix(self) -> Matrix:
         """The weights [in, out] of a tensor [out, in], in `format`."""
-        rows, d_in = self.shape
+        if self.change or not self._whole(format_of(self.kind).group or 1):
+            return Matrix.of(self.read().T)
+        rows, d_in = self.stored or self.shape
         found = decode(self.kind, self._bytes(), (rows, d_in))
-        return found.outputs(self._order()) if self.paired_heads else found
+        if self.inputs is not None:
+            arrays = {name: self._moved(array) for name, array in found.arrays.items()}
+            found = dataclasses.replace(found, arrays=arrays)
+        return found if self.rows is None else found.outputs(self.rows)
+
+    def _moved(self, array: np.ndarray) -> np.ndarray:
+        """Rows of an array, each of some inputs, in the order of `inputs`."""
+        assert self.inputs is not None
+        unit = len(self.inputs) // len(array)
+        return array[self.inputs[::unit] // unit]
 
     def read(self) -> np.ndarray:
         """The weights as float32, of types without blocks as they are stored."""
-        rows = math.prod(self.shape[:-1])
-        found = values(self.kind, self._bytes(), (rows, self.shape[-1])).reshape(self.shape)
-        return found[self._order()] if self.paired_heads else found
-
-    def _order(self) -> np.ndarray:
-        """Where each row is stored: first the first ones of all pairs of a head."""
-        rows = np.arange(self.shape[0]).reshape(self.paired_heads, -1, 2)
-        return rows.swapaxes(1, 2).reshape(-1)
+        stored = self.stored or self.shape
+        found = values(self.kind, self._bytes(), (math.prod(stored[:-1]), stored[-1]))
+        found = found.reshape(stored)
+        if self.inputs is not None:
+            found = found[..., self.inputs]
+        if self.rows is not None:
+            found = found[self.rows]
+        found = found.reshape(self.shape)
+        return found if self.change is None else self.change(found)
 
     def _bytes(self) -> np.ndarray:
         found = np.fromfile(self.file, np.uint8, self.size, offset=self.offset)

@@ -66,6 +66,12 @@ class _Words:
 
 _GPT2 = _Words()
 _QWEN2 = _Words((_WORDS % "",), composed=True)
+#: As Qwen2's, but marks are parts of words.
+_MARKED = (
+    (_WORDS % "")
+    .replace(r"?\p{L}+", r"?[\p{L}\p{M}]+")
+    .replace(r"?[^\s\p{L}\p{N}]", r"?[^\s\p{L}\p{M}\p{N}]")
+)
 _LLAMA3 = _Words((_WORDS % "{1,3}",), whole=True, begins=True)
 _GPT4O = _Words((_cased() + r"| ?[^\s\p{L}\p{N}]+[\r\n/]*" + _SPACES,))
 #: By tokenizer.ggml.pre.
@@ -105,6 +111,7 @@ _PRE = {
     "minimax-m2": _GPT4O,
     "olmo": _Words(composed=True),
     "qwen2": _QWEN2,
+    "qwen35": _Words((_MARKED,), composed=True),
 }
 
 
