@@ -124,6 +124,8 @@ def read_config(directory: str | pathlib.Path) -> ModelConfig:
 
         return gguf_config(read_parts(directory))
     path = directory / "config.json"
+    if not path.exists() and (files := sorted(directory.glob("*.gguf"))):
+        raise UserError(f"{path}: no such file; to use a GGUF file, name it: {files[0]}")
     fields = read_json(path)
     assert fields is not None
     generation = read_json(directory / "generation_config.json", required=False)

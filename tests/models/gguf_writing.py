@@ -381,9 +381,7 @@ def _laid_out(
     return [(name, tensor)]
 
 
-def _hybrid(
-    name: str, tensor: np.ndarray, fields: dict[str, Any]
-) -> list[tuple[str, np.ndarray]]:
+def _hybrid(name: str, tensor: np.ndarray, fields: dict[str, Any]) -> list[tuple[str, np.ndarray]]:
     """A tensor of a model with delta nets."""
     part = name.partition("linear_attn.")[2].removesuffix(".weight")
     keys, values = fields["linear_num_key_heads"], fields["linear_num_value_heads"]

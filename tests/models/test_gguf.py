@@ -343,6 +343,8 @@ def test_files_of_another_kind(qwen, tmp_path):
             open_source(path)
     with pytest.raises(UserError, match=r"no such directory; a model is a directory or a \.gguf"):
         hub.resolve(tmp_path / "nothing.gguf")
+    with pytest.raises(UserError, match=r"config\.json: no such file; to use a GGUF file, name it"):
+        read_config(tmp_path)
 
 
 def change(key, value, kind=gguf.GGUFValueType.UINT32):
@@ -415,16 +417,28 @@ def test_types_and_tensors_that_are_unknown(directories, tmp_path):
     def surprise(writer):
         writer.add_tensor("blk.0.surprise.weight", np.zeros(3, np.float32))
 
+    def twice(writer):
+        writer.add_tensor("blk.0.post_attention_norm.weight", np.zeros(32, np.float32))
+
+    def half(writer):
+        writer.add_tensor("blk.0.attn_k_b.weight", np.zeros((2, 4, 4), np.float32))
+
     directory, path = directories("qwen3moe"), tmp_path / "m.gguf"
+    write_gguf(path, directory, "qwen3moe", change=twice)
+    with pytest.raises(
+        UserError, match=r"another tensor are both \S+\.0\.post_attention_layernorm"
+    ):
+        check_readable(path)
+    write_gguf(path, directory, "qwen3moe", change=half)
+    with pytest.raises(UserError, match=r"does not have \(1\): blk\.0\.attn_k_b\.weight"):
+        check_readable(path)
     write_gguf(path, directory, "qwen3moe", change=iq4)
     with pytest.raises(
         UserError, match=r"m\.gguf: of an unsupported type: blk\.0\.x is IQ4_NL; sup"
     ):
         check_readable(path)
     write_gguf(path, directory, "qwen3moe", change=surprise)
-    with pytest.raises(
-        UserError, match=r"not known of this architecture: blk\.0\.surprise\.weight"
-    ):
+    with pytest.raises(UserError, match=r"does not have \(1\): blk\.0\.surprise\.weight"):
         check_readable(path)
 
 

@@ -1,7 +1,7 @@
 """The types of GGUF's weights, and the formats of ours that hold them.
 
 Blocks are as ggml defines them: a row of a matrix, one output, is cut into blocks of 32 or 256
-inputs. All but one of the formats below hold a block's weights exactly; `NOT_EXACT` says which.
+inputs. The formats below hold a block's weights exactly, but for the types of `NOT_EXACT`.
 """
 
 from __future__ import annotations

@@ -32,9 +32,11 @@ def unchanged(tensor: PackedTensor, leaf: str, config: ModelConfig) -> PackedTen
 
 
 def strengths_and_decays(tensor: PackedTensor, config: ModelConfig) -> dict[str, PackedTensor]:
-    """Qwen3-Next's ssm_ba, whose rows are grouped by key head, as two projections."""
+    """Qwen3-Next's ssm_ba, whose rows are grouped by key head, as two projections; nothing of
+    other models."""
     delta = _delta(config)
-    assert delta is not None
+    if delta is None:
+        return {}
     rows = np.arange(2 * delta.num_value_heads).reshape(delta.num_key_heads, 2, -1)
     shape = (delta.num_value_heads, *tensor.shape[1:])
     return {

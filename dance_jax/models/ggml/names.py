@@ -73,32 +73,46 @@ def renamed(tensors: dict[str, PackedTensor], config: ModelConfig, where: str) -
         UserError: a name is unknown.
     """
     found: dict[str, Tensor] = {}
-    halves: dict[str, dict[str, PackedTensor]] = {}
     unknown = []
-    for name, tensor in tensors.items():
-        layer = _LAYER.fullmatch(name)
-        if layer and layer["leaf"] in ("attn_k_b.weight", "attn_v_b.weight"):
-            halves.setdefault(layer["layer"], {})[layer["leaf"][5]] = tensor
-            continue
-        own = list(_layer(layer, tensor, config)) if layer else []
-        if name in _OUTER:
-            own = [(_OUTER[name], unchanged(tensor, name, config))]
+    for stored, tensor in tensors.items():
+        layer = _LAYER.fullmatch(stored)
+        own: list[tuple[str, Tensor]] = list(_layer(layer, tensor, config)) if layer else []
+        if stored in _OUTER:
+            own = [(_OUTER[stored], unchanged(tensor, stored, config))]
+        if layer and layer["leaf"] in _HALVES:
+            own = list(_latent_heads(layer["layer"], tensors)) or own
         if not own:
-            unknown.append(name)
-        found.update(own)
-    for layer, both in halves.items():
-        if both.keys() != {"k", "v"} or {len(each.shape) for each in both.values()} != {3}:
-            unknown += [f"blk.{layer}.attn_{half}_b.weight" for half in both]
-            continue
-        found[f"model.layers.{layer}.self_attn.kv_b_proj.weight"] = LatentHeads(
-            both["k"], both["v"]
-        )
+            unknown.append(stored)
+        for name, each in own:
+            if name in found and not isinstance(each, LatentHeads):
+                raise UserError(f"{where}: {stored} and another tensor are both {name}")
+            found[name] = each
     if unknown:
         listed = ", ".join(sorted(unknown)[:8]) + (", ..." if len(unknown) > 8 else "")
         raise UserError(
-            f"{where}: {len(unknown)} tensors are not known of this architecture: {listed}"
+            f"{where}: tensors that this architecture does not have ({len(unknown)}): {listed}"
         )
     return found
+
+
+#: Of DeepSeek's keys and values of latents, in files from 2025 on.
+_HALVES = ("attn_k_b.weight", "attn_v_b.weight")
+
+
+def _latent_heads(
+    layer: str, tensors: dict[str, PackedTensor]
+) -> Iterator[tuple[str, LatentHeads]]:
+    """Both halves of a layer's keys and values as one tensor; nothing if one is missing."""
+    both = [tensors.get(f"blk.{layer}.{half}") for half in _HALVES]
+    if both[0] is None or both[1] is None:
+        return
+    keys, values = both[0].shape, both[1].shape
+    if len(keys) != 3 or len(values) != 3 or (keys[0], keys[1]) != (values[0], values[2]):
+        raise UserError(
+            f"{both[0].file}: blk.{layer}: {' and '.join(_HALVES)} are {list(keys)} and "
+            f"{list(values)}; expected [heads, rank, keys] and [heads, values, rank]"
+        )
+    yield f"model.layers.{layer}.self_attn.kv_b_proj.weight", LatentHeads(both[0], both[1])
 
 
 def _layer(
