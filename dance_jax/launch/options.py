@@ -50,8 +50,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--model",
         metavar="MODEL",
-        help="directory in Hugging Face format or converted, or org/name or org/name@revision on "
-        "the Hugging Face hub, downloaded on first use (default: demo)",
+        help="directory in Hugging Face format or converted, a .gguf file, or org/name or "
+        "org/name@revision on the Hugging Face hub, downloaded on first use (default: demo)",
     )
     parser.add_argument(
         "--policy",

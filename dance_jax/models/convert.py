@@ -1,4 +1,5 @@
-"""Turns a Hugging Face directory into orbax checkpoints: python -m dance_jax.models.convert SRC DST
+"""Turns a Hugging Face directory or a GGUF file into orbax checkpoints:
+python -m dance_jax.models.convert SRC DST
 
 Tensors are read one at a time and written in groups of bounded size, so memory stays small however
 large the model is. Everything is written beside the destination and renamed at the end: what bears
@@ -35,9 +36,10 @@ from dance_jax.models.checkpoint import (
 )
 from dance_jax.models.config import ModelConfig
 from dance_jax.models.directory import (
-    SIDE_FILES,
     indexed_files,
+    is_gguf,
     model_directory,
+    own_name,
     read_config,
     weight_files,
 )
@@ -47,6 +49,7 @@ from dance_jax.models.formats import (
     common,
     rounded,
 )
+from dance_jax.models.ggml.model import open_source
 from dance_jax.models.hf import HFDirectory
 from dance_jax.models.orbax_store import save_arrays
 from dance_jax.models.tensors import (
@@ -82,7 +85,7 @@ def convert(
     killed conversion left is removed by the next one.
 
     Args:
-        source: directory in Hugging Face format.
+        source: directory in Hugging Face format, or a GGUF file.
         destination: made by this; if it exists already it must hold the same model.
         progress: told after each group of tensors.
         rounding: what weights become.
@@ -96,7 +99,7 @@ def convert(
     source, destination = pathlib.Path(source), pathlib.Path(destination).absolute()
     if os.path.lexists(destination) and not destination.is_dir():
         raise UserError(f"{destination}: exists and is no directory; choose another one")
-    return _convert(HFDirectory(source), destination, progress, rounding)
+    return _convert(open_source(source), destination, progress, rounding)
 
 
 def _convert(
@@ -145,7 +148,8 @@ def ensure_converted(
     """The converted form of a model, made in the cache on first use.
 
     Args:
-        source: directory in Hugging Face format, or one that is converted already.
+        source: directory in Hugging Face format, a GGUF file, or a directory that is converted
+            already.
         cache_dir: holds one directory for each content that was converted.
         progress: called only if the model is converted now.
         rounding: what weights become.
@@ -164,13 +168,14 @@ def ensure_converted(
                 "give its source, or leave out --experts and --trunk"
             )
         return source
-    model = HFDirectory(source, scales=False)
+    model = open_source(source, scales=False)
     # Conversions of earlier versions of the layout stay until the user removes them.
     fingerprint = _fingerprint(model, model_formats(model, rounding))
-    name = f"{source.absolute().name}-{fingerprint[:16]}-{FORMAT}"
+    name = f"{own_name(source)}-{fingerprint[:16]}-{FORMAT}"
     if not is_converted(cache_dir / name):
         _remove_abandoned(cache_dir)
-        _convert(model, (cache_dir / name).absolute(), progress, rounding)
+        # Opened anew: scales are checked only of what is converted.
+        _convert(open_source(source), (cache_dir / name).absolute(), progress, rounding)
     return cache_dir / name
 
 
@@ -228,7 +233,9 @@ def check_readable(directory: str | pathlib.Path) -> None:
             quantised in a way that cannot be read.
     """
     directory = model_directory(directory)
-    if not is_converted(directory):
+    if is_gguf(directory):
+        open_source(directory)
+    elif not is_converted(directory):
         read_config(directory)
         weight_files(directory)
 
@@ -237,7 +244,7 @@ def outline(directory: str | pathlib.Path, rounding: Rounding = KEEP) -> Outline
     """What can be planned of a model without converting it, from its config.json alone if need be.
 
     Args:
-        directory: in Hugging Face format, with or without weights, or converted.
+        directory: in Hugging Face format, with or without weights, or converted; or a GGUF file.
         rounding: what weights are to become.
 
     Raises:
@@ -246,15 +253,20 @@ def outline(directory: str | pathlib.Path, rounding: Rounding = KEEP) -> Outline
     directory = pathlib.Path(directory)
     if is_converted(directory):
         return Checkpoint.open(directory)
+    if is_gguf(directory):
+        return _outline(open_source(directory), rounding)
     config = read_config(directory)
     files = [directory / name for name in indexed_files(directory) or ()]
     files = files or [*directory.glob("*.safetensors")]
     # Weights may be on their way, or not wanted before the plan is known.
     if not files or not all(file.exists() for file in files):
         return Outline(config, _expected_formats(config, rounding))
-    model = HFDirectory(directory, scales=False)
+    return _outline(open_source(directory, scales=False), rounding)
+
+
+def _outline(model: HFDirectory, rounding: Rounding) -> Outline:
     formats = model_formats(model, rounding)
-    return Outline(config, formats, _fingerprint(model, formats))
+    return Outline(model.config, formats, _fingerprint(model, formats))
 
 
 def _expected_formats(config: ModelConfig, rounding: Rounding) -> Formats:
@@ -336,7 +348,7 @@ class _Conversion:
             UserError: the disk has too little room.
             OSError: it cannot be written.
         """
-        directory, source = self._directory, self._model.path
+        directory = self._directory
         free = shutil.disk_usage(directory.parent).free
         if free < self._total:
             raise UserError(
@@ -344,9 +356,7 @@ class _Conversion:
                 f"about {self._total / 1e9:.1f} GB"
             )
         directory.mkdir()
-        for name in SIDE_FILES:
-            if (source / name).exists():
-                shutil.copyfile(source / name, directory / name)
+        self._model.write_side_files(directory)
         trunk = self._write(self._trunk, directory / "trunk")
         experts = [
             self._write(items, directory / "experts" / str(index))
@@ -445,10 +455,12 @@ def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m dance_jax.models.convert",
-        description="Converts a model in Hugging Face format for dance_jax.",
+        description="Converts a model in Hugging Face format or in GGUF files for dance_jax.",
     )
     parser.add_argument(
-        "source", metavar="SRC", help="directory with config.json and *.safetensors"
+        "source",
+        metavar="SRC",
+        help="directory with config.json and *.safetensors, or a .gguf file (of several: any)",
     )
     parser.add_argument("destination", metavar="DST", help="directory to make")
     parser.add_argument(
@@ -487,7 +499,7 @@ def main(arguments: list[str] | None = None) -> int:
                 ),
                 Rounding(options.experts, options.trunk),
             )
-            report = HFDirectory(options.source, scales=False).left_out_report()
+            report = open_source(options.source, scales=False).report()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

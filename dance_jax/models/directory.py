@@ -1,6 +1,7 @@
 """A model's directory: its small files, and which files have its weights. Without JAX or numpy.
 
-The preflight and the reader of the hosts file use it.
+The preflight and the reader of the hosts file use it. A GGUF file stands for a directory: its
+metadata have what the small files say.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import re
 from typing import Any
 
 from dance_jax.config import UserError
@@ -33,19 +35,52 @@ FORMATS = "formats.json"
 MANIFEST = "dance_jax.json"
 
 
+def is_gguf(model: str | os.PathLike[str]) -> bool:
+    """Whether a path is that of a GGUF file, or of one of a model's GGUF files."""
+    path = pathlib.Path(model)
+    return path.suffix == ".gguf" and path.is_file()
+
+
 def model_directory(directory: str | os.PathLike[str]) -> pathlib.Path:
-    """The path of a model, which must be a directory.
+    """The path of a model, which must be a directory or a GGUF file.
 
     Raises:
-        UserError: it is none.
+        UserError: it is neither.
     """
     path = pathlib.Path(directory)
-    if not path.is_dir():
+    if not path.is_dir() and not is_gguf(path):
         raise UserError(
-            f"{os.fspath(directory)}: no such directory; a model is a directory on this machine, "
-            "or org/name or org/name@revision on the Hugging Face hub"
+            f"{os.fspath(directory)}: no such directory; a model is a directory or a .gguf file on "
+            "this machine, or org/name or org/name@revision on the Hugging Face hub"
         )
     return path
+
+
+def own_name(model: str | os.PathLike[str]) -> str:
+    """A directory's name, or a GGUF file's without its ending and the number of its part."""
+    path = pathlib.Path(model).resolve()
+    return re.sub(r"(-\d{5}-of-\d{5})?\.gguf$", "", path.name) if is_gguf(path) else path.name
+
+
+def side_files(model: pathlib.Path) -> dict[str, bytes]:
+    """The content of a model's small files by name, those of SIDE_FILES that it has.
+
+    Raises:
+        UserError: one cannot be read, or the metadata of a GGUF file are not supported.
+    """
+    if is_gguf(model):
+        from dance_jax.models.ggml.side_files import gguf_side_files
+
+        return gguf_side_files(model)
+    found = {}
+    for name in SIDE_FILES:
+        try:
+            found[name] = (model / name).read_bytes()
+        except (FileNotFoundError, IsADirectoryError):
+            continue
+        except OSError as error:
+            raise UserError(f"{model / name}: cannot be read: {error}") from error
+    return found
 
 
 def read_json(path: pathlib.Path, required: bool = True) -> dict[str, Any] | None:
@@ -55,15 +90,26 @@ def read_json(path: pathlib.Path, required: bool = True) -> dict[str, Any] | Non
         UserError: missing, or not a JSON object; the message names file and line.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        content = path.read_bytes()
     except FileNotFoundError:
         if not required:
             return None
         raise UserError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
+    return json_object(content, path)
+
+
+def json_object(content: bytes, path: pathlib.Path) -> dict[str, Any]:
+    """The JSON object that a file's content is.
+
+    Raises:
+        UserError: it is none; the message names file and line.
+    """
     try:
-        value = json.loads(text)
+        value = json.loads(content.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}: not JSON: {error.msg}") from error
     if not isinstance(value, dict):
@@ -72,9 +118,17 @@ def read_json(path: pathlib.Path, required: bool = True) -> dict[str, Any] | Non
 
 
 def read_config(directory: str | pathlib.Path) -> ModelConfig:
-    """The model of a directory with config.json and perhaps generation_config.json."""
+    """The model of a GGUF file, or of a directory with config.json and perhaps
+    generation_config.json."""
     directory = pathlib.Path(directory)
+    if is_gguf(directory):
+        from dance_jax.models.ggml.header import read_parts
+        from dance_jax.models.ggml.side_files import gguf_config
+
+        return gguf_config(read_parts(directory))
     path = directory / "config.json"
+    if not path.exists() and (files := sorted(directory.glob("*.gguf"))):
+        raise UserError(f"{path}: no such file; to use a GGUF file, name it: {files[0]}")
     fields = read_json(path)
     assert fields is not None
     generation = read_json(directory / "generation_config.json", required=False)

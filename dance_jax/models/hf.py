@@ -15,6 +15,7 @@ from dance_jax.models.directory import (
     model_directory,
     read_config,
     read_json,
+    side_files,
     weight_files,
 )
 from dance_jax.models.packed import PackedTensor, assemble
@@ -44,6 +45,9 @@ class HFDirectory:
             report.
     """
 
+    #: What says which tensors there must be.
+    described_by = "config.json"
+
     def __init__(self, directory: str | pathlib.Path, scales: bool = True):
         self.path = model_directory(directory)
         self.config = read_config(self.path)
@@ -66,6 +70,15 @@ class HFDirectory:
     def _assembled(self) -> dict[str, Tensor]:
         tensors, quantization = self._headers(), self.config.quantization
         return assemble(tensors, quantization) if quantization else {**tensors}
+
+    def report(self) -> str:
+        """What a conversion tells the user; "" if nothing."""
+        return self.left_out_report()
+
+    def write_side_files(self, directory: pathlib.Path) -> None:
+        """Writes the small files that define the model beside its weights."""
+        for name, content in side_files(self.path).items():
+            (directory / name).write_bytes(content)
 
     def _leave_out(self) -> list[str]:
         patterns = re.compile("|".join(self.config.names.ignored or ("$^",)))
@@ -136,7 +149,8 @@ class HFDirectory:
         ]
         if report:
             raise UserError(
-                f"{self.path}: the tensors do not fit config.json:\n  " + "\n  ".join(report)
+                f"{self.path}: the tensors do not fit {self.described_by}:\n  "
+                + "\n  ".join(report)
             )
 
     def _is_no_bias(self, name: str) -> bool:

@@ -24,6 +24,7 @@ from dance_jax.models.directory import (
     SIDE_FILES,
     indexed_files,
     model_directory,
+    own_name,
     read_config,
 )
 
@@ -68,7 +69,12 @@ def parse_name(text: str) -> HubName | None:
     >>> parse_name("./name") or parse_name("/models/name") or parse_name("models/tiny/name")
     """
     match = _NAME.fullmatch(text)
-    if match is None or "--" in match["repo"] or ".." in text or match["repo"].endswith(".git"):
+    if (
+        match is None
+        or "--" in match["repo"]
+        or ".." in text
+        or match["repo"].endswith((".git", ".gguf"))
+    ):
         return None
     return HubName(match["repo"], match["revision"])
 
@@ -90,8 +96,8 @@ def resolve(model: str | os.PathLike[str], progress: Progress | None = None) -> 
     next call goes on with the others.
 
     Args:
-        model: a directory, `org/name` or `org/name@revision`. What exists on this machine is a
-            directory whatever its name looks like.
+        model: a directory or a GGUF file, `org/name` or `org/name@revision`. What exists on this
+            machine is a path whatever its name looks like.
         progress: told before each file of weights; None: the library shows its bars, if standard
             error is a terminal.
 
@@ -197,9 +203,9 @@ def portable_name(model: str | os.PathLike[str]) -> str:
 
 
 def served_name(model: str | os.PathLike[str]) -> str:
-    """Name a model in requests and answers: `org/name`, or the directory's own name."""
+    """Name a model in requests and answers: `org/name`, or the directory's or file's own name."""
     name = hub_name(model)
-    return pathlib.Path(model).resolve().name if name is None else name.repo
+    return own_name(model) if name is None else name.repo
 
 
 class _Repository:

@@ -315,11 +315,18 @@ def expert_rules(config: ModelConfig, layer: int, expert: int) -> list[TensorRul
     if names.experts_as == "interleaved":
         return _interleaved_expert(config, source)
     gate, up, down = names.projections
-    return [
+    rules = [
         matrix(f"{source}.{gate}.weight", (f, d), "w_gate"),
         matrix(f"{source}.{up}.weight", (f, d), "w_up"),
         matrix(f"{source}.{down}.weight", (d, f), "w_down"),
     ]
+    if config.expert.bias:
+        rules += [
+            same(f"{source}.{gate}.bias", (f,), "b_gate"),
+            same(f"{source}.{up}.bias", (f,), "b_up"),
+            same(f"{source}.{down}.bias", (d,), "b_down"),
+        ]
+    return rules
 
 
 def _interleaved_expert(config: ModelConfig, source: str) -> list[TensorRule]:

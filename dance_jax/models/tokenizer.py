@@ -16,7 +16,7 @@ import jinja2.sandbox
 import tokenizers
 
 from dance_jax.config import UserError
-from dance_jax.models.directory import model_directory, read_config, read_json
+from dance_jax.models.directory import json_object, model_directory, read_config, side_files
 
 _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token")
 
@@ -58,35 +58,37 @@ class Tokenizer:
         """Reads tokenizer.json, tokenizer_config.json, chat_template.jinja and the configs' EOS.
 
         Args:
-            directory: in Hugging Face format, or converted from it.
+            directory: in Hugging Face format, or converted from it; or a GGUF file.
 
         Raises:
             UserError: a file is missing or torn, or there are more tokens than the model has.
         """
         directory = model_directory(directory)
+        files = side_files(directory)
         path = directory / "tokenizer.json"
-        if not path.is_file():
+        if "tokenizer.json" not in files:
             raise UserError(f"{path}: no such file")
         try:
-            backend = tokenizers.Tokenizer.from_file(str(path))
+            backend = tokenizers.Tokenizer.from_buffer(files["tokenizer.json"])
         except Exception as error:  # the library raises bare Exception
             raise UserError(f"{path}: not a tokenizer, or torn: {error}") from error
         config = read_config(directory)
         top = max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
         if top >= config.vocab_size:
             raise UserError(f"{path}: has token {top}, but vocab_size is {config.vocab_size}")
-        settings_path = directory / "tokenizer_config.json"
-        settings = read_json(settings_path, required=False) or {}
-        older = read_json(directory / "special_tokens_map.json", required=False) or {}
-        template_path = directory / "chat_template.jinja"
-        where = str(settings_path)
-        if template_path.exists():
-            where = str(template_path)
+        settings, older = (
+            json_object(files.get(name, b"{}"), directory / name)
+            for name in ("tokenizer_config.json", "special_tokens_map.json")
+        )
+        name = "chat_template.jinja"
+        if name in files:
+            where = str(directory / name)
             try:
-                template = template_path.read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError) as error:
+                template = files[name].decode("utf-8")
+            except UnicodeDecodeError as error:
                 raise UserError(f"{where}: cannot be read: {error}") from error
         else:
+            where = str(directory / "tokenizer_config.json")
             template = _default_template(settings.get("chat_template"), where)
         eos = config.eos_token_ids
         return Tokenizer(backend, {**older, **settings}, template, eos, where)

@@ -15,6 +15,8 @@ from dance_jax.launch.preflight.survey import Measurements, Survey
 
 #: Packages that make the program which all servers run together; others may differ with a warning.
 PROGRAM = ("jax", "jaxlib", "flax", *GPU_PACKAGES)
+#: Kinds of models that are converted before they are served.
+_SOURCES = ("hf", "gguf")
 #: Clocks that differ by more seconds than this are worth a word.
 MOST_SKEW_S = 1.0
 
@@ -145,12 +147,13 @@ def model(surveys: Sequence[Survey], own: Machine, fingerprint: str) -> Iterator
         fingerprint: of the model that was planned with.
     """
     known = reached(survey for survey in surveys if not survey.server.from_peers)
-    indices = [m.model.index for m in (own, *(m for _, m in known)) if m.model.kind == "hf"]
+    indices = [m.model.index for m in (own, *(m for _, m in known)) if m.model.kind in _SOURCES]
     # This machine's, unless it has the converted weights only.
-    index = indices[0] if own.model.kind == "hf" else _most_common(indices)
+    index = indices[0] if own.model.kind in _SOURCES else _most_common(indices)
     for survey, machine in known:
         name, state = survey.name, machine.model
-        same = state.index == index if state.kind == "hf" else state.fingerprint == fingerprint
+        source = state.kind in _SOURCES
+        same = state.index == index if source else state.fingerprint == fingerprint
         if state.problem:
             message = (
                 f"on {name}, {state.path} is not usable: {state.problem}; copy the model there, or "
@@ -169,7 +172,7 @@ def model(surveys: Sequence[Survey], own: Machine, fingerprint: str) -> Iterator
                 f"its {'config or tokenizer' if same else 'weights'} differ; copy the same to both"
             )
             yield Finding(name, "model", message)
-        elif state.kind == "hf" and machine.cache_problem:
+        elif source and machine.cache_problem:
             message = f"on {name}, {machine.cache_problem}: the model cannot be converted there"
             yield Finding(name, "model", f"{message}; name another --cache-dir", error=False)
 

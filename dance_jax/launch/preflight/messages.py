@@ -87,17 +87,17 @@ class ModelState(msgspec.Struct, kw_only=True):
 
     #: Where it was looked for.
     path: str
-    #: "hf", "converted", or "" if it is neither; "from peers" if nobody looked for it, "to
+    #: "hf", "gguf", "converted", or "" if it is none; "from peers" if nobody looked for it, "to
     #: download" if it is a model of the hub that the machine's cache lacks.
     kind: str
     #: What is wrong with it; empty if nothing was found.
     problem: str = ""
-    #: Of config and tokenizer files, alike for both kinds.
+    #: Of config and tokenizer files, alike for all kinds.
     definition: str = ""
     #: Of what says which weights these are: names, shapes and sizes, or the manifest. Tells
     #: models of one kind apart.
     index: str = ""
-    #: Of the converted weights' source; empty for the other kind.
+    #: Of the converted weights' source; empty for the other kinds.
     fingerprint: str = ""
 
 

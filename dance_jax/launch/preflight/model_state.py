@@ -15,7 +15,7 @@ from typing import Any
 from dance_jax.config import UserError
 from dance_jax.launch.preflight.messages import ModelState
 from dance_jax.models import hub
-from dance_jax.models.directory import INDEX, MANIFEST, SIDE_FILES
+from dance_jax.models.directory import INDEX, MANIFEST, SIDE_FILES, is_gguf, side_files
 
 #: Bytes of a header that is still believed.
 _LONGEST_HEADER = 1 << 28
@@ -31,8 +31,8 @@ def model_state(directory: str | os.PathLike[str] | None) -> ModelState:
     A model of the hub is looked for in this machine's cache; nothing is downloaded.
 
     Args:
-        directory: in Hugging Face format or converted, or a model's name on the hub; None: the
-            demo of this installation.
+        directory: in Hugging Face format or converted, a GGUF file, or a model's name on the hub;
+            None: the demo of this installation.
     """
     demo = pathlib.Path(__file__).resolve().parents[2] / "demo"
     path = demo if directory is None else pathlib.Path(directory)
@@ -50,12 +50,15 @@ def model_state(directory: str | os.PathLike[str] | None) -> ModelState:
         elif (path / "config.json").exists():
             state.kind = "hf"
             state.index = _hugging_face(path)
+        elif is_gguf(path):
+            state.kind = "gguf"
+            state.index = _gguf(path)
         elif path.is_dir():
             raise _Wrong("there is no config.json in it")
         else:
             raise _Wrong("there is no such directory")
         state.definition = _definition(path)
-    except _Wrong as error:
+    except (_Wrong, UserError) as error:
         state.problem = str(error)
     except OSError as error:
         state.problem = f"{error.filename or path} cannot be read: {error.strerror}"
@@ -75,10 +78,9 @@ def _in_cache(name: hub.HubName) -> pathlib.Path | None:
 
 
 def _definition(path: pathlib.Path) -> str:
-    digest = hashlib.sha256()
+    digest, files = hashlib.sha256(), side_files(path)
     for name in SIDE_FILES:
-        file = path / name
-        digest.update(hashlib.sha256(file.read_bytes()).digest() if file.exists() else b"absent")
+        digest.update(hashlib.sha256(files[name]).digest() if name in files else b"absent")
     return digest.hexdigest()
 
 
@@ -114,6 +116,18 @@ def _hugging_face(path: pathlib.Path) -> str:
         header = _header(shard)
         digest.update(f"{shard.name}\0{shard.stat().st_size}\0{len(header)}\0".encode())
         digest.update(header)
+    return digest.hexdigest()
+
+
+def _gguf(path: pathlib.Path) -> str:
+    """Hash of all parts' sizes and headers; all are there in full."""
+    from dance_jax.models.ggml.header import read_parts
+
+    digest = hashlib.sha256()
+    for part in read_parts(path):
+        with part.path.open("rb") as file:
+            header = file.read(part.length)
+        digest.update(f"{part.path.stat().st_size}\0{len(header)}\0".encode() + header)
     return digest.hexdigest()
 
 
