@@ -1,0 +1,142 @@
+"""Random models as they are after conversion, drawn in their formats and never rounded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import pathlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+
+from dance_jax.models.checkpoint import expert_leaf, write_manifest
+from dance_jax.models.config import ModelConfig
+from dance_jax.models.convert import GROUP_BYTES
+from dance_jax.models.families import model_config
+from dance_jax.models.formats import FLOATS, ROUNDED, TABLES, Matrix, WeightFormat, pack_words
+from dance_jax.models.orbax_store import save_arrays
+from dance_jax.models.random_weights import random_tensor, write_byte_tokenizer
+from dance_jax.models.tensors import trunk_rules
+
+
+def write_random_converted(
+    directory: str | pathlib.Path,
+    fields: dict[str, Any],
+    experts: str,
+    trunk: str,
+    seed: int = 0,
+) -> pathlib.Path:
+    """Writes a random model as it is after conversion, its weights drawn in their formats.
+
+    No more than a checkpoint of `GROUP_BYTES` is in memory at once, and no matrix is ever rounded,
+    so that models of many GB can be made in minutes.
+
+    Args:
+        directory: made by this.
+        fields: the content of config.json.
+        experts: format of the routed experts: "keep" (float32) or one of `formats.ROUNDED`.
+        trunk: format of the projections of the trunk; its other arrays are float32.
+        seed: of the weights.
+
+    Returns:
+        The directory.
+    """
+    directory = pathlib.Path(directory)
+    directory.mkdir(parents=True)
+    config = model_config(fields)
+    (directory / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
+    write_byte_tokenizer(directory, config)
+    rng = np.random.default_rng([seed, 2])
+    kept = _random_trunk(rng, config, ROUNDED.get(trunk, WeightFormat("float32")))
+    trunk_groups = _write_groups(directory / "trunk", kept)
+    form = ROUNDED.get(experts, WeightFormat("float32"))
+    expert_groups = [
+        _write_groups(directory / "experts" / str(index), _random_experts(rng, config, layer, form))
+        for index, layer in enumerate(config.moe_layers)
+    ]
+    text = json.dumps([fields, experts, trunk, seed], sort_keys=True)
+    fingerprint = hashlib.sha256(text.encode()).hexdigest()
+    write_manifest(directory, fingerprint, trunk_groups, expert_groups)
+    return directory
+
+
+def _random_trunk(
+    rng: np.random.Generator, config: ModelConfig, form: WeightFormat
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The trunk's arrays under their names in a converted model."""
+    for rule in trunk_rules(config):
+        projection = len(rule.shape) == 2 and rule.source.endswith("proj.weight")
+        single = len(rule.targets) == 1 and projection
+        if single and form.fits(rule.shape[1]):
+            d_out, d_in = rule.shape
+            yield from _named(rule.targets[0].path, random_matrix(rng, form, d_in, d_out))
+            continue
+        tensor = random_tensor(rng, rule, config)
+        for target in rule.targets:
+            yield target.path, np.ascontiguousarray(target.cut(tensor))
+
+
+def _random_experts(
+    rng: np.random.Generator, config: ModelConfig, layer: int, form: WeightFormat
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The arrays of all experts of a layer under their names in a converted model."""
+    d, f = config.hidden_size, config.expert.width
+    shapes = {"w_gate": (d, f), "w_up": (d, f), "w_down": (f, d)}
+    for expert in range(config.num_experts):
+        for name, (d_in, d_out) in shapes.items():
+            yield from _named(expert_leaf(expert, name), random_matrix(rng, form, d_in, d_out))
+
+
+def _named(path: str, matrix: Matrix) -> Iterator[tuple[str, np.ndarray]]:
+    """A matrix's arrays under their names in a converted model."""
+    if matrix.format.kind in FLOATS:
+        yield path, matrix.arrays["values"]
+        return
+    for name, array in matrix.arrays.items():
+        yield f"{path}.{name}", array
+
+
+def random_matrix(rng: np.random.Generator, form: WeightFormat, d_in: int, d_out: int) -> Matrix:
+    """A matrix of random codes, of a size that keeps that of its input."""
+    size = np.float32(d_in**-0.5)
+    if form.kind in FLOATS:
+        values = rng.standard_normal((d_in, d_out), np.float32) * size
+        return Matrix(form, {"values": values.astype(FLOATS[form.kind])}, d_in)
+    if form.kind in TABLES:
+        deviation = np.std(TABLES[form.kind])
+        codes = pack_words(rng.integers(0, 16, (d_in, d_out), np.uint8))
+    elif form.kind == "int8":
+        deviation = 127 / math.sqrt(3)
+        codes = rng.integers(-127, 128, (d_in, d_out), np.int8)
+    else:
+        raise ValueError(f"no random matrices of {form} are made")
+    factors = rng.uniform(0.5, 1.5, (-(-d_in // form.group), d_out)).astype(np.float32)
+    scale = _kept_scale(form, factors * size / np.float32(deviation))
+    return Matrix(form, {"codes": codes, "scale": scale}, d_in)
+
+
+def _kept_scale(form: WeightFormat, scale: np.ndarray) -> np.ndarray:
+    """Scales in the type they are kept in."""
+    dtype = form.arrays(8, 1)["scale"].dtype
+    if form.scale == "e8m0":
+        return (np.frexp(scale)[1] + 126).astype(dtype)
+    return scale.astype(dtype)
+
+
+def _write_groups(
+    directory: pathlib.Path, arrays: Iterable[tuple[str, np.ndarray]]
+) -> list[list[str]]:
+    """Writes checkpoints 0, 1 ... of bounded size; returns the names in each."""
+    directory.mkdir(parents=True)
+    names: list[list[str]] = []
+    group: dict[str, np.ndarray] = {}
+    for name, array in arrays:
+        if group and sum(a.nbytes for a in group.values()) + array.nbytes > GROUP_BYTES:
+            save_arrays(directory / str(len(names)), group)
+            names.append(list(group))
+            group = {}
+        group[name] = array
+    save_arrays(directory / str(len(names)), group)
+    return [*names, list(group)]
