@@ -43,12 +43,12 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from benchmarks.arguments import check_module, count, some_of
+from benchmarks.arguments import count, some_of
 from benchmarks.command import exit_code, say
 from benchmarks.families import SHAPES
 from benchmarks.peers import FORMATS, Peer, Side, Unsupported, Work
 from benchmarks.peers.hugging_face import Transformers
-from benchmarks.peers.llama_cpp import LlamaCpp
+from benchmarks.peers.llama_cpp import LlamaCpp, directory
 from benchmarks.peers.models import Model
 from benchmarks.peers.ours import Ours, OurSide
 from dance_jax.config import UserError
@@ -301,9 +301,9 @@ def peer_option(text: str) -> Callable[[int], Peer]:
     name, _, path = text.partition("=")
     if name == Transformers.name and path:
         return lambda threads: Transformers(path, threads)
-    if name == LlamaCpp.name and pathlib.Path(path).is_dir() and path:
-        check_module("gguf", "--peer llama.cpp")
-        return lambda threads: LlamaCpp(pathlib.Path(path).absolute(), threads)
+    if name == LlamaCpp.name:
+        programs = directory(text)
+        return lambda threads: LlamaCpp(programs, threads)
     raise argparse.ArgumentTypeError(
         f"{text!r} is no peer; there are transformers=PYTHON and llama.cpp=DIR"
     )

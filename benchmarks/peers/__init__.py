@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import numpy as np
 
@@ -73,13 +73,9 @@ class Side(Protocol):
 class Peer(Protocol):
     """A program that is measured."""
 
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def formats(self) -> Mapping[str, str]:
-        """What the program calls each format it has."""
-        ...
+    name: ClassVar[str]
+    #: What the program calls each format it has.
+    formats: ClassVar[Mapping[str, str]]
 
     def open(self, model: Model, form: str) -> Side:
         """The model's weights in a format of `formats`."""

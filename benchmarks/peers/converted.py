@@ -18,7 +18,7 @@ from dance_jax.models.families import model_config
 from dance_jax.models.formats import FLOATS, ROUNDED, TABLES, Matrix, WeightFormat, pack_words
 from dance_jax.models.orbax_store import save_arrays
 from dance_jax.models.random_weights import random_tensor, write_byte_tokenizer
-from dance_jax.models.tensors import trunk_rules
+from dance_jax.models.tensors import TensorRule, trunk_rules
 
 
 def write_random_converted(
@@ -36,7 +36,7 @@ def write_random_converted(
     Args:
         directory: made by this.
         fields: the content of config.json.
-        experts: format of the routed experts: "keep" (float32) or one of `formats.ROUNDED`.
+        experts: format of the routed experts: "keep" (float32), "bf16", "int8" or "int4".
         trunk: format of the projections of the trunk; its other arrays are float32.
         seed: of the weights.
 
@@ -67,15 +67,18 @@ def _random_trunk(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """The trunk's arrays under their names in a converted model."""
     for rule in trunk_rules(config):
-        projection = len(rule.shape) == 2 and rule.source.endswith("proj.weight")
-        single = len(rule.targets) == 1 and projection
-        if single and form.fits(rule.shape[1]):
+        if _is_projection(rule) and form.fits(rule.shape[1]):
             d_out, d_in = rule.shape
             yield from _named(rule.targets[0].path, random_matrix(rng, form, d_in, d_out))
             continue
         tensor = random_tensor(rng, rule, config)
         for target in rule.targets:
             yield target.path, np.ascontiguousarray(target.cut(tensor))
+
+
+def _is_projection(rule: TensorRule) -> bool:
+    """Whether the tensor becomes a matrix [in, out] that a conversion keeps in a format."""
+    return rule.source.endswith("proj.weight") and len(rule.targets) == 1
 
 
 def _random_experts(
@@ -104,25 +107,18 @@ def random_matrix(rng: np.random.Generator, form: WeightFormat, d_in: int, d_out
     if form.kind in FLOATS:
         values = rng.standard_normal((d_in, d_out), np.float32) * size
         return Matrix(form, {"values": values.astype(FLOATS[form.kind])}, d_in)
-    if form.kind in TABLES:
-        deviation = np.std(TABLES[form.kind])
+    if form.kind == "int4":
+        deviation = np.std(TABLES["int4"])
         codes = pack_words(rng.integers(0, 16, (d_in, d_out), np.uint8))
     elif form.kind == "int8":
         deviation = 127 / math.sqrt(3)
         codes = rng.integers(-127, 128, (d_in, d_out), np.int8)
     else:
         raise ValueError(f"no random matrices of {form} are made")
+    kept = form.arrays(d_in, d_out)["scale"].dtype
     factors = rng.uniform(0.5, 1.5, (-(-d_in // form.group), d_out)).astype(np.float32)
-    scale = _kept_scale(form, factors * size / np.float32(deviation))
+    scale = (factors * size / np.float32(deviation)).astype(kept)
     return Matrix(form, {"codes": codes, "scale": scale}, d_in)
-
-
-def _kept_scale(form: WeightFormat, scale: np.ndarray) -> np.ndarray:
-    """Scales in the type they are kept in."""
-    dtype = form.arrays(8, 1)["scale"].dtype
-    if form.scale == "e8m0":
-        return (np.frexp(scale)[1] + 126).astype(dtype)
-    return scale.astype(dtype)
 
 
 def _write_groups(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from benchmarks.peers import Side, Unsupported, Work
@@ -21,8 +22,8 @@ class Transformers:
         threads: of torch.
     """
 
-    name = "transformers"
-    formats: ClassVar = {"float32": "float32"}
+    name: ClassVar = "transformers"
+    formats: ClassVar[Mapping[str, str]] = {"float32": "float32"}
 
     def __init__(self, python: str, threads: int) -> None:
         self._command = [python, str(ROOT / "benchmarks" / "transformers_side.py")]

@@ -7,14 +7,16 @@ and memory are those of `llama-server`.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import importlib.util
 import json
 import pathlib
 import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 from benchmarks.peers import Side, Unsupported, Work
@@ -36,8 +38,13 @@ class LlamaCpp:
         threads: of its computation.
     """
 
-    name = "llama.cpp"
-    formats: ClassVar = {"float32": "F32", "bf16": "F16", "int8": "Q8_0", "int4": "Q4_0"}
+    name: ClassVar = "llama.cpp"
+    formats: ClassVar[Mapping[str, str]] = {
+        "float32": "F32",
+        "bf16": "F16",
+        "int8": "Q8_0",
+        "int4": "Q4_0",
+    }
 
     def __init__(self, directory: pathlib.Path, threads: int) -> None:
         self._directory, self._threads = directory, threads
@@ -50,6 +57,18 @@ class LlamaCpp:
         command = [str(self._directory / "llama-bench"), "--version"]
         said = subprocess.run(command, capture_output=True, text=True, check=True)
         return f"llama.cpp {(said.stdout + said.stderr).splitlines()[0].removeprefix('version: ')}"
+
+
+def directory(text: str) -> pathlib.Path:
+    """The directory of llama.cpp's programs, from an option llama.cpp=DIR."""
+    name, _, path = text.partition("=")
+    if name != LlamaCpp.name or not (pathlib.Path(path) / "llama-bench").exists():
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: llama.cpp=DIR is needed, with llama-bench in DIR"
+        )
+    if importlib.util.find_spec("gguf") is None:
+        raise argparse.ArgumentTypeError("llama.cpp's files need gguf: pip install gguf")
+    return pathlib.Path(path).absolute()
 
 
 class LlamaCppSide(Side):

@@ -32,11 +32,14 @@ class Model:
     name: str
     family: str
     work: pathlib.Path
+    #: Another number of layers than the shape's.
+    layers: int | None = None
 
     @property
     def fields(self) -> dict[str, Any]:
         """What config.json says."""
-        return SHAPES[self.family] if self.name == "200m" else LARGE[self.name]
+        shape = SHAPES[self.family] if self.name == "200m" else LARGE[self.name]
+        return shape if self.layers is None else shape | {"num_hidden_layers": self.layers}
 
     @property
     def vocabulary(self) -> int:
@@ -76,7 +79,8 @@ class Model:
 
     def _path(self, form: str) -> pathlib.Path:
         name = self.family if self.name == "200m" else self.name
-        return self.work / f"{name}-{form}"
+        cut = "" if self.layers is None else f"-{self.layers}"
+        return self.work / f"{name}{cut}-{form}"
 
 
 @contextlib.contextmanager

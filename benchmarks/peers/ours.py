@@ -7,6 +7,7 @@ import pathlib
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from benchmarks.peers import FORMATS, Side, Work
@@ -17,8 +18,8 @@ from benchmarks.peers.models import Model
 class Ours:
     """Opens models in this project's engine."""
 
-    name = "dance_jax"
-    formats: ClassVar = dict(zip(FORMATS, FORMATS, strict=True))
+    name: ClassVar = "dance_jax"
+    formats: ClassVar[Mapping[str, str]] = dict(zip(FORMATS, FORMATS, strict=True))
 
     def open(self, model: Model, form: str) -> OurSide:
         kept = "keep" if form == "float32" else form

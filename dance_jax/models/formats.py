@@ -280,7 +280,7 @@ def _common(one: WeightFormat, other: WeightFormat) -> WeightFormat:
     if one == other:
         return one
     kinds, scales = {one.kind, other.kind}, {one.scale, other.scale}
-    if kinds & set(FLOATS) or ("fp8" in kinds and len(kinds) > 1):
+    if kinds & set(FLOATS) or "fp8" in kinds and len(kinds) > 1:
         floats = kinds if kinds <= set(FLOATS) else {"float32"}
         return WeightFormat("float32" if len(floats) > 1 else floats.pop())
     return WeightFormat(
