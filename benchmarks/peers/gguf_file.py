@@ -89,10 +89,11 @@ def _metadata(writer: Any, fields: dict[str, Any]) -> None:
     writer.add_head_count_kv(1 if latent else fields["num_key_value_heads"])
     writer.add_layer_norm_rms_eps(fields["rms_norm_eps"])
     writer.add_rope_freq_base(float(fields.get("rope_theta", 1e4)))
-    writer.add_feed_forward_length(fields["intermediate_size"])
+    width = fields.get("moe_intermediate_size")
+    writer.add_feed_forward_length(fields.get("intermediate_size", width))
     writer.add_expert_used_count(fields["num_experts_per_tok"])
     writer.add_expert_count(fields.get("num_experts", fields.get("n_routed_experts")))
-    if width := fields.get("moe_intermediate_size"):
+    if width:
         writer.add_expert_feed_forward_length(width)
     if latent:
         _latent(writer, fields)

@@ -13,6 +13,7 @@ import importlib.util
 import json
 import pathlib
 import subprocess
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -158,19 +159,18 @@ class LlamaCppSide(Side):
         command = [str(self._directory / "llama-server"), "-m", str(self._file), *words]
         command += ["-t", str(self._threads), "-c", str(CONTEXT), "-np", "1", "-fit", "off"]
         command += ["--host", "127.0.0.1", "--port", str(port), "--no-ui"]
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        try:
-            server = _Server(process, f"http://127.0.0.1:{port}")
-            server.wait()
-            yield server
-        finally:
-            process.kill()
-            process.wait()
+        with tempfile.TemporaryFile() as log:
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            try:
+                server = _Server(process, f"http://127.0.0.1:{port}")
+                if not server.ready():
+                    log.seek(0)
+                    said = log.read()[-2000:].decode(errors="replace")
+                    raise RuntimeError(f"{' '.join(command)}: not ready:\n{said}")
+                yield server
+            finally:
+                process.kill()
+                process.wait()
 
 
 class _Server:
@@ -179,16 +179,16 @@ class _Server:
     def __init__(self, process: subprocess.Popen[bytes], url: str) -> None:
         self._process, self._url = process, url
 
-    def wait(self) -> None:
-        """Returns when it answers requests."""
+    def ready(self) -> bool:
+        """Waits until it answers requests; False if it ends before, or takes too long."""
         deadline = time.monotonic() + READY_S
         while time.monotonic() < deadline and self._process.poll() is None:
             # 503 while the model is read, no connection before.
             with contextlib.suppress(urllib.error.URLError):
                 urllib.request.urlopen(f"{self._url}/health").close()
-                return
+                return True
             time.sleep(ASK_S)
-        raise RuntimeError(f"llama-server is not ready: exit code {self._process.poll()}")
+        return False
 
     def complete(self, prompt: list[int], tokens: int) -> dict[str, Any]:
         """Greedy tokens after a prompt, and how long that took."""

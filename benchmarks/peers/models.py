@@ -78,7 +78,7 @@ class Model:
         return self._path(f"{kind}.gguf")
 
     def _path(self, form: str) -> pathlib.Path:
-        name = self.family if self.name == "200m" else self.name
+        name = f"200m-{self.family}" if self.name == "200m" else self.name
         cut = "" if self.layers is None else f"-{self.layers}"
         return self.work / f"{name}{cut}-{form}"
 
