@@ -1,4 +1,7 @@
-"""A shape of about 200 M parameters for each family of models: what config.json would say."""
+"""Shapes of models that are measured, as what config.json would say.
+
+One of about 200 M parameters for each family of models, and some larger or deeper ones.
+"""
 
 from __future__ import annotations
 
@@ -89,4 +92,46 @@ SHAPES: dict[str, dict[str, Any]] = {
         "qwen3_moe": _GROUPED | _QWEN,
         "qwen3_next": _GROUPED | _QWEN | _DELTA,
     }.items()
+}
+
+_LARGE = {
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": False,
+    "eos_token_id": 1,
+    "bos_token_id": 0,
+}
+#: By the names that options give.
+LARGE: dict[str, dict[str, Any]] = {
+    "olmoe": _LARGE
+    | {
+        "model_type": "olmoe",
+        "vocab_size": 50304,
+        "hidden_size": 2048,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "num_experts": 64,
+        "num_experts_per_tok": 8,
+        "intermediate_size": 1024,
+        "rms_norm_eps": 1e-5,
+    },
+    "48-layers": SHAPES["deepseek_v2"] | {"hidden_size": 256, "num_hidden_layers": 48},
+    # Qwen3-30B-A3B with half of its layers.
+    "qwen3-24-layers": _LARGE
+    | {
+        "model_type": "qwen3_moe",
+        "vocab_size": 151936,
+        "hidden_size": 2048,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+        "intermediate_size": 6144,
+        "norm_topk_prob": True,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6,
+    },
 }

@@ -260,7 +260,7 @@ def outline(directory: str | pathlib.Path, rounding: Rounding = KEEP) -> Outline
     files = files or [*directory.glob("*.safetensors")]
     # Weights may be on their way, or not wanted before the plan is known.
     if not files or not all(file.exists() for file in files):
-        return Outline(config, _expected_formats(config, rounding))
+        return Outline(config, expected_formats(config, rounding))
     return _outline(open_source(directory, scales=False), rounding)
 
 
@@ -269,7 +269,7 @@ def _outline(model: HFDirectory, rounding: Rounding) -> Outline:
     return Outline(model.config, formats, _fingerprint(model, formats))
 
 
-def _expected_formats(config: ModelConfig, rounding: Rounding) -> Formats:
+def expected_formats(config: ModelConfig, rounding: Rounding) -> Formats:
     """What `model_formats` will say, if weights are what config.json says of them."""
     floats, codes = WeightFormat(config.dtype), _codes(config)
     d, f = config.hidden_size, config.expert.width

@@ -41,7 +41,7 @@ def random_trunk_tensors(config: ModelConfig, seed: int) -> Iterator[tuple[str, 
     """The trunk's tensors under their Hugging Face names, float32."""
     rng = np.random.default_rng([seed, 0])
     for rule in trunk_rules(config):
-        yield rule.source, _random(rng, rule, config)
+        yield rule.source, random_tensor(rng, rule, config)
 
 
 def random_expert_tensors(config: ModelConfig, seed: int) -> Iterator[tuple[str, np.ndarray]]:
@@ -50,7 +50,7 @@ def random_expert_tensors(config: ModelConfig, seed: int) -> Iterator[tuple[str,
         rng = np.random.default_rng([seed, 1, layer])
         for expert in range(config.num_experts):
             for rule in expert_rules(config, layer, expert):
-                yield rule.source, _random(rng, rule, config)
+                yield rule.source, random_tensor(rng, rule, config)
 
 
 def random_expert(
@@ -73,7 +73,7 @@ def random_expert(
     return form.from_stored(found)
 
 
-def _random(rng: np.random.Generator, rule: TensorRule, config: ModelConfig) -> np.ndarray:
+def random_tensor(rng: np.random.Generator, rule: TensorRule, config: ModelConfig) -> np.ndarray:
     """Factors near 1, biases near 0, an embedding of unit size, projections that keep the size of
     their input."""
     values = rng.standard_normal(rule.shape, dtype=np.float32)

@@ -1,0 +1,130 @@
+"""Random models as they are after conversion, drawn in their formats and never rounded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import pathlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from dance_jax.config import Rounding
+from dance_jax.models.build import matrix_shapes
+from dance_jax.models.checkpoint import expert_leaf, write_manifest
+from dance_jax.models.config import ModelConfig
+from dance_jax.models.convert import GROUP_BYTES, expected_formats
+from dance_jax.models.experts import ExpertFormat, expert_format
+from dance_jax.models.families import model_config
+from dance_jax.models.formats import FLOATS, TABLES, Matrix, WeightFormat, pack_words
+from dance_jax.models.orbax_store import save_arrays
+from dance_jax.models.random_weights import random_tensor, write_byte_tokenizer
+from dance_jax.models.tensors import arrays_of, trunk_rules
+
+
+def write_random_converted(
+    directory: str | pathlib.Path,
+    fields: dict[str, Any],
+    experts: str,
+    trunk: str,
+    seed: int = 0,
+) -> pathlib.Path:
+    """Writes a random model as it is after conversion, its weights drawn in their formats.
+
+    No more than a checkpoint of `GROUP_BYTES` is in memory at once, and no matrix is ever rounded,
+    so that models of many GB can be made in minutes.
+
+    Args:
+        directory: made by this.
+        fields: the content of config.json.
+        experts, trunk: as in `Rounding`; "keep" is what config.json says of floats.
+        seed: of the weights.
+
+    Returns:
+        The directory.
+    """
+    directory = pathlib.Path(directory)
+    directory.mkdir(parents=True)
+    config = model_config(fields)
+    (directory / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
+    write_byte_tokenizer(directory, config)
+    rng = np.random.default_rng([seed, 2])
+    formats = expected_formats(config, Rounding(experts, trunk))
+    trunk_groups = _write_groups(directory / "trunk", _random_trunk(rng, config, formats.trunk))
+    form = expert_format(config, formats.experts)
+    expert_groups = [
+        _write_groups(directory / "experts" / str(index), _random_experts(rng, config, form))
+        for index in range(len(config.moe_layers))
+    ]
+    text = json.dumps([fields, experts, trunk, seed], sort_keys=True)
+    fingerprint = hashlib.sha256(text.encode()).hexdigest()
+    write_manifest(directory, fingerprint, formats, trunk_groups, expert_groups)
+    return directory
+
+
+def _random_trunk(
+    rng: np.random.Generator, config: ModelConfig, forms: Mapping[str, WeightFormat]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The trunk's arrays under their names in a converted model."""
+    shapes = matrix_shapes(config)
+    for rule in trunk_rules(config):
+        plain = [target for target in rule.targets if not target.matrix]
+        tensor = random_tensor(rng, rule, config) if plain else None
+        for target in plain:
+            assert tensor is not None
+            yield target.path, np.ascontiguousarray(target.cut(tensor))
+        for target in rule.targets:
+            if target.matrix:
+                heads, d_in, d_out = shapes[target.path]
+                drawn = [random_matrix(rng, forms[target.path], d_in, d_out) for _ in range(heads)]
+                part = drawn[0] if heads == 1 else drawn
+                yield from arrays_of(target.path, part, forms[target.path]).items()
+
+
+def _random_experts(
+    rng: np.random.Generator, config: ModelConfig, form: ExpertFormat
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The arrays of all experts of a layer under their names in a converted model."""
+    for expert in range(config.num_experts):
+        for name, (kept, d_in, d_out) in form.matrices.items():
+            matrix = random_matrix(rng, kept, d_in, d_out)
+            yield from arrays_of(expert_leaf(expert, name), matrix, kept).items()
+
+
+def random_matrix(rng: np.random.Generator, form: WeightFormat, d_in: int, d_out: int) -> Matrix:
+    """A matrix of random codes, of a size that keeps that of its input."""
+    size = np.float32(d_in**-0.5)
+    if form.kind in FLOATS:
+        values = rng.standard_normal((d_in, d_out), np.float32) * size
+        return Matrix(form, {"values": values.astype(FLOATS[form.kind])}, d_in)
+    if form.kind == "int4":
+        deviation = np.std(TABLES["int4"])
+        codes = pack_words(rng.integers(0, 16, (d_in, d_out), np.uint8))
+    elif form.kind == "int8":
+        deviation = 127 / math.sqrt(3)
+        codes = rng.integers(-127, 128, (d_in, d_out), np.int8)
+    else:
+        raise ValueError(f"no random matrices of {form} are made")
+    kept = form.arrays(d_in, d_out)["scale"].dtype
+    factors = rng.uniform(0.5, 1.5, (-(-d_in // form.group), d_out)).astype(np.float32)
+    scale = (factors * size / np.float32(deviation)).astype(kept)
+    return Matrix(form, {"codes": codes, "scale": scale}, d_in)
+
+
+def _write_groups(
+    directory: pathlib.Path, arrays: Iterable[tuple[str, np.ndarray]]
+) -> list[list[str]]:
+    """Writes checkpoints 0, 1 ... of bounded size; returns the names in each."""
+    directory.mkdir(parents=True)
+    names: list[list[str]] = []
+    group: dict[str, np.ndarray] = {}
+    for name, array in arrays:
+        if group and sum(a.nbytes for a in group.values()) + array.nbytes > GROUP_BYTES:
+            save_arrays(directory / str(len(names)), group)
+            names.append(list(group))
+            group = {}
+        group[name] = array
+    save_arrays(directory / str(len(names)), group)
+    return [*names, list(group)]

@@ -1,0 +1,100 @@
+"""Random models in the forms that programs read, made at first use and kept."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import pathlib
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+from benchmarks.families import LARGE, SHAPES
+from benchmarks.peers import gguf_file
+from benchmarks.peers.converted import write_random_converted
+from dance_jax.config import Rounding
+from dance_jax.models.convert import ensure_converted
+from dance_jax.models.hf import HFDirectory
+from dance_jax.models.random_weights import write_random_checkpoint
+
+#: Shapes whose float32 copy is too large to be made: their weights are drawn in each format.
+_DIRECT = ("olmoe", "qwen3-24-layers")
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A shape with random weights.
+
+    Args:
+        name: "200m" for the family's shape in SHAPES, or one of LARGE.
+        work: directory in which all files are kept.
+    """
+
+    name: str
+    family: str
+    work: pathlib.Path
+    #: Another number of layers than the shape's.
+    layers: int | None = None
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """What config.json says."""
+        shape = SHAPES[self.family] if self.name == "200m" else LARGE[self.name]
+        return shape if self.layers is None else shape | {"num_hidden_layers": self.layers}
+
+    @property
+    def vocabulary(self) -> int:
+        """Token ids."""
+        return self.fields["vocab_size"]
+
+    def source(self) -> pathlib.Path:
+        """The model in float32, a Hugging Face directory."""
+        with _made(self._path("float32")) as (path, missing):
+            if missing:
+                write_random_checkpoint(path, self.fields)
+        return self._path("float32")
+
+    def converted(self, experts: str, trunk: str) -> pathlib.Path:
+        """The model converted for this project, with the formats that `convert` knows.
+
+        Of a large shape the weights are other ones than in `gguf`.
+        """
+        if self.name in _DIRECT:
+            with _made(self._path(f"converted-{experts}-{trunk}")) as (path, missing):
+                if missing:
+                    write_random_converted(path, self.fields, experts, trunk)
+            return self._path(f"converted-{experts}-{trunk}")
+        rounding = Rounding(experts, trunk)
+        return ensure_converted(self.source(), self.work / "models", rounding=rounding)
+
+    def gguf(self, kind: str) -> pathlib.Path:
+        """The model as a GGUF file with matrices of `kind`, such as "Q8_0"."""
+        with _made(self._path(f"{kind}.gguf")) as (path, missing):
+            if missing:
+                direct = self.name in _DIRECT
+                source = None if direct else HFDirectory(self.source()).tensors
+                gguf_file.write(path, self.fields, kind, source)
+        return self._path(f"{kind}.gguf")
+
+    def _path(self, form: str) -> pathlib.Path:
+        name = f"200m-{self.family}" if self.name == "200m" else self.name
+        cut = "" if self.layers is None else f"-{self.layers}"
+        return self.work / f"{name}{cut}-{form}"
+
+
+@contextlib.contextmanager
+def _made(path: pathlib.Path) -> Iterator[tuple[pathlib.Path, bool]]:
+    """Yields where to make what is to be at `path`, and whether it is missing.
+
+    What is made takes its place when the block ends well.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    if path.exists():
+        yield partial, False
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if partial.is_dir():
+        shutil.rmtree(partial)
+    partial.unlink(missing_ok=True)
+    yield partial, True
+    partial.rename(path)

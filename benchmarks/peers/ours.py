@@ -1,0 +1,91 @@
+"""This project's engine as a side that is measured: one process with all experts."""
+
+from __future__ import annotations
+
+import contextlib
+import pathlib
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from benchmarks.peers import FORMATS, Side, Work
+from benchmarks.peers.child import Child, memory
+from benchmarks.peers.models import Model
+
+
+class Ours:
+    """Opens models in this project's engine."""
+
+    name: ClassVar = "dance_jax"
+    formats: ClassVar[Mapping[str, str]] = dict(zip(FORMATS, FORMATS, strict=True))
+
+    def open(self, model: Model, form: str) -> OurSide:
+        kept = "keep" if form == "float32" else form
+        return OurSide(model, model.converted(experts=kept, trunk=kept))
+
+    def version(self) -> str:
+        return self.name
+
+
+class OurSide(Side):
+    """An engine in a process of its own, started when the first step is measured."""
+
+    def __init__(self, model: Model, path: pathlib.Path) -> None:
+        self._model, self._path = model, path
+        self._engine: Child | None = None
+        self._warm = tempfile.TemporaryDirectory(prefix="dance-jax-warm-")
+        self._started_warm = False
+
+    def speed(self, work: Work) -> float:
+        return self._ask("measure", work)["tokens_per_s"]
+
+    def processor_time(self, work: Work) -> float:
+        return self._ask("measure", work)["processor_s_per_token"]
+
+    def greedy(self, work: Work) -> list[list[int]]:
+        return self._ask("measure", work)["tokens"]
+
+    def first_token(self, cold: bool) -> float:
+        if cold:
+            with tempfile.TemporaryDirectory(prefix="dance-jax-cold-") as cache:
+                return self._start(cache)[0]
+        if not self._started_warm:
+            self._start(self._warm.name)
+            self._started_warm = True
+        return self._start(self._warm.name)[0]
+
+    def resident(self) -> float:
+        return self._start(self._warm.name)[1]
+
+    def profile(self, rows: int) -> dict[str, Any]:
+        """Where a decode step of so many rows goes: see `engine_side.Engines.profile`."""
+        return self._child().ask({"do": "profile", "rows": rows})
+
+    def close(self) -> None:
+        if self._engine is not None:
+            self._engine.close()
+        self._warm.cleanup()
+
+    def _ask(self, what: str, work: Work) -> dict[str, Any]:
+        prompts = work.prompts(self._model.vocabulary)
+        request = {"do": what, "kind": work.kind, "prompts": prompts, "tokens": work.tokens}
+        return self._child().ask(request)
+
+    def _child(self) -> Child:
+        if self._engine is None:
+            module = "benchmarks.peers.engine_side"
+            kernels = str(self._model.work)
+            self._engine = Child([sys.executable, "-m", module, str(self._path), kernels])
+            self._engine.read()
+        return self._engine
+
+    def _start(self, cache: str) -> tuple[float, float]:
+        """Seconds to the first token of a new process, and what it then holds beside arrays."""
+        module = "benchmarks.peers.first_token"
+        began = time.perf_counter()
+        child = Child([sys.executable, "-m", module, str(self._path), cache])
+        with contextlib.closing(child):
+            arrays = child.read()["array_bytes"]
+            return time.perf_counter() - began, memory(child.pid)["Rss"] - arrays
