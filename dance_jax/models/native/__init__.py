@@ -1,7 +1,7 @@
 """The C++ library beside this file: products, experts, rows between servers and devices, on CPUs.
 
-It is built for this machine, at installation by `python -m dance_jax.models.native` or else on first
-use, and registered with XLA. Without a C++ compiler XLA's own operations serve, slower.
+It is built for this machine, at installation by `python -m dance_jax.models.native` or else on
+first use, and registered with XLA. Without a C++ compiler XLA's own operations serve, slower.
 """
 
 from __future__ import annotations
@@ -84,7 +84,8 @@ def build(
 ) -> pathlib.Path | None:
     """The library, compiled into `directory` with $CXX (default: c++) if there is none yet.
 
-    One that the installation built is used where it lies. Where several processes want it at once, one compiles and the others wait for it.
+    One that the installation built is used where it lies. Where several processes want it at once,
+    one compiles and the others wait for it.
 
     Args:
         instructions: for which products are compiled; the best that the processor has is used.
