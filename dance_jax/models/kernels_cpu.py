@@ -4,8 +4,7 @@ XLA:CPU copies every expert's matrices out of the pool before it multiplies by t
 trunk's on one thread where rows are few; the C++ reads them where they lie, on all threads. Without
 a C++ compiler XLA's own products serve, slower.
 
-One library is built on first use from all C++ beside this file (links_cpu.cc and siblings_cpu.cc
-too) and registered here.
+One library is built on first use from all C++ beside this file and registered here.
 """
 
 from __future__ import annotations
@@ -34,17 +33,26 @@ from dance_jax.models.config import Activation
 log = logging.getLogger(__name__)
 
 _SOURCES = tuple(
-    pathlib.Path(__file__).with_name(f"{name}_cpu.cc") for name in ("kernels", "links", "siblings")
+    pathlib.Path(__file__).with_name(f"{name}_cpu.cc")
+    for name in ("kernels", "attention", "rows", "links", "siblings")
 )
+_HEADER = pathlib.Path(__file__).with_name("lanes_cpu.h")
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-w")
 _BUILD_TIMEOUT_S = 120
 #: The library's symbols by (kernel, dtype); XLA knows them by the same names.
 _SYMBOLS = {
     (kernel, dtype): kernel + dtype.capitalize()
-    for kernel in ("GroupedFfn", "Linear")
+    for kernel in ("GroupedFfn", "Linear", "Attend", "Norm", "Heads")
     for dtype in ("float32", "bfloat16")
 }
-_HANDLERS = (*_SYMBOLS.values(), "LinksDispatch", "LinksReturn", "SiblingsGather", "SiblingsSum")
+_HANDLERS = (
+    *_SYMBOLS.values(),
+    "ChooseExperts",
+    "LinksDispatch",
+    "LinksReturn",
+    "SiblingsGather",
+    "SiblingsSum",
+)
 #: Kinds of `Activation` by their numbers in C++.
 _ACTIVATIONS = ("silu", "gelu", "clamped")
 _library: ctypes.CDLL | None = None
@@ -62,7 +70,7 @@ def build(directory: pathlib.Path) -> pathlib.Path | None:
     if shutil.which(compiler[0]) is None:
         log.warning("no C++ compiler (%s): products run slower; install one", compiler[0])
         return None
-    sources = [source.read_bytes() for source in _SOURCES]
+    sources = [source.read_bytes() for source in (*_SOURCES, _HEADER)]
     key = repr((sources, _FLAGS, compiler, jax.__version__, processor()))
     digest = hashlib.blake2b(key.encode(), digest_size=12).hexdigest()
     library = directory / f"kernels-{digest}.so"
