@@ -377,15 +377,25 @@ class Runner:
         changes = self._pack_adjustments(((),) * len(self.devices), rows)
         _, _, batch, rest = self._begun((rows, 0))
         links = Record(self.memory.counts, *rest)[2:]
-        return self._lower(choose, (), {}, scores, batch.sampling, changes, links)
+        # (measured) Compiled in half the time, and as fast; it is most of what a start compiles.
+        quick = {"xla_backend_optimization_level": 1, "xla_cpu_use_fusion_emitters": False}
+        options = quick if jax.default_backend() == "cpu" else None
+        arrays = (scores, batch.sampling, changes, links)
+        return self._lower(choose, (), {}, *arrays, options=options)
 
     def _lower(
-        self, function: Callable[..., Any], donated: tuple[int, ...], state: Any, *arrays: Any
+        self,
+        function: Callable[..., Any],
+        donated: tuple[int, ...],
+        state: Any,
+        *arrays: Any,
+        options: dict[str, Any] | None = None,
     ) -> jax.stages.Lowered:
         """A part of one device's arrays, traced for this process, on every device's.
 
         Args:
             state: weights, the function's first argument, equal on all devices.
+            options: XLA's.
         """
 
         def body(state, *arrays):
@@ -401,7 +411,8 @@ class Runner:
             out_specs=sharded,
             check_vma=False,
         )
-        return jax.jit(mapped, donate_argnums=donated).lower(state, *arrays)
+        jitted = jax.jit(mapped, donate_argnums=donated, compiler_options=options)
+        return jitted.lower(state, *arrays)
 
     def _nothing(self, bucket: Bucket) -> jax.Array:
         """The batch of a step without rows."""
