@@ -31,6 +31,10 @@ class ModelFacts(Protocol):
 
     def trunk_bytes(self, dtype: str) -> int: ...
 
+    def expert_formats(self, dtype: str) -> str: ...
+
+    def trunk_formats(self, dtype: str) -> str: ...
+
 
 @dataclasses.dataclass(frozen=True)
 class Room:
@@ -75,6 +79,8 @@ class Plan:
     #: Of all expert calls, weighed by the activations' counts.
     local_share: float
     expert_bytes: int
+    #: How weights are kept, in words.
+    weights: str
     #: Sentences on what the policy had to do without.
     notes: tuple[str, ...]
 
@@ -171,8 +177,15 @@ def make_plan(
         ),
         local_share=placement.local_share(counts),
         expert_bytes=model.expert_bytes(config.dtype),
+        weights=weights_note(model, config),
         notes=(*model_notes(model.config, config), *_notes(spec, policy, used, activations)),
     )
+
+
+def weights_note(model: ModelFacts, config: EngineConfig) -> str:
+    """How weights are kept, in words."""
+    experts, trunk = model.expert_formats(config.dtype), model.trunk_formats(config.dtype)
+    return f"Weights: experts {experts}, trunk {trunk}."
 
 
 def model_notes(model: ModelConfig, config: EngineConfig) -> Iterator[str]:

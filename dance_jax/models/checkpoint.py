@@ -13,11 +13,11 @@ import jax
 import numpy as np
 
 from dance_jax.config import UserError
-from dance_jax.models.build import fill, weight_shapes
+from dance_jax.models.build import fill, matrix_shapes, weight_shapes
 from dance_jax.models.config import ModelConfig
 from dance_jax.models.directory import FORMATS, MANIFEST, SIDE_FILES, read_config, read_json
 from dance_jax.models.experts import ExpertFormat, Weights, expert_format
-from dance_jax.models.formats import Formats
+from dance_jax.models.formats import Formats, described
 from dance_jax.models.orbax_store import load_arrays
 from dance_jax.models.trunk import Trunk
 
@@ -75,6 +75,19 @@ class Outline:
         """Bytes of all weights but the routed experts, in a trunk of `dtype`."""
         shapes = self.trunk_shapes(dtype).values()
         return sum(shape.size * shape.dtype.itemsize for shape in shapes)
+
+    def expert_formats(self, dtype: str) -> str:
+        """How weights of routed experts are kept in engines that compute in `dtype`, in words."""
+        return described(self.form(dtype).matrices.values())
+
+    def trunk_formats(self, dtype: str) -> str:
+        """How those of the trunk's matrices are, in words."""
+        forms = self.formats.computed_in(dtype).trunk
+        return described(
+            (forms[path], d_in, d_out)
+            for path, (heads, d_in, d_out) in matrix_shapes(self.config).items()
+            for _ in range(heads)
+        )
 
     def trunk_shapes(self, dtype: str) -> dict[str, jax.ShapeDtypeStruct]:
         """Every array of the trunk by dotted path."""

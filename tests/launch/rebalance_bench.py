@@ -50,6 +50,11 @@ class Facts:
     def trunk_bytes(self, dtype: str) -> int:
         return 1
 
+    def expert_formats(self, dtype: str) -> str:
+        return "float32 (32 bits a weight)"
+
+    trunk_formats = expert_formats
+
 
 def halves(first: range) -> Layout:
     """Alpha holds these experts of every layer, beta the others; both have slots to spare."""

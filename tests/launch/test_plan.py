@@ -29,6 +29,8 @@ MODEL: Any = types.SimpleNamespace(
     fingerprint="this model",
     expert_bytes=lambda dtype: EXPERT_BYTES // (1 if dtype == "float32" else 2),
     trunk_bytes=lambda dtype: 1000,
+    expert_formats=lambda dtype: "float32 (32 bits a weight)",
+    trunk_formats=lambda dtype: "float32 (32 bits a weight)",
 )
 CONFIG = EngineConfig(max_model_len=64)
 
