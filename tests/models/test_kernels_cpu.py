@@ -173,6 +173,7 @@ def test_of_several_at_once_one_compiles(
 
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(native, "_compile", compile_slowly)
+    monkeypatch.setattr(native, "INSTALLED", tmp_path / "nowhere")
     built = []
     threads = [
         threading.Thread(target=lambda: built.append(native.build(tmp_path))) for _ in range(3)
