@@ -25,6 +25,7 @@ class ModelFacts(Protocol):
     """What planning needs of a checkpoint; `models.checkpoint.Checkpoint` has it."""
 
     config: ModelConfig
+    source: str
     fingerprint: str
 
     def expert_bytes(self, dtype: str) -> int: ...
@@ -118,7 +119,7 @@ def matched(
     if activations is None:
         return None
     layers, experts = len(model.config.moe_layers), model.config.num_experts
-    activations.check_model(model.fingerprint, layers, experts)
+    activations.check_model(model.source, layers, experts)
     return activations.for_servers(spec.names)
 
 

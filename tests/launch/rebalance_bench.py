@@ -42,7 +42,7 @@ class Facts:
     """A checkpoint as planning sees it."""
 
     config = MODEL
-    fingerprint = "f" * 64
+    source = fingerprint = "f" * 64
 
     def expert_bytes(self, dtype: str) -> int:
         return EXPERT_BYTES

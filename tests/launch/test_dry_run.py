@@ -36,8 +36,8 @@ def run(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch)
     return command
 
 
-#: By model, and perhaps options: memories, the title, formats of weights, trunk, KV cache and states of each server, experts and slots of
-#: one after the other, and what a note says.
+#: By model, and perhaps options: memories, the title, formats of weights, trunk, KV cache and
+#: states of each server, experts and slots of one after the other, and what a note says.
 PLANS = {
     "Qwen3-30B-A3B": (
         ("32GB", "24GB", "8GB"),
