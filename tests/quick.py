@@ -39,3 +39,27 @@ class _Quickly:
 
     def compile(self) -> jax.stages.Compiled:
         return self.lowered.compile(compiler_options=QUICK)
+
+
+class SharedCache(QuickCache):
+    """For engines of alike models: what is lowered to the same text is compiled once.
+
+    Args:
+        compiled: what the others have compiled.
+        scope: as for `CompileCache`; what has the same is not even lowered.
+    """
+
+    def __init__(self, compiled: dict[str, jax.stages.Compiled], scope: object) -> None:
+        super().__init__(None, scope)
+        self._compiled = compiled
+
+    def compile(self, key: object, lower: Callable[[], jax.stages.Lowered]) -> jax.stages.Compiled:
+        known = repr((self.scope, key))
+        if known not in self._compiled:
+            lowered = lower()
+            # Arguments that are not used are not in the text.
+            text = repr(lowered.args_info) + lowered.as_text()
+            if text not in self._compiled:
+                self._compiled[text] = super().compile(key, lambda: lowered)
+            self._compiled[known] = self._compiled[text]
+        return self._compiled[known]

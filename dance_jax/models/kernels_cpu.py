@@ -119,6 +119,7 @@ class NativePool:
         assert library is not None
         self._library = library
         library.PoolNew.restype = library.PoolBytes.restype = ctypes.c_int64
+        library.PoolDelete.argtypes = [ctypes.c_int64]
         library.PoolPut.restype = library.PoolGet.restype = ctypes.c_bool
         #: By which steps name the pool.
         self.number: int = library.PoolNew(
@@ -161,7 +162,8 @@ class NativePool:
 
     def __del__(self) -> None:
         if hasattr(self, "number"):
-            self._library.PoolDelete(ctypes.c_int64(self.number))
+            # At the end of the interpreter this module is empty already.
+            self._library.PoolDelete(self.number)
 
 
 def _pointers(arrays: Sequence[np.ndarray]) -> ctypes.Array:

@@ -10,7 +10,6 @@ import pytest
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
-from dance_jax.models.experts import expert_format
 from dance_jax.placement.core import Layout, Placement, spread
 from dance_jax.placement.metrics import measure
 from tests.cluster import tiny
@@ -150,10 +149,10 @@ def test_collectives_give_it_too(
     check_placement(three_servers, single, seed, empty, replicas, batches)
 
 
-@pytest.mark.parametrize("model", ["grouped", "recurrent"])
+@pytest.mark.parametrize("model", ["grouped", "recurrent", "quantised"])
 @settings(cluster_settings, max_examples=2)
 @any_placement
-def test_other_mechanisms_give_it_too(
+def test_other_models_give_it_too(
     three_servers: TestCluster, single_of, model, seed, empty, replicas, batches
 ):
     three_servers.use("sockets", model=model)
@@ -296,11 +295,13 @@ def test_rounded_rows_stay_close(
     assert 1e-6 < worst < tolerance
 
 
-def test_pools_hold_exactly_their_slots(three_servers: TestCluster):
+@pytest.mark.parametrize("model", ["latent", "quantised"])
+def test_pools_hold_exactly_their_slots(three_servers: TestCluster, model: str):
     """A server allocates what its own experts take, whatever others hold."""
-    three_servers.use("sockets")
+    three_servers.use("sockets", model=model)
     _, layout = placed(random_resident(4, frozenset(), 0.3))
-    each = expert_format(tiny.CONFIG, "float32").bytes
+    each = tiny.form_of(model).bytes
+    assert each == (3 * 32 * 16 // 2 + 2 * (16 + 16 + 32) if model == "quantised" else 6144)
     for rank, sizes in enumerate(three_servers.place(layout)):
         for device, size in enumerate(sizes):
             held = int((layout.experts_of(rank, device)[:, 0] >= 0).sum())

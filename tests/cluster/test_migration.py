@@ -65,10 +65,10 @@ def loaded(replies: list[list[dict]]) -> int:
     return number
 
 
-def check_pools(three_servers: TestCluster, layout: Layout) -> None:
+def check_pools(three_servers: TestCluster, layout: Layout, model: str = "latent") -> None:
     """Every slot that the tables name holds its expert."""
     for rank, found in enumerate(three_servers.send("pool")):
-        wanted = tiny.weights_of(layout, rank)
+        wanted = tiny.weights_of(layout, rank, model)
         assert set(found) == set(wanted)
         for place, weights in wanted.items():
             for ours, theirs in zip(found[place], weights, strict=True):
@@ -81,6 +81,7 @@ def check_migration(
     seed: int,
     replicas: tuple[float, float],
     most: int,
+    model: str = "latent",
 ) -> None:
     rng = np.random.default_rng(seed)
     residents = [random_resident(seed + i, frozenset(), share) for i, share in enumerate(replicas)]
@@ -97,7 +98,7 @@ def check_migration(
         three_servers.stage(number, layout, last)
         assert loaded(sequences.step()) == number
         if number in (1, len(sequence_of)):
-            check_pools(three_servers, layout)
+            check_pools(three_servers, layout, model)
     check_traffic(sequences.step(), residents[1])
 
 
@@ -121,6 +122,11 @@ def test_steps_during_a_migration_give_what_one_device_gives(
 def test_collectives_agree_too(three_servers: TestCluster, single: Runner):
     three_servers.use("collectives")
     check_migration(three_servers, single, 3, (0.0, 0.3), 20)
+
+
+def test_experts_in_codes_move_too(three_servers: TestCluster, single_of):
+    three_servers.use("sockets", model="quantised")
+    check_migration(three_servers, single_of("quantised"), 5, (0.0, 0.3), 20, "quantised")
 
 
 @both_transports

@@ -20,21 +20,35 @@ from dance_jax.engine.scheduler import Row, StepPlan
 from dance_jax.engine.sequence import SamplingParams, Sequence
 from dance_jax.engine.step import BUSY, token_slice
 from dance_jax.models import model_config
-from dance_jax.models.build import init_random
-from dance_jax.models.experts import expert_format
+from dance_jax.models.build import fill, init_random, matrix_shapes
+from dance_jax.models.experts import ExpertFormat, expert_format
+from dance_jax.models.formats import ROUNDED, Formats, WeightFormat
 from dance_jax.models.messages import Transport
-from dance_jax.models.random_weights import random_expert, random_expert_tensors
+from dance_jax.models.random_weights import (
+    Held,
+    random_expert,
+    random_expert_tensors,
+    random_trunk_tensors,
+)
+from dance_jax.models.tensors import arrays_of, parts_of, trunk_rules
+from dance_jax.models.trunk import Trunk
 from dance_jax.placement.core import Layout
 from tests.quick import QuickCache
 from tests.tiny_models import HYBRID, OSS, SERVED
 
-#: One for each mechanism that mixes tokens.
+CONFIG = model_config(SERVED)
+#: One for each mechanism that mixes tokens, and one whose weights have codes.
 MODELS = {
-    "latent": model_config(SERVED),
+    "latent": CONFIG,
     "grouped": model_config(OSS),
     "recurrent": model_config(HYBRID),
+    "quantised": CONFIG,
 }
-CONFIG = MODELS["latent"]
+#: Experts of four bits, in a trunk of eight.
+QUANTISED = Formats(
+    dict.fromkeys(("w_gate", "w_up", "w_down"), ROUNDED["int4"]),
+    {path: ROUNDED["int8"] for path in matrix_shapes(CONFIG) if not path.endswith("router.weight")},
+)
 ENGINE = EngineConfig(
     max_model_len=128,
     max_num_seqs=4,
@@ -47,14 +61,35 @@ DECODE, SLICE = ENGINE.buckets
 LAYERS, EXPERTS = len(CONFIG.moe_layers), CONFIG.num_experts
 
 
+def form_of(model: str) -> ExpertFormat:
+    """What a slot holds."""
+    return expert_format(MODELS[model], QUANTISED.experts if model == "quantised" else "float32")
+
+
+def trunk_of(model: str) -> Trunk:
+    """With the weights of seed 0, rounded if the model's are."""
+    config = MODELS[model]
+    if model != "quantised":
+        return init_random(config, seed=0)
+    rules = {rule.source: rule for rule in trunk_rules(config)}
+    forms = {path: WeightFormat("float32") for path in matrix_shapes(config)} | QUANTISED.trunk
+    weights = (
+        array
+        for name, tensor in random_trunk_tensors(config, seed=0)
+        for path, part in parts_of(rules[name], Held(tensor))
+        for array in arrays_of(path, part, forms.get(path)).items()
+    )
+    return fill(config, "float32", weights, forms)
+
+
 @functools.cache
 def expert_tensors(model: str) -> dict[str, np.ndarray]:
     return dict(random_expert_tensors(MODELS[model], seed=0))
 
 
 def read_experts(model: str, pairs: list[tuple[int, int]]):
-    """Stands in for a checkpoint: the same weights as `init_random` goes with."""
-    config, form = MODELS[model], expert_format(MODELS[model], "float32")
+    """Stands in for a checkpoint: the same weights as `trunk_of` goes with."""
+    config, form = MODELS[model], form_of(model)
     tensors = expert_tensors(model)
     return [(n, random_expert(config, tensors, *pair, form)) for n, pair in enumerate(pairs)]
 
@@ -68,14 +103,13 @@ def runner(
     compile_cache: CompileCache | None = None,
 ) -> Runner:
     """Of a server; what compiles its steps is by default quick."""
-    trunk = init_random(MODELS[model], seed=0)
     config = dataclasses.replace(ENGINE, wire_dtype=wire_dtype)
     blocks = config.max_num_seqs * config.max_blocks
     cache = compile_cache or QuickCache(None)
     return Runner(
         MODELS[model],
-        trunk,
-        expert_format(MODELS[model], "float32"),
+        trunk_of(model),
+        form_of(model),
         functools.partial(read_experts, model),
         layout,
         rank,
@@ -86,13 +120,15 @@ def runner(
     )
 
 
-def weights_of(layout: Layout, rank: int) -> dict[tuple[int, int], tuple[np.ndarray, ...]]:
+def weights_of(
+    layout: Layout, rank: int, model: str = "latent"
+) -> dict[tuple[int, int], tuple[np.ndarray, ...]]:
     """What the slots of a server that hold an expert must hold, by (local device, slot)."""
     found = {}
     for device in range(layout.devices[rank]):
         table = layout.experts_of(rank, device)
         used = np.flatnonzero(table[:, 0] >= 0).tolist()
-        experts = read_experts("latent", [tuple(table[slot]) for slot in used])
+        experts = read_experts(model, [tuple(table[slot]) for slot in used])
         found |= {(device, used[place]): weights for place, weights in experts}
     return found
 

@@ -70,14 +70,14 @@ while True:
     elif command[0] == "stage":
         _, number, layout, ranks = command
         if RANK in ranks:
-            weights = tiny.weights_of(layout, RANK)
+            weights = tiny.weights_of(layout, RANK, variant[2])
             needed = new_slots(staging.latest, layout, RANK)
             staging.add(number, layout, {place: weights[place] for place in needed})
         reply = None
     elif command[0] == "drop":
         reply = staging.drop(command[1]) if RANK in command[2] else None
     elif command[0] == "pool":
-        places = tiny.weights_of(staging.layout, RANK)
+        places = tiny.weights_of(staging.layout, RANK, variant[2])
         reply = {place: runners[variant].pools.read(*place) for place in places}
     elif command[0] == "counters":
         reply = links_cpu.counters(len(DEVICES))

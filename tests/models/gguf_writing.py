@@ -190,7 +190,8 @@ def write_gguf(
         directory: of a model of `MODELS`.
         old_heads: DeepSeek's keys and values stay in one tensor, as in files up to 2025.
         change: called with the writer after its values are there.
-        kinds: ggml's type by the beginning of a tensor's name behind "blk.N."; others are F32.
+        kinds: ggml's type by the beginning of a tensor's name, with or without "blk.N."; the first
+            that fits. Others are F32. What `gguf` does not round to is blocks at random.
         options: of `gguf.GGUFWriter`.
     """
     arch, _ = MODELS[model]
@@ -203,16 +204,44 @@ def write_gguf(
     for name, tensor in _stored(arch, directory, fields, old_heads):
         leaf = re.sub(r"^blk\.\d+\.", "", name)
         kind = next(
-            (kind for start, kind in (kinds or {}).items() if leaf.startswith(start)), "F32"
+            (
+                kind
+                for start, kind in (kinds or {}).items()
+                if leaf.startswith(start) or name.startswith(start)
+            ),
+            "F32",
         )
         quantised = gguf.GGMLQuantizationType[kind]
-        data = gguf.quants.quantize(tensor, quantised) if kind != "F32" else tensor
+        data = _blocks(kind, tensor)
         writer.add_tensor(name, np.ascontiguousarray(data), raw_dtype=quantised)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def _blocks(kind: str, tensor: np.ndarray) -> np.ndarray:
+    """A tensor as ggml stores it."""
+    if kind == "F32":
+        return tensor
+    if kind not in RANDOM:
+        return gguf.quants.quantize(tensor, gguf.GGMLQuantizationType[kind])
+    size, halves = RANDOM[kind]
+    rng = np.random.default_rng(tensor.size)
+    blocks = rng.integers(0, 256, (*tensor.shape[:-1], tensor.shape[-1] // 256, size), np.uint8)
+    for at, value in halves.items():
+        factor = rng.uniform(0.5, 1, blocks.shape[:-1]) * value
+        blocks[..., at : at + 2] = factor.astype("<f2")[..., None].view(np.uint8)
+    return blocks.reshape(*tensor.shape[:-1], -1)
+
+
+#: Of types that `gguf` only reads: bytes of a block of 256 weights, and by their places what its
+#: halves are at most, for weights of about 0.05.
+RANDOM = {
+    "Q4_K": (144, {0: 0.05 / 150, 2: 0.05 / 20}),
+    "Q6_K": (210, {208: 0.05 / 1300}),
+}
 
 
 def _add_values(writer: gguf.GGUFWriter, fields: dict[str, Any], old_heads: bool) -> None:
