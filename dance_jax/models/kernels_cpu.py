@@ -8,6 +8,7 @@ where they lie, on all threads. A row's result depends on that row alone, in eve
 from __future__ import annotations
 
 import ctypes
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
@@ -119,7 +120,6 @@ class NativePool:
         assert library is not None
         self._library = library
         library.PoolNew.restype = library.PoolBytes.restype = ctypes.c_int64
-        library.PoolDelete.argtypes = [ctypes.c_int64]
         library.PoolPut.restype = library.PoolGet.restype = ctypes.c_bool
         #: By which steps name the pool.
         self.number: int = library.PoolNew(
@@ -132,6 +132,7 @@ class NativePool:
             ctypes.c_bool(bias),
             ctypes.c_int64(slots),
         )
+        weakref.finalize(self, library.PoolDelete, ctypes.c_int64(self.number))
 
     def put(self, slot: int, arrays: Sequence[np.ndarray]) -> None:
         """Copies an expert into a slot; what still computes with the old one keeps that until then.
@@ -159,11 +160,6 @@ class NativePool:
     def bytes(self) -> int:
         """Bytes of the experts that it holds."""
         return self._library.PoolBytes(ctypes.c_int64(self.number))
-
-    def __del__(self) -> None:
-        if hasattr(self, "number"):
-            # At the end of the interpreter this module is empty already.
-            self._library.PoolDelete(self.number)
 
 
 def _pointers(arrays: Sequence[np.ndarray]) -> ctypes.Array:
