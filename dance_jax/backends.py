@@ -70,7 +70,7 @@ class InProcess:
         engine = Engine(
             checkpoint, tokenizer, None, 0, None, config, compile_cache=cache, free_memory=free
         )
-        engine.warmup(report)
+        # Steps are compiled as they are first needed: here nobody else waits for them.
         self._engine: Engine | None = engine
 
     def run(self, requests: list[tuple[int, Request]]) -> Generator[OutputDelta]:

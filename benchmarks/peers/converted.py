@@ -60,7 +60,7 @@ def write_random_converted(
     ]
     text = json.dumps([fields, experts, trunk, seed], sort_keys=True)
     fingerprint = hashlib.sha256(text.encode()).hexdigest()
-    write_manifest(directory, fingerprint, formats, trunk_groups, expert_groups)
+    write_manifest(directory, fingerprint, fingerprint, formats, trunk_groups, expert_groups)
     return directory
 
 

@@ -19,7 +19,6 @@ from jax import Array, lax
 from dance_jax.config import EngineConfig
 from dance_jax.engine.kv_cache import Leaf
 from dance_jax.engine.sampling import (
-    Adjustments,
     SamplingState,
     adjustments,
     sample,
@@ -234,10 +233,6 @@ class Form:
         decode, slices = self.bucket
         return decode + slices * self.config.block_size
 
-    def batch(self, packed: Array) -> Batch:
-        """The batch that `pack` packed."""
-        return unpack(packed, host_batch((), self.bucket, self.config, IDLE))
-
     def rows(self, batch: Batch) -> tuple[Rows, ...]:
         return batch_rows(batch, self.bucket, self.config.block_size)
 
@@ -249,15 +244,16 @@ class Form:
 
 def begin(
     form: Form, trunk: Trunk, packed: Array
-) -> tuple[Array, tuple[Rotation, ...], tuple[Array, Array, Array, Array, Array]]:
-    """What the first layer gets, the rotations, and `Record` without its counts."""
-    batch = form.batch(packed)
+) -> tuple[Array, tuple[Rotation, ...], Batch, tuple[Array, Array, Array, Array, Array]]:
+    """What the first layer gets, the rotations, the batch, and `Record` without its counts."""
+    batch: Batch = unpack(packed, host_batch((), form.bucket, form.config, IDLE))
     positions_t = jnp.concatenate([rows.positions_t for rows in form.rows(batch)])
     hidden_td, rotations = trunk.embed(batch.token, positions_t, form.config.max_model_len)
     layers, servers = form.moe_layers, form.topology.num_servers
     routes = jnp.zeros((form.tokens, layers, form.top_k), jnp.uint16)
     links = jnp.zeros((layers, servers, servers), jnp.int32)
-    return hidden_td, rotations, (routes, links, links, jnp.int32(0), jnp.int32(0))
+    record = routes, links, links, jnp.int32(0), jnp.int32(0)
+    return hidden_td, rotations, batch, record
 
 
 class Experts(NamedTuple):
@@ -274,7 +270,7 @@ def layer(
     layer: Callable[..., Any],
     hidden_td: Array,
     rotation_tk: Rotation | None,
-    packed: Array,
+    batch: Batch,
     cached: Any,
     experts: Experts | None,
     links: Any,
@@ -286,7 +282,6 @@ def layer(
         layer: of the trunk.
         experts, links, record: None for a layer without routed experts.
     """
-    batch = form.batch(packed)
     rows = form.rows(batch)
     valid_t = form.valid(rows)
 
@@ -312,27 +307,28 @@ def layer(
     expert_tk, exchanged = found
     at = experts.layer
     calls_tk = jnp.broadcast_to(valid_t[:, None], expert_tk.shape).astype(jnp.int32)
+    put = lax.dynamic_update_index_in_dim
+    alone = form.topology.num_servers == 1  # nothing crosses a link
     record = Record(
-        record.counts.at[at, expert_tk].add(calls_tk),
-        record.routes.at[:, at].set(expert_tk.astype(jnp.uint16)),
-        record.rows.at[at].set(exchanged.rows),
-        record.bytes.at[at].set(exchanged.bytes),
+        record.counts.at[at, expert_tk].add(calls_tk, mode="promise_in_bounds"),
+        put(record.routes, expert_tk.astype(jnp.uint16), at, 1),
+        record.rows if alone else put(record.rows, exchanged.rows, at, 0),
+        record.bytes if alone else put(record.bytes, exchanged.bytes, at, 0),
         exchanged.work,
         exchanged.loaded,
     )
     return hidden_td, cached, exchanged.memory, record
 
 
-def logits(form: Form, trunk: Trunk, hidden_td: Array, packed: Array) -> tuple[Array, Array]:
-    """float32 [d, v], behind the tokens where one is sampled, and the packed `SamplingState`."""
-    batch = form.batch(packed)
-    return trunk.logits(hidden_td[batch.last]), pack_traced(batch.sampling)
+def logits(trunk: Trunk, hidden_td: Array, last_d: Array) -> Array:
+    """float32 [d, v], behind the tokens `last_d`."""
+    return trunk.logits(hidden_td[last_d])
 
 
 def choose(
     longest: int,
     logits_dv: Array,
-    packed_sampling: Array,
+    state: SamplingState,
     packed_adjustments: Array,
     links: tuple[Array, Array, Array, Array],
 ) -> tuple[Array, Array, Array]:
@@ -342,9 +338,7 @@ def choose(
         longest: most tokens of a sequence.
         links: `Record.rows`, `.bytes`, `.work` and `.loaded`.
     """
-    rows = logits_dv.shape[0]
-    state: SamplingState = unpack(packed_sampling, sampling_state({}, rows))
-    changes: Adjustments = unpack(packed_adjustments, adjustments({}, rows, longest))
+    changes = unpack(packed_adjustments, adjustments({}, len(logits_dv), longest))
     sampled = sample(logits_dv, state, changes)
     rows_lnn, bytes_lnn, work, loaded = links
     outcome = Outcome(

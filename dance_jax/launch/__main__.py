@@ -175,7 +175,7 @@ def _launch(options: argparse.Namespace, platform: str, console: Console) -> int
     if options.output is not None:
         write_results(options.output, result_lines(result))
     if options.save_activations is not None:
-        result.activations(model.fingerprint).save(options.save_activations)
+        result.activations(model.source).save(options.save_activations)
     print_summary(console, result)
     return 0
 

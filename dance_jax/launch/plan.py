@@ -26,11 +26,16 @@ class ModelFacts(Protocol):
     """What planning needs of a checkpoint; `models.checkpoint.Checkpoint` has it."""
 
     config: ModelConfig
+    source: str
     fingerprint: str
 
     def expert_bytes(self, dtype: str) -> int: ...
 
     def trunk_bytes(self, dtype: str) -> int: ...
+
+    def expert_formats(self, dtype: str) -> str: ...
+
+    def trunk_formats(self, dtype: str) -> str: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +81,8 @@ class Plan:
     #: Of all expert calls, weighed by the activations' counts.
     local_share: float
     expert_bytes: int
+    #: How weights are kept, in words.
+    weights: str
     #: Sentences on what the policy had to do without.
     notes: tuple[str, ...]
 
@@ -113,7 +120,7 @@ def matched(
     if activations is None:
         return None
     layers, experts = len(model.config.moe_layers), model.config.num_experts
-    activations.check_model(model.fingerprint, layers, experts)
+    activations.check_model(model.source, layers, experts)
     return activations.for_servers(spec.names)
 
 
@@ -172,8 +179,15 @@ def make_plan(
         ),
         local_share=placement.local_share(counts),
         expert_bytes=model.expert_bytes(config.dtype),
+        weights=weights_note(model, config),
         notes=(*model_notes(model.config, config), *_notes(spec, policy, used, activations)),
     )
+
+
+def weights_note(model: ModelFacts, config: EngineConfig) -> str:
+    """How weights are kept, in words."""
+    experts, trunk = model.expert_formats(config.dtype), model.trunk_formats(config.dtype)
+    return f"Weights: experts {experts}, trunk {trunk}."
 
 
 def model_notes(model: ModelConfig, config: EngineConfig) -> Iterator[str]:

@@ -53,6 +53,7 @@ def print_plan(console: Console, plan: Plan) -> None:
         ),
         soft_wrap=True,
     )
+    console.print(Text(plan.weights), soft_wrap=True)
     for note in plan.notes:
         console.print(Text(note), soft_wrap=True)
 

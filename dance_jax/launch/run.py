@@ -71,7 +71,7 @@ class RunResult:
         """Statistics of this run's tokens for the placement of later ones.
 
         Args:
-            model: the checkpoint's fingerprint.
+            model: the checkpoint's `source`.
         """
         names, traffic = self.plan.spec.names, self.traffic
         return Activations(names, traffic.counts, model, traffic.routes)

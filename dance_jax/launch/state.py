@@ -20,6 +20,7 @@ from dance_jax.launch.plan import (
     model_notes,
     parse_layout,
     rooms,
+    weights_note,
 )
 from dance_jax.launch.workload import Statistics
 from dance_jax.placement.core import Layout, Placement
@@ -107,6 +108,7 @@ def resumed_plan(spec: ClusterSpec, model: ModelFacts, config: EngineConfig, sta
         ),
         local_share=placement.local_share(counts),
         expert_bytes=model.expert_bytes(config.dtype),
+        weights=weights_note(model, config),
         notes=(
             *model_notes(model.config, config),
             "Experts are where the service before had them.",

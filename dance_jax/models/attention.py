@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from dance_jax.models import attention_cpu, native
 from dance_jax.models.config import GroupedAttention, LatentAttention, ModelConfig
-from dance_jax.models.layers import Linear, RMSNorm, Weight, contract, parameter, root_mean_square
+from dance_jax.models.layers import Linear, RMSNorm, Weight, contract, parameter, rms_norm
 from dance_jax.models.rope import Rotation, rotate
 
 #: Cached positions of one turn of the loop, in whole blocks.
@@ -90,6 +91,25 @@ class Rows:
     def positions_t(self) -> jax.Array:
         """int32 [r * chunk]"""
         return (self.start_r[:, None] + jnp.arange(self.chunk, dtype=jnp.int32)).reshape(-1)
+
+
+def write_and_attend(
+    query_tgqk: jax.Array,
+    fresh_tw: jax.Array,
+    batch: Sequence[Rows],
+    cached_bsw: jax.Array,
+    heads: Heads,
+    scale: float,
+    window: int | None = None,
+    sinks_gq: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """`attend` after `write`, and the cache as `write` leaves it; arguments as theirs."""
+    if native.usable():
+        return attention_cpu.write_and_attend(
+            query_tgqk, fresh_tw, batch, cached_bsw, heads, scale, window, sinks_gq
+        )
+    cached_bsw = write(cached_bsw, fresh_tw, batch)
+    return attend(query_tgqk, batch, cached_bsw, heads, scale, window, sinks_gq), cached_bsw
 
 
 @jax.named_scope("write")
@@ -272,10 +292,9 @@ class LatentAttentionLayer(nnx.Module):
         key = rotate(shape.rope, key[:, None], rotation_tk)[:, 0]
         fresh_tw = jnp.concatenate([self.kv_norm(latent), key], axis=-1)
 
-        cached_bsw = write(cached_bsw, fresh_tw, batch)
         query = jnp.concatenate([absorbed, turned], axis=-1)[:, None]
         heads = Heads(1, shape.cache_width, 0, shape.kv_lora_rank)
-        mixed = attend(query, batch, cached_bsw, heads, shape.scale)
+        mixed, cached_bsw = write_and_attend(query, fresh_tw, batch, cached_bsw, heads, shape.scale)
         values = self.w_uv(mixed[:, 0].astype(dtype)).astype(dtype)
         return self.out(values.reshape(tokens, -1)), cached_bsw
 
@@ -314,9 +333,9 @@ class GroupedAttentionLayer(nnx.Module):
         keys = rotate(shape.rope, keys.reshape(tokens, groups, width), rotation_tk)
         fresh_tw = jnp.concatenate([keys.reshape(tokens, -1), values], axis=-1)
 
-        cached_bsw = write(cached_bsw, fresh_tw, batch)
-        mixed = attend(
+        mixed, cached_bsw = write_and_attend(
             query.reshape(tokens, groups, -1, width),
+            fresh_tw,
             batch,
             cached_bsw,
             Heads(groups, width, groups * width, width),
@@ -348,8 +367,8 @@ class GroupedAttentionLayer(nnx.Module):
             keys = self.k_norm(keys.reshape(-1, shape.num_kv_heads, width))
             query, keys = (part.reshape(len(part), -1) for part in (query, keys))
         if shape.value_norm:
-            wide = values.astype(jnp.float32).reshape(-1, shape.num_kv_heads, width)
-            values = (wide / root_mean_square(wide, self.eps)).astype(values.dtype)
+            heads = values.reshape(-1, shape.num_kv_heads, width)
+            values = rms_norm(heads, jnp.ones(width, values.dtype), self.eps)
             values = values.reshape(len(keys), -1)
         if shape.clip is not None:
             query, keys, values = (

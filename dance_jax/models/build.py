@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 
 import jax
@@ -28,7 +29,8 @@ def weight_shapes(
     return {path: variable.get_value() for path, (_, variable) in variables.items()}
 
 
-def matrix_shapes(config: ModelConfig) -> dict[str, tuple[int, int, int]]:
+@functools.lru_cache(maxsize=4)  # seconds for a model of many layers
+def matrix_shapes(config: ModelConfig) -> Mapping[str, tuple[int, int, int]]:
     """Heads (1: none), inputs and outputs of every matrix of the trunk by dotted path."""
     return {
         path: (weight.heads or 1, weight.d_in, weight.d_out)

@@ -13,16 +13,16 @@ import jax
 import numpy as np
 
 from dance_jax.config import UserError
-from dance_jax.models.build import fill, weight_shapes
+from dance_jax.models.build import fill, matrix_shapes, weight_shapes
 from dance_jax.models.config import ModelConfig
 from dance_jax.models.directory import FORMATS, MANIFEST, SIDE_FILES, read_config, read_json
 from dance_jax.models.experts import ExpertFormat, Weights, expert_format
-from dance_jax.models.formats import Formats
+from dance_jax.models.formats import Formats, described
 from dance_jax.models.orbax_store import load_arrays
 from dance_jax.models.trunk import Trunk
 
 #: Number of the layout below; another one is refused.
-FORMAT = 3
+FORMAT = 4
 
 
 def expert_leaf(expert: int, leaf: str) -> str:
@@ -54,13 +54,17 @@ class Outline:
 
     Args:
         formats: how its weights are kept.
-        fingerprint: hash (hex) of the source's weights, config and tokenizer, and of the formats;
-            "": not known.
+        source: hash (hex) of the source's weights, config and tokenizer; "": not known. Statistics
+            of a model's experts are of a source, in whatever formats its weights were.
+        fingerprint: of the source and the formats; "": not known.
     """
 
-    def __init__(self, config: ModelConfig, formats: Formats, fingerprint: str = "") -> None:
+    def __init__(
+        self, config: ModelConfig, formats: Formats, source: str = "", fingerprint: str = ""
+    ) -> None:
         self.config = config
         self.formats = formats
+        self.source = source
         self.fingerprint = fingerprint
 
     def form(self, dtype: str) -> ExpertFormat:
@@ -76,6 +80,19 @@ class Outline:
         shapes = self.trunk_shapes(dtype).values()
         return sum(shape.size * shape.dtype.itemsize for shape in shapes)
 
+    def expert_formats(self, dtype: str) -> str:
+        """How weights of routed experts are kept in engines that compute in `dtype`, in words."""
+        return described(self.form(dtype).matrices.values())
+
+    def trunk_formats(self, dtype: str) -> str:
+        """How those of the trunk's matrices are, in words."""
+        forms = self.formats.computed_in(dtype).trunk
+        return described(
+            (forms[path], d_in, d_out)
+            for path, (heads, d_in, d_out) in matrix_shapes(self.config).items()
+            for _ in range(heads)
+        )
+
     def trunk_shapes(self, dtype: str) -> dict[str, jax.ShapeDtypeStruct]:
         """Every array of the trunk by dotted path."""
         return weight_shapes(self.config, dtype, self.formats.computed_in(dtype).trunk)
@@ -90,7 +107,7 @@ class Checkpoint(Outline):
     """
 
     def __init__(self, path: pathlib.Path, config: ModelConfig, manifest: dict):
-        super().__init__(config, read_formats(path), manifest["fingerprint"])
+        super().__init__(config, read_formats(path), manifest["source"], manifest["fingerprint"])
         self.path = path
         self._trunk_groups: list[list[str]] = manifest["trunk"]
         self._group_of: list[dict[str, int]] = [
@@ -209,6 +226,7 @@ def read_formats(directory: pathlib.Path) -> Formats:
 
 def write_manifest(
     directory: pathlib.Path,
+    source: str,
     fingerprint: str,
     formats: Formats,
     trunk: list[list[str]],
@@ -218,7 +236,7 @@ def write_manifest(
 
     Args:
         directory: with all checkpoints and small files.
-        fingerprint: of the source and the formats.
+        source, fingerprint: as of `Outline`.
         formats: of the weights.
         trunk: names of the arrays in trunk/0, trunk/1 ...
         experts: for each MoE layer, names of the arrays in experts/LAYER/0, 1 ...
@@ -227,6 +245,7 @@ def write_manifest(
     files = sorted(path for path in directory.rglob("*") if path.is_file())
     manifest = {
         "format": FORMAT,
+        "source": source,
         "fingerprint": fingerprint,
         "trunk": trunk,
         "experts": experts,

@@ -110,8 +110,8 @@ def _convert(
     rounding: Rounding,
 ) -> pathlib.Path:
     """`convert` of an opened model."""
-    formats = model_formats(model, rounding)
-    fingerprint = _fingerprint(model, formats)
+    formats, source = model_formats(model, rounding), model.fingerprint()
+    fingerprint = _fingerprint(source, formats)
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
         _lock_path(destination).touch()
@@ -131,7 +131,7 @@ def _convert(
         _remove(partial)
         try:
             tell = progress or (lambda text, done, total: None)
-            _Conversion(model, formats, partial, tell).run(fingerprint)
+            _Conversion(model, formats, partial, tell).run(source, fingerprint)
             partial.rename(destination)
         except OSError as error:
             raise UserError(f"{destination}: cannot be written: {error}") from error
@@ -171,7 +171,7 @@ def ensure_converted(
         return source
     model = open_source(source, scales=False)
     # Conversions of earlier versions of the layout stay until the user removes them.
-    fingerprint = _fingerprint(model, model_formats(model, rounding))
+    fingerprint = _fingerprint(model.fingerprint(), model_formats(model, rounding))
     name = f"{own_name(source)}-{fingerprint[:16]}-{FORMAT}"
     if not is_converted(cache_dir / name):
         _remove_abandoned(cache_dir)
@@ -180,9 +180,9 @@ def ensure_converted(
     return cache_dir / name
 
 
-def _fingerprint(model: HFDirectory, formats: Formats) -> str:
-    """Hash (hex) of what a conversion makes of a model."""
-    text = model.fingerprint() + json.dumps(formats.to_json(), sort_keys=True)
+def _fingerprint(source: str, formats: Formats) -> str:
+    """Hash (hex) of what a conversion makes of a source, given by its own."""
+    text = source + json.dumps(formats.to_json(), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -266,8 +266,8 @@ def outline(directory: str | pathlib.Path, rounding: Rounding = KEEP) -> Outline
 
 
 def _outline(model: HFDirectory, rounding: Rounding) -> Outline:
-    formats = model_formats(model, rounding)
-    return Outline(model.config, formats, _fingerprint(model, formats))
+    formats, source = model_formats(model, rounding), model.fingerprint()
+    return Outline(model.config, formats, source, _fingerprint(source, formats))
 
 
 def expected_formats(config: ModelConfig, rounding: Rounding) -> Formats:
@@ -347,7 +347,7 @@ class _Conversion:
         """Bytes that a tensor has in the source."""
         return self._model.tensors[item[1].source].size
 
-    def run(self, fingerprint: str) -> None:
+    def run(self, source: str, fingerprint: str) -> None:
         """Writes everything, the manifest last.
 
         Raises:
@@ -368,7 +368,7 @@ class _Conversion:
             self._write(items, directory / "experts" / str(index))
             for index, items in enumerate(self._layers)
         ]
-        write_manifest(directory, fingerprint, self._formats, trunk, experts)
+        write_manifest(directory, source, fingerprint, self._formats, trunk, experts)
 
     def _write(self, items: list[_Item], where: pathlib.Path) -> list[list[str]]:
         """Writes the arrays of tensors, a checkpoint at a time: their names."""

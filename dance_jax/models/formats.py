@@ -7,6 +7,7 @@ float32.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import math
@@ -299,6 +300,24 @@ def _common(one: WeightFormat, other: WeightFormat) -> WeightFormat:
         scales.pop() if len(scales) == 1 else "float32",
         one.offset or other.offset,
     )
+
+
+def described(matrices: Iterable[tuple[WeightFormat, int, int]]) -> str:
+    """The kinds of matrices, most weights first, and the mean bits of a weight with its scales.
+
+    Args:
+        matrices: format, inputs and outputs of each; a kind is named however few it has.
+
+    >>> described([(WeightFormat.parse("int4:32:bfloat16"), 64, 64)])
+    'int4 (4.5 bits a weight)'
+    """
+    weights: dict[str, int] = collections.Counter()
+    size = 0
+    for form, d_in, d_out in matrices:
+        weights[form.kind] += d_in * d_out
+        size += form.bytes(d_in, d_out)
+    kinds = " and ".join(sorted(weights, key=lambda kind: -weights[kind]))
+    return f"{kinds} ({round(8 * size / sum(weights.values()), 2):g} bits a weight)"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,7 @@ where they lie, on all threads. A row's result depends on that row alone, in eve
 from __future__ import annotations
 
 import ctypes
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
@@ -74,16 +75,15 @@ def experts(pool: Array, x_nd: Array, slot_nk: Array, weight_nk: Array) -> Array
         x_nd: [n, d] of any float type.
         slot_nk: int32 [n, k], -1 for none; weight_nk: float32 [n, k].
     """
-    call = _call("Experts", x_nd.shape, has_side_effect=True)
+    # Not as a call with side effects, though the pool is no operand: JAX would drive such a program
+    # from Python, (measured) for milliseconds a step.
+    call = _call("Experts", x_nd.shape)
     return call(pool, x_nd.astype(jnp.float32), slot_nk, weight_nk)
 
 
-def _call(
-    kernel: str, shape: tuple[int, ...], has_side_effect: bool = False
-) -> Callable[..., Array]:
+def _call(kernel: str, shape: tuple[int, ...]) -> Callable[..., Array]:
     """A kernel that returns float32 of that shape."""
-    result = jax.ShapeDtypeStruct(shape, jnp.float32)
-    return jax.ffi.ffi_call(native.target(kernel), result, has_side_effect=has_side_effect)
+    return jax.ffi.ffi_call(native.target(kernel), jax.ShapeDtypeStruct(shape, jnp.float32))
 
 
 def routed_seconds() -> tuple[int, float, int]:
@@ -120,7 +120,6 @@ class NativePool:
         assert library is not None
         self._library = library
         library.PoolNew.restype = library.PoolBytes.restype = ctypes.c_int64
-        library.PoolDelete.argtypes = [ctypes.c_int64]
         library.PoolPut.restype = library.PoolGet.restype = ctypes.c_bool
         #: By which steps name the pool.
         self.number: int = library.PoolNew(
@@ -133,6 +132,7 @@ class NativePool:
             ctypes.c_bool(bias),
             ctypes.c_int64(slots),
         )
+        weakref.finalize(self, library.PoolDelete, ctypes.c_int64(self.number))
 
     def put(self, slot: int, arrays: Sequence[np.ndarray]) -> None:
         """Copies an expert into a slot; what still computes with the old one keeps that until then.
@@ -160,11 +160,6 @@ class NativePool:
     def bytes(self) -> int:
         """Bytes of the experts that it holds."""
         return self._library.PoolBytes(ctypes.c_int64(self.number))
-
-    def __del__(self) -> None:
-        if hasattr(self, "number"):
-            # At the end of the interpreter this module is empty already.
-            self._library.PoolDelete(self.number)
 
 
 def _pointers(arrays: Sequence[np.ndarray]) -> ctypes.Array:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dance_jax.models import kernels_cpu, native
+from dance_jax.models import kernels_cpu, native, rows_cpu
 from dance_jax.models.config import Activation
 from dance_jax.models.formats import WeightFormat
 
@@ -37,9 +37,22 @@ def activate(activation: Activation, gate: jax.Array, up: jax.Array) -> jax.Arra
     return gate * jax.nn.sigmoid(activation.alpha * gate) * (up + 1)
 
 
-def root_mean_square(wide: jax.Array, eps: float) -> jax.Array:
-    """sqrt(mean(x^2) + eps) over the last axis, which stays with length 1."""
-    return jnp.sqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+def rms_norm(
+    values: jax.Array, weight_d: jax.Array, eps: float, plus_one: bool = False
+) -> jax.Array:
+    """x / sqrt(mean(x^2) + eps), in float32, times a weight [d], or times 1 + weight.
+
+    Args:
+        values: [..., d] in any dtype, which the result has too.
+    """
+    weight_d = weight_d.astype(values.dtype)
+    if native.usable():
+        return rows_cpu.norm(values, weight_d, eps, plus_one)
+    wide = values.astype(jnp.float32)
+    wide *= jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    if plus_one:
+        return (wide * (1 + weight_d.astype(jnp.float32))).astype(values.dtype)
+    return wide.astype(values.dtype) * weight_d
 
 
 class Weight(nnx.Module):
@@ -111,19 +124,14 @@ class Linear(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """x / sqrt(mean(x^2) + eps), in float32, times a weight [d], or times 1 + weight."""
+    """`rms_norm` with a weight [d]."""
 
     def __init__(self, width: int, eps: float, dtype: jnp.dtype, plus_one: bool = False):
         self.weight = parameter((width,), dtype)
         self.eps, self.plus_one = eps, plus_one
 
     def __call__(self, values: jax.Array) -> jax.Array:
-        wide = values.astype(jnp.float32)
-        mean = jnp.mean(wide * wide, axis=-1, keepdims=True)
-        wide = wide * jax.lax.rsqrt(mean + self.eps)
-        if self.plus_one:
-            return (wide * (1 + self.weight[...].astype(jnp.float32))).astype(values.dtype)
-        return wide.astype(values.dtype) * self.weight[...]
+        return rms_norm(values, self.weight[...], self.eps, self.plus_one)
 
 
 class GatedMLP(nnx.Module):

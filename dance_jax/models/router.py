@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from dance_jax.models import native, rows_cpu
 from dance_jax.models.config import RouterConfig
-from dance_jax.models.layers import Weight, parameter, root_mean_square
+from dance_jax.models.layers import Weight, parameter, rms_norm
 
 
 class Routed(NamedTuple):
@@ -42,7 +43,7 @@ class Router(nnx.Module):
         wide = x_td.astype(jnp.float32)
         if self.config.scaled:
             scale = self.input_scale[...] * wide.shape[-1] ** -0.5
-            wide = wide / root_mean_square(wide, self.eps) * scale
+            wide = rms_norm(wide, scale, self.eps)
         logits = self.weight(wide)
         if self.config.bias:
             logits += self.bias[...]
@@ -71,7 +72,8 @@ def choose_experts(
         experts int32 [tokens, k] by falling choice, and their weights float32 [tokens, k], final:
         normalised or scaled as the model wants.
     """
-    logits_te = logits_te.astype(jnp.float32)
+    if native.usable():
+        return rows_cpu.choose_experts(router, logits_te, correction_e)
     scores_te = {
         "softmax": lambda: jax.nn.softmax(logits_te, axis=-1),
         "sigmoid": lambda: jax.nn.sigmoid(logits_te),

@@ -42,13 +42,18 @@ class Facts:
     """A checkpoint as planning sees it."""
 
     config = MODEL
-    fingerprint = "f" * 64
+    source = fingerprint = "f" * 64
 
     def expert_bytes(self, dtype: str) -> int:
         return EXPERT_BYTES
 
     def trunk_bytes(self, dtype: str) -> int:
         return 1
+
+    def expert_formats(self, dtype: str) -> str:
+        return "float32 (32 bits a weight)"
+
+    trunk_formats = expert_formats
 
 
 def halves(first: range) -> Layout:

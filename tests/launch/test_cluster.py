@@ -119,7 +119,7 @@ def test_a_warm_start_gives_the_same(tiny: Tiny, launch, tmp_path: pathlib.Path)
         assert {**line, "metrics": None} == {**before, "metrics": None}
     activations = Activations.load(saved)
     assert activations.servers == ("alpha", "beta", "gamma")
-    assert activations.model == tiny.fingerprint
+    assert activations.model == tiny.source
     assert np.array_equal(activations.counts, tiny.result.traffic.counts)
     assert "No activations were given" in run.text
     assert "gamma 5 | " in run.text

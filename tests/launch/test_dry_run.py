@@ -36,46 +36,59 @@ def run(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch)
     return command
 
 
-#: By model: memories, the title, trunk, KV cache and states of each server, experts and slots of
-#: one after the other, and what a note says.
+#: By model, and perhaps options: memories, the title, formats of weights, trunk, KV cache and
+#: states of each server, experts and slots of one after the other, and what a note says.
 PLANS = {
     "Qwen3-30B-A3B": (
         ("32GB", "24GB", "8GB"),
         "6144 experts in 48 MoE layers, 9.0 MiB each",
+        "experts bfloat16 (16 bits a weight), trunk bfloat16 (16 bits a weight)",
         ("2.9 GiB", "3.0 GiB"),
         (("29.8 GiB", "3390"), ("22.4 GiB", "2543"), ("7.4 GiB", "847")),
         "No activations were given",
     ),
+    "Qwen3-30B-A3B --experts int4-mixed --trunk int8": (
+        ("12GB", "6GB", "4GB"),
+        "6144 experts in 48 MoE layers, 3.3 MiB each",
+        "experts int4 and int8 (5.83 bits a weight), trunk int8 and bfloat16 (8.56 bits a weight)",
+        ("1.5 GiB", "3.0 GiB"),
+        (("11.2 GiB", "3487"), ("5.6 GiB", "1743"), ("3.7 GiB", "1162")),
+        "No activations were given",
+    ),
     "DeepSeek-V3": (
-        ("800GB", "500GB", "200GB"),
-        "14848 experts in 58 MoE layers, 84.0 MiB each",
-        ("32.1 GiB", "2.1 GiB"),
-        (("745.0 GiB", "9082"), ("465.6 GiB", "5676"), ("186.2 GiB", "2270")),
-        "quantised (fp8, blocks of 128 x 128) and cannot be loaded",
+        ("420GB", "200GB", "90GB"),
+        "14848 experts in 58 MoE layers, 43.3 MiB each",
+        "experts fp8 (8.25 bits a weight), trunk fp8 and bfloat16 (9.6 bits a weight)",
+        ("19.1 GiB", "2.1 GiB"),
+        (("391.1 GiB", "9247"), ("186.2 GiB", "4403"), ("83.8 GiB", "1981")),
+        "quantised (fp8, blocks of 128 x 128) and stay as they are",
     ),
     "Qwen3.5-35B-A3B": (
         ("40GB", "24GB", "8GB"),
         "10240 experts in 40 MoE layers, 6.0 MiB each",
+        "experts bfloat16 (16 bits a weight), trunk bfloat16 (16 bits a weight)",
         ("4.6 GiB", "640.6 MiB", "1.0 GiB"),
         (("37.2 GiB", "6357"), ("22.3 GiB", "3814"), ("7.4 GiB", "1271")),
         "62.8 MiB for each of 16 sequences",
     ),
     "gpt-oss-20b": (
-        ("24GB", "16GB", "8GB"),
-        "768 experts in 24 MoE layers, 47.5 MiB each",
-        ("3.4 GiB", "1.5 GiB"),
-        (("22.3 GiB", "481"), ("14.9 GiB", "321"), ("7.4 GiB", "160")),
-        "quantised (mxfp4) and cannot be loaded",
+        ("8GB", "4GB", "2GB"),
+        "768 experts in 24 MoE layers, 12.6 MiB each",
+        "experts mxfp4 (4.25 bits a weight), trunk bfloat16 (16 bits a weight)",
+        ("3.3 GiB", "1.5 GiB"),
+        (("7.4 GiB", "603"), ("3.7 GiB", "301"), ("1.9 GiB", "150")),
+        "quantised (mxfp4) and stay as they are",
     ),
 }
 
 
-@pytest.mark.parametrize("name", PLANS)
-def test_the_plan_of_a_config(run, name: str) -> None:
-    memories, title, fixed, pools, note = PLANS[name]
-    code, out, err = run(name, memories, "--dry-run")
+@pytest.mark.parametrize("case", PLANS)
+def test_the_plan_of_a_config(run, case: str) -> None:
+    memories, title, weights, fixed, pools, note = PLANS[case]
+    name, *options = case.split()
+    code, out, err = run(name, memories, "--dry-run", *options)
     assert (code, err) == (0, "")
-    assert title in out and note in out
+    assert title in out and f"Weights: {weights}.\n" in out and note in out
     assert ("quantised" in out) == ("quantization_config" in PUBLISHED[name])
     states = " states," if len(fixed) == 3 else ""
     assert f"trunk, KV cache,{states} experts and slots are per device" in out
@@ -87,12 +100,12 @@ def test_the_plan_of_a_config(run, name: str) -> None:
 
 
 def test_too_little_memory_for_a_config(run) -> None:
-    code, out, err = run("DeepSeek-V3", ("800GB", "300GB", "100GB"), "--dry-run")
+    code, out, err = run("DeepSeek-V3", ("420GB", "150GB", "60GB"), "--dry-run")
     assert code == 2 and out == ""
-    # 14,848 experts of 84 MiB, and whole slots in 800, 300 and 100 GB.
-    held = 9082 + 3405 + 1135
-    assert f"the model has 14,848 experts of 84.0 MiB, the servers hold {held:,}" in err
-    assert "(alpha 9082, beta 3405, gamma 1135)" in err
+    # 14,848 experts of 43.3 MiB, and whole slots in 420, 150 and 60 GB.
+    held = 9247 + 3302 + 1321
+    assert f"the model has 14,848 experts of 43.3 MiB, the servers hold {held:,}" in err
+    assert "(alpha 9247, beta 3302, gamma 1321)" in err
     assert f"{14848 - held:,} slots are missing" in err and "give servers more memory=" in err
 
 

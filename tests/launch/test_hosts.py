@@ -248,9 +248,9 @@ def test_any_text_is_parsed_or_refused_with_a_place(text: str) -> None:
 
 
 def test_the_example_holds_what_it_says() -> None:
-    """About 0.45, 0.35 and 2 x 0.3 of the demo's 320 experts of 96 KiB."""
+    """About 0.45, 0.35 and 2 x 0.3 of the demo's 320 experts of 48 KiB."""
     spec = read_hosts(ROOT / "examples" / "hosts.txt")
     assert spec.names == ("alpha", "beta", "gamma")
     assert spec.devices == (1, 1, 2)
-    assert [server.slots(3 * 128 * 64 * 4) for server in spec.servers] == [144, 112, 96]
+    assert [server.slots(3 * 128 * 64 * 2) for server in spec.servers] == [144, 112, 96]
     assert [server.bandwidth for server in spec.servers] == [500e6] * 3

@@ -26,9 +26,12 @@ from tests.tiny_models import SERVED
 SPEC = parse_hosts(HOSTS)
 MODEL: Any = types.SimpleNamespace(
     config=model_config(SERVED),
-    fingerprint="this model",
+    source="this model",
+    fingerprint="this model, in these formats",
     expert_bytes=lambda dtype: EXPERT_BYTES // (1 if dtype == "float32" else 2),
     trunk_bytes=lambda dtype: 1000,
+    expert_formats=lambda dtype: "float32 (32 bits a weight)",
+    trunk_formats=lambda dtype: "float32 (32 bits a weight)",
 )
 CONFIG = EngineConfig(max_model_len=64)
 

@@ -15,16 +15,20 @@ import numpy as np
 import pytest
 
 import dance_jax.models.convert as convert_module
-from dance_jax.config import UserError
+from dance_jax.config import Rounding, UserError
+from dance_jax.launch.defaults import demo_dir
 from dance_jax.models.checkpoint import MANIFEST, Checkpoint
 from dance_jax.models.convert import convert, ensure_converted, main, outline
 from dance_jax.models.directory import INDEX
 from dance_jax.models.hf import HFDirectory
 from dance_jax.models.random_weights import write_random_checkpoint
 from dance_jax.models.tokenizer import Tokenizer
+from dance_jax.placement.activations import Activations
 from tests.launch.launched import free_ports
 from tests.stacks import stacked
 from tests.tiny_models import DEEPSEEK, MIXTRAL
+
+EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +126,14 @@ def test_a_converted_model_stands_alone(source, converted):
     assert checkpoint.config == HFDirectory(source).config
     assert checkpoint.config.eos_token_ids == (1, 2)
     assert checkpoint.fingerprint == outline(source).fingerprint
+
+
+def test_rounding_makes_another_model_of_the_same_source(source, converted):
+    four, kept = outline(source, Rounding("int4")), Checkpoint.open(converted)
+    assert four.source == kept.source == HFDirectory(source).fingerprint()
+    assert four.fingerprint != kept.fingerprint
+    recorded = Activations.load(EXAMPLES / "activations.npz")
+    assert outline(demo_dir(), Rounding("int4")).source == recorded.model
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from dance_jax.models.formats import (
     Matrix,
     WeightFormat,
     common,
+    described,
     pack_words,
     rounded,
     unpack_words,
@@ -127,3 +128,12 @@ def test_what_users_choose() -> None:
     wide = Formats({"w_up": WeightFormat("float32")}, {"head": codes})
     assert wide.computed_in("float32") == wide
     assert wide.computed_in("bfloat16") == Formats({"w_up": half}, {"head": codes})
+
+
+def test_formats_in_words() -> None:
+    four, eight = ROUNDED["int4"], ROUNDED["int8"]
+    assert described([(four, 64, 32)]) == "int4 (4.5 bits a weight)"
+    assert described([(eight, 64, 32), (four, 64, 32), (four, 64, 32)]) == (
+        "int4 and int8 (5.83 bits a weight)"
+    )
+    assert described([(ROUNDED["bf16"], 8, 8)]) == "bfloat16 (16 bits a weight)"

@@ -29,6 +29,7 @@ from dance_jax.models.random_weights import write_random_checkpoint
 from dance_jax.models.tensors import expert_rules, trunk_rules
 from dance_jax.models.tokenizer import Tokenizer
 from tests.models.gguf_writing import MODELS, write_gguf, write_tokenizer
+from tests.stacks import stacked
 
 TEXTS = (
     "hello world, it's 2024!\n\n  def f(x):\n\treturn x",
@@ -228,13 +229,10 @@ def test_a_conversion_of_either_is_the_same(directories, tmp_path):
     path = write_gguf(tmp_path / "oss.gguf", directory, "gpt-oss")
     ours, theirs = (Checkpoint.open(convert(p, tmp_path / p.stem)) for p in (path, directory))
     assert dataclasses.replace(ours.config, names=theirs.config.names) == theirs.config
-    form = ours.form("float32")
-    for one, other in zip(
-        ours.experts([(1, 3)], form), theirs.experts([(1, 3)], form), strict=True
-    ):
+    for one, other in zip(stacked(ours, [(1, 3)]), stacked(theirs, [(1, 3)]), strict=True):
         np.testing.assert_array_equal(one, other)
     assert Tokenizer.load(ours.path).encode(TEXTS[0]) == Tokenizer.load(path).encode(TEXTS[0])
-    assert ours.fingerprint == open_source(path).fingerprint()
+    assert ours.source == open_source(path).fingerprint()
 
 
 def test_a_file_is_named_like_a_directory(qwen, tmp_path, capsys):
@@ -248,7 +246,7 @@ def test_a_file_is_named_like_a_directory(qwen, tmp_path, capsys):
         == read_config(copy)
         == Checkpoint.open(ensure_converted(copy, tmp_path / "cache")).config
     )
-    assert outline(copy).fingerprint == open_source(qwen).fingerprint()
+    assert outline(copy).source == open_source(qwen).fingerprint()
     assert next((tmp_path / "cache").iterdir()).name.startswith("name-")
     assert set(side_files(copy)) <= set(SIDE_FILES)
     assert main([str(copy), str(tmp_path / "out")]) == 0

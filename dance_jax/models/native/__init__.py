@@ -1,7 +1,7 @@
 """The C++ library beside this file: products, experts, rows between servers and devices, on CPUs.
 
-It is built on first use, for this machine, and registered with XLA. Without a C++ compiler XLA's
-own operations serve, slower.
+It is built for this machine, at installation by `python -m dance_jax.models.native` or else on
+first use, and registered with XLA. Without a C++ compiler XLA's own operations serve, slower.
 """
 
 from __future__ import annotations
@@ -29,11 +29,18 @@ from dance_jax.cache import processor
 log = logging.getLogger(__name__)
 
 _HERE = pathlib.Path(__file__).parent
+#: Where an installation has built the library.
+INSTALLED = _HERE
 #: Custom calls of the library; XLA knows them by the same names.
 _HANDLERS = (
     "Linear",
     "GatedMlp",
     "Experts",
+    "AttendFloat32",
+    "AttendBfloat16",
+    "NormFloat32",
+    "NormBfloat16",
+    "ChooseExperts",
     "LinksDispatch",
     "LinksReturn",
     "SiblingsGather",
@@ -80,9 +87,10 @@ def usable_instructions() -> list[Instructions]:
 def build(
     directory: pathlib.Path, instructions: Sequence[Instructions] | None = None
 ) -> pathlib.Path | None:
-    """The library in `directory`, compiled with $CXX (default: c++) if it is not there yet.
+    """The library, compiled into `directory` with $CXX (default: c++) if there is none yet.
 
-    Where several processes want it at once, one compiles and the others wait for it.
+    One that the installation built is used where it lies. Where several processes want it at once,
+    one compiles and the others wait for it.
 
     Args:
         instructions: for which products are compiled; the best that the processor has is used.
@@ -99,7 +107,10 @@ def build(
     sources = [path.read_bytes() for path in sorted(_HERE.glob("*.[ch]*"))]
     key = repr((sources, chosen, _FLAGS, compiler, jax.__version__, processor()))
     digest = hashlib.blake2b(key.encode(), digest_size=12).hexdigest()
-    library = directory / f"native-{digest}.so"
+    name = f"native-{digest}.so"
+    if (INSTALLED / name).exists():
+        return INSTALLED / name
+    library = directory / name
     try:
         with _lock(directory):
             if not library.exists():

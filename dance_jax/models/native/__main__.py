@@ -1,0 +1,26 @@
+"""Builds the library into the package: python -m dance_jax.models.native
+
+For an installation; without it the first start does so, into the cache.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from dance_jax.models import native
+
+
+def main() -> int:
+    """The command; succeeds without a compiler too, as the product works without the library."""
+    logging.basicConfig(format="%(message)s")
+    library = native.build(native.INSTALLED)
+    if library is not None:
+        for old in set(native.INSTALLED.glob("native-*.so")) - {library}:
+            old.unlink()
+        print(library)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
