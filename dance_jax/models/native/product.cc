@@ -89,13 +89,13 @@ inline Codes LoadCodes(const char* from) {
 }
 template <Kind kind>
 inline Vector CodeValues(Codes words, int i) {
-  const Words code = (words >> (4 * i)) & 15u;
-  Vector value;
-  for (int64_t lane = 0; lane < kLanes; ++lane) {
-    value[lane] = kind == Kind::kInt4 ? static_cast<float>(static_cast<int32_t>(code[lane]) - 8)
-                                      : kE2m1[code[lane]];
-  }
-  return value;
+  const Signed code = reinterpret_cast<Signed>((words >> (4 * i)) & 15u);
+  if constexpr (kind == Kind::kInt4) return __builtin_convertvector(code - 8, Vector);
+  // Twice e2m1: 0, 1, 2, 3, 4, 6, 8, 12.
+  const Signed magnitude = code & 7;
+  const Signed twice = magnitude + ((magnitude - 4) & (magnitude > 4)) + (2 & (magnitude == 7));
+  const Vector value = __builtin_convertvector(twice, Vector) * Same(0.5f);
+  return reinterpret_cast<Vector>(reinterpret_cast<Signed>(value) | (code & 8) << 28);
 }
 #endif
 
