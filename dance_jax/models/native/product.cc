@@ -369,20 +369,6 @@ void ByVectors(int64_t count, const Run& run) {
   for (int64_t i = 0; i < count; i += kLanes) run(i, std::min(kLanes, count - i));
 }
 
-inline Vector LoadSome(const float* from, int64_t count) {
-  if (count == kLanes) return Load(from);
-  float values[kLanes] = {};
-  std::memcpy(values, from, count * sizeof(float));
-  return Load(values);
-}
-
-inline void StoreSome(float* to, Vector value, int64_t count) {
-  if (count == kLanes) return Store(to, value);
-  float values[kLanes];
-  Store(values, value);
-  std::memcpy(to, values, count * sizeof(float));
-}
-
 // The activation of vectors.
 inline Vector Activated(const Activation& activation, Vector gate, Vector up) {
   switch (activation.kind) {

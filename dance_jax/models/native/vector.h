@@ -4,6 +4,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -130,6 +131,73 @@ inline Vector FromInt8(const char* from) {
 
 inline Vector Zero() { return Same(0.0f); }
 
+// `value`, but 0 in the lanes where x is less than `limit`.
+inline Vector ZeroBelow(Vector x, float limit, Vector value) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, Same(limit), _CMP_NLT_UQ), value);
+#elif defined(__AVX2__)
+  const __m256 bound = _mm256_set1_ps(limit);
+  return {_mm256_and_ps(_mm256_cmp_ps(x.low, bound, _CMP_NLT_UQ), value.low),
+          _mm256_and_ps(_mm256_cmp_ps(x.high, bound, _CMP_NLT_UQ), value.high)};
+#else
+  for (int64_t i = 0; i < kLanes; ++i) value[i] = x[i] < limit ? 0.0f : value[i];
+  return value;
+#endif
+}
+
+// The sum of the lanes, as a tree; and the largest.
+inline float Sum(Vector value) {
+  float v[kLanes];
+  Store(v, value);
+  for (int64_t half = kLanes / 2; half > 0; half /= 2) {
+    for (int64_t i = 0; i < half; ++i) v[i] += v[i + half];
+  }
+  return v[0];
+}
+inline float Max(Vector value) {
+  float v[kLanes];
+  Store(v, value);
+  return *std::max_element(v, v + kLanes);
+}
+
+// The first `count` values, then zeros.
+inline Vector LoadSome(const float* from, int64_t count) {
+  if (count >= kLanes) return Load(from);
+  float values[kLanes] = {};
+  std::memcpy(values, from, count * sizeof(float));
+  return Load(values);
+}
+inline void StoreSome(float* to, Vector value, int64_t count) {
+  if (count >= kLanes) return Store(to, value);
+  float values[kLanes];
+  Store(values, value);
+  std::memcpy(to, values, count * sizeof(float));
+}
+
+// bfloat16, as the upper half of a float.
+inline Vector Load(const uint16_t* from) { return FromBfloat16(reinterpret_cast<const char*>(from)); }
+inline Vector LoadSome(const uint16_t* from, int64_t count) {
+  if (count >= kLanes) return Load(from);
+  uint16_t values[kLanes] = {};
+  std::memcpy(values, from, count * sizeof(uint16_t));
+  return Load(values);
+}
+inline float ToFloat(float value) { return value; }
+inline float ToFloat(uint16_t bfloat16) {
+  const uint32_t bits = static_cast<uint32_t>(bfloat16) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+inline void Round(float value, float* to) { *to = value; }
+// To the nearest bfloat16, ties to the even one.
+inline void Round(float value, uint16_t* to) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  *to = std::isnan(value) ? 0x7fc0
+                          : static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
 inline Words Bits(Vector value) {
   Words bits;
   std::memcpy(&bits, &value, sizeof(bits));
@@ -175,19 +243,19 @@ inline Vector FromE8m0(const char* from) {
 #endif
 }
 
-// e^x to a unit in the last place or two; saturates instead of overflowing.
+// e^x to two units in the last place; 0 below -87, and above 88 as at 88.
 inline Vector Exp(Vector x) {
-  constexpr float kMost = 88.0f, kLog2e = 1.44269504088896341f;
+  constexpr float kLeast = -87.0f, kMost = 88.0f, kLog2e = 1.44269504088896341f;
   constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f, kRound = 12582912.0f;
+  const Vector given = x;
 #if defined(__AVX512F__)
-  x = _mm512_max_ps(_mm512_min_ps(x, Same(kMost)), Same(-kMost));
+  x = _mm512_max_ps(_mm512_min_ps(x, Same(kMost)), Same(kLeast));
 #elif defined(__AVX2__)
-  const __m256 most = _mm256_set1_ps(kMost), least = _mm256_set1_ps(-kMost);
+  const __m256 most = _mm256_set1_ps(kMost), least = _mm256_set1_ps(kLeast);
   x = {_mm256_max_ps(_mm256_min_ps(x.low, most), least),
        _mm256_max_ps(_mm256_min_ps(x.high, most), least)};
 #else
-  x = x < Same(kMost) ? x : Same(kMost);
-  x = x > Same(-kMost) ? x : Same(-kMost);
+  for (int64_t i = 0; i < kLanes; ++i) x[i] = std::fmax(std::fmin(x[i], kMost), kLeast);
 #endif
   // x = n ln 2 + r; adding 1.5 * 2^23 rounds to the nearest integer, which stays in the low bits.
   const Vector shifted = Fma(x, Same(kLog2e), Same(kRound));
@@ -200,7 +268,12 @@ inline Vector Exp(Vector x) {
     sum = Fma(sum, r, Same(term));
   }
   sum = Fma(sum * r, r, r) + Same(1.0f);
-  return OfBits(Bits(sum) + (Bits(shifted) << 23));
+  return ZeroBelow(given, kLeast, OfBits(Bits(sum) + (Bits(shifted) << 23)));
+}
+inline float Exp(float x) {
+  float values[kLanes];
+  Store(values, Exp(Same(x)));
+  return values[0];
 }
 
 inline Vector Sigmoid(Vector x) { return Same(1.0f) / (Same(1.0f) + Exp(Zero() - x)); }
