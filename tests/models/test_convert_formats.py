@@ -269,7 +269,7 @@ def test_sizes_that_no_group_divides(choice: str, d: int, f: int, tmp_path: path
     arrays = {name: array[0] for name, array in zip(form.leaves, found, strict=True)}
     stored = load_file(source / "model.safetensors")
     for part in ("gate", "up", "down"):
-        kept, d_in, d_out = form.matrices[f"w_{part}"]
+        kept, d_in, _ = form.matrices[f"w_{part}"]
         own = {
             name: arrays[f"w_{part}.{name}"]
             for name in kept.arrays(*form.matrices[f"w_{part}"][1:])
