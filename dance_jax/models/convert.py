@@ -216,14 +216,19 @@ def model_formats(model: HFDirectory, rounding: Rounding) -> Formats:
     experts = {}
     for name, forms in found.items():
         stored = common(sorted(forms, key=str))
-        if stored.group and rounding.experts != "keep":
-            raise UserError(
-                f"{model.path}: the experts are stored as {stored.kind}; --experts "
-                f"{rounding.experts} rounds floats only: leave it out"
-            )
+        _check_floats(str(model.path), stored, rounding)
         last = name == "w_down"
         experts[name] = rounded(rounding.experts, stored, f if last else d, last)
     return Formats(experts, trunk)
+
+
+def _check_floats(where: str, stored: WeightFormat, rounding: Rounding) -> None:
+    """Raises UserError if experts have codes, and others are asked for."""
+    if stored.group and rounding.experts != "keep":
+        raise UserError(
+            f"{where}: the experts are stored as {stored.kind}; --experts {rounding.experts} rounds "
+            "floats only: leave it out"
+        )
 
 
 def check_readable(directory: str | pathlib.Path) -> None:
@@ -271,8 +276,13 @@ def _outline(model: HFDirectory, rounding: Rounding) -> Outline:
 
 
 def expected_formats(config: ModelConfig, rounding: Rounding) -> Formats:
-    """What `model_formats` will say, if weights are what config.json says of them."""
+    """What `model_formats` will say, if weights are what config.json says of them.
+
+    Raises:
+        UserError: the experts have codes, and others are asked for.
+    """
     floats, codes = WeightFormat(config.dtype), _codes(config)
+    _check_floats("config.json", codes or floats, rounding)
     d, f = config.hidden_size, config.expert.width
     trunk = {}
     for path, (heads, d_in, _) in matrix_shapes(config).items():

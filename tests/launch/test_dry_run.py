@@ -109,6 +109,12 @@ def test_too_little_memory_for_a_config(run) -> None:
     assert f"{14848 - held:,} slots are missing" in err and "give servers more memory=" in err
 
 
+def test_experts_with_codes_are_not_rounded(run) -> None:
+    code, out, err = run("gpt-oss-20b", ("8GB",) * 3, "--dry-run", "--experts", "int4")
+    assert (code, out) == (2, "")
+    assert "config.json: the experts are stored as mxfp4; --experts int4 rounds floats" in err
+
+
 def test_without_dry_run_the_weights_are_missing(run, tmp_path: pathlib.Path) -> None:
     code, out, err = run("Qwen3-30B-A3B", ("80GB",) * 3)
     assert (code, out) == (2, "")

@@ -17,6 +17,7 @@ from dance_jax.models.experts import ExpertFormat, block_rows, grouped_ffn, ragg
 from dance_jax.models.formats import ROUNDED, WeightFormat
 from dance_jax.models.kernels_cpu import NativePool
 from dance_jax.models.layers import SILU, GatedMLP
+from tests.quick import QUICK
 
 D, F = 8, 12
 HALF = WeightFormat("bfloat16")
@@ -109,8 +110,8 @@ def lowered(kind: int, block: int | None):
     """The loop over blocks; None: the library's grouped product."""
     form = make_format(kind)
     if block is None:
-        return jax.jit(functools.partial(ragged_ffn, form))
-    return jax.jit(functools.partial(grouped_ffn, form, block=block))
+        return jax.jit(functools.partial(ragged_ffn, form), compiler_options=QUICK)
+    return jax.jit(functools.partial(grouped_ffn, form, block=block), compiler_options=QUICK)
 
 
 @settings(max_examples=60, deadline=None)
@@ -159,7 +160,8 @@ def test_in_cpp_and_in_jax_it_is_the_same(
     expected = dense(form, pool, np.asarray(x_nd), slot_nk, weight_nk)
     number = jnp.int32(library.number)
     for argument, rounds in ((number, False), (pool, dtype == "bfloat16")):
-        y_nd = form.ffn(argument, x_nd, slot_nk, weight_nk, 1)
+        ffn = jax.jit(functools.partial(form.ffn, layers=1), compiler_options=QUICK)
+        y_nd = ffn(argument, x_nd, slot_nk, weight_nk)
         assert y_nd.dtype == jnp.float32
         # In JAX weights and hidden activations are rounded to the dtype.
         tolerance = (3e-2 if rounds else 1e-4) * (1 + np.abs(expected).max())
