@@ -225,8 +225,8 @@ def _check_floats(where: str, stored: WeightFormat, rounding: Rounding) -> None:
     """Raises UserError if experts have codes, and others are asked for."""
     if stored.group and rounding.experts != "keep":
         raise UserError(
-            f"{where}: the experts are stored as {stored.kind}; --experts {rounding.experts} rounds "
-            "floats only: leave it out"
+            f"{where}: the experts are stored as {stored.kind}; --experts {rounding.experts} "
+            "rounds floats only: leave it out"
         )
 
 
