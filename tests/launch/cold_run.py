@@ -47,12 +47,14 @@ class Tiny:
 
     folder: pathlib.Path
     fingerprint: str
+    #: Hash of what the model was converted from.
+    source: str
     result: RunResult
     lines: list[dict[str, Any]]
     terminal: str
     cold: list[tuple[int, int]]
-    #: Compiled sizes of the step.
-    buckets: int
+    #: Functions that every process compiles.
+    functions: int
     #: The same prompts again, after a batch that was given up half-way.
     again: list[dict[str, Any]]
 
@@ -94,14 +96,20 @@ def _cold_run(folder: pathlib.Path, expert_library: pathlib.Path | None) -> Tiny
         give_up(cluster)
         again = run_prompts(cluster, plan, tokenizer, prompts)
     print_summary(console, result)
+    # Of each size of the step how it begins, the layer without experts, those with experts, which
+    # are alike, and the logits; and the choice of tokens for each number of decoding rows.
+    functions = 4 * len(config.buckets) + len({rows for rows, _ in config.buckets})
+    if expert_library is None:
+        functions += 2  # what reads and what writes a slot of the pool
     return Tiny(
         folder,
         checkpoint.fingerprint,
+        checkpoint.source,
         result,
         result_lines(result),
         console.export_text(),
         cluster.cache_use,
-        len(config.buckets),
+        functions,
         result_lines(again),
     )
 

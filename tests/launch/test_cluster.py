@@ -55,11 +55,22 @@ def test_a_batch_that_is_given_up_leaves_no_trace(tiny: Tiny) -> None:
             assert {**line, "metrics": None} == {**before, "metrics": None}
 
 
-def test_pools_hold_exactly_what_memory_allows(tiny: Tiny) -> None:
-    """Bytes of the live arrays of each process."""
+def test_pools_hold_what_is_placed_and_no_more_than_memory_allows(
+    tiny: Tiny, expert_library: pathlib.Path | None
+) -> None:
+    """Bytes of experts in the library's memory; of all slots, where these are JAX's arrays."""
     pools = tiny.result.traffic.pool_bytes
-    assert pools == ((14 * EXPERT_BYTES,), (11 * EXPERT_BYTES,), (10 * EXPERT_BYTES,) * 2)
-    assert f"{14 * EXPERT_BYTES:,}" in tiny.terminal
+    layout = tiny.result.plan.layout
+    assert layout.slots_per_device == (14, 11, 10)
+    held = [
+        [(layout.experts_of(rank, device)[:, 0] >= 0).sum() for device in range(devices)]
+        for rank, devices in enumerate(layout.devices)
+    ]
+    assert sum(map(sum, held)) == LAYERS * EXPERTS, "each expert once"
+    if expert_library is None:
+        held = [[14], [11], [10, 10]]
+    assert pools == tuple(tuple(EXPERT_BYTES * experts for experts in own) for own in held)
+    assert f"{pools[0][0]:,}" in tiny.terminal
 
 
 def test_transfers_agree_with_the_recorded_routes(tiny: Tiny) -> None:
@@ -100,8 +111,7 @@ def test_the_summary_has_everything(tiny: Tiny) -> None:
 
 def test_a_warm_start_gives_the_same(tiny: Tiny, launch, tmp_path: pathlib.Path) -> None:
     """Steps come from the cache in every process, and what they compute has not changed."""
-    # Besides steps, what reads and what writes a slot of the pool.
-    assert tiny.cold == [(0, tiny.buckets + 2)] * 3
+    assert tiny.cold == [(0, tiny.functions)] * 3
     output, saved = tmp_path / "out.jsonl", tmp_path / "saved.npz"
     run = launch(
         "--policy", "uniform", "--prompts", tiny.folder / "prompts.jsonl", "--max-tokens", "8",
@@ -112,7 +122,7 @@ def test_a_warm_start_gives_the_same(tiny: Tiny, launch, tmp_path: pathlib.Path)
     run.assert_nothing_left()
     for name in ("alpha", "beta", "gamma"):
         log = (tmp_path / "logs" / f"{name}.log").read_text()
-        assert log.count("read from the cache") == tiny.buckets + 2
+        assert log.count("read from the cache") == tiny.functions
         assert "compiled in" not in log
     lines = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
     for line, before in zip(lines, tiny.lines, strict=True):

@@ -59,6 +59,7 @@ def test_they_are_there_until_they_have_been_read(tmp_path: pathlib.Path) -> Non
     assert files.formats == Checkpoint.open(model).formats
     assert str(files.formats.experts["w_up"]) == "int4:32:bfloat16"
     assert config == read_config(model)
+    assert files.formats == Checkpoint.open(model).formats
     assert tokenizer.decode(tokenizer.encode("Es war")) == "Es war"
     assert list(private.iterdir()) == []
     files.close()

@@ -39,8 +39,7 @@ from dance_jax.launch.preflight.messages import (
     decode_reply,
     encode,
 )
-from dance_jax.models import hf
-from dance_jax.models.convert import convert
+from dance_jax.models.convert import convert, outline
 from tests.launch.launched import eventually, gone
 from tests.launch.tiny import write_model
 
@@ -228,7 +227,7 @@ def test_models_that_are_equal_and_not(tmp_path: pathlib.Path) -> None:
     converted = model_state.model_state(convert(one, tmp_path / "converted"))
     assert converted.kind == "converted" and not converted.problem
     assert converted.definition == first.definition
-    assert converted.fingerprint == hf.HFDirectory(one).fingerprint()
+    assert converted.fingerprint == outline(one).fingerprint
     (other / "tokenizer.json").write_text("{}")
     assert model_state.model_state(other).definition != first.definition
 
