@@ -48,6 +48,7 @@ from dance_jax.models.formats import (
     WeightFormat,
     common,
     rounded,
+    unfit_report,
 )
 from dance_jax.models.ggml.model import open_source
 from dance_jax.models.hf import HFDirectory
@@ -341,8 +342,13 @@ class _Conversion:
             ]
             for layer in config.moe_layers
         ]
+        #: Bytes of the source, by which progress is told.
         self._total = sum(self._size(item) for items in self._all() for item in items)
         self._done = 0
+        made = Outline(config, formats)
+        experts = len(config.moe_layers) * config.num_experts
+        #: Bytes of what is written, not compressed.
+        self._made = made.trunk_bytes("float32") + experts * made.expert_bytes("float32")
 
     def _all(self) -> list[list[_Item]]:
         return [self._trunk, *self._layers]
@@ -360,10 +366,10 @@ class _Conversion:
         """
         directory = self._directory
         free = shutil.disk_usage(directory.parent).free
-        if free < self._total:
+        if free < self._made:
             raise UserError(
                 f"{directory.parent}: {free / 1e9:.1f} GB are free, the converted model needs "
-                f"about {self._total / 1e9:.1f} GB"
+                f"about {self._made / 1e9:.1f} GB"
             )
         directory.mkdir()
         self._model.write_side_files(directory)
@@ -402,12 +408,31 @@ class _Conversion:
     def _arrays(self, item: _Item) -> Iterator[tuple[str, np.ndarray]]:
         expert, rule = item
         forms = self._formats.trunk if expert is None else self._formats.experts
-        for path, part in parts_of(rule, self._model.tensors[rule.source]):
-            for name, array in arrays_of(path, part, forms.get(path)).items():
+        tensor = self._model.tensors[rule.source]
+        for path, part in parts_of(rule, tensor):
+            try:
+                arrays = arrays_of(path, part, forms.get(path))
+                for name, array in arrays.items():
+                    _check_scales(name, array)
+            except ValueError as error:
+                raise UserError(
+                    f"{tensor.file}: {rule.source}: {error}; download the model again"
+                ) from error
+            for name, array in arrays.items():
                 if array.dtype == np.float64:
                     array = array.astype(np.float32)
                 name = name if expert is None else expert_leaf(expert, name)
                 yield name, np.ascontiguousarray(array)
+
+
+def _check_scales(name: str, array: np.ndarray) -> None:
+    """Raises ValueError if scales or offsets are no numbers; other arrays are not looked at."""
+    if not name.endswith((".scale", ".offset")):
+        return
+    wrong = array == 255 if array.dtype == np.uint8 else ~np.isfinite(array)
+    if count := np.count_nonzero(wrong):
+        kind = name.rpartition(".")[2]
+        raise ValueError(f"{count} of {array.size} {kind}s are NaN or infinite")
 
 
 def _partial(destination: pathlib.Path) -> pathlib.Path:
@@ -509,15 +534,17 @@ def main(arguments: list[str] | None = None) -> int:
                 ),
                 Rounding(options.experts, options.trunk),
             )
-            report = open_source(options.source, scales=False).report()
+            model = open_source(options.source, scales=False)
+            d, f = model.config.hidden_size, model.config.expert.width
+            lines = [unfit_report(options.experts, d, f), model.report()]
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted: nothing was left behind", file=sys.stderr)
         return 130
-    if report:
-        print(report, file=sys.stderr)
+    for line in filter(None, lines):
+        print(line, file=sys.stderr)
     print(options.destination)
     return 0
 

@@ -3,7 +3,8 @@
 An `ExpertFormat` is all that the engine, its loaders and its peers know of an expert: arrays with
 names, shapes and types. `ExpertFormat.ffn` is what a step calls. Its forms: C++ on CPUs
 (kernels_cpu.py); JAX's grouped product on GPUs and TPUs; a loop over blocks of rows where weights
-have codes, which it widens one expert at a time, or where a CPU has no compiler.
+have codes or another type than activations, which it widens one expert at a time, or where a CPU
+has no compiler.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from jax import Array, lax
 
 from dance_jax.models import kernels_cpu
 from dance_jax.models.config import Activation, ModelConfig
-from dance_jax.models.formats import WeightFormat
+from dance_jax.models.formats import FLOATS, WeightFormat
 from dance_jax.models.layers import activate, contract
 
 #: Expert-sized slots of one device, any layer's expert in any slot: an array [s, *shape] for each
@@ -79,10 +80,9 @@ class ExpertFormat:
         """Bytes of one expert."""
         return sum(leaf.size * leaf.dtype.itemsize for leaf in self.leaves.values())
 
-    @property
-    def in_floats(self) -> bool:
-        """No matrix has codes."""
-        return all(not form.group for form, _, _ in self.matrices.values())
+    def all_in(self, dtype: np.dtype) -> bool:
+        """All matrices have values of this type."""
+        return all(FLOATS.get(form.kind) == dtype for form, _, _ in self.matrices.values())
 
     def empty(self, *leading: int) -> Weights:
         """Arrays of zeros on the host, with leading axes."""
@@ -121,7 +121,8 @@ class ExpertFormat:
         """
         if isinstance(pool, Array):
             return kernels_cpu.experts(pool, x_nd, slot_nk, weight_nk)
-        if self.in_floats and jax.default_backend() != "cpu":
+        # Weights of another type than the rows' it would widen first, the whole pool at once.
+        if self.all_in(x_nd.dtype) and jax.default_backend() != "cpu":
             return ragged_ffn(self, pool, x_nd, slot_nk, weight_nk)
         block = block_rows(slot_nk.size, pool[0].shape[0] / layers)
         return grouped_ffn(self, pool, x_nd, slot_nk, weight_nk, block)

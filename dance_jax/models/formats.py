@@ -129,12 +129,18 @@ class WeightFormat:
         """The arrays of a matrix whose weights are nearest to `values_io`, floats [in, out].
 
         Of four-bit integers the weight farthest from zero becomes -8, as that code has no opposite.
+
+        Raises:
+            ValueError: a weight is NaN or infinite and the format has scales; or the format has
+                offsets, or codes of another kind than mxfp4 with powers of two as scales.
         """
         if self.kind in FLOATS:
             return {"values": np.ascontiguousarray(values_io.astype(FLOATS[self.kind], copy=False))}
-        if self.offset:
-            raise ValueError(f"{self}: nothing is rounded to a format with offsets")
+        if self.offset or (self.scale == "e8m0" and self.kind != "mxfp4"):
+            raise ValueError(f"{self}: nothing is rounded to such a format")
         values = np.asarray(values_io, np.float32)
+        if count := np.count_nonzero(~np.isfinite(values)):
+            raise ValueError(f"{count} of {values.size} weights are NaN or infinite")
         groups = [values[i : i + self.group] for i in range(0, len(values), self.group)]
         scale = self._rounded(np.stack([self._group_scale(group) for group in groups]))
         wide = np.repeat(_widened(scale), self.group, axis=0)[: len(values)]
@@ -245,7 +251,11 @@ class Matrix:
 
     def to(self, form: WeightFormat) -> Matrix:
         """The same weights in another format: exactly where it holds them (`common`), else the
-        nearest."""
+        nearest.
+
+        Raises:
+            ValueError: see `WeightFormat.quantise`.
+        """
         if form == self.format:
             return self
         if form.group and self.format.group and common([self.format, form]) == form:
@@ -366,6 +376,33 @@ ROUNDED = {
 }
 
 
+def of_projection(choice: str, last: bool) -> str:
+    """What a choice for experts means for one of their projections, the last one or another."""
+    if choice == "int4-mixed":
+        return "int8" if last else "int4"
+    return choice
+
+
+def unfit_report(choice: str, d: int, f: int) -> str:
+    """One line on an expert's matrices that stay as they are stored, as a choice for experts does
+    not fit them; "" where there are none.
+
+    Args:
+        d, f: hidden and inner width.
+    """
+    found = []
+    for name, d_in in (("w_gate", d), ("w_up", d), ("w_down", f)):
+        form = ROUNDED.get(of_projection(choice, name == "w_down"))
+        if form is not None and not form.fits(d_in):
+            found.append(f"{name} ({d_in} inputs)")
+    if not found:
+        return ""
+    return (
+        f"--experts {choice} needs inputs in multiples of {_WORD}; as they are stored stay, of all "
+        f"experts: {', '.join(found)}"
+    )
+
+
 def rounded(choice: str, stored: WeightFormat, d_in: int, last: bool = False) -> WeightFormat:
     """The format of a matrix of a checkpoint under a user's choice.
 
@@ -377,8 +414,7 @@ def rounded(choice: str, stored: WeightFormat, d_in: int, last: bool = False) ->
         d_in: the matrix's inputs.
         last: it is an expert's last projection.
     """
-    if choice == "int4-mixed":
-        choice = "int8" if last else "int4"
+    choice = of_projection(choice, last)
     if choice == "keep" or stored.group:
         return stored
     wanted = ROUNDED[choice]

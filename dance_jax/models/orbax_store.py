@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import os
 import pathlib
+import re
 from collections.abc import Iterable, Mapping
 
 import jax
@@ -24,11 +26,22 @@ _CHUNK_BYTES = 64 << 20
 
 
 def save_arrays(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes a new checkpoint."""
+    """Writes a new checkpoint.
+
+    Raises:
+        OSError: it cannot be written, as where the disk is full.
+    """
     options = _alone()
     saved = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), dict(arrays))
     with ocp.Checkpointer(_handler(options), multiprocessing_options=options) as checkpointer:
-        checkpointer.save(path.absolute(), args=ocp.args.PyTreeSave(dict(arrays), saved))
+        try:
+            checkpointer.save(path.absolute(), args=ocp.args.PyTreeSave(dict(arrays), saved))
+        except ValueError as error:
+            # What tensorstore makes of an error of the system; its message has every path twice.
+            if found := re.search(r"\[os_error_code='(\d+)'\]", str(error)):
+                number = int(found[1])
+                raise OSError(number, os.strerror(number), str(path)) from error
+            raise
 
 
 def load_arrays(path: pathlib.Path, names: Iterable[str]) -> dict[str, np.ndarray]:

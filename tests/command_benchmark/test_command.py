@@ -30,8 +30,8 @@ ENDING = (signal.SIGTERM, signal.SIGHUP)
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
-    """Signals of the tests' own process are as before."""
-    before = [signal.getsignal(number) for number in ENDING]
+    """Signals are not ignored, as nohup would have it; afterwards they are as before."""
+    before = [signal.signal(number, signal.SIG_DFL) for number in ENDING]
     yield
     for number, handler in zip(ENDING, before, strict=True):
         signal.signal(number, handler)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from dance_jax.config import Rounding
 from dance_jax.launch import peer_weights, peers
 from dance_jax.launch.loading import Loader, Read
 from dance_jax.launch.peer_weights import PeerWeights, Shelf
@@ -67,11 +68,14 @@ def three() -> Iterator[list[Peers]]:
         each.close()
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+@pytest.fixture(scope="module", params=[Rounding(), Rounding("int4-mixed", "int8")], ids=str)
+def checkpoint(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Checkpoint:
+    """Of floats, and of codes."""
     folder = tmp_path_factory.mktemp("peers")
     model = write_random_checkpoint(folder / "hf", DEEPSEEK, seed=3)
-    return Checkpoint.open(ensure_converted(model, folder / "cache"))
+    return Checkpoint.open(ensure_converted(model, folder / "cache", rounding=request.param))
 
 
 def reader(peers: Peers) -> Read:

@@ -19,6 +19,7 @@ from dance_jax.models import hub
 from dance_jax.models.checkpoint import Checkpoint
 from dance_jax.models.convert import check_readable, convert, ensure_converted, main, outline
 from dance_jax.models.directory import SIDE_FILES, read_config, side_files
+from dance_jax.models.formats import Matrix
 from dance_jax.models.ggml.header import Place, read_header, read_parts
 from dance_jax.models.ggml.kinds import KINDS, NOT_EXACT
 from dance_jax.models.ggml.model import GGUFModel, open_source
@@ -26,7 +27,7 @@ from dance_jax.models.ggml.tensors import PackedTensor
 from dance_jax.models.ggml.tokenizer import _PRE, tokenizer_files
 from dance_jax.models.hf import HFDirectory
 from dance_jax.models.random_weights import write_random_checkpoint
-from dance_jax.models.tensors import expert_rules, trunk_rules
+from dance_jax.models.tensors import expert_rules, parts_of, trunk_rules
 from dance_jax.models.tokenizer import Tokenizer
 from tests.models.gguf_writing import MODELS, write_gguf, write_tokenizer
 from tests.stacks import stacked
@@ -138,11 +139,13 @@ def weights(model):
         model.config.moe_layers, range(model.config.num_experts)
     ):
         rules += [(f"{layer} {expert} ", r) for r in expert_rules(model.config, layer, expert)]
-    return {
-        prefix + target.path: target.cut(model.tensors[rule.source].read())
-        for prefix, rule in rules
-        for target in rule.targets
-    }
+    found = {}
+    for prefix, rule in rules:
+        for path, part in parts_of(rule, model.tensors[rule.source]):
+            if isinstance(part, list):
+                part = np.stack([head.values() for head in part])
+            found[prefix + path] = part.values() if isinstance(part, Matrix) else part
+    return found
 
 
 def assert_equal(found, source):

@@ -46,6 +46,8 @@ _HANDLERS = (
     "SiblingsGather",
     "SiblingsSum",
 )
+#: What is compiled for one set of instructions or several.
+_PRODUCT = "product.cc"
 _FLAGS = ("-std=c++20", "-O3", "-fPIC", "-w", "-ffp-contract=off")
 _BUILD_TIMEOUT_S = 120
 _library: ctypes.CDLL | None = None
@@ -71,7 +73,8 @@ INSTRUCTIONS = (
         ),
     ),
     Instructions("avx2", ("avx2", "fma", "f16c"), ("-mavx2", "-mfma", "-mf16c")),
-    Instructions("portable", (), ()),
+    # Vectors of x86-64 need no optimiser: it takes three times as long for products no faster.
+    Instructions("portable", (), ("-O1",) if platform.machine() == "x86_64" else ()),
 )
 
 
@@ -84,28 +87,22 @@ def usable_instructions() -> list[Instructions]:
     return [each for each in INSTRUCTIONS if found.issuperset(each.needs)]
 
 
-def build(
-    directory: pathlib.Path, instructions: Sequence[Instructions] | None = None
-) -> pathlib.Path | None:
+def build(directory: pathlib.Path) -> pathlib.Path | None:
     """The library, compiled into `directory` with $CXX (default: c++) if there is none yet.
 
     One that the installation built is used where it lies. Where several processes want it at once,
     one compiles and the others wait for it.
 
-    Args:
-        instructions: for which products are compiled; the best that the processor has is used.
-            None: the best alone.
-
     Returns:
         None, and the reason in the log, when it cannot be compiled.
     """
-    compiler = shlex.split(os.environ.get("CXX", "")) or ["c++"]
+    compiler = _compiler()
     if shutil.which(compiler[0]) is None:
         log.warning("no C++ compiler (%s): products run slower; install one", compiler[0])
         return None
-    chosen = usable_instructions()[:1] if instructions is None else instructions
+    best = usable_instructions()[:1]
     sources = [path.read_bytes() for path in sorted(_HERE.glob("*.[ch]*"))]
-    key = repr((sources, chosen, _FLAGS, compiler, jax.__version__, processor()))
+    key = repr((sources, best, _FLAGS, compiler, jax.__version__, processor()))
     digest = hashlib.blake2b(key.encode(), digest_size=12).hexdigest()
     name = f"native-{digest}.so"
     if (INSTALLED / name).exists():
@@ -114,7 +111,7 @@ def build(
     try:
         with _lock(directory):
             if not library.exists():
-                _compile(compiler, library, chosen)
+                _compile(library, [*_HERE.glob("*.cc")], best)
     except subprocess.CalledProcessError as error:
         log.warning("products run slower, %s failed: %s", compiler[0], error.stderr.strip()[-500:])
         return None
@@ -122,6 +119,21 @@ def build(
         log.warning("products run slower: %s", error)
         return None
     return library
+
+
+def build_products(directory: pathlib.Path) -> pathlib.Path:
+    """For tests: products alone, in every set of instructions that this machine has.
+
+    Raises:
+        subprocess.CalledProcessError, OSError: it cannot be compiled.
+    """
+    library = directory / "products.so"
+    _compile(library, [_HERE / "choose.cc", _HERE / _PRODUCT], usable_instructions())
+    return library
+
+
+def _compiler() -> list[str]:
+    return shlex.split(os.environ.get("CXX", "")) or ["c++"]
 
 
 @contextlib.contextmanager
@@ -136,20 +148,21 @@ def _lock(directory: pathlib.Path) -> Iterator[None]:
 
 
 def _compile(
-    compiler: list[str], library: pathlib.Path, instructions: Sequence[Instructions]
+    library: pathlib.Path, sources: Sequence[pathlib.Path], instructions: Sequence[Instructions]
 ) -> None:
-    """Compiles the sources at the same time, then links them."""
+    """Compiles sources at the same time, _PRODUCT for each set of instructions, and links them."""
+    compiler = _compiler()
     with tempfile.TemporaryDirectory(dir=library.parent, prefix="build-") as folder:
         include = f"-I{jax.ffi.include_dir()}"
         commands = [
             [str(source), "-march=native", include]
             if platform.machine() == "x86_64"
             else [str(source), include]
-            for source in sorted(_HERE.glob("*.cc"))
-            if source.stem != "product"
+            for source in sorted(sources)
+            if source.name != _PRODUCT
         ]
         commands += [
-            [str(_HERE / "product.cc"), f"-DDANCE_ISA={each.name}", *each.flags]
+            [str(_HERE / _PRODUCT), f"-DDANCE_ISA={each.name}", *each.flags]
             for each in instructions
         ]
         objects = [str(pathlib.Path(folder, f"{number}.o")) for number in range(len(commands))]

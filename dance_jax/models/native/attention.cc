@@ -6,15 +6,15 @@
 
 #include <vector>
 
-#include "lanes.h"
 #include "parallel.h"
+#include "vector.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
 
 namespace {
 
-using namespace lanes;
+using namespace dance::DANCE_ISA;
 
 // Heads that read an entry together, entries of a tile of scores, vectors of a tile of values.
 constexpr int kQueries = 4, kEntries = 4, kVectors = 4;
@@ -47,12 +47,12 @@ template <int Q, int J, typename T>
 void Scores(const float* query, const T* const* keys, const Attention<T>& a, int first,
             float (*scores)[kLanes]) {
   const int64_t width = a.key_width;
-  Lanes sum[Q][J] = {};
+  Vector sum[Q][J] = {};
   auto add = [&](auto load, int64_t at) {
-    Lanes key[J];
+    Vector key[J];
     for (int j = 0; j < J; ++j) key[j] = load(keys[first + j] + at);
     for (int q = 0; q < Q; ++q) {
-      const Lanes x = load(query + q * width + at);
+      const Vector x = load(query + q * width + at);
       for (int j = 0; j < J; ++j) sum[q][j] = Fma(x, key[j], sum[q][j]);
     }
   };
@@ -68,22 +68,25 @@ void Scores(const float* query, const T* const* keys, const Attention<T>& a, int
 template <int Q, int C, typename T>
 void Values(float* sums, int64_t width, int64_t at, const float* shrink, const T* const* values,
             const float (*weights)[kLanes], int from, int to) {
-  Lanes sum[Q][C];
+  Vector sum[Q][C];
   const int64_t rest = width - at;
   for (int q = 0; q < Q; ++q) {
     for (int c = 0; c < C; ++c) {
-      sum[q][c] = LoadAt(sums + q * width + at, c * kLanes, rest) * All(shrink[q]);
+      sum[q][c] =
+          LoadSome(sums + q * width + at + c * kLanes, rest - c * kLanes) * Same(shrink[q]);
     }
   }
   for (int j = from; j < to; ++j) {
-    Lanes value[C];
-    for (int c = 0; c < C; ++c) value[c] = LoadAt(values[j] + at, c * kLanes, rest);
+    Vector value[C];
+    for (int c = 0; c < C; ++c) value[c] = LoadSome(values[j] + at + c * kLanes, rest - c * kLanes);
     for (int q = 0; q < Q; ++q) {
-      for (int c = 0; c < C; ++c) sum[q][c] = Fma(All(weights[q][j]), value[c], sum[q][c]);
+      for (int c = 0; c < C; ++c) sum[q][c] = Fma(Same(weights[q][j]), value[c], sum[q][c]);
     }
   }
   for (int q = 0; q < Q; ++q) {
-    for (int c = 0; c < C; ++c) Store(sum[q][c], sums + q * width + at + c * kLanes, rest - c * kLanes);
+    for (int c = 0; c < C; ++c) {
+      StoreSome(sums + q * width + at + c * kLanes, sum[q][c], rest - c * kLanes);
+    }
   }
 }
 
@@ -96,7 +99,7 @@ void Attend(const Attention<T>& a, const Row& row, int64_t index, int64_t group,
   float* sums = a.out + place * a.value_width;
   std::fill(sums, sums + Q * a.value_width, 0.0f);
   float top[Q];
-  Lanes total[Q] = {};
+  Vector total[Q] = {};
   std::fill(top, top + Q, -std::numeric_limits<float>::infinity());
   const int64_t first = a.window == 0 ? 0 : std::max<int64_t>(position - a.window + 1, 0);
   for (int64_t begin = first / kLanes * kLanes; begin <= position; begin += kLanes) {
@@ -116,12 +119,12 @@ void Attend(const Attention<T>& a, const Row& row, int64_t index, int64_t group,
     for (; j + kEntries <= to; j += kEntries) Scores<Q, kEntries>(query, keys, a, j, scores);
     for (; j < to; ++j) Scores<Q, 1>(query, keys, a, j, scores);
     for (int q = 0; q < Q; ++q) {
-      const Lanes score = Load(scores[q]);
+      const Vector score = Load(scores[q]);
       const float higher = std::max(top[q], Max(score));
       shrink[q] = Exp(top[q] - higher);
-      const Lanes weights = Exp(score - All(higher));
-      total[q] = Fma(total[q], All(shrink[q]), weights);
-      Store(weights, scores[q], kLanes);
+      const Vector weights = Exp(score - Same(higher));
+      total[q] = Fma(total[q], Same(shrink[q]), weights);
+      Store(scores[q], weights);
       top[q] = higher;
     }
     int64_t at = 0;

@@ -22,13 +22,6 @@ using Rows = ffi::Buffer<ffi::F32, 2>;
 using Slots = ffi::Buffer<ffi::S32, 2>;
 using Formats = ffi::Span<const int64_t>;
 
-// A WeightFormat as kernels_cpu.py writes it: kind, scale, group, offset.
-constexpr size_t kFormatWords = 4;
-
-Format ReadFormat(const int64_t* words) {
-  return {static_cast<Kind>(words[0]), static_cast<ScaleKind>(words[1]), words[2], words[3] != 0};
-}
-
 int64_t Arrays(const Format& format) { return 1 + (format.group != 0) + format.offset; }
 
 // Takes a matrix's arrays off the arguments of a call, from the `at`-th on.
@@ -213,23 +206,6 @@ bool PoolGet(int64_t pool, int64_t slot, void* const* arrays) {
 int64_t PoolBytes(int64_t pool) {
   const auto found = dance::FindPool(pool);
   return found ? found->bytes() : 0;
-}
-
-// For tests: y [rows, out] += x [rows, in] @ w by the n-th best set of instructions; false: there is
-// none.
-bool ProductBy(int64_t number, const int64_t* format, const void* codes, const void* scale,
-               const void* offset, int64_t in, int64_t out, const float* x, int64_t rows, float* y) {
-  const dance::Kernels* const* all = dance::AllKernels();
-  for (int64_t i = 0; i <= number; ++i) {
-    if (all[i] == nullptr) return false;
-  }
-  dance::Matrix w;
-  w.format = dance::ReadFormat(format), w.in = in, w.out = out;
-  w.codes = static_cast<const char*>(codes);
-  w.scale = static_cast<const char*>(scale);
-  w.offset = static_cast<const char*>(offset);
-  all[number]->multiply(w, x, rows, in, 0, out, y, out);
-  return true;
 }
 
 }  // extern "C"

@@ -89,13 +89,13 @@ inline Codes LoadCodes(const char* from) {
 }
 template <Kind kind>
 inline Vector CodeValues(Codes words, int i) {
-  const Words code = (words >> (4 * i)) & 15u;
-  Vector value;
-  for (int64_t lane = 0; lane < kLanes; ++lane) {
-    value[lane] = kind == Kind::kInt4 ? static_cast<float>(static_cast<int32_t>(code[lane]) - 8)
-                                      : kE2m1[code[lane]];
-  }
-  return value;
+  const Signed code = reinterpret_cast<Signed>((words >> (4 * i)) & 15u);
+  if constexpr (kind == Kind::kInt4) return __builtin_convertvector(code - 8, Vector);
+  // Twice e2m1: 0, 1, 2, 3, 4, 6, 8, 12.
+  const Signed magnitude = code & 7;
+  const Signed twice = magnitude + ((magnitude - 4) & (magnitude > 4)) + (2 & (magnitude == 7));
+  const Vector value = __builtin_convertvector(twice, Vector) * Same(0.5f);
+  return reinterpret_cast<Vector>(reinterpret_cast<Signed>(value) | (code & 8) << 28);
 }
 #endif
 
@@ -367,20 +367,6 @@ void Multiply(const Matrix& w, const float* x, int64_t rows, int64_t x_stride, i
 template <typename Run>
 void ByVectors(int64_t count, const Run& run) {
   for (int64_t i = 0; i < count; i += kLanes) run(i, std::min(kLanes, count - i));
-}
-
-inline Vector LoadSome(const float* from, int64_t count) {
-  if (count == kLanes) return Load(from);
-  float values[kLanes] = {};
-  std::memcpy(values, from, count * sizeof(float));
-  return Load(values);
-}
-
-inline void StoreSome(float* to, Vector value, int64_t count) {
-  if (count == kLanes) return Store(to, value);
-  float values[kLanes];
-  Store(values, value);
-  std::memcpy(to, values, count * sizeof(float));
 }
 
 // The activation of vectors.

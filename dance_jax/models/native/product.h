@@ -7,6 +7,7 @@
 
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 namespace dance {
@@ -52,6 +53,13 @@ struct Format {
     }
   }
 };
+
+// A WeightFormat as kernels_cpu.py writes it: kind, scale, group, offset.
+constexpr size_t kFormatWords = 4;
+
+inline Format ReadFormat(const int64_t* words) {
+  return {static_cast<Kind>(words[0]), static_cast<ScaleKind>(words[1]), words[2], words[3] != 0};
+}
 
 // Weights [in, out] and where they lie.
 struct Matrix {

@@ -4,15 +4,15 @@
 
 #include <vector>
 
-#include "lanes.h"
 #include "parallel.h"
+#include "vector.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
 
 namespace {
 
-using namespace lanes;
+using namespace dance::DANCE_ISA;
 
 // Values of all rows, or bytes of weights, that are worth waking a thread for.
 constexpr int64_t kWorthAThread = 1 << 16;
@@ -34,20 +34,20 @@ void EachRow(int64_t rows, int64_t width, const Run& run) {
 // x / sqrt(mean(x^2) + eps), rounded to T, times weight, or unrounded times 1 + weight.
 template <typename T>
 void Norm(const T* x, const T* weight, T* y, int64_t width, float eps, bool plus_one) {
-  Lanes squares = {};
+  Vector squares = {};
   for (int64_t at = 0; at < width; at += kLanes) {
-    const Lanes values = LoadAt(x, at, width);
+    const Vector values = LoadSome(x + at, width - at);
     squares = Fma(values, values, squares);
   }
   const float factor = 1.0f / std::sqrt(Sum(squares) / static_cast<float>(width) + eps);
   for (int64_t i = 0; i < width; ++i) {
     const float scaled = ToFloat(x[i]) * factor;
     if (plus_one) {
-      Store(scaled * (1.0f + ToFloat(weight[i])), y + i);
+      Round(scaled * (1.0f + ToFloat(weight[i])), y + i);
     } else {
       T rounded;
-      Store(scaled, &rounded);
-      Store(ToFloat(rounded) * ToFloat(weight[i]), y + i);
+      Round(scaled, &rounded);
+      Round(ToFloat(rounded) * ToFloat(weight[i]), y + i);
     }
   }
 }
@@ -79,11 +79,11 @@ float Exponentials(float* x, int64_t count) {
   const int64_t room = (count + kLanes - 1) / kLanes * kLanes;
   std::fill(x + count, x + room, -std::numeric_limits<float>::infinity());
   const float top = *std::max_element(x, x + count);
-  Lanes sum = {};
+  Vector sum = {};
   for (int64_t at = 0; at < room; at += kLanes) {
-    const Lanes values = Exp(Load(x + at) - All(top));
-    sum += values;
-    Store(values, x + at, kLanes);
+    const Vector values = Exp(Load(x + at) - Same(top));
+    sum = sum + values;
+    Store(x + at, values);
   }
   return Sum(sum);
 }
@@ -115,7 +115,7 @@ void ChooseOne(const Rule& rule, const float* logits, const float* correction, i
     for (int64_t i = 0; i < e; ++i) score[i] /= sum;
   } else if (rule.score == Rule::kSigmoid) {
     for (int64_t at = 0; at < e; at += kLanes) {
-      Store(All(1.0f) / (All(1.0f) + Exp(-LoadAt(score, at, e))), score + at, e - at);
+      StoreSome(score + at, Sigmoid(LoadSome(score + at, e - at)), e - at);
     }
   }
   for (int64_t i = 0; i < e; ++i) choice[i] = correction ? score[i] + correction[i] : score[i];

@@ -4,6 +4,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -88,8 +89,12 @@ inline Vector FromInt8(const char* from) {
 
 using Vector = Floats;
 inline Vector Fma(Vector a, Vector b, Vector c) {
+#if defined(__FP_FAST_FMAF) || defined(__FMA__) || defined(__aarch64__)
   for (int64_t i = 0; i < kLanes; ++i) c[i] = Fma(a[i], b[i], c[i]);
   return c;
+#else
+  return a * b + c;
+#endif
 }
 inline Vector Load(const float* from) {
   Vector value;
@@ -98,37 +103,100 @@ inline Vector Load(const float* from) {
 }
 inline void Store(float* to, Vector value) { std::memcpy(to, &value, sizeof(value)); }
 inline Vector Same(float value) { return Vector{} + value; }
+// The integers at an address, widened.
+template <typename Integer>
+inline Signed Integers(const char* from) {
+  Integer values __attribute__((vector_size(kLanes * sizeof(Integer))));
+  std::memcpy(&values, from, sizeof(values));
+  return __builtin_convertvector(values, Signed);
+}
 inline Vector FromBfloat16(const char* from) {
-  uint16_t halves[kLanes];
-  std::memcpy(halves, from, sizeof(halves));
-  Words bits;
-  for (int64_t i = 0; i < kLanes; ++i) bits[i] = uint32_t{halves[i]} << 16;
-  return reinterpret_cast<Vector>(bits);
+  return reinterpret_cast<Vector>(Integers<uint16_t>(from) << 16);
 }
-inline Vector FromFloat16(const char* from) {
-  uint16_t halves[kLanes];
-  std::memcpy(halves, from, sizeof(halves));
-  Vector value;
-  for (int64_t i = 0; i < kLanes; ++i) {
-    // The exponent's bias is moved by a product, which is exact for subnormal numbers too.
-    uint32_t bits = (halves[i] & 0x7fffu) << 13;
-    if (bits >= 0x0f800000u) bits |= 0x70000000u;  // infinity and NaN
-    float magnitude;
-    std::memcpy(&magnitude, &bits, sizeof(bits));
-    if (bits < 0x70000000u) magnitude *= 0x1p112f;
-    value[i] = halves[i] & 0x8000u ? -magnitude : magnitude;
-  }
-  return value;
+// Of halves in the lowest bits.
+inline Vector FromHalves(Signed halves) {
+  // The exponent's bias is moved by a product, which is exact for subnormal numbers too.
+  const Signed bits = (halves & 0x7fff) << 13;
+  const Signed special = bits >= 0x0f800000;  // infinity and NaN
+  const Signed magnitude = reinterpret_cast<Signed>(reinterpret_cast<Vector>(bits) * 0x1p112f);
+  const Signed sign = (halves & 0x8000) << 16;
+  return reinterpret_cast<Vector>(((bits | 0x70000000) & special) | (magnitude & ~special) | sign);
 }
+inline Vector FromFloat16(const char* from) { return FromHalves(Integers<uint16_t>(from)); }
 inline Vector FromInt8(const char* from) {
-  Vector value;
-  for (int64_t i = 0; i < kLanes; ++i) value[i] = static_cast<signed char>(from[i]);
-  return value;
+  return __builtin_convertvector(Integers<int8_t>(from), Vector);
 }
 
 #endif
 
 inline Vector Zero() { return Same(0.0f); }
+
+// `value`, but 0 in the lanes where x is less than `limit`.
+inline Vector ZeroBelow(Vector x, float limit, Vector value) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, Same(limit), _CMP_NLT_UQ), value);
+#elif defined(__AVX2__)
+  const __m256 bound = _mm256_set1_ps(limit);
+  return {_mm256_and_ps(_mm256_cmp_ps(x.low, bound, _CMP_NLT_UQ), value.low),
+          _mm256_and_ps(_mm256_cmp_ps(x.high, bound, _CMP_NLT_UQ), value.high)};
+#else
+  for (int64_t i = 0; i < kLanes; ++i) value[i] = x[i] < limit ? 0.0f : value[i];
+  return value;
+#endif
+}
+
+// The sum of the lanes, as a tree; and the largest.
+inline float Sum(Vector value) {
+  float v[kLanes];
+  Store(v, value);
+  for (int64_t half = kLanes / 2; half > 0; half /= 2) {
+    for (int64_t i = 0; i < half; ++i) v[i] += v[i + half];
+  }
+  return v[0];
+}
+inline float Max(Vector value) {
+  float v[kLanes];
+  Store(v, value);
+  return *std::max_element(v, v + kLanes);
+}
+
+// The first `count` values, then zeros.
+inline Vector LoadSome(const float* from, int64_t count) {
+  if (count >= kLanes) return Load(from);
+  float values[kLanes] = {};
+  std::memcpy(values, from, count * sizeof(float));
+  return Load(values);
+}
+inline void StoreSome(float* to, Vector value, int64_t count) {
+  if (count >= kLanes) return Store(to, value);
+  float values[kLanes];
+  Store(values, value);
+  std::memcpy(to, values, count * sizeof(float));
+}
+
+// bfloat16, as the upper half of a float.
+inline Vector Load(const uint16_t* from) { return FromBfloat16(reinterpret_cast<const char*>(from)); }
+inline Vector LoadSome(const uint16_t* from, int64_t count) {
+  if (count >= kLanes) return Load(from);
+  uint16_t values[kLanes] = {};
+  std::memcpy(values, from, count * sizeof(uint16_t));
+  return Load(values);
+}
+inline float ToFloat(float value) { return value; }
+inline float ToFloat(uint16_t bfloat16) {
+  const uint32_t bits = static_cast<uint32_t>(bfloat16) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+inline void Round(float value, float* to) { *to = value; }
+// To the nearest bfloat16, ties to the even one.
+inline void Round(float value, uint16_t* to) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  *to = std::isnan(value) ? 0x7fc0
+                          : static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
 
 inline Words Bits(Vector value) {
   Words bits;
@@ -150,15 +218,10 @@ inline Vector FromFp8(const char* from) {
   const __m256i half = _mm256_and_si256(wide, _mm256_set1_epi16(static_cast<short>(0xbfff)));
   alignas(32) char halves[32];
   _mm256_store_si256(reinterpret_cast<__m256i*>(halves), half);
-#else
-  char halves[2 * kLanes];
-  for (int64_t i = 0; i < kLanes; ++i) {
-    const uint16_t byte = static_cast<unsigned char>(from[i]);
-    const uint16_t half = static_cast<uint16_t>((byte & 0x80) << 8 | (byte & 0x7f) << 7);
-    std::memcpy(halves + 2 * i, &half, sizeof(half));
-  }
-#endif
   return FromFloat16(halves) * Same(256.0f);
+#else
+  return FromHalves((Integers<int8_t>(from) << 7) & 0xbfff) * Same(256.0f);
+#endif
 }
 
 // Powers of two by their exponents with a bias of 127; 0 is 2^-127.
@@ -167,31 +230,32 @@ inline Vector FromE8m0(const char* from) {
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
   const __m512i bits = _mm512_slli_epi32(_mm512_cvtepu8_epi32(bytes), 23);
   return _mm512_castsi512_ps(_mm512_max_epu32(bits, _mm512_set1_epi32(0x00400000)));
-#else
+#elif defined(__AVX2__)
   Words bits;
   for (int64_t i = 0; i < kLanes; ++i) {
     const uint32_t byte = static_cast<unsigned char>(from[i]);
     bits[i] = byte == 0 ? 0x00400000u : byte << 23;
   }
   return OfBits(bits);
+#else
+  const Signed bytes = Integers<uint8_t>(from);
+  return reinterpret_cast<Vector>(bytes << 23 | ((bytes == 0) & 0x00400000));
 #endif
 }
 
-// e^x to a unit in the last place or two; saturates instead of overflowing.
+// e^x to two units in the last place; 0 below -87, and above 88 as at 88.
 inline Vector Exp(Vector x) {
-  constexpr float kMost = 88.0f, kLog2e = 1.44269504088896341f;
+  constexpr float kLeast = -87.0f, kMost = 88.0f, kLog2e = 1.44269504088896341f;
   constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f, kRound = 12582912.0f;
+  const Vector given = x;
 #if defined(__AVX512F__)
-  x = _mm512_max_ps(_mm512_min_ps(x, Same(kMost)), Same(-kMost));
+  x = _mm512_max_ps(_mm512_min_ps(x, Same(kMost)), Same(kLeast));
 #elif defined(__AVX2__)
-  const __m256 most = _mm256_set1_ps(kMost), least = _mm256_set1_ps(-kMost);
+  const __m256 most = _mm256_set1_ps(kMost), least = _mm256_set1_ps(kLeast);
   x = {_mm256_max_ps(_mm256_min_ps(x.low, most), least),
        _mm256_max_ps(_mm256_min_ps(x.high, most), least)};
 #else
-  for (int64_t i = 0; i < kLanes; ++i) {
-    x[i] = x[i] < kMost ? x[i] : kMost;
-    x[i] = x[i] > -kMost ? x[i] : -kMost;
-  }
+  for (int64_t i = 0; i < kLanes; ++i) x[i] = std::fmax(std::fmin(x[i], kMost), kLeast);
 #endif
   // x = n ln 2 + r; adding 1.5 * 2^23 rounds to the nearest integer, which stays in the low bits.
   const Vector shifted = Fma(x, Same(kLog2e), Same(kRound));
@@ -204,7 +268,12 @@ inline Vector Exp(Vector x) {
     sum = Fma(sum, r, Same(term));
   }
   sum = Fma(sum * r, r, r) + Same(1.0f);
-  return OfBits(Bits(sum) + (Bits(shifted) << 23));
+  return ZeroBelow(given, kLeast, OfBits(Bits(sum) + (Bits(shifted) << 23)));
+}
+inline float Exp(float x) {
+  float values[kLanes];
+  Store(values, Exp(Same(x)));
+  return values[0];
 }
 
 inline Vector Sigmoid(Vector x) { return Same(1.0f) / (Same(1.0f) + Exp(Zero() - x)); }
