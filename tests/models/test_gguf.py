@@ -182,6 +182,29 @@ def test_keys_and_values_of_latents_in_one_tensor(model, directories, tmp_path):
     assert_equal(open_source(path), HFDirectory(directory))
 
 
+@pytest.mark.parametrize(
+    ("keys", "values", "form"),
+    [
+        ("F16", "F16", "float16"),
+        ("F16", "F32", "float32"),
+        ("F16", "BF16", "float32"),
+        ("Q8_0", "F32", "bfloat16"),
+    ],
+)
+def test_halves_of_latents_of_two_types(keys, values, form, tmp_path):
+    """Floats are kept without loss; codes are cut anew."""
+    fields = MODELS["deepseek2"][1] | {"qk_nope_head_dim": 32}
+    write_random_checkpoint(tmp_path / "hf", fields, tokenizer=False)
+    write_tokenizer(tmp_path / "hf")
+    kinds = {"attn_k_b": keys, "attn_v_b": values}
+    path = write_gguf(tmp_path / "model.gguf", tmp_path / "hf", "deepseek2", kinds=kinds)
+    tensor = open_source(path).tensors["model.layers.1.self_attn.kv_b_proj.weight"]
+    assert str(tensor.format) == form
+    if form != "bfloat16":
+        assert str(tensor.matrix().format) == form
+        np.testing.assert_array_equal(tensor.matrix().values().T, tensor.read())
+
+
 def test_quantised_rows_of_paired_heads(directories, tmp_path):
     """The order of rows is undone whatever their type."""
     directory = directories("llama")
