@@ -131,12 +131,13 @@ class WeightFormat:
         Of four-bit integers the weight farthest from zero becomes -8, as that code has no opposite.
 
         Raises:
-            ValueError: a weight is NaN or infinite and the format has scales, or it has offsets.
+            ValueError: a weight is NaN or infinite and the format has scales; or the format has
+                offsets, or codes of another kind than mxfp4 with powers of two as scales.
         """
         if self.kind in FLOATS:
             return {"values": np.ascontiguousarray(values_io.astype(FLOATS[self.kind], copy=False))}
-        if self.offset:
-            raise ValueError(f"{self}: nothing is rounded to a format with offsets")
+        if self.offset or (self.scale == "e8m0" and self.kind != "mxfp4"):
+            raise ValueError(f"{self}: nothing is rounded to such a format")
         values = np.asarray(values_io, np.float32)
         if count := np.count_nonzero(~np.isfinite(values)):
             raise ValueError(f"{count} of {values.size} weights are NaN or infinite")

@@ -1,6 +1,8 @@
 """Measure an exported model on held-out text: bits per byte, expert skew, local share.
 
 python evaluate.py --work W --model ../../dance_jax/demo [--bytes 1000000] [--out evaluation.json]
+
+--experts and --trunk round the weights first, as the launcher's options do.
 """
 
 import argparse
@@ -18,10 +20,14 @@ from flax import nnx
 from tokenizer import BOS, DOMAINS, documents
 from tokenizers import Tokenizer
 
+from dance_jax.config import EXPERT_CHOICES, TRUNK_CHOICES, Rounding
 from dance_jax.models import native
 from dance_jax.models.attention import Rows
 from dance_jax.models.checkpoint import Checkpoint
 from dance_jax.models.convert import convert
+from dance_jax.models.experts import Pool
+from dance_jax.models.kernels_cpu import NativePool
+from dance_jax.models.trunk import rope_of
 from dance_jax.placement import place
 
 # three unequal servers: share of all routed experts each can hold, and the domain of its users
@@ -48,32 +54,58 @@ def known_share(work: Path, domain: str, text: bytes) -> float:
     return sum(len(s) for s in held if s in known) / max(1, sum(map(len, held)))
 
 
+def expert_pairs(checkpoint: Checkpoint) -> list[tuple[int, int]]:
+    """(MoE layer, expert) of every routed expert, layer by layer."""
+    c = checkpoint.config
+    return [(layer, e) for layer in range(len(c.moe_layers)) for e in range(c.num_experts)]
+
+
 def window_runner(checkpoint: Checkpoint) -> RunWindow:
     """The engine's own model on one window, no token dropped."""
-    c = checkpoint.config
-    pairs = [(layer, e) for layer in range(len(c.moe_layers)) for e in range(c.num_experts)]
-    pool = tuple(map(jnp.asarray, checkpoint.experts(pairs, checkpoint.form("float32"))))
-    form = checkpoint.form("float32")
+    c, form = checkpoint.config, checkpoint.form("float32")
+    pairs = expert_pairs(checkpoint)
+    read = checkpoint.experts(pairs, form)
+    native_pool: NativePool | None = None
+    pool: Pool
+    if native.usable():
+        forms = (form.gate, form.up, form.down)
+        native_pool = NativePool(form.d, form.f, form.activation, forms, form.bias, len(pairs))
+        for slot, weights in read:
+            native_pool.put(slot, weights)
+        pool = jnp.int32(native_pool.number)
+    else:
+        pool = tuple(map(jnp.asarray, form.stacked(len(pairs), read)))
     graph, state = nnx.split(checkpoint.trunk("float32"))
-    nothing = [jnp.zeros((1, 1, layer.mixer.cache_width)) for layer in c.layers]
 
     @jax.jit
     def run(state, pool, tokens):
         model = nnx.merge(graph, state)
-
-        def moe(layer, x, expert, weight):
-            slot = layer * c.num_experts + expert
-            return form.ffn(pool, x, slot, weight, c.num_experts), expert
-
+        # A block for the whole window.
+        empty = [jnp.zeros((1, tokens.shape[1], layer.mixer.cache_width)) for layer in c.layers]
         window = Rows.whole(tokens.shape[1])
-        hidden, _, choice = model(
-            tokens[0], window.positions_t, [window], nothing, moe, tokens.shape[1]
-        )
+        hidden, rotations = model.embed(tokens[0], window.positions_t, tokens.shape[1])
+        choices = []
+        for number, layer in enumerate(model.layers):
+            rope = rope_of(c, number)
+            rotation = None if rope is None else rotations[rope]
+            first = len(choices) * c.num_experts
+
+            def moe(routed, first=first):
+                slot = first + routed.expert
+                sums = form.ffn(pool, routed.x, slot, routed.weight, len(c.moe_layers))
+                return sums, routed.expert
+
+            hidden, _, choice = layer(hidden, rotation, [window], empty[number], moe)
+            choices += [] if choice is None else [choice]
         logits = model.logits(hidden[:-1])
         chosen = jnp.take_along_axis(logits, tokens[0, 1:, None], 1)[:, 0]
-        return jax.nn.logsumexp(logits, 1) - chosen, choice
+        return jax.nn.logsumexp(logits, 1) - chosen, jnp.stack(choices)
 
-    return lambda tokens: run(state, pool, tokens)
+    def window(tokens: np.ndarray) -> tuple[jax.Array, jax.Array]:
+        assert native_pool is None or native_pool.number == pool  # it lives as long as this does
+        return run(state, pool, tokens)
+
+    return window
 
 
 def measure(
@@ -133,11 +165,15 @@ def main() -> None:
     parser.add_argument("--bytes", type=int, default=1_000_000)
     parser.add_argument("--window", type=int, default=2048, help="tokens a forward pass sees")
     parser.add_argument("--stride", type=int, help="tokens between windows (default: no overlap)")
+    parser.add_argument("--experts", choices=EXPERT_CHOICES, default="keep", help="(%(default)s)")
+    parser.add_argument("--trunk", choices=TRUNK_CHOICES, default="keep", help="(%(default)s)")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as converted:
         native.load(Path(converted))
-        checkpoint = Checkpoint.open(convert(args.model, Path(converted) / "model"))
+        rounding = Rounding(args.experts, args.trunk)
+        model = convert(args.model, Path(converted) / "model", rounding=rounding)
+        checkpoint = Checkpoint.open(model)
         run = window_runner(checkpoint)
     tokenizer = Tokenizer.from_file(str(args.model / "tokenizer.json"))
     report: dict[str, dict] = {}

@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from dance_jax.config import EngineConfig, ServerSpec, UserError
+from dance_jax.config import EngineConfig, Rounding, ServerSpec, UserError
 from dance_jax.launch import child, model_files
 from dance_jax.launch.hosts import parse_hosts
 from dance_jax.launch.model_files import ModelFiles, pack
@@ -45,16 +45,19 @@ def setup_with(files: bytes, model: str = "") -> Setup:
 
 
 def test_they_are_there_until_they_have_been_read(tmp_path: pathlib.Path) -> None:
-    model = convert(write_model(tmp_path / "source"), tmp_path / "model")
-    private = tmp_path / "private"
+    source, private = write_model(tmp_path / "source"), tmp_path / "private"
+    model = convert(source, tmp_path / "model", rounding=Rounding("int4", "int8"))
     private.mkdir()
     sent = msgspec.json.encode(setup_with(pack(model)))
     files = ModelFiles(msgspec.json.decode(sent, type=Setup), str(private))
     (directory,) = private.iterdir()
     there = {path.name: path.read_bytes() for path in directory.iterdir()}
-    names = (*SIDE_FILES, FORMATS)
-    assert there == {n: (model / n).read_bytes() for n in names if (model / n).exists()}
+    names = [n for n in (*SIDE_FILES, FORMATS) if (model / n).exists()]
+    assert there == {n: (model / n).read_bytes() for n in names}
+    assert FORMATS in there and files.formats is None
     config, tokenizer = files.read()
+    assert files.formats == Checkpoint.open(model).formats
+    assert str(files.formats.experts["w_up"]) == "int4:32:bfloat16"
     assert config == read_config(model)
     assert files.formats == Checkpoint.open(model).formats
     assert tokenizer.decode(tokenizer.encode("Es war")) == "Es war"

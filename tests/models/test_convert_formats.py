@@ -19,8 +19,10 @@ import pytest
 from safetensors.numpy import load_file
 
 import dance_jax.models.convert as convert_module
-from dance_jax.config import Rounding, UserError
-from dance_jax.models.checkpoint import MANIFEST, Checkpoint
+from dance_jax import LLM
+from dance_jax.config import EngineConfig, Rounding, UserError
+from dance_jax.launch.plan import model_notes
+from dance_jax.models.checkpoint import FORMAT, MANIFEST, Checkpoint
 from dance_jax.models.convert import convert, ensure_converted, main, outline
 from dance_jax.models.formats import ROUNDED, WeightFormat, unfit_report
 from dance_jax.models.orbax_store import save_arrays
@@ -112,6 +114,9 @@ def test_choices_that_do_not_exist(floats: pathlib.Path, tmp_path: pathlib.Path,
         assert f"invalid choice: '{wrong}'" in capsys.readouterr().err
     with pytest.raises(UserError, match="trunk='int4-mixed': one of keep, bf16, int8, int4"):
         Rounding(trunk="int4-mixed")
+    for options in ({"experts": "int3"}, {"trunk": "int4-mixed"}):
+        with pytest.raises(UserError, match="one of keep, bf16, int8, int4"):
+            LLM(tmp_path / "nothing", **options)
     nothing_is_left(tmp_path)
 
 
@@ -245,6 +250,9 @@ def test_matrices_that_a_choice_does_not_fit_are_named(
     line = "--experts int4 needs inputs in multiples of 8; as they are stored stay, of all"
     assert f"{line} experts: w_down (20 inputs)" in " ".join(capsys.readouterr().err.split())
     made = Checkpoint.open(tmp_path / "out")
+    planned = EngineConfig(64, rounding=Rounding("int4"))
+    assert any(note.startswith(line) for note in model_notes(made.config, planned))
+    assert not any("--experts" in note for note in model_notes(made.config, EngineConfig(64)))
     forms = {name: str(form) for name, form in made.formats.experts.items()}
     assert forms == {"w_gate": "int4:32:bfloat16", "w_up": "int4:32:bfloat16", "w_down": "float32"}
     assert unfit_report("int4-mixed", 64, 20) == "", "eight bits fit any"
@@ -270,10 +278,8 @@ def test_sizes_that_no_group_divides(choice: str, d: int, f: int, tmp_path: path
     stored = load_file(source / "model.safetensors")
     for part in ("gate", "up", "down"):
         kept, d_in, _ = form.matrices[f"w_{part}"]
-        own = {
-            name: arrays[f"w_{part}.{name}"]
-            for name in kept.arrays(*form.matrices[f"w_{part}"][1:])
-        }
+        start = f"w_{part}."
+        own = {n.removeprefix(start): array for n, array in arrays.items() if n.startswith(start)}
         values = stored[f"model.layers.1.mlp.experts.2.{part}_proj.weight"].T.astype(np.float32)
         wanted = kept.dequantise(kept.quantise(values), d_in)
         np.testing.assert_array_equal(kept.dequantise(own, d_in), wanted)
@@ -340,12 +346,13 @@ def test_an_interrupted_conversion_of_codes(
 def test_a_model_of_the_version_before(floats: pathlib.Path, tmp_path: pathlib.Path) -> None:
     """Without formats.json; in a cache it is left alone."""
     made = ensure_converted(floats, tmp_path / "cache")
-    old = made.rename(made.with_name(made.name[:-1] + "2"))
+    old = made.rename(made.with_name(made.name.removesuffix(f"-{FORMAT}") + f"-{FORMAT - 1}"))
     (old / "formats.json").unlink()
-    manifest = json.loads((old / MANIFEST).read_text()) | {"format": 2}
+    manifest = json.loads((old / MANIFEST).read_text()) | {"format": FORMAT - 1}
     (old / MANIFEST).write_text(json.dumps(manifest))
+    message = f"format {FORMAT - 1}, this version reads {FORMAT}; delete the directory and convert"
     for read in (Checkpoint.open, outline, lambda path: convert(floats, path)):
-        with pytest.raises(UserError, match="format 2, this version reads 3; delete the directory"):
+        with pytest.raises(UserError, match=message):
             read(old)
     assert ensure_converted(floats, tmp_path / "cache") == made
     assert {path.name for path in (tmp_path / "cache").iterdir()} == {made.name, old.name}

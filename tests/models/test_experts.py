@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -45,7 +46,11 @@ def make_experts(form: ExpertFormat, slots: int) -> list[dict[str, np.ndarray]]:
     for _ in range(slots):
         own = {}
         for name, (kept, *shape) in form.matrices.items():
-            arrays = kept.quantise(rng.normal(size=shape).astype(np.float32))
+            plain = dataclasses.replace(kept, offset=False)
+            arrays = plain.quantise(rng.normal(size=shape).astype(np.float32))
+            if kept.offset:
+                scale = arrays["scale"]
+                arrays["offset"] = rng.normal(size=scale.shape).astype(scale.dtype)
             own |= {f"{name}.{array}": values for array, values in arrays.items()}
         for name, leaf in form.leaves.items():
             if name not in own:
@@ -166,6 +171,47 @@ def test_in_cpp_and_in_jax_it_is_the_same(
         # In JAX weights and hidden activations are rounded to the dtype.
         tolerance = (3e-2 if rounds else 1e-4) * (1 + np.abs(expected).max())
         np.testing.assert_allclose(y_nd, expected, rtol=0, atol=tolerance)
+
+
+@st.composite
+def any_formats(draw) -> tuple[int, int, Kept]:
+    """Widths, and formats of gate, up and down that fit them; groups may divide nothing."""
+    d, f = draw(st.tuples(*[st.sampled_from([8, 24, 40, 136, 33, 7])] * 2))
+
+    def one() -> WeightFormat:
+        kind = draw(st.sampled_from(["float16", "int8", "fp8", "int4", "mxfp4"]))
+        if kind == "float16":
+            return WeightFormat(kind)
+        group = draw(st.sampled_from([8, 16, 32, 128, 5, d]))
+        scale = draw(st.sampled_from(["float32", "float16", "bfloat16"]))
+        if kind == "mxfp4":
+            kept = WeightFormat(kind, group, "e8m0")
+        else:
+            kept = WeightFormat(kind, group, scale, draw(st.booleans()))
+        return kept if kept.fits(d) and kept.fits(f) else HALF
+
+    return d, f, (one(), one(), one())
+
+
+@settings(max_examples=40, deadline=None)
+@given(shape=any_formats(), rows=st.sampled_from([1, 9, 40]), seed=st.integers(0, 2**31))
+def test_any_formats_of_odd_sizes_in_cpp(compiled, shape, rows, seed):
+    d, f, kept = shape
+    form = make_format(0, d, f, kept=kept)
+    pool, library, rng = make_pool(form, 3), native_pool(form, 3), np.random.default_rng(seed)
+    assert library.bytes == 3 * form.bytes
+    held = form.empty()
+    library.get(2, held)
+    for (name, own), leaf in zip(form.leaves.items(), held, strict=True):
+        assert (leaf.shape, leaf.dtype) == (own.shape, own.dtype), name
+    for ours, theirs in zip(held, pool, strict=True):
+        assert ours.tobytes() == np.asarray(theirs)[2].tobytes()
+    x_nd = rng.normal(size=(rows, d)).astype(np.float32)
+    slot_nk = rng.integers(-1, 3, (rows, 2)).astype(np.int32)
+    weight_nk = rng.random((rows, 2)).astype(np.float32)
+    y_nd = form.ffn(jnp.int32(library.number), jnp.asarray(x_nd), slot_nk, weight_nk, 1)
+    expected = dense(form, pool, x_nd, slot_nk, weight_nk)
+    np.testing.assert_allclose(y_nd, expected, rtol=0, atol=1e-4 * (1 + np.abs(expected).max()))
 
 
 @settings(max_examples=30, deadline=None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -102,6 +104,51 @@ def test_a_common_format_holds_all_without_loss(kinds, groups, offsets, seed) ->
         assert common([form, matrix.format]) == form
         assert matrix.to(form).format == form
         np.testing.assert_array_equal(matrix.to(form).values(), matrix.values())
+
+
+@st.composite
+def any_format(draw: st.DrawFn, d_in: int) -> WeightFormat:
+    kind = draw(st.sampled_from(["float32", "float16", "bfloat16", "int8", "fp8", "int4", "mxfp4"]))
+    form = WeightFormat(kind)
+    if kind not in ("float32", "float16", "bfloat16"):
+        group = draw(st.sampled_from([1, 5, 8, 24, 32, 128, d_in]))
+        scale = "e8m0" if kind == "mxfp4" else draw(st.sampled_from(["float32", "bfloat16"]))
+        form = WeightFormat(kind, group, scale, kind != "mxfp4" and draw(st.booleans()))
+    return form if form.fits(d_in) else WeightFormat("bfloat16")
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.data(), st.sampled_from([7, 8, 24, 33, 40, 64, 100]), st.integers(0, 2**31))
+def test_any_formats_of_any_size_have_a_common_one(data, d_in: int, seed: int) -> None:
+    """Whatever their order."""
+    forms = data.draw(st.lists(any_format(d_in), min_size=2, max_size=4))
+    form, rng = common(forms), np.random.default_rng(seed)
+    assert common(forms[::-1]) == form == common([form, *forms])
+    assert WeightFormat.parse(str(form)) == form
+    likes = form.arrays(d_in, 3)
+    for own in forms:
+        plain = dataclasses.replace(own, offset=False)
+        arrays = plain.quantise(random(d_in, 3, seed) * np.float32(10.0 ** rng.integers(-9, 4)))
+        if own.offset:
+            arrays["offset"] = random(*arrays["scale"].shape, seed).astype(arrays["scale"].dtype)
+        matrix = Matrix(own, arrays, d_in)
+        found = matrix.to(form)
+        assert {n: (a.shape, a.dtype) for n, a in found.arrays.items()} == {
+            n: (like.shape, like.dtype) for n, like in likes.items()
+        }
+        np.testing.assert_array_equal(found.values(), matrix.values())
+
+
+def test_what_is_no_number_is_not_rounded() -> None:
+    for wrong in (np.nan, np.inf, -np.inf):
+        values = random(32, 2)
+        values[3, 1] = wrong
+        for name in ("int8", "int4", "mxfp4"):
+            with pytest.raises(ValueError, match="1 of 64 weights are NaN or infinite"):
+                ROUNDED[name].quantise(values)
+    for form in (WeightFormat("int8", 32, "e8m0"), WeightFormat("int4", 32, "float32", True)):
+        with pytest.raises(ValueError, match="nothing is rounded to such a format"):
+            form.quantise(random(32, 2))
 
 
 def test_formats_have_a_text() -> None:

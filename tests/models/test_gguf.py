@@ -19,6 +19,7 @@ from dance_jax.models import hub
 from dance_jax.models.checkpoint import Checkpoint
 from dance_jax.models.convert import check_readable, convert, ensure_converted, main, outline
 from dance_jax.models.directory import SIDE_FILES, read_config, side_files
+from dance_jax.models.formats import Matrix
 from dance_jax.models.ggml.header import Place, read_header, read_parts
 from dance_jax.models.ggml.kinds import KINDS, NOT_EXACT
 from dance_jax.models.ggml.model import GGUFModel, open_source
@@ -26,7 +27,7 @@ from dance_jax.models.ggml.tensors import PackedTensor
 from dance_jax.models.ggml.tokenizer import _PRE, tokenizer_files
 from dance_jax.models.hf import HFDirectory
 from dance_jax.models.random_weights import write_random_checkpoint
-from dance_jax.models.tensors import expert_rules, trunk_rules
+from dance_jax.models.tensors import expert_rules, parts_of, trunk_rules
 from dance_jax.models.tokenizer import Tokenizer
 from tests.models.gguf_writing import MODELS, write_gguf, write_tokenizer
 from tests.stacks import stacked
@@ -138,11 +139,13 @@ def weights(model):
         model.config.moe_layers, range(model.config.num_experts)
     ):
         rules += [(f"{layer} {expert} ", r) for r in expert_rules(model.config, layer, expert)]
-    return {
-        prefix + target.path: target.cut(model.tensors[rule.source].read())
-        for prefix, rule in rules
-        for target in rule.targets
-    }
+    found = {}
+    for prefix, rule in rules:
+        for path, part in parts_of(rule, model.tensors[rule.source]):
+            if isinstance(part, list):
+                part = np.stack([head.values() for head in part])
+            found[prefix + path] = part.values() if isinstance(part, Matrix) else part
+    return found
 
 
 def assert_equal(found, source):
@@ -177,6 +180,29 @@ def test_keys_and_values_of_latents_in_one_tensor(model, directories, tmp_path):
     path = write_gguf(tmp_path / "old.gguf", directory, model, old_heads=True)
     assert "blk.0.attn_kv_b.weight" in read_header(path).tensors
     assert_equal(open_source(path), HFDirectory(directory))
+
+
+@pytest.mark.parametrize(
+    ("keys", "values", "form"),
+    [
+        ("F16", "F16", "float16"),
+        ("F16", "F32", "float32"),
+        ("F16", "BF16", "float32"),
+        ("Q8_0", "F32", "bfloat16"),
+    ],
+)
+def test_halves_of_latents_of_two_types(keys, values, form, tmp_path):
+    """Floats are kept without loss; codes are cut anew."""
+    fields = MODELS["deepseek2"][1] | {"qk_nope_head_dim": 32}
+    write_random_checkpoint(tmp_path / "hf", fields, tokenizer=False)
+    write_tokenizer(tmp_path / "hf")
+    kinds = {"attn_k_b": keys, "attn_v_b": values}
+    path = write_gguf(tmp_path / "model.gguf", tmp_path / "hf", "deepseek2", kinds=kinds)
+    tensor = open_source(path).tensors["model.layers.1.self_attn.kv_b_proj.weight"]
+    assert str(tensor.format) == form
+    if form != "bfloat16":
+        assert str(tensor.matrix().format) == form
+        np.testing.assert_array_equal(tensor.matrix().values().T, tensor.read())
 
 
 def test_quantised_rows_of_paired_heads(directories, tmp_path):

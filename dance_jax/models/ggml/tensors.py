@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 
 from dance_jax.config import UserError
-from dance_jax.models.formats import Matrix, WeightFormat
+from dance_jax.models.formats import Matrix, WeightFormat, common
 from dance_jax.models.ggml.header import Place
 from dance_jax.models.ggml.kinds import KINDS, PLAIN, decode, format_of, values
 
@@ -143,7 +143,10 @@ class LatentHeads:
     @property
     def format(self) -> WeightFormat:
         """Floats: groups of the keys' half run along another axis."""
-        return WeightFormat(PLAIN.get(self.kind, "bfloat16"))
+        kinds = (self.keys.kind, self.values.kind)
+        if not all(kind in PLAIN for kind in kinds):
+            return WeightFormat("bfloat16")
+        return common(WeightFormat(PLAIN[kind]) for kind in kinds)
 
     def matrix(self, inputs_first: bool = False) -> Matrix:
         """The weights [rank, heads * (nope + value)]."""
