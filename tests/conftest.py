@@ -16,6 +16,7 @@ import pytest
 
 from dance_jax.models import native
 from tests.cluster.fixture import TestCluster
+from tests.quick import shared_folder
 
 # A shell's background job ignores Ctrl-C, and so would every process that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -31,12 +32,10 @@ def collected() -> None:
 @pytest.fixture(scope="session")
 def expert_library(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path | None:
     """The experts in C++, registered in this process from here on; None without a compiler."""
-    # Processes that share the tests share it, too: one builds and the others wait.
-    shared = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        shared = shared.parent
-    (shared / "library").mkdir(exist_ok=True)
-    library = native.build(shared / "library")
+    folder = shared_folder(tmp_path_factory) / "library"
+    folder.mkdir(exist_ok=True)
+    # One process builds, and the others wait.
+    library = native.build(folder)
     assert (library is None) == (shutil.which(os.environ.get("CXX", "c++")) is None)
     native.register(library)
     return library

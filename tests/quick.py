@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import pathlib
 import shutil
 from collections.abc import Callable
 
 import jax
+import pytest
 
 from dance_jax.engine.compile_cache import CompileCache
 
@@ -15,6 +17,12 @@ from dance_jax.engine.compile_cache import CompileCache
 QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 #: The same for engines in processes of their own.
 XLA_FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+
+
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """For files of the session that all processes which share its tests use."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
 
 
 def cache_directory(folder: pathlib.Path, expert_library: pathlib.Path | None) -> pathlib.Path:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import io
 import json
 import os
 import pathlib
+import pickle
+import shutil
 import sys
 from collections.abc import Generator
 from typing import Any
@@ -27,7 +30,7 @@ from dance_jax.models.checkpoint import Checkpoint
 from dance_jax.models.convert import ensure_converted
 from dance_jax.models.tokenizer import Tokenizer
 from tests.launch.tiny import HOSTS, write_model
-from tests.quick import cache_directory
+from tests.quick import cache_directory, shared_folder
 
 #: Sequences at once on each device: fewer sizes to compile.
 NUM_SEQS = 4
@@ -70,9 +73,17 @@ _tiny: list[Tiny] = []
 
 
 def cold_run(tmp_path_factory: pytest.TempPathFactory, expert_library: pathlib.Path | None) -> Tiny:
-    """The files and results; made at the first call of the session."""
+    """The results, made once for all processes of the session, and files of this process's own."""
     if not _tiny:
-        _tiny.append(_cold_run(tmp_path_factory.mktemp("tiny"), expert_library))
+        kept = shared_folder(tmp_path_factory) / "tiny.pickle"
+        with kept.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not kept.exists():
+                made = _cold_run(tmp_path_factory.mktemp("cold"), expert_library)
+                kept.write_bytes(pickle.dumps(made))
+        made = pickle.loads(kept.read_bytes())
+        own = shutil.copytree(made.folder, tmp_path_factory.mktemp("tiny") / "copy")
+        _tiny.append(dataclasses.replace(made, folder=own))
     return _tiny[0]
 
 
