@@ -324,10 +324,10 @@ def sparse_checkpoint(path, layers, experts, d, f):
     return end
 
 
-def test_memory_stays_below_a_gigabyte_above_the_largest_tensor(tmp_path):
-    total = sparse_checkpoint(tmp_path / "model", layers=1, experts=12, d=2048, f=8192)
-    largest = 2048 * 8192 * 2
-    assert total > (1 << 30) + largest  # holding all of it would fail
+def test_memory_stays_below_two_thirds_of_a_gigabyte_above_the_largest_tensor(tmp_path):
+    total = sparse_checkpoint(tmp_path / "model", layers=1, experts=7, d=2048, f=8192)
+    largest, most = 2048 * 8192 * 2, 640 << 20
+    assert total > most + largest  # holding all of it would fail
     code = """
         import re, sys
         from dance_jax.models.convert import main
@@ -340,7 +340,7 @@ def test_memory_stays_below_a_gigabyte_above_the_largest_tensor(tmp_path):
     assert status == 0, errors
     peak = int(output.split()[-1]) * 1024
     print(f"peak {peak / 1e6:.0f} MB for a model of {total / 1e6:.0f} MB")
-    assert peak < largest + (1 << 30)
+    assert peak < largest + most
 
 
 def test_one_process_of_a_distributed_job_loads_alone(converted):
@@ -364,7 +364,7 @@ def test_one_process_of_a_distributed_job_loads_alone(converted):
     port = free_ports(1)
     idle = python(code, 0, port, converted, stdin=subprocess.PIPE)
     loader = python(code, 1, port, converted, stdin=subprocess.DEVNULL)
-    deadline = threading.Timer(60, loader.kill)
+    deadline = threading.Timer(240, loader.kill)
     deadline.start()
     try:
         assert loader.stdout.readline() == "loaded\n"

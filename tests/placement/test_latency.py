@@ -18,6 +18,8 @@ from dance_jax.placement.policies.lockstep import Sample, layer_times, locate, r
 quick = settings(max_examples=8, deadline=None, derandomize=True, database=None)
 #: Servers, layers, experts, k.
 SHAPE = (3, 4, 8, 2)
+#: The same for what takes long to compile, and tokens of each server there: compiled once.
+LARGE, TOKENS = (3, 6, 16, 3), 500
 
 
 def preferring_routes(seed, shape=SHAPE, tokens=200):
@@ -58,7 +60,7 @@ def masks(placement):
     return jnp.asarray(placement.holders, lockstep.mask_dtype(placement.num_servers))
 
 
-@pytest.mark.parametrize("servers", [1, 3, 5, 8, 9])
+@pytest.mark.parametrize("servers", [1, 3, 8, 9])
 @quick
 @given(seed=st.integers(0, 2**32 - 1))
 def test_times_of_blocks_are_the_metrics_of_each_block(servers, seed):
@@ -160,8 +162,8 @@ def test_small_cases_are_solved_to_the_optimum(seed, capacities):
 
 
 def test_less_time_than_every_other_policy_on_unseen_tokens():
-    routes = preferring_routes(1, (3, 6, 16, 3), tokens=2000)
-    fit, unseen = [r[::2] for r in routes], [r[1::2] for r in routes]
+    routes = preferring_routes(1, LARGE, tokens=1500)
+    fit, unseen = [r[:TOKENS] for r in routes], [r[TOKENS:] for r in routes]
     counts, capacities, devices = counts_of(fit, 16), [32, 32, 64], [1, 1, 2]
     cost = Cost.reference(devices, 3)
     times = {}
@@ -188,7 +190,7 @@ def test_traffic_decides_whose_link_matters():
 @pytest.fixture(scope="module")
 def drifting():
     """A placement in force, and routes of the same and of other workloads."""
-    routes = preferring_routes(2, (3, 6, 16, 3), tokens=1000)
+    routes = preferring_routes(2, LARGE, tokens=2 * TOKENS)
     old, new = [r[::2] for r in routes], [r[1::2] for r in routes]
     keywords = {"devices": [1, 1, 2]}
     capacities = [32, 32, 64]
@@ -287,8 +289,8 @@ def test_worked_example():
 
 def test_unequal_links_and_devices_are_seen():
     """A slow link is spared, a slow device computes less."""
-    routes = preferring_routes(3, (3, 4, 12, 2), tokens=1000)
-    counts, capacities = counts_of(routes, 12), [20, 20, 20]
+    routes = preferring_routes(3, LARGE, tokens=TOKENS)
+    counts, capacities = counts_of(routes, 16), [40, 40, 40]
     equal = Cost([1.0] * 3, [0.5] * 3, [1] * 3)
     slow_link = Cost([1.0, 1.0, 4.0], [0.0] * 3, [1] * 3)
     slow_device = Cost([0.1] * 3, [0.5, 0.5, 2.0], [1] * 3)
