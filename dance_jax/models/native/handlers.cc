@@ -1,4 +1,4 @@
-// The native products for XLA, as custom calls, and for Python, as C functions: kernels_cpu.py loads
+// The native products for XLA, as custom calls, and for Python, as C functions: __init__.py loads
 // and registers them.
 
 #include <atomic>

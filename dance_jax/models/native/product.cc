@@ -1,4 +1,4 @@
-// The functions of product.h for one set of instructions, DANCE_ISA: kernels_cpu.py compiles this file
+// The functions of product.h for one set of instructions, DANCE_ISA: __init__.py compiles this file
 // once for each.
 
 #include "product.h"
