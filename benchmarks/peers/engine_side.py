@@ -60,7 +60,7 @@ class EngineSide:
         checkpoint = Checkpoint.open(path)
         self._formats = checkpoint.formats
         self.engine = Engine(checkpoint, Tokenizer.load(path), None, 0, None, CONFIG)
-        self._number = 0
+        self._number = self._beginning = 0
         self.engine.warmup()
 
     def measure(self, kind: str, prompts: list[list[int]], tokens: int) -> dict[str, Any]:
@@ -77,10 +77,11 @@ class EngineSide:
     def _prefill(self, prompts: list[list[int]]) -> tuple[list[float], float, list[list[int]]]:
         """Seconds of each prefill, processor time of all, and the first token of each prompt."""
         seconds, processor, produced = [], 0.0, {}
-        for turn in reversed(range(PREFILLS)):
-            # Another beginning each time, or the prefix cache would have it; the last is real.
-            changed = [[(prompt[0] + turn) % 1000 + 2, *prompt[1:]] for prompt in prompts]
-            produced = self._add(changed if turn else prompts, 1)
+        for _ in range(PREFILLS):
+            # Another beginning each time, or the prefix cache would have it.
+            self._beginning += 1
+            changed = [[self._beginning % 1000 + 2, *prompt[1:]] for prompt in prompts]
+            produced = self._add(changed, 1)
             began, used = time.perf_counter(), _processor()
             while not all(produced.values()):
                 self._step(produced)
