@@ -73,7 +73,7 @@ INSTRUCTIONS = (
         ),
     ),
     Instructions("avx2", ("avx2", "fma", "f16c"), ("-mavx2", "-mfma", "-mf16c")),
-    # Vectors of x86-64 need no optimiser: it takes three times as long for products no faster.
+    # The optimiser takes three times as long for it on x86-64, where hardly a machine needs it.
     Instructions("portable", (), ("-O1",) if platform.machine() == "x86_64" else ()),
 )
 
