@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import pathlib
 from collections.abc import Iterator, Mapping
@@ -19,7 +20,7 @@ Pieces = dict[str, StoredTensor]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PackedTensor:
+class PackedTensor(abc.ABC):
     """One weight, or the weights of all experts of a layer, in place of the float tensor.
 
     A format is a subclass: `open` finds the shape and what is wrong, `_outputs` decodes.
@@ -110,9 +111,9 @@ class PackedTensor:
         if count := np.count_nonzero(wrong):
             yield self.says("scale", f"{count} of {values.size} scales are NaN or infinite")
 
+    @abc.abstractmethod
     def _outputs(self, begin: int, end: int) -> Matrix:
         """Stored outputs begin..end of a matrix."""
-        raise NotImplementedError
 
     def says(self, role: str, fault: str) -> str:
         """A fault with the name, file and format of a piece."""
