@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from dance_jax.models import native
 from dance_jax.models.config import ModelConfig
 from dance_jax.models.formats import WeightFormat
 from dance_jax.models.layers import Weight
@@ -44,7 +45,7 @@ def fill(
     weights: Iterable[tuple[str, np.ndarray]],
     forms: Forms | None = None,
 ) -> Trunk:
-    """A trunk with the given weights, on the default device of this process.
+    """A trunk with the given weights, on the default device of this process, ready to compute.
 
     Args:
         config: the model.
@@ -70,7 +71,12 @@ def fill(
     if slots:
         raise ValueError(f"weights are missing: {', '.join(sorted(slots))}")
     graph, _ = nnx.split(skeleton)
-    return nnx.merge(graph, nnx.from_flat_state(filled))
+    trunk = nnx.merge(graph, nnx.from_flat_state(filled))
+    filled.clear()
+    if native.usable():
+        for _, weight in _matrices(trunk):
+            weight.pack()
+    return trunk
 
 
 def init_random(config: ModelConfig, seed: int, dtype: str = "float32") -> Trunk:

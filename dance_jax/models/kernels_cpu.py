@@ -1,15 +1,16 @@
 """Products with weights in any format on CPUs, by the C++ library: native/product.cc, experts.cc.
 
 XLA:CPU copies every expert's matrices out of the pool before it multiplies by them, reads a trunk's
-on one thread where rows are few, and knows no weights of eight or four bits; the library reads them
-where they lie, on all threads. A row's result depends on that row alone, in every bit.
+on one thread where rows are few, and knows no weights of eight or four bits. The library has them in
+a layout of its own, which it reads in order, on all threads. A row's result depends on that row
+alone, in every bit.
 """
 
 from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -18,15 +19,15 @@ from jax import Array
 
 from dance_jax.models import native
 from dance_jax.models.config import Activation
-from dance_jax.models.formats import WeightFormat
+from dance_jax.models.formats import Arrays, WeightFormat
 
 #: Kinds of weights, of scales and of `Activation` by their numbers in C++.
 _KINDS = ("float32", "bfloat16", "float16", "int8", "fp8", "int4", "mxfp4")
 _SCALES = ("", "float32", "bfloat16", "float16", "e8m0")
 _ACTIVATIONS = ("silu", "gelu", "clamped")
 
-#: A matrix's format and its arrays.
-Weighted = tuple[WeightFormat, Mapping[str, Array]]
+#: A matrix's format, and its panels, or those of a matrix for each head: `pack`.
+Packed = tuple[WeightFormat, Array]
 
 
 def format_words(forms: Sequence[WeightFormat]) -> np.ndarray:
@@ -38,26 +39,47 @@ def format_words(forms: Sequence[WeightFormat]) -> np.ndarray:
     return np.array(words, np.int64).reshape(-1)
 
 
-def linear(weight: Weighted, x: Array, d_out: int) -> Array:
+def pack(form: WeightFormat, arrays: Arrays, d_in: int, d_out: int) -> np.ndarray:
+    """A matrix as products read it from the first byte to the last (native/product.h): uint8 [n].
+
+    Args:
+        arrays: of the format, [in, out].
+    """
+    library = native.library()
+    assert library is not None
+    library.PanelsBytes.restype = ctypes.c_int64
+    shape = ctypes.c_void_p(format_words([form]).ctypes.data), *map(ctypes.c_int64, (d_in, d_out))
+    panels = np.empty(library.PanelsBytes(*shape), np.uint8)
+    own = [np.ascontiguousarray(array) for array in arrays.values()]
+    own += [np.empty(0)] * (3 - len(own))
+    library.PanelsPack(*shape, *(ctypes.c_void_p(each.ctypes.data) for each in (*own, panels)))
+    return panels
+
+
+def linear(weight: Packed, x: Array, d_out: int) -> Array:
     """x [n, in] @ w, or x[:, h] @ w[h] for each head h of x [n, h, in]: float32 [..., d_out]."""
-    form, arrays = weight
+    form, panels = weight
     call = _call("Linear", (*x.shape[:-1], d_out))
-    return call(x.astype(jnp.float32), *arrays.values(), formats=format_words([form]))
+    return call(x.astype(jnp.float32), panels, formats=format_words([form]))
 
 
-def gated_mlp(
-    activation: Activation, weights: Sequence[Weighted], width: int, x_nd: Array
-) -> Array:
+def columns(weight: Packed, chosen_t: Array, d_in: int, d_out: int) -> Array:
+    """What the weights of some outputs are worth, float32 [t, in]."""
+    form, panels = weight
+    call = _call("Columns", (len(chosen_t), d_in))
+    return call(chosen_t, panels, formats=format_words([form]), outputs=np.int64(d_out))
+
+
+def gated_mlp(activation: Activation, weights: Sequence[Packed], width: int, x_nd: Array) -> Array:
     """down(activation(gate(x), up(x))), all rows through one feed-forward: float32 [n, d].
 
     Args:
         weights: gate and up [d, width], down [width, d].
         x_nd: [n, d] of any float type.
     """
-    arrays = [array for _, arrays in weights for array in arrays.values()]
     return _call("GatedMlp", x_nd.shape)(
         x_nd.astype(jnp.float32),
-        *arrays,
+        *(panels for _, panels in weights),
         formats=format_words([form for form, _ in weights]),
         width=np.int64(width),
         activation=np.int32(_ACTIVATIONS.index(activation.kind)),
@@ -158,7 +180,7 @@ class NativePool:
 
     @property
     def bytes(self) -> int:
-        """Bytes of the experts that it holds."""
+        """Bytes of the experts that it holds, with what fills their last panels."""
         return self._library.PoolBytes(ctypes.c_int64(self.number))
 
 

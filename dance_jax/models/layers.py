@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from dance_jax.models import kernels_cpu, native, rows_cpu
@@ -58,7 +59,8 @@ def rms_norm(
 class Weight(nnx.Module):
     """The weights of a projection [in, out], or of one for each head, in any format.
 
-    Its parameters are the format's arrays, with a leading axis for heads.
+    Its parameters are the format's arrays, with a leading axis for heads; or `panels`, uint8, once
+    they are packed for the C++ library.
 
     Args:
         dtype: of the values, until `keep_as` says another format.
@@ -67,12 +69,12 @@ class Weight(nnx.Module):
     def __init__(self, d_in: int, d_out: int, dtype: jnp.dtype, heads: int | None = None):
         self.d_in, self.d_out, self.heads = d_in, d_out, heads
         self.form = WeightFormat(jnp.dtype(dtype).name)
+        self.packed = False
         self._fill()
 
     def keep_as(self, form: WeightFormat) -> None:
         """Keeps the weights, which are zeros still, in another format."""
-        for name in self.form.arrays(self.d_in, self.d_out):
-            delattr(self, name)
+        self._clear()
         self.form = form
         self._fill()
 
@@ -81,32 +83,53 @@ class Weight(nnx.Module):
         for name, array in self.form.arrays(self.d_in, self.d_out).items():
             setattr(self, name, parameter((*leading, *array.shape), array.dtype))
 
+    def _clear(self) -> None:
+        for name in self.form.arrays(self.d_in, self.d_out):
+            delattr(self, name)
+
+    def pack(self) -> None:
+        """Lays the weights out as the C++ library reads them."""
+        arrays = {name: np.asarray(array) for name, array in self._arrays.items()}
+        each = [arrays]
+        if self.heads is not None:
+            each = [{name: array[h] for name, array in arrays.items()} for h in range(self.heads)]
+        panels = [kernels_cpu.pack(self.form, own, self.d_in, self.d_out) for own in each]
+        self._clear()
+        self.packed = True
+        self.panels = nnx.Param(jax.device_put(np.concatenate(panels)))
+
     @property
-    def weighted(self) -> kernels_cpu.Weighted:
-        """The format and the arrays."""
+    def _arrays(self) -> dict[str, jax.Array]:
         names = self.form.arrays(self.d_in, self.d_out)
-        return self.form, {name: getattr(self, name)[...] for name in names}
+        return {name: getattr(self, name)[...] for name in names}
+
+    @property
+    def as_packed(self) -> kernels_cpu.Packed:
+        """What the library's functions are called with."""
+        return self.form, self.panels[...]
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., in] @ w, or x [n, heads, in] by heads, summed in float32: float32 [..., out]."""
-        form, arrays = self.weighted
-        if native.usable():
+        if self.packed:
             rows = x if self.heads else x.reshape(-1, self.d_in)
-            found = kernels_cpu.linear((form, arrays), rows, self.d_out)
+            found = kernels_cpu.linear(self.as_packed, rows, self.d_out)
             return found.reshape(*x.shape[:-1], self.d_out)
+        arrays = self._arrays
         values = arrays.get("values")
         if values is None or values.dtype != x.dtype:
-            values = form.dequantise(arrays, self.d_in).astype(x.dtype)
+            values = self.form.dequantise(arrays, self.d_in).astype(x.dtype)
         return contract("nhi,hio->nho" if self.heads else "...i,io->...o", x, values)
 
     def columns(self, chosen_t: jax.Array) -> jax.Array:
         """What the weights of some outputs are worth, float32 [t, in]; numbers out of range are the
         nearest that there are."""
-        form, arrays = self.weighted
+        if self.packed:
+            return kernels_cpu.columns(self.as_packed, chosen_t, self.d_in, self.d_out)
         own = {
-            name: jnp.take(array, chosen_t, axis=1, mode="clip") for name, array in arrays.items()
+            name: jnp.take(array, chosen_t, axis=1, mode="clip")
+            for name, array in self._arrays.items()
         }
-        return form.dequantise(own, self.d_in).T
+        return self.form.dequantise(own, self.d_in).T
 
 
 class Linear(nnx.Module):
@@ -145,9 +168,9 @@ class GatedMLP(nnx.Module):
 
     def __call__(self, values: jax.Array) -> jax.Array:
         gate, up, down = self.gate.weight, self.up.weight, self.down.weight
-        if native.usable():
+        if gate.packed:
             rows = values.reshape(-1, values.shape[-1])
-            weights = [gate.weighted, up.weighted, down.weighted]
+            weights = [gate.as_packed, up.as_packed, down.as_packed]
             found = kernels_cpu.gated_mlp(self.activation, weights, gate.d_out, rows)
             return found.reshape(values.shape)
         inner = activate(self.activation, gate(values), up(values))

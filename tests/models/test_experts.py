@@ -176,7 +176,7 @@ def test_in_cpp_and_in_jax_it_is_the_same(
 @st.composite
 def any_formats(draw) -> tuple[int, int, Kept]:
     """Widths, and formats of gate, up and down that fit them; groups may divide nothing."""
-    d, f = draw(st.tuples(*[st.sampled_from([8, 24, 40, 136, 33, 7])] * 2))
+    d, f = draw(st.tuples(*[st.sampled_from([8, 24, 40, 136, 33, 7, 64])] * 2))
 
     def one() -> WeightFormat:
         kind = draw(st.sampled_from(["float16", "int8", "fp8", "int4", "mxfp4"]))
@@ -199,7 +199,9 @@ def test_any_formats_of_odd_sizes_in_cpp(compiled, shape, rows, seed):
     d, f, kept = shape
     form = make_format(0, d, f, kept=kept)
     pool, library, rng = make_pool(form, 3), native_pool(form, 3), np.random.default_rng(seed)
-    assert library.bytes == 3 * form.bytes
+    # No more than the arrays, but for what fills the last panel of 64 outputs.
+    assert library.bytes >= 3 * form.bytes
+    assert d != 64 or f != 64 or library.bytes == 3 * form.bytes
     held = form.empty()
     library.get(2, held)
     for (name, own), leaf in zip(form.leaves.items(), held, strict=True):
@@ -239,11 +241,12 @@ def test_products_of_the_trunk(compiled, seed, rows, sizes, name, in_cpp):
     expected = dense(form, pool, x_nd, only, np.ones((rows, 1)))
     arrays = {array: leaves[f"w_gate.{array}"][0] for array in kept.arrays(*sizes)}
     values = np.asarray(kept.dequantise(arrays, sizes[0]))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native, "usable", lambda: in_cpp)
-        np.testing.assert_allclose(mlp.gate.weight(x_nd), x_nd @ values, rtol=0, atol=1e-4)
-        tolerance = 1e-4 * (1 + np.abs(expected).max())
-        np.testing.assert_allclose(mlp(x_nd), expected, rtol=0, atol=tolerance)
+    if in_cpp:
+        for part in (mlp.gate, mlp.up, mlp.down):
+            part.weight.pack()
+    np.testing.assert_allclose(mlp.gate.weight(x_nd), x_nd @ values, rtol=0, atol=1e-4)
+    tolerance = 1e-4 * (1 + np.abs(expected).max())
+    np.testing.assert_allclose(mlp(x_nd), expected, rtol=0, atol=tolerance)
     chosen = mlp.gate.weight.columns(jnp.array([2, 0]))
     np.testing.assert_array_equal(chosen, values[:, [2, 0]].T)
 

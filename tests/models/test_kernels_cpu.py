@@ -22,8 +22,8 @@ from tests.models.test_formats import FORMATS, random
 
 #: With what no quantiser of ours makes.
 ALL = {**FORMATS, "offsets": WeightFormat("int4", 8, "float32", True)}
-#: Inputs, outputs: whole vectors and panels, and what is left of them.
-SIZES = ((64, 512), (200, 75), (136, 33), (264, 16), (8, 1))
+#: Inputs, outputs: whole vectors and panels, what is left of them, and more than a cache is to hold.
+SIZES = ((64, 512), (200, 75), (136, 33), (264, 16), (8, 1), (1096, 70))
 
 
 @pytest.fixture(scope="module")
@@ -42,22 +42,13 @@ def arrays_of(form: WeightFormat, d_in: int, d_out: int, seed: int) -> dict[str,
     return arrays
 
 
-def product(symbols: ctypes.CDLL, number: int, form: WeightFormat, arrays, x, d_out: int):
+def product(symbols: ctypes.CDLL, number: int, form: WeightFormat, panels, x, d_out: int):
     """x @ w by the n-th set of instructions; None: there is none."""
-
-    def at(*names: str) -> ctypes.c_void_p:
-        found = [arrays[name] for name in names if name in arrays]
-        return ctypes.c_void_p(found[0].ctypes.data if found else None)
-
     y, words = np.zeros((len(x), d_out), np.float32), format_words([form])
-    sizes = ctypes.c_int64(x.shape[1]), ctypes.c_int64(d_out)
     there = symbols.ProductBy(
         ctypes.c_int64(number),
-        ctypes.c_void_p(words.ctypes.data),
-        at("codes", "values"),
-        at("scale"),
-        at("offset"),
-        *sizes,
+        *(ctypes.c_void_p(each.ctypes.data) for each in (words, panels)),
+        *(ctypes.c_int64(size) for size in (x.shape[1], d_out)),
         ctypes.c_void_p(x.ctypes.data),
         ctypes.c_int64(len(x)),
         ctypes.c_void_p(y.ctypes.data),
@@ -73,22 +64,26 @@ def test_instructions_agree_with_numpy_and_with_each_other(
     sets = native.usable_instructions()
     for number, (d_in, d_out) in enumerate(SIZES):
         arrays = arrays_of(form, d_in, d_out, number)
-        x = random(7, d_in, 100 + number)
+        x = random(31, d_in, 100 + number)
         values = form.dequantise(arrays, d_in)
         expected = x.astype(np.float64) @ values
         bound = 1e-6 * (np.abs(x).astype(np.float64) @ np.abs(values)) + 1e-7
-        found = [product(forms, n, form, arrays, x, d_out) for n in range(len(sets))]
+        panels = kernels_cpu.pack(form, arrays, d_in, d_out)
+        found = [product(forms, n, form, panels, x, d_out) for n in range(len(sets))]
         for each in found:
             assert each is not None and (np.abs(each - expected) <= bound).all()
         fused = [each for each, own in zip(found, sets, strict=True) if own.needs]
         for each in fused:  # to the bit: so a row is the same on every server with fused products
             np.testing.assert_array_equal(each, fused[0])
         # A row does not depend on those beside it, nor on how XLA calls.
-        alone = [product(forms, 0, form, arrays, x[r : r + 1], d_out) for r in range(len(x))]
-        np.testing.assert_array_equal(np.concatenate(alone), found[0])
-        in_jax = {n: jnp.asarray(array) for n, array in arrays.items()}
-        np.testing.assert_array_equal(kernels_cpu.linear((form, in_jax), x, d_out), found[0])
-    assert product(forms, len(sets), form, arrays, x, d_out) is None
+        for cut in ([*range(len(x))], [4, 7, 20]):
+            parts = [product(forms, 0, form, panels, rows, d_out) for rows in np.split(x, cut)]
+            np.testing.assert_array_equal(np.concatenate(parts), found[0])
+        np.testing.assert_array_equal(kernels_cpu.linear((form, panels), x, d_out), found[0])
+        chosen = np.array([0, d_out - 1, d_out + 5, -3], np.int32)
+        weights = kernels_cpu.columns((form, panels), chosen, d_in, d_out)
+        np.testing.assert_array_equal(weights, values[:, np.clip(chosen, 0, d_out - 1)].T)
+    assert product(forms, len(sets), form, panels, x, d_out) is None
 
 
 @settings(deadline=None, max_examples=20)
@@ -115,7 +110,7 @@ def test_a_row_has_the_same_bits_in_any_batch(compiled, rows, sizes, name, seed)
         own = slice(row, row + 1)
         alone = kernels_cpu.experts(number, x[own], slot[own], weight[own])
         np.testing.assert_array_equal(alone[0], whole[row])
-    heads = jax.tree.map(lambda a: jnp.stack([a] * 2), arrays_of(form, d // 2, f, seed))
+    heads = np.tile(kernels_cpu.pack(form, arrays_of(form, d // 2, f, seed), d // 2, f), 2)
     by_head = kernels_cpu.linear((form, heads), x.reshape(rows, 2, d // 2), f)
     alone = kernels_cpu.linear((form, heads), x[:1].reshape(1, 2, d // 2), f)
     np.testing.assert_array_equal(alone[0], by_head[0])
@@ -186,9 +181,12 @@ def test_of_several_at_once_one_compiles(
 
 def test_time_for_routed_experts_is_counted(compiled: pathlib.Path):
     calls, seconds, assignments = before = kernels_cpu.routed_seconds()
-    form, w_gate, w_down = WeightFormat("float32"), jnp.ones((8, 4)), jnp.ones((4, 8))
-    weights = [(form, {"values": each}) for each in (w_gate, w_gate, w_down)]
-    x_nd = jnp.ones((1, 8))
+    form, x_nd = WeightFormat("float32"), jnp.ones((1, 8))
+    sizes = (8, 4), (8, 4), (4, 8)
+    weights = [
+        (form, kernels_cpu.pack(form, {"values": np.ones(size, np.float32)}, *size))
+        for size in sizes
+    ]
     kernels_cpu.gated_mlp(SILU, weights, 4, x_nd).block_until_ready()
     assert kernels_cpu.routed_seconds() == before, "the trunk's are not"
     pool = NativePool(8, 4, SILU, [form] * 3, False, 2)

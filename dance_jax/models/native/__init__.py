@@ -34,6 +34,7 @@ INSTALLED = _HERE
 #: Custom calls of the library; XLA knows them by the same names.
 _HANDLERS = (
     "Linear",
+    "Columns",
     "GatedMlp",
     "Experts",
     "AttendFloat32",
@@ -128,7 +129,8 @@ def build_products(directory: pathlib.Path) -> pathlib.Path:
         subprocess.CalledProcessError, OSError: it cannot be compiled.
     """
     library = directory / "products.so"
-    _compile(library, [_HERE / "choose.cc", _HERE / _PRODUCT], usable_instructions())
+    sources = [_HERE / name for name in ("choose.cc", "panels.cc", _PRODUCT)]
+    _compile(library, sources, usable_instructions())
     return library
 
 

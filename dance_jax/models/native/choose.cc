@@ -45,17 +45,15 @@ extern "C" {
 
 // For tests: y [rows, out] += x [rows, in] @ w by the n-th best set of instructions; false: there is
 // none.
-bool ProductBy(int64_t number, const int64_t* format, const void* codes, const void* scale,
-               const void* offset, int64_t in, int64_t out, const float* x, int64_t rows, float* y) {
+bool ProductBy(int64_t number, const int64_t* format, const char* panels, int64_t in, int64_t out,
+               const float* x, int64_t rows, float* y) {
   const dance::Kernels* const* all = dance::AllKernels();
   for (int64_t i = 0; i <= number; ++i) {
     if (all[i] == nullptr) return false;
   }
   dance::Matrix w;
   w.format = dance::ReadFormat(format), w.in = in, w.out = out;
-  w.codes = static_cast<const char*>(codes);
-  w.scale = static_cast<const char*>(scale);
-  w.offset = static_cast<const char*>(offset);
+  w.panels = panels;
   all[number]->multiply(w, x, rows, in, 0, out, y, out);
   return true;
 }

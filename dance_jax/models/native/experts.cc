@@ -28,7 +28,6 @@ void For(int64_t count, int64_t work, const std::function<void(int64_t)>& run) {
 
 // Outputs of a part, where a product is cut into `parts` at least; whole panels of weights.
 int64_t Width(int64_t out, int64_t parts) {
-  constexpr int64_t kPanel = 64;
   const int64_t panels = (out + kPanel - 1) / kPanel;
   return std::max<int64_t>(1, panels / std::max<int64_t>(1, parts)) * kPanel;
 }
@@ -173,56 +172,62 @@ void RunProduct(const Matrix& w, const float* x, int64_t rows, int64_t x_stride,
   });
 }
 
-std::vector<int64_t> ExpertSpec::Sizes() const {
-  std::vector<int64_t> sizes;
-  auto add = [&](const Format& format, int64_t in, int64_t out) {
-    Matrix matrix;
-    matrix.format = format, matrix.in = in, matrix.out = out;
-    sizes.push_back(matrix.CodesBytes());
-    if (format.group) sizes.push_back(matrix.ScalesBytes());
-    if (format.offset) sizes.push_back(matrix.ScalesBytes());
+std::pair<Expert, int64_t> ExpertPool::Lay(char* at) const {
+  const char* const begin = at;
+  Expert expert;
+  auto matrix = [&](Matrix& w, const Format& format, int64_t in, int64_t out) {
+    w.format = format, w.in = in, w.out = out, w.panels = at;
+    at += Aligned(w.Bytes());
   };
-  add(gate, d, f);
-  add(up, d, f);
-  add(down, f, d);
-  if (bias) {
-    for (const int64_t width : {f, f, d}) sizes.push_back(width * sizeof(float));
+  matrix(expert.gate, spec_.gate, spec_.d, spec_.f);
+  matrix(expert.up, spec_.up, spec_.d, spec_.f);
+  matrix(expert.down, spec_.down, spec_.f, spec_.d);
+  auto bias = [&](const float*& values, int64_t width) {
+    values = reinterpret_cast<const float*>(at);
+    at += Aligned(width * sizeof(float));
+  };
+  if (spec_.bias) {
+    bias(expert.b_gate, spec_.f);
+    bias(expert.b_up, spec_.f);
+    bias(expert.b_down, spec_.d);
   }
-  return sizes;
+  return {expert, at - begin};
 }
+
+namespace {
+
+// The parts of an expert and their arrays: calls matrix(w, arrays) and bias(values, count, array).
+template <typename Byte, typename ForMatrix, typename ForBias>
+void ForParts(const Expert& expert, Byte* const* arrays, const ForMatrix& matrix,
+              const ForBias& bias) {
+  for (const Matrix* w : {&expert.gate, &expert.up, &expert.down}) {
+    Arrays<Byte> own{*arrays++};
+    if (w->format.group) own.scale = *arrays++;
+    if (w->format.offset) own.offset = *arrays++;
+    matrix(*w, own);
+  }
+  if (expert.b_gate == nullptr) return;
+  bias(expert.b_gate, expert.gate.out, *arrays++);
+  bias(expert.b_up, expert.up.out, *arrays++);
+  bias(expert.b_down, expert.down.out, *arrays);
+}
+
+}  // namespace
 
 void ExpertPool::Put(int64_t slot, const void* const* arrays) {
   auto held = std::make_shared<Held>();
-  const std::vector<int64_t> sizes = spec_.Sizes();
-  // A vector behind each array, as padding: what reads ahead of its end reads our memory.
-  int64_t bytes = kAlignment;
-  for (const int64_t size : sizes) bytes += Aligned(size);
-  held->memory.reset(new char[bytes]);
-  char* to = held->memory.get();
-  to += -reinterpret_cast<uintptr_t>(to) % kAlignment;
-  for (size_t i = 0; i < sizes.size(); ++i) {
-    std::memcpy(to, arrays[i], sizes[i]);
-    held->arrays.push_back(to);
-    to += Aligned(sizes[i]);
-  }
-  size_t at = 0;
-  auto matrix = [&](const Format& format, int64_t in, int64_t out) {
-    Matrix found;
-    found.format = format, found.in = in, found.out = out;
-    found.codes = held->arrays[at++];
-    if (format.group) found.scale = held->arrays[at++];
-    if (format.offset) found.offset = held->arrays[at++];
-    return found;
-  };
-  Expert& expert = held->expert;
-  expert.gate = matrix(spec_.gate, spec_.d, spec_.f);
-  expert.up = matrix(spec_.up, spec_.d, spec_.f);
-  expert.down = matrix(spec_.down, spec_.f, spec_.d);
-  if (spec_.bias) {
-    expert.b_gate = reinterpret_cast<const float*>(held->arrays[at++]);
-    expert.b_up = reinterpret_cast<const float*>(held->arrays[at++]);
-    expert.b_down = reinterpret_cast<const float*>(held->arrays[at++]);
-  }
+  held->memory.reset(new char[Lay(nullptr).second + kAlignment]);
+  char* begin = held->memory.get();
+  begin += -reinterpret_cast<uintptr_t>(begin) % kAlignment;
+  held->expert = Lay(begin).first;
+  ForParts(
+      held->expert, reinterpret_cast<const char* const*>(arrays),
+      [](const Matrix& w, const Arrays<const char>& from) {
+        Pack(w, from, const_cast<char*>(w.panels));
+      },
+      [](const float* values, int64_t count, const char* from) {
+        std::memcpy(const_cast<float*>(values), from, count * sizeof(float));
+      });
   std::shared_ptr<const Held> old = std::move(held);
   const std::lock_guard<std::mutex> lock(mutex_);
   slots_[slot].swap(old);
@@ -235,17 +240,22 @@ bool ExpertPool::Get(int64_t slot, void* const* arrays) const {
     held = slots_[slot];
   }
   if (!held) return false;
-  const std::vector<int64_t> sizes = spec_.Sizes();
-  for (size_t i = 0; i < sizes.size(); ++i) std::memcpy(arrays[i], held->arrays[i], sizes[i]);
+  ForParts(
+      held->expert, reinterpret_cast<char* const*>(arrays),
+      [](const Matrix& w, const Arrays<char>& to) { Unpack(w, to); },
+      [](const float* values, int64_t count, char* to) {
+        std::memcpy(to, values, count * sizeof(float));
+      });
   return true;
 }
 
 int64_t ExpertPool::bytes() const {
-  int64_t each = 0, count = 0;
-  for (const int64_t size : spec_.Sizes()) each += size;
-  const std::lock_guard<std::mutex> lock(mutex_);
-  for (const auto& held : slots_) count += held != nullptr;
-  return count * each;
+  int64_t count = 0;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (const auto& held : slots_) count += held != nullptr;
+  }
+  return count * Lay(nullptr).second;
 }
 
 int64_t ExpertPool::Run(const Assignments& rows, float* y) const {

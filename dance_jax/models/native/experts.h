@@ -6,6 +6,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <utility>
 #include <vector>
 
 #include "product.h"
@@ -42,9 +43,6 @@ struct ExpertSpec {
   Activation activation;
   Format gate, up, down;
   bool bias;
-
-  // Bytes of each array.
-  std::vector<int64_t> Sizes() const;
 };
 
 // The slots of a device. Any thread may write a slot while others compute with what it held: they keep
@@ -66,9 +64,11 @@ class ExpertPool {
  private:
   struct Held {
     std::unique_ptr<char[]> memory;
-    std::vector<char*> arrays;
     Expert expert;
   };
+
+  // An expert whose parts lie in memory from `at` on, and the bytes that they take.
+  std::pair<Expert, int64_t> Lay(char* at) const;
 
   const ExpertSpec spec_;
   mutable std::mutex mutex_;

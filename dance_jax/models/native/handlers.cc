@@ -1,6 +1,7 @@
 // The native products for XLA, as custom calls, and for Python, as C functions: __init__.py loads
 // and registers them.
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstring>
@@ -20,47 +21,38 @@ namespace {
 
 using Rows = ffi::Buffer<ffi::F32, 2>;
 using Slots = ffi::Buffer<ffi::S32, 2>;
+using Numbers = ffi::Buffer<ffi::S32, 1>;
 using Formats = ffi::Span<const int64_t>;
+// Of a matrix, or of one for each head.
+using Panels = ffi::Buffer<ffi::U8>;
 
-int64_t Arrays(const Format& format) { return 1 + (format.group != 0) + format.offset; }
-
-// Takes a matrix's arrays off the arguments of a call, from the `at`-th on.
-Matrix TakeMatrix(const Format& format, ffi::RemainingArgs arrays, size_t& at, int64_t in,
-                  int64_t out) {
-  auto data = [&] {
-    return static_cast<const char*>(arrays.get<ffi::AnyBuffer>(at++).value().untyped_data());
-  };
+Matrix MakeMatrix(const Format& format, int64_t in, int64_t out, const uint8_t* panels) {
   Matrix matrix;
   matrix.format = format, matrix.in = in, matrix.out = out;
-  matrix.codes = data();
-  if (format.group) matrix.scale = data();
-  if (format.offset) matrix.offset = data();
+  matrix.panels = reinterpret_cast<const char*>(panels);
   return matrix;
 }
 
+ffi::Error OtherBytes() {
+  return ffi::Error::InvalidArgument("a matrix has other bytes than its format says");
+}
+
 // y = x @ w; or for each head h, y[:, h] = x[:, h] @ w[h], where x is [n, h, in].
-ffi::Error LinearCall(Formats words, ffi::Buffer<ffi::F32> x,
-                      ffi::RemainingArgs arrays, ffi::ResultBuffer<ffi::F32> y) {
-  const Format format = ReadFormat(words.begin());
-  if (arrays.size() != static_cast<size_t>(Arrays(format))) {
-    return ffi::Error::InvalidArgument("a matrix has other arrays than its format says");
-  }
+ffi::Error LinearCall(Formats words, ffi::Buffer<ffi::F32> x, Panels panels,
+                      ffi::ResultBuffer<ffi::F32> y) {
   const auto from = x.dimensions(), to = y->dimensions();
   const int64_t n = from[0], heads = from.size() == 3 ? from[1] : 1;
   const int64_t in = from.back(), out = to.back();
-  size_t at = 0;
-  Matrix w = TakeMatrix(format, arrays, at, in, out);
+  const Matrix w = MakeMatrix(ReadFormat(words.begin()), in, out, panels.typed_data());
+  if (static_cast<int64_t>(panels.element_count()) != heads * w.Bytes()) return OtherBytes();
   if (heads == 1) {
     RunProduct(w, x.typed_data(), n, in, y->typed_data(), out);
     return ffi::Error::Success();
   }
-  const int64_t codes = w.CodesBytes(), scales = w.ScalesBytes();
   const Kernels& kernels = ForThisProcessor();
   auto head = [&](int64_t h) {
     Matrix own = w;
-    own.codes += h * codes;
-    if (own.scale) own.scale += h * scales;
-    if (own.offset) own.offset += h * scales;
+    own.panels += h * w.Bytes();
     float* sums = y->typed_data() + h * out;
     for (int64_t r = 0; r < n; ++r) std::fill(sums + r * heads * out, sums + r * heads * out + out, 0.0f);
     kernels.multiply(own, x.typed_data() + h * in, n, heads * in, 0, out, sums, heads * out);
@@ -73,16 +65,38 @@ ffi::Error LinearCall(Formats words, ffi::Buffer<ffi::F32> x,
   return ffi::Error::Success();
 }
 
+// y [t, in] = what the weights of the outputs `chosen` are worth; numbers out of range are the nearest.
+ffi::Error ColumnsCall(Formats words, int64_t outputs, Numbers chosen, Panels panels,
+                       ffi::Result<Rows> y) {
+  const int64_t count = chosen.dimensions()[0], in = y->dimensions()[1];
+  const Matrix w = MakeMatrix(ReadFormat(words.begin()), in, outputs, panels.typed_data());
+  if (static_cast<int64_t>(panels.element_count()) != w.Bytes()) return OtherBytes();
+  for (int64_t t = 0; t < count; ++t) {
+    const int64_t output = std::clamp<int64_t>(chosen.typed_data()[t], 0, outputs - 1);
+    ForThisProcessor().column(w, output, y->typed_data() + t * in);
+  }
+  return ffi::Error::Success();
+}
+
 // y = down(activation(gate(x), up(x))), all rows through one feed-forward.
 ffi::Error GatedMlpCall(Formats words, int32_t activation, float alpha, float limit,
-                        int64_t width, Rows x, ffi::RemainingArgs arrays,
+                        int64_t width, Rows x, Panels gate, Panels up, Panels down,
                         ffi::Result<Rows> y) {
   const int64_t n = x.dimensions()[0], d = x.dimensions()[1];
+  auto matrix = [&](int part, int64_t in, int64_t out, const Panels& panels) {
+    const Format format = ReadFormat(words.begin() + part * kFormatWords);
+    return MakeMatrix(format, in, out, panels.typed_data());
+  };
   Expert expert;
-  size_t at = 0;
-  expert.gate = TakeMatrix(ReadFormat(words.begin()), arrays, at, d, width);
-  expert.up = TakeMatrix(ReadFormat(words.begin() + kFormatWords), arrays, at, d, width);
-  expert.down = TakeMatrix(ReadFormat(words.begin() + 2 * kFormatWords), arrays, at, width, d);
+  expert.gate = matrix(0, d, width, gate);
+  expert.up = matrix(1, d, width, up);
+  expert.down = matrix(2, width, d, down);
+  auto whole = [](const Matrix& w, const Panels& panels) {
+    return w.Bytes() == static_cast<int64_t>(panels.element_count());
+  };
+  if (!whole(expert.gate, gate) || !whole(expert.up, up) || !whole(expert.down, down)) {
+    return OtherBytes();
+  }
   const std::vector<int32_t> first(n, 0);
   const std::vector<float> ones(n, 1.0f);
   RunExperts(d, {static_cast<Activation::Kind>(activation), alpha, limit}, {&expert},
@@ -127,6 +141,8 @@ ffi::Error ExpertsCall(ffi::Buffer<ffi::S32> pool, Rows x,
 }  // namespace dance
 
 using dance::Formats;
+using dance::Numbers;
+using dance::Panels;
 using dance::Rows;
 using dance::Slots;
 
@@ -134,8 +150,15 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(Linear, dance::LinearCall,
                               ffi::Ffi::Bind()
                                   .Attr<Formats>("formats")
                                   .Arg<ffi::Buffer<ffi::F32>>()
-                                  .RemainingArgs()
+                                  .Arg<Panels>()
                                   .Ret<ffi::Buffer<ffi::F32>>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(Columns, dance::ColumnsCall,
+                              ffi::Ffi::Bind()
+                                  .Attr<Formats>("formats")
+                                  .Attr<int64_t>("outputs")
+                                  .Arg<Numbers>()
+                                  .Arg<Panels>()
+                                  .Ret<Rows>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(GatedMlp, dance::GatedMlpCall,
                               ffi::Ffi::Bind()
                                   .Attr<Formats>("formats")
@@ -144,7 +167,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(GatedMlp, dance::GatedMlpCall,
                                   .Attr<float>("limit")
                                   .Attr<int64_t>("width")
                                   .Arg<Rows>()
-                                  .RemainingArgs()
+                                  .Arg<Panels>()
+                                  .Arg<Panels>()
+                                  .Arg<Panels>()
                                   .Ret<Rows>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(Experts, dance::ExpertsCall,
                               ffi::Ffi::Bind()

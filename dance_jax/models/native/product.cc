@@ -12,26 +12,28 @@
 namespace dance::DANCE_ISA {
 namespace {
 
-// Outputs and inputs that are widened together: 16 KiB of floats, which the first cache holds.
-constexpr int64_t kPanel = 64, kChunk = 64;
-constexpr int64_t kPanelVectors = kPanel / kLanes;
-// Vectors of a row's outputs, and rows and vectors of a tile, whose sums stay in registers.
+constexpr int kVectors = kPanel / kLanes;
+// Most rows that read a panel's codes together, and vectors of outputs at a time: (measured) as many as
+// have their sums in registers.
+constexpr int kMostRows = 6;
+template <int R>
+inline constexpr int kTogether =
 #if defined(__AVX512F__)
-constexpr int kMostVectors = 8, kTileRows = 6, kTileVectors = 4;
+    kVectors;
 #else
-constexpr int kMostVectors = 4, kTileRows = 6, kTileVectors = 1;
+    R > 2 ? 1 : kVectors / R;
 #endif
-// Rows of codes that are asked of the memory ahead of their use.
-constexpr int64_t kAhead = 16;
+// Inputs that stay in a cache while many rows read them.
+constexpr int64_t kInputs = 512;
+// Bytes that are asked of the memory ahead of their use.
+constexpr int64_t kAhead = 2048;
 
 template <Kind kind>
 inline constexpr bool kTable = kind == Kind::kInt4 || kind == Kind::kMxfp4;
-// Inputs of one row whose weights are read together: (measured) so many that the memory streams.
+// Kinds whose codes are widened first where so many rows read them.
 template <Kind kind>
-inline constexpr int64_t kDepth = kTable<kind> ? 64 : kind == Kind::kInt8 || kind == Kind::kFp8 ? 16 : 8;
-template <Kind kind>
-inline constexpr bool kFloats =
-    kind == Kind::kFloat32 || kind == Kind::kBfloat16 || kind == Kind::kFloat16;
+inline constexpr bool kDear = kTable<kind> || kind == Kind::kFp8;
+constexpr int64_t kManyRows = 24;
 
 // Values of one input's outputs, without scale.
 template <Kind kind>
@@ -99,6 +101,7 @@ inline Vector CodeValues(Codes words, int i) {
 }
 #endif
 
+// One vector of scales or offsets.
 inline Vector Scales(ScaleKind kind, const char* row, int64_t output) {
   switch (kind) {
     case ScaleKind::kFloat32:
@@ -107,259 +110,212 @@ inline Vector Scales(ScaleKind kind, const char* row, int64_t output) {
       return FromBfloat16(row + 2 * output);
     case ScaleKind::kFloat16:
       return FromFloat16(row + 2 * output);
-    case ScaleKind::kE8m0:
-      return FromE8m0(row + output);
     default:
-      return Same(1.0f);
+      return FromE8m0(row + output);
   }
 }
 
-// Calls group(scale[C], offset[C], begin, end) for each group's inputs within [begin, end) and the C
-// vectors of outputs from `output` on.
-template <int C, typename Group>
-inline void ByGroups(const Matrix& w, int64_t begin, int64_t end, int64_t output,
-                     const Group& group) {
-  Vector scale[C], offset[C];
-  for (int64_t from = begin; from < end;) {
-    const int64_t number = from / w.format.group;
-    const int64_t to = std::min(end, (number + 1) * w.format.group);
-    const int64_t row = number * w.format.ScaleBytes(w.out);
-    for (int c = 0; c < C; ++c) {
-      scale[c] = Scales(w.format.scale, w.scale + row, output + c * kLanes);
-      if (w.format.offset) {
-        offset[c] = Scales(w.format.scale, w.offset + row, output + c * kLanes);
-      }
-    }
-    group(scale, offset, from, to);
-    from = to;
-  }
-}
-
-// Calls take(i, c, weights) for the inputs i in [begin, end) in their order and the vectors c of
-// outputs from `output` on; begin and end are whole rows of codes.
+// Calls take(i, c, value) for `count` inputs in their order and C vectors of a panel's outputs, from
+// the first one's codes on.
 template <Kind kind, int C, typename Take>
-inline void ForWeights(const Matrix& w, int64_t begin, int64_t end, int64_t output,
-                       const Take& take) {
-  const int64_t stride = w.format.CodeBytes(w.out), vector = w.format.CodeBytes(kLanes);
-  const char* codes = w.codes + w.format.CodeBytes(output);
-  if constexpr (kFloats<kind>) {
-    for (int64_t i = begin; i < end; ++i) {
-      const char* row = codes + i * stride;
-      for (int c = 0; c < C; ++c) {
-        __builtin_prefetch(row + kAhead * stride + c * vector);
-        take(i, c, Values<kind>(row + c * vector));
+inline void ForValues(const char* codes, int64_t count, const Take& take) {
+  constexpr Format format{kind};
+  constexpr int64_t step = format.Step(), row = format.CodeBytes(kPanel);
+  constexpr int64_t vector = format.CodeBytes(kLanes);
+  for (int64_t i = 0; i < count; i += step, codes += row) {
+    for (int64_t at = 0; at < C * vector; at += 64) __builtin_prefetch(codes + at + kAhead);
+    if constexpr (kTable<kind>) {
+      Codes words[C];
+      for (int c = 0; c < C; ++c) words[c] = LoadCodes(codes + c * vector);
+      for (int part = 0; part < step; ++part) {
+        for (int c = 0; c < C; ++c) take(i + part, c, CodeValues<kind>(words[c], part));
       }
+    } else {
+      for (int c = 0; c < C; ++c) take(i, c, Values<kind>(codes + c * vector));
     }
-  } else {
-    auto by_groups = [&](auto with_offset) {
-      ByGroups<C>(w, begin, end, output,
-                  [&](const Vector* scale, const Vector* offset, int64_t from, int64_t to) {
-        auto give = [&](int64_t i, int c, Vector value) {
-          value = value * scale[c];
-          if constexpr (with_offset) value = value + offset[c];
-          take(i, c, value);
-        };
-        if constexpr (kTable<kind>) {
-          for (int64_t i = from; i < to; i += 8) {
-            const char* row = codes + i / 8 * stride;
-            Codes words[C];
-            for (int c = 0; c < C; ++c) {
-              words[c] = LoadCodes(row + c * vector);
-              __builtin_prefetch(row + kAhead / 4 * stride + c * vector);
-            }
-            for (int part = 0; part < 8; ++part) {
-              for (int c = 0; c < C; ++c) give(i + part, c, CodeValues<kind>(words[c], part));
-            }
-          }
-        } else {
-          for (int64_t i = from; i < to; ++i) {
-            const char* row = codes + i * stride;
-            for (int c = 0; c < C; c += 4) __builtin_prefetch(row + kAhead * stride + c * vector);
-            for (int c = 0; c < C; ++c) give(i, c, Values<kind>(row + c * vector));
-          }
-        }
-      });
-    };
-    w.format.offset ? by_groups(std::true_type{}) : by_groups(std::false_type{});
   }
 }
 
-// C vectors of outputs of one row, for the inputs [from, to).
-template <Kind kind, int C>
-void RowTile(const Matrix& w, const float* x, int64_t from, int64_t to, int64_t output, float* y) {
-  Vector sum[C];
-  for (int c = 0; c < C; ++c) sum[c] = Load(y + c * kLanes);
-  ForWeights<kind, C>(w, from, to, output, [&](int64_t i, int c, Vector weights) {
-    sum[c] = Fma(Same(x[i]), weights, sum[c]);
-  });
-  for (int c = 0; c < C; ++c) Store(y + c * kLanes, sum[c]);
+// The sum of a row's values, for the offset of a group.
+inline float SumOf(const float* x, int64_t count) {
+  Vector sum = Zero();
+  for (int64_t i = 0; i < count; i += kLanes) sum = sum + LoadSome(x + i, count - i);
+  return Sum(sum);
 }
 
-template <Kind kind, int C = kMostVectors>
-void RowTiles(const Matrix& w, const float* x, int64_t from, int64_t to, int64_t begin, int64_t end,
-              float* y) {
-  for (; end - begin >= C * kLanes; begin += C * kLanes, y += C * kLanes) {
-    RowTile<kind, C>(w, x, from, to, begin, y);
-  }
-  if constexpr (C > 1) RowTiles<kind, C / 2>(w, x, from, to, begin, end, y);
-}
-
-// The outputs [begin, end) of one row, whole vectors: all outputs of some inputs, then the next
-// inputs, so that the weights are read in the order in which they lie.
-template <Kind kind>
-void Row(const Matrix& w, const float* x, int64_t begin, int64_t end, float* y) {
-  for (int64_t i = 0; i < w.in; i += kDepth<kind>) {
-    RowTiles<kind>(w, x, i, std::min(i + kDepth<kind>, w.in), begin, end, y);
-  }
-}
-
-// Some rows and outputs of a product with floats: x [rows, depth], w [depth, C vectors].
-struct Part {
+// What rows of x [rows, inputs] multiply: some inputs of a panel, whole groups; y [rows, kPanel].
+struct Piece {
+  Format format;
+  const char* panel;
+  int64_t inputs;
   const float* x;
-  const float* w;
   float* y;
-  int64_t depth, x_stride, w_stride, y_stride;
+  int64_t x_stride, y_stride;
 };
 
-template <int R, int C>
-void Tile(const Part& p) {
+// R rows, C vectors of the outputs from vector `first` on.
+template <Kind kind, int R, int C>
+void Tile(const Piece& p, int first) {
+  const Format& f = p.format;
+  const int64_t skip = first * kLanes;
   Vector sum[R][C];
-  for (int r = 0; r < R; ++r) {
-    for (int c = 0; c < C; ++c) sum[r][c] = Load(p.y + r * p.y_stride + c * kLanes);
-  }
-  for (int64_t i = 0; i < p.depth; ++i) {
-    Vector w[C];
-    for (int c = 0; c < C; ++c) w[c] = Load(p.w + i * p.w_stride + c * kLanes);
+  auto multiply = [&](const char* codes, int64_t begin, int64_t count) {
+    ForValues<kind, C>(codes + f.CodeBytes(skip), count, [&](int64_t i, int c, Vector value) {
+      for (int r = 0; r < R; ++r) {
+        sum[r][c] = Fma(Same(p.x[r * p.x_stride + begin + i]), value, sum[r][c]);
+      }
+    });
+  };
+  auto all = [&](const auto& run) {
     for (int r = 0; r < R; ++r) {
-      const Vector x = Same(p.x[r * p.x_stride + i]);
-      for (int c = 0; c < C; ++c) sum[r][c] = Fma(x, w[c], sum[r][c]);
+      for (int c = 0; c < C; ++c) run(sum[r][c], p.y + r * p.y_stride + skip + c * kLanes, r, c);
+    }
+  };
+  if (f.group == 0) {
+    all([](Vector& sum, float* y, int, int) { sum = Load(y); });
+    multiply(p.panel, 0, p.inputs);
+    all([](Vector& sum, float* y, int, int) { Store(y, sum); });
+  } else {
+    const int64_t width = f.ScaleBytes(kPanel);
+    const char* at = p.panel;
+    for (int64_t begin = 0; begin < p.inputs; begin += f.group) {
+      const int64_t count = std::min(f.group, p.inputs - begin);
+      const char *scale = at, *offset = at + width;
+      at += f.offset ? 2 * width : width;
+      all([](Vector& sum, float*, int, int) { sum = Zero(); });
+      multiply(at, begin, count);
+      at += count / f.Step() * f.CodeBytes(kPanel);
+      all([&](Vector& sum, float* y, int, int c) {
+        Store(y, Fma(sum, Scales(f.scale, scale, skip + c * kLanes), Load(y)));
+      });
+      if (!f.offset) continue;
+      Vector total[R];
+      for (int r = 0; r < R; ++r) total[r] = Same(SumOf(p.x + r * p.x_stride + begin, count));
+      all([&](Vector&, float* y, int r, int c) {
+        Store(y, Fma(total[r], Scales(f.scale, offset, skip + c * kLanes), Load(y)));
+      });
     }
   }
-  for (int r = 0; r < R; ++r) {
-    for (int c = 0; c < C; ++c) Store(p.y + r * p.y_stride + c * kLanes, sum[r][c]);
+}
+
+// All rows of a piece, as many together as there are.
+template <Kind kind, int R = kMostRows>
+void Tiles(Piece p, int64_t rows) {
+  for (; rows >= R; rows -= R, p.x += R * p.x_stride, p.y += R * p.y_stride) {
+    for (int first = 0; first < kVectors; first += kTogether<R>) Tile<kind, R, kTogether<R>>(p, first);
+  }
+  if constexpr (R > 1) Tiles<kind, R == 6 ? 4 : R / 2>(p, rows);
+}
+
+// A piece with its codes as floats, its scales and offsets as they are, in `memory`.
+template <Kind kind>
+Piece Widened(const Piece& p, float* memory) {
+  Piece wide = p;
+  wide.format.kind = Kind::kFloat32;
+  wide.panel = reinterpret_cast<const char*>(memory);
+  const Format& f = p.format;
+  const int64_t group = f.group ? f.group : p.inputs;
+  const int64_t before = f.ScaleBytes(kPanel) * (1 + f.offset);
+  const char* from = p.panel;
+  char* to = reinterpret_cast<char*>(memory);
+  for (int64_t begin = 0; begin < p.inputs; begin += group) {
+    const int64_t count = std::min(group, p.inputs - begin);
+    std::memcpy(to, from, before);
+    from += before, to += before;
+    ForValues<kind, kVectors>(from, count, [&](int64_t i, int c, Vector value) {
+      Store(reinterpret_cast<float*>(to) + i * kPanel + c * kLanes, value);
+    });
+    from += count / f.Step() * f.CodeBytes(kPanel), to += count * kPanel * sizeof(float);
+  }
+  return wide;
+}
+
+// All rows of a panel, y [rows, kPanel].
+template <Kind kind>
+void Panel(const Matrix& w, const char* panel, const float* x, int64_t rows, int64_t x_stride,
+           float* y, int64_t y_stride) {
+  const int64_t group = w.format.group ? w.format.group : 1;
+  const int64_t some = rows > kMostRows ? std::max(group, kInputs / group * group) : w.in;
+  const bool widen = kDear<kind> && rows >= kManyRows && some <= kInputs;
+  // A scale takes no more than a value, and there are two of a group at most.
+  alignas(64) thread_local float memory[kDear<kind> ? 3 * kInputs * kPanel : 1];
+  Piece p{w.format, panel, 0, x, y, x_stride, y_stride};
+  for (int64_t begin = 0; begin < w.in; begin += some) {
+    p.inputs = std::min(some, w.in - begin), p.x = x + begin;
+    if (widen) {
+      Tiles<Kind::kFloat32>(Widened<kind>(p, memory), rows);
+    } else {
+      Tiles<kind>(p, rows);
+    }
+    p.panel += w.PanelBytes(p.inputs);
   }
 }
 
-template <int C, int R>
-void Tiles(Part& p, int64_t& rows) {
-  for (; rows >= R; rows -= R, p.x += R * p.x_stride, p.y += R * p.y_stride) Tile<R, C>(p);
-}
-
-// All rows of `vectors` vectors of outputs.
-void AllRows(const Part& part, int64_t rows, int64_t vectors) {
-  int64_t c = 0;
-  for (; c + kTileVectors <= vectors; c += kTileVectors) {
-    Part p = part;
-    p.w += c * kLanes, p.y += c * kLanes;
-    int64_t left = rows;
-    Tiles<kTileVectors, kTileRows>(p, left);
-    Tiles<kTileVectors, kTileRows / 2>(p, left);
-    Tiles<kTileVectors, 1>(p, left);
-  }
-  for (; c < vectors; ++c) {
-    Part p = part;
-    p.w += c * kLanes, p.y += c * kLanes;
-    int64_t left = rows;
-    Tiles<1, 8>(p, left);
-    Tiles<1, 1>(p, left);
-  }
-}
-
-// Several rows: weights are widened once for all of them, some inputs and outputs at a time.
 template <Kind kind>
 void Panels(const Matrix& w, const float* x, int64_t rows, int64_t x_stride, int64_t begin,
             int64_t end, float* y, int64_t y_stride) {
-  alignas(64) float wide[kChunk * kPanel];
-  for (; begin < end; begin += kPanel, y += kPanel) {
-    const int64_t vectors = std::min(kPanel, end - begin) / kLanes;
-    for (int64_t i = 0; i < w.in; i += kChunk) {
-      const int64_t depth = std::min(kChunk, w.in - i);
-      Part part{x + i, wide, y, depth, x_stride, vectors * kLanes, y_stride};
-      if constexpr (kind == Kind::kFloat32) {
-        part.w = reinterpret_cast<const float*>(w.codes) + i * w.out + begin;
-        part.w_stride = w.out;
-      } else if (vectors == kPanelVectors) {
-        ForWeights<kind, kPanelVectors>(w, i, i + depth, begin, [&](int64_t k, int c, Vector v) {
-          Store(wide + (k - i) * kPanel + c * kLanes, v);
-        });
-      } else {
-        for (int64_t v = 0; v < vectors; ++v) {
-          ForWeights<kind, 1>(w, i, i + depth, begin + v * kLanes, [&](int64_t k, int, Vector values) {
-            Store(wide + (k - i) * part.w_stride + v * kLanes, values);
-          });
-        }
-      }
-      AllRows(part, rows, vectors);
-    }
+  const char* panel = w.panels + begin / kPanel * w.PanelBytes(w.in);
+  for (; end - begin >= kPanel; begin += kPanel, y += kPanel, panel += w.PanelBytes(w.in)) {
+    Panel<kind>(w, panel, x, rows, x_stride, y, y_stride);
   }
+  if (begin == end) return;
+  // The last panel has fewer outputs.
+  const int64_t left = end - begin;
+  std::vector<float> sums(rows * kPanel, 0.0f);
+  for (int64_t r = 0; r < rows; ++r) std::copy_n(y + r * y_stride, left, &sums[r * kPanel]);
+  Panel<kind>(w, panel, x, rows, x_stride, sums.data(), kPanel);
+  for (int64_t r = 0; r < rows; ++r) std::copy_n(&sums[r * kPanel], left, y + r * y_stride);
 }
 
-template <Kind kind>
-void Whole(const Matrix& w, const float* x, int64_t rows, int64_t x_stride, int64_t begin,
-           int64_t end, float* y, int64_t y_stride) {
-  if (rows == 1) return Row<kind>(w, x, begin, end, y);
-  Panels<kind>(w, x, rows, x_stride, begin, end, y, y_stride);
-}
-
-// A copy of the last outputs of a matrix, fewer than a vector, with nothing behind them.
-struct Padded {
-  Matrix matrix;
-  std::vector<char> content;
-
-  Padded(const Matrix& w, int64_t begin) : matrix(w) {
-    matrix.out = kLanes;
-    content.resize(matrix.CodesBytes() + 2 * matrix.ScalesBytes());
-    char* to = content.data();
-    auto copy = [&](const char*& from, int64_t rows, int64_t width, int64_t stride, int64_t skip) {
-      for (int64_t i = 0; i < rows; ++i) {
-        std::memcpy(to + i * width, from + i * stride + skip, stride - skip);
-      }
-      from = to;
-      to += rows * width;
-    };
-    const Format& f = w.format;
-    copy(matrix.codes, w.in / f.Step(), f.CodeBytes(kLanes), f.CodeBytes(w.out),
-         f.CodeBytes(begin));
-    const int64_t stride = f.ScaleBytes(w.out), skip = f.ScaleBytes(begin);
-    if (f.group) copy(matrix.scale, w.Groups(), f.ScaleBytes(kLanes), stride, skip);
-    if (f.offset) copy(matrix.offset, w.Groups(), f.ScaleBytes(kLanes), stride, skip);
+// Calls run(integral_constant<Kind, kind>) for the kind of a matrix.
+template <typename Run>
+void ByKind(Kind kind, const Run& run) {
+  switch (kind) {
+    case Kind::kFloat32:
+      return run(std::integral_constant<Kind, Kind::kFloat32>());
+    case Kind::kBfloat16:
+      return run(std::integral_constant<Kind, Kind::kBfloat16>());
+    case Kind::kFloat16:
+      return run(std::integral_constant<Kind, Kind::kFloat16>());
+    case Kind::kInt8:
+      return run(std::integral_constant<Kind, Kind::kInt8>());
+    case Kind::kFp8:
+      return run(std::integral_constant<Kind, Kind::kFp8>());
+    case Kind::kInt4:
+      return run(std::integral_constant<Kind, Kind::kInt4>());
+    case Kind::kMxfp4:
+      return run(std::integral_constant<Kind, Kind::kMxfp4>());
   }
-};
+}
 
 void Multiply(const Matrix& w, const float* x, int64_t rows, int64_t x_stride, int64_t begin,
               int64_t end, float* y, int64_t y_stride) {
-  auto run = [&](const Matrix& w, int64_t begin, int64_t end, float* y, int64_t y_stride) {
-    auto whole = [&](auto kind) {
-      Whole<decltype(kind)::value>(w, x, rows, x_stride, begin, end, y, y_stride);
-    };
-    switch (w.format.kind) {
-      case Kind::kFloat32:
-        return whole(std::integral_constant<Kind, Kind::kFloat32>());
-      case Kind::kBfloat16:
-        return whole(std::integral_constant<Kind, Kind::kBfloat16>());
-      case Kind::kFloat16:
-        return whole(std::integral_constant<Kind, Kind::kFloat16>());
-      case Kind::kInt8:
-        return whole(std::integral_constant<Kind, Kind::kInt8>());
-      case Kind::kFp8:
-        return whole(std::integral_constant<Kind, Kind::kFp8>());
-      case Kind::kInt4:
-        return whole(std::integral_constant<Kind, Kind::kInt4>());
-      case Kind::kMxfp4:
-        return whole(std::integral_constant<Kind, Kind::kMxfp4>());
-    }
-  };
-  const int64_t count = (end - begin) / kLanes * kLanes, left = end - begin - count;
-  if (count) run(w, begin, begin + count, y, y_stride);
-  if (!left) return;
-  const Padded padded(w, begin + count);
-  std::vector<float> sums(rows * kLanes, 0.0f);
-  for (int64_t r = 0; r < rows; ++r) {
-    std::memcpy(&sums[r * kLanes], y + r * y_stride + count, left * sizeof(float));
-  }
-  run(padded.matrix, 0, kLanes, sums.data(), kLanes);
-  for (int64_t r = 0; r < rows; ++r) {
-    std::memcpy(y + r * y_stride + count, &sums[r * kLanes], left * sizeof(float));
+  ByKind(w.format.kind, [&](auto kind) {
+    Panels<decltype(kind)::value>(w, x, rows, x_stride, begin, end, y, y_stride);
+  });
+}
+
+void Column(const Matrix& w, int64_t output, float* x) {
+  const Format& f = w.format;
+  const char* at = w.panels + output / kPanel * w.PanelBytes(w.in);
+  const int64_t lane = output % kLanes, vector = output % kPanel - lane;
+  const int64_t group = f.group ? f.group : w.in, width = f.ScaleBytes(kPanel);
+  for (int64_t begin = 0; begin < w.in; begin += group) {
+    const int64_t count = std::min(group, w.in - begin);
+    Vector scale = Same(1.0f), offset = Zero();
+    if (f.group) scale = Scales(f.scale, at, vector), at += width;
+    if (f.offset) offset = Scales(f.scale, at, vector), at += width;
+    ByKind(f.kind, [&](auto kind) {
+      const char* codes = at + f.CodeBytes(vector);
+      ForValues<decltype(kind)::value, 1>(codes, count, [&](int64_t i, int, Vector value) {
+        if (f.group) value = value * scale;
+        if (f.offset) value = value + offset;
+        float lanes[kLanes];
+        Store(lanes, value);
+        x[begin + i] = lanes[lane];
+      });
+    });
+    at += w.CodesBytes(count);
   }
 }
 
@@ -410,6 +366,6 @@ void Add(float a, const float* x, float* y, int64_t count) {
 
 // choose.cc takes it.
 extern const Kernels kernels;
-const Kernels kernels = {Multiply, Activate, Add};
+const Kernels kernels = {Multiply, Column, Activate, Add};
 
 }  // namespace dance::DANCE_ISA

@@ -1,9 +1,10 @@
 // Products with weights in any format (models/formats.py), and what goes with them, as plain functions.
 //
-// A product's element is a chain of fused multiply-adds over the inputs in their order, from the value
-// that was there; a weight is one float32, value(code) * scale + offset. So the bits of a row's result
-// depend on that row alone: not on the rows beside it, on the threads, on how a product is cut, or on
-// the processor's instructions.
+// A product's element begins with the value that was there. Of weights without scales, it is a chain of
+// fused multiply-adds over the inputs in their order. Of codes, such a chain over the values of a
+// group's codes begins with 0 and is added times the group's scale, group after group; an offset is
+// added times the sum of the group's inputs. So the bits of a row's result depend on that row alone: not
+// on the rows beside it, on the threads, on how a product is cut, or on the processor's instructions.
 
 #pragma once
 
@@ -25,7 +26,7 @@ struct Format {
   bool offset = false;
 
   // Bytes of `count` outputs of one input's values or codes; of four bits, of eight inputs' codes.
-  int64_t CodeBytes(int64_t count) const {
+  constexpr int64_t CodeBytes(int64_t count) const {
     switch (kind) {
       case Kind::kBfloat16:
       case Kind::kFloat16:
@@ -38,7 +39,7 @@ struct Format {
     }
   }
   // Inputs of one row of codes.
-  int64_t Step() const { return kind == Kind::kInt4 || kind == Kind::kMxfp4 ? 8 : 1; }
+  constexpr int64_t Step() const { return kind == Kind::kInt4 || kind == Kind::kMxfp4 ? 8 : 1; }
   // Bytes of `count` scales or offsets.
   int64_t ScaleBytes(int64_t count) const {
     switch (scale) {
@@ -61,18 +62,38 @@ inline Format ReadFormat(const int64_t* words) {
   return {static_cast<Kind>(words[0]), static_cast<ScaleKind>(words[1]), words[2], words[3] != 0};
 }
 
-// Weights [in, out] and where they lie.
+// Outputs of a panel.
+constexpr int64_t kPanel = 64;
+
+// Weights [in, out] as products read them, from the first byte to the last: for each panel of outputs,
+// for each group of inputs, the outputs' scales, their offsets, and then input after input the
+// outputs' codes. The last panel is filled up with zeros. Values without scales are one group.
 struct Matrix {
   Format format;
   int64_t in = 0, out = 0;
-  const char* codes = nullptr;
-  const char* scale = nullptr;
-  const char* offset = nullptr;
+  const char* panels = nullptr;
 
-  int64_t CodesBytes() const { return in / format.Step() * format.CodeBytes(out); }
-  int64_t Groups() const { return format.group ? (in + format.group - 1) / format.group : 0; }
-  int64_t ScalesBytes() const { return Groups() * format.ScaleBytes(out); }
+  int64_t CodesBytes(int64_t inputs) const {
+    return inputs / format.Step() * format.CodeBytes(kPanel);
+  }
+  // Of so many inputs of a panel, whole groups or the last ones.
+  int64_t PanelBytes(int64_t inputs) const {
+    const int64_t groups = format.group ? (inputs + format.group - 1) / format.group : 0;
+    return CodesBytes(inputs) + groups * format.ScaleBytes(kPanel) * (1 + format.offset);
+  }
+  int64_t Bytes() const { return (out + kPanel - 1) / kPanel * PanelBytes(in); }
 };
+
+// A matrix's arrays, `WeightFormat.arrays`: codes or values [in, out] (of four bits, [in / 8, out]),
+// and where the format has them scales and offsets [groups, out].
+template <typename Byte>
+struct Arrays {
+  Byte *codes = nullptr, *scale = nullptr, *offset = nullptr;
+};
+
+// Writes the panels of a matrix, and its arrays.
+void Pack(const Matrix& shape, const Arrays<const char>& from, char* panels);
+void Unpack(const Matrix& w, const Arrays<char>& to);
 
 // What a gated feed-forward computes between its projections (models/config.py).
 struct Activation {
@@ -83,9 +104,12 @@ struct Activation {
 // The functions for one set of instructions.
 struct Kernels {
   // y[r, j] += sum over i of x[r, i] * w[i, j], for the outputs j in [begin, end); begin is a multiple
-  // of kLanes. Rows of x and y are so many values apart; y's first is output `begin`.
+  // of kPanel, and so is end, or it is the last. Rows of x and y are so many values apart; y's first is
+  // output `begin`.
   void (*multiply)(const Matrix& w, const float* x, int64_t rows, int64_t x_stride, int64_t begin,
                    int64_t end, float* y, int64_t y_stride);
+  // x[i] = what the weight of input i for one output is worth.
+  void (*column)(const Matrix& w, int64_t output, float* x);
   // gate[i] becomes the activation of gate[i] and up[i].
   void (*activate)(const Activation& activation, float* gate, const float* up, int64_t count);
   // y[i] += a * x[i].
