@@ -197,7 +197,7 @@ class Engine:
                 for sampled in self._sampled(plan, outcomes, extras):
                     outputs.append(self._append(*sampled))
                 self._record(plan, outcomes[0], extras)
-                applied = int(outcomes[0].loaded)
+                applied = int(outcomes[0].crossed.loaded)
                 if applied:
                     self._apply(applied)
         return StepResult(outputs, self._work != IDLE, applied)
@@ -352,16 +352,18 @@ class Engine:
         self.steps += 1
         self._bucket_steps[self.config.buckets[0] if plan.empty else plan.bucket] += 1
         self.tokens += plan.num_tokens
-        self._work = int(outcome.work)
+        crossed = outcome.crossed
+        self._work = int(crossed.work)
         rows = [row for device in plan.entries for row in device]
         decoded = sum(row.index < plan.decode for row in rows)
         self.prompt_tokens += plan.num_tokens - decoded
         self.generation_tokens += sum(row.sample for row in rows)
-        self._transfers += outcome.rows[:, self.rank]
-        self._rows += int(outcome.rows.sum())
-        ways_ln = np.maximum(outcome.rows.sum(1), outcome.rows.sum(2))
-        self._busiest_rows += int(ways_ln.max(1).sum())
-        self._bytes += outcome.bytes.sum(0)
+        if self.runner.topology.num_servers > 1:
+            self._transfers += crossed.rows[:, self.rank]
+            self._rows += int(crossed.rows.sum())
+            ways_ln = np.maximum(crossed.rows.sum(1), crossed.rows.sum(2))
+            self._busiest_rows += int(ways_ln.max(1).sum())
+            self._bytes += crossed.bytes.sum(0)
         if self._routes.wanted and not plan.empty:
             self._sample_routes(plan, extras)
 

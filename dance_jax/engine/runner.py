@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -21,8 +22,8 @@ from dance_jax.engine.shards import Shards
 from dance_jax.engine.step import (
     DECODING,
     IDLE,
-    Batch,
     Bucket,
+    Crossed,
     Experts,
     Extras,
     Form,
@@ -237,9 +238,10 @@ class Runner:
             return step_module.layer(self._form(bucket), layer, *arrays)
 
         layer.__name__ = f"layer_{index}"
-        hidden, rotations, batch, rest = self._begun(bucket)
+        hidden, rotations, _, rest = self._begun(bucket)
         record = Record(self.memory.counts, *rest)
-        arguments = self._arguments(index, hidden, rotations, batch, record)
+        packed = self._nothing(bucket)
+        arguments = self._arguments(index, hidden, rotations, packed, record)
         return self._lower(layer, (1, 4, 6, 7), *arguments)
 
     def _arguments(
@@ -247,7 +249,7 @@ class Runner:
         index: int,
         hidden: Any,
         rotations: Sequence[Any],
-        batch: Batch,
+        packed: jax.Array,
         record: Record,
     ) -> tuple[Any, ...]:
         """What the part of a layer is called with."""
@@ -255,17 +257,17 @@ class Runner:
         rotation = None if rope is None else rotations[rope]
         state, cache = self.state["layers"][index], self.memory.cache[index]
         if index not in self._moe:
-            return state, hidden, rotation, batch, cache, None, None, None
+            return state, hidden, rotation, packed, cache, None, None, None
         number, layer = self._moe[index]
         experts = Experts(layer, self.pools.argument, self.tables)
-        return state, hidden, rotation, batch, cache, experts, self.memory.links[number], record
+        return state, hidden, rotation, packed, cache, experts, self.memory.links[number], record
 
     def _lower_logits(self, bucket: Bucket) -> jax.stages.Lowered:
-        def logits(ends, hidden, last):
-            return step_module.logits(nnx.merge(self._ends, ends), hidden, last)
+        def logits(ends, *arrays):
+            return step_module.logits(self._form(bucket), nnx.merge(self._ends, ends), *arrays)
 
-        hidden, _, batch, _ = self._begun(bucket)
-        return self._lower(logits, (), self.state["ends"], hidden, batch.last)
+        hidden, *_ = self._begun(bucket)
+        return self._lower(logits, (), self.state["ends"], hidden, self._nothing(bucket))
 
     def _lower_choose(self, rows: int) -> jax.stages.Lowered:
         def choose(_, *arrays):
@@ -273,12 +275,12 @@ class Runner:
 
         scores = self._on_all(np.zeros((rows, self.model_config.vocab_size), np.float32))
         changes = self._pack_adjustments(((),) * len(self.devices), rows)
-        _, _, batch, rest = self._begun((rows, 0))
-        links = Record(self.memory.counts, *rest)[2:]
+        _, _, state, rest = self._begun((rows, 0))
+        _, crossed = rest
         # (measured) Compiled in half the time, and as fast; it is most of what a start compiles.
         quick = {"xla_backend_optimization_level": 1, "xla_cpu_use_fusion_emitters": False}
         options = quick if jax.default_backend() == "cpu" else None
-        arrays = (scores, batch.sampling, changes, links)
+        arrays = (scores, state, changes, crossed)
         return self._lower(choose, (), {}, *arrays, options=options)
 
     def _lower(
@@ -314,17 +316,17 @@ class Runner:
 
     def _nothing(self, bucket: Bucket) -> jax.Array:
         """The batch of a step without rows."""
-        return self._pack_batches(((),) * len(self.devices), bucket, IDLE)
+        nothing = self._packed(((),) * len(self.devices), bucket, IDLE)
+        return self.shards.per_device(nothing)
 
-    def _pack_batches(
+    def _packed(
         self, entries: tuple[tuple[Row, ...], ...], bucket: Bucket, said: int
-    ) -> jax.Array:
-        return self.shards.per_device(
-            [
-                step_module.pack(step_module.host_batch(rows, bucket, self.config, said))
-                for rows in entries
-            ]
-        )
+    ) -> list[np.ndarray]:
+        """The batch of each device."""
+        return [
+            step_module.pack(step_module.host_batch(rows, bucket, self.config, said))
+            for rows in entries
+        ]
 
     def _pack_adjustments(self, entries: tuple[tuple[Row, ...], ...], decode: int) -> jax.Array:
         """`Adjustments` of every device; what most steps have of them stays on the devices."""
@@ -362,33 +364,32 @@ class Runner:
         if work is None:
             work = IDLE if plan.empty else DECODING if plan.decoding else step_module.BUSY
         parts, ends, memory = self.compile(bucket), self.state["ends"], self.memory
-        packed = self._pack_batches(plan.entries, bucket, say(work, loaded))
+        packed = self.shards.passed(self._packed(plan.entries, bucket, say(work, loaded)))
         changes = self._pack_adjustments(plan.entries, bucket[0])
-        hidden, rotations, batch, rest = parts.begin(ends, packed)
+        hidden, rotations, state, rest = parts.begin(ends, packed)
         record = Record(memory.counts, *rest)
         for index, layer in enumerate(parts.layers):
-            arguments = self._arguments(index, hidden, rotations, batch, record)
+            arguments = self._arguments(index, hidden, rotations, packed, record)
             hidden, memory.cache[index], links, recorded = layer(*arguments)
             if index in self._moe:
                 memory.links[self._moe[index][0]], record = links, recorded
         self.memory = memory._replace(counts=record.counts)
-        logits = parts.logits(ends, hidden, batch.last)
-        packed, *top = parts.choose({}, logits, batch.sampling, changes, record[2:])
-        like = self._outcome_like(bucket[0])
-        outcomes = [step_module.unpack_host(vector, like) for vector in self.shards.local(packed)]
+        logits = parts.logits(ends, hidden, packed)
+        chosen, *top = parts.choose({}, logits, state, changes, record.crossed)
+        numbers, nothing = np.zeros(bucket[0], np.int32), self._nothing_crossed
+        alone = self.topology.num_servers == 1
+        like = Outcome(numbers, numbers.view(np.float32), numbers, None if alone else nothing)
+        outcomes = [step_module.unpack_host(vector, like) for vector in self.shards.local(chosen)]
+        if alone:
+            own = nothing._replace(work=np.int32(work), loaded=np.int32(loaded))
+            outcomes = [outcome._replace(crossed=own) for outcome in outcomes]
         return outcomes, Extras(top[0], top[1], record.routes, logits)
 
-    def _outcome_like(self, rows: int) -> Outcome:
+    @functools.cached_property
+    def _nothing_crossed(self) -> Crossed:
         layers, servers = len(self.model_config.moe_layers), self.topology.num_servers
-        return Outcome(
-            token=np.zeros(rows, np.int32),
-            logprob=np.zeros(rows, np.float32),
-            rank=np.zeros(rows, np.int32),
-            work=np.zeros((), np.int32),
-            loaded=np.zeros((), np.int32),
-            rows=np.zeros((layers, servers, servers), np.int32),
-            bytes=np.zeros((layers, servers, servers), np.int32),
-        )
+        links, none = np.zeros((layers, servers, servers), np.int32), np.zeros((), np.int32)
+        return Crossed(links, links, none, none)
 
     def read(self, array: jax.Array) -> list[np.ndarray]:
         """A per-device array of the step (an extra, or of the memory), one per local device."""

@@ -64,6 +64,18 @@ class Batch(NamedTuple):
     sampling: SamplingState
 
 
+class Crossed(NamedTuple):
+    """What has crossed the links between servers in a step, and what they have told each other."""
+
+    #: int32 [l, n, n] each: `Exchanged.rows` and `.bytes` of each MoE layer.
+    rows: Leaf
+    bytes: Leaf
+    #: int32 []: the most that a server had to do, and the batch of experts that all servers are
+    #: ready to put in place, or 0.
+    work: Leaf
+    loaded: Leaf
+
+
 class Outcome(NamedTuple):
     """What the host reads after a step, of one device."""
 
@@ -71,13 +83,8 @@ class Outcome(NamedTuple):
     token: Leaf
     logprob: Leaf
     rank: Leaf
-    #: int32 []: the most that a server had to do, and the batch of experts that all servers are
-    #: ready to put in place, or 0.
-    work: Leaf
-    loaded: Leaf
-    #: int32 [l, n, n] each: `Exchanged.rows` and `.bytes` of each MoE layer.
-    rows: Leaf
-    bytes: Leaf
+    #: Of all layers; in the step itself None where there is one server.
+    crossed: Crossed | None
 
 
 class Extras(NamedTuple):
@@ -99,11 +106,7 @@ class Record(NamedTuple):
     counts: Leaf
     #: `Extras.routes`.
     routes: Leaf
-    #: `Exchanged.rows` and `.bytes`, and of the last layer `.work` and `.loaded`.
-    rows: Leaf
-    bytes: Leaf
-    work: Leaf
-    loaded: Leaf
+    crossed: Crossed | None
 
 
 def token_slice(bucket: Bucket, config: EngineConfig, row: Row) -> slice:
@@ -233,6 +236,10 @@ class Form:
         decode, slices = self.bucket
         return decode + slices * self.config.block_size
 
+    def batch(self, packed: Array) -> Batch:
+        """What `host_batch` packed; a part of a step computes no more of it than it uses."""
+        return unpack(packed, host_batch((), self.bucket, self.config, IDLE))
+
     def rows(self, batch: Batch) -> tuple[Rows, ...]:
         return batch_rows(batch, self.bucket, self.config.block_size)
 
@@ -244,16 +251,19 @@ class Form:
 
 def begin(
     form: Form, trunk: Trunk, packed: Array
-) -> tuple[Array, tuple[Rotation, ...], Batch, tuple[Array, Array, Array, Array, Array]]:
-    """What the first layer gets, the rotations, the batch, and `Record` without its counts."""
-    batch: Batch = unpack(packed, host_batch((), form.bucket, form.config, IDLE))
+) -> tuple[Array, tuple[Rotation, ...], Array, tuple[Array, Crossed | None]]:
+    """What the first layer gets, the rotations, the packed sampling state, and `Record` without its
+    counts."""
+    batch = form.batch(packed)
     positions_t = jnp.concatenate([rows.positions_t for rows in form.rows(batch)])
     hidden_td, rotations = trunk.embed(batch.token, positions_t, form.config.max_model_len)
     layers, servers = form.moe_layers, form.topology.num_servers
     routes = jnp.zeros((form.tokens, layers, form.top_k), jnp.uint16)
-    links = jnp.zeros((layers, servers, servers), jnp.int32)
-    record = routes, links, links, jnp.int32(0), jnp.int32(0)
-    return hidden_td, rotations, batch, record
+    crossed = None
+    if servers > 1:
+        links = jnp.zeros((layers, servers, servers), jnp.int32)
+        crossed = Crossed(links, links, jnp.int32(0), jnp.int32(0))
+    return hidden_td, rotations, pack_traced(batch.sampling), (routes, crossed)
 
 
 class Experts(NamedTuple):
@@ -270,7 +280,7 @@ def layer(
     layer: Callable[..., Any],
     hidden_td: Array,
     rotation_tk: Rotation | None,
-    batch: Batch,
+    packed: Array,
     cached: Any,
     experts: Experts | None,
     links: Any,
@@ -282,6 +292,7 @@ def layer(
         layer: of the trunk.
         experts, links, record: None for a layer without routed experts.
     """
+    batch = form.batch(packed)
     rows = form.rows(batch)
     valid_t = form.valid(rows)
 
@@ -308,40 +319,38 @@ def layer(
     at = experts.layer
     calls_tk = jnp.broadcast_to(valid_t[:, None], expert_tk.shape).astype(jnp.int32)
     put = lax.dynamic_update_index_in_dim
-    alone = form.topology.num_servers == 1  # nothing crosses a link
-    record = Record(
-        record.counts.at[at, expert_tk].add(calls_tk, mode="promise_in_bounds"),
-        put(record.routes, expert_tk.astype(jnp.uint16), at, 1),
-        record.rows if alone else put(record.rows, exchanged.rows, at, 0),
-        record.bytes if alone else put(record.bytes, exchanged.bytes, at, 0),
-        exchanged.work,
-        exchanged.loaded,
-    )
-    return hidden_td, cached, exchanged.memory, record
+    counts = record.counts.at[at, expert_tk].add(calls_tk, mode="promise_in_bounds")
+    routes = put(record.routes, expert_tk.astype(jnp.uint16), at, 1)
+    crossed = record.crossed
+    if crossed is not None:
+        crossed = Crossed(
+            put(crossed.rows, exchanged.rows, at, 0),
+            put(crossed.bytes, exchanged.bytes, at, 0),
+            exchanged.work,
+            exchanged.loaded,
+        )
+    return hidden_td, cached, exchanged.memory, Record(counts, routes, crossed)
 
 
-def logits(trunk: Trunk, hidden_td: Array, last_d: Array) -> Array:
-    """float32 [d, v], behind the tokens `last_d`."""
-    return trunk.logits(hidden_td[last_d])
+def logits(form: Form, trunk: Trunk, hidden_td: Array, packed: Array) -> Array:
+    """float32 [d, v], behind the tokens `Batch.last`."""
+    return trunk.logits(hidden_td[form.batch(packed).last])
 
 
 def choose(
     longest: int,
     logits_dv: Array,
-    state: SamplingState,
+    packed_state: Array,
     packed_adjustments: Array,
-    links: tuple[Array, Array, Array, Array],
+    crossed: Crossed | None,
 ) -> tuple[Array, Array, Array]:
     """The packed `Outcome`, and `Extras.top_token` and `.top_logprob`.
 
     Args:
         longest: most tokens of a sequence.
-        links: `Record.rows`, `.bytes`, `.work` and `.loaded`.
     """
+    state = unpack(packed_state, sampling_state({}, len(logits_dv)))
     changes = unpack(packed_adjustments, adjustments({}, len(logits_dv), longest))
     sampled = sample(logits_dv, state, changes)
-    rows_lnn, bytes_lnn, work, loaded = links
-    outcome = Outcome(
-        sampled.token, sampled.logprob, sampled.rank, work, loaded, rows_lnn, bytes_lnn
-    )
+    outcome = Outcome(sampled.token, sampled.logprob, sampled.rank, crossed)
     return pack_traced(outcome), sampled.top_token, sampled.top_logprob

@@ -1,8 +1,8 @@
 """Products with weights in any format on CPUs, by the C++ library: native/product.cc, experts.cc.
 
 XLA:CPU copies every expert's matrices out of the pool before it multiplies by them, reads a trunk's
-on one thread where rows are few, and knows no weights of eight or four bits. The library has them in
-a layout of its own, which it reads in order, on all threads. A row's result depends on that row
+on one thread where rows are few, and knows no weights of eight or four bits. The library keeps them
+in a layout of its own, which it reads in order, on all threads. A row's result depends on that row
 alone, in every bit.
 """
 

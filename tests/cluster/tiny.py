@@ -204,9 +204,9 @@ def run(
                     np.concatenate([routes[token_slice(bucket, ENGINE, row)] for row in parts])
                     for parts in device
                 ],
-                "rows": outcome.rows,
-                "loaded": int(outcome.loaded),
-                "sent": outcome.bytes[:, runner.topology.rank],
+                "rows": outcome.crossed.rows,
+                "loaded": int(outcome.crossed.loaded),
+                "sent": outcome.crossed.bytes[:, runner.topology.rank],
             }
         )
     return replies
