@@ -376,14 +376,17 @@ class Runner:
         self.memory = memory._replace(counts=record.counts)
         logits = parts.logits(ends, hidden, packed)
         chosen, *top = parts.choose({}, logits, state, changes, record.crossed)
-        numbers, nothing = np.zeros(bucket[0], np.int32), self._nothing_crossed
-        alone = self.topology.num_servers == 1
-        like = Outcome(numbers, numbers.view(np.float32), numbers, None if alone else nothing)
-        outcomes = [step_module.unpack_host(vector, like) for vector in self.shards.local(chosen)]
-        if alone:
-            own = nothing._replace(work=np.int32(work), loaded=np.int32(loaded))
-            outcomes = [outcome._replace(crossed=own) for outcome in outcomes]
-        return outcomes, Extras(top[0], top[1], record.routes, logits)
+        extras = Extras(top[0], top[1], record.routes, logits)
+        own = self._nothing_crossed._replace(work=np.int32(work), loaded=np.int32(loaded))
+        outcomes = [self._outcome(vector, bucket[0], own) for vector in self.shards.local(chosen)]
+        return outcomes, extras
+
+    def _outcome(self, packed: np.ndarray, rows: int, own: Crossed) -> Outcome:
+        """What `choose` packed; where there is one server, of links what it said itself."""
+        numbers, alone = np.zeros(rows, np.int32), self.topology.num_servers == 1
+        like = numbers, numbers.view(np.float32), numbers, None if alone else own
+        token, logprob, rank, crossed = step_module.unpack_host(packed, like)
+        return Outcome(token, logprob, rank, own if alone else crossed)
 
     @functools.cached_property
     def _nothing_crossed(self) -> Crossed:

@@ -83,8 +83,7 @@ class Outcome(NamedTuple):
     token: Leaf
     logprob: Leaf
     rank: Leaf
-    #: Of all layers; in the step itself None where there is one server.
-    crossed: Crossed | None
+    crossed: Crossed
 
 
 class Extras(NamedTuple):
@@ -106,6 +105,7 @@ class Record(NamedTuple):
     counts: Leaf
     #: `Extras.routes`.
     routes: Leaf
+    #: None where there is one server.
     crossed: Crossed | None
 
 
@@ -344,13 +344,14 @@ def choose(
     packed_adjustments: Array,
     crossed: Crossed | None,
 ) -> tuple[Array, Array, Array]:
-    """The packed `Outcome`, and `Extras.top_token` and `.top_logprob`.
+    """The fields of `Outcome`, packed, and `Extras.top_token` and `.top_logprob`.
 
     Args:
         longest: most tokens of a sequence.
+        crossed: None where there is one server.
     """
     state = unpack(packed_state, sampling_state({}, len(logits_dv)))
     changes = unpack(packed_adjustments, adjustments({}, len(logits_dv), longest))
     sampled = sample(logits_dv, state, changes)
-    outcome = Outcome(sampled.token, sampled.logprob, sampled.rank, crossed)
-    return pack_traced(outcome), sampled.top_token, sampled.top_logprob
+    outcome = pack_traced((sampled.token, sampled.logprob, sampled.rank, crossed))
+    return outcome, sampled.top_token, sampled.top_logprob

@@ -22,7 +22,7 @@ from tests.models.test_formats import FORMATS, random
 
 #: With what no quantiser of ours makes.
 ALL = {**FORMATS, "offsets": WeightFormat("int4", 8, "float32", True)}
-#: Inputs, outputs: whole vectors and panels, what is left of them, and more than a cache is to hold.
+#: Inputs, outputs: whole vectors and panels, what is left of them, and more than a cache holds.
 SIZES = ((64, 512), (200, 75), (136, 33), (264, 16), (8, 1), (1096, 70))
 
 
