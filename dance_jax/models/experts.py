@@ -94,6 +94,20 @@ class ExpertFormat:
             stored[name].astype(leaf.dtype, copy=False) for name, leaf in self.leaves.items()
         )
 
+    def joined(self, weights: Weights) -> np.ndarray:
+        """One expert's arrays as bytes, one after the other: uint8 [bytes]."""
+        flat = [np.ascontiguousarray(array).reshape(-1).view(np.uint8) for array in weights]
+        return np.concatenate(flat)
+
+    def apart(self, joined: np.ndarray) -> Weights:
+        """Inverse of `joined`; the arrays are views."""
+        sizes = [leaf.size * leaf.dtype.itemsize for leaf in self.leaves.values()]
+        parts = np.split(joined, np.cumsum(sizes)[:-1])
+        return tuple(
+            part.view(leaf.dtype).reshape(leaf.shape)
+            for part, leaf in zip(parts, self.leaves.values(), strict=True)
+        )
+
     def matrix_form(self, name: str) -> WeightFormat | None:
         """The format of a matrix; None: it is a bias."""
         return self.matrices[name][0] if name in self.matrices else None
