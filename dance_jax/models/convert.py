@@ -335,10 +335,7 @@ class _Conversion:
         config = model.config
         self._trunk: list[_Item] = [(None, [rule]) for rule in trunk_rules(config)]
         self._layers: list[list[_Item]] = [
-            [
-                (expert, expert_rules(config, layer, expert))
-                for expert in range(config.num_experts)
-            ]
+            [(expert, expert_rules(config, layer, expert)) for expert in range(config.num_experts)]
             for layer in config.moe_layers
         ]
         self._expert = expert_format(config, formats.experts)
