@@ -11,8 +11,6 @@ lax.switch in lax.scan, psum and donated arguments give the same results after d
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import functools
 import hashlib
 import logging
@@ -20,7 +18,6 @@ import os
 import pathlib
 import pickle
 import platform
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -30,6 +27,7 @@ import jaxlib.version
 from jax.experimental import serialize_executable
 
 from dance_jax.cache import private_directory, processor
+from dance_jax.memory import give_back
 from dance_jax.models import native
 
 log = logging.getLogger(__name__)
@@ -88,14 +86,9 @@ class CompileCache:
 
 
 def _compiled(lower: Callable[[], jax.stages.Lowered]) -> jax.stages.Compiled:
-    """What is lowered, compiled; the memory that took goes back to the system.
-
-    (measured) glibc would keep 170 MB of it.
-    """
+    """What is lowered, compiled; the memory that took goes back to the system."""
     compiled = lower().compile()
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).malloc_trim(0)
+    give_back()
     return compiled
 
 

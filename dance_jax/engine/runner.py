@@ -30,6 +30,7 @@ from dance_jax.engine.step import (
     Outcome,
     Record,
 )
+from dance_jax.memory import give_back
 from dance_jax.models.collectives import Collectives
 from dance_jax.models.config import ModelConfig
 from dance_jax.models.exchange import Tables
@@ -160,6 +161,7 @@ class Runner:
             pairs = [(int(layer), int(expert)) for layer, expert in experts_s2[used]]
             experts = self._read_experts(pairs) if pairs else ()
             pools.fill(device, ((int(used[place]), weights) for place, weights in experts))
+        give_back()  # what was read, and trunk and experts before they were laid out
         return pools
 
     def _build_tables(self, layout: Layout) -> Tables:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import collections
+import concurrent.futures
 import hashlib
 import json
 import pathlib
-from collections.abc import Collection, Iterator, Sequence
-from typing import Protocol
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import Protocol, TypeVar
 
 import jax
 import numpy as np
@@ -20,6 +21,8 @@ from dance_jax.models.experts import ExpertFormat, Weights, expert_format
 from dance_jax.models.formats import Formats, described
 from dance_jax.models.orbax_store import load_arrays
 from dance_jax.models.trunk import Trunk
+
+_Item, _Read = TypeVar("_Item"), TypeVar("_Read")
 
 #: Number of the layout below; another one is refused.
 FORMAT = 5
@@ -188,14 +191,31 @@ class Checkpoint(Outline):
             rows[layer, expert].append(row)
             wanted[layer, self._group_of[layer][str(expert)]].add(str(expert))
         stored = expert_format(self.config, self.formats.experts)
-        for (layer, group), numbers in sorted(wanted.items()):
-            arrays = load_arrays(self.path / "experts" / str(layer) / str(group), numbers)
+
+        def read(item: tuple[tuple[int, int], set[str]]) -> tuple[int, dict[str, np.ndarray]]:
+            (layer, group), numbers = item
+            return layer, load_arrays(self.path / "experts" / str(layer) / str(group), numbers)
+
+        for layer, arrays in _ahead(read, sorted(wanted.items())):
             for number, array in arrays.items():
                 weights = stored.apart(array)
                 if form != stored:
                     weights = form.from_stored(dict(zip(stored.leaves, weights, strict=True)))
                 for row in rows[layer, int(number)]:
                     yield row, weights
+
+
+def _ahead(read: Callable[[_Item], _Read], items: Iterable[_Item]) -> Iterator[_Read]:
+    """What is read of each item; the next one is read while one is used."""
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        reading = None
+        for item in items:
+            following = thread.submit(read, item)
+            if reading is not None:
+                yield reading.result()
+            reading = following
+        if reading is not None:
+            yield reading.result()
 
 
 def read_formats(directory: pathlib.Path) -> Formats:
