@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import functools
 import hashlib
 import json
 import pathlib
@@ -22,7 +23,7 @@ from dance_jax.models.formats import Formats, described
 from dance_jax.models.orbax_store import load_arrays
 from dance_jax.models.trunk import Trunk
 
-_Item, _Read = TypeVar("_Item"), TypeVar("_Read")
+_Read = TypeVar("_Read")
 
 #: Number of the layout below; another one is refused.
 FORMAT = 5
@@ -192,11 +193,11 @@ class Checkpoint(Outline):
             wanted[layer, self._group_of[layer][str(expert)]].add(str(expert))
         stored = expert_format(self.config, self.formats.experts)
 
-        def read(item: tuple[tuple[int, int], set[str]]) -> tuple[int, dict[str, np.ndarray]]:
-            (layer, group), numbers = item
-            return layer, load_arrays(self.path / "experts" / str(layer) / str(group), numbers)
+        def read(layer: int, group: int) -> tuple[int, dict[str, np.ndarray]]:
+            path = self.path / "experts" / str(layer) / str(group)
+            return layer, load_arrays(path, wanted[layer, group])
 
-        for layer, arrays in _ahead(read, sorted(wanted.items())):
+        for layer, arrays in _ahead([functools.partial(read, *each) for each in sorted(wanted)]):
             for number, array in arrays.items():
                 weights = stored.apart(array)
                 if form != stored:
@@ -205,12 +206,12 @@ class Checkpoint(Outline):
                     yield row, weights
 
 
-def _ahead(read: Callable[[_Item], _Read], items: Iterable[_Item]) -> Iterator[_Read]:
-    """What is read of each item; the next one is read while one is used."""
+def _ahead(reads: Iterable[Callable[[], _Read]]) -> Iterator[_Read]:
+    """What is read; the next is read while one is used."""
     with concurrent.futures.ThreadPoolExecutor(1) as thread:
         reading = None
-        for item in items:
-            following = thread.submit(read, item)
+        for read in reads:
+            following = thread.submit(read)
             if reading is not None:
                 yield reading.result()
             reading = following
