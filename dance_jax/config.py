@@ -97,9 +97,9 @@ class ClusterSpec:
 
 
 #: What users may ask for, of experts and of the trunk; "int4-mixed" leaves an expert's last
-#: projection eight bits.
+#: projection eight bits, and in the trunk attention, embedding and output.
 EXPERT_CHOICES = ("keep", "bf16", "int8", "int4", "int4-mixed", "mxfp4")
-TRUNK_CHOICES = ("keep", "bf16", "int8", "int4")
+TRUNK_CHOICES = ("keep", "bf16", "int8", "int4", "int4-mixed")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -69,7 +69,8 @@ class LLM:
         experts: what the weights of routed experts are rounded to when the model is converted:
             "keep" (they are not), "bf16", "int8", "int4", "int4-mixed" (the last projection has
             eight bits), "mxfp4".
-        trunk: what all other matrices are rounded to: "keep", "bf16", "int8" or "int4".
+        trunk: what all other matrices are rounded to: "keep", "bf16", "int8", "int4" or
+            "int4-mixed" (attention, embedding and output have eight bits).
         ssh_config: file for `ssh -F`, for servers on other machines.
         cache_dir: where converted models and compiled steps are kept.
         log_dir: where the cluster's servers keep their logs; None: nowhere.

@@ -14,6 +14,7 @@ ORDER = (
     "config",
     "cache",
     "files",
+    "memory",
     "placement",
     "models",
     "engine",

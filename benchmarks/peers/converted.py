@@ -15,12 +15,13 @@ from dance_jax.config import Rounding
 from dance_jax.models.build import matrix_shapes
 from dance_jax.models.checkpoint import write_manifest
 from dance_jax.models.config import ModelConfig
-from dance_jax.models.convert import GROUP_BYTES, expected_formats
+from dance_jax.models.convert import GROUP_BYTES
 from dance_jax.models.experts import ExpertFormat, expert_format
 from dance_jax.models.families import model_config
 from dance_jax.models.formats import FLOATS, TABLES, Matrix, WeightFormat, pack_words
 from dance_jax.models.orbax_store import save_arrays
 from dance_jax.models.random_weights import random_tensor, write_byte_tokenizer
+from dance_jax.models.rounding import expected_formats
 from dance_jax.models.tensors import arrays_of, trunk_rules
 
 

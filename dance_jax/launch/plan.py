@@ -13,7 +13,7 @@ from dance_jax.config import ClusterSpec, EngineConfig, UserError
 from dance_jax.engine.kv_cache import cache_bytes, state_bytes
 from dance_jax.launch.costs import cluster_cost, cost_note
 from dance_jax.models.config import ModelConfig
-from dance_jax.models.formats import unfit_report
+from dance_jax.models.rounding import unfit_report
 from dance_jax.placement.activations import Activations
 from dance_jax.placement.core import Layout, Placement, spread
 from dance_jax.placement.policies import DEFAULT_POLICY, place, usable
@@ -205,7 +205,7 @@ def model_notes(model: ModelConfig, config: EngineConfig) -> Iterator[str]:
             f"{original} tokens, and for longer ones. max_model_len is {config.max_model_len}, so "
             f"all requests use the set for the {which} contexts."
         )
-    if note := unfit_report(config.rounding.experts, model.hidden_size, model.expert.width):
+    for note in unfit_report(config.rounding, model):
         yield f"{note}."
     if model.quantization:
         yield f"The model's weights are quantised ({model.quantization}) and stay as they are."

@@ -9,7 +9,6 @@ the destination's name is whole.
 from __future__ import annotations
 
 import argparse
-import collections
 import contextlib
 import fcntl
 import hashlib
@@ -25,7 +24,6 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from dance_jax.config import EXPERT_CHOICES, TRUNK_CHOICES, Rounding, UserError
-from dance_jax.models.build import matrix_shapes
 from dance_jax.models.checkpoint import (
     FORMAT,
     Checkpoint,
@@ -33,7 +31,6 @@ from dance_jax.models.checkpoint import (
     is_converted,
     write_manifest,
 )
-from dance_jax.models.config import ModelConfig
 from dance_jax.models.directory import (
     indexed_files,
     is_gguf,
@@ -43,21 +40,15 @@ from dance_jax.models.directory import (
     weight_files,
 )
 from dance_jax.models.experts import expert_format
-from dance_jax.models.formats import (
-    Formats,
-    WeightFormat,
-    common,
-    rounded,
-    unfit_report,
-)
+from dance_jax.models.formats import Formats
 from dance_jax.models.ggml.model import open_source
 from dance_jax.models.hf import HFDirectory
 from dance_jax.models.orbax_store import save_arrays
+from dance_jax.models.rounding import expected_formats, model_formats, unfit_report
 from dance_jax.models.tensors import (
     TensorRule,
     arrays_of,
     expert_rules,
-    matrix_form,
     parts_of,
     trunk_rules,
 )
@@ -186,51 +177,6 @@ def _fingerprint(source: str, formats: Formats) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def model_formats(model: HFDirectory, rounding: Rounding) -> Formats:
-    """How a model's weights are kept when it is converted.
-
-    The experts of all layers have one format for each matrix: the smallest that holds what the
-    checkpoint has of it without loss.
-
-    Raises:
-        UserError: the experts have codes, and others are asked for.
-    """
-    config = model.config
-    inputs = {path: d_in for path, (_, d_in, _) in matrix_shapes(config).items()}
-    trunk = {}
-    for rule in trunk_rules(config):
-        for target in rule.targets:
-            if target.matrix:
-                stored = matrix_form(target, model.tensors[rule.source])
-                # A router's few weights decide where tokens go.
-                choice = "keep" if target.path.endswith("router.weight") else rounding.trunk
-                trunk[target.path] = rounded(choice, stored, inputs[target.path])
-    found: dict[str, set[WeightFormat]] = collections.defaultdict(set)
-    for layer in config.moe_layers:
-        for expert in range(config.num_experts):
-            for rule in expert_rules(config, layer, expert):
-                for target in rule.targets:
-                    if target.matrix:
-                        found[target.path].add(matrix_form(target, model.tensors[rule.source]))
-    d, f = config.hidden_size, config.expert.width
-    experts = {}
-    for name, forms in found.items():
-        stored = common(sorted(forms, key=str))
-        _check_floats(str(model.path), stored, rounding)
-        last = name == "w_down"
-        experts[name] = rounded(rounding.experts, stored, f if last else d, last)
-    return Formats(experts, trunk)
-
-
-def _check_floats(where: str, stored: WeightFormat, rounding: Rounding) -> None:
-    """Raises UserError if experts have codes, and others are asked for."""
-    if stored.group and rounding.experts != "keep":
-        raise UserError(
-            f"{where}: the experts are stored as {stored.kind}; --experts {rounding.experts} "
-            "rounds floats only: leave it out"
-        )
-
-
 def check_readable(directory: str | pathlib.Path) -> None:
     """Check that a model's weights can be converted, before its other files are read.
 
@@ -273,44 +219,6 @@ def outline(directory: str | pathlib.Path, rounding: Rounding = KEEP) -> Outline
 def _outline(model: HFDirectory, rounding: Rounding) -> Outline:
     formats, source = model_formats(model, rounding), model.fingerprint()
     return Outline(model.config, formats, source, _fingerprint(source, formats))
-
-
-def expected_formats(config: ModelConfig, rounding: Rounding) -> Formats:
-    """What `model_formats` will say, if weights are what config.json says of them.
-
-    Raises:
-        UserError: the experts have codes, and others are asked for.
-    """
-    floats, codes = WeightFormat(config.dtype), _codes(config)
-    _check_floats("config.json", codes or floats, rounding)
-    d, f = config.hidden_size, config.expert.width
-    trunk = {}
-    for path, (heads, d_in, _) in matrix_shapes(config).items():
-        plain = path.endswith("router.weight")
-        # gpt-oss has codes of experts alone; nobody has them of these.
-        coded = heads == 1 and not plain and path not in ("embedding", "head")
-        stored = codes if coded and codes and codes.kind != "mxfp4" else floats
-        trunk[path] = rounded("keep" if plain else rounding.trunk, stored, d_in)
-    experts = {
-        name: rounded(rounding.experts, codes or floats, d_in, name == "w_down")
-        for name, d_in in (("w_gate", d), ("w_up", d), ("w_down", f))
-    }
-    return Formats(experts, trunk)
-
-
-def _codes(config: ModelConfig) -> WeightFormat | None:
-    """What quantised weights are, by config.json; None: there are none."""
-    quantization = config.quantization
-    if quantization is None:
-        return None
-    if quantization.method == "mxfp4":
-        return WeightFormat("mxfp4", 32, "e8m0")
-    block = quantization.block
-    group = block[1] if block else quantization.group or config.hidden_size
-    if quantization.method == "fp8" or quantization.layout == "float-quantized":
-        return WeightFormat("fp8", group, "float32")
-    kind, offset = ("int4" if quantization.bits == 4 else "int8"), not quantization.symmetric
-    return WeightFormat(kind, group, "float32" if offset else "float16", offset)
 
 
 #: What is written together: the number of an expert, or None, and the rules of its tensors.
@@ -539,8 +447,8 @@ def main(arguments: list[str] | None = None) -> int:
                 Rounding(options.experts, options.trunk),
             )
             model = open_source(options.source, scales=False)
-            d, f = model.config.hidden_size, model.config.expert.width
-            lines = [unfit_report(options.experts, d, f), model.report()]
+            rounding = Rounding(options.experts, options.trunk)
+            lines = [*unfit_report(rounding, model.config), model.report()]
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -22,7 +22,7 @@ from dance_jax.engine.step import BUSY, token_slice
 from dance_jax.models import model_config
 from dance_jax.models.build import fill, init_random, matrix_shapes
 from dance_jax.models.experts import ExpertFormat, expert_format
-from dance_jax.models.formats import ROUNDED, Formats, WeightFormat
+from dance_jax.models.formats import Formats, WeightFormat
 from dance_jax.models.messages import Transport
 from dance_jax.models.random_weights import (
     Held,
@@ -30,6 +30,7 @@ from dance_jax.models.random_weights import (
     random_expert_tensors,
     random_trunk_tensors,
 )
+from dance_jax.models.rounding import ROUNDED
 from dance_jax.models.tensors import arrays_of, parts_of, trunk_rules
 from dance_jax.models.trunk import Trunk
 from dance_jax.placement.core import Layout

@@ -15,8 +15,9 @@ from dance_jax.engine.runner import Runner
 from dance_jax.models import native
 from dance_jax.models.build import fill, matrix_shapes
 from dance_jax.models.experts import expert_format
-from dance_jax.models.formats import ROUNDED, Formats, WeightFormat
+from dance_jax.models.formats import Formats, WeightFormat
 from dance_jax.models.random_weights import Held, random_trunk_tensors
+from dance_jax.models.rounding import ROUNDED
 from dance_jax.models.tensors import arrays_of, parts_of, trunk_rules
 from dance_jax.placement.core import Placement, spread
 from tests.cluster import tiny

@@ -19,9 +19,9 @@ from dance_jax.launch.peer_weights import Shelf
 from dance_jax.launch.peers import Kind, Question
 from dance_jax.models.checkpoint import Checkpoint
 from dance_jax.models.convert import KEEP, _convert, convert
-from dance_jax.models.formats import ROUNDED
 from dance_jax.models.ggml.model import open_source
 from dance_jax.models.random_weights import Held, write_random_checkpoint
+from dance_jax.models.rounding import ROUNDED
 from dance_jax.models.tensors import expert_rules, trunk_rules
 from dance_jax.models.tokenizer import Tokenizer
 from tests.engine.traffic import Job

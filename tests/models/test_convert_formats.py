@@ -24,9 +24,11 @@ from dance_jax.config import EngineConfig, Rounding, UserError
 from dance_jax.launch.plan import model_notes
 from dance_jax.models.checkpoint import FORMAT, MANIFEST, Checkpoint
 from dance_jax.models.convert import convert, ensure_converted, main, outline
-from dance_jax.models.formats import ROUNDED, WeightFormat, unfit_report
+from dance_jax.models.families import model_config
+from dance_jax.models.formats import WeightFormat
 from dance_jax.models.orbax_store import save_arrays
 from dance_jax.models.random_weights import write_random_checkpoint
+from dance_jax.models.rounding import ROUNDED, unfit_report
 from tests.models import test_packed as packed
 from tests.models.gguf_writing import MODELS as GGUF
 from tests.models.gguf_writing import write_gguf, write_tokenizer
@@ -112,9 +114,9 @@ def test_choices_that_do_not_exist(floats: pathlib.Path, tmp_path: pathlib.Path,
         with pytest.raises(SystemExit):
             main([str(floats), str(tmp_path / "out"), option, wrong])
         assert f"invalid choice: '{wrong}'" in capsys.readouterr().err
-    with pytest.raises(UserError, match="trunk='int4-mixed': one of keep, bf16, int8, int4"):
-        Rounding(trunk="int4-mixed")
-    for options in ({"experts": "int3"}, {"trunk": "int4-mixed"}):
+    with pytest.raises(UserError, match="trunk='mxfp4': one of keep, bf16, int8, int4"):
+        Rounding(trunk="mxfp4")
+    for options in ({"experts": "int3"}, {"trunk": "mxfp4"}):
         with pytest.raises(UserError, match="one of keep, bf16, int8, int4"):
             LLM(tmp_path / "nothing", **options)
     nothing_is_left(tmp_path)
@@ -255,10 +257,15 @@ def test_matrices_that_a_choice_does_not_fit_are_named(
     assert not any("--experts" in note for note in model_notes(made.config, EngineConfig(64)))
     forms = {name: str(form) for name, form in made.formats.experts.items()}
     assert forms == {"w_gate": "int4:32:bfloat16", "w_up": "int4:32:bfloat16", "w_down": "float32"}
-    assert unfit_report("int4-mixed", 64, 20) == "", "eight bits fit any"
-    assert unfit_report("int4-mixed", 20, 64).endswith("w_gate (20 inputs), w_up (20 inputs)")
+    assert unfit_report(Rounding("int4-mixed"), made.config) == [], "eight bits fit any"
     for choice in ("keep", "bf16", "int8"):
-        assert unfit_report(choice, 20, 20) == ""
+        assert unfit_report(Rounding(choice, choice), made.config) == []
+    narrow = model_config(fields | {"hidden_size": 20, "moe_intermediate_size": 64})
+    experts, trunk = unfit_report(Rounding("int4", "int4"), narrow)
+    assert experts.endswith("of all experts: w_gate (20 inputs), w_up (20 inputs)")
+    assert trunk.startswith("--trunk int4 needs") and "mixer.q.weight (20 inputs)" in trunk
+    assert "router" not in trunk and trunk.count("mixer.q.weight") == 1
+    assert unfit_report(Rounding("int4", "int4-mixed"), narrow) == [experts]
 
 
 @pytest.mark.parametrize("choice", ["int8", "int4", "mxfp4", "int4-mixed"])

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from dance_jax.models import native
 from dance_jax.models.config import Activation
 from dance_jax.models.experts import ExpertFormat, block_rows, grouped_ffn, ragged_ffn
-from dance_jax.models.formats import ROUNDED, WeightFormat
+from dance_jax.models.formats import WeightFormat
 from dance_jax.models.kernels_cpu import NativePool
 from dance_jax.models.layers import SILU, GatedMLP
+from dance_jax.models.rounding import ROUNDED
 from tests.quick import QUICK
 
 D, F = 8, 12

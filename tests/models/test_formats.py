@@ -12,16 +12,15 @@ from hypothesis import strategies as st
 
 from dance_jax.config import Rounding, UserError
 from dance_jax.models.formats import (
-    ROUNDED,
     Formats,
     Matrix,
     WeightFormat,
     common,
     described,
     pack_words,
-    rounded,
     unpack_words,
 )
+from dance_jax.models.rounding import ROUNDED, rounded
 
 FORMATS = {
     **ROUNDED,
@@ -163,13 +162,22 @@ def test_formats_have_a_text() -> None:
 
 def test_what_users_choose() -> None:
     half, codes = WeightFormat("bfloat16"), WeightFormat("fp8", 128, "float32")
-    assert rounded("keep", half, 64) == half
-    assert rounded("int4", half, 64) == ROUNDED["int4"]
-    assert rounded("int4", half, 20) == half, "eight codes do not fill a word"
-    assert rounded("int8", half, 20) == ROUNDED["int8"]
-    assert rounded("int4-mixed", half, 64) == ROUNDED["int4"]
-    assert rounded("int4-mixed", half, 64, last=True) == ROUNDED["int8"]
-    assert rounded("int8", codes, 64) == codes, "codes stay"
+
+    def of(choice: str, stored: WeightFormat, d_in: int, name: str = "w_gate") -> WeightFormat:
+        rounding = Rounding(choice) if name.startswith("w_") else Rounding(trunk=choice)
+        return rounded(rounding, name, stored, d_in)
+
+    assert of("keep", half, 64) == half
+    assert of("int4", half, 64) == ROUNDED["int4"]
+    assert of("int4", half, 20) == half, "eight codes do not fill a word"
+    assert of("int8", half, 20) == ROUNDED["int8"]
+    assert of("int8", codes, 64) == codes, "codes stay"
+    for name in ("w_gate", "layers.2.mlp.down.weight", "layers.0.shared.mlp.gate.weight"):
+        assert of("int4-mixed", half, 64, name) == ROUNDED["int4"]
+    for name in ("w_down", "head", "embedding", "layers.2.mixer.w_uk", "layers.0.mixer.q.weight"):
+        assert of("int4-mixed", half, 64, name) == ROUNDED["int8"]
+        assert of("int4", half, 64, name) == ROUNDED["int4"]
+    assert of("int4", half, 64, "layers.0.router.weight") == half
     with pytest.raises(UserError, match="experts='int3'"):
         Rounding("int3")
     wide = Formats({"w_up": WeightFormat("float32")}, {"head": codes})

@@ -12,7 +12,8 @@ from benchmarks.peers import Unsupported, Work
 from benchmarks.peers.converted import random_matrix, write_random_converted
 from benchmarks.throughput import MEASURES, Measure, measured
 from dance_jax.models.checkpoint import Checkpoint
-from dance_jax.models.formats import ROUNDED, WeightFormat
+from dance_jax.models.formats import WeightFormat
+from dance_jax.models.rounding import ROUNDED
 
 SMALL = SHAPES["olmoe"] | {"num_hidden_layers": 1, "num_experts": 2, "num_experts_per_tok": 1}
 
