@@ -26,6 +26,7 @@ PAIRS = (
     "keep/keep",
     *("int8/keep", "int4-mixed/keep", "int4/keep", "mxfp4/keep"),
     *("keep/int8", "int8/int8", "int4-mixed/int8", "int4/int8", "mxfp4/int8"),
+    *("keep/int4-mixed", "int4-mixed/int4-mixed", "int4/int4-mixed"),
     *("keep/int4", "int4/int4"),
 )
 
