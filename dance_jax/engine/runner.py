@@ -318,8 +318,7 @@ class Runner:
 
     def _nothing(self, bucket: Bucket) -> jax.Array:
         """The batch of a step without rows."""
-        nothing = self._packed(((),) * len(self.devices), bucket, IDLE)
-        return self.shards.per_device(nothing)
+        return self.shards.per_device(self._packed(((),) * len(self.devices), bucket, IDLE))
 
     def _packed(
         self, entries: tuple[tuple[Row, ...], ...], bucket: Bucket, said: int
@@ -384,7 +383,7 @@ class Runner:
         return outcomes, extras
 
     def _outcome(self, packed: np.ndarray, rows: int, own: Crossed) -> Outcome:
-        """What `choose` packed; where there is one server, of links what it said itself."""
+        """The outcome that `choose` packed; of a lone server, with `own` for what crossed links."""
         numbers, alone = np.zeros(rows, np.int32), self.topology.num_servers == 1
         like = numbers, numbers.view(np.float32), numbers, None if alone else own
         token, logprob, rank, crossed = step_module.unpack_host(packed, like)

@@ -34,8 +34,11 @@ class Shards:
         return self._assemble(arrays, PartitionSpec(AXIS), self.mesh.devices.size)
 
     def passed(self, parts: Sequence[np.ndarray]) -> Any:
-        """`per_device` of what one call of a compiled function reads: (measured) a seventh of the
-        time where the arrays need not be put on the devices before."""
+        """One array per local device, as an argument of a single call of a compiled function.
+
+        A lone process passes numpy's memory as it is: (measured) 7 us instead of the 48 us that
+        `per_device` takes.
+        """
         if jax.process_count() > 1:
             return self.per_device(parts)
         return np.stack(parts)

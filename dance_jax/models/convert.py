@@ -435,6 +435,7 @@ def main(arguments: list[str] | None = None) -> int:
         bars.TransferSpeedColumn(),
         bars.TimeRemainingColumn(),
     )
+    rounding = Rounding(options.experts, options.trunk)
     try:
         with bars.Progress(*columns, console=Console(stderr=True)) as bar:
             task = bar.add_task("reading headers", total=None)
@@ -444,10 +445,9 @@ def main(arguments: list[str] | None = None) -> int:
                 lambda text, done, total: bar.update(
                     task, description=text, completed=done, total=total
                 ),
-                Rounding(options.experts, options.trunk),
+                rounding,
             )
             model = open_source(options.source, scales=False)
-            rounding = Rounding(options.experts, options.trunk)
             lines = [*unfit_report(rounding, model.config), model.report()]
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

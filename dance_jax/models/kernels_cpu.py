@@ -48,7 +48,8 @@ def pack(form: WeightFormat, arrays: Arrays, d_in: int, d_out: int) -> np.ndarra
     library = native.library()
     assert library is not None
     library.PanelsBytes.restype = ctypes.c_int64
-    shape = ctypes.c_void_p(format_words([form]).ctypes.data), *map(ctypes.c_int64, (d_in, d_out))
+    words = format_words([form])  # named, as C++ reads it: an address alone keeps no array alive
+    shape = ctypes.c_void_p(words.ctypes.data), ctypes.c_int64(d_in), ctypes.c_int64(d_out)
     panels = np.empty(library.PanelsBytes(*shape), np.uint8)
     own = [np.ascontiguousarray(array) for array in arrays.values()]
     own += [np.empty(0)] * (3 - len(own))
@@ -143,6 +144,7 @@ class NativePool:
         self._library = library
         library.PoolNew.restype = library.PoolBytes.restype = ctypes.c_int64
         library.PoolPut.restype = library.PoolGet.restype = ctypes.c_bool
+        words = format_words(forms)
         #: By which steps name the pool.
         self.number: int = library.PoolNew(
             ctypes.c_int64(d),
@@ -150,7 +152,7 @@ class NativePool:
             ctypes.c_int32(_ACTIVATIONS.index(activation.kind)),
             ctypes.c_float(activation.alpha),
             ctypes.c_float(activation.limit),
-            ctypes.c_void_p(format_words(forms).ctypes.data),
+            ctypes.c_void_p(words.ctypes.data),
             ctypes.c_bool(bias),
             ctypes.c_int64(slots),
         )
@@ -180,7 +182,7 @@ class NativePool:
 
     @property
     def bytes(self) -> int:
-        """Bytes of the experts that it holds, with what fills their last panels."""
+        """Bytes of the experts that it holds; outputs are filled up to multiples of 16."""
         return self._library.PoolBytes(ctypes.c_int64(self.number))
 
 

@@ -250,12 +250,11 @@ bool ExpertPool::Get(int64_t slot, void* const* arrays) const {
 }
 
 int64_t ExpertPool::bytes() const {
-  int64_t count = 0;
-  {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    for (const auto& held : slots_) count += held != nullptr;
-  }
-  return count * Lay(nullptr).second;
+  const Expert expert = Lay(nullptr).first;
+  int64_t each = expert.gate.Bytes() + expert.up.Bytes() + expert.down.Bytes();
+  if (spec_.bias) each += (2 * spec_.f + spec_.d) * sizeof(float);
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return each * std::count_if(slots_.begin(), slots_.end(), [](const auto& held) { return held != nullptr; });
 }
 
 int64_t ExpertPool::Run(const Assignments& rows, float* y) const {

@@ -16,15 +16,15 @@ void ForPieces(const Matrix& w, const Move& move) {
   const int64_t group = f.group ? f.group : w.in, rows = w.in / f.Step();
   int64_t to = 0;
   for (int64_t begin = 0; begin < w.out; begin += kPanel) {
-    const int64_t count = std::min(kPanel, w.out - begin);
+    const int64_t count = std::min(kPanel, w.out - begin), width = w.Width(begin);
     for (int64_t row = 0, g = 0; row < rows; ++g) {
       for (int array = 1; array <= (f.group != 0) + f.offset; ++array) {
         move(array, f.ScaleBytes(g * w.out + begin), to, f.ScaleBytes(count));
-        to += f.ScaleBytes(kPanel);
+        to += f.ScaleBytes(width);
       }
       for (const int64_t end = std::min(rows, row + group / f.Step()); row < end; ++row) {
         move(0, f.CodeBytes(row * w.out + begin), to, f.CodeBytes(count));
-        to += f.CodeBytes(kPanel);
+        to += f.CodeBytes(width);
       }
     }
   }
@@ -33,7 +33,7 @@ void ForPieces(const Matrix& w, const Move& move) {
 }  // namespace
 
 void Pack(const Matrix& shape, const Arrays<const char>& from, char* panels) {
-  if (shape.out % kPanel) std::memset(panels, 0, shape.Bytes());
+  if (shape.out % kLanes) std::memset(panels, 0, shape.Bytes());
   const char* arrays[] = {from.codes, from.scale, from.offset};
   ForPieces(shape, [&](int array, int64_t at, int64_t to, int64_t bytes) {
     std::memcpy(panels + to, arrays[array] + at, bytes);

@@ -30,9 +30,10 @@ constexpr int64_t kAhead = 2048;
 
 template <Kind kind>
 inline constexpr bool kTable = kind == Kind::kInt4 || kind == Kind::kMxfp4;
-// Kinds whose codes are widened first where so many rows read them.
+// Codes of these kinds cost more to widen than a product with them does. So they are widened once, into
+// the cache, where kManyRows rows or more read them.
 template <Kind kind>
-inline constexpr bool kDear = kTable<kind> || kind == Kind::kFp8;
+inline constexpr bool kCostly = kTable<kind> || kind == Kind::kFp8;
 constexpr int64_t kManyRows = 24;
 
 // Values of one input's outputs, without scale.
@@ -115,13 +116,13 @@ inline Vector Scales(ScaleKind kind, const char* row, int64_t output) {
   }
 }
 
-// Calls take(i, c, value) for `count` inputs in their order and C vectors of a panel's outputs, from
-// the first one's codes on.
+// Calls take(i, c, value) for `count` inputs in their order and C vectors of the outputs of a panel of
+// `width`, from the first one's codes on.
 template <Kind kind, int C, typename Take>
-inline void ForValues(const char* codes, int64_t count, const Take& take) {
+inline void ForValues(const char* codes, int64_t width, int64_t count, const Take& take) {
   constexpr Format format{kind};
-  constexpr int64_t step = format.Step(), row = format.CodeBytes(kPanel);
-  constexpr int64_t vector = format.CodeBytes(kLanes);
+  constexpr int64_t step = format.Step(), vector = format.CodeBytes(kLanes);
+  const int64_t row = format.CodeBytes(width);
   for (int64_t i = 0; i < count; i += step, codes += row) {
     for (int64_t at = 0; at < C * vector; at += 64) __builtin_prefetch(codes + at + kAhead);
     if constexpr (kTable<kind>) {
@@ -143,11 +144,11 @@ inline float SumOf(const float* x, int64_t count) {
   return Sum(sum);
 }
 
-// What rows of x [rows, inputs] multiply: some inputs of a panel, whole groups; y [rows, kPanel].
+// What rows of x [rows, inputs] multiply: some inputs of a panel, whole groups; y [rows, width].
 struct Piece {
   Format format;
   const char* panel;
-  int64_t inputs;
+  int64_t width, inputs;
   const float* x;
   float* y;
   int64_t x_stride, y_stride;
@@ -160,7 +161,7 @@ void Tile(const Piece& p, int first) {
   const int64_t skip = first * kLanes;
   Vector sum[R][C];
   auto multiply = [&](const char* codes, int64_t begin, int64_t count) {
-    ForValues<kind, C>(codes + f.CodeBytes(skip), count, [&](int64_t i, int c, Vector value) {
+    ForValues<kind, C>(codes + f.CodeBytes(skip), p.width, count, [&](int64_t i, int c, Vector value) {
       for (int r = 0; r < R; ++r) {
         sum[r][c] = Fma(Same(p.x[r * p.x_stride + begin + i]), value, sum[r][c]);
       }
@@ -176,7 +177,7 @@ void Tile(const Piece& p, int first) {
     multiply(p.panel, 0, p.inputs);
     all([](Vector& sum, float* y, int, int) { Store(y, sum); });
   } else {
-    const int64_t width = f.ScaleBytes(kPanel);
+    const int64_t width = f.ScaleBytes(p.width);
     const char* at = p.panel;
     for (int64_t begin = 0; begin < p.inputs; begin += f.group) {
       const int64_t count = std::min(f.group, p.inputs - begin);
@@ -184,7 +185,7 @@ void Tile(const Piece& p, int first) {
       at += f.offset ? 2 * width : width;
       all([](Vector& sum, float*, int, int) { sum = Zero(); });
       multiply(at, begin, count);
-      at += count / f.Step() * f.CodeBytes(kPanel);
+      at += f.CodesBytes(count, p.width);
       all([&](Vector& sum, float* y, int, int c) {
         Store(y, Fma(sum, Scales(f.scale, scale, skip + c * kLanes), Load(y)));
       });
@@ -202,7 +203,10 @@ void Tile(const Piece& p, int first) {
 template <Kind kind, int R = kMostRows>
 void Tiles(Piece p, int64_t rows) {
   for (; rows >= R; rows -= R, p.x += R * p.x_stride, p.y += R * p.y_stride) {
-    for (int first = 0; first < kVectors; first += kTogether<R>) Tile<kind, R, kTogether<R>>(p, first);
+    int first = 0;
+    const int vectors = p.width / kLanes;
+    for (; first + kTogether<R> <= vectors; first += kTogether<R>) Tile<kind, R, kTogether<R>>(p, first);
+    for (; first < vectors; ++first) Tile<kind, R, 1>(p, first);
   }
   if constexpr (R > 1) Tiles<kind, R == 6 ? 4 : R / 2>(p, rows);
 }
@@ -215,56 +219,60 @@ Piece Widened(const Piece& p, float* memory) {
   wide.panel = reinterpret_cast<const char*>(memory);
   const Format& f = p.format;
   const int64_t group = f.group ? f.group : p.inputs;
-  const int64_t before = f.ScaleBytes(kPanel) * (1 + f.offset);
+  const int64_t before = f.ScaleBytes(p.width) * (1 + f.offset);
   const char* from = p.panel;
   char* to = reinterpret_cast<char*>(memory);
   for (int64_t begin = 0; begin < p.inputs; begin += group) {
     const int64_t count = std::min(group, p.inputs - begin);
     std::memcpy(to, from, before);
     from += before, to += before;
-    ForValues<kind, kVectors>(from, count, [&](int64_t i, int c, Vector value) {
-      Store(reinterpret_cast<float*>(to) + i * kPanel + c * kLanes, value);
-    });
-    from += count / f.Step() * f.CodeBytes(kPanel), to += count * kPanel * sizeof(float);
+    for (int64_t output = 0; output < p.width; output += kLanes) {
+      float* values = reinterpret_cast<float*>(to) + output;
+      ForValues<kind, 1>(from + f.CodeBytes(output), p.width, count, [&](int64_t i, int, Vector value) {
+        Store(values + i * p.width, value);
+      });
+    }
+    from += f.CodesBytes(count, p.width), to += wide.format.CodesBytes(count, p.width);
   }
   return wide;
 }
 
-// All rows of a panel, y [rows, kPanel].
+// All rows of the panel that begins with output `begin`, y [rows, its width].
 template <Kind kind>
-void Panel(const Matrix& w, const char* panel, const float* x, int64_t rows, int64_t x_stride,
-           float* y, int64_t y_stride) {
+void Panel(const Matrix& w, int64_t begin, const float* x, int64_t rows, int64_t x_stride, float* y,
+           int64_t y_stride) {
   const int64_t group = w.format.group ? w.format.group : 1;
   const int64_t some = rows > kMostRows ? std::max(group, kInputs / group * group) : w.in;
-  const bool widen = kDear<kind> && rows >= kManyRows && some <= kInputs;
+  const bool widen = kCostly<kind> && rows >= kManyRows && some <= kInputs;
   // A scale takes no more than a value, and there are two of a group at most.
-  alignas(64) thread_local float memory[kDear<kind> ? 3 * kInputs * kPanel : 1];
-  Piece p{w.format, panel, 0, x, y, x_stride, y_stride};
-  for (int64_t begin = 0; begin < w.in; begin += some) {
-    p.inputs = std::min(some, w.in - begin), p.x = x + begin;
+  alignas(64) thread_local float memory[kCostly<kind> ? 3 * kInputs * kPanel : 1];
+  Piece p{w.format, w.panels + w.At(begin), w.Width(begin), 0, x, y, x_stride, y_stride};
+  for (int64_t i = 0; i < w.in; i += some) {
+    p.inputs = std::min(some, w.in - i), p.x = x + i;
     if (widen) {
       Tiles<Kind::kFloat32>(Widened<kind>(p, memory), rows);
     } else {
       Tiles<kind>(p, rows);
     }
-    p.panel += w.PanelBytes(p.inputs);
+    p.panel += w.format.PanelBytes(p.inputs, p.width);
   }
 }
 
 template <Kind kind>
 void Panels(const Matrix& w, const float* x, int64_t rows, int64_t x_stride, int64_t begin,
             int64_t end, float* y, int64_t y_stride) {
-  const char* panel = w.panels + begin / kPanel * w.PanelBytes(w.in);
-  for (; end - begin >= kPanel; begin += kPanel, y += kPanel, panel += w.PanelBytes(w.in)) {
-    Panel<kind>(w, panel, x, rows, x_stride, y, y_stride);
+  for (; begin < end; begin += kPanel, y += kPanel) {
+    const int64_t width = w.Width(begin), own = std::min(end - begin, kPanel);
+    if (own == width) {
+      Panel<kind>(w, begin, x, rows, x_stride, y, y_stride);
+      continue;
+    }
+    // The last vector has fewer outputs.
+    std::vector<float> sums(rows * width, 0.0f);
+    for (int64_t r = 0; r < rows; ++r) std::copy_n(y + r * y_stride, own, &sums[r * width]);
+    Panel<kind>(w, begin, x, rows, x_stride, sums.data(), width);
+    for (int64_t r = 0; r < rows; ++r) std::copy_n(&sums[r * width], own, y + r * y_stride);
   }
-  if (begin == end) return;
-  // The last panel has fewer outputs.
-  const int64_t left = end - begin;
-  std::vector<float> sums(rows * kPanel, 0.0f);
-  for (int64_t r = 0; r < rows; ++r) std::copy_n(y + r * y_stride, left, &sums[r * kPanel]);
-  Panel<kind>(w, panel, x, rows, x_stride, sums.data(), kPanel);
-  for (int64_t r = 0; r < rows; ++r) std::copy_n(&sums[r * kPanel], left, y + r * y_stride);
 }
 
 // Calls run(integral_constant<Kind, kind>) for the kind of a matrix.
@@ -297,25 +305,26 @@ void Multiply(const Matrix& w, const float* x, int64_t rows, int64_t x_stride, i
 
 void Column(const Matrix& w, int64_t output, float* x) {
   const Format& f = w.format;
-  const char* at = w.panels + output / kPanel * w.PanelBytes(w.in);
-  const int64_t lane = output % kLanes, vector = output % kPanel - lane;
-  const int64_t group = f.group ? f.group : w.in, width = f.ScaleBytes(kPanel);
-  for (int64_t begin = 0; begin < w.in; begin += group) {
-    const int64_t count = std::min(group, w.in - begin);
+  const int64_t begin = output / kPanel * kPanel, width = w.Width(begin);
+  const int64_t lane = output % kLanes, vector = output - begin - lane;
+  const int64_t group = f.group ? f.group : w.in, scales = f.ScaleBytes(width);
+  const char* at = w.panels + w.At(begin);
+  for (int64_t first = 0; first < w.in; first += group) {
+    const int64_t count = std::min(group, w.in - first);
     Vector scale = Same(1.0f), offset = Zero();
-    if (f.group) scale = Scales(f.scale, at, vector), at += width;
-    if (f.offset) offset = Scales(f.scale, at, vector), at += width;
+    if (f.group) scale = Scales(f.scale, at, vector), at += scales;
+    if (f.offset) offset = Scales(f.scale, at, vector), at += scales;
     ByKind(f.kind, [&](auto kind) {
       const char* codes = at + f.CodeBytes(vector);
-      ForValues<decltype(kind)::value, 1>(codes, count, [&](int64_t i, int, Vector value) {
+      ForValues<decltype(kind)::value, 1>(codes, width, count, [&](int64_t i, int, Vector value) {
         if (f.group) value = value * scale;
         if (f.offset) value = value + offset;
         float lanes[kLanes];
         Store(lanes, value);
-        x[begin + i] = lanes[lane];
+        x[first + i] = lanes[lane];
       });
     });
-    at += w.CodesBytes(count);
+    at += f.CodesBytes(count, width);
   }
 }
 

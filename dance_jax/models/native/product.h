@@ -53,6 +53,15 @@ struct Format {
         return 2 * count;
     }
   }
+  // Bytes of so many inputs' codes in a panel of `width` outputs, and with their scales and offsets:
+  // those of whole groups, or of a matrix's last inputs.
+  int64_t CodesBytes(int64_t inputs, int64_t width) const {
+    return inputs / Step() * CodeBytes(width);
+  }
+  int64_t PanelBytes(int64_t inputs, int64_t width) const {
+    const int64_t groups = group ? (inputs + group - 1) / group : 0;
+    return CodesBytes(inputs, width) + groups * ScaleBytes(width) * (1 + offset);
+  }
 };
 
 // A WeightFormat as kernels_cpu.py writes it: kind, scale, group, offset.
@@ -62,26 +71,29 @@ inline Format ReadFormat(const int64_t* words) {
   return {static_cast<Kind>(words[0]), static_cast<ScaleKind>(words[1]), words[2], words[3] != 0};
 }
 
-// Outputs of a panel.
-constexpr int64_t kPanel = 64;
+// Values of one vector, on every processor, and outputs of a panel.
+constexpr int64_t kLanes = 16, kPanel = 64;
 
 // Weights [in, out] as products read them, from the first byte to the last: for each panel of outputs,
 // for each group of inputs, the outputs' scales, their offsets, and then input after input the
-// outputs' codes. The last panel is filled up with zeros. Values without scales are one group.
+// outputs' codes. The last panel has fewer outputs, filled up with zeros to whole vectors. Values
+// without scales are one group.
 struct Matrix {
   Format format;
   int64_t in = 0, out = 0;
   const char* panels = nullptr;
 
-  int64_t CodesBytes(int64_t inputs) const {
-    return inputs / format.Step() * format.CodeBytes(kPanel);
+  // Outputs of the panel that begins with output `begin`.
+  int64_t Width(int64_t begin) const {
+    const int64_t left = (out - begin + kLanes - 1) / kLanes * kLanes;
+    return left < kPanel ? left : kPanel;
   }
-  // Of so many inputs of a panel, whole groups or the last ones.
-  int64_t PanelBytes(int64_t inputs) const {
-    const int64_t groups = format.group ? (inputs + format.group - 1) / format.group : 0;
-    return CodesBytes(inputs) + groups * format.ScaleBytes(kPanel) * (1 + format.offset);
+  // Where the panel that begins with output `begin` lies.
+  int64_t At(int64_t begin) const { return begin / kPanel * format.PanelBytes(in, kPanel); }
+  int64_t Bytes() const {
+    const int64_t last = (out - 1) / kPanel * kPanel;
+    return At(last) + format.PanelBytes(in, Width(last));
   }
-  int64_t Bytes() const { return (out + kPanel - 1) / kPanel * PanelBytes(in); }
 };
 
 // A matrix's arrays, `WeightFormat.arrays`: codes or values [in, out] (of four bits, [in / 8, out]),
@@ -115,9 +127,6 @@ struct Kernels {
   // y[i] += a * x[i].
   void (*add)(float a, const float* x, float* y, int64_t count);
 };
-
-// Values of one vector, on every processor.
-constexpr int64_t kLanes = 16;
 
 // The functions for this processor.
 const Kernels& ForThisProcessor();
