@@ -20,7 +20,7 @@ from dance_jax.engine.report import EngineReport, EngineStats
 from dance_jax.engine.route_sample import RouteSample
 from dance_jax.engine.runner import Runner
 from dance_jax.engine.scheduler import Row, Scheduler, StepPlan
-from dance_jax.engine.sequence import OutputDelta, Request
+from dance_jax.engine.sequence import OutputDelta, Request, Sequence
 from dance_jax.engine.staging import Experts, Staging
 from dance_jax.engine.step import (
     DECODING,
@@ -32,10 +32,10 @@ from dance_jax.engine.step import (
     token_slice,
 )
 from dance_jax.engine.step_clock import StepClock
-from dance_jax.models import kernels_cpu, links_cpu
+from dance_jax.engine.traffic import CallTraffic, LockStepTraffic, Traffic
+from dance_jax.models import kernels_cpu
 from dance_jax.models.checkpoint import WeightSource
 from dance_jax.models.experts import Weights
-from dance_jax.models.links_cpu import Moved
 from dance_jax.models.messages import Transport
 from dance_jax.placement.core import Layout, Placement
 
@@ -48,7 +48,7 @@ class StepResult:
     """What one step brought."""
 
     outputs: list[OutputDelta]
-    #: Some server had work in this step; when none had, all servers may rest.
+    #: Some server that takes part had work in this step; when none had, they may rest.
     active: bool
     #: The batch of moved experts that came into force after it, on all servers; 0: none.
     applied: int = 0
@@ -75,7 +75,8 @@ class Engine:
         layout: where every expert is; None (alone): all of them here.
         config: equal on all servers.
         compile_cache: keeps compiled steps between starts.
-        transport: carries rows between servers, e.g. from links_cpu.connect; None: collectives.
+        transport: carries rows between servers that step together; None: each steps on its own, and
+            experts answer calls.
         free_memory: bytes of each device's memory that nothing uses, before anything is loaded
             there; None: enough.
     """
@@ -124,7 +125,8 @@ class Engine:
         )
         layers, servers = len(model.moe_layers), len(devices)
         self.steps = self.tokens = self.prompt_tokens = self.generation_tokens = 0
-        self.clock = StepClock(servers)
+        self._traffic = self._new_traffic(layers, servers)
+        self.clock = StepClock(self._traffic.inside)
         self._staging = Staging(layout, rank, form)
         #: Held while pool and layout change, and while an expert is read.
         self._placed = threading.Lock()
@@ -135,14 +137,21 @@ class Engine:
         self._cost_base = self._costs()
         self._work = IDLE
         self._bucket_steps: collections.Counter[Bucket] = collections.Counter()
-        self._transfers = np.zeros((layers, servers), np.int64)
-        self._rows = self._busiest_rows = 0
-        self._bytes = np.zeros((servers, servers), np.int64)
         self._routes = RouteSample(
             config.route_sample, (layers, model.top_k), seed=rank, half_life=config.half_life
         )
         #: Deltas that the next step hands out beside its own.
         self._pending: list[OutputDelta] = []
+
+    def _new_traffic(self, layers: int, servers: int) -> Traffic:
+        if self.runner.calls is not None:
+            return CallTraffic(self.runner.calls)
+        return LockStepTraffic(self.rank, layers, servers)
+
+    @property
+    def alone(self) -> bool:
+        """Its steps are its own; else all servers do each step together."""
+        return self.runner.calls is not None
 
     @property
     def has_work(self) -> bool:
@@ -165,7 +174,8 @@ class Engine:
         empty = ((),) * self.scheduler.devices
         for bucket in buckets:
             self.runner.run(StepPlan(*bucket, empty), work=IDLE)
-        self.clock = StepClock(self.runner.topology.num_servers)
+        self._traffic.reset()
+        self.clock = StepClock(self._traffic.inside)
         self._cost_base = self._costs()
 
     def add(self, request: Request) -> None:
@@ -192,18 +202,36 @@ class Engine:
                     row for rows in plan.entries for row in rows if row.index >= plan.decode
                 ):
                     self.tracker.scheduled(row.sequence)
+            if plan.empty and self.alone:
+                outputs, self._pending = self._pending, []
+                return StepResult(outputs, False)
             with self.clock.computing():
                 outcomes, extras = self.runner.run(plan, loaded=self._staging.tell())
             with self.clock.part("output"):
-                self.scheduler.commit(plan)
+                failed = self._failed(plan, outcomes, extras)
+                self.scheduler.commit(plan, failed)
                 outputs, self._pending = self._pending, []
-                for sampled in self._sampled(plan, outcomes, extras):
-                    outputs.append(self._append(*sampled))
+                for row, sampled in self._sampled(plan, outcomes, extras):
+                    if not any(row.sequence is each for each in failed):
+                        outputs.append(self._append(row, sampled))
                 self._record(plan, outcomes[0], extras)
-                applied = int(outcomes[0].crossed.loaded)
+                applied = 0 if self.alone else int(outcomes[0].crossed.loaded)
                 if applied:
                     self._apply(applied)
         return StepResult(outputs, self._work != IDLE, applied)
+
+    def _failed(
+        self, plan: StepPlan, outcomes: list[Outcome], extras: Extras
+    ) -> list[Sequence]:
+        """The sequences of which a token has failed: no expert that it needs was to be had."""
+        if not any(outcome.any_failed for outcome in outcomes):
+            return []
+        return [
+            row.sequence
+            for rows, failed_t in zip(plan.entries, self.runner.read(extras.failed), strict=True)
+            for row in rows
+            if failed_t[token_slice(plan.bucket, self.config, row)].any()
+        ]
 
     def stage(self, number: int, layout: Layout, experts: Experts) -> None:
         """Holds loaded experts until all servers have staged the batch; then it comes into force.
@@ -266,28 +294,28 @@ class Engine:
         local = self._calls_local + int(since_le[resident_le].sum())
         return local, self._calls_remote + int(since_le[~resident_le].sum())
 
-    def _costs(self) -> tuple[int, float, list[Moved]]:
-        """What the C++ library has counted in this process."""
+    def _costs(self) -> tuple[int, float]:
+        """Expert calls that the C++ library has computed in this process, and seconds in them."""
         _, seconds, served = kernels_cpu.routed_seconds()
-        links = links_cpu.counters(self.runner.topology.num_servers)
-        return served, seconds, [links.dispatch.moved, links.give_back.moved]
+        return served, seconds
 
     def _measured(self) -> dict[str, Any]:
         """What `EngineReport` and `EngineStats` say of costs."""
-        (served, seconds, moved), base = self._costs(), self._cost_base
+        (served, seconds), base = self._costs(), self._cost_base
+        totals = self._traffic.totals()
         return {
-            "rows": self._rows,
-            "busiest_rows": self._busiest_rows,
+            "rows": totals.rows,
+            "busiest_rows": totals.busiest_rows,
             "calls_served": served - base[0],
             "expert_seconds": seconds - base[1],
-            "moved": [now - before for now, before in zip(moved, base[2], strict=True)],
+            "moved": totals.moved,
+            "bytes_sent": totals.bytes_sent.tolist(),
         }
 
     def stats(self) -> EngineStats:
         return EngineStats(
             counts=self.runner.counts().tolist(),
-            transfers=self._transfers.tolist(),
-            bytes_sent=self._bytes[self.rank].tolist(),
+            transfers=self._traffic.totals().transfers.tolist(),
             tokens=self.tokens,
             steps=self.steps,
             routes=self._routes.kept.tobytes(),
@@ -298,7 +326,7 @@ class Engine:
 
     def report(self) -> EngineReport:
         calls_local, calls_remote = self._calls(self.runner.counts())
-        scheduler = self.scheduler
+        scheduler, totals = self.scheduler, self._traffic.totals()
         return EngineReport(
             steps=self.steps,
             running=scheduler.num_running,
@@ -314,9 +342,8 @@ class Engine:
             generation_tokens=self.generation_tokens,
             calls_local=calls_local,
             calls_remote=calls_remote,
-            transfers=int(self._transfers.sum()),
-            bytes_sent=self._bytes[self.rank].tolist(),
-            bytes_received=self._bytes[:, self.rank].tolist(),
+            transfers=int(totals.transfers.sum()),
+            bytes_received=totals.bytes_received.tolist(),
             experts_resident=int((self.layout.slot_of[self.rank] >= 0).sum()),
             step_seconds=self.clock.seconds(),
             cpu_seconds=time.process_time(),
@@ -361,12 +388,7 @@ class Engine:
         decoded = sum(row.index < plan.decode for row in rows)
         self.prompt_tokens += plan.num_tokens - decoded
         self.generation_tokens += sum(row.sample for row in rows)
-        if self.runner.topology.num_servers > 1:
-            self._transfers += crossed.rows[:, self.rank]
-            self._rows += int(crossed.rows.sum())
-            ways_ln = np.maximum(crossed.rows.sum(1), crossed.rows.sum(2))
-            self._busiest_rows += int(ways_ln.max(1).sum())
-            self._bytes += crossed.bytes.sum(0)
+        self._traffic.add(crossed)
         if self._routes.wanted and not plan.empty:
             self._sample_routes(plan, extras)
 

@@ -18,7 +18,7 @@ import numpy as np
 from dance_jax.config import EngineConfig, UserError
 from dance_jax.models.config import DeltaNet, Mixer, ModelConfig
 from dance_jax.models.delta import State
-from dance_jax.models.messages import Transport
+from dance_jax.models.exchange import Exchange
 
 #: A jax.Array on the device, an np.ndarray on the host.
 Leaf = Any
@@ -88,11 +88,11 @@ def state_bytes(model: ModelConfig, config: EngineConfig) -> int:
 
 
 def new_memory(
-    model: ModelConfig, config: EngineConfig, blocks: int, transport: Transport
+    model: ModelConfig, config: EngineConfig, blocks: int, exchange: Exchange
 ) -> Memory:
     """An empty memory with so many blocks and scratch, in numpy."""
     layers = len(model.moe_layers)
-    links = transport.memory(layers)
+    links = exchange.memory(layers)
     return Memory(
         cache=[layer_cache(layer.mixer, config, blocks) for layer in model.layers],
         counts=np.zeros((layers, model.num_experts), np.int32),

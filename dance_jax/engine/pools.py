@@ -23,6 +23,8 @@ class SlotWrite(NamedTuple):
     """What a slot of a device is to hold."""
 
     slot: int
+    #: Its number in the model: layer * experts of a layer + expert.
+    expert: int
     weights: Weights
 
 
@@ -43,7 +45,7 @@ class Pools(Protocol):
         """Compiles what the others call."""
         ...
 
-    def fill(self, device: int, experts: Iterable[tuple[int, Weights]]) -> None:
+    def fill(self, device: int, experts: Iterable[SlotWrite]) -> None:
         """Puts experts into slots of a device, before the first step."""
         ...
 
@@ -75,22 +77,23 @@ class NativePools:
     def __init__(self, form: ExpertFormat, slots: int, shards: Shards) -> None:
         self._form = form
         forms = (form.gate, form.up, form.down)
-        self._pools = [
+        #: Of each device.
+        self.devices = [
             NativePool(form.d, form.f, form.activation, forms, form.bias, slots)
             for _ in shards.devices
         ]
-        self.argument = shards.per_device([np.int32(pool.number) for pool in self._pools])
+        self.argument = shards.per_device([np.int32(pool.number) for pool in self.devices])
 
     @property
     def bytes(self) -> list[int]:
-        return [pool.bytes for pool in self._pools]
+        return [pool.bytes for pool in self.devices]
 
     def warm_up(self) -> None:
         pass
 
-    def fill(self, device: int, experts: Iterable[tuple[int, Weights]]) -> None:
-        for slot, weights in experts:
-            self._pools[device].put(slot, weights)
+    def fill(self, device: int, experts: Iterable[SlotWrite]) -> None:
+        for slot, expert, weights in experts:
+            self.devices[device].put(slot, expert, weights)
 
     def write(self, writes: Sequence[Sequence[SlotWrite]]) -> None:
         for device, own in enumerate(writes):
@@ -98,7 +101,7 @@ class NativePools:
 
     def read(self, device: int, slot: int) -> Weights:
         found = self._form.empty()
-        self._pools[device].get(slot, found)
+        self.devices[device].get(slot, found)
         return found
 
 
@@ -137,9 +140,9 @@ class ArrayPools:
                 sizes[shard.device] += shard.data.nbytes
         return list(sizes.values())
 
-    def fill(self, device: int, experts: Iterable[tuple[int, Weights]]) -> None:
+    def fill(self, device: int, experts: Iterable[SlotWrite]) -> None:
         assert self._filling is not None
-        for slot, weights in experts:
+        for slot, _, weights in experts:
             for array, leaf in zip(self._filling[device], weights, strict=True):
                 array[slot] = leaf
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -15,7 +16,7 @@ from dance_jax.config import EngineConfig
 from dance_jax.engine import step as step_module
 from dance_jax.engine.compile_cache import CompileCache
 from dance_jax.engine.kv_cache import Memory, new_memory
-from dance_jax.engine.pools import Pools, make_pools
+from dance_jax.engine.pools import NativePools, Pools, SlotWrite, make_pools
 from dance_jax.engine.sampling import adjustments, adjusts
 from dance_jax.engine.scheduler import Row, StepPlan
 from dance_jax.engine.shards import Shards
@@ -24,16 +25,17 @@ from dance_jax.engine.step import (
     IDLE,
     Bucket,
     Crossed,
-    Experts,
     Extras,
     Form,
     Outcome,
     Record,
 )
 from dance_jax.memory import give_back
+from dance_jax.models import native
+from dance_jax.models.calls import CallServer
 from dance_jax.models.collectives import Collectives
 from dance_jax.models.config import ModelConfig
-from dance_jax.models.exchange import Tables
+from dance_jax.models.exchange import Calls, Exchange, Experts, LockStep, Tables
 from dance_jax.models.experts import ExpertFormat, Weights
 from dance_jax.models.messages import Transport, say
 from dance_jax.models.topology import AXIS, Topology
@@ -81,7 +83,8 @@ class Runner:
     Args:
         form: what a slot of the pool holds.
         blocks: KV blocks of each device, scratch not counted.
-        transport: carries rows between servers; of one kind on all of them.
+        transport: carries rows between servers that step together, of one kind on all of them; None:
+            each steps on its own, and experts answer calls.
     """
 
     def __init__(
@@ -100,15 +103,18 @@ class Runner:
         self.model_config = model_config
         self.form = form
         self.config = config
-        self.topology = Topology(rank, layout.devices, config.max_step_tokens)
-        self.mesh = cluster_mesh(layout.devices)
+        self.rank = rank
+        own = (layout.devices[rank],)
+        #: Of the servers that step together: all of them, or this one.
+        self.topology = Topology(0, own, config.max_step_tokens)
+        if transport is not None:
+            self.topology = Topology(rank, layout.devices, config.max_step_tokens)
+        self.mesh = cluster_mesh(self.topology.devices)
         self.shards = Shards(self.mesh)
         self.devices = self.shards.devices
-        if jax.process_count() == 1 and len(layout.devices) > 1:
-            raise RuntimeError("several servers need a process each")
+        self.exchange = self._make_exchange(transport, len(layout.devices))
         self._read_experts = read_experts
         self._compile_cache = compile_cache
-        self.transport = transport or Collectives()
         self.blocks = blocks
         self._executables: dict[Any, jax.stages.Compiled] = {}
         self._parts: dict[Bucket, Parts] = {}
@@ -136,9 +142,38 @@ class Runner:
             for number, layer in enumerate(model_config.moe_layers)
         }
         self.pools = self._build_pools(layout)
-        self.tables = self._build_tables(layout)
-        memory = new_memory(model_config, config, blocks, self.transport)
+        #: How often experts have been placed.
+        self._version = 0
+        #: This server's part in expert calls; None where servers step together.
+        self.calls = self._call_server(len(layout.devices))
+        #: What steps get of it; and where servers step together, where experts are.
+        self._callers: jax.Array | None = None
+        self.tables: Tables | None = None
+        self.use_tables(layout)
+        memory = new_memory(model_config, config, blocks, self.exchange)
         self.memory: Memory = jax.tree.map(self._on_all, memory)
+
+    def _make_exchange(self, transport: Transport | None, servers: int) -> Exchange:
+        if transport is None and native.usable():
+            return Calls()
+        if transport is None and servers > 1:
+            raise RuntimeError("servers that step on their own need the C++ library")
+        sent_dtype = jnp.dtype(self.config.sent_dtype)
+        return LockStep(self.topology, self.form, transport or Collectives(), sent_dtype)
+
+    def _call_server(self, servers: int) -> CallServer | None:
+        if not isinstance(self.exchange, Calls):
+            return None
+        assert isinstance(self.pools, NativePools)
+        return CallServer(
+            self.rank,
+            servers,
+            len(self.model_config.moe_layers),
+            self.model_config.num_experts,
+            self.config.sent_dtype,
+            self.config.max_step_tokens,
+            self.pools.devices,
+        )
 
     def _on_all(self, value: Any) -> jax.Array:
         """Each local device's own copy of a value."""
@@ -147,40 +182,56 @@ class Runner:
     # Experts.
 
     def _build_pools(self, layout: Layout) -> Pools:
-        rank = self.topology.rank
         pools = make_pools(
             self.form,
-            layout.slots_per_device[rank],
+            layout.slots_per_device[self.rank],
             self.shards,
             self._compile_cache,
             self.topology,
         )
         for device in range(len(self.devices)):
-            experts_s2 = layout.experts_of(rank, device)
-            used = np.flatnonzero(experts_s2[:, 0] >= 0)
+            experts_s2 = layout.experts_of(self.rank, device)
+            used = np.flatnonzero(experts_s2[:, 0] >= 0).tolist()
             pairs = [(int(layer), int(expert)) for layer, expert in experts_s2[used]]
             experts = self._read_experts(pairs) if pairs else ()
-            pools.fill(device, ((int(used[place]), weights) for place, weights in experts))
+            pools.fill(
+                device,
+                (
+                    SlotWrite(used[place], self.expert_number(*pairs[place]), weights)
+                    for place, weights in experts
+                ),
+            )
         give_back()  # what was read, and trunk and experts before they were laid out
         return pools
 
+    def expert_number(self, layer: int, expert: int) -> int:
+        """`SlotWrite.expert`."""
+        return layer * self.model_config.num_experts + expert
+
     def _build_tables(self, layout: Layout) -> Tables:
-        rank = self.topology.rank
         holders = [layout.holders] * len(self.devices)
         slot_of = [
-            np.where(layout.device_of[rank] == d, layout.slot_of[rank], -1).astype(np.int32)
+            np.where(layout.device_of[self.rank] == d, layout.slot_of[self.rank], -1)
             for d in range(len(self.devices))
         ]
+        slot_of = [each.astype(np.int32) for each in slot_of]
         return Tables(self.shards.per_device(holders), self.shards.per_device(slot_of))
 
     def place(self, layout: Layout) -> None:
         """Put another placement in force, read anew; the step is not compiled again."""
         self.pools = self._build_pools(layout)
+        self.calls = self._call_server(len(layout.devices))
         self.use_tables(layout)
 
     def use_tables(self, layout: Layout) -> None:
         """From the next step on experts are looked for where `layout` says; the pool stays."""
-        self.tables = self._build_tables(layout)
+        self._version += 1
+        if self.calls is None:
+            self.tables = self._build_tables(layout)
+        else:
+            self.calls.use(self._version, layout.device_of >= 0)
+            callers = [np.int32(caller) for caller in self.calls.callers]
+            self._callers = self.shards.per_device(callers)
 
     # Steps.
 
@@ -198,23 +249,15 @@ class Runner:
     def _compiled(
         self, lower: Callable[..., jax.stages.Lowered], *which: Bucket | int
     ) -> jax.stages.Compiled:
-        key = (lower.__name__, self.topology, self.transport.name, self.blocks, *which)
+        key = (lower.__name__, self.topology, self.exchange.name, self.blocks, *which)
         if key not in self._executables:
             self._executables[key] = self._compile_cache.compile(key, lambda: lower(*which))
         return self._executables[key]
 
     def _form(self, bucket: Bucket) -> Form:
         model = self.model_config
-        return Form(
-            bucket,
-            self.config,
-            self.form,
-            self.topology,
-            self.transport,
-            len(model.moe_layers),
-            model.num_experts,
-            model.top_k,
-        )
+        layers, experts, k = len(model.moe_layers), model.num_experts, model.top_k
+        return Form(bucket, self.config, self.exchange, layers, experts, k)
 
     def _lower_begin(self, bucket: Bucket) -> jax.stages.Lowered:
         def begin(ends, packed):
@@ -240,8 +283,7 @@ class Runner:
             return step_module.layer(self._form(bucket), layer, *arrays)
 
         layer.__name__ = f"layer_{index}"
-        hidden, rotations, _, rest = self._begun(bucket)
-        record = Record(self.memory.counts, *rest)
+        hidden, rotations, _, record = self._begun(bucket)
         packed = self._nothing(bucket)
         arguments = self._arguments(index, hidden, rotations, packed, record)
         return self._lower(layer, (1, 4, 6, 7), *arguments)
@@ -261,15 +303,17 @@ class Runner:
         if index not in self._moe:
             return state, hidden, rotation, packed, cache, None, None, None
         number, layer = self._moe[index]
-        experts = Experts(layer, self.pools.argument, self.tables)
+        pool = self.pools.argument if self._callers is None else self._callers
+        experts = Experts(layer, pool, self.tables)
         return state, hidden, rotation, packed, cache, experts, self.memory.links[number], record
 
     def _lower_logits(self, bucket: Bucket) -> jax.stages.Lowered:
         def logits(ends, *arrays):
             return step_module.logits(self._form(bucket), nnx.merge(self._ends, ends), *arrays)
 
-        hidden, *_ = self._begun(bucket)
-        return self._lower(logits, (), self.state["ends"], hidden, self._nothing(bucket))
+        hidden, _, _, record = self._begun(bucket)
+        arrays = (hidden, self._nothing(bucket), self.memory.counts, record)
+        return self._lower(logits, (3,), self.state["ends"], *arrays)
 
     def _lower_choose(self, rows: int) -> jax.stages.Lowered:
         def choose(_, *arrays):
@@ -277,12 +321,12 @@ class Runner:
 
         scores = self._on_all(np.zeros((rows, self.model_config.vocab_size), np.float32))
         changes = self._pack_adjustments(((),) * len(self.devices), rows)
-        _, _, state, rest = self._begun((rows, 0))
-        _, crossed = rest
+        _, _, state, record = self._begun((rows, 0))
+        none = self._on_all(np.bool_(False))
         # (measured) Compiled in half the time, and as fast; it is most of what a start compiles.
         quick = {"xla_backend_optimization_level": 1, "xla_cpu_use_fusion_emitters": False}
         options = quick if jax.default_backend() == "cpu" else None
-        arrays = (scores, state, changes, crossed)
+        arrays = (scores, state, changes, none, record.crossed)
         return self._lower(choose, (), {}, *arrays, options=options)
 
     def _lower(
@@ -367,17 +411,16 @@ class Runner:
         parts, ends, memory = self.compile(bucket), self.state["ends"], self.memory
         packed = self.shards.passed(self._packed(plan.entries, bucket, say(work, loaded)))
         changes = self._pack_adjustments(plan.entries, bucket[0])
-        hidden, rotations, state, rest = parts.begin(ends, packed)
-        record = Record(memory.counts, *rest)
+        hidden, rotations, state, record = parts.begin(ends, packed)
         for index, layer in enumerate(parts.layers):
             arguments = self._arguments(index, hidden, rotations, packed, record)
             hidden, memory.cache[index], links, recorded = layer(*arguments)
             if index in self._moe:
                 memory.links[self._moe[index][0]], record = links, recorded
-        self.memory = memory._replace(counts=record.counts)
-        logits = parts.logits(ends, hidden, packed)
-        chosen, *top = parts.choose({}, logits, state, changes, record.crossed)
-        extras = Extras(top[0], top[1], record.routes, logits)
+        logits, counts, any_failed = parts.logits(ends, hidden, packed, memory.counts, record)
+        self.memory = memory._replace(counts=counts)
+        chosen, *top = parts.choose({}, logits, state, changes, any_failed, record.crossed)
+        extras = Extras(top[0], top[1], record.routes, record.failed, logits)
         own = self._nothing_crossed._replace(work=np.int32(work), loaded=np.int32(loaded))
         outcomes = [self._outcome(vector, bucket[0], own) for vector in self.shards.local(chosen)]
         return outcomes, extras
@@ -385,9 +428,9 @@ class Runner:
     def _outcome(self, packed: np.ndarray, rows: int, own: Crossed) -> Outcome:
         """The outcome that `choose` packed; of a lone server, with `own` for what crossed links."""
         numbers, alone = np.zeros(rows, np.int32), self.topology.num_servers == 1
-        like = numbers, numbers.view(np.float32), numbers, None if alone else own
-        token, logprob, rank, crossed = step_module.unpack_host(packed, like)
-        return Outcome(token, logprob, rank, own if alone else crossed)
+        like = numbers, numbers.view(np.float32), numbers, np.bool_(0), None if alone else own
+        *sampled, any_failed, crossed = step_module.unpack_host(packed, like)
+        return Outcome(*sampled, any_failed, own if alone else crossed)
 
     @functools.cached_property
     def _nothing_crossed(self) -> Crossed:

@@ -14,10 +14,15 @@ import bisect
 import dataclasses
 import heapq
 import operator
+import time
+from collections.abc import Iterable
 
 from dance_jax.config import EngineConfig, UserError
 from dance_jax.engine.blocks import BlockPool
 from dance_jax.engine.sequence import Sequence
+
+#: Seconds until a sequence whose experts nobody answered for is computed again.
+RETRY_S = 0.1
 
 _by_arrival = operator.attrgetter("arrival")
 
@@ -199,7 +204,7 @@ class Scheduler:
         return sorted(waiting + running, key=_by_arrival)
 
     def schedule(self, others_decode: bool = False) -> StepPlan:
-        """Admit what fits and plan the next step; it is empty only if nothing waits or runs.
+        """Admit what fits and plan the next step; it is empty if nothing waits or runs, or all rest.
 
         Args:
             others_decode: sequences decode on other servers, which wait for this one in every
@@ -218,13 +223,32 @@ class Scheduler:
         self._uncommitted = not plan.empty
         return plan
 
-    def commit(self, plan: StepPlan) -> None:
-        """The step ran: its tokens are in the cache, and others may use the blocks it filled."""
+    def commit(self, plan: StepPlan, failed: Iterable[Sequence] = ()) -> None:
+        """The step ran: its tokens are in the cache, and others may use the blocks it filled.
+
+        Args:
+            failed: sequences of which tokens could not be computed. They rest for RETRY_S and
+                compute the same again; all of it where a recurrent state has been overwritten.
+        """
+        left = {id(sequence): sequence for sequence in failed}
         for row in (row for rows in plan.entries for row in rows):
+            if id(row.sequence) in left:
+                continue
             row.sequence.num_computed += len(row.tokens)
             if row.sequence.num_computed % self.config.block_size == 0:
                 self._publish_last(row.sequence)
+        for sequence in left.values():
+            self._put_off(sequence)
         self._uncommitted = False
+
+    def _put_off(self, sequence: Sequence) -> None:
+        sequence.rests_until = time.monotonic() + RETRY_S
+        if not self.share_prefixes:
+            self._preempt(sequence)
+            return
+        kept = self._blocks_for(sequence.num_computed)
+        self.pools[sequence.device].release(sequence.blocks[kept:])
+        sequence.blocks = sequence.blocks[:kept]
 
     def _most_rows(self, others_decode: bool) -> int:
         """Rows of a slice that each device may take now.
@@ -272,10 +296,10 @@ class Scheduler:
 
     def _plan_device(self, running: list[Sequence], most_rows: int) -> _Work:
         """Oldest first, so that whoever loses its blocks to another has no row yet."""
-        work, left = _Work(), most_rows
+        work, left, now = _Work(), most_rows, time.monotonic()
         for sequence in tuple(running):
-            if sequence.device < 0:
-                continue  # preempted for an older one
+            if sequence.device < 0 or sequence.rests_until > now:
+                continue  # preempted for an older one, or its experts are not to be had
             if not sequence.num_pending:
                 raise RuntimeError(f"{sequence.request_id}: its sampled token was not appended")
             if not sequence.prefilling:

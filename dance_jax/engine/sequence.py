@@ -320,6 +320,8 @@ class Sequence:
     state_slot: int = 0
     #: Number in the order in which the scheduler got the sequences.
     arrival: int = -1
+    #: time.monotonic() before which it is not computed, as experts that it needs were not to be had.
+    rests_until: float = 0.0
 
     @property
     def num_tokens(self) -> int:

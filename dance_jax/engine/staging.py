@@ -88,7 +88,9 @@ class Staging:
         tables = [layout.experts_of(self._rank, device) for device in range(len(writes))]
         for (device, slot), weights in sorted(experts.items(), key=lambda item: item[0]):
             self._check(number, tables, device, slot, weights)
-            writes[device].append(SlotWrite(slot, weights))
+            layer, expert = tables[device][slot].tolist()
+            which = layer * layout.holders.shape[1] + expert
+            writes[device].append(SlotWrite(slot, which, weights))
         self._batches.append(Batch(number, layout, writes))
         self._last = number
 

@@ -26,12 +26,9 @@ from dance_jax.engine.sampling import (
 )
 from dance_jax.engine.scheduler import Row
 from dance_jax.models.attention import Rows
-from dance_jax.models.exchange import Exchange, Tables
-from dance_jax.models.experts import ExpertFormat, Pool
-from dance_jax.models.messages import Transport
+from dance_jax.models.exchange import Exchange, Experts
 from dance_jax.models.rope import Rotation
 from dance_jax.models.router import Routed
-from dance_jax.models.topology import Topology
 from dance_jax.models.trunk import Trunk
 
 #: (decode rows, slice rows) of a compiled step.
@@ -83,6 +80,8 @@ class Outcome(NamedTuple):
     token: Leaf
     logprob: Leaf
     rank: Leaf
+    #: bool []: some of the step's tokens have failed, `Extras.failed`.
+    any_failed: Leaf
     crossed: Crossed
 
 
@@ -94,6 +93,8 @@ class Extras(NamedTuple):
     top_logprob: Leaf
     #: uint16 [t, l, k]: experts each token chose.
     routes: Leaf
+    #: bool [t]: tokens of which some expert was nowhere to be had.
+    failed: Leaf
     #: float32 [d, v].
     logits: Leaf
 
@@ -101,10 +102,9 @@ class Extras(NamedTuple):
 class Record(NamedTuple):
     """What the layers of a step record, each in its place; l MoE layers."""
 
-    #: `Memory.counts`.
-    counts: Leaf
-    #: `Extras.routes`.
+    #: `Extras.routes` and `.failed`.
     routes: Leaf
+    failed: Leaf
     #: None where there is one server.
     crossed: Crossed | None
 
@@ -223,9 +223,7 @@ class Form:
 
     bucket: Bucket
     config: EngineConfig
-    experts: ExpertFormat
-    topology: Topology
-    transport: Transport
+    exchange: Exchange
     #: MoE layers, experts of each, experts of a token.
     moe_layers: int
     num_experts: int
@@ -251,28 +249,19 @@ class Form:
 
 def begin(
     form: Form, trunk: Trunk, packed: Array
-) -> tuple[Array, tuple[Rotation, ...], Array, tuple[Array, Crossed | None]]:
-    """What the first layer gets, the rotations, the packed sampling state, and `Record` without its
-    counts."""
+) -> tuple[Array, tuple[Rotation, ...], Array, Record]:
+    """What the first layer gets, the rotations, the packed sampling state, and an empty record."""
     batch = form.batch(packed)
     positions_t = jnp.concatenate([rows.positions_t for rows in form.rows(batch)])
     hidden_td, rotations = trunk.embed(batch.token, positions_t, form.config.max_model_len)
-    layers, servers = form.moe_layers, form.topology.num_servers
+    layers, servers = form.moe_layers, form.exchange.servers
     routes = jnp.zeros((form.tokens, layers, form.top_k), jnp.uint16)
+    failed = jnp.zeros(form.tokens, bool)
     crossed = None
     if servers > 1:
         links = jnp.zeros((layers, servers, servers), jnp.int32)
         crossed = Crossed(links, links, jnp.int32(0), jnp.int32(0))
-    return hidden_td, rotations, pack_traced(batch.sampling), (routes, crossed)
-
-
-class Experts(NamedTuple):
-    """What a layer with routed experts gets beside: which of them it is, and where experts are."""
-
-    #: int32 []: which MoE layer.
-    layer: Leaf
-    pool: Pool
-    tables: Tables
+    return hidden_td, rotations, pack_traced(batch.sampling), Record(routes, failed, crossed)
 
 
 def layer(
@@ -297,30 +286,17 @@ def layer(
     valid_t = form.valid(rows)
 
     def moe(routed: Routed) -> tuple[Array, Any]:
-        assert experts is not None
-        sent_dtype = jnp.dtype(form.config.sent_dtype)
-        exchange = Exchange(
-            form.topology,
-            form.experts,
-            experts.pool,
-            experts.tables,
-            batch.said,
-            form.transport,
-            sent_dtype,
-        )
-        sums_td, exchanged = exchange(experts.layer, *routed, valid_t, links)
-        return sums_td, (routed.expert, exchanged)
+        assert experts is not None and record is not None
+        valid = valid_t & ~record.failed
+        sums_td, failed_t, exchanged = form.exchange(experts, routed, valid, batch.said, links)
+        return sums_td, (routed.expert, failed_t, exchanged)
 
     with jax.named_scope("layer"):
         hidden_td, cached, found = layer(hidden_td, rotation_tk, rows, cached, moe)
     if experts is None or record is None:
         return hidden_td, cached, links, record
-    expert_tk, exchanged = found
-    at = experts.layer
-    calls_tk = jnp.broadcast_to(valid_t[:, None], expert_tk.shape).astype(jnp.int32)
-    put = lax.dynamic_update_index_in_dim
-    counts = record.counts.at[at, expert_tk].add(calls_tk, mode="promise_in_bounds")
-    routes = put(record.routes, expert_tk.astype(jnp.uint16), at, 1)
+    expert_tk, failed_t, exchanged = found
+    put, at = lax.dynamic_update_index_in_dim, experts.layer
     crossed = record.crossed
     if crossed is not None:
         crossed = Crossed(
@@ -329,12 +305,22 @@ def layer(
             exchanged.work,
             exchanged.loaded,
         )
-    return hidden_td, cached, exchanged.memory, Record(counts, routes, crossed)
+    routes = put(record.routes, expert_tk.astype(jnp.uint16), at, 1)
+    return hidden_td, cached, exchanged.memory, Record(routes, record.failed | failed_t, crossed)
 
 
-def logits(form: Form, trunk: Trunk, hidden_td: Array, packed: Array) -> Array:
-    """float32 [d, v], behind the tokens `Batch.last`."""
-    return trunk.logits(hidden_td[form.batch(packed).last])
+def logits(
+    form: Form, trunk: Trunk, hidden_td: Array, packed: Array, counts_le: Array, record: Record
+) -> tuple[Array, Array, Array]:
+    """float32 [d, v], behind the tokens `Batch.last`; `Memory.counts` with what the step's tokens
+    have called, but for those that failed; and whether any did, bool []."""
+    batch = form.batch(packed)
+    counted_t = form.valid(form.rows(batch)) & ~record.failed
+    routes_tlk = record.routes.astype(jnp.int32)
+    layer_l1 = jnp.arange(form.moe_layers)[:, None]
+    calls_tlk = jnp.broadcast_to(counted_t[:, None, None], routes_tlk.shape).astype(jnp.int32)
+    counts_le = counts_le.at[layer_l1, routes_tlk].add(calls_tlk, mode="promise_in_bounds")
+    return trunk.logits(hidden_td[batch.last]), counts_le, record.failed.any()
 
 
 def choose(
@@ -342,6 +328,7 @@ def choose(
     logits_dv: Array,
     packed_state: Array,
     packed_adjustments: Array,
+    any_failed: Array,
     crossed: Crossed | None,
 ) -> tuple[Array, Array, Array]:
     """The fields of `Outcome`, packed, and `Extras.top_token` and `.top_logprob`.
@@ -353,5 +340,5 @@ def choose(
     state = unpack(packed_state, sampling_state({}, len(logits_dv)))
     changes = unpack(packed_adjustments, adjustments({}, len(logits_dv), longest))
     sampled = sample(logits_dv, state, changes)
-    outcome = pack_traced((sampled.token, sampled.logprob, sampled.rank, crossed))
+    outcome = pack_traced((sampled.token, sampled.logprob, sampled.rank, any_failed, crossed))
     return outcome, sampled.top_token, sampled.top_logprob

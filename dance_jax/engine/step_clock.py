@@ -5,9 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import time
-from collections.abc import Iterator
-
-from dance_jax.models import kernels_cpu, links_cpu
+from collections.abc import Callable, Iterator, Mapping
 
 #: Seconds of which the longest step is known.
 WINDOW_S = 10.0
@@ -21,11 +19,12 @@ class StepClock:
     "compute" is the rest of the device's step; "output" makes text of what was sampled.
 
     Args:
-        servers: in the cluster.
+        inside: seconds of "wait", "exchange" and "experts" since the process began, by the C++
+            library's own count.
     """
 
-    def __init__(self, servers: int) -> None:
-        self._servers = servers
+    def __init__(self, inside: Callable[[], Mapping[str, float]]) -> None:
+        self._inside = inside
         self._seconds: dict[str, float] = dict.fromkeys(
             ("schedule", "compute", "experts", "wait", "exchange", "output"), 0.0
         )
@@ -71,12 +70,3 @@ class StepClock:
     def seconds(self) -> dict[str, float]:
         """Since this clock was made."""
         return dict(self._seconds)
-
-    def _inside(self) -> dict[str, float]:
-        """Seconds since the process began, by the C++ library's own count."""
-        links = links_cpu.counters(self._servers)
-        return {
-            "wait": links.dispatch.waited_s + links.give_back.waited_s,
-            "exchange": links.dispatch.moved_s + links.give_back.moved_s,
-            "experts": kernels_cpu.routed_seconds()[1],
-        }

@@ -11,14 +11,17 @@ experts it holds, and the sums are scattered back (topology.py).
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from dance_jax.models import calls
 from dance_jax.models.experts import ExpertFormat, Pool
 from dance_jax.models.messages import (
     NO_EXPERT,
@@ -57,56 +60,125 @@ class Tables(NamedTuple):
     slot_of: Array
 
 
-class Exchange:
-    """The MoE computation of one layer across servers, inside shard_map over AXIS."""
+class Experts(NamedTuple):
+    """What a layer with routed experts gets beside its tokens: where experts are."""
 
-    def __init__(
-        self,
-        topology: Topology,
-        form: ExpertFormat,
-        pool: Pool,
-        tables: Tables,
-        said: Array,
-        transport: Transport,
-        wire_dtype: np.dtype,
-    ):
-        """
-        Args:
-            form: what the pool's slots hold.
-            said: int32 [], what this server tells the others of itself (`messages.say`); all learn
-                what follows from all (`messages.agree`).
-            wire_dtype: of hidden states and sums between servers, see messages.encode.
-        """
-        self.topology = topology
-        self.form = form
-        self.pool = pool
-        self.tables = tables
-        self.said = said
-        self.transport = transport
-        self.wire_dtype = wire_dtype
+    #: int32 []: which of the layers with routed experts it is.
+    layer: Array
+    #: Of this device; or int32 [], of `calls.CallServer.callers`.
+    pool: Pool
+    #: None where the C++ library knows.
+    tables: Tables | None
+
+
+class Exchange(Protocol):
+    """Computes the routed experts of a layer's tokens, wherever they are, inside shard_map over AXIS."""
+
+    @property
+    def name(self) -> str:
+        """Compiled steps depend on it."""
+        ...
+
+    @property
+    def servers(self) -> int:
+        """Servers that take part in every step."""
+        ...
+
+    def memory(self, layers: int) -> Any:
+        """`Exchanged.memory` before the first step: numpy arrays with a leading axis of layers."""
+        ...
 
     def __call__(
+        self, experts: Experts, routed: Routed, valid_t: Array, said: Array, memory: Any
+    ) -> tuple[Array, Array, Exchanged]:
+        """Weighted sums of routed experts for this device's tokens.
+
+        Args:
+            routed: hidden states [t, d], experts int32 [t, k] and their weights float32 [t, k].
+            valid_t: bool [t], False for tokens that are routed nowhere.
+            said: int32 [], what this server tells the others of itself (`messages.say`); all learn
+                what follows from all (`messages.agree`).
+            memory: `Exchanged.memory` of this layer's last step.
+
+        Returns:
+            float32 [t, d]; bool [t], the tokens that have failed; and the layer's traffic.
+        """
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Calls:
+    """The `Exchange` of servers that step on their own, by calls.py."""
+
+    name = "calls"
+    servers = 1
+
+    def memory(self, layers: int) -> tuple[()]:
+        return ()
+
+    def __call__(
+        self, experts: Experts, routed: Routed, valid_t: Array, said: Array, memory: Any
+    ) -> tuple[Array, Array, Exchanged]:
+        x_td, expert_tk, weight_tk = routed
+        sums_td, failed_t = calls.routed(
+            experts.pool, experts.layer, x_td, expert_tk, weight_tk, valid_t
+        )
+        return sums_td, failed_t, nothing_exchanged(said, memory)
+
+
+def nothing_exchanged(said: Array, memory: Any) -> Exchanged:
+    """What a step without other servers reports."""
+    none = jnp.zeros((1, 1), jnp.int32)
+    return Exchanged(none, none, *agree(said[None]), memory)
+
+
+@dataclasses.dataclass(frozen=True)
+class LockStep:
+    """The `Exchange` of servers that step together, all in one jax.distributed job.
+
+    Args:
+        form: what the pools' slots hold.
+        wire_dtype: of hidden states and sums between servers, see messages.encode.
+    """
+
+    topology: Topology
+    form: ExpertFormat
+    transport: Transport
+    wire_dtype: np.dtype
+
+    @property
+    def name(self) -> str:
+        return self.transport.name
+
+    @property
+    def servers(self) -> int:
+        return self.topology.num_servers
+
+    def memory(self, layers: int) -> Any:
+        return self.transport.memory(layers)
+
+    def __call__(
+        self, experts: Experts, routed: Routed, valid_t: Array, said: Array, memory: Any
+    ) -> tuple[Array, Array, Exchanged]:
+        none_t = jnp.zeros(len(valid_t), bool)
+        sums_td, exchanged = self._exchange(experts, *routed, valid_t, said, memory)
+        return sums_td, none_t, exchanged
+
+    def _exchange(
         self,
-        layer: Array,
+        experts: Experts,
         x_td: Array,
         expert_tk: Array,
         weight_tk: Array,
         valid_t: Array,
+        said: Array,
         memory: Any,
     ) -> tuple[Array, Exchanged]:
-        """Weighted sums of routed experts for this device's tokens of MoE layer `layer`, int32 [].
-
-        Args:
-            x_td: [t, d] hidden states.
-            expert_tk: int32 [t, k]; weight_tk: float32 [t, k].
-            valid_t: bool [t], False for padding, which is routed nowhere.
-            memory: `Exchanged.memory` of this layer's last step.
-
-        Returns:
-            float32 [t, d] and the layer's traffic.
-        """
+        assert experts.tables is not None
+        layer, tables = experts.layer, experts.tables
         topology, servers = self.topology, self.topology.num_servers
-        holders_e, slot_e = self.tables.holders[layer], self.tables.slot_of[layer]
+        holders_e, slot_e = tables.holders[layer], tables.slot_of[layer]
+        ffn = functools.partial(self._ffn, experts.pool, slot_e, len(tables.slot_of))
         expert_tk = jnp.where(valid_t[:, None], expert_tk, NO_EXPERT)
         x_gd, expert_gk, weight_gk = self._gather(Routed(x_td, expert_tk, weight_tk))
 
@@ -117,9 +189,8 @@ class Exchange:
         own = Routed(x_gd, jnp.where(here_gk, expert_gk, NO_EXPERT), weight_gk)
 
         if servers == 1:
-            none = jnp.zeros((1, 1), jnp.int32)
-            exchanged = Exchanged(none, none, *agree(self.said[None]), memory)
-            return scatter_siblings(topology, self._ffn(*own, slot_e)), exchanged
+            sums_td = scatter_siblings(topology, ffn(*own))
+            return sums_td, nothing_exchanged(said, memory)
 
         visit_ngk = visit_gk == jnp.arange(servers)[:, None, None]
         outgoing = Outgoing(
@@ -128,10 +199,9 @@ class Exchange:
             weight=weight_gk,
             hidden=encode(x_gd, self.wire_dtype),
         )
-        incoming, exchanged = self.transport.dispatch(topology, outgoing, self.said, memory)
-        y_gd, sums = self._run_experts(
-            own, incoming, exchanged.rows[:, topology.rank].sum(), slot_e
-        )
+        incoming, exchanged = self.transport.dispatch(topology, outgoing, said, memory)
+        received = exchanged.rows[:, topology.rank].sum()
+        y_gd, sums = self._run_experts(own, incoming, received, ffn)
         returned = self.transport.give_back(topology, sums, outgoing.goes, exchanged.rows)
         for peer in topology.peers:
             sum_gd = decode(tuple(column[peer] for column in returned), jnp.dtype(jnp.float32))
@@ -149,14 +219,14 @@ class Exchange:
         return Routed(x_gd, expert_gk.astype(jnp.int32), weight_gk)
 
     def _run_experts(
-        self, own: Routed, incoming: Incoming, received: Array, slot_e: Array
+        self, own: Routed, incoming: Incoming, received: Array, ffn: Callable[..., Array]
     ) -> tuple[Array, Columns]:
         """Sums of this server's experts for its own tokens and for what peers sent.
 
         Args:
             own: tokens of this server, with the experts that are here.
             incoming: peers' rows, of which the first `received`, int32 [], count.
-            slot_e: int32 [e], `Tables.slot_of` of the layer.
+            ffn: sums of this device's experts for rows.
 
         Returns:
             float32 [g, d], this device's experts alone; and per row of `incoming` the sum to give
@@ -170,7 +240,7 @@ class Exchange:
             expert = jnp.where(present, expert, NO_EXPERT).astype(jnp.int32)
             theirs = Routed(decode(hidden, own.x.dtype), expert, weight)
             rows = Routed(*(jnp.concatenate(parts) for parts in zip(own, theirs, strict=True)))
-            y_gd, y_rd = jnp.split(self._ffn(*rows, slot_e), [own.x.shape[0]])
+            y_gd, y_rd = jnp.split(ffn(*rows), [own.x.shape[0]])
             sums = encode(sum_at_gateway(self.topology, y_rd, received), self.wire_dtype)
             return y_gd, tuple(jnp.pad(column, ((0, room - limit), (0, 0))) for column in sums)
 
@@ -178,8 +248,15 @@ class Exchange:
         branch = jnp.sum(jnp.array(limits[:-1], jnp.int32) < received, dtype=jnp.int32)
         return lax.switch(branch, [functools.partial(run, limit) for limit in limits])
 
-    def _ffn(self, x_nd: Array, expert_nk: Array, weight_nk: Array, slot_e: Array) -> Array:
+    def _ffn(
+        self,
+        pool: Pool,
+        slot_e: Array,
+        layers: int,
+        x_nd: Array,
+        expert_nk: Array,
+        weight_nk: Array,
+    ) -> Array:
         known_nk = expert_nk != NO_EXPERT
         slot_nk = jnp.where(known_nk, slot_e[jnp.where(known_nk, expert_nk, 0)], -1)
-        layers = self.tables.slot_of.shape[0]
-        return self.form.ffn(self.pool, x_nd, slot_nk, weight_nk, layers)
+        return self.form.ffn(pool, x_nd, slot_nk, weight_nk, layers)

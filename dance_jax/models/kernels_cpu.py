@@ -158,14 +158,17 @@ class NativePool:
         )
         weakref.finalize(self, library.PoolDelete, ctypes.c_int64(self.number))
 
-    def put(self, slot: int, arrays: Sequence[np.ndarray]) -> None:
+    def put(self, slot: int, expert: int, arrays: Sequence[np.ndarray]) -> None:
         """Copies an expert into a slot; what still computes with the old one keeps that until then.
+
+        Args:
+            expert: its number in the model, layer * experts of a layer + expert.
 
         Raises:
             IndexError: there is no such slot.
         """
         whole = [np.ascontiguousarray(array) for array in arrays]
-        if not self._library.PoolPut(*self._at(slot), _pointers(whole)):
+        if not self._library.PoolPut(*self._at(slot), ctypes.c_int64(expert), _pointers(whole)):
             raise IndexError(f"slot {slot}: the pool has none such")
 
     def get(self, slot: int, arrays: Sequence[np.ndarray]) -> None:

@@ -37,6 +37,7 @@ _HANDLERS = (
     "Columns",
     "GatedMlp",
     "Experts",
+    "Routed",
     "AttendFloat32",
     "AttendBfloat16",
     "NormFloat32",

@@ -214,8 +214,9 @@ void ForParts(const Expert& expert, Byte* const* arrays, const ForMatrix& matrix
 
 }  // namespace
 
-void ExpertPool::Put(int64_t slot, const void* const* arrays) {
+void ExpertPool::Put(int64_t slot, int64_t id, const void* const* arrays) {
   auto held = std::make_shared<Held>();
+  held->id = id;
   held->memory.reset(new char[Lay(nullptr).second + kAlignment]);
   char* begin = held->memory.get();
   begin += -reinterpret_cast<uintptr_t>(begin) % kAlignment;
@@ -228,13 +229,27 @@ void ExpertPool::Put(int64_t slot, const void* const* arrays) {
       [](const float* values, int64_t count, const char* from) {
         std::memcpy(const_cast<float*>(values), from, count * sizeof(float));
       });
-  std::shared_ptr<const Held> old = std::move(held);
+  Holding old = std::move(held);  // its memory goes behind the lock
   const std::lock_guard<std::mutex> lock(mutex_);
   slots_[slot].swap(old);
+  if (const auto found = slot_of_.find(old ? old->id : -1); found != slot_of_.end()) {
+    if (found->second == slot) slot_of_.erase(found);
+  }
+  slot_of_[id] = slot;
+}
+
+std::vector<ExpertPool::Holding> ExpertPool::Find(const std::vector<int64_t>& ids) const {
+  std::vector<Holding> found(ids.size());
+  const std::lock_guard<std::mutex> lock(mutex_);
+  for (size_t i = 0; i < ids.size(); ++i) {
+    const auto slot = slot_of_.find(ids[i]);
+    if (slot != slot_of_.end()) found[i] = slots_[slot->second];
+  }
+  return found;
 }
 
 bool ExpertPool::Get(int64_t slot, void* const* arrays) const {
-  std::shared_ptr<const Held> held;
+  Holding held;
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     held = slots_[slot];
@@ -263,7 +278,7 @@ int64_t ExpertPool::Run(const Assignments& rows, float* y) const {
   std::vector<int32_t> wanted(rows.expert, rows.expert + all);
   std::sort(wanted.begin(), wanted.end());
   wanted.erase(std::unique(wanted.begin(), wanted.end()), wanted.end());
-  std::vector<std::shared_ptr<const Held>> held(wanted.size());
+  std::vector<Holding> held(wanted.size());
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     for (size_t i = 0; i < wanted.size(); ++i) {

@@ -6,6 +6,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -49,30 +50,38 @@ struct ExpertSpec {
 // that until they are done.
 class ExpertPool {
  public:
+  // What a slot holds.
+  struct Held {
+    // Which expert it is: layer * experts of a layer + expert.
+    int64_t id;
+    std::unique_ptr<char[]> memory;
+    Expert expert;
+  };
+  using Holding = std::shared_ptr<const Held>;
+
   ExpertPool(const ExpertSpec& spec, int64_t slots) : spec_(spec), slots_(slots) {}
 
   const ExpertSpec& spec() const { return spec_; }
   int64_t slots() const { return static_cast<int64_t>(slots_.size()); }
   // Copies an expert's arrays into a slot.
-  void Put(int64_t slot, const void* const* arrays);
+  void Put(int64_t slot, int64_t id, const void* const* arrays);
   // Copies what a slot holds; false: nothing yet.
   bool Get(int64_t slot, void* const* arrays) const;
+  // The experts with these ids; null: none of the slots holds it.
+  std::vector<Holding> Find(const std::vector<int64_t>& ids) const;
   int64_t bytes() const;
   // As RunExperts; the experts' numbers are slots, and what is in an empty one counts for nothing.
   int64_t Run(const Assignments& rows, float* y) const;
 
  private:
-  struct Held {
-    std::unique_ptr<char[]> memory;
-    Expert expert;
-  };
-
   // An expert whose parts lie in memory from `at` on, and the bytes that they take.
   std::pair<Expert, int64_t> Lay(char* at) const;
 
   const ExpertSpec spec_;
   mutable std::mutex mutex_;
-  std::vector<std::shared_ptr<const Held>> slots_;
+  std::vector<Holding> slots_;
+  // The slot of each expert that is here.
+  std::unordered_map<int64_t, int64_t> slot_of_;
 };
 
 }  // namespace dance

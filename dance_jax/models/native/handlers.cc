@@ -2,12 +2,7 @@
 // and registers them.
 
 #include <algorithm>
-#include <atomic>
-#include <chrono>
 #include <cstring>
-#include <map>
-#include <memory>
-#include <mutex>
 #include <vector>
 
 #include "experts.h"
@@ -20,7 +15,6 @@ namespace dance {
 namespace {
 
 using Rows = ffi::Buffer<ffi::F32, 2>;
-using Slots = ffi::Buffer<ffi::S32, 2>;
 using Numbers = ffi::Buffer<ffi::S32, 1>;
 using Formats = ffi::Span<const int64_t>;
 // Of a matrix, or of one for each head.
@@ -104,39 +98,6 @@ ffi::Error GatedMlpCall(Formats words, int32_t activation, float alpha, float li
   return ffi::Error::Success();
 }
 
-// The pools of this process by their numbers.
-std::mutex pools_mutex;
-std::map<int64_t, std::shared_ptr<ExpertPool>> pools;
-int64_t next_pool = 1;
-
-std::shared_ptr<ExpertPool> FindPool(int64_t number) {
-  const std::lock_guard<std::mutex> lock(pools_mutex);
-  const auto found = pools.find(number);
-  return found == pools.end() ? nullptr : found->second;
-}
-
-// Calls for routed experts in this process, the time in them, and the assignments they computed.
-std::atomic<int64_t> routed_calls{0}, routed_ns{0}, routed_assignments{0};
-
-// y = the weighted sums of the experts in a pool's slots.
-ffi::Error ExpertsCall(ffi::Buffer<ffi::S32> pool, Rows x,
-                       Slots slot, Rows weight,
-                       ffi::Result<Rows> y) {
-  const auto found = FindPool(pool.typed_data()[0]);
-  if (!found) return ffi::Error::InvalidArgument("there is no such pool of experts");
-  if (found->spec().d != x.dimensions()[1]) {
-    return ffi::Error::InvalidArgument("the pool's experts have another width");
-  }
-  const auto start = std::chrono::steady_clock::now();
-  const int64_t assignments = found->Run({x.typed_data(), slot.typed_data(), weight.typed_data(),
-                                          slot.dimensions()[0], slot.dimensions()[1]},
-                                         y->typed_data());
-  ++routed_calls;
-  routed_assignments += assignments;
-  routed_ns += std::chrono::nanoseconds(std::chrono::steady_clock::now() - start).count();
-  return ffi::Error::Success();
-}
-
 }  // namespace
 }  // namespace dance
 
@@ -144,7 +105,6 @@ using dance::Formats;
 using dance::Numbers;
 using dance::Panels;
 using dance::Rows;
-using dance::Slots;
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(Linear, dance::LinearCall,
                               ffi::Ffi::Bind()
@@ -171,66 +131,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(GatedMlp, dance::GatedMlpCall,
                                   .Arg<Panels>()
                                   .Arg<Panels>()
                                   .Ret<Rows>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(Experts, dance::ExpertsCall,
-                              ffi::Ffi::Bind()
-                                  .Arg<ffi::Buffer<ffi::S32>>()
-                                  .Arg<Rows>()
-                                  .Arg<Slots>()
-                                  .Arg<Rows>()
-                                  .Ret<Rows>());
-
 extern "C" {
 
 // How many threads share a call; before the first one.
 void ThreadsSet(int64_t count) { dance::Threads::Set(count); }
-
-// counters [3]: calls for routed experts, ns in them, and assignments that they computed.
-void ExpertsCounters(int64_t* counters) {
-  counters[0] = dance::routed_calls.load();
-  counters[1] = dance::routed_ns.load();
-  counters[2] = dance::routed_assignments.load();
-}
-
-// A new pool of empty slots: its number. formats [12] are those of gate, up and down.
-int64_t PoolNew(int64_t d, int64_t f, int32_t activation, float alpha, float limit,
-                const int64_t* formats, bool bias, int64_t slots) {
-  using dance::kFormatWords;
-  const dance::ExpertSpec spec{d,
-                               f,
-                               {static_cast<dance::Activation::Kind>(activation), alpha, limit},
-                               dance::ReadFormat(formats),
-                               dance::ReadFormat(formats + kFormatWords),
-                               dance::ReadFormat(formats + 2 * kFormatWords),
-                               bias};
-  const std::lock_guard<std::mutex> lock(dance::pools_mutex);
-  dance::pools[dance::next_pool] = std::make_shared<dance::ExpertPool>(spec, slots);
-  return dance::next_pool++;
-}
-
-// Its memory goes when the last call that reads it is done.
-void PoolDelete(int64_t pool) {
-  const std::lock_guard<std::mutex> lock(dance::pools_mutex);
-  dance::pools.erase(pool);
-}
-
-// False: there is no such pool or slot.
-bool PoolPut(int64_t pool, int64_t slot, const void* const* arrays) {
-  const auto found = dance::FindPool(pool);
-  if (!found || slot < 0 || slot >= found->slots()) return false;
-  found->Put(slot, arrays);
-  return true;
-}
-
-// False: there is no such pool or slot, or nothing in it.
-bool PoolGet(int64_t pool, int64_t slot, void* const* arrays) {
-  const auto found = dance::FindPool(pool);
-  return found && slot >= 0 && slot < found->slots() && found->Get(slot, arrays);
-}
-
-// Bytes of all experts in a pool.
-int64_t PoolBytes(int64_t pool) {
-  const auto found = dance::FindPool(pool);
-  return found ? found->bytes() : 0;
-}
 
 }  // extern "C"

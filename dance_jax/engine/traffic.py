@@ -1,0 +1,135 @@
+"""What has crossed the links of this server since its engine was warm, and how long that took."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Protocol
+
+import numpy as np
+
+from dance_jax.engine.step import Crossed
+from dance_jax.models import kernels_cpu, links_cpu
+from dance_jax.models.calls import CallServer
+from dance_jax.models.links_cpu import Moved
+
+
+@dataclasses.dataclass(frozen=True)
+class Totals:
+    """Counters of one server; n servers, l MoE layers."""
+
+    #: int64 [l, n], hidden states sent to each server.
+    transfers: np.ndarray
+    #: Hidden states that this server knows of: of all servers where they step together, else its
+    #: own; and those through the busiest link direction of each layer and step.
+    rows: int
+    busiest_rows: int
+    #: int64 [n], payload bytes to and from each server.
+    bytes_sent: np.ndarray
+    bytes_received: np.ndarray
+    #: For `links_cpu.seconds_per_byte`.
+    moved: list[Moved]
+
+
+class Traffic(Protocol):
+    """Counts one server's traffic."""
+
+    def add(self, crossed: Crossed) -> None:
+        """A step has ended."""
+        ...
+
+    def totals(self) -> Totals:
+        """Since the last `reset`."""
+        ...
+
+    def reset(self) -> None:
+        """Counts from here on."""
+        ...
+
+    def inside(self) -> Mapping[str, float]:
+        """Seconds of the steps' parts, as `StepClock` wants them."""
+        ...
+
+
+class LockStepTraffic:
+    """Of servers that step together, which all know what crosses all links.
+
+    Args:
+        rank: this server's.
+        layers, servers: of the model, of the cluster.
+    """
+
+    def __init__(self, rank: int, layers: int, servers: int) -> None:
+        self._rank, self._shape = rank, (layers, servers)
+        self.reset()
+
+    def reset(self) -> None:
+        layers, servers = self._shape
+        self._transfers = np.zeros((layers, servers), np.int64)
+        self._rows = self._busiest_rows = 0
+        self._bytes = np.zeros((servers, servers), np.int64)
+        self._before = self._moved()
+
+    def _moved(self) -> list[Moved]:
+        links = links_cpu.counters(self._shape[1])
+        return [links.dispatch.moved, links.give_back.moved]
+
+    def add(self, crossed: Crossed) -> None:
+        self._transfers += crossed.rows[:, self._rank]
+        self._rows += int(crossed.rows.sum())
+        ways_ln = np.maximum(crossed.rows.sum(1), crossed.rows.sum(2))
+        self._busiest_rows += int(ways_ln.max(1).sum())
+        self._bytes += crossed.bytes.sum(0)
+
+    def totals(self) -> Totals:
+        moved = [now - then for now, then in zip(self._moved(), self._before, strict=True)]
+        sent, received = self._bytes[self._rank], self._bytes[:, self._rank]
+        rows = self._rows, self._busiest_rows
+        return Totals(self._transfers.copy(), *rows, sent.copy(), received.copy(), moved)
+
+    def inside(self) -> Mapping[str, float]:
+        links = links_cpu.counters(self._shape[1])
+        return {
+            "wait": links.dispatch.waited_s + links.give_back.waited_s,
+            "exchange": links.dispatch.moved_s + links.give_back.moved_s,
+            "experts": kernels_cpu.routed_seconds()[1],
+        }
+
+
+class CallTraffic:
+    """Of a server that steps on its own, which knows of its own calls and of those it answers."""
+
+    def __init__(self, calls: CallServer) -> None:
+        self._calls = calls
+        self.reset()
+
+    def reset(self) -> None:
+        self._before = self._counted()
+
+    def add(self, crossed: Crossed) -> None:
+        pass
+
+    def _counted(self) -> Totals:
+        found = self._calls.counters()
+        bytes_n2 = np.array([(p.bytes_sent, p.bytes_received) for p in found.peers], np.int64)
+        sums, rows = found.sums, int(found.rows.sum())
+        moved = Moved(
+            sums.answers, sums.s, sums.bytes, sums.bytes_bytes, sums.bytes_s, sums.s_s
+        )
+        # Its rows cross links while those of others do not: each link is the busiest of its time.
+        return Totals(found.rows, rows, rows, bytes_n2[:, 0], bytes_n2[:, 1], [moved])
+
+    def totals(self) -> Totals:
+        now, then = self._counted(), self._before
+        return Totals(
+            now.transfers - then.transfers,
+            now.rows - then.rows,
+            now.busiest_rows - then.busiest_rows,
+            now.bytes_sent - then.bytes_sent,
+            now.bytes_received - then.bytes_received,
+            [now.moved[0] - then.moved[0]],
+        )
+
+    def inside(self) -> Mapping[str, float]:
+        sums = self._calls.counters().sums
+        return {"wait": sums.waited_s, "exchange": 0.0, "experts": sums.local_s}

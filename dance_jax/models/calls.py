@@ -1,0 +1,180 @@
+"""Expert calls between servers that step on their own, on CPUs: native/calls.h.
+
+A step hands a layer's rows to `routed`, which computes those of their experts that are here, asks
+other servers for the rest, and adds what they answer. Each server answers the others' calls in a
+thread of the C++ library, whatever its own step does.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import socket
+import weakref
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from dance_jax.models import native
+from dance_jax.models.kernels_cpu import NativePool
+
+#: Kinds of a wire by their numbers in C++.
+_WIRES = ("float32", "bfloat16", "int8")
+#: Seconds after which a call is sent to another holder as well, and after which it fails; both are
+#: longer where calls are expected to take long.
+REPEAT_S, FAIL_S = 0.2, 2.0
+#: A device's caller is its server's number times this, and the device.
+_MOST_DEVICES = 1024
+
+
+@dataclasses.dataclass
+class PeerCounters:
+    """What a server has counted of a peer; `calls.h` says what each is. Times are in ns."""
+
+    calls: int = 0
+    rows: int = 0
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    repeats: int = 0
+    refusals: int = 0
+    lost: int = 0
+    failed_rows: int = 0
+    waited_ns: int = 0
+    answered: int = 0
+    answered_rows: int = 0
+    queued_ns: int = 0
+
+
+@dataclasses.dataclass
+class Sums:
+    """What a server has counted of all calls and layers; `calls.h` says what each is."""
+
+    layers: float = 0.0
+    local_s: float = 0.0
+    waited_s: float = 0.0
+    served_s: float = 0.0
+    served_rows: float = 0.0
+    answers: float = 0.0
+    s: float = 0.0
+    bytes: float = 0.0
+    bytes_bytes: float = 0.0
+    bytes_s: float = 0.0
+    s_s: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Counters:
+    """Everything that a server has counted."""
+
+    peers: tuple[PeerCounters, ...]
+    #: int64 [l, n], rows that went to each server.
+    rows: np.ndarray
+    sums: Sums
+
+
+class CallServer:
+    """One server's part in the calls of all, in the C++ library's memory.
+
+    Args:
+        rank: this server's, of so many `servers`.
+        layers: with routed experts, of so many `experts` each.
+        wire: type in which hidden states travel.
+        most_rows: of a call: tokens of one device in a step.
+        pools: of this server's devices.
+        repeat_s, fail_s: see REPEAT_S.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        servers: int,
+        layers: int,
+        experts: int,
+        wire: str,
+        most_rows: int,
+        pools: Sequence[NativePool],
+        repeat_s: float = REPEAT_S,
+        fail_s: float = FAIL_S,
+    ) -> None:
+        library = native.library()
+        assert library is not None
+        self._library, self._shape = library, (servers, layers, experts)
+        library.CallServerNew.restype = ctypes.c_int64
+        limits = (most_rows, int(repeat_s * 1e9), int(fail_s * 1e9))
+        numbers = np.array([rank, servers, layers, experts, _WIRES.index(wire), *limits], np.int64)
+        own = np.array([pool.number for pool in pools], np.int64)
+        self._number: int = library.CallServerNew(
+            _pointer(numbers), ctypes.c_int64(len(pools)), _pointer(own)
+        )
+        #: By which the steps of each device name it.
+        self.callers = [self._number * _MOST_DEVICES + device for device in range(len(pools))]
+        # The library computes with the pools until it is gone.
+        self._end = weakref.finalize(
+            self, library.CallServerDelete, ctypes.c_int64(self._number)
+        )
+
+    def use(self, version: int, resident_nle: np.ndarray) -> None:
+        """From now on experts are looked for where `resident_nle`, bool [n, l, e], says."""
+        resident = np.ascontiguousarray(resident_nle, np.bool_)
+        if resident.shape != self._shape:
+            raise ValueError(f"a placement of shape {resident.shape}, not {self._shape}")
+        self._library.CallServerTable(
+            ctypes.c_int64(self._number), ctypes.c_int64(version), _pointer(resident)
+        )
+
+    def dial(self, device: int, peer: int, connection: socket.socket) -> None:
+        """Hands over a connection on which a device calls a peer, in place of the one before."""
+        connection.setblocking(False)
+        self._library.CallServerDial(
+            ctypes.c_int64(self._number), ctypes.c_int64(device), peer, connection.detach()
+        )
+
+    def accept(self, peer: int, connection: socket.socket) -> None:
+        """Hands over a connection on which a peer calls this server."""
+        connection.setblocking(False)
+        self._library.CallServerAccept(ctypes.c_int64(self._number), peer, connection.detach())
+
+    def counters(self) -> Counters:
+        """What was counted so far."""
+        servers, layers, _ = self._shape
+        peers = np.zeros((servers, len(dataclasses.fields(PeerCounters))), np.int64)
+        rows, sums = np.zeros((layers, servers), np.int64), np.zeros(len(dataclasses.fields(Sums)))
+        self._library.CallServerCounters(
+            ctypes.c_int64(self._number), _pointer(peers), _pointer(rows), _pointer(sums)
+        )
+        found = tuple(PeerCounters(*each) for each in peers.tolist())
+        return Counters(found, rows, Sums(*sums.tolist()))
+
+    def close(self) -> None:
+        """Ends all connections; what still calls fails."""
+        self._end()
+
+
+@jax.named_scope("experts")
+def routed(
+    caller: Array, layer: Array, x_td: Array, expert_tk: Array, weight_tk: Array, valid_t: Array
+) -> tuple[Array, Array]:
+    """Weighted sums of each row's experts, wherever they are.
+
+    Args:
+        caller: int32 [], of `CallServer.callers`.
+        layer: int32 [], which of the layers with routed experts.
+        x_td: [t, d] of any float type.
+        expert_tk: int32 [t, k]; weight_tk: float32 [t, k].
+        valid_t: bool [t], False for rows that are routed nowhere.
+
+    Returns:
+        float32 [t, d]; and bool [t], the rows that have failed, as nobody answered for them.
+    """
+    # Not as a call with side effects: JAX would drive such a program from Python. A call is pure.
+    rows, d = x_td.shape
+    results = jax.ShapeDtypeStruct((rows, d), jnp.float32), jax.ShapeDtypeStruct((rows,), jnp.bool_)
+    call = jax.ffi.ffi_call(native.target("Routed"), results)
+    return tuple(call(caller, layer, x_td.astype(jnp.float32), expert_tk, weight_tk, valid_t))
+
+
+def _pointer(array: np.ndarray) -> ctypes.c_void_p:
+    return ctypes.c_void_p(array.ctypes.data)

@@ -1,0 +1,209 @@
+#include <fcntl.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "calls.h"
+
+namespace dance {
+namespace {
+
+// Rows that are computed in one go, where calls for a layer wait together.
+constexpr uint32_t kMostTogether = 1024;
+
+}  // namespace
+
+Answerer::Answerer(CallServer& server) : server_(server) {
+  if (pipe(wake_) != 0) std::abort();
+  for (const int end : wake_) fcntl(end, F_SETFL, O_NONBLOCK);
+  thread_ = std::thread([this] { Serve(); });
+}
+
+Answerer::~Answerer() {
+  {
+    const std::lock_guard<std::mutex> lock(accepted_mutex_);
+    stop_ = true;
+  }
+  Wake();
+  thread_.join();
+  for (const auto& [peer, fd] : accepted_) close(fd);
+  for (const int end : wake_) close(end);
+}
+
+void Answerer::Accept(int peer, int fd) {
+  {
+    const std::lock_guard<std::mutex> lock(accepted_mutex_);
+    accepted_.emplace_back(peer, fd);
+  }
+  Wake();
+}
+
+void Answerer::Wake() {
+  const char byte = 0;
+  // Where the pipe is full it wakes the thread as well.
+  [[maybe_unused]] const ssize_t written = write(wake_[1], &byte, 1);
+}
+
+void Answerer::Serve() {
+  while (true) {
+    {
+      const std::lock_guard<std::mutex> lock(accepted_mutex_);
+      if (stop_) return;
+      for (const auto& [peer, fd] : accepted_) {
+        lines_.push_back({peer, std::make_unique<Channel>(fd)});
+      }
+      accepted_.clear();
+    }
+    Poll(calls_.empty());
+    while (!calls_.empty()) {
+      AnswerNext();
+      Poll(false);
+    }
+    std::erase_if(lines_, [](const Line& line) { return line.channel->closed(); });
+  }
+}
+
+void Answerer::Poll(bool wait) {
+  std::vector<pollfd> polled{{wake_[0], POLLIN, 0}};
+  std::vector<Line*> lines;
+  for (Line& line : lines_) {
+    if (line.channel->closed()) continue;
+    polled.push_back({line.channel->fd(), line.channel->Events(true), 0});
+    lines.push_back(&line);
+  }
+  if (poll(polled.data(), polled.size(), wait ? -1 : 0) <= 0) return;
+  if (polled[0].revents) {
+    char bytes[64];
+    while (read(wake_[0], bytes, sizeof(bytes)) > 0) {
+    }
+  }
+  const CallSpec& spec = server_.spec();
+  for (size_t i = 0; i < lines.size(); ++i) {
+    const short happened = polled[i + 1].revents;
+    Line* const line = lines[i];
+    if (happened & POLLOUT) line->channel->Flush();
+    if ((happened & ~POLLOUT) == 0) continue;
+    line->channel->Read<CallHead>(spec.wire, spec.most_rows, [&](const CallHead& head,
+                                                                 const char* body) {
+      const char* const end = body + head.BodyBytes(spec.wire);
+      calls_.push_back({line, head, std::vector<char>(body, end), NowNs()});
+    });
+  }
+}
+
+bool Answerer::ReadBody(const Call& call, Content& content) const {
+  const CallHead& head = call.head;
+  const char* at = call.body.data();
+  content.counts = reinterpret_cast<const uint8_t*>(at);
+  at += head.rows;
+  content.experts.resize(head.pairs);
+  std::memcpy(content.experts.data(), at, head.pairs * sizeof(uint16_t));
+  at += head.pairs * sizeof(uint16_t);
+  content.weights.resize(head.pairs);
+  std::memcpy(content.weights.data(), at, head.pairs * sizeof(float));
+  content.rows = at + head.pairs * sizeof(float);
+  uint32_t pairs = 0;
+  for (uint32_t r = 0; r < head.rows; ++r) pairs += content.counts[r];
+  return head.layer < server_.spec().layers && pairs == head.pairs;
+}
+
+// Answers the call that has waited longest, and with it those for the same layer.
+void Answerer::AnswerNext() {
+  const Wire& wire = server_.spec().wire;
+  const int64_t layer = calls_.front().head.layer, begin = NowNs();
+  std::vector<Call> together;
+  uint32_t rows = 0;
+  std::erase_if(calls_, [&](Call& call) {
+    const bool fits = together.empty() || rows + call.head.rows <= kMostTogether;
+    if (call.head.layer != layer || !fits) return false;
+    rows += call.head.rows;
+    together.push_back(std::move(call));
+    return true;
+  });
+
+  std::vector<Content> contents(together.size());
+  std::vector<int32_t> wanted;
+  size_t most = 1;
+  for (size_t i = 0; i < together.size(); ++i) {
+    if (!ReadBody(together[i], contents[i])) contents[i].counts = nullptr;
+    wanted.insert(wanted.end(), contents[i].experts.begin(), contents[i].experts.end());
+  }
+  std::sort(wanted.begin(), wanted.end());
+  wanted.erase(std::unique(wanted.begin(), wanted.end()), wanted.end());
+  const auto held = server_.Find(layer, wanted);
+  auto number = [&](uint16_t expert) {
+    return static_cast<int32_t>(std::lower_bound(wanted.begin(), wanted.end(), expert) -
+                                wanted.begin());
+  };
+
+  // The calls of which everything is here.
+  std::vector<bool> here(together.size());
+  rows = 0;
+  for (size_t i = 0; i < together.size(); ++i) {
+    const Content& content = contents[i];
+    here[i] = content.counts != nullptr &&
+              std::all_of(content.experts.begin(), content.experts.end(),
+                          [&](uint16_t expert) { return held[number(expert)] != nullptr; });
+    if (!here[i]) continue;
+    rows += together[i].head.rows;
+    for (uint32_t r = 0; r < together[i].head.rows; ++r) {
+      most = std::max<size_t>(most, content.counts[r]);
+    }
+  }
+  std::vector<float> x(rows * wire.d), weight(rows * most, 0.0f), y(rows * wire.d);
+  std::vector<int32_t> expert(rows * most, -1);
+  size_t row = 0;
+  for (size_t i = 0; i < together.size(); ++i) {
+    if (!here[i]) continue;
+    const Content& content = contents[i];
+    size_t pair = 0;
+    for (uint32_t r = 0; r < together[i].head.rows; ++r, ++row) {
+      wire.Decode(content.rows + r * wire.RowBytes(), &x[row * wire.d]);
+      for (size_t k = 0; k < content.counts[r]; ++k, ++pair) {
+        expert[row * most + k] = number(content.experts[pair]);
+        weight[row * most + k] = content.weights[pair];
+      }
+    }
+  }
+  if (rows > 0) {
+    const auto k = static_cast<int64_t>(most);
+    server_.Compute(held, {x.data(), expert.data(), weight.data(), rows, k}, y.data());
+  }
+  const int64_t end = NowNs();
+  server_.Sum([&](CallSums& sums) {
+    sums.served_s += 1e-9 * (end - begin);
+    sums.served_rows += rows;
+  });
+  const float* sums = y.data();
+  for (size_t i = 0; i < together.size(); ++i) {
+    const Call& call = together[i];
+    AnswerHead head;
+    head.id = call.head.id, head.version = server_.table()->version;
+    head.queued_us = (begin - call.arrived) / 1000, head.computed_us = (end - begin) / 1000;
+    if (here[i]) {
+      head.rows = call.head.rows;
+    } else {
+      head.status = Status::kNotHere;
+    }
+    server_.Count(call.line->peer, PeerCounters::kAnswered, 1);
+    server_.Count(call.line->peer, PeerCounters::kAnsweredRows, head.rows);
+    server_.Count(call.line->peer, PeerCounters::kQueuedNs, begin - call.arrived);
+    Answer(call, head, sums);
+    if (here[i]) sums += head.rows * wire.d;
+  }
+}
+
+void Answerer::Answer(const Call& call, const AnswerHead& head, const float* sums) {
+  const size_t body = head.BodyBytes(server_.spec().wire);
+  std::vector<char> message(sizeof(head) + body);
+  std::memcpy(message.data(), &head, sizeof(head));
+  std::memcpy(message.data() + sizeof(head), sums, body);
+  server_.Count(call.line->peer, PeerCounters::kBytesSent, message.size());
+  server_.Count(call.line->peer, PeerCounters::kBytesReceived,
+                sizeof(CallHead) + call.body.size());
+  if (!call.line->channel->closed()) call.line->channel->Send(std::move(message));
+}
+
+}  // namespace dance

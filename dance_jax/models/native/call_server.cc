@@ -1,0 +1,188 @@
+// The calls for XLA, as a custom call, and for Python, as C functions.
+
+#include <map>
+#include <mutex>
+#include <vector>
+
+#include "calls.h"
+#include "pools.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+namespace dance {
+
+CallServer::CallServer(const CallSpec& spec, std::vector<std::shared_ptr<ExpertPool>> pools)
+    : spec_(spec),
+      pools_(std::move(pools)),
+      table_(std::make_shared<Table>(Table{0, spec.experts, std::vector<Ranks>(spec.layers * spec.experts)})),
+      counters_(spec.servers),
+      rows_(spec.layers * spec.servers),
+      answerer_(*this) {
+  for (size_t device = 0; device < pools_.size(); ++device) {
+    callers_.push_back(std::make_unique<Caller>(*this));
+  }
+}
+
+std::shared_ptr<const Table> CallServer::table() const {
+  const std::lock_guard<std::mutex> lock(table_mutex_);
+  return table_;
+}
+
+void CallServer::SetTable(int64_t version, const bool* resident) {
+  const int64_t count = spec_.layers * spec_.experts;
+  auto table = std::make_shared<Table>(Table{version, spec_.experts, std::vector<Ranks>(count)});
+  for (int64_t n = 0; n < spec_.servers; ++n) {
+    for (int64_t i = 0; i < count; ++i) table->holders[i][n] = resident[n * count + i];
+  }
+  const std::lock_guard<std::mutex> lock(table_mutex_);
+  table_ = std::move(table);
+}
+
+std::vector<ExpertPool::Holding> CallServer::Find(int64_t layer,
+                                                  const std::vector<int32_t>& experts) const {
+  std::vector<int64_t> ids;
+  for (const int32_t expert : experts) ids.push_back(layer * spec_.experts + expert);
+  std::vector<ExpertPool::Holding> found(ids.size());
+  for (const auto& pool : pools_) {
+    const auto here = pool->Find(ids);
+    for (size_t i = 0; i < found.size(); ++i) {
+      if (!found[i]) found[i] = here[i];
+    }
+  }
+  return found;
+}
+
+void CallServer::Compute(const std::vector<ExpertPool::Holding>& held, const Assignments& rows,
+                         float* y) {
+  std::vector<const Expert*> experts;
+  for (const auto& each : held) experts.push_back(each ? &each->expert : nullptr);
+  const ExpertSpec& spec = pools_.front()->spec();
+  CountRouted([&] { return RunExperts(spec.d, spec.activation, experts, rows, y); });
+}
+
+namespace {
+
+std::mutex servers_mutex;
+std::map<int64_t, std::shared_ptr<CallServer>> call_servers;
+int64_t next_server = 1;
+// A device's caller is its server's number times this, and the device.
+constexpr int64_t kMostDevices = 1024;
+
+std::shared_ptr<CallServer> FindServer(int64_t number) {
+  const std::lock_guard<std::mutex> lock(servers_mutex);
+  const auto found = call_servers.find(number);
+  return found == call_servers.end() ? nullptr : found->second;
+}
+
+using Rows = ffi::Buffer<ffi::F32, 2>;
+using Numbers = ffi::Buffer<ffi::S32, 2>;
+using Flags = ffi::Buffer<ffi::PRED, 1>;
+
+// y = the weighted sums of each row's experts, wherever they are; and the rows that have failed.
+ffi::Error RoutedCall(ffi::Buffer<ffi::S32> caller, ffi::Buffer<ffi::S32> layer, Rows x,
+                      Numbers expert, Rows weight, Flags valid, ffi::Result<Rows> y,
+                      ffi::Result<Flags> failed) {
+  const int64_t number = caller.typed_data()[0];
+  const auto server = FindServer(number / kMostDevices);
+  if (!server || number % kMostDevices >= server->devices()) {
+    return ffi::Error::InvalidArgument("there is no such server of experts");
+  }
+  const CallSpec& spec = server->spec();
+  const LayerRows rows{layer.typed_data()[0],   x.typed_data(),     expert.typed_data(),
+                       weight.typed_data(),     valid.typed_data(), expert.dimensions()[0],
+                       expert.dimensions()[1]};
+  if (x.dimensions()[1] != spec.wire.d || rows.layer < 0 || rows.layer >= spec.layers) {
+    return ffi::Error::InvalidArgument("the server's experts are of another model");
+  }
+  server->caller(number % kMostDevices).Run(rows, y->typed_data(), failed->typed_data());
+  return ffi::Error::Success();
+}
+
+}  // namespace
+}  // namespace dance
+
+using dance::Rows;
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(Routed, dance::RoutedCall,
+                              ffi::Ffi::Bind()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<Rows>()
+                                  .Arg<dance::Numbers>()
+                                  .Arg<Rows>()
+                                  .Arg<dance::Flags>()
+                                  .Ret<Rows>()
+                                  .Ret<dance::Flags>());
+
+extern "C" {
+
+// A server whose devices have these pools: its number; 0: there is no such pool. numbers [8]: rank,
+// servers, layers, experts of a layer, kind of the wire, most rows of a call, ns until a call is
+// repeated, and until it fails.
+int64_t CallServerNew(const int64_t* numbers, int64_t devices, const int64_t* pools) {
+  std::vector<std::shared_ptr<dance::ExpertPool>> own;
+  for (int64_t device = 0; device < devices; ++device) {
+    own.push_back(dance::FindPool(pools[device]));
+    if (!own.back()) return 0;
+  }
+  const dance::CallSpec spec{static_cast<int>(numbers[0]),
+                             static_cast<int>(numbers[1]),
+                             numbers[2],
+                             numbers[3],
+                             {static_cast<dance::WireKind>(numbers[4]), own.front()->spec().d},
+                             static_cast<uint32_t>(numbers[5]),
+                             numbers[6],
+                             numbers[7]};
+  auto server = std::make_shared<dance::CallServer>(spec, std::move(own));
+  const std::lock_guard<std::mutex> lock(dance::servers_mutex);
+  dance::call_servers[dance::next_server] = std::move(server);
+  return dance::next_server++;
+}
+
+// It goes when the last call that it makes is done.
+void CallServerDelete(int64_t number) {
+  const auto server = dance::FindServer(number);
+  const std::lock_guard<std::mutex> lock(dance::servers_mutex);
+  dance::call_servers.erase(number);
+}
+
+// resident [servers, layers, experts].
+void CallServerTable(int64_t number, int64_t version, const bool* resident) {
+  if (const auto server = dance::FindServer(number)) server->SetTable(version, resident);
+}
+
+// Connected, non-blocking sockets: one on which a device calls a peer, one on which a peer calls.
+void CallServerDial(int64_t number, int64_t device, int peer, int fd) {
+  if (const auto server = dance::FindServer(number)) server->caller(device).Dial(peer, fd);
+}
+
+void CallServerAccept(int64_t number, int peer, int fd) {
+  if (const auto server = dance::FindServer(number)) server->answerer().Accept(peer, fd);
+}
+
+// counters [servers, PeerCounters::kCount]; rows [layers, servers] that went to each server; sums, a
+// CallSums.
+void CallServerCounters(int64_t number, int64_t* counters, int64_t* rows, dance::CallSums* sums) {
+  const auto server = dance::FindServer(number);
+  if (!server) return;
+  server->Sum([&](const dance::CallSums& found) { *sums = found; });
+  const dance::CallSpec& spec = server->spec();
+  for (int n = 0; n < spec.servers; ++n) {
+    for (int i = 0; i < dance::PeerCounters::kCount; ++i) {
+      *counters++ = server->Counter(n, static_cast<dance::PeerCounters::Name>(i));
+    }
+  }
+  for (int64_t layer = 0; layer < spec.layers; ++layer) {
+    for (int n = 0; n < spec.servers; ++n) *rows++ = server->rows(layer, n);
+  }
+}
+
+// Servers [k] that are asked for a row's experts, for tests: masks [k] of up to 64 servers.
+void ChooseServersForTest(int64_t k, const uint64_t* masks, int servers, int64_t* found) {
+  std::vector<dance::Ranks> holders(masks, masks + k);
+  const std::vector<int> chosen = dance::ChooseServers(holders, servers);
+  std::copy(chosen.begin(), chosen.end(), found);
+}
+
+}  // extern "C"

@@ -1,0 +1,269 @@
+// Expert calls between servers that step on their own: a server's tokens at experts that others hold,
+// and the others' at its own.
+//
+// A call names experts, never slots, and asks for one sum of each row; it is pure, so it may be repeated
+// and answered by any holder. Every device of a server has a connection of its own to every other server
+// for its calls (`Caller`); those of the others are answered by one thread (`Answerer`), which makes no
+// call and waits for no step. So no two servers can wait for each other.
+
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <bitset>
+#include <cstdint>
+#include <deque>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "experts.h"
+#include "wire.h"
+
+namespace dance {
+
+constexpr int kMaxServers = 256;
+// A set of servers.
+using Ranks = std::bitset<kMaxServers>;
+
+// Who holds which expert, by one version of the placement.
+struct Table {
+  int64_t version;
+  int64_t experts;            // of a layer
+  std::vector<Ranks> holders;  // [layers * experts]
+
+  const Ranks& Holders(int64_t layer, int64_t expert) const {
+    return holders[layer * experts + expert];
+  }
+};
+
+// The server that is asked for each of a row's experts, -1 where nobody holds it: the fewest servers
+// that hold all, as placement/visit.py has it. holders [k].
+std::vector<int> ChooseServers(const std::vector<Ranks>& holders, int servers);
+
+// What a server counts of a peer; all grow.
+struct PeerCounters {
+  enum Name {
+    kCalls,          // to it, repeats included
+    kRows,           // in them
+    kBytesSent,      // of calls to it and of answers to its own
+    kBytesReceived,
+    kRepeats,        // calls that went elsewhere as well, because its answer was late
+    kRefusals,       // calls that it answered with "not here"
+    kLost,           // calls that its connection ended
+    kFailedRows,     // rows that have failed as it did not answer
+    kWaitedNs,       // from sending to the answer's arrival
+    kAnswered,       // its calls that were answered here
+    kAnsweredRows,
+    kQueuedNs,       // that they waited for their turn
+    kCount
+  };
+  std::array<std::atomic<int64_t>, kCount> value{};
+};
+
+// How long things took, as they add up over all calls and layers.
+struct CallSums {
+  double layers = 0, local_s = 0, waited_s = 0;  // of own steps: layers run, experts here, answers
+  double served_s = 0, served_rows = 0;          // of the others' calls
+  // Of answers: their number, seconds on the way, bytes there and back, and the products of these, for
+  // the line of seconds over bytes.
+  double answers = 0, s = 0, bytes = 0, bytes_bytes = 0, bytes_s = 0, s_s = 0;
+};
+
+struct CallSpec {
+  int rank, servers;
+  int64_t layers, experts;  // experts of each layer
+  Wire wire;
+  uint32_t most_rows;  // of a call
+  // A call that is not answered for so long is sent to another holder as well; for so long, fails. Both
+  // are longer where calls are expected to take long.
+  int64_t repeat_ns, fail_ns;
+};
+
+class CallServer;
+
+// A layer's rows on one device.
+struct LayerRows {
+  int64_t layer;
+  const float* x;         // [t, d]
+  const int32_t* expert;  // [t, k]
+  const float* weight;    // [t, k]
+  const bool* valid;      // [t], false: the row is routed nowhere
+  int64_t t, k;
+};
+
+// The calls of one device's steps. One thread at a time runs a layer; it may be another each time.
+class Caller {
+ public:
+  explicit Caller(CallServer& server);
+
+  // Takes over a connection to a peer, in place of the one before; from any thread.
+  void Dial(int peer, int fd);
+  // y [t, d] = the weighted sums of each row's experts, wherever they are. A row of which some are
+  // nowhere to be had has failed, and its sum is anything.
+  void Run(const LayerRows& rows, float* y, bool* failed);
+
+ private:
+  struct Pair {
+    int32_t row;
+    uint16_t expert;
+    float weight;
+  };
+  // What is asked of one server.
+  struct Part {
+    enum State { kWaiting, kAnswered, kLost, kNowhere, kFailed } state = kWaiting;
+    int peer = -1;
+    uint64_t id = 0;
+    std::vector<Pair> pairs;     // row after row
+    std::vector<int32_t> rows;
+    Ranks asked;                 // for the same before
+    int64_t repeat_at = 0, fail_at = 0;
+    bool repeated = false;
+    std::vector<float> sums;     // [rows, d]
+    std::vector<Part*> instead;  // parts that ask others for the same
+  };
+  // How long a peer's answers take.
+  struct Pace {
+    double base_s = 0.02, byte_s = 1e-6;
+
+    double Expected(size_t bytes) const { return base_s + byte_s * bytes; }
+    void Learn(size_t bytes, double s);
+  };
+  struct Sent {
+    uint64_t id;
+    int64_t at;
+    size_t bytes;
+  };
+  struct Line {
+    std::unique_ptr<Channel> channel;
+    std::vector<Sent> unanswered;
+    // Its last answer is late: it is asked no more until it comes.
+    bool suspect = false;
+    Pace pace;
+  };
+
+  void Adopt();
+  bool Usable(int peer) const;
+  // Parts for these pairs, which are sent; none to servers in `asked`. What nobody has is kNowhere
+  // until `patience_ns` have passed.
+  std::vector<Part*> Place(const std::vector<Pair>& pairs, const Ranks& asked, int64_t patience_ns);
+  void Send(Part& part);
+  void RunLocal(const LayerRows& rows, const std::vector<int32_t>& local, float* y, bool* failed);
+  void Wait(const std::vector<Part*>& first);
+  void Review(Part& part, int64_t now);
+  void Replace(Part& part, int64_t patience_ns);
+  void Repeat(Part& part);
+  void Poll();
+  void Read(int peer);
+  void Answered(int peer, const AnswerHead& head, const char* sums);
+  void Add(const Part& part, float* y, bool* failed) const;
+  static bool Succeeded(const Part& part);
+  // There is no more to wait for.
+  static bool Resolved(const Part& part);
+
+  CallServer& server_;
+  std::vector<Line> lines_;  // by rank
+  std::mutex dialled_mutex_;
+  std::vector<std::pair<int, int>> dialled_;  // (peer, fd)
+  uint64_t next_id_ = 1;
+  // Of the layer that runs.
+  int64_t layer_ = 0;
+  std::vector<float> x_;
+  std::shared_ptr<const Table> table_;
+  std::deque<Part> parts_;
+};
+
+// Answers the others' calls, in a thread of its own.
+class Answerer {
+ public:
+  explicit Answerer(CallServer& server);
+  ~Answerer();
+
+  // Takes over a connection on which a peer calls; from any thread.
+  void Accept(int peer, int fd);
+
+ private:
+  struct Line {
+    int peer;
+    std::unique_ptr<Channel> channel;
+  };
+  struct Call {
+    Line* line;
+    CallHead head;
+    std::vector<char> body;
+    int64_t arrived;
+  };
+  // A call's body, read; pairs are row after row.
+  struct Content {
+    const uint8_t* counts;
+    std::vector<uint16_t> experts;
+    std::vector<float> weights;
+    const char* rows;
+  };
+
+  void Serve();
+  void Wake();
+  void Adopt();
+  void Poll(bool wait);
+  void AnswerNext();
+  // False: it is no call of this model.
+  bool ReadBody(const Call& call, Content& content) const;
+  void Answer(const Call& call, const AnswerHead& head, const float* sums);
+
+  CallServer& server_;
+  int wake_[2];
+  std::mutex accepted_mutex_;
+  std::vector<std::pair<int, int>> accepted_;  // (peer, fd)
+  bool stop_ = false;                          // under the mutex
+  std::deque<Line> lines_;
+  std::deque<Call> calls_;
+  std::thread thread_;
+};
+
+// One server's part in the calls of all.
+class CallServer {
+ public:
+  CallServer(const CallSpec& spec, std::vector<std::shared_ptr<ExpertPool>> pools);
+
+  const CallSpec& spec() const { return spec_; }
+  std::shared_ptr<const Table> table() const;
+  // resident [servers, layers, experts].
+  void SetTable(int64_t version, const bool* resident);
+  Caller& caller(int64_t device) { return *callers_[device]; }
+  int64_t devices() const { return static_cast<int64_t>(callers_.size()); }
+  Answerer& answerer() { return answerer_; }
+  // The experts of a layer that any device holds; null: none does.
+  std::vector<ExpertPool::Holding> Find(int64_t layer, const std::vector<int32_t>& experts) const;
+  // y [n, d]: as RunExperts, numbers are places in `held`.
+  void Compute(const std::vector<ExpertPool::Holding>& held, const Assignments& rows, float* y);
+
+  // Calls change(sums), one thread at a time.
+  template <typename Change>
+  void Sum(const Change& change) {
+    const std::lock_guard<std::mutex> lock(sums_mutex_);
+    change(sums_);
+  }
+  void Count(int peer, PeerCounters::Name name, int64_t more) { counters_[peer].value[name] += more; }
+  int64_t Counter(int peer, PeerCounters::Name name) const { return counters_[peer].value[name]; }
+  // Rows that went to a server in a layer.
+  void CountRows(int64_t layer, int peer, int64_t rows) { rows_[layer * spec_.servers + peer] += rows; }
+  int64_t rows(int64_t layer, int peer) const { return rows_[layer * spec_.servers + peer]; }
+
+ private:
+  const CallSpec spec_;
+  const std::vector<std::shared_ptr<ExpertPool>> pools_;
+  mutable std::mutex table_mutex_;
+  std::shared_ptr<const Table> table_;
+  std::mutex sums_mutex_;
+  CallSums sums_;
+  std::deque<PeerCounters> counters_;          // by rank
+  std::deque<std::atomic<int64_t>> rows_;      // [layers, servers]
+  std::vector<std::unique_ptr<Caller>> callers_;
+  Answerer answerer_;
+};
+
+}  // namespace dance
