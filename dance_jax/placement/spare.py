@@ -11,6 +11,11 @@ import numpy as np
 SLOTS_PER_SPARE, MOST_SPARE = 16, 4
 
 
+def reserve(slots: int) -> int:
+    """Slots of a device that stay empty, unless experts need them; see `spare_slots`."""
+    return min(max(1, slots // SLOTS_PER_SPARE), MOST_SPARE)
+
+
 def spare_slots(
     slots_per_device: Sequence[int], devices: Sequence[int], experts: int
 ) -> tuple[int, ...]:
@@ -26,10 +31,9 @@ def spare_slots(
         experts: of all layers.
     """
     slots_n, devices_n = np.asarray(slots_per_device), np.asarray(devices)
-    spare_n = np.clip(slots_n // SLOTS_PER_SPARE, 1, MOST_SPARE)
     unneeded_n = slots_n - -(-experts // devices_n)
     limit_n = np.where(unneeded_n >= 0, unneeded_n, np.maximum(slots_n - 1, 0))
-    spare_n = np.minimum(spare_n, limit_n)
+    spare_n = np.minimum([reserve(slots) for slots in slots_per_device], limit_n)
     while spare_n.any() and ((slots_n - spare_n) * devices_n).sum() < experts:
         spare_n[spare_n.argmax()] -= 1
     return tuple(spare_n.tolist())
