@@ -123,11 +123,11 @@ def batches(old: Layout, new: Layout, most: int) -> list[tuple[Batch, Layout]]:
     that is in use before or after a batch is in place once all servers have loaded. The layouts end
     with the devices of `new`; slots of experts that arrive are decided here, and others stay.
 
-    Each device keeps an empty slot until all its experts have come; it fills the last one only
-    where the same batch empties another. That is always possible: if all devices that wait for
-    experts have just one empty slot, each has an expert to give up, because `new` does not fill
-    more slots. That is the last copy of one for which another such device waits, which follows from
-    one to the next until it closes a circle; all in it load one expert and give up another.
+    A device fills its last empty slot only in a batch that empties another of its slots, or with
+    its last expert where `new` leaves no slot empty. So there is always a next batch: if all
+    devices that lack experts have one empty slot left, each has experts to give up, because `new`
+    needs no more slots. These are last copies that other such devices lack, else they were gone.
+    Followed from device to device they close a circle, all of which load one and give up another.
 
     Equal arguments give equal batches.
 
@@ -372,7 +372,7 @@ class _Plan:
         while ready := [device for device in self._waiting() if self._has_spare(device)]:
             device = min(ready, key=lambda each: (-len(self._coming[each]), each))
             self._load(device, min(self._coming[device], key=self._preference))
-        # All that still wait have one empty slot each.
+        # All others would fill their last slot.
         while circle := _shortest_circle(self._exchanges()):
             for device, expert in circle:
                 self._load(device, expert)
