@@ -60,6 +60,7 @@ from dance_jax.models.directory import read_config
 from dance_jax.models.tokenizer import Tokenizer
 from dance_jax.placement import POLICIES, Activations, Cost
 from dance_jax.placement.simulate import Model
+from dance_jax.placement.spare import reserve
 
 #: All of the paper's and ours; the first one shows what a call costs.
 MATRIX = ("uniform", "redundance", "smartmoe", "eplb", "dance", "optimal", "latency")
@@ -270,15 +271,13 @@ class Evaluation:
     def _runs(self) -> Runs:
         """All so far."""
         model, spec = self._work.model, self._place.spec
-        slots = spec.servers[0].experts
-        assert slots is not None
         shares = [self._bed.hosts[name].share for name in spec.names]
         cores = tuple(share for share in shares if isinstance(share, float))
         return Runs(
             tuple(spec.names),
             tuple(spec.devices),
             cores if len(cores) == len(shares) else None,
-            slots,
+            self._slots(),
             Model(
                 len(model.moe_layers),
                 model.num_experts,
@@ -290,6 +289,12 @@ class Evaluation:
             tuple(self._cells),
             tuple(self._measured),
         )
+
+    def _slots(self) -> int:
+        """Of each device, spare ones left out."""
+        slots = self._place.spec.servers[0].experts
+        assert slots is not None
+        return slots - reserve(slots)
 
     def _count(self, workload: Workload, folder: pathlib.Path) -> Activations:
         """What the tasks use, by prompts that nobody sends later."""
@@ -303,13 +308,13 @@ class Evaluation:
     ) -> None:
         """All policies and seeds at one rate."""
         spec, layers = self._place.spec, len(self._work.model.moe_layers)
-        slots = spec.servers[0].experts
-        assert slots is not None
         row = 2 * state_bytes(self._work.model.hidden_size, self._work.config)
         for policy in self._options.policies:
             known = [c for c in self._cells if (c.rate, c.workload) == (rate, workload.name)]
             cost = self._cost(rate, known)
-            found = placed(policy, activations, spec.devices, slots, cost, self._options.seed)
+            found = placed(
+                policy, activations, spec.devices, self._slots(), cost, self._options.seed
+            )
             resident = [
                 [np.flatnonzero(held).tolist() for held in layer]
                 for layer in found.placement.resident

@@ -28,7 +28,8 @@ the same tasks. Words:
   keeps what that takes, `--runs F` simulates it again and measures nothing.
 
 `--shape mixtral` evaluates a model like Mixtral (8 experts in each layer, 2 of them for a token)
-with random weights, at 1.11 x the experts' memory, in whole slots of all devices 1.125 x.
+with random weights, at 1.11 x the experts' memory, in whole slots of all devices 1.125 x,
+not counting the spare slots by which placements are swapped.
 Its routers go by the token and know no tasks: in varied text all experts are used nearly equally
 often, and servers differ only as far as the tokens of their prompts do; most in tasks that repeat a
 few of them. So locality can win much less than in a model that was trained, and what it wins says

@@ -130,7 +130,7 @@ class Machine:
     Attributes:
         fitted: of each server.
         devices: of each server.
-        slots: of each device.
+        slots: of each device, spare ones left out.
     """
 
     fitted: Sequence[Fitted]

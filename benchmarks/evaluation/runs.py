@@ -27,7 +27,7 @@ class Runs:
     Attributes:
         names, devices: of the servers.
         cores: of each server by its quota; None: it has none.
-        slots: of each device.
+        slots: of each device, spare ones left out.
         model: its sizes.
         config: of the engines.
         setup: what was asked for, as results have it.

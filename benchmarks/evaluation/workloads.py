@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import pathlib
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from dance_jax.placement.activations import Activations
 from dance_jax.placement.core import Placement
 from dance_jax.placement.cost import Cost
 from dance_jax.placement.migration import halves
+from dance_jax.placement.spare import reserve
 
 #: Devices of the servers, as in the paper, and names.
 DEVICES = {"alpha": 1, "beta": 1, "gamma": 2}
@@ -60,6 +62,8 @@ def read_workloads(directory: pathlib.Path | None, examples: pathlib.Path) -> li
 def hosts_text(experts: int, memory: float) -> str:
     """A hosts file whose servers hold `memory` times the experts, each device about the same.
 
+    Spare slots, by which placements are swapped, come on top.
+
     Args:
         experts: of all layers.
 
@@ -68,7 +72,8 @@ def hosts_text(experts: int, memory: float) -> str:
     """
     if memory < 1:
         raise UserError(f"--memory {memory:g}: at least 1 is needed, so that all experts live")
-    slots = math.ceil(round(experts * memory) / sum(DEVICES.values()))
+    held = math.ceil(round(experts * memory) / sum(DEVICES.values()))
+    slots = next(slots for slots in itertools.count(held) if slots - reserve(slots) == held)
     lines = (f"{name} address=localhost devices={n} experts={slots}" for name, n in DEVICES.items())
     return "\n".join(lines) + "\n"
 
@@ -95,7 +100,7 @@ def placed(
 ) -> Placed:
     """Args:
     activations: of the workload, servers in the order of `devices`.
-    slots: of each device.
+    slots: of each device, spare ones left out.
     cost: for policies that ask for it.
     """
     fit, judge = halves(activations.routes)

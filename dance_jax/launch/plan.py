@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -17,6 +17,7 @@ from dance_jax.models.rounding import unfit_report
 from dance_jax.placement.activations import Activations
 from dance_jax.placement.core import Layout, Placement, spread
 from dance_jax.placement.policies import DEFAULT_POLICY, place, usable
+from dance_jax.placement.spare import spare_slots
 
 #: Policies that weigh what links and devices cost.
 TIMED_POLICIES = ("latency",)
@@ -51,11 +52,18 @@ class Room:
     #: The expert pool: slots x bytes of an expert, full or not.
     pool_bytes: int
     slots: int
+    #: Slots that stay empty, so that experts can move; see `spare_slots`.
+    spare: int
 
     @property
     def device_bytes(self) -> int:
         """All of it."""
         return self.trunk_bytes + self.kv_bytes + self.state_bytes + self.pool_bytes
+
+    @property
+    def capacity(self) -> int:
+        """Experts that all its devices may hold."""
+        return (self.slots - self.spare) * self.devices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,8 +112,10 @@ def rooms(spec: ClusterSpec, model: ModelFacts, config: EngineConfig) -> tuple[R
         state_bytes(model.config, config),
     )
     return tuple(
-        Room(server.name, server.devices, *fixed, count * expert_bytes, count)
-        for server, count in zip(spec.servers, slots, strict=True)
+        Room(server.name, server.devices, *fixed, count * expert_bytes, count, spare)
+        for server, count, spare in zip(
+            spec.servers, slots, spare_slots(slots, spec.devices, experts), strict=True
+        )
     )
 
 
@@ -160,27 +170,34 @@ def make_plan(
     placement = place(
         used,
         counts,
-        [room.slots * room.devices for room in held],
+        [room.capacity for room in held],
         routes=routes,
         devices=spec.devices,
         cost=cluster_cost(spec, model.config, config).apart(apart),
         seed=config.seed,
     )
-    residents = placement.resident.sum(2).tolist()
+    slots, spare = zip(*((room.slots, room.spare) for room in held), strict=True)
     shares = placement.local_shares(counts).tolist()
+    servers = tuple(
+        ServerPlan(**vars(room), resident=tuple(resident), local_share=share)
+        for room, resident, share in zip(
+            held, placement.resident.sum(2).tolist(), shares, strict=True
+        )
+    )
     return Plan(
         spec=spec,
         policy=used,
         placement=placement,
-        layout=spread(placement, spec.devices, [room.slots for room in held], counts),
-        servers=tuple(
-            ServerPlan(**vars(room), resident=tuple(resident), local_share=share)
-            for room, resident, share in zip(held, residents, shares, strict=True)
-        ),
+        layout=spread(placement, spec.devices, slots, counts, spare=spare),
+        servers=servers,
         local_share=placement.local_share(counts),
         expert_bytes=model.expert_bytes(config.dtype),
         weights=weights_note(model, config),
-        notes=(*model_notes(model.config, config), *_notes(spec, policy, used, activations)),
+        notes=(
+            *model_notes(model.config, config),
+            *_notes(spec, policy, used, activations),
+            *spare_notes(servers, placement),
+        ),
     )
 
 
@@ -225,6 +242,20 @@ def _notes(
     note = cost_note(spec) if used in TIMED_POLICIES else None
     if note is not None:
         yield note
+
+
+def spare_notes(held: Sequence[Room], placement: Placement) -> Iterator[str]:
+    """Which servers cannot receive experts."""
+    if fixed := [
+        room.name
+        for room, resident in zip(held, placement.resident, strict=True)
+        if not room.spare and not resident.all()
+    ]:
+        yield (
+            f"No spare slot on {', '.join(fixed)}: other experts cannot be loaded there, and a "
+            "migration that needs it is refused. Give servers more memory= (or experts=) in the "
+            "hosts file."
+        )
 
 
 def _check_capacity(spec: ClusterSpec, slots: list[int], experts: int, expert_bytes: int) -> None:

@@ -17,7 +17,7 @@ from dance_jax.placement.cost import Cost, apart_share
 from dance_jax.placement.migration import ERRORS, HYSTERESIS, Batch
 from dance_jax.placement.policies import DEFAULT_POLICY, place, usable
 
-#: Bytes that a server writes between two steps, and experts at most.
+#: Bytes that a device writes between two steps, and experts at most.
 BATCH_BYTES, BATCH_EXPERTS = 16 << 20, 4
 #: Seconds for which a placement is weighed that is only made on request.
 HORIZON_S = 300.0
@@ -50,6 +50,8 @@ class Question:
     policy: str
     #: In force.
     layout: Layout
+    #: Of the servers.
+    names: tuple[str, ...]
     #: float64 [servers, layers, experts], expert calls of each server's requests.
     counts: np.ndarray
     #: Per server int [tokens, layers, k].
@@ -104,7 +106,7 @@ def answer(question: Question) -> Answer:
     else:
         found = _place(question, used, fit, cost)
     judged = (judge, cost, _weights(question.tokens))
-    steps = _steps(question, found)
+    steps, blocked = _steps(question, found)
     decision = migration.decide(
         migration.seconds_per_token(present, *judged),
         migration.seconds_per_token(found, *judged),
@@ -115,7 +117,9 @@ def answer(question: Question) -> Answer:
         hysteresis=HYSTERESIS + ERRORS * migration.gain_error(present, found, *judged),
     )
     candidate = None
-    if question.wanted is not None:
+    if blocked:
+        decision = dataclasses.replace(decision, migrate=False, reason=blocked)
+    elif question.wanted is not None:
         reason = "it is wanted there" if steps else "it is there already"
         decision = dataclasses.replace(decision, migrate=bool(steps), reason=reason)
     elif question.patient and decision.migrate and not _settled(question.candidate, found, *judged):
@@ -125,9 +129,11 @@ def answer(question: Question) -> Answer:
     elif decision.migrate:
         # That it pays is judged by tokens it was not fitted to; where to go, all tokens say better.
         found = _place(question, used, question.routes, cost)
-        steps = _steps(question, found)
+        steps, blocked = _steps(question, found)
         decision = dataclasses.replace(
             decision,
+            migrate=not blocked,
+            reason=blocked or decision.reason,
             migration_seconds=_loading_seconds(question, steps),
             experts_moved=found.moved(present),
         )
@@ -140,7 +146,7 @@ def _place(question: Question, policy: str, routes: Routes, cost: Cost) -> Place
     return place(
         policy,
         question.counts,
-        np.multiply(old.devices, old.slots_per_device),
+        old.capacities,
         routes=routes,
         devices=old.devices,
         cost=cost,
@@ -149,11 +155,15 @@ def _place(question: Question, policy: str, routes: Routes, cost: Cost) -> Place
     )
 
 
-def _steps(question: Question, found: Placement) -> list[tuple[Batch, Layout]]:
-    """How experts get there."""
+def _steps(question: Question, found: Placement) -> tuple[list[tuple[Batch, Layout]], str]:
+    """How experts get there; if they cannot, why."""
     old = question.layout
-    new = spread(found, old.devices, old.slots_per_device, question.counts, previous=old)
-    return migration.batches(old, new, most_loads(question.expert_bytes))
+    new = spread(found, old.devices, old.slots_per_device, question.counts, old, old.spare)
+    try:
+        return migration.batches(old, new, most_loads(question.expert_bytes)), ""
+    except migration.NoEmptySlot as error:
+        name = question.names[error.server]
+        return [], f"device {error.device} of {name} has no empty slot to load an expert into"
 
 
 def _loading_seconds(question: Question, steps: list[tuple[Batch, Layout]]) -> float:
@@ -192,7 +202,10 @@ def resident(layout: Layout) -> Placement:
 
 
 def most_loads(expert_bytes: int) -> int:
-    """Experts of a batch on one server, so that writing them takes no longer than a step may."""
+    """Experts of a batch on one device, so that writing them takes no longer than a step may.
+
+    Spare slots alone do not bound that: a device may have many more empty slots.
+    """
     return max(1, min(BATCH_EXPERTS, BATCH_BYTES // expert_bytes))
 
 

@@ -293,6 +293,7 @@ class Rebalancer:
         question = Question(
             policy=self._options.policy,
             layout=self.layout,
+            names=self._spec.names,
             counts=statistics.counts,
             routes=statistics.routes,
             cost=running_cost(

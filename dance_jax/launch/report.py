@@ -17,7 +17,7 @@ _LAYERS_SHOWN = 12
 
 
 def print_plan(console: Console, plan: Plan) -> None:
-    """Per server: devices, memory of each, experts resident per layer, predicted local share."""
+    """Per server: devices, memory and slots of each, experts per layer, predicted local share."""
     layers = plan.placement.resident.shape[1]
     listed = layers <= _LAYERS_SHOWN
     table = Table(
@@ -27,7 +27,7 @@ def print_plan(console: Console, plan: Plan) -> None:
     )
     table.add_column("server")
     states = any(server.state_bytes for server in plan.servers)
-    columns = ("devices", "trunk", "KV cache", *["states"] * states, "experts", "slots")
+    columns = ("devices", "trunk", "KV cache", *["states"] * states, "experts", "slots", "spare")
     for column in columns:
         table.add_column(column, justify="right")
     table.add_column("resident per layer" if listed else "resident per layer (least-most)")
@@ -42,14 +42,16 @@ def print_plan(console: Console, plan: Plan) -> None:
             *[format_bytes(server.state_bytes)] * states,
             format_bytes(server.pool_bytes),
             str(server.slots),
+            str(server.spare),
             " ".join(map(str, server.resident)) if listed else f"{least}-{most}",
             f"{server.local_share:.3f}",
         )
     console.print(table)
     console.print(
         Text(
-            f"{', '.join(columns[1:-1])} and slots are per device; predicted local share of all "
-            f"expert calls: {plan.local_share:.3f}"
+            f"{', '.join(columns[1:-2])} and slots are per device, of which spare ones stay empty "
+            f"so that experts can move; predicted local share of all expert calls: "
+            f"{plan.local_share:.3f}"
         ),
         soft_wrap=True,
     )

@@ -20,6 +20,7 @@ from dance_jax.launch.plan import (
     model_notes,
     parse_layout,
     rooms,
+    spare_notes,
     weights_note,
 )
 from dance_jax.launch.workload import Statistics
@@ -66,7 +67,14 @@ class State:
             tuple(room.slots for room in held),
         ):
             return "the servers had other devices, or slots for experts"
-        return ""
+        full = [
+            spec.names[server]
+            for server, room in enumerate(held)
+            for device in range(room.devices)
+            if room.spare and (self.layout.experts_of(server, device)[:, 0] >= 0).all()
+        ]
+        # A service that was interrupted in a migration has one spare slot left, if not all.
+        return f"experts fill the spare slots of {full[0]}" if full else ""
 
 
 def load(directory: str | os.PathLike[str]) -> State | None:
@@ -93,7 +101,7 @@ def load(directory: str | os.PathLike[str]) -> State | None:
 
 def resumed_plan(spec: ClusterSpec, model: ModelFacts, config: EngineConfig, state: State) -> Plan:
     """The plan that goes on where a service before ended."""
-    placement = Placement(state.layout.device_of >= 0)
+    placement, held = Placement(state.layout.device_of >= 0), rooms(spec, model, config)
     counts = state.statistics.counts
     residents = placement.resident.sum(2).tolist()
     shares = placement.local_shares(counts).tolist()
@@ -104,7 +112,7 @@ def resumed_plan(spec: ClusterSpec, model: ModelFacts, config: EngineConfig, sta
         layout=state.layout,
         servers=tuple(
             ServerPlan(**vars(room), resident=tuple(each), local_share=share)
-            for room, each, share in zip(rooms(spec, model, config), residents, shares, strict=True)
+            for room, each, share in zip(held, residents, shares, strict=True)
         ),
         local_share=placement.local_share(counts),
         expert_bytes=model.expert_bytes(config.dtype),
@@ -112,5 +120,6 @@ def resumed_plan(spec: ClusterSpec, model: ModelFacts, config: EngineConfig, sta
         notes=(
             *model_notes(model.config, config),
             "Experts are where the service before had them.",
+            *spare_notes(held, placement),
         ),
     )

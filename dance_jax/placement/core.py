@@ -17,7 +17,7 @@ from dance_jax.config import UserError
 from dance_jax.files import whole_file
 from dance_jax.placement.cost import Cost
 from dance_jax.placement.metrics import Traffic, holders_mask, measure
-from dance_jax.placement.succession import successors
+from dance_jax.placement.spare import spare_slots
 from dance_jax.placement.visit import MAX_SERVERS
 
 Routes = Sequence[np.ndarray]
@@ -215,6 +215,16 @@ class Layout:
     #: Slots on each device of each server.
     slots_per_device: tuple[int, ...]
 
+    @property
+    def spare(self) -> tuple[int, ...]:
+        """Slots of each device of each server that a placement leaves empty; see `spare_slots`."""
+        return spare_slots(self.slots_per_device, self.devices, self.holders.size)
+
+    @property
+    def capacities(self) -> np.ndarray:
+        """Experts that each server may hold, int64 [servers]: slots less spare ones."""
+        return np.multiply(self.devices, np.subtract(self.slots_per_device, self.spare))
+
     def experts_of(self, server: int, device: int) -> np.ndarray:
         """What each slot of a device holds: int32 [slots, 2] of (layer, expert), -1 where empty."""
         table = np.full((self.slots_per_device[server], 2), -1, np.int32)
@@ -296,13 +306,14 @@ def spread(
     slots_per_device: Sequence[int],
     counts: np.ndarray | None = None,
     previous: Layout | None = None,
+    spare: Sequence[int] | int = 0,
 ) -> Layout:
     """Spreads the experts of every server over its devices; see `device_slots`.
 
     Raises:
         UserError: as `device_slots`, and if there are more servers than bits.
     """
-    device_of, slot_of = device_slots(placement, devices, slots_per_device, counts, previous)
+    device_of, slot_of = device_slots(placement, devices, slots_per_device, counts, previous, spare)
     return Layout(
         placement.holders,
         device_of,
@@ -318,6 +329,7 @@ def device_slots(
     slots_per_device: Sequence[int] | np.ndarray,
     counts: np.ndarray | None = None,
     previous: Layout | None = None,
+    spare: Sequence[int] | np.ndarray | int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Device and slot of every resident expert, of any number of servers.
 
@@ -327,16 +339,17 @@ def device_slots(
     their share of its slots. Slots are filled from 0 in order of layers.
 
     Where `previous` is given, experts that stay on a server stay where they are, and count as calls
-    of their devices. The others are balanced around them and take the slots that remain, such that
-    experts which lose their last slots to each other do so in short circles
-    (`succession.successors`), which is what makes batches of a migration small.
+    of their devices. The others are balanced around them. They take the slots that are empty in
+    `previous`, in order, and only then those that departing experts leave: the result is a final
+    state, and which slots a migration on the way there uses is up to `migration.batches`.
 
     Args:
-        placement: covers all experts; a server's experts fit into devices x slots.
+        placement: covers all experts; a server's experts fit into devices x (slots - spare).
         devices: int [servers], devices of each server, at least 1.
         slots_per_device: int [servers], expert slots of each device of a server.
         counts: [servers, layers, experts] expert calls of each server's requests; None: equal.
         previous: the layout in force, of the same devices and slots.
+        spare: int [servers] or of all, slots of each device that arriving experts leave empty.
 
     Returns:
         `Layout.device_of` and `Layout.slot_of`.
@@ -351,7 +364,8 @@ def device_slots(
         raise UserError(f"spread: devices and slots of {num_servers} servers are needed")
     if (devices_n < 1).any() or (slots_n < 0).any():
         raise UserError("spread: every server needs a device, and slots are not negative")
-    placement.validate(devices_n * slots_n)
+    usable_n = slots_n - np.asarray(spare, np.int32)
+    placement.validate(devices_n * usable_n)
     calls_nle = _balanced_calls(placement.resident, counts)
     empty = _empty_layout(placement.resident.shape, devices_n, slots_n)
     before = empty if previous is None else previous
@@ -367,26 +381,40 @@ def device_slots(
         before.device_of[..., None] == np.arange(devices_n.max())
     )
     exists_nd = np.arange(devices_n.max()) < devices_n[:, None]
-    free_nd = np.where(exists_nd, slots_n[:, None] - on_device_nled.sum((1, 2)), 0)
+    free_nd = np.where(exists_nd, usable_n[:, None] - on_device_nled.sum((1, 2)), 0)
     device_of, number_of = _spread(
         jnp.asarray(arrives_nle),
         jnp.asarray(calls_nle, jnp.float32),
         jnp.asarray((on_device_nled * calls_nle[..., None]).sum(2), jnp.float32),
-        jnp.asarray(free_nd, jnp.int32),
+        jnp.asarray(np.maximum(free_nd, 0), jnp.int32),
     )
-    slot_of = np.asarray(number_of)
-    if previous is not None:
-        slot_of = successors(
-            stays_nle,
-            np.asarray(device_of),
-            previous.device_of,
-            previous.slot_of,
-            previous.slots_per_device,
-        )
+    arrival_slots = _arrival_slots(np.asarray(device_of), np.asarray(number_of), stays_nle, before)
     return (
         np.where(stays_nle, before.device_of, device_of),
-        np.where(stays_nle, before.slot_of, slot_of),
+        np.where(stays_nle, before.slot_of, arrival_slots),
     )
+
+
+def _arrival_slots(
+    device_nle: np.ndarray, number_nle: np.ndarray, stays_nle: np.ndarray, before: Layout
+) -> np.ndarray:
+    """Slots of the experts that arrive, int32 [n, l, e]; -1: it does not.
+
+    Args:
+        device_nle, number_nle: of `_spread`.
+        stays_nle: bool, experts that keep device and slot.
+        before: where those are, and what else lies in slots.
+    """
+    slot_nle = np.full_like(number_nle, -1)
+    for server, devices in enumerate(before.devices):
+        for device in range(devices):
+            layer, expert = before.experts_of(server, device).T
+            empty = layer < 0
+            left = ~empty & ~stays_nle[server, layer, expert]
+            free = np.concatenate([np.flatnonzero(empty), np.flatnonzero(left)])
+            here = device_nle[server] == device
+            slot_nle[server][here] = free[number_nle[server][here]]
+    return slot_nle
 
 
 def _balanced_calls(resident_nle: np.ndarray, counts: np.ndarray | None) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +20,20 @@ HYSTERESIS = 0.05
 ERRORS = 3.0
 #: Parts that `halves` deals out in turn.
 PARTS = 16
+#: (server, local device), and (layer, expert).
+Device = tuple[int, int]
+Expert = tuple[int, int]
+
+
+class NoEmptySlot(ValueError):
+    """A device that has no empty slot is to receive an expert."""
+
+    def __init__(self, server: int, device: int) -> None:
+        super().__init__(server, device)
+        self.server, self.device = server, device
+
+    def __str__(self) -> str:
+        return f"server {self.server}, device {self.device}: no slot is empty to load an expert"
 
 
 class SlotChange(NamedTuple):
@@ -29,7 +43,7 @@ class SlotChange(NamedTuple):
     #: Local device of the server.
     device: int
     slot: int
-    #: The expert to load; -1 both: the tables name nothing there any more.
+    #: The expert to load; -1 both: nothing, the slot is empty from here on.
     layer: int
     expert: int
 
@@ -41,7 +55,7 @@ class SlotChange(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Slots of all servers that change between the same two steps."""
+    """Slots that change together: all servers load, and only then the layout after it is used."""
 
     changes: tuple[SlotChange, ...]
 
@@ -82,37 +96,43 @@ def changed(layout: Layout, changes: Iterable[SlotChange]) -> Layout:
         ValueError: a slot does not exist or changes twice; an expert is then twice on a server,
             or nowhere.
     """
-    contents, base = _contents(layout), _first_positions(layout)
-    experts, seen = layout.holders.shape[1], set()
+    tables, seen = _tables(layout), set()
     for change in changes:
         server, device, slot, layer, expert = change
-        exists = (
-            0 <= server < len(layout.devices)
-            and 0 <= device < layout.devices[server]
-            and 0 <= slot < layout.slots_per_device[server]
-            and layer < layout.holders.shape[0]
+        table = tables.get((server, device), np.empty((0, 2), np.int32))
+        layers, experts = layout.holders.shape
+        if not (
+            0 <= slot < len(table)
+            and layer < layers
             and expert < experts
             and (layer >= 0) == (expert >= 0)
-        )
-        if not exists:
+        ):
             raise ValueError(f"{change}: no such slot or expert")
         if change[:3] in seen:
             raise ValueError(f"{change}: the slot changes twice")
         seen.add(change[:3])
-        position = base[server] + device * layout.slots_per_device[server] + slot
-        contents[position] = layer * experts + expert if layer >= 0 else -1
-    return _with_contents(layout, contents)
+        table[slot] = layer, expert
+    return _with_tables(layout, tables)
 
 
 def batches(old: Layout, new: Layout, most: int) -> list[tuple[Batch, Layout]]:
-    """Steps from one layout to another, each with the layout after it; the last one is `new`.
+    """Steps from one layout to another, each with the layout after it.
 
-    After every batch all experts are somewhere. A batch loads at most `most` experts on a server,
-    except where the only copies of experts take each other's slots in a circle that needs more.
-    Slots that are only emptied keep their content until the last batch, or until the expert gets
-    another slot on the same server. Equal arguments give equal batches.
+    A batch loads experts into slots that are empty before it, at most `most` on a device, and
+    empties slots of experts that `new` does not have there as soon as another copy remains. So all
+    that is in use before or after a batch is in place once all servers have loaded. The layouts end
+    with the devices of `new`; slots of experts that arrive are decided here, and others stay.
+
+    A device fills its last empty slot only in a batch that empties another of its slots, or with
+    its last expert where `new` leaves no slot empty. So there is always a next batch: if all
+    devices that lack experts have one empty slot left, each has experts to give up, because `new`
+    needs no more slots. These are last copies that other such devices lack, else they were gone.
+    Followed from device to device they close a circle, all of which load one and give up another.
+
+    Equal arguments give equal batches.
 
     Raises:
+        NoEmptySlot: a device lacks an expert and has no empty slot.
         ValueError: the layouts are not of the same servers, slots and experts; `most` is below 1.
     """
     if most < 1:
@@ -124,17 +144,10 @@ def batches(old: Layout, new: Layout, most: int) -> list[tuple[Batch, Layout]]:
     ):
         raise ValueError("layouts of different servers, slots or experts")
     plan, sequence, layout = _Plan(old, new), [], old
-    while True:
-        before = plan.contents.copy()
-        plan.next_batch(most)
-        if not plan.pending:
-            plan.contents[:] = plan.target
-        positions = np.flatnonzero(plan.contents != before).tolist()
-        if not positions:
-            return sequence
-        batch = Batch(tuple(plan.change(position) for position in positions))
-        layout = changed(layout, batch.changes)
-        sequence.append((batch, layout))
+    while changes := plan.next_batch(most):
+        layout = changed(layout, changes)
+        sequence.append((Batch(changes), layout))
+    return sequence
 
 
 def halves(routes: Routes) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -287,52 +300,24 @@ def decide(
     )
 
 
-def _first_positions(layout: Layout) -> np.ndarray:
-    """Slots of all servers are numbered through; int64 [servers]: where each server begins."""
-    slots_n = np.multiply(layout.devices, layout.slots_per_device)
-    return np.cumsum(slots_n) - slots_n
+def _tables(layout: Layout) -> dict[Device, np.ndarray]:
+    """`Layout.experts_of` of every device."""
+    return {
+        (server, device): layout.experts_of(server, device)
+        for server, devices in enumerate(layout.devices)
+        for device in range(devices)
+    }
 
 
-def _contents(layout: Layout) -> np.ndarray:
-    """Per position layer x experts + expert, -1 where empty: int64 [positions]."""
-    total = int(np.multiply(layout.devices, layout.slots_per_device).sum())
-    contents = np.full(total, -1, np.int64)
-    server, layer, expert = np.nonzero(layout.device_of >= 0)
-    slots_n = np.asarray(layout.slots_per_device)
-    position = (
-        _first_positions(layout)[server]
-        + layout.device_of[server, layer, expert] * slots_n[server]
-        + layout.slot_of[server, layer, expert]
-    )
-    contents[position] = layer * layout.holders.shape[1] + expert
-    return contents
-
-
-def _where(layout: Layout) -> np.ndarray:
-    """(server, device, slot) of every position, int64 [positions, 3]."""
-    sizes = zip(layout.devices, layout.slots_per_device, strict=True)
-    return np.array(
-        [
-            (server, device, slot)
-            for server, (devices, slots) in enumerate(sizes)
-            for device in range(devices)
-            for slot in range(slots)
-        ],
-        np.int64,
-    ).reshape(-1, 3)
-
-
-def _with_contents(layout: Layout, contents: np.ndarray) -> Layout:
+def _with_tables(layout: Layout, tables: Mapping[Device, np.ndarray]) -> Layout:
     """A layout of the same slots with other contents; see `changed` for what is raised."""
-    where = _where(layout)
-    filled = np.flatnonzero(contents >= 0)
-    server = where[filled, 0]
-    layer, expert = np.divmod(contents[filled], layout.holders.shape[1])
     device_of, slot_of = np.full_like(layout.device_of, -1), np.full_like(layout.slot_of, -1)
-    device_of[server, layer, expert] = where[filled, 1]
-    slot_of[server, layer, expert] = where[filled, 2]
+    for (server, device), table in tables.items():
+        (slots,) = np.nonzero(table[:, 0] >= 0)
+        layer, expert = table[slots].T
+        device_of[server, layer, expert], slot_of[server, layer, expert] = device, slots
     resident = device_of >= 0
-    if int(resident.sum()) != len(filled):
+    if resident.sum() != sum((table[:, 0] >= 0).sum() for table in tables.values()):
         raise ValueError("an expert is twice on a server")
     if not resident.any(0).all():
         layer, expert = np.argwhere(~resident.any(0))[0]
@@ -342,133 +327,140 @@ def _with_contents(layout: Layout, contents: np.ndarray) -> Layout:
     )
 
 
+def _slots(layout: Layout) -> dict[Device, dict[Expert, int]]:
+    """The slot of each expert, by device."""
+    return {
+        device: {
+            (layer, expert): slot
+            for slot, (layer, expert) in enumerate(table.tolist())
+            if layer >= 0
+        }
+        for device, table in _tables(layout).items()
+    }
+
+
 class _Plan:
-    """What lies where while batches are made, and what is still to be loaded."""
+    """What lies where while batches are made, and what is still to come and to go."""
 
-    def __init__(self, old: Layout, new: Layout):
-        self.contents, self.target = _contents(old), _contents(new)
-        self._where = _where(old)
-        self._server = self._where[:, 0].tolist()
-        self._experts = old.holders.shape[1]
-        total = old.holders.size
-        self._copies = np.bincount(self.contents[self.contents >= 0], minlength=total)
-        #: [servers, experts of all layers]: position of the expert on the server, -1: not there.
-        self._place = np.full((len(old.devices), total), -1, np.int64)
-        filled = np.flatnonzero(self.contents >= 0)
-        self._place[self._where[filled, 0], self.contents[filled]] = filled
-        #: Positions that wait for their expert, and those that wait for each expert.
-        self.pending = dict.fromkeys(
-            np.flatnonzero((self.target >= 0) & (self.target != self.contents)).tolist()
-        )
-        self._loads: dict[int, list[int]] = {}
-        for position in self.pending:
-            self._loads.setdefault(int(self.target[position]), []).append(position)
+    def __init__(self, old: Layout, new: Layout) -> None:
+        self._slots, target = _slots(old), _slots(new)
+        self._size = {device: old.slots_per_device[device[0]] for device in self._slots}
+        self._coming = {d: sorted(target[d].keys() - held) for d, held in self._slots.items()}
+        self._going = {d: held.keys() - target[d] for d, held in self._slots.items()}
+        #: Devices that end without an empty slot.
+        self._full = {device for device, held in target.items() if len(held) == self._size[device]}
+        self._holders: dict[Expert, set[Device]] = {}
+        for device, held in self._slots.items():
+            for expert in held:
+                self._holders.setdefault(expert, set()).add(device)
+        for device, experts in self._coming.items():
+            if experts and self._empty(device) == 0:
+                raise NoEmptySlot(*device)
+        #: Of the batch that is made: empty slots that it may fill, and what it changes.
+        self._room: dict[Device, list[int]] = {}
+        self._changes: list[SlotChange] = []
 
-    def change(self, position: int) -> SlotChange:
-        server, device, slot = self._where[position].tolist()
-        content = int(self.contents[position])
-        layer, expert = divmod(content, self._experts) if content >= 0 else (-1, -1)
-        return SlotChange(server, device, slot, layer, expert)
+    def next_batch(self, most: int) -> tuple[SlotChange, ...]:
+        """What changes next; nothing: all is where it should be."""
+        self._changes = []
+        self._room = {
+            device: sorted(set(range(self._size[device])) - set(held.values()))[:most]
+            for device, held in self._slots.items()
+        }
+        for expert in sorted(set().union(*self._going.values())):
+            self._release(expert)
+        while ready := [device for device in self._waiting() if self._has_spare(device)]:
+            device = min(ready, key=lambda each: (-len(self._coming[each]), each))
+            self._load(device, min(self._coming[device], key=self._preference))
+        # All others would fill their last slot.
+        while circle := _shortest_circle(self._exchanges()):
+            for device, expert in circle:
+                self._load(device, expert)
+        return tuple(sorted(self._changes))
 
-    def next_batch(self, most: int) -> None:
-        """Loads what may be loaded next."""
-        room_n = [most] * len(self._place)
-        waiting = len(self.pending)
-        # What one chain loads may be what another waits for.
-        while self._load_chains(room_n):
-            pass
-        if self.pending and len(self.pending) == waiting:
-            self._load(self._shortest_circle(), room_n)
+    def _empty(self, device: Device) -> int:
+        return self._size[device] - len(self._slots[device])
 
-    def _load_chains(self, room_n: list[int]) -> bool:
-        """Whether any could be loaded."""
-        any_loaded = False
-        for position in self._urgent():
-            chain = self._chain(position, room_n) if position in self.pending else None
-            if chain is not None:
-                self._load(chain, room_n)
-                any_loaded = True
-        return any_loaded
+    def _waiting(self) -> list[Device]:
+        """Devices that lack experts and may load one in this batch."""
+        return [device for device, lacks in self._coming.items() if lacks and self._room[device]]
 
-    def _shortest_circle(self) -> list[int]:
-        """Where nothing is safe, what waits for what must close somewhere."""
-        best: list[int] = []
-        known: set[int] = set()
-        for position in self.pending:
-            circle = None if position in known else self._chain(position, None)
-            if circle is not None:
-                known.update(circle)
-                best = circle if not best or len(circle) < len(best) else best
-        return best
+    def _has_spare(self, device: Device) -> bool:
+        """It may fill an empty slot without giving up another."""
+        is_last = len(self._coming[device]) == 1 and device in self._full
+        return self._empty(device) > (0 if is_last else 1)
 
-    def _urgent(self) -> list[int]:
-        """Positions that wait, those of servers with the most of them first."""
-        waiting_n = np.bincount(
-            [self._server[p] for p in self.pending], minlength=len(self._place)
-        ).tolist()
-        return sorted(self.pending, key=lambda p: (-waiting_n[self._server[p]], p))
+    def _preference(self, expert: Expert) -> tuple[int, Expert]:
+        """First what gives a slot to the device that lacks most."""
+        source = self._source(expert)
+        need = 0 if source is None else len(self._coming[source]) - self._empty(source)
+        return -need, expert
 
-    def _safe(self, position: int) -> bool:
-        """Nothing that lies there is lost when it is overwritten."""
-        content = int(self.contents[position])
-        return content < 0 or int(self._copies[content]) > 1
+    def _source(self, expert: Expert) -> Device | None:
+        """The device that may give the expert up once another has it."""
+        holders = self._holders[expert]
+        (device,) = holders if len(holders) == 1 else (None,)
+        return device if device is not None and expert in self._going[device] else None
 
-    def _chain(self, start: int, room_n: list[int] | None) -> list[int] | None:
-        """The shortest way to load a position: what it overwrites is loaded elsewhere, and so on.
+    def _exchanges(self) -> dict[Device, dict[Device, Expert]]:
+        """What a waiting device can give up to another: by the one that gives, then takes."""
+        waiting = self._waiting()
+        exchanges: dict[Device, dict[Device, Expert]] = {device: {} for device in waiting}
+        for device in waiting:
+            for expert in self._coming[device]:
+                source = self._source(expert)
+                if source in exchanges:
+                    exchanges[source].setdefault(device, expert)
+        return exchanges
 
-        It ends where nothing is lost, or in a circle back to the start. None: there is none, or
-        servers have no room for it (None: no matter how much). Each position overwrites one expert,
-        and any position that waits for that one can follow, so this is a search in a graph.
-        """
-        if room_n is not None and room_n[self._server[start]] < 1:
-            return None
-        longest = len(self.pending) if room_n is None else sum(room_n)
-        came_from: dict[int, int] = {}
-        queue = deque([(start, 1)])
-        while queue:
-            position, length = queue.popleft()
-            if self._safe(position):
-                return self._way(start, position, came_from, room_n)
-            for heir in self._loads[int(self.contents[position])]:
-                if heir == start:
-                    return self._way(start, position, came_from, room_n)
-                has_room = room_n is None or room_n[self._server[heir]] > 0
-                if has_room and length < longest and heir not in came_from:
-                    came_from[heir] = position
-                    queue.append((heir, length + 1))
-        return None
+    def _load(self, device: Device, expert: Expert) -> None:
+        slot = self._room[device].pop(0)
+        self._coming[device].remove(expert)
+        self._slots[device][expert] = slot
+        self._holders[expert].add(device)
+        self._changes.append(SlotChange(*device, slot, *expert))
+        self._release(expert)
 
-    def _way(
-        self, start: int, end: int, came_from: dict[int, int], room_n: list[int] | None
-    ) -> list[int] | None:
-        way = [end]
-        while way[-1] != start:
-            way.append(came_from[way[-1]])
-        if room_n is not None:
-            servers = [self._server[position] for position in way]
-            if any(servers.count(server) > room_n[server] for server in set(servers)):
-                return None
-        return way
+    def _release(self, expert: Expert) -> None:
+        """Empties the slots that the expert is to leave, as long as a copy remains."""
+        going = [device for device in self._holders[expert] if expert in self._going[device]]
+        # If one must wait, then where slots are needed least.
+        going.sort(key=lambda device: (-len(self._coming[device]), device))
+        if len(going) == len(self._holders[expert]):
+            del going[-1]
+        for device in going:
+            self._going[device].remove(expert)
+            self._holders[expert].remove(device)
+            slot = self._slots[device].pop(expert)
+            self._changes.append(SlotChange(*device, slot, -1, -1))
 
-    def _load(self, chain: list[int], room_n: list[int]) -> None:
-        """Overwrites all positions of a chain at once."""
-        for position in chain:
-            self._empty(position)
-        for position in chain:
-            server, expert = self._server[position], int(self.target[position])
-            # The same server may have had it in another slot.
-            self._empty(int(self._place[server, expert]))
-            self.contents[position] = expert
-            self._copies[expert] += 1
-            self._place[server, expert] = position
-            room_n[server] -= 1
-            del self.pending[position]
-            self._loads[expert].remove(position)
 
-    def _empty(self, position: int) -> None:
-        content = int(self.contents[position]) if position >= 0 else -1
-        if content < 0:
-            return
-        self.contents[position] = -1
-        self._copies[content] -= 1
-        self._place[self._server[position], content] = -1
+def _shortest_circle(
+    exchanges: Mapping[Device, Mapping[Device, Expert]],
+) -> list[tuple[Device, Expert]]:
+    """Devices of which each takes an expert from the next; none: there is no circle."""
+    circles = (_circle_through(start, exchanges) for start in exchanges)
+    return min(filter(None, circles), key=len, default=[])
+
+
+def _circle_through(
+    start: Device, exchanges: Mapping[Device, Mapping[Device, Expert]]
+) -> list[tuple[Device, Expert]]:
+    """The shortest one, by breadth-first search."""
+    came_from: dict[Device, Device] = {}
+    queue = deque([start])
+    while queue:
+        source = queue.popleft()
+        for device in exchanges[source]:
+            if device not in came_from:
+                came_from[device] = source
+                queue.append(device)
+        if start in came_from:
+            break
+    else:
+        return []
+    way, circle = start, []
+    while not circle or way != start:
+        circle.append((way, exchanges[came_from[way]][way]))
+        way = came_from[way]
+    return circle

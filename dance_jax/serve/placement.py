@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fastapi
 import msgspec
-import numpy as np
 
 from dance_jax.config import UserError
 from dance_jax.launch.protocol import Decision
@@ -67,8 +66,7 @@ def _wanted(server: Server, servers: list[WantedServer]) -> list[list[list[int]]
         resident = [by_name[name] for name in server.info.servers]
         if {len(each) for each in resident} != {layers}:
             raise UserError(f"resident: a list for each of the {layers} MoE layers is needed")
-        slots_n = np.multiply(layout.devices, layout.slots_per_device)
-        Placement.of_lists(resident, experts).validate(slots_n)
+        Placement.of_lists(resident, experts).validate(layout.capacities)
     except UserError as error:
         raise ApiError(400, str(error), param="servers") from error
     return resident

@@ -16,8 +16,10 @@ from tests.cluster import tiny
 from tests.cluster.fixture import DEVICES, TestCluster
 from tests.cluster.tiny import DECODE, EXPERTS, LAYERS, SLICE, Tokens
 
-#: Expert slots on each device of each server: unequal, and the first server has room for all.
-SLOTS = (32, 20, 16)
+#: Expert slots on each device of each server: unequal, and the first server has room for all. One
+#: of them is spare, so that experts can move.
+SLOTS = (33, 21, 17)
+SPARE = 1
 SHAPE = (3, LAYERS, EXPERTS)
 #: The cluster starts once; no example may take it down or time out because of a busy machine.
 cluster_settings = settings(
@@ -34,13 +36,13 @@ def sequence(seed: int, length: int) -> tuple[int, ...]:
 
 def placed(resident: np.ndarray) -> tuple[Placement, Layout]:
     placement = Placement(resident)
-    return placement, spread(placement, DEVICES, SLOTS)
+    return placement, spread(placement, DEVICES, SLOTS, spare=SPARE)
 
 
 def random_resident(seed: int, empty: frozenset[int], replicas: float) -> np.ndarray:
     """Every expert on a random server with room, and copies into free slots at random."""
     rng = np.random.default_rng(seed)
-    room = np.array(SLOTS) * np.array(DEVICES)
+    room = (np.array(SLOTS) - SPARE) * np.array(DEVICES)
     room[list(empty)] = 0
     resident = np.zeros(SHAPE, bool)
     for layer, expert in rng.permutation(list(np.ndindex(SHAPE[1:]))):

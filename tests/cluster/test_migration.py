@@ -13,6 +13,7 @@ from tests.cluster import tiny
 from tests.cluster.fixture import DEVICES, TestCluster
 from tests.cluster.test_exactness import (
     SLOTS,
+    SPARE,
     both_transports,
     check_row,
     check_traffic,
@@ -86,7 +87,7 @@ def check_migration(
     rng = np.random.default_rng(seed)
     residents = [random_resident(seed + i, frozenset(), share) for i, share in enumerate(replicas)]
     old = placed(residents[0])[1]
-    new = spread(placed(residents[1])[0], DEVICES, SLOTS, previous=old)
+    new = spread(placed(residents[1])[0], DEVICES, SLOTS, previous=old, spare=SPARE)
     three_servers.place(old)
     sequences = Sequences(three_servers, single)
     sequence_of = batches(old, new, most)

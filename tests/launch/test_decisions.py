@@ -27,7 +27,7 @@ from dance_jax.launch.rebalance import (
 )
 from dance_jax.launch.solver import Solver, SolverError
 from dance_jax.launch.workload import Statistics, Workload
-from dance_jax.placement import migration
+from dance_jax.placement import Placement, migration, spread
 from tests.launch.rebalance_bench import (
     AT_HOME,
     CONFIG,
@@ -52,10 +52,16 @@ def test_a_state_of_something_else(tmp_path: pathlib.Path) -> None:
     state.State(SPEC.names, "f" * 64, halves(LOW), empty).save(tmp_path)
     kept = state.load(tmp_path)
     assert kept is not None
-    room, other = Room("", 1, 1, 1, 0, 1, 20), Room("", 1, 1, 1, 0, 1, 19)
+    room, other = (Room("", 1, 1, 1, 0, 1, slots, 1) for slots in (20, 19))
     named = parse_hosts("alpha address=localhost experts=20\ngamma address=localhost experts=20")
     assert "servers alpha, beta" in kept.misfit(named, Facts(), [room, room])
     assert "slots" in kept.misfit(SPEC, Facts(), [room, other])
+    # Of a version without spare slots.
+    full = spread(Placement(np.ones((2, LAYERS, EXPERTS), bool)), [1, 1], [32, 32])
+    whole = dataclasses.replace(kept, layout=full)
+    assert "spare slots of alpha" in whole.misfit(
+        SPEC, Facts(), [dataclasses.replace(room, slots=32)] * 2
+    )
     model: Any = dataclasses.make_dataclass("Other", ["fingerprint"])("g")
     assert "another model" in kept.misfit(SPEC, model, [room, room])
     whole = bytearray((tmp_path / state.FILE_NAME).read_bytes())
@@ -139,6 +145,22 @@ def test_servers_that_have_tokens_one_at_a_time(monkeypatch) -> None:
         question.tokens / question.tokens.mean(),
     )
     np.testing.assert_allclose(found.present_seconds, seconds * question.tokens.mean())
+
+
+def test_a_full_device_cannot_receive(monkeypatch) -> None:
+    """What would need that is refused, whoever asks for it, and says why."""
+    bench = Bench(monkeypatch)
+    bench.rebalancer.want(0, protocol.RebalanceWanted(1, force=True, dry_run=True))
+    bench.run()
+    (question,) = bench.solver.asked
+    assert answer(question).batches
+    tight = spread(resident(question.layout), [1, 1], [16, 17])
+    full = dataclasses.replace(question, layout=tight)
+    for wanted in (None, resident(halves(LOW))):
+        found = answer(dataclasses.replace(full, wanted=wanted))
+        assert found.decision is not None and not found.decision.migrate and not found.batches
+        reason = "device 0 of alpha has no empty slot to load an expert into"
+        assert found.decision.reason == reason
 
 
 def test_batches_are_small() -> None:

@@ -80,9 +80,33 @@ def test_no_device_has_more_slots_than_there_are_experts() -> None:
     assert plan.layout.slots_per_device == (LAYERS * EXPERTS,)
 
 
+def test_spare_slots_stay_empty() -> None:
+    plan = make_plan(SPEC, MODEL, CONFIG)
+    assert [(server.spare, server.capacity) for server in plan.servers] == [
+        (1, 13),
+        (1, 10),
+        (1, 18),
+    ]
+    assert [sum(server.resident) for server in plan.servers] == [13, 10, 18]
+    for server, devices in enumerate(SPEC.devices):
+        for device in range(devices):
+            assert (plan.layout.experts_of(server, device)[:, 0] < 0).sum() == 1
+    assert [row.split("│")[7].strip() for row in text_of(plan).splitlines()[4:7]] == ["1"] * 3
+
+
+def test_without_spare_slots_the_plan_says_so() -> None:
+    spec = parse_hosts("a address=localhost experts=22\nb address=localhost experts=10")
+    (*_, note) = make_plan(spec, MODEL, CONFIG).notes
+    assert note.startswith("No spare slot on a, b: other experts cannot be loaded there")
+    spec = parse_hosts("a address=localhost experts=32\nb address=localhost experts=10")
+    plan = make_plan(spec, MODEL, CONFIG)
+    assert [server.spare for server in plan.servers] == [0, 1], "a has everything"
+    assert not any("spare" in note for note in plan.notes)
+
+
 def test_every_expert_has_a_slot() -> None:
     plan = make_plan(SPEC, MODEL, CONFIG, "uniform")
-    plan.placement.validate([14, 11, 20])
+    plan.placement.validate([13, 10, 18])
     placed = {
         (int(layer), int(expert))
         for server, devices in enumerate(SPEC.devices)
@@ -147,7 +171,7 @@ def test_activations_are_matched_by_name() -> None:
     plan = make_plan(SPEC, MODEL, CONFIG, "dance", activations())
     text = text_of(plan)
     assert plan.notes == ()
-    assert plan.placement.resident[2, :, :8].all()  # gamma has 20 slots for the 16 it uses
+    assert plan.placement.resident[2, :, :8].all()  # gamma has room for 18, and uses 16
     assert plan.servers[2].local_share == 1.0
     assert plan.local_share == plan.placement.local_share(activations().counts[::-1])
     for server in plan.servers:

@@ -410,7 +410,7 @@ def test_a_service_that_ends_is_resumed(monkeypatch, tmp_path: pathlib.Path) -> 
     # What never fades accumulates since the migration: of 3,000 times, all but the first 1,000.
     assert saved.statistics.counts.sum() == 0
     assert kept.statistics.counts.sum() == 2000 * sum(len(each) for each in AT_HOME) * LAYERS * K
-    room = Room("", 1, 1, 1, 0, 1, 20)
+    room = Room("", 1, 1, 1, 0, 1, 20, 1)
     assert kept.misfit(SPEC, Facts(), [room, room]) == ""
     resumed = state.resumed_plan(SPEC, Facts(), CONFIG, kept)
     assert resumed.local_share == 1

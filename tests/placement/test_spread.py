@@ -171,3 +171,14 @@ def test_previous_of_other_slots():
     before = spread(placement, [1, 1], [4, 4])
     with pytest.raises(UserError, match="previous layout"):
         spread(placement, [1, 1], [4, 5], previous=before)
+
+
+def test_those_that_come_take_empty_slots_first():
+    held = np.zeros((2, 1, 6), bool)
+    held[0, 0, :3] = held[1] = True
+    before = spread(Placement(held), [1, 1], [4, 6])
+    held[0, 0] = [0, 0, 1, 1, 1, 0]
+    after = spread(Placement(held), [1, 1], [4, 6], previous=before)
+    # Slot 3 was empty, slots 0 and 1 are left.
+    assert sorted(after.slot_of[0, 0, 2:5].tolist()) == [0, 2, 3]
+    assert after.slot_of[0, 0, 2] == 2

@@ -124,7 +124,7 @@ def serve_info(directory: pathlib.Path, **changes: Any) -> ServeInfo:
         "model_config": config,
         "servers": SERVERS,
         "rank": 0,
-        "layout": spread(Placement(resident), [1, 1], [20, 16]),
+        "layout": spread(Placement(resident), [1, 1], [21, 17]),
         "api_key": None,
         "created": 1_700_000_000,
     }
