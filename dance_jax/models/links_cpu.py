@@ -219,7 +219,7 @@ def connect(
         return Collectives()
     if not usable:
         log.warning(
-            "servers exchange rows by collectives, slower: links need CPUs and the C++ library on all"
+            "servers exchange rows by collectives, slower: not all have CPUs and C++ library"
         )
         return Collectives()
     open_links(rank, names, mesh(rank, names, listener, endpoints, key, "links"))
