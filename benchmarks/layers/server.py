@@ -61,14 +61,17 @@ class Server:
         )
         self.library = library
 
-    def coordinator(self) -> str:
-        """host:port where this server would coordinate."""
-        return join.coordinator_endpoint(self.setup)
+    def prepare(self) -> tuple[str, str]:
+        """host:port where this server would coordinate, and where it listens for the others."""
+        self.listener = join.listen(self.setup, self.setup.key)
+        return join.coordinator_endpoint(self.setup), self.listener.endpoint
 
-    def join(self, coordinator: str, delayed: bool) -> str:
+    def join(self, coordinator: str, endpoints: list[str], delayed: bool) -> str:
         """Becomes one of the servers; returns the name of the transport.
 
         Args:
+            coordinator: of the first server.
+            endpoints: of all servers, by rank.
             delayed: what the links send takes a while, see delay.py.
         """
         from dance_jax.models import links_cpu, native
@@ -81,8 +84,8 @@ class Server:
         self.delay = delay.Delay()
         if delayed:
             delay.install(self.delay)
-        names, address = self.setup.spec.names, join.own_address(self.setup)
-        own = links_cpu.connect(self.setup.rank, names, address, self.setup.key)
+        me = (self.setup.rank, self.setup.spec.names, self.listener, endpoints, self.setup.key)
+        own = links_cpu.connect(*me, usable=native.library() is not None)
         self.transports: dict[str, Transport] = {each.name: each for each in (Collectives(), own)}
         return own.name
 

@@ -47,8 +47,9 @@ class Servers:
         try:
             for rank in range(len(self._processes)):
                 self._send(rank, (self.spec, rank, key, library))
-            coordinator = self.ask("coordinator")[0]
-            (self.transport,) = set(self.ask("join", coordinator=coordinator, delayed=delayed))
+            (coordinator, *_), endpoints = zip(*self.ask("prepare"), strict=True)
+            joined = self.ask("join", coordinator=coordinator, endpoints=endpoints, delayed=delayed)
+            (self.transport,) = set(joined)
         except BaseException:
             self.close()
             raise

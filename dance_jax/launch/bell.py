@@ -14,6 +14,8 @@ from collections.abc import Sequence
 
 import zmq
 
+from dance_jax.models.connections import Listener, mesh
+
 _NUMBER = struct.Struct("<Q")
 
 
@@ -101,25 +103,18 @@ class Bell:
             connection.close()
 
 
-def hang(rank: int, names: Sequence[str], address: str, key: bytes) -> Bell:
+def hang(
+    rank: int, names: Sequence[str], listener: Listener, endpoints: Sequence[str], key: bytes
+) -> Bell:
     """Connects this server's bell with all others'; they do it at the same time.
 
     Args:
         rank: this server's.
-        names: of all servers, by rank.
-        address: of this server, where the others reach it.
-        key: secret of the servers, for this use alone.
+        names, endpoints: of all servers, by rank.
+        listener: this server's.
+        key: secret of the servers.
 
     Raises:
         RuntimeError: a server cannot be reached, or is a stranger.
     """
-    # Not above: it brings JAX along.
-    from dance_jax.models.connections import join, publish
-
-    if len(names) == 1:
-        return Bell(names, {})
-    family = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0][0]
-    with socket.create_server((address, 0), family=family) as listener:
-        host, port = listener.getsockname()[:2]
-        addresses = publish("bell", rank, f"{host}:{port}", names)
-        return Bell(names, join(rank, names, listener, addresses, key))
+    return Bell(names, mesh(rank, names, listener, endpoints, key, "bell"))

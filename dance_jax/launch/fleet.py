@@ -288,7 +288,13 @@ class Fleet(abc.ABC):
         """Waits until all processes have called back and their engines wait for requests."""
         self._gather(protocol.Hello, CALL_TIMEOUT_S, "did not call back")
         prepared = self._gather(protocol.Prepared)
-        self._send_all(protocol.Join(self.network.coordinator or prepared[0].coordinator))
+        self._send_all(
+            protocol.Join(
+                coordinator=self.network.coordinator or prepared[0].coordinator,
+                endpoints=[each.endpoint for each in prepared],
+                links=all(each.links for each in prepared),
+            )
+        )
         self._gather(protocol.Joined, JOIN_TIMEOUT_S, "did not join the others")
         ready = self._gather(protocol.Ready)
         self.cache_use = [(each.cache_hits, each.cache_misses) for each in ready]

@@ -9,6 +9,7 @@ from dance_jax.config import UserError
 from dance_jax.launch import cores
 from dance_jax.launch.control import bracketed
 from dance_jax.launch.protocol import Setup
+from dance_jax.models.connections import Listener
 
 log = logging.getLogger("dance_jax.worker")
 
@@ -30,8 +31,17 @@ def coordinator_endpoint(setup: Setup) -> str:
     return f"{bracketed(address)}:{port}"
 
 
+def listen(setup: Setup, key: bytes) -> Listener:
+    """This server's listener for connections from the others, who know this key."""
+    address = own_address(setup)
+    try:
+        return Listener(setup.rank, setup.spec.names, address, key)
+    except OSError as error:
+        raise UserError(f"{address}: cannot listen on a port: {error}") from error
+
+
 def own_address(setup: Setup) -> str:
-    """Where this server's collectives listen."""
+    """Where this server listens for the others."""
     address = setup.spec.servers[setup.rank].address
     return "127.0.0.1" if address == "localhost" else address
 

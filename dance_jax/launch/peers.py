@@ -21,9 +21,9 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 from dance_jax.config import UserError
-from dance_jax.launch.control import derived
 from dance_jax.launch.loading import Read
 from dance_jax.launch.protocol import Load
+from dance_jax.models.connections import Listener, directed
 from dance_jax.models.experts import ExpertFormat, Weights
 
 log = logging.getLogger("dance_jax.peers")
@@ -224,32 +224,19 @@ def _receive(connection: socket.socket, count: int) -> bytearray:
     return content
 
 
-def meet(rank: int, names: Sequence[str], address: str, key: bytes) -> Peers:
+def meet(
+    rank: int, names: Sequence[str], listener: Listener, endpoints: Sequence[str], key: bytes
+) -> Peers:
     """Connects this server with all others; they do it at the same time.
 
     Args:
         rank: this server's.
-        names: of all servers, by rank.
-        address: of this server, where the others reach it.
-        key: the launch's.
+        names, endpoints: of all servers, by rank.
+        listener: this server's.
+        key: secret of the servers.
 
     Raises:
         RuntimeError: a server cannot be reached, or is a stranger.
     """
-    up, down = (_mesh(rank, names, address, key, topic) for topic in ("peers-up", "peers-down"))
-    asks = {peer: (up if peer > rank else down)[peer] for peer in up}
-    answers = {peer: (down if peer > rank else up)[peer] for peer in up}
+    asks, answers = directed(rank, names, listener, endpoints, key, "peers")
     return Peers(rank, names, asks, answers)
-
-
-def _mesh(
-    rank: int, names: Sequence[str], address: str, key: bytes, topic: str
-) -> dict[int, socket.socket]:
-    # Not above: it brings JAX along.
-    from dance_jax.models.connections import join, publish
-
-    family = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0][0]
-    with socket.create_server((address, 0), family=family) as listener:
-        host, port = listener.getsockname()[:2]
-        addresses = publish(topic, rank, f"{host}:{port}", names)
-        return join(rank, names, listener, addresses, derived(key, topic))

@@ -92,6 +92,10 @@ class Join(msgspec.Struct, tag=True):
 
     #: host:port where rank 0 coordinates.
     coordinator: str
+    #: Where the servers listen for each other, by rank.
+    endpoints: list[str]
+    #: All can exchange rows over links of their own.
+    links: bool
 
 
 class Submit(msgspec.Struct, tag=True):
@@ -160,6 +164,10 @@ class Prepared(msgspec.Struct, tag=True):
 
     #: host:port where it would coordinate.
     coordinator: str
+    #: host:port where it listens for the other servers.
+    endpoint: str
+    #: It has the C++ library that exchanges rows over links (`models.links_cpu`).
+    links: bool
 
 
 class Joined(msgspec.Struct, tag=True):

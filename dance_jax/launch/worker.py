@@ -12,6 +12,7 @@ read in the background (`loading`).
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import gc
 import multiprocessing
@@ -29,14 +30,14 @@ from dance_jax.config import Rounding, UserError
 from dance_jax.launch import child, environment, protocol
 from dance_jax.launch.bell import Bell, hang
 from dance_jax.launch.control import Connection, derived
-from dance_jax.launch.join import coordinator_endpoint, join, own_address
+from dance_jax.launch.join import coordinator_endpoint, join, listen
 from dance_jax.launch.model_files import ModelFiles
 from dance_jax.launch.protocol import Setup
+from dance_jax.models.connections import Listener
 
 if TYPE_CHECKING:
     from dance_jax.engine.engine import Engine
     from dance_jax.launch.loading import Loaded, Loader
-    from dance_jax.launch.peer_weights import Shelf
     from dance_jax.launch.peers import Peers
     from dance_jax.models.checkpoint import Checkpoint, WeightSource
     from dance_jax.models.config import ModelConfig
@@ -93,7 +94,9 @@ def main() -> None:
     status = 0
     try:
         channel.send(protocol.Hello(os.getpid()))
-        _serve(*_start(setup, files, channel), channel)
+        key = derived(setup.key, "servers")
+        with contextlib.closing(listen(setup, key)) as listener:
+            _serve(*_start(setup, files, channel, listener, key), channel)
     except Stopped:
         pass
     except BaseException as error:
@@ -115,7 +118,14 @@ def _told_to_stop(channel: Channel) -> bool:
     return False
 
 
-def _start(setup: Setup, files: ModelFiles, channel: Channel) -> tuple[Engine, Loader, Bell]:
+def _start(
+    setup: Setup, files: ModelFiles, channel: Channel, listener: Listener, key: bytes
+) -> tuple[Engine, Loader, Bell]:
+    """Makes ready to serve, together with all others.
+
+    Args:
+        listener: where the others reach this server, with that key.
+    """
     cache = _cache_dir(setup)
     checkpoint = None
     if not setup.spec.servers[setup.rank].from_peers:
@@ -126,26 +136,34 @@ def _start(setup: Setup, files: ModelFiles, channel: Channel) -> tuple[Engine, L
     from dance_jax.engine.engine import Engine
     from dance_jax.launch.memory import free_per_device
     from dance_jax.launch.peer_weights import Shelf
+    from dance_jax.launch.peers import meet
     from dance_jax.launch.plan import parse_layout
     from dance_jax.models import links_cpu, native
 
     compile_dir = None if cache is None else private_directory(cache / "compiled")
     if setup.platform == "cpu":
         native.load(compile_dir or pathlib.Path(setup.private_dir))
-    channel.send(protocol.Prepared(coordinator_endpoint(setup)))
+    channel.send(
+        protocol.Prepared(
+            coordinator_endpoint(setup), listener.endpoint, native.library() is not None
+        )
+    )
     match channel.receive():
-        case protocol.Join(coordinator):
+        case protocol.Join(coordinator, endpoints, links):
             pass
         case _:
             raise Stopped
     channel.send(protocol.Progress("joining", 0, 0))
     threads = join(setup, coordinator)
     native.set_threads(threads)
-    me = (setup.rank, setup.spec.names, own_address(setup))
-    transport = links_cpu.connect(*me, derived(setup.key, "links"))
-    bell = hang(*me, derived(setup.key, "bell"))
+    me = (setup.rank, setup.spec.names, listener, endpoints, key)
+    transport = links_cpu.connect(*me, usable=links)
+    bell = hang(*me)
     shelf = Shelf(checkpoint, setup.config.dtype)
-    weights, peers = _weights(setup, model, checkpoint or files.formats, shelf)
+    peers = meet(*me) if any(server.from_peers for server in setup.spec.servers) else None
+    if peers is not None:
+        peers.answer(shelf.find)
+    weights = checkpoint or _peer_weights(setup, model, files.formats, peers)
     channel.send(protocol.Joined())
     stage = "loading" if checkpoint is not None else "loading from the other servers"
     channel.send(protocol.Progress(stage, 0, 0))
@@ -175,29 +193,17 @@ def _start(setup: Setup, files: ModelFiles, channel: Channel) -> tuple[Engine, L
     return engine, loader, bell
 
 
-def _weights(
-    setup: Setup, model: ModelConfig, own: Checkpoint | Formats | None, shelf: Shelf
-) -> tuple[WeightSource, Peers | None]:
-    """What this server loads from, and its connections for it, if some server needs any.
-
-    Args:
-        own: its copy of the model, or how weights are kept.
-    """
+def _peer_weights(
+    setup: Setup, model: ModelConfig, formats: Formats | None, peers: Peers | None
+) -> WeightSource:
+    """What a server without a copy of the model loads from: those that have one."""
     from dance_jax.launch.peer_weights import PeerWeights
-    from dance_jax.launch.peers import meet
-    from dance_jax.models.formats import Formats
 
-    servers = setup.spec.servers
-    sources = [rank for rank, server in enumerate(servers) if not server.from_peers]
-    checkpoint = None if own is None or isinstance(own, Formats) else own
-    if checkpoint is not None and len(sources) == len(servers):
-        return checkpoint, None
-    peers = meet(setup.rank, setup.spec.names, own_address(setup), setup.key)
-    peers.answer(shelf.find)
-    if isinstance(own, Formats):
-        return PeerWeights(model, own, peers, sources), peers
-    assert checkpoint is not None
-    return checkpoint, peers
+    assert formats is not None and peers is not None
+    servers = enumerate(setup.spec.servers)
+    return PeerWeights(
+        model, formats, peers, [rank for rank, server in servers if not server.from_peers]
+    )
 
 
 def _loader(engine: Engine, checkpoint: Checkpoint | None, peers: Peers | None) -> Loader:

@@ -1,7 +1,12 @@
-"""Connections between all servers of a launch, which only those with its key can make."""
+"""Connections between all servers of a launch, which only those with its key can make.
+
+Every server has one listener. A connection to it has a topic, what it is for, and an index, where
+two servers have several for one topic.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import logging
@@ -10,79 +15,253 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Sequence
-
-# The key-value store of jax.distributed can be reached nowhere else.
-from jax._src import distributed  # pyright: ignore[reportPrivateImportUsage]
+from collections.abc import Callable, Collection, Sequence
 
 log = logging.getLogger(__name__)
 
-#: Seconds all servers have to connect.
-TIMEOUT_S = 60
-#: Seconds a stranger has to prove that it is none.
+#: Seconds all servers have to connect, and a connection waits for somebody to want its topic.
+TIMEOUT_S = 60.0
+#: Seconds a new connection has to authenticate.
 _HANDSHAKE_S = 10
+#: How a connection begins: the caller's rank, the index, and the bytes of the topic that follows.
+_CALL = struct.Struct("<IIB")
 _NONCE_BYTES = 32
 _MAC_BYTES = hashlib.sha256().digest_size
 #: An idle peer whose machine is gone shows after 4 + 3 * 2 seconds.
 _KEEPALIVE = (("TCP_KEEPIDLE", 4), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 3))
 
+#: Takes over a connection: the caller's rank, the index, the socket.
+Admit = Callable[[int, int, socket.socket], None]
 
-def publish(topic: str, rank: int, address: str, names: Sequence[str]) -> list[str]:
-    """Every server's address, by rank, for one purpose; all servers call it.
+
+class Listener:
+    """Where the other servers reach this one, on a free port.
 
     Args:
-        topic: the purpose.
         rank: this server's.
-        address: where it listens; "": it does not.
-        names: all servers'.
+        names: of all servers, by rank.
+        address: IP address or host name of this server, where the others reach it.
+        key: secret of the servers; who does not know it is not let in.
 
     Raises:
-        RuntimeError: this process has not joined the jax.distributed job.
+        OSError: the address cannot be listened on.
     """
-    client = distributed.global_state.client
-    if client is None:
-        raise RuntimeError("connections are made after jax.distributed.initialize")
-    client.key_value_set(f"dance_jax/{topic}/{rank}", address or "-")
-    found = (
-        client.blocking_key_value_get(f"dance_jax/{topic}/{n}", TIMEOUT_S * 1000)
-        for n in range(len(names))
-    )
-    return ["" if each == "-" else each for each in found]
+
+    def __init__(self, rank: int, names: Sequence[str], address: str, key: bytes) -> None:
+        self._rank, self._names, self._key = rank, names, key
+        self._admits: dict[str, Admit] = {}
+        #: The last call of each rank, topic and index.
+        self._latest: dict[tuple[int, int, str], object] = {}
+        #: Guards both; told of changes of them.
+        self._changed = threading.Condition()
+        self._closed = threading.Event()
+        family = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0][0]
+        self._socket = socket.create_server((address, 0), family=family)
+        host, port = self._socket.getsockname()[:2]
+        #: "host:port", an IPv6 address in brackets.
+        self.endpoint = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        self._thread = threading.Thread(target=self._accept, daemon=True, name="listener")
+        self._thread.start()
+
+    def on(self, topic: str, admit: Admit) -> None:
+        """Lets connections of a topic in from now on, those that wait for it too.
+
+        Args:
+            admit: called with each, in a thread of its own. Connections that a server makes anew,
+                after a restart, are given to it like the first.
+        """
+        with self._changed:
+            self._admits[topic] = admit
+            self._changed.notify_all()
+
+    def off(self, topic: str) -> None:
+        """Makes connections of a topic wait for the next `on`."""
+        with self._changed:
+            del self._admits[topic]
+
+    def close(self) -> None:
+        """Ends the listening; connections that were let in live on."""
+        self._closed.set()
+        with self._changed:
+            self._changed.notify_all()
+        # On Linux `accept` waits on when its socket is closed; on macOS this fails, without need.
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+        self._thread.join()
+
+    def _accept(self) -> None:
+        """Each caller has a thread, so that none holds up the others."""
+        while True:
+            try:
+                caller = self._socket.accept()
+            except OSError as error:
+                if self._closed.wait(0.1):
+                    return
+                log.warning("a connection could not be accepted: %s", error)
+                continue
+            threading.Thread(target=self._admit, args=caller, daemon=True, name="admit").start()
+
+    def _admit(self, connection: socket.socket, where: object) -> None:
+        try:
+            rank, index, topic = call = _recognise(connection, self._rank, self._key)
+            if rank == self._rank or rank >= len(self._names):
+                raise _Stranger(f"calls itself server {rank}")
+            admit = self._wanted(topic, call)
+            _tune(connection)
+        except (OSError, _Stranger) as error:
+            log.warning("a stranger at %s was not let in: %s", where, error)
+            connection.close()
+            return
+        admit(rank, index, connection)
+
+    def _wanted(self, topic: str, call: tuple[int, int, str]) -> Admit:
+        """Waits until somebody wants the topic; a call that is made once more ends the first."""
+        this = object()
+
+        def repeated() -> bool:
+            return self._latest[call] is not this
+
+        with self._changed:
+            self._latest[call] = this
+            self._changed.notify_all()
+            self._changed.wait_for(
+                lambda: topic in self._admits or repeated() or self._closed.is_set(), TIMEOUT_S
+            )
+            if repeated():
+                raise _Stranger("it called once more")
+            if topic not in self._admits:
+                raise _Stranger(f"nobody wants a connection for {topic!r}")
+            return self._admits[topic]
 
 
-def join(
+def dial(
     rank: int,
-    names: Sequence[str],
-    listener: socket.socket,
-    addresses: Sequence[str],
+    peer: int,
+    name: str,
+    endpoint: str,
     key: bytes,
-) -> dict[int, socket.socket]:
-    """Connections to all other servers, by rank: dialled to lower ranks, accepted from higher.
+    topic: str,
+    index: int = 0,
+    timeout_s: float = TIMEOUT_S,
+) -> socket.socket:
+    """A connection to another server's listener.
+
+    It listens before its endpoint is known, so where nobody listens it is gone: no second try.
 
     Args:
-        listener: what the others dial; not closed here.
-        addresses: "host:port" of every server.
+        rank: this server's.
+        peer, name, endpoint: the other server's.
+        key: secret of the servers.
+        topic: what for, in a word.
+        index: tells several connections for one topic apart.
+        timeout_s: seconds until the connection is given up.
+
+    Raises:
+        RuntimeError: the other server cannot be reached, or has another key.
+    """
+    host, _, port = endpoint.rpartition(":")
+    connection = None
+    try:
+        connection = socket.create_connection((host.strip("[]"), int(port)), timeout=timeout_s)
+        _introduce(connection, rank, peer, index, topic, key)
+        _tune(connection)
+    except (OSError, _Stranger) as error:
+        if connection is not None:
+            connection.close()
+        raise RuntimeError(f"server {name} at {endpoint}: {error}") from error
+    return connection
+
+
+def mesh(
+    rank: int,
+    names: Sequence[str],
+    listener: Listener,
+    endpoints: Sequence[str],
+    key: bytes,
+    topic: str,
+) -> dict[int, socket.socket]:
+    """One connection with each other server, by rank; all servers call it.
+
+    Args:
+        rank: this server's.
+        names, endpoints: of all servers, by rank.
+        listener: this server's.
+        key: secret of the servers.
+        topic: what for.
 
     Raises:
         RuntimeError: a server cannot be reached, did not come in time, or has another key.
     """
+    lower, higher = range(rank), range(rank + 1, len(names))
+    dialled, accepted = _meet(rank, names, listener, endpoints, key, topic, lower, higher)
+    return dialled | accepted
+
+
+def directed(
+    rank: int,
+    names: Sequence[str],
+    listener: Listener,
+    endpoints: Sequence[str],
+    key: bytes,
+    topic: str,
+) -> tuple[dict[int, socket.socket], dict[int, socket.socket]]:
+    """Two connections with each other server: those dialled and those accepted, by rank.
+
+    Arguments and errors are those of `mesh`.
+    """
+    others = [n for n in range(len(names)) if n != rank]
+    return _meet(rank, names, listener, endpoints, key, topic, others, others)
+
+
+def _meet(
+    rank: int,
+    names: Sequence[str],
+    listener: Listener,
+    endpoints: Sequence[str],
+    key: bytes,
+    topic: str,
+    dials: Collection[int],
+    awaits: Collection[int],
+) -> tuple[dict[int, socket.socket], dict[int, socket.socket]]:
     deadline = time.monotonic() + TIMEOUT_S
-    connections = {}
+    dialled: dict[int, socket.socket] = {}
+    accepted: dict[int, socket.socket] = {}
+    arrived = threading.Condition()
+
+    def admit(peer: int, index: int, connection: socket.socket) -> None:
+        with arrived:
+            if peer in accepted:
+                accepted[peer].close()
+            accepted[peer] = connection
+            arrived.notify()
+
+    def left() -> float:
+        return max(deadline - time.monotonic(), 0.01)
+
+    listener.on(topic, admit)
     try:
-        for peer in range(rank):
-            connections[peer] = _dial(rank, peer, names[peer], addresses[peer], key, deadline)
-        _accept(rank, names, listener, key, deadline, connections)
-        for connection in connections.values():
-            _tune(connection)
+        for peer in dials:
+            dialled[peer] = dial(
+                rank, peer, names[peer], endpoints[peer], key, topic, timeout_s=left()
+            )
+        with arrived:
+            arrived.wait_for(lambda: accepted.keys() >= set(awaits), left())
+            if missing := [names[n] for n in awaits if n not in accepted]:
+                raise RuntimeError(f"no connection from {', '.join(missing)} in {TIMEOUT_S:g} s")
     except BaseException:
-        for connection in connections.values():
+        for connection in (*dialled.values(), *accepted.values()):
             connection.close()
         raise
-    return connections
+    finally:
+        # Who calls from here on was restarted, and waits until it is met anew.
+        listener.off(topic)
+    return dialled, accepted
 
 
 def _tune(connection: socket.socket) -> None:
     """Small messages go at once, and a peer that is gone is noticed."""
+    connection.settimeout(None)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in _KEEPALIVE:
@@ -90,87 +269,43 @@ def _tune(connection: socket.socket) -> None:
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
 
-def _dial(
-    rank: int, peer: int, name: str, address: str, key: bytes, deadline: float
-) -> socket.socket:
-    host, _, port = address.rpartition(":")
-    connection = None
-    try:
-        left = max(deadline - time.monotonic(), 0.01)
-        connection = socket.create_connection((host, int(port)), timeout=left)
-        _introduce(connection, rank, peer, key)
-    except (OSError, _Stranger) as error:
-        if connection is not None:
-            connection.close()
-        raise RuntimeError(f"server {name} at {address}: {error}") from error
-    return connection
-
-
-def _accept(
-    rank: int,
-    names: Sequence[str],
-    listener: socket.socket,
-    key: bytes,
-    deadline: float,
-    connections: dict[int, socket.socket],
-) -> None:
-    """Waits for all higher ranks; each caller has a thread, so that none holds up the others."""
-    lock = threading.Lock()
-
-    def admit(connection: socket.socket, where: object) -> None:
-        try:
-            peer = _recognise(connection, rank, key)
-            with lock:
-                if not rank < peer < len(names) or peer in connections:
-                    raise _Stranger(f"calls itself server {peer}")
-                connections[peer] = connection
-        except (OSError, _Stranger) as error:
-            log.warning("a stranger at %s was not let in: %s", where, error)
-            connection.close()
-
-    listener.settimeout(0.1)
-    while len(connections) < len(names) - 1:
-        if time.monotonic() > deadline:
-            missing = [name for n, name in enumerate(names) if n > rank and n not in connections]
-            raise RuntimeError(f"no connection from {', '.join(missing)} in {TIMEOUT_S} s")
-        try:
-            caller = listener.accept()
-        except TimeoutError:
-            continue
-        threading.Thread(target=admit, args=caller, daemon=True, name="links-admit").start()
-
-
-# Both prove that they know the key, by an HMAC of random numbers of both and of who they are.
+# Both prove that they know the key, by an HMAC of random numbers of both, of who they are, and of
+# what the connection is for.
 
 
 class _Stranger(Exception):
     """The other end is not a server of this launch."""
 
 
-def _introduce(connection: socket.socket, rank: int, peer: int, key: bytes) -> None:
+def _introduce(
+    connection: socket.socket, rank: int, peer: int, index: int, topic: str, key: bytes
+) -> None:
     """The dialling end: server `rank` calls server `peer`."""
     connection.settimeout(_HANDSHAKE_S)
+    call = _CALL.pack(rank, index, len(topic.encode())) + topic.encode()
     mine = secrets.token_bytes(_NONCE_BYTES)
-    connection.sendall(struct.pack("<I", rank) + mine)
+    connection.sendall(call + mine)
     theirs = _receive(connection, _NONCE_BYTES)
-    _check(_receive(connection, _MAC_BYTES), _mac(key, b"answer", rank, peer, mine, theirs))
-    connection.sendall(_mac(key, b"call", rank, peer, mine, theirs))
+    _check(_receive(connection, _MAC_BYTES), _mac(key, b"answer", call, peer, mine, theirs))
+    connection.sendall(_mac(key, b"call", call, peer, mine, theirs))
 
 
-def _recognise(connection: socket.socket, rank: int, key: bytes) -> int:
-    """The accepting end: the rank of the server that calls."""
+def _recognise(connection: socket.socket, rank: int, key: bytes) -> tuple[int, int, str]:
+    """The accepting end: the rank of the server that calls, index and topic."""
     connection.settimeout(_HANDSHAKE_S)
-    (caller,) = struct.unpack("<I", _receive(connection, 4))
+    call = _receive(connection, _CALL.size)
+    caller, index, length = _CALL.unpack(call)
+    call += (topic := _receive(connection, length))
     theirs, mine = _receive(connection, _NONCE_BYTES), secrets.token_bytes(_NONCE_BYTES)
-    connection.sendall(mine + _mac(key, b"answer", caller, rank, theirs, mine))
-    _check(_receive(connection, _MAC_BYTES), _mac(key, b"call", caller, rank, theirs, mine))
-    return caller
+    connection.sendall(mine + _mac(key, b"answer", call, rank, theirs, mine))
+    _check(_receive(connection, _MAC_BYTES), _mac(key, b"call", call, rank, theirs, mine))
+    return caller, index, topic.decode()
 
 
 def _mac(
-    key: bytes, role: bytes, caller: int, called: int, caller_nonce: bytes, called_nonce: bytes
+    key: bytes, role: bytes, call: bytes, called: int, caller_nonce: bytes, called_nonce: bytes
 ) -> bytes:
-    text = role + struct.pack("<II", caller, called) + caller_nonce + called_nonce
+    text = role + call + struct.pack("<I", called) + caller_nonce + called_nonce
     return hmac.digest(key, text, "sha256")
 
 

@@ -23,7 +23,7 @@ from jax import Array
 
 from dance_jax.models import native
 from dance_jax.models.collectives import Collectives
-from dance_jax.models.connections import join, publish
+from dance_jax.models.connections import Listener, mesh
 from dance_jax.models.messages import (
     Columns,
     Exchanged,
@@ -194,37 +194,35 @@ def seconds_per_byte(phases: Sequence[Moved]) -> float | None:
 # Connections.
 
 
-def connect(rank: int, names: Sequence[str], address: str, key: bytes, port: int = 0) -> Transport:
-    """Connects this server with all others of the jax.distributed job it has joined.
-
-    All servers call it, and get the same kind of transport: connections where every server can
-    use them, else collectives.
+def connect(
+    rank: int,
+    names: Sequence[str],
+    listener: Listener,
+    endpoints: Sequence[str],
+    key: bytes,
+    *,
+    usable: bool,
+) -> Transport:
+    """Connects this server with all others; they do it at the same time.
 
     Args:
         rank: this server's.
-        names: all servers', by rank, for messages.
-        address: IP address or host name to listen on, by which the others reach this server.
-        key: a secret of this launch; who does not know it is not let in.
-        port: to listen on; 0: any.
+        names, endpoints: of all servers, by rank.
+        listener: this server's.
+        key: secret of the servers.
+        usable: all servers have the C++ library; else all take collectives.
 
     Raises:
-        RuntimeError: a server did not connect, or has another key.
-        OSError: the address cannot be listened on.
+        RuntimeError: a server cannot be reached, did not come in time, or has another key.
     """
     if len(names) == 1:
         return Collectives()
-    if not native.usable():
-        publish("links", rank, "", names)
-        log.warning("servers exchange rows by collectives, slower: no C++ library, or no CPU")
+    if not usable:
+        log.warning(
+            "servers exchange rows by collectives, slower: not all have CPUs and C++ library"
+        )
         return Collectives()
-    family = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0][0]
-    with socket.create_server((address, port), family=family) as listener:
-        host, port = listener.getsockname()[:2]
-        addresses = publish("links", rank, f"{host}:{port}", names)
-        if missing := [name for name, each in zip(names, addresses, strict=True) if not each]:
-            log.warning("servers exchange rows by collectives: %s has no links", missing[0])
-            return Collectives()
-        open_links(rank, names, join(rank, names, listener, addresses, key))
+    open_links(rank, names, mesh(rank, names, listener, endpoints, key, "links"))
     return Sockets()
 
 

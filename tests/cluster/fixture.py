@@ -36,13 +36,20 @@ class TestCluster:
             )
             for rank in range(len(DEVICES))
         ]
+        self._tell(self._replies())  # where each listens for the others
 
     def send(self, *command: Any) -> list[Any]:
         """One reply per server."""
+        self._tell(command)
+        return self._replies()
+
+    def _tell(self, content: Any) -> None:
         for process in self.processes:
             assert process.stdin is not None
-            pickle.dump(command, process.stdin)
+            pickle.dump(content, process.stdin)
             process.stdin.flush()
+
+    def _replies(self) -> list[Any]:
         return [pickle.load(process.stdout) for process in self.processes]  # type: ignore[arg-type]
 
     def use(self, transport: str, wire_dtype: str = "compute", model: str = "latent") -> str:

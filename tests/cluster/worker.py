@@ -1,7 +1,8 @@
 """One server of the three-process test cluster: answers commands on stdin with pickles on stdout.
 
 The cluster is started once for the whole test session; a command is a placement and one batch
-per device, and every server runs the same commands in the same order.
+per device, and every server runs the same commands in the same order. Before that, a server says
+where it listens for the others, and is told where they do.
 """
 
 from __future__ import annotations
@@ -15,6 +16,15 @@ RANK, PORT, DEVICES = int(sys.argv[1]), sys.argv[2], tuple(map(int, sys.argv[3].
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES[RANK]}"
 replies = os.fdopen(os.dup(1), "wb")
 os.dup2(2, 1)  # what libraries print must not end up among the pickles
+
+from dance_jax.models.connections import Listener  # noqa: E402
+
+KEY = b"the key of this test"
+names = [f"server-{rank}" for rank in range(len(DEVICES))]
+listener = Listener(RANK, names, "127.0.0.1", KEY)
+pickle.dump(listener.endpoint, replies)
+replies.flush()
+endpoints = pickle.load(sys.stdin.buffer)
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
@@ -39,8 +49,8 @@ everyone = jax.shard_map(
 )
 jax.jit(everyone)().block_until_ready()
 
-names = [f"server-{rank}" for rank in range(len(DEVICES))]
-sockets = links_cpu.connect(RANK, names, "127.0.0.1", b"the key of this test")
+usable = native.library() is not None
+sockets = links_cpu.connect(RANK, names, listener, endpoints, KEY, usable=usable)
 transports = {"collectives": Collectives(), "sockets": sockets}
 runners: dict[tuple[str, str, str], Runner] = {}
 staging: Staging | None = None

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import socket
+import concurrent.futures
+import contextlib
 import threading
 from collections.abc import Iterator
 
 import pytest
 import zmq
 
-from dance_jax.launch.bell import Bell
-from dance_jax.models.connections import join
+from dance_jax.launch.bell import Bell, hang
+from dance_jax.models.connections import Listener
 
 NAMES = ("alpha", "beta", "gamma")
 #: Seconds: longer than anything here takes, and a rest that is to run out.
@@ -20,23 +21,18 @@ PATIENCE_S, SHORT_S = 30.0, 0.02
 @pytest.fixture
 def bells() -> Iterator[list[Bell]]:
     """Of three servers, connected as in a cluster."""
-    listeners = [socket.create_server(("127.0.0.1", 0)) for _ in NAMES]
-    addresses = [f"127.0.0.1:{listener.getsockname()[1]}" for listener in listeners]
-    found: dict[int, Bell] = {}
-
-    def connect(rank: int) -> None:
-        found[rank] = Bell(NAMES, join(rank, NAMES, listeners[rank], addresses, b"k" * 32))
-
-    threads = [threading.Thread(target=connect, args=(rank,)) for rank in range(len(NAMES))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    yield [found[rank] for rank in range(len(NAMES))]
-    for bell in found.values():
-        bell.close()
-    for listener in listeners:
-        listener.close()
+    key, ranks = b"k" * 32, range(len(NAMES))
+    with contextlib.ExitStack() as stack:
+        listeners = [Listener(rank, NAMES, "127.0.0.1", key) for rank in ranks]
+        for listener in listeners:
+            stack.callback(listener.close)
+        endpoints = [listener.endpoint for listener in listeners]
+        pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor(len(NAMES)))
+        hung = pool.map(lambda rank: hang(rank, NAMES, listeners[rank], endpoints, key), ranks)
+        bells = list(hung)
+        for bell in bells:
+            stack.callback(bell.close)
+        yield bells
 
 
 @pytest.fixture

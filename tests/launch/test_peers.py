@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
 import pathlib
 import shutil
 import socket
@@ -18,9 +20,10 @@ from dance_jax.config import Rounding
 from dance_jax.launch import peer_weights, peers
 from dance_jax.launch.loading import Loader, Read
 from dance_jax.launch.peer_weights import PeerWeights, Shelf
-from dance_jax.launch.peers import Find, Kind, Like, Peers, Question
+from dance_jax.launch.peers import Find, Kind, Like, Peers, Question, meet
 from dance_jax.launch.protocol import Load, Stage
 from dance_jax.models.checkpoint import Checkpoint
+from dance_jax.models.connections import Listener
 from dance_jax.models.convert import ensure_converted
 from dance_jax.models.experts import ExpertFormat
 from dance_jax.models.formats import WeightFormat
@@ -57,15 +60,18 @@ def pool() -> Find:
 @pytest.fixture
 def three() -> Iterator[list[Peers]]:
     """Three servers that are connected; none answers yet."""
-    asks: list[dict[int, socket.socket]] = [{}, {}, {}]
-    answers: list[dict[int, socket.socket]] = [{}, {}, {}]
-    for one in range(3):
-        for other in set(range(3)) - {one}:
-            asks[one][other], answers[other][one] = socket.socketpair()
-    made = [Peers(rank, NAMES, asks[rank], answers[rank]) for rank in range(3)]
-    yield made
-    for each in made:
-        each.close()
+    key, ranks = b"k" * 32, range(len(NAMES))
+    with contextlib.ExitStack() as stack:
+        listeners = [Listener(rank, NAMES, "127.0.0.1", key) for rank in ranks]
+        for listener in listeners:
+            stack.callback(listener.close)
+        endpoints = [listener.endpoint for listener in listeners]
+        pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor(len(NAMES)))
+        met = pool.map(lambda rank: meet(rank, NAMES, listeners[rank], endpoints, key), ranks)
+        made = list(met)
+        for each in made:
+            stack.callback(each.close)
+        yield made
 
 
 @pytest.fixture(scope="module", params=[Rounding(), Rounding("int4-mixed", "int8")], ids=str)

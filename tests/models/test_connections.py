@@ -1,85 +1,291 @@
-"""Connections between servers: who is let in."""
+"""Connections between servers: who is let in, and for what."""
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
+import queue
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 
 from dance_jax.models import connections
+from dance_jax.models.connections import Listener, dial, directed, mesh
+from tests.launch.launched import eventually
 
-NAMES = ("here", "there")
+NAMES = ("here", "there", "elsewhere")
 KEY = b"the secret of this launch"
+#: Seconds: longer than anything here takes.
+PATIENCE_S = 20.0
+#: What a listener lets in: rank, index, connection.
+Arrivals = queue.SimpleQueue[tuple[int, int, socket.socket]]
 
 
-def listen() -> socket.socket:
-    return socket.create_server(("127.0.0.1", 0))
-
-
-def address(listener: socket.socket) -> str:
-    return "{}:{}".format(*listener.getsockname())
-
-
-def join_both(keys: tuple[bytes, bytes], disturb: Callable[[str], None] = lambda where: None):
-    """What `join` gave, or raised, on two servers."""
-    with listen() as first, listen() as second:
-        addresses = [address(first), address(second)]
-        results: list = [None, None]
-
-        def run(rank: int, listener: socket.socket) -> None:
-            try:
-                results[rank] = connections.join(rank, NAMES, listener, addresses, keys[rank])
-            except RuntimeError as error:
-                results[rank] = error
-
-        waiting = threading.Thread(target=run, args=(0, first))
-        waiting.start()
-        disturb(addresses[0])
-        run(1, second)
-        waiting.join()
-        return results
-
-
-def test_two_who_know_the_key_are_connected():
-    here, there = join_both((KEY, KEY))
-    with here[1] as ours, there[0] as theirs:
-        ours.sendall(b"x")
-        assert theirs.recv(1) == b"x"
-
-
-def test_another_key_is_refused(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(connections, "TIMEOUT_S", 0.5)
-    here, there = join_both((KEY, b"another"))
-    assert "no connection from there" in str(here)
-    assert "server here" in str(there) and "another key" in str(there)
-
-
-def test_strangers_do_not_stop_the_others():
-    """One says nothing, one hangs up, one talks of something else."""
+@pytest.fixture
+def listen() -> Iterator[Callable[..., Listener]]:
+    """Listeners of server `rank`, closed in the end."""
     with contextlib.ExitStack() as stack:
 
-        def disturb(where: str) -> None:
-            host, port = where.split(":")
-            for text in (b"", None, b"GET / HTTP/1.1\r\n\r\n" * 8):
-                stranger = stack.enter_context(socket.create_connection((host, int(port))))
-                if text is None:
-                    stranger.close()
-                else:
-                    stranger.sendall(text)
+        def one(rank: int = 0, address: str = "127.0.0.1", key: bytes = KEY) -> Listener:
+            listener = Listener(rank, NAMES, address, key)
+            stack.callback(listener.close)
+            return listener
 
-        here, there = join_both((KEY, KEY), disturb)
-        assert isinstance(here, dict) and isinstance(there, dict)
-        here[1].close()
-        there[0].close()
+        yield one
 
 
-def test_a_server_that_cannot_be_reached_is_named(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(connections, "TIMEOUT_S", 0.5)
-    with listen() as gone, listen() as listener:
-        nowhere = address(gone)
+def arrivals(listener: Listener, topic: str) -> Arrivals:
+    """What comes from here on."""
+    found: Arrivals = queue.SimpleQueue()
+    listener.on(topic, lambda *call: found.put(call))
+    return found
+
+
+def call(listener: Listener, topic: str, index: int = 0, *, rank: int = 1, key: bytes = KEY):
+    """What server `rank` gets that dials server 0."""
+    return dial(rank, 0, NAMES[0], listener.endpoint, key, topic, index)
+
+
+def first_call(listener: Listener, topic: str) -> socket.socket:
+    """A call that the listener has recognised before the next one is made."""
+    connection = call(listener, topic)
+    assert eventually(lambda: listener._latest)
+    return connection
+
+
+def assert_connected(ours: socket.socket, theirs: socket.socket) -> None:
+    for one, other in ((ours, theirs), (theirs, ours)):
+        other.settimeout(PATIENCE_S)
+        one.sendall(b"x")
+        assert other.recv(1) == b"x"
+
+
+def assert_closed(connection: socket.socket) -> None:
+    connection.settimeout(PATIENCE_S)
+    assert connection.recv(1) == b""
+
+
+# One listener.
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
+def test_who_knows_the_key_is_connected(address: str, listen: Callable[..., Listener]):
+    listener = listen(address=address)
+    assert listener.endpoint.startswith("[::1]:" if address == "::1" else "127.0.0.1:")
+    found = arrivals(listener, "links")
+    with call(listener, "links", 3) as theirs:
+        rank, index, ours = found.get(timeout=PATIENCE_S)
+        with ours:
+            assert (rank, index) == (1, 3)
+            assert ours.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+            assert_connected(ours, theirs)
+
+
+def test_topics_are_told_apart(listen: Callable[..., Listener]):
+    """One topic is wanted before the call, the other one after it."""
+    listener = listen()
+    bell = arrivals(listener, "bell")
+    with call(listener, "links") as for_links, call(listener, "bell") as for_bell:
+        with bell.get(timeout=PATIENCE_S)[2] as ours:
+            assert_connected(ours, for_bell)
+        with arrivals(listener, "links").get(timeout=PATIENCE_S)[2] as ours:
+            assert_connected(ours, for_links)
+    assert bell.empty()
+
+
+def test_a_topic_that_nobody_wants(
+    listen: Callable[..., Listener],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+):
+    monkeypatch.setattr(connections, "TIMEOUT_S", 0.1)
+    with call(listen(), "link") as theirs:
+        assert_closed(theirs)
+    assert "nobody wants a connection for 'link'" in caplog.text
+
+
+def test_a_server_that_calls_again(listen: Callable[..., Listener]):
+    """Both calls are let in; of those that still wait, only the later one."""
+    listener = listen()
+    with first_call(listener, "links") as early, call(listener, "links") as late:
+        assert_closed(early)
+        found = arrivals(listener, "links")
+        with found.get(timeout=PATIENCE_S)[2] as ours:
+            assert_connected(ours, late)
+        with call(listener, "links") as again, found.get(timeout=PATIENCE_S)[2] as ours:
+            assert_connected(ours, again)
+    assert found.empty()
+
+
+@pytest.mark.parametrize("caller", [0, 3])
+def test_ranks_that_cannot_call(
+    caller: int, listen: Callable[..., Listener], caplog: pytest.LogCaptureFixture
+):
+    with call(listen(), "links", rank=caller) as theirs:
+        assert_closed(theirs)
+    assert f"calls itself server {caller}" in caplog.text
+
+
+def test_another_key_is_refused(listen: Callable[..., Listener]):
+    listener = listen()
+    found = arrivals(listener, "links")
+    with pytest.raises(RuntimeError, match=r"server here at 127.*another key"):
+        call(listener, "links", key=b"another")
+    assert found.empty()
+
+
+def test_a_call_cannot_be_turned_into_another(listen: Callable[..., Listener]):
+    """A stranger on the way changes the topic: the called server's proof is of what it read."""
+    listener = listen()
+    found = arrivals(listener, "bell")
+    with socket.create_server(("127.0.0.1", 0)) as between:
+
+        def forward() -> None:
+            caller, _ = between.accept()
+            called = socket.create_connection(address(listener))
+            with caller, called:
+                called.sendall(caller.recv(1000).replace(b"bull", b"bell"))
+                with contextlib.suppress(OSError):
+                    while part := called.recv(1000):
+                        caller.sendall(part)
+
+        threading.Thread(target=forward, daemon=True).start()
+        endpoint = "{}:{}".format(*between.getsockname())
+        with pytest.raises(RuntimeError, match="another key"):
+            dial(1, 0, "here", endpoint, KEY, "bull")
+    assert found.empty()
+
+
+def address(listener: Listener) -> tuple[str, int]:
+    host, port = listener.endpoint.split(":")
+    return host, int(port)
+
+
+def test_strangers_do_not_stop_the_others(listen: Callable[..., Listener]):
+    """One says nothing, one hangs up, one talks of something else."""
+    listener = listen()
+    found = arrivals(listener, "links")
+    with contextlib.ExitStack() as stack:
+        silent, gone, talkative = (
+            stack.enter_context(socket.create_connection(address(listener))) for _ in range(3)
+        )
         gone.close()
-        with pytest.raises(RuntimeError, match=f"server here at {nowhere}"):
-            connections.join(1, NAMES, listener, [nowhere, address(listener)], KEY)
+        talkative.sendall(b"GET / HTTP/1.1\r\n\r\n" * 80)
+        theirs = stack.enter_context(call(listener, "links"))
+        assert_connected(stack.enter_context(found.get(timeout=PATIENCE_S)[2]), theirs)
+        silent.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            silent.recv(1)
+
+
+def test_who_says_nothing_is_not_waited_for(
+    listen: Callable[..., Listener],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+):
+    monkeypatch.setattr(connections, "_HANDSHAKE_S", 0.05)
+    with socket.create_connection(address(listen())) as silent:
+        assert_closed(silent)
+    assert "was not let in: timed out" in caplog.text
+
+
+def test_what_was_let_in_outlives_the_listener(listen: Callable[..., Listener]):
+    listener = listen()
+    found = arrivals(listener, "links")
+    with call(listener, "links") as theirs, call(listener, "bell") as waiting:
+        with found.get(timeout=PATIENCE_S)[2] as ours:
+            listener.close()
+            assert_connected(ours, theirs)
+        assert_closed(waiting)
+    with pytest.raises(RuntimeError, match=r"server here at .*refused"):
+        call(listener, "links")
+
+
+# All servers.
+
+
+def of_all(listeners: list[Listener], connect: Callable) -> list:
+    """What `mesh` or `directed` gives each server, or raises there."""
+    endpoints = [listener.endpoint for listener in listeners]
+
+    def one(rank: int):
+        try:
+            return connect(rank, NAMES, listeners[rank], endpoints, KEY, "links")
+        except RuntimeError as error:
+            return error
+
+    with concurrent.futures.ThreadPoolExecutor(len(listeners)) as pool:
+        return list(pool.map(one, range(len(listeners))))
+
+
+def test_a_mesh_has_one_connection_for_each_pair(listen: Callable[..., Listener]):
+    listeners = [listen(rank) for rank in range(3)]
+    for _ in range(2):  # and once more, as after a restart
+        found = of_all(listeners, mesh)
+        with contextlib.ExitStack() as stack:
+            for rank, connections_here in enumerate(found):
+                assert connections_here.keys() == set(range(3)) - {rank}
+                for connection in connections_here.values():
+                    stack.enter_context(connection)
+            for one, other in ((0, 1), (0, 2), (1, 2)):
+                assert_connected(found[one][other], found[other][one])
+
+
+def test_directed_has_two_connections_for_each_pair(listen: Callable[..., Listener]):
+    found = of_all([listen(rank) for rank in range(3)], directed)
+    with contextlib.ExitStack() as stack:
+        for dialled, accepted in found:
+            for connection in (*dialled.values(), *accepted.values()):
+                stack.enter_context(connection)
+        for one in range(3):
+            dialled, _ = found[one]
+            assert dialled.keys() == set(range(3)) - {one}
+            for other, connection in dialled.items():
+                assert_connected(connection, found[other][1][one])
+
+
+def test_who_calls_again_while_others_are_waited_for_replaces_the_first(
+    listen: Callable[..., Listener],
+):
+    listener = listen()
+    endpoints = [listener.endpoint, "", ""]
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(mesh, 0, NAMES, listener, endpoints, KEY, "links")
+        with first_call(listener, "links") as early, call(listener, "links") as late:
+            assert_closed(early)
+            with call(listener, "links", rank=2) as other:
+                found = waiting.result(PATIENCE_S)
+                with found[1], found[2]:
+                    assert_connected(found[1], late)
+                    assert_connected(found[2], other)
+
+
+def test_a_server_that_does_not_come_is_named(
+    listen: Callable[..., Listener], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(connections, "TIMEOUT_S", 0.5)
+    listener = listen()
+    with call(listener, "links") as theirs:
+        endpoints = [listener.endpoint, "", ""]
+        with pytest.raises(RuntimeError, match=r"no connection from elsewhere in 0\.5 s"):
+            mesh(0, NAMES, listener, endpoints, KEY, "links")
+        assert_closed(theirs)
+
+
+def test_a_server_that_cannot_be_reached_is_named(listen: Callable[..., Listener]):
+    listener, gone = listen(1), listen(0)
+    gone.close()
+    endpoints = [gone.endpoint, listener.endpoint, ""]
+    with pytest.raises(RuntimeError, match=f"server here at {gone.endpoint}: .*refused"):
+        mesh(1, NAMES, listener, endpoints, KEY, "links")
+
+
+def test_a_server_with_another_key_is_named(
+    listen: Callable[..., Listener], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(connections, "TIMEOUT_S", 0.5)
+    here, there, _ = of_all([listen(0, key=b"another"), listen(1), listen(2)], mesh)
+    assert "no connection from there, elsewhere" in str(here)
+    assert "server here" in str(there) and "another key" in str(there)

@@ -5,6 +5,7 @@ One server runs here, the other is played by the test: it speaks the protocol by
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
 import socket
 import struct
@@ -20,6 +21,7 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 from dance_jax.models import links_cpu
+from dance_jax.models.connections import Listener
 from dance_jax.models.links_cpu import HEAD_BYTES, Moved, Sockets, seconds_per_byte
 from dance_jax.models.messages import NO_EXPERT, Outgoing, row_bytes
 from dance_jax.models.topology import AXIS, Topology
@@ -36,8 +38,13 @@ def listen() -> socket.socket:
     return socket.create_server(("127.0.0.1", 0))
 
 
-def test_alone_there_are_no_links():
-    assert links_cpu.connect(0, ["here"], "127.0.0.1", KEY).name == "collectives"
+@pytest.mark.parametrize(("names", "usable"), [(("here",), True), (NAMES, False)])
+def test_alone_or_without_the_library_there_are_no_links(names: tuple[str, ...], usable: bool):
+    """Nobody is dialled or waited for."""
+    with contextlib.closing(Listener(0, names, "127.0.0.1", KEY)) as listener:
+        endpoints = [listener.endpoint, "127.0.0.1:1"]
+        transport = links_cpu.connect(0, names, listener, endpoints, KEY, usable=usable)
+    assert transport.name == "collectives"
 
 
 # What is sent.

@@ -59,7 +59,8 @@ def main() -> None:
         if start in script.dead_at_once:
             die()
         else:
-            tell(protocol.FromEngine(start, protocol.Prepared(f"host-{rank}:{start}")))
+            prepared = protocol.Prepared(f"host-{rank}:{start}", f"{rank}:{start}", links=second)
+            tell(protocol.FromEngine(start, prepared))
 
     signal.signal(signal.SIGUSR1, die)
     signal.signal(signal.SIGTERM, lambda *_: tell(protocol.DrainWanted()))
@@ -77,8 +78,9 @@ def main() -> None:
             case protocol.Drain():
                 if not (second and script.runs_on):
                     tell(protocol.Drained())
-            case protocol.Join(coordinator):
+            case protocol.Join(coordinator, endpoints, links):
                 assert coordinator == f"host-0:{start}"
+                assert endpoints[:2] == [f"0:{start}", f"1:{start}"] and not links
                 tell(protocol.FromEngine(start, protocol.Joined()))
                 tell(protocol.FromEngine(start, protocol.Ready(start, 0)))
     connection.close()
