@@ -218,7 +218,9 @@ def connect(
     if len(names) == 1:
         return Collectives()
     if not usable:
-        log.warning("servers exchange rows by collectives, slower: not all have the C++ library")
+        log.warning(
+            "servers exchange rows by collectives, slower: not all have CPUs and C++ library"
+        )
         return Collectives()
     open_links(rank, names, mesh(rank, names, listener, endpoints, key, "links"))
     return Sockets()
