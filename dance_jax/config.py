@@ -96,6 +96,8 @@ class ClusterSpec:
         return self.names.index(name)
 
 
+#: What users may ask for of the exchange of rows between servers.
+EXCHANGES = ("auto", "calls", "collectives")
 #: What users may ask for, of experts and of the trunk; "int4-mixed" leaves an expert's last
 #: projection eight bits, and in the trunk attention, embedding and output.
 EXPERT_CHOICES = ("keep", "bf16", "int8", "int4", "int4-mixed", "mxfp4")
@@ -148,6 +150,10 @@ class EngineConfig:
     #: What hidden states and sums between servers are rounded to: "compute" (not at all: `dtype`),
     #: "bfloat16" or "int8" (with one float32 scale for each).
     wire_dtype: str = "compute"
+    #: How servers exchange rows: "calls" (each steps on its own, and experts answer calls),
+    #: "collectives" (all step together, in one jax.distributed job), or "auto": calls, where all
+    #: servers are CPUs with the C++ library.
+    exchange: str = "auto"
     #: Default seed of sampling.
     seed: int = 0
     #: Tokens whose routes are kept for placement, per server; 0 keeps none.

@@ -220,9 +220,7 @@ class Engine:
                     self._apply(applied)
         return StepResult(outputs, self._work != IDLE, applied)
 
-    def _failed(
-        self, plan: StepPlan, outcomes: list[Outcome], extras: Extras
-    ) -> list[Sequence]:
+    def _failed(self, plan: StepPlan, outcomes: list[Outcome], extras: Extras) -> list[Sequence]:
         """The sequences of which a token has failed: no expert that it needs was to be had."""
         if not any(outcome.any_failed for outcome in outcomes):
             return []
@@ -234,10 +232,9 @@ class Engine:
         ]
 
     def stage(self, number: int, layout: Layout, experts: Experts) -> None:
-        """Holds loaded experts until all servers have staged the batch; then it comes into force.
+        """Holds loaded experts until `commit`.
 
-        Batches come into force one by one, in the order of their numbers, each on all servers after
-        the same step.
+        Batches come into force one by one, in the order of their numbers.
 
         Args:
             number: of the batch, from 1 on, the same on all servers, greater than all before.
@@ -250,7 +247,23 @@ class Engine:
             ValueError: the number is not new, the layout is another cluster's, or experts are
                 missing or not what the layout says; nothing is held then.
         """
-        self._staging.add(number, layout, experts)
+        batch = self._staging.add(number, layout, experts)
+        if self.alone:  # the others may call them as soon as one server has the batch in force
+            self.runner.pools.write(batch.writes)
+
+    def commit(self, number: int) -> bool:
+        """All servers have staged a batch: it comes into force after a step.
+
+        Returns:
+            Whether it has now; else `StepResult.applied` says when, the same step on all servers.
+        """
+        if not self.alone:
+            self._staging.commit(number)
+            return False
+        if self._staging.ready != number:
+            return False
+        self._apply(number)
+        return True
 
     def unstage(self, number: int) -> bool:
         """Drops a staged batch and those after it, which build on it.
@@ -282,7 +295,8 @@ class Engine:
         self._counted = counts_le
         with self._placed:
             batch = self._staging.take(number)
-            self.runner.pools.write(batch.writes)
+            if not self.alone:
+                self.runner.pools.write(batch.writes)
             self.runner.use_tables(batch.layout)
         if self.config.half_life is None:  # what never fades is of the present placement alone
             self._routes.clear()

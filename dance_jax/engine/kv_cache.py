@@ -87,9 +87,7 @@ def state_bytes(model: ModelConfig, config: EngineConfig) -> int:
     return (1 + config.max_num_seqs) * model.state_bytes
 
 
-def new_memory(
-    model: ModelConfig, config: EngineConfig, blocks: int, exchange: Exchange
-) -> Memory:
+def new_memory(model: ModelConfig, config: EngineConfig, blocks: int, exchange: Exchange) -> Memory:
     """An empty memory with so many blocks and scratch, in numpy."""
     layers = len(model.moe_layers)
     links = exchange.memory(layers)

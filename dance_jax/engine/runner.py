@@ -63,14 +63,24 @@ def cluster_mesh(devices: tuple[int, ...]) -> Mesh:
         RuntimeError: the processes do not have these devices.
     """
     found = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
-    if jax.process_count() == 1:
-        found = found[: sum(devices)]
     have = tuple(
         sum(device.process_index == rank for device in found) for rank in range(len(devices))
     )
     if have != devices:
         raise RuntimeError(f"JAX sees {have} devices per server, the cluster has {devices}")
     return Mesh(np.array(found), (AXIS,))
+
+
+def own_mesh(devices: int) -> Mesh:
+    """The 1-D mesh over so many devices of this process.
+
+    Raises:
+        RuntimeError: it does not have them.
+    """
+    found = jax.local_devices()
+    if len(found) < devices:
+        raise RuntimeError(f"JAX sees {len(found)} devices, the server has {devices}")
+    return Mesh(np.array(found[:devices]), (AXIS,))
 
 
 class Runner:
@@ -83,8 +93,8 @@ class Runner:
     Args:
         form: what a slot of the pool holds.
         blocks: KV blocks of each device, scratch not counted.
-        transport: carries rows between servers that step together, of one kind on all of them; None:
-            each steps on its own, and experts answer calls.
+        transport: carries rows between servers that step together, of one kind on all of them;
+            None: each steps on its own, and experts answer calls.
     """
 
     def __init__(
@@ -109,7 +119,7 @@ class Runner:
         self.topology = Topology(0, own, config.max_step_tokens)
         if transport is not None:
             self.topology = Topology(rank, layout.devices, config.max_step_tokens)
-        self.mesh = cluster_mesh(self.topology.devices)
+        self.mesh = cluster_mesh(layout.devices) if transport else own_mesh(own[0])
         self.shards = Shards(self.mesh)
         self.devices = self.shards.devices
         self.exchange = self._make_exchange(transport, len(layout.devices))
@@ -429,8 +439,8 @@ class Runner:
         """The outcome that `choose` packed; of a lone server, with `own` for what crossed links."""
         numbers, alone = np.zeros(rows, np.int32), self.topology.num_servers == 1
         like = numbers, numbers.view(np.float32), numbers, np.bool_(0), None if alone else own
-        *sampled, any_failed, crossed = step_module.unpack_host(packed, like)
-        return Outcome(*sampled, any_failed, own if alone else crossed)
+        outcome = Outcome(*step_module.unpack_host(packed, like))
+        return outcome._replace(crossed=own) if alone else outcome
 
     @functools.cached_property
     def _nothing_crossed(self) -> Crossed:

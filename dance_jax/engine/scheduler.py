@@ -204,7 +204,7 @@ class Scheduler:
         return sorted(waiting + running, key=_by_arrival)
 
     def schedule(self, others_decode: bool = False) -> StepPlan:
-        """Admit what fits and plan the next step; it is empty if nothing waits or runs, or all rest.
+        """Admit what fits and plan the next step; it is empty if nothing can be computed now.
 
         Args:
             others_decode: sequences decode on other servers, which wait for this one in every

@@ -39,7 +39,7 @@ class Shards:
         A lone process passes numpy's memory as it is: (measured) 7 us instead of the 48 us that
         `per_device` takes.
         """
-        if jax.process_count() > 1:
+        if self.mesh.is_multi_process:
             return self.per_device(parts)
         return np.stack(parts)
 

@@ -50,7 +50,7 @@ class Staging:
         self._rank = rank
         self._wanted = [(leaf.shape, leaf.dtype) for leaf in form.leaves.values()]
         self._batches: list[Batch] = []
-        self._last = self._told = 0
+        self._last = self._told = self._commit = 0
 
     @property
     def ready(self) -> int:
@@ -64,10 +64,18 @@ class Staging:
 
     @property
     def news(self) -> bool:
-        """The others do not know yet that the next one is ready."""
-        return bool(self._batches) and self.ready != self._told
+        """The others do not know yet that the next one may come into force."""
+        return self._committed != self._told
 
-    def add(self, number: int, layout: Layout, experts: Experts) -> None:
+    @property
+    def _committed(self) -> int:
+        return self.ready if self.ready <= self._commit else 0
+
+    def commit(self, number: int) -> None:
+        """Batches up to this one have been loaded by all servers."""
+        self._commit = number
+
+    def add(self, number: int, layout: Layout, experts: Experts) -> Batch:
         """Holds a batch; see `Engine.stage`."""
         before = self.latest
         if number <= self._last:
@@ -91,8 +99,10 @@ class Staging:
             layer, expert = tables[device][slot].tolist()
             which = layer * layout.holders.shape[1] + expert
             writes[device].append(SlotWrite(slot, which, weights))
-        self._batches.append(Batch(number, layout, writes))
+        batch = Batch(number, layout, writes)
+        self._batches.append(batch)
         self._last = number
+        return batch
 
     def _check(
         self, number: int, tables: list[np.ndarray], device: int, slot: int, weights: Weights
@@ -114,8 +124,8 @@ class Staging:
         return dropped
 
     def tell(self) -> int:
-        """What this server says in the step that begins: `ready`."""
-        self._told = self.ready
+        """What this server says in the step that begins: which batch may come into force, or 0."""
+        self._told = self._committed
         return self._told
 
     def take(self, number: int) -> Batch:

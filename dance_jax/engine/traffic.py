@@ -113,9 +113,7 @@ class CallTraffic:
         found = self._calls.counters()
         bytes_n2 = np.array([(p.bytes_sent, p.bytes_received) for p in found.peers], np.int64)
         sums, rows = found.sums, int(found.rows.sum())
-        moved = Moved(
-            sums.answers, sums.s, sums.bytes, sums.bytes_bytes, sums.bytes_s, sums.s_s
-        )
+        moved = Moved(sums.answers, sums.s, sums.bytes, sums.bytes_bytes, sums.bytes_s, sums.s_s)
         # Its rows cross links while those of others do not: each link is the busiest of its time.
         return Totals(found.rows, rows, rows, bytes_n2[:, 0], bytes_n2[:, 1], [moved])
 

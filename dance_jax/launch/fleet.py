@@ -20,7 +20,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 import msgspec
@@ -292,12 +292,28 @@ class Fleet(abc.ABC):
             protocol.Join(
                 coordinator=self.network.coordinator or prepared[0].coordinator,
                 endpoints=[each.endpoint for each in prepared],
-                links=all(each.links for each in prepared),
+                calls=self._take_calls(prepared),
             )
         )
         self._gather(protocol.Joined, JOIN_TIMEOUT_S, "did not join the others")
         ready = self._gather(protocol.Ready)
         self.cache_use = [(each.cache_hits, each.cache_misses) for each in ready]
+
+    def _take_calls(self, prepared: Sequence[protocol.Prepared]) -> bool:
+        """Whether each server steps on its own.
+
+        Raises:
+            UserError: it should, and a server cannot.
+        """
+        unable = [
+            name for name, each in zip(self.spec.names, prepared, strict=True) if not each.calls
+        ]
+        if self.config.exchange == "calls" and unable:
+            raise UserError(
+                f"server {unable[0]}: experts answer calls on CPUs with the C++ library alone; "
+                "install a C++ compiler there, or give --exchange collectives"
+            )
+        return self.config.exchange != "collectives" and not unable
 
     def _gather(
         self, kind: type[_Event], timeout_s: float = float("inf"), what: str = ""

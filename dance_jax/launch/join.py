@@ -1,9 +1,10 @@
-"""How a server's process becomes part of the cluster's jax.distributed job."""
+"""How a server's process makes its devices, alone or as part of a jax.distributed job."""
 
 from __future__ import annotations
 
 import logging
 import socket
+from collections.abc import Iterable
 
 from dance_jax.config import UserError
 from dance_jax.launch import cores
@@ -46,8 +47,11 @@ def own_address(setup: Setup) -> str:
     return "127.0.0.1" if address == "localhost" else address
 
 
-def join(setup: Setup, coordinator: str) -> int:
-    """Makes this process part of the cluster's jax.distributed job.
+def join(setup: Setup, coordinator: str | None) -> int:
+    """Makes this process's devices.
+
+    Args:
+        coordinator: of the jax.distributed job that all servers form; None: each is its own.
 
     Returns:
         The cores its thread pools are made for.
@@ -60,14 +64,34 @@ def join(setup: Setup, coordinator: str) -> int:
     mine = cores.share(cores.available(), setup.machine_devices)[setup.machine_index]
     import jax
 
-    # Gloo's address can be set nowhere else.
-    from jax._src.lib import _jax  # pyright: ignore[reportPrivateImportUsage]
-
     jax.config.update("jax_platforms", setup.platform)
     # Off: JAX would catch SIGTERM and live on.
     jax.config.update("jax_enable_preemption_service", False)
     if setup.platform == "cpu":
         jax.config.update("jax_num_cpu_devices", server.devices)
+    if coordinator is not None:
+        _initialize(setup, coordinator, range(first, first + server.devices))
+    elif shared:
+        jax.config.update("jax_cuda_visible_devices", _listed(range(first, first + server.devices)))
+    with cores.limited(mine):
+        log.info("devices: %s", ", ".join(map(str, jax.devices())))
+    if coordinator is not None:
+        _first_collective(len(setup.spec.servers))
+    return len(mine)
+
+
+def _listed(numbers: Iterable[int]) -> str:
+    return ",".join(map(str, numbers))
+
+
+def _initialize(setup: Setup, coordinator: str, devices: Iterable[int]) -> None:
+    """Makes this process part of the cluster's jax.distributed job, with these of its devices."""
+    import jax
+
+    # Gloo's address can be set nowhere else.
+    from jax._src.lib import _jax  # pyright: ignore[reportPrivateImportUsage]
+
+    if setup.platform == "cpu":
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         make_collectives = _jax.make_gloo_tcp_collectives
 
@@ -87,12 +111,8 @@ def join(setup: Setup, coordinator: str) -> int:
         process_id=setup.rank,
         coordinator_bind_address=coordinator,
         initialization_timeout=JOIN_TIMEOUT_S,
-        local_device_ids=list(range(first, first + server.devices)),
+        local_device_ids=list(devices),
     )
-    with cores.limited(mine):
-        log.info("all servers are there; devices: %s", ", ".join(map(str, jax.devices())))
-    _first_collective(len(setup.spec.servers))
-    return len(mine)
 
 
 def _first_collective(num_servers: int) -> None:

@@ -88,14 +88,14 @@ class FrontSetup(msgspec.Struct, kw_only=True):
 
 
 class Join(msgspec.Struct, tag=True):
-    """All servers are prepared: form the jax.distributed job."""
+    """All servers are prepared: connect with each other."""
 
-    #: host:port where rank 0 coordinates.
+    #: host:port where rank 0 coordinates a jax.distributed job of servers that step together.
     coordinator: str
     #: Where the servers listen for each other, by rank.
     endpoints: list[str]
-    #: All can exchange rows over links of their own.
-    links: bool
+    #: Each server steps on its own, and experts answer calls.
+    calls: bool
 
 
 class Submit(msgspec.Struct, tag=True):
@@ -127,10 +127,7 @@ class Load(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Stage(msgspec.Struct, tag=True):
-    """Load a batch of moved experts in the background, and say Staged.
-
-    When all servers have, it comes into force on all of them after the same step.
-    """
+    """Load a batch of moved experts in the background, into empty slots, and say Staged."""
 
     #: From 1 on since the engines' start; all servers get the same batches.
     number: int
@@ -138,6 +135,15 @@ class Stage(msgspec.Struct, tag=True):
     layout: bytes
     #: What this server loads; others may load more.
     loads: list[Load]
+
+
+class Commit(msgspec.Struct, tag=True):
+    """All servers have loaded a batch: put it in force after a step, and say Applied.
+
+    Servers that step together do so after the same one.
+    """
+
+    number: int
 
 
 class Drop(msgspec.Struct, tag=True):
@@ -166,8 +172,8 @@ class Prepared(msgspec.Struct, tag=True):
     coordinator: str
     #: host:port where it listens for the other servers.
     endpoint: str
-    #: It has the C++ library that exchanges rows over links (`models.links_cpu`).
-    links: bool
+    #: It has the C++ library, whose experts answer calls (`models.calls`).
+    calls: bool
 
 
 class Joined(msgspec.Struct, tag=True):
@@ -225,7 +231,7 @@ class StageFailed(msgspec.Struct, tag=True):
 
 
 class Applied(msgspec.Struct, tag=True):
-    """A batch is in force, on all servers."""
+    """A batch is in force on this server."""
 
     number: int
 
@@ -244,7 +250,7 @@ class Failed(msgspec.Struct, tag=True):
     user: bool
 
 
-# Launcher to front end, beside Join, AskStats, Stage, Drop and Stop.
+# Launcher to front end, beside Join, AskStats, Stage, Commit, Drop and Stop.
 
 
 class Restart(msgspec.Struct, tag=True):
@@ -400,7 +406,7 @@ class NodeEnded(msgspec.Struct, tag=True):
 NodeCommand = NodeSetup | NodeProbe | NodeEnd | NodePing
 NodeEvent = NodeHello | NodeReply | NodeEnded
 
-Command = Join | Submit | Abort | AskStats | Stage | Drop | Stop
+Command = Join | Submit | Abort | AskStats | Stage | Commit | Drop | Stop
 Event = (
     Hello
     | Prepared
@@ -416,7 +422,7 @@ Event = (
     | Dropped
     | Failed
 )
-FrontCommand = Join | Restart | AskStats | Stage | Drop | Decided | Placed | Drain | Stop
+FrontCommand = Join | Restart | AskStats | Stage | Commit | Drop | Decided | Placed | Drain | Stop
 FrontEvent = Hello | FromEngine | EngineDied | RebalanceWanted | DrainWanted | Drained | Failed
 
 encode = msgspec.msgpack.Encoder().encode

@@ -205,8 +205,8 @@ class Rebalancer:
                 self._stats[rank] = bytes(stats)
                 if len(self._stats) == len(self._spec.servers):
                     self._count()
-            case protocol.Staged(_, seconds, size):
-                self._loading.missing.discard(rank)
+            case protocol.Staged(number, seconds, size) if number == self._number:
+                self._loaded(rank)
                 if size and seconds > 0:
                     rate, known = size / seconds, self._rates[rank]
                     news = rate if np.isnan(known) else known + _RATE_WEIGHT * (rate - known)
@@ -391,6 +391,14 @@ class Rebalancer:
         self._loading = _Loading(self._clock() + LOAD_TIMEOUT_S, ranks)
         for rank, stage in enumerate(self._migration.stages()):
             self._front.tell(rank, stage)
+
+    def _loaded(self, rank: int) -> None:
+        """A server has loaded the batch; once all have, it may come into force."""
+        if rank not in self._loading.missing:
+            return
+        self._loading.missing.discard(rank)
+        if not self._loading.missing and self._dropping is None:
+            self._front.tell_all(protocol.Commit(self._number))
 
     def _advance(self, rank: int, number: int) -> None:
         """A server has a batch in force."""

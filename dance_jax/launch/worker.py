@@ -120,7 +120,7 @@ def _told_to_stop(channel: Channel) -> bool:
 
 def _start(
     setup: Setup, files: ModelFiles, channel: Channel, listener: Listener, key: bytes
-) -> tuple[Engine, Loader, Bell]:
+) -> tuple[Engine, Loader, Bell | None]:
     """Makes ready to serve, together with all others.
 
     Args:
@@ -138,27 +138,26 @@ def _start(
     from dance_jax.launch.peer_weights import Shelf
     from dance_jax.launch.peers import meet
     from dance_jax.launch.plan import parse_layout
-    from dance_jax.models import links_cpu, native
+    from dance_jax.models import native
+    from dance_jax.models.calls import Lines
+    from dance_jax.models.collectives import Collectives
 
     compile_dir = None if cache is None else private_directory(cache / "compiled")
     if setup.platform == "cpu":
         native.load(compile_dir or pathlib.Path(setup.private_dir))
-    channel.send(
-        protocol.Prepared(
-            coordinator_endpoint(setup), listener.endpoint, native.library() is not None
-        )
-    )
+    able = native.library() is not None
+    channel.send(protocol.Prepared(coordinator_endpoint(setup), listener.endpoint, able))
     match channel.receive():
-        case protocol.Join(coordinator, endpoints, links):
+        case protocol.Join(coordinator, endpoints, calls):
             pass
         case _:
             raise Stopped
     channel.send(protocol.Progress("joining", 0, 0))
-    threads = join(setup, coordinator)
+    threads = join(setup, None if calls else coordinator)
     native.set_threads(threads)
     me = (setup.rank, setup.spec.names, listener, endpoints, key)
-    transport = links_cpu.connect(*me, usable=links)
-    bell = hang(*me)
+    lines = Lines(setup.rank, setup.spec.names, listener, key)
+    bell = None if calls else hang(*me)
     shelf = Shelf(checkpoint, setup.config.dtype)
     peers = meet(*me) if any(server.from_peers for server in setup.spec.servers) else None
     if peers is not None:
@@ -169,8 +168,9 @@ def _start(
     channel.send(protocol.Progress(stage, 0, 0))
     layout = parse_layout(setup.layout)
     # The seed only reaches the step as an argument, and the half-life does not.
-    shape = dataclasses.replace(setup.config, seed=0, half_life=None)
-    scope = (setup.fingerprint, layout.devices, layout.slots_per_device, shape, threads)
+    shape = dataclasses.replace(setup.config, seed=0, half_life=None, exchange="")
+    servers = () if calls else (layout.devices, layout.slots_per_device)
+    scope = (setup.fingerprint, servers, shape, threads)
     steps = CompileCache(compile_dir, scope)
     engine = Engine(
         weights,
@@ -180,10 +180,12 @@ def _start(
         layout,
         setup.config,
         compile_cache=steps,
-        transport=transport,
+        transport=None if calls else Collectives(),
         free_memory=free_per_device(setup.platform, setup.machine_devices),
     )
     engine.warmup(lambda stage, done, total: channel.send(protocol.Progress(stage, done, total)))
+    if engine.runner.calls is not None:
+        lines.connect(engine.runner.calls, endpoints)
     shelf.held = engine.expert
     loader = _loader(engine, checkpoint, peers)
     # What is there now stays: later collections need not look at it, for longer than a step takes.
@@ -258,7 +260,37 @@ def _convert(source: pathlib.Path, cache: pathlib.Path, rounding: Rounding) -> p
     return ensure_converted(source, cache, rounding=rounding)
 
 
-def _serve(engine: Engine, loader: Loader, bell: Bell, channel: Channel) -> None:
+def _serve(engine: Engine, loader: Loader, bell: Bell | None, channel: Channel) -> None:
+    """Steps until the parent says Stop."""
+    if bell is None:
+        _serve_alone(engine, loader, channel)
+    else:
+        _serve_together(engine, loader, bell, channel)
+
+
+def _serve_alone(engine: Engine, loader: Loader, channel: Channel) -> None:
+    """Steps while there is work here, and does what the parent says."""
+    reported, busy = 0.0, True
+    while True:
+        _obey(engine, loader, channel)
+        for loaded in loader.finished():
+            channel.send(_stage(engine, loaded))
+        result = engine.step()
+        if result.outputs:
+            channel.send(protocol.Deltas(result.outputs))
+        now = time.monotonic()
+        # The last report is of what ended the work.
+        if busy != result.active or now > reported + (REPORT_S if busy else HEARTBEAT_S):
+            reported = now
+            channel.send(protocol.Report(engine.report()))
+        busy = result.active
+        if not result.active:
+            # Whose experts are not to be had, or what is being loaded, is looked after soon.
+            soon = loader.busy or engine.has_work
+            channel.waits(LOADING_POLL_S if soon else HEARTBEAT_S)
+
+
+def _serve_together(engine: Engine, loader: Loader, bell: Bell, channel: Channel) -> None:
     """Steps together with all servers, and does what the parent says, until it says Stop.
 
     All servers do the same steps. After one in which none had work (`StepResult.active`, known to
@@ -326,6 +358,9 @@ def _obey(engine: Engine, loader: Loader, channel: Channel) -> None:
                 channel.send(protocol.Stats(msgspec.Raw(stats)))
             case protocol.Stage() as stage:
                 loader.begin(stage)
+            case protocol.Commit(number):
+                if engine.commit(number):
+                    channel.send(protocol.Applied(number))
             case protocol.Drop(number):
                 loader.drop(number)
                 engine.unstage(number)

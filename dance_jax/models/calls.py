@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import socket
+import threading
 import weakref
 from collections.abc import Sequence
 
@@ -19,6 +20,7 @@ import numpy as np
 from jax import Array
 
 from dance_jax.models import native
+from dance_jax.models.connections import Listener, dial
 from dance_jax.models.kernels_cpu import NativePool
 
 #: Kinds of a wire by their numbers in C++.
@@ -112,9 +114,7 @@ class CallServer:
         #: By which the steps of each device name it.
         self.callers = [self._number * _MOST_DEVICES + device for device in range(len(pools))]
         # The library computes with the pools until it is gone.
-        self._end = weakref.finalize(
-            self, library.CallServerDelete, ctypes.c_int64(self._number)
-        )
+        self._end = weakref.finalize(self, library.CallServerDelete, ctypes.c_int64(self._number))
 
     def use(self, version: int, resident_nle: np.ndarray) -> None:
         """From now on experts are looked for where `resident_nle`, bool [n, l, e], says."""
@@ -153,6 +153,65 @@ class CallServer:
         self._end()
 
 
+class Lines:
+    """A server's connections for expert calls: its own to the others, and theirs to it.
+
+    Args:
+        rank: this server's.
+        names: of all servers, by rank.
+        listener: this server's; from now on the others' connections are let in.
+        key: secret of the servers.
+    """
+
+    _TOPIC = "calls"
+
+    def __init__(self, rank: int, names: Sequence[str], listener: Listener, key: bytes) -> None:
+        self._rank, self._names, self._key = rank, names, key
+        self._lock = threading.Lock()
+        self._server: CallServer | None = None
+        #: What came before there was a server.
+        self._early: list[tuple[int, socket.socket]] = []
+        listener.on(self._TOPIC, self._admit)
+
+    def _admit(self, peer: int, _: int, connection: socket.socket) -> None:
+        with self._lock:
+            if self._server is None:
+                self._early.append((peer, connection))
+            else:
+                self._server.accept(peer, connection)
+
+    def connect(self, server: CallServer, endpoints: Sequence[str]) -> None:
+        """Lets the others call a server, and dials all of them.
+
+        Args:
+            endpoints: where servers listen, by rank.
+
+        Raises:
+            RuntimeError: one cannot be reached.
+        """
+        with self._lock:
+            self._server = server
+            for peer, connection in self._early:
+                server.accept(peer, connection)
+            self._early.clear()
+        for peer, endpoint in enumerate(endpoints):
+            if peer != self._rank:
+                self.dial(peer, endpoint)
+
+    def dial(self, peer: int, endpoint: str) -> None:
+        """Connects with a server, perhaps anew.
+
+        Raises:
+            RuntimeError: it cannot be reached.
+        """
+        assert self._server is not None
+        for device in range(len(self._server.callers)):
+            connection = dial(
+                self._rank, peer, self._names[peer], endpoint, self._key, self._TOPIC, device
+            )
+            self._server.dial(device, peer, connection)
+
+
 @jax.named_scope("experts")
 def routed(
     caller: Array, layer: Array, x_td: Array, expert_tk: Array, weight_tk: Array, valid_t: Array
@@ -173,7 +232,8 @@ def routed(
     rows, d = x_td.shape
     results = jax.ShapeDtypeStruct((rows, d), jnp.float32), jax.ShapeDtypeStruct((rows,), jnp.bool_)
     call = jax.ffi.ffi_call(native.target("Routed"), results)
-    return tuple(call(caller, layer, x_td.astype(jnp.float32), expert_tk, weight_tk, valid_t))
+    sums, failed = call(caller, layer, x_td.astype(jnp.float32), expert_tk, weight_tk, valid_t)
+    return sums, failed
 
 
 def _pointer(array: np.ndarray) -> ctypes.c_void_p:

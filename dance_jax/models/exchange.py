@@ -72,7 +72,7 @@ class Experts(NamedTuple):
 
 
 class Exchange(Protocol):
-    """Computes the routed experts of a layer's tokens, wherever they are, inside shard_map over AXIS."""
+    """Computes a layer's routed experts, wherever they are, inside shard_map over AXIS."""
 
     @property
     def name(self) -> str:
@@ -119,6 +119,7 @@ class Calls:
     def __call__(
         self, experts: Experts, routed: Routed, valid_t: Array, said: Array, memory: Any
     ) -> tuple[Array, Array, Exchanged]:
+        assert isinstance(experts.pool, Array)
         x_td, expert_tk, weight_tk = routed
         sums_td, failed_t = calls.routed(
             experts.pool, experts.layer, x_td, expert_tk, weight_tk, valid_t

@@ -168,7 +168,11 @@ class FrontEnd:
                     self._start, self._layout = start, layout
                     self._start_engine()
                 case (
-                    protocol.Join() | protocol.AskStats() | protocol.Stage() | protocol.Drop()
+                    protocol.Join()
+                    | protocol.AskStats()
+                    | protocol.Stage()
+                    | protocol.Commit()
+                    | protocol.Drop()
                 ) as command:
                     self._to_engine(command)
 
