@@ -64,6 +64,8 @@ class LLM:
         max_num_seqs: sequences that run at once on each device.
         kv_memory: bytes of each device's KV cache; None: all sequences at full length, in at most
             half of the memory that is free.
+        exchange: how servers exchange rows: "calls" (each steps on its own, on CPUs with a C++
+            compiler), "collectives" (all step together), or "auto": calls where all can.
         wire_dtype: of hidden states between servers: "compute" (as they are, exact), "bfloat16"
             or "int8".
         experts: what the weights of routed experts are rounded to when the model is converted:
@@ -94,6 +96,7 @@ class LLM:
         max_num_seqs: int = 16,
         kv_memory: int | None = None,
         wire_dtype: str = "compute",
+        exchange: str = "auto",
         experts: str = "keep",
         trunk: str = "keep",
         ssh_config: str | os.PathLike[str] | None = None,
@@ -134,6 +137,7 @@ class LLM:
             max_num_seqs=max_num_seqs,
             platform=platform,
             wire_dtype=wire_dtype,
+            exchange=exchange,
             kv_memory=kv_memory,
             rounding=rounding,
         )

@@ -124,6 +124,7 @@ def _launch(options: argparse.Namespace, platform: str, console: Console) -> int
         max_num_seqs=options.max_num_seqs,
         platform=platform,
         wire_dtype=options.wire_dtype,
+        exchange=options.exchange,
         kv_memory=options.kv_memory,
         rounding=rounding,
     )

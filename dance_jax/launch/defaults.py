@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pathlib
 
-from dance_jax.config import ClusterSpec, EngineConfig, Rounding, UserError
+from dance_jax.config import EXCHANGES, ClusterSpec, EngineConfig, Rounding, UserError
 from dance_jax.engine.kv_cache import num_blocks
 from dance_jax.models.config import ModelConfig
 
@@ -53,6 +53,7 @@ def engine_config(
     max_num_seqs: int = DEFAULT_NUM_SEQS,
     platform: str = "cpu",
     wire_dtype: str = "compute",
+    exchange: str = "auto",
     kv_memory: int | None = None,
     rounding: Rounding | None = None,
 ) -> EngineConfig:
@@ -68,6 +69,7 @@ def engine_config(
         max_num_seqs: sequences that run at once on each device.
         platform: "cpu" or another.
         wire_dtype: one of WIRE_DTYPES.
+        exchange: one of EXCHANGES, see `EngineConfig.exchange`.
         kv_memory: bytes of each device's KV cache; None: see `EngineConfig.kv_memory`.
         rounding: what weights are rounded to when the model is converted.
 
@@ -90,6 +92,8 @@ def engine_config(
         raise UserError(f'dtype={dtype!r}: "float32" or "bfloat16" is needed')
     if wire_dtype not in WIRE_DTYPES:
         raise UserError(f"wire_dtype={wire_dtype!r}: one of {', '.join(WIRE_DTYPES)} is needed")
+    if exchange not in EXCHANGES:
+        raise UserError(f"exchange={exchange!r}: one of {', '.join(EXCHANGES)} is needed")
     config = EngineConfig(
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
@@ -98,6 +102,7 @@ def engine_config(
         dtype=dtype,
         seed=seed,
         wire_dtype=wire_dtype,
+        exchange=exchange,
         kv_memory=kv_memory,
         rounding=rounding or Rounding(),
     )

@@ -126,6 +126,10 @@ class Fleet(abc.ABC):
         self.network = network or Network()
         self.nodes = nodes
         self.started = False
+        #: Each server steps on its own, and experts answer calls; known once all are prepared.
+        self.calls = False
+        #: Where the servers listen for each other, by rank; "": one starts anew.
+        self._endpoints: list[str] = []
         #: Per server: steps read from the compile cache, and compiled.
         self.cache_use: list[tuple[int, int]] = []
         self._processes: list[Server] = []
@@ -286,18 +290,19 @@ class Fleet(abc.ABC):
 
     def _bring_up(self) -> None:
         """Waits until all processes have called back and their engines wait for requests."""
-        self._gather(protocol.Hello, CALL_TIMEOUT_S, "did not call back")
-        prepared = self._gather(protocol.Prepared)
-        self._send_all(
-            protocol.Join(
-                coordinator=self.network.coordinator or prepared[0].coordinator,
-                endpoints=[each.endpoint for each in prepared],
-                calls=self._take_calls(prepared),
-            )
-        )
-        self._gather(protocol.Joined, JOIN_TIMEOUT_S, "did not join the others")
-        ready = self._gather(protocol.Ready)
+        ranks = range(len(self.spec.servers))
+        self._gather(ranks, protocol.Hello, CALL_TIMEOUT_S, "did not call back")
+        prepared = self._gather(ranks, protocol.Prepared)
+        self.calls = self._take_calls(prepared)
+        self._endpoints = [each.endpoint for each in prepared]
+        self._send_all(self._join_message(prepared[0]))
+        self._gather(ranks, protocol.Joined, JOIN_TIMEOUT_S, "did not join the others")
+        ready = self._gather(ranks, protocol.Ready)
         self.cache_use = [(each.cache_hits, each.cache_misses) for each in ready]
+
+    def _join_message(self, first: protocol.Prepared) -> protocol.Join:
+        coordinator = self.network.coordinator or first.coordinator
+        return protocol.Join(coordinator, self._endpoints, self.calls)
 
     def _take_calls(self, prepared: Sequence[protocol.Prepared]) -> bool:
         """Whether each server steps on its own.
@@ -316,17 +321,24 @@ class Fleet(abc.ABC):
         return self.config.exchange != "collectives" and not unable
 
     def _gather(
-        self, kind: type[_Event], timeout_s: float = float("inf"), what: str = ""
+        self,
+        ranks: Iterable[int],
+        kind: type[_Event],
+        timeout_s: float = float("inf"),
+        what: str = "",
     ) -> list[_Event]:
-        """Waits until every server has sent an event of this kind while it starts.
+        """Waits until each of these servers has sent an event of this kind while it starts.
 
         Raises:
             ClusterError: one has not within the time: `what` it did not do.
         """
         deadline = time.monotonic() + timeout_s
-        while missing := [rank for rank, seen in enumerate(self._reached) if kind not in seen]:
+        while missing := [rank for rank in ranks if kind not in self._reached[rank]]:
             for rank, event in self._events():
                 process = self._processes[rank]
+                if protocol.Ready in self._reached[rank]:
+                    self._heard(rank, event)
+                    continue
                 self._reached[rank][type(event)] = event
                 if isinstance(event, protocol.Progress):
                     self.progress(process.name, event.stage, event.done, event.total)
@@ -336,7 +348,10 @@ class Fleet(abc.ABC):
                     process.pid = event.pid
             if time.monotonic() > deadline:
                 raise self._error(missing[0], f"{what} within {timeout_s:.0f} s")
-        return [seen[kind] for seen in self._reached]
+        return [self._reached[rank][kind] for rank in ranks]
+
+    def _heard(self, rank: int, event: Any) -> None:  # noqa: B027
+        """A server that is ready says something while others start."""
 
     # Talking.
 

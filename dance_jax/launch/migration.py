@@ -47,18 +47,19 @@ class Migration:
         return [Stage(self.number, content, each) for each in loads]
 
     def applied(self, rank: int, number: int) -> bool:
-        """A server has a batch in force; whether all have, and the next one may begin."""
+        """A server has a batch in force; whether all have."""
         if number != self.number:
             return False
         self._missing.discard(rank)
-        if self._missing:
-            return False
+        return not self._missing
+
+    def commit(self) -> None:
+        """The batch is in force; the next one may begin."""
         batch, self.layout = self._left.popleft()
         self.begun = True
         self.moved += len(batch.loads())
         self.number += 1
         self._missing = set(range(len(self.layout.devices)))
-        return True
 
 
 def _loads(before: Layout, batch: Batch) -> list[list[Load]]:

@@ -10,7 +10,7 @@ import re
 import msgspec
 
 from dance_jax.cache import default_cache_dir
-from dance_jax.config import EXPERT_CHOICES, TRUNK_CHOICES, UserError
+from dance_jax.config import EXCHANGES, EXPERT_CHOICES, TRUNK_CHOICES, UserError
 from dance_jax.engine.sequence import MAX_TOKENS
 from dance_jax.launch.defaults import DEFAULT_NUM_SEQS, WIRE_DTYPES
 from dance_jax.launch.hosts import MEMORY_UNITS, quantity
@@ -87,6 +87,13 @@ def parser() -> argparse.ArgumentParser:
         choices=WIRE_DTYPES,
         default="compute",
         help="of hidden states between servers; compute: as they are, exact (%(default)s)",
+    )
+    parser.add_argument(
+        "--exchange",
+        choices=EXCHANGES,
+        default="auto",
+        help="calls: each server steps on its own, and experts answer calls (CPUs with a C++ "
+        "compiler); collectives: all servers step together; auto: calls where all can (%(default)s)",
     )
     parser.add_argument("--max-model-len", type=_positive, help="context in tokens (<= 2048)")
     parser.add_argument(

@@ -92,7 +92,7 @@ class Join(msgspec.Struct, tag=True):
 
     #: host:port where rank 0 coordinates a jax.distributed job of servers that step together.
     coordinator: str
-    #: Where the servers listen for each other, by rank.
+    #: Where the servers listen for each other, by rank; "": one starts anew just now.
     endpoints: list[str]
     #: Each server steps on its own, and experts answer calls.
     calls: bool
@@ -135,6 +135,13 @@ class Stage(msgspec.Struct, tag=True):
     layout: bytes
     #: What this server loads; others may load more.
     loads: list[Load]
+
+
+class Peer(msgspec.Struct, tag=True):
+    """Another server's engine has started anew: connect with it."""
+
+    rank: int
+    endpoint: str
 
 
 class Commit(msgspec.Struct, tag=True):
@@ -250,7 +257,7 @@ class Failed(msgspec.Struct, tag=True):
     user: bool
 
 
-# Launcher to front end, beside Join, AskStats, Stage, Commit, Drop and Stop.
+# Launcher to front end, beside Join, Peer, AskStats, Stage, Commit, Drop and Stop.
 
 
 class Restart(msgspec.Struct, tag=True):
@@ -406,7 +413,7 @@ class NodeEnded(msgspec.Struct, tag=True):
 NodeCommand = NodeSetup | NodeProbe | NodeEnd | NodePing
 NodeEvent = NodeHello | NodeReply | NodeEnded
 
-Command = Join | Submit | Abort | AskStats | Stage | Commit | Drop | Stop
+Command = Join | Peer | Submit | Abort | AskStats | Stage | Commit | Drop | Stop
 Event = (
     Hello
     | Prepared
@@ -422,7 +429,9 @@ Event = (
     | Dropped
     | Failed
 )
-FrontCommand = Join | Restart | AskStats | Stage | Commit | Drop | Decided | Placed | Drain | Stop
+FrontCommand = (
+    Join | Peer | Restart | AskStats | Stage | Commit | Drop | Decided | Placed | Drain | Stop
+)
 FrontEvent = Hello | FromEngine | EngineDied | RebalanceWanted | DrainWanted | Drained | Failed
 
 encode = msgspec.msgpack.Encoder().encode

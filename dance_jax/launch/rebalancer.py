@@ -11,7 +11,7 @@ import concurrent.futures
 import dataclasses
 import enum
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import msgspec
@@ -37,8 +37,10 @@ READ_S, READ_RATE = 0.01, 200e6
 MOST_WAITING = 16
 #: Weight of the latest batch in a server's mean rate.
 _RATE_WEIGHT = 0.3
-#: Seconds after which a batch that is not in force everywhere is given up.
+#: Seconds after which a batch that is not loaded everywhere is given up.
 LOAD_TIMEOUT_S = 300.0
+#: Seconds that servers have to put a loaded batch in force; who is later is not waited for.
+COMMIT_TIMEOUT_S = 10.0
 #: Seconds that engines have to say what they have counted, or that a batch is dropped.
 ANSWER_TIMEOUT_S = 30.0
 
@@ -147,8 +149,8 @@ class Rebalancer:
         self._migration: Migration | None = None
         self._loading = _Loading(float("inf"), set())
         self._dropping: _Dropping | None = None
-        #: Latest batch of these engines.
-        self._number = 0
+        #: Latest batch; all servers have loaded it, and have been told to put it in force.
+        self._number, self._committed = 0, False
         self._answers_due = float("inf")
         #: Bytes a second that each server loads; nan: it has loaded nothing.
         self._rates = np.full(shape[0], np.nan)
@@ -218,19 +220,24 @@ class Rebalancer:
             case protocol.Dropped(number):
                 self._dropped(rank, number)
 
-    def engines_died(self) -> None:
-        """All of them; what is in force stays, and others start with it."""
+    def engines_died(self, ranks: Iterable[int]) -> None:
+        """Those of these servers; what is in force stays, and others start with it."""
         self._engines_run = False
         if self._migration is not None:
-            self._front.notice("", "experts stop moving: all engines start anew")
+            self._front.notice("", "experts stop moving: an engine starts anew")
+            if self._committed:  # those that live put it in force
+                self._migration.commit()
+                self.layout = self._migration.layout
+            else:
+                self._front.tell_all(protocol.Drop(self._number))
             self._stop_moving(why="an engine died")
             self._publish()
         elif self._doing is not _Doing.NOTHING:
             # Decided anew, by what the next engines say.
             self._waiting.appendleft(self._current)
-        self._doing, self._answer, self._number = _Doing.NOTHING, None, 0
+        self._doing, self._answer = _Doing.NOTHING, None
         self._candidate = None
-        self._workload.engines_died(self._clock())
+        self._workload.engines_died(ranks, self._clock())
         if self._draining:  # nobody is left to be asked
             self._save()
 
@@ -386,7 +393,7 @@ class Rebalancer:
 
     def _load(self) -> None:
         assert self._migration is not None
-        self._number = self._migration.number
+        self._number, self._committed = self._migration.number, False
         ranks = set(range(len(self._spec.servers)))
         self._loading = _Loading(self._clock() + LOAD_TIMEOUT_S, ranks)
         for rank, stage in enumerate(self._migration.stages()):
@@ -398,13 +405,19 @@ class Rebalancer:
             return
         self._loading.missing.discard(rank)
         if not self._loading.missing and self._dropping is None:
+            self._committed = True
+            self._loading.deadline = self._clock() + COMMIT_TIMEOUT_S
             self._front.tell_all(protocol.Commit(self._number))
 
     def _advance(self, rank: int, number: int) -> None:
         """A server has a batch in force."""
         moving = self._migration
-        if moving is None or not moving.applied(rank, number):
-            return
+        if moving is not None and moving.applied(rank, number):
+            self._go_on(moving)
+
+    def _go_on(self, moving: Migration) -> None:
+        """A batch is in force on all servers, or on those that are waited for."""
+        moving.commit()
         self.layout = moving.layout
         if moving.complete:
             self._migrations += 1
@@ -424,10 +437,13 @@ class Rebalancer:
             self._front.tell_all(protocol.Drop(self._dropping.number))
             self._loading.deadline = self._clock() + ANSWER_TIMEOUT_S
             return
-        slow = [self._spec.names[rank] for rank in sorted(self._loading.missing)]
-        what = "have not loaded them" if slow else "have not put them in place"
-        names = ", ".join(slow or self._spec.names)
-        self._drop(self._number, names, f"{what} in {LOAD_TIMEOUT_S:g} s")
+        if self._committed:
+            # Whoever is late hears "not here" until it has it in force too.
+            assert self._migration is not None
+            self._go_on(self._migration)
+            return
+        names = ", ".join(self._spec.names[rank] for rank in sorted(self._loading.missing))
+        self._drop(self._number, names, f"have not loaded them in {LOAD_TIMEOUT_S:g} s")
 
     def _drop(self, number: int, name: str, why: str) -> None:
         """A batch is to come into force nowhere; all have to say so, as it may have by then."""

@@ -1,8 +1,8 @@
 """A cluster that serves: the parent of one front end per server, each with an engine of its own.
 
-An engine that dies takes the others along, so this process has all front ends start theirs anew;
-the users' requests wait there. A front end that dies ends the service. Meanwhile experts move to
-where they are used (`rebalancer`).
+An engine that dies is started anew; its users' requests wait, and those of others that need its
+experts. Engines that step together die together, so all of them start anew. A front end that dies
+ends the service. Meanwhile experts move to where they are used (`rebalancer`).
 """
 
 from __future__ import annotations
@@ -84,10 +84,11 @@ class Service(Fleet):
         self._rebalancer = Rebalancer(
             how, self.spec, self.checkpoint, self.config, self.layout, self, before
         )
-        #: Number of the engines' start.
-        self._start = 0
-        #: Ranks whose engines of this start have died, with what is known of it.
+        #: Number of each engine's start.
+        self._starts = [0] * len(self.spec.servers)
+        #: Ranks whose latest engines have died, with what is known of it; those that are not ready.
         self._died: dict[int, protocol.EngineDied] = {}
+        self._down: set[int] = set()
         self._drained: set[int] = set()
         #: Somebody wants the service to end; time.monotonic() at which it does in any case.
         self._drain_wanted = False
@@ -116,7 +117,7 @@ class Service(Fleet):
         self.progress, self._notice = (lambda *_: None), notice
         with contextlib.suppress(_Drained):
             while True:
-                self._start_anew(self._first_death())
+                self._start_anew(self._next_death())
 
     def stop(self) -> None:
         """As `Fleet.stop`."""
@@ -157,29 +158,33 @@ class Service(Fleet):
             what = f"cannot start: its engine {self._fate(failure.rank)}"
             raise self._error(failure.rank, what) from None
 
-    def _first_death(self) -> int:
+    def _next_death(self) -> int:
         """Waits until an engine dies: its server's rank."""
         try:
             while True:
                 for rank, event in self._events():
-                    self._rebalancer.receive(rank, event)
+                    self._heard(rank, event)
                 self._rebalancer.tick()
         except _EngineFailure as failure:
             return failure.rank
 
+    def _heard(self, rank: int, event: Any) -> None:
+        self._rebalancer.receive(rank, event)
+
     def _start_anew(self, dead: int) -> None:
-        """Starts all engines again, because that server's has died.
+        """Starts the engine of that server again, which has died, and those that died with it.
 
         Raises:
             ClusterError: it does not help.
         """
         for _ in range(MAX_FAILED_STARTS):
             what, _, _ = f"its engine {self._fate(dead)}".partition("\n")
-            text = f"{what}; all engines start anew, requests in flight wait"
+            which = "it starts anew" if self.calls else "all engines start anew"
+            text = f"{what}; {which}, requests in flight wait"
             self._notice(self.spec.names[dead], text)
-            self._restart()
+            self._restart({*self._died} if self.calls else {*range(len(self._starts))})
             try:
-                self._bring_up()
+                self._bring_back()
             except _EngineFailure as failure:
                 dead = failure.rank
             else:
@@ -188,15 +193,35 @@ class Service(Fleet):
         what = f"its engine {self._fate(dead)}, as in the {MAX_FAILED_STARTS - 1} starts before"
         raise self._error(dead, what)
 
-    def _restart(self) -> None:
-        self._rebalancer.engines_died()
+    def _restart(self, ranks: set[int]) -> None:
+        """Has front ends start their engines anew."""
+        self._rebalancer.engines_died(ranks)
         self.layout = self._rebalancer.layout
-        self._start += 1
         self._died.clear()
-        # Hello came with the front end, which stays.
-        hello = protocol.Hello
-        self._reached = [{hello: seen[hello]} for seen in self._reached]
-        self._send_all(protocol.Restart(self._start, dump_layout(self.layout)))
+        self._down |= ranks
+        for rank in ranks:
+            self._starts[rank] += 1
+            # Hello came with the front end, which stays.
+            self._reached[rank] = {protocol.Hello: self._reached[rank][protocol.Hello]}
+            self._endpoints[rank] = ""
+            self.tell(rank, protocol.Restart(self._starts[rank], dump_layout(self.layout)))
+
+    def _bring_back(self) -> None:
+        """Waits until the engines that were started anew are ready, and connects the others."""
+        if not self.calls:
+            self._bring_up()
+            self._down.clear()
+            return
+        ranks = sorted(self._down)
+        for rank, prepared in zip(ranks, self._gather(ranks, protocol.Prepared), strict=True):
+            if not self._endpoints[rank]:  # it has not been told yet
+                self._endpoints[rank] = prepared.endpoint
+                self.tell(rank, self._join_message(prepared))
+        self._gather(ranks, protocol.Ready)
+        self._down.clear()
+        for rank in ranks:
+            for other in set(range(len(self._starts))) - {rank}:
+                self.tell(other, protocol.Peer(rank, self._endpoints[rank]))
 
     def _process_setup(self, engine: protocol.Setup) -> msgspec.Struct:
         options = msgspec.structs.replace(self.options, port=self._port(engine.rank))
@@ -208,9 +233,9 @@ class Service(Fleet):
     def _decode(self, rank: int, content: bytes) -> Any:
         match protocol.decode_front_event(content):
             case protocol.FromEngine(start, event):
-                return event if start == self._start else None
+                return event if start == self._starts[rank] else None
             case protocol.EngineDied() as died:
-                if died.start == self._start:
+                if died.start == self._starts[rank]:
                     self._died[rank] = died
             case protocol.RebalanceWanted() as wanted:
                 self._rebalancer.want(rank, wanted)

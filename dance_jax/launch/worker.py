@@ -2,11 +2,11 @@
 server's front end.
 
 The order is what matters here: the model is made ready before anybody waits for anybody; cores are
-limited while JAX makes its devices, because XLA sizes its thread pools by them; all processes do
-one collective before anything else, because a first collective of only some of them fails; then
-the engine loads, compiles, and steps together with all others: one step after another while any
-server has work, and one a second while none has, which shows that all can. Experts that move are
-read in the background (`loading`).
+limited while JAX makes its devices, because XLA sizes its thread pools by them; then the engine
+loads, compiles, and steps while it has work. Where servers step together instead, all processes do
+one collective before anything else, because a first collective of only some of them fails; they do
+one step after another while any of them has work, and one a second while none has, which shows that
+all can. Experts that move are read in the background (`loading`).
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import gc
+import logging
 import multiprocessing
 import os
 import pathlib
 import sys
+import threading
 import time
 import traceback
 from typing import TYPE_CHECKING
@@ -36,12 +38,15 @@ from dance_jax.launch.protocol import Setup
 from dance_jax.models.connections import Listener
 
 if TYPE_CHECKING:
-    from dance_jax.engine.engine import Engine
+    from dance_jax.engine.engine import Engine, StepResult
     from dance_jax.launch.loading import Loaded, Loader
     from dance_jax.launch.peers import Peers
+    from dance_jax.models.calls import Lines
     from dance_jax.models.checkpoint import Checkpoint, WeightSource
     from dance_jax.models.config import ModelConfig
     from dance_jax.models.formats import Formats
+
+log = logging.getLogger("dance_jax.worker")
 
 #: Seconds after which servers without work do a step together; between two reports of busy ones.
 HEARTBEAT_S, REPORT_S = 1.0, 0.25
@@ -96,7 +101,7 @@ def main() -> None:
         channel.send(protocol.Hello(os.getpid()))
         key = derived(setup.key, "servers")
         with contextlib.closing(listen(setup, key)) as listener:
-            _serve(*_start(setup, files, channel, listener, key), channel)
+            _serve(*_start(setup, files, channel, listener, key))
     except Stopped:
         pass
     except BaseException as error:
@@ -120,7 +125,7 @@ def _told_to_stop(channel: Channel) -> bool:
 
 def _start(
     setup: Setup, files: ModelFiles, channel: Channel, listener: Listener, key: bytes
-) -> tuple[Engine, Loader, Bell | None]:
+) -> tuple[Worker, Bell | None]:
     """Makes ready to serve, together with all others.
 
     Args:
@@ -192,7 +197,7 @@ def _start(
     gc.collect()
     gc.freeze()
     channel.send(protocol.Ready(steps.hits, steps.misses))
-    return engine, loader, bell
+    return Worker(engine, loader, lines, channel), bell
 
 
 def _peer_weights(
@@ -260,68 +265,122 @@ def _convert(source: pathlib.Path, cache: pathlib.Path, rounding: Rounding) -> p
     return ensure_converted(source, cache, rounding=rounding)
 
 
-def _serve(engine: Engine, loader: Loader, bell: Bell | None, channel: Channel) -> None:
+def _serve(worker: Worker, bell: Bell | None) -> None:
     """Steps until the parent says Stop."""
     if bell is None:
-        _serve_alone(engine, loader, channel)
+        worker.serve_alone()
     else:
-        _serve_together(engine, loader, bell, channel)
+        worker.serve_together(bell)
 
 
-def _serve_alone(engine: Engine, loader: Loader, channel: Channel) -> None:
-    """Steps while there is work here, and does what the parent says."""
-    reported, busy = 0.0, True
-    while True:
-        _obey(engine, loader, channel)
-        for loaded in loader.finished():
-            channel.send(_stage(engine, loaded))
-        result = engine.step()
-        if result.outputs:
-            channel.send(protocol.Deltas(result.outputs))
-        now = time.monotonic()
-        # The last report is of what ended the work.
-        if busy != result.active or now > reported + (REPORT_S if busy else HEARTBEAT_S):
-            reported = now
-            channel.send(protocol.Report(engine.report()))
-        busy = result.active
-        if not result.active:
-            # Whose experts are not to be had, or what is being loaded, is looked after soon.
-            soon = loader.busy or engine.has_work
-            channel.waits(LOADING_POLL_S if soon else HEARTBEAT_S)
+class Worker:
+    """An engine that is ready, and what the parent has it do.
 
-
-def _serve_together(engine: Engine, loader: Loader, bell: Bell, channel: Channel) -> None:
-    """Steps together with all servers, and does what the parent says, until it says Stop.
-
-    All servers do the same steps. After one in which none had work (`StepResult.active`, known to
-    all alike) they rest, until one of them begins the next step and rings.
+    Args:
+        lines: to the other servers.
+        channel: to the parent.
     """
-    step = 1  # number of the next one, the same on all servers
-    busy = rung = False
-    heartbeat = reported = 0.0
-    while True:
-        _obey(engine, loader, channel)
-        for loaded in loader.finished():
-            channel.send(_stage(engine, loaded))
-        now = time.monotonic()
-        if not (busy or rung):
-            if not engine.has_work and now < heartbeat:
-                wake = min(heartbeat, now + LOADING_POLL_S) if loader.busy else heartbeat
-                rung = bell.wait(channel.socket, wake - now, step)
-                continue
-            bell.ring(step)
-        result = engine.step()
-        step += 1
-        busy, rung = result.active, False
+
+    def __init__(self, engine: Engine, loader: Loader, lines: Lines, channel: Channel) -> None:
+        self._engine, self._loader = engine, loader
+        self._lines, self._channel = lines, channel
+        self._reported = 0.0
+
+    def serve_alone(self) -> None:
+        """Steps while there is work here, whatever the other servers do."""
+        busy = True
+        while True:
+            self._obey()
+            result = self._engine.step()
+            self._hand_out(result)
+            # The last report is of what ended the work.
+            self._report(REPORT_S if result.active else HEARTBEAT_S, at_once=busy != result.active)
+            busy = result.active
+            if not busy:
+                # A sequence that rests, or a batch that is being loaded, is looked after soon.
+                soon = self._loader.busy or self._engine.has_work
+                self._channel.waits(LOADING_POLL_S if soon else HEARTBEAT_S)
+
+    def serve_together(self, bell: Bell) -> None:
+        """Steps together with all servers.
+
+        All servers do the same steps. After one in which none had work (`StepResult.active`, known
+        to all alike) they rest, until one of them begins the next step and rings.
+        """
+        step = 1  # number of the next one, the same on all servers
+        busy = rung = False
+        heartbeat = 0.0
+        while True:
+            self._obey()
+            now = time.monotonic()
+            if not (busy or rung):
+                if not self._engine.has_work and now < heartbeat:
+                    wake = min(heartbeat, now + LOADING_POLL_S) if self._loader.busy else heartbeat
+                    rung = bell.wait(self._channel.socket, wake - now, step)
+                    continue
+                bell.ring(step)
+            result = self._engine.step()
+            step += 1
+            busy, rung = result.active, False
+            self._hand_out(result)
+            heartbeat = time.monotonic() + HEARTBEAT_S
+            self._report(REPORT_S, at_once=not busy)
+
+    def _hand_out(self, result: StepResult) -> None:
         if result.outputs:
-            channel.send(protocol.Deltas(result.outputs))
+            self._channel.send(protocol.Deltas(result.outputs))
         if result.applied:
-            channel.send(protocol.Applied(result.applied))
+            self._channel.send(protocol.Applied(result.applied))
+
+    def _report(self, interval_s: float, at_once: bool) -> None:
         now = time.monotonic()
-        heartbeat = now + HEARTBEAT_S
-        if not busy or now > reported + REPORT_S:
-            reported = now
-            channel.send(protocol.Report(engine.report()))
+        if at_once or now > self._reported + interval_s:
+            self._reported = now
+            self._channel.send(protocol.Report(self._engine.report()))
+
+    def _obey(self) -> None:
+        """Does what the parent has said, and hands over what was loaded.
+
+        Raises:
+            Stopped: it wants an end.
+        """
+        engine, channel = self._engine, self._channel
+        while channel.waits():
+            match channel.receive():
+                case protocol.Submit(requests):
+                    for request in requests:
+                        engine.add(request)
+                case protocol.Abort(request_ids):
+                    for request_id in [None] if request_ids is None else request_ids:
+                        engine.abort(request_id)
+                case protocol.AskStats():
+                    stats = msgspec.msgpack.encode(engine.stats())
+                    channel.send(protocol.Stats(msgspec.Raw(stats)))
+                case protocol.Stage() as stage:
+                    self._loader.begin(stage)
+                case protocol.Commit(number):
+                    if engine.commit(number):
+                        channel.send(protocol.Applied(number))
+                case protocol.Drop(number):
+                    self._loader.drop(number)
+                    engine.unstage(number)
+                    channel.send(protocol.Dropped(number))
+                case protocol.Peer(rank, endpoint):
+                    threading.Thread(
+                        target=self._redial, args=(rank, endpoint), daemon=True, name="redial"
+                    ).start()
+                case protocol.Stop():
+                    raise Stopped
+                case protocol.Join():
+                    raise RuntimeError("the servers have joined already")
+        for loaded in self._loader.finished():
+            channel.send(_stage(engine, loaded))
+
+    def _redial(self, rank: int, endpoint: str) -> None:
+        try:
+            self._lines.dial(rank, endpoint)
+        except RuntimeError as error:  # it has died again, and will be heard of
+            log.warning("%s", error)
 
 
 def _stage(engine: Engine, loaded: Loaded) -> protocol.Staged | protocol.StageFailed:
@@ -337,38 +396,6 @@ def _stage(engine: Engine, loaded: Loaded) -> protocol.Staged | protocol.StageFa
     if why:
         return protocol.StageFailed(number, why)
     return protocol.Staged(number, loaded.seconds, loaded.bytes_read)
-
-
-def _obey(engine: Engine, loader: Loader, channel: Channel) -> None:
-    """Does what the parent has said.
-
-    Raises:
-        Stopped: it wants an end.
-    """
-    while channel.waits():
-        match channel.receive():
-            case protocol.Submit(requests):
-                for request in requests:
-                    engine.add(request)
-            case protocol.Abort(request_ids):
-                for request_id in [None] if request_ids is None else request_ids:
-                    engine.abort(request_id)
-            case protocol.AskStats():
-                stats = msgspec.msgpack.encode(engine.stats())
-                channel.send(protocol.Stats(msgspec.Raw(stats)))
-            case protocol.Stage() as stage:
-                loader.begin(stage)
-            case protocol.Commit(number):
-                if engine.commit(number):
-                    channel.send(protocol.Applied(number))
-            case protocol.Drop(number):
-                loader.drop(number)
-                engine.unstage(number)
-                channel.send(protocol.Dropped(number))
-            case protocol.Stop():
-                raise Stopped
-            case protocol.Join():
-                raise RuntimeError("the servers have joined already")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import msgspec
 import numpy as np
@@ -52,7 +52,10 @@ class Workload:
         self.idle = False
         self._shape, self._no_routes = shape, np.zeros((0, layers, k), np.int16)
         self._half_life_s = half_life_s
-        self._forget()
+        #: What the present engines had counted when they were asked last.
+        self._counted, self._computed = np.zeros(shape), np.zeros(servers)
+        self._sent = np.zeros((servers, 2))
+        self._costs = [_Costs()] * servers
         self._measured = [Measured()] * servers
         self._begin_counts(now)
         if before is not None:
@@ -85,14 +88,6 @@ class Workload:
         if self._half_life_s is None:
             self._begin_counts(now)
 
-    def _forget(self) -> None:
-        """What the present engines had counted when they were asked last."""
-        servers = self._shape[0]
-        self._counted: np.ndarray | float = 0.0
-        self._computed: np.ndarray | float = 0.0
-        self._sent: np.ndarray | float = 0.0
-        self._costs = [_Costs()] * servers
-
     @property
     def measured(self) -> list[Measured]:
         """By server."""
@@ -120,20 +115,23 @@ class Workload:
         # Counters on the devices have 32 bits.
         self._counts.add(share * (new_nle + (new_nle < 0) * 2.0**32), now)
         self._tokens.add(share * (tokens_n - self._computed), now)
-        # All servers know the same.
-        rows = np.array([found[0].rows, found[0].busiest_rows], np.float64)
-        self._rows.add(share * (rows - self._sent), now)
-        self._counted, self._computed, self._sent = counts_nle, tokens_n, rows
+        rows_n2 = np.array([(each.rows, each.busiest_rows) for each in found], np.float64)
+        # Servers that step together all count those of all: the share is the same.
+        self._rows.add(share * (rows_n2 - self._sent).sum(0), now)
+        self._counted, self._computed, self._sent = counts_nle, tokens_n, rows_n2
         for rank, each in enumerate(found):
             self._routes[rank] = self._filled(rank, each.routes_tlk, now)
             costs = _Costs(each.expert_seconds, each.calls_served, each.moved or _Costs.moved)
             self._measured[rank] = costs.since(self._costs[rank], self._measured[rank])
             self._costs[rank] = costs
 
-    def engines_died(self, now: float) -> None:
-        """Their counters begin anew."""
-        self._old_routes, self._old_since = list(self._routes), now
-        self._forget()
+    def engines_died(self, ranks: Iterable[int], now: float) -> None:
+        """Those of these servers: their counters begin anew."""
+        self._old_since = now
+        for rank in ranks:
+            self._old_routes[rank] = self._routes[rank]
+            self._counted[rank], self._computed[rank], self._sent[rank] = 0, 0, 0
+            self._costs[rank] = _Costs()
 
     def statistics(self, now: float) -> Statistics:
         """As of now."""

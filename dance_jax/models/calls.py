@@ -184,7 +184,7 @@ class Lines:
         """Lets the others call a server, and dials all of them.
 
         Args:
-            endpoints: where servers listen, by rank.
+            endpoints: where servers listen, by rank; "": one does not yet, it is dialled later.
 
         Raises:
             RuntimeError: one cannot be reached.
@@ -195,7 +195,7 @@ class Lines:
                 server.accept(peer, connection)
             self._early.clear()
         for peer, endpoint in enumerate(endpoints):
-            if peer != self._rank:
+            if peer != self._rank and endpoint:
                 self.dial(peer, endpoint)
 
     def dial(self, peer: int, endpoint: str) -> None:

@@ -169,6 +169,7 @@ class FrontEnd:
                     self._start_engine()
                 case (
                     protocol.Join()
+                    | protocol.Peer()
                     | protocol.AskStats()
                     | protocol.Stage()
                     | protocol.Commit()
