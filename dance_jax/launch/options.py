@@ -93,7 +93,7 @@ def parser() -> argparse.ArgumentParser:
         choices=EXCHANGES,
         default="auto",
         help="calls: each server steps on its own, and experts answer calls (CPUs with a C++ "
-        "compiler); collectives: all servers step together; auto: calls where all can (%(default)s)",
+        "compiler); collectives: all step together; auto: calls where all can (%(default)s)",
     )
     parser.add_argument("--max-model-len", type=_positive, help="context in tokens (<= 2048)")
     parser.add_argument(

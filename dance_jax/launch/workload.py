@@ -121,7 +121,7 @@ class Workload:
         self._counted, self._computed, self._sent = counts_nle, tokens_n, rows_n2
         for rank, each in enumerate(found):
             self._routes[rank] = self._filled(rank, each.routes_tlk, now)
-            costs = _Costs(each.expert_seconds, each.calls_served, each.moved or _Costs.moved)
+            costs = _Costs(each.expert_seconds, each.calls_served, each.moved)
             self._measured[rank] = costs.since(self._costs[rank], self._measured[rank])
             self._costs[rank] = costs
 
@@ -165,12 +165,13 @@ class _Costs:
 
     expert_seconds: float = 0.0
     calls: int = 0
-    #: Of both phases of the exchange.
-    moved: Sequence[Moved] = (Moved(), Moved())
+    #: Of each phase of the exchange.
+    moved: Sequence[Moved] = ()
 
     def since(self, before: _Costs, known: Measured) -> Measured:
         """By what was done since then; where that is too little, since the start, or as known."""
-        moved = [now - then for now, then in zip(self.moved, before.moved, strict=True)]
+        begun = before.moved or [Moved()] * len(self.moved)
+        moved = [now - then for now, then in zip(self.moved, begun, strict=True)]
         calls = self.calls - before.calls
         byte_s = known.byte_s
         for phases in (moved, self.moved):
