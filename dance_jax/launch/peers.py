@@ -15,7 +15,6 @@ import logging
 import math
 import socket
 import struct
-import threading
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
@@ -23,7 +22,7 @@ import numpy as np
 from dance_jax.config import UserError
 from dance_jax.launch.loading import Read
 from dance_jax.launch.protocol import Load
-from dance_jax.models.connections import Listener, directed
+from dance_jax.models.connections import Listener, dial
 from dance_jax.models.experts import ExpertFormat, Weights
 
 log = logging.getLogger("dance_jax.peers")
@@ -76,38 +75,65 @@ Find = Callable[[Question], Iterable[np.ndarray]]
 class Peers:
     """This server's connections to all others: those it asks on, and those it is asked on.
 
+    Each is made when it is first needed, and anew where a server has been restarted.
+
     Args:
         rank: this server's.
-        names: of all servers, by rank.
-        asks: connections for its questions, by the rank of the other end.
-        answers: connections for the others' questions.
+        names, endpoints: of all servers, by rank; an endpoint may change.
+        listener: this server's.
+        key: secret of the servers.
     """
+
+    _TOPIC = "peers"
 
     def __init__(
         self,
         rank: int,
         names: Sequence[str],
-        asks: dict[int, socket.socket],
-        answers: dict[int, socket.socket],
+        listener: Listener,
+        endpoints: list[str],
+        key: bytes,
     ) -> None:
         self.rank = rank
-        self._names = names
-        self._asks, self._answers = asks, answers
-        for connection in asks.values():
-            connection.settimeout(ANSWER_TIMEOUT_S)
+        self._names, self._listener, self._key = names, listener, key
+        self._endpoints = endpoints
+        #: The latest connection with each server, for this one's questions, and for the others'.
+        self._asks: dict[int, socket.socket] = {}
+        self._answers: dict[int, socket.socket] = {}
 
     def answer(self, find: Find) -> None:
-        """Answers questions from now on, in threads.
+        """Answers questions from now on, each server's in a thread.
 
         Args:
             find: called there; what it raises is the answer.
         """
-        for rank, connection in self._answers.items():
-            connection.settimeout(None)
-            arguments = (connection, find, self._names[rank])
-            threading.Thread(
-                target=_answer, args=arguments, daemon=True, name=f"peer-{rank}"
-            ).start()
+
+        def admit(peer: int, _: int, connection: socket.socket) -> None:
+            self._answers[peer] = connection
+            _answer(connection, find, self._names[peer])
+
+        self._listener.on(self._TOPIC, admit)
+
+    def _connection(self, rank: int) -> socket.socket:
+        """For questions to a server.
+
+        Raises:
+            OSError: it cannot be reached.
+        """
+        if rank not in self._asks:
+            try:
+                self._asks[rank] = dial(
+                    self.rank,
+                    rank,
+                    self._names[rank],
+                    self._endpoints[rank],
+                    self._key,
+                    self._TOPIC,
+                )
+            except RuntimeError as error:
+                raise OSError(str(error)) from error
+            self._asks[rank].settimeout(ANSWER_TIMEOUT_S)
+        return self._asks[rank]
 
     def ask(self, rank: int, question: Question, likes: Sequence[Like]) -> list[np.ndarray]:
         """Asks one server; only one question may be on the way to each.
@@ -119,11 +145,12 @@ class Peers:
 
         Raises:
             LookupError: it has them not.
-            OSError: it is gone or silent, or answers something else; it is not asked any more.
+            OSError: it is gone or silent, or answers something else.
         """
         sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in likes]
-        connection, name = self._asks[rank], self._names[rank]
+        name = self._names[rank]
         try:
+            connection = self._connection(rank)
             connection.sendall(_packed(question))
             there, found = _ANSWER.unpack(_receive(connection, _ANSWER.size))
             if found != sum(sizes) if there else found > _LONGEST_REASON:
@@ -131,7 +158,8 @@ class Peers:
             content = _receive(connection, found)
         except OSError as error:
             # What may come late would be taken for the next answer.
-            connection.close()
+            if rank in self._asks:
+                self._asks.pop(rank).close()
             raise OSError(f"server {name} did not send {question}: {error}") from error
         if not there:
             reason = content.decode(errors="replace")
@@ -222,21 +250,3 @@ def _receive(connection: socket.socket, count: int) -> bytearray:
             raise ConnectionError("it closed the connection")
         view = view[received:]
     return content
-
-
-def meet(
-    rank: int, names: Sequence[str], listener: Listener, endpoints: Sequence[str], key: bytes
-) -> Peers:
-    """Connects this server with all others; they do it at the same time.
-
-    Args:
-        rank: this server's.
-        names, endpoints: of all servers, by rank.
-        listener: this server's.
-        key: secret of the servers.
-
-    Raises:
-        RuntimeError: a server cannot be reached, or is a stranger.
-    """
-    asks, answers = directed(rank, names, listener, endpoints, key, "peers")
-    return Peers(rank, names, asks, answers)

@@ -141,7 +141,7 @@ def _start(
     from dance_jax.engine.engine import Engine
     from dance_jax.launch.memory import free_per_device
     from dance_jax.launch.peer_weights import Shelf
-    from dance_jax.launch.peers import meet
+    from dance_jax.launch.peers import Peers
     from dance_jax.launch.plan import parse_layout
     from dance_jax.models import native
     from dance_jax.models.calls import Lines
@@ -164,7 +164,7 @@ def _start(
     lines = Lines(setup.rank, setup.spec.names, listener, key)
     bell = None if calls else hang(*me)
     shelf = Shelf(checkpoint, setup.config.dtype)
-    peers = meet(*me) if any(server.from_peers for server in setup.spec.servers) else None
+    peers = Peers(*me) if any(server.from_peers for server in setup.spec.servers) else None
     if peers is not None:
         peers.answer(shelf.find)
     weights = checkpoint or _peer_weights(setup, model, files.formats, peers)
@@ -197,7 +197,7 @@ def _start(
     gc.collect()
     gc.freeze()
     channel.send(protocol.Ready(steps.hits, steps.misses))
-    return Worker(engine, loader, lines, channel), bell
+    return Worker(engine, loader, lines, endpoints, channel), bell
 
 
 def _peer_weights(
@@ -278,12 +278,20 @@ class Worker:
 
     Args:
         lines: to the other servers.
+        endpoints: of all servers by rank, which change where one is restarted.
         channel: to the parent.
     """
 
-    def __init__(self, engine: Engine, loader: Loader, lines: Lines, channel: Channel) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        loader: Loader,
+        lines: Lines,
+        endpoints: list[str],
+        channel: Channel,
+    ) -> None:
         self._engine, self._loader = engine, loader
-        self._lines, self._channel = lines, channel
+        self._lines, self._endpoints, self._channel = lines, endpoints, channel
         self._reported = 0.0
 
     def serve_alone(self) -> None:
@@ -366,6 +374,7 @@ class Worker:
                     engine.unstage(number)
                     channel.send(protocol.Dropped(number))
                 case protocol.Peer(rank, endpoint):
+                    self._endpoints[rank] = endpoint
                     threading.Thread(
                         target=self._redial, args=(rank, endpoint), daemon=True, name="redial"
                     ).start()

@@ -15,7 +15,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 
 log = logging.getLogger(__name__)
 
@@ -193,37 +193,7 @@ def mesh(
     Raises:
         RuntimeError: a server cannot be reached, did not come in time, or has another key.
     """
-    lower, higher = range(rank), range(rank + 1, len(names))
-    dialled, accepted = _meet(rank, names, listener, endpoints, key, topic, lower, higher)
-    return dialled | accepted
-
-
-def directed(
-    rank: int,
-    names: Sequence[str],
-    listener: Listener,
-    endpoints: Sequence[str],
-    key: bytes,
-    topic: str,
-) -> tuple[dict[int, socket.socket], dict[int, socket.socket]]:
-    """Two connections with each other server: those dialled and those accepted, by rank.
-
-    Arguments and errors are those of `mesh`.
-    """
-    others = [n for n in range(len(names)) if n != rank]
-    return _meet(rank, names, listener, endpoints, key, topic, others, others)
-
-
-def _meet(
-    rank: int,
-    names: Sequence[str],
-    listener: Listener,
-    endpoints: Sequence[str],
-    key: bytes,
-    topic: str,
-    dials: Collection[int],
-    awaits: Collection[int],
-) -> tuple[dict[int, socket.socket], dict[int, socket.socket]]:
+    higher = range(rank + 1, len(names))
     deadline = time.monotonic() + TIMEOUT_S
     dialled: dict[int, socket.socket] = {}
     accepted: dict[int, socket.socket] = {}
@@ -241,13 +211,13 @@ def _meet(
 
     listener.on(topic, admit)
     try:
-        for peer in dials:
+        for peer in range(rank):
             dialled[peer] = dial(
                 rank, peer, names[peer], endpoints[peer], key, topic, timeout_s=left()
             )
         with arrived:
-            arrived.wait_for(lambda: accepted.keys() >= set(awaits), left())
-            if missing := [names[n] for n in awaits if n not in accepted]:
+            arrived.wait_for(lambda: accepted.keys() >= set(higher), left())
+            if missing := [names[n] for n in higher if n not in accepted]:
                 raise RuntimeError(f"no connection from {', '.join(missing)} in {TIMEOUT_S:g} s")
     except BaseException:
         for connection in (*dialled.values(), *accepted.values()):
@@ -256,7 +226,7 @@ def _meet(
     finally:
         # Who calls from here on was restarted, and waits until it is met anew.
         listener.off(topic)
-    return dialled, accepted
+    return dialled | accepted
 
 
 def _tune(connection: socket.socket) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import pathlib
 import shutil
@@ -20,7 +19,7 @@ from dance_jax.config import Rounding
 from dance_jax.launch import peer_weights, peers
 from dance_jax.launch.loading import Loader, Read
 from dance_jax.launch.peer_weights import PeerWeights, Shelf
-from dance_jax.launch.peers import Find, Kind, Like, Peers, Question, meet
+from dance_jax.launch.peers import Find, Kind, Like, Peers, Question
 from dance_jax.launch.protocol import Load, Stage
 from dance_jax.models.checkpoint import Checkpoint
 from dance_jax.models.connections import Listener
@@ -66,9 +65,7 @@ def three() -> Iterator[list[Peers]]:
         for listener in listeners:
             stack.callback(listener.close)
         endpoints = [listener.endpoint for listener in listeners]
-        pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor(len(NAMES)))
-        met = pool.map(lambda rank: meet(rank, NAMES, listeners[rank], endpoints, key), ranks)
-        made = list(met)
+        made = [Peers(rank, NAMES, listeners[rank], endpoints, key) for rank in ranks]
         for each in made:
             stack.callback(each.close)
         yield made
@@ -119,26 +116,25 @@ def test_what_a_server_does_not_have(three: list[Peers]) -> None:
         three[0].ask(2, Question(Kind.EXPERTS, 0, (1, 2)), LIKES)
 
 
-def silent(three: list[Peers]) -> None:
-    """Gamma does not answer at all."""
+def silent(connection: socket.socket) -> None:
+    connection.recv(1 << 20)
+    connection.recv(1)  # until the other end gives up
 
 
-def gone(three: list[Peers]) -> None:
-    three[2].close()
+def gone(connection: socket.socket) -> None:
+    connection.close()
 
 
-def larger(three: list[Peers]) -> None:
-    three[2].answer(lambda question: [np.zeros((2, 3), np.float64)] * 3)
+def larger(connection: socket.socket) -> None:
+    connection.sendall(peers._ANSWER.pack(True, 144))
 
 
-def talkative(three: list[Peers]) -> None:
+def talkative(connection: socket.socket) -> None:
     """It has more reasons than anybody wants to hear."""
-    connection = three[2]._answers[0]
     connection.sendall(peers._ANSWER.pack(False, 1 << 40))
 
 
-def breaks_off(three: list[Peers]) -> None:
-    connection = three[2]._answers[0]
+def breaks_off(connection: socket.socket) -> None:
     connection.sendall(peers._ANSWER.pack(True, 36) + b"12")
     connection.shutdown(socket.SHUT_WR)
 
@@ -154,17 +150,33 @@ def breaks_off(three: list[Peers]) -> None:
     ],
 )
 def test_what_can_go_wrong(
-    what: Callable[[list[Peers]], None],
+    what: Callable[[socket.socket], None],
     why: str,
     three: list[Peers],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The error names server and expert, and that server is not asked again."""
-    three[0]._asks[2].settimeout(0.05 if what is silent else 10)
-    what(three)
+    """The error names server and expert; the server is asked anew next time."""
+    monkeypatch.setattr(peers, "ANSWER_TIMEOUT_S", 0.05 if what is silent else 10)
+    connections = []
+
+    def admit(_: int, __: int, connection: socket.socket) -> None:
+        connections.append(connection)
+        what(connection)
+
+    three[2]._listener.on("peers", admit)
     failed = load(reader(three[0]), [Load(0, 0, 0, 1, 2)])
     assert "OSError: server gamma did not send expert 1 of MoE layer 0" in failed.why
     assert why in failed.why
-    assert "server gamma did not send" in load(reader(three[0]), [Load(0, 0, 0, 2, 2)]).why
+    three[2].answer(pool())
+    assert load(reader(three[0]), [Load(0, 0, 0, 2, 2)]).why == ""
+    for connection in connections:
+        connection.close()
+
+
+def test_a_server_that_does_not_listen(three: list[Peers]) -> None:
+    three[2]._listener.close()
+    why = load(reader(three[0]), [Load(0, 0, 0, 1, 2)]).why
+    assert "server gamma did not send expert 1 of MoE layer 0" in why and "refused" in why
 
 
 class Source:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from dance_jax.models import connections
-from dance_jax.models.connections import Listener, dial, directed, mesh
+from dance_jax.models.connections import Listener, dial, mesh
 from tests.launch.launched import eventually
 
 NAMES = ("here", "there", "elsewhere")
@@ -206,13 +206,13 @@ def test_what_was_let_in_outlives_the_listener(listen: Callable[..., Listener]):
 # All servers.
 
 
-def of_all(listeners: list[Listener], connect: Callable) -> list:
-    """What `mesh` or `directed` gives each server, or raises there."""
+def of_all(listeners: list[Listener]) -> list:
+    """What `mesh` gives each server, or raises there."""
     endpoints = [listener.endpoint for listener in listeners]
 
     def one(rank: int):
         try:
-            return connect(rank, NAMES, listeners[rank], endpoints, KEY, "links")
+            return mesh(rank, NAMES, listeners[rank], endpoints, KEY, "links")
         except RuntimeError as error:
             return error
 
@@ -223,7 +223,7 @@ def of_all(listeners: list[Listener], connect: Callable) -> list:
 def test_a_mesh_has_one_connection_for_each_pair(listen: Callable[..., Listener]):
     listeners = [listen(rank) for rank in range(3)]
     for _ in range(2):  # and once more, as after a restart
-        found = of_all(listeners, mesh)
+        found = of_all(listeners)
         with contextlib.ExitStack() as stack:
             for rank, connections_here in enumerate(found):
                 assert connections_here.keys() == set(range(3)) - {rank}
@@ -231,19 +231,6 @@ def test_a_mesh_has_one_connection_for_each_pair(listen: Callable[..., Listener]
                     stack.enter_context(connection)
             for one, other in ((0, 1), (0, 2), (1, 2)):
                 assert_connected(found[one][other], found[other][one])
-
-
-def test_directed_has_two_connections_for_each_pair(listen: Callable[..., Listener]):
-    found = of_all([listen(rank) for rank in range(3)], directed)
-    with contextlib.ExitStack() as stack:
-        for dialled, accepted in found:
-            for connection in (*dialled.values(), *accepted.values()):
-                stack.enter_context(connection)
-        for one in range(3):
-            dialled, _ = found[one]
-            assert dialled.keys() == set(range(3)) - {one}
-            for other, connection in dialled.items():
-                assert_connected(connection, found[other][1][one])
 
 
 def test_who_calls_again_while_others_are_waited_for_replaces_the_first(
@@ -286,6 +273,6 @@ def test_a_server_with_another_key_is_named(
     listen: Callable[..., Listener], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(connections, "TIMEOUT_S", 0.5)
-    here, there, _ = of_all([listen(0, key=b"another"), listen(1), listen(2)], mesh)
+    here, there, _ = of_all([listen(0, key=b"another"), listen(1), listen(2)])
     assert "no connection from there, elsewhere" in str(here)
     assert "server here" in str(there) and "another key" in str(there)
