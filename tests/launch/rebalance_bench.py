@@ -143,6 +143,7 @@ class Bench:
         #: The layout that each engine has in force, and batches that are staged there.
         self.in_force = [self.layout, self.layout]
         self.staged: list[set[int]] = [set(), set()]
+        self.layouts: dict[int, Layout] = {}
         #: What front ends were told in the last run.
         self.history: list[list[Any]] = [[], []]
         self.solver = Inline()
@@ -188,6 +189,10 @@ class Bench:
                 self._say(rank, protocol.Stats(msgspec.Raw(found)))
             case protocol.Stage(number, layout, loads):
                 self._stage(rank, number, parse_layout(layout), loads)
+            case protocol.Commit(number):
+                assert all(number in staged for staged in self.staged)
+                self.in_force[rank] = self.layouts[number]
+                self._say(rank, protocol.Applied(number))
             case protocol.Drop(number):
                 self.staged[rank].discard(number)
                 self._say(rank, protocol.Dropped(number))
@@ -203,10 +208,7 @@ class Bench:
             return
         self.staged[rank].add(number)
         self._say(rank, protocol.Staged(number, 0.5, len(loads) * EXPERT_BYTES))
-        if all(number in staged for staged in self.staged):
-            for each in range(2):
-                self.in_force[each] = layout
-                self._say(each, protocol.Applied(number))
+        self.layouts[number] = layout
 
     def _say(self, rank: int, event: protocol.Event) -> None:
         said = protocol.FromEngine(0, event)  # pyright: ignore[reportArgumentType]

@@ -111,7 +111,8 @@ def test_the_summary_has_everything(tiny: Tiny) -> None:
 
 def test_a_warm_start_gives_the_same(tiny: Tiny, launch, tmp_path: pathlib.Path) -> None:
     """Steps come from the cache in every process, and what they compute has not changed."""
-    assert tiny.cold == [(0, tiny.functions)] * 3
+    # Servers of equal devices compile the same, and may find what another has compiled.
+    assert [sum(each) for each in tiny.cold] == [tiny.functions] * 3 and tiny.cold[2][0] == 0
     output, saved = tmp_path / "out.jsonl", tmp_path / "saved.npz"
     run = launch(
         "--policy", "uniform", "--prompts", tiny.folder / "prompts.jsonl", "--max-tokens", "8",
@@ -147,7 +148,7 @@ def test_a_dead_server_is_named(rank: int, tiny: Tiny, launch, tmp_path: pathlib
     run.assert_nothing_left(10 - (time.monotonic() - began))
     name = ("alpha", "beta", "gamma")[rank]
     assert f"server {name} (process {run.worker(rank).pid}) was killed by signal 9" in run.text
-    assert "last lines of its log" in run.text and "joined: 4 devices of 3 servers" in run.text
+    assert "last lines of its log" in run.text and "INFO: devices: cpu:0" in run.text
     assert not (tmp_path / "out.jsonl").exists()
 
 

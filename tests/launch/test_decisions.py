@@ -209,7 +209,7 @@ def test_engines_before_count_on() -> None:
     """Counters of an engine that is started anew begin at 0, and its sample is small."""
     work = Workload((1, LAYERS, EXPERTS), K, None, None, 0.0)
     work.update([msgspec.msgpack.encode(stats(AT_HOME[0]))], 1.0)
-    work.engines_died(1.0)
+    work.engines_died([0], 1.0)
     few = routes(HIGH, tokens=10)
     work.update([msgspec.msgpack.encode(stats(few))], 2.0)
     found = work.statistics(2.0)

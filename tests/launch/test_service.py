@@ -107,6 +107,25 @@ def test_engines_start_anew_until_somebody_wants_an_end(start: Start) -> None:
     ]
 
 
+def test_an_engine_that_steps_alone_starts_anew_alone(start: Start) -> None:
+    """Also where it dies once more as it starts."""
+    service = start(calls=True, dead_at_once=[1])
+    service.start()
+    said: list[str] = []
+
+    def notice(name: str, text: str) -> None:
+        said.append(f"{name}: {text}" if name else text)
+        if text == "all servers go on":
+            service.drain()
+
+    signal_all(service)
+    service.serve(notice)
+    died = f"beta: its engine (process {ENGINE_PID}) was killed by signal 9 (SIGKILL)"
+    assert [text.partition(";")[0] for text in said[:3]] == [died, died, "all servers go on"]
+    assert "; it starts anew" in said[0]
+    assert service._starts == [0, 2]
+
+
 def test_it_gives_up_when_engines_die_again_and_again(start: Start) -> None:
     service = start(dead_at_once=list(range(1, 20)), says="ValueError: no")
     service.start()
@@ -115,7 +134,7 @@ def test_it_gives_up_when_engines_die_again_and_again(start: Start) -> None:
         served(service)
     assert f"its engine (process {ENGINE_PID}) failed: ValueError: no" in str(caught.value)
     assert str(caught.value).startswith("server beta")
-    assert service._start == MAX_FAILED_STARTS
+    assert service._starts == [MAX_FAILED_STARTS] * 2
 
 
 def test_an_engine_that_cannot_start_at_all_ends_the_launch(start: Start) -> None:

@@ -29,6 +29,8 @@ class Script(msgspec.Struct):
     user: bool = False
     #: It never drains.
     runs_on: bool = False
+    #: All servers can step on their own.
+    calls: bool = False
 
 
 def main() -> None:
@@ -46,6 +48,8 @@ def main() -> None:
         connection.socket.send(protocol.encode(event))
 
     def die(*_: object) -> None:
+        if script.calls and not second:
+            return  # it lives on
         if not second:
             failed = protocol.Failed("server beta closed the connection", user=False)
             tell(protocol.EngineDied(start, ENGINE_PID, None, failed))
@@ -59,7 +63,8 @@ def main() -> None:
         if start in script.dead_at_once:
             die()
         else:
-            prepared = protocol.Prepared(f"host-{rank}:{start}", f"{rank}:{start}", links=second)
+            able = script.calls or second
+            prepared = protocol.Prepared(f"host-{rank}:{start}", f"{rank}:{start}", able)
             tell(protocol.FromEngine(start, prepared))
 
     signal.signal(signal.SIGUSR1, die)
@@ -78,9 +83,12 @@ def main() -> None:
             case protocol.Drain():
                 if not (second and script.runs_on):
                     tell(protocol.Drained())
-            case protocol.Join(coordinator, endpoints, links):
-                assert coordinator == f"host-0:{start}"
-                assert endpoints[:2] == [f"0:{start}", f"1:{start}"] and not links
+            case protocol.Join(coordinator, endpoints, calls):
+                assert calls == script.calls
+                assert endpoints[rank] == f"{rank}:{start}"
+                if not calls:
+                    assert coordinator == f"host-0:{start}"
+                    assert endpoints == [f"0:{start}", f"1:{start}"]
                 tell(protocol.FromEngine(start, protocol.Joined()))
                 tell(protocol.FromEngine(start, protocol.Ready(start, 0)))
     connection.close()
