@@ -90,7 +90,8 @@ void Answerer::Poll(bool wait) {
   }
 }
 
-bool Answerer::ReadBody(const Call& call, Content& content) const {
+Answerer::Content Answerer::ReadBody(const Call& call) const {
+  Content content;
   const CallHead& head = call.head;
   const char* at = call.body.data();
   content.counts = reinterpret_cast<const uint8_t*>(at);
@@ -105,9 +106,10 @@ bool Answerer::ReadBody(const Call& call, Content& content) const {
   for (uint32_t r = 0; r < head.rows; ++r) pairs += content.counts[r];
   const CallSpec& spec = server_.spec();
   // The number of an expert that a layer has not would be that of another layer's.
-  return head.layer < spec.layers && pairs == head.pairs &&
-         std::all_of(content.experts.begin(), content.experts.end(),
-                     [&](uint16_t expert) { return expert < spec.experts; });
+  content.sane = head.layer < spec.layers && pairs == head.pairs &&
+                 std::all_of(content.experts.begin(), content.experts.end(),
+                             [&](uint16_t expert) { return expert < spec.experts; });
+  return content;
 }
 
 // Answers the call that has waited longest, and with it those for the same layer.
@@ -128,7 +130,7 @@ void Answerer::AnswerNext() {
   std::vector<int32_t> wanted;
   size_t most = 1;
   for (size_t i = 0; i < together.size(); ++i) {
-    if (!ReadBody(together[i], contents[i])) contents[i].counts = nullptr;
+    contents[i] = ReadBody(together[i]);
     wanted.insert(wanted.end(), contents[i].experts.begin(), contents[i].experts.end());
   }
   std::sort(wanted.begin(), wanted.end());
@@ -144,7 +146,7 @@ void Answerer::AnswerNext() {
   rows = 0;
   for (size_t i = 0; i < together.size(); ++i) {
     const Content& content = contents[i];
-    here[i] = content.counts != nullptr &&
+    here[i] = content.sane &&
               std::all_of(content.experts.begin(), content.experts.end(),
                           [&](uint16_t expert) { return held[number(expert)] != nullptr; });
     if (!here[i]) continue;

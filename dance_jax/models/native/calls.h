@@ -205,10 +205,12 @@ class Answerer {
   };
   // A call's body, read; pairs are row after row.
   struct Content {
-    const uint8_t* counts;
+    // It may be computed. False: it is no call of this model.
+    bool sane = false;
+    const uint8_t* counts = nullptr;
     std::vector<uint16_t> experts;
     std::vector<float> weights;
-    const char* rows;
+    const char* rows = nullptr;
   };
 
   void Serve();
@@ -217,8 +219,7 @@ class Answerer {
   bool Adopt();
   void Poll(bool wait);
   void AnswerNext();
-  // False: it is no call of this model.
-  bool ReadBody(const Call& call, Content& content) const;
+  Content ReadBody(const Call& call) const;
   void Answer(const Call& call, const AnswerHead& head, const float* sums);
 
   CallServer& server_;
