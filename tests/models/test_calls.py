@@ -512,8 +512,10 @@ def call_bytes(
         (call_bytes(counts=b"\x02"), NOT_HERE),
         (call_bytes(rows=2, counts=b"\x00\x00"), NOT_HERE),
     ],
-    ids=["good", "empty", "magic", "kind", "rows", "pairs"]
-    + ["expert", "last expert", "layer", "counts", "no counts"],
+    ids=[
+        *("good", "empty", "magic", "kind", "rows", "pairs"),
+        *("expert", "last expert", "layer", "counts", "no counts"),
+    ],
 )
 def test_a_call_that_is_nonsense(message: bytes, reply: int | None):
     with cluster(spread([[], range(12), []])) as found:
