@@ -30,6 +30,8 @@ _WIRES = ("float32", "bfloat16", "int8")
 REPEAT_S, FAIL_S = 0.2, 2.0
 #: A device's caller is its server's number times this, and the device.
 _MOST_DEVICES = 1024
+#: Servers in a set of them, and layers and experts of two bytes, in C++.
+_MOST_SERVERS, _MOST_NAMED = 256, 1 << 16
 
 
 @dataclasses.dataclass
@@ -87,6 +89,9 @@ class CallServer:
         most_rows: of a call: tokens of one device in a step.
         pools: of this server's devices.
         repeat_s, fail_s: see REPEAT_S.
+
+    Raises:
+        ValueError: there are more servers, layers or experts than a call can name.
     """
 
     def __init__(
@@ -104,6 +109,11 @@ class CallServer:
         library = native.library()
         assert library is not None
         self._library, self._shape = library, (servers, layers, experts)
+        if servers > _MOST_SERVERS or max(layers, experts) > _MOST_NAMED:
+            raise ValueError(
+                f"{servers} servers, {layers} layers, {experts} experts: expert calls can name"
+                f" {_MOST_SERVERS} servers, and {_MOST_NAMED} layers of as many experts"
+            )
         library.CallServerNew.restype = ctypes.c_int64
         limits = (most_rows, int(repeat_s * 1e9), int(fail_s * 1e9))
         numbers = np.array([rank, servers, layers, experts, _WIRES.index(wire), *limits], np.int64)
@@ -149,7 +159,7 @@ class CallServer:
         return Counters(found, rows, Sums(*sums.tolist()))
 
     def close(self) -> None:
-        """Ends all connections; what still calls fails."""
+        """Ends all connections once no call runs; later ones are errors."""
         self._end()
 
 

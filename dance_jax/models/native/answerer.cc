@@ -47,31 +47,28 @@ void Answerer::Wake() {
 }
 
 void Answerer::Serve() {
-  while (true) {
-    {
-      const std::lock_guard<std::mutex> lock(accepted_mutex_);
-      if (stop_) return;
-      for (const auto& [peer, fd] : accepted_) {
-        lines_.push_back({peer, std::make_unique<Channel>(fd)});
-      }
-      accepted_.clear();
-    }
+  // New connections are taken over between any two calls: there may be calls without end.
+  while (Adopt()) {
     Poll(calls_.empty());
-    while (!calls_.empty()) {
-      AnswerNext();
-      Poll(false);
-    }
-    std::erase_if(lines_, [](const Line& line) { return line.channel->closed(); });
+    if (!calls_.empty()) AnswerNext();
+    std::erase_if(lines_, [](const auto& line) { return line->channel->closed(); });
   }
+}
+
+bool Answerer::Adopt() {
+  const std::lock_guard<std::mutex> lock(accepted_mutex_);
+  if (stop_) return false;
+  for (const auto& [peer, fd] : accepted_) {
+    lines_.push_back(std::make_shared<Line>(Line{peer, std::make_unique<Channel>(fd)}));
+  }
+  accepted_.clear();
+  return true;
 }
 
 void Answerer::Poll(bool wait) {
   std::vector<pollfd> polled{{wake_[0], POLLIN, 0}};
-  std::vector<Line*> lines;
-  for (Line& line : lines_) {
-    if (line.channel->closed()) continue;
-    polled.push_back({line.channel->fd(), line.channel->Events(true), 0});
-    lines.push_back(&line);
+  for (const auto& line : lines_) {
+    polled.push_back({line->channel->fd(), line->channel->Events(true), 0});
   }
   if (poll(polled.data(), polled.size(), wait ? -1 : 0) <= 0) return;
   if (polled[0].revents) {
@@ -80,9 +77,9 @@ void Answerer::Poll(bool wait) {
     }
   }
   const CallSpec& spec = server_.spec();
-  for (size_t i = 0; i < lines.size(); ++i) {
+  for (size_t i = 0; i < lines_.size(); ++i) {
     const short happened = polled[i + 1].revents;
-    Line* const line = lines[i];
+    const std::shared_ptr<Line>& line = lines_[i];
     if (happened & POLLOUT) line->channel->Flush();
     if ((happened & ~POLLOUT) == 0) continue;
     line->channel->Read<CallHead>(spec.wire, spec.most_rows, [&](const CallHead& head,
@@ -93,7 +90,8 @@ void Answerer::Poll(bool wait) {
   }
 }
 
-bool Answerer::ReadBody(const Call& call, Content& content) const {
+Answerer::Content Answerer::ReadBody(const Call& call) const {
+  Content content;
   const CallHead& head = call.head;
   const char* at = call.body.data();
   content.counts = reinterpret_cast<const uint8_t*>(at);
@@ -106,7 +104,12 @@ bool Answerer::ReadBody(const Call& call, Content& content) const {
   content.rows = at + head.pairs * sizeof(float);
   uint32_t pairs = 0;
   for (uint32_t r = 0; r < head.rows; ++r) pairs += content.counts[r];
-  return head.layer < server_.spec().layers && pairs == head.pairs;
+  const CallSpec& spec = server_.spec();
+  // The number of an expert that a layer has not would be that of another layer's.
+  content.sane = head.layer < spec.layers && pairs == head.pairs &&
+                 std::all_of(content.experts.begin(), content.experts.end(),
+                             [&](uint16_t expert) { return expert < spec.experts; });
+  return content;
 }
 
 // Answers the call that has waited longest, and with it those for the same layer.
@@ -127,7 +130,7 @@ void Answerer::AnswerNext() {
   std::vector<int32_t> wanted;
   size_t most = 1;
   for (size_t i = 0; i < together.size(); ++i) {
-    if (!ReadBody(together[i], contents[i])) contents[i].counts = nullptr;
+    contents[i] = ReadBody(together[i]);
     wanted.insert(wanted.end(), contents[i].experts.begin(), contents[i].experts.end());
   }
   std::sort(wanted.begin(), wanted.end());
@@ -143,7 +146,7 @@ void Answerer::AnswerNext() {
   rows = 0;
   for (size_t i = 0; i < together.size(); ++i) {
     const Content& content = contents[i];
-    here[i] = content.counts != nullptr &&
+    here[i] = content.sane &&
               std::all_of(content.experts.begin(), content.experts.end(),
                           [&](uint16_t expert) { return held[number(expert)] != nullptr; });
     if (!here[i]) continue;

@@ -95,6 +95,14 @@ ffi::Error RoutedCall(ffi::Buffer<ffi::S32> caller, ffi::Buffer<ffi::S32> layer,
   if (x.dimensions()[1] != spec.wire.d || rows.layer < 0 || rows.layer >= spec.layers) {
     return ffi::Error::InvalidArgument("the server's experts are of another model");
   }
+  if (x.dimensions()[0] != rows.t || weight.dimensions() != expert.dimensions() ||
+      valid.dimensions()[0] != rows.t) {
+    return ffi::Error::InvalidArgument("rows, experts, weights and flags differ in number");
+  }
+  // Others would take such a call for nonsense, and end the connection.
+  if (rows.t > spec.most_rows) {
+    return ffi::Error::InvalidArgument("more rows than a call may have");
+  }
   server->caller(number % kMostDevices).Run(rows, y->typed_data(), failed->typed_data());
   return ffi::Error::Success();
 }

@@ -1,3 +1,5 @@
+#include <unistd.h>
+
 #include <algorithm>
 #include <cstring>
 
@@ -14,8 +16,6 @@ constexpr double kLate = 3, kFailed = 10;
 constexpr int64_t kPatienceNs = 500'000'000;
 // How often a wait looks for a new table or connection.
 constexpr int64_t kLookNs = 5'000'000, kLookSeldomNs = 100'000'000;
-// Calls to a server that it has not answered: one, and one that it has not answered in time.
-constexpr size_t kMostUnanswered = 2;
 // Weight of the latest answer in a pace; bytes up to which an answer says how long a small one takes.
 constexpr double kLearn = 0.2;
 constexpr size_t kSmall = 8192;
@@ -62,13 +62,16 @@ std::vector<int> ChooseServers(const std::vector<Ranks>& holders, int servers) {
   std::vector<int> found;
   for (const Ranks& own : holders) {
     const Ranks both = own & chosen;
-    const size_t first = both._Find_first();
-    found.push_back(first < kMaxServers ? static_cast<int>(first) : -1);
+    int first = 0;
+    while (first < servers && !both[first]) ++first;
+    found.push_back(first < servers ? first : -1);
   }
   return found;
 }
 
 void Caller::Pace::Learn(size_t bytes, double s) {
+  // A server that stopped once is not slow from then on.
+  s = std::min(s, kFailed * Expected(bytes));
   if (bytes <= kSmall) {
     base_s += kLearn * (s - base_s);
   } else {
@@ -77,6 +80,10 @@ void Caller::Pace::Learn(size_t bytes, double s) {
 }
 
 Caller::Caller(CallServer& server) : server_(server), lines_(server.spec().servers) {}
+
+Caller::~Caller() {
+  for (const auto& [peer, fd] : dialled_) close(fd);
+}
 
 void Caller::Dial(int peer, int fd) {
   const std::lock_guard<std::mutex> lock(dialled_mutex_);
@@ -92,7 +99,9 @@ void Caller::Adopt() {
     line.suspect = false;
     // What the old connection took along is lost.
     for (size_t i = 0; i < parts_.size(); ++i) {
-      if (parts_[i].state == Part::kWaiting && parts_[i].peer == peer) Replace(parts_[i], 0);
+      if (parts_[i].state != Part::kWaiting || parts_[i].peer != peer) continue;
+      server_.Count(peer, PeerCounters::kLost, 1);
+      Replace(parts_[i], 0);
     }
   }
   dialled_.clear();
@@ -100,8 +109,7 @@ void Caller::Adopt() {
 
 bool Caller::Usable(int peer) const {
   const Line& line = lines_[peer];
-  return line.channel && !line.channel->closed() && !line.suspect &&
-         line.unanswered.size() < kMostUnanswered;
+  return line.channel && !line.channel->closed() && !line.suspect;
 }
 
 void Caller::Run(const LayerRows& rows, float* y, bool* failed) {
@@ -119,7 +127,9 @@ void Caller::Run(const LayerRows& rows, float* y, bool* failed) {
     if (!rows.valid[t]) continue;
     for (int64_t a = t * rows.k; a < (t + 1) * rows.k; ++a) {
       const int32_t expert = rows.expert[a];
-      if (table_->Holders(layer_, expert)[spec.rank]) {
+      if (expert < 0 || expert >= spec.experts) {
+        failed[t] = true;
+      } else if (table_->Holders(layer_, expert)[spec.rank]) {
         local[a] = expert;
       } else {
         missing.push_back(
@@ -129,6 +139,8 @@ void Caller::Run(const LayerRows& rows, float* y, bool* failed) {
   }
   parts_.clear();
   Adopt();
+  // Late answers to earlier calls: whoever has sent all of them is asked again.
+  Poll(0);
   const std::vector<Part*> first = Place(missing, Ranks(), 0);
   const int64_t begin = NowNs();
   RunLocal(rows, local, y, failed);
@@ -171,7 +183,8 @@ std::vector<Caller::Part*> Caller::Place(const std::vector<Pair>& pairs, const R
     if (peer >= 0) {
       Send(*part);
     } else if (patience_ns > 0) {
-      part->state = Part::kNowhere, part->fail_at = NowNs() + patience_ns;
+      part->state = Part::kNowhere, part->version = table_->version;
+      part->fail_at = NowNs() + patience_ns;
     } else {
       part->state = Part::kFailed;
     }
@@ -242,7 +255,7 @@ void Caller::Wait(const std::vector<Part*>& first) {
     if (std::all_of(first.begin(), first.end(), [](const Part* part) { return Resolved(*part); })) {
       return;
     }
-    Poll();
+    Poll(NextLook());
     Adopt();
   }
 }
@@ -267,6 +280,7 @@ void Caller::Review(Part& part, int64_t now) {
       // Nobody is waited for who may never come back.
       Replace(part, 0);
     } else if (now >= part.fail_at) {
+      lines_[part.peer].suspect = true;
       if (part.instead.empty()) {
         server_.Count(part.peer, PeerCounters::kFailedRows, part.rows.size());
         part.state = Part::kFailed;
@@ -278,7 +292,7 @@ void Caller::Review(Part& part, int64_t now) {
     }
   } else if (part.state == Part::kNowhere) {
     const auto newer = server_.table();
-    if (newer->version != table_->version) {
+    if (newer->version != part.version) {
       table_ = newer;
       Replace(part, part.fail_at - now);
     } else if (now >= part.fail_at) {
@@ -313,7 +327,7 @@ void Caller::Repeat(Part& part) {
   part.instead = Place(part.pairs, asked, 0);
 }
 
-void Caller::Poll() {
+int64_t Caller::NextLook() const {
   const int64_t now = NowNs();
   int64_t until = now + kLookSeldomNs;
   for (const Part& part : parts_) {
@@ -321,6 +335,10 @@ void Caller::Poll() {
     if (part.state != Part::kWaiting) continue;
     until = std::min(until, part.repeated ? part.fail_at : part.repeat_at);
   }
+  return until;
+}
+
+void Caller::Poll(int64_t until) {
   std::vector<pollfd> polled;
   std::vector<int> peers;
   for (size_t n = 0; n < lines_.size(); ++n) {
@@ -329,7 +347,8 @@ void Caller::Poll() {
     polled.push_back({line.channel->fd(), line.channel->Events(true), 0});
     peers.push_back(static_cast<int>(n));
   }
-  const int64_t ms = (std::max<int64_t>(until - now, 0) + 999'999) / 1'000'000;
+  const int64_t ms = (std::max<int64_t>(until - NowNs(), 0) + 999'999) / 1'000'000;
+  if (polled.empty() && ms == 0) return;
   if (poll(polled.data(), polled.size(), static_cast<int>(ms)) <= 0) return;
   for (size_t i = 0; i < polled.size(); ++i) {
     if (polled[i].revents & POLLOUT) lines_[peers[i]].channel->Flush();
@@ -363,7 +382,7 @@ void Caller::Answered(int peer, const AnswerHead& head, const char* sums) {
     });
   }
   line.unanswered.erase(sent);
-  line.suspect = false;
+  if (line.unanswered.empty()) line.suspect = false;
   for (size_t i = 0; i < parts_.size(); ++i) {
     Part& part = parts_[i];
     if (part.id != head.id || part.peer != peer || part.state != Part::kWaiting) continue;

@@ -100,6 +100,7 @@ struct LayerRows {
 class Caller {
  public:
   explicit Caller(CallServer& server);
+  ~Caller();
 
   // Takes over a connection to a peer, in place of the one before; from any thread.
   void Dial(int peer, int fd);
@@ -122,6 +123,7 @@ class Caller {
     std::vector<int32_t> rows;
     Ranks asked;                 // for the same before
     int64_t repeat_at = 0, fail_at = 0;
+    int64_t version = 0;         // of the table by which nobody has it
     bool repeated = false;
     std::vector<float> sums;     // [rows, d]
     std::vector<Part*> instead;  // parts that ask others for the same
@@ -141,7 +143,7 @@ class Caller {
   struct Line {
     std::unique_ptr<Channel> channel;
     std::vector<Sent> unanswered;
-    // Its last answer is late: it is asked no more until it comes.
+    // An answer is late: it is asked no more until all that it owes have come.
     bool suspect = false;
     Pace pace;
   };
@@ -157,7 +159,10 @@ class Caller {
   void Review(Part& part, int64_t now);
   void Replace(Part& part, int64_t patience_ns);
   void Repeat(Part& part);
-  void Poll();
+  // When a wait has to look at its parts again.
+  int64_t NextLook() const;
+  // Sends and reads what it can; where that is nothing, waits for it until then.
+  void Poll(int64_t until);
   void Read(int peer);
   void Answered(int peer, const AnswerHead& head, const char* sums);
   void Add(const Part& part, float* y, bool* failed) const;
@@ -192,26 +197,29 @@ class Answerer {
     std::unique_ptr<Channel> channel;
   };
   struct Call {
-    Line* line;
+    // Kept, as the connection may end while the call waits for its turn.
+    std::shared_ptr<Line> line;
     CallHead head;
     std::vector<char> body;
     int64_t arrived;
   };
   // A call's body, read; pairs are row after row.
   struct Content {
-    const uint8_t* counts;
+    // It may be computed. False: it is no call of this model.
+    bool sane = false;
+    const uint8_t* counts = nullptr;
     std::vector<uint16_t> experts;
     std::vector<float> weights;
-    const char* rows;
+    const char* rows = nullptr;
   };
 
   void Serve();
   void Wake();
-  void Adopt();
+  // Takes over new connections; false: the thread has to end.
+  bool Adopt();
   void Poll(bool wait);
   void AnswerNext();
-  // False: it is no call of this model.
-  bool ReadBody(const Call& call, Content& content) const;
+  Content ReadBody(const Call& call) const;
   void Answer(const Call& call, const AnswerHead& head, const float* sums);
 
   CallServer& server_;
@@ -219,7 +227,7 @@ class Answerer {
   std::mutex accepted_mutex_;
   std::vector<std::pair<int, int>> accepted_;  // (peer, fd)
   bool stop_ = false;                          // under the mutex
-  std::deque<Line> lines_;
+  std::vector<std::shared_ptr<Line>> lines_;
   std::deque<Call> calls_;
   std::thread thread_;
 };

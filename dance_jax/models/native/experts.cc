@@ -234,6 +234,10 @@ void ExpertPool::Put(int64_t slot, int64_t id, const void* const* arrays) {
   slots_[slot].swap(old);
   if (const auto found = slot_of_.find(old ? old->id : -1); found != slot_of_.end()) {
     if (found->second == slot) slot_of_.erase(found);
+    // Another slot may hold the same expert.
+    for (int64_t other = 0; other < slots(); ++other) {
+      if (slots_[other] && slots_[other]->id == old->id) slot_of_[old->id] = other;
+    }
   }
   slot_of_[id] = slot;
 }

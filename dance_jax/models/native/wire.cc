@@ -7,6 +7,8 @@
 #include <cerrno>
 #include <chrono>
 #include <cmath>
+#include <limits>
+#include <utility>
 
 namespace dance {
 namespace {
@@ -57,11 +59,19 @@ void Wire::Encode(const float* row, char* to) const {
     }
   } else {
     float most = 0;
-    for (int64_t i = 0; i < d; ++i) most = std::max(most, std::fabs(row[i]));
-    const float scale = most / 127, steps = scale > 0 ? 1 / scale : 0;
+    bool finite = true;
+    for (int64_t i = 0; i < d; ++i) {
+      most = std::max(most, std::fabs(row[i]));
+      finite = finite && std::isfinite(row[i]);
+    }
+    // Eight bits have no NaN: the scale says that the row is none that can be sent.
+    const float scale = finite ? most / 127 : NAN;
+    // The reciprocal of the very smallest is infinite.
+    const float steps = scale >= std::numeric_limits<float>::min() ? 1 / scale : 0;
     std::memcpy(to, &scale, sizeof(scale));
     for (int64_t i = 0; i < d; ++i) {
-      to[sizeof(scale) + i] = static_cast<int8_t>(std::nearbyint(row[i] * steps));
+      const float value = finite ? std::nearbyint(row[i] * steps) : 0;
+      to[sizeof(scale) + i] = static_cast<int8_t>(value);
     }
   }
 }

@@ -26,7 +26,7 @@ struct Wire {
   void Round(const float* row, float* to) const;
 };
 
-// The kinds of messages. Others may come: the head is the same for all.
+// The kinds of messages.
 enum class Kind16 : uint16_t { kCall = 1, kAnswer = 2 };
 
 // Before an expert call: `rows` counts of a byte each, `pairs` experts of two bytes and weights of
@@ -39,6 +39,11 @@ struct CallHead {
   uint64_t id = 0;
   uint32_t rows = 0, pairs = 0;
 
+  // It may be a call of so many rows at most. A count has one byte, so pairs are bounded as well.
+  bool Sane(uint32_t most) const {
+    return magic == kMagic && kind == Kind16::kCall && rows <= most &&
+           pairs <= uint64_t{rows} * UINT8_MAX;
+  }
   size_t BodyBytes(const Wire& wire) const {
     return rows * (1 + wire.RowBytes()) + pairs * (sizeof(uint16_t) + sizeof(float));
   }
@@ -60,6 +65,9 @@ struct AnswerHead {
   uint32_t queued_us = 0, computed_us = 0;
   uint32_t unused = 0;
 
+  bool Sane(uint32_t most) const {
+    return magic == kMagic && kind == Kind16::kAnswer && rows <= most;
+  }
   size_t BodyBytes(const Wire& wire) const { return rows * wire.d * sizeof(float); }
 };
 
@@ -89,7 +97,7 @@ class Channel {
       if (got_ < wanted && !Receive(wanted)) return;
       Head head;
       std::memcpy(&head, in_.data(), sizeof(Head));
-      if (head.magic != Head::kMagic || head.rows > most) {
+      if (!head.Sane(most)) {
         closed_ = true;
         return;
       }

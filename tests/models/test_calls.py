@@ -1,0 +1,667 @@
+"""Expert calls between servers over sockets: sums, refusals, late answers, lost connections.
+
+Several servers run in this process. Where one has to misbehave, the test plays it by hand: it
+speaks the protocol of native/wire.h on a raw socket.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import os
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dance_jax.models import native
+from dance_jax.models.calls import CallServer, routed
+from dance_jax.models.kernels_cpu import NativePool
+from dance_jax.placement.visit import choose_servers
+from tests.models.test_experts import make_experts, make_format
+from tests.quick import QUICK
+
+LAYERS, EXPERTS, D, F, K, MOST_ROWS = 2, 6, 16, 12, 3, 64
+FORM = make_format(d=D, f=F)
+WEIGHTS = make_experts(FORM, LAYERS * EXPERTS)
+CALL, ANSWER = "<IHHQII", "<IHHQqIIII"
+CALL_MAGIC, ANSWER_MAGIC, DONE, NOT_HERE = 0x63786A64, 0x61786A64, 0, 1
+#: No test waits so long for what does come.
+LONG_S = 30.0
+ffn = jax.jit(functools.partial(FORM.ffn, layers=1), compiler_options=QUICK)
+run = jax.jit(routed, compiler_options=QUICK)
+choose = jax.jit(choose_servers, static_argnums=2, compiler_options=QUICK)
+
+pytestmark = pytest.mark.usefixtures("compiled")
+
+#: For each server, for each of its devices: the experts, layer * EXPERTS + expert, that it holds.
+Held = Sequence[Sequence[Sequence[int]]]
+
+
+def make_pool(experts: Sequence[int], slots: int | None = None) -> NativePool:
+    forms = (FORM.gate, FORM.up, FORM.down)
+    pool = NativePool(D, F, FORM.activation, forms, FORM.bias, slots or len(experts))
+    for slot, expert in enumerate(experts):
+        put(pool, slot, expert)
+    return pool
+
+
+def put(pool: NativePool, slot: int, expert: int) -> None:
+    pool.put(slot, expert, [WEIGHTS[expert][name] for name in FORM.leaves])
+
+
+def resident(held: Sequence[Sequence[int]]) -> np.ndarray:
+    """The table, bool [n, l, e], by which each server has these experts."""
+    table = np.zeros((len(held), LAYERS * EXPERTS), bool)
+    for server, experts in enumerate(held):
+        table[server, list(experts)] = True
+    return table.reshape(len(held), LAYERS, EXPERTS)
+
+
+def pair() -> tuple[socket.socket, socket.socket]:
+    """Two ends of a TCP connection."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        one = socket.create_connection(listener.getsockname())
+        other, _ = listener.accept()
+    for each in (one, other):
+        each.settimeout(LONG_S)
+        each.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return one, other
+
+
+class Cluster:
+    """Servers that call each other.
+
+    Args:
+        held: what their devices hold.
+        played: servers that are not there, as the test plays them.
+        limits: of `CallServer`.
+    """
+
+    def __init__(self, held: Held, wire="float32", played=(), buffers=0, **limits: float) -> None:
+        self.pools = [[make_pool(own, max(len(own), 1)) for own in devices] for devices in held]
+        limits = {"repeat_s": LONG_S, "fail_s": LONG_S, **limits}
+        shape = (len(held), LAYERS, EXPERTS, wire, MOST_ROWS)
+        self.servers = {
+            rank: CallServer(rank, *shape, pools, **limits)
+            for rank, pools in enumerate(self.pools)
+            if rank not in played
+        }
+        self.use(1, [[e for own in devices for e in own] for devices in held])
+        self._buffers = buffers
+        for caller, server in self.servers.items():
+            for callee in self.servers:
+                for device in range(len(server.callers)):
+                    if caller != callee:
+                        self.connect(caller, callee, device)
+
+    def use(self, version: int, held: Sequence[Sequence[int]]) -> None:
+        for server in self.servers.values():
+            server.use(version, resident(held))
+
+    def connect(self, caller: int, callee: int, device: int = 0) -> None:
+        here, there = pair()
+        if self._buffers:
+            for each in (here, there):
+                each.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self._buffers)
+        self.servers[caller].dial(device, callee, here)
+        self.servers[callee].accept(caller, there)
+
+    def play(self, caller: int, callee: int) -> Played:
+        """The end of a server that the test plays."""
+        here, there = pair()
+        self.servers[caller].dial(0, callee, here)
+        return Played(there)
+
+    def close(self) -> None:
+        for server in self.servers.values():
+            server.close()
+
+
+class Played:
+    """A server that is called, by hand."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection = connection
+
+    def receive(self) -> tuple[int, int]:
+        """A call's number and its rows."""
+        head = self._read(struct.calcsize(CALL))
+        magic, kind, _, number, rows, pairs = struct.unpack(CALL, head)
+        assert (magic, kind) == (CALL_MAGIC, 1)
+        body = self._read(rows * (1 + 4 * D) + pairs * 6)
+        assert sum(body[:rows]) == pairs
+        return number, rows
+
+    def answer(self, number: int, rows: int, value: float = 0.0, status: int = DONE) -> None:
+        rows = rows if status == DONE else 0
+        head = struct.pack(ANSWER, ANSWER_MAGIC, 2, status, number, 1, rows, 0, 0, 0)
+        self.connection.sendall(head + np.full((rows, D), value, "<f4").tobytes())
+
+    def _read(self, count: int) -> bytes:
+        found = b""
+        while len(found) < count:
+            more = self.connection.recv(count - len(found))
+            assert more, "the connection has ended"
+            found += more
+        return found
+
+
+@contextlib.contextmanager
+def cluster(held: Held, *arguments, **options) -> Iterator[Cluster]:
+    found = Cluster(held, *arguments, **options)
+    with contextlib.closing(found):
+        yield found
+
+
+@contextlib.contextmanager
+def meanwhile(act: Callable[[], object]) -> Iterator[None]:
+    """Runs something in a thread; its errors are those of the test."""
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            act()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+def draw(seed: int, rows: int, k: int = K) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Hidden states, different experts of each row, and weights."""
+    rng = np.random.default_rng(seed)
+    expert_tk = np.argsort(rng.random((rows, EXPERTS)))[:, :k].astype(np.int32)
+    x_td = rng.normal(size=(rows, D)).astype(np.float32)
+    return x_td, expert_tk, rng.random((rows, k)).astype(np.float32)
+
+
+def call(
+    server: CallServer, layer: int, *routes: np.ndarray, device: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sums and failed rows, of what `draw` gives; and perhaps which of the rows are valid."""
+    if len(routes) == 3:
+        routes = (*routes, np.ones(len(routes[0]), bool))
+    y_td, failed_t = run(jnp.int32(server.callers[device]), jnp.int32(layer), *routes)
+    return np.asarray(y_td), np.asarray(failed_t)
+
+
+@functools.cache
+def whole() -> NativePool:
+    return make_pool(range(LAYERS * EXPERTS))
+
+
+def expected(layer: int, *routes: np.ndarray) -> np.ndarray:
+    """The sums of one pool that holds all; arguments are those of `call`."""
+    x_td, expert_tk, weight_tk, *valid = routes
+    slot_tk = expert_tk + layer * EXPERTS
+    if valid:
+        slot_tk = np.where(valid[0][:, None], slot_tk, -1)
+    return np.asarray(ffn(jnp.int32(whole().number), x_td, slot_tk, weight_tk))
+
+
+def spread(held: Sequence[Sequence[int]]) -> Held:
+    """The same on one device each."""
+    return [[list(own)] for own in held]
+
+
+#: Every server holds a third.
+THIRDS = spread([range(n, LAYERS * EXPERTS, 3) for n in range(3)])
+#: Servers 0 and 1 call for what 2, or another server's second device, holds; some have replicas.
+UNEVEN: Held = [[[0, 1], [7, 8]], [[2, 3, 0]], [[4, 5, 6, 7, 1], [9, 10, 11, 3]]]
+
+
+# Sums.
+
+
+@pytest.mark.parametrize("held", [THIRDS, UNEVEN], ids=["thirds", "uneven"])
+@pytest.mark.parametrize("wire", ["float32", "bfloat16", "int8"])
+def test_sums_are_those_of_one_pool_with_all_experts(held, wire):
+    with cluster(held, wire) as found:
+        for seed, (rank, server) in enumerate(found.servers.items()):
+            for device in range(len(server.callers)):
+                for layer in range(LAYERS):
+                    x_td, *routes = draw(seed, 23)
+                    valid_t = np.random.default_rng(seed).random(23) < 0.8
+                    y_td, failed_t = call(server, layer, x_td, *routes, valid_t, device=device)
+                    assert not failed_t.any()
+                    assert not y_td[~valid_t].any()
+                    # As all experts see them, those that are here as well.
+                    seen = x_td.astype("bfloat16" if wire == "bfloat16" else x_td.dtype)
+                    wanted = expected(layer, seen.astype(np.float32), *routes, valid_t)
+                    near = 1e-5 if wire != "int8" else 3e-2
+                    scale = 1 + np.abs(wanted).max()
+                    np.testing.assert_allclose(y_td, wanted, rtol=0, atol=near * scale)
+            peers = server.counters().peers
+            assert peers[rank].calls == 0 and any(peer.calls for peer in peers)
+
+
+def test_rows_that_are_no_numbers_stay_so():
+    """Eight bits have no NaN; what a row of them becomes must not look like a result."""
+    with cluster(spread([[], range(12)]), "int8") as found:
+        x_td, *routes = draw(1, 3)
+        x_td[1, 3] = np.nan
+        x_td[2] = 1e-41
+        y_td, _ = call(found.servers[0], 0, x_td, *routes)
+        assert np.isnan(y_td[1]).all() and np.isfinite(y_td[[0, 2]]).all()
+
+
+@pytest.mark.parametrize("wire", ["float32", "bfloat16"])
+def test_a_row_is_the_same_alone_and_in_a_batch(wire):
+    with cluster(UNEVEN, wire) as found:
+        x_td, expert_tk, weight_tk = draw(3, 40)
+        y_td, _ = call(found.servers[0], 1, x_td, expert_tk, weight_tk)
+        for t in (0, 17, 39):
+            own = (each[t : t + 1] for each in (x_td, expert_tk, weight_tk))
+            alone_td, _ = call(found.servers[0], 1, *own)
+            assert alone_td[0].tobytes() == y_td[t].tobytes()
+
+
+@pytest.mark.parametrize("wire", ["float32", "bfloat16"])
+def test_it_does_not_matter_where_a_rows_only_expert_is(wire):
+    routes = draw(4, 20, k=1)
+    results = []
+    for held in ([range(12), []], [[], range(12)]):
+        with cluster(spread(held), wire) as found:
+            results.append(call(found.servers[0], 1, *routes)[0].tobytes())
+            assert bool(found.servers[0].counters().peers[1].calls) == (len(held[1]) > 0)
+    assert results[0] == results[1]
+
+
+def test_large_messages_cross():
+    """More than the sockets hold, both ways at once: neither waits for the other to read."""
+    with cluster(spread([range(0, 6), range(6, 12)]), buffers=2048) as found:
+        routes = draw(5, MOST_ROWS)
+
+        def many(rank: int) -> None:
+            for _ in range(20):
+                y_td, failed_t = call(found.servers[rank], 1 - rank, *routes)
+                assert not failed_t.any()
+            np.testing.assert_allclose(y_td, expected(1 - rank, *routes), rtol=0, atol=1e-4)
+
+        with meanwhile(lambda: many(1)):
+            many(0)
+
+
+def test_what_is_no_call_is_an_error():
+    with cluster(THIRDS) as found:
+        with pytest.raises(Exception, match="more rows than a call may have"):
+            call(found.servers[0], 0, *draw(0, MOST_ROWS + 1))
+        with pytest.raises(Exception, match="another model"):
+            call(found.servers[0], LAYERS, *draw(0, 1))
+        x_td, expert_tk, weight_tk = draw(0, 3)
+        expert_tk[0, 0], expert_tk[2, 1] = EXPERTS, -1
+        _, failed_t = call(found.servers[0], 0, x_td, expert_tk, weight_tk)
+        assert failed_t.tolist() == [True, False, True]
+    with pytest.raises(Exception, match="no such server"):
+        call(found.servers[0], 0, *draw(0, 1))
+    with pytest.raises(ValueError, match="257 servers"):
+        CallServer(0, 257, 1, 1, "float32", 1, [])
+
+
+# Experts that are elsewhere.
+
+
+def test_who_has_it_not_says_so_and_another_is_asked():
+    with cluster(spread([[], [], range(12)])) as found:
+        caller = found.servers[0]
+        caller.use(2, resident([[], range(12), range(12)]))
+        routes = draw(6, 9)
+        y_td, failed_t = call(caller, 0, *routes)
+        assert not failed_t.any()
+        np.testing.assert_allclose(y_td, expected(0, *routes), rtol=0, atol=1e-4)
+        peers = caller.counters().peers
+        assert [peer.refusals for peer in peers] == [0, 1, 0]
+        assert [peer.calls for peer in peers] == [0, 1, 1]
+
+
+def test_rows_of_which_an_expert_is_nowhere_fail():
+    with cluster(spread([[0, 1], [2, 3], []])) as found:
+        x_td, expert_tk, weight_tk = draw(7, 30)
+        y_td, failed_t = call(found.servers[0], 0, x_td, expert_tk, weight_tk)
+        assert failed_t.tolist() == (expert_tk >= 4).any(axis=1).tolist()
+        assert 0 < failed_t.sum() < 30
+        wanted = expected(0, x_td, expert_tk, weight_tk)
+        np.testing.assert_allclose(y_td[~failed_t], wanted[~failed_t], rtol=0, atol=1e-4)
+
+
+def test_a_table_that_comes_meanwhile_is_used():
+    """Two servers refuse, one after the other; then both rows learn who has their experts."""
+    with cluster(spread([[], [], [], range(12)]), played=(1, 2)) as found:
+        caller = found.servers[0]
+        caller.use(2, resident([[], [0], [1], []]))
+        peers = [found.play(0, 1), found.play(0, 2)]
+
+        def refuse() -> None:
+            for peer in peers:
+                peer.answer(*peer.receive(), status=NOT_HERE)
+            until(lambda: sum(each.refusals for each in caller.counters().peers) == 2)
+            caller.use(3, resident([[], [], [], range(12)]))
+
+        x_td, expert_tk, weight_tk = draw(8, 2, k=1)
+        expert_tk[:, 0] = 0, 1
+        with meanwhile(refuse):
+            y_td, failed_t = call(caller, 0, x_td, expert_tk, weight_tk)
+        assert not failed_t.any()
+        wanted = expected(0, x_td, expert_tk, weight_tk)
+        np.testing.assert_allclose(y_td, wanted, rtol=0, atol=1e-4)
+
+
+def until(true: Callable[[], bool]) -> None:
+    end = time.monotonic() + LONG_S
+    while not true():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.002)
+
+
+# Late answers and lost connections.
+
+
+def test_a_late_call_is_repeated_elsewhere():
+    held = spread([[], [], range(12)])
+    with cluster(held, played=(1,), repeat_s=0.05) as found:
+        caller, peer = found.servers[0], found.play(0, 1)
+        caller.use(2, resident([[], range(12), range(12)]))
+        routes = draw(9, 5)
+        y_td, failed_t = call(caller, 0, *routes)
+        wanted = expected(0, *routes)
+        np.testing.assert_allclose(y_td, wanted, rtol=0, atol=1e-4)
+        assert not failed_t.any()
+        counters = caller.counters().peers
+        assert [each.repeats for each in counters] == [0, 1, 0]
+        assert [each.calls for each in counters] == [0, 1, 1]
+        # It is asked no more, and what it says at last changes nothing.
+        y_td, _ = call(caller, 0, *routes)
+        np.testing.assert_allclose(y_td, wanted, rtol=0, atol=1e-4)
+        peer.answer(*peer.receive(), value=1e6)
+        y_td, _ = call(caller, 0, *routes, np.zeros(5, bool))
+        assert not y_td.any()
+        assert caller.counters().peers[1].calls == 1
+        # Now it is no longer suspect.
+        with meanwhile(lambda: peer.answer(*peer.receive(), value=2.0)):
+            y_td, _ = call(caller, 0, *routes)
+        assert (y_td == 2).all()
+
+
+def test_a_late_call_without_another_holder_fails():
+    with cluster(spread([[], range(12)]), played=(1,), repeat_s=0.02, fail_s=0.3) as found:
+        caller, peer = found.servers[0], found.play(0, 1)
+        routes = draw(10, 5)
+        began = time.monotonic()
+        _, failed_t = call(caller, 0, *routes)
+        assert failed_t.all() and time.monotonic() - began > 0.29
+        # At once: nothing is sent.
+        _, failed_t = call(caller, 0, *routes)
+        assert failed_t.all()
+        counted = caller.counters().peers[1]
+        assert (counted.calls, counted.failed_rows, counted.repeats) == (1, 5, 0)
+        peer.answer(*peer.receive(), value=1e6)
+        with meanwhile(lambda: peer.answer(*peer.receive(), value=3.0)):
+            y_td, failed_t = call(caller, 0, *routes)
+        assert not failed_t.any() and (y_td == 3).all()
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_a_connection_that_ends(other: bool):
+    with cluster(spread([[], range(12), range(12) if other else []]), played=(1,)) as found:
+        caller, peer = found.servers[0], found.play(0, 1)
+        routes = draw(11, 5)
+
+        def leave() -> None:
+            number, _ = peer.receive()
+            # In the middle of an answer.
+            peer.connection.sendall(struct.pack("<IHHQ", ANSWER_MAGIC, 2, DONE, number))
+            peer.connection.close()
+
+        with meanwhile(leave):
+            y_td, failed_t = call(caller, 0, *routes)
+        assert failed_t.all() != other
+        if other:
+            np.testing.assert_allclose(y_td, expected(0, *routes), rtol=0, atol=1e-4)
+        assert caller.counters().peers[1].lost == 1
+        peer = found.play(0, 1)
+        with meanwhile(lambda: peer.answer(*peer.receive(), value=4.0)):
+            y_td, failed_t = call(caller, 0, *routes)
+        assert not failed_t.any() and (y_td == 4).all()
+
+
+def test_a_new_connection_replaces_one_that_is_waited_for():
+    with cluster(spread([[], range(12), range(12)]), played=(1,)) as found:
+        caller, peer = found.servers[0], found.play(0, 1)
+        routes = draw(12, 5)
+
+        def replace() -> None:
+            peer.receive()
+            found.play(0, 1)
+
+        with meanwhile(replace):
+            y_td, failed_t = call(caller, 0, *routes)
+        assert not failed_t.any()
+        np.testing.assert_allclose(y_td, expected(0, *routes), rtol=0, atol=1e-4)
+        assert caller.counters().peers[1].lost == 1
+        assert peer.connection.recv(1) == b"", "the old one is closed"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        struct.pack(ANSWER, CALL_MAGIC, 2, DONE, 1, 1, 1, 0, 0, 0),
+        struct.pack(ANSWER, ANSWER_MAGIC, 1, DONE, 1, 1, 1, 0, 0, 0),
+        struct.pack(ANSWER, ANSWER_MAGIC, 2, DONE, 1, 1, MOST_ROWS + 1, 0, 0, 0),
+        struct.pack(ANSWER, ANSWER_MAGIC, 2, DONE, 1, 1, 4, 0, 0, 0) + bytes(4 * 4 * D),
+    ],
+    ids=["magic", "kind", "rows", "fewer rows"],
+)
+def test_an_answer_that_is_nonsense(answer: bytes):
+    with cluster(spread([[], range(12), range(12)]), played=(1,)) as found:
+        caller, peer = found.servers[0], found.play(0, 1)
+        routes = draw(13, 5)
+
+        def say() -> None:
+            assert peer.receive() == (1, 5)
+            # An answer to a call that was never made counts for nothing.
+            peer.answer(77, 5, value=1e6)
+            peer.connection.sendall(answer)
+
+        with meanwhile(say):
+            y_td, failed_t = call(caller, 0, *routes)
+        assert not failed_t.any()
+        np.testing.assert_allclose(y_td, expected(0, *routes), rtol=0, atol=1e-4)
+
+
+def call_bytes(
+    rows=1, pairs=1, counts=None, expert=0, layer=0, magic=CALL_MAGIC, kind=1, floats=D
+) -> bytes:
+    head = struct.pack(CALL, magic, kind, layer, 5, rows, pairs)
+    counts = bytes([1] * rows) if counts is None else counts
+    experts, weights = np.full(pairs, expert, "<u2"), np.ones(pairs, "<f4")
+    x_td = np.ones((rows, floats), "<f4")
+    return head + counts + experts.tobytes() + weights.tobytes() + x_td.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("message", "reply"),
+    [
+        (call_bytes(), DONE),
+        (call_bytes(rows=0, pairs=0), DONE),
+        (call_bytes(magic=ANSWER_MAGIC), None),
+        (call_bytes(kind=3), None),
+        (call_bytes(rows=MOST_ROWS + 1)[:24], None),
+        # Would be 24 GiB.
+        (struct.pack(CALL, CALL_MAGIC, 1, 0, 5, 1, 2**32 - 1), None),
+        # As the number of a layer's expert it would be that of the next layer's first.
+        (call_bytes(expert=EXPERTS), NOT_HERE),
+        (call_bytes(expert=65535), NOT_HERE),
+        (call_bytes(layer=LAYERS), NOT_HERE),
+        (call_bytes(counts=b"\x02"), NOT_HERE),
+        (call_bytes(rows=2, counts=b"\x00\x00"), NOT_HERE),
+    ],
+    ids=[
+        *("good", "empty", "magic", "kind", "rows", "pairs"),
+        *("expert", "last expert", "layer", "counts", "no counts"),
+    ],
+)
+def test_a_call_that_is_nonsense(message: bytes, reply: int | None):
+    with cluster(spread([[], range(12), []])) as found:
+        here, there = pair()
+        with here:
+            found.servers[1].accept(2, there)
+            here.sendall(message)
+            if reply is None:
+                # A reset where it had not read all.
+                with contextlib.suppress(ConnectionResetError):
+                    assert here.recv(1) == b""
+            else:
+                size = struct.calcsize(ANSWER)
+                answer = here.recv(size, socket.MSG_WAITALL)
+                magic, kind, status, number, *_ = struct.unpack(ANSWER, answer)
+                assert (magic, kind, status, number) == (ANSWER_MAGIC, 2, reply, 5)
+        # One that ends in the middle.
+        here, there = pair()
+        found.servers[1].accept(2, there)
+        here.sendall(call_bytes()[:40])
+        here.close()
+        routes = draw(14, 5)
+        y_td, failed_t = call(found.servers[0], 0, *routes)
+        assert not failed_t.any()
+        np.testing.assert_allclose(y_td, expected(0, *routes), rtol=0, atol=1e-4)
+
+
+# Slots that change.
+
+MOVING, STEADY = 0, list(range(1, LAYERS * EXPERTS))
+
+
+@pytest.mark.parametrize("careful", [True, False])
+def test_slots_are_rewritten_while_calls_run(careful: bool):
+    """With care a slot is overwritten once no call can want what it held: no row fails.
+
+    Without, rows may fail, as experts are not where the table says; no sum is wrong.
+    """
+    # A spare slot holds what another slot of its pool holds as well.
+    with cluster(spread([[6, 7], [MOVING, *STEADY], [*STEADY, 1]])) as found:
+        routes = draw(15, 12)
+        wanted = expected(0, *routes)
+        done, turns, failures = threading.Event(), 0, 0
+        pools = {rank: found.pools[rank][0] for rank in (1, 2)}
+
+        def hand_over(holder: int, version: int) -> None:
+            """To the other callee; the slot that is left is overwritten when no call wants it."""
+            other = 3 - holder
+            put(pools[other], {1: 0, 2: len(STEADY)}[other], MOVING)
+            table = [[6, 7], STEADY, STEADY]
+            table[other] = [MOVING, *STEADY]
+            found.use(version, table)
+            seen = turns
+            until(lambda: done.is_set() or turns > seen + 1)
+            put(pools[holder], {1: 0, 2: len(STEADY)}[holder], 11)
+
+        def spoil(rng: np.random.Generator) -> None:
+            rank = int(rng.integers(1, 3))
+            put(pools[rank], int(rng.integers(12)), int(rng.integers(12)))
+            time.sleep(0.001)
+
+        def change() -> None:
+            rng, holder, version = np.random.default_rng(0), 1, 2
+            while not done.is_set():
+                if careful:
+                    hand_over(holder, version)
+                    holder, version = 3 - holder, version + 1
+                else:
+                    spoil(rng)
+
+        with meanwhile(change):
+            try:
+                # Without care a row may wait half a second for a table that never comes.
+                for _ in range(60 if careful else 3):
+                    y_td, failed_t = call(found.servers[0], 0, *routes)
+                    turns += 1
+                    failures += failed_t.sum()
+                    right = ~failed_t
+                    np.testing.assert_allclose(y_td[right], wanted[right], rtol=0, atol=1e-4)
+            finally:
+                done.set()
+        assert not careful or failures == 0
+
+
+# What is counted.
+
+
+def test_counters():
+    held = spread([[0, 1], [2, 3], [4, 5]])
+    with cluster(held) as found:
+        x_td, expert_tk, weight_tk = draw(16, 20)
+        for _ in range(3):
+            call(found.servers[0], 0, x_td, expert_tk, weight_tk)
+        rows = [((expert_tk // 2) == n).any(axis=1).sum() for n in range(3)]
+        pairs = [((expert_tk // 2) == n).sum() for n in range(3)]
+        mine = found.servers[0].counters()
+        assert mine.rows.tolist() == [[0, 3 * rows[1], 3 * rows[2]], [0, 0, 0]]
+        for n in (1, 2):
+            theirs = found.servers[n].counters()
+            ours, peer = mine.peers[n], theirs.peers[0]
+            assert (ours.calls, ours.rows) == (3, 3 * rows[n])
+            assert (peer.answered, peer.answered_rows) == (3, 3 * rows[n])
+            assert ours.bytes_sent == 3 * (24 + rows[n] * (1 + 4 * D) + 6 * pairs[n])
+            assert ours.bytes_received == 3 * (40 + rows[n] * 4 * D)
+            assert (peer.bytes_received, peer.bytes_sent) == (ours.bytes_sent, ours.bytes_received)
+            assert ours.waited_ns > 0 and peer.queued_ns >= 0
+            assert theirs.sums.served_rows == 3 * rows[n] and theirs.sums.served_s > 0
+            assert ours.refusals == ours.repeats == ours.lost == ours.failed_rows == 0
+        assert (mine.sums.layers, mine.sums.answers) == (3, 6)
+        there_and_back = sum(ours.bytes_sent for ours in mine.peers) + 3 * sum(rows[1:]) * 4 * D
+        assert mine.sums.bytes == there_and_back
+
+
+def test_nothing_leaks():
+    def once() -> None:
+        with cluster(UNEVEN) as found:
+            for server in found.servers.values():
+                call(server, 0, *draw(17, 3))
+            # Two that no call has taken over, of which the second replaces the first.
+            found.connect(0, 1)
+            found.connect(0, 1)
+
+    once()
+    before = len(os.listdir("/dev/fd"))
+    once()
+    assert len(os.listdir("/dev/fd")) == before
+
+
+# Who is asked.
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    servers=st.sampled_from([2, 3, 5, 8, 9, 16, 31]),
+    seed=st.integers(0, 2**31),
+    share=st.sampled_from([0.1, 0.3, 0.7]),
+)
+def test_the_servers_that_are_asked_are_those_of_the_metrics(servers, seed, share):
+    """For many tokens of four experts at once, some of which nobody holds."""
+    has_tkn = np.random.default_rng(seed).random((20, 4, servers)) < share
+    masks_tk = (has_tkn * (1 << np.arange(servers))).sum(-1)
+    wanted = choose(masks_tk.astype(np.int32), np.ones(masks_tk.shape, bool), servers)
+    library = native.library()
+    assert library is not None
+    for masks, own in zip(masks_tk, np.asarray(wanted), strict=True):
+        masks, found = masks.astype(np.uint64), np.zeros(4, np.int64)
+        pointers = (ctypes.c_void_p(array.ctypes.data) for array in (masks, found))
+        library.ChooseServersForTest(ctypes.c_int64(4), next(pointers), servers, next(pointers))
+        assert found.tolist() == own.tolist()
