@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import msgspec
 import numpy as np
 
+from dance_jax.engine.moved import Moved, seconds_per_byte
 from dance_jax.engine.report import EngineStats
 from dance_jax.launch.costs import Measured
-from dance_jax.models.links_cpu import Moved, seconds_per_byte
 from dance_jax.placement.decay import DecayedCounts
 
 #: Expert calls whose mean time says how long one takes.
@@ -120,13 +120,14 @@ class Workload:
         # Counters on the devices have 32 bits.
         self._counts.add(share * (new_nle + (new_nle < 0) * 2.0**32), now)
         self._tokens.add(share * (tokens_n - self._computed), now)
-        # All servers know the same.
-        rows = np.array([found[0].rows, found[0].busiest_rows], np.float64)
+        # Each server's own, or where servers step together what all know alike: the share of the
+        # busiest links is right in both cases.
+        rows = np.array([[each.rows, each.busiest_rows] for each in found], np.float64).sum(0)
         self._rows.add(share * (rows - self._sent), now)
         self._counted, self._computed, self._sent = counts_nle, tokens_n, rows
         for rank, each in enumerate(found):
             self._routes[rank] = self._filled(rank, each.routes_tlk, now)
-            costs = _Costs(each.expert_seconds, each.calls_served, each.moved or _Costs.moved)
+            costs = _Costs(each.expert_seconds, each.calls_served, each.moved)
             self._measured[rank] = costs.since(self._costs[rank], self._measured[rank])
             self._costs[rank] = costs
 
@@ -167,16 +168,17 @@ class _Costs:
 
     expert_seconds: float = 0.0
     calls: int = 0
-    #: Of both phases of the exchange.
-    moved: Sequence[Moved] = (Moved(), Moved())
+    #: Of each kind of call to other servers.
+    moved: Sequence[Moved] = ()
 
     def since(self, before: _Costs, known: Measured) -> Measured:
         """By what was done since then; where that is too little, since the start, or as known."""
-        moved = [now - then for now, then in zip(self.moved, before.moved, strict=True)]
+        earlier = before.moved or [Moved()] * len(self.moved)
+        moved = [now - then for now, then in zip(self.moved, earlier, strict=True)]
         calls = self.calls - before.calls
         byte_s = known.byte_s
-        for phases in (moved, self.moved):
-            found = seconds_per_byte(phases)
+        for kinds in (moved, self.moved):
+            found = seconds_per_byte(kinds)
             if found is not None:
                 byte_s = found
                 break

@@ -86,6 +86,7 @@ def stage(checkpoint: Checkpoint, engine: Engine, number: int, seed: int, most: 
     new = shuffled(engine.layout, seed, most)
     experts = loads(checkpoint, engine, engine.layout, new)
     engine.stage(number, new, experts)
+    assert engine.commit(number)
 
 
 def check_pool(checkpoint: Checkpoint, engine: Engine) -> None:
