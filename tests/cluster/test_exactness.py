@@ -267,31 +267,50 @@ def test_bytes_that_one_server_sends_another_receives(three_servers: TestCluster
         assert not by_peer(unwanted).any(), unwanted
 
 
-#: Each expert on one server; the experts of the second server and of the third may be exchanged.
-HELD_BY_EXPERT = np.resize([0, 1, 2], SHAPE[1:])
+#: Each expert on one server, and those of the first server, which always knows them.
+HELD_BY = np.resize([0, 1, 2], SHAPE[1:])
+OWN = HELD_BY == 0
 
 
-def with_owner(owner: np.ndarray) -> np.ndarray:
-    return owner == np.arange(SHAPE[0])[:, None, None]
+def held_by(server: np.ndarray) -> np.ndarray:
+    """bool [n, l, e] for int [l, e]."""
+    return server == np.arange(SHAPE[0])[:, None, None]
 
 
-@pytest.mark.parametrize("copies", [False, True])
-def test_a_server_that_knows_an_older_placement_is_refused_and_asks_others(
-    three_servers: TestCluster, single, copies: bool
+@pytest.mark.parametrize(
+    ("old", "now", "soon"),
+    [
+        pytest.param(
+            held_by(np.where(OWN, 0, 1)) | held_by(np.where(OWN, 0, 2)),
+            held_by(np.where(OWN, 0, 2)),
+            False,
+            id="another copy is asked",
+        ),
+        pytest.param(
+            held_by(np.where(OWN, 0, 3 - HELD_BY)),
+            held_by(HELD_BY),
+            True,
+            id="experts were exchanged",
+        ),
+        pytest.param(
+            held_by(np.where(OWN, 0, 1)), held_by(HELD_BY), True, id="some experts were moved"
+        ),
+    ],
+)
+def test_a_server_with_an_older_table_is_refused_and_asks_again(
+    three_servers: TestCluster, single, old: np.ndarray, now: np.ndarray, soon: bool
 ):
-    """Those that hold copies by its table; or those of the next table, which it soon has."""
-    layout = placed(with_owner(HELD_BY_EXPERT))[1]
-    old = with_owner(np.where(HELD_BY_EXPERT > 0, 3 - HELD_BY_EXPERT, 0))
-    if copies:
-        old |= with_owner(HELD_BY_EXPERT)
+    """Other holders by its table, or, in the same layer, those of the table that it has soon."""
     three_servers.use("calls")
+    layout = placed(now)[1]
     three_servers.place(layout)
-    believed = dataclasses.replace(layout, device_of=np.where(old, 0, -1).astype(np.int32))
-    three_servers.send("believe", believed, 0)
     tokens = sequence(2, 30)
     prompt = [(SLICE, [Tokens(((0, 0, tokens),))] * count) for count in DEVICES]
-    if not copies:
-        three_servers.send("learn", layout, 0, 0.1)
+    three_servers.step(prompt)  # nothing is left to be compiled
+    believed = dataclasses.replace(layout, device_of=np.where(old, 0, -1).astype(np.int32))
+    three_servers.send("believe", believed, 0)
+    if soon:
+        three_servers.send("learn", layout, 0, 0.2)
     for server in three_servers.step(prompt):
         for reply in server:
             assert not reply["failed"]

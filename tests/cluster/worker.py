@@ -1,9 +1,9 @@
 """One server of the three-process test cluster: answers commands on stdin with pickles on stdout.
 
 The cluster is started once for the whole test session; a command is a placement and one batch
-per device, and every server runs the same commands in the same order. Servers that call each other's
-experts share a jax.distributed job, too, but do not use it. Before that, a server says
-where it listens for the others, and is told where they do.
+per device, and every server runs the same commands in the same order. All share a jax.distributed
+job, which those that call each other's experts do not use. Before that, a server says where it
+listens for the others, and is told where they do.
 """
 
 from __future__ import annotations

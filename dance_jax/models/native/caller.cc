@@ -166,7 +166,7 @@ std::vector<Caller::Part*> Caller::Place(const std::vector<Pair>& pairs, const R
   }
   std::vector<Part*> placed;
   for (auto& [peer, part] : by_peer) {
-    part->peer = peer, part->asked = asked;
+    part->peer = peer, part->version = table_->version, part->asked = asked;
     placed.push_back(part);
     if (peer >= 0) {
       Send(*part);
@@ -278,7 +278,7 @@ void Caller::Review(Part& part, int64_t now) {
     }
   } else if (part.state == Part::kNowhere) {
     const auto newer = server_.table();
-    if (newer->version != table_->version) {
+    if (newer->version != part.version) {
       table_ = newer;
       Replace(part, part.fail_at - now);
     } else if (now >= part.fail_at) {
@@ -287,10 +287,13 @@ void Caller::Review(Part& part, int64_t now) {
   }
 }
 
-// Asks others, as this one will not answer.
+// Asks others, as this one will not answer; by a newer table perhaps this one again, for what it still has.
 void Caller::Replace(Part& part, int64_t patience_ns) {
-  Ranks asked = part.asked;
-  if (part.peer >= 0) asked.set(part.peer);
+  Ranks asked;
+  if (part.version == table_->version) {
+    asked = part.asked;
+    if (part.peer >= 0) asked.set(part.peer);
+  }
   part.state = Part::kLost;
   if (part.instead.empty()) part.instead = Place(part.pairs, asked, patience_ns);
 }
