@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import numpy as np
 
-from dance_jax.models.links_cpu import Moved
+from dance_jax.engine.moved import Moved
 
 
 class EngineStats(msgspec.Struct):
@@ -75,8 +75,8 @@ class EngineReport(msgspec.Struct):
     cpu_seconds: float = 0.0
     #: The longest step of the last seconds; see `step_clock.StepClock.longest`.
     longest_step_s: float = 0.0
-    #: Hidden states sent by all servers, and those through the busiest link direction of each
-    #: layer and step; all servers know the same.
+    #: Hidden states that this server knows of, and those through the busiest link direction of each
+    #: layer and step; see `traffic.Totals`.
     rows: int = 0
     busiest_rows: int = 0
     #: Steps by what was compiled for them, "decode rows+slice rows".
@@ -85,5 +85,5 @@ class EngineReport(msgspec.Struct):
     #: devices' seconds in them, together; 0 where it is not counted: without the C++ library.
     calls_served: int = 0
     expert_seconds: float = 0.0
-    #: Time over bytes of the exchange's two phases, for `links_cpu.seconds_per_byte`.
+    #: Of each kind of call, for `moved.seconds_per_byte`; empty where servers step together.
     moved: list[Moved] = []

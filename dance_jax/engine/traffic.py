@@ -8,10 +8,10 @@ from typing import Protocol
 
 import numpy as np
 
+from dance_jax.engine.moved import Moved
 from dance_jax.engine.step import Crossed
-from dance_jax.models import kernels_cpu, links_cpu
+from dance_jax.models import kernels_cpu
 from dance_jax.models.calls import CallServer
-from dance_jax.models.links_cpu import Moved
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Totals:
     #: int64 [n], payload bytes to and from each server.
     bytes_sent: np.ndarray
     bytes_received: np.ndarray
-    #: For `links_cpu.seconds_per_byte`.
+    #: For `moved.seconds_per_byte`; empty where nobody knows how long bytes take.
     moved: list[Moved]
 
 
@@ -68,11 +68,6 @@ class LockStepTraffic:
         self._transfers = np.zeros((layers, servers), np.int64)
         self._rows = self._busiest_rows = 0
         self._bytes = np.zeros((servers, servers), np.int64)
-        self._before = self._moved()
-
-    def _moved(self) -> list[Moved]:
-        links = links_cpu.counters(self._shape[1])
-        return [links.dispatch.moved, links.give_back.moved]
 
     def add(self, crossed: Crossed) -> None:
         self._transfers += crossed.rows[:, self._rank]
@@ -82,18 +77,12 @@ class LockStepTraffic:
         self._bytes += crossed.bytes.sum(0)
 
     def totals(self) -> Totals:
-        moved = [now - then for now, then in zip(self._moved(), self._before, strict=True)]
         sent, received = self._bytes[self._rank], self._bytes[:, self._rank]
         rows = self._rows, self._busiest_rows
-        return Totals(self._transfers.copy(), *rows, sent.copy(), received.copy(), moved)
+        return Totals(self._transfers.copy(), *rows, sent.copy(), received.copy(), [])
 
     def inside(self) -> Mapping[str, float]:
-        links = links_cpu.counters(self._shape[1])
-        return {
-            "wait": links.dispatch.waited_s + links.give_back.waited_s,
-            "exchange": links.dispatch.moved_s + links.give_back.moved_s,
-            "experts": kernels_cpu.routed_seconds()[1],
-        }
+        return {"wait": 0.0, "exchange": 0.0, "experts": kernels_cpu.routed_seconds()[1]}
 
 
 class CallTraffic:

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Sequence
 import msgspec
 import numpy as np
 
+from dance_jax.engine.moved import Moved, seconds_per_byte
 from dance_jax.engine.report import EngineStats
 from dance_jax.launch.costs import Measured
-from dance_jax.models.links_cpu import Moved, seconds_per_byte
 from dance_jax.placement.decay import DecayedCounts
 
 #: Expert calls whose mean time says how long one takes.
@@ -174,8 +174,8 @@ class _Costs:
         moved = [now - then for now, then in zip(self.moved, begun, strict=True)]
         calls = self.calls - before.calls
         byte_s = known.byte_s
-        for phases in (moved, self.moved):
-            found = seconds_per_byte(phases)
+        for kinds in (moved, self.moved):
+            found = seconds_per_byte(kinds)
             if found is not None:
                 byte_s = found
                 break

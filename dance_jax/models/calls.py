@@ -171,17 +171,23 @@ class Lines:
         names: of all servers, by rank.
         listener: this server's; from now on the others' connections are let in.
         key: secret of the servers.
+        topic: tells the connections of several `CallServer`s apart.
     """
 
-    _TOPIC = "calls"
-
-    def __init__(self, rank: int, names: Sequence[str], listener: Listener, key: bytes) -> None:
-        self._rank, self._names, self._key = rank, names, key
+    def __init__(
+        self,
+        rank: int,
+        names: Sequence[str],
+        listener: Listener,
+        key: bytes,
+        topic: str = "calls",
+    ) -> None:
+        self._rank, self._names, self._key, self._topic = rank, names, key, topic
         self._lock = threading.Lock()
         self._server: CallServer | None = None
         #: What came before there was a server.
         self._early: list[tuple[int, socket.socket]] = []
-        listener.on(self._TOPIC, self._admit)
+        listener.on(topic, self._admit)
 
     def _admit(self, peer: int, _: int, connection: socket.socket) -> None:
         with self._lock:
@@ -217,7 +223,7 @@ class Lines:
         assert self._server is not None
         for device in range(len(self._server.callers)):
             connection = dial(
-                self._rank, peer, self._names[peer], endpoint, self._key, self._TOPIC, device
+                self._rank, peer, self._names[peer], endpoint, self._key, self._topic, device
             )
             self._server.dial(device, peer, connection)
 

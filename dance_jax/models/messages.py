@@ -1,7 +1,6 @@
 """What crosses the links between servers: rows, how they are encoded, what is known of them.
 
-Who carries them is a `Transport`: collectives.py with JAX's collectives, links_cpu.py over
-connections of its own.
+Who carries them is a `Transport`: collectives.py.
 """
 
 from __future__ import annotations

@@ -254,7 +254,7 @@ class _EngineMetrics(Collector):
             ("transfers", "Hidden states sent to other servers", report.transfers),
             (
                 "busiest_transfers",
-                "Hidden states through the busiest link of each layer, of all servers",
+                "Hidden states through the busiest link of each layer, as far as known here",
                 report.busiest_rows,
             ),
             (

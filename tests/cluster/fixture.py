@@ -52,14 +52,9 @@ class TestCluster:
     def _replies(self) -> list[Any]:
         return [pickle.load(process.stdout) for process in self.processes]  # type: ignore[arg-type]
 
-    def use(self, transport: str, wire_dtype: str = "compute", model: str = "latent") -> str:
-        """What all further commands mean; the first `place` of each compiles it.
-
-        Returns:
-            The transport in use: without a C++ compiler "sockets" are collectives.
-        """
-        (used,) = set(self.send("use", transport, wire_dtype, model))
-        return used
+    def use(self, transport: str, wire_dtype: str = "compute", model: str = "latent") -> None:
+        """What all further commands mean; the first `place` of each compiles it."""
+        self.send("use", transport, wire_dtype, model)
 
     def place(self, layout: Layout) -> list[Any]:
         return self.send("place", layout)
@@ -67,6 +62,10 @@ class TestCluster:
     def stage(self, number: int, layout: Layout, *ranks: int) -> None:
         """These servers have loaded a batch."""
         self.send("stage", number, layout, ranks)
+
+    def commit(self, number: int, *ranks: int) -> None:
+        """These servers know that all have loaded a batch."""
+        self.send("commit", number, ranks)
 
     def step(self, commands: list[Any]) -> list[Any]:
         return self.send("step", commands)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,7 +17,6 @@ from tests.cluster.fixture import DEVICES, TestCluster
 from tests.cluster.test_exactness import (
     SLOTS,
     SPARE,
-    both_transports,
     check_row,
     check_traffic,
     cluster_settings,
@@ -79,6 +81,7 @@ def check_pools(three_servers: TestCluster, layout: Layout, model: str = "latent
 def check_migration(
     three_servers: TestCluster,
     single: Runner,
+    change: Change,
     seed: int,
     replicas: tuple[float, float],
     most: int,
@@ -93,14 +96,45 @@ def check_migration(
     sequence_of = batches(old, new, most)
     assert sequence_of
     for number, (_, layout) in enumerate(sequence_of, 1):
-        *others, last = rng.permutation(len(DEVICES)).tolist()
-        three_servers.stage(number, layout, *others)
-        assert loaded(sequences.step()) == 0, "not all have loaded it"
-        three_servers.stage(number, layout, last)
-        assert loaded(sequences.step()) == number
+        change(three_servers, sequences, number, layout, rng)
         if number in (1, len(sequence_of)):
             check_pools(three_servers, layout, model)
     check_traffic(sequences.step(), residents[1])
+
+
+Change = Callable[[TestCluster, Sequences, int, Layout, np.random.Generator], None]
+
+
+def together(
+    three_servers: TestCluster,
+    sequences: Sequences,
+    number: int,
+    layout: Layout,
+    rng: np.random.Generator,
+) -> None:
+    """A batch comes into force in the first step of which all servers know that all have it."""
+    three_servers.stage(number, layout, *EVERYONE)
+    *others, last = rng.permutation(len(DEVICES)).tolist()
+    three_servers.commit(number, *others)
+    assert loaded(sequences.step()) == 0, "not all know that all have loaded it"
+    three_servers.commit(number, last)
+    assert loaded(sequences.step()) == number
+
+
+def one_by_one(
+    three_servers: TestCluster,
+    sequences: Sequences,
+    number: int,
+    layout: Layout,
+    rng: np.random.Generator,
+) -> None:
+    """Server after server takes up a batch, with steps in between."""
+    for rank in rng.permutation(len(DEVICES)).tolist():
+        three_servers.stage(number, layout, rank)
+        sequences.step()
+    for rank in rng.permutation(len(DEVICES)).tolist():
+        three_servers.commit(number, rank)
+        sequences.step()
 
 
 @settings(cluster_settings, max_examples=2)
@@ -116,41 +150,39 @@ def test_steps_during_a_migration_give_what_one_device_gives(
     replicas,
     most,
 ):
-    three_servers.use("sockets")
-    check_migration(three_servers, single, seed, replicas, most)
+    three_servers.use("calls")
+    check_migration(three_servers, single, one_by_one, seed, replicas, most)
 
 
-def test_collectives_agree_too(three_servers: TestCluster, single: Runner):
+def test_collectives_agree_on_a_step(three_servers: TestCluster, single: Runner):
     three_servers.use("collectives")
-    check_migration(three_servers, single, 3, (0.0, 0.3), 20)
+    check_migration(three_servers, single, together, 3, (0.0, 0.3), 20)
 
 
 def test_experts_in_codes_move_too(three_servers: TestCluster, single_of):
-    three_servers.use("sockets", model="quantised")
-    check_migration(three_servers, single_of("quantised"), 5, (0.0, 0.3), 20, "quantised")
+    three_servers.use("calls", model="quantised")
+    one = single_of("quantised")
+    check_migration(three_servers, one, one_by_one, 5, (0.0, 0.3), 20, "quantised")
 
 
-@both_transports
+@pytest.mark.parametrize(
+    ("transport", "change"), [("calls", one_by_one), ("collectives", together)]
+)
 def test_a_dropped_batch_never_comes_into_force(
-    three_servers: TestCluster,
-    single: Runner,
-    transport: str,
+    three_servers: TestCluster, single: Runner, transport: str, change: Change
 ):
-    """One server cannot load it; those that have not heard of that cannot mix it with the next."""
+    """One server cannot load it; the next one takes its slots."""
     old, first, second = (placed(random_resident(seed, frozenset(), 0.3))[1] for seed in range(3))
+    (_, first), (_, second) = (batches(old, each, 20)[0] for each in (first, second))
     three_servers.use(transport)
     three_servers.place(old)
     sequences = Sequences(three_servers, single)
     three_servers.stage(1, first, 0, 2)
     assert loaded(sequences.step()) == 0
-    three_servers.send("drop", 1, [0, 1])
-    three_servers.stage(2, second, 0, 1)
-    assert loaded(sequences.step()) == 0, "server 2 is still at the first"
-    assert three_servers.send("drop", 1, [2]) == [None, None, True]
+    assert three_servers.send("drop", 1, EVERYONE) == [True, False, True]
     assert loaded(sequences.step()) == 0
     check_pools(three_servers, old)
-    three_servers.stage(2, second, 2)
-    assert loaded(sequences.step()) == 2
+    change(three_servers, sequences, 2, second, np.random.default_rng(0))
     check_pools(three_servers, second)
     assert three_servers.send("drop", 2, EVERYONE) == [False] * 3, "it is in force"
     assert loaded(sequences.step()) == 0

@@ -192,7 +192,9 @@ def run(
     bucket, devices = command
     rows = [rows_of(bucket, tokens) for tokens in devices]
     entries = tuple(tuple(row for parts in device for row in parts) for device in rows)
+    before = sent_by_calls(runner)
     outcomes, extras = runner.run(StepPlan(*bucket, entries), work=BUSY, loaded=loaded)
+    sent_by_calls_ln = sent_by_calls(runner) - before
     replies = []
     for device, outcome, logits, routes in zip(
         rows, outcomes, runner.read(extras.logits), runner.read(extras.routes), strict=True
@@ -205,9 +207,16 @@ def run(
                     np.concatenate([routes[token_slice(bucket, ENGINE, row)] for row in parts])
                     for parts in device
                 ],
+                "failed": bool(outcome.any_failed),
+                "sent": sent_by_calls_ln + outcome.crossed.rows[:, runner.topology.rank],
                 "rows": outcome.crossed.rows,
+                "bytes": outcome.crossed.bytes[:, runner.topology.rank],
                 "loaded": int(outcome.crossed.loaded),
-                "sent": outcome.crossed.bytes[:, runner.topology.rank],
             }
         )
     return replies
+
+
+def sent_by_calls(runner: Runner) -> np.ndarray | int:
+    """int64 [l, n], hidden states that went to each server so far; 0 where none is called."""
+    return 0 if runner.calls is None else runner.calls.counters().rows

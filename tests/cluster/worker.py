@@ -1,16 +1,19 @@
 """One server of the three-process test cluster: answers commands on stdin with pickles on stdout.
 
 The cluster is started once for the whole test session; a command is a placement and one batch
-per device, and every server runs the same commands in the same order. Before that, a server says
-where it listens for the others, and is told where they do.
+per device, and every server runs the same commands in the same order. All share a jax.distributed
+job, which those that call each other's experts do not use. Before that, a server says where it
+listens for the others, and is told where they do.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import pickle
 import sys
+import threading
 
 RANK, PORT, DEVICES = int(sys.argv[1]), sys.argv[2], tuple(map(int, sys.argv[3].split(",")))
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES[RANK]}"
@@ -35,11 +38,13 @@ jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.config.update("jax_enable_preemption_service", False)
 jax.distributed.initialize(f"127.0.0.1:{PORT}", len(DEVICES), RANK)
 
+from dance_jax.engine import runner as runner_module  # noqa: E402
 from dance_jax.engine.runner import Runner, cluster_mesh  # noqa: E402
 from dance_jax.engine.staging import Staging, new_slots  # noqa: E402
-from dance_jax.models import links_cpu, native  # noqa: E402
+from dance_jax.models import calls, native  # noqa: E402
 from dance_jax.models.collectives import Collectives  # noqa: E402
 from dance_jax.models.topology import AXIS  # noqa: E402
+from dance_jax.placement.core import Layout  # noqa: E402
 from tests.cluster import tiny  # noqa: E402
 
 native.register(sys.argv[4] or None)
@@ -49,53 +54,98 @@ everyone = jax.shard_map(
 )
 jax.jit(everyone)().block_until_ready()
 
-usable = native.library() is not None
-sockets = links_cpu.connect(RANK, names, listener, endpoints, KEY, usable=usable)
-transports = {"collectives": Collectives(), "sockets": sockets}
-runners: dict[tuple[str, str, str], Runner] = {}
-staging: Staging | None = None
-variant = ("collectives", "compute", "latent")
-leveled = contextlib.ExitStack()
-while True:
-    command = pickle.load(sys.stdin.buffer)
-    if command[0] == "stop":
-        break
-    if command[0] == "use":
-        variant = command[1:]
-        reply = transports[variant[0]].name
-    elif command[0] == "place":
-        layout = command[1]
-        if variant in runners:
-            runners[variant].place(layout)
+# A busy machine must not look like a server that is gone.
+runner_module.CallServer = functools.partial(calls.CallServer, repeat_s=30.0, fail_s=60.0)
+transports = {"collectives": Collectives(), "calls": None}
+
+
+class Server:
+    """Its methods are the commands."""
+
+    def __init__(self) -> None:
+        self.runners: dict[tuple[str, str, str], Runner] = {}
+        self.leveled = contextlib.ExitStack()
+        self.places = 0
+
+    @property
+    def runner(self) -> Runner:
+        return self.runners[self.variant]
+
+    def use(self, *variant: str) -> None:
+        self.variant = variant
+
+    def place(self, layout: Layout) -> list[int]:
+        """Everything anew: the pools, and the connections of what calls."""
+        if self.variant in self.runners:
+            self.runner.place(layout)
         else:
-            runners[variant] = tiny.runner(layout, RANK, transports[variant[0]], *variant[1:])
-        staging = Staging(layout, RANK, runners[variant].form)
-        reply = runners[variant].pools.bytes
-    elif command[0] == "level router":
-        if command[1]:
-            leveled.enter_context(tiny.level_router(runners[variant]))
+            transport, *more = self.variant
+            self.runners[self.variant] = tiny.runner(layout, RANK, transports[transport], *more)
+        self.staging = Staging(layout, RANK, self.runner.form)
+        self.places += 1
+        if self.runner.calls is not None:
+            # Those of the placement before lead to servers of experts that are gone.
+            lines = calls.Lines(RANK, names, listener, KEY, f"calls {self.places}")
+            lines.connect(self.runner.calls, endpoints)
+        return self.runner.pools.bytes
+
+    def level_router(self, level: bool) -> None:
+        if level:
+            self.leveled.enter_context(tiny.level_router(self.runner))
         else:
-            leveled.close()
-        reply = None
-    elif command[0] == "stage":
-        _, number, layout, ranks = command
-        if RANK in ranks:
-            weights = tiny.weights_of(layout, RANK, variant[2])
-            needed = new_slots(staging.latest, layout, RANK)
-            staging.add(number, layout, {place: weights[place] for place in needed})
-        reply = None
-    elif command[0] == "drop":
-        reply = staging.drop(command[1]) if RANK in command[2] else None
-    elif command[0] == "pool":
-        places = tiny.weights_of(staging.layout, RANK, variant[2])
-        reply = {place: runners[variant].pools.read(*place) for place in places}
-    elif command[0] == "counters":
-        reply = links_cpu.counters(len(DEVICES))
-    else:
-        reply = tiny.run(runners[variant], command[1][RANK], staging.tell())
+            self.leveled.close()
+
+    def stage(self, number: int, layout: Layout, ranks: tuple[int, ...]) -> None:
+        """These servers have loaded a batch."""
+        if RANK not in ranks:
+            return
+        weights = tiny.weights_of(layout, RANK, self.variant[2])
+        needed = new_slots(self.staging.latest, layout, RANK)
+        batch = self.staging.add(number, layout, {place: weights[place] for place in needed})
+        if self.runner.calls is not None:
+            self.runner.pools.write(batch.writes)
+
+    def commit(self, number: int, ranks: tuple[int, ...]) -> None:
+        """These servers know that all have loaded a batch."""
+        if RANK not in ranks:
+            return
+        if self.runner.calls is None:
+            self.staging.commit(number)
+        else:
+            self.runner.use_tables(self.staging.take(number).layout)
+
+    def drop(self, number: int, ranks: tuple[int, ...]) -> bool | None:
+        return self.staging.drop(number) if RANK in ranks else None
+
+    def believe(self, layout: Layout, rank: int) -> None:
+        """A server looks for experts where they are not."""
+        if rank == RANK:
+            self.runner.use_tables(layout)
+
+    def learn(self, layout: Layout, rank: int, seconds: float) -> None:
+        """As `believe`, but during what comes next."""
+        if rank == RANK:
+            threading.Timer(seconds, self.runner.use_tables, [layout]).start()
+
+    def pool(self) -> dict:
+        places = tiny.weights_of(self.staging.layout, RANK, self.variant[2])
+        return {place: self.runner.pools.read(*place) for place in places}
+
+    def counters(self) -> calls.Counters:
+        assert self.runner.calls is not None
+        return self.runner.calls.counters()
+
+    def step(self, commands: list) -> list[dict]:
+        reply = tiny.run(self.runner, commands[RANK], self.staging.tell())
         if number := reply[0]["loaded"]:
-            batch = staging.take(number)
-            runners[variant].pools.write(batch.writes)
-            runners[variant].use_tables(batch.layout)
-    pickle.dump(reply, replies)
+            batch = self.staging.take(number)
+            self.runner.pools.write(batch.writes)
+            self.runner.use_tables(batch.layout)
+        return reply
+
+
+server = Server()
+while True:
+    name, *arguments = pickle.load(sys.stdin.buffer)
+    pickle.dump(getattr(server, name)(*arguments), replies)
     replies.flush()

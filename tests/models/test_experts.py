@@ -74,7 +74,7 @@ def native_pool(form: ExpertFormat, slots: int) -> NativePool:
     forms = (form.gate, form.up, form.down)
     pool = NativePool(form.d, form.f, form.activation, forms, form.bias, slots)
     for slot, own in enumerate(make_experts(form, slots)):
-        pool.put(slot, [own[name] for name in form.leaves])
+        pool.put(slot, slot, [own[name] for name in form.leaves])
     return pool
 
 

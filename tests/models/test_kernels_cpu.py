@@ -99,7 +99,7 @@ def test_a_row_has_the_same_bits_in_any_batch(compiled, rows, sizes, name, seed)
     pool = NativePool(d, f, SILU, (form, form, form), False, 3)
     for slot in range(3):
         parts = [arrays_of(form, *shape, seed + slot) for shape in ((d, f), (d, f), (f, d))]
-        pool.put(slot, [array for part in parts for array in part.values()])
+        pool.put(slot, slot, [array for part in parts for array in part.values()])
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((rows, d), dtype=np.float32)
     slot = rng.integers(-1, 3, (rows, 2)).astype(np.int32)
@@ -125,14 +125,14 @@ def test_slots_are_written_while_others_compute(compiled: pathlib.Path) -> None:
     rows = np.ones((4, d), np.float32), np.zeros((4, 1), np.int32), np.ones((4, 1), np.float32)
     number, wanted = jnp.int32(pool.number), []
     for expert in experts:
-        pool.put(0, expert)
+        pool.put(0, 0, expert)
         wanted.append(np.asarray(call(number, *rows)))
     done = threading.Event()
 
     def write(pool: NativePool) -> None:
         while not done.is_set():
             for expert in experts:
-                pool.put(0, expert)
+                pool.put(0, 0, expert)
 
     writer = threading.Thread(target=write, args=(pool,))
     writer.start()
@@ -191,7 +191,7 @@ def test_time_for_routed_experts_is_counted(compiled: pathlib.Path):
     assert kernels_cpu.routed_seconds() == before, "the trunk's are not"
     pool = NativePool(8, 4, SILU, [form] * 3, False, 2)
     for slot in range(2):
-        pool.put(slot, [np.ones((8, 4), np.float32)] * 2 + [np.ones((4, 8), np.float32)])
+        pool.put(slot, slot, [np.ones((8, 4), np.float32)] * 2 + [np.ones((4, 8), np.float32)])
     slot, weight = jnp.array([[1, -1, 0]], jnp.int32), jnp.ones((1, 3))
     kernels_cpu.experts(jnp.int32(pool.number), x_nd, slot, weight).block_until_ready()
     now = kernels_cpu.routed_seconds()

@@ -11,8 +11,8 @@ import pytest
 
 from benchmarks.simulation.fit import fit, measured
 from dance_jax.config import UserError
+from dance_jax.engine.moved import Moved
 from dance_jax.engine.report import EngineReport
-from dance_jax.models.links_cpu import Moved
 from dance_jax.placement.simulate import Model, Requests, Server, Speed, Work, simulate
 from tests.placement.simulated import CONFIG, held, scenario
 

@@ -1,4 +1,4 @@
-"""The C++ library beside this file: products, experts, rows between servers and devices, on CPUs.
+"""The C++ library beside this file: products, experts, calls between servers, on CPUs.
 
 It is built for this machine, at installation by `python -m dance_jax.models.native` or else on
 first use, and registered with XLA. Without a C++ compiler XLA's own operations serve, slower.
@@ -43,8 +43,6 @@ _HANDLERS = (
     "NormFloat32",
     "NormBfloat16",
     "ChooseExperts",
-    "LinksDispatch",
-    "LinksReturn",
     "SiblingsGather",
     "SiblingsSum",
 )

@@ -178,12 +178,12 @@ std::vector<Caller::Part*> Caller::Place(const std::vector<Pair>& pairs, const R
   }
   std::vector<Part*> placed;
   for (auto& [peer, part] : by_peer) {
-    part->peer = peer, part->asked = asked;
+    part->peer = peer, part->version = table_->version, part->asked = asked;
     placed.push_back(part);
     if (peer >= 0) {
       Send(*part);
     } else if (patience_ns > 0) {
-      part->state = Part::kNowhere, part->version = table_->version;
+      part->state = Part::kNowhere;
       part->fail_at = NowNs() + patience_ns;
     } else {
       part->state = Part::kFailed;
@@ -301,10 +301,13 @@ void Caller::Review(Part& part, int64_t now) {
   }
 }
 
-// Asks others, as this one will not answer.
+// Asks others, as this one will not answer; by a newer table perhaps this one again, for what it still has.
 void Caller::Replace(Part& part, int64_t patience_ns) {
-  Ranks asked = part.asked;
-  if (part.peer >= 0) asked.set(part.peer);
+  Ranks asked;
+  if (part.version == table_->version) {
+    asked = part.asked;
+    if (part.peer >= 0) asked.set(part.peer);
+  }
   part.state = Part::kLost;
   if (part.instead.empty()) part.instead = Place(part.pairs, asked, patience_ns);
 }

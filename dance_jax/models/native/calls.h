@@ -121,9 +121,9 @@ class Caller {
     uint64_t id = 0;
     std::vector<Pair> pairs;     // row after row
     std::vector<int32_t> rows;
-    Ranks asked;                 // for the same before
+    int64_t version = 0;         // of the table by which it was placed
+    Ranks asked;                 // for the same before, by this table
     int64_t repeat_at = 0, fail_at = 0;
-    int64_t version = 0;         // of the table by which nobody has it
     bool repeated = false;
     std::vector<float> sums;     // [rows, d]
     std::vector<Part*> instead;  // parts that ask others for the same

@@ -101,7 +101,7 @@ class Wires:
     def __init__(self, scenario: Scenario) -> None:
         servers, model = scenario.servers, scenario.model
         num = len(servers)
-        #: Heads of messages as in models/links_cpu: of every dispatch, of returns with rows.
+        #: Heads of messages: of every dispatch, of returns with rows.
         self.head, self.reply_head = 16 + 4 * (num + 1), 16
         self.row, self.reply = model.row_bytes, model.state_bytes
         self.second_per_byte = np.array([8 / server.bandwidth for server in servers])
