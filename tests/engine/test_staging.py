@@ -56,6 +56,8 @@ def test_batches_come_one_by_one_and_are_told_once(staging: Staging, layout: Lay
     second = gains(first, 1, 1, 1, 1)
     staging.add(1, first, weights((0, 0)))
     staging.add(2, second, weights((1, 1)))
+    assert not staging.news, "others may not have loaded it"
+    staging.commit(2)
     assert staging.news and staging.tell() == 1
     assert not staging.news and staging.layout is layout
     batch = staging.take(1)
@@ -69,12 +71,15 @@ def test_a_dropped_batch_takes_along_what_builds_on_it(staging: Staging, layout:
     first = gains(layout, 0, 0, 0, 0)
     staging.add(1, first, weights((0, 0)))
     staging.add(2, gains(first, 0, 1, 0, 1), weights((0, 1)))
+    staging.commit(1)
     staging.tell()
     assert staging.drop(1) and (staging.ready, staging.news) == (0, False)
     assert not staging.drop(2) and not staging.drop(7)
     with pytest.raises(ValueError, match="batch 2 after batch 2"):
         staging.add(2, first, weights((0, 0)))
     staging.add(3, first, weights((0, 0)))
+    assert staging.tell() == 0
+    staging.commit(3)
     assert staging.tell() == 3
 
 
