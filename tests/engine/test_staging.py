@@ -71,7 +71,6 @@ def test_a_dropped_batch_takes_along_what_builds_on_it(staging: Staging, layout:
     first = gains(layout, 0, 0, 0, 0)
     staging.add(1, first, weights((0, 0)))
     staging.add(2, gains(first, 0, 1, 0, 1), weights((0, 1)))
-    staging.commit(1)
     staging.tell()
     assert staging.drop(1) and (staging.ready, staging.news) == (0, False)
     assert not staging.drop(2) and not staging.drop(7)
