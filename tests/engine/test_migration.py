@@ -169,6 +169,9 @@ def test_a_batch_is_in_force_once_it_is_committed(checkpoint: Checkpoint, engine
         engine._staging.layout = dataclasses.replace(kept, device_of=absent)
         engine.expert(1, 3)
     engine._staging.layout = kept
+    # It has overwritten slots in use, as the launcher's batches never do.
+    stage(checkpoint, engine, 1002, seed=2, most=12)
+    assert engine.commit(1002)
 
 
 def test_routes_since_a_migration_are_kept_while_there_is_room(
@@ -178,8 +181,8 @@ def test_routes_since_a_migration_are_kept_while_there_is_room(
     assert engine.config.half_life is None
     outputs(engine)
     assert len(engine.stats().routes_tlk) > 0
-    stage(checkpoint, engine, 1002, seed=3, most=12)
-    assert engine.commit(1002)
+    stage(checkpoint, engine, 1003, seed=3, most=12)
+    assert engine.commit(1003)
     before = engine.stats()
     assert len(before.routes_tlk) == 0
     outputs(engine)
