@@ -1,4 +1,4 @@
-"""The engine of one server: requests in, tokens out, one step at a time with all other servers."""
+"""The engine of one server: requests in, tokens out, one step at a time."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ class Engine:
         return self._staging.layout
 
     def warmup(self, progress: Progress = lambda stage, done, total: None) -> None:
-        """Compiles every bucket and runs each once, together with all other servers."""
+        """Compiles every bucket and runs each once; servers that step together do so at once."""
         buckets = self.config.buckets
         self.runner.pools.warm_up()
         for done, bucket in enumerate(buckets):
@@ -191,13 +191,15 @@ class Engine:
             self._pending.append(self.tracker.end(sequence, "abort"))
 
     def step(self) -> StepResult:
-        """Schedule, run with all servers, and hand out what was sampled.
+        """Schedule, run, and hand out what was sampled.
 
-        Every server must call it equally often; one without work takes part with padding.
+        Servers that step together must call it equally often; one without work takes part with
+        padding.
         """
         with self.clock.step():
             with self.clock.part("schedule"):
-                plan = self.scheduler.schedule(others_decode=self._work == DECODING)
+                others_decode = not self.alone and self._work == DECODING
+                plan = self.scheduler.schedule(others_decode)
                 for row in (
                     row for rows in plan.entries for row in rows if row.index >= plan.decode
                 ):

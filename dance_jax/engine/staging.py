@@ -65,7 +65,7 @@ class Staging:
     @property
     def news(self) -> bool:
         """The others do not know yet that the next one may come into force."""
-        return self._committed != self._told
+        return self._committed not in (0, self._told)
 
     @property
     def _committed(self) -> int:
