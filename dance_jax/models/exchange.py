@@ -1,12 +1,12 @@
-"""The exchange of one MoE layer: hidden states to the servers that hold experts, sums back.
+"""The routed experts of one MoE layer, wherever they are: an `Exchange` computes them.
 
-Every process compiles its own program of the one step, with its own token count and pool size;
-what must agree is the sequence of messages between two processes, which a transport carries
-(messages.py).
-
-A server's first device is its gateway: only gateways use the slow links, so a token crosses a
-link once per server it needs. Inside a server the devices gather their tokens, each computes the
-experts it holds, and the sums are scattered back (topology.py).
+`Calls`: each server steps on its own, and the C++ library asks other servers for what is missing
+(calls.py). `LockStep`: all servers do each step together. Every process then compiles its own
+program of it, with its own token count and pool size; what must agree is the sequence of messages
+between two processes, which a transport carries (messages.py). A server's first device is its
+gateway: only gateways use the slow links, so a token crosses a link once per server it needs. Inside
+a server the devices gather their tokens, each computes the experts it holds, and the sums are
+scattered back (topology.py).
 """
 
 from __future__ import annotations
