@@ -4,9 +4,9 @@
 (calls.py). `LockStep`: all servers do each step together. Every process then compiles its own
 program of it, with its own token count and pool size; what must agree is the sequence of messages
 between two processes, which a transport carries (messages.py). A server's first device is its
-gateway: only gateways use the slow links, so a token crosses a link once per server it needs. Inside
-a server the devices gather their tokens, each computes the experts it holds, and the sums are
-scattered back (topology.py).
+gateway: only gateways use the slow links, so a token crosses a link once per server it needs.
+Inside a server the devices gather their tokens, each computes the experts it holds, and the sums
+are scattered back (topology.py).
 """
 
 from __future__ import annotations
