@@ -13,6 +13,7 @@ import socket
 import threading
 import weakref
 from collections.abc import Sequence
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -79,8 +80,37 @@ class Counters:
     sums: Sums
 
 
+class ExpertCalls(Protocol):
+    """One server's part in the calls of all."""
+
+    @property
+    def callers(self) -> Sequence[object]:
+        """One for each device."""
+        ...
+
+    def use(self, version: int, resident_nle: np.ndarray) -> None:
+        """From now on experts are looked for where `resident_nle`, bool [n, l, e], says."""
+        ...
+
+    def dial(self, device: int, peer: int, connection: socket.socket) -> None:
+        """Hands over a connection on which a device calls a peer, in place of the one before."""
+        ...
+
+    def accept(self, peer: int, connection: socket.socket) -> None:
+        """Hands over a connection on which a peer calls this server."""
+        ...
+
+    def counters(self) -> Counters:
+        """What was counted so far."""
+        ...
+
+    def close(self) -> None:
+        """Ends all connections; no step may be under way."""
+        ...
+
+
 class CallServer:
-    """One server's part in the calls of all, in the C++ library's memory.
+    """The `ExpertCalls` of the C++ library.
 
     Args:
         rank: this server's, of so many `servers`.
@@ -127,7 +157,6 @@ class CallServer:
         self._end = weakref.finalize(self, library.CallServerDelete, ctypes.c_int64(self._number))
 
     def use(self, version: int, resident_nle: np.ndarray) -> None:
-        """From now on experts are looked for where `resident_nle`, bool [n, l, e], says."""
         resident = np.ascontiguousarray(resident_nle, np.bool_)
         if resident.shape != self._shape:
             raise ValueError(f"a placement of shape {resident.shape}, not {self._shape}")
@@ -136,19 +165,16 @@ class CallServer:
         )
 
     def dial(self, device: int, peer: int, connection: socket.socket) -> None:
-        """Hands over a connection on which a device calls a peer, in place of the one before."""
         connection.setblocking(False)
         self._library.CallServerDial(
             ctypes.c_int64(self._number), ctypes.c_int64(device), peer, connection.detach()
         )
 
     def accept(self, peer: int, connection: socket.socket) -> None:
-        """Hands over a connection on which a peer calls this server."""
         connection.setblocking(False)
         self._library.CallServerAccept(ctypes.c_int64(self._number), peer, connection.detach())
 
     def counters(self) -> Counters:
-        """What was counted so far."""
         servers, layers, _ = self._shape
         peers = np.zeros((servers, len(dataclasses.fields(PeerCounters))), np.int64)
         rows, sums = np.zeros((layers, servers), np.int64), np.zeros(len(dataclasses.fields(Sums)))
@@ -184,7 +210,7 @@ class Lines:
     ) -> None:
         self._rank, self._names, self._key, self._topic = rank, names, key, topic
         self._lock = threading.Lock()
-        self._server: CallServer | None = None
+        self._server: ExpertCalls | None = None
         #: What came before there was a server.
         self._early: list[tuple[int, socket.socket]] = []
         listener.on(topic, self._admit)
@@ -196,7 +222,7 @@ class Lines:
             else:
                 self._server.accept(peer, connection)
 
-    def connect(self, server: CallServer, endpoints: Sequence[str]) -> None:
+    def connect(self, server: ExpertCalls, endpoints: Sequence[str]) -> None:
         """Lets the others call a server, and dials all of them.
 
         Args:

@@ -137,6 +137,7 @@ def one_by_one(
         sequences.step()
 
 
+@pytest.mark.parametrize("transport", ["calls", "mixed"])
 @settings(cluster_settings, max_examples=2)
 @given(
     seed=st.integers(0, 2**31 - 2),
@@ -146,11 +147,12 @@ def one_by_one(
 def test_steps_during_a_migration_give_what_one_device_gives(
     three_servers: TestCluster,
     single: Runner,
+    transport: str,
     seed,
     replicas,
     most,
 ):
-    three_servers.use("calls")
+    three_servers.use(transport)
     check_migration(three_servers, single, one_by_one, seed, replicas, most)
 
 
