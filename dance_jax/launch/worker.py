@@ -94,7 +94,8 @@ def main() -> None:
         return
     files = ModelFiles(setup, setup.private_dir)
     child.end_with_parent(setup, before=files.close)
-    environment.prepare(setup.platform, setup.spec.servers[setup.rank].gpus)
+    own = setup.spec.servers[setup.rank]
+    environment.prepare(own.platform, own.gpus)
     channel = Channel(child.parent_endpoint(setup), setup.control_key, setup.rank)
     status = 0
     try:
@@ -148,10 +149,10 @@ def _start(
     from dance_jax.models.collectives import Collectives
 
     compile_dir = None if cache is None else private_directory(cache / "compiled")
-    if setup.platform == "cpu":
+    platform = setup.spec.servers[setup.rank].platform
+    if platform == "cpu":
         native.load(compile_dir or pathlib.Path(setup.private_dir))
-    able = native.library() is not None
-    channel.send(protocol.Prepared(coordinator_endpoint(setup), listener.endpoint, able))
+    channel.send(protocol.Prepared(coordinator_endpoint(setup), listener.endpoint))
     match channel.receive():
         case protocol.Join(coordinator, endpoints, calls):
             pass
@@ -186,7 +187,7 @@ def _start(
         setup.config,
         compile_cache=steps,
         transport=None if calls else Collectives(),
-        free_memory=free_per_device(setup.platform, setup.machine_devices),
+        free_memory=free_per_device(platform, setup.machine_devices),
     )
     engine.warmup(lambda stage, done, total: channel.send(protocol.Progress(stage, done, total)))
     if engine.runner.calls is not None:
