@@ -106,6 +106,9 @@ class ClusterSpec:
 
 #: What users may ask for of the exchange of rows between servers.
 EXCHANGES = ("auto", "calls", "collectives")
+#: Servers that can step together: each pair has collectives of its own, and every step counts what
+#: every pair exchanged.
+MOST_TOGETHER = 31
 #: What users may ask for, of experts and of the trunk; "int4-mixed" leaves an expert's last
 #: projection eight bits, and in the trunk attention, embedding and output.
 EXPERT_CHOICES = ("keep", "bf16", "int8", "int4", "int4-mixed", "mxfp4")
@@ -192,3 +195,16 @@ class EngineConfig:
     def max_blocks(self) -> int:
         """KV blocks of the longest sequence."""
         return -(-self.max_model_len // self.block_size)
+
+
+def check_together(servers: int) -> None:
+    """Checks that so many servers can step together.
+
+    Raises:
+        UserError: there are too many.
+    """
+    if servers > MOST_TOGETHER:
+        raise UserError(
+            f"{servers} servers: with --exchange collectives at most {MOST_TOGETHER} can step "
+            "together; take --exchange calls (or auto)"
+        )

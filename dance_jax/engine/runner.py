@@ -57,6 +57,7 @@ from dance_jax.models.messages import Transport, say
 from dance_jax.models.topology import AXIS, Topology
 from dance_jax.models.trunk import Trunk, rope_of, take_apart
 from dance_jax.placement.core import Layout
+from dance_jax.placement.visit import masks
 
 #: Reads experts: pairs (layer, expert) -> their places and weights, in any order.
 ReadExperts = Callable[[list[tuple[int, int]]], Iterable[tuple[int, Weights]]]
@@ -246,7 +247,7 @@ class Runner:
         return layer * self.model_config.num_experts + expert
 
     def _build_tables(self, layout: Layout) -> Tables:
-        holders = [layout.holders] * len(self.devices)
+        holders = [masks(layout.resident)] * len(self.devices)
         slot_of = [
             np.where(layout.device_of[self.rank] == d, layout.slot_of[self.rank], -1)
             for d in range(len(self.devices))
@@ -266,7 +267,7 @@ class Runner:
         if self.calls is None:
             self.tables = self._build_tables(layout)
         else:
-            self.calls.use(self._version, layout.device_of >= 0)
+            self.calls.use(self._version, layout.resident)
         if isinstance(self.calls, CallServer):
             callers = [np.int32(caller) for caller in self.calls.callers]
             self._callers = self.shards.per_device(callers)

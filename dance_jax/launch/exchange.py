@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 
-from dance_jax.config import ClusterSpec, EngineConfig, UserError
+from dance_jax.config import (
+    MOST_TOGETHER,
+    ClusterSpec,
+    EngineConfig,
+    UserError,
+    check_together,
+)
 from dance_jax.launch.costs import DEFAULT_RATE, state_bytes
 from dance_jax.models.config import ModelConfig
 
@@ -43,10 +49,14 @@ def choose_exchange(
             "exchange=collectives: servers of different platforms cannot form one job; "
             "take exchange=calls (or auto)"
         )
+    if config.exchange == "collectives":
+        check_together(len(spec.servers))
     if config.exchange != "auto":
         return ExchangeChoice(config.exchange, "as was asked for")
     if spec.platform == "mixed":
         return ExchangeChoice("calls", "servers of different platforms cannot form one job")
+    if len(spec.servers) > MOST_TOGETHER:
+        return ExchangeChoice("calls", f"at most {MOST_TOGETHER} servers can step together")
     if spec.platform == "cpu":
         return ExchangeChoice("calls", "on CPUs no server waits for the steps of others")
     calls_s, collectives_s = predicted_step_s(spec, model, config, local_share)

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from dance_jax.config import check_together
 from dance_jax.models import calls
 from dance_jax.models.experts import ExpertFormat, Pool
 from dance_jax.models.messages import (
@@ -45,7 +46,7 @@ from dance_jax.models.topology import (
     scatter_siblings,
     sum_at_gateway,
 )
-from dance_jax.placement.visit import choose_servers
+from dance_jax.placement.visit import choose_servers, has
 
 #: Rows from all peers for which experts are compiled, beside the most there can be: few rows must
 #: not cost what the room for a prefill's costs.
@@ -55,7 +56,7 @@ LIMITS = (16, 128)
 class Tables(NamedTuple):
     """Where experts are, as arguments of the step. Per device, l MoE layers, e experts."""
 
-    #: int32 [l, e], bit n set when server n holds the expert.
+    #: `visit.masks` [words, l, e] of the servers that hold each expert.
     holders: Array
     #: int32 [l, e], slot on this device, -1 when it is not here.
     slot_of: Array
@@ -155,13 +156,19 @@ class LockStep:
 
     Args:
         form: what the pools' slots hold.
-        wire_dtype: of hidden states and sums between servers, see messages.encode.
+        wire_dtype: of hidden states between servers, see messages.encode.
+
+    Raises:
+        UserError: there are more servers than can step together.
     """
 
     topology: Topology
     form: ExpertFormat
     transport: Transport
     wire_dtype: np.dtype
+
+    def __post_init__(self) -> None:
+        check_together(self.servers)
 
     @property
     def name(self) -> str:
@@ -194,15 +201,15 @@ class LockStep:
         assert experts.tables is not None
         layer, tables = experts.layer, experts.tables
         topology, servers = self.topology, self.topology.num_servers
-        holders_e, slot_e = tables.holders[layer], tables.slot_of[layer]
+        slot_e = tables.slot_of[layer]
         ffn = functools.partial(self._ffn, experts.pool, slot_e, len(tables.slot_of))
         expert_tk = jnp.where(valid_t[:, None], expert_tk, NO_EXPERT)
         x_gd, expert_gk, weight_gk = self._gather(Routed(x_td, expert_tk, weight_tk))
 
         known_gk = expert_gk != NO_EXPERT
-        holders_gk = holders_e[jnp.where(known_gk, expert_gk, 0)]
-        here_gk = ((holders_gk >> topology.rank) & 1) == 1
-        visit_gk = choose_servers(holders_gk, known_gk & ~here_gk, servers)
+        holders_wgk = tables.holders[:, layer, jnp.where(known_gk, expert_gk, 0)]
+        here_gk = has(holders_wgk, topology.rank)
+        visit_gk = choose_servers(holders_wgk, known_gk & ~here_gk, servers)
         own = Routed(x_gd, jnp.where(here_gk, expert_gk, NO_EXPERT), weight_gk)
 
         if servers == 1:

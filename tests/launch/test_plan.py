@@ -118,6 +118,22 @@ def test_every_expert_has_a_slot() -> None:
     assert placed == {(layer, expert) for layer in range(LAYERS) for expert in range(EXPERTS)}
 
 
+def test_forty_servers_and_too_many() -> None:
+    spec = parse_hosts("\n".join(f"s{n} address=localhost experts=2" for n in range(40)))
+    counts = np.random.default_rng(0).integers(1, 9, (40, LAYERS, EXPERTS))
+    used = Activations(spec.names, counts, "this model", random_routes()[:1] * 40)
+    plan = make_plan(spec, MODEL, CONFIG, activations=used)
+    plan.placement.validate([room.capacity for room in plan.servers])
+    assert plan.notes[0] == (
+        "latency takes too long for more than 32 servers: optimal places instead."
+    )
+    layout = parse_layout(dump_layout(plan.layout))
+    assert (layout.resident == plan.placement.resident).all()
+    spec = parse_hosts("\n".join(f"s{n} address=localhost experts=1" for n in range(257)))
+    with pytest.raises(UserError, match="257 servers: at most 256 can serve a model"):
+        rooms(spec, MODEL, CONFIG)
+
+
 def test_without_activations_the_plan_says_so() -> None:
     plan = make_plan(SPEC, MODEL, CONFIG)
     first, second = plan.notes
@@ -131,7 +147,7 @@ def test_the_default_policy_needs_routes() -> None:
     counted = make_plan(SPEC, MODEL, CONFIG, activations=activations())
     assert counted.policy == "optimal" and "policy optimal" in text_of(counted)
     assert counted.notes == (
-        "latency needs routes, the activations have counts only: optimal places instead.",
+        "latency needs routes, there are none: optimal places instead.",
     )
     empty = tuple(np.zeros((0, LAYERS, 0), int) for _ in range(3))
     assert make_plan(SPEC, MODEL, CONFIG, activations=activations(routes=empty)).notes
