@@ -195,13 +195,13 @@ class Runner:
             return Calls()
         if transport is None and servers > 1:
             return HostCalls()
-        sent_dtype = jnp.dtype(self.config.sent_dtype)
-        return LockStep(self.topology, self.form, transport or Collectives(), sent_dtype)
+        wire_dtype = jnp.dtype(self.config.wire_dtype)
+        return LockStep(self.topology, self.form, transport or Collectives(), wire_dtype)
 
     def _call_server(self, servers: int) -> CallServer | HostCallServer | None:
         model, config, pools = self.model_config, self.config, self.pools
         shape = (self.rank, servers, len(model.moe_layers), model.num_experts)
-        wire, most_rows = config.sent_dtype, config.max_step_tokens
+        wire, most_rows = config.wire_dtype, config.max_step_tokens
         if isinstance(pools, NativePools) and isinstance(self.exchange, Calls):
             return CallServer(*shape, wire, most_rows, pools.devices)
         if isinstance(pools, ArrayPools) and isinstance(self.exchange, HostCalls):

@@ -11,7 +11,7 @@ from dance_jax.config import (
     UserError,
     check_together,
 )
-from dance_jax.launch.costs import DEFAULT_RATE, state_bytes
+from dance_jax.launch.costs import DEFAULT_RATE, exchanged_bytes
 from dance_jax.models.config import ModelConfig
 
 #: Seconds of the host in a layer whose parts it drives, and in a call more: its own and the
@@ -79,7 +79,7 @@ def predicted_step_s(
     may go. A link of unknown rate counts as DEFAULT_RATE.
     """
     rate = min(server.bandwidth or DEFAULT_RATE for server in spec.servers)
-    row_s = 2 * 8 * state_bytes(model.hidden_size, config) / rate
+    row_s = 8 * exchanged_bytes(model.hidden_size, config) / rate
     misses = 1 - local_share**model.top_k
     others = len(spec.servers) - 1
     calls_s = HOST_S + misses * (CALL_S + ROUND_TRIP_S + row_s)

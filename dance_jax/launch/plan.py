@@ -91,7 +91,7 @@ class Plan:
     #: Of all expert calls, weighed by the activations' counts.
     local_share: float
     expert_bytes: int
-    #: How weights are kept, in words.
+    #: How weights are kept and hidden states travel, in words.
     weights: str
     exchange: ExchangeChoice
     #: Sentences on what the policy had to do without.
@@ -208,9 +208,12 @@ def make_plan(
 
 
 def weights_note(model: ModelFacts, config: EngineConfig) -> str:
-    """How weights are kept, in words."""
+    """How weights are kept and hidden states travel, in words."""
     experts, trunk = model.expert_formats(config.dtype), model.trunk_formats(config.dtype)
-    return f"Weights: experts {experts}, trunk {trunk}."
+    return (
+        f"Weights: experts {experts}, trunk {trunk}. Wire: hidden states in {config.wire_dtype}, "
+        "sums in float32."
+    )
 
 
 def model_notes(model: ModelConfig, config: EngineConfig) -> Iterator[str]:

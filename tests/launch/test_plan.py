@@ -19,6 +19,7 @@ from dance_jax.launch.hosts import parse_hosts
 from dance_jax.launch.plan import Plan, dump_layout, make_plan, parse_layout, rooms
 from dance_jax.launch.report import print_plan
 from dance_jax.models import model_config
+from dance_jax.models.formats import Formats, WeightFormat
 from dance_jax.placement import POLICIES, Activations, Placement
 from dance_jax.placement.problem import Problem
 from tests.launch.tiny import EXPERT_BYTES, EXPERTS, HOSTS, LAYERS
@@ -258,6 +259,40 @@ def test_which_exchange() -> None:
     assert choose((slow, slow, slow)) == "calls"
     with pytest.raises(UserError, match="different platforms"):
         choose((fast, ""), "collectives")
+    assert choose((fast,) * 31) == "collectives"
+    assert choose((fast,) * 32) == "calls"
+    with pytest.raises(UserError, match="32 servers: with --exchange collectives at most 31 can"):
+        choose(("",) * 32, "collectives")
+
+
+@pytest.mark.parametrize(
+    ("kinds", "dtype", "asked", "wire"),
+    [
+        (("float32", "float32", "float32"), None, "auto", "float32"),
+        (("float32", "float32", "float32"), "bfloat16", "auto", "bfloat16"),
+        (("bfloat16", "bfloat16", "bfloat16"), None, "auto", "bfloat16"),
+        (("float16", "float16", "float16"), None, "auto", "bfloat16"),
+        (("int4:32:float16", "int4:32:float16", "int8:32:float16"), None, "auto", "bfloat16"),
+        (("int8:32:bfloat16", "int8:32:bfloat16", "float32"), None, "auto", "float32"),
+        (("bfloat16", "bfloat16", "bfloat16"), None, "float32", "float32"),
+        (("float32", "float32", "float32"), None, "int8", "int8"),
+    ],
+)
+def test_the_type_of_the_wire(
+    kinds: tuple[str, ...], dtype: str | None, asked: str, wire: str
+) -> None:
+    """What routed experts are kept as decides; norms and the like may be wider."""
+    experts = dict(zip(("w_gate", "w_up", "w_down"), map(WeightFormat.parse, kinds), strict=True))
+    formats = Formats(experts, {"output": WeightFormat("float32")})
+    config = engine_config(MODEL.config, dtype=dtype, wire_dtype=asked, formats=formats)
+    assert config.wire_dtype == wire
+    text = text_of(make_plan(SPEC, MODEL, config))
+    assert f"Wire: hidden states in {wire}, sums in float32." in text
+
+
+def test_which_wire_there_is_none_of() -> None:
+    with pytest.raises(UserError, match="wire_dtype='compute': one of auto, float32, bfloat16"):
+        engine_config(MODEL.config, wire_dtype="compute")
 
 
 def test_engine_configuration() -> None:
