@@ -21,7 +21,6 @@ import numpy as np
 from jax import Array, lax
 
 from dance_jax.models.messages import (
-    Columns,
     Exchanged,
     Incoming,
     Outgoing,

@@ -280,8 +280,8 @@ def _tune(connection: socket.socket) -> None:
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
 
-# Both prove that they know the secret, by an HMAC of random numbers of both, of who they are, and of
-# what the connection is for. Only then either tells the other its identity.
+# Both prove that they know the secret, by an HMAC of random numbers of both, of who they are, and
+# of what the connection is for. Only then either tells the other its identity.
 
 
 class _Stranger(Exception):

@@ -147,9 +147,7 @@ def test_without_activations_the_plan_says_so() -> None:
 def test_the_default_policy_needs_routes() -> None:
     counted = make_plan(SPEC, MODEL, CONFIG, activations=activations())
     assert counted.policy == "optimal" and "policy optimal" in text_of(counted)
-    assert counted.notes == (
-        "latency needs routes, there are none: optimal places instead.",
-    )
+    assert counted.notes == ("latency needs routes, there are none: optimal places instead.",)
     empty = tuple(np.zeros((0, LAYERS, 0), int) for _ in range(3))
     assert make_plan(SPEC, MODEL, CONFIG, activations=activations(routes=empty)).notes
     routed = make_plan(SPEC, MODEL, CONFIG, activations=activations(routes=random_routes()))

@@ -268,4 +268,3 @@ def test_many_servers(messages: Messages) -> None:
 def test_too_many_servers() -> None:
     with pytest.raises(UserError, match="scenario: 257 servers; at most 256"):
         scenario((1,) * 257)
-
