@@ -94,9 +94,9 @@ def cost_note(spec: ClusterSpec) -> str | None:
 
 def exchanged_bytes(width: int, config: EngineConfig) -> int:
     """Bytes of one hidden state to another server, and of its sum back."""
-    one, dtype = jax.ShapeDtypeStruct((1, width), jnp.dtype(jnp.float32)), config.wire_dtype
-    state = jax.eval_shape(functools.partial(encode, dtype=jnp.dtype(dtype)), one)
-    return row_bytes((*state, one))
+    total = jax.ShapeDtypeStruct((1, width), jnp.dtype(jnp.float32))
+    encoded = functools.partial(encode, dtype=jnp.dtype(config.wire_dtype))
+    return row_bytes(jax.eval_shape(encoded, total)) + total.size * total.dtype.itemsize
 
 
 def _filled(

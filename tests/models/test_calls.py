@@ -678,6 +678,19 @@ def test_nothing_leaks():
     assert len(os.listdir("/dev/fd")) == before
 
 
+def test_many_servers():
+    """Of 40 the last six hold all experts, one of each layer; the 33 before them are never met."""
+    held = [[]] * 34 + [[n, EXPERTS + n] for n in range(EXPERTS)]
+    with cluster(spread(held), played=range(1, 34)) as servers:
+        for layer in range(LAYERS):
+            routes = draw(layer, 20)
+            y_td, failed_t = call(servers.servers[0], layer, *routes)
+            assert not failed_t.any()
+            np.testing.assert_allclose(y_td, expected(layer, *routes), atol=1e-5)
+        rows_ln = servers.servers[0].counters().rows
+    assert (rows_ln.sum(0) > 0).tolist() == [False] * 34 + [True] * EXPERTS
+
+
 # Who is asked.
 
 
