@@ -211,8 +211,8 @@ def weights_note(model: ModelFacts, config: EngineConfig) -> str:
     """How weights are kept and hidden states travel, in words."""
     experts, trunk = model.expert_formats(config.dtype), model.trunk_formats(config.dtype)
     return (
-        f"Weights: experts {experts}, trunk {trunk}. Wire: hidden states in {config.wire_dtype}, "
-        "sums in float32."
+        f"Weights: experts {experts}, trunk {trunk}.\n"
+        f"Wire: hidden states in {config.wire_dtype}, sums in float32."
     )
 
 
