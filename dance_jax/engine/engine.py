@@ -21,8 +21,8 @@ from dance_jax.engine.route_sample import RouteSample
 from dance_jax.engine.runner import Runner
 from dance_jax.engine.scheduler import Row, Scheduler, StepPlan
 from dance_jax.engine.sequence import OutputDelta, Request, Sequence
-from dance_jax.engine.stalls import Stalls
 from dance_jax.engine.staging import Experts, Staging
+from dance_jax.engine.stalls import Stalls
 from dance_jax.engine.step import (
     DECODING,
     IDLE,

@@ -30,7 +30,7 @@ class EngineStats(msgspec.Struct):
     busiest_rows: int = 0
     calls_served: int = 0
     expert_seconds: float = 0.0
-    sums: Sums = Sums()
+    sums: Sums = msgspec.field(default_factory=Sums)
 
     @property
     def routes_tlk(self) -> np.ndarray:
@@ -86,7 +86,7 @@ class EngineReport(msgspec.Struct):
     calls_served: int = 0
     expert_seconds: float = 0.0
     #: Of expert calls, zeros where servers step together; and of each server, by rank, empty then.
-    sums: Sums = Sums()
+    sums: Sums = msgspec.field(default_factory=Sums)
     peers: list[PeerCounters] = []
     #: Sequences that failed in a step for want of an expert, each time anew; and those that wait
     #: for one now.

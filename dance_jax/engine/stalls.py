@@ -35,21 +35,26 @@ class Stalls:
     def failed(self, peers: Sequence[PeerCounters]) -> None:
         """Sequences of a step have failed; what was counted of each server by then."""
         rows = np.array([peer.failed_rows for peer in peers], np.int64)
-        self._holders |= {self._names[n] for n in np.flatnonzero(rows > self._failed)}
+        self._holders |= {self._names[n] for n in np.flatnonzero(rows > self._failed).tolist()}
         self._failed = rows
 
     def update(self, waiting: int) -> None:
-        """So many sequences wait for experts now; every step, whether it computes or not."""
+        """So many sequences wait for experts now; after every step, whether it computed or not."""
         now = time.monotonic()
+        holders = sorted(self._holders)
         if waiting:
             self._since = self._since or now
             if not self._said and now >= self._said_at + QUIET_S:
-                holders = ", ".join(sorted(self._holders)) or "no server"
-                text = "%d sequences wait for experts of %s, which do not answer"
-                log.warning(text, waiting, holders)
+                who = "that no server holds"
+                if holders:
+                    do = "do" if holders[1:] else "does"
+                    who = f"of {', '.join(holders)}, which {do} not answer"
+                log.warning("%d sequences wait for experts %s", waiting, who)
                 self._said, self._said_at = True, now
         elif self._since:
             if self._said:
-                log.warning("no sequence waits for experts any more, after %.1f s", now - self._since)
+                whose = f" of {', '.join(holders)}" if holders else ""
+                text = "no sequence waits for experts%s any more, after %.1f s"
+                log.warning(text, whose, now - self._since)
             self._holders.clear()
             self._said, self._since = False, 0.0

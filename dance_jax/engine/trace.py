@@ -36,12 +36,14 @@ class Trace:
         self, rank: int, names: Sequence[str], began_ns: int, calls: CallServer | None
     ) -> None:
         self._rank, self._names, self._calls = rank, names, calls
-        #: What is added to ns of time.perf_counter() and of the C++ library, which are of one clock.
+        #: Added to ns of time.perf_counter() and of the C++ library, which are of one clock.
         self._offset = time.time_ns() - time.perf_counter_ns() - began_ns
         self._lines: list[bytes] = []
         self._tracks: dict[str, int] = {}
         #: Of each track, when its last event ended.
         self._ends: dict[str, int] = {}
+        #: Sequences that have begun and not ended.
+        self._open: set[str] = set()
         #: Begin and end of the latest step's computing.
         self._computing = 0, 0
         if calls is not None:
@@ -51,14 +53,17 @@ class Trace:
         """Sequences have come."""
         for sequence in begun:
             name = f"{sequence.request_id}.{sequence.index}"
+            self._open.add(name)
             tokens = {"prompt_tokens": len(sequence.prompt_token_ids)}
             self._request("b", name, name, time.perf_counter_ns(), tokens)
 
     def end(self, outputs: Iterable[OutputDelta]) -> None:
         """What a step has handed out; some sequences have ended."""
         for delta in outputs:
-            if delta.finish_reason is not None:
-                name = f"{delta.request_id}.{delta.index}"
+            name = f"{delta.request_id}.{delta.index}"
+            # One that was refused has not begun.
+            if delta.finish_reason is not None and name in self._open:
+                self._open.remove(name)
                 reason = {"finish_reason": delta.finish_reason}
                 self._request("e", name, name, time.perf_counter_ns(), reason)
 
@@ -190,12 +195,12 @@ class Trace:
     def _request(
         self, phase: str, request: str, name: str, when: int, said: Mapping[str, Any] | None = None
     ) -> None:
-        more = {"cat": "request", "id": f"{self._rank}-{request}"} | ({"args": said} if said else {})
+        more = {"cat": "request", "id": f"{self._rank}-{request}"} | (
+            {"args": said} if said else {}
+        )
         self._event(phase, "steps", name, when, more)
 
-    def _event(
-        self, phase: str, track: str, name: str, when: int, more: Mapping[str, Any]
-    ) -> None:
+    def _event(self, phase: str, track: str, name: str, when: int, more: dict[str, Any]) -> None:
         if track not in self._tracks:
             self._tracks[track] = len(self._tracks) + 1
             self._event("M", track, "thread_name", -self._offset, {"args": {"name": track}})

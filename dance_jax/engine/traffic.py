@@ -28,7 +28,7 @@ class Totals:
     bytes_sent: np.ndarray
     bytes_received: np.ndarray
     #: Of calls; of each server, and empty where servers step together.
-    sums: Sums = Sums()
+    sums: Sums = dataclasses.field(default_factory=Sums)
     peers: tuple[PeerCounters, ...] = ()
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from dance_jax.engine.moved import seconds_per_byte
 from dance_jax.engine.report import EngineStats
 from dance_jax.launch.costs import Measured
-from dance_jax.models.counters import Moved
+from dance_jax.models.counters import NOTHING_MOVED, Moved
 from dance_jax.placement.decay import DecayedCounts
 
 #: Expert calls whose mean time says how long one takes.
@@ -166,7 +166,7 @@ class _Costs:
 
     expert_seconds: float = 0.0
     calls: int = 0
-    moved: Moved = Moved()
+    moved: Moved = NOTHING_MOVED
 
     def since(self, before: _Costs, known: Measured) -> Measured:
         """By what was done since then; where that is too little, since the start, or as known."""

@@ -148,7 +148,7 @@ class CallServer:
             ctypes.c_int64(self._number), _pointer(peers), _pointer(rows), _pointer(sums)
         )
         found = tuple(PeerCounters(*each) for each in peers.tolist())
-        return Counters(found, rows, Sums(*sums[:own].tolist(), Moved(*sums[own:].tolist())))
+        return Counters(found, rows, Sums(*sums[:own].tolist(), moved=Moved(*sums[own:].tolist())))
 
     def begin_step(self, step: int) -> None:
         """Calls carry the number of this step from here on, by which traces find its requests."""

@@ -19,7 +19,7 @@ def _metric(text: str) -> Any:
     return dataclasses.field(default=0, metadata={"metric": text})
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class PeerCounters:
     """What a server has counted of a peer, since its engine was warm; times are in ns."""
 
@@ -54,7 +54,10 @@ class Moved:
         return since(before, self)
 
 
-@dataclasses.dataclass(frozen=True)
+NOTHING_MOVED = Moved()
+
+
+@dataclasses.dataclass
 class Sums:
     """What a server has counted of all calls and layers."""
 
@@ -63,9 +66,9 @@ class Sums:
     local_s: float = 0.0
     waited_s: float = 0.0
     served_s: float = _metric("Time in which experts were computed for other servers")
-    served_batches: float = _metric("Times that experts were computed for calls that waited together")
+    served_batches: float = _metric("Computations of experts for calls that waited together")
     #: Of answers, without what callees say they took.
-    moved: Moved = Moved()
+    moved: Moved = NOTHING_MOVED
 
 
 @dataclasses.dataclass(frozen=True)
