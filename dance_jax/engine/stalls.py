@@ -49,7 +49,8 @@ class Stalls:
                 if holders:
                     do = "do" if holders[1:] else "does"
                     who = f"of {', '.join(holders)}, which {do} not answer"
-                log.warning("%d sequences wait for experts %s", waiting, who)
+                what = "sequences wait" if waiting > 1 else "sequence waits"
+                log.warning("%d %s for experts %s", waiting, what, who)
                 self._said, self._said_at = True, now
         elif self._since:
             if self._said:

@@ -9,6 +9,7 @@ event of that step names its requests.
 from __future__ import annotations
 
 import time
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -202,7 +203,8 @@ class Trace:
 
     def _event(self, phase: str, track: str, name: str, when: int, more: dict[str, Any]) -> None:
         if track not in self._tracks:
-            self._tracks[track] = len(self._tracks) + 1
+            # The same if this server's engine starts anew.
+            self._tracks[track] = zlib.crc32(track.encode()) >> 1
             self._event("M", track, "thread_name", -self._offset, {"args": {"name": track}})
         event = {"ph": phase, "ts": (when + self._offset) / 1000, "pid": self._rank}
         event |= {"tid": self._tracks[track], "name": name} | more

@@ -65,4 +65,4 @@ def test_experts_that_nobody_holds(clock: Clock, caplog: Any) -> None:
     found = Stalls(("alpha", "beta"))
     found.failed(counted(0, 0))
     found.update(1)
-    assert caplog.messages == ["1 sequences wait for experts that no server holds"]
+    assert caplog.messages == ["1 sequence waits for experts that no server holds"]

@@ -195,8 +195,9 @@ void Answerer::AnswerNext() {
     server_.Count(call.line->peer, PeerCounters::kQueuedNs, begin - call.arrived);
     Answer(call, head, sums);
     if (Trace* const trace = server_.trace()) {
-      TraceEvent event{.begin = call.arrived, .end = end, .arrived = call.arrived, .compute_begin = begin};
-      event.compute_end = end, event.step = call.head.step, event.id = call.head.id;
+      TraceEvent event{.begin = call.arrived, .end = end, .arrived = call.arrived};
+      event.compute_begin = begin, event.compute_end = end;
+      event.step = call.head.step, event.id = call.head.id;
       event.kind = TraceEvent::kServed, event.layer = layer, event.peer = call.line->peer;
       event.rows = call.head.rows, event.calls = together.size();
       event.outcome = here[i] ? TraceEvent::kAnswered : TraceEvent::kRefused;

@@ -126,7 +126,8 @@ void Caller::Record(int peer, const Sent& sent, TraceEvent::Outcome outcome,
   if (trace == nullptr) return;
   TraceEvent event{.begin = sent.at, .end = NowNs(), .step = sent.step, .kind = TraceEvent::kCall};
   if (outcome == TraceEvent::kAnswered || outcome == TraceEvent::kRefused) {
-    const int64_t queued = int64_t{1000} * head.queued_us, computed = int64_t{1000} * head.computed_us;
+    const int64_t queued = 1000 * int64_t{head.queued_us};
+    const int64_t computed = 1000 * int64_t{head.computed_us};
     const int64_t wire = std::max<int64_t>(event.end - event.begin - queued - computed, 0);
     event.arrived = event.begin + wire / 2;
     event.compute_begin = std::min(event.arrived + queued, event.end);
@@ -186,8 +187,8 @@ void Caller::Run(const LayerRows& rows, float* y, bool* failed) {
   });
   for (const Part* part : first) Add(*part, y, failed);
   if (trace == nullptr) return;
-  TraceEvent event{.begin = entered, .end = end, .compute_begin = begin, .compute_end = computed, .step = step_};
-  event.device = device_, event.layer = layer_, event.rows = rows.t;
+  TraceEvent event{.begin = entered, .end = end, .compute_begin = begin, .compute_end = computed};
+  event.step = step_, event.device = device_, event.layer = layer_, event.rows = rows.t;
   trace->Add(event);
 }
 
@@ -259,7 +260,8 @@ void Caller::Send(Part& part) {
   const double expected_ns = 1e9 * line.pace.Expected(bytes);
   part.repeat_at = now + std::max<int64_t>(spec.repeat_ns, kLate * expected_ns);
   part.fail_at = now + std::max<int64_t>(spec.fail_ns, kFailed * expected_ns);
-  line.unanswered.push_back({part.id, now, bytes, step_, layer_, static_cast<int32_t>(head.rows)});
+  const auto rows = static_cast<int32_t>(head.rows);
+  line.unanswered.push_back({part.id, now, bytes, step_, layer_, rows});
   server_.Count(part.peer, PeerCounters::kCalls, 1);
   server_.Count(part.peer, PeerCounters::kRows, head.rows);
   server_.Count(part.peer, PeerCounters::kBytesSent, message.size());
@@ -456,7 +458,8 @@ void Caller::Add(const Part& part, float* y, bool* failed) const {
 void Caller::CountFailed(const Part& part) const {
   for (size_t begin = 0, end; begin < part.pairs.size(); begin = end) {
     Ranks holders;
-    for (end = begin; end < part.pairs.size() && part.pairs[end].row == part.pairs[begin].row; ++end) {
+    const int32_t row = part.pairs[begin].row;
+    for (end = begin; end < part.pairs.size() && part.pairs[end].row == row; ++end) {
       holders |= table_->Holders(layer_, part.pairs[end].expert);
     }
     for (int n = 0; n < server_.spec().servers; ++n) {

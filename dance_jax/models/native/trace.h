@@ -16,7 +16,8 @@ struct TraceEvent {
   enum Outcome : int32_t { kAnswered, kRefused, kLost, kLate };
 
   int64_t begin = 0, end = 0;
-  // The call's arrival at the callee, if it was answered; of an own call by the middle of the round trip.
+  // The call's arrival at the callee, if it was answered; of an own call as if both ways took the
+  // same time.
   int64_t arrived = 0;
   // While experts were computed: of a layer the local ones, of a call those of the callee.
   int64_t compute_begin = 0, compute_end = 0;
