@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 from dance_jax.cache import private_directory
 from dance_jax.config import ClusterSpec, EngineConfig
 from dance_jax.engine.sequence import OutputDelta, Request
+from dance_jax.launch.trace import TraceFile
 
 if TYPE_CHECKING:
     from dance_jax.engine.engine import Engine
@@ -51,11 +52,13 @@ class InProcess:
         config: EngineConfig,
         cache_dir: pathlib.Path,
         report: Progress,
+        trace: str | os.PathLike[str] | None,
     ) -> None:
         import jax
 
         from dance_jax.engine.compile_cache import CompileCache
         from dance_jax.engine.engine import Engine
+        from dance_jax.engine.trace import Trace
         from dance_jax.launch.memory import free_per_device
         from dance_jax.models import native
 
@@ -70,6 +73,10 @@ class InProcess:
         engine = Engine(
             checkpoint, tokenizer, None, 0, None, config, compile_cache=cache, free_memory=free
         )
+        self._trace: TraceFile | None = None
+        if trace is not None:
+            self._trace = TraceFile(trace, ["server"])
+            engine.trace = Trace(0, ["server"], self._trace.began_ns, engine.runner.calls)
         # Steps are compiled as they are first needed: here nobody else waits for them.
         self._engine: Engine | None = engine
 
@@ -81,7 +88,9 @@ class InProcess:
             engine.add(request)
         try:
             while engine.has_work:
-                yield from engine.step().outputs
+                outputs = engine.step().outputs
+                self._keep_trace(engine)
+                yield from outputs
         except GeneratorExit:
             engine.abort()
             while engine.has_work:
@@ -92,8 +101,14 @@ class InProcess:
             self._engine = None
             raise
 
+    def _keep_trace(self, engine: Engine) -> None:
+        if self._trace is not None and engine.trace is not None:
+            self._trace.add(engine.trace.take())
+
     def close(self) -> None:
         self._engine = None
+        if self._trace is not None:
+            self._trace.close()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +134,8 @@ class Servers:
         spec: ClusterSpec,
         policy: str,
         activations: Activations | None,
+        *,
+        trace: str | os.PathLike[str] | None,
     ) -> None:
         from dance_jax.launch.cluster import Cluster, Network
         from dance_jax.launch.plan import make_plan, matched, rooms
@@ -153,6 +170,7 @@ class Servers:
             model=far.model,
             log_dir=log_dir,
             cache_dir=cache_dir,
+            trace=trace,
             progress=lambda name, stage, done, total: report(f"{name}: {stage}", done, total),
         )
         self._cluster.start()

@@ -78,6 +78,8 @@ class LLM:
         ssh_config: file for `ssh -F`, for servers on other machines.
         cache_dir: where converted models and compiled steps are kept.
         log_dir: where the cluster's servers keep their logs; None: nowhere.
+        trace: file in which to draw what steps and expert calls did and when, for
+            https://ui.perfetto.dev, complete once the object is closed; None: it is not recorded.
         progress: show on standard error what happens while starting and generating; or a
             function that is told while starting.
 
@@ -104,6 +106,7 @@ class LLM:
         ssh_config: str | os.PathLike[str] | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         log_dir: str | os.PathLike[str] | None = None,
+        trace: str | os.PathLike[str] | None = None,
         progress: bool | Progress = False,
     ) -> None:
         from dance_jax.launch import defaults
@@ -147,11 +150,21 @@ class LLM:
         self._lock = threading.Lock()
         self._backend: Backend
         if servers is None:
-            self._backend = InProcess(checkpoint, self.tokenizer, self.config, cache, report)
+            engine = (checkpoint, self.tokenizer, self.config)
+            self._backend = InProcess(*engine, cache, report, trace)
         else:
             given = (model, cache_dir, ssh_config)
             far = Far(*(None if each is None else pathlib.Path(each) for each in given))
-            self._backend = Servers(checkpoint, self.config, cache, log_dir, report, far, *servers)
+            self._backend = Servers(
+                checkpoint,
+                self.config,
+                cache,
+                log_dir,
+                report,
+                far,
+                *servers,
+                trace=trace,
+            )
         self._finalizer = weakref.finalize(self, self._backend.close)
 
     @property

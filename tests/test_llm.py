@@ -25,6 +25,7 @@ from tests.models.fake_hub import environment, running_hub
 from tests.quick import XLA_FLAGS, QuickCache, cache_directory
 from tests.stacks import stacked
 from tests.tiny_models import DEEPSEEK
+from tests.traces import read_trace
 
 FIELDS = DEEPSEEK | {"num_hidden_layers": 2, "max_position_embeddings": 256}
 PROMPTS = [
@@ -328,12 +329,15 @@ def test_a_step_that_fails_ends_the_engine(model, cache_dir, monkeypatch):
     llm.close()
 
 
-def test_close_is_idempotent_and_final(model, cache_dir):
-    llm = LLM(model, max_model_len=192, cache_dir=cache_dir)
+def test_close_is_idempotent_and_final(model, cache_dir, tmp_path):
+    llm = LLM(model, max_model_len=192, cache_dir=cache_dir, trace=tmp_path / "trace.json")
+    llm.generate("a", greedy(max_tokens=2))
     llm.close()
     llm.close()
     with pytest.raises(RuntimeError, match="closed"):
         llm.generate("a")
+    steps = [event["name"] for event in read_trace(tmp_path / "trace.json")]
+    assert "step 0" in steps and "step 1" in steps
 
 
 def test_a_cluster_of_unequal_servers(model, cache_dir, llm, tmp_path, monkeypatch, caplog):
@@ -347,7 +351,13 @@ def test_a_cluster_of_unequal_servers(model, cache_dir, llm, tmp_path, monkeypat
     params = [greedy(), SamplingParams(seed=2, max_tokens=8, logprobs=2), greedy(stop="x")] * 3
     expected = llm.generate(PROMPTS[:9], params)
     with LLM(
-        model, hosts, max_model_len=192, cache_dir=cache_dir, log_dir=logs, max_num_seqs=4
+        model,
+        hosts,
+        max_model_len=192,
+        cache_dir=cache_dir,
+        log_dir=logs,
+        trace=tmp_path / "trace.json",
+        max_num_seqs=4,
     ) as cluster:
         assert cluster.servers == ("single", "pair")
         assert "latency needs routes, there are none: optimal places instead" in caplog.text
@@ -366,6 +376,8 @@ def test_a_cluster_of_unequal_servers(model, cache_dir, llm, tmp_path, monkeypat
         pids = cluster._backend._cluster.pids
     assert sorted(path.name for path in logs.iterdir()) == ["pair.log", "single.log"]
     assert not any(psutil.pid_exists(pid) for pid in pids)
+    requests = [event for event in read_trace(tmp_path / "trace.json") if event["ph"] == "b"]
+    assert {event["pid"] for event in requests} == {0, 1}
 
 
 def test_names_come_without_jax():

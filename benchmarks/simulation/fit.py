@@ -60,18 +60,16 @@ def measured(before: EngineReport, after: EngineReport, buckets: Mapping[Bucket,
     def part(*names: str) -> float:
         return sum(after.step_seconds[name] - before.step_seconds[name] for name in names)
 
-    # A report without counts of phases is of an engine without links of its own.
-    none = [type(each)() for each in after.moved]
-    moved = [now - then for now, then in zip(after.moved, before.moved or none, strict=True)]
+    moved = after.sums.moved - before.sums.moved
     return Work(
         steps=after.steps - before.steps,
         buckets=collections.Counter(buckets),
         calls=after.calls_served - before.calls_served,
-        rounds=round(sum(each.calls for each in moved)),
-        bytes=round(sum(each.bytes for each in moved)),
+        rounds=round(moved.calls),
+        bytes=round(moved.bytes),
         step_s=part("schedule", "output"),
         trunk_s=part("compute"),
-        exchange_s=sum(each.seconds for each in moved),
+        exchange_s=moved.seconds,
         experts_s=after.expert_seconds - before.expert_seconds,
     )
 

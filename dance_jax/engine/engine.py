@@ -22,6 +22,7 @@ from dance_jax.engine.runner import Runner
 from dance_jax.engine.scheduler import Row, Scheduler, StepPlan
 from dance_jax.engine.sequence import OutputDelta, Request, Sequence
 from dance_jax.engine.staging import Experts, Staging
+from dance_jax.engine.stalls import Stalls
 from dance_jax.engine.step import (
     DECODING,
     IDLE,
@@ -32,6 +33,7 @@ from dance_jax.engine.step import (
     token_slice,
 )
 from dance_jax.engine.step_clock import StepClock
+from dance_jax.engine.trace import Trace
 from dance_jax.engine.traffic import CallTraffic, LockStepTraffic, Traffic
 from dance_jax.models import kernels_cpu
 from dance_jax.models.checkpoint import WeightSource
@@ -126,6 +128,9 @@ class Engine:
         self.steps = self.tokens = self.prompt_tokens = self.generation_tokens = 0
         self._traffic = self._new_traffic(layers, servers)
         self.clock = StepClock(self._traffic.inside)
+        #: Draws what steps do; None: nobody wants it.
+        self.trace: Trace | None = None
+        self._stalls = Stalls(("",) if cluster is None else cluster.names)
         self._staging = Staging(layout, rank, form)
         #: Held while pool and layout change, and while an expert is read.
         self._placed = threading.Lock()
@@ -183,6 +188,8 @@ class Engine:
         self._pending += refused
         for sequence in sequences:
             self.scheduler.add(sequence)
+        if self.trace is not None:
+            self.trace.begin(sequences)
 
     def abort(self, request_id: str | None = None) -> None:
         """Ends a request, or all; the next step says so. An unknown one has ended already."""
@@ -196,29 +203,42 @@ class Engine:
         padding.
         """
         with self.clock.step():
-            with self.clock.part("schedule"):
-                others_decode = not self.alone and self._work == DECODING
-                plan = self.scheduler.schedule(others_decode)
-                for row in (
-                    row for rows in plan.entries for row in rows if row.index >= plan.decode
-                ):
-                    self.tracker.scheduled(row.sequence)
-            if plan.empty and self.alone:
-                outputs, self._pending = self._pending, []
-                return StepResult(outputs, False)
-            with self.clock.computing():
-                outcomes, extras = self.runner.run(plan, loaded=self._staging.tell())
-            with self.clock.part("output"):
-                failed = self._failed(plan, outcomes, extras)
-                self.scheduler.commit(plan, failed)
-                outputs, self._pending = self._pending, []
-                for row, sampled in self._sampled(plan, outcomes, extras):
-                    if not any(row.sequence is each for each in failed):
-                        outputs.append(self._append(row, sampled))
-                self._record(plan, outcomes[0], extras)
-                applied = 0 if self.alone else int(outcomes[0].crossed.loaded)
-                if applied:
-                    self._apply(applied)
+            result = self._step()
+        if self.scheduler.failures:
+            self._stalls.update(self.scheduler.stalled)
+        if self.trace is not None:
+            self.trace.end(result.outputs)
+        return result
+
+    def _step(self) -> StepResult:
+        number = self.steps
+        with self.clock.part("schedule"):
+            others_decode = not self.alone and self._work == DECODING
+            plan = self.scheduler.schedule(others_decode)
+            for row in (row for rows in plan.entries for row in rows if row.index >= plan.decode):
+                self.tracker.scheduled(row.sequence)
+        if plan.empty and self.alone:
+            outputs, self._pending = self._pending, []
+            return StepResult(outputs, False)
+        if self.runner.calls is not None:
+            self.runner.calls.begin_step(number)
+        with self.clock.computing():
+            outcomes, extras = self.runner.run(plan, loaded=self._staging.tell())
+        with self.clock.part("output"):
+            failed = self._failed(plan, outcomes, extras)
+            self.scheduler.commit(plan, failed)
+            outputs, self._pending = self._pending, []
+            for row, sampled in self._sampled(plan, outcomes, extras):
+                if not any(row.sequence is each for each in failed):
+                    outputs.append(self._append(row, sampled))
+            self._record(plan, outcomes[0], extras)
+            applied = 0 if self.alone else int(outcomes[0].crossed.loaded)
+            if applied:
+                self._apply(applied)
+        if failed:
+            self._stalls.failed(self._traffic.totals().peers)
+        if self.trace is not None:
+            self.trace.step(number, plan, self.clock.spans, len(set(map(id, failed))))
         return StepResult(outputs, self._work != IDLE, applied)
 
     def _failed(self, plan: StepPlan, outcomes: list[Outcome], extras: Extras) -> list[Sequence]:
@@ -323,7 +343,7 @@ class Engine:
             "busiest_rows": totals.busiest_rows,
             "calls_served": served - base[0],
             "expert_seconds": seconds - base[1],
-            "moved": totals.moved,
+            "sums": totals.sums,
             "bytes_sent": totals.bytes_sent.tolist(),
         }
 
@@ -342,6 +362,8 @@ class Engine:
     def report(self) -> EngineReport:
         calls_local, calls_remote = self._calls(self.runner.counts())
         scheduler, totals = self.scheduler, self._traffic.totals()
+        resident = int((self.layout.slot_of[self.rank] >= 0).sum())
+        slots = self.layout.slots_per_device[self.rank]
         return EngineReport(
             steps=self.steps,
             running=scheduler.num_running,
@@ -359,7 +381,11 @@ class Engine:
             calls_remote=calls_remote,
             transfers=int(totals.transfers.sum()),
             bytes_received=totals.bytes_received.tolist(),
-            experts_resident=int((self.layout.slot_of[self.rank] >= 0).sum()),
+            peers=list(totals.peers),
+            failed_sequences=scheduler.failures,
+            stalled=scheduler.stalled,
+            experts_resident=resident,
+            spare_slots=len(self.runner.devices) * slots - resident,
             step_seconds=self.clock.seconds(),
             cpu_seconds=time.process_time(),
             longest_step_s=self.clock.longest,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import numpy as np
 
-from dance_jax.engine.moved import Moved
+from dance_jax.models.counters import PeerCounters, Sums
 
 
 class EngineStats(msgspec.Struct):
@@ -30,7 +30,7 @@ class EngineStats(msgspec.Struct):
     busiest_rows: int = 0
     calls_served: int = 0
     expert_seconds: float = 0.0
-    moved: list[Moved] = []
+    sums: Sums = msgspec.field(default_factory=Sums)
 
     @property
     def routes_tlk(self) -> np.ndarray:
@@ -85,5 +85,12 @@ class EngineReport(msgspec.Struct):
     #: devices' seconds in them, together; 0 where it is not counted: without the C++ library.
     calls_served: int = 0
     expert_seconds: float = 0.0
-    #: Of each kind of call, for `moved.seconds_per_byte`; empty where servers step together.
-    moved: list[Moved] = []
+    #: Of expert calls, zeros where servers step together; and of each server, by rank, empty then.
+    sums: Sums = msgspec.field(default_factory=Sums)
+    peers: list[PeerCounters] = []
+    #: Sequences that failed in a step for want of an expert, each time anew; and those that wait
+    #: for one now.
+    failed_sequences: int = 0
+    stalled: int = 0
+    #: Slots of the pools without an expert.
+    spare_slots: int = 0

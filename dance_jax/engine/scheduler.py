@@ -133,6 +133,8 @@ class Scheduler:
         self._waiting: list[tuple[int, Sequence]] = []
         #: Running sequences that went back to waiting since the start.
         self.preemptions = 0
+        #: Sequences put off since the start, as tokens of them could not be computed.
+        self.failures = 0
         #: Tokens of the sequences that began, and how many of them were cached, since the start.
         self.prefix_queries = self.prefix_hits = 0
         self._arrivals = 0
@@ -150,6 +152,13 @@ class Scheduler:
     @property
     def num_waiting(self) -> int:
         return len(self._waiting)
+
+    @property
+    def stalled(self) -> int:
+        """Sequences whose last step failed."""
+        running = [sequence for device in self.running for sequence in device]
+        waiting = [sequence for _, sequence in self._waiting]
+        return sum(sequence.rests_until > 0 for sequence in running + waiting)
 
     @property
     def num_blocks(self) -> int:
@@ -235,6 +244,7 @@ class Scheduler:
             if id(row.sequence) in left:
                 continue
             row.sequence.num_computed += len(row.tokens)
+            row.sequence.rests_until = 0.0
             if row.sequence.num_computed % self.config.block_size == 0:
                 self._publish_last(row.sequence)
         for sequence in left.values():
@@ -243,6 +253,7 @@ class Scheduler:
 
     def _put_off(self, sequence: Sequence) -> None:
         sequence.rests_until = time.monotonic() + RETRY_S
+        self.failures += 1
         if not self.share_prefixes:
             self._preempt(sequence)
             return

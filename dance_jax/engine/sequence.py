@@ -320,7 +320,8 @@ class Sequence:
     state_slot: int = 0
     #: Number in the order in which the scheduler got the sequences.
     arrival: int = -1
-    #: time.monotonic() before which it rests, as experts that it needs were not to be had.
+    #: time.monotonic() before which it rests, as experts that it needs were not to be had; 0: its
+    #: last step brought it on.
     rests_until: float = 0.0
 
     @property

@@ -28,6 +28,8 @@ class StepClock:
         self._seconds: dict[str, float] = dict.fromkeys(
             ("schedule", "compute", "experts", "wait", "exchange", "output"), 0.0
         )
+        #: time.perf_counter() at begin and end of each part of the latest step; all of "computing".
+        self.spans: dict[str, tuple[float, float]] = {}
         #: (when it ended, seconds) of the steps in the window that no later one was as long as.
         self._long: collections.deque[tuple[float, float]] = collections.deque()
 
@@ -53,14 +55,18 @@ class StepClock:
         """What happens within counts for the part."""
         began = time.perf_counter()
         yield
-        self._seconds[name] += time.perf_counter() - began
+        ended = time.perf_counter()
+        self._seconds[name] += ended - began
+        self.spans[name] = began, ended
 
     @contextlib.contextmanager
     def computing(self) -> Iterator[None]:
         """Within it the devices run a step."""
         began, before = time.perf_counter(), self._inside()
         yield
-        rest = time.perf_counter() - began
+        ended = time.perf_counter()
+        self.spans["computing"] = began, ended
+        rest = ended - began
         for name, seconds in self._inside().items():
             spent = min(seconds - before[name], rest)
             self._seconds[name] += spent

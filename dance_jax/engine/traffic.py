@@ -8,10 +8,10 @@ from typing import Protocol
 
 import numpy as np
 
-from dance_jax.engine.moved import Moved
 from dance_jax.engine.step import Crossed
 from dance_jax.models import kernels_cpu
 from dance_jax.models.calls import ExpertCalls
+from dance_jax.models.counters import PeerCounters, Sums
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +27,9 @@ class Totals:
     #: int64 [n], payload bytes to and from each server.
     bytes_sent: np.ndarray
     bytes_received: np.ndarray
-    #: For `moved.seconds_per_byte`; empty where nobody knows how long bytes take.
-    moved: list[Moved]
+    #: Of calls; of each server, and empty where servers step together.
+    sums: Sums = dataclasses.field(default_factory=Sums)
+    peers: tuple[PeerCounters, ...] = ()
 
 
 class Traffic(Protocol):
@@ -79,7 +80,7 @@ class LockStepTraffic:
     def totals(self) -> Totals:
         sent, received = self._bytes[self._rank], self._bytes[:, self._rank]
         rows = self._rows, self._busiest_rows
-        return Totals(self._transfers.copy(), *rows, sent.copy(), received.copy(), [])
+        return Totals(self._transfers.copy(), *rows, sent.copy(), received.copy())
 
     def inside(self) -> Mapping[str, float]:
         return {"wait": 0.0, "exchange": 0.0, "experts": kernels_cpu.routed_seconds()[1]}
@@ -93,29 +94,18 @@ class CallTraffic:
         self.reset()
 
     def reset(self) -> None:
-        self._before = self._counted()
+        self._before = self._calls.counters()
 
     def add(self, crossed: Crossed) -> None:
         pass
 
-    def _counted(self) -> Totals:
-        found = self._calls.counters()
-        bytes_n2 = np.array([(p.bytes_sent, p.bytes_received) for p in found.peers], np.int64)
-        sums, rows = found.sums, int(found.rows.sum())
-        moved = Moved(sums.answers, sums.s, sums.bytes, sums.bytes_bytes, sums.bytes_s, sums.s_s)
-        # Its rows cross links while those of others do not: each link is the busiest of its time.
-        return Totals(found.rows, rows, rows, bytes_n2[:, 0], bytes_n2[:, 1], [moved])
-
     def totals(self) -> Totals:
-        now, then = self._counted(), self._before
-        return Totals(
-            now.transfers - then.transfers,
-            now.rows - then.rows,
-            now.busiest_rows - then.busiest_rows,
-            now.bytes_sent - then.bytes_sent,
-            now.bytes_received - then.bytes_received,
-            [now.moved[0] - then.moved[0]],
-        )
+        found = self._calls.counters() - self._before
+        sent_n = np.array([peer.bytes_sent for peer in found.peers], np.int64)
+        received_n = np.array([peer.bytes_received for peer in found.peers], np.int64)
+        # Its rows cross links while those of others do not: each link is the busiest of its time.
+        rows = int(found.rows.sum())
+        return Totals(found.rows, rows, rows, sent_n, received_n, found.sums, found.peers)
 
     def inside(self) -> Mapping[str, float]:
         sums = self._calls.counters().sums

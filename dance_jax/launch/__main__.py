@@ -163,6 +163,7 @@ def _launch(options: argparse.Namespace, platform: str, console: Console) -> int
             log_dir=options.log_dir,
             cache_dir=cache,
             network=network,
+            trace=options.trace,
             nodes=nodes,
         )
         if prompts is None:
@@ -323,6 +324,7 @@ def _check_paths(options: argparse.Namespace) -> None:
     for option, path in (
         ("--output", options.output),
         ("--save-activations", options.save_activations),
+        ("--trace", options.trace),
     ):
         if path is None:
             continue

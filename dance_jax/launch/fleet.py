@@ -34,6 +34,7 @@ from dance_jax.launch.hosts import is_loopback
 from dance_jax.launch.node import Nodes
 from dance_jax.launch.plan import dump_layout
 from dance_jax.launch.process import Server, ServerProcess
+from dance_jax.launch.trace import TraceFile
 from dance_jax.models.hub import portable_name
 from dance_jax.placement.core import Layout
 
@@ -91,6 +92,7 @@ class Fleet(abc.ABC):
             machines then use their own default).
         progress: told what each server does while it starts.
         network: how servers on other machines are reached.
+        trace: file in which to draw what all servers do and when; None: it is not recorded.
         nodes: launchers on other nodes, which hold all servers but the first; None: this process
             starts all of them.
     """
@@ -110,6 +112,7 @@ class Fleet(abc.ABC):
         cache_dir: str | os.PathLike[str] | None = None,
         progress: ProgressCallback | None = None,
         network: Network | None = None,
+        trace: str | os.PathLike[str] | None = None,
         nodes: Nodes | None = None,
     ) -> None:
         self.spec = spec
@@ -122,6 +125,8 @@ class Fleet(abc.ABC):
         self.progress = progress or (lambda *_: None)
         self.network = network or Network()
         self.nodes = nodes
+        self._trace_path = trace
+        self._trace: TraceFile | None = None
         self.started = False
         #: Each server steps on its own, and experts answer calls.
         self.calls = config.exchange != "collectives"
@@ -153,7 +158,7 @@ class Fleet(abc.ABC):
         """Starts all servers; returns when they are ready.
 
         Raises:
-            UserError: a server cannot load what it was given.
+            UserError: a server cannot load what it was given, or the trace cannot be written.
             ClusterError: a server failed.
         """
         if self._processes:
@@ -161,6 +166,8 @@ class Fleet(abc.ABC):
         self.progress = progress or self.progress
         atexit.register(self.stop)
         try:
+            if self._trace_path is not None:
+                self._trace = TraceFile(self._trace_path, self.spec.names)
             self._spawn()
             self._bring_up()
         except BaseException:
@@ -175,6 +182,8 @@ class Fleet(abc.ABC):
             try:
                 self._end_processes()
             finally:
+                if self._trace is not None:
+                    self._trace.close()
                 if self._beating is not None:
                     self._beating.set()
                 if self._listener is not None:
@@ -268,6 +277,7 @@ class Fleet(abc.ABC):
             cache_dir=cache,
             private_dir="" if remote else str(self._private),
             beats=server.ssh is not None,
+            trace_from=0 if self._trace is None else self._trace.began_ns,
         )
 
     @functools.cached_property
@@ -392,6 +402,10 @@ class Fleet(abc.ABC):
                 self.nodes.receive(rank, content)
                 break
             event = self._decode(rank, content)
+            if isinstance(event, protocol.Traced):
+                if self._trace is not None:
+                    self._trace.add(event.lines)
+                break
             if isinstance(event, protocol.Failed):
                 process = self._processes[rank]
                 process.failure, process.user_failure = event.message, event.user

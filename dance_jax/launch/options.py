@@ -115,6 +115,13 @@ def parser() -> argparse.ArgumentParser:
         "--cache-dir", type=path, help=f"converted models, compiled steps ({default_cache_dir()})"
     )
     parser.add_argument("--log-dir", type=path, help="keep each server's log here as NAME.log")
+    parser.add_argument(
+        "--trace",
+        type=path,
+        metavar="FILE",
+        help="write when steps and expert calls did what, for https://ui.perfetto.dev; 256 MiB at "
+        "most",
+    )
     _add_serve_options(parser.add_argument_group("serving (without --prompts)"))
     _add_rebalance_options(parser.add_argument_group("moving experts while serving"))
     _add_batch_options(parser.add_argument_group("a batch instead"))

@@ -57,6 +57,8 @@ class Setup(msgspec.Struct, kw_only=True):
     private_dir: str
     #: The parent sends signs of life on standard input, because a network lies between.
     beats: bool
+    #: Unix time, in ns, from which the times of a trace count; 0: none is wanted.
+    trace_from: int = 0
 
 
 class ServeOptions(msgspec.Struct, frozen=True):
@@ -220,6 +222,12 @@ class Stats(msgspec.Struct, tag=True):
     stats: msgspec.Raw
 
 
+class Traced(msgspec.Struct, tag=True):
+    """More events of a trace, in lines (`engine.trace`)."""
+
+    lines: bytes
+
+
 class Staged(msgspec.Struct, tag=True):
     """A batch is loaded, in so many seconds."""
 
@@ -327,7 +335,18 @@ class FromEngine(msgspec.Struct, tag=True):
 
     #: Number of the start.
     start: int
-    event: Prepared | Joined | Progress | Ready | Stats | Staged | StageFailed | Applied | Dropped
+    event: (
+        Prepared
+        | Joined
+        | Progress
+        | Ready
+        | Stats
+        | Traced
+        | Staged
+        | StageFailed
+        | Applied
+        | Dropped
+    )
 
 
 class EngineDied(msgspec.Struct, tag=True):
@@ -422,6 +441,7 @@ Event = (
     | Deltas
     | Report
     | Stats
+    | Traced
     | Staged
     | StageFailed
     | Applied

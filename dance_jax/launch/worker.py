@@ -141,6 +141,7 @@ def _start(
     channel.send(protocol.Progress("preparing", 0, 0))
     from dance_jax.engine.compile_cache import CompileCache
     from dance_jax.engine.engine import Engine
+    from dance_jax.engine.trace import Trace
     from dance_jax.launch.memory import free_per_device
     from dance_jax.launch.peer_weights import Shelf
     from dance_jax.launch.peers import Peers
@@ -191,6 +192,9 @@ def _start(
         free_memory=free_per_device(platform, setup.machine_devices),
     )
     engine.warmup(lambda stage, done, total: channel.send(protocol.Progress(stage, done, total)))
+    if setup.trace_from:
+        whose = setup.rank, setup.spec.names
+        engine.trace = Trace(*whose, setup.trace_from, engine.runner.calls)
     if engine.runner.calls is not None:
         lines.connect(engine.runner.calls, endpoints)
     shelf.held = engine.expert
@@ -353,6 +357,11 @@ class Worker:
         if at_once or now > self._reported + interval_s:
             self._reported = now
             self._channel.send(protocol.Report(self._engine.report()))
+            self._send_trace()
+
+    def _send_trace(self) -> None:
+        if self._engine.trace is not None and (lines := self._engine.trace.take()):
+            self._channel.send(protocol.Traced(lines))
 
     def _obey(self) -> None:
         """Does what the parent has said, and hands over what was loaded.
@@ -370,6 +379,7 @@ class Worker:
                     for request_id in [None] if request_ids is None else request_ids:
                         engine.abort(request_id)
                 case protocol.AskStats():
+                    self._send_trace()
                     stats = msgspec.msgpack.encode(engine.stats())
                     channel.send(protocol.Stats(msgspec.Raw(stats)))
                 case protocol.Stage() as stage:

@@ -9,9 +9,10 @@ from collections.abc import Iterable, Sequence
 import msgspec
 import numpy as np
 
-from dance_jax.engine.moved import Moved, seconds_per_byte
+from dance_jax.engine.moved import seconds_per_byte
 from dance_jax.engine.report import EngineStats
 from dance_jax.launch.costs import Measured
+from dance_jax.models.counters import NOTHING_MOVED, Moved
 from dance_jax.placement.decay import DecayedCounts
 
 #: Expert calls whose mean time says how long one takes.
@@ -121,7 +122,7 @@ class Workload:
         self._counted, self._computed, self._sent = counts_nle, tokens_n, rows_n2
         for rank, each in enumerate(found):
             self._routes[rank] = self._filled(rank, each.routes_tlk, now)
-            costs = _Costs(each.expert_seconds, each.calls_served, each.moved)
+            costs = _Costs(each.expert_seconds, each.calls_served, each.sums.moved)
             self._measured[rank] = costs.since(self._costs[rank], self._measured[rank])
             self._costs[rank] = costs
 
@@ -165,17 +166,14 @@ class _Costs:
 
     expert_seconds: float = 0.0
     calls: int = 0
-    #: Of each phase of the exchange.
-    moved: Sequence[Moved] = ()
+    moved: Moved = NOTHING_MOVED
 
     def since(self, before: _Costs, known: Measured) -> Measured:
         """By what was done since then; where that is too little, since the start, or as known."""
-        begun = before.moved or [Moved()] * len(self.moved)
-        moved = [now - then for now, then in zip(self.moved, begun, strict=True)]
         calls = self.calls - before.calls
         byte_s = known.byte_s
-        for kinds in (moved, self.moved):
-            found = seconds_per_byte(kinds)
+        for moved in (self.moved - before.moved, self.moved):
+            found = seconds_per_byte(moved)
             if found is not None:
                 byte_s = found
                 break

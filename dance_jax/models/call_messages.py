@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterable, Iterator
 import ml_dtypes
 import numpy as np
 
-#: Heads of messages, see wire.h: magic, kind, layer, id, rows, pairs; and magic, kind, status, id,
-#: version, rows, microseconds queued and computed, unused.
-CALL, ANSWER = struct.Struct("<IHHQII"), struct.Struct("<IHHQqIIII")
+#: Heads of messages, see wire.h: magic, kind, layer, id, step, rows, pairs; and magic, kind,
+#: status, id, version, rows, microseconds queued and computed, unused.
+CALL, ANSWER = struct.Struct("<IHHQqII"), struct.Struct("<IHHQqIIII")
 CALL_MAGIC, ANSWER_MAGIC = 0x63786A64, 0x61786A64
 CALL_KIND, ANSWER_KIND = 1, 2
 DONE, NOT_HERE = 0, 1

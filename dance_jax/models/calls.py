@@ -13,7 +13,7 @@ import socket
 import threading
 import weakref
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from jax import Array
 
 from dance_jax.models import native
 from dance_jax.models.connections import Key, Listener, dial
+from dance_jax.models.counters import Counters, Moved, PeerCounters, Sums
 from dance_jax.models.kernels_cpu import NativePool
 
 #: Kinds of a wire by their numbers in C++.
@@ -35,49 +36,36 @@ _MOST_DEVICES = 1024
 _MOST_SERVERS, _MOST_NAMED = 256, 1 << 16
 
 
-@dataclasses.dataclass
-class PeerCounters:
-    """What a server has counted of a peer; `calls.h` says what each is. Times are in ns."""
-
-    calls: int = 0
-    rows: int = 0
-    bytes_sent: int = 0
-    bytes_received: int = 0
-    repeats: int = 0
-    refusals: int = 0
-    lost: int = 0
-    failed_rows: int = 0
-    waited_ns: int = 0
-    answered: int = 0
-    answered_rows: int = 0
-    queued_ns: int = 0
+#: Events of a trace that are kept until they are taken.
+TRACE_EVENTS = 1 << 16
+#: Kinds of them, and outcomes of calls, by number.
+TRACE_KINDS = ("layer", "call", "served")
+TRACE_OUTCOMES = ("answered", "refused", "lost", "late")
 
 
-@dataclasses.dataclass
-class Sums:
-    """What a server has counted of all calls and layers; `calls.h` says what each is."""
+class TraceEvent(NamedTuple):
+    """What a layer or a call took; native/trace.h says what each field is. Times are in ns."""
 
-    layers: float = 0.0
-    local_s: float = 0.0
-    waited_s: float = 0.0
-    served_s: float = 0.0
-    served_rows: float = 0.0
-    answers: float = 0.0
-    s: float = 0.0
-    bytes: float = 0.0
-    bytes_bytes: float = 0.0
-    bytes_s: float = 0.0
-    s_s: float = 0.0
+    begin: int
+    end: int
+    arrived: int
+    compute_begin: int
+    compute_end: int
+    step: int
+    id: int
+    kind: int
+    device: int
+    layer: int
+    peer: int
+    rows: int
+    calls: int
+    outcome: int
+    bytes: int
 
 
-@dataclasses.dataclass(frozen=True)
-class Counters:
-    """Everything that a server has counted."""
-
-    peers: tuple[PeerCounters, ...]
-    #: int64 [l, n], rows that went to each server.
-    rows: np.ndarray
-    sums: Sums
+_EVENT = np.dtype(
+    [(name, np.int64 if n < 7 else np.int32) for n, name in enumerate(TraceEvent._fields)]
+)
 
 
 class ExpertCalls(Protocol):
@@ -102,6 +90,22 @@ class ExpertCalls(Protocol):
 
     def counters(self) -> Counters:
         """What was counted so far."""
+        ...
+
+    def begin_step(self, step: int) -> None:
+        """Calls carry the number of this step from here on, by which traces find its requests."""
+        ...
+
+    def start_trace(self, most: int = TRACE_EVENTS) -> None:
+        """Records calls and layers from here on; once, before there are connections.
+
+        Args:
+            most: events that are kept until they are taken; what comes then is lost.
+        """
+        ...
+
+    def take_trace(self) -> tuple[list[TraceEvent], int]:
+        """Events since the last time, in the order of their ends; and how many were lost."""
         ...
 
     def close(self) -> None:
@@ -154,6 +158,7 @@ class CallServer:
         #: By which the steps of each device name it.
         self.callers = [self._number * _MOST_DEVICES + device for device in range(len(pools))]
         # The library computes with the pools until it is gone.
+        self._events = np.zeros(0, _EVENT)
         self._end = weakref.finalize(self, library.CallServerDelete, ctypes.c_int64(self._number))
 
     def use(self, version: int, resident_nle: np.ndarray) -> None:
@@ -177,12 +182,32 @@ class CallServer:
     def counters(self) -> Counters:
         servers, layers, _ = self._shape
         peers = np.zeros((servers, len(dataclasses.fields(PeerCounters))), np.int64)
-        rows, sums = np.zeros((layers, servers), np.int64), np.zeros(len(dataclasses.fields(Sums)))
+        rows = np.zeros((layers, servers), np.int64)
+        own = len(dataclasses.fields(Sums)) - 1
+        sums = np.zeros(own + len(dataclasses.fields(Moved)))
         self._library.CallServerCounters(
             ctypes.c_int64(self._number), _pointer(peers), _pointer(rows), _pointer(sums)
         )
         found = tuple(PeerCounters(*each) for each in peers.tolist())
-        return Counters(found, rows, Sums(*sums.tolist()))
+        return Counters(found, rows, Sums(*sums[:own].tolist(), moved=Moved(*sums[own:].tolist())))
+
+    def begin_step(self, step: int) -> None:
+        self._library.CallServerStep(ctypes.c_int64(self._number), ctypes.c_int64(step))
+
+    def start_trace(self, most: int = TRACE_EVENTS) -> None:
+        self._library.CallServerTrace(ctypes.c_int64(self._number), ctypes.c_int64(most))
+        self._events = np.zeros(most, _EVENT)
+
+    def take_trace(self) -> tuple[list[TraceEvent], int]:
+        events, lost = self._events, np.zeros(1, np.int64)
+        self._library.CallServerTakeTrace.restype = ctypes.c_int64
+        count = self._library.CallServerTakeTrace(
+            ctypes.c_int64(self._number),
+            _pointer(events),
+            ctypes.c_int64(len(events)),
+            _pointer(lost),
+        )
+        return [*map(TraceEvent._make, events[:count].tolist())], int(lost[0])
 
     def close(self) -> None:
         """Ends all connections once no call runs; later ones are errors."""

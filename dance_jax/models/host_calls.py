@@ -19,7 +19,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -37,7 +37,15 @@ from dance_jax.models.call_messages import (
     Wire,
     poll,
 )
-from dance_jax.models.calls import FAIL_S, REPEAT_S, Counters, PeerCounters, Sums
+from dance_jax.models.calls import (
+    FAIL_S,
+    REPEAT_S,
+    TRACE_EVENTS,
+    TRACE_KINDS,
+    TRACE_OUTCOMES,
+    TraceEvent,
+)
+from dance_jax.models.counters import Counters, Moved, PeerCounters, Sums
 from dance_jax.placement.visit import EXACT_SERVERS
 
 #: A call is late after so many times what it was expected to take, and fails after so many.
@@ -45,6 +53,8 @@ _LATE, _FAILED = 3, 10
 #: Seconds that a row waits for a table by which somebody has what others have refused; seconds
 #: between two looks at it, and at new connections.
 _PATIENCE_S, _LOOK_S, _LOOK_SELDOM_S = 0.5, 0.005, 0.1
+#: Bits of a call's number beside the device.
+_CALL_BITS = 48
 #: Weight of the latest answer in a pace; bytes up to which an answer is a small one.
 _LEARN, _SMALL = 0.2, 8192
 
@@ -127,13 +137,24 @@ class _Pace:
             self._byte_s += _LEARN * (max(0.0, s - self._base_s) / size - self._byte_s)
 
 
+class _Sent(NamedTuple):
+    """A call that was sent."""
+
+    at: float
+    #: There and back.
+    bytes: int
+    step: int
+    layer: int
+    rows: int
+
+
 @dataclasses.dataclass
 class _Line:
     """A peer that is called."""
 
     channel: Channel | None = None
-    #: When calls that it owes an answer were sent, and their bytes, by their ids.
-    unanswered: dict[int, tuple[float, int]] = dataclasses.field(default_factory=dict)
+    #: Calls that it owes an answer, by their ids.
+    unanswered: dict[int, _Sent] = dataclasses.field(default_factory=dict)
     #: An answer is late: it is asked no more until all that it owes have come.
     suspect: bool = False
     pace: _Pace = dataclasses.field(default_factory=_Pace)
@@ -177,15 +198,16 @@ class _Part:
             return True
         return self.state == "lost" and all(part.resolved for part in self.instead or [])
 
-    def add(self, y_td: np.ndarray, failed_t: np.ndarray) -> None:
+    def add(self, y_td: np.ndarray, failed_t: np.ndarray) -> list[_Part]:
+        """Adds what was answered; the parts that were not, whose rows have failed."""
         if self.state == "answered":
             assert self.sums is not None
             y_td[self.rows] += self.sums
-            return
-        for part in self.instead or []:
-            part.add(y_td, failed_t)
-        if not self.instead:
-            failed_t[self.rows] = True
+            return []
+        if self.instead:
+            return [part for each in self.instead for part in each.add(y_td, failed_t)]
+        failed_t[self.rows] = True
+        return [self]
 
 
 class HostCallServer:
@@ -224,8 +246,13 @@ class HostCallServer:
         self._peers = [PeerCounters() for _ in range(servers)]
         self._rows = np.zeros((layers, servers), np.int64)
         self._sums = Sums()
+        #: Of the steps that begin.
+        self.step = 0
+        #: Events of a trace, most of them and how many were lost; most is 0 where nobody wants one.
+        self._events: list[TraceEvent] = []
+        self._most_events = self._lost_events = 0
         #: Of each device.
-        self.callers = [_Caller(self, repeat_s, fail_s) for _ in range(devices)]
+        self.callers = [_Caller(self, device, repeat_s, fail_s) for device in range(devices)]
         self._threads = concurrent.futures.ThreadPoolExecutor(devices, "caller")
         self._answerer = _Answerer(self)
 
@@ -274,10 +301,44 @@ class HostCallServer:
             for name, value in more.items():
                 setattr(self._sums, name, getattr(self._sums, name) + value)
 
+    def add_moved(self, more: Moved) -> None:
+        """Adds to `Sums.moved`."""
+        with self._lock:
+            self._sums.moved += more
+
     def counters(self) -> Counters:
         with self._lock:
             peers = tuple(dataclasses.replace(each) for each in self._peers)
             return Counters(peers, self._rows.copy(), dataclasses.replace(self._sums))
+
+    def begin_step(self, step: int) -> None:
+        self.step = step
+
+    def start_trace(self, most: int = TRACE_EVENTS) -> None:
+        self._most_events = most
+
+    def take_trace(self) -> tuple[list[TraceEvent], int]:
+        with self._lock:
+            taken = self._events, self._lost_events
+            self._events, self._lost_events = [], 0
+        return taken
+
+    def record(self, kind: str, outcome: str, times: Mapping[str, float], **fields: int) -> None:
+        """Adds to the trace, if there is one.
+
+        Args:
+            times: in seconds.
+        """
+        if not self._most_events:
+            return
+        fields |= {name: int(1e9 * s) for name, s in times.items()}
+        fields |= {"kind": TRACE_KINDS.index(kind), "outcome": TRACE_OUTCOMES.index(outcome)}
+        event = TraceEvent(**(dict.fromkeys(TraceEvent._fields, 0) | fields))
+        with self._lock:
+            if len(self._events) < self._most_events:
+                self._events.append(event)
+            else:
+                self._lost_events += 1
 
     def close(self) -> None:
         self._answerer.close()
@@ -289,12 +350,14 @@ class HostCallServer:
 class _Caller:
     """The calls of one device's steps; caller.cc says why it does what it does."""
 
-    def __init__(self, server: HostCallServer, repeat_s: float, fail_s: float) -> None:
+    def __init__(self, server: HostCallServer, device: int, repeat_s: float, fail_s: float) -> None:
         self._server, self._repeat_s, self._fail_s = server, repeat_s, fail_s
+        self._device = device
         self._lines = [_Line() for _ in range(server.servers)]
         self._lock = threading.Lock()
         self._dialled: list[tuple[int, socket.socket]] = []
-        self._ids = itertools.count(1)
+        # No two devices' calls have the same number.
+        self._ids = itertools.count(1 + (device << _CALL_BITS))
         #: Of the layer that runs.
         self._parts: list[_Part] = []
         self._table = server.table
@@ -314,6 +377,7 @@ class _Caller:
             dialled, self._dialled = self._dialled, []
         for peer, connection in dialled:
             line = self._lines[peer]
+            self._lose(peer)
             if line.channel is not None:
                 line.channel.close()
             self._lines[peer] = _Line(Channel(connection), pace=line.pace)
@@ -323,8 +387,30 @@ class _Caller:
                     self._server.count(peer, lost=1)
                     self._replace(part, 0.0)
 
+    def _lose(self, peer: int) -> None:
+        """The connection took along what was to be answered."""
+        unanswered = self._lines[peer].unanswered
+        for number, sent in unanswered.items():
+            self._record(peer, number, sent, "lost")
+        unanswered.clear()
+
+    def _record(
+        self, peer: int, number: int, sent: _Sent, outcome: str, queued_s=0.0, computed_s=0.0
+    ) -> None:
+        now = time.monotonic()
+        times = {"begin": sent.at, "end": now}
+        if outcome in ("answered", "refused"):
+            # As if both ways took the same time.
+            arrived = sent.at + max(now - sent.at - queued_s - computed_s, 0) / 2
+            began = min(arrived + queued_s, now)
+            times |= {"arrived": arrived, "compute_begin": began}
+            times["compute_end"] = min(began + computed_s, now)
+        fields = sent._asdict() | {"id": number, "peer": peer, "device": self._device}
+        del fields["at"]
+        self._server.record("call", outcome, times, **fields)
+
     def run(self, rows: HostRows) -> tuple[np.ndarray, np.ndarray]:
-        server = self._server
+        server, entered = self._server, time.monotonic()
         self._layer_rows, self._table, self._parts = rows, server.table, []
         self._x = server.wire.round(rows.x)
         holders = self._table.holders[rows.layer]
@@ -347,10 +433,27 @@ class _Caller:
             y_td += sums_td
         computed = time.monotonic()
         self._wait(first)
-        server.sum(layers=1, local_s=computed - begin, waited_s=time.monotonic() - computed)
+        end = time.monotonic()
+        server.sum(layers=1, local_s=computed - begin, waited_s=end - computed)
         for part in first:
-            part.add(y_td, failed_t)
+            for failed in part.add(y_td, failed_t):
+                self._count_failed(failed)
+        times = {"begin": entered, "end": end, "compute_begin": begin, "compute_end": computed}
+        fields = {"step": server.step, "device": self._device, "layer": rows.layer}
+        server.record("layer", "answered", times, rows=len(rows.x), **fields)
         return y_td, failed_t
+
+    def _count_failed(self, part: _Part) -> None:
+        """Rows that failed, at all servers that hold what they lack."""
+        rows, holders = self._layer_rows, self._table.holders[self._layer_rows.layer]
+        k = rows.expert.shape[1]
+        for _, places in itertools.groupby(part.places.tolist(), lambda place: place // k):
+            mask = 0
+            for place in places:
+                mask |= holders[rows.expert.flat[place]]
+            for peer in range(self._server.servers):
+                if mask >> peer & 1:
+                    self._server.count(peer, failed_rows=1)
 
     def _place(self, places: np.ndarray, asked: int, patience_s: float) -> list[_Part]:
         """Parts for these assignments, which are sent; none to servers in `asked`, a bitmask. What
@@ -386,7 +489,8 @@ class _Caller:
         part.id = next(self._ids)
         of_row = part.places // rows.expert.shape[1]
         counts = np.bincount(np.searchsorted(part.rows, of_row), minlength=len(part.rows))
-        head = (CALL_MAGIC, CALL_KIND, rows.layer, part.id, len(part.rows), len(part.places))
+        step, counted = self._server.step, (len(part.rows), len(part.places))
+        head = (CALL_MAGIC, CALL_KIND, rows.layer, part.id, step, *counted)
         message = b"".join(
             [
                 CALL.pack(*head),
@@ -400,7 +504,7 @@ class _Caller:
         now, expected_s = time.monotonic(), line.pace.expected(size)
         part.repeat_at = now + max(self._repeat_s, _LATE * expected_s)
         part.fail_at = now + max(self._fail_s, _FAILED * expected_s)
-        line.unanswered[part.id] = now, size
+        line.unanswered[part.id] = _Sent(now, size, step, rows.layer, len(part.rows))
         assert line.channel is not None
         line.channel.send(message)
         self._server.count_call(part.peer, rows.layer, len(part.rows), len(message))
@@ -429,11 +533,12 @@ class _Caller:
             line = self._lines[part.peer]
             if line.channel is None or line.channel.closed:
                 self._server.count(part.peer, lost=1)
+                self._lose(part.peer)
                 self._replace(part, 0.0)
             elif now >= part.fail_at:
                 line.suspect = True
-                if not part.instead:
-                    self._server.count(part.peer, failed_rows=len(part.rows))
+                if part.id in line.unanswered:
+                    self._record(part.peer, part.id, line.unanswered[part.id], "late")
                 part.state = "lost" if part.instead else "failed"
             elif now >= part.repeat_at and not part.repeated:
                 self._repeat(part)
@@ -490,15 +595,16 @@ class _Caller:
         line = self._lines[peer]
         if number not in line.unanswered:
             return
-        sent_at, size = line.unanswered.pop(number)
-        waited = time.monotonic() - sent_at
+        sent = line.unanswered.pop(number)
+        waited, size = time.monotonic() - sent.at, sent.bytes
+        callee_s = 1e-6 * queued_us, 1e-6 * computed_us
+        self._record(peer, number, sent, "answered" if status == DONE else "refused", *callee_s)
         count = {"waited_ns": int(1e9 * waited), "bytes_received": len(message)}
         self._server.count(peer, **count)
         if status == DONE:
             line.pace.learn(size, waited)
-            s = waited - 1e-6 * (queued_us + computed_us)
-            moved = {"bytes": size, "bytes_bytes": size * size, "bytes_s": size * s}
-            self._server.sum(answers=1, s=s, s_s=s * s, **moved)
+            s = waited - sum(callee_s)
+            self._server.add_moved(Moved(1, s, size, size * size, size * s, s * s))
         line.suspect = line.suspect and bool(line.unanswered)
         for part in self._parts:
             if part.id == number and part.peer == peer and part.state == "waiting":
@@ -521,6 +627,8 @@ class _Call(NamedTuple):
     #: Of the model's layers with routed experts.
     layer: int
     id: int
+    #: Of the caller.
+    step: int
     bytes: int
     #: float32 [n, d], int [n, k] with -1 for none, float32 [n, k]; None: it is none of this model.
     content: tuple[np.ndarray, np.ndarray, np.ndarray] | None
@@ -581,7 +689,8 @@ class _Answerer:
                 del self._lines[channel]
                 channel.close()
 
-    def _body_bytes(self, magic: int, kind: int, _layer: int, _id: int, rows: int, pairs: int):
+    def _body_bytes(self, magic: int, kind: int, *rest: int) -> int:
+        *_, rows, pairs = rest
         sane = rows <= self._server.most_rows and pairs <= rows * self._server.k
         if (magic, kind) != (CALL_MAGIC, CALL_KIND) or not sane:
             raise ValueError
@@ -589,7 +698,7 @@ class _Answerer:
 
     def _read(self, peer: int, channel: Channel, message: bytes) -> _Call:
         server = self._server
-        _, _, layer, number, rows, pairs = CALL.unpack_from(message)
+        _, _, layer, number, step, rows, pairs = CALL.unpack_from(message)
         body = memoryview(message)[CALL.size :]
         counts = np.frombuffer(body, np.uint8, rows).astype(np.int64)
         experts = np.frombuffer(body, "<u2", pairs, rows).astype(np.int64)
@@ -603,7 +712,7 @@ class _Answerer:
             expert_nk[there_nk], weight_nk[there_nk] = experts, weights
             x_nd = server.wire.decode(body[rows + 6 * pairs :])
             content = x_nd, server.numbers(layer, expert_nk), weight_nk
-        return _Call(peer, channel, time.monotonic(), layer, number, len(message), content)
+        return _Call(peer, channel, time.monotonic(), layer, number, step, len(message), content)
 
     def _answer_next(self) -> None:
         """Answers the call that has waited longest, and with it those for the same layer."""
@@ -625,12 +734,17 @@ class _Answerer:
             sums_nd, here_nk = self._server.compute(x_nd, expert_nk, weight_nk)
             here_n = np.asarray(here_nk.all(1))
         end, at = time.monotonic(), 0
-        self._server.sum(served_s=end - begin, served_rows=int(here_n.sum()))
+        self._server.sum(served_s=end - begin, served_batches=int(here_n.any()))
         for call in together:
             own = slice(at, at + call.rows)
             at = own.stop
             here = call.content is not None and bool(here_n[own].all())
             self._answer(call, sums_nd[own] if here else None, begin, end)
+            times = {"begin": call.arrived, "arrived": call.arrived, "end": end}
+            times |= {"compute_begin": begin, "compute_end": end}
+            fields = {"step": call.step, "id": call.id, "layer": call.layer, "peer": call.peer}
+            outcome, counted = "answered" if here else "refused", {"rows": call.rows}
+            self._server.record("served", outcome, times, **fields, **counted, calls=len(together))
 
     def _answer(self, call: _Call, sums: np.ndarray | None, begin: float, end: float) -> None:
         status, rows = (NOT_HERE, 0) if sums is None else (DONE, len(sums))

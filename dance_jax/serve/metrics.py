@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -11,6 +12,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from dance_jax.engine.sequence import OutputDelta, Request
+from dance_jax.models.counters import PeerCounters, Sums
 from dance_jax.serve.queue import QueueFull, Unavailable
 
 if TYPE_CHECKING:
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from dance_jax.serve.queue import RequestQueue
 
 PREFIX = "dance_jax:"
+#: Of units at the ends of counters' names.
+_SECONDS = {"s": 1.0, "ns": 1e-9}
 
 # Upper ends of the histograms' bins: vLLM's.
 _FIRST_TOKEN_S = (
@@ -203,6 +207,8 @@ class _EngineMetrics(Collector):
         if (report := self._queue.report) is not None:
             yield from self._gauges(report)
             yield from self._counters(report)
+            if report.peers:
+                yield from self._calls(report)
 
     def _placement(self) -> Iterable[Metric]:
         board = self._board
@@ -242,6 +248,7 @@ class _EngineMetrics(Collector):
         )
         yield self._gauge("local_share", "Share of expert calls that stay here", share)
         yield self._gauge("experts_resident", "Experts that live here", report.experts_resident)
+        yield self._gauge("spare_slots", "Slots that hold no expert", report.spare_slots)
         yield self._gauge("longest_step_seconds", "Of the last ten seconds", report.longest_step_s)
 
     def _counters(self, report: EngineReport) -> Iterable[Metric]:
@@ -293,6 +300,28 @@ class _EngineMetrics(Collector):
             ["part"],
         )
 
+    def _calls(self, report: EngineReport) -> Iterable[Metric]:
+        """Of expert calls: none of these exist where servers step together."""
+        for name, text, value in _explained(report.sums):
+            yield self._counter(f"calls_{name}", text, {(): value})
+        others = [rank for rank in range(len(self._servers)) if rank != self._rank]
+        metrics = zip(*(_explained(report.peers[rank]) for rank in others), strict=True)
+        for metric in metrics:
+            (name, text, _), *_ = metric
+            values = {
+                (self._servers[rank],): value
+                for rank, (_, _, value) in zip(others, metric, strict=True)
+            }
+            yield self._counter(f"peer_{name}", text, values, ["peer"])
+        yield self._counter(
+            "failed_sequences",
+            "Sequences that failed in a step for want of an expert, each time anew",
+            {(): report.failed_sequences},
+        )
+        yield self._gauge(
+            "stalled_sequences", "Sequences that wait for a missing expert", report.stalled
+        )
+
     def _gauge(self, name: str, text: str, value: float) -> Metric:
         family = GaugeMetricFamily(PREFIX + name, text, labels=["model_name"])
         family.add_metric([self._model], value)
@@ -310,3 +339,15 @@ class _EngineMetrics(Collector):
         for combination, value in values.items():
             family.add_metric([self._model, *combination], value)
         return family
+
+
+def _explained(counters: PeerCounters | Sums) -> Iterator[tuple[str, str, float]]:
+    """Name, text and value of the fields that are metrics; times in seconds."""
+    for field in dataclasses.fields(counters):
+        if text := field.metadata.get("metric"):
+            value = getattr(counters, field.name)
+            stem, _, unit = field.name.rpartition("_")
+            if unit in _SECONDS:
+                yield f"{stem}_seconds", text, value * _SECONDS[unit]
+            else:
+                yield field.name, text, value

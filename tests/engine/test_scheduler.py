@@ -427,3 +427,18 @@ def test_configurations_that_cannot_work_are_refused(wrong, field):
     Scheduler(good, 1, 16)
     with pytest.raises(UserError, match=f"^{field}: "):
         Scheduler(dataclasses.replace(good, **wrong), 1, 16)
+
+
+@pytest.mark.parametrize("share_prefixes", [True, False])
+def test_a_sequence_that_failed_is_stalled_until_it_goes_on(share_prefixes):
+    scheduler = Scheduler(make_config(), 1, 16, share_prefixes)
+    sequence = Sequence("a", 0, prompt_of(3), SamplingParams(), 1, seed=0)
+    scheduler.add(sequence)
+    scheduler.commit(scheduler.schedule(), [sequence, sequence])
+    assert (scheduler.stalled, scheduler.failures) == (1, 1)
+    assert scheduler.schedule().empty
+    sequence.rests_until = 1e-9  # its rest is over
+    plan = scheduler.schedule()
+    assert plan.num_tokens == 3 and scheduler.stalled == 1
+    scheduler.commit(plan)
+    assert (scheduler.stalled, scheduler.failures) == (0, 1)

@@ -201,6 +201,7 @@ def test_bad_files_are_named(run, files: pathlib.Path) -> None:
         ),
         (run("--dry-run", "--max-model-len", "300"), "256"),
         (run("--dry-run", "--log-dir", files / "hosts.txt"), "--log-dir"),
+        (run("--dry-run", "--trace", files / "no" / "trace.json"), "--trace"),
         (
             run("--prompts", files / "prompts.jsonl", "--output", files / "prompts.jsonl"),
             "is the file of --prompts",

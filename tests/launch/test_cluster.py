@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import json
 import pathlib
 import signal
@@ -14,6 +15,7 @@ import pytest
 from dance_jax.placement import Activations
 from tests.launch.cold_run import PROMPTS, Tiny
 from tests.launch.tiny import EXPERT_BYTES, EXPERTS, LAYERS
+from tests.traces import Event, read_trace, slices, tracks
 
 
 def many_prompts(folder: pathlib.Path) -> pathlib.Path:
@@ -109,14 +111,20 @@ def test_the_summary_has_everything(tiny: Tiny) -> None:
     assert (np.diag(tiny.result.traffic.bytes_sent) == 0).all()
 
 
-def test_a_warm_start_gives_the_same(tiny: Tiny, launch, tmp_path: pathlib.Path) -> None:
-    """Steps come from the cache in every process, and what they compute has not changed."""
+def test_a_warm_start_gives_the_same(
+    tiny: Tiny, launch, tmp_path: pathlib.Path, expert_library: pathlib.Path | None
+) -> None:
+    """Steps come from the cache in every process, and what they compute has not changed.
+
+    Nor does a trace change it.
+    """
     # Servers of equal devices compile the same, and may find what another has compiled.
     assert [sum(each) for each in tiny.cold] == [tiny.functions] * 3 and tiny.cold[2][0] == 0
     output, saved = tmp_path / "out.jsonl", tmp_path / "saved.npz"
     run = launch(
         "--policy", "uniform", "--prompts", tiny.folder / "prompts.jsonl", "--max-tokens", "8",
         "--output", output, "--save-activations", saved, "--log-dir", tmp_path / "logs",
+        "--trace", tmp_path / "trace.json",
     )  # fmt: skip
     run.wait_for("alpha: ready")
     assert run.process.wait(120) == 0, run.text
@@ -134,12 +142,48 @@ def test_a_warm_start_gives_the_same(tiny: Tiny, launch, tmp_path: pathlib.Path)
     assert np.array_equal(activations.counts, tiny.result.traffic.counts)
     assert "No activations were given" in run.text
     assert "gamma 5 | " in run.text
+    check_trace(read_trace(tmp_path / "trace.json"), tiny, calls=expert_library is not None)
+
+
+def check_trace(events: list[Event], tiny: Tiny, calls: bool) -> None:
+    """Every token of every request is in a step; with calls, every layer and both ends of calls."""
+    steps = [event for event in events if event["name"].startswith("step ")]
+    computed = collections.Counter()
+    for step in steps:
+        computed.update(step["args"]["requests"])
+    for line in tiny.lines:
+        if line["finish_reason"] != "error":
+            # The last token is not computed with.
+            count = len(line["prompt"].encode()) + len(line["token_ids"]) - 1
+            assert computed[f"{line['index']}.0"] == count
+    if not calls:
+        return
+    names = tracks(events)
+    layers = collections.Counter(
+        (event["pid"], event["args"]["step"])
+        for event in events
+        if event["name"].startswith("layer ") and ":" not in names[event["pid"], event["tid"]]
+        if event["cat"] == "part"
+    )
+    devices = tiny.result.plan.spec.devices
+    assert layers == {
+        (step["pid"], step["args"]["step"]): LAYERS * devices[step["pid"]] for step in steps
+    }
+    sent, served = slices(events, "call"), slices(events, "served")
+    assert sent and sent.keys() == served.keys()
+    # All on one clock.
+    assert all(sent[key]["ts"] <= event["ts"] for key, event in served.items())
+    by_step = {(step["pid"], step["args"]["step"]): step["args"]["requests"] for step in steps}
+    for (caller, _), event in served.items():
+        rank = tiny.result.plan.spec.names.index(caller)
+        assert by_step[rank, event["args"]["step"]], "calls are of requests"
 
 
 @pytest.mark.parametrize("rank", [0, 2])
 def test_a_dead_server_is_named(rank: int, tiny: Tiny, launch, tmp_path: pathlib.Path) -> None:
     """Within 10 s all end, with the server's name and the end of its log."""
-    run = launch("--prompts", many_prompts(tmp_path), "--output", tmp_path / "out.jsonl")
+    trace = tmp_path / "trace.json"
+    run = launch("--prompts", many_prompts(tmp_path), "--trace", trace)
     # The coordinator while they start, another one while it runs.
     run.wait_for("alpha: loading" if rank == 0 else " | ")
     run.worker(rank).send_signal(signal.SIGKILL)
@@ -148,6 +192,7 @@ def test_a_dead_server_is_named(rank: int, tiny: Tiny, launch, tmp_path: pathlib
     run.assert_nothing_left(10 - (time.monotonic() - began))
     name = ("alpha", "beta", "gamma")[rank]
     assert f"server {name} (process {run.worker(rank).pid}) was killed by signal 9" in run.text
+    assert len(read_trace(trace)) >= len(run.workers)
     assert "last lines of its log" in run.text and "INFO: devices: cpu:0" in run.text
     assert not (tmp_path / "out.jsonl").exists()
 

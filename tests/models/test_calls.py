@@ -25,7 +25,14 @@ from hypothesis import strategies as st
 
 from dance_jax.models import native
 from dance_jax.models.call_messages import Wire
-from dance_jax.models.calls import CallServer, ExpertCalls, routed
+from dance_jax.models.calls import (
+    TRACE_KINDS,
+    TRACE_OUTCOMES,
+    CallServer,
+    ExpertCalls,
+    TraceEvent,
+    routed,
+)
 from dance_jax.models.host_calls import HostCallServer, HostRows, choose
 from dance_jax.models.kernels_cpu import NativePool
 from dance_jax.placement.visit import choose_servers
@@ -36,7 +43,7 @@ from tests.quick import QUICK
 LAYERS, EXPERTS, D, F, K, MOST_ROWS = 2, 6, 16, 12, 3, 64
 FORM = make_format(d=D, f=F)
 WEIGHTS = make_experts(FORM, LAYERS * EXPERTS)
-CALL, ANSWER = "<IHHQII", "<IHHQqIIII"
+CALL, ANSWER = "<IHHQqII", "<IHHQqIIII"
 CALL_MAGIC, ANSWER_MAGIC, DONE, NOT_HERE = 0x63786A64, 0x61786A64, 0, 1
 #: No test waits so long for what does come.
 LONG_S = 30.0
@@ -166,7 +173,7 @@ class Played:
     def receive(self) -> tuple[int, int]:
         """A call's number and its rows."""
         head = self._read(struct.calcsize(CALL))
-        magic, kind, _, number, rows, pairs = struct.unpack(CALL, head)
+        magic, kind, _, number, self.step, rows, pairs = struct.unpack(CALL, head)
         assert (magic, kind) == (CALL_MAGIC, 1)
         body = self._read(rows * (1 + 4 * D) + pairs * 6)
         assert sum(body[:rows]) == pairs
@@ -443,7 +450,7 @@ def test_a_late_call_without_another_holder_fails():
         _, failed_t = call(caller, 0, *routes)
         assert failed_t.all()
         counted = caller.counters().peers[1]
-        assert (counted.calls, counted.failed_rows, counted.repeats) == (1, 5, 0)
+        assert (counted.calls, counted.failed_rows, counted.repeats) == (1, 10, 0)
         peer.answer(*peer.receive(), value=1e6)
         with meanwhile(lambda: peer.answer(*peer.receive(), value=3.0)):
             y_td, failed_t = call(caller, 0, *routes)
@@ -521,7 +528,7 @@ def test_an_answer_that_is_nonsense(answer: bytes):
 def call_bytes(
     rows=1, pairs=1, counts=None, expert=0, layer=0, magic=CALL_MAGIC, kind=1, floats=D
 ) -> bytes:
-    head = struct.pack(CALL, magic, kind, layer, 5, rows, pairs)
+    head = struct.pack(CALL, magic, kind, layer, 5, 0, rows, pairs)
     counts = bytes([1] * rows) if counts is None else counts
     experts, weights = np.full(pairs, expert, "<u2"), np.ones(pairs, "<f4")
     x_td = np.ones((rows, floats), "<f4")
@@ -535,9 +542,9 @@ def call_bytes(
         (call_bytes(rows=0, pairs=0), DONE),
         (call_bytes(magic=ANSWER_MAGIC), None),
         (call_bytes(kind=3), None),
-        (call_bytes(rows=MOST_ROWS + 1)[:24], None),
+        (call_bytes(rows=MOST_ROWS + 1)[: struct.calcsize(CALL)], None),
         # Would be 24 GiB.
-        (struct.pack(CALL, CALL_MAGIC, 1, 0, 5, 1, 2**32 - 1), None),
+        (struct.pack(CALL, CALL_MAGIC, 1, 0, 5, 0, 1, 2**32 - 1), None),
         # As the number of a layer's expert it would be that of the next layer's first.
         (call_bytes(expert=EXPERTS), NOT_HERE),
         (call_bytes(expert=65535), NOT_HERE),
@@ -652,15 +659,82 @@ def test_counters():
             ours, peer = mine.peers[n], theirs.peers[0]
             assert (ours.calls, ours.rows) == (3, 3 * rows[n])
             assert (peer.answered, peer.answered_rows) == (3, 3 * rows[n])
-            assert ours.bytes_sent == 3 * (24 + rows[n] * (1 + 4 * D) + 6 * pairs[n])
+            assert ours.bytes_sent == 3 * (32 + rows[n] * (1 + 4 * D) + 6 * pairs[n])
             assert ours.bytes_received == 3 * (40 + rows[n] * 4 * D)
             assert (peer.bytes_received, peer.bytes_sent) == (ours.bytes_sent, ours.bytes_received)
             assert ours.waited_ns > 0 and peer.queued_ns >= 0
-            assert theirs.sums.served_rows == 3 * rows[n] and theirs.sums.served_s > 0
+            assert theirs.sums.served_batches == 3 and theirs.sums.served_s > 0
             assert ours.refusals == ours.repeats == ours.lost == ours.failed_rows == 0
-        assert (mine.sums.layers, mine.sums.answers) == (3, 6)
+        assert (mine.sums.layers, mine.sums.moved.calls) == (3, 6)
         there_and_back = sum(ours.bytes_sent for ours in mine.peers) + 3 * sum(rows[1:]) * 4 * D
-        assert mine.sums.bytes == there_and_back
+        assert mine.sums.moved.bytes == there_and_back
+
+
+def take(server: CallServer, kind: str) -> list[TraceEvent]:
+    """Events of a kind since the last time."""
+    events, lost = server.take_trace()
+    assert lost == 0
+    return [event for event in events if TRACE_KINDS[event.kind] == kind]
+
+
+def test_both_ends_of_a_call_are_traced():
+    with cluster(spread([[0, 1], [2, 3], [4, 5]])) as found:
+        for server in found.servers.values():
+            assert server.take_trace() == ([], 0), "nobody wants it"
+            server.start_trace()
+        began = time.perf_counter_ns()
+        for step in (7, 8):
+            found.servers[0].begin_step(step)
+            call(found.servers[0], 0, *draw(18, 20))
+        events, _ = found.servers[0].take_trace()
+        assert [event.step for event in events] == 3 * [7] + 3 * [8]
+        calls = {event.id: event for event in events if TRACE_KINDS[event.kind] == "call"}
+        assert sorted(event.peer for event in calls.values()) == [1, 1, 2, 2]
+        for layer in (events[2], events[5]):
+            assert (TRACE_KINDS[layer.kind], layer.layer, layer.rows) == ("layer", 0, 20)
+            assert began < layer.begin <= layer.compute_begin <= layer.compute_end <= layer.end
+        served: list[tuple[int, TraceEvent]] = []
+
+        def come() -> bool:
+            """Who answers notes it when the answer is on its way."""
+            for n in (1, 2):
+                served.extend((n, event) for event in take(found.servers[n], "served"))
+            return len(served) == 4
+
+        until(come)
+        for n, event in served:
+            ours = calls[event.id]
+            assert (event.step, event.peer, ours.peer) == (ours.step, 0, n)
+            assert (event.rows, event.calls, event.outcome) == (ours.rows, 1, 0)
+            assert ours.begin <= event.begin <= event.compute_begin <= event.end <= ours.end
+            assert ours.begin <= ours.arrived <= ours.compute_begin <= ours.compute_end
+
+
+def test_what_becomes_of_calls_is_traced():
+    held = spread([[], [], range(12)])
+    with cluster(held, played=(1,), repeat_s=0.02, fail_s=0.1) as found:
+        caller = found.servers[0]
+        caller.use(2, resident([[], range(12), []]))
+        caller.start_trace(3)
+        peer, routes = found.play(0, 1), draw(19, 5)
+
+        def outcomes() -> list[str]:
+            return [TRACE_OUTCOMES[event.outcome] for event in take(caller, "call")]
+
+        call(caller, 0, *routes)
+        assert outcomes() == ["late"]
+        peer.answer(*peer.receive())
+        with meanwhile(lambda: peer.answer(*peer.receive(), status=NOT_HERE)):
+            caller.use(3, resident([[], range(12), range(12)]))
+            _, failed_t = call(caller, 0, *routes)
+        assert not failed_t.any()
+        events, lost = caller.take_trace()
+        # The late answer, the refusal, the answer of another; there is no room for the layer.
+        assert [TRACE_OUTCOMES[event.outcome] for event in events[1:]] == ["refused", "answered"]
+        assert (events[0].id, events[2].peer, lost) == (1, 2, 1)
+        with meanwhile(lambda: (peer.receive(), peer.connection.close())):
+            call(caller, 0, *routes)
+        assert outcomes() == ["lost", "answered"]
 
 
 def test_nothing_leaks():

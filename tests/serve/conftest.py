@@ -19,5 +19,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, expert_library: pathlib.Path 
 @pytest.fixture(scope="session")
 def served(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """Three local servers on a tiny model; tests may kill its engines, not its front ends."""
-    with serving(tiny, tmp_path_factory.mktemp("served")) as cluster:
+    folder = tmp_path_factory.mktemp("served")
+    with serving(tiny, folder, "--log-dir", folder / "logs") as cluster:
         yield cluster

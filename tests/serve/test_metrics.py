@@ -11,6 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from dance_jax.engine.report import EngineReport
 from dance_jax.engine.sequence import OutputDelta
+from dance_jax.models.counters import Moved, PeerCounters, Sums
 from dance_jax.serve.app import ServeInfo
 from dance_jax.serve.queue import QueueFull, Unavailable
 from tests.serve.scripted import MODEL, ScriptedQueue, client, serve_info
@@ -41,6 +42,7 @@ REPORT = EngineReport(
     busiest_rows=40,
     bucket_steps={"4+0": 7, "16+1": 3},
     calls_served=350,
+    spare_slots=5,
 )
 #: (name, further labels in the order of their names) -> value
 EXPECTED = {
@@ -66,10 +68,28 @@ EXPECTED = {
     ("link_bytes_total", "sent", "beta"): 1000,
     ("link_bytes_total", "received", "beta"): 2000,
     ("experts_resident",): 20,
+    ("spare_slots",): 5,
     ("steps_total",): 10,
     ("engine_cpu_seconds_total",): 1.25,
     ("step_seconds_total", "compute"): 1.5,
     ("step_seconds_total", "wait"): 0.25,
+}
+#: Of servers that step on their own alone.
+CALLS = {
+    ("peer_calls_total", "beta"): 11,
+    ("peer_rows_total", "beta"): 12,
+    ("peer_repeats_total", "beta"): 15,
+    ("peer_refusals_total", "beta"): 16,
+    ("peer_lost_total", "beta"): 17,
+    ("peer_failed_rows_total", "beta"): 18,
+    ("peer_waited_seconds_total", "beta"): 1.5,
+    ("peer_answered_total", "beta"): 20,
+    ("peer_answered_rows_total", "beta"): 21,
+    ("peer_queued_seconds_total", "beta"): 0.25,
+    ("calls_served_seconds_total",): 0.75,
+    ("calls_served_batches_total",): 13,
+    ("failed_sequences_total",): 6,
+    ("stalled_sequences",): 2,
 }
 FRONT_END = {
     ("requests_in_flight",): 0,
@@ -116,6 +136,23 @@ def test_the_engines_report(info: ServeInfo) -> None:
     queue.report, queue.in_flight, queue.restarts = REPORT, 7, 2
     own = {("requests_in_flight",): 7, ("engine_restarts_total",): 2}
     assert engine_metrics(scraped(queue, info)) == EXPECTED | FRONT_END | own
+
+
+def test_expert_calls(info: ServeInfo) -> None:
+    queue = ScriptedQueue()
+    peer = PeerCounters(11, 12, 13, 14, 15, 16, 17, 18, 1_500_000_000, 20, 21, 250_000_000)
+    report = msgspec.structs.replace(
+        REPORT,
+        peers=[PeerCounters(), peer],
+        sums=Sums(served_s=0.75, served_batches=13, moved=Moved(1, 2, 3, 4, 5, 6)),
+        failed_sequences=6,
+        stalled=2,
+    )
+    # As it comes from the engine.
+    plain = msgspec.msgpack.decode(msgspec.msgpack.encode(report))
+    queue.report = msgspec.convert(plain, EngineReport)
+    assert queue.report == report
+    assert engine_metrics(scraped(queue, info)) == EXPECTED | FRONT_END | CALLS
 
 
 def test_no_calls_have_no_share(info: ServeInfo) -> None:

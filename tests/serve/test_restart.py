@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import itertools
 import pathlib
+import re
 import signal
 import socket
 import urllib.request
@@ -112,14 +113,18 @@ def get(url: str) -> str:
 VICTIMS = (0, 2)
 
 
-def restarts(url: str) -> int:
+def metric(url: str, name: str) -> int:
     """As the server tells."""
     (count,) = (
         line.rpartition(" ")[2]
         for line in get(f"{url}/metrics").splitlines()
-        if line.startswith("dance_jax:engine_restarts_total")
+        if line.startswith(f"dance_jax:{name}{{")
     )
     return int(float(count))
+
+
+def restarts(url: str) -> int:
+    return metric(url, "engine_restarts_total")
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +141,9 @@ def quiet(served: Served) -> list[Answer]:
     return answers
 
 
-def test_every_answer_arrives_whichever_engine_dies(served: Served, quiet: list[Answer]) -> None:
+def test_every_answer_arrives_whichever_engine_dies(
+    served: Served, quiet: list[Answer], expert_library: pathlib.Path | None
+) -> None:
     """And is the same as without a death, greedy or sampled from a seed."""
     before = [restarts(url) for url in served.urls]
 
@@ -155,6 +162,12 @@ def test_every_answer_arrives_whichever_engine_dies(served: Served, quiet: list[
     for rank, url in enumerate(served.urls):
         assert get(f"{url}/ready")
         assert restarts(url) == before[rank] + VICTIMS.count(rank)
+    if expert_library is not None:  # without it all die together
+        assert metric(served.urls[1], "failed_sequences_total") > 0
+        assert metric(served.urls[1], "stalled_sequences") == 0
+        log = (served.output.parent / "logs" / "beta.log").read_text()
+        assert re.search("for experts of (alpha|gamma), which does not answer", log)
+        assert re.search("no sequence waits for experts of (alpha|gamma)", log)
 
 
 def test_a_signal_lets_servers_finish_what_runs(

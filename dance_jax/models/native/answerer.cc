@@ -177,7 +177,7 @@ void Answerer::AnswerNext() {
   const int64_t end = NowNs();
   server_.Sum([&](CallSums& sums) {
     sums.served_s += 1e-9 * (end - begin);
-    sums.served_rows += rows;
+    sums.served_batches += rows > 0;
   });
   const float* sums = y.data();
   for (size_t i = 0; i < together.size(); ++i) {
@@ -194,6 +194,15 @@ void Answerer::AnswerNext() {
     server_.Count(call.line->peer, PeerCounters::kAnsweredRows, head.rows);
     server_.Count(call.line->peer, PeerCounters::kQueuedNs, begin - call.arrived);
     Answer(call, head, sums);
+    if (Trace* const trace = server_.trace()) {
+      TraceEvent event{.begin = call.arrived, .end = end, .arrived = call.arrived};
+      event.compute_begin = begin, event.compute_end = end;
+      event.step = call.head.step, event.id = call.head.id;
+      event.kind = TraceEvent::kServed, event.layer = layer, event.peer = call.line->peer;
+      event.rows = call.head.rows, event.calls = together.size();
+      event.outcome = here[i] ? TraceEvent::kAnswered : TraceEvent::kRefused;
+      trace->Add(event);
+    }
     if (here[i]) sums += head.rows * wire.d;
   }
 }

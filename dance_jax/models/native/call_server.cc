@@ -20,7 +20,7 @@ CallServer::CallServer(const CallSpec& spec, std::vector<std::shared_ptr<ExpertP
       rows_(spec.layers * spec.servers),
       answerer_(*this) {
   for (size_t device = 0; device < pools_.size(); ++device) {
-    callers_.push_back(std::make_unique<Caller>(*this));
+    callers_.push_back(std::make_unique<Caller>(*this, device));
   }
 }
 
@@ -184,6 +184,22 @@ void CallServerCounters(int64_t number, int64_t* counters, int64_t* rows, dance:
   for (int64_t layer = 0; layer < spec.layers; ++layer) {
     for (int n = 0; n < spec.servers; ++n) *rows++ = server->rows(layer, n);
   }
+}
+
+// Its calls carry the number of this step from here on.
+void CallServerStep(int64_t number, int64_t step) {
+  if (const auto server = dance::FindServer(number)) server->BeginStep(step);
+}
+
+// Records calls and layers from here on: so many of them until they are taken.
+void CallServerTrace(int64_t number, int64_t most) {
+  if (const auto server = dance::FindServer(number)) server->StartTrace(most);
+}
+
+// Takes the oldest `most` events out: their number. lost: those that found no place since.
+int64_t CallServerTakeTrace(int64_t number, dance::TraceEvent* events, int64_t most, int64_t* lost) {
+  const auto server = dance::FindServer(number);
+  return server && server->trace() ? server->trace()->Take(events, most, lost) : 0;
 }
 
 // Servers [k] that are asked for a row's experts, for tests: masks [k] of up to 64 servers.

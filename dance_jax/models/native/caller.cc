@@ -19,6 +19,8 @@ constexpr int64_t kLookNs = 5'000'000, kLookSeldomNs = 100'000'000;
 // Weight of the latest answer in a pace; bytes up to which an answer says how long a small one takes.
 constexpr double kLearn = 0.2;
 constexpr size_t kSmall = 8192;
+// Bits of a call's number beside the device.
+constexpr int kCallBits = 48;
 
 bool Meets(const std::vector<Ranks>& holders, const Ranks& chosen) {
   return std::all_of(holders.begin(), holders.end(), [&](const Ranks& own) {
@@ -79,7 +81,12 @@ void Caller::Pace::Learn(size_t bytes, double s) {
   }
 }
 
-Caller::Caller(CallServer& server) : server_(server), lines_(server.spec().servers) {}
+// No two devices' calls have the same number.
+Caller::Caller(CallServer& server, int64_t device)
+    : server_(server),
+      device_(device),
+      lines_(server.spec().servers),
+      next_id_(1 + (device << kCallBits)) {}
 
 Caller::~Caller() {
   for (const auto& [peer, fd] : dialled_) close(fd);
@@ -94,8 +101,8 @@ void Caller::Adopt() {
   const std::lock_guard<std::mutex> lock(dialled_mutex_);
   for (const auto& [peer, fd] : dialled_) {
     Line& line = lines_[peer];
+    Lose(peer);
     line.channel = std::make_unique<Channel>(fd);
-    line.unanswered.clear();
     line.suspect = false;
     // What the old connection took along is lost.
     for (size_t i = 0; i < parts_.size(); ++i) {
@@ -107,6 +114,30 @@ void Caller::Adopt() {
   dialled_.clear();
 }
 
+void Caller::Lose(int peer) {
+  std::vector<Sent>& unanswered = lines_[peer].unanswered;
+  for (const Sent& sent : unanswered) Record(peer, sent, TraceEvent::kLost, AnswerHead());
+  unanswered.clear();
+}
+
+void Caller::Record(int peer, const Sent& sent, TraceEvent::Outcome outcome,
+                    const AnswerHead& head) const {
+  Trace* const trace = server_.trace();
+  if (trace == nullptr) return;
+  TraceEvent event{.begin = sent.at, .end = NowNs(), .step = sent.step, .kind = TraceEvent::kCall};
+  if (outcome == TraceEvent::kAnswered || outcome == TraceEvent::kRefused) {
+    const int64_t queued = 1000 * int64_t{head.queued_us};
+    const int64_t computed = 1000 * int64_t{head.computed_us};
+    const int64_t wire = std::max<int64_t>(event.end - event.begin - queued - computed, 0);
+    event.arrived = event.begin + wire / 2;
+    event.compute_begin = std::min(event.arrived + queued, event.end);
+    event.compute_end = std::min(event.compute_begin + computed, event.end);
+  }
+  event.id = sent.id, event.device = device_, event.layer = sent.layer, event.peer = peer;
+  event.rows = sent.rows, event.outcome = outcome, event.bytes = sent.bytes;
+  trace->Add(event);
+}
+
 bool Caller::Usable(int peer) const {
   const Line& line = lines_[peer];
   return line.channel && !line.channel->closed() && !line.suspect;
@@ -115,8 +146,10 @@ bool Caller::Usable(int peer) const {
 void Caller::Run(const LayerRows& rows, float* y, bool* failed) {
   const CallSpec& spec = server_.spec();
   const int64_t d = spec.wire.d;
-  layer_ = rows.layer;
+  step_ = server_.step(), layer_ = rows.layer;
   table_ = server_.table();
+  Trace* const trace = server_.trace();
+  const int64_t entered = trace ? NowNs() : 0;
   x_.resize(rows.t * d);
   for (int64_t t = 0; t < rows.t; ++t) spec.wire.Round(rows.x + t * d, &x_[t * d]);
   std::fill(failed, failed + rows.t, false);
@@ -153,6 +186,10 @@ void Caller::Run(const LayerRows& rows, float* y, bool* failed) {
     sums.waited_s += 1e-9 * (end - computed);
   });
   for (const Part* part : first) Add(*part, y, failed);
+  if (trace == nullptr) return;
+  TraceEvent event{.begin = entered, .end = end, .compute_begin = begin, .compute_end = computed};
+  event.step = step_, event.device = device_, event.layer = layer_, event.rows = rows.t;
+  trace->Add(event);
 }
 
 std::vector<Caller::Part*> Caller::Place(const std::vector<Pair>& pairs, const Ranks& asked,
@@ -195,7 +232,7 @@ std::vector<Caller::Part*> Caller::Place(const std::vector<Pair>& pairs, const R
 void Caller::Send(Part& part) {
   const CallSpec& spec = server_.spec();
   CallHead head;
-  head.layer = static_cast<uint16_t>(layer_), head.id = part.id = next_id_++;
+  head.layer = static_cast<uint16_t>(layer_), head.id = part.id = next_id_++, head.step = step_;
   head.rows = part.rows.size(), head.pairs = part.pairs.size();
   std::vector<char> message(sizeof(head) + head.BodyBytes(spec.wire), 0);
   char* to = message.data();
@@ -223,7 +260,8 @@ void Caller::Send(Part& part) {
   const double expected_ns = 1e9 * line.pace.Expected(bytes);
   part.repeat_at = now + std::max<int64_t>(spec.repeat_ns, kLate * expected_ns);
   part.fail_at = now + std::max<int64_t>(spec.fail_ns, kFailed * expected_ns);
-  line.unanswered.push_back({part.id, now, bytes});
+  const auto rows = static_cast<int32_t>(head.rows);
+  line.unanswered.push_back({part.id, now, bytes, step_, layer_, rows});
   server_.Count(part.peer, PeerCounters::kCalls, 1);
   server_.Count(part.peer, PeerCounters::kRows, head.rows);
   server_.Count(part.peer, PeerCounters::kBytesSent, message.size());
@@ -277,16 +315,15 @@ void Caller::Review(Part& part, int64_t now) {
   if (part.state == Part::kWaiting) {
     if (lines_[part.peer].channel->closed()) {
       server_.Count(part.peer, PeerCounters::kLost, 1);
+      Lose(part.peer);
       // Nobody is waited for who may never come back.
       Replace(part, 0);
     } else if (now >= part.fail_at) {
       lines_[part.peer].suspect = true;
-      if (part.instead.empty()) {
-        server_.Count(part.peer, PeerCounters::kFailedRows, part.rows.size());
-        part.state = Part::kFailed;
-      } else {
-        part.state = Part::kLost;
+      for (const Sent& sent : lines_[part.peer].unanswered) {
+        if (sent.id == part.id) Record(part.peer, sent, TraceEvent::kLate, AnswerHead());
       }
+      part.state = part.instead.empty() ? Part::kFailed : Part::kLost;
     } else if (now >= part.repeat_at && !part.repeated) {
       Repeat(part);
     }
@@ -384,6 +421,8 @@ void Caller::Answered(int peer, const AnswerHead& head, const char* sums) {
       sums.s += s, sums.bytes += b, sums.bytes_bytes += b * b, sums.bytes_s += b * s, sums.s_s += s * s;
     });
   }
+  const bool done = head.status == Status::kDone;
+  Record(peer, *sent, done ? TraceEvent::kAnswered : TraceEvent::kRefused, head);
   line.unanswered.erase(sent);
   if (line.unanswered.empty()) line.suspect = false;
   for (size_t i = 0; i < parts_.size(); ++i) {
@@ -405,12 +444,27 @@ void Caller::Answered(int peer, const AnswerHead& head, const char* sums) {
 void Caller::Add(const Part& part, float* y, bool* failed) const {
   if (part.state != Part::kAnswered) {
     for (const Part* other : part.instead) Add(*other, y, failed);
-    for (const int32_t row : part.rows) failed[row] |= part.instead.empty();
+    if (!part.instead.empty()) return;
+    CountFailed(part);
+    for (const int32_t row : part.rows) failed[row] = true;
     return;
   }
   const int64_t d = server_.spec().wire.d;
   for (size_t r = 0; r < part.rows.size(); ++r) {
     ForThisProcessor().add(1.0f, &part.sums[r * d], y + part.rows[r] * d, d);
+  }
+}
+
+void Caller::CountFailed(const Part& part) const {
+  for (size_t begin = 0, end; begin < part.pairs.size(); begin = end) {
+    Ranks holders;
+    const int32_t row = part.pairs[begin].row;
+    for (end = begin; end < part.pairs.size() && part.pairs[end].row == row; ++end) {
+      holders |= table_->Holders(layer_, part.pairs[end].expert);
+    }
+    for (int n = 0; n < server_.spec().servers; ++n) {
+      if (holders[n]) server_.Count(n, PeerCounters::kFailedRows, 1);
+    }
   }
 }
 

@@ -22,6 +22,7 @@
 #include <vector>
 
 #include "experts.h"
+#include "trace.h"
 #include "wire.h"
 
 namespace dance {
@@ -45,7 +46,7 @@ struct Table {
 // that hold all, as placement/visit.py has it. holders [k].
 std::vector<int> ChooseServers(const std::vector<Ranks>& holders, int servers);
 
-// What a server counts of a peer; all grow.
+// What a server counts of a peer; all grow. As models/counters.py has it.
 struct PeerCounters {
   enum Name {
     kCalls,          // to it, repeats included
@@ -55,7 +56,7 @@ struct PeerCounters {
     kRepeats,        // calls that went elsewhere as well, because its answer was late
     kRefusals,       // calls that it answered with "not here"
     kLost,           // calls that its connection ended
-    kFailedRows,     // rows that have failed as it did not answer
+    kFailedRows,     // rows that have failed for want of an expert that it holds
     kWaitedNs,       // from sending to the answer's arrival
     kAnswered,       // its calls that were answered here
     kAnsweredRows,
@@ -68,7 +69,7 @@ struct PeerCounters {
 // How long things took, as they add up over all calls and layers.
 struct CallSums {
   double layers = 0, local_s = 0, waited_s = 0;  // of own steps: layers run, experts here, answers
-  double served_s = 0, served_rows = 0;          // of the others' calls
+  double served_s = 0, served_batches = 0;       // of the others' calls, several in one go perhaps
   // Of answers: their number, seconds on the way, bytes there and back, and the products of these, for
   // the line of seconds over bytes.
   double answers = 0, s = 0, bytes = 0, bytes_bytes = 0, bytes_s = 0, s_s = 0;
@@ -99,7 +100,7 @@ struct LayerRows {
 // The calls of one device's steps. One thread at a time runs a layer; it may be another each time.
 class Caller {
  public:
-  explicit Caller(CallServer& server);
+  Caller(CallServer& server, int64_t device);
   ~Caller();
 
   // Takes over a connection to a peer, in place of the one before; from any thread.
@@ -139,6 +140,8 @@ class Caller {
     uint64_t id;
     int64_t at;
     size_t bytes;
+    int64_t step, layer;
+    int32_t rows;
   };
   struct Line {
     std::unique_ptr<Channel> channel;
@@ -157,6 +160,8 @@ class Caller {
   void RunLocal(const LayerRows& rows, const std::vector<int32_t>& local, float* y, bool* failed);
   void Wait(const std::vector<Part*>& first);
   void Review(Part& part, int64_t now);
+  // The connection has ended, and with it what was not answered.
+  void Lose(int peer);
   void Replace(Part& part, int64_t patience_ns);
   void Repeat(Part& part);
   // When a wait has to look at its parts again.
@@ -165,18 +170,21 @@ class Caller {
   void Poll(int64_t until);
   void Read(int peer);
   void Answered(int peer, const AnswerHead& head, const char* sums);
+  void Record(int peer, const Sent& sent, TraceEvent::Outcome outcome, const AnswerHead& head) const;
   void Add(const Part& part, float* y, bool* failed) const;
+  void CountFailed(const Part& part) const;
   static bool Succeeded(const Part& part);
   // There is no more to wait for.
   static bool Resolved(const Part& part);
 
   CallServer& server_;
+  const int64_t device_;
   std::vector<Line> lines_;  // by rank
   std::mutex dialled_mutex_;
   std::vector<std::pair<int, int>> dialled_;  // (peer, fd)
-  uint64_t next_id_ = 1;
+  uint64_t next_id_;
   // Of the layer that runs.
-  int64_t layer_ = 0;
+  int64_t step_ = 0, layer_ = 0;
   std::vector<float> x_;
   std::shared_ptr<const Table> table_;
   std::deque<Part> parts_;
@@ -260,6 +268,13 @@ class CallServer {
   // Rows that went to a server in a layer.
   void CountRows(int64_t layer, int peer, int64_t rows) { rows_[layer * spec_.servers + peer] += rows; }
   int64_t rows(int64_t layer, int peer) const { return rows_[layer * spec_.servers + peer]; }
+  // The number of the own step that runs, which its calls carry.
+  void BeginStep(int64_t step) { step_ = step; }
+  int64_t step() const { return step_; }
+  // Records from now on, so many events until they are taken; once, before anything is called.
+  void StartTrace(size_t most) { trace_ = std::make_unique<Trace>(most); }
+  // Null: nothing is recorded.
+  Trace* trace() const { return trace_.get(); }
 
  private:
   const CallSpec spec_;
@@ -270,6 +285,8 @@ class CallServer {
   CallSums sums_;
   std::deque<PeerCounters> counters_;          // by rank
   std::deque<std::atomic<int64_t>> rows_;      // [layers, servers]
+  std::atomic<int64_t> step_ = 0;
+  std::unique_ptr<Trace> trace_;
   std::vector<std::unique_ptr<Caller>> callers_;
   Answerer answerer_;
 };

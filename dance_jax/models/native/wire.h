@@ -37,6 +37,8 @@ struct CallHead {
   Kind16 kind = Kind16::kCall;
   uint16_t layer = 0;
   uint64_t id = 0;
+  // Of the caller, whose trace knows the requests that are in it.
+  int64_t step = 0;
   uint32_t rows = 0, pairs = 0;
 
   // It may be a call of so many rows at most. A count has one byte, so pairs are bounded as well.

@@ -1,0 +1,211 @@
+"""What a server's steps and expert calls did and when, in Chrome's trace event format.
+
+https://ui.perfetto.dev draws it: a process is a server, its tracks are its steps, each device's
+layers and calls, the calls of others that it answers, and its requests. An event is a line of JSON;
+times are in microseconds since `began_ns`. A call carries the number of its caller's step, and the
+event of that step names its requests.
+"""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from dance_jax.engine import sequence as sequences
+from dance_jax.engine.scheduler import StepPlan
+from dance_jax.engine.sequence import OutputDelta
+from dance_jax.models.calls import TRACE_KINDS, TRACE_OUTCOMES, ExpertCalls, TraceEvent
+
+_encode = msgspec.json.Encoder().encode
+
+
+class Trace:
+    """The events of one server, from its steps and from its part in calls.
+
+    Args:
+        rank: this server's.
+        names: of all servers, by rank.
+        began_ns: unix time, in ns, from which times count: the same on all servers.
+        calls: of this server, before it has connections; None where servers step together.
+    """
+
+    def __init__(
+        self, rank: int, names: Sequence[str], began_ns: int, calls: ExpertCalls | None
+    ) -> None:
+        self._rank, self._names, self._calls = rank, names, calls
+        #: Added to ns of time.perf_counter() and of the C++ library, which are of one clock.
+        self._offset = time.time_ns() - time.perf_counter_ns() - began_ns
+        self._lines: list[bytes] = []
+        self._tracks: dict[str, int] = {}
+        #: Of each track, when its last event ended.
+        self._ends: dict[str, int] = {}
+        #: Sequences that have begun and not ended.
+        self._open: set[str] = set()
+        #: Begin and end of the latest step's computing.
+        self._computing = 0, 0
+        if calls is not None:
+            calls.start_trace()
+
+    def begin(self, begun: Iterable[sequences.Sequence]) -> None:
+        """Sequences have come."""
+        for sequence in begun:
+            name = f"{sequence.request_id}.{sequence.index}"
+            self._open.add(name)
+            tokens = {"prompt_tokens": len(sequence.prompt_token_ids)}
+            self._request("b", name, name, time.perf_counter_ns(), tokens)
+
+    def end(self, outputs: Iterable[OutputDelta]) -> None:
+        """What a step has handed out; some sequences have ended."""
+        for delta in outputs:
+            name = f"{delta.request_id}.{delta.index}"
+            # One that was refused has not begun.
+            if delta.finish_reason is not None and name in self._open:
+                self._open.remove(name)
+                reason = {"finish_reason": delta.finish_reason}
+                self._request("e", name, name, time.perf_counter_ns(), reason)
+
+    def step(
+        self, number: int, plan: StepPlan, spans: Mapping[str, tuple[float, float]], failed: int
+    ) -> None:
+        """A step has ended.
+
+        Args:
+            number: that its calls carry.
+            spans: `StepClock.spans`.
+            failed: sequences that failed in it.
+        """
+        parts = {
+            name: (int(1e9 * spans[name][0]), int(1e9 * spans[name][1]))
+            for name in ("schedule", "computing", "output")
+        }
+        begin, end = parts["schedule"][0], parts["output"][1]
+        self._computing = parts["computing"]
+        tokens: dict[str, int] = {}
+        for row in (row for rows in plan.entries for row in rows):
+            name = f"{row.sequence.request_id}.{row.sequence.index}"
+            tokens[name] = tokens.get(name, 0) + len(row.tokens)
+        bucket = f"{plan.decode}+{plan.slice}"
+        said = {"step": number, "bucket": bucket, "failed": failed, "requests": tokens}
+        self._slice("steps", f"step {number}", begin, end, said)
+        for name, part in parts.items():
+            self._slice("steps", name, *part)
+        for name, count in tokens.items():
+            what = "token" if count == 1 else f"{count} tokens"
+            self._request("b", name, what, begin, {"step": number})
+            self._request("e", name, what, end)
+        self._add_calls()
+        for device in range(len(plan.entries) if self._calls else 0):
+            track, (began, ended) = f"device {device}", self._computing
+            self._slice(track, "logits, sampling", max(self._ends.get(track, 0), began), ended)
+
+    def take(self) -> bytes:
+        """The lines since the last time, each with a comma and a line's end."""
+        self._add_calls()
+        lines, self._lines = self._lines, []
+        return b"".join(lines)
+
+    # Of the C++ library.
+
+    def _add_calls(self) -> None:
+        if self._calls is None:
+            return
+        events, lost = self._calls.take_trace()
+        draw = {"layer": self._layer, "call": self._call, "served": self._served}
+        for event in events:
+            draw[TRACE_KINDS[event.kind]](event)
+        if lost:
+            now = time.perf_counter_ns()
+            self._event("i", "calls", f"{lost} events lost", now, {"s": "p"})
+
+    def _layer(self, event: TraceEvent) -> None:
+        track, begin, end = f"device {event.device}", event.begin, event.end
+        came, until = event.compute_begin, event.compute_end
+        said = {"step": event.step, "layer": event.layer}
+        # Attention, router, shared experts: what is between two layers' routed experts.
+        before = max(self._ends.get(track, 0), self._computing[0])
+        if before < begin:
+            self._slice(track, "trunk", before, begin, said)
+        self._slice(track, f"layer {event.layer}", begin, end, said | {"rows": event.rows})
+        for name, part in (
+            ("call", (begin, came)),
+            ("local experts", (came, until)),
+            ("wait", (until, end)),
+        ):
+            self._slice(track, name, *part)
+
+    def _call(self, event: TraceEvent) -> None:
+        begin, end, peer = event.begin, event.end, self._names[event.peer]
+        outcome = TRACE_OUTCOMES[event.outcome]
+        said = self._said(event) | {"callee": peer, "bytes": event.bytes}
+        track = self._lane(f"device {event.device}: calls of {peer}", begin, end)
+        name = f"layer {event.layer}" + ("" if outcome == "answered" else f", {outcome}")
+        self._slice(track, name, begin, end, said, "call")
+        self._event("s", track, "call", begin, {"cat": "flow", "id": f"{self._rank}-{event.id}"})
+        if arrived := event.arrived:
+            came, until = event.compute_begin, event.compute_end
+            for name, part in (
+                ("wire", (begin, arrived)),
+                ("queue", (arrived, came)),
+                ("compute", (came, until)),
+                ("wire", (until, end)),
+            ):
+                self._slice(track, name, *part)
+
+    def _served(self, event: TraceEvent) -> None:
+        begin, end, caller = event.begin, event.end, self._names[event.peer]
+        said = self._said(event) | {"caller": caller, "calls": event.calls}
+        track = self._lane(f"answers for {caller}", begin, end)
+        self._slice(track, f"layer {event.layer}", begin, end, said, "served")
+        flow = {"cat": "flow", "id": f"{event.peer}-{event.id}", "bp": "e"}
+        self._event("f", track, "call", begin, flow)
+        self._slice(track, "queue", begin, event.compute_begin)
+        self._slice(track, "compute", event.compute_begin, end)
+
+    def _said(self, event: TraceEvent) -> dict[str, Any]:
+        outcome = TRACE_OUTCOMES[event.outcome]
+        said = {"step": event.step, "layer": event.layer, "rows": event.rows}
+        return said | {"id": str(event.id), "outcome": outcome}
+
+    # Events.
+
+    def _lane(self, name: str, begin: int, end: int) -> str:
+        """The first of a track's lanes where nothing overlaps; events come as they end."""
+        number = 2
+        lane = name
+        while self._ends.get(lane, 0) > begin:
+            lane, number = f"{name} ({number})", number + 1
+        return lane
+
+    def _slice(
+        self,
+        track: str,
+        name: str,
+        begin: int,
+        end: int,
+        said: Mapping[str, Any] | None = None,
+        category: str = "part",
+    ) -> None:
+        self._ends[track] = max(self._ends.get(track, 0), end)
+        more = {"dur": (end - begin) / 1000, "cat": category} | ({"args": said} if said else {})
+        self._event("X", track, name, begin, more)
+
+    def _request(
+        self, phase: str, request: str, name: str, when: int, said: Mapping[str, Any] | None = None
+    ) -> None:
+        more = {"cat": "request", "id": f"{self._rank}-{request}"} | (
+            {"args": said} if said else {}
+        )
+        self._event(phase, "steps", name, when, more)
+
+    def _event(self, phase: str, track: str, name: str, when: int, more: dict[str, Any]) -> None:
+        if track not in self._tracks:
+            # The same if this server's engine starts anew.
+            self._tracks[track] = zlib.crc32(track.encode()) >> 1
+            self._event("M", track, "thread_name", -self._offset, {"args": {"name": track}})
+        event = {"ph": phase, "ts": (when + self._offset) / 1000, "pid": self._rank}
+        event |= {"tid": self._tracks[track], "name": name} | more
+        self._lines.append(_encode(event) + b",\n")
