@@ -251,7 +251,7 @@ def far(files: pathlib.Path, monkeypatch) -> list[str]:
     def preflight(spec, **options: Any) -> Preflight:
         done.append(f"asked about {len(options['needs'])} servers")
         servers = tuple(dataclasses.replace(server, bandwidth=7e6) for server in spec.servers)
-        return Preflight(ClusterSpec(servers), (), options["needs"], "cpu", {}, ())
+        return Preflight(ClusterSpec(servers), (), options["needs"], {}, ())
 
     def place(spec, *_: object) -> None:
         done.append(f"placed at {[server.bandwidth for server in spec.servers]} bps")
