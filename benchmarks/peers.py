@@ -181,7 +181,9 @@ class Comparison:
         if options.old is not None:
             root, port = options.old.absolute(), FIRST_PORT + len(found)
             found.append(Dance(results.OLD, OURS[0], activations, root, port, FORMATS[:1]))
-        return found if options.peer is None else [*found, Star(options.peer)]
+        if options.peer is not None:
+            found.append(Star(options.peer))
+        return found
 
     def _measure(self, form: str, rate: int | None, running: dict[str, Running]) -> None:
         """All loads, with the systems in turn."""

@@ -4,8 +4,8 @@ Systems:
     latency, dance    this project with that policy, or any other policy of ours. Experts are placed
                       by what requests of the same users, asked before, have used
     old               another checkout of this project (--old DIR), policy `latency`
-    star              llama.cpp: `ggml-rpc-server` in every host, each with a part of the layers, and
-                      `llama-server -kvu` outside the hosts, which asks them all
+    star              llama.cpp: `ggml-rpc-server` in every host, each with a part of the layers,
+                      and `llama-server -kvu` outside the hosts, which asks them all
 
 All are up at once and take turns, in another order in each repetition; a ratio is the median over
 repetitions of ours over the other's. Servers that rest do next to nothing, and processor time is

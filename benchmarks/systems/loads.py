@@ -132,9 +132,7 @@ def fit_prompts(path: pathlib.Path, names: Sequence[str], vocabulary: int) -> No
     """Writes other prompts of the same users, by which experts are placed; `--prompts` reads it."""
     calls = Load("fit", len(names) * FIT_REQUESTS).calls(len(names), vocabulary, FIT_SEED)
     lines = [
-        json.dumps(
-            {"prompt": " ".join(map(token_name, call.prompt)), "server": names[call.server]}
-        )
+        json.dumps({"prompt": " ".join(map(token_name, call.prompt)), "server": names[call.server]})
         for call in calls
     ]
     path.write_text("\n".join(lines) + "\n")

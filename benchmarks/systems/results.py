@@ -94,7 +94,9 @@ def show(console: Console, cells: Sequence[Cell]) -> None:
         table.add_section()
     console.print(table)
     for system, (equal, compared) in agreement(cells).items():
-        console.print(f"Greedy outputs in float32 equal to {OURS}'s: {system} {equal} of {compared}")
+        console.print(
+            f"Greedy outputs in float32 equal to {OURS}'s: {system} {equal} of {compared}"
+        )
 
 
 def _decode(found: Figures) -> float:

@@ -13,7 +13,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import BinaryIO, ClassVar, Protocol
+from typing import BinaryIO, Protocol
 
 from benchmarks.live.places import Place
 from benchmarks.namespaces import Testbed
@@ -73,9 +73,13 @@ class Running:
 class System(Protocol):
     """What can be started."""
 
-    name: str
-    #: Some of FORMATS.
-    formats: tuple[str, ...]
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """Some of FORMATS."""
+        ...
 
     def serving(
         self, bed: Testbed, model: Model, form: str
@@ -112,7 +116,9 @@ class Dance:
         before = bed.processes().keys()
         with Place(hosts, bed, self.root, self.port).serving(words) as cluster:
             asyncio.run(cluster.ready())
-            api = Api(cluster.addresses, model.named().name, model.fields["max_position_embeddings"])
+            api = Api(
+                cluster.addresses, model.named().name, model.fields["max_position_embeddings"]
+            )
             yield Running(api, bed, bed.processes().keys() - before)
 
 
@@ -125,8 +131,8 @@ class Star:
     """
 
     directory: pathlib.Path
-    name: ClassVar[str] = "star"
-    formats: ClassVar[tuple[str, ...]] = FORMATS
+    name: str = "star"
+    formats: tuple[str, ...] = FORMATS
 
     @contextlib.contextmanager
     def serving(self, bed: Testbed, model: Model, form: str) -> Iterator[Running]:
@@ -137,6 +143,9 @@ class Star:
             log = stack.enter_context((bed.state / "star.log").open("w+b"))
             # The rpc-servers would outlive their logins.
             stack.callback(self._kill, bed, before)
+            rates = dict(bed.rates)
+            # Weights are sent to the rpc-servers; that is not measured.
+            bed.set_rate(None)
             for host, listens in zip(bed.hosts, layers, strict=True):
                 rpc = ["exec", str(self.directory / "ggml-rpc-server"), "-H", listens.host]
                 rpc += ["-p", str(listens.port), "-t", "1"]
@@ -147,6 +156,8 @@ class Star:
             file = model.gguf(LlamaCpp.formats[form])
             _start(self._server(file, layers, devices, address), address, log)
             asyncio.run(_healthy(address))
+            for host, rate in rates.items():
+                bed.set_rate(rate, [host])
             api = Api([address] * len(layers), self.name, model.fields["max_position_embeddings"])
             yield Running(api, bed, bed.processes().keys() - before)
 
