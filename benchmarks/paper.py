@@ -47,7 +47,7 @@ from benchmarks.live.watch import load, put
 from benchmarks.namespaces import Testbed, hosts_like, parse_rate, show_rate
 from benchmarks.namespaces.temporary import add_bed, add_testbed, again_on, testbed
 from benchmarks.serving.client import Api
-from benchmarks.serving.cluster import ClusterError
+from benchmarks.serving.cluster import ROOT, ClusterError
 from benchmarks.serving.http import HttpError
 from benchmarks.serving.report import machine, write_json
 from benchmarks.serving.setting import progress
@@ -99,6 +99,7 @@ def parser() -> argparse.ArgumentParser:
     add("--seeds", type=count, default=3, help="runs of each policy (%(default)s)")
     add_seed(parser, "the first one")
     add_users(parser, 60, "of each server in a run")
+    add("--old", type=pathlib.Path, metavar="DIR", help="the servers of another checkout instead")
     add_testbed(parser, "paper")
     add_bed(parser)
     runs = parser.add_mutually_exclusive_group()
@@ -250,7 +251,8 @@ class Evaluation:
             folder = pathlib.Path(directory)
             hosts = folder / "hosts.txt"
             hosts.write_text(hosts_text(self._work.experts, self._work.memory))
-            self._place = Place(hosts, self._bed)
+            old = self._options.old
+            self._place = Place(hosts, self._bed, ROOT if old is None else old.absolute())
             counted = [self._count(workload, folder) for workload in self._work.workloads]
             words = ["--rebalance-interval", "0", *self._about_model, *self._options.launch]
             with self._place.serving(words) as cluster:

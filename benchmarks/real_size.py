@@ -35,10 +35,10 @@ import psutil
 
 from benchmarks.arguments import count, positive
 from benchmarks.command import exit_code, say
-from benchmarks.peers import Work
-from benchmarks.peers.child import memory
-from benchmarks.peers.llama_cpp import LlamaCpp, directory
-from benchmarks.peers.models import Model
+from benchmarks.programs import Work
+from benchmarks.programs.child import memory
+from benchmarks.programs.llama_cpp import LlamaCpp, directory
+from benchmarks.programs.models import Model
 from benchmarks.serving.cluster import Cluster, ClusterError, started
 from benchmarks.serving.http import Address
 from dance_jax.config import UserError

@@ -14,6 +14,8 @@ class Target:
     limit: float
     worst: float | None
     where: str = ""
+    #: More is better, and `limit` is the least; otherwise it is the most.
+    least: bool = False
 
     @classmethod
     def of_worst(cls, name: str, limit: float, found: Iterable[tuple[float | None, str]]) -> Target:
@@ -25,14 +27,17 @@ class Target:
     @property
     def missed(self) -> bool:
         # So that a figure that is no number misses too.
-        return self.worst is not None and not self.worst <= self.limit
+        return self.worst is not None and not (
+            self.worst >= self.limit if self.least else self.worst <= self.limit
+        )
 
     def line(self) -> str:
         """Verdict, name and figure."""
         if self.worst is None:
             return f"not measured  {self.name}"
         verdict = "MISSED" if self.missed else "reached"
-        found = f"{_short(self.worst)} (at most {_short(self.limit)})"
+        bound = "at least" if self.least else "at most"
+        found = f"{_short(self.worst)} ({bound} {_short(self.limit)})"
         return f"{verdict:<14}{self.name}: {found}{', ' if self.where else ''}{self.where}"
 
 

@@ -12,11 +12,11 @@ measurements they take turns, ours first; a figure is the median over the pairs,
 of the pairs' ratios.
 
 Ours is `Engine.step`: scheduler, transfers and sampling are part of it; the median step counts.
-Decode follows a prompt of 32 tokens. What the others are measured by, peers/ says: the forward pass
-of transformers with its fastest experts implementation, and llama.cpp's own benchmarks and server.
-llama.cpp's files have the same weights, rounded to its format; of shapes whose float32 copy would
-be too large each side has random weights of its own. Share of bandwidth: the weights and cache that
-a decode step must read, over its time and a plain read of 1 GiB, measured here as well.
+Decode follows a prompt of 32 tokens. What the others are measured by, programs/ says: the forward
+pass of transformers with its fastest experts implementation, and llama.cpp's own benchmarks and
+server. llama.cpp's files have the same weights, rounded to its format; of shapes whose float32 copy
+would be too large each side has random weights of its own. Share of bandwidth: the weights and
+cache that a decode step must read, over its time and a plain read of 1 GiB, measured here as well.
 
 llama.cpp as PyPI's source distribution of llama-cpp-python carries it (vendor/llama.cpp), built
 with cmake: targets llama-bench, llama-batched-bench and llama-server. Its files are written by the
@@ -46,11 +46,11 @@ import numpy as np
 from benchmarks.arguments import count, some_of
 from benchmarks.command import exit_code, say
 from benchmarks.families import SHAPES
-from benchmarks.peers import FORMATS, Peer, Side, Unsupported, Work
-from benchmarks.peers.hugging_face import Transformers
-from benchmarks.peers.llama_cpp import LlamaCpp, directory
-from benchmarks.peers.models import Model
-from benchmarks.peers.ours import Ours, OurSide
+from benchmarks.programs import FORMATS, Peer, Side, Unsupported, Work
+from benchmarks.programs.hugging_face import Transformers
+from benchmarks.programs.llama_cpp import LlamaCpp, directory
+from benchmarks.programs.models import Model
+from benchmarks.programs.ours import Ours, OurSide
 from dance_jax.config import UserError
 from dance_jax.launch.cores import available, limited
 

@@ -1,4 +1,4 @@
-"""What benchmarks/peers/hugging_face.py talks to; runs under a Python that has torch.
+"""What benchmarks/programs/hugging_face.py talks to; runs under a Python that has torch.
 
 One JSON object a line on standard input asks for a measurement, one on standard output answers:
 {"kind": "decode" | "prefill", "tokens": [[int]], "steps": int, "implementation": str}

@@ -9,13 +9,10 @@ import subprocess
 from collections.abc import Iterator, Sequence
 
 from benchmarks.namespaces import Testbed
-from benchmarks.serving.cluster import LAUNCHER, Cluster, ClusterError, started
+from benchmarks.serving.cluster import LAUNCHER, ROOT, Cluster, ClusterError, started
 from benchmarks.serving.http import Address
 from dance_jax.config import ClusterSpec
 from dance_jax.launch.hosts import read_hosts
-
-#: Where servers of a testbed listen; each has an address of its own.
-BED_PORT = 8100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,10 +20,14 @@ class Place:
     """Attributes:
     hosts: a hosts file whose servers are all on this machine, for what is not measured.
     bed: the testbed; None: servers run where `hosts` says.
+    root: of the checkout that serves.
+    port: of servers of a testbed, each of which has an address of its own.
     """
 
     hosts: pathlib.Path
     bed: Testbed | None = None
+    root: pathlib.Path = ROOT
+    port: int = 8100
 
     @property
     def spec(self) -> ClusterSpec:
@@ -37,13 +38,13 @@ class Place:
         """A service with these arguments of the launcher; it ends with the block."""
         if self.bed is None:
             words = ["--hosts", str(self.hosts), *arguments]
-            with started(self.spec, words) as cluster:
+            with started(self.spec, words, root=self.root) as cluster:
                 yield cluster
             return
         words = ["--hosts", str(self.bed.write_hosts(measure=False))]
         words += ["--ssh-config", str(self.bed.ssh_config), "--bind", "0.0.0.0", *arguments]
-        addresses = [Address(host.address, BED_PORT) for host in self.bed.hosts.values()]
-        with started(self.spec, words, addresses) as cluster:
+        addresses = [Address(host.address, self.port) for host in self.bed.hosts.values()]
+        with started(self.spec, words, addresses, self.root) as cluster:
             yield cluster
 
     def sent(self) -> list[float]:

@@ -37,6 +37,7 @@ PasswordAuthentication no
 KbdInteractiveAuthentication no
 ClientAliveInterval 2
 ClientAliveCountMax 2
+AcceptEnv PYTHONPATH
 MaxSessions 100
 MaxStartups 100
 """
@@ -52,6 +53,7 @@ Host *
     StrictHostKeyChecking yes
     PreferredAuthentications publickey
     BatchMode yes
+    SendEnv PYTHONPATH
     ConnectTimeout 10
 """
 #: In the host's namespaces: its own /run ($1), if it has one, and its name ($2).

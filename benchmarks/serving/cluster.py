@@ -17,6 +17,7 @@ from dance_jax.config import ClusterSpec, UserError
 from .http import Address, HttpError, request
 
 LAUNCHER = (sys.executable, "-m", "dance_jax.launch")
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 LOOPBACK = "127.0.0.1"
 #: Ports are looked for from here on: below those that systems give out by themselves.
 FIRST_PORT, LAST_PORT = 8100, 32000
@@ -90,7 +91,10 @@ class Cluster:
 
 @contextlib.contextmanager
 def started(
-    spec: ClusterSpec, arguments: Sequence[str], addresses: Sequence[Address] | None = None
+    spec: ClusterSpec,
+    arguments: Sequence[str],
+    addresses: Sequence[Address] | None = None,
+    root: pathlib.Path = ROOT,
 ) -> Iterator[Cluster]:
     """Starts the servers; they end with the block, however it ends.
 
@@ -98,6 +102,7 @@ def started(
         arguments: of the launcher, without its port.
         addresses: where they will listen, all at the first one's port or the next ones; None: on
             free ports of this machine.
+        root: of the checkout whose launcher and servers run.
 
     Raises:
         UserError: a server is on another machine, and no addresses are given.
@@ -122,8 +127,9 @@ def started(
                 stdout=file,
                 stderr=file,
                 start_new_session=True,
-                cwd=pathlib.Path(__file__).resolve().parents[2],
-                env=os.environ | {"PYTHONUNBUFFERED": "1"},
+                cwd=root,
+                # A testbed's ssh hands PYTHONPATH on to the hosts.
+                env=os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": str(root)},
             )
         cluster = Cluster(process, log, addresses)
         try:

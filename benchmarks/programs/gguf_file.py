@@ -77,6 +77,11 @@ def write(path: pathlib.Path, fields: dict[str, Any], kind: str, tensors: Tensor
     writer.close()
 
 
+def token_name(token: int) -> str:
+    """The made-up word that is a token's text."""
+    return f"<{token}>"
+
+
 def _metadata(writer: Any, fields: dict[str, Any]) -> None:
     heads = fields["num_attention_heads"]
     latent = "kv_lora_rank" in fields
@@ -124,7 +129,7 @@ def _tokenizer(writer: Any, size: int) -> None:
     """A vocabulary of made-up words; the loader wants a merge as well."""
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list([f"<{index}>" for index in range(size)])
+    writer.add_token_list([token_name(token) for token in range(size)])
     writer.add_token_types([_CONTROL] * 2 + [_NORMAL] * (size - 2))
     writer.add_token_merges(["< 2"])
     writer.add_bos_token_id(0)

@@ -10,9 +10,9 @@ import time
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from benchmarks.peers import FORMATS, Side, Work
-from benchmarks.peers.child import Child, memory
-from benchmarks.peers.models import Model
+from benchmarks.programs import FORMATS, Side, Work
+from benchmarks.programs.child import Child, memory
+from benchmarks.programs.models import Model
 
 
 class Ours:
@@ -75,7 +75,7 @@ class OurSide(Side):
 
     def _child(self) -> Child:
         if self._engine is None:
-            module = "benchmarks.peers.engine_side"
+            module = "benchmarks.programs.engine_side"
             kernels = str(self._model.work)
             self._engine = Child([sys.executable, "-m", module, str(self._path), kernels])
             self._engine.read()
@@ -83,7 +83,7 @@ class OurSide(Side):
 
     def _start(self, cache: str) -> tuple[float, float]:
         """Seconds to the first token of a new process, and what it then holds beside arrays."""
-        module = "benchmarks.peers.first_token"
+        module = "benchmarks.programs.first_token"
         began = time.perf_counter()
         child = Child([sys.executable, "-m", module, str(self._path), cache])
         with contextlib.closing(child):

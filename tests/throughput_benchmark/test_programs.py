@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from benchmarks.families import SHAPES
-from benchmarks.peers import Unsupported, Work
-from benchmarks.peers.converted import random_matrix, write_random_converted
+from benchmarks.programs import Unsupported, Work
+from benchmarks.programs.converted import random_matrix, write_random_converted
 from benchmarks.throughput import MEASURES, Measure, measured
 from dance_jax.models.checkpoint import Checkpoint
 from dance_jax.models.formats import WeightFormat

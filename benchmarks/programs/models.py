@@ -9,9 +9,11 @@ import shutil
 from collections.abc import Iterator
 from typing import Any
 
+import tokenizers
+
 from benchmarks.families import LARGE, SHAPES
-from benchmarks.peers import gguf_file
-from benchmarks.peers.converted import write_random_converted
+from benchmarks.programs import gguf_file
+from benchmarks.programs.converted import write_random_converted
 from dance_jax.config import Rounding
 from dance_jax.models.convert import ensure_converted
 from dance_jax.models.hf import HFDirectory
@@ -54,6 +56,18 @@ class Model:
                 write_random_checkpoint(path, self.fields)
         return self._path("float32")
 
+    def named(self) -> pathlib.Path:
+        """`source` with a tokenizer that calls token 12 `<12>`, as that of `gguf` does."""
+        source = self.source()
+        with _made(self._path("named")) as (path, missing):
+            if missing:
+                path.mkdir()
+                for file in source.iterdir():
+                    if not file.name.startswith("tokenizer"):
+                        (path / file.name).symlink_to(file.absolute())
+                write_word_tokenizer(path, self.vocabulary)
+        return self._path("named")
+
     def converted(self, experts: str, trunk: str) -> pathlib.Path:
         """The model converted for this project, with the formats that `convert` knows.
 
@@ -80,6 +94,17 @@ class Model:
         name = f"200m-{self.family}" if self.name == "200m" else self.name
         cut = "" if self.layers is None else f"-{self.layers}"
         return self.work / f"{name}{cut}-{form}"
+
+
+def write_word_tokenizer(directory: pathlib.Path, size: int) -> None:
+    """Writes tokenizer.json and tokenizer_config.json: made-up words, `gguf_file.token_name`."""
+    words = {gguf_file.token_name(token): token for token in range(size)}
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel(words, unk_token=gguf_file.token_name(0))
+    )
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text("{}\n")
 
 
 @contextlib.contextmanager

@@ -20,9 +20,9 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
-from benchmarks.peers import Side, Unsupported, Work
-from benchmarks.peers.child import memory, processor_seconds
-from benchmarks.peers.models import Model
+from benchmarks.programs import Side, Unsupported, Work
+from benchmarks.programs.child import memory, processor_seconds
+from benchmarks.programs.models import Model
 from benchmarks.serving.cluster import free_ports
 
 #: Positions of the server's context.

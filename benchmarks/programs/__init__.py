@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 import numpy as np
 
 if TYPE_CHECKING:
-    from benchmarks.peers.models import Model
+    from benchmarks.programs.models import Model
 
 #: Formats of weights, by the names that options give.
 FORMATS = ("float32", "bf16", "int8", "int4")

@@ -6,9 +6,9 @@ import statistics
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from benchmarks.peers import Side, Unsupported, Work
-from benchmarks.peers.child import ROOT, Child
-from benchmarks.peers.models import Model
+from benchmarks.programs import Side, Unsupported, Work
+from benchmarks.programs.child import ROOT, Child
+from benchmarks.programs.models import Model
 
 #: Prompts of a measure of prefill, one after the other.
 PREFILLS = 3

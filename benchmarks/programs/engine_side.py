@@ -23,7 +23,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks.peers import Work
+from benchmarks.programs import Work
 from benchmarks.trace import self_times
 from dance_jax.config import EngineConfig
 from dance_jax.engine.engine import Engine

@@ -1,0 +1,240 @@
+"""Sections on a testbed: prompts beside a stream, many hosts, bytes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import statistics
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from typing import TypeVar
+
+import numpy as np
+
+from benchmarks.command import EXAMPLES
+from benchmarks.live.places import Place
+from benchmarks.live.tasks import Askers, read_prompts, read_task
+from benchmarks.live.watch import load
+from benchmarks.namespaces import Testbed
+from benchmarks.serving.client import Answer, Api, Call
+from benchmarks.serving.cluster import ClusterError
+from benchmarks.serving.drive import open_loop
+from benchmarks.serving.figures import gaps_s
+from benchmarks.serving.setting import failures
+from benchmarks.serving.texts import Texts, read_texts, task_files
+from benchmarks.targets import Target
+from dance_jax.launch.costs import state_bytes
+from dance_jax.launch.defaults import demo_dir, engine_config
+from dance_jax.models.directory import read_config
+from dance_jax.models.tokenizer import Tokenizer
+
+from .streams import whole
+
+#: Tokens: of a stream's prompt and answer; of the prompts beside it.
+SHORT, STREAM, LONG = 32, 200, 1500
+#: p99 gap beside prompts over quiet; mean latency of many hosts over few; bytes over the bound.
+BESIDE, MANY, PREFILL_BYTES, RUN_BYTES = 1.3, 1.5, 1.1, 1.3
+#: Hosts of the two clusters, slots of each host for the demo's 320 experts, spare ones among them.
+ALL, FEW, SLOTS = 12, 3, 120
+#: Requests of each host, and tokens of each answer at most.
+REQUESTS, ANSWER = 12, 32
+#: Lengths of the prompts whose bytes are measured, and how many of each on each host.
+PREFILLS, OF_EACH = (64, 128, 256, 512), 2
+
+Found = TypeVar("Found")
+
+
+@dataclasses.dataclass(frozen=True)
+class Beside:
+    """p99 gaps in seconds: by server, of each repetition."""
+
+    quiet_s: dict[str, list[float]]
+    beside_s: dict[str, list[float]]
+
+    @property
+    def ratios(self) -> dict[str, float]:
+        return {
+            name: statistics.median(
+                late / early for early, late in zip(quiet, self.beside_s[name], strict=True)
+            )
+            for name, quiet in self.quiet_s.items()
+        }
+
+    def line(self) -> str:
+        shown = ", ".join(
+            f"{name} {ratio:.2f} (quiet {1e3 * statistics.median(self.quiet_s[name]):.1f} ms)"
+            for name, ratio in self.ratios.items()
+        )
+        return f"beside: p99 gap of a stream beside another host's prompts, over quiet: {shown}"
+
+    def targets(self) -> Iterator[Target]:
+        found = [(ratio, name) for name, ratio in self.ratios.items()]
+        yield Target.of_worst("beside: p99 gap beside prompts, over quiet", BESIDE, found)
+
+
+@dataclasses.dataclass(frozen=True)
+class Many:
+    """Mean latency in seconds of each repetition."""
+
+    few_s: list[float]
+    all_s: list[float]
+
+    @property
+    def ratio(self) -> float:
+        return statistics.median(a / b for a, b in zip(self.all_s, self.few_s, strict=True))
+
+    def line(self) -> str:
+        few, many = statistics.median(self.few_s), statistics.median(self.all_s)
+        return f"many: mean latency of {ALL} hosts {many:.2f} s, of {FEW} {few:.2f} s"
+
+    def targets(self) -> Iterator[Target]:
+        yield Target(f"many: mean latency of {ALL} hosts over {FEW}", MANY, self.ratio)
+
+
+@dataclasses.dataclass(frozen=True)
+class Bytes:
+    """Bytes that all interfaces sent, and the bound: (sent, bound)."""
+
+    prefill: tuple[float, float]
+    run: tuple[float, float]
+
+    def line(self) -> str:
+        pairs = (self.prefill, self.run)
+        shown = [f"{sent / 1e6:.2f} MB, bound {bound / 1e6:.2f}" for sent, bound in pairs]
+        return f"bytes: prompts {shown[0]}; example prompts with answers {shown[1]}"
+
+    def targets(self) -> Iterator[Target]:
+        (prefill, prefill_bound), (run, run_bound) = self.prefill, self.run
+        yield Target("bytes: prompts over the bound", PREFILL_BYTES, prefill / prefill_bound)
+        yield Target("bytes: example prompts over the bound", RUN_BYTES, run / run_bound)
+
+
+def beside(bed: Testbed, place: Place, repeats: int, words: Sequence[str]) -> Beside:
+    """A stream of each server in quiet, and while the next server computes long prompts."""
+    names, texts = list(bed.hosts), _texts(len(bed.hosts))
+
+    async def measure(api: Api) -> Beside:
+        found = Beside({name: [] for name in names}, {name: [] for name in names})
+        rng = np.random.default_rng(0)
+        for _ in range(repeats):
+            for server, name in enumerate(names):
+                call = Call(server, texts.cut(server, SHORT, rng), STREAM)
+                found.quiet_s[name].append(_p99(await whole(api, call)))
+                async with _prompts(api, texts, (server + 1) % len(names), rng):
+                    found.beside_s[name].append(_p99(await whole(api, call)))
+        return found
+
+    return _served(place, [*_examples(), *words], measure)
+
+
+@contextlib.asynccontextmanager
+async def _prompts(
+    api: Api, texts: Texts, server: int, rng: np.random.Generator
+) -> AsyncIterator[None]:
+    """Long prompts of a server, one after another; none of them is cached."""
+    over = asyncio.Event()
+
+    async def ask() -> None:
+        while not over.is_set():
+            await whole(api, Call(server, texts.cut(server, LONG, rng), 1))
+
+    async with asyncio.TaskGroup() as group:
+        group.create_task(ask())
+        try:
+            yield
+        finally:
+            over.set()
+
+
+def _p99(answer: Answer) -> float:
+    return float(np.quantile(gaps_s([answer]), 0.99))
+
+
+def many(bed: Testbed, place: Place, repeats: int, rate: float, words: Sequence[str]) -> Many:
+    """Poisson arrivals of the same rate on each host, on some hosts of the testbed and on all.
+
+    Args:
+        bed: with ALL hosts.
+        rate: requests per second of each host.
+    """
+    some = Testbed(bed.name, list(bed.hosts.values())[:FEW], bed.rates, bed.cores)
+    few, all_ = (
+        _latencies(dataclasses.replace(place, bed=part), len(part.hosts), repeats, rate, words)
+        for part in (some, bed)
+    )
+    return Many(few, all_)
+
+
+def _latencies(
+    place: Place, servers: int, repeats: int, rate: float, words: Sequence[str]
+) -> list[float]:
+    """Mean latency of each repetition."""
+    files = sorted((EXAMPLES / "tasks").glob("*.heldout.jsonl"))[:FEW]
+    tasks = [read_task(files[server % FEW]) for server in range(servers)]
+    context = engine_config(read_config(demo_dir())).max_model_len
+    tokenizer = Tokenizer.load(demo_dir())
+
+    async def measure(api: Api) -> list[float]:
+        means = []
+        for seed in range(repeats):
+            askers = Askers(tokenizer, context, ANSWER, rate, seed)
+            plan = askers.plan([tasks], REQUESTS, tokenizer.encode(f"{seed} "))
+            answers = await open_loop(api, plan.calls, lambda: None)
+            if failed := failures(answers):
+                raise ClusterError(f"a request failed: {failed[0]}")
+            means.append(float(np.mean([each.end_s - each.asked_s for each in answers])))
+        return means
+
+    return _served(place, words, measure)
+
+
+def bytes_sent(bed: Testbed, place: Place, words: Sequence[str]) -> Bytes:
+    """Of prompts that have one token of answer, then of the example prompts."""
+    model, texts = read_config(demo_dir()), _texts(len(bed.hosts))
+    row = 2 * state_bytes(model.hidden_size, engine_config(model))
+    tokenizer, rng = Tokenizer.load(demo_dir()), np.random.default_rng(0)
+    servers = range(len(bed.hosts))
+    prefills = [
+        Call(server, texts.cut(server, length, rng), 1)
+        for length in PREFILLS
+        for _ in range(OF_EACH)
+        for server in servers
+    ]
+    prompts = read_prompts(EXAMPLES / "prompts.jsonl")
+    run = [
+        Call(number % len(servers), tokenizer.encode(prompt), 128)
+        for number, prompt in enumerate(prompts)
+    ]
+
+    async def measure(api: Api) -> Bytes:
+        return Bytes(await sent(api, prefills), await sent(api, run))
+
+    async def sent(api: Api, calls: Sequence[Call]) -> tuple[float, float]:
+        watch = await load(api, calls, lambda: None, place.sent)
+        first, last = watch.samples[0], watch.samples[-1]
+        moved = np.subtract(last.wire, first.wire).sum()
+        transfers = np.subtract(last.transfers, first.transfers).sum()
+        return float(moved), float(transfers * row)
+
+    return _served(place, [*_examples(), *words], measure)
+
+
+def _served(
+    place: Place, words: Sequence[str], measure: Callable[[Api], Awaitable[Found]]
+) -> Found:
+    """What is measured on servers that are started for it."""
+
+    async def run() -> Found:
+        await cluster.ready()
+        return await measure(await Api.connect(cluster.addresses))
+
+    with place.serving(["--rebalance-interval", "0", *words]) as cluster:
+        return asyncio.run(run())
+
+
+def _examples() -> list[str]:
+    return ["--activations", str(EXAMPLES / "activations.npz")]
+
+
+def _texts(servers: int) -> Texts:
+    return read_texts(task_files(EXAMPLES / "tasks"), servers, Tokenizer.load(demo_dir()))

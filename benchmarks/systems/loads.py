@@ -1,0 +1,138 @@
+"""What the systems are asked, and what came of it."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import pathlib
+import re
+import statistics
+from collections.abc import Sequence
+
+import numpy as np
+
+from benchmarks.programs.gguf_file import token_name
+from benchmarks.serving.client import Answer, Call
+from benchmarks.serving.cluster import ClusterError
+from benchmarks.serving.drive import open_loop
+from benchmarks.serving.figures import first_token_s, per_token_s
+
+from .running import Running
+
+#: Requests of each host that placements are made by, and their seed.
+FIT_REQUESTS, FIT_SEED = 16, 1 << 20
+#: The first token of the ranges: those below have a meaning.
+FIRST_TOKEN = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """So many users at once; tokens of each prompt and of each answer."""
+
+    name: str
+    users: int
+    prompt: int = 64
+    tokens: int = 64
+
+    def calls(self, hosts: int, vocabulary: int, seed: int) -> list[Call]:
+        """Of all users; for the same seed the same."""
+        found = []
+        for user in range(self.users):
+            host = user % hosts
+            tokens = own_tokens(host, hosts, vocabulary)
+            rng = np.random.default_rng([seed, self.users, self.prompt, user])
+            prompt = rng.integers(tokens.start, tokens.stop, self.prompt).tolist()
+            found.append(Call(host, prompt, self.tokens))
+        return found
+
+
+LOADS = (
+    Load("1 user", 1),
+    Load("3 users", 3),
+    Load("12 users", 12),
+    Load("prompt of 500", 1, prompt=500, tokens=1),
+)
+#: Asked before anything is measured.
+WARM = Load("warm", 6, tokens=16)
+
+
+def own_tokens(host: int, hosts: int, vocabulary: int) -> range:
+    """The range of the vocabulary that a host's users have for themselves."""
+    width = (vocabulary - FIRST_TOKEN) // hosts
+    return range(FIRST_TOKEN + host * width, FIRST_TOKEN + (host + 1) * width)
+
+
+@dataclasses.dataclass(frozen=True)
+class Figures:
+    """Of a system under a load; what each is, `benchmarks.systems` says.
+
+    Attributes:
+        decode, total: tokens per second; decode is None where answers have one token.
+        ttft_s: seconds.
+        cpu_s: seconds per token.
+        bytes: per token.
+        outputs: the answers' tokens.
+    """
+
+    decode: float | None
+    total: float
+    ttft_s: float
+    cpu_s: float
+    bytes: float
+    outputs: list[list[int]]
+
+
+def measure(system: Running, calls: Sequence[Call]) -> Figures:
+    """Asks all calls at once.
+
+    Raises:
+        ClusterError: an answer is not whole.
+    """
+    before = system.processor_s(), system.interface_bytes()
+    answers = ask(system, calls)
+    spent = system.processor_s() - before[0]
+    moved = system.interface_bytes() - before[1]
+    tokens = sum(answer.output_tokens for answer in answers)
+    per_token = per_token_s(answers)
+    return Figures(
+        decode=1 / statistics.median(per_token) if per_token else None,
+        total=tokens / max(answer.piece_s[-1] for answer in answers),
+        ttft_s=statistics.median(first_token_s(answers)),
+        cpu_s=spent / tokens,
+        bytes=moved / tokens,
+        outputs=[output(answer) for answer in answers],
+    )
+
+
+def ask(system: Running, calls: Sequence[Call]) -> list[Answer]:
+    """The answers to all calls.
+
+    Raises:
+        ClusterError: one is not whole.
+    """
+    answers = asyncio.run(open_loop(system.api, calls, lambda: None))
+    for answer in answers:
+        if answer.error is not None:
+            raise ClusterError(f"a request failed: {answer.error}")
+        if answer.output_tokens != answer.call.max_tokens:
+            raise ClusterError(
+                f"{answer.output_tokens} tokens came of {answer.call.max_tokens} asked for"
+            )
+    return answers
+
+
+def output(answer: Answer) -> list[int]:
+    """Its tokens, by their names; special ones may have none and are left out."""
+    named = map(int, re.findall(r"<(\d+)>", answer.text))
+    return [token for token in named if token >= FIRST_TOKEN]
+
+
+def fit_prompts(path: pathlib.Path, names: Sequence[str], vocabulary: int) -> None:
+    """Writes other prompts of the same users, by which experts are placed; `--prompts` reads it."""
+    calls = Load("fit", len(names) * FIT_REQUESTS).calls(len(names), vocabulary, FIT_SEED)
+    lines = [
+        json.dumps({"prompt": " ".join(map(token_name, call.prompt)), "server": names[call.server]})
+        for call in calls
+    ]
+    path.write_text("\n".join(lines) + "\n")
