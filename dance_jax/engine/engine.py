@@ -252,6 +252,7 @@ class Engine:
         batch = self._staging.add(number, layout, experts)
         if self.alone:  # the others may call them as soon as one server has the batch in force
             self.runner.pools.write(batch.writes)
+            self.runner.stage_tables(layout, number)
 
     def commit(self, number: int) -> bool:
         """All servers have staged a batch: it comes into force after a step.
@@ -273,6 +274,7 @@ class Engine:
         Returns:
             False: it was not there, because it was not staged or is in force already.
         """
+        self.runner.drop_tables(number)
         return self._staging.drop(number)
 
     def expert(self, layer: int, expert: int) -> Weights:
@@ -299,7 +301,7 @@ class Engine:
             batch = self._staging.take(number)
             if not self.alone:
                 self.runner.pools.write(batch.writes)
-            self.runner.use_tables(batch.layout)
+            self.runner.use_tables(batch.layout, number)
         if self.config.half_life is None:  # what never fades is of the present placement alone
             self._routes.clear()
 

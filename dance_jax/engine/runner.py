@@ -152,8 +152,6 @@ class Runner:
             for number, layer in enumerate(model_config.moe_layers)
         }
         self.pools = self._build_pools(layout)
-        #: How often experts have been placed.
-        self._version = 0
         #: This server's part in expert calls; None where servers step together.
         self.calls = self._call_server(len(layout.devices))
         #: What steps get of it; and where servers step together, where experts are.
@@ -233,15 +231,28 @@ class Runner:
         self.calls = self._call_server(len(layout.devices))
         self.use_tables(layout)
 
-    def use_tables(self, layout: Layout) -> None:
-        """From the next step on experts are looked for where `layout` says; the pool stays."""
-        self._version += 1
+    def use_tables(self, layout: Layout, number: int = 0) -> None:
+        """From the next step on experts are looked for where `layout` says; the pool stays.
+
+        Args:
+            number: of the batch that brought it; 0: it was there from the start.
+        """
         if self.calls is None:
             self.tables = self._build_tables(layout)
         else:
-            self.calls.use(self._version, layout.device_of >= 0)
+            self.calls.use(number, layout.device_of >= 0)
             callers = [np.int32(caller) for caller in self.calls.callers]
             self._callers = self.shards.per_device(callers)
+
+    def stage_tables(self, layout: Layout, number: int) -> None:
+        """What others refuse, as they have batch `number` in force, is where `layout` says."""
+        if self.calls is not None:
+            self.calls.stage(number, layout.device_of >= 0)
+
+    def drop_tables(self, number: int) -> None:
+        """Batch `number` will not be in force, nor will those after it."""
+        if self.calls is not None:
+            self.calls.drop(number)
 
     # Steps.
 

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <iterator>
 
 #include "calls.h"
 
@@ -68,7 +69,7 @@ bool Answerer::Adopt() {
 void Answerer::Poll(bool wait) {
   std::vector<pollfd> polled{{wake_[0], POLLIN, 0}};
   for (const auto& line : lines_) {
-    polled.push_back({line->channel->fd(), line->channel->Events(true), 0});
+    polled.push_back({line->channel->fd(), line->channel->Events(line->Reads()), 0});
   }
   if (poll(polled.data(), polled.size(), wait ? -1 : 0) <= 0) return;
   if (polled[0].revents) {
@@ -80,12 +81,15 @@ void Answerer::Poll(bool wait) {
   for (size_t i = 0; i < lines_.size(); ++i) {
     const short happened = polled[i + 1].revents;
     const std::shared_ptr<Line>& line = lines_[i];
-    if (happened & POLLOUT) line->channel->Flush();
-    if ((happened & ~POLLOUT) == 0) continue;
+    // A connection that has ended says so where it is not read as well.
+    if (happened & ~POLLIN) line->channel->Flush();
+    if ((happened & ~POLLOUT) == 0 || !line->Reads()) continue;
     line->channel->Read<CallHead>(spec.wire, spec.most_rows, [&](const CallHead& head,
                                                                  const char* body) {
       const char* const end = body + head.BodyBytes(spec.wire);
       calls_.push_back({line, head, std::vector<char>(body, end), NowNs()});
+      ++line->waiting;
+      return line->Reads();
     });
   }
 }
@@ -122,6 +126,7 @@ void Answerer::AnswerNext() {
     const bool fits = together.empty() || rows + call.head.rows <= kMostTogether;
     if (call.head.layer != layer || !fits) return false;
     rows += call.head.rows;
+    --call.line->waiting;
     together.push_back(std::move(call));
     return true;
   });
@@ -133,23 +138,20 @@ void Answerer::AnswerNext() {
     contents[i] = ReadBody(together[i]);
     wanted.insert(wanted.end(), contents[i].experts.begin(), contents[i].experts.end());
   }
-  std::sort(wanted.begin(), wanted.end());
-  wanted.erase(std::unique(wanted.begin(), wanted.end()), wanted.end());
-  const auto held = server_.Find(layer, wanted);
-  auto number = [&](uint16_t expert) {
-    return static_cast<int32_t>(std::lower_bound(wanted.begin(), wanted.end(), expert) -
-                                wanted.begin());
-  };
+  const Held held = server_.Find(layer, wanted);
 
-  // The calls of which everything is here.
+  // The calls of which anything is here, and what is not.
   std::vector<bool> here(together.size());
+  std::vector<std::vector<uint16_t>> missing(together.size());
   rows = 0;
   for (size_t i = 0; i < together.size(); ++i) {
     const Content& content = contents[i];
-    here[i] = content.sane &&
-              std::all_of(content.experts.begin(), content.experts.end(),
-                          [&](uint16_t expert) { return held[number(expert)] != nullptr; });
+    std::copy_if(content.experts.begin(), content.experts.end(), std::back_inserter(missing[i]),
+                 [&](uint16_t expert) { return held.Place(expert) < 0; });
+    here[i] = content.sane && (missing[i].empty() || missing[i].size() < content.experts.size());
     if (!here[i]) continue;
+    std::sort(missing[i].begin(), missing[i].end());
+    missing[i].erase(std::unique(missing[i].begin(), missing[i].end()), missing[i].end());
     rows += together[i].head.rows;
     for (uint32_t r = 0; r < together[i].head.rows; ++r) {
       most = std::max<size_t>(most, content.counts[r]);
@@ -165,7 +167,7 @@ void Answerer::AnswerNext() {
     for (uint32_t r = 0; r < together[i].head.rows; ++r, ++row) {
       wire.Decode(content.rows + r * wire.RowBytes(), &x[row * wire.d]);
       for (size_t k = 0; k < content.counts[r]; ++k, ++pair) {
-        expert[row * most + k] = number(content.experts[pair]);
+        expert[row * most + k] = held.Place(content.experts[pair]);
         weight[row * most + k] = content.weights[pair];
       }
     }
@@ -183,26 +185,30 @@ void Answerer::AnswerNext() {
   for (size_t i = 0; i < together.size(); ++i) {
     const Call& call = together[i];
     AnswerHead head;
-    head.id = call.head.id, head.version = server_.table()->version;
+    head.id = call.head.id, head.version = server_.tables()->front()->version;
     head.queued_us = (begin - call.arrived) / 1000, head.computed_us = (end - begin) / 1000;
     if (here[i]) {
-      head.rows = call.head.rows;
+      head.rows = call.head.rows, head.missing = missing[i].size();
     } else {
       head.status = Status::kNotHere;
     }
     server_.Count(call.line->peer, PeerCounters::kAnswered, 1);
     server_.Count(call.line->peer, PeerCounters::kAnsweredRows, head.rows);
     server_.Count(call.line->peer, PeerCounters::kQueuedNs, begin - call.arrived);
-    Answer(call, head, sums);
+    Answer(call, head, sums, missing[i]);
     if (here[i]) sums += head.rows * wire.d;
   }
 }
 
-void Answerer::Answer(const Call& call, const AnswerHead& head, const float* sums) {
-  const size_t body = head.BodyBytes(server_.spec().wire);
-  std::vector<char> message(sizeof(head) + body);
+void Answerer::Answer(const Call& call, const AnswerHead& head, const float* sums,
+                      const std::vector<uint16_t>& missing) {
+  const Wire& wire = server_.spec().wire;
+  const size_t bytes = head.rows * wire.d * sizeof(float);
+  std::vector<char> message(sizeof(head) + head.BodyBytes(wire));
   std::memcpy(message.data(), &head, sizeof(head));
-  std::memcpy(message.data() + sizeof(head), sums, body);
+  std::memcpy(message.data() + sizeof(head), sums, bytes);
+  std::memcpy(message.data() + sizeof(head) + bytes, missing.data(),
+              head.missing * sizeof(uint16_t));
   server_.Count(call.line->peer, PeerCounters::kBytesSent, message.size());
   server_.Count(call.line->peer, PeerCounters::kBytesReceived,
                 sizeof(CallHead) + call.body.size());

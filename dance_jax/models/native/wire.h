@@ -49,9 +49,10 @@ struct CallHead {
   }
 };
 
+// Done: sums of all rows, but for the experts that are missing; not here: nothing of it is.
 enum class Status : uint16_t { kDone = 0, kNotHere = 1 };
 
-// Before an answer: `rows` sums of d float32.
+// Before an answer: `rows` sums of d float32, then `missing` experts of two bytes.
 struct AnswerHead {
   static constexpr uint32_t kMagic = 0x61786a64;
   uint32_t magic = kMagic;
@@ -63,12 +64,15 @@ struct AnswerHead {
   uint32_t rows = 0;
   // How long the call waited there, and was computed.
   uint32_t queued_us = 0, computed_us = 0;
-  uint32_t unused = 0;
+  // Experts that the call wanted and that are not here.
+  uint32_t missing = 0;
 
   bool Sane(uint32_t most) const {
-    return magic == kMagic && kind == Kind16::kAnswer && rows <= most;
+    return magic == kMagic && kind == Kind16::kAnswer && rows <= most && missing <= UINT16_MAX + 1;
   }
-  size_t BodyBytes(const Wire& wire) const { return rows * wire.d * sizeof(float); }
+  size_t BodyBytes(const Wire& wire) const {
+    return rows * wire.d * sizeof(float) + missing * sizeof(uint16_t);
+  }
 };
 
 // A connection between two servers; one thread's.
@@ -82,13 +86,15 @@ class Channel {
   bool closed() const { return closed_; }
   // Something waits until the connection takes it.
   bool sending() const { return !out_.empty(); }
+  // Messages that the connection has not taken.
+  size_t unsent() const { return out_.size(); }
   short Events(bool reads) const { return (reads ? POLLIN : 0) | (sending() ? POLLOUT : 0); }
   // Sends what it can of this message, behind those that wait.
   void Send(std::vector<char> message);
   void Flush();
 
-  // Reads what is there and calls whole(head, body) for every message; anything but a message of
-  // `most` rows at most ends the connection.
+  // Reads what is there and calls whole(head, body) for every message, until that says false;
+  // anything but a message of `most` rows at most ends the connection.
   template <typename Head, typename Whole>
   void Read(const Wire& wire, uint32_t most, const Whole& whole) {
     while (!closed_) {
@@ -104,9 +110,10 @@ class Channel {
       const size_t all = sizeof(Head) + head.BodyBytes(wire);
       in_.resize(all);
       if (got_ < all) continue;
-      whole(head, in_.data() + sizeof(Head));
+      const bool more = whole(head, in_.data() + sizeof(Head));
       got_ = 0;
       in_.resize(sizeof(Head));
+      if (!more) return;
     }
   }
 
