@@ -14,7 +14,7 @@ import numpy as np
 from dance_jax.config import ClusterSpec, EngineConfig
 from dance_jax.engine.compile_cache import CompileCache
 from dance_jax.engine.detokenizer import Decoder
-from dance_jax.engine.kv_cache import num_blocks
+from dance_jax.engine.kv_cache import num_blocks, state_copies
 from dance_jax.engine.output import RequestTracker, SampledToken
 from dance_jax.engine.report import EngineReport, EngineStats
 from dance_jax.engine.route_sample import RouteSample
@@ -100,6 +100,7 @@ class Engine:
             raise ValueError(f"layout for devices {layout.devices}, cluster has {devices}")
         self.rank, self.config, self._top_k = rank, config, model.top_k
         self.form = form = checkpoint.form(config.dtype)
+        copies = state_copies(len(devices), calls=transport is None)
         self.runner = Runner(
             model,
             checkpoint.trunk(config.dtype),
@@ -108,12 +109,13 @@ class Engine:
             layout,
             rank,
             config,
-            num_blocks(model, config, free_memory),
+            num_blocks(model, config, free_memory, copies),
             compile_cache or CompileCache(None),
             transport,
+            copies,
         )
         self.scheduler = Scheduler(
-            config, devices[rank], self.runner.blocks, share_prefixes=not model.state_bytes
+            config, devices[rank], self.runner.blocks, not model.state_bytes, copies
         )
         self.tracker = RequestTracker(
             tokenizer,
@@ -216,7 +218,7 @@ class Engine:
                 for row, sampled in self._sampled(plan, outcomes, extras):
                     if not any(row.sequence is each for each in failed):
                         outputs.append(self._append(row, sampled))
-                self._record(plan, outcomes[0], extras)
+                self._record(plan.without(failed), outcomes[0], extras)
                 applied = 0 if self.alone else int(outcomes[0].crossed.loaded)
                 if applied:
                     self._apply(applied)
@@ -355,7 +357,9 @@ class Engine:
             prefix_queries=scheduler.prefix_queries,
             prefix_hits=scheduler.prefix_hits,
             shares_prefixes=scheduler.share_prefixes,
-            state_bytes_used=scheduler.num_running * self.runner.model_config.state_bytes,
+            state_bytes_used=scheduler.num_running
+            * scheduler.state_copies
+            * self.runner.model_config.state_bytes,
             prompt_tokens=self.prompt_tokens,
             generation_tokens=self.generation_tokens,
             calls_local=calls_local,

@@ -93,6 +93,7 @@ class Runner:
     Args:
         form: what a slot of the pool holds.
         blocks: KV blocks of each device, scratch not counted.
+        state_copies: see kv_cache.py.
         transport: carries rows between servers that step together, of one kind on all of them;
             None: each steps on its own, and experts answer calls.
     """
@@ -109,6 +110,7 @@ class Runner:
         blocks: int,
         compile_cache: CompileCache,
         transport: Transport | None = None,
+        state_copies: int = 1,
     ):
         self.model_config = model_config
         self.form = form
@@ -125,7 +127,7 @@ class Runner:
         self.exchange = self._make_exchange(transport, len(layout.devices))
         self._read_experts = read_experts
         self._compile_cache = compile_cache
-        self.blocks = blocks
+        self.blocks, self._state_copies = blocks, state_copies
         self._executables: dict[Any, jax.stages.Compiled] = {}
         self._parts: dict[Bucket, Parts] = {}
         self._shapes: dict[Bucket, Any] = {}
@@ -158,7 +160,7 @@ class Runner:
         self._callers: jax.Array | None = None
         self.tables: Tables | None = None
         self.use_tables(layout)
-        memory = new_memory(model_config, config, blocks, self.exchange)
+        memory = new_memory(model_config, config, blocks, self.exchange, state_copies)
         self.memory: Memory = jax.tree.map(self._on_all, memory)
 
     def _make_exchange(self, transport: Transport | None, servers: int) -> Exchange:
@@ -270,7 +272,8 @@ class Runner:
     def _compiled(
         self, lower: Callable[..., jax.stages.Lowered], *which: Bucket | int
     ) -> jax.stages.Compiled:
-        key = (lower.__name__, self.topology, self.exchange.name, self.blocks, *which)
+        sizes = self.blocks, self._state_copies
+        key = (lower.__name__, self.topology, self.exchange.name, *sizes, *which)
         if key not in self._executables:
             self._executables[key] = self._compile_cache.compile(key, lambda: lower(*which))
         return self._executables[key]
