@@ -192,6 +192,12 @@ class Engine:
         for sequence in self.scheduler.abort(request_id):
             self._pending.append(self.tracker.end(sequence, "abort"))
 
+    def cancel(self) -> None:
+        """Nobody is waited for any more, as the process is to end: the step under way, if any, ends
+        at once, and what it wanted of others fails. Any thread may call it."""
+        if self.runner.calls is not None:
+            self.runner.calls.cancel()
+
     def step(self) -> StepResult:
         """Schedule, run, and hand out what was sampled.
 
@@ -238,7 +244,8 @@ class Engine:
     def stage(self, number: int, layout: Layout, experts: Experts) -> None:
         """Holds loaded experts until `commit`.
 
-        Batches come into force one by one, in the order of their numbers.
+        Batches come into force one by one, in the order of their numbers. Where a server steps on
+        its own, another thread may call it during a step.
 
         Args:
             number: of the batch, from 1 on, the same on all servers, greater than all before.
