@@ -112,7 +112,6 @@ class Servers:
         self,
         checkpoint: Checkpoint,
         config: EngineConfig,
-        platform: str,
         cache_dir: pathlib.Path,
         log_dir: str | os.PathLike[str] | None,
         report: Progress,
@@ -137,7 +136,6 @@ class Servers:
                 model=far.model,
                 fingerprint=checkpoint.fingerprint,
                 cache_dir=far.cache_dir,
-                platform=platform,
                 progress=lambda text: report(f"preflight: {text}", 0, 0),
             )
             spec, network = checked(network, found)
@@ -150,12 +148,11 @@ class Servers:
             plan.spec,
             checkpoint,
             plan.layout,
-            config,
+            dataclasses.replace(config, exchange=plan.exchange.name),
             network=network,
             model=far.model,
             log_dir=log_dir,
             cache_dir=cache_dir,
-            platform=platform,
             progress=lambda name, stage, done, total: report(f"{name}: {stage}", done, total),
         )
         self._cluster.start()

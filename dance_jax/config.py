@@ -51,6 +51,8 @@ class ServerSpec:
     python: str | None = None
     #: Its copy of the model's directory, or org/name on the hub; None: what is given for all.
     model: str | None = None
+    #: What it computes on: "cpu" or "cuda".
+    platform: str = "cpu"
     #: Numbers of the GPUs it uses, one per device; empty: JAX's choice.
     gpus: tuple[int, ...] = ()
     #: It has no copy of the model: weights come from servers that have one, experts that move from
@@ -79,6 +81,12 @@ class ClusterSpec:
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(server.name for server in self.servers)
+
+    @property
+    def platform(self) -> str:
+        """What the servers compute on, if it is the same for all, else "mixed"."""
+        found = {server.platform for server in self.servers}
+        return found.pop() if len(found) == 1 else "mixed"
 
     @property
     def devices(self) -> tuple[int, ...]:
@@ -151,8 +159,8 @@ class EngineConfig:
     #: "bfloat16" or "int8" (with one float32 scale for each).
     wire_dtype: str = "compute"
     #: How servers exchange rows: "calls" (each steps on its own, and experts answer calls),
-    #: "collectives" (all step together, in one jax.distributed job), or "auto": calls, where all
-    #: servers are CPUs with the C++ library.
+    #: "collectives" (all step together, in one jax.distributed job), or "auto": what is predicted
+    #: to be faster.
     exchange: str = "auto"
     #: Default seed of sampling.
     seed: int = 0

@@ -117,10 +117,7 @@ class LLM:
         report = progress if callable(progress) else _print_progress if progress else _silent
         # In this process JAX has the say; of servers it must not be asked here, or it would take
         # their GPU's memory.
-        if servers is None:
-            platform = _jax_platform()
-        else:
-            platform = defaults.platform_of(servers[0], defaults.default_platform())
+        platform = _jax_platform() if servers is None else servers[0].platform
         cache = pathlib.Path(cache_dir) if cache_dir is not None else default_cache_dir()
         if model is None:
             source = defaults.demo_dir()
@@ -151,9 +148,7 @@ class LLM:
         else:
             given = (model, cache_dir, ssh_config)
             far = Far(*(None if each is None else pathlib.Path(each) for each in given))
-            self._backend = Servers(
-                checkpoint, self.config, platform, cache, log_dir, report, far, *servers
-            )
+            self._backend = Servers(checkpoint, self.config, cache, log_dir, report, far, *servers)
         self._finalizer = weakref.finalize(self, self._backend.close)
 
     @property
@@ -287,6 +282,7 @@ def _cluster_arguments(
     activations: str | os.PathLike[str] | None,
 ) -> tuple[ClusterSpec, str, Activations | None]:
     """Servers, policy and counts, from what the user gave."""
+    from dance_jax.launch.defaults import default_platform
     from dance_jax.launch.hosts import read_hosts
     from dance_jax.placement.activations import Activations
     from dance_jax.placement.policies import DEFAULT_POLICY, POLICIES
@@ -294,14 +290,17 @@ def _cluster_arguments(
     policy = DEFAULT_POLICY if policy is None else policy
     if policy not in POLICIES:
         raise UserError(f"policy: there is no {policy!r}; there are {', '.join(POLICIES)}")
-    spec = hosts if isinstance(hosts, ClusterSpec) else read_hosts(hosts)
+    spec = hosts
+    if not isinstance(spec, ClusterSpec):
+        spec = read_hosts(spec, default_platform())
     return spec, policy, None if activations is None else Activations.load(activations)
 
 
 def _jax_platform() -> str:
+    """Of accelerators, whatever they are, as of GPUs."""
     import jax
 
-    return jax.default_backend()
+    return "cpu" if jax.default_backend() == "cpu" else "cuda"
 
 
 def _check_conversation(messages: Any) -> None:

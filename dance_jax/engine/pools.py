@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -17,6 +18,9 @@ from dance_jax.models import native
 from dance_jax.models.experts import ExpertFormat, Pool, Weights
 from dance_jax.models.kernels_cpu import NativePool
 from dance_jax.models.topology import Topology
+
+#: Rows for which `ArrayExperts` is compiled, beside the most there can be.
+ROWS = (4, 32, 128)
 
 
 class SlotWrite(NamedTuple):
@@ -106,7 +110,10 @@ class NativePools:
 
 
 class ArrayPools:
-    """As arrays on the devices, which a write donates; no step may be under way then."""
+    """As arrays on the devices, which a write donates.
+
+    A step that has an argument of them must not be under way then; `ArrayExperts` may be.
+    """
 
     def __init__(
         self,
@@ -116,8 +123,14 @@ class ArrayPools:
         compile_cache: CompileCache,
         topology: Topology,
     ) -> None:
-        self._form, self._shards = form, shards
+        self.form, self.shards = form, shards
         self._compile_cache, self._key = compile_cache, topology
+        #: Of each device where experts, by their numbers in the model, are, and what is in slots.
+        self._slot_of: list[dict[int, int]] = [{} for _ in shards.devices]
+        self._expert_of: list[dict[int, int]] = [{} for _ in shards.devices]
+        #: Held while the arrays and what is in them change, and while somebody begins to use them
+        #: who does not keep writes away.
+        self.lock = threading.Lock()
         #: Until all of them are filled, on the host.
         self._filling: list[Weights] | None = [form.empty(slots) for _ in shards.devices]
         self._arrays: Pool = ()
@@ -134,7 +147,7 @@ class ArrayPools:
 
     @property
     def bytes(self) -> list[int]:
-        sizes = dict.fromkeys(self._shards.devices, 0)
+        sizes = dict.fromkeys(self.shards.devices, 0)
         for leaf in self.argument:
             for shard in leaf.addressable_shards:
                 sizes[shard.device] += shard.data.nbytes
@@ -142,17 +155,31 @@ class ArrayPools:
 
     def fill(self, device: int, experts: Iterable[SlotWrite]) -> None:
         assert self._filling is not None
-        for slot, _, weights in experts:
+        for slot, expert, weights in experts:
+            self._remember(device, slot, expert)
             for array, leaf in zip(self._filling[device], weights, strict=True):
                 array[slot] = leaf
 
+    def _remember(self, device: int, slot: int, expert: int) -> None:
+        slots, experts = self._slot_of[device], self._expert_of[device]
+        old = experts.get(slot)
+        if old is not None and slots.get(old) == slot:
+            del slots[old]
+        slots[expert], experts[slot] = slot, expert
+
+    def slots_of(self, experts: Sequence[int]) -> np.ndarray:
+        """int32 [devices, n]: the slots of experts by their numbers, -1 where a device lacks one;
+        `lock` is held."""
+        found = [[slots.get(expert, -1) for expert in experts] for slots in self._slot_of]
+        return np.array(found, np.int32).reshape(len(self._slot_of), len(experts))
+
     def _stack(self, pools: Sequence[Weights]) -> tuple[Array, ...]:
-        return tuple(self._shards.per_device(leaves) for leaves in zip(*pools, strict=True))
+        return tuple(self.shards.per_device(leaves) for leaves in zip(*pools, strict=True))
 
     @functools.cached_property
     def _no_expert(self) -> Weights:
         """Weights for a device that writes nothing."""
-        return self._form.empty()
+        return self.form.empty()
 
     def warm_up(self) -> None:
         """The first write copies what of the pool is still numpy's memory; later ones nothing."""
@@ -161,18 +188,18 @@ class ArrayPools:
         compile_ = self._compile_cache.compile
         self._write_slot = compile_(("write slot", self._key), self.lower_write)
         self._read_slot = compile_(("read slot", self._key), self._lower_read)
-        self._write_one([None] * len(self._shards.devices))
+        self._write_one([None] * len(self.shards.devices))
         self.read(0, 0)
 
     def lower_write(self) -> jax.stages.Lowered:
         """`write_slot` on every device, traced for this process."""
-        nothing = self._pack([None] * len(self._shards.devices))
-        each = jax.jit(self._shards.on_each(write_slot), donate_argnums=0)
+        nothing = self._pack([None] * len(self.shards.devices))
+        each = jax.jit(self.shards.on_each(write_slot), donate_argnums=0)
         return each.lower(self.argument, *nothing)
 
     def _lower_read(self) -> jax.stages.Lowered:
-        slot = self._shards.per_device([np.int32(0)] * len(self._shards.devices))
-        return jax.jit(self._shards.on_each(read_slot)).lower(self.argument, slot)
+        slot = self.shards.per_device([np.int32(0)] * len(self.shards.devices))
+        return jax.jit(self.shards.on_each(read_slot)).lower(self.argument, slot)
 
     def write(self, writes: Sequence[Sequence[SlotWrite]]) -> None:
         self.warm_up()
@@ -180,20 +207,113 @@ class ArrayPools:
             self._write_one([own[number] if number < len(own) else None for own in writes])
 
     def _write_one(self, writes: list[SlotWrite | None]) -> None:
-        self._arrays = self._write_slot(self.argument, *self._pack(writes))
+        packed = self._pack(writes)
+        with self.lock:
+            self._arrays = self._write_slot(self.argument, *packed)
+            for device, write in enumerate(writes):
+                if write is not None:
+                    self._remember(device, write.slot, write.expert)
 
     def _pack(self, writes: list[SlotWrite | None]) -> tuple[Array, tuple[Array, ...]]:
         """The arguments of `write_slot`: a slot of each device, or none."""
         slot = [np.int32(-1 if write is None else write.slot) for write in writes]
         fresh = [self._no_expert if write is None else write.weights for write in writes]
-        return self._shards.per_device(slot), self._stack(fresh)
+        return self.shards.per_device(slot), self._stack(fresh)
 
     def read(self, device: int, slot: int) -> Weights:
         self.warm_up()
-        slot_d = np.zeros(len(self._shards.devices), np.int32)
+        slot_d = np.zeros(len(self.shards.devices), np.int32)
         slot_d[device] = slot
-        found = self._read_slot(self.argument, self._shards.per_device(list(slot_d)))
-        return tuple(self._shards.local(leaf)[device] for leaf in found)
+        with self.lock:
+            found = self._read_slot(self.argument, self.shards.per_device(list(slot_d)))
+        return tuple(self.shards.local(leaf)[device] for leaf in found)
+
+
+class ArrayExperts:
+    """Computes experts in `ArrayPools` for rows on the host, whatever else the devices do.
+
+    Each device computes those that it has, without collectives: two threads that begin programs
+    with collectives in different orders would hang.
+
+    Args:
+        layers: of the model that have routed experts.
+        k: experts of a row at most.
+        most_rows: that may be computed at once.
+        dtype: of the rows on the devices.
+    """
+
+    def __init__(
+        self, pools: ArrayPools, layers: int, k: int, most_rows: int, dtype: np.dtype
+    ) -> None:
+        self._pools, self._shards = pools, pools.shards
+        self._layers, self._k, self._dtype = layers, k, dtype
+        self._sizes = [size for size in ROWS if size < most_rows] + [most_rows]
+        #: By the number of rows.
+        self._compiled: dict[int, jax.stages.Compiled] = {}
+
+    def compile(self, compile_cache: CompileCache, key: object) -> None:
+        """Before the first call.
+
+        Args:
+            key: what compiled code depends on beside the model.
+        """
+        for size in self._sizes:
+            lower = functools.partial(self._lower, size)
+            self._compiled[size] = compile_cache.compile(("experts", key, size), lower)
+
+    def _lower(self, rows: int) -> jax.stages.Lowered:
+        def experts(pool: Pool, x_nd: Array, slot_nk: Array, weight_nk: Array) -> Array:
+            x_nd = x_nd.astype(self._dtype)
+            return self._pools.form.ffn(pool, x_nd, slot_nk, weight_nk, self._layers)
+
+        form = self._pools.form
+        x_nd, weight_nk = (
+            np.zeros((rows, form.d), np.float32),
+            np.zeros((rows, self._k), np.float32),
+        )
+        slot_dnk = np.full((len(self._shards.devices), rows, self._k), -1, np.int32)
+        arguments = self._arguments(x_nd, slot_dnk, weight_nk)
+        return jax.jit(self._shards.on_each(experts)).lower(self._pools.argument, *arguments)
+
+    def _arguments(
+        self, x_nd: np.ndarray, slot_dnk: np.ndarray, weight_nk: np.ndarray
+    ) -> tuple[Array, Array, Array]:
+        devices = len(self._shards.devices)
+        per_device = self._shards.per_device
+        return (
+            per_device([x_nd] * devices),
+            per_device(list(slot_dnk)),
+            per_device([weight_nk] * devices),
+        )
+
+    def __call__(
+        self, x_nd: np.ndarray, expert_nk: np.ndarray, weight_nk: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Weighted sums of the experts of rows; any thread may call it.
+
+        Args:
+            x_nd: float32 [n, d]; expert_nk: int [n, k], `SlotWrite.expert`, or -1 for none;
+                weight_nk: float32 [n, k]. k may be less than the model's.
+
+        Returns:
+            float32 [n, d]; and bool [n, k], False where an expert is on no device.
+        """
+        n, k = expert_nk.shape
+        size = next(size for size in self._sizes if size >= n)
+        numbers, which_nk = np.unique(expert_nk, return_inverse=True)
+        more = ((0, size - n), (0, self._k - k))
+        x, weight = np.pad(x_nd, (more[0], (0, 0))), np.pad(weight_nk, more)
+        with self._pools.lock:
+            slot_dnk = self._pools.slots_of(numbers.tolist())[:, which_nk.reshape(n, k)]
+            # One device computes what several have.
+            first_nk = (slot_dnk >= 0).argmax(0)
+            devices = np.arange(len(slot_dnk))[:, None, None]
+            own_dnk = np.where(devices == first_nk, slot_dnk, -1)
+            own_dnk = np.pad(own_dnk, ((0, 0), *more), constant_values=-1)
+            compiled = self._compiled[size]
+            sums = compiled(self._pools.argument, *self._arguments(x, own_dnk, weight))
+        here_nk = (slot_dnk >= 0).any(0) | (expert_nk < 0)
+        return sum(self._shards.local(sums))[:n], here_nk  # type: ignore[index]
 
 
 @jax.named_scope("write_slot")

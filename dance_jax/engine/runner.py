@@ -16,7 +16,14 @@ from dance_jax.config import EngineConfig
 from dance_jax.engine import step as step_module
 from dance_jax.engine.compile_cache import CompileCache
 from dance_jax.engine.kv_cache import Memory, new_memory
-from dance_jax.engine.pools import NativePools, Pools, SlotWrite, make_pools
+from dance_jax.engine.pools import (
+    ArrayExperts,
+    ArrayPools,
+    NativePools,
+    Pools,
+    SlotWrite,
+    make_pools,
+)
 from dance_jax.engine.sampling import adjustments, adjusts
 from dance_jax.engine.scheduler import Row, StepPlan
 from dance_jax.engine.shards import Shards
@@ -32,11 +39,20 @@ from dance_jax.engine.step import (
 )
 from dance_jax.memory import give_back
 from dance_jax.models import native
+from dance_jax.models.call_messages import Wire
 from dance_jax.models.calls import CallServer
 from dance_jax.models.collectives import Collectives
 from dance_jax.models.config import ModelConfig
-from dance_jax.models.exchange import Calls, Exchange, Experts, LockStep, Tables
+from dance_jax.models.exchange import (
+    Calls,
+    Experts,
+    HostCalls,
+    LockStep,
+    Tables,
+    TracedExchange,
+)
 from dance_jax.models.experts import ExpertFormat, Weights
+from dance_jax.models.host_calls import HostCallServer, HostRows
 from dance_jax.models.messages import Transport, say
 from dance_jax.models.topology import AXIS, Topology
 from dance_jax.models.trunk import Trunk, rope_of, take_apart
@@ -50,10 +66,17 @@ class Parts(NamedTuple):
     """The compiled parts of a step, in their order (step.py)."""
 
     begin: Any
-    #: One for each layer; layers that are alike have the same.
+    #: One for each layer, or its `Halves`; layers that are alike have the same.
     layers: list[Any]
     logits: Any
     choose: Any
+
+
+class Halves(NamedTuple):
+    """The compiled parts of a layer whose routed experts the host computes."""
+
+    start: Any
+    finish: Any
 
 
 def cluster_mesh(devices: tuple[int, ...]) -> Mesh:
@@ -156,34 +179,38 @@ class Runner:
         self.pools = self._build_pools(layout)
         #: This server's part in expert calls; None where servers step together.
         self.calls = self._call_server(len(layout.devices))
-        #: What steps get of it; and where servers step together, where experts are.
+        #: What steps get of it, of the C++ library's; and where servers step together, where
+        #: experts are.
         self._callers: jax.Array | None = None
         self.tables: Tables | None = None
         self.use_tables(layout)
         memory = new_memory(model_config, config, blocks, self.exchange, state_copies)
         self.memory: Memory = jax.tree.map(self._on_all, memory)
 
-    def _make_exchange(self, transport: Transport | None, servers: int) -> Exchange:
+    def _make_exchange(
+        self, transport: Transport | None, servers: int
+    ) -> TracedExchange | HostCalls:
         if transport is None and native.usable():
             return Calls()
         if transport is None and servers > 1:
-            raise RuntimeError("servers that step on their own need the C++ library")
+            return HostCalls()
         sent_dtype = jnp.dtype(self.config.sent_dtype)
         return LockStep(self.topology, self.form, transport or Collectives(), sent_dtype)
 
-    def _call_server(self, servers: int) -> CallServer | None:
-        if not isinstance(self.exchange, Calls):
-            return None
-        assert isinstance(self.pools, NativePools)
-        return CallServer(
-            self.rank,
-            servers,
-            len(self.model_config.moe_layers),
-            self.model_config.num_experts,
-            self.config.sent_dtype,
-            self.config.max_step_tokens,
-            self.pools.devices,
-        )
+    def _call_server(self, servers: int) -> CallServer | HostCallServer | None:
+        model, config, pools = self.model_config, self.config, self.pools
+        shape = (self.rank, servers, len(model.moe_layers), model.num_experts)
+        wire, most_rows = config.sent_dtype, config.max_step_tokens
+        if isinstance(pools, NativePools) and isinstance(self.exchange, Calls):
+            return CallServer(*shape, wire, most_rows, pools.devices)
+        if isinstance(pools, ArrayPools) and isinstance(self.exchange, HostCalls):
+            experts = ArrayExperts(
+                pools, len(model.moe_layers), model.top_k, most_rows, jnp.dtype(config.dtype)
+            )
+            experts.compile(self._compile_cache, self.topology)
+            limits = (most_rows, model.top_k, len(self.devices))
+            return HostCallServer(*shape, Wire(wire, model.hidden_size), *limits, experts)
+        return None
 
     def _on_all(self, value: Any) -> jax.Array:
         """Each local device's own copy of a value."""
@@ -243,6 +270,7 @@ class Runner:
             self.tables = self._build_tables(layout)
         else:
             self.calls.use(number, layout.device_of >= 0)
+        if isinstance(self.calls, CallServer):
             callers = [np.int32(caller) for caller in self.calls.callers]
             self._callers = self.shards.per_device(callers)
 
@@ -263,7 +291,7 @@ class Runner:
         if bucket not in self._parts:
             self._parts[bucket] = Parts(
                 self._compiled(self._lower_begin, bucket),
-                [self._compiled(self._lower_layer, bucket, first) for first in self._like],
+                [self._compiled_layer(bucket, first) for first in self._like],
                 self._compiled(self._lower_logits, bucket),
                 self._compiled(self._lower_choose, bucket[0]),
             )
@@ -277,6 +305,14 @@ class Runner:
         if key not in self._executables:
             self._executables[key] = self._compile_cache.compile(key, lambda: lower(*which))
         return self._executables[key]
+
+    def _compiled_layer(self, bucket: Bucket, index: int) -> Any:
+        if index not in self._moe or not isinstance(self.calls, HostCallServer):
+            return self._compiled(self._lower_layer, bucket, index)
+        return Halves(
+            self._compiled(self._lower_start, bucket, index),
+            self._compiled(self._lower_finish, bucket, index),
+        )
 
     def _form(self, bucket: Bucket) -> Form:
         model = self.model_config
@@ -292,12 +328,16 @@ class Runner:
     def _begun(self, bucket: Bucket) -> Any:
         """Shapes of what `begin` gives."""
         if bucket not in self._shapes:
-            info = self._lower_begin(bucket).out_info
-            sharding = NamedSharding(self.mesh, PartitionSpec(AXIS))
-            self._shapes[bucket] = jax.tree.map(
-                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), info
-            )
+            self._shapes[bucket] = self._given(self._lower_begin(bucket))
         return self._shapes[bucket]
+
+    def _given(self, part: jax.stages.Lowered) -> Any:
+        """Shapes of what a part gives."""
+        sharding = NamedSharding(self.mesh, PartitionSpec(AXIS))
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            part.out_info,
+        )
 
     def _lower_layer(self, bucket: Bucket, index: int) -> jax.stages.Lowered:
         """Of layer `index` and those like it; it takes over hidden, cache, links and record."""
@@ -330,6 +370,66 @@ class Runner:
         pool = self.pools.argument if self._callers is None else self._callers
         experts = Experts(layer, pool, self.tables)
         return state, hidden, rotation, packed, cache, experts, self.memory.links[number], record
+
+    def _lower_start(self, bucket: Bucket, index: int) -> jax.stages.Lowered:
+        """Of layer `index` and those like it; it takes over hidden and cache."""
+
+        def start(state, *arrays):
+            layer = nnx.merge(self._layers[index], state)
+            return step_module.start_layer(self._form(bucket), layer, *arrays)
+
+        start.__name__ = f"start_{index}"
+        hidden, rotations, _, record = self._begun(bucket)
+        packed = self._nothing(bucket)
+        arguments = self._start_arguments(index, hidden, rotations, packed, record)
+        return self._lower(start, (1, 4), *arguments)
+
+    def _start_arguments(
+        self,
+        index: int,
+        hidden: Any,
+        rotations: Sequence[Any],
+        packed: jax.Array,
+        record: Record,
+    ) -> tuple[Any, ...]:
+        """What the first half of a layer is called with."""
+        rope = self._ropes[index]
+        rotation = None if rope is None else rotations[rope]
+        state, cache = self.state["layers"][index], self.memory.cache[index]
+        return state, hidden, rotation, packed, cache, record.failed
+
+    def _lower_finish(self, bucket: Bucket, index: int) -> jax.stages.Lowered:
+        """Of layer `index` and those like it; it takes over the record."""
+
+        def finish(state, *arrays):
+            return step_module.finish_layer(nnx.merge(self._layers[index], state), *arrays)
+
+        finish.__name__ = f"finish_{index}"
+        rest, routed, valid, _ = self._given(self._lower_start(bucket, index))
+        _, _, _, record = self._begun(bucket)
+        number = self._moe[index][1]
+        arrays = (rest, number, routed.expert, routed.x, valid, record)
+        return self._lower(finish, (6,), self.state["layers"][index], *arrays)
+
+    def _run_halves(
+        self,
+        index: int,
+        halves: Halves,
+        hidden: Any,
+        rotations: Sequence[Any],
+        packed: jax.Array,
+        record: Record,
+    ) -> tuple[Any, Record]:
+        """A layer whose routed experts the host computes: its output, and the record."""
+        assert isinstance(self.calls, HostCallServer)
+        arguments = self._start_arguments(index, hidden, rotations, packed, record)
+        rest, routed, valid, self.memory.cache[index] = halves.start(*arguments)
+        number, layer = self._moe[index]
+        local = [self.shards.local(each) for each in (*routed, valid)]
+        rows = [HostRows(number, *own) for own in zip(*local, strict=True)]
+        sums, failed = map(self.shards.per_device, zip(*self.calls.run(rows), strict=True))
+        arrays = (rest, layer, routed.expert, sums, failed, record)
+        return halves.finish(self.state["layers"][index], *arrays)
 
     def _lower_logits(self, bucket: Bucket) -> jax.stages.Lowered:
         def logits(ends, *arrays):
@@ -437,6 +537,10 @@ class Runner:
         changes = self._pack_adjustments(plan.entries, bucket[0])
         hidden, rotations, state, record = parts.begin(ends, packed)
         for index, layer in enumerate(parts.layers):
+            if isinstance(layer, Halves):
+                run = (index, layer, hidden, rotations, packed, record)
+                hidden, record = self._run_halves(*run)
+                continue
             arguments = self._arguments(index, hidden, rotations, packed, record)
             hidden, memory.cache[index], links, recorded = layer(*arguments)
             if index in self._moe:

@@ -251,7 +251,8 @@ class Scheduler:
                 continue
             row.sequence.num_computed += len(row.tokens)
             if row.index == row.first:
-                row.sequence.state_slots = row.sequence.state_slots[::-1]
+                read, written = row.sequence.state_slots
+                row.sequence.state_slots = written, read
             if row.sequence.num_computed % self.config.block_size == 0:
                 self._publish_last(row.sequence)
         for sequence in left.values():

@@ -1,8 +1,9 @@
 """The parts of a step: decode rows and a slice of prefill, experts wherever they live.
 
 `begin`, then `layer` for each layer, `logits`, `choose`: each is compiled on its own, a layer once
-for all layers like it, and the host starts one after the other without waiting (runner.py). All are
-functions of one device's arrays.
+for all layers like it, and the host starts one after the other without waiting (runner.py). Where
+the host computes routed experts, a layer that has them is `start_layer` and `finish_layer`, and the
+host waits between them. All are functions of one device's arrays.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ from dance_jax.engine.sampling import (
 )
 from dance_jax.engine.scheduler import Row
 from dance_jax.models.attention import Rows
-from dance_jax.models.exchange import Exchange, Experts
+from dance_jax.models.exchange import Experts, HostCalls, TracedExchange
 from dance_jax.models.rope import Rotation
 from dance_jax.models.router import Routed
-from dance_jax.models.trunk import Trunk
+from dance_jax.models.trunk import Layer, Trunk
 
 #: (decode rows, slice rows) of a compiled step.
 Bucket = tuple[int, int]
@@ -223,7 +224,7 @@ class Form:
 
     bucket: Bucket
     config: EngineConfig
-    exchange: Exchange
+    exchange: TracedExchange | HostCalls
     #: MoE layers, experts of each, experts of a token.
     moe_layers: int
     num_experts: int
@@ -287,6 +288,7 @@ def layer(
 
     def moe(routed: Routed) -> tuple[Array, Any]:
         assert experts is not None and record is not None
+        assert not isinstance(form.exchange, HostCalls)
         valid = valid_t & ~record.failed
         sums_td, failed_t, exchanged = form.exchange(experts, routed, valid, batch.said, links)
         return sums_td, (routed.expert, failed_t, exchanged)
@@ -305,8 +307,60 @@ def layer(
             exchanged.work,
             exchanged.loaded,
         )
-    routes = put(record.routes, expert_tk.astype(jnp.uint16), at, 1)
-    return hidden_td, cached, exchanged.memory, Record(routes, record.failed | failed_t, crossed)
+    record = _recorded(record._replace(crossed=crossed), at, expert_tk, failed_t)
+    return hidden_td, cached, exchanged.memory, record
+
+
+def _recorded(record: Record, layer: Array, expert_tk: Array, failed_t: Array) -> Record:
+    """The record with a layer's routes and the rows that have failed in it."""
+    routes = lax.dynamic_update_index_in_dim(
+        record.routes, expert_tk.astype(jnp.uint16), layer, axis=1
+    )
+    return record._replace(routes=routes, failed=record.failed | failed_t)
+
+
+def start_layer(
+    form: Form,
+    layer: Layer,
+    hidden_td: Array,
+    rotation_tk: Rotation | None,
+    packed: Array,
+    cached: Any,
+    failed_t: Array,
+) -> tuple[Any, Routed, Array, Any]:
+    """A layer up to its routed experts, which the host computes.
+
+    Args:
+        failed_t: `Record.failed`.
+
+    Returns:
+        What `finish_layer` gets; what is routed, its hidden states in float32; bool [t], the rows
+        that are to be; and the cache.
+    """
+    rows = form.rows(form.batch(packed))
+    with jax.named_scope("layer"):
+        rest, routed, cached = layer.start(hidden_td, rotation_tk, rows, cached)
+    assert routed is not None
+    routed = routed._replace(x=routed.x.astype(jnp.float32))
+    return rest, routed, form.valid(rows) & ~failed_t, cached
+
+
+def finish_layer(
+    layer: Layer,
+    rest: Any,
+    number: Array,
+    expert_tk: Array,
+    sums_td: Array,
+    failed_t: Array,
+    record: Record,
+) -> tuple[Array, Record]:
+    """A layer from its routed experts' sums on: its output, and the record.
+
+    Args:
+        number: int32 [], which of the layers with routed experts it is.
+    """
+    hidden_td = layer.finish(rest, sums_td)
+    return hidden_td, _recorded(record, number, expert_tk, failed_t)
 
 
 def logits(

@@ -11,7 +11,7 @@ import numpy as np
 from dance_jax.engine.moved import Moved
 from dance_jax.engine.step import Crossed
 from dance_jax.models import kernels_cpu
-from dance_jax.models.calls import CallServer
+from dance_jax.models.calls import ExpertCalls
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +88,7 @@ class LockStepTraffic:
 class CallTraffic:
     """Of a server that steps on its own, which knows of its own calls and of those it answers."""
 
-    def __init__(self, calls: CallServer) -> None:
+    def __init__(self, calls: ExpertCalls) -> None:
         self._calls = calls
         self.reset()
 

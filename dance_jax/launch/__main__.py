@@ -21,7 +21,7 @@ from dance_jax.config import ClusterSpec, EngineConfig, Rounding, UserError
 from dance_jax.launch.attend import attend
 from dance_jax.launch.cluster import Cluster
 from dance_jax.launch.costs import SERVICE_APART
-from dance_jax.launch.defaults import default_platform, demo_dir, engine_config, platform_of
+from dance_jax.launch.defaults import default_platform, demo_dir, engine_config
 from dance_jax.launch.fleet import ClusterError, Fleet, Network
 from dance_jax.launch.hosts import read_hosts
 from dance_jax.launch.options import (
@@ -82,8 +82,7 @@ def _terminate(number: int, frame: types.FrameType | None) -> None:
 
 
 def _launch(options: argparse.Namespace, platform: str, console: Console) -> int:
-    spec = read_hosts(options.hosts)
-    platform = platform_of(spec, platform)
+    spec = read_hosts(options.hosts, platform)
     part = role(spec, _network(options), options.node_rank, options.key_file)
     if part.node:
         return _hold_server(options, part, console)
@@ -122,7 +121,7 @@ def _launch(options: argparse.Namespace, platform: str, console: Console) -> int
         seed=options.seed,
         dtype=options.dtype,
         max_num_seqs=options.max_num_seqs,
-        platform=platform,
+        platform=spec.platform,
         wire_dtype=options.wire_dtype,
         exchange=options.exchange,
         kv_memory=options.kv_memory,
@@ -148,10 +147,11 @@ def _launch(options: argparse.Namespace, platform: str, console: Console) -> int
         spec, network = part.spec, part.network
         if options.preflight or needs_preflight(spec, nodes):
             fingerprint = model.fingerprint
-            spec, network = _preflight(options, part, nodes, held, fingerprint, platform, console)
+            spec, network = _preflight(options, part, nodes, held, fingerprint, console)
         if options.preflight:
             return 0
         plan = place(spec)
+        config = dataclasses.replace(config, exchange=plan.exchange.name)
         started = functools.partial(
             _started,
             console,
@@ -161,7 +161,6 @@ def _launch(options: argparse.Namespace, platform: str, console: Console) -> int
             model=options.model,
             log_dir=options.log_dir,
             cache_dir=cache,
-            platform=platform,
             network=network,
             nodes=nodes,
         )
@@ -206,7 +205,6 @@ def _preflight(
     nodes: Nodes | None,
     held: Sequence[Room],
     fingerprint: str,
-    platform: str,
     console: Console,
 ) -> tuple[ClusterSpec, Network]:
     """Asks all servers and prints what it finds: what is better known about them now."""
@@ -221,7 +219,6 @@ def _preflight(
         model=options.model,
         fingerprint=fingerprint,
         cache_dir=options.cache_dir,
-        platform=platform,
         measure_all=options.preflight,
         progress=lambda text: console.print(Text(f"preflight: {text}")),
     )

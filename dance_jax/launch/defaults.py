@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pathlib
 
-from dance_jax.config import EXCHANGES, ClusterSpec, EngineConfig, Rounding, UserError
+from dance_jax.config import EXCHANGES, EngineConfig, Rounding, UserError
 from dance_jax.engine.kv_cache import num_blocks
 from dance_jax.models.config import ModelConfig
 
@@ -39,11 +39,6 @@ def default_platform() -> str:
     return "cuda" if wanted in ("cuda", "gpu") else "cpu"
 
 
-def platform_of(spec: ClusterSpec, default: str) -> str:
-    """What these servers compute on: "cuda" if they name GPUs, else `default`."""
-    return "cuda" if any(server.gpus for server in spec.servers) else default
-
-
 def engine_config(
     model: ModelConfig,
     max_model_len: int | None = None,
@@ -64,10 +59,10 @@ def engine_config(
         max_model_len: context in tokens, prompt and output; None: the model's, at most
             DEFAULT_MODEL_LEN.
         seed: of sampling.
-        dtype: of activations and KV cache, "float32" or "bfloat16"; None: float32 on CPUs,
-            bfloat16 elsewhere.
+        dtype: of activations and KV cache, "float32" or "bfloat16"; None: bfloat16 where all
+            servers have accelerators, else float32.
         max_num_seqs: sequences that run at once on each device.
-        platform: "cpu" or another.
+        platform: "cpu", "cuda", or "mixed".
         wire_dtype: one of WIRE_DTYPES.
         exchange: one of EXCHANGES, see `EngineConfig.exchange`.
         kv_memory: bytes of each device's KV cache; None: see `EngineConfig.kv_memory`.
@@ -87,7 +82,7 @@ def engine_config(
     if max_num_seqs < 1:
         raise UserError(f"max_num_seqs={max_num_seqs}: at least 1 is needed")
     if dtype is None:
-        dtype = "float32" if platform == "cpu" else "bfloat16"
+        dtype = "bfloat16" if platform == "cuda" else "float32"
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f'dtype={dtype!r}: "float32" or "bfloat16" is needed')
     if wire_dtype not in WIRE_DTYPES:
@@ -98,7 +93,7 @@ def engine_config(
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         decode_rows=(*(rows for rows in FEW_ROWS if rows < max_num_seqs), max_num_seqs),
-        slice_rows=CPU_SLICES if platform == "cpu" else SLICES,
+        slice_rows=SLICES if platform == "cuda" else CPU_SLICES,
         dtype=dtype,
         seed=seed,
         wire_dtype=wire_dtype,

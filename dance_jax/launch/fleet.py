@@ -89,7 +89,6 @@ class Fleet(abc.ABC):
         log_dir: keeps each server's log as NAME.log; None: logs are removed at the end.
         cache_dir: converted models and compiled steps are kept under it; None: nowhere (other
             machines then use their own default).
-        platform: "cpu" or "cuda".
         progress: told what each server does while it starts.
         network: how servers on other machines are reached.
         nodes: launchers on other nodes, which hold all servers but the first; None: this process
@@ -109,7 +108,6 @@ class Fleet(abc.ABC):
         model: str | os.PathLike[str] | None = None,
         log_dir: str | os.PathLike[str] | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
-        platform: str = "cpu",
         progress: ProgressCallback | None = None,
         network: Network | None = None,
         nodes: Nodes | None = None,
@@ -121,13 +119,12 @@ class Fleet(abc.ABC):
         self.model = "" if model is None else portable_name(model)
         self.log_dir = None if log_dir is None else pathlib.Path(log_dir)
         self.cache_dir = None if cache_dir is None else pathlib.Path(cache_dir).resolve()
-        self.platform = platform
         self.progress = progress or (lambda *_: None)
         self.network = network or Network()
         self.nodes = nodes
         self.started = False
-        #: Each server steps on its own, and experts answer calls; known once all are prepared.
-        self.calls = False
+        #: Each server steps on its own, and experts answer calls.
+        self.calls = config.exchange != "collectives"
         #: Where the servers listen for each other, by rank; "": one starts anew.
         self._endpoints: list[str] = []
         #: Per server: steps read from the compile cache, and compiled.
@@ -263,7 +260,7 @@ class Fleet(abc.ABC):
             control=control,
             control_key=key,
             key=key,
-            platform=self.platform,
+            first_gpu=self._first_gpu(rank, neighbours),
             coordinator_port=self.network.coordinator_port,
             machine_devices=tuple(self.spec.devices[n] for n in neighbours),
             machine_index=neighbours.index(rank),
@@ -275,6 +272,11 @@ class Fleet(abc.ABC):
     @functools.cached_property
     def _model_files(self) -> bytes:
         return model_files.pack(self.checkpoint.path)
+
+    def _first_gpu(self, rank: int, neighbours: Sequence[int]) -> int:
+        """Servers of one machine that name no GPUs take its GPUs in their order."""
+        before = [self.spec.servers[n] for n in neighbours if n < rank]
+        return sum(each.devices for each in before if each.platform == "cuda" and not each.gpus)
 
     def _neighbours(self, rank: int) -> list[int]:
         """Ranks of the servers on this one's machine, itself included."""
@@ -293,7 +295,6 @@ class Fleet(abc.ABC):
         ranks = range(len(self.spec.servers))
         self._gather(ranks, protocol.Hello, CALL_TIMEOUT_S, "did not call back")
         prepared = self._gather(ranks, protocol.Prepared)
-        self.calls = self._take_calls(prepared)
         self._endpoints = [each.endpoint for each in prepared]
         self._send_all(self._join_message(prepared[0]))
         self._gather(ranks, protocol.Joined, JOIN_TIMEOUT_S, "did not join the others")
@@ -303,22 +304,6 @@ class Fleet(abc.ABC):
     def _join_message(self, first: protocol.Prepared) -> protocol.Join:
         coordinator = self.network.coordinator or first.coordinator
         return protocol.Join(coordinator, self._endpoints, self.calls)
-
-    def _take_calls(self, prepared: Sequence[protocol.Prepared]) -> bool:
-        """Whether each server steps on its own.
-
-        Raises:
-            UserError: it should, and a server cannot.
-        """
-        unable = [
-            name for name, each in zip(self.spec.names, prepared, strict=True) if not each.calls
-        ]
-        if self.config.exchange == "calls" and unable:
-            raise UserError(
-                f"server {unable[0]}: experts answer calls on CPUs with the C++ library alone; "
-                "install a C++ compiler there, or give --exchange collectives"
-            )
-        return self.config.exchange != "collectives" and not unable
 
     def _gather(
         self,

@@ -25,6 +25,7 @@ KEYS = (
     "ssh",
     "python",
     "model",
+    "platform",
     "gpus",
     "checkpoint",
 )
@@ -52,8 +53,11 @@ _SSH = re.compile(
 )
 
 
-def read_hosts(path: str | os.PathLike[str]) -> ClusterSpec:
+def read_hosts(path: str | os.PathLike[str], platform: str = "cpu") -> ClusterSpec:
     """Reads a hosts file.
+
+    Args:
+        platform: see `parse_hosts`.
 
     Raises:
         UserError: the file cannot be read, or a line is wrong; the message has file and line.
@@ -62,10 +66,10 @@ def read_hosts(path: str | os.PathLike[str]) -> ClusterSpec:
         text = pathlib.Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: the hosts file cannot be read: {error}") from error
-    return parse_hosts(text, str(path))
+    return parse_hosts(text, str(path), platform)
 
 
-def parse_hosts(text: str, source: str = "hosts") -> ClusterSpec:
+def parse_hosts(text: str, source: str = "hosts", platform: str = "cpu") -> ClusterSpec:
     """Parses the content of a hosts file.
 
     >>> parse_hosts("alpha address=localhost devices=2 memory=48MiB bandwidth=500Mbps").devices
@@ -74,6 +78,7 @@ def parse_hosts(text: str, source: str = "hosts") -> ClusterSpec:
     Args:
         text: the content.
         source: the file's name, for messages.
+        platform: what servers compute on whose lines have neither platform= nor gpus=.
 
     Raises:
         UserError: a line is wrong, there is no server, or the servers cannot reach each other.
@@ -85,7 +90,7 @@ def parse_hosts(text: str, source: str = "hosts") -> ClusterSpec:
         if not words:
             continue
         where = f"{source}:{number}"
-        server = _server(words, where)
+        server = _server(words, where, platform)
         if server.name in line_of:
             first = line_of[server.name]
             raise UserError(f"{where}: server {server.name} is already on line {first}")
@@ -97,7 +102,7 @@ def parse_hosts(text: str, source: str = "hosts") -> ClusterSpec:
     return ClusterSpec(tuple(servers))
 
 
-def _server(words: list[str], where: str) -> ServerSpec:
+def _server(words: list[str], where: str, platform: str) -> ServerSpec:
     name = words[0]
     if not _NAME.fullmatch(name):
         raise UserError(
@@ -152,9 +157,18 @@ def _server(words: list[str], where: str) -> ServerSpec:
         ssh=_ssh(values.get("ssh"), address, where),
         python=_path(values, "python", where),
         model=_model(values, where),
+        platform=_platform(values.get("platform"), gpus, platform, where),
         gpus=gpus,
         from_peers=from_peers,
     )
+
+
+def _platform(text: str | None, gpus: tuple[int, ...], default: str, where: str) -> str:
+    if text not in (None, "cpu", "cuda"):
+        raise UserError(f"{where}: platform={text}: write cpu or cuda")
+    if text == "cpu" and gpus:
+        raise UserError(f"{where}: platform=cpu and gpus= contradict each other: leave out one")
+    return text or ("cuda" if gpus else default)
 
 
 def _from_peers(text: str, where: str) -> bool:
@@ -257,8 +271,8 @@ def _is_ip(text: str) -> bool:
 
 
 def _check_together(servers: list[ServerSpec], line_of: dict[str, int], source: str) -> None:
-    """What no line shows alone: servers that could not reach each other, or share no platform or
-    have no model, and times that nothing can be weighed against."""
+    """What no line shows alone: servers that could not reach each other or have no model, and times
+    that nothing can be weighed against."""
     near = [server for server in servers if is_loopback(server.address)]
     far = [server for server in servers if not is_loopback(server.address)]
     if near and far:
@@ -267,13 +281,6 @@ def _check_together(servers: list[ServerSpec], line_of: dict[str, int], source: 
             f"machine only, and {far[0].name} (line {line_of[far[0].name]}, address="
             f"{far[0].address}) is elsewhere: give {near[0].name} the address the others reach it "
             "by, or all of them a loopback address"
-        )
-    with_gpus = [server for server in servers if server.gpus]
-    if with_gpus and len(with_gpus) < len(servers):
-        other = next(server for server in servers if not server.gpus)
-        raise UserError(
-            f"{source}:{line_of[other.name]}: {other.name} has no gpus= and "
-            f"{with_gpus[0].name} has; all servers must compute on the same kind of device"
         )
     if all(server.from_peers for server in servers):
         raise UserError(

@@ -57,17 +57,16 @@ def join(setup: Setup, coordinator: str | None) -> int:
         The cores its thread pools are made for.
     """
     server = setup.spec.servers[setup.rank]
-    # Without gpus=, the servers of one machine take its GPUs in their order; CPU devices are each
-    # process's own.
-    shared = setup.platform == "cuda" and not server.gpus
-    first = sum(setup.machine_devices[: setup.machine_index]) if shared else 0
+    # CPU devices are each process's own, and of GPUs it sees those that its line names.
+    shared = server.platform == "cuda" and not server.gpus
+    first = setup.first_gpu if shared else 0
     mine = cores.share(cores.available(), setup.machine_devices)[setup.machine_index]
     import jax
 
-    jax.config.update("jax_platforms", setup.platform)
+    jax.config.update("jax_platforms", server.platform)
     # Off: JAX would catch SIGTERM and live on.
     jax.config.update("jax_enable_preemption_service", False)
-    if setup.platform == "cpu":
+    if server.platform == "cpu":
         jax.config.update("jax_num_cpu_devices", server.devices)
     if coordinator is not None:
         _initialize(setup, coordinator, range(first, first + server.devices))
@@ -91,7 +90,7 @@ def _initialize(setup: Setup, coordinator: str, devices: Iterable[int]) -> None:
     # Gloo's address can be set nowhere else.
     from jax._src.lib import _jax  # pyright: ignore[reportPrivateImportUsage]
 
-    if setup.platform == "cpu":
+    if setup.spec.platform == "cpu":
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         make_collectives = _jax.make_gloo_tcp_collectives
 

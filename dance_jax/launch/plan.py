@@ -12,6 +12,7 @@ import numpy as np
 from dance_jax.config import ClusterSpec, EngineConfig, UserError
 from dance_jax.engine.kv_cache import cache_bytes, state_bytes, state_copies
 from dance_jax.launch.costs import cluster_cost, cost_note
+from dance_jax.launch.exchange import ExchangeChoice, choose_exchange
 from dance_jax.models.config import ModelConfig
 from dance_jax.models.rounding import unfit_report
 from dance_jax.placement.activations import Activations
@@ -91,6 +92,7 @@ class Plan:
     expert_bytes: int
     #: How weights are kept, in words.
     weights: str
+    exchange: ExchangeChoice
     #: Sentences on what the policy had to do without.
     notes: tuple[str, ...]
 
@@ -194,6 +196,7 @@ def make_plan(
         local_share=placement.local_share(counts),
         expert_bytes=model.expert_bytes(config.dtype),
         weights=weights_note(model, config),
+        exchange=choose_exchange(spec, model.config, config, placement.local_share(counts)),
         notes=(
             *model_notes(model.config, config),
             *_notes(spec, policy, used, activations),
@@ -213,8 +216,9 @@ def model_notes(model: ModelConfig, config: EngineConfig) -> Iterator[str]:
     if model.state_bytes:
         yield (
             f"The model has recurrent states: {format_bytes(model.state_bytes)} for each of "
-            f"{config.max_num_seqs} sequences that run at once on a device, twice where servers call "
-            "each other, and one more. Requests with the same prefix do not share its computation."
+            f"{config.max_num_seqs} sequences that run at once on a device, twice where servers "
+            "call each other, and one more. Requests with the same prefix do not share its "
+            "computation."
         )
     for original in sorted(model.trained_contexts):
         which = "longer" if config.max_model_len > original else "shorter"

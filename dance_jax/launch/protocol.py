@@ -41,8 +41,8 @@ class Setup(msgspec.Struct, kw_only=True):
     control_key: bytes
     #: The launch's key, from which the servers' secrets are derived.
     key: bytes
-    #: "cpu" or "cuda".
-    platform: str
+    #: Of the machine's GPUs, the first that it takes where its line names none.
+    first_gpu: int
     #: Port on which the first server coordinates jax.distributed; 0: a free one.
     coordinator_port: int
     #: Devices of the servers on this server's machine, and which of them it is.
@@ -179,8 +179,6 @@ class Prepared(msgspec.Struct, tag=True):
     coordinator: str
     #: host:port where it listens for the other servers.
     endpoint: str
-    #: It has the C++ library, whose experts answer calls (`models.calls`).
-    calls: bool
 
 
 class Joined(msgspec.Struct, tag=True):

@@ -30,7 +30,6 @@ def survey(
     model: str | os.PathLike[str] | None,
     fingerprint: str,
     cache_dir: pathlib.Path | None,
-    platform: str,
     measure_all: bool = False,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Preflight:
@@ -41,7 +40,7 @@ def survey(
         held: what each of them will hold.
         network: how they are reached.
         nodes: launchers to ask; None: every server is asked over ssh, or here.
-        model, fingerprint, cache_dir, platform, measure_all, progress: as for `run_preflight`.
+        model, fingerprint, cache_dir, measure_all, progress: as for `run_preflight`.
     """
     askers = None if nodes is None else _askers(spec, network, nodes)
     try:
@@ -50,7 +49,6 @@ def survey(
             model=model,
             fingerprint=fingerprint,
             cache_dir=cache_dir,
-            platform=platform,
             needs=[room.device_bytes for room in held],
             coordinator_port=network.coordinator_port,
             ssh_config=network.ssh_config,

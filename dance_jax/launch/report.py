@@ -56,6 +56,8 @@ def print_plan(console: Console, plan: Plan) -> None:
         soft_wrap=True,
     )
     console.print(Text(plan.weights), soft_wrap=True)
+    if len(plan.servers) > 1:
+        console.print(Text(f"Exchange: {plan.exchange.name}, {plan.exchange.why}."), soft_wrap=True)
     for note in plan.notes:
         console.print(Text(note), soft_wrap=True)
 

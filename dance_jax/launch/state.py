@@ -11,6 +11,7 @@ import numpy as np
 
 from dance_jax.config import ClusterSpec, EngineConfig, UserError
 from dance_jax.files import whole_file
+from dance_jax.launch.exchange import choose_exchange
 from dance_jax.launch.plan import (
     ModelFacts,
     Plan,
@@ -117,6 +118,7 @@ def resumed_plan(spec: ClusterSpec, model: ModelFacts, config: EngineConfig, sta
         local_share=placement.local_share(counts),
         expert_bytes=model.expert_bytes(config.dtype),
         weights=weights_note(model, config),
+        exchange=choose_exchange(spec, model.config, config, placement.local_share(counts)),
         notes=(
             *model_notes(model.config, config),
             "Experts are where the service before had them.",

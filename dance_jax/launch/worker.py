@@ -6,8 +6,8 @@ limited while JAX makes its devices, because XLA sizes its thread pools by them;
 loads, compiles, and steps while it has work. Where servers step together instead, all processes do
 one collective before anything else, because a first collective of only some of them fails; they do
 one step after another while any of them has work, and one a second while none has, which shows that
-all can. Experts that move are read in the background (`loading`). A step may wait for servers that do not
-answer: a thread hears the parent meanwhile.
+all can. Experts that move are read in the background (`loading`). A step may wait for servers that
+do not answer: a thread hears the parent meanwhile.
 """
 
 from __future__ import annotations
@@ -99,7 +99,8 @@ def main() -> None:
         return
     files = ModelFiles(setup, setup.private_dir)
     child.end_with_parent(setup, before=files.close)
-    environment.prepare(setup.platform, setup.spec.servers[setup.rank].gpus)
+    own = setup.spec.servers[setup.rank]
+    environment.prepare(own.platform, own.gpus)
     channel = Channel(child.parent_endpoint(setup), setup.control_key, setup.rank)
     status = 0
     try:
@@ -153,10 +154,10 @@ def _start(
     from dance_jax.models.collectives import Collectives
 
     compile_dir = None if cache is None else private_directory(cache / "compiled")
-    if setup.platform == "cpu":
+    platform = setup.spec.servers[setup.rank].platform
+    if platform == "cpu":
         native.load(compile_dir or pathlib.Path(setup.private_dir))
-    able = native.library() is not None
-    channel.send(protocol.Prepared(coordinator_endpoint(setup), listener.endpoint, able))
+    channel.send(protocol.Prepared(coordinator_endpoint(setup), listener.endpoint))
     match channel.receive():
         case protocol.Join(coordinator, endpoints, calls):
             pass
@@ -191,7 +192,7 @@ def _start(
         setup.config,
         compile_cache=steps,
         transport=None if calls else Collectives(),
-        free_memory=free_per_device(setup.platform, setup.machine_devices),
+        free_memory=free_per_device(platform, setup.machine_devices),
     )
     engine.warmup(lambda stage, done, total: channel.send(protocol.Progress(stage, done, total)))
     if engine.runner.calls is not None:

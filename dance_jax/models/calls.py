@@ -13,7 +13,7 @@ import socket
 import threading
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -80,8 +80,54 @@ class Counters:
     sums: Sums
 
 
+class ExpertCalls(Protocol):
+    """One server's part in the calls of all."""
+
+    @property
+    def callers(self) -> Sequence[object]:
+        """One for each device."""
+        ...
+
+    def use(self, version: int, resident_nle: np.ndarray) -> None:
+        """From now on experts are looked for where `resident_nle`, bool [n, l, e], says.
+
+        Args:
+            version: of the placement, the same on all servers, and greater than that before.
+        """
+        ...
+
+    def stage(self, version: int, resident_nle: np.ndarray) -> None:
+        """A placement will be in force, and may be on other servers: what those refuse by it is
+        looked for where it says, in the middle of a step too."""
+        ...
+
+    def drop(self, version: int) -> None:
+        """A staged placement, and those after it, will not be in force."""
+        ...
+
+    def cancel(self) -> None:
+        """All calls under way fail within 0.1 s, and later ones at once; any thread may say so."""
+        ...
+
+    def dial(self, device: int, peer: int, connection: socket.socket) -> None:
+        """Hands over a connection on which a device calls a peer, in place of the one before."""
+        ...
+
+    def accept(self, peer: int, connection: socket.socket) -> None:
+        """Hands over a connection on which a peer calls this server."""
+        ...
+
+    def counters(self) -> Counters:
+        """What was counted so far."""
+        ...
+
+    def close(self) -> None:
+        """Ends all connections; no step may be under way."""
+        ...
+
+
 class CallServer:
-    """One server's part in the calls of all, in the C++ library's memory.
+    """The `ExpertCalls` of the C++ library.
 
     Args:
         rank: this server's, of so many `servers`.
@@ -128,24 +174,15 @@ class CallServer:
         self._end = weakref.finalize(self, library.CallServerDelete, ctypes.c_int64(self._number))
 
     def use(self, version: int, resident_nle: np.ndarray) -> None:
-        """From now on experts are looked for where `resident_nle`, bool [n, l, e], says.
-
-        Args:
-            version: of the placement, the same on all servers, and greater than that before.
-        """
         self._tell(self._library.CallServerTable, version, resident_nle)
 
     def stage(self, version: int, resident_nle: np.ndarray) -> None:
-        """A placement will be in force, and may be on other servers: what those refuse by it is
-        looked for where it says, in the middle of a step too."""
         self._tell(self._library.CallServerStage, version, resident_nle)
 
     def drop(self, version: int) -> None:
-        """A staged placement, and those after it, will not be in force."""
         self._library.CallServerDrop(ctypes.c_int64(self._number), ctypes.c_int64(version))
 
     def cancel(self) -> None:
-        """All calls under way fail within 0.1 s, and later ones at once; any thread may say so."""
         self._library.CallServerCancel(ctypes.c_int64(self._number))
 
     def _tell(self, function: Any, version: int, resident_nle: np.ndarray) -> None:
@@ -155,19 +192,16 @@ class CallServer:
         function(ctypes.c_int64(self._number), ctypes.c_int64(version), _pointer(resident))
 
     def dial(self, device: int, peer: int, connection: socket.socket) -> None:
-        """Hands over a connection on which a device calls a peer, in place of the one before."""
         connection.setblocking(False)
         self._library.CallServerDial(
             ctypes.c_int64(self._number), ctypes.c_int64(device), peer, connection.detach()
         )
 
     def accept(self, peer: int, connection: socket.socket) -> None:
-        """Hands over a connection on which a peer calls this server."""
         connection.setblocking(False)
         self._library.CallServerAccept(ctypes.c_int64(self._number), peer, connection.detach())
 
     def counters(self) -> Counters:
-        """What was counted so far."""
         servers, layers, _ = self._shape
         peers = np.zeros((servers, len(dataclasses.fields(PeerCounters))), np.int64)
         rows, sums = np.zeros((layers, servers), np.int64), np.zeros(len(dataclasses.fields(Sums)))
@@ -203,7 +237,7 @@ class Lines:
     ) -> None:
         self._rank, self._names, self._key, self._topic = rank, names, key, topic
         self._lock = threading.Lock()
-        self._server: CallServer | None = None
+        self._server: ExpertCalls | None = None
         #: What came before there was a server.
         self._early: list[tuple[int, socket.socket]] = []
         listener.on(topic, self._admit)
@@ -215,7 +249,7 @@ class Lines:
             else:
                 self._server.accept(peer, connection)
 
-    def connect(self, server: CallServer, endpoints: Sequence[str]) -> None:
+    def connect(self, server: ExpertCalls, endpoints: Sequence[str]) -> None:
         """Lets the others call a server, and dials all of them.
 
         Args:

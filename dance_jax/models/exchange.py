@@ -1,7 +1,8 @@
 """The routed experts of one MoE layer, wherever they are: an `Exchange` computes them.
 
 `Calls`: each server steps on its own, and the C++ library asks other servers for what is missing
-(calls.py). `LockStep`: all servers do each step together. Every process then compiles its own
+(calls.py). `HostCalls`: the same, but the host does it between two parts of the step
+(host_calls.py). `LockStep`: all servers do each step together. Every process then compiles its own
 program of it, with its own token count and pool size; what must agree is the sequence of messages
 between two processes, which a transport carries (messages.py). A server's first device is its
 gateway: only gateways use the slow links, so a token crosses a link once per server it needs.
@@ -72,7 +73,7 @@ class Experts(NamedTuple):
 
 
 class Exchange(Protocol):
-    """Computes a layer's routed experts, wherever they are, inside shard_map over AXIS."""
+    """How a layer's routed experts are computed, wherever they are."""
 
     @property
     def name(self) -> str:
@@ -87,6 +88,10 @@ class Exchange(Protocol):
     def memory(self, layers: int) -> Any:
         """`Exchanged.memory` before the first step: numpy arrays with a leading axis of layers."""
         ...
+
+
+class TracedExchange(Exchange, Protocol):
+    """Does so as part of a layer, inside shard_map over AXIS."""
 
     def __call__(
         self, experts: Experts, routed: Routed, valid_t: Array, said: Array, memory: Any
@@ -108,7 +113,7 @@ class Exchange(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Calls:
-    """The `Exchange` of servers that step on their own, by calls.py."""
+    """The exchange of servers that step on their own, by calls.py."""
 
     name = "calls"
     servers = 1
@@ -127,6 +132,17 @@ class Calls:
         return sums_td, failed_t, nothing_exchanged(said, memory)
 
 
+@dataclasses.dataclass(frozen=True)
+class HostCalls:
+    """The exchange of servers that step on their own, by host_calls.py."""
+
+    name = "host calls"
+    servers = 1
+
+    def memory(self, layers: int) -> tuple[()]:
+        return ()
+
+
 def nothing_exchanged(said: Array, memory: Any) -> Exchanged:
     """What a step without other servers reports."""
     none = jnp.zeros((1, 1), jnp.int32)
@@ -135,7 +151,7 @@ def nothing_exchanged(said: Array, memory: Any) -> Exchanged:
 
 @dataclasses.dataclass(frozen=True)
 class LockStep:
-    """The `Exchange` of servers that step together, all in one jax.distributed job.
+    """The exchange of servers that step together, all in one jax.distributed job.
 
     Args:
         form: what the pools' slots hold.

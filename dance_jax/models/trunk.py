@@ -56,7 +56,10 @@ class SharedExperts(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """One decoder layer: a mixer, then a dense feed-forward, or shared and routed experts."""
+    """One decoder layer: a mixer, then a dense feed-forward, or shared and routed experts.
+
+    `start` leads to what the routed experts get, `finish` goes on with their sums.
+    """
 
     def __init__(self, config: ModelConfig, index: int, dtype: jnp.dtype):
         layer = config.layers[index]
@@ -86,30 +89,50 @@ class Layer(nnx.Module):
         """Runs the tokens of a step.
 
         Args:
-            rotation_tk: of the mixer's rotation, for the tokens' positions.
-            batch: the rows that the tokens are.
-            cached: what earlier steps left, [blocks, positions, cache_width] or `delta.State`.
             moe: the routed experts of this layer; not called where it has none.
 
         Returns:
             hidden [t, d]; `cached` with what this step adds; the record of `moe`, or None.
         """
+        rest, routed, cached = self.start(hidden_td, rotation_tk, batch, cached)
+        if routed is None:
+            return self.finish(rest, None), cached, None
+        experts_td, record = moe(routed)
+        return self.finish(rest, experts_td), cached, record
+
+    def start(
+        self, hidden_td: jax.Array, rotation_tk: Rotation | None, batch: Sequence[Rows], cached: Any
+    ) -> tuple[Any, Routed | None, Any]:
+        """The layer up to its routed experts.
+
+        Args:
+            rotation_tk: of the mixer's rotation, for the tokens' positions.
+            batch: the rows that the tokens are.
+            cached: what earlier steps left, [blocks, positions, cache_width] or `delta.State`.
+
+        Returns:
+            What `finish` gets; what the routed experts get, None where the layer has none; and
+            `cached` with what this step adds.
+        """
         mixed, cached = self.mixer(self.attention_norm(hidden_td), rotation_tk, batch, cached)
         hidden_td = hidden_td + mixed
         x_td = self.mlp_norm(hidden_td)
-        sums_td, record = hidden_td.astype(jnp.float32), None
         if not self.routed:
-            sums_td += self.mlp(x_td)
-        else:
-            routed = Routed(x_td, *self.router(x_td))
-            if self.shared is not None:
-                sums_td += self.shared(x_td)
-            experts_td, record = moe(routed)
-            sums_td += experts_td
-        return sums_td.astype(hidden_td.dtype), cached, record
+            return (hidden_td, self.mlp(x_td)), None, cached
+        beside_td = None if self.shared is None else self.shared(x_td)
+        return (hidden_td, beside_td), Routed(x_td, *self.router(x_td)), cached
+
+    def finish(self, rest: Any, experts_td: jax.Array | None) -> jax.Array:
+        """hidden [t, d], from what `start` gave and the routed experts' sums, float32 [t, d]."""
+        hidden_td, beside_td = rest
+        sums_td = hidden_td.astype(jnp.float32)
+        for part_td in (beside_td, experts_td):
+            if part_td is not None:
+                sums_td += part_td
+        return sums_td.astype(hidden_td.dtype)
 
 
-class SandwichLayer(nnx.Module):
+class SandwichLayer(Layer):
     """Gemma 4's layer: norms before and behind each part, experts beside a dense feed-forward."""
 
     def __init__(self, config: ModelConfig, index: int, dtype: jnp.dtype):
@@ -127,22 +150,21 @@ class SandwichLayer(nnx.Module):
         self.out_norm = norm()
         self.scale = parameter((1,), jnp.dtype("float32"))
 
-    def __call__(
-        self,
-        hidden_td: jax.Array,
-        rotation_tk: Rotation | None,
-        batch: Sequence[Rows],
-        cached: Any,
-        moe: MoE,
-    ) -> tuple[jax.Array, Any, Any]:
-        """See `Layer.__call__`."""
+    def start(
+        self, hidden_td: jax.Array, rotation_tk: Rotation | None, batch: Sequence[Rows], cached: Any
+    ) -> tuple[Any, Routed | None, Any]:
         mixed, cached = self.mixer(self.attention_norm(hidden_td), rotation_tk, batch, cached)
         hidden_td = hidden_td + self.mixed_norm(mixed)
         dense_td = self.mlp_out_norm(self.mlp(self.mlp_norm(hidden_td)))
-        experts_td, record = moe(Routed(self.expert_norm(hidden_td), *self.router(hidden_td)))
+        routed = Routed(self.expert_norm(hidden_td), *self.router(hidden_td))
+        return (hidden_td, dense_td), routed, cached
+
+    def finish(self, rest: Any, experts_td: jax.Array | None) -> jax.Array:
+        hidden_td, dense_td = rest
+        assert experts_td is not None
         behind = self.out_norm(dense_td + self.expert_out_norm(experts_td))
         sums_td = hidden_td.astype(jnp.float32) + behind.astype(jnp.float32)
-        return (sums_td * self.scale[...]).astype(hidden_td.dtype), cached, record
+        return (sums_td * self.scale[...]).astype(hidden_td.dtype)
 
 
 class Trunk(nnx.Module):

@@ -133,12 +133,13 @@ def any_placement(test):
     return given_any(example(seed=1, empty=frozenset(), replicas=0.0, batches=uneven)(test))
 
 
+@pytest.mark.parametrize("transport", ["calls", "mixed"])
 @settings(cluster_settings, max_examples=3)
 @any_placement
 def test_any_placement_gives_what_one_device_gives(
-    three_servers: TestCluster, single, seed, empty, replicas, batches
+    three_servers: TestCluster, single, transport, seed, empty, replicas, batches
 ):
-    three_servers.use("calls")
+    three_servers.use(transport)
     check_placement(three_servers, single, seed, empty, replicas, batches)
 
 

@@ -137,6 +137,7 @@ def one_by_one(
         sequences.step()
 
 
+@pytest.mark.parametrize("transport", ["calls", "mixed"])
 @settings(cluster_settings, max_examples=2)
 @given(
     seed=st.integers(0, 2**31 - 2),
@@ -146,17 +147,21 @@ def one_by_one(
 def test_steps_during_a_migration_give_what_one_device_gives(
     three_servers: TestCluster,
     single: Runner,
+    transport: str,
     seed,
     replicas,
     most,
 ):
-    three_servers.use("calls")
+    three_servers.use(transport)
     check_migration(three_servers, single, one_by_one, seed, replicas, most)
 
 
-def test_a_late_server_follows_what_it_has_staged(three_servers: TestCluster, single: Runner):
+@pytest.mark.parametrize("exchange", ["calls", "mixed"])
+def test_a_late_server_follows_what_it_has_staged(
+    three_servers: TestCluster, single: Runner, exchange: str
+):
     """It has not put a batch in force when the others' slots are written anew already."""
-    three_servers.use("calls")
+    three_servers.use(exchange)
     old, new = (placed(random_resident(seed, frozenset(), 0.0))[1] for seed in (7, 8))
     three_servers.place(old)
     sequences = Sequences(three_servers, single)

@@ -41,22 +41,34 @@ jax.distributed.initialize(f"127.0.0.1:{PORT}", len(DEVICES), RANK)
 from dance_jax.engine import runner as runner_module  # noqa: E402
 from dance_jax.engine.runner import Runner, cluster_mesh  # noqa: E402
 from dance_jax.engine.staging import Staging, new_slots  # noqa: E402
-from dance_jax.models import calls, native  # noqa: E402
+from dance_jax.models import calls, host_calls, native  # noqa: E402
 from dance_jax.models.collectives import Collectives  # noqa: E402
 from dance_jax.models.topology import AXIS  # noqa: E402
 from dance_jax.placement.core import Layout  # noqa: E402
 from tests.cluster import tiny  # noqa: E402
 
 native.register(sys.argv[4] or None)
+library = native.library()
 mesh = cluster_mesh(DEVICES)
 everyone = jax.shard_map(
     lambda: jax.lax.psum(jnp.ones(()), AXIS), mesh=mesh, in_specs=(), out_specs=PartitionSpec()
 )
 jax.jit(everyone)().block_until_ready()
 
-# A busy machine must not look like a server that is gone.
-runner_module.CallServer = functools.partial(calls.CallServer, repeat_s=30.0, fail_s=60.0)
-transports = {"collectives": Collectives(), "calls": None}
+
+def patient(server: type) -> type:
+    """A busy machine must not look like a server that is gone."""
+    return type(
+        server.__name__,
+        (server,),
+        {"__init__": functools.partialmethod(server.__init__, repeat_s=30.0, fail_s=60.0)},
+    )
+
+
+runner_module.CallServer = patient(calls.CallServer)
+runner_module.HostCallServer = patient(host_calls.HostCallServer)
+#: "mixed": the first server's calls are the C++ library's, the others' the host's.
+transports = {"collectives": Collectives(), "calls": None, "mixed": None}
 
 
 class Server:
@@ -73,6 +85,7 @@ class Server:
 
     def use(self, *variant: str) -> None:
         self.variant = variant
+        native._library = None if variant[0] == "mixed" and RANK > 0 else library
 
     def place(self, layout: Layout) -> list[int]:
         """Everything anew: the pools, and the connections of what calls."""

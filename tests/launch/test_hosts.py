@@ -166,6 +166,8 @@ memory=24GB,12GB bandwidth=auto
         ("a experts=1 address=a;b", ["address=a;b"]),
         ("a experts=1 gpus=0,0", ["gpus=0,0", "twice"]),
         ("a experts=1 gpus=x", ["gpus=x"]),
+        ("a experts=1 gpus=0 platform=cpu", ["platform=cpu", "gpus=", "leave out one"]),
+        ("a experts=1 platform=tpu", ["platform=tpu", "cpu or cuda"]),
         ("a experts=1 gpus=0,1 devices=3", ["gpus", "2 values for 3 devices"]),
         ("a memory=1GB,2GB devices=3", ["memory", "2 values for 3 devices"]),
         ("a memory=1GB,", ["memory="]),
@@ -187,10 +189,14 @@ def test_a_loopback_address_among_others_is_refused() -> None:
         parse_hosts(text, "h")
 
 
-def test_all_or_no_server_names_gpus() -> None:
-    text = "a experts=1 address=localhost gpus=0\nb experts=1 address=localhost"
-    with pytest.raises(UserError, match="h:2: b has no gpus= and a has"):
-        parse_hosts(text, "h")
+def test_platforms() -> None:
+    each = {"a": "gpus=0", "b": "", "c": "platform=cuda", "d": "platform=cpu"}
+    text = "\n".join(f"{name} address=localhost experts=1 {keys}" for name, keys in each.items())
+    for default in ("cpu", "cuda"):
+        spec = parse_hosts(text, platform=default)
+        assert [each.platform for each in spec.servers] == ["cuda", default, "cuda", "cpu"]
+        assert spec.platform == "mixed"
+    assert parse_hosts(text.splitlines()[0]).platform == "cuda"
 
 
 def test_address_is_the_name_by_default() -> None:

@@ -13,7 +13,8 @@ from rich.console import Console
 
 from dance_jax.config import EngineConfig, UserError
 from dance_jax.launch.costs import cluster_cost
-from dance_jax.launch.defaults import engine_config, platform_of
+from dance_jax.launch.defaults import engine_config
+from dance_jax.launch.exchange import choose_exchange
 from dance_jax.launch.hosts import parse_hosts
 from dance_jax.launch.plan import Plan, dump_layout, make_plan, parse_layout, rooms
 from dance_jax.launch.report import print_plan
@@ -233,9 +234,23 @@ def test_a_layout_travels_whole() -> None:
         assert np.array_equal(getattr(found, field.name), getattr(layout, field.name))
 
 
-def test_servers_that_name_gpus_compute_on_them() -> None:
-    assert platform_of(SPEC, "cpu") == "cpu"
-    assert platform_of(parse_hosts("a address=localhost experts=1 gpus=1"), "cpu") == "cuda"
+def test_which_exchange() -> None:
+    """Collectives only where all have accelerators, and links are fast."""
+
+    def choose(lines: tuple[str, ...], asked: str = "auto") -> str:
+        text = "\n".join(f"{n} address=localhost experts=1 {line}" for n, line in enumerate(lines))
+        config = dataclasses.replace(CONFIG, exchange=asked)
+        return choose_exchange(parse_hosts(text), MODEL.config, config, 0.5).name
+
+    fast, slow = "platform=cuda bandwidth=10Gbps", "platform=cuda bandwidth=10kbps"
+    assert choose(("", "")) == "calls"
+    assert choose(("", ""), "collectives") == "collectives"
+    assert choose((fast, fast)) == "collectives"
+    assert choose((fast, fast), "calls") == "calls"
+    assert choose((fast, "platform=cpu")) == "calls"
+    assert choose((slow, slow, slow)) == "calls"
+    with pytest.raises(UserError, match="different platforms"):
+        choose((fast, ""), "collectives")
 
 
 def test_engine_configuration() -> None:

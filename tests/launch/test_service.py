@@ -53,7 +53,9 @@ def start(tmp_path: pathlib.Path) -> Iterator[Start]:
         config = types.SimpleNamespace(top_k=1)
         checkpoint: Any = types.SimpleNamespace(path=tmp_path, fingerprint="f", config=config)
         layout = spread(Placement(np.ones((2, 1, 2), bool)), [1, 1], [2, 2])
-        made.append(FakeService(options, SPEC, checkpoint, layout, EngineConfig(64)))
+        exchange = "calls" if script.get("calls") else "collectives"
+        engine = EngineConfig(64, exchange=exchange)
+        made.append(FakeService(options, SPEC, checkpoint, layout, engine))
         return made[-1]
 
     yield make

@@ -25,7 +25,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dance_jax.models import native
-from dance_jax.models.calls import CallServer, routed
+from dance_jax.models.call_messages import Wire
+from dance_jax.models.calls import CallServer, ExpertCalls, routed
+from dance_jax.models.host_calls import HostCallServer, HostRows, choose
 from dance_jax.models.kernels_cpu import NativePool
 from dance_jax.placement.visit import choose_servers
 from tests.models.test_experts import make_experts, make_format
@@ -40,12 +42,39 @@ CALL_MAGIC, ANSWER_MAGIC, DONE, NOT_HERE = 0x63786A64, 0x61786A64, 0, 1
 LONG_S = 30.0
 ffn = jax.jit(functools.partial(FORM.ffn, layers=1), compiler_options=QUICK)
 run = jax.jit(routed, compiler_options=QUICK)
-choose = jax.jit(choose_servers, static_argnums=2, compiler_options=QUICK)
+choose_traced = jax.jit(choose_servers, static_argnums=2, compiler_options=QUICK)
 
 pytestmark = pytest.mark.usefixtures("compiled")
 
 #: For each server, for each of its devices: the experts, layer * EXPERTS + expert, that it holds.
 Held = Sequence[Sequence[Sequence[int]]]
+
+
+@pytest.fixture(params=["native", "host", "mixed"], autouse=True)
+def form(request) -> str:
+    """Who makes the calls of the servers: the C++ library, the host, or each in turn."""
+    global FORM_OF_CALLS
+    FORM_OF_CALLS = request.param
+    return request.param
+
+
+#: Of a test that needs the C++ library's.
+native_calls = pytest.mark.parametrize("form", ["native"], indirect=True)
+
+
+def make_server(rank: int, *arguments):
+    """Arguments are those of `CallServer`, what the server holds, and limits."""
+    *shape, wire, most_rows, pools, experts, limits = arguments
+    if FORM_OF_CALLS == "native" or (FORM_OF_CALLS == "mixed" and rank % 2):
+        return CallServer(rank, *shape, wire, most_rows, pools, **limits)
+
+    def compute(x_nd, expert_nk, weight_nk):
+        here_nk = np.isin(expert_nk, [-1, *experts])
+        slot_nk = np.where(here_nk, expert_nk, -1).astype(np.int32)
+        return np.asarray(ffn(jnp.int32(whole().number), x_nd, slot_nk, weight_nk)), here_nk
+
+    more = (Wire(wire, D), most_rows, K, len(pools), compute)
+    return HostCallServer(rank, *shape, *more, **limits)
 
 
 def make_pool(experts: Sequence[int], slots: int | None = None) -> NativePool:
@@ -93,7 +122,7 @@ class Cluster:
         limits = {"repeat_s": LONG_S, "fail_s": LONG_S, **limits}
         shape = (len(held), LAYERS, EXPERTS, wire, MOST_ROWS)
         self.servers = {
-            rank: CallServer(rank, *shape, pools, **limits)
+            rank: make_server(rank, *shape, pools, [e for own in held[rank] for e in own], limits)
             for rank, pools in enumerate(self.pools)
             if rank not in played
         }
@@ -196,11 +225,13 @@ def draw(seed: int, rows: int, k: int = K) -> tuple[np.ndarray, np.ndarray, np.n
 
 
 def call(
-    server: CallServer, layer: int, *routes: np.ndarray, device: int = 0
+    server: ExpertCalls, layer: int, *routes: np.ndarray, device: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
     """Sums and failed rows, of what `draw` gives; and perhaps which of the rows are valid."""
     if len(routes) == 3:
         routes = (*routes, np.ones(len(routes[0]), bool))
+    if isinstance(server, HostCallServer):
+        return server.callers[device].run(HostRows(layer, *routes))
     y_td, failed_t = run(jnp.int32(server.callers[device]), jnp.int32(layer), *routes)
     return np.asarray(y_td), np.asarray(failed_t)
 
@@ -302,6 +333,7 @@ def test_large_messages_cross():
             many(0)
 
 
+@native_calls
 def test_what_is_no_call_is_an_error():
     with cluster(THIRDS) as found:
         with pytest.raises(Exception, match="more rows than a call may have"):
@@ -568,8 +600,9 @@ def test_who_calls_without_end_is_read_no_further_than_answered():
 
             with meanwhile(flood):
                 others()
-                for _ in range(count):
-                    here.recv(size, socket.MSG_WAITALL)
+                left = count * size
+                while left:
+                    left -= len(here.recv(left))
             assert answered() == count
 
 
@@ -704,6 +737,7 @@ def test_a_call_that_is_nonsense(message: bytes, reply: int | None):
 MOVING, STEADY = 0, list(range(1, LAYERS * EXPERTS))
 
 
+@native_calls
 @pytest.mark.parametrize("careful", [True, False])
 def test_slots_are_rewritten_while_calls_run(careful: bool):
     """With care a slot is overwritten once no call can want what it held: no row fails.
@@ -803,6 +837,7 @@ def test_nothing_leaks():
 # Who is asked.
 
 
+@native_calls
 @settings(max_examples=40, deadline=None)
 @given(
     servers=st.sampled_from([2, 3, 5, 8, 9, 16, 31]),
@@ -813,7 +848,7 @@ def test_the_servers_that_are_asked_are_those_of_the_metrics(servers, seed, shar
     """For many tokens of four experts at once, some of which nobody holds."""
     has_tkn = np.random.default_rng(seed).random((20, 4, servers)) < share
     masks_tk = (has_tkn * (1 << np.arange(servers))).sum(-1)
-    wanted = choose(masks_tk.astype(np.int32), np.ones(masks_tk.shape, bool), servers)
+    wanted = choose_traced(masks_tk.astype(np.int32), np.ones(masks_tk.shape, bool), servers)
     library = native.library()
     assert library is not None
     for masks, own in zip(masks_tk, np.asarray(wanted), strict=True):
@@ -821,3 +856,4 @@ def test_the_servers_that_are_asked_are_those_of_the_metrics(servers, seed, shar
         pointers = (ctypes.c_void_p(array.ctypes.data) for array in (masks, found))
         library.ChooseServersForTest(ctypes.c_int64(4), next(pointers), servers, next(pointers))
         assert found.tolist() == own.tolist()
+        assert list(choose(tuple(map(int, masks)), servers)) == own.tolist()

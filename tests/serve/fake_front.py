@@ -29,7 +29,7 @@ class Script(msgspec.Struct):
     user: bool = False
     #: It never drains.
     runs_on: bool = False
-    #: All servers can step on their own.
+    #: All servers step on their own.
     calls: bool = False
 
 
@@ -63,8 +63,7 @@ def main() -> None:
         if start in script.dead_at_once:
             die()
         else:
-            able = script.calls or second
-            prepared = protocol.Prepared(f"host-{rank}:{start}", f"{rank}:{start}", able)
+            prepared = protocol.Prepared(f"host-{rank}:{start}", f"{rank}:{start}")
             tell(protocol.FromEngine(start, prepared))
 
     signal.signal(signal.SIGUSR1, die)

@@ -177,21 +177,18 @@ def model(surveys: Sequence[Survey], own: Machine, fingerprint: str) -> Iterator
             yield Finding(name, "model", f"{message}; name another --cache-dir", error=False)
 
 
-def memory(surveys: Sequence[Survey], needs: Sequence[int], platform: str) -> Iterator[Finding]:
+def memory(surveys: Sequence[Survey], needs: Sequence[int]) -> Iterator[Finding]:
     """Machines, or GPUs, with too little memory for what the plan puts there.
 
     Args:
         surveys: of all servers.
         needs: bytes per device of each.
-        platform: "cpu" or "cuda".
     """
-    if platform == "cpu":
-        yield from _ram(surveys, needs)
-        return
+    yield from _ram(surveys, needs)
     users: dict[tuple[str, int], str] = {}
     for survey, need in zip(surveys, needs, strict=True):
         machine = survey.machine
-        if machine is None:
+        if machine is None or survey.server.platform == "cpu":
             continue
         server, free = survey.server, {gpu.index: gpu.free for gpu in machine.gpus or []}
         roomy = [index for index, count in free.items() if count >= need]
@@ -228,6 +225,8 @@ def _ram(surveys: Sequence[Survey], needs: Sequence[int]) -> Iterator[Finding]:
     """All devices of all servers of a machine share what is free there."""
     sharing: dict[str, list[tuple[Survey, int]]] = collections.defaultdict(list)
     for survey, need in zip(surveys, needs, strict=True):
+        if survey.server.platform != "cpu":
+            continue
         if survey.machine is not None and survey.machine.memory_free is not None:
             sharing[survey.memory_of].append((survey, need * survey.server.devices))
     for group in sharing.values():
@@ -281,15 +280,16 @@ def clocks(surveys: Sequence[Survey]) -> Iterator[Finding]:
             )
 
 
-def compilers(surveys: Sequence[Survey], platform: str) -> Iterator[Finding]:
-    """Machines without a C++ compiler, which all others wait for."""
-    lacking = [survey.name for survey, machine in reached(surveys) if not machine.compiler]
-    for name in lacking if platform == "cpu" else ():
+def compilers(surveys: Sequence[Survey]) -> Iterator[Finding]:
+    """CPU servers without a C++ compiler."""
+    for survey, machine in reached(surveys):
+        if machine.compiler or survey.server.platform != "cpu":
+            continue
         yield Finding(
-            name,
+            survey.name,
             "software",
-            f"{name} has no C++ compiler (c++, or what CXX names): it computes slower, and the "
-            "exchange falls back to slower collectives on all servers; install one, e.g. g++",
+            f"{survey.name} has no C++ compiler (c++, or what CXX names): it computes slower, and "
+            "answers the others slower; install one, e.g. g++",
             error=False,
         )
 

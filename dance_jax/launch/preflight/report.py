@@ -114,7 +114,7 @@ def _asked_ports(rank: int, machine: Machine) -> Sequence:
 
 def _memory(preflight: Preflight, rank: int, survey: Survey, machine: Machine) -> str:
     need = preflight.needs[rank]
-    if preflight.platform == "cpu":
+    if survey.server.platform == "cpu":
         free = "?" if machine.memory_free is None else format_bytes(machine.memory_free)
         return f"{format_bytes(need * survey.server.devices)} / {free}"
     chosen = survey.server.gpus

@@ -36,8 +36,6 @@ class Preflight:
     surveys: tuple[Survey, ...]
     #: Bytes per device of each server.
     needs: tuple[int, ...]
-    #: "cpu" or "cuda".
-    platform: str
     #: Between servers of different addresses.
     links: Links
     findings: tuple[Finding, ...]
@@ -96,7 +94,6 @@ def run_preflight(
     model: str | os.PathLike[str] | None,
     fingerprint: str,
     cache_dir: pathlib.Path | None,
-    platform: str,
     needs: Sequence[int],
     coordinator_port: int = 0,
     ports: Mapping[str, Sequence[int]] | None = None,
@@ -113,7 +110,6 @@ def run_preflight(
             servers', or its name on the hub; None: the demo of each installation.
         fingerprint: of the model that was planned with.
         cache_dir: of this machine and the servers'; None: the default one of each.
-        platform: "cpu" or "cuda".
         needs: per server, bytes that each device will hold.
         coordinator_port: of the first server; 0: a free one is found.
         ports: by server, more ports that it will use.
@@ -140,7 +136,7 @@ def run_preflight(
                 model=server.model or model,
                 needs_model=not server.from_peers,
                 cache_dir=_absolute(cache_dir),
-                platform=platform,
+                platform=server.platform,
             )
             for rank, server in enumerate(spec.servers)
         ]
@@ -154,16 +150,15 @@ def run_preflight(
         *findings.ports(surveys),
         *findings.links(surveys, measured),
         *findings.software(surveys, own),
-        *findings.compilers(surveys, platform),
+        *findings.compilers(surveys),
         *findings.model(surveys, own, fingerprint),
-        *findings.memory(surveys, needs, platform),
+        *findings.memory(surveys, needs),
         *findings.clocks(surveys),
     ]
     return Preflight(
         spec=with_rates(spec, measured.links),
         surveys=tuple(surveys),
         needs=tuple(needs),
-        platform=platform,
         links=measured.links,
         findings=tuple(dict.fromkeys(found)),
     )

@@ -25,7 +25,6 @@ def run(hosts: str | ClusterSpec, **options: Any) -> Preflight:
         "model": None,
         "fingerprint": "",
         "cache_dir": None,
-        "platform": "cpu",
         "needs": [1 << 20] * len(spec.servers),
     }
     return run_preflight(spec, **(known | options))

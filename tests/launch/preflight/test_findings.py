@@ -186,7 +186,7 @@ def test_memory_of_gpus() -> None:
 
     def found(first: str, second: str, *machines: MadeUp) -> Preflight:
         listed = hosts.format(first, second)
-        return made_up(*machines, hosts=listed, platform="cuda", needs=needs)
+        return made_up(*machines, hosts=listed, needs=needs)
 
     found("0,1", "2", gpus(20, 20, 20), gpus(20, 20, 20)).check()
     assert "both name GPU 1" in only(found("0,1", "1,2", *[gpus(20, 20, 20)] * 2))
@@ -195,8 +195,8 @@ def test_memory_of_gpus() -> None:
     assert "b has no GPU 7; there are 0, 1" in only(found("0", "7", *[gpus(20, 20)] * 2))
     broken = gpus(problem="there is no nvidia-smi", machine="n")
     assert "no nvidia-smi" in only(found("0", "0", gpus(20), broken))
-    unnamed = "a address=127.0.0.1 experts=1 devices=2"
-    (error,) = made_up(gpus(20, 9), hosts=unnamed, platform="cuda", needs=[10 << 30]).errors
+    unnamed = "a address=127.0.0.1 experts=1 devices=2 platform=cuda"
+    (error,) = made_up(gpus(20, 9), hosts=unnamed, needs=[10 << 30]).errors
     assert "a needs 2 GPUs with 10.0 GiB free" in error
 
 

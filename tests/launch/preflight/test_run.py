@@ -245,7 +245,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 from dance_jax.launch.hosts import parse_hosts
 from dance_jax.launch.preflight.run import run_preflight
 run_preflight(parse_hosts(sys.argv[1]), model=None, fingerprint="", cache_dir=None,
-              platform="cpu", needs=[1, 1])
+              needs=[1, 1])
 """
 
 
