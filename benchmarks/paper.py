@@ -52,11 +52,11 @@ from benchmarks.serving.http import HttpError
 from benchmarks.serving.report import machine, write_json
 from benchmarks.serving.setting import progress
 from dance_jax.config import ClusterSpec, EngineConfig, UserError
-from dance_jax.launch.costs import cluster_cost, state_bytes
+from dance_jax.launch.costs import cluster_cost, exchanged_bytes
 from dance_jax.launch.defaults import demo_dir, engine_config
 from dance_jax.launch.prompts import check_writable
 from dance_jax.models.config import ModelConfig
-from dance_jax.models.directory import read_config
+from dance_jax.models.convert import outline
 from dance_jax.models.tokenizer import Tokenizer
 from dance_jax.placement import POLICIES, Activations, Cost
 from dance_jax.placement.simulate import Model
@@ -215,8 +215,9 @@ def check(options: argparse.Namespace, directory: pathlib.Path) -> Work:
     check_files(options)
     usual = SHAPES[options.shape].memory if options.shape else MEMORY
     memory = usual if options.memory is None else options.memory
-    model = read_config(directory)
-    return Work(directory, memory, model, engine_config(model), workloads)
+    model = outline(directory)
+    config = engine_config(model.config, formats=model.formats)
+    return Work(directory, memory, model.config, config, workloads)
 
 
 class Evaluation:
@@ -282,7 +283,8 @@ class Evaluation:
                 len(model.moe_layers),
                 model.num_experts,
                 model.top_k,
-                state_bytes(model.hidden_size, self._work.config),
+                # The simulator's sums are as long as its hidden states.
+                exchanged_bytes(model.hidden_size, self._work.config) // 2,
             ),
             self._work.config,
             setup(self._options, self._work),
@@ -308,7 +310,7 @@ class Evaluation:
     ) -> None:
         """All policies and seeds at one rate."""
         spec, layers = self._place.spec, len(self._work.model.moe_layers)
-        row = 2 * state_bytes(self._work.model.hidden_size, self._work.config)
+        row = exchanged_bytes(self._work.model.hidden_size, self._work.config)
         for policy in self._options.policies:
             known = [c for c in self._cells if (c.rate, c.workload) == (rate, workload.name)]
             cost = self._cost(rate, known)

@@ -106,6 +106,9 @@ class ClusterSpec:
 
 #: What users may ask for of the exchange of rows between servers.
 EXCHANGES = ("auto", "calls", "collectives")
+#: Servers that can step together: each pair has collectives of its own, and every step counts what
+#: every pair exchanged.
+MOST_TOGETHER = 31
 #: What users may ask for, of experts and of the trunk; "int4-mixed" leaves an expert's last
 #: projection eight bits, and in the trunk attention, embedding and output.
 EXPERT_CHOICES = ("keep", "bf16", "int8", "int4", "int4-mixed", "mxfp4")
@@ -155,9 +158,10 @@ class EngineConfig:
     dtype: str = "float32"
     #: What weights were rounded to when the model was converted.
     rounding: Rounding = Rounding()
-    #: What hidden states and sums between servers are rounded to: "compute" (not at all: `dtype`),
-    #: "bfloat16" or "int8" (with one float32 scale for each).
-    wire_dtype: str = "compute"
+    #: What hidden states are rounded to before routed experts, wherever these are: "float32" (they
+    #: are not) or "bfloat16"; or "int8" with one float32 scale for each, which only those are that
+    #: go to another server. Sums come back in float32.
+    wire_dtype: str = "float32"
     #: How servers exchange rows: "calls" (each steps on its own, and experts answer calls),
     #: "collectives" (all step together, in one jax.distributed job), or "auto": what is predicted
     #: to be faster.
@@ -168,11 +172,6 @@ class EngineConfig:
     route_sample: int = 4096
     #: Seconds after which a token's chance to be among them has halved; None: all have the same.
     half_life: float | None = None
-
-    @property
-    def sent_dtype(self) -> str:
-        """dtype of hidden states and sums between servers."""
-        return self.dtype if self.wire_dtype == "compute" else self.wire_dtype
 
     @property
     def buckets(self) -> tuple[tuple[int, int], ...]:
@@ -192,3 +191,16 @@ class EngineConfig:
     def max_blocks(self) -> int:
         """KV blocks of the longest sequence."""
         return -(-self.max_model_len // self.block_size)
+
+
+def check_together(servers: int) -> None:
+    """Checks that so many servers can step together.
+
+    Raises:
+        UserError: there are too many.
+    """
+    if servers > MOST_TOGETHER:
+        raise UserError(
+            f"{servers} servers: with --exchange collectives at most {MOST_TOGETHER} can step "
+            "together; take --exchange calls (or auto)"
+        )

@@ -66,8 +66,10 @@ class LLM:
             half of the memory that is free.
         exchange: how servers exchange rows: "calls" (each steps on its own, on CPUs with a C++
             compiler), "collectives" (all step together), or "auto": calls where all can.
-        wire_dtype: of hidden states between servers: "compute" (as they are, exact), "bfloat16"
-            or "int8".
+        wire_dtype: what hidden states are rounded to before routed experts, wherever these are:
+            "float32" (they are not), "bfloat16", or "auto": bfloat16 where the weights of routed
+            experts have 16 bits or less. With "int8" only those are rounded that go to another
+            server.
         experts: what the weights of routed experts are rounded to when the model is converted:
             "keep" (they are not), "bf16", "int8", "int4", "int4-mixed" (the last projection has
             eight bits), "mxfp4".
@@ -95,7 +97,7 @@ class LLM:
         dtype: str | None = None,
         max_num_seqs: int = 16,
         kv_memory: int | None = None,
-        wire_dtype: str = "compute",
+        wire_dtype: str = "auto",
         exchange: str = "auto",
         experts: str = "keep",
         trunk: str = "keep",
@@ -137,6 +139,7 @@ class LLM:
             exchange=exchange,
             kv_memory=kv_memory,
             rounding=rounding,
+            formats=checkpoint.formats,
         )
         self._seeds = (sample_seed(seed, number) for number in itertools.count())
         self._numbers = itertools.count()

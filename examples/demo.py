@@ -84,7 +84,9 @@ def demo(options: argparse.Namespace, cache: pathlib.Path, console: Console) -> 
         path = ensure_converted(demo_dir(), cache / "models", progress)
     converted = time.monotonic() - began
     checkpoint = Checkpoint.open(path)
-    config = engine_config(checkpoint.config, platform=default_platform())
+    config = engine_config(
+        checkpoint.config, platform=default_platform(), formats=checkpoint.formats
+    )
     runs = []
     for policy in POLICIES:
         console.rule(f"policy {policy}")

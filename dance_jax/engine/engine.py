@@ -37,7 +37,7 @@ from dance_jax.models import kernels_cpu
 from dance_jax.models.checkpoint import WeightSource
 from dance_jax.models.experts import Weights
 from dance_jax.models.messages import Transport
-from dance_jax.placement.core import Layout, Placement
+from dance_jax.placement.core import Layout
 
 #: Called with (stage, parts done, parts in all).
 Progress = Callable[[str, int, int], None]
@@ -59,9 +59,8 @@ def whole_model(checkpoint: WeightSource) -> Layout:
     config = checkpoint.config
     shape = (1, len(config.moe_layers), config.num_experts)
     count = shape[1] * shape[2]
-    holders = Placement(np.ones(shape, bool)).holders
     slot_of = np.arange(count, dtype=np.int32).reshape(shape)
-    return Layout(holders, np.zeros(shape, np.int32), slot_of, (1,), (count,))
+    return Layout(np.zeros(shape, np.int32), slot_of, (1,), (count,))
 
 
 class Engine:

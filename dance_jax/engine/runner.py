@@ -57,6 +57,7 @@ from dance_jax.models.messages import Transport, say
 from dance_jax.models.topology import AXIS, Topology
 from dance_jax.models.trunk import Trunk, rope_of, take_apart
 from dance_jax.placement.core import Layout
+from dance_jax.placement.visit import masks
 
 #: Reads experts: pairs (layer, expert) -> their places and weights, in any order.
 ReadExperts = Callable[[list[tuple[int, int]]], Iterable[tuple[int, Weights]]]
@@ -194,13 +195,13 @@ class Runner:
             return Calls()
         if transport is None and servers > 1:
             return HostCalls()
-        sent_dtype = jnp.dtype(self.config.sent_dtype)
-        return LockStep(self.topology, self.form, transport or Collectives(), sent_dtype)
+        wire_dtype = jnp.dtype(self.config.wire_dtype)
+        return LockStep(self.topology, self.form, transport or Collectives(), wire_dtype)
 
     def _call_server(self, servers: int) -> CallServer | HostCallServer | None:
         model, config, pools = self.model_config, self.config, self.pools
         shape = (self.rank, servers, len(model.moe_layers), model.num_experts)
-        wire, most_rows = config.sent_dtype, config.max_step_tokens
+        wire, most_rows = config.wire_dtype, config.max_step_tokens
         if isinstance(pools, NativePools) and isinstance(self.exchange, Calls):
             return CallServer(*shape, wire, most_rows, pools.devices)
         if isinstance(pools, ArrayPools) and isinstance(self.exchange, HostCalls):
@@ -246,7 +247,7 @@ class Runner:
         return layer * self.model_config.num_experts + expert
 
     def _build_tables(self, layout: Layout) -> Tables:
-        holders = [layout.holders] * len(self.devices)
+        holders = [masks(layout.resident)] * len(self.devices)
         slot_of = [
             np.where(layout.device_of[self.rank] == d, layout.slot_of[self.rank], -1)
             for d in range(len(self.devices))
@@ -269,7 +270,7 @@ class Runner:
         if self.calls is None:
             self.tables = self._build_tables(layout)
         else:
-            self.calls.use(number, layout.device_of >= 0)
+            self.calls.use(number, layout.resident)
         if isinstance(self.calls, CallServer):
             callers = [np.int32(caller) for caller in self.calls.callers]
             self._callers = self.shards.per_device(callers)
@@ -277,7 +278,7 @@ class Runner:
     def stage_tables(self, layout: Layout, number: int) -> None:
         """What others refuse, as they have batch `number` in force, is where `layout` says."""
         if self.calls is not None:
-            self.calls.stage(number, layout.device_of >= 0)
+            self.calls.stage(number, layout.resident)
 
     def drop_tables(self, number: int) -> None:
         """Batch `number` will not be in force, nor will those after it."""

@@ -80,11 +80,12 @@ class Staging:
         before = self.latest
         if number <= self._last:
             raise ValueError(f"batch {number} after batch {self._last}: numbers must grow")
-        same = (layout.devices, layout.slots_per_device) == (
+        same = (layout.devices, layout.slots_per_device, layout.device_of.shape) == (
             before.devices,
             before.slots_per_device,
+            before.device_of.shape,
         )
-        if not same or layout.holders.shape != before.holders.shape:
+        if not same:
             raise ValueError(f"batch {number}: its layout is for other servers or another model")
         needed = new_slots(before, layout, self._rank)
         if missing := sorted(needed - set(experts)):
@@ -97,7 +98,7 @@ class Staging:
         for (device, slot), weights in sorted(experts.items(), key=lambda item: item[0]):
             self._check(number, tables, device, slot, weights)
             layer, expert = tables[device][slot].tolist()
-            which = layer * layout.holders.shape[1] + expert
+            which = layer * layout.device_of.shape[2] + expert
             writes[device].append(SlotWrite(slot, which, weights))
         batch = Batch(number, layout, writes)
         self._batches.append(batch)

@@ -126,6 +126,7 @@ def _launch(options: argparse.Namespace, platform: str, console: Console) -> int
         exchange=options.exchange,
         kv_memory=options.kv_memory,
         rounding=rounding,
+        formats=model.formats,
     )
     if prompts is None:
         config = dataclasses.replace(config, half_life=moving.half_life_s)

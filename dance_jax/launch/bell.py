@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import zmq
 
-from dance_jax.models.connections import Listener, mesh
+from dance_jax.models.connections import Key, Listener, mesh
 
 _NUMBER = struct.Struct("<Q")
 
@@ -104,7 +104,7 @@ class Bell:
 
 
 def hang(
-    rank: int, names: Sequence[str], listener: Listener, endpoints: Sequence[str], key: bytes
+    rank: int, names: Sequence[str], listener: Listener, endpoints: Sequence[str], key: Key
 ) -> Bell:
     """Connects this server's bell with all others'; they do it at the same time.
 
@@ -112,7 +112,7 @@ def hang(
         rank: this server's.
         names, endpoints: of all servers, by rank.
         listener: this server's.
-        key: secret of the servers.
+        key: of the servers.
 
     Raises:
         RuntimeError: a server cannot be reached, or is a stranger.

@@ -61,7 +61,7 @@ def running_cost(
 def cluster_cost(spec: ClusterSpec, model: ModelConfig, config: EngineConfig) -> Cost:
     """What policies that predict time know of the servers.
 
-    A hidden state and the sum that comes back take 2 x their bytes / bandwidth of a link. A link of
+    A hidden state and the sum that comes back take their bytes / bandwidth of a link. A link of
     unknown rate counts as the fastest that is known, a device of unknown expert time as the mean of
     the known. Without any rate all links and devices are equal (`Cost.reference`); without any
     time calls have the weight of `Cost.of_links`.
@@ -69,7 +69,7 @@ def cluster_cost(spec: ClusterSpec, model: ModelConfig, config: EngineConfig) ->
     rate_n = _filled((server.bandwidth for server in spec.servers), max)
     if rate_n is None:
         return Cost.reference(spec.devices, model.top_k)
-    state_n = 2 * 8 * state_bytes(model.hidden_size, config) / rate_n
+    state_n = 8 * exchanged_bytes(model.hidden_size, config) / rate_n
     cost = Cost.of_links(state_n, spec.devices, model.top_k)
     call_n = _filled((server.expert_time for server in spec.servers), statistics.fmean)
     return cost if call_n is None else dataclasses.replace(cost, call=call_n)
@@ -92,11 +92,11 @@ def cost_note(spec: ClusterSpec) -> str | None:
     return f"{why}: all links count the same{without}."
 
 
-def state_bytes(width: int, config: EngineConfig) -> int:
-    """Bytes of one hidden state, or of one sum, between servers."""
-    state = jax.ShapeDtypeStruct((1, width), jnp.dtype(config.dtype))
-    encoded = functools.partial(encode, dtype=jnp.dtype(config.sent_dtype))
-    return row_bytes(jax.eval_shape(encoded, state))
+def exchanged_bytes(width: int, config: EngineConfig) -> int:
+    """Bytes of one hidden state to another server, and of its sum back."""
+    total = jax.ShapeDtypeStruct((1, width), jnp.dtype(jnp.float32))
+    encoded = functools.partial(encode, dtype=jnp.dtype(config.wire_dtype))
+    return row_bytes(jax.eval_shape(encoded, total)) + total.size * total.dtype.itemsize
 
 
 def _filled(

@@ -8,6 +8,7 @@ import pathlib
 from dance_jax.config import EXCHANGES, EngineConfig, Rounding, UserError
 from dance_jax.engine.kv_cache import num_blocks
 from dance_jax.models.config import ModelConfig
+from dance_jax.models.formats import Formats
 
 #: Context when none is asked for, if the model's own is longer: every slot holds it in memory.
 DEFAULT_MODEL_LEN = 2048
@@ -17,8 +18,9 @@ DEFAULT_NUM_SEQS = 16
 FEW_ROWS = (4,)
 #: Slices of prefill in blocks. The first, beside a decode, is to take about as long as the decode.
 CPU_SLICES, SLICES = (1, 4), (8, 32)
-#: How hidden states travel between servers; "compute": in the engine's dtype, exact.
-WIRE_DTYPES = ("compute", "bfloat16", "int8")
+#: What hidden states are rounded to before routed experts (`EngineConfig.wire_dtype`); "auto": the
+#: checkpoint's own type (`own_wire_dtype`).
+WIRE_DTYPES = ("auto", "float32", "bfloat16", "int8")
 
 
 def demo_dir() -> pathlib.Path:
@@ -39,6 +41,20 @@ def default_platform() -> str:
     return "cuda" if wanted in ("cuda", "gpu") else "cpu"
 
 
+def own_wire_dtype(dtype: str, formats: Formats | None) -> str:
+    """What hidden states are rounded to before routed experts if nobody says.
+
+    Weights of 16 bits and less were made to be multiplied with activations of 16, whatever they are
+    kept as: the matrices of routed experts decide, as the rows are for them.
+
+    Args:
+        dtype: of activations.
+        formats: of the checkpoint's weights; None: all are float32.
+    """
+    wide = formats is None or any(form.kind == "float32" for form in formats.experts.values())
+    return "float32" if wide and dtype == "float32" else "bfloat16"
+
+
 def engine_config(
     model: ModelConfig,
     max_model_len: int | None = None,
@@ -47,10 +63,11 @@ def engine_config(
     dtype: str | None = None,
     max_num_seqs: int = DEFAULT_NUM_SEQS,
     platform: str = "cpu",
-    wire_dtype: str = "compute",
+    wire_dtype: str = "auto",
     exchange: str = "auto",
     kv_memory: int | None = None,
     rounding: Rounding | None = None,
+    formats: Formats | None = None,
 ) -> EngineConfig:
     """Configuration of the engines of a model.
 
@@ -67,6 +84,7 @@ def engine_config(
         exchange: one of EXCHANGES, see `EngineConfig.exchange`.
         kv_memory: bytes of each device's KV cache; None: see `EngineConfig.kv_memory`.
         rounding: what weights are rounded to when the model is converted.
+        formats: how the checkpoint's weights are kept; None: as float32.
 
     Raises:
         UserError: a value is wrong or more than the model can do.
@@ -96,7 +114,7 @@ def engine_config(
         slice_rows=SLICES if platform == "cuda" else CPU_SLICES,
         dtype=dtype,
         seed=seed,
-        wire_dtype=wire_dtype,
+        wire_dtype=own_wire_dtype(dtype, formats) if wire_dtype == "auto" else wire_dtype,
         exchange=exchange,
         kv_memory=kv_memory,
         rounding=rounding or Rounding(),

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 
-from dance_jax.config import ClusterSpec, EngineConfig, UserError
-from dance_jax.launch.costs import DEFAULT_RATE, state_bytes
+from dance_jax.config import (
+    MOST_TOGETHER,
+    ClusterSpec,
+    EngineConfig,
+    UserError,
+    check_together,
+)
+from dance_jax.launch.costs import DEFAULT_RATE, exchanged_bytes
 from dance_jax.models.config import ModelConfig
 
 #: Seconds of the host in a layer whose parts it drives, and in a call more: its own and the
@@ -43,10 +49,14 @@ def choose_exchange(
             "exchange=collectives: servers of different platforms cannot form one job; "
             "take exchange=calls (or auto)"
         )
+    if config.exchange == "collectives":
+        check_together(len(spec.servers))
     if config.exchange != "auto":
         return ExchangeChoice(config.exchange, "as was asked for")
     if spec.platform == "mixed":
         return ExchangeChoice("calls", "servers of different platforms cannot form one job")
+    if len(spec.servers) > MOST_TOGETHER:
+        return ExchangeChoice("calls", f"at most {MOST_TOGETHER} servers can step together")
     if spec.platform == "cpu":
         return ExchangeChoice("calls", "on CPUs no server waits for the steps of others")
     calls_s, collectives_s = predicted_step_s(spec, model, config, local_share)
@@ -69,7 +79,7 @@ def predicted_step_s(
     may go. A link of unknown rate counts as DEFAULT_RATE.
     """
     rate = min(server.bandwidth or DEFAULT_RATE for server in spec.servers)
-    row_s = 2 * 8 * state_bytes(model.hidden_size, config) / rate
+    row_s = 8 * exchanged_bytes(model.hidden_size, config) / rate
     misses = 1 - local_share**model.top_k
     others = len(spec.servers) - 1
     calls_s = HOST_S + misses * (CALL_S + ROUND_TRIP_S + row_s)

@@ -256,6 +256,7 @@ class Fleet(abc.ABC):
             model="" if server.from_peers else server.model or (self.model if remote else here),
             model_files=self._model_files if server.from_peers else b"",
             fingerprint=self.checkpoint.fingerprint,
+            experts=self.checkpoint.form(self.config.dtype).name,
             layout=dump_layout(self.layout),
             control=control,
             control_key=key,

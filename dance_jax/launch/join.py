@@ -10,7 +10,7 @@ from dance_jax.config import UserError
 from dance_jax.launch import cores
 from dance_jax.launch.control import bracketed
 from dance_jax.launch.protocol import Setup
-from dance_jax.models.connections import Listener
+from dance_jax.models.connections import Key, Listener
 
 log = logging.getLogger("dance_jax.worker")
 
@@ -32,8 +32,8 @@ def coordinator_endpoint(setup: Setup) -> str:
     return f"{bracketed(address)}:{port}"
 
 
-def listen(setup: Setup, key: bytes) -> Listener:
-    """This server's listener for connections from the others, who know this key."""
+def listen(setup: Setup, key: Key) -> Listener:
+    """This server's listener for connections from the others, who have this key."""
     address = own_address(setup)
     try:
         return Listener(setup.rank, setup.spec.names, address, key)

@@ -80,13 +80,15 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),
-        help="of activations, KV cache and wire (default: float32 on CPU, bfloat16 on GPU)",
+        help="of activations and KV cache (default: float32 on CPU, bfloat16 on GPU)",
     )
     parser.add_argument(
         "--wire-dtype",
         choices=WIRE_DTYPES,
-        default="compute",
-        help="of hidden states between servers; compute: as they are, exact (%(default)s)",
+        default="auto",
+        help="what hidden states are rounded to before routed experts, wherever these are; int8: "
+        "only those that go to another server; auto: bfloat16 where the experts' weights have 16 "
+        "bits or less, else not at all (%(default)s)",
     )
     parser.add_argument(
         "--exchange",

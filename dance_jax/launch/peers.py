@@ -22,7 +22,7 @@ import numpy as np
 from dance_jax.config import UserError
 from dance_jax.launch.loading import Read
 from dance_jax.launch.protocol import Load
-from dance_jax.models.connections import Listener, dial
+from dance_jax.models.connections import Key, Listener, dial
 from dance_jax.models.experts import ExpertFormat, Weights
 
 log = logging.getLogger("dance_jax.peers")
@@ -81,7 +81,7 @@ class Peers:
         rank: this server's.
         names, endpoints: of all servers, by rank; an endpoint may change.
         listener: this server's.
-        key: secret of the servers.
+        key: of the servers.
     """
 
     _TOPIC = "peers"
@@ -92,7 +92,7 @@ class Peers:
         names: Sequence[str],
         listener: Listener,
         endpoints: list[str],
-        key: bytes,
+        key: Key,
     ) -> None:
         self.rank = rank
         self._names, self._listener, self._key = names, listener, key

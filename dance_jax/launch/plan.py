@@ -17,8 +17,9 @@ from dance_jax.models.config import ModelConfig
 from dance_jax.models.rounding import unfit_report
 from dance_jax.placement.activations import Activations
 from dance_jax.placement.core import Layout, Placement, spread
-from dance_jax.placement.policies import DEFAULT_POLICY, place, usable
+from dance_jax.placement.policies import DEFAULT_POLICY, place, usable, why_not
 from dance_jax.placement.spare import spare_slots
+from dance_jax.placement.visit import MAX_SERVERS
 
 #: Policies that weigh what links and devices cost.
 TIMED_POLICIES = ("latency",)
@@ -90,7 +91,7 @@ class Plan:
     #: Of all expert calls, weighed by the activations' counts.
     local_share: float
     expert_bytes: int
-    #: How weights are kept, in words.
+    #: How weights are kept and hidden states travel, in words.
     weights: str
     exchange: ExchangeChoice
     #: Sentences on what the policy had to do without.
@@ -101,8 +102,10 @@ def rooms(spec: ClusterSpec, model: ModelFacts, config: EngineConfig) -> tuple[R
     """What each server holds, in their order.
 
     Raises:
-        UserError: the servers together lack memory for the experts.
+        UserError: there are too many servers, or together they lack memory for the experts.
     """
+    if len(spec.servers) > MAX_SERVERS:
+        raise UserError(f"{len(spec.servers)} servers: at most {MAX_SERVERS} can serve a model")
     experts = len(model.config.moe_layers) * model.config.num_experts
     expert_bytes = model.expert_bytes(config.dtype)
     # No device can use more slots than there are experts.
@@ -151,8 +154,8 @@ def make_plan(
         spec: the servers; rates that are to be measured have been, or count as unknown.
         model: the checkpoint.
         config: of the engines.
-        policy: a name in `placement.POLICIES`; where it needs routes and there are none,
-            `placement.usable` takes another.
+        policy: a name in `placement.POLICIES`; where it cannot place, `placement.usable` takes
+            another.
         activations: statistics of every server's requests; None: all counts are equal.
         apart: share of what crosses links while one server has tokens, see `Cost.apart`.
 
@@ -199,16 +202,19 @@ def make_plan(
         exchange=choose_exchange(spec, model.config, config, placement.local_share(counts)),
         notes=(
             *model_notes(model.config, config),
-            *_notes(spec, policy, used, activations),
+            *_notes(spec, why_not(policy, routes), used, activations),
             *spare_notes(servers, placement),
         ),
     )
 
 
 def weights_note(model: ModelFacts, config: EngineConfig) -> str:
-    """How weights are kept, in words."""
+    """How weights are kept and hidden states travel, in words."""
     experts, trunk = model.expert_formats(config.dtype), model.trunk_formats(config.dtype)
-    return f"Weights: experts {experts}, trunk {trunk}."
+    return (
+        f"Weights: experts {experts}, trunk {trunk}.\n"
+        f"Wire: hidden states in {config.wire_dtype}, sums in float32."
+    )
 
 
 def model_notes(model: ModelConfig, config: EngineConfig) -> Iterator[str]:
@@ -234,16 +240,15 @@ def model_notes(model: ModelConfig, config: EngineConfig) -> Iterator[str]:
 
 
 def _notes(
-    spec: ClusterSpec, policy: str, used: str, activations: Activations | None
+    spec: ClusterSpec, why: str, used: str, activations: Activations | None
 ) -> Iterator[str]:
     if activations is None:
         yield (
             "No activations were given (--activations): every expert counts the same for every "
             "server."
         )
-    if used != policy:
-        why = "there are none" if activations is None else "the activations have counts only"
-        yield f"{policy} needs routes, {why}: {used} places instead."
+    if why:
+        yield f"{why}: {used} places instead."
     note = cost_note(spec) if used in TIMED_POLICIES else None
     if note is not None:
         yield note
@@ -293,7 +298,7 @@ def format_bytes(count: float) -> str:
     raise AssertionError
 
 
-_LAYOUT_KEYS = ("holders", "device_of", "slot_of", "devices", "slots_per_device")
+_LAYOUT_KEYS = ("device_of", "slot_of", "devices", "slots_per_device")
 
 
 def dump_layout(layout: Layout) -> bytes:
@@ -309,7 +314,6 @@ def parse_layout(content: bytes) -> Layout:
     with np.load(io.BytesIO(content), allow_pickle=False) as file:
         found = {key: file[key] for key in _LAYOUT_KEYS}
     return Layout(
-        holders=found["holders"],
         device_of=found["device_of"],
         slot_of=found["slot_of"],
         devices=tuple(int(n) for n in found["devices"]),

@@ -31,8 +31,9 @@ class Setup(msgspec.Struct, kw_only=True):
     #: Config and tokenizer for a server that has no such directory (`model_files.pack`); empty:
     #: it has.
     model_files: bytes = b""
-    #: Fingerprint the model there must have.
+    #: Fingerprint the model there must have, and the format of its experts (`ExpertFormat.name`).
     fingerprint: str
+    experts: str
     #: The layout, as an npz file's content (`plan.dump_layout`).
     layout: bytes
     #: ZeroMQ endpoint of the parent.

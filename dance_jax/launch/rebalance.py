@@ -198,7 +198,7 @@ def _settled(
 
 def resident(layout: Layout) -> Placement:
     """Which server holds what."""
-    return Placement(layout.device_of >= 0)
+    return Placement(layout.resident)
 
 
 def most_loads(expert_bytes: int) -> int:

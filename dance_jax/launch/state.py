@@ -102,7 +102,7 @@ def load(directory: str | os.PathLike[str]) -> State | None:
 
 def resumed_plan(spec: ClusterSpec, model: ModelFacts, config: EngineConfig, state: State) -> Plan:
     """The plan that goes on where a service before ended."""
-    placement, held = Placement(state.layout.device_of >= 0), rooms(spec, model, config)
+    placement, held = Placement(state.layout.resident), rooms(spec, model, config)
     counts = state.statistics.counts
     residents = placement.resident.sum(2).tolist()
     shares = placement.local_shares(counts).tolist()

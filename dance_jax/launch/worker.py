@@ -38,7 +38,7 @@ from dance_jax.launch.control import Connection, derived
 from dance_jax.launch.join import coordinator_endpoint, join, listen
 from dance_jax.launch.model_files import ModelFiles
 from dance_jax.launch.protocol import Setup
-from dance_jax.models.connections import Listener
+from dance_jax.models.connections import Identity, Key, Listener
 
 if TYPE_CHECKING:
     from dance_jax.engine.engine import Engine, StepResult
@@ -105,7 +105,8 @@ def main() -> None:
     status = 0
     try:
         channel.send(protocol.Hello(os.getpid()))
-        key = derived(setup.key, "servers")
+        identity = Identity(setup.fingerprint, setup.experts, setup.config.wire_dtype)
+        key = Key(derived(setup.key, "servers"), identity)
         with contextlib.closing(listen(setup, key)) as listener:
             _serve(*_start(setup, files, channel, listener, key))
     except Stopped:
@@ -130,7 +131,7 @@ def _told_to_stop(channel: Channel) -> bool:
 
 
 def _start(
-    setup: Setup, files: ModelFiles, channel: Channel, listener: Listener, key: bytes
+    setup: Setup, files: ModelFiles, channel: Channel, listener: Listener, key: Key
 ) -> tuple[Worker, Bell | None]:
     """Makes ready to serve, together with all others.
 
@@ -239,7 +240,7 @@ def _open_model(setup: Setup, cache: pathlib.Path, channel: Channel) -> Checkpoi
     """This machine's copy of the model, downloaded and converted into its cache if need be.
 
     Raises:
-        UserError: it is missing, torn or another one, or cannot be downloaded.
+        UserError: it is missing, torn, another one or in other formats, or cannot be downloaded.
     """
     from dance_jax.launch.defaults import demo_dir
     from dance_jax.models import hub
@@ -256,6 +257,12 @@ def _open_model(setup: Setup, cache: pathlib.Path, channel: Channel) -> Checkpoi
         ) as pool:
             path = pool.submit(_convert, path, cache / "models", setup.config.rounding).result()
     checkpoint = Checkpoint.open(path)
+    experts = checkpoint.form(setup.config.dtype).name
+    if experts != setup.experts:
+        raise UserError(
+            f"{path}: its experts are kept as {experts}, those of the launch as {setup.experts}; "
+            "all servers need one format: convert the model with the same --experts"
+        )
     if checkpoint.fingerprint != setup.fingerprint:
         raise UserError(
             f"{path}: is not the model that the launch is for (fingerprint "

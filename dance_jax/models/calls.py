@@ -21,7 +21,7 @@ import numpy as np
 from jax import Array
 
 from dance_jax.models import native
-from dance_jax.models.connections import Listener, dial
+from dance_jax.models.connections import Key, Listener, dial
 from dance_jax.models.kernels_cpu import NativePool
 
 #: Kinds of a wire by their numbers in C++.
@@ -223,7 +223,7 @@ class Lines:
         rank: this server's.
         names: of all servers, by rank.
         listener: this server's; from now on the others' connections are let in.
-        key: secret of the servers.
+        key: of the servers.
         topic: tells the connections of several `CallServer`s apart.
     """
 
@@ -232,7 +232,7 @@ class Lines:
         rank: int,
         names: Sequence[str],
         listener: Listener,
-        key: bytes,
+        key: Key,
         topic: str = "calls",
     ) -> None:
         self._rank, self._names, self._key, self._topic = rank, names, key, topic

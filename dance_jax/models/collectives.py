@@ -21,7 +21,6 @@ import numpy as np
 from jax import Array, lax
 
 from dance_jax.models.messages import (
-    Columns,
     Exchanged,
     Incoming,
     Outgoing,
@@ -79,18 +78,19 @@ class Collectives:
         expert, weight, *hidden = split_columns(box, like)
         largest = rows.max()
         work, loaded = agree(heads[:, num])
+        sum_bytes = np.dtype(np.float32).itemsize * outgoing.hidden[0].shape[-1]
         exchanged = Exchanged(
             # With the order in them, they tie the sums' messages to these.
             rows=rows + order,
-            bytes=wire_bytes(rows, first, row_bytes(like), row_bytes(outgoing.hidden)),
+            bytes=wire_bytes(rows, first, row_bytes(like), sum_bytes),
             work=work,
             loaded=loaded,
             memory=jnp.maximum(jnp.minimum(largest, LADDER[-1]) * CREDIT_STEPS, memory - 1),
         )
         return Incoming(expert, weight, tuple(hidden)), exchanged
 
-    def give_back(self, topology: Topology, sums: Columns, goes: Array, rows: Array) -> Columns:
-        packed = join_columns(sums)
+    def give_back(self, topology: Topology, sums: Array, goes: Array, rows: Array) -> Array:
+        packed = join_columns((sums,))
         returned = jnp.zeros((*goes.shape, packed.shape[1]), jnp.uint8)
         empty = jnp.zeros((goes.shape[1] + CHUNKS[0], packed.shape[1]), jnp.uint8)
         place, order = jnp.int32(0), jnp.int32(0)
@@ -100,7 +100,7 @@ class Collectives:
             place += rows[peer, topology.rank]
             position_g = jnp.maximum(jnp.cumsum(goes[peer].astype(jnp.int32)) - 1, 0)
             returned = returned.at[peer].set(box[position_g])
-        return split_columns(returned, sums)
+        return split_columns(returned, (sums,))[0]
 
 
 def _to_front(rows_gw: Array, goes_g: Array) -> Array:

@@ -1,14 +1,17 @@
 """Connections between all servers of a launch, which only those with its key can make.
 
 Every server has one listener. A connection to it has a topic, what it is for, and an index, where
-two servers have several for one topic.
+two servers have several for one topic. Who has proved that it knows the key says what it is a
+server of (`Identity`), and is refused where that is something else.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import hmac
+import json
 import logging
 import secrets
 import socket
@@ -16,6 +19,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 log = logging.getLogger(__name__)
 
@@ -23,8 +27,13 @@ log = logging.getLogger(__name__)
 TIMEOUT_S = 60.0
 #: Seconds a new connection has to authenticate.
 _HANDSHAKE_S = 10
+#: Number of what servers say to each other once they are connected. It grows whenever a message of
+#: any topic becomes another one; how a connection begins must stay for it to be understood.
+PROTOCOL = 1
 #: How a connection begins: the caller's rank, the index, and the bytes of the topic that follows.
 _CALL = struct.Struct("<IIB")
+#: Before an identity: its bytes.
+_LENGTH = struct.Struct("<H")
 _NONCE_BYTES = 32
 _MAC_BYTES = hashlib.sha256().digest_size
 #: An idle peer whose machine is gone shows after 4 + 3 * 2 seconds.
@@ -34,6 +43,37 @@ _KEEPALIVE = (("TCP_KEEPIDLE", 4), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 3))
 Admit = Callable[[int, int, socket.socket], None]
 
 
+@dataclasses.dataclass(frozen=True)
+class Identity:
+    """What servers that call each other have in common."""
+
+    #: The model's fingerprint.
+    model: str
+    #: Format of routed experts (`ExpertFormat.name`).
+    experts: str
+    #: `EngineConfig.wire_dtype`.
+    wire: str
+    protocol: int = PROTOCOL
+
+
+#: Fields of `Identity` in words, and what to do about servers that differ in one. Those of another
+#: protocol may have other fields: it comes first.
+_FIELDS = {
+    "protocol": ("protocol", "install the same version of dance_jax on all servers"),
+    "model": ("model", "copy the same files of the model to all servers"),
+    "experts": ("format of experts", "convert the model with the same --experts for all servers"),
+    "wire": ("wire type", "start all servers with the same --wire-dtype"),
+}
+
+
+class Key(NamedTuple):
+    """What a server shows others that it is one of them by."""
+
+    #: Of the launch.
+    secret: bytes
+    identity: Identity
+
+
 class Listener:
     """Where the other servers reach this one, on a free port.
 
@@ -41,13 +81,13 @@ class Listener:
         rank: this server's.
         names: of all servers, by rank.
         address: IP address or host name of this server, where the others reach it.
-        key: secret of the servers; who does not know it is not let in.
+        key: whose secret somebody does not know is not let in, nor who is of another identity.
 
     Raises:
         OSError: the address cannot be listened on.
     """
 
-    def __init__(self, rank: int, names: Sequence[str], address: str, key: bytes) -> None:
+    def __init__(self, rank: int, names: Sequence[str], address: str, key: Key) -> None:
         self._rank, self._names, self._key = rank, names, key
         self._admits: dict[str, Admit] = {}
         #: The last call of each rank, topic and index.
@@ -110,7 +150,7 @@ class Listener:
             admit = self._wanted(topic, call)
             _tune(connection)
         except (OSError, _Stranger) as error:
-            log.warning("a stranger at %s was not let in: %s", where, error)
+            log.warning("a caller at %s was not let in: %s", where, error)
             connection.close()
             return
         admit(rank, index, connection)
@@ -140,7 +180,7 @@ def dial(
     peer: int,
     name: str,
     endpoint: str,
-    key: bytes,
+    key: Key,
     topic: str,
     index: int = 0,
     timeout_s: float = TIMEOUT_S,
@@ -152,13 +192,13 @@ def dial(
     Args:
         rank: this server's.
         peer, name, endpoint: the other server's.
-        key: secret of the servers.
+        key: of the servers.
         topic: what for, in a word.
         index: tells several connections for one topic apart.
         timeout_s: seconds until the connection is given up.
 
     Raises:
-        RuntimeError: the other server cannot be reached, or has another key.
+        RuntimeError: the other server cannot be reached, or has another key or identity.
     """
     host, _, port = endpoint.rpartition(":")
     connection = None
@@ -178,7 +218,7 @@ def mesh(
     names: Sequence[str],
     listener: Listener,
     endpoints: Sequence[str],
-    key: bytes,
+    key: Key,
     topic: str,
 ) -> dict[int, socket.socket]:
     """One connection with each other server, by rank; all servers call it.
@@ -187,11 +227,12 @@ def mesh(
         rank: this server's.
         names, endpoints: of all servers, by rank.
         listener: this server's.
-        key: secret of the servers.
+        key: of the servers.
         topic: what for.
 
     Raises:
-        RuntimeError: a server cannot be reached, did not come in time, or has another key.
+        RuntimeError: a server cannot be reached, did not come in time, or has another key or
+            identity.
     """
     higher = range(rank + 1, len(names))
     deadline = time.monotonic() + TIMEOUT_S
@@ -239,8 +280,8 @@ def _tune(connection: socket.socket) -> None:
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
 
-# Both prove that they know the key, by an HMAC of random numbers of both, of who they are, and of
-# what the connection is for.
+# Both prove that they know the secret, by an HMAC of random numbers of both, of who they are, and
+# of what the connection is for. Only then either tells the other its identity.
 
 
 class _Stranger(Exception):
@@ -248,7 +289,7 @@ class _Stranger(Exception):
 
 
 def _introduce(
-    connection: socket.socket, rank: int, peer: int, index: int, topic: str, key: bytes
+    connection: socket.socket, rank: int, peer: int, index: int, topic: str, key: Key
 ) -> None:
     """The dialling end: server `rank` calls server `peer`."""
     connection.settimeout(_HANDSHAKE_S)
@@ -256,27 +297,48 @@ def _introduce(
     mine = secrets.token_bytes(_NONCE_BYTES)
     connection.sendall(call + mine)
     theirs = _receive(connection, _NONCE_BYTES)
-    _check(_receive(connection, _MAC_BYTES), _mac(key, b"answer", call, peer, mine, theirs))
-    connection.sendall(_mac(key, b"call", call, peer, mine, theirs))
+    secret = key.secret
+    _check(_receive(connection, _MAC_BYTES), _mac(secret, b"answer", call, peer, mine, theirs))
+    connection.sendall(_mac(secret, b"call", call, peer, mine, theirs))
+    _compare(connection, key.identity)
 
 
-def _recognise(connection: socket.socket, rank: int, key: bytes) -> tuple[int, int, str]:
+def _recognise(connection: socket.socket, rank: int, key: Key) -> tuple[int, int, str]:
     """The accepting end: the rank of the server that calls, index and topic."""
     connection.settimeout(_HANDSHAKE_S)
     call = _receive(connection, _CALL.size)
     caller, index, length = _CALL.unpack(call)
     call += (topic := _receive(connection, length))
     theirs, mine = _receive(connection, _NONCE_BYTES), secrets.token_bytes(_NONCE_BYTES)
-    connection.sendall(mine + _mac(key, b"answer", call, rank, theirs, mine))
-    _check(_receive(connection, _MAC_BYTES), _mac(key, b"call", call, rank, theirs, mine))
+    secret = key.secret
+    connection.sendall(mine + _mac(secret, b"answer", call, rank, theirs, mine))
+    _check(_receive(connection, _MAC_BYTES), _mac(secret, b"call", call, rank, theirs, mine))
+    _compare(connection, key.identity)
     return caller, index, topic.decode()
 
 
+def _compare(connection: socket.socket, identity: Identity) -> None:
+    """Tells the other end, which has proved itself, this server's identity, and checks its own."""
+    own = vars(identity)
+    content = json.dumps(own).encode()
+    connection.sendall(_LENGTH.pack(len(content)) + content)
+    (length,) = _LENGTH.unpack(_receive(connection, _LENGTH.size))
+    try:
+        theirs = dict(json.loads(_receive(connection, length)))
+    except (ValueError, TypeError) as error:
+        raise _Stranger("what it says of itself cannot be read") from error
+    for field, (words, advice) in _FIELDS.items():
+        if theirs.get(field) != own[field]:
+            raise _Stranger(
+                f"its {words} is {theirs.get(field)}, this server's {own[field]}: {advice}"
+            )
+
+
 def _mac(
-    key: bytes, role: bytes, call: bytes, called: int, caller_nonce: bytes, called_nonce: bytes
+    secret: bytes, role: bytes, call: bytes, called: int, caller_nonce: bytes, called_nonce: bytes
 ) -> bytes:
     text = role + call + struct.pack("<I", called) + caller_nonce + called_nonce
-    return hmac.digest(key, text, "sha256")
+    return hmac.digest(secret, text, "sha256")
 
 
 def _check(found: bytes, expected: bytes) -> None:

@@ -22,11 +22,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from dance_jax.config import check_together
 from dance_jax.models import calls
 from dance_jax.models.experts import ExpertFormat, Pool
 from dance_jax.models.messages import (
     NO_EXPERT,
-    Columns,
     Exchanged,
     Incoming,
     Outgoing,
@@ -35,6 +35,7 @@ from dance_jax.models.messages import (
     decode,
     encode,
     join_columns,
+    rounded,
     split_columns,
 )
 from dance_jax.models.router import Routed
@@ -45,7 +46,7 @@ from dance_jax.models.topology import (
     scatter_siblings,
     sum_at_gateway,
 )
-from dance_jax.placement.visit import choose_servers
+from dance_jax.placement.visit import choose_servers, has
 
 #: Rows from all peers for which experts are compiled, beside the most there can be: few rows must
 #: not cost what the room for a prefill's costs.
@@ -55,7 +56,7 @@ LIMITS = (16, 128)
 class Tables(NamedTuple):
     """Where experts are, as arguments of the step. Per device, l MoE layers, e experts."""
 
-    #: int32 [l, e], bit n set when server n holds the expert.
+    #: `visit.masks` [words, l, e] of the servers that hold each expert.
     holders: Array
     #: int32 [l, e], slot on this device, -1 when it is not here.
     slot_of: Array
@@ -155,13 +156,19 @@ class LockStep:
 
     Args:
         form: what the pools' slots hold.
-        wire_dtype: of hidden states and sums between servers, see messages.encode.
+        wire_dtype: of hidden states, see `EngineConfig.wire_dtype`.
+
+    Raises:
+        UserError: there are more servers than can step together.
     """
 
     topology: Topology
     form: ExpertFormat
     transport: Transport
     wire_dtype: np.dtype
+
+    def __post_init__(self) -> None:
+        check_together(self.servers)
 
     @property
     def name(self) -> str:
@@ -194,15 +201,16 @@ class LockStep:
         assert experts.tables is not None
         layer, tables = experts.layer, experts.tables
         topology, servers = self.topology, self.topology.num_servers
-        holders_e, slot_e = tables.holders[layer], tables.slot_of[layer]
+        slot_e = tables.slot_of[layer]
         ffn = functools.partial(self._ffn, experts.pool, slot_e, len(tables.slot_of))
         expert_tk = jnp.where(valid_t[:, None], expert_tk, NO_EXPERT)
+        x_td = rounded(x_td, self.wire_dtype)
         x_gd, expert_gk, weight_gk = self._gather(Routed(x_td, expert_tk, weight_tk))
 
         known_gk = expert_gk != NO_EXPERT
-        holders_gk = holders_e[jnp.where(known_gk, expert_gk, 0)]
-        here_gk = ((holders_gk >> topology.rank) & 1) == 1
-        visit_gk = choose_servers(holders_gk, known_gk & ~here_gk, servers)
+        holders_wgk = tables.holders[:, layer, jnp.where(known_gk, expert_gk, 0)]
+        here_gk = has(holders_wgk, topology.rank)
+        visit_gk = choose_servers(holders_wgk, known_gk & ~here_gk, servers)
         own = Routed(x_gd, jnp.where(here_gk, expert_gk, NO_EXPERT), weight_gk)
 
         if servers == 1:
@@ -221,9 +229,8 @@ class LockStep:
         y_gd, sums = self._run_experts(own, incoming, received, ffn)
         returned = self.transport.give_back(topology, sums, outgoing.goes, exchanged.rows)
         for peer in topology.peers:
-            sum_gd = decode(tuple(column[peer] for column in returned), jnp.dtype(jnp.float32))
             arrived_g = outgoing.goes[peer] & (local_index(topology) == 0)
-            y_gd += jnp.where(arrived_g[:, None], sum_gd, 0.0)
+            y_gd += jnp.where(arrived_g[:, None], returned[peer], 0.0)
         return scatter_siblings(topology, y_gd), exchanged
 
     def _gather(self, own: Routed) -> Routed:
@@ -237,7 +244,7 @@ class LockStep:
 
     def _run_experts(
         self, own: Routed, incoming: Incoming, received: Array, ffn: Callable[..., Array]
-    ) -> tuple[Array, Columns]:
+    ) -> tuple[Array, Array]:
         """Sums of this server's experts for its own tokens and for what peers sent.
 
         Args:
@@ -247,19 +254,19 @@ class LockStep:
 
         Returns:
             float32 [g, d], this device's experts alone; and per row of `incoming` the sum to give
-            back, encoded, right on the gateway.
+            back, float32 [r, d], right on the gateway.
         """
         room = incoming.expert.shape[0]
 
-        def run(limit: int) -> tuple[Array, Columns]:
+        def run(limit: int) -> tuple[Array, Array]:
             expert, weight, hidden = jax.tree.map(lambda column: column[:limit], incoming)
             present = jnp.arange(limit)[:, None] < received
             expert = jnp.where(present, expert, NO_EXPERT).astype(jnp.int32)
             theirs = Routed(decode(hidden, own.x.dtype), expert, weight)
             rows = Routed(*(jnp.concatenate(parts) for parts in zip(own, theirs, strict=True)))
             y_gd, y_rd = jnp.split(ffn(*rows), [own.x.shape[0]])
-            sums = encode(sum_at_gateway(self.topology, y_rd, received), self.wire_dtype)
-            return y_gd, tuple(jnp.pad(column, ((0, room - limit), (0, 0))) for column in sums)
+            sums_rd = sum_at_gateway(self.topology, y_rd, received)
+            return y_gd, jnp.pad(sums_rd, ((0, room - limit), (0, 0)))
 
         limits = [*(limit for limit in LIMITS if limit < room), room]
         branch = jnp.sum(jnp.array(limits[:-1], jnp.int32) < received, dtype=jnp.int32)

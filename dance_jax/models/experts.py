@@ -76,6 +76,12 @@ class ExpertFormat:
         return leaves
 
     @property
+    def name(self) -> str:
+        """Formats of the matrices in words: one, or those of w_gate, w_up and w_down."""
+        names = [str(form) for form, _, _ in self.matrices.values()]
+        return names[0] if len(set(names)) == 1 else ", ".join(names)
+
+    @property
     def bytes(self) -> int:
         """Bytes of one expert."""
         return sum(leaf.size * leaf.dtype.itemsize for leaf in self.leaves.values())

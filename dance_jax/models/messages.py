@@ -87,16 +87,16 @@ class Transport(Protocol):
         """
         ...
 
-    def give_back(self, topology: Topology, sums: Columns, goes: Array, rows: Array) -> Columns:
+    def give_back(self, topology: Topology, sums: Array, goes: Array, rows: Array) -> Array:
         """Sends back the sums of the rows that came.
 
         Args:
-            sums: [as `Incoming`, ...] each, one row for each that came, right on the gateway.
+            sums: float32 [as `Incoming`, d], one row for each that came, right on the gateway.
             goes: `Outgoing.goes`; rows: `Exchanged.rows`.
 
         Returns:
-            [n, g, ...] each, on the gateway: the server's sum of each row that went to it, anything
-            in the others' places.
+            float32 [n, g, d], on the gateway: the server's sum of each row that went to it,
+            anything in the others' places.
         """
         ...
 
@@ -140,6 +140,15 @@ def decode(columns: Columns, dtype: np.dtype) -> Array:
     if not scale:
         return x_nd.astype(dtype)
     return (x_nd.astype(jnp.float32) * scale[0]).astype(dtype)
+
+
+def rounded(x_nd: Array, dtype: np.dtype) -> Array:
+    """What experts of this very server see of rows: what others' do, but for int8."""
+    if dtype == jnp.int8:
+        return x_nd
+    # Not by two conversions, which XLA may leave out.
+    info = jnp.finfo(dtype)
+    return lax.reduce_precision(x_nd, info.nexp, info.nmant)
 
 
 def row_bytes(columns: Columns) -> int:

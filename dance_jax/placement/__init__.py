@@ -3,7 +3,7 @@
 from dance_jax.placement.activations import Activations
 from dance_jax.placement.core import Layout, Placement, spread
 from dance_jax.placement.cost import Cost
-from dance_jax.placement.policies import DEFAULT_POLICY, POLICIES, place, usable
+from dance_jax.placement.policies import DEFAULT_POLICY, POLICIES, place, usable, why_not
 from dance_jax.placement.visit import choose_servers
 
 __all__ = [
@@ -17,4 +17,5 @@ __all__ = [
     "place",
     "spread",
     "usable",
+    "why_not",
 ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
 import zipfile
 from collections.abc import Sequence
@@ -16,9 +15,8 @@ from jax import lax
 from dance_jax.config import UserError
 from dance_jax.files import whole_file
 from dance_jax.placement.cost import Cost
-from dance_jax.placement.metrics import Traffic, holders_mask, measure
+from dance_jax.placement.metrics import Traffic, measure
 from dance_jax.placement.spare import spare_slots
-from dance_jax.placement.visit import MAX_SERVERS
 
 Routes = Sequence[np.ndarray]
 
@@ -49,17 +47,6 @@ class Placement:
     @property
     def num_servers(self) -> int:
         return self.resident.shape[0]
-
-    @functools.cached_property
-    def holders(self) -> np.ndarray:
-        """Bitmask of the servers that hold each expert, int32 [layers, experts].
-
-        Raises:
-            UserError: there are more servers than bits.
-        """
-        if self.num_servers > MAX_SERVERS:
-            raise UserError(f"{self.num_servers} servers: at most {MAX_SERVERS} are supported")
-        return holders_mask(self.resident)
 
     @classmethod
     def of_lists(cls, resident: Sequence[Sequence[Sequence[int]]], experts: int) -> Placement:
@@ -135,8 +122,6 @@ class Placement:
     def traffic(self, routes: Routes) -> Traffic:
         """All flows on routes (per server int [tokens, layers, k]); see `Traffic`."""
         self.validate()
-        if self.num_servers > MAX_SERVERS:
-            raise UserError(f"{self.num_servers} servers: at most {MAX_SERVERS} are supported")
         return measure(self.resident, routes)
 
     def remote(self, routes: Routes) -> float:
@@ -204,8 +189,6 @@ class Placement:
 class Layout:
     """Where on each server a resident expert lies. Local device numbers start at 0 per server."""
 
-    #: int32 [layers, experts], bit n set where server n holds the expert.
-    holders: np.ndarray
     #: int32 [servers, layers, experts], local device of the expert on the server, -1: not there.
     device_of: np.ndarray
     #: int32 [servers, layers, experts], slot on that device, -1: not there.
@@ -216,9 +199,14 @@ class Layout:
     slots_per_device: tuple[int, ...]
 
     @property
+    def resident(self) -> np.ndarray:
+        """As `Placement.resident`."""
+        return self.device_of >= 0
+
+    @property
     def spare(self) -> tuple[int, ...]:
         """Slots of each device of each server that a placement leaves empty; see `spare_slots`."""
-        return spare_slots(self.slots_per_device, self.devices, self.holders.size)
+        return spare_slots(self.slots_per_device, self.devices, self.device_of[0].size)
 
     @property
     def capacities(self) -> np.ndarray:
@@ -311,11 +299,10 @@ def spread(
     """Spreads the experts of every server over its devices; see `device_slots`.
 
     Raises:
-        UserError: as `device_slots`, and if there are more servers than bits.
+        UserError: as `device_slots`.
     """
     device_of, slot_of = device_slots(placement, devices, slots_per_device, counts, previous, spare)
     return Layout(
-        placement.holders,
         device_of,
         slot_of,
         tuple(int(d) for d in devices),
@@ -433,7 +420,6 @@ def _balanced_calls(resident_nle: np.ndarray, counts: np.ndarray | None) -> np.n
 def _empty_layout(shape: tuple[int, ...], devices_n: np.ndarray, slots_n: np.ndarray) -> Layout:
     nowhere = np.full(shape, -1, np.int32)
     return Layout(
-        np.zeros(shape[1:], np.int32),
         nowhere,
         nowhere,
         tuple(int(d) for d in devices_n),

@@ -16,7 +16,7 @@ import numpy as np
 
 from dance_jax.config import UserError
 from dance_jax.placement.cost import Cost
-from dance_jax.placement.visit import choose_servers
+from dance_jax.placement.visit import choose_servers, masks
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -109,27 +109,30 @@ class Traffic:
 
 @functools.partial(jax.jit, static_argnames="num_servers")
 def _flows(
-    holders_le: jax.Array, server: jax.Array, routes_tlk: jax.Array, num_servers: int
+    holders_wle: jax.Array,
+    held_le: jax.Array,
+    server: jax.Array,
+    routes_tlk: jax.Array,
+    num_servers: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """Sums over tokens: transfers and calls to each server, int32 [l, n] both; routes < 0 pad."""
+    """What a server's tokens send: transfers and calls to each server, int32 [l, n] both.
+
+    Args:
+        holders_wle: `masks` of who holds each expert; held_le: bool, what the server itself holds.
+        routes_tlk: its tokens'; negative: no token.
+    """
     tokens, layers, k = routes_tlk.shape
     layer_1l1 = jnp.arange(layers, dtype=jnp.int32)[None, :, None]
-    holders = holders_le[layer_1l1, jnp.maximum(routes_tlk, 0)]
-    valid = routes_tlk >= 0
-    needed = valid & ((holders >> server) & jnp.int32(1) == 0)
-    chosen = choose_servers(holders.reshape(-1, k), needed.reshape(-1, k), num_servers)
+    valid, expert_tlk = routes_tlk >= 0, jnp.maximum(routes_tlk, 0)
+    needed = valid & ~held_le[layer_1l1, expert_tlk]
+    holders = holders_wle[:, layer_1l1, expert_tlk].reshape(len(holders_wle), -1, k)
+    chosen = choose_servers(holders, needed.reshape(-1, k), num_servers)
     chosen = chosen.reshape(tokens, layers, k)
     server_n = jnp.arange(num_servers, dtype=jnp.int32)
     served = jnp.where(valid & ~needed, server, chosen)[..., None] == server_n[None, None, None, :]
     calls_ln = served.sum(axis=(0, 2), dtype=jnp.int32)
     visits = (chosen[..., None] == server_n[None, None, None, :]).any(axis=2)
     return visits.sum(axis=0, dtype=jnp.int32), calls_ln
-
-
-def holders_mask(resident_nle: np.ndarray) -> np.ndarray:
-    """int32 [layers, experts] with bit n set where server n holds the expert."""
-    bits_n = np.left_shift(1, np.arange(resident_nle.shape[0]), dtype=np.int64)
-    return (resident_nle * bits_n[:, None, None]).sum(0).astype(np.int32)
 
 
 def measure(resident_nle: np.ndarray, routes: Sequence[np.ndarray]) -> Traffic:
@@ -145,7 +148,7 @@ def measure(resident_nle: np.ndarray, routes: Sequence[np.ndarray]) -> Traffic:
     num_servers, layers, experts = resident_nle.shape
     if len(routes) != num_servers:
         raise UserError(f"routes of {len(routes)} servers, the placement has {num_servers}")
-    holders_le = jnp.asarray(holders_mask(resident_nle))
+    holders_wle = jnp.asarray(masks(resident_nle))
     transfers_lnn = np.zeros((layers, num_servers, num_servers))
     calls_lnn = np.zeros_like(transfers_lnn)
     active_n = np.array([len(route) > 0 for route in routes])
@@ -164,7 +167,13 @@ def measure(resident_nle: np.ndarray, routes: Sequence[np.ndarray]) -> Traffic:
         # Powers of two bound the number of compiled shapes.
         padded = np.full((1 << (len(route) - 1).bit_length(), *route.shape[1:]), -1, np.int32)
         padded[: len(route)] = route
-        transfers_ln, calls_ln = _flows(holders_le, jnp.int32(n), jnp.asarray(padded), num_servers)
+        transfers_ln, calls_ln = _flows(
+            holders_wle,
+            jnp.asarray(resident_nle[n]),
+            jnp.int32(n),
+            jnp.asarray(padded),
+            num_servers,
+        )
         transfers_lnn[:, n] = np.asarray(transfers_ln) / len(route)
         calls_lnn[:, n] = np.asarray(calls_ln) / len(route)
     return Traffic(transfers_lnn, calls_lnn, active_n)

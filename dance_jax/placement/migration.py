@@ -11,7 +11,6 @@ import numpy as np
 
 from dance_jax.placement.core import Layout, Placement, Routes
 from dance_jax.placement.cost import Cost
-from dance_jax.placement.metrics import holders_mask
 
 #: Share of the present cost that a migration must gain.
 HYSTERESIS = 0.05
@@ -100,7 +99,7 @@ def changed(layout: Layout, changes: Iterable[SlotChange]) -> Layout:
     for change in changes:
         server, device, slot, layer, expert = change
         table = tables.get((server, device), np.empty((0, 2), np.int32))
-        layers, experts = layout.holders.shape
+        _, layers, experts = layout.device_of.shape
         if not (
             0 <= slot < len(table)
             and layer < layers
@@ -322,9 +321,7 @@ def _with_tables(layout: Layout, tables: Mapping[Device, np.ndarray]) -> Layout:
     if not resident.any(0).all():
         layer, expert = np.argwhere(~resident.any(0))[0]
         raise ValueError(f"expert {expert} of MoE layer {layer} is nowhere")
-    return dataclasses.replace(
-        layout, holders=holders_mask(resident), device_of=device_of, slot_of=slot_of
-    )
+    return dataclasses.replace(layout, device_of=device_of, slot_of=slot_of)
 
 
 def _slots(layout: Layout) -> dict[Device, dict[Expert, int]]:

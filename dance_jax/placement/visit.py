@@ -4,6 +4,9 @@ A token that misses experts visits the fewest servers that hold all of them; amo
 small sets the one with the lowest server numbers ({0, 3} before {1, 2}); an expert that several
 visited servers hold runs on the lowest of them. All subsets are weighed up to `EXACT_SERVERS`
 servers; above, the server with most of the still missing experts is taken first.
+
+Many sets of servers are masks: unsigned integers [words, ...], a bit for each server. One word of
+as few bits as will do is enough for up to 32 servers.
 """
 
 from __future__ import annotations
@@ -19,8 +22,42 @@ from dance_jax.config import UserError
 
 #: Up to this many servers every subset is weighed; above, the choice is greedy.
 EXACT_SERVERS = 8
-#: A set of servers is a bitmask in a non-negative int32.
-MAX_SERVERS = 31
+#: Of one cluster: what an expert call can name (models/native/calls.h).
+MAX_SERVERS = 256
+#: Servers of a word.
+WORD = 32
+
+
+def mask_dtype(num_servers: int) -> np.dtype:
+    """The type of a mask's words."""
+    return np.dtype(np.uint8 if num_servers <= 8 else np.uint16 if num_servers <= 16 else np.uint32)
+
+
+def masks(resident: np.ndarray) -> np.ndarray:
+    """The servers that hold something, as masks [words, ...].
+
+    >>> masks(np.array([[True, False], [True, True]])).tolist()
+    [[3, 2]]
+
+    Args:
+        resident: bool [servers, ...].
+
+    Raises:
+        UserError: there are more servers than a cluster can have.
+    """
+    num_servers = len(resident)
+    if not 1 <= num_servers <= MAX_SERVERS:
+        raise UserError(f"{num_servers} servers: between 1 and {MAX_SERVERS} are supported")
+    found = np.zeros((-(-num_servers // WORD), *resident.shape[1:]), mask_dtype(num_servers))
+    for n, held in enumerate(resident):
+        found[n // WORD] |= held.astype(found.dtype) << found.dtype.type(n % WORD)
+    return found
+
+
+def has(masks_w: jax.Array, server: int) -> jax.Array:
+    """Whether a server is in each mask: bool [...]."""
+    word_w = masks_w[server // WORD]
+    return (word_w & word_w.dtype.type(1 << server % WORD)) != 0
 
 
 @functools.cache
@@ -57,10 +94,15 @@ def _subsets_with(num_servers: int) -> np.ndarray:
     return words.astype(f"uint{size}")
 
 
-def lowest_server(mask: jax.Array) -> jax.Array:
-    """Lowest server number in each bitmask, int32; -1 for the empty set."""
-    number = lax.population_count((mask & -mask) - jnp.int32(1))
-    return jnp.where(mask == 0, jnp.int32(-1), number)
+def lowest_server(masks_w: jax.Array) -> jax.Array:
+    """Lowest server number in each mask, int32 [...]; -1 for the empty set."""
+    nobody = jnp.int32(MAX_SERVERS)
+    lowest = nobody
+    for word, mask in enumerate(masks_w):
+        number = lax.population_count((mask & (~mask + mask.dtype.type(1))) - mask.dtype.type(1))
+        first = number.astype(jnp.int32) + jnp.int32(word * WORD)
+        lowest = jnp.minimum(lowest, jnp.where(mask == 0, nobody, first))
+    return jnp.where(lowest == nobody, jnp.int32(-1), lowest)
 
 
 def _fewest_exact(missing_kt: jax.Array, num_servers: int) -> jax.Array:
@@ -87,63 +129,66 @@ def _fewest_exact(missing_kt: jax.Array, num_servers: int) -> jax.Array:
     return chosen_t
 
 
-def _fewest_greedy(missing_kt: jax.Array, num_servers: int) -> jax.Array:
+def _fewest_greedy(missing_wkt: jax.Array, num_servers: int) -> jax.Array:
     """Servers in the order of how many open masks they are in, lowest number first."""
-    dtype = missing_kt.dtype
+    dtype, words = missing_wkt.dtype, len(missing_wkt)
+    word_w = jnp.arange(words, dtype=jnp.uint8)
 
-    def visit_next(_, chosen_t: jax.Array) -> jax.Array:
-        open_kt = jnp.where((missing_kt & chosen_t[None]) == 0, missing_kt, dtype.type(0))
-        best_t, most_t = jnp.zeros_like(chosen_t), jnp.zeros(chosen_t.shape, jnp.uint8)
-        for n in range(num_servers):
-            bit = dtype.type(1 << n)
+    def best_of(best, word):
+        """Of the servers of one word and of those before it: word, bit, and masks it is in."""
+        (best_word_t, best_bit_t, most_t), (number, open_kt) = best, word
+        for place in range(min(num_servers, WORD)):
+            bit = dtype.type(1 << place)
             gain_t = ((open_kt & bit) != 0).sum(axis=0, dtype=jnp.uint8)
-            best_t = jnp.where(gain_t > most_t, bit, best_t)
+            best_word_t = jnp.where(gain_t > most_t, number, best_word_t)
+            best_bit_t = jnp.where(gain_t > most_t, bit, best_bit_t)
             most_t = jnp.maximum(gain_t, most_t)
-        return chosen_t | best_t
+        return (best_word_t, best_bit_t, most_t), None
 
-    rounds = min(missing_kt.shape[0], num_servers)
-    return lax.fori_loop(0, rounds, visit_next, jnp.zeros(missing_kt.shape[1:], dtype))
+    def visit_next(_, chosen_wt: jax.Array) -> jax.Array:
+        met_kt = ((missing_wkt & chosen_wt[:, None]) != 0).any(axis=0)
+        open_wkt = jnp.where(met_kt[None], dtype.type(0), missing_wkt)
+        none_t = jnp.zeros(chosen_wt.shape[1:], jnp.uint8)
+        start = (none_t, none_t.astype(dtype), none_t)
+        (best_word_t, best_bit_t, _), _ = lax.scan(best_of, start, (word_w, open_wkt))
+        here_wt = best_word_t[None] == word_w.reshape(-1, *[1] * none_t.ndim)
+        return chosen_wt | jnp.where(here_wt, best_bit_t[None], dtype.type(0))
+
+    rounds = min(missing_wkt.shape[1], num_servers)
+    nobody_wt = jnp.zeros((words, *missing_wkt.shape[2:]), dtype)
+    return lax.fori_loop(0, rounds, visit_next, nobody_wt)
 
 
-def fewest_servers(missing_kt: jax.Array, num_servers: int) -> jax.Array:
-    """The servers that tokens visit: bitmasks [...], of the same type.
+def fewest_servers(missing_wkt: jax.Array, num_servers: int) -> jax.Array:
+    """The servers that tokens visit: masks [words, ...].
 
     Args:
-        missing_kt: bitmasks [k, ...], who holds each missing expert; 0: not missing.
+        missing_wkt: masks [words, k, ...], who holds each missing expert; empty: not missing.
         num_servers: servers in the cluster, static.
     """
-    fewest = _fewest_exact if num_servers <= EXACT_SERVERS else _fewest_greedy
-    return fewest(missing_kt, num_servers)
+    if num_servers <= EXACT_SERVERS:
+        return _fewest_exact(missing_wkt[0], num_servers)[None]
+    return _fewest_greedy(missing_wkt, num_servers)
 
 
-def choose_servers(holders_tk: jax.Array, needed_tk: jax.Array, num_servers: int) -> jax.Array:
+def choose_servers(holders_wtk: jax.Array, needed_tk: jax.Array, num_servers: int) -> jax.Array:
     """The remote server that serves each expert a token misses: int32 [t, k].
 
     Pure and traceable; integer operations on whole arrays, without table look-ups.
 
-    >>> holders = jnp.array([[0b010, 0b110, 0b100], [0b010, 0b110, 0b001]], jnp.int32)
+    >>> holders = jnp.array([[[0b010, 0b110, 0b100], [0b010, 0b110, 0b001]]], jnp.uint8)
     >>> needed = jnp.array([[True, True, True], [True, True, False]])
     >>> choose_servers(holders, needed, 3).tolist()
     [[1, 1, 2], [1, 1, -1]]
 
     Args:
-        holders_tk: int32 [t, k], bit n set where server n holds the k-th chosen expert.
+        holders_wtk: masks [words, t, k] of the servers that hold each chosen expert.
         needed_tk: bool [t, k], True where the expert must be run elsewhere.
-        num_servers: servers in the cluster, static, at most 31.
+        num_servers: servers in the cluster, static.
 
     Returns:
         Server of each needed expert; -1 where not needed or held by nobody.
-
-    Raises:
-        UserError: num_servers is out of range.
     """
-    if not 1 <= num_servers <= MAX_SERVERS:
-        raise UserError(f"{num_servers} servers: between 1 and {MAX_SERVERS} are supported")
-    missing_tk = jnp.where(needed_tk, jnp.asarray(holders_tk, jnp.int32), jnp.int32(0))
-    return lowest_server(missing_tk & fewest_servers(missing_tk.T, num_servers)[:, None])
-
-
-def visited(server_tk: jax.Array) -> jax.Array:
-    """Bitmask of the servers each token visits, int32 [t], from choose_servers' result."""
-    bit_tk = jnp.where(server_tk < 0, jnp.int32(0), jnp.int32(1) << jnp.maximum(server_tk, 0))
-    return jnp.bitwise_or.reduce(bit_tk, axis=1)
+    missing_wtk = jnp.where(needed_tk[None], holders_wtk, holders_wtk.dtype.type(0))
+    chosen_wt = fewest_servers(missing_wtk.transpose(0, 2, 1), num_servers)
+    return lowest_server(missing_wtk & chosen_wt[:, :, None])

@@ -45,7 +45,7 @@ def _placement(server: Server) -> PlacementAnswer:
     board = server.board
     servers = [
         PlacedServer(name=name, resident=[layer.nonzero()[0].tolist() for layer in held_le])
-        for name, held_le in zip(server.info.servers, board.layout.device_of >= 0, strict=True)
+        for name, held_le in zip(server.info.servers, board.layout.resident, strict=True)
     ]
     last = None if board.last_decision is None else _decision(board.last_decision)
     return PlacementAnswer(version=board.version, servers=servers, last_decision=last)
@@ -58,7 +58,7 @@ def _wanted(server: Server, servers: list[WantedServer]) -> list[list[list[int]]
         ApiError: 400, it is no placement of this model on these servers.
     """
     layout = server.board.layout
-    layers, experts = layout.holders.shape
+    _, layers, experts = layout.device_of.shape
     by_name = {each.name: each.resident for each in servers}
     try:
         if len(servers) != len(by_name) or set(by_name) != set(server.info.servers):

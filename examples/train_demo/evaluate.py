@@ -71,7 +71,7 @@ def window_runner(checkpoint: Checkpoint) -> RunWindow:
         forms = (form.gate, form.up, form.down)
         native_pool = NativePool(form.d, form.f, form.activation, forms, form.bias, len(pairs))
         for slot, weights in read:
-            native_pool.put(slot, weights)
+            native_pool.put(slot, slot, weights)
         pool = jnp.int32(native_pool.number)
     else:
         pool = tuple(map(jnp.asarray, form.stacked(len(pairs), read)))

@@ -22,12 +22,12 @@ def single(expert_library: pathlib.Path | None) -> Runner:
 
 
 @pytest.fixture(scope="package")
-def single_of(expert_library: pathlib.Path | None) -> Callable[[str], Runner]:
-    """The like of one of `tiny.MODELS`."""
+def single_of(expert_library: pathlib.Path | None) -> Callable[..., Runner]:
+    """The like of one of `tiny.MODELS`, and of a `wire_dtype`."""
     return alone
 
 
 @functools.cache
-def alone(model: str) -> Runner:
+def alone(model: str, wire_dtype: str = "float32") -> Runner:
     everything = Placement(np.ones((1, LAYERS, EXPERTS), bool))
-    return tiny.runner(spread(everything, [1], [LAYERS * EXPERTS]), 0, model=model)
+    return tiny.runner(spread(everything, [1], [LAYERS * EXPERTS]), 0, None, wire_dtype, model)

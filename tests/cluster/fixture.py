@@ -52,7 +52,7 @@ class TestCluster:
     def _replies(self) -> list[Any]:
         return [pickle.load(process.stdout) for process in self.processes]  # type: ignore[arg-type]
 
-    def use(self, transport: str, wire_dtype: str = "compute", model: str = "latent") -> None:
+    def use(self, transport: str, wire_dtype: str = "float32", model: str = "latent") -> None:
         """What all further commands mean; the first `place` of each compiles it."""
         self.send("use", transport, wire_dtype, model)
 

@@ -99,7 +99,7 @@ def runner(
     layout: Layout,
     rank: int,
     transport: Transport | None = None,
-    wire_dtype: str = "compute",
+    wire_dtype: str = "float32",
     model: str = "latent",
     compile_cache: CompileCache | None = None,
 ) -> Runner:

@@ -95,7 +95,7 @@ def _cold_run(folder: pathlib.Path, expert_library: pathlib.Path | None) -> Tiny
     path = ensure_converted(model, cache_dir / "models")
     checkpoint = Checkpoint.open(path)
     spec = read_hosts(folder / "hosts.txt")
-    config = engine_config(checkpoint.config, max_num_seqs=NUM_SEQS)
+    config = engine_config(checkpoint.config, max_num_seqs=NUM_SEQS, formats=checkpoint.formats)
     plan = make_plan(spec, checkpoint, config, "uniform")
     prompts = read_prompts(folder / "prompts.jsonl", spec, max_tokens=8)
     console = Console(file=io.StringIO(), width=120, record=True)

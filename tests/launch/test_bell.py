@@ -11,7 +11,7 @@ import pytest
 import zmq
 
 from dance_jax.launch.bell import Bell, hang
-from dance_jax.models.connections import Listener
+from dance_jax.models.connections import Identity, Key, Listener
 
 NAMES = ("alpha", "beta", "gamma")
 #: Seconds: longer than anything here takes, and a rest that is to run out.
@@ -21,7 +21,7 @@ PATIENCE_S, SHORT_S = 30.0, 0.02
 @pytest.fixture
 def bells() -> Iterator[list[Bell]]:
     """Of three servers, connected as in a cluster."""
-    key, ranks = b"k" * 32, range(len(NAMES))
+    key, ranks = Key(b"k" * 32, Identity("model", "float32", "float32")), range(len(NAMES))
     with contextlib.ExitStack() as stack:
         listeners = [Listener(rank, NAMES, "127.0.0.1", key) for rank in ranks]
         for listener in listeners:

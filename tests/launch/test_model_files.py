@@ -16,6 +16,7 @@ from dance_jax.launch.hosts import parse_hosts
 from dance_jax.launch.model_files import ModelFiles, pack
 from dance_jax.launch.process import ServerProcess
 from dance_jax.launch.protocol import Setup
+from dance_jax.launch.worker import _open_model
 from dance_jax.models.checkpoint import Checkpoint
 from dance_jax.models.convert import convert
 from dance_jax.models.directory import FORMATS, SIDE_FILES, read_config
@@ -30,6 +31,7 @@ def setup_with(files: bytes, model: str = "") -> Setup:
         model=model,
         model_files=files,
         fingerprint="f00d",
+        experts="float32",
         layout=b"",
         control="",
         control_key=b"",
@@ -128,3 +130,14 @@ def test_nobody_waits_until_a_setup_is_read(
     assert process.popen.wait(60) == 0
     os.close(opened)
     assert (tmp_path / "log").read_text() == f"{len(line) + 1}\n"
+
+
+def test_a_copy_in_another_format_of_experts_is_refused(tmp_path: pathlib.Path) -> None:
+    """Of the same model: servers answer each other's calls alike only with one format."""
+    source = write_model(tmp_path / "source")
+    convert(source, tmp_path / "model", rounding=Rounding("int4", "int8"))
+    setup = setup_with(b"", str(tmp_path / "model"))
+    with pytest.raises(UserError) as error:
+        _open_model(setup, tmp_path, channel=None)  # type: ignore[arg-type]
+    words = f"{tmp_path / 'model'}: its experts are kept as int4:32:bfloat16, those of the launch"
+    assert str(error.value).startswith(f"{words} as float32; all servers need one format: convert")

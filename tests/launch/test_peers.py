@@ -22,7 +22,7 @@ from dance_jax.launch.peer_weights import PeerWeights, Shelf
 from dance_jax.launch.peers import Find, Kind, Like, Peers, Question
 from dance_jax.launch.protocol import Load, Stage
 from dance_jax.models.checkpoint import Checkpoint
-from dance_jax.models.connections import Listener
+from dance_jax.models.connections import Identity, Key, Listener
 from dance_jax.models.convert import ensure_converted
 from dance_jax.models.experts import ExpertFormat
 from dance_jax.models.formats import WeightFormat
@@ -59,7 +59,7 @@ def pool() -> Find:
 @pytest.fixture
 def three() -> Iterator[list[Peers]]:
     """Three servers that are connected; none answers yet."""
-    key, ranks = b"k" * 32, range(len(NAMES))
+    key, ranks = Key(b"k" * 32, Identity("model", "float32", "float32")), range(len(NAMES))
     with contextlib.ExitStack() as stack:
         listeners = [Listener(rank, NAMES, "127.0.0.1", key) for rank in ranks]
         for listener in listeners:

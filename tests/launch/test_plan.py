@@ -19,6 +19,7 @@ from dance_jax.launch.hosts import parse_hosts
 from dance_jax.launch.plan import Plan, dump_layout, make_plan, parse_layout, rooms
 from dance_jax.launch.report import print_plan
 from dance_jax.models import model_config
+from dance_jax.models.formats import Formats, WeightFormat
 from dance_jax.placement import POLICIES, Activations, Placement
 from dance_jax.placement.problem import Problem
 from tests.launch.tiny import EXPERT_BYTES, EXPERTS, HOSTS, LAYERS
@@ -118,6 +119,22 @@ def test_every_expert_has_a_slot() -> None:
     assert placed == {(layer, expert) for layer in range(LAYERS) for expert in range(EXPERTS)}
 
 
+def test_forty_servers_and_too_many() -> None:
+    spec = parse_hosts("\n".join(f"s{n} address=localhost experts=2" for n in range(40)))
+    counts = np.random.default_rng(0).integers(1, 9, (40, LAYERS, EXPERTS))
+    used = Activations(spec.names, counts, "this model", random_routes()[:1] * 40)
+    plan = make_plan(spec, MODEL, CONFIG, activations=used)
+    plan.placement.validate([room.capacity for room in plan.servers])
+    assert plan.notes[0] == (
+        "latency takes too long for more than 32 servers: optimal places instead."
+    )
+    layout = parse_layout(dump_layout(plan.layout))
+    assert (layout.resident == plan.placement.resident).all()
+    spec = parse_hosts("\n".join(f"s{n} address=localhost experts=1" for n in range(257)))
+    with pytest.raises(UserError, match="257 servers: at most 256 can serve a model"):
+        rooms(spec, MODEL, CONFIG)
+
+
 def test_without_activations_the_plan_says_so() -> None:
     plan = make_plan(SPEC, MODEL, CONFIG)
     first, second = plan.notes
@@ -130,9 +147,7 @@ def test_without_activations_the_plan_says_so() -> None:
 def test_the_default_policy_needs_routes() -> None:
     counted = make_plan(SPEC, MODEL, CONFIG, activations=activations())
     assert counted.policy == "optimal" and "policy optimal" in text_of(counted)
-    assert counted.notes == (
-        "latency needs routes, the activations have counts only: optimal places instead.",
-    )
+    assert counted.notes == ("latency needs routes, there are none: optimal places instead.",)
     empty = tuple(np.zeros((0, LAYERS, 0), int) for _ in range(3))
     assert make_plan(SPEC, MODEL, CONFIG, activations=activations(routes=empty)).notes
     routed = make_plan(SPEC, MODEL, CONFIG, activations=activations(routes=random_routes()))
@@ -251,6 +266,40 @@ def test_which_exchange() -> None:
     assert choose((slow, slow, slow)) == "calls"
     with pytest.raises(UserError, match="different platforms"):
         choose((fast, ""), "collectives")
+    assert choose((fast,) * 31) == "collectives"
+    assert choose((fast,) * 32) == "calls"
+    with pytest.raises(UserError, match="32 servers: with --exchange collectives at most 31 can"):
+        choose(("",) * 32, "collectives")
+
+
+@pytest.mark.parametrize(
+    ("kinds", "dtype", "asked", "wire"),
+    [
+        (("float32", "float32", "float32"), None, "auto", "float32"),
+        (("float32", "float32", "float32"), "bfloat16", "auto", "bfloat16"),
+        (("bfloat16", "bfloat16", "bfloat16"), None, "auto", "bfloat16"),
+        (("float16", "float16", "float16"), None, "auto", "bfloat16"),
+        (("int4:32:float16", "int4:32:float16", "int8:32:float16"), None, "auto", "bfloat16"),
+        (("int8:32:bfloat16", "int8:32:bfloat16", "float32"), None, "auto", "float32"),
+        (("bfloat16", "bfloat16", "bfloat16"), None, "float32", "float32"),
+        (("float32", "float32", "float32"), None, "int8", "int8"),
+    ],
+)
+def test_the_type_of_the_wire(
+    kinds: tuple[str, ...], dtype: str | None, asked: str, wire: str
+) -> None:
+    """What routed experts are kept as decides; norms and the like may be wider."""
+    experts = dict(zip(("w_gate", "w_up", "w_down"), map(WeightFormat.parse, kinds), strict=True))
+    formats = Formats(experts, {"output": WeightFormat("float32")})
+    config = engine_config(MODEL.config, dtype=dtype, wire_dtype=asked, formats=formats)
+    assert config.wire_dtype == wire
+    text = text_of(make_plan(SPEC, MODEL, config))
+    assert f"Wire: hidden states in {wire}, sums in float32." in text
+
+
+def test_which_wire_there_is_none_of() -> None:
+    with pytest.raises(UserError, match="wire_dtype='compute': one of auto, float32, bfloat16"):
+        engine_config(MODEL.config, wire_dtype="compute")
 
 
 def test_engine_configuration() -> None:

@@ -51,7 +51,12 @@ def start(tmp_path: pathlib.Path) -> Iterator[Start]:
             msgspec.json.encode(Script(**script)).decode(), drain_seconds=drain_seconds
         )
         config = types.SimpleNamespace(top_k=1)
-        checkpoint: Any = types.SimpleNamespace(path=tmp_path, fingerprint="f", config=config)
+        checkpoint: Any = types.SimpleNamespace(
+            path=tmp_path,
+            fingerprint="f",
+            config=config,
+            form=lambda dtype: types.SimpleNamespace(name=dtype),
+        )
         layout = spread(Placement(np.ones((2, 1, 2), bool)), [1, 1], [2, 2])
         exchange = "calls" if script.get("calls") else "collectives"
         engine = EngineConfig(64, exchange=exchange)

@@ -30,6 +30,7 @@ from dance_jax.models.calls import CallServer, ExpertCalls, routed
 from dance_jax.models.host_calls import HostCallServer, HostRows, choose
 from dance_jax.models.kernels_cpu import NativePool
 from dance_jax.placement.visit import choose_servers
+from dance_jax.placement.visit import masks as server_masks
 from tests.models.test_experts import make_experts, make_format
 from tests.quick import QUICK
 
@@ -834,13 +835,26 @@ def test_nothing_leaks():
     assert len(os.listdir("/dev/fd")) == before
 
 
+def test_many_servers():
+    """Of 40 the last six hold all experts, one of each layer; the 33 before them are never met."""
+    held = [[]] * 34 + [[n, EXPERTS + n] for n in range(EXPERTS)]
+    with cluster(spread(held), played=range(1, 34)) as servers:
+        for layer in range(LAYERS):
+            routes = draw(layer, 20)
+            y_td, failed_t = call(servers.servers[0], layer, *routes)
+            assert not failed_t.any()
+            np.testing.assert_allclose(y_td, expected(layer, *routes), atol=1e-5)
+        rows_ln = servers.servers[0].counters().rows
+    assert (rows_ln.sum(0) > 0).tolist() == [False] * 34 + [True] * EXPERTS
+
+
 # Who is asked.
 
 
 @native_calls
 @settings(max_examples=40, deadline=None)
 @given(
-    servers=st.sampled_from([2, 3, 5, 8, 9, 16, 31]),
+    servers=st.sampled_from([2, 3, 8, 9, 31, 50]),
     seed=st.integers(0, 2**31),
     share=st.sampled_from([0.1, 0.3, 0.7]),
 )
@@ -848,7 +862,8 @@ def test_the_servers_that_are_asked_are_those_of_the_metrics(servers, seed, shar
     """For many tokens of four experts at once, some of which nobody holds."""
     has_tkn = np.random.default_rng(seed).random((20, 4, servers)) < share
     masks_tk = (has_tkn * (1 << np.arange(servers))).sum(-1)
-    wanted = choose_traced(masks_tk.astype(np.int32), np.ones(masks_tk.shape, bool), servers)
+    holders_wtk = server_masks(np.moveaxis(has_tkn, -1, 0))
+    wanted = choose_traced(holders_wtk, np.ones(masks_tk.shape, bool), servers)
     library = native.library()
     assert library is not None
     for masks, own in zip(masks_tk, np.asarray(wanted), strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import queue
 import socket
 import threading
@@ -12,11 +13,13 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from dance_jax.models import connections
-from dance_jax.models.connections import Listener, dial, mesh
+from dance_jax.models.connections import Identity, Key, Listener, dial, mesh
 from tests.launch.launched import eventually
 
 NAMES = ("here", "there", "elsewhere")
-KEY = b"the secret of this launch"
+IDENTITY = Identity("the model", "int8:32:bfloat16", "bfloat16")
+KEY = Key(b"the secret of this launch", IDENTITY)
+ANOTHER = Key(b"another", IDENTITY)
 #: Seconds: longer than anything here takes.
 PATIENCE_S = 20.0
 #: What a listener lets in: rank, index, connection.
@@ -28,7 +31,7 @@ def listen() -> Iterator[Callable[..., Listener]]:
     """Listeners of server `rank`, closed in the end."""
     with contextlib.ExitStack() as stack:
 
-        def one(rank: int = 0, address: str = "127.0.0.1", key: bytes = KEY) -> Listener:
+        def one(rank: int = 0, address: str = "127.0.0.1", key: Key = KEY) -> Listener:
             listener = Listener(rank, NAMES, address, key)
             stack.callback(listener.close)
             return listener
@@ -43,7 +46,7 @@ def arrivals(listener: Listener, topic: str) -> Arrivals:
     return found
 
 
-def call(listener: Listener, topic: str, index: int = 0, *, rank: int = 1, key: bytes = KEY):
+def call(listener: Listener, topic: str, index: int = 0, *, rank: int = 1, key: Key = KEY):
     """What server `rank` gets that dials server 0."""
     return dial(rank, 0, NAMES[0], listener.endpoint, key, topic, index)
 
@@ -132,7 +135,74 @@ def test_another_key_is_refused(listen: Callable[..., Listener]):
     listener = listen()
     found = arrivals(listener, "links")
     with pytest.raises(RuntimeError, match=r"server here at 127.*another key"):
-        call(listener, "links", key=b"another")
+        call(listener, "links", key=ANOTHER)
+    assert found.empty()
+
+
+@pytest.mark.parametrize(
+    ("field", "theirs", "words"),
+    [
+        ("protocol", 2, "its protocol is {}, this server's {}: install the same version"),
+        ("model", "another", "its model is {}, this server's {}: copy the same files"),
+        ("experts", "int4:32:float16", "its format of experts is {}, this server's {}: convert"),
+        ("wire", "float32", "its wire type is {}, this server's {}: start all servers"),
+    ],
+)
+def test_another_identity_is_refused_at_both_ends(
+    field: str,
+    theirs: object,
+    words: str,
+    listen: Callable[..., Listener],
+    caplog: pytest.LogCaptureFixture,
+):
+    listener, ours = listen(), getattr(IDENTITY, field)
+    found = arrivals(listener, "links")
+    other = Key(KEY.secret, dataclasses.replace(IDENTITY, **{field: theirs}))
+    with pytest.raises(RuntimeError) as error:
+        call(listener, "links", key=other)
+    assert str(error.value).startswith(f"server here at {listener.endpoint}: ")
+    assert words.format(ours, theirs) in str(error.value)
+    assert eventually(lambda: words.format(theirs, ours) in caplog.text)
+    assert found.empty()
+
+
+def test_who_has_not_proved_itself_is_told_nothing(listen: Callable[..., Listener]):
+    """Neither by a server that it calls, nor by one that calls it."""
+    with socket.create_connection(address(listen())) as stranger:
+        stranger.settimeout(PATIENCE_S)
+        stranger.sendall(connections._CALL.pack(1, 0, 5) + b"links" + bytes(32 + 32))
+        told = b"".join(iter(lambda: stranger.recv(1000), b""))
+    assert len(told) == 32 + 32, "a nonce and a proof"
+    with (
+        socket.create_server(("127.0.0.1", 0)) as stranger,
+        concurrent.futures.ThreadPoolExecutor(1) as pool,
+    ):
+        endpoint = "{}:{}".format(*stranger.getsockname())
+        calling = pool.submit(dial, 1, 0, NAMES[0], endpoint, KEY, "links")
+        connection, _ = stranger.accept()
+        with connection:
+            connection.settimeout(PATIENCE_S)
+            connection.sendall(bytes(32 + 32))
+            told = b"".join(iter(lambda: connection.recv(1000), b""))
+        with pytest.raises(RuntimeError, match="another key"):
+            calling.result(PATIENCE_S)
+    assert len(told) == connections._CALL.size + len("links") + 32
+
+
+def test_what_is_no_identity_is_refused(listen: Callable[..., Listener]):
+    """By one that knows the secret, as a server of some other version may."""
+    listener = listen()
+    found = arrivals(listener, "links")
+    for content in (b"no", b"[]", b"3", bytes(70)):
+        with socket.create_connection(address(listener)) as other:
+            other.settimeout(PATIENCE_S)
+            head = connections._CALL.pack(1, 0, 5) + b"links"
+            other.sendall(head + bytes(32))
+            theirs = connections._receive(other, 32 + 32)[:32]
+            proof = connections._mac(KEY.secret, b"call", head, 0, bytes(32), theirs)
+            other.sendall(proof + connections._LENGTH.pack(len(content)) + content)
+            while other.recv(1000):
+                pass
     assert found.empty()
 
 
@@ -273,6 +343,6 @@ def test_a_server_with_another_key_is_named(
     listen: Callable[..., Listener], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(connections, "TIMEOUT_S", 0.5)
-    here, there, _ = of_all([listen(0, key=b"another"), listen(1), listen(2)])
+    here, there, _ = of_all([listen(0, key=ANOTHER), listen(1), listen(2)])
     assert "no connection from there, elsewhere" in str(here)
     assert "server here" in str(there) and "another key" in str(there)

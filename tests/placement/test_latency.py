@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dance_jax.config import UserError
-from dance_jax.placement import Cost, Placement, place
+from dance_jax.placement import Cost, Placement, place, visit, why_not
 from dance_jax.placement.policies import lockstep
 from dance_jax.placement.policies.latency import SEARCH, SETTLE, Schedule, anneal
 from dance_jax.placement.policies.lockstep import Sample, layer_times, locate, relocate
@@ -57,7 +57,7 @@ def random_cost(rng, servers):
 
 
 def masks(placement):
-    return jnp.asarray(placement.holders, lockstep.mask_dtype(placement.num_servers))
+    return jnp.asarray(visit.masks(placement.resident)[0])
 
 
 @pytest.mark.parametrize("servers", [1, 3, 8, 9])
@@ -275,6 +275,16 @@ def test_without_routes_optimal_takes_its_place(caplog):
         found = place("latency", counts, [11, 11, 22], routes=routes)
         assert found == place("optimal", counts, [11, 11, 22]) and found.upper_bound is not None
         assert "latency needs routes" in caplog.text and "optimal" in caplog.text
+
+
+def test_for_too_many_servers_optimal_takes_its_place(caplog):
+    shape = (visit.WORD + 1, 2, 6, 2)
+    routes = preferring_routes(0, shape, tokens=4)
+    counts = counts_of(routes, 6)
+    found = place("latency", counts, [1] * shape[0], routes=routes)
+    assert found == place("optimal", counts, [1] * shape[0])
+    assert "latency takes too long for more than 32 servers: optimal places" in caplog.text
+    assert not why_not("latency", routes[1:])
 
 
 def test_worked_example():

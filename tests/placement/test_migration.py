@@ -64,8 +64,7 @@ def replay(old: Layout, new: Layout, most: int) -> list[int]:
             assert (tables(after)[device][:, 0] < 0).any() or not keeps_one
         assert same(changed(layout, batch.changes), after)
         layout = after
-        Placement(layout.device_of >= 0).validate()
-        assert (layout.holders == Placement(layout.device_of >= 0).holders).all()
+        Placement(layout.resident).validate()
         loads.append(max(per_device.values()))
     assert (layout.device_of == new.device_of).all()
     stays = old.device_of == new.device_of

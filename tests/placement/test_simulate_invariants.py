@@ -26,6 +26,7 @@ from dance_jax.placement.simulate import (
     simulate,
 )
 from dance_jax.placement.simulate.lock_step import Clock, Layers, Wires
+from dance_jax.placement.simulate.scenario import Messages
 from tests.placement.simulated import (
     ALL,
     CONFIG,
@@ -252,15 +253,18 @@ def test_costs_of_links_without_limit() -> None:
         cost_of([slower, servers[1]], MODEL)
 
 
-def test_more_servers_than_a_token_could_visit() -> None:
-    """Without visits there is no limit."""
+@pytest.mark.parametrize("messages", ["server", "expert"])
+def test_many_servers(messages: Messages) -> None:
     num = 40
     resident = np.zeros((num, MODEL.layers, MODEL.experts), bool)
     resident[np.arange(MODEL.experts) + num - MODEL.experts, :, np.arange(MODEL.experts)] = True
     requests = [(0.0, 0, 10, 2)]
     make = dict(devices=(1,) * num, resident=resident, requests=requests)
-    result = simulate(scenario(**make, lock_step=False, messages="expert"))  # type: ignore[arg-type]
+    result = simulate(scenario(**make, lock_step=False, messages=messages))  # type: ignore[arg-type]
     assert result.rows.tolist() == [11 * 2] * MODEL.layers
     assert result.sent_bytes[:1].tolist() == [11 * 2 * MODEL.layers * ROW]
-    with pytest.raises(UserError, match="40 servers; a token visits servers among at most 31"):
-        scenario(**make)  # type: ignore[arg-type]
+
+
+def test_too_many_servers() -> None:
+    with pytest.raises(UserError, match="scenario: 257 servers; at most 256"):
+        scenario((1,) * 257)

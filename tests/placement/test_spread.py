@@ -29,7 +29,7 @@ def check_layout(layout, placement, devices, slots):
             seen += [tuple(pair) for pair in table[filled]]
         assert len(seen) == len(set(seen)) == resident.sum()
         assert sorted(seen) == [tuple(pair) for pair in np.argwhere(resident)]
-    assert (layout.holders == placement.holders).all()
+    assert (layout.resident == placement.resident).all()
 
 
 @settings(max_examples=40, deadline=None, derandomize=True, database=None)
@@ -138,7 +138,7 @@ def test_those_that_stay_keep_their_slots(seed, slots):
     assert (after.device_of[stays] == before.device_of[stays]).all()
     assert (after.slot_of[stays] == before.slot_of[stays]).all()
     assert ((after.device_of >= 0) == new.resident).all()
-    assert (after.holders == new.holders).all()
+    assert (after.resident == new.resident).all()
     for server, (devices, size) in enumerate(zip(DEVICES, slots, strict=True)):
         tables = [after.experts_of(server, device) for device in range(devices)]
         assert all(table.shape == (size, 2) for table in tables)

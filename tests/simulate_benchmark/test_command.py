@@ -17,9 +17,8 @@ from benchmarks.policies import traces
 from benchmarks.serving.arrivals import Arrival
 from benchmarks.simulation import clusters, runs, tables
 from benchmarks.simulation.runs import Run
-from dance_jax.config import UserError
+from dance_jax.config import MOST_TOGETHER, UserError
 from dance_jax.placement.simulate import Model
-from dance_jax.placement.visit import MAX_SERVERS
 
 SMALL = Model(layers=2, experts=8, top_k=2, state_bytes=64)
 TOPICS = [*dict.fromkeys(topic for each in traces.GPT_OSS_WORKLOADS for topic in each)]
@@ -123,8 +122,8 @@ def test_devices_of_clusters() -> None:
     for count in (0, 2, 6, 33):
         with pytest.raises(UserError, match=f"{count} devices: servers have"):
             clusters.devices_of(count)
-    # There are no more servers than a token may visit.
-    assert len(clusters.devices_of(clusters.MOST_DEVICES)) <= MAX_SERVERS
+    # There are no more servers than can step together.
+    assert len(clusters.devices_of(clusters.MOST_DEVICES)) <= MOST_TOGETHER
 
 
 @pytest.mark.usefixtures("small")

@@ -16,7 +16,7 @@ from dance_jax.placement.core import Placement
 from dance_jax.placement.cost import Cost
 from dance_jax.placement.policies.dance import dance
 from dance_jax.placement.policies.eplb import eplb
-from dance_jax.placement.policies.latency import latency
+from dance_jax.placement.policies.latency import MOST_SERVERS, latency
 from dance_jax.placement.policies.layers import layers
 from dance_jax.placement.policies.optimal import optimal
 from dance_jax.placement.policies.redundance import redundance
@@ -44,13 +44,27 @@ log = logging.getLogger(__name__)
 
 
 def usable(policy: str, routes: Sequence[np.ndarray] | None) -> str:
-    """The policy itself, or `optimal` for `latency` where no token's route is known.
+    """The policy itself, or `optimal` for `latency` where that cannot place; see `why_not`.
 
     >>> usable("latency", None), usable("dance", None)
     ('optimal', 'dance')
     """
-    known = routes is not None and any(len(route) > 0 for route in routes)
-    return policy if policy != "latency" or known else "optimal"
+    return "optimal" if why_not(policy, routes) else policy
+
+
+def why_not(policy: str, routes: Sequence[np.ndarray] | None) -> str:
+    """Why a policy cannot place, in words; "": it can.
+
+    Args:
+        routes: per server int [tokens, layers, k]; None: not known.
+    """
+    if policy != "latency":
+        return ""
+    if routes is None or not any(map(len, routes)):
+        return "latency needs routes, there are none"
+    if len(routes) > MOST_SERVERS:
+        return f"latency takes too long for more than {MOST_SERVERS} servers"
+    return ""
 
 
 def place(
@@ -76,7 +90,7 @@ def place(
             taken as they are; where a server has none in a layer its experts count the same.
         capacities: int [servers], expert slots.
         routes: per server int [tokens, layers, k], for `latency`, which looks at whole tokens;
-            without any, `optimal` takes its place and the log says so.
+            where it cannot, `optimal` takes its place and the log says why.
         devices: int [servers], devices of each server, default 1.
         cost: seconds per hidden state, per call and per layer, for policies that predict time;
             default: `Cost.reference`.
@@ -89,8 +103,8 @@ def place(
     Raises:
         UserError: the policy is unknown, an input is malformed, or slots are missing.
     """
-    if usable(policy, routes) != policy:
-        log.warning("%s needs routes, and counts alone are known: optimal places instead", policy)
+    if why := why_not(policy, routes):
+        log.warning("%s: optimal places instead", why)
         policy = usable(policy, routes)
     if policy not in POLICIES:
         raise UserError(f"unknown policy {policy!r}; there are {', '.join(POLICIES)}")

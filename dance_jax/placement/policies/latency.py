@@ -29,13 +29,15 @@ from dance_jax.placement.policies.lockstep import (
     Sample,
     layer_times,
     locate,
-    mask_dtype,
     relocate,
 )
 from dance_jax.placement.policies.optimal import optimal
 from dance_jax.placement.policies.rounding import fill
 from dance_jax.placement.problem import Problem
+from dance_jax.placement.visit import WORD, masks
 
+#: A round takes time with the square of the servers; sets of them are one word here.
+MOST_SERVERS = WORD
 #: Of all rounds, those that move slots between layers.
 PAIRED = 1 / 3
 #: Placements whose times differ by less are equals: the one that moves fewer experts is taken.
@@ -240,7 +242,7 @@ def anneal(
 
 def _masks(placement: Placement) -> jax.Array:
     """Who holds each expert: bitmasks [layers, experts]."""
-    return jnp.asarray(placement.holders, mask_dtype(placement.num_servers))
+    return jnp.asarray(masks(placement.resident)[0])
 
 
 def _kept(problem: Problem, previous: Placement) -> Placement:
@@ -299,10 +301,14 @@ def latency(problem: Problem) -> Placement:
     server 0 computes: 2/3 + 5/6 + 0.3 x 1/3 = 1.6.
 
     Args:
-        problem: with routes, without which `place` asks `optimal`.
+        problem: with routes and at most MOST_SERVERS servers; `place` asks `optimal` otherwise.
     """
     if problem.routes is None or problem.cost is None:
         raise UserError("latency: routes are needed; with counts alone use optimal")
+    if len(problem.routes) > MOST_SERVERS:
+        raise UserError(
+            f"latency: {len(problem.routes)} servers, at most {MOST_SERVERS}; use optimal"
+        )
     sample = Sample.of(problem.routes, problem.cost, problem.token_weights, problem.counts.shape[2])
     if problem.previous is not None:
         return _with_few_moves(problem, sample, problem.previous)

@@ -89,17 +89,12 @@ class Sample:
         )
 
 
-def mask_dtype(num_servers: int) -> np.dtype:
-    """The smallest unsigned integers with a bit for each server."""
-    return np.min_scalar_type(2**num_servers - 1)
-
-
 def locate(sample: Sample, holders_le: jax.Array) -> jax.Array:
     """Who holds each expert of each token: bitmasks [k, rows, layers, lanes].
 
     Args:
         sample: the routes.
-        holders_le: bitmasks [layers, experts] of `mask_dtype`.
+        holders_le: bitmasks [layers, experts].
     """
     layer_l = jnp.arange(holders_le.shape[0], dtype=jnp.int32)[None, None, :, None]
     return holders_le[layer_l, sample.experts.astype(jnp.int32)]
@@ -136,7 +131,7 @@ def layer_times(sample: Sample, where: jax.Array) -> jax.Array:
     blocks = lanes // num_servers
     home_lane = np.repeat(np.left_shift(1, np.arange(num_servers)), blocks).astype(dtype)
     missing = jnp.where((where & home_lane[None, None, None]) != 0, dtype.type(0), where)
-    chosen = fewest_servers(missing, num_servers)
+    chosen = fewest_servers(missing[None], num_servers)[0]
 
     def per_token(counts: list[jax.Array]) -> jax.Array:
         """Sums over rows to flows per token: float32 [to, layers, from, blocks]."""

@@ -12,7 +12,7 @@ import numpy as np
 from dance_jax.placement.core import Placement, device_slots
 from dance_jax.placement.simulate.batches import Sequence
 from dance_jax.placement.simulate.scenario import Messages, Scenario
-from dance_jax.placement.visit import choose_servers
+from dance_jax.placement.visit import choose_servers, masks
 
 #: Tokens of one look-up of visited servers: bounds its memory, and the compiled shapes to one.
 CHUNK = 256
@@ -44,15 +44,15 @@ def servers_of(
 def _visited(placement: Placement, route_tlk: np.ndarray, away_tlk: np.ndarray) -> np.ndarray:
     """`choose_servers` of many tokens, a chunk at a time: int64 [t, l, k]; -1: not away."""
     tokens, layers, k = route_tlk.shape
-    holders_tlk = placement.holders[np.arange(layers)[:, None], route_tlk]
+    holders_wtlk = masks(placement.resident)[:, np.arange(layers)[:, None], route_tlk]
     out = np.empty((tokens * layers, k), np.int64)
-    holders, away = holders_tlk.reshape(-1, k), away_tlk.reshape(-1, k)
+    holders, away = holders_wtlk.reshape(len(holders_wtlk), -1, k), away_tlk.reshape(-1, k)
     size = CHUNK * layers
     for begin in range(0, len(out), size):
         part = slice(begin, begin + size)
         missing = size - len(out[part])
         chosen = _choose(
-            jnp.asarray(np.pad(holders[part], ((0, missing), (0, 0)))),
+            jnp.asarray(np.pad(holders[:, part], ((0, 0), (0, missing), (0, 0)))),
             jnp.asarray(np.pad(away[part], ((0, missing), (0, 0)))),
             placement.num_servers,
         )

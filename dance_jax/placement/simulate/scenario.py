@@ -224,11 +224,8 @@ def _check_servers(servers: tuple[Server, ...]) -> None:
 def _check_mode(scenario: Scenario) -> None:
     if scenario.messages not in ("server", "expert"):
         raise UserError(f'scenario: messages={scenario.messages!r}; "server" or "expert"')
-    if scenario.messages == "server" and len(scenario.servers) > MAX_SERVERS:
-        raise UserError(
-            f"scenario: {len(scenario.servers)} servers; a token visits servers among at most "
-            f'{MAX_SERVERS}. With messages="expert" there may be more'
-        )
+    if len(scenario.servers) > MAX_SERVERS:
+        raise UserError(f"scenario: {len(scenario.servers)} servers; at most {MAX_SERVERS}")
     if scenario.cores is not None and not scenario.cores > 0:
         raise UserError(f"scenario: cores={scenario.cores}, not above 0")
     quota = any(server.speed.share < 1 for server in scenario.servers)
