@@ -116,55 +116,85 @@ Answerer::Content Answerer::ReadBody(const Call& call) const {
   return content;
 }
 
-// Answers the call that has waited longest, and with it those for the same layer.
 void Answerer::AnswerNext() {
-  const Wire& wire = server_.spec().wire;
-  const int64_t layer = calls_.front().head.layer, begin = NowNs();
-  std::vector<Call> together;
+  const int64_t begin = NowNs();
+  const std::vector<Call> calls = TakeNext();
+  std::vector<Content> contents;
+  std::vector<int32_t> wanted;
+  for (const Call& call : calls) {
+    const Content& content = contents.emplace_back(ReadBody(call));
+    wanted.insert(wanted.end(), content.experts.begin(), content.experts.end());
+  }
+  const Held held = server_.Find(calls.front().head.layer, wanted);
+  for (Content& content : contents) FindMissing(held, content);
+  const std::vector<float> y = Compute(calls, contents, held);
+  const int64_t end = NowNs(), d = server_.spec().wire.d;
+  server_.Sum([&](CallSums& sums) {
+    sums.served_s += 1e-9 * (end - begin);
+    sums.served_rows += y.size() / d;
+  });
+  const float* sums = y.data();
+  for (size_t i = 0; i < calls.size(); ++i) {
+    AnswerHead head;
+    head.id = calls[i].head.id, head.version = server_.tables()->front()->version;
+    head.queued_us = (begin - calls[i].arrived) / 1000, head.computed_us = (end - begin) / 1000;
+    if (contents[i].here) {
+      head.rows = calls[i].head.rows, head.missing = contents[i].missing.size();
+    } else {
+      head.status = Status::kNotHere;
+    }
+    const int peer = calls[i].line->peer;
+    server_.Count(peer, PeerCounters::kAnswered, 1);
+    server_.Count(peer, PeerCounters::kAnsweredRows, head.rows);
+    server_.Count(peer, PeerCounters::kQueuedNs, begin - calls[i].arrived);
+    Answer(calls[i], head, sums, contents[i].missing);
+    sums += head.rows * d;
+  }
+}
+
+std::vector<Answerer::Call> Answerer::TakeNext() {
+  const uint16_t layer = calls_.front().head.layer;
+  std::vector<Call> taken;
   uint32_t rows = 0;
   std::erase_if(calls_, [&](Call& call) {
-    const bool fits = together.empty() || rows + call.head.rows <= kMostTogether;
+    const bool fits = taken.empty() || rows + call.head.rows <= kMostTogether;
     if (call.head.layer != layer || !fits) return false;
     rows += call.head.rows;
     --call.line->waiting;
-    together.push_back(std::move(call));
+    taken.push_back(std::move(call));
     return true;
   });
+  return taken;
+}
 
-  std::vector<Content> contents(together.size());
-  std::vector<int32_t> wanted;
-  size_t most = 1;
-  for (size_t i = 0; i < together.size(); ++i) {
-    contents[i] = ReadBody(together[i]);
-    wanted.insert(wanted.end(), contents[i].experts.begin(), contents[i].experts.end());
-  }
-  const Held held = server_.Find(layer, wanted);
+void Answerer::FindMissing(const Held& held, Content& content) {
+  std::vector<uint16_t>& missing = content.missing;
+  std::copy_if(content.experts.begin(), content.experts.end(), std::back_inserter(missing),
+               [&](uint16_t expert) { return held.Place(expert) < 0; });
+  content.here = content.sane && (missing.empty() || missing.size() < content.experts.size());
+  std::sort(missing.begin(), missing.end());
+  missing.erase(std::unique(missing.begin(), missing.end()), missing.end());
+}
 
-  // The calls of which anything is here, and what is not.
-  std::vector<bool> here(together.size());
-  std::vector<std::vector<uint16_t>> missing(together.size());
-  rows = 0;
-  for (size_t i = 0; i < together.size(); ++i) {
-    const Content& content = contents[i];
-    std::copy_if(content.experts.begin(), content.experts.end(), std::back_inserter(missing[i]),
-                 [&](uint16_t expert) { return held.Place(expert) < 0; });
-    here[i] = content.sane && (missing[i].empty() || missing[i].size() < content.experts.size());
-    if (!here[i]) continue;
-    std::sort(missing[i].begin(), missing[i].end());
-    missing[i].erase(std::unique(missing[i].begin(), missing[i].end()), missing[i].end());
-    rows += together[i].head.rows;
-    for (uint32_t r = 0; r < together[i].head.rows; ++r) {
-      most = std::max<size_t>(most, content.counts[r]);
+std::vector<float> Answerer::Compute(const std::vector<Call>& calls,
+                                     const std::vector<Content>& contents, const Held& held) {
+  const Wire& wire = server_.spec().wire;
+  int64_t rows = 0, most = 1;
+  for (size_t i = 0; i < calls.size(); ++i) {
+    if (!contents[i].here) continue;
+    rows += calls[i].head.rows;
+    for (uint32_t r = 0; r < calls[i].head.rows; ++r) {
+      most = std::max<int64_t>(most, contents[i].counts[r]);
     }
   }
   std::vector<float> x(rows * wire.d), weight(rows * most, 0.0f), y(rows * wire.d);
   std::vector<int32_t> expert(rows * most, -1);
   size_t row = 0;
-  for (size_t i = 0; i < together.size(); ++i) {
-    if (!here[i]) continue;
+  for (size_t i = 0; i < calls.size(); ++i) {
     const Content& content = contents[i];
+    if (!content.here) continue;
     size_t pair = 0;
-    for (uint32_t r = 0; r < together[i].head.rows; ++r, ++row) {
+    for (uint32_t r = 0; r < calls[i].head.rows; ++r, ++row) {
       wire.Decode(content.rows + r * wire.RowBytes(), &x[row * wire.d]);
       for (size_t k = 0; k < content.counts[r]; ++k, ++pair) {
         expert[row * most + k] = held.Place(content.experts[pair]);
@@ -172,32 +202,8 @@ void Answerer::AnswerNext() {
       }
     }
   }
-  if (rows > 0) {
-    const auto k = static_cast<int64_t>(most);
-    server_.Compute(held, {x.data(), expert.data(), weight.data(), rows, k}, y.data());
-  }
-  const int64_t end = NowNs();
-  server_.Sum([&](CallSums& sums) {
-    sums.served_s += 1e-9 * (end - begin);
-    sums.served_rows += rows;
-  });
-  const float* sums = y.data();
-  for (size_t i = 0; i < together.size(); ++i) {
-    const Call& call = together[i];
-    AnswerHead head;
-    head.id = call.head.id, head.version = server_.tables()->front()->version;
-    head.queued_us = (begin - call.arrived) / 1000, head.computed_us = (end - begin) / 1000;
-    if (here[i]) {
-      head.rows = call.head.rows, head.missing = missing[i].size();
-    } else {
-      head.status = Status::kNotHere;
-    }
-    server_.Count(call.line->peer, PeerCounters::kAnswered, 1);
-    server_.Count(call.line->peer, PeerCounters::kAnsweredRows, head.rows);
-    server_.Count(call.line->peer, PeerCounters::kQueuedNs, begin - call.arrived);
-    Answer(call, head, sums, missing[i]);
-    if (here[i]) sums += head.rows * wire.d;
-  }
+  if (rows > 0) server_.Compute(held, {x.data(), expert.data(), weight.data(), rows, most}, y.data());
+  return y;
 }
 
 void Answerer::Answer(const Call& call, const AnswerHead& head, const float* sums,

@@ -239,6 +239,9 @@ class Answerer {
   struct Content {
     // It may be computed. False: it is no call of this model.
     bool sane = false;
+    // Anything of it is on this server, and which experts are not.
+    bool here = false;
+    std::vector<uint16_t> missing;
     const uint8_t* counts = nullptr;
     std::vector<uint16_t> experts;
     std::vector<float> weights;
@@ -250,8 +253,14 @@ class Answerer {
   // Takes over new connections; false: the thread has to end.
   bool Adopt();
   void Poll(bool wait);
+  // Answers the call that has waited longest, and with it those for the same layer.
   void AnswerNext();
+  std::vector<Call> TakeNext();
   Content ReadBody(const Call& call) const;
+  static void FindMissing(const Held& held, Content& content);
+  // [rows, d]: the sums of the calls that are here, but for what is missing.
+  std::vector<float> Compute(const std::vector<Call>& calls, const std::vector<Content>& contents,
+                             const Held& held);
   void Answer(const Call& call, const AnswerHead& head, const float* sums,
               const std::vector<uint16_t>& missing);
 

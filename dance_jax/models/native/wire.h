@@ -27,21 +27,21 @@ struct Wire {
 };
 
 // The kinds of messages.
-enum class Kind16 : uint16_t { kCall = 1, kAnswer = 2 };
+enum class MessageKind : uint16_t { kCall = 1, kAnswer = 2 };
 
 // Before an expert call: `rows` counts of a byte each, `pairs` experts of two bytes and weights of
 // four, then the rows, each as Wire has it.
 struct CallHead {
   static constexpr uint32_t kMagic = 0x63786a64;
   uint32_t magic = kMagic;
-  Kind16 kind = Kind16::kCall;
+  MessageKind kind = MessageKind::kCall;
   uint16_t layer = 0;
   uint64_t id = 0;
   uint32_t rows = 0, pairs = 0;
 
   // It may be a call of so many rows at most. A count has one byte, so pairs are bounded as well.
   bool Sane(uint32_t most) const {
-    return magic == kMagic && kind == Kind16::kCall && rows <= most &&
+    return magic == kMagic && kind == MessageKind::kCall && rows <= most &&
            pairs <= uint64_t{rows} * UINT8_MAX;
   }
   size_t BodyBytes(const Wire& wire) const {
@@ -56,7 +56,7 @@ enum class Status : uint16_t { kDone = 0, kNotHere = 1 };
 struct AnswerHead {
   static constexpr uint32_t kMagic = 0x61786a64;
   uint32_t magic = kMagic;
-  Kind16 kind = Kind16::kAnswer;
+  MessageKind kind = MessageKind::kAnswer;
   Status status = Status::kDone;
   uint64_t id = 0;
   // Of the callee's table.
@@ -68,7 +68,7 @@ struct AnswerHead {
   uint32_t missing = 0;
 
   bool Sane(uint32_t most) const {
-    return magic == kMagic && kind == Kind16::kAnswer && rows <= most && missing <= UINT16_MAX + 1;
+    return magic == kMagic && kind == MessageKind::kAnswer && rows <= most && missing <= UINT16_MAX + 1;
   }
   size_t BodyBytes(const Wire& wire) const {
     return rows * wire.d * sizeof(float) + missing * sizeof(uint16_t);
