@@ -23,9 +23,9 @@ from benchmarks.serving.figures import gaps_s
 from benchmarks.serving.setting import failures
 from benchmarks.serving.texts import Texts, read_texts, task_files
 from benchmarks.targets import Target
-from dance_jax.launch.costs import state_bytes
+from dance_jax.launch.costs import exchanged_bytes
 from dance_jax.launch.defaults import demo_dir, engine_config
-from dance_jax.models.directory import read_config
+from dance_jax.models.convert import outline
 from dance_jax.models.tokenizer import Tokenizer
 
 from .streams import whole
@@ -190,8 +190,9 @@ def _latencies(
 
 def bytes_sent(bed: Testbed, place: Place, words: Sequence[str]) -> Bytes:
     """Of prompts that have one token of answer, then of the example prompts."""
-    model, texts = read_config(demo_dir()), _texts(len(bed.hosts))
-    row = 2 * state_bytes(model.hidden_size, engine_config(model))
+    model, texts = outline(demo_dir()), _texts(len(bed.hosts))
+    config = engine_config(model.config, formats=model.formats)
+    row = exchanged_bytes(model.config.hidden_size, config)
     tokenizer, rng = Tokenizer.load(demo_dir()), np.random.default_rng(0)
     servers = range(len(bed.hosts))
     prefills = [

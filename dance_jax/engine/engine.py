@@ -14,7 +14,7 @@ import numpy as np
 from dance_jax.config import ClusterSpec, EngineConfig
 from dance_jax.engine.compile_cache import CompileCache
 from dance_jax.engine.detokenizer import Decoder
-from dance_jax.engine.kv_cache import num_blocks
+from dance_jax.engine.kv_cache import num_blocks, state_copies
 from dance_jax.engine.output import RequestTracker, SampledToken
 from dance_jax.engine.report import EngineReport, EngineStats
 from dance_jax.engine.route_sample import RouteSample
@@ -101,6 +101,7 @@ class Engine:
             raise ValueError(f"layout for devices {layout.devices}, cluster has {devices}")
         self.rank, self.config, self._top_k = rank, config, model.top_k
         self.form = form = checkpoint.form(config.dtype)
+        copies = state_copies(len(devices), calls=transport is None)
         self.runner = Runner(
             model,
             checkpoint.trunk(config.dtype),
@@ -109,12 +110,13 @@ class Engine:
             layout,
             rank,
             config,
-            num_blocks(model, config, free_memory),
+            num_blocks(model, config, free_memory, copies),
             compile_cache or CompileCache(None),
             transport,
+            copies,
         )
         self.scheduler = Scheduler(
-            config, devices[rank], self.runner.blocks, share_prefixes=not model.state_bytes
+            config, devices[rank], self.runner.blocks, not model.state_bytes, copies
         )
         self.tracker = RequestTracker(
             tokenizer,
@@ -196,6 +198,12 @@ class Engine:
         for sequence in self.scheduler.abort(request_id):
             self._pending.append(self.tracker.end(sequence, "abort"))
 
+    def cancel(self) -> None:
+        """Nobody is waited for any more, as the process is to end: the step under way, if any, ends
+        at once, and what it wanted of others fails. Any thread may call it."""
+        if self.runner.calls is not None:
+            self.runner.calls.cancel()
+
     def step(self) -> StepResult:
         """Schedule, run, and hand out what was sampled.
 
@@ -231,7 +239,7 @@ class Engine:
             for row, sampled in self._sampled(plan, outcomes, extras):
                 if not any(row.sequence is each for each in failed):
                     outputs.append(self._append(row, sampled))
-            self._record(plan, outcomes[0], extras)
+            self._record(plan.without(failed), outcomes[0], extras)
             applied = 0 if self.alone else int(outcomes[0].crossed.loaded)
             if applied:
                 self._apply(applied)
@@ -255,7 +263,8 @@ class Engine:
     def stage(self, number: int, layout: Layout, experts: Experts) -> None:
         """Holds loaded experts until `commit`.
 
-        Batches come into force one by one, in the order of their numbers.
+        Batches come into force one by one, in the order of their numbers. Where a server steps on
+        its own, another thread may call it during a step.
 
         Args:
             number: of the batch, from 1 on, the same on all servers, greater than all before.
@@ -271,6 +280,7 @@ class Engine:
         batch = self._staging.add(number, layout, experts)
         if self.alone:  # the others may call them as soon as one server has the batch in force
             self.runner.pools.write(batch.writes)
+            self.runner.stage_tables(layout, number)
 
     def commit(self, number: int) -> bool:
         """All servers have staged a batch: it comes into force after a step.
@@ -292,6 +302,7 @@ class Engine:
         Returns:
             False: it was not there, because it was not staged or is in force already.
         """
+        self.runner.drop_tables(number)
         return self._staging.drop(number)
 
     def expert(self, layer: int, expert: int) -> Weights:
@@ -318,7 +329,7 @@ class Engine:
             batch = self._staging.take(number)
             if not self.alone:
                 self.runner.pools.write(batch.writes)
-            self.runner.use_tables(batch.layout)
+            self.runner.use_tables(batch.layout, number)
         if self.config.half_life is None:  # what never fades is of the present placement alone
             self._routes.clear()
 
@@ -374,7 +385,9 @@ class Engine:
             prefix_queries=scheduler.prefix_queries,
             prefix_hits=scheduler.prefix_hits,
             shares_prefixes=scheduler.share_prefixes,
-            state_bytes_used=scheduler.num_running * self.runner.model_config.state_bytes,
+            state_bytes_used=scheduler.num_running
+            * scheduler.state_copies
+            * self.runner.model_config.state_bytes,
             prompt_tokens=self.prompt_tokens,
             generation_tokens=self.generation_tokens,
             calls_local=calls_local,

@@ -2,8 +2,9 @@
 
 A block holds `block_size` positions of one sequence; which block holds which is the scheduler's
 business (engine.blocks). A layer with a recurrent state has a slot for each running sequence
-instead. Block 0 and slot 0 are scratch: unused rows of a step write there, so that no row needs a
-test.
+instead; two of them where rows of a step may fail, which reads one and writes the other, so that
+failed sequences still have their old states. Block 0 and slot 0 are scratch: unused rows of a step
+write there, so that no row needs a test.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ Leaf = Any
 class Memory(NamedTuple):
     """One device's state, donated to every step and returned by it, layer by layer."""
 
-    #: Per layer [1 + blocks, block_size, w] in the engine's dtype, or a `State` of 1 + max_num_seqs
-    #: sequences.
+    #: Per layer [1 + blocks, block_size, w] in the engine's dtype, or a `State` of 1 + copies *
+    #: max_num_seqs slots.
     cache: list[Any]
     #: int32 [l, e], expert calls of this device's tokens since the start.
     counts: Leaf
@@ -41,10 +42,18 @@ def block_bytes(model: ModelConfig, config: EngineConfig) -> int:
     return config.block_size * model.cache_width * jnp.dtype(config.dtype).itemsize
 
 
-def num_blocks(model: ModelConfig, config: EngineConfig, free: int | None = None) -> int:
+def state_copies(servers: int, calls: bool) -> int:
+    """Recurrent states of each sequence: 2 where servers call each other, as rows may fail then."""
+    return 2 if servers > 1 and calls else 1
+
+
+def num_blocks(
+    model: ModelConfig, config: EngineConfig, free: int | None = None, copies: int = 1
+) -> int:
     """KV blocks of one device, scratch not counted.
 
     Args:
+        copies: `state_copies`.
         free: bytes of memory that nothing uses, for this device; None: enough. Half of it may be
             taken where `config.kv_memory` says nothing; the number is then rounded down to whole
             contexts, so that it does not change with every start.
@@ -55,53 +64,57 @@ def num_blocks(model: ModelConfig, config: EngineConfig, free: int | None = None
     each, wanted = block_bytes(model, config), config.max_num_seqs * config.max_blocks
     if not each:  # all layers have states: blocks are only counted
         return wanted
+    states = state_bytes(model, config, copies)
     if config.kv_memory is not None:
-        left = config.kv_memory - state_bytes(model, config)
+        left = config.kv_memory - states
         count, given = max(left, 0) // each, f"kv_memory={config.kv_memory}"
     else:
-        half = None if free is None else max(free // 2 - state_bytes(model, config), 0)
+        half = None if free is None else max(free // 2 - states, 0)
         room = wanted if half is None else half // each
         count = min(wanted, room // config.max_blocks * config.max_blocks)
         given = f"half of the {free or 0:,} bytes of free memory"
     if count < config.max_blocks:
         raise UserError(
             f"{given}: a context of {config.max_model_len} tokens takes "
-            f"{config.max_blocks * each:,} bytes of KV cache{_beside_states(model, config)}; give "
+            f"{config.max_blocks * each:,} bytes of KV cache{_beside_states(states, config)}; give "
             "more, or a smaller max_model_len or max_num_seqs"
         )
     return count
 
 
-def _beside_states(model: ModelConfig, config: EngineConfig) -> str:
-    states = state_bytes(model, config)
+def _beside_states(states: int, config: EngineConfig) -> str:
     return f" beside {states:,} bytes of states for {config.max_num_seqs} sequences" * bool(states)
 
 
-def cache_bytes(model: ModelConfig, config: EngineConfig) -> int:
+def cache_bytes(model: ModelConfig, config: EngineConfig, copies: int = 1) -> int:
     """Bytes of one device's KV cache where memory is not short."""
-    return (1 + num_blocks(model, config)) * block_bytes(model, config)
+    return (1 + num_blocks(model, config, copies=copies)) * block_bytes(model, config)
 
 
-def state_bytes(model: ModelConfig, config: EngineConfig) -> int:
+def state_bytes(model: ModelConfig, config: EngineConfig, copies: int = 1) -> int:
     """Bytes of one device's recurrent states; 0 for models without any."""
-    return (1 + config.max_num_seqs) * model.state_bytes
+    return (1 + copies * config.max_num_seqs) * model.state_bytes
 
 
-def new_memory(model: ModelConfig, config: EngineConfig, blocks: int, exchange: Exchange) -> Memory:
+def new_memory(
+    model: ModelConfig, config: EngineConfig, blocks: int, exchange: Exchange, copies: int = 1
+) -> Memory:
     """An empty memory with so many blocks and scratch, in numpy."""
     layers = len(model.moe_layers)
     links = exchange.memory(layers)
     return Memory(
-        cache=[layer_cache(layer.mixer, config, blocks) for layer in model.layers],
+        cache=[layer_cache(layer.mixer, config, blocks, copies) for layer in model.layers],
         counts=np.zeros((layers, model.num_experts), np.int32),
         links=[jax.tree.map(operator.itemgetter(layer), links) for layer in range(layers)],
     )
 
 
-def layer_cache(mixer: Mixer, config: EngineConfig, blocks: int) -> np.ndarray | State:
+def layer_cache(
+    mixer: Mixer, config: EngineConfig, blocks: int, copies: int = 1
+) -> np.ndarray | State:
     """What a layer with this mixer keeps, empty, in numpy."""
     if isinstance(mixer, DeltaNet):
-        slots = 1 + config.max_num_seqs
+        slots = 1 + copies * config.max_num_seqs
         return State(*(np.zeros((slots, *shape), np.float32) for shape in mixer.state_shapes))
     shape = (1 + blocks, config.block_size, mixer.cache_width)
     return np.zeros(shape, jnp.dtype(config.dtype))

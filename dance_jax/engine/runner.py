@@ -117,6 +117,7 @@ class Runner:
     Args:
         form: what a slot of the pool holds.
         blocks: KV blocks of each device, scratch not counted.
+        state_copies: see kv_cache.py.
         transport: carries rows between servers that step together, of one kind on all of them;
             None: each steps on its own, and experts answer calls.
     """
@@ -133,6 +134,7 @@ class Runner:
         blocks: int,
         compile_cache: CompileCache,
         transport: Transport | None = None,
+        state_copies: int = 1,
     ):
         self.model_config = model_config
         self.form = form
@@ -149,7 +151,7 @@ class Runner:
         self.exchange = self._make_exchange(transport, len(layout.devices))
         self._read_experts = read_experts
         self._compile_cache = compile_cache
-        self.blocks = blocks
+        self.blocks, self._state_copies = blocks, state_copies
         self._executables: dict[Any, jax.stages.Compiled] = {}
         self._parts: dict[Bucket, Parts] = {}
         self._shapes: dict[Bucket, Any] = {}
@@ -176,8 +178,6 @@ class Runner:
             for number, layer in enumerate(model_config.moe_layers)
         }
         self.pools = self._build_pools(layout)
-        #: How often experts have been placed.
-        self._version = 0
         #: This server's part in expert calls; None where servers step together.
         self.calls = self._call_server(len(layout.devices))
         #: What steps get of it, of the C++ library's; and where servers step together, where
@@ -185,7 +185,7 @@ class Runner:
         self._callers: jax.Array | None = None
         self.tables: Tables | None = None
         self.use_tables(layout)
-        memory = new_memory(model_config, config, blocks, self.exchange)
+        memory = new_memory(model_config, config, blocks, self.exchange, state_copies)
         self.memory: Memory = jax.tree.map(self._on_all, memory)
 
     def _make_exchange(
@@ -261,16 +261,29 @@ class Runner:
         self.calls = self._call_server(len(layout.devices))
         self.use_tables(layout)
 
-    def use_tables(self, layout: Layout) -> None:
-        """From the next step on experts are looked for where `layout` says; the pool stays."""
-        self._version += 1
+    def use_tables(self, layout: Layout, number: int = 0) -> None:
+        """From the next step on experts are looked for where `layout` says; the pool stays.
+
+        Args:
+            number: of the batch that brought it; 0: it was there from the start.
+        """
         if self.calls is None:
             self.tables = self._build_tables(layout)
         else:
-            self.calls.use(self._version, layout.resident)
+            self.calls.use(number, layout.resident)
         if isinstance(self.calls, CallServer):
             callers = [np.int32(caller) for caller in self.calls.callers]
             self._callers = self.shards.per_device(callers)
+
+    def stage_tables(self, layout: Layout, number: int) -> None:
+        """What others refuse, as they have batch `number` in force, is where `layout` says."""
+        if self.calls is not None:
+            self.calls.stage(number, layout.resident)
+
+    def drop_tables(self, number: int) -> None:
+        """Batch `number` will not be in force, nor will those after it."""
+        if self.calls is not None:
+            self.calls.drop(number)
 
     # Steps.
 
@@ -288,7 +301,8 @@ class Runner:
     def _compiled(
         self, lower: Callable[..., jax.stages.Lowered], *which: Bucket | int
     ) -> jax.stages.Compiled:
-        key = (lower.__name__, self.topology, self.exchange.name, self.blocks, *which)
+        sizes = self.blocks, self._state_copies
+        key = (lower.__name__, self.topology, self.exchange.name, *sizes, *which)
         if key not in self._executables:
             self._executables[key] = self._compile_cache.compile(key, lambda: lower(*which))
         return self._executables[key]

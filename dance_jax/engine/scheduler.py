@@ -69,6 +69,14 @@ class StepPlan:
     def bucket(self) -> tuple[int, int]:
         return self.decode, self.slice
 
+    def without(self, sequences: Iterable[Sequence]) -> StepPlan:
+        """The rows of other sequences."""
+        gone = {id(sequence) for sequence in sequences}
+        entries = (
+            tuple(row for row in rows if id(row.sequence) not in gone) for rows in self.entries
+        )
+        return dataclasses.replace(self, entries=tuple(entries))
+
     @property
     def num_tokens(self) -> int:
         """Tokens computed, without padding."""
@@ -109,6 +117,7 @@ class Scheduler:
         num_blocks: KV blocks of each device.
         share_prefixes: sequences begin behind cached blocks of equal tokens. Not so where a layer
             has a recurrent state, which exists only for a sequence's last token.
+        state_copies: slots for recurrent states of each running sequence, see kv_cache.py.
 
     Raises:
         UserError: buckets that leave some work without a step, or a KV cache that is too small for
@@ -116,19 +125,25 @@ class Scheduler:
     """
 
     def __init__(
-        self, config: EngineConfig, devices: int, num_blocks: int, share_prefixes: bool = True
+        self,
+        config: EngineConfig,
+        devices: int,
+        num_blocks: int,
+        share_prefixes: bool = True,
+        state_copies: int = 1,
     ) -> None:
         _check_buckets(config)
         _check_blocks(config, num_blocks)
         self.config = config
         self.devices = devices
-        self.share_prefixes = share_prefixes
+        self.share_prefixes, self.state_copies = share_prefixes, state_copies
         #: The blocks of each device.
         self.pools = [BlockPool(num_blocks, config.block_size) for _ in range(devices)]
         #: Admitted sequences of each device, oldest first.
         self.running: list[list[Sequence]] = [[] for _ in range(devices)]
         #: Slots for recurrent states that no running sequence of the device has.
-        self._state_slots = [list(range(config.max_num_seqs, 0, -1)) for _ in range(devices)]
+        slots = state_copies * config.max_num_seqs
+        self._state_slots = [list(range(slots, 0, -1)) for _ in range(devices)]
         #: Heap of (arrival, sequence): those that were preempted go before all younger ones.
         self._waiting: list[tuple[int, Sequence]] = []
         #: Running sequences that went back to waiting since the start.
@@ -237,7 +252,7 @@ class Scheduler:
 
         Args:
             failed: sequences of which tokens could not be computed. They rest for RETRY_S and
-                compute the same again; all of it where a recurrent state has been overwritten.
+                compute the same again, from the recurrent states before the step.
         """
         left = {id(sequence): sequence for sequence in failed}
         for row in (row for rows in plan.entries for row in rows):
@@ -245,6 +260,9 @@ class Scheduler:
                 continue
             row.sequence.num_computed += len(row.tokens)
             row.sequence.rests_until = 0.0
+            if row.index == row.first:
+                read, written = row.sequence.state_slots
+                row.sequence.state_slots = written, read
             if row.sequence.num_computed % self.config.block_size == 0:
                 self._publish_last(row.sequence)
         for sequence in left.values():
@@ -254,9 +272,6 @@ class Scheduler:
     def _put_off(self, sequence: Sequence) -> None:
         sequence.rests_until = time.monotonic() + RETRY_S
         self.failures += 1
-        if not self.share_prefixes:
-            self._preempt(sequence)
-            return
         kept = self._blocks_for(sequence.num_computed)
         self.pools[sequence.device].release(sequence.blocks[kept:])
         sequence.blocks = sequence.blocks[:kept]
@@ -282,7 +297,8 @@ class Scheduler:
             if device is None:
                 return
             heapq.heappop(self._waiting)
-            sequence.device, sequence.state_slot = device, self._state_slots[device].pop()
+            slots = [self._state_slots[device].pop() for _ in range(self.state_copies)]
+            sequence.device, sequence.state_slots = device, (slots[0], slots[-1])
             bisect.insort(self.running[device], sequence, key=_by_arrival)
 
     def _choose_device(self, sequence: Sequence) -> int | None:
@@ -358,9 +374,9 @@ class Scheduler:
     def _release(self, sequence: Sequence) -> None:
         self.running[sequence.device].remove(sequence)
         self.pools[sequence.device].release(sequence.blocks)
-        self._state_slots[sequence.device].append(sequence.state_slot)
+        self._state_slots[sequence.device] += set(sequence.state_slots)
         sequence.device, sequence.blocks, sequence.num_computed = -1, [], 0
-        sequence.state_slot = 0
+        sequence.state_slots = 0, 0
 
     def _reuse_prefix(self, sequence: Sequence) -> None:
         """Begins a sequence behind the blocks that are cached.

@@ -316,8 +316,9 @@ class Sequence:
     #: -1: it waits.
     device: int = -1
     blocks: list[int] = dataclasses.field(default_factory=list)
-    #: Where its recurrent states are on the device, from 1 on; 0: it waits.
-    state_slot: int = 0
+    #: Where its recurrent states are on the device, and where the next step leaves them, from 1 on;
+    #: 0: it waits.
+    state_slots: tuple[int, int] = (0, 0)
     #: Number in the order in which the scheduler got the sequences.
     arrival: int = -1
     #: time.monotonic() before which it rests, as experts that it needs were not to be had; 0: its

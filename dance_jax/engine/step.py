@@ -52,7 +52,7 @@ class Batch(NamedTuple):
     start: Leaf
     length: Leaf
     first: Leaf
-    #: int32 [r, p]: blocks of the row's sequence; int32 [r]: the slot of its recurrent states.
+    #: int32 [r, p]: blocks of the row's sequence; int32 [r, 2]: `Rows.state_r2`.
     table: Leaf
     state: Leaf
     #: int32 []: what the server tells the others of itself, `messages.say`.
@@ -138,14 +138,14 @@ def host_batch(rows: tuple[Row, ...], bucket: Bucket, config: EngineConfig, said
     length = np.zeros(count, np.int32)
     first = np.concatenate([np.arange(decode), np.arange(slices)]).astype(np.int32)
     table = np.zeros((count, config.max_blocks), np.int32)
-    state = np.zeros(count, np.int32)
+    state = np.zeros((count, 2), np.int32)
     for row in rows:
         token[token_slice(bucket, config, row)] = row.tokens
         start[row.index], length[row.index] = row.start, len(row.tokens)
         # Among the rows of its kind.
         first[row.index] = row.first - (decode if row.index >= decode else 0)
         table[row.index, : len(row.sequence.blocks)] = row.sequence.blocks
-        state[row.index] = row.sequence.state_slot
+        state[row.index] = row.sequence.state_slots
     last = np.zeros(decode, np.int32)
     sampled = sampling_rows(rows)
     last[: len(sampled)] = [token_slice(bucket, config, row).stop - 1 for row in sampled]

@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from dance_jax.config import ClusterSpec, EngineConfig, UserError
-from dance_jax.engine.kv_cache import cache_bytes, state_bytes
+from dance_jax.engine.kv_cache import cache_bytes, state_bytes, state_copies
 from dance_jax.launch.costs import cluster_cost, cost_note
 from dance_jax.launch.exchange import ExchangeChoice, choose_exchange
 from dance_jax.models.config import ModelConfig
@@ -111,10 +111,11 @@ def rooms(spec: ClusterSpec, model: ModelFacts, config: EngineConfig) -> tuple[R
     # No device can use more slots than there are experts.
     slots = [min(server.slots(expert_bytes), experts) for server in spec.servers]
     _check_capacity(spec, slots, experts, expert_bytes)
+    copies = state_copies(len(spec.servers), calls=config.exchange != "collectives")
     fixed = (
         model.trunk_bytes(config.dtype),
-        cache_bytes(model.config, config),
-        state_bytes(model.config, config),
+        cache_bytes(model.config, config, copies),
+        state_bytes(model.config, config, copies),
     )
     return tuple(
         Room(server.name, server.devices, *fixed, count * expert_bytes, count, spare)
@@ -221,8 +222,9 @@ def model_notes(model: ModelConfig, config: EngineConfig) -> Iterator[str]:
     if model.state_bytes:
         yield (
             f"The model has recurrent states: {format_bytes(model.state_bytes)} for each of "
-            f"{config.max_num_seqs} sequences that run at once on a device, and one more. Requests "
-            "with the same prefix do not share its computation."
+            f"{config.max_num_seqs} sequences that run at once on a device, twice where servers "
+            "call each other, and one more. Requests with the same prefix do not share its "
+            "computation."
         )
     for original in sorted(model.trained_contexts):
         which = "longer" if config.max_model_len > original else "shorter"

@@ -6,11 +6,13 @@ limited while JAX makes its devices, because XLA sizes its thread pools by them;
 loads, compiles, and steps while it has work. Where servers step together instead, all processes do
 one collective before anything else, because a first collective of only some of them fails; they do
 one step after another while any of them has work, and one a second while none has, which shows that
-all can. Experts that move are read in the background (`loading`).
+all can. Experts that move are read in the background (`loading`). A step may wait for servers that
+do not answer: a thread hears the parent meanwhile.
 """
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -23,6 +25,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -54,12 +57,14 @@ HEARTBEAT_S, REPORT_S = 1.0, 0.25
 LOADING_POLL_S = 0.05
 #: Seconds for which a thread that loads may keep the interpreter from the one that steps.
 SWITCH_S = 0.0005
+#: Seconds after which the parent is heard while a step waits for other servers.
+HEAR_S = 0.05
 #: Seconds in which the parent's Stop may follow the end of another server.
 STOP_WINDOW_S = 0.5
 
 
 class Channel:
-    """The socket to the parent; used by the main thread alone."""
+    """The socket to the parent; used by one thread at a time."""
 
     def __init__(self, endpoint: str, key: bytes, rank: int) -> None:
         self._connection = Connection(endpoint, key, f"server-{rank}")
@@ -305,13 +310,21 @@ class Worker:
         self._engine, self._loader = engine, loader
         self._lines, self._endpoints, self._channel = lines, endpoints, channel
         self._reported = 0.0
+        #: Commands that wait for the end of a step.
+        self._heard: collections.deque[protocol.Command] = collections.deque()
+        #: time.monotonic() at which a step began; None: none is under way. Under the lock, whoever
+        #: is not in the step has the channel while one is, and the main thread else.
+        self._step_began: float | None = None
+        self._lock = threading.Lock()
 
     def serve_alone(self) -> None:
         """Steps while there is work here, whatever the other servers do."""
+        threading.Thread(target=self._listen, daemon=True, name="listen").start()
         busy = True
         while True:
             self._obey()
-            result = self._engine.step()
+            with self._heard_meanwhile():
+                result = self._engine.step()
             self._hand_out(result)
             # The last report is of what ended the work.
             self._report(REPORT_S if result.active else HEARTBEAT_S, at_once=busy != result.active)
@@ -320,6 +333,25 @@ class Worker:
                 # A sequence that rests, or a batch that is being loaded, is looked after soon.
                 soon = self._loader.busy or self._engine.has_work
                 self._channel.waits(LOADING_POLL_S if soon else HEARTBEAT_S)
+
+    @contextlib.contextmanager
+    def _heard_meanwhile(self) -> Iterator[None]:
+        """Within it the main thread leaves the channel to the one that listens."""
+        self._step_began = time.monotonic()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._step_began = None
+
+    def _listen(self) -> None:
+        """Hears the parent while steps wait for servers that do not answer."""
+        while True:
+            time.sleep(HEAR_S)
+            with self._lock:
+                began = self._step_began
+                if began is not None and time.monotonic() - began > HEAR_S:
+                    self._hear()
 
     def serve_together(self, bell: Bell) -> None:
         """Steps together with all servers.
@@ -363,6 +395,27 @@ class Worker:
         if self._engine.trace is not None and (lines := self._engine.trace.take()):
             self._channel.send(protocol.Traced(lines))
 
+    def _hear(self) -> None:
+        """Takes in what the parent has said, and does what need not wait for the end of a step."""
+        while self._channel.waits():
+            match command := self._channel.receive():
+                case protocol.Stage():
+                    self._loader.begin(command)
+                case protocol.Peer(rank, endpoint):
+                    self._endpoints[rank] = endpoint
+                    threading.Thread(
+                        target=self._redial, args=(rank, endpoint), daemon=True, name="redial"
+                    ).start()
+                case protocol.Stop():
+                    self._engine.cancel()
+                    self._heard.append(command)
+                case _:
+                    self._heard.append(command)
+        # Slots that a batch empties are free for the next one once it is in force.
+        if not any(isinstance(each, protocol.Commit | protocol.Drop) for each in self._heard):
+            for loaded in self._loader.finished():
+                self._channel.send(_stage(self._engine, loaded))
+
     def _obey(self) -> None:
         """Does what the parent has said, and hands over what was loaded.
 
@@ -370,8 +423,9 @@ class Worker:
             Stopped: it wants an end.
         """
         engine, channel = self._engine, self._channel
-        while channel.waits():
-            match channel.receive():
+        self._hear()
+        while self._heard:
+            match self._heard.popleft():
                 case protocol.Submit(requests):
                     for request in requests:
                         engine.add(request)
@@ -382,8 +436,6 @@ class Worker:
                     self._send_trace()
                     stats = msgspec.msgpack.encode(engine.stats())
                     channel.send(protocol.Stats(msgspec.Raw(stats)))
-                case protocol.Stage() as stage:
-                    self._loader.begin(stage)
                 case protocol.Commit(number):
                     if engine.commit(number):
                         channel.send(protocol.Applied(number))
@@ -391,17 +443,10 @@ class Worker:
                     self._loader.drop(number)
                     engine.unstage(number)
                     channel.send(protocol.Dropped(number))
-                case protocol.Peer(rank, endpoint):
-                    self._endpoints[rank] = endpoint
-                    threading.Thread(
-                        target=self._redial, args=(rank, endpoint), daemon=True, name="redial"
-                    ).start()
                 case protocol.Stop():
                     raise Stopped
                 case protocol.Join():
                     raise RuntimeError("the servers have joined already")
-        for loaded in self._loader.finished():
-            channel.send(_stage(engine, loaded))
 
     def _redial(self, rank: int, endpoint: str) -> None:
         try:

@@ -50,7 +50,7 @@ class Heads:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("start_r", "length_r", "first_r", "table_rp", "state_r"),
+    data_fields=("start_r", "length_r", "first_r", "table_rp", "state_r2"),
     meta_fields=("chunk",),
 )
 @dataclasses.dataclass(frozen=True)
@@ -69,15 +69,16 @@ class Rows:
     first_r: jax.Array
     #: int32 [r, p], the cache's blocks that hold the sequence's positions.
     table_rp: jax.Array
-    #: int32 [r], the slot of the sequence's recurrent states, for mixers that have any.
-    state_r: jax.Array
+    #: int32 [r, 2], the slot of the sequence's recurrent states, for mixers that have any, and that
+    #: in which the step leaves them.
+    state_r2: jax.Array
     chunk: int
 
     @staticmethod
     def whole(tokens: int) -> Rows:
         """One sequence of so many tokens, of which nothing is cached yet, in block 0."""
         zero = jnp.zeros(1, jnp.int32)
-        return Rows(zero, zero + tokens, zero, zero[None], zero, tokens)
+        return Rows(zero, zero + tokens, zero, zero[None], jnp.zeros((1, 2), jnp.int32), tokens)
 
     @property
     def count(self) -> int:

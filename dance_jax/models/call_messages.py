@@ -69,10 +69,22 @@ class Channel:
         self._socket = connection
         self.closed = False
         self._in, self._out = bytearray(), bytearray()
+        #: Nothing is read from it for now.
+        self.paused = False
 
     @property
     def events(self) -> int:
-        return select.POLLIN | (select.POLLOUT if self._out else 0)
+        return (0 if self.paused else select.POLLIN) | (select.POLLOUT if self._out else 0)
+
+    @property
+    def sending(self) -> bool:
+        """Something waits until the connection takes it."""
+        return bool(self._out)
+
+    @property
+    def buffered(self) -> bool:
+        """Something was received and not read."""
+        return bool(self._in)
 
     def fileno(self) -> int:
         return self._socket.fileno()
@@ -92,13 +104,24 @@ class Channel:
                 self.closed = True
 
     def read(self, head: struct.Struct, body_bytes: Callable[..., int]) -> Iterator[bytes]:
-        """The whole messages that are there, head and body.
+        """The whole messages that are there, head and body; what is not asked for stays.
 
         Args:
             body_bytes: of a head's fields; raises ValueError where they make no message, which
                 ends the connection.
         """
         while not self.closed:
+            while len(self._in) >= head.size:
+                try:
+                    size = head.size + body_bytes(*head.unpack_from(self._in))
+                except ValueError:
+                    self.closed = True
+                    return
+                if len(self._in) < size:
+                    break
+                message = bytes(self._in[:size])
+                del self._in[:size]
+                yield message
             try:
                 content = self._socket.recv(1 << 20)
             except BlockingIOError:
@@ -107,17 +130,6 @@ class Channel:
                 content = b""
             self.closed = not content
             self._in += content
-            while len(self._in) >= head.size and not self.closed:
-                try:
-                    size = head.size + body_bytes(*head.unpack_from(self._in))
-                except ValueError:
-                    self.closed = True
-                    break
-                if len(self._in) < size:
-                    break
-                message = bytes(self._in[:size])
-                del self._in[:size]
-                yield message
 
     def close(self) -> None:
         self.closed = True
@@ -132,8 +144,8 @@ def poll(channels: Iterable[Channel], timeout_s: float | None) -> list[Channel]:
         polled.register(fd, channel.events)
     readable = []
     for fd, events in polled.poll(None if timeout_s is None else 1000 * max(timeout_s, 0)):
-        if events & select.POLLOUT:
+        if events & ~select.POLLIN:  # a connection that has ended says so where it is not read, too
             by_fd[fd].flush()
-        if events & ~select.POLLOUT:
+        if events & ~select.POLLOUT and not by_fd[fd].paused:
             readable.append(by_fd[fd])
     return readable

@@ -13,7 +13,7 @@ import socket
 import threading
 import weakref
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -77,7 +77,24 @@ class ExpertCalls(Protocol):
         ...
 
     def use(self, version: int, resident_nle: np.ndarray) -> None:
-        """From now on experts are looked for where `resident_nle`, bool [n, l, e], says."""
+        """From now on experts are looked for where `resident_nle`, bool [n, l, e], says.
+
+        Args:
+            version: of the placement, the same on all servers, and greater than that before.
+        """
+        ...
+
+    def stage(self, version: int, resident_nle: np.ndarray) -> None:
+        """A placement will be in force, and may be on other servers: what those refuse by it is
+        looked for where it says, in the middle of a step too."""
+        ...
+
+    def drop(self, version: int) -> None:
+        """A staged placement, and those after it, will not be in force."""
+        ...
+
+    def cancel(self) -> None:
+        """All calls under way fail within 0.1 s, and later ones at once; any thread may say so."""
         ...
 
     def dial(self, device: int, peer: int, connection: socket.socket) -> None:
@@ -162,12 +179,22 @@ class CallServer:
         self._end = weakref.finalize(self, library.CallServerDelete, ctypes.c_int64(self._number))
 
     def use(self, version: int, resident_nle: np.ndarray) -> None:
+        self._tell(self._library.CallServerTable, version, resident_nle)
+
+    def stage(self, version: int, resident_nle: np.ndarray) -> None:
+        self._tell(self._library.CallServerStage, version, resident_nle)
+
+    def drop(self, version: int) -> None:
+        self._library.CallServerDrop(ctypes.c_int64(self._number), ctypes.c_int64(version))
+
+    def cancel(self) -> None:
+        self._library.CallServerCancel(ctypes.c_int64(self._number))
+
+    def _tell(self, function: Any, version: int, resident_nle: np.ndarray) -> None:
         resident = np.ascontiguousarray(resident_nle, np.bool_)
         if resident.shape != self._shape:
             raise ValueError(f"a placement of shape {resident.shape}, not {self._shape}")
-        self._library.CallServerTable(
-            ctypes.c_int64(self._number), ctypes.c_int64(version), _pointer(resident)
-        )
+        function(ctypes.c_int64(self._number), ctypes.c_int64(version), _pointer(resident))
 
     def dial(self, device: int, peer: int, connection: socket.socket) -> None:
         connection.setblocking(False)

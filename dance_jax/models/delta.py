@@ -49,7 +49,7 @@ class _Tokens(NamedTuple):
 
 
 class DeltaNetLayer(nnx.Module):
-    """The mixer of a layer. Its cache is a `State` with a slot for each sequence."""
+    """The mixer of a layer. Its cache is a `State` with slots for each sequence."""
 
     def __init__(self, config: ModelConfig, shape: DeltaNet, dtype: jnp.dtype):
         d, heads = config.hidden_size, shape.num_value_heads
@@ -136,7 +136,7 @@ class DeltaNetLayer(nnx.Module):
         began_r = rows.start_r[rows.first_r] > 0
 
         def pick(kept: jax.Array) -> jax.Array:
-            state = jnp.take(kept, rows.state_r, axis=0, mode="clip")
+            state = jnp.take(kept, rows.state_r2[:, 0], axis=0, mode="clip")
             return jnp.where(began_r.reshape(-1, *[1] * (kept.ndim - 1)), state, 0.0)
 
         return State(*map(pick, cached))
@@ -188,7 +188,7 @@ def _write(cached: State, fresh: State, rows: Rows) -> State:
     Row by row, so that of several rows of a sequence the last one's state stays. Unused rows write
     to slot 0.
     """
-    slot_r = jnp.where(rows.length_r > 0, rows.state_r, 0)
+    slot_r = jnp.where(rows.length_r > 0, rows.state_r2[:, 1], 0)
 
     def put(r: jax.Array, cached: State) -> State:
         return jax.tree.map(

@@ -58,6 +58,9 @@ _CALL_BITS = 48
 #: Weight of the latest answer in a pace; bytes up to which an answer is a small one.
 _LEARN, _SMALL = 0.2, 8192
 
+#: Calls of one caller that a callee has not answered: one, and a repeat of another's.
+MOST_UNANSWERED = 2
+
 #: Computes experts that are here: (x float32 [n, d], experts int [n, k] by their numbers in the
 #: model or -1, weights float32 [n, k]) -> (sums float32 [n, d], bool [n, k], False where an expert
 #: is not here). Any thread calls it.
@@ -172,22 +175,26 @@ class _Part:
     peer: int
     places: np.ndarray
     rows: np.ndarray
-    #: Of the table by which it was placed; and who was asked for the same before, by this table.
-    version: int
+    #: The tables by which it was placed; and who was asked for the same before.
+    tables: tuple[_Table, ...]
     asked: int
-    state: str = "waiting"  # or answered, nowhere, lost, failed
+    #: Or done (its sums are those of all its experts but for what `rest` asks others for), nowhere,
+    #: lost, failed.
+    state: str = "waiting"
+    #: 0: it is not sent yet.
     id: int = 0
     repeat_at: float = 0.0
     fail_at: float = 0.0
     repeated: bool = False
     #: float32 [rows, d].
     sums: np.ndarray | None = None
-    #: Parts that ask others for the same.
-    instead: list[_Part] | None = None
+    rest: Sequence[_Part] = ()
+    #: Parts that ask others for the same, as this one is late.
+    instead: Sequence[_Part] = ()
 
     @property
     def succeeded(self) -> bool:
-        if self.state == "answered":
+        if self.state == "done" and all(part.succeeded for part in self.rest):
             return True
         return bool(self.instead) and all(part.succeeded for part in self.instead)
 
@@ -196,18 +203,22 @@ class _Part:
         """There is no more to wait for."""
         if self.state == "failed" or self.succeeded:
             return True
-        return self.state == "lost" and all(part.resolved for part in self.instead or [])
+        others = (*self.rest, *self.instead)
+        return self.state in ("done", "lost") and all(part.resolved for part in others)
 
     def add(self, y_td: np.ndarray, failed_t: np.ndarray) -> list[_Part]:
         """Adds what was answered; the parts that were not, whose rows have failed."""
-        if self.state == "answered":
-            assert self.sums is not None
+        own = self.state == "done" and self.succeeded
+        others = self.rest if own or not self.instead else self.instead
+        failed = [part for each in others for part in each.add(y_td, failed_t)]
+        if self.instead and not own:
+            return failed
+        if self.state != "done":
+            failed_t[self.rows] = True
+            failed.append(self)
+        elif self.sums is not None:
             y_td[self.rows] += self.sums
-            return []
-        if self.instead:
-            return [part for each in self.instead for part in each.add(y_td, failed_t)]
-        failed_t[self.rows] = True
-        return [self]
+        return failed
 
 
 class HostCallServer:
@@ -240,7 +251,9 @@ class HostCallServer:
     ) -> None:
         self.rank, self.servers, self.layers, self.experts = rank, servers, layers, experts
         self.wire, self.most_rows, self.k, self.compute = wire, most_rows, k, compute
-        self.table = _Table(0, np.zeros((servers, layers, experts), bool))
+        #: The one in force, then those of batches that are staged, in their order.
+        self.tables = (_Table(0, np.zeros((servers, layers, experts), bool)),)
+        self.cancelled = False
         self._lock = threading.Lock()
         #: What was counted, under the lock.
         self._peers = [PeerCounters() for _ in range(servers)]
@@ -257,9 +270,23 @@ class HostCallServer:
         self._answerer = _Answerer(self)
 
     def use(self, version: int, resident_nle: np.ndarray) -> None:
+        staged = (table for table in self.tables if table.version > version)
+        self.tables = (self._new_table(version, resident_nle), *staged)
+
+    def stage(self, version: int, resident_nle: np.ndarray) -> None:
+        self.tables = (*self.tables, self._new_table(version, resident_nle))
+
+    def drop(self, version: int) -> None:
+        in_force, *staged = self.tables
+        self.tables = (in_force, *(table for table in staged if table.version < version))
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+    def _new_table(self, version: int, resident_nle: np.ndarray) -> _Table:
         if resident_nle.shape != (self.servers, self.layers, self.experts):
             raise ValueError(f"a placement of shape {resident_nle.shape}")
-        self.table = _Table(version, resident_nle)
+        return _Table(version, resident_nle)
 
     def dial(self, device: int, peer: int, connection: socket.socket) -> None:
         self.callers[device].dial(peer, connection)
@@ -360,7 +387,7 @@ class _Caller:
         self._ids = itertools.count(1 + (device << _CALL_BITS))
         #: Of the layer that runs.
         self._parts: list[_Part] = []
-        self._table = server.table
+        self._tables = server.tables
 
     def dial(self, peer: int, connection: socket.socket) -> None:
         with self._lock:
@@ -377,17 +404,16 @@ class _Caller:
             dialled, self._dialled = self._dialled, []
         for peer, connection in dialled:
             line = self._lines[peer]
-            self._lose(peer)
+            self._forget(peer)
             if line.channel is not None:
                 line.channel.close()
             self._lines[peer] = _Line(Channel(connection), pace=line.pace)
             # What the old connection took along is lost.
             for part in [*self._parts]:
-                if part.state == "waiting" and part.peer == peer:
-                    self._server.count(peer, lost=1)
-                    self._replace(part, 0.0)
+                if part.state == "waiting" and part.id and part.peer == peer:
+                    self._lose(part)
 
-    def _lose(self, peer: int) -> None:
+    def _forget(self, peer: int) -> None:
         """The connection took along what was to be answered."""
         unanswered = self._lines[peer].unanswered
         for number, sent in unanswered.items():
@@ -411,9 +437,9 @@ class _Caller:
 
     def run(self, rows: HostRows) -> tuple[np.ndarray, np.ndarray]:
         server, entered = self._server, time.monotonic()
-        self._layer_rows, self._table, self._parts = rows, server.table, []
+        self._layer_rows, self._tables, self._parts = rows, server.tables, []
         self._x = server.wire.round(rows.x)
-        holders = self._table.holders[rows.layer]
+        holders, version = self._tables[0].holders[rows.layer], self._tables[0].version
         valid_tk = np.broadcast_to(rows.valid[:, None], rows.expert.shape)
         used = np.unique(rows.expert[valid_tk])
         here = [e for e in used.tolist() if holders[e] >> server.rank & 1]
@@ -422,15 +448,15 @@ class _Caller:
         self._adopt()
         # Late answers to earlier calls: whoever has sent all of them is asked again.
         self._exchange(0.0)
-        first = self._place(np.flatnonzero(valid_tk & ~local_tk), 0, 0.0)
+        first = self._place(np.flatnonzero(valid_tk & ~local_tk), 0, version, 0.0)
         begin = time.monotonic()
         y_td = np.zeros(rows.x.shape, np.float32)
         if local_tk.any():
             numbers_tk = server.numbers(rows.layer, np.where(local_tk, rows.expert, -1))
             sums_td, here_tk = server.compute(self._x, numbers_tk, rows.weight)
-            # A table never names what is not here; a row must not lose an expert in silence.
-            failed_t |= ~here_tk.all(1)
             y_td += sums_td
+            # Where a table names what is not here, others may have it.
+            first += self._place(np.flatnonzero(~here_tk), 1 << server.rank, version, 0.0)
         computed = time.monotonic()
         self._wait(first)
         end = time.monotonic()
@@ -445,7 +471,7 @@ class _Caller:
 
     def _count_failed(self, part: _Part) -> None:
         """Rows that failed, at all servers that hold what they lack."""
-        rows, holders = self._layer_rows, self._table.holders[self._layer_rows.layer]
+        rows, holders = self._layer_rows, self._tables[0].holders[self._layer_rows.layer]
         k = rows.expert.shape[1]
         for _, places in itertools.groupby(part.places.tolist(), lambda place: place // k):
             mask = 0
@@ -455,37 +481,81 @@ class _Caller:
                 if mask >> peer & 1:
                     self._server.count(peer, failed_rows=1)
 
-    def _place(self, places: np.ndarray, asked: int, patience_s: float) -> list[_Part]:
-        """Parts for these assignments, which are sent; none to servers in `asked`, a bitmask. What
-        nobody has is "nowhere" until so many seconds have passed."""
+    def _usable(self) -> int:
+        """Servers that may be asked, this one among them; a bitmask."""
+        if self._server.cancelled:
+            return 0
+        others = sum(1 << n for n, line in enumerate(self._lines) if line.usable)
+        return others | 1 << self._server.rank
+
+    def _holders(self, usable: int, version: int) -> Callable[[int], int]:
+        """Those of some servers to ask for an expert: by the newest table that is no newer than a
+        version, or else by the others, the next ones first."""
+        older = [table for table in self._tables if table.version <= version]
+        tables = (*reversed(older), *self._tables[len(older) :])
+        holders = [table.holders[self._layer_rows.layer] for table in tables]
+
+        def find(expert: int) -> int:
+            return next((mask for own in holders if (mask := own[expert] & usable)), 0)
+
+        return find
+
+    def _place(
+        self, places: np.ndarray, asked: int, version: int, patience_s: float
+    ) -> list[_Part]:
+        """Parts for these assignments, which are sent, or computed here; none to servers in
+        `asked`, a bitmask. What nobody has is "nowhere" until so many seconds have passed.
+
+        Args:
+            version: see `_holders`.
+        """
         if not len(places):
             return []
-        rows, servers = self._layer_rows, self._server.servers
-        holders = self._table.holders[rows.layer]
-        usable = sum(1 << n for n, line in enumerate(self._lines) if line.usable) & ~asked
+        rows, server = self._layer_rows, self._server
+        holders = self._holders(self._usable() & ~asked, version)
         k = rows.expert.shape[1]
         by_peer: dict[int, list[int]] = collections.defaultdict(list)
         for _, group in itertools.groupby(places.tolist(), lambda place: place // k):
             own = list(group)
-            masks = tuple(holders[rows.expert.flat[place]] & usable for place in own)
-            for place, peer in zip(own, choose(masks, servers), strict=True):
+            masks = tuple(holders(int(rows.expert.flat[place])) for place in own)
+            for place, peer in zip(own, choose(masks, server.servers), strict=True):
                 by_peer[peer].append(place)
         placed = []
         for peer, own in sorted(by_peer.items()):
             at = np.array(own)
-            part = _Part(peer, at, np.unique(at // k), self._table.version, asked)
-            if peer >= 0:
+            part = _Part(peer, at, np.unique(at // k), self._tables, asked)
+            placed.append(part)
+            if peer == server.rank:
+                self._compute_here(part)
+            elif peer >= 0:
                 self._send(part)
             else:
                 part.state = "nowhere" if patience_s > 0 else "failed"
                 part.fail_at = time.monotonic() + patience_s
-            placed.append(part)
         self._parts += placed
         return placed
 
+    def _compute_here(self, part: _Part) -> None:
+        """By a table that is not in force here yet."""
+        rows, server = self._layer_rows, self._server
+        own_tk = np.zeros(rows.expert.shape, bool)
+        own_tk.flat[part.places] = True
+        own_nk = own_tk[part.rows]
+        numbers_nk = server.numbers(rows.layer, np.where(own_nk, rows.expert[part.rows], -1))
+        part.sums, here_nk = server.compute(self._x[part.rows], numbers_nk, rows.weight[part.rows])
+        missing = part.places[~here_nk[own_nk]]
+        self._replace(part, missing, self._tables[0].version, _PATIENCE_S)
+
     def _send(self, part: _Part) -> None:
+        """Sends a part, or leaves it for when its server has answered another."""
         rows, wire = self._layer_rows, self._server.wire
         line = self._lines[part.peer]
+        size = CALL.size + len(part.rows) * (1 + wire.bytes + 4 * wire.d) + 6 * len(part.places)
+        now, expected_s = time.monotonic(), line.pace.expected(size)
+        part.repeat_at = now + max(self._repeat_s, _LATE * expected_s)
+        part.fail_at = now + max(self._fail_s, _FAILED * expected_s)
+        if len(line.unanswered) >= MOST_UNANSWERED:
+            return
         part.id = next(self._ids)
         of_row = part.places // rows.expert.shape[1]
         counts = np.bincount(np.searchsorted(part.rows, of_row), minlength=len(part.rows))
@@ -500,10 +570,6 @@ class _Caller:
                 wire.encode(self._x[part.rows]),
             ]
         )
-        size = len(message) + 4 * wire.d * len(part.rows)
-        now, expected_s = time.monotonic(), line.pace.expected(size)
-        part.repeat_at = now + max(self._repeat_s, _LATE * expected_s)
-        part.fail_at = now + max(self._fail_s, _FAILED * expected_s)
         line.unanswered[part.id] = _Sent(now, size, step, rows.layer, len(part.rows))
         assert line.channel is not None
         line.channel.send(message)
@@ -529,46 +595,58 @@ class _Caller:
         return min(times)
 
     def _review(self, part: _Part, now: float) -> None:
-        if part.state == "waiting":
+        if self._server.cancelled and part.state in ("waiting", "nowhere"):
+            part.state = "failed"
+        elif part.state == "waiting":
             line = self._lines[part.peer]
-            if line.channel is None or line.channel.closed:
-                self._server.count(part.peer, lost=1)
-                self._lose(part.peer)
-                self._replace(part, 0.0)
+            gone = line.channel is None or line.channel.closed
+            if gone:
+                self._forget(part.peer)
+            if gone or (not part.id and line.suspect):
+                self._lose(part)
             elif now >= part.fail_at:
                 line.suspect = True
                 if part.id in line.unanswered:
                     self._record(part.peer, part.id, line.unanswered[part.id], "late")
                 part.state = "lost" if part.instead else "failed"
+            elif not part.id:
+                if len(line.unanswered) < MOST_UNANSWERED:
+                    self._send(part)
             elif now >= part.repeat_at and not part.repeated:
                 self._repeat(part)
         elif part.state == "nowhere":
-            if self._server.table.version != part.version:
-                self._table = self._server.table
-                self._replace(part, part.fail_at - now)
+            if self._server.tables is not part.tables:
+                self._replace(part, part.places, self._tables[0].version, part.fail_at - now)
             elif now >= part.fail_at:
                 part.state = "failed"
 
-    def _replace(self, part: _Part, patience_s: float) -> None:
-        """Asks others, as this one will not answer."""
-        asked = 0
-        if part.version == self._table.version:
-            asked = part.asked | (1 << part.peer if part.peer >= 0 else 0)
-        part.state = "lost"
-        if not part.instead:
-            part.instead = self._place(part.places, asked, patience_s)
+    def _replace(self, part: _Part, missing: np.ndarray, version: int, patience_s: float) -> None:
+        """A part has its answer, its sums, but for these assignments, which go to others."""
+        part.state = "done"
+        self._tables = self._server.tables
+        # When nobody was left, any server may have got them since.
+        asked = part.asked | 1 << part.peer if part.peer >= 0 else 0
+        part.rest = self._place(missing, asked, version, patience_s)
+
+    def _lose(self, part: _Part) -> None:
+        """A part gets no answer."""
+        if part.id:
+            self._server.count(part.peer, lost=1)
+        if part.instead:
+            part.state = "lost"
+        else:
+            self._replace(part, part.places, self._tables[0].version, 0.0)
 
     def _repeat(self, part: _Part) -> None:
         """Asks others too, where all that is wanted has other holders."""
         part.repeated = True
         self._lines[part.peer].suspect = True
-        usable = sum(1 << n for n, line in enumerate(self._lines) if line.usable)
-        asked = part.asked | 1 << part.peer
-        holders = self._table.holders[self._layer_rows.layer]
+        asked, version = part.asked | 1 << part.peer, self._tables[0].version
+        holders = self._holders(self._usable() & ~asked, version)
         wanted = np.unique(self._layer_rows.expert.flat[part.places]).tolist()
-        if all(holders[expert] & usable & ~asked for expert in wanted):
+        if all(holders(expert) for expert in wanted):
             self._server.count(part.peer, repeats=1)
-            part.instead = self._place(part.places, asked, 0.0)
+            part.instead = self._place(part.places, asked, version, 0.0)
 
     def _exchange(self, timeout_s: float) -> None:
         """Sends and reads what it can; where that is nothing, waits so long for it."""
@@ -584,21 +662,23 @@ class _Caller:
                 self._answered(owing[channel], message)
 
     def _answer_bytes(self, magic: int, kind: int, *rest: int) -> int:
-        rows = rest[3]
-        if (magic, kind) != (ANSWER_MAGIC, ANSWER_KIND) or rows > self._server.most_rows:
+        rows, missing = rest[3], rest[6]
+        sane = rows <= self._server.most_rows and missing <= 1 << 16
+        if (magic, kind) != (ANSWER_MAGIC, ANSWER_KIND) or not sane:
             raise ValueError
-        return 4 * self._server.wire.d * rows
+        return 4 * self._server.wire.d * rows + 2 * missing
 
     def _answered(self, peer: int, message: bytes) -> None:
         head = ANSWER.unpack_from(message)
-        _, _, status, number, _, rows, queued_us, computed_us, _ = head
+        _, _, status, number, version, rows, queued_us, computed_us, gone = head
         line = self._lines[peer]
         if number not in line.unanswered:
             return
         sent = line.unanswered.pop(number)
         waited, size = time.monotonic() - sent.at, sent.bytes
         callee_s = 1e-6 * queued_us, 1e-6 * computed_us
-        self._record(peer, number, sent, "answered" if status == DONE else "refused", *callee_s)
+        whole = status == DONE and not gone
+        self._record(peer, number, sent, "answered" if whole else "refused", *callee_s)
         count = {"waited_ns": int(1e9 * waited), "bytes_received": len(message)}
         self._server.count(peer, **count)
         if status == DONE:
@@ -608,13 +688,15 @@ class _Caller:
         line.suspect = line.suspect and bool(line.unanswered)
         for part in self._parts:
             if part.id == number and part.peer == peer and part.state == "waiting":
+                missing = part.places
                 if status == DONE and rows == len(part.rows):
-                    sums = np.frombuffer(message, np.float32, offset=ANSWER.size)
-                    part.sums, part.state = sums.reshape(rows, -1), "answered"
-                else:
-                    self._server.count(peer, refusals=1)
-                    self._table = self._server.table
-                    self._replace(part, _PATIENCE_S)
+                    numbers = rows * self._server.wire.d
+                    sums = np.frombuffer(message, np.float32, numbers, ANSWER.size)
+                    part.sums = sums.reshape(rows, -1)
+                    gone = np.frombuffer(message, "<u2", offset=ANSWER.size + 4 * numbers)
+                    missing = missing[np.isin(self._layer_rows.expert.flat[missing], gone)]
+                self._server.count(peer, refusals=len(missing) > 0)
+                self._replace(part, missing, version, _PATIENCE_S)
                 return
 
 
@@ -681,13 +763,33 @@ class _Answerer:
                 if channel is self._woken:
                     collections.deque(channel.read(one, lambda _: 0), maxlen=0)
                     continue
-                for message in channel.read(CALL, self._body_bytes):
-                    self._calls.append(self._read(self._lines[channel], channel, message))
+                self._receive(channel)
             if self._calls:
                 self._answer_next()
+            self._resume()
             for channel in [each for each in self._lines if each.closed]:
                 del self._lines[channel]
                 channel.close()
+
+    def _receive(self, channel: Channel) -> None:
+        """Takes calls from a connection; what it sends beyond MOST_UNANSWERED waits there."""
+        for message in channel.read(CALL, self._body_bytes):
+            self._calls.append(self._read(self._lines[channel], channel, message))
+            channel.paused = self._full(channel)
+            if channel.paused:
+                return
+
+    def _full(self, channel: Channel) -> bool:
+        waiting = sum(call.channel is channel for call in self._calls)
+        return waiting >= MOST_UNANSWERED or channel.sending
+
+    def _resume(self) -> None:
+        """Reads on where calls have been answered."""
+        for channel in self._lines:
+            if channel.paused and not channel.closed:
+                channel.paused = self._full(channel)
+                if not channel.paused and channel.buffered:
+                    self._receive(channel)
 
     def _body_bytes(self, magic: int, kind: int, *rest: int) -> int:
         *_, rows, pairs = rest
@@ -728,30 +830,43 @@ class _Answerer:
                 left.append(call)
         self._calls = left
         parts = [call.content for call in together if call.content is not None]
-        sums_nd, here_n = np.zeros((0, self._server.wire.d), np.float32), np.zeros(0, np.bool_)
+        sums_nd = np.zeros((0, self._server.wire.d), np.float32)
+        here_nk = np.zeros((0, self._server.k), bool)
         if rows:
             x_nd, expert_nk, weight_nk = map(np.concatenate, zip(*parts, strict=True))
             sums_nd, here_nk = self._server.compute(x_nd, expert_nk, weight_nk)
-            here_n = np.asarray(here_nk.all(1))
         end, at = time.monotonic(), 0
-        self._server.sum(served_s=end - begin, served_batches=int(here_n.any()))
+        self._server.sum(served_s=end - begin, served_batches=rows > 0)
         for call in together:
             own = slice(at, at + call.rows)
             at = own.stop
-            here = call.content is not None and bool(here_n[own].all())
-            self._answer(call, sums_nd[own] if here else None, begin, end)
+            sums, gone = None, np.zeros(0, int)
+            if call.content is not None:
+                wanted_nk = call.content[1]
+                gone = wanted_nk[~here_nk[own]]
+                if not len(gone) or len(gone) < (wanted_nk >= 0).sum():
+                    sums = sums_nd[own]
+            missing = np.unique(gone) - call.layer * self._server.experts
+            self._answer(call, sums, missing, begin, end)
             times = {"begin": call.arrived, "arrived": call.arrived, "end": end}
             times |= {"compute_begin": begin, "compute_end": end}
             fields = {"step": call.step, "id": call.id, "layer": call.layer, "peer": call.peer}
-            outcome, counted = "answered" if here else "refused", {"rows": call.rows}
-            self._server.record("served", outcome, times, **fields, **counted, calls=len(together))
+            fields |= {"rows": call.rows, "calls": len(together)}
+            whole = sums is not None and not len(missing)
+            self._server.record("served", "answered" if whole else "refused", times, **fields)
 
-    def _answer(self, call: _Call, sums: np.ndarray | None, begin: float, end: float) -> None:
-        status, rows = (NOT_HERE, 0) if sums is None else (DONE, len(sums))
+    def _answer(
+        self, call: _Call, sums: np.ndarray | None, missing: np.ndarray, begin: float, end: float
+    ) -> None:
+        """Sums but for the missing experts; None: nothing of the call is here."""
+        status, rows, gone, body = NOT_HERE, 0, 0, b""
+        if sums is not None:
+            status, rows, gone = DONE, len(sums), len(missing)
+            body = np.ascontiguousarray(sums, np.float32).tobytes()
+            body += missing.astype("<u2").tobytes()
         times = int(1e6 * (begin - call.arrived)), int(1e6 * (end - begin))
-        version = self._server.table.version
-        head = ANSWER_MAGIC, ANSWER_KIND, status, call.id, version, rows, *times, 0
-        body = b"" if sums is None else np.ascontiguousarray(sums, np.float32).tobytes()
+        version = self._server.tables[0].version
+        head = ANSWER_MAGIC, ANSWER_KIND, status, call.id, version, rows, *times, gone
         counts = {
             "answered": 1,
             "answered_rows": rows,

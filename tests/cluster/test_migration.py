@@ -156,6 +156,29 @@ def test_steps_during_a_migration_give_what_one_device_gives(
     check_migration(three_servers, single, one_by_one, seed, replicas, most)
 
 
+@pytest.mark.parametrize("exchange", ["calls", "mixed"])
+def test_a_late_server_follows_what_it_has_staged(
+    three_servers: TestCluster, single: Runner, exchange: str
+):
+    """It has not put a batch in force when the others' slots are written anew already."""
+    three_servers.use(exchange)
+    old, new = (placed(random_resident(seed, frozenset(), 0.0))[1] for seed in (7, 8))
+    three_servers.place(old)
+    sequences = Sequences(three_servers, single)
+    late, in_time = 0, (1, 2)
+    layouts = [layout for _, layout in batches(old, new, 4)]
+    three_servers.stage(1, layouts[0], *EVERYONE)
+    for number, following in enumerate(layouts[1:], 1):
+        three_servers.commit(number, *in_time)
+        three_servers.stage(number + 1, following, *in_time)
+        for server in sequences.step():
+            assert not any(reply["failed"] for reply in server)
+        three_servers.commit(number, late)
+        three_servers.stage(number + 1, following, late)
+    refusals = [sum(p.refusals for p in each.peers) for each in three_servers.send("counters")]
+    assert refusals[late] > 0 and not any(refusals[rank] for rank in in_time)
+
+
 def test_collectives_agree_on_a_step(three_servers: TestCluster, single: Runner):
     three_servers.use("collectives")
     check_migration(three_servers, single, together, 3, (0.0, 0.3), 20)

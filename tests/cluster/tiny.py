@@ -168,7 +168,7 @@ def rows_of(bucket: tuple[int, int], tokens: Tokens) -> list[list[Row]]:
         sequence = Sequence("r", 0, list(ids), SamplingParams(temperature=0), 1, 0)
         first = 1 + number * ENGINE.max_blocks
         sequence.blocks = list(range(first, first + ENGINE.max_blocks))
-        sequence.state_slot = 1 + number
+        sequence.state_slots = 1 + number, 1 + number
         if not bucket[1] or (start > 0 and len(ids) == 1):
             found.append([Row(sequence, decode, decode, start, list(ids), True)])
             decode += 1

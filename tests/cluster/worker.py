@@ -117,6 +117,7 @@ class Server:
         batch = self.staging.add(number, layout, {place: weights[place] for place in needed})
         if self.runner.calls is not None:
             self.runner.pools.write(batch.writes)
+            self.runner.stage_tables(layout, number)
 
     def commit(self, number: int, ranks: tuple[int, ...]) -> None:
         """These servers know that all have loaded a batch."""
@@ -125,10 +126,13 @@ class Server:
         if self.runner.calls is None:
             self.staging.commit(number)
         else:
-            self.runner.use_tables(self.staging.take(number).layout)
+            self.runner.use_tables(self.staging.take(number).layout, number)
 
     def drop(self, number: int, ranks: tuple[int, ...]) -> bool | None:
-        return self.staging.drop(number) if RANK in ranks else None
+        if RANK not in ranks:
+            return None
+        self.runner.drop_tables(number)
+        return self.staging.drop(number)
 
     def believe(self, layout: Layout, rank: int) -> None:
         """A server looks for experts where they are not."""
@@ -153,7 +157,7 @@ class Server:
         if number := reply[0]["loaded"]:
             batch = self.staging.take(number)
             self.runner.pools.write(batch.writes)
-            self.runner.use_tables(batch.layout)
+            self.runner.use_tables(batch.layout, number)
         return reply
 
 

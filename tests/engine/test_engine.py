@@ -6,6 +6,7 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,6 +18,7 @@ from tests.engine.traffic import (
     Job,
     Naive,
     any_traffic,
+    failures,
     jobs,
     make_checkpoint,
     make_engine,
@@ -66,6 +68,21 @@ def test_the_traffic_above_preempts_and_shares(engine: Engine, naive: Naive):
     assert after.prefix_hits > before.prefix_hits
     for number, job in enumerate(long):
         naive.check(list(job.prompt), collectors[str(number)].output.outputs[0].token_ids)
+
+
+def test_failed_rows_change_no_answer(engine: Engine, naive: Naive):
+    """They are computed again, into the same blocks, and count once."""
+    long = [Job((*SHARED[n % 2], n + 2), 24, n, None) for n in range(4)]
+    for seed in range(2):
+        before = engine.report()
+        with failures(engine, np.random.default_rng(seed)) as failed:
+            collectors = run(engine, [(job, job.request(str(n))) for n, job in enumerate(long)])
+        assert len(failed) > 10
+        for number, job in enumerate(long):
+            naive.check(list(job.prompt), collectors[str(number)].output.outputs[0].token_ids)
+        after = engine.report()
+        assert after.generation_tokens - before.generation_tokens == sum(j.max_tokens for j in long)
+        assert after.kv_blocks_used == 0
 
 
 def test_a_seed_draws_the_same_whatever_else_runs(engine: Engine):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pathlib
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,6 +15,7 @@ from tests.engine.traffic import (
     Job,
     Naive,
     any_traffic,
+    failures,
     jobs,
     make_checkpoint,
     make_engine,
@@ -26,8 +28,9 @@ from tests.tiny_models import HYBRID
 def hybrid(
     tmp_path_factory: pytest.TempPathFactory, expert_library: pathlib.Path | None
 ) -> tuple[Engine, Naive]:
+    """One of two servers that call each other: it has two states of each sequence."""
     checkpoint = make_checkpoint(tmp_path_factory.mktemp("recurrent"), HYBRID)
-    return make_engine(checkpoint), Naive(checkpoint)
+    return make_engine(checkpoint, servers=2), Naive(checkpoint)
 
 
 @settings(any_traffic, max_examples=10)
@@ -52,3 +55,14 @@ def test_preempted_sequences_are_computed_anew_and_prefixes_are_not_shared(hybri
     assert report.preemptions > before
     assert not report.shares_prefixes and report.prefix_queries == report.prefix_hits == 0
     assert report.state_bytes_used == report.kv_blocks_used == 0
+
+
+def test_failed_rows_go_on_from_the_states_before_the_step(hybrid):
+    engine, naive = hybrid
+    traffic = [Job((*SHARED[n % 2][:20], n + 2), 12, n, None) for n in range(3)]
+    before = engine.report().preemptions
+    with failures(engine, np.random.default_rng(1)) as failed:
+        collectors = run(engine, [(job, job.request(str(n))) for n, job in enumerate(traffic)])
+    for number, job in enumerate(traffic):
+        naive.check(list(job.prompt), collectors[str(number)].output.outputs[0].token_ids)
+    assert len(failed) > 10 and engine.report().preemptions == before

@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 
 from dance_jax.config import EngineConfig
-from dance_jax.engine.engine import Engine
-from dance_jax.engine.kv_cache import block_bytes, layer_cache, state_bytes
+from dance_jax.engine import scheduler
+from dance_jax.engine.engine import Engine, StepResult
+from dance_jax.engine.kv_cache import block_bytes, layer_cache, state_bytes, state_copies
 from dance_jax.engine.output import OutputCollector
-from dance_jax.engine.sequence import Request, SamplingParams
+from dance_jax.engine.sequence import Request, SamplingParams, Sequence
+from dance_jax.launch.hosts import parse_hosts
 from dance_jax.models.attention import Rows
 from dance_jax.models.checkpoint import Checkpoint
 from dance_jax.models.convert import ensure_converted
 from dance_jax.models.random_weights import write_random_checkpoint
 from dance_jax.models.tokenizer import Tokenizer
+from dance_jax.placement.core import Placement, spread
 from tests.forward import forward
 from tests.quick import QuickCache
 from tests.stacks import stacked
@@ -45,15 +51,44 @@ def make_checkpoint(folder: pathlib.Path, fields: dict[str, Any]) -> Checkpoint:
     return Checkpoint.open(ensure_converted(model, folder / "cache"))
 
 
-def make_engine(checkpoint: Checkpoint) -> Engine:
-    """A warm engine that is short of blocks."""
-    memory = BLOCKS * block_bytes(checkpoint.config, ENGINE)
-    memory += state_bytes(checkpoint.config, ENGINE)
+def make_engine(checkpoint: Checkpoint, servers: int = 1) -> Engine:
+    """A warm engine that is short of blocks; of several servers the one that has all experts."""
+    model = checkpoint.config
+    memory = BLOCKS * block_bytes(model, ENGINE)
+    memory += state_bytes(model, ENGINE, state_copies(servers, calls=True))
     config = dataclasses.replace(ENGINE, kv_memory=memory)
     tokenizer, steps = Tokenizer.load(checkpoint.path), QuickCache(None)
-    engine = Engine(checkpoint, tokenizer, None, 0, None, config, compile_cache=steps)
+    spec = parse_hosts("\n".join(f"s{n} address=localhost experts=1" for n in range(servers)))
+    resident = np.zeros((servers, len(model.moe_layers), model.num_experts), bool)
+    resident[0] = True
+    slots = [resident[0].size] * servers
+    layout = spread(Placement(resident), spec.devices, slots)
+    engine = Engine(checkpoint, tokenizer, spec, 0, layout, config, compile_cache=steps)
     engine.warmup()
     return engine
+
+
+@contextlib.contextmanager
+def failures(engine: Engine, rng: np.random.Generator) -> Iterator[list[Sequence]]:
+    """Within it some experts are nowhere in every other step; gives the sequences that fail."""
+    calls, failed = engine.runner.calls, []
+    assert calls is not None
+    everything = engine.layout.device_of >= 0
+
+    def step() -> StepResult:
+        calls.use(0, everything & (rng.random(everything.shape) < rng.choice([1.0, 0.9])))
+        return Engine.step(engine)
+
+    def note(*step: Any) -> list[Sequence]:
+        failed.extend(found := Engine._failed(engine, *step))
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "step", step)
+        patch.setattr(engine, "_failed", note)
+        patch.setattr(scheduler, "RETRY_S", 0.0)
+        yield failed
+    calls.use(0, everything)
 
 
 any_traffic = settings(

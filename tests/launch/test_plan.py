@@ -23,7 +23,7 @@ from dance_jax.models.formats import Formats, WeightFormat
 from dance_jax.placement import POLICIES, Activations, Placement
 from dance_jax.placement.problem import Problem
 from tests.launch.tiny import EXPERT_BYTES, EXPERTS, HOSTS, LAYERS
-from tests.tiny_models import SERVED
+from tests.tiny_models import HYBRID, SERVED
 
 SPEC = parse_hosts(HOSTS)
 MODEL: Any = types.SimpleNamespace(
@@ -203,6 +203,15 @@ def test_kv_cache_is_what_a_device_allocates() -> None:
     blocks = num_blocks(MODEL.config, CONFIG)
     cache = new_memory(MODEL.config, CONFIG, blocks, Collectives()).cache
     assert plan.servers[0].kv_bytes == sum(np.asarray(layer).nbytes for layer in cache)
+
+
+def test_states_are_kept_twice_where_servers_call_each_other() -> None:
+    facts = vars(MODEL) | {"config": model_config(HYBRID)}
+    model: Any = types.SimpleNamespace(**facts)
+    for exchange, copies in (("auto", 2), ("calls", 2), ("collectives", 1)):
+        config = dataclasses.replace(CONFIG, exchange=exchange)
+        each = (1 + copies * CONFIG.max_num_seqs) * model.config.state_bytes
+        assert [room.state_bytes for room in rooms(SPEC, model, config)] == [each] * 3
 
 
 def test_too_little_memory_says_how_much_is_missing() -> None:

@@ -103,7 +103,7 @@ class Runner:
                 np.array([chunk], np.int32),
                 np.zeros(1, np.int32),
                 self.table[row : row + 1].astype(np.int32),
-                np.array([1 + row], np.int32),
+                np.full((1, 2), 1 + row, np.int32),
                 chunk,
             )
             for row, first in enumerate(start_r)

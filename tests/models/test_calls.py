@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import functools
 import os
+import select
 import socket
 import struct
 import threading
@@ -179,9 +180,11 @@ class Played:
         assert sum(body[:rows]) == pairs
         return number, rows
 
-    def answer(self, number: int, rows: int, value: float = 0.0, status: int = DONE) -> None:
+    def answer(
+        self, number: int, rows: int, value: float = 0.0, status: int = DONE, version: int = 1
+    ) -> None:
         rows = rows if status == DONE else 0
-        head = struct.pack(ANSWER, ANSWER_MAGIC, 2, status, number, 1, rows, 0, 0, 0)
+        head = struct.pack(ANSWER, ANSWER_MAGIC, 2, status, number, version, rows, 0, 0, 0)
         self.connection.sendall(head + np.full((rows, D), value, "<f4").tobytes())
 
     def _read(self, count: int) -> bytes:
@@ -371,6 +374,83 @@ def test_who_has_it_not_says_so_and_another_is_asked():
         assert [peer.calls for peer in peers] == [0, 1, 1]
 
 
+def test_others_are_asked_for_nothing_but_what_a_server_has_not():
+    gone = 2
+    with cluster(spread([[], [e for e in range(12) if e != gone], [gone]])) as found:
+        caller = found.servers[0]
+        caller.use(2, resident([[], range(12), [gone]]))
+        x_td, expert_tk, weight_tk = draw(6, 20)
+        y_td, failed_t = call(caller, 0, x_td, expert_tk, weight_tk)
+        assert not failed_t.any()
+        wanted = expected(0, x_td, expert_tk, weight_tk)
+        np.testing.assert_allclose(y_td, wanted, rtol=0, atol=1e-4)
+        peers = caller.counters().peers
+        assert [peer.refusals for peer in peers] == [0, 1, 0]
+        assert peers[2].rows == (expert_tk == gone).any(axis=1).sum()
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_staged_table_says_who_is_asked_next(version: int):
+    """Whoever refuses by the newer table sends the call there, by the older one to its holders.
+
+    All holders of both tables are asked, each once, before the rows fail.
+    """
+    with cluster(spread([[], [], [], []]), played=(1, 2, 3)) as found:
+        caller = found.servers[0]
+        caller.use(1, resident([[], range(12), range(12), []]))
+        peers = {n: found.play(0, n) for n in (1, 2, 3)}
+
+        def refuse() -> None:
+            calls = [peers[1].receive()]
+            # In the middle of the layer.
+            caller.stage(2, resident([[], [], [], range(12)]))
+            peers[1].answer(*calls[0], status=NOT_HERE, version=version)
+            for number in (2, 3) if version == 1 else (3, 2):
+                call = peers[number].receive()
+                peers[number].answer(*call, status=NOT_HERE, version=version)
+
+        with meanwhile(refuse):
+            _, failed_t = call(caller, 0, *draw(7, 4))
+        assert failed_t.all()
+        assert [peer.calls for peer in caller.counters().peers] == [0, 1, 1, 1]
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**31), share=st.sampled_from([0.2, 0.5]))
+def test_experts_that_have_moved_are_found_by_a_staged_table(seed: int, share: float):
+    """Of each expert one holder is left, on any server, by either table: no row fails."""
+    rng = np.random.default_rng(seed)
+    tables = rng.random((2, 4, LAYERS * EXPERTS)) < share
+    left = rng.integers(4, size=LAYERS * EXPERTS)
+    tables[rng.integers(2, size=len(left)), left, np.arange(len(left))] = True
+    with cluster(spread([np.flatnonzero(left == n).tolist() for n in range(4)])) as found:
+        for server in found.servers.values():
+            server.use(2, tables[0].reshape(4, LAYERS, EXPERTS))
+            server.stage(3, tables[1].reshape(4, LAYERS, EXPERTS))
+        for rank, server in found.servers.items():
+            routes = draw(seed % 1000 + rank, 8)
+            y_td, failed_t = call(server, 1, *routes)
+            assert not failed_t.any()
+            np.testing.assert_allclose(y_td, expected(1, *routes), rtol=0, atol=1e-4)
+
+
+def test_a_dropped_table_counts_no_more():
+    with cluster(spread([[], range(12)])) as found:
+        caller = found.servers[0]
+        caller.use(2, resident([[], []]))
+        caller.stage(3, resident([[], range(12)]))
+        routes = draw(7, 4)
+        assert not call(caller, 0, *routes)[1].any()
+        caller.drop(3)
+        assert call(caller, 0, *routes)[1].all()
+        caller.stage(4, resident([[], range(12)]))
+        caller.use(3, resident([[], []]))
+        assert not call(caller, 0, *routes)[1].any()
+        # It is forgotten once it, or a newer one, is in force.
+        caller.use(4, resident([[], []]))
+        assert call(caller, 0, *routes)[1].all()
+
+
 def test_rows_of_which_an_expert_is_nowhere_fail():
     with cluster(spread([[0, 1], [2, 3], []])) as found:
         x_td, expert_tk, weight_tk = draw(7, 30)
@@ -455,6 +535,83 @@ def test_a_late_call_without_another_holder_fails():
         with meanwhile(lambda: peer.answer(*peer.receive(), value=3.0)):
             y_td, failed_t = call(caller, 0, *routes)
         assert not failed_t.any() and (y_td == 3).all()
+
+
+def test_cancelled_calls_fail_at_once():
+    with cluster(spread([[0], range(12)]), played=(1,)) as found:
+        caller, peer = found.servers[0], found.play(0, 1)
+        routes = draw(10, 5)
+
+        def cancel() -> None:
+            peer.receive()
+            caller.cancel()
+
+        with meanwhile(cancel):
+            _, failed_t = call(caller, 1, *routes)
+        assert failed_t.all()
+        _, failed_t = call(caller, 1, *routes)
+        assert failed_t.all() and caller.counters().peers[1].calls == 1
+
+
+def test_a_server_has_two_calls_of_a_caller_at_most():
+    """Three others send all to it what they have not."""
+    last = 4
+    with cluster(spread([[]] * 5), played=(1, 2, 3, last)) as found:
+        caller = found.servers[0]
+        caller.use(2, resident([[], [0], [1], [2], []]))
+        caller.stage(3, resident([[], [], [], [], range(12)]))
+        peers = [found.play(0, n) for n in range(1, 5)]
+
+        def play() -> None:
+            for peer in peers[:3]:
+                peer.answer(*peer.receive(), status=NOT_HERE, version=3)
+            calls = [peers[3].receive(), peers[3].receive()]
+            until(lambda: sum(each.refusals for each in caller.counters().peers) == 3)
+            assert not select.select([peers[3].connection], [], [], 0.1)[0]
+            for n, each in enumerate(calls):
+                peers[3].answer(*each, value=1.0)
+                if n == 0:
+                    calls.append(peers[3].receive())
+
+        x_td, expert_tk, weight_tk = draw(8, 3, k=1)
+        expert_tk[:, 0] = 0, 1, 2
+        with meanwhile(play):
+            y_td, failed_t = call(caller, 0, x_td, expert_tk, weight_tk)
+        assert not failed_t.any() and (y_td == 1).all()
+        assert caller.counters().peers[last].calls == 3
+
+
+def test_who_calls_without_end_is_read_no_further_than_answered():
+    """Nothing of what it sends is lost, and others are answered meanwhile."""
+    count, size = 300, struct.calcsize(ANSWER) + MOST_ROWS * 4 * D
+    message = call_bytes(rows=MOST_ROWS, pairs=MOST_ROWS)
+    with cluster(spread([[], range(12), []])) as found:
+        here, there = pair()
+        with here:
+            for each in (here, there):
+                each.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+            found.servers[1].accept(2, there)
+            answered = lambda: found.servers[1].counters().peers[2].answered  # noqa: E731
+
+            def flood() -> None:
+                for _ in range(count):
+                    here.sendall(message)
+
+            def others() -> None:
+                routes = draw(14, 5)
+                for _ in range(20):
+                    y_td, failed_t = call(found.servers[0], 0, *routes)
+                    assert not failed_t.any()
+                np.testing.assert_allclose(y_td, expected(0, *routes), rtol=0, atol=1e-4)
+                time.sleep(0.2)
+                assert 0 < answered() < count / 2
+
+            with meanwhile(flood):
+                others()
+                left = count * size
+                while left:
+                    left -= len(here.recv(left))
+            assert answered() == count
 
 
 @pytest.mark.parametrize("other", [False, True])

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <iterator>
 
 #include "calls.h"
 
@@ -68,7 +69,7 @@ bool Answerer::Adopt() {
 void Answerer::Poll(bool wait) {
   std::vector<pollfd> polled{{wake_[0], POLLIN, 0}};
   for (const auto& line : lines_) {
-    polled.push_back({line->channel->fd(), line->channel->Events(true), 0});
+    polled.push_back({line->channel->fd(), line->channel->Events(line->Reads()), 0});
   }
   if (poll(polled.data(), polled.size(), wait ? -1 : 0) <= 0) return;
   if (polled[0].revents) {
@@ -80,12 +81,15 @@ void Answerer::Poll(bool wait) {
   for (size_t i = 0; i < lines_.size(); ++i) {
     const short happened = polled[i + 1].revents;
     const std::shared_ptr<Line>& line = lines_[i];
-    if (happened & POLLOUT) line->channel->Flush();
-    if ((happened & ~POLLOUT) == 0) continue;
+    // A connection that has ended says so where it is not read as well.
+    if (happened & ~POLLIN) line->channel->Flush();
+    if ((happened & ~POLLOUT) == 0 || !line->Reads()) continue;
     line->channel->Read<CallHead>(spec.wire, spec.most_rows, [&](const CallHead& head,
                                                                  const char* body) {
       const char* const end = body + head.BodyBytes(spec.wire);
       calls_.push_back({line, head, std::vector<char>(body, end), NowNs()});
+      ++line->waiting;
+      return line->Reads();
     });
   }
 }
@@ -112,106 +116,115 @@ Answerer::Content Answerer::ReadBody(const Call& call) const {
   return content;
 }
 
-// Answers the call that has waited longest, and with it those for the same layer.
 void Answerer::AnswerNext() {
-  const Wire& wire = server_.spec().wire;
-  const int64_t layer = calls_.front().head.layer, begin = NowNs();
-  std::vector<Call> together;
+  const int64_t begin = NowNs();
+  const std::vector<Call> calls = TakeNext();
+  std::vector<Content> contents;
+  std::vector<int32_t> wanted;
+  for (const Call& call : calls) {
+    const Content& content = contents.emplace_back(ReadBody(call));
+    wanted.insert(wanted.end(), content.experts.begin(), content.experts.end());
+  }
+  const Held held = server_.Find(calls.front().head.layer, wanted);
+  for (Content& content : contents) FindMissing(held, content);
+  const std::vector<float> y = Compute(calls, contents, held);
+  const int64_t end = NowNs(), d = server_.spec().wire.d;
+  server_.Sum([&](CallSums& sums) {
+    sums.served_s += 1e-9 * (end - begin);
+    sums.served_batches += !y.empty();
+  });
+  const float* sums = y.data();
+  for (size_t i = 0; i < calls.size(); ++i) {
+    AnswerHead head;
+    head.id = calls[i].head.id, head.version = server_.tables()->front()->version;
+    head.queued_us = (begin - calls[i].arrived) / 1000, head.computed_us = (end - begin) / 1000;
+    if (contents[i].here) {
+      head.rows = calls[i].head.rows, head.missing = contents[i].missing.size();
+    } else {
+      head.status = Status::kNotHere;
+    }
+    const int peer = calls[i].line->peer;
+    server_.Count(peer, PeerCounters::kAnswered, 1);
+    server_.Count(peer, PeerCounters::kAnsweredRows, head.rows);
+    server_.Count(peer, PeerCounters::kQueuedNs, begin - calls[i].arrived);
+    Answer(calls[i], head, sums, contents[i].missing);
+    sums += head.rows * d;
+    if (Trace* const trace = server_.trace()) {
+      TraceEvent event{.begin = calls[i].arrived, .end = end, .arrived = calls[i].arrived};
+      event.compute_begin = begin, event.compute_end = end;
+      event.step = calls[i].head.step, event.id = head.id;
+      event.kind = TraceEvent::kServed, event.layer = calls[i].head.layer, event.peer = peer;
+      event.rows = calls[i].head.rows, event.calls = calls.size();
+      const bool whole = contents[i].here && contents[i].missing.empty();
+      event.outcome = whole ? TraceEvent::kAnswered : TraceEvent::kRefused;
+      trace->Add(event);
+    }
+  }
+}
+
+std::vector<Answerer::Call> Answerer::TakeNext() {
+  const uint16_t layer = calls_.front().head.layer;
+  std::vector<Call> taken;
   uint32_t rows = 0;
   std::erase_if(calls_, [&](Call& call) {
-    const bool fits = together.empty() || rows + call.head.rows <= kMostTogether;
+    const bool fits = taken.empty() || rows + call.head.rows <= kMostTogether;
     if (call.head.layer != layer || !fits) return false;
     rows += call.head.rows;
-    together.push_back(std::move(call));
+    --call.line->waiting;
+    taken.push_back(std::move(call));
     return true;
   });
+  return taken;
+}
 
-  std::vector<Content> contents(together.size());
-  std::vector<int32_t> wanted;
-  size_t most = 1;
-  for (size_t i = 0; i < together.size(); ++i) {
-    contents[i] = ReadBody(together[i]);
-    wanted.insert(wanted.end(), contents[i].experts.begin(), contents[i].experts.end());
-  }
-  std::sort(wanted.begin(), wanted.end());
-  wanted.erase(std::unique(wanted.begin(), wanted.end()), wanted.end());
-  const auto held = server_.Find(layer, wanted);
-  auto number = [&](uint16_t expert) {
-    return static_cast<int32_t>(std::lower_bound(wanted.begin(), wanted.end(), expert) -
-                                wanted.begin());
-  };
+void Answerer::FindMissing(const Held& held, Content& content) {
+  std::vector<uint16_t>& missing = content.missing;
+  std::copy_if(content.experts.begin(), content.experts.end(), std::back_inserter(missing),
+               [&](uint16_t expert) { return held.Place(expert) < 0; });
+  content.here = content.sane && (missing.empty() || missing.size() < content.experts.size());
+  std::sort(missing.begin(), missing.end());
+  missing.erase(std::unique(missing.begin(), missing.end()), missing.end());
+}
 
-  // The calls of which everything is here.
-  std::vector<bool> here(together.size());
-  rows = 0;
-  for (size_t i = 0; i < together.size(); ++i) {
-    const Content& content = contents[i];
-    here[i] = content.sane &&
-              std::all_of(content.experts.begin(), content.experts.end(),
-                          [&](uint16_t expert) { return held[number(expert)] != nullptr; });
-    if (!here[i]) continue;
-    rows += together[i].head.rows;
-    for (uint32_t r = 0; r < together[i].head.rows; ++r) {
-      most = std::max<size_t>(most, content.counts[r]);
+std::vector<float> Answerer::Compute(const std::vector<Call>& calls,
+                                     const std::vector<Content>& contents, const Held& held) {
+  const Wire& wire = server_.spec().wire;
+  int64_t rows = 0, most = 1;
+  for (size_t i = 0; i < calls.size(); ++i) {
+    if (!contents[i].here) continue;
+    rows += calls[i].head.rows;
+    for (uint32_t r = 0; r < calls[i].head.rows; ++r) {
+      most = std::max<int64_t>(most, contents[i].counts[r]);
     }
   }
   std::vector<float> x(rows * wire.d), weight(rows * most, 0.0f), y(rows * wire.d);
   std::vector<int32_t> expert(rows * most, -1);
   size_t row = 0;
-  for (size_t i = 0; i < together.size(); ++i) {
-    if (!here[i]) continue;
+  for (size_t i = 0; i < calls.size(); ++i) {
     const Content& content = contents[i];
+    if (!content.here) continue;
     size_t pair = 0;
-    for (uint32_t r = 0; r < together[i].head.rows; ++r, ++row) {
+    for (uint32_t r = 0; r < calls[i].head.rows; ++r, ++row) {
       wire.Decode(content.rows + r * wire.RowBytes(), &x[row * wire.d]);
       for (size_t k = 0; k < content.counts[r]; ++k, ++pair) {
-        expert[row * most + k] = number(content.experts[pair]);
+        expert[row * most + k] = held.Place(content.experts[pair]);
         weight[row * most + k] = content.weights[pair];
       }
     }
   }
-  if (rows > 0) {
-    const auto k = static_cast<int64_t>(most);
-    server_.Compute(held, {x.data(), expert.data(), weight.data(), rows, k}, y.data());
-  }
-  const int64_t end = NowNs();
-  server_.Sum([&](CallSums& sums) {
-    sums.served_s += 1e-9 * (end - begin);
-    sums.served_batches += rows > 0;
-  });
-  const float* sums = y.data();
-  for (size_t i = 0; i < together.size(); ++i) {
-    const Call& call = together[i];
-    AnswerHead head;
-    head.id = call.head.id, head.version = server_.table()->version;
-    head.queued_us = (begin - call.arrived) / 1000, head.computed_us = (end - begin) / 1000;
-    if (here[i]) {
-      head.rows = call.head.rows;
-    } else {
-      head.status = Status::kNotHere;
-    }
-    server_.Count(call.line->peer, PeerCounters::kAnswered, 1);
-    server_.Count(call.line->peer, PeerCounters::kAnsweredRows, head.rows);
-    server_.Count(call.line->peer, PeerCounters::kQueuedNs, begin - call.arrived);
-    Answer(call, head, sums);
-    if (Trace* const trace = server_.trace()) {
-      TraceEvent event{.begin = call.arrived, .end = end, .arrived = call.arrived};
-      event.compute_begin = begin, event.compute_end = end;
-      event.step = call.head.step, event.id = call.head.id;
-      event.kind = TraceEvent::kServed, event.layer = layer, event.peer = call.line->peer;
-      event.rows = call.head.rows, event.calls = together.size();
-      event.outcome = here[i] ? TraceEvent::kAnswered : TraceEvent::kRefused;
-      trace->Add(event);
-    }
-    if (here[i]) sums += head.rows * wire.d;
-  }
+  if (rows > 0) server_.Compute(held, {x.data(), expert.data(), weight.data(), rows, most}, y.data());
+  return y;
 }
 
-void Answerer::Answer(const Call& call, const AnswerHead& head, const float* sums) {
-  const size_t body = head.BodyBytes(server_.spec().wire);
-  std::vector<char> message(sizeof(head) + body);
+void Answerer::Answer(const Call& call, const AnswerHead& head, const float* sums,
+                      const std::vector<uint16_t>& missing) {
+  const Wire& wire = server_.spec().wire;
+  const size_t bytes = head.rows * wire.d * sizeof(float);
+  std::vector<char> message(sizeof(head) + head.BodyBytes(wire));
   std::memcpy(message.data(), &head, sizeof(head));
-  std::memcpy(message.data() + sizeof(head), sums, body);
+  std::memcpy(message.data() + sizeof(head), sums, bytes);
+  std::memcpy(message.data() + sizeof(head) + bytes, missing.data(),
+              head.missing * sizeof(uint16_t));
   server_.Count(call.line->peer, PeerCounters::kBytesSent, message.size());
   server_.Count(call.line->peer, PeerCounters::kBytesReceived,
                 sizeof(CallHead) + call.body.size());

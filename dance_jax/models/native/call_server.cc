@@ -1,5 +1,6 @@
 // The calls for XLA, as a custom call, and for Python, as C functions.
 
+#include <algorithm>
 #include <map>
 #include <mutex>
 #include <vector>
@@ -15,7 +16,7 @@ namespace dance {
 CallServer::CallServer(const CallSpec& spec, std::vector<std::shared_ptr<ExpertPool>> pools)
     : spec_(spec),
       pools_(std::move(pools)),
-      table_(std::make_shared<Table>(Table{0, spec.experts, std::vector<Ranks>(spec.layers * spec.experts)})),
+      tables_(std::make_shared<Tables>(1, NewTable(0, nullptr))),
       counters_(spec.servers),
       rows_(spec.layers * spec.servers),
       answerer_(*this) {
@@ -24,39 +25,69 @@ CallServer::CallServer(const CallSpec& spec, std::vector<std::shared_ptr<ExpertP
   }
 }
 
-std::shared_ptr<const Table> CallServer::table() const {
-  const std::lock_guard<std::mutex> lock(table_mutex_);
-  return table_;
+int32_t Held::Place(int32_t expert) const {
+  const auto at = std::lower_bound(experts.begin(), experts.end(), expert) - experts.begin();
+  return holdings[at] ? static_cast<int32_t>(at) : -1;
+}
+
+std::shared_ptr<const Table> CallServer::NewTable(int64_t version, const bool* resident) const {
+  const int64_t count = spec_.layers * spec_.experts;
+  auto table = std::make_shared<Table>(Table{version, spec_.experts, std::vector<Ranks>(count)});
+  for (int64_t n = 0; resident != nullptr && n < spec_.servers; ++n) {
+    for (int64_t i = 0; i < count; ++i) table->holders[i][n] = resident[n * count + i];
+  }
+  return table;
+}
+
+std::shared_ptr<const Tables> CallServer::tables() const {
+  const std::lock_guard<std::mutex> lock(tables_mutex_);
+  return tables_;
 }
 
 void CallServer::SetTable(int64_t version, const bool* resident) {
-  const int64_t count = spec_.layers * spec_.experts;
-  auto table = std::make_shared<Table>(Table{version, spec_.experts, std::vector<Ranks>(count)});
-  for (int64_t n = 0; n < spec_.servers; ++n) {
-    for (int64_t i = 0; i < count; ++i) table->holders[i][n] = resident[n * count + i];
+  auto tables = std::make_shared<Tables>(1, NewTable(version, resident));
+  const std::lock_guard<std::mutex> lock(tables_mutex_);
+  for (const auto& table : *tables_) {
+    if (table->version > version) tables->push_back(table);
   }
-  const std::lock_guard<std::mutex> lock(table_mutex_);
-  table_ = std::move(table);
+  tables_ = std::move(tables);
 }
 
-std::vector<ExpertPool::Holding> CallServer::Find(int64_t layer,
-                                                  const std::vector<int32_t>& experts) const {
+void CallServer::StageTable(int64_t version, const bool* resident) {
+  auto table = NewTable(version, resident);
+  const std::lock_guard<std::mutex> lock(tables_mutex_);
+  auto tables = std::make_shared<Tables>(*tables_);
+  tables->push_back(std::move(table));
+  tables_ = std::move(tables);
+}
+
+void CallServer::DropTables(int64_t version) {
+  const std::lock_guard<std::mutex> lock(tables_mutex_);
+  auto tables = std::make_shared<Tables>(1, tables_->front());
+  for (size_t i = 1; i < tables_->size(); ++i) {
+    if ((*tables_)[i]->version < version) tables->push_back((*tables_)[i]);
+  }
+  tables_ = std::move(tables);
+}
+
+Held CallServer::Find(int64_t layer, std::vector<int32_t> experts) const {
+  std::sort(experts.begin(), experts.end());
+  experts.erase(std::unique(experts.begin(), experts.end()), experts.end());
   std::vector<int64_t> ids;
   for (const int32_t expert : experts) ids.push_back(layer * spec_.experts + expert);
-  std::vector<ExpertPool::Holding> found(ids.size());
+  Held held{std::move(experts), std::vector<ExpertPool::Holding>(ids.size())};
   for (const auto& pool : pools_) {
     const auto here = pool->Find(ids);
-    for (size_t i = 0; i < found.size(); ++i) {
-      if (!found[i]) found[i] = here[i];
+    for (size_t i = 0; i < ids.size(); ++i) {
+      if (!held.holdings[i]) held.holdings[i] = here[i];
     }
   }
-  return found;
+  return held;
 }
 
-void CallServer::Compute(const std::vector<ExpertPool::Holding>& held, const Assignments& rows,
-                         float* y) {
+void CallServer::Compute(const Held& held, const Assignments& rows, float* y) {
   std::vector<const Expert*> experts;
-  for (const auto& each : held) experts.push_back(each ? &each->expert : nullptr);
+  for (const auto& each : held.holdings) experts.push_back(each ? &each->expert : nullptr);
   const ExpertSpec& spec = pools_.front()->spec();
   CountRouted([&] { return RunExperts(spec.d, spec.activation, experts, rows, y); });
 }
@@ -158,6 +189,18 @@ void CallServerDelete(int64_t number) {
 // resident [servers, layers, experts].
 void CallServerTable(int64_t number, int64_t version, const bool* resident) {
   if (const auto server = dance::FindServer(number)) server->SetTable(version, resident);
+}
+
+void CallServerStage(int64_t number, int64_t version, const bool* resident) {
+  if (const auto server = dance::FindServer(number)) server->StageTable(version, resident);
+}
+
+void CallServerDrop(int64_t number, int64_t version) {
+  if (const auto server = dance::FindServer(number)) server->DropTables(version);
+}
+
+void CallServerCancel(int64_t number) {
+  if (const auto server = dance::FindServer(number)) server->Cancel();
 }
 
 // Connected, non-blocking sockets: one on which a device calls a peer, one on which a peer calls.

@@ -101,20 +101,20 @@ void Caller::Adopt() {
   const std::lock_guard<std::mutex> lock(dialled_mutex_);
   for (const auto& [peer, fd] : dialled_) {
     Line& line = lines_[peer];
-    Lose(peer);
+    Forget(peer);
     line.channel = std::make_unique<Channel>(fd);
     line.suspect = false;
     // What the old connection took along is lost.
     for (size_t i = 0; i < parts_.size(); ++i) {
-      if (parts_[i].state != Part::kWaiting || parts_[i].peer != peer) continue;
-      server_.Count(peer, PeerCounters::kLost, 1);
-      Replace(parts_[i], 0);
+      const Part& part = parts_[i];
+      const bool sent = part.state == Part::kWaiting && part.id != 0;
+      if (sent && part.peer == peer) Lose(parts_[i]);
     }
   }
   dialled_.clear();
 }
 
-void Caller::Lose(int peer) {
+void Caller::Forget(int peer) {
   std::vector<Sent>& unanswered = lines_[peer].unanswered;
   for (const Sent& sent : unanswered) Record(peer, sent, TraceEvent::kLost, AnswerHead());
   unanswered.clear();
@@ -138,45 +138,71 @@ void Caller::Record(int peer, const Sent& sent, TraceEvent::Outcome outcome,
   trace->Add(event);
 }
 
-bool Caller::Usable(int peer) const {
-  const Line& line = lines_[peer];
-  return line.channel && !line.channel->closed() && !line.suspect;
+Ranks Caller::Usable() const {
+  Ranks usable;
+  if (server_.cancelled()) return usable;
+  usable.set(server_.spec().rank);
+  for (size_t n = 0; n < lines_.size(); ++n) {
+    const Line& line = lines_[n];
+    if (line.channel && !line.channel->closed() && !line.suspect) usable.set(n);
+  }
+  return usable;
+}
+
+Ranks Caller::Holders(uint16_t expert, const Ranks& usable, int64_t version) const {
+  const auto newer = std::find_if(tables_->begin(), tables_->end(),
+                                  [&](const auto& table) { return table->version > version; });
+  Ranks found;
+  for (auto table = newer; table != tables_->begin() && found.none();) {
+    found = (*--table)->Holders(layer_, expert) & usable;
+  }
+  for (auto table = newer; table != tables_->end() && found.none(); ++table) {
+    found = (*table)->Holders(layer_, expert) & usable;
+  }
+  return found;
 }
 
 void Caller::Run(const LayerRows& rows, float* y, bool* failed) {
   const CallSpec& spec = server_.spec();
-  const int64_t d = spec.wire.d;
+  const int64_t d = spec.wire.d, count = rows.t * rows.k;
   step_ = server_.step(), layer_ = rows.layer;
-  table_ = server_.table();
+  tables_ = server_.tables();
+  const Table& table = *tables_->front();
   Trace* const trace = server_.trace();
   const int64_t entered = trace ? NowNs() : 0;
   x_.resize(rows.t * d);
   for (int64_t t = 0; t < rows.t; ++t) spec.wire.Round(rows.x + t * d, &x_[t * d]);
   std::fill(failed, failed + rows.t, false);
 
-  std::vector<int32_t> local(rows.t * rows.k, -1);
+  auto known = [&](int64_t a) {
+    return rows.valid[a / rows.k] && rows.expert[a] >= 0 && rows.expert[a] < spec.experts;
+  };
+  std::vector<int32_t> wanted;
+  for (int64_t a = 0; a < count; ++a) {
+    const bool local = known(a) && table.Holders(layer_, rows.expert[a])[spec.rank];
+    if (local) wanted.push_back(rows.expert[a]);
+  }
+  const Held held = server_.Find(layer_, wanted);
+  std::vector<int32_t> local(count, -1);
   std::vector<Pair> missing;
-  for (int64_t t = 0; t < rows.t; ++t) {
-    if (!rows.valid[t]) continue;
-    for (int64_t a = t * rows.k; a < (t + 1) * rows.k; ++a) {
-      const int32_t expert = rows.expert[a];
-      if (expert < 0 || expert >= spec.experts) {
-        failed[t] = true;
-      } else if (table_->Holders(layer_, expert)[spec.rank]) {
-        local[a] = expert;
-      } else {
-        missing.push_back(
-            {static_cast<int32_t>(t), static_cast<uint16_t>(expert), rows.weight[a]});
-      }
+  for (int64_t a = 0; a < count; ++a) {
+    const auto row = static_cast<int32_t>(a / rows.k);
+    if (!known(a)) {
+      failed[row] |= rows.valid[row];
+      continue;
+    }
+    if (table.Holders(layer_, rows.expert[a])[spec.rank]) local[a] = held.Place(rows.expert[a]);
+    if (local[a] < 0) {
+      missing.push_back({row, static_cast<uint16_t>(rows.expert[a]), rows.weight[a]});
     }
   }
   parts_.clear();
   Adopt();
   // Late answers to earlier calls: whoever has sent all of them is asked again.
   Poll(0);
-  const std::vector<Part*> first = Place(missing, Ranks(), 0);
+  const std::vector<Part*> first = Place(missing, Ranks(), table.version, 0);
   const int64_t begin = NowNs();
-  RunLocal(rows, local, y, failed);
+  server_.Compute(held, {x_.data(), local.data(), rows.weight, rows.t, rows.k}, y);
   const int64_t computed = NowNs();
   Wait(first);
   const int64_t end = NowNs();
@@ -193,19 +219,17 @@ void Caller::Run(const LayerRows& rows, float* y, bool* failed) {
 }
 
 std::vector<Caller::Part*> Caller::Place(const std::vector<Pair>& pairs, const Ranks& asked,
-                                         int64_t patience_ns) {
-  const int servers = server_.spec().servers;
-  Ranks usable;
-  for (int n = 0; n < servers; ++n) usable[n] = Usable(n) && !asked[n];
+                                         int64_t version, int64_t patience_ns) {
+  const Ranks usable = Usable() & ~asked;
   std::map<int, Part*> by_peer;
   std::vector<Ranks> holders;
   for (size_t begin = 0, end; begin < pairs.size(); begin = end) {
     const int32_t row = pairs[begin].row;
     holders.clear();
     for (end = begin; end < pairs.size() && pairs[end].row == row; ++end) {
-      holders.push_back(table_->Holders(layer_, pairs[end].expert) & usable);
+      holders.push_back(Holders(pairs[end].expert, usable, version));
     }
-    const std::vector<int> chosen = ChooseServers(holders, servers);
+    const std::vector<int> chosen = ChooseServers(holders, server_.spec().servers);
     for (size_t i = begin; i < end; ++i) {
       Part*& part = by_peer[chosen[i - begin]];
       if (part == nullptr) part = &parts_.emplace_back();
@@ -215,9 +239,11 @@ std::vector<Caller::Part*> Caller::Place(const std::vector<Pair>& pairs, const R
   }
   std::vector<Part*> placed;
   for (auto& [peer, part] : by_peer) {
-    part->peer = peer, part->version = table_->version, part->asked = asked;
+    part->peer = peer, part->tables = tables_, part->asked = asked;
     placed.push_back(part);
-    if (peer >= 0) {
+    if (peer == server_.spec().rank) {
+      ComputeHere(*part);
+    } else if (peer >= 0) {
       Send(*part);
     } else if (patience_ns > 0) {
       part->state = Part::kNowhere;
@@ -229,12 +255,49 @@ std::vector<Caller::Part*> Caller::Place(const std::vector<Pair>& pairs, const R
   return placed;
 }
 
+// By a table that is not in force here yet, or as a table names what is not here.
+void Caller::ComputeHere(Part& part) {
+  const int64_t d = server_.spec().wire.d;
+  const auto rows = static_cast<int64_t>(part.rows.size());
+  std::vector<int32_t> wanted;
+  std::map<int32_t, int64_t> pairs_of;
+  int64_t k = 0;
+  for (const Pair& pair : part.pairs) {
+    wanted.push_back(pair.expert);
+    k = std::max(k, ++pairs_of[pair.row]);
+  }
+  const Held held = server_.Find(layer_, wanted);
+  std::vector<float> x(rows * d), weights(rows * k);
+  std::vector<int32_t> places(rows * k, -1);
+  std::vector<Pair> missing;
+  auto pair = part.pairs.begin();
+  for (int64_t r = 0; r < rows; ++r) {
+    std::copy_n(&x_[part.rows[r] * d], d, &x[r * d]);
+    for (int64_t a = r * k; pair != part.pairs.end() && pair->row == part.rows[r]; ++a, ++pair) {
+      places[a] = held.Place(pair->expert), weights[a] = pair->weight;
+      if (places[a] < 0) missing.push_back(*pair);
+    }
+  }
+  part.sums.resize(rows * d);
+  server_.Compute(held, {x.data(), places.data(), weights.data(), rows, k}, part.sums.data());
+  Replace(part, missing, tables_->front()->version, kPatienceNs);
+}
+
 void Caller::Send(Part& part) {
   const CallSpec& spec = server_.spec();
   CallHead head;
-  head.layer = static_cast<uint16_t>(layer_), head.id = part.id = next_id_++, head.step = step_;
+  head.layer = static_cast<uint16_t>(layer_), head.step = step_;
   head.rows = part.rows.size(), head.pairs = part.pairs.size();
-  std::vector<char> message(sizeof(head) + head.BodyBytes(spec.wire), 0);
+  const size_t size = sizeof(head) + head.BodyBytes(spec.wire);
+  const size_t bytes = size + head.rows * spec.wire.d * sizeof(float);
+  Line& line = lines_[part.peer];
+  const int64_t now = NowNs();
+  const double expected_ns = 1e9 * line.pace.Expected(bytes);
+  part.repeat_at = now + std::max<int64_t>(spec.repeat_ns, kLate * expected_ns);
+  part.fail_at = now + std::max<int64_t>(spec.fail_ns, kFailed * expected_ns);
+  if (line.unanswered.size() >= kMostUnanswered) return;
+  head.id = part.id = next_id_++;
+  std::vector<char> message(size, 0);
   char* to = message.data();
   auto put = [&](const void* from, size_t bytes) {
     std::memcpy(to, from, bytes);
@@ -254,12 +317,6 @@ void Caller::Send(Part& part) {
     spec.wire.Encode(&x_[row * spec.wire.d], to);
     to += spec.wire.RowBytes();
   }
-  const size_t bytes = message.size() + head.rows * spec.wire.d * sizeof(float);
-  Line& line = lines_[part.peer];
-  const int64_t now = NowNs();
-  const double expected_ns = 1e9 * line.pace.Expected(bytes);
-  part.repeat_at = now + std::max<int64_t>(spec.repeat_ns, kLate * expected_ns);
-  part.fail_at = now + std::max<int64_t>(spec.fail_ns, kFailed * expected_ns);
   const auto rows = static_cast<int32_t>(head.rows);
   line.unanswered.push_back({part.id, now, bytes, step_, layer_, rows});
   server_.Count(part.peer, PeerCounters::kCalls, 1);
@@ -267,23 +324,6 @@ void Caller::Send(Part& part) {
   server_.Count(part.peer, PeerCounters::kBytesSent, message.size());
   server_.CountRows(layer_, part.peer, head.rows);
   line.channel->Send(std::move(message));
-}
-
-void Caller::RunLocal(const LayerRows& rows, const std::vector<int32_t>& local, float* y,
-                      bool* failed) {
-  std::vector<int32_t> wanted(local);
-  std::sort(wanted.begin(), wanted.end());
-  wanted.erase(std::unique(wanted.begin(), wanted.end()), wanted.end());
-  if (!wanted.empty() && wanted.front() < 0) wanted.erase(wanted.begin());
-  const auto held = server_.Find(layer_, wanted);
-  std::vector<int32_t> numbers(local.size(), -1);
-  for (size_t a = 0; a < local.size(); ++a) {
-    if (local[a] < 0) continue;
-    numbers[a] = std::lower_bound(wanted.begin(), wanted.end(), local[a]) - wanted.begin();
-    // A table never names what is not here; a row must not lose an expert in silence if one does.
-    if (!held[numbers[a]]) failed[a / rows.k] = true;
-  }
-  server_.Compute(held, {x_.data(), numbers.data(), rows.weight, rows.t, rows.k}, y);
 }
 
 void Caller::Wait(const std::vector<Part*>& first) {
@@ -299,72 +339,86 @@ void Caller::Wait(const std::vector<Part*>& first) {
 }
 
 bool Caller::Succeeded(const Part& part) {
-  if (part.state == Part::kAnswered) return true;
-  return !part.instead.empty() && std::all_of(part.instead.begin(), part.instead.end(),
-                                              [](const Part* other) { return Succeeded(*other); });
+  auto all = [](const std::vector<Part*>& parts) {
+    return std::all_of(parts.begin(), parts.end(), [](const Part* each) { return Succeeded(*each); });
+  };
+  if (part.state == Part::kDone && all(part.rest)) return true;
+  return !part.instead.empty() && all(part.instead);
 }
 
 bool Caller::Resolved(const Part& part) {
+  auto all = [](const std::vector<Part*>& parts) {
+    return std::all_of(parts.begin(), parts.end(), [](const Part* each) { return Resolved(*each); });
+  };
   if (part.state == Part::kFailed || Succeeded(part)) return true;
-  return part.state == Part::kLost &&
-         std::all_of(part.instead.begin(), part.instead.end(),
-                     [](const Part* other) { return Resolved(*other); });
+  return (part.state == Part::kDone || part.state == Part::kLost) && all(part.rest) &&
+         all(part.instead);
 }
 
 void Caller::Review(Part& part, int64_t now) {
-  if (part.state == Part::kWaiting) {
-    if (lines_[part.peer].channel->closed()) {
-      server_.Count(part.peer, PeerCounters::kLost, 1);
-      Lose(part.peer);
+  const bool waiting = part.state == Part::kWaiting;
+  if (server_.cancelled() && (waiting || part.state == Part::kNowhere)) {
+    part.state = Part::kFailed;
+  } else if (waiting) {
+    Line& line = lines_[part.peer];
+    if (line.channel->closed()) Forget(part.peer);
+    if (line.channel->closed() || (part.id == 0 && line.suspect)) {
       // Nobody is waited for who may never come back.
-      Replace(part, 0);
+      Lose(part);
     } else if (now >= part.fail_at) {
-      lines_[part.peer].suspect = true;
-      for (const Sent& sent : lines_[part.peer].unanswered) {
+      line.suspect = true;
+      for (const Sent& sent : line.unanswered) {
         if (sent.id == part.id) Record(part.peer, sent, TraceEvent::kLate, AnswerHead());
       }
       part.state = part.instead.empty() ? Part::kFailed : Part::kLost;
+    } else if (part.id == 0) {
+      if (line.unanswered.size() < kMostUnanswered) Send(part);
     } else if (now >= part.repeat_at && !part.repeated) {
       Repeat(part);
     }
   } else if (part.state == Part::kNowhere) {
-    const auto newer = server_.table();
-    if (newer->version != part.version) {
-      table_ = newer;
-      Replace(part, part.fail_at - now);
+    if (server_.tables() != part.tables) {
+      Replace(part, part.pairs, tables_->front()->version, part.fail_at - now);
     } else if (now >= part.fail_at) {
       part.state = Part::kFailed;
     }
   }
 }
 
-// Asks others, as this one will not answer; by a newer table perhaps this one again, for what it still has.
-void Caller::Replace(Part& part, int64_t patience_ns) {
+void Caller::Replace(Part& part, const std::vector<Pair>& missing, int64_t version,
+                     int64_t patience_ns) {
+  part.state = Part::kDone;
+  if (missing.size() == part.pairs.size()) part.rows.clear();
+  if (missing.empty()) return;
+  tables_ = server_.tables();
   Ranks asked;
-  if (part.version == table_->version) {
-    asked = part.asked;
-    if (part.peer >= 0) asked.set(part.peer);
+  // When nobody was left, any server may have got them since, and is named by the newer tables.
+  if (part.peer >= 0) asked = Ranks(part.asked).set(part.peer);
+  part.rest = Place(missing, asked, version, patience_ns);
+}
+
+void Caller::Lose(Part& part) {
+  if (part.id != 0) server_.Count(part.peer, PeerCounters::kLost, 1);
+  if (part.instead.empty()) {
+    Replace(part, part.pairs, tables_->front()->version, 0);
+  } else {
+    part.state = Part::kLost;
   }
-  part.state = Part::kLost;
-  if (part.instead.empty()) part.instead = Place(part.pairs, asked, patience_ns);
 }
 
 // Asks others too, where all that is wanted has other holders.
 void Caller::Repeat(Part& part) {
   part.repeated = true;
   lines_[part.peer].suspect = true;
-  const int servers = server_.spec().servers;
-  for (const Pair& pair : part.pairs) {
-    bool other = false;
-    for (int n = 0; n < servers && !other; ++n) {
-      other = table_->Holders(layer_, pair.expert)[n] && Usable(n) && !part.asked[n];
-    }
-    if (!other) return;
-  }
-  server_.Count(part.peer, PeerCounters::kRepeats, 1);
   Ranks asked = part.asked;
   asked.set(part.peer);
-  part.instead = Place(part.pairs, asked, 0);
+  const Ranks usable = Usable() & ~asked;
+  const int64_t version = tables_->front()->version;
+  for (const Pair& pair : part.pairs) {
+    if (Holders(pair.expert, usable, version).none()) return;
+  }
+  server_.Count(part.peer, PeerCounters::kRepeats, 1);
+  part.instead = Place(part.pairs, asked, version, 0);
 }
 
 int64_t Caller::NextLook() const {
@@ -399,11 +453,13 @@ void Caller::Poll(int64_t until) {
 void Caller::Read(int peer) {
   const CallSpec& spec = server_.spec();
   lines_[peer].channel->Read<AnswerHead>(
-      spec.wire, spec.most_rows,
-      [&](const AnswerHead& head, const char* sums) { Answered(peer, head, sums); });
+      spec.wire, spec.most_rows, [&](const AnswerHead& head, const char* body) {
+        Answered(peer, head, body);
+        return true;
+      });
 }
 
-void Caller::Answered(int peer, const AnswerHead& head, const char* sums) {
+void Caller::Answered(int peer, const AnswerHead& head, const char* body) {
   Line& line = lines_[peer];
   const auto sent = std::find_if(line.unanswered.begin(), line.unanswered.end(),
                                  [&](const Sent& each) { return each.id == head.id; });
@@ -421,30 +477,44 @@ void Caller::Answered(int peer, const AnswerHead& head, const char* sums) {
       sums.s += s, sums.bytes += b, sums.bytes_bytes += b * b, sums.bytes_s += b * s, sums.s_s += s * s;
     });
   }
-  const bool done = head.status == Status::kDone;
+  const bool done = head.status == Status::kDone && head.missing == 0;
   Record(peer, *sent, done ? TraceEvent::kAnswered : TraceEvent::kRefused, head);
   line.unanswered.erase(sent);
   if (line.unanswered.empty()) line.suspect = false;
   for (size_t i = 0; i < parts_.size(); ++i) {
     Part& part = parts_[i];
     if (part.id != head.id || part.peer != peer || part.state != Part::kWaiting) continue;
-    if (head.status != Status::kDone || head.rows != part.rows.size()) {
-      server_.Count(peer, PeerCounters::kRefusals, 1);
-      table_ = server_.table();
-      Replace(part, kPatienceNs);
-      return;
-    }
-    part.sums.resize(head.rows * server_.spec().wire.d);
-    std::memcpy(part.sums.data(), sums, part.sums.size() * sizeof(float));
-    part.state = Part::kAnswered;
+    TakeAnswer(part, head, body);
     return;
   }
 }
 
+void Caller::TakeAnswer(Part& part, const AnswerHead& head, const char* body) {
+  std::vector<Pair> missing = part.pairs;
+  if (head.status == Status::kDone && head.rows == part.rows.size()) {
+    const size_t bytes = head.rows * server_.spec().wire.d * sizeof(float);
+    part.sums.resize(bytes / sizeof(float));
+    std::memcpy(part.sums.data(), body, bytes);
+    std::vector<uint16_t> experts(head.missing);
+    std::memcpy(experts.data(), body + bytes, head.missing * sizeof(uint16_t));
+    std::erase_if(missing, [&](const Pair& pair) {
+      return std::find(experts.begin(), experts.end(), pair.expert) == experts.end();
+    });
+  }
+  if (!missing.empty()) server_.Count(part.peer, PeerCounters::kRefusals, 1);
+  Replace(part, missing, head.version, kPatienceNs);
+}
+
 void Caller::Add(const Part& part, float* y, bool* failed) const {
-  if (part.state != Part::kAnswered) {
-    for (const Part* other : part.instead) Add(*other, y, failed);
-    if (!part.instead.empty()) return;
+  auto add = [&](const std::vector<Part*>& parts) {
+    for (const Part* each : parts) Add(*each, y, failed);
+  };
+  if (!part.instead.empty() && !(part.state == Part::kDone && Succeeded(part))) {
+    add(part.instead);
+    return;
+  }
+  add(part.rest);
+  if (part.state != Part::kDone) {
     CountFailed(part);
     for (const int32_t row : part.rows) failed[row] = true;
     return;
@@ -460,7 +530,7 @@ void Caller::CountFailed(const Part& part) const {
     Ranks holders;
     const int32_t row = part.pairs[begin].row;
     for (end = begin; end < part.pairs.size() && part.pairs[end].row == row; ++end) {
-      holders |= table_->Holders(layer_, part.pairs[end].expert);
+      holders |= tables_->front()->Holders(layer_, part.pairs[end].expert);
     }
     for (int n = 0; n < server_.spec().servers; ++n) {
       if (holders[n]) server_.Count(n, PeerCounters::kFailedRows, 1);

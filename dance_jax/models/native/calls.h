@@ -42,6 +42,22 @@ struct Table {
   }
 };
 
+// What a server knows of the placement: the table in force, then those of the batches that it has
+// loaded and that may be in force elsewhere, in their order.
+using Tables = std::vector<std::shared_ptr<const Table>>;
+
+// Experts of a layer, as far as they are on this server.
+struct Held {
+  std::vector<int32_t> experts;  // ascending
+  std::vector<ExpertPool::Holding> holdings;  // null: it is not here
+
+  // An expert's place; -1: it is not here.
+  int32_t Place(int32_t expert) const;
+};
+
+// Calls of one caller that a callee has not answered: one, and a repeat of another's.
+constexpr size_t kMostUnanswered = 2;
+
 // The server that is asked for each of a row's experts, -1 where nobody holds it: the fewest servers
 // that hold all, as placement/visit.py has it. holders [k].
 std::vector<int> ChooseServers(const std::vector<Ranks>& holders, int servers);
@@ -54,7 +70,7 @@ struct PeerCounters {
     kBytesSent,      // of calls to it and of answers to its own
     kBytesReceived,
     kRepeats,        // calls that went elsewhere as well, because its answer was late
-    kRefusals,       // calls that it answered with "not here"
+    kRefusals,       // calls of which it had not all experts
     kLost,           // calls that its connection ended
     kFailedRows,     // rows that have failed for want of an expert that it holds
     kWaitedNs,       // from sending to the answer's arrival
@@ -117,17 +133,19 @@ class Caller {
   };
   // What is asked of one server.
   struct Part {
-    enum State { kWaiting, kAnswered, kLost, kNowhere, kFailed } state = kWaiting;
+    // Done: its sums are those of all its experts but for what `rest` asks others for.
+    enum State { kWaiting, kDone, kLost, kNowhere, kFailed } state = kWaiting;
     int peer = -1;
-    uint64_t id = 0;
+    uint64_t id = 0;             // 0: it is not sent yet
     std::vector<Pair> pairs;     // row after row
     std::vector<int32_t> rows;
-    int64_t version = 0;         // of the table by which it was placed
-    Ranks asked;                 // for the same before, by this table
+    std::shared_ptr<const Tables> tables;  // by which it was placed
+    Ranks asked;                 // for the same before
     int64_t repeat_at = 0, fail_at = 0;
     bool repeated = false;
     std::vector<float> sums;     // [rows, d]
-    std::vector<Part*> instead;  // parts that ask others for the same
+    std::vector<Part*> rest;
+    std::vector<Part*> instead;  // parts that ask others for the same, as this one is late
   };
   // How long a peer's answers take.
   struct Pace {
@@ -152,24 +170,34 @@ class Caller {
   };
 
   void Adopt();
-  bool Usable(int peer) const;
-  // Parts for these pairs, which are sent; none to servers in `asked`. What nobody has is kNowhere
-  // until `patience_ns` have passed.
-  std::vector<Part*> Place(const std::vector<Pair>& pairs, const Ranks& asked, int64_t patience_ns);
+  // Servers that may be asked, this one among them.
+  Ranks Usable() const;
+  // Those of `usable` to ask for an expert: by the newest table that is no newer than `version`, or
+  // else by the others, the next ones first.
+  Ranks Holders(uint16_t expert, const Ranks& usable, int64_t version) const;
+  // Parts for these pairs, which are sent, or computed here; none to servers in `asked`. What nobody
+  // has is kNowhere until `patience_ns` have passed.
+  std::vector<Part*> Place(const std::vector<Pair>& pairs, const Ranks& asked, int64_t version,
+                           int64_t patience_ns);
+  // Sends a part, or leaves it for when its server has answered another.
   void Send(Part& part);
-  void RunLocal(const LayerRows& rows, const std::vector<int32_t>& local, float* y, bool* failed);
+  void ComputeHere(Part& part);
   void Wait(const std::vector<Part*>& first);
   void Review(Part& part, int64_t now);
-  // The connection has ended, and with it what was not answered.
-  void Lose(int peer);
-  void Replace(Part& part, int64_t patience_ns);
+  // Its connection has ended, and with it what was not answered.
+  void Forget(int peer);
+  // A part has an answer, its sums, but for these pairs, which go to others.
+  void Replace(Part& part, const std::vector<Pair>& missing, int64_t version, int64_t patience_ns);
+  // A part gets no answer.
+  void Lose(Part& part);
   void Repeat(Part& part);
   // When a wait has to look at its parts again.
   int64_t NextLook() const;
   // Sends and reads what it can; where that is nothing, waits for it until then.
   void Poll(int64_t until);
   void Read(int peer);
-  void Answered(int peer, const AnswerHead& head, const char* sums);
+  void Answered(int peer, const AnswerHead& head, const char* body);
+  void TakeAnswer(Part& part, const AnswerHead& head, const char* body);
   void Record(int peer, const Sent& sent, TraceEvent::Outcome outcome, const AnswerHead& head) const;
   void Add(const Part& part, float* y, bool* failed) const;
   void CountFailed(const Part& part) const;
@@ -186,7 +214,7 @@ class Caller {
   // Of the layer that runs.
   int64_t step_ = 0, layer_ = 0;
   std::vector<float> x_;
-  std::shared_ptr<const Table> table_;
+  std::shared_ptr<const Tables> tables_;
   std::deque<Part> parts_;
 };
 
@@ -203,6 +231,10 @@ class Answerer {
   struct Line {
     int peer;
     std::unique_ptr<Channel> channel;
+    size_t waiting = 0;  // of its calls
+
+    // So many calls are held for it; what it sends beyond waits in the connection.
+    bool Reads() const { return waiting + channel->unsent() < kMostUnanswered; }
   };
   struct Call {
     // Kept, as the connection may end while the call waits for its turn.
@@ -215,6 +247,9 @@ class Answerer {
   struct Content {
     // It may be computed. False: it is no call of this model.
     bool sane = false;
+    // Anything of it is on this server, and which experts are not.
+    bool here = false;
+    std::vector<uint16_t> missing;
     const uint8_t* counts = nullptr;
     std::vector<uint16_t> experts;
     std::vector<float> weights;
@@ -226,9 +261,16 @@ class Answerer {
   // Takes over new connections; false: the thread has to end.
   bool Adopt();
   void Poll(bool wait);
+  // Answers the call that has waited longest, and with it those for the same layer.
   void AnswerNext();
+  std::vector<Call> TakeNext();
   Content ReadBody(const Call& call) const;
-  void Answer(const Call& call, const AnswerHead& head, const float* sums);
+  static void FindMissing(const Held& held, Content& content);
+  // [rows, d]: the sums of the calls that are here, but for what is missing.
+  std::vector<float> Compute(const std::vector<Call>& calls, const std::vector<Content>& contents,
+                             const Held& held);
+  void Answer(const Call& call, const AnswerHead& head, const float* sums,
+              const std::vector<uint16_t>& missing);
 
   CallServer& server_;
   int wake_[2];
@@ -246,16 +288,23 @@ class CallServer {
   CallServer(const CallSpec& spec, std::vector<std::shared_ptr<ExpertPool>> pools);
 
   const CallSpec& spec() const { return spec_; }
-  std::shared_ptr<const Table> table() const;
-  // resident [servers, layers, experts].
+  std::shared_ptr<const Tables> tables() const;
+  // From now on this table is in force, and none before it counts. resident [servers, layers,
+  // experts].
   void SetTable(int64_t version, const bool* resident);
+  // A table that will be in force, and may be elsewhere; and that it, and those after it, will not.
+  void StageTable(int64_t version, const bool* resident);
+  void DropTables(int64_t version);
+  // All calls under way and to come fail: nobody is waited for any more.
+  void Cancel() { cancelled_ = true; }
+  bool cancelled() const { return cancelled_; }
   Caller& caller(int64_t device) { return *callers_[device]; }
   int64_t devices() const { return static_cast<int64_t>(callers_.size()); }
   Answerer& answerer() { return answerer_; }
-  // The experts of a layer that any device holds; null: none does.
-  std::vector<ExpertPool::Holding> Find(int64_t layer, const std::vector<int32_t>& experts) const;
+  // Experts of a layer, which may be named more than once, as any device holds them.
+  Held Find(int64_t layer, std::vector<int32_t> experts) const;
   // y [n, d]: as RunExperts, numbers are places in `held`.
-  void Compute(const std::vector<ExpertPool::Holding>& held, const Assignments& rows, float* y);
+  void Compute(const Held& held, const Assignments& rows, float* y);
 
   // Calls change(sums), one thread at a time.
   template <typename Change>
@@ -277,10 +326,13 @@ class CallServer {
   Trace* trace() const { return trace_.get(); }
 
  private:
+  std::shared_ptr<const Table> NewTable(int64_t version, const bool* resident) const;
+
   const CallSpec spec_;
   const std::vector<std::shared_ptr<ExpertPool>> pools_;
-  mutable std::mutex table_mutex_;
-  std::shared_ptr<const Table> table_;
+  std::atomic<bool> cancelled_{false};
+  mutable std::mutex tables_mutex_;
+  std::shared_ptr<const Tables> tables_;
   std::mutex sums_mutex_;
   CallSums sums_;
   std::deque<PeerCounters> counters_;          // by rank

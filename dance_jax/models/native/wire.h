@@ -27,14 +27,14 @@ struct Wire {
 };
 
 // The kinds of messages.
-enum class Kind16 : uint16_t { kCall = 1, kAnswer = 2 };
+enum class MessageKind : uint16_t { kCall = 1, kAnswer = 2 };
 
 // Before an expert call: `rows` counts of a byte each, `pairs` experts of two bytes and weights of
 // four, then the rows, each as Wire has it.
 struct CallHead {
   static constexpr uint32_t kMagic = 0x63786a64;
   uint32_t magic = kMagic;
-  Kind16 kind = Kind16::kCall;
+  MessageKind kind = MessageKind::kCall;
   uint16_t layer = 0;
   uint64_t id = 0;
   // Of the caller, whose trace knows the requests that are in it.
@@ -43,7 +43,7 @@ struct CallHead {
 
   // It may be a call of so many rows at most. A count has one byte, so pairs are bounded as well.
   bool Sane(uint32_t most) const {
-    return magic == kMagic && kind == Kind16::kCall && rows <= most &&
+    return magic == kMagic && kind == MessageKind::kCall && rows <= most &&
            pairs <= uint64_t{rows} * UINT8_MAX;
   }
   size_t BodyBytes(const Wire& wire) const {
@@ -51,13 +51,14 @@ struct CallHead {
   }
 };
 
+// Done: sums of all rows, but for the experts that are missing; not here: nothing of it is.
 enum class Status : uint16_t { kDone = 0, kNotHere = 1 };
 
-// Before an answer: `rows` sums of d float32.
+// Before an answer: `rows` sums of d float32, then `missing` experts of two bytes.
 struct AnswerHead {
   static constexpr uint32_t kMagic = 0x61786a64;
   uint32_t magic = kMagic;
-  Kind16 kind = Kind16::kAnswer;
+  MessageKind kind = MessageKind::kAnswer;
   Status status = Status::kDone;
   uint64_t id = 0;
   // Of the callee's table.
@@ -65,12 +66,15 @@ struct AnswerHead {
   uint32_t rows = 0;
   // How long the call waited there, and was computed.
   uint32_t queued_us = 0, computed_us = 0;
-  uint32_t unused = 0;
+  // Experts that the call wanted and that are not here.
+  uint32_t missing = 0;
 
   bool Sane(uint32_t most) const {
-    return magic == kMagic && kind == Kind16::kAnswer && rows <= most;
+    return magic == kMagic && kind == MessageKind::kAnswer && rows <= most && missing <= UINT16_MAX + 1;
   }
-  size_t BodyBytes(const Wire& wire) const { return rows * wire.d * sizeof(float); }
+  size_t BodyBytes(const Wire& wire) const {
+    return rows * wire.d * sizeof(float) + missing * sizeof(uint16_t);
+  }
 };
 
 // A connection between two servers; one thread's.
@@ -84,13 +88,15 @@ class Channel {
   bool closed() const { return closed_; }
   // Something waits until the connection takes it.
   bool sending() const { return !out_.empty(); }
+  // Messages that the connection has not taken.
+  size_t unsent() const { return out_.size(); }
   short Events(bool reads) const { return (reads ? POLLIN : 0) | (sending() ? POLLOUT : 0); }
   // Sends what it can of this message, behind those that wait.
   void Send(std::vector<char> message);
   void Flush();
 
-  // Reads what is there and calls whole(head, body) for every message; anything but a message of
-  // `most` rows at most ends the connection.
+  // Reads what is there and calls whole(head, body) for every message, until that says false;
+  // anything but a message of `most` rows at most ends the connection.
   template <typename Head, typename Whole>
   void Read(const Wire& wire, uint32_t most, const Whole& whole) {
     while (!closed_) {
@@ -106,9 +112,10 @@ class Channel {
       const size_t all = sizeof(Head) + head.BodyBytes(wire);
       in_.resize(all);
       if (got_ < all) continue;
-      whole(head, in_.data() + sizeof(Head));
+      const bool more = whole(head, in_.data() + sizeof(Head));
       got_ = 0;
       in_.resize(sizeof(Head));
+      if (!more) return;
     }
   }
 

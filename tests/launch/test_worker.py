@@ -1,0 +1,114 @@
+"""A server hears its parent while a step waits for others; the engine is played."""
+
+from __future__ import annotations
+
+import collections
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dance_jax.engine.engine import StepResult
+from dance_jax.launch import protocol
+from dance_jax.launch.loading import Loader
+from dance_jax.launch.plan import dump_layout
+from dance_jax.launch.worker import Stopped, Worker
+from dance_jax.placement.core import Placement, spread
+
+#: No test waits so long for what does come.
+LONG_S = 30.0
+LAYOUT = dump_layout(spread(Placement(np.ones((1, 1, 2), bool)), [1], [2]))
+
+
+class Played:
+    """The engine of a server, whose first step waits for something, and the channel to its parent.
+
+    Args:
+        said: by the parent during that step; afterwards it says Stop.
+        over: the step ends when this is true.
+    """
+
+    has_work = False
+    trace = None
+
+    def __init__(self, said: Sequence[protocol.Command], over: Callable[[Played], bool]) -> None:
+        self._said, self._over = said, over
+        self._commands: collections.deque[protocol.Command] = collections.deque()
+        #: What has happened, in its order, and how often the channel was looked at in vain since.
+        self.happened: list[str] = []
+        self.looks = 0
+
+    def _note(self, what: str) -> None:
+        self.happened.append(what)
+        self.looks = 0
+
+    # The engine.
+
+    def step(self) -> StepResult:
+        self._commands.extend(self._said)
+        end = time.monotonic() + LONG_S
+        while not self._over(self):
+            assert time.monotonic() < end, "the step never ends"
+            time.sleep(0.002)
+        self._note("step")
+        self._commands.append(protocol.Stop())
+        return StepResult([], True)
+
+    def cancel(self) -> None:
+        self._note("cancel")
+
+    def stage(self, number: int, *_: Any) -> None:
+        self._note(f"stage {number}")
+
+    def commit(self, number: int) -> bool:
+        self._note(f"commit {number}")
+        return True
+
+    def report(self) -> None:
+        return None
+
+    # The channel.
+
+    def waits(self, timeout_s: float = 0.0) -> bool:
+        self.looks += not self._commands
+        return bool(self._commands)
+
+    def receive(self) -> protocol.Command:
+        return self._commands.popleft()
+
+    def send(self, event: protocol.Event) -> None:
+        if not isinstance(event, protocol.Report):
+            self._note(type(event).__name__)
+
+
+def happens(said: Sequence[protocol.Command], over: Callable[[Played], bool]) -> list[str]:
+    """Up to the end of the server; arguments are those of `Played`."""
+    played: Any = Played(said, over)
+    lines: Any = None
+    worker = Worker(played, Loader(lambda loads: ([], 0)), lines, [""], played)
+    with pytest.raises(Stopped):
+        worker.serve_alone()
+    return played.happened
+
+
+def stage(number: int) -> protocol.Stage:
+    return protocol.Stage(number, LAYOUT, [])
+
+
+def test_a_stop_ends_a_step_that_waits() -> None:
+    found = happens([protocol.Stop()], lambda played: "cancel" in played.happened)
+    assert found[:2] == ["cancel", "step"]
+
+
+def test_experts_are_staged_beside_a_step_that_waits() -> None:
+    found = happens([stage(1)], lambda played: "Staged" in played.happened)
+    assert found[:3] == ["stage 1", "Staged", "step"]
+
+
+def test_a_batch_follows_the_one_before_it() -> None:
+    """Which comes into force at the end of the step: only then are its slots free."""
+    said = [protocol.Commit(1), stage(2)]
+    found = happens(said, lambda played: played.looks > 3)
+    assert [each for each in found if each != "cancel"][:3] == ["step", "commit 1", "Applied"]
