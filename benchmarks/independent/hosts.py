@@ -171,7 +171,7 @@ def _latencies(
     """Mean latency of each repetition."""
     files = sorted((EXAMPLES / "tasks").glob("*.heldout.jsonl"))[:FEW]
     tasks = [read_task(files[server % FEW]) for server in range(servers)]
-    context = engine_config(read_config(demo_dir())).max_model_len
+    context = engine_config(outline(demo_dir()).config).max_model_len
     tokenizer = Tokenizer.load(demo_dir())
 
     async def measure(api: Api) -> list[float]:
