@@ -60,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
     known = (*LOOPBACK, *ON_HOSTS, *MANY)
     add("--sections", type=some_of(known), metavar="A,B", help=", ".join(known))
     add("--repeats", type=count, default=3, help="of each section (%(default)s)")
-    add("--rate", type=positive, default=0.1, help="many: requests/s of each host (%(default)s)")
+    add("--rate", type=positive, default=0.3, help="many: requests/s of each host (%(default)s)")
     add("--old", type=pathlib.Path, metavar="DIR", help="the servers of another checkout instead")
     add_testbed(parser, "apart")
     add_bed(parser)

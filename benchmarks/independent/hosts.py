@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from benchmarks.command import EXAMPLES
+from benchmarks.command import EXAMPLES, say
 from benchmarks.live.places import Place
 from benchmarks.live.tasks import Askers, read_prompts, read_task
 from benchmarks.live.watch import load
@@ -183,6 +183,7 @@ def _latencies(
             if failed := failures(answers):
                 raise ClusterError(f"a request failed: {failed[0]}")
             means.append(float(np.mean([each.end_s - each.asked_s for each in answers])))
+            say(f"{servers} hosts, {seed + 1} of {repeats}: mean latency {means[-1]:.2f} s")
         return means
 
     return _served(place, words, measure)
@@ -227,6 +228,7 @@ def _served(
 
     async def run() -> Found:
         await cluster.ready()
+        say(f"{len(cluster.addresses)} servers are ready")
         return await measure(await Api.connect(cluster.addresses))
 
     with place.serving(["--rebalance-interval", "0", *words]) as cluster:

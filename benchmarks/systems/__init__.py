@@ -8,8 +8,10 @@ Systems:
                       and `llama-server -kvu` outside the hosts, which asks them all
 
 All are up at once and take turns, in another order in each repetition; a ratio is the median over
-repetitions of ours over the other's. Servers that rest do next to nothing, and processor time is
-counted by system. Links get one rate after another, and placements are made anew for each.
+repetitions of ours over the other's. Processor time is counted by system. Servers that rest do next
+to nothing, but for those in lock step, which keep looking at each other: compare with the star in a
+run without --old, or they take part of the hosts' cores from ours. Links get one rate after
+another, and all is started anew for each, since placements depend on it.
 
 A load is so many users at once, each with random tokens of the range of the vocabulary that its
 host's users have for themselves, and greedy answers of fixed length. User n is on host n mod 3.
