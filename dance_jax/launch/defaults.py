@@ -15,7 +15,7 @@ DEFAULT_MODEL_LEN = 2048
 #: Sequences that run at once on each device.
 DEFAULT_NUM_SEQS = 16
 #: Rows of smaller decodes, for servers with few users or none.
-FEW_ROWS = (4,)
+FEW_ROWS = (1, 4)
 #: Slices of prefill in blocks. The first, beside a decode, is to take about as long as the decode.
 CPU_SLICES, SLICES = (1, 4), (8, 32)
 #: What hidden states are rounded to before routed experts (`EngineConfig.wire_dtype`); "auto": the

@@ -36,6 +36,7 @@ _CALL = struct.Struct("<IIB")
 _LENGTH = struct.Struct("<H")
 _NONCE_BYTES = 32
 _MAC_BYTES = hashlib.sha256().digest_size
+_SEND_BYTES = 1 << 19
 #: An idle peer whose machine is gone shows after 4 + 3 * 2 seconds.
 _KEEPALIVE = (("TCP_KEEPIDLE", 4), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 3))
 
@@ -275,6 +276,8 @@ def _tune(connection: socket.socket) -> None:
     connection.settimeout(None)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    # Room for the calls of a layer, which the kernel sends while the server computes.
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BYTES)
     for option, value in _KEEPALIVE:
         if hasattr(socket, option):  # macOS lacks some
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)

@@ -58,8 +58,11 @@ _CALL_BITS = 48
 #: Weight of the latest answer in a pace; bytes up to which an answer is a small one.
 _LEARN, _SMALL = 0.2, 8192
 
-#: Calls of one caller that a callee has not answered: one, and a repeat of another's.
-MOST_UNANSWERED = 2
+#: Groups of a layer's rows that go to a server one by one, each as a call; bytes of rows that are
+#: worth a call of their own where there are more.
+MOST_GROUPS, _GROUP_BYTES = 4, 64 * 1024
+#: Calls of one caller that a callee has not answered: one of each group, and a repeat of another's.
+MOST_UNANSWERED = MOST_GROUPS + 1
 
 #: Computes experts that are here: (x float32 [n, d], experts int [n, k] by their numbers in the
 #: model or -1, weights float32 [n, k]) -> (sums float32 [n, d], bool [n, k], False where an expert
@@ -144,6 +147,8 @@ class _Sent(NamedTuple):
     """A call that was sent."""
 
     at: float
+    #: Bytes with those of the calls before it that were not answered.
+    queued: int
     #: There and back.
     bytes: int
     step: int
@@ -432,7 +437,7 @@ class _Caller:
             times |= {"arrived": arrived, "compute_begin": began}
             times["compute_end"] = min(began + computed_s, now)
         fields = sent._asdict() | {"id": number, "peer": peer, "device": self._device}
-        del fields["at"]
+        del fields["at"], fields["queued"]
         self._server.record("call", outcome, times, **fields)
 
     def run(self, rows: HostRows) -> tuple[np.ndarray, np.ndarray]:
@@ -522,18 +527,27 @@ class _Caller:
                 by_peer[peer].append(place)
         placed = []
         for peer, own in sorted(by_peer.items()):
-            at = np.array(own)
-            part = _Part(peer, at, np.unique(at // k), self._tables, asked)
-            placed.append(part)
-            if peer == server.rank:
-                self._compute_here(part)
-            elif peer >= 0:
-                self._send(part)
-            else:
-                part.state = "nowhere" if patience_s > 0 else "failed"
-                part.fail_at = time.monotonic() + patience_s
+            goes = peer >= 0 and peer != server.rank
+            for at in self._groups(np.array(own), k) if goes else [np.array(own)]:
+                part = _Part(peer, at, np.unique(at // k), self._tables, asked)
+                placed.append(part)
+                if goes:
+                    self._send(part)
+                elif peer >= 0:
+                    self._compute_here(part)
+                else:
+                    part.state = "nowhere" if patience_s > 0 else "failed"
+                    part.fail_at = time.monotonic() + patience_s
         self._parts += placed
         return placed
+
+    def _groups(self, places: np.ndarray, k: int) -> list[np.ndarray]:
+        """A server's assignments in groups of whole rows. While it computes one, others are on the
+        wire, both ways."""
+        starts = np.flatnonzero(np.diff(places // k, prepend=-1))
+        least = _GROUP_BYTES // self._server.wire.bytes + 1
+        most = max(-(-len(starts) // MOST_GROUPS), least)
+        return np.split(places, starts[most::most])
 
     def _compute_here(self, part: _Part) -> None:
         """By a table that is not in force here yet."""
@@ -551,7 +565,8 @@ class _Caller:
         rows, wire = self._layer_rows, self._server.wire
         line = self._lines[part.peer]
         size = CALL.size + len(part.rows) * (1 + wire.bytes + 4 * wire.d) + 6 * len(part.places)
-        now, expected_s = time.monotonic(), line.pace.expected(size)
+        queued = size + sum(sent.bytes for sent in line.unanswered.values())
+        now, expected_s = time.monotonic(), line.pace.expected(queued)
         part.repeat_at = now + max(self._repeat_s, _LATE * expected_s)
         part.fail_at = now + max(self._fail_s, _FAILED * expected_s)
         if len(line.unanswered) >= MOST_UNANSWERED:
@@ -570,7 +585,7 @@ class _Caller:
                 wire.encode(self._x[part.rows]),
             ]
         )
-        line.unanswered[part.id] = _Sent(now, size, step, rows.layer, len(part.rows))
+        line.unanswered[part.id] = _Sent(now, queued, size, step, rows.layer, len(part.rows))
         assert line.channel is not None
         line.channel.send(message)
         self._server.count_call(part.peer, rows.layer, len(part.rows), len(message))
@@ -675,7 +690,7 @@ class _Caller:
         if number not in line.unanswered:
             return
         sent = line.unanswered.pop(number)
-        waited, size = time.monotonic() - sent.at, sent.bytes
+        waited, size = time.monotonic() - sent.at, sent.queued
         callee_s = 1e-6 * queued_us, 1e-6 * computed_us
         whole = status == DONE and not gone
         self._record(peer, number, sent, "answered" if whole else "refused", *callee_s)

@@ -34,7 +34,7 @@ from dance_jax.models.calls import (
     TraceEvent,
     routed,
 )
-from dance_jax.models.host_calls import HostCallServer, HostRows, choose
+from dance_jax.models.host_calls import MOST_UNANSWERED, HostCallServer, HostRows, choose
 from dance_jax.models.kernels_cpu import NativePool
 from dance_jax.placement.visit import choose_servers
 from dance_jax.placement.visit import masks as server_masks
@@ -125,10 +125,18 @@ class Cluster:
         limits: of `CallServer`.
     """
 
-    def __init__(self, held: Held, wire="float32", played=(), buffers=0, **limits: float) -> None:
+    def __init__(
+        self,
+        held: Held,
+        wire="float32",
+        played=(),
+        buffers=0,
+        most_rows=MOST_ROWS,
+        **limits: float,
+    ) -> None:
         self.pools = [[make_pool(own, max(len(own), 1)) for own in devices] for devices in held]
         limits = {"repeat_s": LONG_S, "fail_s": LONG_S, **limits}
-        shape = (len(held), LAYERS, EXPERTS, wire, MOST_ROWS)
+        shape = (len(held), LAYERS, EXPERTS, wire, most_rows)
         self.servers = {
             rank: make_server(rank, *shape, pools, [e for own in held[rank] for e in own], limits)
             for rank, pools in enumerate(self.pools)
@@ -553,32 +561,46 @@ def test_cancelled_calls_fail_at_once():
         assert failed_t.all() and caller.counters().peers[1].calls == 1
 
 
-def test_a_server_has_two_calls_of_a_caller_at_most():
-    """Three others send all to it what they have not."""
-    last = 4
-    with cluster(spread([[]] * 5), played=(1, 2, 3, last)) as found:
+def test_many_rows_go_in_groups():
+    """Of 64 KiB and more, each a call of its own."""
+    rows = 3 * (1 + 2**16 // (4 * D))
+    with cluster(spread([range(0, 6), range(6, 12)]), most_rows=rows) as found:
+        routes = draw(5, rows)
+        y_td, failed_t = call(found.servers[0], 1, *routes)
+        assert not failed_t.any()
+        np.testing.assert_allclose(y_td, expected(1, *routes), rtol=0, atol=1e-4)
+        peer = found.servers[0].counters().peers[1]
+        assert (peer.calls, peer.rows) == (3, rows)
+
+
+def test_a_callee_owes_a_caller_so_many_answers_at_most():
+    """More others than that send all to it what they have not."""
+    assert EXPERTS > MOST_UNANSWERED
+    others = range(1, 1 + EXPERTS)
+    last = others[-1] + 1
+    with cluster(spread([[]] * (last + 1)), played=(*others, last)) as found:
         caller = found.servers[0]
-        caller.use(2, resident([[], [0], [1], [2], []]))
-        caller.stage(3, resident([[], [], [], [], range(12)]))
-        peers = [found.play(0, n) for n in range(1, 5)]
+        caller.use(2, resident([[], *([n] for n in range(EXPERTS)), []]))
+        caller.stage(3, resident([*[[]] * last, range(12)]))
+        peers = [found.play(0, n) for n in (*others, last)]
 
         def play() -> None:
-            for peer in peers[:3]:
+            for peer in peers[:-1]:
                 peer.answer(*peer.receive(), status=NOT_HERE, version=3)
-            calls = [peers[3].receive(), peers[3].receive()]
-            until(lambda: sum(each.refusals for each in caller.counters().peers) == 3)
-            assert not select.select([peers[3].connection], [], [], 0.1)[0]
+            calls = [peers[-1].receive() for _ in range(MOST_UNANSWERED)]
+            until(lambda: sum(each.refusals for each in caller.counters().peers) == EXPERTS)
+            assert not select.select([peers[-1].connection], [], [], 0.1)[0]
             for n, each in enumerate(calls):
-                peers[3].answer(*each, value=1.0)
+                peers[-1].answer(*each, value=1.0)
                 if n == 0:
-                    calls.append(peers[3].receive())
+                    calls.append(peers[-1].receive())
 
-        x_td, expert_tk, weight_tk = draw(8, 3, k=1)
-        expert_tk[:, 0] = 0, 1, 2
+        x_td, expert_tk, weight_tk = draw(8, EXPERTS, k=1)
+        expert_tk[:, 0] = range(EXPERTS)
         with meanwhile(play):
             y_td, failed_t = call(caller, 0, x_td, expert_tk, weight_tk)
         assert not failed_t.any() and (y_td == 1).all()
-        assert caller.counters().peers[last].calls == 3
+        assert caller.counters().peers[last].calls == EXPERTS
 
 
 def test_who_calls_without_end_is_read_no_further_than_answered():

@@ -19,6 +19,8 @@ constexpr int64_t kLookNs = 5'000'000, kLookSeldomNs = 100'000'000;
 // Weight of the latest answer in a pace; bytes up to which an answer says how long a small one takes.
 constexpr double kLearn = 0.2;
 constexpr size_t kSmall = 8192;
+// Bytes of rows that are worth a call of their own where there are more.
+constexpr size_t kGroupBytes = 64 * 1024;
 // Bits of a call's number beside the device.
 constexpr int kCallBits = 48;
 
@@ -218,38 +220,56 @@ void Caller::Run(const LayerRows& rows, float* y, bool* failed) {
   trace->Add(event);
 }
 
+// A server's pairs in groups of whole rows. While it computes one, others are on the wire, both ways.
+std::vector<std::vector<Caller::Pair>> Caller::Groups(const std::vector<Pair>& pairs) const {
+  size_t rows = 0;
+  for (size_t i = 0; i < pairs.size(); ++i) rows += i == 0 || pairs[i].row != pairs[i - 1].row;
+  const size_t least = kGroupBytes / server_.spec().wire.RowBytes() + 1;
+  const size_t most = std::max((rows + kMostGroups - 1) / kMostGroups, least);
+  std::vector<std::vector<Pair>> groups;
+  size_t left = 0;  // rows until the group is full
+  for (size_t i = 0; i < pairs.size(); ++i) {
+    if (i == 0 || pairs[i].row != pairs[i - 1].row) {
+      if (left == 0) groups.emplace_back(), left = most;
+      --left;
+    }
+    groups.back().push_back(pairs[i]);
+  }
+  return groups;
+}
+
 std::vector<Caller::Part*> Caller::Place(const std::vector<Pair>& pairs, const Ranks& asked,
                                          int64_t version, int64_t patience_ns) {
   const Ranks usable = Usable() & ~asked;
-  std::map<int, Part*> by_peer;
+  std::map<int, std::vector<Pair>> by_peer;
   std::vector<Ranks> holders;
   for (size_t begin = 0, end; begin < pairs.size(); begin = end) {
-    const int32_t row = pairs[begin].row;
     holders.clear();
-    for (end = begin; end < pairs.size() && pairs[end].row == row; ++end) {
+    for (end = begin; end < pairs.size() && pairs[end].row == pairs[begin].row; ++end) {
       holders.push_back(Holders(pairs[end].expert, usable, version));
     }
     const std::vector<int> chosen = ChooseServers(holders, server_.spec().servers);
-    for (size_t i = begin; i < end; ++i) {
-      Part*& part = by_peer[chosen[i - begin]];
-      if (part == nullptr) part = &parts_.emplace_back();
-      part->pairs.push_back(pairs[i]);
-      if (part->rows.empty() || part->rows.back() != row) part->rows.push_back(row);
-    }
+    for (size_t i = begin; i < end; ++i) by_peer[chosen[i - begin]].push_back(pairs[i]);
   }
   std::vector<Part*> placed;
-  for (auto& [peer, part] : by_peer) {
-    part->peer = peer, part->tables = tables_, part->asked = asked;
-    placed.push_back(part);
-    if (peer == server_.spec().rank) {
-      ComputeHere(*part);
-    } else if (peer >= 0) {
-      Send(*part);
-    } else if (patience_ns > 0) {
-      part->state = Part::kNowhere;
-      part->fail_at = NowNs() + patience_ns;
-    } else {
-      part->state = Part::kFailed;
+  for (const auto& [peer, all] : by_peer) {
+    const bool goes = peer >= 0 && peer != server_.spec().rank;
+    for (const auto& own : goes ? Groups(all) : std::vector<std::vector<Pair>>{all}) {
+      Part& part = *placed.emplace_back(&parts_.emplace_back());
+      part.peer = peer, part.pairs = own, part.tables = tables_, part.asked = asked;
+      for (const Pair& pair : own) {
+        if (part.rows.empty() || part.rows.back() != pair.row) part.rows.push_back(pair.row);
+      }
+      if (goes) {
+        Send(part);
+      } else if (peer >= 0) {
+        ComputeHere(part);
+      } else if (patience_ns > 0) {
+        part.state = Part::kNowhere;
+        part.fail_at = NowNs() + patience_ns;
+      } else {
+        part.state = Part::kFailed;
+      }
     }
   }
   return placed;
@@ -292,7 +312,9 @@ void Caller::Send(Part& part) {
   const size_t bytes = size + head.rows * spec.wire.d * sizeof(float);
   Line& line = lines_[part.peer];
   const int64_t now = NowNs();
-  const double expected_ns = 1e9 * line.pace.Expected(bytes);
+  size_t queued = bytes;
+  for (const Sent& sent : line.unanswered) queued += sent.bytes;
+  const double expected_ns = 1e9 * line.pace.Expected(queued);
   part.repeat_at = now + std::max<int64_t>(spec.repeat_ns, kLate * expected_ns);
   part.fail_at = now + std::max<int64_t>(spec.fail_ns, kFailed * expected_ns);
   if (line.unanswered.size() >= kMostUnanswered) return;
@@ -318,7 +340,7 @@ void Caller::Send(Part& part) {
     to += spec.wire.RowBytes();
   }
   const auto rows = static_cast<int32_t>(head.rows);
-  line.unanswered.push_back({part.id, now, bytes, step_, layer_, rows});
+  line.unanswered.push_back({part.id, now, bytes, queued, step_, layer_, rows});
   server_.Count(part.peer, PeerCounters::kCalls, 1);
   server_.Count(part.peer, PeerCounters::kRows, head.rows);
   server_.Count(part.peer, PeerCounters::kBytesSent, message.size());
@@ -469,8 +491,8 @@ void Caller::Answered(int peer, const AnswerHead& head, const char* body) {
   server_.Count(peer, PeerCounters::kBytesReceived,
                 sizeof(head) + head.BodyBytes(server_.spec().wire));
   if (head.status == Status::kDone) {
-    line.pace.Learn(sent->bytes, 1e-9 * waited_ns);
-    const double b = sent->bytes;
+    line.pace.Learn(sent->queued, 1e-9 * waited_ns);
+    const double b = sent->queued;
     const double s = 1e-9 * waited_ns - 1e-6 * (head.queued_us + head.computed_us);
     server_.Sum([&](CallSums& sums) {
       ++sums.answers;

@@ -55,8 +55,10 @@ struct Held {
   int32_t Place(int32_t expert) const;
 };
 
-// Calls of one caller that a callee has not answered: one, and a repeat of another's.
-constexpr size_t kMostUnanswered = 2;
+// Groups of a layer's rows that go to a server one by one, each as a call.
+constexpr size_t kMostGroups = 4;
+// Calls of one caller that a callee has not answered: one of each group, and a repeat of another's.
+constexpr size_t kMostUnanswered = kMostGroups + 1;
 
 // The server that is asked for each of a row's experts, -1 where nobody holds it: the fewest servers
 // that hold all, as placement/visit.py has it. holders [k].
@@ -157,7 +159,8 @@ class Caller {
   struct Sent {
     uint64_t id;
     int64_t at;
-    size_t bytes;
+    size_t bytes;   // there and back
+    size_t queued;  // with those of the calls before it that were not answered
     int64_t step, layer;
     int32_t rows;
   };
@@ -170,6 +173,7 @@ class Caller {
   };
 
   void Adopt();
+  std::vector<std::vector<Pair>> Groups(const std::vector<Pair>& pairs) const;
   // Servers that may be asked, this one among them.
   Ranks Usable() const;
   // Those of `usable` to ask for an expert: by the newest table that is no newer than `version`, or
