@@ -266,11 +266,8 @@ class ArrayExperts:
             x_nd = x_nd.astype(self._dtype)
             return self._pools.form.ffn(pool, x_nd, slot_nk, weight_nk, self._layers)
 
-        form = self._pools.form
-        x_nd, weight_nk = (
-            np.zeros((rows, form.d), np.float32),
-            np.zeros((rows, self._k), np.float32),
-        )
+        x_nd = np.zeros((rows, self._pools.form.d), np.float32)
+        weight_nk = np.zeros((rows, self._k), np.float32)
         slot_dnk = np.full((len(self._shards.devices), rows, self._k), -1, np.int32)
         arguments = self._arguments(x_nd, slot_dnk, weight_nk)
         return jax.jit(self._shards.on_each(experts)).lower(self._pools.argument, *arguments)
@@ -278,13 +275,9 @@ class ArrayExperts:
     def _arguments(
         self, x_nd: np.ndarray, slot_dnk: np.ndarray, weight_nk: np.ndarray
     ) -> tuple[Array, Array, Array]:
-        devices = len(self._shards.devices)
-        per_device = self._shards.per_device
-        return (
-            per_device([x_nd] * devices),
-            per_device(list(slot_dnk)),
-            per_device([weight_nk] * devices),
-        )
+        devices, per_device = len(slot_dnk), self._shards.per_device
+        x_dnd, weight_dnk = per_device([x_nd] * devices), per_device([weight_nk] * devices)
+        return x_dnd, per_device(list(slot_dnk)), weight_dnk
 
     def __call__(
         self, x_nd: np.ndarray, expert_nk: np.ndarray, weight_nk: np.ndarray
@@ -313,7 +306,7 @@ class ArrayExperts:
             compiled = self._compiled[size]
             sums = compiled(self._pools.argument, *self._arguments(x, own_dnk, weight))
         here_nk = (slot_dnk >= 0).any(0) | (expert_nk < 0)
-        return sum(self._shards.local(sums))[:n], here_nk  # type: ignore[index]
+        return functools.reduce(np.add, self._shards.local(sums))[:n], here_nk
 
 
 @jax.named_scope("write_slot")
