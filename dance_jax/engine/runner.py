@@ -52,7 +52,9 @@ from dance_jax.models.exchange import (
     TracedExchange,
 )
 from dance_jax.models.experts import ExpertFormat, Weights
-from dance_jax.models.host_calls import HostCallServer, HostRows
+from dance_jax.models.host_caller import HostRows
+from dance_jax.models.host_calls import HostCallServer
+from dance_jax.models.host_state import CallSpec
 from dance_jax.models.messages import Transport, say
 from dance_jax.models.topology import AXIS, Topology
 from dance_jax.models.trunk import Trunk, rope_of, take_apart
@@ -209,8 +211,8 @@ class Runner:
                 pools, len(model.moe_layers), model.top_k, most_rows, jnp.dtype(config.dtype)
             )
             experts.compile(self._compile_cache, self.topology)
-            limits = (most_rows, model.top_k, len(self.devices))
-            return HostCallServer(*shape, Wire(wire, model.hidden_size), *limits, experts)
+            spec = CallSpec(*shape, Wire(wire, model.hidden_size), most_rows, model.top_k)
+            return HostCallServer(spec, len(self.devices), experts)
         return None
 
     def _on_all(self, value: Any) -> jax.Array:
@@ -362,15 +364,23 @@ class Runner:
         record: Record,
     ) -> tuple[Any, ...]:
         """What the part of a layer is called with."""
-        rope = self._ropes[index]
-        rotation = None if rope is None else rotations[rope]
-        state, cache = self.state["layers"][index], self.memory.cache[index]
+        arguments = self._common_arguments(index, hidden, rotations, packed)
         if index not in self._moe:
-            return state, hidden, rotation, packed, cache, None, None, None
+            return *arguments, None, None, None
         number, layer = self._moe[index]
         pool = self.pools.argument if self._callers is None else self._callers
         experts = Experts(layer, pool, self.tables)
-        return state, hidden, rotation, packed, cache, experts, self.memory.links[number], record
+        return *arguments, experts, self.memory.links[number], record
+
+    def _common_arguments(
+        self, index: int, hidden: Any, rotations: Sequence[Any], packed: jax.Array
+    ) -> tuple[Any, ...]:
+        """What every layer is called with, and the first half of one whose experts the host
+        computes."""
+        rope = self._ropes[index]
+        rotation = None if rope is None else rotations[rope]
+        state, cache = self.state["layers"][index], self.memory.cache[index]
+        return state, hidden, rotation, packed, cache
 
     def _lower_start(self, bucket: Bucket, index: int) -> jax.stages.Lowered:
         """Of layer `index` and those like it; it takes over hidden and cache."""
@@ -382,22 +392,8 @@ class Runner:
         start.__name__ = f"start_{index}"
         hidden, rotations, _, record = self._begun(bucket)
         packed = self._nothing(bucket)
-        arguments = self._start_arguments(index, hidden, rotations, packed, record)
-        return self._lower(start, (1, 4), *arguments)
-
-    def _start_arguments(
-        self,
-        index: int,
-        hidden: Any,
-        rotations: Sequence[Any],
-        packed: jax.Array,
-        record: Record,
-    ) -> tuple[Any, ...]:
-        """What the first half of a layer is called with."""
-        rope = self._ropes[index]
-        rotation = None if rope is None else rotations[rope]
-        state, cache = self.state["layers"][index], self.memory.cache[index]
-        return state, hidden, rotation, packed, cache, record.failed
+        arguments = self._common_arguments(index, hidden, rotations, packed)
+        return self._lower(start, (1, 4), *arguments, record.failed)
 
     def _lower_finish(self, bucket: Bucket, index: int) -> jax.stages.Lowered:
         """Of layer `index` and those like it; it takes over the record."""
@@ -423,8 +419,8 @@ class Runner:
     ) -> tuple[Any, Record]:
         """A layer whose routed experts the host computes: its output, and the record."""
         assert isinstance(self.calls, HostCallServer)
-        arguments = self._start_arguments(index, hidden, rotations, packed, record)
-        rest, routed, valid, self.memory.cache[index] = halves.start(*arguments)
+        arguments = self._common_arguments(index, hidden, rotations, packed)
+        rest, routed, valid, self.memory.cache[index] = halves.start(*arguments, record.failed)
         number, layer = self._moe[index]
         local = [self.shards.local(each) for each in (*routed, valid)]
         rows = [HostRows(number, *own) for own in zip(*local, strict=True)]

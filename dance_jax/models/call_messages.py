@@ -5,20 +5,16 @@ The heads of messages, how rows travel, and the connections that carry them.
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import select
 import socket
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple, TypeVar
 
 import ml_dtypes
 import numpy as np
-
-#: Heads of messages, see wire.h: magic, kind, layer, id, step, rows, pairs; and magic, kind,
-#: status, id, version, rows, microseconds queued and computed, unused.
-CALL, ANSWER = struct.Struct("<IHHQqII"), struct.Struct("<IHHQqIIII")
-CALL_MAGIC, ANSWER_MAGIC = 0x63786A64, 0x61786A64
-CALL_KIND, ANSWER_KIND = 1, 2
-DONE, NOT_HERE = 0, 1
 
 
 class Wire:
@@ -61,6 +57,70 @@ class Wire:
         return x_nd.astype(ml_dtypes.bfloat16).astype(np.float32)
 
 
+class CallHead(NamedTuple):
+    """Before an expert call, as in wire.h."""
+
+    #: Of the model's layers with routed experts.
+    layer: int
+    id: int
+    #: Of the caller.
+    step: int
+    rows: int
+    pairs: int
+
+    # Before these fields: magic and kind.
+    form = struct.Struct("<IHHQqII")
+    begin = (0x63786A64, 1)
+
+    def sane(self, most_rows: int) -> bool:
+        """It may be a call of so many rows at most. A count of pairs has one byte."""
+        return self.rows <= most_rows and self.pairs <= 255 * self.rows
+
+    def body_bytes(self, wire: Wire) -> int:
+        return self.rows * (1 + wire.bytes) + 6 * self.pairs
+
+
+#: `AnswerHead.status`: sums of all rows, but for the experts that are missing; nothing is here.
+DONE, NOT_HERE = 0, 1
+
+
+class AnswerHead(NamedTuple):
+    """Before an answer, as in wire.h."""
+
+    status: int
+    id: int
+    #: Of the callee's table.
+    version: int
+    rows: int
+    #: Microseconds that the call waited there, and was computed.
+    queued_us: int
+    computed_us: int
+    #: Experts that the call wanted and that are not here.
+    missing: int
+
+    form = struct.Struct("<IHHQqIIII")
+    begin = (0x61786A64, 2)
+
+    @property
+    def whole(self) -> bool:
+        """Nothing that the call wanted is missing."""
+        return self.status == DONE and not self.missing
+
+    def sane(self, most_rows: int) -> bool:
+        return self.rows <= most_rows and self.missing <= 1 << 16
+
+    def body_bytes(self, wire: Wire) -> int:
+        return 4 * wire.d * self.rows + 2 * self.missing
+
+
+_Head = TypeVar("_Head", CallHead, AnswerHead)
+
+
+def pack(head: CallHead | AnswerHead, *body: bytes) -> bytes:
+    """A whole message."""
+    return b"".join((head.form.pack(*head.begin, *head), *body))
+
+
 class Channel:
     """A connection that does not block; one thread's."""
 
@@ -68,7 +128,10 @@ class Channel:
         connection.setblocking(False)
         self._socket = connection
         self.closed = False
-        self._in, self._out = bytearray(), bytearray()
+        #: Of one message.
+        self._in = bytearray()
+        #: Messages that the connection has not taken, the first one perhaps in part.
+        self._out: collections.deque[memoryview] = collections.deque()
         #: Nothing is read from it for now.
         self.paused = False
 
@@ -77,59 +140,69 @@ class Channel:
         return (0 if self.paused else select.POLLIN) | (select.POLLOUT if self._out else 0)
 
     @property
-    def sending(self) -> bool:
-        """Something waits until the connection takes it."""
-        return bool(self._out)
-
-    @property
-    def buffered(self) -> bool:
-        """Something was received and not read."""
-        return bool(self._in)
+    def unsent(self) -> int:
+        """Messages that the connection has not taken."""
+        return len(self._out)
 
     def fileno(self) -> int:
         return self._socket.fileno()
 
-    def send(self, *parts: bytes) -> None:
+    def send(self, message: bytes) -> None:
         """Sends what it can, and keeps the rest for `flush`."""
-        self._out += b"".join(parts)
+        self._out.append(memoryview(message))
         self.flush()
 
     def flush(self) -> None:
         while self._out and not self.closed:
             try:
-                del self._out[: self._socket.send(self._out)]
+                left = self._out[0][self._socket.send(self._out[0]) :]
             except BlockingIOError:
                 return
             except OSError:
                 self.closed = True
+            else:
+                if left:
+                    self._out[0] = left
+                else:
+                    self._out.popleft()
 
-    def read(self, head: struct.Struct, body_bytes: Callable[..., int]) -> Iterator[bytes]:
-        """The whole messages that are there, head and body; what is not asked for stays.
+    def read(
+        self, kind: type[_Head], wire: Wire, most_rows: int
+    ) -> Iterator[tuple[_Head, memoryview]]:
+        """The messages that have come, each as its head and body; what is not asked for stays.
 
-        Args:
-            body_bytes: of a head's fields; raises ValueError where they make no message, which
-                ends the connection.
+        Anything but a message of so many rows at most ends the connection.
         """
-        while not self.closed:
-            while len(self._in) >= head.size:
-                try:
-                    size = head.size + body_bytes(*head.unpack_from(self._in))
-                except ValueError:
-                    self.closed = True
-                    return
-                if len(self._in) < size:
-                    break
-                message = bytes(self._in[:size])
-                del self._in[:size]
-                yield message
-            try:
-                content = self._socket.recv(1 << 20)
-            except BlockingIOError:
+        size = kind.form.size
+        while self._receive(size):
+            magic, number, *fields = kind.form.unpack_from(self._in)
+            head = kind._make(fields)
+            if (magic, number) != kind.begin or not head.sane(most_rows):
+                self.closed = True
+            elif self._receive(size + head.body_bytes(wire)):
+                body, self._in = memoryview(self._in)[size:], bytearray()
+                yield head, body
+            else:
                 return
+
+    def _receive(self, size: int) -> bool:
+        """Until so many bytes are there; False: the rest has not come yet, or never will."""
+        while len(self._in) < size and not self.closed:
+            try:
+                content = self._socket.recv(min(size - len(self._in), 1 << 20))
+            except BlockingIOError:
+                return False
             except OSError:
                 content = b""
             self.closed = not content
             self._in += content
+        return not self.closed
+
+    def drain(self) -> None:
+        """Forgets what has come; the other end sends now and then a byte."""
+        with contextlib.suppress(BlockingIOError):
+            while self._socket.recv(64):
+                pass
 
     def close(self) -> None:
         self.closed = True

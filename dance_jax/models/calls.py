@@ -36,6 +36,15 @@ _MOST_DEVICES = 1024
 _MOST_SERVERS, _MOST_NAMED = 256, 1 << 16
 
 
+def check_named(servers: int, layers: int, experts: int) -> None:
+    """Raises ValueError where there are more of them than a call can name."""
+    if servers > _MOST_SERVERS or max(layers, experts) > _MOST_NAMED:
+        raise ValueError(
+            f"{servers} servers, {layers} layers, {experts} experts: expert calls can name"
+            f" {_MOST_SERVERS} servers, and {_MOST_NAMED} layers of as many experts"
+        )
+
+
 #: Events of a trace that are kept until they are taken.
 TRACE_EVENTS = 1 << 16
 #: Kinds of them, and outcomes of calls, by number.
@@ -46,21 +55,21 @@ TRACE_OUTCOMES = ("answered", "refused", "lost", "late")
 class TraceEvent(NamedTuple):
     """What a layer or a call took; native/trace.h says what each field is. Times are in ns."""
 
-    begin: int
-    end: int
-    arrived: int
-    compute_begin: int
-    compute_end: int
-    step: int
-    id: int
-    kind: int
-    device: int
-    layer: int
-    peer: int
-    rows: int
-    calls: int
-    outcome: int
-    bytes: int
+    begin: int = 0
+    end: int = 0
+    arrived: int = 0
+    compute_begin: int = 0
+    compute_end: int = 0
+    step: int = 0
+    id: int = 0
+    kind: int = 0
+    device: int = 0
+    layer: int = 0
+    peer: int = 0
+    rows: int = 0
+    calls: int = 0
+    outcome: int = 0
+    bytes: int = 0
 
 
 _EVENT = np.dtype(
@@ -160,11 +169,7 @@ class CallServer:
         library = native.library()
         assert library is not None
         self._library, self._shape = library, (servers, layers, experts)
-        if servers > _MOST_SERVERS or max(layers, experts) > _MOST_NAMED:
-            raise ValueError(
-                f"{servers} servers, {layers} layers, {experts} experts: expert calls can name"
-                f" {_MOST_SERVERS} servers, and {_MOST_NAMED} layers of as many experts"
-            )
+        check_named(servers, layers, experts)
         library.CallServerNew.restype = ctypes.c_int64
         limits = (most_rows, int(repeat_s * 1e9), int(fail_s * 1e9))
         numbers = np.array([rank, servers, layers, experts, _WIRES.index(wire), *limits], np.int64)

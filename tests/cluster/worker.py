@@ -41,7 +41,7 @@ jax.distributed.initialize(f"127.0.0.1:{PORT}", len(DEVICES), RANK)
 from dance_jax.engine import runner as runner_module  # noqa: E402
 from dance_jax.engine.runner import Runner, cluster_mesh  # noqa: E402
 from dance_jax.engine.staging import Staging, new_slots  # noqa: E402
-from dance_jax.models import calls, host_calls, native  # noqa: E402
+from dance_jax.models import calls, host_state, native  # noqa: E402
 from dance_jax.models.collectives import Collectives  # noqa: E402
 from dance_jax.models.topology import AXIS  # noqa: E402
 from dance_jax.placement.core import Layout  # noqa: E402
@@ -66,7 +66,7 @@ def patient(server: type) -> type:
 
 
 runner_module.CallServer = patient(calls.CallServer)
-runner_module.HostCallServer = patient(host_calls.HostCallServer)
+runner_module.CallSpec = patient(host_state.CallSpec)
 #: "mixed": the first server's calls are the C++ library's, the others' the host's.
 transports = {"collectives": Collectives(), "calls": None, "mixed": None}
 

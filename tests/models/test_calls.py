@@ -34,7 +34,9 @@ from dance_jax.models.calls import (
     TraceEvent,
     routed,
 )
-from dance_jax.models.host_calls import MOST_UNANSWERED, HostCallServer, HostRows, choose
+from dance_jax.models.host_caller import HostRows, choose
+from dance_jax.models.host_calls import HostCallServer
+from dance_jax.models.host_state import MOST_UNANSWERED, CallSpec
 from dance_jax.models.kernels_cpu import NativePool
 from dance_jax.placement.visit import choose_servers
 from dance_jax.placement.visit import masks as server_masks
@@ -58,31 +60,18 @@ pytestmark = pytest.mark.usefixtures("compiled")
 Held = Sequence[Sequence[Sequence[int]]]
 
 
-@pytest.fixture(params=["native", "host", "mixed"], autouse=True)
-def form(request) -> str:
-    """Who makes the calls of the servers: the C++ library, the host, or each in turn."""
-    global FORM_OF_CALLS
-    FORM_OF_CALLS = request.param
-    return request.param
+#: Who makes the calls of the servers: the C++ library, the host, or each in turn.
+FORMS = {"native": [True], "host": [False], "mixed": [False, True]}
 
 
-#: Of a test that needs the C++ library's.
+@pytest.fixture(params=FORMS, autouse=True)
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Cluster, "native", FORMS[request.param])
+
+
+#: Of a test of the C++ library's calls alone, and of the host's.
 native_calls = pytest.mark.parametrize("form", ["native"], indirect=True)
-
-
-def make_server(rank: int, *arguments):
-    """Arguments are those of `CallServer`, what the server holds, and limits."""
-    *shape, wire, most_rows, pools, experts, limits = arguments
-    if FORM_OF_CALLS == "native" or (FORM_OF_CALLS == "mixed" and rank % 2):
-        return CallServer(rank, *shape, wire, most_rows, pools, **limits)
-
-    def compute(x_nd, expert_nk, weight_nk):
-        here_nk = np.isin(expert_nk, [-1, *experts])
-        slot_nk = np.where(here_nk, expert_nk, -1).astype(np.int32)
-        return np.asarray(ffn(jnp.int32(whole().number), x_nd, slot_nk, weight_nk)), here_nk
-
-    more = (Wire(wire, D), most_rows, K, len(pools), compute)
-    return HostCallServer(rank, *shape, *more, **limits)
+host_calls = pytest.mark.parametrize("form", ["host"], indirect=True)
 
 
 def make_pool(experts: Sequence[int], slots: int | None = None) -> NativePool:
@@ -125,6 +114,9 @@ class Cluster:
         limits: of `CallServer`.
     """
 
+    #: Of each server in turn; a fixture sets it.
+    native: Sequence[bool] = ()
+
     def __init__(
         self,
         held: Held,
@@ -135,20 +127,37 @@ class Cluster:
         **limits: float,
     ) -> None:
         self.pools = [[make_pool(own, max(len(own), 1)) for own in devices] for devices in held]
-        limits = {"repeat_s": LONG_S, "fail_s": LONG_S, **limits}
-        shape = (len(held), LAYERS, EXPERTS, wire, most_rows)
+        self._limits = {"repeat_s": LONG_S, "fail_s": LONG_S, **limits}
+        experts = [[e for own in devices for e in own] for devices in held]
         self.servers = {
-            rank: make_server(rank, *shape, pools, [e for own in held[rank] for e in own], limits)
-            for rank, pools in enumerate(self.pools)
+            rank: self._make(rank, wire, most_rows, own)
+            for rank, own in enumerate(experts)
             if rank not in played
         }
-        self.use(1, [[e for own in devices for e in own] for devices in held])
+        self.use(1, experts)
         self._buffers = buffers
         for caller, server in self.servers.items():
             for callee in self.servers:
                 for device in range(len(server.callers)):
                     if caller != callee:
                         self.connect(caller, callee, device)
+
+    def _make(
+        self, rank: int, wire: str, most_rows: int, experts: Sequence[int]
+    ) -> CallServer | HostCallServer:
+        shape, pools = (rank, len(self.pools), LAYERS, EXPERTS), self.pools[rank]
+        if self.native[rank % len(self.native)]:
+            return CallServer(*shape, wire, most_rows, pools, **self._limits)
+
+        def compute(
+            x_nd: np.ndarray, expert_nk: np.ndarray, weight_nk: np.ndarray
+        ) -> tuple[np.ndarray, np.ndarray]:
+            here_nk = np.isin(expert_nk, [-1, *experts])
+            slot_nk = np.where(here_nk, expert_nk, -1).astype(np.int32)
+            return np.asarray(ffn(jnp.int32(whole().number), x_nd, slot_nk, weight_nk)), here_nk
+
+        spec = CallSpec(*shape, Wire(wire, D), most_rows, K, **self._limits)
+        return HostCallServer(spec, len(pools), compute)
 
     def use(self, version: int, held: Sequence[Sequence[int]]) -> None:
         for server in self.servers.values():
@@ -356,14 +365,26 @@ def test_what_is_no_call_is_an_error():
             call(found.servers[0], 0, *draw(0, MOST_ROWS + 1))
         with pytest.raises(Exception, match="another model"):
             call(found.servers[0], LAYERS, *draw(0, 1))
+    with pytest.raises(Exception, match="no such server"):
+        call(found.servers[0], 0, *draw(0, 1))
+
+
+def test_experts_that_no_layer_has_fail_their_rows():
+    with cluster(THIRDS) as found:
         x_td, expert_tk, weight_tk = draw(0, 3)
         expert_tk[0, 0], expert_tk[2, 1] = EXPERTS, -1
         _, failed_t = call(found.servers[0], 0, x_td, expert_tk, weight_tk)
         assert failed_t.tolist() == [True, False, True]
-    with pytest.raises(Exception, match="no such server"):
-        call(found.servers[0], 0, *draw(0, 1))
+        _, failed_t = call(found.servers[0], 0, x_td, expert_tk, weight_tk, np.zeros(3, bool))
+        assert not failed_t.any()
+
+
+@native_calls
+def test_there_are_as_many_servers_as_a_call_can_name():
     with pytest.raises(ValueError, match="257 servers"):
         CallServer(0, 257, 1, 1, "float32", 1, [])
+    with pytest.raises(ValueError, match="65537 experts"):
+        CallSpec(0, 2, 1, 65537, Wire("float32", D), 1, 1)
 
 
 # Experts that are elsewhere.
@@ -491,6 +512,26 @@ def test_a_table_that_comes_meanwhile_is_used():
         np.testing.assert_allclose(y_td, wanted, rtol=0, atol=1e-4)
 
 
+def test_a_row_whose_expert_is_no_longer_here_waits_for_a_table():
+    with cluster(spread([[], [], range(12)]), played=(1,)) as found:
+        caller, peer = found.servers[0], found.play(0, 1)
+        caller.use(2, resident([[0], [1], []]))
+
+        def move() -> None:
+            call = peer.receive()
+            caller.use(3, resident([[], [1], range(12)]))
+            peer.answer(*call)
+
+        x_td, expert_tk, weight_tk = draw(8, 2, k=1)
+        expert_tk[:, 0] = 0, 1
+        with meanwhile(move):
+            y_td, failed_t = call(caller, 0, x_td, expert_tk, weight_tk)
+        assert not failed_t.any()
+        wanted = expected(0, x_td, expert_tk, weight_tk)
+        np.testing.assert_allclose(y_td[0], wanted[0], rtol=0, atol=1e-4)
+        assert [each.calls for each in caller.counters().peers] == [0, 1, 1]
+
+
 def until(true: Callable[[], bool]) -> None:
     end = time.monotonic() + LONG_S
     while not true():
@@ -525,6 +566,24 @@ def test_a_late_call_is_repeated_elsewhere():
         with meanwhile(lambda: peer.answer(*peer.receive(), value=2.0)):
             y_td, _ = call(caller, 0, *routes)
         assert (y_td == 2).all()
+
+
+@host_calls
+def test_a_late_refusal_does_not_matter_where_another_answers():
+    """Of the two that are asked the late one refuses, and the other answers its repeat alone."""
+    with cluster(spread([[], [], []]), played=(1, 2), repeat_s=0.05) as found:
+        caller, peers = found.servers[0], [found.play(0, n) for n in (1, 2)]
+        caller.use(2, resident([[], range(12), range(12)]))
+
+        def play() -> None:
+            late, repeat = peers[0].receive(), peers[1].receive()
+            peers[0].answer(*late, status=NOT_HERE)
+            peers[1].receive()
+            peers[1].answer(*repeat, value=2.0)
+
+        with meanwhile(play):
+            y_td, failed_t = call(caller, 0, *draw(9, 5))
+        assert not failed_t.any() and (y_td == 2).all()
 
 
 def test_a_late_call_without_another_holder_fails():
@@ -849,7 +908,7 @@ def test_counters():
         assert mine.sums.moved.bytes == there_and_back
 
 
-def take(server: CallServer, kind: str) -> list[TraceEvent]:
+def take(server: ExpertCalls, kind: str) -> list[TraceEvent]:
     """Events of a kind since the last time."""
     events, lost = server.take_trace()
     assert lost == 0

@@ -1,0 +1,163 @@
+"""What the parts of a server share whose host makes the expert calls: tables, counters, a trace."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from dance_jax.models.call_messages import Wire
+from dance_jax.models.calls import FAIL_S, REPEAT_S, TRACE_EVENTS, TraceEvent, check_named
+from dance_jax.models.counters import Counters, Moved, PeerCounters, Sums
+
+#: Groups of a layer's rows that go to a server one by one, each as a call (native/calls.h).
+MOST_GROUPS = 4
+#: Calls of one caller that a callee has not answered: one of each group, and a repeat of another's.
+MOST_UNANSWERED = MOST_GROUPS + 1
+
+#: Computes experts that are here: (x float32 [n, d], experts int [n, k] by their numbers in the
+#: model or -1, weights float32 [n, k]) -> (sums float32 [n, d], bool [n, k], False where an expert
+#: is not here). Any thread calls it.
+Compute = Callable[[np.ndarray, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+
+
+@dataclasses.dataclass(frozen=True)
+class CallSpec:
+    """What does not change of a server that makes expert calls.
+
+    Raises:
+        ValueError: there are more servers, layers or experts than a call can name.
+    """
+
+    rank: int
+    servers: int
+    #: With routed experts, of so many `experts` each.
+    layers: int
+    experts: int
+    wire: Wire
+    #: Of a call: tokens of one device in a step.
+    most_rows: int
+    #: Experts of a row at most.
+    k: int
+    #: See `calls.REPEAT_S`.
+    repeat_s: float = REPEAT_S
+    fail_s: float = FAIL_S
+
+    def __post_init__(self) -> None:
+        check_named(self.servers, self.layers, self.experts)
+
+
+class Table(NamedTuple):
+    """Who holds which expert, by one version of the placement."""
+
+    version: int
+    #: bool [l, e], those of this server.
+    own: np.ndarray
+    #: Bitmasks of servers, by layer and expert.
+    holders: list[list[int]]
+
+
+class HostState:
+    """Shared by a server's callers and its answerer, with methods of `calls.ExpertCalls`.
+
+    Any thread may call them.
+    """
+
+    def __init__(self, spec: CallSpec, compute: Compute) -> None:
+        self.spec, self._compute = spec, compute
+        nobody = np.zeros((spec.servers, spec.layers, spec.experts), bool)
+        #: The one in force, then those of batches that are staged, in their order.
+        self.tables = (self._new_table(0, nobody),)
+        self.cancelled = False
+        #: The own step that runs, which its calls carry.
+        self.step = 0
+        #: Held while tables change, and while anybody counts or records.
+        self._lock = threading.Lock()
+        self._peers = [PeerCounters() for _ in range(spec.servers)]
+        self._rows = np.zeros((spec.layers, spec.servers), np.int64)
+        self._sums = Sums()
+        #: Of a trace; most is 0 where nobody wants one.
+        self._events: list[TraceEvent] = []
+        self._most_events = self._lost_events = 0
+
+    def use(self, version: int, resident_nle: np.ndarray) -> None:
+        table = self._new_table(version, resident_nle)
+        with self._lock:
+            self.tables = (table, *(each for each in self.tables if each.version > version))
+
+    def stage(self, version: int, resident_nle: np.ndarray) -> None:
+        table = self._new_table(version, resident_nle)
+        with self._lock:
+            self.tables = (*self.tables, table)
+
+    def drop(self, version: int) -> None:
+        with self._lock:
+            in_force, *staged = self.tables
+            self.tables = (in_force, *(each for each in staged if each.version < version))
+
+    def _new_table(self, version: int, resident_nle: np.ndarray) -> Table:
+        shape = self.spec.servers, self.spec.layers, self.spec.experts
+        if resident_nle.shape != shape:
+            raise ValueError(f"a placement of shape {resident_nle.shape}, not {shape}")
+        bytes_leb = np.packbits(resident_nle, axis=0, bitorder="little").transpose(1, 2, 0)
+        holders = [[int.from_bytes(each.tobytes(), "little") for each in own] for own in bytes_leb]
+        return Table(version, resident_nle[self.spec.rank].copy(), holders)
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+    def begin_step(self, step: int) -> None:
+        self.step = step
+
+    def compute(
+        self, layer: int, x_nd: np.ndarray, expert_nk: np.ndarray, weight_nk: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """As `Compute`, but experts by their numbers in a layer."""
+        number_nk = np.where(expert_nk >= 0, layer * self.spec.experts + expert_nk, -1)
+        return self._compute(x_nd, number_nk, weight_nk)
+
+    def count(self, peer: int, **more: int) -> None:
+        """Adds to `PeerCounters`."""
+        with self._lock:
+            _add(self._peers[peer], more)
+
+    def count_call(self, peer: int, layer: int, rows: int, size: int) -> None:
+        """A call of so many rows and bytes is sent."""
+        with self._lock:
+            _add(self._peers[peer], {"calls": 1, "rows": rows, "bytes_sent": size})
+            self._rows[layer, peer] += rows
+
+    def sum(self, **more: float | Moved) -> None:
+        """Adds to `Sums`."""
+        with self._lock:
+            _add(self._sums, more)
+
+    def counters(self) -> Counters:
+        with self._lock:
+            peers = tuple(dataclasses.replace(each) for each in self._peers)
+            return Counters(peers, self._rows.copy(), dataclasses.replace(self._sums))
+
+    def start_trace(self, most: int = TRACE_EVENTS) -> None:
+        self._most_events = most
+
+    def record(self, event: TraceEvent) -> None:
+        """Adds to the trace, if there is one."""
+        with self._lock:
+            if len(self._events) < self._most_events:
+                self._events.append(event)
+            elif self._most_events:
+                self._lost_events += 1
+
+    def take_trace(self) -> tuple[list[TraceEvent], int]:
+        with self._lock:
+            taken = self._events, self._lost_events
+            self._events, self._lost_events = [], 0
+        return taken
+
+
+def _add(counted: PeerCounters | Sums, more: Mapping[str, float | Moved]) -> None:
+    for name, value in more.items():
+        setattr(counted, name, getattr(counted, name) + value)
