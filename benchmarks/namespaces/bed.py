@@ -56,10 +56,12 @@ Host *
     SendEnv PYTHONPATH
     ConnectTimeout 10
 """
-#: In the host's namespaces: its own /run ($1), if it has one, and its name ($2).
+#: In the host's namespaces: its own /run ($1), if it has one, its name ($2), and its quota, where a
+#: machine of its own would show it: `ip netns exec` hides it (options of mount, $3).
 _ENTER = (
     'set -e; [ -z "$1" ] || mount --bind "$1" /run; '
-    'echo "$2" > /proc/sys/kernel/hostname; shift 2; exec "$@"'
+    '[ -z "$3" ] || mount -t $3 cpu /sys/fs/cgroup; '
+    'echo "$2" > /proc/sys/kernel/hostname; shift 3; exec "$@"'
 )
 _JOIN_CGROUP = 'echo $$ > "$1" || exit 1; shift; exec "$@"'
 
@@ -155,8 +157,11 @@ class Testbed:
         """What runs a command on a host: see `exec`."""
         own_run = "" if host == HEAD else str(self._run_dir(host))
         enter = [find("ip") or "ip", "netns", "exec", self._label(host), "unshare", "--uts"]
-        command = [*enter, "sh", "-c", _ENTER, "sh", own_run, host, *argv]
         share = None if host == HEAD else self.hosts[host].share
+        limited = share is not None and not isinstance(share, list)
+        version_1 = limited and (self._cgroup(host) / "cpu.cfs_quota_us").exists()
+        quota = "" if not limited else "cgroup -o cpu" if version_1 else "cgroup2"
+        command = [*enter, "sh", "-c", _ENTER, "sh", own_run, host, quota, *argv]
         if isinstance(share, list):
             return ["taskset", "-c", ",".join(map(str, share)), *command]
         if share is not None:

@@ -67,7 +67,7 @@ PLANS = {
         ("40GB", "24GB", "8GB"),
         "10240 experts in 40 MoE layers, 6.0 MiB each",
         "experts bfloat16 (16 bits a weight), trunk bfloat16 (16 bits a weight)",
-        ("4.6 GiB", "640.6 MiB", "1.0 GiB"),
+        ("4.6 GiB", "640.6 MiB", "2.0 GiB"),
         (("37.2 GiB", "6357"), ("22.3 GiB", "3814"), ("7.4 GiB", "1271")),
         "62.8 MiB for each of 16 sequences",
     ),
