@@ -71,7 +71,6 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
 
 #: Of a test of the C++ library's calls alone, and of the host's.
 native_calls = pytest.mark.parametrize("form", ["native"], indirect=True)
-host_calls = pytest.mark.parametrize("form", ["host"], indirect=True)
 
 
 def make_pool(experts: Sequence[int], slots: int | None = None) -> NativePool:
@@ -568,7 +567,6 @@ def test_a_late_call_is_repeated_elsewhere():
         assert (y_td == 2).all()
 
 
-@host_calls
 def test_a_late_refusal_does_not_matter_where_another_answers():
     """Of the two that are asked the late one refuses, and the other answers its repeat alone."""
     with cluster(spread([[], [], []]), played=(1, 2), repeat_s=0.05) as found:

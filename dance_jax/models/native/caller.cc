@@ -531,7 +531,10 @@ void Caller::Add(const Part& part, float* y, bool* failed) const {
   auto add = [&](const std::vector<Part*>& parts) {
     for (const Part* each : parts) Add(*each, y, failed);
   };
-  if (!part.instead.empty() && !(part.state == Part::kDone && Succeeded(part))) {
+  const bool answered =
+      part.state == Part::kDone &&
+      std::all_of(part.rest.begin(), part.rest.end(), [](const Part* each) { return Succeeded(*each); });
+  if (!part.instead.empty() && !answered) {
     add(part.instead);
     return;
   }
