@@ -69,7 +69,7 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(Cluster, "native", FORMS[request.param])
 
 
-#: Of a test of the C++ library's calls alone, and of the host's.
+#: Of a test of the C++ library's calls alone.
 native_calls = pytest.mark.parametrize("form", ["native"], indirect=True)
 
 
