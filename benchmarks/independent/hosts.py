@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import statistics
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from typing import TypeVar
 
@@ -14,7 +15,7 @@ import numpy as np
 from benchmarks.command import EXAMPLES, say
 from benchmarks.live.places import Place
 from benchmarks.live.tasks import Askers, read_prompts, read_task
-from benchmarks.live.watch import load
+from benchmarks.live.watch import sample
 from benchmarks.namespaces import Testbed
 from benchmarks.serving.client import Answer, Api, Call
 from benchmarks.serving.cluster import ClusterError
@@ -36,6 +37,8 @@ SHORT, STREAM, LONG = 32, 200, 1500
 BESIDE, MANY, PREFILL_BYTES, RUN_BYTES = 1.3, 1.5, 1.1, 1.3
 #: Hosts of the two clusters, slots of each host for the demo's 320 experts, spare ones among them.
 ALL, FEW, SLOTS = 12, 3, 120
+#: Seconds until all servers have said what they did last.
+REPORT_S = 1.5
 #: Requests of each host, and tokens of each answer at most.
 REQUESTS, ANSWER = 12, 32
 #: Lengths of the prompts whose bytes are measured, and how many of each on each host.
@@ -212,10 +215,15 @@ def bytes_sent(bed: Testbed, place: Place, words: Sequence[str]) -> Bytes:
         return Bytes(await sent(api, prefills), await sent(api, run))
 
     async def sent(api: Api, calls: Sequence[Call]) -> tuple[float, float]:
-        watch = await load(api, calls, lambda: None, place.sent)
-        first, last = watch.samples[0], watch.samples[-1]
-        moved = np.subtract(last.wire, first.wire).sum()
-        transfers = np.subtract(last.transfers, first.transfers).sum()
+        # Metrics are read before and behind what is measured: they cross the interfaces too.
+        before, begun = await sample(api, time.perf_counter()), place.sent()
+        answers = await open_loop(api, calls, lambda: None)
+        moved = np.subtract(place.sent(), begun).sum()
+        if failed := failures(answers):
+            raise ClusterError(f"a request failed: {failed[0]}")
+        await asyncio.sleep(REPORT_S)
+        after = await sample(api, time.perf_counter())
+        transfers = np.subtract(after.transfers, before.transfers).sum()
         return float(moved), float(transfers * row)
 
     return _served(place, [*_examples(), *words], measure)
