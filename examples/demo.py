@@ -25,7 +25,7 @@ from rich.table import Table
 
 from dance_jax.config import EngineConfig, UserError
 from dance_jax.launch.cluster import Cluster, ClusterError
-from dance_jax.launch.defaults import default_platform, demo_dir, engine_config
+from dance_jax.launch.defaults import demo_dir, engine_config
 from dance_jax.launch.hosts import read_hosts
 from dance_jax.launch.plan import Plan, make_plan
 from dance_jax.launch.prompts import Prompt, read_prompts
@@ -84,18 +84,14 @@ def demo(options: argparse.Namespace, cache: pathlib.Path, console: Console) -> 
         path = ensure_converted(demo_dir(), cache / "models", progress)
     converted = time.monotonic() - began
     checkpoint = Checkpoint.open(path)
-    config = engine_config(
-        checkpoint.config, platform=default_platform(), formats=checkpoint.formats
-    )
+    config = engine_config(checkpoint.config, platform=spec.platform, formats=checkpoint.formats)
     runs = []
     for policy in POLICIES:
         console.rule(f"policy {policy}")
         with placing(console, policy):
             plan = make_plan(spec, checkpoint, config, policy, activations)
         print_plan(console, plan)
-        cluster = Cluster(
-            spec, checkpoint, plan.layout, config, cache_dir=cache, platform=default_platform()
-        )
+        cluster = Cluster(spec, checkpoint, plan.layout, config, cache_dir=cache)
         runs.append(run_policy(cluster, plan, path, config, prompts, console))
         print_summary(console, runs[-1].result)
     console.rule(", ".join(POLICIES))
