@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from dance_jax.config import UserError
 from dance_jax.launch.prompts import check_writable
+from dance_jax.placement import POLICIES
 
 Value = TypeVar("Value")
 
@@ -24,6 +25,13 @@ def count(text: str) -> int:
 def count_or_0(text: str) -> int:
     """A whole number of at least 0."""
     return _whole(text, 0)
+
+
+def policy_name(word: str) -> str:
+    """The name of a placement policy."""
+    if word not in POLICIES:
+        raise argparse.ArgumentTypeError(f"no policy {word!r}; there are {', '.join(POLICIES)}")
+    return word
 
 
 def _whole(text: str, least: int) -> int:

@@ -32,6 +32,7 @@ from benchmarks.arguments import (
     check_results,
     count,
     list_of,
+    policy_name,
     positive,
 )
 from benchmarks.command import EXAMPLES, exit_code, terminal, verdict
@@ -58,7 +59,7 @@ from dance_jax.launch.prompts import check_writable
 from dance_jax.models.config import ModelConfig
 from dance_jax.models.convert import outline
 from dance_jax.models.tokenizer import Tokenizer
-from dance_jax.placement import POLICIES, Activations, Cost
+from dance_jax.placement import Activations, Cost
 from dance_jax.placement.simulate import Model
 from dance_jax.placement.spare import reserve
 
@@ -95,7 +96,7 @@ def parser() -> argparse.ArgumentParser:
         help="one after another, e.g. 500Mbps,100Mbps,20Mbps (20Mbps)",
     )
     policies = ", ".join(MATRIX)
-    add("--policies", type=list_of(_policy), default=MATRIX, metavar="A,B", help=policies)
+    add("--policies", type=list_of(policy_name), default=MATRIX, metavar="A,B", help=policies)
     add("--seeds", type=count, default=3, help="runs of each policy (%(default)s)")
     add_seed(parser, "the first one")
     add_users(parser, 60, "of each server in a run")
@@ -108,12 +109,6 @@ def parser() -> argparse.ArgumentParser:
     runs.add_argument("--runs", type=pathlib.Path, metavar="F", help=again)
     add_results(parser)
     return parser
-
-
-def _policy(word: str) -> str:
-    if word not in POLICIES:
-        raise argparse.ArgumentTypeError(f"no policy {word!r}; there are {', '.join(POLICIES)}")
-    return word
 
 
 def main(arguments: list[str] | None = None) -> int:

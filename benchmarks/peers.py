@@ -22,7 +22,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 from rich.console import Console
 
-from benchmarks.arguments import add_check, add_seed, count, list_of, some_of
+from benchmarks.arguments import add_check, add_seed, count, list_of, policy_name, some_of
 from benchmarks.command import exit_code, say, terminal, verdict
 from benchmarks.live.places import count_activations
 from benchmarks.namespaces import Testbed, hosts_like, parse_rate, show_rate
@@ -38,7 +38,6 @@ from benchmarks.systems.results import Cell
 from benchmarks.systems.running import FORMATS, SLOTS, Dance, Running, Star, System, about
 from dance_jax.config import UserError
 from dance_jax.launch.prompts import check_writable
-from dance_jax.placement import POLICIES
 
 #: Policies of ours by default: what launch takes, and the paper's.
 OURS = ("latency", "dance")
@@ -60,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--peer", type=directory, metavar="llama.cpp=DIR", help="the star; DIR has its programs")
     add("--old", type=pathlib.Path, metavar="DIR", help="another checkout of this project")
-    add("--policies", type=list_of(_policy), default=OURS, metavar="A,B", help=",".join(OURS))
+    add("--policies", type=list_of(policy_name), default=OURS, metavar="A,B", help=",".join(OURS))
     add(
         "--links",
         type=list_of(parse_rate),
@@ -86,12 +85,6 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _policy(word: str) -> str:
-    if word not in POLICIES:
-        raise argparse.ArgumentTypeError(f"no policy {word!r}; there are {', '.join(POLICIES)}")
-    return word
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Runs the benchmark; returns its exit code."""
     words = sys.argv[1:] if arguments is None else arguments
@@ -112,7 +105,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def check(options: argparse.Namespace) -> None:
-    """
+    """Checks the options before a testbed is made.
+
     Raises:
         UserError: something is missing, or the result cannot be written.
     """

@@ -128,8 +128,8 @@ class ArrayPools:
         #: Of each device where experts, by their numbers in the model, are, and what is in slots.
         self._slot_of: list[dict[int, int]] = [{} for _ in shards.devices]
         self._expert_of: list[dict[int, int]] = [{} for _ in shards.devices]
-        #: Held while the arrays and what is in them change, and while somebody begins to use them
-        #: who does not keep writes away.
+        #: Held while the arrays and their tables change, and while a thread that does not keep
+        #: writes away starts a program with them.
         self.lock = threading.Lock()
         #: Until all of them are filled, on the host.
         self._filling: list[Weights] | None = [form.empty(slots) for _ in shards.devices]
