@@ -210,8 +210,9 @@ class Engine:
         Servers that step together must call it equally often; one without work takes part with
         padding.
         """
-        with self.clock.step():
-            result = self._step()
+        self.clock.start()
+        result = self._step()
+        self.clock.end()
         if self.scheduler.failures:
             self._stalls.update(self.scheduler.stalled)
         if self.trace is not None:
@@ -220,29 +221,29 @@ class Engine:
 
     def _step(self) -> StepResult:
         number = self.steps
-        with self.clock.part("schedule"):
-            others_decode = not self.alone and self._work == DECODING
-            plan = self.scheduler.schedule(others_decode)
-            for row in (row for rows in plan.entries for row in rows if row.index >= plan.decode):
-                self.tracker.scheduled(row.sequence)
+        others_decode = not self.alone and self._work == DECODING
+        plan = self.scheduler.schedule(others_decode)
+        for row in (row for rows in plan.entries for row in rows if row.index >= plan.decode):
+            self.tracker.scheduled(row.sequence)
+        self.clock.ended("schedule")
         if plan.empty and self.alone:
             outputs, self._pending = self._pending, []
             return StepResult(outputs, False)
         if self.runner.calls is not None:
             self.runner.calls.begin_step(number)
-        with self.clock.computing():
-            outcomes, extras = self.runner.run(plan, loaded=self._staging.tell())
-        with self.clock.part("output"):
-            failed = self._failed(plan, outcomes, extras)
-            self.scheduler.commit(plan, failed)
-            outputs, self._pending = self._pending, []
-            for row, sampled in self._sampled(plan, outcomes, extras):
-                if not any(row.sequence is each for each in failed):
-                    outputs.append(self._append(row, sampled))
-            self._record(plan.without(failed), outcomes[0], extras)
-            applied = 0 if self.alone else int(outcomes[0].crossed.loaded)
-            if applied:
-                self._apply(applied)
+        outcomes, extras = self.runner.run(plan, loaded=self._staging.tell())
+        self.clock.computed()
+        failed = self._failed(plan, outcomes, extras)
+        self.scheduler.commit(plan, failed)
+        outputs, self._pending = self._pending, []
+        for row, sampled in self._sampled(plan, outcomes, extras):
+            if not any(row.sequence is each for each in failed):
+                outputs.append(self._append(row, sampled))
+        self._record(plan.without(failed), outcomes[0], extras)
+        applied = 0 if self.alone else int(outcomes[0].crossed.loaded)
+        if applied:
+            self._apply(applied)
+        self.clock.ended("output")
         if failed:
             self._stalls.failed(self._traffic.totals().peers)
         if self.trace is not None:
@@ -457,11 +458,10 @@ class Engine:
             )
             for row in device
         ]
-        requests_t = [
-            np.full(len(row.tokens), row.sequence.arrival) for rows in plan.entries for row in rows
-        ]
+        rows = [row for device in plan.entries for row in device]
+        tokens_r = [len(row.tokens) for row in rows]
         self._routes.put(
             chosen,
             np.concatenate(routes_tlk)[chosen.tokens],
-            np.concatenate(requests_t)[chosen.tokens],
+            np.repeat([row.sequence.arrival for row in rows], tokens_r)[chosen.tokens],
         )

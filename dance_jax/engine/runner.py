@@ -211,7 +211,9 @@ class Runner:
                 pools, len(model.moe_layers), model.top_k, most_rows, jnp.dtype(config.dtype)
             )
             experts.compile(self._compile_cache, self.topology)
-            spec = CallSpec(*shape, Wire(wire, model.hidden_size), most_rows, model.top_k)
+            spec = CallSpec(
+                *shape, Wire(wire, model.hidden_size, model.num_experts), most_rows, model.top_k
+            )
             return HostCallServer(spec, len(self.devices), experts)
         return None
 

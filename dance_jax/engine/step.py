@@ -174,13 +174,10 @@ def batch_rows(batch: Batch, bucket: Bucket, block_size: int) -> tuple[Rows, ...
 
 def pack(tree: Any) -> np.ndarray:
     """All leaves of a numpy tree as one int32 vector: one transfer instead of many."""
-    return np.concatenate([_as_int32(leaf) for leaf in jax.tree.leaves(tree)])
-
-
-def _as_int32(leaf: np.ndarray) -> np.ndarray:
-    leaf = np.asarray(leaf)
-    wide = leaf.astype(np.int32) if leaf.dtype == bool else leaf
-    return np.ascontiguousarray(wide).reshape(-1).view(np.int32)
+    leaves = [
+        leaf.astype(np.int32) if leaf.dtype == bool else leaf for leaf in jax.tree.leaves(tree)
+    ]
+    return np.concatenate([leaf.reshape(-1).view(np.int32) for leaf in leaves])
 
 
 def unpack(vector: Array, like: Any) -> Any:
@@ -210,11 +207,13 @@ def pack_traced(tree: Any) -> Array:
 def unpack_host(vector: np.ndarray, like: Any) -> Any:
     """Inverse of `pack_traced`, in numpy."""
     leaves, structure = jax.tree.flatten(like)
-    sizes = np.cumsum([leaf.size for leaf in leaves])[:-1]
-    parts = [
-        (part != 0 if leaf.dtype == bool else part.view(leaf.dtype)).reshape(leaf.shape)
-        for part, leaf in zip(np.split(vector, sizes), leaves, strict=True)
-    ]
+    parts, begin = [], 0
+    for leaf in leaves:
+        part = vector[begin : begin + leaf.size]
+        parts.append(
+            (part != 0 if leaf.dtype == bool else part.view(leaf.dtype)).reshape(leaf.shape)
+        )
+        begin += leaf.size
     return jax.tree.unflatten(structure, parts)
 
 

@@ -108,5 +108,5 @@ class CallTraffic:
         return Totals(found.rows, rows, rows, sent_n, received_n, found.sums, found.peers)
 
     def inside(self) -> Mapping[str, float]:
-        sums = self._calls.counters().sums
+        sums = self._calls.sums()
         return {"wait": sums.waited_s, "exchange": 0.0, "experts": sums.local_s}

@@ -38,6 +38,7 @@ from dance_jax.launch.control import Connection, derived
 from dance_jax.launch.join import coordinator_endpoint, join, listen
 from dance_jax.launch.model_files import ModelFiles
 from dance_jax.launch.protocol import Setup
+from dance_jax.memory import use_huge_pages
 from dance_jax.models.connections import Identity, Key, Listener
 
 if TYPE_CHECKING:
@@ -92,6 +93,7 @@ class Stopped(Exception):
 
 def main() -> None:
     """Reads the setup from standard input, serves until told to stop, and exits."""
+    use_huge_pages()
     child.prepare()
     sys.setswitchinterval(SWITCH_S)
     setup = child.read_setup(Setup)
@@ -169,7 +171,8 @@ def _start(
     threads = join(setup, None if calls else coordinator)
     native.set_threads(threads)
     me = (setup.rank, setup.spec.names, listener, endpoints, key)
-    lines = Lines(setup.rank, setup.spec.names, listener, key)
+    rates = [server.bandwidth for server in setup.spec.servers]
+    lines = Lines(setup.rank, setup.spec.names, listener, key, rates=rates)
     bell = None if calls else hang(*me)
     shelf = Shelf(checkpoint, setup.config.dtype)
     peers = Peers(*me) if any(server.from_peers for server in setup.spec.servers) else None

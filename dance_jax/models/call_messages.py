@@ -18,10 +18,12 @@ import numpy as np
 
 
 class Wire:
-    """How rows travel, as `Wire` in wire.h."""
+    """How rows travel, as `Wire` in wire.h; `experts` of a layer are named in a call."""
 
-    def __init__(self, kind: str, d: int) -> None:
+    def __init__(self, kind: str, d: int, experts: int) -> None:
         self._kind, self.d = kind, d
+        #: Of an expert's number.
+        self.number = np.dtype(np.uint8 if experts <= 256 else "<u2")
         #: Of a row.
         self.bytes = {"float32": 4 * d, "bfloat16": 2 * d, "int8": 4 + d}[kind]
 
@@ -77,7 +79,7 @@ class CallHead(NamedTuple):
         return self.rows <= most_rows and self.pairs <= 255 * self.rows
 
     def body_bytes(self, wire: Wire) -> int:
-        return self.rows * (1 + wire.bytes) + 6 * self.pairs
+        return self.rows * (1 + wire.bytes) + self.pairs * (wire.number.itemsize + 4)
 
 
 #: `AnswerHead.status`: sums of all rows, but for the experts that are missing; nothing is here.

@@ -21,7 +21,7 @@ import numpy as np
 from jax import Array
 
 from dance_jax.models import native
-from dance_jax.models.connections import Key, Listener, dial
+from dance_jax.models.connections import Key, Listener, dial, pace
 from dance_jax.models.counters import Counters, Moved, PeerCounters, Sums
 from dance_jax.models.kernels_cpu import NativePool
 
@@ -34,6 +34,10 @@ REPEAT_S, FAIL_S = 0.2, 2.0
 _MOST_DEVICES = 1024
 #: Servers in a set of them, and layers and experts of two bytes, in C++.
 _MOST_SERVERS, _MOST_NAMED = 256, 1 << 16
+
+
+#: Fields of `Sums` but for the last one, whose fields are so many.
+_OWN_SUMS, _MOVED = len(dataclasses.fields(Sums)) - 1, len(dataclasses.fields(Moved))
 
 
 def check_named(servers: int, layers: int, experts: int) -> None:
@@ -116,6 +120,10 @@ class ExpertCalls(Protocol):
 
     def counters(self) -> Counters:
         """What was counted so far."""
+        ...
+
+    def sums(self) -> Sums:
+        """`Counters.sums` alone."""
         ...
 
     def begin_step(self, step: int) -> None:
@@ -215,13 +223,15 @@ class CallServer:
         servers, layers, _ = self._shape
         peers = np.zeros((servers, len(dataclasses.fields(PeerCounters))), np.int64)
         rows = np.zeros((layers, servers), np.int64)
-        own = len(dataclasses.fields(Sums)) - 1
-        sums = np.zeros(own + len(dataclasses.fields(Moved)))
         self._library.CallServerCounters(
-            ctypes.c_int64(self._number), _pointer(peers), _pointer(rows), _pointer(sums)
+            ctypes.c_int64(self._number), _pointer(peers), _pointer(rows)
         )
-        found = tuple(PeerCounters(*each) for each in peers.tolist())
-        return Counters(found, rows, Sums(*sums[:own].tolist(), moved=Moved(*sums[own:].tolist())))
+        return Counters(tuple(PeerCounters(*each) for each in peers.tolist()), rows, self.sums())
+
+    def sums(self) -> Sums:
+        found = (ctypes.c_double * (_OWN_SUMS + _MOVED))()
+        self._library.CallServerSums(ctypes.c_int64(self._number), found)
+        return Sums(*found[:_OWN_SUMS], moved=Moved(*found[_OWN_SUMS:]))
 
     def begin_step(self, step: int) -> None:
         self._library.CallServerStep(ctypes.c_int64(self._number), ctypes.c_int64(step))
@@ -255,6 +265,7 @@ class Lines:
         listener: this server's; from now on the others' connections are let in.
         key: of the servers.
         topic: tells the connections of several `CallServer`s apart.
+        rates: of all servers' links, by rank, in bits per second; None: unknown.
     """
 
     def __init__(
@@ -264,8 +275,10 @@ class Lines:
         listener: Listener,
         key: Key,
         topic: str = "calls",
+        rates: Sequence[float | None] = (),
     ) -> None:
         self._rank, self._names, self._key, self._topic = rank, names, key, topic
+        self._rates = rates or (None,) * len(names)
         self._lock = threading.Lock()
         self._server: ExpertCalls | None = None
         #: What came before there was a server.
@@ -277,7 +290,14 @@ class Lines:
             if self._server is None:
                 self._early.append((peer, connection))
             else:
-                self._server.accept(peer, connection)
+                self._accept(self._server, peer, connection)
+
+    def _accept(self, server: ExpertCalls, peer: int, connection: socket.socket) -> None:
+        self._pace(peer, connection)
+        server.accept(peer, connection)
+
+    def _pace(self, peer: int, connection: socket.socket) -> None:
+        pace(connection, self._rates[self._rank], self._rates[peer])
 
     def connect(self, server: ExpertCalls, endpoints: Sequence[str]) -> None:
         """Lets the others call a server, and dials all of them.
@@ -291,7 +311,7 @@ class Lines:
         with self._lock:
             self._server = server
             for peer, connection in self._early:
-                server.accept(peer, connection)
+                self._accept(server, peer, connection)
             self._early.clear()
         for peer, endpoint in enumerate(endpoints):
             if peer != self._rank and endpoint:
@@ -308,6 +328,7 @@ class Lines:
             connection = dial(
                 self._rank, peer, self._names[peer], endpoint, self._key, self._topic, device
             )
+            self._pace(peer, connection)
             self._server.dial(device, peer, connection)
 
 

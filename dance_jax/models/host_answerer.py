@@ -169,8 +169,9 @@ class HostAnswerer:
 
     def _read(self, call: _Call) -> _Content:
         spec, (layer, _, _, rows, pairs), body = self._state.spec, call.head, call.body
+        weights_at = rows + pairs * spec.wire.number.itemsize
         pairs_n = np.frombuffer(body, np.uint8, rows)
-        experts = np.frombuffer(body, "<u2", pairs, rows)
+        experts = np.frombuffer(body, spec.wire.number, pairs, rows)
         sane = layer < spec.layers and pairs_n.sum() == pairs and (pairs_n <= spec.k).all()
         expert_nk = np.full((rows, spec.k), -1)
         weight_nk = np.zeros((rows, spec.k), np.float32)
@@ -180,8 +181,9 @@ class HostAnswerer:
             return _Content(False, x_nd, expert_nk[:0], weight_nk[:0])
         there_nk = np.arange(spec.k) < pairs_n[:, None]
         expert_nk[there_nk] = experts
-        weight_nk[there_nk] = np.frombuffer(body, "<f4", pairs, rows + 2 * pairs)
-        return _Content(True, spec.wire.decode(body[rows + 6 * pairs :]), expert_nk, weight_nk)
+        weight_nk[there_nk] = np.frombuffer(body, "<f4", pairs, weights_at)
+        x_nd = spec.wire.decode(body[weights_at + 4 * pairs :])
+        return _Content(True, x_nd, expert_nk, weight_nk)
 
     def _compute(
         self, layer: int, contents: Sequence[_Content]

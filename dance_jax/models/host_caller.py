@@ -381,7 +381,7 @@ class HostCaller:
         message = pack(
             head,
             pairs_n.astype(np.uint8).tobytes(),
-            rows.expert.flat[part.places].astype("<u2").tobytes(),
+            rows.expert.flat[part.places].astype(self._state.spec.wire.number).tobytes(),
             rows.weight.flat[part.places].astype("<f4").tobytes(),
             wire.encode(rows.x[part.rows]),
         )

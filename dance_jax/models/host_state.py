@@ -140,6 +140,10 @@ class HostState:
             peers = tuple(dataclasses.replace(each) for each in self._peers)
             return Counters(peers, self._rows.copy(), dataclasses.replace(self._sums))
 
+    def sums(self) -> Sums:
+        with self._lock:
+            return dataclasses.replace(self._sums)
+
     def start_trace(self, most: int = TRACE_EVENTS) -> None:
         self._most_events = most
 

@@ -13,6 +13,7 @@ import os
 import select
 import socket
 import struct
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -155,7 +156,7 @@ class Cluster:
             slot_nk = np.where(here_nk, expert_nk, -1).astype(np.int32)
             return np.asarray(ffn(jnp.int32(whole().number), x_nd, slot_nk, weight_nk)), here_nk
 
-        spec = CallSpec(*shape, Wire(wire, D), most_rows, K, **self._limits)
+        spec = CallSpec(*shape, Wire(wire, D, EXPERTS), most_rows, K, **self._limits)
         return HostCallServer(spec, len(pools), compute)
 
     def use(self, version: int, held: Sequence[Sequence[int]]) -> None:
@@ -192,7 +193,7 @@ class Played:
         head = self._read(struct.calcsize(CALL))
         magic, kind, _, number, self.step, rows, pairs = struct.unpack(CALL, head)
         assert (magic, kind) == (CALL_MAGIC, 1)
-        body = self._read(rows * (1 + 4 * D) + pairs * 6)
+        body = self._read(rows * (1 + 4 * D) + pairs * 5)
         assert sum(body[:rows]) == pairs
         return number, rows
 
@@ -378,12 +379,26 @@ def test_experts_that_no_layer_has_fail_their_rows():
         assert not failed_t.any()
 
 
+def test_experts_whose_numbers_take_two_bytes(monkeypatch):
+    here = sys.modules[__name__]
+    monkeypatch.setattr(here, "EXPERTS", 300)
+    monkeypatch.setattr(here, "WEIGHTS", [WEIGHTS[n % len(WEIGHTS)] for n in range(600)])
+    monkeypatch.setattr(here, "whole", functools.cache(whole.__wrapped__))
+    routes = draw(0, 40)
+    assert routes[1].max() > 255
+    y_td = expected(1, *routes)  # before several threads call `whole`
+    with cluster(spread([range(0, 600, 2), range(1, 600, 2)])) as found:
+        found_td, failed_t = call(found.servers[0], 1, *routes)
+        assert not failed_t.any()
+        np.testing.assert_allclose(found_td, y_td, rtol=0, atol=1e-4)
+
+
 @native_calls
 def test_there_are_as_many_servers_as_a_call_can_name():
     with pytest.raises(ValueError, match="257 servers"):
         CallServer(0, 257, 1, 1, "float32", 1, [])
     with pytest.raises(ValueError, match="65537 experts"):
-        CallSpec(0, 2, 1, 65537, Wire("float32", D), 1, 1)
+        CallSpec(0, 2, 1, 65537, Wire("float32", D, 65537), 1, 1)
 
 
 # Experts that are elsewhere.
@@ -766,7 +781,7 @@ def call_bytes(
 ) -> bytes:
     head = struct.pack(CALL, magic, kind, layer, 5, 0, rows, pairs)
     counts = bytes([1] * rows) if counts is None else counts
-    experts, weights = np.full(pairs, expert, "<u2"), np.ones(pairs, "<f4")
+    experts, weights = np.full(pairs, expert, np.uint8), np.ones(pairs, "<f4")
     x_td = np.ones((rows, floats), "<f4")
     return head + counts + experts.tobytes() + weights.tobytes() + x_td.tobytes()
 
@@ -783,7 +798,7 @@ def call_bytes(
         (struct.pack(CALL, CALL_MAGIC, 1, 0, 5, 0, 1, 2**32 - 1), None),
         # As the number of a layer's expert it would be that of the next layer's first.
         (call_bytes(expert=EXPERTS), NOT_HERE),
-        (call_bytes(expert=65535), NOT_HERE),
+        (call_bytes(expert=255), NOT_HERE),
         (call_bytes(layer=LAYERS), NOT_HERE),
         (call_bytes(counts=b"\x02"), NOT_HERE),
         (call_bytes(rows=2, counts=b"\x00\x00"), NOT_HERE),
@@ -895,7 +910,7 @@ def test_counters():
             ours, peer = mine.peers[n], theirs.peers[0]
             assert (ours.calls, ours.rows) == (3, 3 * rows[n])
             assert (peer.answered, peer.answered_rows) == (3, 3 * rows[n])
-            assert ours.bytes_sent == 3 * (32 + rows[n] * (1 + 4 * D) + 6 * pairs[n])
+            assert ours.bytes_sent == 3 * (32 + rows[n] * (1 + 4 * D) + 5 * pairs[n])
             assert ours.bytes_received == 3 * (40 + rows[n] * 4 * D)
             assert (peer.bytes_received, peer.bytes_sent) == (ours.bytes_sent, ours.bytes_received)
             assert ours.waited_ns > 0 and peer.queued_ns >= 0

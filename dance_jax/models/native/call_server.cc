@@ -169,7 +169,7 @@ int64_t CallServerNew(const int64_t* numbers, int64_t devices, const int64_t* po
                              static_cast<int>(numbers[1]),
                              numbers[2],
                              numbers[3],
-                             {static_cast<dance::WireKind>(numbers[4]), own.front()->spec().d},
+                             {static_cast<dance::WireKind>(numbers[4]), own.front()->spec().d, numbers[3]},
                              static_cast<uint32_t>(numbers[5]),
                              numbers[6],
                              numbers[7]};
@@ -212,12 +212,16 @@ void CallServerAccept(int64_t number, int peer, int fd) {
   if (const auto server = dance::FindServer(number)) server->answerer().Accept(peer, fd);
 }
 
-// counters [servers, PeerCounters::kCount]; rows [layers, servers] that went to each server; sums, a
-// CallSums.
-void CallServerCounters(int64_t number, int64_t* counters, int64_t* rows, dance::CallSums* sums) {
+void CallServerSums(int64_t number, dance::CallSums* sums) {
+  if (const auto server = dance::FindServer(number)) {
+    server->Sum([&](const dance::CallSums& found) { *sums = found; });
+  }
+}
+
+// counters [servers, PeerCounters::kCount]; rows [layers, servers] that went to each server.
+void CallServerCounters(int64_t number, int64_t* counters, int64_t* rows) {
   const auto server = dance::FindServer(number);
   if (!server) return;
-  server->Sum([&](const dance::CallSums& found) { *sums = found; });
   const dance::CallSpec& spec = server->spec();
   for (int n = 0; n < spec.servers; ++n) {
     for (int i = 0; i < dance::PeerCounters::kCount; ++i) {

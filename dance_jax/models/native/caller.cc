@@ -333,7 +333,7 @@ void Caller::Send(Part& part) {
     ++counts[place];
   }
   to += head.rows;
-  for (const Pair& pair : part.pairs) put(&pair.expert, sizeof(pair.expert));
+  for (const Pair& pair : part.pairs) put(&pair.expert, spec.wire.NumberBytes());
   for (const Pair& pair : part.pairs) put(&pair.weight, sizeof(pair.weight));
   for (const int32_t row : part.rows) {
     spec.wire.Encode(&x_[row * spec.wire.d], to);

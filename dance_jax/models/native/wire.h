@@ -18,8 +18,11 @@ enum class WireKind : int32_t { kFloat32, kBfloat16, kInt8 };
 struct Wire {
   WireKind kind;
   int64_t d;
+  int64_t experts;  // of a layer
 
   size_t RowBytes() const;
+  // Of an expert's number in a call, the low byte first.
+  size_t NumberBytes() const { return experts <= 256 ? 1 : 2; }
   void Encode(const float* row, char* to) const;
   void Decode(const char* row, float* to) const;
   // What experts of this very server see of a row: what those of others would, but for eight bits.
@@ -29,8 +32,8 @@ struct Wire {
 // The kinds of messages.
 enum class MessageKind : uint16_t { kCall = 1, kAnswer = 2 };
 
-// Before an expert call: `rows` counts of a byte each, `pairs` experts of two bytes and weights of
-// four, then the rows, each as Wire has it.
+// Before an expert call: `rows` counts of a byte each, `pairs` experts of Wire::NumberBytes() and
+// weights of four bytes, then the rows, each as Wire has it.
 struct CallHead {
   static constexpr uint32_t kMagic = 0x63786a64;
   uint32_t magic = kMagic;
@@ -47,7 +50,7 @@ struct CallHead {
            pairs <= uint64_t{rows} * UINT8_MAX;
   }
   size_t BodyBytes(const Wire& wire) const {
-    return rows * (1 + wire.RowBytes()) + pairs * (sizeof(uint16_t) + sizeof(float));
+    return rows * (1 + wire.RowBytes()) + pairs * (wire.NumberBytes() + sizeof(float));
   }
 };
 
