@@ -229,7 +229,8 @@ async def _round(api: Api, setting: Setting, phase: int, servers: list[dict[str,
         begun_s = time.perf_counter()
         await asyncio.sleep(STEADY_S)
         moving_s = time.perf_counter()
-        async with watched(api) as samples:
+        # Not often: streams are read in this process too.
+        async with watched(api, every_s=WINDOW_S / 2) as samples:
             names, resident = ([server[k] for server in servers] for k in ("name", "resident"))
             decision = await put(api, names, resident)
             end_s = time.perf_counter()
@@ -272,7 +273,7 @@ def _hear(times: list[float], _: object) -> None:
 
 def _longest_s(samples: Sequence[Sample]) -> float:
     """Seconds of the longest step since the first sample; each knows those of WINDOW_S."""
-    since_s = min(WINDOW_S + ASK_S, samples[-1].at_s)
+    since_s = min(WINDOW_S, samples[-1].at_s)
     return max(max(each.longest_step_s) for each in samples if each.at_s >= since_s)
 
 

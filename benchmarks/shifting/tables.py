@@ -78,7 +78,10 @@ def _shift(console: Console, names: Sequence[str], found: Shift) -> None:
 
 
 def _pause(console: Console, found: Pause) -> None:
-    console.print("[bold]Migrations beside streams[/bold]\nsteps and gaps in ms")
+    console.print(
+        "[bold]Migrations beside streams[/bold]\n"
+        "in ms; of gaps between tokens the median, the 99th percentile and the longest"
+    )
     table = grid("", "experts", "moved in", "longest step", "gaps before", "moving")
     for number, each in enumerate(found.rounds, 1):
         table.add_row(
@@ -87,7 +90,7 @@ def _pause(console: Console, found: Pause) -> None:
             f"{each.moving_s:.2f} s",
             milliseconds(each.longest_step_s),
             *(
-                ", ".join(milliseconds(value) for value in np.quantile(gaps, [0.5, 0.99]))
+                ", ".join(milliseconds(value) for value in np.quantile(gaps, [0.5, 0.99, 1]))
                 for gaps in (each.before, each.moving)
             ),
         )
