@@ -142,7 +142,7 @@ def test_another_key_is_refused(listen: Callable[..., Listener]):
 @pytest.mark.parametrize(
     ("field", "theirs", "words"),
     [
-        ("protocol", 2, "its protocol is {}, this server's {}: install the same version"),
+        ("protocol", 99, "its protocol is {}, this server's {}: install the same version"),
         ("model", "another", "its model is {}, this server's {}: copy the same files"),
         ("experts", "int4:32:float16", "its format of experts is {}, this server's {}: convert"),
         ("wire", "float32", "its wire type is {}, this server's {}: start all servers"),
