@@ -194,7 +194,8 @@ class Runner:
         self, transport: Transport | None, servers: int
     ) -> TracedExchange | HostCalls:
         if transport is None and native.usable():
-            return Calls()
+            # A recurrent state cannot be handed from one group to the next.
+            return Calls(2 if servers > 1 and not self.model_config.state_bytes else 1)
         if transport is None and servers > 1:
             return HostCalls()
         wire_dtype = jnp.dtype(self.config.wire_dtype)

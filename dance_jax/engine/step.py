@@ -9,7 +9,8 @@ host waits between them. All are functions of one device's arrays.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import itertools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -27,10 +28,10 @@ from dance_jax.engine.sampling import (
 )
 from dance_jax.engine.scheduler import Row
 from dance_jax.models.attention import Rows
-from dance_jax.models.exchange import Experts, HostCalls, TracedExchange
+from dance_jax.models.exchange import Exchanged, Experts, HostCalls, TracedExchange
 from dance_jax.models.rope import Rotation
 from dance_jax.models.router import Routed
-from dance_jax.models.trunk import Layer, Trunk
+from dance_jax.models.trunk import Layer, Rest, Trunk
 
 #: (decode rows, slice rows) of a compiled step.
 Bucket = tuple[int, int]
@@ -241,6 +242,23 @@ class Form:
     def rows(self, batch: Batch) -> tuple[Rows, ...]:
         return batch_rows(batch, self.bucket, self.config.block_size)
 
+    def groups(self, rows: tuple[Rows, ...]) -> list[tuple[slice, tuple[Rows, ...]]]:
+        """The tokens and rows of each group of a layer: all, or a slice's rows in parts of which
+        the first has the decode rows too."""
+        _, slices = self.bucket
+        count = min(self.exchange.groups, max(slices, 1))
+        ends = [slices * n // count for n in range(1, count + 1)]
+        cuts = [0, *(self.tokens - (slices - end) * self.config.block_size for end in ends)]
+        tokens = [slice(*pair) for pair in itertools.pairwise(cuts)]
+        if count == 1:
+            return [(tokens[0], rows)]
+        *decode, last = rows
+        parts = [last.part(*pair) for pair in itertools.pairwise([0, *ends])]
+        return [
+            (own, (*decode, part) if n == 0 else (part,))
+            for n, (own, part) in enumerate(zip(tokens, parts, strict=True))
+        ]
+
     def valid(self, rows: tuple[Rows, ...]) -> Array:
         """bool [t], False for padding."""
         valid = [jnp.arange(each.chunk) < each.length_r[:, None] for each in rows]
@@ -266,7 +284,7 @@ def begin(
 
 def layer(
     form: Form,
-    layer: Callable[..., Any],
+    layer: Layer,
     hidden_td: Array,
     rotation_tk: Rotation | None,
     packed: Array,
@@ -283,20 +301,16 @@ def layer(
     """
     batch = form.batch(packed)
     rows = form.rows(batch)
-    valid_t = form.valid(rows)
-
-    def moe(routed: Routed) -> tuple[Array, Any]:
-        assert experts is not None and record is not None
-        assert not isinstance(form.exchange, HostCalls)
-        valid = valid_t & ~record.failed
-        sums_td, failed_t, exchanged = form.exchange(experts, routed, valid, batch.said, links)
-        return sums_td, (routed.expert, failed_t, exchanged)
-
     with jax.named_scope("layer"):
-        hidden_td, cached, found = layer(hidden_td, rotation_tk, rows, cached, moe)
-    if experts is None or record is None:
-        return hidden_td, cached, links, record
-    expert_tk, failed_t, exchanged = found
+        if experts is None or record is None:
+            rest, _, cached = layer.start(hidden_td, rotation_tk, rows, cached)
+            return layer.finish(rest.hidden, layer.beside(rest.x), None), cached, links, record
+        valid_t = form.valid(rows) & ~record.failed
+        groups = form.groups(rows)
+        outcome, cached = _run_groups(
+            form, layer, hidden_td, rotation_tk, groups, cached, experts, valid_t, batch.said, links
+        )
+    hidden_td, expert_tk, failed_t, exchanged = outcome
     put, at = lax.dynamic_update_index_in_dim, experts.layer
     crossed = record.crossed
     if crossed is not None:
@@ -308,6 +322,52 @@ def layer(
         )
     record = _recorded(record._replace(crossed=crossed), at, expert_tk, failed_t)
     return hidden_td, cached, exchanged.memory, record
+
+
+def _run_groups(
+    form: Form,
+    layer: Layer,
+    hidden_td: Array,
+    rotation_tk: Rotation | None,
+    groups: Sequence[tuple[slice, tuple[Rows, ...]]],
+    cached: Any,
+    experts: Experts,
+    valid_t: Array,
+    said: Array,
+    links: Any,
+) -> tuple[tuple[Array, Array, Array, Exchanged], Any]:
+    """A layer with routed experts, a group of its tokens after the other.
+
+    All that need not wait for a group's calls is computed while they are out: the next group up to
+    its own calls, then what all have beside the routed experts.
+
+    Returns:
+        hidden [t, d], the experts chosen, int32 [t, k], the tokens that have failed, bool [t], and
+        the traffic; and the cache.
+    """
+    exchange = form.exchange
+    assert not isinstance(exchange, HostCalls)
+    hidden = [hidden_td[tokens] for tokens, _ in groups]
+    rests: list[Rest] = []
+    sent: list[tuple[Routed, Array, int]] = []
+    for n, (tokens, rows) in enumerate(groups):
+        rotation = jax.tree.map(lambda leaf, tokens=tokens: leaf[tokens], rotation_tk)
+        rest, routed, cached = layer.start(hidden[n], rotation, rows, cached)
+        assert routed is not None
+        rests.append(rest)
+        sent.append((routed, valid_t[tokens], tokens.start))
+        if n + 1 < len(groups):
+            hidden[n + 1] = exchange.send(experts, *sent[n], then=hidden[n + 1])
+    rests[0] = rests[0]._replace(x=exchange.send(experts, *sent[-1], then=rests[0].x))
+    beside = [layer.beside(rest.x) for rest in rests]
+    found = []
+    for (routed, valid, first), rest, part in zip(sent, rests, beside, strict=True):
+        behind = rest.x if part is None else part
+        received = exchange.receive(experts, routed, valid, first, behind, said, links)
+        found.append((layer.finish(rest.hidden, part, received[0]), routed.expert, *received[1:]))
+    *parts, exchanged = zip(*found, strict=True)
+    hidden_td, expert_tk, failed_t = map(jnp.concatenate, parts)
+    return (hidden_td, expert_tk, failed_t, exchanged[-1]), cached
 
 
 def _recorded(record: Record, layer: Array, expert_tk: Array, failed_t: Array) -> Record:
@@ -339,9 +399,10 @@ def start_layer(
     rows = form.rows(form.batch(packed))
     with jax.named_scope("layer"):
         rest, routed, cached = layer.start(hidden_td, rotation_tk, rows, cached)
+        beside_td = layer.beside(rest.x)
     assert routed is not None
     routed = routed._replace(x=routed.x.astype(jnp.float32))
-    return rest, routed, form.valid(rows) & ~failed_t, cached
+    return (rest.hidden, beside_td), routed, form.valid(rows) & ~failed_t, cached
 
 
 def finish_layer(
@@ -358,7 +419,8 @@ def finish_layer(
     Args:
         number: int32 [], which of the layers with routed experts it is.
     """
-    hidden_td = layer.finish(rest, sums_td)
+    hidden_td, beside_td = rest
+    hidden_td = layer.finish(hidden_td, beside_td, sums_td)
     return hidden_td, _recorded(record, number, expert_tk, failed_t)
 
 

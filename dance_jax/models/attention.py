@@ -80,6 +80,12 @@ class Rows:
         zero = jnp.zeros(1, jnp.int32)
         return Rows(zero, zero + tokens, zero, zero[None], jnp.zeros((1, 2), jnp.int32), tokens)
 
+    def part(self, begin: int, end: int) -> Rows:
+        """Those from `begin` to `end`; a sequence's first row is the first of those that are here,
+        so no mixer may have recurrent states."""
+        rows = jax.tree.map(lambda leaf: leaf[begin:end], self)
+        return dataclasses.replace(rows, first_r=jnp.maximum(rows.first_r - begin, 0))
+
     @property
     def count(self) -> int:
         return self.start_r.shape[0]

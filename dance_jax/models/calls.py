@@ -1,7 +1,8 @@
 """Expert calls between servers that step on their own, on CPUs: native/calls.h.
 
-A step hands a layer's rows to `routed`, which computes those of their experts that are here, asks
-other servers for the rest, and adds what they answer. Each server answers the others' calls in a
+A step hands a layer's rows to `send`, which asks other servers for experts that are not here; while
+they compute, the step goes on; `receive` computes the experts that are here, and adds what the
+others answer. Each server answers the others' calls in a
 thread of the C++ library, whatever its own step does.
 """
 
@@ -332,11 +333,17 @@ class Lines:
             self._server.dial(device, peer, connection)
 
 
-@jax.named_scope("experts")
-def routed(
-    caller: Array, layer: Array, x_td: Array, expert_tk: Array, weight_tk: Array, valid_t: Array
-) -> tuple[Array, Array]:
-    """Weighted sums of each row's experts, wherever they are.
+def send(
+    caller: Array,
+    layer: Array,
+    x_td: Array,
+    expert_tk: Array,
+    weight_tk: Array,
+    valid_t: Array,
+    then: Array,
+    first: int = 0,
+) -> Array:
+    """Sends calls for a group of a layer's rows.
 
     Args:
         caller: int32 [], of `CallServer.callers`.
@@ -344,15 +351,36 @@ def routed(
         x_td: [t, d] of any float type.
         expert_tk: int32 [t, k]; weight_tk: float32 [t, k].
         valid_t: bool [t], False for rows that are routed nowhere.
+        then: any array.
+        first: rows of the layer in the groups before it.
+
+    Returns:
+        `then`: what is computed from it is computed when the calls are sent.
+    """
+    # Not as a call with side effects: JAX would drive such a program from Python. What has to come
+    # before what follows from the arrays that go through.
+    result = jax.ShapeDtypeStruct(then.shape, then.dtype)
+    call = jax.ffi.ffi_call(native.target("SendCalls"), result)
+    rows = (x_td.astype(jnp.float32), expert_tk, weight_tk, valid_t)
+    return call(caller, layer, *rows, then, first=np.int64(first))
+
+
+@jax.named_scope("experts")
+def receive(
+    caller: Array, weight_tk: Array, d: int, behind: Array, first: int = 0
+) -> tuple[Array, Array]:
+    """Weighted sums of each row's experts, wherever they are, of a group whose calls are sent.
+
+    Args:
+        behind: any array that follows from what `send` returned, and is computed before.
 
     Returns:
         float32 [t, d]; and bool [t], the rows that have failed, as nobody answered for them.
     """
-    # Not as a call with side effects: JAX would drive such a program from Python. A call is pure.
-    rows, d = x_td.shape
+    rows = len(weight_tk)
     results = jax.ShapeDtypeStruct((rows, d), jnp.float32), jax.ShapeDtypeStruct((rows,), jnp.bool_)
-    call = jax.ffi.ffi_call(native.target("Routed"), results)
-    sums, failed = call(caller, layer, x_td.astype(jnp.float32), expert_tk, weight_tk, valid_t)
+    call = jax.ffi.ffi_call(native.target("ReceiveSums"), results)
+    sums, failed = call(caller, weight_tk, behind, first=np.int64(first))
     return sums, failed
 
 

@@ -94,14 +94,42 @@ class Exchange(Protocol):
 class TracedExchange(Exchange, Protocol):
     """Does so as part of a layer, inside shard_map over AXIS."""
 
-    def __call__(
-        self, experts: Experts, routed: Routed, valid_t: Array, said: Array, memory: Any
-    ) -> tuple[Array, Array, Exchanged]:
-        """Weighted sums of routed experts for this device's tokens.
+    @property
+    def groups(self) -> int:
+        """Groups of a long slice's rows that a layer computes in turn."""
+        ...
+
+    def send(
+        self, experts: Experts, routed: Routed, valid_t: Array, first: int, then: Array
+    ) -> Array:
+        """Asks other servers, where it need not wait for them, for a group's routed experts.
 
         Args:
             routed: hidden states [t, d], experts int32 [t, k] and their weights float32 [t, k].
             valid_t: bool [t], False for tokens that are routed nowhere.
+            first: tokens in the groups before it.
+            then: what is to be computed after that.
+
+        Returns:
+            `then`.
+        """
+        ...
+
+    def receive(
+        self,
+        experts: Experts,
+        routed: Routed,
+        valid_t: Array,
+        first: int,
+        behind: Array,
+        said: Array,
+        memory: Any,
+    ) -> tuple[Array, Array, Exchanged]:
+        """Weighted sums of routed experts for this device's tokens of a group.
+
+        Args:
+            routed, valid_t, first: as `send` got them.
+            behind: what is to be computed before.
             said: int32 [], what this server tells the others of itself (`messages.say`); all learn
                 what follows from all (`messages.agree`).
             memory: `Exchanged.memory` of this layer's last step.
@@ -116,20 +144,36 @@ class TracedExchange(Exchange, Protocol):
 class Calls:
     """The exchange of servers that step on their own, by calls.py."""
 
-    name = "calls"
+    groups: int = 1
+
     servers = 1
+
+    @property
+    def name(self) -> str:
+        return f"calls in {self.groups}"
 
     def memory(self, layers: int) -> tuple[()]:
         return ()
 
-    def __call__(
-        self, experts: Experts, routed: Routed, valid_t: Array, said: Array, memory: Any
+    def send(
+        self, experts: Experts, routed: Routed, valid_t: Array, first: int, then: Array
+    ) -> Array:
+        assert isinstance(experts.pool, Array)
+        return calls.send(experts.pool, experts.layer, *routed, valid_t, then, first)
+
+    def receive(
+        self,
+        experts: Experts,
+        routed: Routed,
+        valid_t: Array,
+        first: int,
+        behind: Array,
+        said: Array,
+        memory: Any,
     ) -> tuple[Array, Array, Exchanged]:
         assert isinstance(experts.pool, Array)
-        x_td, expert_tk, weight_tk = routed
-        sums_td, failed_t = calls.routed(
-            experts.pool, experts.layer, x_td, expert_tk, weight_tk, valid_t
-        )
+        d = routed.x.shape[1]
+        sums_td, failed_t = calls.receive(experts.pool, routed.weight, d, behind, first)
         return sums_td, failed_t, nothing_exchanged(said, memory)
 
 
@@ -139,6 +183,7 @@ class HostCalls:
 
     name = "host calls"
     servers = 1
+    groups = 1
 
     def memory(self, layers: int) -> tuple[()]:
         return ()
@@ -167,6 +212,8 @@ class LockStep:
     transport: Transport
     wire_dtype: np.dtype
 
+    groups = 1
+
     def __post_init__(self) -> None:
         check_together(self.servers)
 
@@ -181,8 +228,20 @@ class LockStep:
     def memory(self, layers: int) -> Any:
         return self.transport.memory(layers)
 
-    def __call__(
-        self, experts: Experts, routed: Routed, valid_t: Array, said: Array, memory: Any
+    def send(
+        self, experts: Experts, routed: Routed, valid_t: Array, first: int, then: Array
+    ) -> Array:
+        return then
+
+    def receive(
+        self,
+        experts: Experts,
+        routed: Routed,
+        valid_t: Array,
+        first: int,
+        behind: Array,
+        said: Array,
+        memory: Any,
     ) -> tuple[Array, Array, Exchanged]:
         none_t = jnp.zeros(len(valid_t), bool)
         sums_td, exchanged = self._exchange(experts, *routed, valid_t, said, memory)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,10 +55,19 @@ class SharedExperts(nnx.Module):
         return output * jax.nn.sigmoid(self.gate(x_td).astype(jnp.float32))
 
 
+class Rest(NamedTuple):
+    """What a layer has beside what its routed experts get."""
+
+    #: [t, d] each: the residual stream, and what `Layer.beside` gets.
+    hidden: jax.Array
+    x: jax.Array
+
+
 class Layer(nnx.Module):
     """One decoder layer: a mixer, then a dense feed-forward, or shared and routed experts.
 
-    `start` leads to what the routed experts get, `finish` goes on with their sums.
+    `start` leads to what the routed experts get, `beside` computes what is added to their sums, and
+    `finish` goes on with both.
     """
 
     def __init__(self, config: ModelConfig, index: int, dtype: jnp.dtype):
@@ -95,14 +104,15 @@ class Layer(nnx.Module):
             hidden [t, d]; `cached` with what this step adds; the record of `moe`, or None.
         """
         rest, routed, cached = self.start(hidden_td, rotation_tk, batch, cached)
+        beside_td = self.beside(rest.x)
         if routed is None:
-            return self.finish(rest, None), cached, None
+            return self.finish(rest.hidden, beside_td, None), cached, None
         experts_td, record = moe(routed)
-        return self.finish(rest, experts_td), cached, record
+        return self.finish(rest.hidden, beside_td, experts_td), cached, record
 
     def start(
         self, hidden_td: jax.Array, rotation_tk: Rotation | None, batch: Sequence[Rows], cached: Any
-    ) -> tuple[Any, Routed | None, Any]:
+    ) -> tuple[Rest, Routed | None, Any]:
         """The layer up to its routed experts.
 
         Args:
@@ -111,20 +121,26 @@ class Layer(nnx.Module):
             cached: what earlier steps left, [blocks, positions, cache_width] or `delta.State`.
 
         Returns:
-            What `finish` gets; what the routed experts get, None where the layer has none; and
-            `cached` with what this step adds.
+            What `beside` and `finish` get; what the routed experts get, None where the layer has
+            none; and `cached` with what this step adds.
         """
         mixed, cached = self.mixer(self.attention_norm(hidden_td), rotation_tk, batch, cached)
         hidden_td = hidden_td + mixed
         x_td = self.mlp_norm(hidden_td)
-        if not self.routed:
-            return (hidden_td, self.mlp(x_td)), None, cached
-        beside_td = None if self.shared is None else self.shared(x_td)
-        return (hidden_td, beside_td), Routed(x_td, *self.router(x_td)), cached
+        routed = Routed(x_td, *self.router(x_td)) if self.routed else None
+        return Rest(hidden_td, x_td), routed, cached
 
-    def finish(self, rest: Any, experts_td: jax.Array | None) -> jax.Array:
-        """hidden [t, d], from what `start` gave and the routed experts' sums, float32 [t, d]."""
-        hidden_td, beside_td = rest
+    def beside(self, x_td: jax.Array) -> jax.Array | None:
+        """What is added to the sums of routed experts, [t, d] of `Rest.x`; None: nothing is."""
+        if not self.routed:
+            return self.mlp(x_td)
+        return None if self.shared is None else self.shared(x_td)
+
+    def finish(
+        self, hidden_td: jax.Array, beside_td: jax.Array | None, experts_td: jax.Array | None
+    ) -> jax.Array:
+        """hidden [t, d], from `Rest.hidden`, what `beside` gave, and the routed experts' sums,
+        float32 [t, d]."""
         sums_td = hidden_td.astype(jnp.float32)
         for part_td in (beside_td, experts_td):
             if part_td is not None:
@@ -152,17 +168,20 @@ class SandwichLayer(Layer):
 
     def start(
         self, hidden_td: jax.Array, rotation_tk: Rotation | None, batch: Sequence[Rows], cached: Any
-    ) -> tuple[Any, Routed | None, Any]:
+    ) -> tuple[Rest, Routed | None, Any]:
         mixed, cached = self.mixer(self.attention_norm(hidden_td), rotation_tk, batch, cached)
         hidden_td = hidden_td + self.mixed_norm(mixed)
-        dense_td = self.mlp_out_norm(self.mlp(self.mlp_norm(hidden_td)))
         routed = Routed(self.expert_norm(hidden_td), *self.router(hidden_td))
-        return (hidden_td, dense_td), routed, cached
+        return Rest(hidden_td, hidden_td), routed, cached
 
-    def finish(self, rest: Any, experts_td: jax.Array | None) -> jax.Array:
-        hidden_td, dense_td = rest
-        assert experts_td is not None
-        behind = self.out_norm(dense_td + self.expert_out_norm(experts_td))
+    def beside(self, x_td: jax.Array) -> jax.Array | None:
+        return self.mlp_out_norm(self.mlp(self.mlp_norm(x_td)))
+
+    def finish(
+        self, hidden_td: jax.Array, beside_td: jax.Array | None, experts_td: jax.Array | None
+    ) -> jax.Array:
+        assert beside_td is not None and experts_td is not None
+        behind = self.out_norm(beside_td + self.expert_out_norm(experts_td))
         sums_td = hidden_td.astype(jnp.float32) + behind.astype(jnp.float32)
         return (sums_td * self.scale[...]).astype(hidden_td.dtype)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import itertools
 import os
 import select
 import socket
@@ -33,7 +34,8 @@ from dance_jax.models.calls import (
     CallServer,
     ExpertCalls,
     TraceEvent,
-    routed,
+    receive,
+    send,
 )
 from dance_jax.models.host_caller import HostRows, choose
 from dance_jax.models.host_calls import HostCallServer
@@ -52,10 +54,27 @@ CALL_MAGIC, ANSWER_MAGIC, DONE, NOT_HERE = 0x63786A64, 0x61786A64, 0, 1
 #: No test waits so long for what does come.
 LONG_S = 30.0
 ffn = jax.jit(functools.partial(FORM.ffn, layers=1), compiler_options=QUICK)
-run = jax.jit(routed, compiler_options=QUICK)
 choose_traced = jax.jit(choose_servers, static_argnums=2, compiler_options=QUICK)
 
 pytestmark = pytest.mark.usefixtures("compiled")
+
+
+@functools.partial(jax.jit, static_argnames="first", compiler_options=QUICK)
+def run(
+    caller: jax.Array, layer: jax.Array, *routes: jax.Array, first: tuple[int, ...] = (0,)
+) -> tuple[jax.Array, jax.Array]:
+    """Sums and failed rows; groups that begin with these rows have their calls out at once."""
+    groups = list(itertools.pairwise([*first, len(routes[0])]))
+    then = routes[0]
+    for begin, end in groups:
+        group = [each[begin:end] for each in routes]
+        then = send(caller, layer, *group, then=then, first=begin)  # type: ignore[call-arg]
+    found = []
+    for begin, end in groups:
+        found.append(receive(caller, routes[2][begin:end], D, then, begin))
+    sums, failed = map(jnp.concatenate, zip(*found, strict=True))
+    return sums, failed
+
 
 #: For each server, for each of its devices: the experts, layer * EXPERTS + expert, that it holds.
 Held = Sequence[Sequence[Sequence[int]]]
@@ -377,6 +396,20 @@ def test_experts_that_no_layer_has_fail_their_rows():
         assert failed_t.tolist() == [True, False, True]
         _, failed_t = call(found.servers[0], 0, x_td, expert_tk, weight_tk, np.zeros(3, bool))
         assert not failed_t.any()
+
+
+@native_calls
+def test_groups_of_rows_whose_calls_are_under_way_at_once():
+    x_td, *routes = draw(3, 40)
+    valid_t = np.random.default_rng(3).random(40) < 0.8
+    with cluster(THIRDS) as found:
+        server = found.servers[0]
+        caller = jnp.int32(server.callers[0])
+        y_td, failed_t = run(caller, jnp.int32(1), x_td, *routes, valid_t, first=(0, 17, 30))
+        assert not failed_t.any()
+        wanted_td = expected(1, x_td, *routes, valid_t)
+        np.testing.assert_allclose(np.asarray(y_td), wanted_td, rtol=0, atol=1e-4)
+        assert server.counters().sums.layers == 1
 
 
 def test_experts_whose_numbers_take_two_bytes(monkeypatch):

@@ -1,5 +1,6 @@
 // The calls for XLA, as a custom call, and for Python, as C functions.
 
+#include <cstring>
 #include <algorithm>
 #include <map>
 #include <mutex>
@@ -110,15 +111,21 @@ using Rows = ffi::Buffer<ffi::F32, 2>;
 using Numbers = ffi::Buffer<ffi::S32, 2>;
 using Flags = ffi::Buffer<ffi::PRED, 1>;
 
-// y = the weighted sums of each row's experts, wherever they are; and the rows that have failed.
-ffi::Error RoutedCall(ffi::Buffer<ffi::S32> caller, ffi::Buffer<ffi::S32> layer, Rows x,
-                      Numbers expert, Rows weight, Flags valid, ffi::Result<Rows> y,
-                      ffi::Result<Flags> failed) {
-  const int64_t number = caller.typed_data()[0];
-  const auto server = FindServer(number / kMostDevices);
-  if (!server || number % kMostDevices >= server->devices()) {
-    return ffi::Error::InvalidArgument("there is no such server of experts");
-  }
+// The caller that a step names; null: there is none.
+Caller* FindCaller(int64_t number, std::shared_ptr<CallServer>& server) {
+  server = FindServer(number / kMostDevices);
+  const int64_t device = number % kMostDevices;
+  return server && device < server->devices() ? &server->caller(device) : nullptr;
+}
+
+// Sends calls for a group of a layer's rows, of which `first` come before it. then_out is `then`: what
+// is computed from it is computed once they are sent.
+ffi::Error SendCalls(int64_t first, ffi::Buffer<ffi::S32> caller, ffi::Buffer<ffi::S32> layer, Rows x,
+                     Numbers expert, Rows weight, Flags valid, ffi::AnyBuffer then,
+                     ffi::Result<ffi::AnyBuffer> then_out) {
+  std::shared_ptr<CallServer> server;
+  Caller* const own = FindCaller(caller.typed_data()[0], server);
+  if (own == nullptr) return ffi::Error::InvalidArgument("there is no such server of experts");
   const CallSpec& spec = server->spec();
   const LayerRows rows{layer.typed_data()[0],   x.typed_data(),     expert.typed_data(),
                        weight.typed_data(),     valid.typed_data(), expert.dimensions()[0],
@@ -134,7 +141,21 @@ ffi::Error RoutedCall(ffi::Buffer<ffi::S32> caller, ffi::Buffer<ffi::S32> layer,
   if (rows.t > spec.most_rows) {
     return ffi::Error::InvalidArgument("more rows than a call may have");
   }
-  server->caller(number % kMostDevices).Run(rows, y->typed_data(), failed->typed_data());
+  own->Start(rows, first);
+  std::memcpy(then_out->untyped_data(), then.untyped_data(), then.size_bytes());
+  return ffi::Error::Success();
+}
+
+// y = the weighted sums of the experts of each row of that group, wherever they are; and the rows that
+// have failed. `behind` has to be computed first.
+ffi::Error ReceiveSums(int64_t first, ffi::Buffer<ffi::S32> caller, Rows weight, ffi::AnyBuffer,
+                       ffi::Result<Rows> y, ffi::Result<Flags> failed) {
+  std::shared_ptr<CallServer> server;
+  Caller* const own = FindCaller(caller.typed_data()[0], server);
+  if (own == nullptr) return ffi::Error::InvalidArgument("there is no such server of experts");
+  if (!own->Finish(first, weight.typed_data(), y->typed_data(), failed->typed_data())) {
+    return ffi::Error::InvalidArgument("no calls were sent for these rows");
+  }
   return ffi::Error::Success();
 }
 
@@ -143,14 +164,24 @@ ffi::Error RoutedCall(ffi::Buffer<ffi::S32> caller, ffi::Buffer<ffi::S32> layer,
 
 using dance::Rows;
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(Routed, dance::RoutedCall,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(SendCalls, dance::SendCalls,
                               ffi::Ffi::Bind()
+                                  .Attr<int64_t>("first")
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<Rows>()
                                   .Arg<dance::Numbers>()
                                   .Arg<Rows>()
                                   .Arg<dance::Flags>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(ReceiveSums, dance::ReceiveSums,
+                              ffi::Ffi::Bind()
+                                  .Attr<int64_t>("first")
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<Rows>()
+                                  .Arg<ffi::AnyBuffer>()
                                   .Ret<Rows>()
                                   .Ret<dance::Flags>());
 

@@ -164,18 +164,21 @@ Ranks Caller::Holders(uint16_t expert, const Ranks& usable, int64_t version) con
   return found;
 }
 
-void Caller::Run(const LayerRows& rows, float* y, bool* failed) {
+void Caller::Start(const LayerRows& rows, int64_t first) {
   const CallSpec& spec = server_.spec();
   const int64_t d = spec.wire.d, count = rows.t * rows.k;
-  step_ = server_.step(), layer_ = rows.layer;
-  tables_ = server_.tables();
-  const Table& table = *tables_->front();
-  Trace* const trace = server_.trace();
-  const int64_t entered = trace ? NowNs() : 0;
-  x_.resize(rows.t * d);
-  for (int64_t t = 0; t < rows.t; ++t) spec.wire.Round(rows.x + t * d, &x_[t * d]);
-  std::fill(failed, failed + rows.t, false);
+  if (first == 0) {
+    step_ = server_.step(), layer_ = rows.layer;
+    tables_ = server_.tables();
+    parts_.clear(), groups_.clear();
+  }
+  x_.resize((first + rows.t) * d);
+  for (int64_t t = 0; t < rows.t; ++t) spec.wire.Round(rows.x + t * d, &x_[(first + t) * d]);
+  Group& group = groups_.emplace_back(Group{first, rows.t, rows.k});
+  group.failed.resize(rows.t);
+  group.local.resize(count, -1);
 
+  const Table& table = *tables_->front();
   auto known = [&](int64_t a) {
     return rows.valid[a / rows.k] && rows.expert[a] >= 0 && rows.expert[a] < spec.experts;
   };
@@ -184,40 +187,51 @@ void Caller::Run(const LayerRows& rows, float* y, bool* failed) {
     const bool local = known(a) && table.Holders(layer_, rows.expert[a])[spec.rank];
     if (local) wanted.push_back(rows.expert[a]);
   }
-  const Held held = server_.Find(layer_, wanted);
-  std::vector<int32_t> local(count, -1);
+  group.held = server_.Find(layer_, wanted);
   std::vector<Pair> missing;
   for (int64_t a = 0; a < count; ++a) {
-    const auto row = static_cast<int32_t>(a / rows.k);
+    const int64_t row = a / rows.k;
+    const int32_t expert = rows.expert[a];
     if (!known(a)) {
-      failed[row] |= rows.valid[row];
+      group.failed[row] |= rows.valid[row];
       continue;
     }
-    if (table.Holders(layer_, rows.expert[a])[spec.rank]) local[a] = held.Place(rows.expert[a]);
-    if (local[a] < 0) {
-      missing.push_back({row, static_cast<uint16_t>(rows.expert[a]), rows.weight[a]});
+    if (table.Holders(layer_, expert)[spec.rank]) group.local[a] = group.held.Place(expert);
+    if (group.local[a] < 0) {
+      const auto place = static_cast<int32_t>(first + row);
+      missing.push_back({place, static_cast<uint16_t>(expert), rows.weight[a]});
     }
   }
-  parts_.clear();
   Adopt();
   // Late answers to earlier calls: whoever has sent all of them is asked again.
   Poll(0);
-  const std::vector<Part*> first = Place(missing, Ranks(), table.version, 0);
+  group.parts = Place(missing, Ranks(), table.version, 0);
+}
+
+bool Caller::Finish(int64_t first, const float* weight, float* y, bool* failed) {
+  const auto found = std::find_if(groups_.begin(), groups_.end(),
+                                  [&](const Group& group) { return group.first == first; });
+  if (found == groups_.end()) return false;
+  const Group& group = *found;
+  const float* const x = &x_[first * server_.spec().wire.d];
   const int64_t begin = NowNs();
-  server_.Compute(held, {x_.data(), local.data(), rows.weight, rows.t, rows.k}, y);
+  server_.Compute(group.held, {x, group.local.data(), weight, group.t, group.k}, y);
   const int64_t computed = NowNs();
-  Wait(first);
+  Wait(group.parts);
   const int64_t end = NowNs();
   server_.Sum([&](CallSums& sums) {
-    ++sums.layers;
+    sums.layers += first == 0;
     sums.local_s += 1e-9 * (computed - begin);
     sums.waited_s += 1e-9 * (end - computed);
   });
-  for (const Part* part : first) Add(*part, y, failed);
-  if (trace == nullptr) return;
-  TraceEvent event{.begin = entered, .end = end, .compute_begin = begin, .compute_end = computed};
-  event.step = step_, event.device = device_, event.layer = layer_, event.rows = rows.t;
-  trace->Add(event);
+  std::copy(group.failed.begin(), group.failed.end(), failed);
+  for (const Part* part : group.parts) Add(*part, first, y, failed);
+  if (Trace* const trace = server_.trace()) {
+    TraceEvent event{.begin = begin, .end = end, .compute_begin = begin, .compute_end = computed};
+    event.step = step_, event.device = device_, event.layer = layer_, event.rows = group.t;
+    trace->Add(event);
+  }
+  return true;
 }
 
 // A server's pairs in groups of whole rows. While it computes one, others are on the wire, both ways.
@@ -527,9 +541,9 @@ void Caller::TakeAnswer(Part& part, const AnswerHead& head, const char* body) {
   Replace(part, missing, head.version, kPatienceNs);
 }
 
-void Caller::Add(const Part& part, float* y, bool* failed) const {
+void Caller::Add(const Part& part, int64_t first, float* y, bool* failed) const {
   auto add = [&](const std::vector<Part*>& parts) {
-    for (const Part* each : parts) Add(*each, y, failed);
+    for (const Part* each : parts) Add(*each, first, y, failed);
   };
   const bool answered =
       part.state == Part::kDone &&
@@ -541,12 +555,12 @@ void Caller::Add(const Part& part, float* y, bool* failed) const {
   add(part.rest);
   if (part.state != Part::kDone) {
     CountFailed(part);
-    for (const int32_t row : part.rows) failed[row] = true;
+    for (const int32_t row : part.rows) failed[row - first] = true;
     return;
   }
   const int64_t d = server_.spec().wire.d;
   for (size_t r = 0; r < part.rows.size(); ++r) {
-    ForThisProcessor().add(1.0f, &part.sums[r * d], y + part.rows[r] * d, d);
+    ForThisProcessor().add(1.0f, &part.sums[r * d], y + (part.rows[r] - first) * d, d);
   }
 }
 

@@ -105,7 +105,7 @@ struct CallSpec {
 
 class CallServer;
 
-// A layer's rows on one device.
+// Rows of a layer on one device: all, or a group of them.
 struct LayerRows {
   int64_t layer;
   const float* x;         // [t, d]
@@ -123,9 +123,13 @@ class Caller {
 
   // Takes over a connection to a peer, in place of the one before; from any thread.
   void Dial(int peer, int fd);
-  // y [t, d] = the weighted sums of each row's experts, wherever they are. A row of which some are
-  // nowhere to be had has failed, and its sum is anything.
-  void Run(const LayerRows& rows, float* y, bool* failed);
+  // Sends calls for a group of a layer's rows, of which `first` come before it; the first group of all
+  // begins the layer.
+  void Start(const LayerRows& rows, int64_t first);
+  // y [t, d] = the weighted sums of the experts of each row of that group, wherever they are: computes
+  // those that are here, and waits for the others. A row of which some are nowhere to be had has
+  // failed, and its sum is anything. False: no such group was started.
+  bool Finish(int64_t first, const float* weight, float* y, bool* failed);
 
  private:
   struct Pair {
@@ -163,6 +167,14 @@ class Caller {
     size_t queued;  // with those of the calls before it that were not answered
     int64_t step, layer;
     int32_t rows;
+  };
+  // Rows whose calls were sent together.
+  struct Group {
+    int64_t first, t, k;
+    Held held;                   // its experts that are here
+    std::vector<int32_t> local;  // [t, k]: their places, or -1
+    std::vector<Part*> parts;    // for those that are not
+    std::vector<char> failed;    // [t]
   };
   struct Line {
     std::unique_ptr<Channel> channel;
@@ -203,7 +215,8 @@ class Caller {
   void Answered(int peer, const AnswerHead& head, const char* body);
   void TakeAnswer(Part& part, const AnswerHead& head, const char* body);
   void Record(int peer, const Sent& sent, TraceEvent::Outcome outcome, const AnswerHead& head) const;
-  void Add(const Part& part, float* y, bool* failed) const;
+  // y and failed are of the rows from `first` on.
+  void Add(const Part& part, int64_t first, float* y, bool* failed) const;
   void CountFailed(const Part& part) const;
   static bool Succeeded(const Part& part);
   // There is no more to wait for.
@@ -217,9 +230,10 @@ class Caller {
   uint64_t next_id_;
   // Of the layer that runs.
   int64_t step_ = 0, layer_ = 0;
-  std::vector<float> x_;
+  std::vector<float> x_;  // of all groups so far
   std::shared_ptr<const Tables> tables_;
   std::deque<Part> parts_;
+  std::deque<Group> groups_;
 };
 
 // Answers the others' calls, in a thread of its own.
