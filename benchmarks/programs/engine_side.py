@@ -28,6 +28,7 @@ from benchmarks.trace import self_times
 from dance_jax.config import EngineConfig
 from dance_jax.engine.engine import Engine
 from dance_jax.engine.sequence import Request, SamplingParams
+from dance_jax.memory import use_huge_pages
 from dance_jax.models import native
 from dance_jax.models.checkpoint import Checkpoint
 from dance_jax.models.tokenizer import Tokenizer
@@ -224,6 +225,7 @@ def _scopes(hlo: str) -> Iterator[tuple[str, str]]:
 
 
 def main() -> None:
+    use_huge_pages()
     path, kernels = sys.argv[1:]
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print must not end up among the replies

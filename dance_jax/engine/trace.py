@@ -125,7 +125,7 @@ class Trace:
         track, begin, end = f"device {event.device}", event.begin, event.end
         came, until = event.compute_begin, event.compute_end
         said = {"step": event.step, "layer": event.layer}
-        # Attention, router, shared experts: what is between two layers' routed experts.
+        # What is between two layers' routed experts, or two groups' of a layer.
         before = max(self._ends.get(track, 0), self._computing[0])
         if before < begin:
             self._slice(track, "trunk", before, begin, said)
@@ -135,7 +135,8 @@ class Trace:
             ("local experts", (came, until)),
             ("wait", (until, end)),
         ):
-            self._slice(track, name, *part)
+            if part[0] < part[1]:
+                self._slice(track, name, *part)
 
     def _call(self, event: TraceEvent) -> None:
         begin, end, peer = event.begin, event.end, self._names[event.peer]
