@@ -358,16 +358,15 @@ def _run_groups(
         sent.append((routed, valid_t[tokens], tokens.start))
         if n + 1 < len(groups):
             hidden[n + 1] = exchange.send(experts, *sent[n], then=hidden[n + 1])
-    rests[0] = rests[0]._replace(x=exchange.send(experts, *sent[-1], then=rests[0].x))
-    beside = [layer.beside(rest.x) for rest in rests]
-    found = []
-    for (routed, valid, first), rest, part in zip(sent, rests, beside, strict=True):
-        behind = rest.x if part is None else part
-        received = exchange.receive(experts, routed, valid, first, behind, said, links)
-        found.append((layer.finish(rest.hidden, part, received[0]), routed.expert, *received[1:]))
-    *parts, exchanged = zip(*found, strict=True)
-    hidden_td, expert_tk, failed_t = map(jnp.concatenate, parts)
-    return (hidden_td, expert_tk, failed_t, exchanged[-1]), cached
+    hidden_td, x_td = map(jnp.concatenate, zip(*rests, strict=True))
+    x_td = exchange.send(experts, *sent[-1], then=x_td)
+    beside_td = layer.beside(x_td)
+    behind = x_td if beside_td is None else beside_td
+    received = [exchange.receive(experts, *each, behind, said, links) for each in sent]
+    sums, failed, (*_, exchanged) = zip(*received, strict=True)
+    expert_tk = jnp.concatenate([routed.expert for routed, _, _ in sent])
+    hidden_td = layer.finish(hidden_td, beside_td, jnp.concatenate(sums))
+    return (hidden_td, expert_tk, jnp.concatenate(failed), exchanged), cached
 
 
 def _recorded(record: Record, layer: Array, expert_tk: Array, failed_t: Array) -> Record:

@@ -22,7 +22,8 @@ class Wire:
 
     def __init__(self, kind: str, d: int, experts: int) -> None:
         self._kind, self.d = kind, d
-        #: Of an expert's number.
+        #: Of an expert's weight; of its number.
+        self.weight = np.dtype("<f4" if kind == "float32" else ml_dtypes.bfloat16)
         self.number = np.dtype(np.uint8 if experts <= 256 else "<u2")
         #: Of a row.
         self.bytes = {"float32": 4 * d, "bfloat16": 2 * d, "int8": 4 + d}[kind]
@@ -53,7 +54,8 @@ class Wire:
         return rows[:, 4:] * scale_n1
 
     def round(self, x_nd: np.ndarray) -> np.ndarray:
-        """What experts of this very server see: what those of others would, but for eight bits."""
+        """What experts of this very server see of rows or weights: what those of others would, but
+        for eight bits."""
         if self._kind != "bfloat16":
             return x_nd
         return x_nd.astype(ml_dtypes.bfloat16).astype(np.float32)
@@ -79,7 +81,9 @@ class CallHead(NamedTuple):
         return self.rows <= most_rows and self.pairs <= 255 * self.rows
 
     def body_bytes(self, wire: Wire) -> int:
-        return self.rows * (1 + wire.bytes) + self.pairs * (wire.number.itemsize + 4)
+        return self.rows * (1 + wire.bytes) + self.pairs * (
+            wire.number.itemsize + wire.weight.itemsize
+        )
 
 
 #: `AnswerHead.status`: sums of all rows, but for the experts that are missing; nothing is here.

@@ -367,21 +367,22 @@ def send(
 
 @jax.named_scope("experts")
 def receive(
-    caller: Array, weight_tk: Array, d: int, behind: Array, first: int = 0
+    caller: Array, shape: tuple[int, int], behind: Array, first: int = 0
 ) -> tuple[Array, Array]:
     """Weighted sums of each row's experts, wherever they are, of a group whose calls are sent.
 
     Args:
+        shape: t, d of the group.
         behind: any array that follows from what `send` returned, and is computed before.
 
     Returns:
         float32 [t, d]; and bool [t], the rows that have failed, as nobody answered for them.
     """
-    rows = len(weight_tk)
-    results = jax.ShapeDtypeStruct((rows, d), jnp.float32), jax.ShapeDtypeStruct((rows,), jnp.bool_)
+    sums, flags = jnp.float32, jnp.bool_
+    results = jax.ShapeDtypeStruct(shape, sums), jax.ShapeDtypeStruct(shape[:1], flags)
     call = jax.ffi.ffi_call(native.target("ReceiveSums"), results)
-    sums, failed = call(caller, weight_tk, behind, first=np.int64(first))
-    return sums, failed
+    sums_td, failed_t = call(caller, behind, first=np.int64(first))
+    return sums_td, failed_t
 
 
 def _pointer(array: np.ndarray) -> ctypes.c_void_p:

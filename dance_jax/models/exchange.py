@@ -172,8 +172,8 @@ class Calls:
         memory: Any,
     ) -> tuple[Array, Array, Exchanged]:
         assert isinstance(experts.pool, Array)
-        d = routed.x.shape[1]
-        sums_td, failed_t = calls.receive(experts.pool, routed.weight, d, behind, first)
+        t, d = routed.x.shape
+        sums_td, failed_t = calls.receive(experts.pool, (t, d), behind, first)
         return sums_td, failed_t, nothing_exchanged(said, memory)
 
 
@@ -263,7 +263,7 @@ class LockStep:
         slot_e = tables.slot_of[layer]
         ffn = functools.partial(self._ffn, experts.pool, slot_e, len(tables.slot_of))
         expert_tk = jnp.where(valid_t[:, None], expert_tk, NO_EXPERT)
-        x_td = rounded(x_td, self.wire_dtype)
+        x_td, weight_tk = (rounded(each, self.wire_dtype) for each in (x_td, weight_tk))
         x_gd, expert_gk, weight_gk = self._gather(Routed(x_td, expert_tk, weight_tk))
 
         known_gk = expert_gk != NO_EXPERT

@@ -169,21 +169,22 @@ class HostAnswerer:
 
     def _read(self, call: _Call) -> _Content:
         spec, (layer, _, _, rows, pairs), body = self._state.spec, call.head, call.body
-        weights_at = rows + pairs * spec.wire.number.itemsize
+        wire = spec.wire
+        weights_at = rows + pairs * wire.number.itemsize
+        rows_at = weights_at + pairs * wire.weight.itemsize
         pairs_n = np.frombuffer(body, np.uint8, rows)
-        experts = np.frombuffer(body, spec.wire.number, pairs, rows)
+        experts = np.frombuffer(body, wire.number, pairs, rows)
         sane = layer < spec.layers and pairs_n.sum() == pairs and (pairs_n <= spec.k).all()
         expert_nk = np.full((rows, spec.k), -1)
         weight_nk = np.zeros((rows, spec.k), np.float32)
         # The number of an expert that a layer has not would be that of another layer's.
         if not sane or (experts >= spec.experts).any():
-            x_nd = np.zeros((0, spec.wire.d), np.float32)
+            x_nd = np.zeros((0, wire.d), np.float32)
             return _Content(False, x_nd, expert_nk[:0], weight_nk[:0])
         there_nk = np.arange(spec.k) < pairs_n[:, None]
         expert_nk[there_nk] = experts
-        weight_nk[there_nk] = np.frombuffer(body, "<f4", pairs, weights_at)
-        x_nd = spec.wire.decode(body[weights_at + 4 * pairs :])
-        return _Content(True, x_nd, expert_nk, weight_nk)
+        weight_nk[there_nk] = np.frombuffer(body, wire.weight, pairs, weights_at)
+        return _Content(True, wire.decode(body[rows_at:]), expert_nk, weight_nk)
 
     def _compute(
         self, layer: int, contents: Sequence[_Content]

@@ -231,7 +231,9 @@ class HostCaller:
     def run(self, rows: HostRows) -> tuple[np.ndarray, np.ndarray]:
         """See `HostCallServer.run`."""
         entered, spec = time.monotonic_ns(), self._spec
-        self._rows = rows = rows._replace(x=spec.wire.round(rows.x))
+        self._rows = rows = rows._replace(
+            x=spec.wire.round(rows.x), weight=spec.wire.round(rows.weight)
+        )
         self._tables, self._parts = self._state.tables, []
         table = self._tables[0]
         known_tk = (rows.expert >= 0) & (rows.expert < spec.experts)
@@ -381,8 +383,8 @@ class HostCaller:
         message = pack(
             head,
             pairs_n.astype(np.uint8).tobytes(),
-            rows.expert.flat[part.places].astype(self._state.spec.wire.number).tobytes(),
-            rows.weight.flat[part.places].astype("<f4").tobytes(),
+            rows.expert.flat[part.places].astype(wire.number).tobytes(),
+            rows.weight.flat[part.places].astype(wire.weight).tobytes(),
             wire.encode(rows.x[part.rows]),
         )
         event = TraceEvent(

@@ -119,14 +119,17 @@ Answerer::Content Answerer::ReadBody(const Call& call) const {
   content.counts = reinterpret_cast<const uint8_t*>(at);
   at += head.rows;
   content.experts.resize(head.pairs);
-  const size_t number_bytes = server_.spec().wire.NumberBytes();
+  const Wire& wire = server_.spec().wire;
   for (uint16_t& expert : content.experts) {
-    std::memcpy(&expert, at, number_bytes);
-    at += number_bytes;
+    std::memcpy(&expert, at, wire.NumberBytes());
+    at += wire.NumberBytes();
   }
   content.weights.resize(head.pairs);
-  std::memcpy(content.weights.data(), at, head.pairs * sizeof(float));
-  content.rows = at + head.pairs * sizeof(float);
+  for (float& weight : content.weights) {
+    weight = wire.DecodeWeight(at);
+    at += wire.WeightBytes();
+  }
+  content.rows = at;
   uint32_t pairs = 0;
   for (uint32_t r = 0; r < head.rows; ++r) pairs += content.counts[r];
   const CallSpec& spec = server_.spec();

@@ -148,12 +148,12 @@ ffi::Error SendCalls(int64_t first, ffi::Buffer<ffi::S32> caller, ffi::Buffer<ff
 
 // y = the weighted sums of the experts of each row of that group, wherever they are; and the rows that
 // have failed. `behind` has to be computed first.
-ffi::Error ReceiveSums(int64_t first, ffi::Buffer<ffi::S32> caller, Rows weight, ffi::AnyBuffer,
+ffi::Error ReceiveSums(int64_t first, ffi::Buffer<ffi::S32> caller, ffi::AnyBuffer,
                        ffi::Result<Rows> y, ffi::Result<Flags> failed) {
   std::shared_ptr<CallServer> server;
   Caller* const own = FindCaller(caller.typed_data()[0], server);
   if (own == nullptr) return ffi::Error::InvalidArgument("there is no such server of experts");
-  if (!own->Finish(first, weight.typed_data(), y->typed_data(), failed->typed_data())) {
+  if (!own->Finish(first, y->typed_data(), failed->typed_data())) {
     return ffi::Error::InvalidArgument("no calls were sent for these rows");
   }
   return ffi::Error::Success();
@@ -180,7 +180,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(ReceiveSums, dance::ReceiveSums,
                               ffi::Ffi::Bind()
                                   .Attr<int64_t>("first")
                                   .Arg<ffi::Buffer<ffi::S32>>()
-                                  .Arg<Rows>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Ret<Rows>()
                                   .Ret<dance::Flags>());

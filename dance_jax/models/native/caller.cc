@@ -173,10 +173,12 @@ void Caller::Start(const LayerRows& rows, int64_t first) {
     parts_.clear(), groups_.clear();
   }
   x_.resize((first + rows.t) * d);
-  for (int64_t t = 0; t < rows.t; ++t) spec.wire.Round(rows.x + t * d, &x_[(first + t) * d]);
+  spec.wire.Round(rows.x, rows.t * d, &x_[first * d]);
   Group& group = groups_.emplace_back(Group{first, rows.t, rows.k});
   group.failed.resize(rows.t);
   group.local.resize(count, -1);
+  group.weights.resize(count);
+  spec.wire.Round(rows.weight, count, group.weights.data());
 
   const Table& table = *tables_->front();
   auto known = [&](int64_t a) {
@@ -199,7 +201,7 @@ void Caller::Start(const LayerRows& rows, int64_t first) {
     if (table.Holders(layer_, expert)[spec.rank]) group.local[a] = group.held.Place(expert);
     if (group.local[a] < 0) {
       const auto place = static_cast<int32_t>(first + row);
-      missing.push_back({place, static_cast<uint16_t>(expert), rows.weight[a]});
+      missing.push_back({place, static_cast<uint16_t>(expert), group.weights[a]});
     }
   }
   Adopt();
@@ -208,14 +210,15 @@ void Caller::Start(const LayerRows& rows, int64_t first) {
   group.parts = Place(missing, Ranks(), table.version, 0);
 }
 
-bool Caller::Finish(int64_t first, const float* weight, float* y, bool* failed) {
+bool Caller::Finish(int64_t first, float* y, bool* failed) {
   const auto found = std::find_if(groups_.begin(), groups_.end(),
                                   [&](const Group& group) { return group.first == first; });
   if (found == groups_.end()) return false;
   const Group& group = *found;
   const float* const x = &x_[first * server_.spec().wire.d];
   const int64_t begin = NowNs();
-  server_.Compute(group.held, {x, group.local.data(), weight, group.t, group.k}, y);
+  const Assignments own{x, group.local.data(), group.weights.data(), group.t, group.k};
+  server_.Compute(group.held, own, y);
   const int64_t computed = NowNs();
   Wait(group.parts);
   const int64_t end = NowNs();
@@ -348,7 +351,10 @@ void Caller::Send(Part& part) {
   }
   to += head.rows;
   for (const Pair& pair : part.pairs) put(&pair.expert, spec.wire.NumberBytes());
-  for (const Pair& pair : part.pairs) put(&pair.weight, sizeof(pair.weight));
+  for (const Pair& pair : part.pairs) {
+    spec.wire.EncodeWeight(pair.weight, to);
+    to += spec.wire.WeightBytes();
+  }
   for (const int32_t row : part.rows) {
     spec.wire.Encode(&x_[row * spec.wire.d], to);
     to += spec.wire.RowBytes();

@@ -129,7 +129,7 @@ class Caller {
   // y [t, d] = the weighted sums of the experts of each row of that group, wherever they are: computes
   // those that are here, and waits for the others. A row of which some are nowhere to be had has
   // failed, and its sum is anything. False: no such group was started.
-  bool Finish(int64_t first, const float* weight, float* y, bool* failed);
+  bool Finish(int64_t first, float* y, bool* failed);
 
  private:
   struct Pair {
@@ -173,6 +173,7 @@ class Caller {
     int64_t first, t, k;
     Held held;                   // its experts that are here
     std::vector<int32_t> local;  // [t, k]: their places, or -1
+    std::vector<float> weights;  // [t, k]
     std::vector<Part*> parts;    // for those that are not
     std::vector<char> failed;    // [t]
   };

@@ -92,11 +92,32 @@ void Wire::Decode(const char* row, float* to) const {
   }
 }
 
-void Wire::Round(const float* row, float* to) const {
-  if (kind == WireKind::kBfloat16) {
-    for (int64_t i = 0; i < d; ++i) to[i] = FromBfloat16(ToBfloat16(row[i]));
+void Wire::EncodeWeight(float weight, char* to) const {
+  if (kind == WireKind::kFloat32) {
+    std::memcpy(to, &weight, sizeof(weight));
   } else {
-    std::memcpy(to, row, sizeof(float) * d);
+    const uint16_t half = ToBfloat16(weight);
+    std::memcpy(to, &half, sizeof(half));
+  }
+}
+
+float Wire::DecodeWeight(const char* from) const {
+  float weight;
+  uint16_t half;
+  if (kind == WireKind::kFloat32) {
+    std::memcpy(&weight, from, sizeof(weight));
+  } else {
+    std::memcpy(&half, from, sizeof(half));
+    weight = FromBfloat16(half);
+  }
+  return weight;
+}
+
+void Wire::Round(const float* from, int64_t count, float* to) const {
+  if (kind == WireKind::kBfloat16) {
+    for (int64_t i = 0; i < count; ++i) to[i] = FromBfloat16(ToBfloat16(from[i]));
+  } else {
+    std::copy_n(from, count, to);
   }
 }
 

@@ -21,19 +21,24 @@ struct Wire {
   int64_t experts;  // of a layer
 
   size_t RowBytes() const;
+  // Weights travel in sixteen bits where rows do not travel in float32.
+  size_t WeightBytes() const { return kind == WireKind::kFloat32 ? sizeof(float) : sizeof(uint16_t); }
+  void EncodeWeight(float weight, char* to) const;
+  float DecodeWeight(const char* from) const;
   // Of an expert's number in a call, the low byte first.
   size_t NumberBytes() const { return experts <= 256 ? 1 : 2; }
   void Encode(const float* row, char* to) const;
   void Decode(const char* row, float* to) const;
-  // What experts of this very server see of a row: what those of others would, but for eight bits.
-  void Round(const float* row, float* to) const;
+  // What experts of this very server see of `count` numbers of rows or weights: what those of others
+  // would, but for eight bits.
+  void Round(const float* from, int64_t count, float* to) const;
 };
 
 // The kinds of messages.
 enum class MessageKind : uint16_t { kCall = 1, kAnswer = 2 };
 
-// Before an expert call: `rows` counts of a byte each, `pairs` experts of Wire::NumberBytes() and
-// weights of four bytes, then the rows, each as Wire has it.
+// Before an expert call: `rows` counts of a byte each, `pairs` experts and as many weights, then the
+// rows, all as Wire has it.
 struct CallHead {
   static constexpr uint32_t kMagic = 0x63786a64;
   uint32_t magic = kMagic;
@@ -50,7 +55,7 @@ struct CallHead {
            pairs <= uint64_t{rows} * UINT8_MAX;
   }
   size_t BodyBytes(const Wire& wire) const {
-    return rows * (1 + wire.RowBytes()) + pairs * (wire.NumberBytes() + sizeof(float));
+    return rows * (1 + wire.RowBytes()) + pairs * (wire.NumberBytes() + wire.WeightBytes());
   }
 };
 
