@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import queue
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
 
@@ -137,6 +138,28 @@ def test_another_key_is_refused(listen: Callable[..., Listener]):
     with pytest.raises(RuntimeError, match=r"server here at 127.*another key"):
         call(listener, "links", key=ANOTHER)
     assert found.empty()
+
+
+@pytest.mark.parametrize(
+    ("rates", "paced"),
+    [((100e6, 80e6), 11_000_000), ((None, 80e6), 11_000_000), ((None, None), None)],
+)
+def test_what_is_sent_is_paced_to_the_slowest_known_link(
+    rates: tuple[float | None, ...], paced: int | None
+):
+    with socket.socket() as connection:
+        before = _pacing(connection)
+        connections.pace(connection, *rates)
+        wanted = paced if paced is not None and sys.platform == "linux" else before
+        assert _pacing(connection) == wanted
+
+
+def _pacing(connection: socket.socket) -> int | None:
+    """Bytes per second, where the system can say."""
+    if sys.platform != "linux":
+        return None
+    number = connection.getsockopt(socket.SOL_SOCKET, connections._SO_MAX_PACING_RATE, 8)
+    return int.from_bytes(number, sys.byteorder)
 
 
 @pytest.mark.parametrize(
