@@ -315,14 +315,18 @@ def test_sums_are_those_of_one_pool_with_all_experts(held, wire):
         for seed, (rank, server) in enumerate(found.servers.items()):
             for device in range(len(server.callers)):
                 for layer in range(LAYERS):
-                    x_td, *routes = draw(seed, 23)
+                    x_td, expert_tk, weight_tk = draw(seed, 23)
                     valid_t = np.random.default_rng(seed).random(23) < 0.8
-                    y_td, failed_t = call(server, layer, x_td, *routes, valid_t, device=device)
+                    rows = (x_td, expert_tk, weight_tk, valid_t)
+                    y_td, failed_t = call(server, layer, *rows, device=device)
                     assert not failed_t.any()
                     assert not y_td[~valid_t].any()
                     # As all experts see them, those that are here as well.
-                    seen = x_td.astype("bfloat16" if wire == "bfloat16" else x_td.dtype)
-                    wanted = expected(layer, seen.astype(np.float32), *routes, valid_t)
+                    seen = "bfloat16" if wire == "bfloat16" else "float32"
+                    x_td, weight_tk = (
+                        each.astype(seen).astype(np.float32) for each in (x_td, weight_tk)
+                    )
+                    wanted = expected(layer, x_td, expert_tk, weight_tk, valid_t)
                     near = 1e-5 if wire != "int8" else 3e-2
                     scale = 1 + np.abs(wanted).max()
                     np.testing.assert_allclose(y_td, wanted, rtol=0, atol=near * scale)
