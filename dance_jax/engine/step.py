@@ -28,7 +28,7 @@ from dance_jax.engine.sampling import (
 )
 from dance_jax.engine.scheduler import Row
 from dance_jax.models.attention import Rows
-from dance_jax.models.exchange import Exchanged, Experts, HostCalls, TracedExchange
+from dance_jax.models.exchange import Exchanged, Experts, Group, HostCalls, TracedExchange
 from dance_jax.models.rope import Rotation
 from dance_jax.models.router import Routed
 from dance_jax.models.trunk import Layer, Rest, Trunk
@@ -349,22 +349,22 @@ def _run_groups(
     assert not isinstance(exchange, HostCalls)
     hidden = [hidden_td[tokens] for tokens, _ in groups]
     rests: list[Rest] = []
-    sent: list[tuple[Routed, Array, int]] = []
+    sent: list[Group] = []
     for n, (tokens, rows) in enumerate(groups):
         rotation = jax.tree.map(lambda leaf, tokens=tokens: leaf[tokens], rotation_tk)
         rest, routed, cached = layer.start(hidden[n], rotation, rows, cached)
         assert routed is not None
         rests.append(rest)
-        sent.append((routed, valid_t[tokens], tokens.start))
+        sent.append(Group(routed, valid_t[tokens], tokens.start))
         if n + 1 < len(groups):
-            hidden[n + 1] = exchange.send(experts, *sent[n], then=hidden[n + 1])
+            hidden[n + 1] = exchange.send(experts, sent[n], hidden[n + 1])
     hidden_td, x_td = map(jnp.concatenate, zip(*rests, strict=True))
-    x_td = exchange.send(experts, *sent[-1], then=x_td)
+    x_td = exchange.send(experts, sent[-1], x_td)
     beside_td = layer.beside(x_td)
     behind = x_td if beside_td is None else beside_td
-    received = [exchange.receive(experts, *each, behind, said, links) for each in sent]
+    received = [exchange.receive(experts, group, behind, said, links) for group in sent]
     sums, failed, (*_, exchanged) = zip(*received, strict=True)
-    expert_tk = jnp.concatenate([routed.expert for routed, _, _ in sent])
+    expert_tk = jnp.concatenate([group.routed.expert for group in sent])
     hidden_td = layer.finish(hidden_td, beside_td, jnp.concatenate(sums))
     return (hidden_td, expert_tk, jnp.concatenate(failed), exchanged), cached
 

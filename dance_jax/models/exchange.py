@@ -73,6 +73,17 @@ class Experts(NamedTuple):
     tables: Tables | None
 
 
+class Group(NamedTuple):
+    """Tokens of a device, all of a layer's or some, whose routed experts are asked for together."""
+
+    #: Hidden states [t, d], experts int32 [t, k] and their weights float32 [t, k].
+    routed: Routed
+    #: bool [t], False for tokens that are routed nowhere.
+    valid: Array
+    #: Tokens in the groups before it.
+    first: int
+
+
 class Exchange(Protocol):
     """How a layer's routed experts are computed, wherever they are."""
 
@@ -99,15 +110,10 @@ class TracedExchange(Exchange, Protocol):
         """Groups of a long slice's rows that a layer computes in turn."""
         ...
 
-    def send(
-        self, experts: Experts, routed: Routed, valid_t: Array, first: int, then: Array
-    ) -> Array:
+    def send(self, experts: Experts, group: Group, then: Array) -> Array:
         """Asks other servers, where it need not wait for them, for a group's routed experts.
 
         Args:
-            routed: hidden states [t, d], experts int32 [t, k] and their weights float32 [t, k].
-            valid_t: bool [t], False for tokens that are routed nowhere.
-            first: tokens in the groups before it.
             then: what is to be computed after that.
 
         Returns:
@@ -116,20 +122,12 @@ class TracedExchange(Exchange, Protocol):
         ...
 
     def receive(
-        self,
-        experts: Experts,
-        routed: Routed,
-        valid_t: Array,
-        first: int,
-        behind: Array,
-        said: Array,
-        memory: Any,
+        self, experts: Experts, group: Group, behind: Array, said: Array, memory: Any
     ) -> tuple[Array, Array, Exchanged]:
         """Weighted sums of routed experts for this device's tokens of a group.
 
         Args:
-            routed, valid_t, first: as `send` got them.
-            behind: what is to be computed before.
+            behind: follows from what `send` returned for the last group, and is computed before.
             said: int32 [], what this server tells the others of itself (`messages.say`); all learn
                 what follows from all (`messages.agree`).
             memory: `Exchanged.memory` of this layer's last step.
@@ -155,25 +153,17 @@ class Calls:
     def memory(self, layers: int) -> tuple[()]:
         return ()
 
-    def send(
-        self, experts: Experts, routed: Routed, valid_t: Array, first: int, then: Array
-    ) -> Array:
+    def send(self, experts: Experts, group: Group, then: Array) -> Array:
         assert isinstance(experts.pool, Array)
-        return calls.send(experts.pool, experts.layer, *routed, valid_t, then, first)
+        rows = (*group.routed, group.valid)
+        return calls.send(experts.pool, experts.layer, *rows, then, group.first)
 
     def receive(
-        self,
-        experts: Experts,
-        routed: Routed,
-        valid_t: Array,
-        first: int,
-        behind: Array,
-        said: Array,
-        memory: Any,
+        self, experts: Experts, group: Group, behind: Array, said: Array, memory: Any
     ) -> tuple[Array, Array, Exchanged]:
         assert isinstance(experts.pool, Array)
-        t, d = routed.x.shape
-        sums_td, failed_t = calls.receive(experts.pool, (t, d), behind, first)
+        t, d = group.routed.x.shape
+        sums_td, failed_t = calls.receive(experts.pool, (t, d), behind, group.first)
         return sums_td, failed_t, nothing_exchanged(said, memory)
 
 
@@ -228,23 +218,14 @@ class LockStep:
     def memory(self, layers: int) -> Any:
         return self.transport.memory(layers)
 
-    def send(
-        self, experts: Experts, routed: Routed, valid_t: Array, first: int, then: Array
-    ) -> Array:
+    def send(self, experts: Experts, group: Group, then: Array) -> Array:
         return then
 
     def receive(
-        self,
-        experts: Experts,
-        routed: Routed,
-        valid_t: Array,
-        first: int,
-        behind: Array,
-        said: Array,
-        memory: Any,
+        self, experts: Experts, group: Group, behind: Array, said: Array, memory: Any
     ) -> tuple[Array, Array, Exchanged]:
-        none_t = jnp.zeros(len(valid_t), bool)
-        sums_td, exchanged = self._exchange(experts, *routed, valid_t, said, memory)
+        none_t = jnp.zeros(len(group.valid), bool)
+        sums_td, exchanged = self._exchange(experts, *group.routed, group.valid, said, memory)
         return sums_td, none_t, exchanged
 
     def _exchange(
