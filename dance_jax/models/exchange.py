@@ -155,7 +155,8 @@ class Calls:
 
     def send(self, experts: Experts, group: Group, then: Array) -> Array:
         assert isinstance(experts.pool, Array)
-        rows = (*group.routed, group.valid)
+        x_td, expert_tk, weight_tk = group.routed
+        rows = (x_td, expert_tk, weight_tk, group.valid)
         return calls.send(experts.pool, experts.layer, *rows, then, group.first)
 
     def receive(
