@@ -24,6 +24,7 @@ from benchmarks.arguments import (
     add_service,
     add_users,
     check_results,
+    count,
     positive,
     some_of,
 )
@@ -77,6 +78,12 @@ def parser() -> argparse.ArgumentParser:
         "shift, the next ones after it (examples/tasks)",
     )
     add_users(parser, 200, "of each server, before and after the shift")
+    add(
+        "--streams",
+        type=count,
+        default=4,
+        help="of each server, in section pause (%(default)s)",
+    )
     add(
         "--interval",
         type=positive,
@@ -153,6 +160,7 @@ def measure(options: argparse.Namespace, console: Console) -> list[Target]:
             ),
             phases=phases(options, len(read_hosts(options.hosts).servers)),
             requests=options.requests,
+            streams=options.streams,
             interval_s=options.interval,
             model=("--model", str(model.absolute())) if options.model else (),
             serving=tuple(options.launch),

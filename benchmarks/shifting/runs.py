@@ -40,8 +40,8 @@ INTERVALS, STABLE_INTERVALS = 4, 10
 #: An interval has so many half-lives, as with the launcher's own defaults.
 HALF_LIVES = 5
 #: `pause`: seconds in which streams run before a migration, of which the first half is for their
-#: prompts; half-life, streams of a server, migrations.
-STEADY_S, PAUSE_HALF_LIFE_S, STREAMS, ROUNDS = 9.0, 4.0, 4, 4
+#: prompts; half-life, migrations.
+STEADY_S, PAUSE_HALF_LIFE_S, ROUNDS = 9.0, 4.0, 4
 
 Found = TypeVar("Found")
 
@@ -55,6 +55,7 @@ class Setting:
         askers: who asks them.
         phases: each server's task, before and after the shift.
         requests: of each server in a phase.
+        streams: of each server in section `pause`.
         interval_s: from one decision to the next.
         model: arguments of every launcher about the model.
         serving: arguments of those that serve.
@@ -65,6 +66,7 @@ class Setting:
     askers: Askers
     phases: tuple[tuple[Task, ...], tuple[Task, ...]]
     requests: int
+    streams: int
     interval_s: float
     model: tuple[str, ...]
     serving: tuple[str, ...]
@@ -260,7 +262,7 @@ async def _streams(api: Api, setting: Setting, phase: int) -> AsyncIterator[list
                 raise ClusterError(f"a stream beside a migration: {answer.error}")
 
     async with asyncio.TaskGroup() as group:
-        calls = setting.askers.streams(setting.phases[phase], STREAMS)
+        calls = setting.askers.streams(setting.phases[phase], setting.streams)
         tasks = [group.create_task(stream(call)) for call in calls]
         yield heard
         for each in tasks:

@@ -1,9 +1,9 @@
 """Expert calls between servers that step on their own, on CPUs: native/calls.h.
 
-A step hands a layer's rows to `send`, which asks other servers for experts that are not here; while
-they compute, the step goes on; `receive` computes the experts that are here, and adds what the
-others answer. Each server answers the others' calls in a
-thread of the C++ library, whatever its own step does.
+A step hands a layer's rows to `send`, which asks other servers for experts that are not here. While
+they compute, the step goes on. `receive` computes the experts that are here, and adds what the
+others answer. Each server answers the others' calls in a thread of the C++ library, whatever its
+own step does.
 """
 
 from __future__ import annotations
@@ -357,8 +357,8 @@ def send(
     Returns:
         `then`: what is computed from it is computed when the calls are sent.
     """
-    # Not as a call with side effects: JAX would drive such a program from Python. What has to come
-    # before what follows from the arrays that go through.
+    # Not as a call with side effects: JAX would drive such a program from Python. The arrays that
+    # go through say what comes before what.
     result = jax.ShapeDtypeStruct(then.shape, then.dtype)
     call = jax.ffi.ffi_call(native.target("SendCalls"), result)
     rows = (x_td.astype(jnp.float32), expert_tk, weight_tk, valid_t)

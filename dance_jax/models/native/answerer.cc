@@ -1,4 +1,5 @@
 #include <fcntl.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -12,17 +13,19 @@
 namespace dance {
 namespace {
 
-// Has this thread run soon after it wakes, before a step that computes for long on the same core:
-// Linux (6.12 and newer) lets those run first that want to run for a short time. (measured) Beside a
-// prompt that a callee of one core computes, the p99 gap of a stream was 10 ms instead of 13.
+// Lets this thread run soon after it wakes, before a step that computes for long on the same core:
+// Linux (6.12 and newer) prefers threads that ask for a short time slice. Where it refuses, nothing
+// changes. (measured) With a callee of one core that computes a prompt, the p99 gap of a stream was
+// 10 ms instead of 13.
 void RunSoon() {
 #ifdef __linux__
+  constexpr uint64_t kKeepPolicy = 8;
   struct {
     uint32_t size = 48, policy = 0;
-    uint64_t flags = 0;
-    int32_t nice = 0;
+    uint64_t flags = kKeepPolicy;
+    int32_t nice = getpriority(PRIO_PROCESS, 0);
     uint32_t priority = 0;
-    uint64_t runtime = 100'000, deadline = 0, period = 0;
+    uint64_t runtime_ns = 100'000, deadline = 0, period = 0;
   } wanted;
   syscall(SYS_sched_setattr, 0, &wanted, 0);
 #endif
