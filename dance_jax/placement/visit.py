@@ -1,9 +1,12 @@
 """Which remote servers a token visits: the one tie rule of the engine and of the metrics.
 
 A token that misses experts visits the fewest servers that hold all of them; among equally
-small sets the one with the lowest server numbers ({0, 3} before {1, 2}); an expert that several
-visited servers hold runs on the lowest of them. All subsets are weighed up to `EXACT_SERVERS`
-servers; above, the server with most of the still missing experts is taken first.
+small sets the one with the lowest numbers ({0, 3} before {1, 2}); an expert that several visited
+servers hold runs on the lowest of them. All subsets are weighed up to `EXACT_SERVERS` servers;
+above, the server with most of the still missing experts is taken first.
+
+Numbers are places in the order in which the calling server prefers to call the others
+(`preferences`), so that ties go to the server that answers soonest.
 
 Many sets of servers are masks: unsigned integers [words, ...], a bit for each server. One word of
 as few bits as will do is enough for up to 32 servers.
@@ -26,6 +29,46 @@ EXACT_SERVERS = 8
 MAX_SERVERS = 256
 #: Servers of a word.
 WORD = 32
+#: Seconds that differ by less, relatively, are equal: they are sums in different orders.
+EQUAL = 1e-9
+
+
+def preferences(seconds_nm: np.ndarray) -> np.ndarray:
+    """The order in which each server prefers to call the others: int32 [n, n].
+
+    Row n lists all servers: those with the least seconds first, itself last. Of equal ones the next
+    in a ring comes first, so that their callers are shared.
+
+    >>> preferences(np.array([[0, 1, 1], [1, 0, 1], [2, 1, 0]])).tolist()
+    [[1, 2, 0], [2, 0, 1], [1, 0, 2]]
+
+    Args:
+        seconds_nm: float [n, n], of a call from a server (first axis) to a server (second axis).
+    """
+    number_n = np.arange(len(seconds_nm))
+    found = np.zeros(seconds_nm.shape, np.int32)
+    for n, seconds_m in enumerate(seconds_nm):
+        ascending = np.argsort(seconds_m)
+        before, after = seconds_m[ascending[:-1]], seconds_m[ascending[1:]]
+        level_m = np.zeros(len(number_n), int)
+        level_m[ascending[1:]] = np.cumsum(after > before * (1 + EQUAL))
+        found[n] = np.lexsort(((number_n - n) % len(number_n), level_m, number_n == n))
+    return found
+
+
+def places(order_n: np.ndarray) -> np.ndarray:
+    """Each server's place in an order: int32 [n].
+
+    >>> places(np.array([2, 0, 1])).tolist()
+    [1, 2, 0]
+
+    Raises:
+        ValueError: it does not list each server once.
+    """
+    place_n = np.argsort(order_n).astype(np.int32)
+    if not np.array_equal(np.asarray(order_n)[place_n], np.arange(len(order_n))):
+        raise ValueError(f"an order of {len(order_n)} servers lists each once, not {order_n}")
+    return place_n
 
 
 def mask_dtype(num_servers: int) -> np.dtype:
@@ -33,7 +76,7 @@ def mask_dtype(num_servers: int) -> np.dtype:
     return np.dtype(np.uint8 if num_servers <= 8 else np.uint16 if num_servers <= 16 else np.uint32)
 
 
-def masks(resident: np.ndarray) -> np.ndarray:
+def masks(resident: np.ndarray, order_n: np.ndarray | None = None) -> np.ndarray:
     """The servers that hold something, as masks [words, ...].
 
     >>> masks(np.array([[True, False], [True, True]])).tolist()
@@ -41,10 +84,14 @@ def masks(resident: np.ndarray) -> np.ndarray:
 
     Args:
         resident: bool [servers, ...].
+        order_n: int [servers], a caller's order of preference: bit i is server `order_n[i]`, and
+            `choose_servers` finds such places. None: bit i is server i.
 
     Raises:
         UserError: there are more servers than a cluster can have.
     """
+    if order_n is not None:
+        resident = resident[np.asarray(order_n)]
     num_servers = len(resident)
     if not 1 <= num_servers <= MAX_SERVERS:
         raise UserError(f"{num_servers} servers: between 1 and {MAX_SERVERS} are supported")
@@ -54,17 +101,17 @@ def masks(resident: np.ndarray) -> np.ndarray:
     return found
 
 
-def has(masks_w: jax.Array, server: int) -> jax.Array:
-    """Whether a server is in each mask: bool [...]."""
-    word_w = masks_w[server // WORD]
-    return (word_w & word_w.dtype.type(1 << server % WORD)) != 0
+def has(masks_w: jax.Array, place: int | jax.Array) -> jax.Array:
+    """Whether the server of a place is in each mask: bool [...]."""
+    word_w = masks_w[place // WORD]
+    return (word_w >> jnp.asarray(place % WORD, word_w.dtype)) & 1 != 0
 
 
 @functools.cache
 def subsets(num_servers: int) -> np.ndarray:
     """All sets of servers as int32 bitmasks [2 ** num_servers], in the order of preference.
 
-    Fewest servers first, then lowest server numbers; the empty set comes first.
+    Fewest servers first, then lowest numbers; the empty set comes first.
 
     >>> subsets(3).tolist()  # {}, 0, 1, 2, 01, 02, 12, 012
     [0, 1, 2, 4, 3, 5, 6, 7]
@@ -172,7 +219,7 @@ def fewest_servers(missing_wkt: jax.Array, num_servers: int) -> jax.Array:
 
 
 def choose_servers(holders_wtk: jax.Array, needed_tk: jax.Array, num_servers: int) -> jax.Array:
-    """The remote server that serves each expert a token misses: int32 [t, k].
+    """The place of the remote server that serves each expert a token misses: int32 [t, k].
 
     Pure and traceable; integer operations on whole arrays, without table look-ups.
 
@@ -187,7 +234,7 @@ def choose_servers(holders_wtk: jax.Array, needed_tk: jax.Array, num_servers: in
         num_servers: servers in the cluster, static.
 
     Returns:
-        Server of each needed expert; -1 where not needed or held by nobody.
+        Each needed expert's server, by its bit in the masks; -1 where not needed or held by nobody.
     """
     missing_wtk = jnp.where(needed_tk[None], holders_wtk, holders_wtk.dtype.type(0))
     chosen_wt = fewest_servers(missing_wtk.transpose(0, 2, 1), num_servers)

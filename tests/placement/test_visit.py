@@ -16,6 +16,8 @@ from dance_jax.placement.visit import (
     has,
     lowest_server,
     masks,
+    places,
+    preferences,
     subsets,
 )
 from tests.quick import QUICK
@@ -34,11 +36,24 @@ def brute_force(missing: np.ndarray) -> tuple[int, ...]:
     raise AssertionError("the set of all servers meets every set")
 
 
-def run(held, needed):
+def run(held, needed, order=None):
     """`choose_servers` of who holds each expert, bool [t, k, servers]."""
     held = np.asarray(held)
-    holders = masks(np.moveaxis(held, -1, 0))
+    holders = masks(np.moveaxis(held, -1, 0), order)
     return np.asarray(jitted(jnp.asarray(holders), jnp.asarray(needed), held.shape[-1]))
+
+
+def cheapest(missing: np.ndarray, order: np.ndarray) -> list[int]:
+    """Of the smallest sets that meet every set, bool [k, servers], the one that `order` prefers."""
+    place = {int(server): place for place, server in enumerate(order)}
+    size = len(brute_force(missing))
+    open_k = missing[missing.any(1)]
+    able = [
+        sorted(chosen, key=place.__getitem__)
+        for chosen in itertools.combinations(place, size)
+        if open_k[:, chosen].any(1).all()
+    ]
+    return min(able, key=lambda chosen: [place[server] for server in chosen])
 
 
 def bits(bitmasks, num_servers):
@@ -68,6 +83,23 @@ def test_choice_is_the_first_smallest_set(num_servers):
             for k in range(K):
                 able = [n for n in chosen if held[t, k, n]]
                 assert result[t, k] == (able[0] if needed[t, k] and able else -1)
+
+    check()
+
+
+@pytest.mark.parametrize("num_servers", [3, 6, 8])
+def test_equal_choices_go_by_the_callers_order(num_servers):
+    @settings(max_examples=15, deadline=None, derandomize=True, database=None)
+    @given(tokens(num_servers), st.permutations(range(num_servers)))
+    def check(case, order):
+        held, needed = case
+        result = run(held, needed, np.array(order))
+        for t in range(TOKENS):
+            chosen = cheapest(held[t][needed[t]], order)
+            for k in range(K):
+                able = [n for n in chosen if held[t, k, n]]
+                expected = able[0] if needed[t, k] and able else -1
+                assert (order[result[t, k]] if result[t, k] >= 0 else -1) == expected
 
     check()
 
@@ -125,6 +157,28 @@ def test_worked_example():
 def test_nothing_needed_and_nobody_holds():
     assert run(bits([[3, 0]], 2), [[False, False]]).tolist() == [[-1, -1]]
     assert run(bits([[2, 0]], 2), [[True, True]]).tolist() == [[1, -1]]
+
+
+@settings(max_examples=50, deadline=None, derandomize=True, database=None)
+@given(st.data())
+def test_preferences_are_by_seconds_then_around_the_ring(data):
+    servers = data.draw(st.integers(1, 6))
+    rows = st.lists(st.sampled_from([0.0, 1.0, 2.0]), min_size=servers, max_size=servers)
+    seconds = np.array(data.draw(st.lists(rows, min_size=servers, max_size=servers)))
+    # What differs by rounding alone is equal.
+    noise = np.random.default_rng(0).uniform(-1e-12, 1e-12, seconds.shape)
+    found = preferences(seconds * (1 + noise))
+    assert found.dtype == np.int32
+    for n in range(servers):
+        ring = [(n + step) % servers for step in range(1, servers)]
+        assert found[n].tolist() == [*sorted(ring, key=lambda m: seconds[n, m]), n]
+        assert found[n, places(found[n])].tolist() == list(range(servers))
+
+
+@pytest.mark.parametrize("order", [[0, 0], [1, 2], [-1, 0]])
+def test_an_order_lists_each_server_once(order):
+    with pytest.raises(ValueError, match="lists each once"):
+        places(np.array(order))
 
 
 @pytest.mark.parametrize("num_servers", [1, 8, 9, 16, 17, 32, 33, 256])
