@@ -80,6 +80,8 @@ class Engine:
             experts answer calls.
         free_memory: bytes of each device's memory that nothing uses, before anything is loaded
             there; None: enough.
+        order: of all servers, as this one prefers to call them (`visit.preferences`); None: by
+            number.
     """
 
     def __init__(
@@ -93,6 +95,7 @@ class Engine:
         compile_cache: CompileCache | None = None,
         transport: Transport | None = None,
         free_memory: int | None = None,
+        order: Iterable[int] | None = None,
     ):
         model = checkpoint.config
         layout = layout or whole_model(checkpoint)
@@ -114,6 +117,7 @@ class Engine:
             compile_cache or CompileCache(None),
             transport,
             copies,
+            order,
         )
         self.scheduler = Scheduler(
             config, devices[rank], self.runner.blocks, not model.state_bytes, copies

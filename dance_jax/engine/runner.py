@@ -59,7 +59,7 @@ from dance_jax.models.messages import Transport, say
 from dance_jax.models.topology import AXIS, Topology
 from dance_jax.models.trunk import Trunk, rope_of, take_apart
 from dance_jax.placement.core import Layout
-from dance_jax.placement.visit import masks
+from dance_jax.placement.visit import masks, places
 
 #: Reads experts: pairs (layer, expert) -> their places and weights, in any order.
 ReadExperts = Callable[[list[tuple[int, int]]], Iterable[tuple[int, Weights]]]
@@ -122,6 +122,8 @@ class Runner:
         state_copies: see kv_cache.py.
         transport: carries rows between servers that step together, of one kind on all of them;
             None: each steps on its own, and experts answer calls.
+        order: of all servers, as this one prefers to call them (`visit.preferences`); None: by
+            number.
     """
 
     def __init__(
@@ -137,11 +139,13 @@ class Runner:
         compile_cache: CompileCache,
         transport: Transport | None = None,
         state_copies: int = 1,
+        order: Iterable[int] | None = None,
     ):
         self.model_config = model_config
         self.form = form
         self.config = config
         self.rank = rank
+        self._order = tuple(range(len(layout.devices)) if order is None else order)
         own = (layout.devices[rank],)
         #: Of the servers that step together: all of them, or this one.
         self.topology = Topology(0, own, config.max_step_tokens)
@@ -150,7 +154,7 @@ class Runner:
         self.mesh = cluster_mesh(layout.devices) if transport else own_mesh(own[0])
         self.shards = Shards(self.mesh)
         self.devices = self.shards.devices
-        self.exchange = self._make_exchange(transport, len(layout.devices))
+        self.exchange = self._make_exchange(transport)
         self._read_experts = read_experts
         self._compile_cache = compile_cache
         self.blocks, self._state_copies = blocks, state_copies
@@ -181,7 +185,7 @@ class Runner:
         }
         self.pools = self._build_pools(layout)
         #: This server's part in expert calls; None where servers step together.
-        self.calls = self._call_server(len(layout.devices))
+        self.calls = self._call_server()
         #: What steps get of it, of the C++ library's; and where servers step together, where
         #: experts are.
         self._callers: jax.Array | None = None
@@ -190,9 +194,8 @@ class Runner:
         memory = new_memory(model_config, config, blocks, self.exchange, state_copies)
         self.memory: Memory = jax.tree.map(self._on_all, memory)
 
-    def _make_exchange(
-        self, transport: Transport | None, servers: int
-    ) -> TracedExchange | HostCalls:
+    def _make_exchange(self, transport: Transport | None) -> TracedExchange | HostCalls:
+        servers = len(self._order)
         if transport is None and native.usable():
             # A recurrent state cannot be handed from one group to the next.
             return Calls(2 if servers > 1 and not self.model_config.state_bytes else 1)
@@ -201,9 +204,9 @@ class Runner:
         wire_dtype = jnp.dtype(self.config.wire_dtype)
         return LockStep(self.topology, self.form, transport or Collectives(), wire_dtype)
 
-    def _call_server(self, servers: int) -> CallServer | HostCallServer | None:
+    def _call_server(self) -> CallServer | HostCallServer | None:
         model, config, pools = self.model_config, self.config, self.pools
-        shape = (self.rank, servers, len(model.moe_layers), model.num_experts)
+        shape = (self.rank, self._order, len(model.moe_layers), model.num_experts)
         wire, most_rows = config.wire_dtype, config.max_step_tokens
         if isinstance(pools, NativePools) and isinstance(self.exchange, Calls):
             return CallServer(*shape, wire, most_rows, pools.devices)
@@ -252,18 +255,20 @@ class Runner:
         return layer * self.model_config.num_experts + expert
 
     def _build_tables(self, layout: Layout) -> Tables:
-        holders = [masks(layout.resident)] * len(self.devices)
+        order_n = np.array(self._order)
+        holders = [masks(layout.resident, order_n)] * len(self.devices)
+        place = [places(order_n)] * len(self.devices)
         slot_of = [
             np.where(layout.device_of[self.rank] == d, layout.slot_of[self.rank], -1)
             for d in range(len(self.devices))
         ]
         slot_of = [each.astype(np.int32) for each in slot_of]
-        return Tables(self.shards.per_device(holders), self.shards.per_device(slot_of))
+        return Tables(*map(self.shards.per_device, (holders, slot_of, place)))
 
     def place(self, layout: Layout) -> None:
         """Put another placement in force, read anew; the step is not compiled again."""
         self.pools = self._build_pools(layout)
-        self.calls = self._call_server(len(layout.devices))
+        self.calls = self._call_server()
         self.use_tables(layout)
 
     def use_tables(self, layout: Layout, number: int = 0) -> None:

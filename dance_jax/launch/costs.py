@@ -15,6 +15,7 @@ import numpy as np
 from dance_jax.config import ClusterSpec, EngineConfig
 from dance_jax.models.config import ModelConfig
 from dance_jax.models.messages import encode, row_bytes
+from dance_jax.placement import visit
 from dance_jax.placement.cost import Cost
 
 #: Bits a second of every link where nothing is known of any, and seconds count.
@@ -73,6 +74,13 @@ def cluster_cost(spec: ClusterSpec, model: ModelConfig, config: EngineConfig) ->
     cost = Cost.of_links(state_n, spec.devices, model.top_k)
     call_n = _filled((server.expert_time for server in spec.servers), statistics.fmean)
     return cost if call_n is None else dataclasses.replace(cost, call=call_n)
+
+
+def preferences(spec: ClusterSpec, model: ModelConfig, config: EngineConfig) -> np.ndarray:
+    """The order in which each server prefers to call the others: int32 [n, n], see
+    `visit.preferences`."""
+    cost = cluster_cost(spec, model, config)
+    return visit.preferences(np.maximum(cost.state[:, None], cost.state[None, :]) + cost.call)
 
 
 def cost_note(spec: ClusterSpec) -> str | None:

@@ -25,6 +25,7 @@ from dance_jax.models import native
 from dance_jax.models.connections import Key, Listener, dial, pace
 from dance_jax.models.counters import Counters, Moved, PeerCounters, Sums
 from dance_jax.models.kernels_cpu import NativePool
+from dance_jax.placement.visit import places
 
 #: Kinds of a wire by their numbers in C++.
 _WIRES = ("float32", "bfloat16", "int8")
@@ -41,8 +42,11 @@ _MOST_SERVERS, _MOST_NAMED = 256, 1 << 16
 _OWN_SUMS, _MOVED = len(dataclasses.fields(Sums)) - 1, len(dataclasses.fields(Moved))
 
 
-def check_named(servers: int, layers: int, experts: int) -> None:
-    """Raises ValueError where there are more of them than a call can name."""
+def check_named(order: Sequence[int], layers: int, experts: int) -> None:
+    """Raises ValueError where there are more of them than a call can name, or servers are not each
+    listed once."""
+    servers = len(order)
+    places(np.array(order))
     if servers > _MOST_SERVERS or max(layers, experts) > _MOST_NAMED:
         raise ValueError(
             f"{servers} servers, {layers} layers, {experts} experts: expert calls can name"
@@ -152,7 +156,8 @@ class CallServer:
     """The `ExpertCalls` of the C++ library.
 
     Args:
-        rank: this server's, of so many `servers`.
+        rank: this server's.
+        order: of all servers, as this one prefers to call them (placement/visit.py).
         layers: with routed experts, of so many `experts` each.
         wire: type in which hidden states travel.
         most_rows: of a call: tokens of one device in a step.
@@ -160,13 +165,14 @@ class CallServer:
         repeat_s, fail_s: see REPEAT_S.
 
     Raises:
-        ValueError: there are more servers, layers or experts than a call can name.
+        ValueError: there are more servers, layers or experts than a call can name, or the order
+            does not list each server once.
     """
 
     def __init__(
         self,
         rank: int,
-        servers: int,
+        order: Sequence[int],
         layers: int,
         experts: int,
         wire: str,
@@ -177,14 +183,15 @@ class CallServer:
     ) -> None:
         library = native.library()
         assert library is not None
-        self._library, self._shape = library, (servers, layers, experts)
-        check_named(servers, layers, experts)
+        check_named(order, layers, experts)
+        self._library, self._shape = library, (len(order), layers, experts)
         library.CallServerNew.restype = ctypes.c_int64
         limits = (most_rows, int(repeat_s * 1e9), int(fail_s * 1e9))
-        numbers = np.array([rank, servers, layers, experts, _WIRES.index(wire), *limits], np.int64)
+        numbers = np.array([rank, *self._shape, _WIRES.index(wire), *limits], np.int64)
+        preferred = np.array(order, np.int32)
         own = np.array([pool.number for pool in pools], np.int64)
         self._number: int = library.CallServerNew(
-            _pointer(numbers), ctypes.c_int64(len(pools)), _pointer(own)
+            _pointer(numbers), _pointer(preferred), ctypes.c_int64(len(pools)), _pointer(own)
         )
         #: By which the steps of each device name it.
         self.callers = [self._number * _MOST_DEVICES + device for device in range(len(pools))]

@@ -56,10 +56,13 @@ LIMITS = (16, 128)
 class Tables(NamedTuple):
     """Where experts are, as arguments of the step. Per device, l MoE layers, e experts."""
 
-    #: `visit.masks` [words, l, e] of the servers that hold each expert.
+    #: `visit.masks` [words, l, e] of the servers that hold each expert, in the order in which this
+    #: server prefers to call them.
     holders: Array
     #: int32 [l, e], slot on this device, -1 when it is not here.
     slot_of: Array
+    #: int32 [n], each server's place in that order.
+    place: Array
 
 
 class Experts(NamedTuple):
@@ -250,7 +253,7 @@ class LockStep:
 
         known_gk = expert_gk != NO_EXPERT
         holders_wgk = tables.holders[:, layer, jnp.where(known_gk, expert_gk, 0)]
-        here_gk = has(holders_wgk, topology.rank)
+        here_gk = has(holders_wgk, tables.place[topology.rank])
         visit_gk = choose_servers(holders_wgk, known_gk & ~here_gk, servers)
         own = Routed(x_gd, jnp.where(here_gk, expert_gk, NO_EXPERT), weight_gk)
 
@@ -258,7 +261,7 @@ class LockStep:
             sums_td = scatter_siblings(topology, ffn(*own))
             return sums_td, nothing_exchanged(said, memory)
 
-        visit_ngk = visit_gk == jnp.arange(servers)[:, None, None]
+        visit_ngk = visit_gk == tables.place[:, None, None]
         outgoing = Outgoing(
             goes=visit_ngk.any(-1),
             expert=jnp.where(visit_ngk, expert_gk, NO_EXPERT).astype(jnp.uint16),

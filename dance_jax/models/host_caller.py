@@ -55,27 +55,34 @@ class HostRows(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1 << 16)
-def choose(holders: tuple[int, ...], servers: int) -> tuple[int, ...]:
+def choose(holders: tuple[int, ...], order: tuple[int, ...]) -> tuple[int, ...]:
     """The server that is asked for each of a row's experts, as placement/visit.py has it.
 
     Args:
         holders: of each expert, a bitmask.
+        order: all servers, as the caller prefers to call them.
 
     Returns:
         -1 where nobody holds the expert.
     """
-    chosen = _fewest([mask for mask in holders if mask], servers)
-    return tuple((mask & chosen & -(mask & chosen)).bit_length() - 1 for mask in holders)
+    chosen = _fewest([mask for mask in holders if mask], order)
+    return tuple(next((n for n in order if (mask & chosen) >> n & 1), -1) for mask in holders)
 
 
-def _fewest(holders: Sequence[int], servers: int) -> int:
-    if servers <= EXACT_SERVERS:
-        sets = subsets(servers).tolist()
-        return next(each for each in sets if all(mask & each for mask in holders))
+def _fewest(holders: Sequence[int], order: tuple[int, ...]) -> int:
+    if len(order) <= EXACT_SERVERS:
+        return next(each for each in _sets(order) if all(mask & each for mask in holders))
     chosen = 0
     while unmet := [mask for mask in holders if not mask & chosen]:
-        chosen |= 1 << max(range(servers), key=lambda n: sum(mask >> n & 1 for mask in unmet))
+        chosen |= 1 << max(order, key=lambda n: sum(mask >> n & 1 for mask in unmet))
     return chosen
+
+
+@functools.cache
+def _sets(order: tuple[int, ...]) -> list[int]:
+    """All sets of servers, bitmasks, as `visit.subsets` has them."""
+    places = range(len(order))
+    return [sum(1 << order[i] for i in places if own >> i & 1) for own in subsets(len(order)).tolist()]
 
 
 class _Pace:
@@ -325,7 +332,7 @@ class HostCaller:
         masks = iter(self._holders(places, asked, version))
         for _, group in itertools.groupby(places.tolist(), lambda place: place // k):
             row = [*group]
-            chosen = choose(tuple(itertools.islice(masks, len(row))), self._spec.servers)
+            chosen = choose(tuple(itertools.islice(masks, len(row))), self._spec.order)
             for place, peer in zip(row, chosen, strict=True):
                 by_peer[peer].append(place)
         placed = []

@@ -29,11 +29,13 @@ class CallSpec:
     """What does not change of a server that makes expert calls.
 
     Raises:
-        ValueError: there are more servers, layers or experts than a call can name.
+        ValueError: there are more servers, layers or experts than a call can name, or the order
+            does not list each server once.
     """
 
     rank: int
-    servers: int
+    #: Of all servers, as this one prefers to call them (placement/visit.py).
+    order: tuple[int, ...]
     #: With routed experts, of so many `experts` each.
     layers: int
     experts: int
@@ -47,7 +49,11 @@ class CallSpec:
     fail_s: float = FAIL_S
 
     def __post_init__(self) -> None:
-        check_named(self.servers, self.layers, self.experts)
+        check_named(self.order, self.layers, self.experts)
+
+    @property
+    def servers(self) -> int:
+        return len(self.order)
 
 
 class Table(NamedTuple):

@@ -118,7 +118,13 @@ def runner(
         blocks,
         cache,
         transport,
+        order=order_of(rank, len(layout.devices)),
     )
+
+
+def order_of(rank: int, servers: int) -> list[int]:
+    """In which a server prefers to call the others: the one before it first, itself last."""
+    return [(rank - step) % servers for step in range(1, servers + 1)]
 
 
 def weights_of(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dance_jax.config import ClusterSpec, EngineConfig
-from dance_jax.launch.costs import cluster_cost, cost_note, exchanged_bytes
+from dance_jax.launch.costs import cluster_cost, cost_note, exchanged_bytes, preferences
 from dance_jax.launch.hosts import parse_hosts
 from dance_jax.models import model_config
 from dance_jax.placement import Cost
@@ -64,6 +64,17 @@ def test_times() -> None:
     found = cluster_cost(spec, MODEL, CONFIG)
     links = Cost.of_links([2e-3] * 3, [1, 2, 1], MODEL.top_k)
     assert_same(found, dataclasses.replace(links, call=np.array([5e-6, 6e-6, 7e-6])))
+
+
+def test_the_sooner_answer_is_preferred() -> None:
+    """By the slower link of the two, then by the callee's experts, then around the ring."""
+    alike = preferences(cluster("", "", ""), MODEL, CONFIG)
+    assert alike.tolist() == [[1, 2, 0], [2, 0, 1], [0, 1, 2]]
+    links = cluster("bandwidth=9Mbps", "bandwidth=1Mbps", "bandwidth=9Mbps")
+    assert preferences(links, MODEL, CONFIG).tolist() == [[2, 1, 0], [2, 0, 1], [0, 1, 2]]
+    rate = "bandwidth=9Mbps expert_time="
+    times = cluster(f"{rate}5us", f"{rate}9us", f"{rate}5us")
+    assert preferences(times, MODEL, CONFIG).tolist() == [[2, 1, 0], [2, 0, 1], [0, 1, 2]]
 
 
 def test_times_without_a_rate_do_not_count() -> None:

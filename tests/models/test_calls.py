@@ -130,6 +130,7 @@ class Cluster:
     Args:
         held: what their devices hold.
         played: servers that are not there, as the test plays them.
+        orders: in which each prefers to call the others; none: by number.
         limits: of `CallServer`.
     """
 
@@ -143,9 +144,11 @@ class Cluster:
         played=(),
         buffers=0,
         most_rows=MOST_ROWS,
+        orders: Sequence[Sequence[int]] = (),
         **limits: float,
     ) -> None:
         self.pools = [[make_pool(own, max(len(own), 1)) for own in devices] for devices in held]
+        self._orders = orders
         self._limits = {"repeat_s": LONG_S, "fail_s": LONG_S, **limits}
         experts = [[e for own in devices for e in own] for devices in held]
         self.servers = {
@@ -164,7 +167,8 @@ class Cluster:
     def _make(
         self, rank: int, wire: str, most_rows: int, experts: Sequence[int]
     ) -> CallServer | HostCallServer:
-        shape, pools = (rank, len(self.pools), LAYERS, EXPERTS), self.pools[rank]
+        order = self._orders[rank] if self._orders else range(len(self.pools))
+        shape, pools = (rank, tuple(order), LAYERS, EXPERTS), self.pools[rank]
         if self.native[rank % len(self.native)]:
             return CallServer(*shape, wire, most_rows, pools, **self._limits)
 
@@ -433,9 +437,15 @@ def test_experts_whose_numbers_take_two_bytes(monkeypatch):
 @native_calls
 def test_there_are_as_many_servers_as_a_call_can_name():
     with pytest.raises(ValueError, match="257 servers"):
-        CallServer(0, 257, 1, 1, "float32", 1, [])
+        CallServer(0, range(257), 1, 1, "float32", 1, [])
     with pytest.raises(ValueError, match="65537 experts"):
-        CallSpec(0, 2, 1, 65537, Wire("float32", D, 65537), 1, 1)
+        CallSpec(0, (0, 1), 1, 65537, Wire("float32", D, 65537), 1, 1)
+
+
+@native_calls
+def test_an_order_of_servers_lists_each_once():
+    with pytest.raises(ValueError, match="an order of 3 servers"):
+        CallServer(0, [1, 2, 2], 1, 1, "float32", 1, [])
 
 
 # Experts that are elsewhere.
@@ -1064,16 +1074,34 @@ def test_many_servers():
     share=st.sampled_from([0.1, 0.3, 0.7]),
 )
 def test_the_servers_that_are_asked_are_those_of_the_metrics(servers, seed, share):
-    """For many tokens of four experts at once, some of which nobody holds."""
-    has_tkn = np.random.default_rng(seed).random((20, 4, servers)) < share
+    """For many tokens of four experts at once, some of which nobody holds; in any order."""
+    rng = np.random.default_rng(seed)
+    has_tkn, order_n = rng.random((20, 4, servers)) < share, rng.permutation(servers)
+    order_n = order_n.astype(np.int32)
     masks_tk = (has_tkn * (1 << np.arange(servers))).sum(-1)
-    holders_wtk = server_masks(np.moveaxis(has_tkn, -1, 0))
-    wanted = choose_traced(holders_wtk, np.ones(masks_tk.shape, bool), servers)
+    holders_wtk = server_masks(np.moveaxis(has_tkn, -1, 0), order_n)
+    place_tk = np.asarray(choose_traced(holders_wtk, np.ones(masks_tk.shape, bool), servers))
+    wanted_tk = np.where(place_tk < 0, -1, order_n[place_tk])
     library = native.library()
     assert library is not None
-    for masks, own in zip(masks_tk, np.asarray(wanted), strict=True):
+    for masks, own in zip(masks_tk, wanted_tk, strict=True):
         masks, found = masks.astype(np.uint64), np.zeros(4, np.int64)
-        pointers = (ctypes.c_void_p(array.ctypes.data) for array in (masks, found))
-        library.ChooseServersForTest(ctypes.c_int64(4), next(pointers), servers, next(pointers))
+        masks_at, order_at, found_at = (
+            ctypes.c_void_p(array.ctypes.data) for array in (masks, order_n, found)
+        )
+        sizes = ctypes.c_int64(4), ctypes.c_int64(servers)
+        library.ChooseServersForTest(sizes[0], masks_at, sizes[1], order_at, found_at)
         assert found.tolist() == own.tolist()
-        assert list(choose(tuple(map(int, masks)), servers)) == own.tolist()
+        assert list(choose(tuple(map(int, masks)), tuple(order_n.tolist()))) == own.tolist()
+
+
+def test_equal_holders_are_asked_in_the_callers_order():
+    """Server 0 has nothing; each of the others has everything."""
+    everything = range(LAYERS * EXPERTS)
+    orders = [[2, 1, 0], [0, 2, 1], [0, 1, 2]]
+    with cluster(spread([[], everything, everything]), orders=orders) as found:
+        routes = draw(0, 4)
+        y_td, failed_t = call(found.servers[0], 0, *routes)
+        assert not failed_t.any()
+        np.testing.assert_allclose(y_td, expected(0, *routes), atol=1e-5)
+        assert found.servers[0].counters().rows[0].tolist() == [0, 0, 4]

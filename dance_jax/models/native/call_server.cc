@@ -188,8 +188,9 @@ extern "C" {
 
 // A server whose devices have these pools: its number; 0: there is no such pool. numbers [8]: rank,
 // servers, layers, experts of a layer, kind of the wire, most rows of a call, ns until a call is
-// repeated, and until it fails.
-int64_t CallServerNew(const int64_t* numbers, int64_t devices, const int64_t* pools) {
+// repeated, and until it fails. order [servers]: as it prefers to call them.
+int64_t CallServerNew(const int64_t* numbers, const int32_t* order, int64_t devices,
+                      const int64_t* pools) {
   std::vector<std::shared_ptr<dance::ExpertPool>> own;
   for (int64_t device = 0; device < devices; ++device) {
     own.push_back(dance::FindPool(pools[device]));
@@ -202,7 +203,8 @@ int64_t CallServerNew(const int64_t* numbers, int64_t devices, const int64_t* po
                              {static_cast<dance::WireKind>(numbers[4]), own.front()->spec().d, numbers[3]},
                              static_cast<uint32_t>(numbers[5]),
                              numbers[6],
-                             numbers[7]};
+                             numbers[7],
+                             {order, order + numbers[1]}};
   auto server = std::make_shared<dance::CallServer>(spec, std::move(own));
   const std::lock_guard<std::mutex> lock(dance::servers_mutex);
   dance::call_servers[dance::next_server] = std::move(server);
@@ -279,10 +281,12 @@ int64_t CallServerTakeTrace(int64_t number, dance::TraceEvent* events, int64_t m
   return server && server->trace() ? server->trace()->Take(events, most, lost) : 0;
 }
 
-// Servers [k] that are asked for a row's experts, for tests: masks [k] of up to 64 servers.
-void ChooseServersForTest(int64_t k, const uint64_t* masks, int servers, int64_t* found) {
+// Servers [k] that are asked for a row's experts, for tests: masks [k] of up to 64 servers; order
+// [servers].
+void ChooseServersForTest(int64_t k, const uint64_t* masks, int64_t servers, const int32_t* order,
+                          int64_t* found) {
   std::vector<dance::Ranks> holders(masks, masks + k);
-  const std::vector<int> chosen = dance::ChooseServers(holders, servers);
+  const std::vector<int> chosen = dance::ChooseServers(holders, {order, order + servers});
   std::copy(chosen.begin(), chosen.end(), found);
 }
 

@@ -9,7 +9,7 @@ namespace dance {
 namespace {
 
 // Servers up to which every set of them is weighed (placement/visit.py).
-constexpr int kExactServers = 8;
+constexpr size_t kExactServers = 8;
 // A call is late after so many times what it was expected to take, and fails after so many.
 constexpr double kLate = 3, kFailed = 10;
 // How long a row waits for a table by which somebody has what others have refused.
@@ -30,45 +30,46 @@ bool Meets(const std::vector<Ranks>& holders, const Ranks& chosen) {
   });
 }
 
-// Extends `chosen` by `more` servers from `from` on, lowest numbers first; false: no such set will do.
-bool ChooseMore(const std::vector<Ranks>& holders, int servers, int from, int more, Ranks& chosen) {
+// Extends `chosen` by `more` servers from a place of the order on, the first ones first; false: no such
+// set will do.
+bool ChooseMore(const std::vector<Ranks>& holders, const std::vector<int>& order, size_t from,
+                size_t more, Ranks& chosen) {
   if (more == 0) return Meets(holders, chosen);
-  for (int n = from; n <= servers - more; ++n) {
-    chosen.set(n);
-    if (ChooseMore(holders, servers, n + 1, more - 1, chosen)) return true;
-    chosen.reset(n);
+  for (size_t i = from; i + more <= order.size(); ++i) {
+    chosen.set(order[i]);
+    if (ChooseMore(holders, order, i + 1, more - 1, chosen)) return true;
+    chosen.reset(order[i]);
   }
   return false;
 }
 
-Ranks Fewest(const std::vector<Ranks>& holders, int servers) {
+Ranks Fewest(const std::vector<Ranks>& holders, const std::vector<int>& order) {
   Ranks chosen;
-  if (servers <= kExactServers) {
-    for (int size = 0; !ChooseMore(holders, servers, 0, size, chosen); ++size) {
+  if (order.size() <= kExactServers) {
+    for (size_t size = 0; !ChooseMore(holders, order, 0, size, chosen); ++size) {
     }
     return chosen;
   }
   while (!Meets(holders, chosen)) {
-    std::vector<int> gain(servers, 0);
+    std::vector<int> gain(order.size(), 0);
     for (const Ranks& own : holders) {
       if ((own & chosen).any()) continue;
-      for (int n = 0; n < servers; ++n) gain[n] += own[n];
+      for (size_t i = 0; i < order.size(); ++i) gain[i] += own[order[i]];
     }
-    chosen.set(std::max_element(gain.begin(), gain.end()) - gain.begin());
+    chosen.set(order[std::max_element(gain.begin(), gain.end()) - gain.begin()]);
   }
   return chosen;
 }
 
 }  // namespace
 
-std::vector<int> ChooseServers(const std::vector<Ranks>& holders, int servers) {
-  const Ranks chosen = Fewest(holders, servers);
+std::vector<int> ChooseServers(const std::vector<Ranks>& holders, const std::vector<int>& order) {
+  const Ranks chosen = Fewest(holders, order);
   std::vector<int> found;
   for (const Ranks& own : holders) {
     const Ranks both = own & chosen;
-    int first = 0;
-    while (first < servers && !both[first]) ++first;
-    found.push_back(first < servers ? first : -1);
+    const auto first = std::find_if(order.begin(), order.end(), [&](int n) { return both[n]; });
+    found.push_back(first == order.end() ? -1 : *first);
   }
   return found;
 }
@@ -265,7 +266,7 @@ std::vector<Caller::Part*> Caller::Place(const std::vector<Pair>& pairs, const R
     for (end = begin; end < pairs.size() && pairs[end].row == pairs[begin].row; ++end) {
       holders.push_back(Holders(pairs[end].expert, usable, version));
     }
-    const std::vector<int> chosen = ChooseServers(holders, server_.spec().servers);
+    const std::vector<int> chosen = ChooseServers(holders, server_.spec().order);
     for (size_t i = begin; i < end; ++i) by_peer[chosen[i - begin]].push_back(pairs[i]);
   }
   std::vector<Part*> placed;

@@ -61,8 +61,9 @@ constexpr size_t kMostGroups = 4;
 constexpr size_t kMostUnanswered = kMostGroups + 1;
 
 // The server that is asked for each of a row's experts, -1 where nobody holds it: the fewest servers
-// that hold all, as placement/visit.py has it. holders [k].
-std::vector<int> ChooseServers(const std::vector<Ranks>& holders, int servers);
+// that hold all, as placement/visit.py has it. holders [k]; order: all servers, as the caller prefers
+// to call them.
+std::vector<int> ChooseServers(const std::vector<Ranks>& holders, const std::vector<int>& order);
 
 // What a server counts of a peer; all grow. As models/counters.py has it.
 struct PeerCounters {
@@ -101,6 +102,7 @@ struct CallSpec {
   // A call that is not answered for so long is sent to another holder as well; for so long, fails. Both
   // are longer where calls are expected to take long.
   int64_t repeat_ns, fail_ns;
+  std::vector<int> order;  // all servers, as this one prefers to call them
 };
 
 class CallServer;
