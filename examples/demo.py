@@ -136,9 +136,14 @@ def comparison(runs: list[Run], names: tuple[str, ...]) -> Table:
     table.add_column("")
     for run in runs:
         table.add_column(run.result.plan.policy, justify="right")
+    exchanges = (run.result.plan.exchange.name for run in runs)
+    table.add_row("exchange", *exchanges, end_section=True)
     flows = [run.result.plan.placement.traffic(run.result.traffic.routes) for run in runs]
     table.add_row("local share of expert calls", *(f"{1 - flow.remote:.3f}" for flow in flows))
     table.add_row("transfers per token and layer", *(f"{flow.transfers:.3f}" for flow in flows))
+    layers = len(runs[0].result.traffic.transfers)
+    waited = (f"{run.result.traffic.layers_waited:.2f}" for run in runs)
+    table.add_row(f"layers waited for per token, of {layers}", *waited)
     busiest = (f"{flow.busiest:.3f}" for flow in flows)
     table.add_row("busiest link, hidden states per token and layer", *busiest)
     for source, name in enumerate(names):

@@ -6,8 +6,9 @@ users ask for a task of their own, as a Poisson process; placements are fitted t
 the same tasks. Words:
 
 - latency: of whole answers, from the moment a request was due.
-- remote, transfers: share of expert calls served elsewhere, hidden states sent per token and layer;
-  both as the engines counted them, means of the servers.
+- remote, any-miss, transfers: share of expert calls served elsewhere, of tokens of each layer with
+  any such call, hidden states sent per token and layer; all as the engines counted them, means of
+  the servers.
 - busiest, load: hidden states through the busiest server and direction of a layer, per token of a
   server; share of a layer's calls on the busiest device. Predicted on tokens that the placement was
   not fitted to.

@@ -27,7 +27,7 @@ class Cell:
         latency_s: of each whole answer.
         failed: answers that are not whole.
         expert_calls: of all servers' tokens.
-        remote, transfers: means of the servers; see `benchmarks.evaluation`.
+        remote, any_miss, transfers: means of the servers; see `benchmarks.evaluation`.
         busiest, load: as predicted.
         apart: share of hidden states that were sent while one server had tokens, see
             `placement.cost.apart_share`.
@@ -48,6 +48,7 @@ class Cell:
     failed: int
     expert_calls: float
     remote: float
+    any_miss: float
     transfers: float
     busiest: float
     load: float
@@ -107,6 +108,9 @@ def cell_of(
     def spent(name: str) -> np.ndarray:
         return np.subtract(getattr(last, name), getattr(first, name))
 
+    def per_token_and_layer(name: str) -> float:
+        return float(np.mean(spent(name) / np.maximum(spent("tokens") * layers, 1)))
+
     good = [answer for answer in run.answers if answer.good]
     return Cell(
         workload=workload,
@@ -117,7 +121,8 @@ def cell_of(
         failed=len(run.answers) - len(good),
         expert_calls=float((spent("local") + spent("remote")).sum()),
         remote=run.remote_share(0.0),
-        transfers=float(np.mean(spent("transfers") / np.maximum(spent("tokens") * layers, 1))),
+        any_miss=per_token_and_layer("away"),
+        transfers=per_token_and_layer("transfers"),
         busiest=placed.busiest,
         load=placed.load,
         apart=apart_share(

@@ -26,8 +26,9 @@ OVER_DANCE = 0.9
 PREDICTED = 0.15
 #: Of a row's attributes, what JSON has as the mean of its cells.
 _MEANS = (
-    "remote", "transfers", "busiest", "load", "apart", "bound_bytes", "bytes_ratio", "utilisation",
-    "steps", "tokens", "step_s", "alone_s", "communicating_s", "computing_s", "failed",
+    "remote", "any_miss", "transfers", "busiest", "load", "apart", "bound_bytes", "bytes_ratio",
+    "utilisation", "steps", "tokens", "step_s", "alone_s", "communicating_s", "computing_s",
+    "failed",
 )  # fmt: skip
 
 
@@ -60,6 +61,7 @@ def _results(rows: Sequence[Row]) -> Table:
         "p50",
         "p99",
         "remote",
+        "any-miss",
         "transfers",
         "busiest",
         "load",
@@ -72,7 +74,10 @@ def _results(rows: Sequence[Row]) -> Table:
         table.add_row(
             row.policy,
             *(_shown(mean) for mean in (row.mean_s, row.p50_s, row.p99_s)),
-            *(f"{row.average(n):.3f}" for n in ("remote", "transfers", "busiest", "load")),
+            *(
+                f"{row.average(name):.3f}"
+                for name in ("remote", "any_miss", "transfers", "busiest", "load")
+            ),
             " ".join(f"{sent / 1e6:.1f}" for sent in row.wire_bytes),
             f"{row.average('bytes_ratio'):.2f}",
             f"{row.average('utilisation'):.0%}",

@@ -39,8 +39,10 @@ class Sample:
     sent: list[float]
     #: The same through the hosts' interfaces; empty where there are none.
     wire: list[float]
-    #: Hidden states sent; those of all servers through the busiest link of each layer; tokens.
+    #: Hidden states sent; tokens of each layer that had any of their calls elsewhere; hidden states
+    #: of all servers through the busiest link of each layer; tokens.
     transfers: list[float]
+    away: list[float]
     busiest: list[float]
     tokens: list[float]
     steps: list[float]
@@ -177,6 +179,7 @@ async def sample(api: Api, origin: float, wire: Callable[[], list[float]] = _not
         sent=each("link_bytes_total", direction="sent"),
         wire=await asyncio.to_thread(wire),
         transfers=each("transfers_total"),
+        away=each("token_layers_away_total"),
         busiest=each("busiest_transfers_total"),
         tokens=[
             sum(both)

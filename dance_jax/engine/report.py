@@ -85,7 +85,7 @@ class EngineReport(msgspec.Struct):
     #: devices' seconds in them, together; 0 where it is not counted: without the C++ library.
     calls_served: int = 0
     expert_seconds: float = 0.0
-    #: Of expert calls, zeros where servers step together; and of each server, by rank, empty then.
+    #: Of expert calls and layers; and of each server, by rank, empty where servers step together.
     sums: Sums = msgspec.field(default_factory=Sums)
     peers: list[PeerCounters] = []
     #: Sequences that failed in a step for want of an expert, each time anew; and those that wait

@@ -569,7 +569,7 @@ class Runner:
     def _nothing_crossed(self) -> Crossed:
         layers, servers = len(self.model_config.moe_layers), self.topology.num_servers
         links, none = np.zeros((layers, servers, servers), np.int32), np.zeros((), np.int32)
-        return Crossed(links, links, none, none)
+        return Crossed(links, links, np.zeros(layers, np.int32), none, none)
 
     def read(self, array: jax.Array) -> list[np.ndarray]:
         """A per-device array of the step (an extra, or of the memory), one per local device."""

@@ -69,6 +69,8 @@ class Crossed(NamedTuple):
     #: int32 [l, n, n] each: `Exchanged.rows` and `.bytes` of each MoE layer.
     rows: Leaf
     bytes: Leaf
+    #: int32 [l]: `Exchanged.away` of each.
+    away: Leaf
     #: int32 []: the most that a server had to do, and the batch of experts that all servers are
     #: ready to put in place, or 0.
     work: Leaf
@@ -278,7 +280,8 @@ def begin(
     crossed = None
     if servers > 1:
         links = jnp.zeros((layers, servers, servers), jnp.int32)
-        crossed = Crossed(links, links, jnp.int32(0), jnp.int32(0))
+        away = jnp.zeros(layers, jnp.int32)
+        crossed = Crossed(links, links, away, jnp.int32(0), jnp.int32(0))
     return hidden_td, rotations, pack_traced(batch.sampling), Record(routes, failed, crossed)
 
 
@@ -317,6 +320,7 @@ def layer(
         crossed = Crossed(
             put(crossed.rows, exchanged.rows, at, 0),
             put(crossed.bytes, exchanged.bytes, at, 0),
+            put(crossed.away, exchanged.away, at, 0),
             exchanged.work,
             exchanged.loaded,
         )

@@ -27,7 +27,7 @@ class Totals:
     #: int64 [n], payload bytes to and from each server.
     bytes_sent: np.ndarray
     bytes_received: np.ndarray
-    #: Of calls; of each server, and empty where servers step together.
+    #: Of calls and layers; of each server, and empty where servers step together.
     sums: Sums = dataclasses.field(default_factory=Sums)
     peers: tuple[PeerCounters, ...] = ()
 
@@ -67,7 +67,7 @@ class LockStepTraffic:
     def reset(self) -> None:
         layers, servers = self._shape
         self._transfers = np.zeros((layers, servers), np.int64)
-        self._rows = self._busiest_rows = 0
+        self._rows = self._busiest_rows = self._layers_waited = self._rows_away = 0
         self._bytes = np.zeros((servers, servers), np.int64)
 
     def add(self, crossed: Crossed) -> None:
@@ -75,12 +75,15 @@ class LockStepTraffic:
         self._rows += int(crossed.rows.sum())
         ways_ln = np.maximum(crossed.rows.sum(1), crossed.rows.sum(2))
         self._busiest_rows += int(ways_ln.max(1).sum())
+        self._layers_waited += int((crossed.away > 0).sum())
+        self._rows_away += int(crossed.away.sum())
         self._bytes += crossed.bytes.sum(0)
 
     def totals(self) -> Totals:
         sent, received = self._bytes[self._rank], self._bytes[:, self._rank]
         rows = self._rows, self._busiest_rows
-        return Totals(self._transfers.copy(), *rows, sent.copy(), received.copy())
+        sums = Sums(layers_waited=self._layers_waited, rows_away=self._rows_away)
+        return Totals(self._transfers.copy(), *rows, sent.copy(), received.copy(), sums)
 
     def inside(self) -> Mapping[str, float]:
         return {"wait": 0.0, "exchange": 0.0, "experts": kernels_cpu.routed_seconds()[1]}

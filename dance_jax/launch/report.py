@@ -83,6 +83,11 @@ def print_summary(console: Console, result: RunResult) -> None:
     table.add_row(
         "transfers", f"{traffic.transfers_per_token:.3f} remote servers per token and layer"
     )
+    table.add_row(
+        "layers waited for",
+        f"{traffic.layers_waited:.2f} of {len(traffic.transfers)} per token "
+        f"(any-miss {traffic.any_miss:.3f})",
+    )
     console.print(table)
     console.print(bytes_table(result))
     console.print(_pool_table(result))

@@ -36,6 +36,8 @@ class Traffic:
     bytes_sent: np.ndarray
     #: int64 [servers], tokens each server computed.
     tokens: np.ndarray
+    #: int64 [servers], pairs of token and MoE layer with an expert call that left the server.
+    away: np.ndarray
     #: Per server int16 [tokens, layers, k], a bounded sample of routes.
     routes: tuple[np.ndarray, ...]
     #: Per server, bytes of the expert pool on each device.
@@ -44,8 +46,21 @@ class Traffic:
     @property
     def transfers_per_token(self) -> float:
         """Remote servers a token visits per layer, mean over layers and all tokens."""
-        tokens = int(self.tokens.sum()) * self.transfers.shape[0]
-        return float(self.transfers.sum() / tokens) if tokens else 0.0
+        return self._per_token_and_layer(self.transfers)
+
+    @property
+    def any_miss(self) -> float:
+        """Share of pairs of token and MoE layer with an expert call that left the server."""
+        return self._per_token_and_layer(self.away)
+
+    @property
+    def layers_waited(self) -> float:
+        """MoE layers in which a token waited for another server, mean over all tokens."""
+        return self.any_miss * self.transfers.shape[0]
+
+    def _per_token_and_layer(self, counted: np.ndarray) -> float:
+        pairs = int(self.tokens.sum()) * self.transfers.shape[0]
+        return float(counted.sum() / pairs) if pairs else 0.0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -139,6 +154,7 @@ def gather(stats: Sequence[EngineStats]) -> Traffic:
         transfers=np.stack([np.asarray(each.transfers, np.int64) for each in stats], axis=1),
         bytes_sent=np.array([each.bytes_sent for each in stats], np.int64),
         tokens=np.array([each.tokens for each in stats], np.int64),
+        away=np.array([each.sums.rows_away for each in stats], np.int64),
         routes=tuple(each.routes_tlk for each in stats),
         pool_bytes=tuple(tuple(each.pool_bytes) for each in stats),
     )

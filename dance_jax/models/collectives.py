@@ -83,6 +83,7 @@ class Collectives:
             # With the order in them, they tie the sums' messages to these.
             rows=rows + order,
             bytes=wire_bytes(rows, first, row_bytes(like), sum_bytes),
+            away=outgoing.goes.any(0).sum(dtype=jnp.int32),
             work=work,
             loaded=loaded,
             memory=jnp.maximum(jnp.minimum(largest, LADDER[-1]) * CREDIT_STEPS, memory - 1),

@@ -69,6 +69,10 @@ class Sums:
     layers: float = 0.0
     local_s: float = 0.0
     waited_s: float = 0.0
+    #: Layers of own steps of which any row has calls that leave this server, once in a step; and
+    #: these rows. Of servers that step together, too.
+    layers_waited: float = 0.0
+    rows_away: float = 0.0
     served_s: float = _metric("Time in which experts were computed for other servers")
     served_batches: float = _metric("Computations of experts for calls that waited together")
     #: Of answers, without what callees say they took.

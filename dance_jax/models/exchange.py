@@ -186,7 +186,7 @@ class HostCalls:
 def nothing_exchanged(said: Array, memory: Any) -> Exchanged:
     """What a step without other servers reports."""
     none = jnp.zeros((1, 1), jnp.int32)
-    return Exchanged(none, none, *agree(said[None]), memory)
+    return Exchanged(none, none, jnp.int32(0), *agree(said[None]), memory)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -81,8 +81,8 @@ def _fewest(holders: Sequence[int], order: tuple[int, ...]) -> int:
 @functools.cache
 def _sets(order: tuple[int, ...]) -> list[int]:
     """All sets of servers, bitmasks, as `visit.subsets` has them."""
-    places = range(len(order))
-    return [sum(1 << order[i] for i in places if own >> i & 1) for own in subsets(len(order)).tolist()]
+    sets = subsets(len(order)).tolist()
+    return [sum(1 << n for i, n in enumerate(order) if own >> i & 1) for own in sets]
 
 
 class _Pace:
@@ -251,6 +251,9 @@ class HostCaller:
         # Late answers to earlier calls: whoever has sent all of them is asked again.
         self._exchange(0)
         first = self._place(np.flatnonzero(known_tk & ~local_tk), 0, table.version, 0)
+        away = [part.rows for part in first if part.peer not in (-1, spec.rank)]
+        if away:
+            self._state.count_away(rows.layer, len(np.unique(np.concatenate(away))))
         begin = time.monotonic_ns()
         if local_tk.any():
             local = self._new_part(spec.rank, np.flatnonzero(local_tk), 0)

@@ -85,6 +85,8 @@ class HostState:
         self._peers = [PeerCounters() for _ in range(spec.servers)]
         self._rows = np.zeros((spec.layers, spec.servers), np.int64)
         self._sums = Sums()
+        #: The last step in which a layer waited for others, by layer.
+        self._waited = [-1] * spec.layers
         #: Of a trace; most is 0 where nobody wants one.
         self._events: list[TraceEvent] = []
         self._most_events = self._lost_events = 0
@@ -135,6 +137,13 @@ class HostState:
         with self._lock:
             _add(self._peers[peer], {"calls": 1, "rows": rows, "bytes_sent": size})
             self._rows[layer, peer] += rows
+
+    def count_away(self, layer: int, rows: int) -> None:
+        """So many rows of a layer of the step that runs have calls that leave this server."""
+        with self._lock:
+            new = self._waited[layer] != self.step
+            _add(self._sums, {"layers_waited": new, "rows_away": rows})
+            self._waited[layer] = self.step
 
     def sum(self, **more: float | Moved) -> None:
         """Adds to `Sums`."""

@@ -46,12 +46,14 @@ class Incoming(NamedTuple):
 
 
 class Exchanged(NamedTuple):
-    """What one layer's exchange reports; known alike to all servers."""
+    """What one layer's exchange reports; known alike to all servers, but for `away`."""
 
     #: int32 [n, n], rows sent from server (first axis) to server (second axis).
     rows: Array
     #: int32 [n, n], payload bytes from server to server, sums included.
     bytes: Array
+    #: int32 [], this server's own rows that went to any other.
+    away: Array
     #: int32 [], the most work that a server has; the batch of experts that all are ready to put in
     #: place, 0 where they do not name the same (`agree`).
     work: Array

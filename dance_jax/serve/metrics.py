@@ -265,6 +265,16 @@ class _EngineMetrics(Collector):
                 report.busiest_rows,
             ),
             (
+                "layers_waited",
+                "MoE layers of steps that waited for another server",
+                report.sums.layers_waited,
+            ),
+            (
+                "token_layers_away",
+                "Tokens of each MoE layer with an expert call to another server",
+                report.sums.rows_away,
+            ),
+            (
                 "expert_calls_served",
                 "Expert calls computed here, also for other servers",
                 report.calls_served,

@@ -74,7 +74,8 @@ def check_row(reply: dict, index: int, expected: dict) -> None:
 
 
 def check_traffic(replies: list[list[dict]], resident: np.ndarray) -> np.ndarray:
-    """Hidden states sent, per layer and pair, are what the recorded routes say: [l, n, n]."""
+    """Hidden states sent, per layer and pair, are what the recorded routes say, [l, n, n]; and so
+    are those with any expert elsewhere."""
     routes = [
         np.concatenate([route for device in server for route in device["routes"]])
         if any(device["routes"] for device in server)
@@ -89,6 +90,9 @@ def check_traffic(replies: list[list[dict]], resident: np.ndarray) -> np.ndarray
         expected[:, n, order] = found.transfers_lnn[:, order.index(n)] * tokens[n]
     sent = np.stack([server[0]["sent"] for server in replies], 1)
     np.testing.assert_allclose(sent, expected, atol=1e-6)
+    for held, server, own in zip(resident, replies, routes, strict=True):
+        missed_tl = ~held[np.arange(LAYERS)[:, None], own].all(-1)
+        assert server[0]["away"] == missed_tl.sum()
     return sent
 
 

@@ -198,9 +198,9 @@ def run(
     bucket, devices = command
     rows = [rows_of(bucket, tokens) for tokens in devices]
     entries = tuple(tuple(row for parts in device for row in parts) for device in rows)
-    before = sent_by_calls(runner)
+    before = by_calls(runner)
     outcomes, extras = runner.run(StepPlan(*bucket, entries), work=BUSY, loaded=loaded)
-    sent_by_calls_ln = sent_by_calls(runner) - before
+    sent_ln, away = (now - then for now, then in zip(by_calls(runner), before, strict=True))
     replies = []
     for device, outcome, logits, routes in zip(
         rows, outcomes, runner.read(extras.logits), runner.read(extras.routes), strict=True
@@ -214,7 +214,8 @@ def run(
                     for parts in device
                 ],
                 "failed": bool(outcome.any_failed),
-                "sent": sent_by_calls_ln + outcome.crossed.rows[:, runner.topology.rank],
+                "sent": sent_ln + outcome.crossed.rows[:, runner.topology.rank],
+                "away": away + outcome.crossed.away.sum(),
                 "rows": outcome.crossed.rows,
                 "bytes": outcome.crossed.bytes[:, runner.topology.rank],
                 "loaded": int(outcome.crossed.loaded),
@@ -223,6 +224,10 @@ def run(
     return replies
 
 
-def sent_by_calls(runner: Runner) -> np.ndarray | int:
-    """int64 [l, n], hidden states that went to each server so far; 0 where none is called."""
-    return 0 if runner.calls is None else runner.calls.counters().rows
+def by_calls(runner: Runner) -> tuple[np.ndarray | int, float]:
+    """int64 [l, n], hidden states that went to each server so far, and those that went to any;
+    zeros where none is called."""
+    if runner.calls is None:
+        return 0, 0.0
+    counters = runner.calls.counters()
+    return counters.rows, counters.sums.rows_away

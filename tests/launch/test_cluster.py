@@ -93,6 +93,18 @@ def test_transfers_agree_with_the_recorded_routes(tiny: Tiny) -> None:
     assert f"{traffic.transfers_per_token:.3f} remote servers" in tiny.terminal
 
 
+def test_tokens_wait_for_layers_with_a_miss(tiny: Tiny) -> None:
+    traffic, resident = tiny.result.traffic, tiny.result.plan.placement.resident
+    missed = [
+        ~resident[server][np.arange(LAYERS)[:, None], routes].all(-1)
+        for server, routes in enumerate(traffic.routes)
+    ]
+    assert traffic.away.tolist() == [each.sum() for each in missed]
+    assert traffic.any_miss == pytest.approx(np.concatenate(missed).mean())
+    waited = f"{traffic.layers_waited:.2f} of {LAYERS} per token (any-miss {traffic.any_miss:.3f})"
+    assert waited in tiny.terminal
+
+
 def test_the_summary_has_everything(tiny: Tiny) -> None:
     for words in (
         "requests",

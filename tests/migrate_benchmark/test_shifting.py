@@ -28,6 +28,7 @@ def sample(at_s: float, local: float, remote: float, migrations: int = 0) -> Sam
         sent=[10 * remote] * 2,
         wire=[],
         transfers=[0.0] * 2,
+        away=[0.0] * 2,
         busiest=[0.0] * 2,
         tokens=[0.0] * 2,
         seconds={},

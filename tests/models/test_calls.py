@@ -417,7 +417,9 @@ def test_groups_of_rows_whose_calls_are_under_way_at_once():
         assert not failed_t.any()
         wanted_td = expected(1, x_td, *routes, valid_t)
         np.testing.assert_allclose(np.asarray(y_td), wanted_td, rtol=0, atol=1e-4)
-        assert server.counters().sums.layers == 1
+        sums = server.counters().sums
+        away_t = (routes[0] % 3 != 0).any(1) & valid_t
+        assert (sums.layers, sums.layers_waited, sums.rows_away) == (1, 1, away_t.sum())
 
 
 def test_experts_whose_numbers_take_two_bytes(monkeypatch):
@@ -946,8 +948,11 @@ def test_counters():
     held = spread([[0, 1], [2, 3], [4, 5]])
     with cluster(held) as found:
         x_td, expert_tk, weight_tk = draw(16, 20)
-        for _ in range(3):
+        expert_tk[:5] = 0
+        for step in range(3):
+            found.servers[0].begin_step(step)
             call(found.servers[0], 0, x_td, expert_tk, weight_tk)
+        call(found.servers[0], 1, x_td, expert_tk, weight_tk, np.zeros(20, bool))
         rows = [((expert_tk // 2) == n).any(axis=1).sum() for n in range(3)]
         pairs = [((expert_tk // 2) == n).sum() for n in range(3)]
         mine = found.servers[0].counters()
@@ -963,7 +968,8 @@ def test_counters():
             assert ours.waited_ns > 0 and peer.queued_ns >= 0
             assert theirs.sums.served_batches == 3 and theirs.sums.served_s > 0
             assert ours.refusals == ours.repeats == ours.lost == ours.failed_rows == 0
-        assert (mine.sums.layers, mine.sums.moved.calls) == (3, 6)
+        assert (mine.sums.layers, mine.sums.moved.calls) == (4, 6)
+        assert (mine.sums.layers_waited, mine.sums.rows_away) == (3, 3 * 15)
         there_and_back = sum(ours.bytes_sent for ours in mine.peers) + 3 * sum(rows[1:]) * 4 * D
         assert mine.sums.moved.bytes == there_and_back
 

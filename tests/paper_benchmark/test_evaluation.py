@@ -53,6 +53,7 @@ def sample(at_s: float, share: float, sent: float) -> Sample:
         sent=[sent] * 2,
         wire=[1.1 * sent] * 2,
         transfers=[sent / 64] * 2,
+        away=[sent / 80] * 2,
         busiest=[1.5 * sent / 64] * 2,
         tokens=[100.0 if at_s else 0.0] * 2,
         steps=[at_s * 5] * 2,
@@ -123,7 +124,7 @@ def test_a_cell_is_what_servers_counted(cells: list[Cell]) -> None:
     cell = cells[0]
     assert (len(cell.latency_s), cell.failed) == (3, 1)
     assert cell.remote == pytest.approx(0.25) and cell.expert_calls == 2 * 100 * LAYERS * K
-    assert cell.transfers == pytest.approx(0.5)
+    assert cell.transfers == pytest.approx(0.5) and cell.any_miss == pytest.approx(0.4)
     # 0.75 of all states passed busiest links, where 0.5 do when all send at once.
     where = Placed("uniform", Placement(np.ones((2, LAYERS, EXPERTS), bool)), 1.0, 1.0, 0.5)
     assert watched(1.0).cpu_s == [2.5, 5.0]
@@ -350,8 +351,8 @@ def test_what_is_shown(cells: list[Cell], tmp_path: pathlib.Path, capsys: Any) -
     )
     assert row["p99_s"]["value"] == pytest.approx(1.05)
     assert row["wire_bytes"] == pytest.approx([1.1 * 6400] * 2)
-    known = {"remote": 0.25, "transfers": 0.5, "busiest": 0.0, "load": 0.5, "utilisation": 0.9}
-    known |= {"bytes_ratio": 1.1, "alone_s": 8.0, "communicating_s": 1.0}
+    known = {"remote": 0.25, "any_miss": 0.4, "transfers": 0.5, "busiest": 0.0, "load": 0.5}
+    known |= {"utilisation": 0.9, "bytes_ratio": 1.1, "alone_s": 8.0, "communicating_s": 1.0}
     assert {name: row[name] for name in known} == pytest.approx(known)
     assert plain["nearest_to_paper"][0]["rate"] == 20_000_000
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -42,6 +43,7 @@ REPORT = EngineReport(
     busiest_rows=40,
     bucket_steps={"4+0": 7, "16+1": 3},
     calls_served=350,
+    sums=Sums(layers_waited=8, rows_away=45),
     spare_slots=5,
 )
 #: (name, further labels in the order of their names) -> value
@@ -62,6 +64,8 @@ EXPECTED = {
     ("expert_calls_total", "remote"): 100,
     ("transfers_total",): 55,
     ("busiest_transfers_total",): 40,
+    ("layers_waited_total",): 8,
+    ("token_layers_away_total",): 45,
     ("expert_calls_served_total",): 350,
     ("bucket_steps_total", "4+0"): 7,
     ("bucket_steps_total", "16+1"): 3,
@@ -144,7 +148,9 @@ def test_expert_calls(info: ServeInfo) -> None:
     report = msgspec.structs.replace(
         REPORT,
         peers=[PeerCounters(), peer],
-        sums=Sums(served_s=0.75, served_batches=13, moved=Moved(1, 2, 3, 4, 5, 6)),
+        sums=dataclasses.replace(
+            REPORT.sums, served_s=0.75, served_batches=13, moved=Moved(1, 2, 3, 4, 5, 6)
+        ),
         failed_sequences=6,
         stalled=2,
     )

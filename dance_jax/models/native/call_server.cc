@@ -18,6 +18,7 @@ CallServer::CallServer(const CallSpec& spec, std::vector<std::shared_ptr<ExpertP
     : spec_(spec),
       pools_(std::move(pools)),
       tables_(std::make_shared<Tables>(1, NewTable(0, nullptr))),
+      waited_(spec.layers, -1),
       counters_(spec.servers),
       rows_(spec.layers * spec.servers),
       answerer_(*this) {
@@ -43,6 +44,14 @@ std::shared_ptr<const Table> CallServer::NewTable(int64_t version, const bool* r
 std::shared_ptr<const Tables> CallServer::tables() const {
   const std::lock_guard<std::mutex> lock(tables_mutex_);
   return tables_;
+}
+
+void CallServer::CountAway(int64_t step, int64_t layer, int64_t rows) {
+  Sum([&](CallSums& sums) {
+    sums.layers_waited += waited_[layer] != step;
+    sums.rows_away += rows;
+    waited_[layer] = step;
+  });
 }
 
 void CallServer::SetTable(int64_t version, const bool* resident) {

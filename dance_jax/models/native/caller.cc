@@ -209,6 +209,17 @@ void Caller::Start(const LayerRows& rows, int64_t first) {
   // Late answers to earlier calls: whoever has sent all of them is asked again.
   Poll(0);
   group.parts = Place(missing, Ranks(), table.version, 0);
+  CountAway(group);
+}
+
+void Caller::CountAway(const Group& group) const {
+  std::vector<char> away(group.t);
+  for (const Part* part : group.parts) {
+    if (part->peer < 0 || part->peer == server_.spec().rank) continue;
+    for (const int32_t row : part->rows) away[row - group.first] = 1;
+  }
+  const int64_t rows = std::count(away.begin(), away.end(), 1);
+  if (rows > 0) server_.CountAway(step_, layer_, rows);
 }
 
 bool Caller::Finish(int64_t first, float* y, bool* failed) {

@@ -88,6 +88,8 @@ struct PeerCounters {
 // How long things took, as they add up over all calls and layers.
 struct CallSums {
   double layers = 0, local_s = 0, waited_s = 0;  // of own steps: layers run, experts here, answers
+  // Layers of own steps of which any row has calls that leave this server, once in a step; these rows.
+  double layers_waited = 0, rows_away = 0;
   double served_s = 0, served_batches = 0;       // of the others' calls, several in one go perhaps
   // Of answers: their number, seconds on the way, bytes there and back, and the products of these, for
   // the line of seconds over bytes.
@@ -198,6 +200,8 @@ class Caller {
   // has is kNowhere until `patience_ns` have passed.
   std::vector<Part*> Place(const std::vector<Pair>& pairs, const Ranks& asked, int64_t version,
                            int64_t patience_ns);
+  // Counts the rows of a group, from `first` on, that have calls elsewhere.
+  void CountAway(const Group& group) const;
   // Sends a part, or leaves it for when its server has answered another.
   void Send(Part& part);
   void ComputeHere(Part& part);
@@ -327,6 +331,8 @@ class CallServer {
   // y [n, d]: as RunExperts, numbers are places in `held`.
   void Compute(const Held& held, const Assignments& rows, float* y);
 
+  // So many rows of a layer of a step have calls that leave this server.
+  void CountAway(int64_t step, int64_t layer, int64_t rows);
   // Calls change(sums), one thread at a time.
   template <typename Change>
   void Sum(const Change& change) {
@@ -356,6 +362,7 @@ class CallServer {
   std::shared_ptr<const Tables> tables_;
   std::mutex sums_mutex_;
   CallSums sums_;
+  std::vector<int64_t> waited_;                // by layer, the last step in which it waited
   std::deque<PeerCounters> counters_;          // by rank
   std::deque<std::atomic<int64_t>> rows_;      // [layers, servers]
   std::atomic<int64_t> step_ = 0;
