@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import collections
 import contextlib
 import dataclasses
 import os
@@ -59,7 +60,7 @@ from dance_jax.launch.prompts import check_writable
 from dance_jax.models.config import ModelConfig
 from dance_jax.models.convert import outline
 from dance_jax.models.tokenizer import Tokenizer
-from dance_jax.placement import Activations, Cost
+from dance_jax.placement import Activations, CallCost, Cost, LockStepCost
 from dance_jax.placement.simulate import Model
 from dance_jax.placement.spare import reserve
 
@@ -309,7 +310,11 @@ class Evaluation:
         spec, layers = self._place.spec, len(self._work.model.moe_layers)
         row = exchanged_bytes(self._work.model.hidden_size, self._work.config)
         for policy in self._options.policies:
-            known = [c for c in self._cells if (c.rate, c.workload) == (rate, workload.name)]
+            known = [
+                (cell, run)
+                for cell, run in zip(self._cells, self._measured, strict=True)
+                if (cell.rate, cell.workload) == (rate, workload.name)
+            ]
             cost = self._cost(rate, known)
             found = placed(
                 policy, activations, spec.devices, self._slots(), cost, self._options.seed
@@ -348,19 +353,36 @@ class Evaluation:
         options, config = self._options, self._work.config
         return Askers(self._tokenizer, config.max_model_len, options.max_tokens, options.rate, seed)
 
-    def _cost(self, rate: int | None, cells: Sequence[Cell]) -> Cost:
-        """Seconds: of links as they are shaped, of experts and of servers that had tokens one at a
-        time as it was measured; `cells` are of the same workload and rate."""
-        calls = sum(cell.expert_calls for cell in cells)
-        call_s = sum(cell.seconds["experts"] for cell in cells) * len(self._place.spec.servers)
+    def _cost(self, rate: int | None, runs: Sequence[tuple[Cell, Measured]]) -> Cost:
+        """Seconds: of links as they are shaped, of experts, of steps' rows and of servers that had
+        tokens one at a time as it was measured in `runs`, of the same workload and rate."""
+        spec, config = self._place.spec, self._work.config
+        calls = sum(cell.expert_calls for cell, _ in runs)
+        call_s = sum(cell.seconds["experts"] for cell, _ in runs) * len(spec.servers)
         servers = tuple(
             dataclasses.replace(
                 server, bandwidth=rate or UNSHAPED, expert_time=call_s / calls if calls else None
             )
-            for server in self._place.spec.servers
+            for server in spec.servers
         )
-        cost = cluster_cost(ClusterSpec(servers), self._work.model, self._work.config)
-        return cost.apart(float(np.mean([cell.apart for cell in cells]))) if cells else cost
+        if "collectives" in self._options.launch:
+            config = dataclasses.replace(config, exchange="collectives")
+        cost = cluster_cost(ClusterSpec(servers), self._work.model, config)
+        if not runs:
+            return cost
+        if isinstance(cost, LockStepCost):
+            return cost.apart(float(np.mean([cell.apart for cell, _ in runs])))
+        assert isinstance(cost, CallCost)
+        buckets: collections.Counter[tuple[int, int]] = collections.Counter()
+        for _, run in runs:
+            for windows in run.work:
+                for window in windows:
+                    buckets += window.buckets
+        rows = tuple(
+            (decode + slices * config.block_size, steps)
+            for (decode, slices), steps in buckets.items()
+        )
+        return dataclasses.replace(cost, rows=rows or cost.rows)
 
 
 def setup(options: argparse.Namespace, work: Work) -> dict[str, Any]:

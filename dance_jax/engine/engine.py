@@ -16,7 +16,7 @@ from dance_jax.engine.compile_cache import CompileCache
 from dance_jax.engine.detokenizer import Decoder
 from dance_jax.engine.kv_cache import num_blocks, state_copies
 from dance_jax.engine.output import RequestTracker, SampledToken
-from dance_jax.engine.report import EngineReport, EngineStats
+from dance_jax.engine.report import STEP_SIZES, EngineReport, EngineStats
 from dance_jax.engine.route_sample import RouteSample
 from dance_jax.engine.runner import Runner
 from dance_jax.engine.scheduler import Row, Scheduler, StepPlan
@@ -147,6 +147,8 @@ class Engine:
         self._cost_base = self._costs()
         self._work = IDLE
         self._bucket_steps: collections.Counter[Bucket] = collections.Counter()
+        #: See `EngineStats.step_rows`.
+        self._step_rows = [(0, 0)] * STEP_SIZES
         self._routes = RouteSample(
             config.route_sample, (layers, model.top_k), seed=rank, half_life=config.half_life
         )
@@ -372,6 +374,7 @@ class Engine:
             routes=self._routes.kept.tobytes(),
             top_k=self._top_k,
             pool_bytes=self.runner.pools.bytes,
+            step_rows=list(self._step_rows),
             **self._measured(),
         )
 
@@ -441,6 +444,10 @@ class Engine:
         self.steps += 1
         self._bucket_steps[self.config.buckets[0] if plan.empty else plan.bucket] += 1
         self.tokens += plan.num_tokens
+        if plan.num_tokens:
+            size = min((plan.num_tokens - 1).bit_length(), STEP_SIZES - 1)
+            steps, rows = self._step_rows[size]
+            self._step_rows[size] = steps + 1, rows + plan.num_tokens
         crossed = outcome.crossed
         self._work = int(crossed.work)
         rows = [row for device in plan.entries for row in device]

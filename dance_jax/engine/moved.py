@@ -31,3 +31,14 @@ def seconds_per_byte(moved: Moved) -> float | None:
     slope = xy / xx
     scatter = math.sqrt(max(yy - slope * xy, 0.0) / free / xx)
     return slope if slope > CERTAIN * scatter else None
+
+
+def seconds_per_call(moved: Moved, byte_s: float | None) -> float | None:
+    """What a call takes beside its bytes, in the mean; None: too few are known.
+
+    Args:
+        byte_s: of `seconds_per_byte`, or known otherwise; None: bytes take no time.
+    """
+    if moved.calls < LEAST_CALLS:
+        return None
+    return max(moved.seconds - (byte_s or 0.0) * moved.bytes, 0.0) / moved.calls

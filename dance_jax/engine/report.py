@@ -7,6 +7,9 @@ import numpy as np
 
 from dance_jax.models.counters import PeerCounters, Sums
 
+#: Of `EngineStats.step_rows`: the largest steps are all of the last size.
+STEP_SIZES = 16
+
 
 class EngineStats(msgspec.Struct):
     """What one server counted since its start: much, told on request."""
@@ -25,6 +28,8 @@ class EngineStats(msgspec.Struct):
     top_k: int
     #: Bytes of the live expert pool of each device.
     pool_bytes: list[int]
+    #: Of steps with up to 2^i rows, and more than 2^(i - 1): how many, and their rows.
+    step_rows: list[tuple[int, int]] = []
     #: As in `EngineReport`.
     rows: int = 0
     busiest_rows: int = 0

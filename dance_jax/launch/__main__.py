@@ -20,7 +20,6 @@ from dance_jax.cache import default_cache_dir
 from dance_jax.config import ClusterSpec, EngineConfig, Rounding, UserError
 from dance_jax.launch.attend import attend
 from dance_jax.launch.cluster import Cluster
-from dance_jax.launch.costs import SERVICE_APART
 from dance_jax.launch.defaults import default_platform, demo_dir, engine_config
 from dance_jax.launch.fleet import ClusterError, Fleet, Network
 from dance_jax.launch.hosts import read_hosts
@@ -134,9 +133,9 @@ def _launch(options: argparse.Namespace, platform: str, console: Console) -> int
     activations = matched(activations, part.spec, model)
     state = _state(console, moving.state_dir, part.spec, model, held)
     if state is None:
-        apart = SERVICE_APART if options.prompts is None else 0.0
+        service = options.prompts is None
         place = functools.partial(
-            _place, console, options.policy, activations, apart, model, config
+            _place, console, options.policy, activations, service, model, config
         )
     else:
         place = functools.partial(_resume, console, state, model, config)
@@ -232,14 +231,14 @@ def _place(
     console: Console,
     policy: str,
     activations: Activations | None,
-    apart: float,
+    service: bool,
     model: ModelFacts,
     config: EngineConfig,
     spec: ClusterSpec,
 ) -> Plan:
     """Decides where experts go, and prints it."""
     with placing(console, policy):
-        plan = make_plan(spec, model, config, policy, activations, apart)
+        plan = make_plan(spec, model, config, policy, activations, service)
     print_plan(console, plan)
     return plan
 

@@ -15,14 +15,17 @@ import numpy as np
 from dance_jax.config import ClusterSpec, EngineConfig
 from dance_jax.models.config import ModelConfig
 from dance_jax.models.messages import encode, row_bytes
-from dance_jax.placement import visit
-from dance_jax.placement.cost import Cost
+from dance_jax.placement.cost import CallCost, Cost, LockStepCost, of_pairs
 
-#: Bits a second of every link where nothing is known of any, and seconds count.
-DEFAULT_RATE = 1e9
+#: Where nothing is known of any link, and seconds count: bits a second, and seconds to another
+#: server and back.
+DEFAULT_RATE, DEFAULT_ROUND_TRIP = 1e9, 2e-4
+#: Seconds of a call beside the network's round trip, its bytes and its experts: both servers' own.
+CALL_S = 2e-4
 
-#: `Cost.apart` of a service whose users have asked for nothing yet: about what benchmarks/paper.py
-#: measures of servers that are asked at random. In a batch all have tokens most of the time.
+#: `LockStepCost.apart` of a service whose users have asked for nothing yet: about what
+#: benchmarks/paper.py measures of servers that are asked at random. In a batch all have tokens most
+#: of the time.
 SERVICE_APART = 0.7
 
 
@@ -34,13 +37,35 @@ class Measured:
     byte_s: float | None = None
     #: Seconds of one expert call on one of its devices.
     call_s: float | None = None
+    #: Seconds of a call to another server and its answer, the mean of those servers, without bytes
+    #: and what is computed there.
+    round_s: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """How servers were used of late.
+
+    Attributes:
+        rows: as in `CallCost`; empty: not known.
+        busy: part of the time in which the mean device computed experts; None: not known.
+        busiest: of hidden states, those through the busiest link of each layer; None: not known.
+    """
+
+    rows: tuple[tuple[float, float], ...] = ()
+    busy: float | None = None
+    busiest: float | None = None
 
 
 def running_cost(
-    spec: ClusterSpec, model: ModelConfig, config: EngineConfig, measured: Sequence[Measured]
+    spec: ClusterSpec,
+    model: ModelConfig,
+    config: EngineConfig,
+    measured: Sequence[Measured],
+    load: Load,
 ) -> Cost:
-    """`cluster_cost` of servers that run, in seconds: with what is measured of expert calls, and of
-    links whose rate is not given.
+    """`cluster_cost` of servers that run, in seconds: with what is measured of expert calls, of
+    links whose rate or round trip is not given, and of steps.
 
     What a server measures of its link is the slowest link of those it exchanges with, so that
     unequal links are better given, or measured by the preflight. Where no rate is known at all,
@@ -56,31 +81,54 @@ def running_cost(
     )
     if all(server.bandwidth is None for server in servers):
         servers = tuple(dataclasses.replace(each, bandwidth=DEFAULT_RATE) for each in servers)
-    return cluster_cost(ClusterSpec(servers), model, config)
+    cost = cluster_cost(ClusterSpec(servers), model, config)
+    # Engines call in the order that they were told when they began.
+    cost = dataclasses.replace(cost, order=cluster_cost(spec, model, config).preferences())
+    if not isinstance(cost, CallCost):
+        return cost
+    round_n = _filled((each.round_s for each in measured), statistics.fmean)
+    return dataclasses.replace(
+        cost,
+        round=cost.round if round_n is None else of_pairs(round_n),
+        rows=load.rows or cost.rows,
+        busy=cost.busy if load.busy is None else load.busy,
+    )
 
 
-def cluster_cost(spec: ClusterSpec, model: ModelConfig, config: EngineConfig) -> Cost:
-    """What policies that predict time know of the servers.
+def cluster_cost(
+    spec: ClusterSpec, model: ModelConfig, config: EngineConfig, *, service: bool = False
+) -> Cost:
+    """What policies that predict time know of the servers, in the exchange in use.
 
     A hidden state and the sum that comes back take their bytes / bandwidth of a link. A link of
-    unknown rate counts as the fastest that is known, a device of unknown expert time as the mean of
-    the known. Without any rate all links and devices are equal (`Cost.reference`); without any
-    time calls have the weight of `Cost.of_links`.
+    unknown rate counts as the fastest that is known, one of unknown round trip as the mean of those
+    known, a device of unknown expert time as the mean of the known. Without any rate or round trip
+    all links and devices are equal (`Cost.reference`); without any expert time calls have the
+    weight of `Cost.of_links`.
+
+    Args:
+        service: its users ask when they like, where nothing else is known.
     """
+    form = LockStepCost if config.exchange == "collectives" else CallCost
     rate_n = _filled((server.bandwidth for server in spec.servers), max)
-    if rate_n is None:
-        return Cost.reference(spec.devices, model.top_k)
-    state_n = 8 * exchanged_bytes(model.hidden_size, config) / rate_n
-    cost = Cost.of_links(state_n, spec.devices, model.top_k)
-    call_n = _filled((server.expert_time for server in spec.servers), statistics.fmean)
-    return cost if call_n is None else dataclasses.replace(cost, call=call_n)
-
-
-def preferences(spec: ClusterSpec, model: ModelConfig, config: EngineConfig) -> np.ndarray:
-    """The order in which each server prefers to call the others: int32 [n, n], see
-    `visit.preferences`."""
-    cost = cluster_cost(spec, model, config)
-    return visit.preferences(np.maximum(cost.state[:, None], cost.state[None, :]) + cost.call)
+    trip_n = _filled((server.round_trip for server in spec.servers), statistics.fmean)
+    if rate_n is None and trip_n is None:
+        cost = form.reference(spec.devices, model.top_k)
+    else:
+        if rate_n is None:
+            rate_n = np.full(len(spec.servers), DEFAULT_RATE)
+        if trip_n is None:
+            trip_n = np.full(len(spec.servers), DEFAULT_ROUND_TRIP)
+        state_n = 8 * exchanged_bytes(model.hidden_size, config) / rate_n
+        cost = form.of_links(state_n, spec.devices, model.top_k)
+        call_n = _filled((server.expert_time for server in spec.servers), statistics.fmean)
+        if call_n is not None:
+            cost = dataclasses.replace(cost, call=call_n)
+        if isinstance(cost, CallCost):
+            cost = dataclasses.replace(cost, round=(trip_n + CALL_S) / 2)
+    if service and isinstance(cost, LockStepCost):
+        return cost.apart(SERVICE_APART)
+    return cost
 
 
 def cost_note(spec: ClusterSpec) -> str | None:
@@ -90,7 +138,7 @@ def cost_note(spec: ClusterSpec) -> str | None:
     times = any(server.expert_time is not None for server in spec.servers)
     if unmeasured:
         why = f"bandwidth=auto of {', '.join(unmeasured)} is not measured"
-    elif times and not rates:
+    elif times and not rates and all(server.round_trip is None for server in spec.servers):
         why = "no link's rate is known"
     else:
         return None

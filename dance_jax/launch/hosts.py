@@ -21,6 +21,7 @@ KEYS = (
     "memory",
     "experts",
     "bandwidth",
+    "round_trip",
     "expert_time",
     "ssh",
     "python",
@@ -153,6 +154,7 @@ def _server(words: list[str], where: str, platform: str) -> ServerSpec:
         if rate == "auto"
         else float(quantity(rate, "bandwidth", _BANDWIDTH_UNITS, where)),
         measure_bandwidth="bandwidth" in values and rate == "auto",
+        round_trip=_seconds(values.get("round_trip"), "round_trip", where),
         expert_time=_seconds(values.get("expert_time"), "expert_time", where),
         ssh=_ssh(values.get("ssh"), address, where),
         python=_path(values, "python", where),
@@ -288,8 +290,10 @@ def _check_together(servers: list[ServerSpec], line_of: dict[str, int], source: 
             "it out for at least one, whose model= or --model is a directory on its machine"
         )
     timed = next((server for server in servers if server.expert_time is not None), None)
-    if timed and not any(server.bandwidth or server.measure_bandwidth for server in servers):
+    if timed and not any(
+        server.bandwidth or server.measure_bandwidth or server.round_trip for server in servers
+    ):
         raise UserError(
-            f"{source}:{line_of[timed.name]}: expert_time= needs bandwidth= too, of at least one "
-            "server: calls are weighed against what the links carry"
+            f"{source}:{line_of[timed.name]}: expert_time= needs bandwidth= or round_trip= too, of "
+            "at least one server: calls are weighed against what the links take"
         )

@@ -17,12 +17,9 @@ from dance_jax.models.config import ModelConfig
 from dance_jax.models.rounding import unfit_report
 from dance_jax.placement.activations import Activations
 from dance_jax.placement.core import Layout, Placement, spread
-from dance_jax.placement.policies import DEFAULT_POLICY, place, usable, why_not
+from dance_jax.placement.policies import DEFAULT_POLICY, POLICIES, place, usable, why_not
 from dance_jax.placement.spare import spare_slots
 from dance_jax.placement.visit import MAX_SERVERS
-
-#: Policies that weigh what links and devices cost.
-TIMED_POLICIES = ("latency",)
 
 
 class ModelFacts(Protocol):
@@ -146,7 +143,7 @@ def make_plan(
     config: EngineConfig,
     policy: str = DEFAULT_POLICY,
     activations: Activations | None = None,
-    apart: float = 0.0,
+    service: bool = False,
 ) -> Plan:
     """Places a model's experts on servers.
 
@@ -157,7 +154,7 @@ def make_plan(
         policy: a name in `placement.POLICIES`; where it cannot place, `placement.usable` takes
             another.
         activations: statistics of every server's requests; None: all counts are equal.
-        apart: share of what crosses links while one server has tokens, see `Cost.apart`.
+        service: users will ask when they like, in contrast to a batch.
 
     Raises:
         UserError: the servers together lack memory, the activations are of another model or lack
@@ -173,15 +170,24 @@ def make_plan(
         # Recorded where nobody asked for anything, they have no tokens and no k.
         routes = activations.routes if any(map(len, activations.routes)) else None
     used = usable(policy, routes)
-    placement = place(
-        used,
-        counts,
-        [room.capacity for room in held],
-        routes=routes,
-        devices=spec.devices,
-        cost=cluster_cost(spec, model.config, config).apart(apart),
-        seed=config.seed,
-    )
+
+    def placed(config: EngineConfig) -> tuple[Placement, ExchangeChoice]:
+        """The placement, and the exchange that is best then."""
+        placement = place(
+            used,
+            counts,
+            [room.capacity for room in held],
+            routes=routes,
+            devices=spec.devices,
+            cost=cluster_cost(spec, model.config, config, service=service),
+            seed=config.seed,
+        )
+        share = placement.local_share(counts)
+        return placement, choose_exchange(spec, model.config, config, share)
+
+    placement, exchange = placed(config)
+    if exchange.name == "collectives" != config.exchange:
+        placement, _ = placed(dataclasses.replace(config, exchange=exchange.name))
     slots, spare = zip(*((room.slots, room.spare) for room in held), strict=True)
     shares = placement.local_shares(counts).tolist()
     servers = tuple(
@@ -199,7 +205,7 @@ def make_plan(
         local_share=placement.local_share(counts),
         expert_bytes=model.expert_bytes(config.dtype),
         weights=weights_note(model, config),
-        exchange=choose_exchange(spec, model.config, config, placement.local_share(counts)),
+        exchange=exchange,
         notes=(
             *model_notes(model.config, config),
             *_notes(spec, why_not(policy, routes), used, activations),
@@ -249,7 +255,7 @@ def _notes(
         )
     if why:
         yield f"{why}: {used} places instead."
-    note = cost_note(spec) if used in TIMED_POLICIES else None
+    note = cost_note(spec) if POLICIES[used].weighs_cost else None
     if note is not None:
         yield note
 

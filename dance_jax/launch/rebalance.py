@@ -13,7 +13,7 @@ import numpy as np
 
 from dance_jax.placement import migration
 from dance_jax.placement.core import Layout, Placement, Routes, spread
-from dance_jax.placement.cost import Cost, apart_share
+from dance_jax.placement.cost import Cost, LockStepCost, apart_share
 from dance_jax.placement.migration import ERRORS, HYSTERESIS, Batch
 from dance_jax.placement.policies import DEFAULT_POLICY, place, usable
 
@@ -173,8 +173,11 @@ def _loading_seconds(question: Question, steps: list[tuple[Batch, Layout]]) -> f
 
 
 def _apart(question: Question, present: Placement) -> Cost:
-    """What a layer costs when servers have tokens at the same time as often as was measured."""
-    if question.busiest is None or not any(map(len, question.routes)):
+    """What a layer in lock step costs when servers have tokens at the same time as often as was
+    measured; on their own they wait for nobody else's tokens."""
+    if not isinstance(question.cost, LockStepCost) or question.busiest is None:
+        return question.cost
+    if not any(map(len, question.routes)):
         return question.cost
     together = present.traffic(question.routes).concentration(_weights(question.tokens))
     active = sum(len(route) > 0 for route in question.routes)

@@ -130,6 +130,7 @@ class Rebalancer:
         self._workload = Workload(
             (shape[0], shape[1], shape[2]),
             model.config.top_k,
+            sum(spec.devices),
             options.half_life_s,
             before,
             clock(),
@@ -296,7 +297,7 @@ class Rebalancer:
             self._doing = _Doing.NOTHING
             self._look_again(None)
             return
-        statistics = self._workload.statistics(now)
+        statistics, load = self._workload.statistics(now), self._workload.load(now)
         question = Question(
             policy=self._options.policy,
             layout=self.layout,
@@ -304,9 +305,9 @@ class Rebalancer:
             counts=statistics.counts,
             routes=statistics.routes,
             cost=running_cost(
-                self._spec, self._model.config, self._config, self._workload.measured
+                self._spec, self._model.config, self._config, self._workload.measured, load
             ),
-            busiest=self._workload.busiest_share(now),
+            busiest=load.busiest,
             tokens=self._workload.token_rates(now) * self._options.horizon_s,
             expert_bytes=self._model.expert_bytes(self._config.dtype),
             read_rates=self._read_rates(),

@@ -149,7 +149,7 @@ def _start(
     from dance_jax.engine.compile_cache import CompileCache
     from dance_jax.engine.engine import Engine
     from dance_jax.engine.trace import Trace
-    from dance_jax.launch.costs import preferences
+    from dance_jax.launch.costs import cluster_cost
     from dance_jax.launch.memory import free_per_device
     from dance_jax.launch.peer_weights import Shelf
     from dance_jax.launch.peers import Peers
@@ -199,7 +199,7 @@ def _start(
         compile_cache=steps,
         transport=None if calls else Collectives(),
         free_memory=free_per_device(platform, setup.machine_devices),
-        order=preferences(setup.spec, model, setup.config)[setup.rank].tolist(),
+        order=cluster_cost(setup.spec, model, setup.config).preferences()[setup.rank].tolist(),
     )
     engine.warmup(lambda stage, done, total: channel.send(protocol.Progress(stage, done, total)))
     if setup.trace_from:

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Sequence
 import msgspec
 import numpy as np
 
-from dance_jax.engine.moved import seconds_per_byte
-from dance_jax.engine.report import EngineStats
-from dance_jax.launch.costs import Measured
+from dance_jax.engine.moved import seconds_per_byte, seconds_per_call
+from dance_jax.engine.report import STEP_SIZES, EngineStats
+from dance_jax.launch.costs import Load, Measured
 from dance_jax.models.counters import NOTHING_MOVED, Moved
 from dance_jax.placement.decay import DecayedCounts
 
@@ -35,6 +35,7 @@ class Workload:
     Args:
         shape: (servers, layers, experts).
         k: experts that a token chooses.
+        devices: of all servers.
         half_life_s: see `RebalanceOptions`.
         before: of an earlier service.
         now: time.monotonic().
@@ -44,6 +45,7 @@ class Workload:
         self,
         shape: tuple[int, int, int],
         k: int,
+        devices: int,
         half_life_s: float | None,
         before: Statistics | None,
         now: float,
@@ -52,10 +54,10 @@ class Workload:
         #: Nothing was computed between the last two times that engines were asked.
         self.idle = False
         self._shape, self._no_routes = shape, np.zeros((0, layers, k), np.int16)
-        self._half_life_s = half_life_s
+        self._half_life_s, self._devices = half_life_s, devices
         #: What the present engines had counted when they were asked last.
         self._counted, self._computed = np.zeros(shape), np.zeros(servers)
-        self._sent = np.zeros((servers, 2))
+        self._sent, self._stepped = np.zeros((servers, 2)), np.zeros((servers, STEP_SIZES, 2))
         self._costs = [_Costs()] * servers
         self._measured = [Measured()] * servers
         self._begin_counts(now)
@@ -68,13 +70,15 @@ class Workload:
         """Nothing is known of what users ask for."""
         servers = self._shape[0]
         #: Expert calls; tokens; hidden states of all servers, and through the busiest link of each
-        #: layer.
-        self._counts, self._tokens, self._rows = (
-            DecayedCounts(self._half_life_s) for _ in range(3)
+        #: layer; steps of each size and their rows; devices' seconds in experts.
+        self._counts, self._tokens, self._rows, self._steps, self._experts_s = (
+            DecayedCounts(self._half_life_s) for _ in range(5)
         )
         self._counts.add(np.zeros(self._shape), now)
         self._tokens.add(np.zeros(servers), now)
         self._rows.add(np.zeros(2), now)
+        self._steps.add(np.zeros((STEP_SIZES, 2)), now)
+        self._experts_s.add(np.zeros(()), now)
         #: Samples of engines that are gone, which fill up those of the present ones; since when.
         self._old_routes, self._old_since = [self._no_routes] * servers, now
         self._routes = list(self._old_routes)
@@ -94,10 +98,21 @@ class Workload:
         """By server."""
         return list(self._measured)
 
-    def busiest_share(self, now: float) -> float | None:
-        """Of hidden states, those through the busiest link of each layer; None: there are none."""
+    def load(self, now: float) -> Load:
+        """How servers are used."""
         rows, busiest = self._rows.value(now)
-        return float(busiest / rows) if rows > 0 else None
+        steps_i, rows_i = self._steps.value(now).T
+        device_s = self._devices * self._seconds(now)
+        used = steps_i > 0
+        return Load(
+            rows=tuple(
+                zip((rows_i[used] / steps_i[used]).tolist(), steps_i[used].tolist(), strict=True)
+            ),
+            busy=float(np.clip(self._experts_s.value(now) / device_s, 0, 1))
+            if used.any()
+            else None,
+            busiest=float(busiest / rows) if rows > 0 else None,
+        )
 
     def update(self, stats: Sequence[bytes], now: float) -> None:
         """Adds what all engines have counted.
@@ -119,7 +134,15 @@ class Workload:
         rows_n2 = np.array([(each.rows, each.busiest_rows) for each in found], np.float64)
         # Servers that step together all count those of all: the share is the same.
         self._rows.add(share * (rows_n2 - self._sent).sum(0), now)
+        stepped = np.array([each.step_rows for each in found], np.float64)
+        self._steps.add(share * (stepped - self._stepped).sum(0), now)
+        experts_s = sum(
+            each.expert_seconds - costs.expert_seconds
+            for each, costs in zip(found, self._costs, strict=True)
+        )
+        self._experts_s.add(np.array(share * max(experts_s, 0.0)), now)
         self._counted, self._computed, self._sent = counts_nle, tokens_n, rows_n2
+        self._stepped = stepped
         for rank, each in enumerate(found):
             self._routes[rank] = self._filled(rank, each.routes_tlk, now)
             costs = _Costs(each.expert_seconds, each.calls_served, each.sums.moved)
@@ -132,6 +155,7 @@ class Workload:
         for rank in ranks:
             self._old_routes[rank] = self._routes[rank]
             self._counted[rank], self._computed[rank], self._sent[rank] = 0, 0, 0
+            self._stepped[rank] = 0
             self._costs[rank] = _Costs()
 
     def statistics(self, now: float) -> Statistics:
@@ -140,8 +164,12 @@ class Workload:
 
     def token_rates(self, now: float) -> np.ndarray:
         """Tokens a second that each server computes, float64 [servers]; later ones weigh more."""
+        return self._tokens.value(now) / self._seconds(now)
+
+    def _seconds(self, now: float) -> float:
+        """Since counting began, older ones weigh less."""
         seconds = max(now - self._begin, 1e-3)
-        return self._tokens.value(now) / (seconds * _unfaded(seconds, self._half_life_s))
+        return seconds * _unfaded(seconds, self._half_life_s)
 
     def _filled(self, rank: int, new: np.ndarray, now: float) -> np.ndarray:
         """The engine's sample; while it is small, with what is left of the one before."""
@@ -171,13 +199,15 @@ class _Costs:
     def since(self, before: _Costs, known: Measured) -> Measured:
         """By what was done since then; where that is too little, since the start, or as known."""
         calls = self.calls - before.calls
-        byte_s = known.byte_s
-        for moved in (self.moved - before.moved, self.moved):
-            found = seconds_per_byte(moved)
-            if found is not None:
-                byte_s = found
-                break
+        byte_s, round_s = known.byte_s, known.round_s
+        for moved in (self.moved, self.moved - before.moved):
+            byte_s = _or(seconds_per_byte(moved), byte_s)
+            round_s = _or(seconds_per_call(moved, byte_s), round_s)
         call_s = known.call_s
         if calls >= LEAST_CALLS:
             call_s = (self.expert_seconds - before.expert_seconds) / calls
-        return Measured(byte_s, call_s)
+        return Measured(byte_s, call_s, round_s)
+
+
+def _or(found: float | None, known: float | None) -> float | None:
+    return known if found is None else found

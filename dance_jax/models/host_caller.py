@@ -18,7 +18,6 @@ from dance_jax.models.call_messages import DONE, AnswerHead, CallHead, Channel, 
 from dance_jax.models.calls import TRACE_KINDS, TRACE_OUTCOMES, TraceEvent
 from dance_jax.models.counters import Moved
 from dance_jax.models.host_state import MOST_GROUPS, MOST_UNANSWERED, HostState, Table
-from dance_jax.placement.visit import EXACT_SERVERS, subsets
 
 # These are caller.cc's.
 
@@ -65,24 +64,15 @@ def choose(holders: tuple[int, ...], order: tuple[int, ...]) -> tuple[int, ...]:
     Returns:
         -1 where nobody holds the expert.
     """
-    chosen = _fewest([mask for mask in holders if mask], order)
-    return tuple(next((n for n in order if (mask & chosen) >> n & 1), -1) for mask in holders)
-
-
-def _fewest(holders: Sequence[int], order: tuple[int, ...]) -> int:
-    if len(order) <= EXACT_SERVERS:
-        return next(each for each in _sets(order) if all(mask & each for mask in holders))
-    chosen = 0
-    while unmet := [mask for mask in holders if not mask & chosen]:
-        chosen |= 1 << max(order, key=lambda n: sum(mask >> n & 1 for mask in unmet))
-    return chosen
-
-
-@functools.cache
-def _sets(order: tuple[int, ...]) -> list[int]:
-    """All sets of servers, bitmasks, as `visit.subsets` has them."""
-    sets = subsets(len(order)).tolist()
-    return [sum(1 << n for i, n in enumerate(order) if own >> i & 1) for own in sets]
+    found = [-1] * len(holders)
+    while True:
+        left = [mask if server < 0 else 0 for mask, server in zip(holders, found, strict=True)]
+        best = max(order, key=lambda n: sum(mask >> n & 1 for mask in left))
+        served = [i for i, mask in enumerate(left) if mask >> best & 1]
+        if not served:
+            return tuple(found)
+        for i in served:
+            found[i] = best
 
 
 class _Pace:

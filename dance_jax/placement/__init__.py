@@ -2,7 +2,7 @@
 
 from dance_jax.placement.activations import Activations
 from dance_jax.placement.core import Layout, Placement, spread
-from dance_jax.placement.cost import Cost
+from dance_jax.placement.cost import CallCost, Cost, LockStepCost
 from dance_jax.placement.policies import DEFAULT_POLICY, POLICIES, place, usable, why_not
 from dance_jax.placement.visit import choose_servers
 
@@ -10,8 +10,10 @@ __all__ = [
     "DEFAULT_POLICY",
     "POLICIES",
     "Activations",
+    "CallCost",
     "Cost",
     "Layout",
+    "LockStepCost",
     "Placement",
     "choose_servers",
     "place",

@@ -119,14 +119,22 @@ class Placement:
         totals = np.asarray(counts, np.float64).sum((1, 2))
         return float(shares.mean() if totals.sum() == 0 else shares @ totals / totals.sum())
 
-    def traffic(self, routes: Routes) -> Traffic:
-        """All flows on routes (per server int [tokens, layers, k]); see `Traffic`."""
+    def traffic(self, routes: Routes, order: np.ndarray | None = None) -> Traffic:
+        """All flows on routes (per server int [tokens, layers, k]); see `Traffic`.
+
+        Args:
+            order: int [servers, servers], see `visit.preferences`; None: all servers are equal.
+        """
         self.validate()
-        return measure(self.resident, routes)
+        return measure(self.resident, routes, order)
 
     def remote(self, routes: Routes) -> float:
         """Share of expert calls that leave the server, mean over servers."""
         return self.traffic(routes).remote
+
+    def any_miss(self, routes: Routes) -> float:
+        """Share of (token, layer) with any call that leaves the server, mean over servers."""
+        return self.traffic(routes).any_miss
 
     def transfers(self, routes: Routes) -> float:
         """Remote servers a token visits per layer, mean over layers and servers."""
@@ -140,19 +148,18 @@ class Placement:
         """Largest share of a layer's calls on one device, mean over layers; devices default 1."""
         return self.traffic(routes).load(devices)
 
+    def device(self, routes: Routes, devices: Sequence[int] | None = None) -> float:
+        """Largest share of all layers' calls on one device; devices default 1."""
+        return self.traffic(routes).device(devices)
+
     def layer_time(
         self,
         routes: Routes,
-        cost: Cost | None = None,
+        cost: Cost,
         weights: Sequence[float] | np.ndarray | None = None,
     ) -> float:
-        """Predicted seconds of a lock-step layer; see `Traffic.layer_time`.
-
-        Without a cost, servers have one device each and the weights of `Cost.reference`.
-        """
-        if cost is None:
-            cost = Cost.reference([1] * self.num_servers, routes[0].shape[-1])
-        return self.traffic(routes).layer_time(cost, weights)
+        """Predicted seconds of a layer; see `Traffic.layer_time`."""
+        return self.traffic(routes, cost.preferences()).layer_time(cost, weights)
 
     def moved(self, previous: Placement) -> int:
         """Experts that servers must load which they do not hold under `previous`."""

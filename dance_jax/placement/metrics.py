@@ -1,4 +1,4 @@
-"""What a placement costs on given routes: remote, transfers, busiest, load, layer time.
+"""What a placement costs on given routes: remote, any-miss, transfers, busiest, load, layer time.
 
 Every server weighs equally, however many tokens its routes have; servers without tokens send
 nothing and are left out of the means.
@@ -16,7 +16,9 @@ import numpy as np
 
 from dance_jax.config import UserError
 from dance_jax.placement.cost import Cost
-from dance_jax.placement.visit import choose_servers, masks
+from dance_jax.placement.flows import Flows
+from dance_jax.placement.times import Times
+from dance_jax.placement.visit import choose_servers, masks, preferences
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -27,6 +29,8 @@ class Traffic:
     transfers_lnn: np.ndarray
     #: float64 [layers, from, to]: expert calls of a token of `from` that `to` runs, itself too.
     calls_lnn: np.ndarray
+    #: float64 [layers, servers]: share of a server's tokens that miss any expert.
+    away_ln: np.ndarray
     #: bool [servers]: servers that have tokens.
     active_n: np.ndarray
 
@@ -36,6 +40,11 @@ class Traffic:
         calls_nn = self.calls_lnn.sum(0)[self.active_n]
         local_n = self.calls_lnn.sum(0).diagonal()[self.active_n]
         return float(np.mean(1.0 - local_n / calls_nn.sum(1)))
+
+    @property
+    def any_miss(self) -> float:
+        """Share of (token, layer) with any call that leaves the server, mean over servers."""
+        return float(self.away_ln[:, self.active_n].mean())
 
     @property
     def transfers(self) -> float:
@@ -56,23 +65,29 @@ class Traffic:
 
         A server's calls are divided evenly by its devices (int [servers], default one each).
         """
-        total_ln1 = self.calls_lnn.sum(2, keepdims=True)
-        share_lnn = self.calls_lnn / np.where(total_ln1 > 0, total_ln1, 1) / self.active_n.sum()
+        return float(self._device_shares(self.calls_lnn, devices).max(1).mean())
+
+    def device(self, devices: Sequence[int] | np.ndarray | None = None) -> float:
+        """Largest share of all layers' expert calls on one device; see `load`."""
+        return float(self._device_shares(self.calls_lnn.sum(0)[None], devices).max())
+
+    def _device_shares(
+        self, calls_lnn: np.ndarray, devices: Sequence[int] | np.ndarray | None
+    ) -> np.ndarray:
+        """Of a layer's calls, those on each device of each server: float64 [l, n]."""
+        total_ln1 = calls_lnn.sum(2, keepdims=True)
+        share_lnn = calls_lnn / np.where(total_ln1 > 0, total_ln1, 1) / self.active_n.sum()
         num_servers = len(self.active_n)
         devices_n = np.ones(num_servers) if devices is None else np.asarray(devices, float)
         if devices_n.shape != (num_servers,) or (devices_n < 1).any():
             raise UserError(f"devices: {num_servers} numbers of at least 1 are needed")
-        return float((share_lnn.sum(1) / devices_n[None, :]).max(1).mean())
+        return share_lnn.sum(1) / devices_n[None, :]
 
     def layer_time(self, cost: Cost, weights: Sequence[float] | np.ndarray | None = None) -> float:
-        """Seconds that a layer in lock step takes per token of a server, mean over layers.
-
-        Per layer max over servers and directions of (hidden states x seconds of that link)
-        + max over servers of (expert calls x seconds of a call / devices)
-        + transfers x seconds of a transfer + the fixed part.
+        """Seconds that a layer takes per token of a server, mean over layers; see `times`.
 
         Args:
-            cost: seconds of each part.
+            cost: of the exchange in use.
             weights: float [servers], tokens of each server per token of the mean server;
                 default: equal.
 
@@ -80,20 +95,19 @@ class Traffic:
             UserError: cost or weights are of another number of servers.
         """
         num_servers = len(self.active_n)
-        weight_n = np.ones(num_servers) if weights is None else np.asarray(weights)
-        if len(cost.state) != num_servers or weight_n.shape != (num_servers,):
+        weight_n = np.ones(num_servers) if weights is None else np.asarray(weights, float)
+        if cost.servers != num_servers or weight_n.shape != (num_servers,):
             raise UserError(
-                f"layer time: cost of {len(cost.state)} servers and weights {weight_n.shape} "
+                f"layer time: cost of {cost.servers} servers and weights {weight_n.shape} "
                 f"for {num_servers}"
             )
-        weight_n = weight_n * self.active_n
-        flow_lnn = self.transfers_lnn * weight_n[None, :, None]
-        calls_ln = (self.calls_lnn * weight_n[None, :, None]).sum(1)
-        ways_ln = np.maximum(flow_lnn.sum(2), flow_lnn.sum(1))
-        busiest_l = (ways_ln * cost.state).max(1)
-        compute_l = (calls_ln * (cost.call / cost.devices)).max(1)
-        transfers_l = flow_lnn.sum((1, 2)) / self.active_n.sum()
-        return float((busiest_l + compute_l + cost.transfer * transfers_l).mean() + cost.layer)
+        with jax.enable_x64(True):
+            flows = Flows(
+                away=jnp.asarray(self.away_ln[None]),
+                sent=jnp.asarray(self.transfers_lnn[None]),
+                calls=jnp.asarray(self.calls_lnn[None]),
+            )
+            return float(_layer_time(cost.times(weight_n * self.active_n, np.float64), flows))
 
     def concentration(self, weights: Sequence[float] | np.ndarray | None = None) -> float:
         """Hidden states through the busiest link direction of each layer over all hidden states.
@@ -107,19 +121,26 @@ class Traffic:
         return float(busiest_l.sum() / total) if total > 0 else 1.0
 
 
+@jax.jit
+def _layer_time(times: Times, flows: Flows) -> jax.Array:
+    seconds_bl, load_lx = times.layers(flows)
+    return seconds_bl.mean() + times.shared(load_lx.sum(0)) / len(load_lx)
+
+
 @functools.partial(jax.jit, static_argnames="num_servers")
-def _flows(
-    holders_wle: jax.Array,
-    held_le: jax.Array,
-    server: jax.Array,
-    routes_tlk: jax.Array,
-    num_servers: int,
-) -> tuple[jax.Array, jax.Array]:
-    """What a server's tokens send: transfers and calls to each server, int32 [l, n] both.
+def _counts(
+    holders_wle: jax.Array, held_le: jax.Array, routes_tlk: jax.Array, num_servers: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What a server's tokens send, by the server's order of preference.
 
     Args:
-        holders_wle: `masks` of who holds each expert; held_le: bool, what the server itself holds.
+        holders_wle: `masks` of who holds each expert, in that order.
+        held_le: bool, what the server itself holds.
         routes_tlk: its tokens'; negative: no token.
+
+    Returns:
+        int32: tokens that miss any expert [l], tokens that visit each place [l, n], and calls that
+        are computed there [l, n].
     """
     tokens, layers, k = routes_tlk.shape
     layer_1l1 = jnp.arange(layers, dtype=jnp.int32)[None, :, None]
@@ -127,20 +148,22 @@ def _flows(
     needed = valid & ~held_le[layer_1l1, expert_tlk]
     holders = holders_wle[:, layer_1l1, expert_tlk].reshape(len(holders_wle), -1, k)
     chosen = choose_servers(holders, needed.reshape(-1, k), num_servers)
-    chosen = chosen.reshape(tokens, layers, k)
-    server_n = jnp.arange(num_servers, dtype=jnp.int32)
-    served = jnp.where(valid & ~needed, server, chosen)[..., None] == server_n[None, None, None, :]
-    calls_ln = served.sum(axis=(0, 2), dtype=jnp.int32)
-    visits = (chosen[..., None] == server_n[None, None, None, :]).any(axis=2)
-    return visits.sum(axis=0, dtype=jnp.int32), calls_ln
+    place_111m = jnp.arange(num_servers, dtype=jnp.int32)[None, None, None, :]
+    served = chosen.reshape(tokens, layers, k, 1) == place_111m
+    visits = served.any(axis=2)
+    away_l = needed.any(axis=2).sum(axis=0, dtype=jnp.int32)
+    return away_l, visits.sum(axis=0, dtype=jnp.int32), served.sum(axis=(0, 2), dtype=jnp.int32)
 
 
-def measure(resident_nle: np.ndarray, routes: Sequence[np.ndarray]) -> Traffic:
+def measure(
+    resident_nle: np.ndarray, routes: Sequence[np.ndarray], order: np.ndarray | None = None
+) -> Traffic:
     """Counts where the experts of every token run under a placement.
 
     Args:
         resident_nle: bool [servers, layers, experts].
         routes: per server an int array [tokens, layers, k] of chosen experts.
+        order: int [servers, servers], see `visit.preferences`; None: as if all servers were equal.
 
     Raises:
         UserError: shapes disagree, an expert number is out of range, or there is no token at all.
@@ -148,9 +171,11 @@ def measure(resident_nle: np.ndarray, routes: Sequence[np.ndarray]) -> Traffic:
     num_servers, layers, experts = resident_nle.shape
     if len(routes) != num_servers:
         raise UserError(f"routes of {len(routes)} servers, the placement has {num_servers}")
-    holders_wle = jnp.asarray(masks(resident_nle))
+    if order is None:
+        order = preferences(np.ones((num_servers, num_servers)))
     transfers_lnn = np.zeros((layers, num_servers, num_servers))
     calls_lnn = np.zeros_like(transfers_lnn)
+    away_ln = np.zeros((layers, num_servers))
     active_n = np.array([len(route) > 0 for route in routes])
     if not active_n.any():
         raise UserError("routes: no server has a token")
@@ -167,13 +192,12 @@ def measure(resident_nle: np.ndarray, routes: Sequence[np.ndarray]) -> Traffic:
         # Powers of two bound the number of compiled shapes.
         padded = np.full((1 << (len(route) - 1).bit_length(), *route.shape[1:]), -1, np.int32)
         padded[: len(route)] = route
-        transfers_ln, calls_ln = _flows(
-            holders_wle,
-            jnp.asarray(resident_nle[n]),
-            jnp.int32(n),
-            jnp.asarray(padded),
-            num_servers,
+        holders = masks(resident_nle, order[n])
+        counts = _counts(
+            jnp.asarray(holders), jnp.asarray(resident_nle[n]), jnp.asarray(padded), num_servers
         )
-        transfers_lnn[:, n] = np.asarray(transfers_ln) / len(route)
-        calls_lnn[:, n] = np.asarray(calls_ln) / len(route)
-    return Traffic(transfers_lnn, calls_lnn, active_n)
+        away_l, visits_lm, served_lm = (np.asarray(each) / len(route) for each in counts)
+        away_ln[:, n] = away_l
+        transfers_lnn[:, n, order[n]], calls_lnn[:, n, order[n]] = visits_lm, served_lm
+        calls_lnn[:, n, n] = route.shape[2] - served_lm.sum(1)
+    return Traffic(transfers_lnn, calls_lnn, away_ln, active_n)

@@ -9,7 +9,7 @@ import numpy as np
 
 from dance_jax.config import UserError
 from dance_jax.placement.core import Placement
-from dance_jax.placement.cost import Cost
+from dance_jax.placement.cost import CallCost, Cost
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -24,7 +24,7 @@ class Problem:
     routes: tuple[np.ndarray, ...] | None
     #: int64 [servers]: devices of each server.
     devices: np.ndarray
-    #: What a layer's time is made of; None: routes are not known either.
+    #: What a layer's time is made of, in the exchange in use; None: routes are not known either.
     cost: Cost | None
     #: The placement in force, for policies that keep churn low.
     previous: Placement | None
@@ -138,7 +138,7 @@ def _checked_cost(
     if cost is not None and (cost.devices != devices_n).any():
         raise UserError(f"cost: devices {cost.devices}, but {devices_n} are given")
     if cost is None and routes is not None:
-        cost = Cost.reference(devices_n, routes[0].shape[2])
+        cost = CallCost.reference(devices_n, routes[0].shape[2])
     return devices_n, cost
 
 

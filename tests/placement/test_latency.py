@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from dance_jax.placement.policies.lockstep import Sample, layer_times, locate, relocate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,7 +14,6 @@ from dance_jax.config import UserError
 from dance_jax.placement import Cost, Placement, place, visit, why_not
 from dance_jax.placement.policies import lockstep
 from dance_jax.placement.policies.latency import SEARCH, SETTLE, Schedule, anneal
-from dance_jax.placement.policies.lockstep import Sample, layer_times, locate, relocate
 
 quick = settings(max_examples=8, deadline=None, derandomize=True, database=None)
 #: Servers, layers, experts, k.

@@ -9,6 +9,8 @@ import pathlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
+
 from dance_jax.config import ClusterSpec, ServerSpec, UserError
 from dance_jax.launch.preflight import findings, probe
 from dance_jax.launch.preflight.asker import Asker, ProbeAsker, Unreachable
@@ -19,6 +21,7 @@ from dance_jax.launch.preflight.messages import AskClock, AskMachine, Clock, Mac
 from dance_jax.launch.preflight.survey import Links, Offset, Survey
 from dance_jax.launch.ssh import CONNECT_TIMEOUT_S
 from dance_jax.models.hub import portable_name
+from dance_jax.placement.cost import of_pairs
 
 #: Seconds for the first answer, which may need a connection, and for the others.
 FIRST_TIMEOUT_S, ANSWER_TIMEOUT_S = CONNECT_TIMEOUT_S + 2.0, 10.0
@@ -165,19 +168,37 @@ def run_preflight(
 
 
 def with_rates(spec: ClusterSpec, links: Links) -> ClusterSpec:
-    """The servers; those with bandwidth=auto get the largest rate any of their links showed."""
+    """The servers with what was measured of their links: those with bandwidth=auto get the largest
+    rate any of them showed, those without round_trip= their part in the round trips."""
     best: dict[int, float] = {}
     for pair, link in links.items():
         for rank in pair:
             rates = [rate for rate in (link.sent, link.received, best.get(rank)) if rate]
             best |= {rank: max(rates)} if rates else {}
-    servers = (
-        dataclasses.replace(server, bandwidth=best.get(rank, server.bandwidth))
-        if server.measure_bandwidth
-        else server
-        for rank, server in enumerate(spec.servers)
+    return ClusterSpec(
+        tuple(
+            dataclasses.replace(
+                server,
+                bandwidth=best.get(rank, server.bandwidth)
+                if server.measure_bandwidth
+                else server.bandwidth,
+                round_trip=trip if server.round_trip is None else server.round_trip,
+            )
+            for rank, (server, trip) in enumerate(
+                zip(spec.servers, _round_trips(len(spec.servers), links), strict=True)
+            )
+        )
     )
-    return ClusterSpec(tuple(servers))
+
+
+def _round_trips(servers: int, links: Links) -> list[float | None]:
+    """`ServerSpec.round_trip` of each server; None where a pair was not measured."""
+    sums_n = np.zeros(servers)
+    for pair, link in links.items():
+        sums_n[list(pair)] += np.nan if link.rtt is None else link.rtt
+    if servers < 2 or len(links) < servers * (servers - 1) // 2 or np.isnan(sums_n).any():
+        return [None] * servers
+    return (2 * of_pairs(sums_n / (servers - 1))).tolist()
 
 
 def _absolute(path: pathlib.Path | None) -> str | None:

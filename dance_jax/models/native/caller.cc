@@ -8,8 +8,6 @@
 namespace dance {
 namespace {
 
-// Servers up to which every set of them is weighed (placement/visit.py).
-constexpr size_t kExactServers = 8;
 // A call is late after so many times what it was expected to take, and fails after so many.
 constexpr double kLate = 3, kFailed = 10;
 // How long a row waits for a table by which somebody has what others have refused.
@@ -24,54 +22,22 @@ constexpr size_t kGroupBytes = 64 * 1024;
 // Bits of a call's number beside the device.
 constexpr int kCallBits = 48;
 
-bool Meets(const std::vector<Ranks>& holders, const Ranks& chosen) {
-  return std::all_of(holders.begin(), holders.end(), [&](const Ranks& own) {
-    return own.none() || (own & chosen).any();
-  });
-}
-
-// Extends `chosen` by `more` servers from a place of the order on, the first ones first; false: no such
-// set will do.
-bool ChooseMore(const std::vector<Ranks>& holders, const std::vector<int>& order, size_t from,
-                size_t more, Ranks& chosen) {
-  if (more == 0) return Meets(holders, chosen);
-  for (size_t i = from; i + more <= order.size(); ++i) {
-    chosen.set(order[i]);
-    if (ChooseMore(holders, order, i + 1, more - 1, chosen)) return true;
-    chosen.reset(order[i]);
-  }
-  return false;
-}
-
-Ranks Fewest(const std::vector<Ranks>& holders, const std::vector<int>& order) {
-  Ranks chosen;
-  if (order.size() <= kExactServers) {
-    for (size_t size = 0; !ChooseMore(holders, order, 0, size, chosen); ++size) {
-    }
-    return chosen;
-  }
-  while (!Meets(holders, chosen)) {
-    std::vector<int> gain(order.size(), 0);
-    for (const Ranks& own : holders) {
-      if ((own & chosen).any()) continue;
-      for (size_t i = 0; i < order.size(); ++i) gain[i] += own[order[i]];
-    }
-    chosen.set(order[std::max_element(gain.begin(), gain.end()) - gain.begin()]);
-  }
-  return chosen;
-}
-
 }  // namespace
 
 std::vector<int> ChooseServers(const std::vector<Ranks>& holders, const std::vector<int>& order) {
-  const Ranks chosen = Fewest(holders, order);
-  std::vector<int> found;
-  for (const Ranks& own : holders) {
-    const Ranks both = own & chosen;
-    const auto first = std::find_if(order.begin(), order.end(), [&](int n) { return both[n]; });
-    found.push_back(first == order.end() ? -1 : *first);
+  std::vector<int> found(holders.size(), -1);
+  while (true) {
+    int best = -1, most = 0;
+    for (const int server : order) {
+      int held = 0;
+      for (size_t k = 0; k < holders.size(); ++k) held += found[k] < 0 && holders[k][server];
+      if (held > most) best = server, most = held;
+    }
+    if (best < 0) return found;
+    for (size_t k = 0; k < holders.size(); ++k) {
+      if (found[k] < 0 && holders[k][best]) found[k] = best;
+    }
   }
-  return found;
 }
 
 void Caller::Pace::Learn(size_t bytes, double s) {

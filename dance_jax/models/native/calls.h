@@ -60,8 +60,8 @@ constexpr size_t kMostGroups = 4;
 // Calls of one caller that a callee has not answered: one of each group, and a repeat of another's.
 constexpr size_t kMostUnanswered = kMostGroups + 1;
 
-// The server that is asked for each of a row's experts, -1 where nobody holds it: the fewest servers
-// that hold all, as placement/visit.py has it. holders [k]; order: all servers, as the caller prefers
+// The server that is asked for each of a row's experts, -1 where nobody holds it: that with most of
+// them, then that with most of the others, as placement/visit.py has it. holders [k]; order: all servers, as the caller prefers
 // to call them.
 std::vector<int> ChooseServers(const std::vector<Ranks>& holders, const std::vector<int>& order);
 

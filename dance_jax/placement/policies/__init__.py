@@ -6,6 +6,7 @@ every expert is somewhere, nobody exceeds its capacity, and equal inputs give eq
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Sequence
 
@@ -16,7 +17,7 @@ from dance_jax.placement.core import Placement
 from dance_jax.placement.cost import Cost
 from dance_jax.placement.policies.dance import dance
 from dance_jax.placement.policies.eplb import eplb
-from dance_jax.placement.policies.latency import MOST_SERVERS, latency
+from dance_jax.placement.policies.latency import latency
 from dance_jax.placement.policies.layers import layers
 from dance_jax.placement.policies.optimal import optimal
 from dance_jax.placement.policies.redundance import redundance
@@ -24,32 +25,42 @@ from dance_jax.placement.policies.smartmoe import smartmoe
 from dance_jax.placement.policies.uniform import uniform
 from dance_jax.placement.problem import Problem
 
-Policy = Callable[[Problem], Placement]
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """A placement algorithm, and what it needs."""
+
+    place: Callable[[Problem], Placement]
+    #: It looks at whole tokens: counts are not enough.
+    needs_routes: bool = False
+    #: It weighs what links and devices cost (`Problem.cost`).
+    weighs_cost: bool = False
+
 
 POLICIES: dict[str, Policy] = {
-    "uniform": uniform,
-    "redundance": redundance,
-    "layers": layers,
-    "smartmoe": smartmoe,
-    "eplb": eplb,
-    "dance": dance,
-    "optimal": optimal,
-    "latency": latency,
+    "uniform": Policy(uniform),
+    "redundance": Policy(redundance),
+    "layers": Policy(layers),
+    "smartmoe": Policy(smartmoe),
+    "eplb": Policy(eplb),
+    "dance": Policy(dance),
+    "optimal": Policy(optimal),
+    "latency": Policy(latency, needs_routes=True, weighs_cost=True),
 }
 
-#: What places where nothing else is asked for.
-DEFAULT_POLICY = "latency"
+#: What places where nothing else is asked for, and where that lacks routes.
+DEFAULT_POLICY, WITHOUT_ROUTES = "latency", "optimal"
 
 log = logging.getLogger(__name__)
 
 
 def usable(policy: str, routes: Sequence[np.ndarray] | None) -> str:
-    """The policy itself, or `optimal` for `latency` where that cannot place; see `why_not`.
+    """The policy itself, or WITHOUT_ROUTES where it cannot place; see `why_not`.
 
     >>> usable("latency", None), usable("dance", None)
     ('optimal', 'dance')
     """
-    return "optimal" if why_not(policy, routes) else policy
+    return WITHOUT_ROUTES if why_not(policy, routes) else policy
 
 
 def why_not(policy: str, routes: Sequence[np.ndarray] | None) -> str:
@@ -57,13 +68,14 @@ def why_not(policy: str, routes: Sequence[np.ndarray] | None) -> str:
 
     Args:
         routes: per server int [tokens, layers, k]; None: not known.
+
+    Raises:
+        UserError: the policy is unknown.
     """
-    if policy != "latency":
-        return ""
-    if routes is None or not any(map(len, routes)):
-        return "latency needs routes, there are none"
-    if len(routes) > MOST_SERVERS:
-        return f"latency takes too long for more than {MOST_SERVERS} servers"
+    if policy not in POLICIES:
+        raise UserError(f"unknown policy {policy!r}; there are {', '.join(POLICIES)}")
+    if POLICIES[policy].needs_routes and (routes is None or not any(map(len, routes))):
+        return f"{policy} needs routes, there are none"
     return ""
 
 
@@ -89,11 +101,11 @@ def place(
         counts: [servers, layers, experts], expert calls of the requests arriving at each server,
             taken as they are; where a server has none in a layer its experts count the same.
         capacities: int [servers], expert slots.
-        routes: per server int [tokens, layers, k], for `latency`, which looks at whole tokens;
-            where it cannot, `optimal` takes its place and the log says why.
+        routes: per server int [tokens, layers, k], for policies that look at whole tokens; where
+            there are none, WITHOUT_ROUTES takes their place and the log says why.
         devices: int [servers], devices of each server, default 1.
-        cost: seconds per hidden state, per call and per layer, for policies that predict time;
-            default: `Cost.reference`.
+        cost: of the exchange in use, for policies that predict time; default:
+            `CallCost.reference`.
         previous: the placement in force, for policies that keep churn low.
         seed: for policies that draw at random.
 
@@ -104,10 +116,8 @@ def place(
         UserError: the policy is unknown, an input is malformed, or slots are missing.
     """
     if why := why_not(policy, routes):
-        log.warning("%s: optimal places instead", why)
         policy = usable(policy, routes)
-    if policy not in POLICIES:
-        raise UserError(f"unknown policy {policy!r}; there are {', '.join(POLICIES)}")
+        log.warning("%s: %s places instead", why, policy)
     problem = Problem.checked(
         counts,
         capacities,
@@ -117,6 +127,6 @@ def place(
         previous=previous,
         seed=seed,
     )
-    placement = POLICIES[policy](problem)
+    placement = POLICIES[policy].place(problem)
     placement.validate(problem.capacities)
     return placement

@@ -1,45 +1,45 @@
-"""`latency`: the placement whose lock-step layers are predicted to take the least time.
+"""`latency`: the placement whose layers are predicted to take the least time.
 
-Annealing (Kirkpatrick et al. 1983) on `lockstep.layer_times`, all layers at once: a layer's time
-depends on its own experts only, so every round proposes one change for each layer and accepts or
-refuses each on its own. What ties layers together is the memory of a server, so in some rounds
-layers are paired, and one gets a slot that the other gives.
+Annealing (Kirkpatrick et al. 1983) on the formula of `Problem.cost`, all layers at once: every
+round proposes a change to each layer, and accepts or refuses each. What ties layers together is the
+memory of a server, so in some rounds layers are paired, and one gets a slot that the other gives;
+and what they share (`Times.shared`), of which a layer's change counts as if it were the only one.
 
 A change consists of two half moves between the same two places, there and back, in one layer or in
 two. A place is a server or `outside`, where copies come from and go to: a half move from server a
 to server b moves an expert, from a to outside drops a copy that is not the last, and from outside
 to b adds one. So slots per server stay what they are and every expert stays somewhere.
+
+Which expert moves is drawn: one that is used more at the new place than at the old is more likely,
+and in a part of the moves it is one that a random token of the new place misses.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+from jax import Array, lax
 
 from dance_jax.config import UserError
 from dance_jax.placement.core import Placement
-from dance_jax.placement.policies.dance import dance
-from dance_jax.placement.policies.lockstep import (
-    Sample,
-    layer_times,
-    locate,
-    relocate,
-)
+from dance_jax.placement.flows import Sample, flows
+from dance_jax.placement.policies.layers import layers
 from dance_jax.placement.policies.optimal import optimal
 from dance_jax.placement.policies.rounding import fill
 from dance_jax.placement.problem import Problem
-from dance_jax.placement.visit import WORD, masks
+from dance_jax.placement.times import Times
 
-#: A round takes time with the square of the servers; sets of them are one word here.
-MOST_SERVERS = WORD
-#: Of all rounds, those that move slots between layers.
-PAIRED = 1 / 3
+#: Of all rounds, those that move slots between layers; of half moves to a server, those of an
+#: expert that a token misses.
+PAIRED, WANTED = 0.5, 0.8
+#: More than any other score.
+WANTED_SCORE = 1e9
+#: A use per token that counts nothing, in comparisons of what is used more.
+RARE = 1e-3
 #: Placements whose times differ by less are equals: the one that moves fewer experts is taken.
 TOLERANCE = 0.01
 #: What a move costs in search of it, in TOLERANCE / moves: with 1 all moves cost what they may.
@@ -57,192 +57,237 @@ class Schedule(NamedTuple):
 
 
 #: From any start to a good placement.
-SEARCH = Schedule(8000, 1e-2, 3e-4)
+SEARCH = Schedule(8000, 3e-2, 1e-3)
 #: Within the neighbourhood of a good placement.
-SETTLE = Schedule(4000, 3e-4, 3e-5)
+SETTLE = Schedule(4000, 1e-3, 1e-4)
+#: Most work of an annealing, in words that `flows` looks at: in large clusters there are fewer
+#: rounds.
+MOST_WORK = 3e10
+LEAST_ROUNDS = 50
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["holders", "where", "seconds"],
-    meta_fields=[],
-)
-@dataclasses.dataclass(frozen=True)
-class State:
-    """Where an annealing stands."""
+class State(NamedTuple):
+    """Where an annealing stands; n servers, l layers, e experts."""
 
-    #: Bitmasks of servers [layers, experts]: the placement.
-    holders: jax.Array
-    #: What `locate` gives for it.
-    where: jax.Array
-    #: float32 [layers]: predicted time of each layer, in units of the start's mean.
-    seconds: jax.Array
+    #: bool [n, l, e]: the placement.
+    resident: Array
+    #: float32 [l]: predicted seconds of each layer by itself, and of its moves.
+    seconds: Array
+    #: float32 [l, x]: its part of what layers share.
+    load: Array
+
+
+class Goal(NamedTuple):
+    """What is sought."""
+
+    sample: Sample
+    times: Times
+    #: bool [n, l, e]: where experts come from, and seconds that moving one counts.
+    previous: Array
+    move: Array
+
+    def state(self, resident: Array) -> State:
+        seconds_bl, load = self.times.layers(flows(self.sample, resident))
+        moved_l = (resident & ~self.previous).sum((0, 2), dtype=jnp.int32)
+        return State(resident, seconds_bl.mean(0) + self.move * moved_l.astype(jnp.float32), load)
+
+    def seconds(self, state: State) -> Array:
+        """Of all layers."""
+        return state.seconds.sum() + self.times.shared(state.load.sum(0))
+
+
+def _scores(goal: Goal, resident: Array, place_l: Array, from_l: Array, key: Array) -> Array:
+    """Random numbers by which experts are chosen to move to a place: float32 [l, e]."""
+    servers, num_layers, experts = resident.shape
+    layer_l = jnp.arange(num_layers, dtype=jnp.int32)
+    noise_key, token_key, which_key = jax.random.split(key, 3)
+    everywhere = goal.sample.used.mean(0, keepdims=True)
+    used = jnp.log(jnp.concatenate([goal.sample.used, everywhere]) + RARE)
+    score_le = used[place_l, layer_l] - used[from_l, layer_l]
+    score_le = score_le + jax.random.gumbel(noise_key, score_le.shape)
+    # What a random token of the place misses comes first.
+    draw = jax.random.uniform(token_key, (2, num_layers))
+    server_l = jnp.minimum(place_l, servers - 1)
+    token_l = (draw[0] * jnp.float32(goal.sample.experts.shape[1])).astype(jnp.int32)
+    chosen_lk = goal.sample.experts[server_l, token_l, layer_l]
+    misses_lk = ~resident[server_l[:, None], layer_l[:, None], chosen_lk]
+    luck_lk = jax.random.uniform(which_key, chosen_lk.shape)
+    which_l1 = jnp.argmax(jnp.where(misses_lk, luck_lk, jnp.float32(-1)), axis=1, keepdims=True)
+    wanted_l1 = jnp.take_along_axis(chosen_lk, which_l1, axis=1)
+    first_l = (draw[1] < WANTED) & (place_l < servers) & misses_lk.any(1)
+    is_first_le = first_l[:, None] & (jnp.arange(experts, dtype=jnp.int32)[None] == wanted_l1)
+    return jnp.where(is_first_le, jnp.float32(WANTED_SCORE), score_le)
 
 
 def _half_move(
-    draw_l: jax.Array, holders_le: jax.Array, from_l: jax.Array, to_l: jax.Array, not_l: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """A random expert of each layer that can go from one place to another.
+    resident: Array, score_le: Array, from_l: Array, to_l: Array, not_l: Array
+) -> tuple[Array, Array]:
+    """Moves the expert of each layer with the greatest score that can go.
 
     Args:
-        draw_l: float32 [layers], uniform in [0, 1): which of the experts that can go.
-        holders_le: bitmasks [layers, experts].
-        from_l, to_l: bitmasks [layers] of one server; 0: outside.
-        not_l: int32 [layers], an expert that may not.
+        resident: bool [n, l, e].
+        score_le: float32 [l, e], of the experts.
+        from_l, to_l: int32 [l], servers; their number: outside.
+        not_l: int32 [l], an expert that may not.
 
     Returns:
-        expert_l int32 [layers], the number of experts where there is none; and its new bitmask.
+        expert_l int32 [l], the number of experts where there is none; the placement after it.
     """
-    experts = holders_le.shape[1]
-    from_l1, to_l1 = from_l[:, None], to_l[:, None]
-    here_le = ((holders_le & from_l1) != 0) | (from_l1 == 0)
+    servers, num_layers, experts = resident.shape
+    layer_l = jnp.arange(num_layers, dtype=jnp.int32)
+    outside = jnp.zeros((1, num_layers, experts), bool)
+    held = jnp.concatenate([resident, outside])
+    here_le = held[from_l, layer_l] | (from_l == servers)[:, None]
     # To outside goes a copy, but never the last.
-    free_le = ((holders_le & to_l1) == 0) & ((to_l1 != 0) | ((holders_le & ~from_l1) != 0))
-    allowed_le = jnp.arange(experts, dtype=jnp.int32)[None, :] != not_l[:, None]
-    movable_le = here_le & free_le & allowed_le
-    upto_le = jnp.cumsum(movable_le, axis=1, dtype=jnp.int32)
-    rank_l = (draw_l * upto_le[:, -1].astype(jnp.float32)).astype(jnp.int32)
-    expert_l = jnp.argmax(upto_le > rank_l[:, None], axis=1).astype(jnp.int32)
-    now_l = jnp.take_along_axis(holders_le, expert_l[:, None], axis=1)[:, 0]
-    expert_l = jnp.where(upto_le[:, -1] > 0, expert_l, jnp.int32(experts))
-    return expert_l, (now_l & ~from_l) | to_l
+    copies_le = resident.sum(0, dtype=jnp.int32)
+    free_le = ~held[to_l, layer_l] & ((to_l < servers)[:, None] | (copies_le > 1))
+    movable_le = here_le & free_le & (jnp.arange(experts, dtype=jnp.int32)[None] != not_l[:, None])
+    score_le = jnp.where(movable_le, score_le, jnp.float32(-jnp.inf))
+    expert_l = jnp.argmax(score_le, axis=1).astype(jnp.int32)
+    expert_l = jnp.where(movable_le.any(1), expert_l, jnp.int32(experts))
+    return expert_l, _put(resident, layer_l, expert_l, from_l, to_l)
 
 
-def _put(holders_le: jax.Array, expert_l: jax.Array, mask_l: jax.Array) -> jax.Array:
-    """Another bitmask for one expert of each layer; none where its number is out of range."""
-    layer_l = jnp.arange(holders_le.shape[0], dtype=jnp.int32)
-    return holders_le.at[layer_l, expert_l].set(mask_l, mode="drop")
+def _put(resident: Array, layer_l: Array, expert_l: Array, from_l: Array, to_l: Array) -> Array:
+    """One expert of each layer moved; none where a number is out of range."""
+    resident = resident.at[from_l, layer_l, expert_l].set(False, mode="drop")
+    return resident.at[to_l, layer_l, expert_l].set(True, mode="drop")
 
 
-def _partners(draw_l: jax.Array) -> jax.Array:
-    """Layers in random pairs, each the other's partner; an odd one is its own: int32 [layers]."""
-    layers = len(draw_l)
+def _partners(draw_l: Array) -> Array:
+    """Layers in random pairs, each the other's partner; an odd one is its own: int32 [l]."""
+    num_layers = len(draw_l)
     order = jnp.argsort(draw_l).astype(jnp.int32)
-    even = layers // 2 * 2
+    even = num_layers // 2 * 2
     swapped = jnp.concatenate([order[:even].reshape(-1, 2)[:, ::-1].reshape(-1), order[even:]])
-    return jnp.zeros(layers, jnp.int32).at[order].set(swapped)
+    return jnp.zeros(num_layers, jnp.int32).at[order].set(swapped)
 
 
-def _round(
-    sample: Sample,
-    previous_le: jax.Array,
-    move_cost: jax.Array,
-    unit: jax.Array,
-    key: jax.Array,
-    temperature: jax.Array,
-    state: State,
-) -> State:
+def _round(goal: Goal, key: Array, temperature: Array, state: State) -> State:
     """Proposes a change to every layer, or to every pair, and takes it or not."""
-    layers, experts = state.holders.shape
-    dtype, num_servers = state.holders.dtype, sample.num_servers
-    # One call draws everything: each would cost more than the draws.
-    draw = jax.random.uniform(key, (7, layers))
-    paired_l, order_l, place_l, shift_l, first_draw_l, second_draw_l, luck_l = draw
-    itself_l = jnp.arange(layers, dtype=jnp.int32)
+    servers, num_layers, experts = state.resident.shape
+    draw_key, first_key, second_key = jax.random.split(key, 3)
+    draw = jax.random.uniform(draw_key, (5, num_layers))
+    paired_l, order_l, place_l, shift_l, luck_l = draw
+    itself_l = jnp.arange(num_layers, dtype=jnp.int32)
     partner_l = jnp.where(paired_l[0] < PAIRED, _partners(order_l), itself_l)
     leader_l = jnp.minimum(itself_l, partner_l)
 
     # Two different places of each pair; the last one is outside.
-    place_l = (place_l * (num_servers + 1)).astype(jnp.int32)
-    other_l = (place_l + 1 + (shift_l * num_servers).astype(jnp.int32)) % (num_servers + 1)
-    bit_n = jnp.asarray([1 << n for n in range(num_servers)] + [0], dtype)
-    a_l, b_l = bit_n[place_l][leader_l], bit_n[other_l][leader_l]
+    place_l = (place_l * (servers + 1)).astype(jnp.int32)
+    other_l = (place_l + 1 + (shift_l * servers).astype(jnp.int32)) % (servers + 1)
+    a_l, b_l = place_l[leader_l], other_l[leader_l]
 
     # The leader moves from a to b; back moves its partner, or itself where it is alone.
     leads_l, alone_l = leader_l == itself_l, partner_l == itself_l
-    nothing_l = jnp.full(layers, experts, jnp.int32)
     from_l, to_l = jnp.where(leads_l, a_l, b_l), jnp.where(leads_l, b_l, a_l)
-    first_l, first_mask_l = _half_move(first_draw_l, state.holders, from_l, to_l, nothing_l)
-    holders_le = _put(state.holders, first_l, first_mask_l)
-    second_l, second_mask_l = _half_move(second_draw_l, holders_le, to_l, from_l, first_l)
+    nothing_l = jnp.full(num_layers, experts, jnp.int32)
+    score_le = _scores(goal, state.resident, to_l, from_l, first_key)
+    first_l, resident = _half_move(state.resident, score_le, from_l, to_l, nothing_l)
+    score_le = _scores(goal, resident, from_l, to_l, second_key)
+    second_l, back = _half_move(resident, score_le, to_l, from_l, first_l)
     possible_l = (first_l < experts) & ((second_l < experts) | ~alone_l)
-    second_l = jnp.where(alone_l, second_l, nothing_l)
-    holders_le = _put(holders_le, second_l, second_mask_l)
+    resident = jnp.where(alone_l[:, None], back, resident)
+    changed = goal.state(resident)
 
-    where = relocate(sample, state.where, first_l, first_mask_l)
-    where = relocate(sample, where, second_l, second_mask_l)
-    moved_l = lax.population_count(holders_le & ~previous_le).sum(axis=1, dtype=jnp.int32)
-    seconds_l = layer_times(sample, where) / unit + move_cost * moved_l.astype(jnp.float32)
+    def of_pair(own: Array) -> Array:
+        """Sums of both partners."""
+        alone = alone_l.reshape(-1, *[1] * (own.ndim - 1))
+        return own + jnp.where(alone, jnp.float32(0), own[partner_l])
 
-    gain_l = state.seconds - seconds_l
-    gain_l = gain_l + jnp.where(alone_l, jnp.float32(0), gain_l[partner_l])
+    whole = state.load.sum(0)
+    together_l = goal.times.shared(whole[None] + of_pair(changed.load - state.load))
+    gain_l = of_pair(state.seconds - changed.seconds) + goal.times.shared(whole) - together_l
     luck_l = jnp.log(luck_l[leader_l]) * temperature
     take_l = possible_l & possible_l[partner_l] & (luck_l < gain_l)
     return State(
-        jnp.where(take_l[:, None], holders_le, state.holders),
-        jnp.where(take_l[None, None, :, None], where, state.where),
-        jnp.where(take_l, seconds_l, state.seconds),
+        jnp.where(take_l[:, None], changed.resident, state.resident),
+        jnp.where(take_l, changed.seconds, state.seconds),
+        jnp.where(take_l[:, None], changed.load, state.load),
     )
 
 
 @jax.jit
 def _anneal(
-    sample: Sample,
-    holders_le: jax.Array,
-    previous_le: jax.Array,
-    move_cost: jax.Array,
-    rounds: jax.Array,
-    hot: jax.Array,
-    cold: jax.Array,
-    seed: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """`anneal`, with the placement as bitmasks [layers, experts] and numbers as arrays []."""
-    where = locate(sample, holders_le)
-    seconds_l = layer_times(sample, where)
-    unit = jnp.maximum(seconds_l.mean(), jnp.float32(np.finfo(np.float32).tiny))
-    moved_l = lax.population_count(holders_le & ~previous_le).sum(axis=1, dtype=jnp.int32)
-    start = State(holders_le, where, seconds_l / unit + move_cost * moved_l.astype(jnp.float32))
+    goal: Goal, resident: Array, rounds: Array, hot: Array, cold: Array, seed: Array
+) -> tuple[Array, Array]:
+    """`anneal`, with numbers as arrays []."""
+    free = goal._replace(move=jnp.float32(0))
+    unit = jnp.maximum(free.state(resident).seconds.mean(), jnp.finfo(jnp.float32).tiny)
+    # Moves are priced in the same unit.
+    goal = goal._replace(move=goal.move * unit)
     key = jax.random.key(seed)
 
-    def one(i: jax.Array, state: State) -> State:
+    def one(i: Array, state: State) -> State:
         done = i.astype(jnp.float32) / rounds.astype(jnp.float32)
-        temperature = hot * (cold / hot) ** done
-        return _round(
-            sample, previous_le, move_cost, unit, jax.random.fold_in(key, i), temperature, state
-        )
+        temperature = unit * hot * (cold / hot) ** done
+        return _round(goal, jax.random.fold_in(key, i), temperature, state)
 
-    end = lax.fori_loop(0, rounds, one, start)
-    return end.holders, layer_times(sample, end.where).mean()
+    end = lax.fori_loop(0, rounds, one, goal.state(resident))
+    return end.resident, free.seconds(free.state(end.resident)) / len(end.seconds)
 
 
-def anneal(
-    sample: Sample,
-    start: Placement,
-    schedule: Schedule,
-    seed: int,
-    previous: Placement | None = None,
-    move_cost: float = 0.0,
-) -> tuple[Placement, float]:
-    """A placement of less predicted time, with as many experts on each server.
+@jax.jit
+def _seconds(goal: Goal, resident: Array) -> Array:
+    """Mean seconds of a layer, on the sample."""
+    return goal.seconds(goal.state(resident)) / resident.shape[1]
+
+
+class Search:
+    """Annealings on the routes and the cost of a problem.
 
     Args:
-        sample: the routes and their costs.
-        start: covers all experts.
-        schedule: rounds and temperatures.
-        seed: of all draws.
-        previous: from where experts have to move; default: `start`.
-        move_cost: what moving one expert counts, in mean layer times of the start.
-
-    Returns:
-        The placement, and the mean time of its layers on the sample, without the fixed part.
+        problem: with routes and cost.
     """
-    end, seconds = _anneal(
-        sample,
-        _masks(start),
-        _masks(start if previous is None else previous),
-        jnp.float32(move_cost),
-        jnp.int32(schedule.rounds),
-        jnp.float32(schedule.hot),
-        jnp.float32(schedule.cold),
-        jnp.int32(seed),
-    )
-    bit_n11 = np.left_shift(1, np.arange(sample.num_servers))[:, None, None]
-    return Placement((np.asarray(end)[None] & bit_n11) != 0), float(seconds)
 
+    def __init__(self, problem: Problem) -> None:
+        if problem.routes is None or problem.cost is None:
+            raise UserError("latency: routes are needed; with counts alone use optimal")
+        cost, self._seed = problem.cost, problem.seed
+        active_n = np.array([len(route) > 0 for route in problem.routes])
+        experts = problem.counts.shape[2]
+        self._sample = Sample.of(problem.routes, experts, cost.preferences(), blocks=cost.together)
+        self._times = cost.times(problem.token_weights * active_n)
 
-def _masks(placement: Placement) -> jax.Array:
-    """Who holds each expert: bitmasks [layers, experts]."""
-    return jnp.asarray(masks(placement.resident)[0])
+    def seconds(self, placement: Placement) -> float:
+        """Predicted seconds of a layer, on the sample."""
+        return float(_seconds(self._goal(placement, 0.0), jnp.asarray(placement.resident)))
+
+    def anneal(
+        self,
+        start: Placement,
+        schedule: Schedule,
+        previous: Placement | None = None,
+        move_cost: float = 0.0,
+    ) -> tuple[Placement, float]:
+        """A placement of less predicted time, with as many experts on each server.
+
+        Args:
+            start: covers all experts.
+            schedule: rounds and temperatures.
+            previous: from where experts have to move; default: `start`.
+            move_cost: what moving one expert counts, in mean layer times of the start.
+
+        Returns:
+            The placement, and the predicted seconds of a layer.
+        """
+        bits, k = self._sample.bits, self._sample.experts.shape[-1]
+        others = len(bits) - 1
+        work = bits.size * max(others * min(k, others), 1)
+        rounds = max(min(schedule.rounds, int(MOST_WORK / work)), LEAST_ROUNDS)
+        end, seconds = _anneal(
+            self._goal(start if previous is None else previous, move_cost),
+            jnp.asarray(start.resident),
+            jnp.int32(rounds),
+            jnp.float32(schedule.hot),
+            jnp.float32(schedule.cold),
+            jnp.int32(self._seed),
+        )
+        return Placement(np.asarray(end)), float(seconds)
+
+    def _goal(self, previous: Placement, move_cost: float) -> Goal:
+        before = jnp.asarray(previous.resident)
+        return Goal(self._sample, self._times, before, jnp.float32(move_cost))
 
 
 def _kept(problem: Problem, previous: Placement) -> Placement:
@@ -255,7 +300,7 @@ def _kept(problem: Problem, previous: Placement) -> Placement:
         return Placement(np.asarray(fill(*(jnp.asarray(array) for array in arrays))))
 
 
-def _with_few_moves(problem: Problem, sample: Sample, previous: Placement) -> Placement:
+def _with_few_moves(problem: Problem, previous: Placement) -> Placement:
     """Of placements about as good, one that moves few experts.
 
     `previous` itself where it is one of them. Otherwise the best that annealing finds, which then
@@ -263,9 +308,9 @@ def _with_few_moves(problem: Problem, sample: Sample, previous: Placement) -> Pl
     `previous`, and as if there were none: a placement that was made for another workload lies in a
     valley of its own, and what is found from there can take twice the time.
     """
-    start = _kept(problem, previous)
-    stays = float(layer_times(sample, locate(sample, _masks(start))).mean())
-    found = [anneal(sample, each, SEARCH, problem.seed) for each in (start, dance(problem))]
+    search, start = Search(problem), _kept(problem, previous)
+    stays = search.seconds(start)
+    found = [search.anneal(start, SEARCH), _afresh(problem, search)]
     enough = min(seconds for _, seconds in found) * (1 + TOLERANCE)
     if stays <= enough:
         return start
@@ -275,41 +320,41 @@ def _with_few_moves(problem: Problem, sample: Sample, previous: Placement) -> Pl
     )
     allowance = TOLERANCE * problem.counts.shape[1] / max(best.moved(previous), 1)
     for price in MOVE_PRICES:
-        near, seconds = anneal(
-            sample, best, SETTLE, problem.seed, previous=previous, move_cost=price * allowance
-        )
+        near, seconds = search.anneal(best, SETTLE, previous=previous, move_cost=price * allowance)
         if seconds <= enough and near.moved(previous) < best.moved(previous):
             return near
     return best
 
 
-def latency(problem: Problem) -> Placement:
-    """The placement with the least predicted time of a lock-step layer, on a sample of routes.
+def _afresh(problem: Problem, search: Search) -> tuple[Placement, float]:
+    """The best of annealings from where statistics count most, and not at all."""
+    problem = dataclasses.replace(problem, previous=None)
+    starts = [policy(problem) for policy in (optimal, layers)]
+    found = [search.anneal(start, SEARCH) for start in starts]
+    found += [(start, search.seconds(start)) for start in starts]
+    return min(found, key=lambda each: each[1])
 
-    Beyond DanceMoE, whose objective is the number of remote calls: a step waits for the busiest
-    link and the busiest device of every layer (`Traffic.layer_time`). Annealing from `dance`, with
-    all memory used, fits the placement to `problem.routes`, `problem.cost` and to how many tokens
+
+def latency(problem: Problem) -> Placement:
+    """The placement with the least predicted time of a layer, on a sample of routes.
+
+    Beyond DanceMoE, whose objective is the number of remote calls: a step waits, in each layer, for
+    links and devices, as its exchange has it (`Problem.cost`). Annealing from `optimal` and from
+    `layers`, with all memory used, fits the placement to `problem.routes`, and to how many tokens
     each server has by its counts. Equal inputs, the seed included, give equal placements.
 
     Where `problem.previous` is given, placements within 1 % of the least time found count as equal,
     and one that moves few experts is taken: `previous` itself if it is among them.
 
-    Worked example: one layer of 4 experts, k = 1, servers of 3 slots and 2, one device each. Two of
-    3 tokens of both choose expert 0, the third of server 0 expert 1 and of server 1 expert 2. With
-    {0, 1, 3} and {0, 2} nothing leaves and each device runs half of the calls: 0.5 in the units of
-    `Cost.reference`. With {0, 1, 2} and {2, 3} server 1 sends 2/3 of a state per token, which
-    server 0 computes: 2/3 + 5/6 + 0.3 x 1/3 = 1.6.
+    Worked example, of `LockStepCost.reference`: one layer of 4 experts, k = 1, servers of 3 slots
+    and 2, one device each. Two of 3 tokens of both choose expert 0, the third of server 0 expert 1
+    and of server 1 expert 2. With {0, 1, 3} and {0, 2} nothing leaves and each device runs half of
+    the calls: 0.5. With {0, 1, 2} and {2, 3} server 1 sends 2/3 of a state per token, which server
+    0 computes: 2/3 + 5/6 + 0.3 x 1/3 = 1.6.
 
     Args:
-        problem: with routes and at most MOST_SERVERS servers; `place` asks `optimal` otherwise.
+        problem: with routes; `place` asks `optimal` otherwise.
     """
-    if problem.routes is None or problem.cost is None:
-        raise UserError("latency: routes are needed; with counts alone use optimal")
-    if len(problem.routes) > MOST_SERVERS:
-        raise UserError(
-            f"latency: {len(problem.routes)} servers, at most {MOST_SERVERS}; use optimal"
-        )
-    sample = Sample.of(problem.routes, problem.cost, problem.token_weights, problem.counts.shape[2])
     if problem.previous is not None:
-        return _with_few_moves(problem, sample, problem.previous)
-    return anneal(sample, dance(problem), SEARCH, problem.seed)[0]
+        return _with_few_moves(problem, problem.previous)
+    return _afresh(problem, Search(problem))[0]
