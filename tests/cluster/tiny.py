@@ -123,8 +123,8 @@ def runner(
 
 
 def order_of(rank: int, servers: int) -> list[int]:
-    """In which a server prefers to call the others: the one before it first, itself last."""
-    return [(rank - step) % servers for step in range(1, servers + 1)]
+    """In which a server prefers to call the others: the next one first, itself last."""
+    return [(rank + step) % servers for step in range(1, servers + 1)]
 
 
 def weights_of(

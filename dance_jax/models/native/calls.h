@@ -200,7 +200,7 @@ class Caller {
   // has is kNowhere until `patience_ns` have passed.
   std::vector<Part*> Place(const std::vector<Pair>& pairs, const Ranks& asked, int64_t version,
                            int64_t patience_ns);
-  // Counts the rows of a group, from `first` on, that have calls elsewhere.
+  // Counts the rows of a group that have calls elsewhere.
   void CountAway(const Group& group) const;
   // Sends a part, or leaves it for when its server has answered another.
   void Send(Part& part);
