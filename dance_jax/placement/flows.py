@@ -15,9 +15,11 @@ from dance_jax.placement.visit import MAX_SERVERS
 
 #: Tokens of each server in one block.
 BLOCK_TOKENS = 64
-#: Tokens of all servers in a sample, as long as each server has a block: what bounds the time of
-#: an evaluation. Of more tokens some are left out, evenly.
-MOST_TOKENS = 16384
+#: Most tokens of all servers in a sample, and most work of those whose visits are followed, in
+#: words of bits that `flows` looks at. Of more tokens some are left out, evenly.
+MOST_TOKENS, MOST_WORK = 1 << 14, 1.5e6
+#: Fewest and most tokens of a server whose visits are followed.
+LEAST_FOLLOWED, MOST_FOLLOWED = 16, 1024
 #: Bits of a word.
 WORD = 32
 
@@ -25,7 +27,7 @@ WORD = 32
 class Flows(NamedTuple):
     """Per token of the sending server; b blocks, l layers, n and m servers."""
 
-    #: float [b, l, n]: share of its tokens that miss any expert.
+    #: float [b, l, n], or [1, l, n] of all blocks together: share of its tokens that miss any expert.
     away: Array
     #: float [b, l, n, m]: hidden states to each server; 0 to itself.
     sent: Array
@@ -36,10 +38,12 @@ class Flows(NamedTuple):
 class Sample(NamedTuple):
     """Tokens of all servers; n servers, l layers, b blocks of t tokens each."""
 
-    #: uint32 [n, l, words, b, t]: the experts of each token, a bit for each.
-    bits: Array
-    #: int32 [n, b * t, l, k]: the same as numbers.
+    #: int32 [n, tokens, l, k]: the experts of each token.
     experts: Array
+    #: uint32 [n, l, words, tokens]: the same, a bit for each.
+    bits: Array
+    #: uint32 [n, l, words, b, t]: of those tokens whose visits are followed.
+    followed: Array
     #: float32 [n, l, experts]: expert calls per token.
     used: Array
     #: int32 [n, n]: the order in which each server prefers to call the others, itself last.
@@ -49,7 +53,7 @@ class Sample(NamedTuple):
     def of(
         cls, routes: Sequence[np.ndarray], experts: int, order: np.ndarray, *, blocks: bool
     ) -> Sample:
-        """Deals every server's tokens to blocks in turn, so that neighbours are apart.
+        """Takes tokens of every server, and puts those that are followed into blocks in turn.
 
         A server with fewer tokens than the others has some of them several times, one without any
         has token 0 with all experts 0, and has to be left out by its weight.
@@ -60,39 +64,61 @@ class Sample(NamedTuple):
             order: int [n, n], see `visit.preferences`.
             blocks: in blocks of BLOCK_TOKENS, or else all of them in one.
         """
-        longest = max(map(len, routes))
-        most = max(1, MOST_TOKENS // (BLOCK_TOKENS * len(routes)))
-        size = min(-(-longest // BLOCK_TOKENS), most) * BLOCK_TOKENS
-        _, layers, k = routes[0].shape
-        dealt = np.zeros((len(routes), size, layers, k), np.int32)
-        for n, route in enumerate(routes):
-            if len(route):
-                dealt[n] = route[np.arange(size) * len(route) // size]
-        shape = (BLOCK_TOKENS, -1) if blocks else (size, 1)
-        bits, used = _prepared(jnp.asarray(dealt), experts, shape)
-        return cls(bits, jnp.asarray(dealt), used, jnp.asarray(order, jnp.int32))
+        servers, (_, layers, k) = len(routes), routes[0].shape
+        size = min(max(map(len, routes)), max(MOST_TOKENS // servers, 1))
+        words = servers * layers * -(-experts // WORD)
+        most = MOST_WORK // (words * _looks(servers, k))
+        followed = int(np.clip(most, LEAST_FOLLOWED, MOST_FOLLOWED))
+        followed = min(followed, size)
+        shape = (1, followed)
+        if blocks:
+            shape = (-(-followed // BLOCK_TOKENS), BLOCK_TOKENS)
+        all_tokens, some = (
+            np.stack([_evenly(route, count) for route in routes])
+            for count in (size, shape[0] * shape[1])
+        )
+        bits, used = _as_bits(jnp.asarray(all_tokens), experts)
+        followed_bits, _ = _as_bits(jnp.asarray(some), experts)
+        in_blocks = followed_bits.reshape(*followed_bits.shape[:3], *shape[::-1]).swapaxes(3, 4)
+        return cls(jnp.asarray(all_tokens), bits, in_blocks, used, jnp.asarray(order, jnp.int32))
 
 
-@functools.partial(jax.jit, static_argnames=("experts", "shape"))
-def _prepared(dealt_ntlk: Array, experts: int, shape: tuple[int, int]) -> tuple[Array, Array]:
-    """`Sample.bits` and `used` of tokens that are dealt to blocks in turn: `shape` is [t, b]."""
-    servers, size, *_ = dealt_ntlk.shape
+def _evenly(route: np.ndarray, count: int) -> np.ndarray:
+    """So many of a route's tokens: int32 [count, l, k]; zeros where there are none."""
+    if not len(route):
+        return np.zeros((count, *route.shape[1:]), np.int32)
+    return route[np.arange(count) * len(route) // count].astype(np.int32)
+
+
+@functools.partial(jax.jit, static_argnames="experts")
+def _as_bits(experts_ntlk: Array, experts: int) -> tuple[Array, Array]:
+    """`Sample.bits` and `used` of tokens."""
+    servers, tokens, *_ = experts_ntlk.shape
     words = jnp.arange(-(-experts // WORD), dtype=jnp.int32)[None, :, None, None]
+    server_n11 = jnp.arange(servers, dtype=jnp.int32)[:, None, None]
 
     def of_layer(_, route_ntk: Array) -> tuple[None, tuple[Array, Array]]:
         word_ntk, place_ntk = jnp.divmod(route_ntk, WORD)
         bit_ntk = jnp.uint32(1) << place_ntk.astype(jnp.uint32)
-        in_word = word_ntk[:, None] == words
-        # A token's experts differ.
-        bits_nwt = jnp.where(in_word, bit_ntk[:, None], jnp.uint32(0)).sum(-1, dtype=jnp.uint32)
-        server_n11 = jnp.arange(servers, dtype=jnp.int32)[:, None, None]
+        # A token's experts differ, but for those of servers without tokens.
+        of_word = jnp.where(word_ntk[:, None] == words, bit_ntk[:, None], jnp.uint32(0))
         used_ne = jnp.zeros((servers, experts), jnp.float32)
-        used_ne = used_ne.at[server_n11, route_ntk].add(jnp.float32(1 / size))
-        return None, (bits_nwt, used_ne)
+        used_ne = used_ne.at[server_n11, route_ntk].add(jnp.float32(1 / tokens))
+        return None, (jnp.bitwise_or.reduce(of_word, axis=-1), used_ne)
 
-    _, (bits_lnwt, used_lne) = lax.scan(of_layer, None, dealt_ntlk.transpose(2, 0, 1, 3))
-    bits = bits_lnwt.reshape(*bits_lnwt.shape[:3], *shape).transpose(1, 0, 2, 4, 3)
-    return bits, used_lne.transpose(1, 0, 2)
+    _, (bits_lnwt, used_lne) = lax.scan(of_layer, None, experts_ntlk.transpose(2, 0, 1, 3))
+    return bits_lnwt.transpose(1, 0, 2, 3), used_lne.transpose(1, 0, 2)
+
+
+def _looks(servers: int, k: int) -> int:
+    """How often `flows` looks at each word of tokens that are followed."""
+    return max((servers - 1) * min(k, servers - 1), 1)
+
+
+def work(sample: Sample) -> float:
+    """Words that `flows` looks at."""
+    servers, k = len(sample.order), sample.experts.shape[-1]
+    return sample.bits.size + sample.followed.size * _looks(servers, k)
 
 
 def packed(held: Array) -> Array:
@@ -112,32 +138,38 @@ def flows(sample: Sample, resident_nle: Array) -> Flows:
         sample: the tokens.
         resident_nle: bool [servers, layers, experts].
     """
-    servers, _, _, _, tokens = sample.bits.shape
+    servers, *_, tokens = sample.followed.shape
     k = sample.experts.shape[-1]
     held_nlw = packed(resident_nle)
+    away_nlt = (sample.bits & ~held_nlw[..., None] != 0).any(2)
+    away_ln = away_nlt.mean(-1, dtype=jnp.float32).T
     # Experts of others, in the order in which each server prefers to call them: [i, n, l, words].
     holds_inlw = held_nlw[sample.order[:, :-1].T]
-    missing = sample.bits & ~held_nlw[:, :, :, None, None]
-    away_nlb = (missing != 0).any(2).sum(-1, dtype=jnp.int32)
-    zero = jnp.zeros((servers - 1, *away_nlb.shape), jnp.uint32)
-    sent_inlb, served_inlb = zero, zero
-    for _ in range(min(k, servers - 1)):
+    missing = sample.followed & ~held_nlw[..., None, None]
+    shape = (servers, held_nlw.shape[1], missing.shape[3])
+    nobody_inlb = jnp.zeros((servers - 1, *shape), jnp.uint32)
+
+    def visit(_, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        missing, sent_inlb, served_inlb = state
         missing, visited, served = _visit_next(missing, holds_inlw)
-        sent_inlb, served_inlb = sent_inlb + visited, served_inlb + served
+        return missing, sent_inlb + visited, served_inlb + served
+
+    # A loop, though short: unrolled, XLA computes what is missed anew in all that it is used for.
+    rounds, start = min(k, servers - 1), (missing, nobody_inlb, nobody_inlb)
+    _, sent_inlb, served_inlb = lax.fori_loop(0, rounds, visit, start)
 
     place_nm = jnp.argsort(sample.order, axis=1)
 
     def per_token(counts_inlb: Array) -> Array:
         """To servers by their numbers: float32 [b, l, n, m]."""
-        itself = jnp.zeros((1, *away_nlb.shape), jnp.uint32)
+        itself = jnp.zeros((1, *shape), jnp.uint32)
         counts_nilb = jnp.concatenate([counts_inlb, itself]).transpose(1, 0, 2, 3)
         counts_nmlb = jnp.take_along_axis(counts_nilb, place_nm[:, :, None, None], axis=1)
         return counts_nmlb.transpose(3, 2, 0, 1).astype(jnp.float32) / tokens
 
-    away = away_nlb.transpose(2, 1, 0).astype(jnp.float32) / tokens
     served = per_token(served_inlb)
     own = (k - served.sum(-1))[..., None] * jnp.eye(servers, dtype=jnp.float32)[None, None]
-    return Flows(away, per_token(sent_inlb), served + own)
+    return Flows(away_ln[None], per_token(sent_inlb), served + own)
 
 
 def _visit_next(missing: Array, holds_inlw: Array) -> tuple[Array, Array, Array]:
@@ -172,13 +204,19 @@ def _visit_next(missing: Array, holds_inlw: Array) -> tuple[Array, Array, Array]
     best, _ = lax.scan(better, nobody, (order_i, holds_inlw), unroll=unroll)
     chosen = best % MAX_SERVERS
 
-    def visit(missing: Array, other: tuple[Array, Array]) -> tuple[Array, tuple[Array, Array]]:
+    def with_its(bits: Array, other: tuple[Array, Array]) -> tuple[Array, None]:
         i, held_nlw = other
-        visits = chosen == rank(i)
-        here = missing & held_nlw[..., None, None]
-        served = jnp.where(visits[:, :, None], here, jnp.uint32(0))
-        experts = lax.population_count(served).sum((2, 4), dtype=jnp.uint32)
-        return missing ^ served, (visits.sum(-1, dtype=jnp.uint32), experts)
+        held = held_nlw[..., None, None]
+        return jnp.where((chosen == rank(i))[:, :, None], held, bits), None
 
-    missing, counts = lax.scan(visit, missing, (order_i, holds_inlw), unroll=unroll)
-    return missing, *counts
+    its, _ = lax.scan(with_its, jnp.zeros_like(missing), (order_i, holds_inlw), unroll=unroll)
+    served = lax.population_count(missing & its).sum(2, dtype=jnp.uint32)
+    chosen, served = lax.optimization_barrier((chosen, served))
+
+    def count(_, i: Array) -> tuple[None, tuple[Array, Array]]:
+        visits = chosen == rank(i)
+        experts = jnp.where(visits, served, jnp.uint32(0)).sum(-1, dtype=jnp.uint32)
+        return None, (visits.sum(-1, dtype=jnp.uint32), experts)
+
+    _, (visited_inlb, served_inlb) = lax.scan(count, None, order_i, unroll=unroll)
+    return missing & ~its, visited_inlb, served_inlb

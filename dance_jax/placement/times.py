@@ -102,6 +102,8 @@ class CallTimes(NamedTuple):
 def _slowest(seconds: Array, visits: Array, tiny: float) -> Array:
     """Expected seconds of the slowest of those that are visited, given that any is: [...].
 
+    Where none is by these probabilities, which a small sample can say, it may be any.
+
     Args:
         seconds: [..., m], of each one.
         visits: [..., m], its probability to be visited.
@@ -111,7 +113,8 @@ def _slowest(seconds: Array, visits: Array, tiny: float) -> Array:
     first = jnp.ones_like(skipped[..., :1])
     before = jnp.concatenate([first, jnp.cumprod(skipped, -1)[..., :-1]], -1)
     chance = before * (1 - skipped)
-    return (-slowest * chance).sum(-1) / jnp.maximum(chance.sum(-1), tiny)
+    expected = (-slowest * chance).sum(-1) / jnp.maximum(chance.sum(-1), tiny)
+    return jnp.where(chance.sum(-1) > tiny, expected, seconds.max(-1))
 
 
 class LockStepTimes(NamedTuple):

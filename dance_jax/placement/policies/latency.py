@@ -26,7 +26,7 @@ from jax import Array, lax
 
 from dance_jax.config import UserError
 from dance_jax.placement.core import Placement
-from dance_jax.placement.flows import Sample, flows
+from dance_jax.placement.flows import Sample, flows, work
 from dance_jax.placement.policies.layers import layers
 from dance_jax.placement.policies.optimal import optimal
 from dance_jax.placement.policies.rounding import fill
@@ -62,8 +62,8 @@ SEARCH = Schedule(8000, 3e-2, 1e-3)
 SETTLE = Schedule(4000, 1e-3, 1e-4)
 #: Most work of an annealing, in words that `flows` looks at: in large clusters there are fewer
 #: rounds.
-MOST_WORK = 3e10
-LEAST_ROUNDS = 50
+MOST_WORK = 6e9
+LEAST_ROUNDS = 20
 
 
 class State(NamedTuple):
@@ -271,14 +271,11 @@ class Search:
         Returns:
             The placement, and the predicted seconds of a layer.
         """
-        bits, k = self._sample.bits, self._sample.experts.shape[-1]
-        others = len(bits) - 1
-        work = bits.size * max(others * min(k, others), 1)
-        rounds = max(min(schedule.rounds, int(MOST_WORK / work)), LEAST_ROUNDS)
+        rounds = min(schedule.rounds, int(MOST_WORK / work(self._sample)))
         end, seconds = _anneal(
             self._goal(start if previous is None else previous, move_cost),
             jnp.asarray(start.resident),
-            jnp.int32(rounds),
+            jnp.int32(max(rounds, LEAST_ROUNDS)),
             jnp.float32(schedule.hot),
             jnp.float32(schedule.cold),
             jnp.int32(self._seed),
