@@ -109,9 +109,7 @@ def measure(setup: Setup, policies: Iterable[str], say: Say) -> Table:
 def row(policy: str, setup: Setup, placement: Placement, ms: float, repeatable: bool) -> Row:
     """Measures a placement on tokens that the policy did not see, or else on the counts."""
     local = placement.local_share(setup.counts)
-    figures: dict[str, Any] = dict.fromkeys((*COLUMNS, "layer_time")) | {
-        "remote": 1 - local
-    }
+    figures: dict[str, Any] = dict.fromkeys((*COLUMNS, "layer_time")) | {"remote": 1 - local}
     comparable: Figures = {"remote": 1 - local}
     if setup.test is not None and setup.cost is not None:
         servers, devices = len(setup.devices), setup.devices
