@@ -40,7 +40,7 @@ from dance_jax.placement import POLICIES
 SECTIONS = ("reference", "counts", "memory", "servers", "churn", "speed")
 QUICK = ("reference", "counts")
 #: Columns of the terminal, where it does not say.
-WIDTH = 110
+WIDTH = 140
 
 
 def parser() -> argparse.ArgumentParser:

@@ -19,17 +19,21 @@ on the second half. Counts alone have no halves: there it is measured on what it
 
 Columns (means over servers; `dance_jax.placement.metrics`):
     remote      share of expert calls that leave the server
+    any miss    share of (token, layer) with any such call: where servers step on their own, a step
+                waits for others there
     transfers   remote servers that a token visits per layer
     busiest     hidden states into or out of the busiest server of a layer, per token of a server:
                 worst server and direction of each layer, mean over layers
     load        largest share of a layer's expert calls on one device, mean over layers
-    layer time  predicted time of a layer in lock step, in hidden states through a link of equal
-                servers: busiest + load + 0.3 transfers (`Cost.reference`)
+    device      the same of all layers' calls together
+    layer time  predicted time of a layer where servers step on their own, per row of a step, in
+                hidden states through a link of equal servers (`CallCost.reference`)
     local       share of the expert calls that the policy saw which are served at home
     bound       no placement in the same slots has more of them at home; where the policy knows
     ms          time to solve, of a second run: compiled
     moved       experts that servers must load which they did not hold before
-Under a figure, dim: the one published with the trace and the difference to it.
+Under a figure, dim: the one published with the trace and the difference to it. There tokens visit
+the lowest number of equal servers, here the next in a ring: the difference is under the former.
 
 Modules: `traces` reads, `setups` says who serves what in which memory, `figures`, `churn` and
 `speed` measure, `published` has the figures to compare with, `targets` judges, `tables` and `plots`

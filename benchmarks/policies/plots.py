@@ -16,12 +16,14 @@ from .setups import Setup
 
 PANELS = {
     "remote": "remote calls, share",
+    "any_miss": "layers left, share",
     "transfers": "transfers per token",
     "busiest": "busiest server, states",
-    "load": "busiest device, share",
+    "load": "busiest device of a layer",
+    "device": "busiest device of all",
     "layer_time": "predicted layer time",
 }
-SWEPT = ("layer_time", "remote")
+SWEPT = ("layer_time", "any_miss")
 PICTURED = ("uniform", "dance", "optimal", "latency")
 #: Inks of the first three servers: those that hold an expert together lie on each other.
 INKS = np.array([[0.36, 0.68, 0.89], [0.95, 0.50, 0.48], [0.98, 0.83, 0.38]])

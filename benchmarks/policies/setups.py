@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from dance_jax.placement import Cost
+from dance_jax.placement import CallCost
 
 from .published import COUNTS, REFERENCE, Figures
 from .traces import CountsAlone, Trace, count
@@ -46,8 +46,8 @@ class Setup:
         return slots(self.counts[0].size, self.memory, self.devices)
 
     @property
-    def cost(self) -> Cost | None:
-        return None if self.fit is None else Cost.reference(self.devices, self.fit[0].shape[2])
+    def cost(self) -> CallCost | None:
+        return None if self.fit is None else CallCost.reference(self.devices, self.fit[0].shape[2])
 
     def describe(self) -> str:
         """Sizes, in words."""

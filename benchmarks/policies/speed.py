@@ -17,7 +17,9 @@ from .traces import count, synthetic_trace
 TIGHT = (1.0, 1.05)
 #: Servers, layers and experts: DeepSeek-V2-Lite, and DeepSeek-V3 on few and on many servers.
 SMALL, LARGE, LARGEST = (3, 26, 64), (8, 58, 256), (64, 58, 256)
-TOKENS, TOP_K = 4000, 6
+TOP_K = 6
+#: Where routes are needed, tokens of each server.
+TOKENS = {SMALL: 4000, LARGEST: 1000}
 #: Runs of one case: so many, and more while they take less than SECONDS in all.
 LEAST_RUNS, MOST_RUNS, SECONDS = 2, 15, 2.0
 #: Milliseconds that a case may take, by policy and sizes.
@@ -25,6 +27,7 @@ LIMITS_MS = {
     ("dance", SMALL): 50.0,
     (OPTIMAL, SMALL): 50.0,
     (LATENCY, SMALL): 20_000.0,
+    (LATENCY, LARGEST): 60_000.0,
     (OPTIMAL, LARGE): 1_000.0,
     (OPTIMAL, LARGEST): 10_000.0,
 }
@@ -61,32 +64,41 @@ def skewed_counts(servers: int, layers: int, experts: int, seed: int = 0) -> np.
 
 def setup_of(sizes: tuple[int, int, int], memory: float, seed: int = 0) -> Setup:
     """Counts of that size."""
-    title = f"{' x '.join(map(str, sizes))}, memory {memory:g} x the model"
-    devices = tuple(itertools.islice(itertools.cycle(PATTERN), sizes[0]))
-    return Setup(title, skewed_counts(*sizes, seed), devices, memory)
+    counts = skewed_counts(*sizes, seed)
+    return Setup(_of_size(sizes, memory), counts, _devices(sizes[0]), memory)
 
 
-def with_routes(memory: float, tokens: int = TOKENS, seed: int = 0) -> Setup:
-    """SMALL, with as many tokens of each server."""
-    servers, layers, experts = SMALL
-    trace = synthetic_trace(tokens, layers, experts, TOP_K, seed)
+def _of_size(sizes: tuple[int, int, int], memory: float) -> str:
+    return f"{' x '.join(map(str, sizes))}, memory {memory:g} x the model"
+
+
+def _devices(servers: int) -> tuple[int, ...]:
+    return tuple(itertools.islice(itertools.cycle(PATTERN), servers))
+
+
+def with_routes(
+    sizes: tuple[int, int, int], tokens: int, memory: float = MEMORY, seed: int = 0
+) -> Setup:
+    """Routes of that size, with as many tokens of each server."""
+    servers, layers, experts = sizes
+    topics = [str(n) for n in range(servers)]
+    trace = synthetic_trace(tokens, layers, experts, TOP_K, seed, topics)
     routes = tuple(trace.routes.values())
-    assert len(routes) == servers
     counts = normalised(np.stack([count(route, experts) for route in routes]))
-    title = f"{' x '.join(map(str, SMALL))}, memory {memory:g} x the model, {tokens:,} tokens each"
-    return Setup(title, counts, PATTERN, memory, routes, routes)
+    title = f"{_of_size(sizes, memory)}, {tokens:,} tokens each"
+    return Setup(title, counts, _devices(servers), memory, routes, routes)
 
 
 def cases(policies: Iterable[str]) -> Iterator[tuple[str, Setup]]:
-    """All policies on SMALL, and OPTIMAL on more."""
+    """All policies on SMALL, OPTIMAL and LATENCY on more."""
     known = list(policies)
-    routes = with_routes(MEMORY)
-    for policy in known:
-        yield policy, routes if policy == LATENCY else setup_of(SMALL, MEMORY)
-    for memory in TIGHT:
-        for policy in known:
-            if policy != LATENCY:
-                yield policy, setup_of(SMALL, memory)
+    of_counts = [policy for policy in known if policy != LATENCY]
+    for memory in (MEMORY, *TIGHT):
+        for policy in of_counts:
+            yield policy, setup_of(SMALL, memory)
+    if LATENCY in known:
+        for sizes, tokens in TOKENS.items():
+            yield LATENCY, with_routes(sizes, tokens)
     if OPTIMAL in known:
         for sizes in (LARGE, LARGEST):
             for memory in (*TIGHT, MEMORY):

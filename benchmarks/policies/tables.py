@@ -9,13 +9,13 @@ from rich.console import Console
 from rich.table import Table as Grid
 
 from .churn import KEEPING, Churn
-from .figures import BLIND, LATENCY, OPTIMAL, Row, Table
+from .figures import BLIND, COLUMNS, LATENCY, OPTIMAL, Row, Table
 from .speed import Speed
-from .targets import LITTLE, difference, gains, over_best_other
+from .targets import LITTLE, difference, gains
 
-#: Columns of a table: field, digits.
-ROUTES = {"remote": 3, "transfers": 3, "busiest": 3, "load": 3, "layer_time": 3}
-COUNTS = {"remote": 3}
+#: Columns of a table.
+ROUTES = (*COLUMNS, "layer_time")
+COUNTS = ("remote",)
 
 
 def _grid(columns: Sequence[str]) -> Grid:
@@ -34,9 +34,9 @@ def _milliseconds(value: float | None) -> str:
     return _number(value, 1 if value is None or value < 100 else 0)
 
 
-def _cell(table: Table, row: Row, column: str, digits: int) -> str:
+def _cell(table: Table, row: Row, column: str) -> str:
     """A figure, and below it the published one and the difference."""
-    text = _number(getattr(row, column), digits)
+    text = _number(getattr(row, column), 3)
     share = difference(table, row, column)
     if share is None:
         return text
@@ -51,7 +51,7 @@ def print_table(console: Console, table: Table) -> None:
     setup = table.setup
     grid = _grid(["policy", *heads, "local", "bound", "ms"])
     for row in table.rows:
-        cells = [_cell(table, row, column, digits) for column, digits in columns.items()]
+        cells = [_cell(table, row, column) for column in columns]
         last = [_number(row.local, 4), _number(row.bound, 4), _milliseconds(row.ms)]
         grid.add_row(row.policy, *cells, *last)
     _print(console, setup.title, setup.describe(), grid)
@@ -64,7 +64,7 @@ def _print(console: Console, title: str, about: str, grid: Grid) -> None:
 
 def fastest_line(table: Table) -> str:
     """Whether LATENCY is the fastest on tokens that no policy saw."""
-    found = over_best_other(table)
+    found = table.over_best_other("layer_time")
     if found is None:
         return f"{LATENCY} is not among the policies: no comparison of predicted layer times."
     ratio, other = found

@@ -8,13 +8,15 @@ from collections.abc import Iterator
 from benchmarks.targets import Target
 
 from .churn import AFRESH, Churn
-from .figures import BLIND, LATENCY, OPTIMAL, Row, Table
+from .figures import BLIND, COLUMNS, LATENCY, OPTIMAL, Row, Table
 from .speed import Speed
 
 #: Policies that reproduce published figures, within that share of them.
 REPRODUCED, TOLERANCE = ("dance", OPTIMAL), 0.02
 #: What LATENCY reaches at once, where there are published figures.
-LATENCY_LIMITS = {"busiest": 1.17, "load": 0.33, "transfers": 0.84}
+LATENCY_LIMITS = {"any_miss": 0.54, "transfers": 0.58, "device": 0.30, "ms": 20_000.0}
+#: LATENCY's figures over the best other policy's, everywhere: what is sought, and the most.
+OVER_BEST_OTHER = (("any_miss", 0.95), ("any_miss", 1.0), ("layer_time", 1.0))
 #: OPTIMAL's share of calls at home below its bound, as a share of the bound.
 BOUND_GAP = 1e-4
 #: A policy that keeps less than this share of all calls more at home than BLIND wins little.
@@ -38,16 +40,8 @@ class Results:
 def difference(table: Table, row: Row, column: str) -> float | None:
     """A figure over the published one, less 1; None: there is none."""
     published = table.setup.published.get(row.policy, {}).get(column)
-    value: float | None = getattr(row, column)
+    value = row.comparable.get(column)
     return None if published is None or value is None else value / published - 1
-
-
-def over_best_other(table: Table) -> tuple[float, str] | None:
-    """LATENCY's predicted layer time over the least of the others', and whose that is."""
-    ours, other = table.row(LATENCY), table.fastest_other()
-    if ours is None or ours.layer_time is None or other is None or other.layer_time is None:
-        return None
-    return ours.layer_time / other.layer_time, other.policy
 
 
 def gains(table: Table) -> tuple[Row, Row, float] | None:
@@ -58,7 +52,7 @@ def gains(table: Table) -> tuple[Row, Row, float] | None:
 
 def _reproduced(tables: list[Table]) -> Iterator[Target]:
     for policy in REPRODUCED:
-        for column in ("remote", "transfers", "busiest", "load"):
+        for column in COLUMNS:
             found = [
                 (abs(share), f"{share:+.1%}")
                 for table in tables
@@ -76,6 +70,17 @@ def _latency(tables: list[Table]) -> Iterator[Target]:
             if table.setup.published and (row := table.row(LATENCY))
         ]
         yield Target.of_worst(f"{LATENCY}: {column}", limit, found)
+
+
+def _compared(results: Results) -> Iterator[Target]:
+    for column, limit in OVER_BEST_OTHER:
+        found = [
+            (ratio[0], f"{table.setup.title}, {ratio[1]}")
+            for table in results.all_tables()
+            if (ratio := table.over_best_other(column)) is not None
+        ]
+        name = f"{LATENCY}: {column.replace('_', ' ')} over the best other policy's"
+        yield Target.of_worst(name, limit, found)
 
 
 def _gaps(results: Results) -> Iterator[tuple[float, str]]:
@@ -112,11 +117,6 @@ def _times(speed: list[Speed]) -> Iterator[Target]:
 def targets(results: Results) -> list[Target]:
     """All of them."""
     reference = results.tables.get("reference", [])
-    compared = [
-        (*found, table.setup.title)
-        for table in results.all_tables()
-        if (found := over_best_other(table)) is not None
-    ]
     differing = [
         (float(not row.repeatable), "" if row.repeatable else f"{row.policy}, {table.setup.title}")
         for table in results.all_tables()
@@ -125,11 +125,7 @@ def targets(results: Results) -> list[Target]:
     return [
         *_reproduced(reference),
         *_latency(reference),
-        Target.of_worst(
-            f"{LATENCY}: predicted layer time over the best other policy's",
-            1.0,
-            [(ratio, f"{title}, {policy}") for ratio, policy, title in compared],
-        ),
+        *_compared(results),
         Target.of_worst(f"{OPTIMAL}: below its bound", BOUND_GAP, _gaps(results)),
         Target.of_worst("placements that differ in a second run", 0.0, differing),
         *_times(results.speed),

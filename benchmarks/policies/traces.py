@@ -6,6 +6,7 @@ import dataclasses
 import json
 import pathlib
 import zipfile
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -60,20 +61,25 @@ def count(route_tlk: np.ndarray, experts: int) -> np.ndarray:
 
 
 def synthetic_trace(
-    tokens: int = 2000, layers: int = 12, experts: int = 64, k: int = 6, seed: int = 0
+    tokens: int = 2000,
+    layers: int = 12,
+    experts: int = 64,
+    k: int = 6,
+    seed: int = 0,
+    topics: Sequence[str] = ("a", "b", "c"),
 ) -> Trace:
-    """Three topics with their own expert preferences.
+    """Topics with their own expert preferences.
 
     Logits of a token: a preference of its topic, shared by all its tokens, plus noise.
     """
     rng = np.random.default_rng(seed)
-    topics, routes = ("a", "b", "c"), {}
+    routes = {}
     for topic in topics:
         preference_le = 0.6 * rng.gumbel(size=(layers, experts))
         logits_tle = preference_le + rng.gumbel(size=(tokens, layers, experts))
-        routes[topic] = np.argsort(-logits_tle, axis=2)[:, :, :k].astype(np.int16)
+        routes[topic] = np.argpartition(-logits_tle, k - 1)[:, :, :k].astype(np.int16)
     counts = {topic: count(route, experts) for topic, route in routes.items()}
-    return Trace("synthetic", experts, routes, counts, tuple((t,) for t in topics), topics)
+    return Trace("synthetic", experts, routes, counts, tuple((t,) for t in topics), tuple(topics))
 
 
 def read_trace(directory: pathlib.Path) -> Trace:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import jax.numpy as jnp
 import numpy as np
@@ -97,7 +97,7 @@ class Cost(abc.ABC):
     @abc.abstractmethod
     def of_links(
         cls, state: Sequence[float] | np.ndarray, devices: Sequence[int] | np.ndarray, k: int
-    ) -> Cost:
+    ) -> Self:
         """`reference`, on links of unequal speed: their mean takes the place of its unit.
 
         Args:
@@ -107,7 +107,7 @@ class Cost(abc.ABC):
         """
 
     @classmethod
-    def reference(cls, devices: Sequence[int] | np.ndarray, k: int) -> Cost:
+    def reference(cls, devices: Sequence[int] | np.ndarray, k: int) -> Self:
         """Weights where nothing is known, in hidden states through a link.
 
         All links and all devices are equal, and one device that computed all calls of a layer would
@@ -161,7 +161,7 @@ class CallCost(Cost):
     @classmethod
     def of_links(
         cls, state: Sequence[float] | np.ndarray, devices: Sequence[int] | np.ndarray, k: int
-    ) -> CallCost:
+    ) -> Self:
         """`reference`, where a round takes as long as a hidden state through the mean link."""
         state = np.asarray(state, float)
         return cls(
@@ -226,7 +226,7 @@ class LockStepCost(Cost):
     @classmethod
     def of_links(
         cls, state: Sequence[float] | np.ndarray, devices: Sequence[int] | np.ndarray, k: int
-    ) -> LockStepCost:
+    ) -> Self:
         """`reference`, `busiest` + `load` + 0.3 `transfers`, on links of unequal speed."""
         state = np.asarray(state, float)
         return cls(

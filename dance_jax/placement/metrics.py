@@ -173,6 +173,8 @@ def measure(
         raise UserError(f"routes of {len(routes)} servers, the placement has {num_servers}")
     if order is None:
         order = preferences(np.ones((num_servers, num_servers)))
+    if order.shape != (num_servers, num_servers):
+        raise UserError(f"order of calls: {order.shape} for {num_servers} servers")
     transfers_lnn = np.zeros((layers, num_servers, num_servers))
     calls_lnn = np.zeros_like(transfers_lnn)
     away_ln = np.zeros((layers, num_servers))
@@ -196,8 +198,9 @@ def measure(
         counts = _counts(
             jnp.asarray(holders), jnp.asarray(resident_nle[n]), jnp.asarray(padded), num_servers
         )
-        away_l, visits_lm, served_lm = (np.asarray(each) / len(route) for each in counts)
-        away_ln[:, n] = away_l
-        transfers_lnn[:, n, order[n]], calls_lnn[:, n, order[n]] = visits_lm, served_lm
-        calls_lnn[:, n, n] = route.shape[2] - served_lm.sum(1)
+        away_l, visits_lm, served_lm = map(np.asarray, counts)
+        away_ln[:, n] = away_l / len(route)
+        transfers_lnn[:, n, order[n]] = visits_lm / len(route)
+        calls_lnn[:, n, order[n]] = served_lm / len(route)
+        calls_lnn[:, n, n] = (route[:, 0].size - served_lm.sum(1)) / len(route)
     return Traffic(transfers_lnn, calls_lnn, away_ln, active_n)

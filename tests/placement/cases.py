@@ -1,9 +1,60 @@
-"""Placement problems of every kind, for hypothesis."""
+"""Placement problems of every kind for hypothesis, and the rule of visits in plain Python."""
+
+from collections.abc import Sequence
 
 import numpy as np
 from hypothesis import strategies as st
 
 SHAPES = [(3, 4, 8), (2, 1, 5), (1, 3, 4), (4, 2, 6)]
+
+
+def plain_servers(held: np.ndarray, needed: np.ndarray, order: Sequence[int]) -> list[int]:
+    """Which server serves each expert of one token, -1: none.
+
+    Args:
+        held: bool [k, servers].
+        needed: bool [k].
+        order: servers, those that are preferred first.
+    """
+    found = [-1] * len(held)
+    while left := [k for k in range(len(held)) if needed[k] and found[k] < 0]:
+        best = max(order, key=lambda n: sum(held[k, n] for k in left))
+        served = [k for k in left if held[k, best]]
+        if not served:
+            break
+        for k in served:
+            found[k] = best
+    return found
+
+
+def random_order(rng: np.random.Generator, servers: int) -> np.ndarray:
+    """In which order each server prefers to call the others, itself last: int32 [n, n]."""
+    rank_nm = rng.random((servers, servers)) + np.eye(servers)
+    return rank_nm.argsort(1).astype(np.int32)
+
+
+def random_resident(
+    rng: np.random.Generator, shape: tuple[int, int, int], density: float = 0.3
+) -> np.ndarray:
+    """Every expert on one server at least: bool [servers, layers, experts]."""
+    home_le = rng.integers(0, shape[0], shape[1:])
+    return (rng.random(shape) < density) | (np.arange(shape[0])[:, None, None] == home_le)
+
+
+def preferring_routes(seed: int, shape: tuple[int, int, int, int], tokens: int) -> list[np.ndarray]:
+    """Workloads with their own preferences: per server int [tokens, layers, k].
+
+    Args:
+        shape: servers, layers, experts, k.
+    """
+    servers, layers, experts, k = shape
+    rng = np.random.default_rng(seed)
+    return [
+        np.argsort(
+            -(rng.gumbel(size=(layers, experts)) + rng.gumbel(size=(tokens, layers, experts)))
+        )[:, :, :k]
+        for _ in range(servers)
+    ]
 
 
 def draw_capacities(draw, rng, servers, total):

@@ -1,5 +1,6 @@
 """Placement, its metrics against a plain reading of their definitions, and its file."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -8,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dance_jax.config import UserError
-from dance_jax.placement import Cost, Placement
-from dance_jax.placement.cost import apart_share
+from dance_jax.placement import CallCost, LockStepCost, Placement
+from dance_jax.placement.cost import apart_share, of_pairs
+from tests.placement.cases import plain_servers, random_order, random_resident
 
 SHAPE, TOKENS, K = (3, 2, 6), 8, 3
 LAYERS, EXPERTS = SHAPE[1:]
@@ -18,9 +20,7 @@ LAYERS, EXPERTS = SHAPE[1:]
 @st.composite
 def placements(draw):
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    resident = rng.random(SHAPE) < draw(st.sampled_from([0.0, 0.3, 0.7]))
-    home = rng.integers(0, SHAPE[0], SHAPE[1:])
-    return Placement(resident | (np.arange(SHAPE[0])[:, None, None] == home))
+    return Placement(random_resident(rng, SHAPE, draw(st.sampled_from([0.0, 0.3, 0.7]))))
 
 
 def random_routes(seed, lengths=(TOKENS, TOKENS - 3, 1)):
@@ -30,38 +30,35 @@ def random_routes(seed, lengths=(TOKENS, TOKENS - 3, 1)):
     ]
 
 
-def plain_metrics(resident, routes, devices):
-    """Flows by one loop per token: (remote, transfers, busiest, load)."""
+def plain_metrics(resident, routes, devices, order):
+    """Flows by one loop per token: (remote, any_miss, transfers, busiest, load, device)."""
     num_servers = len(resident)
     flow = np.zeros((LAYERS, num_servers, num_servers))
     calls = np.zeros((LAYERS, num_servers))
-    remote, visits = np.zeros(num_servers), np.zeros(num_servers)
+    remote, away, visits = np.zeros((3, num_servers))
     for n, route in enumerate(routes):
         for token in route:
             for layer in range(LAYERS):
-                missing = [e for e in token[layer] if not resident[n, layer, e]]
-                chosen = next(
-                    servers
-                    for size in range(num_servers + 1)
-                    for servers in itertools.combinations(range(num_servers), size)
-                    if all(resident[list(servers), layer, e].any() for e in missing)
-                )
-                remote[n] += len(missing) / (len(route) * LAYERS * K)
+                held = resident[:, layer, token[layer]].T
+                served = plain_servers(held, ~held[:, n], order[n])
+                chosen = set(served) - {-1}
+                remote[n] += (~held[:, n]).sum() / (len(route) * LAYERS * K)
+                away[n] += (not held[:, n].all()) / (len(route) * LAYERS)
                 visits[n] += len(chosen) / (len(route) * LAYERS)
                 for m in chosen:
                     flow[layer, n, m] += 1 / len(route)
-                for e in token[layer]:
-                    at = n if e not in missing else min(m for m in chosen if resident[m, layer, e])
-                    calls[layer, at] += 1 / (len(route) * K * num_servers)
+                for at in served:
+                    calls[layer, n if at < 0 else at] += 1 / (len(route) * K * num_servers)
     ways = np.concatenate([flow.sum(2), flow.sum(1)], axis=1)
-    load = (calls / np.array(devices)).max(1).mean()
-    return remote.mean(), visits.mean(), ways.max(1).mean(), load
+    shares = calls / np.array(devices)
+    of_flows = (remote.mean(), away.mean(), visits.mean(), ways.max(1).mean())
+    return *of_flows, shares.max(1).mean(), shares.mean(0).max()
 
 
 def plain_layer_time(resident, routes, cost, weights):
     """Seconds of each layer by what every server sends, receives and computes, one at a time."""
     num_servers = len(resident)
-    flows = Placement(resident).traffic(routes)
+    flows = Placement(resident).traffic(routes, cost.order)
     seconds = []
     for layer in range(LAYERS):
         sent = flows.transfers_lnn[layer] * np.array(weights)[:, None]
@@ -76,13 +73,48 @@ def plain_layer_time(resident, routes, cost, weights):
 @given(placements(), st.integers(0, 2**32 - 1))
 def test_metrics_follow_their_definitions(placement, seed):
     routes, devices = random_routes(seed), [1, 1, 2]
+    ring = np.array([[1, 2, 0], [2, 0, 1], [0, 1, 2]])
     got = (
         placement.remote(routes),
+        placement.any_miss(routes),
         placement.transfers(routes),
         placement.busiest(routes),
         placement.load(routes, devices),
+        placement.device(routes, devices),
     )
-    assert got == pytest.approx(plain_metrics(placement.resident, routes, devices), abs=1e-12)
+    want = plain_metrics(placement.resident, routes, devices, ring)
+    assert got == pytest.approx(want, abs=1e-12)
+    order = random_order(np.random.default_rng(seed), 3)
+    traffic = placement.traffic(routes, order)
+    got = (traffic.remote, traffic.any_miss, traffic.transfers, traffic.busiest)
+    got = (*got, traffic.load(devices), traffic.device(devices))
+    want = plain_metrics(placement.resident, routes, devices, order)
+    assert got == pytest.approx(want, abs=1e-12)
+
+
+def test_equal_holders_share_their_callers():
+    """Tokens of each of four servers miss the same experts, which two others hold."""
+    resident = np.zeros((4, 1, 4), bool)
+    resident[[0, 1], 0, 0] = resident[[2, 3], 0, 1] = resident[:, 0, 2:] = True
+    placement = Placement(resident)
+    routes = [np.full((2, 1, 1), expert) for expert in (1, 1, 0, 0)]
+    ring = placement.traffic(routes).calls_lnn[0]
+    # The next of them after the caller: both callers of 0 and 1 go to 2, those of 2 and 3 to 0.
+    assert ring.argmax(1).tolist() == [2, 2, 0, 0]
+    order = np.array([[3, 2, 1, 0], [2, 3, 0, 1], [1, 0, 3, 2], [0, 1, 2, 3]])
+    assert placement.traffic(routes, order).calls_lnn[0].argmax(1).tolist() == [3, 2, 1, 0]
+    # Who answers sooner is called: by a cost's own rule, or by the order that it is given.
+    cost = LockStepCost(state=np.array([2, 1, 2, 1]), call=np.zeros(4), devices=np.ones(4, int))
+    by_cost = placement.traffic(routes, cost.preferences()).calls_lnn[0].argmax(1)
+    assert by_cost.tolist() == [2, 3, 0, 1]
+    told = dataclasses.replace(cost, order=order)
+    assert np.array_equal(told.preferences(), order)
+    far = CallCost(
+        state=np.zeros(4), call=np.zeros(4), devices=np.ones(4, int), round=np.array([2, 1, 2, 1])
+    )
+    assert placement.traffic(routes, far.preferences()).calls_lnn[0].argmax(1).tolist() == [
+        3, 3, 1, 1,
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("servers", [32, 40, 256])
@@ -107,7 +139,14 @@ def test_flows_between_many_servers(servers):
 @given(placements(), st.integers(0, 2**32 - 1))
 def test_layer_time_follows_its_definition(placement, seed):
     rng, routes = np.random.default_rng(seed), random_routes(seed)
-    cost = Cost(rng.random(3), rng.random(3), rng.integers(1, 4, 3), rng.random(), rng.random())
+    cost = LockStepCost(
+        state=rng.random(3),
+        call=rng.random(3),
+        devices=rng.integers(1, 4, 3),
+        transfer=rng.random(),
+        layer=rng.random(),
+        order=random_order(rng, 3),
+    )
     weights = rng.random(3)
     want = plain_layer_time(placement.resident, routes, cost, weights)
     assert placement.layer_time(routes, cost, weights) == pytest.approx(want)
@@ -118,7 +157,9 @@ def test_layer_time_follows_its_definition(placement, seed):
 def test_servers_with_tokens_one_at_a_time(placement, seed):
     """All transfers then pass a busiest link: a layer of each server's token alone, added up."""
     routes = random_routes(seed)
-    cost = Cost(np.full(3, 2.0), np.zeros(3), np.ones(3, int), 0.7)
+    cost = LockStepCost(
+        state=np.full(3, 2.0), call=np.zeros(3), devices=np.ones(3, int), transfer=0.7
+    )
     alone = [
         placement.layer_time([r if m == n else r[:0] for m, r in enumerate(routes)], cost)
         for n in range(3)
@@ -150,12 +191,16 @@ def test_layer_time_of_the_reference_is_the_weighted_sum(placement, seed):
     routes, devices = random_routes(seed), [1, 1, 2]
     traffic = placement.traffic(routes)
     want = traffic.busiest + traffic.load(devices) + 0.3 * traffic.transfers
-    assert placement.layer_time(routes, Cost.reference(devices, K)) == pytest.approx(want)
-    # Links of one speed change the unit alone.
-    slow = Cost.of_links([2e-6] * 3, devices, K)
+    assert placement.layer_time(routes, LockStepCost.reference(devices, K)) == pytest.approx(want)
+
+
+@pytest.mark.parametrize("form", [CallCost, LockStepCost])
+def test_links_of_one_speed_change_the_unit_alone(form):
+    placement = Placement(random_resident(np.random.default_rng(0), SHAPE))
+    routes, devices = random_routes(0), [1, 1, 2]
+    want = placement.layer_time(routes, form.reference(devices, K))
+    slow = form.of_links([2e-6] * 3, devices, K)
     assert placement.layer_time(routes, slow) == pytest.approx(2e-6 * want)
-    alone = traffic.busiest + traffic.load() + 0.3 * traffic.transfers
-    assert placement.layer_time(routes) == pytest.approx(alone)
 
 
 @settings(max_examples=15, deadline=None, derandomize=True, database=None)
@@ -167,11 +212,11 @@ def test_metrics_do_not_depend_on_names(placement, seed, order):
     names = rng.permutation(EXPERTS)
     renamed = Placement(placement.resident[:, :, np.argsort(names)])
     new_routes = [names[route] for route in routes]
-    for metric in ("remote", "transfers", "busiest", "load"):
+    for metric in ("remote", "any_miss", "transfers", "busiest", "load", "device"):
         want = getattr(placement, metric)(routes)
         assert getattr(renamed, metric)(new_routes) == pytest.approx(want)
     moved = Placement(placement.resident[list(order)])
-    for metric in ("remote", "transfers"):
+    for metric in ("remote", "any_miss", "transfers"):
         want = getattr(placement, metric)(routes)
         assert getattr(moved, metric)([routes[n] for n in order]) == pytest.approx(want)
 
@@ -179,16 +224,16 @@ def test_metrics_do_not_depend_on_names(placement, seed, order):
 def test_everything_everywhere_moves_nothing():
     placement = Placement(np.ones(SHAPE, bool))
     traffic = placement.traffic(random_routes(0))
-    assert (traffic.remote, traffic.transfers, traffic.busiest) == (0, 0, 0)
-    assert traffic.load([1, 1, 2]) == pytest.approx(1 / 3)
+    assert (traffic.remote, traffic.any_miss, traffic.transfers, traffic.busiest) == (0, 0, 0, 0)
+    assert traffic.load([1, 1, 2]) == traffic.device([1, 1, 2]) == pytest.approx(1 / 3)
 
 
 def test_a_server_without_tokens_is_left_out():
     placement = Placement(np.arange(3)[:, None, None] == np.zeros(SHAPE[1:], int))
     traffic = placement.traffic(random_routes(0, lengths=(4, 4, 0)))
-    assert traffic.remote == traffic.transfers == pytest.approx(0.5)
+    assert traffic.remote == traffic.any_miss == traffic.transfers == pytest.approx(0.5)
     assert traffic.busiest == pytest.approx(1)
-    assert traffic.load() == pytest.approx(1)
+    assert traffic.load() == traffic.device() == pytest.approx(1)
 
 
 @settings(max_examples=25, deadline=None, derandomize=True, database=None)
@@ -249,20 +294,48 @@ def test_moved_counts_what_must_be_loaded():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("form", "changes", "message"),
     [
-        (([1, 1], [1], [1, 1]), "one number per server"),
-        (([1.0, np.nan], [1, 1], [1, 1]), "state must be finite"),
-        (([1, 1], [1, -1], [1, 1]), "call must be .* at least 0"),
-        (([1, 1], [1, 1], [1, 0]), "whole number of devices"),
-        (([1, 1], [1, 1], [1.0, 1.0]), "whole number of devices"),
-        (([1, 1], [1, 1], [1, 1], -1.0), "transfer must be"),
-        (([1, 1], [1, 1], [1, 1], 0.0, np.inf), "layer must be"),
+        (LockStepCost, {"call": [1]}, "one number per server"),
+        (LockStepCost, {"state": [1.0, np.nan]}, "state must be finite"),
+        (CallCost, {"call": [1, -1]}, "call must be .* at least 0"),
+        (LockStepCost, {"devices": [1, 0]}, "whole number of devices"),
+        (CallCost, {"devices": [1.0, 1.0]}, "whole number of devices"),
+        (LockStepCost, {"transfer": -1.0}, "transfer must be"),
+        (LockStepCost, {"layer": np.inf}, "layer must be"),
+        (CallCost, {"round": [1, 1, 1]}, "one number per server"),
+        (CallCost, {"round": [1, -1]}, "round must be .* at least 0"),
+        (CallCost, {"rows": ()}, "steps of at least one row"),
+        (CallCost, {"rows": ((0.5, 1.0),)}, "steps of at least one row"),
+        (CallCost, {"rows": ((1, -1.0),)}, "rows must be .* at least 0"),
+        (CallCost, {"busy": 1.5}, "busy is from 0 to 1"),
+        (CallCost, {"busy": np.nan}, "busy must be finite"),
     ],
 )
-def test_malformed_costs(arguments, message):
+def test_malformed_costs(form, changes, message):
+    good = {"state": [1, 1], "call": [1, 1], "devices": [1, 1]}
+    if form is CallCost:
+        good["round"] = [1, 1]
+    form(**good)
     with pytest.raises(UserError, match=message):
-        Cost(*arguments)
+        form(**good | changes)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, database=None)
+@given(st.integers(3, 9), st.integers(0, 2**32 - 1))
+def test_parts_of_servers_are_found_again_from_pairs(servers, seed):
+    part = np.random.default_rng(seed).gamma(1.0, size=servers)
+    pairs = part[:, None] + part
+    mean = (pairs.sum(1) - 2 * part) / (servers - 1)
+    np.testing.assert_allclose(of_pairs(mean), part, rtol=1e-9, atol=1e-12)
+
+
+def test_parts_of_few_servers_and_of_pairs_that_do_not_add_up():
+    # One pair does not say whose part is whose.
+    assert of_pairs(np.array([4.0, 4.0])).tolist() == [2.0, 2.0]
+    assert of_pairs(np.array([6.0])).tolist() == [3.0]
+    # The second server is near all others, who are far from each other: its part is 0, not less.
+    assert of_pairs(np.array([5.0, 1.0, 5.0])).min() == 0.0
 
 
 def test_malformed_inputs():
@@ -280,7 +353,9 @@ def test_malformed_inputs():
         placement.remote([route[:0] for route in routes])
     with pytest.raises(UserError, match="devices"):
         placement.load(routes, [1, 1])
+    with pytest.raises(UserError, match=r"order of calls: \(2, 2\) for 3 servers"):
+        placement.layer_time(routes, CallCost.reference([1, 1], K))
     with pytest.raises(UserError, match="cost of 2 servers"):
-        placement.layer_time(routes, Cost.reference([1, 1], K))
+        placement.traffic(routes).layer_time(CallCost.reference([1, 1], K))
     with pytest.raises(UserError, match=r"weights \(2,\)"):
-        placement.layer_time(routes, Cost.reference([1, 1, 1], K), [1, 1])
+        placement.layer_time(routes, CallCost.reference([1, 1, 1], K), [1, 1])

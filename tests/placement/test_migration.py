@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dance_jax.engine.route_sample import RouteSample
-from dance_jax.placement import Cost, Layout, Placement, place, spread
+from dance_jax.placement import CallCost, Layout, Placement, place, spread
 from dance_jax.placement.decay import DecayedCounts
 from dance_jax.placement.migration import (
     ERRORS,
@@ -266,7 +266,12 @@ class Service:
 
     SHAPE = (3, 3, 12, 2)
     SLOTS, SPARE = (17, 17, 9), 1
-    COST = Cost(np.full(3, 1e-3), np.full(3, 1e-4), np.array(DEVICES))
+    COST = CallCost(
+        state=np.full(3, 1e-3),
+        call=np.full(3, 1e-4),
+        devices=np.array(DEVICES),
+        round=np.full(3, 1e-3),
+    )
 
     def __init__(self, half_life, seed=0):
         servers, layers, _, k = self.SHAPE

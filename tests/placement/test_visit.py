@@ -1,7 +1,6 @@
 """choose_servers against its definition, and the fewest servers by brute force."""
 
 import itertools
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +18,7 @@ from dance_jax.placement.visit import (
     places,
     preferences,
 )
+from tests.placement.cases import plain_servers
 from tests.quick import QUICK
 
 TOKENS, K = 16, 4
@@ -47,19 +47,6 @@ def tokens(draw, num_servers, densities=(0.1, 0.3, 0.6)):
     return held, rng.random((TOKENS, K)) < draw(st.sampled_from([0.5, 0.9, 1.0]))
 
 
-def plain(held: np.ndarray, needed: np.ndarray, order: Sequence[int]) -> list[int]:
-    """The rule of visit for one token; held: bool [k, servers], needed: bool [k]."""
-    found = [-1] * len(held)
-    while left := [k for k in range(len(held)) if needed[k] and found[k] < 0]:
-        best = max(order, key=lambda n: sum(held[k, n] for k in left))
-        served = [k for k in left if held[k, best]]
-        if not served:
-            break
-        for k in served:
-            found[k] = best
-    return found
-
-
 @pytest.mark.parametrize("num_servers", SERVERS)
 def test_choice_is_the_plain_one_and_near_the_fewest(num_servers):
     @settings(max_examples=15, deadline=None, derandomize=True, database=None)
@@ -69,7 +56,7 @@ def test_choice_is_the_plain_one_and_near_the_fewest(num_servers):
         order = random.sample(range(num_servers), num_servers)
         result = run(held, needed, np.array(order))
         for t in range(TOKENS):
-            expected = plain(held[t], needed[t], order)
+            expected = plain_servers(held[t], needed[t], order)
             assert [order[place] if place >= 0 else -1 for place in result[t]] == expected
             # Greedy set cover of K elements is within H(K) = 1 + 1/2 + 1/3 + 1/4 of the fewest.
             if num_servers <= 9:

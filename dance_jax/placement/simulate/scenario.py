@@ -11,7 +11,7 @@ import numpy as np
 
 from dance_jax.config import EngineConfig, UserError
 from dance_jax.placement.core import Placement
-from dance_jax.placement.cost import Cost
+from dance_jax.placement.cost import LockStepCost
 from dance_jax.placement.visit import MAX_SERVERS
 
 #: (decode rows, slice rows) of a compiled step, on each device.
@@ -173,24 +173,24 @@ class Scenario:
         return tuple(server.devices for server in self.servers)
 
 
-def cost_of(servers: Sequence[Server], model: Model) -> Cost:
+def cost_of(servers: Sequence[Server], model: Model) -> LockStepCost:
     """What a policy that predicts time is told of servers, as by launch/costs of measured ones.
 
     What the simulation knows besides, trunk and reading of weights, has no place in it.
 
     Raises:
         UserError: some links are infinitely fast and others are not; where all are, calls and
-            states count as in `Cost.reference`.
+            states count as in `LockStepCost.reference`.
     """
     devices = [server.devices for server in servers]
     infinite = [math.isinf(server.bandwidth) for server in servers]
     if all(infinite):
-        return Cost.reference(devices, model.top_k)
+        return LockStepCost.reference(devices, model.top_k)
     if any(infinite):
         raise UserError("scenario: a policy cannot weigh links without limit against others")
     state_n = np.array([2 * 8 * model.state_bytes / server.bandwidth for server in servers])
     call_n = np.array([server.speed.call for server in servers])
-    return dataclasses.replace(Cost.of_links(state_n, devices, model.top_k), call=call_n)
+    return dataclasses.replace(LockStepCost.of_links(state_n, devices, model.top_k), call=call_n)
 
 
 def _check_servers(servers: tuple[Server, ...]) -> None:
