@@ -27,7 +27,7 @@ WORD = 32
 class Flows(NamedTuple):
     """Per token of the sending server; b blocks, l layers, n and m servers."""
 
-    #: float [b, l, n], or [1, l, n] of all blocks together: share of its tokens that miss any expert.
+    #: float [b or 1, l, n]: share of its tokens that miss any expert; 1: of all blocks together.
     away: Array
     #: float [b, l, n, m]: hidden states to each server; 0 to itself.
     sent: Array

@@ -56,9 +56,8 @@ class Schedule(NamedTuple):
     cold: float
 
 
-#: From any start to a good placement.
-SEARCH = Schedule(8000, 3e-2, 1e-3)
-#: Within the neighbourhood of a good placement.
+#: From any start to a good placement; from a good one to a better one; and within its neighbourhood.
+SEARCH, REFINE = Schedule(8000, 3e-2, 1e-3), Schedule(8000, 3e-3, 3e-4)
 SETTLE = Schedule(4000, 1e-3, 1e-4)
 #: Most work of an annealing, in words that `flows` looks at: in large clusters there are fewer
 #: rounds.
@@ -324,12 +323,12 @@ def _with_few_moves(problem: Problem, previous: Placement) -> Placement:
 
 
 def _afresh(problem: Problem, search: Search) -> tuple[Placement, float]:
-    """The best of annealings from where statistics count most, and not at all."""
+    """The best that is found from where statistics count most, and from the best start."""
     problem = dataclasses.replace(problem, previous=None)
-    starts = [policy(problem) for policy in (optimal, layers)]
-    found = [search.anneal(start, SEARCH) for start in starts]
-    found += [(start, search.seconds(start)) for start in starts]
-    return min(found, key=lambda each: each[1])
+    starts = [(each, search.seconds(each)) for each in (optimal(problem), layers(problem))]
+    best = min(starts, key=lambda each: each[1])
+    found = [search.anneal(starts[0][0], SEARCH), search.anneal(best[0], REFINE)]
+    return min((best, *found), key=lambda each: each[1])
 
 
 def latency(problem: Problem) -> Placement:
