@@ -129,12 +129,17 @@ def test_nothing_is_compiled_once_it_is_warm(engine: Engine):
 
 def test_reports_add_up(engine: Engine):
     job = Job(tuple(range(2, 40)), 7, 0, None)
-    before = engine.report()
+    before, steps_before = engine.report(), np.array(engine.stats().step_rows)
     run(engine, [(job, job.request("r"))])
-    after = engine.report()
+    after, steps = engine.report(), np.array(engine.stats().step_rows) - steps_before
     assert after.generation_tokens - before.generation_tokens == 7
     assert after.prompt_tokens - before.prompt_tokens + after.prefix_hits - before.prefix_hits == 38
     computed = after.prompt_tokens - before.prompt_tokens + 6
+    # Six steps of one row, and before them slices of the prompt.
+    (one, alone), *larger = steps.tolist()
+    assert (one, alone) == (6, 6) and sum(rows for _, rows in larger) == computed - 6
+    for size, (number, rows) in enumerate(larger, 1):
+        assert 2 ** (size - 1) * number < rows <= 2**size * number or number == rows == 0
     calls = after.calls_local - before.calls_local
     layers, top_k = 2, 4
     assert calls == computed * layers * top_k and after.calls_remote == 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dance_jax.engine.moved import seconds_per_byte
+from dance_jax.engine.moved import seconds_per_byte, seconds_per_call
 from dance_jax.models.counters import Moved
 
 
@@ -34,3 +34,11 @@ def test_an_uncertain_slope_is_not_known():
     assert seconds_per_byte(calls(1e-8, 0.0, count=40)) is None, "few calls"
     assert seconds_per_byte(moved(np.full(400, 1e4), np.full(400, 1e-3))) is None, "all of a size"
     assert seconds_per_byte(Moved()) is None
+
+
+def test_what_a_call_takes_beside_its_bytes():
+    known = calls(1e-8, 0.0)
+    assert seconds_per_call(known, 1e-8) == pytest.approx(5e-3, rel=1e-6)
+    assert seconds_per_call(known, None) == pytest.approx(known.seconds / known.calls)
+    assert seconds_per_call(known, 1.0) == 0.0, "never less"
+    assert seconds_per_call(calls(1e-8, 0.0, count=40), 1e-8) is None, "few calls"

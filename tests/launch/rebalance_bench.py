@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 
 from dance_jax.config import EngineConfig, UserError
-from dance_jax.engine.report import EngineStats
+from dance_jax.engine.report import STEP_SIZES, EngineStats
 from dance_jax.launch import protocol, rebalancer
 from dance_jax.launch.hosts import parse_hosts
 from dance_jax.launch.plan import parse_layout
@@ -94,6 +94,7 @@ def stats(tokens: np.ndarray, more: int = 1) -> EngineStats:
         routes=tokens[-400:].tobytes(),
         top_k=K,
         pool_bytes=[0],
+        step_rows=[(0, 0), (1, 2), *[(0, 0)] * (STEP_SIZES - 2)],
     )
 
 

@@ -8,14 +8,31 @@ import numpy as np
 import pytest
 
 from dance_jax.config import ClusterSpec, EngineConfig
-from dance_jax.launch.costs import cluster_cost, cost_note, exchanged_bytes, preferences
+from dance_jax.launch.costs import (
+    CALL_S,
+    DEFAULT_RATE,
+    DEFAULT_ROUND_TRIP,
+    SERVICE_APART,
+    cluster_cost,
+    cost_note,
+    exchanged_bytes,
+)
 from dance_jax.launch.hosts import parse_hosts
 from dance_jax.models import model_config
-from dance_jax.placement import Cost
+from dance_jax.placement import CallCost, Cost, LockStepCost
 from tests.tiny_models import SERVED
 
 MODEL = model_config(SERVED)
 CONFIG = EngineConfig(max_model_len=64)
+LOCK_STEP = dataclasses.replace(CONFIG, exchange="collectives")
+
+
+#: `--exchange` and the cost that goes with it; which is in use is not known before planning.
+EXCHANGES: dict[str, type[CallCost] | type[LockStepCost]] = {
+    "auto": CallCost,
+    "calls": CallCost,
+    "collectives": LockStepCost,
+}
 
 
 def cluster(*keys: str) -> ClusterSpec:
@@ -28,8 +45,11 @@ def cluster(*keys: str) -> ClusterSpec:
 
 
 def assert_same(one: Cost, other: Cost) -> None:
-    for field in dataclasses.fields(Cost):
-        np.testing.assert_allclose(getattr(one, field.name), getattr(other, field.name), rtol=1e-12)
+    assert type(one) is type(other) and one.order is None and other.order is None
+    for field in dataclasses.fields(one):
+        if field.name != "order":
+            values = getattr(one, field.name), getattr(other, field.name)
+            np.testing.assert_allclose(*values, rtol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -42,44 +62,84 @@ def test_bytes_of_a_state_and_its_sum(wire_dtype: str, size: int) -> None:
 
 def test_nothing_is_known() -> None:
     spec = cluster("", "", "")
-    assert_same(cluster_cost(spec, MODEL, CONFIG), Cost.reference([1, 2, 1], MODEL.top_k))
+    for exchange, form in EXCHANGES.items():
+        config = dataclasses.replace(CONFIG, exchange=exchange)
+        assert_same(cluster_cost(spec, MODEL, config), form.reference([1, 2, 1], MODEL.top_k))
     assert cost_note(spec) is None
+
+
+def test_users_of_a_service_ask_one_at_a_time() -> None:
+    """In lock step; servers on their own wait for nobody else's tokens."""
+    spec = cluster("bandwidth=1024kbps", "", "")
+    alone = cluster_cost(spec, MODEL, LOCK_STEP)
+    assert isinstance(alone, LockStepCost)
+    assert_same(cluster_cost(spec, MODEL, LOCK_STEP, service=True), alone.apart(SERVICE_APART))
+    assert_same(cluster_cost(spec, MODEL, CONFIG, service=True), cluster_cost(spec, MODEL, CONFIG))
 
 
 def test_rates() -> None:
     """A state of 1,024 bits takes a millisecond of a megabit per second each way; as does a sum."""
     assert MODEL.hidden_size * 4 * 8 == 1024
     spec = cluster("bandwidth=1024kbps", "bandwidth=512kbps", "bandwidth=auto")
-    expected = Cost.of_links([2e-3, 4e-3, 2e-3], [1, 2, 1], MODEL.top_k)
-    assert_same(cluster_cost(spec, MODEL, CONFIG), expected)
+    links = ([2e-3, 4e-3, 2e-3], [1, 2, 1], MODEL.top_k)
+    assert_same(cluster_cost(spec, MODEL, LOCK_STEP), LockStepCost.of_links(*links))
+    calls = CallCost.of_links(*links)
+    round_n = np.full(3, (DEFAULT_ROUND_TRIP + CALL_S) / 2)
+    assert_same(cluster_cost(spec, MODEL, CONFIG), dataclasses.replace(calls, round=round_n))
     assert cost_note(spec) == (
         "bandwidth=auto of c is not measured: taken for the fastest that is known."
     )
     assert cost_note(cluster("bandwidth=1024kbps", "", "")) is None
 
 
+def test_round_trips() -> None:
+    """Between two servers it is the mean of theirs, and what their programs take besides."""
+    spec = cluster("round_trip=20ms", "", "round_trip=4ms")
+    found = cluster_cost(spec, MODEL, CONFIG)
+    assert isinstance(found, CallCost)
+    np.testing.assert_allclose(found.round[:, None] + found.round, [
+        [20e-3 + CALL_S, 16e-3 + CALL_S, 12e-3 + CALL_S],
+        [16e-3 + CALL_S, 12e-3 + CALL_S, 8e-3 + CALL_S],
+        [12e-3 + CALL_S, 8e-3 + CALL_S, 4e-3 + CALL_S],
+    ])  # fmt: skip
+    # Seconds of links count against it, at a rate that nobody gave.
+    np.testing.assert_allclose(found.state, 2 * 1024 / DEFAULT_RATE)
+    assert cost_note(spec) is None
+    timed = cluster("round_trip=20ms expert_time=5us", "", "")
+    np.testing.assert_allclose(cluster_cost(timed, MODEL, CONFIG).call, 5e-6)
+    assert cost_note(timed) is None
+
+
 def test_times() -> None:
     """Transfers keep their weight, of which nobody says anything."""
     spec = cluster("bandwidth=1024kbps expert_time=5us", "", "expert_time=7us")
-    found = cluster_cost(spec, MODEL, CONFIG)
-    links = Cost.of_links([2e-3] * 3, [1, 2, 1], MODEL.top_k)
+    found = cluster_cost(spec, MODEL, LOCK_STEP)
+    links = LockStepCost.of_links([2e-3] * 3, [1, 2, 1], MODEL.top_k)
     assert_same(found, dataclasses.replace(links, call=np.array([5e-6, 6e-6, 7e-6])))
+    assert cluster_cost(spec, MODEL, CONFIG).call.tolist() == found.call.tolist()
 
 
-def test_the_sooner_answer_is_preferred() -> None:
-    """By the slower link of the two, then by the callee's experts, then around the ring."""
-    alike = preferences(cluster("", "", ""), MODEL, CONFIG)
-    assert alike.tolist() == [[1, 2, 0], [2, 0, 1], [0, 1, 2]]
-    links = cluster("bandwidth=9Mbps", "bandwidth=1Mbps", "bandwidth=9Mbps")
-    assert preferences(links, MODEL, CONFIG).tolist() == [[2, 1, 0], [2, 0, 1], [0, 1, 2]]
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_the_sooner_answer_is_preferred(exchange: str) -> None:
+    """By the slower link of the two, by the callee's experts, by the round trip where servers call
+    each other; equal ones around the ring."""
+
+    def preferences(*keys: str) -> list[list[int]]:
+        config = dataclasses.replace(CONFIG, exchange=exchange)
+        return cluster_cost(cluster(*keys), MODEL, config).preferences().tolist()
+
+    ring, second_last = [[1, 2, 0], [2, 0, 1], [0, 1, 2]], [[2, 1, 0], [2, 0, 1], [0, 1, 2]]
+    assert preferences("", "", "") == ring
+    assert preferences("bandwidth=9Mbps", "bandwidth=1Mbps", "bandwidth=9Mbps") == second_last
     rate = "bandwidth=9Mbps expert_time="
-    times = cluster(f"{rate}5us", f"{rate}9us", f"{rate}5us")
-    assert preferences(times, MODEL, CONFIG).tolist() == [[2, 1, 0], [2, 0, 1], [0, 1, 2]]
+    assert preferences(f"{rate}5us", f"{rate}9us", f"{rate}5us") == second_last
+    trips = preferences("round_trip=1ms", "round_trip=9ms", "round_trip=1ms")
+    assert trips == (ring if exchange == "collectives" else second_last)
 
 
 def test_times_without_a_rate_do_not_count() -> None:
     spec = cluster("bandwidth=auto expert_time=5us", "bandwidth=auto", "")
-    assert_same(cluster_cost(spec, MODEL, CONFIG), Cost.reference([1, 2, 1], MODEL.top_k))
+    assert_same(cluster_cost(spec, MODEL, CONFIG), CallCost.reference([1, 2, 1], MODEL.top_k))
     assert cost_note(spec) == (
         "bandwidth=auto of a, b is not measured: all links count the same, and expert_time= says "
         "nothing."

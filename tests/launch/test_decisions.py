@@ -12,10 +12,18 @@ import numpy as np
 import pytest
 
 from dance_jax.config import UserError
-from dance_jax.engine.report import EngineStats
+from dance_jax.engine.report import STEP_SIZES, EngineStats
 from dance_jax.launch import protocol, state
 from dance_jax.launch import solver as solver_module
-from dance_jax.launch.costs import DEFAULT_RATE, Measured, cluster_cost, running_cost
+from dance_jax.launch.costs import (
+    CALL_S,
+    DEFAULT_RATE,
+    DEFAULT_ROUND_TRIP,
+    Load,
+    Measured,
+    cluster_cost,
+    running_cost,
+)
 from dance_jax.launch.hosts import parse_hosts
 from dance_jax.launch.plan import Room
 from dance_jax.launch.rebalance import (
@@ -27,7 +35,7 @@ from dance_jax.launch.rebalance import (
 )
 from dance_jax.launch.solver import Solver, SolverError
 from dance_jax.launch.workload import Statistics, Workload
-from dance_jax.placement import Placement, migration, spread
+from dance_jax.placement import CallCost, LockStepCost, Placement, migration, spread
 from tests.launch.rebalance_bench import (
     AT_HOME,
     CONFIG,
@@ -130,21 +138,24 @@ def test_a_process_solves(monkeypatch) -> None:
 
 
 def test_servers_that_have_tokens_one_at_a_time(monkeypatch) -> None:
-    """All transfers count then, for the policy and for what is weighed."""
+    """All transfers count then in lock step, for the policy and for what is weighed."""
     bench = Bench(monkeypatch)
     bench.rebalancer.want(0, protocol.RebalanceWanted(1, force=False, dry_run=True))
     bench.run()
     (question,) = bench.solver.asked
-    assert question.busiest is None
-    found = answer(dataclasses.replace(question, busiest=1.0)).decision
-    assert found is not None
-    seconds = migration.seconds_per_token(
-        resident(question.layout),
-        migration.halves(question.routes)[1],
-        question.cost.apart(1.0),
-        question.tokens / question.tokens.mean(),
-    )
-    np.testing.assert_allclose(found.present_seconds, seconds * question.tokens.mean())
+    assert question.busiest is None and isinstance(question.cost, CallCost)
+    locked = cluster_cost(SPEC, MODEL, dataclasses.replace(CONFIG, exchange="collectives"))
+    assert isinstance(locked, LockStepCost)
+    for cost, counted in ((locked, locked.apart(1.0)), (question.cost, question.cost)):
+        found = answer(dataclasses.replace(question, cost=cost, busiest=1.0)).decision
+        assert found is not None
+        seconds = migration.seconds_per_token(
+            resident(question.layout),
+            migration.halves(question.routes)[1],
+            counted,
+            question.tokens / question.tokens.mean(),
+        )
+        np.testing.assert_allclose(found.present_seconds, seconds * question.tokens.mean())
 
 
 def test_a_full_device_cannot_receive(monkeypatch) -> None:
@@ -171,47 +182,88 @@ def test_batches_are_small() -> None:
 
 def test_what_is_measured_comes_first() -> None:
     measured = [Measured(byte_s=8e-6), Measured(call_s=1e-3)]
-    cost = running_cost(SPEC, MODEL, CONFIG, measured)
+    cost = running_cost(SPEC, MODEL, CONFIG, measured, Load())
     given = parse_hosts(
         "alpha address=localhost experts=20 bandwidth=1Mbps\n"
         "beta address=localhost experts=20 bandwidth=1Mbps expert_time=1ms"
     )
     expected = cluster_cost(given, MODEL, CONFIG)
     for field in dataclasses.fields(cost):
-        np.testing.assert_allclose(getattr(cost, field.name), getattr(expected, field.name))
+        if field.name != "order":
+            np.testing.assert_allclose(getattr(cost, field.name), getattr(expected, field.name))
     nothing = parse_hosts("a address=localhost experts=20\nb address=localhost experts=20")
-    cost = running_cost(nothing, MODEL, CONFIG, [Measured()] * 2)
+    cost = running_cost(nothing, MODEL, CONFIG, [Measured()] * 2, Load())
+    assert isinstance(cost, CallCost)
     np.testing.assert_allclose(cost.state, 2 * 8 * 128 / DEFAULT_RATE)
+    np.testing.assert_allclose(cost.round, (DEFAULT_ROUND_TRIP + CALL_S) / 2)
+    assert cost.rows == CallCost.reference([1, 1], K).rows
+
+
+def test_what_is_measured_of_round_trips_and_of_steps() -> None:
+    """The mean of a server's calls has the others' parts in it."""
+    spec = parse_hosts("\n".join(f"{n} address=localhost experts=20" for n in "abc"))
+    part = np.array([1e-3, 5e-3, 2e-3])
+    measured = [Measured(round_s=each + (part.sum() - each) / 2) for each in part]
+    load = Load(rows=((1.0, 90.0), (40.0, 10.0)), busy=0.3)
+    cost = running_cost(spec, MODEL, CONFIG, measured, load)
+    assert isinstance(cost, CallCost)
+    np.testing.assert_allclose(cost.round, part)
+    assert (cost.rows, cost.busy) == (load.rows, 0.3)
+    # Whom engines ask first was decided when they started: their links were equal then.
+    assert cost.preferences().tolist() == [[1, 2, 0], [2, 0, 1], [0, 1, 2]]
+    locked = dataclasses.replace(CONFIG, exchange="collectives")
+    assert isinstance(running_cost(spec, MODEL, locked, measured, load), LockStepCost)
 
 
 def test_old_work_fades() -> None:
     """A workload that has changed: after two half-lives a quarter of the old one is left, and the
     tokens a second are those of a steady flow, however often engines are asked."""
-    work = Workload((1, LAYERS, EXPERTS), K, 100.0, None, 0.0)
+    work = Workload((1, LAYERS, EXPERTS), K, 2, 100.0, None, 0.0)
     tokens, seconds = 0, 0.0
     per_second = 50
     counts = np.zeros((LAYERS, EXPERTS), np.int64)
     for wait in (300.0, 10.0, 290.0, 900.0):
         tokens, seconds = tokens + int(per_second * wait), seconds + wait
         counts[:, 0] += int(per_second * wait)
-        sample = routes(LOW, 3).tobytes()
+        # A fifth of the tokens come in steps of 25; a device of two computes half of the time.
+        sizes = [(0, 0)] * STEP_SIZES
+        sizes[0], sizes[5] = (4 * tokens // 5, 4 * tokens // 5), (tokens // 125, tokens // 5)
         found = EngineStats(
-            counts.tolist(), [[0]] * LAYERS, [0], tokens, 1, sample, K, [0], 4 * tokens, tokens
+            counts=counts.tolist(),
+            transfers=[[0]] * LAYERS,
+            bytes_sent=[0],
+            tokens=tokens,
+            steps=1,
+            routes=routes(LOW, 3).tobytes(),
+            top_k=K,
+            pool_bytes=[0],
+            step_rows=sizes,
+            rows=4 * tokens,
+            busiest_rows=tokens,
+            expert_seconds=0.5 * seconds,
         )
         work.update([msgspec.msgpack.encode(found)], seconds)
         np.testing.assert_allclose(work.token_rates(seconds), per_second, rtol=1e-6)
-        np.testing.assert_allclose(work.busiest_share(seconds), 0.25)
+        load = work.load(seconds)
+        np.testing.assert_allclose(load.busiest, 0.25)
+        np.testing.assert_allclose(load.busy, 0.25, rtol=1e-6)
+        (one, alone), (many, together) = load.rows
+        assert one == 1.0 and many == pytest.approx(25)
+        assert alone / together == pytest.approx(4 * 25)
     before = work.statistics(seconds).counts.sum()
     np.testing.assert_allclose(work.statistics(seconds + 200.0).counts.sum(), before / 4)
 
 
 def test_engines_before_count_on() -> None:
     """Counters of an engine that is started anew begin at 0, and its sample is small."""
-    work = Workload((1, LAYERS, EXPERTS), K, None, None, 0.0)
+    work = Workload((1, LAYERS, EXPERTS), K, 1, None, None, 0.0)
+    assert work.load(0.0) == Load()
     work.update([msgspec.msgpack.encode(stats(AT_HOME[0]))], 1.0)
     work.engines_died([0], 1.0)
     few = routes(HIGH, tokens=10)
     work.update([msgspec.msgpack.encode(stats(few))], 2.0)
+    # Its steps are those of both engines.
+    assert work.load(2.0).rows == ((2.0, 2.0),)
     found = work.statistics(2.0)
     assert found.counts.sum() == (len(AT_HOME[0]) + len(few)) * LAYERS * K
     assert len(found.routes[0]) == len(AT_HOME[0])

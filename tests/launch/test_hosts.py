@@ -19,14 +19,14 @@ def test_every_key_and_default() -> None:
         """
         # servers
         alpha address=localhost devices=2 memory=48MiB bandwidth=500Mbps expert_time=120us  # large
-        beta experts=7 address=127.0.0.1
+        beta experts=7 address=127.0.0.1 round_trip=2.5ms
 
         """,
         "hosts.txt",
     )
     assert spec.servers == (
         ServerSpec("alpha", "localhost", 2, (48 << 20,) * 2, None, 500e6, expert_time=120e-6),
-        ServerSpec("beta", "127.0.0.1", 1, None, 7, None),
+        ServerSpec("beta", "127.0.0.1", 1, None, 7, None, round_trip=2.5e-3),
     )
     assert spec.servers[0].slots(1 << 20) == 48
     assert spec.servers[1].slots(1 << 20) == 7
@@ -64,13 +64,16 @@ def test_bandwidth_units(text: str, rate: float) -> None:
 def test_time_units(text: str, seconds: float) -> None:
     spec = parse_hosts(f"a address=localhost experts=1 expert_time={text} bandwidth=auto")
     assert spec.servers[0].expert_time == seconds
+    spec = parse_hosts(f"a address=localhost experts=1 round_trip={text}")
+    assert spec.servers[0].round_trip == seconds
 
 
 def test_a_time_alone_weighs_nothing() -> None:
     text = "a address=localhost experts=1\nb address=localhost experts=1 expert_time=3us"
-    with pytest.raises(UserError, match="h:2: expert_time= needs bandwidth= too, of at least one"):
+    with pytest.raises(UserError, match="h:2: expert_time= needs bandwidth= or round_trip= too"):
         parse_hosts(text, "h")
-    assert parse_hosts(text + "\nc address=localhost experts=1 bandwidth=1Mbps").names
+    for known in ("bandwidth=1Mbps", "bandwidth=auto", "round_trip=1ms"):
+        assert parse_hosts(text + f"\nc address=localhost experts=1 {known}").names
 
 
 @pytest.mark.parametrize(
@@ -93,6 +96,9 @@ def test_a_time_alone_weighs_nothing() -> None:
         ("a experts=1 bandwidth=500MB", ["bandwidth=500MB"]),
         ("a experts=1 bandwidth=0Mbps", ["bandwidth=0Mbps"]),
         ("a experts=1 expert_time=120", ["expert_time=120", "us"]),
+        ("a experts=1 round_trip=20", ["round_trip=20", "ms"]),
+        ("a experts=1 round_trip=0ms", ["round_trip=0ms"]),
+        ("a experts=1 round_trip=auto", ["round_trip=auto"]),
         ("a experts=1 expert_time=0us", ["expert_time=0us"]),
         ("a experts=1 expert_time=auto", ["expert_time=auto"]),
         ("a experts=1 devices=0", ["devices=0", "at least one"]),

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from dance_jax.config import EngineConfig, UserError
-from dance_jax.launch.costs import cluster_cost
+from dance_jax.launch.costs import SERVICE_APART, cluster_cost
 from dance_jax.launch.defaults import engine_config
 from dance_jax.launch.exchange import choose_exchange
 from dance_jax.launch.hosts import parse_hosts
@@ -20,7 +20,14 @@ from dance_jax.launch.plan import Plan, dump_layout, make_plan, parse_layout, ro
 from dance_jax.launch.report import print_plan
 from dance_jax.models import model_config
 from dance_jax.models.formats import Formats, WeightFormat
-from dance_jax.placement import POLICIES, Activations, Placement
+from dance_jax.placement import (
+    POLICIES,
+    Activations,
+    CallCost,
+    Cost,
+    LockStepCost,
+    Placement,
+)
 from dance_jax.placement.problem import Problem
 from tests.launch.tiny import EXPERT_BYTES, EXPERTS, HOSTS, LAYERS
 from tests.tiny_models import HYBRID, SERVED
@@ -123,11 +130,8 @@ def test_forty_servers_and_too_many() -> None:
     spec = parse_hosts("\n".join(f"s{n} address=localhost experts=2" for n in range(40)))
     counts = np.random.default_rng(0).integers(1, 9, (40, LAYERS, EXPERTS))
     used = Activations(spec.names, counts, "this model", random_routes()[:1] * 40)
-    plan = make_plan(spec, MODEL, CONFIG, activations=used)
+    plan = make_plan(spec, MODEL, CONFIG, "optimal", used)
     plan.placement.validate([room.capacity for room in plan.servers])
-    assert plan.notes[0] == (
-        "latency takes too long for more than 32 servers: optimal places instead."
-    )
     layout = parse_layout(dump_layout(plan.layout))
     assert (layout.resident == plan.placement.resident).all()
     spec = parse_hosts("\n".join(f"s{n} address=localhost experts=1" for n in range(257)))
@@ -159,9 +163,10 @@ def test_what_links_cost_reaches_the_policy(monkeypatch: pytest.MonkeyPatch) -> 
 
     def policy(problem: Problem) -> Placement:
         problems.append(problem)
-        return POLICIES["uniform"](problem)
+        return POLICIES["uniform"].place(problem)
 
-    monkeypatch.setitem(POLICIES, "latency", policy)
+    weighing = dataclasses.replace(POLICIES["latency"], place=policy)
+    monkeypatch.setitem(POLICIES, "latency", weighing)
     given = activations(routes=random_routes())
     for rate, words in (("500Mbps", ()), ("auto", ("bandwidth=auto of alpha is not measured",))):
         plan = make_plan(
@@ -170,10 +175,43 @@ def test_what_links_cost_reaches_the_policy(monkeypatch: pytest.MonkeyPatch) -> 
         assert len(plan.notes) == len(words)
         assert all(word in text_of(plan) for word in words)
     known, unknown = (problem.cost for problem in problems)
+    assert isinstance(known, CallCost) and isinstance(unknown, CallCost)
     assert np.array_equal(known.state, cluster_cost(SPEC, MODEL.config, CONFIG).state)
     assert unknown.state.tolist() == [1, 1, 1]
     spec = parse_hosts(HOSTS.replace("500Mbps", "auto"))
     assert make_plan(spec, MODEL, CONFIG, "uniform", given).notes == ()
+
+
+def test_the_policy_weighs_the_exchange_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which one that is depends on the placement: where all have accelerators and fast links, what
+    was placed for calls is placed anew for lock step."""
+    costs: list[Cost | None] = []
+
+    def policy(problem: Problem) -> Placement:
+        costs.append(problem.cost)
+        return POLICIES["uniform"].place(problem)
+
+    weighing = dataclasses.replace(POLICIES["latency"], place=policy)
+    monkeypatch.setitem(POLICIES, "latency", weighing)
+
+    def weighed(keys: str, exchange: str = "auto", service: bool = False) -> list[Cost | None]:
+        costs.clear()
+        spec = parse_hosts("\n".join(f"{n} address=localhost experts=32 {keys}" for n in "ab"))
+        counts = np.ones((2, LAYERS, EXPERTS), np.int64)
+        given = Activations(("a", "b"), counts, "this model", random_routes()[:2])
+        config = dataclasses.replace(CONFIG, exchange=exchange)
+        plan = make_plan(spec, MODEL, config, "latency", given, service)
+        assert (plan.exchange.name == "calls") == isinstance(costs[-1], CallCost)
+        return list(costs)
+
+    fast = "platform=cuda bandwidth=10Gbps"
+    assert list(map(type, weighed(""))) == [CallCost]
+    assert list(map(type, weighed("", "collectives"))) == [LockStepCost]
+    assert list(map(type, weighed(fast))) == [CallCost, LockStepCost]
+    assert list(map(type, weighed(fast, "calls"))) == [CallCost]
+    (batch,), (served,) = weighed("", "collectives"), weighed("", "collectives", service=True)
+    assert isinstance(batch, LockStepCost) and isinstance(served, LockStepCost)
+    assert served.transfer == batch.apart(SERVICE_APART).transfer > batch.transfer
 
 
 def test_rooms_do_not_depend_on_the_placement() -> None:

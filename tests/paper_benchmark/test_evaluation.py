@@ -35,7 +35,7 @@ from dance_jax.launch.hosts import parse_hosts
 from dance_jax.models.directory import read_config
 from dance_jax.models.hf import HFDirectory
 from dance_jax.models.tokenizer import Tokenizer
-from dance_jax.placement import Activations, Cost, Placement
+from dance_jax.placement import Activations, CallCost, Placement
 from dance_jax.placement.simulate import Model, Speed, Work, simulate
 from dance_jax.placement.spare import reserve
 
@@ -93,7 +93,7 @@ def activations() -> Activations:
 def cells(activations: Activations) -> list[Cell]:
     """Of three policies and two seeds."""
     found = []
-    dance = placed("dance", activations, [1, 1], 20, Cost.reference([1, 1], K), 0)
+    dance = placed("dance", activations, [1, 1], 20, CallCost.reference([1, 1], K), 0)
     for policy, latency_s in (("eplb", 2.0), ("dance", 1.5), ("latency", 1.0)):
         where = dataclasses.replace(dance, policy=policy)
         for seed in range(2):
@@ -114,9 +114,9 @@ def test_servers_hold_what_they_are_told_to() -> None:
 
 def test_placements_are_fitted(activations: Activations) -> None:
     """Where each server has its own half, nothing leaves it."""
-    dance = placed("dance", activations, [1, 1], 20, Cost.reference([1, 1], K), 0)
+    dance = placed("dance", activations, [1, 1], 20, CallCost.reference([1, 1], K), 0)
     assert dance.busiest == 0.0 and dance.load == pytest.approx(0.5)
-    uniform = placed("uniform", activations, [1, 1], 20, Cost.reference([1, 1], K), 0)
+    uniform = placed("uniform", activations, [1, 1], 20, CallCost.reference([1, 1], K), 0)
     assert uniform.busiest > 0.5
 
 
@@ -205,7 +205,7 @@ def test_runs_are_simulated_with_their_own_speeds(activations: Activations) -> N
     assert alpha.buckets == {(4, 0): 4, (16, 1): 3} and beta.buckets == {(4, 0): 5}
     assert (alpha.calls, alpha.rounds, alpha.bytes) == (300, 2 * LAYERS * 7, 6400)
     assert alpha.trunk_s == pytest.approx(1.0) and beta.step_s == pytest.approx(4.0)
-    uniform = placed("uniform", activations, [1, 1], 20, Cost.reference([1, 1], K), 0)
+    uniform = placed("uniform", activations, [1, 1], 20, CallCost.reference([1, 1], K), 0)
     plan = Plan(tuple(Call(n % 2, [1] * 30, 5, float(n)) for n in range(4)), 0.0)
     fitted = Fitted(Speed(token=1e-4), np.inf, {})
     machine = Machine([fitted] * 2, [1, 1], 20, Model(LAYERS, EXPERTS, K, 512), CONFIG)
@@ -226,7 +226,7 @@ def test_rounds_and_links_are_those_of_other_policies(activations: Activations) 
     machine = Machine([fitted] * 2, [1, 1], 20, Model(LAYERS, EXPERTS, K, 512), CONFIG)
     runs, expected = [], []
     for policy in ("uniform", "redundance", "eplb"):
-        found = placed(policy, activations, [1, 1], 20, Cost.reference([1, 1], K), 0)
+        found = placed(policy, activations, [1, 1], 20, CallCost.reference([1, 1], K), 0)
         run = Measured(1_000_000, found, plan, (5,) * 8, activations, (), (), 1.0)
         true = (6e-4, 0.85) if policy == "eplb" else (3e-4, 1.15)
         runs.append(dataclasses.replace(run, step_s=machine.predict(run, *true).step_s))
@@ -251,7 +251,7 @@ def test_speeds_between_stops_are_found(activations: Activations) -> None:
     runs = []
     for policy, output in (("uniform", 30), ("eplb", 30), ("eplb", 2)):
         plan = Plan(tuple(Call(n % 2, [1] * 20, output, n / 10) for n in range(8)), 0.0)
-        found = placed(policy, activations, [1, 1], 20, Cost.reference([1, 1], K), 0)
+        found = placed(policy, activations, [1, 1], 20, CallCost.reference([1, 1], K), 0)
         run = Measured(1_000_000, found, plan, (output,) * 8, activations, (), (), 1.0)
         scenario = true.scenario(run, *TYPICAL)
         work = [
@@ -285,7 +285,7 @@ def test_runs_are_kept(
     cells: list[Cell], activations: Activations, tmp_path: pathlib.Path, capsys: Any
 ) -> None:
     """And simulated again, without a testbed."""
-    uniform = placed("uniform", activations, [1, 1], 20, Cost.reference([1, 1], K), 0)
+    uniform = placed("uniform", activations, [1, 1], 20, CallCost.reference([1, 1], K), 0)
     plan = Plan(tuple(Call(n % 2, [1] * 30, 5, float(n)) for n in range(4)), 0.0)
     window = Work(10, rounds=40, step_s=0.1, trunk_s=0.5, experts_s=0.3)
     work = tuple(
@@ -384,7 +384,7 @@ def test_a_mixtral_is_made(tmp_path: pathlib.Path) -> None:
     routes = choices[..., : model.top_k].astype(np.int16)
     counts = np.stack([(routes == expert).sum(axis=(1, 3)) for expert in range(8)], axis=2)
     even = Activations(spec.names, counts, "", tuple(routes))
-    cost = Cost.reference(spec.devices, model.top_k)
+    cost = CallCost.reference(spec.devices, model.top_k)
     for policy in MATRIX[:-1]:  # ours takes seconds
         found = placed(policy, even, spec.devices, 18, cost, 0)
         assert found.placement.resident.any(axis=0).all(), policy

@@ -160,11 +160,11 @@ def test_never_worse_than_where_it_starts(form, monkeypatch):
 
 
 def test_forty_servers(monkeypatch):
-    """More than a mask of 32 bits has; the schedule is cut to what many servers allow."""
+    """More than a word has bits; the schedule is cut to what many servers allow."""
     monkeypatch.setattr(MODULE, "MOST_WORK", 3e8)
-    shape = (40, 2, 16, 2)
+    shape = (40, 2, 16, 1)
     routes, capacities = preferring_routes(0, shape, BLOCK_TOKENS), [1, 2, 1, 1] * 10
-    cost = CallCost.reference([1, 2] * 20, 2)
+    cost = CallCost.reference([1, 2] * 20, 1)
     counts = counts_of(routes, 16)
     arguments = {"routes": routes, "cost": cost, "devices": [1, 2] * 20}
     found = place("latency", counts, capacities, **arguments)

@@ -193,12 +193,15 @@ def with_rates(spec: ClusterSpec, links: Links) -> ClusterSpec:
 
 def _round_trips(servers: int, links: Links) -> list[float | None]:
     """`ServerSpec.round_trip` of each server; None where a pair was not measured."""
-    sums_n = np.zeros(servers)
-    for pair, link in links.items():
-        sums_n[list(pair)] += np.nan if link.rtt is None else link.rtt
-    if servers < 2 or len(links) < servers * (servers - 1) // 2 or np.isnan(sums_n).any():
+    seconds_nn = np.full((servers, servers), np.inf)
+    for (one, other), link in links.items():
+        if link.rtt is not None:
+            least = min(seconds_nn[one, other], link.rtt)
+            seconds_nn[one, other] = seconds_nn[other, one] = least
+    np.fill_diagonal(seconds_nn, 0)
+    if servers < 2 or np.isinf(seconds_nn).any():
         return [None] * servers
-    return (2 * of_pairs(sums_n / (servers - 1))).tolist()
+    return (2 * of_pairs(seconds_nn.sum(1) / (servers - 1))).tolist()
 
 
 def _absolute(path: pathlib.Path | None) -> str | None:

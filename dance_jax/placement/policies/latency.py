@@ -51,14 +51,15 @@ class Schedule(NamedTuple):
 
     #: Changes proposed to each layer.
     rounds: int
-    #: Temperatures of the first and the last round, in mean layer times of the start.
+    #: Temperatures of the first and the last round, in mean layer times of the start over servers:
+    #: of many servers a change touches a small part.
     hot: float
     cold: float
 
 
-#: From any start to a good placement; from a good one to a better one; and within its neighbourhood.
-SEARCH, REFINE = Schedule(8000, 3e-2, 1e-3), Schedule(8000, 3e-3, 3e-4)
-SETTLE = Schedule(4000, 1e-3, 1e-4)
+#: From any start to a good placement; from a good one to a better one; in its neighbourhood.
+SEARCH, REFINE = Schedule(8000, 9e-2, 3e-3), Schedule(8000, 9e-3, 9e-4)
+SETTLE = Schedule(4000, 3e-3, 3e-4)
 #: Most work of an annealing, in words that `flows` looks at: in large clusters there are fewer
 #: rounds.
 MOST_WORK = 6e9
@@ -219,7 +220,7 @@ def _anneal(
 
     def one(i: Array, state: State) -> State:
         done = i.astype(jnp.float32) / rounds.astype(jnp.float32)
-        temperature = unit * hot * (cold / hot) ** done
+        temperature = unit / len(resident) * hot * (cold / hot) ** done
         return _round(goal, jax.random.fold_in(key, i), temperature, state)
 
     end = lax.fori_loop(0, rounds, one, goal.state(resident))

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -276,3 +277,30 @@ def test_the_largest_rate_counts_and_the_file_overrides(rates: list[float]) -> N
     second = Link(rtt=1.0, sent=rates[2], received=rates[3])
     found = with_rates(spec, {(0, 1): first, (2, 0): second})
     assert [server.bandwidth for server in found.servers] == [max(rates), None, 5.0]
+    assert [server.round_trip for server in found.servers] == [None] * 3, "a pair is missing"
+
+
+def test_round_trips_of_pairs_are_parted_and_the_file_overrides() -> None:
+    """Links have both ways of each pair, of which the sooner counts."""
+    lines = [f"{name} address=127.0.0.{n} experts=1" for n, name in enumerate("abcd")]
+    trips = np.array([4e-3, 20e-3, 1e-3, 7e-3])
+    links = {
+        (one, other): Link(rtt=float(trips[[one, other]].mean()) + 1e-4 * (one > other))
+        for one, other in itertools.permutations(range(4), 2)
+    }
+    found = with_rates(parse_hosts("\n".join(lines)), links)
+    np.testing.assert_allclose([server.round_trip for server in found.servers], trips)
+    assert [server.bandwidth for server in found.servers] == [None] * 4
+    lines[1] += " round_trip=5ms"
+    found = with_rates(parse_hosts("\n".join(lines)), links)
+    np.testing.assert_allclose(
+        [server.round_trip for server in found.servers], [4e-3, 5e-3, 1e-3, 7e-3]
+    )
+    # One pair alone: half of it is each one's.
+    pair = with_rates(parse_hosts("\n".join(lines[2:])), {(0, 1): Link(rtt=3e-3)})
+    assert [server.round_trip for server in pair.servers] == [3e-3, 3e-3]
+    links[0, 3] = links[3, 0] = Link("timed out")
+    found = with_rates(parse_hosts("\n".join(lines)), links)
+    assert [server.round_trip for server in found.servers] == [None, 5e-3, None, None]
+    alone = with_rates(parse_hosts(lines[0]), {})
+    assert alone.servers[0].round_trip is None
