@@ -150,7 +150,8 @@ def test_less_time_than_every_other_policy(form):
 @pytest.mark.parametrize("form", FORMS)
 def test_never_worse_than_where_it_starts(form, monkeypatch):
     """Even where annealing only spoils: too hot, and stopped at once."""
-    monkeypatch.setattr(MODULE, "SEARCH", Schedule(20, 1e3, 1e3))
+    for name in ("SEARCH", "REFINE"):
+        monkeypatch.setattr(MODULE, name, Schedule(20, 1e3, 1e3))
     routes = preferring_routes(3, LARGE, TOKENS)
     problem = problem_of(routes, 16, form.reference(DEVICES, 3), CAPACITIES)
     search = Search(problem)
