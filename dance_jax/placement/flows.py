@@ -15,11 +15,11 @@ from dance_jax.placement.visit import MAX_SERVERS
 
 #: Tokens of each server in one block.
 BLOCK_TOKENS = 64
-#: Most tokens of all servers in a sample, and most work of those whose visits are followed, in
-#: words of bits that `flows` looks at. Of more tokens some are left out, evenly.
-MOST_TOKENS, MOST_WORK = 1 << 14, 1.5e6
-#: Fewest and most tokens of a server whose visits are followed.
-LEAST_FOLLOWED, MOST_FOLLOWED = 16, 1024
+#: Most tokens of all servers in a sample; of more some are left out, evenly.
+MOST_TOKENS = 1 << 14
+#: Fewest and most tokens of a server whose visits are followed, and between these the work of it in
+#: words of bits that `flows` looks at. It takes most of the time, and fewer tokens say enough.
+LEAST_FOLLOWED, MOST_FOLLOWED, FOLLOWING_WORK = 16, 1024, 1.5e6
 #: Bits of a word.
 WORD = 32
 
@@ -67,7 +67,7 @@ class Sample(NamedTuple):
         servers, (_, layers, k) = len(routes), routes[0].shape
         size = min(max(map(len, routes)), max(MOST_TOKENS // servers, 1))
         words = servers * layers * -(-experts // WORD)
-        most = MOST_WORK // (words * _looks(servers, k))
+        most = FOLLOWING_WORK // (words * _looks(servers, k))
         followed = int(np.clip(most, LEAST_FOLLOWED, MOST_FOLLOWED))
         followed = min(followed, size)
         shape = (1, followed)
