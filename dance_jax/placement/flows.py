@@ -65,11 +65,11 @@ class Sample(NamedTuple):
             blocks: in blocks of BLOCK_TOKENS, or else all of them in one.
         """
         servers, (_, layers, k) = len(routes), routes[0].shape
-        size = min(max(map(len, routes)), max(MOST_TOKENS // servers, 1))
+        size = _coarse(min(max(map(len, routes)), max(MOST_TOKENS // servers, 1)))
         words = servers * layers * -(-experts // WORD)
         most = FOLLOWING_WORK // (words * _looks(servers, k))
         followed = int(np.clip(most, LEAST_FOLLOWED, MOST_FOLLOWED))
-        followed = min(followed, size)
+        followed = min(_coarse(followed), size)
         shape = (1, followed)
         if blocks:
             shape = (-(-followed // BLOCK_TOKENS), BLOCK_TOKENS)
@@ -81,6 +81,16 @@ class Sample(NamedTuple):
         followed_bits, _ = _as_bits(jnp.asarray(some), experts)
         in_blocks = followed_bits.reshape(*followed_bits.shape[:3], *shape[::-1]).swapaxes(3, 4)
         return cls(jnp.asarray(all_tokens), bits, in_blocks, used, jnp.asarray(order, jnp.int32))
+
+
+def _coarse(count: int) -> int:
+    """The next number of at most three bits and zeros, so that few sizes are compiled for.
+
+    >>> _coarse(7), _coarse(9), _coarse(1000)
+    (7, 10, 1024)
+    """
+    step = 1 << max(count.bit_length() - 3, 0)
+    return -(-count // step) * step
 
 
 def _evenly(route: np.ndarray, count: int) -> np.ndarray:

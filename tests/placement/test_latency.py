@@ -25,13 +25,6 @@ CAPACITIES, DEVICES = [32, 32, 64], [1, 1, 2]
 MODULE = importlib.import_module(Search.__module__)
 
 
-@pytest.fixture
-def short(monkeypatch):
-    """A quarter of the rounds, where the last percent does not matter."""
-    for name, schedule in (("SEARCH", SEARCH), ("SETTLE", SETTLE)):
-        monkeypatch.setattr(MODULE, name, schedule._replace(rounds=schedule.rounds // 4))
-
-
 def counts_of(routes, experts):
     layers = routes[0].shape[1]
     return np.stack(

@@ -327,6 +327,7 @@ class Service:
         return decision.migrate
 
 
+@pytest.mark.usefixtures("short")
 def test_a_stable_workload_never_migrates_and_a_shift_does_once():
     service = Service(half_life=60.0)
     assert service.interval()
