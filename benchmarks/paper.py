@@ -334,8 +334,7 @@ class Evaluation:
                         plan,
                         tuple(answer.output_tokens for answer in run.answers),
                         activations,
-                        work_of(run, layers),
-                        tuple(run.cpu_s),
+                        work_of(run),
                         cell.step_s / max(cell.steps, 1),
                     )
                 )

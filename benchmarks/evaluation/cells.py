@@ -7,13 +7,11 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from benchmarks.live.watch import PARTS, Sample, Watched
+from benchmarks.live.watch import COMPUTING, PARTS, Sample, Watched
 from dance_jax.placement.cost import apart_share
 
 from .workloads import Placed
 
-#: Parts of a step in which nothing is moved or waited for.
-COMPUTING = ("schedule", "compute", "experts", "output")
 #: Quantile of Student's t, two-sided 95 %, by the number of values.
 _T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
 

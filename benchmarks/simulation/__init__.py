@@ -4,8 +4,9 @@ Sections:
     parts     the paper's three servers at 500 Mbps, every policy, in lock step or not, with a
               message per visited server or per remote expert call: what each part brings
     recorded  the same servers, with measured routes (gpt-oss-20b) and recorded arrivals (Azure)
-    sweep     4 to 256 devices, 100 to 1000 Mbps, requests every 8, 10, 15 s on each server;
-              in lock step to 32 devices
+    sweep     4 to 256 devices, 100 to 1000 Mbps, requests every 8, 10, 15 s on each server, as the
+              paper's system serves (a message per remote expert call) and as this engine does (one
+              per visited server); with --lock-step also in lock step, to 32 devices
 
 The model is DeepSeek-V2-Lite in bfloat16. Assumptions beside those of dance_jax.placement.simulate:
 

@@ -236,17 +236,20 @@ class Sweep:
     #: Bits per second.
     bandwidths: tuple[float, ...] = (100e6, 300e6, 1000e6)
     intervals_s: tuple[float, ...] = (8.0, 10.0, 15.0)
-    policies: tuple[str, ...] = (BASELINE, "dance")
+    policies: tuple[str, ...] = (BASELINE, "dance", "latency")
+    #: In lock step as well, as far as a cluster can be.
+    lock_step: bool = False
 
-
-#: How the sweep is served.
-SWEEP_WAYS: tuple[tuple[bool, Messages], ...] = ((False, "expert"), (True, "server"))
+    @property
+    def ways(self) -> list[tuple[bool, Messages]]:
+        """As the paper's system serves, then as this engine does."""
+        return [(False, "expert"), (False, "server"), *([(True, "server")] * self.lock_step)]
 
 
 def sweep(what: Sweep, seed: int, say: Callable[[str], None]) -> Iterator[Run]:
-    """As the paper's system serves, then as the engine does; each cluster's tasks made once."""
+    """Each cluster's tasks are made once, and its placements."""
     model = clusters.DEEPSEEK_V2_LITE
-    for lock_step, messages in SWEEP_WAYS:
+    for lock_step, messages in what.ways:
         most = clusters.MOST_DEVICES if lock_step else max(what.devices)
         for count in sorted({min(count, most) for count in what.devices}):
             devices = clusters.devices_of(count)

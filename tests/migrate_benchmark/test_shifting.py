@@ -31,6 +31,7 @@ def sample(at_s: float, local: float, remote: float, migrations: int = 0) -> Sam
         busiest=[0.0] * 2,
         tokens=[0.0] * 2,
         seconds={},
+        messages=[],
         cpu_s=[],
         steps=[0.0] * 2,
         bucket_steps={},

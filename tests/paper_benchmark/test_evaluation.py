@@ -19,7 +19,7 @@ from benchmarks.command import EXAMPLES, INTERRUPTED
 from benchmarks.evaluation import report
 from benchmarks.evaluation.cells import Cell, Mean, alone_s, cell_of, rows_of
 from benchmarks.evaluation.predict import Machine, Measured, predictions, work_of
-from benchmarks.evaluation.quota import TYPICAL, unstopped
+from benchmarks.evaluation.quota import TYPICAL, with_quotas
 from benchmarks.evaluation.runs import Runs
 from benchmarks.evaluation.shapes import SHAPES
 from benchmarks.evaluation.weight import nearest, weights_of
@@ -28,7 +28,6 @@ from benchmarks.live.tasks import Plan
 from benchmarks.live.watch import PARTS, Sample, Watched
 from benchmarks.paper import MATRIX, check, main, parser
 from benchmarks.serving.client import Answer, Call
-from benchmarks.simulation.fit import Fitted
 from dance_jax.config import EngineConfig, UserError
 from dance_jax.launch.defaults import demo_dir
 from dance_jax.launch.hosts import parse_hosts
@@ -36,7 +35,7 @@ from dance_jax.models.directory import read_config
 from dance_jax.models.hf import HFDirectory
 from dance_jax.models.tokenizer import Tokenizer
 from dance_jax.placement import Activations, Cost, Placement
-from dance_jax.placement.simulate import Model, Speed, Work, simulate
+from dance_jax.placement.simulate import Model, Server, Speed, Work, simulate
 from dance_jax.placement.spare import reserve
 
 LAYERS, EXPERTS, K = 2, 16, 4
@@ -58,6 +57,7 @@ def sample(at_s: float, share: float, sent: float) -> Sample:
         steps=[at_s * 5] * 2,
         bucket_steps={},
         served=[0.0] * 2,
+        messages=[0.0] * 2,
         longest_step_s=[0.0] * 2,
         seconds={part: [at_s / 10, at_s / 5] for part in PARTS},
         cpu_s=[at_s / 4, at_s / 2],
@@ -126,7 +126,6 @@ def test_a_cell_is_what_servers_counted(cells: list[Cell]) -> None:
     assert cell.transfers == pytest.approx(0.5)
     # 0.75 of all states passed busiest links, where 0.5 do when all send at once.
     where = Placed("uniform", Placement(np.ones((2, LAYERS, EXPERTS), bool)), 1.0, 1.0, 0.5)
-    assert watched(1.0).cpu_s == [2.5, 5.0]
     assert cell_of(watched(1.0), where, "own", None, 0, LAYERS, 64).apart == pytest.approx(0.5)
     assert cell.bytes_ratio == pytest.approx(1.1)
     assert cell.seconds == pytest.approx(dict.fromkeys(PARTS, 1.5))
@@ -189,6 +188,15 @@ def test_weight_of_communication(cells: list[Cell]) -> None:
     assert len(judged) == 2 and all("20Mbps" in name for name in judged)
 
 
+MODEL = Model(LAYERS, EXPERTS, K, 512)
+
+
+def machine_of(*speeds: Speed) -> Machine:
+    """Of servers with a device each."""
+    servers = tuple(Server(1, 20, speed, beside=True) for speed in speeds)
+    return Machine(servers, MODEL, CONFIG)
+
+
 def test_runs_are_simulated_with_their_own_speeds(activations: Activations) -> None:
     """And links of half the rate take longer."""
     first = dataclasses.replace(sample(0, 0, 0), bucket_steps={"4+0": [1.0, 1.0]})
@@ -197,19 +205,20 @@ def test_runs_are_simulated_with_their_own_speeds(activations: Activations) -> N
         bucket_steps={"4+0": [5.0, 6.0], "16+1": [3.0, 0.0]},
         steps=[7.0, 5.0],
         served=[300.0, 500.0],
+        messages=[20.0, 30.0],
     )
-    run = Watched([], [first, last], None)
-    work = work_of(run, LAYERS)
+    work = work_of(Watched([], [first, last], None))
     (alpha,), (beta,) = work
     assert alpha.buckets == {(4, 0): 4, (16, 1): 3} and beta.buckets == {(4, 0): 5}
-    assert (alpha.calls, alpha.rounds, alpha.bytes) == (300, 2 * LAYERS * 7, 6400)
-    assert alpha.trunk_s == pytest.approx(1.0) and beta.step_s == pytest.approx(4.0)
+    assert (alpha.steps, alpha.calls, alpha.messages) == (7, 300, 20)
+    # Four of the parts, in which nothing is waited for.
+    assert alpha.computing_s == pytest.approx(4.0) and beta.computing_s == pytest.approx(8.0)
+    assert (alpha.processor_s, beta.processor_s) == (2.5, 5.0)
     uniform = placed("uniform", activations, [1, 1], 20, Cost.reference([1, 1], K), 0)
     plan = Plan(tuple(Call(n % 2, [1] * 30, 5, float(n)) for n in range(4)), 0.0)
-    fitted = Fitted(Speed(token=1e-4), np.inf, {})
-    machine = Machine([fitted] * 2, [1, 1], 20, Model(LAYERS, EXPERTS, K, 512), CONFIG)
+    machine = machine_of(Speed(token=1e-4), Speed(token=1e-4))
     runs = [
-        Measured(rate, uniform, plan, (5, 1, 2, 0), activations, work, (), 0.1)
+        Measured(rate, uniform, plan, (5, 1, 2, 0), activations, work, 0.1)
         for rate in (10_000, 20_000)
     ]
     seconds = [machine.predict(run, 0.0, 1.0).latency_s for run in runs]
@@ -219,17 +228,16 @@ def test_runs_are_simulated_with_their_own_speeds(activations: Activations) -> N
 
 
 def test_rounds_and_links_are_those_of_other_policies(activations: Activations) -> None:
-    """Runs that were themselves simulated, one with a round and a share of its own."""
+    """Runs that were themselves simulated, one with a message and a share of its own."""
     plan = Plan(tuple(Call(n % 2, [1] * 30, 5, n / 10) for n in range(8)), 0.0)
-    fitted = Fitted(Speed(token=1e-4), np.inf, {})
-    machine = Machine([fitted] * 2, [1, 1], 20, Model(LAYERS, EXPERTS, K, 512), CONFIG)
+    machine = machine_of(Speed(token=1e-4), Speed(token=1e-4))
     runs, expected = [], []
     for policy in ("uniform", "redundance", "eplb"):
         found = placed(policy, activations, [1, 1], 20, Cost.reference([1, 1], K), 0)
-        run = Measured(1_000_000, found, plan, (5,) * 8, activations, (), (), 1.0)
-        true = (6e-4, 0.85) if policy == "eplb" else (3e-4, 1.15)
+        run = Measured(1_000_000, found, plan, (5,) * 8, activations, (), 1.0)
+        true = (8e-4, 0.75) if policy == "eplb" else (2e-4, 0.95)
         runs.append(dataclasses.replace(run, step_s=machine.predict(run, *true).step_s))
-        expected.append(machine.predict(run, 3e-4, 1.15).latency_s)
+        expected.append(machine.predict(run, 2e-4, 0.95).latency_s)
     assert predictions(machine, runs)[2] == pytest.approx(expected[2])
     nothing = dataclasses.replace(runs[1], step_s=0.0)
     assert predictions(machine, [runs[0], nothing, runs[2]])[2] == pytest.approx(expected[2])
@@ -237,47 +245,32 @@ def test_rounds_and_links_are_those_of_other_policies(activations: Activations) 
     assert alone == pytest.approx(expected[:1], rel=0.05)
 
 
-def test_speeds_between_stops_are_found(activations: Activations) -> None:
-    """Of runs that were themselves simulated: computing in short phases and in long ones."""
-    first = Speed(
-        buckets={(8, 0): 5e-3, (8, 1): 3e-2, (8, 4): 3e-2}, call=2e-5, share=0.5, burst=2e-3
-    )
-    second = dataclasses.replace(first, share=1.0)
-    model = Model(LAYERS, EXPERTS, K, 512)
-    true = Machine(
-        [Fitted(speed, np.inf, {}) for speed in (first, second)], [1, 1], 20, model, CONFIG
-    )
+def test_what_quotas_keep_is_found(activations: Activations) -> None:
+    """Of runs that were themselves simulated: computing in short steps and in long ones."""
+    buckets = {(8, 0): 5e-3, (8, 1): 3e-2}
+    first = Speed(buckets=buckets, call=2e-5, message=1e-5, quota=0.5, burst=2e-3)
+    second = dataclasses.replace(first, quota=1.0, burst=1e-3)
+    true = machine_of(first, second)
     runs = []
-    for policy, output in (("uniform", 30), ("eplb", 30), ("eplb", 2)):
-        plan = Plan(tuple(Call(n % 2, [1] * 20, output, n / 10) for n in range(8)), 0.0)
+    for policy, count, output in (
+        ("uniform", 8, 30), ("eplb", 8, 30), ("eplb", 8, 2), ("uniform", 5, 2), ("dance", 20, 9),
+    ):  # fmt: skip
+        plan = Plan(tuple(Call(n % 2, [1] * 20, output, n / 10) for n in range(count)), 0.0)
         found = placed(policy, activations, [1, 1], 20, Cost.reference([1, 1], K), 0)
-        run = Measured(1_000_000, found, plan, (output,) * 8, activations, (), (), 1.0)
-        scenario = true.scenario(run, *TYPICAL)
-        work = [
-            dataclasses.replace(each, bytes=100 * each.steps + 10 * each.calls)
-            for each in simulate(scenario).work
-        ]
-        cpu_s = tuple(w.computing_s - w.stopped_s + 1e-6 * w.bytes for w in work)
-        told = tuple(
-            (dataclasses.replace(w, step_s=0.0, trunk_s=w.computing_s, experts_s=0.0),)
-            for w in work
-        )
-        runs.append(dataclasses.replace(run, work=told, cpu_s=cpu_s))
-        assert work[0].stopped_s > 0.1 * work[0].computing_s and work[1].stopped_s == pytest.approx(
-            0
-        )
-    # As if nothing had stopped it, the first is slower than it is.
-    slow = dataclasses.replace(
-        first, buckets={b: 1.25 * s for b, s in first.buckets.items()}, call=2.5e-5, share=1.0
-    )
-    begin = dataclasses.replace(true, fitted=[Fitted(slow, np.inf, {})] * 2)
-    machine, off = unstopped(begin, runs, [0.5, 1.0])
+        run = Measured(1_000_000, found, plan, (output,) * count, activations, (), 1.0)
+        result = simulate(true.scenario(run, *TYPICAL))
+        assert result.work[0].computing_s > 1.1 * result.work[0].processor_s
+        runs.append(dataclasses.replace(run, work=tuple((each,) for each in result.work)))
+    machine, fitted = Machine.fitted(runs, [1, 1], 20, MODEL, CONFIG)
+    assert max(one.error for one in fitted) < 1e-9
+    for server, speed in zip(machine.servers, (first, second), strict=True):
+        assert server.speed.buckets == pytest.approx(speed.buckets)
+        assert server.speed.call == pytest.approx(speed.call)
+    machine, off = with_quotas(machine, runs, [0.5, 1.0])
     assert off == pytest.approx([0, 0], abs=0.02)
-    for found, expected in zip(machine.fitted, (first, second), strict=True):
-        assert found.speed.buckets == pytest.approx(expected.buckets, rel=0.05)
-        assert found.speed.call == pytest.approx(expected.call, rel=0.05)
-        assert found.speed.share == expected.share
-    assert machine.fitted[0].speed.burst == pytest.approx(first.burst, rel=0.2)
+    for server, speed in zip(machine.servers, (first, second), strict=True):
+        assert server.speed.quota == speed.quota
+    assert machine.servers[0].speed.burst == pytest.approx(first.burst, rel=0.2)
 
 
 def test_runs_are_kept(
@@ -286,22 +279,23 @@ def test_runs_are_kept(
     """And simulated again, without a testbed."""
     uniform = placed("uniform", activations, [1, 1], 20, Cost.reference([1, 1], K), 0)
     plan = Plan(tuple(Call(n % 2, [1] * 30, 5, float(n)) for n in range(4)), 0.0)
-    window = Work(10, rounds=40, step_s=0.1, trunk_s=0.5, experts_s=0.3)
     work = tuple(
-        dataclasses.replace(window, buckets=collections.Counter({b: 10}), calls=n, bytes=n**2)
-        for b, n in (((4, 0), 100), ((16, 1), 300), ((16, 1), 500))
-    )
+        Work(10, collections.Counter({b: 10}), calls, messages, 0, 0.9, processor_s)
+        for b, calls, messages, processor_s in (
+            ((4, 0), 100, 10, 0.5), ((16, 1), 300, 30, 0.9), ((16, 1), 500, 10, 0.8),
+            ((16, 1), 700, 90, 1.4),
+        )
+    )  # fmt: skip
     slow, fast = (
-        Measured(rate, uniform, plan, (5,) * 4, activations, (work,) * 2, (cpu_s,) * 2, 0.1)
-        for rate, cpu_s in ((1_000_000, 2.0), (20_000_000, 1.8))
+        Measured(rate, uniform, plan, (5,) * 4, activations, (work,) * 2, 0.1)
+        for rate in (1_000_000, 20_000_000)
     )
-    fast = dataclasses.replace(fast, work=(work[:2],) * 2)
     runs = Runs(
         names=("alpha", "beta"),
         devices=(1, 1),
         cores=(0.5, 0.5),
         slots=20,
-        model=Model(LAYERS, EXPERTS, K, 512),
+        model=MODEL,
         config=CONFIG,
         setup={"memory": 1.25},
         cells=(dataclasses.replace(cells[0], rate=slow.rate), cells[1]),
@@ -312,8 +306,8 @@ def test_runs_are_kept(
     assert main(["--runs", str(kept), "--output", str(result)]) == 0
     found = json.loads(result.read_text())
     shown = capsys.readouterr().out
-    assert "alpha: fitted, Speed(" in shown and "beta: between stops, Speed(" in shown
-    assert "share=0.5" in shown and found["setup"] == {"memory": 1.25}
+    assert "alpha: Speed(" in shown and "beta: a quota of 0.5 cores, of which" in shown
+    assert found["setup"] == {"memory": 1.25}
     predicted = [cell.predicted_s for cell in runs.simulated(Console(quiet=True))]
     assert [row["predicted_s"] for row in found["rows"]] == pytest.approx(predicted)
     assert predicted[0] != predicted[1]

@@ -127,14 +127,18 @@ class Flows:
         """Places in the arrays of the next tokens of sequences: int64 [tokens]."""
         single, several = [], []
         for sequence, count in work:
-            r = sequence.request
-            first = self.offset[r] + sequence.computed
             if count == 1:
-                single.append(self.begin[r] + first % self.length[r])
+                r = sequence.request
+                single.append(self.begin[r] + (self.offset[r] + sequence.computed) % self.length[r])
             else:
-                places = np.arange(first, first + count) % self.length[r]
-                several.append(self.begin[r] + places)
+                several.append(self.places(sequence, 0, count))
         return np.concatenate([np.array(single, np.int64), *several])
+
+    def places(self, sequence: Sequence, skipped: int, count: int) -> np.ndarray:
+        """Of so many tokens of one sequence, but for the next ones that are skipped."""
+        r = sequence.request
+        first = self.offset[r] + sequence.computed + skipped
+        return self.begin[r] + np.arange(first, first + count) % self.length[r]
 
 
 def _device_keys(scenario: Scenario) -> np.ndarray:

@@ -37,16 +37,18 @@ class Speed:
     call: float = 0.0
     #: Of each expert that has any call in a step: its weights are read once.
     expert: float = 0.0
-    #: Of each round of messages (two a layer) besides links' rates and delays.
+    #: Of each message between servers, there or back, besides links' rates and delays.
     round: float = 0.0
     #: Of a row into or out of a link, besides the link's rate: packing, unpacking.
     row: float = 0.0
+    #: Of computing, for each call that is sent, and for each that is answered; not in lock step.
+    message: float = 0.0
     #: Of every request besides its steps: HTTP, tokens from text and back.
     request: float = 0.0
-    #: No seconds: the part of the time that it may compute in the long run, where a quota stops it
-    #: (in lock step only, see `shares`); above 0, 1: nothing does.
-    share: float = 1.0
-    #: What a server that rested has saved: it lasts for burst / (1 - share) of computing.
+    #: No seconds: cores that its threads may use in the long run, all together (see `shares`);
+    #: infinite: nothing limits them.
+    quota: float = math.inf
+    #: Processor seconds that a server which rested has saved, and uses beside its quota.
     burst: float = 0.0
 
     def trunk(self, bucket: Bucket, block_size: int) -> float:
@@ -68,6 +70,9 @@ class Server:
     bandwidth: float = math.inf
     #: Seconds from the server to the middle of the network: a message to another takes both's.
     delay: float = 0.0
+    #: Others' calls are computed beside its steps, by a thread of its own (a CPU); else its devices
+    #: take them between parts of the steps. Not in lock step.
+    beside: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,13 +212,11 @@ def _check_servers(servers: tuple[Server, ...]) -> None:
         seconds = {
             field.name: getattr(server.speed, field.name)
             for field in dataclasses.fields(Speed)
-            if field.name != "buckets"
+            if field.name not in ("buckets", "quota")
         }
         seconds |= {f"bucket {bucket}": each for bucket, each in server.speed.buckets.items()}
-        if not 0 < server.speed.share <= 1:
-            raise UserError(
-                f"scenario: share of server {n} is {server.speed.share}; above 0 and at most 1"
-            )
+        if not server.speed.quota > 0:
+            raise UserError(f"scenario: quota of server {n} is {server.speed.quota}, not above 0")
         for name, value in (seconds | {"delay": server.delay}).items():
             if not (math.isfinite(value) and value >= 0):
                 raise UserError(
@@ -228,11 +231,11 @@ def _check_mode(scenario: Scenario) -> None:
         raise UserError(f"scenario: {len(scenario.servers)} servers; at most {MAX_SERVERS}")
     if scenario.cores is not None and not scenario.cores > 0:
         raise UserError(f"scenario: cores={scenario.cores}, not above 0")
-    quota = any(server.speed.share < 1 for server in scenario.servers)
-    if quota and scenario.cores is not None:
-        raise UserError("scenario: servers share cores, or each has its own share: one of them")
-    if (quota or scenario.cores is not None) and not scenario.lock_step:
-        raise UserError("scenario: shares of cores are simulated in lock step only")
+    limited = any(server.speed.quota < math.inf for server in scenario.servers)
+    if limited and scenario.cores is not None:
+        raise UserError("scenario: servers share cores, or each has a quota: one of them")
+    if scenario.cores is not None and not scenario.lock_step:
+        raise UserError("scenario: shared cores are simulated in lock step only")
 
 
 def _check_routes(scenario: Scenario) -> None:
