@@ -19,6 +19,7 @@ import numpy as np
 
 from benchmarks.live.tasks import Plan
 from benchmarks.live.watch import COMPUTING, Sample, Watched
+from benchmarks.namespaces.bed import burst_bytes
 from benchmarks.simulation.fit import Fitted, fit
 from dance_jax.config import EngineConfig
 from dance_jax.placement import Activations
@@ -155,7 +156,9 @@ class Machine:
             round_s: seconds that a message costs besides its bytes.
             share: of a link's rate, that there is for payload.
         """
-        rate = np.inf if run.rate is None else share * run.rate
+        rate, burst = np.inf, 0
+        if run.rate is not None:
+            rate, burst = share * run.rate, burst_bytes(run.rate)
         calls = run.plan.calls
         return Scenario(
             tuple(
@@ -163,6 +166,7 @@ class Machine:
                     server,
                     speed=dataclasses.replace(server.speed, round=round_s),
                     bandwidth=rate,
+                    burst=burst,
                 )
                 for server in self.servers
             ),

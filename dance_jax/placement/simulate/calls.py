@@ -6,7 +6,8 @@ import collections
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterable
+import operator
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -37,7 +38,7 @@ class Group:
     @property
     def last(self) -> Call:
         """The call whose sums come last."""
-        return max(self.calls, key=lambda call: call.over)
+        return max(self.calls, key=_over)
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -55,7 +56,7 @@ class Call:
     count: int
     #: It repeats that one, which is late; and those that repeat it.
     instead_of: Call | None = None
-    instead: list[Call] = dataclasses.field(default_factory=list)
+    instead: Sequence[Call] = ()
     sent: float = 0.0
     #: Seconds that its messages take; in the rest it waits and is computed there.
     moving: float = 0.0
@@ -67,6 +68,9 @@ class Call:
     queued: int = 0
 
 
+_over = operator.attrgetter("over")
+
+
 class Planner:
     """Turns plans into groups of calls, and counts what is computed."""
 
@@ -75,8 +79,8 @@ class Planner:
         num = len(scenario.servers)
         #: int64 [servers]: expert calls on each server's devices.
         self.computed = np.zeros(num, np.int64)
-        self._one_device = [devices == 1 for devices in scenario.devices]
-        self._device_of = self.flows.device % sum(scenario.devices)
+        self._devices = sum(scenario.devices)
+        self._server_of = np.repeat(np.arange(num), scenario.devices)
         self._call = np.array([server.speed.call for server in scenario.servers])
         self._expert = np.array([server.speed.expert for server in scenario.servers])
         self._cuts = scenario.messages == "server"
@@ -115,27 +119,25 @@ class Planner:
         keys, calls = np.unique(self.flows.calls[tokens].ravel(), return_counts=True)
         runs = keys // model.experts % num
         self.computed += np.bincount(runs, weights=calls, minlength=num).astype(np.int64)
-        seconds = calls * self._call[runs] + self._expert[runs]
-        # Where the next server, or layer, begins.
-        begins = np.flatnonzero(np.diff(keys // model.experts, prepend=-1))
-        layer_v, server_v = np.divmod(keys[begins] // model.experts, num)
-        columns = (
-            layer_v, server_v, rows_ln[layer_v, server_v], begins, np.append(begins[1:], len(keys)),
-            np.add.reduceat(calls, begins), np.add.reduceat(seconds, begins),
-            self._device_of[keys[begins]],
-        )  # fmt: skip
-        experts, each = keys.tolist(), seconds.tolist()
         groups = [Group(server) for _ in range(model.layers)]
-        for layer, to, rows, begin, end, count, together, device in zip(
+        # By layer and server: where its experts begin and end among all.
+        pairs, begins = np.unique(keys // model.experts, return_index=True)
+        layer_v, server_v = np.divmod(pairs, num)
+        ends = np.append(begins[1:], len(keys))
+        columns = (
+            layer_v, server_v, rows_ln[layer_v, server_v], begins, ends,
+            np.add.reduceat(calls, begins),
+        )  # fmt: skip
+        experts = keys.tolist()
+        jobs = self._jobs(keys, calls * self._call[runs] + self._expert[runs])
+        for layer, to, rows, begin, end, count in zip(
             *(column.tolist() for column in columns), strict=True
         ):
-            jobs = [(device, together)]
-            if not self._one_device[to]:
-                jobs = self._jobs(experts[begin:end], each[begin:end])
+            own = jobs[layer, to]
             if to == server:
-                groups[layer].own = jobs
+                groups[layer].own = own
             else:
-                call = Call(groups[layer], layer, to, rows, jobs, experts[begin:end], count)
+                call = Call(groups[layer], layer, to, rows, own, experts[begin:end], count)
                 groups[layer].calls += self._pieces(call)
         return groups
 
@@ -147,13 +149,15 @@ class Planner:
         rows_ln[:, server] = 0
         return rows_ln
 
-    def _jobs(self, experts: Iterable[int], seconds: Iterable[float]) -> Jobs:
-        """Of experts on several devices."""
-        jobs: dict[int, float] = {}
-        for expert, each in zip(experts, seconds, strict=True):
-            device = int(self._device_of[expert])
-            jobs[device] = jobs.get(device, 0.0) + each
-        return list(jobs.items())
+    def _jobs(self, keys: np.ndarray, seconds: np.ndarray) -> dict[tuple[int, int], Jobs]:
+        """Of experts that take so long: by layer and server."""
+        places, place_of = np.unique(self.flows.device[keys], return_inverse=True)
+        layer_p, device_p = np.divmod(places, self._devices)
+        columns = (layer_p, self._server_of[device_p], device_p, np.bincount(place_of, seconds))
+        jobs: dict[tuple[int, int], Jobs] = {}
+        for layer, server, device, each in zip(*(c.tolist() for c in columns), strict=True):
+            jobs.setdefault((layer, server), []).append((device, each))
+        return jobs
 
     def _pieces(self, call: Call) -> list[Call]:
         """A call, or several that are alike and each read the weights of all its experts."""
@@ -161,7 +165,7 @@ class Planner:
             return [call]
         most = max(self._piece, -(-call.rows // MOST_PIECES))
         number = -(-call.rows // most)
-        read = self._read(call)
+        read = self._reading(call.experts)
         jobs = [(device, (s - read[device]) / number + read[device]) for device, s in call.jobs]
         rows = [min(most, call.rows - begin) for begin in range(0, call.rows, most)]
         return [
@@ -169,22 +173,23 @@ class Planner:
             for each in rows
         ]
 
-    def _read(self, call: Call) -> dict[int, float]:
-        """Seconds in which each device reads the weights of a call's experts."""
-        seconds = float(self._expert[call.server])
-        return dict(self._jobs(call.experts, itertools.repeat(seconds, len(call.experts))))
+    def _reading(self, experts: Iterable[int]) -> dict[int, float]:
+        """Seconds in which each device reads the weights of experts of one layer and server."""
+        keys = np.fromiter(experts, np.int64)
+        read = self._expert[keys // self.scenario.model.experts % len(self._expert)]
+        return dict(itertools.chain.from_iterable(self._jobs(keys, read).values()))
 
-    def together(self, calls: list[Call]) -> Jobs:
+    def together(self, calls: Sequence[Call]) -> Jobs:
         """Of calls for one layer that a server computes in one go: it reads weights once."""
         if len(calls) == 1:
             return calls[0].jobs
         jobs: dict[int, float] = {}
         for device, seconds in (job for call in calls for job in call.jobs):
             jobs[device] = jobs.get(device, 0.0) + seconds
-        seconds = float(self._expert[calls[0].server])
         asked = collections.Counter(expert for call in calls for expert in call.experts)
-        for expert, times in asked.items():
-            jobs[int(self._device_of[expert])] -= (times - 1) * seconds
+        again = [expert for expert, times in asked.items() for _ in range(times - 1)]
+        for device, seconds in self._reading(again).items():
+            jobs[device] -= seconds
         return list(jobs.items())
 
     def instead(self, call: Call, asked: set[int]) -> list[Call]:
@@ -208,7 +213,7 @@ class Planner:
             experts = [key for key in missing if to in holders[key]]
             own = [(call.layer * num + to) * model.experts + missing.pop(key) for key in experts]
             count = -(-call.count * len(own) // len(call.experts))
-            seconds = float(self._call[to] * count / len(own) + self._expert[to])
-            jobs = self._jobs(own, itertools.repeat(seconds, len(own)))
+            seconds = np.full(len(own), self._call[to] * count / len(own) + self._expert[to])
+            jobs = self._jobs(np.array(own), seconds)[call.layer, to]
             found.append(Call(call.group, call.layer, to, call.rows, jobs, own, count))
         return found

@@ -10,13 +10,14 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import numpy as np
 
 from dance_jax.placement.simulate.answering import Answering, Callees, Devices
-from dance_jax.placement.simulate.batches import Batches, Sequence
+from dance_jax.placement.simulate.batches import Batches
+from dance_jax.placement.simulate.batches import Sequence as Request
 from dance_jax.placement.simulate.calls import Call, Group, Jobs, Planner
 from dance_jax.placement.simulate.result import Book, Result, Work
 from dance_jax.placement.simulate.scenario import Scenario
@@ -28,20 +29,25 @@ Steps = Generator[float | None, float, Any]
 
 
 class Queues:
-    """Servers of jobs in the order of their coming, by number: links or devices."""
+    """Servers of jobs in the order of their coming, by number: links or devices.
 
-    def __init__(self, count: int) -> None:
-        #: Seconds: when the work in line is done, and of all jobs so far.
-        self.free = [0.0] * count
-        self.busy = [0.0] * count
+    Args:
+        bursts: seconds of work that each does at once after it has rested for so long.
+    """
+
+    def __init__(self, bursts: Sequence[float]) -> None:
+        self._bursts = bursts
+        #: Seconds: when the work in line is done, if none is done at once; and of all jobs so far.
+        self._free = [0.0] * len(bursts)
+        self.busy = [0.0] * len(bursts)
 
     def serve(self, number: int, now: float, seconds: float) -> float:
         """When a job is done that comes now and takes so long."""
         # Comparisons where max() would do: this is called for every message.
-        free = self.free[number]
-        done = self.free[number] = (free if free > now else now) + seconds
+        free, rested = self._free[number], now - self._bursts[number]
+        free = self._free[number] = (free if free > rested else rested) + seconds
         self.busy[number] += seconds
-        return done
+        return free if free > now else now
 
 
 class Network:
@@ -49,7 +55,8 @@ class Network:
 
     def __init__(self, scenario: Scenario) -> None:
         servers, model = scenario.servers, scenario.model
-        self.out, self.into = Queues(len(servers)), Queues(len(servers))
+        bursts = [8 * server.burst / server.bandwidth for server in servers]
+        self.out, self.into = Queues(bursts), Queues(bursts)
         #: Seconds of a row and of a sum on each link, of a message, and of the way to the middle.
         self.row = [_seconds(s.bandwidth, model.row_bytes, s.speed.row) for s in servers]
         self.sum = [_seconds(s.bandwidth, model.state_bytes, s.speed.row) for s in servers]
@@ -77,7 +84,7 @@ class Servers:
         self.shares = Shares([server.speed for server in scenario.servers])
         num, devices = len(scenario.servers), sum(scenario.devices)
         #: Devices of all servers, then the threads of servers that compute beside their steps.
-        self.queues = Queues(devices + num)
+        self.queues = Queues([0.0] * (devices + num))
         ends = np.cumsum(scenario.devices).tolist()
         #: Devices of each server; and the thread of each that has one.
         self.own = [
@@ -122,7 +129,7 @@ class Servers:
         """A request comes."""
         requests = self.scenario.requests
         server = int(requests.server[request])
-        sequence = Sequence(request, int(requests.prompt[request]), int(requests.output[request]))
+        sequence = Request(request, int(requests.prompt[request]), int(requests.output[request]))
         self.batches[server].add(sequence)
         if self.steps[server] is None:
             self.steps[server] = steps = self._steps(server)
@@ -152,7 +159,7 @@ class Servers:
             began = now
             for groups in self.planner.layers(server, plan):
                 now = yield from self._layer(groups, now, trunk / self.scenario.model.layers)
-            now = yield from self._goes_on(server, now, self._host(server, now, speed.step))
+            now = yield self._own(server, now, self._host(server, now, speed.step))
             self.book.tokens(batches.commit(plan), now)
             self.book.compute[server] += now - began
             work.steps += 1
@@ -166,12 +173,12 @@ class Servers:
             part = trunk / len(groups)
             packing = len(group.calls) * self.message[server]
             jobs = [(first, part + packing), *((device, part) for device in others)]
-            now = yield from self._computed(server, now, jobs)
+            now = yield self._own(server, now, self.compute(server, now, jobs))
             if group.calls:
                 self.callees.call(group, now)
         for group in groups:
             if group.own:
-                now = yield from self._computed(server, now, group.own)
+                now = yield self._own(server, now, self.compute(server, now, group.own))
             if group.calls and (group.left or group.last.over > now):
                 group.waits = True
                 self.callees.wait(group, now)
@@ -180,14 +187,10 @@ class Servers:
                 mark = now
         return now
 
-    def _computed(self, server: int, now: float, jobs: Jobs) -> Steps:
-        """Goes on when a server has computed these for itself."""
-        return self._goes_on(server, now, self.compute(server, now, jobs))
-
-    def _goes_on(self, server: int, now: float, end: float) -> Steps:
-        """Goes on when a server has computed for itself until then."""
+    def _own(self, server: int, now: float, end: float) -> float:
+        """The end of what a server computes for itself from now on."""
         self.work[server].computing_s += end - now
-        return (yield end)
+        return end
 
     def _host(self, server: int, now: float, seconds: float) -> float:
         """When a server has computed for so long beside its devices."""
@@ -195,9 +198,11 @@ class Servers:
 
     def compute(self, server: int, now: float, jobs: Jobs) -> float:
         """When a server has computed these."""
-        stopped = self._stopped(server, now, [seconds for _, seconds in jobs])
-        serve = self.queues.serve
-        return max([serve(device, now, seconds + stopped) for device, seconds in jobs])
+        stopped, end = self._stopped(server, now, [seconds for _, seconds in jobs]), now
+        for device, seconds in jobs:
+            done = self.queues.serve(device, now, seconds + stopped)
+            end = done if done > end else end
+        return end
 
     def _stopped(self, server: int, now: float, threads: list[float]) -> float:
         """Seconds in which a server is stopped while its threads compute for so long."""
@@ -205,7 +210,8 @@ class Servers:
         self.work[server].processor_s += processor_s
         if not self.shares.limited[server]:
             return 0.0
-        return self.shares.spend(server, now, max(threads), processor_s) - max(threads)
+        longest = max(threads)
+        return self.shares.spend(server, now, longest, processor_s) - longest
 
     def answering(self, server: int, calls: list[Call]) -> Jobs:
         """What a server computes for calls of others, all in one go."""

@@ -70,6 +70,8 @@ class Server:
     bandwidth: float = math.inf
     #: Seconds from the server to the middle of the network: a message to another takes both's.
     delay: float = 0.0
+    #: Bytes that its link carries at once in each direction when it has rested. Not in lock step.
+    burst: float = 0.0
     #: Others' calls are computed beside its steps, by a thread of its own (a CPU); else its devices
     #: take them between parts of the steps. Not in lock step.
     beside: bool = False
@@ -217,7 +219,8 @@ def _check_servers(servers: tuple[Server, ...]) -> None:
         seconds |= {f"bucket {bucket}": each for bucket, each in server.speed.buckets.items()}
         if not server.speed.quota > 0:
             raise UserError(f"scenario: quota of server {n} is {server.speed.quota}, not above 0")
-        for name, value in (seconds | {"delay": server.delay}).items():
+        others = {"delay": server.delay, "burst of the link": server.burst}
+        for name, value in (seconds | others).items():
             if not (math.isfinite(value) and value >= 0):
                 raise UserError(
                     f"scenario: {name} of server {n} must be finite and at least 0; got {value}"
