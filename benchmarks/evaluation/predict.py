@@ -80,6 +80,7 @@ def _between(first: Sample, last: Sample, server: int) -> Work:
         buckets=+buckets,
         calls=round(spent("served")),
         messages=round(spent("messages")),
+        rows=round(spent("rows")),
         computing_s=sum(last.seconds[p][server] - first.seconds[p][server] for p in COMPUTING),
         processor_s=spent("cpu_s"),
     )

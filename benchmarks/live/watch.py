@@ -48,9 +48,11 @@ class Sample:
     steps: list[float]
     #: By bucket, as in `engine.report.EngineReport.bucket_steps`, and server.
     bucket_steps: dict[str, list[float]]
-    #: Expert calls that its devices computed; calls that it sent, and those that it answered.
+    #: Expert calls that its devices computed; messages with calls that it sent, and those that it
+    #: answered; rows in them.
     served: list[float]
     messages: list[float]
+    rows: list[float]
     longest_step_s: list[float]
     #: By part of the steps, as `engine.step_clock` names them, and server.
     seconds: dict[str, list[float]]
@@ -165,6 +167,9 @@ async def sample(api: Api, origin: float, wire: Callable[[], list[float]] = _not
             for metrics in told
         ]
 
+    def both(one: str, other: str) -> list[float]:
+        return [sum(pair) for pair in zip(each(one), each(other), strict=True)]
+
     buckets = sorted(
         {carried["bucket"] for metrics in told for _, carried, _ in metrics if "bucket" in carried}
     )
@@ -176,19 +181,12 @@ async def sample(api: Api, origin: float, wire: Callable[[], list[float]] = _not
         wire=await asyncio.to_thread(wire),
         transfers=each("transfers_total"),
         busiest=each("busiest_transfers_total"),
-        tokens=[
-            sum(both)
-            for both in zip(
-                each("prompt_tokens_total"), each("generation_tokens_total"), strict=True
-            )
-        ],
+        tokens=both("prompt_tokens_total", "generation_tokens_total"),
         steps=each("steps_total"),
         bucket_steps={b: each("bucket_steps_total", bucket=b) for b in buckets},
         served=each("expert_calls_served_total"),
-        messages=[
-            sum(both)
-            for both in zip(each("peer_calls_total"), each("peer_answered_total"), strict=True)
-        ],
+        messages=both("peer_calls_total", "peer_answered_total"),
+        rows=both("peer_rows_total", "peer_answered_rows_total"),
         longest_step_s=each("longest_step_seconds"),
         seconds={part: each("step_seconds_total", part=part) for part in PARTS},
         cpu_s=each("engine_cpu_seconds_total"),

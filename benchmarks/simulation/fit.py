@@ -4,7 +4,7 @@ Whatever a server computes, for its own steps or for others' calls, costs proces
 these are the same whether something stops it meanwhile or not. Over windows w of a run:
 
     processor_s[w] = sum over buckets b of bucket[b] x steps[w, b]
-                     + call x calls[w] + message x messages[w]
+                     + call x calls[w] + message x messages[w] + row x rows[w]
 
 Every device computes the whole bucket, so a step takes bucket[b] / devices where nothing stops it;
 with what it takes to schedule it and to make text of it. Windows have to differ: a server that only
@@ -51,7 +51,8 @@ def fit(windows: Sequence[Work], devices: int, block_size: int) -> Fitted:
     if not buckets:
         raise UserError("fit: no steps were measured")
     amounts = {f"bucket {b}": [window.buckets[b] for window in windows] for b in buckets}
-    amounts |= {name: [getattr(w, name) for w in windows] for name in ("calls", "messages")}
+    others = ("calls", "messages", "rows")
+    amounts |= {name: [getattr(window, name) for window in windows] for name in others}
     cost, error = solve([window.processor_s for window in windows], amounts)
     step_s = {bucket: cost[f"bucket {bucket}"] / devices for bucket in buckets}
     steps = {bucket: sum(window.buckets[bucket] for window in windows) for bucket in buckets}
@@ -61,6 +62,7 @@ def fit(windows: Sequence[Work], devices: int, block_size: int) -> Fitted:
         buckets=step_s,
         call=cost["calls"],
         message=cost["messages"],
+        row=cost["rows"],
     )
     return Fitted(speed, error)
 

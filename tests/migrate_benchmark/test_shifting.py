@@ -32,6 +32,7 @@ def sample(at_s: float, local: float, remote: float, migrations: int = 0) -> Sam
         tokens=[0.0] * 2,
         seconds={},
         messages=[],
+        rows=[],
         cpu_s=[],
         steps=[0.0] * 2,
         bucket_steps={},

@@ -171,9 +171,11 @@ def test_a_layer_across_two_servers_out_of_lock_step() -> None:
         lock_step=False, messages="expert",
     )  # fmt: skip
     result = simulate(case)
-    there = 2 * (ROW / 1000 + 0.0625) + 2 * 0.01 + 0.125  # a row for each of two experts
-    back = 2 * (REPLY / 1000 + 0.0625) + 2 * 0.01 + 0.125
-    seconds = MODEL.layers * (there + 0.25 + back) + (4 + 8) * 0.3 + 0.5
+    there = 2 * ROW / 1000 + 2 * 0.01 + 0.125  # a row for each of two experts
+    back = 2 * REPLY / 1000 + 2 * 0.01 + 0.125
+    packing = 2 * 0.0625
+    layer = packing + there + packing + 0.25 + back
+    seconds = MODEL.layers * layer + (4 + 8) * 0.3 + 0.5
     np.testing.assert_allclose(result.latencies, [seconds])
     assert result.bytes_nn.tolist() == [[0, 3 * 2 * ROW], [3 * 2 * REPLY, 0]]
     assert result.steps.tolist() == [1, 0]

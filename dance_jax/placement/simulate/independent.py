@@ -58,8 +58,8 @@ class Network:
         bursts = [8 * server.burst / server.bandwidth for server in servers]
         self.out, self.into = Queues(bursts), Queues(bursts)
         #: Seconds of a row and of a sum on each link, of a message, and of the way to the middle.
-        self.row = [_seconds(s.bandwidth, model.row_bytes, s.speed.row) for s in servers]
-        self.sum = [_seconds(s.bandwidth, model.state_bytes, s.speed.row) for s in servers]
+        self.row = [8 * model.row_bytes / server.bandwidth for server in servers]
+        self.sum = [8 * model.state_bytes / server.bandwidth for server in servers]
         self.round = [server.speed.round for server in servers]
         self.delay = [server.delay for server in servers]
 
@@ -69,10 +69,6 @@ class Network:
         taken = self.into.serve(to, now, rows * seconds[to])
         way = self.delay[source] + self.delay[to] + self.round[source]
         return (sent if sent > taken else taken) + way
-
-
-def _seconds(bandwidth: float, size: int, fixed: float) -> float:
-    return 8 * size / bandwidth + fixed
 
 
 class Servers:
@@ -93,7 +89,7 @@ class Servers:
         self.threads = [
             devices + n if server.beside else None for n, server in enumerate(scenario.servers)
         ]
-        self.message = [server.speed.message for server in scenario.servers]
+        self._speeds = [server.speed for server in scenario.servers]
         self.batches = [Batches(scenario.config, count) for count in scenario.devices]
         #: Of each server that does not rest.
         self.steps: list[Steps | None] = [None] * num
@@ -152,7 +148,7 @@ class Servers:
         """All steps until there is nothing to do."""
         now = yield None
         speed, batches, work = (
-            self.scenario.servers[server].speed, self.batches[server], self.work[server]
+            self._speeds[server], self.batches[server], self.work[server]
         )  # fmt: skip
         while (plan := batches.schedule()).work:
             trunk = speed.trunk(plan.bucket, self.scenario.config.block_size)
@@ -171,7 +167,7 @@ class Servers:
         first, *others = self.own[server]
         for group in groups:
             part = trunk / len(groups)
-            packing = len(group.calls) * self.message[server]
+            packing = self._packing(server, group.calls)
             jobs = [(first, part + packing), *((device, part) for device in others)]
             now = yield self._own(server, now, self.compute(server, now, jobs))
             if group.calls:
@@ -215,7 +211,7 @@ class Servers:
 
     def answering(self, server: int, calls: list[Call]) -> Jobs:
         """What a server computes for calls of others, all in one go."""
-        jobs, packing = self.planner.together(calls), len(calls) * self.message[server]
+        jobs, packing = self.planner.together(calls), self._packing(server, calls)
         thread = self.threads[server]
         if thread is None:
             (device, seconds), *others = jobs
@@ -224,24 +220,33 @@ class Servers:
 
     # Messages.
 
+    def _packing(self, server: int, calls: Sequence[Call]) -> float:
+        """Seconds that a server computes because it sends calls, or answers them."""
+        speed = self._speeds[server]
+        return len(calls) * speed.message + sum([call.rows for call in calls]) * speed.row
+
     def ask(self, call: Call, now: float) -> float:
         """Sends a call; returns when it is there."""
         server, group = call.group.server, call.group
         group.left += call.instead_of is None
         self.rows_nn[server][call.server] += call.rows
         self.rows_l[call.layer] += call.rows
-        self.work[server].messages += 1
+        self._count(server, call)
         there = self.network.send(server, call.server, now, call.rows, self.network.row)
         call.sent, call.moving = now, there - now
         return there
 
     def answer(self, call: Call, now: float) -> float:
         """Sends the sums of a call; returns when they are there."""
-        self.work[call.server].messages += 1
+        self._count(call.server, call)
         to = call.group.server
         there = self.network.send(call.server, to, now, call.rows, self.network.sum)
         call.moving += there - now
         return there
+
+    def _count(self, server: int, call: Call) -> None:
+        self.work[server].messages += 1
+        self.work[server].rows += call.rows
 
     def answered(self, call: Call, when: float) -> None:
         """Sums will be there then, or are known to come earlier: no repeat's, but its call's."""

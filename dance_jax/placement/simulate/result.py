@@ -35,10 +35,11 @@ class Work:
     steps: int = 0
     #: Steps in each bucket.
     buckets: collections.Counter[Bucket] = dataclasses.field(default_factory=collections.Counter)
-    #: Expert calls on its devices, for its own tokens and others'; its calls of other servers, and
-    #: its answers to theirs.
+    #: Expert calls on its devices, for its own tokens and others'.
     calls: int = 0
+    #: Messages with calls that it sent, and those that it answered; rows in them.
     messages: int = 0
+    rows: int = 0
     #: Calls that were late, and went to others too.
     repeats: int = 0
     #: Seconds of its steps but for those in which it waits for others; where a quota stops it, with

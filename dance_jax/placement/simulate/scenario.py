@@ -39,9 +39,10 @@ class Speed:
     expert: float = 0.0
     #: Of each message between servers, there or back, besides links' rates and delays.
     round: float = 0.0
-    #: Of a row into or out of a link, besides the link's rate: packing, unpacking.
+    #: Of a row into or out of a link, besides the link's rate: packing, unpacking. Out of lock step
+    #: it is computed, once for each row of a call that is sent, and of one that is answered.
     row: float = 0.0
-    #: Of computing, for each call that is sent, and for each that is answered; not in lock step.
+    #: Of each call that is sent, and of each that is answered, computed too; not in lock step.
     message: float = 0.0
     #: Of every request besides its steps: HTTP, tokens from text and back.
     request: float = 0.0
