@@ -336,6 +336,7 @@ class Evaluation:
                         activations,
                         work_of(run),
                         cell.step_s / max(cell.steps, 1),
+                        float(np.mean(cell.latency_s)),
                     )
                 )
                 self._console.print(f"{title}: mean latency {np.mean(cell.latency_s):.2f} s")

@@ -18,9 +18,8 @@ from benchmarks.namespaces.cores import PERIOD_US
 
 from .predict import Machine, Measured
 
-#: A message's seconds and the share of a link's rate: any will do that let servers wait about as
-#: long for each other as they do.
-TYPICAL = (4e-4, 0.95)
+#: A message's seconds: any will do that let servers wait about as long for each other as they do.
+TYPICAL_S = 4e-4
 #: Halvings of the interval in which a burst is looked for, what comes in in a period.
 TRIES = 8
 
@@ -51,7 +50,7 @@ def with_quotas(
     for _ in range(TRIES):
         burst_n = (low_n + high_n) / 2
         tried = _with(machine, cores, burst_n.tolist())
-        found = [tried.predict(run, *TYPICAL).computing_s for run in runs]
+        found = [tried.predict(run, TYPICAL_S).computing_s for run in runs]
         off_n = np.sum(found, axis=0) / measured_n - 1
         # Who has a larger burst is stopped less.
         low_n, high_n = np.where(off_n > 0, burst_n, low_n), np.where(off_n > 0, high_n, burst_n)

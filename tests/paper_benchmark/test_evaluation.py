@@ -19,7 +19,7 @@ from benchmarks.command import EXAMPLES, INTERRUPTED
 from benchmarks.evaluation import report
 from benchmarks.evaluation.cells import Cell, Mean, cell_of, rows_of
 from benchmarks.evaluation.predict import Machine, Measured, predictions, work_of
-from benchmarks.evaluation.quota import TYPICAL, with_quotas
+from benchmarks.evaluation.quota import TYPICAL_S, with_quotas
 from benchmarks.evaluation.runs import Runs
 from benchmarks.evaluation.shapes import SHAPES
 from benchmarks.evaluation.weight import nearest, weights_of
@@ -200,31 +200,33 @@ def test_runs_are_simulated_with_their_own_speeds(activations: Activations) -> N
     plan = Plan(tuple(Call(n % 2, [1] * 30, 5, float(n)) for n in range(4)), 0.0)
     machine = machine_of(Speed(token=1e-4), Speed(token=1e-4))
     runs = [
-        Measured(rate, uniform, plan, (5, 1, 2, 0), activations, work, 0.1)
+        Measured(rate, uniform, plan, (5, 1, 2, 0), activations, work, 0.1, 1.0)
         for rate in (10_000, 20_000)
     ]
-    seconds = [machine.predict(run, 0.0, 1.0).latency_s for run in runs]
+    seconds = [machine.predict(run, 0.0).latency_s for run in runs]
     assert seconds[0] > seconds[1] > 0
     longer = dataclasses.replace(runs[0], outputs=(5, 5, 5, 5))
-    assert machine.predict(longer, 0.0, 1.0).latency_s > seconds[0]
+    assert machine.predict(longer, 0.0).latency_s > seconds[0]
 
 
-def test_rounds_and_links_are_those_of_other_policies(activations: Activations) -> None:
-    """Runs that were themselves simulated, one with a message and a share of its own."""
+def test_what_no_clock_tells_is_told_by_other_policies(activations: Activations) -> None:
+    """Runs that were themselves simulated, one with a message and a request of its own."""
     plan = Plan(tuple(Call(n % 2, [1] * 30, 5, n / 10) for n in range(8)), 0.0)
     machine = machine_of(Speed(token=1e-4), Speed(token=1e-4))
     runs, expected = [], []
     for policy in ("uniform", "redundance", "eplb"):
         found = placed(policy, activations, [1, 1], 20, Cost.reference([1, 1], K), 0)
-        run = Measured(1_000_000, found, plan, (5,) * 8, activations, (), 1.0)
-        true = (8e-4, 0.75) if policy == "eplb" else (2e-4, 0.95)
-        runs.append(dataclasses.replace(run, step_s=machine.predict(run, *true).step_s))
-        expected.append(machine.predict(run, 2e-4, 0.95).latency_s)
+        run = Measured(1_000_000, found, plan, (5,) * 8, activations, (), 1.0, 1.0)
+        own = policy == "eplb"
+        told = machine.predict(run, 8e-4 if own else 2e-4)
+        latency_s = told.latency_s + (0.5 if own else 0.125)
+        runs.append(dataclasses.replace(run, step_s=told.step_s, latency_s=latency_s))
+        expected.append(machine.predict(run, 2e-4).latency_s + 0.125)
     assert predictions(machine, runs)[2] == pytest.approx(expected[2])
     nothing = dataclasses.replace(runs[1], step_s=0.0)
     assert predictions(machine, [runs[0], nothing, runs[2]])[2] == pytest.approx(expected[2])
-    alone = predictions(machine, runs[:1])
-    assert alone == pytest.approx(expected[:1], rel=0.05)
+    assert predictions(machine, runs[:1]) == pytest.approx(expected[:1])
+    assert predictions(machine, [nothing])[0] > 0
 
 
 def test_what_quotas_keep_is_found(activations: Activations) -> None:
@@ -240,8 +242,8 @@ def test_what_quotas_keep_is_found(activations: Activations) -> None:
     ):  # fmt: skip
         plan = Plan(tuple(Call(n % 2, [1] * 20, output, n / 10) for n in range(count)), 0.0)
         found = placed(policy, activations, [1, 1], 20, Cost.reference([1, 1], K), 0)
-        run = Measured(1_000_000, found, plan, (output,) * count, activations, (), 1.0)
-        result = simulate(true.scenario(run, *TYPICAL))
+        run = Measured(1_000_000, found, plan, (output,) * count, activations, (), 1.0, 1.0)
+        result = simulate(true.scenario(run, TYPICAL_S))
         assert result.work[0].computing_s > 1.1 * result.work[0].processor_s
         runs.append(dataclasses.replace(run, work=tuple((each,) for each in result.work)))
     machine, fitted = Machine.fitted(runs, [1, 1], 20, MODEL, CONFIG)
@@ -270,7 +272,7 @@ def test_runs_are_kept(
         )
     )  # fmt: skip
     slow, fast = (
-        Measured(rate, uniform, plan, (5,) * 4, activations, (work,) * 2, 0.1)
+        Measured(rate, uniform, plan, (5,) * 4, activations, (work,) * 2, 0.1, 1.0)
         for rate in (1_000_000, 20_000_000)
     )
     runs = Runs(
