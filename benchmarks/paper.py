@@ -269,6 +269,7 @@ class Evaluation:
     def _runs(self) -> Runs:
         """All so far."""
         model, spec = self._work.model, self._place.spec
+        sum_bytes = 4 * model.hidden_size  # float32
         shares = [self._bed.hosts[name].share for name in spec.names]
         cores = tuple(share for share in shares if isinstance(share, float))
         return Runs(
@@ -280,8 +281,8 @@ class Evaluation:
                 len(model.moe_layers),
                 model.num_experts,
                 model.top_k,
-                # The simulator's sums are as long as its hidden states.
-                exchanged_bytes(model.hidden_size, self._work.config) // 2,
+                exchanged_bytes(model.hidden_size, self._work.config) - sum_bytes,
+                sum_bytes,
             ),
             self._work.config,
             setup(self._options, self._work),

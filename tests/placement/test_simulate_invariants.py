@@ -78,7 +78,7 @@ def scenarios(draw: st.DrawFn) -> Scenario:
             Server(d, layers * experts, speed, rng.exponential(1e6), rng.exponential(1e-3), beside)
             for d, speed, beside in zip(devices, speeds, rng.random(num) < 0.5, strict=True)
         ),
-        model=Model(layers, experts, k, state_bytes=64),
+        model=Model(layers, experts, k, state_bytes=64, sum_bytes=rng.choice([None, 100])),
         config=CONFIG,
         placement=Placement(resident),
         routes=routes,
@@ -119,11 +119,11 @@ def test_invariants(case: Scenario) -> None:
     repeats = sum(work.repeats for work in result.work)
     assert (result.rows >= rows_lnn.sum((1, 2))).all()
     assert repeats or np.array_equal(result.rows, rows_lnn.sum((1, 2)))
-    least = rows_lnn.sum() * (case.model.row_bytes + case.model.state_bytes)
+    least = rows_lnn.sum() * (case.model.row_bytes + case.model.reply_bytes)
     assert result.bytes_nn.sum() >= least * (1 - 1e-12)
     if case.messages == "server":
         rows_nn = rows_lnn.sum(0)
-        payload = rows_nn * case.model.row_bytes + rows_nn.T * case.model.state_bytes
+        payload = rows_nn * case.model.row_bytes + rows_nn.T * case.model.reply_bytes
         heads_nn = result.bytes_nn - payload
         assert heads_nn.any() == ((case.lock_step and len(case.servers) > 1) or repeats > 0)
         assert (heads_nn >= 0).all() or repeats
@@ -215,7 +215,7 @@ def test_a_step_waits_for_its_slowest_server_and_link(seed: int, num: int) -> No
     )
     # At most what `Traffic.layer_time` says: the busiest way, and the busiest device, in turn.
     head = (num - 1) * (wires.head + wires.reply_head)
-    ways = np.maximum(rows.sum(2), rows.sum(1)) * (model.row_bytes + model.state_bytes) + head
+    ways = np.maximum(rows.sum(2), rows.sum(1)) * (model.row_bytes + model.reply_bytes) + head
     layer_time = (ways * wires.second_per_byte).max(1) + work.experts_ld.max(1)
     assert time.seconds <= (layer_time.sum() + layers * work.trunk_n.max()) * (1 + 1e-12)
 

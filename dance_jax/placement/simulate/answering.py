@@ -88,7 +88,7 @@ class Answering:
         self._servers = servers
         num = len(servers.batches)
         model = servers.scenario.model
-        self._row = model.row_bytes + model.state_bytes
+        self._row = model.row_bytes + model.reply_bytes
         self._lines: dict[tuple[int, int], Line] = collections.defaultdict(Line)
         #: Of each caller: servers that are not asked until they have answered everything.
         self._suspects: list[set[int]] = [set() for _ in range(num)]

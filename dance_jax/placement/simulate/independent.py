@@ -1,8 +1,7 @@
 """Every server steps on its own: the engine with expert calls, and the paper's system.
 
 A layer of a server is its trunk, then its calls go out, the experts that are here are computed
-meanwhile, and it ends when all sums are there. Links and devices serve one job after the other,
-whosever it is. What becomes of calls is in answering.py.
+meanwhile, and it ends when all sums are there. What becomes of calls is in answering.py.
 """
 
 from __future__ import annotations
@@ -29,25 +28,62 @@ Steps = Generator[float | None, float, Any]
 
 
 class Queues:
-    """Servers of jobs in the order of their coming, by number: links or devices.
+    """Devices, by number: each does its jobs in the order of their coming."""
 
-    Args:
-        bursts: seconds of work that each does at once after it has rested for so long.
-    """
-
-    def __init__(self, bursts: Sequence[float]) -> None:
-        self._bursts = bursts
-        #: Seconds: when the work in line is done, if none is done at once; and of all jobs so far.
-        self._free = [0.0] * len(bursts)
-        self.busy = [0.0] * len(bursts)
+    def __init__(self, count: int) -> None:
+        self._free = [0.0] * count
+        #: Seconds of all jobs so far.
+        self.busy = [0.0] * count
 
     def serve(self, number: int, now: float, seconds: float) -> float:
         """When a job is done that comes now and takes so long."""
-        # Comparisons where max() would do: this is called for every message.
-        free, rested = self._free[number], now - self._bursts[number]
-        free = self._free[number] = (free if free > rested else rested) + seconds
+        # A comparison where max() would do: this is called for every job.
+        free = self._free[number]
+        done = self._free[number] = (free if free > now else now) + seconds
         self.busy[number] += seconds
-        return free if free > now else now
+        return done
+
+
+class Link:
+    """One direction of a server's link, which connections share evenly.
+
+    Args:
+        burst: seconds of work that it does at once after it has rested for so long.
+    """
+
+    def __init__(self, burst: float) -> None:
+        self._burst = self._saved = burst
+        self._at = 0.0
+        #: Seconds of work that are left of each connection.
+        self._left: dict[tuple[int, int], float] = {}
+        #: Seconds of all work so far.
+        self.busy = 0.0
+
+    def serve(self, connection: tuple[int, int], now: float, seconds: float) -> float:
+        """When a message is through that comes now and takes so long alone, if none comes after it:
+        those of one connection keep their order, and a short one passes long ones of others."""
+        self._go_on(now - self._at)
+        self._at = now
+        self.busy += seconds
+        at_once = seconds if seconds < self._saved else self._saved
+        self._saved -= at_once
+        left = self._left
+        own = left[connection] = left.get(connection, 0.0) + seconds - at_once
+        return now + sum([each if each < own else own for each in left.values()])
+
+    def _go_on(self, seconds: float) -> None:
+        """So many have passed."""
+        left = self._left
+        while left:
+            least = min(left.values())
+            part = seconds / len(left)
+            if part < least:
+                self._left = {c: each - part for c, each in left.items()}
+                return
+            seconds -= least * len(left)
+            left = self._left = {c: each - least for c, each in left.items() if each > least}
+        saved = self._saved + seconds
+        self._saved = saved if saved < self._burst else self._burst
 
 
 class Network:
@@ -55,19 +91,28 @@ class Network:
 
     def __init__(self, scenario: Scenario) -> None:
         servers, model = scenario.servers, scenario.model
-        bursts = [8 * server.burst / server.bandwidth for server in servers]
-        self.out, self.into = Queues(bursts), Queues(bursts)
+        self.out, self.into = (
+            [Link(8 * server.burst / server.bandwidth) for server in servers] for _ in range(2)
+        )
         #: Seconds of a row and of a sum on each link, of a message, and of the way to the middle.
-        self.row = [8 * model.row_bytes / server.bandwidth for server in servers]
-        self.sum = [8 * model.state_bytes / server.bandwidth for server in servers]
-        self.round = [server.speed.round for server in servers]
-        self.delay = [server.delay for server in servers]
+        self._row = [8 * model.row_bytes / server.bandwidth for server in servers]
+        self._sum = [8 * model.reply_bytes / server.bandwidth for server in servers]
+        self._round = [server.speed.round for server in servers]
+        self._delay = [server.delay for server in servers]
 
-    def send(self, source: int, to: int, now: float, rows: int, seconds: list[float]) -> float:
-        """When a message is there; `seconds` of each row on each link."""
-        sent = self.out.serve(source, now, rows * seconds[source])
-        taken = self.into.serve(to, now, rows * seconds[to])
-        way = self.delay[source] + self.delay[to] + self.round[source]
+    def ask(self, call: Call, now: float) -> float:
+        """When a call is there."""
+        return self._send(call, call.group.server, call.server, now, self._row)
+
+    def answer(self, call: Call, now: float) -> float:
+        """When its sums are there: on the same connection."""
+        return self._send(call, call.server, call.group.server, now, self._sum)
+
+    def _send(self, call: Call, source: int, to: int, now: float, seconds: list[float]) -> float:
+        connection = call.group.server, call.server
+        sent = self.out[source].serve(connection, now, call.rows * seconds[source])
+        taken = self.into[to].serve(connection, now, call.rows * seconds[to])
+        way = self._delay[source] + self._delay[to] + self._round[source]
         return (sent if sent > taken else taken) + way
 
 
@@ -80,7 +125,7 @@ class Servers:
         self.shares = Shares([server.speed for server in scenario.servers])
         num, devices = len(scenario.servers), sum(scenario.devices)
         #: Devices of all servers, then the threads of servers that compute beside their steps.
-        self.queues = Queues([0.0] * (devices + num))
+        self.queues = Queues(devices + num)
         ends = np.cumsum(scenario.devices).tolist()
         #: Devices of each server; and the thread of each that has one.
         self.own = [
@@ -232,15 +277,14 @@ class Servers:
         self.rows_nn[server][call.server] += call.rows
         self.rows_l[call.layer] += call.rows
         self._count(server, call)
-        there = self.network.send(server, call.server, now, call.rows, self.network.row)
+        there = self.network.ask(call, now)
         call.sent, call.moving = now, there - now
         return there
 
     def answer(self, call: Call, now: float) -> float:
         """Sends the sums of a call; returns when they are there."""
         self._count(call.server, call)
-        to = call.group.server
-        there = self.network.send(call.server, to, now, call.rows, self.network.sum)
+        there = self.network.answer(call, now)
         call.moving += there - now
         return there
 
@@ -268,9 +312,10 @@ class Servers:
         book.rows[:] = self.rows_l
         book.communicate[:] = self.communicate
         book.compute -= book.communicate
-        book.bytes_nn[:] = rows_nn * model.row_bytes + rows_nn.T * model.state_bytes
+        book.bytes_nn[:] = rows_nn * model.row_bytes + rows_nn.T * model.reply_bytes
         book.device_busy[:] = self.queues.busy[: len(book.device_busy)]
-        book.out_busy[:], book.in_busy[:] = network.out.busy, network.into.busy
+        book.out_busy[:] = [link.busy for link in network.out]
+        book.in_busy[:] = [link.busy for link in network.into]
         for work, computed in zip(self.work, self.planner.computed.tolist(), strict=True):
             work.calls = computed
         book.steps[:] = [work.steps for work in self.work]

@@ -92,7 +92,7 @@ class Wires:
         num = len(servers)
         #: Heads of messages: of every dispatch, of returns with rows.
         self.head, self.reply_head = 16 + 4 * (num + 1), 16
-        self.row, self.reply = model.row_bytes, model.state_bytes
+        self.row, self.reply = model.row_bytes, model.reply_bytes
         self.second_per_byte = np.array([8 / server.bandwidth for server in servers])
         self.second_per_row = np.array([server.speed.row for server in servers])
         self.round = np.array([server.speed.round for server in servers])

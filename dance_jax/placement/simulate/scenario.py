@@ -88,13 +88,19 @@ class Model:
     experts: int
     #: Experts that a token chooses in a layer.
     top_k: int
-    #: Bytes of a hidden state, or of a sum, between servers.
+    #: Bytes of a hidden state between servers; and of a sum, where it has others.
     state_bytes: int
+    sum_bytes: int | None = None
 
     @property
     def row_bytes(self) -> int:
         """What goes to a server for one token: the hidden state, experts (2 bytes), weights (4)."""
         return self.state_bytes + 6 * self.top_k
+
+    @property
+    def reply_bytes(self) -> int:
+        """What comes back for it: a sum."""
+        return self.state_bytes if self.sum_bytes is None else self.sum_bytes
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -196,7 +202,8 @@ def cost_of(servers: Sequence[Server], model: Model) -> Cost:
         return Cost.reference(devices, model.top_k)
     if any(infinite):
         raise UserError("scenario: a policy cannot weigh links without limit against others")
-    state_n = np.array([2 * 8 * model.state_bytes / server.bandwidth for server in servers])
+    there_and_back = model.state_bytes + model.reply_bytes
+    state_n = np.array([8 * there_and_back / server.bandwidth for server in servers])
     call_n = np.array([server.speed.call for server in servers])
     return dataclasses.replace(Cost.of_links(state_n, devices, model.top_k), call=call_n)
 
