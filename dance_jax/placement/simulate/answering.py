@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import collections
-import dataclasses
 import math
 from typing import TYPE_CHECKING, Protocol
 
-from dance_jax.placement.simulate.calls import Call, Group
+from dance_jax.placement.simulate.calls import Call, Group, Line
 
 if TYPE_CHECKING:
     from dance_jax.placement.simulate.independent import Servers
 
-# These are native/caller.cc's.
-
-#: A call is late after so many seconds, or so many times what it was expected to take; more times
-#: than the last number no answer counts for.
-REPEAT_S, LATE, FAILED = 0.2, 3, 10
-#: Weight of the latest answer in a pace; bytes up to which an answer is a small one.
-LEARN, SMALL = 0.2, 8192
-#: And native/answerer.cc's: rows that are computed in one go, where calls wait together.
+#: A call is late after so many seconds, or so many times what it was expected to take: as in
+#: native/caller.cc.
+REPEAT_S, LATE = 0.2, 3
+#: Rows that are computed in one go, where calls wait together: native/answerer.cc's.
 MOST_TOGETHER = 1024
 
 
@@ -56,30 +51,6 @@ class Devices:
         self._servers.answered(call, self._servers.answer(call, now))
 
 
-@dataclasses.dataclass(slots=True)
-class Line:
-    """What a server knows of another that it calls."""
-
-    #: Calls without an answer, and their bytes.
-    calls: int = 0
-    size: int = 0
-    #: How long its answers take: seconds of small ones, and of each byte.
-    base_s: float = 0.02
-    byte_s: float = 1e-6
-
-    def expected(self, size: int) -> float:
-        """Seconds until an answer comes."""
-        return self.base_s + self.byte_s * size
-
-    def learn(self, size: int, seconds: float) -> None:
-        """An answer has come."""
-        seconds = min(seconds, FAILED * self.expected(size))
-        if size <= SMALL:
-            self.base_s += LEARN * (seconds - self.base_s)
-        else:
-            self.byte_s += LEARN * (max(0.0, seconds - self.base_s) / size - self.byte_s)
-
-
 class Answering:
     """One thread of each server answers calls, those that wait for the same layer in one go; who
     waits for a late answer asks other holders too: this engine."""
@@ -92,6 +63,9 @@ class Answering:
         self._lines: dict[tuple[int, int], Line] = collections.defaultdict(Line)
         #: Of each caller: servers that are not asked until they have answered everything.
         self._suspects: list[set[int]] = [set() for _ in range(num)]
+        #: Of each caller: the group that it waits for, and when it looks at what is late of it.
+        self._groups: list[Group | None] = [None] * num
+        self._looks = [math.inf] * num
         #: Of each server: calls that wait for its thread, and whether that is computing.
         self._waiting: list[list[Call]] = [[] for _ in range(num)]
         self._busy = [False] * num
@@ -108,19 +82,24 @@ class Answering:
             self._send(call, now)
 
     def wait(self, group: Group, now: float) -> None:
-        late = min([call.late for call in group.calls])
-        self._servers.at(max(late, now), self._look, group)
-
-    def _look(self, now: float, group: Group) -> None:
-        """Repeats what is late."""
-        if not group.waits:
-            return
-        for call in group.calls:
-            if call.over > now >= call.late:
-                self._repeat(call, now)
+        server = group.server
+        self._groups[server] = group
         late = min([call.late for call in group.calls if call.over > now], default=math.inf)
-        if late < math.inf:
-            self._servers.at(late, self._look, group)
+        if late < self._looks[server]:
+            self._looks[server] = late = max(late, now)
+            self._servers.at(late, self._look, server)
+
+    def _look(self, now: float, server: int) -> None:
+        """Repeats what is late of what a server waits for."""
+        group = self._groups[server]
+        if group is None or now != self._looks[server]:
+            return
+        self._looks[server] = math.inf
+        if group.waits:
+            for call in group.calls:
+                if call.over > now >= call.late:
+                    self._repeat(call, now)
+            self.wait(group, now)
 
     def _repeat(self, call: Call, now: float) -> None:
         call.late = math.inf
@@ -133,7 +112,7 @@ class Answering:
             self._send(each, now)
 
     def _send(self, call: Call, now: float) -> None:
-        line = self._lines[call.group.server, call.server]
+        line = call.line = self._lines[call.group.server, call.server]
         line.calls += 1
         line.size += call.rows * self._row
         call.queued = line.size
@@ -168,7 +147,8 @@ class Answering:
 
     def _take(self, call: Call, when: float) -> None:
         """An answer that comes then."""
-        line = self._lines[call.group.server, call.server]
+        line = call.line
+        assert line is not None
         line.calls -= 1
         line.size -= call.rows * self._row
         line.learn(call.queued, when - call.sent)

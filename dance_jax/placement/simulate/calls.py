@@ -17,9 +17,14 @@ from dance_jax.placement.simulate.scenario import Scenario
 
 #: A computation: (device, of all servers counted through; its seconds) of each device it is on.
 Jobs = list[tuple[int, float]]
-#: A server's rows are cut into so many calls at most, each of so many bytes at least: as in
-#: native/caller.cc.
+
+# These are native/caller.cc's.
+
+#: A server's rows are cut into so many calls at most, each of so many bytes at least.
 MOST_PIECES, PIECE_BYTES = 4, 64 * 1024
+#: Weight of the latest answer in a pace, and times what was expected that count at most; bytes up
+#: to which an answer is a small one.
+LEARN, MOST_TIMES, SMALL = 0.2, 10, 8192
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -62,10 +67,35 @@ class Call:
     moving: float = 0.0
     #: When its sums are there; infinite: nobody knows yet.
     over: float = math.inf
+    line: Line | None = None
     #: When it is late; infinite: it has been repeated.
     late: float = math.inf
     #: Bytes, there and back, with those of the calls before it that were not answered.
     queued: int = 0
+
+
+@dataclasses.dataclass(slots=True)
+class Line:
+    """What a server knows of another that it calls."""
+
+    #: Calls without an answer, and their bytes.
+    calls: int = 0
+    size: int = 0
+    #: How long its answers take: seconds of small ones, and of each byte.
+    base_s: float = 0.02
+    byte_s: float = 1e-6
+
+    def expected(self, size: int) -> float:
+        """Seconds until an answer comes."""
+        return self.base_s + self.byte_s * size
+
+    def learn(self, size: int, seconds: float) -> None:
+        """An answer has come."""
+        seconds = min(seconds, MOST_TIMES * self.expected(size))
+        if size <= SMALL:
+            self.base_s += LEARN * (seconds - self.base_s)
+        else:
+            self.byte_s += LEARN * (max(0.0, seconds - self.base_s) / size - self.byte_s)
 
 
 _over = operator.attrgetter("over")

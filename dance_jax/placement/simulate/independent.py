@@ -27,23 +27,6 @@ from dance_jax.placement.simulate.shares import Shares
 Steps = Generator[float | None, float, Any]
 
 
-class Queues:
-    """Devices, by number: each does its jobs in the order of their coming."""
-
-    def __init__(self, count: int) -> None:
-        self._free = [0.0] * count
-        #: Seconds of all jobs so far.
-        self.busy = [0.0] * count
-
-    def serve(self, number: int, now: float, seconds: float) -> float:
-        """When a job is done that comes now and takes so long."""
-        # A comparison where max() would do: this is called for every job.
-        free = self._free[number]
-        done = self._free[number] = (free if free > now else now) + seconds
-        self.busy[number] += seconds
-        return done
-
-
 class Link:
     """One direction of a server's link, which connections share evenly.
 
@@ -53,37 +36,52 @@ class Link:
 
     def __init__(self, burst: float) -> None:
         self._burst = self._saved = burst
-        self._at = 0.0
-        #: Seconds of work that are left of each connection.
-        self._left: dict[tuple[int, int], float] = {}
+        #: When the last message came, and when the link rests.
+        self._at = self._end = 0.0
+        #: Seconds of work that each connection has got since the link rested, and at how many its
+        #: messages are through.
+        self._got = 0.0
+        self._through: dict[tuple[int, int], float] = {}
         #: Seconds of all work so far.
         self.busy = 0.0
 
     def serve(self, connection: tuple[int, int], now: float, seconds: float) -> float:
         """When a message is through that comes now and takes so long alone, if none comes after it:
         those of one connection keep their order, and a short one passes long ones of others."""
+        self.busy += seconds
+        if now >= self._end:
+            if self._burst:
+                seconds = self._at_once(now - self._end, seconds)
+            self._at, self._end, self._got = now, now + seconds, 0.0
+            self._through = {connection: seconds}
+            return self._end
         self._go_on(now - self._at)
         self._at = now
-        self.busy += seconds
-        at_once = seconds if seconds < self._saved else self._saved
-        self._saved -= at_once
-        left = self._left
-        own = left[connection] = left.get(connection, 0.0) + seconds - at_once
-        return now + sum([each if each < own else own for each in left.values()])
+        self._end += seconds
+        through, got = self._through, self._got
+        own = through[connection] = through.get(connection, got) + seconds
+        shares = [each if each < own else own for each in through.values()]
+        return now + sum(shares) - got * len(shares)
+
+    def _at_once(self, rested: float, seconds: float) -> float:
+        """What is left of so many seconds of work after a burst."""
+        saved = min(self._saved + rested, self._burst)
+        self._saved = max(0.0, saved - seconds)
+        return max(0.0, seconds - saved)
 
     def _go_on(self, seconds: float) -> None:
-        """So many have passed."""
-        left = self._left
-        while left:
-            least = min(left.values())
-            part = seconds / len(left)
-            if part < least:
-                self._left = {c: each - part for c, each in left.items()}
+        """So many have passed, and there is work left."""
+        through = self._through
+        while True:
+            least = min(through.values())
+            left = (least - self._got) * len(through)
+            if seconds < left or len(through) == 1:
+                self._got += seconds / len(through)
                 return
-            seconds -= least * len(left)
-            left = self._left = {c: each - least for c, each in left.items() if each > least}
-        saved = self._saved + seconds
-        self._saved = saved if saved < self._burst else self._burst
+            seconds -= left
+            self._got = least
+            for connection in [each for each, at in through.items() if at <= least]:
+                del through[connection]
 
 
 class Network:
@@ -124,8 +122,9 @@ class Servers:
         self.planner, self.network = Planner(scenario), Network(scenario)
         self.shares = Shares([server.speed for server in scenario.servers])
         num, devices = len(scenario.servers), sum(scenario.devices)
-        #: Devices of all servers, then the threads of servers that compute beside their steps.
-        self.queues = Queues(devices + num)
+        #: Of devices of all servers, then of threads of servers that compute beside their steps:
+        #: when their jobs so far are done, one after the other, and seconds of these.
+        self._free, self._busy = [0.0] * (devices + num), [0.0] * (devices + num)
         ends = np.cumsum(scenario.devices).tolist()
         #: Devices of each server; and the thread of each that has one.
         self.own = [
@@ -143,17 +142,19 @@ class Servers:
         #: Hidden states from server to server, and of each layer.
         self.rows_nn = [[0] * num for _ in range(num)]
         self.rows_l = [0] * scenario.model.layers
-        #: Seconds of messages in each server's steps.
-        self.communicate = [0.0] * num
+        #: Calls from server to server.
+        self.calls_nn = [[0] * num for _ in range(num)]
+        #: Seconds of each server: messages in its steps, and processors.
+        self.communicate, self.processor_s = [0.0] * num, [0.0] * num
         self._events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
-        self._numbers = itertools.count()
+        self._number = itertools.count().__next__
         self.callees: Callees = Devices(self)
         if scenario.messages == "server":
             self.callees = Answering(self)
 
     def at(self, when: float, action: Callable[..., None], *arguments: Any) -> None:
         """Calls action(when, *arguments) then; at equal times, in the order of these calls."""
-        heapq.heappush(self._events, (when, next(self._numbers), action, arguments))
+        heapq.heappush(self._events, (when, self._number(), action, arguments))
 
     def run(self) -> Result:
         """Serves all requests."""
@@ -223,6 +224,8 @@ class Servers:
             if group.calls and (group.left or group.last.over > now):
                 group.waits = True
                 self.callees.wait(group, now)
+                if not group.left:
+                    self.at(group.last.over, self._go_on_with, group)
                 now = yield None
                 self.communicate[server] += min(group.last.moving, now - mark)
                 mark = now
@@ -239,16 +242,22 @@ class Servers:
 
     def compute(self, server: int, now: float, jobs: Jobs) -> float:
         """When a server has computed these."""
-        stopped, end = self._stopped(server, now, [seconds for _, seconds in jobs]), now
+        stopped = self._stopped(server, now, [seconds for _, seconds in jobs])
+        free, busy, end = self._free, self._busy, now
+        # Comparisons where max() would do: this is called for every part of a layer.
         for device, seconds in jobs:
-            done = self.queues.serve(device, now, seconds + stopped)
-            end = done if done > end else end
+            before = free[device]
+            done = (before if before > now else now) + seconds + stopped
+            free[device] = done
+            busy[device] += seconds + stopped
+            if done > end:
+                end = done
         return end
 
     def _stopped(self, server: int, now: float, threads: list[float]) -> float:
         """Seconds in which a server is stopped while its threads compute for so long."""
         processor_s = sum(threads)
-        self.work[server].processor_s += processor_s
+        self.processor_s[server] += processor_s
         if not self.shares.limited[server]:
             return 0.0
         longest = max(threads)
@@ -275,33 +284,28 @@ class Servers:
         server, group = call.group.server, call.group
         group.left += call.instead_of is None
         self.rows_nn[server][call.server] += call.rows
+        self.calls_nn[server][call.server] += 1
         self.rows_l[call.layer] += call.rows
-        self._count(server, call)
         there = self.network.ask(call, now)
         call.sent, call.moving = now, there - now
         return there
 
     def answer(self, call: Call, now: float) -> float:
         """Sends the sums of a call; returns when they are there."""
-        self._count(call.server, call)
         there = self.network.answer(call, now)
         call.moving += there - now
         return there
-
-    def _count(self, server: int, call: Call) -> None:
-        self.work[server].messages += 1
-        self.work[server].rows += call.rows
 
     def answered(self, call: Call, when: float) -> None:
         """Sums will be there then, or are known to come earlier: no repeat's, but its call's."""
         group = call.group
         group.left -= call.over == math.inf
         call.over = min(call.over, when)
-        if not group.left:
+        if group.waits and not group.left:
             self.at(group.last.over, self._go_on_with, group)
 
     def _go_on_with(self, now: float, group: Group) -> None:
-        """All sums are there, unless they came before."""
+        """All sums are there, unless they were before."""
         if group.waits:
             group.waits = False
             self._go_on(now, group.server)
@@ -313,11 +317,15 @@ class Servers:
         book.communicate[:] = self.communicate
         book.compute -= book.communicate
         book.bytes_nn[:] = rows_nn * model.row_bytes + rows_nn.T * model.reply_bytes
-        book.device_busy[:] = self.queues.busy[: len(book.device_busy)]
+        book.device_busy[:] = self._busy[: len(book.device_busy)]
         book.out_busy[:] = [link.busy for link in network.out]
         book.in_busy[:] = [link.busy for link in network.into]
-        for work, computed in zip(self.work, self.planner.computed.tolist(), strict=True):
-            work.calls = computed
+        calls_nn = np.array(self.calls_nn)
+        for n, work in enumerate(self.work):
+            work.calls = int(self.planner.computed[n])
+            work.messages = int(calls_nn[n].sum() + calls_nn[:, n].sum())
+            work.rows = int(rows_nn[n].sum() + rows_nn[:, n].sum())
+            work.processor_s = self.processor_s[n]
         book.steps[:] = [work.steps for work in self.work]
         return book.result()
 
