@@ -85,6 +85,7 @@ def _between(first: Sample, last: Sample, server: int) -> Work:
         calls=round(spent("served")),
         messages=round(spent("messages")),
         rows=round(spent("rows")),
+        repeats=round(spent("repeats")),
         computing_s=sum(last.seconds[p][server] - first.seconds[p][server] for p in COMPUTING),
         processor_s=spent("cpu_s"),
     )

@@ -49,10 +49,11 @@ class Sample:
     #: By bucket, as in `engine.report.EngineReport.bucket_steps`, and server.
     bucket_steps: dict[str, list[float]]
     #: Expert calls that its devices computed; messages with calls that it sent, and those that it
-    #: answered; rows in them.
+    #: answered; rows in them; calls that were late, and went to others too.
     served: list[float]
     messages: list[float]
     rows: list[float]
+    repeats: list[float]
     longest_step_s: list[float]
     #: By part of the steps, as `engine.step_clock` names them, and server.
     seconds: dict[str, list[float]]
@@ -187,6 +188,7 @@ async def sample(api: Api, origin: float, wire: Callable[[], list[float]] = _not
         served=each("expert_calls_served_total"),
         messages=both("peer_calls_total", "peer_answered_total"),
         rows=both("peer_rows_total", "peer_answered_rows_total"),
+        repeats=each("peer_repeats_total"),
         longest_step_s=each("longest_step_seconds"),
         seconds={part: each("step_seconds_total", part=part) for part in PARTS},
         cpu_s=each("engine_cpu_seconds_total"),

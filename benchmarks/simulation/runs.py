@@ -243,7 +243,8 @@ class Sweep:
     @property
     def ways(self) -> list[tuple[bool, Messages]]:
         """As the paper's system serves, then as this engine does."""
-        return [(False, "expert"), (False, "server"), *([(True, "server")] * self.lock_step)]
+        ways: list[tuple[bool, Messages]] = [(False, "expert"), (False, "server")]
+        return [*ways, (True, "server")] if self.lock_step else ways
 
 
 def sweep(what: Sweep, seed: int, say: Callable[[str], None]) -> Iterator[Run]:

@@ -33,6 +33,7 @@ def sample(at_s: float, local: float, remote: float, migrations: int = 0) -> Sam
         seconds={},
         messages=[],
         rows=[],
+        repeats=[],
         cpu_s=[],
         steps=[0.0] * 2,
         bucket_steps={},

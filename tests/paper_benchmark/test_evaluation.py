@@ -59,6 +59,7 @@ def sample(at_s: float, share: float, sent: float) -> Sample:
         served=[0.0] * 2,
         messages=[0.0] * 2,
         rows=[0.0] * 2,
+        repeats=[0.0] * 2,
         longest_step_s=[0.0] * 2,
         seconds={part: [at_s / 10, at_s / 5] for part in PARTS},
         cpu_s=[at_s / 4, at_s / 2],

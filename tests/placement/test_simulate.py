@@ -23,6 +23,7 @@ from dance_jax.placement.simulate import (
     simulate,
 )
 from dance_jax.placement.simulate.batches import Batches, Sequence
+from dance_jax.placement.simulate.independent import Link
 from dance_jax.placement.simulate.lock_step import Clock, Layers
 from dance_jax.placement.simulate.shares import Shares
 from tests.placement.simulated import (
@@ -441,6 +442,40 @@ def test_a_saturated_link_carries_what_it_can() -> None:
     assert result.in_utilisation[-1] == pytest.approx(
         result.received_bytes[-1] / rate / result.seconds
     )
+
+
+def test_connections_share_a_link_evenly() -> None:
+    link = Link(burst=0.0)
+    assert link.serve((0, 1), 0.0, 10.0) == 10.0
+    # A short message takes twice as long as alone beside a long one of another connection.
+    assert link.serve((2, 1), 2.0, 1.0) == 4.0
+    # Of the long one six seconds are left then; on its own connection another waits for it.
+    assert link.serve((0, 1), 5.0, 1.0) == 12.0
+    assert link.serve((2, 1), 20.0, 1.0) == 21.0
+    assert link.busy == 13.0
+
+
+def test_a_link_that_rested_carries_a_burst_at_once() -> None:
+    link = Link(burst=2.0)
+    assert link.serve((0, 1), 0.0, 1.5) == 0.0
+    assert link.serve((0, 1), 0.25, 1.0) == 0.5  # 0.75 s were left, or saved since
+    assert link.serve((0, 1), 10.0, 3.0) == 11.0
+
+
+@given(
+    st.lists(
+        st.tuples(st.floats(0, 3), st.integers(0, 3), st.floats(0.01, 2)), min_size=1, max_size=30
+    )
+)
+def test_a_link_loses_no_work_and_no_time(turns: list[tuple[float, int, float]]) -> None:
+    link, now, end = Link(burst=0.0), 0.0, 0.0
+    for rest, other, seconds in turns:
+        now += rest
+        end = max(now, end) + seconds
+        through = link.serve((0, other), now, seconds)
+        assert now + seconds <= through + 1e-9 and through <= end + 1e-9
+    # Nobody's message is longer than all that is left.
+    assert link.serve((0, 4), now, 100.0) == pytest.approx(end + 100.0)
 
 
 def test_in_lock_step_a_link_is_idle_while_the_other_way_is_in_use() -> None:

@@ -78,7 +78,9 @@ def scenarios(draw: st.DrawFn) -> Scenario:
             Server(d, layers * experts, speed, rng.exponential(1e6), rng.exponential(1e-3), beside)
             for d, speed, beside in zip(devices, speeds, rng.random(num) < 0.5, strict=True)
         ),
-        model=Model(layers, experts, k, state_bytes=64, sum_bytes=rng.choice([None, 100])),
+        model=Model(
+            layers, experts, k, state_bytes=64, sum_bytes=draw(st.sampled_from([None, 100]))
+        ),
         config=CONFIG,
         placement=Placement(resident),
         routes=routes,

@@ -229,6 +229,8 @@ class Servers:
                 now = yield None
                 self.communicate[server] += min(group.last.moving, now - mark)
                 mark = now
+            # Its calls know it: without the way back all go when the last one is answered.
+            group.calls = []
         return now
 
     def _own(self, server: int, now: float, end: float) -> float:
