@@ -4,8 +4,8 @@ What a server computes costs the processor seconds that its engine counted (`sim
 things no clock tells: what a message costs besides its bytes (who is woken has to find a core), and
 what a request takes besides its steps (HTTP, text, what is between two steps). The first is the one
 with which steps of the *other* policies at the same rate take as long as they took, and the second
-what the other policies' requests then took more: a policy's own runs have no part in its prediction
-but for computing.
+what the other policies' requests then took more at any rate, the median run's: a policy's own runs
+have no part in its prediction but for computing.
 """
 
 from __future__ import annotations
@@ -195,8 +195,8 @@ def predictions(
 ) -> list[float]:
     """Mean latency of each run, in seconds.
 
-    What messages and requests cost is chosen from runs of other policies at the same rate; of the
-    same one, where there is no other.
+    What messages and requests cost is chosen from runs of other policies. Where there are none at
+    a rate, messages cost what those of the same one say; at any, requests cost nothing.
 
     Args:
         done: called after each run.
@@ -209,11 +209,19 @@ def predictions(
     def off(round_s: float, others: Sequence[int]) -> float:
         return sum(math.log(tried[n][round_s].step_s / runs[n].step_s) ** 2 for n in others)
 
+    def chosen(own: int, rate: int | None) -> tuple[float, list[int]]:
+        """A message's seconds at this rate, and the runs of other policies."""
+        alike = [n for n, run in enumerate(runs) if run.rate == rate and run.step_s]
+        others = [n for n in alike if runs[n].placed.policy != runs[own].placed.policy]
+        return min(ROUNDS_S, key=lambda round_s: off(round_s, others or alike)), others
+
     found = []
-    for own, run in zip(tried, runs, strict=True):
-        alike = [n for n, other in enumerate(runs) if other.rate == run.rate and other.step_s]
-        others = [n for n in alike if runs[n].placed.policy != run.placed.policy] or alike
-        best = min(ROUNDS_S, key=lambda round_s: off(round_s, others))
-        more = [runs[n].latency_s - tried[n][best].latency_s for n in others]
-        found.append(own[best].latency_s + max(0.0, float(np.median(more)) if more else 0.0))
+    for own, run in enumerate(runs):
+        more = []
+        for rate in {each.rate for each in runs}:
+            round_s, others = chosen(own, rate)
+            more += [runs[n].latency_s - tried[n][round_s].latency_s for n in others]
+        best, _ = chosen(own, run.rate)
+        request_s = max(0.0, float(np.median(more))) if more else 0.0
+        found.append(tried[own][best].latency_s + request_s)
     return found

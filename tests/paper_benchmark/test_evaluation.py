@@ -226,8 +226,12 @@ def test_what_no_clock_tells_is_told_by_other_policies(activations: Activations)
     assert predictions(machine, runs)[2] == pytest.approx(expected[2])
     nothing = dataclasses.replace(runs[1], step_s=0.0)
     assert predictions(machine, [runs[0], nothing, runs[2]])[2] == pytest.approx(expected[2])
-    assert predictions(machine, runs[:1]) == pytest.approx(expected[:1])
+    assert predictions(machine, runs[:1]) == pytest.approx([expected[0] - 0.125])
     assert predictions(machine, [nothing])[0] > 0
+    # Links of another rate have messages of their own, but no requests.
+    faster = [dataclasses.replace(run, rate=10**9, latency_s=9.0) for run in runs]
+    of_both = predictions(machine, [*runs, *faster])
+    assert of_both[2] > expected[2] + 1
 
 
 def test_what_quotas_keep_is_found(activations: Activations) -> None:

@@ -23,9 +23,10 @@ Requests become steps by the engine's own rule (batches.py). What is left out:
   once.
 - A request's tokens are consecutive rows of its server's routes, from a random one on.
 - Nothing varies but arrivals, lengths and routes: computation takes what `Speed` says.
-- Out of lock step: shared experts are computed before calls go out, not meanwhile; an expert is
-  computed on the device that holds it. No call is refused, lost or given up: one that nobody else
-  could answer is waited for. A message stands in line at both links from when it is sent.
+- Out of lock step: connections share a link evenly, but a message that is under way is not slowed
+  down by those that come after it; it uses both links from when it is sent. Shared experts are
+  computed before calls go out, not meanwhile; an expert is computed on the device that holds it. No
+  call is refused, lost or given up: one that nobody else could answer is waited for.
 - In lock step message rounds do not overlap with computation (nor do they in the engine).
 """
 
