@@ -455,6 +455,14 @@ def test_connections_share_a_link_evenly() -> None:
     assert link.busy == 13.0
 
 
+def test_messages_that_are_through_together_leave_a_link_with_nothing() -> None:
+    """A moment before it has done them all, by numbers that are not exact."""
+    link = Link(burst=0.0)
+    for other in range(15):
+        link.serve((0, other), 0.0, 0.1)
+    assert link.serve((0, 0), 15 * 0.1, 1.0) == pytest.approx(2.5)
+
+
 def test_a_link_that_rested_carries_a_burst_at_once() -> None:
     link = Link(burst=2.0)
     assert link.serve((0, 1), 0.0, 1.5) == 0.0

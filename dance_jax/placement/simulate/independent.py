@@ -70,12 +70,12 @@ class Link:
         return max(0.0, seconds - saved)
 
     def _go_on(self, seconds: float) -> None:
-        """So many have passed, and there is work left."""
+        """So many have passed."""
         through = self._through
-        while True:
+        while through:
             least = min(through.values())
             left = (least - self._got) * len(through)
-            if seconds < left or len(through) == 1:
+            if seconds < left:
                 self._got += seconds / len(through)
                 return
             seconds -= left
