@@ -22,7 +22,7 @@ from benchmarks.live.tasks import Plan
 from benchmarks.live.watch import COMPUTING, Sample, Watched
 from benchmarks.namespaces.bed import burst_bytes
 from benchmarks.simulation.fit import Fitted, fit
-from dance_jax.config import EngineConfig
+from dance_jax.config import EngineConfig, UserError
 from dance_jax.placement import Activations
 from dance_jax.placement.simulate import Model, Requests, Scenario, Server, Work, simulate
 
@@ -46,7 +46,7 @@ class Measured:
         activations: of the workload.
         work: of each server, in windows.
         step_s: seconds of a step, in the mean; 0: there was none.
-        latency_s: mean.
+        latency_s: mean; nan: no answer was whole.
     """
 
     rate: int | None
@@ -133,8 +133,10 @@ class Machine:
             slots: of each device, spare ones left out.
 
         Raises:
-            UserError: runs are too few, or too much alike.
+            UserError: servers stepped together; or runs are too few, or too much alike.
         """
+        if not any(work.messages for run in runs for windows in run.work for work in windows):
+            raise UserError("no expert calls were counted, as servers that step together make none")
         found = [
             fit([w for run in runs for w in run.work[server]], count, config.block_size)
             for server, count in enumerate(devices)
@@ -211,7 +213,9 @@ def predictions(
 
     def chosen(own: int, rate: int | None) -> tuple[float, list[int]]:
         """A message's seconds at this rate, and the runs of other policies."""
-        alike = [n for n, run in enumerate(runs) if run.rate == rate and run.step_s]
+        # No answer has no latency.
+        whole = [n for n, run in enumerate(runs) if run.step_s and run.latency_s > 0]
+        alike = [n for n in whole if runs[n].rate == rate]
         others = [n for n in alike if runs[n].placed.policy != runs[own].placed.policy]
         return min(ROUNDS_S, key=lambda round_s: off(round_s, others or alike)), others
 

@@ -228,6 +228,8 @@ def test_what_no_clock_tells_is_told_by_other_policies(activations: Activations)
     assert predictions(machine, [runs[0], nothing, runs[2]])[2] == pytest.approx(expected[2])
     assert predictions(machine, runs[:1]) == pytest.approx([expected[0] - 0.125])
     assert predictions(machine, [nothing])[0] > 0
+    failed = dataclasses.replace(runs[1], latency_s=float("nan"))
+    assert predictions(machine, [runs[0], failed, runs[2]])[2] == pytest.approx(expected[2])
     # Links of another rate have messages of their own, but no requests.
     faster = [dataclasses.replace(run, rate=10**9, latency_s=9.0) for run in runs]
     of_both = predictions(machine, [*runs, *faster])
@@ -251,6 +253,9 @@ def test_what_quotas_keep_is_found(activations: Activations) -> None:
         result = simulate(true.scenario(run, TYPICAL_S))
         assert result.work[0].computing_s > 1.1 * result.work[0].processor_s
         runs.append(dataclasses.replace(run, work=tuple((each,) for each in result.work)))
+    together = dataclasses.replace(runs[0], work=((Work(processor_s=1.0),),) * 2)
+    with pytest.raises(UserError, match="no expert calls were counted"):
+        Machine.fitted([together], [1, 1], 20, MODEL, CONFIG)
     machine, fitted = Machine.fitted(runs, [1, 1], 20, MODEL, CONFIG)
     assert max(one.error for one in fitted) < 1e-9
     for server, speed in zip(machine.servers, (first, second), strict=True):
