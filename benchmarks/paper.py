@@ -270,6 +270,7 @@ class Evaluation:
     def _runs(self) -> Runs:
         """All so far."""
         model, spec = self._work.model, self._place.spec
+        sum_bytes = 4 * model.hidden_size  # float32
         shares = [self._bed.hosts[name].share for name in spec.names]
         cores = tuple(share for share in shares if isinstance(share, float))
         return Runs(
@@ -281,8 +282,8 @@ class Evaluation:
                 len(model.moe_layers),
                 model.num_experts,
                 model.top_k,
-                # The simulator's sums are as long as its hidden states.
-                exchanged_bytes(model.hidden_size, self._work.config) // 2,
+                exchanged_bytes(model.hidden_size, self._work.config) - sum_bytes,
+                sum_bytes,
             ),
             self._work.config,
             setup(self._options, self._work),
@@ -339,9 +340,9 @@ class Evaluation:
                         plan,
                         tuple(answer.output_tokens for answer in run.answers),
                         activations,
-                        work_of(run, layers),
-                        tuple(run.cpu_s),
+                        work_of(run),
                         cell.step_s / max(cell.steps, 1),
+                        float(np.mean(cell.latency_s)),
                     )
                 )
                 self._console.print(f"{title}: mean latency {np.mean(cell.latency_s):.2f} s")

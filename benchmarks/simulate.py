@@ -89,6 +89,11 @@ def parser() -> argparse.ArgumentParser:
         metavar="X,Y",
         help="of the sweep: mean seconds between two requests of a server (8,10,15)",
     )
+    add(
+        "--lock-step",
+        action="store_true",
+        help=f"sweep servers in lock step too, to {clusters.MOST_DEVICES} devices",
+    )
     add_seed(parser, "of tasks, requests and policies")
     return parser
 
@@ -166,7 +171,13 @@ def _runs(section: str, options: argparse.Namespace) -> Iterable[Run]:
         return runs.parts(options.policies, options.seed, say)
     if section == "recorded":
         return runs.recorded(options.traces, options.policies, options.seed, say)
-    what = Sweep(options.devices, options.bandwidths, options.intervals, options.sweep_policies)
+    what = Sweep(
+        options.devices,
+        options.bandwidths,
+        options.intervals,
+        options.sweep_policies,
+        options.lock_step,
+    )
     return runs.sweep(what, options.seed, say)
 
 

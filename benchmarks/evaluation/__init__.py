@@ -14,19 +14,17 @@ the same tasks. Words:
   not fitted to.
 - MB of each link: sent through each host's interface, in the order of the servers. Bound: transfers
   x the bytes of a hidden state, there and back; over all hosts.
-- computing, exchanging, waiting: a step's seconds in the trunk and in experts; in moving rows; in
-  waiting for other servers' first bytes, who may compute or send. Mean of the servers.
-- computation, communication: of steps, which all servers do together, the seconds of the server
-  that computes longest, and the rest. The first is a lower bound (`cells.alone_s`), so the second
-  is an upper one.
-- longer: seconds of steps over computation, their own if nothing were sent. The paper's layers took
-  up to 8.3 times as long with all calls remote. Here it is the policy with the most remote calls
-  that is compared with it, though some of its calls are local, and the rate is named at which it
-  comes nearest (`weight`). Targets of latency are of that rate.
+- computing, waiting: a step's seconds in the trunk and in experts; in waiting for the sums of other
+  servers. Mean of the servers.
+- longer: seconds of steps over those of computing, their own if nothing were sent. The paper's
+  layers took up to 8.3 times as long with all calls remote. Here it is the policy with the most
+  remote calls that is compared with it, though some of its calls are local, and the rate is named
+  at which it comes nearest (`weight`). Targets of latency are of that rate.
 - utilisation: share of the run's seconds in which the mean server was in a step.
 - simulated: what the simulator makes of the mean latency, with speeds that were measured in the
-  runs (`predict`) and with what the testbed's quotas of cores do to them (`quota`). `--save-runs F`
-  keeps what that takes, `--runs F` simulates it again and measures nothing.
+  runs (`predict`) and with what the testbed's quotas of cores do to them (`quota`); of servers that
+  step on their own. `--save-runs F` keeps what that takes, `--runs F` simulates it again and
+  measures nothing.
 
 `--shape mixtral` evaluates a model like Mixtral (8 experts in each layer, 2 of them for a token)
 with random weights, at 1.11 x the experts' memory, in whole slots of all devices 1.125 x,

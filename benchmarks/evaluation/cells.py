@@ -7,13 +7,11 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from benchmarks.live.watch import PARTS, Sample, Watched
+from benchmarks.live.watch import COMPUTING, PARTS, Watched
 from dance_jax.placement.cost import apart_share
 
 from .workloads import Placed
 
-#: Parts of a step in which nothing is moved or waited for.
-COMPUTING = ("schedule", "compute", "experts", "output")
 #: Quantile of Student's t, two-sided 95 %, by the number of values.
 _T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
 
@@ -33,10 +31,9 @@ class Cell:
             `placement.cost.apart_share`.
         wire_bytes: sent through each host's interface.
         bound_bytes: of all hosts, each byte once.
-        steps: that all servers did together.
+        steps: of the mean server.
         tokens: of all servers, computed in them.
         seconds: of the mean server, by part of its steps.
-        alone_s: of the steps, if nothing were sent; see `alone_s`.
         wall_s: of the run.
     """
 
@@ -58,7 +55,6 @@ class Cell:
     steps: float
     tokens: float
     seconds: dict[str, float]
-    alone_s: float
     wall_s: float
     #: Mean latency as the simulator has it; None: it was not asked.
     predicted_s: float | None = None
@@ -75,18 +71,13 @@ class Cell:
 
     @property
     def computing_s(self) -> float:
-        """Of the mean server."""
+        """Of the mean server's steps."""
         return sum(self.seconds[part] for part in COMPUTING)
 
     @property
     def step_s(self) -> float:
-        """Of all steps."""
+        """Of the mean server's steps, waiting included."""
         return sum(self.seconds.values())
-
-    @property
-    def communicating_s(self) -> float:
-        """Of the steps, what they would not take if nothing were sent."""
-        return self.step_s - self.alone_s
 
     @property
     def utilisation(self) -> float:
@@ -136,29 +127,8 @@ def cell_of(
             part: float(np.subtract(last.seconds[part], first.seconds[part]).mean())
             for part in PARTS
         },
-        alone_s=alone_s(run.samples),
         wall_s=last.at_s - first.at_s,
     )
-
-
-def alone_s(samples: Sequence[Sample]) -> float:
-    """Seconds that the steps of a run would take at least if nothing were sent.
-
-    All servers do a step together, so it takes as long as the one that computes longest in it; what
-    the others wait for it is no communication. From one sample to the next, over some steps, that
-    is the server that computed longest in all of them: less than the truth where servers take
-    turns. Servers tell what they did up to a step, not all the same one: between is interpolated.
-    """
-    at = np.unique([sample.steps[0] for sample in samples])
-    computed = [
-        np.interp(
-            at,
-            [sample.steps[server] for sample in samples],
-            [sum(sample.seconds[part][server] for part in COMPUTING) for sample in samples],
-        )
-        for server in range(len(samples[0].steps))
-    ]
-    return float(np.diff(computed, axis=1).max(axis=0).sum())
 
 
 @dataclasses.dataclass(frozen=True)

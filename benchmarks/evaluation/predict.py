@@ -1,10 +1,11 @@
 """What the simulator says of runs that were measured, with speeds that were measured in them.
 
-What a server computes costs what its engine's clock counted (`simulation.fit`). What a round costs
-besides its bytes, and how much of a link's rate there is for them, no clock tells: seconds in which
-a server moves bytes are also seconds in which it waits for others to send them, phases overlap, and
-who is woken has to find a core. So those two are the ones with which steps of the *other* policies
-take as long as they took: a policy's own runs have no part in its prediction but for computing.
+What a server computes costs the processor seconds that its engine counted (`simulation.fit`). Two
+things no clock tells: what a message costs besides its bytes (who is woken has to find a core), and
+what a request takes besides its steps (HTTP, text, what is between two steps). The first is the one
+with which steps of the *other* policies at the same rate take as long as they took, and the second
+what the other policies' requests then took more at any rate, the median run's: a policy's own runs
+have no part in its prediction but for computing.
 """
 
 from __future__ import annotations
@@ -18,18 +19,19 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from benchmarks.live.tasks import Plan
-from benchmarks.live.watch import Sample, Watched
+from benchmarks.live.watch import COMPUTING, Sample, Watched
+from benchmarks.namespaces.bed import burst_bytes
 from benchmarks.simulation.fit import Fitted, fit
-from dance_jax.config import EngineConfig
+from dance_jax.config import EngineConfig, UserError
 from dance_jax.placement import Activations
-from dance_jax.placement.simulate import Model, Requests, Scenario, Work, simulate
+from dance_jax.placement.simulate import Model, Requests, Scenario, Server, Work, simulate
 
 from .workloads import Placed
 
-#: Seconds of a round, and shares of a link's rate, that are tried. 0.95 is left beside headers of
-#: packets; more than 1, where what the simulator does one after the other overlaps.
-ROUNDS_S = (0.0, 2e-4, 3e-4, 4e-4, 5e-4, 6e-4)
-SHARES = (0.85, 0.95, 1.05, 1.15, 1.25)
+#: Seconds of a message that are tried.
+ROUNDS_S = (0.0, 1e-4, 2e-4, 3e-4, 4e-4, 5e-4, 6e-4, 7e-4, 8e-4)
+#: Of a link's rate, what there is for payload beside headers of packets.
+PAYLOAD = 0.95
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -43,8 +45,8 @@ class Measured:
         outputs: tokens of each answer, in the order of the plan's calls.
         activations: of the workload.
         work: of each server, in windows.
-        cpu_s: processor seconds of each server's engine.
         step_s: seconds of a step, in the mean; 0: there was none.
+        latency_s: mean; nan: no answer was whole.
     """
 
     rate: int | None
@@ -53,31 +55,24 @@ class Measured:
     outputs: tuple[int, ...]
     activations: Activations
     work: tuple[tuple[Work, ...], ...]
-    cpu_s: tuple[float, ...]
     step_s: float
+    latency_s: float
 
 
-def work_of(run: Watched, layers: int) -> tuple[tuple[Work, ...], ...]:
-    """What each server did in a run, from one sample to the next: windows of different kinds.
-
-    Args:
-        layers: MoE layers of the model.
-    """
+def work_of(run: Watched) -> tuple[tuple[Work, ...], ...]:
+    """What each server did in a run, from one sample to the next: windows of different kinds."""
     servers = range(len(run.samples[0].steps))
     return tuple(
-        tuple(_between(*pair, server, layers) for pair in itertools.pairwise(run.samples))
+        tuple(_between(*pair, server) for pair in itertools.pairwise(run.samples))
         for server in servers
     )
 
 
-def _between(first: Sample, last: Sample, server: int, layers: int) -> Work:
+def _between(first: Sample, last: Sample, server: int) -> Work:
     """What a server did between two samples."""
 
     def spent(values: str) -> float:
         return getattr(last, values)[server] - getattr(first, values)[server]
-
-    def part(*names: str) -> float:
-        return sum(last.seconds[name][server] - first.seconds[name][server] for name in names)
 
     buckets: collections.Counter[tuple[int, int]] = collections.Counter()
     for name, steps in last.bucket_steps.items():
@@ -88,26 +83,12 @@ def _between(first: Sample, last: Sample, server: int, layers: int) -> Work:
         steps=round(spent("steps")),
         buckets=+buckets,
         calls=round(spent("served")),
-        rounds=round(2 * layers * spent("steps")),
-        bytes=round(spent("sent")),
-        step_s=part("schedule", "output"),
-        trunk_s=part("compute"),
-        exchange_s=part("exchange"),
-        experts_s=part("experts"),
+        messages=round(spent("messages")),
+        rows=round(spent("rows")),
+        repeats=round(spent("repeats")),
+        computing_s=sum(last.seconds[p][server] - first.seconds[p][server] for p in COMPUTING),
+        processor_s=spent("cpu_s"),
     )
-
-
-def speeds(runs: Sequence[Measured], block_size: int) -> list[Fitted]:
-    """Of each server, from all runs.
-
-    Raises:
-        UserError: they are too few, or too much alike.
-    """
-    servers = range(len(runs[0].work))
-    return [
-        fit([window for run in runs for window in run.work[server]], block_size)
-        for server in servers
-    ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +96,7 @@ class Predicted:
     """What the simulator says of a run; seconds, means.
 
     Attributes:
-        computing_s: of a step, by server, stops included.
+        computing_s: of each server, in all its steps, with what stops it.
     """
 
     latency_s: float
@@ -128,39 +109,63 @@ class Machine:
     """All that runs have in common.
 
     Attributes:
-        fitted: of each server.
-        devices: of each server.
-        slots: of each device, spare ones left out.
+        servers: with the speeds that were fitted.
+        model, config: theirs.
     """
 
-    fitted: Sequence[Fitted]
-    devices: Sequence[int]
-    slots: int
+    servers: tuple[Server, ...]
     model: Model
     config: EngineConfig
 
-    def predict(self, run: Measured, round_s: float, share: float) -> Predicted:
+    @classmethod
+    def fitted(
+        cls,
+        runs: Sequence[Measured],
+        devices: Sequence[int],
+        slots: int,
+        model: Model,
+        config: EngineConfig,
+    ) -> tuple[Machine, list[Fitted]]:
+        """With speeds of all runs; and what was found of each server.
+
+        Args:
+            devices: of each server.
+            slots: of each device, spare ones left out.
+
+        Raises:
+            UserError: servers stepped together; or runs are too few, or too much alike.
+        """
+        if not any(work.messages for run in runs for windows in run.work for work in windows):
+            raise UserError("no expert calls were counted, as servers that step together make none")
+        found = [
+            fit([w for run in runs for w in run.work[server]], count, config.block_size)
+            for server, count in enumerate(devices)
+        ]
+        servers = tuple(
+            Server(count, slots, one.speed, beside=True)
+            for count, one in zip(devices, found, strict=True)
+        )
+        return cls(servers, model, config), found
+
+    def predict(self, run: Measured, round_s: float) -> Predicted:
         """What comes of a run; see `scenario`."""
-        result = simulate(self.scenario(run, round_s, share))
-        in_steps = result.compute_seconds[0] + result.communicate_seconds[0]
+        result = simulate(self.scenario(run, round_s))
+        in_steps = (result.compute_seconds + result.communicate_seconds).sum()
         return Predicted(
             result.latency.mean,
-            float(in_steps / result.steps[0]),
-            tuple(work.computing_s / work.steps for work in result.work),
+            float(in_steps / result.steps.sum()),
+            tuple(work.computing_s for work in result.work),
         )
 
-    def scenario(self, run: Measured, round_s: float, share: float) -> Scenario:
+    def scenario(self, run: Measured, round_s: float) -> Scenario:
         """A run, as the simulator wants it.
 
         Args:
-            round_s: seconds that a round costs besides its bytes.
-            share: of a link's rate, that there is for payload.
+            round_s: seconds that a message costs besides its bytes.
         """
-        rate = np.inf if run.rate is None else share * run.rate
-        servers = [
-            one.server(count, self.slots)
-            for one, count in zip(self.fitted, self.devices, strict=True)
-        ]
+        rate, burst = np.inf, 0
+        if run.rate is not None:
+            rate, burst = PAYLOAD * run.rate, burst_bytes(run.rate)
         calls = run.plan.calls
         return Scenario(
             tuple(
@@ -168,8 +173,9 @@ class Machine:
                     server,
                     speed=dataclasses.replace(server.speed, round=round_s),
                     bandwidth=rate,
+                    burst=burst,
                 )
-                for server in servers
+                for server in self.servers
             ),
             self.model,
             self.config,
@@ -181,6 +187,7 @@ class Machine:
                 prompt=np.array([len(call.prompt) for call in calls]),
                 output=np.maximum(run.outputs, 1),
             ),
+            lock_step=False,
             counts=run.activations.counts,
         )
 
@@ -188,26 +195,37 @@ class Machine:
 def predictions(
     machine: Machine, runs: Sequence[Measured], done: Callable[[], object] = lambda: None
 ) -> list[float]:
-    """Mean latency of each run, in seconds; those at one rate share a link.
+    """Mean latency of each run, in seconds.
 
-    What a round costs and what a link carries are chosen from runs of other policies at the same
-    rate; of the same one, where there is no other.
+    What messages and requests cost is chosen from runs of other policies. Where there are none at
+    a rate, messages cost what those of the same one say; at any, requests cost nothing.
 
     Args:
         done: called after each run.
     """
-    pairs = list(itertools.product(ROUNDS_S, SHARES))
     tried = []
     for run in runs:
-        tried.append({pair: machine.predict(run, *pair) for pair in pairs})
+        tried.append({round_s: machine.predict(run, round_s) for round_s in ROUNDS_S})
         done()
 
-    def off(pair: tuple[float, float], others: Sequence[int]) -> float:
-        return sum(math.log(tried[n][pair].step_s / runs[n].step_s) ** 2 for n in others)
+    def off(round_s: float, others: Sequence[int]) -> float:
+        return sum(math.log(tried[n][round_s].step_s / runs[n].step_s) ** 2 for n in others)
+
+    def chosen(own: int, rate: int | None) -> tuple[float, list[int]]:
+        """A message's seconds at this rate, and the runs of other policies."""
+        # No answer has no latency.
+        whole = [n for n, run in enumerate(runs) if run.step_s and run.latency_s > 0]
+        alike = [n for n in whole if runs[n].rate == rate]
+        others = [n for n in alike if runs[n].placed.policy != runs[own].placed.policy]
+        return min(ROUNDS_S, key=lambda round_s: off(round_s, others or alike)), others
 
     found = []
-    for own, run in zip(tried, runs, strict=True):
-        alike = [n for n, other in enumerate(runs) if other.rate == run.rate and other.step_s]
-        others = [n for n in alike if runs[n].placed.policy != run.placed.policy] or alike
-        found.append(own[min(pairs, key=lambda pair: off(pair, others))].latency_s)
+    for own, run in enumerate(runs):
+        more = []
+        for rate in {each.rate for each in runs}:
+            round_s, others = chosen(own, rate)
+            more += [runs[n].latency_s - tried[n][round_s].latency_s for n in others]
+        best, _ = chosen(own, run.rate)
+        request_s = max(0.0, float(np.median(more))) if more else 0.0
+        found.append(tried[own][best].latency_s + request_s)
     return found

@@ -27,8 +27,7 @@ PREDICTED = 0.15
 #: Of a row's attributes, what JSON has as the mean of its cells.
 _MEANS = (
     "remote", "any_miss", "transfers", "busiest", "load", "apart", "bound_bytes", "bytes_ratio",
-    "utilisation", "steps", "tokens", "step_s", "alone_s", "communicating_s", "computing_s",
-    "failed",
+    "utilisation", "steps", "tokens", "step_s", "computing_s", "failed",
 )  # fmt: skip
 
 
@@ -87,30 +86,19 @@ def _results(rows: Sequence[Row]) -> Table:
 
 
 def _times(rows: Sequence[Row]) -> Table:
-    """Where the seconds of a run's steps go: of all servers together, then of the mean one."""
+    """Where the seconds of a run's steps go, of the mean server."""
     table = grid(
-        "policy",
-        "tokens",
-        "steps",
-        "ms/token",
-        "steps, s",
-        "computation",
-        "communication",
-        "longer",
-        "computing",
-        "exchanging",
-        "waiting",
+        "policy", "tokens", "steps", "ms/token", "steps, s", "computing", "waiting", "longer"
     )
     for row in rows:
-        names = ("step_s", "alone_s", "communicating_s")
         table.add_row(
             row.policy,
             *(f"{row.average(n):,.0f}" for n in ("tokens", "steps")),
             f"{1e3 * row.ratio('step_s', 'tokens'):.2f}",
-            *(f"{row.average(name):.1f}" for name in names),
-            f"{row.ratio('step_s', 'alone_s'):.2f} x",
+            f"{row.average('step_s'):.1f}",
             f"{row.average('computing_s'):.1f}",
-            *(f"{row.seconds[part]:.1f}" for part in ("exchange", "wait")),
+            f"{row.seconds['wait'] + row.seconds['exchange']:.1f}",
+            f"{row.ratio('step_s', 'computing_s'):.2f} x",
         )
     return table
 

@@ -16,8 +16,8 @@ from dance_jax.files import whole_file
 from dance_jax.placement.simulate import Model, Work
 
 from .cells import Cell
-from .predict import Machine, Measured, predictions, speeds
-from .quota import TRIES, unstopped
+from .predict import Machine, Measured, predictions
+from .quota import TRIES, with_quotas
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -73,20 +73,16 @@ class Runs:
         """All runs again, with speeds that were measured in them."""
         measured = self.measured
         try:
-            machine = Machine(
-                speeds(measured, self.config.block_size),
-                self.devices,
-                self.slots,
-                self.model,
-                self.config,
+            machine, fitted = Machine.fitted(
+                measured, self.devices, self.slots, self.model, self.config
             )
-            for one, name in zip(machine.fitted, self.names, strict=True):
-                console.print(f"{name}: fitted, {one.speed}; off by {one.errors}", soft_wrap=True)
-            if self.cores is not None:
-                machine = self._unstopped(machine, self.cores, console)
         except UserError as error:
             console.print(f"nothing is simulated: {error}", soft_wrap=True)
             return list(self.cells)
+        for one, name in zip(fitted, self.names, strict=True):
+            console.print(f"{name}: {one.speed}; off by {one.error:.1%}", soft_wrap=True)
+        if self.cores is not None:
+            machine = self._with_quotas(machine, self.cores, console)
         with progress(console, "simulating runs", len(measured)) as done:
             found = predictions(machine, measured, done)
         return [
@@ -94,12 +90,13 @@ class Runs:
             for cell, seconds in zip(self.cells, found, strict=True)
         ]
 
-    def _unstopped(self, machine: Machine, cores: Sequence[float], console: Console) -> Machine:
+    def _with_quotas(self, machine: Machine, cores: Sequence[float], console: Console) -> Machine:
         with progress(console, "looking for what quotas do", TRIES) as done:
-            found, off = unstopped(machine, self.measured, cores, done)
-        for one, name, share in zip(found.fitted, self.names, off, strict=True):
+            found, off = with_quotas(machine, self.measured, cores, done)
+        for server, name, share in zip(found.servers, self.names, off, strict=True):
             console.print(
-                f"{name}: between stops, {one.speed}; computing is off by {share:.1%}",
+                f"{name}: a quota of {server.speed.quota:g} cores, of which "
+                f"{1e3 * server.speed.burst:.1f} ms are kept; computing is off by {share:.1%}",
                 soft_wrap=True,
             )
         return found

@@ -30,13 +30,12 @@ class Weight:
 
     @property
     def over_alone(self) -> float:
-        """Seconds of `most`'s steps over what the same steps would take if nothing were sent.
+        """Seconds of `most`'s steps over those in which they compute, and wait for nobody.
 
-        What those would take is known as a lower bound (`cells.alone_s`), so this is an upper one.
         The steps are whole ones: what they take beside layers, to schedule and to make text, is in
         both.
         """
-        return self.most.ratio("step_s", "alone_s")
+        return self.most.ratio("step_s", "computing_s")
 
     @property
     def all_remote(self) -> float:

@@ -23,6 +23,8 @@ from benchmarks.serving.http import request
 PREFIX = "dance_jax:"
 #: Of a step's time, as `engine.step_clock.StepClock` counts it.
 PARTS = ("schedule", "compute", "experts", "wait", "exchange", "output")
+#: Those in which nothing is moved or waited for.
+COMPUTING = ("schedule", "compute", "experts", "output")
 #: Seconds between two questions; for a migration.
 ASK_S, MOVE_S = 0.5, 300.0
 
@@ -48,8 +50,12 @@ class Sample:
     steps: list[float]
     #: By bucket, as in `engine.report.EngineReport.bucket_steps`, and server.
     bucket_steps: dict[str, list[float]]
-    #: Expert calls that its devices computed.
+    #: Expert calls that its devices computed; messages with calls that it sent, and those that it
+    #: answered; rows in them; calls that were late, and went to others too.
     served: list[float]
+    messages: list[float]
+    rows: list[float]
+    repeats: list[float]
     longest_step_s: list[float]
     #: By part of the steps, as `engine.step_clock` names them, and server.
     seconds: dict[str, list[float]]
@@ -83,11 +89,6 @@ class Watched:
             for before, later in itertools.pairwise(self.samples)
             if later.migrations > before.migrations
         ]
-
-    @property
-    def cpu_s(self) -> list[float]:
-        """Processor seconds of each engine."""
-        return self._spent("cpu_s", 0.0).tolist()
 
     def remote_share(self, since_s: float, until_s: float = math.inf) -> float:
         """Of the expert calls counted in that time, the mean of the servers."""
@@ -169,6 +170,9 @@ async def sample(api: Api, origin: float, wire: Callable[[], list[float]] = _not
             for metrics in told
         ]
 
+    def both(one: str, other: str) -> list[float]:
+        return [sum(pair) for pair in zip(each(one), each(other), strict=True)]
+
     buckets = sorted(
         {carried["bucket"] for metrics in told for _, carried, _ in metrics if "bucket" in carried}
     )
@@ -181,15 +185,13 @@ async def sample(api: Api, origin: float, wire: Callable[[], list[float]] = _not
         transfers=each("transfers_total"),
         away=each("token_layers_away_total"),
         busiest=each("busiest_transfers_total"),
-        tokens=[
-            sum(both)
-            for both in zip(
-                each("prompt_tokens_total"), each("generation_tokens_total"), strict=True
-            )
-        ],
+        tokens=both("prompt_tokens_total", "generation_tokens_total"),
         steps=each("steps_total"),
         bucket_steps={b: each("bucket_steps_total", bucket=b) for b in buckets},
         served=each("expert_calls_served_total"),
+        messages=both("peer_calls_total", "peer_answered_total"),
+        rows=both("peer_rows_total", "peer_answered_rows_total"),
+        repeats=each("peer_repeats_total"),
         longest_step_s=each("longest_step_seconds"),
         seconds={part: each("step_seconds_total", part=part) for part in PARTS},
         cpu_s=each("engine_cpu_seconds_total"),

@@ -66,6 +66,11 @@ _ENTER = (
 _JOIN_CGROUP = 'echo $$ > "$1" || exit 1; shift; exec "$@"'
 
 
+def burst_bytes(rate: int) -> int:
+    """What a link of so many bits a second that rests takes at once."""
+    return max(PACKET_BYTES, round(rate / 8 * BURST_S))
+
+
 class Testbed:
     """A testbed that is up.
 
@@ -179,8 +184,8 @@ class Testbed:
             for end, interface in ((host, "eth0"), (HEAD, self._port(host))):
                 queue = ["tc", "-n", self._label(end), "qdisc"]
                 if rate is not None:
-                    burst = max(PACKET_BYTES, round(rate / 8 * BURST_S))
-                    bucket = ["rate", f"{rate}bit", "burst", str(burst), "latency", "200ms"]
+                    burst = str(burst_bytes(rate))
+                    bucket = ["rate", f"{rate}bit", "burst", burst, "latency", "200ms"]
                     run(*queue, "replace", "dev", interface, "root", "tbf", *bucket)
                 elif self.rates[host] is not None:
                     run(*queue, "delete", "dev", interface, "root")

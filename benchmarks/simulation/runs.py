@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from benchmarks.policies.setups import Part, halves
 from benchmarks.policies.traces import read_trace
 from benchmarks.serving import arrivals
-from dance_jax.placement import Placement, place
+from dance_jax.placement import POLICIES, Placement, place
 from dance_jax.placement.simulate import Model, Requests, Scenario, Server, cost_of, simulate
 from dance_jax.placement.simulate.scenario import Messages
 
@@ -108,26 +108,27 @@ class Case:
     model: Model
     tasks: Tasks
     seed: int
-    _placements: dict[str, Placement] = dataclasses.field(default_factory=dict)
+    _placements: dict[tuple[str, bool], Placement] = dataclasses.field(default_factory=dict)
 
     @property
     def devices(self) -> list[int]:
         """Of each server."""
         return [server.devices for server in self.servers]
 
-    def placement(self, policy: str) -> Placement:
-        """Made from the tokens that policies see; once."""
-        if policy not in self._placements:
-            self._placements[policy] = place(
+    def placement(self, policy: str, lock_step: bool) -> Placement:
+        """Made from the tokens that policies see; once, if they do not weigh what steps take."""
+        key = policy, lock_step and POLICIES[policy].weighs_cost
+        if key not in self._placements:
+            self._placements[key] = place(
                 policy,
                 self.tasks.counts,
                 [server.devices * server.slots for server in self.servers],
                 routes=self.tasks.fit,
                 devices=self.devices,
-                cost=cost_of(self.servers, self.model),
+                cost=cost_of(self.servers, self.model, lock_step),
                 seed=self.seed,
             )
-        return self._placements[policy]
+        return self._placements[key]
 
     def run(
         self,
@@ -142,7 +143,7 @@ class Case:
             self.servers,
             self.model,
             clusters.CONFIG,
-            self.placement(policy),
+            self.placement(policy, lock_step),
             self.tasks.served,
             requests,
             lock_step=lock_step,
@@ -236,17 +237,21 @@ class Sweep:
     #: Bits per second.
     bandwidths: tuple[float, ...] = (100e6, 300e6, 1000e6)
     intervals_s: tuple[float, ...] = (8.0, 10.0, 15.0)
-    policies: tuple[str, ...] = (BASELINE, "dance")
+    policies: tuple[str, ...] = (BASELINE, "dance", "latency")
+    #: In lock step as well, as far as a cluster can be.
+    lock_step: bool = False
 
-
-#: How the sweep is served.
-SWEEP_WAYS: tuple[tuple[bool, Messages], ...] = ((False, "expert"), (True, "server"))
+    @property
+    def ways(self) -> list[tuple[bool, Messages]]:
+        """As the paper's system serves, then as this engine does."""
+        ways: list[tuple[bool, Messages]] = [(False, "expert"), (False, "server")]
+        return [*ways, (True, "server")] if self.lock_step else ways
 
 
 def sweep(what: Sweep, seed: int, say: Callable[[str], None]) -> Iterator[Run]:
-    """As the paper's system serves, then as the engine does; each cluster's tasks made once."""
+    """Each cluster's tasks are made once, and its placements."""
     model = clusters.DEEPSEEK_V2_LITE
-    for lock_step, messages in SWEEP_WAYS:
+    for lock_step, messages in what.ways:
         most = clusters.MOST_DEVICES if lock_step else max(what.devices)
         for count in sorted({min(count, most) for count in what.devices}):
             devices = clusters.devices_of(count)

@@ -17,18 +17,17 @@ from rich.console import Console
 from benchmarks import paper
 from benchmarks.command import EXAMPLES, INTERRUPTED
 from benchmarks.evaluation import report
-from benchmarks.evaluation.cells import Cell, Mean, alone_s, cell_of, rows_of
+from benchmarks.evaluation.cells import Cell, Mean, cell_of, rows_of
 from benchmarks.evaluation.predict import Machine, Measured, predictions, work_of
-from benchmarks.evaluation.quota import TYPICAL, unstopped
+from benchmarks.evaluation.quota import TYPICAL_S, with_quotas
 from benchmarks.evaluation.runs import Runs
 from benchmarks.evaluation.shapes import SHAPES
 from benchmarks.evaluation.weight import nearest, weights_of
 from benchmarks.evaluation.workloads import Placed, hosts_text, placed, read_workloads
 from benchmarks.live.tasks import Plan
-from benchmarks.live.watch import PARTS, Sample, Watched
+from benchmarks.live.watch import COMPUTING, PARTS, Sample, Watched
 from benchmarks.paper import MATRIX, check, main, parser
 from benchmarks.serving.client import Answer, Call
-from benchmarks.simulation.fit import Fitted
 from dance_jax.config import EngineConfig, UserError
 from dance_jax.launch.defaults import demo_dir
 from dance_jax.launch.hosts import parse_hosts
@@ -36,7 +35,7 @@ from dance_jax.models.directory import read_config
 from dance_jax.models.hf import HFDirectory
 from dance_jax.models.tokenizer import Tokenizer
 from dance_jax.placement import Activations, CallCost, Placement
-from dance_jax.placement.simulate import Model, Speed, Work, simulate
+from dance_jax.placement.simulate import Model, Server, Speed, Work, simulate
 from dance_jax.placement.spare import reserve
 
 LAYERS, EXPERTS, K = 2, 16, 4
@@ -59,6 +58,9 @@ def sample(at_s: float, share: float, sent: float) -> Sample:
         steps=[at_s * 5] * 2,
         bucket_steps={},
         served=[0.0] * 2,
+        messages=[0.0] * 2,
+        rows=[0.0] * 2,
+        repeats=[0.0] * 2,
         longest_step_s=[0.0] * 2,
         seconds={part: [at_s / 10, at_s / 5] for part in PARTS},
         cpu_s=[at_s / 4, at_s / 2],
@@ -127,32 +129,11 @@ def test_a_cell_is_what_servers_counted(cells: list[Cell]) -> None:
     assert cell.transfers == pytest.approx(0.5) and cell.any_miss == pytest.approx(0.4)
     # 0.75 of all states passed busiest links, where 0.5 do when all send at once.
     where = Placed("uniform", Placement(np.ones((2, LAYERS, EXPERTS), bool)), 1.0, 1.0, 0.5)
-    assert watched(1.0).cpu_s == [2.5, 5.0]
     assert cell_of(watched(1.0), where, "own", None, 0, LAYERS, 64).apart == pytest.approx(0.5)
     assert cell.bytes_ratio == pytest.approx(1.1)
     assert cell.seconds == pytest.approx(dict.fromkeys(PARTS, 1.5))
     assert cell.computing_s == pytest.approx(6.0) and cell.utilisation == pytest.approx(0.9)
     assert (cell.steps, cell.tokens) == (50, 200)
-    # The second server computes twice as long as the first.
-    assert cell.alone_s == pytest.approx(8.0) and cell.communicating_s == pytest.approx(1.0)
-
-
-def test_computation_is_that_of_the_slowest_server_of_the_moment() -> None:
-    """Servers that tell of different steps are compared at the same ones."""
-
-    def told(steps: list[float], computed: list[float]) -> Sample:
-        seconds = {part: computed if part == "experts" else [0.0, 0.0] for part in PARTS}
-        seconds["wait"] = [9.0, 9.0]
-        return dataclasses.replace(sample(0, 0, 0), steps=steps, seconds=seconds)
-
-    # 1 s a step of the first server, 0.5 s of the second; from step 4 on, 0.5 s and 2 s.
-    samples = [
-        told([0, 0], [0.0, 0.0]),
-        told([4, 3], [4.0, 1.5]),
-        told([4, 4], [4.0, 2.0]),
-        told([6, 6], [5.0, 6.0]),
-    ]
-    assert alone_s(samples) == pytest.approx(4 + 4)
 
 
 def test_seeds_become_intervals(cells: list[Cell]) -> None:
@@ -162,7 +143,7 @@ def test_seeds_become_intervals(cells: list[Cell]) -> None:
     rows = rows_of(cells)
     assert [row.policy for row in rows] == ["eplb", "dance", "latency"]
     assert rows[0].mean_s.value == pytest.approx(2.05) and len(rows[0].cells) == 2
-    assert rows[0].ratio("step_s", "alone_s") == pytest.approx(9 / 8)
+    assert rows[0].ratio("step_s", "computing_s") == pytest.approx(9 / 6)
     assert rows[0].wire_bytes == pytest.approx([1.1 * 6400] * 2)
     assert rows[0].seconds == pytest.approx(dict.fromkeys(PARTS, 1.5))
 
@@ -174,20 +155,29 @@ def test_weight_of_communication(cells: list[Cell]) -> None:
         for cell in cells:
             remote = 0.8 if cell.policy == "dance" else 0.25
             step = {"wait": 0.0, "exchange": 0.0} if cell.policy == "latency" else {}
-            changes = {"rate": rate, "alone_s": alone, "remote": remote}
-            changes["seconds"] = cell.seconds | step
+            seconds = dict.fromkeys(COMPUTING, alone / 4) | {"wait": 9 - alone, "exchange": 0.0}
+            changes = {"rate": rate, "remote": remote, "seconds": seconds | step}
             found.append(dataclasses.replace(cell, **changes))
     weights = weights_of(rows_of(found))
     assert [weight.most.policy for weight in weights] == ["dance"] * 2
     assert [weight.over_alone for weight in weights] == pytest.approx([2, 9])
     assert [weight.all_remote for weight in weights] == pytest.approx([1 + 1 / 0.8, 1 + 8 / 0.8])
     assert [weight.best.policy for weight in weights] == ["latency"] * 2
-    assert [weight.over_best for weight in weights] == pytest.approx([1.5] * 2)
+    assert [weight.over_best for weight in weights] == pytest.approx([2, 9])
     (most_like,) = nearest(weights)
     assert most_like.most.rate == 20_000_000
     assert "20Mbps: dance, with 80% of calls remote, takes 9.0 times" in most_like.line()
     judged = [target.name for target in report.targets(found) if " / " in target.name]
     assert len(judged) == 2 and all("20Mbps" in name for name in judged)
+
+
+MODEL = Model(LAYERS, EXPERTS, K, 512)
+
+
+def machine_of(*speeds: Speed) -> Machine:
+    """Of servers with a device each."""
+    servers = tuple(Server(1, 20, speed, beside=True) for speed in speeds)
+    return Machine(servers, MODEL, CONFIG)
 
 
 def test_runs_are_simulated_with_their_own_speeds(activations: Activations) -> None:
@@ -198,87 +188,85 @@ def test_runs_are_simulated_with_their_own_speeds(activations: Activations) -> N
         bucket_steps={"4+0": [5.0, 6.0], "16+1": [3.0, 0.0]},
         steps=[7.0, 5.0],
         served=[300.0, 500.0],
+        messages=[20.0, 30.0],
+        rows=[40.0, 70.0],
     )
-    run = Watched([], [first, last], None)
-    work = work_of(run, LAYERS)
+    work = work_of(Watched([], [first, last], None))
     (alpha,), (beta,) = work
     assert alpha.buckets == {(4, 0): 4, (16, 1): 3} and beta.buckets == {(4, 0): 5}
-    assert (alpha.calls, alpha.rounds, alpha.bytes) == (300, 2 * LAYERS * 7, 6400)
-    assert alpha.trunk_s == pytest.approx(1.0) and beta.step_s == pytest.approx(4.0)
+    assert (alpha.steps, alpha.calls, alpha.messages, alpha.rows) == (7, 300, 20, 40)
+    # Four of the parts, in which nothing is waited for.
+    assert alpha.computing_s == pytest.approx(4.0) and beta.computing_s == pytest.approx(8.0)
+    assert (alpha.processor_s, beta.processor_s) == (2.5, 5.0)
     uniform = placed("uniform", activations, [1, 1], 20, CallCost.reference([1, 1], K), 0)
     plan = Plan(tuple(Call(n % 2, [1] * 30, 5, float(n)) for n in range(4)), 0.0)
-    fitted = Fitted(Speed(token=1e-4), np.inf, {})
-    machine = Machine([fitted] * 2, [1, 1], 20, Model(LAYERS, EXPERTS, K, 512), CONFIG)
+    machine = machine_of(Speed(token=1e-4), Speed(token=1e-4))
     runs = [
-        Measured(rate, uniform, plan, (5, 1, 2, 0), activations, work, (), 0.1)
+        Measured(rate, uniform, plan, (5, 1, 2, 0), activations, work, 0.1, 1.0)
         for rate in (10_000, 20_000)
     ]
-    seconds = [machine.predict(run, 0.0, 1.0).latency_s for run in runs]
+    seconds = [machine.predict(run, 0.0).latency_s for run in runs]
     assert seconds[0] > seconds[1] > 0
     longer = dataclasses.replace(runs[0], outputs=(5, 5, 5, 5))
-    assert machine.predict(longer, 0.0, 1.0).latency_s > seconds[0]
+    assert machine.predict(longer, 0.0).latency_s > seconds[0]
 
 
-def test_rounds_and_links_are_those_of_other_policies(activations: Activations) -> None:
-    """Runs that were themselves simulated, one with a round and a share of its own."""
+def test_what_no_clock_tells_is_told_by_other_policies(activations: Activations) -> None:
+    """Runs that were themselves simulated, one with a message and a request of its own."""
     plan = Plan(tuple(Call(n % 2, [1] * 30, 5, n / 10) for n in range(8)), 0.0)
-    fitted = Fitted(Speed(token=1e-4), np.inf, {})
-    machine = Machine([fitted] * 2, [1, 1], 20, Model(LAYERS, EXPERTS, K, 512), CONFIG)
+    machine = machine_of(Speed(token=1e-4), Speed(token=1e-4))
     runs, expected = [], []
     for policy in ("uniform", "redundance", "eplb"):
         found = placed(policy, activations, [1, 1], 20, CallCost.reference([1, 1], K), 0)
-        run = Measured(1_000_000, found, plan, (5,) * 8, activations, (), (), 1.0)
-        true = (6e-4, 0.85) if policy == "eplb" else (3e-4, 1.15)
-        runs.append(dataclasses.replace(run, step_s=machine.predict(run, *true).step_s))
-        expected.append(machine.predict(run, 3e-4, 1.15).latency_s)
+        run = Measured(1_000_000, found, plan, (5,) * 8, activations, (), 1.0, 1.0)
+        own = policy == "eplb"
+        told = machine.predict(run, 8e-4 if own else 2e-4)
+        latency_s = told.latency_s + (0.5 if own else 0.125)
+        runs.append(dataclasses.replace(run, step_s=told.step_s, latency_s=latency_s))
+        expected.append(machine.predict(run, 2e-4).latency_s + 0.125)
     assert predictions(machine, runs)[2] == pytest.approx(expected[2])
     nothing = dataclasses.replace(runs[1], step_s=0.0)
     assert predictions(machine, [runs[0], nothing, runs[2]])[2] == pytest.approx(expected[2])
-    alone = predictions(machine, runs[:1])
-    assert alone == pytest.approx(expected[:1], rel=0.05)
+    assert predictions(machine, runs[:1]) == pytest.approx([expected[0] - 0.125])
+    assert predictions(machine, [nothing])[0] > 0
+    failed = dataclasses.replace(runs[1], latency_s=float("nan"))
+    assert predictions(machine, [runs[0], failed, runs[2]])[2] == pytest.approx(expected[2])
+    # Links of another rate have messages of their own, but no requests.
+    faster = [dataclasses.replace(run, rate=10**9, latency_s=9.0) for run in runs]
+    of_both = predictions(machine, [*runs, *faster])
+    assert of_both[2] > expected[2] + 1
 
 
-def test_speeds_between_stops_are_found(activations: Activations) -> None:
-    """Of runs that were themselves simulated: computing in short phases and in long ones."""
-    first = Speed(
-        buckets={(8, 0): 5e-3, (8, 1): 3e-2, (8, 4): 3e-2}, call=2e-5, share=0.5, burst=2e-3
-    )
-    second = dataclasses.replace(first, share=1.0)
-    model = Model(LAYERS, EXPERTS, K, 512)
-    true = Machine(
-        [Fitted(speed, np.inf, {}) for speed in (first, second)], [1, 1], 20, model, CONFIG
-    )
+def test_what_quotas_keep_is_found(activations: Activations) -> None:
+    """Of runs that were themselves simulated: computing in short steps and in long ones."""
+    buckets = {(8, 0): 5e-3, (8, 1): 3e-2}
+    first = Speed(buckets=buckets, call=2e-5, message=1e-5, row=3e-5, quota=0.5, burst=2e-3)
+    second = dataclasses.replace(first, quota=1.0, burst=1e-3)
+    true = machine_of(first, second)
     runs = []
-    for policy, output in (("uniform", 30), ("eplb", 30), ("eplb", 2)):
-        plan = Plan(tuple(Call(n % 2, [1] * 20, output, n / 10) for n in range(8)), 0.0)
+    for policy, count, output in (
+        ("uniform", 8, 30), ("eplb", 8, 30), ("eplb", 8, 2), ("uniform", 5, 2), ("dance", 20, 9),
+        ("redundance", 12, 5), ("smartmoe", 9, 16),
+    ):  # fmt: skip
+        plan = Plan(tuple(Call(n % 2, [1] * 20, output, n / 10) for n in range(count)), 0.0)
         found = placed(policy, activations, [1, 1], 20, CallCost.reference([1, 1], K), 0)
-        run = Measured(1_000_000, found, plan, (output,) * 8, activations, (), (), 1.0)
-        scenario = true.scenario(run, *TYPICAL)
-        work = [
-            dataclasses.replace(each, bytes=100 * each.steps + 10 * each.calls)
-            for each in simulate(scenario).work
-        ]
-        cpu_s = tuple(w.computing_s - w.stopped_s + 1e-6 * w.bytes for w in work)
-        told = tuple(
-            (dataclasses.replace(w, step_s=0.0, trunk_s=w.computing_s, experts_s=0.0),)
-            for w in work
-        )
-        runs.append(dataclasses.replace(run, work=told, cpu_s=cpu_s))
-        assert work[0].stopped_s > 0.1 * work[0].computing_s and work[1].stopped_s == pytest.approx(
-            0
-        )
-    # As if nothing had stopped it, the first is slower than it is.
-    slow = dataclasses.replace(
-        first, buckets={b: 1.25 * s for b, s in first.buckets.items()}, call=2.5e-5, share=1.0
-    )
-    begin = dataclasses.replace(true, fitted=[Fitted(slow, np.inf, {})] * 2)
-    machine, off = unstopped(begin, runs, [0.5, 1.0])
+        run = Measured(1_000_000, found, plan, (output,) * count, activations, (), 1.0, 1.0)
+        result = simulate(true.scenario(run, TYPICAL_S))
+        assert result.work[0].computing_s > 1.1 * result.work[0].processor_s
+        runs.append(dataclasses.replace(run, work=tuple((each,) for each in result.work)))
+    together = dataclasses.replace(runs[0], work=((Work(processor_s=1.0),),) * 2)
+    with pytest.raises(UserError, match="no expert calls were counted"):
+        Machine.fitted([together], [1, 1], 20, MODEL, CONFIG)
+    machine, fitted = Machine.fitted(runs, [1, 1], 20, MODEL, CONFIG)
+    assert max(one.error for one in fitted) < 1e-9
+    for server, speed in zip(machine.servers, (first, second), strict=True):
+        assert server.speed.buckets == pytest.approx(speed.buckets)
+        assert server.speed.call == pytest.approx(speed.call)
+    machine, off = with_quotas(machine, runs, [0.5, 1.0])
     assert off == pytest.approx([0, 0], abs=0.02)
-    for found, expected in zip(machine.fitted, (first, second), strict=True):
-        assert found.speed.buckets == pytest.approx(expected.buckets, rel=0.05)
-        assert found.speed.call == pytest.approx(expected.call, rel=0.05)
-        assert found.speed.share == expected.share
-    assert machine.fitted[0].speed.burst == pytest.approx(first.burst, rel=0.2)
+    for server, speed in zip(machine.servers, (first, second), strict=True):
+        assert server.speed.quota == speed.quota
+    assert machine.servers[0].speed.burst == pytest.approx(first.burst, rel=0.2)
 
 
 def test_runs_are_kept(
@@ -287,22 +275,23 @@ def test_runs_are_kept(
     """And simulated again, without a testbed."""
     uniform = placed("uniform", activations, [1, 1], 20, CallCost.reference([1, 1], K), 0)
     plan = Plan(tuple(Call(n % 2, [1] * 30, 5, float(n)) for n in range(4)), 0.0)
-    window = Work(10, rounds=40, step_s=0.1, trunk_s=0.5, experts_s=0.3)
     work = tuple(
-        dataclasses.replace(window, buckets=collections.Counter({b: 10}), calls=n, bytes=n**2)
-        for b, n in (((4, 0), 100), ((16, 1), 300), ((16, 1), 500))
-    )
+        Work(10, collections.Counter({b: 10}), calls, messages, computing_s=0.9, processor_s=s)
+        for b, calls, messages, s in (
+            ((4, 0), 100, 10, 0.5), ((16, 1), 300, 30, 0.9), ((16, 1), 500, 10, 0.8),
+            ((16, 1), 700, 90, 1.4),
+        )
+    )  # fmt: skip
     slow, fast = (
-        Measured(rate, uniform, plan, (5,) * 4, activations, (work,) * 2, (cpu_s,) * 2, 0.1)
-        for rate, cpu_s in ((1_000_000, 2.0), (20_000_000, 1.8))
+        Measured(rate, uniform, plan, (5,) * 4, activations, (work,) * 2, 0.1, 1.0)
+        for rate in (1_000_000, 20_000_000)
     )
-    fast = dataclasses.replace(fast, work=(work[:2],) * 2)
     runs = Runs(
         names=("alpha", "beta"),
         devices=(1, 1),
         cores=(0.5, 0.5),
         slots=20,
-        model=Model(LAYERS, EXPERTS, K, 512),
+        model=MODEL,
         config=CONFIG,
         setup={"memory": 1.25},
         cells=(dataclasses.replace(cells[0], rate=slow.rate), cells[1]),
@@ -313,8 +302,8 @@ def test_runs_are_kept(
     assert main(["--runs", str(kept), "--output", str(result)]) == 0
     found = json.loads(result.read_text())
     shown = capsys.readouterr().out
-    assert "alpha: fitted, Speed(" in shown and "beta: between stops, Speed(" in shown
-    assert "share=0.5" in shown and found["setup"] == {"memory": 1.25}
+    assert "alpha: Speed(" in shown and "beta: a quota of 0.5 cores, of which" in shown
+    assert found["setup"] == {"memory": 1.25}
     predicted = [cell.predicted_s for cell in runs.simulated(Console(quiet=True))]
     assert [row["predicted_s"] for row in found["rows"]] == pytest.approx(predicted)
     assert predicted[0] != predicted[1]
@@ -343,7 +332,7 @@ def test_what_is_shown(cells: list[Cell], tmp_path: pathlib.Path, capsys: Any) -
     assert "big-bench, links 20Mbps" in shown and "2.05±0.64" in shown
     report.draw(cells, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
-    assert "big-bench: of these 1.1, at 20Mbps, is nearest to the paper's 8.3" in shown
+    assert "big-bench: of these 1.5, at 20Mbps, is nearest to the paper's 8.3" in shown
     plain = json.loads(json.dumps(report.plain(cells)))
     row = plain["rows"][2]
     assert row["policy"] == "latency" and row["mean_s"] == pytest.approx(
@@ -351,8 +340,15 @@ def test_what_is_shown(cells: list[Cell], tmp_path: pathlib.Path, capsys: Any) -
     )
     assert row["p99_s"]["value"] == pytest.approx(1.05)
     assert row["wire_bytes"] == pytest.approx([1.1 * 6400] * 2)
-    known = {"remote": 0.25, "any_miss": 0.4, "transfers": 0.5, "busiest": 0.0, "load": 0.5}
-    known |= {"utilisation": 0.9, "bytes_ratio": 1.1, "alone_s": 8.0, "communicating_s": 1.0}
+    known = {
+        "remote": 0.25,
+        "any_miss": 0.4,
+        "transfers": 0.5,
+        "busiest": 0.0,
+        "load": 0.5,
+        "utilisation": 0.9,
+    }
+    known |= {"bytes_ratio": 1.1, "computing_s": 6.0, "step_s": 9.0}
     assert {name: row[name] for name in known} == pytest.approx(known)
     assert plain["nearest_to_paper"][0]["rate"] == 20_000_000
 

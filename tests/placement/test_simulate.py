@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from dance_jax.config import UserError
 from dance_jax.engine.scheduler import Scheduler
 from dance_jax.engine.sequence import SamplingParams
 from dance_jax.engine.sequence import Sequence as EngineSequence
+from dance_jax.placement import Placement
 from dance_jax.placement.simulate import (
     Model,
     Requests,
@@ -21,7 +23,7 @@ from dance_jax.placement.simulate import (
     simulate,
 )
 from dance_jax.placement.simulate.batches import Batches, Sequence
-from dance_jax.placement.simulate.independent import Queues
+from dance_jax.placement.simulate.independent import Link
 from dance_jax.placement.simulate.lock_step import Clock, Layers
 from dance_jax.placement.simulate.shares import Shares
 from tests.placement.simulated import (
@@ -170,9 +172,11 @@ def test_a_layer_across_two_servers_out_of_lock_step() -> None:
         lock_step=False, messages="expert",
     )  # fmt: skip
     result = simulate(case)
-    there = 2 * (ROW / 1000 + 0.0625) + 2 * 0.01 + 0.125  # a row for each of two experts
-    back = 2 * (REPLY / 1000 + 0.0625) + 2 * 0.01 + 0.125
-    seconds = MODEL.layers * (there + 0.25 + back) + (4 + 8) * 0.3 + 0.5
+    there = 2 * ROW / 1000 + 2 * 0.01 + 0.125  # a row for each of two experts
+    back = 2 * REPLY / 1000 + 2 * 0.01 + 0.125
+    packing = 2 * 0.0625
+    layer = packing + there + packing + 0.25 + back
+    seconds = MODEL.layers * layer + (4 + 8) * 0.3 + 0.5
     np.testing.assert_allclose(result.latencies, [seconds])
     assert result.bytes_nn.tolist() == [[0, 3 * 2 * ROW], [3 * 2 * REPLY, 0]]
     assert result.steps.tolist() == [1, 0]
@@ -180,6 +184,118 @@ def test_a_layer_across_two_servers_out_of_lock_step() -> None:
     np.testing.assert_allclose(result.communicate_seconds, [communicate, 0])
     np.testing.assert_allclose(result.compute_seconds, [seconds - communicate, 0])
     assert result.network == pytest.approx(communicate / seconds)
+
+
+@pytest.mark.parametrize(("own", "delay"), [(0.25, 0.05), (0.25, 0.5), (2.0, 0.05)])
+def test_what_is_here_is_computed_while_calls_are_out(own: float, delay: float) -> None:
+    """One expert of each layer is here, the other elsewhere: the slower of both counts."""
+    speed = Speed(token=0.3, call=own)
+    case = scenario((1, 1), held(ALL[:1], ALL[1:]), speed=speed, delay=delay, lock_step=False)
+    here, there = case.servers
+    there = dataclasses.replace(there, speed=Speed(call=0.125))
+    result = simulate(dataclasses.replace(case, servers=(here, there)))
+    layer = max(own, 0.125 + 2 * 2 * delay)
+    np.testing.assert_allclose(result.latencies, [MODEL.layers * layer + (4 + 8) * 0.3])
+
+
+def test_calls_that_wait_for_the_same_layer_are_computed_in_one_go() -> None:
+    """Three servers ask a fourth for the same experts, whose weights it reads once."""
+    speed = Speed(call=0.01, expert=1.0, message=0.001)
+    requests = [(0.001 * n, n, 1, 1) for n in range(3)]
+    alone = MODEL.layers * (2 * (0.01 + 1.0) + 2 * 0.001)
+
+    def latencies(**changes: Any) -> np.ndarray:
+        case = scenario(
+            (1,) * 4, held((), (), (), ALL), requests=requests, speed=speed, lock_step=False,
+            **changes,
+        )  # fmt: skip
+        return simulate(case).latencies
+
+    first, second, third = latencies()
+    # The other two wait for the first layer of the first, are then computed in one go, as are the
+    # second layer of the first, and so on in turn.
+    turn, both = 2 * 1.01 + 0.001, 2 * 1.02 + 2 * 0.001
+    assert first == pytest.approx(MODEL.layers * turn + (MODEL.layers - 1) * both + 0.001)
+    assert second == pytest.approx(MODEL.layers * (turn + both), rel=1e-3)
+    assert third == pytest.approx(second - 0.001)
+    # Where each call is computed on its own, the last waits for three in each layer.
+    assert latencies(messages="expert")[2] > 1.4 * third > 2 * alone
+    # Each wants other experts: nothing is read once for two.
+    other = [np.broadcast_to([2 * n, 2 * n + 1], (4, 3, 2)) for n in range(4)]
+    assert latencies(routes=tuple(other))[2] > 1.3 * third
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_calls_are_answered_beside_steps_or_between_their_parts(beside: bool) -> None:
+    """Server 1 computes a trunk of 3 x 100 s; calls of server 0 take 1 s there."""
+    case = scenario(
+        (1, 1), held((), ALL), speed=Speed(token=25.0, call=0.5), lock_step=False,
+        requests=[(0.0, 1, 1, 1), (0.0, 0, 1, 1)],
+    )  # fmt: skip
+    slow, fast = case.servers
+    fast = dataclasses.replace(fast, beside=beside)
+    slow = dataclasses.replace(slow, speed=Speed())
+    latency = simulate(dataclasses.replace(case, servers=(slow, fast))).latencies[1]
+    # In turn: the first call waits for a part of the trunk, the second for that layer's experts,
+    # the third for the next part.
+    assert latency == pytest.approx(3.0 if beside else (100 + 1) + (1 + 1) + (100 + 1))
+
+
+def test_a_late_call_is_repeated_elsewhere() -> None:
+    """Servers 1 and 2 hold all, and 1 stands still; who waits for it asks 2 after a while."""
+    case = scenario((1, 1, 1), held((), ALL, ALL), lock_step=False, requests=[(0.0, 0, 1, 3)])
+    own, still, other = case.servers
+    still = dataclasses.replace(still, speed=Speed(expert=1e3))
+    other = dataclasses.replace(other, speed=Speed(call=0.01))
+    result = simulate(dataclasses.replace(case, servers=(own, still, other)))
+    # One call; then the server that owes an answer is asked no more.
+    assert [work.repeats for work in result.work] == [1, 0, 0]
+    np.testing.assert_allclose(result.latencies, [0.2 + 3 * MODEL.layers * 2 * 0.01])
+    assert result.bytes_nn[0].tolist() == [0, ROW, 3 * MODEL.layers * ROW]
+    # Where nobody else has all of it, it is waited for.
+    nobody = dataclasses.replace(case, placement=Placement(held((), ALL, ALL[:1])))
+    result = simulate(dataclasses.replace(nobody, servers=(own, still, other)))
+    assert result.latency.mean == pytest.approx(3 * MODEL.layers * 2 * 1e3)
+    assert not any(work.repeats for work in result.work)
+
+
+def test_a_call_is_late_by_what_is_known_of_its_server() -> None:
+    """Answers that always take a second are waited for, once that is known."""
+    speed = Speed(call=0.5)
+    case = scenario(
+        (1, 1, 1), held((), ALL, ALL), speed=speed, lock_step=False, requests=[(0.0, 0, 1, 20)]
+    )
+    repeats = simulate(case).work[0].repeats
+    assert 1 <= repeats < 10
+
+
+def test_long_slices_are_computed_in_two_groups_on_a_cpu() -> None:
+    """While the calls of the first are out, the second's part of the trunk is computed."""
+    case = scenario(
+        (1, 1), held((), ALL), speed=Speed(token=0.1), delay=0.2, lock_step=False,
+        requests=[(0.0, 0, 24, 1)],
+    )  # fmt: skip
+    trunk, way = (4 + 24) * 0.1, 4 * 0.2
+    np.testing.assert_allclose(simulate(case).latencies, [trunk + MODEL.layers * way])
+    halves = tuple(dataclasses.replace(server, beside=True) for server in case.servers)
+    result = simulate(dataclasses.replace(case, servers=halves))
+    # The first group's calls come back before its half of the next part is computed.
+    np.testing.assert_allclose(result.latencies, [trunk + MODEL.layers * way])
+    assert result.work[0].messages == 2 * MODEL.layers
+    assert result.rows.tolist() == [24] * MODEL.layers
+
+
+def test_many_rows_go_in_pieces() -> None:
+    """So that one is on its way back while others are on their way there."""
+    model = dataclasses.replace(MODEL, state_bytes=20_000)
+    case = scenario(
+        (1, 1), held((), ALL, model=model), model=model, bandwidth=8e6, lock_step=False,
+        requests=[(0.0, 0, 24, 1)],
+    )  # fmt: skip
+    result = simulate(case)
+    there, back = 24 * model.row_bytes / 1e6, 24 * model.state_bytes / 1e6
+    assert result.work[0].messages == 4 * model.layers
+    np.testing.assert_allclose(result.latencies, [model.layers * (there + back / 4)], rtol=0.01)
 
 
 @pytest.mark.parametrize(
@@ -227,50 +343,57 @@ def test_shared_cores() -> None:
 
 
 def test_a_quota_stops_who_computes_at_length() -> None:
-    """Half of the time, after a burst of 1 s that lasts for 2 s, and is saved anew in 2 s."""
-    shares = Shares([Speed(share=0.5, burst=1.0), Speed()])
+    """Half a core, after a burst of 1 s that lasts for 2 s, and is saved anew in 2 s."""
+    shares = Shares([Speed(quota=0.5, burst=1.0), Speed()])
+    assert shares.limited == [True, False]
 
-    def spend(seconds: float, at: float) -> list[float]:
-        return shares.spend(np.full(2, seconds), np.full(2, at)).tolist()
+    def spend(now: float, seconds: float, threads: int = 1) -> float:
+        return shares.spend(0, now, seconds, threads * seconds)
 
-    assert spend(2, 0) == [2, 2]
-    assert spend(3, 2) == [6, 3]
-    assert spend(2, 9) == [3, 2]  # 0.5 s are saved, and last for 1 s
-    assert spend(2, 100) == [2, 2]
+    assert spend(0, 2) == 2
+    assert spend(2, 3) == 6
+    assert spend(9, 2) == 3  # 0.5 s are saved, and last for 1 s
+    assert spend(100, 2) == 2
+    # Two threads use up in 2 / 3 s what one does in 2 s; then they have half a core together.
+    assert spend(200, 2, threads=2) == pytest.approx(6)
+    # And one that computes meanwhile is stopped until all has been made up for.
+    assert spend(200, 1) == pytest.approx(8)
 
 
 @given(
-    st.floats(0.1, 1),
+    st.floats(0.1, 2),
     st.floats(0, 5),
-    st.lists(st.tuples(st.floats(0, 5), st.floats(0, 5)), min_size=1, max_size=20),
+    st.lists(
+        st.tuples(st.floats(0, 5), st.floats(0, 5), st.integers(1, 3)), min_size=1, max_size=20
+    ),
 )
-def test_a_quota_is_kept(share: float, burst: float, turns: list[tuple[float, float]]) -> None:
-    """In any time: never more than it and what was saved; who has saved enough is not stopped."""
-    shares, at, moments = Shares([Speed(share=share, burst=burst)]), 0.0, []
-    for rest, seconds in turns:
-        at += rest
-        (taken,) = shares.spend(np.array([seconds]), np.array([at]))
+def test_a_quota_is_kept(quota: float, burst: float, turns: list[tuple[float, float, int]]) -> None:
+    """In any time: never more than it and what was saved, whether computations overlap or not;
+    who has saved enough is not stopped."""
+    shares, now, moments = Shares([Speed(quota=quota, burst=burst)]), 0.0, []
+    for rest, seconds, threads in turns:
+        now += rest
+        taken = shares.spend(0, now, seconds, threads * seconds)
         assert taken >= seconds
-        if seconds * (1 - share) > burst + 1e-9:
-            assert taken > seconds
-        if seconds * (1 - share) < min(burst, share * rest) - 1e-9:
+        idle = now - max([end for _, end, _ in moments], default=0.0)
+        if threads * seconds < min(burst, quota * idle) - 1e-9:
             assert taken == seconds
-        moments.append((at, at + taken, seconds))
-        at += taken
+        moments.append((now, now + taken, threads * seconds))
     for first in range(len(moments)):
         for last in range(first, len(moments)):
             spent = sum(seconds for *_, seconds in moments[first : last + 1])
-            assert spent <= burst + share * (moments[last][1] - moments[first][0]) + 1e-6
+            assert spent <= burst + quota * (moments[last][1] - moments[first][0]) + 1e-6
 
 
-def test_a_server_with_a_quota_takes_longer() -> None:
-    """A step of 3 x (0.5 + 0.5) s: 1 s is saved, and it gets a half."""
-    speed = Speed(token=0.75, call=0.25, share=0.5, burst=1.0)
-    result = simulate(scenario(speed=speed, requests=[(0.0, 0, 1, 1)]))
-    free = simulate(scenario(speed=dataclasses.replace(speed, share=1.0)))
-    spent = free.work[0].computing_s
-    assert free.latency.mean == pytest.approx(spent) and spent > 2
-    assert result.latency.mean == result.work[0].computing_s == pytest.approx(2 * (spent - 1))
+@MODES
+def test_a_server_with_a_quota_takes_longer(lock_step: bool) -> None:
+    """Both devices compute the trunk: 2 s are saved, and they get one core."""
+    speed = Speed(token=0.75, quota=1.0, burst=2.0)
+    result = simulate(scenario((2,), speed=speed, lock_step=lock_step))
+    free = simulate(scenario((2,), speed=Speed(token=0.75), lock_step=lock_step))
+    spent = free.latency.mean
+    assert spent == pytest.approx((4 + 8) * 0.75)
+    assert result.latency.mean == pytest.approx(2 * spent - 2)
 
 
 # Queues.
@@ -321,6 +444,48 @@ def test_a_saturated_link_carries_what_it_can() -> None:
     )
 
 
+def test_connections_share_a_link_evenly() -> None:
+    link = Link(burst=0.0)
+    assert link.serve((0, 1), 0.0, 10.0) == 10.0
+    # A short message takes twice as long as alone beside a long one of another connection.
+    assert link.serve((2, 1), 2.0, 1.0) == 4.0
+    # Of the long one six seconds are left then; on its own connection another waits for it.
+    assert link.serve((0, 1), 5.0, 1.0) == 12.0
+    assert link.serve((2, 1), 20.0, 1.0) == 21.0
+    assert link.busy == 13.0
+
+
+def test_messages_that_are_through_together_leave_a_link_with_nothing() -> None:
+    """A moment before it has done them all, by numbers that are not exact."""
+    link = Link(burst=0.0)
+    for other in range(15):
+        link.serve((0, other), 0.0, 0.1)
+    assert link.serve((0, 0), 15 * 0.1, 1.0) == pytest.approx(2.5)
+
+
+def test_a_link_that_rested_carries_a_burst_at_once() -> None:
+    link = Link(burst=2.0)
+    assert link.serve((0, 1), 0.0, 1.5) == 0.0
+    assert link.serve((0, 1), 0.25, 1.0) == 0.5  # 0.75 s were left, or saved since
+    assert link.serve((0, 1), 10.0, 3.0) == 11.0
+
+
+@given(
+    st.lists(
+        st.tuples(st.floats(0, 3), st.integers(0, 3), st.floats(0.01, 2)), min_size=1, max_size=30
+    )
+)
+def test_a_link_loses_no_work_and_no_time(turns: list[tuple[float, int, float]]) -> None:
+    link, now, end = Link(burst=0.0), 0.0, 0.0
+    for rest, other, seconds in turns:
+        now += rest
+        end = max(now, end) + seconds
+        through = link.serve((0, other), now, seconds)
+        assert now + seconds <= through + 1e-9 and through <= end + 1e-9
+    # Nobody's message is longer than all that is left.
+    assert link.serve((0, 4), now, 100.0) == pytest.approx(end + 100.0)
+
+
 def test_in_lock_step_a_link_is_idle_while_the_other_way_is_in_use() -> None:
     rate = 1e6
     requests = [(0.0, 0, 8, 200)]
@@ -333,16 +498,6 @@ def test_in_lock_step_a_link_is_idle_while_the_other_way_is_in_use() -> None:
     assert result.out_utilisation[0] + result.in_utilisation[0] == pytest.approx(
         1 + heads / rate / result.seconds
     )
-
-
-def test_what_is_on_its_way_holds_nobody_up() -> None:
-    queue = Queues(1)
-    assert queue.serve(0, now=0.0, there=10.0, seconds=2.0) == 12.0
-    # There before it, and done before it is there, but for the work that has been promised.
-    assert queue.serve(0, now=1.0, there=1.0, seconds=3.0) == 5.0
-    assert queue.serve(0, now=2.0, there=2.0, seconds=1.0) == 6.0
-    assert queue.serve(0, now=20.0, there=20.0, seconds=1.0) == 21.0
-    assert queue.busy == [7.0]
 
 
 # Bad input.
@@ -367,16 +522,14 @@ def test_requests_that_are_none() -> None:
     [
         ({"messages": "token"}, "messages='token'"),
         ({"cores": 0}, "cores=0, not above 0"),
-        ({"cores": 1.0, "lock_step": False}, "shares of cores are simulated in lock step only"),
+        ({"cores": 1.0, "lock_step": False}, "shared cores are simulated in lock step only"),
         ({"bandwidth": 0.0}, "bandwidth of server 0 is 0.0"),
         ({"delay": -1.0}, "delay of server 0 must be finite and at least 0; got -1.0"),
         ({"speed": Speed(call=math.inf)}, "call of server 0 must be finite"),
         ({"speed": Speed(buckets={(2, 0): -1.0})}, r"bucket \(2, 0\) of server 0 must be"),
-        ({"speed": Speed(share=0.0)}, "share of server 0 is 0.0; above 0"),
-        ({"speed": Speed(share=1.5)}, "share of server 0 is 1.5; above 0 and at most 1"),
+        ({"speed": Speed(quota=0.0)}, "quota of server 0 is 0.0, not above 0"),
         ({"speed": Speed(burst=-1.0)}, "burst of server 0 must be finite"),
-        ({"speed": Speed(share=0.5), "lock_step": False}, "in lock step only"),
-        ({"speed": Speed(share=0.5), "cores": 2.0}, "share cores, or each has its own share"),
+        ({"speed": Speed(quota=0.5), "cores": 2.0}, "share cores, or each has a quota"),
         ({"devices": (0,)}, "server 0 has 0 devices"),
         ({"devices": ()}, "at least one server"),
         ({"resident": np.ones((2, 3, 8), bool)}, r"placement \(2, 3, 8\)"),

@@ -69,6 +69,7 @@ def test_all_sections(
         "100,1000",
         "--intervals",
         "8",
+        "--lock-step",
     ]
     assert command.main(arguments) == 0
     out = capsys.readouterr().out
@@ -79,6 +80,7 @@ def test_all_sections(
         "recorded, azure code, independent, per expert: seconds of 9 requests",
         "recorded, azure conv, lock step, per expert: seconds of 9 requests",
         "Sweep, independent, per expert, eplb: mean seconds",
+        "Sweep, independent, per server, uniform: mean seconds, and below eplb",
         "Sweep, lock step, per server, uniform: mean seconds, and below eplb",
     ):
         assert title in out
@@ -90,7 +92,7 @@ def test_all_sections(
     plain = json.loads((output / "result.json").read_text())
     found = [Run(**each) for each in plain["runs"]]
     sections = [run.section for run in found]
-    assert sections == ["parts"] * 8 + ["recorded"] * 16 + ["sweep"] * (2 * 2 * 2 * 2)
+    assert sections == ["parts"] * 8 + ["recorded"] * 16 + ["sweep"] * (3 * 2 * 2 * 2)
     for run in found:
         check_figures(run)
     assert {(run.devices, run.servers) for run in found} == {(4, 3), (8, 6)}
@@ -129,9 +131,11 @@ def test_devices_of_clusters() -> None:
 @pytest.mark.usefixtures("small")
 def test_clusters_in_lock_step_stay_small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clusters, "MOST_DEVICES", 4)
-    found = list(runs.sweep(runs.Sweep((4, 8), (1e9,), (9.0,), ("uniform",)), 0, lambda _: None))
+    what = runs.Sweep((4, 8), (1e9,), (9.0,), ("uniform",), lock_step=True)
+    found = list(runs.sweep(what, 0, lambda _: None))
     sizes = [(run.lock_step, run.devices) for run in found]
-    assert sizes == [(False, 4), (False, 8), (True, 4)]
+    assert sizes == [(False, 4), (False, 8)] * 2 + [(True, 4)]
+    assert not any(lock_step for lock_step, _ in runs.Sweep().ways)
 
 
 def test_devices_hold_what_is_said() -> None:

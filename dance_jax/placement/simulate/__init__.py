@@ -3,24 +3,31 @@
     result = simulate(Scenario(servers, model, config, placement, routes, requests))
     result.latency.mean, result.ttft.p99, result.sent_bytes
 
-Two ways to serve, and two to send, in any combination:
+Ways to serve:
 
-- `lock_step` (as this project's engine): all servers do every step together, and per MoE layer each
-  waits for all (lock_step.py). Otherwise (as the paper's system) every server steps on its own, and
-  its calls queue at the links and devices of those that hold the experts (independent.py).
-- `messages`: one hidden state per token and visited server, by the rule of placement/visit, or one
-  per remote expert call, to one of the expert's holders (flows.py).
+- `lock_step=False`, `messages="server"`: this engine with expert calls. Every server steps on its
+  own. A layer sends one hidden state per token and visited server, by the rule of placement/visit,
+  and computes its own experts meanwhile. A thread of each server answers calls, those that wait for
+  the same layer in one go, beside its steps or in turn with them. A call that is late goes to other
+  holders too. All that a server computes is within its quota of cores.
+- `lock_step=False`, `messages="expert"`: the paper's system. A message for each remote expert call,
+  to one of the expert's holders, whose devices compute it when its turn comes.
+- `lock_step=True`: this engine's other exchange. All servers do every step together, and per MoE
+  layer each waits for all (lock_step.py), with either kind of messages.
 
 Requests become steps by the engine's own rule (batches.py). What is left out:
 
 - Blocks of the KV cache never run out, no prompt begins like another, and a step's trunk costs the
-  same however long the contexts are.
-- A step's message rounds do not overlap with its computation (nor do they in the engine). A link
-  takes rows at its rate in each direction, nothing is lost, and TCP is at its full rate at once.
+  same however long the contexts are, in each layer as much as in the others.
+- A link takes rows at its rate in each direction, nothing is lost, and TCP is at its full rate at
+  once.
 - A request's tokens are consecutive rows of its server's routes, from a random one on.
 - Nothing varies but arrivals, lengths and routes: computation takes what `Speed` says.
-- Out of lock step a job joins a queue when the layer that causes it begins, not when its message
-  arrives, a difference of one message's time.
+- Out of lock step: connections share a link evenly, but a message that is under way is not slowed
+  down by those that come after it; it uses both links from when it is sent. Shared experts are
+  computed before calls go out, not meanwhile; an expert is computed on the device that holds it. No
+  call is refused, lost or given up: one that nobody else could answer is waited for.
+- In lock step message rounds do not overlap with computation (nor do they in the engine).
 """
 
 from dance_jax.placement.simulate import independent, lock_step

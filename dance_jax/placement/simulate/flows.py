@@ -18,33 +18,34 @@ from dance_jax.placement.visit import choose_servers, masks
 CHUNK = 256
 
 
-def servers_of(
-    placement: Placement, server: int, route_tlk: np.ndarray, messages: Messages, seed: int
-) -> np.ndarray:
+def servers_of(scenario: Scenario, server: int) -> np.ndarray:
     """Which server runs each call of a server's tokens: int64 [t, l, k].
 
     An expert that is here runs here. With messages to servers the others go where the engine sends
     them (`choose_servers`); with a message for each expert to any of its holders, all as likely.
     """
+    placement, route_tlk = scenario.placement, scenario.routes[server]
     layer_l1 = np.arange(route_tlk.shape[1])[:, None]
     here_tlk = placement.resident[server][layer_l1, route_tlk]
-    if messages == "server":
-        away_tlk = _visited(placement, route_tlk, ~here_tlk)
+    if scenario.messages == "server":
+        away_tlk = _visited(placement, route_tlk, ~here_tlk, scenario.order[server])
     else:
         holders_le = placement.resident.sum(0)
         # Holders first, in the order of their numbers.
         holder_nle = np.argsort(~placement.resident, axis=0, kind="stable")
-        rng = np.random.default_rng((seed, server))
+        rng = np.random.default_rng((scenario.seed, server))
         count_tlk = holders_le[layer_l1, route_tlk]
         pick_tlk = (rng.random(route_tlk.shape) * count_tlk).astype(np.int64)
         away_tlk = holder_nle[pick_tlk, layer_l1, route_tlk]
     return np.where(here_tlk, server, away_tlk)
 
 
-def _visited(placement: Placement, route_tlk: np.ndarray, away_tlk: np.ndarray) -> np.ndarray:
-    """`choose_servers` of many tokens, a chunk at a time: int64 [t, l, k]; -1: not away."""
+def _visited(
+    placement: Placement, route_tlk: np.ndarray, away_tlk: np.ndarray, order_n: np.ndarray
+) -> np.ndarray:
+    """`choose_servers` of many tokens, a chunk at a time: int64 [t, l, k], any where not away."""
     tokens, layers, k = route_tlk.shape
-    holders_wtlk = masks(placement.resident)[:, np.arange(layers)[:, None], route_tlk]
+    holders_wtlk = masks(placement.resident, order_n)[:, np.arange(layers)[:, None], route_tlk]
     out = np.empty((tokens * layers, k), np.int64)
     holders, away = holders_wtlk.reshape(len(holders_wtlk), -1, k), away_tlk.reshape(-1, k)
     size = CHUNK * layers
@@ -57,7 +58,7 @@ def _visited(placement: Placement, route_tlk: np.ndarray, away_tlk: np.ndarray) 
             placement.num_servers,
         )
         out[part] = np.asarray(chosen)[: size - missing]
-    return out.reshape(route_tlk.shape)
+    return order_n[out].reshape(route_tlk.shape)
 
 
 _choose = jax.jit(choose_servers, static_argnums=2)
@@ -105,7 +106,7 @@ class Flows:
         layer_l1 = np.arange(layers)[:, None]
         rows, calls = [], []
         for n, route_tlk in enumerate(routes):
-            server_tlk = servers_of(placement, n, route_tlk, scenario.messages, scenario.seed)
+            server_tlk = servers_of(scenario, n)
             goes_tlk = sent(server_tlk, n, scenario.messages)
             to_tlk = np.where(goes_tlk, server_tlk, n)
             rows.append(((n * layers + layer_l1) * num + to_tlk).reshape(len(route_tlk), -1))
@@ -127,14 +128,18 @@ class Flows:
         """Places in the arrays of the next tokens of sequences: int64 [tokens]."""
         single, several = [], []
         for sequence, count in work:
-            r = sequence.request
-            first = self.offset[r] + sequence.computed
             if count == 1:
-                single.append(self.begin[r] + first % self.length[r])
+                r = sequence.request
+                single.append(self.begin[r] + (self.offset[r] + sequence.computed) % self.length[r])
             else:
-                places = np.arange(first, first + count) % self.length[r]
-                several.append(self.begin[r] + places)
+                several.append(self.places(sequence, 0, count))
         return np.concatenate([np.array(single, np.int64), *several])
+
+    def places(self, sequence: Sequence, skipped: int, count: int) -> np.ndarray:
+        """Of so many tokens of one sequence, but for the next ones that are skipped."""
+        r = sequence.request
+        first = self.offset[r] + sequence.computed + skipped
+        return self.begin[r] + np.arange(first, first + count) % self.length[r]
 
 
 def _device_keys(scenario: Scenario) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""All servers do every step together, as the engine does.
+"""All servers do every step together: the engine's other exchange.
 
 A layer, from one dispatch to the next, is: every server hears from all others (a dispatch brings a
 head even where no row goes), computes the experts of its own and of received rows, waits for the
@@ -16,7 +16,7 @@ import numpy as np
 
 from dance_jax.placement.simulate.batches import Batches, Plan, Sequence
 from dance_jax.placement.simulate.flows import Flows
-from dance_jax.placement.simulate.result import Book, Result, Work
+from dance_jax.placement.simulate.result import Book, Result
 from dance_jax.placement.simulate.scenario import Bucket, Scenario
 from dance_jax.placement.simulate.shares import Shares
 
@@ -44,14 +44,6 @@ class StepTime:
     #: float64 [n] each: seconds of all layers that each direction of a link is in use.
     out_n: np.ndarray
     in_n: np.ndarray
-    #: float64 [n] each: what `Work` counts of each server in this step.
-    trunk_n: np.ndarray
-    experts_n: np.ndarray
-    exchange_n: np.ndarray
-    rounds_n: np.ndarray
-    bytes_n: np.ndarray
-    computing_n: np.ndarray
-    stopped_n: np.ndarray
 
 
 class Exchange(NamedTuple):
@@ -66,9 +58,6 @@ class Exchange(NamedTuple):
     #: As in `StepTime`.
     out_n: np.ndarray
     in_n: np.ndarray
-    exchange_n: np.ndarray
-    rounds_n: np.ndarray
-    bytes_n: np.ndarray
 
 
 class Moment(NamedTuple):
@@ -103,7 +92,7 @@ class Wires:
         num = len(servers)
         #: Heads of messages: of every dispatch, of returns with rows.
         self.head, self.reply_head = 16 + 4 * (num + 1), 16
-        self.row, self.reply = model.row_bytes, model.state_bytes
+        self.row, self.reply = model.row_bytes, model.reply_bytes
         self.second_per_byte = np.array([8 / server.bandwidth for server in servers])
         self.second_per_row = np.array([server.speed.row for server in servers])
         self.round = np.array([server.speed.round for server in servers])
@@ -146,42 +135,47 @@ class Clock:
         """
         experts_ld = self._stretched(layers.experts_ld)
         experts_ln = np.maximum.reduceat(experts_ld, self.first, axis=1)
+        processor_ln = np.add.reduceat(experts_ld, self.first, axis=1)
         trunk_d = np.repeat(layers.trunk_n, self.devices)[None]
         trunk_n = np.maximum.reduceat(self._stretched(trunk_d), self.first, axis=1)[0]
         sends_lnm = layers.rows_lnm > 0
         exchange = self._exchange(layers.rows_lnm, sends_lnm)
         moment = Moment.zero(len(trunk_n))
-        computing_n, stopped_n = np.zeros((2, len(trunk_n)))
 
-        def compute(seconds_n: np.ndarray) -> None:
+        def compute(seconds_n: np.ndarray, processor_n: np.ndarray) -> None:
             nonlocal moment
-            taken_n = self.shares.spend(seconds_n, began + moment.now_n)
-            computing_n[:] += taken_n
-            stopped_n[:] += taken_n - seconds_n
+            taken_n = self._taken(began + moment.now_n, seconds_n, processor_n)
             moment = moment.computed(taken_n)
 
-        for dispatch_nm, back_nm, experts_n in zip(
+        for dispatch_nm, back_nm, *experts in zip(
             self._dispatch(exchange, sends_lnm), self._back(exchange, sends_lnm), experts_ln,
-            strict=True,
+            processor_ln, strict=True,
         ):  # fmt: skip
             moment = moment.heard(dispatch_nm)
-            compute(experts_n)
+            compute(*experts)
             moment = moment.heard(back_nm)
-            compute(trunk_n)
-        compute(self.step_n)
+            compute(trunk_n, trunk_n * self.devices)
+        compute(self.step_n, self.step_n)
         last = moment.now_n.argmax()
         return StepTime(
             seconds=float(moment.now_n[last]),
             compute=float(moment.compute_n[last]),
             out_n=exchange.out_n,
             in_n=exchange.in_n,
-            trunk_n=trunk_n * len(experts_ln),
-            experts_n=np.add.reduceat(experts_ld.sum(0), self.first),
-            exchange_n=exchange.exchange_n,
-            rounds_n=exchange.rounds_n,
-            bytes_n=exchange.bytes_n,
-            computing_n=computing_n,
-            stopped_n=stopped_n,
+        )
+
+    def _taken(
+        self, now_n: np.ndarray, seconds_n: np.ndarray, processor_n: np.ndarray
+    ) -> np.ndarray:
+        """`Shares.spend` of all servers."""
+        if not any(self.shares.limited):
+            return seconds_n
+        turns = zip(now_n.tolist(), seconds_n.tolist(), processor_n.tolist(), strict=True)
+        return np.array(
+            [
+                self.shares.spend(n, *turn) if self.shares.limited[n] else turn[1]
+                for n, turn in enumerate(turns)
+            ]
         )
 
     def _dispatch(self, exchange: Exchange, sends_lnm: np.ndarray) -> np.ndarray:
@@ -211,7 +205,7 @@ class Clock:
         wires, peers = self.wires, len(self.devices) - 1
         if not peers:
             none_ln, none_n = np.zeros((len(rows_lnm), 1)), np.zeros(1)
-            return Exchange(*[none_ln] * 4, *[none_n] * 5)
+            return Exchange(*[none_ln] * 4, *[none_n] * 2)
         out_ln, in_ln = rows_lnm.sum(2), rows_lnm.sum(1)
         heads = peers * wires.head
         sent_ln, taken_ln = out_ln * wires.row + heads, in_ln * wires.row + heads
@@ -219,8 +213,6 @@ class Clock:
         given_ln = in_ln * wires.reply + sends_lnm.sum(1) * wires.reply_head
         back_ln = out_ln * wires.reply + sends_lnm.sum(2) * wires.reply_head
         give_ln, get_ln = wires.occupied(given_ln, in_ln), wires.occupied(back_ln, out_ln)
-        rounds_ln = 1 + ((given_ln > 0) | (back_ln > 0))
-        moving_ln = np.maximum(send_ln, take_ln) + np.maximum(give_ln, get_ln)
         return Exchange(
             send_ln,
             take_ln,
@@ -228,9 +220,6 @@ class Clock:
             get_ln,
             (send_ln + give_ln).sum(0),
             (take_ln + get_ln).sum(0),
-            (moving_ln + rounds_ln * wires.round).sum(0),
-            rounds_ln.sum(0),
-            (np.maximum(sent_ln, taken_ln) + np.maximum(given_ln, back_ln)).sum(0),
         )
 
     def _stretched(self, seconds_ld: np.ndarray) -> np.ndarray:
@@ -253,7 +242,6 @@ class Cluster:
         self.scenario = scenario
         self.flows, self.clock = Flows.of(scenario), Clock(scenario)
         self.book = Book(scenario)
-        self.book.work = tuple(Work() for _ in scenario.servers)
         self.batches = [Batches(scenario.config, devices) for devices in scenario.devices]
         model, num = scenario.model, len(scenario.servers)
         self._shape_nlm = (num, model.layers, num)
@@ -270,13 +258,11 @@ class Cluster:
         """Does one; returns when it ends, and what each server did."""
         plans = [batches.schedule(others_decode) for batches in self.batches]
         tokens = self.flows.tokens(each for plan in plans for each in plan.work)
-        calls_lne = self._calls(tokens)
-        layers = Layers(self._rows(tokens), self._experts(calls_lne), self._trunks(plans))
+        layers = Layers(self._rows(tokens), self._experts(self._calls(tokens)), self._trunks(plans))
         time = self.clock.time(layers, now)
         for batches, plan in zip(self.batches, plans, strict=True):
             self.book.tokens(batches.commit(plan), now + time.seconds)
         self._record(layers, time)
-        self._count(plans, calls_lne, time)
         return now + time.seconds, plans
 
     def _calls(self, tokens: np.ndarray) -> np.ndarray:
@@ -324,23 +310,6 @@ class Cluster:
         book.in_busy += time.in_n
         book.compute += time.compute
         book.communicate += time.seconds - time.compute
-
-    def _count(self, plans: list[Plan], calls_lne: np.ndarray, time: StepTime) -> None:
-        """What each server did, as its engine would count it."""
-        calls_n, experts_n = calls_lne.sum((0, 2)), (calls_lne > 0).sum((0, 2))
-        for n, (work, plan) in enumerate(zip(self.book.work, plans, strict=True)):
-            work.steps += 1
-            work.buckets[self._bucket(plan)] += 1
-            work.calls += int(calls_n[n])
-            work.experts += int(experts_n[n])
-            work.rounds += int(time.rounds_n[n])
-            work.bytes += int(time.bytes_n[n])
-            work.step_s += self.scenario.servers[n].speed.step
-            work.trunk_s += float(time.trunk_n[n])
-            work.experts_s += float(time.experts_n[n])
-            work.exchange_s += float(time.exchange_n[n])
-            work.computing_s += float(time.computing_n[n])
-            work.stopped_s += float(time.stopped_n[n])
 
 
 def run(scenario: Scenario) -> Result:

@@ -27,33 +27,26 @@ class Spread:
 
 @dataclasses.dataclass
 class Work:
-    """What one server did in some steps of lock step, simulated or measured, waiting apart.
+    """What one server that steps on its own did in some time, simulated or measured.
 
-    Numbers are those that an engine counts too, so that both can be compared, and speeds fitted;
-    but for the last two. Where a quota stops servers, a measured one's parts have that in them.
+    Numbers are those that an engine counts too, so that both can be compared, and speeds fitted.
     """
 
     steps: int = 0
-    #: Steps in each bucket; without work a server takes part in the smallest.
+    #: Steps in each bucket.
     buckets: collections.Counter[Bucket] = dataclasses.field(default_factory=collections.Counter)
-    #: Expert calls on its devices, for its own tokens and others', and experts that had any, in
-    #: each step and layer anew; 0: not counted.
+    #: Expert calls on its devices, for its own tokens and others'.
     calls: int = 0
-    experts: int = 0
-    #: Messages' rounds that moved bytes, two a layer at most, and their bytes in the busier
-    #: direction.
-    rounds: int = 0
-    bytes: int = 0
-    #: Seconds of steps besides the rest, of trunks, and of moving bytes.
-    step_s: float = 0.0
-    trunk_s: float = 0.0
-    exchange_s: float = 0.0
-    #: Seconds of experts on all its devices, together.
-    experts_s: float = 0.0
-    #: Of a simulated one, seconds of its computing: steps besides the rest, trunks, experts of its
-    #: busiest device, and what its quota stopped it meanwhile; and the latter.
+    #: Messages with calls that it sent, and those that it answered; rows in them.
+    messages: int = 0
+    rows: int = 0
+    #: Calls that were late, and went to others too.
+    repeats: int = 0
+    #: Seconds of its steps but for those in which it waits for others; where a quota stops it, with
+    #: those in which it does.
     computing_s: float = 0.0
-    stopped_s: float = 0.0
+    #: Processor seconds.
+    processor_s: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -85,7 +78,7 @@ class Result:
     #: all its steps; in lock step all servers have the same.
     compute_seconds: np.ndarray
     communicate_seconds: np.ndarray
-    #: Of each server; (): out of lock step, where it is not counted.
+    #: Of each server; (): in lock step, where it is not counted.
     work: tuple[Work, ...] = ()
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Literal
@@ -11,8 +12,8 @@ import numpy as np
 
 from dance_jax.config import EngineConfig, UserError
 from dance_jax.placement.core import Placement
-from dance_jax.placement.cost import LockStepCost
-from dance_jax.placement.visit import MAX_SERVERS
+from dance_jax.placement.cost import CallCost, Cost, LockStepCost
+from dance_jax.placement.visit import MAX_SERVERS, preferences
 
 #: (decode rows, slice rows) of a compiled step, on each device.
 Bucket = tuple[int, int]
@@ -37,16 +38,19 @@ class Speed:
     call: float = 0.0
     #: Of each expert that has any call in a step: its weights are read once.
     expert: float = 0.0
-    #: Of each round of messages (two a layer) besides links' rates and delays.
+    #: Of each message between servers, there or back, besides links' rates and delays.
     round: float = 0.0
-    #: Of a row into or out of a link, besides the link's rate: packing, unpacking.
+    #: Of a row into or out of a link, besides the link's rate: packing, unpacking. Out of lock step
+    #: it is computed, once for each row of a call that is sent, and of one that is answered.
     row: float = 0.0
+    #: Of each call that is sent, and of each that is answered, computed too; not in lock step.
+    message: float = 0.0
     #: Of every request besides its steps: HTTP, tokens from text and back.
     request: float = 0.0
-    #: No seconds: the part of the time that it may compute in the long run, where a quota stops it
-    #: (in lock step only, see `shares`); above 0, 1: nothing does.
-    share: float = 1.0
-    #: What a server that rested has saved: it lasts for burst / (1 - share) of computing.
+    #: No seconds: cores that its threads may use in the long run, all together (see `shares`);
+    #: infinite: nothing limits them.
+    quota: float = math.inf
+    #: Processor seconds that a server which rested has saved, and uses beside its quota.
     burst: float = 0.0
 
     def trunk(self, bucket: Bucket, block_size: int) -> float:
@@ -68,6 +72,11 @@ class Server:
     bandwidth: float = math.inf
     #: Seconds from the server to the middle of the network: a message to another takes both's.
     delay: float = 0.0
+    #: Bytes that its link carries at once in each direction when it has rested. Not in lock step.
+    burst: float = 0.0
+    #: Others' calls are computed beside its steps, by a thread of its own (a CPU); else its devices
+    #: take them between parts of the steps. Not in lock step.
+    beside: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,13 +89,19 @@ class Model:
     experts: int
     #: Experts that a token chooses in a layer.
     top_k: int
-    #: Bytes of a hidden state, or of a sum, between servers.
+    #: Bytes of a hidden state between servers; and of a sum, where it has others.
     state_bytes: int
+    sum_bytes: int | None = None
 
     @property
     def row_bytes(self) -> int:
         """What goes to a server for one token: the hidden state, experts (2 bytes), weights (4)."""
         return self.state_bytes + 6 * self.top_k
+
+    @property
+    def reply_bytes(self) -> int:
+        """What comes back for it: a sum."""
+        return self.state_bytes if self.sum_bytes is None else self.sum_bytes
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -172,25 +187,47 @@ class Scenario:
         """Of each server."""
         return tuple(server.devices for server in self.servers)
 
+    @functools.cached_property
+    def order(self) -> np.ndarray:
+        """In which order each server prefers to call the others: int32 [servers, servers]."""
+        state_n, round_n = _state_seconds(self.servers, self.model), _round_seconds(self.servers)
+        call_n = np.array([server.speed.call for server in self.servers])
+        state_nm = np.maximum(state_n[:, None], state_n)
+        return preferences(round_n[:, None] + round_n + state_nm + call_n)
 
-def cost_of(servers: Sequence[Server], model: Model) -> LockStepCost:
+
+def cost_of(servers: Sequence[Server], model: Model, lock_step: bool) -> Cost:
     """What a policy that predicts time is told of servers, as by launch/costs of measured ones.
 
     What the simulation knows besides, trunk and reading of weights, has no place in it.
 
     Raises:
         UserError: some links are infinitely fast and others are not; where all are, calls and
-            states count as in `LockStepCost.reference`.
+            states count as in `Cost.reference`.
     """
+    form = LockStepCost if lock_step else CallCost
     devices = [server.devices for server in servers]
     infinite = [math.isinf(server.bandwidth) for server in servers]
     if all(infinite):
-        return LockStepCost.reference(devices, model.top_k)
+        return form.reference(devices, model.top_k)
     if any(infinite):
         raise UserError("scenario: a policy cannot weigh links without limit against others")
-    state_n = np.array([2 * 8 * model.state_bytes / server.bandwidth for server in servers])
-    call_n = np.array([server.speed.call for server in servers])
-    return dataclasses.replace(LockStepCost.of_links(state_n, devices, model.top_k), call=call_n)
+    cost = form.of_links(_state_seconds(servers, model), devices, model.top_k)
+    cost = dataclasses.replace(cost, call=np.array([server.speed.call for server in servers]))
+    if isinstance(cost, CallCost):
+        cost = dataclasses.replace(cost, round=_round_seconds(servers))
+    return cost
+
+
+def _state_seconds(servers: Sequence[Server], model: Model) -> np.ndarray:
+    """`Cost.state`."""
+    there_and_back = model.state_bytes + model.reply_bytes
+    return np.array([8 * there_and_back / server.bandwidth for server in servers])
+
+
+def _round_seconds(servers: Sequence[Server]) -> np.ndarray:
+    """`CallCost.round`: a server's part in a message and its answer."""
+    return np.array([2 * s.delay + s.speed.round + s.speed.message for s in servers])
 
 
 def _check_servers(servers: tuple[Server, ...]) -> None:
@@ -207,14 +244,13 @@ def _check_servers(servers: tuple[Server, ...]) -> None:
         seconds = {
             field.name: getattr(server.speed, field.name)
             for field in dataclasses.fields(Speed)
-            if field.name != "buckets"
+            if field.name not in ("buckets", "quota")
         }
         seconds |= {f"bucket {bucket}": each for bucket, each in server.speed.buckets.items()}
-        if not 0 < server.speed.share <= 1:
-            raise UserError(
-                f"scenario: share of server {n} is {server.speed.share}; above 0 and at most 1"
-            )
-        for name, value in (seconds | {"delay": server.delay}).items():
+        if not server.speed.quota > 0:
+            raise UserError(f"scenario: quota of server {n} is {server.speed.quota}, not above 0")
+        others = {"delay": server.delay, "burst of the link": server.burst}
+        for name, value in (seconds | others).items():
             if not (math.isfinite(value) and value >= 0):
                 raise UserError(
                     f"scenario: {name} of server {n} must be finite and at least 0; got {value}"
@@ -228,11 +264,11 @@ def _check_mode(scenario: Scenario) -> None:
         raise UserError(f"scenario: {len(scenario.servers)} servers; at most {MAX_SERVERS}")
     if scenario.cores is not None and not scenario.cores > 0:
         raise UserError(f"scenario: cores={scenario.cores}, not above 0")
-    quota = any(server.speed.share < 1 for server in scenario.servers)
-    if quota and scenario.cores is not None:
-        raise UserError("scenario: servers share cores, or each has its own share: one of them")
-    if (quota or scenario.cores is not None) and not scenario.lock_step:
-        raise UserError("scenario: shares of cores are simulated in lock step only")
+    limited = any(server.speed.quota < math.inf for server in scenario.servers)
+    if limited and scenario.cores is not None:
+        raise UserError("scenario: servers share cores, or each has a quota: one of them")
+    if scenario.cores is not None and not scenario.lock_step:
+        raise UserError("scenario: shared cores are simulated in lock step only")
 
 
 def _check_routes(scenario: Scenario) -> None:
