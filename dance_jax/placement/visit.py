@@ -25,8 +25,8 @@ from dance_jax.config import UserError
 MAX_SERVERS = 256
 #: Servers of a word.
 WORD = 32
-#: Seconds that differ by less, relatively, are equal: they are sums in different orders.
-EQUAL = 1e-9
+#: Seconds that differ by less, relatively, are equal: they are measured.
+EQUAL = 0.05
 
 
 def preferences(seconds_nm: np.ndarray) -> np.ndarray:
