@@ -117,7 +117,14 @@ def on_testbeds(
         template = "\n".join(f"host{n} experts={hosts.SLOTS}" for n in range(1, hosts.ALL + 1))
     else:
         template = (EXAMPLES / "hosts.txt").read_text()
-    bed = testbed(options.name, hosts_like(template), options.links, options.cores, console)
+    bed = testbed(
+        options.name,
+        hosts_like(template),
+        options.links,
+        options.cores,
+        console,
+        options.round_trip,
+    )
     with bed as made:
         return again_on(made, __file__, words)
 

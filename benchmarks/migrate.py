@@ -106,7 +106,9 @@ def main(arguments: list[str] | None = None) -> int:
         check(options)
         if options.links is not None and options.bed is None:
             hosts = hosts_like(options.hosts.read_text())
-            with testbed(options.name, hosts, options.links, options.cores, console) as bed:
+            with testbed(
+                options.name, hosts, options.links, options.cores, console, options.round_trip
+            ) as bed:
                 return again_on(bed, __file__, words)
         return verdict(console, measure(options, console), options.check)
 

@@ -146,7 +146,9 @@ def outside(options: argparse.Namespace, words: Sequence[str], console: Console)
         work = check(options, directory)
         hosts = hosts_like(hosts_text(work.experts, work.memory))
         made = ["--model", str(directory)] if options.shape else []
-        with testbed(options.name, hosts, options.links[0], options.cores, console) as bed:
+        with testbed(
+            options.name, hosts, options.links[0], options.cores, console, options.round_trip
+        ) as bed:
             return again_on(bed, __file__, [*made, *words])
 
 
@@ -362,7 +364,10 @@ class Evaluation:
         call_s = sum(cell.seconds["experts"] for cell, _ in runs) * len(spec.servers)
         servers = tuple(
             dataclasses.replace(
-                server, bandwidth=rate or UNSHAPED, expert_time=call_s / calls if calls else None
+                server,
+                bandwidth=rate or UNSHAPED,
+                round_trip=self._options.round_trip or None,
+                expert_time=call_s / calls if calls else None,
             )
             for server in spec.servers
         )

@@ -95,7 +95,9 @@ def main(arguments: list[str] | None = None) -> int:
             check(options)
             lines = (f"{name} devices={n} experts={SLOTS}" for name, n in DEVICES.items())
             hosts = hosts_like("\n".join(lines))
-            with testbed(options.name, hosts, options.links[0], options.cores, console) as bed:
+            with testbed(
+                options.name, hosts, options.links[0], options.cores, console, options.round_trip
+            ) as bed:
                 return again_on(bed, __file__, words)
         cells = Comparison(options, Testbed.load(options.bed), console).run()
         results.show(console, cells)

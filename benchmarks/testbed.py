@@ -25,7 +25,14 @@ from benchmarks.command import EXAMPLES, exit_code, terminal
 from benchmarks.namespaces import leftovers
 from benchmarks.namespaces.bed import Testbed
 from benchmarks.namespaces.cores import MODES, QUOTA, describe, show_share
-from benchmarks.namespaces.hosts import HEAD, MAX_HOSTS, hosts_like, parse_rate, show_rate
+from benchmarks.namespaces.hosts import (
+    HEAD,
+    MAX_HOSTS,
+    hosts_like,
+    parse_rate,
+    parse_seconds,
+    show_rate,
+)
 from benchmarks.namespaces.machine import check_root
 from dance_jax.config import UserError
 from dance_jax.placement import Activations
@@ -75,6 +82,13 @@ def _add_up(up: argparse.ArgumentParser) -> None:
         type=parse_rate,
         default="500Mbps",
         help="of each link and direction, as 500Mbps, 500Mbit (the same) or none (%(default)s)",
+    )
+    up.add_argument(
+        "--round-trip",
+        type=parse_seconds,
+        default=0.0,
+        metavar="TIME",
+        help="how much longer a message between two hosts and its answer take, as 10ms (0)",
     )
     up.add_argument("--cores", choices=MODES, default=QUOTA, help="how shared out (%(default)s)")
     up.add_argument(
@@ -126,7 +140,7 @@ def up(options: argparse.Namespace) -> int:
         hosts = hosts_like(options.like.read_text(), options.hosts)
     except (OSError, ValueError) as error:
         raise UserError(f"--like {options.like}: {error}") from error
-    bed = Testbed.up(options.name, hosts, options.rate, options.cores)
+    bed = Testbed.up(options.name, hosts, options.rate, options.cores, options.round_trip)
     if options.cores != bed.cores:
         print("this machine has no cpu quota that could be used; cores are pinned instead")
     print(f"testbed {bed.name} is up: {', '.join(bed.hosts)}; links {show_rate(options.rate)}")

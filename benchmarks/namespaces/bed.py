@@ -91,7 +91,12 @@ class Testbed:
 
     @classmethod
     def up(
-        cls, name: str, hosts: Sequence[Host], rate: int | None = None, cores: str = "quota"
+        cls,
+        name: str,
+        hosts: Sequence[Host],
+        rate: int | None = None,
+        cores: str = "quota",
+        round_trip: float = 0.0,
     ) -> Testbed:
         """Makes a testbed; if that fails, nothing of it is left.
 
@@ -100,6 +105,7 @@ class Testbed:
             hosts: see `hosts_like`.
             rate: bits per second of every link in each direction; None: not shaped.
             cores: quota (pin where the system has none), pin or none.
+            round_trip: seconds that a message to another host and its answer take longer.
 
         Raises:
             UserError: it is up already, or the machine lacks something.
@@ -116,6 +122,8 @@ class Testbed:
         try:
             bed._make_hosts()
             bed._make_links()
+            if round_trip:
+                bed._hold_back(round_trip / 4)
             bed._make_logins()
             bed.set_rate(rate)
         except BaseException:
@@ -282,6 +290,31 @@ class Testbed:
             run(*f"ip -n {head} link set {port} master br0".split())
             self._switch_on(HEAD, port)
             self._switch_on(host.name, "eth0", host.address)
+
+    def _hold_back(self, seconds: float) -> None:
+        """Puts a distance between each host and the bridge, of so many seconds in each direction.
+
+        A process on the head passes frames on; it ends with the testbed.
+        """
+        head, names = self._label(HEAD), [f"gap{n}" for n in range(len(self.hosts))]
+        program = pathlib.Path(__file__).with_name("delay.py")
+        command = [sys.executable, str(program), str(seconds), *names]
+        process = self.exec(HEAD, command, stdout=subprocess.PIPE, start_new_session=True)
+        assert process.stdout is not None
+        if process.stdout.readline().strip() != b"ready":
+            raise UserError("links cannot be made longer: /dev/net/tun is not usable here")
+        for host, name in zip(self.hosts, names, strict=True):
+            near = f"near{name}"
+            run(*f"ip -n {head} link add {near} type bridge mcast_snooping 0".split())
+            self._switch_on(HEAD, near)
+            for interface, bridge in (
+                (self._port(host), near),
+                (f"{name}a", near),
+                (f"{name}b", "br0"),
+            ):
+                run(*f"ip -n {head} link set {interface} master {bridge}".split())
+            self._switch_on(HEAD, f"{name}a")
+            self._switch_on(HEAD, f"{name}b")
 
     def _switch_on(self, host: str, interface: str, address: str | None = None) -> None:
         ip = ["ip", "-n", self._label(host)]

@@ -13,14 +13,21 @@ from rich.console import Console
 
 from .bed import Testbed
 from .cores import MODES, QUOTA, describe
-from .hosts import HEAD, Host
+from .hosts import HEAD, Host, parse_seconds
 from .leftovers import down
 
 
 def add_testbed(parser: argparse.ArgumentParser, name: str) -> None:
-    """Options --cores and --name, the latter by default `name`."""
+    """Options --cores, --round-trip and --name, the latter by default `name`."""
     add = parser.add_argument
     add("--cores", choices=MODES, default=QUOTA, help="of the testbed's hosts (%(default)s)")
+    add(
+        "--round-trip",
+        type=parse_seconds,
+        default=0.0,
+        metavar="TIME",
+        help="how much longer a message between two hosts and its answer take, as 10ms (0)",
+    )
     add("--name", default=name, help="of the testbed that is made (%(default)s)")
 
 
@@ -31,10 +38,15 @@ def add_bed(parser: argparse.ArgumentParser) -> None:
 
 @contextlib.contextmanager
 def testbed(
-    name: str, hosts: Sequence[Host], rate: int | None, cores: str, console: Console
+    name: str,
+    hosts: Sequence[Host],
+    rate: int | None,
+    cores: str,
+    console: Console,
+    round_trip: float = 0.0,
 ) -> Iterator[Testbed]:
     """A testbed that is removed whatever happens; arguments as of `Testbed.up`."""
-    bed = Testbed.up(name, hosts, rate, cores)
+    bed = Testbed.up(name, hosts, rate, cores, round_trip)
     try:
         console.print(describe(bed.hosts.values(), bed.cores), soft_wrap=True)
         yield bed

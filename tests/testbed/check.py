@@ -16,7 +16,7 @@ import re
 import subprocess
 import sys
 
-from benchmarks.namespaces import HEAD, Testbed, down, leftovers, parse_rate, remains
+from benchmarks.namespaces import HEAD, Host, Testbed, down, leftovers, parse_rate, remains
 from benchmarks.namespaces.cores import QUOTA
 from dance_jax.config import UserError
 from tests.launch.launched import eventually
@@ -40,6 +40,15 @@ print(8 * count / (time.monotonic() - began))
 _SEND = """
 import socket, sys
 socket.create_connection((sys.argv[1], 5000)).sendall(bytes(int(sys.argv[2])))
+"""
+_CONNECT = """
+import socket, sys, time
+trips = []
+for _ in range(5):
+    began = time.monotonic()
+    socket.create_connection((sys.argv[1], 22)).close()
+    trips.append(time.monotonic() - began)
+print(min(trips))
 """
 _BURN = """
 import time
@@ -166,6 +175,17 @@ def check_down(checks: Checks, bed: Testbed, links: list[str]) -> None:
     checks.check(root_links() == links, f"this machine's interfaces are {', '.join(links)}")
 
 
+def check_distance(checks: Checks, hosts: list[Host]) -> None:
+    """Links that are longer than they are."""
+    seconds = 0.02
+    bed = Testbed.up(NAME, hosts, cores="none", round_trip=seconds)
+    measured = float(output(bed, "alpha", sys.executable, "-c", _CONNECT, "beta"))
+    text = f"beta is {measured * 1e3:.1f} ms from alpha there and back, {seconds * 1e3:g} asked for"
+    checks.check(seconds < measured < 1.5 * seconds, text)
+    down(NAME)
+    checks.check(not (left := remains(NAME)), f"nothing is left {left or ''}")
+
+
 def main() -> int:
     """Runs all checks; returns the exit code."""
     parser = argparse.ArgumentParser(description="Checks the testbed; other options go to launch")
@@ -190,6 +210,7 @@ def main() -> int:
         check_hosts(checks, bed, rate)
         check_run(checks, bed, launch_options)
         check_down(checks, bed, links)
+        check_distance(checks, list(bed.hosts.values())[:2])
     finally:
         down(NAME)
     print(f"{checks.passed} passed, {checks.failed} failed")
