@@ -58,8 +58,8 @@ class Schedule(NamedTuple):
 
 
 #: From any start to a good placement; from a good one to a better one; in its neighbourhood.
-SEARCH, REFINE = Schedule(8000, 9e-2, 3e-3), Schedule(8000, 9e-3, 9e-4)
-SETTLE = Schedule(4000, 3e-3, 3e-4)
+SEARCH, REFINE = Schedule(4000, 9e-2, 3e-3), Schedule(4000, 9e-3, 9e-4)
+SETTLE = Schedule(2000, 3e-3, 3e-4)
 #: Most work of an annealing, in words that `flows` looks at: in large clusters there are fewer
 #: rounds.
 MOST_WORK = 6e9
