@@ -85,16 +85,18 @@ class Cost(abc.ABC):
             dtype: of its numbers.
         """
 
-    @abc.abstractmethod
-    def _call_seconds(self) -> np.ndarray:
-        """Of a call of one expert between two servers: float64 [servers, servers]."""
-
     def preferences(self) -> np.ndarray:
         """In which order each server prefers to call the others: int32 [servers, servers]."""
-        return preferences(self._call_seconds()) if self.order is None else self.order
+        if self.order is not None:
+            return self.order
+        return call_order(self.state, self.call, self._round)
+
+    @property
+    def _round(self) -> np.ndarray | None:
+        """`CallCost.round`; None: servers do not call each other."""
+        return None
 
     @classmethod
-    @abc.abstractmethod
     def of_links(
         cls, state: Sequence[float] | np.ndarray, devices: Sequence[int] | np.ndarray, k: int
     ) -> Self:
@@ -105,6 +107,15 @@ class Cost(abc.ABC):
             devices: int [servers].
             k: experts a token chooses in a layer.
         """
+        state_n, unit = np.asarray(state, float), float(np.mean(state))
+        call_n = np.full(len(state_n), unit / (k * len(state_n)))
+        besides = cls._besides(unit, len(state_n))
+        return cls(state=state_n, call=call_n, devices=np.asarray(devices), **besides)
+
+    @classmethod
+    @abc.abstractmethod
+    def _besides(cls, unit: float, servers: int) -> dict[str, Any]:
+        """The other fields in `of_links`, where a hidden state takes `unit` on the mean link."""
 
     @classmethod
     def reference(cls, devices: Sequence[int] | np.ndarray, k: int) -> Self:
@@ -120,9 +131,20 @@ class Cost(abc.ABC):
         return cls.of_links(np.ones(len(devices)), devices, k)
 
 
-def _reference_call(state: np.ndarray, k: int) -> np.ndarray:
-    """`Cost.call` of `Cost.of_links`."""
-    return np.full(len(state), float(np.mean(state)) / (k * len(state)))
+def call_order(
+    state_n: np.ndarray, call_n: np.ndarray, round_n: np.ndarray | None = None
+) -> np.ndarray:
+    """In which order each server prefers to call the others: the shortest call of one expert first.
+
+    Args:
+        state_n, call_n, round_n: float [servers], as in `Cost` and `CallCost`; None: no round.
+
+    Returns:
+        int32 [servers, servers], see `visit.preferences`.
+    """
+    round_n = np.zeros(len(state_n)) if round_n is None else round_n
+    moving_nm = np.maximum(state_n[:, None], state_n)
+    return preferences(round_n[:, None] + round_n + moving_nm + call_n)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -136,7 +158,7 @@ class CallCost(Cost):
     #: float64 [servers]: seconds of a call and its answer without their bytes and what is computed;
     #: between two servers it is the sum of both.
     round: np.ndarray
-    #: Rows of steps, and how many of all steps have so many.
+    #: Numbers of rows, and how many steps have so many, in any unit.
     rows: tuple[tuple[float, float], ...] = (
         (1, REFERENCE_STEPS / (REFERENCE_STEPS + 1)),
         (REFERENCE_SLICE, 1 / (REFERENCE_STEPS + 1)),
@@ -151,6 +173,10 @@ class CallCost(Cost):
     def _per_server(self) -> tuple[str, ...]:
         return (*super()._per_server, "round")
 
+    @property
+    def _round(self) -> np.ndarray:
+        return self.round
+
     def __post_init__(self):
         super().__post_init__()
         if not self.rows or any(rows < 1 for rows, _ in self.rows):
@@ -159,17 +185,9 @@ class CallCost(Cost):
             raise UserError(f"cost: busy is from 0 to 1; got {self.busy}")
 
     @classmethod
-    def of_links(
-        cls, state: Sequence[float] | np.ndarray, devices: Sequence[int] | np.ndarray, k: int
-    ) -> Self:
-        """`reference`, where a round takes as long as a hidden state through the mean link."""
-        state = np.asarray(state, float)
-        return cls(
-            state=state,
-            call=_reference_call(state, k),
-            devices=np.asarray(devices),
-            round=np.full(len(state), float(np.mean(state)) / 2),
-        )
+    def _besides(cls, unit: float, servers: int) -> dict[str, Any]:
+        """A round takes as long as a hidden state."""
+        return {"round": np.full(servers, unit / 2)}
 
     def times(self, weights: np.ndarray, dtype: Any = np.float32) -> times.CallTimes:
         rows, steps = np.array(self.rows).T
@@ -182,10 +200,6 @@ class CallCost(Cost):
             steps=jnp.asarray(steps / steps.sum(), dtype),
             busy=jnp.asarray(self.busy, dtype),
         )
-
-    def _call_seconds(self) -> np.ndarray:
-        state_nm = np.maximum(self.state[:, None], self.state)
-        return self.round[:, None] + self.round + state_nm + self.call
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -224,17 +238,9 @@ class LockStepCost(Cost):
         return dataclasses.replace(self, state=state, transfer=self.transfer + one)
 
     @classmethod
-    def of_links(
-        cls, state: Sequence[float] | np.ndarray, devices: Sequence[int] | np.ndarray, k: int
-    ) -> Self:
-        """`reference`, `busiest` + `load` + 0.3 `transfers`, on links of unequal speed."""
-        state = np.asarray(state, float)
-        return cls(
-            state=state,
-            call=_reference_call(state, k),
-            devices=np.asarray(devices),
-            transfer=REFERENCE_TRANSFER * float(np.mean(state)),
-        )
+    def _besides(cls, unit: float, servers: int) -> dict[str, Any]:
+        """So that a layer takes `busiest` + `load` + 0.3 `transfers`."""
+        return {"transfer": REFERENCE_TRANSFER * unit}
 
     def times(self, weights: np.ndarray, dtype: Any = np.float32) -> times.LockStepTimes:
         return times.LockStepTimes(
@@ -244,9 +250,6 @@ class LockStepCost(Cost):
             transfer=jnp.asarray(self.transfer, dtype),
             layer=jnp.asarray(self.layer, dtype),
         )
-
-    def _call_seconds(self) -> np.ndarray:
-        return np.maximum(self.state[:, None], self.state) + self.call
 
 
 def apart_share(observed: float, together: float) -> float:

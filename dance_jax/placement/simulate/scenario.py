@@ -12,8 +12,8 @@ import numpy as np
 
 from dance_jax.config import EngineConfig, UserError
 from dance_jax.placement.core import Placement
-from dance_jax.placement.cost import CallCost, Cost, LockStepCost
-from dance_jax.placement.visit import MAX_SERVERS, preferences
+from dance_jax.placement.cost import CallCost, Cost, LockStepCost, call_order
+from dance_jax.placement.visit import MAX_SERVERS
 
 #: (decode rows, slice rows) of a compiled step, on each device.
 Bucket = tuple[int, int]
@@ -190,10 +190,9 @@ class Scenario:
     @functools.cached_property
     def order(self) -> np.ndarray:
         """In which order each server prefers to call the others: int32 [servers, servers]."""
-        state_n, round_n = _state_seconds(self.servers, self.model), _round_seconds(self.servers)
         call_n = np.array([server.speed.call for server in self.servers])
-        state_nm = np.maximum(state_n[:, None], state_n)
-        return preferences(round_n[:, None] + round_n + state_nm + call_n)
+        round_n = None if self.lock_step else _round_seconds(self.servers)
+        return call_order(_state_seconds(self.servers, self.model), call_n, round_n)
 
 
 def cost_of(servers: Sequence[Server], model: Model, lock_step: bool) -> Cost:
