@@ -82,6 +82,7 @@ def _between(first: Sample, last: Sample, server: int) -> Work:
     return Work(
         steps=round(spent("steps")),
         buckets=+buckets,
+        positions=round(spent("positions")),
         calls=round(spent("served")),
         messages=round(spent("messages")),
         rows=round(spent("rows")),

@@ -50,6 +50,8 @@ class Sample:
     steps: list[float]
     #: By bucket, as in `engine.report.EngineReport.bucket_steps`, and server.
     bucket_steps: dict[str, list[float]]
+    #: Positions that tokens attended to.
+    positions: list[float]
     #: Expert calls that its devices computed; messages with calls that it sent, and those that it
     #: answered; rows in them; calls that were late, and went to others too.
     served: list[float]
@@ -188,6 +190,7 @@ async def sample(api: Api, origin: float, wire: Callable[[], list[float]] = _not
         tokens=both("prompt_tokens_total", "generation_tokens_total"),
         steps=each("steps_total"),
         bucket_steps={b: each("bucket_steps_total", bucket=b) for b in buckets},
+        positions=each("attended_positions_total"),
         served=each("expert_calls_served_total"),
         messages=both("peer_calls_total", "peer_answered_total"),
         rows=both("peer_rows_total", "peer_answered_rows_total"),

@@ -3,13 +3,15 @@
 Whatever a server computes, for its own steps or for others' calls, costs processor seconds, and
 these are the same whether something stops it meanwhile or not. Over windows w of a run:
 
-    processor_s[w] = sum over buckets b of bucket[b] x steps[w, b]
+    processor_s[w] = sum over buckets b of bucket[b] x steps[w, b] + position x positions[w]
                      + call x calls[w] + message x messages[w] + row x rows[w]
 
-Every device computes the whole bucket, so a step takes bucket[b] / devices where nothing stops it;
-with what it takes to schedule it and to make text of it. Windows have to differ: a server that only
-answers, one with long prompts, one with many short requests. No speed is below 0: a term that would
-be is left out. `Server.delay` comes from a ping, `Speed.request` from a request on an idle cluster.
+A bucket is a whole step with all that belongs to it, scheduling and text included, but for
+attention, which grows with the positions that tokens attend to. Every device computes the whole
+bucket, so a step takes bucket[b] / devices where nothing stops it. Windows have to differ: a server
+that only answers, one with long prompts, one with many short requests. No speed is below 0: a term
+that would be is left out. `Server.delay` comes from a ping, `Speed.request` from a request on an
+idle cluster.
 """
 
 from __future__ import annotations
@@ -51,7 +53,7 @@ def fit(windows: Sequence[Work], devices: int, block_size: int) -> Fitted:
     if not buckets:
         raise UserError("fit: no steps were measured")
     amounts = {f"bucket {b}": [window.buckets[b] for window in windows] for b in buckets}
-    others = ("calls", "messages", "rows")
+    others = ("positions", "calls", "messages", "rows")
     amounts |= {name: [getattr(window, name) for window in windows] for name in others}
     cost, error = solve([window.processor_s for window in windows], amounts)
     step_s = {bucket: cost[f"bucket {bucket}"] / devices for bucket in buckets}
@@ -60,6 +62,7 @@ def fit(windows: Sequence[Work], devices: int, block_size: int) -> Fitted:
     speed = Speed(
         token=sum(n * step_s[bucket] for bucket, n in steps.items()) / tokens,
         buckets=step_s,
+        position=cost["positions"],
         call=cost["calls"],
         message=cost["messages"],
         row=cost["rows"],

@@ -132,6 +132,7 @@ class Engine:
         )
         layers, servers = len(model.moe_layers), len(devices)
         self.steps = self.tokens = self.prompt_tokens = self.generation_tokens = 0
+        self._positions = 0
         self._traffic = self._new_traffic(layers, servers)
         self.clock = StepClock(self._traffic.inside)
         #: Draws what steps do; None: nobody wants it.
@@ -398,6 +399,7 @@ class Engine:
             * self.runner.model_config.state_bytes,
             prompt_tokens=self.prompt_tokens,
             generation_tokens=self.generation_tokens,
+            positions=self._positions,
             calls_local=calls_local,
             calls_remote=calls_remote,
             transfers=int(totals.transfers.sum()),
@@ -454,6 +456,7 @@ class Engine:
         decoded = sum(row.index < plan.decode for row in rows)
         self.prompt_tokens += plan.num_tokens - decoded
         self.generation_tokens += sum(row.sample for row in rows)
+        self._positions += sum(row.positions for row in rows)
         self._traffic.add(crossed)
         if self._routes.wanted and not plan.empty:
             self._sample_routes(plan, extras)

@@ -84,6 +84,8 @@ class EngineReport(msgspec.Struct):
     #: layer and step; see `traffic.Totals`.
     rows: int = 0
     busiest_rows: int = 0
+    #: Positions that tokens attended to, each its own and all before it.
+    positions: int = 0
     #: Steps by what was compiled for them, "decode rows+slice rows".
     bucket_steps: dict[str, int] = {}
     #: Expert calls that this server's devices computed, for its own tokens and others', and the

@@ -47,6 +47,12 @@ class Row:
     #: All known tokens are then computed, so the next one is sampled from the last one's logits.
     sample: bool
 
+    @property
+    def positions(self) -> int:
+        """Positions that the tokens attend to, each its own and all before it, added up."""
+        count = len(self.tokens)
+        return count * self.start + count * (count + 1) // 2
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class StepPlan:

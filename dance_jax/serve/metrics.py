@@ -258,6 +258,7 @@ class _EngineMetrics(Collector):
             ("prefix_cache_hits", "Prompt tokens found in the cache", report.prefix_hits),
             ("prompt_tokens", "Prompt tokens computed", report.prompt_tokens),
             ("generation_tokens", "Tokens sampled", report.generation_tokens),
+            ("attended_positions", "Positions that tokens attended to", report.positions),
             ("transfers", "Hidden states sent to other servers", report.transfers),
             (
                 "busiest_transfers",

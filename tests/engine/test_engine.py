@@ -133,7 +133,10 @@ def test_reports_add_up(engine: Engine):
     run(engine, [(job, job.request("r"))])
     after, steps = engine.report(), np.array(engine.stats().step_rows) - steps_before
     assert after.generation_tokens - before.generation_tokens == 7
-    assert after.prompt_tokens - before.prompt_tokens + after.prefix_hits - before.prefix_hits == 38
+    known = after.prefix_hits - before.prefix_hits
+    assert after.prompt_tokens - before.prompt_tokens + known == 38
+    # The last token that is sampled is computed by nobody.
+    assert after.positions - before.positions == sum(range(known + 1, 38 + 7))
     computed = after.prompt_tokens - before.prompt_tokens + 6
     # Six steps of one row, and before them slices of the prompt.
     (one, alone), *larger = steps.tolist()

@@ -38,6 +38,7 @@ def sample(at_s: float, local: float, remote: float, migrations: int = 0) -> Sam
         cpu_s=[],
         steps=[0.0] * 2,
         bucket_steps={},
+        positions=[0.0] * 2,
         served=[0.0] * 2,
         longest_step_s=[0.0] * 2,
         version=1 + migrations,

@@ -57,6 +57,7 @@ def sample(at_s: float, share: float, sent: float) -> Sample:
         tokens=[100.0 if at_s else 0.0] * 2,
         steps=[at_s * 5] * 2,
         bucket_steps={},
+        positions=[0.0] * 2,
         served=[0.0] * 2,
         messages=[0.0] * 2,
         rows=[0.0] * 2,
@@ -190,11 +191,13 @@ def test_runs_are_simulated_with_their_own_speeds(activations: Activations) -> N
         served=[300.0, 500.0],
         messages=[20.0, 30.0],
         rows=[40.0, 70.0],
+        positions=[900.0, 0.0],
     )
     work = work_of(Watched([], [first, last], None))
     (alpha,), (beta,) = work
     assert alpha.buckets == {(4, 0): 4, (16, 1): 3} and beta.buckets == {(4, 0): 5}
     assert (alpha.steps, alpha.calls, alpha.messages, alpha.rows) == (7, 300, 20, 40)
+    assert alpha.positions == 900
     # Four of the parts, in which nothing is waited for.
     assert alpha.computing_s == pytest.approx(4.0) and beta.computing_s == pytest.approx(8.0)
     assert (alpha.processor_s, beta.processor_s) == (2.5, 5.0)
@@ -276,7 +279,7 @@ def test_runs_are_kept(
     uniform = placed("uniform", activations, [1, 1], 20, CallCost.reference([1, 1], K), 0)
     plan = Plan(tuple(Call(n % 2, [1] * 30, 5, float(n)) for n in range(4)), 0.0)
     work = tuple(
-        Work(10, collections.Counter({b: 10}), calls, messages, computing_s=0.9, processor_s=s)
+        Work(10, collections.Counter({b: 10}), 0, calls, messages, computing_s=0.9, processor_s=s)
         for b, calls, messages, s in (
             ((4, 0), 100, 10, 0.5), ((16, 1), 300, 30, 0.9), ((16, 1), 500, 10, 0.8),
             ((16, 1), 700, 90, 1.4),

@@ -78,6 +78,10 @@ def test_steps_are_those_of_the_engine_s_scheduler(
                 key = (int(row.sequence.request_id), device)
                 expected[key] = expected.get(key, 0) + len(row.tokens)
         assert {(s.request, s.device): count for s, count in plan.work} == expected
+        if plan.work:
+            assert list(plan.positions) == [
+                sum(row.positions for row in rows) for rows in engine_plan.entries
+            ]
         compared += bool(plan.work)
         theirs.commit(engine_plan)
         for row in (row for rows in engine_plan.entries for row in rows if row.sample):
@@ -96,13 +100,16 @@ def test_steps_are_those_of_the_engine_s_scheduler(
 @MODES
 def test_one_server_alone(lock_step: bool) -> None:
     # 50 tokens are 7 blocks: slices of 3, 3 and 1 blocks (the smaller bucket), then 4 decodes.
-    speed = Speed(step=1.0, token=0.1, call=0.01, expert=0.5, request=3.0)
+    speed = Speed(step=1.0, token=0.1, position=0.001, call=0.01, expert=0.5, request=3.0)
     buckets = {(2, 0): 7.0}
+    prompt, decodes = sum(range(1, 51)) * 0.001, sum(range(51, 55)) * 0.001
     slices = [(4 + 24) * 0.1] * 2 + [(4 + 8) * 0.1]
     calls = (50 + 4) * MODEL.layers * 2 * 0.01
     weights = 7 * MODEL.layers * 2 * 0.5
-    first = 3 * 1.0 + sum(slices) + 50 * MODEL.layers * 2 * 0.01 + 3 * MODEL.layers * 2 * 0.5
-    last = 7 * 1.0 + sum(slices) + 4 * 7.0 + calls + weights
+    first = (
+        3 * 1.0 + sum(slices) + prompt + 50 * MODEL.layers * 2 * 0.01 + 3 * MODEL.layers * 2 * 0.5
+    )
+    last = 7 * 1.0 + sum(slices) + prompt + 4 * 7.0 + decodes + calls + weights
     result = simulate(
         scenario(
             requests=[(5.0, 0, 50, 5)],

@@ -156,7 +156,8 @@ def check_work(case: Scenario, result: Result) -> None:
         steps_s = result.compute_seconds[n] + result.communicate_seconds[n]
         assert 0 <= work.computing_s <= steps_s * (1 + 1e-9)
         speed = case.servers[n].speed
-        trunk_s = sum(speed.trunk(b, CONFIG.block_size) * c for b, c in work.buckets.items())
+        trunk_s = sum(speed.trunk(b, 0, CONFIG.block_size) * c for b, c in work.buckets.items())
+        trunk_s += speed.position * work.positions / case.devices[n]
         assert work.computing_s >= (trunk_s + speed.step * work.steps) * (1 - 1e-9)
         # Nobody has more processors than its quota, or than devices and the thread beside them.
         most = min(speed.quota, case.devices[n] + case.servers[n].beside)

@@ -16,7 +16,9 @@ from tests.placement.simulated import CONFIG, held, scenario
 MODEL = Model(layers=3, experts=8, top_k=2, state_bytes=100)
 #: Seconds of a step in each: in no proportion to its tokens.
 BUCKETS = dict(zip(CONFIG.buckets, (0.3, 0.4, 0.8, 1.3), strict=True))
-SPEED = Speed(buckets=BUCKETS, call=0.02, message=0.03, row=0.01, quota=0.5, burst=0.2)
+SPEED = Speed(
+    buckets=BUCKETS, position=0.001, call=0.02, message=0.03, row=0.01, quota=0.5, burst=0.2
+)
 SERVERS = (
     Server(1, 24, SPEED, bandwidth=8e4, beside=True),
     Server(2, 24, dataclasses.replace(SPEED, call=0.01, message=0.05), bandwidth=4e4),
@@ -49,7 +51,7 @@ def test_known_speeds_are_found_again(rank: int) -> None:
     assert sum(w.computing_s for w in work) > sum(w.processor_s for w in work) / server.devices
     fitted = fit(work, server.devices, CONFIG.block_size)
     assert fitted.speed.buckets == pytest.approx(BUCKETS)
-    for name in ("call", "message", "row"):
+    for name in ("position", "call", "message", "row"):
         assert getattr(fitted.speed, name) == pytest.approx(getattr(server.speed, name)), name
     assert fitted.error < 1e-9
     # A bucket that was not seen costs by its tokens, less than the greatest that was.

@@ -17,8 +17,8 @@ Ways to serve:
 
 Requests become steps by the engine's own rule (batches.py). What is left out:
 
-- Blocks of the KV cache never run out, no prompt begins like another, and a step's trunk costs the
-  same however long the contexts are, in each layer as much as in the others.
+- Blocks of the KV cache never run out, no prompt begins like another, and a step's trunk costs as
+  much in each layer as in the others.
 - A link takes rows at its rate in each direction, nothing is lost, and TCP is at its full rate at
   once.
 - A request's tokens are consecutive rows of its server's routes, from a random one on.

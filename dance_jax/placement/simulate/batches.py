@@ -42,9 +42,11 @@ class Plan(NamedTuple):
     work: list[tuple[Sequence, int]]
     #: Some of it is a decode.
     decoding: bool
+    #: Positions that the tokens of each device attend to, each its own and all before it.
+    positions: tuple[int, ...]
 
 
-NOTHING = Plan((0, 0), [], False)
+NOTHING = Plan((0, 0), [], False, ())
 
 
 class Batches:
@@ -74,9 +76,9 @@ class Batches:
             return NOTHING
         self._admit()
         most_rows = self._most_rows(others_decode)
-        work, decodes, rows = [], 0, 0
+        work, decodes, rows, positions = [], 0, 0, []
         for running in self._running:
-            own_decodes, left = 0, most_rows
+            own_decodes, left, begin = 0, most_rows, len(work)
             for sequence in running:
                 if not sequence.prefilling:
                     own_decodes += 1
@@ -87,7 +89,10 @@ class Batches:
                     work.append((sequence, min(count * size, pending)))
                     left -= count
             decodes, rows = max(decodes, own_decodes), max(rows, most_rows - left)
-        return Plan(self._bucket(decodes, rows), work, decodes > 0)
+            positions.append(
+                sum(n * sequence.computed + n * (n + 1) // 2 for sequence, n in work[begin:])
+            )
+        return Plan(self._bucket(decodes, rows), work, decodes > 0, tuple(positions))
 
     def commit(self, plan: Plan) -> list[Sequence]:
         """The step ran; returns the sequences that got a token, among them those that are done."""

@@ -193,28 +193,35 @@ class Servers:
     def _steps(self, server: int) -> Steps:
         """All steps until there is nothing to do."""
         now = yield None
+        size, layers = self.scenario.config.block_size, self.scenario.model.layers
         speed, batches, work = (
             self._speeds[server], self.batches[server], self.work[server]
         )  # fmt: skip
         while (plan := batches.schedule()).work:
-            trunk = speed.trunk(plan.bucket, self.scenario.config.block_size)
+            trunks = [
+                speed.trunk(plan.bucket, positions, size) / layers for positions in plan.positions
+            ]
             began = now
             for groups in self.planner.layers(server, plan):
-                now = yield from self._layer(groups, now, trunk / self.scenario.model.layers)
+                now = yield from self._layer(groups, now, trunks)
             now = yield self._own(server, now, self._host(server, now, speed.step))
             self.book.tokens(batches.commit(plan), now)
             self.book.compute[server] += now - began
             work.steps += 1
             work.buckets[plan.bucket] += 1
+            work.positions += sum(plan.positions)
 
-    def _layer(self, groups: tuple[Group, ...], now: float, trunk: float) -> Steps:
-        """One layer; a group's calls are out while what follows is computed."""
+    def _layer(self, groups: tuple[Group, ...], now: float, trunks: list[float]) -> Steps:
+        """One layer, whose trunk takes so long on each device; a group's calls are out while what
+        follows is computed."""
         server, mark = groups[0].server, now
-        first, *others = self.own[server]
         for group in groups:
-            part = trunk / len(groups)
-            packing = self._packing(server, group.calls)
-            jobs = [(first, part + packing), *((device, part) for device in others)]
+            jobs = [
+                (device, trunk / len(groups))
+                for device, trunk in zip(self.own[server], trunks, strict=True)
+            ]
+            first, part = jobs[0]
+            jobs[0] = first, part + self._packing(server, group.calls)
             now = yield self._own(server, now, self.compute(server, now, jobs))
             if group.calls:
                 self.callees.call(group, now)

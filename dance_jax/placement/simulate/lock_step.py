@@ -290,7 +290,9 @@ class Cluster:
         """`Layers.trunk_n`."""
         config = self.scenario.config
         seconds = [
-            server.speed.trunk(self._bucket(plan), config.block_size)
+            server.speed.trunk(
+                self._bucket(plan), max(plan.positions, default=0), config.block_size
+            )
             for server, plan in zip(self.scenario.servers, plans, strict=True)
         ]
         return np.array(seconds) / self.scenario.model.layers

@@ -35,6 +35,8 @@ class Work:
     steps: int = 0
     #: Steps in each bucket.
     buckets: collections.Counter[Bucket] = dataclasses.field(default_factory=collections.Counter)
+    #: Positions that its tokens attended to, each its own and all before it.
+    positions: int = 0
     #: Expert calls on its devices, for its own tokens and others'.
     calls: int = 0
     #: Messages with calls that it sent, and those that it answered; rows in them.

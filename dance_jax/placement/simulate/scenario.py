@@ -25,7 +25,8 @@ Messages = Literal["server", "expert"]
 class Speed:
     """How fast a server computes; numbers are seconds, at least 0.
 
-    The trunk (attention, norms, routers, shared experts, head) costs by bucket, padding included.
+    The trunk (attention, norms, routers, shared experts, head) costs by bucket, padding included,
+    and by the positions that tokens attend to.
     """
 
     #: Of every step besides the rest: scheduling, dispatch, sampling, output.
@@ -34,6 +35,8 @@ class Speed:
     token: float = 0.0
     #: Trunk of a whole step in a bucket, where it was measured.
     buckets: Mapping[Bucket, float] = dataclasses.field(default_factory=dict)
+    #: Of each position that a token attends to, all layers together.
+    position: float = 0.0
     #: Of an expert call: a token through an expert.
     call: float = 0.0
     #: Of each expert that has any call in a step: its weights are read once.
@@ -53,10 +56,12 @@ class Speed:
     #: Processor seconds that a server which rested has saved, and uses beside its quota.
     burst: float = 0.0
 
-    def trunk(self, bucket: Bucket, block_size: int) -> float:
-        """Seconds of the trunk in a step of this bucket."""
+    def trunk(self, bucket: Bucket, positions: int, block_size: int) -> float:
+        """Seconds of the trunk on a device, in a step of this bucket whose tokens there attend to
+        so many positions."""
         decode, rows = bucket
-        return self.buckets.get(bucket, self.token * (decode + rows * block_size))
+        seconds = self.buckets.get(bucket, self.token * (decode + rows * block_size))
+        return seconds + self.position * positions
 
 
 @dataclasses.dataclass(frozen=True)
