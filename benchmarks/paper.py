@@ -64,8 +64,8 @@ from dance_jax.placement import Activations, CallCost, Cost, LockStepCost
 from dance_jax.placement.simulate import Model
 from dance_jax.placement.spare import reserve
 
-#: All of the paper's and ours; the first one shows what a call costs.
-MATRIX = ("uniform", "redundance", "smartmoe", "eplb", "dance", "optimal", "latency")
+#: All of the paper's and ours; the first one shows what an expert call costs.
+MATRIX = ("uniform", "redundance", "smartmoe", "eplb", "dance", "optimal", "layers", "latency")
 #: Prompts of each server, and tokens of each answer, that placements are fitted to.
 FIT_PROMPTS, FIT_TOKENS = 60, 32
 WIDTH = 170
@@ -88,6 +88,8 @@ def parser() -> argparse.ArgumentParser:
     others = ", ".join(f"{shape.memory} of a {name}" for name, shape in SHAPES.items())
     add("--memory", type=positive, help=f"experts that fit, of all ({MEMORY}; {others})")
     add("--tasks", type=pathlib.Path, metavar="DIR", help="*.jsonl with prompts (examples/tasks)")
+    several = "so many hosts of one device, whose users have the tasks in turn"
+    add("--hosts", type=count, metavar="N", help=f"{several} (three, of 1, 1 and 2 devices)")
     add("--workloads", type=list_of(str), metavar="A,B", help="(all)")
     add(
         "--links",
@@ -144,7 +146,7 @@ def outside(options: argparse.Namespace, words: Sequence[str], console: Console)
     """The same command on a testbed, which is made for it like the model of --shape."""
     with model_of(options) as directory:
         work = check(options, directory)
-        hosts = hosts_like(hosts_text(work.experts, work.memory))
+        hosts = hosts_like(work.hosts)
         made = ["--model", str(directory)] if options.shape else []
         with testbed(
             options.name, hosts, options.links[0], options.cores, console, options.round_trip
@@ -172,18 +174,19 @@ def model_of(options: argparse.Namespace) -> Iterator[pathlib.Path]:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """The model, what fits of its experts, and what is asked of it."""
+    """The model, the hosts that share its experts, and what is asked of them.
+
+    Attributes:
+        memory: experts that fit, of all.
+        hosts: text of a hosts file.
+    """
 
     directory: pathlib.Path
     memory: float
+    hosts: str
     model: ModelConfig
     config: EngineConfig
     workloads: list[Workload]
-
-    @property
-    def experts(self) -> int:
-        """Of all layers."""
-        return len(self.model.moe_layers) * self.model.num_experts
 
 
 def check_files(options: argparse.Namespace) -> None:
@@ -216,7 +219,11 @@ def check(options: argparse.Namespace, directory: pathlib.Path) -> Work:
     memory = usual if options.memory is None else options.memory
     model = outline(directory)
     config = engine_config(model.config, formats=model.formats)
-    return Work(directory, memory, model.config, config, workloads)
+    experts = len(model.config.moe_layers) * model.config.num_experts
+    hosts = hosts_text(experts, memory, options.hosts)
+    if options.hosts is not None:
+        workloads = [workload.on(options.hosts) for workload in workloads]
+    return Work(directory, memory, hosts, model.config, config, workloads)
 
 
 class Evaluation:
@@ -248,7 +255,7 @@ class Evaluation:
         with tempfile.TemporaryDirectory(prefix="dance-jax-paper-") as directory:
             folder = pathlib.Path(directory)
             hosts = folder / "hosts.txt"
-            hosts.write_text(hosts_text(self._work.experts, self._work.memory))
+            hosts.write_text(self._work.hosts)
             old = self._options.old
             self._place = Place(hosts, self._bed, ROOT if old is None else old.absolute())
             counted = [self._count(workload, folder) for workload in self._work.workloads]

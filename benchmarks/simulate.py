@@ -30,7 +30,7 @@ from rich.console import Console
 
 import benchmarks.simulation
 import dance_jax.placement.simulate
-from benchmarks.arguments import add_folder, add_seed, check_folder, some_of
+from benchmarks.arguments import add_folder, add_seed, check_folder, count, some_of
 from benchmarks.command import exit_code, say, terminal
 from benchmarks.simulation import clusters, plots, runs, tables
 from benchmarks.simulation.runs import Run, Sweep
@@ -90,10 +90,18 @@ def parser() -> argparse.ArgumentParser:
         help="of the sweep: mean seconds between two requests of a server (8,10,15)",
     )
     add(
+        "--requests",
+        type=count,
+        default=swept.requests,
+        help="of a run of the sweep at least (%(default)s)",
+    )
+    add(
         "--lock-step",
         action="store_true",
         help=f"sweep servers in lock step too, to {clusters.MOST_DEVICES} devices",
     )
+    jobs = "clusters of the sweep that are simulated at once, each by a process (a core each)"
+    add("--jobs", type=count, default=os.cpu_count() or 1, metavar="N", help=jobs)
     add_seed(parser, "of tasks, requests and policies")
     return parser
 
@@ -176,9 +184,10 @@ def _runs(section: str, options: argparse.Namespace) -> Iterable[Run]:
         options.bandwidths,
         options.intervals,
         options.sweep_policies,
+        options.requests,
         options.lock_step,
     )
-    return runs.sweep(what, options.seed, say)
+    return runs.sweep(what, options.seed, say, options.jobs)
 
 
 def _print(console: Console, section: str, measured: list[Run]) -> None:

@@ -19,7 +19,7 @@ from dance_jax.placement.cost import Cost
 from dance_jax.placement.migration import halves
 from dance_jax.placement.spare import reserve
 
-#: Devices of the servers, as in the paper, and names.
+#: Names and devices of the servers, as in the paper.
 DEVICES = {"alpha": 1, "beta": 1, "gamma": 2}
 #: The three tasks of BIG-bench that the paper's servers are asked for; tasks that differ more.
 BIG_BENCH = ("abstract_narrative_understanding", "arithmetic", "ascii_word_recognition")
@@ -37,6 +37,10 @@ class Workload:
 
     name: str
     tasks: tuple[Task, ...]
+
+    def on(self, servers: int) -> Workload:
+        """For so many servers, whose users have the tasks in turn."""
+        return Workload(self.name, tuple(itertools.islice(itertools.cycle(self.tasks), servers)))
 
 
 def read_workloads(directory: pathlib.Path | None, examples: pathlib.Path) -> list[Workload]:
@@ -59,22 +63,24 @@ def read_workloads(directory: pathlib.Path | None, examples: pathlib.Path) -> li
     ]
 
 
-def hosts_text(experts: int, memory: float) -> str:
+def hosts_text(experts: int, memory: float, hosts: int | None = None) -> str:
     """A hosts file whose servers hold `memory` times the experts, each device about the same.
 
     Spare slots, by which placements are swapped, come on top.
 
     Args:
         experts: of all layers.
+        hosts: how many, of one device each; None: the paper's three.
 
     Raises:
         UserError: it is too little for all experts.
     """
     if memory < 1:
         raise UserError(f"--memory {memory:g}: at least 1 is needed, so that all experts live")
-    held = math.ceil(round(experts * memory) / sum(DEVICES.values()))
+    devices = DEVICES if hosts is None else {f"host{n}": 1 for n in range(1, hosts + 1)}
+    held = math.ceil(round(experts * memory) / sum(devices.values()))
     slots = next(slots for slots in itertools.count(held) if slots - reserve(slots) == held)
-    lines = (f"{name} address=localhost devices={n} experts={slots}" for name, n in DEVICES.items())
+    lines = (f"{name} address=localhost devices={n} experts={slots}" for name, n in devices.items())
     return "\n".join(lines) + "\n"
 
 

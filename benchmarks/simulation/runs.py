@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
+import multiprocessing
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 
 from benchmarks.policies.setups import Part, halves
 from benchmarks.policies.traces import read_trace
@@ -20,13 +24,17 @@ from .clusters import Tasks
 #: What others are compared with.
 BASELINE = "eplb"
 REFERENCE_BPS, REFERENCE_INTERVAL_S = 500e6, 10.0
-WAYS: tuple[tuple[bool, Messages], ...] = (
+#: In lock step or not, and what a message is for.
+Way = tuple[bool, Messages]
+WAYS: tuple[Way, ...] = (
     (False, "expert"),
     (False, "server"),
     (True, "expert"),
     (True, "server"),
 )
-#: Requests of a run: at least so many, and so many of each server.
+#: Those that are swept, of servers that step on their own and of others.
+SWEPT: dict[bool, tuple[Way, ...]] = {False: WAYS[:2], True: WAYS[3:]}
+#: Requests of a run; in a sweep at least so many of each server.
 REQUESTS, EACH = 300, 5
 #: Requests of a recorded trace, and the mean seconds between two of one server to which they are
 #: slowed down: the services in it have more machines and no slow links.
@@ -57,7 +65,7 @@ class Run:
     #: Mean seconds between two requests of one server.
     interval_s: float
     lock_step: bool
-    messages: str
+    messages: Messages
     requests: int
     mean: float
     p50: float
@@ -83,9 +91,14 @@ class Run:
     wall_s: float
 
     @property
+    def serving(self) -> Way:
+        """How servers step and send."""
+        return self.lock_step, self.messages
+
+    @property
     def way(self) -> str:
-        """How servers step and send, in words."""
-        return way(self.lock_step, self.messages)
+        """The same in words."""
+        return way(*self.serving)
 
     @property
     def busiest_device(self) -> float:
@@ -238,30 +251,52 @@ class Sweep:
     bandwidths: tuple[float, ...] = (100e6, 300e6, 1000e6)
     intervals_s: tuple[float, ...] = (8.0, 10.0, 15.0)
     policies: tuple[str, ...] = (BASELINE, "dance", "latency")
+    #: Of a run at least.
+    requests: int = REQUESTS
     #: In lock step as well, as far as a cluster can be.
     lock_step: bool = False
 
-    @property
-    def ways(self) -> list[tuple[bool, Messages]]:
-        """As the paper's system serves, then as this engine does."""
-        ways: list[tuple[bool, Messages]] = [(False, "expert"), (False, "server")]
-        return [*ways, (True, "server")] if self.lock_step else ways
+    def cells(self) -> list[tuple[bool, int, float]]:
+        """Lock step, devices and bandwidth of each cluster; the largest, which takes longest, is
+        the first."""
+        sizes = {(False, count) for count in self.devices}
+        if self.lock_step:
+            sizes |= {(True, min(count, clusters.MOST_DEVICES)) for count in self.devices}
+        cells = [(*size, bandwidth) for size in sizes for bandwidth in self.bandwidths]
+        return sorted(cells, key=lambda cell: cell[1], reverse=True)
 
 
-def sweep(what: Sweep, seed: int, say: Callable[[str], None]) -> Iterator[Run]:
-    """Each cluster's tasks are made once, and its placements."""
-    model = clusters.DEEPSEEK_V2_LITE
-    for lock_step, messages in what.ways:
-        most = clusters.MOST_DEVICES if lock_step else max(what.devices)
-        for count in sorted({min(count, most) for count in what.devices}):
-            devices = clusters.devices_of(count)
-            tasks = clusters.skewed_tasks(len(devices), model, seed)
-            number = max(REQUESTS, EACH * len(devices))
-            for bandwidth in what.bandwidths:
-                servers = clusters.servers_with(devices, model, bandwidth)
-                case = Case("sweep", "skewed tasks", servers, model, tasks, seed)
-                say(f"sweep: {count} devices, {bandwidth / 1e6:g} Mbps, {way(lock_step, messages)}")
-                for interval_s in what.intervals_s:
-                    requests = clusters.poisson_requests(len(devices), interval_s, number, seed)
-                    for policy in what.policies:
-                        yield case.run(policy, requests, interval_s, lock_step, messages)
+def sweep(what: Sweep, seed: int, say: Callable[[str], None], jobs: int = 1) -> Iterator[Run]:
+    """As the paper's system serves, then as this engine does, then in lock step.
+
+    Args:
+        jobs: clusters that are simulated at once, each by a process of its own.
+    """
+    cells, found = what.cells(), []
+    with contextlib.ExitStack() as stack:
+        each = map
+        if jobs > 1:
+            # A fork would share the threads of jax.
+            spawn = multiprocessing.get_context("spawn")
+            each = stack.enter_context(ProcessPoolExecutor(jobs, mp_context=spawn)).map
+        results = each(functools.partial(_cell, what, seed), cells)
+        for (_, count, bandwidth), runs in zip(cells, results, strict=True):
+            found += runs
+            say(f"sweep: {count} devices, {bandwidth / 1e6:g} Mbps: {len(runs)} runs")
+    yield from sorted(found, key=lambda run: (WAYS.index(run.serving), run.devices, run.bandwidth))
+
+
+def _cell(what: Sweep, seed: int, cell: tuple[bool, int, float]) -> list[Run]:
+    """One cluster, whose tasks and placements are made once."""
+    lock_step, count, bandwidth = cell
+    devices, model = clusters.devices_of(count), clusters.DEEPSEEK_V2_LITE
+    tasks = clusters.skewed_tasks(len(devices), model, seed)
+    servers = clusters.servers_with(devices, model, bandwidth)
+    case = Case("sweep", "skewed tasks", servers, model, tasks, seed)
+    number = max(what.requests, EACH * len(devices))
+    found = []
+    for interval_s in what.intervals_s:
+        requests = clusters.poisson_requests(len(devices), interval_s, number, seed)
+        for way in SWEPT[lock_step]:
+            found += [case.run(p, requests, interval_s, *way) for p in what.policies]
+    return found

@@ -23,8 +23,8 @@ from benchmarks.evaluation.quota import TYPICAL_S, with_quotas
 from benchmarks.evaluation.runs import Runs
 from benchmarks.evaluation.shapes import SHAPES
 from benchmarks.evaluation.weight import nearest, weights_of
-from benchmarks.evaluation.workloads import Placed, hosts_text, placed, read_workloads
-from benchmarks.live.tasks import Plan
+from benchmarks.evaluation.workloads import Placed, Workload, hosts_text, placed, read_workloads
+from benchmarks.live.tasks import Plan, Task
 from benchmarks.live.watch import COMPUTING, PARTS, Sample, Watched
 from benchmarks.paper import MATRIX, check, main, parser
 from benchmarks.serving.client import Answer, Call
@@ -106,11 +106,14 @@ def cells(activations: Activations) -> list[Cell]:
 
 
 def test_servers_hold_what_they_are_told_to() -> None:
-    spec = parse_hosts(hosts_text(320, 1.32))
-    assert spec.devices == (1, 1, 2)
-    slots = [server.experts or 0 for server in spec.servers]
-    held = np.dot(spec.devices, [each - reserve(each) for each in slots])
-    assert 1.32 * 320 <= held < 1.32 * 320 + 4
+    for hosts, devices in ((None, (1, 1, 2)), (5, (1,) * 5)):
+        spec = parse_hosts(hosts_text(320, 1.32, hosts))
+        assert spec.devices == devices
+        slots = [server.experts or 0 for server in spec.servers]
+        held = np.dot(spec.devices, [each - reserve(each) for each in slots])
+        assert 1.32 * 320 <= held < 1.32 * 320 + sum(devices)
+    tasks = (Task("a", ("1",), ("2",)), Task("b", ("3",), ("4",)))
+    assert [task.name for task in Workload("w", tasks).on(5).tasks] == list("ababa")
     with pytest.raises(UserError, match="at least 1"):
         hosts_text(320, 0.9)
 

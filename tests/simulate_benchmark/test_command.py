@@ -70,6 +70,10 @@ def test_all_sections(
         "--intervals",
         "8",
         "--lock-step",
+        "--requests",
+        "8",
+        "--jobs",
+        "1",
     ]
     assert command.main(arguments) == 0
     out = capsys.readouterr().out
@@ -131,11 +135,20 @@ def test_devices_of_clusters() -> None:
 @pytest.mark.usefixtures("small")
 def test_clusters_in_lock_step_stay_small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clusters, "MOST_DEVICES", 4)
-    what = runs.Sweep((4, 8), (1e9,), (9.0,), ("uniform",), lock_step=True)
+    what = runs.Sweep((4, 8), (1e9,), (9.0,), ("uniform",), 8, lock_step=True)
     found = list(runs.sweep(what, 0, lambda _: None))
     sizes = [(run.lock_step, run.devices) for run in found]
     assert sizes == [(False, 4), (False, 8)] * 2 + [(True, 4)]
-    assert not any(lock_step for lock_step, _ in runs.Sweep().ways)
+    assert not any(lock_step for lock_step, *_ in runs.Sweep().cells())
+
+
+def test_processes_find_what_one_finds() -> None:
+    what = runs.Sweep((4,), (1e9,), (8.0,), ("uniform",), requests=2)
+    one, other = (
+        [dataclasses.replace(run, wall_s=0.0) for run in runs.sweep(what, 0, lambda _: None, jobs)]
+        for jobs in (1, 2)
+    )
+    assert one == other and len(one) == 2
 
 
 def test_devices_hold_what_is_said() -> None:
