@@ -47,6 +47,7 @@ from benchmarks.live.places import Place, count_activations
 from benchmarks.live.tasks import LONGEST_SALT, Askers, write_fit
 from benchmarks.live.watch import load, put
 from benchmarks.namespaces import Testbed, hosts_like, parse_rate, show_rate
+from benchmarks.namespaces.hosts import MAX_HOSTS
 from benchmarks.namespaces.temporary import add_bed, add_testbed, again_on, testbed
 from benchmarks.serving.client import Api
 from benchmarks.serving.cluster import ROOT, ClusterError
@@ -88,7 +89,7 @@ def parser() -> argparse.ArgumentParser:
     others = ", ".join(f"{shape.memory} of a {name}" for name, shape in SHAPES.items())
     add("--memory", type=positive, help=f"experts that fit, of all ({MEMORY}; {others})")
     add("--tasks", type=pathlib.Path, metavar="DIR", help="*.jsonl with prompts (examples/tasks)")
-    several = "so many hosts of one device, whose users have the tasks in turn"
+    several = "this many hosts of one device each; their users are given the tasks in turn"
     add("--hosts", type=count, metavar="N", help=f"{several} (three, of 1, 1 and 2 devices)")
     add("--workloads", type=list_of(str), metavar="A,B", help="(all)")
     add(
@@ -222,6 +223,8 @@ def check(options: argparse.Namespace, directory: pathlib.Path) -> Work:
     experts = len(model.config.moe_layers) * model.config.num_experts
     hosts = hosts_text(experts, memory, options.hosts)
     if options.hosts is not None:
+        if not 2 <= options.hosts <= MAX_HOSTS:
+            raise UserError(f"--hosts {options.hosts}: the evaluation takes 2 to {MAX_HOSTS}")
         workloads = [workload.on(options.hosts) for workload in workloads]
     return Work(directory, memory, hosts, model.config, config, workloads)
 

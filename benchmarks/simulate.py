@@ -93,14 +93,14 @@ def parser() -> argparse.ArgumentParser:
         "--requests",
         type=count,
         default=swept.requests,
-        help="of a run of the sweep at least (%(default)s)",
+        help="each run of the sweep has at least this many (%(default)s)",
     )
     add(
         "--lock-step",
         action="store_true",
         help=f"sweep servers in lock step too, to {clusters.MOST_DEVICES} devices",
     )
-    jobs = "clusters of the sweep that are simulated at once, each by a process (a core each)"
+    jobs = "processes, each of which simulates one cluster of the sweep at a time (one per core)"
     add("--jobs", type=count, default=os.cpu_count() or 1, metavar="N", help=jobs)
     add_seed(parser, "of tasks, requests and policies")
     return parser

@@ -26,6 +26,9 @@ the same tasks. Words:
   step on their own. `--save-runs F` keeps what that takes, `--runs F` simulates it again and
   measures nothing.
 
+`--hosts N` takes N hosts of one device each in place of the paper's three, and gives their users
+the tasks in turn.
+
 `--shape mixtral` evaluates a model like Mixtral (8 experts in each layer, 2 of them for a token)
 with random weights, at 1.11 x the experts' memory, in whole slots of all devices 1.125 x,
 not counting the spare slots by which placements are swapped.

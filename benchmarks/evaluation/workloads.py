@@ -39,7 +39,7 @@ class Workload:
     tasks: tuple[Task, ...]
 
     def on(self, servers: int) -> Workload:
-        """For so many servers, whose users have the tasks in turn."""
+        """The workload of this many servers, to which the tasks are given in turn."""
         return Workload(self.name, tuple(itertools.islice(itertools.cycle(self.tasks), servers)))
 
 

@@ -6,8 +6,8 @@ these are the same whether something stops it meanwhile or not. Over windows w o
     processor_s[w] = sum over buckets b of bucket[b] x steps[w, b] + position x positions[w]
                      + call x calls[w] + message x messages[w] + row x rows[w]
 
-A bucket is a whole step with all that belongs to it, scheduling and text included, but for
-attention, which grows with the positions that tokens attend to. Every device computes the whole
+A bucket's cost is that of a whole step, scheduling and text included, without attention. Attention
+costs by the positions that tokens attend to. Every device computes the whole
 bucket, so a step takes bucket[b] / devices where nothing stops it. Windows have to differ: a server
 that only answers, one with long prompts, one with many short requests. No speed is below 0: a term
 that would be is left out. `Server.delay` comes from a ping, `Speed.request` from a request on an

@@ -24,7 +24,7 @@ from .clusters import Tasks
 #: What others are compared with.
 BASELINE = "eplb"
 REFERENCE_BPS, REFERENCE_INTERVAL_S = 500e6, 10.0
-#: In lock step or not, and what a message is for.
+#: Whether servers work in lock step, and what a message is for.
 Way = tuple[bool, Messages]
 WAYS: tuple[Way, ...] = (
     (False, "expert"),
@@ -32,7 +32,7 @@ WAYS: tuple[Way, ...] = (
     (True, "expert"),
     (True, "server"),
 )
-#: Those that are swept, of servers that step on their own and of others.
+#: The ways that a sweep covers: outside lock step (False) and in it (True).
 SWEPT: dict[bool, tuple[Way, ...]] = {False: WAYS[:2], True: WAYS[3:]}
 #: Requests of a run; in a sweep at least so many of each server.
 REQUESTS, EACH = 300, 5
@@ -251,14 +251,14 @@ class Sweep:
     bandwidths: tuple[float, ...] = (100e6, 300e6, 1000e6)
     intervals_s: tuple[float, ...] = (8.0, 10.0, 15.0)
     policies: tuple[str, ...] = (BASELINE, "dance", "latency")
-    #: Of a run at least.
+    #: Each run has at least this many.
     requests: int = REQUESTS
     #: In lock step as well, as far as a cluster can be.
     lock_step: bool = False
 
     def cells(self) -> list[tuple[bool, int, float]]:
-        """Lock step, devices and bandwidth of each cluster; the largest, which takes longest, is
-        the first."""
+        """Each cluster's lock step, devices and bandwidth. The largest cluster comes first, as it
+        takes longest."""
         sizes = {(False, count) for count in self.devices}
         if self.lock_step:
             sizes |= {(True, min(count, clusters.MOST_DEVICES)) for count in self.devices}
@@ -267,10 +267,10 @@ class Sweep:
 
 
 def sweep(what: Sweep, seed: int, say: Callable[[str], None], jobs: int = 1) -> Iterator[Run]:
-    """As the paper's system serves, then as this engine does, then in lock step.
+    """All runs: first as the paper's system serves, then as this engine does, then in lock step.
 
     Args:
-        jobs: clusters that are simulated at once, each by a process of its own.
+        jobs: how many processes simulate clusters; with 1 this process does.
     """
     cells, found = what.cells(), []
     with contextlib.ExitStack() as stack:
@@ -287,7 +287,7 @@ def sweep(what: Sweep, seed: int, say: Callable[[str], None], jobs: int = 1) -> 
 
 
 def _cell(what: Sweep, seed: int, cell: tuple[bool, int, float]) -> list[Run]:
-    """One cluster, whose tasks and placements are made once."""
+    """All runs of one cluster; its tasks and placements are made once."""
     lock_step, count, bandwidth = cell
     devices, model = clusters.devices_of(count), clusters.DEEPSEEK_V2_LITE
     tasks = clusters.skewed_tasks(len(devices), model, seed)

@@ -49,7 +49,7 @@ class Row:
 
     @property
     def positions(self) -> int:
-        """Positions that the tokens attend to, each its own and all before it, added up."""
+        """Positions that the row's tokens attend to: each token's own and all before it, summed."""
         count = len(self.tokens)
         return count * self.start + count * (count + 1) // 2
 

@@ -212,8 +212,11 @@ class Servers:
             work.positions += sum(plan.positions)
 
     def _layer(self, groups: tuple[Group, ...], now: float, trunks: list[float]) -> Steps:
-        """One layer, whose trunk takes so long on each device; a group's calls are out while what
-        follows is computed."""
+        """One layer. While a group's calls are out, the server computes what follows.
+
+        Args:
+            trunks: seconds of the layer's trunk on each device of the server.
+        """
         server, mark = groups[0].server, now
         for group in groups:
             jobs = [

@@ -57,8 +57,11 @@ class Speed:
     burst: float = 0.0
 
     def trunk(self, bucket: Bucket, positions: int, block_size: int) -> float:
-        """Seconds of the trunk on a device, in a step of this bucket whose tokens there attend to
-        so many positions."""
+        """Seconds of the trunk on one device, in a step of this bucket.
+
+        Args:
+            positions: that the device's tokens attend to.
+        """
         decode, rows = bucket
         seconds = self.buckets.get(bucket, self.token * (decode + rows * block_size))
         return seconds + self.position * positions
