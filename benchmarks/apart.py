@@ -33,7 +33,7 @@ from benchmarks.serving.cluster import ROOT, ClusterError
 from benchmarks.serving.http import HttpError
 from benchmarks.serving.report import write_json
 from dance_jax.config import UserError
-from dance_jax.launch.prompts import check_writable
+from dance_jax.launch.cli.prompts import check_writable
 
 LOOPBACK = ("processor", "stopped", "killed")
 #: The last one has a testbed of its own.

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from dance_jax.config import UserError
-from dance_jax.launch.prompts import check_writable
+from dance_jax.launch.cli.prompts import check_writable
 from dance_jax.placement import POLICIES
 
 Value = TypeVar("Value")

@@ -41,8 +41,8 @@ from benchmarks.shifting.results import Results, plain
 from benchmarks.shifting.runs import INTERVALS, SECTIONS, Setting
 from benchmarks.targets import Target
 from dance_jax.config import UserError
-from dance_jax.launch.defaults import demo_dir, engine_config
-from dance_jax.launch.hosts import read_hosts
+from dance_jax.launch.planning.defaults import demo_dir, engine_config
+from dance_jax.launch.planning.hosts import read_hosts
 from dance_jax.models.directory import read_config
 from dance_jax.models.tokenizer import Tokenizer
 

@@ -55,9 +55,9 @@ from benchmarks.serving.http import HttpError
 from benchmarks.serving.report import machine, write_json
 from benchmarks.serving.setting import progress
 from dance_jax.config import ClusterSpec, EngineConfig, UserError
-from dance_jax.launch.costs import cluster_cost, exchanged_bytes
-from dance_jax.launch.defaults import demo_dir, engine_config
-from dance_jax.launch.prompts import check_writable
+from dance_jax.launch.cli.prompts import check_writable
+from dance_jax.launch.planning.costs import cluster_cost, exchanged_bytes
+from dance_jax.launch.planning.defaults import demo_dir, engine_config
 from dance_jax.models.config import ModelConfig
 from dance_jax.models.convert import outline
 from dance_jax.models.tokenizer import Tokenizer

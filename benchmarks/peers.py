@@ -37,7 +37,7 @@ from benchmarks.systems.loads import LOADS, WARM, ask, fit_prompts, measure
 from benchmarks.systems.results import Cell
 from benchmarks.systems.running import FORMATS, SLOTS, Dance, Running, Star, System, about
 from dance_jax.config import UserError
-from dance_jax.launch.prompts import check_writable
+from dance_jax.launch.cli.prompts import check_writable
 
 #: Policies of ours by default: what launch takes, and the paper's.
 OURS = ("latency", "dance")

@@ -42,8 +42,8 @@ from benchmarks.programs.models import Model
 from benchmarks.serving.cluster import Cluster, ClusterError, started
 from benchmarks.serving.http import Address
 from dance_jax.config import UserError
-from dance_jax.launch.cores import available
-from dance_jax.launch.hosts import parse_hosts
+from dance_jax.launch.planning.hosts import parse_hosts
+from dance_jax.launch.worker.cores import available
 from dance_jax.models.checkpoint import Checkpoint
 
 #: Servers, and their shares of the room for experts.

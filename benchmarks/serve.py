@@ -56,9 +56,9 @@ from benchmarks.serving.texts import read_texts, task_files
 from benchmarks.serving.workload import calls_of_prompts, calls_of_texts
 from benchmarks.targets import Target
 from dance_jax.config import ClusterSpec, ServerSpec, UserError
-from dance_jax.launch.defaults import DEFAULT_NUM_SEQS, demo_dir
-from dance_jax.launch.hosts import read_hosts
-from dance_jax.launch.prompts import read_prompts
+from dance_jax.launch.cli.prompts import read_prompts
+from dance_jax.launch.planning.defaults import DEFAULT_NUM_SEQS, demo_dir
+from dance_jax.launch.planning.hosts import read_hosts
 from dance_jax.models.tokenizer import Tokenizer
 
 #: Without --tasks: what the users of the demo's servers ask, as in examples/prompts.jsonl.

@@ -52,7 +52,7 @@ from benchmarks.programs.llama_cpp import LlamaCpp, directory
 from benchmarks.programs.models import Model
 from benchmarks.programs.ours import Ours, OurSide
 from dance_jax.config import UserError
-from dance_jax.launch.cores import available, limited
+from dance_jax.launch.worker.cores import available, limited
 
 DECODE = Work("decode", rows=1, tokens=64)
 BATCH = Work("decode", rows=8, tokens=32)

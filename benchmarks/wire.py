@@ -33,8 +33,8 @@ from rich.table import Table
 
 from benchmarks.command import exit_code, terminal
 from dance_jax.config import EngineConfig
-from dance_jax.launch.costs import exchanged_bytes
-from dance_jax.launch.defaults import demo_dir
+from dance_jax.launch.planning.costs import exchanged_bytes
+from dance_jax.launch.planning.defaults import demo_dir
 from dance_jax.models import native
 from dance_jax.models.attention import Rows
 from dance_jax.models.checkpoint import Checkpoint

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 from dance_jax.cache import private_directory
 from dance_jax.config import ClusterSpec, EngineConfig
 from dance_jax.engine.sequence import OutputDelta, Request
-from dance_jax.launch.trace import TraceFile
+from dance_jax.launch.cluster.trace import TraceFile
 
 if TYPE_CHECKING:
     from dance_jax.engine.engine import Engine
@@ -59,7 +59,7 @@ class InProcess:
         from dance_jax.engine.compile_cache import CompileCache
         from dance_jax.engine.engine import Engine
         from dance_jax.engine.trace import Trace
-        from dance_jax.launch.memory import free_per_device
+        from dance_jax.launch.worker.memory import free_per_device
         from dance_jax.models import native
 
         compiled = private_directory(cache_dir / "compiled")
@@ -137,9 +137,10 @@ class Servers:
         *,
         trace: str | os.PathLike[str] | None,
     ) -> None:
-        from dance_jax.launch.cluster import Cluster, Network
-        from dance_jax.launch.plan import make_plan, matched, rooms
-        from dance_jax.launch.reach import checked, needs_preflight, survey
+        from dance_jax.launch.agent.network import Network
+        from dance_jax.launch.cluster.batch import Cluster
+        from dance_jax.launch.planning.plan import make_plan, matched, rooms
+        from dance_jax.launch.preflight.launch_check import checked, needs_preflight, survey
 
         held = rooms(spec, checkpoint, config)
         activations = matched(activations, spec, checkpoint)

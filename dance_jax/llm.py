@@ -109,7 +109,7 @@ class LLM:
         trace: str | os.PathLike[str] | None = None,
         progress: bool | Progress = False,
     ) -> None:
-        from dance_jax.launch import defaults
+        from dance_jax.launch.planning import defaults
         from dance_jax.models.checkpoint import Checkpoint
         from dance_jax.models.convert import check_readable, ensure_converted
         from dance_jax.models.hub import resolve
@@ -298,8 +298,8 @@ def _cluster_arguments(
     activations: str | os.PathLike[str] | None,
 ) -> tuple[ClusterSpec, str, Activations | None]:
     """Servers, policy and counts, from what the user gave."""
-    from dance_jax.launch.defaults import default_platform
-    from dance_jax.launch.hosts import read_hosts
+    from dance_jax.launch.planning.defaults import default_platform
+    from dance_jax.launch.planning.hosts import read_hosts
     from dance_jax.placement.activations import Activations
     from dance_jax.placement.policies import DEFAULT_POLICY, POLICIES
 

@@ -382,7 +382,7 @@ def test_a_cluster_of_unequal_servers(model, cache_dir, llm, tmp_path, monkeypat
 
 def test_names_come_without_jax():
     code = (
-        "import sys, dance_jax, dance_jax.config, dance_jax.launch.protocol;"
+        "import sys, dance_jax, dance_jax.config, dance_jax.launch.control.protocol;"
         "assert 'jax' not in sys.modules;"
         "assert dance_jax.SamplingParams().n == 1;"
         "assert 'jax' not in sys.modules"

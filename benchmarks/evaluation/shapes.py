@@ -8,7 +8,7 @@ import pathlib
 import shutil
 from typing import Any
 
-from dance_jax.launch.defaults import demo_dir
+from dance_jax.launch.planning.defaults import demo_dir
 from dance_jax.models.random_weights import write_random_checkpoint
 
 #: Experts that fit, of all: the paper's for DeepSeek-V2-Lite.

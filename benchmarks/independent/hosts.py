@@ -24,8 +24,8 @@ from benchmarks.serving.figures import gaps_s
 from benchmarks.serving.setting import failures
 from benchmarks.serving.texts import Texts, read_texts, task_files
 from benchmarks.targets import Target
-from dance_jax.launch.costs import exchanged_bytes
-from dance_jax.launch.defaults import demo_dir, engine_config
+from dance_jax.launch.planning.costs import exchanged_bytes
+from dance_jax.launch.planning.defaults import demo_dir, engine_config
 from dance_jax.models.convert import outline
 from dance_jax.models.tokenizer import Tokenizer
 

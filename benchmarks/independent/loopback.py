@@ -139,7 +139,7 @@ def killed(
     """An engine of the same servers dies and is started anew."""
 
     async def kill(tree: list[psutil.Process]) -> None:
-        (engine,) = (p for p in tree if "dance_jax.launch.worker" in p.cmdline())
+        (engine,) = (p for p in tree if "dance_jax.launch.worker.main" in p.cmdline())
         os.kill(engine.pid, signal.SIGKILL)
 
     return _failure("killed", repeats, root, arguments, folder, kill)

@@ -12,7 +12,7 @@ from benchmarks.namespaces import Testbed
 from benchmarks.serving.cluster import LAUNCHER, ROOT, Cluster, ClusterError, started
 from benchmarks.serving.http import Address
 from dance_jax.config import ClusterSpec
-from dance_jax.launch.hosts import read_hosts
+from dance_jax.launch.planning.hosts import read_hosts
 
 
 @dataclasses.dataclass(frozen=True)

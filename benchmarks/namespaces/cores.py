@@ -13,7 +13,7 @@ import os
 import pathlib
 from collections.abc import Iterable, Sequence
 
-from dance_jax.launch import cores
+from dance_jax.launch.worker import cores
 
 from .hosts import Host
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dance_jax.launch.prompts import Prompt
+from dance_jax.launch.cli.prompts import Prompt
 from dance_jax.models.tokenizer import Tokenizer
 
 from .arrivals import Arrival, answer_lengths

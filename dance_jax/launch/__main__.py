@@ -18,29 +18,30 @@ from rich.text import Text
 
 from dance_jax.cache import default_cache_dir
 from dance_jax.config import ClusterSpec, EngineConfig, Rounding, UserError
-from dance_jax.launch.attend import attend
-from dance_jax.launch.cluster import Cluster
-from dance_jax.launch.defaults import default_platform, demo_dir, engine_config
-from dance_jax.launch.fleet import ClusterError, Fleet, Network
-from dance_jax.launch.hosts import read_hosts
-from dance_jax.launch.options import (
+from dance_jax.launch.agent.network import Network
+from dance_jax.launch.agent.role import Role, role
+from dance_jax.launch.cli.attend import attend
+from dance_jax.launch.cli.options import (
     BATCH_TOKENS,
     check_mode,
     parser,
     rebalance_options,
     serve_options,
 )
-from dance_jax.launch.plan import ModelFacts, Plan, Room, make_plan, matched, rooms
-from dance_jax.launch.prompts import check_writable, read_prompts, same_file, write_results
-from dance_jax.launch.report import print_plan, print_summary
-from dance_jax.launch.roles import Role, role
-from dance_jax.launch.run import result_lines, run_prompts
-from dance_jax.launch.service import Service
-from dance_jax.launch.stream import Startup, Stream, conversion, download, placing
+from dance_jax.launch.cli.prompts import check_writable, read_prompts, same_file, write_results
+from dance_jax.launch.cli.report import print_plan, print_summary
+from dance_jax.launch.cli.run import result_lines, run_prompts
+from dance_jax.launch.cli.stream import Startup, Stream, conversion, download, placing
+from dance_jax.launch.cluster.batch import Cluster
+from dance_jax.launch.cluster.fleet import ClusterError, Fleet
+from dance_jax.launch.cluster.service import Service
+from dance_jax.launch.planning.defaults import default_platform, demo_dir, engine_config
+from dance_jax.launch.planning.hosts import read_hosts
+from dance_jax.launch.planning.plan import ModelFacts, Plan, Room, make_plan, matched, rooms
 
 if TYPE_CHECKING:
-    from dance_jax.launch.node import Nodes
-    from dance_jax.launch.state import State
+    from dance_jax.launch.agent.node import Nodes
+    from dance_jax.launch.rebalance.state import State
     from dance_jax.placement.activations import Activations
 
 _Fleet = TypeVar("_Fleet", bound=Fleet)
@@ -92,7 +93,7 @@ def _launch(options: argparse.Namespace, platform: str, console: Console) -> int
         prompts = read_prompts(options.prompts, spec, options.max_tokens or BATCH_TOKENS)
     _check_paths(options)
     # Here, not above: wrong files are reported before anything slow is imported.
-    from dance_jax.launch.reach import needs_preflight
+    from dance_jax.launch.preflight.launch_check import needs_preflight
     from dance_jax.models.checkpoint import Checkpoint
     from dance_jax.models.convert import check_readable, ensure_converted, outline
     from dance_jax.models.hub import fetch_config, resolve
@@ -209,8 +210,8 @@ def _preflight(
     console: Console,
 ) -> tuple[ClusterSpec, Network]:
     """Asks all servers and prints what it finds: what is better known about them now."""
+    from dance_jax.launch.preflight.launch_check import checked, survey
     from dance_jax.launch.preflight.report import print_preflight
-    from dance_jax.launch.reach import checked, survey
 
     found = survey(
         part.spec,
@@ -251,7 +252,7 @@ def _state(
     held: Sequence[Room],
 ) -> State | None:
     """What a service before has left for these servers; says so if that is of no use."""
-    from dance_jax.launch.state import FILE_NAME, load
+    from dance_jax.launch.rebalance.state import FILE_NAME, load
 
     if directory is None:
         return None
@@ -277,7 +278,7 @@ def _resume(
     spec: ClusterSpec,
 ) -> Plan:
     """Goes on where a service before ended, and prints it."""
-    from dance_jax.launch.state import resumed_plan
+    from dance_jax.launch.rebalance.state import resumed_plan
 
     plan = resumed_plan(spec, model, config, state)
     print_plan(console, plan)
@@ -298,7 +299,7 @@ def _network(options: argparse.Namespace) -> Network:
 
 def _hold_server(options: argparse.Namespace, part: Role, console: Console) -> int:
     """--node-rank N for N > 0: this server's process, for the launcher of node 0."""
-    from dance_jax.launch.node import run_node
+    from dance_jax.launch.agent.node import run_node
     from dance_jax.launch.preflight.probe import answer_json
 
     assert part.node is not None and part.network.key is not None

@@ -9,12 +9,12 @@ from collections.abc import Callable
 import msgspec
 
 from dance_jax.config import ServerSpec
-from dance_jax.launch import protocol
-from dance_jax.launch.control import Listener, new_key
-from dance_jax.launch.process import ServerProcess
+from dance_jax.launch.agent.process import ServerProcess
+from dance_jax.launch.control import protocol
+from dance_jax.launch.control.channel import Listener, new_key
 from dance_jax.serve.loop_socket import LoopSocket
 
-WORKER = "dance_jax.launch.worker"
+WORKER = "dance_jax.launch.worker.main"
 #: Seconds an engine has to end by itself, and, killed, until it is not waited for any more.
 END_TIMEOUT_S, KILL_TIMEOUT_S = 0.3, 5.0
 

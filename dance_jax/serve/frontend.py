@@ -25,10 +25,11 @@ import msgspec
 
 from dance_jax.config import UserError
 from dance_jax.engine.sequence import sample_seed
-from dance_jax.launch import child, protocol
-from dance_jax.launch.control import Connection, bracketed
-from dance_jax.launch.model_files import ModelFiles
-from dance_jax.launch.protocol import FrontSetup, ServeOptions
+from dance_jax.launch.agent import child
+from dance_jax.launch.agent.model_files import ModelFiles
+from dance_jax.launch.control import protocol
+from dance_jax.launch.control.channel import Connection, bracketed
+from dance_jax.launch.control.protocol import FrontSetup, ServeOptions
 from dance_jax.serve.engine_process import EngineProcess
 from dance_jax.serve.loop_socket import LoopSocket
 from dance_jax.serve.placed import Board
@@ -264,7 +265,7 @@ def _listen(options: ServeOptions) -> socket.socket:
 
 
 def _layout(content: bytes) -> Layout:
-    from dance_jax.launch.plan import parse_layout
+    from dance_jax.launch.planning.plan import parse_layout
 
     return parse_layout(content)
 

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from dance_jax.launch.protocol import Decided, Decision, Placed, RebalanceWanted
+from dance_jax.launch.control.protocol import Decided, Decision, Placed, RebalanceWanted
 from dance_jax.serve.queue import Unavailable
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import fastapi
 import msgspec
 
 from dance_jax.config import UserError
-from dance_jax.launch.protocol import Decision
+from dance_jax.launch.control.protocol import Decision
 from dance_jax.placement.core import Placement
 from dance_jax.serve.answers import DecisionAnswer, PlacedServer, PlacementAnswer
 from dance_jax.serve.bodies import JsonRoute

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from dance_jax.engine.sequence import OutputDelta, Request
-from dance_jax.launch.protocol import Abort, Command, Submit
+from dance_jax.launch.control.protocol import Abort, Command, Submit
 
 if TYPE_CHECKING:
     from dance_jax.engine.report import EngineReport

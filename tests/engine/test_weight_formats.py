@@ -15,8 +15,8 @@ import pytest
 
 from dance_jax.config import EngineConfig, Rounding
 from dance_jax.engine.engine import Engine
-from dance_jax.launch.peer_weights import Shelf
-from dance_jax.launch.peers import Kind, Question
+from dance_jax.launch.worker.peer_weights import Shelf
+from dance_jax.launch.worker.peers import Kind, Question
 from dance_jax.models.checkpoint import Checkpoint
 from dance_jax.models.convert import KEEP, _convert, convert
 from dance_jax.models.ggml.model import open_source

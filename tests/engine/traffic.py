@@ -23,7 +23,7 @@ from dance_jax.engine.engine import Engine, StepResult
 from dance_jax.engine.kv_cache import block_bytes, layer_cache, state_bytes, state_copies
 from dance_jax.engine.output import OutputCollector
 from dance_jax.engine.sequence import Request, SamplingParams, Sequence
-from dance_jax.launch.hosts import parse_hosts
+from dance_jax.launch.planning.hosts import parse_hosts
 from dance_jax.models.attention import Rows
 from dance_jax.models.checkpoint import Checkpoint
 from dance_jax.models.convert import ensure_converted

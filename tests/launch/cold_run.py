@@ -18,14 +18,14 @@ import pytest
 from rich.console import Console
 
 from dance_jax.engine.sequence import Request, SamplingParams
-from dance_jax.launch.cluster import Cluster
-from dance_jax.launch.defaults import engine_config
-from dance_jax.launch.hosts import read_hosts
-from dance_jax.launch.plan import make_plan
-from dance_jax.launch.prompts import read_prompts
-from dance_jax.launch.report import print_summary
-from dance_jax.launch.run import RunResult, result_lines, run_prompts
-from dance_jax.launch.stream import Stream
+from dance_jax.launch.cli.prompts import read_prompts
+from dance_jax.launch.cli.report import print_summary
+from dance_jax.launch.cli.run import RunResult, result_lines, run_prompts
+from dance_jax.launch.cli.stream import Stream
+from dance_jax.launch.cluster.batch import Cluster
+from dance_jax.launch.planning.defaults import engine_config
+from dance_jax.launch.planning.hosts import read_hosts
+from dance_jax.launch.planning.plan import make_plan
 from dance_jax.models.checkpoint import Checkpoint
 from dance_jax.models.convert import ensure_converted
 from dance_jax.models.tokenizer import Tokenizer

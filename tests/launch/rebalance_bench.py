@@ -11,18 +11,19 @@ import numpy as np
 
 from dance_jax.config import EngineConfig, UserError
 from dance_jax.engine.report import STEP_SIZES, EngineStats
-from dance_jax.launch import protocol, rebalancer
-from dance_jax.launch.hosts import parse_hosts
-from dance_jax.launch.plan import parse_layout
-from dance_jax.launch.rebalance import (
+from dance_jax.launch.control import protocol
+from dance_jax.launch.planning.hosts import parse_hosts
+from dance_jax.launch.planning.plan import parse_layout
+from dance_jax.launch.rebalance import controller as rebalancer
+from dance_jax.launch.rebalance.controller import Rebalancer
+from dance_jax.launch.rebalance.decision import (
     Answer,
     Question,
     RebalanceOptions,
     answer,
     resident,
 )
-from dance_jax.launch.rebalancer import Rebalancer
-from dance_jax.launch.solver import SolverError
+from dance_jax.launch.rebalance.solver import SolverError
 from dance_jax.models import model_config
 from dance_jax.placement.core import Layout, Placement, spread
 from tests.tiny_models import SERVED

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 import zmq
 
-from dance_jax.launch.bell import Bell, hang
+from dance_jax.launch.worker.wakeup import Bell, hang
 from dance_jax.models.connections import Identity, Key, Listener
 
 NAMES = ("alpha", "beta", "gamma")

@@ -17,16 +17,17 @@ from rich.console import Console
 import dance_jax.launch.__main__ as launch
 from dance_jax.config import ClusterSpec, UserError
 from dance_jax.engine.sequence import OutputDelta
-from dance_jax.launch import cores, reach
-from dance_jax.launch.hosts import read_hosts
-from dance_jax.launch.options import parser, rebalance_options
+from dance_jax.launch.cli.options import parser, rebalance_options
+from dance_jax.launch.cli.prompts import Prompt
+from dance_jax.launch.cli.stream import Startup, Stream, printable
+from dance_jax.launch.control.protocol import ServeOptions
+from dance_jax.launch.planning.hosts import read_hosts
+from dance_jax.launch.preflight import launch_check as reach
 from dance_jax.launch.preflight.run import Preflight
-from dance_jax.launch.prompts import Prompt
-from dance_jax.launch.protocol import ServeOptions
-from dance_jax.launch.rebalance import RebalanceOptions
-from dance_jax.launch.state import State
-from dance_jax.launch.stream import Startup, Stream, printable
-from dance_jax.launch.workload import Statistics
+from dance_jax.launch.rebalance.decision import RebalanceOptions
+from dance_jax.launch.rebalance.state import State
+from dance_jax.launch.rebalance.workload import Statistics
+from dance_jax.launch.worker import cores
 from dance_jax.models.checkpoint import Checkpoint
 from dance_jax.models.convert import ensure_converted
 from dance_jax.placement import Activations

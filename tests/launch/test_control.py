@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import pytest
 import zmq
 
-from dance_jax.launch import control
-from dance_jax.launch.control import Connection, Listener, new_key
+from dance_jax.launch.control import channel as control
+from dance_jax.launch.control.channel import Connection, Listener, new_key
 
 KEY = new_key()
 #: Long for a message on loopback.

@@ -7,7 +7,7 @@ import pathlib
 
 import pytest
 
-from dance_jax.launch import cores
+from dance_jax.launch.worker import cores
 
 
 @pytest.mark.parametrize(

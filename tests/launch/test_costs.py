@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dance_jax.config import ClusterSpec, EngineConfig
-from dance_jax.launch.costs import (
+from dance_jax.launch.planning.costs import (
     CALL_S,
     DEFAULT_RATE,
     DEFAULT_ROUND_TRIP,
@@ -17,7 +17,7 @@ from dance_jax.launch.costs import (
     cost_note,
     exchanged_bytes,
 )
-from dance_jax.launch.hosts import parse_hosts
+from dance_jax.launch.planning.hosts import parse_hosts
 from dance_jax.models import model_config
 from dance_jax.placement import CallCost, Cost, LockStepCost
 from tests.tiny_models import SERVED

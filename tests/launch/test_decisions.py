@@ -13,9 +13,8 @@ import pytest
 
 from dance_jax.config import UserError
 from dance_jax.engine.report import STEP_SIZES, EngineStats
-from dance_jax.launch import protocol, state
-from dance_jax.launch import solver as solver_module
-from dance_jax.launch.costs import (
+from dance_jax.launch.control import protocol
+from dance_jax.launch.planning.costs import (
     CALL_S,
     DEFAULT_RATE,
     DEFAULT_ROUND_TRIP,
@@ -24,17 +23,19 @@ from dance_jax.launch.costs import (
     cluster_cost,
     running_cost,
 )
-from dance_jax.launch.hosts import parse_hosts
-from dance_jax.launch.plan import Room
-from dance_jax.launch.rebalance import (
+from dance_jax.launch.planning.hosts import parse_hosts
+from dance_jax.launch.planning.plan import Room
+from dance_jax.launch.rebalance import solver as solver_module
+from dance_jax.launch.rebalance import state
+from dance_jax.launch.rebalance.decision import (
     BATCH_BYTES,
     BATCH_EXPERTS,
     answer,
     most_loads,
     resident,
 )
-from dance_jax.launch.solver import Solver, SolverError
-from dance_jax.launch.workload import Statistics, Workload
+from dance_jax.launch.rebalance.solver import Solver, SolverError
+from dance_jax.launch.rebalance.workload import Statistics, Workload
 from dance_jax.placement import CallCost, LockStepCost, Placement, migration, spread
 from tests.launch.rebalance_bench import (
     AT_HOME,

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from dance_jax.launch.environment import prepare
+from dance_jax.launch.worker.environment import prepare
 
 
 @pytest.fixture(autouse=True)

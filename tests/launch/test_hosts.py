@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dance_jax.config import ServerSpec, SshTarget, UserError
-from dance_jax.launch.hosts import parse_hosts, read_hosts
+from dance_jax.launch.planning.hosts import parse_hosts, read_hosts
 
 ROOT = pathlib.Path(__file__).parents[2]
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from dance_jax.config import UserError
-from dance_jax.launch.loading import Loaded, Loader, Read, checkpoint_reader
-from dance_jax.launch.protocol import Load, Stage
+from dance_jax.launch.control.protocol import Load, Stage
+from dance_jax.launch.worker.loading import Loaded, Loader, Read, checkpoint_reader
 from dance_jax.models.checkpoint import Checkpoint
 from dance_jax.models.convert import ensure_converted
 from dance_jax.models.random_weights import write_random_checkpoint

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from dance_jax.config import EngineConfig, Rounding, ServerSpec, UserError
-from dance_jax.launch import child, model_files
-from dance_jax.launch.hosts import parse_hosts
-from dance_jax.launch.model_files import ModelFiles, pack
-from dance_jax.launch.process import ServerProcess
-from dance_jax.launch.protocol import Setup
-from dance_jax.launch.worker import _open_model
+from dance_jax.launch.agent import child, model_files
+from dance_jax.launch.agent.model_files import ModelFiles, pack
+from dance_jax.launch.agent.process import ServerProcess
+from dance_jax.launch.control.protocol import Setup
+from dance_jax.launch.planning.hosts import parse_hosts
+from dance_jax.launch.worker.main import _open_model
 from dance_jax.models.checkpoint import Checkpoint
 from dance_jax.models.convert import convert
 from dance_jax.models.directory import FORMATS, SIDE_FILES, read_config

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 import psutil
 import pytest
 
-from dance_jax.launch.roles import KEY_VARIABLE
+from dance_jax.launch.agent.role import KEY_VARIABLE
 from tests.launch.cold_run import Tiny
 from tests.launch.launched import completion, eventually, free_ports, kill_all, only_child
 from tests.launch.test_cluster import many_prompts

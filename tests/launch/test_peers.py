@@ -16,11 +16,11 @@ import pytest
 from flax import nnx
 
 from dance_jax.config import Rounding
-from dance_jax.launch import peer_weights, peers
-from dance_jax.launch.loading import Loader, Read
-from dance_jax.launch.peer_weights import PeerWeights, Shelf
-from dance_jax.launch.peers import Find, Kind, Like, Peers, Question
-from dance_jax.launch.protocol import Load, Stage
+from dance_jax.launch.control.protocol import Load, Stage
+from dance_jax.launch.worker import peer_weights, peers
+from dance_jax.launch.worker.loading import Loader, Read
+from dance_jax.launch.worker.peer_weights import PeerWeights, Shelf
+from dance_jax.launch.worker.peers import Find, Kind, Like, Peers, Question
 from dance_jax.models.checkpoint import Checkpoint
 from dance_jax.models.connections import Identity, Key, Listener
 from dance_jax.models.convert import ensure_converted

@@ -12,12 +12,12 @@ import pytest
 from rich.console import Console
 
 from dance_jax.config import EngineConfig, UserError
-from dance_jax.launch.costs import SERVICE_APART, cluster_cost
-from dance_jax.launch.defaults import engine_config
-from dance_jax.launch.exchange import choose_exchange
-from dance_jax.launch.hosts import parse_hosts
-from dance_jax.launch.plan import Plan, dump_layout, make_plan, parse_layout, rooms
-from dance_jax.launch.report import print_plan
+from dance_jax.launch.cli.report import print_plan
+from dance_jax.launch.planning.costs import SERVICE_APART, cluster_cost
+from dance_jax.launch.planning.defaults import engine_config
+from dance_jax.launch.planning.exchange import choose_exchange
+from dance_jax.launch.planning.hosts import parse_hosts
+from dance_jax.launch.planning.plan import Plan, dump_layout, make_plan, parse_layout, rooms
 from dance_jax.models import model_config
 from dance_jax.models.formats import Formats, WeightFormat
 from dance_jax.placement import (

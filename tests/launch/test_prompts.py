@@ -8,8 +8,8 @@ import pathlib
 import pytest
 
 from dance_jax.config import UserError
-from dance_jax.launch.hosts import parse_hosts
-from dance_jax.launch.prompts import check_writable, read_prompts, same_file, write_results
+from dance_jax.launch.cli.prompts import check_writable, read_prompts, same_file, write_results
+from dance_jax.launch.planning.hosts import parse_hosts
 
 SPEC = parse_hosts("\n".join(f"{name} address=localhost experts=1" for name in "abc"))
 

@@ -9,12 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dance_jax.launch import protocol, rebalance, rebalancer, state
-from dance_jax.launch.plan import Room, parse_layout
-from dance_jax.launch.rebalance import (
+from dance_jax.launch.control import protocol
+from dance_jax.launch.planning.plan import Room, parse_layout
+from dance_jax.launch.rebalance import controller as rebalancer
+from dance_jax.launch.rebalance import decision as rebalance
+from dance_jax.launch.rebalance import state
+from dance_jax.launch.rebalance.controller import Rebalancer
+from dance_jax.launch.rebalance.decision import (
     resident,
 )
-from dance_jax.launch.rebalancer import Rebalancer
 from dance_jax.placement import migration
 from dance_jax.placement.core import Layout, Placement, spread
 from tests.launch.rebalance_bench import (

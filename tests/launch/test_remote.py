@@ -145,7 +145,7 @@ def test_servers_over_ssh_give_the_same(tiny: Tiny, remote: Remote, tmp_path) ->
     lines = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
     for line, before in zip(lines, tiny.lines, strict=True):
         assert {**line, "metrics": None} == {**before, "metrics": None}
-    assert remote.blind.count("dance_jax.launch.worker") == 1
+    assert remote.blind.count("dance_jax.launch.worker.main") == 1
 
 
 @pytest.mark.parametrize("how", ["interrupt", "kill worker", "kill launch", "freeze launch"])
@@ -185,7 +185,7 @@ def test_servers_over_ssh_serve(tiny: Tiny, remote: Remote) -> None:
     remote.wait_for("all servers go on")
     assert [completion(url) for url in urls] == [expected] * 3
     assert remote.blind.count("dance_jax.serve.frontend") == 1
-    assert remote.blind.count("dance_jax.launch.worker") == 1  # that of gamma has not ended
+    assert remote.blind.count("dance_jax.launch.worker.main") == 1  # that of gamma has not ended
     workers = remote.workers
     process.send_signal(signal.SIGSTOP)
     assert gone(workers, PATIENCE_S)

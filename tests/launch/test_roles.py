@@ -7,9 +7,9 @@ import pathlib
 import pytest
 
 from dance_jax.config import UserError
-from dance_jax.launch.cluster import Network
-from dance_jax.launch.hosts import parse_hosts
-from dance_jax.launch.roles import KEY_VARIABLE, NODE_PORT, read_key, role
+from dance_jax.launch.agent.network import Network
+from dance_jax.launch.agent.role import KEY_VARIABLE, NODE_PORT, read_key, role
+from dance_jax.launch.planning.hosts import parse_hosts
 
 SPEC = parse_hosts("a address=10.0.0.1 experts=1\nb address=10.0.0.2 experts=1")
 KEY = "0123456789abcdef0123456789abcdef"

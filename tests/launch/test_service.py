@@ -15,12 +15,12 @@ import psutil
 import pytest
 
 from dance_jax.config import EngineConfig, UserError
-from dance_jax.launch import fleet as fleet_module
-from dance_jax.launch import service as service_module
-from dance_jax.launch.fleet import ClusterError
-from dance_jax.launch.hosts import parse_hosts
-from dance_jax.launch.protocol import ServeOptions
-from dance_jax.launch.service import MAX_FAILED_STARTS, Service
+from dance_jax.launch.cluster import fleet as fleet_module
+from dance_jax.launch.cluster import service as service_module
+from dance_jax.launch.cluster.fleet import ClusterError
+from dance_jax.launch.cluster.service import MAX_FAILED_STARTS, Service
+from dance_jax.launch.control.protocol import ServeOptions
+from dance_jax.launch.planning.hosts import parse_hosts
 from dance_jax.placement.core import Placement, spread
 from tests.serve.fake_front import ENGINE_PID, Script
 

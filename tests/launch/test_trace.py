@@ -9,7 +9,7 @@ import resource
 import pytest
 
 from dance_jax.config import UserError
-from dance_jax.launch.trace import TraceFile
+from dance_jax.launch.cluster.trace import TraceFile
 from tests.traces import read_trace, slices
 
 NAMES = ("alpha", "beta", "gamma")

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from dance_jax.engine.engine import StepResult
-from dance_jax.launch import protocol
-from dance_jax.launch.loading import Loader
-from dance_jax.launch.plan import dump_layout
-from dance_jax.launch.worker import Stopped, Worker
+from dance_jax.launch.control import protocol
+from dance_jax.launch.planning.plan import dump_layout
+from dance_jax.launch.worker.loading import Loader
+from dance_jax.launch.worker.main import Stopped, Worker
 from dance_jax.placement.core import Placement, spread
 
 #: No test waits so long for what does come.

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dance_jax.config import EngineConfig, UserError
-from dance_jax.launch.plan import model_notes
+from dance_jax.launch.planning.plan import model_notes
 from dance_jax.models import model_config
 from dance_jax.models.rope import inverse_frequencies
 

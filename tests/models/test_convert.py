@@ -16,7 +16,7 @@ import pytest
 
 import dance_jax.models.convert as convert_module
 from dance_jax.config import Rounding, UserError
-from dance_jax.launch.defaults import demo_dir
+from dance_jax.launch.planning.defaults import demo_dir
 from dance_jax.models import native
 from dance_jax.models.checkpoint import MANIFEST, Checkpoint
 from dance_jax.models.convert import convert, ensure_converted, main, outline

@@ -21,7 +21,7 @@ from safetensors.numpy import load_file
 import dance_jax.models.convert as convert_module
 from dance_jax import LLM
 from dance_jax.config import EngineConfig, Rounding, UserError
-from dance_jax.launch.plan import model_notes
+from dance_jax.launch.planning.plan import model_notes
 from dance_jax.models.checkpoint import FORMAT, MANIFEST, Checkpoint
 from dance_jax.models.convert import convert, ensure_converted, main, outline
 from dance_jax.models.families import model_config

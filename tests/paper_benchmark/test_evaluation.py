@@ -29,8 +29,8 @@ from benchmarks.live.watch import COMPUTING, PARTS, Sample, Watched
 from benchmarks.paper import MATRIX, check, main, parser
 from benchmarks.serving.client import Answer, Call
 from dance_jax.config import EngineConfig, UserError
-from dance_jax.launch.defaults import demo_dir
-from dance_jax.launch.hosts import parse_hosts
+from dance_jax.launch.planning.defaults import demo_dir
+from dance_jax.launch.planning.hosts import parse_hosts
 from dance_jax.models.directory import read_config
 from dance_jax.models.hf import HFDirectory
 from dance_jax.models.tokenizer import Tokenizer

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dance_jax.config import EngineConfig, UserError
-from dance_jax.launch.costs import cluster_cost
-from dance_jax.launch.hosts import parse_hosts
+from dance_jax.launch.planning.costs import cluster_cost
+from dance_jax.launch.planning.hosts import parse_hosts
 from dance_jax.models import model_config
 from dance_jax.placement import CallCost, Cost, LockStepCost, Placement
 from dance_jax.placement.simulate import (

@@ -10,9 +10,10 @@ import signal
 
 import msgspec
 
-from dance_jax.launch import child, protocol
-from dance_jax.launch.control import Connection
-from dance_jax.launch.protocol import FrontSetup
+from dance_jax.launch.agent import child
+from dance_jax.launch.control import protocol
+from dance_jax.launch.control.channel import Connection
+from dance_jax.launch.control.protocol import FrontSetup
 
 #: Process id that its engine has.
 ENGINE_PID = 4242

@@ -15,7 +15,7 @@ import uvicorn
 
 from dance_jax.config import EngineConfig
 from dance_jax.engine.engine import Engine, whole_model
-from dance_jax.launch.protocol import Abort, Command, Submit
+from dance_jax.launch.control.protocol import Abort, Command, Submit
 from dance_jax.models.checkpoint import Checkpoint
 from dance_jax.models.convert import ensure_converted
 from dance_jax.models.random_weights import write_random_checkpoint

@@ -15,7 +15,7 @@ from fastapi.testclient import TestClient
 from dance_jax.config import EngineConfig
 from dance_jax.engine.report import EngineReport
 from dance_jax.engine.sequence import Logprob, OutputDelta, Request
-from dance_jax.launch.protocol import Decided, Decision, RebalanceWanted
+from dance_jax.launch.control.protocol import Decided, Decision, RebalanceWanted
 from dance_jax.models import model_config
 from dance_jax.models.random_weights import write_byte_tokenizer
 from dance_jax.models.tokenizer import Tokenizer

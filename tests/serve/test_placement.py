@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from dance_jax.launch.protocol import Decided, Placed, RebalanceWanted
+from dance_jax.launch.control.protocol import Decided, Placed, RebalanceWanted
 from dance_jax.placement.core import Placement, spread
 from dance_jax.serve.app import ServeInfo
 from dance_jax.serve.placed import Board

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from dance_jax.engine.sequence import OutputDelta, Request, SamplingParams
-from dance_jax.launch.protocol import Abort, Command, Submit
+from dance_jax.launch.control.protocol import Abort, Command, Submit
 from dance_jax.serve import queue as queue_module
 from dance_jax.serve.queue import MAX_DEATHS, Deltas, QueueFull, RequestQueue, Unavailable
 

@@ -14,8 +14,8 @@ from benchmarks.serving.client import Call
 from benchmarks.serving.texts import Texts, read_texts, task_files
 from benchmarks.serving.workload import calls_of_prompts, calls_of_texts
 from dance_jax.config import UserError
-from dance_jax.launch.defaults import demo_dir
-from dance_jax.launch.prompts import Prompt
+from dance_jax.launch.cli.prompts import Prompt
+from dance_jax.launch.planning.defaults import demo_dir
 from dance_jax.models.tokenizer import Tokenizer
 
 TRACE = """\

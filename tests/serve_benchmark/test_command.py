@@ -19,7 +19,7 @@ from benchmarks.serving import cluster, idle, long, prefix, soak, static
 from benchmarks.serving.cluster import ClusterError
 from benchmarks.serving.texts import Texts
 from dance_jax.config import UserError
-from dance_jax.launch.hosts import read_hosts
+from dance_jax.launch.planning.hosts import read_hosts
 from tests.serve_benchmark import fake_launcher
 from tests.serve_benchmark.fake_server import FakeServer, running
 

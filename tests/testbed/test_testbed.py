@@ -14,7 +14,7 @@ import pytest
 from benchmarks.namespaces import bed, cores, hosts, leftovers, machine
 from benchmarks.testbed import main, parser
 from dance_jax.config import UserError
-from dance_jax.launch.hosts import parse_hosts
+from dance_jax.launch.planning.hosts import parse_hosts
 from tests.testbed.check import forsaken
 
 ROOT = pathlib.Path(__file__).parents[2]

@@ -20,6 +20,7 @@ from typing import Protocol
 import msgspec
 
 from dance_jax.config import ServerSpec
+from dance_jax.launch.agent.ssh import SSH_FAILED, server_command, server_environment
 from dance_jax.launch.preflight.messages import (
     MARK,
     Refused,
@@ -28,7 +29,6 @@ from dance_jax.launch.preflight.messages import (
     decode_reply,
     encode,
 )
-from dance_jax.launch.ssh import SSH_FAILED, server_command, server_environment
 
 #: Seconds that a probe has to end by itself when nobody asks any more.
 _END_TIMEOUT_S = 1.0

@@ -8,7 +8,7 @@ import ipaddress
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
-from dance_jax.launch.plan import format_bytes
+from dance_jax.launch.planning.plan import format_bytes
 from dance_jax.launch.preflight.messages import Machine
 from dance_jax.launch.preflight.probe import GPU_PACKAGES, PACKAGES
 from dance_jax.launch.preflight.survey import Measurements, Survey

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dance_jax.launch.plan import format_bytes
+from dance_jax.launch.planning.plan import format_bytes
 from dance_jax.launch.preflight.messages import Machine
 from dance_jax.launch.preflight.run import Preflight
 from dance_jax.launch.preflight.survey import Survey

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from dance_jax.config import ClusterSpec, ServerSpec, UserError
+from dance_jax.launch.agent.ssh import CONNECT_TIMEOUT_S
 from dance_jax.launch.preflight import findings, probe
 from dance_jax.launch.preflight.asker import Asker, ProbeAsker, Unreachable
 from dance_jax.launch.preflight.at_once import at_once
@@ -19,7 +20,6 @@ from dance_jax.launch.preflight.findings import Finding
 from dance_jax.launch.preflight.link_pairs import measure_links
 from dance_jax.launch.preflight.messages import AskClock, AskMachine, Clock, Machine
 from dance_jax.launch.preflight.survey import Links, Offset, Survey
-from dance_jax.launch.ssh import CONNECT_TIMEOUT_S
 from dance_jax.models.hub import portable_name
 from dance_jax.placement.cost import of_pairs
 

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from dance_jax.config import ClusterSpec
-from dance_jax.launch.hosts import parse_hosts
+from dance_jax.launch.planning.hosts import parse_hosts
 from dance_jax.launch.preflight.report import print_preflight
 from dance_jax.launch.preflight.run import Preflight, run_preflight
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dance_jax.launch.hosts import parse_hosts
+from dance_jax.launch.planning.hosts import parse_hosts
 from dance_jax.launch.preflight import probe
 from dance_jax.launch.preflight.asker import Unreachable
 from dance_jax.launch.preflight.link_pairs import disjoint_rounds

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dance_jax.config import ClusterSpec, UserError
-from dance_jax.launch.hosts import parse_hosts
+from dance_jax.launch.planning.hosts import parse_hosts
 from dance_jax.launch.preflight import probe
 from dance_jax.launch.preflight import run as preflight
 from dance_jax.launch.preflight.asker import CallAsker, ProbeAsker, Unreachable, explanation
@@ -244,7 +244,7 @@ def test_quoting_of_paths(ssh: FakeSsh, tmp_path: pathlib.Path) -> None:
 SCRIPT = """\
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from dance_jax.launch.hosts import parse_hosts
+from dance_jax.launch.planning.hosts import parse_hosts
 from dance_jax.launch.preflight.run import run_preflight
 run_preflight(parse_hosts(sys.argv[1]), model=None, fingerprint="", cache_dir=None,
               needs=[1, 1])

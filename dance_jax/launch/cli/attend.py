@@ -1,0 +1,81 @@
+"""Shows a service on the terminal, and ends it when somebody asks: with a signal, or two."""
+
+from __future__ import annotations
+
+import signal
+import types
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.text import Text
+
+from dance_jax.launch.cluster.service import Service
+
+
+def attend(service: Service, console: Console) -> None:
+    """Says where a started service is reached, and serves until a signal ends it.
+
+    The first SIGTERM or Ctrl-C lets the servers finish what runs, the second Ctrl-C does not.
+
+    Raises:
+        KeyboardInterrupt: that one.
+        ClusterError: a server failed.
+    """
+
+    def say(name: str, text: str) -> None:
+        console.print(Text(f"{name}: {text}" if name else text), soft_wrap=True)
+
+    for line in greeting(service):
+        say("", line)
+    with _draining(service):
+        service.serve(say)
+
+
+def greeting(service: Service) -> list[str]:
+    """Where each server is reached, and how."""
+    names, urls, options = service.spec.names, service.urls, service.options
+    width = max(map(len, names))
+    lines = [
+        f"{name:<{width}}  {url}{_where(service, rank)}"
+        for rank, (name, url) in enumerate(zip(names, urls, strict=True))
+    ]
+    key = " -H 'Authorization: Bearer KEY'" if options.api_key else ""
+    lines.append(
+        f"curl {urls[0]}/v1/completions{key} -H 'Content-Type: application/json' "
+        """-d '{"prompt": "Once upon a time", "max_tokens": 32}'"""
+    )
+    lines.append("Ctrl-C finishes what runs and ends all servers; a second one ends them at once")
+    return lines
+
+
+def _where(service: Service, rank: int) -> str:
+    """A server that listens on its loopback interface is there for its own machine alone."""
+    server, bind = service.spec.servers[rank], service.options.bind
+    alone = bind in ("localhost", "::1") or bind.startswith("127.")
+    return f" (on {server.ssh or server.address})" if alone and server.ssh else ""
+
+
+@contextmanager
+def _draining(service: Service) -> Iterator[None]:
+    """Within, signals drain the service."""
+    asked: list[int] = []
+
+    def drain(number: int, frame: types.FrameType | None) -> None:
+        if signal.SIGINT in asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked.append(number)
+        service.drain()
+
+    with _handlers((signal.SIGINT, signal.SIGTERM), drain):
+        yield
+
+
+@contextmanager
+def _handlers(numbers: Sequence[signal.Signals], handler: object) -> Iterator[None]:
+    before = {number: signal.signal(number, handler) for number in numbers}  # type: ignore
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)

@@ -1,0 +1,180 @@
+"""Runs prompts on a started cluster and keeps what a summary needs."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dance_jax.engine.output import OutputCollector
+from dance_jax.engine.sequence import OutputDelta, Request, RequestOutput, SamplingParams
+from dance_jax.launch.cli.prompts import Prompt
+from dance_jax.launch.cluster.batch import Cluster
+from dance_jax.launch.planning.plan import Plan
+from dance_jax.models.tokenizer import Tokenizer
+from dance_jax.placement.activations import Activations
+
+if TYPE_CHECKING:
+    from dance_jax.engine.report import EngineStats
+
+#: Called with (prompt, delta) as outputs come.
+DeltaCallback = Callable[[Prompt, OutputDelta], None]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Traffic:
+    """What the servers counted in one run."""
+
+    #: int64 [servers, layers, experts], expert calls of each server's tokens.
+    counts: np.ndarray
+    #: int64 [layers, servers, servers], hidden states sent from server to server.
+    transfers: np.ndarray
+    #: int64 [servers, servers], payload bytes sent from server to server.
+    bytes_sent: np.ndarray
+    #: int64 [servers], tokens each server computed.
+    tokens: np.ndarray
+    #: int64 [servers], pairs of token and MoE layer with an expert call that left the server.
+    away: np.ndarray
+    #: Per server int16 [tokens, layers, k], a bounded sample of routes.
+    routes: tuple[np.ndarray, ...]
+    #: Per server, bytes of the expert pool on each device.
+    pool_bytes: tuple[tuple[int, ...], ...]
+
+    @property
+    def transfers_per_token(self) -> float:
+        """Remote servers a token visits per layer, mean over layers and all tokens."""
+        return self._per_token_and_layer(self.transfers)
+
+    @property
+    def any_miss(self) -> float:
+        """Share of pairs of token and MoE layer with an expert call that left the server."""
+        return self._per_token_and_layer(self.away)
+
+    @property
+    def layers_waited(self) -> float:
+        """MoE layers in which a token waited for another server, mean over all tokens."""
+        return self.any_miss * self.transfers.shape[0]
+
+    def _per_token_and_layer(self, counted: np.ndarray) -> float:
+        pairs = int(self.tokens.sum()) * self.transfers.shape[0]
+        return float(counted.sum() / pairs) if pairs else 0.0
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RunResult:
+    """Outputs and measurements of one run."""
+
+    plan: Plan
+    prompts: tuple[Prompt, ...]
+    #: In the order of the prompts.
+    outputs: tuple[RequestOutput, ...]
+    traffic: Traffic
+    #: Seconds from the first request to the last output.
+    seconds: float
+    #: time.monotonic() of the first token of all; None: there was none.
+    first_token: float | None
+
+    @property
+    def local_share(self) -> float:
+        """Share of expert calls served without leaving the server, as counted in the run."""
+        return self.plan.placement.local_share(self.traffic.counts)
+
+    def activations(self, model: str) -> Activations:
+        """Statistics of this run's tokens for the placement of later ones.
+
+        Args:
+            model: the checkpoint's `source`.
+        """
+        names, traffic = self.plan.spec.names, self.traffic
+        return Activations(names, traffic.counts, model, traffic.routes)
+
+
+def run_prompts(
+    cluster: Cluster,
+    plan: Plan,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt],
+    on_delta: DeltaCallback = lambda prompt, delta: None,
+) -> RunResult:
+    """Runs prompts on their servers.
+
+    A prompt that cannot run (it is longer than the context, or empty) ends with finish_reason
+    "error" and the reason in stop_reason; the others run.
+
+    Args:
+        cluster: started.
+        plan: what it was started with.
+        tokenizer: of the model.
+        prompts: to run; all at once.
+        on_delta: told of everything that comes, as it comes.
+
+    Raises:
+        ClusterError: a server failed.
+    """
+    started = time.monotonic()
+    requests = {
+        str(prompt.index): Request(
+            request_id=str(prompt.index),
+            prompt=prompt.text,
+            prompt_token_ids=tokenizer.encode(prompt.text),
+            params=SamplingParams(
+                temperature=prompt.temperature,
+                max_tokens=prompt.max_tokens,
+            ),
+            arrival_time=time.time(),
+        )
+        for prompt in prompts
+    }
+    collectors = {name: OutputCollector(request) for name, request in requests.items()}
+    by_name = {str(prompt.index): prompt for prompt in prompts}
+    first_token = None
+    work = [(prompt.rank, requests[str(prompt.index)]) for prompt in prompts]
+    for _, delta in cluster.generate(work):
+        if delta.token_ids and first_token is None:
+            first_token = time.monotonic()
+        collectors[delta.request_id].apply(delta)
+        on_delta(by_name[delta.request_id], delta)
+    return RunResult(
+        plan=plan,
+        prompts=tuple(prompts),
+        outputs=tuple(collectors[str(prompt.index)].output for prompt in prompts),
+        traffic=gather(cluster.stats()),
+        seconds=time.monotonic() - started,
+        first_token=first_token,
+    )
+
+
+def gather(stats: Sequence[EngineStats]) -> Traffic:
+    """The servers' statistics, in rank order, as arrays."""
+    return Traffic(
+        counts=np.array([each.counts for each in stats], np.int64),
+        transfers=np.stack([np.asarray(each.transfers, np.int64) for each in stats], axis=1),
+        bytes_sent=np.array([each.bytes_sent for each in stats], np.int64),
+        tokens=np.array([each.tokens for each in stats], np.int64),
+        away=np.array([each.sums.rows_away for each in stats], np.int64),
+        routes=tuple(each.routes_tlk for each in stats),
+        pool_bytes=tuple(tuple(each.pool_bytes) for each in stats),
+    )
+
+
+def result_lines(result: RunResult) -> list[dict[str, Any]]:
+    """What --output writes, in the order of the prompts; "error" only where there was one."""
+    lines = []
+    for prompt, output in zip(result.prompts, result.outputs, strict=True):
+        sample = output.outputs[0]
+        line = {
+            "index": prompt.index,
+            "server": result.plan.spec.names[prompt.rank],
+            "prompt": prompt.text,
+            "text": sample.text,
+            "token_ids": sample.token_ids,
+            "finish_reason": sample.finish_reason,
+            "metrics": {"ttft_s": output.metrics.ttft_s, "e2e_s": output.metrics.e2e_s},
+        }
+        if sample.finish_reason == "error":
+            line["error"] = str(sample.stop_reason)
+        lines.append(line)
+    return lines

@@ -1,0 +1,127 @@
+"""A cluster for batches: the parent of one engine per server, which hands out work and outputs."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from dance_jax.config import UserError
+from dance_jax.engine.sequence import OutputDelta, Request
+from dance_jax.launch.cluster.fleet import ClusterError, Fleet
+from dance_jax.launch.control import protocol
+
+if TYPE_CHECKING:
+    from dance_jax.engine.report import EngineStats
+
+#: Seconds an aborted batch has to end before the engines are ended instead.
+ABORT_TIMEOUT_S = 5.0
+
+
+class Cluster(Fleet):
+    """All servers of a hosts file, each an engine process here or, over ssh, elsewhere.
+
+    See `Fleet` for its arguments.
+    """
+
+    module = "dance_jax.launch.worker.main"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        #: Of the last batch, by rank.
+        self._stats: dict[int, EngineStats] = {}
+        self._stopped_by = ""
+
+    def generate(
+        self, requests: Iterable[tuple[int, Request]]
+    ) -> Iterator[tuple[int, OutputDelta]]:
+        """Runs requests on their servers, all servers together, until all are finished.
+
+        Args:
+            requests: (rank of the server, request).
+
+        Yields:
+            (rank, delta) as the servers send them. An iterator that is closed early aborts
+            what still runs.
+
+        Raises:
+            ClusterError: a server failed; all are stopped.
+        """
+        if not self.started:
+            why = f": it was stopped by {self._stopped_by}" if self._stopped_by else ""
+            raise RuntimeError(f"the cluster is not running{why}; start a new one")
+        batches: list[list[Request]] = [[] for _ in self.spec.servers]
+        for rank, request in requests:
+            batches[rank].append(request)
+        # All of them first: what cannot be encoded must not leave the servers with half of it.
+        work = [protocol.encode(protocol.Submit(batch)) for batch in batches]
+        running = _Samples(batches)
+        try:
+            for rank, encoded in enumerate(work):
+                self._send(rank, encoded)
+            while running.left:
+                yield from self._deltas(running)
+            self._count()
+        except GeneratorExit:
+            self._abort(running)
+            raise
+        except BaseException as error:
+            self._stopped_by = str(error).partition("\n")[0] or type(error).__name__
+            self.stop()
+            raise
+
+    def stats(self) -> list[EngineStats]:
+        """Each server's statistics since its start, as of the last batch."""
+        return [self._stats[rank] for rank in range(len(self.spec.servers))]
+
+    def _decode(self, rank: int, content: bytes) -> protocol.Event:
+        return protocol.decode_event(content)
+
+    def _deltas(self, running: _Samples) -> list[tuple[int, OutputDelta]]:
+        deltas = [
+            (rank, delta)
+            for rank, event in self._events()
+            if isinstance(event, protocol.Deltas)
+            for delta in event.deltas
+        ]
+        running.left -= sum(delta.finish_reason is not None for _, delta in deltas)
+        return deltas
+
+    def _count(self) -> None:
+        """Asks all servers for their statistics."""
+        # Not above: it brings JAX along.
+        from dance_jax.engine.report import EngineStats
+
+        self._send_all(protocol.AskStats())
+        missing = set(range(len(self.spec.servers)))
+        while missing:
+            for rank, event in self._events():
+                if isinstance(event, protocol.Stats):
+                    self._stats[rank] = msgspec.msgpack.decode(event.stats, type=EngineStats)
+                    missing.discard(rank)
+
+    def _abort(self, running: _Samples) -> None:
+        """Ends a batch early; a cluster that does not manage to is stopped."""
+        deadline = time.monotonic() + ABORT_TIMEOUT_S
+        with contextlib.suppress(ClusterError, UserError):
+            self._send_all(protocol.Abort())
+            while running.left and time.monotonic() < deadline:
+                self._deltas(running)
+            if not running.left:
+                self._count()
+                return
+        self.stop()
+
+
+class _Samples:
+    """Samples of a batch that have not ended.
+
+    Args:
+        batches: requests by server.
+    """
+
+    def __init__(self, batches: Iterable[Iterable[Request]]) -> None:
+        self.left = sum(request.params.n for batch in batches for request in batch)

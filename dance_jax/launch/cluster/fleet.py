@@ -1,0 +1,467 @@
+"""All processes of a launch, one per server: started, talked to, watched and ended together.
+
+What they run differs: engines for a batch (`cluster`), front ends for a service (`service`). This
+process computes nothing with JAX: when an engine dies, JAX takes all processes of its job along,
+and somebody must be left to say which server it was.
+"""
+
+from __future__ import annotations
+
+import abc
+import atexit
+import collections
+import contextlib
+import functools
+import os
+import pathlib
+import shutil
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
+
+import msgspec
+import zmq
+
+from dance_jax.cache import default_cache_dir
+from dance_jax.config import ClusterSpec, EngineConfig, UserError
+from dance_jax.launch.agent import model_files
+from dance_jax.launch.agent.network import Network
+from dance_jax.launch.agent.node import Nodes
+from dance_jax.launch.agent.process import Server, ServerProcess
+from dance_jax.launch.cluster.trace import TraceFile
+from dance_jax.launch.control import protocol
+from dance_jax.launch.control.channel import ALIVE_INTERVAL_S, Listener, bracketed, new_key
+from dance_jax.launch.planning.hosts import is_loopback
+from dance_jax.launch.planning.plan import dump_layout
+from dance_jax.models.hub import portable_name
+from dance_jax.placement.core import Layout
+
+if TYPE_CHECKING:
+    from dance_jax.models.checkpoint import Checkpoint
+
+_Event = TypeVar("_Event", bound=msgspec.Struct)
+
+#: Called with (server's name, stage, parts done, parts in all or 0).
+ProgressCallback = Callable[[str, str, int, int], None]
+
+#: Seconds until every started process must have called back, and, once all are prepared, joined.
+CALL_TIMEOUT_S, JOIN_TIMEOUT_S = 60.0, 180.0
+#: Seconds in which, after a first failure, others are gathered to find the one that caused them.
+CAUSE_WINDOW_S = 0.7
+
+
+class ClusterError(RuntimeError):
+    """A server failed and the cluster was stopped; the message names it and quotes its log."""
+
+
+class Fleet(abc.ABC):
+    """The processes of all servers of a hosts file, here or, over ssh, elsewhere.
+
+    A context manager: `with Cluster(...) as cluster` starts and, however the block ends, stops
+    them. If this process is killed, or the network to it breaks, they notice and end.
+
+    Args:
+        spec: the servers.
+        checkpoint: the model, converted, on this machine.
+        layout: which expert is on which device and slot.
+        config: of all engines.
+        model: the model's directory on other machines, or its name on the hub, where a server
+            names none of its own; None: the demo model.
+        log_dir: keeps each server's log as NAME.log; None: logs are removed at the end.
+        cache_dir: converted models and compiled steps are kept under it; None: nowhere (other
+            machines then use their own default).
+        progress: told what each server does while it starts.
+        network: how servers on other machines are reached.
+        trace: file in which to draw what all servers do and when; None: it is not recorded.
+        nodes: launchers on other nodes, which hold all servers but the first; None: this process
+            starts all of them.
+    """
+
+    #: What a server's process runs, and whether SIGTERM lets it finish its requests first.
+    module: ClassVar[str]
+    drains: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        spec: ClusterSpec,
+        checkpoint: Checkpoint,
+        layout: Layout,
+        config: EngineConfig,
+        *,
+        model: str | os.PathLike[str] | None = None,
+        log_dir: str | os.PathLike[str] | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        progress: ProgressCallback | None = None,
+        network: Network | None = None,
+        trace: str | os.PathLike[str] | None = None,
+        nodes: Nodes | None = None,
+    ) -> None:
+        self.spec = spec
+        self.checkpoint = checkpoint
+        self.layout = layout
+        self.config = config
+        self.model = "" if model is None else portable_name(model)
+        self.log_dir = None if log_dir is None else pathlib.Path(log_dir)
+        self.cache_dir = None if cache_dir is None else pathlib.Path(cache_dir).resolve()
+        self.progress = progress or (lambda *_: None)
+        self.network = network or Network()
+        self.nodes = nodes
+        self._trace_path = trace
+        self._trace: TraceFile | None = None
+        self.started = False
+        #: Each server steps on its own, and experts answer calls.
+        self.calls = config.exchange != "collectives"
+        #: Where the servers listen for each other, by rank; "": one starts anew.
+        self._endpoints: list[str] = []
+        #: Per server: steps read from the compile cache, and compiled.
+        self.cache_use: list[tuple[int, int]] = []
+        self._processes: list[Server] = []
+        #: Per server, the last event of each kind while it starts.
+        self._reached: list[dict[type, Any]] = [{} for _ in spec.servers]
+        self._stopping = threading.Lock()
+        self._private: pathlib.Path | None = None
+        self._listener: Listener | None = None
+        self._beating: threading.Event | None = None
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    @property
+    def pids(self) -> list[int | None]:
+        """Ids of the servers' processes on their machines, in rank order."""
+        return [process.pid for process in self._processes]
+
+    def start(self, progress: ProgressCallback | None = None) -> None:
+        """Starts all servers; returns when they are ready.
+
+        Raises:
+            UserError: a server cannot load what it was given, or the trace cannot be written.
+            ClusterError: a server failed.
+        """
+        if self._processes:
+            raise RuntimeError("the cluster was started already")
+        self.progress = progress or self.progress
+        atexit.register(self.stop)
+        try:
+            if self._trace_path is not None:
+                self._trace = TraceFile(self._trace_path, self.spec.names)
+            self._spawn()
+            self._bring_up()
+        except BaseException:
+            self.stop()
+            raise
+        self.started = True
+
+    def stop(self) -> None:
+        """Ends all processes and removes everything this object made; may be called twice."""
+        with self._stopping:
+            self.started = False
+            try:
+                self._end_processes()
+            finally:
+                if self._trace is not None:
+                    self._trace.close()
+                if self._beating is not None:
+                    self._beating.set()
+                if self._listener is not None:
+                    self._listener.close()
+                    self._listener = None
+                if self._private is not None:
+                    shutil.rmtree(self._private, ignore_errors=True)
+                atexit.unregister(self.stop)
+
+    # Starting.
+
+    def _spawn(self) -> None:
+        self._private = private = pathlib.Path(tempfile.mkdtemp(prefix="dance-jax-"))
+        key = self.network.key or new_key()
+        if self.nodes is not None:
+            self._listener = self.nodes.listener
+        else:
+            self._listener = Listener(key)
+        port = self.network.control_port
+        if self.nodes is None and any(server.ssh for server in self.spec.servers):
+            port = self._listen()
+        logs = self.log_dir or private / "logs"
+        for rank, server in enumerate(self.spec.servers):
+            if self.nodes is not None and rank in self.nodes.servers:
+                node = self.nodes.servers[rank]
+                node.module, node.drains = self.module, self.drains
+                self._processes.append(node)
+            else:
+                log, ssh_config = logs / f"{server.name}.log", self.network.ssh_config
+                self._processes.append(ServerProcess(server, log, self.module, ssh_config))
+            self.progress(server.name, "starting", 0, 0)
+        for rank, process in enumerate(self._processes):
+            process.tell(msgspec.json.encode(self._process_setup(self._setup(rank, key, port))))
+        self._beating = stop = threading.Event()
+        threading.Thread(target=self._beat, args=(stop,), daemon=True, name="beat").start()
+
+    def _listen(self) -> int:
+        assert self._listener is not None
+        network = self.network
+        if not network.control_addresses:
+            raise ValueError("servers on other machines need Network.control_addresses")
+        try:
+            return self._listener.listen(network.control_addresses, network.control_port)
+        except OSError as error:
+            raise UserError(
+                f"this machine cannot listen for its servers: {error}; give --control-address and "
+                "--control-port"
+            ) from error
+
+    def _beat(self, stop: threading.Event) -> None:
+        while not stop.wait(ALIVE_INTERVAL_S):
+            for process in self._processes:
+                process.beat()
+
+    def _process_setup(self, engine: protocol.Setup) -> msgspec.Struct:
+        """What a server's process reads from its standard input."""
+        return engine
+
+    def _setup(self, rank: int, key: bytes, port: int) -> protocol.Setup:
+        assert self._listener is not None
+        server = self.spec.servers[rank]
+        on_node = self.nodes is not None and rank in self.nodes.servers
+        remote = server.ssh is not None or on_node
+        neighbours = self._neighbours(rank)
+        here = str(self.checkpoint.path.resolve())
+        if not remote:
+            control = self._listener.private
+            cache = None if self.cache_dir is None else str(self.cache_dir)
+        else:
+            # Several: each server has seen another one of this machine's.
+            addresses = self.network.control_addresses
+            host = addresses[0] if len(addresses) == 1 else protocol.SSH_CLIENT
+            control = f"tcp://{bracketed(host)}:{port}"
+            usual = self.cache_dir in (None, default_cache_dir().resolve())
+            cache = "" if usual else str(self.cache_dir)
+        return protocol.Setup(
+            spec=self.spec,
+            rank=rank,
+            config=self.config,
+            model="" if server.from_peers else server.model or (self.model if remote else here),
+            model_files=self._model_files if server.from_peers else b"",
+            fingerprint=self.checkpoint.fingerprint,
+            experts=self.checkpoint.form(self.config.dtype).name,
+            layout=dump_layout(self.layout),
+            control=control,
+            control_key=key,
+            key=key,
+            first_gpu=self._first_gpu(rank, neighbours),
+            coordinator_port=self.network.coordinator_port,
+            machine_devices=tuple(self.spec.devices[n] for n in neighbours),
+            machine_index=neighbours.index(rank),
+            cache_dir=cache,
+            private_dir="" if remote else str(self._private),
+            beats=server.ssh is not None,
+            trace_from=0 if self._trace is None else self._trace.began_ns,
+        )
+
+    @functools.cached_property
+    def _model_files(self) -> bytes:
+        return model_files.pack(self.checkpoint.path)
+
+    def _first_gpu(self, rank: int, neighbours: Sequence[int]) -> int:
+        """Servers of one machine that name no GPUs take its GPUs in their order."""
+        before = [self.spec.servers[n] for n in neighbours if n < rank]
+        return sum(each.devices for each in before if each.platform == "cuda" and not each.gpus)
+
+    def _neighbours(self, rank: int) -> list[int]:
+        """Ranks of the servers on this one's machine, itself included."""
+        mine = self.spec.servers[rank]
+        return [
+            n
+            for n, other in enumerate(self.spec.servers)
+            if n == rank
+            or (self.nodes is None and other.ssh == mine.ssh)
+            # They could not reach each other otherwise.
+            or is_loopback(other.address)
+        ]
+
+    def _bring_up(self) -> None:
+        """Waits until all processes have called back and their engines wait for requests."""
+        ranks = range(len(self.spec.servers))
+        self._gather(ranks, protocol.Hello, CALL_TIMEOUT_S, "did not call back")
+        prepared = self._gather(ranks, protocol.Prepared)
+        self._endpoints = [each.endpoint for each in prepared]
+        self._send_all(self._join_message(prepared[0]))
+        self._gather(ranks, protocol.Joined, JOIN_TIMEOUT_S, "did not join the others")
+        ready = self._gather(ranks, protocol.Ready)
+        self.cache_use = [(each.cache_hits, each.cache_misses) for each in ready]
+
+    def _join_message(self, first: protocol.Prepared) -> protocol.Join:
+        coordinator = self.network.coordinator or first.coordinator
+        return protocol.Join(coordinator, self._endpoints, self.calls)
+
+    def _gather(
+        self,
+        ranks: Iterable[int],
+        kind: type[_Event],
+        timeout_s: float = float("inf"),
+        what: str = "",
+    ) -> list[_Event]:
+        """Waits until each of these servers has sent an event of this kind while it starts.
+
+        Raises:
+            ClusterError: one has not within the time: `what` it did not do.
+        """
+        deadline = time.monotonic() + timeout_s
+        while missing := [rank for rank in ranks if kind not in self._reached[rank]]:
+            for rank, event in self._events():
+                process = self._processes[rank]
+                if protocol.Ready in self._reached[rank]:
+                    self._heard(rank, event)
+                    continue
+                self._reached[rank][type(event)] = event
+                if isinstance(event, protocol.Progress):
+                    self.progress(process.name, event.stage, event.done, event.total)
+                elif isinstance(event, protocol.Ready):
+                    self.progress(process.name, "ready", 0, 0)
+                elif isinstance(event, protocol.Hello):
+                    process.pid = event.pid
+            if time.monotonic() > deadline:
+                raise self._error(missing[0], f"{what} within {timeout_s:.0f} s")
+        return [self._reached[rank][kind] for rank in ranks]
+
+    def _heard(self, rank: int, event: Any) -> None:  # noqa: B027
+        """A server that is ready says something while others start."""
+
+    # Talking.
+
+    def _send_all(self, command: msgspec.Struct) -> None:
+        for rank in range(len(self._processes)):
+            self._send(rank, protocol.encode(command))
+
+    def _send(self, rank: int, encoded: bytes) -> None:
+        if not self._sent(rank, encoded):
+            self._raise_failure([rank])
+
+    def _sent(self, rank: int, encoded: bytes) -> bool:
+        """Whether a server's process could be told; not while it has no connection."""
+        assert self._listener is not None
+        try:
+            self._listener.socket.send_multipart([b"server-%d" % rank, encoded])
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EHOSTUNREACH:
+                raise
+            return False
+        return True
+
+    @abc.abstractmethod
+    def _decode(self, rank: int, content: bytes) -> Any:
+        """An event of a server's process; None: it was dealt with."""
+
+    def _events(self) -> list[tuple[int, Any]]:
+        """What has come from the servers; waits a fifth of a second at most.
+
+        Raises:
+            UserError, ClusterError: one failed.
+        """
+        events, failed = self._receive(200)
+        failed += self._ended()
+        if failed:
+            self._raise_failure(failed)
+        return events
+
+    def _ended(self) -> list[int]:
+        return [rank for rank, process in enumerate(self._processes) if process.ended is not None]
+
+    def _receive(self, timeout_ms: int) -> tuple[list[tuple[int, Any]], list[int]]:
+        """(rank, event) of servers, and the ranks that say they failed."""
+        assert self._listener is not None
+        events, failed = [], []
+        while self._listener.socket.poll(0 if events else timeout_ms):
+            sender, content = self._listener.socket.recv_multipart()
+            kind, _, number = sender.partition(b"-")
+            rank = int(number)
+            if kind == b"node":
+                assert self.nodes is not None
+                self.nodes.receive(rank, content)
+                break
+            event = self._decode(rank, content)
+            if isinstance(event, protocol.Traced):
+                if self._trace is not None:
+                    self._trace.add(event.lines)
+                break
+            if isinstance(event, protocol.Failed):
+                process = self._processes[rank]
+                process.failure, process.user_failure = event.message, event.user
+                process.failed = time.monotonic()
+                failed.append(rank)
+                break
+            if event is None:
+                break
+            events.append((rank, event))
+        if self.nodes is not None:
+            self.nodes.check()
+        return events, failed
+
+    # Ending.
+
+    def _raise_failure(self, failed: list[int]) -> None:
+        """Finds the server whose failure came first and raises its error."""
+        suspects = set(failed)
+        deadline = time.monotonic() + CAUSE_WINDOW_S
+        while time.monotonic() < deadline:
+            suspects |= {*self._receive(50)[1], *self._ended()}
+
+        def order(rank: int) -> tuple[bool, float]:
+            process = self._processes[rank]
+            when = process.failed or process.ended
+            return process.echo(), when if when is not None else float("inf")
+
+        cause = min(suspects, key=order)
+        process = self._processes[cause]
+        if process.failure is not None and process.user_failure:
+            raise UserError(f"server {process.name}: {process.failure}")
+        raise self._error(cause, process.fate())
+
+    def _error(self, rank: int, what: str) -> ClusterError:
+        process = self._processes[rank]
+        kept = f"; the whole log is {process.log}" if self.log_dir else ""
+        lines = "\n".join(f"    {line}" for line in process.last_lines()) or "    (it is empty)"
+        number = f" (process {process.pid})" if process.pid is not None else ""
+        return ClusterError(
+            f"server {process.name}{number} {what}; all servers were "
+            f"stopped{kept}. The last lines of its log:\n{lines}"
+        )
+
+    def _end_processes(self) -> None:
+        alive = [process for process in self._processes if process.ended is None]
+        if alive and self._listener is not None:
+            for rank, process in enumerate(self._processes):
+                if process in alive:
+                    # DONTWAIT: nothing may hold up the end.
+                    message = [b"server-%d" % rank, protocol.encode(protocol.Stop())]
+                    with contextlib.suppress(zmq.ZMQError):
+                        self._listener.socket.send_multipart(message, flags=zmq.DONTWAIT)
+        self._await_end(alive, 0.5)
+        # A process whose input ends kills itself, on whatever machine: the others are only told so.
+        for process in self._processes:
+            process.let_go()
+        self._await_end(self._processes, 3.0)
+        for number, seconds in ((signal.SIGTERM, 1.0), (signal.SIGKILL, 5.0)):
+            for process in self._processes:
+                if process.ended is None:
+                    process.kill(number)
+            self._await_end(self._processes, seconds)
+
+    def _await_end(self, processes: Iterable[Server], seconds: float) -> None:
+        """Waits until all have ended, or for so long."""
+        deadline = time.monotonic() + seconds
+        waiting = collections.deque(processes)
+        while waiting and time.monotonic() < deadline:
+            if waiting[0].ended is not None:
+                waiting.popleft()
+            elif self.nodes is not None and self._listener is not None:
+                self._receive(10)  # their ends come as messages
+            else:
+                time.sleep(0.01)

@@ -1,0 +1,87 @@
+"""Which exchange the servers of a launch use: expert calls, or collectives of one job."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from dance_jax.config import (
+    MOST_TOGETHER,
+    ClusterSpec,
+    EngineConfig,
+    UserError,
+    check_together,
+)
+from dance_jax.launch.planning.costs import DEFAULT_RATE, exchanged_bytes
+from dance_jax.models.config import ModelConfig
+
+#: Seconds of the host in a layer whose parts it drives, and in a call more: its own and the
+#: callee's, both in Python. Measured on a CPU (models/host_calls.py, one row, AMD EPYC).
+HOST_S, CALL_S = 3e-4, 4e-4
+#: Seconds of a layer's collectives without their bytes. An estimate: no accelerators were measured.
+COLLECTIVES_S = 2e-4
+#: Seconds to a server and back, of links of which a rate alone is known. An estimate.
+ROUND_TRIP_S = 1e-4
+
+
+@dataclasses.dataclass(frozen=True)
+class ExchangeChoice:
+    """`EngineConfig.exchange` of a launch."""
+
+    #: "calls" or "collectives".
+    name: str
+    #: A sentence.
+    why: str
+
+
+def choose_exchange(
+    spec: ClusterSpec, model: ModelConfig, config: EngineConfig, local_share: float
+) -> ExchangeChoice:
+    """The exchange that was asked for, or the one that is predicted to be faster.
+
+    Args:
+        local_share: of expert calls under the placement.
+
+    Raises:
+        UserError: the servers cannot have the one that was asked for.
+    """
+    if config.exchange == "collectives" and spec.platform == "mixed":
+        raise UserError(
+            "exchange=collectives: servers of different platforms cannot form one job; "
+            "take exchange=calls (or auto)"
+        )
+    if config.exchange == "collectives":
+        check_together(len(spec.servers))
+    if config.exchange != "auto":
+        return ExchangeChoice(config.exchange, "as was asked for")
+    if spec.platform == "mixed":
+        return ExchangeChoice("calls", "servers of different platforms cannot form one job")
+    if len(spec.servers) > MOST_TOGETHER:
+        return ExchangeChoice("calls", f"at most {MOST_TOGETHER} servers can step together")
+    if spec.platform == "cpu":
+        return ExchangeChoice("calls", "on CPUs no server waits for the steps of others")
+    calls_s, collectives_s = predicted_step_s(spec, model, config, local_share)
+    name = "collectives" if collectives_s <= calls_s else "calls"
+    return ExchangeChoice(
+        name,
+        f"a step of one token on each server is predicted to take {1e3 * calls_s:.2f} ms with "
+        f"calls, {1e3 * collectives_s:.2f} ms with collectives",
+    )
+
+
+def predicted_step_s(
+    spec: ClusterSpec, model: ModelConfig, config: EngineConfig, local_share: float
+) -> tuple[float, float]:
+    """Seconds that a step waits for the exchange where accelerators compute, by calls and by
+    collectives, when every server decodes one token.
+
+    A layer waits for its call where any of its k experts is missing, as if they were missing
+    independently. Collectives wait for the busiest link, over which the rows of all other servers
+    may go. A link of unknown rate counts as DEFAULT_RATE.
+    """
+    rate = min(server.bandwidth or DEFAULT_RATE for server in spec.servers)
+    row_s = 8 * exchanged_bytes(model.hidden_size, config) / rate
+    misses = 1 - local_share**model.top_k
+    others = len(spec.servers) - 1
+    calls_s = HOST_S + misses * (CALL_S + ROUND_TRIP_S + row_s)
+    collectives_s = COLLECTIVES_S + (ROUND_TRIP_S + misses * others * row_s if others else 0)
+    return len(model.moe_layers) * calls_s, len(model.moe_layers) * collectives_s

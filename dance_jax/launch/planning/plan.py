@@ -1,0 +1,327 @@
+"""Decides, before anything starts, who holds which experts, and says what that takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from dance_jax.config import ClusterSpec, EngineConfig, UserError
+from dance_jax.engine.kv_cache import cache_bytes, state_bytes, state_copies
+from dance_jax.launch.planning.costs import cluster_cost, cost_note
+from dance_jax.launch.planning.exchange import ExchangeChoice, choose_exchange
+from dance_jax.models.config import ModelConfig
+from dance_jax.models.rounding import unfit_report
+from dance_jax.placement.activations import Activations
+from dance_jax.placement.core import Layout, Placement, spread
+from dance_jax.placement.policies import DEFAULT_POLICY, POLICIES, place, usable, why_not
+from dance_jax.placement.spare import spare_slots
+from dance_jax.placement.visit import MAX_SERVERS
+
+
+class ModelFacts(Protocol):
+    """What planning needs of a checkpoint; `models.checkpoint.Checkpoint` has it."""
+
+    config: ModelConfig
+    source: str
+    fingerprint: str
+
+    def expert_bytes(self, dtype: str) -> int: ...
+
+    def trunk_bytes(self, dtype: str) -> int: ...
+
+    def expert_formats(self, dtype: str) -> str: ...
+
+    def trunk_formats(self, dtype: str) -> str: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Room:
+    """What one server holds, whichever experts it gets; bytes are per device."""
+
+    name: str
+    devices: int
+    trunk_bytes: int
+    kv_bytes: int
+    #: Recurrent states of all sequences that run at once; 0 for models without any.
+    state_bytes: int
+    #: The expert pool: slots x bytes of an expert, full or not.
+    pool_bytes: int
+    slots: int
+    #: Slots that stay empty, so that experts can move; see `spare_slots`.
+    spare: int
+
+    @property
+    def device_bytes(self) -> int:
+        """All of it."""
+        return self.trunk_bytes + self.kv_bytes + self.state_bytes + self.pool_bytes
+
+    @property
+    def capacity(self) -> int:
+        """Experts that all its devices may hold."""
+        return (self.slots - self.spare) * self.devices
+
+
+@dataclasses.dataclass(frozen=True)
+class ServerPlan(Room):
+    """One server's part of a plan."""
+
+    #: Experts resident on the server in each MoE layer.
+    resident: tuple[int, ...]
+    #: Predicted share of its requests' expert calls served without leaving it.
+    local_share: float
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Plan:
+    """Where everything goes."""
+
+    spec: ClusterSpec
+    #: The one that placed.
+    policy: str
+    placement: Placement
+    layout: Layout
+    servers: tuple[ServerPlan, ...]
+    #: Of all expert calls, weighed by the activations' counts.
+    local_share: float
+    expert_bytes: int
+    #: How weights are kept and hidden states travel, in words.
+    weights: str
+    exchange: ExchangeChoice
+    #: Sentences on what the policy had to do without.
+    notes: tuple[str, ...]
+
+
+def rooms(spec: ClusterSpec, model: ModelFacts, config: EngineConfig) -> tuple[Room, ...]:
+    """What each server holds, in their order.
+
+    Raises:
+        UserError: there are too many servers, or together they lack memory for the experts.
+    """
+    if len(spec.servers) > MAX_SERVERS:
+        raise UserError(f"{len(spec.servers)} servers: at most {MAX_SERVERS} can serve a model")
+    experts = len(model.config.moe_layers) * model.config.num_experts
+    expert_bytes = model.expert_bytes(config.dtype)
+    # No device can use more slots than there are experts.
+    slots = [min(server.slots(expert_bytes), experts) for server in spec.servers]
+    _check_capacity(spec, slots, experts, expert_bytes)
+    copies = state_copies(len(spec.servers), calls=config.exchange != "collectives")
+    fixed = (
+        model.trunk_bytes(config.dtype),
+        cache_bytes(model.config, config, copies),
+        state_bytes(model.config, config, copies),
+    )
+    return tuple(
+        Room(server.name, server.devices, *fixed, count * expert_bytes, count, spare)
+        for server, count, spare in zip(
+            spec.servers, slots, spare_slots(slots, spec.devices, experts), strict=True
+        )
+    )
+
+
+def matched(
+    activations: Activations | None, spec: ClusterSpec, model: ModelFacts
+) -> Activations | None:
+    """The statistics of these servers, in their order; None: none are given.
+
+    Raises:
+        UserError: they are of another model, or lack a server.
+    """
+    if activations is None:
+        return None
+    layers, experts = len(model.config.moe_layers), model.config.num_experts
+    activations.check_model(model.source, layers, experts)
+    return activations.for_servers(spec.names)
+
+
+def make_plan(
+    spec: ClusterSpec,
+    model: ModelFacts,
+    config: EngineConfig,
+    policy: str = DEFAULT_POLICY,
+    activations: Activations | None = None,
+    service: bool = False,
+) -> Plan:
+    """Places a model's experts on servers.
+
+    Args:
+        spec: the servers; rates that are to be measured have been, or count as unknown.
+        model: the checkpoint.
+        config: of the engines.
+        policy: a name in `placement.POLICIES`; where it cannot place, `placement.usable` takes
+            another.
+        activations: statistics of every server's requests; None: all counts are equal.
+        service: users will ask when they like, in contrast to a batch.
+
+    Raises:
+        UserError: the servers together lack memory, the activations are of another model or lack
+            a server, or the policy is unknown.
+    """
+    held = rooms(spec, model, config)
+    activations = matched(activations, spec, model)
+    if activations is None:
+        shape = (len(spec.servers), len(model.config.moe_layers), model.config.num_experts)
+        counts, routes = np.ones(shape, np.int64), None
+    else:
+        counts = activations.counts
+        # Recorded where nobody asked for anything, they have no tokens and no k.
+        routes = activations.routes if any(map(len, activations.routes)) else None
+    used = usable(policy, routes)
+
+    def placed(config: EngineConfig) -> tuple[Placement, ExchangeChoice]:
+        """The placement, and the exchange that is best then."""
+        placement = place(
+            used,
+            counts,
+            [room.capacity for room in held],
+            routes=routes,
+            devices=spec.devices,
+            cost=cluster_cost(spec, model.config, config, service=service),
+            seed=config.seed,
+        )
+        share = placement.local_share(counts)
+        return placement, choose_exchange(spec, model.config, config, share)
+
+    placement, exchange = placed(config)
+    if exchange.name == "collectives" != config.exchange:
+        placement, _ = placed(dataclasses.replace(config, exchange=exchange.name))
+    slots, spare = zip(*((room.slots, room.spare) for room in held), strict=True)
+    shares = placement.local_shares(counts).tolist()
+    servers = tuple(
+        ServerPlan(**vars(room), resident=tuple(resident), local_share=share)
+        for room, resident, share in zip(
+            held, placement.resident.sum(2).tolist(), shares, strict=True
+        )
+    )
+    return Plan(
+        spec=spec,
+        policy=used,
+        placement=placement,
+        layout=spread(placement, spec.devices, slots, counts, spare=spare),
+        servers=servers,
+        local_share=placement.local_share(counts),
+        expert_bytes=model.expert_bytes(config.dtype),
+        weights=weights_note(model, config),
+        exchange=exchange,
+        notes=(
+            *model_notes(model.config, config),
+            *_notes(spec, why_not(policy, routes), used, activations),
+            *spare_notes(servers, placement),
+        ),
+    )
+
+
+def weights_note(model: ModelFacts, config: EngineConfig) -> str:
+    """How weights are kept and hidden states travel, in words."""
+    experts, trunk = model.expert_formats(config.dtype), model.trunk_formats(config.dtype)
+    return (
+        f"Weights: experts {experts}, trunk {trunk}.\n"
+        f"Wire: hidden states in {config.wire_dtype}, sums in float32."
+    )
+
+
+def model_notes(model: ModelConfig, config: EngineConfig) -> Iterator[str]:
+    """What a user should know of a model's memory and form."""
+    if model.state_bytes:
+        yield (
+            f"The model has recurrent states: {format_bytes(model.state_bytes)} for each of "
+            f"{config.max_num_seqs} sequences that run at once on a device, twice where servers "
+            "call each other, and one more. Requests with the same prefix do not share its "
+            "computation."
+        )
+    for original in sorted(model.trained_contexts):
+        which = "longer" if config.max_model_len > original else "shorter"
+        yield (
+            f"The model has two sets of rotary frequencies (longrope): for contexts of up to "
+            f"{original} tokens, and for longer ones. max_model_len is {config.max_model_len}, so "
+            f"all requests use the set for the {which} contexts."
+        )
+    for note in unfit_report(config.rounding, model):
+        yield f"{note}."
+    if model.quantization:
+        yield f"The model's weights are quantised ({model.quantization}) and stay as they are."
+
+
+def _notes(
+    spec: ClusterSpec, why: str, used: str, activations: Activations | None
+) -> Iterator[str]:
+    if activations is None:
+        yield (
+            "No activations were given (--activations): every expert counts the same for every "
+            "server."
+        )
+    if why:
+        yield f"{why}: {used} places instead."
+    note = cost_note(spec) if POLICIES[used].weighs_cost else None
+    if note is not None:
+        yield note
+
+
+def spare_notes(held: Sequence[Room], placement: Placement) -> Iterator[str]:
+    """Which servers cannot receive experts."""
+    if fixed := [
+        room.name
+        for room, resident in zip(held, placement.resident, strict=True)
+        if not room.spare and not resident.all()
+    ]:
+        yield (
+            f"No spare slot on {', '.join(fixed)}: other experts cannot be loaded there, and a "
+            "migration that needs it is refused. Give servers more memory= (or experts=) in the "
+            "hosts file."
+        )
+
+
+def _check_capacity(spec: ClusterSpec, slots: list[int], experts: int, expert_bytes: int) -> None:
+    have = sum(count * devices for count, devices in zip(slots, spec.devices, strict=True))
+    missing = experts - have
+    if missing <= 0:
+        return
+    each = ", ".join(
+        f"{server.name} {count * server.devices}"
+        for server, count in zip(spec.servers, slots, strict=True)
+    )
+    raise UserError(
+        f"too little memory: the model has {experts:,} experts of {format_bytes(expert_bytes)}, "
+        f"the servers hold {have:,} ({each}); {missing:,} slots are missing, "
+        f"{missing * expert_bytes:,} bytes ({format_bytes(missing * expert_bytes)}); "
+        "give servers more memory= (or experts=) in the hosts file, or add a server"
+    )
+
+
+def format_bytes(count: float) -> str:
+    """Bytes with a binary unit.
+
+    >>> format_bytes(1536)
+    '1.5 KiB'
+    """
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024 or unit == "GiB":
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError
+
+
+_LAYOUT_KEYS = ("device_of", "slot_of", "devices", "slots_per_device")
+
+
+def dump_layout(layout: Layout) -> bytes:
+    """A layout for the workers, as an npz file's content."""
+    arrays = {key: np.asarray(getattr(layout, key)) for key in _LAYOUT_KEYS}
+    file = io.BytesIO()
+    np.savez_compressed(file, allow_pickle=False, **arrays)
+    return file.getvalue()
+
+
+def parse_layout(content: bytes) -> Layout:
+    """Reads what `dump_layout` made."""
+    with np.load(io.BytesIO(content), allow_pickle=False) as file:
+        found = {key: file[key] for key in _LAYOUT_KEYS}
+    return Layout(
+        device_of=found["device_of"],
+        slot_of=found["slot_of"],
+        devices=tuple(int(n) for n in found["devices"]),
+        slots_per_device=tuple(int(n) for n in found["slots_per_device"]),
+    )

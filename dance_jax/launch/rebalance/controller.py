@@ -1,0 +1,525 @@
+"""The global scheduler of a service: asks the engines, decides, and moves experts.
+
+It runs no step and waits for nothing: it is told what the engines say, and looks now and then
+(`Rebalancer.tick`) whether something is due. Placements are solved in another process.
+"""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import dataclasses
+import enum
+import time
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+import msgspec
+import numpy as np
+
+from dance_jax.config import ClusterSpec, EngineConfig
+from dance_jax.launch.control import protocol
+from dance_jax.launch.control.protocol import Decision
+from dance_jax.launch.planning.costs import running_cost
+from dance_jax.launch.planning.plan import ModelFacts, dump_layout
+from dance_jax.launch.rebalance.decision import Answer, Question, RebalanceOptions
+from dance_jax.launch.rebalance.migration import Migration
+from dance_jax.launch.rebalance.solver import Solver, SolverError
+from dance_jax.launch.rebalance.state import State
+from dance_jax.launch.rebalance.workload import Statistics, Workload
+from dance_jax.launch.worker.loading import rest_s
+from dance_jax.placement.core import Layout, Placement
+
+#: Until a server has loaded something: seconds that reading an expert takes whatever its size, and
+#: bytes a second.
+READ_S, READ_RATE = 0.01, 200e6
+#: Wishes for decisions that may wait.
+MOST_WAITING = 16
+#: Weight of the latest batch in a server's mean rate.
+_RATE_WEIGHT = 0.3
+#: Seconds after which a batch that is not loaded everywhere is given up.
+LOAD_TIMEOUT_S = 300.0
+#: Seconds that servers have to put a loaded batch in force; who is later is not waited for.
+COMMIT_TIMEOUT_S = 10.0
+#: Seconds that engines have to say what they have counted, or that a batch is dropped.
+ANSWER_TIMEOUT_S = 30.0
+
+
+class Front(Protocol):
+    """How front ends and users are reached: the service."""
+
+    def tell(self, rank: int, command: protocol.FrontCommand) -> None: ...
+
+    def tell_all(self, command: protocol.FrontCommand) -> None: ...
+
+    def notice(self, name: str, text: str) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class _Wanted:
+    """Somebody waits for a decision: a server's user, or nobody, when it is due."""
+
+    rank: int | None
+    id: int
+    force: bool
+    dry_run: bool
+    #: Where experts are to be; None: as the policy finds.
+    placement: Placement | None = None
+
+
+@dataclasses.dataclass
+class _Loading:
+    """The batch under way: until when at most, the servers that have not loaded it yet."""
+
+    deadline: float
+    missing: set[int]
+
+
+@dataclasses.dataclass
+class _Dropping:
+    """A batch that is given up: because of which server, why, and who may have it yet."""
+
+    number: int
+    name: str
+    why: str
+    missing: set[int]
+
+
+class _Doing(enum.Enum):
+    NOTHING = enum.auto()
+    ASKING = enum.auto()
+    SOLVING = enum.auto()
+    MOVING = enum.auto()
+
+
+class Rebalancer:
+    """Where experts are, and where they go.
+
+    Args:
+        options: when and how.
+        spec: the servers.
+        model: the checkpoint.
+        config: of all engines.
+        layout: in force.
+        front: how servers are told.
+        before: statistics of an earlier service.
+        clock: seconds that only grow.
+    """
+
+    def __init__(
+        self,
+        options: RebalanceOptions,
+        spec: ClusterSpec,
+        model: ModelFacts,
+        config: EngineConfig,
+        layout: Layout,
+        front: Front,
+        before: Statistics | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        if len(spec.servers) == 1:  # nothing can move
+            options = msgspec.structs.replace(options, interval_s=0.0)
+        self._options, self._spec, self._model, self._config = options, spec, model, config
+        self._front, self._clock = front, clock
+        #: In force.
+        self.layout = layout
+        self._version = 1
+        self._decision: Decision | None = None
+        self._migrations = self._failures = self._migrated = 0
+        shape = layout.device_of.shape
+        self._workload = Workload(
+            (shape[0], shape[1], shape[2]),
+            model.config.top_k,
+            sum(spec.devices),
+            options.half_life_s,
+            before,
+            clock(),
+        )
+        self._solver = Solver()
+        self._doing = _Doing.NOTHING
+        self._due = float("inf")
+        #: Where experts move if it still pays when it is looked at again, until when at most.
+        self._candidate: Placement | None = None
+        self._patience = 0.0
+        #: Nothing is to move from where experts are, by all that has been asked for.
+        self._stays = False
+        self._waiting: collections.deque[_Wanted] = collections.deque()
+        self._current = _Wanted(None, 0, False, False)
+        self._stats: dict[int, bytes] = {}
+        self._answer: concurrent.futures.Future[Answer] | None = None
+        self._migration: Migration | None = None
+        self._loading = _Loading(float("inf"), set())
+        self._dropping: _Dropping | None = None
+        #: Latest batch; all servers have loaded it, and have been told to put it in force.
+        self._number, self._committed = 0, False
+        self._answers_due = float("inf")
+        #: Bytes a second that each server loads; nan: it has loaded nothing.
+        self._rates = np.full(shape[0], np.nan)
+        self._draining = False
+        #: All engines have started and none has died: they listen.
+        self._engines_run = False
+
+    # What the service says.
+
+    @property
+    def settled(self) -> bool:
+        """A drained service may end: nothing is on its way that is worth waiting for."""
+        return self._doing is _Doing.NOTHING
+
+    def want(self, rank: int, wanted: protocol.RebalanceWanted) -> None:
+        """A server's user asks for a decision."""
+        there = None
+        if wanted.resident is not None:
+            there = Placement.of_lists(wanted.resident, self.layout.device_of.shape[2])
+        one = _Wanted(rank, wanted.id, wanted.force, wanted.dry_run, there)
+        if self._draining:
+            self._refuse(one)
+        elif len(self._waiting) >= MOST_WAITING:
+            self._refuse(one, f"{MOST_WAITING} others wait for a decision")
+        else:
+            self._waiting.append(one)
+
+    def tick(self) -> None:
+        """Does what is due; often, while all engines run."""
+        if self._due == float("inf"):
+            self._workload.engines_began(self._clock())
+            self._due = self._clock() + self._options.interval_s
+        self._engines_run = True
+        if self._doing is _Doing.SOLVING:
+            assert self._answer is not None
+            if self._answer.done():
+                self._decide(self._answer)
+        elif self._doing is _Doing.ASKING:
+            if self._clock() >= self._answers_due:
+                self._ask_no_more()
+        elif self._doing is _Doing.MOVING:
+            if self._clock() >= self._loading.deadline:
+                self._give_up()
+        elif self._doing is _Doing.NOTHING and not self._draining:
+            if self._waiting:
+                self._ask(self._waiting.popleft())
+            elif self._options.interval_s and self._clock() >= self._due:
+                self._ask(_Wanted(None, 0, force=False, dry_run=False))
+
+    def receive(self, rank: int, event: protocol.Event) -> None:
+        """An engine said something."""
+        match event:
+            case protocol.Stats(stats) if self._doing is _Doing.ASKING:
+                self._stats[rank] = bytes(stats)
+                if len(self._stats) == len(self._spec.servers):
+                    self._count()
+            case protocol.Staged(number, seconds, size) if number == self._number:
+                self._loaded(rank)
+                if size and seconds > 0:
+                    rate, known = size / seconds, self._rates[rank]
+                    news = rate if np.isnan(known) else known + _RATE_WEIGHT * (rate - known)
+                    self._rates[rank] = news
+            case protocol.StageFailed(number, why):
+                self._drop(number, self._spec.names[rank], why)
+            case protocol.Applied(number):
+                self._advance(rank, number)
+            case protocol.Dropped(number):
+                self._dropped(rank, number)
+
+    def engines_died(self, ranks: Iterable[int]) -> None:
+        """Those of these servers; what is in force stays, and others start with it."""
+        self._engines_run = False
+        if self._migration is not None:
+            self._front.notice("", "experts stop moving: an engine starts anew")
+            if self._committed:  # those that live put it in force
+                self._migration.commit()
+                self.layout = self._migration.layout
+            else:
+                self._front.tell_all(protocol.Drop(self._number))
+            self._stop_moving(why="an engine died")
+            self._publish()
+        elif self._doing is not _Doing.NOTHING:
+            # Decided anew, by what the next engines say.
+            self._waiting.appendleft(self._current)
+        self._doing, self._answer = _Doing.NOTHING, None
+        self._candidate = None
+        self._workload.engines_died(ranks, self._clock())
+        if self._draining:  # nobody is left to be asked
+            self._save()
+
+    def drain(self) -> None:
+        """Moves nothing more, and keeps what is known by now."""
+        self._draining = True
+        while self._waiting:
+            self._refuse(self._waiting.popleft())
+        if self._doing is _Doing.SOLVING:
+            self._refuse(self._current)
+        if self._doing in (_Doing.NOTHING, _Doing.SOLVING):
+            self._doing, self._answer = _Doing.NOTHING, None
+            if self._options.state_dir is not None and self._engines_run:
+                self._ask(_Wanted(None, 0, force=False, dry_run=True))
+
+    def close(self) -> None:
+        """Ends what it started; may be called twice."""
+        self._solver.close()
+
+    # A decision.
+
+    def _ask(self, wanted: _Wanted) -> None:
+        self._current, self._doing = wanted, _Doing.ASKING
+        self._answers_due = self._clock() + ANSWER_TIMEOUT_S
+        self._stats.clear()
+        self._front.tell_all(protocol.AskStats())
+
+    def _ask_no_more(self) -> None:
+        """Some engine does not answer."""
+        self._doing = _Doing.NOTHING
+        silent = sorted(set(range(len(self._spec.servers))) - set(self._stats))
+        names = ", ".join(self._spec.names[rank] for rank in silent)
+        why = f"{names} did not say what was asked for in {ANSWER_TIMEOUT_S:g} s"
+        self._front.notice("", f"no placement is looked for: {why}")
+        self._refuse(self._current, why)
+        if self._current.rank is None:
+            self._look_again(None)
+
+    def _read_rates(self) -> np.ndarray:
+        """Bytes a second that each server loads; float [servers]."""
+        size = self._model.expert_bytes(self._config.dtype)
+        read_s = READ_S + size / READ_RATE
+        return np.where(np.isnan(self._rates), size / (read_s + rest_s(read_s)), self._rates)
+
+    def _count(self) -> None:
+        """All engines have answered."""
+        now = self._clock()
+        self._workload.update([self._stats[n] for n in range(len(self._stats))], now)
+        if self._draining:
+            self._doing = _Doing.NOTHING
+            self._refuse(self._current)
+            self._save()
+            return
+        self._stays = self._stays and self._workload.idle
+        if self._stays and self._current.rank is None:
+            self._doing = _Doing.NOTHING
+            self._look_again(None)
+            return
+        statistics, load = self._workload.statistics(now), self._workload.load(now)
+        question = Question(
+            policy=self._options.policy,
+            layout=self.layout,
+            names=self._spec.names,
+            counts=statistics.counts,
+            routes=statistics.routes,
+            cost=running_cost(
+                self._spec, self._model.config, self._config, self._workload.measured, load
+            ),
+            busiest=load.busiest,
+            tokens=self._workload.token_rates(now) * self._options.horizon_s,
+            expert_bytes=self._model.expert_bytes(self._config.dtype),
+            read_rates=self._read_rates(),
+            force=self._current.force,
+            wanted=self._current.placement,
+            patient=self._patient(now),
+            candidate=self._candidate,
+            seed=self._config.seed,
+        )
+        self._answer, self._doing = self._solver.ask(question), _Doing.SOLVING
+
+    def _patient(self, now: float) -> bool:
+        """A shift is waited out, so that one migration is enough: what is due because time has
+        passed is confirmed after a half-life, for an interval at most. Users' wishes are not, nor
+        without a half-life, when what was before the shift never fades."""
+        wanted, fades = self._current.rank is None, self._options.half_life_s is not None
+        return wanted and fades and (self._candidate is None or now < self._patience)
+
+    def _look_again(self, candidate: Placement | None) -> None:
+        """When the next decision is due."""
+        now, interval_s = self._clock(), self._options.interval_s
+        if candidate is None:
+            self._due = now + interval_s
+        else:
+            if self._candidate is None:
+                self._patience = now + interval_s
+            self._due = min(now + (self._options.half_life_s or 0.0), self._patience)
+        self._candidate = candidate
+
+    def _decide(self, future: concurrent.futures.Future[Answer]) -> None:
+        self._answer, self._doing = None, _Doing.NOTHING
+        try:
+            answer = future.result()
+        except SolverError as error:
+            decision, batches = self._undecided(f"no placement was found: {error}"), []
+            candidate = None
+        else:
+            decision, batches = self._decided(answer), answer.batches
+            candidate = answer.candidate
+        self._decision = decision
+        wanted = self._current
+        if wanted.rank is None:  # what users ask does not put off what is due
+            self._look_again(candidate)
+            self._stays = not decision.migrate and candidate is None
+        else:
+            self._front.tell(wanted.rank, protocol.Decided(wanted.id, decision))
+        self._front.notice("", in_words(decision, self._options.horizon_s))
+        if decision.migrate and not decision.dry_run:
+            self._migration = Migration(self.layout, batches, self._number + 1)
+            self._doing = _Doing.MOVING
+            self._load()
+        self._publish()
+
+    def _undecided(self, reason: str, policy: str = "") -> Decision:
+        return Decision(
+            when=time.time(),
+            policy=policy or self._options.policy,
+            forced=self._current.force,
+            dry_run=self._current.dry_run or self._options.dry_run,
+            migrate=False,
+            reason=reason,
+        )
+
+    def _decided(self, answer: Answer) -> Decision:
+        found = answer.decision
+        if found is None:
+            return self._undecided("nobody has asked for anything yet", answer.policy)
+        return msgspec.structs.replace(
+            self._undecided(found.reason, answer.policy),
+            # Without a batch there is nothing to do: slots that are emptied need none.
+            migrate=found.migrate and bool(answer.batches),
+            present_seconds=found.present_seconds,
+            expected_seconds=found.expected_seconds,
+            migration_seconds=found.migration_seconds,
+            experts_moved=found.experts_moved,
+            gain=found.gain,
+        )
+
+    def _refuse(self, wanted: _Wanted, why: str = "the service ends") -> None:
+        if wanted.rank is not None:
+            self._front.tell(wanted.rank, protocol.Decided(wanted.id, None, why))
+
+    # A migration.
+
+    def _load(self) -> None:
+        assert self._migration is not None
+        self._number, self._committed = self._migration.number, False
+        ranks = set(range(len(self._spec.servers)))
+        self._loading = _Loading(self._clock() + LOAD_TIMEOUT_S, ranks)
+        for rank, stage in enumerate(self._migration.stages()):
+            self._front.tell(rank, stage)
+
+    def _loaded(self, rank: int) -> None:
+        """A server has loaded the batch; once all have, it may come into force."""
+        if rank not in self._loading.missing:
+            return
+        self._loading.missing.discard(rank)
+        if not self._loading.missing and self._dropping is None:
+            self._committed = True
+            self._loading.deadline = self._clock() + COMMIT_TIMEOUT_S
+            self._front.tell_all(protocol.Commit(self._number))
+
+    def _advance(self, rank: int, number: int) -> None:
+        """A server has a batch in force."""
+        moving = self._migration
+        if moving is not None and moving.applied(rank, number):
+            self._go_on(moving)
+
+    def _go_on(self, moving: Migration) -> None:
+        """A batch is in force on all servers, or on those that are waited for."""
+        moving.commit()
+        self.layout = moving.layout
+        if moving.complete:
+            self._migrations += 1
+            self._workload.migrated(self._clock())
+            self._stop_moving()
+            text = f"experts have moved: {moving.moved} loaded; placement {self._version}"
+            self._front.notice("", text)
+        elif self._draining:
+            self._stop_moving(why="the service ends")
+        else:
+            self._load()
+        self._publish()
+
+    def _give_up(self) -> None:
+        """A batch takes too long, or its end does."""
+        if self._dropping is not None:
+            self._front.tell_all(protocol.Drop(self._dropping.number))
+            self._loading.deadline = self._clock() + ANSWER_TIMEOUT_S
+            return
+        if self._committed:
+            # Whoever is late hears "not here" until it has it in force too.
+            assert self._migration is not None
+            self._go_on(self._migration)
+            return
+        names = ", ".join(self._spec.names[rank] for rank in sorted(self._loading.missing))
+        self._drop(self._number, names, f"have not loaded them in {LOAD_TIMEOUT_S:g} s")
+
+    def _drop(self, number: int, name: str, why: str) -> None:
+        """A batch is to come into force nowhere; all have to say so, as it may have by then."""
+        moving = self._migration
+        if moving is None or number != moving.number:
+            return
+        if self._dropping is not None and self._dropping.number == number:
+            return
+        self._dropping = _Dropping(number, name, why, set(range(len(self._spec.servers))))
+        self._loading.deadline = self._clock() + ANSWER_TIMEOUT_S
+        self._front.tell_all(protocol.Drop(number))
+
+    def _dropped(self, rank: int, number: int) -> None:
+        """A server can put a batch in force no more."""
+        dropping, moving = self._dropping, self._migration
+        if dropping is None or number != dropping.number:
+            return
+        dropping.missing.discard(rank)
+        if dropping.missing:
+            return
+        self._dropping = None
+        if moving is None or moving.number != number:
+            return  # it came into force everywhere just before
+        self._failures += 1
+        self._stop_moving(why=f"server {dropping.name}: {dropping.why}")
+        text = f"experts do not move, they stay where they are: {dropping.why}"
+        self._front.notice(dropping.name, text)
+        self._publish()
+
+    def _stop_moving(self, why: str = "") -> None:
+        """All are where they should be, or as far as they came."""
+        assert self._migration is not None
+        self._version += self._migration.begun
+        self._migrated += self._migration.moved
+        self._migration, self._dropping, self._doing = None, None, _Doing.NOTHING
+        self._stays = False  # it was of the placement before
+        self._look_again(None)
+        if why and self._decision is not None:
+            self._decision = msgspec.structs.replace(self._decision, failure=why)
+        self._save()
+
+    def _publish(self) -> None:
+        self._front.tell_all(
+            protocol.Placed(
+                version=self._version,
+                layout=dump_layout(self.layout),
+                last_decision=self._decision,
+                migrations=self._migrations,
+                failures=self._failures,
+                experts_migrated=self._migrated,
+            )
+        )
+
+    def _save(self) -> None:
+        if self._options.state_dir is None:
+            return
+        statistics = self._workload.statistics(self._clock())
+        state = State(self._spec.names, self._model.fingerprint, self.layout, statistics)
+        try:
+            state.save(self._options.state_dir)
+        except OSError as error:
+            text = f"--state-dir {self._options.state_dir}: the placement is not kept: {error}"
+            self._front.notice("", text)
+
+
+def in_words(decision: Decision, horizon_s: float) -> str:
+    """A decision in a line."""
+    what = f"placement by {decision.policy}: "
+    if decision.gain is not None:
+        what += (
+            f"{decision.expected_seconds:.3g} s instead of {decision.present_seconds:.3g} s in "
+            f"{horizon_s:g} s ({-decision.gain:+.1%}), {decision.experts_moved} experts to load in "
+            f"{decision.migration_seconds:.2g} s: "
+        )
+    moves = "experts move" if decision.migrate else "nothing moves"
+    if decision.migrate and decision.dry_run:
+        moves = "experts would move (dry run)"
+    return f"{what}{decision.reason}; {moves}"

@@ -1,0 +1,117 @@
+"""A process of low priority that solves placements beside the engines.
+
+It is kept, because the second decision needs no compiling any more, and ends with its parent.
+Questions and answers are pickled: both ends are this program.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import os
+import pathlib
+import pickle
+import queue
+import subprocess
+import sys
+import threading
+from typing import IO
+
+from dance_jax.launch.rebalance.decision import Answer, Question
+
+#: Niceness: less, and users notice that a placement is solved; more, and under full load it is not
+#: solved before the next one is due.
+NICENESS = 10
+
+
+class SolverError(RuntimeError):
+    """There is no answer; the message says why."""
+
+
+class Solver:
+    """Answers one question at a time."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "solver")
+
+    def ask(self, question: Question) -> concurrent.futures.Future[Answer]:
+        """The answer to come; a SolverError where there is none."""
+        return self._thread.submit(self._answer, question)
+
+    def close(self) -> None:
+        """Ends the process, whatever it does; may be called twice."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+    def _answer(self, question: Question) -> Answer:
+        try:
+            if self._process is None or self._process.poll() is not None:
+                self._process = _start()
+        except OSError as error:
+            raise SolverError(f"the process that places cannot start: {error}") from error
+        assert self._process.stdin is not None and self._process.stdout is not None
+        try:
+            pickle.dump(question, self._process.stdin)
+            self._process.stdin.flush()
+            found = pickle.load(self._process.stdout)
+        except (OSError, EOFError, pickle.UnpicklingError) as error:
+            self._process.kill()
+            status = self._process.wait()
+            raise SolverError(f"the process that places has ended (status {status})") from error
+        if isinstance(found, Answer):
+            return found
+        raise SolverError(str(found))
+
+
+def _start() -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "dance_jax.launch.rebalance.solver"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        start_new_session=True,
+    )
+
+
+def main() -> None:
+    """Answers what comes on standard input, until it ends."""
+    _give_way()
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    questions: queue.SimpleQueue[Question] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(sys.stdin.buffer, questions), daemon=True).start()
+    from dance_jax.launch.rebalance.decision import answer
+
+    while True:
+        question = questions.get()
+        try:
+            found = answer(question)
+        except Exception as error:
+            found = f"{type(error).__name__}: {error}"
+        pickle.dump(found, answers)
+        answers.flush()
+
+
+def _give_way() -> None:
+    """Everything else that runs here comes first."""
+    os.nice(NICENESS)
+    # Where the kernel shares the cores among sessions first, a process's own niceness says nothing.
+    with contextlib.suppress(OSError):
+        pathlib.Path("/proc/self/autogroup").write_text(str(NICENESS))
+
+
+def _listen(source: IO[bytes], questions: queue.SimpleQueue[Question]) -> None:
+    """Ends the process when the parent is gone, also while it computes."""
+    while True:
+        try:
+            questions.put(pickle.load(source))
+        except (EOFError, pickle.UnpicklingError):
+            os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""How a server's process makes its devices, alone or as part of a jax.distributed job."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections.abc import Iterable
+
+from dance_jax.config import UserError
+from dance_jax.launch.control.channel import bracketed
+from dance_jax.launch.control.protocol import Setup
+from dance_jax.launch.worker import cores
+from dance_jax.models.connections import Key, Listener
+
+log = logging.getLogger("dance_jax.worker")
+
+#: Seconds all servers have to find each other.
+JOIN_TIMEOUT_S = 120
+
+
+def coordinator_endpoint(setup: Setup) -> str:
+    """host:port where this server would coordinate jax.distributed."""
+    address = own_address(setup)
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((address, setup.coordinator_port))
+        except OSError as error:
+            port = f"port {setup.coordinator_port}" if setup.coordinator_port else "a port"
+            raise UserError(f"{address}: cannot listen on {port}: {error}") from error
+        port = probe.getsockname()[1]
+    return f"{bracketed(address)}:{port}"
+
+
+def listen(setup: Setup, key: Key) -> Listener:
+    """This server's listener for connections from the others, who have this key."""
+    address = own_address(setup)
+    try:
+        return Listener(setup.rank, setup.spec.names, address, key)
+    except OSError as error:
+        raise UserError(f"{address}: cannot listen on a port: {error}") from error
+
+
+def own_address(setup: Setup) -> str:
+    """Where this server listens for the others."""
+    address = setup.spec.servers[setup.rank].address
+    return "127.0.0.1" if address == "localhost" else address
+
+
+def join(setup: Setup, coordinator: str | None) -> int:
+    """Makes this process's devices.
+
+    Args:
+        coordinator: of the jax.distributed job that all servers form; None: each is its own.
+
+    Returns:
+        The cores its thread pools are made for.
+    """
+    server = setup.spec.servers[setup.rank]
+    # CPU devices are each process's own, and of GPUs it sees those that its line names.
+    shared = server.platform == "cuda" and not server.gpus
+    first = setup.first_gpu if shared else 0
+    mine = cores.share(cores.available(), setup.machine_devices)[setup.machine_index]
+    import jax
+
+    jax.config.update("jax_platforms", server.platform)
+    # Off: JAX would catch SIGTERM and live on.
+    jax.config.update("jax_enable_preemption_service", False)
+    if server.platform == "cpu":
+        jax.config.update("jax_num_cpu_devices", server.devices)
+    if coordinator is not None:
+        _initialize(setup, coordinator, range(first, first + server.devices))
+    elif shared:
+        jax.config.update("jax_cuda_visible_devices", _listed(range(first, first + server.devices)))
+    with cores.limited(mine):
+        log.info("devices: %s", ", ".join(map(str, jax.devices())))
+    if coordinator is not None:
+        _first_collective(len(setup.spec.servers))
+    return len(mine)
+
+
+def _listed(numbers: Iterable[int]) -> str:
+    return ",".join(map(str, numbers))
+
+
+def _initialize(setup: Setup, coordinator: str, devices: Iterable[int]) -> None:
+    """Makes this process part of the cluster's jax.distributed job, with these of its devices."""
+    import jax
+
+    # Gloo's address can be set nowhere else.
+    from jax._src.lib import _jax  # pyright: ignore[reportPrivateImportUsage]
+
+    if setup.spec.platform == "cpu":
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        make_collectives = _jax.make_gloo_tcp_collectives
+
+        def at_address(distributed_client, hostname=None, interface=None):
+            """Gloo would resolve this machine's host name, which may have no address."""
+            return make_collectives(
+                distributed_client=distributed_client,
+                hostname=hostname or own_address(setup),
+                interface=interface,
+            )
+
+        _jax.make_gloo_tcp_collectives = at_address
+    log.info("JAX is imported; finding the others at %s", coordinator)
+    jax.distributed.initialize(
+        coordinator,
+        num_processes=len(setup.spec.servers),
+        process_id=setup.rank,
+        coordinator_bind_address=coordinator,
+        initialization_timeout=JOIN_TIMEOUT_S,
+        local_device_ids=list(devices),
+    )
+
+
+def _first_collective(num_servers: int) -> None:
+    """A sum over all devices: gloo's first one needs everybody."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    mesh = Mesh(np.array(jax.devices()), ("all",))
+    ones = [jax.device_put(np.ones(1, np.int32), device) for device in jax.local_devices()]
+    sharding = NamedSharding(mesh, PartitionSpec("all"))
+    everyone = jax.make_array_from_single_device_arrays((mesh.size,), sharding, ones)
+    total = jax.jit(
+        jax.shard_map(
+            lambda x: jax.lax.psum(jnp.sum(x), "all"),
+            mesh=mesh,
+            in_specs=PartitionSpec("all"),
+            out_specs=PartitionSpec(),
+        )
+    )(everyone)
+    if int(total) != mesh.size or jax.process_count() != num_servers:
+        raise RuntimeError(f"{int(total)} of {mesh.size} devices took part in the first sum")
+    log.info("joined: %d devices of %d servers", mesh.size, num_servers)
