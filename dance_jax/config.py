@@ -95,16 +95,6 @@ class ClusterSpec:
         """Devices of each server."""
         return tuple(server.devices for server in self.servers)
 
-    def rank_of(self, name: str) -> int:
-        """Position of the server called `name`.
-
-        Raises:
-            UserError: no server has that name.
-        """
-        if name not in self.names:
-            raise UserError(f"unknown server {name!r}; the hosts file has {', '.join(self.names)}")
-        return self.names.index(name)
-
 
 #: What users may ask for of the exchange of rows between servers.
 EXCHANGES = ("auto", "calls", "collectives")

@@ -52,10 +52,6 @@ class BlockPool:
         """Blocks that sequences hold."""
         return self.num_blocks - self.available
 
-    def refs(self, block: int) -> int:
-        """How many hold the block."""
-        return self._refs[block]
-
     def is_published(self, block: int) -> bool:
         """The block can be found by its content, so nobody may write into it."""
         return self._published.get(self._content.get(block, b"")) == block

@@ -265,12 +265,6 @@ class Runner:
         slot_of = [each.astype(np.int32) for each in slot_of]
         return Tables(*map(self.shards.per_device, (holders, slot_of, place)))
 
-    def place(self, layout: Layout) -> None:
-        """Put another placement in force, read anew; the step is not compiled again."""
-        self.pools = self._build_pools(layout)
-        self.calls = self._call_server()
-        self.use_tables(layout)
-
     def use_tables(self, layout: Layout, number: int = 0) -> None:
         """From the next step on experts are looked for where `layout` says; the pool stays.
 

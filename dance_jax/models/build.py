@@ -14,8 +14,6 @@ from dance_jax.models import native
 from dance_jax.models.config import ModelConfig
 from dance_jax.models.formats import WeightFormat
 from dance_jax.models.layers import Weight
-from dance_jax.models.random_weights import Held, random_trunk_tensors
-from dance_jax.models.tensors import arrays_of, parts_of, trunk_rules
 from dance_jax.models.trunk import Trunk
 
 #: Formats of matrices by dotted path; others are floats of the trunk's dtype.
@@ -77,19 +75,6 @@ def fill(
         for _, weight in _matrices(trunk):
             weight.pack()
     return trunk
-
-
-def init_random(config: ModelConfig, seed: int, dtype: str = "float32") -> Trunk:
-    """A trunk with random weights whose activations stay near unit size."""
-    rules = {rule.source: rule for rule in trunk_rules(config)}
-    form = WeightFormat(dtype)
-
-    def weights() -> Iterable[tuple[str, np.ndarray]]:
-        for name, tensor in random_trunk_tensors(config, seed):
-            for path, part in parts_of(rules[name], Held(tensor)):
-                yield from arrays_of(path, part, form).items()
-
-    return fill(config, dtype, weights())
 
 
 def _skeleton(config: ModelConfig, dtype: str, forms: Forms) -> Trunk:

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import json
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import ml_dtypes
@@ -14,10 +14,9 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from dance_jax.models.config import ModelConfig
-from dance_jax.models.experts import ExpertFormat, Weights
 from dance_jax.models.families import model_config
 from dance_jax.models.formats import Matrix, WeightFormat
-from dance_jax.models.tensors import TensorRule, arrays_of, expert_rules, parts_of, trunk_rules
+from dance_jax.models.tensors import TensorRule, expert_rules, trunk_rules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,26 +50,6 @@ def random_expert_tensors(config: ModelConfig, seed: int) -> Iterator[tuple[str,
         for expert in range(config.num_experts):
             for rule in expert_rules(config, layer, expert):
                 yield rule.source, random_tensor(rng, rule, config)
-
-
-def random_expert(
-    config: ModelConfig,
-    tensors: Mapping[str, np.ndarray],
-    layer: int,
-    expert: int,
-    form: ExpertFormat,
-) -> Weights:
-    """One expert in `form`, of the tensors that `random_expert_tensors` yields.
-
-    Args:
-        layer: MoE layer counted from 0.
-    """
-    rules = expert_rules(config, config.moe_layers[layer], expert)
-    found = {}
-    for rule in rules:
-        for path, part in parts_of(rule, Held(tensors[rule.source])):
-            found |= arrays_of(path, part, form.matrix_form(path))
-    return form.from_stored(found)
 
 
 def random_tensor(rng: np.random.Generator, rule: TensorRule, config: ModelConfig) -> np.ndarray:

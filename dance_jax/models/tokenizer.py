@@ -100,7 +100,7 @@ class Tokenizer:
 
     @property
     def has_chat_template(self) -> bool:
-        """True if `apply_chat_template` can be used."""
+        """True if `chat_text` can be used."""
         return self._template is not None
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -154,16 +154,6 @@ class Tokenizer:
             )
         except (jinja2.TemplateError, TypeError) as error:
             raise UserError(f"{self._where}: chat template: {error}") from error
-
-    def apply_chat_template(
-        self,
-        messages: Sequence[dict[str, Any]],
-        add_generation_prompt: bool = True,
-        **variables: Any,
-    ) -> list[int]:
-        """The prompt of a conversation as tokens; the template itself writes special tokens."""
-        text = self.chat_text(messages, add_generation_prompt, **variables)
-        return self.encode(text, add_special_tokens=False)
 
 
 def _text(token: Any, where: str) -> str:

@@ -20,13 +20,12 @@ from dance_jax.engine.scheduler import Row, StepPlan
 from dance_jax.engine.sequence import SamplingParams, Sequence
 from dance_jax.engine.step import BUSY, token_slice
 from dance_jax.models import model_config
-from dance_jax.models.build import fill, init_random, matrix_shapes
+from dance_jax.models.build import fill, matrix_shapes
 from dance_jax.models.experts import ExpertFormat, expert_format
 from dance_jax.models.formats import Formats, WeightFormat
 from dance_jax.models.messages import Transport
 from dance_jax.models.random_weights import (
     Held,
-    random_expert,
     random_expert_tensors,
     random_trunk_tensors,
 )
@@ -35,6 +34,7 @@ from dance_jax.models.tensors import arrays_of, parts_of, trunk_rules
 from dance_jax.models.trunk import Trunk
 from dance_jax.placement.core import Layout
 from tests.quick import QuickCache
+from tests.random_models import init_random, random_expert
 from tests.tiny_models import HYBRID, OSS, SERVED
 
 CONFIG = model_config(SERVED)

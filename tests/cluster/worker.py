@@ -90,7 +90,10 @@ class Server:
     def place(self, layout: Layout) -> list[int]:
         """Everything anew: the pools, and the connections of what calls."""
         if self.variant in self.runners:
-            self.runner.place(layout)
+            runner = self.runner
+            runner.pools = runner._build_pools(layout)
+            runner.calls = runner._call_server()
+            runner.use_tables(layout)
         else:
             transport, *more = self.variant
             self.runners[self.variant] = tiny.runner(layout, RANK, transports[transport], *more)

@@ -128,7 +128,7 @@ class FakeEngine:
             holders = [block for s in here for block in s.blocks]
             assert 0 not in holders
             for block in range(1, pool.num_blocks + 1):
-                assert pool.refs(block) == holders.count(block)
+                assert pool._refs[block] == holders.count(block)
             assert pool.used == len(set(holders))
             assert pool.free + pool.cached + pool.used == pool.num_blocks
         assert scheduler.blocks_used == sum(pool.used for pool in scheduler.pools)
@@ -204,7 +204,7 @@ class FakeEngine:
         for device, row in rows:
             page, offset = divmod(row.start, self.config.block_size)
             block, pool = row.sequence.blocks[page], self.scheduler.pools[device]
-            assert pool.refs(block) == 1 and not pool.is_published(block), "others read it"
+            assert pool._refs[block] == 1 and not pool.is_published(block), "others read it"
             # A row of a slice writes its whole block, whatever it has to say.
             padding = 0 if row.index < plan.decode else self.config.block_size - len(row.tokens)
             for place, token in enumerate([*row.tokens, *[None] * padding], start=offset):

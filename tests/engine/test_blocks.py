@@ -47,7 +47,7 @@ class AnyUse(RuleBasedStateMachine):
             assert self.written[block] == tokens[: (page + 1) * size], "a false hit"
             assert pool.is_published(block)
         available = pool.available
-        unheld = sum(pool.refs(block) == 0 for block in found)
+        unheld = sum(pool._refs[block] == 0 for block in found)
         blocks = fill(pool, tokens)
         assert blocks[: len(found)] == found
         fresh = blocks[len(found) :]
@@ -69,7 +69,7 @@ class AnyUse(RuleBasedStateMachine):
         pool = self.pool
         holders = [block for blocks in self.held for block in blocks]
         for block in range(1, pool.num_blocks + 1):
-            assert pool.refs(block) == holders.count(block)
+            assert pool._refs[block] == holders.count(block)
         assert pool.used == len(set(holders))
         assert pool.free + pool.cached == pool.available == pool.num_blocks - pool.used
 
@@ -116,7 +116,7 @@ def test_a_block_is_found_behind_its_own_prefix_alone():
 def test_shared_blocks_live_until_the_last_holder():
     pool = BlockPool(2, 2)
     blocks = fill(pool, [1, 2])
-    assert fill(pool, [1, 2]) == blocks and pool.refs(blocks[0]) == 2
+    assert fill(pool, [1, 2]) == blocks and pool._refs[blocks[0]] == 2
     pool.release(blocks)
     assert (pool.used, pool.cached) == (1, 0)
     pool.release(blocks)

@@ -23,6 +23,7 @@ from dance_jax.launch.cli.report import print_summary
 from dance_jax.launch.cli.run import RunResult, result_lines, run_prompts
 from dance_jax.launch.cli.stream import Stream
 from dance_jax.launch.cluster.batch import Cluster
+from dance_jax.launch.control import protocol
 from dance_jax.launch.planning.defaults import engine_config
 from dance_jax.launch.planning.hosts import read_hosts
 from dance_jax.launch.planning.plan import make_plan
@@ -102,6 +103,7 @@ def _cold_run(folder: pathlib.Path, expert_library: pathlib.Path | None) -> Tiny
     tokenizer = Tokenizer.load(path)
     cluster = Cluster(spec, checkpoint, plan.layout, config, cache_dir=cache_dir)
     with cluster:
+        started = [reached[protocol.Ready] for reached in cluster._reached]
         with Stream(console, spec.names, prompts) as stream:
             result = run_prompts(cluster, plan, tokenizer, prompts, stream.update)
         give_up(cluster)
@@ -119,7 +121,7 @@ def _cold_run(folder: pathlib.Path, expert_library: pathlib.Path | None) -> Tiny
         result,
         result_lines(result),
         console.export_text(),
-        cluster.cache_use,
+        [(ready.cache_hits, ready.cache_misses) for ready in started],
         functions,
         result_lines(again),
     )

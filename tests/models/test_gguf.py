@@ -170,7 +170,7 @@ def test_a_whole_model_comes_back(model, directories, tmp_path):
         assert ours.encode(text) == tokens
         assert ours.decode(tokens, False) == theirs.decode(tokens, False)
     messages = [{"role": "user", "content": "hello"}]
-    assert ours.apply_chat_template(messages) == theirs.apply_chat_template(messages)
+    assert ours.chat_text(messages) == theirs.chat_text(messages)
     assert ours.eos_token_ids == theirs.eos_token_ids == (1,)
 
 

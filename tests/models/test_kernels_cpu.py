@@ -29,7 +29,10 @@ SIZES = ((64, 512), (200, 75), (136, 33), (264, 16), (8, 1), (1096, 70))
 @pytest.fixture(scope="module")
 def forms(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """Products in every set of instructions."""
-    symbols = ctypes.CDLL(str(native.build_products(tmp_path_factory.mktemp("all"))))
+    library = tmp_path_factory.mktemp("all") / "products.so"
+    sources = [native._HERE / name for name in ("choose.cc", "panels.cc", native._PRODUCT)]
+    native._compile(library, sources, native.usable_instructions())
+    symbols = ctypes.CDLL(str(library))
     symbols.ProductBy.restype = ctypes.c_bool
     return symbols
 

@@ -7,11 +7,12 @@ import pytest
 
 from benchmarks.families import SHAPES
 from dance_jax.models import model_config
-from dance_jax.models.build import fill, init_random, weight_shapes
+from dance_jax.models.build import fill, weight_shapes
 from dance_jax.models.experts import expert_format
 from dance_jax.models.formats import WeightFormat
-from dance_jax.models.random_weights import random_expert, random_expert_tensors
+from dance_jax.models.random_weights import random_expert_tensors
 from dance_jax.models.tensors import trunk_rules
+from tests.random_models import init_random, random_expert
 from tests.tiny_models import DEEPSEEK, HYBRID, OSS
 
 

@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from dance_jax.engine.kv_cache import layer_cache
 from dance_jax.models import model_config, native, rows_cpu
 from dance_jax.models.attention import Heads, Rows, write_and_attend
-from dance_jax.models.build import init_random
 from dance_jax.models.config import RopeConfig, RouterConfig
 from dance_jax.models.layers import rms_norm
 from dance_jax.models.rope import rotate, rotation
 from dance_jax.models.router import choose_experts
 from tests.engine.traffic import ENGINE
 from tests.forward import forward
+from tests.random_models import init_random
 from tests.tiny_models import DEEPSEEK, MIXTRAL, OSS
 
 pytestmark = pytest.mark.usefixtures("compiled")

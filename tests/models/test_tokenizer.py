@@ -94,7 +94,6 @@ def test_chat_template(directory):
     tokenizer = Tokenizer.load(directory)
     text = "user: hi <b> é\nassistant:"
     assert tokenizer.chat_text(MESSAGES) == text
-    assert tokenizer.decode(tokenizer.apply_chat_template(MESSAGES)) == text
     assert tokenizer.chat_text(MESSAGES, add_generation_prompt=False) == "user: hi <b> é\n"
 
 
@@ -111,7 +110,9 @@ def test_template_file_goes_first_and_sees_what_templates_rely_on(directory):
 
 def test_begin_token_of_a_template_is_not_doubled(directory):
     tokenizer = settings(directory, add_bos_token=True, chat_template="{{ bos_token }}a")
-    assert tokenizer.apply_chat_template(MESSAGES) == [0, tokenizer.encode("a")[-1]]
+    text = tokenizer.chat_text(MESSAGES)
+    tokens = tokenizer.encode(text, add_special_tokens=False)
+    assert tokens == [0, tokenizer.encode("a")[-1]]
 
 
 def test_named_templates(directory):

@@ -116,8 +116,6 @@ class Fleet(abc.ABC):
         self.calls = config.exchange != "collectives"
         #: Where the servers listen for each other, by rank; "": one starts anew.
         self._endpoints: list[str] = []
-        #: Per server: steps read from the compile cache, and compiled.
-        self.cache_use: list[tuple[int, int]] = []
         self._processes: list[Server] = []
         #: Per server, the last event of each kind while it starts.
         self._reached: list[dict[type, Any]] = [{} for _ in spec.servers]
@@ -294,8 +292,7 @@ class Fleet(abc.ABC):
         self._endpoints = [each.endpoint for each in prepared]
         self._send_all(self._join_message(prepared[0]))
         self._gather(ranks, protocol.Joined, JOIN_TIMEOUT_S, "did not join the others")
-        ready = self._gather(ranks, protocol.Ready)
-        self.cache_use = [(each.cache_hits, each.cache_misses) for each in ready]
+        self._gather(ranks, protocol.Ready)
 
     def _join_message(self, first: protocol.Prepared) -> protocol.Join:
         coordinator = self.network.coordinator or first.coordinator

@@ -49,11 +49,6 @@ class Preflight:
         return tuple(finding.message for finding in self.findings if finding.error)
 
     @property
-    def warnings(self) -> tuple[str, ...]:
-        """What is worth a word."""
-        return tuple(finding.message for finding in self.findings if not finding.error)
-
-    @property
     def coordinator_port(self) -> int:
         """Of the first server, given or found free; 0: it could not be asked."""
         machine = self.surveys[0].machine

@@ -122,18 +122,6 @@ def build(directory: pathlib.Path) -> pathlib.Path | None:
     return library
 
 
-def build_products(directory: pathlib.Path) -> pathlib.Path:
-    """For tests: products alone, in every set of instructions that this machine has.
-
-    Raises:
-        subprocess.CalledProcessError, OSError: it cannot be compiled.
-    """
-    library = directory / "products.so"
-    sources = [_HERE / name for name in ("choose.cc", "panels.cc", _PRODUCT)]
-    _compile(library, sources, usable_instructions())
-    return library
-
-
 def _compiler() -> list[str]:
     return shlex.split(os.environ.get("CXX", "")) or ["c++"]
 

@@ -91,11 +91,6 @@ class Result:
     def ttft(self) -> Spread:
         return Spread.of(self.ttfts)
 
-    def mean_latency_of(self, server: int) -> float:
-        """Seconds; nan: it had no requests."""
-        own = self.latencies[self.requests_of == server]
-        return float(own.mean()) if own.size else float("nan")
-
     @property
     def sent_bytes(self) -> np.ndarray:
         """int64 [servers]: payload out of each link."""

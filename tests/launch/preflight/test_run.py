@@ -94,7 +94,7 @@ def test_rates_that_take_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dance_jax.launch.preflight.link_pairs.RATES_DEADLINE_S", -1.0)
     found = run(LOCAL.replace("experts=5\n", "experts=5 bandwidth=auto\n", 1))
     assert not found.errors and found.spec.servers[0].bandwidth is None
-    one, links = found.warnings
+    one, links = (finding.message for finding in found.findings)
     assert "alpha has bandwidth=auto, but no time was left" in one
     assert "the rates of 2 links were not measured" in links
 
@@ -104,7 +104,8 @@ def test_servers_at_one_address_have_no_link() -> None:
     found = run(hosts, measure_all=True)
     found.check()
     assert not found.links and found.spec.servers[0].bandwidth is None
-    assert len(found.warnings) == 1 and "bandwidth=auto" in found.warnings[0]
+    (only,) = found.findings
+    assert not only.error and "bandwidth=auto" in only.message
 
 
 def test_ports_that_are_taken() -> None:
