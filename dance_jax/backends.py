@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 #: Told while the object starts: (what, parts done, parts in all or 0).
-Progress = Callable[[str, int, int], None]
+ProgressCallback = Callable[[str, int, int], None]
 
 
 class Backend(Protocol):
@@ -51,7 +51,7 @@ class InProcess:
         tokenizer: Tokenizer,
         config: EngineConfig,
         cache_dir: pathlib.Path,
-        report: Progress,
+        report: ProgressCallback,
         trace: str | os.PathLike[str] | None,
     ) -> None:
         import jax
@@ -112,7 +112,7 @@ class InProcess:
 
 
 @dataclasses.dataclass(frozen=True)
-class Far:
+class RemoteOptions:
     """What servers on other machines need: as the user gave it, None where he did not."""
 
     model: pathlib.Path | None
@@ -129,8 +129,8 @@ class Servers:
         config: EngineConfig,
         cache_dir: pathlib.Path,
         log_dir: str | os.PathLike[str] | None,
-        report: Progress,
-        far: Far,
+        report: ProgressCallback,
+        far: RemoteOptions,
         spec: ClusterSpec,
         policy: str,
         activations: Activations | None,

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from dance_jax.backends import Backend, Far, InProcess, Progress, Servers
+from dance_jax.backends import Backend, InProcess, ProgressCallback, RemoteOptions, Servers
 from dance_jax.cache import default_cache_dir
 from dance_jax.config import ClusterSpec, Rounding, UserError
 from dance_jax.engine.output import OutputCollector
@@ -107,7 +107,7 @@ class LLM:
         cache_dir: str | os.PathLike[str] | None = None,
         log_dir: str | os.PathLike[str] | None = None,
         trace: str | os.PathLike[str] | None = None,
-        progress: bool | Progress = False,
+        progress: bool | ProgressCallback = False,
     ) -> None:
         from dance_jax.launch.planning import defaults
         from dance_jax.models.checkpoint import Checkpoint
@@ -154,7 +154,7 @@ class LLM:
             self._backend = InProcess(*engine, cache, report, trace)
         else:
             given = (model, cache_dir, ssh_config)
-            far = Far(*(None if each is None else pathlib.Path(each) for each in given))
+            far = RemoteOptions(*(None if each is None else pathlib.Path(each) for each in given))
             self._backend = Servers(
                 checkpoint,
                 self.config,

@@ -34,7 +34,7 @@ from dance_jax.engine.step import (
 )
 from dance_jax.engine.step_clock import StepClock
 from dance_jax.engine.trace import Trace
-from dance_jax.engine.traffic import CallTraffic, LockStepTraffic, Traffic
+from dance_jax.engine.traffic import CallTraffic, LinkTraffic, LockStepTraffic
 from dance_jax.models import kernels_cpu
 from dance_jax.models.checkpoint import WeightSource
 from dance_jax.models.experts import Weights
@@ -42,7 +42,7 @@ from dance_jax.models.messages import Transport
 from dance_jax.placement.core import Layout
 
 #: Called with (stage, parts done, parts in all).
-Progress = Callable[[str, int, int], None]
+ProgressCallback = Callable[[str, int, int], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +156,7 @@ class Engine:
         #: Deltas that the next step hands out beside its own.
         self._pending: list[OutputDelta] = []
 
-    def _new_traffic(self, layers: int, servers: int) -> Traffic:
+    def _new_traffic(self, layers: int, servers: int) -> LinkTraffic:
         if self.runner.calls is not None:
             return CallTraffic(self.runner.calls)
         return LockStepTraffic(self.rank, layers, servers)
@@ -176,7 +176,7 @@ class Engine:
         """Where every expert is now."""
         return self._staging.layout
 
-    def warmup(self, progress: Progress = lambda stage, done, total: None) -> None:
+    def warmup(self, progress: ProgressCallback = lambda stage, done, total: None) -> None:
         """Compiles every bucket and runs each once; servers that step together do so at once."""
         buckets = self.config.buckets
         self.runner.pools.warm_up()

@@ -18,7 +18,7 @@ import numpy as np
 
 from dance_jax.config import EngineConfig, UserError
 from dance_jax.models.config import DeltaNet, Mixer, ModelConfig
-from dance_jax.models.delta import State
+from dance_jax.models.delta import DeltaState
 from dance_jax.models.exchange import Exchange
 
 #: A jax.Array on the device, an np.ndarray on the host.
@@ -28,8 +28,8 @@ Leaf = Any
 class Memory(NamedTuple):
     """One device's state, donated to every step and returned by it, layer by layer."""
 
-    #: Per layer [1 + blocks, block_size, w] in the engine's dtype, or a `State` of 1 + copies *
-    #: max_num_seqs slots.
+    #: Per layer [1 + blocks, block_size, w] in the engine's dtype, or a `DeltaState` of
+    #: 1 + copies * max_num_seqs slots.
     cache: list[Any]
     #: int32 [l, e], expert calls of this device's tokens since the start.
     counts: Leaf
@@ -111,10 +111,10 @@ def new_memory(
 
 def layer_cache(
     mixer: Mixer, config: EngineConfig, blocks: int, copies: int = 1
-) -> np.ndarray | State:
+) -> np.ndarray | DeltaState:
     """What a layer with this mixer keeps, empty, in numpy."""
     if isinstance(mixer, DeltaNet):
         slots = 1 + copies * config.max_num_seqs
-        return State(*(np.zeros((slots, *shape), np.float32) for shape in mixer.state_shapes))
+        return DeltaState(*(np.zeros((slots, *shape), np.float32) for shape in mixer.state_shapes))
     shape = (1 + blocks, config.block_size, mixer.cache_width)
     return np.zeros(shape, jnp.dtype(config.dtype))

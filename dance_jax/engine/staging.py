@@ -16,7 +16,7 @@ Experts = Mapping[tuple[int, int], Weights]
 
 
 @dataclasses.dataclass(frozen=True)
-class Batch:
+class StagedBatch:
     """The slots that a server writes when a layout comes into force."""
 
     number: int
@@ -49,7 +49,7 @@ class Staging:
         self.layout = layout
         self._rank = rank
         self._wanted = [(leaf.shape, leaf.dtype) for leaf in form.leaves.values()]
-        self._batches: list[Batch] = []
+        self._batches: list[StagedBatch] = []
         self._last = self._told = self._commit = 0
 
     @property
@@ -75,7 +75,7 @@ class Staging:
         """Batches up to this one have been loaded by all servers."""
         self._commit = number
 
-    def add(self, number: int, layout: Layout, experts: Experts) -> Batch:
+    def add(self, number: int, layout: Layout, experts: Experts) -> StagedBatch:
         """Holds a batch; see `Engine.stage`."""
         before = self.latest
         if number <= self._last:
@@ -100,7 +100,7 @@ class Staging:
             layer, expert = tables[device][slot].tolist()
             which = layer * layout.device_of.shape[2] + expert
             writes[device].append(SlotWrite(slot, which, weights))
-        batch = Batch(number, layout, writes)
+        batch = StagedBatch(number, layout, writes)
         self._batches.append(batch)
         self._last = number
         return batch
@@ -129,7 +129,7 @@ class Staging:
         self._told = self._committed
         return self._told
 
-    def take(self, number: int) -> Batch:
+    def take(self, number: int) -> StagedBatch:
         """The next batch, from here on in force.
 
         Args:

@@ -39,7 +39,7 @@ Bucket = tuple[int, int]
 IDLE, BUSY, DECODING = 0, 1, 2
 
 
-class Batch(NamedTuple):
+class StepBatch(NamedTuple):
     """What one device computes in a step: d decode rows, then s rows of a slice; r = d + s.
 
     The tokens, t, are one of each decode row, then block_size of each row of the slice. No more
@@ -127,7 +127,7 @@ def sampling_rows(rows: tuple[Row, ...]) -> list[Row]:
     return [row for row in rows if row.sample]
 
 
-def host_batch(rows: tuple[Row, ...], bucket: Bucket, config: EngineConfig, said: int) -> Batch:
+def host_batch(rows: tuple[Row, ...], bucket: Bucket, config: EngineConfig, said: int) -> StepBatch:
     """Numpy batch of one device.
 
     Args:
@@ -154,10 +154,10 @@ def host_batch(rows: tuple[Row, ...], bucket: Bucket, config: EngineConfig, said
     last[: len(sampled)] = [token_slice(bucket, config, row).stop - 1 for row in sampled]
     sampling = sampling_state({n: row.sequence for n, row in enumerate(sampled)}, decode)
     said_array = np.array(said, np.int32)
-    return Batch(token, start, length, first, table, state, said_array, last, sampling)
+    return StepBatch(token, start, length, first, table, state, said_array, last, sampling)
 
 
-def batch_rows(batch: Batch, bucket: Bucket, block_size: int) -> tuple[Rows, ...]:
+def batch_rows(batch: StepBatch, bucket: Bucket, block_size: int) -> tuple[Rows, ...]:
     """The batch's rows for the attention: those of the decode, those of the slice."""
     decode, slices = bucket
     parts = [(slice(0, decode), 1), (slice(decode, decode + slices), block_size)]
@@ -237,11 +237,11 @@ class Form:
         decode, slices = self.bucket
         return decode + slices * self.config.block_size
 
-    def batch(self, packed: Array) -> Batch:
+    def batch(self, packed: Array) -> StepBatch:
         """What `host_batch` packed; a part of a step computes no more of it than it uses."""
         return unpack(packed, host_batch((), self.bucket, self.config, IDLE))
 
-    def rows(self, batch: Batch) -> tuple[Rows, ...]:
+    def rows(self, batch: StepBatch) -> tuple[Rows, ...]:
         return batch_rows(batch, self.bucket, self.config.block_size)
 
     def groups(self, rows: tuple[Rows, ...]) -> list[tuple[slice, tuple[Rows, ...]]]:
@@ -430,8 +430,12 @@ def finish_layer(
 def logits(
     form: Form, trunk: Trunk, hidden_td: Array, packed: Array, counts_le: Array, record: Record
 ) -> tuple[Array, Array, Array]:
-    """float32 [d, v], behind the tokens `Batch.last`; `Memory.counts` with what the step's tokens
-    have called, but for those that failed; and whether any did, bool []."""
+    """The end of a step.
+
+    Returns:
+        Logits after the tokens `StepBatch.last`, float32 [d, v]; `Memory.counts` with the calls of
+        this step's tokens added, those that failed left out; whether any token failed, bool [].
+    """
     batch = form.batch(packed)
     counted_t = form.valid(form.rows(batch)) & ~record.failed
     routes_tlk = record.routes.astype(jnp.int32)

@@ -32,7 +32,7 @@ class Totals:
     peers: tuple[PeerCounters, ...] = ()
 
 
-class Traffic(Protocol):
+class LinkTraffic(Protocol):
     """Counts one server's traffic."""
 
     def add(self, crossed: Crossed) -> None:

@@ -41,7 +41,7 @@ from dance_jax.launch.planning.plan import ModelFacts, Plan, Room, make_plan, ma
 
 if TYPE_CHECKING:
     from dance_jax.launch.agent.node import Nodes
-    from dance_jax.launch.rebalance.state import State
+    from dance_jax.launch.rebalance.state import ServiceState
     from dance_jax.placement.activations import Activations
 
 _Fleet = TypeVar("_Fleet", bound=Fleet)
@@ -250,7 +250,7 @@ def _state(
     spec: ClusterSpec,
     model: ModelFacts,
     held: Sequence[Room],
-) -> State | None:
+) -> ServiceState | None:
     """What a service before has left for these servers; says so if that is of no use."""
     from dance_jax.launch.rebalance.state import FILE_NAME, load
 
@@ -272,7 +272,7 @@ def _state(
 
 def _resume(
     console: Console,
-    state: State,
+    state: ServiceState,
     model: ModelFacts,
     config: EngineConfig,
     spec: ClusterSpec,

@@ -127,7 +127,7 @@ def pack(head: CallHead | AnswerHead, *body: bytes) -> bytes:
     return b"".join((head.form.pack(*head.begin, *head), *body))
 
 
-class Channel:
+class CallChannel:
     """A connection that does not block; one thread's."""
 
     def __init__(self, connection: socket.socket) -> None:
@@ -215,7 +215,7 @@ class Channel:
         self._socket.close()
 
 
-def poll(channels: Iterable[Channel], timeout_s: float | None) -> list[Channel]:
+def poll(channels: Iterable[CallChannel], timeout_s: float | None) -> list[CallChannel]:
     """Sends what waits; those that have something to read, once there is any or the time is up."""
     by_fd = {channel.fileno(): channel for channel in channels if not channel.closed}
     polled = select.poll()

@@ -22,7 +22,7 @@ import numpy as np
 from jax import Array
 
 from dance_jax.models import native
-from dance_jax.models.connections import Key, Listener, dial, pace
+from dance_jax.models.connections import Key, PeerListener, dial, pace
 from dance_jax.models.counters import Counters, Moved, PeerCounters, Sums
 from dance_jax.models.kernels_cpu import NativePool
 from dance_jax.placement.visit import places
@@ -280,7 +280,7 @@ class Lines:
         self,
         rank: int,
         names: Sequence[str],
-        listener: Listener,
+        listener: PeerListener,
         key: Key,
         topic: str = "calls",
         rates: Sequence[float | None] = (),

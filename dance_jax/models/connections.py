@@ -80,7 +80,7 @@ class Key(NamedTuple):
     identity: Identity
 
 
-class Listener:
+class PeerListener:
     """Where the other servers reach this one, on a free port.
 
     Args:
@@ -222,7 +222,7 @@ def dial(
 def mesh(
     rank: int,
     names: Sequence[str],
-    listener: Listener,
+    listener: PeerListener,
     endpoints: Sequence[str],
     key: Key,
     topic: str,

@@ -54,7 +54,7 @@ from dance_jax.models.tensors import (
 )
 
 #: progress(text, bytes done, bytes in all)
-Progress = Callable[[str, int, int], None]
+ProgressCallback = Callable[[str, int, int], None]
 
 #: Bytes of the arrays of one checkpoint; a larger single tensor has a checkpoint of its own.
 GROUP_BYTES = 128 << 20
@@ -68,7 +68,7 @@ KEEP = Rounding()
 def convert(
     source: str | pathlib.Path,
     destination: str | pathlib.Path,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
     rounding: Rounding = KEEP,
 ) -> pathlib.Path:
     """Converts a model.
@@ -97,7 +97,7 @@ def convert(
 def _convert(
     model: HFDirectory,
     destination: pathlib.Path,
-    progress: Progress | None,
+    progress: ProgressCallback | None,
     rounding: Rounding,
 ) -> pathlib.Path:
     """`convert` of an opened model."""
@@ -134,7 +134,7 @@ def _convert(
 def ensure_converted(
     source: str | pathlib.Path,
     cache_dir: str | pathlib.Path,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
     rounding: Rounding = KEEP,
 ) -> pathlib.Path:
     """The converted form of a model, made in the cache on first use.
@@ -236,7 +236,11 @@ class _Conversion:
     """
 
     def __init__(
-        self, model: HFDirectory, formats: Formats, directory: pathlib.Path, progress: Progress
+        self,
+        model: HFDirectory,
+        formats: Formats,
+        directory: pathlib.Path,
+        progress: ProgressCallback,
     ) -> None:
         self._model, self._formats = model, formats
         self._directory, self._progress = directory, progress

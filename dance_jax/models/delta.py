@@ -26,7 +26,7 @@ from dance_jax.models.layers import Linear, RMSNorm, contract, parameter
 LENGTH_EPS = 1e-6
 
 
-class State(NamedTuple):
+class DeltaState(NamedTuple):
     """The recurrent state of each sequence, or after each row; float32, in JAX or numpy."""
 
     #: [s, conv_width - 1, channels]: the convolution's last inputs.
@@ -49,7 +49,7 @@ class _Tokens(NamedTuple):
 
 
 class DeltaNetLayer(nnx.Module):
-    """The mixer of a layer. Its cache is a `State` with slots for each sequence."""
+    """The mixer of a layer. Its cache is a `DeltaState` with slots for each sequence."""
 
     def __init__(self, config: ModelConfig, shape: DeltaNet, dtype: jnp.dtype):
         d, heads = config.hidden_size, shape.num_value_heads
@@ -67,8 +67,8 @@ class DeltaNetLayer(nnx.Module):
         self.out = Linear(inner, d, dtype)
 
     def __call__(
-        self, hidden_td: jax.Array, rotation_tk: None, batch: Sequence[Rows], cached: State
-    ) -> tuple[jax.Array, State]:
+        self, hidden_td: jax.Array, rotation_tk: None, batch: Sequence[Rows], cached: DeltaState
+    ) -> tuple[jax.Array, DeltaState]:
         """Returns the output [t, d] and the states after the rows of the batch."""
         wide = jnp.float32
         inputs_tc = self.qkv(hidden_td).astype(wide)
@@ -92,11 +92,11 @@ class DeltaNetLayer(nnx.Module):
     def _run(
         self,
         rows: Rows,
-        cached: State,
+        cached: DeltaState,
         inputs_tc: jax.Array,
         decay_th: jax.Array,
         strength_th: jax.Array,
-    ) -> tuple[jax.Array, State]:
+    ) -> tuple[jax.Array, DeltaState]:
         """The output float32 [t, h, dv] of some rows, and the state after each."""
         count, chunk = rows.count, rows.chunk
         real_rc = jnp.arange(chunk) < rows.length_r[:, None]
@@ -129,9 +129,11 @@ class DeltaNetLayer(nnx.Module):
                 next_row, jnp.zeros_like(before.memory[0]), (before.memory, follows, tokens)
             )
         output_rchv = jnp.moveaxis(output, 1, 2)
-        return output_rchv.reshape(count * chunk, *output_rchv.shape[2:]), State(inputs, memory)
+        return output_rchv.reshape(count * chunk, *output_rchv.shape[2:]), DeltaState(
+            inputs, memory
+        )
 
-    def _before(self, rows: Rows, cached: State) -> State:
+    def _before(self, rows: Rows, cached: DeltaState) -> DeltaState:
         """The state of each row's sequence before this step; a sequence begins with zeros."""
         began_r = rows.start_r[rows.first_r] > 0
 
@@ -139,7 +141,7 @@ class DeltaNetLayer(nnx.Module):
             state = jnp.take(kept, rows.state_r2[:, 0], axis=0, mode="clip")
             return jnp.where(began_r.reshape(-1, *[1] * (kept.ndim - 1)), state, 0.0)
 
-        return State(*map(pick, cached))
+        return DeltaState(*map(pick, cached))
 
     def _past_inputs(self, rows: Rows, kept: jax.Array, inputs_rcx: jax.Array) -> jax.Array:
         """[r, conv_width - 1, channels]: a row follows its sequence's row before it, which is
@@ -182,7 +184,7 @@ class DeltaNetLayer(nnx.Module):
         )
 
 
-def _write(cached: State, fresh: State, rows: Rows) -> State:
+def _write(cached: DeltaState, fresh: DeltaState, rows: Rows) -> DeltaState:
     """The states with those after some rows, in place where they are donated.
 
     Row by row, so that of several rows of a sequence the last one's state stays. Unused rows write
@@ -190,7 +192,7 @@ def _write(cached: State, fresh: State, rows: Rows) -> State:
     """
     slot_r = jnp.where(rows.length_r > 0, rows.state_r2[:, 1], 0)
 
-    def put(r: jax.Array, cached: State) -> State:
+    def put(r: jax.Array, cached: DeltaState) -> DeltaState:
         return jax.tree.map(
             lambda kept, new: jax.lax.dynamic_update_index_in_dim(kept, new[r], slot_r[r], 0),
             cached,

@@ -12,7 +12,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dance_jax.models.call_messages import DONE, NOT_HERE, AnswerHead, CallHead, Channel, pack, poll
+from dance_jax.models.call_messages import (
+    DONE,
+    NOT_HERE,
+    AnswerHead,
+    CallChannel,
+    CallHead,
+    pack,
+    poll,
+)
 from dance_jax.models.calls import TRACE_KINDS, TRACE_OUTCOMES, TraceEvent
 from dance_jax.models.host_state import MOST_UNANSWERED, HostState
 
@@ -25,7 +33,7 @@ class _Line:
     """A connection on which a peer calls."""
 
     peer: int
-    channel: Channel
+    channel: CallChannel
     #: Of its calls.
     waiting: int = 0
 
@@ -66,8 +74,8 @@ class HostAnswerer:
         self._closed = False
         self._wake, woken = socket.socketpair()
         self._wake.setblocking(False)
-        self._woken = Channel(woken)
-        self._lines: dict[Channel, _Line] = {}
+        self._woken = CallChannel(woken)
+        self._lines: dict[CallChannel, _Line] = {}
         self._calls: list[_Call] = []
         self._thread = threading.Thread(target=self._serve, daemon=True, name="answerer")
         self._thread.start()
@@ -118,7 +126,7 @@ class HostAnswerer:
                 return False
             accepted, self._accepted = self._accepted, []
         for peer, connection in accepted:
-            channel = Channel(connection)
+            channel = CallChannel(connection)
             self._lines[channel] = _Line(peer, channel)
         return True
 

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from dance_jax.models.call_messages import DONE, AnswerHead, CallHead, Channel, pack, poll
+from dance_jax.models.call_messages import DONE, AnswerHead, CallChannel, CallHead, pack, poll
 from dance_jax.models.calls import TRACE_KINDS, TRACE_OUTCOMES, TraceEvent
 from dance_jax.models.counters import Moved
 from dance_jax.models.host_state import MOST_GROUPS, MOST_UNANSWERED, HostState, Table
@@ -107,7 +107,7 @@ class _Sent(NamedTuple):
 class _Line:
     """A peer that is called."""
 
-    channel: Channel
+    channel: CallChannel
     pace: _Pace
     #: Calls that it owes an answer, by their ids.
     unanswered: dict[int, _Sent] = dataclasses.field(default_factory=dict)
@@ -200,7 +200,7 @@ class HostCaller:
             if line is not None:
                 self._forget(line)
                 line.channel.close()
-            self._lines[peer] = _Line(Channel(connection), line.pace if line else _Pace())
+            self._lines[peer] = _Line(CallChannel(connection), line.pace if line else _Pace())
             # What the old connection took along is lost.
             for part in self._parts:
                 if part.state == "waiting" and part.id and part.peer == peer:

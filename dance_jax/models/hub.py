@@ -29,7 +29,7 @@ from dance_jax.models.directory import (
 )
 
 #: progress(text, number of the file, files in all)
-Progress = Callable[[str, int, int], None]
+ProgressCallback = Callable[[str, int, int], None]
 
 #: The weights where there is no index.
 SINGLE_FILE = "model.safetensors"
@@ -88,7 +88,9 @@ def hub_name(model: str | os.PathLike[str]) -> HubName | None:
     return None if os.path.exists(model) else parse_name(os.fspath(model))
 
 
-def resolve(model: str | os.PathLike[str], progress: Progress | None = None) -> pathlib.Path:
+def resolve(
+    model: str | os.PathLike[str], progress: ProgressCallback | None = None
+) -> pathlib.Path:
     """Find a model's directory; a model of the hub is downloaded unless the cache has it.
 
     Only what is needed is downloaded: config and tokenizer first, and weights (safetensors) when

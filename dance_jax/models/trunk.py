@@ -118,7 +118,7 @@ class Layer(nnx.Module):
         Args:
             rotation_tk: of the mixer's rotation, for the tokens' positions.
             batch: the rows that the tokens are.
-            cached: what earlier steps left, [blocks, positions, cache_width] or `delta.State`.
+            cached: what earlier steps left, [blocks, positions, cache_width] or `delta.DeltaState`.
 
         Returns:
             What `beside` and `finish` get; what the routed experts get, None where the layer has

@@ -53,7 +53,7 @@ class SlotChange(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Batch:
+class MoveBatch:
     """Slots that change together: all servers load, and only then the layout after it is used."""
 
     changes: tuple[SlotChange, ...]
@@ -114,7 +114,7 @@ def changed(layout: Layout, changes: Iterable[SlotChange]) -> Layout:
     return _with_tables(layout, tables)
 
 
-def batches(old: Layout, new: Layout, most: int) -> list[tuple[Batch, Layout]]:
+def batches(old: Layout, new: Layout, most: int) -> list[tuple[MoveBatch, Layout]]:
     """Steps from one layout to another, each with the layout after it.
 
     A batch loads experts into slots that are empty before it, at most `most` on a device, and
@@ -145,7 +145,7 @@ def batches(old: Layout, new: Layout, most: int) -> list[tuple[Batch, Layout]]:
     plan, sequence, layout = _Plan(old, new), [], old
     while changes := plan.next_batch(most):
         layout = changed(layout, changes)
-        sequence.append((Batch(changes), layout))
+        sequence.append((MoveBatch(changes), layout))
     return sequence
 
 
@@ -210,7 +210,7 @@ def gain_error(
 
 
 def migration_seconds(
-    batches: Iterable[Batch], expert_bytes: float, read_rate: Sequence[float] | np.ndarray
+    batches: Iterable[MoveBatch], expert_bytes: float, read_rate: Sequence[float] | np.ndarray
 ) -> float:
     """How long loading takes: servers read at the same time, a batch waits for the slowest.
 

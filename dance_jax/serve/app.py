@@ -8,9 +8,9 @@ import fastapi
 
 from dance_jax.serve import chat, completions, errors, placement, status, tokens
 from dance_jax.serve.guard import KeyGuard
-from dance_jax.serve.info import ServeInfo, Server
+from dance_jax.serve.info import RouteContext, ServeInfo
 from dance_jax.serve.metrics import Metrics
-from dance_jax.serve.placed import Board
+from dance_jax.serve.placement_state import PlacementState
 from dance_jax.serve.prompts import Prompts
 
 if TYPE_CHECKING:
@@ -33,21 +33,23 @@ class _App(fastapi.FastAPI):
         return described
 
 
-def create_app(queue: RequestQueue, info: ServeInfo, board: Board | None = None) -> fastapi.FastAPI:
+def create_app(
+    queue: RequestQueue, info: ServeInfo, experts: PlacementState | None = None
+) -> fastapi.FastAPI:
     """The ASGI application of a server.
 
     Args:
         queue: where requests go.
         info: the server.
-        board: where experts are; None: they stay where they are.
+        experts: where they are; None: they stay where they are.
     """
-    board = board or Board(info.layout)
-    server = Server(
+    experts = experts or PlacementState(info.layout)
+    server = RouteContext(
         queue,
         info,
         Prompts(info.tokenizer, info.max_model_len, info.model_config.vocab_size),
-        Metrics(queue, board, info.model, info.servers, info.rank),
-        board,
+        Metrics(queue, experts, info.model, info.servers, info.rank),
+        experts,
     )
     # No pages that load scripts from elsewhere; the description is at /openapi.json.
     app = _App(title="dance_jax", docs_url=None, redoc_url=None, redirect_slashes=False)

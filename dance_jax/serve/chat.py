@@ -26,13 +26,13 @@ from dance_jax.serve.bodies import JsonRoute
 from dance_jax.serve.delivery import GENERATED, answered, ending
 from dance_jax.serve.errors import ApiError
 from dance_jax.serve.generation import Generation
-from dance_jax.serve.info import Server
+from dance_jax.serve.info import RouteContext
 from dance_jax.serve.logprobs import chat_logprobs
 from dance_jax.serve.requests import ChatRequest
 from dance_jax.serve.sampling import engine_requests
 
 
-def routes(server: Server) -> fastapi.APIRouter:
+def routes(server: RouteContext) -> fastapi.APIRouter:
     """The route of chats."""
     router = fastapi.APIRouter(route_class=JsonRoute)
 
@@ -62,7 +62,7 @@ def _check(body: ChatRequest) -> None:
         )
 
 
-async def _start(server: Server, body: ChatRequest) -> _Call:
+async def _start(server: RouteContext, body: ChatRequest) -> _Call:
     call_id = f"chatcmpl-{uuid.uuid4().hex}"
     prompt = await server.prompts.chat(body.messages, body.add_generation_prompt is not False)
     requests = engine_requests(

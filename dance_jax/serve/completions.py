@@ -14,7 +14,7 @@ from dance_jax.serve.bodies import JsonRoute
 from dance_jax.serve.delivery import GENERATED, answered, ending
 from dance_jax.serve.errors import ApiError
 from dance_jax.serve.generation import Generation
-from dance_jax.serve.info import Server
+from dance_jax.serve.info import RouteContext
 from dance_jax.serve.logprobs import completion_logprobs
 from dance_jax.serve.requests import CompletionRequest
 from dance_jax.serve.sampling import engine_requests
@@ -23,7 +23,7 @@ from dance_jax.serve.sampling import engine_requests
 _DEFAULT_MAX_TOKENS = 16
 
 
-def routes(server: Server) -> fastapi.APIRouter:
+def routes(server: RouteContext) -> fastapi.APIRouter:
     """The route of completions."""
     router = fastapi.APIRouter(route_class=JsonRoute)
 
@@ -50,7 +50,7 @@ def _check(body: CompletionRequest) -> None:
         raise ApiError(400, message, param="echo")
 
 
-async def _start(server: Server, body: CompletionRequest) -> _Call:
+async def _start(server: RouteContext, body: CompletionRequest) -> _Call:
     call_id = f"cmpl-{uuid.uuid4().hex}"
     special = body.add_special_tokens is not False
     prompts = await server.prompts.completions(body.prompt, special)

@@ -11,7 +11,7 @@ import msgspec
 from dance_jax.config import ServerSpec
 from dance_jax.launch.agent.process import ServerProcess
 from dance_jax.launch.control import protocol
-from dance_jax.launch.control.channel import Listener, new_key
+from dance_jax.launch.control.channel import ControlListener, new_key
 from dance_jax.serve.loop_socket import LoopSocket
 
 WORKER = "dance_jax.launch.worker.main"
@@ -41,7 +41,7 @@ class EngineProcess:
         loop = asyncio.get_running_loop()
         self._ended = asyncio.Event()
         key = new_key()
-        self._listener = Listener(key)
+        self._listener = ControlListener(key)
         self._socket = LoopSocket(self._listener.socket, self._receive)
         self._name = b"server-%d" % setup.rank
         server = ServerSpec(setup.spec.servers[setup.rank].name, "")

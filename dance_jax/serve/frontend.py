@@ -28,11 +28,11 @@ from dance_jax.engine.sequence import sample_seed
 from dance_jax.launch.agent import child
 from dance_jax.launch.agent.model_files import ModelFiles
 from dance_jax.launch.control import protocol
-from dance_jax.launch.control.channel import Connection, bracketed
+from dance_jax.launch.control.channel import ControlConnection, bracketed
 from dance_jax.launch.control.protocol import FrontSetup, ServeOptions
 from dance_jax.serve.engine_process import EngineProcess
 from dance_jax.serve.loop_socket import LoopSocket
-from dance_jax.serve.placed import Board
+from dance_jax.serve.placement_state import PlacementState
 from dance_jax.serve.queue import RequestQueue
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def main() -> None:
     private = tempfile.mkdtemp(prefix="dance-jax-", dir=engine.private_dir or None)
     front = FrontEnd(setup, private)
     child.end_with_parent(engine, before=front.kill)
-    connection = Connection(
+    connection = ControlConnection(
         child.parent_endpoint(engine), engine.control_key, f"server-{engine.rank}"
     )
     status = 0
@@ -99,7 +99,7 @@ class FrontEnd:
             self._engine.kill()
         shutil.rmtree(self._private, ignore_errors=True)
 
-    async def run(self, connection: Connection) -> None:
+    async def run(self, connection: ControlConnection) -> None:
         """Serves until the launcher says Stop.
 
         Raises:
@@ -112,9 +112,9 @@ class FrontEnd:
             self._launcher = LoopSocket(connection.socket, self._from_launcher)
             asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self._end_wanted)
             self._start_engine()
-            self._board = Board(_layout(self._layout), self._tell)
+            self._experts = PlacementState(_layout(self._layout), self._tell)
             files = ModelFiles(self._setup.engine, self._private)
-            app = _app(self._setup, files, self.queue, self._board)
+            app = _app(self._setup, files, self.queue, self._experts)
             server = _http_server(app, self._setup.options.drain_seconds)
             tasks = [
                 asyncio.create_task(work)
@@ -127,7 +127,7 @@ class FrontEnd:
                     task.result()
             finally:
                 self.queue.close()
-                self._board.close()
+                self._experts.close()
                 server.should_exit = server.force_exit = True
                 await self._end_engine()
                 for task in tasks:
@@ -147,9 +147,9 @@ class FrontEnd:
             case protocol.Drain():
                 self._drain()
             case protocol.Decided() as decided:
-                self._board.decided(decided)
+                self._experts.decided(decided)
             case protocol.Placed() as placed:
-                self._board.placed(placed, _layout(placed.layout))
+                self._experts.placed(placed, _layout(placed.layout))
             case command:
                 self._commands.put_nowait(command)
 
@@ -170,7 +170,7 @@ class FrontEnd:
                     self._start_engine()
                 case (
                     protocol.Join()
-                    | protocol.Peer()
+                    | protocol.PeerRestarted()
                     | protocol.AskStats()
                     | protocol.Stage()
                     | protocol.Commit()
@@ -234,7 +234,7 @@ class FrontEnd:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.queue.drained(), self._setup.options.drain_seconds)
             self.queue.close()
-            self._board.close()
+            self._experts.close()
             # Whoever still sends a request, or does not read an answer, is not waited for.
             await asyncio.wait({serving}, timeout=HANGUP_S)
             server.force_exit = True
@@ -271,7 +271,7 @@ def _layout(content: bytes) -> Layout:
 
 
 def _app(
-    setup: FrontSetup, files: ModelFiles, queue: RequestQueue, board: Board
+    setup: FrontSetup, files: ModelFiles, queue: RequestQueue, experts: PlacementState
 ) -> fastapi.FastAPI:
     from dance_jax.serve.app import ServeInfo, create_app
 
@@ -284,11 +284,11 @@ def _app(
         model_config=model_config,
         servers=engine.spec.names,
         rank=engine.rank,
-        layout=board.layout,
+        layout=experts.layout,
         api_key=setup.options.api_key,
         created=int(time.time()),
     )
-    return create_app(queue, info, board)
+    return create_app(queue, info, experts)
 
 
 def _http_server(app: fastapi.FastAPI, drain_seconds: float) -> uvicorn.Server:

@@ -10,7 +10,7 @@ from typing import Protocol
 from dance_jax.engine.sequence import OutputDelta, Request
 from dance_jax.serve.answers import Usage
 from dance_jax.serve.errors import ApiError, refused
-from dance_jax.serve.info import Server
+from dance_jax.serve.info import RouteContext
 from dance_jax.serve.metrics import Observation
 from dance_jax.serve.queue import QueueFull, Unavailable
 
@@ -40,7 +40,7 @@ class Generation:
         self._expected: dict[asyncio.Task[OutputDelta | None], int] = {}
 
     @staticmethod
-    async def start(server: Server, requests: Sequence[Request]) -> Generation:
+    async def start(server: RouteContext, requests: Sequence[Request]) -> Generation:
         """Submits all of the requests, or none.
 
         Raises:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from dance_jax.models.tokenizer import Tokenizer
     from dance_jax.placement.core import Layout
     from dance_jax.serve.metrics import Metrics
-    from dance_jax.serve.placed import Board
+    from dance_jax.serve.placement_state import PlacementState
     from dance_jax.serve.prompts import Prompts
     from dance_jax.serve.queue import RequestQueue
 
@@ -59,11 +59,11 @@ class ServeInfo:
 
 
 @dataclasses.dataclass(frozen=True)
-class Server:
+class RouteContext:
     """What routes work with."""
 
     queue: RequestQueue
     info: ServeInfo
     prompts: Prompts
     metrics: Metrics
-    board: Board
+    experts: PlacementState

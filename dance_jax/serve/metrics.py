@@ -17,7 +17,7 @@ from dance_jax.serve.queue import QueueFull, Unavailable
 
 if TYPE_CHECKING:
     from dance_jax.engine.report import EngineReport
-    from dance_jax.serve.placed import Board
+    from dance_jax.serve.placement_state import PlacementState
     from dance_jax.serve.queue import RequestQueue
 
 PREFIX = "dance_jax:"
@@ -45,18 +45,23 @@ class Metrics:
 
     Args:
         queue: where requests in flight and the engine's report are looked up.
-        board: where experts are.
+        experts: where they are.
         model: label `model_name` of every metric.
         servers: names of all servers by rank.
         rank: this server's.
     """
 
     def __init__(
-        self, queue: RequestQueue, board: Board, model: str, servers: Sequence[str], rank: int
+        self,
+        queue: RequestQueue,
+        experts: PlacementState,
+        model: str,
+        servers: Sequence[str],
+        rank: int,
     ) -> None:
         self._model = model
         self._registry = CollectorRegistry()
-        self._registry.register(_EngineMetrics(queue, board, model, servers, rank))
+        self._registry.register(_EngineMetrics(queue, experts, model, servers, rank))
         self.queue = self._histogram(
             "request_queue_time_seconds", "From arrival to the first step", _FIRST_TOKEN_S
         )
@@ -190,10 +195,15 @@ class _EngineMetrics(Collector):
     the launcher says."""
 
     def __init__(
-        self, queue: RequestQueue, board: Board, model: str, servers: Sequence[str], rank: int
+        self,
+        queue: RequestQueue,
+        experts: PlacementState,
+        model: str,
+        servers: Sequence[str],
+        rank: int,
     ) -> None:
         self._queue = queue
-        self._board = board
+        self._experts = experts
         self._model = model
         self._servers = servers
         self._rank = rank
@@ -211,16 +221,16 @@ class _EngineMetrics(Collector):
                 yield from self._calls(report)
 
     def _placement(self) -> Iterable[Metric]:
-        board = self._board
-        yield self._gauge("placement_version", "Grows with each migration", board.version)
+        placement = self._experts
+        yield self._gauge("placement_version", "Grows with each migration", placement.version)
         for name, text, value in (
-            ("placement_decisions", "Decisions about placements", board.decisions),
-            ("migrations", "Migrations of experts completed", board.migrations),
-            ("migration_failures", "Migrations that failed to load experts", board.failures),
-            ("experts_migrated", "Experts loaded by migrations", board.experts_migrated),
+            ("placement_decisions", "Decisions about placements", placement.decisions),
+            ("migrations", "Migrations of experts completed", placement.migrations),
+            ("migration_failures", "Migrations that failed to load experts", placement.failures),
+            ("experts_migrated", "Experts loaded by migrations", placement.experts_migrated),
         ):
             yield self._counter(name, text + ", on all servers", {(): value})
-        if (decision := board.last_decision) is not None:
+        if (decision := placement.last_decision) is not None:
             for name, text, value in (
                 ("present_seconds", "Seconds to the next one as it is", decision.present_seconds),
                 ("expected_seconds", "Seconds as it would be", decision.expected_seconds),

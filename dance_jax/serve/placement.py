@@ -11,14 +11,14 @@ from dance_jax.placement.core import Placement
 from dance_jax.serve.answers import DecisionAnswer, PlacedServer, PlacementAnswer
 from dance_jax.serve.bodies import JsonRoute
 from dance_jax.serve.errors import ApiError, documented, refused
-from dance_jax.serve.info import Server
+from dance_jax.serve.info import RouteContext
 from dance_jax.serve.queue import Unavailable
 from dance_jax.serve.requests import RebalanceRequest, WantedServer
 
 _ERRORS = documented(400, 401, 413, 415, 503)
 
 
-def routes(server: Server) -> fastapi.APIRouter:
+def routes(server: RouteContext) -> fastapi.APIRouter:
     """Both routes."""
     router = fastapi.APIRouter(route_class=JsonRoute)
 
@@ -33,7 +33,7 @@ def routes(server: Server) -> fastapi.APIRouter:
         grows when they have."""
         try:
             resident = None if body.servers is None else _wanted(server, body.servers)
-            decision = await server.board.decision(bool(body.force), bool(body.dry_run), resident)
+            decision = await server.experts.decision(bool(body.force), bool(body.dry_run), resident)
         except Unavailable as error:
             raise refused(error) from error
         return _decision(decision)
@@ -41,23 +41,23 @@ def routes(server: Server) -> fastapi.APIRouter:
     return router
 
 
-def _placement(server: Server) -> PlacementAnswer:
-    board = server.board
+def _placement(server: RouteContext) -> PlacementAnswer:
+    experts = server.experts
     servers = [
         PlacedServer(name=name, resident=[layer.nonzero()[0].tolist() for layer in held_le])
-        for name, held_le in zip(server.info.servers, board.layout.resident, strict=True)
+        for name, held_le in zip(server.info.servers, experts.layout.resident, strict=True)
     ]
-    last = None if board.last_decision is None else _decision(board.last_decision)
-    return PlacementAnswer(version=board.version, servers=servers, last_decision=last)
+    last = None if experts.last_decision is None else _decision(experts.last_decision)
+    return PlacementAnswer(version=experts.version, servers=servers, last_decision=last)
 
 
-def _wanted(server: Server, servers: list[WantedServer]) -> list[list[list[int]]]:
+def _wanted(server: RouteContext, servers: list[WantedServer]) -> list[list[list[int]]]:
     """What each server is to hold, by rank.
 
     Raises:
         ApiError: 400, it is no placement of this model on these servers.
     """
-    layout = server.board.layout
+    layout = server.experts.layout
     _, layers, experts = layout.device_of.shape
     by_name = {each.name: each.resident for each in servers}
     try:

@@ -80,14 +80,14 @@ class _InFlight:
                 self.add(OutputDelta(name, index, finish_reason="error", stop_reason=why))
 
 
-class Deltas:
+class DeltaStream:
     """What comes of a request, until it has ended; closing it early aborts the request."""
 
     def __init__(self, queue: RequestQueue, one: _InFlight) -> None:
         self._queue, self._one = queue, one
         self._over = False
 
-    def __aiter__(self) -> Deltas:
+    def __aiter__(self) -> DeltaStream:
         return self
 
     async def __anext__(self) -> OutputDelta:
@@ -133,7 +133,7 @@ class RequestQueue:
 
     # For users.
 
-    def submit(self, request: Request) -> Deltas:
+    def submit(self, request: Request) -> DeltaStream:
         """Takes a request in; what comes of it can be read from the result.
 
         Raises:
@@ -155,7 +155,7 @@ class RequestQueue:
         self._empty.clear()
         if self._running:
             self._send(Submit([request]))
-        return Deltas(self, one)
+        return DeltaStream(self, one)
 
     @property
     def ready(self) -> bool:

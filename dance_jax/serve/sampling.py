@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dance_jax.config import UserError
 from dance_jax.engine.sequence import MAX_STOP_IDS, Request, SamplingParams
 from dance_jax.serve.errors import ApiError
-from dance_jax.serve.info import ServeInfo, Server
+from dance_jax.serve.info import RouteContext, ServeInfo
 from dance_jax.serve.prompts import EncodedPrompt
 from dance_jax.serve.requests import MAX_CHOICES, SamplingFields
 
@@ -31,7 +31,7 @@ _SAME = (
 
 
 def engine_requests(
-    server: Server,
+    server: RouteContext,
     body: SamplingFields,
     call_id: str,
     prompts: Sequence[EncodedPrompt],
@@ -86,7 +86,7 @@ def _no_room(info: ServeInfo, prompt_tokens: int, max_tokens: int) -> ApiError:
 
 
 def _params(
-    server: Server, body: SamplingFields, max_tokens: int, logprobs: int | None
+    server: RouteContext, body: SamplingFields, max_tokens: int, logprobs: int | None
 ) -> SamplingParams:
     fields = {name: value for name in _SAME if (value := getattr(body, name)) is not None}
     bias = {int(token): value for token, value in (body.logit_bias or {}).items()}

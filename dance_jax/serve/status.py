@@ -8,13 +8,13 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from dance_jax.serve.answers import ModelCard, ModelList, Readiness
 from dance_jax.serve.errors import documented
-from dance_jax.serve.info import ServeInfo, Server
+from dance_jax.serve.info import RouteContext, ServeInfo
 
 #: Paths that need no key: what supervisors ask.
 OPEN_PATHS = frozenset({"/health", "/ready", "/metrics"})
 
 
-def routes(server: Server) -> fastapi.APIRouter:
+def routes(server: RouteContext) -> fastapi.APIRouter:
     """All of them."""
     router = fastapi.APIRouter()
     info = server.info

@@ -7,13 +7,13 @@ import fastapi
 from dance_jax.serve.answers import Detokenized, Tokenized
 from dance_jax.serve.bodies import JsonRoute
 from dance_jax.serve.errors import ApiError, documented
-from dance_jax.serve.info import Server
+from dance_jax.serve.info import RouteContext
 from dance_jax.serve.requests import DetokenizeRequest, TokenizeRequest
 
 _ERRORS = documented(400, 401, 404, 408, 413, 415)
 
 
-def routes(server: Server) -> fastapi.APIRouter:
+def routes(server: RouteContext) -> fastapi.APIRouter:
     """Both routes."""
     router = fastapi.APIRouter(route_class=JsonRoute)
 
@@ -34,7 +34,7 @@ def routes(server: Server) -> fastapi.APIRouter:
     return router
 
 
-async def _tokens(server: Server, body: TokenizeRequest) -> list[int]:
+async def _tokens(server: RouteContext, body: TokenizeRequest) -> list[int]:
     """Of either; they need not leave room in the context."""
     if body.prompt is not None and body.messages is None and body.add_generation_prompt is None:
         special = body.add_special_tokens is not False

@@ -20,11 +20,11 @@ os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES[RANK
 replies = os.fdopen(os.dup(1), "wb")
 os.dup2(2, 1)  # what libraries print must not end up among the pickles
 
-from dance_jax.models.connections import Identity, Key, Listener  # noqa: E402
+from dance_jax.models.connections import Identity, Key, PeerListener  # noqa: E402
 
 KEY = Key(b"the key of this test", Identity("a model", "a format", "a type"))
 names = [f"server-{rank}" for rank in range(len(DEVICES))]
-listener = Listener(RANK, names, "127.0.0.1", KEY)
+listener = PeerListener(RANK, names, "127.0.0.1", KEY)
 pickle.dump(listener.endpoint, replies)
 replies.flush()
 endpoints = pickle.load(sys.stdin.buffer)

@@ -15,8 +15,8 @@ import pytest
 
 from dance_jax.config import EngineConfig, Rounding
 from dance_jax.engine.engine import Engine
-from dance_jax.launch.worker.peer_weights import Shelf
-from dance_jax.launch.worker.peers import Kind, Question
+from dance_jax.launch.worker.peer_weights import HeldWeights
+from dance_jax.launch.worker.peers import WeightKind, WeightRequest
 from dance_jax.models.checkpoint import Checkpoint
 from dance_jax.models.convert import KEEP, _convert, convert
 from dance_jax.models.ggml.model import open_source
@@ -328,8 +328,8 @@ def test_sixteen_bits_take_two_bytes_on_disk_in_the_pool_and_on_the_way(
     for dtype in ("float32", "bfloat16"):
         form = checkpoint.form(dtype)
         assert form.bytes == 2 * weights
-        question = Question(Kind.EXPERTS, 1, (0, 3))
-        sent = Shelf(checkpoint, dtype).find(question)
+        question = WeightRequest(WeightKind.EXPERTS, 1, (0, 3))
+        sent = HeldWeights(checkpoint, dtype).find(question)
         assert sum(array.nbytes for array in sent) == 2 * form.bytes
     held = make_engine(checkpoint, tokenizer, steps).runner.pools
     assert held.bytes == [2 * 4 * 2 * weights]

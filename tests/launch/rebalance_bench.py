@@ -18,7 +18,7 @@ from dance_jax.launch.rebalance import controller as rebalancer
 from dance_jax.launch.rebalance.controller import Rebalancer
 from dance_jax.launch.rebalance.decision import (
     Answer,
-    Question,
+    DecisionInputs,
     RebalanceOptions,
     answer,
     resident,
@@ -108,9 +108,9 @@ class Inline:
     """Stands in for the process that solves: answers at once."""
 
     def __init__(self) -> None:
-        self.asked: list[Question] = []
+        self.asked: list[DecisionInputs] = []
 
-    def ask(self, question: Question) -> concurrent.futures.Future[Answer]:
+    def ask(self, question: DecisionInputs) -> concurrent.futures.Future[Answer]:
         self.asked.append(question)
         future: concurrent.futures.Future[Answer] = concurrent.futures.Future()
         try:

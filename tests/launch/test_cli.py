@@ -25,7 +25,7 @@ from dance_jax.launch.planning.hosts import read_hosts
 from dance_jax.launch.preflight import launch_check as reach
 from dance_jax.launch.preflight.run import Preflight
 from dance_jax.launch.rebalance.decision import RebalanceOptions
-from dance_jax.launch.rebalance.state import State
+from dance_jax.launch.rebalance.state import ServiceState
 from dance_jax.launch.rebalance.workload import Statistics
 from dance_jax.launch.worker import cores
 from dance_jax.models.checkpoint import Checkpoint
@@ -157,11 +157,11 @@ def test_a_service_goes_on_where_one_before_ended(run, files: pathlib.Path) -> N
     statistics = Statistics(counts, (np.zeros((0, LAYERS, 4), np.int16),) * 3)
     path = ensure_converted(files / "model", files / "cache" / "models")
     fingerprint = Checkpoint.open(path).fingerprint
-    State(spec.names, fingerprint, layout, statistics).save(files / "kept")
+    ServiceState(spec.names, fingerprint, layout, statistics).save(files / "kept")
     code, out, err = run("--dry-run", "--state-dir", files / "kept")
     assert (code, err) == (0, "")
     assert "policy as before" in out and "13 0" in out and "1.000" in out
-    State(spec.names, "another", layout, statistics).save(files / "kept")
+    ServiceState(spec.names, "another", layout, statistics).save(files / "kept")
     code, out, _ = run("--dry-run", "--state-dir", files / "kept")
     assert code == 0 and "policy optimal" in out
     assert "another model; experts are placed anew" in " ".join(out.split())

@@ -8,7 +8,7 @@ import pytest
 import zmq
 
 from dance_jax.launch.control import channel as control
-from dance_jax.launch.control.channel import Connection, Listener, new_key
+from dance_jax.launch.control.channel import ControlConnection, ControlListener, new_key
 
 KEY = new_key()
 #: Long for a message on loopback.
@@ -16,14 +16,14 @@ PATIENCE_MS = 400
 
 
 @pytest.fixture
-def listener() -> Iterator[Listener]:
-    listener = Listener(KEY)
+def listener() -> Iterator[ControlListener]:
+    listener = ControlListener(KEY)
     yield listener
     listener.close()
 
 
-def test_messages_go_both_ways(listener: Listener) -> None:
-    server = Connection(listener.private, KEY, "server-2")
+def test_messages_go_both_ways(listener: ControlListener) -> None:
+    server = ControlConnection(listener.private, KEY, "server-2")
     server.socket.send(b"up")
     assert listener.socket.poll(5000)
     assert listener.socket.recv_multipart() == [b"server-2", b"up"]
@@ -33,10 +33,10 @@ def test_messages_go_both_ways(listener: Listener) -> None:
     server.close()
 
 
-def test_it_listens_on_other_addresses_at_one_port(listener: Listener) -> None:
+def test_it_listens_on_other_addresses_at_one_port(listener: ControlListener) -> None:
     port = listener.listen(["127.0.0.2", "127.0.0.3"], 0)
     for host in ("127.0.0.2", "127.0.0.3"):
-        server = Connection(f"tcp://{host}:{port}", KEY, host)
+        server = ControlConnection(f"tcp://{host}:{port}", KEY, host)
         server.socket.send(b"hello")
         assert listener.socket.poll(5000)
         assert listener.socket.recv_multipart() == [host.encode(), b"hello"]
@@ -47,8 +47,8 @@ def test_it_listens_on_other_addresses_at_one_port(listener: Listener) -> None:
         listener.listen(["127.0.0.2"], port)
 
 
-def test_another_key_is_refused(listener: Listener) -> None:
-    stranger = Connection(listener.private, new_key(), "server-0")
+def test_another_key_is_refused(listener: ControlListener) -> None:
+    stranger = ControlConnection(listener.private, new_key(), "server-0")
     stranger.socket.setsockopt(zmq.LINGER, 0)
     stranger.socket.send(b"let me in")
     assert not listener.socket.poll(PATIENCE_MS)
@@ -56,7 +56,7 @@ def test_another_key_is_refused(listener: Listener) -> None:
 
 
 @pytest.mark.parametrize("curve", [False, True])
-def test_a_stranger_is_refused(listener: Listener, curve: bool) -> None:
+def test_a_stranger_is_refused(listener: ControlListener, curve: bool) -> None:
     """Without CURVE, and with the parent's public key but none of the launch's own."""
     context = zmq.Context()
     socket = context.socket(zmq.DEALER)

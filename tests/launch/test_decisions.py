@@ -18,8 +18,8 @@ from dance_jax.launch.planning.costs import (
     CALL_S,
     DEFAULT_RATE,
     DEFAULT_ROUND_TRIP,
-    Load,
-    Measured,
+    MeasuredCosts,
+    ServerLoad,
     cluster_cost,
     running_cost,
 )
@@ -58,7 +58,7 @@ from tests.launch.rebalance_bench import (
 def test_a_state_of_something_else(tmp_path: pathlib.Path) -> None:
     assert state.load(tmp_path) is None
     empty = Statistics(np.zeros((2, LAYERS, EXPERTS)), (AT_HOME[0][:0],) * 2)
-    state.State(SPEC.names, "f" * 64, halves(LOW), empty).save(tmp_path)
+    state.ServiceState(SPEC.names, "f" * 64, halves(LOW), empty).save(tmp_path)
     kept = state.load(tmp_path)
     assert kept is not None
     room, other = (Room("", 1, 1, 1, 0, 1, slots, 1) for slots in (20, 19))
@@ -182,8 +182,8 @@ def test_batches_are_small() -> None:
 
 
 def test_what_is_measured_comes_first() -> None:
-    measured = [Measured(byte_s=8e-6), Measured(call_s=1e-3)]
-    cost = running_cost(SPEC, MODEL, CONFIG, measured, Load())
+    measured = [MeasuredCosts(byte_s=8e-6), MeasuredCosts(call_s=1e-3)]
+    cost = running_cost(SPEC, MODEL, CONFIG, measured, ServerLoad())
     given = parse_hosts(
         "alpha address=localhost experts=20 bandwidth=1Mbps\n"
         "beta address=localhost experts=20 bandwidth=1Mbps expert_time=1ms"
@@ -193,7 +193,7 @@ def test_what_is_measured_comes_first() -> None:
         if field.name != "order":
             np.testing.assert_allclose(getattr(cost, field.name), getattr(expected, field.name))
     nothing = parse_hosts("a address=localhost experts=20\nb address=localhost experts=20")
-    cost = running_cost(nothing, MODEL, CONFIG, [Measured()] * 2, Load())
+    cost = running_cost(nothing, MODEL, CONFIG, [MeasuredCosts()] * 2, ServerLoad())
     assert isinstance(cost, CallCost)
     np.testing.assert_allclose(cost.state, 2 * 8 * 128 / DEFAULT_RATE)
     np.testing.assert_allclose(cost.round, (DEFAULT_ROUND_TRIP + CALL_S) / 2)
@@ -204,8 +204,8 @@ def test_what_is_measured_of_round_trips_and_of_steps() -> None:
     """The mean of a server's calls has the others' parts in it."""
     spec = parse_hosts("\n".join(f"{n} address=localhost experts=20" for n in "abc"))
     part = np.array([1e-3, 5e-3, 2e-3])
-    measured = [Measured(round_s=each + (part.sum() - each) / 2) for each in part]
-    load = Load(rows=((1.0, 90.0), (40.0, 10.0)), busy=0.3)
+    measured = [MeasuredCosts(round_s=each + (part.sum() - each) / 2) for each in part]
+    load = ServerLoad(rows=((1.0, 90.0), (40.0, 10.0)), busy=0.3)
     cost = running_cost(spec, MODEL, CONFIG, measured, load)
     assert isinstance(cost, CallCost)
     np.testing.assert_allclose(cost.round, part)
@@ -258,7 +258,7 @@ def test_old_work_fades() -> None:
 def test_engines_before_count_on() -> None:
     """Counters of an engine that is started anew begin at 0, and its sample is small."""
     work = Workload((1, LAYERS, EXPERTS), K, 1, None, None, 0.0)
-    assert work.load(0.0) == Load()
+    assert work.load(0.0) == ServerLoad()
     work.update([msgspec.msgpack.encode(stats(AT_HOME[0]))], 1.0)
     work.engines_died([0], 1.0)
     few = routes(HIGH, tokens=10)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dance_jax.config import UserError
-from dance_jax.launch.control.protocol import Load, Stage
+from dance_jax.launch.control.protocol import ExpertLoad, Stage
 from dance_jax.launch.worker.loading import Loaded, Loader, Read, checkpoint_reader
 from dance_jax.models.checkpoint import Checkpoint
 from dance_jax.models.convert import ensure_converted
@@ -20,7 +20,7 @@ from tests.tiny_models import DEEPSEEK
 
 #: Large enough that what describes the arrays is little beside them.
 WIDE = DEEPSEEK | {"hidden_size": 256, "moe_intermediate_size": 192}
-LOADS = [Load(0, 3, 0, 5, 1), Load(1, 0, 1, 2, 2), Load(0, 1, 1, 7, 1)]
+LOADS = [ExpertLoad(0, 3, 0, 5, 1), ExpertLoad(1, 0, 1, 2, 2), ExpertLoad(0, 1, 1, 7, 1)]
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     )
 
 
-def load(read: Read, loads: list[Load], number: int = 1) -> Loaded:
+def load(read: Read, loads: list[ExpertLoad], number: int = 1) -> Loaded:
     """What a loader gives for one batch."""
     loader = Loader(read)
     loader.begin(Stage(number, b"", loads))
@@ -104,4 +104,4 @@ def test_what_is_dropped_does_not_come() -> None:
 
 def test_there_is_no_such_expert(checkpoint: Checkpoint) -> None:
     with pytest.raises(UserError, match="there is no expert 99"):
-        checkpoint_reader(checkpoint, checkpoint.form("float32"))([Load(0, 0, 0, 99, 0)])
+        checkpoint_reader(checkpoint, checkpoint.form("float32"))([ExpertLoad(0, 0, 0, 99, 0)])

@@ -16,13 +16,13 @@ import pytest
 from flax import nnx
 
 from dance_jax.config import Rounding
-from dance_jax.launch.control.protocol import Load, Stage
+from dance_jax.launch.control.protocol import ExpertLoad, Stage
 from dance_jax.launch.worker import peer_weights, peers
 from dance_jax.launch.worker.loading import Loader, Read
-from dance_jax.launch.worker.peer_weights import PeerWeights, Shelf
-from dance_jax.launch.worker.peers import Find, Kind, Like, Peers, Question
+from dance_jax.launch.worker.peer_weights import HeldWeights, PeerWeights
+from dance_jax.launch.worker.peers import Find, Like, Peers, WeightKind, WeightRequest
 from dance_jax.models.checkpoint import Checkpoint
-from dance_jax.models.connections import Identity, Key, Listener
+from dance_jax.models.connections import Identity, Key, PeerListener
 from dance_jax.models.convert import ensure_converted
 from dance_jax.models.experts import ExpertFormat
 from dance_jax.models.formats import WeightFormat
@@ -51,7 +51,7 @@ def held(layer: int, expert: int):
 
 def pool() -> Find:
     """Of a server that is warm."""
-    shelf = Shelf(None, "bfloat16")
+    shelf = HeldWeights(None, "bfloat16")
     shelf.held = held
     return shelf.find
 
@@ -61,7 +61,7 @@ def three() -> Iterator[list[Peers]]:
     """Three servers that are connected; none answers yet."""
     key, ranks = Key(b"k" * 32, Identity("model", "float32", "float32")), range(len(NAMES))
     with contextlib.ExitStack() as stack:
-        listeners = [Listener(rank, NAMES, "127.0.0.1", key) for rank in ranks]
+        listeners = [PeerListener(rank, NAMES, "127.0.0.1", key) for rank in ranks]
         for listener in listeners:
             stack.callback(listener.close)
         endpoints = [listener.endpoint for listener in listeners]
@@ -89,7 +89,7 @@ def test_moved_experts_come_from_those_that_hold_them(three: list[Peers]) -> Non
     """All at the same time, and what is here already from here."""
     for each in three:
         each.answer(pool())
-    wanted = [Load(0, n, n % 2, n, n % 3) for n in range(9)]
+    wanted = [ExpertLoad(0, n, n % 2, n, n % 3) for n in range(9)]
     loaders = [Loader(reader(each)) for each in three]
     for loader in loaders:
         loader.begin(Stage(1, b"", wanted))
@@ -106,14 +106,14 @@ def test_moved_experts_come_from_those_that_hold_them(three: list[Peers]) -> Non
 def test_what_a_server_does_not_have(three: list[Peers]) -> None:
     """It says why, and goes on to answer."""
     three[1].answer(pool())
-    three[2].answer(Shelf(None, "bfloat16").find)
-    failed = load(reader(three[0]), [Load(0, 0, 1, 9, 1)])
+    three[2].answer(HeldWeights(None, "bfloat16").find)
+    failed = load(reader(three[0]), [ExpertLoad(0, 0, 1, 9, 1)])
     assert "server beta cannot send expert 9 of MoE layer 1: it is not resident" in failed.why
-    assert load(reader(three[0]), [Load(0, 0, 1, 8, 1)]).why == ""
-    failed = load(reader(three[0]), [Load(0, 0, 1, 8, 2)])
+    assert load(reader(three[0]), [ExpertLoad(0, 0, 1, 8, 1)]).why == ""
+    failed = load(reader(three[0]), [ExpertLoad(0, 0, 1, 8, 2)])
     assert "server gamma cannot send expert 8 of MoE layer 1: it holds no experts yet" in failed.why
     with pytest.raises(LookupError, match="gamma cannot send experts 1, 2 of MoE layer 0: it has"):
-        three[0].ask(2, Question(Kind.EXPERTS, 0, (1, 2)), LIKES)
+        three[0].ask(2, WeightRequest(WeightKind.EXPERTS, 0, (1, 2)), LIKES)
 
 
 def silent(connection: socket.socket) -> None:
@@ -164,31 +164,31 @@ def test_what_can_go_wrong(
         what(connection)
 
     three[2]._listener.on("peers", admit)
-    failed = load(reader(three[0]), [Load(0, 0, 0, 1, 2)])
+    failed = load(reader(three[0]), [ExpertLoad(0, 0, 0, 1, 2)])
     assert "OSError: server gamma did not send expert 1 of MoE layer 0" in failed.why
     assert why in failed.why
     three[2].answer(pool())
-    assert load(reader(three[0]), [Load(0, 0, 0, 2, 2)]).why == ""
+    assert load(reader(three[0]), [ExpertLoad(0, 0, 0, 2, 2)]).why == ""
     for connection in connections:
         connection.close()
 
 
 def test_a_server_that_does_not_listen(three: list[Peers]) -> None:
     three[2]._listener.close()
-    why = load(reader(three[0]), [Load(0, 0, 0, 1, 2)]).why
+    why = load(reader(three[0]), [ExpertLoad(0, 0, 0, 1, 2)]).why
     assert "server gamma did not send expert 1 of MoE layer 0" in why and "refused" in why
 
 
 class Source:
-    """Answers as `Shelf` does, and notes what it is asked."""
+    """Answers as `HeldWeights` does, and notes what it is asked."""
 
     def __init__(self, checkpoint: Checkpoint, dtype: str) -> None:
-        self._shelf = Shelf(checkpoint, dtype)
-        self.asked: list[Question] = []
+        self._shelf = HeldWeights(checkpoint, dtype)
+        self.asked: list[WeightRequest] = []
         #: Called before the first answer.
         self.before: Callable[[], object] = lambda: None
 
-    def find(self, question: Question) -> Sequence[np.ndarray]:
+    def find(self, question: WeightRequest) -> Sequence[np.ndarray]:
         if not self.asked:
             self.before()
         self.asked.append(question)
@@ -221,8 +221,8 @@ def test_a_whole_model_from_others(
         np.testing.assert_array_equal(our, their)
     asked = [question for source in sources for question in source.asked]
     assert {(each.kind, len(each.numbers)) for each in asked} == {
-        (Kind.EXPERTS, 1),
-        (Kind.EXPERTS, 2),
+        (WeightKind.EXPERTS, 1),
+        (WeightKind.EXPERTS, 2),
     }
     assert sorted((each.layer, n) for each in asked for n in each.numbers) == sorted(PAIRS)
 
@@ -236,7 +236,7 @@ def test_a_torn_copy_elsewhere(
     shutil.copytree(checkpoint.path, copy)
     torn = Checkpoint.open(copy)
     shutil.rmtree(copy / "experts" / "1")
-    three[1].answer(Shelf(torn, "float32").find)
+    three[1].answer(HeldWeights(torn, "float32").find)
     weights = PeerWeights(checkpoint.config, checkpoint.formats, three[2], [1])
     assert len(jax.tree.leaves(nnx.state(weights.trunk("float32")))) > 10
     with pytest.raises(LookupError, match=rf"server beta cannot send experts .* {copy}.*torn"):

@@ -11,7 +11,7 @@ from flax import nnx
 
 from dance_jax.models.attention import Rows
 from dance_jax.models.config import DeltaNet
-from dance_jax.models.delta import State
+from dance_jax.models.delta import DeltaState
 from dance_jax.models.layers import activate
 from tests.forward import forward
 from tests.quick import QUICK
@@ -84,7 +84,7 @@ class Runner:
         self.table = np.random.default_rng(0).permutation(rows * pages).reshape(rows, pages)
         # What is there already is anything: a sequence begins without it.
         self.cached = [
-            State(
+            DeltaState(
                 *(np.full((1 + rows, *shape), 7, np.float32) for shape in layer.mixer.state_shapes)
             )
             if isinstance(layer.mixer, DeltaNet)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from dance_jax.models import connections
-from dance_jax.models.connections import Identity, Key, Listener, dial, mesh
+from dance_jax.models.connections import Identity, Key, PeerListener, dial, mesh
 from tests.launch.launched import eventually
 
 NAMES = ("here", "there", "elsewhere")
@@ -28,31 +28,31 @@ Arrivals = queue.SimpleQueue[tuple[int, int, socket.socket]]
 
 
 @pytest.fixture
-def listen() -> Iterator[Callable[..., Listener]]:
+def listen() -> Iterator[Callable[..., PeerListener]]:
     """Listeners of server `rank`, closed in the end."""
     with contextlib.ExitStack() as stack:
 
-        def one(rank: int = 0, address: str = "127.0.0.1", key: Key = KEY) -> Listener:
-            listener = Listener(rank, NAMES, address, key)
+        def one(rank: int = 0, address: str = "127.0.0.1", key: Key = KEY) -> PeerListener:
+            listener = PeerListener(rank, NAMES, address, key)
             stack.callback(listener.close)
             return listener
 
         yield one
 
 
-def arrivals(listener: Listener, topic: str) -> Arrivals:
+def arrivals(listener: PeerListener, topic: str) -> Arrivals:
     """What comes from here on."""
     found: Arrivals = queue.SimpleQueue()
     listener.on(topic, lambda *call: found.put(call))
     return found
 
 
-def call(listener: Listener, topic: str, index: int = 0, *, rank: int = 1, key: Key = KEY):
+def call(listener: PeerListener, topic: str, index: int = 0, *, rank: int = 1, key: Key = KEY):
     """What server `rank` gets that dials server 0."""
     return dial(rank, 0, NAMES[0], listener.endpoint, key, topic, index)
 
 
-def first_call(listener: Listener, topic: str) -> socket.socket:
+def first_call(listener: PeerListener, topic: str) -> socket.socket:
     """A call that the listener has recognised before the next one is made."""
     connection = call(listener, topic)
     assert eventually(lambda: listener._latest)
@@ -75,7 +75,7 @@ def assert_closed(connection: socket.socket) -> None:
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
-def test_who_knows_the_key_is_connected(address: str, listen: Callable[..., Listener]):
+def test_who_knows_the_key_is_connected(address: str, listen: Callable[..., PeerListener]):
     listener = listen(address=address)
     assert listener.endpoint.startswith("[::1]:" if address == "::1" else "127.0.0.1:")
     found = arrivals(listener, "links")
@@ -87,7 +87,7 @@ def test_who_knows_the_key_is_connected(address: str, listen: Callable[..., List
             assert_connected(ours, theirs)
 
 
-def test_topics_are_told_apart(listen: Callable[..., Listener]):
+def test_topics_are_told_apart(listen: Callable[..., PeerListener]):
     """One topic is wanted before the call, the other one after it."""
     listener = listen()
     bell = arrivals(listener, "bell")
@@ -100,7 +100,7 @@ def test_topics_are_told_apart(listen: Callable[..., Listener]):
 
 
 def test_a_topic_that_nobody_wants(
-    listen: Callable[..., Listener],
+    listen: Callable[..., PeerListener],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ):
@@ -110,7 +110,7 @@ def test_a_topic_that_nobody_wants(
     assert "nobody wants a connection for 'link'" in caplog.text
 
 
-def test_a_server_that_calls_again(listen: Callable[..., Listener]):
+def test_a_server_that_calls_again(listen: Callable[..., PeerListener]):
     """Both calls are let in; of those that still wait, only the later one."""
     listener = listen()
     with first_call(listener, "links") as early, call(listener, "links") as late:
@@ -125,14 +125,14 @@ def test_a_server_that_calls_again(listen: Callable[..., Listener]):
 
 @pytest.mark.parametrize("caller", [0, 3])
 def test_ranks_that_cannot_call(
-    caller: int, listen: Callable[..., Listener], caplog: pytest.LogCaptureFixture
+    caller: int, listen: Callable[..., PeerListener], caplog: pytest.LogCaptureFixture
 ):
     with call(listen(), "links", rank=caller) as theirs:
         assert_closed(theirs)
     assert f"calls itself server {caller}" in caplog.text
 
 
-def test_another_key_is_refused(listen: Callable[..., Listener]):
+def test_another_key_is_refused(listen: Callable[..., PeerListener]):
     listener = listen()
     found = arrivals(listener, "links")
     with pytest.raises(RuntimeError, match=r"server here at 127.*another key"):
@@ -175,7 +175,7 @@ def test_another_identity_is_refused_at_both_ends(
     field: str,
     theirs: object,
     words: str,
-    listen: Callable[..., Listener],
+    listen: Callable[..., PeerListener],
     caplog: pytest.LogCaptureFixture,
 ):
     listener, ours = listen(), getattr(IDENTITY, field)
@@ -189,7 +189,7 @@ def test_another_identity_is_refused_at_both_ends(
     assert found.empty()
 
 
-def test_who_has_not_proved_itself_is_told_nothing(listen: Callable[..., Listener]):
+def test_who_has_not_proved_itself_is_told_nothing(listen: Callable[..., PeerListener]):
     """Neither by a server that it calls, nor by one that calls it."""
     with socket.create_connection(address(listen())) as stranger:
         stranger.settimeout(PATIENCE_S)
@@ -212,7 +212,7 @@ def test_who_has_not_proved_itself_is_told_nothing(listen: Callable[..., Listene
     assert len(told) == connections._CALL.size + len("links") + 32
 
 
-def test_what_is_no_identity_is_refused(listen: Callable[..., Listener]):
+def test_what_is_no_identity_is_refused(listen: Callable[..., PeerListener]):
     """By one that knows the secret, as a server of some other version may."""
     listener = listen()
     found = arrivals(listener, "links")
@@ -229,7 +229,7 @@ def test_what_is_no_identity_is_refused(listen: Callable[..., Listener]):
     assert found.empty()
 
 
-def test_a_call_cannot_be_turned_into_another(listen: Callable[..., Listener]):
+def test_a_call_cannot_be_turned_into_another(listen: Callable[..., PeerListener]):
     """A stranger on the way changes the topic: the called server's proof is of what it read."""
     listener = listen()
     found = arrivals(listener, "bell")
@@ -251,12 +251,12 @@ def test_a_call_cannot_be_turned_into_another(listen: Callable[..., Listener]):
     assert found.empty()
 
 
-def address(listener: Listener) -> tuple[str, int]:
+def address(listener: PeerListener) -> tuple[str, int]:
     host, port = listener.endpoint.split(":")
     return host, int(port)
 
 
-def test_strangers_do_not_stop_the_others(listen: Callable[..., Listener]):
+def test_strangers_do_not_stop_the_others(listen: Callable[..., PeerListener]):
     """One says nothing, one hangs up, one talks of something else."""
     listener = listen()
     found = arrivals(listener, "links")
@@ -274,7 +274,7 @@ def test_strangers_do_not_stop_the_others(listen: Callable[..., Listener]):
 
 
 def test_who_says_nothing_is_not_waited_for(
-    listen: Callable[..., Listener],
+    listen: Callable[..., PeerListener],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ):
@@ -284,7 +284,7 @@ def test_who_says_nothing_is_not_waited_for(
     assert "was not let in: timed out" in caplog.text
 
 
-def test_what_was_let_in_outlives_the_listener(listen: Callable[..., Listener]):
+def test_what_was_let_in_outlives_the_listener(listen: Callable[..., PeerListener]):
     listener = listen()
     found = arrivals(listener, "links")
     with call(listener, "links") as theirs, call(listener, "bell") as waiting:
@@ -299,7 +299,7 @@ def test_what_was_let_in_outlives_the_listener(listen: Callable[..., Listener]):
 # All servers.
 
 
-def of_all(listeners: list[Listener]) -> list:
+def of_all(listeners: list[PeerListener]) -> list:
     """What `mesh` gives each server, or raises there."""
     endpoints = [listener.endpoint for listener in listeners]
 
@@ -313,7 +313,7 @@ def of_all(listeners: list[Listener]) -> list:
         return list(pool.map(one, range(len(listeners))))
 
 
-def test_a_mesh_has_one_connection_for_each_pair(listen: Callable[..., Listener]):
+def test_a_mesh_has_one_connection_for_each_pair(listen: Callable[..., PeerListener]):
     listeners = [listen(rank) for rank in range(3)]
     for _ in range(2):  # and once more, as after a restart
         found = of_all(listeners)
@@ -327,7 +327,7 @@ def test_a_mesh_has_one_connection_for_each_pair(listen: Callable[..., Listener]
 
 
 def test_who_calls_again_while_others_are_waited_for_replaces_the_first(
-    listen: Callable[..., Listener],
+    listen: Callable[..., PeerListener],
 ):
     listener = listen()
     endpoints = [listener.endpoint, "", ""]
@@ -343,7 +343,7 @@ def test_who_calls_again_while_others_are_waited_for_replaces_the_first(
 
 
 def test_a_server_that_does_not_come_is_named(
-    listen: Callable[..., Listener], monkeypatch: pytest.MonkeyPatch
+    listen: Callable[..., PeerListener], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(connections, "TIMEOUT_S", 0.5)
     listener = listen()
@@ -354,7 +354,7 @@ def test_a_server_that_does_not_come_is_named(
         assert_closed(theirs)
 
 
-def test_a_server_that_cannot_be_reached_is_named(listen: Callable[..., Listener]):
+def test_a_server_that_cannot_be_reached_is_named(listen: Callable[..., PeerListener]):
     listener, gone = listen(1), listen(0)
     gone.close()
     endpoints = [gone.endpoint, listener.endpoint, ""]
@@ -363,7 +363,7 @@ def test_a_server_that_cannot_be_reached_is_named(listen: Callable[..., Listener
 
 
 def test_a_server_with_another_key_is_named(
-    listen: Callable[..., Listener], monkeypatch: pytest.MonkeyPatch
+    listen: Callable[..., PeerListener], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(connections, "TIMEOUT_S", 0.5)
     here, there, _ = of_all([listen(0, key=ANOTHER), listen(1), listen(2)])

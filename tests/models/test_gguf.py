@@ -23,7 +23,7 @@ from dance_jax.models.formats import Matrix
 from dance_jax.models.ggml.header import Place, read_header, read_parts
 from dance_jax.models.ggml.kinds import KINDS, NOT_EXACT
 from dance_jax.models.ggml.model import GGUFModel, open_source
-from dance_jax.models.ggml.tensors import PackedTensor
+from dance_jax.models.ggml.tensors import GgufTensor
 from dance_jax.models.ggml.tokenizer import _PRE, tokenizer_files
 from dance_jax.models.hf import HFDirectory
 from dance_jax.models.random_weights import write_random_checkpoint
@@ -95,7 +95,7 @@ def test_blocks_are_worth_what_ggml_says(kind, tmp_path):
     data = random_blocks(kind, 6 * 24, 512)
     wanted = quants.dequantize(data, gguf.GGMLQuantizationType[kind]).reshape(6, 24, 512)
     (tmp_path / "blocks").write_bytes(bytes(7) + data.tobytes())
-    stack = PackedTensor.at(Place(tmp_path / "blocks", kind, wanted.shape, 7, data.nbytes))
+    stack = GgufTensor.at(Place(tmp_path / "blocks", kind, wanted.shape, 7, data.nbytes))
     one = stack.part(4, 6).without_first_axis()
     assert one.size == stack.size // 6, "an expert's bytes alone"
     matrix = one.matrix()
@@ -114,7 +114,7 @@ def test_blocks_that_gguf_quantises(kind, tmp_path):
     values = np.random.default_rng(1).standard_normal((40, 96), np.float32)
     data = quants.quantize(values, gguf.GGMLQuantizationType[kind])
     (tmp_path / "blocks").write_bytes(data.tobytes())
-    tensor = PackedTensor.at(Place(tmp_path / "blocks", kind, values.shape, 0, data.nbytes))
+    tensor = GgufTensor.at(Place(tmp_path / "blocks", kind, values.shape, 0, data.nbytes))
     wanted = quants.dequantize(data, gguf.GGMLQuantizationType[kind])
     np.testing.assert_allclose(tensor.read(), wanted, rtol=0, atol=1e-6)
 
@@ -126,7 +126,7 @@ def test_floats_are_kept_as_they_are(kind, dtype, tmp_path):
     values = np.random.default_rng(2).standard_normal((3, 8, 16), np.float32)
     data = quants.quantize(values, gguf.GGMLQuantizationType[kind])
     (tmp_path / "floats").write_bytes(data.tobytes())
-    tensor = PackedTensor.at(Place(tmp_path / "floats", kind, values.shape, 0, data.nbytes))
+    tensor = GgufTensor.at(Place(tmp_path / "floats", kind, values.shape, 0, data.nbytes))
     assert str(tensor.format) == str(tensor.read().dtype) == dtype
     matrix = tensor.part(1, 3).without_first_axis().matrix()
     np.testing.assert_array_equal(matrix.values().T, values[1].astype(tensor.read().dtype))
@@ -222,7 +222,7 @@ def test_inputs_in_another_order(tmp_path):
     for kind in ("Q8_0", "Q4_0", "MXFP4", "F32"):
         data = quants.quantize(values, gguf.GGMLQuantizationType[kind])
         (tmp_path / "blocks").write_bytes(data.tobytes())
-        plain = PackedTensor.at(Place(tmp_path / "blocks", kind, values.shape, 0, data.nbytes))
+        plain = GgufTensor.at(Place(tmp_path / "blocks", kind, values.shape, 0, data.nbytes))
         for width, kept in ((32, True), (16, kind == "F32")):
             inputs = np.arange(128).reshape(2, -1, width).swapaxes(0, 1).reshape(-1)
             tensor = dataclasses.replace(plain, inputs=inputs)

@@ -13,7 +13,7 @@ from dance_jax.placement.decay import DecayedCounts
 from dance_jax.placement.migration import (
     ERRORS,
     HYSTERESIS,
-    Batch,
+    MoveBatch,
     NoEmptySlot,
     SlotChange,
     batches,
@@ -189,7 +189,9 @@ def test_malformed_changes():
 
 def test_a_batch_waits_for_the_slowest_server():
     load = [SlotChange(n, 0, slot, 0, slot) for n, slot in [(0, 0), (0, 1), (1, 2)]]
-    found = migration_seconds([Batch(tuple(load)), Batch(tuple(load[:1]))], 100.0, [50.0, 10.0])
+    found = migration_seconds(
+        [MoveBatch(tuple(load)), MoveBatch(tuple(load[:1]))], 100.0, [50.0, 10.0]
+    )
     assert found == pytest.approx(10.0 + 2.0)
     with pytest.raises(ValueError, match="above 0"):
         migration_seconds([], 100.0, [0.0])

@@ -12,7 +12,7 @@ import msgspec
 
 from dance_jax.launch.agent import child
 from dance_jax.launch.control import protocol
-from dance_jax.launch.control.channel import Connection
+from dance_jax.launch.control.channel import ControlConnection
 from dance_jax.launch.control.protocol import FrontSetup
 
 #: Process id that its engine has.
@@ -42,7 +42,7 @@ def main() -> None:
     rank = setup.engine.rank
     script = msgspec.json.decode(setup.options.served_model_name, type=Script)
     second = rank == 1
-    connection = Connection(setup.engine.control, setup.engine.control_key, f"server-{rank}")
+    connection = ControlConnection(setup.engine.control, setup.engine.control_key, f"server-{rank}")
     start = 0
 
     def tell(event: protocol.FrontEvent) -> None:

@@ -21,7 +21,7 @@ from dance_jax.models.random_weights import write_byte_tokenizer
 from dance_jax.models.tokenizer import Tokenizer
 from dance_jax.placement.core import Placement, spread
 from dance_jax.serve.app import ServeInfo, create_app
-from dance_jax.serve.placed import Board
+from dance_jax.serve.placement_state import PlacementState
 from tests.tiny_models import SERVED
 
 MODEL = "tiny"
@@ -132,7 +132,7 @@ def serve_info(directory: pathlib.Path, **changes: Any) -> ServeInfo:
 
 
 def decision(wanted: RebalanceWanted) -> Decision:
-    """What `deciding_board` answers."""
+    """What `deciding` answers."""
     return Decision(
         when=1_700_000_000.0,
         policy="latency",
@@ -148,23 +148,27 @@ def decision(wanted: RebalanceWanted) -> Decision:
     )
 
 
-def deciding_board(info: ServeInfo) -> Board:
-    """A board whose launcher decides at once."""
-    board = Board(info.layout, lambda wanted: board.decided(Decided(wanted.id, decision(wanted))))
-    return board
+def deciding(info: ServeInfo) -> PlacementState:
+    """A state whose launcher decides at once."""
+    experts = PlacementState(
+        info.layout, lambda wanted: experts.decided(Decided(wanted.id, decision(wanted)))
+    )
+    return experts
 
 
 def application(
-    queue: ScriptedQueue, info: ServeInfo, board: Board | None = None
+    queue: ScriptedQueue, info: ServeInfo, experts: PlacementState | None = None
 ) -> fastapi.FastAPI:
-    """The app on this queue; its launcher decides at once where no board is given."""
-    board = board or deciding_board(info)
-    return create_app(queue, info, board)  # pyright: ignore[reportArgumentType]
+    """The app on this queue; its launcher decides at once where no experts is given."""
+    experts = experts or deciding(info)
+    return create_app(queue, info, experts)  # pyright: ignore[reportArgumentType]
 
 
-def client(queue: ScriptedQueue, info: ServeInfo, board: Board | None = None) -> TestClient:
+def client(
+    queue: ScriptedQueue, info: ServeInfo, experts: PlacementState | None = None
+) -> TestClient:
     """Talks to the app without a socket; errors of the app come back as 500."""
-    return TestClient(application(queue, info, board), raise_server_exceptions=False)
+    return TestClient(application(queue, info, experts), raise_server_exceptions=False)
 
 
 def events(text: str) -> list[Any]:

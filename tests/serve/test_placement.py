@@ -12,7 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from dance_jax.launch.control.protocol import Decided, Placed, RebalanceWanted
 from dance_jax.placement.core import Placement, spread
 from dance_jax.serve.app import ServeInfo
-from dance_jax.serve.placed import Board
+from dance_jax.serve.placement_state import PlacementState
 from tests.serve.scripted import ScriptedQueue, client, decision, error, serve_info
 
 
@@ -22,13 +22,13 @@ def info(tmp_path_factory: pytest.TempPathFactory) -> ServeInfo:
 
 
 def test_what_the_launcher_says_is_shown(info: ServeInfo) -> None:
-    board = Board(info.layout)
-    http = client(ScriptedQueue(), info, board)
+    experts = PlacementState(info.layout)
+    http = client(ScriptedQueue(), info, experts)
     assert http.get("/placement").json()["last_decision"] is None
     swapped = Placement(np.asarray(info.layout.device_of >= 0)[::-1])
     layout = spread(swapped, [1, 1], [20, 20])
     made = msgspec.structs.replace(decision(RebalanceWanted(0, True, False)), failure="torn")
-    board.placed(Placed(5, b"", made, 3, 1, 44), layout)
+    experts.placed(Placed(5, b"", made, 3, 1, 44), layout)
     answer = http.get("/placement").json()
     assert answer["version"] == 5
     assert answer["servers"][0]["resident"] == [list(range(8, 16))] * 2
@@ -75,10 +75,10 @@ def test_where_experts_are_to_be(info: ServeInfo) -> None:
 
     def ask(asked: RebalanceWanted) -> None:
         wanted.append(asked)
-        board.decided(Decided(asked.id, decision(asked), ""))
+        experts.decided(Decided(asked.id, decision(asked), ""))
 
-    board = Board(info.layout, ask)
-    http = client(ScriptedQueue(), info, board)
+    experts = PlacementState(info.layout, ask)
+    http = client(ScriptedQueue(), info, experts)
     servers = http.get("/placement").json()["servers"]
     held = [server["resident"] for server in servers]
     servers[0]["resident"] = [list(range(8)), list(range(9, -1, -1))]
@@ -100,18 +100,20 @@ def test_where_experts_are_to_be(info: ServeInfo) -> None:
 
 def test_nobody_decides(info: ServeInfo) -> None:
     """There is no launcher, or it is about to end."""
-    http = client(ScriptedQueue(), info, Board(info.layout))
+    http = client(ScriptedQueue(), info, PlacementState(info.layout))
     error(http.post("/placement/rebalance", json={}), 503)
-    board = Board(info.layout, lambda wanted: board.decided(Decided(wanted.id, None, "it ends")))
-    http = client(ScriptedQueue(), info, board)
+    experts = PlacementState(
+        info.layout, lambda wanted: experts.decided(Decided(wanted.id, None, "it ends"))
+    )
+    http = client(ScriptedQueue(), info, experts)
     answer = http.post("/placement/rebalance", json={})
     assert "it ends" in error(answer, 503)["message"]
     assert int(answer.headers["retry-after"]) > 0
 
 
 def test_who_waits_is_told_of_the_end(info: ServeInfo) -> None:
-    board = Board(info.layout, lambda wanted: board.close())
-    http = client(ScriptedQueue(), info, board)
+    experts = PlacementState(info.layout, lambda wanted: experts.close())
+    http = client(ScriptedQueue(), info, experts)
     assert "ends" in error(http.post("/placement/rebalance", json={}), 503)["message"]
 
 

@@ -12,7 +12,7 @@ import pytest
 from dance_jax.engine.sequence import OutputDelta, Request, SamplingParams
 from dance_jax.launch.control.protocol import Abort, Command, Submit
 from dance_jax.serve import queue as queue_module
-from dance_jax.serve.queue import MAX_DEATHS, Deltas, QueueFull, RequestQueue, Unavailable
+from dance_jax.serve.queue import MAX_DEATHS, DeltaStream, QueueFull, RequestQueue, Unavailable
 
 
 class Rig:
@@ -23,7 +23,7 @@ class Rig:
         self.queue = RequestQueue(self.sent.append, max_queue, itertools.count(1000))
         self.queue.engine_started()
 
-    def submit(self, name: str, n: int = 1, **params: Any) -> Deltas:
+    def submit(self, name: str, n: int = 1, **params: Any) -> DeltaStream:
         request = Request(name, None, [1, 2], SamplingParams(n=n, **params))
         return self.queue.submit(request)
 
@@ -56,7 +56,7 @@ def on_loop(test: Callable[[Rig], Coroutine[Any, Any, None]]) -> Callable[[], No
     return run
 
 
-async def drain(deltas: Deltas) -> list[OutputDelta]:
+async def drain(deltas: DeltaStream) -> list[OutputDelta]:
     return [delta async for delta in deltas]
 
 

@@ -23,7 +23,7 @@ from zmq.utils import monitor
 from dance_jax.config import ClusterSpec, ServerSpec, UserError
 from dance_jax.launch.agent.process import ServerProcess, in_words, is_echo
 from dance_jax.launch.control import protocol
-from dance_jax.launch.control.channel import ALIVE_TIMEOUT_S, Connection, Listener
+from dance_jax.launch.control.channel import ALIVE_TIMEOUT_S, ControlConnection, ControlListener
 
 #: Seconds that nodes wait for each other at the start.
 MEET_TIMEOUT_S = 300.0
@@ -42,7 +42,7 @@ class Nodes:
         listener: reachable by the other nodes.
     """
 
-    def __init__(self, spec: ClusterSpec, listener: Listener) -> None:
+    def __init__(self, spec: ClusterSpec, listener: ControlListener) -> None:
         self.listener = listener
         self.servers = {
             rank: NodeServer(server, rank, listener.socket)
@@ -121,7 +121,7 @@ class Nodes:
 
 
 class NodeServer:
-    """A `process.Server` whose process a launcher on another node holds."""
+    """A `process.ServerHandle` whose process a launcher on another node holds."""
 
     def __init__(self, server: ServerSpec, rank: int, socket: zmq.Socket) -> None:
         self.name = server.name
@@ -211,7 +211,7 @@ def run_node(
     Returns:
         Exit code: 0 if node 0 ended the server, 1 if the server ended by itself or node 0 is gone.
     """
-    connection = Connection(endpoint, key, f"node-{rank}")
+    connection = ControlConnection(endpoint, key, f"node-{rank}")
     contact = _Contact(connection.socket)
     connection.socket.send(protocol.encode(protocol.NodeHello(os.getpid())))
     progress(f"node {rank} ({spec.servers[rank].name}): calling node 0 at {endpoint}")

@@ -33,7 +33,7 @@ _ECHOES = (
 )
 
 
-class Server(Protocol):
+class ServerHandle(Protocol):
     """What a cluster needs of a server's process, whoever started it."""
 
     name: str

@@ -12,7 +12,7 @@ from dance_jax.config import ClusterSpec, UserError
 from dance_jax.launch.agent.jobs import check_job, detected_job
 from dance_jax.launch.agent.network import Network
 from dance_jax.launch.agent.node import Nodes
-from dance_jax.launch.control.channel import Listener, bracketed
+from dance_jax.launch.control.channel import ControlListener, bracketed
 
 #: Where the key of a launch may be, besides --key-file.
 KEY_VARIABLE = "DANCE_JAX_KEY"
@@ -46,7 +46,7 @@ class Role:
             return None
         network = self.network
         assert network.key is not None
-        listener = Listener(network.key)
+        listener = ControlListener(network.key)
         try:
             listener.listen(network.control_addresses, network.control_port)
             nodes = Nodes(self.spec, listener)

@@ -25,7 +25,7 @@ DeltaCallback = Callable[[Prompt, OutputDelta], None]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Traffic:
+class RunTraffic:
     """What the servers counted in one run."""
 
     #: int64 [servers, layers, experts], expert calls of each server's tokens.
@@ -71,7 +71,7 @@ class RunResult:
     prompts: tuple[Prompt, ...]
     #: In the order of the prompts.
     outputs: tuple[RequestOutput, ...]
-    traffic: Traffic
+    traffic: RunTraffic
     #: Seconds from the first request to the last output.
     seconds: float
     #: time.monotonic() of the first token of all; None: there was none.
@@ -147,9 +147,9 @@ def run_prompts(
     )
 
 
-def gather(stats: Sequence[EngineStats]) -> Traffic:
+def gather(stats: Sequence[EngineStats]) -> RunTraffic:
     """The servers' statistics, in rank order, as arrays."""
-    return Traffic(
+    return RunTraffic(
         counts=np.array([each.counts for each in stats], np.int64),
         transfers=np.stack([np.asarray(each.transfers, np.int64) for each in stats], axis=1),
         bytes_sent=np.array([each.bytes_sent for each in stats], np.int64),

@@ -30,10 +30,10 @@ from dance_jax.config import ClusterSpec, EngineConfig, UserError
 from dance_jax.launch.agent import model_files
 from dance_jax.launch.agent.network import Network
 from dance_jax.launch.agent.node import Nodes
-from dance_jax.launch.agent.process import Server, ServerProcess
+from dance_jax.launch.agent.process import ServerHandle, ServerProcess
 from dance_jax.launch.cluster.trace import TraceFile
 from dance_jax.launch.control import protocol
-from dance_jax.launch.control.channel import ALIVE_INTERVAL_S, Listener, bracketed, new_key
+from dance_jax.launch.control.channel import ALIVE_INTERVAL_S, ControlListener, bracketed, new_key
 from dance_jax.launch.planning.hosts import is_loopback
 from dance_jax.launch.planning.plan import dump_layout
 from dance_jax.models.hub import portable_name
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 _Event = TypeVar("_Event", bound=msgspec.Struct)
 
 #: Called with (server's name, stage, parts done, parts in all or 0).
-ProgressCallback = Callable[[str, str, int, int], None]
+StartCallback = Callable[[str, str, int, int], None]
 
 #: Seconds until every started process must have called back, and, once all are prepared, joined.
 CALL_TIMEOUT_S, JOIN_TIMEOUT_S = 60.0, 180.0
@@ -94,7 +94,7 @@ class Fleet(abc.ABC):
         model: str | os.PathLike[str] | None = None,
         log_dir: str | os.PathLike[str] | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
-        progress: ProgressCallback | None = None,
+        progress: StartCallback | None = None,
         network: Network | None = None,
         trace: str | os.PathLike[str] | None = None,
         nodes: Nodes | None = None,
@@ -116,12 +116,12 @@ class Fleet(abc.ABC):
         self.calls = config.exchange != "collectives"
         #: Where the servers listen for each other, by rank; "": one starts anew.
         self._endpoints: list[str] = []
-        self._processes: list[Server] = []
+        self._processes: list[ServerHandle] = []
         #: Per server, the last event of each kind while it starts.
         self._reached: list[dict[type, Any]] = [{} for _ in spec.servers]
         self._stopping = threading.Lock()
         self._private: pathlib.Path | None = None
-        self._listener: Listener | None = None
+        self._listener: ControlListener | None = None
         self._beating: threading.Event | None = None
 
     def __enter__(self) -> Self:
@@ -136,7 +136,7 @@ class Fleet(abc.ABC):
         """Ids of the servers' processes on their machines, in rank order."""
         return [process.pid for process in self._processes]
 
-    def start(self, progress: ProgressCallback | None = None) -> None:
+    def start(self, progress: StartCallback | None = None) -> None:
         """Starts all servers; returns when they are ready.
 
         Raises:
@@ -183,7 +183,7 @@ class Fleet(abc.ABC):
         if self.nodes is not None:
             self._listener = self.nodes.listener
         else:
-            self._listener = Listener(key)
+            self._listener = ControlListener(key)
         port = self.network.control_port
         if self.nodes is None and any(server.ssh for server in self.spec.servers):
             port = self._listen()
@@ -451,7 +451,7 @@ class Fleet(abc.ABC):
                     process.kill(number)
             self._await_end(self._processes, seconds)
 
-    def _await_end(self, processes: Iterable[Server], seconds: float) -> None:
+    def _await_end(self, processes: Iterable[ServerHandle], seconds: float) -> None:
         """Waits until all have ended, or for so long."""
         deadline = time.monotonic() + seconds
         waiting = collections.deque(processes)

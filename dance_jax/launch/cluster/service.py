@@ -221,7 +221,7 @@ class Service(Fleet):
         self._down.clear()
         for rank in ranks:
             for other in set(range(len(self._starts))) - {rank}:
-                self.tell(other, protocol.Peer(rank, self._endpoints[rank]))
+                self.tell(other, protocol.PeerRestarted(rank, self._endpoints[rank]))
 
     def _process_setup(self, engine: protocol.Setup) -> msgspec.Struct:
         options = msgspec.structs.replace(self.options, port=self._port(engine.rank))

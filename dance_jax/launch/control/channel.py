@@ -57,7 +57,7 @@ class _Members:
         return secrets.compare_digest(key, self._public)
 
 
-class Listener:
+class ControlListener:
     """The parent's end: a ROUTER socket, on loopback for the servers of this machine."""
 
     def __init__(self, key: bytes) -> None:
@@ -107,7 +107,7 @@ class Listener:
             self._context.term()
 
 
-class Connection:
+class ControlConnection:
     """A server's end: a DEALER socket, used by one thread."""
 
     def __init__(self, endpoint: str, key: bytes, identity: str) -> None:

@@ -117,7 +117,7 @@ class AskStats(msgspec.Struct, tag=True):
     """Send a Stats."""
 
 
-class Load(msgspec.Struct, frozen=True, array_like=True):
+class ExpertLoad(msgspec.Struct, frozen=True, array_like=True):
     """An expert that a slot is to hold."""
 
     #: Local device of the server, and slot on it.
@@ -137,10 +137,10 @@ class Stage(msgspec.Struct, tag=True):
     #: The layout after it, as in `Setup`.
     layout: bytes
     #: What this server loads; others may load more.
-    loads: list[Load]
+    loads: list[ExpertLoad]
 
 
-class Peer(msgspec.Struct, tag=True):
+class PeerRestarted(msgspec.Struct, tag=True):
     """Another server's engine has started anew: connect with it."""
 
     rank: int
@@ -264,7 +264,7 @@ class Failed(msgspec.Struct, tag=True):
     user: bool
 
 
-# Launcher to front end, beside Join, Peer, AskStats, Stage, Commit, Drop and Stop.
+# Launcher to front end, beside Join, PeerRestarted, AskStats, Stage, Commit, Drop and Stop.
 
 
 class Restart(msgspec.Struct, tag=True):
@@ -433,7 +433,7 @@ class NodeEnded(msgspec.Struct, tag=True):
 NodeCommand = NodeSetup | NodeProbe | NodeEnd | NodePing
 NodeEvent = NodeHello | NodeReply | NodeEnded
 
-Command = Join | Peer | Submit | Abort | AskStats | Stage | Commit | Drop | Stop
+Command = Join | PeerRestarted | Submit | Abort | AskStats | Stage | Commit | Drop | Stop
 Event = (
     Hello
     | Prepared
@@ -451,7 +451,17 @@ Event = (
     | Failed
 )
 FrontCommand = (
-    Join | Peer | Restart | AskStats | Stage | Commit | Drop | Decided | Placed | Drain | Stop
+    Join
+    | PeerRestarted
+    | Restart
+    | AskStats
+    | Stage
+    | Commit
+    | Drop
+    | Decided
+    | Placed
+    | Drain
+    | Stop
 )
 FrontEvent = Hello | FromEngine | EngineDied | RebalanceWanted | DrainWanted | Drained | Failed
 

@@ -30,7 +30,7 @@ SERVICE_APART = 0.7
 
 
 @dataclasses.dataclass(frozen=True)
-class Measured:
+class MeasuredCosts:
     """What a server has found out while it ran; None: nothing certain."""
 
     #: Seconds that a byte takes through its links in one direction.
@@ -43,7 +43,7 @@ class Measured:
 
 
 @dataclasses.dataclass(frozen=True)
-class Load:
+class ServerLoad:
     """How servers were used of late.
 
     Attributes:
@@ -61,8 +61,8 @@ def running_cost(
     spec: ClusterSpec,
     model: ModelConfig,
     config: EngineConfig,
-    measured: Sequence[Measured],
-    load: Load,
+    measured: Sequence[MeasuredCosts],
+    load: ServerLoad,
 ) -> Cost:
     """`cluster_cost` of servers that run, in seconds: with what is measured of expert calls, of
     links whose rate or round trip is not given, and of steps.

@@ -22,10 +22,10 @@ from dance_jax.launch.control import protocol
 from dance_jax.launch.control.protocol import Decision
 from dance_jax.launch.planning.costs import running_cost
 from dance_jax.launch.planning.plan import ModelFacts, dump_layout
-from dance_jax.launch.rebalance.decision import Answer, Question, RebalanceOptions
+from dance_jax.launch.rebalance.decision import Answer, DecisionInputs, RebalanceOptions
 from dance_jax.launch.rebalance.migration import Migration
 from dance_jax.launch.rebalance.solver import Solver, SolverError
-from dance_jax.launch.rebalance.state import State
+from dance_jax.launch.rebalance.state import ServiceState
 from dance_jax.launch.rebalance.workload import Statistics, Workload
 from dance_jax.launch.worker.loading import rest_s
 from dance_jax.placement.core import Layout, Placement
@@ -298,7 +298,7 @@ class Rebalancer:
             self._look_again(None)
             return
         statistics, load = self._workload.statistics(now), self._workload.load(now)
-        question = Question(
+        question = DecisionInputs(
             policy=self._options.policy,
             layout=self.layout,
             names=self._spec.names,
@@ -502,7 +502,7 @@ class Rebalancer:
         if self._options.state_dir is None:
             return
         statistics = self._workload.statistics(self._clock())
-        state = State(self._spec.names, self._model.fingerprint, self.layout, statistics)
+        state = ServiceState(self._spec.names, self._model.fingerprint, self.layout, statistics)
         try:
             state.save(self._options.state_dir)
         except OSError as error:

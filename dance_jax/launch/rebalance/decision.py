@@ -1,6 +1,6 @@
 """One decision of the global scheduler: where experts would be best by now, whether moving pays.
 
-Everything here is a function of a `Question`; it is computed in a process of its own (`solver`).
+Everything here is a function of `DecisionInputs`, computed in a process of its own (`solver`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from dance_jax.placement import migration
 from dance_jax.placement.core import Layout, Placement, Routes, spread
 from dance_jax.placement.cost import Cost, LockStepCost, apart_share
-from dance_jax.placement.migration import ERRORS, HYSTERESIS, Batch
+from dance_jax.placement.migration import ERRORS, HYSTERESIS, MoveBatch
 from dance_jax.placement.policies import DEFAULT_POLICY, place, usable
 
 #: Bytes that a device writes between two steps, and experts at most.
@@ -44,7 +44,7 @@ class RebalanceOptions(msgspec.Struct, frozen=True):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Question:
+class DecisionInputs:
     """What a decision depends on."""
 
     policy: str
@@ -86,10 +86,10 @@ class Answer:
     #: Where experts would move if it still pays later; None: nothing is to be waited for.
     candidate: Placement | None
     #: What moves if it is decided: batches in their order, each with the layout after it.
-    batches: list[tuple[Batch, Layout]]
+    batches: list[tuple[MoveBatch, Layout]]
 
 
-def answer(question: Question) -> Answer:
+def answer(question: DecisionInputs) -> Answer:
     """Solves the placement anew and weighs it against the one in force.
 
     Raises:
@@ -140,7 +140,7 @@ def answer(question: Question) -> Answer:
     return Answer(used, decision, candidate, steps)
 
 
-def _place(question: Question, policy: str, routes: Routes, cost: Cost) -> Placement:
+def _place(question: DecisionInputs, policy: str, routes: Routes, cost: Cost) -> Placement:
     """Where experts are best, of these tokens."""
     old = question.layout
     return place(
@@ -155,7 +155,9 @@ def _place(question: Question, policy: str, routes: Routes, cost: Cost) -> Place
     )
 
 
-def _steps(question: Question, found: Placement) -> tuple[list[tuple[Batch, Layout]], str]:
+def _steps(
+    question: DecisionInputs, found: Placement
+) -> tuple[list[tuple[MoveBatch, Layout]], str]:
     """How experts get there; if they cannot, why."""
     old = question.layout
     new = spread(found, old.devices, old.slots_per_device, question.counts, old, old.spare)
@@ -166,13 +168,13 @@ def _steps(question: Question, found: Placement) -> tuple[list[tuple[Batch, Layo
         return [], f"device {error.device} of {name} has no empty slot to load an expert into"
 
 
-def _loading_seconds(question: Question, steps: list[tuple[Batch, Layout]]) -> float:
+def _loading_seconds(question: DecisionInputs, steps: list[tuple[MoveBatch, Layout]]) -> float:
     return migration.migration_seconds(
         [batch for batch, _ in steps], question.expert_bytes, question.read_rates
     )
 
 
-def _apart(question: Question, present: Placement) -> Cost:
+def _apart(question: DecisionInputs, present: Placement) -> Cost:
     """What a layer in lock step costs when servers have tokens at the same time as often as was
     measured; on their own they wait for nobody else's tokens."""
     if not isinstance(question.cost, LockStepCost) or question.busiest is None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import collections
 from collections.abc import Sequence
 
-from dance_jax.launch.control.protocol import Load, Stage
+from dance_jax.launch.control.protocol import ExpertLoad, Stage
 from dance_jax.launch.planning.plan import dump_layout
 from dance_jax.placement.core import Layout
-from dance_jax.placement.migration import Batch
+from dance_jax.placement.migration import MoveBatch
 
 
 class Migration:
@@ -21,7 +21,7 @@ class Migration:
     """
 
     def __init__(
-        self, layout: Layout, batches: Sequence[tuple[Batch, Layout]], number: int
+        self, layout: Layout, batches: Sequence[tuple[MoveBatch, Layout]], number: int
     ) -> None:
         #: In force on all servers.
         self.layout = layout
@@ -62,14 +62,14 @@ class Migration:
         self._missing = set(range(len(self.layout.devices)))
 
 
-def _loads(before: Layout, batch: Batch) -> list[list[Load]]:
+def _loads(before: Layout, batch: MoveBatch) -> list[list[ExpertLoad]]:
     """By server; each expert comes from a holder that has been asked least for this batch."""
-    loads: list[list[Load]] = [[] for _ in before.devices]
+    loads: list[list[ExpertLoad]] = [[] for _ in before.devices]
     asked: collections.Counter[int] = collections.Counter()
     for server, device, slot, layer, expert in batch.loads():
         held_n = before.device_of[:, layer, expert] >= 0
         holders = [n for n in held_n.nonzero()[0].tolist() if n != server] or [server]
         holder = min(holders, key=lambda n: (asked[n], n))
         asked[holder] += 1
-        loads[server].append(Load(device, slot, layer, expert, holder))
+        loads[server].append(ExpertLoad(device, slot, layer, expert, holder))
     return loads

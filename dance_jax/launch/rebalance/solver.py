@@ -17,7 +17,7 @@ import sys
 import threading
 from typing import IO
 
-from dance_jax.launch.rebalance.decision import Answer, Question
+from dance_jax.launch.rebalance.decision import Answer, DecisionInputs
 
 #: Niceness: less, and users notice that a placement is solved; more, and under full load it is not
 #: solved before the next one is due.
@@ -35,7 +35,7 @@ class Solver:
         self._process: subprocess.Popen[bytes] | None = None
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "solver")
 
-    def ask(self, question: Question) -> concurrent.futures.Future[Answer]:
+    def ask(self, question: DecisionInputs) -> concurrent.futures.Future[Answer]:
         """The answer to come; a SolverError where there is none."""
         return self._thread.submit(self._answer, question)
 
@@ -46,7 +46,7 @@ class Solver:
             self._process.kill()
             self._process.wait()
 
-    def _answer(self, question: Question) -> Answer:
+    def _answer(self, question: DecisionInputs) -> Answer:
         try:
             if self._process is None or self._process.poll() is not None:
                 self._process = _start()
@@ -82,7 +82,7 @@ def main() -> None:
     _give_way()
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    questions: queue.SimpleQueue[Question] = queue.SimpleQueue()
+    questions: queue.SimpleQueue[DecisionInputs] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(sys.stdin.buffer, questions), daemon=True).start()
     from dance_jax.launch.rebalance.decision import answer
 
@@ -104,7 +104,7 @@ def _give_way() -> None:
         pathlib.Path("/proc/self/autogroup").write_text(str(NICENESS))
 
 
-def _listen(source: IO[bytes], questions: queue.SimpleQueue[Question]) -> None:
+def _listen(source: IO[bytes], questions: queue.SimpleQueue[DecisionInputs]) -> None:
     """Ends the process when the parent is gone, also while it computes."""
     while True:
         try:

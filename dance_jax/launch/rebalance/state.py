@@ -32,7 +32,7 @@ FILE_NAME = "placement.npz"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class State:
+class ServiceState:
     """What is kept."""
 
     #: Names of the servers by rank, and the model's fingerprint.
@@ -78,7 +78,7 @@ class State:
         return f"experts fill the spare slots of {full[0]}" if full else ""
 
 
-def load(directory: str | os.PathLike[str]) -> State | None:
+def load(directory: str | os.PathLike[str]) -> ServiceState | None:
     """What was saved there; None: nothing.
 
     Raises:
@@ -90,7 +90,7 @@ def load(directory: str | os.PathLike[str]) -> State | None:
     try:
         with np.load(path, allow_pickle=False) as file:
             servers = tuple(str(name) for name in file["servers"])
-            return State(
+            return ServiceState(
                 servers,
                 str(file["model"]),
                 parse_layout(file["layout"].tobytes()),
@@ -100,7 +100,9 @@ def load(directory: str | os.PathLike[str]) -> State | None:
         raise UserError(f"{path}: not a readable state of a service ({error})") from error
 
 
-def resumed_plan(spec: ClusterSpec, model: ModelFacts, config: EngineConfig, state: State) -> Plan:
+def resumed_plan(
+    spec: ClusterSpec, model: ModelFacts, config: EngineConfig, state: ServiceState
+) -> Plan:
     """The plan that goes on where a service before ended."""
     placement, held = Placement(state.layout.resident), rooms(spec, model, config)
     counts = state.statistics.counts

@@ -11,7 +11,7 @@ import numpy as np
 
 from dance_jax.engine.moved import seconds_per_byte, seconds_per_call
 from dance_jax.engine.report import STEP_SIZES, EngineStats
-from dance_jax.launch.planning.costs import Load, Measured
+from dance_jax.launch.planning.costs import MeasuredCosts, ServerLoad
 from dance_jax.models.counters import NOTHING_MOVED, Moved
 from dance_jax.placement.decay import DecayedCounts
 
@@ -59,7 +59,7 @@ class Workload:
         self._counted, self._computed = np.zeros(shape), np.zeros(servers)
         self._sent, self._stepped = np.zeros((servers, 2)), np.zeros((servers, STEP_SIZES, 2))
         self._costs = [_Costs()] * servers
-        self._measured = [Measured()] * servers
+        self._measured = [MeasuredCosts()] * servers
         self._begin_counts(now)
         if before is not None:
             self._old_routes = list(before.routes)
@@ -94,17 +94,17 @@ class Workload:
             self._begin_counts(now)
 
     @property
-    def measured(self) -> list[Measured]:
+    def measured(self) -> list[MeasuredCosts]:
         """By server."""
         return list(self._measured)
 
-    def load(self, now: float) -> Load:
+    def load(self, now: float) -> ServerLoad:
         """How servers are used."""
         rows, busiest = self._rows.value(now)
         steps_i, rows_i = self._steps.value(now).T
         device_s = self._devices * self._seconds(now)
         used = steps_i > 0
-        return Load(
+        return ServerLoad(
             rows=tuple(
                 zip((rows_i[used] / steps_i[used]).tolist(), steps_i[used].tolist(), strict=True)
             ),
@@ -196,7 +196,7 @@ class _Costs:
     calls: int = 0
     moved: Moved = NOTHING_MOVED
 
-    def since(self, before: _Costs, known: Measured) -> Measured:
+    def since(self, before: _Costs, known: MeasuredCosts) -> MeasuredCosts:
         """By what was done since then; where that is too little, since the start, or as known."""
         calls = self.calls - before.calls
         byte_s, round_s = known.byte_s, known.round_s
@@ -206,7 +206,7 @@ class _Costs:
         call_s = known.call_s
         if calls >= LEAST_CALLS:
             call_s = (self.expert_seconds - before.expert_seconds) / calls
-        return Measured(byte_s, call_s, round_s)
+        return MeasuredCosts(byte_s, call_s, round_s)
 
 
 def _or(found: float | None, known: float | None) -> float | None:

@@ -19,14 +19,14 @@ from collections.abc import Callable, Sequence
 import tensorstore
 
 from dance_jax.config import UserError
-from dance_jax.launch.control.protocol import Load, Stage
+from dance_jax.launch.control.protocol import ExpertLoad, Stage
 from dance_jax.models.checkpoint import Checkpoint
 from dance_jax.models.experts import ExpertFormat, Weights
 
 log = logging.getLogger("dance_jax.loading")
 
 #: Reads what is to be loaded, in the same order: the weights, and the bytes that took.
-Read = Callable[[Sequence[Load]], tuple[list[Weights], int]]
+Read = Callable[[Sequence[ExpertLoad]], tuple[list[Weights], int]]
 
 #: After an expert the reader rests so many times as long as that took, but no longer than so many
 #: seconds: large experts are read by threads that steps hardly notice.
@@ -131,7 +131,7 @@ def checkpoint_reader(checkpoint: Checkpoint, form: ExpertFormat) -> Read:
         form: of the pool.
     """
 
-    def read(loads: Sequence[Load]) -> tuple[list[Weights], int]:
+    def read(loads: Sequence[ExpertLoad]) -> tuple[list[Weights], int]:
         before = bytes_read()
         pairs = [(load.layer, load.expert) for load in loads]
         found = dict(checkpoint.experts(pairs, form))

@@ -36,13 +36,13 @@ from dance_jax.config import Rounding, UserError
 from dance_jax.launch.agent import child
 from dance_jax.launch.agent.model_files import ModelFiles
 from dance_jax.launch.control import protocol
-from dance_jax.launch.control.channel import Connection, derived
+from dance_jax.launch.control.channel import ControlConnection, derived
 from dance_jax.launch.control.protocol import Setup
 from dance_jax.launch.worker import environment
 from dance_jax.launch.worker.join import coordinator_endpoint, join, listen
-from dance_jax.launch.worker.wakeup import Bell, hang
+from dance_jax.launch.worker.wakeup import Wakeup, connect
 from dance_jax.memory import use_huge_pages
-from dance_jax.models.connections import Identity, Key, Listener
+from dance_jax.models.connections import Identity, Key, PeerListener
 
 if TYPE_CHECKING:
     from dance_jax.engine.engine import Engine, StepResult
@@ -67,11 +67,11 @@ HEAR_S = 0.05
 STOP_WINDOW_S = 0.5
 
 
-class Channel:
+class ParentChannel:
     """The socket to the parent; used by one thread at a time."""
 
     def __init__(self, endpoint: str, key: bytes, rank: int) -> None:
-        self._connection = Connection(endpoint, key, f"server-{rank}")
+        self._connection = ControlConnection(endpoint, key, f"server-{rank}")
         self.socket = self._connection.socket
 
     def send(self, event: protocol.Event) -> None:
@@ -106,7 +106,7 @@ def main() -> None:
     child.end_with_parent(setup, before=files.close)
     own = setup.spec.servers[setup.rank]
     environment.prepare(own.platform, own.gpus)
-    channel = Channel(child.parent_endpoint(setup), setup.control_key, setup.rank)
+    channel = ParentChannel(child.parent_endpoint(setup), setup.control_key, setup.rank)
     status = 0
     try:
         channel.send(protocol.Hello(os.getpid()))
@@ -126,7 +126,7 @@ def main() -> None:
     child.end(status)
 
 
-def _told_to_stop(channel: Channel) -> bool:
+def _told_to_stop(channel: ParentChannel) -> bool:
     """What failed may be a consequence: other servers have been stopped already."""
     deadline = time.monotonic() + STOP_WINDOW_S
     while channel.waits(max(0.0, deadline - time.monotonic())):
@@ -136,8 +136,8 @@ def _told_to_stop(channel: Channel) -> bool:
 
 
 def _start(
-    setup: Setup, files: ModelFiles, channel: Channel, listener: Listener, key: Key
-) -> tuple[Worker, Bell | None]:
+    setup: Setup, files: ModelFiles, channel: ParentChannel, listener: PeerListener, key: Key
+) -> tuple[Worker, Wakeup | None]:
     """Makes ready to serve, together with all others.
 
     Args:
@@ -155,7 +155,7 @@ def _start(
     from dance_jax.launch.planning.costs import cluster_cost
     from dance_jax.launch.planning.plan import parse_layout
     from dance_jax.launch.worker.memory import free_per_device
-    from dance_jax.launch.worker.peer_weights import Shelf
+    from dance_jax.launch.worker.peer_weights import HeldWeights
     from dance_jax.launch.worker.peers import Peers
     from dance_jax.models import native
     from dance_jax.models.calls import Lines
@@ -177,8 +177,8 @@ def _start(
     me = (setup.rank, setup.spec.names, listener, endpoints, key)
     rates = [server.bandwidth for server in setup.spec.servers]
     lines = Lines(setup.rank, setup.spec.names, listener, key, rates=rates)
-    bell = None if calls else hang(*me)
-    shelf = Shelf(checkpoint, setup.config.dtype)
+    wakeup = None if calls else connect(*me)
+    shelf = HeldWeights(checkpoint, setup.config.dtype)
     peers = Peers(*me) if any(server.from_peers for server in setup.spec.servers) else None
     if peers is not None:
         peers.answer(shelf.find)
@@ -216,7 +216,7 @@ def _start(
     gc.collect()
     gc.freeze()
     channel.send(protocol.Ready(steps.hits, steps.misses))
-    return Worker(engine, loader, lines, endpoints, channel), bell
+    return Worker(engine, loader, lines, endpoints, channel), wakeup
 
 
 def _peer_weights(
@@ -248,7 +248,7 @@ def _cache_dir(setup: Setup) -> pathlib.Path | None:
     return pathlib.Path(setup.cache_dir) if setup.cache_dir else default_cache_dir()
 
 
-def _open_model(setup: Setup, cache: pathlib.Path, channel: Channel) -> Checkpoint:
+def _open_model(setup: Setup, cache: pathlib.Path, channel: ParentChannel) -> Checkpoint:
     """This machine's copy of the model, downloaded and converted into its cache if need be.
 
     Raises:
@@ -290,12 +290,12 @@ def _convert(source: pathlib.Path, cache: pathlib.Path, rounding: Rounding) -> p
     return ensure_converted(source, cache, rounding=rounding)
 
 
-def _serve(worker: Worker, bell: Bell | None) -> None:
+def _serve(worker: Worker, wakeup: Wakeup | None) -> None:
     """Steps until the parent says Stop."""
-    if bell is None:
+    if wakeup is None:
         worker.serve_alone()
     else:
-        worker.serve_together(bell)
+        worker.serve_together(wakeup)
 
 
 class Worker:
@@ -313,7 +313,7 @@ class Worker:
         loader: Loader,
         lines: Lines,
         endpoints: list[str],
-        channel: Channel,
+        channel: ParentChannel,
     ) -> None:
         self._engine, self._loader = engine, loader
         self._lines, self._endpoints, self._channel = lines, endpoints, channel
@@ -361,7 +361,7 @@ class Worker:
                 if began is not None and time.monotonic() - began > HEAR_S:
                     self._hear()
 
-    def serve_together(self, bell: Bell) -> None:
+    def serve_together(self, wakeup: Wakeup) -> None:
         """Steps together with all servers.
 
         All servers do the same steps. After one in which none had work (`StepResult.active`, known
@@ -376,9 +376,9 @@ class Worker:
             if not (busy or rung):
                 if not self._engine.has_work and now < heartbeat:
                     wake = min(heartbeat, now + LOADING_POLL_S) if self._loader.busy else heartbeat
-                    rung = bell.wait(self._channel.socket, wake - now, step)
+                    rung = wakeup.wait(self._channel.socket, wake - now, step)
                     continue
-                bell.ring(step)
+                wakeup.ring(step)
             result = self._engine.step()
             step += 1
             busy, rung = result.active, False
@@ -409,7 +409,7 @@ class Worker:
             match command := self._channel.receive():
                 case protocol.Stage():
                     self._loader.begin(command)
-                case protocol.Peer(rank, endpoint):
+                case protocol.PeerRestarted(rank, endpoint):
                     self._endpoints[rank] = endpoint
                     threading.Thread(
                         target=self._redial, args=(rank, endpoint), daemon=True, name="redial"

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 import jax
 import numpy as np
 
-from dance_jax.launch.worker.peers import Held, Kind, Like, Peers, Question
+from dance_jax.launch.worker.peers import Held, Like, Peers, WeightKind, WeightRequest
 from dance_jax.models.build import fill
 from dance_jax.models.checkpoint import Checkpoint, Outline
 from dance_jax.models.config import ModelConfig
@@ -30,7 +30,7 @@ PORTION_BYTES = 32 << 20
 ARRIVAL_POLL_S = 0.05
 
 
-class Shelf:
+class HeldWeights:
     """Where a server finds what others ask for.
 
     Args:
@@ -47,14 +47,14 @@ class Shelf:
         #: One answer is read at a time.
         self._reading = threading.Lock()
 
-    def find(self, question: Question) -> Sequence[np.ndarray]:
+    def find(self, question: WeightRequest) -> Sequence[np.ndarray]:
         """The answer to a question; from any thread.
 
         Raises:
             LookupError: it is not here.
             UserError: the copy of the model is torn.
         """
-        if question.kind is Kind.HELD:
+        if question.kind is WeightKind.HELD:
             if self.held is None:
                 raise LookupError("it holds no experts yet")
             (expert,) = question.numbers
@@ -62,7 +62,7 @@ class Shelf:
         if self._checkpoint is None:
             raise LookupError("it has no copy of the model")
         with self._reading:
-            if question.kind is Kind.TRUNK:
+            if question.kind is WeightKind.TRUNK:
                 return self._trunk(self._checkpoint, question.numbers)
             pairs = [(question.layer, expert) for expert in question.numbers]
             form = self._checkpoint.form(self._dtype)
@@ -110,7 +110,9 @@ class PeerWeights(Outline):
         for numbers in _portions(sizes, PORTION_BYTES):
             wanted = [shapes[number] for number in numbers]
             likes: list[Like] = [(shape.shape, shape.dtype) for _, shape in wanted]
-            found = self._peers.ask(next(source), Question(Kind.TRUNK, 0, numbers), likes)
+            found = self._peers.ask(
+                next(source), WeightRequest(WeightKind.TRUNK, 0, numbers), likes
+            )
             yield from zip((name for name, _ in wanted), found, strict=True)
 
     def experts(
@@ -133,7 +135,9 @@ class PeerWeights(Outline):
             try:
                 while not failed.is_set():
                     layer, rows = portions.get_nowait()
-                    question = Question(Kind.EXPERTS, layer, tuple(pairs[row][1] for row in rows))
+                    question = WeightRequest(
+                        WeightKind.EXPERTS, layer, tuple(pairs[row][1] for row in rows)
+                    )
                     likes: list[Like] = [
                         ((len(rows), *leaf.shape), leaf.dtype) for leaf in form.leaves.values()
                     ]

@@ -20,9 +20,9 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 from dance_jax.config import UserError
-from dance_jax.launch.control.protocol import Load
+from dance_jax.launch.control.protocol import ExpertLoad
 from dance_jax.launch.worker.loading import Read
-from dance_jax.models.connections import Key, Listener, dial
+from dance_jax.models.connections import Key, PeerListener, dial
 from dance_jax.models.experts import ExpertFormat, Weights
 
 log = logging.getLogger("dance_jax.peers")
@@ -41,7 +41,7 @@ Like = tuple[tuple[int, ...], np.dtype]
 Held = Callable[[int, int], Weights]
 
 
-class Kind(enum.IntEnum):
+class WeightKind(enum.IntEnum):
     """Where the answer to a question comes from."""
 
     #: The pool: one expert of a layer.
@@ -53,23 +53,23 @@ class Kind(enum.IntEnum):
 
 
 @dataclasses.dataclass(frozen=True)
-class Question:
+class WeightRequest:
     """What one server wants of another."""
 
-    kind: Kind
+    kind: WeightKind
     #: MoE layer counted from 0; 0 where it is about the trunk.
     layer: int
     numbers: tuple[int, ...]
 
     def __str__(self) -> str:
-        if self.kind is Kind.TRUNK:
+        if self.kind is WeightKind.TRUNK:
             return f"{len(self.numbers)} weights of the trunk"
         listed = ", ".join(map(str, self.numbers))
         return f"expert{'s' * (len(self.numbers) > 1)} {listed} of MoE layer {self.layer}"
 
 
 #: Finds what is asked for; raises whatever it likes where it cannot.
-Find = Callable[[Question], Iterable[np.ndarray]]
+Find = Callable[[WeightRequest], Iterable[np.ndarray]]
 
 
 class Peers:
@@ -90,7 +90,7 @@ class Peers:
         self,
         rank: int,
         names: Sequence[str],
-        listener: Listener,
+        listener: PeerListener,
         endpoints: list[str],
         key: Key,
     ) -> None:
@@ -135,7 +135,7 @@ class Peers:
             self._asks[rank].settimeout(ANSWER_TIMEOUT_S)
         return self._asks[rank]
 
-    def ask(self, rank: int, question: Question, likes: Sequence[Like]) -> list[np.ndarray]:
+    def ask(self, rank: int, question: WeightRequest, likes: Sequence[Like]) -> list[np.ndarray]:
         """Asks one server; only one question may be on the way to each.
 
         Args:
@@ -179,13 +179,13 @@ class Peers:
         """
         likes: list[Like] = [(leaf.shape, leaf.dtype) for leaf in form.leaves.values()]
 
-        def one(load: Load) -> tuple[Weights, int]:
+        def one(load: ExpertLoad) -> tuple[Weights, int]:
             if load.holder == self.rank:
                 return held(load.layer, load.expert), 0
-            question = Question(Kind.HELD, load.layer, (load.expert,))
+            question = WeightRequest(WeightKind.HELD, load.layer, (load.expert,))
             return tuple(self.ask(load.holder, question, likes)), form.bytes
 
-        def read(loads: Sequence[Load]) -> tuple[list[Weights], int]:
+        def read(loads: Sequence[ExpertLoad]) -> tuple[list[Weights], int]:
             found = [one(load) for load in loads]
             return [weights for weights, _ in found], sum(size for _, size in found)
 
@@ -219,15 +219,15 @@ def _answer(connection: socket.socket, find: Find, name: str) -> None:
         connection.close()
 
 
-def _packed(question: Question) -> bytes:
+def _packed(question: WeightRequest) -> bytes:
     numbers = np.array(question.numbers, "<u4").tobytes()
     return _QUESTION.pack(question.kind, question.layer, len(question.numbers)) + numbers
 
 
-def _next_question(connection: socket.socket) -> Question:
+def _next_question(connection: socket.socket) -> WeightRequest:
     kind, layer, count = _QUESTION.unpack(_receive(connection, _QUESTION.size))
     numbers = np.frombuffer(_receive(connection, 4 * count), "<u4")
-    return Question(Kind(kind), layer, tuple(numbers.tolist()))
+    return WeightRequest(WeightKind(kind), layer, tuple(numbers.tolist()))
 
 
 def _reason(error: Exception) -> str:

@@ -14,12 +14,12 @@ from collections.abc import Sequence
 
 import zmq
 
-from dance_jax.models.connections import Key, Listener, mesh
+from dance_jax.models.connections import Key, PeerListener, mesh
 
 _NUMBER = struct.Struct("<Q")
 
 
-class Bell:
+class Wakeup:
     """One server's end of the mesh.
 
     Args:
@@ -50,7 +50,7 @@ class Bell:
                     f"server {self._names[rank]} closed the connection: {error}"
                 ) from error
             if sent != _NUMBER.size:
-                raise RuntimeError(f"server {self._names[rank]} does not listen to the bell")
+                raise RuntimeError(f"server {self._names[rank]} does not take wake-ups")
 
     def wait(self, control: zmq.Socket, timeout_s: float, next_step: int) -> bool:
         """Rests until there is something to do, at most for so long.
@@ -103,10 +103,10 @@ class Bell:
             connection.close()
 
 
-def hang(
-    rank: int, names: Sequence[str], listener: Listener, endpoints: Sequence[str], key: Key
-) -> Bell:
-    """Connects this server's bell with all others'; they do it at the same time.
+def connect(
+    rank: int, names: Sequence[str], listener: PeerListener, endpoints: Sequence[str], key: Key
+) -> Wakeup:
+    """Connects this server's end with all others'; all servers do so at the same time.
 
     Args:
         rank: this server's.
@@ -117,4 +117,4 @@ def hang(
     Raises:
         RuntimeError: a server cannot be reached, or is a stranger.
     """
-    return Bell(names, mesh(rank, names, listener, endpoints, key, "bell"))
+    return Wakeup(names, mesh(rank, names, listener, endpoints, key, "wakeup"))

@@ -21,7 +21,7 @@ _CHUNK = 1 << 22
 
 
 @dataclasses.dataclass(frozen=True)
-class Kind:
+class BlockType:
     """A type of blocks."""
 
     #: Weights and bytes of a block.
@@ -135,17 +135,17 @@ def _q6_k(blocks: np.ndarray) -> Unpacked:
 #: Types of weights in blocks. Groups of ours are ggml's, and each product of two of its numbers is
 #: one float32.
 KINDS = {
-    "Q4_0": Kind(32, 18, WeightFormat("int4", 32, "float16"), _q4_0),
-    "Q4_1": Kind(32, 20, WeightFormat("int4", 32, "float32", True), _q4_1),
-    "Q5_0": Kind(32, 22, WeightFormat("int8", 32, "float16"), _q5_0),
-    "Q5_1": Kind(32, 24, WeightFormat("int8", 32, "float16", True), _q5_1),
-    "Q8_0": Kind(32, 34, WeightFormat("int8", 32, "float16"), _q8_0),
-    "MXFP4": Kind(32, 17, WeightFormat("mxfp4", 32, "e8m0"), _mxfp4),
-    "Q2_K": Kind(256, 84, WeightFormat("int4", 16, "float32", True), _q2_k),
-    "Q3_K": Kind(256, 110, WeightFormat("int4", 16, "float32"), _q3_k),
-    "Q4_K": Kind(256, 144, WeightFormat("int4", 32, "float32", True), _q4_k),
-    "Q5_K": Kind(256, 176, WeightFormat("int8", 32, "float32", True), _q5_k),
-    "Q6_K": Kind(256, 210, WeightFormat("int8", 16, "float32"), _q6_k),
+    "Q4_0": BlockType(32, 18, WeightFormat("int4", 32, "float16"), _q4_0),
+    "Q4_1": BlockType(32, 20, WeightFormat("int4", 32, "float32", True), _q4_1),
+    "Q5_0": BlockType(32, 22, WeightFormat("int8", 32, "float16"), _q5_0),
+    "Q5_1": BlockType(32, 24, WeightFormat("int8", 32, "float16", True), _q5_1),
+    "Q8_0": BlockType(32, 34, WeightFormat("int8", 32, "float16"), _q8_0),
+    "MXFP4": BlockType(32, 17, WeightFormat("mxfp4", 32, "e8m0"), _mxfp4),
+    "Q2_K": BlockType(256, 84, WeightFormat("int4", 16, "float32", True), _q2_k),
+    "Q3_K": BlockType(256, 110, WeightFormat("int4", 16, "float32"), _q3_k),
+    "Q4_K": BlockType(256, 144, WeightFormat("int4", 32, "float32", True), _q4_k),
+    "Q5_K": BlockType(256, 176, WeightFormat("int8", 32, "float32", True), _q5_k),
+    "Q6_K": BlockType(256, 210, WeightFormat("int8", 16, "float32"), _q6_k),
 }
 #: Types of which a weight's offset is 8 scales above ggml's, because our codes begin at -8: the sum
 #: is rounded to float32 once, so a weight may differ by that rounding.

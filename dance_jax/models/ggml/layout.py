@@ -8,10 +8,10 @@ from collections.abc import Callable
 import numpy as np
 
 from dance_jax.models.config import DeltaNet, GroupedAttention, ModelConfig
-from dance_jax.models.ggml.tensors import PackedTensor
+from dance_jax.models.ggml.tensors import GgufTensor
 
 
-def unchanged(tensor: PackedTensor, leaf: str, config: ModelConfig) -> PackedTensor:
+def unchanged(tensor: GgufTensor, leaf: str, config: ModelConfig) -> GgufTensor:
     """A layer's tensor as Hugging Face has it.
 
     Args:
@@ -31,7 +31,7 @@ def unchanged(tensor: PackedTensor, leaf: str, config: ModelConfig) -> PackedTen
     return _DELTA[leaf](tensor, delta, _value_heads(delta) if tiled else _in_order(delta))
 
 
-def strengths_and_decays(tensor: PackedTensor, config: ModelConfig) -> dict[str, PackedTensor]:
+def strengths_and_decays(tensor: GgufTensor, config: ModelConfig) -> dict[str, GgufTensor]:
     """Qwen3-Next's ssm_ba, whose rows are grouped by key head, as two projections; nothing of
     other models."""
     delta = _delta(config)
@@ -50,7 +50,7 @@ def strengths_and_decays(tensor: PackedTensor, config: ModelConfig) -> dict[str,
 _PAIRED = ("attn_q.weight", "attn_k.weight")
 
 
-def _paired(tensor: PackedTensor, leaf: str, config: ModelConfig) -> PackedTensor:
+def _paired(tensor: GgufTensor, leaf: str, config: ModelConfig) -> GgufTensor:
     """Of every head the rows that turn together are stored side by side."""
     mixer = config.layers[0].mixer
     assert isinstance(mixer, GroupedAttention)
@@ -92,35 +92,35 @@ def _rows(heads: np.ndarray, width: int, before: int = 0) -> np.ndarray:
     return np.concatenate([np.arange(before), before + own])
 
 
-def _qkv(tensor: PackedTensor, delta: DeltaNet, heads: np.ndarray) -> PackedTensor:
+def _qkv(tensor: GgufTensor, delta: DeltaNet, heads: np.ndarray) -> GgufTensor:
     before = 2 * delta.num_key_heads * delta.key_dim
     return dataclasses.replace(tensor, rows=_rows(heads, delta.value_dim, before))
 
 
-def _conv(tensor: PackedTensor, delta: DeltaNet, heads: np.ndarray) -> PackedTensor:
+def _conv(tensor: GgufTensor, delta: DeltaNet, heads: np.ndarray) -> GgufTensor:
     channels, positions = tensor.shape[0], tensor.shape[-1]
     found = _qkv(tensor, delta, heads)
     return dataclasses.replace(found, shape=(channels, 1, positions), stored=tensor.shape)
 
 
-def _gate(tensor: PackedTensor, delta: DeltaNet, heads: np.ndarray) -> PackedTensor:
+def _gate(tensor: GgufTensor, delta: DeltaNet, heads: np.ndarray) -> GgufTensor:
     return dataclasses.replace(tensor, rows=_rows(heads, delta.value_dim))
 
 
-def _out(tensor: PackedTensor, delta: DeltaNet, heads: np.ndarray) -> PackedTensor:
+def _out(tensor: GgufTensor, delta: DeltaNet, heads: np.ndarray) -> GgufTensor:
     return dataclasses.replace(tensor, inputs=_rows(heads, delta.value_dim))
 
 
-def _each(tensor: PackedTensor, delta: DeltaNet, heads: np.ndarray) -> PackedTensor:
+def _each(tensor: GgufTensor, delta: DeltaNet, heads: np.ndarray) -> GgufTensor:
     return dataclasses.replace(tensor, rows=heads)
 
 
-def _decay(tensor: PackedTensor, delta: DeltaNet, heads: np.ndarray) -> PackedTensor:
+def _decay(tensor: GgufTensor, delta: DeltaNet, heads: np.ndarray) -> GgufTensor:
     return dataclasses.replace(tensor, rows=heads, change=_log_of_negative)
 
 
 #: Tensors of the delta net whose value heads may be in another order.
-_DELTA: dict[str, Callable[[PackedTensor, DeltaNet, np.ndarray], PackedTensor]] = {
+_DELTA: dict[str, Callable[[GgufTensor, DeltaNet, np.ndarray], GgufTensor]] = {
     "attn_qkv.weight": _qkv,
     "attn_gate.weight": _gate,
     "ssm_conv1d.weight": _conv,

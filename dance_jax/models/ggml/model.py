@@ -14,7 +14,7 @@ from dance_jax.models.ggml.header import content_hash, read_parts
 from dance_jax.models.ggml.kinds import KINDS, NOT_EXACT, PLAIN
 from dance_jax.models.ggml.names import renamed
 from dance_jax.models.ggml.side_files import gguf_config
-from dance_jax.models.ggml.tensors import PackedTensor
+from dance_jax.models.ggml.tensors import GgufTensor
 from dance_jax.models.hf import HFDirectory
 
 #: Tensors named in a message.
@@ -52,14 +52,14 @@ class GGUFModel(HFDirectory):
         self.left_out = self._leave_out()
         self._check([])
 
-    def _stored(self) -> dict[str, PackedTensor]:
+    def _stored(self) -> dict[str, GgufTensor]:
         """All tensors under their own names."""
-        found: dict[str, PackedTensor] = {}
+        found: dict[str, GgufTensor] = {}
         for part in self._parts:
             for name, place in part.tensors.items():
                 if name in found:
                     raise UserError(f"{part.path}: {name} is also in {found[name].file.name}")
-                found[name] = PackedTensor.at(place)
+                found[name] = GgufTensor.at(place)
         wrong = [f"{name} is {each.kind}" for name, each in found.items() if not each.is_float]
         if wrong:
             more = f" and {len(wrong) - _LISTED} more" if len(wrong) > _LISTED else ""
@@ -86,7 +86,7 @@ class GGUFModel(HFDirectory):
         return "\n".join([*lines, *filter(None, [self.left_out_report()])])
 
 
-def _bytes_by_kind(tensors: dict[str, PackedTensor]) -> dict[str, int]:
+def _bytes_by_kind(tensors: dict[str, GgufTensor]) -> dict[str, int]:
     sizes: collections.Counter[str] = collections.Counter()
     for tensor in tensors.values():
         sizes[tensor.kind] += tensor.size

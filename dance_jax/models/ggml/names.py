@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dance_jax.config import UserError
 from dance_jax.models.config import ModelConfig
 from dance_jax.models.ggml.layout import strengths_and_decays, unchanged
-from dance_jax.models.ggml.tensors import LatentHeads, PackedTensor, Tensor
+from dance_jax.models.ggml.tensors import GgufTensor, LatentHeads, Tensor
 
 #: Tensors outside the layers.
 _OUTER = {
@@ -66,7 +66,7 @@ _SINGLE = re.compile(r"ffn_(?P<part>gate|up|down)\.(?P<expert>\d+)\.(?P<end>weig
 _PARTS: tuple[str, ...] = ("gate", "up", "down")
 
 
-def renamed(tensors: dict[str, PackedTensor], config: ModelConfig, where: str) -> dict[str, Tensor]:
+def renamed(tensors: dict[str, GgufTensor], config: ModelConfig, where: str) -> dict[str, Tensor]:
     """The tensors under the names of `ModelConfig.names`, experts one by one.
 
     Raises:
@@ -99,9 +99,7 @@ def renamed(tensors: dict[str, PackedTensor], config: ModelConfig, where: str) -
 _HALVES = ("attn_k_b.weight", "attn_v_b.weight")
 
 
-def _latent_heads(
-    layer: str, tensors: dict[str, PackedTensor]
-) -> Iterator[tuple[str, LatentHeads]]:
+def _latent_heads(layer: str, tensors: dict[str, GgufTensor]) -> Iterator[tuple[str, LatentHeads]]:
     """Both halves of a layer's keys and values as one tensor; nothing if one is missing."""
     both = [tensors.get(f"blk.{layer}.{half}") for half in _HALVES]
     if both[0] is None or both[1] is None:
@@ -116,8 +114,8 @@ def _latent_heads(
 
 
 def _layer(
-    place: re.Match[str], tensor: PackedTensor, config: ModelConfig
-) -> Iterator[tuple[str, PackedTensor]]:
+    place: re.Match[str], tensor: GgufTensor, config: ModelConfig
+) -> Iterator[tuple[str, GgufTensor]]:
     """What one stored tensor of a layer becomes; nothing if its name is unknown."""
     leaf, source = place["leaf"], f"model.layers.{place['layer']}"
     if int(place["layer"]) >= config.num_layers:  # predicts more tokens; never read
@@ -136,8 +134,8 @@ def _layer(
 
 
 def _experts(
-    match: re.Match[str], tensor: PackedTensor, config: ModelConfig, source: str
-) -> Iterator[tuple[str, PackedTensor]]:
+    match: re.Match[str], tensor: GgufTensor, config: ModelConfig, source: str
+) -> Iterator[tuple[str, GgufTensor]]:
     """A projection of all experts of a layer, cut by offset, or of one."""
     part, end = match["part"], match["end"]
     projections = dict(zip(_PARTS, config.names.projections, strict=True))

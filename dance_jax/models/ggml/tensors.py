@@ -16,7 +16,7 @@ from dance_jax.models.ggml.kinds import KINDS, PLAIN, decode, format_of, values
 
 
 @dataclasses.dataclass(frozen=True)
-class PackedTensor:
+class GgufTensor:
     """A tensor in blocks; only its own bytes are read."""
 
     file: pathlib.Path
@@ -37,9 +37,9 @@ class PackedTensor:
     change: Callable[[np.ndarray], np.ndarray] | None = None
 
     @staticmethod
-    def at(place: Place) -> PackedTensor:
+    def at(place: Place) -> GgufTensor:
         """The tensor that a header describes."""
-        return PackedTensor(place.file, place.kind, place.shape, place.offset, place.size)
+        return GgufTensor(place.file, place.kind, place.shape, place.offset, place.size)
 
     @property
     def is_float(self) -> bool:
@@ -62,13 +62,13 @@ class PackedTensor:
         first = groups[:, :1]
         return not (first % unit).any() and bool((groups == first + np.arange(unit)).all())
 
-    def part(self, index: int, parts: int) -> PackedTensor:
+    def part(self, index: int, parts: int) -> GgufTensor:
         """The index-th of `parts` equal pieces along the first axis, which must divide."""
         size = self.size // parts
         shape = (self.shape[0] // parts, *self.shape[1:])
         return dataclasses.replace(self, shape=shape, offset=self.offset + index * size, size=size)
 
-    def without_first_axis(self) -> PackedTensor:
+    def without_first_axis(self) -> GgufTensor:
         """The same bytes for a shape that begins with 1."""
         return dataclasses.replace(self, shape=self.shape[1:])
 
@@ -114,9 +114,9 @@ class LatentHeads:
     """DeepSeek's kv_b_proj [heads * (nope + value), rank] of a file that has its halves apart."""
 
     #: [heads, rank, nope]: the keys' half, transposed.
-    keys: PackedTensor
+    keys: GgufTensor
     #: [heads, value, rank]
-    values: PackedTensor
+    values: GgufTensor
 
     @property
     def file(self) -> pathlib.Path:
@@ -161,4 +161,4 @@ class LatentHeads:
         return np.concatenate(halves, axis=1).reshape(self.shape)
 
 
-Tensor = PackedTensor | LatentHeads
+Tensor = GgufTensor | LatentHeads

@@ -18,7 +18,7 @@ __all__ = ["PackedTensor", "assemble"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class TensorNames:
     """How the tensors of one weight are named, by the ends of their names."""
 
     #: Of the codes.
@@ -36,36 +36,36 @@ class Layout:
 
 _ACTIVATIONS = (".input_scale", ".input_zero_point", ".activation_scale")
 _FP8 = (
-    Layout(
+    TensorNames(
         *(".weight", ".weight", Fp8.open),
         {"scale": (".weight_scale_inv", ".weight_scale")},
         _ACTIVATIONS,
         type="F8_E4M3",
     ),
     # Of all experts.
-    Layout("", "", Fp8.open, {"scale": ("_scale_inv", "_scale")}, type="F8_E4M3"),
+    TensorNames("", "", Fp8.open, {"scale": ("_scale_inv", "_scale")}, type="F8_E4M3"),
 )
 _INTEGERS = {"scale": (".weight_scale",), "zeros": (".weight_zero_point",)}
 _WORDS = {"scale": (".scales",), "zeros": (".qzeros",)}
 #: By `Quantization.method`, and for compressed-tensors by its format.
-LAYOUTS: dict[str, tuple[Layout, ...]] = {
+LAYOUTS: dict[str, tuple[TensorNames, ...]] = {
     "fp8": _FP8,
-    "mxfp4": (Layout("_blocks", "", Mxfp4.open, {"scale": ("_scales",)}),),
-    "gptq": (Layout(".qweight", ".weight", Gptq.open, _WORDS | {"order": (".g_idx",)}),),
-    "awq": (Layout(".qweight", ".weight", Awq.open, _WORDS),),
+    "mxfp4": (TensorNames("_blocks", "", Mxfp4.open, {"scale": ("_scales",)}),),
+    "gptq": (TensorNames(".qweight", ".weight", Gptq.open, _WORDS | {"order": (".g_idx",)}),),
+    "awq": (TensorNames(".qweight", ".weight", Awq.open, _WORDS),),
     "pack-quantized": (
-        Layout(
+        TensorNames(
             *(".weight_packed", ".weight", PackQuantized.open),
             _INTEGERS | {"shape": (".weight_shape",), "order": (".weight_g_idx",)},
             _ACTIVATIONS,
         ),
     ),
     "int-quantized": (
-        Layout(".weight", ".weight", IntQuantized.open, _INTEGERS, _ACTIVATIONS, type="I8"),
+        TensorNames(".weight", ".weight", IntQuantized.open, _INTEGERS, _ACTIVATIONS, type="I8"),
     ),
     "float-quantized": _FP8,
     "mxfp4-pack-quantized": (
-        Layout(
+        TensorNames(
             *(".weight_packed", ".weight", Mxfp4Linear.open),
             {"scale": (".weight_scale",)},
             _ACTIVATIONS,
@@ -107,5 +107,5 @@ def assemble(
     return found
 
 
-def _has_codes(layout: Layout, name: str, tensor: StoredTensor) -> bool:
+def _has_codes(layout: TensorNames, name: str, tensor: StoredTensor) -> bool:
     return name.endswith(layout.codes) and layout.type in ("", tensor.kind)

@@ -66,7 +66,7 @@ MOST_WORK = 6e9
 LEAST_ROUNDS = 20
 
 
-class State(NamedTuple):
+class Annealing(NamedTuple):
     """Where an annealing stands; n servers, l layers, e experts."""
 
     #: bool [n, l, e]: the placement.
@@ -86,12 +86,14 @@ class Goal(NamedTuple):
     previous: Array
     move: Array
 
-    def state(self, resident: Array) -> State:
+    def state(self, resident: Array) -> Annealing:
         seconds_bl, load = self.times.layers(flows(self.sample, resident))
         moved_l = (resident & ~self.previous).sum((0, 2), dtype=jnp.int32)
-        return State(resident, seconds_bl.mean(0) + self.move * moved_l.astype(jnp.float32), load)
+        return Annealing(
+            resident, seconds_bl.mean(0) + self.move * moved_l.astype(jnp.float32), load
+        )
 
-    def seconds(self, state: State) -> Array:
+    def seconds(self, state: Annealing) -> Array:
         """Of all layers."""
         return state.seconds.sum() + self.times.shared(state.load.sum(0))
 
@@ -163,7 +165,7 @@ def _partners(draw_l: Array) -> Array:
     return jnp.zeros(num_layers, jnp.int32).at[order].set(swapped)
 
 
-def _round(goal: Goal, key: Array, temperature: Array, state: State) -> State:
+def _round(goal: Goal, key: Array, temperature: Array, state: Annealing) -> Annealing:
     """Proposes a change to every layer, or to every pair, and takes it or not."""
     servers, num_layers, experts = state.resident.shape
     draw_key, first_key, second_key = jax.random.split(key, 3)
@@ -200,7 +202,7 @@ def _round(goal: Goal, key: Array, temperature: Array, state: State) -> State:
     gain_l = of_pair(state.seconds - changed.seconds) + goal.times.shared(whole) - together_l
     luck_l = jnp.log(luck_l[leader_l]) * temperature
     take_l = possible_l & possible_l[partner_l] & (luck_l < gain_l)
-    return State(
+    return Annealing(
         jnp.where(take_l[:, None], changed.resident, state.resident),
         jnp.where(take_l, changed.seconds, state.seconds),
         jnp.where(take_l[:, None], changed.load, state.load),
@@ -218,7 +220,7 @@ def _anneal(
     goal = goal._replace(move=goal.move * unit)
     key = jax.random.key(seed)
 
-    def one(i: Array, state: State) -> State:
+    def one(i: Array, state: Annealing) -> Annealing:
         done = i.astype(jnp.float32) / rounds.astype(jnp.float32)
         temperature = unit / len(resident) * hot * (cold / hot) ** done
         return _round(goal, jax.random.fold_in(key, i), temperature, state)

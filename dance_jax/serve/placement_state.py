@@ -18,7 +18,7 @@ def _nobody(wanted: RebalanceWanted) -> None:
     raise Unavailable("no launcher moves experts here")
 
 
-class Board:
+class PlacementState:
     """The latest from the launcher; everything happens on the event loop.
 
     Args:
