@@ -7,11 +7,11 @@ import dataclasses
 import logging
 import os
 import pathlib
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from typing import TYPE_CHECKING, Protocol, cast
 
 from dance_jax.cache import private_directory
-from dance_jax.config import ClusterSpec, EngineConfig
+from dance_jax.config import ClusterSpec, EngineConfig, ProgressCallback
 from dance_jax.engine.sequence import OutputDelta, Request
 from dance_jax.launch.cluster.trace import TraceFile
 
@@ -22,9 +22,6 @@ if TYPE_CHECKING:
     from dance_jax.placement.activations import Activations
 
 log = logging.getLogger(__name__)
-
-#: Told while the object starts: (what, parts done, parts in all or 0).
-ProgressCallback = Callable[[str, int, int], None]
 
 
 class Backend(Protocol):

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+
+#: Called while something takes long: (what is done, parts done, parts in all or 0 if unknown).
+ProgressCallback = Callable[[str, int, int], None]
 
 
 class UserError(ValueError):

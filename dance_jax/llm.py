@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from dance_jax.backends import Backend, InProcess, ProgressCallback, RemoteOptions, Servers
+from dance_jax.backends import Backend, InProcess, RemoteOptions, Servers
 from dance_jax.cache import default_cache_dir
-from dance_jax.config import ClusterSpec, Rounding, UserError
+from dance_jax.config import ClusterSpec, ProgressCallback, Rounding, UserError
 from dance_jax.engine.output import OutputCollector
 from dance_jax.engine.sequence import (
     Request,

@@ -6,12 +6,12 @@ import collections
 import dataclasses
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
-from dance_jax.config import ClusterSpec, EngineConfig
+from dance_jax.config import ClusterSpec, EngineConfig, ProgressCallback
 from dance_jax.engine.compile_cache import CompileCache
 from dance_jax.engine.detokenizer import Decoder
 from dance_jax.engine.kv_cache import num_blocks, state_copies
@@ -40,9 +40,6 @@ from dance_jax.models.checkpoint import WeightSource
 from dance_jax.models.experts import Weights
 from dance_jax.models.messages import Transport
 from dance_jax.placement.core import Layout
-
-#: Called with (stage, parts done, parts in all).
-ProgressCallback = Callable[[str, int, int], None]
 
 
 @dataclasses.dataclass(frozen=True)

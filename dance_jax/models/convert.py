@@ -19,11 +19,11 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 
-from dance_jax.config import EXPERT_CHOICES, TRUNK_CHOICES, Rounding, UserError
+from dance_jax.config import EXPERT_CHOICES, TRUNK_CHOICES, ProgressCallback, Rounding, UserError
 from dance_jax.models.checkpoint import (
     FORMAT,
     Checkpoint,
@@ -52,9 +52,6 @@ from dance_jax.models.tensors import (
     parts_of,
     trunk_rules,
 )
-
-#: progress(text, bytes done, bytes in all)
-ProgressCallback = Callable[[str, int, int], None]
 
 #: Bytes of the arrays of one checkpoint; a larger single tensor has a checkpoint of its own.
 GROUP_BYTES = 128 << 20

@@ -18,7 +18,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 
-from dance_jax.config import UserError
+from dance_jax.config import ProgressCallback, UserError
 from dance_jax.models.directory import (
     INDEX,
     SIDE_FILES,
@@ -27,9 +27,6 @@ from dance_jax.models.directory import (
     own_name,
     read_config,
 )
-
-#: progress(text, number of the file, files in all)
-ProgressCallback = Callable[[str, int, int], None]
 
 #: The weights where there is no index.
 SINGLE_FILE = "model.safetensors"
