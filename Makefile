@@ -1,9 +1,9 @@
-# make demo | test | lint | testbed; each makes .venv first when it is missing.
+# make demo | test | research-test | lint | testbed; each makes .venv first when it is missing.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint testbed
+.PHONY: demo test research-test lint testbed
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.complete
@@ -11,6 +11,10 @@ demo: $(VENV)/.complete
 
 test: $(VENV)/.complete
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# Of the paper's evaluation, the simulator and the studies in research/.
+research-test: $(VENV)/.complete
+	$(BIN)/python -m pytest -n 2 --dist loadfile research/tests
 
 lint: $(VENV)/.complete
 	$(BIN)/ruff check .

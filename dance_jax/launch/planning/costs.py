@@ -24,7 +24,7 @@ DEFAULT_RATE, DEFAULT_ROUND_TRIP = 1e9, 2e-4
 CALL_S = 2e-4
 
 #: `LockStepCost.apart` of a service whose users have asked for nothing yet: about what
-#: benchmarks/paper.py measures of servers that are asked at random. In a batch all have tokens most
+#: research/paper.py measures of servers that are asked at random. In a batch all have tokens most
 #: of the time.
 SERVICE_APART = 0.7
 

@@ -1,0 +1,187 @@
+"""Experts that follow the workload, measured: `python research/migrate.py`.
+
+What is measured, and how, is said in research/shifting.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pathlib
+import sys
+import tempfile
+
+# Run as a script, only this folder would be searched.
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+# The servers compute, this process does not.
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+from rich.console import Console
+
+from benchmarks.arguments import (
+    add_results,
+    add_seed,
+    add_service,
+    add_users,
+    check_results,
+    count,
+    positive,
+    some_of,
+)
+from benchmarks.command import EXAMPLES, exit_code, terminal, verdict
+from benchmarks.live.places import Place
+from benchmarks.live.tasks import Askers, Task, read_task
+from benchmarks.namespaces import Testbed, hosts_like, parse_rate
+from benchmarks.namespaces.temporary import add_bed, add_testbed, again_on, testbed
+from benchmarks.serving.cluster import ClusterError
+from benchmarks.serving.http import HttpError
+from benchmarks.serving.report import write_json
+from benchmarks.targets import Target
+from dance_jax.config import UserError
+from dance_jax.launch.planning.defaults import demo_dir, engine_config
+from dance_jax.launch.planning.hosts import read_hosts
+from dance_jax.models.directory import read_config
+from dance_jax.models.tokenizer import Tokenizer
+from research.shifting import plots, runs, tables
+from research.shifting.results import Results, plain
+from research.shifting.runs import INTERVALS, SECTIONS, Setting
+
+#: Columns of the terminal, where it does not say.
+WIDTH = 120
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python research/migrate.py",
+        description="Experts that follow the workload: every server's users change to another "
+        "task, with and without migration.",
+        epilog="What follows -- goes to dance_jax.launch, e.g. -- --max-num-seqs 8",
+    )
+    add = parser.add_argument
+    add("--hosts", type=pathlib.Path, help="servers of this machine (examples/hosts.txt)")
+    add_service(parser)
+    add(
+        "--links",
+        type=parse_rate,
+        metavar="RATE",
+        help="run on a testbed with links of this rate, e.g. 20Mbps (root, Linux); without it on "
+        "this machine, where links cost nothing",
+    )
+    add_testbed(parser, "migrate")
+    add_bed(parser)
+    add(
+        "--tasks",
+        type=pathlib.Path,
+        metavar="DIR",
+        help="*.jsonl with prompts: the first files are what each server's users ask before the "
+        "shift, the next ones after it (examples/tasks)",
+    )
+    add_users(parser, 200, "of each server, before and after the shift")
+    add(
+        "--streams",
+        type=count,
+        default=4,
+        help="of each server, in section pause (%(default)s)",
+    )
+    add(
+        "--interval",
+        type=positive,
+        metavar="S",
+        help=f"from one decision to the next (a {INTERVALS}th of a phase)",
+    )
+    add_seed(parser, "of arrivals and texts")
+    sections = ", ".join(SECTIONS)
+    add("--sections", type=some_of(SECTIONS), default=SECTIONS, metavar="A,B", help=sections)
+    add_results(parser)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the benchmark; returns its exit code."""
+    words = sys.argv[1:] if arguments is None else arguments
+    options, console = parser().parse_args(words), terminal(WIDTH)
+
+    def work() -> int:
+        check(options)
+        if options.links is not None and options.bed is None:
+            hosts = hosts_like(options.hosts.read_text())
+            with testbed(
+                options.name, hosts, options.links, options.cores, console, options.round_trip
+            ) as bed:
+                return again_on(bed, __file__, words)
+        return verdict(console, measure(options, console), options.check)
+
+    return exit_code(work, ClusterError, HttpError)
+
+
+def check(options: argparse.Namespace) -> None:
+    """Completes the options.
+
+    Raises:
+        UserError: something is missing, or a result cannot be written.
+    """
+    options.hosts = (options.hosts or EXAMPLES / "hosts.txt").absolute()
+    options.interval = options.interval or options.requests / options.rate / INTERVALS
+    spec = read_hosts(options.hosts)
+    if elsewhere := [server.name for server in spec.servers if server.ssh is not None]:
+        raise UserError(f"{', '.join(elsewhere)}: on another machine; --links makes a testbed here")
+    if len(spec.servers) < 2:
+        raise UserError(f"{options.hosts}: nothing moves on one server")
+    phases(options, len(spec.servers))
+    check_results(options)
+
+
+def phases(options: argparse.Namespace, servers: int) -> tuple[tuple[Task, ...], tuple[Task, ...]]:
+    """Each server's task, before and after the shift.
+
+    Raises:
+        UserError: there are too few, or one cannot be read.
+    """
+    directory = options.tasks or EXAMPLES / "tasks"
+    files = sorted(directory.glob("*.jsonl" if options.tasks else "*.heldout.jsonl"))
+    if len(files) <= servers:
+        raise UserError(f"{directory}: {len(files)} files *.jsonl; more than servers are needed")
+    tasks = [read_task(file) for file in files]
+    return tuple(tasks[:servers]), tuple(tasks[n % len(tasks)] for n in range(servers, 2 * servers))
+
+
+def measure(options: argparse.Namespace, console: Console) -> list[Target]:
+    """The sections, where they are to run; writes the results."""
+    bed = None if options.bed is None else Testbed.load(options.bed)
+    model = options.model or demo_dir()
+    with tempfile.TemporaryDirectory(prefix="dance-jax-migrate-") as work:
+        setting = Setting(
+            place=Place(options.hosts, bed),
+            askers=Askers(
+                Tokenizer.load(model),
+                engine_config(read_config(model)).max_model_len,
+                options.max_tokens,
+                options.rate,
+                options.seed,
+            ),
+            phases=phases(options, len(read_hosts(options.hosts).servers)),
+            requests=options.requests,
+            streams=options.streams,
+            interval_s=options.interval,
+            model=("--model", str(model.absolute())) if options.model else (),
+            serving=tuple(options.launch),
+            work=pathlib.Path(work),
+            console=console,
+        )
+        before, after = setting.names(0), setting.names(1)
+        console.print(f"before the shift: {before}; after it: {after}", soft_wrap=True)
+        results = Results()
+        for section in options.sections:
+            setattr(results, section, getattr(runs, section)(setting))
+            tables.show(console, section, setting.place.spec.names, results)
+            # What was measured is kept, whatever becomes of the next section.
+            if options.output is not None:
+                write_json(options.output, vars(options), plain(results), results.targets())
+            if options.plot is not None:
+                plots.draw(results, options.plot)
+    return results.targets()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,117 @@
+"""How fast a server is, from what its engine counted: `Speed` by least squares.
+
+Whatever a server computes, for its own steps or for others' calls, costs processor seconds, and
+these are the same whether something stops it meanwhile or not. Over windows w of a run:
+
+    processor_s[w] = sum over buckets b of bucket[b] x steps[w, b] + position x positions[w]
+                     + call x calls[w] + message x messages[w] + row x rows[w]
+
+A bucket's cost is that of a whole step, scheduling and text included, without attention. Attention
+costs by the positions that tokens attend to. Every device computes the whole
+bucket, so a step takes bucket[b] / devices where nothing stops it. Windows have to differ: a server
+that only answers, one with long prompts, one with many short requests. No speed is below 0: a term
+that would be is left out. `Server.delay` comes from a ping, `Speed.request` from a request on an
+idle cluster.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from dance_jax.config import UserError
+from research.simulator import Speed, Work
+
+
+@dataclasses.dataclass(frozen=True)
+class Fitted:
+    """Attributes:
+    speed: of a server.
+    error: share of all seconds by which it is off, over all windows.
+    """
+
+    speed: Speed
+    error: float
+
+
+def fit(windows: Sequence[Work], devices: int, block_size: int) -> Fitted:
+    """The speeds of one server.
+
+    Args:
+        windows: what it did, in steps of different kinds.
+        devices: that it has.
+        block_size: tokens of a row of a slice, for `Speed.token`.
+
+    Raises:
+        UserError: there are no steps, or the windows do not tell two costs apart.
+    """
+    windows = [window for window in windows if window.processor_s]
+    buckets = sorted({bucket for window in windows for bucket in window.buckets})
+    if not buckets:
+        raise UserError("fit: no steps were measured")
+    amounts = {f"bucket {b}": [window.buckets[b] for window in windows] for b in buckets}
+    others = ("positions", "calls", "messages", "rows")
+    amounts |= {name: [getattr(window, name) for window in windows] for name in others}
+    cost, error = solve([window.processor_s for window in windows], amounts)
+    step_s = {bucket: cost[f"bucket {bucket}"] / devices for bucket in buckets}
+    steps = {bucket: sum(window.buckets[bucket] for window in windows) for bucket in buckets}
+    tokens = sum(n * (decode + rows * block_size) for (decode, rows), n in steps.items())
+    speed = Speed(
+        token=sum(n * step_s[bucket] for bucket, n in steps.items()) / tokens,
+        buckets=step_s,
+        position=cost["positions"],
+        call=cost["calls"],
+        message=cost["messages"],
+        row=cost["rows"],
+    )
+    return Fitted(speed, error)
+
+
+def solve(
+    seconds: Sequence[float], amounts: Mapping[str, Sequence[float]]
+) -> tuple[dict[str, float], float]:
+    """Costs of at least 0 by least squares; 0 for amounts that are 0 everywhere.
+
+    Args:
+        seconds: of each window, above 0; it counts with 1 / sqrt(seconds).
+        amounts: that cost something, of each window.
+
+    Returns:
+        Seconds of each amount; share of all seconds by which they are off.
+
+    Raises:
+        UserError: the windows do not tell two costs apart.
+    """
+    seconds_w, weight_w = np.array(seconds, float), 1 / np.sqrt(seconds)
+    amount_wa = np.array(list(amounts.values()), float).T
+    # Columns of one size, so that rank means something.
+    size_a = amount_wa.max(0)
+    used = size_a > 0
+    names = [name for name, is_used in zip(amounts, used, strict=True) if is_used]
+    scaled_wa = amount_wa[:, used] / size_a[used] * weight_w[:, None]
+    if np.linalg.matrix_rank(scaled_wa, tol=1e-6 * math.sqrt(len(seconds))) < len(names):
+        raise UserError(
+            f"fit: {len(seconds)} windows do not tell {', '.join(names)} apart; measure more "
+            "windows with other loads"
+        )
+    scaled_a = np.zeros(len(used))
+    scaled_a[used] = _not_negative(scaled_wa, seconds_w * weight_w)
+    cost_a = np.divide(scaled_a, size_a, out=np.zeros(len(used)), where=used)
+    error = float(np.abs(amount_wa @ cost_a - seconds_w).sum() / seconds_w.sum())
+    return dict(zip(amounts, cost_a.tolist(), strict=True)), error
+
+
+def _not_negative(amount_wa: np.ndarray, seconds_w: np.ndarray) -> np.ndarray:
+    """Least squares with the most negative cost left out, until none is."""
+    left = np.arange(amount_wa.shape[1])
+    out_a = np.zeros(amount_wa.shape[1])
+    while left.size:
+        cost_a = np.linalg.lstsq(amount_wa[:, left], seconds_w, rcond=None)[0]
+        if cost_a.min() >= 0:
+            out_a[left] = cost_a
+            break
+        left = np.delete(left, cost_a.argmin())
+    return out_a
