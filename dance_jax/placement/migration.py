@@ -64,8 +64,8 @@ class MoveBatch:
 
 
 @dataclasses.dataclass(frozen=True)
-class Decision:
-    """Whether a new placement pays, and why; plain types, to cross processes."""
+class Verdict:
+    """Whether a new placement pays, and why."""
 
     migrate: bool
     #: In words, for logs and users.
@@ -256,7 +256,7 @@ def decide(
     experts_moved: int,
     force: bool = False,
     hysteresis: float = HYSTERESIS,
-) -> Decision:
+) -> Verdict:
     """`worth` in words.
 
     Args:
@@ -289,7 +289,7 @@ def decide(
         reason = "the migration costs more than it gains in the coming interval"
     if force and experts_moved > 0 and not pays:
         reason = f"forced, although {reason}"
-    return Decision(
+    return Verdict(
         migrate=experts_moved > 0 and (pays or force),
         reason=reason,
         present_seconds=old,

@@ -6,6 +6,8 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
+from dance_jax.launch.control.protocol import Decision
+
 StopReason = int | str | None
 FinishReason = Literal["stop", "length"]
 
@@ -158,33 +160,9 @@ class PlacedServer(BaseModel):
     resident: list[list[int]]
 
 
-class DecisionAnswer(BaseModel):
-    """Whether experts move, and why."""
-
-    #: Unix time in seconds.
-    when: float
-    policy: str
-    forced: bool
-    dry_run: bool
-    #: Experts move, or would, but for the dry run.
-    migrate: bool
-    reason: str
-    #: Predicted seconds over the coming interval, where experts are and where they would be.
-    present_seconds: float | None
-    expected_seconds: float | None
-    #: Predicted seconds of loading.
-    migration_seconds: float
-    #: Experts that servers must load.
-    experts_moved: int
-    #: Share of the present seconds that is saved.
-    gain: float | None
-    #: Why experts stopped moving half-way; empty: they did not.
-    failure: str
-
-
 class PlacementAnswer(BaseModel):
     """Where experts are; the version grows when a migration has come to its end."""
 
     version: int
     servers: list[PlacedServer]
-    last_decision: DecisionAnswer | None
+    last_decision: Decision | None

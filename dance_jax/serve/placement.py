@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import fastapi
-import msgspec
 
 from dance_jax.config import UserError
 from dance_jax.launch.control.protocol import Decision
 from dance_jax.placement.core import Placement
-from dance_jax.serve.answers import DecisionAnswer, PlacedServer, PlacementAnswer
+from dance_jax.serve.answers import PlacedServer, PlacementAnswer
 from dance_jax.serve.bodies import JsonRoute
 from dance_jax.serve.errors import ApiError, documented, refused
 from dance_jax.serve.info import RouteContext
@@ -28,15 +27,14 @@ def routes(server: RouteContext) -> fastapi.APIRouter:
         return _placement(server)
 
     @router.post("/placement/rebalance", responses=_ERRORS)
-    async def rebalance(body: RebalanceRequest) -> DecisionAnswer:
+    async def rebalance(body: RebalanceRequest) -> Decision:
         """Decides now whether experts move; they do after the answer, and /placement's version
         grows when they have."""
         try:
             resident = None if body.servers is None else _wanted(server, body.servers)
-            decision = await server.experts.decision(bool(body.force), bool(body.dry_run), resident)
+            return await server.experts.decision(bool(body.force), bool(body.dry_run), resident)
         except Unavailable as error:
             raise refused(error) from error
-        return _decision(decision)
 
     return router
 
@@ -47,8 +45,9 @@ def _placement(server: RouteContext) -> PlacementAnswer:
         PlacedServer(name=name, resident=[layer.nonzero()[0].tolist() for layer in held_le])
         for name, held_le in zip(server.info.servers, experts.layout.resident, strict=True)
     ]
-    last = None if experts.last_decision is None else _decision(experts.last_decision)
-    return PlacementAnswer(version=experts.version, servers=servers, last_decision=last)
+    return PlacementAnswer(
+        version=experts.version, servers=servers, last_decision=experts.last_decision
+    )
 
 
 def _wanted(server: RouteContext, servers: list[WantedServer]) -> list[list[list[int]]]:
@@ -70,7 +69,3 @@ def _wanted(server: RouteContext, servers: list[WantedServer]) -> list[list[list
     except UserError as error:
         raise ApiError(400, str(error), param="servers") from error
     return resident
-
-
-def _decision(decision: Decision) -> DecisionAnswer:
-    return DecisionAnswer(**msgspec.to_builtins(decision))

@@ -123,7 +123,7 @@ def test_a_process_solves(monkeypatch) -> None:
         first = solver._process
         found, expected = solver.ask(question).result(120), answer(question)
         assert solver._process is first
-        assert found.decision == expected.decision
+        assert found.verdict == expected.verdict
         assert [batch for batch, _ in found.batches] == [batch for batch, _ in expected.batches]
         assert first is not None
         first.kill()
@@ -148,7 +148,7 @@ def test_servers_that_have_tokens_one_at_a_time(monkeypatch) -> None:
     locked = cluster_cost(SPEC, MODEL, dataclasses.replace(CONFIG, exchange="collectives"))
     assert isinstance(locked, LockStepCost)
     for cost, counted in ((locked, locked.apart(1.0)), (question.cost, question.cost)):
-        found = answer(dataclasses.replace(question, cost=cost, busiest=1.0)).decision
+        found = answer(dataclasses.replace(question, cost=cost, busiest=1.0)).verdict
         assert found is not None
         seconds = migration.seconds_per_token(
             resident(question.layout),
@@ -170,9 +170,9 @@ def test_a_full_device_cannot_receive(monkeypatch) -> None:
     full = dataclasses.replace(question, layout=tight)
     for wanted in (None, resident(halves(LOW))):
         found = answer(dataclasses.replace(full, wanted=wanted))
-        assert found.decision is not None and not found.decision.migrate and not found.batches
+        assert found.verdict is not None and not found.verdict.migrate and not found.batches
         reason = "device 0 of alpha has no empty slot to load an expert into"
-        assert found.decision.reason == reason
+        assert found.verdict.reason == reason
 
 
 def test_batches_are_small() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 
-import msgspec
 import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -27,7 +26,7 @@ def test_what_the_launcher_says_is_shown(info: ServeInfo) -> None:
     assert http.get("/placement").json()["last_decision"] is None
     swapped = Placement(np.asarray(info.layout.device_of >= 0)[::-1])
     layout = spread(swapped, [1, 1], [20, 20])
-    made = msgspec.structs.replace(decision(RebalanceWanted(0, True, False)), failure="torn")
+    made = dataclasses.replace(decision(RebalanceWanted(0, True, False)), failure="torn")
     experts.placed(Placed(5, b"", made, 3, 1, 44), layout)
     answer = http.get("/placement").json()
     assert answer["version"] == 5

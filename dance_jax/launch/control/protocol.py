@@ -5,6 +5,7 @@ Without JAX: a worker reads its Setup before it may import it.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import msgspec
@@ -280,8 +281,9 @@ class Drain(msgspec.Struct, tag=True):
     """Take no more requests, finish what runs, and say Drained; the engine steps on."""
 
 
-class Decision(msgspec.Struct, frozen=True, kw_only=True):
-    """Whether experts move, and why."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Decision:
+    """Whether experts move, and why; as `/placement` shows it, too."""
 
     #: Unix time in seconds.
     when: float
@@ -307,7 +309,7 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Decided(msgspec.Struct, tag=True):
-    """The answer to a RebalanceWanted; None: there is none, `why` not."""
+    """The answer to a RebalanceWanted; `decision` is None if it failed, and `why` then says why."""
 
     id: int
     decision: Decision | None

@@ -372,18 +372,14 @@ class Rebalancer:
         )
 
     def _decided(self, answer: Answer) -> Decision:
-        found = answer.decision
+        found = answer.verdict
         if found is None:
             return self._undecided("nobody has asked for anything yet", answer.policy)
-        return msgspec.structs.replace(
-            self._undecided(found.reason, answer.policy),
-            # Without a batch there is nothing to do: slots that are emptied need none.
-            migrate=found.migrate and bool(answer.batches),
-            present_seconds=found.present_seconds,
-            expected_seconds=found.expected_seconds,
-            migration_seconds=found.migration_seconds,
-            experts_moved=found.experts_moved,
-            gain=found.gain,
+        # Without a batch there is nothing to do: slots that are emptied need none.
+        migrate = found.migrate and bool(answer.batches)
+        undecided = self._undecided(found.reason, answer.policy)
+        return dataclasses.replace(
+            undecided, **(vars(found) | {"migrate": migrate}), gain=found.gain
         )
 
     def _refuse(self, wanted: _Wanted, why: str = "the service ends") -> None:
@@ -483,7 +479,7 @@ class Rebalancer:
         self._stays = False  # it was of the placement before
         self._look_again(None)
         if why and self._decision is not None:
-            self._decision = msgspec.structs.replace(self._decision, failure=why)
+            self._decision = dataclasses.replace(self._decision, failure=why)
         self._save()
 
     def _publish(self) -> None:

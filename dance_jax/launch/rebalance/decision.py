@@ -82,7 +82,7 @@ class Answer:
     #: The one that placed.
     policy: str
     #: None: nothing is known to decide on.
-    decision: migration.Decision | None
+    verdict: migration.Verdict | None
     #: Where experts would move if it still pays later; None: nothing is to be waited for.
     candidate: Placement | None
     #: What moves if it is decided: batches in their order, each with the layout after it.
@@ -107,7 +107,7 @@ def answer(question: DecisionInputs) -> Answer:
         found = _place(question, used, fit, cost)
     judged = (judge, cost, _weights(question.tokens))
     steps, blocked = _steps(question, found)
-    decision = migration.decide(
+    verdict = migration.decide(
         migration.seconds_per_token(present, *judged),
         migration.seconds_per_token(found, *judged),
         tokens_expected=float(question.tokens.mean()),
@@ -118,26 +118,26 @@ def answer(question: DecisionInputs) -> Answer:
     )
     candidate = None
     if blocked:
-        decision = dataclasses.replace(decision, migrate=False, reason=blocked)
+        verdict = dataclasses.replace(verdict, migrate=False, reason=blocked)
     elif question.wanted is not None:
         reason = "it is wanted there" if steps else "it is there already"
-        decision = dataclasses.replace(decision, migrate=bool(steps), reason=reason)
-    elif question.patient and decision.migrate and not _settled(question.candidate, found, *judged):
+        verdict = dataclasses.replace(verdict, migrate=bool(steps), reason=reason)
+    elif question.patient and verdict.migrate and not _settled(question.candidate, found, *judged):
         candidate = found
         reason = "it pays, but the workload may still be changing"
-        decision = dataclasses.replace(decision, migrate=False, reason=reason)
-    elif decision.migrate:
+        verdict = dataclasses.replace(verdict, migrate=False, reason=reason)
+    elif verdict.migrate:
         # That it pays is judged by tokens it was not fitted to; where to go, all tokens say better.
         found = _place(question, used, question.routes, cost)
         steps, blocked = _steps(question, found)
-        decision = dataclasses.replace(
-            decision,
+        verdict = dataclasses.replace(
+            verdict,
             migrate=not blocked,
-            reason=blocked or decision.reason,
+            reason=blocked or verdict.reason,
             migration_seconds=_loading_seconds(question, steps),
             experts_moved=found.moved(present),
         )
-    return Answer(used, decision, candidate, steps)
+    return Answer(used, verdict, candidate, steps)
 
 
 def _place(question: DecisionInputs, policy: str, routes: Routes, cost: Cost) -> Placement:
