@@ -265,6 +265,11 @@ class Engine:
             if failed_t[token_slice(plan.bucket, self.config, row)].any()
         ]
 
+    @property
+    def latest_layout(self) -> Layout:
+        """After the last batch that is staged; without one, the layout in force."""
+        return self._staging.latest
+
     def stage(self, number: int, layout: Layout, experts: Experts) -> None:
         """Holds loaded experts until `commit`.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import os
 import zipfile
 from collections.abc import Sequence
@@ -226,6 +227,23 @@ class Layout:
         layer_expert = np.argwhere(self.device_of[server] == device)
         table[self.slot_of[server][tuple(layer_expert.T)]] = layer_expert
         return table
+
+    def to_bytes(self) -> bytes:
+        """The layout for another process: the content of an npz file."""
+        file = io.BytesIO()
+        np.savez_compressed(file, allow_pickle=False, **dataclasses.asdict(self))
+        return file.getvalue()
+
+    @staticmethod
+    def from_bytes(content: bytes) -> Layout:
+        """Reads what `to_bytes` wrote."""
+        with np.load(io.BytesIO(content), allow_pickle=False) as file:
+            return Layout(
+                device_of=file["device_of"],
+                slot_of=file["slot_of"],
+                devices=tuple(file["devices"].tolist()),
+                slots_per_device=tuple(file["slots_per_device"].tolist()),
+            )
 
 
 def _expected_calls(resident_nle: np.ndarray, counts_nle: np.ndarray) -> np.ndarray:

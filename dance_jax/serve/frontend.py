@@ -265,9 +265,9 @@ def _listen(options: ServeOptions) -> socket.socket:
 
 
 def _layout(content: bytes) -> Layout:
-    from dance_jax.launch.planning.plan import parse_layout
+    from dance_jax.placement.core import Layout
 
-    return parse_layout(content)
+    return Layout.from_bytes(content)
 
 
 def _app(

@@ -13,7 +13,6 @@ from dance_jax.config import EngineConfig, UserError
 from dance_jax.engine.report import STEP_SIZES, EngineStats
 from dance_jax.launch.control import protocol
 from dance_jax.launch.planning.hosts import parse_hosts
-from dance_jax.launch.planning.plan import parse_layout
 from dance_jax.launch.rebalance import controller as rebalancer
 from dance_jax.launch.rebalance.controller import Rebalancer
 from dance_jax.launch.rebalance.decision import (
@@ -26,6 +25,7 @@ from dance_jax.launch.rebalance.decision import (
 from dance_jax.launch.rebalance.solver import SolverError
 from dance_jax.models import model_config
 from dance_jax.placement.core import Layout, Placement, spread
+from dance_jax.placement.migration import SlotChange, changed
 from tests.tiny_models import SERVED
 
 SPEC = parse_hosts(
@@ -189,8 +189,9 @@ class Bench:
             case protocol.AskStats():
                 found = msgspec.msgpack.encode(stats(self.tokens[rank], self.more))
                 self._say(rank, protocol.Stats(msgspec.Raw(found)))
-            case protocol.Stage(number, layout, loads):
-                self._stage(rank, number, parse_layout(layout), loads)
+            case protocol.Stage(number, changes, loads):
+                moved = changed(self.in_force[rank], map(SlotChange._make, changes))
+                self._stage(rank, number, moved, loads)
             case protocol.Commit(number):
                 assert all(number in staged for staged in self.staged)
                 self.in_force[rank] = self.layouts[number]

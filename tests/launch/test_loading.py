@@ -34,7 +34,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 def load(read: Read, loads: list[ExpertLoad], number: int = 1) -> Loaded:
     """What a loader gives for one batch."""
     loader = Loader(read)
-    loader.begin(Stage(number, b"", loads))
+    loader.begin(Stage(number, [], loads))
     return first(loader)
 
 
@@ -75,10 +75,10 @@ def test_a_torn_checkpoint(checkpoint: Checkpoint, tmp_path: pathlib.Path) -> No
             # Less than an array: which of them come first in a file changes from run to run.
             path.write_bytes(path.read_bytes()[:10_000])
     loader = Loader(checkpoint_reader(torn, torn.form("float32")))
-    loader.begin(Stage(1, b"", LOADS))
+    loader.begin(Stage(1, [], LOADS))
     failed = first(loader)
     assert "torn" in failed.why and str(copy) in failed.why and not failed.experts
-    loader.begin(Stage(2, b"", LOADS[:1]))
+    loader.begin(Stage(2, [], LOADS[:1]))
     assert first(loader).why == ""
 
 
@@ -93,7 +93,7 @@ def test_what_is_dropped_does_not_come() -> None:
 
     loader = Loader(read)
     for number in (1, 2, 3):
-        loader.begin(Stage(number, b"", LOADS[:1]))
+        loader.begin(Stage(number, [], LOADS[:1]))
     begun.wait()
     assert loader.finished() == [] and loader.busy
     loader.drop(1)

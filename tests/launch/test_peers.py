@@ -92,7 +92,7 @@ def test_moved_experts_come_from_those_that_hold_them(three: list[Peers]) -> Non
     wanted = [ExpertLoad(0, n, n % 2, n, n % 3) for n in range(9)]
     loaders = [Loader(reader(each)) for each in three]
     for loader in loaders:
-        loader.begin(Stage(1, b"", wanted))
+        loader.begin(Stage(1, [], wanted))
     for loader in loaders:
         loaded = first(loader)
         assert loaded.why == "" and loaded.bytes_read == 6 * 3 * 6 * 2

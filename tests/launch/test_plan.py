@@ -17,7 +17,7 @@ from dance_jax.launch.planning.costs import SERVICE_APART, cluster_cost
 from dance_jax.launch.planning.defaults import engine_config
 from dance_jax.launch.planning.exchange import choose_exchange
 from dance_jax.launch.planning.hosts import parse_hosts
-from dance_jax.launch.planning.plan import Plan, dump_layout, make_plan, parse_layout, rooms
+from dance_jax.launch.planning.plan import Plan, make_plan, rooms
 from dance_jax.models import model_config
 from dance_jax.models.formats import Formats, WeightFormat
 from dance_jax.placement import (
@@ -28,6 +28,7 @@ from dance_jax.placement import (
     LockStepCost,
     Placement,
 )
+from dance_jax.placement.core import Layout
 from dance_jax.placement.problem import Problem
 from tests.launch.tiny import EXPERT_BYTES, EXPERTS, HOSTS, LAYERS
 from tests.tiny_models import HYBRID, SERVED
@@ -132,7 +133,7 @@ def test_forty_servers_and_too_many() -> None:
     used = Activations(spec.names, counts, "this model", random_routes()[:1] * 40)
     plan = make_plan(spec, MODEL, CONFIG, "optimal", used)
     plan.placement.validate([room.capacity for room in plan.servers])
-    layout = parse_layout(dump_layout(plan.layout))
+    layout = Layout.from_bytes(plan.layout.to_bytes())
     assert (layout.resident == plan.placement.resident).all()
     spec = parse_hosts("\n".join(f"s{n} address=localhost experts=1" for n in range(257)))
     with pytest.raises(UserError, match="257 servers: at most 256 can serve a model"):
@@ -282,7 +283,7 @@ def test_unknown_policy() -> None:
 
 def test_a_layout_travels_whole() -> None:
     layout = make_plan(SPEC, MODEL, CONFIG).layout
-    found = parse_layout(dump_layout(layout))
+    found = Layout.from_bytes(layout.to_bytes())
     for field in dataclasses.fields(layout):
         assert np.array_equal(getattr(found, field.name), getattr(layout, field.name))
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dance_jax.launch.control import protocol
-from dance_jax.launch.planning.plan import Room, parse_layout
+from dance_jax.launch.planning.plan import Room
 from dance_jax.launch.rebalance import controller as rebalancer
 from dance_jax.launch.rebalance import decision as rebalance
 from dance_jax.launch.rebalance import state
@@ -58,7 +58,7 @@ def test_experts_move_to_where_they_are_used(monkeypatch) -> None:
     assert last.last_decision.migrate and last.last_decision.gain > 0.5
     assert last.last_decision.experts_moved == last.experts_migrated
     np.testing.assert_array_equal(
-        parse_layout(last.layout).slot_of, bench.rebalancer.layout.slot_of
+        Layout.from_bytes(last.layout).slot_of, bench.rebalancer.layout.slot_of
     )
     assert any("experts move" in text for text in bench.said)
 

@@ -12,14 +12,12 @@ import pytest
 
 from dance_jax.engine.engine import StepResult
 from dance_jax.launch.control import protocol
-from dance_jax.launch.planning.plan import dump_layout
 from dance_jax.launch.worker.loading import Loader
 from dance_jax.launch.worker.main import Stopped, Worker
 from dance_jax.placement.core import Placement, spread
 
 #: No test waits so long for what does come.
 LONG_S = 30.0
-LAYOUT = dump_layout(spread(Placement(np.ones((1, 1, 2), bool)), [1], [2]))
 
 
 class Played:
@@ -32,6 +30,7 @@ class Played:
 
     has_work = False
     trace = None
+    latest_layout = spread(Placement(np.ones((1, 1, 2), bool)), [1], [2])
 
     def __init__(self, said: Sequence[protocol.Command], over: Callable[[Played], bool]) -> None:
         self._said, self._over = said, over
@@ -94,7 +93,7 @@ def happens(said: Sequence[protocol.Command], over: Callable[[Played], bool]) ->
 
 
 def stage(number: int) -> protocol.Stage:
-    return protocol.Stage(number, LAYOUT, [])
+    return protocol.Stage(number, [], [])
 
 
 def test_a_stop_ends_a_step_that_waits() -> None:

@@ -35,7 +35,6 @@ from dance_jax.launch.cluster.trace import TraceFile
 from dance_jax.launch.control import protocol
 from dance_jax.launch.control.channel import ALIVE_INTERVAL_S, ControlListener, bracketed, new_key
 from dance_jax.launch.planning.hosts import is_loopback
-from dance_jax.launch.planning.plan import dump_layout
 from dance_jax.models.hub import portable_name
 from dance_jax.placement.core import Layout
 
@@ -249,7 +248,7 @@ class Fleet(abc.ABC):
             model_files=self._model_files if server.from_peers else b"",
             fingerprint=self.checkpoint.fingerprint,
             experts=self.checkpoint.form(self.config.dtype).name,
-            layout=dump_layout(self.layout),
+            layout=self.layout.to_bytes(),
             control=control,
             control_key=key,
             key=key,

@@ -20,7 +20,6 @@ from dance_jax.launch.cluster.fleet import CAUSE_WINDOW_S, Fleet
 from dance_jax.launch.control import protocol
 from dance_jax.launch.control.channel import bracketed
 from dance_jax.launch.control.protocol import ServeOptions
-from dance_jax.launch.planning.plan import dump_layout
 from dance_jax.launch.rebalance.decision import RebalanceOptions
 
 if TYPE_CHECKING:
@@ -204,7 +203,7 @@ class Service(Fleet):
             # Hello came with the front end, which stays.
             self._reached[rank] = {protocol.Hello: self._reached[rank][protocol.Hello]}
             self._endpoints[rank] = ""
-            self.tell(rank, protocol.Restart(self._starts[rank], dump_layout(self.layout)))
+            self.tell(rank, protocol.Restart(self._starts[rank], self.layout.to_bytes()))
 
     def _bring_back(self) -> None:
         """Waits until the engines that were started anew are ready, and connects the others."""

@@ -35,7 +35,7 @@ class Setup(msgspec.Struct, kw_only=True):
     #: Fingerprint the model there must have, and the format of its experts (`ExpertFormat.name`).
     fingerprint: str
     experts: str
-    #: The layout, as an npz file's content (`planning.plan.dump_layout`).
+    #: The layout, as an npz file's content (`Layout.to_bytes`).
     layout: bytes
     #: ZeroMQ endpoint of the parent.
     control: str
@@ -118,6 +118,11 @@ class AskStats(msgspec.Struct, tag=True):
     """Send a Stats."""
 
 
+#: New content of a slot, as `placement.migration.SlotChange`: server, local device, slot, and layer
+#: and expert, which are both -1 if the slot is emptied.
+Change = tuple[int, int, int, int, int]
+
+
 class ExpertLoad(msgspec.Struct, frozen=True, array_like=True):
     """An expert that a slot is to hold."""
 
@@ -135,9 +140,9 @@ class Stage(msgspec.Struct, tag=True):
 
     #: From 1 on since the engines' start; all servers get the same batches.
     number: int
-    #: The layout after it, as in `Setup`.
-    layout: bytes
-    #: What this server loads; others may load more.
+    #: Of all servers, on top of the batch before.
+    changes: list[Change]
+    #: What this server loads, and from where.
     loads: list[ExpertLoad]
 
 

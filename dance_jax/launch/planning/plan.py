@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
@@ -302,26 +301,3 @@ def format_bytes(count: float) -> str:
             return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     raise AssertionError
-
-
-_LAYOUT_KEYS = ("device_of", "slot_of", "devices", "slots_per_device")
-
-
-def dump_layout(layout: Layout) -> bytes:
-    """A layout for the workers, as an npz file's content."""
-    arrays = {key: np.asarray(getattr(layout, key)) for key in _LAYOUT_KEYS}
-    file = io.BytesIO()
-    np.savez_compressed(file, allow_pickle=False, **arrays)
-    return file.getvalue()
-
-
-def parse_layout(content: bytes) -> Layout:
-    """Reads what `dump_layout` made."""
-    with np.load(io.BytesIO(content), allow_pickle=False) as file:
-        found = {key: file[key] for key in _LAYOUT_KEYS}
-    return Layout(
-        device_of=found["device_of"],
-        slot_of=found["slot_of"],
-        devices=tuple(int(n) for n in found["devices"]),
-        slots_per_device=tuple(int(n) for n in found["slots_per_device"]),
-    )

@@ -21,7 +21,7 @@ from dance_jax.config import ClusterSpec, EngineConfig
 from dance_jax.launch.control import protocol
 from dance_jax.launch.control.protocol import Decision
 from dance_jax.launch.planning.costs import running_cost
-from dance_jax.launch.planning.plan import ModelFacts, dump_layout
+from dance_jax.launch.planning.plan import ModelFacts
 from dance_jax.launch.rebalance.decision import Answer, DecisionInputs, RebalanceOptions
 from dance_jax.launch.rebalance.migration import Migration
 from dance_jax.launch.rebalance.solver import Solver, SolverError
@@ -486,7 +486,7 @@ class Rebalancer:
         self._front.tell_all(
             protocol.Placed(
                 version=self._version,
-                layout=dump_layout(self.layout),
+                layout=self.layout.to_bytes(),
                 last_decision=self._decision,
                 migrations=self._migrations,
                 failures=self._failures,

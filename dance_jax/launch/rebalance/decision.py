@@ -85,8 +85,8 @@ class Answer:
     verdict: migration.Verdict | None
     #: Where experts would move if it still pays later; None: nothing is to be waited for.
     candidate: Placement | None
-    #: What moves if it is decided: batches in their order, each with the layout after it.
-    batches: list[tuple[MoveBatch, Layout]]
+    #: What moves if it is decided, in this order.
+    batches: list[MoveBatch]
 
 
 def answer(question: DecisionInputs) -> Answer:
@@ -155,23 +155,20 @@ def _place(question: DecisionInputs, policy: str, routes: Routes, cost: Cost) ->
     )
 
 
-def _steps(
-    question: DecisionInputs, found: Placement
-) -> tuple[list[tuple[MoveBatch, Layout]], str]:
+def _steps(question: DecisionInputs, found: Placement) -> tuple[list[MoveBatch], str]:
     """How experts get there; if they cannot, why."""
     old = question.layout
     new = spread(found, old.devices, old.slots_per_device, question.counts, old, old.spare)
     try:
-        return migration.batches(old, new, most_loads(question.expert_bytes)), ""
+        steps = migration.batches(old, new, most_loads(question.expert_bytes))
+        return [batch for batch, _ in steps], ""
     except migration.NoEmptySlot as error:
         name = question.names[error.server]
         return [], f"device {error.device} of {name} has no empty slot to load an expert into"
 
 
-def _loading_seconds(question: DecisionInputs, steps: list[tuple[MoveBatch, Layout]]) -> float:
-    return migration.migration_seconds(
-        [batch for batch, _ in steps], question.expert_bytes, question.read_rates
-    )
+def _loading_seconds(question: DecisionInputs, steps: list[MoveBatch]) -> float:
+    return migration.migration_seconds(steps, question.expert_bytes, question.read_rates)
 
 
 def _apart(question: DecisionInputs, present: Placement) -> Cost:

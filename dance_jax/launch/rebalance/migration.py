@@ -6,9 +6,8 @@ import collections
 from collections.abc import Sequence
 
 from dance_jax.launch.control.protocol import ExpertLoad, Stage
-from dance_jax.launch.planning.plan import dump_layout
 from dance_jax.placement.core import Layout
-from dance_jax.placement.migration import MoveBatch
+from dance_jax.placement.migration import MoveBatch, changed
 
 
 class Migration:
@@ -16,13 +15,11 @@ class Migration:
 
     Args:
         layout: in force.
-        batches: in their order, each with the layout after it; one at least.
+        batches: in their order; one at least.
         number: of the first; the others follow.
     """
 
-    def __init__(
-        self, layout: Layout, batches: Sequence[tuple[MoveBatch, Layout]], number: int
-    ) -> None:
+    def __init__(self, layout: Layout, batches: Sequence[MoveBatch], number: int) -> None:
         #: In force on all servers.
         self.layout = layout
         self._left = collections.deque(batches)
@@ -41,10 +38,9 @@ class Migration:
 
     def stages(self) -> list[Stage]:
         """What each server is told to load now."""
-        batch, after = self._left[0]
-        loads = _loads(self.layout, batch)
-        content = dump_layout(after)
-        return [Stage(self.number, content, each) for each in loads]
+        batch = self._left[0]
+        changes = list(map(tuple, batch.changes))
+        return [Stage(self.number, changes, each) for each in _loads(self.layout, batch)]
 
     def applied(self, rank: int, number: int) -> bool:
         """A server has a batch in force; whether all have."""
@@ -55,7 +51,8 @@ class Migration:
 
     def commit(self) -> None:
         """The batch is in force; the next one may begin."""
-        batch, self.layout = self._left.popleft()
+        batch = self._left.popleft()
+        self.layout = changed(self.layout, batch.changes)
         self.begun = True
         self.moved += len(batch.loads())
         self.number += 1

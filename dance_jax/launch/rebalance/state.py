@@ -17,9 +17,7 @@ from dance_jax.launch.planning.plan import (
     Plan,
     Room,
     ServerPlan,
-    dump_layout,
     model_notes,
-    parse_layout,
     rooms,
     spare_notes,
     weights_note,
@@ -50,7 +48,7 @@ class ServiceState:
         arrays = {
             "servers": np.array(self.servers, np.str_),
             "model": np.array(self.model, np.str_),
-            "layout": np.frombuffer(dump_layout(self.layout), np.uint8),
+            "layout": np.frombuffer(self.layout.to_bytes(), np.uint8),
             "counts": self.statistics.counts,
         }
         arrays |= {f"routes_{n}": route for n, route in enumerate(self.statistics.routes)}
@@ -93,7 +91,7 @@ def load(directory: str | os.PathLike[str]) -> ServiceState | None:
             return ServiceState(
                 servers,
                 str(file["model"]),
-                parse_layout(file["layout"].tobytes()),
+                Layout.from_bytes(file["layout"].tobytes()),
                 Statistics(file["counts"], tuple(file[f"routes_{n}"] for n in range(len(servers)))),
             )
     except Exception as error:  # a damaged file may lead zipfile and numpy anywhere

@@ -153,13 +153,13 @@ def _start(
     from dance_jax.engine.engine import Engine
     from dance_jax.engine.trace import Trace
     from dance_jax.launch.planning.costs import cluster_cost
-    from dance_jax.launch.planning.plan import parse_layout
     from dance_jax.launch.worker.memory import free_per_device
     from dance_jax.launch.worker.peer_weights import HeldWeights
     from dance_jax.launch.worker.peers import Peers
     from dance_jax.models import native
     from dance_jax.models.calls import Lines
     from dance_jax.models.collectives import Collectives
+    from dance_jax.placement.core import Layout
 
     compile_dir = None if cache is None else private_directory(cache / "compiled")
     platform = setup.spec.servers[setup.rank].platform
@@ -186,7 +186,7 @@ def _start(
     channel.send(protocol.Joined())
     stage = "loading" if checkpoint is not None else "loading from the other servers"
     channel.send(protocol.Progress(stage, 0, 0))
-    layout = parse_layout(setup.layout)
+    layout = Layout.from_bytes(setup.layout)
     # The seed only reaches the step as an argument, and the half-life does not.
     shape = dataclasses.replace(setup.config, seed=0, half_life=None, exchange="")
     servers = () if calls else (layout.devices, layout.slots_per_device)
@@ -465,12 +465,13 @@ class Worker:
 
 def _stage(engine: Engine, loaded: Loaded) -> protocol.Staged | protocol.StageFailed:
     """Hands a batch to the engine: what the parent is told of it."""
-    from dance_jax.launch.planning.plan import parse_layout
+    from dance_jax.placement.migration import SlotChange, changed
 
     number, why = loaded.stage.number, loaded.why
     if not why:
         try:
-            engine.stage(number, parse_layout(loaded.stage.layout), loaded.experts)
+            layout = changed(engine.latest_layout, map(SlotChange._make, loaded.stage.changes))
+            engine.stage(number, layout, loaded.experts)
         except ValueError as error:
             why = str(error)
     if why:
