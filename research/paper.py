@@ -387,7 +387,7 @@ class Evaluation:
         if not runs:
             return cost
         if isinstance(cost, LockStepCost):
-            return cost.apart(float(np.mean([cell.apart for cell, _ in runs])))
+            return cost.staggered(float(np.mean([cell.apart for cell, _ in runs])))
         assert isinstance(cost, CallCost)
         buckets: collections.Counter[tuple[int, int]] = collections.Counter()
         for _, run in runs:

@@ -55,9 +55,9 @@ from dance_jax.models.experts import ExpertFormat, Weights
 from dance_jax.models.host_caller import HostRows
 from dance_jax.models.host_calls import HostCallServer
 from dance_jax.models.host_state import CallSpec
-from dance_jax.models.messages import Transport, say
+from dance_jax.models.messages import Transport, status_word
 from dance_jax.models.topology import AXIS, Topology
-from dance_jax.models.trunk import Trunk, rope_of, take_apart
+from dance_jax.models.trunk import Trunk, rope_of, split_trunk
 from dance_jax.placement.core import Layout
 from dance_jax.placement.visit import masks, places
 
@@ -163,7 +163,7 @@ class Runner:
         self._shapes: dict[Bucket, Any] = {}
         #: By decode rows what a step without adjustments gets, on the devices.
         self._no_adjustments: dict[int, jax.Array] = {}
-        ends, layers = take_apart(trunk)
+        ends, layers = split_trunk(trunk)
         self._ends, state = nnx.split(ends)
         self._layers, states = zip(*map(nnx.split, layers), strict=True)
         #: The trunk's weights. Plain dicts: nnx's own containers are flattened in Python.
@@ -488,11 +488,11 @@ class Runner:
         return self.shards.per_device(self._packed(((),) * len(self.devices), bucket, IDLE))
 
     def _packed(
-        self, entries: tuple[tuple[Row, ...], ...], bucket: Bucket, said: int
+        self, entries: tuple[tuple[Row, ...], ...], bucket: Bucket, status: int
     ) -> list[np.ndarray]:
         """The batch of each device."""
         return [
-            step_module.pack(step_module.host_batch(rows, bucket, self.config, said))
+            step_module.pack(step_module.host_batch(rows, bucket, self.config, status))
             for rows in entries
         ]
 
@@ -532,7 +532,7 @@ class Runner:
         if work is None:
             work = IDLE if plan.empty else DECODING if plan.decoding else step_module.BUSY
         parts, ends, memory = self.compile(bucket), self.state["ends"], self.memory
-        packed = self.shards.passed(self._packed(plan.entries, bucket, say(work, loaded)))
+        packed = self.shards.passed(self._packed(plan.entries, bucket, status_word(work, loaded)))
         changes = self._pack_adjustments(plan.entries, bucket[0])
         hidden, rotations, state, record = parts.begin(ends, packed)
         for index, layer in enumerate(parts.layers):

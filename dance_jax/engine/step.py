@@ -56,8 +56,8 @@ class StepBatch(NamedTuple):
     #: int32 [r, p]: blocks of the row's sequence; int32 [r, 2]: `Rows.state_r2`.
     table: Leaf
     state: Leaf
-    #: int32 []: what the server tells the others of itself, `messages.say`.
-    said: Leaf
+    #: int32 []: what the server tells the others of itself, `messages.status_word`.
+    status: Leaf
     #: int32 [d]: the tokens behind which one is sampled.
     last: Leaf
     sampling: SamplingState
@@ -127,12 +127,14 @@ def sampling_rows(rows: tuple[Row, ...]) -> list[Row]:
     return [row for row in rows if row.sample]
 
 
-def host_batch(rows: tuple[Row, ...], bucket: Bucket, config: EngineConfig, said: int) -> StepBatch:
+def host_batch(
+    rows: tuple[Row, ...], bucket: Bucket, config: EngineConfig, status: int
+) -> StepBatch:
     """Numpy batch of one device.
 
     Args:
         rows: the rows in use.
-        said: to the other servers, `messages.say` of IDLE, BUSY or DECODING and a batch.
+        status: to the other servers, `messages.status_word` of IDLE, BUSY or DECODING and a batch.
     """
     decode, slices = bucket
     count = decode + slices
@@ -153,8 +155,8 @@ def host_batch(rows: tuple[Row, ...], bucket: Bucket, config: EngineConfig, said
     sampled = sampling_rows(rows)
     last[: len(sampled)] = [token_slice(bucket, config, row).stop - 1 for row in sampled]
     sampling = sampling_state({n: row.sequence for n, row in enumerate(sampled)}, decode)
-    said_array = np.array(said, np.int32)
-    return StepBatch(token, start, length, first, table, state, said_array, last, sampling)
+    status_array = np.array(status, np.int32)
+    return StepBatch(token, start, length, first, table, state, status_array, last, sampling)
 
 
 def batch_rows(batch: StepBatch, bucket: Bucket, block_size: int) -> tuple[Rows, ...]:
@@ -311,7 +313,16 @@ def layer(
         valid_t = form.valid(rows) & ~record.failed
         groups = form.groups(rows)
         outcome, cached = _run_groups(
-            form, layer, hidden_td, rotation_tk, groups, cached, experts, valid_t, batch.said, links
+            form,
+            layer,
+            hidden_td,
+            rotation_tk,
+            groups,
+            cached,
+            experts,
+            valid_t,
+            batch.status,
+            links,
         )
     hidden_td, expert_tk, failed_t, exchanged = outcome
     put, at = lax.dynamic_update_index_in_dim, experts.layer
@@ -337,7 +348,7 @@ def _run_groups(
     cached: Any,
     experts: Experts,
     valid_t: Array,
-    said: Array,
+    status: Array,
     links: Any,
 ) -> tuple[tuple[Array, Array, Array, Exchanged], Any]:
     """A layer with routed experts, a group of its tokens after the other.
@@ -366,7 +377,7 @@ def _run_groups(
     x_td = exchange.send(experts, sent[-1], x_td)
     beside_td = layer.beside(x_td)
     behind = x_td if beside_td is None else beside_td
-    received = [exchange.receive(experts, group, behind, said, links) for group in sent]
+    received = [exchange.receive(experts, group, behind, status, links) for group in sent]
     sums, failed, (*_, exchanged) = zip(*received, strict=True)
     expert_tk = jnp.concatenate([group.routed.expert for group in sent])
     hidden_td = layer.finish(hidden_td, beside_td, jnp.concatenate(sums))

@@ -89,8 +89,8 @@ class Trace:
             name = f"{row.sequence.request_id}.{row.sequence.index}"
             tokens[name] = tokens.get(name, 0) + len(row.tokens)
         bucket = f"{plan.decode}+{plan.slice}"
-        said = {"step": number, "bucket": bucket, "failed": failed, "requests": tokens}
-        self._slice("steps", f"step {number}", begin, end, said)
+        fields = {"step": number, "bucket": bucket, "failed": failed, "requests": tokens}
+        self._slice("steps", f"step {number}", begin, end, fields)
         for name, part in parts.items():
             self._slice("steps", name, *part)
         for name, count in tokens.items():
@@ -124,12 +124,12 @@ class Trace:
     def _layer(self, event: TraceEvent) -> None:
         track, begin, end = f"device {event.device}", event.begin, event.end
         came, until = event.compute_begin, event.compute_end
-        said = {"step": event.step, "layer": event.layer}
+        fields = {"step": event.step, "layer": event.layer}
         # What is between two layers' routed experts, or two groups' of a layer.
         before = max(self._ends.get(track, 0), self._computing[0])
         if before < begin:
-            self._slice(track, "trunk", before, begin, said)
-        self._slice(track, f"layer {event.layer}", begin, end, said | {"rows": event.rows})
+            self._slice(track, "trunk", before, begin, fields)
+        self._slice(track, f"layer {event.layer}", begin, end, fields | {"rows": event.rows})
         for name, part in (
             ("call", (begin, came)),
             ("local experts", (came, until)),
@@ -141,10 +141,10 @@ class Trace:
     def _call(self, event: TraceEvent) -> None:
         begin, end, peer = event.begin, event.end, self._names[event.peer]
         outcome = TRACE_OUTCOMES[event.outcome]
-        said = self._said(event) | {"callee": peer, "bytes": event.bytes}
+        fields = self._fields_of(event) | {"callee": peer, "bytes": event.bytes}
         track = self._lane(f"device {event.device}: calls of {peer}", begin, end)
         name = f"layer {event.layer}" + ("" if outcome == "answered" else f", {outcome}")
-        self._slice(track, name, begin, end, said, "call")
+        self._slice(track, name, begin, end, fields, "call")
         self._event("s", track, "call", begin, {"cat": "flow", "id": f"{self._rank}-{event.id}"})
         if arrived := event.arrived:
             came, until = event.compute_begin, event.compute_end
@@ -158,18 +158,18 @@ class Trace:
 
     def _served(self, event: TraceEvent) -> None:
         begin, end, caller = event.begin, event.end, self._names[event.peer]
-        said = self._said(event) | {"caller": caller, "calls": event.calls}
+        fields = self._fields_of(event) | {"caller": caller, "calls": event.calls}
         track = self._lane(f"answers for {caller}", begin, end)
-        self._slice(track, f"layer {event.layer}", begin, end, said, "served")
+        self._slice(track, f"layer {event.layer}", begin, end, fields, "served")
         flow = {"cat": "flow", "id": f"{event.peer}-{event.id}", "bp": "e"}
         self._event("f", track, "call", begin, flow)
         self._slice(track, "queue", begin, event.compute_begin)
         self._slice(track, "compute", event.compute_begin, end)
 
-    def _said(self, event: TraceEvent) -> dict[str, Any]:
+    def _fields_of(self, event: TraceEvent) -> dict[str, Any]:
         outcome = TRACE_OUTCOMES[event.outcome]
-        said = {"step": event.step, "layer": event.layer, "rows": event.rows}
-        return said | {"id": str(event.id), "outcome": outcome}
+        fields = {"step": event.step, "layer": event.layer, "rows": event.rows}
+        return fields | {"id": str(event.id), "outcome": outcome}
 
     # Events.
 
@@ -187,18 +187,23 @@ class Trace:
         name: str,
         begin: int,
         end: int,
-        said: Mapping[str, Any] | None = None,
+        fields: Mapping[str, Any] | None = None,
         category: str = "part",
     ) -> None:
         self._ends[track] = max(self._ends.get(track, 0), end)
-        more = {"dur": (end - begin) / 1000, "cat": category} | ({"args": said} if said else {})
+        more = {"dur": (end - begin) / 1000, "cat": category} | ({"args": fields} if fields else {})
         self._event("X", track, name, begin, more)
 
     def _request(
-        self, phase: str, request: str, name: str, when: int, said: Mapping[str, Any] | None = None
+        self,
+        phase: str,
+        request: str,
+        name: str,
+        when: int,
+        fields: Mapping[str, Any] | None = None,
     ) -> None:
         more = {"cat": "request", "id": f"{self._rank}-{request}"} | (
-            {"args": said} if said else {}
+            {"args": fields} if fields else {}
         )
         self._event(phase, "steps", name, when, more)
 

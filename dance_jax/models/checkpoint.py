@@ -199,7 +199,7 @@ class Checkpoint(Outline):
 
         for layer, arrays in _ahead([functools.partial(read, *each) for each in sorted(wanted)]):
             for number, array in arrays.items():
-                weights = stored.apart(array)
+                weights = stored.split(array)
                 if form != stored:
                     weights = form.from_stored(dict(zip(stored.leaves, weights, strict=True)))
                 for row in rows[layer, int(number)]:

@@ -50,7 +50,7 @@ class Collectives:
         return np.zeros(layers, np.int32)
 
     def dispatch(
-        self, topology: Topology, outgoing: Outgoing, said: Array, memory: Array
+        self, topology: Topology, outgoing: Outgoing, status: Array, memory: Array
     ) -> tuple[Incoming, Exchanged]:
         num, rank = topology.num_servers, topology.rank
         like = (outgoing.expert[0], outgoing.weight, *outgoing.hidden)
@@ -59,7 +59,7 @@ class Collectives:
             for peer in topology.peers
         }
         counts_n = outgoing.goes.sum(1, dtype=jnp.int32)
-        header = jnp.concatenate([counts_n, said[None]])
+        header = jnp.concatenate([counts_n, status[None]])
         rung = _rung((memory + CREDIT_STEPS - 1) // CREDIT_STEPS)
         headers, firsts, order = _first_round(topology, packed, rung, header)
         headers, firsts = from_gateway(topology, (headers, firsts))

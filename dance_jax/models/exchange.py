@@ -125,14 +125,14 @@ class TracedExchange(Exchange, Protocol):
         ...
 
     def receive(
-        self, experts: Experts, group: Group, behind: Array, said: Array, memory: Any
+        self, experts: Experts, group: Group, behind: Array, status: Array, memory: Any
     ) -> tuple[Array, Array, Exchanged]:
         """Weighted sums of routed experts for this device's tokens of a group.
 
         Args:
             behind: follows from what `send` returned for the last group, and is computed before.
-            said: int32 [], what this server tells the others of itself (`messages.say`); all learn
-                what follows from all (`messages.agree`).
+            status: int32 [], this server's (`messages.status_word`); all servers learn what follows
+                from all of them (`messages.agree`).
             memory: `Exchanged.memory` of this layer's last step.
 
         Returns:
@@ -163,12 +163,12 @@ class Calls:
         return calls.send(experts.pool, experts.layer, *rows, then, group.first)
 
     def receive(
-        self, experts: Experts, group: Group, behind: Array, said: Array, memory: Any
+        self, experts: Experts, group: Group, behind: Array, status: Array, memory: Any
     ) -> tuple[Array, Array, Exchanged]:
         assert isinstance(experts.pool, Array)
         t, d = group.routed.x.shape
         sums_td, failed_t = calls.receive(experts.pool, (t, d), behind, group.first)
-        return sums_td, failed_t, nothing_exchanged(said, memory)
+        return sums_td, failed_t, nothing_exchanged(status, memory)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,10 +183,10 @@ class HostCalls:
         return ()
 
 
-def nothing_exchanged(said: Array, memory: Any) -> Exchanged:
+def nothing_exchanged(status: Array, memory: Any) -> Exchanged:
     """What a step without other servers reports."""
     none = jnp.zeros((1, 1), jnp.int32)
-    return Exchanged(none, none, jnp.int32(0), *agree(said[None]), memory)
+    return Exchanged(none, none, jnp.int32(0), *agree(status[None]), memory)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,10 +226,10 @@ class LockStep:
         return then
 
     def receive(
-        self, experts: Experts, group: Group, behind: Array, said: Array, memory: Any
+        self, experts: Experts, group: Group, behind: Array, status: Array, memory: Any
     ) -> tuple[Array, Array, Exchanged]:
         none_t = jnp.zeros(len(group.valid), bool)
-        sums_td, exchanged = self._exchange(experts, *group.routed, group.valid, said, memory)
+        sums_td, exchanged = self._exchange(experts, *group.routed, group.valid, status, memory)
         return sums_td, none_t, exchanged
 
     def _exchange(
@@ -239,7 +239,7 @@ class LockStep:
         expert_tk: Array,
         weight_tk: Array,
         valid_t: Array,
-        said: Array,
+        status: Array,
         memory: Any,
     ) -> tuple[Array, Exchanged]:
         assert experts.tables is not None
@@ -259,7 +259,7 @@ class LockStep:
 
         if servers == 1:
             sums_td = scatter_siblings(topology, ffn(*own))
-            return sums_td, nothing_exchanged(said, memory)
+            return sums_td, nothing_exchanged(status, memory)
 
         visit_ngk = visit_gk == tables.place[:, None, None]
         outgoing = Outgoing(
@@ -268,7 +268,7 @@ class LockStep:
             weight=weight_gk,
             hidden=encode(x_gd, self.wire_dtype),
         )
-        incoming, exchanged = self.transport.dispatch(topology, outgoing, said, memory)
+        incoming, exchanged = self.transport.dispatch(topology, outgoing, status, memory)
         received = exchanged.rows[:, topology.rank].sum()
         y_gd, sums = self._run_experts(own, incoming, received, ffn)
         returned = self.transport.give_back(topology, sums, outgoing.goes, exchanged.rows)

@@ -105,7 +105,7 @@ class ExpertFormat:
         flat = [np.ascontiguousarray(array).reshape(-1).view(np.uint8) for array in weights]
         return np.concatenate(flat)
 
-    def apart(self, joined: np.ndarray) -> Weights:
+    def split(self, joined: np.ndarray) -> Weights:
         """Inverse of `joined`; the arrays are views."""
         sizes = [leaf.size * leaf.dtype.itemsize for leaf in self.leaves.values()]
         parts = np.split(joined, np.cumsum(sizes)[:-1])

@@ -79,12 +79,12 @@ class Transport(Protocol):
         ...
 
     def dispatch(
-        self, topology: Topology, outgoing: Outgoing, said: Array, memory: Any
+        self, topology: Topology, outgoing: Outgoing, status: Array, memory: Any
     ) -> tuple[Incoming, Exchanged]:
         """Sends every server its rows.
 
         Args:
-            said: int32 [], by this server, see `say`.
+            status: int32 [], by this server, see `status_word`.
             memory: of this layer's last exchange.
         """
         ...
@@ -103,8 +103,8 @@ class Transport(Protocol):
         ...
 
 
-def say(work: int, loaded: int) -> int:
-    """What a server says of itself.
+def status_word(work: int, loaded: int) -> int:
+    """A server's status for the others, in one int32: its work and the batch it can apply.
 
     Args:
         work: a number below 2 ** WORK_BITS.
@@ -113,13 +113,13 @@ def say(work: int, loaded: int) -> int:
     return work | loaded << WORK_BITS
 
 
-def agree(said_n: Array) -> tuple[Array, Array]:
-    """`Exchanged.work` and `.loaded` from what all servers said, int32 [n].
+def agree(status_n: Array) -> tuple[Array, Array]:
+    """`Exchanged.work` and `.loaded` from the status of all servers, int32 [n].
 
     A batch takes effect only where all name the same one: a server that has not heard yet that one
     was dropped cannot be taken for ready for the next, nor the others for ready for that one.
     """
-    work_n, batch_n = said_n & (2**WORK_BITS - 1), said_n >> WORK_BITS
+    work_n, batch_n = status_n & (2**WORK_BITS - 1), status_n >> WORK_BITS
     return work_n.max(), jnp.where((batch_n == batch_n[0]).all(), batch_n[0], 0)
 
 

@@ -233,7 +233,7 @@ def rope_of(config: ModelConfig, layer: int) -> int | None:
     return None if isinstance(mixer, DeltaNet) else ropes(config).index(mixer.rope)
 
 
-def take_apart(trunk: Trunk) -> tuple[Trunk, Sequence[nnx.Module]]:
+def split_trunk(trunk: Trunk) -> tuple[Trunk, Sequence[nnx.Module]]:
     """The trunk without its layers, and the layers: the parts of a step, which share nothing."""
     layers, trunk.layers = list(trunk.layers), nnx.List([])
     return trunk, layers

@@ -217,7 +217,7 @@ class LockStepCost(Cost):
 
     together: ClassVar[bool] = True
 
-    def apart(self, share: float, servers: int | None = None) -> LockStepCost:
+    def staggered(self, share: float, servers: int | None = None) -> LockStepCost:
         """The cost where servers have tokens one at a time, for a share of what crosses links.
 
         `state` counts on the busiest link alone, as all links carry at the same time what tokens
@@ -225,7 +225,7 @@ class LockStepCost(Cost):
         is the busiest whatever is placed on the others: then all its transfers count.
 
         Args:
-            share: from 0 to 1, see `apart_share`.
+            share: from 0 to 1, see `staggered_share`.
             servers: that have any tokens; None: all.
 
         Raises:
@@ -252,7 +252,7 @@ class LockStepCost(Cost):
         )
 
 
-def apart_share(observed: float, together: float) -> float:
+def staggered_share(observed: float, together: float) -> float:
     """How much of what crosses links does so while one server has tokens, from 0 to 1.
 
     Args:

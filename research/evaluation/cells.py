@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from benchmarks.live.watch import COMPUTING, PARTS, Watched
-from dance_jax.placement.cost import apart_share
+from dance_jax.placement.cost import staggered_share
 
 from .workloads import Placed
 
@@ -28,7 +28,7 @@ class Cell:
         remote, any_miss, transfers: means of the servers; see `research.evaluation`.
         busiest, load: as predicted.
         apart: share of hidden states that were sent while one server had tokens, see
-            `placement.cost.apart_share`.
+            `placement.cost.staggered_share`.
         wire_bytes: sent through each host's interface.
         bound_bytes: of all hosts, each byte once.
         steps: of the mean server.
@@ -116,7 +116,7 @@ def cell_of(
         transfers=per_token_and_layer("transfers"),
         busiest=placed.busiest,
         load=placed.load,
-        apart=apart_share(
+        apart=staggered_share(
             float(spent("busiest")[0] / max(spent("transfers").sum(), 1)), placed.concentration
         ),
         wire_bytes=spent("wire").tolist(),

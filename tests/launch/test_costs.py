@@ -12,7 +12,7 @@ from dance_jax.launch.planning.costs import (
     CALL_S,
     DEFAULT_RATE,
     DEFAULT_ROUND_TRIP,
-    SERVICE_APART,
+    SERVICE_STAGGERED,
     cluster_cost,
     cost_note,
     exchanged_bytes,
@@ -73,7 +73,9 @@ def test_users_of_a_service_ask_one_at_a_time() -> None:
     spec = cluster("bandwidth=1024kbps", "", "")
     alone = cluster_cost(spec, MODEL, LOCK_STEP)
     assert isinstance(alone, LockStepCost)
-    assert_same(cluster_cost(spec, MODEL, LOCK_STEP, service=True), alone.apart(SERVICE_APART))
+    assert_same(
+        cluster_cost(spec, MODEL, LOCK_STEP, service=True), alone.staggered(SERVICE_STAGGERED)
+    )
     assert_same(cluster_cost(spec, MODEL, CONFIG, service=True), cluster_cost(spec, MODEL, CONFIG))
 
 

@@ -147,7 +147,7 @@ def test_servers_that_have_tokens_one_at_a_time(monkeypatch) -> None:
     assert question.busiest is None and isinstance(question.cost, CallCost)
     locked = cluster_cost(SPEC, MODEL, dataclasses.replace(CONFIG, exchange="collectives"))
     assert isinstance(locked, LockStepCost)
-    for cost, counted in ((locked, locked.apart(1.0)), (question.cost, question.cost)):
+    for cost, counted in ((locked, locked.staggered(1.0)), (question.cost, question.cost)):
         found = answer(dataclasses.replace(question, cost=cost, busiest=1.0)).verdict
         assert found is not None
         seconds = migration.seconds_per_token(

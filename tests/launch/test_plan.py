@@ -13,7 +13,7 @@ from rich.console import Console
 
 from dance_jax.config import EngineConfig, UserError
 from dance_jax.launch.cli.report import print_plan
-from dance_jax.launch.planning.costs import SERVICE_APART, cluster_cost
+from dance_jax.launch.planning.costs import SERVICE_STAGGERED, cluster_cost
 from dance_jax.launch.planning.defaults import engine_config
 from dance_jax.launch.planning.exchange import choose_exchange
 from dance_jax.launch.planning.hosts import parse_hosts
@@ -212,7 +212,7 @@ def test_the_policy_weighs_the_exchange_in_use(monkeypatch: pytest.MonkeyPatch) 
     assert list(map(type, weighed(fast, "calls"))) == [CallCost]
     (batch,), (served,) = weighed("", "collectives"), weighed("", "collectives", service=True)
     assert isinstance(batch, LockStepCost) and isinstance(served, LockStepCost)
-    assert served.transfer == batch.apart(SERVICE_APART).transfer > batch.transfer
+    assert served.transfer == batch.staggered(SERVICE_STAGGERED).transfer > batch.transfer
 
 
 def test_rooms_do_not_depend_on_the_placement() -> None:

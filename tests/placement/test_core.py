@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from dance_jax.config import UserError
 from dance_jax.placement import CallCost, LockStepCost, Placement
-from dance_jax.placement.cost import apart_share, of_pairs
+from dance_jax.placement.cost import of_pairs, staggered_share
 from tests.placement.cases import plain_servers, random_order, random_resident
 
 SHAPE, TOKENS, K = (3, 2, 6), 8, 3
@@ -166,9 +166,9 @@ def test_servers_with_tokens_one_at_a_time(placement, seed):
     ]
     per_transfer = cost.transfer * placement.traffic(routes).transfers
     want = sum(alone) - 3 * per_transfer + per_transfer
-    assert placement.layer_time(routes, cost.apart(1.0)) == pytest.approx(want)
+    assert placement.layer_time(routes, cost.staggered(1.0)) == pytest.approx(want)
     half = (placement.layer_time(routes, cost) + want) / 2
-    assert placement.layer_time(routes, cost.apart(0.5)) == pytest.approx(half)
+    assert placement.layer_time(routes, cost.staggered(0.5)) == pytest.approx(half)
 
 
 @settings(max_examples=15, deadline=None, derandomize=True, database=None)
@@ -178,11 +178,11 @@ def test_how_often_that_was_is_found_again(placement, seed, share):
     traffic = placement.traffic(random_routes(seed))
     together = traffic.concentration()
     if not traffic.transfers:
-        assert together == 1.0 and apart_share(1.0, together) == 0.0
+        assert together == 1.0 and staggered_share(1.0, together) == 0.0
         return
     assert together == pytest.approx(traffic.busiest / traffic.transfers / 3)
     observed = (1 - share) * together + share
-    assert apart_share(observed, together) == pytest.approx(share if together < 1 else 0.0)
+    assert staggered_share(observed, together) == pytest.approx(share if together < 1 else 0.0)
 
 
 @settings(max_examples=15, deadline=None, derandomize=True, database=None)

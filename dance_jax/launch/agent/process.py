@@ -199,8 +199,8 @@ class ServerProcess:
         if self.status is None:
             return "was ended"
         if self._target is not None and self.status == SSH_FAILED:
-            said = next((line for line in reversed(self.last_lines()) if line.strip()), "")
-            why = f": {said.strip()}" if said.startswith(("ssh", "Connection", "Timeout")) else ""
+            last = next((line for line in reversed(self.last_lines()) if line.strip()), "")
+            why = f": {last.strip()}" if last.startswith(("ssh", "Connection", "Timeout")) else ""
             return f"is lost: the ssh connection to {self._target} broke{why}"
         if self._target is not None and self.popen.returncode < 0:
             return f"is lost: the ssh to {self._target} {in_words(self.status)}"

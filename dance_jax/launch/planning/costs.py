@@ -23,10 +23,10 @@ DEFAULT_RATE, DEFAULT_ROUND_TRIP = 1e9, 2e-4
 #: Seconds of a call beside the network's round trip, its bytes and its experts: both servers' own.
 CALL_S = 2e-4
 
-#: `LockStepCost.apart` of a service whose users have asked for nothing yet: about what
+#: `LockStepCost.staggered` of a service whose users have asked for nothing yet: about what
 #: research/paper.py measures of servers that are asked at random. In a batch all have tokens most
 #: of the time.
-SERVICE_APART = 0.7
+SERVICE_STAGGERED = 0.7
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +127,7 @@ def cluster_cost(
         if isinstance(cost, CallCost):
             cost = dataclasses.replace(cost, round=(trip_n + CALL_S) / 2)
     if service and isinstance(cost, LockStepCost):
-        return cost.apart(SERVICE_APART)
+        return cost.staggered(SERVICE_STAGGERED)
     return cost
 
 

@@ -144,8 +144,8 @@ class ProbeAsker:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._popen.wait(_END_TIMEOUT_S)
         self._errors.seek(0)
-        said = self._errors.read(1 << 16).decode(errors="replace")
-        return explanation(self._server, self._popen.returncode, said, self._ssh_config)
+        stderr = self._errors.read(1 << 16).decode(errors="replace")
+        return explanation(self._server, self._popen.returncode, stderr, self._ssh_config)
 
     def close(self) -> None:
         if self._popen is None:
@@ -225,26 +225,26 @@ _MISSING_MODULE = re.compile(r"No module named '?([A-Za-z0-9_.]+)'?")
 
 
 def explanation(
-    server: ServerSpec, status: int | None, said: str, ssh_config: pathlib.Path | None = None
+    server: ServerSpec, status: int | None, stderr: str, ssh_config: pathlib.Path | None = None
 ) -> str:
     """Why a server's process ended before it answered, and what to do.
 
     Args:
         server: whose process it was.
         status: how it ended, as `subprocess` and shells say it; None: it runs on.
-        said: its standard error.
+        stderr: what the process wrote there.
         ssh_config: for the command that is proposed.
     """
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
-    last = _printable(lines[-1]) if lines else "it said nothing"
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    last = _printable(lines[-1]) if lines else "it printed nothing"
     python = server.python or sys.executable
     if server.ssh is not None and status == SSH_FAILED:
-        reason = next((text for sign, text in _SSH_FAILURES if sign in said), "ssh failed")
+        reason = next((text for sign, text in _SSH_FAILURES if sign in stderr), "ssh failed")
         return (
             f"{where(server)}: {reason} ({last}). This must work without a question: "
             f"{by_hand(server, ssh_config)}"
         )
-    missing = _MISSING_MODULE.search(said)
+    missing = _MISSING_MODULE.search(stderr)
     if missing:
         name = missing[1]
         package = "dance_jax" if name.startswith("dance_jax") else name
@@ -258,7 +258,7 @@ def explanation(
             f"{where(server)}: there is no {python} that can be run ({last}); install it there, "
             "or name the right one with python="
         )
-    if "SyntaxError" in said or "TypeError: unsupported operand" in said:
+    if "SyntaxError" in stderr or "TypeError: unsupported operand" in stderr:
         return f"{where(server)}: {python} is too old; Python 3.11 or newer is needed"
     ended = "gave no answer" if status is None else f"ended with status {status}"
     return f"{where(server)}: {python} {ended}: {last}"

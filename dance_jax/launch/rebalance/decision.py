@@ -13,7 +13,7 @@ import numpy as np
 
 from dance_jax.placement import migration
 from dance_jax.placement.core import Layout, Placement, Routes, spread
-from dance_jax.placement.cost import Cost, LockStepCost, apart_share
+from dance_jax.placement.cost import Cost, LockStepCost, staggered_share
 from dance_jax.placement.migration import ERRORS, HYSTERESIS, MoveBatch
 from dance_jax.placement.policies import DEFAULT_POLICY, place, usable
 
@@ -100,7 +100,7 @@ def answer(question: DecisionInputs) -> Answer:
         return Answer(used, None, None, [])
     present = resident(question.layout)
     fit, judge = migration.halves(question.routes)
-    cost = _apart(question, present)
+    cost = _measured_cost(question, present)
     if question.wanted is not None:
         used, found = "request", question.wanted
     else:
@@ -171,7 +171,7 @@ def _loading_seconds(question: DecisionInputs, steps: list[MoveBatch]) -> float:
     return migration.migration_seconds(steps, question.expert_bytes, question.read_rates)
 
 
-def _apart(question: DecisionInputs, present: Placement) -> Cost:
+def _measured_cost(question: DecisionInputs, present: Placement) -> Cost:
     """What a layer in lock step costs when servers have tokens at the same time as often as was
     measured; on their own they wait for nobody else's tokens."""
     if not isinstance(question.cost, LockStepCost) or question.busiest is None:
@@ -180,7 +180,7 @@ def _apart(question: DecisionInputs, present: Placement) -> Cost:
         return question.cost
     together = present.traffic(question.routes).concentration(_weights(question.tokens))
     active = sum(len(route) > 0 for route in question.routes)
-    return question.cost.apart(apart_share(question.busiest, together), active)
+    return question.cost.staggered(staggered_share(question.busiest, together), active)
 
 
 def _settled(

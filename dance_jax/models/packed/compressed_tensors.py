@@ -73,9 +73,9 @@ class PackQuantized(PackedTensor):
         yield from super().value_faults()
         yield from order_faults(self, self.format.group)
         if "shape" in self.pieces:
-            said = self.pieces["shape"].read().tolist()
-            if said != [*self.shape]:
-                yield self.says("shape", f"says {said}, the codes are of {[*self.shape]}")
+            stated = self.pieces["shape"].read().tolist()
+            if stated != [*self.shape]:
+                yield self.says("shape", f"says {stated}, the codes are of {[*self.shape]}")
         if not self.format.offset and "zeros" in self.pieces:
             yield from zero_faults(self, self._zeros(), 1 << (self.bits - 1))
 
