@@ -29,7 +29,7 @@ def demo_dir() -> pathlib.Path:
     Raises:
         UserError: this installation lacks it.
     """
-    path = pathlib.Path(__file__).resolve().parents[1] / "demo"
+    path = pathlib.Path(__file__).resolve().parents[2] / "demo"
     if not (path / "config.json").exists():
         raise UserError(f"{path}: the demo model is missing; name another model's directory")
     return path
