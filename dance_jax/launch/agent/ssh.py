@@ -41,7 +41,7 @@ def server_environment(server: ServerSpec) -> dict[str, str]:
     """Environment of that process here: this one's, and this copy of the package is found."""
     environment = dict(os.environ)
     if server.ssh is None:
-        package_parent = str(pathlib.Path(__file__).resolve().parents[2])
+        package_parent = str(pathlib.Path(__file__).resolve().parents[3])
         paths = [package_parent, environment.get("PYTHONPATH", "")]
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     environment["PYTHONUNBUFFERED"] = "1"
