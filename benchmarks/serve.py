@@ -55,9 +55,9 @@ from benchmarks.serving.setting import Setting, failures
 from benchmarks.serving.texts import read_texts, task_files
 from benchmarks.serving.workload import calls_of_prompts, calls_of_texts
 from benchmarks.targets import Target
-from dance_jax.config import ClusterSpec, ServerSpec, UserError
+from dance_jax.config import ClusterSpec, EngineOptions, ServerSpec, UserError
 from dance_jax.launch.cli.prompts import read_prompts
-from dance_jax.launch.planning.defaults import DEFAULT_NUM_SEQS, demo_dir
+from dance_jax.launch.planning.defaults import demo_dir
 from dance_jax.launch.planning.hosts import read_hosts
 from dance_jax.models.tokenizer import Tokenizer
 
@@ -88,7 +88,7 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--max-num-seqs",
         type=count,
-        default=DEFAULT_NUM_SEQS,
+        default=EngineOptions().max_num_seqs,
         help="of each device (%(default)s)",
     )
     add(

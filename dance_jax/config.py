@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 #: Called while something takes long: (what is done, parts done, parts in all or 0 if unknown).
 ProgressCallback = Callable[[str, int, int], None]
@@ -11,6 +12,32 @@ ProgressCallback = Callable[[str, int, int], None]
 
 class UserError(ValueError):
     """Something the user gave is wrong; the message says what, where and what to do."""
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    flag: str = "",
+    kind: str = "",
+    choices: tuple[str, ...] = (),
+    metavar: str | None = None,
+) -> Any:
+    """A field of a frozen dataclass that users set: on the command line, in a file, from Python.
+
+    The field is the only place in which an option is declared; `launch.cli.options` makes the
+    command line of it.
+
+    Args:
+        help: what it means, for the command line; `{default}` in it stands for the default.
+        flag: its name on the command line; "": the field's.
+        kind: how text is read: "int", "count" (at least 1), "port", "seconds", "size" (bytes with a
+            unit) or "path"; "": as it is, or as a switch where the default is False.
+        choices: all that is allowed; (): anything.
+        metavar: stands for the value in the help.
+    """
+    more = {"help": help, "flag": flag, "kind": kind, "choices": choices, "metavar": metavar}
+    return dataclasses.field(default=default, metadata=more)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,14 +159,84 @@ class Rounding:
                 )
 
 
+#: Context when none is asked for, if the model's own is longer: every slot holds it in memory.
+DEFAULT_MODEL_LEN = 2048
+#: What hidden states are rounded to before routed experts.
+WIRE_DTYPES = ("auto", "float32", "bfloat16", "int8")
+
+
 @dataclasses.dataclass(frozen=True)
-class EngineConfig:
+class EngineOptions:
+    """What users choose of the engines, equal on all servers of a cluster.
+
+    `launch.planning.defaults.engine_config` checks the values and makes an `EngineConfig` of them.
+    """
+
+    max_model_len: int | None = option(
+        None,
+        f"context in tokens, prompt and output (default: the model's, at most {DEFAULT_MODEL_LEN})",
+        kind="count",
+    )
+    max_num_seqs: int = option(
+        16, "sequences that run at once on each device ({default})", kind="count"
+    )
+    kv_memory: int | None = option(
+        None,
+        "of each device's KV cache, e.g. 512MiB (default: all sequences at full length, in at most "
+        "half of what is free)",
+        kind="size",
+        metavar="SIZE",
+    )
+    dtype: str | None = option(
+        None,
+        "of activations and KV cache (default: float32 on CPUs, bfloat16 on GPUs)",
+        choices=("float32", "bfloat16"),
+    )
+    wire_dtype: str = option(
+        "auto",
+        "what hidden states are rounded to before routed experts, wherever these are; int8: only "
+        "those that go to another server, with one float32 scale each; auto: bfloat16 if the "
+        "experts' weights have 16 bits or less, else not at all ({default})",
+        choices=WIRE_DTYPES,
+    )
+    exchange: str = option(
+        "auto",
+        "calls: each server steps on its own, and experts answer calls; collectives: all servers "
+        "step together, in one jax.distributed job; auto: what is predicted to be faster "
+        "({default})",
+        choices=EXCHANGES,
+    )
+    experts: str = option(
+        "keep",
+        "what the weights of routed experts are rounded to when the model is converted; int4-mixed "
+        "leaves the last projection eight bits ({default}: nothing)",
+        choices=EXPERT_CHOICES,
+    )
+    trunk: str = option(
+        "keep",
+        "what all other matrices are rounded to; int4-mixed leaves attention, embedding and output "
+        "eight bits ({default}: nothing)",
+        choices=TRUNK_CHOICES,
+    )
+    seed: int = option(0, "of sampling, for requests without a seed ({default})", kind="int")
+
+    @property
+    def rounding(self) -> Rounding:
+        """What weights are rounded to when the model is converted."""
+        return Rounding(self.experts, self.trunk)
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineConfig(EngineOptions):
     """What one engine process compiles and holds; equal on all servers of a cluster."""
 
     #: Longest sequence (prompt + output) in tokens.
-    max_model_len: int
+    max_model_len: int = dataclasses.field()  # has no default here
     #: Sequences that run at once on each device: rows of its decode.
     max_num_seqs: int = 8
+    dtype: str = "float32"
+    #: Never "auto".
+    wire_dtype: str = "float32"
     #: Compiled decodes: sequences per device, ascending; the last is max_num_seqs.
     decode_rows: tuple[int, ...] = (8,)
     #: Compiled slices of prefill beside a decode: blocks per device, ascending. The first is what
@@ -147,23 +244,6 @@ class EngineConfig:
     slice_rows: tuple[int, ...] = (1, 4)
     #: Positions of a KV block, and tokens of a row of a slice.
     block_size: int = 32
-    #: Bytes of each device's KV cache; None: room for max_num_seqs whole contexts, in at most half
-    #: of the memory that is free.
-    kv_memory: int | None = None
-    #: dtype of activations and KV cache: "float32" or "bfloat16".
-    dtype: str = "float32"
-    #: What weights were rounded to when the model was converted.
-    rounding: Rounding = Rounding()
-    #: What hidden states are rounded to before routed experts, wherever these are: "float32" (they
-    #: are not) or "bfloat16"; or "int8" with one float32 scale for each, which only those are that
-    #: go to another server. Sums come back in float32.
-    wire_dtype: str = "float32"
-    #: How servers exchange rows: "calls" (each steps on its own, and experts answer calls),
-    #: "collectives" (all step together, in one jax.distributed job), or "auto": what is predicted
-    #: to be faster.
-    exchange: str = "auto"
-    #: Default seed of sampling.
-    seed: int = 0
     #: Tokens whose routes are kept for placement, per server; 0 keeps none.
     route_sample: int = 4096
     #: Seconds after which a token's chance to be among them has halved; None: all have the same.

@@ -18,7 +18,7 @@ import msgspec
 
 from dance_jax.backends import Backend, InProcess, RemoteOptions, Servers
 from dance_jax.cache import default_cache_dir
-from dance_jax.config import ClusterSpec, ProgressCallback, Rounding, UserError
+from dance_jax.config import ClusterSpec, EngineOptions, ProgressCallback, UserError
 from dance_jax.engine.output import OutputCollector
 from dance_jax.engine.sequence import (
     Request,
@@ -55,26 +55,8 @@ class LLM:
             `placement.DEFAULT_POLICY`.
         activations: npz file with the counts and routes that the policy reads; None: all counts
             are equal.
-        max_model_len: context in tokens, prompt and output; default: the model's, at most
-            2,048.
-        seed: of requests without a seed; the n-th such request of the object draws the same
-            whichever server runs it.
-        dtype: of activations and KV cache, "float32" or "bfloat16"; None: float32 on CPUs,
-            bfloat16 elsewhere.
-        max_num_seqs: sequences that run at once on each device.
-        kv_memory: bytes of each device's KV cache; None: all sequences at full length, in at most
-            half of the memory that is free.
-        exchange: how servers exchange rows: "calls" (each steps on its own, on CPUs with a C++
-            compiler), "collectives" (all step together), or "auto": calls where all can.
-        wire_dtype: what hidden states are rounded to before routed experts, wherever these are:
-            "float32" (they are not), "bfloat16", or "auto": bfloat16 where the weights of routed
-            experts have 16 bits or less. With "int8" only those are rounded that go to another
-            server.
-        experts: what the weights of routed experts are rounded to when the model is converted:
-            "keep" (they are not), "bf16", "int8", "int4", "int4-mixed" (the last projection has
-            eight bits), "mxfp4".
-        trunk: what all other matrices are rounded to: "keep", "bf16", "int8", "int4" or
-            "int4-mixed" (attention, embedding and output have eight bits).
+        options: any field of `EngineOptions`, for example `max_model_len=4096`. With `seed`, the
+            n-th request without a seed draws the same whichever server runs it.
         ssh_config: file for `ssh -F`, for servers on other machines.
         cache_dir: where converted models and compiled steps are kept.
         log_dir: where the cluster's servers keep their logs; None: nowhere.
@@ -93,21 +75,13 @@ class LLM:
         hosts: str | os.PathLike[str] | ClusterSpec | None = None,
         policy: str | None = None,
         activations: str | os.PathLike[str] | None = None,
-        max_model_len: int | None = None,
-        seed: int = 0,
         *,
-        dtype: str | None = None,
-        max_num_seqs: int = 16,
-        kv_memory: int | None = None,
-        wire_dtype: str = "auto",
-        exchange: str = "auto",
-        experts: str = "keep",
-        trunk: str = "keep",
         ssh_config: str | os.PathLike[str] | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         log_dir: str | os.PathLike[str] | None = None,
         trace: str | os.PathLike[str] | None = None,
         progress: bool | ProgressCallback = False,
+        **options: Any,
     ) -> None:
         from dance_jax.launch.planning import defaults
         from dance_jax.models.checkpoint import Checkpoint
@@ -116,7 +90,8 @@ class LLM:
         from dance_jax.models.tokenizer import Tokenizer
 
         # What can be wrong at once comes before what takes long.
-        rounding = Rounding(experts, trunk)
+        wanted = EngineOptions(**options)
+        rounding = wanted.rounding
         servers = None if hosts is None else _cluster_arguments(hosts, policy, activations)
         self._show = progress is True
         report = progress if callable(progress) else _print_progress if progress else _silent
@@ -132,19 +107,9 @@ class LLM:
         self.tokenizer: Tokenizer = Tokenizer.load(source)
         checkpoint = Checkpoint.open(ensure_converted(source, cache / "models", report, rounding))
         self.config = defaults.engine_config(
-            checkpoint.config,
-            max_model_len,
-            seed=seed,
-            dtype=dtype,
-            max_num_seqs=max_num_seqs,
-            platform=platform,
-            wire_dtype=wire_dtype,
-            exchange=exchange,
-            kv_memory=kv_memory,
-            rounding=rounding,
-            formats=checkpoint.formats,
+            checkpoint.config, wanted, platform=platform, formats=checkpoint.formats
         )
-        self._seeds = (sample_seed(seed, number) for number in itertools.count())
+        self._seeds = (sample_seed(wanted.seed, number) for number in itertools.count())
         self._numbers = itertools.count()
         self._next_server = 0
         self._lock = threading.Lock()

@@ -32,6 +32,7 @@ ORDER = (
     "launch",
     "backends",
     "llm",
+    "command",
 )
 
 

@@ -17,14 +17,16 @@ from rich.console import Console
 from rich.text import Text
 
 from dance_jax.cache import default_cache_dir
-from dance_jax.config import ClusterSpec, EngineConfig, Rounding, UserError
+from dance_jax.config import ClusterSpec, EngineConfig, UserError
 from dance_jax.launch.agent.network import Network
 from dance_jax.launch.agent.role import Role, role
 from dance_jax.launch.cli.attend import attend
 from dance_jax.launch.cli.options import (
     BATCH_TOKENS,
+    PROG,
     check_mode,
-    parser,
+    engine_options,
+    parse,
     rebalance_options,
     serve_options,
 )
@@ -50,16 +52,25 @@ _Fleet = TypeVar("_Fleet", bound=Fleet)
 FAILED, WRONG, INTERRUPTED = 1, 2, 130
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Runs the command; returns its exit code."""
-    options = parser().parse_args(arguments)
+def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> int:
+    """Runs the command; returns its exit code.
+
+    Args:
+        arguments: of the command line; None: the process's.
+        prog: the command's name in its help.
+    """
+    errors = Console(stderr=True)
+    try:
+        options = parse(arguments, prog)
+    except UserError as error:
+        errors.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+        return WRONG
     # The plan is computed here; what it takes must not take the servers' accelerators.
     platform = default_platform()
     os.environ["JAX_PLATFORMS"] = "cpu"
     signal.signal(signal.SIGTERM, _terminate)
     if hasattr(signal, "SIGHUP"):
         signal.signal(signal.SIGHUP, _terminate)
-    errors = Console(stderr=True)
     try:
         return _launch(options, platform, terminal())
     except (UserError, ClusterError) as error:
@@ -104,7 +115,8 @@ def _launch(options: argparse.Namespace, platform: str, console: Console) -> int
     if options.activations is not None:
         activations = Activations.load(options.activations)
     cache = options.cache_dir or default_cache_dir()
-    rounding = Rounding(options.experts, options.trunk)
+    wanted = engine_options(options)
+    rounding = wanted.rounding
     if options.dry_run:
         source = demo_dir() if options.model is None else fetch_config(options.model)
         model = outline(source, rounding)
@@ -117,15 +129,8 @@ def _launch(options: argparse.Namespace, platform: str, console: Console) -> int
             model = Checkpoint.open(path)
     config = engine_config(
         model.config,
-        options.max_model_len,
-        seed=options.seed,
-        dtype=options.dtype,
-        max_num_seqs=options.max_num_seqs,
+        wanted,
         platform=spec.platform,
-        wire_dtype=options.wire_dtype,
-        exchange=options.exchange,
-        kv_memory=options.kv_memory,
-        rounding=rounding,
         formats=model.formats,
     )
     if prompts is None:
@@ -340,13 +345,13 @@ def _check_paths(options: argparse.Namespace) -> None:
             raise UserError(f"--log-dir {options.log_dir}: cannot be made: {error}") from error
 
 
-def _process() -> NoReturn:
+def process(arguments: Sequence[str] | None = None, prog: str = PROG) -> NoReturn:
     """`main` and then the end of this process; after a signal without taking JAX down.
 
     What XLA was compiling for a placement goes on behind an interrupted call, and would crash.
     """
     try:
-        code = main()
+        code = main(arguments, prog)
     except SystemExit as ended:
         code = ended.code
     if isinstance(code, int) and code > 128:
@@ -357,4 +362,4 @@ def _process() -> NoReturn:
 
 
 if __name__ == "__main__":
-    _process()
+    process()

@@ -399,10 +399,12 @@ def _remove(partial: pathlib.Path) -> None:
         time.sleep(0.05)
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(
+    arguments: list[str] | None = None, prog: str = "python -m dance_jax.models.convert"
+) -> int:
     """The command; returns its exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m dance_jax.models.convert",
+        prog=prog,
         description="Converts a model in Hugging Face format or in GGUF files for dance_jax.",
     )
     parser.add_argument(
@@ -425,6 +427,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # no array of a conversion needs a device
 
     from rich import progress as bars
     from rich.console import Console
@@ -463,5 +466,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # no array of a conversion needs a device
     sys.exit(main())

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from dance_jax.config import EngineOptions
 from dance_jax.engine.sequence import Request, SamplingParams
 from dance_jax.launch.cli.prompts import read_prompts
 from dance_jax.launch.cli.report import print_summary
@@ -96,7 +97,9 @@ def _cold_run(folder: pathlib.Path, expert_library: pathlib.Path | None) -> Tiny
     path = ensure_converted(model, cache_dir / "models")
     checkpoint = Checkpoint.open(path)
     spec = read_hosts(folder / "hosts.txt")
-    config = engine_config(checkpoint.config, max_num_seqs=NUM_SEQS, formats=checkpoint.formats)
+    config = engine_config(
+        checkpoint.config, EngineOptions(max_num_seqs=NUM_SEQS), formats=checkpoint.formats
+    )
     plan = make_plan(spec, checkpoint, config, "uniform")
     prompts = read_prompts(folder / "prompts.jsonl", spec, max_tokens=8)
     console = Console(file=io.StringIO(), width=120, record=True)

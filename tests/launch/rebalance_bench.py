@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import dataclasses
 import pathlib
 from typing import Any
 
@@ -156,7 +157,7 @@ class Bench:
             half_life_s=None,
             state_dir=None if directory is None else str(directory),
         )
-        self.options = msgspec.structs.replace(options, **more)
+        self.options = dataclasses.replace(options, **more)
         self.rebalancer = Rebalancer(
             self.options, SPEC, Facts(), CONFIG, self.layout, self, clock=lambda: self.now
         )

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import os
 import signal
 from typing import Any
 
-import msgspec
 import pytest
 from rich.console import Console
 
@@ -43,7 +43,7 @@ def test_where_servers_are_reached() -> None:
     assert alpha.split() == ["alpha", "http://127.0.0.1:8000", "(on", "10.0.0.1)"]
     assert b.split() == ["b", "http://127.0.0.1:8000", "(on", "me@gate)"]
     assert curl.startswith("curl http://127.0.0.1:8000/v1/") and "Authorization" not in curl
-    service.options = msgspec.structs.replace(service.options, bind="0.0.0.0", api_key="secret")
+    service.options = dataclasses.replace(service.options, bind="0.0.0.0", api_key="secret")
     _, b, curl, _ = greeting(service)
     assert "gate" not in b
     assert "Bearer" in curl and "secret" not in curl

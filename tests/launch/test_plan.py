@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from dance_jax.config import EngineConfig, UserError
+from dance_jax.config import EngineConfig, EngineOptions, UserError
 from dance_jax.launch.cli.report import print_plan
 from dance_jax.launch.planning.costs import SERVICE_STAGGERED, cluster_cost
 from dance_jax.launch.planning.defaults import engine_config
@@ -330,7 +330,9 @@ def test_the_type_of_the_wire(
     """What routed experts are kept as decides; norms and the like may be wider."""
     experts = dict(zip(("w_gate", "w_up", "w_down"), map(WeightFormat.parse, kinds), strict=True))
     formats = Formats(experts, {"output": WeightFormat("float32")})
-    config = engine_config(MODEL.config, dtype=dtype, wire_dtype=asked, formats=formats)
+    config = engine_config(
+        MODEL.config, EngineOptions(dtype=dtype, wire_dtype=asked), formats=formats
+    )
     assert config.wire_dtype == wire
     text = text_of(make_plan(SPEC, MODEL, config))
     assert f"Wire: hidden states in {wire}, sums in float32." in text
@@ -338,7 +340,7 @@ def test_the_type_of_the_wire(
 
 def test_which_wire_there_is_none_of() -> None:
     with pytest.raises(UserError, match="wire_dtype='compute': one of auto, float32, bfloat16"):
-        engine_config(MODEL.config, wire_dtype="compute")
+        engine_config(MODEL.config, EngineOptions(wire_dtype="compute"))
 
 
 def test_engine_configuration() -> None:
@@ -347,4 +349,4 @@ def test_engine_configuration() -> None:
     assert engine_config(model).dtype == "float32"
     assert engine_config(model, platform="cuda").dtype == "bfloat16"
     with pytest.raises(UserError, match="at most the 256"):
-        engine_config(model, 257)
+        engine_config(model, EngineOptions(257))

@@ -252,7 +252,7 @@ def test_matrices_that_a_choice_does_not_fit_are_named(
     line = "--experts int4 needs inputs in multiples of 8; as they are stored stay, of all"
     assert f"{line} experts: w_down (20 inputs)" in " ".join(capsys.readouterr().err.split())
     made = Checkpoint.open(tmp_path / "out")
-    planned = EngineConfig(64, rounding=Rounding("int4"))
+    planned = EngineConfig(64, experts="int4")
     assert any(note.startswith(line) for note in model_notes(made.config, planned))
     assert not any("--experts" in note for note in model_notes(made.config, EngineConfig(64)))
     forms = {name: str(form) for name, form in made.formats.experts.items()}

@@ -3,47 +3,48 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import pathlib
 import re
-
-import msgspec
+import tomllib
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from typing import Any
 
 from dance_jax.cache import default_cache_dir
-from dance_jax.config import EXCHANGES, EXPERT_CHOICES, TRUNK_CHOICES, UserError
+from dance_jax.config import EngineOptions, UserError
 from dance_jax.engine.sequence import MAX_TOKENS
 from dance_jax.launch.agent.role import KEY_VARIABLE
-from dance_jax.launch.control.protocol import ServeOptions
-from dance_jax.launch.planning.defaults import DEFAULT_NUM_SEQS, WIRE_DTYPES
+from dance_jax.launch.control.protocol import API_KEY_VARIABLE, ServeOptions
 from dance_jax.launch.planning.hosts import MEMORY_UNITS, quantity
 from dance_jax.launch.rebalance.decision import RebalanceOptions
 from dance_jax.models.hub import served_name
 from dance_jax.placement.policies import DEFAULT_POLICY, POLICIES
 
-#: Where the key of users may be, besides --api-key, which others on the machine can see.
-API_KEY_VARIABLE = "DANCE_JAX_API_KEY"
+#: The command's name in its help.
+PROG = "python -m dance_jax.launch"
 #: Output tokens of a prompt of a batch that names none.
 BATCH_TOKENS = 128
-#: Options of one mode alone, as argparse names them.
-_REBALANCE = (
-    "rebalance_interval",
-    "rebalance_policy",
-    "half_life",
-    "state_dir",
-    "rebalance_dry_run",
-)
-_SERVING = ServeOptions.__struct_fields__ + _REBALANCE
 _BATCH = ("output", "max_tokens", "save_activations")
 
 
-def parser() -> argparse.ArgumentParser:
+def parser(prog: str = PROG) -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m dance_jax.launch",
+        prog=prog,
         description="Starts the servers of a hosts file. Each serves OpenAI's API over HTTP; with "
         "--prompts they run these instead, and end.",
     )
     path = pathlib.Path
+    parser.add_argument("--version", action="version", version=f"dance_jax {version('dance-jax')}")
+    parser.add_argument(
+        "--config",
+        type=path,
+        metavar="FILE",
+        help='TOML file of options, without --, e.g. hosts = "hosts.txt"; the command line goes '
+        "first",
+    )
     parser.add_argument(
         "--hosts", type=path, required=True, help="servers, one a line: name key=value ..."
     )
@@ -64,53 +65,7 @@ def parser() -> argparse.ArgumentParser:
         "--activations", type=path, help="npz file of expert counts and routes per server"
     )
     parser.add_argument("--dry-run", action="store_true", help="print the plan and start nothing")
-    parser.add_argument("--seed", type=int, default=0, help="of sampling (%(default)s)")
-    parser.add_argument(
-        "--experts",
-        choices=EXPERT_CHOICES,
-        default="keep",
-        help="what the weights of routed experts are rounded to when the model is converted",
-    )
-    parser.add_argument(
-        "--trunk",
-        choices=TRUNK_CHOICES,
-        default="keep",
-        help="what all other matrices are rounded to; keep, for both, is the default",
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16"),
-        help="of activations and KV cache (default: float32 on CPU, bfloat16 on GPU)",
-    )
-    parser.add_argument(
-        "--wire-dtype",
-        choices=WIRE_DTYPES,
-        default="auto",
-        help="what hidden states are rounded to before routed experts, wherever these are; int8: "
-        "only those that go to another server; auto: bfloat16 where the experts' weights have 16 "
-        "bits or less, else not at all (%(default)s)",
-    )
-    parser.add_argument(
-        "--exchange",
-        choices=EXCHANGES,
-        default="auto",
-        help="calls: each server steps on its own, and experts answer calls (CPUs with a C++ "
-        "compiler); collectives: all step together; auto: calls where all can (%(default)s)",
-    )
-    parser.add_argument("--max-model-len", type=_positive, help="context in tokens (<= 2048)")
-    parser.add_argument(
-        "--max-num-seqs",
-        type=_positive,
-        default=DEFAULT_NUM_SEQS,
-        help="sequences that run at once on each device (%(default)s)",
-    )
-    parser.add_argument(
-        "--kv-memory",
-        type=_size,
-        metavar="SIZE",
-        help="of each device's KV cache, e.g. 512MiB (default: all sequences at full length, at "
-        "most half of what is free)",
-    )
+    _add_fields(parser, EngineOptions)
     parser.add_argument(
         "--cache-dir", type=path, help=f"converted models, compiled steps ({default_cache_dir()})"
     )
@@ -122,88 +77,92 @@ def parser() -> argparse.ArgumentParser:
         help="write when steps and expert calls did what, for https://ui.perfetto.dev; 256 MiB at "
         "most",
     )
-    _add_serve_options(parser.add_argument_group("serving (without --prompts)"))
-    _add_rebalance_options(parser.add_argument_group("moving experts while serving"))
+    _add_fields(parser.add_argument_group("serving (without --prompts)"), ServeOptions)
+    _add_fields(parser.add_argument_group("moving experts while serving"), RebalanceOptions)
     _add_batch_options(parser.add_argument_group("a batch instead"))
     _add_network_options(parser.add_argument_group("servers on other machines"))
     return parser
 
 
-# Options of one mode have no defaults here: whether they are given decides what is refused.
+def parse(arguments: Sequence[str] | None = None, prog: str = PROG) -> argparse.Namespace:
+    """The options of the command line, and of the file that it names with --config.
+
+    Raises:
+        UserError: the file cannot be read, or an option in it is unknown or wrong.
+    """
+    command_line, file = parser(prog), argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    file.add_argument("--config", type=pathlib.Path)
+    path = file.parse_known_args(arguments)[0].config
+    if path is not None:
+        found = _config_file(path, command_line)
+        for action in command_line._actions:
+            action.required = action.required and action.dest not in found
+        command_line.set_defaults(**found)
+    return command_line.parse_args(arguments)
 
 
-def _add_serve_options(group: argparse._ArgumentGroup) -> None:
-    usual = ServeOptions("")
-    group.add_argument(
-        "--bind",
-        metavar="ADDRESS",
-        help=f"where each server listens; 0.0.0.0: everywhere (default: {usual.bind})",
-    )
-    group.add_argument(
-        "--port",
-        type=_port,
-        help="of each server; the second one of the same machine has the next, and so on "
-        f"(default: {usual.port})",
-    )
-    group.add_argument(
-        "--api-key",
-        metavar="KEY",
-        help=f"what requests must carry; others see it here, not in {API_KEY_VARIABLE}",
-    )
-    group.add_argument(
-        "--drain-seconds",
-        type=_seconds,
-        metavar="S",
-        help=f"for what runs to finish after SIGTERM or Ctrl-C (default: {usual.drain_seconds:g})",
-    )
-    group.add_argument(
-        "--max-queue",
-        type=_positive,
-        metavar="N",
-        help="requests on each server that may wait for their first token "
-        f"(default: {usual.max_queue})",
-    )
-    group.add_argument(
-        "--served-model-name",
-        metavar="NAME",
-        help="in requests and answers (default: org/name, the model's directory, or demo)",
-    )
+def _config_file(path: pathlib.Path, command_line: argparse.ArgumentParser) -> dict[str, Any]:
+    """Values of a TOML file's options, by the names that argparse gives them."""
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"--config {path}: cannot be read: {error}") from error
+    actions = {
+        action.option_strings[-1][2:]: action
+        for action in command_line._actions
+        if action.dest not in ("help", "version", "config")
+    }
+    found = {}
+    for key, value in content.items():
+        where, action = f"--config {path}: {key}", actions.get(key.replace("_", "-"))
+        if action is None:
+            raise UserError(f"{where}: there is no such option; there are {', '.join(actions)}")
+        if action.nargs == 0:
+            if not isinstance(value, bool):
+                raise UserError(f"{where}: true or false is needed")
+            found[action.dest] = value or action.default
+            continue
+        if isinstance(value, bool) or not isinstance(value, str | int | float):
+            raise UserError(f"{where}: text or a number is needed")
+        try:
+            found[action.dest] = command_line._get_value(action, str(value))
+            command_line._check_value(action, found[action.dest])
+        except argparse.ArgumentError as error:
+            raise UserError(f"{where}: {error.message}") from error
+    return found
 
 
-def _add_rebalance_options(group: argparse._ArgumentGroup) -> None:
-    usual = RebalanceOptions()
-    group.add_argument(
-        "--rebalance-interval",
-        type=_seconds,
-        metavar="S",
-        help="from one decision to the next; 0: only on POST /placement/rebalance "
-        f"(default: {usual.interval_s:g})",
-    )
-    group.add_argument(
-        "--rebalance-policy",
-        metavar="NAME",
-        choices=tuple(POLICIES),
-        help=f"as --policy, for experts that move (default: {usual.policy})",
-    )
-    group.add_argument(
-        "--half-life",
-        type=_seconds,
-        metavar="S",
-        help="after which what users asked for counts half; 0: it never fades "
-        f"(default: {usual.half_life_s:g})",
-    )
-    group.add_argument(
-        "--state-dir",
-        type=pathlib.Path,
-        metavar="DIR",
-        help="keep placement and statistics here, and go on with them at the next start",
-    )
-    group.add_argument(
-        "--rebalance-dry-run",
-        action="store_true",
-        default=None,
-        help="say what would move, and move nothing",
-    )
+def _add_fields(group: argparse._ActionsContainer, options: type) -> None:
+    """Adds an option for each field of a dataclass that was made with `option`.
+
+    None of them has a default here, so that it shows which were given (`given`).
+    """
+    for field in dataclasses.fields(options):
+        meta = field.metadata
+        more: dict[str, Any] = {"help": meta["help"].format(default=_shown(field.default))}
+        if field.default is False:
+            more |= {"action": "store_true", "default": None}
+        else:
+            more |= {"metavar": meta["metavar"], "type": _KINDS[meta["kind"]]}
+            more |= {"choices": meta["choices"]} if meta["choices"] else {}
+        group.add_argument(_flag(field), **more)
+
+
+def _flag(field: dataclasses.Field[Any]) -> str:
+    return field.metadata["flag"] or f"--{field.name.replace('_', '-')}"
+
+
+def _shown(default: Any) -> str:
+    return f"{default:g}" if isinstance(default, float) else str(default)
+
+
+def given(options: argparse.Namespace, kind: type) -> dict[str, Any]:
+    """Fields of a dataclass of options that the user gave."""
+    found = {
+        field.name: getattr(options, _flag(field)[2:].replace("-", "_"))
+        for field in dataclasses.fields(kind)
+    }
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _add_batch_options(group: argparse._ArgumentGroup) -> None:
@@ -212,7 +171,7 @@ def _add_batch_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--output", type=path, help="JSON Lines of completions, in input order")
     group.add_argument(
         "--max-tokens",
-        type=_positive,
+        type=_count,
         help=f"of prompts that name none (default: {BATCH_TOKENS})",
     )
     group.add_argument(
@@ -267,7 +226,7 @@ def _rank(text: str) -> int:
     return int(text)
 
 
-def _positive(text: str) -> int:
+def _count(text: str) -> int:
     if not text.isascii() or not text.isdigit() or not 1 <= int(text[:20]) <= MAX_TOKENS:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 to {MAX_TOKENS}")
     return int(text)
@@ -286,19 +245,40 @@ def _size(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
+#: By `config.option`'s kind.
+_KINDS: dict[str, Callable[[str], Any]] = {
+    "": str,
+    "int": int,
+    "count": _count,
+    "port": _port,
+    "seconds": _seconds,
+    "size": _size,
+    "path": str,
+}
+
+
 def check_mode(options: argparse.Namespace) -> None:
     """No option is given that the others leave without effect.
 
     Raises:
         UserError: naming both.
     """
-    batch = options.prompts is not None
-    for name in _SERVING if batch else _BATCH:
-        if getattr(options, name) is not None:
-            option = f"--{name.replace('_', '-')}"
-            if batch:
-                raise UserError(f"{option} is for serving and --prompts runs a batch: leave one")
-            raise UserError(f"{option} needs --prompts")
+    if options.prompts is None:
+        for name in _BATCH:
+            if getattr(options, name) is not None:
+                raise UserError(f"--{name.replace('_', '-')} needs --prompts")
+        return
+    for kind in (ServeOptions, RebalanceOptions):
+        for field in dataclasses.fields(kind):
+            if field.name in given(options, kind):
+                raise UserError(
+                    f"{_flag(field)} is for serving and --prompts runs a batch: leave one"
+                )
+
+
+def engine_options(options: argparse.Namespace) -> EngineOptions:
+    """What is chosen of the engines."""
+    return EngineOptions(**given(options, EngineOptions))
 
 
 def serve_options(options: argparse.Namespace) -> ServeOptions:
@@ -307,20 +287,16 @@ def serve_options(options: argparse.Namespace) -> ServeOptions:
     Raises:
         UserError: a key that no request can carry, or more ports than there are.
     """
-    given = {name: getattr(options, name) for name in ServeOptions.__struct_fields__}
-    if given["api_key"] is None:
-        given["api_key"] = os.environ.get(API_KEY_VARIABLE) or None
-        where = API_KEY_VARIABLE
-    else:
-        where = "--api-key"
-    if given["api_key"] is not None and not re.fullmatch(r"[!-~]+", given["api_key"]):
+    found, where = given(options, ServeOptions), "--api-key"
+    if "api_key" not in found:
+        found["api_key"], where = os.environ.get(API_KEY_VARIABLE) or None, API_KEY_VARIABLE
+    if found["api_key"] is not None and not re.fullmatch(r"[!-~]+", found["api_key"]):
         raise UserError(f"{where}: visible ASCII characters are needed, without spaces")
-    if given["served_model_name"] == "":
+    if found.get("served_model_name") == "":
         raise UserError("--served-model-name: is empty; requests need a name")
-    if given["served_model_name"] is None:
-        model = options.model
-        given["served_model_name"] = "demo" if model is None else served_name(model)
-    return ServeOptions(**{name: value for name, value in given.items() if value is not None})
+    model = options.model
+    usual = {"served_model_name": "demo" if model is None else served_name(model)}
+    return ServeOptions(**(usual | found))
 
 
 def rebalance_options(options: argparse.Namespace) -> RebalanceOptions:
@@ -329,19 +305,12 @@ def rebalance_options(options: argparse.Namespace) -> RebalanceOptions:
     Raises:
         UserError: what is to be kept cannot be kept there.
     """
-    given = {
-        "interval_s": options.rebalance_interval,
-        "policy": options.rebalance_policy,
-        "half_life_s": options.half_life,
-        "state_dir": None if options.state_dir is None else str(options.state_dir),
-        "dry_run": options.rebalance_dry_run,
-    }
-    found = RebalanceOptions(**{name: value for name, value in given.items() if value is not None})
-    if options.state_dir is not None:
+    found = RebalanceOptions(**given(options, RebalanceOptions))
+    if found.state_dir is not None:
         try:
-            options.state_dir.mkdir(parents=True, exist_ok=True)
+            os.makedirs(found.state_dir, exist_ok=True)
         except OSError as error:
-            raise UserError(f"--state-dir {options.state_dir}: cannot be made: {error}") from error
-        if not os.access(options.state_dir, os.W_OK | os.X_OK):
-            raise UserError(f"--state-dir {options.state_dir}: cannot be written to")
-    return found if found.half_life_s else msgspec.structs.replace(found, half_life_s=None)
+            raise UserError(f"--state-dir {found.state_dir}: cannot be made: {error}") from error
+        if not os.access(found.state_dir, os.W_OK | os.X_OK):
+            raise UserError(f"--state-dir {found.state_dir}: cannot be written to")
+    return found if found.half_life_s else dataclasses.replace(found, half_life_s=None)

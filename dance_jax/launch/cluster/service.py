@@ -8,6 +8,7 @@ ends the service. Meanwhile experts move to where they are used (`rebalancer`).
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -223,7 +224,7 @@ class Service(Fleet):
                 self.tell(other, protocol.PeerRestarted(rank, self._endpoints[rank]))
 
     def _process_setup(self, engine: protocol.Setup) -> msgspec.Struct:
-        options = msgspec.structs.replace(self.options, port=self._port(engine.rank))
+        options = dataclasses.replace(self.options, port=self._port(engine.rank))
         return protocol.FrontSetup(engine=engine, options=options)
 
     def _port(self, rank: int) -> int:

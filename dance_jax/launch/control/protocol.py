@@ -10,11 +10,13 @@ from typing import Any
 
 import msgspec
 
-from dance_jax.config import ClusterSpec, EngineConfig
+from dance_jax.config import ClusterSpec, EngineConfig, option
 from dance_jax.engine.sequence import OutputDelta, Request
 
 #: In `Setup.control`, stands for the machine that the server's ssh connection comes from.
 SSH_CLIENT = "{ssh client}"
+#: Where the key of users may be, besides --api-key, which others on the machine can see.
+API_KEY_VARIABLE = "DANCE_JAX_API_KEY"
 
 
 class Setup(msgspec.Struct, kw_only=True):
@@ -62,21 +64,44 @@ class Setup(msgspec.Struct, kw_only=True):
     trace_from: int = 0
 
 
-class ServeOptions(msgspec.Struct, frozen=True):
+@dataclasses.dataclass(frozen=True)
+class ServeOptions:
     """How front ends serve."""
 
-    #: Name of the model in requests and answers.
-    served_model_name: str
-    #: Address that all of them listen on.
-    bind: str = "127.0.0.1"
-    #: TCP port; the second server of the same machine has the next, and so on.
-    port: int = 8000
-    #: What requests must carry; None: nothing.
-    api_key: str | None = None
-    #: Seconds that what runs has to finish in the end.
-    drain_seconds: float = 30.0
-    #: Requests on each server that may wait for their first token.
-    max_queue: int = 256
+    served_model_name: str = option(
+        "",
+        "of the model in requests and answers (default: org/name, the model's directory, or demo)",
+        metavar="NAME",
+    )
+    bind: str = option(
+        "127.0.0.1",
+        "where each server listens; 0.0.0.0: everywhere (default: {default})",
+        metavar="ADDRESS",
+    )
+    port: int = option(
+        8000,
+        "of each server; the second one of the same machine has the next, and so on "
+        "(default: {default})",
+        kind="port",
+    )
+    api_key: str | None = option(
+        None,
+        f"what requests must carry; others see it here, not in {API_KEY_VARIABLE} (default: "
+        "nothing)",
+        metavar="KEY",
+    )
+    drain_seconds: float = option(
+        30.0,
+        "for what runs to finish after SIGTERM or Ctrl-C (default: {default})",
+        kind="seconds",
+        metavar="S",
+    )
+    max_queue: int = option(
+        256,
+        "requests on each server that may wait for their first token (default: {default})",
+        kind="count",
+        metavar="N",
+    )
 
 
 class FrontSetup(msgspec.Struct, kw_only=True):

@@ -5,22 +5,22 @@ from __future__ import annotations
 import os
 import pathlib
 
-from dance_jax.config import EXCHANGES, EngineConfig, Rounding, UserError
+from dance_jax.config import (
+    DEFAULT_MODEL_LEN,
+    EXCHANGES,
+    WIRE_DTYPES,
+    EngineConfig,
+    EngineOptions,
+    UserError,
+)
 from dance_jax.engine.kv_cache import num_blocks
 from dance_jax.models.config import ModelConfig
 from dance_jax.models.formats import Formats
 
-#: Context when none is asked for, if the model's own is longer: every slot holds it in memory.
-DEFAULT_MODEL_LEN = 2048
-#: Sequences that run at once on each device.
-DEFAULT_NUM_SEQS = 16
 #: Rows of smaller decodes, for servers with few users or none.
 FEW_ROWS = (1, 4)
 #: Slices of prefill in blocks. The first, beside a decode, is to take about as long as the decode.
 CPU_SLICES, SLICES = (1, 4), (8, 32)
-#: What hidden states are rounded to before routed experts (`EngineConfig.wire_dtype`); "auto": the
-#: checkpoint's own type (`own_wire_dtype`).
-WIRE_DTYPES = ("auto", "float32", "bfloat16", "int8")
 
 
 def demo_dir() -> pathlib.Path:
@@ -57,39 +57,23 @@ def own_wire_dtype(dtype: str, formats: Formats | None) -> str:
 
 def engine_config(
     model: ModelConfig,
-    max_model_len: int | None = None,
+    options: EngineOptions = EngineOptions(),  # noqa: B008 (frozen)
     *,
-    seed: int = 0,
-    dtype: str | None = None,
-    max_num_seqs: int = DEFAULT_NUM_SEQS,
     platform: str = "cpu",
-    wire_dtype: str = "auto",
-    exchange: str = "auto",
-    kv_memory: int | None = None,
-    rounding: Rounding | None = None,
     formats: Formats | None = None,
 ) -> EngineConfig:
     """Configuration of the engines of a model.
 
     Args:
         model: the model.
-        max_model_len: context in tokens, prompt and output; None: the model's, at most
-            DEFAULT_MODEL_LEN.
-        seed: of sampling.
-        dtype: of activations and KV cache, "float32" or "bfloat16"; None: bfloat16 where all
-            servers have accelerators, else float32.
-        max_num_seqs: sequences that run at once on each device.
+        options: what the user has chosen.
         platform: "cpu", "cuda", or "mixed".
-        wire_dtype: one of WIRE_DTYPES.
-        exchange: one of EXCHANGES, see `EngineConfig.exchange`.
-        kv_memory: bytes of each device's KV cache; None: see `EngineConfig.kv_memory`.
-        rounding: what weights are rounded to when the model is converted.
         formats: how the checkpoint's weights are kept; None: as float32.
 
     Raises:
         UserError: a value is wrong or more than the model can do.
     """
-    longest = model.max_position
+    longest, max_model_len = model.max_position, options.max_model_len
     if max_model_len is None:
         max_model_len = min(longest, DEFAULT_MODEL_LEN)
     if not 2 <= max_model_len <= longest:
@@ -97,27 +81,25 @@ def engine_config(
             f"max_model_len={max_model_len}: 2 tokens at least, and at most the {longest} the "
             "model was made for"
         )
+    max_num_seqs = options.max_num_seqs
     if max_num_seqs < 1:
         raise UserError(f"max_num_seqs={max_num_seqs}: at least 1 is needed")
-    if dtype is None:
-        dtype = "bfloat16" if platform == "cuda" else "float32"
+    dtype = options.dtype or ("bfloat16" if platform == "cuda" else "float32")
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f'dtype={dtype!r}: "float32" or "bfloat16" is needed')
-    if wire_dtype not in WIRE_DTYPES:
-        raise UserError(f"wire_dtype={wire_dtype!r}: one of {', '.join(WIRE_DTYPES)} is needed")
-    if exchange not in EXCHANGES:
-        raise UserError(f"exchange={exchange!r}: one of {', '.join(EXCHANGES)} is needed")
+    for name, choices in (("wire_dtype", WIRE_DTYPES), ("exchange", EXCHANGES)):
+        if (value := getattr(options, name)) not in choices:
+            raise UserError(f"{name}={value!r}: one of {', '.join(choices)} is needed")
+    auto = options.wire_dtype == "auto"
+    own = {
+        "max_model_len": max_model_len,
+        "dtype": dtype,
+        "wire_dtype": own_wire_dtype(dtype, formats) if auto else options.wire_dtype,
+    }
     config = EngineConfig(
-        max_model_len=max_model_len,
-        max_num_seqs=max_num_seqs,
+        **(vars(options) | own),
         decode_rows=(*(rows for rows in FEW_ROWS if rows < max_num_seqs), max_num_seqs),
         slice_rows=SLICES if platform == "cuda" else CPU_SLICES,
-        dtype=dtype,
-        seed=seed,
-        wire_dtype=own_wire_dtype(dtype, formats) if wire_dtype == "auto" else wire_dtype,
-        exchange=exchange,
-        kv_memory=kv_memory,
-        rounding=rounding or Rounding(),
     )
     num_blocks(model, config)  # refuses what cannot hold a whole context
     return config

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
-import msgspec
 import numpy as np
 
 from dance_jax.config import ClusterSpec, EngineConfig
@@ -118,7 +117,7 @@ class Rebalancer:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if len(spec.servers) == 1:  # nothing can move
-            options = msgspec.structs.replace(options, interval_s=0.0)
+            options = dataclasses.replace(options, interval_s=0.0)
         self._options, self._spec, self._model, self._config = options, spec, model, config
         self._front, self._clock = front, clock
         #: In force.

@@ -8,14 +8,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-import msgspec
 import numpy as np
 
+from dance_jax.config import option
 from dance_jax.placement import migration
 from dance_jax.placement.core import Layout, Placement, Routes, spread
 from dance_jax.placement.cost import Cost, LockStepCost, staggered_share
 from dance_jax.placement.migration import ERRORS, HYSTERESIS, MoveBatch
-from dance_jax.placement.policies import DEFAULT_POLICY, place, usable
+from dance_jax.placement.policies import DEFAULT_POLICY, POLICIES, place, usable
 
 #: Bytes that a device writes between two steps, and experts at most.
 BATCH_BYTES, BATCH_EXPERTS = 16 << 20, 4
@@ -23,19 +23,42 @@ BATCH_BYTES, BATCH_EXPERTS = 16 << 20, 4
 HORIZON_S = 300.0
 
 
-class RebalanceOptions(msgspec.Struct, frozen=True):
+@dataclasses.dataclass(frozen=True)
+class RebalanceOptions:
     """When experts move while a service runs, and on what grounds."""
 
-    #: Seconds from one decision to the next; 0: on request alone.
-    interval_s: float = 300.0
-    policy: str = DEFAULT_POLICY
-    #: Seconds after which what was counted weighs half; None: it never fades. A fifth of the
-    #: interval: at the second decision after a shift hardly anything is left of before.
-    half_life_s: float | None = 60.0
-    #: Directory of this machine that keeps placement and statistics over restarts; None: nothing.
-    state_dir: str | None = None
-    #: Decide, but move nothing.
-    dry_run: bool = False
+    interval_s: float = option(
+        300.0,
+        "from one decision to the next; 0: only on POST /placement/rebalance (default: {default})",
+        flag="--rebalance-interval",
+        kind="seconds",
+        metavar="S",
+    )
+    policy: str = option(
+        DEFAULT_POLICY,
+        "as --policy, for experts that move (default: {default})",
+        flag="--rebalance-policy",
+        choices=tuple(POLICIES),
+        metavar="NAME",
+    )
+    # A fifth of the interval: at the second decision after a shift hardly anything is left of
+    # before.
+    half_life_s: float | None = option(
+        60.0,
+        "after which what users asked for counts half; 0: it never fades (default: {default})",
+        flag="--half-life",
+        kind="seconds",
+        metavar="S",
+    )
+    state_dir: str | None = option(
+        None,
+        "keep placement and statistics here, and go on with them at the next start",
+        kind="path",
+        metavar="DIR",
+    )
+    dry_run: bool = option(
+        False, "say what would move, and move nothing", flag="--rebalance-dry-run"
+    )
 
     @property
     def horizon_s(self) -> float:
