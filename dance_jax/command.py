@@ -39,8 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     first, _ = _LAUNCHES[options.command]
     if options.command in ("serve", "batch"):
-        batch = any(word.split("=")[0] == "--prompts" for word in rest)
-        if batch != (options.command == "batch") and not {"-h", "--help"} & set(rest):
+        words = {word.split("=")[0] for word in rest}
+        batch = "--prompts" in words
+        # A file of options may have the prompts.
+        if batch != (options.command == "batch") and not words & {"-h", "--help", "--config"}:
             other = "needs --prompts" if not batch else "takes no --prompts: use dance-jax batch"
             parser.error(f"{options.command} {other}")
     process([*first, *rest], prog)
