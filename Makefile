@@ -1,9 +1,9 @@
-# make demo | test | research-test | lint | testbed; each makes .venv first when it is missing.
+# make demo | test | research-test | lint | testbed | dist; each makes .venv first when it is missing.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test research-test lint testbed
+.PHONY: demo test research-test lint testbed dist
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.complete
@@ -25,10 +25,16 @@ lint: $(VENV)/.complete
 testbed: $(VENV)/.complete
 	$(BIN)/python -m tests.testbed.check --rate 100Mbps
 
+# Wheel and sdist in dist/, tried in empty environments.
+dist: $(VENV)/.complete
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt build
+	$(BIN)/python -m tests.dist
+
 # The marker is written last: a venv whose installation was interrupted is made again.
 $(VENV)/.complete: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; this is %d.%d: make PYTHON=python3.11" % sys.version_info[:2])'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[test]'
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt scikit-build-core
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[test]'
 	$(BIN)/python -m dance_jax.models.native
 	touch $@

@@ -1,7 +1,8 @@
 """The C++ library beside this file: products, experts, calls between servers, on CPUs.
 
-It is built for this machine, at installation by `python -m dance_jax.models.native` or else on
-first use, and registered with XLA. Without a C++ compiler XLA's own operations serve, slower.
+A wheel has the library for each set of instructions (CMakeLists.txt). A checkout builds one for its
+own processor, at installation by `python -m dance_jax.models.native` or else on first use. The
+library is registered with XLA; where it cannot be built, XLA's own operations serve, slower.
 """
 
 from __future__ import annotations
@@ -88,15 +89,23 @@ def usable_instructions() -> list[Instructions]:
     return [each for each in INSTRUCTIONS if found.issuperset(each.needs)]
 
 
+def prebuilt() -> pathlib.Path | None:
+    """The library of a wheel for this processor; None in a checkout."""
+    libraries = (INSTALLED / f"native-{each.name}.so" for each in usable_instructions())
+    return next((path for path in libraries if path.exists()), None)
+
+
 def build(directory: pathlib.Path) -> pathlib.Path | None:
     """The library, compiled into `directory` with $CXX (default: c++) if there is none yet.
 
-    One that the installation built is used where it lies. Where several processes want it at once,
-    one compiles and the others wait for it.
+    A library that the wheel or the installation brought is used where it lies. Where several
+    processes want the library at once, one compiles and the others wait for it.
 
     Returns:
         None, and the reason in the log, when it cannot be compiled.
     """
+    if (found := prebuilt()) is not None:
+        return found
     compiler = _compiler()
     if shutil.which(compiler[0]) is None:
         log.warning("no C++ compiler (%s): products run slower; install one", compiler[0])
