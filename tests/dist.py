@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -46,6 +47,7 @@ def check(artefact: pathlib.Path, compiler: bool) -> None:
 def main() -> None:
     """Builds and checks everything."""
     output = ROOT / "dist"
+    shutil.rmtree(output, ignore_errors=True)
     run(sys.executable, "-m", "build", "--outdir", output, ROOT)
     (wheel,) = output.glob("dance_jax-*.whl")
     (sdist,) = output.glob("dance_jax-*.tar.gz")
