@@ -95,7 +95,9 @@ class CallTimes(NamedTuple):
         moving = jnp.maximum(out_bln[..., None], sent * self.state[None, None, None])
         rounds_nm = self.round[:, None] + self.round[None]
         seconds = rounds_nm[None, None] + moving + calls * self.call[None, None, None]
-        wait_bln = _slowest(seconds, visits, tiny)
+        # No server waits for itself: what it computes is `own_bln`.
+        itself_11nm = jnp.eye(len(self.round), dtype=bool)[None, None]
+        wait_bln = _slowest(jnp.where(itself_11nm, 0.0, seconds), visits, tiny)
         return own_bln * (1 - any_bln) + any_bln * jnp.maximum(own_bln, wait_bln)
 
 

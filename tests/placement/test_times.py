@@ -235,6 +235,14 @@ def test_many_rows_wait_once_and_bytes_count_for_each():
     assert placement.layer_time(asking(0.25), slow) == pytest.approx(want, rel=1e-6)
 
 
+def test_a_miss_that_only_the_large_sample_shows_costs_a_round():
+    """One token in a thousand misses an expert, but none of those whose visits are followed."""
+    cost = call_cost(rows=((1, 1.0),), call=[0.5, 0.25])
+    away, sent, calls = np.array([[[1e-3, 0]]]), np.zeros((1, 1, 2, 2)), np.eye(2)[None, None]
+    got = layer_time(cost.times(np.ones(2)), Flows(*map(jnp.float32, (away, sent, calls))))
+    assert float(got) == pytest.approx((0.999 * 0.5 + 0.001 * 3.0 + 0.25) / 2, rel=1e-5)
+
+
 def test_steps_weigh_as_often_as_they_occur():
     placement, routes = Placement(HELD), asking(0.25)
     times = {
