@@ -41,14 +41,14 @@ def preferences(seconds_nm: np.ndarray) -> np.ndarray:
     Args:
         seconds_nm: float [n, n], of a call from a server (first axis) to a server (second axis).
     """
-    number_n = np.arange(len(seconds_nm))
     found = np.zeros(seconds_nm.shape, np.int32)
     for n, seconds_m in enumerate(seconds_nm):
-        ascending = np.argsort(seconds_m)
-        before, after = seconds_m[ascending[:-1]], seconds_m[ascending[1:]]
-        level_m = np.zeros(len(number_n), int)
-        level_m[ascending[1:]] = np.cumsum(after > before * (1 + EQUAL))
-        found[n] = np.lexsort(((number_n - n) % len(number_n), level_m, number_n == n))
+        others_i = np.roll(np.arange(len(seconds_m)), -n)[1:]
+        ascending_i = np.argsort(seconds_m[others_i])
+        sorted_i = seconds_m[others_i[ascending_i]]
+        level_i = np.zeros(len(others_i), int)
+        level_i[ascending_i[1:]] = np.cumsum(sorted_i[1:] > sorted_i[:-1] * (1 + EQUAL))
+        found[n] = [*others_i[np.argsort(level_i, kind="stable")], n]
     return found
 
 
