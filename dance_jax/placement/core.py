@@ -120,37 +120,14 @@ class Placement:
         return float(shares.mean() if totals.sum() == 0 else shares @ totals / totals.sum())
 
     def traffic(self, routes: Routes, order: np.ndarray | None = None) -> Traffic:
-        """All flows on routes (per server int [tokens, layers, k]); see `Traffic`.
+        """Where the expert calls of routes go; see `Traffic`.
 
         Args:
+            routes: per server int [tokens, layers, k].
             order: int [servers, servers], see `visit.preferences`; None: all servers are equal.
         """
         self.validate()
         return measure(self.resident, routes, order)
-
-    def remote(self, routes: Routes) -> float:
-        """Share of expert calls that leave the server, mean over servers."""
-        return self.traffic(routes).remote
-
-    def any_miss(self, routes: Routes) -> float:
-        """Share of (token, layer) with any call that leaves the server, mean over servers."""
-        return self.traffic(routes).any_miss
-
-    def transfers(self, routes: Routes) -> float:
-        """Remote servers a token visits per layer, mean over layers and servers."""
-        return self.traffic(routes).transfers
-
-    def busiest(self, routes: Routes) -> float:
-        """Hidden states through the busiest server and direction of a layer, mean over layers."""
-        return self.traffic(routes).busiest
-
-    def load(self, routes: Routes, devices: Sequence[int] | None = None) -> float:
-        """Largest share of a layer's calls on one device, mean over layers; devices default 1."""
-        return self.traffic(routes).load(devices)
-
-    def device(self, routes: Routes, devices: Sequence[int] | None = None) -> float:
-        """Largest share of all layers' calls on one device; devices default 1."""
-        return self.traffic(routes).device(devices)
 
     def layer_time(
         self,
