@@ -65,7 +65,7 @@ def plain_layer_time(resident, routes, cost, weights):
         calls = flows.calls_lnn[layer] * np.array(weights)[:, None]
         link = max(cost.state[n] * max(sent[n].sum(), sent[:, n].sum()) for n in range(num_servers))
         device = max(cost.call[n] * calls[:, n].sum() / cost.devices[n] for n in range(num_servers))
-        seconds.append(link + device + cost.transfer * sent.sum() / num_servers + cost.layer)
+        seconds.append(link + device + cost.transfer * sent.sum() / num_servers)
     return np.mean(seconds)
 
 
@@ -135,7 +135,6 @@ def test_layer_time_follows_its_definition(placement, seed):
         call=rng.random(3),
         devices=rng.integers(1, 4, 3),
         transfer=rng.random(),
-        layer=rng.random(),
         order=random_order(rng, 3),
     )
     weights = rng.random(3)
@@ -294,11 +293,12 @@ def test_moved_counts_what_must_be_loaded():
         (LockStepCost, {"devices": [1, 0]}, "whole number of devices"),
         (CallCost, {"devices": [1.0, 1.0]}, "whole number of devices"),
         (LockStepCost, {"transfer": -1.0}, "transfer must be"),
-        (LockStepCost, {"layer": np.inf}, "layer must be"),
+        (LockStepCost, {"transfer": np.inf}, "transfer must be"),
         (CallCost, {"round": [1, 1, 1]}, "one number per server"),
         (CallCost, {"round": [1, -1]}, "round must be .* at least 0"),
         (CallCost, {"rows": ()}, "steps of at least one row"),
         (CallCost, {"rows": ((0.5, 1.0),)}, "steps of at least one row"),
+        (CallCost, {"rows": ((1, 0.0),)}, "steps of at least one row"),
         (CallCost, {"rows": ((1, -1.0),)}, "rows must be .* at least 0"),
         (CallCost, {"busy": 1.5}, "busy is from 0 to 1"),
         (CallCost, {"busy": np.nan}, "busy must be finite"),

@@ -114,7 +114,7 @@ def random_costs(rng, servers):
     round_n = rng.uniform(0, 2, servers)
     return (
         CallCost(**parts, round=round_n, rows=rows, busy=rng.random()),
-        LockStepCost(**parts, transfer=rng.random(), layer=rng.random()),
+        LockStepCost(**parts, transfer=rng.random()),
     )
 
 
@@ -173,7 +173,7 @@ def plain_lock_step_time(cost, found, weights):
         calls = (found.calls[b, layer] * np.array(weights)[:, None]).sum(0)
         ways = np.maximum(sent.sum(1), sent.sum(0))
         total += (ways * cost.state).max() + (calls * cost.call / cost.devices).max()
-        total += cost.transfer * sent.sum() / sum(weight > 0 for weight in weights) + cost.layer
+        total += cost.transfer * sent.sum() / sum(weight > 0 for weight in weights)
     return total / blocks / layers
 
 
