@@ -77,7 +77,7 @@ def test_all_sections(
     ]
     assert command.main(arguments) == 0
     out = capsys.readouterr().out
-    assert out.startswith("What requests would wait on servers that are not here")
+    assert out.startswith("How long requests would wait on servers that do not exist")
     assert "Assumptions beside those" in out and "…" not in out
     for title in (
         "parts, skewed tasks, lock step, per server: seconds of 8 requests",
