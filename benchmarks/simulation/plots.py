@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from .runs import Run
 
 DPI = 110
+#: Line styles of policies, in turn.
 STYLES = ("-", "--", ":", "-.")
 
 
@@ -22,9 +24,9 @@ def _pyplot() -> Any:
 
 
 def draw_sweep(runs: Sequence[Run], path: pathlib.Path) -> None:
-    """Mean latency against devices: a row for each way, a panel for each interval.
+    """Draws mean latency against devices: a row for each way of serving, a panel for each interval.
 
-    A colour is a bandwidth, a style a policy.
+    Colours are bandwidths, line styles are policies.
     """
     ways = list(dict.fromkeys(run.way for run in runs))
     intervals = sorted({run.interval_s for run in runs})
@@ -43,7 +45,7 @@ def draw_sweep(runs: Sequence[Run], path: pathlib.Path) -> None:
     for row, way in zip(panels, ways, strict=True):
         for panel, interval in zip(row, intervals, strict=True):
             for colour, rate in enumerate(rates):
-                for style, policy in zip(STYLES, policies, strict=False):
+                for style, policy in zip(itertools.cycle(STYLES), policies, strict=False):
                     key = (way, interval, rate, policy)
                     line = [
                         (run.devices, run.mean)
@@ -71,7 +73,7 @@ def draw_sweep(runs: Sequence[Run], path: pathlib.Path) -> None:
 
 
 def draw_ways(title: str, runs: Sequence[Run], path: pathlib.Path) -> None:
-    """Mean latency of each policy, a bar for each way."""
+    """Draws mean latency of each policy, a bar for each way of serving."""
     ways = list(dict.fromkeys(run.way for run in runs))
     policies = list(dict.fromkeys(run.policy for run in runs))
     pyplot = _pyplot()
