@@ -12,6 +12,7 @@ from benchmarks.policies.traces import count
 from benchmarks.serving.arrivals import Arrival, answer_lengths, limited, poisson
 from dance_jax.config import EngineConfig, UserError
 from dance_jax.placement.simulate import Model, Requests, Server, Speed
+from dance_jax.placement.visit import MAX_SERVERS
 
 #: DeepSeek-V2-Lite: hidden size 2048 in bfloat16.
 DEEPSEEK_V2_LITE = Model(layers=26, experts=64, top_k=6, state_bytes=2 * 2048)
@@ -59,7 +60,7 @@ def devices_of(devices: int) -> tuple[int, ...]:
     (1, 1, 2, 1, 1, 2)
 
     Raises:
-        UserError: they are not a multiple of the pattern's devices.
+        UserError: they are not a multiple of the pattern's devices, or too many.
     """
     repeats, left = divmod(devices, sum(PATTERN))
     if left or not repeats:
@@ -67,6 +68,8 @@ def devices_of(devices: int) -> tuple[int, ...]:
             f"{devices} devices: servers have {PATTERN} in turn; a multiple of {sum(PATTERN)} is "
             "needed"
         )
+    if (servers := len(PATTERN) * repeats) > MAX_SERVERS:
+        raise UserError(f"{devices} devices are {servers} servers; the most are {MAX_SERVERS}")
     return PATTERN * repeats
 
 

@@ -226,6 +226,7 @@ def test_trends() -> None:
         (["--devices", "4.5"], "4.5 devices: whole numbers"),
         (["--devices", "12"], None),
         (["--devices", "6"], "6 devices: servers have"),
+        (["--devices", "344"], "344 devices are 258 servers"),
         (["--mbps", "fast"], "numbers with commas"),
         (["--intervals", "0"], "numbers above 0"),
         (["--seed", "-1"], "no whole number"),

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 #: native/caller.cc.
 REPEAT_S, LATE = 0.2, 3
 #: Rows that waiting calls may have to be computed at once, as in native/answerer.cc.
-MOST_TOGETHER = 1024
+MOST_ROWS = 1024
 
 
 class Callees(Protocol):
@@ -134,7 +134,7 @@ class Answering:
         taken, left, rows = [], [], 0
         for call in waiting:
             rows += call.rows
-            fits = not taken or rows <= MOST_TOGETHER
+            fits = not taken or rows <= MOST_ROWS
             (taken if call.layer == waiting[0].layer and fits else left).append(call)
         self._waiting[server] = left
         jobs = self._servers.answering(server, taken)
