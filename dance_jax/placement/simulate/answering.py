@@ -133,9 +133,12 @@ class Answering:
             return
         taken, left, rows = [], [], 0
         for call in waiting:
-            rows += call.rows
-            fits = not taken or rows <= MOST_ROWS
-            (taken if call.layer == waiting[0].layer and fits else left).append(call)
+            fits = not taken or rows + call.rows <= MOST_ROWS
+            if call.layer == waiting[0].layer and fits:
+                rows += call.rows
+                taken.append(call)
+            else:
+                left.append(call)
         self._waiting[server] = left
         jobs = self._servers.answering(server, taken)
         self._servers.at(self._servers.compute(server, now, jobs), self._answer, taken)
