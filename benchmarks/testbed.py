@@ -25,15 +25,9 @@ from benchmarks.command import EXAMPLES, exit_code, terminal
 from benchmarks.namespaces import leftovers
 from benchmarks.namespaces.bed import Testbed
 from benchmarks.namespaces.cores import MODES, QUOTA, describe, show_share
-from benchmarks.namespaces.hosts import (
-    HEAD,
-    MAX_HOSTS,
-    hosts_like,
-    parse_rate,
-    parse_seconds,
-    show_rate,
-)
+from benchmarks.namespaces.hosts import HEAD, MAX_HOSTS, hosts_like, parse_rate, show_rate
 from benchmarks.namespaces.machine import check_root
+from benchmarks.namespaces.temporary import add_round_trip
 from dance_jax.config import UserError
 from dance_jax.placement import Activations
 
@@ -83,13 +77,7 @@ def _add_up(up: argparse.ArgumentParser) -> None:
         default="500Mbps",
         help="of each link and direction, as 500Mbps, 500Mbit (the same) or none (%(default)s)",
     )
-    up.add_argument(
-        "--round-trip",
-        type=parse_seconds,
-        default=0.0,
-        metavar="TIME",
-        help="how much longer a message between two hosts and its answer take, as 10ms (0)",
-    )
+    add_round_trip(up)
     up.add_argument("--cores", choices=MODES, default=QUOTA, help="how shared out (%(default)s)")
     up.add_argument(
         "--like",

@@ -74,7 +74,8 @@ class ServerSpec:
     bandwidth: float | None = None
     #: The rate is to be measured before the start (`bandwidth=auto`).
     measure_bandwidth: bool = False
-    #: Seconds of a message to a server with the same round trip, and back; None when unknown.
+    #: Seconds of a round trip to a server of equal `round_trip`; None when unknown. Between two
+    #: servers it is the mean of both.
     round_trip: float | None = None
     #: Seconds of one expert call, a token through an expert, on one device; None when unknown.
     expert_time: float | None = None

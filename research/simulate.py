@@ -1,12 +1,12 @@
-"""Requests on clusters that are not here: the paper's servers, and its sweep to 256 devices.
+"""Simulates requests on clusters: the paper's servers, and its sweep to 256 devices.
 
     python research/simulate.py                          # routes and arrivals made here
     python research/simulate.py --sections parts         # half a minute
     python research/simulate.py --traces DIR --output OUT
     python research/simulate.py --sections sweep --devices 4,16 --mbps 100,1000
 
---traces: a directory with gpt_oss_20b_mmlu_pro.npz, azure_code.csv and azure_conv.csv. What is
-simulated, and what is assumed, is said in research/simulation and research/simulator.
+--traces: a directory with gpt_oss_20b_mmlu_pro.npz, azure_code.csv and azure_conv.csv.
+research/simulation and research/simulator say what is simulated and what is assumed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Iterable
 
-# Run as a script, only this folder would be searched.
+# A script only finds modules of its own folder.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 # Placements are solved on the CPU.
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -38,7 +38,7 @@ from research.simulation import clusters, plots, runs, tables
 from research.simulation.runs import Run, Sweep
 
 SECTIONS = ("parts", "recorded", "sweep")
-#: Columns of the terminal, where it does not say.
+#: Columns of a terminal of unknown width.
 WIDTH = 130
 
 
@@ -64,43 +64,45 @@ def parser() -> argparse.ArgumentParser:
         type=policies,
         default=tuple(POLICIES),
         metavar="A,B",
-        help="of parts and recorded (default: all)",
+        help="policies of parts and recorded (default: all)",
     )
     add(
         "--sweep-policies",
         type=policies,
         default=swept.policies,
         metavar="A,B",
-        help=f"of the sweep ({','.join(swept.policies)})",
+        help=f"policies of the sweep ({','.join(swept.policies)})",
     )
-    add("--devices", type=_devices, default=swept.devices, metavar="N,M", help="of the sweep")
+    sizes = ",".join(map(str, swept.devices))
+    use = f"devices of the sweep's clusters ({sizes})"
+    add("--devices", type=_devices, default=swept.devices, metavar="N,M", help=use)
     add(
         "--mbps",
         dest="bandwidths",
         type=_rates,
         default=swept.bandwidths,
         metavar="X,Y",
-        help="of the sweep's links (100,300,1000)",
+        help="rates of the sweep's links (100,300,1000)",
     )
     add(
         "--intervals",
         type=_positive,
         default=swept.intervals_s,
         metavar="X,Y",
-        help="of the sweep: mean seconds between two requests of a server (8,10,15)",
+        help="mean seconds between two requests of a server, in the sweep (8,10,15)",
     )
     add(
         "--requests",
         type=count,
         default=swept.requests,
-        help="each run of the sweep has at least this many (%(default)s)",
+        help="requests of each run of the sweep, at least (%(default)s)",
     )
     add(
         "--lock-step",
         action="store_true",
-        help=f"sweep servers in lock step too, to {clusters.MOST_DEVICES} devices",
+        help=f"sweep lock step too, up to {clusters.MOST_DEVICES} devices",
     )
-    jobs = "processes, each of which simulates one cluster of the sweep at a time (one per core)"
+    jobs = "processes that simulate clusters of the sweep, one cluster each at a time (%(default)s)"
     add("--jobs", type=count, default=os.cpu_count() or 1, metavar="N", help=jobs)
     add_seed(parser, "of tasks, requests and policies")
     return parser
@@ -110,7 +112,9 @@ def _positive(text: str) -> tuple[float, ...]:
     try:
         numbers = tuple(float(word) for word in text.split(","))
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r}: numbers with commas are needed") from error
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: numbers with commas between them are needed"
+        ) from error
     if not all(math.isfinite(number) and number > 0 for number in numbers):
         raise argparse.ArgumentTypeError(f"{text!r}: numbers above 0 are needed")
     return tuple(sorted(set(numbers)))
@@ -144,7 +148,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(options: argparse.Namespace, console: Console) -> None:
-    """Simulates the sections, printed as they come; writes the results."""
+    """Simulates the sections, prints each when it is done, and writes the results."""
     sections = _sections(options)
     check_folder(options)
     console.print(assumptions(), markup=False)
@@ -161,7 +165,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
 
 
 def assumptions() -> str:
-    """What the model leaves out and takes for granted."""
+    """The simplifications and assumptions of the simulation."""
     texts = (research.simulator.__doc__, research.simulation.__doc__)
     return "\n".join(text.strip() for text in texts if text) + "\n"
 
@@ -180,12 +184,12 @@ def _runs(section: str, options: argparse.Namespace) -> Iterable[Run]:
     if section == "recorded":
         return runs.recorded(options.traces, options.policies, options.seed, say)
     what = Sweep(
-        options.devices,
-        options.bandwidths,
-        options.intervals,
-        options.sweep_policies,
-        options.requests,
-        options.lock_step,
+        devices=options.devices,
+        bandwidths=options.bandwidths,
+        intervals_s=options.intervals,
+        policies=options.sweep_policies,
+        requests=options.requests,
+        lock_step=options.lock_step,
     )
     return runs.sweep(what, options.seed, say, options.jobs)
 
@@ -200,13 +204,13 @@ def _print(console: Console, section: str, measured: list[Run]) -> None:
 
 
 def write(directory: pathlib.Path, found: list[Run]) -> None:
-    """result.json."""
+    """Writes result.json."""
     plain = {"assumptions": assumptions(), "runs": [dataclasses.asdict(run) for run in found]}
     (directory / "result.json").write_text(json.dumps(plain, indent=1) + "\n")
 
 
 def draw(directory: pathlib.Path, section: str, measured: list[Run]) -> None:
-    """The plots of a section."""
+    """Draws the plots of a section."""
     if section == "sweep":
         plots.draw_sweep(measured, directory / "sweep.png")
         return

@@ -1,7 +1,7 @@
 """`make dist`: builds wheel and sdist into dist/, and tries both in empty environments.
 
-In each, `dance-jax plan` and the demo must run outside this checkout. With the wheel they must do so
-without a C++ compiler.
+In each, `dance-jax plan` and the demo must run outside this checkout; with the wheel, without a C++
+compiler.
 """
 
 from __future__ import annotations

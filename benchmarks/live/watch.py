@@ -23,7 +23,7 @@ from benchmarks.serving.http import request
 PREFIX = "dance_jax:"
 #: Of a step's time, as `engine.step_clock.StepClock` counts it.
 PARTS = ("schedule", "compute", "experts", "wait", "exchange", "output")
-#: Those in which nothing is moved or waited for.
+#: The parts in which nothing is sent or waited for.
 COMPUTING = ("schedule", "compute", "experts", "output")
 #: Seconds between two questions; for a migration.
 ASK_S, MOVE_S = 0.5, 300.0
@@ -41,8 +41,8 @@ class Sample:
     sent: list[float]
     #: The same through the hosts' interfaces; empty where there are none.
     wire: list[float]
-    #: Hidden states sent; tokens of each layer that had any of their calls elsewhere; hidden states
-    #: of all servers through the busiest link of each layer; tokens.
+    #: Hidden states sent; pairs of token and layer with any call elsewhere; hidden states of all
+    #: servers through the busiest link of each layer; tokens.
     transfers: list[float]
     away: list[float]
     busiest: list[float]
@@ -52,8 +52,8 @@ class Sample:
     bucket_steps: dict[str, list[float]]
     #: Positions that tokens attended to.
     positions: list[float]
-    #: Expert calls that its devices computed; messages with calls that it sent, and those that it
-    #: answered; rows in them; calls that were late, and went to others too.
+    #: Expert calls that its devices computed; messages with calls that it sent or answered; rows in
+    #: them; late calls that it repeated to other holders.
     served: list[float]
     messages: list[float]
     rows: list[float]

@@ -12,8 +12,8 @@ its link has the rate in each direction. The bridge is in the namespace of one m
 where the person who launches sits: not shaped, with the one key that the others accept. Nothing
 leads from there to the network of this machine. All hosts see this machine's files, but for /run.
 
-With `--round-trip 10ms` hosts are that much further from each other: a process on the head holds
-every frame back (`delay`). It is fast enough for tokens and prompts, not for what fills a link.
+`--round-trip 10ms` adds as much to the round trip between hosts: a process on the head delays every
+frame (`delay`). It keeps up with tokens and prompts, but not with traffic that fills a link.
 
 A rate is of packets with their headers. The counters see packets before they are cut to the link's
 size, so that up to 4 % of headers are missing there. Other benchmarks use `Testbed`:

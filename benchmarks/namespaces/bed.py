@@ -67,7 +67,7 @@ _JOIN_CGROUP = 'echo $$ > "$1" || exit 1; shift; exec "$@"'
 
 
 def burst_bytes(rate: int) -> int:
-    """What a link of so many bits a second that rests takes at once."""
+    """The bytes that an idle link of `rate` bits per second takes at once."""
     return max(PACKET_BYTES, round(rate / 8 * BURST_S))
 
 
@@ -105,7 +105,7 @@ class Testbed:
             hosts: see `hosts_like`.
             rate: bits per second of every link in each direction; None: not shaped.
             cores: quota (pin where the system has none), pin or none.
-            round_trip: seconds that a message to another host and its answer take longer.
+            round_trip: seconds that are added to the round trip between two hosts.
 
         Raises:
             UserError: it is up already, or the machine lacks something.
@@ -292,7 +292,7 @@ class Testbed:
             self._switch_on(host.name, "eth0", host.address)
 
     def _hold_back(self, seconds: float) -> None:
-        """Puts a distance between each host and the bridge, of so many seconds in each direction.
+        """Delays all frames between each host and the bridge by `seconds` in each direction.
 
         A process on the head passes frames on; it ends with the testbed.
         """
@@ -302,7 +302,10 @@ class Testbed:
         process = self.exec(HEAD, command, stdout=subprocess.PIPE, start_new_session=True)
         assert process.stdout is not None
         if process.stdout.readline().strip() != b"ready":
-            raise UserError("links cannot be made longer: /dev/net/tun is not usable here")
+            raise UserError(
+                "--round-trip: frames cannot be delayed, because this machine has no usable "
+                "/dev/net/tun"
+            )
         for host, name in zip(self.hosts, names, strict=True):
             near = f"near{name}"
             run(*f"ip -n {head} link add {near} type bridge mcast_snooping 0".split())

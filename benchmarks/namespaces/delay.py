@@ -1,10 +1,10 @@
-"""Holds frames back on their way between a host and the bridge: a distance that this machine lacks.
+"""Delays frames between a host and the bridge, as if the host were far away.
 
     python -m benchmarks.namespaces.delay SECONDS NAME ...    # in the head's namespace
 
-For each name it makes the interfaces NAMEa and NAMEb, prints "ready", and passes every frame that
-comes to one of them to the other, SECONDS later and in its order. The interfaces go with it.
-(The kernel's own way, netem, is a module that many systems lack.)
+Makes the interfaces NAMEa and NAMEb for each name, prints "ready", and passes every frame from one
+of the pair to the other, SECONDS later and in order. The interfaces vanish when the process ends.
+(The kernel's own netem is a module that many systems lack.)
 """
 
 from __future__ import annotations
@@ -20,31 +20,31 @@ import time
 
 #: Of linux/if_tun.h.
 _TUNSETIFF, _IFF_TAP, _IFF_NO_PI = 0x400454CA, 0x0002, 0x1000
-#: Bytes of a frame at most, on links of 1,500 bytes.
+#: Most bytes of a frame, on links with an MTU of 1,500 bytes.
 _FRAME = 2048
 
 
 def _tap(name: str) -> int:
-    """A new interface: what it sends can be read, what is written it receives."""
+    """Makes an interface; returns a file to read what it sends, and to write what it receives."""
     opened = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
     fcntl.ioctl(opened, _TUNSETIFF, struct.pack("16sH", name.encode(), _IFF_TAP | _IFF_NO_PI))
     return opened
 
 
 def _write(tap: int, frame: bytes) -> None:
-    """An interface that is full or down loses the frame, as any does."""
+    """Writes a frame; it is lost if the interface is full or down, as on real ones."""
     with contextlib.suppress(OSError):
         os.write(tap, frame)
 
 
 def main(seconds: float, names: list[str]) -> None:
-    """Passes frames on until it is ended."""
+    """Passes frames on until the process ends."""
     other: dict[int, int] = {}
     for name in names:
         one, two = _tap(f"{name}a"), _tap(f"{name}b")
         other |= {one: two, two: one}
     print("ready", flush=True)
-    # All wait equally long, so they leave in the order in which they came.
+    # All frames wait equally long, so they leave in the order in which they came.
     waiting: collections.deque[tuple[float, int, bytes]] = collections.deque()
     while True:
         left = None if not waiting else max(0.0, waiting[0][0] - time.monotonic())

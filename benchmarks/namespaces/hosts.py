@@ -58,18 +58,20 @@ def parse_rate(text: str) -> int | None:
 
 
 def parse_seconds(text: str) -> float:
-    """Seconds of `10ms`, `250us` or `1s`.
+    """The seconds of a time such as `10ms`, `250us` or `1s`.
 
     >>> parse_seconds("10ms")
     0.01
 
     Raises:
-        argparse.ArgumentTypeError: it is none of them, or more than 10 s.
+        argparse.ArgumentTypeError: it is not such a time, or is above 10 s.
     """
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)(us|ms|s)", text)
     seconds = float(match[1]) * {"us": 1e-6, "ms": 1e-3, "s": 1.0}[match[2]] if match else -1.0
     if not 0 <= seconds <= 10:
-        raise argparse.ArgumentTypeError(f"{text!r} is no time up to 10s, as 10ms or 250us")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a time from 0s to 10s, such as 10ms or 250us"
+        )
     return seconds
 
 

@@ -21,14 +21,19 @@ def add_testbed(parser: argparse.ArgumentParser, name: str) -> None:
     """Options --cores, --round-trip and --name, the latter by default `name`."""
     add = parser.add_argument
     add("--cores", choices=MODES, default=QUOTA, help="of the testbed's hosts (%(default)s)")
-    add(
+    add_round_trip(parser)
+    add("--name", default=name, help="of the testbed that is made (%(default)s)")
+
+
+def add_round_trip(parser: argparse.ArgumentParser) -> None:
+    """Option --round-trip."""
+    parser.add_argument(
         "--round-trip",
         type=parse_seconds,
         default=0.0,
         metavar="TIME",
-        help="how much longer a message between two hosts and its answer take, as 10ms (0)",
+        help="added to the round trip between two hosts, e.g. 10ms (0)",
     )
-    add("--name", default=name, help="of the testbed that is made (%(default)s)")
 
 
 def add_bed(parser: argparse.ArgumentParser) -> None:

@@ -77,8 +77,8 @@ class Engine:
             experts answer calls.
         free_memory: bytes of each device's memory that nothing uses, before anything is loaded
             there; None: enough.
-        order: of all servers, as this one prefers to call them (`visit.preferences`); None: by
-            number.
+        order: all servers in the order in which this one prefers to call them
+            (`visit.preferences`); None: by number.
     """
 
     def __init__(

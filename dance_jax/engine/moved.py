@@ -34,10 +34,11 @@ def seconds_per_byte(moved: Moved) -> float | None:
 
 
 def seconds_per_call(moved: Moved, byte_s: float | None) -> float | None:
-    """What a call takes beside its bytes, in the mean; None: too few are known.
+    """Mean seconds of a call without those of its bytes; None if there were too few calls.
 
     Args:
-        byte_s: of `seconds_per_byte`, or known otherwise; None: bytes take no time.
+        moved: what calls moved.
+        byte_s: seconds of a byte, e.g. from `seconds_per_byte`; None: bytes take no time.
     """
     if moved.calls < LEAST_CALLS:
         return None

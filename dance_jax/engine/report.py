@@ -7,7 +7,7 @@ import numpy as np
 
 from dance_jax.models.counters import PeerCounters, Sums
 
-#: Of `EngineStats.step_rows`: the largest steps are all of the last size.
+#: Length of `EngineStats.step_rows`; the last entry takes all larger steps.
 STEP_SIZES = 16
 
 
@@ -28,7 +28,7 @@ class EngineStats(msgspec.Struct):
     top_k: int
     #: Bytes of the live expert pool of each device.
     pool_bytes: list[int]
-    #: Of steps with up to 2^i rows, and more than 2^(i - 1): how many, and their rows.
+    #: Entry i: the number of steps with more than 2^(i - 1) and up to 2^i rows, and their rows.
     step_rows: list[tuple[int, int]] = []
     #: As in `EngineReport`.
     rows: int = 0
@@ -84,7 +84,7 @@ class EngineReport(msgspec.Struct):
     #: layer and step; see `traffic.Totals`.
     rows: int = 0
     busiest_rows: int = 0
-    #: Positions that tokens attended to, each its own and all before it.
+    #: Positions that tokens attended to: each token's own and all before it.
     positions: int = 0
     #: Steps by what was compiled for them, "decode rows+slice rows".
     bucket_steps: dict[str, int] = {}
@@ -92,7 +92,8 @@ class EngineReport(msgspec.Struct):
     #: devices' seconds in them, together; 0 where it is not counted: without the C++ library.
     calls_served: int = 0
     expert_seconds: float = 0.0
-    #: Of expert calls and layers; and of each server, by rank, empty where servers step together.
+    #: Sums over expert calls and layers; counters of each server by rank, empty if servers step
+    #: together.
     sums: Sums = msgspec.field(default_factory=Sums)
     peers: list[PeerCounters] = []
     #: Sequences that failed in a step for want of an expert, each time anew; and those that wait

@@ -122,8 +122,8 @@ class Runner:
         state_copies: see kv_cache.py.
         transport: carries rows between servers that step together, of one kind on all of them;
             None: each steps on its own, and experts answer calls.
-        order: of all servers, as this one prefers to call them (`visit.preferences`); None: by
-            number.
+        order: all servers in the order in which this one prefers to call them
+            (`visit.preferences`); None: by number.
     """
 
     def __init__(

@@ -27,7 +27,7 @@ class Totals:
     #: int64 [n], payload bytes to and from each server.
     bytes_sent: np.ndarray
     bytes_received: np.ndarray
-    #: Of calls and layers; of each server, and empty where servers step together.
+    #: Sums over calls and layers; counters of each server, empty if servers step together.
     sums: Sums = dataclasses.field(default_factory=Sums)
     peers: tuple[PeerCounters, ...] = ()
 

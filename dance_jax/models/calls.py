@@ -43,8 +43,8 @@ _OWN_SUMS, _MOVED = len(dataclasses.fields(Sums)) - 1, len(dataclasses.fields(Mo
 
 
 def check_named(order: Sequence[int], layers: int, experts: int) -> None:
-    """Raises ValueError where there are more of them than a call can name, or servers are not each
-    listed once."""
+    """Raises ValueError if there are more servers, layers or experts than a call can name, or if
+    the order does not list each server once."""
     servers = len(order)
     places(np.array(order))
     if servers > _MOST_SERVERS or max(layers, experts) > _MOST_NAMED:
@@ -157,7 +157,8 @@ class CallServer:
 
     Args:
         rank: this server's.
-        order: of all servers, as this one prefers to call them (placement/visit.py).
+        order: all servers in the order in which this one prefers to call them
+            (placement/visit.py).
         layers: with routed experts, of so many `experts` each.
         wire: type in which hidden states travel.
         most_rows: of a call: tokens of one device in a step.

@@ -69,8 +69,8 @@ class Sums:
     layers: float = 0.0
     local_s: float = 0.0
     waited_s: float = 0.0
-    #: Layers of own steps of which any row has calls that leave this server, once in a step; and
-    #: these rows. Of servers that step together, too.
+    #: Layers of own steps in which any row has calls that leave this server, and the number of
+    #: these rows. Counted also if servers step together.
     layers_waited: float = 0.0
     rows_away: float = 0.0
     served_s: float = _metric("Time in which experts were computed for other servers")

@@ -55,14 +55,14 @@ class HostRows(NamedTuple):
 
 @functools.lru_cache(maxsize=1 << 16)
 def choose(holders: tuple[int, ...], order: tuple[int, ...]) -> tuple[int, ...]:
-    """The server that is asked for each of a row's experts, as placement/visit.py has it.
+    """The server that computes each of a row's experts, by the rule of placement/visit.py.
 
     Args:
-        holders: of each expert, a bitmask.
-        order: all servers, as the caller prefers to call them.
+        holders: a bit mask of servers for each expert.
+        order: all servers in the order in which the caller prefers to call them.
 
     Returns:
-        -1 where nobody holds the expert.
+        A server for each expert; -1 if no server holds it.
     """
     found = [-1] * len(holders)
     while True:

@@ -34,7 +34,7 @@ class CallSpec:
     """
 
     rank: int
-    #: Of all servers, as this one prefers to call them (placement/visit.py).
+    #: All servers in the order in which this one prefers to call them (placement/visit.py).
     order: tuple[int, ...]
     #: With routed experts, of so many `experts` each.
     layers: int
@@ -85,7 +85,7 @@ class HostState:
         self._peers = [PeerCounters() for _ in range(spec.servers)]
         self._rows = np.zeros((spec.layers, spec.servers), np.int64)
         self._sums = Sums()
-        #: The last step in which a layer waited for others, by layer.
+        #: For each layer, the last step in which it waited for other servers.
         self._waited = [-1] * spec.layers
         #: Of a trace; most is 0 where nobody wants one.
         self._events: list[TraceEvent] = []
@@ -139,7 +139,7 @@ class HostState:
             self._rows[layer, peer] += rows
 
     def count_away(self, layer: int, rows: int) -> None:
-        """So many rows of a layer of the step that runs have calls that leave this server."""
+        """Counts rows, of a layer of the current step, with calls that leave this server."""
         with self._lock:
             new = self._waited[layer] != self.step
             _add(self._sums, {"layers_waited": new, "rows_away": rows})

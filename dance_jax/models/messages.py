@@ -46,13 +46,13 @@ class Incoming(NamedTuple):
 
 
 class Exchanged(NamedTuple):
-    """What one layer's exchange reports; known alike to all servers, but for `away`."""
+    """What one layer's exchange reports; the same on all servers, except `away`."""
 
     #: int32 [n, n], rows sent from server (first axis) to server (second axis).
     rows: Array
     #: int32 [n, n], payload bytes from server to server, sums included.
     bytes: Array
-    #: int32 [], this server's own rows that went to any other.
+    #: int32 [], rows of this server that went to any other server.
     away: Array
     #: int32 [], the most work that a server has; the batch of experts that all are ready to put in
     #: place, 0 where they do not name the same (`agree`).

@@ -28,8 +28,8 @@ class Placement:
 
     #: bool [servers, MoE layers, experts].
     resident: np.ndarray
-    #: No placement in the same slots has a greater `local_share` of the counts it was made from;
-    #: None: not known.
+    #: The greatest `local_share`, of the counts that it was made from, that any placement in the
+    #: same slots can have; None if it is not known.
     upper_bound: float | None = None
 
     def __post_init__(self):
@@ -51,14 +51,14 @@ class Placement:
 
     @classmethod
     def of_lists(cls, resident: Sequence[Sequence[Sequence[int]]], experts: int) -> Placement:
-        """From ids of the experts that each server holds.
+        """Makes a placement from the ids of the experts that each server holds.
 
         Args:
-            resident: [servers][layers], in any order.
-            experts: of a layer.
+            resident: [servers][layers], ids in any order.
+            experts: number of experts of a layer.
 
         Raises:
-            UserError: there is no such expert.
+            UserError: an id is not that of an expert.
         """
         found = np.zeros((len(resident), len(resident[0]), experts), bool)
         for server, held in enumerate(resident):
@@ -72,7 +72,7 @@ class Placement:
         return cls(found)
 
     def validate(self, capacities: Sequence[int] | np.ndarray | None = None) -> None:
-        """Checks coverage and, where given, that no server exceeds its capacity.
+        """Checks that every expert is on a server and, if given, that no capacity is exceeded.
 
         Args:
             capacities: int [servers], expert slots.
@@ -100,9 +100,9 @@ class Placement:
                 raise UserError(f"placement: server {n} holds {held} experts in {slots} slots")
 
     def local_shares(self, counts: np.ndarray) -> np.ndarray:
-        """Predicted share of expert calls served at home per server, float64 [servers].
+        """Predicted share of each server's expert calls that are served at home: float64 [servers].
 
-        A server without any count is taken to use all experts equally.
+        A server without counts is taken to use all experts equally.
 
         Args:
             counts: [servers, layers, experts], expert calls of the requests of each server.
@@ -115,43 +115,20 @@ class Placement:
         return (counts * self.resident).sum((1, 2)) / counts.sum((1, 2))
 
     def local_share(self, counts: np.ndarray) -> float:
-        """Predicted share of all expert calls served at home; servers weigh by their counts."""
+        """Predicted share of all expert calls that are served at home."""
         shares = self.local_shares(counts)
         totals = np.asarray(counts, np.float64).sum((1, 2))
         return float(shares.mean() if totals.sum() == 0 else shares @ totals / totals.sum())
 
     def traffic(self, routes: Routes, order: np.ndarray | None = None) -> Traffic:
-        """All flows on routes (per server int [tokens, layers, k]); see `Traffic`.
+        """Where the expert calls of routes go; see `Traffic`.
 
         Args:
+            routes: per server int [tokens, layers, k].
             order: int [servers, servers], see `visit.preferences`; None: all servers are equal.
         """
         self.validate()
         return measure(self.resident, routes, order)
-
-    def remote(self, routes: Routes) -> float:
-        """Share of expert calls that leave the server, mean over servers."""
-        return self.traffic(routes).remote
-
-    def any_miss(self, routes: Routes) -> float:
-        """Share of (token, layer) with any call that leaves the server, mean over servers."""
-        return self.traffic(routes).any_miss
-
-    def transfers(self, routes: Routes) -> float:
-        """Remote servers a token visits per layer, mean over layers and servers."""
-        return self.traffic(routes).transfers
-
-    def busiest(self, routes: Routes) -> float:
-        """Hidden states through the busiest server and direction of a layer, mean over layers."""
-        return self.traffic(routes).busiest
-
-    def load(self, routes: Routes, devices: Sequence[int] | None = None) -> float:
-        """Largest share of a layer's calls on one device, mean over layers; devices default 1."""
-        return self.traffic(routes).load(devices)
-
-    def device(self, routes: Routes, devices: Sequence[int] | None = None) -> float:
-        """Largest share of all layers' calls on one device; devices default 1."""
-        return self.traffic(routes).device(devices)
 
     def layer_time(
         self,
@@ -163,7 +140,7 @@ class Placement:
         return self.traffic(routes, cost.preferences()).layer_time(cost, weights)
 
     def moved(self, previous: Placement) -> int:
-        """Experts that servers must load which they do not hold under `previous`."""
+        """The number of experts that servers must load if `previous` is in force."""
         if previous.resident.shape != self.resident.shape:
             raise UserError(
                 f"placements of shape {previous.resident.shape} and {self.resident.shape}"
@@ -195,11 +172,11 @@ class Placement:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Layout:
-    """Where on each server a resident expert lies. Local device numbers start at 0 per server."""
+    """The device and slot of each resident expert. Each server counts its devices from 0."""
 
-    #: int32 [servers, layers, experts], local device of the expert on the server, -1: not there.
+    #: int32 [servers, layers, experts], local device of the expert, -1 if it is not resident.
     device_of: np.ndarray
-    #: int32 [servers, layers, experts], slot on that device, -1: not there.
+    #: int32 [servers, layers, experts], slot on that device, -1 if it is not resident.
     slot_of: np.ndarray
     #: Devices of each server.
     devices: tuple[int, ...]
@@ -222,7 +199,7 @@ class Layout:
         return np.multiply(self.devices, np.subtract(self.slots_per_device, self.spare))
 
     def experts_of(self, server: int, device: int) -> np.ndarray:
-        """What each slot of a device holds: int32 [slots, 2] of (layer, expert), -1 where empty."""
+        """What each slot of a device holds: int32 [slots, 2] of (layer, expert), -1 if empty."""
         table = np.full((self.slots_per_device[server], 2), -1, np.int32)
         layer_expert = np.argwhere(self.device_of[server] == device)
         table[self.slot_of[server][tuple(layer_expert.T)]] = layer_expert
@@ -247,9 +224,9 @@ class Layout:
 
 
 def _expected_calls(resident_nle: np.ndarray, counts_nle: np.ndarray) -> np.ndarray:
-    """Calls each server is expected to run, float64 [n, l, e]: its own and a share of others'.
+    """Expert calls that each server is expected to run: float64 [n, l, e].
 
-    A server that lacks the expert sends its calls to one of the holders; each is as likely.
+    These are its own, and an equal share of the calls of servers that lack the expert.
     """
     away_le = (counts_nle * ~resident_nle).sum(0)
     holders_le = np.maximum(resident_nle.sum(0), 1)
@@ -266,11 +243,11 @@ def _spread(
         arriving_nle: bool, experts that need a device.
         calls_nle: float32, expected calls of each expert on each server.
         load_nld: float32, calls of the experts that are on the devices already.
-        free_nd: int32, slots of each device for those that arrive; 0 where there is no device.
+        free_nd: int32, slots of each device for arriving experts; 0 where there is no device.
 
     Returns:
-        device_nle, and number_nle: which of those that arrive on its device an expert is, from 0,
-        in order of layers; int32 both, -1 where nothing arrives.
+        device_nle, and number_nle, which numbers the arriving experts of each device from 0 in
+        order of layers; int32 both, -1 where no expert arrives.
     """
     experts = arriving_nle.shape[2]
     max_devices = free_nd.shape[1]
@@ -283,7 +260,7 @@ def _spread(
 
         def one_layer(filled_d, layer):
             arriving_e, calls_e, order_e, load_d, later = layer
-            # What later layers must find on every device stays free, unless there is room.
+            # Later layers keep their share of every device's slots.
             limit_d = free_d - later * free_d // free
 
             def one_expert(i, state):
@@ -343,17 +320,17 @@ def device_slots(
     previous: Layout | None = None,
     spare: Sequence[int] | np.ndarray | int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Device and slot of every resident expert, of any number of servers.
+    """The device and slot of every resident expert, on any number of servers.
 
-    Lock step waits for the busiest device of each layer, so every layer is balanced on its own:
-    its experts, most called first, each go to the device with the least calls of this layer
-    (ties: most free slots, lowest number) that can take one and still leaves later layers
-    their share of its slots. Slots are filled from 0 in order of layers.
+    A layer waits for its busiest device, so every layer is balanced on its own: its experts, most
+    called first, each go to the device with the fewest calls of this layer that has room for one
+    and still leaves later layers their share of its slots. Ties go to the device with most free
+    slots, then to the lowest number. Slots are filled from 0 in order of layers.
 
-    Where `previous` is given, experts that stay on a server stay where they are, and count as calls
-    of their devices. The others are balanced around them. They take the slots that are empty in
-    `previous`, in order, and only then those that departing experts leave: the result is a final
-    state, and which slots a migration on the way there uses is up to `migration.batches`.
+    With `previous`, experts that stay on a server keep device and slot, and their calls count on
+    their devices. Arriving experts are balanced around them. They take the slots that are empty in
+    `previous`, in order, and only then those of departing experts. The result is the final state;
+    `migration.batches` decides which slots are used on the way.
 
     Args:
         placement: covers all experts; a server's experts fit into devices x (slots - spare).
@@ -361,14 +338,15 @@ def device_slots(
         slots_per_device: int [servers], expert slots of each device of a server.
         counts: [servers, layers, experts] expert calls of each server's requests; None: equal.
         previous: the layout in force, of the same devices and slots.
-        spare: int [servers] or of all, slots of each device that arriving experts leave empty.
+        spare: int [servers] or one int for all, slots of each device that arriving experts
+            leave empty.
 
     Returns:
         `Layout.device_of` and `Layout.slot_of`.
 
     Raises:
-        UserError: a server has no device, or holds more than its slots; counts or `previous` do
-            not fit.
+        UserError: a server has no device, or holds more experts than slots; counts or `previous`
+            are of other shapes.
     """
     num_servers = placement.num_servers
     devices_n, slots_n = np.asarray(devices, np.int32), np.asarray(slots_per_device, np.int32)
@@ -410,12 +388,12 @@ def device_slots(
 def _arrival_slots(
     device_nle: np.ndarray, number_nle: np.ndarray, stays_nle: np.ndarray, before: Layout
 ) -> np.ndarray:
-    """Slots of the experts that arrive, int32 [n, l, e]; -1: it does not.
+    """Slots of arriving experts: int32 [n, l, e], -1 for all others.
 
     Args:
-        device_nle, number_nle: of `_spread`.
+        device_nle, number_nle: as `_spread` returns them.
         stays_nle: bool, experts that keep device and slot.
-        before: where those are, and what else lies in slots.
+        before: the layout in force.
     """
     slot_nle = np.full_like(number_nle, -1)
     for server, devices in enumerate(before.devices):
@@ -430,14 +408,14 @@ def _arrival_slots(
 
 
 def _balanced_calls(resident_nle: np.ndarray, counts: np.ndarray | None) -> np.ndarray:
-    """What `spread` balances, float64 [n, l, e]; raises what it raises about counts."""
+    """The expert calls that `spread` balances: float64 [n, l, e]; raises UserError as it does."""
     shape = resident_nle.shape
     counts_nle = np.ones(shape) if counts is None else np.asarray(counts, np.float64)
     if counts_nle.shape != shape:
         raise UserError(f"spread: counts {counts_nle.shape} do not fit placement {shape}")
     if not np.isfinite(counts_nle).all() or (counts_nle < 0).any():
-        raise UserError("spread: counts are not finite or negative")
-    # Without calls all experts of a server's layer count the same.
+        raise UserError("spread: counts are negative or not finite")
+    # A server without calls in a layer is taken to use all its experts equally.
     silent_nl1 = counts_nle.sum(2, keepdims=True) == 0
     return _expected_calls(resident_nle, np.where(silent_nl1, 1.0, counts_nle))
 

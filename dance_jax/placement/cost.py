@@ -1,4 +1,7 @@
-"""What a placement costs: predicted seconds of a layer, in each way in which servers can work."""
+"""What a placement costs: the parts of a layer's predicted time, for either exchange.
+
+`CallCost` is for servers that step on their own, `LockStepCost` for servers that step together.
+"""
 
 from __future__ import annotations
 
@@ -14,36 +17,39 @@ from dance_jax.config import UserError
 from dance_jax.placement import times
 from dance_jax.placement.visit import preferences
 
-#: The weight of a transfer where nothing is known, in hidden states through the busiest link.
+#: Weight of a transfer where no rate is known, in hidden states through the busiest link.
 REFERENCE_TRANSFER = 0.3
-#: A step of this many rows, a slice of a prompt, for each REFERENCE_STEPS steps of one row, where
-#: nothing is known: a request with a prompt about as long as its answer.
+#: Where nothing is known of steps, one of REFERENCE_SLICE rows, a slice of a prompt, is assumed for
+#: every REFERENCE_STEPS steps of one row: requests whose prompt is about as long as their answer.
 REFERENCE_SLICE = REFERENCE_STEPS = 64
-#: Part of the time in which the mean device computes, where nothing is known.
+#: Fraction of the time in which the mean device computes, where it is not known.
 REFERENCE_BUSY = 0.5
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Cost(abc.ABC):
-    """Seconds of what a layer is made of, and how they make its time.
+    """Seconds that the parts of a layer take on each server, and the formula of the layer's time.
 
     Raises:
-        UserError: a number is negative or not finite, or the numbers of servers disagree.
+        UserError: a number is negative or not finite, or fields disagree on the number of servers.
     """
 
     #: float64 [servers]: seconds that a hidden state occupies the link of a server in one
-    #: direction, its partial sum on the way back included (2 x bytes / bandwidth).
+    #: direction, including its partial sum on the way back (2 x bytes / bandwidth).
     state: np.ndarray
     #: float64 [servers]: seconds of one expert call on one device of a server.
     call: np.ndarray
     #: int64 [servers]: devices of each server, which share its calls evenly.
     devices: np.ndarray
-    #: int32 [servers, servers]: in which order each server calls the others; None: as this cost
-    #: predicts, see `preferences`.
+    #: int32 [servers, servers]: the order in which each server calls the others; None: the order
+    #: that this cost predicts, see `preferences`.
     order: np.ndarray | None = None
 
-    #: Servers step together: a layer's time is that of blocks in which all of them have tokens.
+    #: Servers step together: the time of a layer is that of blocks in which every server has
+    #: tokens.
     together: ClassVar[bool]
+    #: Fields with one number per server, besides `devices`.
+    _per_server: ClassVar[tuple[str, ...]] = ("state", "call")
 
     def __post_init__(self):
         devices = np.asarray(self.devices)
@@ -55,57 +61,51 @@ class Cost(abc.ABC):
             value = np.asarray(getattr(self, field.name), float)
             if not (np.isfinite(value) & (value >= 0)).all():
                 raise UserError(f"cost: {field.name} must be finite and at least 0; got {value}")
-            if field.type == "np.ndarray":
+            if field.name in self._per_server:
+                if value.shape != devices.shape:
+                    raise UserError(
+                        f"cost: {field.name} {value.shape} and devices {devices.shape} need "
+                        "one number per server each"
+                    )
                 object.__setattr__(self, field.name, value)
-        for name in self._per_server:
-            if getattr(self, name).shape != devices.shape:
-                raise UserError(
-                    f"cost: {name} {getattr(self, name).shape} and devices {devices.shape} need "
-                    "one number per server each"
-                )
         object.__setattr__(self, "devices", devices.astype(np.int64))
 
     @property
-    def _per_server(self) -> tuple[str, ...]:
-        """Fields with one number per server."""
-        return ("state", "call")
-
-    @property
     def servers(self) -> int:
-        """How many there are."""
+        """The number of servers."""
         return len(self.devices)
 
     @abc.abstractmethod
     def times(self, weights: np.ndarray, dtype: Any = np.float32) -> times.Times:
-        """The formula of this cost.
+        """The formula of this cost, for jit.
 
         Args:
             weights: float [servers], tokens of each server per token of the mean server; 0 for
-                servers without any.
+                servers without tokens.
             dtype: of its numbers.
         """
 
     def preferences(self) -> np.ndarray:
-        """In which order each server prefers to call the others: int32 [servers, servers]."""
+        """The order in which each server prefers to call the others: int32 [servers, servers]."""
         if self.order is not None:
             return self.order
         return call_order(self.state, self.call, self._round)
 
     @property
     def _round(self) -> np.ndarray | None:
-        """`CallCost.round`; None: servers do not call each other."""
+        """`CallCost.round`; None in lock step."""
         return None
 
     @classmethod
     def of_links(
         cls, state: Sequence[float] | np.ndarray, devices: Sequence[int] | np.ndarray, k: int
     ) -> Self:
-        """`reference`, on links of unequal speed: their mean takes the place of its unit.
+        """As `reference`, in seconds: links may be unequal, and the mean link is the unit.
 
         Args:
             state: float [servers], as in `Cost`.
             devices: int [servers].
-            k: experts a token chooses in a layer.
+            k: experts that a token chooses in a layer.
         """
         state_n, unit = np.asarray(state, float), float(np.mean(state))
         call_n = np.full(len(state_n), unit / (k * len(state_n)))
@@ -115,18 +115,18 @@ class Cost(abc.ABC):
     @classmethod
     @abc.abstractmethod
     def _besides(cls, unit: float, servers: int) -> dict[str, Any]:
-        """The other fields in `of_links`, where a hidden state takes `unit` on the mean link."""
+        """Values of the other fields for `of_links`; `unit` is a hidden state on the mean link."""
 
     @classmethod
     def reference(cls, devices: Sequence[int] | np.ndarray, k: int) -> Self:
-        """Weights where nothing is known, in hidden states through a link.
+        """The cost where nothing is known; its unit is one hidden state through a link.
 
-        All links and all devices are equal, and one device that computed all calls of a layer would
-        take as long as one state of each token.
+        All links are equal and so are all devices. A device that computed every call of a layer
+        would take as long as one hidden state of each token.
 
         Args:
             devices: int [servers].
-            k: experts a token chooses in a layer.
+            k: experts that a token chooses in a layer.
         """
         return cls.of_links(np.ones(len(devices)), devices, k)
 
@@ -134,10 +134,11 @@ class Cost(abc.ABC):
 def call_order(
     state_n: np.ndarray, call_n: np.ndarray, round_n: np.ndarray | None = None
 ) -> np.ndarray:
-    """In which order each server prefers to call the others: the shortest call of one expert first.
+    """The order in which each server prefers to call the others: the quickest expert call first.
 
     Args:
-        state_n, call_n, round_n: float [servers], as in `Cost` and `CallCost`; None: no round.
+        state_n, call_n, round_n: float [servers], as in `Cost` and `CallCost`; None: round trips
+            take no time.
 
     Returns:
         int32 [servers, servers], see `visit.preferences`.
@@ -149,29 +150,26 @@ def call_order(
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class CallCost(Cost):
-    """Of servers that step on their own and call each other's experts.
+    """The cost of servers that step on their own and call each other's experts.
 
-    What waits is a step of a server: in each layer in which any of its rows misses an expert, for
-    the slowest of the servers that it calls; see `times.CallTimes`.
+    In each layer in which any row of a step misses an expert, the step waits for the slowest of the
+    servers that it calls; see `times.CallTimes`.
     """
 
-    #: float64 [servers]: seconds of a call and its answer without their bytes and what is computed;
-    #: between two servers it is the sum of both.
+    #: float64 [servers]: the server's part in the seconds of a call and its answer, without their
+    #: bytes and the computation. Between two servers it is the sum of both parts.
     round: np.ndarray
-    #: Numbers of rows, and how many steps have so many, in any unit.
+    #: Pairs of a number of rows and how many steps have that many rows, in any unit.
     rows: tuple[tuple[float, float], ...] = (
         (1, REFERENCE_STEPS / (REFERENCE_STEPS + 1)),
         (REFERENCE_SLICE, 1 / (REFERENCE_STEPS + 1)),
     )
-    #: Part of the time in which the mean device computes, and the mean link moves bytes; from 0 to
-    #: 1. Calls wait for others the longer the more there is of it.
+    #: Fraction of the time, from 0 to 1, in which the mean device computes, and the mean link moves
+    #: bytes. The larger it is, the longer calls queue.
     busy: float = REFERENCE_BUSY
 
     together: ClassVar[bool] = False
-
-    @property
-    def _per_server(self) -> tuple[str, ...]:
-        return (*super()._per_server, "round")
+    _per_server: ClassVar[tuple[str, ...]] = ("state", "call", "round")
 
     @property
     def _round(self) -> np.ndarray:
@@ -179,14 +177,14 @@ class CallCost(Cost):
 
     def __post_init__(self):
         super().__post_init__()
-        if not self.rows or any(rows < 1 for rows, _ in self.rows):
+        if any(rows < 1 for rows, _ in self.rows) or not sum(steps for _, steps in self.rows):
             raise UserError(f"cost: steps of at least one row are needed; got {self.rows}")
         if not self.busy <= 1:
             raise UserError(f"cost: busy is from 0 to 1; got {self.busy}")
 
     @classmethod
     def _besides(cls, unit: float, servers: int) -> dict[str, Any]:
-        """A round takes as long as a hidden state."""
+        """A round trip takes as long as a hidden state."""
         return {"round": np.full(servers, unit / 2)}
 
     def times(self, weights: np.ndarray, dtype: Any = np.float32) -> times.CallTimes:
@@ -204,32 +202,30 @@ class CallCost(Cost):
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class LockStepCost(Cost):
-    """Of servers that do every step together, each waiting in each layer for the slowest part.
+    """The cost of servers that do every step together: all wait for the slowest part of a layer.
 
-    The time of a layer is what passes through the busiest link direction, what the busiest device
-    computes, what every transfer costs besides, and a fixed part; see `times.LockStepTimes`.
+    The time of a layer is that of the busiest link direction, of the busiest device, and of every
+    transfer; see `times.LockStepTimes`.
     """
 
-    #: Seconds of every transfer wherever it goes (packing, unpacking).
+    #: Seconds of every transfer, whatever its destination (packing, unpacking).
     transfer: float = 0.0
-    #: Fixed seconds of every layer (latency of the links, the calls themselves).
-    layer: float = 0.0
 
     together: ClassVar[bool] = True
 
     def staggered(self, share: float, servers: int | None = None) -> LockStepCost:
-        """The cost where servers have tokens one at a time, for a share of what crosses links.
+        """The cost when, for a share of the transfers, only one server has tokens.
 
-        `state` counts on the busiest link alone, as all links carry at the same time what tokens
-        of all servers send. A server that reads a long prompt while the others have little to do
-        is the busiest whatever is placed on the others: then all its transfers count.
+        `state` counts on the busiest link alone, because all links carry the tokens of all servers
+        at the same time. A server that reads a long prompt while the others have little to do is
+        the busiest wherever experts are: then all its transfers count.
 
         Args:
             share: from 0 to 1, see `staggered_share`.
-            servers: that have any tokens; None: all.
+            servers: number of servers that have tokens; None: all.
 
         Raises:
-            UserError: it is not.
+            UserError: the share is out of range.
         """
         if not 0 <= share <= 1:
             raise UserError(f"cost: a share is from 0 to 1; got {share}")
@@ -239,7 +235,7 @@ class LockStepCost(Cost):
 
     @classmethod
     def _besides(cls, unit: float, servers: int) -> dict[str, Any]:
-        """So that a layer takes `busiest` + `load` + 0.3 `transfers`."""
+        """A layer takes `busiest` + `load` + 0.3 `transfers`."""
         return {"transfer": REFERENCE_TRANSFER * unit}
 
     def times(self, weights: np.ndarray, dtype: Any = np.float32) -> times.LockStepTimes:
@@ -248,27 +244,28 @@ class LockStepCost(Cost):
             state=jnp.asarray(self.state, dtype),
             call=jnp.asarray(self.call / self.devices, dtype),
             transfer=jnp.asarray(self.transfer, dtype),
-            layer=jnp.asarray(self.layer, dtype),
         )
 
 
 def staggered_share(observed: float, together: float) -> float:
-    """How much of what crosses links does so while one server has tokens, from 0 to 1.
+    """The share of transfers that were sent while only one server had tokens, from 0 to 1.
 
     Args:
         observed: hidden states through the busiest link direction of each layer, over all hidden
-            states, both summed over all steps that were done.
-        together: the same if all servers had their tokens at once (`Traffic.concentration`); with
-            one server at a time it is 1.
+            states, both summed over all steps.
+        together: the same if all servers had their tokens at the same time
+            (`Traffic.concentration`). With one server at a time it is 1.
     """
     return float(np.clip((observed - together) / (1.0 - together), 0, 1)) if together < 1 else 0.0
 
 
 def of_pairs(mean_n: np.ndarray) -> np.ndarray:
-    """Parts of servers in what pairs take: float64 [servers], at least 0.
+    """Splits the seconds of pairs of servers into a part of each server: float64 [servers].
+
+    The seconds of a pair are the sum of its two parts. No part is below 0.
 
     Args:
-        mean_n: float [servers], of each server the mean over the others of both parts' sum.
+        mean_n: float [servers], for each server the mean seconds of its pairs with all others.
     """
     servers = len(mean_n)
     if servers < 3:

@@ -1,4 +1,4 @@
-"""Counts of which old ones fade."""
+"""Counts that fade with time."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dance_jax.config import UserError
 
 
 def decay_rate(half_life: float | None) -> float:
-    """Natural logarithm of what is lost per second; 0 for None: nothing ever is.
+    """The decay rate, per second, of a half-life in seconds; 0 for None: counts never fade.
 
     Raises:
         UserError: the half-life is not a finite number above 0.
@@ -24,7 +24,7 @@ class DecayedCounts:
     """A sum of counts, each of which halves with every half-life since it was added.
 
     Args:
-        half_life_s: seconds; None: counts accumulate for ever, as in arXiv:2508.12851.
+        half_life_s: seconds; None: counts accumulate forever, as in arXiv:2508.12851.
     """
 
     def __init__(self, half_life_s: float | None):
@@ -36,9 +36,9 @@ class DecayedCounts:
         """Adds what was counted since the last call.
 
         Args:
-            delta: at least 0, always of one shape, e.g. [layers, experts]; what `value` gave in an
-                earlier run may come back here.
-            now: seconds of any clock; where it goes back nothing fades.
+            delta: at least 0, always of one shape, e.g. [layers, experts]; may be what `value`
+                returned in an earlier run.
+            now: seconds of any clock; nothing fades while it goes back.
 
         Raises:
             ValueError: counts are of another shape, below 0 or not finite.
@@ -52,6 +52,6 @@ class DecayedCounts:
         self._time = now if self._time is None else max(now, self._time)
 
     def value(self, now: float) -> np.ndarray:
-        """float64, as if counted now; 0 of shape [] before anything was added."""
+        """The faded sum at `now`, float64; 0 of shape [] before anything was added."""
         seconds = 0.0 if self._time is None else max(now - self._time, 0.0)
         return self._value * np.exp(-self._rate * seconds)

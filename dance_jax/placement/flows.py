@@ -1,4 +1,4 @@
-"""Where the expert calls of many tokens go under a placement: what predicted times are made of."""
+"""Where the expert calls of many tokens go under a placement: the input of predicted times."""
 
 from __future__ import annotations
 
@@ -11,38 +11,37 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from dance_jax.placement.visit import MAX_SERVERS
+from dance_jax.placement.visit import MAX_SERVERS, WORD
 
 #: Tokens of each server in one block.
 BLOCK_TOKENS = 64
-#: Most tokens of all servers in a sample; of more some are left out, evenly.
+#: Tokens of all servers in a sample at most (before `_coarse`); longer routes are thinned evenly.
 MOST_TOKENS = 1 << 14
-#: Fewest and most tokens of a server whose visits are followed, and between these the work of it in
-#: words of bits that `flows` looks at. It takes most of the time, and fewer tokens say enough.
+#: Following visits takes most of the time, and needs fewer tokens. Tokens of each server whose
+#: visits are followed: as many as keep the words that `flows` reads below FOLLOWING_WORK, within
+#: these limits.
 LEAST_FOLLOWED, MOST_FOLLOWED, FOLLOWING_WORK = 16, 1024, 1.5e6
-#: Bits of a word.
-WORD = 32
 
 
 class Flows(NamedTuple):
-    """Per token of the sending server; b blocks, l layers, n and m servers."""
+    """What a token of server n sends and calls; b blocks, l layers, n and m servers."""
 
-    #: float [b or 1, l, n]: share of its tokens that miss any expert; 1: of all blocks together.
+    #: float [b or 1, l, n]: share of tokens that miss any expert; 1: of all blocks together.
     away: Array
-    #: float [b, l, n, m]: hidden states to each server; 0 to itself.
+    #: float [b, l, n, m]: hidden states sent from n to m; 0 from a server to itself.
     sent: Array
-    #: float [b, l, n, m]: expert calls that each server computes, itself too.
+    #: float [b, l, n, m]: expert calls of n that m computes, m = n included.
     calls: Array
 
 
 class Sample(NamedTuple):
-    """Tokens of all servers; n servers, l layers, b blocks of t tokens each."""
+    """Sampled tokens of all servers; n servers, l layers, b blocks of t tokens each."""
 
     #: int32 [n, tokens, l, k]: the experts of each token.
     experts: Array
-    #: uint32 [n, l, words, tokens]: the same, a bit for each.
+    #: uint32 [n, l, words, tokens]: the same as bit masks.
     bits: Array
-    #: uint32 [n, l, words, b, t]: of those tokens whose visits are followed.
+    #: uint32 [n, l, words, b, t]: masks of the tokens whose visits are followed.
     followed: Array
     #: float32 [n, l, experts]: expert calls per token.
     used: Array
@@ -53,16 +52,16 @@ class Sample(NamedTuple):
     def of(
         cls, routes: Sequence[np.ndarray], experts: int, order: np.ndarray, *, blocks: bool
     ) -> Sample:
-        """Takes tokens of every server, and puts those that are followed into blocks in turn.
+        """Samples equally many tokens of every server; deals the followed ones to blocks in turn.
 
-        A server with fewer tokens than the others has some of them several times, one without any
-        has token 0 with all experts 0, and has to be left out by its weight.
+        A server with few tokens appears with some of them several times. A server without tokens
+        appears with expert 0 alone: give it the weight 0.
 
         Args:
             routes: per server int [tokens, layers, k]; not all empty.
-            experts: of a layer.
+            experts: number of experts of a layer.
             order: int [n, n], see `visit.preferences`.
-            blocks: in blocks of BLOCK_TOKENS, or else all of them in one.
+            blocks: deal to blocks of BLOCK_TOKENS tokens; otherwise there is one block.
         """
         servers, (_, layers, k) = len(routes), routes[0].shape
         size = _coarse(min(max(map(len, routes)), max(MOST_TOKENS // servers, 1)))
@@ -84,7 +83,7 @@ class Sample(NamedTuple):
 
 
 def _coarse(count: int) -> int:
-    """The next number of at most three bits and zeros, so that few sizes are compiled for.
+    """Rounds up to three significant bits, so that few sizes are compiled.
 
     >>> _coarse(7), _coarse(9), _coarse(1000)
     (7, 10, 1024)
@@ -94,7 +93,7 @@ def _coarse(count: int) -> int:
 
 
 def _evenly(route: np.ndarray, count: int) -> np.ndarray:
-    """So many of a route's tokens: int32 [count, l, k]; zeros where there are none."""
+    """`count` evenly spaced tokens of a route: int32 [count, l, k]; zeros if it has no tokens."""
     if not len(route):
         return np.zeros((count, *route.shape[1:]), np.int32)
     return route[np.arange(count) * len(route) // count].astype(np.int32)
@@ -102,7 +101,7 @@ def _evenly(route: np.ndarray, count: int) -> np.ndarray:
 
 @functools.partial(jax.jit, static_argnames="experts")
 def _as_bits(experts_ntlk: Array, experts: int) -> tuple[Array, Array]:
-    """`Sample.bits` and `used` of tokens."""
+    """`Sample.bits` and `Sample.used` of tokens."""
     servers, tokens, *_ = experts_ntlk.shape
     words = jnp.arange(-(-experts // WORD), dtype=jnp.int32)[None, :, None, None]
     server_n11 = jnp.arange(servers, dtype=jnp.int32)[:, None, None]
@@ -110,7 +109,7 @@ def _as_bits(experts_ntlk: Array, experts: int) -> tuple[Array, Array]:
     def of_layer(_, route_ntk: Array) -> tuple[None, tuple[Array, Array]]:
         word_ntk, place_ntk = jnp.divmod(route_ntk, WORD)
         bit_ntk = jnp.uint32(1) << place_ntk.astype(jnp.uint32)
-        # A token's experts differ, but for those of servers without tokens.
+        # A token's experts differ, except in servers without tokens.
         of_word = jnp.where(word_ntk[:, None] == words, bit_ntk[:, None], jnp.uint32(0))
         used_ne = jnp.zeros((servers, experts), jnp.float32)
         used_ne = used_ne.at[server_n11, route_ntk].add(jnp.float32(1 / tokens))
@@ -121,18 +120,18 @@ def _as_bits(experts_ntlk: Array, experts: int) -> tuple[Array, Array]:
 
 
 def _looks(servers: int, k: int) -> int:
-    """How often `flows` looks at each word of tokens that are followed."""
+    """How often `flows` reads each word of the tokens that are followed."""
     return max((servers - 1) * min(k, servers - 1), 1)
 
 
 def work(sample: Sample) -> float:
-    """Words that `flows` looks at."""
+    """The number of words that `flows` reads."""
     servers, k = len(sample.order), sample.experts.shape[-1]
     return sample.bits.size + sample.followed.size * _looks(servers, k)
 
 
 def packed(held: Array) -> Array:
-    """bool [..., experts] as bits: uint32 [..., words]."""
+    """Packs bool [..., experts] into bit masks: uint32 [..., words]."""
     experts = held.shape[-1]
     words = -(-experts // WORD)
     padded = jnp.pad(held, [(0, 0)] * (held.ndim - 1) + [(0, words * WORD - experts)])
@@ -142,7 +141,7 @@ def packed(held: Array) -> Array:
 
 
 def flows(sample: Sample, resident_nle: Array) -> Flows:
-    """What the tokens of a sample send under a placement, by the rule of `visit`.
+    """What the tokens of a sample send and call under a placement, by the rule of `visit`.
 
     Args:
         sample: the tokens.
@@ -153,7 +152,7 @@ def flows(sample: Sample, resident_nle: Array) -> Flows:
     held_nlw = packed(resident_nle)
     away_nlt = (sample.bits & ~held_nlw[..., None] != 0).any(2)
     away_ln = away_nlt.mean(-1, dtype=jnp.float32).T
-    # Experts of others, in the order in which each server prefers to call them: [i, n, l, words].
+    # What the i-th choice of each server n holds: [i, n, l, words].
     holds_inlw = held_nlw[sample.order[:, :-1].T]
     missing = sample.followed & ~held_nlw[..., None, None]
     shape = (servers, held_nlw.shape[1], missing.shape[3])
@@ -164,14 +163,14 @@ def flows(sample: Sample, resident_nle: Array) -> Flows:
         missing, visited, served = _visit_next(missing, holds_inlw)
         return missing, sent_inlb + visited, served_inlb + served
 
-    # A loop, though short: unrolled, XLA computes what is missed anew in all that it is used for.
+    # Not unrolled: XLA would compute `missing` again for each of its uses.
     rounds, start = min(k, servers - 1), (missing, nobody_inlb, nobody_inlb)
     _, sent_inlb, served_inlb = lax.fori_loop(0, rounds, visit, start)
 
     place_nm = jnp.argsort(sample.order, axis=1)
 
     def per_token(counts_inlb: Array) -> Array:
-        """To servers by their numbers: float32 [b, l, n, m]."""
+        """Counts by place to shares by server number: float32 [b, l, n, m]."""
         itself = jnp.zeros((1, *shape), jnp.uint32)
         counts_nilb = jnp.concatenate([counts_inlb, itself]).transpose(1, 0, 2, 3)
         counts_nmlb = jnp.take_along_axis(counts_nilb, place_nm[:, :, None, None], axis=1)
@@ -183,24 +182,24 @@ def flows(sample: Sample, resident_nle: Array) -> Flows:
 
 
 def _visit_next(missing: Array, holds_inlw: Array) -> tuple[Array, Array, Array]:
-    """Every token visits the server with most of the experts that it misses.
+    """Sends every token to the server that holds most of the experts that it misses.
 
-    Among equals it is the one that the token's server prefers.
+    Among equals that is the server that the token's own server prefers.
 
     Args:
         missing: uint32 [n, l, words, b, t], the experts that tokens miss.
-        holds_inlw: uint32, what others hold, in each server's order.
+        holds_inlw: uint32, what the other servers hold, in each server's order of preference.
 
     Returns:
-        What is missed then; tokens that visit each server, and experts that it computes for them,
-        uint32 [i, n, l, b].
+        What is still missing; the tokens that visit each server, and the experts that it computes
+        for them, uint32 [i, n, l, b] both.
     """
     servers, layers, _, blocks, tokens = missing.shape
     order_i = jnp.arange(len(holds_inlw), dtype=jnp.uint32)
     unroll = min(max(len(holds_inlw), 1), 8)
 
     def rank(i: Array) -> Array:
-        """More than 0, and more the lower a place is."""
+        """The tie-breaker of a place: the lower the place, the larger; never 0."""
         return jnp.uint32(MAX_SERVERS - 1) - i
 
     def better(best: Array, other: tuple[Array, Array]) -> tuple[Array, None]:

@@ -1,6 +1,6 @@
-"""What a placement costs on given routes: remote, any-miss, transfers, busiest, load, layer time.
+"""Metrics of a placement on given routes: remote, any-miss, transfers, busiest, load, layer time.
 
-Every server weighs equally, however many tokens its routes have; servers without tokens send
+All servers weigh the same, however many tokens their routes have. Servers without tokens send
 nothing and are left out of the means.
 """
 
@@ -25,13 +25,14 @@ from dance_jax.placement.visit import choose_servers, masks, preferences
 class Traffic:
     """Flows between servers on given routes, per token of the sending server."""
 
-    #: float64 [layers, from, to]: hidden states a token of `from` sends to `to`; 0 to itself.
+    #: float64 [layers, from, to]: hidden states that a token of `from` sends to `to`; 0 to itself.
     transfers_lnn: np.ndarray
-    #: float64 [layers, from, to]: expert calls of a token of `from` that `to` runs, itself too.
+    #: float64 [layers, from, to]: expert calls of a token of `from` that `to` computes; `to` may be
+    #: `from`.
     calls_lnn: np.ndarray
     #: float64 [layers, servers]: share of a server's tokens that miss any expert.
     away_ln: np.ndarray
-    #: bool [servers]: servers that have tokens.
+    #: bool [servers]: servers with tokens.
     active_n: np.ndarray
 
     @property
@@ -48,14 +49,14 @@ class Traffic:
 
     @property
     def transfers(self) -> float:
-        """Remote servers a token visits per layer, mean over layers and servers."""
+        """Remote servers that a token visits per layer, mean over layers and servers."""
         return float(self.transfers_lnn.sum(2)[:, self.active_n].mean())
 
     @property
     def busiest(self) -> float:
-        """Hidden states into or out of the busiest server per token of a server.
+        """Hidden states into or out of the busiest server, per token of a server.
 
-        Worst server and direction of each layer, mean over layers.
+        The worst server and direction of each layer, mean over layers.
         """
         out_ln, into_ln = self.transfers_lnn.sum(2), self.transfers_lnn.sum(1)
         return float(np.maximum(out_ln, into_ln).max(1).mean())
@@ -74,7 +75,7 @@ class Traffic:
     def _device_shares(
         self, calls_lnn: np.ndarray, devices: Sequence[int] | np.ndarray | None
     ) -> np.ndarray:
-        """Of a layer's calls, those on each device of each server: float64 [l, n]."""
+        """The share of a layer's calls on each device of each server: float64 [l, n]."""
         total_ln1 = calls_lnn.sum(2, keepdims=True)
         share_lnn = calls_lnn / np.where(total_ln1 > 0, total_ln1, 1) / self.active_n.sum()
         num_servers = len(self.active_n)
@@ -84,10 +85,10 @@ class Traffic:
         return share_lnn.sum(1) / devices_n[None, :]
 
     def layer_time(self, cost: Cost, weights: Sequence[float] | np.ndarray | None = None) -> float:
-        """Seconds that a layer takes per token of a server, mean over layers; see `times`.
+        """Predicted seconds of a layer per token of a server, mean over layers; see `times`.
 
         Args:
-            cost: of the exchange in use.
+            cost: the cost of the exchange in use.
             weights: float [servers], tokens of each server per token of the mean server;
                 default: equal.
 
@@ -112,7 +113,7 @@ class Traffic:
     def concentration(self, weights: Sequence[float] | np.ndarray | None = None) -> float:
         """Hidden states through the busiest link direction of each layer over all hidden states.
 
-        Of layers in which all servers have tokens, as many as `weights` says; 1: none is sent.
+        All servers have tokens at the same time, in proportion to `weights`. 1 if nothing is sent.
         """
         weight_n = np.ones(len(self.active_n)) if weights is None else np.asarray(weights)
         flow_lnn = self.transfers_lnn * (weight_n * self.active_n)[None, :, None]
@@ -131,16 +132,16 @@ def _layer_time(times: Times, flows: Flows) -> jax.Array:
 def _counts(
     holders_wle: jax.Array, held_le: jax.Array, routes_tlk: jax.Array, num_servers: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """What a server's tokens send, by the server's order of preference.
+    """What a server's tokens send, by place in the server's order of preference.
 
     Args:
         holders_wle: `masks` of who holds each expert, in that order.
         held_le: bool, what the server itself holds.
-        routes_tlk: its tokens'; negative: no token.
+        routes_tlk: routes of its tokens; negative numbers pad.
 
     Returns:
-        int32: tokens that miss any expert [l], tokens that visit each place [l, n], and calls that
-        are computed there [l, n].
+        int32: tokens that miss any expert [l], tokens that visit each place [l, n], and expert
+        calls that are computed there [l, n].
     """
     tokens, layers, k = routes_tlk.shape
     layer_1l1 = jnp.arange(layers, dtype=jnp.int32)[None, :, None]
@@ -162,8 +163,8 @@ def measure(
 
     Args:
         resident_nle: bool [servers, layers, experts].
-        routes: per server an int array [tokens, layers, k] of chosen experts.
-        order: int [servers, servers], see `visit.preferences`; None: as if all servers were equal.
+        routes: per server int [tokens, layers, k], the chosen experts.
+        order: int [servers, servers], see `visit.preferences`; None: all servers are equal.
 
     Raises:
         UserError: shapes disagree, an expert number is out of range, or there is no token at all.

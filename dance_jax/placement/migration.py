@@ -1,4 +1,4 @@
-"""From one layout to another in small batches, and whether that pays."""
+"""Moves experts from one layout to another in small batches, and decides whether that pays."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import numpy as np
 from dance_jax.placement.core import Layout, Placement, Routes
 from dance_jax.placement.cost import Cost
 
-#: Share of the present cost that a migration must gain.
+#: The share of the present cost that a migration must gain.
 HYSTERESIS = 0.05
-#: Standard errors of that gain that it must exceed besides. There is a decision every few minutes,
-#: and in none of them may chance move experts.
+#: The gain must also exceed this many of its standard errors: there is a decision every few
+#: minutes, and chance must never move experts.
 ERRORS = 3.0
-#: Parts that `halves` deals out in turn.
+#: Number of parts of routes that `halves` deals out in turn.
 PARTS = 16
 #: (server, local device), and (layer, expert).
 Device = tuple[int, int]
@@ -25,7 +25,7 @@ Expert = tuple[int, int]
 
 
 class NoEmptySlot(ValueError):
-    """A device that has no empty slot is to receive an expert."""
+    """A device without an empty slot would have to receive an expert."""
 
     def __init__(self, server: int, device: int) -> None:
         super().__init__(server, device)
@@ -36,42 +36,42 @@ class NoEmptySlot(ValueError):
 
 
 class SlotChange(NamedTuple):
-    """New content of a slot."""
+    """The new content of a slot."""
 
     server: int
     #: Local device of the server.
     device: int
     slot: int
-    #: The expert to load; -1 both: nothing, the slot is empty from here on.
+    #: The expert to load; both are -1 if the slot becomes empty.
     layer: int
     expert: int
 
     @property
     def loads(self) -> bool:
-        """An expert has to be read, in contrast to a slot that is only emptied."""
+        """Whether an expert is read; otherwise the slot is only emptied."""
         return self.layer >= 0
 
 
 @dataclasses.dataclass(frozen=True)
 class MoveBatch:
-    """Slots that change together: all servers load, and only then the layout after it is used."""
+    """Slots that change together: the layout after it is used once all servers have loaded."""
 
     changes: tuple[SlotChange, ...]
 
     def loads(self, server: int | None = None) -> tuple[SlotChange, ...]:
-        """Changes that read an expert, of one server or of all."""
+        """The changes that read an expert, of one server or of all servers."""
         return tuple(c for c in self.changes if c.loads and server in (None, c.server))
 
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """Whether a new placement pays, and why."""
+    """Whether a new placement pays, and why; of plain types, to be sent to other processes."""
 
     migrate: bool
     #: In words, for logs and users.
     reason: str
-    #: Expected seconds of communication and expert calls over the coming interval, as things are
-    #: and with the new placement.
+    #: Expected seconds of communication and expert calls in the coming interval, with the present
+    #: placement and with the new one.
     present_seconds: float
     expected_seconds: float
     migration_seconds: float
@@ -80,20 +80,18 @@ class Verdict:
 
     @property
     def gain(self) -> float:
-        """Share of the present cost that is saved, the migration itself left out."""
+        """The share of the present cost that is saved, without the cost of the migration."""
         if self.present_seconds == 0:
             return 0.0
         return 1.0 - self.expected_seconds / self.present_seconds
 
 
 def changed(layout: Layout, changes: Iterable[SlotChange]) -> Layout:
-    """The layout with other content in some slots.
-
-    What a slot held is gone from there, also where it is not written anywhere else.
+    """The layout with new content in some slots; the old content of these slots is gone.
 
     Raises:
-        ValueError: a slot does not exist or changes twice; an expert is then twice on a server,
-            or nowhere.
+        ValueError: a slot does not exist or changes twice; or afterwards an expert is twice on a
+            server, or on no server.
     """
     tables, seen = _tables(layout), set()
     for change in changes:
@@ -115,24 +113,25 @@ def changed(layout: Layout, changes: Iterable[SlotChange]) -> Layout:
 
 
 def batches(old: Layout, new: Layout, most: int) -> list[tuple[MoveBatch, Layout]]:
-    """Steps from one layout to another, each with the layout after it.
+    """Batches from one layout to another, each with the layout after it.
 
-    A batch loads experts into slots that are empty before it, at most `most` on a device, and
-    empties slots of experts that `new` does not have there as soon as another copy remains. So all
-    that is in use before or after a batch is in place once all servers have loaded. The layouts end
-    with the devices of `new`; slots of experts that arrive are decided here, and others stay.
+    A batch loads experts into slots that are empty before it, at most `most` on a device. It
+    empties slots of experts that `new` does not have there as soon as another copy remains. So
+    everything that is used before or after a batch is in place once all servers have loaded. The
+    last layout has every expert on the device that `new` says; the slots of arriving experts are
+    chosen here, and other experts keep theirs.
 
     A device fills its last empty slot only in a batch that empties another of its slots, or with
-    its last expert where `new` leaves no slot empty. So there is always a next batch: if all
-    devices that lack experts have one empty slot left, each has experts to give up, because `new`
-    needs no more slots. These are last copies that other such devices lack, else they were gone.
-    Followed from device to device they close a circle, all of which load one and give up another.
+    its last expert if `new` leaves no slot empty. So there always is a next batch: if all devices
+    that lack experts have one empty slot left, each has experts to give up, because `new` needs no
+    more slots. These are last copies that other such devices lack, or else they would be gone.
+    Followed from device to device they form a circle, in which each loads one and gives up another.
 
     Equal arguments give equal batches.
 
     Raises:
         NoEmptySlot: a device lacks an expert and has no empty slot.
-        ValueError: the layouts are not of the same servers, slots and experts; `most` is below 1.
+        ValueError: the layouts differ in servers, slots or experts; or `most` is below 1.
     """
     if most < 1:
         raise ValueError(f"{most} loads per batch: at least 1 is needed")
@@ -150,13 +149,13 @@ def batches(old: Layout, new: Layout, most: int) -> list[tuple[MoveBatch, Layout
 
 
 def halves(routes: Routes) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Every other part of each server's tokens: routes to place on, and routes to judge by.
+    """Splits each server's tokens by alternating parts: routes to fit to, and routes to judge by.
 
     A new placement looks better than it is on the very tokens that it was fitted to, while the one
-    in force was fitted to others: enough to migrate, once in a while, although nothing changed.
-    Tokens of one request choose alike; where they are neighbours (`RouteSample.kept`), parts of
-    neighbours are of different requests, but for those at their ends. A server's only token is in
-    both.
+    in force was fitted to others. That would now and then cause a migration although nothing
+    changed. Tokens of one request choose similar experts. If they are neighbours
+    (`RouteSample.kept`), neighbouring parts belong to different requests, except at their ends. A
+    server's only token is in both halves.
     """
     parts = [np.array_split(route, PARTS) for route in routes]
     fit = [np.concatenate(each[::2]) for each in parts]
@@ -175,7 +174,7 @@ def seconds_per_token(
 ) -> float:
     """Predicted seconds of all layers per token of the mean server; see `Placement.layer_time`.
 
-    0 where no server has a token.
+    0 if no server has a token.
     """
     if not any(map(len, routes)):
         return 0.0
@@ -190,15 +189,15 @@ def gain_error(
     weights: Sequence[float] | np.ndarray | None = None,
     parts: int = 8,
 ) -> float:
-    """Standard error of the gain `1 - new seconds / old seconds` measured on routes.
+    """The standard error of the gain `1 - new seconds / old seconds`, measured on routes.
 
-    From its spread over parts of the routes, on each of which both placements are measured; parts
-    are of neighbours, see `halves`. ERRORS times it belong on top of the hysteresis: a few requests
-    say no more about a placement than some per cent, and would else move experts of a stable
-    workload.
+    It comes from the spread over parts of the routes, on each of which both placements are
+    measured; parts are neighbours, see `halves`. Add ERRORS times it to the hysteresis: a few
+    requests tell the gain of a placement only to some per cent, which would move experts of a
+    stable workload.
 
     Returns:
-        A share of the present cost; infinite where routes are too few for parts.
+        A share of the present cost; infinite if there are too few routes.
     """
     if all(len(route) < parts for route in routes):
         return float("inf")
@@ -212,13 +211,13 @@ def gain_error(
 def migration_seconds(
     batches: Iterable[MoveBatch], expert_bytes: float, read_rate: Sequence[float] | np.ndarray
 ) -> float:
-    """How long loading takes: servers read at the same time, a batch waits for the slowest.
+    """Seconds that loading takes: servers read at the same time, and a batch waits for the slowest.
 
-    DanceMoE's T_mig is the sum over all servers; what is compared here are seconds that all
-    servers spend together.
+    DanceMoE's T_mig is the sum over all servers; here it is compared with seconds that all servers
+    spend at the same time.
 
     Args:
-        batches: of `batches`.
+        batches: as `batches` returns them, without layouts.
         expert_bytes: bytes of one expert.
         read_rate: float [servers], bytes a second that each server loads.
     """
@@ -241,8 +240,8 @@ def worth(
 ) -> bool:
     """Whether migrating costs less than staying (arXiv:2508.12851, section on migration).
 
-    C(new) + T_mig < C(old) with C the cost over the coming interval, and besides a gain
-    C(old) - C(new) above `hysteresis` x C(old), so that noise moves nothing.
+    That is C(new) + T_mig < C(old), where C is the cost of the coming interval. Besides, the gain
+    C(old) - C(new) must be above `hysteresis` x C(old), so that noise moves nothing.
     """
     old, new = old_seconds_per_token * tokens_expected, new_seconds_per_token * tokens_expected
     return new + migration_seconds < old and old - new > hysteresis * old
@@ -257,17 +256,17 @@ def decide(
     force: bool = False,
     hysteresis: float = HYSTERESIS,
 ) -> Verdict:
-    """`worth` in words.
+    """Decides by `worth`, and gives the reason.
 
     Args:
-        old_seconds_per_token, new_seconds_per_token: of `seconds_per_token`, on the same
-            routes, which should not be those that the new placement was fitted to (`halves`).
+        old_seconds_per_token, new_seconds_per_token: as `seconds_per_token` returns them, on the
+            same routes, which should not be those that the new placement was fitted to (`halves`).
         tokens_expected: tokens of the mean server in the coming interval.
-        migration_seconds: of `migration_seconds`.
-        experts_moved: `Placement.moved`; without any there is nothing to do.
+        migration_seconds: as `migration_seconds` returns them.
+        experts_moved: as `Placement.moved` returns them; if 0 there is nothing to do.
         force: migrate whatever it costs.
-        hysteresis: least gain, as a share of the present cost; HYSTERESIS + ERRORS x `gain_error`,
-            which may be infinite.
+        hysteresis: the least gain, as a share of the present cost: HYSTERESIS + ERRORS x
+            `gain_error`, which may be infinite.
     """
     old, new = old_seconds_per_token * tokens_expected, new_seconds_per_token * tokens_expected
     pays = worth(
@@ -309,7 +308,7 @@ def _tables(layout: Layout) -> dict[Device, np.ndarray]:
 
 
 def _with_tables(layout: Layout, tables: Mapping[Device, np.ndarray]) -> Layout:
-    """A layout of the same slots with other contents; see `changed` for what is raised."""
+    """A layout of the same slots with other contents; raises ValueError as `changed` does."""
     device_of, slot_of = np.full_like(layout.device_of, -1), np.full_like(layout.slot_of, -1)
     for (server, device), table in tables.items():
         (slots,) = np.nonzero(table[:, 0] >= 0)
@@ -337,7 +336,7 @@ def _slots(layout: Layout) -> dict[Device, dict[Expert, int]]:
 
 
 class _Plan:
-    """What lies where while batches are made, and what is still to come and to go."""
+    """The content of slots while batches are made, and the experts still to come and to go."""
 
     def __init__(self, old: Layout, new: Layout) -> None:
         self._slots, target = _slots(old), _slots(new)
@@ -353,12 +352,12 @@ class _Plan:
         for device, experts in self._coming.items():
             if experts and self._empty(device) == 0:
                 raise NoEmptySlot(*device)
-        #: Of the batch that is made: empty slots that it may fill, and what it changes.
+        #: For the present batch: the empty slots that it may fill, and its changes.
         self._room: dict[Device, list[int]] = {}
         self._changes: list[SlotChange] = []
 
     def next_batch(self, most: int) -> tuple[SlotChange, ...]:
-        """What changes next; nothing: all is where it should be."""
+        """The changes of the next batch; none if all experts are in place."""
         self._changes = []
         self._room = {
             device: sorted(set(range(self._size[device])) - set(held.values()))[:most]
@@ -369,7 +368,7 @@ class _Plan:
         while ready := [device for device in self._waiting() if self._has_spare(device)]:
             device = min(ready, key=lambda each: (-len(self._coming[each]), each))
             self._load(device, min(self._coming[device], key=self._preference))
-        # All others would fill their last slot.
+        # All other devices would fill their last slot.
         while circle := _shortest_circle(self._exchanges()):
             for device, expert in circle:
                 self._load(device, expert)
@@ -383,24 +382,24 @@ class _Plan:
         return [device for device, lacks in self._coming.items() if lacks and self._room[device]]
 
     def _has_spare(self, device: Device) -> bool:
-        """It may fill an empty slot without giving up another."""
+        """Whether a device may fill an empty slot without giving up an expert."""
         is_last = len(self._coming[device]) == 1 and device in self._full
         return self._empty(device) > (0 if is_last else 1)
 
     def _preference(self, expert: Expert) -> tuple[int, Expert]:
-        """First what gives a slot to the device that lacks most."""
+        """Sort key: first the experts that free a slot on the device that lacks most."""
         source = self._source(expert)
         need = 0 if source is None else len(self._coming[source]) - self._empty(source)
         return -need, expert
 
     def _source(self, expert: Expert) -> Device | None:
-        """The device that may give the expert up once another has it."""
+        """The device that may give up the expert once another has it; None if there is none."""
         holders = self._holders[expert]
         (device,) = holders if len(holders) == 1 else (None,)
         return device if device is not None and expert in self._going[device] else None
 
     def _exchanges(self) -> dict[Device, dict[Device, Expert]]:
-        """What a waiting device can give up to another: by the one that gives, then takes."""
+        """Experts that a waiting device can give to another: by the giving, then the taking one."""
         waiting = self._waiting()
         exchanges: dict[Device, dict[Device, Expert]] = {device: {} for device in waiting}
         for device in waiting:
@@ -419,9 +418,9 @@ class _Plan:
         self._release(expert)
 
     def _release(self, expert: Expert) -> None:
-        """Empties the slots that the expert is to leave, as long as a copy remains."""
+        """Empties the slots that the expert has to leave, as long as a copy remains."""
         going = [device for device in self._holders[expert] if expert in self._going[device]]
-        # If one must wait, then where slots are needed least.
+        # If one copy must wait, then the one on the device that needs slots least.
         going.sort(key=lambda device: (-len(self._coming[device]), device))
         if len(going) == len(self._holders[expert]):
             del going[-1]
@@ -435,7 +434,7 @@ class _Plan:
 def _shortest_circle(
     exchanges: Mapping[Device, Mapping[Device, Expert]],
 ) -> list[tuple[Device, Expert]]:
-    """Devices of which each takes an expert from the next; none: there is no circle."""
+    """A circle of devices, each of which takes an expert from the next; empty if there is none."""
     circles = (_circle_through(start, exchanges) for start in exchanges)
     return min(filter(None, circles), key=len, default=[])
 
@@ -443,7 +442,7 @@ def _shortest_circle(
 def _circle_through(
     start: Device, exchanges: Mapping[Device, Mapping[Device, Expert]]
 ) -> list[tuple[Device, Expert]]:
-    """The shortest one, by breadth-first search."""
+    """The shortest circle through a device, by breadth-first search; empty if there is none."""
     came_from: dict[Device, Device] = {}
     queue = deque([start])
     while queue:

@@ -16,19 +16,19 @@ from dance_jax.placement.cost import CallCost, Cost
 class Problem:
     """Checked inputs of a policy; built by `Problem.checked`."""
 
-    #: float64 [servers, layers, experts]: expert calls of the requests arriving at each server.
+    #: float64 [servers, layers, experts]: expert calls of the requests that arrive at each server.
     counts: np.ndarray
-    #: int64 [servers]: expert slots, never more than there are experts in all layers.
+    #: int64 [servers]: expert slots, at most the number of experts of all layers.
     capacities: np.ndarray
-    #: Per server int [tokens, layers, k], or None: not known.
+    #: Per server int [tokens, layers, k]; None if routes are not known.
     routes: tuple[np.ndarray, ...] | None
     #: int64 [servers]: devices of each server.
     devices: np.ndarray
-    #: What a layer's time is made of, in the exchange in use; None: routes are not known either.
+    #: The cost of a layer in the exchange in use; None if routes are not known either.
     cost: Cost | None
-    #: The placement in force, for policies that keep churn low.
+    #: The placement in force, for policies that keep churn low; None if there is none.
     previous: Placement | None
-    #: Seed of policies that draw at random, an int32 of at least 0.
+    #: Seed for policies that draw at random, an int32 of at least 0.
     seed: int
 
     @classmethod
@@ -43,10 +43,10 @@ class Problem:
         previous: Placement | None,
         seed: int,
     ) -> Problem:
-        """Checks shapes, ranges and that all experts fit somewhere.
+        """Checks shapes, ranges, and that there are slots for all experts.
 
         Raises:
-            UserError: something is of wrong shape, negative or not finite, or slots are missing.
+            UserError: an input has a wrong shape, is negative or not finite, or slots are missing.
         """
         counts = np.asarray(counts)
         if counts.ndim != 3 or 0 in counts.shape or counts.dtype.kind not in "iuf":
@@ -72,13 +72,13 @@ class Problem:
 
     @property
     def token_weights(self) -> np.ndarray:
-        """Tokens of each server per token of the mean server, by its counts: float64 [servers]."""
+        """Tokens of each server per token of the mean server, from counts: float64 [servers]."""
         totals_n = self.counts.sum((1, 2))
         return totals_n / totals_n.mean() if totals_n.any() else np.ones(len(totals_n))
 
 
 def _per_server(what: str, values: Sequence[int] | np.ndarray, num: int, least: int) -> np.ndarray:
-    """One whole number per server, none below `least`: int64 [servers]."""
+    """Checks one whole number per server, each at least `least`: int64 [servers]."""
     array = np.asarray(values)
     if array.shape != (num,) or array.dtype.kind not in "iu":
         raise UserError(f"{what}: {num} whole numbers are needed, one per server; got {values}")
@@ -129,9 +129,9 @@ def _checked_cost(
     num_servers: int,
     routes: tuple[np.ndarray, ...] | None,
 ) -> tuple[np.ndarray, Cost | None]:
-    """Devices and cost, which has them too; where neither is given, one device each."""
-    if cost is not None and cost.devices.shape != (num_servers,):
-        raise UserError(f"cost: of {len(cost.devices)} servers, counts of {num_servers}")
+    """Devices and cost; devices default to those of the cost, or else to one each."""
+    if cost is not None and cost.servers != num_servers:
+        raise UserError(f"cost: of {cost.servers} servers, but counts of {num_servers}")
     if devices is None:
         devices = [1] * num_servers if cost is None else cost.devices
     devices_n = _per_server("devices", devices, num_servers, 1)

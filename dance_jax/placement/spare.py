@@ -6,29 +6,29 @@ from collections.abc import Sequence
 
 import numpy as np
 
-#: A device keeps one spare slot for so many slots, one at least and MOST_SPARE at most. More of
-#: them make a migration's batches fewer, and leave room for fewer experts.
+#: A device keeps one spare slot for every SLOTS_PER_SPARE slots, at least one and at most
+#: MOST_SPARE. More spare slots mean fewer batches in a migration, but room for fewer experts.
 SLOTS_PER_SPARE, MOST_SPARE = 16, 4
 
 
 def reserve(slots: int) -> int:
-    """Slots of a device that stay empty, unless experts need them; see `spare_slots`."""
+    """The spare slots of a device, unless experts need them; see `spare_slots`."""
     return min(max(1, slots // SLOTS_PER_SPARE), MOST_SPARE)
 
 
 def spare_slots(
     slots_per_device: Sequence[int], devices: Sequence[int], experts: int
 ) -> tuple[int, ...]:
-    """Slots that a placement leaves empty on each device of each server.
+    """The slots that a placement leaves empty on each device of each server.
 
-    Batches of a migration load into empty slots alone (`migration.batches`). A server that has room
-    for all experts keeps only slots that it does not need for them. Where servers together would
-    not hold all experts any more, the largest reserves shrink first, to 0 if need be: such a server
-    cannot receive an expert.
+    Batches of a migration only load into empty slots (`migration.batches`). A server with room for
+    all experts only spares slots that it does not need for them. If all servers together could not
+    hold all experts, the largest reserves shrink first, to 0 if necessary; a server without spare
+    slots cannot receive experts.
 
     Args:
         slots_per_device, devices: int [servers].
-        experts: of all layers.
+        experts: number of experts of all layers.
     """
     slots_n, devices_n = np.asarray(slots_per_device), np.asarray(devices)
     unneeded_n = slots_n - -(-experts // devices_n)

@@ -1,14 +1,15 @@
-"""The time of a layer from what its tokens send and call: formulas of `cost`, for jit.
+"""The predicted time of a layer from what its tokens send and call: formulas of `cost`, for jit.
 
-Where servers step on their own (`CallTimes`) a step of r rows of server n waits in a layer
+Where servers step on their own (`CallTimes`), a layer takes a step of r rows of server n
 
     (1 - any) x own + any x max(own, wait)
 
-with any = 1 - (1 - away)^r, own the seconds of its calls at home, which it computes while others
-are out, and wait those of the slowest of the servers that it calls: the round trip, the bytes, on
-its own link those to all of them, and the calls that are computed there. A server m is called with
-probability 1 - (1 - sent[m])^r, as if rows and servers were independent. What others have to do
-there comes on top for all layers together: servers are in different layers at the same time.
+Here `any` = 1 - (1 - away)^r is the probability that any row misses an expert, `own` the seconds of
+the expert calls at home, which are computed while other calls are out, and `wait` the seconds of
+the slowest server that is called: the round trip, the bytes, and the expert calls that it computes.
+On the caller's own link the bytes to all servers count. Server m is called with probability
+1 - (1 - sent[m])^r, as if rows and servers were independent. Queueing behind the calls of others is
+added for all layers together (`shared`), because servers are in different layers at the same time.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ class Times(Protocol):
     """Predicted seconds per token of a server."""
 
     def layers(self, flows: Flows) -> tuple[Array, Array]:
-        """Each layer by itself, and what it adds to what layers share.
+        """The time of each layer alone, and the load that it adds to what layers share.
 
         Returns:
             float [b, l]: seconds of each layer, as if it had links and devices for itself.
-            float [l, x]: its part of `shared`'s load.
+            float [l, x]: its part of the load of `shared`.
         """
         ...
 
@@ -43,14 +44,14 @@ class Times(Protocol):
 
 
 class CallTimes(NamedTuple):
-    """See `cost.CallCost`, and above."""
+    """Times of servers that step on their own; see `cost.CallCost`, and above."""
 
     #: float [n] each.
     weight: Array
     state: Array
     call: Array
     round: Array
-    #: float [r] each: rows of a step, and part of all steps that has so many.
+    #: float [r] each: numbers of rows, and the fraction of steps that have so many.
     rows: Array
     steps: Array
     busy: Array
@@ -61,7 +62,8 @@ class CallTimes(NamedTuple):
         seconds_bln = jnp.zeros_like(own_bln)
         for rows, steps in zip(self.rows, self.steps, strict=True):
             seconds_bln = seconds_bln + steps * self._step(flows, own_bln * rows, rows)
-        seconds_bl = seconds_bln @ self.weight / ((self.rows * self.steps).sum() * self._active)
+        rows_per_step = (self.rows * self.steps).sum()
+        seconds_bl = seconds_bln @ self.weight / (rows_per_step * _active(self.weight))
         calls_blm = jnp.einsum("blnm,n->blm", flows.calls, self.weight)
         out_bln = flows.sent.sum(-1) * self.weight[None, None]
         ways_bln = out_bln + jnp.einsum("blnm,n->blm", flows.sent, self.weight)
@@ -69,44 +71,47 @@ class CallTimes(NamedTuple):
         return seconds_bl, load.mean(0)
 
     def shared(self, load: Array) -> Array:
-        """Each call waits as long as its server computes for others meanwhile.
+        """Seconds that calls queue behind the calls of others.
 
-        Of a server that is busy for a part p of the time, one in p finds others before it. With the
-        mean p of `busy`, that of each server is in proportion to its load.
+        A call to a server that is busy for a fraction p of the time finds others before it with
+        probability p. `busy` is the mean p of all servers; the p of each is in proportion to its
+        load.
         """
         load = load.reshape(*load.shape[:-1], 2, len(self.weight))
         mean = jnp.maximum(load.mean(-1), jnp.finfo(load.dtype).tiny)
-        return self.busy * ((load**2).sum(-1) / mean).sum(-1) / self._active
-
-    @property
-    def _active(self) -> Array:
-        """Servers with tokens."""
-        return jnp.maximum((self.weight > 0).sum(), 1).astype(self.weight.dtype)
+        return self.busy * ((load**2).sum(-1) / mean).sum(-1) / _active(self.weight)
 
     def _step(self, flows: Flows, own_bln: Array, rows: Array) -> Array:
-        """Seconds of a layer in a step of so many rows of each server: [b, l, n]."""
+        """Seconds of a layer in a step of `rows` rows of each server: [b, l, n]."""
         tiny = float(jnp.finfo(own_bln.dtype).eps)
         any_bln = 1 - (1 - jnp.minimum(flows.away, 1)) ** rows
         visits = 1 - (1 - jnp.minimum(flows.sent, 1)) ** rows
-        # Given that it is called at all.
+        # States and calls of a server, given that it is called at all.
         sent = rows * flows.sent / jnp.maximum(visits, tiny)
         calls = rows * flows.calls / jnp.maximum(visits, tiny)
         out_bln = rows * flows.sent.sum(-1) / jnp.maximum(any_bln, tiny) * self.state[None, None]
         moving = jnp.maximum(out_bln[..., None], sent * self.state[None, None, None])
         rounds_nm = self.round[:, None] + self.round[None]
         seconds = rounds_nm[None, None] + moving + calls * self.call[None, None, None]
-        wait_bln = _slowest(seconds, visits, tiny)
+        # No server waits for itself: what it computes is `own_bln`.
+        itself_11nm = jnp.eye(len(self.round), dtype=bool)[None, None]
+        wait_bln = _slowest(jnp.where(itself_11nm, 0.0, seconds), visits, tiny)
         return own_bln * (1 - any_bln) + any_bln * jnp.maximum(own_bln, wait_bln)
 
 
-def _slowest(seconds: Array, visits: Array, tiny: float) -> Array:
-    """Expected seconds of the slowest of those that are visited, given that any is: [...].
+def _active(weight: Array) -> Array:
+    """The number of servers with tokens, as a float."""
+    return jnp.maximum((weight > 0).sum(), 1).astype(weight.dtype)
 
-    Where none is by these probabilities, which a small sample can say, it may be any.
+
+def _slowest(seconds: Array, visits: Array, tiny: float) -> Array:
+    """Expected seconds of the slowest server that is visited, given that any is: [...].
+
+    Where a small sample gives every server the probability 0, the slowest of all counts.
 
     Args:
-        seconds: [..., m], of each one.
-        visits: [..., m], its probability to be visited.
+        seconds: [..., m], of each server.
+        visits: [..., m], the probability that it is visited.
     """
     dimension = seconds.ndim - 1
     slowest, skipped = lax.sort((-seconds, 1 - visits), dimension=dimension, num_keys=1)
@@ -118,33 +123,32 @@ def _slowest(seconds: Array, visits: Array, tiny: float) -> Array:
 
 
 class LockStepTimes(NamedTuple):
-    """See `cost.LockStepCost`."""
+    """Times of servers that step together; see `cost.LockStepCost`."""
 
     #: float [n] each.
     weight: Array
     state: Array
     call: Array
+    #: float [].
     transfer: Array
-    layer: Array
 
     def layers(self, flows: Flows) -> tuple[Array, Array]:
-        """
+        """Seconds of each layer, which all servers do together:
+
         max over servers and directions of (hidden states x seconds of that link)
         + max over servers of (expert calls x seconds of a call / devices)
-        + transfers x seconds of a transfer + the fixed part
+        + transfers x seconds of a transfer
         """
         sent = flows.sent * self.weight[None, None, :, None]
         ways_bln = jnp.maximum(sent.sum(-1), sent.sum(-2))
         calls_blm = jnp.einsum("blnm,n->blm", flows.calls, self.weight)
-        active = jnp.maximum((self.weight > 0).sum(), 1).astype(self.weight.dtype)
         seconds = (
             (ways_bln * self.state[None, None]).max(-1)
             + (calls_blm * self.call[None, None]).max(-1)
-            + self.transfer * sent.sum((-2, -1)) / active
-            + self.layer
+            + self.transfer * sent.sum((-2, -1)) / _active(self.weight)
         )
         return seconds, jnp.zeros((seconds.shape[1], 0), seconds.dtype)
 
     def shared(self, load: Array) -> Array:
-        """Nothing: each layer waits for its own."""
+        """Zero: layers come one after another, and none waits for another's links or devices."""
         return jnp.zeros(load.shape[:-1], load.dtype)

@@ -282,7 +282,7 @@ class _EngineMetrics(Collector):
             ),
             (
                 "token_layers_away",
-                "Tokens of each MoE layer with an expert call to another server",
+                "Pairs of token and MoE layer with an expert call to another server",
                 report.sums.rows_away,
             ),
             (

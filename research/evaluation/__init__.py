@@ -1,40 +1,39 @@
-"""The evaluation of arXiv:2508.12851 on servers that run: its policies and ours, one after another.
+"""The evaluation of arXiv:2508.12851 on running servers: its policies and ours, one after another.
 
-One cluster is started on a testbed; placements are swapped in it (`POST /placement/rebalance`), and
-links get one rate after another. A cell is a workload, a rate, a policy and a seed: each server's
-users ask for a task of their own, as a Poisson process; placements are fitted to other prompts of
-the same tasks. Words:
+One cluster is started on a testbed. Placements are swapped in it (`POST /placement/rebalance`), and
+its links get one rate after another. A cell is a workload, a rate, a policy and a seed. The users
+of each server ask for a task of their own, as a Poisson process; placements are fitted to other
+prompts of the same tasks. Terms:
 
-- latency: of whole answers, from the moment a request was due.
-- remote, any-miss, transfers: share of expert calls served elsewhere, of tokens of each layer with
-  any such call, hidden states sent per token and layer; all as the engines counted them, means of
-  the servers.
+- latency: seconds from the moment when a request was due to the end of its whole answer.
+- remote, any-miss, transfers: share of expert calls that other servers compute; share of (token,
+  layer) with any such call; hidden states sent per token and layer. The engines counted them; means
+  over servers.
 - busiest, load: hidden states through the busiest server and direction of a layer, per token of a
   server; share of a layer's calls on the busiest device. Predicted on tokens that the placement was
   not fitted to.
-- MB of each link: sent through each host's interface, in the order of the servers. Bound: transfers
-  x the bytes of a hidden state, there and back; over all hosts.
-- computing, waiting: a step's seconds in the trunk and in experts; in waiting for the sums of other
-  servers. Mean of the servers.
-- longer: seconds of steps over those of computing, their own if nothing were sent. The paper's
-  layers took up to 8.3 times as long with all calls remote. Here it is the policy with the most
-  remote calls that is compared with it, though some of its calls are local, and the rate is named
-  at which it comes nearest (`weight`). Targets of latency are of that rate.
-- utilisation: share of the run's seconds in which the mean server was in a step.
-- simulated: what the simulator makes of the mean latency, with speeds that were measured in the
-  runs (`predict`) and with what the testbed's quotas of cores do to them (`quota`); of servers that
-  step on their own. `--save-runs F` keeps what that takes, `--runs F` simulates it again and
-  measures nothing.
+- MB of each link: sent through each host's interface, in the order of the servers.
+- bound: transfers x the bytes of a hidden state, there and back, over all hosts.
+- computing, waiting: seconds of steps in which a server computes, and in which it waits for sums of
+  other servers; means over servers.
+- longer: seconds of steps over their seconds of computing: how many times as long steps take as if
+  nothing were sent. The paper's layers took up to 8.3 times as long with all calls remote. The
+  policy with the most remote calls is compared with that, although some of its calls are local, and
+  the rate at which it comes nearest is named (`weight`). Latency targets are judged at that rate.
+- utilisation: share of the run in which the mean server was in a step.
+- simulated: the mean latency according to the simulator, with speeds that were measured in the runs
+  (`predict`) and the testbed's quotas of cores (`quota`). Only of servers that step on their own.
+  `--save-runs F` keeps what the simulator needs, `--runs F` simulates it again without measuring.
 
-`--hosts N` takes N hosts of one device each in place of the paper's three, and gives their users
-the tasks in turn.
+`--hosts N` uses N hosts of one device each instead of the paper's three, and gives the tasks to
+their users in turn.
 
-`--shape mixtral` evaluates a model like Mixtral (8 experts in each layer, 2 of them for a token)
-with random weights, at 1.11 x the experts' memory, in whole slots of all devices 1.125 x,
-not counting the spare slots by which placements are swapped.
-Its routers go by the token and know no tasks: in varied text all experts are used nearly equally
-often, and servers differ only as far as the tokens of their prompts do; most in tasks that repeat a
-few of them. So locality can win much less than in a model that was trained, and what it wins says
-nothing of Mixtral itself. What this shows is what few large experts and scarce memory do. Answers
-are as long as they are asked for: nothing that such a model says is an end.
+`--shape mixtral` evaluates a model of Mixtral's shape (8 experts per layer, 2 per token) with
+random weights. Servers have memory for 1.11 x the experts, 1.125 x in whole slots of all devices,
+plus the spare slots by which placements are swapped. Random routers follow the token and know no
+tasks: in varied text all experts are used about equally often, and servers differ only as far as
+the tokens of their prompts differ, most in tasks that repeat a few tokens. So locality gains much
+less than in a trained model, and the gain says nothing about Mixtral itself. What this shows is the
+effect of few large experts and scarce memory. All answers have the full length, because such a
+model never emits an end.
 """

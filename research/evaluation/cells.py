@@ -1,4 +1,4 @@
-"""One run of the evaluation, and the runs that differ in their seed alone."""
+"""The cells of the evaluation, and rows: cells that differ only in their seed."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from dance_jax.placement.cost import staggered_share
 
 from .workloads import Placed
 
-#: Quantile of Student's t, two-sided 95 %, by the number of values.
+#: Quantiles of Student's t for a two-sided 95 % interval, by the number of values.
 _T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
 
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """A workload, rate, policy and seed.
+    """Figures of one run: a workload, rate, policy and seed.
 
     Attributes:
-        rate: bits a second of every link; None: not shaped.
-        latency_s: of each whole answer.
-        failed: answers that are not whole.
-        expert_calls: of all servers' tokens.
-        remote, any_miss, transfers: means of the servers; see `research.evaluation`.
+        rate: bits per second of every link; None if links are not shaped.
+        latency_s: latency of each whole answer.
+        failed: number of answers that are not whole.
+        expert_calls: expert calls of the tokens of all servers.
+        remote, any_miss, transfers: means over servers; see `research.evaluation`.
         busiest, load: as predicted.
-        apart: share of hidden states that were sent while one server had tokens, see
+        apart: share of hidden states that were sent while only one server had tokens, see
             `placement.cost.staggered_share`.
-        wire_bytes: sent through each host's interface.
-        bound_bytes: of all hosts, each byte once.
-        steps: of the mean server.
-        tokens: of all servers, computed in them.
-        seconds: of the mean server, by part of its steps.
-        wall_s: of the run.
+        wire_bytes: bytes sent through each host's interface.
+        bound_bytes: the bound of all hosts, each byte counted once.
+        steps: steps of the mean server.
+        tokens: tokens that all servers computed.
+        seconds: seconds of the mean server's steps, by part.
+        wall_s: length of the run.
     """
 
     workload: str
@@ -56,27 +56,27 @@ class Cell:
     tokens: float
     seconds: dict[str, float]
     wall_s: float
-    #: Mean latency as the simulator has it; None: it was not asked.
+    #: Mean latency according to the simulator; None if the run was not simulated.
     predicted_s: float | None = None
 
     @property
     def key(self) -> tuple[str, int | None, str]:
-        """Of cells that differ in their seed alone."""
+        """The key that cells share if they differ only in their seed."""
         return self.workload, self.rate, self.policy
 
     @property
     def bytes_ratio(self) -> float:
-        """Bytes that the interfaces counted over the bound."""
+        """Bytes that the interfaces counted, over the bound."""
         return sum(self.wire_bytes) / self.bound_bytes if self.bound_bytes else float("nan")
 
     @property
     def computing_s(self) -> float:
-        """Of the mean server's steps."""
+        """Seconds of computing in the mean server's steps."""
         return sum(self.seconds[part] for part in COMPUTING)
 
     @property
     def step_s(self) -> float:
-        """Of the mean server's steps, waiting included."""
+        """Seconds of the mean server's steps, waiting included."""
         return sum(self.seconds.values())
 
     @property
@@ -88,9 +88,12 @@ class Cell:
 def cell_of(
     run: Watched, placed: Placed, workload: str, rate: int | None, seed: int, layers: int, row: int
 ) -> Cell:
-    """What a run says.
+    """The figures of a run.
 
     Args:
+        run: samples and answers.
+        placed: the placement in force.
+        workload, rate, seed: of the run.
         layers: MoE layers of the model.
         row: bytes of a hidden state, there and back.
     """
@@ -133,7 +136,7 @@ def cell_of(
 
 @dataclasses.dataclass(frozen=True)
 class Mean:
-    """A figure over seeds; half: of its 95 % interval, None: of one seed."""
+    """The mean of a figure over seeds, and half of its 95 % interval; None with one seed."""
 
     value: float
     half: float | None
@@ -149,12 +152,12 @@ class Mean:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """Cells of several seeds.
+    """Cells that differ only in their seed.
 
     Attributes:
-        workload, rate, policy: theirs.
-        mean_s, p50_s, p99_s: of the latency.
-        cells: theirs.
+        workload, rate, policy: what they have in common.
+        mean_s, p50_s, p99_s: of the latency, over seeds.
+        cells: one for each seed.
     """
 
     workload: str
@@ -167,32 +170,32 @@ class Row:
 
     @property
     def predicted_s(self) -> float | None:
-        """Mean of the cells that were simulated."""
+        """Mean of the cells that were simulated; None if none was."""
         found = [cell.predicted_s for cell in self.cells if cell.predicted_s is not None]
         return float(np.mean(found)) if found else None
 
     @property
     def wire_bytes(self) -> list[float]:
-        """Sent through each host's interface in a run."""
+        """Bytes sent through each host's interface, mean over cells."""
         return np.mean([cell.wire_bytes for cell in self.cells], axis=0).tolist()
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Of a run, by part of its steps."""
+        """Seconds of steps by part, mean over cells."""
         return {p: float(np.mean([cell.seconds[p] for cell in self.cells])) for p in PARTS}
 
     def average(self, name: str) -> float:
-        """Of an attribute of the cells."""
+        """The mean of an attribute over the cells."""
         return float(np.mean([getattr(cell, name) for cell in self.cells]))
 
     def ratio(self, name: str, other: str) -> float:
-        """Of one attribute to another, both of all cells together."""
+        """The ratio of one attribute to another, each averaged over the cells."""
         below = self.average(other)
         return self.average(name) / below if below else float("nan")
 
 
 def rows_of(cells: Iterable[Cell]) -> list[Row]:
-    """In the order in which their first cell comes."""
+    """Groups cells into rows, in the order of their first cells."""
     groups: dict[tuple[str, int | None, str], list[Cell]] = {}
     for cell in cells:
         groups.setdefault(cell.key, []).append(cell)

@@ -1,11 +1,11 @@
-"""What the simulator says of runs that were measured, with speeds that were measured in them.
+"""Simulates runs that were measured, with speeds that were measured in them.
 
-What a server computes costs the processor seconds that its engine counted (`simulation.fit`). Two
-things no clock tells: what a message costs besides its bytes (who is woken has to find a core), and
-what a request takes besides its steps (HTTP, text, what is between two steps). The first is the one
-with which steps of the *other* policies at the same rate take as long as they took, and the second
-what the other policies' requests then took more at any rate, the median run's: a policy's own runs
-have no part in its prediction but for computing.
+Computation takes the processor seconds that the engines counted (`simulation.fit`). Two costs are
+not counted: that of a message besides its bytes (a thread that is woken has to find a core), and
+that of a request besides its steps (HTTP, text, the time between two steps). The cost of a message
+is the one with which steps of the *other* policies at the same rate take as long as they did. The
+cost of a request is the median, over runs of the other policies at all rates, of what latency then
+still lacks. So apart from computation, a policy's own runs have no part in its prediction.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ from research.simulator import Model, Requests, Scenario, Server, Work, simulate
 
 from .workloads import Placed
 
-#: Seconds of a message that are tried.
+#: Costs of a message that are tried, in seconds.
 ROUNDS_S = (0.0, 1e-4, 2e-4, 3e-4, 4e-4, 5e-4, 6e-4, 7e-4, 8e-4)
-#: Of a link's rate, what there is for payload beside headers of packets.
+#: The share of a link's rate that carries payload; headers of packets take the rest.
 PAYLOAD = 0.95
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Measured:
-    """A run, and all that the simulator has to know of it.
+    """What the simulator needs to know of a measured run.
 
     Attributes:
-        rate: bits a second of every link; None: not shaped.
-        placed: in force.
-        plan: what was asked.
+        rate: bits per second of every link; None if links are not shaped.
+        placed: the placement in force.
+        plan: the requests.
         outputs: tokens of each answer, in the order of the plan's calls.
         activations: of the workload.
-        work: of each server, in windows.
-        step_s: seconds of a step, in the mean; 0: there was none.
-        latency_s: mean; nan: no answer was whole.
+        work: the work of each server, window by window.
+        step_s: mean seconds of a step; 0 if there was no step.
+        latency_s: mean latency; nan if no answer was whole.
     """
 
     rate: int | None
@@ -60,7 +60,7 @@ class Measured:
 
 
 def work_of(run: Watched) -> tuple[tuple[Work, ...], ...]:
-    """What each server did in a run, from one sample to the next: windows of different kinds."""
+    """The work of each server in a run, in windows from one sample to the next."""
     servers = range(len(run.samples[0].steps))
     return tuple(
         tuple(_between(*pair, server) for pair in itertools.pairwise(run.samples))
@@ -69,7 +69,7 @@ def work_of(run: Watched) -> tuple[tuple[Work, ...], ...]:
 
 
 def _between(first: Sample, last: Sample, server: int) -> Work:
-    """What a server did between two samples."""
+    """The work of a server between two samples."""
 
     def spent(values: str) -> float:
         return getattr(last, values)[server] - getattr(first, values)[server]
@@ -94,10 +94,11 @@ def _between(first: Sample, last: Sample, server: int) -> Work:
 
 @dataclasses.dataclass(frozen=True)
 class Predicted:
-    """What the simulator says of a run; seconds, means.
+    """A simulated run; times in seconds.
 
     Attributes:
-        computing_s: of each server, in all its steps, with what stops it.
+        latency_s, step_s: means.
+        computing_s: of each server, over all its steps, stops by a quota included.
     """
 
     latency_s: float
@@ -107,11 +108,11 @@ class Predicted:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Machine:
-    """All that runs have in common.
+    """What all runs have in common.
 
     Attributes:
-        servers: with the speeds that were fitted.
-        model, config: theirs.
+        servers: with fitted speeds.
+        model, config: of the engines.
     """
 
     servers: tuple[Server, ...]
@@ -127,17 +128,25 @@ class Machine:
         model: Model,
         config: EngineConfig,
     ) -> tuple[Machine, list[Fitted]]:
-        """With speeds of all runs; and what was found of each server.
+        """Fits speeds to all runs.
 
         Args:
+            runs: all that were measured.
             devices: of each server.
-            slots: of each device, spare ones left out.
+            slots: of each device, without spare ones.
+            model, config: of the engines.
+
+        Returns:
+            The machine, and what was fitted for each server.
 
         Raises:
-            UserError: servers stepped together; or runs are too few, or too much alike.
+            UserError: servers stepped together; or the runs are too few, or too much alike.
         """
         if not any(work.messages for run in runs for windows in run.work for work in windows):
-            raise UserError("no expert calls were counted, as servers that step together make none")
+            raise UserError(
+                "no expert calls were counted; servers that step together (--exchange collectives) "
+                "cannot be simulated"
+            )
         found = [
             fit([w for run in runs for w in run.work[server]], count, config.block_size)
             for server, count in enumerate(devices)
@@ -149,7 +158,7 @@ class Machine:
         return cls(servers, model, config), found
 
     def predict(self, run: Measured, round_s: float) -> Predicted:
-        """What comes of a run; see `scenario`."""
+        """Simulates a run; see `scenario`."""
         result = simulate(self.scenario(run, round_s))
         in_steps = (result.compute_seconds + result.communicate_seconds).sum()
         return Predicted(
@@ -159,10 +168,11 @@ class Machine:
         )
 
     def scenario(self, run: Measured, round_s: float) -> Scenario:
-        """A run, as the simulator wants it.
+        """The scenario of a run.
 
         Args:
-            round_s: seconds that a message costs besides its bytes.
+            run: what was measured.
+            round_s: seconds that a message takes besides its bytes.
         """
         rate, burst = np.inf, 0
         if run.rate is not None:
@@ -196,12 +206,15 @@ class Machine:
 def predictions(
     machine: Machine, runs: Sequence[Measured], done: Callable[[], object] = lambda: None
 ) -> list[float]:
-    """Mean latency of each run, in seconds.
+    """Predicts the mean latency of each run, in seconds.
 
-    What messages and requests cost is chosen from runs of other policies. Where there are none at
-    a rate, messages cost what those of the same one say; at any, requests cost nothing.
+    The costs of messages and requests come from runs of other policies. If there are none at a
+    rate, the cost of messages comes from runs of the same policy. If there are none at all,
+    requests cost nothing.
 
     Args:
+        machine: with fitted speeds.
+        runs: what was measured.
         done: called after each run.
     """
     tried = []
@@ -210,11 +223,16 @@ def predictions(
         done()
 
     def off(round_s: float, others: Sequence[int]) -> float:
+        """How far the steps of these runs are from what they took."""
         return sum(math.log(tried[n][round_s].step_s / runs[n].step_s) ** 2 for n in others)
 
     def chosen(own: int, rate: int | None) -> tuple[float, list[int]]:
-        """A message's seconds at this rate, and the runs of other policies."""
-        # No answer has no latency.
+        """The cost of a message at a rate, and the runs of other policies there.
+
+        Args:
+            own: the run that is predicted.
+        """
+        # Runs without steps, or without a whole answer (a latency of nan), tell nothing.
         whole = [n for n, run in enumerate(runs) if run.step_s and run.latency_s > 0]
         alike = [n for n in whole if runs[n].rate == rate]
         others = [n for n in alike if runs[n].placed.policy != runs[own].placed.policy]

@@ -1,10 +1,10 @@
-"""How much quota of cores a server that waited has left: its burst.
+"""Fits the burst of each server: the quota of cores that it has saved after waiting.
 
-A quota lets a server's threads use so many cores, all together (`placement.simulate.shares`). What
-the kernel keeps of it for a server that waited is less than what comes in in a period: it hands the
-quota out to cores in slices, and a thread on another core finds none. So a burst is the one with
-which the simulated computing of all runs together, in steps, stops included, takes as long as it
-did. What a server's front end does, which has the same quota, is in it.
+A quota limits the cores that all threads of a server together use (`research.simulator.shares`).
+The kernel keeps less of it for a server that waited than comes in during a period: it hands the
+quota out to cores in slices, and a thread on another core finds none. The burst is fitted so that
+the simulated computing of all runs together, in steps and with stops, takes as long as it did. That
+includes the effect of the server's front end, which shares the quota.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from benchmarks.namespaces.cores import PERIOD_US
 
 from .predict import Machine, Measured
 
-#: A message's seconds: any will do that let servers wait about as long for each other as they do.
+#: Seconds of a message: any value with which servers wait for each other about as long as they did.
 TYPICAL_S = 4e-4
-#: Halvings of the interval in which a burst is looked for, what comes in in a period.
+#: Steps of the bisection of a burst, between 0 and the quota of a period.
 TRIES = 8
 
 
@@ -30,16 +30,17 @@ def with_quotas(
     cores: Sequence[float],
     done: Callable[[], object] = lambda: None,
 ) -> tuple[Machine, list[float]]:
-    """With each server's quota and burst.
+    """Gives each server its quota and fits its burst.
 
     Args:
+        machine: with fitted speeds.
         runs: all that were measured.
-        cores: of each server.
+        cores: the quota of each server.
         done: called TRIES times.
 
     Returns:
-        It, and by which share each server's computing is off all the same: where the burst that is
-        found is none or the most, a quota explains it in part.
+        The machine, and the relative error of each server's computing that remains. It is large if
+        the burst ends at a limit: then the quota explains only a part of the stops.
     """
     runs = [run for run in runs if run.step_s]
     measured_n = np.sum(
@@ -52,7 +53,7 @@ def with_quotas(
         tried = _with(machine, cores, burst_n.tolist())
         found = [tried.predict(run, TYPICAL_S).computing_s for run in runs]
         off_n = np.sum(found, axis=0) / measured_n - 1
-        # Who has a larger burst is stopped less.
+        # A server with a larger burst is stopped less.
         low_n, high_n = np.where(off_n > 0, burst_n, low_n), np.where(off_n > 0, high_n, burst_n)
         done()
     return tried, off_n.tolist()

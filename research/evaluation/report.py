@@ -1,4 +1,4 @@
-"""Tables, plots, targets and JSON of the cells that were measured."""
+"""Tables, plots, targets and JSON of measured cells."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from benchmarks.targets import Target
 from .cells import Cell, Mean, Row, rows_of
 from .weight import PAPER_RATIO, nearest, weights_of
 
-#: Mean latency of `latency` over that of another policy: by workload over eplb's, over dance's.
-#: The paper's own placement won 30.6 % and 10.9 % over EPLB.
+#: Targets for the mean latency of `latency`, over eplb's by workload, and over dance's. The paper's
+#: placement was 30.6 % and 10.9 % faster than EPLB.
 OVER_EPLB = {"big-bench": 0.6, "multidata": 0.45}
 OVER_DANCE = 0.75
-#: Simulated mean latency, off the measured one.
+#: Target for the relative error of the simulated mean latency.
 PREDICTED = 0.15
-#: Of a row's attributes, what JSON has as the mean of its cells.
+#: Attributes of cells whose means go into JSON.
 _MEANS = (
     "remote", "any_miss", "transfers", "busiest", "load", "apart", "bound_bytes", "bytes_ratio",
     "utilisation", "steps", "tokens", "step_s", "computing_s", "failed",
@@ -32,7 +32,7 @@ _MEANS = (
 
 
 def show(console: Console, cells: Sequence[Cell]) -> None:
-    """Tables for each workload and rate, and at which rate communication weighs as in the paper."""
+    """Prints tables for each workload and rate, and the rate that comes nearest to the paper."""
     tables: dict[tuple[str, int | None], list[Row]] = {}
     rows = rows_of(cells)
     for row in rows:
@@ -53,7 +53,7 @@ def show(console: Console, cells: Sequence[Cell]) -> None:
 
 
 def _results(rows: Sequence[Row]) -> Table:
-    """What policies are judged by."""
+    """The figures by which policies are judged."""
     table = grid(
         "policy",
         "mean s",
@@ -86,7 +86,7 @@ def _results(rows: Sequence[Row]) -> Table:
 
 
 def _times(rows: Sequence[Row]) -> Table:
-    """Where the seconds of a run's steps go, of the mean server."""
+    """Where the seconds of the mean server's steps go."""
     table = grid(
         "policy", "tokens", "steps", "ms/token", "steps, s", "computing", "waiting", "longer"
     )
@@ -108,7 +108,7 @@ def _shown(mean: Mean) -> str:
 
 
 def targets(cells: Sequence[Cell]) -> list[Target]:
-    """Of policies: at the rate where communication weighs most like in the paper."""
+    """All targets; those of latency at the rate where communication weighs as in the paper."""
     rows = rows_of(cells)
     mean_s = {(row.workload, row.rate, row.policy): row.mean_s.value for row in rows}
     off = [
@@ -129,7 +129,7 @@ def targets(cells: Sequence[Cell]) -> list[Target]:
 
 
 def plain(cells: Sequence[Cell]) -> dict[str, Any]:
-    """For JSON: figures over seeds, how much communication weighs, and all cells."""
+    """Everything for JSON: figures over seeds, the weight of communication, and all cells."""
     rows = rows_of(cells)
     weights = weights_of(rows)
     return {
@@ -156,7 +156,7 @@ def _plain(row: Row) -> dict[str, Any]:
 
 
 def draw(cells: Sequence[Cell], path: pathlib.Path) -> None:
-    """Mean latency of all policies, a panel for each workload and rate."""
+    """Draws the mean latency of all policies, a panel for each workload and rate."""
     rows = rows_of(cells)
     places = list(dict.fromkeys((row.workload, row.rate) for row in rows))
 

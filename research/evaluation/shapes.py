@@ -1,4 +1,4 @@
-"""Models in the shape of one that is too large, with random weights, made for a run."""
+"""Small models in the shape of large ones, with random weights, made for a run."""
 
 from __future__ import annotations
 
@@ -11,28 +11,30 @@ from typing import Any
 from dance_jax.launch.planning.defaults import demo_dir
 from dance_jax.models.random_weights import write_random_checkpoint
 
-#: Experts that fit, of all: the paper's for DeepSeek-V2-Lite.
+#: Memory of all servers, in copies of all experts: as in the paper for DeepSeek-V2-Lite.
 MEMORY = 1.32
-#: Of the demo model: its tokenizer, and what config.json says of tokens and of the context.
+#: Files of the demo model's tokenizer, and fields of its config.json about tokens and context.
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 _TOKENS = ("vocab_size", "bos_token_id", "eos_token_id", "max_position_embeddings")
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """Attributes:
-    fields: of config.json, but those that the demo model's tokenizer decides.
-    memory: experts that fit, of all.
+    """The shape of a model.
+
+    Attributes:
+        fields: of config.json, except those that depend on the demo model's tokenizer.
+        memory: of all servers, in copies of all experts.
     """
 
     fields: dict[str, Any]
     memory: float
 
     def write(self, directory: pathlib.Path) -> pathlib.Path:
-        """A checkpoint that reads and writes the demo model's tokens; always the same weights.
+        """Writes a checkpoint with the demo model's tokenizer and always the same weights.
 
         Args:
-            directory: made by this.
+            directory: is created.
 
         Returns:
             The directory.
@@ -49,9 +51,8 @@ class Shape:
         return directory
 
 
-#: By name on the command line. Mixtral-8x7B at the demo model's width: as many experts, of which
-#: as many are chosen, as wide for their input; query heads to a head of keys; a fourth of its
-#: layers.
+#: Shapes by name on the command line. `mixtral` is Mixtral-8x7B at the demo model's width and with
+#: a fourth of the layers; numbers of experts, and the ratios of widths and of heads, are Mixtral's.
 SHAPES = {
     "mixtral": Shape(
         {

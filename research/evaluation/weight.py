@@ -1,4 +1,4 @@
-"""How much communication weighs in the time of steps, beside the paper's servers."""
+"""How much communication weighs in the time of steps, compared with the paper's servers."""
 
 from __future__ import annotations
 
@@ -11,18 +11,17 @@ from benchmarks.namespaces import show_rate
 
 from .cells import Row
 
-#: The paper's layers took so many times as long when all calls were remote.
+#: How many times as long the paper's layers took when all calls were remote.
 PAPER_RATIO = 8.3
 
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """Of communication, in a workload at one rate.
+    """The weight of communication in a workload at one rate.
 
     Attributes:
-        most: the policy with the largest share of remote calls; not all of them are, as they are
-            where PAPER_RATIO was measured.
-        best: the one whose steps take the least time per token.
+        most: the policy with the largest share of remote calls; for PAPER_RATIO all were remote.
+        best: the policy whose steps take the least time per token.
     """
 
     most: Row
@@ -30,42 +29,43 @@ class Weight:
 
     @property
     def over_alone(self) -> float:
-        """Seconds of `most`'s steps over those in which they compute, and wait for nobody.
+        """Seconds of `most`'s steps over their seconds of computing.
 
-        The steps are whole ones: what they take beside layers, to schedule and to make text, is in
-        both.
+        Both include what steps take besides layers: scheduling and text.
         """
         return self.most.ratio("step_s", "computing_s")
 
     @property
     def all_remote(self) -> float:
-        """`over_alone`, if communication grew in proportion from `most`'s remote calls to all; nan:
-        it has none."""
+        """`over_alone` if all calls were remote and communication grew in proportion; nan if `most`
+        has no remote calls."""
         remote = self.most.average("remote")
         return 1 + (self.over_alone - 1) / remote if remote else math.nan
 
     @property
     def over_best(self) -> float:
-        """Seconds of steps per token of `most` over those of `best`. Slower steps have more tokens
-        in them, so that this is less than their communication alone would make of it."""
+        """Seconds of steps per token of `most` over those of `best`.
+
+        Slower steps have more tokens in them, which makes this ratio smaller.
+        """
         return self.most.ratio("step_s", "tokens") / self.best.ratio("step_s", "tokens")
 
     @property
     def off(self) -> float:
-        """How far `over_alone` is from PAPER_RATIO, as a factor's logarithm."""
+        """The distance of `over_alone` from PAPER_RATIO: the absolute logarithm of their ratio."""
         return abs(math.log(self.over_alone / PAPER_RATIO))
 
     def line(self) -> str:
-        """For the terminal."""
+        """A line for the terminal."""
         return (
             f"{self.most.workload}, links {show_rate(self.most.rate)}: {self.most.policy}, with "
             f"{self.most.average('remote'):.0%} of calls remote, takes {self.over_alone:.1f} times "
-            f"as long as computing alone, in proportion {self.all_remote:.1f} times were all "
-            f"remote, {self.over_best:.2f} times as long as {self.best.policy}"
+            f"as long as computing alone (in proportion {self.all_remote:.1f} times if all calls "
+            f"were remote), and {self.over_best:.2f} times as long as {self.best.policy}"
         )
 
     def plain(self) -> dict[str, Any]:
-        """For JSON."""
+        """The figures for JSON."""
         return {
             "workload": self.most.workload,
             "rate": self.most.rate,
@@ -80,7 +80,7 @@ class Weight:
 
 
 def weights_of(rows: Iterable[Row]) -> list[Weight]:
-    """Of each workload and rate."""
+    """The weight of each workload and rate."""
     groups: dict[tuple[str, int | None], list[Row]] = {}
     for row in rows:
         groups.setdefault((row.workload, row.rate), []).append(row)
@@ -94,7 +94,7 @@ def weights_of(rows: Iterable[Row]) -> list[Weight]:
 
 
 def nearest(weights: Iterable[Weight]) -> list[Weight]:
-    """Of each workload the one at whose rate communication weighs most like in the paper."""
+    """For each workload, the weight that is nearest to the paper's."""
     groups: dict[str, list[Weight]] = {}
     for weight in weights:
         groups.setdefault(weight.most.workload, []).append(weight)

@@ -21,33 +21,36 @@ from dance_jax.placement.spare import reserve
 
 #: Names and devices of the servers, as in the paper.
 DEVICES = {"alpha": 1, "beta": 1, "gamma": 2}
-#: The three tasks of BIG-bench that the paper's servers are asked for; tasks that differ more.
+#: The paper's three tasks, from BIG-bench; and three tasks that differ more.
 BIG_BENCH = ("abstract_narrative_understanding", "arithmetic", "ascii_word_recognition")
 MULTI_DATA = ("code_line_description", "hindi_question_answering", "mmlu_pro_math")
-#: Without --tasks: our own prompts.
+#: Our own prompts, used without --tasks.
 OWN = {"own": ("code", "english", "german"), "others": ("math", "french", "english")}
 
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """Attributes:
-    name: as on the command line.
-    tasks: of each server.
+    """What the users of all servers ask for.
+
+    Attributes:
+        name: as on the command line.
+        tasks: the task of each server.
     """
 
     name: str
     tasks: tuple[Task, ...]
 
     def on(self, servers: int) -> Workload:
-        """The workload of this many servers, to which the tasks are given in turn."""
+        """The workload of `servers` servers, which get the tasks in turn."""
         return Workload(self.name, tuple(itertools.islice(itertools.cycle(self.tasks), servers)))
 
 
 def read_workloads(directory: pathlib.Path | None, examples: pathlib.Path) -> list[Workload]:
-    """
+    """Reads all workloads.
+
     Args:
-        directory: with NAME.jsonl of all tasks; None: our own prompts.
-        examples: where those are.
+        directory: with NAME.jsonl of all tasks; None for our own prompts.
+        examples: the directory of our own prompts.
 
     Raises:
         UserError: a task is missing, or cannot be read.
@@ -64,19 +67,20 @@ def read_workloads(directory: pathlib.Path | None, examples: pathlib.Path) -> li
 
 
 def hosts_text(experts: int, memory: float, hosts: int | None = None) -> str:
-    """A hosts file whose servers hold `memory` times the experts, each device about the same.
+    """A hosts file whose servers hold `memory` times the experts, with equal devices.
 
     Spare slots, by which placements are swapped, come on top.
 
     Args:
-        experts: of all layers.
-        hosts: how many, of one device each; None: the paper's three.
+        experts: number of experts of all layers.
+        memory: of all servers together.
+        hosts: number of hosts, with one device each; None for the paper's three.
 
     Raises:
-        UserError: it is too little for all experts.
+        UserError: the memory is too small for all experts.
     """
     if memory < 1:
-        raise UserError(f"--memory {memory:g}: at least 1 is needed, so that all experts live")
+        raise UserError(f"--memory {memory:g}: at least 1 is needed to hold all experts")
     devices = DEVICES if hosts is None else {f"host{n}": 1 for n in range(1, hosts + 1)}
     held = math.ceil(round(experts * memory) / sum(devices.values()))
     slots = next(slots for slots in itertools.count(held) if slots - reserve(slots) == held)
@@ -86,10 +90,10 @@ def hosts_text(experts: int, memory: float, hosts: int | None = None) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Placed:
-    """A policy's placement, and what it promises.
+    """A policy's placement, and its predicted metrics.
 
     Attributes:
-        policy: its name.
+        policy: the name of the policy.
         placement: fitted to one half of the tokens.
         busiest, load, concentration: on the other half, see `placement.metrics.Traffic`.
     """
@@ -104,15 +108,20 @@ class Placed:
 def placed(
     policy: str, activations: Activations, devices: Sequence[int], slots: int, cost: Cost, seed: int
 ) -> Placed:
-    """Args:
-    activations: of the workload, servers in the order of `devices`.
-    slots: of each device, spare ones left out.
-    cost: for policies that ask for it.
+    """Places experts with a policy, and predicts its metrics.
+
+    Args:
+        policy: a name in `placement.POLICIES`.
+        activations: of the workload, servers in the order of `devices`.
+        devices: of each server.
+        slots: slots of each device, without spare ones.
+        cost: for policies that weigh it.
+        seed: for policies that draw at random.
     """
     fit, judge = halves(activations.routes)
     found = place(
         policy,
-        # Of all tokens: how many each server has is in them, and in no sample of equal size.
+        # Counts of all tokens say how many each server has; samples of equal size would not.
         activations.counts,
         slots * np.asarray(devices),
         routes=fit,

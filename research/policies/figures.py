@@ -1,4 +1,4 @@
-"""What the placements of all policies cost on one setup."""
+"""Metrics of the placements of all policies on one setup."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from dance_jax.placement.metrics import Traffic
 from .published import Figures
 from .setups import Setup
 
-#: The policy that predicts time; without routes it is OPTIMAL.
+#: The policy that predicts time, and the one that replaces it without routes.
 LATENCY, OPTIMAL = "latency", "optimal"
-#: A policy that fills all memory and looks at no statistics.
+#: A policy that fills all memory without statistics.
 BLIND = "redundance"
-#: What is measured of tokens, beside the predicted time.
+#: The metrics that are measured on tokens, beside the predicted time.
 COLUMNS = ("remote", "any_miss", "transfers", "busiest", "load", "device")
 
-#: What is told of every solved policy.
+#: Prints progress.
 Say = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One policy on one setup; what the columns mean is said in `research.policies`."""
+    """One policy on one setup; `research.policies` explains the columns."""
 
     policy: str
     remote: float
-    #: None: there are no routes.
+    #: This and the next five are None without routes.
     any_miss: float | None
     transfers: float | None
     busiest: float | None
@@ -44,8 +44,8 @@ class Row:
     ms: float
     #: A second run gave the same placement.
     repeatable: bool
-    #: By column, what can be compared with published figures: where tokens visit the lowest number
-    #: of equal servers.
+    #: By column, the figures to compare with published ones: of equal servers, tokens visit the one
+    #: with the lowest number.
     comparable: Figures = dataclasses.field(default_factory=dict)
 
 
@@ -55,16 +55,16 @@ class Table:
 
     setup: Setup
     rows: list[Row]
-    #: By policy.
+    #: Placements by policy.
     placements: dict[str, Placement]
 
     def row(self, policy: str) -> Row | None:
         return next((row for row in self.rows if row.policy == policy), None)
 
     def over_best_other(self, column: str) -> tuple[float, str] | None:
-        """LATENCY's figure over the least of the other policies', and whose that is.
+        """LATENCY's figure over the least figure of another policy, and the name of that policy.
 
-        None: it is not known of both.
+        None if either figure is not known; figures of 0 count as not known.
         """
         known = {row.policy: value for row in self.rows if (value := getattr(row, column))}
         ours = known.pop(LATENCY, None)
@@ -75,7 +75,7 @@ class Table:
 
 
 def solve(policy: str, setup: Setup, previous: Placement | None = None) -> tuple[Placement, float]:
-    """A placement of the setup and the milliseconds that it took."""
+    """A policy's placement of the setup, and the milliseconds that it took."""
     start = time.perf_counter()
     placement = place(
         policy,
@@ -90,9 +90,9 @@ def solve(policy: str, setup: Setup, previous: Placement | None = None) -> tuple
 
 
 def measure(setup: Setup, policies: Iterable[str], say: Say) -> Table:
-    """Solves with every policy, twice, and measures what came out.
+    """Solves with every policy, twice, and measures the second placement.
 
-    Without routes LATENCY is left out, which then is OPTIMAL.
+    Without routes LATENCY is left out, because OPTIMAL would take its place.
     """
     table = Table(setup, [], {})
     for policy in policies:
@@ -107,7 +107,7 @@ def measure(setup: Setup, policies: Iterable[str], say: Say) -> Table:
 
 
 def row(policy: str, setup: Setup, placement: Placement, ms: float, repeatable: bool) -> Row:
-    """Measures a placement on tokens that the policy did not see, or else on the counts."""
+    """Measures a placement on tokens that the policy did not see; without routes, on the counts."""
     local = placement.local_share(setup.counts)
     figures: dict[str, Any] = dict.fromkeys((*COLUMNS, "layer_time")) | {"remote": 1 - local}
     comparable: Figures = {"remote": 1 - local}
@@ -129,7 +129,7 @@ def row(policy: str, setup: Setup, placement: Placement, ms: float, repeatable: 
 
 
 def _figures(traffic: Traffic, devices: Sequence[int]) -> dict[str, float]:
-    """By COLUMNS."""
+    """The metrics by column."""
     found = (
         traffic.remote,
         traffic.any_miss,

@@ -16,11 +16,11 @@ from .setups import Setup
 
 PANELS = {
     "remote": "remote calls, share",
-    "any_miss": "layers left, share",
+    "any_miss": "any miss, share",
     "transfers": "transfers per token",
     "busiest": "busiest server, states",
     "load": "busiest device of a layer",
-    "device": "busiest device of all",
+    "device": "busiest device, all layers",
     "layer_time": "predicted layer time",
 }
 SWEPT = ("layer_time", "any_miss")
@@ -30,7 +30,8 @@ INKS = np.array([[0.36, 0.68, 0.89], [0.95, 0.50, 0.48], [0.98, 0.83, 0.38]])
 DPI = 110
 
 
-def _pyplot() -> Any:
+def agg_pyplot() -> Any:
+    """pyplot, drawing into files."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -39,9 +40,10 @@ def _pyplot() -> Any:
     return pyplot
 
 
-def _save(figure: Any, path: pathlib.Path) -> pathlib.Path:
+def save_figure(figure: Any, path: pathlib.Path) -> pathlib.Path:
+    """Writes a figure as a PNG file; returns the path."""
     figure.savefig(path, dpi=DPI)
-    _pyplot().close(figure)
+    agg_pyplot().close(figure)
     return path
 
 
@@ -55,7 +57,7 @@ def draw_figures(table: Table, path: pathlib.Path) -> pathlib.Path:
     policies = [row.policy for row in table.rows]
     colours = _colours(policies)
     height = 1.3 + 0.3 * len(policies)
-    figure, panels = _pyplot().subplots(
+    figure, panels = agg_pyplot().subplots(
         1, len(PANELS), sharey=True, figsize=(2.2 * len(PANELS), height), layout="constrained"
     )
     ticked = False
@@ -82,13 +84,13 @@ def draw_figures(table: Table, path: pathlib.Path) -> pathlib.Path:
         + (" (black: published)" if ticked else ""),
         fontsize="medium",
     )
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def draw_memory(tables: Sequence[Table], path: pathlib.Path) -> pathlib.Path:
     """Columns against memory, a line for each policy."""
     colours = _colours([row.policy for row in tables[0].rows])
-    figure, panels = _pyplot().subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    figure, panels = agg_pyplot().subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     for panel, column in zip(panels, SWEPT, strict=True):
         for policy, colour in colours.items():
             found = [(table.setup.memory, table.row(policy)) for table in tables]
@@ -104,7 +106,7 @@ def draw_memory(tables: Sequence[Table], path: pathlib.Path) -> pathlib.Path:
         panel.spines[["top", "right"]].set_visible(False)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", fontsize="small", frameon=False)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _mixed(held_n: np.ndarray) -> np.ndarray:
@@ -127,7 +129,7 @@ def draw_holders(
     servers, layers, experts = setup.counts.shape
     if servers != len(INKS) or not policies:
         return None
-    pyplot = _pyplot()
+    pyplot = agg_pyplot()
     figure, panels = pyplot.subplots(
         1,
         len(policies),
@@ -168,4 +170,4 @@ def draw_holders(
         frameon=False,
         handlelength=1.2,
     )
-    return _save(figure, path)
+    return save_figure(figure, path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-#: Column -> figure.
+#: Figures by column.
 Figures = Mapping[str, float]
 
 
@@ -15,8 +15,8 @@ def _columns(*names: str) -> Callable[..., Figures]:
 _lock_step = _columns("remote", "transfers", "busiest", "load")
 _calls = _columns("any_miss", "device")
 
-#: gpt-oss-20b on MMLU-Pro, `setups.reference`; tokens visit the lowest number of equal servers.
-#: `latency`: annealing on the share of tokens that miss.
+#: gpt-oss-20b on MMLU-Pro, `setups.reference`. Of equal servers, tokens visit the one with the
+#: lowest number. `latency` is an annealing on the share of tokens that miss any expert.
 REFERENCE: Mapping[str, Figures] = {
     "uniform": {**_lock_step(0.662, 1.641, 1.951, 0.277), **_calls(0.989, 0.254)},
     "redundance": _lock_step(0.560, 1.313, 1.801, 0.287),

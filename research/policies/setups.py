@@ -1,4 +1,4 @@
-"""Who serves what, on how many devices, in how much memory."""
+"""Which server serves which topics, on how many devices, in how much memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dance_jax.placement import CallCost
 from .published import COUNTS, REFERENCE, Figures
 from .traces import CountsAlone, Trace, count
 
-#: Devices of the servers, repeated as often as needed.
+#: Devices of the servers, in turn.
 PATTERN = (1, 1, 2)
 #: Expert slots of all servers together, in copies of the model.
 MEMORY = 1.32
@@ -22,18 +22,23 @@ MEMORIES = (1.05, 1.32, 1.7, 2.5)
 SERVERS = (4, 8, 16)
 
 
+def devices_of(servers: int) -> tuple[int, ...]:
+    """Devices of each server: PATTERN, repeated as often as needed."""
+    return tuple(itertools.islice(itertools.cycle(PATTERN), servers))
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Setup:
-    """What policies are given, and the tokens on which their placements are measured."""
+    """The inputs of policies, and the tokens on which their placements are measured."""
 
     title: str
-    #: float64 [servers, layers, experts]: calls that policies see, of each server in all 1.
+    #: float64 [servers, layers, experts]: calls that policies see; those of a server sum to 1.
     counts: np.ndarray
     #: Devices of each server; its memory is in proportion.
     devices: tuple[int, ...]
-    #: In copies of the model.
+    #: Memory of all servers together, in copies of the model.
     memory: float = MEMORY
-    #: Of each server, int [tokens, layers, k]: tokens that policies see; None: only counts.
+    #: Per server int [tokens, layers, k]: tokens that policies see; None if only counts are known.
     fit: tuple[np.ndarray, ...] | None = None
     #: Tokens that no policy sees.
     test: tuple[np.ndarray, ...] | None = None
@@ -50,7 +55,7 @@ class Setup:
         return None if self.fit is None else CallCost.reference(self.devices, self.fit[0].shape[2])
 
     def describe(self) -> str:
-        """Sizes, in words."""
+        """The sizes in words."""
         servers, layers, experts = self.counts.shape
         tokens = ""
         if self.fit is not None and self.test is not None:
@@ -64,16 +69,16 @@ class Setup:
 
 
 def _list(numbers: Sequence[int]) -> str:
-    """All of a few; of more servers the pattern that they repeat."""
+    """The numbers of a few servers; the repeated pattern of many."""
     shown = [*map(str, numbers[: len(PATTERN)]), "..."] if len(numbers) > 4 else map(str, numbers)
     return ", ".join(shown)
 
 
 def slots(total: int, memory: float, devices: Sequence[int]) -> list[int]:
-    """Capacities of servers whose devices are all equal: whole slots, one copy at least in all.
+    """Capacities of servers with equal devices, in whole slots; in all at least one copy.
 
     Args:
-        total: experts of the model.
+        total: number of experts of the model.
         memory: of all servers, in copies of the model, at least 1.
         devices: of each server.
     """
@@ -86,7 +91,7 @@ def slots(total: int, memory: float, devices: Sequence[int]) -> list[int]:
 
 
 def normalised(counts: np.ndarray) -> np.ndarray:
-    """Every server weighs the same."""
+    """Counts of which those of each server sum to 1, so that all servers weigh the same."""
     return counts / counts.sum((1, 2), keepdims=True)
 
 
@@ -106,7 +111,7 @@ Workload = Sequence[Part]
 
 
 def halves(trace: Trace, workload: Workload) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens of a server that are seen, the first half of each topic, and those that are not."""
+    """A server's tokens: the first half of each topic, which policies see, and the second half."""
     fit, test = [], []
     for part in workload:
         route = trace.routes[part.topic]
@@ -117,9 +122,9 @@ def halves(trace: Trace, workload: Workload) -> tuple[np.ndarray, np.ndarray]:
 
 
 def deal(trace: Trace, servers: int) -> list[list[Part]]:
-    """Topics in turn, by name, to that many servers: every token to exactly one of them.
+    """Deals topics, sorted by name, to servers in turn; every token goes to exactly one server.
 
-    Where there are fewer topics than servers, those with most tokens are cut in several parts.
+    If there are fewer topics than servers, those with most tokens are cut into parts.
     """
     cuts = dict.fromkeys(sorted(trace.routes), 1)
     while sum(cuts.values()) < servers:
@@ -135,12 +140,11 @@ def workload_setup(
     memory: float = MEMORY,
     published: Mapping[str, Figures] | None = None,
 ) -> Setup:
-    """A server for each workload."""
+    """A setup with a server for each workload."""
     pairs = [halves(trace, workload) for workload in workloads]
     fit, test = tuple(pair[0] for pair in pairs), tuple(pair[1] for pair in pairs)
     counts = normalised(np.stack([count(route, trace.experts) for route in fit]))
-    devices = tuple(itertools.islice(itertools.cycle(PATTERN), len(workloads)))
-    return Setup(title, counts, devices, memory, fit, test, published or {})
+    return Setup(title, counts, devices_of(len(workloads)), memory, fit, test, published or {})
 
 
 def _three(trace: Trace) -> list[list[Part]]:
@@ -174,7 +178,7 @@ def more_servers(trace: Trace) -> list[Setup]:
 
 
 def counts_alone(trace: Trace, models: Sequence[CountsAlone]) -> list[Setup]:
-    """The trace's topics `alone`, and other models."""
+    """Setups without routes: the topics `alone` of the trace, and other models."""
     setups = [
         Setup(
             f"{trace.name}, counts alone: {' | '.join(trace.alone)}",

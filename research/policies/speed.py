@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import statistics
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
 from .figures import LATENCY, OPTIMAL, Say, solve
-from .setups import MEMORY, PATTERN, Setup, normalised
+from .setups import MEMORY, Setup, devices_of, normalised
 from .traces import count, synthetic_trace
 
-#: Exactly one copy, where servers can only swap, and a little more.
+#: Memory for exactly one copy, where servers can only swap experts, and for a little more.
 TIGHT = (1.0, 1.05)
 #: Servers, layers and experts: DeepSeek-V2-Lite, and DeepSeek-V3 on few and on many servers.
 SMALL, LARGE, LARGEST = (3, 26, 64), (8, 58, 256), (64, 58, 256)
 TOP_K = 6
-#: Where routes are needed, tokens of each server.
+#: Tokens of each server, for policies that need routes.
 TOKENS = {SMALL: 4000, LARGEST: 1000}
-#: Runs of one case: so many, and more while they take less than SECONDS in all.
+#: Runs of one case: LEAST_RUNS, and up to MOST_RUNS while all take less than SECONDS.
 LEAST_RUNS, MOST_RUNS, SECONDS = 2, 15, 2.0
 #: Milliseconds that a case may take, by policy and sizes.
 LIMITS_MS = {
@@ -45,16 +44,16 @@ class Speed:
     runs: int
     best_ms: float
     median_ms: float
-    #: None: there is no target.
+    #: None if there is no target.
     limit_ms: float | None
     local: float
     bound: float | None
 
 
 def skewed_counts(servers: int, layers: int, experts: int, seed: int = 0) -> np.ndarray:
-    """Calls, float64 [servers, layers, experts]: each server has its own favourites.
+    """Calls with favourites of each server: float64 [servers, layers, experts].
 
-    Logits of an expert: what all servers share plus what one server prefers, in equal parts.
+    An expert's logit is the sum of a part that all servers share and a part of the server's own.
     """
     rng = np.random.default_rng(seed)
     shared_le = rng.normal(size=(layers, experts))
@@ -63,34 +62,30 @@ def skewed_counts(servers: int, layers: int, experts: int, seed: int = 0) -> np.
 
 
 def setup_of(sizes: tuple[int, int, int], memory: float, seed: int = 0) -> Setup:
-    """Counts of that size."""
+    """A setup of that size with counts alone."""
     counts = skewed_counts(*sizes, seed)
-    return Setup(_of_size(sizes, memory), counts, _devices(sizes[0]), memory)
+    return Setup(_of_size(sizes, memory), counts, devices_of(sizes[0]), memory)
 
 
 def _of_size(sizes: tuple[int, int, int], memory: float) -> str:
     return f"{' x '.join(map(str, sizes))}, memory {memory:g} x the model"
 
 
-def _devices(servers: int) -> tuple[int, ...]:
-    return tuple(itertools.islice(itertools.cycle(PATTERN), servers))
-
-
 def with_routes(
     sizes: tuple[int, int, int], tokens: int, memory: float = MEMORY, seed: int = 0
 ) -> Setup:
-    """Routes of that size, with as many tokens of each server."""
+    """A setup of that size with routes of `tokens` tokens of each server."""
     servers, layers, experts = sizes
     topics = [str(n) for n in range(servers)]
     trace = synthetic_trace(tokens, layers, experts, TOP_K, seed, topics)
     routes = tuple(trace.routes.values())
     counts = normalised(np.stack([count(route, experts) for route in routes]))
     title = f"{_of_size(sizes, memory)}, {tokens:,} tokens each"
-    return Setup(title, counts, _devices(servers), memory, routes, routes)
+    return Setup(title, counts, devices_of(servers), memory, routes, routes)
 
 
 def cases(policies: Iterable[str]) -> Iterator[tuple[str, Setup]]:
-    """All policies on SMALL, OPTIMAL and LATENCY on more."""
+    """All policies on SMALL, and OPTIMAL and LATENCY on larger sizes."""
     known = list(policies)
     of_counts = [policy for policy in known if policy != LATENCY]
     for memory in (MEMORY, *TIGHT):
@@ -108,7 +103,7 @@ def cases(policies: Iterable[str]) -> Iterator[tuple[str, Setup]]:
 def measure_speed(
     found: Iterable[tuple[str, Setup]], say: Say, seconds: float = SECONDS
 ) -> list[Speed]:
-    """Times of all cases."""
+    """Measures all cases."""
     return [measure_case(policy, setup, say, seconds) for policy, setup in found]
 
 

@@ -35,7 +35,7 @@ def _milliseconds(value: float | None) -> str:
 
 
 def _cell(table: Table, row: Row, column: str) -> str:
-    """A figure, and below it the published one and the difference."""
+    """A figure, and below it the published one and the relative difference."""
     text = _number(getattr(row, column), 3)
     share = difference(table, row, column)
     if share is None:
@@ -45,7 +45,7 @@ def _cell(table: Table, row: Row, column: str) -> str:
 
 
 def print_table(console: Console, table: Table) -> None:
-    """All policies on one setup."""
+    """Prints all policies on one setup."""
     columns = COUNTS if table.setup.test is None else ROUTES
     heads = [column.replace("_", " ") for column in columns]
     setup = table.setup
@@ -63,7 +63,7 @@ def _print(console: Console, title: str, about: str, grid: Grid) -> None:
 
 
 def fastest_line(table: Table) -> str:
-    """Whether LATENCY is the fastest on tokens that no policy saw."""
+    """Says whether LATENCY is the fastest on tokens that no policy saw."""
     found = table.over_best_other("layer_time")
     if found is None:
         return f"{LATENCY} is not among the policies: no comparison of predicted layer times."
@@ -80,10 +80,10 @@ def fastest_line(table: Table) -> str:
 
 
 def gain_line(table: Table) -> str:
-    """What knowing the counts wins over filling the memory blindly."""
+    """Says what counts gain over filling the memory blindly."""
     found = gains(table)
     if found is None:
-        return f"{BLIND} is not among the policies: nothing to compare statistics with."
+        return f"{BLIND} is not among the policies: no comparison with a blind placement."
     best, blind, won = found
     verdict = "placement cannot win much here" if won < LITTLE else "placement wins"
     return (
@@ -101,13 +101,14 @@ def counts_note() -> str:
 
 
 def print_churn(console: Console, rows: Sequence[Churn]) -> None:
-    """What moves, and what it brings."""
+    """Prints how many experts move, and what that gains."""
     if not rows:
-        console.print(f"Of the policies none looks at the old placement ({', '.join(KEEPING)}).")
+        names = " or ".join(KEEPING)
+        console.print(f"No policy considers the old placement: {names} is needed.")
         return
     about = (
-        "made from the first half of the tokens, anew from the second half; figures are of that "
-        "second half, which new ones have seen; share: moved, of all held experts"
+        "old placements are made from the first half of the tokens, new ones from the second half; "
+        "all figures are of the second half; share: moved, of all held experts"
     )
     columns = ["policy", "workload", "placement", "moved", "share", "remote", "layer time"]
     grid = _grid(columns)

@@ -1,4 +1,4 @@
-"""What the policies have to reach, and whether they do."""
+"""Targets of the policies, and whether they are reached."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ from .churn import AFRESH, Churn
 from .figures import BLIND, COLUMNS, LATENCY, OPTIMAL, Row, Table
 from .speed import Speed
 
-#: Policies that reproduce published figures, within that share of them.
+#: Policies that must reproduce published figures, and the relative error that they may have.
 REPRODUCED, TOLERANCE = ("dance", OPTIMAL), 0.02
-#: What LATENCY reaches at once, where there are published figures.
+#: Limits for LATENCY, all to be met by one placement, in setups with published figures.
 LATENCY_LIMITS = {"any_miss": 0.54, "transfers": 0.58, "device": 0.30, "ms": 20_000.0}
-#: LATENCY's figures over the best other policy's, everywhere: what is sought, and the most.
+#: Limits for LATENCY's figures over those of the best other policy, in all setups: for any_miss the
+#: goal and a limit for regressions.
 OVER_BEST_OTHER = (("any_miss", 0.95), ("any_miss", 1.0), ("layer_time", 1.0))
-#: OPTIMAL's share of calls at home below its bound, as a share of the bound.
+#: How far OPTIMAL's share of calls at home may be below its bound, as a share of the bound.
 BOUND_GAP = 1e-4
-#: A policy that keeps less than this share of all calls more at home than BLIND wins little.
+#: Statistics gain little if the best policy keeps at most this share of all calls more at home than
+#: BLIND.
 LITTLE = 0.05
 
 
@@ -27,7 +29,7 @@ LITTLE = 0.05
 class Results:
     """What was measured; sections that were left out are missing."""
 
-    #: By section.
+    #: Tables by section.
     tables: dict[str, list[Table]] = dataclasses.field(default_factory=dict)
     churn: list[Churn] = dataclasses.field(default_factory=list)
     speed: list[Speed] = dataclasses.field(default_factory=list)
@@ -38,7 +40,7 @@ class Results:
 
 
 def difference(table: Table, row: Row, column: str) -> float | None:
-    """A figure over the published one, less 1; None: there is none."""
+    """The relative difference of a figure to the published one; None if there is none."""
     published = table.setup.published.get(row.policy, {}).get(column)
     value = row.comparable.get(column)
     return None if published is None or value is None else value / published - 1
@@ -84,7 +86,7 @@ def _compared(results: Results) -> Iterator[Target]:
 
 
 def _gaps(results: Results) -> Iterator[tuple[float, str]]:
-    """Of OPTIMAL, wherever a bound is known; it may give up more to stay close to an old one."""
+    """OPTIMAL's gaps to its bound; not with `previous`, for which it may give up some calls."""
     for table in results.all_tables():
         row = table.row(OPTIMAL)
         if row and row.bound is not None:
@@ -115,7 +117,7 @@ def _times(speed: list[Speed]) -> Iterator[Target]:
 
 
 def targets(results: Results) -> list[Target]:
-    """All of them."""
+    """All targets, of the sections that were measured."""
     reference = results.tables.get("reference", [])
     differing = [
         (float(not row.repeatable), "" if row.repeatable else f"{row.policy}, {table.setup.title}")

@@ -1,17 +1,16 @@
-"""How fast a server is, from what its engine counted: `Speed` by least squares.
+"""Fits the `Speed` of a server to what its engine counted, by least squares.
 
-Whatever a server computes, for its own steps or for others' calls, costs processor seconds, and
-these are the same whether something stops it meanwhile or not. Over windows w of a run:
+Everything that a server computes, for its own steps or for calls of others, takes processor
+seconds, and as many with a quota that stops the server as without. Over windows w of a run:
 
     processor_s[w] = sum over buckets b of bucket[b] x steps[w, b] + position x positions[w]
                      + call x calls[w] + message x messages[w] + row x rows[w]
 
-A bucket's cost is that of a whole step, scheduling and text included, without attention. Attention
-costs by the positions that tokens attend to. Every device computes the whole
-bucket, so a step takes bucket[b] / devices where nothing stops it. Windows have to differ: a server
-that only answers, one with long prompts, one with many short requests. No speed is below 0: a term
-that would be is left out. `Server.delay` comes from a ping, `Speed.request` from a request on an
-idle cluster.
+The cost of a bucket is that of a whole step, including scheduling and text, without attention.
+Attention costs by the positions that tokens attend to. Every device computes the whole bucket, so a
+step without stops takes bucket[b] / devices. Windows have to differ: a server that only answers
+calls, one with long prompts, one with many short requests. No speed is below 0: terms that would be
+are left out. `Server.delay` comes from a ping, `Speed.request` from a request to an idle cluster.
 """
 
 from __future__ import annotations
@@ -28,9 +27,11 @@ from research.simulator import Speed, Work
 
 @dataclasses.dataclass(frozen=True)
 class Fitted:
-    """Attributes:
-    speed: of a server.
-    error: share of all seconds by which it is off, over all windows.
+    """A fitted speed.
+
+    Attributes:
+        speed: of a server.
+        error: the absolute errors of all windows, as a share of all seconds.
     """
 
     speed: Speed
@@ -38,12 +39,12 @@ class Fitted:
 
 
 def fit(windows: Sequence[Work], devices: int, block_size: int) -> Fitted:
-    """The speeds of one server.
+    """Fits the speed of one server.
 
     Args:
-        windows: what it did, in steps of different kinds.
-        devices: that it has.
-        block_size: tokens of a row of a slice, for `Speed.token`.
+        windows: the server's work in periods of different load.
+        devices: number of its devices.
+        block_size: tokens of a slice row, for `Speed.token`.
 
     Raises:
         UserError: there are no steps, or the windows do not tell two costs apart.
@@ -76,18 +77,18 @@ def solve(
     """Costs of at least 0 by least squares; 0 for amounts that are 0 everywhere.
 
     Args:
-        seconds: of each window, above 0; it counts with 1 / sqrt(seconds).
-        amounts: that cost something, of each window.
+        seconds: of each window, above 0; a window weighs 1 / sqrt(seconds).
+        amounts: by name, the amount of each window.
 
     Returns:
-        Seconds of each amount; share of all seconds by which they are off.
+        Seconds per unit of each amount; the absolute errors as a share of all seconds.
 
     Raises:
         UserError: the windows do not tell two costs apart.
     """
     seconds_w, weight_w = np.array(seconds, float), 1 / np.sqrt(seconds)
     amount_wa = np.array(list(amounts.values()), float).T
-    # Columns of one size, so that rank means something.
+    # Columns are scaled to one size, so that the rank does not depend on units.
     size_a = amount_wa.max(0)
     used = size_a > 0
     names = [name for name, is_used in zip(amounts, used, strict=True) if is_used]
@@ -105,7 +106,7 @@ def solve(
 
 
 def _not_negative(amount_wa: np.ndarray, seconds_w: np.ndarray) -> np.ndarray:
-    """Least squares with the most negative cost left out, until none is."""
+    """Least squares, repeated without the most negative cost until no cost is negative."""
     left = np.arange(amount_wa.shape[1])
     out_a = np.zeros(amount_wa.shape[1])
     while left.size:

@@ -2,36 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
 import pathlib
 from collections.abc import Sequence
-from typing import Any
+
+from research.policies.plots import agg_pyplot, save_figure
 
 from .runs import Run
 
-DPI = 110
+#: Line styles of policies, in turn.
 STYLES = ("-", "--", ":", "-.")
 
 
-def _pyplot() -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
 def draw_sweep(runs: Sequence[Run], path: pathlib.Path) -> None:
-    """Mean latency against devices: a row for each way, a panel for each interval.
+    """Draws mean latency against devices: a row for each way of serving, a panel for each interval.
 
-    A colour is a bandwidth, a style a policy.
+    Colours are bandwidths, line styles are policies.
     """
     ways = list(dict.fromkeys(run.way for run in runs))
     intervals = sorted({run.interval_s for run in runs})
     rates = sorted({run.bandwidth for run in runs})
     policies = list(dict.fromkeys(run.policy for run in runs))
-    pyplot = _pyplot()
-    figure, panels = pyplot.subplots(
+    figure, panels = agg_pyplot().subplots(
         len(ways),
         len(intervals),
         squeeze=False,
@@ -43,7 +35,7 @@ def draw_sweep(runs: Sequence[Run], path: pathlib.Path) -> None:
     for row, way in zip(panels, ways, strict=True):
         for panel, interval in zip(row, intervals, strict=True):
             for colour, rate in enumerate(rates):
-                for style, policy in zip(STYLES, policies, strict=False):
+                for style, policy in zip(itertools.cycle(STYLES), policies, strict=False):
                     key = (way, interval, rate, policy)
                     line = [
                         (run.devices, run.mean)
@@ -66,16 +58,16 @@ def draw_sweep(runs: Sequence[Run], path: pathlib.Path) -> None:
         panel.set_xlabel("devices")
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", fontsize="small", frameon=False)
-    figure.savefig(path, dpi=DPI)
-    pyplot.close(figure)
+    save_figure(figure, path)
 
 
 def draw_ways(title: str, runs: Sequence[Run], path: pathlib.Path) -> None:
-    """Mean latency of each policy, a bar for each way."""
+    """Draws mean latency of each policy, a bar for each way of serving."""
     ways = list(dict.fromkeys(run.way for run in runs))
     policies = list(dict.fromkeys(run.policy for run in runs))
-    pyplot = _pyplot()
-    figure, panel = pyplot.subplots(figsize=(7, 1.4 + 0.5 * len(policies)), layout="constrained")
+    figure, panel = agg_pyplot().subplots(
+        figsize=(7, 1.4 + 0.5 * len(policies)), layout="constrained"
+    )
     height = 0.8 / len(ways)
     for number, way in enumerate(ways):
         mean = {run.policy: run.mean for run in runs if run.way == way}
@@ -89,5 +81,4 @@ def draw_ways(title: str, runs: Sequence[Run], path: pathlib.Path) -> None:
     panel.set_axisbelow(True)
     panel.spines[["top", "right"]].set_visible(False)
     panel.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize="small", frameon=False)
-    figure.savefig(path, dpi=DPI)
-    pyplot.close(figure)
+    save_figure(figure, path)

@@ -1,4 +1,4 @@
-"""The sections: which scenarios, and their figures."""
+"""The sections of the benchmark: their scenarios, and the figures of each run."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ from research.simulator.scenario import Messages
 from . import clusters
 from .clusters import Tasks
 
-#: What others are compared with.
+#: The policy with which others are compared.
 BASELINE = "eplb"
+#: Of `parts`: bits per second of links, mean seconds between two requests of a server.
 REFERENCE_BPS, REFERENCE_INTERVAL_S = 500e6, 10.0
-#: Whether servers work in lock step, and what a message is for.
+#: Whether servers step together, and what a message is sent for.
 Way = tuple[bool, Messages]
 WAYS: tuple[Way, ...] = (
     (False, "expert"),
@@ -32,17 +33,17 @@ WAYS: tuple[Way, ...] = (
     (True, "expert"),
     (True, "server"),
 )
-#: The ways that a sweep covers: outside lock step (False) and in it (True).
+#: The ways that a sweep covers, without lock step (False) and in lock step (True).
 SWEPT: dict[bool, tuple[Way, ...]] = {False: WAYS[:2], True: WAYS[3:]}
-#: Requests of a run; in a sweep at least so many of each server.
+#: Requests of a run, and the fewest requests of each server in a sweep.
 REQUESTS, EACH = 300, 5
-#: Requests of a recorded trace, and the mean seconds between two of one server to which they are
-#: slowed down: the services in it have more machines and no slow links.
+#: Requests of a recorded trace, and the mean seconds between two requests of a server to which they
+#: are slowed down: the recorded services have more machines and no slow links.
 RECORDED, RECORDED_INTERVAL_S = 300, 60.0
 
 
 def way(lock_step: bool, messages: str) -> str:
-    """In words.
+    """A way of serving in words.
 
     >>> way(True, "server")
     'lock step, per server'
@@ -52,10 +53,10 @@ def way(lock_step: bool, messages: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One scenario and what came of it; times in seconds."""
+    """One simulated scenario and its figures; times in seconds."""
 
     section: str
-    #: Of requests.
+    #: Where requests come from.
     workload: str
     policy: str
     devices: int
@@ -75,39 +76,39 @@ class Run:
     ttft_p99: float
     simulated_s: float
     steps: int
-    #: Seconds on the critical path of all servers' steps; in lock step all have the same path.
+    #: Seconds on the critical path of the steps of all servers; in lock step all share one path.
     compute_s: float
     communicate_s: float
-    #: Share of it in which links make steps longer.
+    #: The share of communication in these.
     network: float
-    #: Of each server's devices, and of each direction of each link: share of time in use.
+    #: Shares of time in use, of each server's devices and of each direction of each link.
     device_use: list[list[float]]
     out_use: list[float]
     in_use: list[float]
-    #: Payload of each server's link.
+    #: Payload bytes of each server's link.
     sent_bytes: list[int]
     received_bytes: list[int]
-    #: What it took to simulate.
+    #: Seconds that the simulation took.
     wall_s: float
 
     @property
     def serving(self) -> Way:
-        """How servers step and send."""
+        """How servers step and what they send."""
         return self.lock_step, self.messages
 
     @property
     def way(self) -> str:
-        """The same in words."""
+        """`serving` in words."""
         return way(*self.serving)
 
     @property
     def busiest_device(self) -> float:
-        """Its share of time in use."""
+        """The share of time that the busiest device is in use."""
         return max(map(max, self.device_use))
 
     @property
     def busiest_link(self) -> float:
-        """Share of time in use, in its busier direction."""
+        """The share of time that the busiest link is in use, in its busier direction."""
         return max(*self.out_use, *self.in_use)
 
 
@@ -125,11 +126,11 @@ class Case:
 
     @property
     def devices(self) -> list[int]:
-        """Of each server."""
+        """Devices of each server."""
         return [server.devices for server in self.servers]
 
     def placement(self, policy: str, lock_step: bool) -> Placement:
-        """Made from the tokens that policies see; once, if they do not weigh what steps take."""
+        """The placement of a policy; policies that weigh cost have another one in lock step."""
         key = policy, lock_step and POLICIES[policy].weighs_cost
         if key not in self._placements:
             self._placements[key] = place(
@@ -151,7 +152,7 @@ class Case:
         lock_step: bool,
         messages: Messages,
     ) -> Run:
-        """Serves requests, of which `interval_s` is said in the results."""
+        """Simulates requests; `interval_s` only goes into the results."""
         scenario = Scenario(
             self.servers,
             self.model,
@@ -201,7 +202,7 @@ class Case:
 
 
 def parts(policies: Sequence[str], seed: int, say: Callable[[str], None]) -> Iterator[Run]:
-    """The paper's servers, every policy and way."""
+    """Runs of the paper's servers, with every policy and way."""
     model = clusters.DEEPSEEK_V2_LITE
     servers = clusters.servers_with(clusters.PATTERN, model, REFERENCE_BPS)
     tasks = clusters.skewed_tasks(len(servers), model, seed)
@@ -213,7 +214,7 @@ def parts(policies: Sequence[str], seed: int, say: Callable[[str], None]) -> Ite
 def recorded(
     directory: pathlib.Path, policies: Sequence[str], seed: int, say: Callable[[str], None]
 ) -> Iterator[Run]:
-    """The paper's servers, with measured routes, and arrivals of both of Azure's services."""
+    """Runs of the paper's servers with measured routes, and arrivals at both services of Azure."""
     trace, model = read_trace(directory), clusters.GPT_OSS_20B
     workloads = [[Part(topic) for topic in topics] for topics in trace.workloads]
     pairs = [halves(trace, workload) for workload in workloads]
@@ -244,20 +245,20 @@ def _all_ways(
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """What is swept."""
+    """The values that a sweep combines."""
 
     devices: tuple[int, ...] = (4, 16, 64, 256)
     #: Bits per second.
     bandwidths: tuple[float, ...] = (100e6, 300e6, 1000e6)
     intervals_s: tuple[float, ...] = (8.0, 10.0, 15.0)
     policies: tuple[str, ...] = (BASELINE, "dance", "latency")
-    #: Each run has at least this many.
+    #: Requests of each run at least.
     requests: int = REQUESTS
-    #: In lock step as well, as far as a cluster can be.
+    #: In lock step as well, with at most MOST_DEVICES devices.
     lock_step: bool = False
 
     def cells(self) -> list[tuple[bool, int, float]]:
-        """Each cluster's lock step, devices and bandwidth. The largest cluster comes first, as it
+        """Lock step, devices and bandwidth of each cluster, the largest cluster first, because it
         takes longest."""
         sizes = {(False, count) for count in self.devices}
         if self.lock_step:
@@ -270,16 +271,19 @@ def sweep(what: Sweep, seed: int, say: Callable[[str], None], jobs: int = 1) -> 
     """All runs: first as the paper's system serves, then as this engine does, then in lock step.
 
     Args:
-        jobs: how many processes simulate clusters; with 1 this process does.
+        what: the clusters, rates and policies.
+        seed: of tasks, requests and policies.
+        say: prints progress.
+        jobs: number of processes that simulate clusters; 1: this process alone.
     """
     cells, found = what.cells(), []
     with contextlib.ExitStack() as stack:
-        each = map
+        map_cells = map
         if jobs > 1:
-            # A fork would share the threads of jax.
+            # A fork would copy the locks of jax's threads.
             spawn = multiprocessing.get_context("spawn")
-            each = stack.enter_context(ProcessPoolExecutor(jobs, mp_context=spawn)).map
-        results = each(functools.partial(_cell, what, seed), cells)
+            map_cells = stack.enter_context(ProcessPoolExecutor(jobs, mp_context=spawn)).map
+        results = map_cells(functools.partial(_cell, what, seed), cells)
         for (_, count, bandwidth), runs in zip(cells, results, strict=True):
             found += runs
             say(f"sweep: {count} devices, {bandwidth / 1e6:g} Mbps: {len(runs)} runs")
@@ -287,7 +291,7 @@ def sweep(what: Sweep, seed: int, say: Callable[[str], None], jobs: int = 1) -> 
 
 
 def _cell(what: Sweep, seed: int, cell: tuple[bool, int, float]) -> list[Run]:
-    """All runs of one cluster; its tasks and placements are made once."""
+    """All runs of one cluster, whose tasks and placements are made once."""
     lock_step, count, bandwidth = cell
     devices, model = clusters.devices_of(count), clusters.DEEPSEEK_V2_LITE
     tasks = clusters.skewed_tasks(len(devices), model, seed)
@@ -297,6 +301,6 @@ def _cell(what: Sweep, seed: int, cell: tuple[bool, int, float]) -> list[Run]:
     found = []
     for interval_s in what.intervals_s:
         requests = clusters.poisson_requests(len(devices), interval_s, number, seed)
-        for way in SWEPT[lock_step]:
-            found += [case.run(p, requests, interval_s, *way) for p in what.policies]
+        for serving in SWEPT[lock_step]:
+            found += [case.run(p, requests, interval_s, *serving) for p in what.policies]
     return found

@@ -12,7 +12,7 @@ from .runs import BASELINE, Run
 
 
 def _grid(*columns: str, left: int = 1) -> Table:
-    """The first `left` columns are words, the others numbers."""
+    """A table whose first `left` columns are words, the others numbers."""
     grid = Table(box=box.SIMPLE_HEAD)
     for number, column in enumerate(columns):
         grid.add_column(column, justify="left" if number < left else "right", no_wrap=True)
@@ -20,9 +20,9 @@ def _grid(*columns: str, left: int = 1) -> Table:
 
 
 def less(run: Run, runs: Iterable[Run]) -> float | None:
-    """Share by which mean latency is below the baseline's of the same scenario.
+    """The share by which mean latency is below the baseline's in the same scenario.
 
-    None: it is the baseline, or there is none.
+    None for the baseline itself, or if the baseline was not run.
     """
     if run.policy == BASELINE:
         return None
@@ -44,9 +44,9 @@ def _share(value: float | None) -> str:
 
 
 def print_ways(console: Console, title: str, runs: Sequence[Run]) -> None:
-    """All policies on one workload, a table for each way of serving."""
+    """Prints all policies on one workload, a table for each way of serving."""
     for served in dict.fromkeys(run.way for run in runs):
-        # A table's own title would be cut to the table's width.
+        # rich would cut a table's own title to the width of the table.
         console.print(f"[bold]{title}, {served}: seconds of {runs[0].requests} requests[/]")
         grid = _grid(
             "policy", "mean", f"< {BASELINE}", "p50", "p99", "TTFT", "its p50", "its p99",
@@ -66,14 +66,14 @@ def print_ways(console: Console, title: str, runs: Sequence[Run]) -> None:
             )
         console.print(grid)
     console.print(
-        f"< {BASELINE}: mean below that of {BASELINE}. network: share of communication on the "
-        "critical path. link, device: share of time in which the busiest one is in use.",
+        f"< {BASELINE}: mean latency below that of {BASELINE}. network: share of communication in "
+        "the critical path. link, device: share of time in which the busiest one is in use.",
         markup=False,
     )
 
 
 def print_sweep(console: Console, runs: Sequence[Run]) -> None:
-    """Mean latencies, a table for each way and policy."""
+    """Prints mean latencies, a table for each way of serving and policy."""
     intervals = sorted({run.interval_s for run in runs})
     for served, policy in dict.fromkeys((run.way, run.policy) for run in runs):
         own = [run for run in runs if (run.way, run.policy) == (served, policy)]
@@ -98,7 +98,7 @@ def _cell(run: Run, runs: Sequence[Run]) -> str:
 
 
 def trends(runs: Sequence[Run]) -> list[str]:
-    """What more devices and more bandwidth bring to one policy, and what the paper says of it."""
+    """How more devices and more bandwidth change one policy's latency, beside the paper's claim."""
     devices = sorted({run.devices for run in runs})
     rates = sorted({run.bandwidth for run in runs})
     lines = []
@@ -125,6 +125,6 @@ def trends(runs: Sequence[Run]) -> list[str]:
 
 
 def _mean(runs: Sequence[Run], devices: int, bandwidth: float) -> float:
-    """Over intervals."""
+    """Mean latency of one cluster over all intervals."""
     found = [run.mean for run in runs if (run.devices, run.bandwidth) == (devices, bandwidth)]
     return sum(found) / len(found)

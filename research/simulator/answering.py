@@ -1,4 +1,4 @@
-"""What becomes of calls: in the paper's system (`Devices`), and in this engine (`Answering`)."""
+"""How servers answer calls: in the paper's system (`Devices`), and in this engine (`Answering`)."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from research.simulator.calls import Call, Group, Line
 if TYPE_CHECKING:
     from research.simulator.independent import Servers
 
-#: A call is late after so many seconds, or so many times what it was expected to take: as in
+#: A call is late after REPEAT_S seconds or LATE times the expected time, whichever is more; as in
 #: native/caller.cc.
 REPEAT_S, LATE = 0.2, 3
-#: Rows that are computed in one go, where calls wait together: native/answerer.cc's.
-MOST_TOGETHER = 1024
+#: Rows that waiting calls may have to be computed at once, as in native/answerer.cc.
+MOST_ROWS = 1024
 
 
 class Callees(Protocol):
-    """What becomes of calls."""
+    """Servers that answer calls."""
 
     def call(self, group: Group, now: float) -> None:
         """Sends a group's calls."""
         ...
 
     def wait(self, group: Group, now: float) -> None:
-        """From now on its server waits for their answers."""
+        """Notes that the group's server waits for the answers from now on."""
         ...
 
 
 class Devices:
-    """Calls are computed as they come, each on its own: the paper's system."""
+    """The paper's system: devices compute each call on its own, in order of arrival."""
 
     def __init__(self, servers: Servers) -> None:
         self._servers = servers
@@ -52,8 +52,8 @@ class Devices:
 
 
 class Answering:
-    """One thread of each server answers calls, those that wait for the same layer in one go; who
-    waits for a late answer asks other holders too: this engine."""
+    """This engine: one thread of each server answers calls, all that wait for the same layer at
+    once, and a caller repeats a late call to other holders."""
 
     def __init__(self, servers: Servers) -> None:
         self._servers = servers
@@ -61,12 +61,12 @@ class Answering:
         model = servers.scenario.model
         self._row = model.row_bytes + model.reply_bytes
         self._lines: dict[tuple[int, int], Line] = collections.defaultdict(Line)
-        #: Of each caller: servers that are not asked until they have answered everything.
+        #: For each caller, servers that owe a late answer: not called until they have answered all.
         self._suspects: list[set[int]] = [set() for _ in range(num)]
-        #: Of each caller: the group that it waits for, and when it looks at what is late of it.
+        #: For each caller, the group that it waits for, and when it looks for late calls of it.
         self._groups: list[Group | None] = [None] * num
         self._looks = [math.inf] * num
-        #: Of each server: calls that wait for its thread, and whether that is computing.
+        #: For each server, calls that wait for its thread, and whether the thread is computing.
         self._waiting: list[list[Call]] = [[] for _ in range(num)]
         self._busy = [False] * num
 
@@ -90,7 +90,7 @@ class Answering:
             self._servers.at(late, self._look, server)
 
     def _look(self, now: float, server: int) -> None:
-        """Repeats what is late of what a server waits for."""
+        """Repeats the late calls of the group that a server waits for."""
         group = self._groups[server]
         if group is None or now != self._looks[server]:
             return
@@ -120,22 +120,25 @@ class Answering:
         self._servers.at(self._servers.ask(call, now), self._come, call)
 
     def _come(self, now: float, call: Call) -> None:
-        """A call has come."""
+        """Queues a call that has arrived."""
         self._waiting[call.server].append(call)
         if not self._busy[call.server]:
             self._answer_next(now, call.server)
 
     def _answer_next(self, now: float, server: int) -> None:
-        """The call that has waited longest, and with it those for the same layer."""
+        """Computes the call that has waited longest, and with it others for the same layer."""
         waiting = self._waiting[server]
         self._busy[server] = bool(waiting)
         if not waiting:
             return
         taken, left, rows = [], [], 0
         for call in waiting:
-            rows += call.rows
-            fits = not taken or rows <= MOST_TOGETHER
-            (taken if call.layer == waiting[0].layer and fits else left).append(call)
+            fits = not taken or rows + call.rows <= MOST_ROWS
+            if call.layer == waiting[0].layer and fits:
+                rows += call.rows
+                taken.append(call)
+            else:
+                left.append(call)
         self._waiting[server] = left
         jobs = self._servers.answering(server, taken)
         self._servers.at(self._servers.compute(server, now, jobs), self._answer, taken)
@@ -146,7 +149,7 @@ class Answering:
         self._answer_next(now, calls[0].server)
 
     def _take(self, call: Call, when: float) -> None:
-        """An answer that comes then."""
+        """Notes that the answer to a call arrives at `when`."""
         line = call.line
         assert line is not None
         line.calls -= 1

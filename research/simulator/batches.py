@@ -1,8 +1,8 @@
-"""Requests cut into steps, by the rule of engine/scheduler.
+"""Cuts requests into steps, by the rule of engine/scheduler.
 
-A second writing of that rule: `placement` cannot import `engine`, and the engine's scheduler also
-handles tokens, KV blocks and cached prefixes, at ten times the time per step. Here blocks never run
-out. A test holds this to the engine's plans, step by step.
+The rule is written a second time because `placement` cannot import `engine`, and because the
+engine's scheduler also handles tokens, KV blocks and cached prefixes and takes ten times as long.
+Here KV blocks never run out. A test compares the plans with the engine's, step by step.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from research.simulator.scenario import Bucket
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Sequence:
-    """A request under way; numbers are tokens."""
+    """A request under way; `prompt` to `sampled` are numbers of tokens."""
 
-    #: Its number.
+    #: The number of the request.
     request: int
     prompt: int
     output: int
     computed: int = 0
     sampled: int = 0
-    #: -1: it waits.
+    #: -1 while it waits.
     device: int = -1
 
     @property
@@ -36,13 +36,13 @@ class Sequence:
 class Plan(NamedTuple):
     """One step of one server."""
 
-    #: (0, 0): nothing to do.
+    #: (0, 0) if there is nothing to do.
     bucket: Bucket
-    #: Each sequence with the number of its next tokens that are computed.
+    #: Sequences, each with the number of its next tokens that the step computes.
     work: list[tuple[Sequence, int]]
-    #: Some of it is a decode.
+    #: Some sequence decodes.
     decoding: bool
-    #: Positions that the tokens of each device attend to, each its own and all before it.
+    #: For each device, the positions that its tokens attend to: each token's own and all before it.
     positions: tuple[int, ...]
 
 
@@ -55,22 +55,22 @@ class Batches:
     def __init__(self, config: EngineConfig, devices: int) -> None:
         self.config = config
         self._waiting: collections.deque[Sequence] = collections.deque()
-        #: Of each device, oldest first.
+        #: The sequences of each device, oldest first.
         self._running: list[list[Sequence]] = [[] for _ in range(devices)]
 
     @property
     def active(self) -> bool:
-        """Some sequence waits or runs."""
+        """Whether some sequence waits or runs."""
         return bool(self._waiting) or any(self._running)
 
     def add(self, sequence: Sequence) -> None:
         self._waiting.append(sequence)
 
     def schedule(self, others_decode: bool = False) -> Plan:
-        """The next step; `NOTHING` where nothing waits or runs.
+        """Plans the next step; `NOTHING` if no sequence waits or runs.
 
         Args:
-            others_decode: sequences decode on other servers, which wait for this one.
+            others_decode: sequences decode on other servers, which wait for this server.
         """
         if not self.active:
             return NOTHING
@@ -95,7 +95,7 @@ class Batches:
         return Plan(self._bucket(decodes, rows), work, decodes > 0, tuple(positions))
 
     def commit(self, plan: Plan) -> list[Sequence]:
-        """The step ran; returns the sequences that got a token, among them those that are done."""
+        """Notes that the step ran; returns the sequences that got a token, finished or not."""
         got = []
         for sequence, count in plan.work:
             sequence.computed += count
@@ -116,7 +116,7 @@ class Batches:
             self._running[device].append(sequence)
 
     def _most_rows(self, others_decode: bool) -> int:
-        """Rows of a slice that each device may take: few beside a decode."""
+        """Rows of a slice that each device may take; few if any sequence decodes."""
         sizes = self.config.slice_rows
         prompts = [sum(s.prefilling for s in running) for running in self._running]
         decoding = any(

@@ -1,4 +1,4 @@
-"""Expert calls of servers that step on their own: what a step asks of whom, and what that costs."""
+"""Expert calls of servers that step on their own: which calls a step makes, and what they cost."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from research.simulator.batches import Plan
 from research.simulator.flows import Flows
 from research.simulator.scenario import Scenario
 
-#: A computation: (device, of all servers counted through; its seconds) of each device it is on.
+#: A computation: for each device that takes part, its number, counted through all servers, and its
+#: seconds.
 Jobs = list[tuple[int, float]]
 
-# These are native/caller.cc's.
+# As in native/caller.cc:
 
-#: A server's rows are cut into so many calls at most, each of so many bytes at least.
+#: Rows for one server go in at most MOST_PIECES calls of at least PIECE_BYTES each.
 MOST_PIECES, PIECE_BYTES = 4, 64 * 1024
-#: Weight of the latest answer in a pace, and times what was expected that count at most; bytes up
-#: to which an answer is a small one.
+#: The weight of the latest answer in what is expected, the multiple of the expected time to which
+#: an answer's time is cut, and the bytes up to which an answer counts as small.
 LEARN, MOST_TIMES, SMALL = 0.2, 10, 8192
 
 
@@ -33,23 +34,23 @@ class Group:
     """Rows of a layer whose calls go out together."""
 
     server: int
-    #: Experts that are here.
+    #: The server's own experts.
     own: Jobs = dataclasses.field(default_factory=list)
     calls: list[Call] = dataclasses.field(default_factory=list)
-    #: Calls of which it is not known when their sums will be there.
+    #: Calls whose sums have no known time of arrival yet.
     left: int = 0
-    #: Its server does nothing until they are.
+    #: The server is idle until all sums are there.
     waits: bool = False
 
     @property
     def last(self) -> Call:
-        """The call whose sums come last."""
+        """The call whose sums arrive last."""
         return max(self.calls, key=_over)
 
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Call:
-    """What a group asks of another server."""
+    """A message from a group to another server that holds experts."""
 
     group: Group
     layer: int
@@ -57,41 +58,41 @@ class Call:
     #: Hidden states.
     rows: int
     jobs: Jobs
-    #: Keys as in `Flows.calls`, each once; and how often they are called, all together.
+    #: Keys as in `Flows.calls`, each once; and the number of expert calls, all together.
     experts: list[int]
     count: int
-    #: It repeats that one, which is late; and those that repeat it.
+    #: The late call that this one repeats, and the calls that repeat this one.
     instead_of: Call | None = None
     instead: Sequence[Call] = ()
     sent: float = 0.0
-    #: Seconds that its messages take; in the rest it waits and is computed there.
+    #: Seconds that the call and its answer travel; the rest of the time it waits or is computed.
     moving: float = 0.0
-    #: When its sums are there; infinite: nobody knows yet.
+    #: When its sums are there; infinite while that is not known.
     over: float = math.inf
     line: Line | None = None
-    #: When it is late; infinite: it has been repeated.
+    #: When it counts as late; infinite once it has been repeated.
     late: float = math.inf
-    #: Bytes, there and back, with those of the calls before it that were not answered.
+    #: Bytes, there and back, of this call and the unanswered calls before it on the same line.
     queued: int = 0
 
 
 @dataclasses.dataclass(slots=True)
 class Line:
-    """What a server knows of another that it calls."""
+    """What a caller knows of a server that it calls."""
 
-    #: Calls without an answer, and their bytes.
+    #: Unanswered calls, and their bytes.
     calls: int = 0
     size: int = 0
-    #: How long its answers take: seconds of small ones, and of each byte.
+    #: Seconds that a small answer takes, and each byte.
     base_s: float = 0.02
     byte_s: float = 1e-6
 
     def expected(self, size: int) -> float:
-        """Seconds until an answer comes."""
+        """Seconds until an answer is expected, for calls of `size` bytes."""
         return self.base_s + self.byte_s * size
 
     def learn(self, size: int, seconds: float) -> None:
-        """An answer has come."""
+        """Adjusts what is expected by an answer that took `seconds`."""
         seconds = min(seconds, MOST_TIMES * self.expected(size))
         if size <= SMALL:
             self.base_s += LEARN * (seconds - self.base_s)
@@ -103,31 +104,31 @@ _over = operator.attrgetter("over")
 
 
 class Planner:
-    """Turns plans into groups of calls, and counts what is computed."""
+    """Turns plans into groups of calls, and counts expert calls."""
 
     def __init__(self, scenario: Scenario) -> None:
         self.scenario, self.flows = scenario, Flows.of(scenario)
         num = len(scenario.servers)
-        #: int64 [servers]: expert calls on each server's devices.
+        #: int64 [servers]: expert calls on each server's devices, repeats left out.
         self.computed = np.zeros(num, np.int64)
         self._devices = sum(scenario.devices)
         self._server_of = np.repeat(np.arange(num), scenario.devices)
         self._call = np.array([server.speed.call for server in scenario.servers])
         self._expert = np.array([server.speed.expert for server in scenario.servers])
         self._cuts = scenario.messages == "server"
-        #: Rows of a call at least, where a server gets several.
+        #: The fewest rows of a call when a server gets several.
         self._piece = PIECE_BYTES // scenario.model.state_bytes + 1
 
     def layers(self, server: int, plan: Plan) -> list[tuple[Group, ...]]:
-        """Of each layer of a step the groups of its rows."""
-        # On other devices the host asks for a layer's experts in one go.
+        """The groups of rows of each layer of a step."""
+        # On other devices than CPUs the host sends all calls of a layer at once.
         cut = self._cuts and self.scenario.servers[server].beside
         parts = self._halves(plan) if cut else [self.flows.tokens(plan.work)]
         return list(zip(*(self._groups(server, tokens) for tokens in parts), strict=True))
 
     def _halves(self, plan: Plan) -> list[np.ndarray]:
-        """Tokens of a step as the engine's steps cut them: a long slice in two, the decodes with
-        its first half; of each device."""
+        """Cuts the tokens of a step as the engine does, on each device: a long slice in two halves,
+        the decodes with its first half."""
         half = plan.bucket[1] // 2
         if not half:
             return [self.flows.tokens(plan.work)]
@@ -144,14 +145,14 @@ class Planner:
         return [part for part in map(np.concatenate, (first, second)) if part.size]
 
     def _groups(self, server: int, tokens: np.ndarray) -> list[Group]:
-        """Of each layer."""
+        """One group for each layer, of these tokens."""
         model, num = self.scenario.model, len(self.scenario.servers)
         rows_ln = self._rows(server, tokens)
         keys, calls = np.unique(self.flows.calls[tokens].ravel(), return_counts=True)
         runs = keys // model.experts % num
         self.computed += np.bincount(runs, weights=calls, minlength=num).astype(np.int64)
         groups = [Group(server) for _ in range(model.layers)]
-        # By layer and server: where its experts begin and end among all.
+        # For each pair of layer and server, where its experts begin and end in `keys`.
         pairs, begins = np.unique(keys // model.experts, return_index=True)
         layer_v, server_v = np.divmod(pairs, num)
         ends = np.append(begins[1:], len(keys))
@@ -173,7 +174,7 @@ class Planner:
         return groups
 
     def _rows(self, server: int, tokens: np.ndarray) -> np.ndarray:
-        """Hidden states to each server: int64 [l, n]."""
+        """Hidden states sent to each server: int64 [l, n]."""
         num, layers = len(self.scenario.servers), self.scenario.model.layers
         keys = self.flows.rows[tokens].ravel() - server * layers * num
         rows_ln = np.bincount(keys, minlength=layers * num).reshape(layers, num)
@@ -181,7 +182,7 @@ class Planner:
         return rows_ln
 
     def _jobs(self, keys: np.ndarray, seconds: np.ndarray) -> dict[tuple[int, int], Jobs]:
-        """Of experts that take so long: by layer and server."""
+        """The jobs of each (layer, server), for experts that take `seconds`."""
         places, place_of = np.unique(self.flows.device[keys], return_inverse=True)
         layer_p, device_p = np.divmod(places, self._devices)
         columns = (layer_p, self._server_of[device_p], device_p, np.bincount(place_of, seconds))
@@ -191,7 +192,7 @@ class Planner:
         return jobs
 
     def _pieces(self, call: Call) -> list[Call]:
-        """A call, or several that are alike and each read the weights of all its experts."""
+        """Cuts a long call into equal ones, each of which reads the weights of all its experts."""
         if not self._cuts or call.rows <= self._piece:
             return [call]
         most = max(self._piece, -(-call.rows // MOST_PIECES))
@@ -205,13 +206,13 @@ class Planner:
         ]
 
     def _reading(self, experts: Iterable[int]) -> dict[int, float]:
-        """Seconds in which each device reads the weights of experts of one layer and server."""
+        """Seconds that each device takes to read the weights of experts of one layer and server."""
         keys = np.fromiter(experts, np.int64)
         read = self._expert[keys // self.scenario.model.experts % len(self._expert)]
         return dict(itertools.chain.from_iterable(self._jobs(keys, read).values()))
 
     def together(self, calls: Sequence[Call]) -> Jobs:
-        """Of calls for one layer that a server computes in one go: it reads weights once."""
+        """The jobs of calls for one layer that are computed at once: weights are read once."""
         if len(calls) == 1:
             return calls[0].jobs
         jobs: dict[int, float] = {}
@@ -224,9 +225,13 @@ class Planner:
         return list(jobs.items())
 
     def instead(self, call: Call, asked: set[int]) -> list[Call]:
-        """Calls to others that hold what a call asks for; [] where not all of it has other holders.
+        """Calls to other holders in place of a call; [] if some expert has no other holder.
 
-        All its rows go to each of them: which experts each row wants is not known any more.
+        All rows go to each of them, because the experts of each row are not known any more.
+
+        Args:
+            call: a late call, or one to a server that owes answers.
+            asked: servers that must not be called.
         """
         model, num = self.scenario.model, len(self.scenario.servers)
         resident = self.scenario.placement.resident
@@ -236,11 +241,11 @@ class Planner:
             key: set(np.flatnonzero(resident[:, call.layer, expert]).tolist()) - asked
             for key, expert in missing.items()
         }
+        if not all(holders.values()):
+            return []
         found = []
         while missing:
-            wanted = collections.Counter(n for key in missing for n in sorted(holders[key]))
-            if not wanted or not all(holders[key] for key in missing):
-                return []
+            wanted = collections.Counter(n for key in missing for n in holders[key])
             to = min(wanted, key=lambda n: (-wanted[n], place_n[n]))
             experts = [key for key in missing if to in holders[key]]
             own = [(call.layer * num + to) * model.experts + missing.pop(key) for key in experts]

@@ -1,4 +1,4 @@
-"""Where the calls of every token go, worked out once: what a step needs are then counts of keys."""
+"""Where the calls of every token go, computed once, so that a step only has to count keys."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from dance_jax.placement.visit import choose_servers, masks
 from research.simulator.batches import Sequence
 from research.simulator.scenario import Messages, Scenario
 
-#: Tokens of one look-up of visited servers: bounds its memory, and the compiled shapes to one.
+#: Tokens of one look-up of visited servers: bounds the memory, and one shape is compiled.
 CHUNK = 256
 
 
 def servers_of(scenario: Scenario, server: int) -> np.ndarray:
-    """Which server runs each call of a server's tokens: int64 [t, l, k].
+    """The server that runs each call of a server's tokens: int64 [t, l, k].
 
-    An expert that is here runs here. With messages to servers the others go where the engine sends
-    them (`choose_servers`); with a message for each expert to any of its holders, all as likely.
+    Resident experts run at home. Other calls go where the engine sends them (`choose_servers`) if
+    messages are per server, and to a random holder if they are per expert.
     """
     placement, route_tlk = scenario.placement, scenario.routes[server]
     layer_l1 = np.arange(route_tlk.shape[1])[:, None]
@@ -43,7 +43,7 @@ def servers_of(scenario: Scenario, server: int) -> np.ndarray:
 def _visited(
     placement: Placement, route_tlk: np.ndarray, away_tlk: np.ndarray, order_n: np.ndarray
 ) -> np.ndarray:
-    """`choose_servers` of many tokens, a chunk at a time: int64 [t, l, k], any where not away."""
+    """`choose_servers` of many tokens, in chunks: int64 [t, l, k], arbitrary where not away."""
     tokens, layers, k = route_tlk.shape
     holders_wtlk = masks(placement.resident, order_n)[:, np.arange(layers)[:, None], route_tlk]
     out = np.empty((tokens * layers, k), np.int64)
@@ -65,9 +65,9 @@ _choose = jax.jit(choose_servers, static_argnums=2)
 
 
 def sent(server_tlk: np.ndarray, server: int, messages: Messages) -> np.ndarray:
-    """The calls that bring a row to another server: bool [t, l, k].
+    """The calls with which a row goes to another server: bool [t, l, k].
 
-    Of several for one visited server the first does, with messages to servers.
+    With messages per server, a row goes with the first of a token's calls to that server.
     """
     remote_tlk = server_tlk != server
     if messages == "expert":
@@ -80,27 +80,27 @@ def sent(server_tlk: np.ndarray, server: int, messages: Messages) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Flows:
-    """Keys of every token of all servers' routes, one server's after the other's.
+    """Keys of every token of all routes, one server's tokens after another's.
 
-    To count keys is to count rows and calls: `np.bincount(flows.rows[tokens].ravel())`.
+    Counting keys counts rows and calls: `np.bincount(flows.rows[tokens].ravel())`.
     """
 
-    #: int64 [t, l * k]: (from, layer, to) of a row as one number, to == from where none is sent.
+    #: int64 [t, l * k]: (from, layer, to) of a row as one number; to == from if none is sent.
     rows: np.ndarray
-    #: int64 [t, l * k]: (layer, server that runs it, expert) as one number.
+    #: int64 [t, l * k]: (layer, server that runs the call, expert) as one number.
     calls: np.ndarray
-    #: int64 [layers * servers * experts]: (layer, device) of each such expert as one number;
-    #: devices of all servers are counted through.
+    #: int64 [layers * servers * experts]: for each key of `calls`, (layer, device) as one number.
+    #: Devices are counted through all servers.
     device: np.ndarray
-    #: int64 [requests]: place in the arrays where the routes of a request's server begin, how many
-    #: there are, and at which one the request begins.
+    #: int64 [requests]: where the routes of the request's server begin in the arrays, how many
+    #: there are, and with which of them the request begins.
     begin: np.ndarray
     length: np.ndarray
     offset: np.ndarray
 
     @classmethod
     def of(cls, scenario: Scenario) -> Flows:
-        """Works out all keys."""
+        """Computes all keys."""
         placement, routes = scenario.placement, scenario.routes
         num, layers, experts = placement.resident.shape
         layer_l1 = np.arange(layers)[:, None]
@@ -125,7 +125,7 @@ class Flows:
         )
 
     def tokens(self, work: Iterable[tuple[Sequence, int]]) -> np.ndarray:
-        """Places in the arrays of the next tokens of sequences: int64 [tokens]."""
+        """Indices into the arrays of the next `count` tokens of each sequence: int64 [tokens]."""
         single, several = [], []
         for sequence, count in work:
             if count == 1:
@@ -136,7 +136,7 @@ class Flows:
         return np.concatenate([np.array(single, np.int64), *several])
 
     def places(self, sequence: Sequence, skipped: int, count: int) -> np.ndarray:
-        """Of so many tokens of one sequence, but for the next ones that are skipped."""
+        """Indices of the `count` tokens of one sequence that follow the `skipped` next ones."""
         r = sequence.request
         first = self.offset[r] + sequence.computed + skipped
         return self.begin[r] + np.arange(first, first + count) % self.length[r]
@@ -147,7 +147,7 @@ def _device_keys(scenario: Scenario) -> np.ndarray:
     slots = [server.slots for server in scenario.servers]
     device_nle, _ = device_slots(scenario.placement, devices, slots, scenario.counts)
     first_n = np.cumsum(devices) - devices
-    # What is not resident is never called.
+    # Experts that are not resident are never called.
     global_nle = np.maximum(device_nle, 0) + first_n[:, None, None]
     layer_l11 = np.arange(device_nle.shape[1])[:, None, None]
     return (layer_l11 * devices.sum() + global_nle.transpose(1, 0, 2)).ravel()

@@ -1,7 +1,7 @@
-"""Every server steps on its own: the engine with expert calls, and the paper's system.
+"""Servers that step on their own: this engine with expert calls, and the paper's system.
 
-A layer of a server is its trunk, then its calls go out, the experts that are here are computed
-meanwhile, and it ends when all sums are there. What becomes of calls is in answering.py.
+In each layer a server computes the trunk, sends its calls, computes its own experts while the calls
+are out, and goes on when all sums have arrived. How servers answer calls is in answering.py.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from research.simulator.result import Book, Result, Work
 from research.simulator.scenario import Scenario
 from research.simulator.shares import Shares
 
-#: Part of a server's steps: yields when it goes on, or None where that is not known yet, gets that
-#: time, and returns when it is through.
+#: A coroutine for a part of a server's steps. It yields the time when it goes on, or None if that
+#: is not known yet, and is sent that time. It returns the time when it is done.
 Steps = Generator[float | None, float, Any]
 
 
@@ -31,23 +31,31 @@ class Link:
     """One direction of a server's link, which connections share evenly.
 
     Args:
-        burst: seconds of work that it does at once after it has rested for so long.
+        burst: seconds of work that the link does at once when it has been idle for that long.
     """
 
     def __init__(self, burst: float) -> None:
         self._burst = self._saved = burst
-        #: When the last message came, and when the link rests.
+        #: When the last message came, and when the link becomes idle.
         self._at = self._end = 0.0
-        #: Seconds of work that each connection has got since the link rested, and at how many its
-        #: messages are through.
+        #: Seconds of work that each connection has got since the link was idle; and for each
+        #: connection, the seconds at which its messages are through.
         self._got = 0.0
         self._through: dict[tuple[int, int], float] = {}
         #: Seconds of all work so far.
         self.busy = 0.0
 
     def serve(self, connection: tuple[int, int], now: float, seconds: float) -> float:
-        """When a message is through that comes now and takes so long alone, if none comes after it:
-        those of one connection keep their order, and a short one passes long ones of others."""
+        """When a message that comes now is through, unless others come after it.
+
+        Messages of one connection keep their order. A short message overtakes long ones of other
+        connections.
+
+        Args:
+            connection: the caller and the callee.
+            now: never less than in an earlier call.
+            seconds: that the message takes alone.
+        """
         self.busy += seconds
         if now >= self._end:
             if self._burst:
@@ -64,13 +72,13 @@ class Link:
         return now + sum(shares) - got * len(shares)
 
     def _at_once(self, rested: float, seconds: float) -> float:
-        """What is left of so many seconds of work after a burst."""
+        """Seconds of work that are left after the burst that `rested` idle seconds allow."""
         saved = min(self._saved + rested, self._burst)
         self._saved = max(0.0, saved - seconds)
         return max(0.0, seconds - saved)
 
     def _go_on(self, seconds: float) -> None:
-        """So many have passed."""
+        """Shares out the work of the seconds that have passed."""
         through = self._through
         while through:
             least = min(through.values())
@@ -85,25 +93,26 @@ class Link:
 
 
 class Network:
-    """All links."""
+    """The links of all servers."""
 
     def __init__(self, scenario: Scenario) -> None:
         servers, model = scenario.servers, scenario.model
         self.out, self.into = (
             [Link(8 * server.burst / server.bandwidth) for server in servers] for _ in range(2)
         )
-        #: Seconds of a row and of a sum on each link, of a message, and of the way to the middle.
+        #: For each server, seconds of a row and of a sum on its link, of a message, and to the
+        #: middle of the network.
         self._row = [8 * model.row_bytes / server.bandwidth for server in servers]
         self._sum = [8 * model.reply_bytes / server.bandwidth for server in servers]
         self._round = [server.speed.round for server in servers]
         self._delay = [server.delay for server in servers]
 
     def ask(self, call: Call, now: float) -> float:
-        """When a call is there."""
+        """When a call arrives at its server."""
         return self._send(call, call.group.server, call.server, now, self._row)
 
     def answer(self, call: Call, now: float) -> float:
-        """When its sums are there: on the same connection."""
+        """When the sums arrive at the caller, on the same connection."""
         return self._send(call, call.server, call.group.server, now, self._sum)
 
     def _send(self, call: Call, source: int, to: int, now: float, seconds: list[float]) -> float:
@@ -115,18 +124,18 @@ class Network:
 
 
 class Servers:
-    """All servers, each at its own place in its own step; and the events to come."""
+    """All servers, each at its own point in its own step, and the events to come."""
 
     def __init__(self, scenario: Scenario) -> None:
         self.scenario = scenario
         self.planner, self.network = Planner(scenario), Network(scenario)
         self.shares = Shares([server.speed for server in scenario.servers])
         num, devices = len(scenario.servers), sum(scenario.devices)
-        #: Of devices of all servers, then of threads of servers that compute beside their steps:
-        #: when their jobs so far are done, one after the other, and seconds of these.
+        #: For the devices of all servers, and then for the answering thread of each server: when
+        #: its jobs so far are done, one after another, and their seconds.
         self._free, self._busy = [0.0] * (devices + num), [0.0] * (devices + num)
         ends = np.cumsum(scenario.devices).tolist()
-        #: Devices of each server; and the thread of each that has one.
+        #: The devices of each server, and its answering thread; None if its devices answer.
         self.own = [
             range(end - count, end) for end, count in zip(ends, scenario.devices, strict=True)
         ]
@@ -135,16 +144,17 @@ class Servers:
         ]
         self._speeds = [server.speed for server in scenario.servers]
         self.batches = [Batches(scenario.config, count) for count in scenario.devices]
-        #: Of each server that does not rest.
+        #: The steps of each server; None while it is idle.
         self.steps: list[Steps | None] = [None] * num
         self.book = Book(scenario)
         self.work = self.book.work = tuple(Work() for _ in scenario.servers)
-        #: Hidden states from server to server, and of each layer.
+        #: Hidden states from server to server, and in each layer.
         self.rows_nn = [[0] * num for _ in range(num)]
         self.rows_l = [0] * scenario.model.layers
         #: Calls from server to server.
         self.calls_nn = [[0] * num for _ in range(num)]
-        #: Seconds of each server: messages in its steps, and processors.
+        #: For each server, seconds of messages on the critical path of its steps, and processor
+        #: seconds.
         self.communicate, self.processor_s = [0.0] * num, [0.0] * num
         self._events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._number = itertools.count().__next__
@@ -153,7 +163,7 @@ class Servers:
             self.callees = Answering(self)
 
     def at(self, when: float, action: Callable[..., None], *arguments: Any) -> None:
-        """Calls action(when, *arguments) then; at equal times, in the order of these calls."""
+        """Schedules action(when, *arguments); actions of equal times keep their order."""
         heapq.heappush(self._events, (when, self._number(), action, arguments))
 
     def run(self) -> Result:
@@ -168,7 +178,7 @@ class Servers:
     # Steps.
 
     def _arrive(self, now: float, request: int) -> None:
-        """A request comes."""
+        """Adds a request, and starts the server's steps if it was idle."""
         requests = self.scenario.requests
         server = int(requests.server[request])
         sequence = Request(request, int(requests.prompt[request]), int(requests.output[request]))
@@ -179,7 +189,7 @@ class Servers:
             self._go_on(now, server)
 
     def _go_on(self, now: float, server: int) -> None:
-        """With a server's steps, where they stopped."""
+        """Resumes a server's steps."""
         steps = self.steps[server]
         assert steps is not None
         try:
@@ -191,7 +201,7 @@ class Servers:
             self.at(when, self._go_on, server)
 
     def _steps(self, server: int) -> Steps:
-        """All steps until there is nothing to do."""
+        """Does steps until there is nothing to do."""
         now = yield None
         size, layers = self.scenario.config.block_size, self.scenario.model.layers
         speed, batches, work = (
@@ -212,9 +222,11 @@ class Servers:
             work.positions += sum(plan.positions)
 
     def _layer(self, groups: tuple[Group, ...], now: float, trunks: list[float]) -> Steps:
-        """One layer. While a group's calls are out, the server computes what follows.
+        """Does one layer. While a group's calls are out, the server computes what follows.
 
         Args:
+            groups: of the layer's rows.
+            now: when the layer begins.
             trunks: seconds of the layer's trunk on each device of the server.
         """
         server, mark = groups[0].server, now
@@ -239,24 +251,24 @@ class Servers:
                 now = yield None
                 self.communicate[server] += min(group.last.moving, now - mark)
                 mark = now
-            # Its calls know it: without the way back all go when the last one is answered.
+            # Breaks the cycle of group and calls, so that they are freed without the collector.
             group.calls = []
         return now
 
     def _own(self, server: int, now: float, end: float) -> float:
-        """The end of what a server computes for itself from now on."""
+        """Counts what a server computes for its own steps from now to `end`; returns `end`."""
         self.work[server].computing_s += end - now
         return end
 
     def _host(self, server: int, now: float, seconds: float) -> float:
-        """When a server has computed for so long beside its devices."""
+        """When the host of a server has computed for `seconds`."""
         return now + seconds + self._stopped(server, now, [seconds])
 
     def compute(self, server: int, now: float, jobs: Jobs) -> float:
-        """When a server has computed these."""
+        """When a server has computed these jobs."""
         stopped = self._stopped(server, now, [seconds for _, seconds in jobs])
         free, busy, end = self._free, self._busy, now
-        # Comparisons where max() would do: this is called for every part of a layer.
+        # Comparisons instead of max(), because this is called for every part of a layer.
         for device, seconds in jobs:
             before = free[device]
             done = (before if before > now else now) + seconds + stopped
@@ -267,7 +279,7 @@ class Servers:
         return end
 
     def _stopped(self, server: int, now: float, threads: list[float]) -> float:
-        """Seconds in which a server is stopped while its threads compute for so long."""
+        """Seconds that the quota stops a server while its threads compute for these seconds."""
         processor_s = sum(threads)
         self.processor_s[server] += processor_s
         if not self.shares.limited[server]:
@@ -276,7 +288,7 @@ class Servers:
         return self.shares.spend(server, now, longest, processor_s) - longest
 
     def answering(self, server: int, calls: list[Call]) -> Jobs:
-        """What a server computes for calls of others, all in one go."""
+        """The jobs of a server that answers these calls at once."""
         jobs, packing = self.planner.together(calls), self._packing(server, calls)
         thread = self.threads[server]
         if thread is None:
@@ -287,12 +299,12 @@ class Servers:
     # Messages.
 
     def _packing(self, server: int, calls: Sequence[Call]) -> float:
-        """Seconds that a server computes because it sends calls, or answers them."""
+        """Seconds of computation that sending or answering these calls takes."""
         speed = self._speeds[server]
         return len(calls) * speed.message + sum([call.rows for call in calls]) * speed.row
 
     def ask(self, call: Call, now: float) -> float:
-        """Sends a call; returns when it is there."""
+        """Sends a call; returns when it arrives."""
         server, group = call.group.server, call.group
         group.left += call.instead_of is None
         self.rows_nn[server][call.server] += call.rows
@@ -303,13 +315,17 @@ class Servers:
         return there
 
     def answer(self, call: Call, now: float) -> float:
-        """Sends the sums of a call; returns when they are there."""
+        """Sends the sums of a call; returns when they arrive."""
         there = self.network.answer(call, now)
         call.moving += there - now
         return there
 
     def answered(self, call: Call, when: float) -> None:
-        """Sums will be there then, or are known to come earlier: no repeat's, but its call's."""
+        """Notes when the sums of a call arrive, or that they arrive earlier than was known.
+
+        Args:
+            call: not one that repeats another.
+        """
         group = call.group
         group.left -= call.over == math.inf
         call.over = min(call.over, when)
@@ -317,7 +333,7 @@ class Servers:
             self.at(group.last.over, self._go_on_with, group)
 
     def _go_on_with(self, now: float, group: Group) -> None:
-        """All sums are there, unless they were before."""
+        """Resumes the server of a group that has all its sums, unless it was resumed before."""
         if group.waits:
             group.waits = False
             self._go_on(now, group.server)

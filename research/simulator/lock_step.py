@@ -1,10 +1,10 @@
-"""All servers do every step together: the engine's other exchange.
+"""Servers that do every step together: the engine with collectives.
 
-A layer, from one dispatch to the next, is: every server hears from all others (a dispatch brings a
-head even where no row goes), computes the experts of its own and of received rows, waits for the
-sums of those it sent rows to, and computes the trunk of the next layer. Nobody is more than a layer
-ahead, since a dispatch is over when the slowest server has sent its own; but who has its sums goes
-on, while others still wait for theirs.
+In each layer, from one dispatch to the next, every server hears from all others (a dispatch brings
+a head even without rows), computes the experts of its own and of received rows, waits for the sums
+from the servers to which it sent rows, and computes the trunk of the next layer. No server is more
+than a layer ahead, because a dispatch ends when the slowest server has sent its own. But a server
+that has its sums goes on while others still wait for theirs.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Layers:
 
     #: int64 [l, n, m]: rows from n to m.
     rows_lnm: np.ndarray
-    #: float64 [l, d]: seconds of each device's experts, if nobody disturbs it.
+    #: float64 [l, d]: seconds of each device's experts, undisturbed.
     experts_ld: np.ndarray
     #: float64 [n]: seconds of the trunk on each device of a server, per layer.
     trunk_n: np.ndarray
@@ -35,24 +35,24 @@ class Layers:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class StepTime:
-    """How long a step takes, and each link is in use."""
+    """How long a step takes, and how long it uses each link."""
 
     seconds: float
-    #: Of computation on the critical path: of each layer, the experts and the trunk of those that
-    #: all wait for.
+    #: Seconds of computation on the critical path: in each layer, the experts and the trunk of the
+    #: servers that all others wait for.
     compute: float
-    #: float64 [n] each: seconds of all layers that each direction of a link is in use.
+    #: float64 [n] each: seconds in which each direction of a link is in use, over all layers.
     out_n: np.ndarray
     in_n: np.ndarray
 
 
 class Exchange(NamedTuple):
-    """What one step's messages take, in seconds."""
+    """Seconds that one step's messages take on each server's link."""
 
-    #: float64 [l, n] each: rows that a server sends over its link, and those that it takes.
+    #: float64 [l, n] each: for rows that the server sends, and rows that it receives.
     send_ln: np.ndarray
     take_ln: np.ndarray
-    #: float64 [l, n] each: sums that it gives back, and those that it gets back.
+    #: float64 [l, n] each: for sums that the server returns, and sums that it gets back.
     give_ln: np.ndarray
     get_ln: np.ndarray
     #: As in `StepTime`.
@@ -61,36 +61,36 @@ class Exchange(NamedTuple):
 
 
 class Moment(NamedTuple):
-    """Where each server is in a step; a server waits for messages of others, not for others."""
+    """How far each server is in a step; a server waits for messages, not for other servers."""
 
     #: float64 [n]: seconds since the step began.
     now_n: np.ndarray
-    #: float64 [n]: of them, computation on the path that led here.
+    #: float64 [n]: seconds of computation among them, on the path that led here.
     compute_n: np.ndarray
 
     @classmethod
     def zero(cls, servers: int) -> Moment:
-        """Where a step begins."""
+        """The begin of a step."""
         return cls(np.zeros(servers), np.zeros(servers))
 
     def heard(self, seconds_nm: np.ndarray) -> Moment:
-        """When the last message is there, of those that take so long from n to m."""
+        """After the last message has arrived; messages take `seconds_nm` from n to m."""
         there_nm = self.now_n[:, None] + seconds_nm
         from_m = there_nm.argmax(0)
         return Moment(there_nm[from_m, np.arange(len(from_m))], self.compute_n[from_m])
 
     def computed(self, seconds_n: np.ndarray) -> Moment:
-        """After these."""
+        """After each server has computed for `seconds_n`."""
         return Moment(self.now_n + seconds_n, self.compute_n + seconds_n)
 
 
 class Wires:
-    """Links, and what goes over them: seconds of everything that they carry."""
+    """The links of all servers, and the bytes and seconds of what they carry."""
 
     def __init__(self, scenario: Scenario) -> None:
         servers, model = scenario.servers, scenario.model
         num = len(servers)
-        #: Heads of messages: of every dispatch, of returns with rows.
+        #: Bytes of the head of every dispatch, and of a return with sums.
         self.head, self.reply_head = 16 + 4 * (num + 1), 16
         self.row, self.reply = model.row_bytes, model.reply_bytes
         self.second_per_byte = np.array([8 / server.bandwidth for server in servers])
@@ -100,15 +100,15 @@ class Wires:
         #: float64 [n, m]: from n to m.
         self.delay = delay_n[:, None] + delay_n[None, :]
         np.fill_diagonal(self.delay, 0)
-        #: float64 [n]: until the furthest server's head is here.
+        #: float64 [n]: seconds until the head of the furthest server arrives.
         self.furthest = self.delay.max(0)
 
     def occupied(self, bytes_ln: np.ndarray, rows_ln: np.ndarray) -> np.ndarray:
-        """Seconds that these take on the servers' links in one direction."""
+        """Seconds that these bytes and rows take on the servers' links in one direction."""
         return bytes_ln * self.second_per_byte + rows_ln * self.second_per_row
 
     def bytes_nm(self, rows_lnm: np.ndarray) -> np.ndarray:
-        """Payload from n to m in a step: heads, rows, and the sums of what came from m."""
+        """Payload bytes from n to m in a step: heads, rows, and the sums of rows from m."""
         layers, num, _ = rows_lnm.shape
         rows_nm, returns_nm = rows_lnm.sum(0), (rows_lnm > 0).sum(0)
         back_nm = rows_nm.T * self.reply + returns_nm.T * self.reply_head
@@ -128,10 +128,11 @@ class Clock:
         self.shares = Shares([server.speed for server in scenario.servers])
 
     def time(self, layers: Layers, began: float) -> StepTime:
-        """Of the step after those that were asked for before.
+        """How long a step takes.
 
         Args:
-            began: seconds from 0 until then.
+            layers: what the step moves and computes.
+            began: when it begins, in seconds; never less than in an earlier call.
         """
         experts_ld = self._stretched(layers.experts_ld)
         experts_ln = np.maximum.reduceat(experts_ld, self.first, axis=1)
@@ -179,16 +180,16 @@ class Clock:
         )
 
     def _dispatch(self, exchange: Exchange, sends_lnm: np.ndarray) -> np.ndarray:
-        """From a server's begin of a layer until each has its rows: [l, n, m], from n to m.
+        """Seconds from a server's begin of a layer until its rows have arrived: [l, n, m], n to m.
 
-        Who sends to several servers at once has sent none of them all before it is through.
+        A server sends to all others at the same time, so all get their last row at the end.
         """
         rows_lnm = np.maximum(exchange.send_ln[:, :, None], exchange.take_ln[:, None, :])
         seconds_lnm = np.where(sends_lnm, rows_lnm, 0) + self.wires.delay + self.wires.round
         return self._own(seconds_lnm, exchange.send_ln)
 
     def _back(self, exchange: Exchange, sends_lnm: np.ndarray) -> np.ndarray:
-        """From what a server computed until its sums are there: [l, n, m], from n back to m."""
+        """Seconds from a server's computation until its sums arrive: [l, n, m], n back to m."""
         sums_lnm = np.maximum(exchange.give_ln[:, :, None], exchange.get_ln[:, None, :])
         seconds_lnm = sums_lnm + self.wires.delay + self.wires.round
         waits_lnm = np.where(sends_lnm.transpose(0, 2, 1), seconds_lnm, -np.inf)
@@ -196,7 +197,7 @@ class Clock:
 
     @staticmethod
     def _own(seconds_lnm: np.ndarray, own: np.ndarray | float) -> np.ndarray:
-        """With these from each server to itself."""
+        """`seconds_lnm`, with `own` from each server to itself."""
         server = np.arange(seconds_lnm.shape[1])
         seconds_lnm[:, server, server] = own
         return seconds_lnm
@@ -223,10 +224,10 @@ class Clock:
         )
 
     def _stretched(self, seconds_ld: np.ndarray) -> np.ndarray:
-        """Seconds of devices that compute at the same time, on as many cores as there are.
+        """Seconds of devices that compute at the same time and share the machine's cores.
 
-        The last of them ends when the cores have done all work, or when its own is done; the
-        others are delayed in proportion.
+        The last device ends when the cores have done all work, or when its own work is done,
+        whichever is later. The others are delayed in proportion.
         """
         if self.cores is None:
             return seconds_ld
@@ -251,11 +252,11 @@ class Cluster:
 
     @property
     def active(self) -> bool:
-        """Some server has work."""
+        """Whether some server has work."""
         return any(batches.active for batches in self.batches)
 
     def step(self, now: float, others_decode: bool) -> tuple[float, list[Plan]]:
-        """Does one; returns when it ends, and what each server did."""
+        """Does one step; returns when it ends, and the plan of each server."""
         plans = [batches.schedule(others_decode) for batches in self.batches]
         tokens = self.flows.tokens(each for plan in plans for each in plan.work)
         layers = Layers(self._rows(tokens), self._experts(self._calls(tokens)), self._trunks(plans))
@@ -298,7 +299,7 @@ class Cluster:
         return np.array(seconds) / self.scenario.model.layers
 
     def _bucket(self, plan: Plan) -> Bucket:
-        """Who has nothing to do takes part with padding, in the smallest."""
+        """The bucket of a server's step; a server without work takes part in the smallest."""
         return plan.bucket if plan.work else self.scenario.config.buckets[0]
 
     def _record(self, layers: Layers, time: StepTime) -> None:
@@ -317,8 +318,8 @@ class Cluster:
 def run(scenario: Scenario) -> Result:
     """Serves all requests.
 
-    Servers rest when none had work in the last step; who gets a request then begins the next one
-    and rings the others.
+    Servers are idle when none had work in the last step. A server that then gets a request begins
+    the next step and rings the others.
     """
     cluster, requests = Cluster(scenario), scenario.requests
     order = np.argsort(requests.at, kind="stable").tolist()

@@ -17,50 +17,53 @@ from dance_jax.placement.visit import MAX_SERVERS
 
 #: (decode rows, slice rows) of a compiled step, on each device.
 Bucket = tuple[int, int]
-#: A hidden state goes once to each visited server, or once for each remote expert call.
+#: A hidden state is sent once per visited server, or once per remote expert call.
 Messages = Literal["server", "expert"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Speed:
-    """How fast a server computes; numbers are seconds, at least 0.
+    """How fast a server computes; numbers are seconds of at least 0, except `quota`.
 
-    The trunk (attention, norms, routers, shared experts, head) costs by bucket, padding included,
-    and by the positions that tokens attend to.
+    The trunk (attention, norms, routers, shared experts, head) takes a time by bucket, padding
+    included, and a time by the positions that tokens attend to.
     """
 
-    #: Of every step besides the rest: scheduling, dispatch, sampling, output.
+    #: Every step, besides all below: scheduling, dispatch, sampling, output.
     step: float = 0.0
-    #: Trunk of each token of a bucket, all layers together; for buckets that are not measured.
+    #: Trunk of each token of a bucket, over all layers; for buckets that were not measured.
     token: float = 0.0
-    #: Trunk of a whole step in a bucket, where it was measured.
+    #: Trunk of a whole step in a bucket that was measured.
     buckets: Mapping[Bucket, float] = dataclasses.field(default_factory=dict)
-    #: Of each position that a token attends to, all layers together.
+    #: Each position that a token attends to, over all layers.
     position: float = 0.0
-    #: Of an expert call: a token through an expert.
+    #: An expert call: a token through an expert.
     call: float = 0.0
-    #: Of each expert that has any call in a step: its weights are read once.
+    #: Each expert with any call in a step: its weights are read once.
     expert: float = 0.0
-    #: Of each message between servers, there or back, besides links' rates and delays.
+    #: Each message between servers, there or back, besides links' rates and delays.
     round: float = 0.0
-    #: Of a row into or out of a link, besides the link's rate: packing, unpacking. Out of lock step
-    #: it is computed, once for each row of a call that is sent, and of one that is answered.
+    #: Each row into or out of a link, besides the link's rate: packing, unpacking. Without lock
+    #: step this is computation, once for each row of a call that is sent, and of one that is
+    #: answered.
     row: float = 0.0
-    #: Of each call that is sent, and of each that is answered, computed too; not in lock step.
+    #: Each call that is sent, and each that is answered: also computation. Not in lock step.
     message: float = 0.0
-    #: Of every request besides its steps: HTTP, tokens from text and back.
+    #: Every request, besides its steps: HTTP, tokens from text and back.
     request: float = 0.0
-    #: No seconds: cores that its threads may use in the long run, all together (see `shares`);
-    #: infinite: nothing limits them.
+    #: The cores (not seconds) that all threads of the server together may use in the long run, see
+    #: `shares`; infinite if nothing limits them.
     quota: float = math.inf
-    #: Processor seconds that a server which rested has saved, and uses beside its quota.
+    #: Processor seconds that an idle server has saved, and may use on top of its quota.
     burst: float = 0.0
 
     def trunk(self, bucket: Bucket, positions: int, block_size: int) -> float:
         """Seconds of the trunk on one device, in a step of this bucket.
 
         Args:
+            bucket: of the step.
             positions: that the device's tokens attend to.
+            block_size: tokens of a slice row.
         """
         decode, rows = bucket
         seconds = self.buckets.get(bucket, self.token * (decode + rows * block_size))
@@ -71,19 +74,19 @@ class Speed:
 class Server:
     """One server: equal devices behind one link."""
 
-    #: Devices.
     devices: int
     #: Expert slots of each device.
     slots: int
     speed: Speed
     #: Bits per second of its link, in each direction; may be infinite.
     bandwidth: float = math.inf
-    #: Seconds from the server to the middle of the network: a message to another takes both's.
+    #: Seconds from the server to the middle of the network. A message takes the delays of both
+    #: servers.
     delay: float = 0.0
-    #: Bytes that its link carries at once in each direction when it has rested. Not in lock step.
+    #: Bytes that its link carries at once in each direction after it was idle. Not in lock step.
     burst: float = 0.0
-    #: Others' calls are computed beside its steps, by a thread of its own (a CPU); else its devices
-    #: take them between parts of the steps. Not in lock step.
+    #: A thread of its own computes calls of others beside the server's steps (a CPU). Otherwise
+    #: devices compute them between parts of the steps. Not in lock step.
     beside: bool = False
 
 
@@ -97,24 +100,24 @@ class Model:
     experts: int
     #: Experts that a token chooses in a layer.
     top_k: int
-    #: Bytes of a hidden state between servers; and of a sum, where it has others.
+    #: Bytes of a hidden state between servers, and of a sum; None: the same.
     state_bytes: int
     sum_bytes: int | None = None
 
     @property
     def row_bytes(self) -> int:
-        """What goes to a server for one token: the hidden state, experts (2 bytes), weights (4)."""
+        """Bytes to a server for one token: the hidden state, experts (2 bytes), weights (4)."""
         return self.state_bytes + 6 * self.top_k
 
     @property
     def reply_bytes(self) -> int:
-        """What comes back for it: a sum."""
+        """Bytes that come back for one token: a sum."""
         return self.state_bytes if self.sum_bytes is None else self.sum_bytes
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Requests:
-    """Who asks when, and how much; in any order.
+    """When and where requests arrive, and their lengths; in any order.
 
     Raises:
         UserError: arrays of different lengths, or a number out of range.
@@ -122,7 +125,7 @@ class Requests:
 
     #: float64 [requests]: seconds after the start.
     at: np.ndarray
-    #: int64 [requests]: where it arrives.
+    #: int64 [requests]: the server where it arrives.
     server: np.ndarray
     #: int64 [requests] each: tokens of the prompt and of the output, at least 1.
     prompt: np.ndarray
@@ -158,7 +161,7 @@ class Scenario:
 
     servers: tuple[Server, ...]
     model: Model
-    #: Its buckets, block_size, max_num_seqs and max_model_len are used.
+    #: Only its buckets, block_size, max_num_seqs and max_model_len are used.
     config: EngineConfig
     placement: Placement
     #: Per server int [tokens, layers, k]: what its requests' tokens choose.
@@ -167,12 +170,13 @@ class Scenario:
     #: All servers do every step together.
     lock_step: bool = True
     messages: Messages = "server"
-    #: Cores of the one machine that all devices share, where they are fewer than devices: devices
-    #: that compute at the same time slow each other down. None: each device has what it needs.
+    #: Cores of a machine that all devices share, if there are fewer cores than devices: devices
+    #: that compute at the same time slow each other down. None: each device has the cores that it
+    #: needs.
     cores: float | None = None
     #: [servers, layers, experts]: calls by which `spread` puts experts on devices; None: equal.
     counts: np.ndarray | None = None
-    #: Of all draws: where in the routes a request begins, which holder serves a call.
+    #: Seed of what is drawn: where in the routes a request begins, and which holder serves a call.
     seed: int = 0
 
     def __post_init__(self):
@@ -192,25 +196,25 @@ class Scenario:
 
     @property
     def devices(self) -> tuple[int, ...]:
-        """Of each server."""
+        """Devices of each server."""
         return tuple(server.devices for server in self.servers)
 
     @functools.cached_property
     def order(self) -> np.ndarray:
-        """In which order each server prefers to call the others: int32 [servers, servers]."""
+        """The order in which each server prefers to call the others: int32 [servers, servers]."""
         call_n = np.array([server.speed.call for server in self.servers])
         round_n = None if self.lock_step else _round_seconds(self.servers)
         return call_order(_state_seconds(self.servers, self.model), call_n, round_n)
 
 
 def cost_of(servers: Sequence[Server], model: Model, lock_step: bool) -> Cost:
-    """What a policy that predicts time is told of servers, as by launch/costs of measured ones.
+    """The cost of servers, for policies that predict time; launch/costs makes that of real servers.
 
-    What the simulation knows besides, trunk and reading of weights, has no place in it.
+    It leaves out the trunk and the reading of weights. If all links are infinitely fast, it is
+    `Cost.reference`.
 
     Raises:
-        UserError: some links are infinitely fast and others are not; where all are, calls and
-            states count as in `Cost.reference`.
+        UserError: some links are infinitely fast and others are not.
     """
     form = LockStepCost if lock_step else CallCost
     devices = [server.devices for server in servers]
@@ -218,7 +222,10 @@ def cost_of(servers: Sequence[Server], model: Model, lock_step: bool) -> Cost:
     if all(infinite):
         return form.reference(devices, model.top_k)
     if any(infinite):
-        raise UserError("scenario: a policy cannot weigh links without limit against others")
+        raise UserError(
+            "scenario: a policy cannot weigh links without limit against others; "
+            "give every server a finite bandwidth, or none"
+        )
     cost = form.of_links(_state_seconds(servers, model), devices, model.top_k)
     cost = dataclasses.replace(cost, call=np.array([server.speed.call for server in servers]))
     if isinstance(cost, CallCost):
@@ -227,13 +234,13 @@ def cost_of(servers: Sequence[Server], model: Model, lock_step: bool) -> Cost:
 
 
 def _state_seconds(servers: Sequence[Server], model: Model) -> np.ndarray:
-    """`Cost.state`."""
+    """`Cost.state` of each server."""
     there_and_back = model.state_bytes + model.reply_bytes
     return np.array([8 * there_and_back / server.bandwidth for server in servers])
 
 
 def _round_seconds(servers: Sequence[Server]) -> np.ndarray:
-    """`CallCost.round`: a server's part in a message and its answer."""
+    """`CallCost.round`: each server's part in a message and its answer."""
     return np.array([2 * s.delay + s.speed.round + s.speed.message for s in servers])
 
 
@@ -273,7 +280,7 @@ def _check_mode(scenario: Scenario) -> None:
         raise UserError(f"scenario: cores={scenario.cores}, not above 0")
     limited = any(server.speed.quota < math.inf for server in scenario.servers)
     if limited and scenario.cores is not None:
-        raise UserError("scenario: servers share cores, or each has a quota: one of them")
+        raise UserError("scenario: servers share cores, or each has a quota; give one of them")
     if scenario.cores is not None and not scenario.lock_step:
         raise UserError("scenario: shared cores are simulated in lock step only")
 
@@ -282,7 +289,8 @@ def _check_routes(scenario: Scenario) -> None:
     model = scenario.model
     if len(scenario.routes) != len(scenario.servers):
         raise UserError(
-            f"scenario: routes of {len(scenario.routes)} servers, {len(scenario.servers)} are there"
+            f"scenario: routes of {len(scenario.routes)} servers, but there are "
+            f"{len(scenario.servers)} servers"
         )
     for n, route in enumerate(scenario.routes):
         if route.ndim != 3 or route.shape[1:] != (model.layers, model.top_k):
@@ -302,15 +310,15 @@ def _check_requests(scenario: Scenario) -> None:
     requests, longest = scenario.requests, scenario.config.max_model_len
     if requests.server.max() >= len(scenario.servers):
         raise UserError(
-            f"scenario: a request for server {requests.server.max()}, "
-            f"there are {len(scenario.servers)}"
+            f"scenario: a request for server {requests.server.max()}, but there are "
+            f"{len(scenario.servers)} servers, numbered from 0"
         )
     for n in np.unique(requests.server):
         if not len(scenario.routes[n]):
-            raise UserError(f"scenario: server {n} has requests, but no routes")
+            raise UserError(f"scenario: server {n} has requests but no routes")
     too_long = requests.prompt + requests.output > longest
     if too_long.any():
         raise UserError(
             f"scenario: {too_long.sum()} of {len(requests)} requests are longer than "
-            f"max_model_len, {longest} tokens; cut them or raise it"
+            f"max_model_len, {longest} tokens; cut them or raise max_model_len"
         )

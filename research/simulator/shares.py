@@ -1,10 +1,10 @@
-"""Quotas of cores: servers compute for a while at full speed, and then as their quota lets them.
+"""Quotas of cores: a server computes at full speed for a while, then as fast as its quota allows.
 
-A kernel that gives a group of processes a share of the cores does not slow it down evenly. It runs
-at full speed until its quota is used up, and is stopped for a part of every period from then on;
-after a while of waiting there is quota again. So a short step costs what it would alone, and a
-server with much to do pays for it. Periods are not simulated: quota comes in all the time and is
-saved up to a burst, a token bucket as links have, from which all threads of a server draw.
+A kernel that limits a group of processes to a share of the cores does not slow it down evenly. The
+group runs at full speed until its quota is used up, and from then on is stopped for a part of every
+period; after some waiting there is quota again. So a short step takes no longer than without a
+quota, but a busy server is slowed down. Periods are not simulated: quota flows into a token bucket,
+as for links, which holds at most a burst, and from which all threads of a server draw.
 """
 
 from __future__ import annotations
@@ -16,29 +16,29 @@ from research.simulator.scenario import Speed
 
 
 class Shares:
-    """What all servers have saved.
+    """The token buckets of all servers.
 
     Args:
         speeds: of each server.
     """
 
     def __init__(self, speeds: Sequence[Speed]) -> None:
-        #: By server: something stops it.
+        #: For each server, whether it has a quota.
         self.limited = [speed.quota < math.inf for speed in speeds]
         self._quota = [speed.quota for speed in speeds]
         self._burst = [speed.burst for speed in speeds]
-        #: Processor seconds; below 0 while a computation runs that is stopped.
+        #: Processor seconds; below 0 while a computation that is stopped runs.
         self._saved = list(self._burst)
         self._at = [0.0] * len(speeds)
 
     def spend(self, server: int, now: float, seconds: float, processor: float) -> float:
-        """What a computation takes.
+        """Seconds that a computation takes, stops included.
 
         Args:
-            server: one that is limited.
-            now: when it begins; never less than in a call before for this server.
-            seconds: that it takes if nothing stops it.
-            processor: seconds of all its threads.
+            server: a server with a quota.
+            now: when the computation begins; never less than in an earlier call for this server.
+            seconds: that it takes without stops.
+            processor: processor seconds of all its threads.
         """
         quota = self._quota[server]
         saved = self._saved[server] + quota * (now - self._at[server])

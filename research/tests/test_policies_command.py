@@ -173,7 +173,7 @@ def test_churn_counts_from_the_old_placement(trace: traces.Trace) -> None:
     old = place("dance", setup.counts, setup.capacities)
     kept = churn._churn("dance", churn.SHIFTED, churn.KEPT, shifted, old, old)
     assert kept.moved == 0 and kept.held == sum(setup.capacities)
-    assert kept.remote == old.remote(shifted.test)
+    assert kept.remote == old.traffic(shifted.test).remote
     new = place("dance", shifted.counts, setup.capacities)
     afresh = churn._churn("dance", churn.SHIFTED, churn.AFRESH, shifted, new, old)
     assert afresh.moved == new.moved(old) > 0 and afresh.remote < kept.remote

@@ -77,7 +77,7 @@ def test_all_sections(
     ]
     assert command.main(arguments) == 0
     out = capsys.readouterr().out
-    assert out.startswith("What requests would wait on servers that are not here")
+    assert out.startswith("How long requests would wait on servers that do not exist")
     assert "Assumptions beside those" in out and "…" not in out
     for title in (
         "parts, skewed tasks, lock step, per server: seconds of 8 requests",
@@ -226,6 +226,7 @@ def test_trends() -> None:
         (["--devices", "4.5"], "4.5 devices: whole numbers"),
         (["--devices", "12"], None),
         (["--devices", "6"], "6 devices: servers have"),
+        (["--devices", "344"], "344 devices are 258 servers"),
         (["--mbps", "fast"], "numbers with commas"),
         (["--intervals", "0"], "numbers above 0"),
         (["--seed", "-1"], "no whole number"),

@@ -121,7 +121,7 @@ def test_one_server_alone(lock_step: bool) -> None:
     np.testing.assert_allclose(result.latencies, [last + 3.0])
     assert result.steps.tolist() == [7] and not result.bytes_nn.any()
     busy = last - 7 * 1.0
-    assert result.utilisation == pytest.approx(busy / (5.0 + last))
+    assert result.device_utilisation[0][0] == pytest.approx(busy / (5.0 + last))
     assert result.seconds == pytest.approx(5.0 + last)
     np.testing.assert_allclose(result.compute_seconds, [last])
     assert result.communicate_seconds.tolist() == [0.0] and result.network == 0.0
@@ -427,8 +427,8 @@ def test_waiting_times_are_those_of_one_queue(lock_step: bool) -> None:
     np.testing.assert_allclose(result.latencies, waits + service, atol=1e-8)
     expected = service * load / (2 * (1 - load))
     assert waits.mean() == pytest.approx(expected, rel=0.08)
-    assert result.utilisation == pytest.approx(count * service / result.seconds)
-    assert result.utilisation == pytest.approx(load, rel=0.03)
+    assert result.device_utilisation[0][0] == pytest.approx(count * service / result.seconds)
+    assert result.device_utilisation[0][0] == pytest.approx(load, rel=0.03)
 
 
 def test_a_saturated_link_carries_what_it_can() -> None:
@@ -544,8 +544,8 @@ def test_requests_that_are_none() -> None:
         ({"routes": ()}, "routes of 0 servers"),
         ({"routes": (np.zeros((4, 3, 1), int),)}, "routes of server 0 have shape"),
         ({"routes": (np.full((4, 3, 2), 8),)}, r"not expert numbers 0\.\.7"),
-        ({"routes": (np.zeros((0, 3, 2), int),)}, "server 0 has requests, but no routes"),
-        ({"requests": [(0.0, 1, 1, 1)]}, "a request for server 1, there are 1"),
+        ({"routes": (np.zeros((0, 3, 2), int),)}, "server 0 has requests but no routes"),
+        ({"requests": [(0.0, 1, 1, 1)]}, "a request for server 1, but there are 1 servers"),
         ({"requests": [(0.0, 0, 250, 7)]}, "1 of 1 requests are longer than max_model_len, 256"),
     ],
 )

@@ -65,7 +65,7 @@ def plain_layer_time(resident, routes, cost, weights):
         calls = flows.calls_lnn[layer] * np.array(weights)[:, None]
         link = max(cost.state[n] * max(sent[n].sum(), sent[:, n].sum()) for n in range(num_servers))
         device = max(cost.call[n] * calls[:, n].sum() / cost.devices[n] for n in range(num_servers))
-        seconds.append(link + device + cost.transfer * sent.sum() / num_servers + cost.layer)
+        seconds.append(link + device + cost.transfer * sent.sum() / num_servers)
     return np.mean(seconds)
 
 
@@ -74,22 +74,13 @@ def plain_layer_time(resident, routes, cost, weights):
 def test_metrics_follow_their_definitions(placement, seed):
     routes, devices = random_routes(seed), [1, 1, 2]
     ring = np.array([[1, 2, 0], [2, 0, 1], [0, 1, 2]])
-    got = (
-        placement.remote(routes),
-        placement.any_miss(routes),
-        placement.transfers(routes),
-        placement.busiest(routes),
-        placement.load(routes, devices),
-        placement.device(routes, devices),
-    )
-    want = plain_metrics(placement.resident, routes, devices, ring)
-    assert got == pytest.approx(want, abs=1e-12)
-    order = random_order(np.random.default_rng(seed), 3)
-    traffic = placement.traffic(routes, order)
-    got = (traffic.remote, traffic.any_miss, traffic.transfers, traffic.busiest)
-    got = (*got, traffic.load(devices), traffic.device(devices))
-    want = plain_metrics(placement.resident, routes, devices, order)
-    assert got == pytest.approx(want, abs=1e-12)
+    for order in (None, random_order(np.random.default_rng(seed), 3)):
+        traffic = placement.traffic(routes, order)
+        got = (traffic.remote, traffic.any_miss, traffic.transfers, traffic.busiest)
+        got = (*got, traffic.load(devices), traffic.device(devices))
+        known = ring if order is None else order
+        want = plain_metrics(placement.resident, routes, devices, known)
+        assert got == pytest.approx(want, abs=1e-12)
 
 
 def test_equal_holders_share_their_callers():
@@ -144,7 +135,6 @@ def test_layer_time_follows_its_definition(placement, seed):
         call=rng.random(3),
         devices=rng.integers(1, 4, 3),
         transfer=rng.random(),
-        layer=rng.random(),
         order=random_order(rng, 3),
     )
     weights = rng.random(3)
@@ -212,13 +202,14 @@ def test_metrics_do_not_depend_on_names(placement, seed, order):
     names = rng.permutation(EXPERTS)
     renamed = Placement(placement.resident[:, :, np.argsort(names)])
     new_routes = [names[route] for route in routes]
-    for metric in ("remote", "any_miss", "transfers", "busiest", "load", "device"):
-        want = getattr(placement, metric)(routes)
-        assert getattr(renamed, metric)(new_routes) == pytest.approx(want)
+    want, got = placement.traffic(routes), renamed.traffic(new_routes)
+    for metric in ("remote", "any_miss", "transfers", "busiest"):
+        assert getattr(got, metric) == pytest.approx(getattr(want, metric))
+    assert (got.load(), got.device()) == pytest.approx((want.load(), want.device()))
     moved = Placement(placement.resident[list(order)])
+    got = moved.traffic([routes[n] for n in order])
     for metric in ("remote", "any_miss", "transfers"):
-        want = getattr(placement, metric)(routes)
-        assert getattr(moved, metric)([routes[n] for n in order]) == pytest.approx(want)
+        assert getattr(got, metric) == pytest.approx(getattr(want, metric))
 
 
 def test_everything_everywhere_moves_nothing():
@@ -244,7 +235,7 @@ def test_local_share_is_what_remote_measures(placement, seed):
     for n, route in enumerate(routes):
         for layer in range(LAYERS):
             np.add.at(counts[n, layer], route[:, layer].ravel(), 1)
-    assert placement.local_share(counts) == pytest.approx(1 - placement.remote(routes))
+    assert placement.local_share(counts) == pytest.approx(1 - placement.traffic(routes).remote)
     assert placement.local_shares(counts).mean() == pytest.approx(placement.local_share(counts))
 
 
@@ -302,11 +293,12 @@ def test_moved_counts_what_must_be_loaded():
         (LockStepCost, {"devices": [1, 0]}, "whole number of devices"),
         (CallCost, {"devices": [1.0, 1.0]}, "whole number of devices"),
         (LockStepCost, {"transfer": -1.0}, "transfer must be"),
-        (LockStepCost, {"layer": np.inf}, "layer must be"),
+        (LockStepCost, {"transfer": np.inf}, "transfer must be"),
         (CallCost, {"round": [1, 1, 1]}, "one number per server"),
         (CallCost, {"round": [1, -1]}, "round must be .* at least 0"),
         (CallCost, {"rows": ()}, "steps of at least one row"),
         (CallCost, {"rows": ((0.5, 1.0),)}, "steps of at least one row"),
+        (CallCost, {"rows": ((1, 0.0),)}, "steps of at least one row"),
         (CallCost, {"rows": ((1, -1.0),)}, "rows must be .* at least 0"),
         (CallCost, {"busy": 1.5}, "busy is from 0 to 1"),
         (CallCost, {"busy": np.nan}, "busy must be finite"),
@@ -346,13 +338,13 @@ def test_malformed_inputs():
         placement.local_share(np.ones((3, 2, 5)))
     routes = random_routes(0)
     with pytest.raises(UserError, match="routes of 2 servers"):
-        placement.remote(routes[:2])
+        placement.traffic(routes[:2])
     with pytest.raises(UserError, match="expert numbers"):
-        placement.remote([routes[0], routes[1] + EXPERTS, routes[2]])
+        placement.traffic([routes[0], routes[1] + EXPERTS, routes[2]])
     with pytest.raises(UserError, match="no server has a token"):
-        placement.remote([route[:0] for route in routes])
+        placement.traffic([route[:0] for route in routes])
     with pytest.raises(UserError, match="devices"):
-        placement.load(routes, [1, 1])
+        placement.traffic(routes).load([1, 1])
     with pytest.raises(UserError, match=r"order of calls: \(2, 2\) for 3 servers"):
         placement.layer_time(routes, CallCost.reference([1, 1], K))
     with pytest.raises(UserError, match="cost of 2 servers"):

@@ -114,7 +114,7 @@ def random_costs(rng, servers):
     round_n = rng.uniform(0, 2, servers)
     return (
         CallCost(**parts, round=round_n, rows=rows, busy=rng.random()),
-        LockStepCost(**parts, transfer=rng.random(), layer=rng.random()),
+        LockStepCost(**parts, transfer=rng.random()),
     )
 
 
@@ -173,7 +173,7 @@ def plain_lock_step_time(cost, found, weights):
         calls = (found.calls[b, layer] * np.array(weights)[:, None]).sum(0)
         ways = np.maximum(sent.sum(1), sent.sum(0))
         total += (ways * cost.state).max() + (calls * cost.call / cost.devices).max()
-        total += cost.transfer * sent.sum() / sum(weight > 0 for weight in weights) + cost.layer
+        total += cost.transfer * sent.sum() / sum(weight > 0 for weight in weights)
     return total / blocks / layers
 
 
@@ -233,6 +233,14 @@ def test_many_rows_wait_once_and_bytes_count_for_each():
     # A quarter of its rows through its own link, the slower one.
     want = (0.25 * 4.0 + 3.0 / rows) / 2
     assert placement.layer_time(asking(0.25), slow) == pytest.approx(want, rel=1e-6)
+
+
+def test_a_miss_that_only_the_large_sample_shows_costs_a_round():
+    """One token in a thousand misses an expert, but none of those whose visits are followed."""
+    cost = call_cost(rows=((1, 1.0),), call=[0.5, 0.25])
+    away, sent, calls = np.array([[[1e-3, 0]]]), np.zeros((1, 1, 2, 2)), np.eye(2)[None, None]
+    got = layer_time(cost.times(np.ones(2)), Flows(*map(jnp.float32, (away, sent, calls))))
+    assert float(got) == pytest.approx((0.999 * 0.5 + 0.001 * 3.0 + 0.25) / 2, rel=1e-5)
 
 
 def test_steps_weigh_as_often_as_they_occur():

@@ -110,6 +110,11 @@ def test_preferences_are_by_seconds_then_around_the_ring(data):
         assert found[n, places(found[n])].tolist() == list(range(servers))
 
 
+def test_a_server_s_own_seconds_make_no_others_equal():
+    """Servers 1 and 2 differ by more than EQUAL, and what server 0 takes lies between them."""
+    assert preferences(np.array([[1.04, 1.08, 1.0]] * 3))[0].tolist() == [2, 1, 0]
+
+
 @pytest.mark.parametrize("order", [[0, 0], [1, 2], [-1, 0]])
 def test_an_order_lists_each_server_once(order):
     with pytest.raises(ValueError, match="lists each once"):

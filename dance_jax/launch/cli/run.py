@@ -36,7 +36,7 @@ class RunTraffic:
     bytes_sent: np.ndarray
     #: int64 [servers], tokens each server computed.
     tokens: np.ndarray
-    #: int64 [servers], pairs of token and MoE layer with an expert call that left the server.
+    #: int64 [servers], pairs of token and MoE layer with an expert call to another server.
     away: np.ndarray
     #: Per server int16 [tokens, layers, k], a bounded sample of routes.
     routes: tuple[np.ndarray, ...]
@@ -50,7 +50,7 @@ class RunTraffic:
 
     @property
     def any_miss(self) -> float:
-        """Share of pairs of token and MoE layer with an expert call that left the server."""
+        """Share of pairs of token and MoE layer with an expert call to another server."""
         return self._per_token_and_layer(self.away)
 
     @property

@@ -1,5 +1,5 @@
-"""What a layer costs on these servers: the rates of their links and the times of their experts, as
-they are given, or measured while the servers run."""
+"""The cost of a layer on these servers: rates and round trips of links and times of experts, given
+in the hosts file or measured."""
 
 from __future__ import annotations
 
@@ -17,39 +17,40 @@ from dance_jax.models.config import ModelConfig
 from dance_jax.models.messages import encode, row_bytes
 from dance_jax.placement.cost import CallCost, Cost, LockStepCost, of_pairs
 
-#: Where nothing is known of any link, and seconds count: bits a second, and seconds to another
-#: server and back.
+#: Bits per second of links, and seconds of a round trip, if none is known but seconds are needed.
 DEFAULT_RATE, DEFAULT_ROUND_TRIP = 1e9, 2e-4
-#: Seconds of a call beside the network's round trip, its bytes and its experts: both servers' own.
+#: Seconds that both servers together take for a call, besides the network's round trip, the bytes
+#: and the experts.
 CALL_S = 2e-4
 
-#: `LockStepCost.staggered` of a service whose users have asked for nothing yet: about what
-#: research/paper.py measures of servers that are asked at random. In a batch all have tokens most
-#: of the time.
+#: The share for `LockStepCost.staggered` of a service that has had no requests yet: about what
+#: research/paper.py measures with random arrivals. In a batch all servers have tokens most of the
+#: time.
 SERVICE_STAGGERED = 0.7
 
 
 @dataclasses.dataclass(frozen=True)
 class MeasuredCosts:
-    """What a server has found out while it ran; None: nothing certain."""
+    """What a running server has measured; None where nothing is certain."""
 
     #: Seconds that a byte takes through its links in one direction.
     byte_s: float | None = None
     #: Seconds of one expert call on one of its devices.
     call_s: float | None = None
-    #: Seconds of a call to another server and its answer, the mean of those servers, without bytes
-    #: and what is computed there.
+    #: Seconds of a call to another server and its answer, without their bytes and the computation;
+    #: mean over calls.
     round_s: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class ServerLoad:
-    """How servers were used of late.
+    """The recent load of all servers.
 
     Attributes:
-        rows: as in `CallCost`; empty: not known.
-        busy: part of the time in which the mean device computed experts; None: not known.
-        busiest: of hidden states, those through the busiest link of each layer; None: not known.
+        rows: as in `CallCost`; empty if not known.
+        busy: fraction of the time in which the mean device computed experts; None if not known.
+        busiest: share of hidden states that went through the busiest link of each layer; None if
+            not known.
     """
 
     rows: tuple[tuple[float, float], ...] = ()
@@ -64,12 +65,12 @@ def running_cost(
     measured: Sequence[MeasuredCosts],
     load: ServerLoad,
 ) -> Cost:
-    """`cluster_cost` of servers that run, in seconds: with what is measured of expert calls, of
-    links whose rate or round trip is not given, and of steps.
+    """`cluster_cost` of running servers, in seconds.
 
-    What a server measures of its link is the slowest link of those it exchanges with, so that
-    unequal links are better given, or measured by the preflight. Where no rate is known at all,
-    links count as DEFAULT_RATE.
+    Measured times of expert calls, round trips of calls and rows of steps replace what was given or
+    assumed. Measured rates only fill in for links without one: a server measures the slowest of the
+    links between itself and others, so unequal links are better given, or measured by the
+    preflight. If no rate is known at all, links count as DEFAULT_RATE.
     """
     servers = tuple(
         dataclasses.replace(
@@ -82,7 +83,7 @@ def running_cost(
     if all(server.bandwidth is None for server in servers):
         servers = tuple(dataclasses.replace(each, bandwidth=DEFAULT_RATE) for each in servers)
     cost = cluster_cost(ClusterSpec(servers), model, config)
-    # Engines call in the order that they were told when they began.
+    # Engines keep the order of calls that they got at their start.
     cost = dataclasses.replace(cost, order=cluster_cost(spec, model, config).preferences())
     if not isinstance(cost, CallCost):
         return cost
@@ -98,16 +99,16 @@ def running_cost(
 def cluster_cost(
     spec: ClusterSpec, model: ModelConfig, config: EngineConfig, *, service: bool = False
 ) -> Cost:
-    """What policies that predict time know of the servers, in the exchange in use.
+    """The cost of the servers in the exchange in use, for policies that predict time.
 
-    A hidden state and the sum that comes back take their bytes / bandwidth of a link. A link of
-    unknown rate counts as the fastest that is known, one of unknown round trip as the mean of those
-    known, a device of unknown expert time as the mean of the known. Without any rate or round trip
-    all links and devices are equal (`Cost.reference`); without any expert time calls have the
-    weight of `Cost.of_links`.
+    A hidden state and the sum that comes back occupy a link for their bytes / bandwidth. A link of
+    unknown rate counts as the fastest known one. Unknown round trips and expert times count as the
+    mean of the known ones. Without any rate or round trip all links and devices are equal
+    (`Cost.reference`); without any expert time calls have the weight of `Cost.of_links`.
 
     Args:
-        service: its users ask when they like, where nothing else is known.
+        spec, model, config: of the cluster.
+        service: users send requests at random times; otherwise there is a batch.
     """
     form = LockStepCost if config.exchange == "collectives" else CallCost
     rate_n = _filled((server.bandwidth for server in spec.servers), max)
@@ -132,7 +133,7 @@ def cluster_cost(
 
 
 def cost_note(spec: ClusterSpec) -> str | None:
-    """What `cluster_cost` does without although it was asked for; None: nothing."""
+    """A note on what `cluster_cost` lacks although the hosts file asks for it; None if nothing."""
     unmeasured = [s.name for s in spec.servers if s.measure_bandwidth and s.bandwidth is None]
     rates = any(server.bandwidth is not None for server in spec.servers)
     times = any(server.expert_time is not None for server in spec.servers)
@@ -149,7 +150,7 @@ def cost_note(spec: ClusterSpec) -> str | None:
 
 
 def exchanged_bytes(width: int, config: EngineConfig) -> int:
-    """Bytes of one hidden state to another server, and of its sum back."""
+    """Bytes of one hidden state to another server and of its sum back."""
     total = jax.ShapeDtypeStruct((1, width), jnp.dtype(jnp.float32))
     encoded = functools.partial(encode, dtype=jnp.dtype(config.wire_dtype))
     return row_bytes(jax.eval_shape(encoded, total)) + total.size * total.dtype.itemsize
@@ -158,7 +159,7 @@ def exchanged_bytes(width: int, config: EngineConfig) -> int:
 def _filled(
     values: Iterable[float | None], instead: Callable[[list[float]], float]
 ) -> np.ndarray | None:
-    """Float [n], with `instead` of the known values for unknown ones; None: none is known."""
+    """The values, unknown ones as `instead` of the known ones: float [n]; None if none is known."""
     all_values = list(values)
     known = [value for value in all_values if value is not None]
     if not known:

@@ -153,7 +153,7 @@ def make_plan(
         policy: a name in `placement.POLICIES`; where it cannot place, `placement.usable` takes
             another.
         activations: statistics of every server's requests; None: all counts are equal.
-        service: users will ask when they like, in contrast to a batch.
+        service: users send requests at random times; otherwise there is a batch.
 
     Raises:
         UserError: the servers together lack memory, the activations are of another model or lack
@@ -171,7 +171,7 @@ def make_plan(
     used = usable(policy, routes)
 
     def placed(config: EngineConfig) -> tuple[Placement, ExchangeChoice]:
-        """The placement, and the exchange that is best then."""
+        """The placement for a config, and the exchange to use with it."""
         placement = place(
             used,
             counts,

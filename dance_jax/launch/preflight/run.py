@@ -163,8 +163,8 @@ def run_preflight(
 
 
 def with_rates(spec: ClusterSpec, links: Links) -> ClusterSpec:
-    """The servers with what was measured of their links: those with bandwidth=auto get the largest
-    rate any of them showed, those without round_trip= their part in the round trips."""
+    """The servers with what was measured of their links. With bandwidth=auto a server gets the
+    largest rate of any of its links, without round_trip= its part in the measured round trips."""
     best: dict[int, float] = {}
     for pair, link in links.items():
         for rank in pair:
@@ -187,7 +187,7 @@ def with_rates(spec: ClusterSpec, links: Links) -> ClusterSpec:
 
 
 def _round_trips(servers: int, links: Links) -> list[float | None]:
-    """`ServerSpec.round_trip` of each server; None where a pair was not measured."""
+    """`ServerSpec.round_trip` of each server; None for all if any pair was not measured."""
     seconds_nn = np.full((servers, servers), np.inf)
     for (one, other), link in links.items():
         if link.rtt is not None:

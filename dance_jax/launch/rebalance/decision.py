@@ -195,8 +195,8 @@ def _loading_seconds(question: DecisionInputs, steps: list[MoveBatch]) -> float:
 
 
 def _measured_cost(question: DecisionInputs, present: Placement) -> Cost:
-    """What a layer in lock step costs when servers have tokens at the same time as often as was
-    measured; on their own they wait for nobody else's tokens."""
+    """The cost of a layer. In lock step it depends on how often servers were measured to have
+    tokens at the same time; servers on their own do not wait for the tokens of others."""
     if not isinstance(question.cost, LockStepCost) or question.busiest is None:
         return question.cost
     if not any(map(len, question.routes)):

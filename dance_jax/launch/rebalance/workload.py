@@ -69,8 +69,8 @@ class Workload:
     def _begin_counts(self, now: float) -> None:
         """Nothing is known of what users ask for."""
         servers = self._shape[0]
-        #: Expert calls; tokens; hidden states of all servers, and through the busiest link of each
-        #: layer; steps of each size and their rows; devices' seconds in experts.
+        #: Expert calls; tokens; hidden states of all servers, and those through the busiest link of
+        #: each layer; steps of each size and their rows; seconds of devices in experts.
         self._counts, self._tokens, self._rows, self._steps, self._experts_s = (
             DecayedCounts(self._half_life_s) for _ in range(5)
         )
@@ -99,7 +99,7 @@ class Workload:
         return list(self._measured)
 
     def load(self, now: float) -> ServerLoad:
-        """How servers are used."""
+        """The load of the servers; later counts weigh more."""
         rows, busiest = self._rows.value(now)
         steps_i, rows_i = self._steps.value(now).T
         device_s = self._devices * self._seconds(now)
@@ -167,7 +167,7 @@ class Workload:
         return self._tokens.value(now) / self._seconds(now)
 
     def _seconds(self, now: float) -> float:
-        """Since counting began, older ones weigh less."""
+        """Seconds since counting began, weighted as counts are: older ones weigh less."""
         seconds = max(now - self._begin, 1e-3)
         return seconds * _unfaded(seconds, self._half_life_s)
 

@@ -31,7 +31,7 @@ class Policy:
     """A placement algorithm, and what it needs."""
 
     place: Callable[[Problem], Placement]
-    #: It looks at whole tokens: counts are not enough.
+    #: It needs routes: counts are not enough.
     needs_routes: bool = False
     #: It weighs what links and devices cost (`Problem.cost`).
     weighs_cost: bool = False
@@ -48,14 +48,14 @@ POLICIES: dict[str, Policy] = {
     "latency": Policy(latency, needs_routes=True, weighs_cost=True),
 }
 
-#: What places where nothing else is asked for, and where that lacks routes.
+#: The default policy, and the one that replaces policies that lack routes.
 DEFAULT_POLICY, WITHOUT_ROUTES = "latency", "optimal"
 
 log = logging.getLogger(__name__)
 
 
 def usable(policy: str, routes: Sequence[np.ndarray] | None) -> str:
-    """The policy itself, or WITHOUT_ROUTES where it cannot place; see `why_not`.
+    """The policy itself, or WITHOUT_ROUTES if it cannot place; see `why_not`.
 
     >>> usable("latency", None), usable("dance", None)
     ('optimal', 'dance')
@@ -64,10 +64,11 @@ def usable(policy: str, routes: Sequence[np.ndarray] | None) -> str:
 
 
 def why_not(policy: str, routes: Sequence[np.ndarray] | None) -> str:
-    """Why a policy cannot place, in words; "": it can.
+    """The reason why a policy cannot place; "" if it can.
 
     Args:
-        routes: per server int [tokens, layers, k]; None: not known.
+        policy: a name in POLICIES.
+        routes: per server int [tokens, layers, k]; None if they are not known.
 
     Raises:
         UserError: the policy is unknown.
@@ -98,13 +99,14 @@ def place(
 
     Args:
         policy: a name in POLICIES.
-        counts: [servers, layers, experts], expert calls of the requests arriving at each server,
-            taken as they are; where a server has none in a layer its experts count the same.
+        counts: [servers, layers, experts], expert calls of the requests that arrive at each server.
+            They are not normalised. A server without counts in a layer is taken to use all its
+            experts equally.
         capacities: int [servers], expert slots.
-        routes: per server int [tokens, layers, k], for policies that look at whole tokens; where
-            there are none, WITHOUT_ROUTES takes their place and the log says why.
-        devices: int [servers], devices of each server, default 1.
-        cost: of the exchange in use, for policies that predict time; default:
+        routes: per server int [tokens, layers, k], for policies that need them; without routes
+            WITHOUT_ROUTES places instead, and the log says why.
+        devices: int [servers], devices of each server; default: as in `cost`, or else 1.
+        cost: the cost of the exchange in use, for policies that predict time; default:
             `CallCost.reference`.
         previous: the placement in force, for policies that keep churn low.
         seed: for policies that draw at random.

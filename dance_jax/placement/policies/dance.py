@@ -28,10 +28,10 @@ def entropy_units(counts_nle: jax.Array) -> jax.Array:
 
 
 def _layer_shares(capacity: jax.Array, entropy_l: jax.Array, experts: int) -> jax.Array:
-    """One server's slots for each layer by entropy, none above `experts`: int64 [l].
+    """Shares one server's slots among layers by entropy, at most `experts` each: int64 [l].
 
-    A layer whose share exceeds `experts` gets `experts`, and the others share the rest anew;
-    where only layers without entropy are left they share equally.
+    A layer whose share exceeds `experts` gets `experts`, and the others share the rest again. If
+    only layers without entropy are left, they share equally.
     """
 
     def rest(full_l: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -56,9 +56,9 @@ def _layer_shares(capacity: jax.Array, entropy_l: jax.Array, experts: int) -> ja
 def _cover_layers(slots_nl: jax.Array, capacities_n: jax.Array, experts: int) -> jax.Array:
     """Moves slots between a server's layers until every layer has `experts` in all: int64 [n, l].
 
-    One at a time: to the lowest layer short of slots, from the server with the largest capacity
-    that has slots in a layer with surplus, out of its layer with the largest surplus (ties:
-    lowest server, lowest layer).
+    Slots move one at a time to the lowest layer that is short of slots. Each comes from the server
+    with the largest capacity among those with slots in a layer with surplus, out of its layer with
+    the largest surplus (ties: lowest server, lowest layer).
     """
     memory_rank_n = ranks(-capacities_n)
     num_servers = capacities_n.shape[0]
@@ -81,8 +81,8 @@ def _cover_layers(slots_nl: jax.Array, capacities_n: jax.Array, experts: int) ->
 def layer_counts(counts_nle: jax.Array, capacities_n: jax.Array) -> jax.Array:
     """Stage 1: how many experts of each layer a server holds, int64 [n, l]; needs 64-bit mode.
 
-    Server n's slots are shared among layers in proportion to the entropy of its counts, left over
-    slots by largest remainder; then layers that could not be covered get slots from others.
+    Server n's slots are shared among layers in proportion to the entropy of its counts, and left
+    over slots by largest remainder. Then layers that could not be covered get slots from others.
 
     Args:
         counts_nle: float64 expert calls.
@@ -111,11 +111,11 @@ def _cover_experts(resident_ne: jax.Array, counts_ne: jax.Array) -> jax.Array:
 
 @jax.jit
 def assign(counts_nle: jax.Array, slots_nl: jax.Array) -> jax.Array:
-    """Stage 2: which experts those are, bool [n, l, e]; needs 64-bit mode.
+    """Stage 2: which experts each server holds, bool [n, l, e]; needs 64-bit mode.
 
-    Every server takes the most called experts of each layer. Then, while an expert is nowhere, the
-    server with most duplicates in the layer drops its least called duplicate for the one of the
-    missing experts it calls most (ties: lowest server, lowest expert).
+    Every server takes the experts that it calls most in each layer. Then, while an expert is on no
+    server, the server with most duplicates in the layer replaces the duplicate that it calls least
+    by the missing expert that it calls most (ties: lowest server, lowest expert).
 
     Args:
         counts_nle: float64 expert calls.
@@ -126,12 +126,12 @@ def assign(counts_nle: jax.Array, slots_nl: jax.Array) -> jax.Array:
 
 
 def dance(problem: Problem) -> Placement:
-    """The paper's placement: entropy shares out slots to layers, calls choose the experts.
+    """The paper's placement: entropy shares slots among layers, calls choose the experts.
 
     Worked example: one layer of 4 experts, two servers with 2 slots, calls [9, 5, 1, 0] and
-    [8, 6, 0, 1]. Both take experts 0 and 1; experts 2 and 3 are nowhere and both servers have two
-    duplicates, so server 0 drops expert 1 for expert 2; now both have one, so server 0 drops 0
-    for 3: server 0 holds {2, 3}, server 1 {0, 1}.
+    [8, 6, 0, 1]. Both take experts 0 and 1. Experts 2 and 3 are on no server, and both servers have
+    two duplicates, so server 0 replaces expert 1 by expert 2. Now both have one duplicate, so
+    server 0 replaces expert 0 by expert 3: server 0 holds {2, 3}, server 1 {0, 1}.
     """
     with jax.enable_x64(True):
         counts_nle = jnp.asarray(problem.counts)

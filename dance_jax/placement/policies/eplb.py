@@ -1,8 +1,8 @@
-"""`eplb`: DeepSeek's Expert Parallelism Load Balancer, and what becomes of it on unequal servers.
+"""`eplb`: DeepSeek's Expert Parallelism Load Balancer, also adapted to unequal servers.
 
 `rebalance_experts` follows the published algorithm (github.com/deepseek-ai/EPLB) and gives its
-results. `eplb` places with it where all servers are equal, and otherwise with the same two ideas,
-replicas for the experts with most load and balanced packing, within each server's memory.
+results. `eplb` uses it if all servers are equal. Otherwise it applies the same two ideas, replicas
+for the experts with most load and balanced packing, within each server's memory.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ def _most_loaded(weight_e: jax.Array, count_e: jax.Array) -> jax.Array:
 
 
 def _replicate(weight_e: jax.Array, replicas: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Every expert once, then one more of the most loaded one until there are enough.
+    """Makes one replica of every expert, then more of the expert with most load per replica.
 
     Returns:
-        int64 [r], the expert of each replica; int64 [r], how many of it came before; int64 [e],
-        replicas of each expert.
+        int64 [r], the expert of each replica; int64 [r], the number of its earlier replicas;
+        int64 [e], replicas of each expert.
     """
 
     def add_one(count_e: jax.Array, _: None) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
@@ -45,12 +45,13 @@ def _replicate(weight_e: jax.Array, replicas: int) -> tuple[jax.Array, jax.Array
 
 
 def _even_pack(weight_i: jax.Array, packs: int) -> jax.Array:
-    """Where each item comes to lie if all packs take equally many: a permutation, int64 [i].
+    """The position of each item if all packs take equally many: a permutation, int64 [i].
 
-    The items of pack 0 in the order in which they were packed, then those of pack 1, and so on.
+    First come the items of pack 0 in the order in which they were packed, then those of pack 1, and
+    so on.
     """
     places = len(weight_i) // packs
-    if places == 1:  # in the published code too, single items stay where they are
+    if places == 1:  # as in the published code, single items keep their order
         return jnp.arange(packs, dtype=jnp.int64)
     places_p = jnp.full(packs, places, jnp.int64)
     pack_i, rank_i = pack(weight_i, places_p, jnp.ones(packs, weight_i.dtype))
@@ -64,7 +65,7 @@ def _rebalance_layer(
     size = len(weight_e) // groups
     group_weight_g = weight_e.reshape(groups, size).sum(axis=1)
     first_g1 = (_even_pack(group_weight_g, nodes) * size)[:, None]
-    # Experts in order of nodes: where each comes to lie, and which lies there.
+    # The position of each expert in order of nodes, and the expert at each position.
     position_e = (first_g1 + jnp.arange(size, dtype=jnp.int64)[None, :]).reshape(-1)
     expert_m = jnp.argsort(position_e)
 
@@ -125,16 +126,16 @@ def rebalance_experts(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Replicates and packs the experts of every layer so that all GPUs have about equal load.
 
-    DeepSeek's EPLB (github.com/deepseek-ai/EPLB, `rebalance_experts`). Where num_groups is a
-    multiple of num_nodes (hierarchical policy): groups of consecutive experts are packed onto
-    nodes; each node has equally many replicas, one of each of its experts, the others one by one
-    of the expert with most load per replica; they are packed onto the node's GPUs. Otherwise
-    (global policy) the same as if there were one group and one node. Packing takes the heaviest
-    first, each to the pack with least weight that has a free place.
+    DeepSeek's EPLB (github.com/deepseek-ai/EPLB, `rebalance_experts`). If num_groups is a multiple
+    of num_nodes (hierarchical policy), groups of consecutive experts are packed onto nodes. Each
+    node has equally many replicas: one of each of its experts, and the others one by one of the
+    expert with most load per replica. They are packed onto the node's GPUs. Otherwise (global
+    policy) it is the same with one group and one node. Packing takes the heaviest first, each to
+    the pack with least weight that has a free place.
 
     Weights are float32 as in the original. The original sorts without a rule for ties; here the
     lowest index goes first, among experts, replicas and packs. A GPU may get two replicas of an
-    expert, and where all weights of a layer (or node) are 0, all replicas are of its first expert.
+    expert. If all weights of a layer (or node) are 0, all extra replicas are of its first expert.
 
     >>> expert, slots, count = rebalance_experts(np.array([[6, 4, 2]]), 4, 1, 1, 2)
     >>> expert.tolist(), slots.tolist(), count.tolist()
@@ -171,7 +172,7 @@ def rebalance_experts(
 
 
 def _layer_slots(capacities_n: jax.Array, layers: int) -> jax.Array:
-    """All slots of each server, shared evenly by the layers: int64 [n, l].
+    """Shares all slots of each server evenly among the layers: int64 [n, l].
 
     The layers of a server differ by at most one slot, and so do the sums over servers: each
     server's odd slots go to the layers after those that got the previous server's.
@@ -196,11 +197,11 @@ def _replica_counts(weight_e: jax.Array, slots_n: jax.Array) -> jax.Array:
 
 
 def _pack_replicas(weight_e: jax.Array, slots_n: jax.Array, devices_n: jax.Array) -> jax.Array:
-    """Replicas onto servers with room, no expert twice onto one: bool [n, e].
+    """Packs replicas onto servers with room, no expert twice onto one server: bool [n, e].
 
-    Expert by expert, those with most load per replica first, onto the servers with least load per
-    device (ties: lowest expert, lowest server); onto all with room where these are fewer than its
-    replicas. There are as many slots as replicas, so even the last expert finds one.
+    Experts go in order of load per replica, most first, onto the servers with least load per device
+    (ties: lowest expert, lowest server). If fewer servers have room than an expert has replicas, it
+    goes onto all of these. There are as many slots as replicas, so even the last expert finds one.
     """
     count_e = _replica_counts(weight_e, slots_n)
     load_e = weight_e / count_e.astype(weight_e.dtype)
@@ -219,7 +220,7 @@ def _pack_replicas(weight_e: jax.Array, slots_n: jax.Array, devices_n: jax.Array
 
 
 def _fill(resident_ne: jax.Array, weight_e: jax.Array, slots_n: jax.Array) -> jax.Array:
-    """Gives every free slot the expert with most load per replica not yet there: bool [n, e]."""
+    """Fills free slots with the absent experts that have most load per replica: bool [n, e]."""
 
     def fill_server(copies_e: jax.Array, server: tuple[jax.Array, jax.Array]):
         resident_e, slots = server
@@ -254,7 +255,7 @@ def _place_equal(expert_lr: jax.Array, counts_nle: jax.Array, capacities_n: jax.
 
 
 def _equal_replicas(problem: Problem) -> int:
-    """Replicas of a layer on all devices if all servers are equal, else or if too few: 0."""
+    """Replicas of a layer on all devices; 0 if servers are unequal or that is too few."""
     servers, layers, experts = problem.counts.shape
     if len(set(problem.capacities)) > 1 or len(set(problem.devices)) > 1:
         return 0
@@ -267,25 +268,25 @@ def eplb(problem: Problem) -> Placement:
     """Replicas for the experts with most load, packed so that all devices compute about the same.
 
     DeepSeek's EPLB; a baseline of DanceMoE (arXiv:2508.12851), whose authors adapted it to unequal
-    servers without saying how. The load of an expert is its calls by all servers together; who
-    calls what is not looked at.
+    servers without saying how. The load of an expert is its calls by all servers together; which
+    server calls it does not matter.
 
-    Equal servers (memory and devices): `rebalance_experts`, global policy, with as many replicas a
-    layer as all devices can have equally. Two replicas of an expert on one server become one.
+    Equal servers (in memory and devices): `rebalance_experts`, global policy, with as many replicas
+    per layer as all devices can hold equally. Two replicas of an expert on one server become one.
 
-    Unequal servers, or memory too tight for that: a server's slots are shared evenly by the
+    Unequal servers, or too little memory for that: a server's slots are shared evenly among the
     layers. In each layer there are as many replicas as slots, made as in EPLB but at most one per
-    server; they are packed, most load per replica first, onto the servers with least load per
+    server. They are packed, most load per replica first, onto the servers with least load per
     device that have room and do not hold the expert.
 
-    In both cases slots still free get, server by server, the experts with most load per replica
-    that are not there yet: all memory is used.
+    In both cases slots that are still free get, server by server, the absent experts with most load
+    per replica, so that all memory is used.
 
     Worked example: one layer of 4 experts with 12, 6, 5 and 4 calls; servers with 2 and 4 slots, 1
     and 2 devices. Of 6 replicas 4 are the experts, the fifth is of expert 0, which then has one
-    for each server, and the sixth of expert 1: loads per replica 6, 3, 5 and 4. Expert 0 goes to
-    both servers (loads per device 6 and 3), 2 to server 1 (5.5), 3 to server 1 (7.5), at last 1
-    to both: server 0 holds {0, 1}, server 1 all.
+    for each server, and the sixth is of expert 1: loads per replica are 6, 3, 5 and 4. Expert 0
+    goes to both servers (loads per device 6 and 3), 2 to server 1 (5.5), 3 to server 1 (7.5), and
+    last 1 to both: server 0 holds {0, 1}, server 1 all.
     """
     replicas = _equal_replicas(problem)
     with jax.enable_x64(True):
@@ -294,7 +295,7 @@ def eplb(problem: Problem) -> Placement:
             devices_n = jnp.asarray(problem.devices, jnp.float64)
             return Placement(np.asarray(_place_unequal(counts_nle, capacities_n, devices_n)))
         load_le = np.asarray(expert_load(counts_nle))
-        # Powers of two change no comparison, and float32 does not reach as far as counts may.
+        # Powers of two change no comparison, and keep large counts within float32.
         load_le = np.ldexp(load_le, -np.frexp(load_le.max(1, keepdims=True))[1])
         servers, gpus = len(problem.capacities), int(problem.devices.sum())
         expert_lr, _, _ = rebalance_experts(load_le, replicas, 1, servers, gpus)

@@ -1,17 +1,18 @@
-"""`latency`: the placement whose layers are predicted to take the least time.
+"""`latency`: the placement with the least predicted time of a layer.
 
 Annealing (Kirkpatrick et al. 1983) on the formula of `Problem.cost`, all layers at once: every
-round proposes a change to each layer, and accepts or refuses each. What ties layers together is the
-memory of a server, so in some rounds layers are paired, and one gets a slot that the other gives;
-and what they share (`Times.shared`), of which a layer's change counts as if it were the only one.
+round proposes a change to each layer, and accepts or rejects each change. Two things tie layers
+together. One is the memory of a server: in some rounds layers are paired, and one layer gets a slot
+that the other gives up. The other is the load that layers share (`Times.shared`): each layer's
+change is judged as if it were the only one.
 
 A change consists of two half moves between the same two places, there and back, in one layer or in
-two. A place is a server or `outside`, where copies come from and go to: a half move from server a
-to server b moves an expert, from a to outside drops a copy that is not the last, and from outside
-to b adds one. So slots per server stay what they are and every expert stays somewhere.
+a pair of layers. A place is a server or `outside`. A half move from server a to server b moves an
+expert, one from a to outside drops a copy that is not the last, and one from outside to b adds a
+copy. So every server keeps its number of experts, and every expert stays on a server.
 
-Which expert moves is drawn: one that is used more at the new place than at the old is more likely,
-and in a part of the moves it is one that a random token of the new place misses.
+The expert that moves is drawn at random, more likely one that is used more at the new place than at
+the old one. For a part of the moves it is an expert that a random token of the new place misses.
 """
 
 from __future__ import annotations
@@ -33,57 +34,60 @@ from dance_jax.placement.policies.rounding import fill
 from dance_jax.placement.problem import Problem
 from dance_jax.placement.times import Times
 
-#: Of all rounds, those that move slots between layers; of half moves to a server, those of an
-#: expert that a token misses.
+#: The fraction of rounds that pair layers, and of half moves to a server that take an expert which
+#: a token misses.
 PAIRED, WANTED = 0.5, 0.8
-#: More than any other score.
+#: The score of such an expert: above any other.
 WANTED_SCORE = 1e9
-#: A use per token that counts nothing, in comparisons of what is used more.
+#: Added to uses per token before their logarithms are compared, so that rare uses hardly count.
 RARE = 1e-3
-#: Placements whose times differ by less are equals: the one that moves fewer experts is taken.
+#: Placements whose times differ by less than this share count as equal; the one that moves fewer
+#: experts is taken.
 TOLERANCE = 0.01
-#: What a move costs in search of it, in TOLERANCE / moves: with 1 all moves cost what they may.
+#: Prices of a move that are tried, in TOLERANCE / moves: at price 1 all moves together cost
+#: TOLERANCE.
 MOVE_PRICES = (12.0, 8.0, 4.0)
 
 
 class Schedule(NamedTuple):
-    """How long and how wild an annealing is."""
+    """The length and temperatures of an annealing."""
 
     #: Changes proposed to each layer.
     rounds: int
-    #: Temperatures of the first and the last round, in mean layer times of the start over servers:
-    #: of many servers a change touches a small part.
+    #: Temperatures of the first and the last round, in mean layer times of the start divided by the
+    #: number of servers: of many servers a change affects few.
     hot: float
     cold: float
 
 
-#: From any start to a good placement; from a good one to a better one; in its neighbourhood.
+#: From any start to a good placement; from a good placement to a better one; close to a placement.
 SEARCH, REFINE = Schedule(4000, 9e-2, 3e-3), Schedule(4000, 9e-3, 9e-4)
 SETTLE = Schedule(2000, 3e-3, 3e-4)
-#: Most work of an annealing, in words that `flows` looks at: in large clusters there are fewer
-#: rounds.
+#: The words that `flows` reads in an annealing at most: large clusters get fewer rounds, at least
+#: LEAST_ROUNDS.
 MOST_WORK = 6e9
 LEAST_ROUNDS = 20
 
 
 class Annealing(NamedTuple):
-    """Where an annealing stands; n servers, l layers, e experts."""
+    """The state of an annealing; n servers, l layers, e experts."""
 
     #: bool [n, l, e]: the placement.
     resident: Array
-    #: float32 [l]: predicted seconds of each layer by itself, and of its moves.
+    #: float32 [l]: predicted seconds of each layer alone, plus the price of its moves.
     seconds: Array
-    #: float32 [l, x]: its part of what layers share.
+    #: float32 [l, x]: each layer's part of the load that layers share.
     load: Array
 
 
 class Goal(NamedTuple):
-    """What is sought."""
+    """What an annealing minimises."""
 
     sample: Sample
     times: Times
-    #: bool [n, l, e]: where experts come from, and seconds that moving one counts.
+    #: bool [n, l, e]: the placement from which experts move.
     previous: Array
+    #: float32 []: the price of moving one expert, in seconds.
     move: Array
 
     def state(self, resident: Array) -> Annealing:
@@ -94,12 +98,12 @@ class Goal(NamedTuple):
         )
 
     def seconds(self, state: Annealing) -> Array:
-        """Of all layers."""
+        """Seconds of all layers."""
         return state.seconds.sum() + self.times.shared(state.load.sum(0))
 
 
 def _scores(goal: Goal, resident: Array, place_l: Array, from_l: Array, key: Array) -> Array:
-    """Random numbers by which experts are chosen to move to a place: float32 [l, e]."""
+    """Random scores of experts for a move to a place: float32 [l, e]."""
     servers, num_layers, experts = resident.shape
     layer_l = jnp.arange(num_layers, dtype=jnp.int32)
     noise_key, token_key, which_key = jax.random.split(key, 3)
@@ -107,7 +111,7 @@ def _scores(goal: Goal, resident: Array, place_l: Array, from_l: Array, key: Arr
     used = jnp.log(jnp.concatenate([goal.sample.used, everywhere]) + RARE)
     score_le = used[place_l, layer_l] - used[from_l, layer_l]
     score_le = score_le + jax.random.gumbel(noise_key, score_le.shape)
-    # What a random token of the place misses comes first.
+    # An expert that a random token of the place misses comes first.
     draw = jax.random.uniform(token_key, (2, num_layers))
     server_l = jnp.minimum(place_l, servers - 1)
     token_l = (draw[0] * jnp.float32(goal.sample.experts.shape[1])).astype(jnp.int32)
@@ -124,23 +128,23 @@ def _scores(goal: Goal, resident: Array, place_l: Array, from_l: Array, key: Arr
 def _half_move(
     resident: Array, score_le: Array, from_l: Array, to_l: Array, not_l: Array
 ) -> tuple[Array, Array]:
-    """Moves the expert of each layer with the greatest score that can go.
+    """Moves in each layer the movable expert with the greatest score.
 
     Args:
         resident: bool [n, l, e].
-        score_le: float32 [l, e], of the experts.
-        from_l, to_l: int32 [l], servers; their number: outside.
-        not_l: int32 [l], an expert that may not.
+        score_le: float32 [l, e], scores of the experts.
+        from_l, to_l: int32 [l], servers; n means outside.
+        not_l: int32 [l], an expert that must not move.
 
     Returns:
-        expert_l int32 [l], the number of experts where there is none; the placement after it.
+        The expert of each layer, int32 [l], e if none can move; the placement after the move.
     """
     servers, num_layers, experts = resident.shape
     layer_l = jnp.arange(num_layers, dtype=jnp.int32)
     outside = jnp.zeros((1, num_layers, experts), bool)
     held = jnp.concatenate([resident, outside])
     here_le = held[from_l, layer_l] | (from_l == servers)[:, None]
-    # To outside goes a copy, but never the last.
+    # A copy may be dropped unless it is the last.
     copies_le = resident.sum(0, dtype=jnp.int32)
     free_le = ~held[to_l, layer_l] & ((to_l < servers)[:, None] | (copies_le > 1))
     movable_le = here_le & free_le & (jnp.arange(experts, dtype=jnp.int32)[None] != not_l[:, None])
@@ -151,13 +155,13 @@ def _half_move(
 
 
 def _put(resident: Array, layer_l: Array, expert_l: Array, from_l: Array, to_l: Array) -> Array:
-    """One expert of each layer moved; none where a number is out of range."""
+    """Moves one expert of each layer; places and experts out of range are ignored."""
     resident = resident.at[from_l, layer_l, expert_l].set(False, mode="drop")
     return resident.at[to_l, layer_l, expert_l].set(True, mode="drop")
 
 
 def _partners(draw_l: Array) -> Array:
-    """Layers in random pairs, each the other's partner; an odd one is its own: int32 [l]."""
+    """Pairs layers at random, an odd one with itself: int32 [l], the partner of each layer."""
     num_layers = len(draw_l)
     order = jnp.argsort(draw_l).astype(jnp.int32)
     even = num_layers // 2 * 2
@@ -166,7 +170,7 @@ def _partners(draw_l: Array) -> Array:
 
 
 def _round(goal: Goal, key: Array, temperature: Array, state: Annealing) -> Annealing:
-    """Proposes a change to every layer, or to every pair, and takes it or not."""
+    """Proposes a change to every layer, or to every pair of layers, and accepts or rejects it."""
     servers, num_layers, experts = state.resident.shape
     draw_key, first_key, second_key = jax.random.split(key, 3)
     draw = jax.random.uniform(draw_key, (5, num_layers))
@@ -175,12 +179,12 @@ def _round(goal: Goal, key: Array, temperature: Array, state: Annealing) -> Anne
     partner_l = jnp.where(paired_l[0] < PAIRED, _partners(order_l), itself_l)
     leader_l = jnp.minimum(itself_l, partner_l)
 
-    # Two different places of each pair; the last one is outside.
+    # Two different places for each pair of layers; the last place is outside.
     place_l = (place_l * (servers + 1)).astype(jnp.int32)
     other_l = (place_l + 1 + (shift_l * servers).astype(jnp.int32)) % (servers + 1)
     a_l, b_l = place_l[leader_l], other_l[leader_l]
 
-    # The leader moves from a to b; back moves its partner, or itself where it is alone.
+    # The leader moves an expert from a to b. Its partner, or itself if alone, moves one back.
     leads_l, alone_l = leader_l == itself_l, partner_l == itself_l
     from_l, to_l = jnp.where(leads_l, a_l, b_l), jnp.where(leads_l, b_l, a_l)
     nothing_l = jnp.full(num_layers, experts, jnp.int32)
@@ -193,7 +197,7 @@ def _round(goal: Goal, key: Array, temperature: Array, state: Annealing) -> Anne
     changed = goal.state(resident)
 
     def of_pair(own: Array) -> Array:
-        """Sums of both partners."""
+        """The sum over each layer and its partner."""
         alone = alone_l.reshape(-1, *[1] * (own.ndim - 1))
         return own + jnp.where(alone, jnp.float32(0), own[partner_l])
 
@@ -213,10 +217,10 @@ def _round(goal: Goal, key: Array, temperature: Array, state: Annealing) -> Anne
 def _anneal(
     goal: Goal, resident: Array, rounds: Array, hot: Array, cold: Array, seed: Array
 ) -> tuple[Array, Array]:
-    """`anneal`, with numbers as arrays []."""
+    """`Search.anneal`, with numbers as arrays []."""
     free = goal._replace(move=jnp.float32(0))
     unit = jnp.maximum(free.state(resident).seconds.mean(), jnp.finfo(jnp.float32).tiny)
-    # Moves are priced in the same unit.
+    # `move` comes in the same unit.
     goal = goal._replace(move=goal.move * unit)
     key = jax.random.key(seed)
 
@@ -262,16 +266,16 @@ class Search:
         previous: Placement | None = None,
         move_cost: float = 0.0,
     ) -> tuple[Placement, float]:
-        """A placement of less predicted time, with as many experts on each server.
+        """Searches for a placement of less predicted time, with as many experts on each server.
 
         Args:
             start: covers all experts.
             schedule: rounds and temperatures.
-            previous: from where experts have to move; default: `start`.
-            move_cost: what moving one expert counts, in mean layer times of the start.
+            previous: the placement from which experts move; default: `start`.
+            move_cost: the price of moving one expert, in mean layer times of the start.
 
         Returns:
-            The placement, and the predicted seconds of a layer.
+            The placement where the annealing ends, and its predicted seconds of a layer.
         """
         rounds = min(schedule.rounds, int(MOST_WORK / work(self._sample)))
         end, seconds = _anneal(
@@ -290,7 +294,7 @@ class Search:
 
 
 def _kept(problem: Problem, previous: Placement) -> Placement:
-    """`previous` with its free slots filled, or what is close to it where it does not fit."""
+    """`previous` with its free slots filled; if it does not fit, what `optimal` makes of it."""
     held_n = previous.resident.sum((1, 2))
     if (held_n > problem.capacities).any() or not previous.resident.any(0).all():
         return optimal(problem)
@@ -300,12 +304,12 @@ def _kept(problem: Problem, previous: Placement) -> Placement:
 
 
 def _with_few_moves(problem: Problem, previous: Placement) -> Placement:
-    """Of placements about as good, one that moves few experts.
+    """Of placements that are about equally good, one that moves few experts.
 
-    `previous` itself where it is one of them. Otherwise the best that annealing finds, which then
-    settles nearby with a price on every move, the highest that keeps the time. It starts from
-    `previous`, and as if there were none: a placement that was made for another workload lies in a
-    valley of its own, and what is found from there can take twice the time.
+    This is `previous` itself if its time is within TOLERANCE of the best found. Otherwise it is the
+    best placement, annealed again with the highest price on every move that keeps the time. The
+    search starts from `previous` and also afresh: a placement made for another workload may lie in
+    a local minimum, from which annealing can end at twice the time.
     """
     search, start = Search(problem), _kept(problem, previous)
     stays = search.seconds(start)
@@ -326,7 +330,7 @@ def _with_few_moves(problem: Problem, previous: Placement) -> Placement:
 
 
 def _afresh(problem: Problem, search: Search) -> tuple[Placement, float]:
-    """The best that is found from where statistics count most, and from the best start."""
+    """The best of three: SEARCH from `optimal`, REFINE from the better start, and that start."""
     problem = dataclasses.replace(problem, previous=None)
     starts = [(each, search.seconds(each)) for each in (optimal(problem), layers(problem))]
     best = min(starts, key=lambda each: each[1])
@@ -337,22 +341,26 @@ def _afresh(problem: Problem, search: Search) -> tuple[Placement, float]:
 def latency(problem: Problem) -> Placement:
     """The placement with the least predicted time of a layer, on a sample of routes.
 
-    Beyond DanceMoE, whose objective is the number of remote calls: a step waits, in each layer, for
-    links and devices, as its exchange has it (`Problem.cost`). Annealing from `optimal` and from
-    `layers`, with all memory used, fits the placement to `problem.routes`, and to how many tokens
-    each server has by its counts. Equal inputs, the seed included, give equal placements.
+    DanceMoE minimises the number of remote calls. This policy minimises what a step waits for in
+    each layer: links and devices, as the exchange in use waits for them (`Problem.cost`). Annealing
+    from `optimal` and from `layers`, with all memory used, fits the placement to `problem.routes`;
+    servers weigh by their tokens, according to `problem.counts`. Equal inputs, including the seed,
+    give equal placements.
 
-    Where `problem.previous` is given, placements within 1 % of the least time found count as equal,
-    and one that moves few experts is taken: `previous` itself if it is among them.
+    With `problem.previous`, placements within 1 % of the least time found count as equal, and one
+    that moves few experts is taken: `previous` itself if it is among them.
 
-    Worked example, of `LockStepCost.reference`: one layer of 4 experts, k = 1, servers of 3 slots
-    and 2, one device each. Two of 3 tokens of both choose expert 0, the third of server 0 expert 1
-    and of server 1 expert 2. With {0, 1, 3} and {0, 2} nothing leaves and each device runs half of
-    the calls: 0.5. With {0, 1, 2} and {2, 3} server 1 sends 2/3 of a state per token, which server
-    0 computes: 2/3 + 5/6 + 0.3 x 1/3 = 1.6.
+    Worked example with `LockStepCost.reference`: one layer of 4 experts, k = 1, two servers of 3
+    and 2 slots with one device each. On both servers two of three tokens choose expert 0; the third
+    chooses expert 1 on server 0 and expert 2 on server 1. With {0, 1, 3} and {0, 2} nothing leaves
+    and each device runs half of the calls: 0.5. With {0, 1, 2} and {2, 3} server 1 sends 2/3 of a
+    state per token, which server 0 computes: 2/3 + 5/6 + 0.3 x 1/3 = 1.6.
 
     Args:
-        problem: with routes; `place` asks `optimal` otherwise.
+        problem: with routes; `place` uses `optimal` if there are none.
+
+    Raises:
+        UserError: there are no routes.
     """
     if problem.previous is not None:
         return _with_few_moves(problem, problem.previous)

@@ -15,12 +15,12 @@ from dance_jax.placement.problem import Problem
 
 
 def _starts(capacities_n: jax.Array, layers: int, experts: int) -> jax.Array:
-    """Where each server's window of experts starts: int64 [n].
+    """The start of each server's window of experts: int64 [n].
 
-    Nobody starts after the end of the window before, nor so early that the memory from there on
-    does not reach the last expert: so every expert is in a window. Among the beginnings of layers
-    in between the one nearest to an even cut is taken; where there is none, the place nearest to
-    the cut.
+    No window starts after the end of the window before it, nor so early that the memory from there
+    on does not reach the last expert. So every expert is in a window. In between, a window starts
+    at the begin of a layer that is nearest to an even cut, or at the place nearest to the cut if no
+    layer begins there.
     """
     total = layers * experts
     quota_n = largest_remainder(jnp.int64(total), capacities_n)
@@ -43,10 +43,10 @@ def _starts(capacities_n: jax.Array, layers: int, experts: int) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames=("layers", "experts"))
 def _windows(capacities_n: jax.Array, layers: int, experts: int) -> jax.Array:
-    """Every server's window of consecutive experts in order of layers: bool [n, l, e]."""
+    """Each server's window of consecutive experts, in order of layers: bool [n, l, e]."""
     start_n1 = _starts(capacities_n, layers, experts)[:, None]
     place_1x = jnp.arange(layers * experts, dtype=jnp.int64)[None, :]
-    # Past the last layer a window goes on in the first.
+    # After the last layer a window continues in the first.
     resident_nx = (place_1x - start_n1) % (layers * experts) < capacities_n[:, None]
     return resident_nx.reshape(-1, layers, experts)
 
@@ -54,11 +54,11 @@ def _windows(capacities_n: jax.Array, layers: int, experts: int) -> jax.Array:
 def layers(problem: Problem) -> Placement:
     """Gives every server whole layers, as many as it has memory for, in server order.
 
-    A control: a token whose layer is elsewhere sends one hidden state for all its experts, so
-    there are few transfers, and the servers with the layer compute all of it. Experts are numbered
-    layer by layer; server n holds the `capacity[n]` experts from its start on, after the last one
-    again from the first. Starts cut the model in proportion to memory, at the nearest layer where
-    memory allows; a window that starts or ends inside a layer shares it.
+    A control: a token whose layer is elsewhere sends one hidden state for all its experts, so there
+    are few transfers, and the servers with the layer compute all of it. Experts are numbered layer
+    by layer; server n holds the `capacity[n]` experts from its start on, and continues with the
+    first after the last. Starts cut the model in proportion to memory, at the nearest layer if
+    memory allows; a window that starts or ends inside a layer shares that layer.
 
     Worked example: capacities 253, 253, 506 and 24 layers x 32 experts: cuts at layers 0, 6 and
     12. Server 0 holds layers 0-6 and experts 0-28 of layer 7, server 1 layers 6-12 and 0-28 of 13,

@@ -19,9 +19,10 @@ from dance_jax.placement.policies.transport import (
 )
 from dance_jax.placement.problem import Problem
 
-#: Share of the fewest possible remote calls that may be given up for fewer moves.
+#: Fewer moves may cost this share of the fewest possible remote calls.
 CHURN_LOSS = 0.01
-#: The bonus of residents that stay is sought by bisection: how often it grows by GROWTH, stepwise.
+#: The bonus of residents that stay is found by bisection over how often it grows by GROWTH: the
+#: steps of that number.
 STEPS = (64, 32, 16, 8, 4, 2, 1)
 GROWTH = 2 ** (1 / 16)
 #: Bits that decide what calls and favourites leave open, so that few ties are left to break.
@@ -67,18 +68,18 @@ def _whole(counts_nj: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 @jax.jit
 def _values(whole_nj: jax.Array, favourite_nj: jax.Array, bonus: jax.Array) -> jax.Array:
-    """What copies are worth: int64 [n, j].
+    """The values of copies: int64 [n, j].
 
     Args:
         whole_nj: int64 calls.
-        favourite_nj: bool, copies preferred where calls are equal.
-        bonus: int64, calls that a favourite counts more, or up to 2**-SPREAD_BITS above that.
+        favourite_nj: bool, copies that are preferred if calls are equal.
+        bonus: int64, additional calls of a favourite, which vary by up to 2**-SPREAD_BITS of it.
     """
     scale = Scale.of(whole_nj.shape[0])
     key = jax.random.key(0, impl="threefry2x32")
     random_nj = jax.random.bits(key, whole_nj.shape, jnp.uint32)
     noise_nj = (random_nj >> (32 - NOISE_BITS)).astype(jnp.int64)
-    # Equal calls would all give way to a bonus at once; of unequal ones some do.
+    # With equal bonuses all copies of equal calls would give way at once.
     bonus_nj = bonus + ((bonus * noise_nj) >> (NOISE_BITS + SPREAD_BITS))
     favourite_nj = favourite_nj.astype(jnp.int64)
     calls_nj = (whole_nj + bonus_nj * favourite_nj) << scale.calls
@@ -87,10 +88,10 @@ def _values(whole_nj: jax.Array, favourite_nj: jax.Array, bonus: jax.Array) -> j
 
 @jax.jit
 def _gap(counts_nj: jax.Array, unit: jax.Array, held_nj: jax.Array, arcs_mm: jax.Array):
-    """Calls by which no placement can have more at home than this optimum of rounded counts.
+    """The most calls by which any placement can beat this optimum of rounded counts.
 
-    The dual value for prices from the costs of exchanges in calls alone, less what is at home:
-    0 but for rounding.
+    The dual value, for prices from the costs of exchanges in calls alone, minus the calls at home:
+    0 except for rounding.
     """
     shift = Scale.of(counts_nj.shape[0]).calls
     calls_mm = jnp.where(arcs_mm < NO_ARC, (arcs_mm + (1 << (shift - 1))) >> shift, NO_ARC)
@@ -103,7 +104,7 @@ def _gap(counts_nj: jax.Array, unit: jax.Array, held_nj: jax.Array, arcs_mm: jax
 
 
 class _Search:
-    """The optimum for counts [n, j] and for what a bonus on favourites makes of them."""
+    """Finds the optimum for counts [n, j], with and without a bonus on favourites."""
 
     def __init__(self, counts_nj: np.ndarray, problem: Problem, favourite_nj: np.ndarray):
         self.counts_nj = jnp.asarray(counts_nj)
@@ -113,11 +114,11 @@ class _Search:
         self.whole_nj, self.unit = _whole(self.counts_nj)
 
     def best(self, bonus: int = 0, near: Solution | None = None) -> Solution:
-        """Copies of most calls and bonuses, of those the most favourites.
+        """The copies with most calls and bonuses; if equal, with most favourites.
 
         Args:
             bonus: calls, in units of `whole_nj`.
-            near: the optimum for less bonus, to start from.
+            near: the optimum for a smaller bonus, to start from.
         """
         values_nj = _values(self.whole_nj, self.favourite_nj, jnp.int64(bonus))
         if near is None:
@@ -129,11 +130,11 @@ class _Search:
         return solve(values_nj, self.capacities_n, prices_n, temperature, self.layers)
 
     def remote(self, solution: Solution) -> float:
-        """Remote calls."""
+        """The number of remote calls."""
         return float(jnp.where(solution.held_nj, 0.0, self.counts_nj).sum())
 
     def moves(self, solution: Solution) -> int:
-        """Copies that are not favourites."""
+        """The number of copies that are not favourites."""
         return int((solution.held_nj & ~self.favourite_nj).sum())
 
     def calmer(self, optimum: Solution) -> Solution:
@@ -158,19 +159,19 @@ class _Search:
 
 
 def optimal(problem: Problem) -> Placement:
-    """Fewest remote calls of all placements, and the bound that proves it.
+    """The placement with the fewest remote calls, and the bound that proves it.
 
         maximise  sum over n, l, e of counts[n,l,e] resident[n,l,e]
         subject to  every (l, e) resident somewhere,  server n holding at most capacities[n],
 
     the objective of DanceMoE, is a transportation problem (`transport`), solved exactly for counts
-    rounded to integers (38 bits for 3 servers, 30 for 64; whole counts below that stay as they
-    are). All slots are used. Without any count all count the same. Of equally good placements it
-    is the one with most residents in common with `previous`, or else with `dance`.
+    rounded to integers (38 bits for 3 servers, 30 for 64; smaller whole counts stay exact). All
+    slots are used. Without any count all experts count the same. Of equally good placements it is
+    the one with most residents in common with `previous`, or else with `dance`.
 
-    Where `previous` is given, every resident it had counts a bonus more; the largest bonus for
-    which remote calls exceed the fewest by at most CHURN_LOSS decides, found by bisection. So
-    fewer experts move. `upper_bound` is of the counts themselves: the dual value over all counts,
+    With `previous`, each of its residents gets a bonus, so that fewer experts move. It is the
+    largest bonus, found by bisection, for which remote calls exceed the fewest by at most
+    CHURN_LOSS. `upper_bound` is that of the counts themselves: the dual value over all counts,
     rounded up.
 
     Worked example: one layer of 4 experts, two servers with 2 slots, calls [9, 5, 1, 0] and

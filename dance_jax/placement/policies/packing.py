@@ -1,4 +1,4 @@
-"""Balancing the calls of experts: what `smartmoe` and `eplb` share; runs with 64-bit integers."""
+"""Balances the calls of experts, for `smartmoe` and `eplb`; runs with 64-bit integers."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from jax import lax
 
 
 def expert_load(counts_nle: jax.Array) -> jax.Array:
-    """Calls of every expert by all servers together, [l, e] of the counts' type.
+    """Calls of every expert by all servers together: [l, e] of the counts' type.
 
-    In a layer without any call all experts count the same.
+    In a layer without calls all experts count the same.
     """
     load_le = counts_nle.sum(axis=0)
     return jnp.where(load_le.sum(axis=1, keepdims=True) > 0, load_le, jnp.ones_like(load_le))
@@ -19,9 +19,9 @@ def expert_load(counts_nle: jax.Array) -> jax.Array:
 def pack(
     weight_i: jax.Array, places_p: jax.Array, devices_p: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Items, heaviest first, each into the pack with least weight per device that has a place.
+    """Packs items, heaviest first, each into the lightest pack per device that has a place.
 
-    Equal weights go in order of their index, equal packs count from the lowest.
+    Ties go to the lowest index, of items and of packs.
 
     >>> with jax.enable_x64(True):
     ...     pack(jnp.array([5.0, 9.0, 4.0, 3.0]), jnp.array([2, 2]), jnp.ones(2))[0].tolist()
@@ -33,7 +33,7 @@ def pack(
         devices_p: devices of each pack, of the type of the weights.
 
     Returns:
-        int64 [i] twice: the pack of each item, and how many items came before it there.
+        int64 [i] twice: the pack of each item, and the number of items before it in that pack.
     """
 
     def pack_next(packs: tuple[jax.Array, jax.Array], item: jax.Array):

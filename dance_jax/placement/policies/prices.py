@@ -21,11 +21,12 @@ from jax import lax
 #: Prices are kept within this, far beyond any value; only capacities of 0 or everything get near.
 MAX_PRICE = 2**60
 
-#: Temperature falls to this share once the expected numbers of copies come near the capacities:
+#: The temperature falls to this share once the expected numbers of copies are near the capacities.
 NEXT_TEMPERATURE = np.float64(0.25)
-#: copies too much or too little per server, in the mean. Following more closely does not pay.
+#: Surplus or missing copies per server, in the mean, that count as near. Following the minimum more
+#: closely does not pay.
 NEAR = 0.3
-#: Copies too much or too little per server, in the mean, that are left to `balance`.
+#: Surplus or missing copies per server, in the mean, that are left to `balance`.
 FEW = 0.5
 #: Newton steps in all; 40 to 200 are usual, most where many values are equal.
 MAX_STEPS = 500
@@ -88,12 +89,12 @@ class _Annealing(NamedTuple):
     """State of `anneal`."""
 
     prices_n: jax.Array
-    #: Where the last temperature was left.
+    #: The prices at the end of the last temperature.
     last_n: jax.Array
     temperature: jax.Array
     levels: jax.Array
     steps: jax.Array
-    #: Copies too much and too little, were the items to choose for these prices.
+    #: Surplus and missing copies if items choose for these prices.
     misplaced: jax.Array
 
 
@@ -148,6 +149,6 @@ def anneal(
 
 
 def _moved(prices_n: jax.Array, step_n: jax.Array) -> jax.Array:
-    """Prices after a step: int64 [n]; added as integers, which keep digits that float64 has not."""
+    """Prices after a step: int64 [n]. The sum is of integers, which are more exact than float64."""
     step_n = jnp.round(jnp.clip(step_n, -MAX_PRICE, MAX_PRICE)).astype(jnp.int64)
     return jnp.clip(prices_n + step_n, -MAX_PRICE, MAX_PRICE)

@@ -23,8 +23,8 @@ def redundance(problem: Problem) -> Placement:
     """`uniform`, then replicas drawn at random until every server is full.
 
     The second baseline of DanceMoE (arXiv:2508.12851). Each server draws on its own, evenly among
-    the (layer, expert) it does not hold; what others hold and what is called counts for nothing.
-    Equal seeds draw equal replicas.
+    the (layer, expert) that it does not hold; neither what others hold nor calls matter. Equal
+    seeds draw equal replicas.
 
     Worked example: capacities 253, 253, 506 and 24 x 32 experts: `uniform` puts 192, 192 and 384
     experts on the servers, so 61, 61 and 122 replicas are drawn from the 576, 576 and 384 others.

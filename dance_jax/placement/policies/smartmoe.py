@@ -12,17 +12,17 @@ from dance_jax.placement.policies.packing import expert_load, pack
 from dance_jax.placement.policies.uniform import layer_quotas
 from dance_jax.placement.problem import Problem
 
-#: A swap must take this share off the larger load: less may be rounding alone.
+#: A swap must lower the larger load by this share; less may be rounding.
 LEAST_GAIN = 1e-9
 
 
 def _best_swap(
     load_e: jax.Array, owner_e: jax.Array, places_n: jax.Array, devices_n: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The swap between most and least loaded server that leaves the smaller larger load.
+    """The swap between the most and the least loaded server that lowers the larger load most.
 
     Returns:
-        Expert of the most loaded server, expert of the least loaded one, and whether it pays.
+        The expert of the most loaded server, that of the least loaded one, and whether it pays.
     """
     load_n = jnp.zeros(devices_n.shape).at[owner_e].add(load_e) / devices_n
     most = jnp.argmax(load_n)
@@ -67,20 +67,20 @@ def _balanced(counts_nle: jax.Array, capacities_n: jax.Array, devices_n: jax.Arr
 
 
 def smartmoe(problem: Problem) -> Placement:
-    """Every expert once, where it balances the calls that the servers' devices compute.
+    """Places every expert once, so that all devices compute about equally many calls.
 
     In every layer a server holds as many experts as under `uniform`. An expert's load is its calls
     by all servers together. Experts, most called first, each go to the server with least load per
-    device that has a free place in the layer (ties: lowest expert, lowest server). Then, while
-    that lowers the larger load per device of the two, the most and the least loaded server swap
-    the pair of experts that lowers it most, at most as often as there are experts.
+    device that has a free place in the layer (ties: lowest expert, lowest server). Then the most
+    and the least loaded server swap the pair of experts that lowers the larger of their loads per
+    device most, as long as it gets lower, and at most as often as there are experts.
 
-    After the placement part of SmartMoE (Zhai et al., USENIX ATC 2023), a baseline of DanceMoE:
-    the greedy assignment is what its published code does at run time; the swaps go further the
-    same way, and quotas and devices are for unequal servers. Like it, this looks at load alone,
-    not at who calls what, and makes no replicas: memory beyond one copy of the model stays empty.
-    Left out are the search for a parallel training strategy, which is most of SmartMoE, and what
-    it does to keep experts where they are.
+    After the placement part of SmartMoE (Zhai et al., USENIX ATC 2023), a baseline of DanceMoE. The
+    greedy assignment is what its published code does at run time; the swaps go further in the same
+    direction, and quotas and devices are for unequal servers. Like SmartMoE it considers only load,
+    not which server calls an expert, and makes no replicas: memory beyond one copy of the model
+    stays empty. It leaves out the search for a parallel training strategy, which is most of
+    SmartMoE, and what SmartMoE does to keep experts in place.
 
     Worked example: one layer of 5 experts with 9, 8, 7, 6 and 5 calls, servers of one device with
     2 and 3 slots. Greedily 9 goes to server 0, 8 and 7 to server 1 (8 < 9), 6 to server 0

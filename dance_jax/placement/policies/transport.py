@@ -15,10 +15,10 @@ an upper bound for any prices, reached by copies that the items choose for these
 (`choose`) once every server holds as many as it can. Two phases find them:
 
 1. `prices.anneal` looks for prices with Newton's method on D, smoothed less and less.
-2. `balance` mends what prices alone leave open: servers that hold too much hand copies to those
+2. `balance` settles what prices alone leave open: servers that hold too much hand copies to those
    that hold too little along shortest paths of exchanges, which keeps the copies optimal for their
    numbers throughout. It ends with exactly the capacities, so the result is the optimum whatever
-   phase 1 did; a good start only makes it short.
+   phase 1 did; a good start only makes it faster.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ VALUE_BITS = 55
 
 
 class Solution(NamedTuple):
-    """Copies of greatest value, and what proves it."""
+    """The copies of greatest value, and the proof."""
 
-    #: bool [servers, items]: who holds what.
+    #: bool [servers, items]: the copies.
     held_nj: jax.Array
-    #: int64 [servers]: prices that `anneal` ended with, a start for similar problems.
+    #: int64 [servers]: the last prices of `anneal`, a start for similar problems.
     prices_n: jax.Array
-    #: int64 [servers + 1, servers + 1]: what the cheapest exchanges cost (`balance`); no cycle is
+    #: int64 [servers + 1, servers + 1]: costs of the cheapest exchanges (`balance`); no cycle is
     #: negative, which proves the optimum.
     arcs_mm: jax.Array
 
@@ -57,10 +57,10 @@ def value_bits(servers: int) -> int:
 
 
 def choose(values_nj: jax.Array, prices_n: jax.Array) -> jax.Array:
-    """Copies that are worth most after prices: bool [n, j].
+    """The copies of greatest value minus price: bool [n, j].
 
-    An item goes to every server where its value exceeds the price, and in any case to the best
-    one (ties: lowest server).
+    An item goes to every server where its value exceeds the price, and always to the best one
+    (ties: lowest server).
     """
     reduced_nj = values_nj - prices_n[:, None]
     server_n1 = jnp.arange(values_nj.shape[0])[:, None]
@@ -68,16 +68,16 @@ def choose(values_nj: jax.Array, prices_n: jax.Array) -> jax.Array:
 
 
 class _Sides(NamedTuple):
-    """What the nodes can give away and take: [servers + 1, items]; the last row is the spare."""
+    """What nodes can give and take: [servers + 1, items]; the last row is the spare."""
 
     values_mj: jax.Array
     gives_mj: jax.Array
     takes_mj: jax.Array
 
     def cost(self, giver_a: jax.Array, taker_a: jax.Array) -> jax.Array:
-        """What every item costs that goes from one node to another: int64 [a, j].
+        """The cost of every item that goes from one node to another: int64 [a, j].
 
-        One of the two may be a single node, [1], for all of the other.
+        Either argument may be a single node, [1], for all nodes of the other.
         """
         possible_aj = self.gives_mj[giver_a] & self.takes_mj[taker_a]
         cost_aj = self.values_mj[giver_a] - self.values_mj[taker_a]
@@ -87,8 +87,8 @@ class _Sides(NamedTuple):
 def _sides(values_nj: jax.Array, held_nj: jax.Array) -> _Sides:
     """The nodes between which copies move.
 
-    The spare stands for copies that nobody needs: it takes a copy of any item that has another
-    one, and gives one of any item; they are worth nothing there.
+    The spare stands for copies that no server holds: it takes a copy of any item that has another
+    one, and gives a copy of any item. Its copies are worth nothing.
     """
     duplicate_1j = held_nj.sum(axis=0, keepdims=True) > 1
     return _Sides(
@@ -107,10 +107,11 @@ def _all_arcs(sides: _Sides) -> jax.Array:
 def distances(arcs_mm: jax.Array, start_m: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Costs of the cheapest paths to every node, and the node before it (Bellman and Ford).
 
-    Of paths that cost the same, those of fewest arcs: int64 [m] both, -1 before a start.
+    Of equally cheap paths these are the ones with fewest arcs. Both are int64 [m]; the node before
+    a start is -1.
 
     Args:
-        arcs_mm: int64, from row to column; NO_ARC where there is none; no negative cycle.
+        arcs_mm: int64, from row to column, NO_ARC if there is no arc; without negative cycles.
         start_m: int64, cost of starting at a node, or NO_ARC.
     """
 
@@ -132,16 +133,16 @@ def distances(arcs_mm: jax.Array, start_m: jax.Array) -> tuple[jax.Array, jax.Ar
 def balance(
     values_nj: jax.Array, capacities_n: jax.Array, held_nj: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Moves copies until every server holds its capacity, with least loss of value.
+    """Moves copies until every server holds its capacity, with the least loss of value.
 
-    What is held must be of greatest value for the numbers that the servers hold, as from `choose`;
-    then so is the result (Edmonds and Karp's successive shortest paths). Nodes are the servers and
-    the spare (`_sides`). On a shortest path of fewest arcs no item moves twice: if it left a for b
-    and further on c for d, it could go from a to d at once, and what is left out is a cycle, which
-    costs nothing at best.
+    The copies must have the greatest value for the numbers that servers hold, as those of `choose`
+    have; then the result has, too (Edmonds and Karp's successive shortest paths). Nodes are the
+    servers and the spare (`_sides`). On a shortest path with fewest arcs no item moves twice: if it
+    went from a to b and later from c to d, it could go from a to d directly, and the rest would be
+    a cycle, which costs at least nothing.
 
     Returns:
-        What is held, bool [n, j], and the costs of further exchanges, int64 [n + 1, n + 1].
+        The copies, bool [n, j], and the costs of further exchanges, int64 [n + 1, n + 1].
     """
 
     def surplus(held_nj: jax.Array) -> jax.Array:
@@ -158,7 +159,7 @@ def balance(
             held_nj, taker = step
             giver = before_m[taker]
             item = jnp.argmin(sides.cost(giver[None], taker[None])[0])
-            # The spare has no row, and out of bounds updates are dropped.
+            # The spare has no row: updates out of bounds are dropped.
             held_nj = held_nj.at[giver, item].set(False, mode="drop")
             return held_nj.at[taker, item].set(True, mode="drop"), giver
 

@@ -19,7 +19,7 @@ def layer_quotas(capacities_n: jax.Array, layers: int, experts: int) -> jax.Arra
     quota_n = largest_remainder(jnp.int64(layers * experts), capacities_n)
 
     def cut_layer(left_n: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
-        # What is left always is a multiple of `experts`, so shares of it sum to `experts`.
+        # What is left is always a multiple of `experts`, so its shares sum to `experts`.
         size_n = largest_remainder(jnp.int64(experts), left_n)
         return left_n - size_n, size_n
 
@@ -28,7 +28,7 @@ def layer_quotas(capacities_n: jax.Array, layers: int, experts: int) -> jax.Arra
 
 @functools.partial(jax.jit, static_argnames=("layers", "experts"))
 def blocks(capacities_n: jax.Array, layers: int, experts: int) -> jax.Array:
-    """Who holds what under `uniform`: bool [servers, layers, experts]."""
+    """The placement of `uniform`: bool [servers, layers, experts]."""
     size_nl1 = layer_quotas(capacities_n, layers, experts)[:, :, None]
     end_nl1 = jnp.cumsum(size_nl1, axis=0)
     expert_e = jnp.arange(experts, dtype=jnp.int64)[None, None, :]
