@@ -172,7 +172,7 @@ memory=24GB,12GB bandwidth=auto
         ("a experts=1 address=a;b", ["address=a;b"]),
         ("a experts=1 gpus=0,0", ["gpus=0,0", "twice"]),
         ("a experts=1 gpus=x", ["gpus=x"]),
-        ("a experts=1 gpus=0 platform=cpu", ["platform=cpu", "gpus=", "leave out one"]),
+        ("a experts=1 gpus=0 platform=cpu", ["platform=cpu", "gpus=", "remove one"]),
         ("a experts=1 platform=tpu", ["platform=tpu", "cpu or cuda"]),
         ("a experts=1 gpus=0,1 devices=3", ["gpus", "2 values for 3 devices"]),
         ("a memory=1GB,2GB devices=3", ["memory", "2 values for 3 devices"]),

@@ -1,5 +1,4 @@
-"""What a layer costs on these servers: the rates of their links and the times of their experts, as
-they are given, or measured while the servers run."""
+"""Cost of a layer on the servers: link rates and expert times, given or measured in service."""
 
 from __future__ import annotations
 
@@ -17,39 +16,40 @@ from dance_jax.models.config import ModelConfig
 from dance_jax.models.messages import encode, row_bytes
 from dance_jax.placement.cost import CallCost, Cost, LockStepCost, of_pairs
 
-#: Where nothing is known of any link, and seconds count: bits a second, and seconds to another
-#: server and back.
+#: Rate (bits per second) and round trip (seconds) of links when none is known but costs are in
+#: seconds.
 DEFAULT_RATE, DEFAULT_ROUND_TRIP = 1e9, 2e-4
-#: Seconds of a call beside the network's round trip, its bytes and its experts: both servers' own.
+#: Seconds of a call besides the network's round trip, its bytes and its experts: on both servers.
 CALL_S = 2e-4
 
-#: `LockStepCost.staggered` of a service whose users have asked for nothing yet: about what
-#: research/paper.py measures of servers that are asked at random. In a batch all have tokens most
-#: of the time.
+#: `LockStepCost.staggered` of a service without requests so far: about what research/paper.py
+#: measures for servers with requests at random times. In a batch, all servers have tokens most of
+#: the time.
 SERVICE_STAGGERED = 0.7
 
 
 @dataclasses.dataclass(frozen=True)
 class MeasuredCosts:
-    """What a server has found out while it ran; None: nothing certain."""
+    """What a server has measured while it ran; None: nothing reliable."""
 
-    #: Seconds that a byte takes through its links in one direction.
+    #: Seconds per byte on the server's links in one direction.
     byte_s: float | None = None
-    #: Seconds of one expert call on one of its devices.
+    #: Seconds of one expert call on one of the server's devices.
     call_s: float | None = None
-    #: Seconds of a call to another server and its answer, the mean of those servers, without bytes
-    #: and what is computed there.
+    #: Seconds of a call to another server and its answer, mean over those servers, without the
+    #: bytes and the computation there.
     round_s: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class ServerLoad:
-    """How servers were used of late.
+    """Recent load of the servers.
 
     Attributes:
-        rows: as in `CallCost`; empty: not known.
-        busy: part of the time in which the mean device computed experts; None: not known.
-        busiest: of hidden states, those through the busiest link of each layer; None: not known.
+        rows: as in `CallCost`; empty: unknown.
+        busy: fraction of the time in which the mean device computed experts; None: unknown.
+        busiest: fraction of the hidden states that went through the busiest link of their layer;
+            None: unknown.
     """
 
     rows: tuple[tuple[float, float], ...] = ()
@@ -64,12 +64,11 @@ def running_cost(
     measured: Sequence[MeasuredCosts],
     load: ServerLoad,
 ) -> Cost:
-    """`cluster_cost` of servers that run, in seconds: with what is measured of expert calls, of
-    links whose rate or round trip is not given, and of steps.
+    """`cluster_cost` of running servers, in seconds.
 
-    What a server measures of its link is the slowest link of those it exchanges with, so that
-    unequal links are better given, or measured by the preflight. Where no rate is known at all,
-    links count as DEFAULT_RATE.
+    Measurements replace the expert times, and the rates and round trips of links that are not
+    given. A server measures the slowest of the links it exchanges over, so unequal links should be
+    given, or measured by the preflight. If no rate is known at all, links count as DEFAULT_RATE.
     """
     servers = tuple(
         dataclasses.replace(
@@ -82,7 +81,7 @@ def running_cost(
     if all(server.bandwidth is None for server in servers):
         servers = tuple(dataclasses.replace(each, bandwidth=DEFAULT_RATE) for each in servers)
     cost = cluster_cost(ClusterSpec(servers), model, config)
-    # Engines call in the order that they were told when they began.
+    # The calling order of the engines was fixed when they started.
     cost = dataclasses.replace(cost, order=cluster_cost(spec, model, config).preferences())
     if not isinstance(cost, CallCost):
         return cost
@@ -98,16 +97,15 @@ def running_cost(
 def cluster_cost(
     spec: ClusterSpec, model: ModelConfig, config: EngineConfig, *, service: bool = False
 ) -> Cost:
-    """What policies that predict time know of the servers, in the exchange in use.
+    """Cost model of the servers for placement policies, for the exchange in use.
 
-    A hidden state and the sum that comes back take their bytes / bandwidth of a link. A link of
-    unknown rate counts as the fastest that is known, one of unknown round trip as the mean of those
-    known, a device of unknown expert time as the mean of the known. Without any rate or round trip
-    all links and devices are equal (`Cost.reference`); without any expert time calls have the
-    weight of `Cost.of_links`.
+    A hidden state and the sum that comes back take their bytes / bandwidth of a link. An unknown
+    rate counts as the fastest known one; an unknown round trip or expert time as the mean of the
+    known ones. Without any rate or round trip, all links and devices are equal
+    (`Cost.reference`); without any expert time, calls have the weight of `Cost.of_links`.
 
     Args:
-        service: its users ask when they like, where nothing else is known.
+        service: requests arrive at independent times; matters for LockStepCost only.
     """
     form = LockStepCost if config.exchange == "collectives" else CallCost
     rate_n = _filled((server.bandwidth for server in spec.servers), max)
@@ -132,7 +130,7 @@ def cluster_cost(
 
 
 def cost_note(spec: ClusterSpec) -> str | None:
-    """What `cluster_cost` does without although it was asked for; None: nothing."""
+    """A note on information that `cluster_cost` should use but lacks; None if it is complete."""
     unmeasured = [s.name for s in spec.servers if s.measure_bandwidth and s.bandwidth is None]
     rates = any(server.bandwidth is not None for server in spec.servers)
     times = any(server.expert_time is not None for server in spec.servers)
@@ -143,13 +141,13 @@ def cost_note(spec: ClusterSpec) -> str | None:
     else:
         return None
     if rates:
-        return f"{why}: taken for the fastest that is known."
-    without = ", and expert_time= says nothing" if times else ""
+        return f"{why}: it counts as the fastest known rate."
+    without = ", and expert_time= has no effect" if times else ""
     return f"{why}: all links count the same{without}."
 
 
 def exchanged_bytes(width: int, config: EngineConfig) -> int:
-    """Bytes of one hidden state to another server, and of its sum back."""
+    """Bytes of one hidden state to another server plus its sum back."""
     total = jax.ShapeDtypeStruct((1, width), jnp.dtype(jnp.float32))
     encoded = functools.partial(encode, dtype=jnp.dtype(config.wire_dtype))
     return row_bytes(jax.eval_shape(encoded, total)) + total.size * total.dtype.itemsize
@@ -158,7 +156,7 @@ def exchanged_bytes(width: int, config: EngineConfig) -> int:
 def _filled(
     values: Iterable[float | None], instead: Callable[[list[float]], float]
 ) -> np.ndarray | None:
-    """Float [n], with `instead` of the known values for unknown ones; None: none is known."""
+    """Float [n] with unknown values replaced by `instead(known values)`; None if none is known."""
     all_values = list(values)
     known = [value for value in all_values if value is not None]
     if not known:
