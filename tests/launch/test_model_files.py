@@ -83,7 +83,9 @@ def test_a_server_with_a_copy_reads_that(tmp_path: pathlib.Path) -> None:
 def test_files_that_are_not_small(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model_files, "MAX_BYTES", 1 << 16)
     (tmp_path / "tokenizer.json").write_bytes(np.random.default_rng(0).bytes(1 << 17))
-    with pytest.raises(UserError, match=r"checkpoint=peer .* give them a copy of the model"):
+    with pytest.raises(
+        UserError, match=r"checkpoint=peer .* give these servers a copy of the model"
+    ):
         pack(tmp_path)
 
 

@@ -138,7 +138,7 @@ def test_experts_move_while_servers_answer(served: Served, experts: pathlib.Path
     served.kill_engine(1)
     assert asyncio.run(answers(served)) == quiet
     assert placement(served) == after
-    served.wait_for("all servers go on", seconds=30)
+    served.wait_for("all engines are running again", seconds=30)
     for rank, server in enumerate(after["servers"]):
         found = metrics(httpx.get(f"{served.urls[rank]}/metrics").text)
         assert found["experts_resident",] == sum(map(len, server["resident"]))
