@@ -142,7 +142,7 @@ def test_when_experts_move() -> None:
     words = "--rebalance-interval 9 --rebalance-policy dance --half-life 60 --rebalance-dry-run"
     assert found(*words.split()) == RebalanceOptions(9.0, "dance", 60.0, None, True)
     assert found("--half-life", "0").half_life_s is None
-    with pytest.raises(UserError, match="--state-dir /dev/null/x: cannot be made"):
+    with pytest.raises(UserError, match="--state-dir /dev/null/x: cannot be created"):
         found("--state-dir", "/dev/null/x")
 
 
@@ -207,7 +207,7 @@ def test_bad_files_are_named(run, files: pathlib.Path) -> None:
         (run("--dry-run", "--trace", files / "no" / "trace.json"), "--trace"),
         (
             run("--prompts", files / "prompts.jsonl", "--output", files / "prompts.jsonl"),
-            "is the file of --prompts",
+            "is also the file of --prompts",
         ),
         (run("--dry-run", "--activations", files / "plain.npy"), f"{files / 'plain.npy'}: "),
     ]

@@ -91,7 +91,7 @@ def test_the_plan_of_a_config(run, case: str) -> None:
     assert title in out and f"Weights: {weights}.\n" in out and note in out
     assert ("quantised" in out) == ("quantization_config" in PUBLISHED[name])
     states = " states," if len(fixed) == 3 else ""
-    assert f"trunk, KV cache,{states} experts and slots are per device, of which" in out
+    assert f"trunk, KV cache,{states} experts and slots are per device; spare slots" in out
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines()]
     assert [row[:-2] for row in rows if row] == [
         [server, "1", *fixed, *pool, "4"]

@@ -70,7 +70,7 @@ def test_time_units(text: str, seconds: float) -> None:
 
 def test_a_time_alone_weighs_nothing() -> None:
     text = "a address=localhost experts=1\nb address=localhost experts=1 expert_time=3us"
-    with pytest.raises(UserError, match="h:2: expert_time= needs bandwidth= or round_trip= too"):
+    with pytest.raises(UserError, match="h:2: expert_time= also needs bandwidth= or round_trip="):
         parse_hosts(text, "h")
     for known in ("bandwidth=1Mbps", "bandwidth=auto", "round_trip=1ms"):
         assert parse_hosts(text + f"\nc address=localhost experts=1 {known}").names

@@ -107,7 +107,7 @@ def test_spare_slots_stay_empty() -> None:
 def test_without_spare_slots_the_plan_says_so() -> None:
     spec = parse_hosts("a address=localhost experts=22\nb address=localhost experts=10")
     (*_, note) = make_plan(spec, MODEL, CONFIG).notes
-    assert note.startswith("No spare slot on a, b: other experts cannot be loaded there")
+    assert note.startswith("No spare slot on a, b: no other experts can be loaded there")
     spec = parse_hosts("a address=localhost experts=32\nb address=localhost experts=10")
     plan = make_plan(spec, MODEL, CONFIG)
     assert [server.spare for server in plan.servers] == [0, 1], "a has everything"
@@ -352,5 +352,5 @@ def test_engine_configuration() -> None:
     assert engine_config(model).max_model_len == 256
     assert engine_config(model).dtype == "float32"
     assert engine_config(model, platform="cuda").dtype == "bfloat16"
-    with pytest.raises(UserError, match="at most the 256"):
+    with pytest.raises(UserError, match="from 2 to 256"):
         engine_config(model, EngineOptions(257))

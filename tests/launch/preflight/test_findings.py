@@ -90,7 +90,7 @@ def test_versions_that_differ() -> None:
     patch = f"CPython {sys.version_info[0]}.{sys.version_info[1]}.99"
     assert patch in only(made_up(same, same, changed(python=patch)), error=False)
     message = only(made_up(same, same, changed(source_hash="0")))
-    assert "gamma runs another dance_jax" in message
+    assert "gamma has a different version of dance_jax" in message
 
 
 def test_a_plugin_that_only_one_has() -> None:
