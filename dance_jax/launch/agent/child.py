@@ -71,12 +71,12 @@ def end_with_parent(setup: Setup, before: Callable[[], None] = lambda: None) -> 
     parent = os.getppid()
 
     def watch() -> None:
-        heard = time.monotonic()
+        last_sign = time.monotonic()
         while True:
             readable, _, _ = select.select([0], [], [], 0.5)
             ended = bool(readable) and not os.read(0, 4096)
-            heard = time.monotonic() if readable else heard
-            silent = setup.beats and time.monotonic() - heard > ALIVE_TIMEOUT_S
+            last_sign = time.monotonic() if readable else last_sign
+            silent = setup.beats and time.monotonic() - last_sign > ALIVE_TIMEOUT_S
             if ended or silent or os.getppid() != parent:
                 break
         try:

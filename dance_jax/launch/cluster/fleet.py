@@ -316,7 +316,7 @@ class Fleet(abc.ABC):
             for rank, event in self._events():
                 process = self._processes[rank]
                 if protocol.Ready in self._reached[rank]:
-                    self._heard(rank, event)
+                    self._handle(rank, event)
                     continue
                 self._reached[rank][type(event)] = event
                 if isinstance(event, protocol.Progress):
@@ -329,7 +329,7 @@ class Fleet(abc.ABC):
                 raise self._error(missing[0], f"{what} within {timeout_s:.0f} s")
         return [self._reached[rank][kind] for rank in ranks]
 
-    def _heard(self, rank: int, event: Any) -> None:  # noqa: B027
+    def _handle(self, rank: int, event: Any) -> None:  # noqa: B027
         """Handle an event of a ready server while other servers start."""
 
     # Messages.
@@ -339,10 +339,10 @@ class Fleet(abc.ABC):
             self._send(rank, protocol.encode(command))
 
     def _send(self, rank: int, encoded: bytes) -> None:
-        if not self._sent(rank, encoded):
+        if not self._try_send(rank, encoded):
             self._raise_failure([rank])
 
-    def _sent(self, rank: int, encoded: bytes) -> bool:
+    def _try_send(self, rank: int, encoded: bytes) -> bool:
         """Send a message; returns False if the server's process is not connected."""
         assert self._listener is not None
         try:

@@ -118,7 +118,7 @@ class Service(Fleet):
         self.progress, self._notice = (lambda *_: None), notice
         with contextlib.suppress(_Drained):
             while True:
-                self._start_anew(self._next_death())
+                self._recover(self._next_death())
 
     def stop(self) -> None:
         """Stop all servers, as `Fleet.stop`."""
@@ -131,7 +131,7 @@ class Service(Fleet):
         The front end misses the message while it reconnects, after this process was suspended for
         some seconds; a dead front end is noticed elsewhere.
         """
-        self._sent(rank, protocol.encode(command))
+        self._try_send(rank, protocol.encode(command))
 
     def tell_all(self, command: protocol.FrontCommand) -> None:
         """Send a command to all front ends."""
@@ -164,15 +164,15 @@ class Service(Fleet):
         try:
             while True:
                 for rank, event in self._events():
-                    self._heard(rank, event)
+                    self._handle(rank, event)
                 self._rebalancer.tick()
         except _EngineFailure as failure:
             return failure.rank
 
-    def _heard(self, rank: int, event: Any) -> None:
+    def _handle(self, rank: int, event: Any) -> None:
         self._rebalancer.receive(rank, event)
 
-    def _start_anew(self, dead: int) -> None:
+    def _recover(self, dead: int) -> None:
         """Restart the dead engine, and the engines that died with it.
 
         Raises:
@@ -185,7 +185,7 @@ class Service(Fleet):
             self._notice(self.spec.names[dead], text)
             self._restart({*self._died} if self.calls else {*range(len(self._starts))})
             try:
-                self._bring_back()
+                self._await_restarted()
             except _EngineFailure as failure:
                 dead = failure.rank
             else:
@@ -207,7 +207,7 @@ class Service(Fleet):
             self._endpoints[rank] = ""
             self.tell(rank, protocol.Restart(self._starts[rank], self.layout.to_bytes()))
 
-    def _bring_back(self) -> None:
+    def _await_restarted(self) -> None:
         """Wait until the restarted engines are ready, and connect the other engines to them."""
         if not self.calls:
             self._bring_up()

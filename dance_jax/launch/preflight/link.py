@@ -34,7 +34,7 @@ SETTLING = 0.3
 RATE_ROUND_TRIPS, RATE_LONGEST_S = 15, 3.0
 
 #: Seconds a connected peer may wait with its next command while it measures other peers.
-_WISH_TIMEOUT_S = 60.0
+_COMMAND_TIMEOUT_S = 60.0
 
 TOKEN_CHARACTERS = 64
 _BLOCK = 1 << 18
@@ -104,7 +104,7 @@ def _serve(peer: socket.socket, token: bytes) -> None:
         _prepare(peer)
         if not hmac.compare_digest(_exactly(peer, TOKEN_CHARACTERS), token):
             return
-        peer.settimeout(_WISH_TIMEOUT_S)
+        peer.settimeout(_COMMAND_TIMEOUT_S)
         while command := peer.recv(1):
             if command == _PING:
                 peer.sendall(_PING)

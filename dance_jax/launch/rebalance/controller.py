@@ -190,7 +190,7 @@ class Rebalancer:
                 self._decide(self._answer)
         elif self._doing is _Doing.ASKING:
             if self._clock() >= self._answers_due:
-                self._ask_no_more()
+                self._skip()
         elif self._doing is _Doing.MOVING:
             if self._clock() >= self._loading.deadline:
                 self._give_up()
@@ -265,7 +265,7 @@ class Rebalancer:
         self._stats.clear()
         self._front.tell_all(protocol.AskStats())
 
-    def _ask_no_more(self) -> None:
+    def _skip(self) -> None:
         """Give up a decision because some engine does not answer."""
         self._doing = _Doing.NOTHING
         silent = sorted(set(range(len(self._spec.servers))) - set(self._stats))
@@ -274,7 +274,7 @@ class Rebalancer:
         self._front.notice("", f"rebalancing skipped: {why}")
         self._refuse(self._current, why)
         if self._current.rank is None:
-            self._look_again(None)
+            self._schedule(None)
 
     def _read_rates(self) -> np.ndarray:
         """Bytes per second that each server loads, float [servers]."""
@@ -294,7 +294,7 @@ class Rebalancer:
         self._stays = self._stays and self._workload.idle
         if self._stays and self._current.rank is None:
             self._doing = _Doing.NOTHING
-            self._look_again(None)
+            self._schedule(None)
             return
         statistics, load = self._workload.statistics(now), self._workload.load(now)
         question = DecisionInputs(
@@ -328,7 +328,7 @@ class Rebalancer:
         wanted, fades = self._current.rank is None, self._options.half_life_s is not None
         return wanted and fades and (self._candidate is None or now < self._patience)
 
-    def _look_again(self, candidate: Placement | None) -> None:
+    def _schedule(self, candidate: Placement | None) -> None:
         """Schedule the next decision, earlier if a candidate is to be confirmed."""
         now, interval_s = self._clock(), self._options.interval_s
         if candidate is None:
@@ -352,7 +352,7 @@ class Rebalancer:
         self._decision = decision
         wanted = self._current
         if wanted.rank is None:  # users' requests do not postpone due decisions
-            self._look_again(candidate)
+            self._schedule(candidate)
             self._stays = not decision.migrate and candidate is None
         else:
             self._front.tell(wanted.rank, protocol.Decided(wanted.id, decision))
@@ -412,9 +412,9 @@ class Rebalancer:
         """Record that a server has applied a batch."""
         moving = self._migration
         if moving is not None and moving.applied(rank, number):
-            self._go_on(moving)
+            self._continue(moving)
 
-    def _go_on(self, moving: Migration) -> None:
+    def _continue(self, moving: Migration) -> None:
         """Continue after a batch is applied on all servers that are waited for."""
         moving.commit()
         self.layout = moving.layout
@@ -442,7 +442,7 @@ class Rebalancer:
         if self._committed:
             # Late servers answer calls with "not here" until they apply the batch too.
             assert self._migration is not None
-            self._go_on(self._migration)
+            self._continue(self._migration)
             return
         names = ", ".join(self._spec.names[rank] for rank in sorted(self._loading.missing))
         self._drop(self._number, names, f"experts were not loaded within {LOAD_TIMEOUT_S:g} s")
@@ -482,7 +482,7 @@ class Rebalancer:
         self._migrated += self._migration.moved
         self._migration, self._dropping, self._doing = None, None, _Doing.NOTHING
         self._stays = False  # that decision was about the previous placement
-        self._look_again(None)
+        self._schedule(None)
         if why and self._decision is not None:
             self._decision = dataclasses.replace(self._decision, failure=why)
         self._save()

@@ -117,7 +117,7 @@ def main() -> None:
     except Stopped:
         pass
     except BaseException as error:
-        if not _told_to_stop(channel):
+        if not _stop_follows(channel):
             traceback.print_exc()
             channel.send(child.failure(error))
             status = 1
@@ -126,7 +126,7 @@ def main() -> None:
     child.end(status)
 
 
-def _told_to_stop(channel: ParentChannel) -> bool:
+def _stop_follows(channel: ParentChannel) -> bool:
     """Whether Stop arrives: then a failure is a consequence of other servers' end."""
     deadline = time.monotonic() + STOP_WINDOW_S
     while channel.waits(max(0.0, deadline - time.monotonic())):
@@ -206,8 +206,8 @@ def _start(
     )
     engine.warmup(lambda stage, done, total: channel.send(protocol.Progress(stage, done, total)))
     if setup.trace_from:
-        whose = setup.rank, setup.spec.names
-        engine.trace = Trace(*whose, setup.trace_from, engine.runner.calls)
+        origin = setup.rank, setup.spec.names
+        engine.trace = Trace(*origin, setup.trace_from, engine.runner.calls)
     if engine.runner.calls is not None:
         lines.connect(engine.runner.calls, endpoints)
     shelf.held = engine.expert
@@ -321,7 +321,7 @@ class Worker:
         self._lines, self._endpoints, self._channel = lines, endpoints, channel
         self._reported = 0.0
         #: Commands that wait for the end of a step.
-        self._heard: collections.deque[protocol.Command] = collections.deque()
+        self._pending: collections.deque[protocol.Command] = collections.deque()
         #: time.monotonic() at which the current step began; None between steps. Under the lock: a
         #: thread other than the main thread may use the channel during a step only, and the main
         #: thread between steps only.
@@ -333,10 +333,10 @@ class Worker:
         threading.Thread(target=self._listen, daemon=True, name="listen").start()
         busy = True
         while True:
-            self._obey()
-            with self._heard_meanwhile():
+            self._execute()
+            with self._listening():
                 result = self._engine.step()
-            self._hand_out(result)
+            self._send_result(result)
             # The last report covers the end of the work.
             self._report(REPORT_S if result.active else HEARTBEAT_S, at_once=busy != result.active)
             busy = result.active
@@ -346,7 +346,7 @@ class Worker:
                 self._channel.waits(LOADING_POLL_S if soon else HEARTBEAT_S)
 
     @contextlib.contextmanager
-    def _heard_meanwhile(self) -> Iterator[None]:
+    def _listening(self) -> Iterator[None]:
         """Leave the channel to the listening thread within the block."""
         self._step_began = time.monotonic()
         try:
@@ -362,7 +362,7 @@ class Worker:
             with self._lock:
                 began = self._step_began
                 if began is not None and time.monotonic() - began > HEAR_S:
-                    self._hear()
+                    self._receive()
 
     def serve_together(self, wakeup: Wakeup) -> None:
         """Step together with all servers.
@@ -375,7 +375,7 @@ class Worker:
         busy = rung = False
         heartbeat = 0.0
         while True:
-            self._obey()
+            self._execute()
             now = time.monotonic()
             if not (busy or rung):
                 if not self._engine.has_work and now < heartbeat:
@@ -386,11 +386,11 @@ class Worker:
             result = self._engine.step()
             step += 1
             busy, rung = result.active, False
-            self._hand_out(result)
+            self._send_result(result)
             heartbeat = time.monotonic() + HEARTBEAT_S
             self._report(REPORT_S, at_once=not busy)
 
-    def _hand_out(self, result: StepResult) -> None:
+    def _send_result(self, result: StepResult) -> None:
         if result.outputs:
             self._channel.send(protocol.Deltas(result.outputs))
         if result.applied:
@@ -407,7 +407,7 @@ class Worker:
         if self._engine.trace is not None and (lines := self._engine.trace.take()):
             self._channel.send(protocol.Traced(lines))
 
-    def _hear(self) -> None:
+    def _receive(self) -> None:
         """Receive the parent's commands, and execute those that may run during a step."""
         while self._channel.waits():
             match command := self._channel.receive():
@@ -420,24 +420,24 @@ class Worker:
                     ).start()
                 case protocol.Stop():
                     self._engine.cancel()
-                    self._heard.append(command)
+                    self._pending.append(command)
                 case _:
-                    self._heard.append(command)
+                    self._pending.append(command)
         # Slots emptied by a batch are free for the next batch only once that batch is applied.
-        if not any(isinstance(each, protocol.Commit | protocol.Drop) for each in self._heard):
+        if not any(isinstance(each, protocol.Commit | protocol.Drop) for each in self._pending):
             for loaded in self._loader.finished():
                 self._channel.send(_stage(self._engine, loaded))
 
-    def _obey(self) -> None:
+    def _execute(self) -> None:
         """Execute the parent's commands, and hand loaded batches to the engine.
 
         Raises:
             Stopped: the parent said Stop.
         """
         engine, channel = self._engine, self._channel
-        self._hear()
-        while self._heard:
-            match self._heard.popleft():
+        self._receive()
+        while self._pending:
+            match self._pending.popleft():
                 case protocol.Submit(requests):
                     for request in requests:
                         engine.add(request)
