@@ -1,4 +1,4 @@
-"""Several unequal machines on slow links serve one Mixture-of-Experts model together."""
+"""Serve one Mixture-of-Experts model on several unequal machines with slow links."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    # Lazily: `import dance_jax.config` and the workers' start must not import JAX.
+    # Imported lazily: `import dance_jax.config` and the start of the workers must not import JAX.
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_HOME[name]), name)

@@ -1,4 +1,4 @@
-"""Where the requests of an `LLM` run: in this process, or on a cluster it starts."""
+"""The backends of an `LLM`: this process, or a cluster that the `LLM` starts."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ log = logging.getLogger(__name__)
 
 
 class Backend(Protocol):
-    """Where requests run."""
+    """Runs the requests of an `LLM`."""
 
     @property
     def servers(self) -> tuple[str, ...]: ...
 
     def run(self, requests: list[tuple[int, Request]]) -> Generator[OutputDelta]:
-        """Deltas of (rank, request) pairs until all are finished; closing it aborts the rest."""
+        """Yield the deltas of (rank, request) pairs; closing the generator aborts the rest."""
         ...
 
     def close(self) -> None: ...
 
 
 class InProcess:
-    """One server with all experts in this process."""
+    """One server in this process that holds all experts."""
 
     servers: tuple[str, ...] = ("",)
 
@@ -62,7 +62,7 @@ class InProcess:
         compiled = private_directory(cache_dir / "compiled")
         if compiled is not None:
             native.load(compiled)
-        # The seed is data, not code.
+        # The seed is an input of the compiled code, not part of it.
         scope = (checkpoint.fingerprint, "one server", dataclasses.replace(config, seed=0))
         cache = CompileCache(compiled, scope)
         report("loading", 0, 0)
@@ -74,7 +74,7 @@ class InProcess:
         if trace is not None:
             self._trace = TraceFile(trace, ["server"])
             engine.trace = Trace(0, ["server"], self._trace.began_ns, engine.runner.calls)
-        # Steps are compiled as they are first needed: here nobody else waits for them.
+        # Steps are compiled on first use, because no other server waits for them here.
         self._engine: Engine | None = engine
 
     def run(self, requests: list[tuple[int, Request]]) -> Generator[OutputDelta]:
@@ -94,7 +94,7 @@ class InProcess:
                 engine.step()
             raise
         except BaseException:
-            # The step had taken the KV cache; what is left cannot go on.
+            # The interrupted step has consumed the KV cache, so the engine cannot go on.
             self._engine = None
             raise
 
@@ -110,7 +110,7 @@ class InProcess:
 
 @dataclasses.dataclass(frozen=True)
 class RemoteOptions:
-    """What servers on other machines need: as the user gave it, None where he did not."""
+    """Options for servers on other machines; None if not given."""
 
     model: pathlib.Path | None
     cache_dir: pathlib.Path | None
@@ -174,7 +174,7 @@ class Servers:
         self._cluster.start()
 
     def run(self, requests: list[tuple[int, Request]]) -> Generator[OutputDelta]:
-        # Closed with this generator, not some time later: that aborts what still runs.
+        # Closing this generator also closes `running` at once, which aborts the remaining requests.
         running = cast("Generator[tuple[int, OutputDelta]]", self._cluster.generate(requests))
         with contextlib.closing(running) as deltas:
             for _, delta in deltas:

@@ -1,4 +1,4 @@
-"""Where converted models and compiled code are kept between runs."""
+"""The directory where converted models and compiled code are kept between runs."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ def default_cache_dir() -> pathlib.Path:
 
 
 def private_directory(directory: str | os.PathLike[str]) -> pathlib.Path | None:
-    """The directory, made if missing, for files that are run as code.
+    """Create a directory for files that are executed as code.
 
     Returns:
-        None, and a warning in the log, if others may write there or it cannot be made.
+        None, with a warning in the log, if other users can write there or it cannot be created.
     """
     path = pathlib.Path(directory)
     try:
         path.mkdir(parents=True, exist_ok=True, mode=0o700)
         status = path.stat()
     except OSError as error:
-        log.warning("compiled code is not kept: %s", error)
+        log.warning("compiled code is not cached: %s", error)
         return None
     if status.st_uid != os.geteuid() or status.st_mode & 0o022:
         log.warning(
-            "compiled code is not kept: %s must belong to you and be writable by you alone", path
+            "compiled code is not cached: %s must belong to you and be writable by you alone", path
         )
         return None
     return path

@@ -7,31 +7,31 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-#: Of `python -m dance_jax.launch`: what it is told first, and what the command does.
+#: Commands of `python -m dance_jax.launch`: options that are put first, and the help text.
 _LAUNCHES = {
     "serve": ((), "serve a model on the servers of a hosts file, with OpenAI's API"),
-    "batch": ((), "answer the prompts of a file (--prompts) and end"),
-    "plan": (("--dry-run",), "show who would hold what, and start nothing"),
-    "preflight": (("--preflight",), "check every server and link, and start nothing"),
+    "batch": ((), "complete the prompts of a file (--prompts), then exit"),
+    "plan": (("--dry-run",), "show which server would hold what, without starting servers"),
+    "preflight": (("--preflight",), "check every server and link, without starting servers"),
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs a command and ends the process with its exit code."""
+    """Run a command and end the process with its exit code."""
     parser = argparse.ArgumentParser(
         prog="dance-jax",
-        description="One Mixture-of-Experts model, served by several unequal machines on slow "
+        description="Serves one Mixture-of-Experts model on several unequal machines with slow "
         "links. `dance-jax COMMAND --help` shows the options of a command.",
     )
     parser.add_argument("--version", action="version", version=f"dance_jax {version('dance-jax')}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (_, text) in _LAUNCHES.items():
         commands.add_parser(name, help=text, add_help=False)
-    commands.add_parser("convert", help="convert a model once, by hand", add_help=False)
+    commands.add_parser("convert", help="convert a model ahead of time", add_help=False)
     options, rest = parser.parse_known_args(arguments)
     prog = f"dance-jax {options.command}"
     if options.command == "convert":
-        # Here, not above: each command imports only what it needs.
+        # Imported here, so that each command imports only what it needs.
         from dance_jax.models import convert
 
         sys.exit(convert.main(rest, prog))
@@ -41,8 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.command in ("serve", "batch"):
         words = {word.split("=")[0] for word in rest}
         batch = "--prompts" in words
-        # A file of options may have the prompts.
+        # The file given with --config may name the prompts.
         if batch != (options.command == "batch") and not words & {"-h", "--help", "--config"}:
-            other = "needs --prompts" if not batch else "takes no --prompts: use dance-jax batch"
+            other = (
+                "needs --prompts" if not batch else "does not take --prompts; use dance-jax batch"
+            )
             parser.error(f"{options.command} {other}")
     process([*first, *rest], prog)

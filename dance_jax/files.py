@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Write files that appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import IO
 
 @contextlib.contextmanager
 def whole_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
-    """A file to write, which takes its name when the block ends without an exception.
+    """Open a file for writing that gets its name when the block ends without an exception.
 
-    A symlink stays one and its target is replaced. What is no regular file (a device, a pipe) is
-    never replaced but written to.
+    A symlink stays and its target is replaced. A path that is not a regular file (a device, a
+    pipe) is written to, never replaced.
     """
     path = pathlib.Path(path)
     if path.exists() and not path.is_file():

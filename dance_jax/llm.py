@@ -38,32 +38,33 @@ Message = dict[str, Any]
 
 
 class LLM:
-    """A model that answers lists of prompts, from this process or from a cluster.
+    """A model that completes lists of prompts, in this process or on a cluster.
 
     >>> with LLM() as llm:                                                # doctest: +SKIP
     ...     llm.generate("Once upon", SamplingParams(temperature=0))[0].outputs[0].text
 
-    Close it, best as a context manager; what is forgotten is closed with the object or at exit.
+    Close the object, preferably by using it as a context manager; otherwise it is closed when it
+    is garbage collected, or at exit.
 
     Args:
-        model: directory in Hugging Face format, or converted, or `org/name` or
-            `org/name@revision` on the Hugging Face hub, which is downloaded into the hub's cache
-            on first use; None: the model of this package.
-        hosts: hosts file (or its content as a ClusterSpec): one engine process per server is
-            started, here or over ssh. None: one server in this process with all experts.
+        model: directory in Hugging Face format or converted, or `org/name` or
+            `org/name@revision` on the Hugging Face hub, downloaded into the hub's cache on first
+            use; None: the demo model of this package.
+        hosts: hosts file (or its content as a ClusterSpec): one engine process is started per
+            server, on this machine or over ssh. None: one server in this process, with all experts.
         policy: placement policy of the cluster, a name in `placement.POLICIES`; None:
             `placement.DEFAULT_POLICY`.
         activations: npz file with the counts and routes that the policy reads; None: all counts
             are equal.
         options: any field of `EngineOptions`, for example `max_model_len=4096`. With `seed`, the
-            n-th request without a seed draws the same whichever server runs it.
+            n-th request without its own seed draws the same samples on any server.
         ssh_config: file for `ssh -F`, for servers on other machines.
-        cache_dir: where converted models and compiled steps are kept.
-        log_dir: where the cluster's servers keep their logs; None: nowhere.
-        trace: file in which to draw what steps and expert calls did and when, for
-            https://ui.perfetto.dev, complete once the object is closed; None: it is not recorded.
-        progress: show on standard error what happens while starting and generating; or a
-            function that is told while starting.
+        cache_dir: directory of converted models and compiled steps.
+        log_dir: directory of the cluster's server logs; None: logs are not kept.
+        trace: file for a trace of all steps and expert calls, for https://ui.perfetto.dev,
+            complete once the object is closed; None: no trace.
+        progress: True shows progress on standard error while starting and generating; a function
+            is called with the progress while starting.
 
     Raises:
         UserError: an argument, a file or the model is wrong.
@@ -89,14 +90,14 @@ class LLM:
         from dance_jax.models.hub import resolve
         from dance_jax.models.tokenizer import Tokenizer
 
-        # What can be wrong at once comes before what takes long.
+        # Arguments are checked before anything slow starts.
         wanted = EngineOptions(**options)
         rounding = wanted.rounding
         servers = None if hosts is None else _cluster_arguments(hosts, policy, activations)
         self._show = progress is True
         report = progress if callable(progress) else _print_progress if progress else _silent
-        # In this process JAX has the say; of servers it must not be asked here, or it would take
-        # their GPU's memory.
+        # In this process, JAX's backend decides. With servers, asking JAX here would take GPU
+        # memory from them.
         platform = _jax_platform() if servers is None else servers[0].platform
         cache = pathlib.Path(cache_dir) if cache_dir is not None else default_cache_dir()
         if model is None:
@@ -134,7 +135,7 @@ class LLM:
 
     @property
     def servers(self) -> tuple[str, ...]:
-        """Names of the servers; one nameless server without hosts."""
+        """Names of the servers; without hosts, one server with an empty name."""
         return self._backend.servers
 
     def generate(
@@ -145,7 +146,7 @@ class LLM:
         server: str | Sequence[str] | None = None,
         progress: bool | None = None,
     ) -> list[RequestOutput]:
-        """Complete prompts; they run together.
+        """Complete prompts, all at the same time.
 
         A prompt that cannot run (empty, longer than the context, unknown token ids) gets samples
         with finish_reason "error" and the reason as stop_reason; the others finish.
@@ -153,9 +154,9 @@ class LLM:
         Args:
             prompts: one or several, as text or as token ids.
             sampling_params: for all prompts, or one for each; default: SamplingParams().
-            server: name of the server that answers, for all or one for each; default: they go
-                round.
-            progress: show a bar on standard error; default: as the object was made.
+            server: name of the server that answers, one for all or one each; default: the servers
+                take turns.
+            progress: show a bar on standard error; default: the `progress` of the object.
 
         Returns:
             One output per prompt, in the order of the prompts.
@@ -185,7 +186,8 @@ class LLM:
             messages: one conversation, or several.
 
         Raises:
-            UserError: as `generate`; the model has no chat template, or it refuses the messages.
+            UserError: as for `generate`; or the model has no chat template, or the template refuses
+                the messages.
         """
         single = bool(messages) and isinstance(messages[0], dict)
         conversations: Sequence[Any] = [messages] if single else messages
@@ -253,7 +255,7 @@ class LLM:
                 ranks.append(servers.index(name))
             else:
                 known = ", ".join(map(repr, servers))
-                raise UserError(f"server: there is no server {name!r}; there are {known}")
+                raise UserError(f"server: unknown server {name!r}; the servers are {known}")
         return ranks
 
 
@@ -262,7 +264,7 @@ def _cluster_arguments(
     policy: str | None,
     activations: str | os.PathLike[str] | None,
 ) -> tuple[ClusterSpec, str, Activations | None]:
-    """Servers, policy and counts, from what the user gave."""
+    """The servers, the policy and the expert counts, from the user's arguments."""
     from dance_jax.launch.planning.defaults import default_platform
     from dance_jax.launch.planning.hosts import read_hosts
     from dance_jax.placement.activations import Activations
@@ -270,7 +272,7 @@ def _cluster_arguments(
 
     policy = DEFAULT_POLICY if policy is None else policy
     if policy not in POLICIES:
-        raise UserError(f"policy: there is no {policy!r}; there are {', '.join(POLICIES)}")
+        raise UserError(f"policy: unknown policy {policy!r}; choose from {', '.join(POLICIES)}")
     spec = hosts
     if not isinstance(spec, ClusterSpec):
         spec = read_hosts(spec, default_platform())
@@ -278,7 +280,7 @@ def _cluster_arguments(
 
 
 def _jax_platform() -> str:
-    """Of accelerators, whatever they are, as of GPUs."""
+    """The platform of this process; any accelerator counts as "cuda"."""
     import jax
 
     return "cpu" if jax.default_backend() == "cpu" else "cuda"
@@ -286,19 +288,21 @@ def _jax_platform() -> str:
 
 def _check_conversation(messages: Any) -> None:
     if isinstance(messages, str) or not isinstance(messages, Sequence) or not messages:
-        raise UserError(f"messages: a list of them is needed; got {messages!r:.80}")
+        raise UserError(f"messages: must be a non-empty list; got {messages!r:.80}")
     for number, message in enumerate(messages):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise UserError(f'messages[{number}]: needs "role", a string; got {message!r:.80}')
+            raise UserError(f'messages[{number}]: "role" must be a string; got {message!r:.80}')
         if not isinstance(message.get("content"), str | list):
-            raise UserError(f'messages[{number}]: needs "content", text; got {message!r:.80}')
+            raise UserError(f'messages[{number}]: "content" must be text; got {message!r:.80}')
 
 
 def _prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[str | list[int]]:
     if isinstance(prompts, str):
         return [prompts]
     if not isinstance(prompts, Sequence) or isinstance(prompts, bytes | bytearray):
-        raise UserError(f"prompts: text, token ids or a list of them; got {type(prompts).__name__}")
+        raise UserError(
+            f"prompts: must be text, token ids or a list of them; got {type(prompts).__name__}"
+        )
     if prompts and all(_is_token(token) for token in prompts):
         return [[int(token) for token in prompts]]  # type: ignore[arg-type]
     result: list[str | list[int]] = []
@@ -313,26 +317,26 @@ def _prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[str | list[int]]:
 
 
 def _is_token(value: object) -> bool:
-    """An integer that can cross processes; whether the model knows it is another question."""
+    """Whether the value is an integer of 64 bits; the vocabulary is checked elsewhere."""
     if not isinstance(value, numbers.Integral) or isinstance(value, bool):
         return False
     return -(2**63) <= int(value) < 2**63
 
 
 def _one_each(name: str, value: Any, kind: type, count: int) -> list[Any]:
-    """`value` for everybody, or a list of one for each."""
+    """`value` repeated `count` times, or the list that `value` is."""
     if value is None or isinstance(value, kind):
         return [value] * count
     if not isinstance(value, Sequence) or not all(isinstance(each, kind) for each in value):
         raise UserError(f"{name}: must be a {kind.__name__} or a list of them; got {value!r:.80}")
     if len(value) != count:
-        raise UserError(f"{name}: {len(value)} given for {count} prompts; give one, or one each")
+        raise UserError(f"{name}: {len(value)} values for {count} prompts; give one, or one each")
     return list(value)
 
 
 @contextlib.contextmanager
 def _bar(total: int, show: bool) -> Iterator[Callable[[bool, int], None]]:
-    """A bar of finished prompts; yields a function of (one more finished, new tokens)."""
+    """Show a bar of finished prompts; yields a function of (one more finished, new tokens)."""
     if not show:
         yield lambda finished, tokens: None
         return
@@ -363,7 +367,7 @@ def _silent(what: str, done: int, total: int) -> None:
 
 
 def _print_progress(what: str, done: int, total: int) -> None:
-    """A line on standard error that is overwritten by the next."""
+    """Print a line on standard error that the next one overwrites."""
     share = f" {done}/{total}" if total else ""
     end = "\n" if total and done >= total else ""
     print(f"\r\033[K{what}{share}", end=end, file=sys.stderr, flush=True)

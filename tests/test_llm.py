@@ -269,7 +269,7 @@ def test_what_cannot_run_is_an_error_of_its_own(llm):
 
 def test_wrong_arguments_name_themselves(llm, model, cache_dir):
     for call, name in [
-        (lambda: llm.generate(["a", "b"], [SamplingParams()]), "sampling_params: 1 given for 2"),
+        (lambda: llm.generate(["a", "b"], [SamplingParams()]), "sampling_params: 1 values for 2"),
         (lambda: llm.generate("a", {"n": 1}), "sampling_params"),
         (lambda: llm.generate("a", server="alpha"), "server.*alpha"),
         (lambda: llm.generate(["a", 3.5]), r"prompts\[1\]"),
@@ -278,9 +278,12 @@ def test_wrong_arguments_name_themselves(llm, model, cache_dir):
         (lambda: llm.generate([b"text"]), r"prompts\[0\]"),
         (lambda: llm.generate([[2**70]]), r"prompts\[0\]"),
         (lambda: llm.generate("\ud800"), "surrogate"),
-        (lambda: llm.chat("hello"), "messages: a list"),
-        (lambda: llm.chat([{"foo": 1}]), r'messages\[0\]: needs "role"'),
-        (lambda: llm.chat([{"role": "user", "content": None}]), r'messages\[0\]: needs "content"'),
+        (lambda: llm.chat("hello"), "messages: must be a non-empty list"),
+        (lambda: llm.chat([{"foo": 1}]), r'messages\[0\]: "role" must be a string'),
+        (
+            lambda: llm.chat([{"role": "user", "content": None}]),
+            r'messages\[0\]: "content" must be text',
+        ),
         (lambda: LLM(model, max_model_len=257, cache_dir=cache_dir), "max_model_len=257.*256"),
         (lambda: LLM(model, dtype="int8", cache_dir=cache_dir), "dtype='int8'"),
         (lambda: LLM(model, hosts="nowhere.txt", cache_dir=cache_dir), "nowhere.txt"),

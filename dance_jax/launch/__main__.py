@@ -1,4 +1,4 @@
-"""`python -m dance_jax.launch`: starts the servers of a hosts file, to serve or to run prompts."""
+"""`python -m dance_jax.launch`: start the servers of a hosts file, to serve or to run prompts."""
 
 from __future__ import annotations
 
@@ -48,15 +48,15 @@ if TYPE_CHECKING:
 
 _Fleet = TypeVar("_Fleet", bound=Fleet)
 
-#: Exit codes: a server failed; the user must change something; ended by Ctrl-C (as shells do).
+#: Exit codes: a server failed; the user must change something; interrupted (as in shells).
 FAILED, WRONG, INTERRUPTED = 1, 2, 130
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> int:
-    """Runs the command; returns its exit code.
+    """Run the command and return its exit code.
 
     Args:
-        arguments: of the command line; None: the process's.
+        arguments: command-line arguments; None: those of the process.
         prog: the command's name in its help.
     """
     errors = Console(stderr=True)
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> int:
     except UserError as error:
         errors.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
         return WRONG
-    # The plan is computed here; what it takes must not take the servers' accelerators.
+    # The plan is computed in this process, which must leave the accelerators to the servers.
     platform = default_platform()
     os.environ["JAX_PLATFORMS"] = "cpu"
     signal.signal(signal.SIGTERM, _terminate)
@@ -88,7 +88,7 @@ def terminal() -> Console:
 
 
 def _terminate(number: int, frame: types.FrameType | None) -> None:
-    """A signal becomes an exception, so that everything is cleaned up on the way out."""
+    """Turn a signal into an exception, so that everything is cleaned up on the way out."""
     raise SystemExit(128 + number)
 
 
@@ -103,7 +103,7 @@ def _launch(options: argparse.Namespace, platform: str, console: Console) -> int
     if options.prompts is not None:
         prompts = read_prompts(options.prompts, spec, options.max_tokens or BATCH_TOKENS)
     _check_paths(options)
-    # Here, not above: wrong files are reported before anything slow is imported.
+    # Imported here, so that errors in the files are reported before the slow imports.
     from dance_jax.launch.preflight.launch_check import needs_preflight
     from dance_jax.models.checkpoint import Checkpoint
     from dance_jax.models.convert import check_readable, ensure_converted, outline
@@ -196,7 +196,7 @@ def _started(
     make: Callable[..., _Fleet],
     **how: Any,
 ) -> Iterator[_Fleet]:
-    """A cluster or a service, started with its progress shown, and stopped in the end."""
+    """Start a cluster or a service, showing its progress, and stop it at the end."""
     fleet = make(plan.spec, facts, plan.layout, config, **how)
     try:
         with Startup(console, plan.spec.names) as startup:
@@ -214,7 +214,7 @@ def _preflight(
     fingerprint: str,
     console: Console,
 ) -> tuple[ClusterSpec, Network]:
-    """Asks all servers and prints what it finds: what is better known about them now."""
+    """Survey all servers and print the findings; returns spec and network with the results."""
     from dance_jax.launch.preflight.launch_check import checked, survey
     from dance_jax.launch.preflight.report import print_preflight
 
@@ -242,7 +242,7 @@ def _place(
     config: EngineConfig,
     spec: ClusterSpec,
 ) -> Plan:
-    """Decides where experts go, and prints it."""
+    """Decide where experts go and print the plan."""
     with placing(console, policy):
         plan = make_plan(spec, model, config, policy, activations, service)
     print_plan(console, plan)
@@ -256,7 +256,7 @@ def _state(
     model: ModelFacts,
     held: Sequence[Room],
 ) -> ServiceState | None:
-    """What a service before has left for these servers; says so if that is of no use."""
+    """The state that a previous service saved for these servers; prints why if it is unusable."""
     from dance_jax.launch.rebalance.state import FILE_NAME, load
 
     if directory is None:
@@ -271,7 +271,7 @@ def _state(
         if misfit:
             state, why = None, f"{os.path.join(directory, FILE_NAME)}: {misfit}"
     if why:
-        console.print(Text(f"{why}; experts are placed anew"), soft_wrap=True)
+        console.print(Text(f"{why}; experts are placed from scratch"), soft_wrap=True)
     return state
 
 
@@ -282,7 +282,7 @@ def _resume(
     config: EngineConfig,
     spec: ClusterSpec,
 ) -> Plan:
-    """Goes on where a service before ended, and prints it."""
+    """Resume the placement of a previous service and print the plan."""
     from dance_jax.launch.rebalance.state import resumed_plan
 
     plan = resumed_plan(spec, model, config, state)
@@ -303,7 +303,7 @@ def _network(options: argparse.Namespace) -> Network:
 
 
 def _hold_server(options: argparse.Namespace, part: Role, console: Console) -> int:
-    """--node-rank N for N > 0: this server's process, for the launcher of node 0."""
+    """--node-rank N for N > 0: run this server's process for the launcher on node 0."""
     from dance_jax.launch.agent.node import run_node
     from dance_jax.launch.preflight.probe import answer_json
 
@@ -320,7 +320,7 @@ def _hold_server(options: argparse.Namespace, part: Role, console: Console) -> i
 
 
 def _check_paths(options: argparse.Namespace) -> None:
-    """What is to be written can be, and no result takes the place of another file of the run."""
+    """Check that all outputs can be written and that none overwrites another file of the run."""
     others = {
         "--hosts": options.hosts,
         "--prompts": options.prompts,
@@ -336,19 +336,20 @@ def _check_paths(options: argparse.Namespace) -> None:
         check_writable(path, option)
         for other, taken in others.items():
             if taken is not None and same_file(path, taken):
-                raise UserError(f"{option} {path}: is the file of {other}; name another one")
+                raise UserError(f"{option} {path}: is also the file of {other}; name another file")
         others[option] = path
     if options.log_dir is not None:
         try:
             options.log_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"--log-dir {options.log_dir}: cannot be made: {error}") from error
+            raise UserError(f"--log-dir {options.log_dir}: cannot be created: {error}") from error
 
 
 def process(arguments: Sequence[str] | None = None, prog: str = PROG) -> NoReturn:
-    """`main` and then the end of this process; after a signal without taking JAX down.
+    """Run `main` and end this process; after a signal, skip JAX's shutdown.
 
-    What XLA was compiling for a placement goes on behind an interrupted call, and would crash.
+    XLA may still be compiling for a placement when a call is interrupted, and a normal exit would
+    then crash.
     """
     try:
         code = main(arguments, prog)

@@ -123,7 +123,7 @@ def test_results_that_cannot_be_written_are_found_before(
     check_results(files.parse_args([]))
     check_folder(folder.parse_args([]))
     for option in ("--output", "--plot"):
-        with pytest.raises(UserError, match=f"{option} .*no folder"):
+        with pytest.raises(UserError, match=f"{option} .*does not exist"):
             check_results(files.parse_args([option, str(tmp_path / "none" / "file")]))
     check_folder(folder.parse_args(["--output", str(tmp_path / "new" / "folder")]))
     assert list((tmp_path / "new" / "folder").iterdir()) == []

@@ -99,7 +99,7 @@ def test_conversion_is_said_once(run, files: pathlib.Path) -> None:
 def test_what_is_for_serving_is_refused_for_a_batch(run, files, options) -> None:
     code, _, err = run("--prompts", files / "prompts.jsonl", *options)
     assert code == 2
-    assert f"{options[0]} is for serving and --prompts runs a batch" in err
+    assert f"{options[0]} applies to serving, but --prompts runs a batch" in err
 
 
 @pytest.mark.parametrize(
@@ -142,12 +142,14 @@ def test_when_experts_move() -> None:
     words = "--rebalance-interval 9 --rebalance-policy dance --half-life 60 --rebalance-dry-run"
     assert found(*words.split()) == RebalanceOptions(9.0, "dance", 60.0, None, True)
     assert found("--half-life", "0").half_life_s is None
-    with pytest.raises(UserError, match="--state-dir /dev/null/x: cannot be made"):
+    with pytest.raises(UserError, match="--state-dir /dev/null/x: cannot be created"):
         found("--state-dir", "/dev/null/x")
 
 
 def test_a_service_goes_on_where_one_before_ended(run, files: pathlib.Path) -> None:
-    assert "experts are placed anew" not in run("--dry-run", "--state-dir", files / "kept")[1]
+    assert (
+        "experts are placed from scratch" not in run("--dry-run", "--state-dir", files / "kept")[1]
+    )
     spec = read_hosts(files / "hosts.txt")
     held = np.zeros((3, LAYERS, EXPERTS), bool)
     held[0, 0, :13] = held[1, 1, :10] = held[2, 0, 13:] = held[2, 1, 10:] = True
@@ -164,7 +166,7 @@ def test_a_service_goes_on_where_one_before_ended(run, files: pathlib.Path) -> N
     ServiceState(spec.names, "another", layout, statistics).save(files / "kept")
     code, out, _ = run("--dry-run", "--state-dir", files / "kept")
     assert code == 0 and "policy optimal" in out
-    assert "another model; experts are placed anew" in " ".join(out.split())
+    assert "another model; experts are placed from scratch" in " ".join(out.split())
 
 
 def test_the_key_of_users_comes_from_the_environment(run, started, monkeypatch) -> None:
@@ -198,14 +200,14 @@ def test_bad_files_are_named(run, files: pathlib.Path) -> None:
         (run("--dry-run", "--activations", files / "none.npz"), f"{files / 'none.npz'}: "),
         (
             run("--prompts", files / "prompts.jsonl", "--output", files / "no" / "out"),
-            f"there is no folder {files / 'no'}",
+            f"the folder {files / 'no'} does not exist",
         ),
         (run("--dry-run", "--max-model-len", "300"), "256"),
         (run("--dry-run", "--log-dir", files / "hosts.txt"), "--log-dir"),
         (run("--dry-run", "--trace", files / "no" / "trace.json"), "--trace"),
         (
             run("--prompts", files / "prompts.jsonl", "--output", files / "prompts.jsonl"),
-            "is the file of --prompts",
+            "is also the file of --prompts",
         ),
         (run("--dry-run", "--activations", files / "plain.npy"), f"{files / 'plain.npy'}: "),
     ]

@@ -89,7 +89,7 @@ def test_rates() -> None:
     round_n = np.full(3, (DEFAULT_ROUND_TRIP + CALL_S) / 2)
     assert_same(cluster_cost(spec, MODEL, CONFIG), dataclasses.replace(calls, round=round_n))
     assert cost_note(spec) == (
-        "bandwidth=auto of c is not measured: taken for the fastest that is known."
+        "bandwidth=auto of c is not measured: it counts as the fastest known rate."
     )
     assert cost_note(cluster("bandwidth=1024kbps", "", "")) is None
 
@@ -145,8 +145,8 @@ def test_times_without_a_rate_do_not_count() -> None:
     spec = cluster("bandwidth=auto expert_time=5us", "bandwidth=auto", "")
     assert_same(cluster_cost(spec, MODEL, CONFIG), CallCost.reference([1, 2, 1], MODEL.top_k))
     assert cost_note(spec) == (
-        "bandwidth=auto of a, b is not measured: all links count the same, and expert_time= says "
-        "nothing."
+        "bandwidth=auto of a, b is not measured: all links count the same, and expert_time= has "
+        "no effect."
     )
     made = ClusterSpec(
         tuple(dataclasses.replace(server, measure_bandwidth=False) for server in spec.servers)

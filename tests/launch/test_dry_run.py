@@ -91,7 +91,7 @@ def test_the_plan_of_a_config(run, case: str) -> None:
     assert title in out and f"Weights: {weights}.\n" in out and note in out
     assert ("quantised" in out) == ("quantization_config" in PUBLISHED[name])
     states = " states," if len(fixed) == 3 else ""
-    assert f"trunk, KV cache,{states} experts and slots are per device, of which" in out
+    assert f"trunk, KV cache,{states} experts and slots are per device; spare slots" in out
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines()]
     assert [row[:-2] for row in rows if row] == [
         [server, "1", *fixed, *pool, "4"]
@@ -104,7 +104,7 @@ def test_too_little_memory_for_a_config(run) -> None:
     assert code == 2 and out == ""
     # 14,848 experts of 43.3 MiB, and whole slots in 420, 150 and 60 GB.
     held = 9247 + 3302 + 1321
-    assert f"the model has 14,848 experts of 43.3 MiB, the servers hold {held:,}" in err
+    assert f"the model has 14,848 experts of 43.3 MiB, but the servers have {held:,}" in err
     assert "(alpha 9247, beta 3302, gamma 1321)" in err
     assert f"{14848 - held:,} slots are missing" in err and "give servers more memory=" in err
 

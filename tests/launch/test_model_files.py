@@ -83,7 +83,9 @@ def test_a_server_with_a_copy_reads_that(tmp_path: pathlib.Path) -> None:
 def test_files_that_are_not_small(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model_files, "MAX_BYTES", 1 << 16)
     (tmp_path / "tokenizer.json").write_bytes(np.random.default_rng(0).bytes(1 << 17))
-    with pytest.raises(UserError, match=r"checkpoint=peer .* give them a copy of the model"):
+    with pytest.raises(
+        UserError, match=r"checkpoint=peer .* give these servers a copy of the model"
+    ):
         pack(tmp_path)
 
 
@@ -139,5 +141,7 @@ def test_a_copy_in_another_format_of_experts_is_refused(tmp_path: pathlib.Path) 
     setup = setup_with(b"", str(tmp_path / "model"))
     with pytest.raises(UserError) as error:
         _open_model(setup, tmp_path, channel=None)  # type: ignore[arg-type]
-    words = f"{tmp_path / 'model'}: its experts are kept as int4:32:bfloat16, those of the launch"
-    assert str(error.value).startswith(f"{words} as float32; all servers need one format: convert")
+    words = f"{tmp_path / 'model'}: its experts have the format int4:32:bfloat16, but those of the "
+    assert str(error.value).startswith(
+        f"{words}launch have float32; all servers need the same format: convert"
+    )

@@ -117,7 +117,7 @@ def test_nodes_serve_and_end_together(tiny: Tiny, start: Start, tmp_path: pathli
     engine = only_child(only_child(nodes[1]))
     engine.kill()
     said(tmp_path, 0, f"beta: its engine (process {engine.pid}) was killed by signal 9")
-    said(tmp_path, 0, "all servers go on")
+    said(tmp_path, 0, "all engines are running again")
     assert [completion(url) for url in urls] == [expected] * 3
     processes = [child for node in nodes for child in node.children(recursive=True)]
     nodes[2].send_signal(signal.SIGTERM)

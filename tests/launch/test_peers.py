@@ -111,7 +111,10 @@ def test_what_a_server_does_not_have(three: list[Peers]) -> None:
     assert "server beta cannot send expert 9 of MoE layer 1: it is not resident" in failed.why
     assert load(reader(three[0]), [ExpertLoad(0, 0, 1, 8, 1)]).why == ""
     failed = load(reader(three[0]), [ExpertLoad(0, 0, 1, 8, 2)])
-    assert "server gamma cannot send expert 8 of MoE layer 1: it holds no experts yet" in failed.why
+    assert (
+        "server gamma cannot send expert 8 of MoE layer 1: the server holds no experts yet"
+        in failed.why
+    )
     with pytest.raises(LookupError, match="gamma cannot send experts 1, 2 of MoE layer 0: it has"):
         three[0].ask(2, WeightRequest(WeightKind.EXPERTS, 0, (1, 2)), LIKES)
 

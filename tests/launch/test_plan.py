@@ -107,7 +107,7 @@ def test_spare_slots_stay_empty() -> None:
 def test_without_spare_slots_the_plan_says_so() -> None:
     spec = parse_hosts("a address=localhost experts=22\nb address=localhost experts=10")
     (*_, note) = make_plan(spec, MODEL, CONFIG).notes
-    assert note.startswith("No spare slot on a, b: other experts cannot be loaded there")
+    assert note.startswith("No spare slot on a, b: no other experts can be loaded there")
     spec = parse_hosts("a address=localhost experts=32\nb address=localhost experts=10")
     plan = make_plan(spec, MODEL, CONFIG)
     assert [server.spare for server in plan.servers] == [0, 1], "a has everything"
@@ -144,7 +144,7 @@ def test_without_activations_the_plan_says_so() -> None:
     plan = make_plan(SPEC, MODEL, CONFIG)
     first, second = plan.notes
     assert first.startswith("No activations were given")
-    assert second == "latency needs routes, there are none: optimal places instead."
+    assert second == "latency needs routes, there are none: policy optimal is used instead."
     assert first in text_of(plan) and second in text_of(plan)
     assert [note[:14] for note in make_plan(SPEC, MODEL, CONFIG, "dance").notes] == [first[:14]]
 
@@ -152,7 +152,9 @@ def test_without_activations_the_plan_says_so() -> None:
 def test_the_default_policy_needs_routes() -> None:
     counted = make_plan(SPEC, MODEL, CONFIG, activations=activations())
     assert counted.policy == "optimal" and "policy optimal" in text_of(counted)
-    assert counted.notes == ("latency needs routes, there are none: optimal places instead.",)
+    assert counted.notes == (
+        "latency needs routes, there are none: policy optimal is used instead.",
+    )
     empty = tuple(np.zeros((0, LAYERS, 0), int) for _ in range(3))
     assert make_plan(SPEC, MODEL, CONFIG, activations=activations(routes=empty)).notes
     routed = make_plan(SPEC, MODEL, CONFIG, activations=activations(routes=random_routes()))
@@ -339,7 +341,9 @@ def test_the_type_of_the_wire(
 
 
 def test_which_wire_there_is_none_of() -> None:
-    with pytest.raises(UserError, match="wire_dtype='compute': one of auto, float32, bfloat16"):
+    with pytest.raises(
+        UserError, match="wire_dtype='compute': must be one of auto, float32, bfloat16"
+    ):
         engine_config(MODEL.config, EngineOptions(wire_dtype="compute"))
 
 
@@ -348,5 +352,5 @@ def test_engine_configuration() -> None:
     assert engine_config(model).max_model_len == 256
     assert engine_config(model).dtype == "float32"
     assert engine_config(model, platform="cuda").dtype == "bfloat16"
-    with pytest.raises(UserError, match="at most the 256"):
+    with pytest.raises(UserError, match="from 2 to 256"):
         engine_config(model, EngineOptions(257))

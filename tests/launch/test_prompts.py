@@ -44,12 +44,12 @@ def test_defaults_and_turns(tmp_path: pathlib.Path) -> None:
         ('{"prompt": "x"', "not JSON"),
         ('["prompt"]', "an object"),
         ("{}", "prompt: missing"),
-        ('{"prompt": 3}', "prompt: a string"),
-        ('{"prompt": "\\ud800"}', "prompt: half"),
+        ('{"prompt": 3}', "prompt: must be a string"),
+        ('{"prompt": "\\ud800"}', "prompt: contains half"),
         ('{"prompt": "x", "prompt": "y"}', "prompt: given twice"),
         ('{"prompt": "x", "sever": "a"}', "sever: unknown key"),
-        ('{"prompt": "x", "server": "d"}', "server: 'd' is none of a, b, c"),
-        ('{"prompt": "x", "server": 0}', "server: 0 is none of"),
+        ('{"prompt": "x", "server": "d"}', "server: 'd' is unknown; the servers are a, b, c"),
+        ('{"prompt": "x", "server": 0}', "server: 0 is unknown; the servers are"),
         ('{"prompt": "x", "max_tokens": 0}', "max_tokens: "),
         ('{"prompt": "x", "max_tokens": true}', "max_tokens: "),
         ('{"prompt": "x", "max_tokens": 1.5}', "max_tokens: "),
@@ -100,7 +100,7 @@ def test_places_that_cannot_be_written(tmp_path: pathlib.Path) -> None:
     check_writable(tmp_path / "out", "--output")
     with pytest.raises(UserError, match=r"--output .* is a directory"):
         check_writable(tmp_path, "--output")
-    with pytest.raises(UserError, match="there is no folder"):
+    with pytest.raises(UserError, match=r"the folder .* does not exist"):
         check_writable(tmp_path / "none" / "out", "--output")
 
 

@@ -182,7 +182,7 @@ def test_servers_over_ssh_serve(tiny: Tiny, remote: Remote) -> None:
     engine = only_child(remote.worker(1))
     engine.kill()
     remote.wait_for(f"beta: its engine (process {engine.pid}) was killed by signal 9")
-    remote.wait_for("all servers go on")
+    remote.wait_for("all engines are running again")
     assert [completion(url) for url in urls] == [expected] * 3
     assert remote.blind.count("dance_jax.serve.frontend") == 1
     assert remote.blind.count("dance_jax.launch.worker.main") == 1  # that of gamma has not ended

@@ -65,7 +65,7 @@ def test_jobs_are_detected(job: dict, host: str, monkeypatch: pytest.MonkeyPatch
     assert part.network.coordinator.startswith(f"{host}:")
     assert role(SPEC, Network(), 0, None).node == 0, "an option overrides the job"
     three = parse_hosts("\n".join(f"{n} address=10.0.0.1 experts=1" for n in "abc"))
-    with pytest.raises(UserError, match="job has 2 processes and the hosts file has 3 servers"):
+    with pytest.raises(UserError, match="job has 2 processes, but the hosts file has 3 servers"):
         role(three, Network(), None, None)
 
 
@@ -78,7 +78,7 @@ def test_a_job_of_one_process_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_keys(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "key"
     file.write_text(KEY + "\n")
-    with pytest.raises(UserError, match="others can read it; chmod 600"):
+    with pytest.raises(UserError, match="other users can read the file; run chmod 600"):
         read_key(file)
     file.chmod(0o600)
     monkeypatch.setenv(KEY_VARIABLE, KEY)
@@ -91,5 +91,5 @@ def test_keys(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(KEY_VARIABLE)
     with pytest.raises(UserError, match=f"{KEY_VARIABLE}: is empty"):
         read_key(None)
-    with pytest.raises(UserError, match="--key-file is for --node-rank"):
+    with pytest.raises(UserError, match="--key-file applies to --node-rank"):
         role(SPEC, Network(), None, file)

@@ -93,8 +93,8 @@ def test_engines_start_anew_until_somebody_wants_an_end(start: Start) -> None:
 
     def notice(name: str, text: str) -> None:
         said.append(f"{name}: {text}" if name else text)
-        match said.count("all servers go on"):
-            case 1 if said[-1] == "all servers go on":
+        match said.count("all engines are running again"):
+            case 1 if said[-1] == "all engines are running again":
                 signal_all(service)
             case 2:
                 service.drain()
@@ -106,10 +106,10 @@ def test_engines_start_anew_until_somebody_wants_an_end(start: Start) -> None:
         died,
         died,
         died,
-        "all servers go on",
+        "all engines are running again",
         died,
-        "all servers go on",
-        "finishing what runs, for 30 s at most",
+        "all engines are running again",
+        "finishing running requests, for at most 30 s",
         "all servers have drained",
     ]
 
@@ -122,14 +122,18 @@ def test_an_engine_that_steps_alone_starts_anew_alone(start: Start) -> None:
 
     def notice(name: str, text: str) -> None:
         said.append(f"{name}: {text}" if name else text)
-        if text == "all servers go on":
+        if text == "all engines are running again":
             service.drain()
 
     signal_all(service)
     service.serve(notice)
     died = f"beta: its engine (process {ENGINE_PID}) was killed by signal 9 (SIGKILL)"
-    assert [text.partition(";")[0] for text in said[:3]] == [died, died, "all servers go on"]
-    assert "; it starts anew" in said[0]
+    assert [text.partition(";")[0] for text in said[:3]] == [
+        died,
+        died,
+        "all engines are running again",
+    ]
+    assert "; it restarts" in said[0]
     assert service._starts == [0, 2]
 
 
@@ -177,7 +181,7 @@ def test_a_server_that_does_not_drain_is_not_waited_for(start: Start, monkeypatc
     service = start(runs_on=True, drain_seconds=0.5)
     service.start()
     service.drain()
-    assert served(service)[-1] == "not in time: beta"
+    assert served(service)[-1] == "not drained in time: beta"
 
 
 def test_servers_of_one_machine_have_ports_in_a_row(start: Start) -> None:

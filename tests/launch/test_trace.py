@@ -61,7 +61,7 @@ def test_a_disk_that_is_full_ends_it(
     trace.add(lines(event(0, 1000)))
     trace.close()
     assert len(read_trace(path)) == 3 + 1
-    assert f"trace {path}: ends here" in caplog.text
+    assert f"trace {path}: cannot be written further" in caplog.text
 
 
 @pytest.mark.parametrize("where", ["", "missing/trace.json"])

@@ -114,7 +114,7 @@ def test_choices_that_do_not_exist(floats: pathlib.Path, tmp_path: pathlib.Path,
         with pytest.raises(SystemExit):
             main([str(floats), str(tmp_path / "out"), option, wrong])
         assert f"invalid choice: '{wrong}'" in capsys.readouterr().err
-    with pytest.raises(UserError, match="trunk='mxfp4': one of keep, bf16, int8, int4"):
+    with pytest.raises(UserError, match="trunk='mxfp4': must be one of keep, bf16, int8, int4"):
         Rounding(trunk="mxfp4")
     for options in ({"experts": "int3"}, {"trunk": "mxfp4"}):
         with pytest.raises(UserError, match="one of keep, bf16, int8, int4"):

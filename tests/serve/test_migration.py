@@ -105,7 +105,7 @@ def test_experts_move_while_servers_answer(served: Served, experts: pathlib.Path
     assert rebalance(served, 2, force=True)["migrate"]
     shown = wait_for(served, lambda found: found["last_decision"]["failure"])
     assert (shown["version"], shown["servers"]) == (before["version"], before["servers"])
-    served.wait_for("experts do not move, they stay where they are", seconds=10)
+    served.wait_for("migration cancelled, experts stay where they are", seconds=10)
     assert asyncio.run(answers(served)) == quiet
     found = metrics(httpx.get(f"{served.urls[0]}/metrics").text)
     assert found["migration_failures_total",] == 1 and found["migrations_total",] == 0
@@ -138,7 +138,7 @@ def test_experts_move_while_servers_answer(served: Served, experts: pathlib.Path
     served.kill_engine(1)
     assert asyncio.run(answers(served)) == quiet
     assert placement(served) == after
-    served.wait_for("all servers go on", seconds=30)
+    served.wait_for("all engines are running again", seconds=30)
     for rank, server in enumerate(after["servers"]):
         found = metrics(httpx.get(f"{served.urls[rank]}/metrics").text)
         assert found["experts_resident",] == sum(map(len, server["resident"]))

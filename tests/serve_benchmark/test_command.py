@@ -286,7 +286,7 @@ def test_servers_of_other_machines_are_not_started(tmp_path: pathlib.Path) -> No
         ("--sections soak --duration 2", "--duration is of section static"),
         ("--sections static --url http://a:1", "give --hosts too"),
         ("--url a:1", "http://host:port is needed"),
-        ("--url http://a:1 --output /no/such/folder/x", "no folder"),
+        ("--url http://a:1 --output /no/such/folder/x", "does not exist"),
         ("--url http://a:1 --hosts examples/hosts.txt", "has 3 servers, --url names 1"),
         ("--url http://a:1 --duration 0.0001", "no request arrives"),
         ("--tasks no_such_folder", "no *.jsonl there"),

@@ -1,5 +1,5 @@
-"""What a process that a launcher or a front end starts does first: it reads its setup, watches its
-parent, and calls back."""
+"""First steps of a process started by a launcher or a front end: read the setup, watch the parent,
+and connect to it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _Setup = TypeVar("_Setup", bound=msgspec.Struct)
 
 
 def prepare() -> None:
-    """Logs go to standard error, and Ctrl-C is for the launcher alone."""
+    """Log to standard error, and ignore Ctrl-C, which is for the launcher only."""
     faulthandler.enable()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.basicConfig(
@@ -36,14 +36,13 @@ def prepare() -> None:
 
 
 def read_setup(kind: type[_Setup]) -> _Setup | None:
-    """The setup on standard input; None: the parent has changed its mind."""
+    """Read the setup from standard input; None if the parent closed it without a setup."""
     line = _read_line(0)
     return msgspec.json.decode(line, type=kind) if line else None
 
 
 def _read_line(descriptor: int) -> bytes:
-    """The first line that is not empty, b"" if there is none; of the signs of life that follow it
-    some are lost."""
+    """The first non-empty line, or b"" if there is none; may drop signs of life after that line."""
     line = bytearray()
     while content := os.read(descriptor, 1 << 16):
         part, end, _ = (content if line else content.lstrip(b"\n")).partition(b"\n")
@@ -54,30 +53,30 @@ def _read_line(descriptor: int) -> bytes:
 
 
 def parent_endpoint(setup: Setup) -> str:
-    """ZeroMQ endpoint of the parent; over ssh it may be where the connection comes from."""
+    """ZeroMQ endpoint of the parent; over ssh, it may be the ssh client's address."""
     client = (os.environ.get("SSH_CONNECTION", "").split() or [""])[0]
     return setup.control.replace(SSH_CLIENT, bracketed(client))
 
 
 def end_with_parent(setup: Setup, before: Callable[[], None] = lambda: None) -> None:
-    """Kills this process and what it started when the parent is gone.
+    """Kill this process and its children when the parent is gone.
 
-    It is when standard input ends, when this process's parent is another one, or, for a parent on
-    another machine, when it has been silent for ALIVE_TIMEOUT_S: a broken network ends nothing.
+    The parent is gone when standard input ends, when this process has another parent, or, for a
+    parent on another machine, after ALIVE_TIMEOUT_S of silence (a broken network ends no input).
 
     Args:
-        setup: names the parent's private directory, which is removed then.
-        before: called before that, in a thread.
+        setup: names the parent's private directory, which is then removed.
+        before: called first, in a thread.
     """
     parent = os.getppid()
 
     def watch() -> None:
-        heard = time.monotonic()
+        last_sign = time.monotonic()
         while True:
             readable, _, _ = select.select([0], [], [], 0.5)
             ended = bool(readable) and not os.read(0, 4096)
-            heard = time.monotonic() if readable else heard
-            silent = setup.beats and time.monotonic() - heard > ALIVE_TIMEOUT_S
+            last_sign = time.monotonic() if readable else last_sign
+            silent = setup.beats and time.monotonic() - last_sign > ALIVE_TIMEOUT_S
             if ended or silent or os.getppid() != parent:
                 break
         try:
@@ -91,15 +90,15 @@ def end_with_parent(setup: Setup, before: Callable[[], None] = lambda: None) -> 
 
 
 def failure(error: BaseException) -> Failed:
-    """What the parent is told of an exception that ends the process."""
+    """The message that tells the parent about an exception that ends this process."""
     if isinstance(error, UserError):
         return Failed(str(error), user=True)
     return Failed(f"{type(error).__name__}: {error}", user=False)
 
 
 def end(status: int) -> NoReturn:
-    """Ends the process at once."""
+    """End this process at once."""
     sys.stdout.flush()
     sys.stderr.flush()
-    # Not sys.exit: jax.distributed would wait at its exit for processes that may be gone.
+    # Not sys.exit: at exit, jax.distributed would wait for processes that may be gone.
     os._exit(status)

@@ -1,4 +1,4 @@
-"""Clusters with a launcher of their own: which process of a Slurm or Open MPI job this one is."""
+"""Detect Slurm and Open MPI jobs, and this process's rank in the job."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ _SIGNS = ("SLURM_", "OMPI_")
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What jax's own detection finds."""
+    """A job, as detected by JAX."""
 
     #: "slurm" or "ompi".
     launcher: str
-    #: This process's number among the job's.
+    #: Rank of this process in the job.
     rank: int
     size: int
-    #: host:port where the first process coordinates jax.distributed.
+    #: host:port at which the first process coordinates jax.distributed.
     coordinator: str
 
     @property
     def host(self) -> str:
-        """Where the first process is."""
+        """Host of the first process."""
         return self.coordinator.rpartition(":")[0]
 
 
 def detected_job() -> Job | None:
-    """The job of several processes that this one belongs to; None: it belongs to none."""
+    """The multi-process job that this process belongs to; None if there is none."""
     if not any(name.startswith(_SIGNS) for name in os.environ):
         return None
     from jax._src.clusters import OmpiCluster, SlurmCluster
@@ -47,13 +47,13 @@ def detected_job() -> Job | None:
 
 
 def check_job(job: Job, spec: ClusterSpec) -> None:
-    """The job has one process per server.
+    """Check that the job has one process per server.
 
     Raises:
-        UserError: it has more or fewer.
+        UserError: the job has more or fewer processes.
     """
     if job.size != len(spec.servers):
         raise UserError(
-            f"the {job.launcher} job has {job.size} processes and the hosts file has "
+            f"the {job.launcher} job has {job.size} processes, but the hosts file has "
             f"{len(spec.servers)} servers: start one process per server, in the file's order"
         )

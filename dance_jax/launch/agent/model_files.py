@@ -1,7 +1,7 @@
-"""Config, tokenizer and formats of the model on a server's machine.
+"""The model's config, tokenizer and formats on a server's machine.
 
-A server without a copy of the model (`checkpoint=peer`) gets them with its setup: front end and
-engine need them before there is anybody to ask.
+A server without a copy of the model (`checkpoint=peer`) gets these files with its setup, because
+front end and engine need them before any peer can be asked.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
     from dance_jax.models.formats import Formats
     from dance_jax.models.tokenizer import Tokenizer
 
-#: Most bytes that a setup carries of them, compressed.
+#: Largest compressed size in bytes of the model files in a setup.
 MAX_BYTES = 32 << 20
 
 
 def pack(directory: str | os.PathLike[str]) -> bytes:
-    """The small files of a model's directory, as a zip file's content.
+    """Pack the small files of a model's directory into a zip file.
 
     Raises:
-        UserError: they are not small.
+        UserError: the files are larger than MAX_BYTES.
     """
     from dance_jax.models.directory import FORMATS, SIDE_FILES
 
@@ -41,24 +41,26 @@ def pack(directory: str | os.PathLike[str]) -> bytes:
                 packed.writestr(name, path.read_bytes())
     if content.tell() > MAX_BYTES:
         raise UserError(
-            f"{directory}: config and tokenizer have {content.tell():,} bytes, compressed; servers "
-            f"with checkpoint=peer are sent {MAX_BYTES:,} at most: give them a copy of the model"
+            f"{directory}: config and tokenizer have {content.tell():,} compressed bytes, but "
+            f"servers with checkpoint=peer are sent at most {MAX_BYTES:,}: give these servers a "
+            "copy of the model"
         )
     return content.getvalue()
 
 
 class ModelFiles:
-    """Where a server's processes find them: in its copy of the model, or, as they came with the
-    setup, in a directory that is there until they have been read.
+    """The model files of a server: from its copy of the model, or from its setup.
+
+    Files from the setup are kept in a temporary directory until they have been read.
 
     Args:
         setup: of the server.
-        private: for that directory, of this process; "": the system's for temporary files.
+        private: parent of that directory, private to this process; "": the system's default.
     """
 
     def __init__(self, setup: Setup, private: str) -> None:
         self._own = setup.model
-        #: How weights are kept, where that came with the setup and has been read.
+        #: Formats of the weights, if they came with the setup and have been read.
         self.formats: Formats | None = None
         self._given: tempfile.TemporaryDirectory[str] | None = None
         if setup.model_files:
@@ -67,12 +69,12 @@ class ModelFiles:
                 packed.extractall(self._given.name)
 
     def read(self) -> tuple[ModelConfig, Tokenizer]:
-        """Reads both; the directory, if it is not the server's own, is gone then.
+        """Read config and tokenizer; removes the files that came with the setup.
 
         Raises:
-            UserError: one is missing, torn or not supported.
+            UserError: a file is missing, damaged or not supported.
         """
-        # Not above: it brings JAX along.
+        # Imported here, because it imports JAX.
         from dance_jax.launch.planning.defaults import demo_dir
         from dance_jax.models import hub
         from dance_jax.models.checkpoint import read_formats
@@ -90,6 +92,6 @@ class ModelFiles:
             self.close()
 
     def close(self) -> None:
-        """Removes what came with the setup; from any thread, and more than once."""
+        """Remove the files that came with the setup; callable by any thread, more than once."""
         if self._given is not None:
             self._given.cleanup()

@@ -1,4 +1,4 @@
-"""How the launching process and servers on other machines reach each other."""
+"""Settings for connections between the launcher and servers on other machines."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import pathlib
 class Network:
     """Addresses, ports and the key of a launch."""
 
-    #: For `ssh -F`.
+    #: Configuration file for `ssh -F`.
     ssh_config: pathlib.Path | None = None
-    #: Addresses of this machine at which the servers reach it (`preflight` finds them).
+    #: Addresses of this machine that the servers connect to (`preflight` finds them).
     control_addresses: tuple[str, ...] = ()
-    #: TCP port of this process for them; 0: a free one.
+    #: TCP port of this process that the servers connect to; 0: a free port.
     control_port: int = 0
-    #: host:port where the first server coordinates jax.distributed; None: its own address.
+    #: host:port at which the first server coordinates jax.distributed; None: its own address.
     coordinator: str | None = None
-    #: That port; 0: a free one.
+    #: Port of that coordinator; 0: a free port.
     coordinator_port: int = 0
-    #: The key of the launch; None: a new one.
+    #: The key of the launch; None: a new key.
     key: bytes | None = None

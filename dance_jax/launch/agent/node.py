@@ -1,9 +1,9 @@
-"""Servers that another launcher starts, one `--node-rank` each: what both ends say and do.
+"""Servers that launchers on other nodes start (`--node-rank`): both ends of the protocol.
 
-Node 0 is the parent of the cluster: it listens on the first server's address. Every other node
-calls it, answers its preflight, starts its own server with the setup it is given, and ends it when
-node 0 says so or cannot be reached any more. Nothing but this channel, which the launch's key
-protects, connects the launchers.
+Node 0 is the parent of the cluster and listens on the first server's address. Every other node
+connects to node 0, answers its preflight, starts its own server with the setup from node 0, and
+ends the server when node 0 says so or becomes unreachable. The launchers are connected only by this
+channel, which the launch's key protects.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from dance_jax.launch.control.channel import ALIVE_TIMEOUT_S, ControlConnection,
 
 #: Seconds that nodes wait for each other at the start.
 MEET_TIMEOUT_S = 300.0
-#: Seconds between pings, which notice a lost node: well within the time in which the cause of a
+#: Seconds between pings that detect a lost node: well within the window in which the cause of a
 #: failure is looked for.
 _PING_S = 0.2
-#: Connections that end before the two know each other, until the key is taken to be wrong.
+#: Connections that end during the handshake after which the key counts as wrong.
 _REFUSALS = 3
 
 
 class Nodes:
-    """Node 0's view of all others.
+    """Node 0's view of all other nodes.
 
     Args:
         spec: the servers; rank 0 is this node.
-        listener: reachable by the other nodes.
+        listener: the control listener, reachable by the other nodes.
     """
 
     def __init__(self, spec: ClusterSpec, listener: ControlListener) -> None:
@@ -53,12 +53,13 @@ class Nodes:
         self._replies: dict[int, deque[bytes]] = defaultdict(deque)
 
     def meet(self, progress: Callable[[str, str], None]) -> None:
-        """Waits until every node has called.
+        """Wait until every node has connected.
 
         Args:
-            progress: told (server's name, what happens).
+            progress: called with (server's name, message).
 
         Raises:
+            UserError: some nodes did not connect in time.
             UserError: some did not.
         """
         deadline = time.monotonic() + MEET_TIMEOUT_S
@@ -67,20 +68,20 @@ class Nodes:
             progress(server.name, "waiting for its node")
         while missing:
             for rank in [rank for rank, server in missing.items() if server.called]:
-                progress(missing.pop(rank).name, "its node is there")
+                progress(missing.pop(rank).name, "its node is connected")
             if time.monotonic() > deadline:
                 names = ", ".join(f"{s.name} (--node-rank {s.rank})" for s in missing.values())
                 raise UserError(
-                    f"no call within {MEET_TIMEOUT_S:.0f} s from {names}: start them with the same "
-                    "hosts file, key and --control-port"
+                    f"no connection within {MEET_TIMEOUT_S:.0f} s from {names}: start them with "
+                    "the same hosts file, key and --control-port"
                 )
             self._pump(200)
 
     def ask(self, rank: int, request: bytes, timeout_s: float) -> bytes:
-        """A preflight's question to a node, as JSON both ways; from any thread.
+        """Ask a node a preflight question (JSON both ways); may be called by any thread.
 
         Raises:
-            TimeoutError: no answer came.
+            TimeoutError: no answer in time.
         """
         deadline = time.monotonic() + timeout_s
         with self._lock:
@@ -99,7 +100,7 @@ class Nodes:
                 self.receive(int(sender.rpartition(b"-")[2]), content)
 
     def receive(self, rank: int, content: bytes) -> None:
-        """Takes in what a node has sent."""
+        """Handle a message from a node."""
         match protocol.decode_node_event(content):
             case protocol.NodeHello():
                 self.servers[rank].called = True
@@ -109,24 +110,24 @@ class Nodes:
                 self.servers[rank].has_ended(ended)
 
     def close(self) -> None:
-        """Lets all nodes end and stops listening."""
+        """Let all nodes end, and stop listening."""
         for server in self.servers.values():
             server.let_go()
         self.listener.close()
 
     def check(self) -> None:
-        """Notices nodes that are gone."""
+        """Detect nodes that are gone."""
         for server in self.servers.values():
             server.check()
 
 
 class NodeServer:
-    """A `process.ServerHandle` whose process a launcher on another node holds."""
+    """A `process.ServerHandle` for a process that a launcher on another node holds."""
 
     def __init__(self, server: ServerSpec, rank: int, socket: zmq.Socket) -> None:
         self.name = server.name
         self.rank = rank
-        #: What its process runs, and whether SIGTERM lets it drain; set before `tell`.
+        #: Module that the process runs, and whether SIGTERM drains it; set before `tell`.
         self.module, self.drains = "", False
         self.called = False
         self.ended: float | None = None
@@ -149,7 +150,7 @@ class NodeServer:
         self.send(protocol.NodeSetup(self.module, self.drains, line))
 
     def beat(self) -> None:
-        """Not needed: the connection has signs of life of its own."""
+        """Do nothing: the connection has its own heartbeats."""
 
     def let_go(self) -> None:
         if self.ended is None:
@@ -160,11 +161,11 @@ class NodeServer:
             self.send(protocol.NodeEnd(kill=number == signal.SIGKILL))
 
     def has_ended(self, ended: protocol.NodeEnded) -> None:
-        """Its launcher says so."""
+        """Record the end of the process, as reported by its launcher."""
         self._end, self.ended = ended, time.monotonic()
 
     def check(self) -> None:
-        """Sends a ping now and then; that fails once the connection is lost."""
+        """Send a ping now and then; sending fails once the connection is lost."""
         if self.ended is None and time.monotonic() - self._checked > _PING_S:
             self._checked = time.monotonic()
             self.send(protocol.NodePing())
@@ -198,15 +199,15 @@ def run_node(
     log_dir: pathlib.Path | None,
     progress: Callable[[str], None],
 ) -> int:
-    """Runs one server here for the launcher of node 0, until that ends it.
+    """Run one server on this node for the launcher of node 0, until node 0 ends the server.
 
     Args:
         rank: of the server.
         endpoint: ZeroMQ endpoint of node 0.
-        key: the launch's.
-        answer: answers a preflight's question, JSON to JSON.
-        log_dir: keeps the server's log; None: it is removed at the end.
-        progress: told what happens, in words.
+        key: of the launch.
+        answer: answers a preflight question, JSON to JSON.
+        log_dir: directory that keeps the server's log; None: the log is removed at the end.
+        progress: called with messages for the operator.
 
     Returns:
         Exit code: 0 if node 0 ended the server, 1 if the server ended by itself or node 0 is gone.
@@ -214,7 +215,7 @@ def run_node(
     connection = ControlConnection(endpoint, key, f"node-{rank}")
     contact = _Contact(connection.socket)
     connection.socket.send(protocol.encode(protocol.NodeHello(os.getpid())))
-    progress(f"node {rank} ({spec.servers[rank].name}): calling node 0 at {endpoint}")
+    progress(f"node {rank} ({spec.servers[rank].name}): connecting to node 0 at {endpoint}")
     process: ServerProcess | None = None
     told_to_end = False
     with tempfile.TemporaryDirectory(prefix="dance-jax-") as private:
@@ -247,9 +248,9 @@ def run_node(
                         if process is None:
                             return 0
                         process.kill(signal.SIGKILL) if kill else process.let_go()
-            if told_to_end:  # node 0 has ended before this server did
+            if told_to_end:  # node 0 ended before this server did
                 return 0
-            progress("node 0 cannot be reached any more")
+            progress("node 0 cannot be reached any more; the server is stopped")
             return 1
         finally:
             if process is not None:
@@ -261,12 +262,12 @@ def run_node(
 
 
 def _pass_on(number: signal.Signals, process: ServerProcess) -> None:
-    """Lets the process do what the signal asks of this one: it drains, and all servers with it."""
+    """Pass a signal on to the server's process, which then drains together with all servers."""
     signal.signal(number, lambda *_: process.kill(number))
 
 
 class _Contact:
-    """Whether the connection to node 0 holds: it may be missing for a while, but not for long."""
+    """Whether the connection to node 0 holds; short interruptions are tolerated."""
 
     def __init__(self, socket: zmq.Socket) -> None:
         self._socket = socket
@@ -284,7 +285,7 @@ class _Contact:
                     self._since = min(self._since, time.monotonic())
                     self._refused += not self._met
         if self._refused >= _REFUSALS:
-            raise UserError("node 0 refuses this node's key: give all nodes the same one")
+            raise UserError("node 0 refuses this node's key: give all nodes the same key")
         allowed = ALIVE_TIMEOUT_S / 2 if self._met else MEET_TIMEOUT_S
         return time.monotonic() - self._since < allowed
 

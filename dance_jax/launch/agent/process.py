@@ -1,4 +1,4 @@
-"""A server's process as its parent sees it: here or behind ssh, and what is known of its end."""
+"""A server's process as its parent sees it: local or over ssh, with the reasons for its end."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from typing import IO, Protocol
 from dance_jax.config import ServerSpec
 from dance_jax.launch.agent.ssh import SSH_FAILED, server_command, server_environment
 
-#: Lines of a dead server's log in the error.
+#: Lines of a dead server's log that the error quotes.
 LOG_LINES = 25
 
-#: In a log or message, signs that a process failed because another was gone.
+#: Signs in a log or message that a process failed because another process was gone.
 _ECHOES = (
     "gloo",
     "Connection reset by peer",
@@ -34,71 +34,71 @@ _ECHOES = (
 
 
 class ServerHandle(Protocol):
-    """What a cluster needs of a server's process, whoever started it."""
+    """What a cluster needs of a server's process, whichever launcher started it."""
 
     name: str
-    #: time.monotonic() of its end, as soon as it is noticed; of the failure it reported.
+    #: time.monotonic() when its end was noticed; when it reported a failure.
     ended: float | None
     failed: float | None
-    #: What it said when it failed, and whether the user can do something about it.
+    #: Failure message of the process, and whether the user can fix the cause.
     failure: str | None
     user_failure: bool
-    #: On its own machine; None: not known yet.
+    #: Process id on the server's machine; None: not known yet.
     pid: int | None
 
     def tell(self, line: bytes) -> None:
-        """Gives it its setup."""
+        """Give the process its setup."""
         ...
 
     def beat(self) -> None:
-        """A sign of life, which a server on another machine needs to live on."""
+        """Send a sign of life, without which a server on another machine ends."""
         ...
 
     def let_go(self) -> None:
-        """Lets it end by itself: it does when nobody holds its input any more."""
+        """Close the input of the process, which makes the process end."""
         ...
 
     def kill(self, number: signal.Signals) -> None: ...
 
     def fate(self) -> str:
-        """How it ended, in words."""
+        """How the process ended, as text."""
         ...
 
     def last_lines(self) -> list[str]:
-        """The end of its log."""
+        """The last lines of the log."""
         ...
 
     @property
     def log(self) -> str:
-        """Where its whole log is."""
+        """Path of the whole log."""
         ...
 
     def echo(self) -> bool:
-        """It looks like a consequence of another server's end."""
+        """Whether the end looks like a consequence of another server's end."""
         ...
 
 
 def sounds_like_echo(text: str) -> bool:
-    """The text of a failure or log says that another process was gone."""
+    """Whether the text of a failure or log says that another process was gone."""
     return any(sign.lower() in text.lower() for sign in _ECHOES)
 
 
 def is_echo(failure: str | None, status: int | None, lines: Sequence[str]) -> bool:
-    """A process's end looks like a consequence of another server's.
+    """Whether a process's end looks like a consequence of another server's end.
 
     Args:
-        failure: what it said itself.
-        status: exit status as a shell has it; None: it lives yet.
-        lines: the end of its log.
+        failure: the message of the process itself.
+        status: exit status as in a shell; None: the process still runs.
+        lines: the last lines of its log.
     """
     if failure is None and status is not None and status > 128:
-        # Aborting is how JAX ends a process whose job is broken.
+        # JAX aborts a process whose job is broken.
         return status == 128 + signal.SIGABRT
     return sounds_like_echo(failure or "\n".join(lines))
 
 
 def in_words(status: int) -> str:
-    """What a shell's exit status says of a process.
+    """Describe a shell's exit status.
 
     >>> in_words(137)
     'was killed by signal 9 (SIGKILL)'
@@ -111,14 +111,14 @@ def in_words(status: int) -> str:
 
 
 class ServerProcess:
-    """A process of `module` for a server, local or through ssh.
+    """A process of `module` for a server, local or over ssh.
 
     Args:
-        server: whose.
-        log_path: file for all that it prints; None: it prints where this process does.
+        server: the server.
+        log_path: file for the output of the process; None: the output of this process.
         module: dotted name.
         ssh_config: file for `ssh -F`.
-        on_end: called, by a thread, when it has ended.
+        on_end: called, by a thread, when the process has ended.
     """
 
     def __init__(
@@ -145,11 +145,11 @@ class ServerProcess:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=server_environment(server),
-                start_new_session=True,  # Ctrl-C in the terminal is for the parent alone
+                start_new_session=True,  # Ctrl-C in the terminal is for the parent only
             )
         if self._target is None:
             self.pid = self.popen.pid
-        #: What is to be written to it; None: its input ends.
+        #: Lines to write to the input of the process; None closes it.
         self._lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         for work in (self._wait, self._feed):
             name = f"{work.__name__.strip('_')}-{self.name}"
@@ -163,12 +163,12 @@ class ServerProcess:
 
     @property
     def status(self) -> int | None:
-        """Exit status as a shell has it; None: it lives yet."""
+        """Exit status as in a shell; None: the process still runs."""
         status = self.popen.poll()
         return status if status is None or status >= 0 else 128 - status
 
     def tell(self, line: bytes) -> None:
-        """Writes its setup; standard input stays open as a sign of life."""
+        """Write the setup; standard input stays open as a sign of life."""
         self._lines.put(line + b"\n")
 
     def beat(self) -> None:
@@ -179,17 +179,17 @@ class ServerProcess:
         self._lines.put(None)
 
     def _feed(self) -> None:
-        """A thread of its own: a setup is larger than a pipe, and is read once all is imported."""
+        """Write lines, in a thread: a setup is larger than a pipe and is read after the imports."""
         pipe = self.popen.stdin
         assert pipe is not None
-        # It may be dead, which is noticed elsewhere.
+        # The process may be dead, which is noticed elsewhere.
         with contextlib.suppress(BrokenPipeError), pipe:
             while (line := self._lines.get()) is not None:
                 pipe.write(line)
                 pipe.flush()
 
     def kill(self, number: signal.Signals) -> None:
-        """Sends a signal to the process (of ssh, if it is elsewhere) and everything it started."""
+        """Send a signal to the process (to ssh if it is remote) and all its children."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.popen.pid, number)
 
@@ -197,7 +197,7 @@ class ServerProcess:
         if self.failure is not None:
             return f"failed: {self.failure}"
         if self.status is None:
-            return "was ended"
+            return "lost its connection to the launcher"
         if self._target is not None and self.status == SSH_FAILED:
             last = next((line for line in reversed(self.last_lines()) if line.strip()), "")
             why = f": {last.strip()}" if last.startswith(("ssh", "Connection", "Timeout")) else ""

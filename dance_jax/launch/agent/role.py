@@ -1,4 +1,4 @@
-"""What this process does: launch everything, or hold one server for a launcher on another node."""
+"""This process's role: launch everything, or hold one server for a launcher on another node."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from dance_jax.launch.agent.network import Network
 from dance_jax.launch.agent.node import Nodes
 from dance_jax.launch.control.channel import ControlListener, bracketed
 
-#: Where the key of a launch may be, besides --key-file.
+#: Environment variable with the key of a launch, as an alternative to --key-file.
 KEY_VARIABLE = "DANCE_JAX_KEY"
-#: Where node 0 listens for the other nodes, unless it is told otherwise.
+#: Default port at which node 0 listens for the other nodes.
 NODE_PORT = 29401
 _SHORTEST_KEY = 16
 
@@ -27,20 +27,20 @@ class Role:
 
     spec: ClusterSpec
     network: Network
-    #: Number of this node; None: this process starts every server, here and over ssh.
+    #: Rank of this node; None: this process starts every server, locally and over ssh.
     node: int | None = None
 
     @property
     def endpoint(self) -> str:
-        """Where node 0 listens, for the other nodes."""
+        """ZeroMQ endpoint at which node 0 listens for the other nodes."""
         host, port = self.network.control_addresses[0], self.network.control_port
         return f"tcp://{bracketed(host)}:{port}"
 
     def gather_nodes(self, progress: Callable[[str, str], None]) -> Nodes | None:
-        """As node 0, waits for all other nodes; None without --node-rank.
+        """As node 0, wait for all other nodes; returns None without --node-rank.
 
         Raises:
-            UserError: it cannot listen, or a node does not call.
+            UserError: this node cannot listen, or another node does not connect.
         """
         if self.node is None:
             return None
@@ -54,8 +54,8 @@ class Role:
         except OSError as error:
             listener.close()
             raise UserError(
-                f"node 0 cannot listen at {self.endpoint}: {error}; the first line's address must "
-                "be this machine's, and --control-port a free port"
+                f"node 0 cannot listen at {self.endpoint}: {error}; the address of the hosts "
+                "file's first line must be this machine's, and --control-port a free port"
             ) from error
         except BaseException:
             listener.close()
@@ -66,22 +66,22 @@ class Role:
 def role(
     spec: ClusterSpec, network: Network, node: int | None, key_file: pathlib.Path | None
 ) -> Role:
-    """The role that options and environment give this process.
+    """The role of this process, from the options and the environment.
 
     Args:
         spec: the servers.
-        network: as the options have it.
-        node: --node-rank; None: Slurm's or Open MPI's number, if this is one of their jobs.
+        network: the settings from the options.
+        node: --node-rank; None: the rank in a Slurm or Open MPI job, if this process is in one.
         key_file: --key-file.
 
     Raises:
-        UserError: there is no such node, the job does not fit the servers, or the key is missing.
+        UserError: the node does not exist, the job does not fit the servers, or there is no key.
     """
     job = detected_job() if node is None else None
     if node is None and job is None:
         if key_file is not None:
             raise UserError(
-                "--key-file is for --node-rank: over ssh every launch makes its own key"
+                "--key-file applies to --node-rank only: over ssh every launch makes its own key"
             )
         return Role(spec, network)
     first = spec.servers[0].address
@@ -100,16 +100,16 @@ def role(
         control_port=network.control_port or NODE_PORT,
         key=read_key(key_file),
     )
-    # Each server is a process of its own node.
+    # Each server is a local process of its own node.
     servers = tuple(dataclasses.replace(server, ssh=None) for server in spec.servers)
     return Role(ClusterSpec(servers), network, node)
 
 
 def read_key(file: pathlib.Path | None) -> bytes:
-    """The key that the user gave to all nodes, as 32 bytes.
+    """Read the key that the user gave to all nodes, as 32 bytes.
 
     Raises:
-        UserError: there is none, it is short, or others may read its file.
+        UserError: the key is missing or too short, or others may read its file.
     """
     if file is None:
         text, where = os.environ.get(KEY_VARIABLE, ""), KEY_VARIABLE
@@ -117,14 +117,14 @@ def read_key(file: pathlib.Path | None) -> bytes:
         where = f"--key-file {file}"
         try:
             if file.stat().st_mode & 0o077:
-                raise UserError(f"{where}: others can read it; chmod 600 it")
+                raise UserError(f"{where}: other users can read the file; run chmod 600 on it")
             text = file.read_text()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{where}: cannot be read: {error}") from error
     if len(text.strip()) < _SHORTEST_KEY:
         raise UserError(
-            f"{where}: {'is empty' if not text.strip() else 'is too short'}; all nodes need the "
-            "same key, made with e.g. openssl rand -hex 32, in a file (--key-file) or in "
-            f"{KEY_VARIABLE}"
+            f"{where}: the key {'is missing' if not text.strip() else 'is too short'}; give all "
+            "nodes the same key (for example from openssl rand -hex 32), in a file (--key-file) or "
+            f"in {KEY_VARIABLE}"
         )
     return hashlib.blake2b(text.strip().encode(), digest_size=32).digest()

@@ -1,4 +1,4 @@
-"""The command that runs something on a server's machine: over the system's ssh, or here."""
+"""The command that runs a module on a server's machine: over the system's ssh, or locally."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from dance_jax.config import ServerSpec, SshTarget
 
 #: Seconds until a host that does not answer counts as unreachable.
 CONNECT_TIMEOUT_S = 10
-#: An established connection is asked for a sign of life this often, and lost after so many missed.
+#: Seconds between ssh keep-alives; number of missed ones after which the connection is lost.
 ALIVE_INTERVAL_S, ALIVE_COUNT = 1, 4
-#: ssh's own exit status: it could not connect, or the connection was lost.
+#: ssh's own exit status: connecting failed, or the connection was lost.
 SSH_FAILED = 255
 
 
 def server_command(
     server: ServerSpec, module: str, ssh_config: pathlib.Path | None = None
 ) -> list[str]:
-    """Arguments of a process that runs `python -m module` on the server's machine.
+    """The command line of a process that runs `python -m module` on the server's machine.
 
-    Standard input and output are the module's. Its exit status is passed on; a signal that ended
-    it there shows as 128 + its number.
+    Standard input and output are the module's. The exit status is passed on; a signal that ended
+    the module there is reported as 128 + its number.
 
     Args:
-        server: here if it has no `ssh`.
+        server: runs locally without `ssh`.
         module: dotted name.
         ssh_config: file for `ssh -F`.
     """
@@ -38,7 +38,7 @@ def server_command(
 
 
 def server_environment(server: ServerSpec) -> dict[str, str]:
-    """Environment of that process here: this one's, and this copy of the package is found."""
+    """Environment of the local process: this process's, plus the path of this package."""
     environment = dict(os.environ)
     if server.ssh is None:
         package_parent = str(pathlib.Path(__file__).resolve().parents[3])
@@ -50,7 +50,7 @@ def server_environment(server: ServerSpec) -> dict[str, str]:
 
 def _ssh(target: SshTarget, config: pathlib.Path | None) -> list[str]:
     options = {
-        "BatchMode": "yes",  # never a question, which nobody would see
+        "BatchMode": "yes",  # no prompts, which no user would see
         "ConnectTimeout": CONNECT_TIMEOUT_S,
         "ServerAliveInterval": ALIVE_INTERVAL_S,
         "ServerAliveCountMax": ALIVE_COUNT,
@@ -72,9 +72,8 @@ def _ssh(target: SshTarget, config: pathlib.Path | None) -> list[str]:
 
 
 def _quoted(command: Sequence[str]) -> str:
-    """One line for the login shell over there, which passes the words on as they are.
+    """Quote the command for the remote login shell, which passes the words on unchanged.
 
-    A shell of ours stays in between: sshd reports an exit status only, and it turns a signal
-    into one.
+    The inner shell turns a signal into an exit status, because sshd reports only exit statuses.
     """
     return shlex.join(["sh", "-c", '"$@"; exit $?', "sh", *command])

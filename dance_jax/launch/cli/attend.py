@@ -1,4 +1,4 @@
-"""Shows a service on the terminal, and ends it when somebody asks: with a signal, or two."""
+"""Show a service on the terminal and end it on a signal: the first drains, a second one stops."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from dance_jax.launch.cluster.service import Service
 
 
 def attend(service: Service, console: Console) -> None:
-    """Says where a started service is reached, and serves until a signal ends it.
+    """Print where a started service is reached, and serve until a signal ends it.
 
-    The first SIGTERM or Ctrl-C lets the servers finish what runs, the second Ctrl-C does not.
+    The first SIGTERM or Ctrl-C lets the servers finish running requests; a second Ctrl-C does not.
 
     Raises:
-        KeyboardInterrupt: that one.
+        KeyboardInterrupt: on the second Ctrl-C.
         ClusterError: a server failed.
     """
 
@@ -33,7 +33,7 @@ def attend(service: Service, console: Console) -> None:
 
 
 def greeting(service: Service) -> list[str]:
-    """Where each server is reached, and how."""
+    """Lines that tell the user where each server is reached, and how."""
     names, urls, options = service.spec.names, service.urls, service.options
     width = max(map(len, names))
     lines = [
@@ -45,12 +45,15 @@ def greeting(service: Service) -> list[str]:
         f"curl {urls[0]}/v1/completions{key} -H 'Content-Type: application/json' "
         """-d '{"prompt": "Once upon a time", "max_tokens": 32}'"""
     )
-    lines.append("Ctrl-C finishes what runs and ends all servers; a second one ends them at once")
+    lines.append(
+        "Ctrl-C finishes running requests, then stops all servers; a second Ctrl-C stops them at "
+        "once"
+    )
     return lines
 
 
 def _where(service: Service, rank: int) -> str:
-    """A server that listens on its loopback interface is there for its own machine alone."""
+    """Name the machine of a server that listens on its loopback interface only."""
     server, bind = service.spec.servers[rank], service.options.bind
     alone = bind in ("localhost", "::1") or bind.startswith("127.")
     return f" (on {server.ssh or server.address})" if alone and server.ssh else ""
@@ -58,7 +61,7 @@ def _where(service: Service, rank: int) -> str:
 
 @contextmanager
 def _draining(service: Service) -> Iterator[None]:
-    """Within, signals drain the service."""
+    """Drain the service on a signal within the block."""
     asked: list[int] = []
 
     def drain(number: int, frame: types.FrameType | None) -> None:

@@ -24,17 +24,17 @@ from dance_jax.placement.policies import DEFAULT_POLICY, POLICIES
 
 #: The command's name in its help.
 PROG = "python -m dance_jax.launch"
-#: Output tokens of a prompt of a batch that names none.
+#: Output tokens of a batch prompt that does not set max_tokens.
 BATCH_TOKENS = 128
 _BATCH = ("output", "max_tokens", "save_activations")
 
 
 def parser(prog: str = PROG) -> argparse.ArgumentParser:
-    """The command line."""
+    """The parser of the command line."""
     parser = argparse.ArgumentParser(
         prog=prog,
-        description="Starts the servers of a hosts file. Each serves OpenAI's API over HTTP; with "
-        "--prompts they run these instead, and end.",
+        description="Starts the servers of a hosts file. Each server offers OpenAI's API over "
+        "HTTP; with --prompts, the servers run a batch of prompts instead and then exit.",
     )
     path = pathlib.Path
     parser.add_argument("--version", action="version", version=f"dance_jax {version('dance-jax')}")
@@ -42,11 +42,14 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
         "--config",
         type=path,
         metavar="FILE",
-        help='TOML file of options, without --, e.g. hosts = "hosts.txt"; the command line goes '
-        "first",
+        help='TOML file of options without the --, e.g. hosts = "hosts.txt"; options on the '
+        "command line take precedence",
     )
     parser.add_argument(
-        "--hosts", type=path, required=True, help="servers, one a line: name key=value ..."
+        "--hosts",
+        type=path,
+        required=True,
+        help="hosts file with one server per line: name key=value ...",
     )
     parser.add_argument(
         "--model",
@@ -59,33 +62,41 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
         metavar="NAME",
         choices=tuple(POLICIES),
         default=DEFAULT_POLICY,
-        help=f"where experts go: {', '.join(POLICIES)} (%(default)s)",
+        help=f"placement policy: {', '.join(POLICIES)} (%(default)s)",
     )
     parser.add_argument(
-        "--activations", type=path, help="npz file of expert counts and routes per server"
+        "--activations",
+        type=path,
+        help="npz file of expert counts and routes per server, used by the placement policy",
     )
-    parser.add_argument("--dry-run", action="store_true", help="print the plan and start nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the plan without starting servers"
+    )
     _add_fields(parser, EngineOptions)
     parser.add_argument(
-        "--cache-dir", type=path, help=f"converted models, compiled steps ({default_cache_dir()})"
+        "--cache-dir",
+        type=path,
+        help=f"directory for converted models and compiled steps ({default_cache_dir()})",
     )
-    parser.add_argument("--log-dir", type=path, help="keep each server's log here as NAME.log")
+    parser.add_argument(
+        "--log-dir", type=path, help="keep each server's log in this directory as NAME.log"
+    )
     parser.add_argument(
         "--trace",
         type=path,
         metavar="FILE",
-        help="write when steps and expert calls did what, for https://ui.perfetto.dev; 256 MiB at "
-        "most",
+        help="write a trace of all steps and expert calls, for https://ui.perfetto.dev; at most "
+        "256 MiB",
     )
     _add_fields(parser.add_argument_group("serving (without --prompts)"), ServeOptions)
     _add_fields(parser.add_argument_group("moving experts while serving"), RebalanceOptions)
-    _add_batch_options(parser.add_argument_group("a batch instead"))
+    _add_batch_options(parser.add_argument_group("running a batch (with --prompts)"))
     _add_network_options(parser.add_argument_group("servers on other machines"))
     return parser
 
 
 def parse(arguments: Sequence[str] | None = None, prog: str = PROG) -> argparse.Namespace:
-    """The options of the command line, and of the file that it names with --config.
+    """Parse the command line and the file it names with --config.
 
     Raises:
         UserError: the file cannot be read, or an option in it is unknown or wrong.
@@ -102,7 +113,7 @@ def parse(arguments: Sequence[str] | None = None, prog: str = PROG) -> argparse.
 
 
 def _config_file(path: pathlib.Path, command_line: argparse.ArgumentParser) -> dict[str, Any]:
-    """Values of a TOML file's options, by the names that argparse gives them."""
+    """Read the options of a TOML file, keyed by argparse's names."""
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
@@ -116,14 +127,14 @@ def _config_file(path: pathlib.Path, command_line: argparse.ArgumentParser) -> d
     for key, value in content.items():
         where, action = f"--config {path}: {key}", actions.get(key.replace("_", "-"))
         if action is None:
-            raise UserError(f"{where}: there is no such option; there are {', '.join(actions)}")
+            raise UserError(f"{where}: unknown option; the options are {', '.join(actions)}")
         if action.nargs == 0:
             if not isinstance(value, bool):
-                raise UserError(f"{where}: true or false is needed")
+                raise UserError(f"{where}: must be true or false")
             found[action.dest] = value or action.default
             continue
         if isinstance(value, bool) or not isinstance(value, str | int | float):
-            raise UserError(f"{where}: text or a number is needed")
+            raise UserError(f"{where}: must be a string or a number")
         try:
             found[action.dest] = command_line._get_value(action, str(value))
             command_line._check_value(action, found[action.dest])
@@ -133,9 +144,9 @@ def _config_file(path: pathlib.Path, command_line: argparse.ArgumentParser) -> d
 
 
 def _add_fields(group: argparse._ActionsContainer, options: type) -> None:
-    """Adds an option for each field of a dataclass that was made with `option`.
+    """Add an option for each field of a dataclass that was declared with `option`.
 
-    None of them has a default here, so that it shows which were given (`given`).
+    The argparse defaults stay None, so that `given` can tell which options the user set.
     """
     for field in dataclasses.fields(options):
         meta = field.metadata
@@ -157,7 +168,7 @@ def _shown(default: Any) -> str:
 
 
 def given(options: argparse.Namespace, kind: type) -> dict[str, Any]:
-    """Fields of a dataclass of options that the user gave."""
+    """The fields of an options dataclass that the user set."""
     found = {
         field.name: getattr(options, _flag(field)[2:].replace("-", "_"))
         for field in dataclasses.fields(kind)
@@ -167,74 +178,86 @@ def given(options: argparse.Namespace, kind: type) -> dict[str, Any]:
 
 def _add_batch_options(group: argparse._ArgumentGroup) -> None:
     path = pathlib.Path
-    group.add_argument("--prompts", type=path, help="JSON Lines of prompts")
-    group.add_argument("--output", type=path, help="JSON Lines of completions, in input order")
+    group.add_argument(
+        "--prompts", type=path, help="JSON Lines file of prompts; runs them as a batch, then exits"
+    )
+    group.add_argument(
+        "--output", type=path, help="JSON Lines file for the completions, in input order"
+    )
     group.add_argument(
         "--max-tokens",
         type=_count,
-        help=f"of prompts that name none (default: {BATCH_TOKENS})",
+        help=f"output tokens of prompts without max_tokens (default: {BATCH_TOKENS})",
     )
     group.add_argument(
-        "--save-activations", type=path, help="write the run's expert counts and routes here"
+        "--save-activations", type=path, help="npz file for the run's expert counts and routes"
     )
 
 
 def _add_network_options(group: argparse._ArgumentGroup) -> None:
     path = pathlib.Path
     group.add_argument(
-        "--preflight", action="store_true", help="check every server and link, and start nothing"
+        "--preflight",
+        action="store_true",
+        help="check every server and link, without starting servers",
     )
-    group.add_argument("--ssh-config", type=path, metavar="FILE", help="for ssh -F")
+    group.add_argument(
+        "--ssh-config", type=path, metavar="FILE", help="ssh configuration file (ssh -F)"
+    )
     group.add_argument(
         "--control-address",
         metavar="ADDRESS",
-        help="of this machine, where the servers reach it (default: where ssh comes from)",
+        help="address of this machine that the servers connect to (default: the one that ssh "
+        "connects from)",
     )
     group.add_argument(
-        "--control-port", type=_port, default=0, help="of this machine (default: a free one)"
+        "--control-port",
+        type=_port,
+        default=0,
+        help="port of this machine that the servers connect to (default: a free port)",
     )
     group.add_argument(
         "--coordinator-port",
         type=_port,
         default=0,
-        help="of the first server's jax.distributed (default: a free one)",
+        help="port of jax.distributed on the first server (default: a free port)",
     )
     group.add_argument(
         "--node-rank",
         type=_rank,
         metavar="N",
-        help="run server N (from 0) of the file here, without ssh; 0 also launches. "
-        "Taken from Slurm or Open MPI inside their jobs",
+        help="run server N (from 0) of the hosts file on this machine, without ssh; node 0 also "
+        "runs the launcher. Inside Slurm and Open MPI jobs, taken from the job",
     )
     group.add_argument(
         "--key-file",
         type=path,
         metavar="FILE",
-        help=f"the launch's key, with --node-rank; or set {KEY_VARIABLE}",
+        help=f"file with the launch's key, for --node-rank; or set {KEY_VARIABLE}",
     )
 
 
 def _port(text: str) -> int:
     if not text.isascii() or not text.isdigit() or not 0 < int(text[:9]) < 65536:
-        raise argparse.ArgumentTypeError(f"{text!r} is no TCP port")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a TCP port (1 to 65535)")
     return int(text)
 
 
 def _rank(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text[:9]) > 30:
-        raise argparse.ArgumentTypeError(f"{text!r} is no server's number; the first is 0")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a server number (0 to 30)")
     return int(text)
 
 
 def _count(text: str) -> int:
     if not text.isascii() or not text.isdigit() or not 1 <= int(text[:20]) <= MAX_TOKENS:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 to {MAX_TOKENS}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to {MAX_TOKENS}")
     return int(text)
 
 
 def _seconds(text: str) -> float:
     if not re.fullmatch(r"[0-9]{1,5}(\.[0-9]{1,3})?", text, re.ASCII):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds, 0 to 99999")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds (0 to 99999)")
     return float(text)
 
 
@@ -245,7 +268,7 @@ def _size(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
-#: By `config.option`'s kind.
+#: Parsers of option values, by the `kind` of `config.option`.
 _KINDS: dict[str, Callable[[str], Any]] = {
     "": str,
     "int": int,
@@ -258,10 +281,10 @@ _KINDS: dict[str, Callable[[str], Any]] = {
 
 
 def check_mode(options: argparse.Namespace) -> None:
-    """No option is given that the others leave without effect.
+    """Check that no option is given which the chosen mode ignores.
 
     Raises:
-        UserError: naming both.
+        UserError: names the option and the mode.
     """
     if options.prompts is None:
         for name in _BATCH:
@@ -272,45 +295,47 @@ def check_mode(options: argparse.Namespace) -> None:
         for field in dataclasses.fields(kind):
             if field.name in given(options, kind):
                 raise UserError(
-                    f"{_flag(field)} is for serving and --prompts runs a batch: leave one"
+                    f"{_flag(field)} applies to serving, but --prompts runs a batch: remove one "
+                    "of them"
                 )
 
 
 def engine_options(options: argparse.Namespace) -> EngineOptions:
-    """What is chosen of the engines."""
+    """The engine options that the user set."""
     return EngineOptions(**given(options, EngineOptions))
 
 
 def serve_options(options: argparse.Namespace) -> ServeOptions:
-    """How to serve.
+    """The options of serving.
 
     Raises:
-        UserError: a key that no request can carry, or more ports than there are.
+        UserError: the API key has characters that no request can carry, or the served model name
+            is empty.
     """
     found, where = given(options, ServeOptions), "--api-key"
     if "api_key" not in found:
         found["api_key"], where = os.environ.get(API_KEY_VARIABLE) or None, API_KEY_VARIABLE
     if found["api_key"] is not None and not re.fullmatch(r"[!-~]+", found["api_key"]):
-        raise UserError(f"{where}: visible ASCII characters are needed, without spaces")
+        raise UserError(f"{where}: the key must be visible ASCII characters without spaces")
     if found.get("served_model_name") == "":
-        raise UserError("--served-model-name: is empty; requests need a name")
+        raise UserError("--served-model-name: is empty; requests need a model name")
     model = options.model
     usual = {"served_model_name": "demo" if model is None else served_name(model)}
     return ServeOptions(**(usual | found))
 
 
 def rebalance_options(options: argparse.Namespace) -> RebalanceOptions:
-    """When experts move.
+    """The options of rebalancing.
 
     Raises:
-        UserError: what is to be kept cannot be kept there.
+        UserError: --state-dir cannot be created or written to.
     """
     found = RebalanceOptions(**given(options, RebalanceOptions))
     if found.state_dir is not None:
         try:
             os.makedirs(found.state_dir, exist_ok=True)
         except OSError as error:
-            raise UserError(f"--state-dir {found.state_dir}: cannot be made: {error}") from error
+            raise UserError(f"--state-dir {found.state_dir}: cannot be created: {error}") from error
         if not os.access(found.state_dir, os.W_OK | os.X_OK):
             raise UserError(f"--state-dir {found.state_dir}: cannot be written to")
     return found if found.half_life_s else dataclasses.replace(found, half_life_s=None)

@@ -1,4 +1,4 @@
-"""Prompt files in and result files out, both JSON Lines."""
+"""Read prompt files and write result files, both JSON Lines."""
 
 from __future__ import annotations
 
@@ -32,18 +32,19 @@ class Prompt:
 
 
 def read_prompts(path: str | os.PathLike[str], spec: ClusterSpec, max_tokens: int) -> list[Prompt]:
-    """Reads `{"prompt", "server"?, "max_tokens"?, "temperature"?}` a line; blank lines are skipped.
+    """Read a file with one prompt per line.
 
-    Prompts without a server go round the servers, in the order of both files.
+    A line is `{"prompt", "server"?, "max_tokens"?, "temperature"?}`; blank lines are skipped.
+    Prompts without a server go to the servers in turn, in the order of both files.
 
     Args:
         path: the file.
         spec: the servers.
-        max_tokens: of lines that name none.
+        max_tokens: output tokens of lines without max_tokens.
 
     Raises:
-        UserError: the file cannot be read, has no prompt, or a line is wrong; the message has
-            file, line and field.
+        UserError: the file cannot be read, has no prompt, or a line is wrong; the message names
+            the file, line and field.
     """
     try:
         text = pathlib.Path(path).read_text(encoding="utf-8-sig")
@@ -71,7 +72,9 @@ def read_prompts(path: str | os.PathLike[str], spec: ClusterSpec, max_tokens: in
             )
         )
     if not prompts:
-        raise UserError(f'{path}: no prompt; write one a line, e.g. {{"prompt": "..."}}')
+        raise UserError(
+            f'{path}: has no prompts; write one prompt per line, e.g. {{"prompt": "..."}}'
+        )
     return prompts
 
 
@@ -95,10 +98,10 @@ def _fields(line: str, where: str) -> dict[str, Any]:
     except RecursionError as error:
         raise UserError(f"{where}: not a prompt: nested too deeply") from error
     if not isinstance(fields, dict):
-        raise UserError(f'{where}: an object is needed, e.g. {{"prompt": "..."}}')
+        raise UserError(f'{where}: must be an object, e.g. {{"prompt": "..."}}')
     for key in fields:
         if key not in KEYS:
-            raise UserError(f"{where}: {key}: unknown key; there are {', '.join(KEYS)}")
+            raise UserError(f"{where}: {key}: unknown key; the keys are {', '.join(KEYS)}")
     return fields
 
 
@@ -107,15 +110,17 @@ def _text(fields: dict[str, Any], where: str) -> str:
         raise UserError(f"{where}: prompt: missing")
     text = fields["prompt"]
     if not isinstance(text, str):
-        raise UserError(f"{where}: prompt: a string is needed, not {text!r}")
+        raise UserError(f"{where}: prompt: must be a string, not {text!r}")
     if any("\ud800" <= char <= "\udfff" for char in text):
-        raise UserError(f"{where}: prompt: half of a surrogate pair, which is no character")
+        raise UserError(f"{where}: prompt: contains half of a surrogate pair (not a character)")
     return text
 
 
 def _rank(name: Any, spec: ClusterSpec, where: str) -> int:
     if not isinstance(name, str) or name not in spec.names:
-        raise UserError(f"{where}: server: {name!r} is none of {', '.join(spec.names)}")
+        raise UserError(
+            f"{where}: server: {name!r} is unknown; the servers are {', '.join(spec.names)}"
+        )
     return spec.names.index(name)
 
 
@@ -123,7 +128,7 @@ def _max_tokens(value: Any, where: str) -> int:
     whole = isinstance(value, int) and not isinstance(value, bool)
     if not whole or not 1 <= value <= MAX_TOKENS:
         raise UserError(
-            f"{where}: max_tokens: a whole number from 1 to {MAX_TOKENS} is needed, not {value!r}"
+            f"{where}: max_tokens: must be a whole number from 1 to {MAX_TOKENS}, not {value!r}"
         )
     return value
 
@@ -131,12 +136,12 @@ def _max_tokens(value: Any, where: str) -> int:
 def _temperature(value: Any, where: str) -> float:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not 0 <= value <= sys.float_info.max:
-        raise UserError(f"{where}: temperature: a number of at least 0 is needed, not {value!r}")
+        raise UserError(f"{where}: temperature: must be a number of at least 0, not {value!r}")
     return float(value)
 
 
 def check_writable(path: str | os.PathLike[str], option: str) -> None:
-    """Finds out before a run whether its result can be written.
+    """Check before a run that its result can be written.
 
     Raises:
         UserError: the path is a directory, or its folder is missing or not writable.
@@ -145,28 +150,28 @@ def check_writable(path: str | os.PathLike[str], option: str) -> None:
     folder = path.absolute().parent
     if path.is_dir():
         raise UserError(f"{option} {path}: is a directory; name a file")
-    if _is_special(path):  # it is written to, not replaced
+    if _is_special(path):  # written to in place, not replaced
         if not os.access(path, os.W_OK):
             raise UserError(f"{option} {path}: is not writable")
         return
     if not folder.is_dir():
-        raise UserError(f"{option} {path}: there is no folder {folder}")
+        raise UserError(f"{option} {path}: the folder {folder} does not exist")
     if not os.access(folder, os.W_OK):
         raise UserError(f"{option} {path}: the folder {folder} is not writable")
 
 
 def _is_special(path: pathlib.Path) -> bool:
-    """A device or a pipe."""
+    """Whether the path is a device or a pipe."""
     return path.exists() and not path.is_file() and not path.is_dir()
 
 
 def same_file(path: pathlib.Path, other: pathlib.Path) -> bool:
-    """Both name one file; two results may go to one device."""
+    """Whether both paths name one file; two results may go to the same device or pipe."""
     return not _is_special(path) and path.resolve() == other.resolve()
 
 
 def write_results(path: str | os.PathLike[str], results: Iterable[dict[str, Any]]) -> None:
-    """Writes one JSON object a line; the file appears whole or not at all."""
+    """Write one JSON object per line; the file appears whole or not at all."""
     with whole_file(path) as file:
         for result in results:
             file.write((json.dumps(result, ensure_ascii=False) + "\n").encode())

@@ -1,4 +1,4 @@
-"""Tables: the plan before a run, the summary after it."""
+"""Tables: the plan before a run and the summary after it."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from rich.text import Text
 from dance_jax.launch.cli.run import RunResult
 from dance_jax.launch.planning.plan import Plan, format_bytes
 
-#: With more MoE layers than this the plan shows the least and the most of them.
+#: With more MoE layers than this, the plan shows only the minimum and maximum over layers.
 _LAYERS_SHOWN = 12
 
 
 def print_plan(console: Console, plan: Plan) -> None:
-    """Per server: devices, memory and slots of each, experts per layer, predicted local share."""
+    """Print each server's devices, memory, slots, experts per layer and predicted local share."""
     layers = plan.placement.resident.shape[1]
     listed = layers <= _LAYERS_SHOWN
     table = Table(
@@ -30,7 +30,7 @@ def print_plan(console: Console, plan: Plan) -> None:
     columns = ("devices", "trunk", "KV cache", *["states"] * states, "experts", "slots", "spare")
     for column in columns:
         table.add_column(column, justify="right")
-    table.add_column("resident per layer" if listed else "resident per layer (least-most)")
+    table.add_column("resident per layer" if listed else "resident per layer (min-max)")
     table.add_column("local share", justify="right")
     for server in plan.servers:
         least, most = min(server.resident), max(server.resident)
@@ -49,8 +49,8 @@ def print_plan(console: Console, plan: Plan) -> None:
     console.print(table)
     console.print(
         Text(
-            f"{', '.join(columns[1:-2])} and slots are per device, of which spare ones stay empty "
-            f"so that experts can move; predicted local share of all expert calls: "
+            f"{', '.join(columns[1:-2])} and slots are per device; spare slots stay empty so that "
+            f"experts can move. Predicted local share of all expert calls: "
             f"{plan.local_share:.3f}"
         ),
         soft_wrap=True,
@@ -63,7 +63,7 @@ def print_plan(console: Console, plan: Plan) -> None:
 
 
 def print_summary(console: Console, result: RunResult) -> None:
-    """Throughput, latencies, locality, bytes per link and memory of one run."""
+    """Print throughput, latencies, locality, bytes per link and memory of a run."""
     outputs = result.outputs
     failed = sum(output.outputs[0].finish_reason == "error" for output in outputs)
     ran = [output for output in outputs if output.outputs[0].finish_reason != "error"]
@@ -94,7 +94,7 @@ def print_summary(console: Console, result: RunResult) -> None:
 
 
 def plan_note(result: RunResult) -> str:
-    """How the plan's prediction relates to what was measured."""
+    """The plan's predicted local share, to print beside the measured one."""
     return f"{result.plan.local_share:.3f} predicted"
 
 
@@ -108,7 +108,7 @@ def latency(seconds: Sequence[float | None]) -> str:
 
 
 def bytes_table(result: RunResult) -> Table:
-    """Bytes of each directed pair of servers."""
+    """Table of the bytes sent by each server to each other server."""
     names = result.plan.spec.names
     table = Table(title="Bytes sent", title_justify="left")
     table.add_column("from \\ to")

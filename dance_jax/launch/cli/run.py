@@ -1,4 +1,4 @@
-"""Runs prompts on a started cluster and keeps what a summary needs."""
+"""Run prompts on a started cluster and keep what the summary needs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dance_jax.placement.activations import Activations
 if TYPE_CHECKING:
     from dance_jax.engine.report import EngineStats
 
-#: Called with (prompt, delta) as outputs come.
+#: Called with (prompt, delta) as outputs arrive.
 DeltaCallback = Callable[[Prompt, OutputDelta], None]
 
 
@@ -74,7 +74,7 @@ class RunResult:
     traffic: RunTraffic
     #: Seconds from the first request to the last output.
     seconds: float
-    #: time.monotonic() of the first token of all; None: there was none.
+    #: time.monotonic() of the very first token; None if no token was generated.
     first_token: float | None
 
     @property
@@ -83,7 +83,7 @@ class RunResult:
         return self.plan.placement.local_share(self.traffic.counts)
 
     def activations(self, model: str) -> Activations:
-        """Statistics of this run's tokens for the placement of later ones.
+        """Statistics of this run's tokens, for later placements.
 
         Args:
             model: the checkpoint's `source`.
@@ -99,17 +99,17 @@ def run_prompts(
     prompts: Sequence[Prompt],
     on_delta: DeltaCallback = lambda prompt, delta: None,
 ) -> RunResult:
-    """Runs prompts on their servers.
+    """Run prompts on their servers.
 
-    A prompt that cannot run (it is longer than the context, or empty) ends with finish_reason
+    A prompt that cannot run (it is empty, or longer than the context) ends with finish_reason
     "error" and the reason in stop_reason; the others run.
 
     Args:
-        cluster: started.
-        plan: what it was started with.
+        cluster: a started cluster.
+        plan: the plan that the cluster was started with.
         tokenizer: of the model.
-        prompts: to run; all at once.
-        on_delta: told of everything that comes, as it comes.
+        prompts: all of them run at the same time.
+        on_delta: called with every delta as it arrives.
 
     Raises:
         ClusterError: a server failed.
@@ -161,7 +161,7 @@ def gather(stats: Sequence[EngineStats]) -> RunTraffic:
 
 
 def result_lines(result: RunResult) -> list[dict[str, Any]]:
-    """What --output writes, in the order of the prompts; "error" only where there was one."""
+    """The lines of --output, in the order of the prompts; "error" only for failed prompts."""
     lines = []
     for prompt, output in zip(result.prompts, result.outputs, strict=True):
         sample = output.outputs[0]

@@ -1,4 +1,4 @@
-"""Shows on the terminal what servers do: their start, and completions as they grow."""
+"""Show the start of the servers and the growing completions on the terminal."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from dance_jax.engine.sequence import OutputDelta
 from dance_jax.launch.cli.prompts import Prompt
 
 _COLOURS = ("cyan", "green", "magenta", "yellow", "blue", "red")
-#: Characters of a line after which it is broken at a space.
+#: Characters after which a line is broken at a space.
 _WIDTH = 88
 
 
 def printable(text: str) -> str:
-    """Text without characters that steer a terminal; line feeds and tabs stay.
+    """Replace characters that control a terminal; line feeds and tabs stay.
 
     >>> printable("a" + chr(27) + "[2Jb")
     'a\ufffd[2Jb'
@@ -33,7 +33,7 @@ def printable(text: str) -> str:
 
 
 class Startup:
-    """One line per server and stage; on a terminal, one growing line per server.
+    """Progress of the start: on a terminal one growing line per server, else one line per stage.
 
     A context manager; `update` fits `Cluster.start`.
     """
@@ -57,7 +57,7 @@ class Startup:
             self._live.stop()
 
     def update(self, name: str, stage: str, done: int, total: int) -> None:
-        """A server has done `done` of `total` parts of a stage."""
+        """Show that a server has done `done` of `total` parts of a stage."""
         seconds = time.monotonic() - self._began
         text = f"{stage} {done} of {total}" if total else stage
         changed = self._state[name] != text
@@ -79,9 +79,9 @@ class Startup:
 
 
 class Stream:
-    """Completions line by line, each line with its server and prompt number.
+    """Show completions line by line, each line with its server and prompt number.
 
-    Lines of requests that run at once interleave whole; on a terminal the unfinished ends grow
+    Lines of concurrent requests interleave as whole lines; on a terminal, unfinished lines grow
     below them. A context manager; `update` fits `run_prompts`.
     """
 
@@ -90,7 +90,7 @@ class Stream:
         self._names = names
         self._name_width = max(map(len, names), default=0)
         self._number_width = len(str(max((p.index for p in prompts), default=0)))
-        #: Text of running requests that is not printed yet, by prompt number.
+        #: Prompt and text not printed yet of running requests, by prompt number.
         self._open: dict[int, tuple[Prompt, str]] = {}
         self._live = (
             Live(console=console, refresh_per_second=8, transient=True, get_renderable=self._view)
@@ -111,7 +111,7 @@ class Stream:
         self._open.clear()
 
     def update(self, prompt: Prompt, delta: OutputDelta) -> None:
-        """A completion has grown or ended."""
+        """Show that a completion has grown or ended."""
         _, text = self._open.get(prompt.index, (prompt, ""))
         lines, rest = _cut(text + printable(delta.text))
         for line in lines:
@@ -137,7 +137,7 @@ class Stream:
         return Text.assemble((head, _colour(prompt.rank)), (" | ", "dim"), (text, style))
 
     def _view(self) -> Group:
-        # The newest, as many as fit; Live must not outgrow the screen.
+        # The newest requests, as many as fit; Live must not outgrow the screen.
         room = max(1, self._console.size.height - 2)
         running = list(self._open.values())[-room:]
         lines = [self._line(prompt, text, "italic") for prompt, text in running]
@@ -147,7 +147,7 @@ class Stream:
 
 
 def _cut(text: str) -> tuple[list[str], str]:
-    """Whole lines, long ones broken at a space, and the unfinished rest."""
+    """Split text into whole lines (long lines broken at a space) and the unfinished rest."""
     *lines, rest = text.split("\n")
     out = []
     for line in lines:
@@ -172,7 +172,7 @@ def _colour(number: int) -> str:
 
 @contextlib.contextmanager
 def placing(console: Console, policy: str) -> Iterator[None]:
-    """Says that a policy works, which may take a while."""
+    """Show that a placement policy is running, which may take a while."""
     text = Text(f"placing experts ({policy})")
     if console.is_terminal:
         with console.status(text):
@@ -183,10 +183,10 @@ def placing(console: Console, policy: str) -> Iterator[None]:
 
 
 def download(console: Console) -> Callable[[str, int, int], None] | None:
-    """Make a progress function for `hub.resolve`: a line per file.
+    """Make a progress function for `hub.resolve` that prints a line per file.
 
     Returns:
-        None on a terminal, where the library that downloads shows bars of its own.
+        None on a terminal, where the download library shows its own bars.
     """
     if console.is_terminal:
         return None
@@ -197,7 +197,7 @@ def download(console: Console) -> Callable[[str, int, int], None] | None:
 
 @contextlib.contextmanager
 def conversion(console: Console) -> Iterator:
-    """Yields a progress function for `ensure_converted` that shows a line when it works."""
+    """Yield a progress function for `ensure_converted` that shows a line while converting."""
     shown = ""
 
     def progress(text: str, done: int, total: int) -> None:

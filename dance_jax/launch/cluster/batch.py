@@ -1,4 +1,4 @@
-"""A cluster for batches: the parent of one engine per server, which hands out work and outputs."""
+"""A cluster for batches: the parent of one engine per server, which distributes requests."""
 
 from __future__ import annotations
 
@@ -17,38 +17,38 @@ from dance_jax.launch.control import protocol
 if TYPE_CHECKING:
     from dance_jax.engine.report import EngineStats
 
-#: Seconds an aborted batch has to end before the engines are ended instead.
+#: Seconds for an aborted batch to end before the engines are stopped.
 ABORT_TIMEOUT_S = 5.0
 
 
 class Cluster(Fleet):
-    """All servers of a hosts file, each an engine process here or, over ssh, elsewhere.
+    """The servers of a hosts file, each an engine process on this machine or over ssh.
 
-    See `Fleet` for its arguments.
+    See `Fleet` for the arguments.
     """
 
     module = "dance_jax.launch.worker.main"
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        #: Of the last batch, by rank.
+        #: By rank, as of the last batch.
         self._stats: dict[int, EngineStats] = {}
         self._stopped_by = ""
 
     def generate(
         self, requests: Iterable[tuple[int, Request]]
     ) -> Iterator[tuple[int, OutputDelta]]:
-        """Runs requests on their servers, all servers together, until all are finished.
+        """Run requests on their servers, all servers at the same time, until all have finished.
 
         Args:
             requests: (rank of the server, request).
 
         Yields:
-            (rank, delta) as the servers send them. An iterator that is closed early aborts
-            what still runs.
+            (rank, delta) as the servers send them. Closing the iterator early aborts the
+            remaining requests.
 
         Raises:
-            ClusterError: a server failed; all are stopped.
+            ClusterError: a server failed; all servers are stopped.
         """
         if not self.started:
             why = f": it was stopped by {self._stopped_by}" if self._stopped_by else ""
@@ -56,7 +56,7 @@ class Cluster(Fleet):
         batches: list[list[Request]] = [[] for _ in self.spec.servers]
         for rank, request in requests:
             batches[rank].append(request)
-        # All of them first: what cannot be encoded must not leave the servers with half of it.
+        # Encode all batches first, so that an encoding error leaves no server with requests.
         work = [protocol.encode(protocol.Submit(batch)) for batch in batches]
         running = _Samples(batches)
         try:
@@ -91,8 +91,8 @@ class Cluster(Fleet):
         return deltas
 
     def _count(self) -> None:
-        """Asks all servers for their statistics."""
-        # Not above: it brings JAX along.
+        """Fetch the statistics of all servers."""
+        # Imported here, because it imports JAX.
         from dance_jax.engine.report import EngineStats
 
         self._send_all(protocol.AskStats())
@@ -104,7 +104,7 @@ class Cluster(Fleet):
                     missing.discard(rank)
 
     def _abort(self, running: _Samples) -> None:
-        """Ends a batch early; a cluster that does not manage to is stopped."""
+        """Abort a batch; stops the cluster if the batch does not end in time."""
         deadline = time.monotonic() + ABORT_TIMEOUT_S
         with contextlib.suppress(ClusterError, UserError):
             self._send_all(protocol.Abort())
@@ -117,7 +117,7 @@ class Cluster(Fleet):
 
 
 class _Samples:
-    """Samples of a batch that have not ended.
+    """Counts the samples of a batch that have not finished.
 
     Args:
         batches: requests by server.

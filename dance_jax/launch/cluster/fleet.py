@@ -1,8 +1,8 @@
-"""All processes of a launch, one per server: started, talked to, watched and ended together.
+"""The processes of a launch, one per server: start them, talk to them, watch and end them.
 
-What they run differs: engines for a batch (`cluster`), front ends for a service (`service`). This
-process computes nothing with JAX: when an engine dies, JAX takes all processes of its job along,
-and somebody must be left to say which server it was.
+Subclasses run different processes: engines for a batch (`batch`), front ends for a service
+(`service`). This process computes nothing with JAX: when an engine dies, JAX ends all processes of
+its job, and the launcher must survive to report which server failed.
 """
 
 from __future__ import annotations
@@ -43,12 +43,13 @@ if TYPE_CHECKING:
 
 _Event = TypeVar("_Event", bound=msgspec.Struct)
 
-#: Called with (server's name, stage, parts done, parts in all or 0).
+#: Called with (server's name, stage, parts done, total parts or 0 if unknown).
 StartCallback = Callable[[str, str, int, int], None]
 
-#: Seconds until every started process must have called back, and, once all are prepared, joined.
+#: Seconds until every started process must have called back; seconds until all prepared servers
+#: must have joined.
 CALL_TIMEOUT_S, JOIN_TIMEOUT_S = 60.0, 180.0
-#: Seconds in which, after a first failure, others are gathered to find the one that caused them.
+#: Seconds in which further failures are collected after the first, to find their common cause.
 CAUSE_WINDOW_S = 0.7
 
 
@@ -57,29 +58,30 @@ class ClusterError(RuntimeError):
 
 
 class Fleet(abc.ABC):
-    """The processes of all servers of a hosts file, here or, over ssh, elsewhere.
+    """The processes of all servers of a hosts file, on this machine or over ssh.
 
-    A context manager: `with Cluster(...) as cluster` starts and, however the block ends, stops
-    them. If this process is killed, or the network to it breaks, they notice and end.
+    A context manager: `with Cluster(...) as cluster` starts the processes and always stops them.
+    If this process is killed or the network to it breaks, the server processes end by themselves.
 
     Args:
         spec: the servers.
-        checkpoint: the model, converted, on this machine.
-        layout: which expert is on which device and slot.
+        checkpoint: the converted model on this machine.
+        layout: device and slot of every expert.
         config: of all engines.
-        model: the model's directory on other machines, or its name on the hub, where a server
-            names none of its own; None: the demo model.
-        log_dir: keeps each server's log as NAME.log; None: logs are removed at the end.
-        cache_dir: converted models and compiled steps are kept under it; None: nowhere (other
-            machines then use their own default).
-        progress: told what each server does while it starts.
+        model: the model's directory on other machines, or its name on the hub, for servers without
+            model=; None: the demo model.
+        log_dir: directory that keeps each server's log as NAME.log; None: logs are removed at the
+            end.
+        cache_dir: directory of converted models and compiled steps; None: no cache (other machines
+            then use their default).
+        progress: called with what each server does while it starts.
         network: how servers on other machines are reached.
-        trace: file in which to draw what all servers do and when; None: it is not recorded.
+        trace: file for a trace of all servers; None: no trace.
         nodes: launchers on other nodes, which hold all servers but the first; None: this process
-            starts all of them.
+            starts all servers.
     """
 
-    #: What a server's process runs, and whether SIGTERM lets it finish its requests first.
+    #: Module that a server's process runs, and whether SIGTERM drains the process first.
     module: ClassVar[str]
     drains: ClassVar[bool] = False
 
@@ -111,9 +113,9 @@ class Fleet(abc.ABC):
         self._trace_path = trace
         self._trace: TraceFile | None = None
         self.started = False
-        #: Each server steps on its own, and experts answer calls.
+        #: Each server steps on its own and answers calls to its experts.
         self.calls = config.exchange != "collectives"
-        #: Where the servers listen for each other, by rank; "": one starts anew.
+        #: By rank, where the servers listen for each other; "": the server is restarting.
         self._endpoints: list[str] = []
         self._processes: list[ServerHandle] = []
         #: Per server, the last event of each kind while it starts.
@@ -132,14 +134,14 @@ class Fleet(abc.ABC):
 
     @property
     def pids(self) -> list[int | None]:
-        """Ids of the servers' processes on their machines, in rank order."""
+        """Process ids of the servers on their machines, in rank order."""
         return [process.pid for process in self._processes]
 
     def start(self, progress: StartCallback | None = None) -> None:
-        """Starts all servers; returns when they are ready.
+        """Start all servers; returns when they are ready.
 
         Raises:
-            UserError: a server cannot load what it was given, or the trace cannot be written.
+            UserError: a server cannot load its model or options, or the trace cannot be written.
             ClusterError: a server failed.
         """
         if self._processes:
@@ -157,7 +159,7 @@ class Fleet(abc.ABC):
         self.started = True
 
     def stop(self) -> None:
-        """Ends all processes and removes everything this object made; may be called twice."""
+        """End all processes and remove everything this object made; may be called twice."""
         with self._stopping:
             self.started = False
             try:
@@ -210,8 +212,8 @@ class Fleet(abc.ABC):
             return self._listener.listen(network.control_addresses, network.control_port)
         except OSError as error:
             raise UserError(
-                f"this machine cannot listen for its servers: {error}; give --control-address and "
-                "--control-port"
+                f"this machine cannot listen for its servers: {error}; give another "
+                "--control-address or --control-port"
             ) from error
 
     def _beat(self, stop: threading.Event) -> None:
@@ -220,7 +222,7 @@ class Fleet(abc.ABC):
                 process.beat()
 
     def _process_setup(self, engine: protocol.Setup) -> msgspec.Struct:
-        """What a server's process reads from its standard input."""
+        """The setup that a server's process reads from its standard input."""
         return engine
 
     def _setup(self, rank: int, key: bytes, port: int) -> protocol.Setup:
@@ -234,7 +236,7 @@ class Fleet(abc.ABC):
             control = self._listener.private
             cache = None if self.cache_dir is None else str(self.cache_dir)
         else:
-            # Several: each server has seen another one of this machine's.
+            # With several addresses, each server saw a different one of this machine's.
             addresses = self.network.control_addresses
             host = addresses[0] if len(addresses) == 1 else protocol.SSH_CLIENT
             control = f"tcp://{bracketed(host)}:{port}"
@@ -267,24 +269,24 @@ class Fleet(abc.ABC):
         return model_files.pack(self.checkpoint.path)
 
     def _first_gpu(self, rank: int, neighbours: Sequence[int]) -> int:
-        """Servers of one machine that name no GPUs take its GPUs in their order."""
+        """First GPU of a server without gpus=: such servers share out a machine's GPUs in order."""
         before = [self.spec.servers[n] for n in neighbours if n < rank]
         return sum(each.devices for each in before if each.platform == "cuda" and not each.gpus)
 
     def _neighbours(self, rank: int) -> list[int]:
-        """Ranks of the servers on this one's machine, itself included."""
+        """Ranks of the servers on the same machine, including this one."""
         mine = self.spec.servers[rank]
         return [
             n
             for n, other in enumerate(self.spec.servers)
             if n == rank
             or (self.nodes is None and other.ssh == mine.ssh)
-            # They could not reach each other otherwise.
+            # Servers with loopback addresses reach each other, so they are on one machine.
             or is_loopback(other.address)
         ]
 
     def _bring_up(self) -> None:
-        """Waits until all processes have called back and their engines wait for requests."""
+        """Wait until all processes have called back and their engines are ready for requests."""
         ranks = range(len(self.spec.servers))
         self._gather(ranks, protocol.Hello, CALL_TIMEOUT_S, "did not call back")
         prepared = self._gather(ranks, protocol.Prepared)
@@ -304,17 +306,17 @@ class Fleet(abc.ABC):
         timeout_s: float = float("inf"),
         what: str = "",
     ) -> list[_Event]:
-        """Waits until each of these servers has sent an event of this kind while it starts.
+        """Wait until each of these servers has sent an event of this kind while starting.
 
         Raises:
-            ClusterError: one has not within the time: `what` it did not do.
+            ClusterError: a server has not in time; the message says `what` it did not do.
         """
         deadline = time.monotonic() + timeout_s
         while missing := [rank for rank in ranks if kind not in self._reached[rank]]:
             for rank, event in self._events():
                 process = self._processes[rank]
                 if protocol.Ready in self._reached[rank]:
-                    self._heard(rank, event)
+                    self._handle(rank, event)
                     continue
                 self._reached[rank][type(event)] = event
                 if isinstance(event, protocol.Progress):
@@ -327,21 +329,21 @@ class Fleet(abc.ABC):
                 raise self._error(missing[0], f"{what} within {timeout_s:.0f} s")
         return [self._reached[rank][kind] for rank in ranks]
 
-    def _heard(self, rank: int, event: Any) -> None:  # noqa: B027
-        """A server that is ready says something while others start."""
+    def _handle(self, rank: int, event: Any) -> None:  # noqa: B027
+        """Handle an event of a ready server while other servers start."""
 
-    # Talking.
+    # Messages.
 
     def _send_all(self, command: msgspec.Struct) -> None:
         for rank in range(len(self._processes)):
             self._send(rank, protocol.encode(command))
 
     def _send(self, rank: int, encoded: bytes) -> None:
-        if not self._sent(rank, encoded):
+        if not self._try_send(rank, encoded):
             self._raise_failure([rank])
 
-    def _sent(self, rank: int, encoded: bytes) -> bool:
-        """Whether a server's process could be told; not while it has no connection."""
+    def _try_send(self, rank: int, encoded: bytes) -> bool:
+        """Send a message; returns False if the server's process is not connected."""
         assert self._listener is not None
         try:
             self._listener.socket.send_multipart([b"server-%d" % rank, encoded])
@@ -353,13 +355,13 @@ class Fleet(abc.ABC):
 
     @abc.abstractmethod
     def _decode(self, rank: int, content: bytes) -> Any:
-        """An event of a server's process; None: it was dealt with."""
+        """Decode an event of a server's process; None: the event needs no further handling."""
 
     def _events(self) -> list[tuple[int, Any]]:
-        """What has come from the servers; waits a fifth of a second at most.
+        """Receive the servers' events, waiting at most a fifth of a second.
 
         Raises:
-            UserError, ClusterError: one failed.
+            UserError, ClusterError: a server failed.
         """
         events, failed = self._receive(200)
         failed += self._ended()
@@ -371,7 +373,7 @@ class Fleet(abc.ABC):
         return [rank for rank, process in enumerate(self._processes) if process.ended is not None]
 
     def _receive(self, timeout_ms: int) -> tuple[list[tuple[int, Any]], list[int]]:
-        """(rank, event) of servers, and the ranks that say they failed."""
+        """Receive (rank, event) pairs, and the ranks of servers that report a failure."""
         assert self._listener is not None
         events, failed = [], []
         while self._listener.socket.poll(0 if events else timeout_ms):
@@ -403,7 +405,7 @@ class Fleet(abc.ABC):
     # Ending.
 
     def _raise_failure(self, failed: list[int]) -> None:
-        """Finds the server whose failure came first and raises its error."""
+        """Find the server that failed first and raise its error."""
         suspects = set(failed)
         deadline = time.monotonic() + CAUSE_WINDOW_S
         while time.monotonic() < deadline:
@@ -435,12 +437,12 @@ class Fleet(abc.ABC):
         if alive and self._listener is not None:
             for rank, process in enumerate(self._processes):
                 if process in alive:
-                    # DONTWAIT: nothing may hold up the end.
+                    # DONTWAIT: nothing may delay the end.
                     message = [b"server-%d" % rank, protocol.encode(protocol.Stop())]
                     with contextlib.suppress(zmq.ZMQError):
                         self._listener.socket.send_multipart(message, flags=zmq.DONTWAIT)
         self._await_end(alive, 0.5)
-        # A process whose input ends kills itself, on whatever machine: the others are only told so.
+        # A process whose input ends kills itself, on any machine; signals follow if it does not.
         for process in self._processes:
             process.let_go()
         self._await_end(self._processes, 3.0)
@@ -451,13 +453,13 @@ class Fleet(abc.ABC):
             self._await_end(self._processes, seconds)
 
     def _await_end(self, processes: Iterable[ServerHandle], seconds: float) -> None:
-        """Waits until all have ended, or for so long."""
+        """Wait until all processes have ended, at most for `seconds`."""
         deadline = time.monotonic() + seconds
         waiting = collections.deque(processes)
         while waiting and time.monotonic() < deadline:
             if waiting[0].ended is not None:
                 waiting.popleft()
             elif self.nodes is not None and self._listener is not None:
-                self._receive(10)  # their ends come as messages
+                self._receive(10)  # the ends of processes on nodes arrive as messages
             else:
                 time.sleep(0.01)

@@ -1,8 +1,8 @@
-"""A cluster that serves: the parent of one front end per server, each with an engine of its own.
+"""A cluster that serves: the parent of one front end per server, each with its own engine.
 
-An engine that dies is started anew; its users' requests wait, and those of others that need its
-experts. Engines that step together die together, so all of them start anew. A front end that dies
-ends the service. Meanwhile experts move to where they are used (`rebalancer`).
+A dead engine is restarted; its requests wait meanwhile, and so do requests that need its experts.
+Engines that step together die together, so all of them restart. A dead front end ends the service.
+The rebalancer moves experts to where they are used.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from dance_jax.launch.rebalance.decision import RebalanceOptions
 if TYPE_CHECKING:
     from dance_jax.launch.rebalance.workload import Statistics
 
-#: Called with (server's name or "", what happens, in words).
+#: Called with (server's name or "", a message).
 Notice = Callable[[str, str], None]
 
 MAX_PORT = 65535
-#: Starts of the engines in a row that fail until the service gives up.
+#: Failed starts of the engines in a row after which the service gives up.
 MAX_FAILED_STARTS = 5
-#: Seconds beyond the time to drain until a front end that has not drained is not waited for.
+#: Seconds beyond the drain time after which a front end that has not drained is stopped.
 DRAIN_MARGIN_S = 5.0
 
 
 class _EngineFailure(Exception):
-    """An engine died; `rank` is the server whose engine did so first."""
+    """An engine died; `rank` is the server whose engine died first."""
 
     def __init__(self, rank: int) -> None:
         super().__init__(rank)
@@ -45,17 +45,17 @@ class _EngineFailure(Exception):
 
 
 class _Drained(Exception):
-    """The service has come to its end."""
+    """The service has drained, or its time to drain is over."""
 
 
 class Service(Fleet):
-    """All servers of a hosts file, each with a front end and an engine.
+    """The servers of a hosts file, each with a front end and an engine.
 
     Args:
-        options: how they serve.
+        options: of serving.
         arguments: as for `Fleet`.
-        rebalance: when experts move; None: on request alone.
-        before: statistics of an earlier service.
+        rebalance: when experts move; None: only on request.
+        before: statistics of a previous service.
     """
 
     module = "dance_jax.serve.frontend"
@@ -69,7 +69,7 @@ class Service(Fleet):
         before: Statistics | None = None,
         **kwargs: Any,
     ) -> None:
-        # Not above: it takes long, and what is wrong with files is said before.
+        # Imported here, because the import is slow and errors in the files are reported first.
         from dance_jax.launch.rebalance.controller import Rebalancer
 
         super().__init__(*args, **kwargs)
@@ -77,27 +77,28 @@ class Service(Fleet):
         ports = [self._port(rank) for rank in range(len(self.spec.servers))]
         if max(ports) > MAX_PORT:
             raise UserError(
-                f"--port {options.port}: the servers of a machine take one port each, up to "
-                f"{max(ports)}; the last there is is {MAX_PORT}"
+                f"--port {options.port}: the servers of one machine use a port each, up to "
+                f"{max(ports)}, which is above {MAX_PORT}: choose a lower --port, or fewer servers "
+                "per machine"
             )
         how = rebalance or RebalanceOptions(interval_s=0)
         self._rebalancer = Rebalancer(
             how, self.spec, self.checkpoint, self.config, self.layout, self, before
         )
-        #: Number of each engine's start.
+        #: Per server, number of the engine's latest start.
         self._starts = [0] * len(self.spec.servers)
-        #: Ranks whose latest engines have died, with what is known of it; those that are not ready.
+        #: Ranks of dead engines with the reports of their death; ranks whose engines are not ready.
         self._died: dict[int, protocol.EngineDied] = {}
         self._down: set[int] = set()
         self._drained: set[int] = set()
-        #: Somebody wants the service to end; time.monotonic() at which it does in any case.
+        #: Draining was requested; time.monotonic() at which the service ends in any case.
         self._drain_wanted = False
         self._deadline: float | None = None
         self._notice: Notice = lambda name, text: None
 
     @property
     def urls(self) -> list[str]:
-        """Where each server is reached, by rank; from its own machine if it binds to loopback."""
+        """URL of each server, by rank; usable only on the server's machine if bind is loopback."""
         anywhere = self.options.bind in ("0.0.0.0", "::", "")
         return [
             f"http://{bracketed(server.address if anywhere else self.options.bind)}:"
@@ -106,43 +107,43 @@ class Service(Fleet):
         ]
 
     def serve(self, notice: Notice = lambda name, text: None) -> None:
-        """Serves until `drain` was called and all servers have drained; starts engines anew.
+        """Serve until `drain` was called and all servers have drained; restarts dead engines.
 
         Args:
-            notice: told what happens.
+            notice: called with messages for the operator.
 
         Raises:
-            ClusterError: a front end failed, or engines that are started anew die again and again.
+            ClusterError: a front end failed, or restarted engines keep dying.
         """
         self.progress, self._notice = (lambda *_: None), notice
         with contextlib.suppress(_Drained):
             while True:
-                self._start_anew(self._next_death())
+                self._recover(self._next_death())
 
     def stop(self) -> None:
-        """As `Fleet.stop`."""
+        """Stop all servers, as `Fleet.stop`."""
         self._rebalancer.close()
         super().stop()
 
     def tell(self, rank: int, command: protocol.FrontCommand) -> None:
-        """Says something to a front end, or to its engine.
+        """Send a command to a front end, or through it to its engine.
 
-        It does not hear it while its connection is made anew, after this process was stopped for
-        some seconds; its end is noticed elsewhere.
+        The front end misses the message while it reconnects, after this process was suspended for
+        some seconds; a dead front end is noticed elsewhere.
         """
-        self._sent(rank, protocol.encode(command))
+        self._try_send(rank, protocol.encode(command))
 
     def tell_all(self, command: protocol.FrontCommand) -> None:
-        """Says it to all."""
+        """Send a command to all front ends."""
         for rank in range(len(self.spec.servers)):
             self.tell(rank, command)
 
     def notice(self, name: str, text: str) -> None:
-        """Tells who serves what happens."""
+        """Pass a message to the operator."""
         self._notice(name, text)
 
     def drain(self) -> None:
-        """Lets all servers finish what runs, and then `serve` return; from a signal handler too."""
+        """Let all servers finish their requests and end `serve`; safe in a signal handler."""
         self._drain_wanted = True
 
     def _bring_up(self) -> None:
@@ -159,62 +160,62 @@ class Service(Fleet):
             raise self._error(failure.rank, what) from None
 
     def _next_death(self) -> int:
-        """Waits until an engine dies: its server's rank."""
+        """Wait until an engine dies and return its rank."""
         try:
             while True:
                 for rank, event in self._events():
-                    self._heard(rank, event)
+                    self._handle(rank, event)
                 self._rebalancer.tick()
         except _EngineFailure as failure:
             return failure.rank
 
-    def _heard(self, rank: int, event: Any) -> None:
+    def _handle(self, rank: int, event: Any) -> None:
         self._rebalancer.receive(rank, event)
 
-    def _start_anew(self, dead: int) -> None:
-        """Starts the engine of that server again, which has died, and those that died with it.
+    def _recover(self, dead: int) -> None:
+        """Restart the dead engine, and the engines that died with it.
 
         Raises:
-            ClusterError: it does not help.
+            ClusterError: the engines died again in MAX_FAILED_STARTS starts.
         """
         for _ in range(MAX_FAILED_STARTS):
             what, _, _ = f"its engine {self._fate(dead)}".partition("\n")
-            which = "it starts anew" if self.calls else "all engines start anew"
+            which = "it restarts" if self.calls else "all engines restart"
             text = f"{what}; {which}, requests in flight wait"
             self._notice(self.spec.names[dead], text)
             self._restart({*self._died} if self.calls else {*range(len(self._starts))})
             try:
-                self._bring_back()
+                self._await_restarted()
             except _EngineFailure as failure:
                 dead = failure.rank
             else:
-                self._notice("", "all servers go on")
+                self._notice("", "all engines are running again")
                 return
         what = f"its engine {self._fate(dead)}, as in the {MAX_FAILED_STARTS - 1} starts before"
         raise self._error(dead, what)
 
     def _restart(self, ranks: set[int]) -> None:
-        """Has front ends start their engines anew."""
+        """Tell front ends to restart their engines."""
         self._rebalancer.engines_died(ranks)
         self.layout = self._rebalancer.layout
         self._died.clear()
         self._down |= ranks
         for rank in ranks:
             self._starts[rank] += 1
-            # Hello came with the front end, which stays.
+            # The front end stays, and with it its Hello.
             self._reached[rank] = {protocol.Hello: self._reached[rank][protocol.Hello]}
             self._endpoints[rank] = ""
             self.tell(rank, protocol.Restart(self._starts[rank], self.layout.to_bytes()))
 
-    def _bring_back(self) -> None:
-        """Waits until the engines that were started anew are ready, and connects the others."""
+    def _await_restarted(self) -> None:
+        """Wait until the restarted engines are ready, and connect the other engines to them."""
         if not self.calls:
             self._bring_up()
             self._down.clear()
             return
         ranks = sorted(self._down)
         for rank, prepared in zip(ranks, self._gather(ranks, protocol.Prepared), strict=True):
-            if not self._endpoints[rank]:  # it has not been told yet
+            if not self._endpoints[rank]:  # Join was not sent to it yet
                 self._endpoints[rank] = prepared.endpoint
                 self.tell(rank, self._join_message(prepared))
         self._gather(ranks, protocol.Ready)
@@ -248,24 +249,28 @@ class Service(Fleet):
         return None
 
     def _events(self) -> list[tuple[int, Any]]:
-        """As `Fleet._events`, of engines of this start.
+        """Receive events as `Fleet._events`, only of the engines' current starts.
 
         Raises:
-            _EngineFailure: one has died.
-            _Drained: there is no more to do.
+            _EngineFailure: an engine died.
+            _Drained: the service has drained.
         """
         events = super()._events()
         if self._drain_wanted and self.started and self._deadline is None:
             seconds = self.options.drain_seconds
             self._deadline = time.monotonic() + seconds + DRAIN_MARGIN_S
-            self._notice("", f"finishing what runs, for {seconds:g} s at most")
+            self._notice("", f"finishing running requests, for at most {seconds:g} s")
             self._send_all(protocol.Drain())
             self._rebalancer.drain()
         if self._deadline is not None:
             late = [name for n, name in enumerate(self.spec.names) if n not in self._drained]
             done = not late and self._rebalancer.settled
             if done or time.monotonic() > self._deadline:
-                text = f"not in time: {', '.join(late)}" if late else "all servers have drained"
+                text = (
+                    f"not drained in time: {', '.join(late)}"
+                    if late
+                    else "all servers have drained"
+                )
                 self._notice("", text)
                 raise _Drained
         if self._died:
@@ -273,12 +278,12 @@ class Service(Fleet):
         return events
 
     def _raise_engine_failure(self) -> None:
-        """Finds the engine that died first."""
+        """Find the engine that died first."""
         deadline = time.monotonic() + CAUSE_WINDOW_S
         failed: list[int] = []
         while time.monotonic() < deadline:
             failed += self._receive(50)[1]
-        # A front end that is gone takes its engine along.
+        # A dead front end takes its engine along, so the front end is the cause.
         if failed := failed + self._ended():
             self._raise_failure(failed)
         raise _EngineFailure(min(self._died, key=self._is_consequence))
@@ -293,5 +298,5 @@ class Service(Fleet):
         if died.failure is not None:
             what = f"failed: {died.failure.message}"
         else:
-            what = "was ended" if died.status is None else in_words(died.status)
+            what = "ended" if died.status is None else in_words(died.status)
         return f"(process {died.pid}) {what}"

@@ -1,8 +1,8 @@
-"""The file of a launch's trace: what all servers send of theirs, on one clock.
+"""The trace file of a launch: the events of all servers, on one clock.
 
-Events are written as they come, so a launcher that is killed leaves an array without its end, which
-viewers take. `close` ends it, and sets the clocks of servers on different machines by the calls
-between them: a call arrived in the middle of what its answer took longer than queue and computing.
+Events are written as they arrive, so a killed launcher leaves an array without its end, which
+viewers accept. `close` ends the array and aligns the clocks of servers on different machines by the
+calls between them: a call's network time (its duration minus queue and computing) is split evenly.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dance_jax.files import whole_file
 
 log = logging.getLogger(__name__)
 
-#: Bytes of a trace; later events are left out.
+#: Largest size of a trace in bytes; later events are dropped.
 MOST_BYTES = 256 << 20
 
 
@@ -33,7 +33,7 @@ class _Args(msgspec.Struct, frozen=True):
 
 
 class _Event(msgspec.Struct, frozen=True):
-    """What is read of a call, by its caller (`cat` is "call") or its callee ("served")."""
+    """Fields of a call's event, by its caller (`cat` is "call") or its callee ("served")."""
 
     ts: float
     pid: int
@@ -43,28 +43,28 @@ class _Event(msgspec.Struct, frozen=True):
 
 
 class TraceFile:
-    """A file of events of all servers, for https://ui.perfetto.dev.
+    """A trace file of all servers, for https://ui.perfetto.dev.
 
     Args:
-        path: what is there is replaced.
+        path: an existing file is replaced.
         names: of the servers, by rank.
         most_bytes: see MOST_BYTES.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: the file cannot be written.
     """
 
     def __init__(
         self, path: str | os.PathLike[str], names: Sequence[str], most_bytes: int = MOST_BYTES
     ) -> None:
         self._path, self._names, self._left = pathlib.Path(path), names, most_bytes
-        #: Unix time, in ns, from which all servers count.
+        #: Unix time in ns that all servers count from.
         self.began_ns = time.time_ns()
         try:
-            # Not buffered: what was written is whole lines.
+            # Unbuffered, so that only whole lines are written.
             self._file = open(path, "wb", buffering=0)  # noqa: SIM115
             self._file.write(b"[\n" + b"".join(map(self._name, range(len(names)))))
-            self._file.tell()  # a pipe has no place
+            self._file.tell()  # fails for a pipe
         except OSError as error:
             raise UserError(f"trace {path}: cannot be written: {error.strerror}") from error
 
@@ -73,7 +73,7 @@ class TraceFile:
         return msgspec.json.encode(event | {"args": {"name": self._names[rank]}}) + b",\n"
 
     def add(self, lines: bytes) -> None:
-        """Writes events; from where they find no more room on, they are left out."""
+        """Write events; once the file is full, all further events are dropped."""
         if self._left <= 0:
             return
         whole = lines
@@ -88,19 +88,19 @@ class TraceFile:
             with contextlib.suppress(OSError):
                 self._file.truncate(end)
                 self._file.seek(end)
-            log.warning("trace %s: ends here: %s", self._path, error.strerror)
+            log.warning("trace %s: cannot be written further: %s", self._path, error.strerror)
             self._left = 0
             return
         self._left = self._left - len(whole) if whole == lines else 0
 
     def close(self) -> None:
-        """Ends the file; may be called twice."""
+        """End the file; may be called twice."""
         if self._file.closed:
             return
-        # What cannot be done leaves a file that viewers take as well.
+        # If this fails, viewers still accept the file.
         with contextlib.suppress(OSError):
             with self._file:
-                # In place of the comma behind the last event.
+                # Overwrite the comma after the last event.
                 self._file.seek(-2, os.SEEK_END)
                 self._file.write(b"\n]\n")
             ahead = _clocks(self._path, self._names)
@@ -109,13 +109,13 @@ class TraceFile:
 
 
 def _clocks(path: pathlib.Path, names: Sequence[str]) -> list[float]:
-    """How far each server's clock is ahead of the first one's, in microseconds.
+    """Microseconds by which each server's clock is ahead of the first server's.
 
-    Two servers are compared by the quickest call between them. What may be time on the wire is
-    taken for none.
+    Two servers are compared by the fastest call between them. An offset that the network time could
+    explain counts as 0.
     """
     unmatched: dict[tuple[int, str], _Event] = {}
-    #: By caller and callee: time on the wire, and how far the callee is ahead.
+    #: By (caller, callee): network time, and how far the callee's clock is ahead.
     quickest: dict[tuple[int, int], tuple[float, float]] = {}
     for line in _lines(path):
         if b'"cat":"call"' not in line and b'"cat":"served"' not in line:
@@ -160,7 +160,7 @@ def _set_clocks(path: pathlib.Path, ahead: Sequence[float]) -> None:
 
 
 def _lines(path: pathlib.Path) -> Iterator[bytes]:
-    """The events of a file that was ended."""
+    """The events of a finished trace file."""
     with open(path, "rb") as file:
         for line in file:
             if line.startswith(b"{"):

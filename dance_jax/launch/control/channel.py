@@ -1,8 +1,8 @@
-"""The control channel: ZeroMQ sockets that only those with the launch's key can use (CURVE).
+"""The control channel: ZeroMQ sockets that only processes with the launch's key can use (CURVE).
 
-Every launch has a key of its own, drawn at random and handed to the servers over ssh (or, where
-another launcher starts them, given by the user). All secrets are derived from it, so whoever
-lacks it can neither speak nor listen; messages are encrypted too.
+Every launch has its own random key, handed to the servers over ssh (or given by the user if other
+launchers start the servers). All secrets are derived from the key, so a process without it can
+neither send nor receive; messages are also encrypted.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ import zmq
 from zmq.auth.thread import ThreadAuthenticator
 from zmq.utils import z85
 
-#: Seconds between signs of life on a connection, and until one without them counts as lost.
+#: Seconds between heartbeats; seconds without one after which a connection counts as lost.
 ALIVE_INTERVAL_S, ALIVE_TIMEOUT_S = 1.0, 5.0
 
 
 def bracketed(host: str) -> str:
-    """The host as it stands before a port: IPv6 addresses in brackets."""
+    """The host as written before a port: IPv6 addresses in brackets."""
     return f"[{host}]" if ":" in host else host
 
 
 def new_key() -> bytes:
-    """A launch's key: 32 random bytes."""
+    """Make a launch's key: 32 random bytes."""
     return secrets.token_bytes(32)
 
 
 def derived(key: bytes, role: str) -> bytes:
-    """32 secret bytes for one use of the launch's key."""
+    """Derive 32 secret bytes for one use of the launch's key."""
     return hashlib.blake2b(role.encode(), key=key, digest_size=32).digest()
 
 
@@ -42,13 +42,13 @@ def _curve_pair(key: bytes, role: str) -> tuple[bytes, bytes]:
 
 
 def _keep_alive(end: zmq.Socket) -> None:
-    """A peer that vanishes counts as disconnected soon, an idle one never does."""
+    """Detect vanished peers soon, and never disconnect idle ones."""
     end.setsockopt(zmq.HEARTBEAT_IVL, int(1000 * ALIVE_INTERVAL_S))
     end.setsockopt(zmq.HEARTBEAT_TIMEOUT, int(1000 * ALIVE_TIMEOUT_S))
 
 
 class _Members:
-    """Tells ZeroMQ who may connect."""
+    """Decides for ZeroMQ which peers may connect."""
 
     def __init__(self, public: bytes) -> None:
         self._public = public
@@ -69,7 +69,7 @@ class ControlListener:
         )
         self.socket = self._context.socket(zmq.ROUTER)
         self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        # A server that lost its connection and comes again takes its old name over.
+        # A server that reconnects takes over its old identity.
         self.socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
         self.socket.setsockopt(zmq.IPV6, 1)
         _keep_alive(self.socket)
@@ -79,17 +79,17 @@ class ControlListener:
         self.private = f"tcp://127.0.0.1:{self.listen(['127.0.0.1'], 0)}"
 
     def listen(self, addresses: Sequence[str], port: int) -> int:
-        """Listens on these addresses of this machine too, all at one port; returns it.
+        """Also listen on these addresses, all at one port; returns the port.
 
         Args:
-            addresses: numbers or names.
-            port: 0 for a free one.
+            addresses: of this machine, as IP addresses or names.
+            port: 0 for a free port.
 
         Raises:
-            OSError: one is not an address of this machine, or the port is taken.
+            OSError: an address is not an address of this machine, or the port is taken.
         """
         for address in addresses:
-            # ZeroMQ takes numbers and interfaces only.
+            # ZeroMQ accepts only IP addresses and interfaces.
             number = socket.getaddrinfo(address, None, type=socket.SOCK_STREAM)[0][4][0]
             try:
                 self.socket.bind(f"tcp://{bracketed(str(number))}:{port or '*'}")
@@ -100,7 +100,7 @@ class ControlListener:
         return port
 
     def close(self, linger_s: float = 0.5) -> None:
-        """Closes everything, with so long to send what is left; may be called twice."""
+        """Close everything, with up to `linger_s` to send pending messages; may be called twice."""
         if not self.socket.closed:
             self.socket.close(linger=int(1000 * linger_s))
             self._guard.stop()
@@ -122,6 +122,6 @@ class ControlConnection:
         self.socket.connect(endpoint)
 
     def close(self) -> None:
-        """Sends what is left, for a second at most."""
+        """Close the connection, with up to a second to send pending messages."""
         self.socket.close()
         self._context.term()

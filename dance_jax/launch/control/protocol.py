@@ -1,6 +1,6 @@
-"""What launcher, front ends and engines say to each other: msgspec over a socket.
+"""Messages between launcher, front ends and engines: msgspec over a socket.
 
-Without JAX: a worker reads its Setup before it may import it.
+Free of JAX, because a worker reads its Setup before it may import JAX.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dance_jax.engine.sequence import OutputDelta, Request
 
 #: In `Setup.control`, stands for the machine that the server's ssh connection comes from.
 SSH_CLIENT = "{ssh client}"
-#: Where the key of users may be, besides --api-key, which others on the machine can see.
+#: Environment variable with the API key; --api-key is visible to other users of the machine.
 API_KEY_VARIABLE = "DANCE_JAX_API_KEY"
 
 
@@ -31,74 +31,76 @@ class Setup(msgspec.Struct, kw_only=True):
     #: Directory of the model on the server's machine, converted or not, or org/name@revision on
     #: the hub; "": the demo model.
     model: str
-    #: Config and tokenizer for a server that has no such directory (`model_files.pack`); empty:
-    #: it has.
+    #: Config and tokenizer for a server without a model directory (`model_files.pack`); empty for
+    #: servers with one.
     model_files: bytes = b""
-    #: Fingerprint the model there must have, and the format of its experts (`ExpertFormat.name`).
+    #: Fingerprint that the model there must have, and the format of its experts
+    #: (`ExpertFormat.name`).
     fingerprint: str
     experts: str
     #: The layout, as an npz file's content (`Layout.to_bytes`).
     layout: bytes
     #: ZeroMQ endpoint of the parent.
     control: str
-    #: The key of that channel.
+    #: Key of the control channel.
     control_key: bytes
     #: The launch's key, from which the servers' secrets are derived.
     key: bytes
-    #: Of the machine's GPUs, the first that it takes where its line names none.
+    #: First GPU that the server takes if its line names none.
     first_gpu: int
-    #: Port on which the first server coordinates jax.distributed; 0: a free one.
+    #: Port at which the first server coordinates jax.distributed; 0: a free port.
     coordinator_port: int
-    #: Devices of the servers on this server's machine, and which of them it is.
+    #: Number of devices of each server on this server's machine, and the server's index there.
     machine_devices: tuple[int, ...]
     machine_index: int
-    #: Converted models and compiled steps are kept under it; None: nowhere; "": where the user
-    #: of that machine keeps them.
+    #: Directory of converted models and compiled steps; None: no cache; "": the default of the
+    #: server's machine.
     cache_dir: str | None
-    #: The parent's private directory on this machine, removed by the process if the parent is
-    #: killed; "": the parent is on another one.
+    #: The parent's private directory on this machine, which the process removes if the parent is
+    #: killed; "": the parent is on another machine.
     private_dir: str
-    #: The parent sends signs of life on standard input, because a network lies between.
+    #: The parent is across a network and sends signs of life on standard input.
     beats: bool
-    #: Unix time, in ns, from which the times of a trace count; 0: none is wanted.
+    #: Unix time in ns at which the trace begins; 0: no trace.
     trace_from: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class ServeOptions:
-    """How front ends serve."""
+    """Options of the front ends."""
 
     served_model_name: str = option(
         "",
-        "of the model in requests and answers (default: org/name, the model's directory, or demo)",
+        "name of the model in requests and answers (default: org/name, the model's directory, or "
+        "demo)",
         metavar="NAME",
     )
     bind: str = option(
         "127.0.0.1",
-        "where each server listens; 0.0.0.0: everywhere (default: {default})",
+        "address that each server listens on; 0.0.0.0: all addresses (default: {default})",
         metavar="ADDRESS",
     )
     port: int = option(
         8000,
-        "of each server; the second one of the same machine has the next, and so on "
+        "port of each server; the second server on the same machine uses the next port, and so on "
         "(default: {default})",
         kind="port",
     )
     api_key: str | None = option(
         None,
-        f"what requests must carry; others see it here, not in {API_KEY_VARIABLE} (default: "
-        "nothing)",
+        "key that requests must carry; visible to other users of the machine, unlike "
+        f"{API_KEY_VARIABLE} (default: no key)",
         metavar="KEY",
     )
     drain_seconds: float = option(
         30.0,
-        "for what runs to finish after SIGTERM or Ctrl-C (default: {default})",
+        "seconds for running requests to finish after SIGTERM or Ctrl-C (default: {default})",
         kind="seconds",
         metavar="S",
     )
     max_queue: int = option(
         256,
-        "requests on each server that may wait for their first token (default: {default})",
+        "requests per server that may wait for their first token (default: {default})",
         kind="count",
         metavar="N",
     )
@@ -107,88 +109,88 @@ class ServeOptions:
 class FrontSetup(msgspec.Struct, kw_only=True):
     """Everything a front end needs to start; one JSON line on its standard input, as a Setup."""
 
-    #: What its engine gets, but for the control channel between the two.
+    #: Setup of the engine, except for the control channel between front end and engine.
     engine: Setup
-    #: With the port of this very server.
+    #: With the port of this server.
     options: ServeOptions
 
 
-# Parent to worker.
+# From parent to worker.
 
 
 class Join(msgspec.Struct, tag=True):
-    """All servers are prepared: connect with each other."""
+    """All servers are prepared: connect to each other."""
 
-    #: host:port where rank 0 coordinates a jax.distributed job of servers that step together.
+    #: host:port at which rank 0 coordinates the jax.distributed job of servers that step together.
     coordinator: str
-    #: Where the servers listen for each other, by rank; "": one starts anew just now.
+    #: Where the servers listen for each other, by rank; "": the server is restarting.
     endpoints: list[str]
-    #: Each server steps on its own, and experts answer calls.
+    #: Each server steps on its own and answers calls to its experts.
     calls: bool
 
 
 class Submit(msgspec.Struct, tag=True):
-    """More requests for this server."""
+    """Run these requests on this server."""
 
     requests: list[Request]
 
 
 class Abort(msgspec.Struct, tag=True):
-    """End these requests, or all: their last deltas say "abort"."""
+    """End these requests, or all of them; their last deltas have finish_reason "abort"."""
 
     request_ids: list[str] | None = None
 
 
 class AskStats(msgspec.Struct, tag=True):
-    """Send a Stats."""
+    """Answer with a Stats."""
 
 
-#: New content of a slot, as `placement.migration.SlotChange`: server, local device, slot, and layer
-#: and expert, which are both -1 if the slot is emptied.
+#: New content of a slot, as `placement.migration.SlotChange`: server, local device, slot, layer and
+#: expert; layer and expert are -1 for a slot that is emptied.
 Change = tuple[int, int, int, int, int]
 
 
 class ExpertLoad(msgspec.Struct, frozen=True, array_like=True):
-    """An expert that a slot is to hold."""
+    """An expert to load into a slot."""
 
-    #: Local device of the server, and slot on it.
+    #: Local device of the server, and a slot of the device.
     device: int
     slot: int
     layer: int
     expert: int
-    #: Rank of a server that holds it until the batch is in force.
+    #: Rank of a server that holds the expert until the batch is committed.
     holder: int
 
 
 class Stage(msgspec.Struct, tag=True):
-    """Load a batch of moved experts in the background, into empty slots, and say Staged."""
+    """Load a batch of moved experts into empty slots in the background; answer with Staged."""
 
-    #: From 1 on since the engines' start; all servers get the same batches.
+    #: Counted from 1 since the engines' start; all servers get the same batches.
     number: int
-    #: Of all servers, on top of the batch before.
+    #: Changes of all servers relative to the previous batch.
     changes: list[Change]
-    #: What this server loads, and from where.
+    #: What this server loads, and from which holders.
     loads: list[ExpertLoad]
 
 
 class PeerRestarted(msgspec.Struct, tag=True):
-    """Another server's engine has started anew: connect with it."""
+    """Another server's engine has restarted: connect to it."""
 
     rank: int
     endpoint: str
 
 
 class Commit(msgspec.Struct, tag=True):
-    """All servers have loaded a batch: put it in force after a step, and say Applied.
+    """All servers have loaded a batch: apply it after a step and answer with Applied.
 
-    Servers that step together do so after the same one.
+    Servers that step together apply the batch after the same step.
     """
 
     number: int
 
 
 class Drop(msgspec.Struct, tag=True):
-    """Forget a batch that some server could not load, and say Dropped."""
+    """Discard a batch that some server could not load; answer with Dropped."""
 
     number: int
 
@@ -197,21 +199,21 @@ class Stop(msgspec.Struct, tag=True):
     """Exit."""
 
 
-# Worker to parent.
+# From worker to parent.
 
 
 class Hello(msgspec.Struct, tag=True):
-    """The process runs and listens."""
+    """The process runs and is connected."""
 
     pid: int
 
 
 class Prepared(msgspec.Struct, tag=True):
-    """The model is there and the worker can join the others."""
+    """The model is ready, and the worker can join the other servers."""
 
-    #: host:port where it would coordinate.
+    #: host:port at which the worker would coordinate.
     coordinator: str
-    #: host:port where it listens for the other servers.
+    #: host:port at which the worker listens for the other servers.
     endpoint: str
 
 
@@ -220,7 +222,7 @@ class Joined(msgspec.Struct, tag=True):
 
 
 class Progress(msgspec.Struct, tag=True):
-    """`done` of `total` parts of a stage are done (total 0: not known)."""
+    """`done` of `total` parts of a stage are done (total 0: unknown)."""
 
     stage: str
     done: int
@@ -228,61 +230,62 @@ class Progress(msgspec.Struct, tag=True):
 
 
 class Ready(msgspec.Struct, tag=True):
-    """The worker waits for requests."""
+    """The worker is ready for requests."""
 
-    #: Steps read from the compile cache, and compiled.
+    #: Steps read from the compile cache; steps compiled.
     cache_hits: int
     cache_misses: int
 
 
 class Deltas(msgspec.Struct, tag=True):
-    """What one step added."""
+    """New output of one step."""
 
     deltas: list[OutputDelta]
 
 
 class Report(msgspec.Struct, tag=True):
-    """A step was completed; often, but not after each. `report` is an EngineReport."""
+    """State after a step; sent often, but not after every step. `report` is an EngineReport."""
 
     report: Any
 
 
 class Stats(msgspec.Struct, tag=True):
-    """All that the worker has counted: an EngineStats, which those on the way need not read."""
+    """All counters of the worker: an EngineStats, left encoded for processes that relay it."""
 
     stats: msgspec.Raw
 
 
 class Traced(msgspec.Struct, tag=True):
-    """More events of a trace, in lines (`engine.trace`)."""
+    """Further events of a trace, as lines (`engine.trace`)."""
 
     lines: bytes
 
 
 class Staged(msgspec.Struct, tag=True):
-    """A batch is loaded, in so many seconds."""
+    """A batch is loaded."""
 
     number: int
+    #: Time it took.
     seconds: float
-    #: Read from files, or received from other servers.
+    #: Bytes read from files or received from other servers.
     bytes_read: int
 
 
 class StageFailed(msgspec.Struct, tag=True):
-    """A batch cannot be loaded; the server goes on as before."""
+    """A batch cannot be loaded; the server continues without it."""
 
     number: int
     why: str
 
 
 class Applied(msgspec.Struct, tag=True):
-    """A batch is in force on this server."""
+    """A batch is applied on this server."""
 
     number: int
 
 
 class Dropped(msgspec.Struct, tag=True):
-    """A batch cannot come into force any more, unless Applied came before this."""
+    """A batch will not be applied any more, unless Applied came before this message."""
 
     number: int
 
@@ -291,55 +294,56 @@ class Failed(msgspec.Struct, tag=True):
     """The process is about to exit because of an exception."""
 
     message: str
-    #: The user can do something about it (UserError).
+    #: The user can fix the cause (UserError).
     user: bool
 
 
-# Launcher to front end, beside Join, PeerRestarted, AskStats, Stage, Commit, Drop and Stop.
+# From launcher to front end, in addition to Join, PeerRestarted, AskStats, Stage, Commit, Drop and
+# Stop.
 
 
 class Restart(msgspec.Struct, tag=True):
-    """End what is left of the engine and start another."""
+    """End the rest of the engine and start a new one."""
 
-    #: Number of this start; the first, without a Restart, is 0.
+    #: Number of this start; the first start, without a Restart, has number 0.
     start: int
-    #: Where experts are by now, as in `Setup`.
+    #: The current layout, as in `Setup`.
     layout: bytes
 
 
 class Drain(msgspec.Struct, tag=True):
-    """Take no more requests, finish what runs, and say Drained; the engine steps on."""
+    """Refuse new requests, finish the running ones, then send Drained; the engine steps on."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Decision:
-    """Whether experts move, and why; as `/placement` shows it, too."""
+    """Whether experts move, and why; also shown by `/placement`."""
 
     #: Unix time in seconds.
     when: float
     policy: str
-    #: Somebody asked for it whatever it costs; only to see it.
+    #: The user asked for the move whatever it costs; the user asked only to see the decision.
     forced: bool
     dry_run: bool
-    #: Experts move, or would, but for the dry run.
+    #: Experts move, or would move without dry_run.
     migrate: bool
     reason: str
-    #: Predicted seconds of expert calls and what they send over the coming interval, where experts
-    #: are and where they would be; None: nothing is known to predict them from.
+    #: Predicted seconds of expert calls and their transfers in the coming interval, with the
+    #: present and with the new placement; None: no data to predict from.
     present_seconds: float | None = None
     expected_seconds: float | None = None
     #: Predicted seconds of loading.
     migration_seconds: float = 0.0
     #: Experts that servers must load.
     experts_moved: int = 0
-    #: Share of the present seconds that is saved.
+    #: Fraction of the present seconds that is saved.
     gain: float | None = None
-    #: Why experts stopped moving half-way; "": they did not.
+    #: Why the migration stopped half-way; "": it did not.
     failure: str = ""
 
 
 class Decided(msgspec.Struct, tag=True):
-    """The answer to a RebalanceWanted; `decision` is None if it failed, and `why` then says why."""
+    """Answer to a RebalanceWanted; `decision` is None if it failed, and `why` gives the reason."""
 
     id: int
     decision: Decision | None
@@ -347,25 +351,25 @@ class Decided(msgspec.Struct, tag=True):
 
 
 class Placed(msgspec.Struct, tag=True):
-    """Where experts are now, and what has become of moving them; sent when any of it changes."""
+    """The current placement and the state of migrations; sent when any of it changes."""
 
-    #: Grows when all experts of a migration have moved, or when it stops half-way.
+    #: Grows when all experts of a migration have moved, or when a migration stops half-way.
     version: int
     layout: bytes
     last_decision: Decision | None
-    #: Completed, those that loads made impossible, and experts loaded, on all servers.
+    #: Migrations completed; migrations that failed to load; experts loaded on all servers.
     migrations: int
     failures: int
     experts_migrated: int
 
 
-# Front end to launcher, beside Hello and Failed.
+# From front end to launcher, in addition to Hello and Failed.
 
 
 class FromEngine(msgspec.Struct, tag=True):
-    """What its engine says to the launcher."""
+    """An event of the front end's engine."""
 
-    #: Number of the start.
+    #: Number of the engine's start.
     start: int
     event: (
         Prepared
@@ -382,22 +386,22 @@ class FromEngine(msgspec.Struct, tag=True):
 
 
 class EngineDied(msgspec.Struct, tag=True):
-    """Its engine has ended, or failed."""
+    """The front end's engine has ended or failed."""
 
     start: int
     pid: int
-    #: Exit status as a shell has it; None: it lives yet.
+    #: Exit status as in a shell; None: the process still runs.
     status: int | None
-    #: What it said.
+    #: The engine's own report.
     failure: Failed | None
 
 
 class DrainWanted(msgspec.Struct, tag=True):
-    """It was told to end (SIGTERM): all servers are to drain."""
+    """The front end got SIGTERM: drain all servers."""
 
 
 class Drained(msgspec.Struct, tag=True):
-    """Nothing is in flight any more, and no request is taken."""
+    """No request is in flight, and none is accepted."""
 
 
 class RebalanceWanted(msgspec.Struct, tag=True):
@@ -407,47 +411,47 @@ class RebalanceWanted(msgspec.Struct, tag=True):
     #: Move experts whatever it costs; only decide.
     force: bool
     dry_run: bool
-    #: [server][layer]: ids of the experts that are to live there; None: as the policy finds.
+    #: [server][layer]: ids of the experts to place there; None: the policy decides.
     resident: list[list[list[int]]] | None = None
 
 
-# Parent to the launcher of another node (--node-rank), and back.
+# Between the parent and the launcher of another node (--node-rank).
 
 
 class NodeSetup(msgspec.Struct, tag=True):
     """Start the server's process with this `Setup` or `FrontSetup`, as JSON."""
 
-    #: What it runs: a module of this package.
+    #: Module of this package that the process runs.
     module: str
-    #: SIGTERM lets it finish its requests: the node passes the signal on.
+    #: The process drains on SIGTERM, so the node passes the signal on.
     drains: bool
     setup: bytes
 
 
 class NodeProbe(msgspec.Struct, tag=True):
-    """Answer a question of the preflight, as JSON."""
+    """Answer a preflight question (JSON)."""
 
     request: bytes
 
 
 class NodeEnd(msgspec.Struct, tag=True):
-    """End the worker: let it go, or kill it."""
+    """End the worker, by closing its input or by killing it."""
 
     kill: bool
 
 
 class NodePing(msgspec.Struct, tag=True):
-    """Nothing; that it can be sent says that the node is there."""
+    """Empty; that it can be sent shows that the node is connected."""
 
 
 class NodeHello(msgspec.Struct, tag=True):
-    """A launcher on another node is there."""
+    """A launcher on another node has connected."""
 
     pid: int
 
 
 class NodeReply(msgspec.Struct, tag=True):
-    """The answer to a NodeProbe, as JSON."""
+    """Answer to a NodeProbe (JSON)."""
 
     reply: bytes
 
@@ -455,9 +459,9 @@ class NodeReply(msgspec.Struct, tag=True):
 class NodeEnded(msgspec.Struct, tag=True):
     """The node's worker has ended."""
 
-    #: Exit status as a shell has it.
+    #: Exit status as in a shell.
     status: int
-    #: The end of its log, and where all of it is on the node.
+    #: The last lines of the log, and the path of the whole log on the node.
     last_lines: list[str]
     log: str
 

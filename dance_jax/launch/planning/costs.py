@@ -1,5 +1,4 @@
-"""The cost of a layer on these servers: rates and round trips of links and times of experts, given
-in the hosts file or measured."""
+"""Cost of a layer on the servers: link rates and expert times, given or measured in service."""
 
 from __future__ import annotations
 
@@ -17,40 +16,40 @@ from dance_jax.models.config import ModelConfig
 from dance_jax.models.messages import encode, row_bytes
 from dance_jax.placement.cost import CallCost, Cost, LockStepCost, of_pairs
 
-#: Bits per second of links, and seconds of a round trip, if none is known but seconds are needed.
+#: Rate (bits per second) and round trip (seconds) of links when none is known but costs are in
+#: seconds.
 DEFAULT_RATE, DEFAULT_ROUND_TRIP = 1e9, 2e-4
-#: Seconds that both servers together take for a call, besides the network's round trip, the bytes
-#: and the experts.
+#: Seconds of a call besides the network's round trip, its bytes and its experts: on both servers.
 CALL_S = 2e-4
 
-#: The share for `LockStepCost.staggered` of a service that has had no requests yet: about what
-#: research/paper.py measures with random arrivals. In a batch all servers have tokens most of the
-#: time.
+#: `LockStepCost.staggered` of a service without requests so far: about what research/paper.py
+#: measures for servers with requests at random times. In a batch, all servers have tokens most of
+#: the time.
 SERVICE_STAGGERED = 0.7
 
 
 @dataclasses.dataclass(frozen=True)
 class MeasuredCosts:
-    """What a running server has measured; None where nothing is certain."""
+    """What a server has measured while it ran; None: nothing reliable."""
 
-    #: Seconds that a byte takes through its links in one direction.
+    #: Seconds per byte on the server's links in one direction.
     byte_s: float | None = None
-    #: Seconds of one expert call on one of its devices.
+    #: Seconds of one expert call on one of the server's devices.
     call_s: float | None = None
-    #: Seconds of a call to another server and its answer, without their bytes and the computation;
-    #: mean over calls.
+    #: Seconds of a call to another server and its answer, mean over those servers, without the
+    #: bytes and the computation there.
     round_s: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class ServerLoad:
-    """The recent load of all servers.
+    """Recent load of the servers.
 
     Attributes:
-        rows: as in `CallCost`; empty if not known.
-        busy: fraction of the time in which the mean device computed experts; None if not known.
-        busiest: share of hidden states that went through the busiest link of each layer; None if
-            not known.
+        rows: as in `CallCost`; empty: unknown.
+        busy: fraction of the time in which the mean device computed experts; None: unknown.
+        busiest: fraction of the hidden states that went through the busiest link of their layer;
+            None: unknown.
     """
 
     rows: tuple[tuple[float, float], ...] = ()
@@ -67,10 +66,10 @@ def running_cost(
 ) -> Cost:
     """`cluster_cost` of running servers, in seconds.
 
-    Measured times of expert calls, round trips of calls and rows of steps replace what was given or
-    assumed. Measured rates only fill in for links without one: a server measures the slowest of the
-    links between itself and others, so unequal links are better given, or measured by the
-    preflight. If no rate is known at all, links count as DEFAULT_RATE.
+    Measured expert times, round trips of calls and rows per step replace what was given or assumed.
+    Measured rates only fill in for links without a rate: a server measures the slowest of the links
+    it exchanges over, so unequal links should be given, or measured by the preflight. If no rate is
+    known at all, links count as DEFAULT_RATE.
     """
     servers = tuple(
         dataclasses.replace(
@@ -83,7 +82,7 @@ def running_cost(
     if all(server.bandwidth is None for server in servers):
         servers = tuple(dataclasses.replace(each, bandwidth=DEFAULT_RATE) for each in servers)
     cost = cluster_cost(ClusterSpec(servers), model, config)
-    # Engines keep the order of calls that they got at their start.
+    # The calling order of the engines was fixed when they started.
     cost = dataclasses.replace(cost, order=cluster_cost(spec, model, config).preferences())
     if not isinstance(cost, CallCost):
         return cost
@@ -99,16 +98,15 @@ def running_cost(
 def cluster_cost(
     spec: ClusterSpec, model: ModelConfig, config: EngineConfig, *, service: bool = False
 ) -> Cost:
-    """The cost of the servers in the exchange in use, for policies that predict time.
+    """Cost model of the servers for placement policies, for the exchange in use.
 
-    A hidden state and the sum that comes back occupy a link for their bytes / bandwidth. A link of
-    unknown rate counts as the fastest known one. Unknown round trips and expert times count as the
-    mean of the known ones. Without any rate or round trip all links and devices are equal
-    (`Cost.reference`); without any expert time calls have the weight of `Cost.of_links`.
+    A hidden state and the sum that comes back take their bytes / bandwidth of a link. An unknown
+    rate counts as the fastest known one; an unknown round trip or expert time as the mean of the
+    known ones. Without any rate or round trip, all links and devices are equal
+    (`Cost.reference`); without any expert time, calls have the weight of `Cost.of_links`.
 
     Args:
-        spec, model, config: of the cluster.
-        service: users send requests at random times; otherwise there is a batch.
+        service: requests arrive at independent times; matters for LockStepCost only.
     """
     form = LockStepCost if config.exchange == "collectives" else CallCost
     rate_n = _filled((server.bandwidth for server in spec.servers), max)
@@ -133,7 +131,7 @@ def cluster_cost(
 
 
 def cost_note(spec: ClusterSpec) -> str | None:
-    """A note on what `cluster_cost` lacks although the hosts file asks for it; None if nothing."""
+    """A note on information that `cluster_cost` should use but lacks; None if it is complete."""
     unmeasured = [s.name for s in spec.servers if s.measure_bandwidth and s.bandwidth is None]
     rates = any(server.bandwidth is not None for server in spec.servers)
     times = any(server.expert_time is not None for server in spec.servers)
@@ -144,13 +142,13 @@ def cost_note(spec: ClusterSpec) -> str | None:
     else:
         return None
     if rates:
-        return f"{why}: taken for the fastest that is known."
-    without = ", and expert_time= says nothing" if times else ""
+        return f"{why}: it counts as the fastest known rate."
+    without = ", and expert_time= has no effect" if times else ""
     return f"{why}: all links count the same{without}."
 
 
 def exchanged_bytes(width: int, config: EngineConfig) -> int:
-    """Bytes of one hidden state to another server and of its sum back."""
+    """Bytes of one hidden state to another server plus its sum back."""
     total = jax.ShapeDtypeStruct((1, width), jnp.dtype(jnp.float32))
     encoded = functools.partial(encode, dtype=jnp.dtype(config.wire_dtype))
     return row_bytes(jax.eval_shape(encoded, total)) + total.size * total.dtype.itemsize
@@ -159,7 +157,7 @@ def exchanged_bytes(width: int, config: EngineConfig) -> int:
 def _filled(
     values: Iterable[float | None], instead: Callable[[list[float]], float]
 ) -> np.ndarray | None:
-    """The values, unknown ones as `instead` of the known ones: float [n]; None if none is known."""
+    """Float [n] with unknown values replaced by `instead(known values)`; None if none is known."""
     all_values = list(values)
     known = [value for value in all_values if value is not None]
     if not known:

@@ -1,4 +1,4 @@
-"""What is used where the user says nothing: model, platform, engine configuration."""
+"""Defaults for everything the user does not set: model, platform, engine configuration."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from dance_jax.models.formats import Formats
 
 #: Rows of smaller decodes, for servers with few users or none.
 FEW_ROWS = (1, 4)
-#: Slices of prefill in blocks. The first, beside a decode, is to take about as long as the decode.
+#: Slices of prefill in blocks. The first runs beside a decode and should take about as long as it.
 CPU_SLICES, SLICES = (1, 4), (8, 32)
 
 
 def demo_dir() -> pathlib.Path:
-    """The model that is part of this package.
+    """Directory of the demo model in this package.
 
     Raises:
-        UserError: this installation lacks it.
+        UserError: this installation has no demo model.
     """
     path = pathlib.Path(__file__).resolve().parents[2] / "demo"
     if not (path / "config.json").exists():
@@ -36,16 +36,16 @@ def demo_dir() -> pathlib.Path:
 
 
 def default_platform() -> str:
-    """What the servers compute on: "cuda" if JAX_PLATFORMS asks for it, else "cpu"."""
+    """Platform of the servers: "cuda" if JAX_PLATFORMS asks for it, else "cpu"."""
     wanted = os.environ.get("JAX_PLATFORMS", "").split(",")[0]
     return "cuda" if wanted in ("cuda", "gpu") else "cpu"
 
 
 def own_wire_dtype(dtype: str, formats: Formats | None) -> str:
-    """What hidden states are rounded to before routed experts if nobody says.
+    """Default format that hidden states are rounded to before routed experts.
 
-    Weights of 16 bits and less were made to be multiplied with activations of 16, whatever they are
-    kept as: the matrices of routed experts decide, as the rows are for them.
+    Weights of 16 bits or less were trained with activations of 16 bits, whatever format they are
+    kept in. The matrices of the routed experts decide, because the hidden states are for them.
 
     Args:
         dtype: of activations.
@@ -62,34 +62,34 @@ def engine_config(
     platform: str = "cpu",
     formats: Formats | None = None,
 ) -> EngineConfig:
-    """Configuration of the engines of a model.
+    """Make the configuration of a model's engines.
 
     Args:
         model: the model.
-        options: what the user has chosen.
+        options: the user's options.
         platform: "cpu", "cuda", or "mixed".
-        formats: how the checkpoint's weights are kept; None: as float32.
+        formats: formats of the checkpoint's weights; None: float32.
 
     Raises:
-        UserError: a value is wrong or more than the model can do.
+        UserError: a value is wrong, or more than the model supports.
     """
     longest, max_model_len = model.max_position, options.max_model_len
     if max_model_len is None:
         max_model_len = min(longest, DEFAULT_MODEL_LEN)
     if not 2 <= max_model_len <= longest:
         raise UserError(
-            f"max_model_len={max_model_len}: 2 tokens at least, and at most the {longest} the "
-            "model was made for"
+            f"max_model_len={max_model_len}: must be from 2 to {longest}, the model's longest "
+            "context"
         )
     max_num_seqs = options.max_num_seqs
     if max_num_seqs < 1:
-        raise UserError(f"max_num_seqs={max_num_seqs}: at least 1 is needed")
+        raise UserError(f"max_num_seqs={max_num_seqs}: must be at least 1")
     dtype = options.dtype or ("bfloat16" if platform == "cuda" else "float32")
     if dtype not in ("float32", "bfloat16"):
-        raise UserError(f'dtype={dtype!r}: "float32" or "bfloat16" is needed')
+        raise UserError(f'dtype={dtype!r}: must be "float32" or "bfloat16"')
     for name, choices in (("wire_dtype", WIRE_DTYPES), ("exchange", EXCHANGES)):
         if (value := getattr(options, name)) not in choices:
-            raise UserError(f"{name}={value!r}: one of {', '.join(choices)} is needed")
+            raise UserError(f"{name}={value!r}: must be one of {', '.join(choices)}")
     auto = options.wire_dtype == "auto"
     own = {
         "max_model_len": max_model_len,
@@ -101,5 +101,5 @@ def engine_config(
         decode_rows=(*(rows for rows in FEW_ROWS if rows < max_num_seqs), max_num_seqs),
         slice_rows=SLICES if platform == "cuda" else CPU_SLICES,
     )
-    num_blocks(model, config)  # refuses what cannot hold a whole context
+    num_blocks(model, config)  # raises if the KV cache cannot hold a whole context
     return config

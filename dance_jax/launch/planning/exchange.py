@@ -1,4 +1,4 @@
-"""Which exchange the servers of a launch use: expert calls, or collectives of one job."""
+"""Choose how the servers of a launch exchange rows: expert calls, or collectives of one job."""
 
 from __future__ import annotations
 
@@ -14,51 +14,51 @@ from dance_jax.config import (
 from dance_jax.launch.planning.costs import DEFAULT_RATE, exchanged_bytes
 from dance_jax.models.config import ModelConfig
 
-#: Seconds of the host in a layer whose parts it drives, and in a call more: its own and the
-#: callee's, both in Python. Measured on a CPU (models/host_calls.py, one row, AMD EPYC).
+#: Host time in seconds of a layer whose parts the host drives, and of each call (caller and callee
+#: together), both in Python. Measured on a CPU (models/host_calls.py, one row, AMD EPYC).
 HOST_S, CALL_S = 3e-4, 4e-4
 #: Seconds of a layer's collectives without their bytes. An estimate: no accelerators were measured.
 COLLECTIVES_S = 2e-4
-#: Seconds to a server and back, of links of which a rate alone is known. An estimate.
+#: Round trip in seconds of links with a known rate only. An estimate.
 ROUND_TRIP_S = 1e-4
 
 
 @dataclasses.dataclass(frozen=True)
 class ExchangeChoice:
-    """`EngineConfig.exchange` of a launch."""
+    """The value of `EngineConfig.exchange` for a launch, and its reason."""
 
     #: "calls" or "collectives".
     name: str
-    #: A sentence.
+    #: The reason, as part of a sentence.
     why: str
 
 
 def choose_exchange(
     spec: ClusterSpec, model: ModelConfig, config: EngineConfig, local_share: float
 ) -> ExchangeChoice:
-    """The exchange that was asked for, or the one that is predicted to be faster.
+    """Return the exchange that was asked for, or the one that is predicted to be faster.
 
     Args:
-        local_share: of expert calls under the placement.
+        local_share: local share of expert calls under the placement.
 
     Raises:
-        UserError: the servers cannot have the one that was asked for.
+        UserError: the servers cannot use the exchange that was asked for.
     """
     if config.exchange == "collectives" and spec.platform == "mixed":
         raise UserError(
             "exchange=collectives: servers of different platforms cannot form one job; "
-            "take exchange=calls (or auto)"
+            "use exchange=calls or auto"
         )
     if config.exchange == "collectives":
         check_together(len(spec.servers))
     if config.exchange != "auto":
-        return ExchangeChoice(config.exchange, "as was asked for")
+        return ExchangeChoice(config.exchange, "as requested")
     if spec.platform == "mixed":
         return ExchangeChoice("calls", "servers of different platforms cannot form one job")
     if len(spec.servers) > MOST_TOGETHER:
         return ExchangeChoice("calls", f"at most {MOST_TOGETHER} servers can step together")
     if spec.platform == "cpu":
-        return ExchangeChoice("calls", "on CPUs no server waits for the steps of others")
+        return ExchangeChoice("calls", "on CPUs no server waits for other servers' steps")
     calls_s, collectives_s = predicted_step_s(spec, model, config, local_share)
     name = "collectives" if collectives_s <= calls_s else "calls"
     return ExchangeChoice(
@@ -71,12 +71,11 @@ def choose_exchange(
 def predicted_step_s(
     spec: ClusterSpec, model: ModelConfig, config: EngineConfig, local_share: float
 ) -> tuple[float, float]:
-    """Seconds that a step waits for the exchange where accelerators compute, by calls and by
-    collectives, when every server decodes one token.
+    """Predict the seconds that a step waits for the exchange, by calls and by collectives.
 
-    A layer waits for its call where any of its k experts is missing, as if they were missing
-    independently. Collectives wait for the busiest link, over which the rows of all other servers
-    may go. A link of unknown rate counts as DEFAULT_RATE.
+    For accelerators, with every server decoding one token. A layer waits for its call if any of its
+    k experts is missing, each missing independently. Collectives wait for the busiest link, which
+    may carry the rows of all other servers. A link of unknown rate counts as DEFAULT_RATE.
     """
     rate = min(server.bandwidth or DEFAULT_RATE for server in spec.servers)
     row_s = 8 * exchanged_bytes(model.hidden_size, config) / rate

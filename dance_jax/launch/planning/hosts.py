@@ -1,7 +1,7 @@
-"""Reads the hosts file: one server a line, `name key=value ...`, `#` begins a comment.
+"""Read the hosts file: one server per line, `name key=value ...`; `#` begins a comment.
 
-No value reaches a shell as anything but one quoted word, and none that ssh reads can begin with a
-dash: what does not look like a host, a user or an absolute path is refused here.
+Values reach a shell only as one quoted word, and none that ssh reads can begin with a dash: a value
+that does not look like a host, a user or an absolute path is refused here.
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ _SSH = re.compile(
 
 
 def read_hosts(path: str | os.PathLike[str], platform: str = "cpu") -> ClusterSpec:
-    """Reads a hosts file.
+    """Read a hosts file.
 
     Args:
         platform: see `parse_hosts`.
 
     Raises:
-        UserError: the file cannot be read, or a line is wrong; the message has file and line.
+        UserError: the file cannot be read, or a line is wrong; the message names file and line.
     """
     try:
         text = pathlib.Path(path).read_text(encoding="utf-8-sig")
@@ -71,7 +71,7 @@ def read_hosts(path: str | os.PathLike[str], platform: str = "cpu") -> ClusterSp
 
 
 def parse_hosts(text: str, source: str = "hosts", platform: str = "cpu") -> ClusterSpec:
-    """Parses the content of a hosts file.
+    """Parse the content of a hosts file.
 
     >>> parse_hosts("alpha address=localhost devices=2 memory=48MiB bandwidth=500Mbps").devices
     (2,)
@@ -79,7 +79,7 @@ def parse_hosts(text: str, source: str = "hosts", platform: str = "cpu") -> Clus
     Args:
         text: the content.
         source: the file's name, for messages.
-        platform: what servers compute on whose lines have neither platform= nor gpus=.
+        platform: platform of servers whose lines have neither platform= nor gpus=.
 
     Raises:
         UserError: a line is wrong, there is no server, or the servers cannot reach each other.
@@ -98,7 +98,7 @@ def parse_hosts(text: str, source: str = "hosts", platform: str = "cpu") -> Clus
         line_of[server.name] = number
         servers.append(server)
     if not servers:
-        raise UserError(f"{source}: no server; write one a line: name key=value ...")
+        raise UserError(f"{source}: has no servers; write one per line: name key=value ...")
     _check_together(servers, line_of, source)
     return ClusterSpec(tuple(servers))
 
@@ -107,14 +107,14 @@ def _server(words: list[str], where: str, platform: str) -> ServerSpec:
     name = words[0]
     if not _NAME.fullmatch(name):
         raise UserError(
-            f"{where}: {name!r} is not a server's name; a line is `name key=value ...` and "
-            "a name has letters, digits, '.', '_' and '-'"
+            f"{where}: {name!r} is not a valid server name; a line is `name key=value ...` and a "
+            "name has letters, digits, '.', '_' and '-'"
         )
     values: dict[str, str] = {}
     for word in words[1:]:
         key, equals, value = word.partition("=")
         if key not in KEYS:
-            raise UserError(f"{where}: unknown key {key!r}; there are {', '.join(KEYS)}")
+            raise UserError(f"{where}: unknown key {key!r}; the keys are {', '.join(KEYS)}")
         if not equals or not value:
             raise UserError(f"{where}: {key} has no value; write {key}=...")
         if key in values:
@@ -137,13 +137,13 @@ def _server(words: list[str], where: str, platform: str) -> ServerSpec:
     from_peers = _from_peers(values.get("checkpoint", "own"), where)
     if from_peers and "model" in values:
         raise UserError(
-            f"{where}: checkpoint=peer and model= contradict each other: leave out model= if there "
-            "is no copy of the model, or checkpoint=peer if there is one"
+            f"{where}: checkpoint=peer and model= contradict each other: remove model= if the "
+            "server has no copy of the model, or checkpoint=peer if it has one"
         )
     rate = values.get("bandwidth", "auto")
     address = values.get("address", name)
     if not _is_address(address):
-        raise UserError(f"{where}: address={address}: a host name or an IP address is needed")
+        raise UserError(f"{where}: address={address}: must be a host name or an IP address")
     return ServerSpec(
         name=name,
         address=address,
@@ -169,7 +169,7 @@ def _platform(text: str | None, gpus: tuple[int, ...], default: str, where: str)
     if text not in (None, "cpu", "cuda"):
         raise UserError(f"{where}: platform={text}: write cpu or cuda")
     if text == "cpu" and gpus:
-        raise UserError(f"{where}: platform=cpu and gpus= contradict each other: leave out one")
+        raise UserError(f"{where}: platform=cpu and gpus= contradict each other: remove one")
     return text or ("cuda" if gpus else default)
 
 
@@ -177,7 +177,7 @@ def _from_peers(text: str, where: str) -> bool:
     if text not in ("own", "peer"):
         raise UserError(
             f"{where}: checkpoint={text}: write own (this server has a copy of the model) or peer "
-            "(its weights come from servers that have one)"
+            "(the weights come from servers that have a copy)"
         )
     return text == "peer"
 
@@ -187,7 +187,7 @@ def _list(text: str) -> list[str]:
 
 
 def _devices(text: str | None, gpus: tuple[int, ...], memory: tuple[int, ...], where: str) -> int:
-    """Number of devices, from devices= or from the lists that have an entry for each."""
+    """Number of devices, from devices= or from a list with an entry per device."""
     many = memory if len(memory) > 1 else ()
     devices = _integer(text, "devices", where) if text else len(gpus or many) or 1
     if devices < 1:
@@ -199,21 +199,23 @@ def _devices(text: str | None, gpus: tuple[int, ...], memory: tuple[int, ...], w
 
 
 def _ssh(text: str | None, address: str, where: str) -> SshTarget | None:
-    """Where ssh= points; by default a server elsewhere is reached at its address."""
+    """The ssh target of ssh=; by default, ssh to the address of any server not on loopback."""
     if text is None:
         return None if is_loopback(address) else SshTarget(address)
     match = _SSH.fullmatch(text)
     if not match or not 0 < int(match["port"] or 22) < 65536:
-        raise UserError(f"{where}: ssh={text}: write ssh=user@host:port, user and port as needed")
+        raise UserError(
+            f"{where}: ssh={text}: write ssh=user@host:port; user and port are optional"
+        )
     port = int(match["port"]) if match["port"] else None
     return SshTarget(match["host"] or match["ipv6"], match["user"], port)
 
 
 def _path(values: dict[str, str], key: str, where: str) -> str | None:
-    """An absolute path on the server's own machine: relative to what would be anybody's guess."""
+    """An absolute path on the server's machine (a relative one would have no defined base)."""
     path = values.get(key)
     if path is not None and not (path.startswith("/") and path.isprintable()):
-        raise UserError(f"{where}: {key}={path}: an absolute path on the server is needed")
+        raise UserError(f"{where}: {key}={path}: must be an absolute path on the server")
     return path
 
 
@@ -229,19 +231,17 @@ def _model(values: dict[str, str], where: str) -> str | None:
 
 def _integer(text: str, key: str, where: str) -> int:
     if not re.fullmatch(r"[0-9]{1,9}", text):
-        raise UserError(f"{where}: {key}={text}: a whole number is needed")
+        raise UserError(f"{where}: {key}={text}: must be a whole number")
     return int(text)
 
 
 def quantity(text: str, key: str, units: dict[str, int], where: str) -> decimal.Decimal:
     match = _QUANTITY.fullmatch(text)
     if not match or match[2] not in units:
-        raise UserError(
-            f"{where}: {key}={text}: a number and a unit ({', '.join(units)}) is needed"
-        )
+        raise UserError(f"{where}: {key}={text}: must be a number with a unit ({', '.join(units)})")
     value = decimal.Decimal(match[1]) * units[match[2]]
     if value < 1:
-        raise UserError(f"{where}: {key}={text}: more than nothing is needed")
+        raise UserError(f"{where}: {key}={text}: must be more than 0")
     return value
 
 
@@ -250,7 +250,7 @@ def _seconds(text: str | None, key: str, where: str) -> float | None:
 
 
 def is_loopback(address: str) -> bool:
-    """The address says itself that only its own machine can reach it; no name is looked up."""
+    """Whether the address is a loopback address; names other than localhost are not looked up."""
     if address == "localhost":
         return True
     try:
@@ -273,27 +273,26 @@ def _is_ip(text: str) -> bool:
 
 
 def _check_together(servers: list[ServerSpec], line_of: dict[str, int], source: str) -> None:
-    """What no line shows alone: servers that could not reach each other or have no model, and times
-    that nothing can be weighed against."""
-    near = [server for server in servers if is_loopback(server.address)]
-    far = [server for server in servers if not is_loopback(server.address)]
-    if near and far:
+    """Check what no single line shows: reachability, copies of the model, comparable costs."""
+    local = [server for server in servers if is_loopback(server.address)]
+    remote = [server for server in servers if not is_loopback(server.address)]
+    if local and remote:
         raise UserError(
-            f"{source}:{line_of[near[0].name]}: address={near[0].address} is reachable on its own "
-            f"machine only, and {far[0].name} (line {line_of[far[0].name]}, address="
-            f"{far[0].address}) is elsewhere: give {near[0].name} the address the others reach it "
-            "by, or all of them a loopback address"
+            f"{source}:{line_of[local[0].name]}: address={local[0].address} can be reached only "
+            f"from its own machine, but {remote[0].name} (line {line_of[remote[0].name]}, "
+            f"address={remote[0].address}) is elsewhere: give {local[0].name} the address that the "
+            "others reach it by, or give all servers a loopback address"
         )
     if all(server.from_peers for server in servers):
         raise UserError(
-            f"{source}: all servers have checkpoint=peer, and none has a copy of the model: leave "
-            "it out for at least one, whose model= or --model is a directory on its machine"
+            f"{source}: all servers have checkpoint=peer, so none has a copy of the model: remove "
+            "it from at least one server whose model= or --model is a directory on its machine"
         )
     timed = next((server for server in servers if server.expert_time is not None), None)
     if timed and not any(
         server.bandwidth or server.measure_bandwidth or server.round_trip for server in servers
     ):
         raise UserError(
-            f"{source}:{line_of[timed.name]}: expert_time= needs bandwidth= or round_trip= too, of "
-            "at least one server: calls are weighed against what the links take"
+            f"{source}:{line_of[timed.name]}: expert_time= also needs bandwidth= or round_trip= "
+            "on at least one server, because call times are weighed against link times"
         )

@@ -1,4 +1,4 @@
-"""Decides, before anything starts, who holds which experts, and says what that takes."""
+"""Plan a launch: decide where experts go and how much memory everything takes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from dance_jax.placement.visit import MAX_SERVERS
 
 
 class ModelFacts(Protocol):
-    """What planning needs of a checkpoint; `models.checkpoint.Checkpoint` has it."""
+    """The properties of a checkpoint that planning needs; see `models.checkpoint.Checkpoint`."""
 
     config: ModelConfig
     source: str
@@ -39,15 +39,15 @@ class ModelFacts(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Room:
-    """What one server holds, whichever experts it gets; bytes are per device."""
+    """Memory of one server, independent of the placement; bytes are per device."""
 
     name: str
     devices: int
     trunk_bytes: int
     kv_bytes: int
-    #: Recurrent states of all sequences that run at once; 0 for models without any.
+    #: Recurrent states of all sequences that run at once; 0 for models without such states.
     state_bytes: int
-    #: The expert pool: slots x bytes of an expert, full or not.
+    #: The expert pool: slots x bytes of an expert, whether full or empty.
     pool_bytes: int
     slots: int
     #: Slots that stay empty, so that experts can move; see `spare_slots`.
@@ -55,12 +55,12 @@ class Room:
 
     @property
     def device_bytes(self) -> int:
-        """All of it."""
+        """Bytes of all parts together."""
         return self.trunk_bytes + self.kv_bytes + self.state_bytes + self.pool_bytes
 
     @property
     def capacity(self) -> int:
-        """Experts that all its devices may hold."""
+        """Number of experts that all devices together may hold."""
         return (self.slots - self.spare) * self.devices
 
 
@@ -68,37 +68,37 @@ class Room:
 class ServerPlan(Room):
     """One server's part of a plan."""
 
-    #: Experts resident on the server in each MoE layer.
+    #: Number of resident experts of each MoE layer.
     resident: tuple[int, ...]
-    #: Predicted share of its requests' expert calls served without leaving it.
+    #: Predicted share of expert calls of the server's requests that stay on the server.
     local_share: float
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Plan:
-    """Where everything goes."""
+    """Placement of all experts, and its consequences."""
 
     spec: ClusterSpec
-    #: The one that placed.
+    #: The policy that was used.
     policy: str
     placement: Placement
     layout: Layout
     servers: tuple[ServerPlan, ...]
-    #: Of all expert calls, weighed by the activations' counts.
+    #: Predicted share of all expert calls that stay local, weighted by the activations' counts.
     local_share: float
     expert_bytes: int
-    #: How weights are kept and hidden states travel, in words.
+    #: Formats of the weights and of hidden states on the wire, as text.
     weights: str
     exchange: ExchangeChoice
-    #: Sentences on what the policy had to do without.
+    #: Sentences for the user about the model and about information that the policy lacked.
     notes: tuple[str, ...]
 
 
 def rooms(spec: ClusterSpec, model: ModelFacts, config: EngineConfig) -> tuple[Room, ...]:
-    """What each server holds, in their order.
+    """Compute the memory of each server, in the order of the servers.
 
     Raises:
-        UserError: there are too many servers, or together they lack memory for the experts.
+        UserError: there are too many servers, or their memory is too small for all experts.
     """
     if len(spec.servers) > MAX_SERVERS:
         raise UserError(f"{len(spec.servers)} servers: at most {MAX_SERVERS} can serve a model")
@@ -124,10 +124,10 @@ def rooms(spec: ClusterSpec, model: ModelFacts, config: EngineConfig) -> tuple[R
 def matched(
     activations: Activations | None, spec: ClusterSpec, model: ModelFacts
 ) -> Activations | None:
-    """The statistics of these servers, in their order; None: none are given.
+    """The activations in the order of the servers; None if none are given.
 
     Raises:
-        UserError: they are of another model, or lack a server.
+        UserError: the activations are of another model, or a server is missing in them.
     """
     if activations is None:
         return None
@@ -144,19 +144,20 @@ def make_plan(
     activations: Activations | None = None,
     service: bool = False,
 ) -> Plan:
-    """Places a model's experts on servers.
+    """Place a model's experts on the servers.
 
     Args:
-        spec: the servers; rates that are to be measured have been, or count as unknown.
+        spec: the servers; rates still to be measured count as unknown.
         model: the checkpoint.
         config: of the engines.
+        policy: a name in `placement.POLICIES`; if it cannot place, `placement.usable` chooses
         policy: a name in `placement.POLICIES`; where it cannot place, `placement.usable` takes
-            another.
+            another policy.
         activations: statistics of every server's requests; None: all counts are equal.
-        service: users send requests at random times; otherwise there is a batch.
+        service: requests arrive at independent times, as opposed to a batch.
 
     Raises:
-        UserError: the servers together lack memory, the activations are of another model or lack
+        UserError: the servers have too little memory, the activations are of another model or lack
             a server, or the policy is unknown.
     """
     held = rooms(spec, model, config)
@@ -166,12 +167,12 @@ def make_plan(
         counts, routes = np.ones(shape, np.int64), None
     else:
         counts = activations.counts
-        # Recorded where nobody asked for anything, they have no tokens and no k.
+        # Activations recorded without any request have no tokens and no k.
         routes = activations.routes if any(map(len, activations.routes)) else None
     used = usable(policy, routes)
 
     def placed(config: EngineConfig) -> tuple[Placement, ExchangeChoice]:
-        """The placement for a config, and the exchange to use with it."""
+        """Place for the given exchange, and choose the exchange for that placement."""
         placement = place(
             used,
             counts,
@@ -214,7 +215,7 @@ def make_plan(
 
 
 def weights_note(model: ModelFacts, config: EngineConfig) -> str:
-    """How weights are kept and hidden states travel, in words."""
+    """Describe the formats of the weights and of hidden states on the wire."""
     experts, trunk = model.expert_formats(config.dtype), model.trunk_formats(config.dtype)
     return (
         f"Weights: experts {experts}, trunk {trunk}.\n"
@@ -223,20 +224,20 @@ def weights_note(model: ModelFacts, config: EngineConfig) -> str:
 
 
 def model_notes(model: ModelConfig, config: EngineConfig) -> Iterator[str]:
-    """What a user should know of a model's memory and form."""
+    """Notes for the user about the model's memory and architecture."""
     if model.state_bytes:
         yield (
-            f"The model has recurrent states: {format_bytes(model.state_bytes)} for each of "
-            f"{config.max_num_seqs} sequences that run at once on a device, twice where servers "
-            "call each other, and one more. Requests with the same prefix do not share its "
+            f"The model has recurrent states: {format_bytes(model.state_bytes)} for each of the "
+            f"{config.max_num_seqs} sequences that run at once on a device (twice that if servers "
+            "call each other), plus one more. Requests with a common prefix do not share its "
             "computation."
         )
     for original in sorted(model.trained_contexts):
         which = "longer" if config.max_model_len > original else "shorter"
         yield (
-            f"The model has two sets of rotary frequencies (longrope): for contexts of up to "
-            f"{original} tokens, and for longer ones. max_model_len is {config.max_model_len}, so "
-            f"all requests use the set for the {which} contexts."
+            f"The model has two sets of rotary frequencies (longrope): one for contexts of up to "
+            f"{original} tokens, one for longer contexts. max_model_len is "
+            f"{config.max_model_len}, so all requests use the set for {which} contexts."
         )
     for note in unfit_report(config.rounding, model):
         yield f"{note}."
@@ -249,27 +250,27 @@ def _notes(
 ) -> Iterator[str]:
     if activations is None:
         yield (
-            "No activations were given (--activations): every expert counts the same for every "
+            "No activations were given (--activations), so every expert counts the same on every "
             "server."
         )
     if why:
-        yield f"{why}: {used} places instead."
+        yield f"{why}: policy {used} is used instead."
     note = cost_note(spec) if POLICIES[used].weighs_cost else None
     if note is not None:
         yield note
 
 
 def spare_notes(held: Sequence[Room], placement: Placement) -> Iterator[str]:
-    """Which servers cannot receive experts."""
+    """Notes about servers that cannot receive experts."""
     if fixed := [
         room.name
         for room, resident in zip(held, placement.resident, strict=True)
         if not room.spare and not resident.all()
     ]:
         yield (
-            f"No spare slot on {', '.join(fixed)}: other experts cannot be loaded there, and a "
-            "migration that needs it is refused. Give servers more memory= (or experts=) in the "
-            "hosts file."
+            f"No spare slot on {', '.join(fixed)}: no other experts can be loaded there, and "
+            "migrations that need to are refused. Give these servers more memory= (or experts=) in "
+            "the hosts file."
         )
 
 
@@ -284,14 +285,14 @@ def _check_capacity(spec: ClusterSpec, slots: list[int], experts: int, expert_by
     )
     raise UserError(
         f"too little memory: the model has {experts:,} experts of {format_bytes(expert_bytes)}, "
-        f"the servers hold {have:,} ({each}); {missing:,} slots are missing, "
-        f"{missing * expert_bytes:,} bytes ({format_bytes(missing * expert_bytes)}); "
+        f"but the servers have {have:,} slots ({each}); {missing:,} slots are missing, "
+        f"{missing * expert_bytes:,} bytes ({format_bytes(missing * expert_bytes)}): "
         "give servers more memory= (or experts=) in the hosts file, or add a server"
     )
 
 
 def format_bytes(count: float) -> str:
-    """Bytes with a binary unit.
+    """Format bytes with a binary unit.
 
     >>> format_bytes(1536)
     '1.5 KiB'

@@ -1,4 +1,4 @@
-"""Asks a server's machine the questions of a preflight: a process there, here or through ssh."""
+"""Ask a server's machine the preflight's questions, through a process there (local or over ssh)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from dance_jax.launch.preflight.messages import (
     encode,
 )
 
-#: Seconds that a probe has to end by itself when nobody asks any more.
+#: Seconds that a probe has to end by itself once it is closed.
 _END_TIMEOUT_S = 1.0
 
 
@@ -42,15 +42,15 @@ class Asker(Protocol):
     """Asks one server's machine."""
 
     def ask(self, request: Request, timeout_s: float) -> Reply:
-        """The answer to a question; called by one thread at a time.
+        """Ask a question and return the answer; called by one thread at a time.
 
         Raises:
-            Unreachable: none came within so many seconds, or none can come.
+            Unreachable: no answer within `timeout_s`, or no answer is possible.
         """
         ...
 
     def close(self) -> None:
-        """Ends whatever answers, there and here."""
+        """End the process that answers, and free all local resources."""
         ...
 
 
@@ -58,12 +58,12 @@ class CallAsker:
     """Asks through a function from JSON to JSON, e.g. over another launcher's channel.
 
     Args:
-        call: takes a question and the seconds it may take; raises TimeoutError.
+        call: takes a question and its time limit in seconds; raises TimeoutError.
     """
 
     def __init__(self, call: Callable[[bytes, float], bytes]) -> None:
         self._call = call
-        #: Why it is not asked any more.
+        #: Why no further question is sent; empty: questions are sent.
         self._problem = ""
 
     def ask(self, request: Request, timeout_s: float) -> Reply:
@@ -72,18 +72,18 @@ class CallAsker:
         try:
             return _decoded(self._call(encode(request), timeout_s))
         except TimeoutError as error:
-            # A late answer would be taken for that to another question.
+            # No further questions: a late answer would be taken for the answer to the next one.
             self._problem = f"no answer within {timeout_s:.0f} s"
             raise Unreachable(self._problem) from error
 
     def close(self) -> None:
-        """Nothing is its own."""
+        """Do nothing: the channel belongs to the caller."""
 
 
 class ProbeAsker:
     """Asks a process of `dance_jax.launch.preflight.probe` on the server's machine.
 
-    The process ends when this one closes its input or is gone.
+    The probe ends when this process closes the probe's input or dies.
     """
 
     def __init__(self, server: ServerSpec, ssh_config: pathlib.Path | None = None) -> None:
@@ -92,7 +92,7 @@ class ProbeAsker:
         self._answers: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed by close)
         self._popen: subprocess.Popen[bytes] | None = None
-        #: Why it cannot be asked any more.
+        #: Why no further question is sent; empty: questions are sent.
         self._problem = ""
         command = server_command(server, "dance_jax.launch.preflight.probe", ssh_config)
         try:
@@ -102,7 +102,7 @@ class ProbeAsker:
                 stdout=subprocess.PIPE,
                 stderr=self._errors,
                 env=server_environment(server),
-                start_new_session=True,  # Ctrl-C in the terminal is for the parent alone
+                start_new_session=True,  # Ctrl-C in the terminal is for the parent only
             )
         except OSError as error:
             self._problem = f"{command[0]} cannot be started: {(error.strerror or '').lower()}"
@@ -122,17 +122,18 @@ class ProbeAsker:
         if self._popen is None or self._problem:
             raise Unreachable(self._problem)
         assert self._popen.stdin is not None
-        # Where writing fails, the end of its output says so as well.
+        # If writing fails, reading its output reports the end of the process.
         with contextlib.suppress(BrokenPipeError):
             self._popen.stdin.write(encode(request) + b"\n")
             self._popen.stdin.flush()
         try:
             answer = self._answers.get(timeout=timeout_s)
         except queue.Empty:
-            # It is not asked again: a late answer would be taken for that to another question.
+            # No further questions: a late answer would be taken for the answer to the next one.
             self._problem = f"{where(self._server)}: no answer within {timeout_s:.0f} s"
             if self._server.ssh is not None:
-                self._problem += f"; does this work? {by_hand(self._server, self._ssh_config)}"
+                command = by_hand(self._server, self._ssh_config)
+                self._problem += f"; check that this command works: {command}"
             raise Unreachable(self._problem) from None
         if answer is None:
             self._problem = self._why()
@@ -157,7 +158,7 @@ class ProbeAsker:
             self._popen.stdin.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._popen.wait(_END_TIMEOUT_S)
-        # A group of its own, which children that outlive their leader still have.
+        # The whole group, because children may outlive their leader.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._popen.pid, signal.SIGKILL)
         self._popen.wait()
@@ -169,7 +170,7 @@ def _decoded(answer: bytes) -> Reply:
         reply = decode_reply(answer)
     except msgspec.DecodeError as error:
         raise Unreachable(
-            f"its answer is not understood: dance_jax there is another version ({error})"
+            f"the answer cannot be parsed: the machine has another version of dance_jax ({error})"
         ) from error
     if isinstance(reply, Refused):
         raise Unreachable(reply.why)
@@ -177,12 +178,12 @@ def _decoded(answer: bytes) -> Reply:
 
 
 def where(server: ServerSpec) -> str:
-    """How the server's machine is reached, in words."""
+    """How the server's machine is reached, as text for messages."""
     return f"ssh {server.ssh}" if server.ssh else "its process on this machine"
 
 
 def by_hand(server: ServerSpec, ssh_config: pathlib.Path | None) -> str:
-    """A command line with which a user tries the connection."""
+    """A command line with which the user can test the connection."""
     assert server.ssh is not None
     config = ["-F", str(ssh_config)] if ssh_config else []
     port = ["-p", str(server.ssh.port)] if server.ssh.port else []
@@ -190,33 +191,36 @@ def by_hand(server: ServerSpec, ssh_config: pathlib.Path | None) -> str:
     return shlex.join(["ssh", "-o", "BatchMode=yes", *config, *port, target, "true"])
 
 
-#: What ssh prints when it cannot connect, and what it means. The first that fits is taken.
+#: Error texts of ssh and their explanations. The first match is used.
 _SSH_FAILURES = (
     (
         "REMOTE HOST IDENTIFICATION HAS CHANGED",
-        "the host has another key than it had before; if that is right, remove the old one "
-        "(ssh-keygen -R HOST)",
+        "the host key has changed; if that is expected, remove the old key (ssh-keygen -R HOST)",
     ),
     (
         "Host key verification failed",
-        "the host's key is not known here; connect once by hand and accept it",
+        "the host key is unknown; connect once by hand and accept it",
     ),
     (
         "Permission denied",
-        "the host lets nobody in with the keys of this user; add yours there (ssh-copy-id)",
+        "the host accepts none of this user's keys; add one there (ssh-copy-id)",
     ),
     (
         "Too many authentication failures",
-        "the host refused all keys; name the right one in the ssh configuration (IdentityFile)",
+        "the host refused all keys; name the right key in the ssh configuration (IdentityFile)",
     ),
-    ("Could not resolve", "the name of the host is not known here; correct ssh= or address="),
+    ("Could not resolve", "the host name cannot be looked up; correct ssh= or address="),
     (
         "Connection refused",
-        "no ssh server listens there; start one, or correct the port in ssh=",
+        "no ssh server listens at that port; start one, or correct the port in ssh=",
     ),
-    ("No route to host", "there is no way to it; is it on, and is the address right?"),
-    ("Network is unreachable", "there is no way to it from this machine"),
-    ("timed out", "it does not answer; is it on, is the address right, does a firewall drop this?"),
+    ("No route to host", "no route to the host; check that it is on and the address is right"),
+    ("Network is unreachable", "this machine has no route to the host's network"),
+    (
+        "timed out",
+        "the host does not answer; check that it is on, that the address is right, and that no "
+        "firewall drops the connection",
+    ),
     ("Bad configuration option", "the ssh configuration is wrong"),
     ("Can't open user config file", "the file of --ssh-config cannot be read"),
 )
@@ -230,10 +234,10 @@ def explanation(
     """Why a server's process ended before it answered, and what to do.
 
     Args:
-        server: whose process it was.
-        status: how it ended, as `subprocess` and shells say it; None: it runs on.
-        stderr: what the process wrote there.
-        ssh_config: for the command that is proposed.
+        server: the server.
+        status: exit status as `subprocess` and shells report it; None: the process still runs.
+        stderr: the standard error of the process.
+        ssh_config: for the command that the message proposes.
     """
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
     last = _printable(lines[-1]) if lines else "it printed nothing"
@@ -241,22 +245,22 @@ def explanation(
     if server.ssh is not None and status == SSH_FAILED:
         reason = next((text for sign, text in _SSH_FAILURES if sign in stderr), "ssh failed")
         return (
-            f"{where(server)}: {reason} ({last}). This must work without a question: "
+            f"{where(server)}: {reason} ({last}). This command must work without a prompt: "
             f"{by_hand(server, ssh_config)}"
         )
     missing = _MISSING_MODULE.search(stderr)
     if missing:
         name = missing[1]
         package = "dance_jax" if name.startswith("dance_jax") else name
-        which = "" if name.count(".") == 0 else f" (it lacks {name}: another version)"
+        which = "" if name.count(".") == 0 else f" (module {name} is missing: another version)"
         return (
             f"{where(server)}: {python} has no {package}{which}; install the same version there, "
             "or name the right Python with python="
         )
     if status in (126, 127):
         return (
-            f"{where(server)}: there is no {python} that can be run ({last}); install it there, "
-            "or name the right one with python="
+            f"{where(server)}: {python} cannot be run ({last}); install it there, or name the "
+            "right Python with python="
         )
     if "SyntaxError" in stderr or "TypeError: unsupported operand" in stderr:
         return f"{where(server)}: {python} is too old; Python 3.11 or newer is needed"

@@ -1,4 +1,4 @@
-"""Several calls at the same time, none of which can keep the program from ending."""
+"""Run several calls at the same time, without letting any of them delay the program's end."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ Result = TypeVar("Result")
 def at_once(
     calls: Sequence[Callable[[], Result]], timeout_s: float | None = None
 ) -> list[Result | Exception]:
-    """Runs each call in a thread of its own.
+    """Run each call in a thread of its own.
 
-    The threads are daemons and nobody waits for one that is late, so Ctrl-C ends the wait.
+    The threads are daemons and late ones are not waited for, so Ctrl-C ends the wait.
 
     Args:
         calls: without arguments.
-        timeout_s: seconds that all of them have.
+        timeout_s: seconds for all calls together; None: no limit.
 
     Returns:
-        What each returned or raised, in their order; TimeoutError for those that are late.
+        What each call returned or raised, in order; TimeoutError for late calls.
     """
     results: list[Result | Exception] = [TimeoutError("timed out") for _ in calls]
     done = threading.Semaphore(0)

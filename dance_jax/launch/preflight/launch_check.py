@@ -1,4 +1,4 @@
-"""Before servers elsewhere start: the preflight, and what it tells about them."""
+"""Check the servers of a launch with a preflight and apply its results."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dance_jax.launch.preflight.run import Preflight, run_preflight
 
 
 def needs_preflight(spec: ClusterSpec, nodes: Nodes | None) -> bool:
-    """Some server is on another machine, where much can be wrong that nobody sees here."""
+    """Whether a server is on another machine, where problems are invisible from here."""
     return nodes is not None or any(server.ssh for server in spec.servers)
 
 
@@ -33,13 +33,13 @@ def survey(
     measure_all: bool = False,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Preflight:
-    """`run_preflight` for the servers of a launch.
+    """Run a preflight for the servers of a launch.
 
     Args:
         spec: the servers.
-        held: what each of them will hold.
-        network: how they are reached.
-        nodes: launchers to ask; None: every server is asked over ssh, or here.
+        held: what each server will hold.
+        network: how the servers are reached.
+        nodes: launchers to ask; None: every server is asked over ssh, or on this machine.
         model, fingerprint, cache_dir, measure_all, progress: as for `run_preflight`.
     """
     askers = None if nodes is None else _askers(spec, network, nodes)
@@ -67,10 +67,10 @@ def _askers(spec: ClusterSpec, network: Network, nodes: Nodes) -> list[Asker]:
 
 
 def checked(network: Network, found: Preflight) -> tuple[ClusterSpec, Network]:
-    """Servers and network with what the preflight has found: rates, this machine's addresses.
+    """Apply the preflight's results: measured rates, and this machine's addresses.
 
     Raises:
-        UserError: a launch would fail; with all reasons.
+        UserError: a launch would fail; the message has all reasons.
     """
     found.check()
     if not network.control_addresses:

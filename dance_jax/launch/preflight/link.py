@@ -1,8 +1,8 @@
-"""Measures the network between two servers: round trips, and the rate in each direction.
+"""Measure the network between two servers: round trips, and the rate in each direction.
 
-A link may be shaped by a token bucket: what it saved up passes at once and says nothing about the
-rate, and deep buffers let a sender believe that all has arrived. So rates are measured where the
-data arrives, after a first part that does not count.
+A link may be shaped by a token bucket: the saved-up burst passes at once and says nothing about
+the rate, and deep buffers let a sender believe that all data has arrived. So rates are measured
+where the data arrives, and the beginning is not counted.
 """
 
 from __future__ import annotations
@@ -20,43 +20,43 @@ import time
 from dance_jax.launch.preflight.at_once import at_once
 from dance_jax.launch.preflight.messages import Link, Peer
 
-#: Seconds until a peer that does not answer counts as out of reach; a lost packet is sent again
-#: after one.
+#: Seconds until a peer that does not answer counts as unreachable; a lost packet is sent again
+#: after one second.
 CONNECT_TIMEOUT_S = 4.0
 #: Seconds without any data after which a measurement fails.
 STALL_TIMEOUT_S = 3.0
 #: Round trips of which the median is taken.
 PINGS = 9
-#: Part of the time at the beginning that does not count.
+#: Fraction of the time at the beginning that is not counted.
 SETTLING = 0.3
-#: A rate is measured for so many round trips at least (TCP needs some to find it), and so many
-#: seconds at most.
+#: A rate is measured for at least this many round trips (TCP needs some to find the rate), and for
+#: at most this many seconds.
 RATE_ROUND_TRIPS, RATE_LONGEST_S = 15, 3.0
 
-#: Seconds a connected peer may wait with its next wish: it has others to measure.
-_WISH_TIMEOUT_S = 60.0
+#: Seconds a connected peer may wait with its next command while it measures other peers.
+_COMMAND_TIMEOUT_S = 60.0
 
 TOKEN_CHARACTERS = 64
 _BLOCK = 1 << 18
 _PING, _SEND, _RECEIVE = b"p", b"s", b"r"
 _NUMBER = struct.Struct("!d")
-#: Closing drops what is still to be sent: a slow link would be busy with it for long.
+#: Makes close() drop unsent data, which would keep a slow link busy for long.
 _DROP = struct.pack("ii", 1, 0)
 
 
 def listen(address: str, token: str, seconds: float) -> int:
-    """Serves peers that know the token, in threads of this process.
+    """Serve peers that know the token, in threads of this process.
 
     Args:
         address: of this machine, to listen at.
-        token: TOKEN_CHARACTERS of ASCII; others are turned away.
-        seconds: until it ends by itself.
+        token: TOKEN_CHARACTERS of ASCII; peers with another token are disconnected.
+        seconds: until listening ends.
 
     Returns:
         The TCP port.
 
     Raises:
-        OSError: the address is not one of this machine.
+        OSError: the address is not an address of this machine.
     """
     listener = bound(address, 0)
     deadline = time.monotonic() + seconds
@@ -66,10 +66,10 @@ def listen(address: str, token: str, seconds: float) -> int:
 
 
 def bound(address: str, port: int) -> socket.socket:
-    """A TCP socket that listens at an address of this machine.
+    """Open a TCP socket that listens at an address of this machine.
 
     Raises:
-        OSError: it cannot.
+        OSError: no socket can be bound to the address.
     """
     failure: OSError | None = None
     for family, kind, protocol, _, where in socket.getaddrinfo(
@@ -99,12 +99,12 @@ def _accept(listener: socket.socket, token: bytes, deadline: float) -> None:
 
 
 def _serve(peer: socket.socket, token: bytes) -> None:
-    """Does what a peer with the token asks for until it closes the connection."""
+    """Execute the commands of a peer with the token until it closes the connection."""
     with contextlib.suppress(OSError, EOFError), peer:
         _prepare(peer)
         if not hmac.compare_digest(_exactly(peer, TOKEN_CHARACTERS), token):
             return
-        peer.settimeout(_WISH_TIMEOUT_S)
+        peer.settimeout(_COMMAND_TIMEOUT_S)
         while command := peer.recv(1):
             if command == _PING:
                 peer.sendall(_PING)
@@ -120,15 +120,15 @@ def _serve(peer: socket.socket, token: bytes) -> None:
 
 
 def measure(peers: list[Peer], token: str, seconds: float) -> list[Link]:
-    """Measures the way to each peer.
+    """Measure the link to each peer.
 
-    All are connected to at the same time, because those out of reach take long; then they are
-    measured one after the other.
+    All connections are opened at the same time, because unreachable peers take long; then the
+    peers are measured one after the other.
 
     Args:
-        peers: where they listen.
-        token: what `listen` was given.
-        seconds: for the rate in each direction; 0: round trips only.
+        peers: addresses at which the peers listen.
+        token: the token that the peers' `listen` got.
+        seconds: of measuring the rate in each direction; 0: round trips only.
     """
     calls = [functools.partial(_connect, peer, token) for peer in peers]
     connected = at_once(calls, CONNECT_TIMEOUT_S + STALL_TIMEOUT_S)
@@ -145,7 +145,7 @@ def measure(peers: list[Peer], token: str, seconds: float) -> list[Link]:
 
 
 def reason(error: Exception) -> str:
-    """An error of a socket in words."""
+    """A socket error as text."""
     if isinstance(error, TimeoutError):
         return "timed out"
     return (getattr(error, "strerror", None) or str(error)).lower()
@@ -165,7 +165,7 @@ def _measure(peer: Peer, connection: socket.socket, token: str, seconds: float) 
 
 
 def _connect(peer: Peer, token: str) -> socket.socket:
-    """A connection on which the peer has answered."""
+    """Connect to a peer and check that it answers."""
     connection = socket.create_connection((peer.address, peer.port), CONNECT_TIMEOUT_S)
     try:
         _prepare(connection)
@@ -191,10 +191,10 @@ def _ping(connection: socket.socket) -> float:
 
 
 def _push(connection: socket.socket, seconds: float) -> float:
-    """Sends until the other end, which measures, says the rate; for so long at most.
+    """Send until the other end, which measures, answers with the rate; at most for `seconds`.
 
     Raises:
-        OSError: the other end has closed the connection, as it does where it needs no answer.
+        OSError: the other end closed the connection, as it does when it needs no answer.
     """
     block = bytes(_BLOCK)
     deadline = time.monotonic() + seconds
@@ -211,7 +211,7 @@ def _push(connection: socket.socket, seconds: float) -> float:
 
 
 def _arriving_rate(connection: socket.socket, seconds: float) -> float:
-    """Receives for so long; the rate in bits per second after SETTLING of the time."""
+    """Receive for `seconds`; returns bits per second, not counting the first SETTLING of them."""
     buffer = bytearray(_BLOCK)
     begin = settled = None
     total = counted = 0
@@ -229,7 +229,7 @@ def _arriving_rate(connection: socket.socket, seconds: float) -> float:
 
 
 def _drain(connection: socket.socket) -> None:
-    """Waits until the other end has read what it was sent last, and closes."""
+    """Wait until the other end has read the last data sent to it and closes."""
     buffer = bytearray(_BLOCK)
     while connection.recv_into(buffer):
         pass

@@ -1,4 +1,4 @@
-"""Measures the links between all servers, so that no two measurements share a link."""
+"""Measure the links between all servers such that no two measurements share a link."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from dance_jax.launch.preflight.link import (
 from dance_jax.launch.preflight.messages import Link, Listen, Listening, Measure, Measured, Peer
 from dance_jax.launch.preflight.survey import Links, Measurements, Survey
 
-#: Seconds that all rates together should take, and one direction of one at least and at most.
+#: Target seconds for all rates together; minimum and maximum seconds for one direction of a link.
 RATES_S, SHORTEST_RATE_S, LONGEST_RATE_S = 8.0, 0.3, 1.0
-#: Seconds after which no further rate is measured.
+#: Seconds after which no further rate measurement starts.
 RATES_DEADLINE_S = 12.0
-#: Seconds after which listeners end, should nobody end them.
+#: Seconds after which listeners end by themselves.
 _LISTEN_S = 120.0
-#: Seconds for an answer beyond what is measured.
+#: Seconds for an answer beyond the measurement itself.
 _SLACK_S = 4.0
 
 
@@ -35,15 +35,15 @@ def measure_links(
     measure_all: bool,
     progress: Callable[[str], None],
 ) -> Measurements:
-    """Round trips between all servers of different addresses, and the rates that are wanted.
+    """Measure round trips between all servers of different addresses, and the rates asked for.
 
     Rates are measured only if every server answered and reaches all others.
 
     Args:
         surveys: of all servers; those that did not answer are left out.
         askers: of all servers.
-        measure_all: all rates, not only to and from servers with bandwidth=auto.
-        progress: told what is done.
+        measure_all: measure all rates, not only those of servers with bandwidth=auto.
+        progress: called with what is being done.
     """
     progress("measuring round trips")
     token = secrets.token_hex(TOKEN_CHARACTERS // 2)
@@ -81,10 +81,10 @@ def measure_links(
 def disjoint_rounds(
     pairs: Iterable[tuple[int, int]], hosts: Sequence[str]
 ) -> list[list[tuple[int, int]]]:
-    """Cuts pairs of ranks into rounds in none of which two pairs have a host in common.
+    """Split pairs of ranks into rounds such that no two pairs of a round share a host.
 
-    Each pair goes to the first round that has room; all pairs of n hosts take n - 1 rounds where n
-    is a power of two, fewer than 2n otherwise.
+    Each pair goes to the first round with room. All pairs of n hosts take n - 1 rounds if n is a
+    power of two, fewer than 2n otherwise.
 
     >>> disjoint_rounds([(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)], ["a", "b", "c", "d"])
     [[(0, 1), (2, 3)], [(0, 2), (1, 3)], [(0, 3), (1, 2)]]
@@ -105,7 +105,7 @@ def disjoint_rounds(
 def _listen(
     surveys: Sequence[Survey], askers: Sequence[Asker], token: str
 ) -> tuple[dict[int, int], dict[int, str]]:
-    """Lets every server listen: by rank, the port, or why there is none."""
+    """Make every server listen; returns ports and problems, both by rank."""
 
     def ask(rank: int) -> int:
         request = Listen(address=surveys[rank].server.address, token=token, seconds=_LISTEN_S)
@@ -128,11 +128,11 @@ def _measure(
     pairs: Sequence[tuple[int, int]],
     seconds: float,
 ) -> Links:
-    """Measures links, those of each server one after the other."""
+    """Measure links; each server measures its links one after the other."""
     targets: dict[int, list[int]] = {}
     for source, target in pairs:
         targets.setdefault(source, []).append(target)
-    # Data flows to and fro, and each direction may wait for a connection or stall.
+    # Data flows in both directions, and each may wait for a connection or stall.
     patience = 2 * (RATE_LONGEST_S + STALL_TIMEOUT_S) if seconds else 0.0
     patience += CONNECT_TIMEOUT_S + STALL_TIMEOUT_S + _SLACK_S
 

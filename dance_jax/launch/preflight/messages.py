@@ -1,76 +1,76 @@
-"""What a preflight asks a server's machine, and what is answered: one line of JSON each."""
+"""The questions of a preflight and their answers, one line of JSON each."""
 
 from __future__ import annotations
 
 import msgspec
 
-#: Precedes every answer: a login shell may print what it likes before.
+#: Precedes every answer, because a login shell may print its own text first.
 MARK = b"dance_jax probe: "
 
 
 class AskClock(msgspec.Struct, tag=True):
-    """What time is it? Also the first question, whose answer shows that the machine is there."""
+    """Ask for the time; as the first question, check that the machine answers."""
 
 
 class AskMachine(msgspec.Struct, tag=True, kw_only=True):
-    """What is this machine, and is there on it what a server needs?"""
+    """Ask what the machine is, and whether it has what a server needs."""
 
-    #: The server's own: where ports are tried.
+    #: The server's own address, at which ports are tried.
     address: str
     #: Names to look up: the addresses of all servers.
     names: list[str]
-    #: TCP ports to try on the address; 0 is answered with a free one.
+    #: TCP ports to try at the address; 0 is answered with a free port.
     ports: list[int]
-    #: Directory of the model, or its name on the hub; None: the demo of this installation.
+    #: Directory of the model, or its name on the hub; None: the demo of the machine's installation.
     model: str | None
-    #: There is to be a model; else nobody looks for it.
+    #: False: the machine does not look for the model.
     needs_model: bool = True
-    #: None: the default one.
+    #: None: the machine's default.
     cache_dir: str | None
     #: "cpu" or "cuda".
     platform: str
 
 
 class Listen(msgspec.Struct, tag=True, kw_only=True):
-    """Be measured by peers that know the token, for so long."""
+    """Listen for measurements by peers that know the token, for `seconds`."""
 
-    #: The server's own.
+    #: The server's own address.
     address: str
     token: str
     seconds: float
 
 
 class Peer(msgspec.Struct):
-    """Where a peer listens."""
+    """The address at which a peer listens."""
 
     address: str
     port: int
 
 
 class Measure(msgspec.Struct, tag=True, kw_only=True):
-    """Measure the way to these peers."""
+    """Measure the links to these peers."""
 
     peers: list[Peer]
     token: str
-    #: Seconds in which data is sent, and as many in which it is received; 0: round trips only.
+    #: Seconds of sending, and again of receiving; 0: round trips only.
     seconds: float
 
 
 class Clock(msgspec.Struct, tag=True):
-    """`time.time()` of the moment it was asked for."""
+    """`time.time()` when the machine answered AskClock."""
 
     time: float
 
 
 class Resolved(msgspec.Struct):
-    """What a name means on a machine: addresses in the system's order, or why there are none."""
+    """Result of looking up a name: addresses in the system's order, or the problem."""
 
     addresses: list[str]
     problem: str = ""
 
 
 class PortState(msgspec.Struct):
-    """A port that can be used, or why not."""
+    """A port that can be used, or the problem."""
 
     port: int
     problem: str = ""
@@ -83,21 +83,21 @@ class Gpu(msgspec.Struct):
 
 
 class ModelState(msgspec.Struct, kw_only=True):
-    """A model's directory; hashes are hex and comparable between machines."""
+    """State of a model's directory; hashes are hex and comparable between machines."""
 
-    #: Where it was looked for.
+    #: Path at which the model was looked for.
     path: str
-    #: "hf", "gguf", "converted", or "" if it is none; "from peers" if nobody looked for it, "to
-    #: download" if it is a model of the hub that the machine's cache lacks.
+    #: "hf", "gguf" or "converted"; "" if the path is none of them; "from peers" if the machine did
+    #: not look; "to download" if the model is on the hub and not in the machine's cache.
     kind: str
-    #: What is wrong with it; empty if nothing was found.
+    #: What is wrong with the model; empty if nothing is.
     problem: str = ""
-    #: Of config and tokenizer files, alike for all kinds.
+    #: Hash of the config and tokenizer files, comparable between all kinds.
     definition: str = ""
-    #: Of what says which weights these are: names, shapes and sizes, or the manifest. Tells
-    #: models of one kind apart.
+    #: Hash of what identifies the weights: names, shapes and sizes, or the manifest. Comparable
+    #: between models of one kind.
     index: str = ""
-    #: Of the converted weights' source; empty for the other kinds.
+    #: Fingerprint of the source of converted weights; empty for the other kinds.
     fingerprint: str = ""
 
 
@@ -107,32 +107,32 @@ class Machine(msgspec.Struct, tag=True, kw_only=True):
     #: E.g. "CPython 3.11.9".
     python: str
     executable: str
-    #: Versions by name; None: it is not installed.
+    #: Versions by package; None: the package is not installed.
     packages: dict[str, str | None]
-    #: Of all sources of dance_jax that run there.
+    #: Hash of all sources of dance_jax on the machine.
     source_hash: str
     host_name: str
-    #: Equal for processes that share memory; empty: the system does not say.
+    #: Equal for processes that share memory; empty if unknown.
     machine_id: str
-    #: Equal for processes that share network interfaces; empty: the system does not say.
+    #: Equal for processes that share network interfaces; empty if unknown.
     network_id: str
     #: By name.
     resolved: dict[str, Resolved]
-    #: Bytes of RAM that could be had; None: the system does not say.
+    #: Bytes of available RAM; None if unknown.
     memory_free: int | None
-    #: None where none was asked for.
+    #: None if the question was for a CPU server.
     gpus: list[Gpu] | None
     #: Why no GPU was found.
     gpu_problem: str
     cores: int
-    #: There is a C++ compiler.
+    #: Whether a C++ compiler is installed.
     compiler: bool
-    #: Address that the launching machine has over there; None without ssh.
+    #: Address of the launching machine as this machine sees it; None without ssh.
     ssh_client: str | None
-    #: In the order asked for.
+    #: In the order of the question.
     ports: list[PortState]
     model: ModelState
-    #: Why the cache cannot be written; empty: it can.
+    #: Why the cache cannot be written; empty if it can.
     cache_problem: str
 
 
@@ -143,12 +143,12 @@ class Listening(msgspec.Struct, tag=True):
 
 
 class Link(msgspec.Struct):
-    """The way to one peer, or why there is none."""
+    """Measurements of the link to one peer, or the problem."""
 
     problem: str = ""
     #: Seconds, median of several round trips.
     rtt: float | None = None
-    #: Bits per second, as measured where they arrived.
+    #: Bits per second, as measured where the data arrived.
     sent: float | None = None
     received: float | None = None
 
@@ -160,7 +160,7 @@ class Measured(msgspec.Struct, tag=True):
 
 
 class Refused(msgspec.Struct, tag=True):
-    """A question that has no answer."""
+    """The machine cannot answer the question."""
 
     why: str
 

@@ -1,7 +1,7 @@
-"""What tells copies of a model apart, read in moments and without JAX or numpy.
+"""Compare copies of a model in a fraction of a second, without JAX or numpy.
 
-The fingerprint of a model reads far into its weights; this compares names, shapes and sizes, which
-finds another model, another version of it, and a download that is not complete.
+The fingerprint of a model reads large parts of its weights. This module compares names, shapes and
+sizes, which detects another model, another version, and an incomplete download.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from dance_jax.launch.preflight.messages import ModelState
 from dance_jax.models import hub
 from dance_jax.models.directory import INDEX, MANIFEST, SIDE_FILES, is_gguf, side_files
 
-#: Bytes of a header that is still believed.
+#: Largest plausible header in bytes.
 _LONGEST_HEADER = 1 << 28
 
 
 class _Wrong(Exception):
-    """What is wrong with a model, in words."""
+    """A model is unusable; the message says why."""
 
 
 def model_state(directory: str | os.PathLike[str] | None) -> ModelState:
-    """Looks at a model's directory.
+    """Inspect a model's directory.
 
     A model of the hub is looked for in this machine's cache; nothing is downloaded.
 
@@ -54,9 +54,9 @@ def model_state(directory: str | os.PathLike[str] | None) -> ModelState:
             state.kind = "gguf"
             state.index = _gguf(path)
         elif path.is_dir():
-            raise _Wrong("there is no config.json in it")
+            raise _Wrong("the directory has no config.json")
         else:
-            raise _Wrong("there is no such directory")
+            raise _Wrong("the directory does not exist")
         state.definition = _definition(path)
     except (_Wrong, UserError) as error:
         state.problem = str(error)
@@ -73,7 +73,7 @@ def _in_cache(name: hub.HubName) -> pathlib.Path | None:
     except UserError as error:
         raise _Wrong(str(error)) from error
     if found is None and offline:
-        raise _Wrong("HF_HUB_OFFLINE is set, and the cache does not have it")
+        raise _Wrong("HF_HUB_OFFLINE is set, and the model is not in the cache")
     return found
 
 
@@ -85,15 +85,13 @@ def _definition(path: pathlib.Path) -> str:
 
 
 def _converted(path: pathlib.Path) -> tuple[str, str]:
-    """Hash of the manifest, and the fingerprint in it; all files are there in full."""
+    """Hash of the manifest and the fingerprint in it; checks that all files are complete."""
     text = (path / MANIFEST).read_bytes()
     try:
         manifest = json.loads(text)
         fingerprint, sizes = str(manifest["fingerprint"]), dict(manifest["files"])
     except (ValueError, KeyError, TypeError) as error:
-        raise _Wrong(
-            f"{MANIFEST} cannot be understood ({error}); convert the model again"
-        ) from error
+        raise _Wrong(f"{MANIFEST} cannot be parsed ({error}); convert the model again") from error
     for name, size in sizes.items():
         _check_size(path / name, size)
     return hashlib.sha256(text).hexdigest(), fingerprint
@@ -103,14 +101,14 @@ def _check_size(file: pathlib.Path, size: int) -> None:
     if not file.exists():
         raise _Wrong(f"{file.name} is missing; copy or convert the model again")
     if (found := file.stat().st_size) != size:
-        raise _Wrong(f"{file.name} has {found:,} bytes, not {size:,}; it is not complete")
+        raise _Wrong(f"{file.name} has {found:,} bytes instead of {size:,}; it is incomplete")
 
 
 def _hugging_face(path: pathlib.Path) -> str:
-    """Hash of the shards' names, sizes and headers; all are there in full."""
+    """Hash of the shards' names, sizes and headers; checks that all shards are complete."""
     shards = _shards(path)
     if missing := [shard.name for shard in shards if not shard.exists()]:
-        raise _Wrong(f"{len(missing)} of {len(shards)} files of weights are missing: {missing[0]}")
+        raise _Wrong(f"{len(missing)} of {len(shards)} weight files are missing: {missing[0]}")
     digest = hashlib.sha256()
     for shard in shards:
         header = _header(shard)
@@ -120,7 +118,7 @@ def _hugging_face(path: pathlib.Path) -> str:
 
 
 def _gguf(path: pathlib.Path) -> str:
-    """Hash of all parts' sizes and headers; all are there in full."""
+    """Hash of all parts' sizes and headers; checks that all parts are complete."""
     from dance_jax.models.ggml.header import read_parts
 
     digest = hashlib.sha256()
@@ -138,24 +136,24 @@ def _shards(path: pathlib.Path) -> list[pathlib.Path]:
             names = set(json.loads(index.read_bytes())["weight_map"].values())
             return [path / name for name in sorted(names)]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise _Wrong(f"{INDEX} cannot be understood ({error})") from error
+            raise _Wrong(f"{INDEX} cannot be parsed ({error})") from error
     if not (found := sorted(path.glob("*.safetensors"))):
-        raise _Wrong("there are no safetensors files in it")
+        raise _Wrong("the directory has no safetensors files")
     return found
 
 
 def _header(shard: pathlib.Path) -> bytes:
-    """The header of a safetensors file, which says how long the file is."""
+    """The header of a safetensors file; checks the file's size against the header."""
     size = shard.stat().st_size
     with shard.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if not 0 < length <= min(size - 8, _LONGEST_HEADER):
-            raise _Wrong(f"{shard.name} is torn, or no safetensors file")
+            raise _Wrong(f"{shard.name} is truncated, or not a safetensors file")
         header = file.read(length)
     try:
         _check_size(shard, 8 + length + _data_bytes(json.loads(header)))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _Wrong(f"{shard.name} is torn, or no safetensors file") from error
+        raise _Wrong(f"{shard.name} is truncated, or not a safetensors file") from error
     return header
 
 

@@ -1,8 +1,8 @@
-"""Answers a preflight's questions about this machine: `python -m dance_jax.launch.preflight.probe`.
+"""Answer a preflight's questions about this machine: `python -m dance_jax.launch.preflight.probe`.
 
-Questions come on standard input, answers go to standard output, a line each. It ends with its
-input, or when nobody asks any more. Neither JAX nor numpy is imported: it must be there at once,
-and say what is wrong where they are broken.
+Questions arrive on standard input and answers go to standard output, one line each. The probe ends
+when its input ends or no question arrives for IDLE_TIMEOUT_S. It imports neither JAX nor numpy, so
+that it starts at once and can report that they are broken.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from dance_jax.launch.preflight.messages import (
 )
 from dance_jax.launch.preflight.model_state import model_state
 
-#: Whose versions are told.
+#: Packages whose versions are reported.
 PACKAGES = (
     "dance-jax",
     "jax",
@@ -65,19 +65,19 @@ PACKAGES = (
     "pyzmq",
     "tokenizers",
 )
-#: Present only where JAX computes on NVIDIA's GPUs.
+#: Packages installed only where JAX computes on NVIDIA GPUs.
 GPU_PACKAGES = ("jax-cuda12-plugin", "jax-cuda13-plugin")
 
-#: Seconds until a name counts as one that cannot be looked up, and nvidia-smi as hanging.
+#: Seconds until a name lookup counts as failed, and nvidia-smi as hanging.
 LOOKUP_TIMEOUT_S, GPU_TIMEOUT_S = 4.0, 4.0
-#: Seconds without a question after which the asker counts as gone.
+#: Seconds without a question after which the launcher counts as gone.
 IDLE_TIMEOUT_S = 60.0
-#: Seconds after the end of the input for answers under way.
+#: Seconds after the end of the input for answers in progress.
 _GRACE_S = 1.0
 
 
 def answer(request: Request) -> Reply:
-    """Answers one question; what cannot be answered is refused with the reason."""
+    """Answer one question; a question that cannot be answered is refused with the reason."""
     try:
         match request:
             case AskClock():
@@ -88,7 +88,7 @@ def answer(request: Request) -> Reply:
                 return Listening(link.listen(request.address, request.token, request.seconds))
             case Measure():
                 return Measured(link.measure(request.peers, request.token, request.seconds))
-    except (OSError, UnicodeError) as error:  # the latter: a name that cannot be one
+    except (OSError, UnicodeError) as error:  # UnicodeError: an impossible host name
         return Refused(link.reason(error))
 
 
@@ -141,7 +141,7 @@ def _version(package: str) -> str | None:
 
 
 def source_hash(package: pathlib.Path) -> str:
-    """Hash (hex) of a package's sources, Python and C++: equal where the same code runs."""
+    """Hash (hex) of a package's Python and C++ sources: equal where the same code runs."""
     digest = hashlib.sha256()
     files = [path for path in package.rglob("*") if path.suffix in (".py", ".cc")]
     for path in sorted(files, key=lambda path: path.relative_to(package).as_posix()):
@@ -152,7 +152,7 @@ def source_hash(package: pathlib.Path) -> str:
 
 
 def _machine_id() -> str:
-    """The running kernel's own number: one for all containers and namespaces of a machine."""
+    """The running kernel's boot id, shared by all containers and namespaces of a machine."""
     try:
         return pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
@@ -160,7 +160,7 @@ def _machine_id() -> str:
 
 
 def _network_id() -> str:
-    """The network namespace: what shares it shares the network's interfaces."""
+    """The network namespace: processes in one namespace share the network interfaces."""
     try:
         return f"{_machine_id()} {os.readlink('/proc/self/ns/net')}"
     except OSError:
@@ -182,7 +182,7 @@ def _resolve(name: str) -> Resolved:
 
 
 def memory_free() -> int | None:
-    """Bytes of RAM a new program could have; None where the system does not say."""
+    """Bytes of RAM available to a new program; None if unknown."""
     try:
         for line in pathlib.Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
@@ -193,7 +193,7 @@ def memory_free() -> int | None:
 
 
 def gpus_free() -> tuple[list[Gpu], str]:
-    """The machine's GPUs, and why there are none."""
+    """The machine's GPUs, or the reason why none was found."""
     command = ["nvidia-smi", "--query-gpu=index,memory.free", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(
@@ -207,13 +207,13 @@ def gpus_free() -> tuple[list[Gpu], str]:
         rows = [line.split(",") for line in done.stdout.splitlines() if line.strip()]
         return [Gpu(int(index), int(free) << 20) for index, free in rows], ""
     except FileNotFoundError:
-        return [], "there is no nvidia-smi"
+        return [], "nvidia-smi was not found"
     except subprocess.TimeoutExpired:
         return [], "nvidia-smi hangs"
     except subprocess.CalledProcessError as error:
         return [], f"nvidia-smi failed: {(error.stderr or error.stdout).strip()[-200:]}"
     except (OSError, ValueError) as error:
-        return [], f"nvidia-smi cannot be understood: {error}"
+        return [], f"the output of nvidia-smi cannot be parsed: {error}"
 
 
 def _try_port(request: AskMachine, port: int) -> PortState:
@@ -232,9 +232,9 @@ def _cache_problem(directory: pathlib.Path) -> str:
 
 
 def main() -> None:
-    """Answers until the input ends."""
+    """Answer questions until the input ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with contextlib.suppress(PermissionError):  # it leads a group already
+    with contextlib.suppress(PermissionError):  # the process may already lead a group
         os.setpgid(0, 0)
     questions: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(questions,), daemon=True).start()
@@ -246,7 +246,7 @@ def main() -> None:
 
 
 def _read(questions: queue.SimpleQueue[bytes | None]) -> None:
-    """Passes lines on; soon after their end everything ends, whatever it is doing."""
+    """Queue the lines of the input; shortly after its end, kill the process group."""
     for line in sys.stdin.buffer:
         questions.put(line)
     questions.put(None)

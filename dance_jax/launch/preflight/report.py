@@ -1,4 +1,4 @@
-"""Shows what a preflight found: servers, links, and what is wrong."""
+"""Show the result of a preflight: servers, links and problems."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from dance_jax.launch.preflight.messages import Machine
 from dance_jax.launch.preflight.run import Preflight
 from dance_jax.launch.preflight.survey import Survey
 
-#: With more servers than this, links are shown by their least and most.
+#: With more servers than this, only the minimum and maximum of each server's links are shown.
 _SERVERS_SHOWN = 6
-#: Heads of columns by what is checked in them.
+#: Column heads by the name of the check.
 _HEADS = {
     "reached": "reached",
     "names": "address",
@@ -29,7 +29,7 @@ _HEADS = {
 
 
 def print_preflight(console: Console, preflight: Preflight) -> None:
-    """A row per server, the links between them, and every finding with what to do."""
+    """Print a row per server, the links between servers, and every finding with its remedy."""
     console.print(_servers(preflight))
     if preflight.links:
         shown = len(preflight.surveys) <= _SERVERS_SHOWN
@@ -43,7 +43,7 @@ def print_preflight(console: Console, preflight: Preflight) -> None:
 
 
 def format_rate(bits_per_second: float) -> str:
-    """Bits per second with a unit of the hosts file.
+    """Format bits per second with a unit of the hosts file.
 
     >>> format_rate(478e6)
     '478 Mbps'
@@ -55,7 +55,7 @@ def format_rate(bits_per_second: float) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """Milliseconds with as many digits as mean something.
+    """Format seconds as milliseconds, with two significant digits below 100 ms.
 
     >>> format_seconds(0.00021)
     '0.21 ms'
@@ -80,7 +80,7 @@ def _caption(preflight: Preflight) -> str | None:
 
 
 def _cell(preflight: Preflight, survey: Survey, check: str, cells: dict[str, str]) -> Text:
-    """A value, marked if there is something to say about it."""
+    """A table cell, marked if there are findings about it."""
     about = [f for f in preflight.findings if f.server == survey.name and f.check == check]
     text = cells.get(check, "")
     if any(finding.error for finding in about):
@@ -89,7 +89,7 @@ def _cell(preflight: Preflight, survey: Survey, check: str, cells: dict[str, str
 
 
 def _cells(preflight: Preflight, rank: int, survey: Survey) -> dict[str, str]:
-    """What is known of a server, by column."""
+    """The values of a server's row, by check."""
     machine, server = survey.machine, survey.server
     if machine is None:
         return {}
@@ -108,7 +108,7 @@ def _cells(preflight: Preflight, rank: int, survey: Survey) -> dict[str, str]:
 
 
 def _asked_ports(rank: int, machine: Machine) -> Sequence:
-    """Without the first one of servers that need none: it only tried the address."""
+    """The ports to show: the first entry of servers other than 0 only tested the address."""
     return machine.ports if rank == 0 else machine.ports[1:]
 
 

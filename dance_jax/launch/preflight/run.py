@@ -1,4 +1,4 @@
-"""Looks at every server and link before anything starts, and says all that is wrong at once."""
+"""Check every server and link before anything starts, and report all problems at once."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from dance_jax.launch.preflight.survey import Links, Offset, Survey
 from dance_jax.models.hub import portable_name
 from dance_jax.placement.cost import of_pairs
 
-#: Seconds for the first answer, which may need a connection, and for the others.
+#: Seconds for the first answer, which may include connecting, and for all others.
 FIRST_TIMEOUT_S, ANSWER_TIMEOUT_S = CONNECT_TIMEOUT_S + 2.0, 10.0
-#: Questions for the time, of which the fastest answer counts.
+#: Number of clock questions; the fastest answer counts.
 _CLOCK_QUESTIONS = 5
 
 
 @dataclasses.dataclass(frozen=True)
 class Preflight:
-    """What was found; `report.print_preflight` shows it, `check` refuses what is wrong."""
+    """Results of a preflight; `report.print_preflight` shows them, `check` raises the errors."""
 
     #: The servers, with measured rates where the file has bandwidth=auto.
     spec: ClusterSpec
@@ -39,43 +39,43 @@ class Preflight:
     surveys: tuple[Survey, ...]
     #: Bytes per device of each server.
     needs: tuple[int, ...]
-    #: Between servers of different addresses.
+    #: Links between servers of different addresses.
     links: Links
     findings: tuple[Finding, ...]
 
     @property
     def errors(self) -> tuple[str, ...]:
-        """What keeps the servers from working together."""
+        """Messages of the findings that prevent a launch."""
         return tuple(finding.message for finding in self.findings if finding.error)
 
     @property
     def coordinator_port(self) -> int:
-        """Of the first server, given or found free; 0: it could not be asked."""
+        """The first server's coordinator port, given or found free; 0 if it did not answer."""
         machine = self.surveys[0].machine
         return machine.ports[0].port if machine else 0
 
     @property
     def client_addresses(self) -> tuple[str | None, ...]:
-        """Per server, the address of this machine over there; None without ssh."""
+        """Per server, this machine's address as the server sees it; None without ssh."""
         return tuple(
             survey.machine.ssh_client if survey.machine and survey.server.ssh else None
             for survey in self.surveys
         )
 
     def rtt(self, one: int, other: int) -> float | None:
-        """Seconds of a round trip between two servers; None: not measured."""
+        """Seconds of a round trip between two servers; None if not measured."""
         ways = [self.links.get((one, other)), self.links.get((other, one))]
         return min((link.rtt for link in ways if link and link.rtt is not None), default=None)
 
     def rate(self, source: int, target: int) -> float | None:
-        """Bits per second from one server to another; None: not measured."""
+        """Bits per second from one server to another; None if not measured."""
         way, back = self.links.get((source, target)), self.links.get((target, source))
         if way and way.sent is not None:
             return way.sent
         return back.received if back else None
 
     def check(self) -> None:
-        """Passes if a launch can succeed.
+        """Check that a launch can succeed.
 
         Raises:
             UserError: with all that is wrong.
@@ -83,7 +83,7 @@ class Preflight:
         if self.errors:
             count = f"{len(self.errors)} problems" if len(self.errors) > 1 else "a problem"
             listed = "".join(f"\n  {message}" for message in self.errors)
-            raise UserError(f"the preflight found {count}, nothing was started:{listed}")
+            raise UserError(f"the preflight found {count}, no server was started:{listed}")
 
 
 def run_preflight(
@@ -100,22 +100,22 @@ def run_preflight(
     askers: Sequence[Asker] | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Preflight:
-    """Asks all servers' machines at the same time and measures the links between them.
+    """Ask all servers' machines at the same time and measure the links between them.
 
     Args:
         spec: the servers.
-        model: the model's directory on this machine and, where a line has no model=, on the
-            servers', or its name on the hub; None: the demo of each installation.
-        fingerprint: of the model that was planned with.
-        cache_dir: of this machine and the servers'; None: the default one of each.
+        model: the model's directory on this machine and on servers without model=, or its name on
+            the hub; None: the demo of each installation.
+        fingerprint: of the model that this machine planned with.
+        cache_dir: of this machine and the servers; None: the default of each.
         needs: per server, bytes that each device will hold.
-        coordinator_port: of the first server; 0: a free one is found.
-        ports: by server, more ports that it will use.
+        coordinator_port: of the first server; 0: a free port is chosen.
+        ports: by server, further ports that the server will use.
         ssh_config: file for `ssh -F`.
-        measure_all: rates of all links, not only of servers with bandwidth=auto.
-        askers: one per server, which the caller closes; None: a process on every server's machine,
-            gone when this returns.
-        progress: told what is done.
+        measure_all: measure the rates of all links, not only of servers with bandwidth=auto.
+        askers: one per server, closed by the caller; None: a process on every server's machine,
+            ended when this function returns.
+        progress: called with what is being done.
     """
     opened: list[ProbeAsker] = []
     try:
@@ -163,8 +163,11 @@ def run_preflight(
 
 
 def with_rates(spec: ClusterSpec, links: Links) -> ClusterSpec:
-    """The servers with what was measured of their links. With bandwidth=auto a server gets the
-    largest rate of any of its links, without round_trip= its part in the measured round trips."""
+    """Fill in measured rates and round trips.
+
+    Servers with bandwidth=auto get the largest rate of any of their links; servers without
+    round_trip= get their share of the round trips.
+    """
     best: dict[int, float] = {}
     for pair, link in links.items():
         for rank in pair:
@@ -187,7 +190,7 @@ def with_rates(spec: ClusterSpec, links: Links) -> ClusterSpec:
 
 
 def _round_trips(servers: int, links: Links) -> list[float | None]:
-    """`ServerSpec.round_trip` of each server; None for all if any pair was not measured."""
+    """`ServerSpec.round_trip` of each server; None if a pair was not measured."""
     seconds_nn = np.full((servers, servers), np.inf)
     for (one, other), link in links.items():
         if link.rtt is not None:
@@ -204,7 +207,7 @@ def _absolute(path: pathlib.Path | None) -> str | None:
 
 
 def _own_machine(model: str | None) -> Machine:
-    """This machine's answer, with which the others' are compared."""
+    """This machine's answer, to compare the servers' answers with."""
     question = AskMachine(
         address="localhost",
         names=[],
@@ -233,7 +236,7 @@ def _surveys(
 
 
 def _survey(server: ServerSpec, asker: Asker, question: AskMachine) -> Survey:
-    """Asks one machine what it is and what time it has."""
+    """Ask one machine for its state and its clock."""
     began = time.monotonic()
     try:
         asker.ask(AskClock(), FIRST_TIMEOUT_S)
@@ -248,7 +251,7 @@ def _survey(server: ServerSpec, asker: Asker, question: AskMachine) -> Survey:
 
 
 def _offset(asker: Asker) -> Offset:
-    """How far a clock is ahead, if question and answer took equally long."""
+    """A clock's offset from this machine's, assuming that both directions take equally long."""
     began, clock = time.monotonic(), time.time()
     reply = asker.ask(AskClock(), ANSWER_TIMEOUT_S)
     assert isinstance(reply, Clock)

@@ -1,4 +1,4 @@
-"""What is known of servers and links after they were asked."""
+"""What the preflight learned about servers and links."""
 
 from __future__ import annotations
 
@@ -7,30 +7,30 @@ import dataclasses
 from dance_jax.config import ServerSpec
 from dance_jax.launch.preflight.messages import Link, Machine
 
-#: Links by (rank from, rank to).
+#: Links by (source rank, target rank).
 Links = dict[tuple[int, int], Link]
 
 
 @dataclasses.dataclass(frozen=True)
 class Offset:
-    """A machine's clock, compared with that of this one."""
+    """A machine's clock relative to this machine's."""
 
-    #: How far it is ahead.
+    #: Seconds by which the clock is ahead.
     seconds: float
-    #: By how much that may be wrong: half a round trip.
+    #: Possible error of that in seconds: half a round trip.
     uncertainty: float
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Survey:
-    """What one server's machine has answered."""
+    """The answers of one server's machine."""
 
     server: ServerSpec
-    #: None: it cannot be asked, because of `problem`.
+    #: None if the machine did not answer; `problem` then gives the reason.
     machine: Machine | None = None
     clock: Offset | None = None
     problem: str = ""
-    #: Seconds until its first answer.
+    #: Seconds until the first answer.
     seconds: float = 0.0
 
     @property
@@ -39,25 +39,25 @@ class Survey:
 
     @property
     def host(self) -> str:
-        """Equal for servers whose traffic takes the same network interfaces."""
+        """Equal for servers whose traffic uses the same network interfaces."""
         known = self.machine.network_id if self.machine else ""
         return known or self.server.address
 
     @property
     def memory_of(self) -> str:
-        """Equal for servers that share their memory."""
+        """Equal for servers that share memory."""
         known = self.machine.machine_id if self.machine else ""
         return known or (self.server.ssh.host if self.server.ssh else "")
 
 
 @dataclasses.dataclass
 class Measurements:
-    """What the servers found when they talked to each other."""
+    """Results of the measurements between servers."""
 
     links: Links
-    #: By rank, the port each listened on.
+    #: By rank, the port at which the server listened.
     ports: dict[int, int]
     #: By rank, why a server could not listen.
     deaf: dict[int, str]
-    #: Links whose rates were wanted and not measured, because time ran out.
+    #: Links whose rates should have been measured but were not, because time ran out.
     left_out: int = 0

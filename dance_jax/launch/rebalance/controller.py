@@ -1,7 +1,7 @@
-"""The global scheduler of a service: asks the engines, decides, and moves experts.
+"""The global scheduler of a service: queries the engines, decides, and moves experts.
 
-It runs no step and waits for nothing: it is told what the engines say, and looks now and then
-(`Rebalancer.tick`) whether something is due. Placements are solved in another process.
+The scheduler runs no steps and never blocks: it receives the engines' events, and `Rebalancer.tick`
+checks whether something is due. Placements are computed in another process.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ from dance_jax.launch.rebalance.workload import Statistics, Workload
 from dance_jax.launch.worker.loading import rest_s
 from dance_jax.placement.core import Layout, Placement
 
-#: Until a server has loaded something: seconds that reading an expert takes whatever its size, and
-#: bytes a second.
+#: Loading speed assumed until a server has loaded something: fixed seconds per expert, and bytes
+#: per second.
 READ_S, READ_RATE = 0.01, 200e6
-#: Wishes for decisions that may wait.
+#: Most requests for decisions that may wait.
 MOST_WAITING = 16
-#: Weight of the latest batch in a server's mean rate.
+#: Weight of the latest batch in a server's mean loading rate.
 _RATE_WEIGHT = 0.3
-#: Seconds after which a batch that is not loaded everywhere is given up.
+#: Seconds after which a batch that some server has not loaded is dropped.
 LOAD_TIMEOUT_S = 300.0
-#: Seconds that servers have to put a loaded batch in force; who is later is not waited for.
+#: Seconds for servers to apply a loaded batch; later servers are not waited for.
 COMMIT_TIMEOUT_S = 10.0
-#: Seconds that engines have to say what they have counted, or that a batch is dropped.
+#: Seconds for engines to report their statistics, or that a batch is dropped.
 ANSWER_TIMEOUT_S = 30.0
 
 
 class Front(Protocol):
-    """How front ends and users are reached: the service."""
+    """Access to front ends and operator; implemented by the service."""
 
     def tell(self, rank: int, command: protocol.FrontCommand) -> None: ...
 
@@ -56,19 +56,19 @@ class Front(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class _Wanted:
-    """Somebody waits for a decision: a server's user, or nobody, when it is due."""
+    """A pending decision: requested by a user of server `rank`, or due (`rank` is None)."""
 
     rank: int | None
     id: int
     force: bool
     dry_run: bool
-    #: Where experts are to be; None: as the policy finds.
+    #: Requested placement; None: the policy decides.
     placement: Placement | None = None
 
 
 @dataclasses.dataclass
 class _Loading:
-    """The batch under way: until when at most, the servers that have not loaded it yet."""
+    """The batch in progress: its deadline, and the servers that have not loaded it yet."""
 
     deadline: float
     missing: set[int]
@@ -76,7 +76,7 @@ class _Loading:
 
 @dataclasses.dataclass
 class _Dropping:
-    """A batch that is given up: because of which server, why, and who may have it yet."""
+    """A batch being dropped: because of which server, why, and which servers may still apply it."""
 
     number: int
     name: str
@@ -92,17 +92,17 @@ class _Doing(enum.Enum):
 
 
 class Rebalancer:
-    """Where experts are, and where they go.
+    """Decides where experts go, and moves them there.
 
     Args:
-        options: when and how.
+        options: when experts move, and by which policy.
         spec: the servers.
         model: the checkpoint.
         config: of all engines.
-        layout: in force.
-        front: how servers are told.
-        before: statistics of an earlier service.
-        clock: seconds that only grow.
+        layout: the current layout.
+        front: to send commands and messages.
+        before: statistics of a previous service.
+        clock: monotonic time in seconds.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class Rebalancer:
             options = dataclasses.replace(options, interval_s=0.0)
         self._options, self._spec, self._model, self._config = options, spec, model, config
         self._front, self._clock = front, clock
-        #: In force.
+        #: The layout that is applied on all servers.
         self.layout = layout
         self._version = 1
         self._decision: Decision | None = None
@@ -137,10 +137,10 @@ class Rebalancer:
         self._solver = Solver()
         self._doing = _Doing.NOTHING
         self._due = float("inf")
-        #: Where experts move if it still pays when it is looked at again, until when at most.
+        #: Placement to move to if it still pays off at the next check; end of the waiting time.
         self._candidate: Placement | None = None
         self._patience = 0.0
-        #: Nothing is to move from where experts are, by all that has been asked for.
+        #: The latest due decision moved nothing, and no tokens were computed since.
         self._stays = False
         self._waiting: collections.deque[_Wanted] = collections.deque()
         self._current = _Wanted(None, 0, False, False)
@@ -149,24 +149,24 @@ class Rebalancer:
         self._migration: Migration | None = None
         self._loading = _Loading(float("inf"), set())
         self._dropping: _Dropping | None = None
-        #: Latest batch; all servers have loaded it, and have been told to put it in force.
+        #: Number of the latest batch; whether Commit was sent for it.
         self._number, self._committed = 0, False
         self._answers_due = float("inf")
-        #: Bytes a second that each server loads; nan: it has loaded nothing.
+        #: Bytes per second that each server loads; nan: no load so far.
         self._rates = np.full(shape[0], np.nan)
         self._draining = False
-        #: All engines have started and none has died: they listen.
+        #: All engines have started and none has died, so they receive commands.
         self._engines_run = False
 
-    # What the service says.
+    # Called by the service.
 
     @property
     def settled(self) -> bool:
-        """A drained service may end: nothing is on its way that is worth waiting for."""
+        """Whether a drained service may end, as far as migrations are concerned."""
         return self._doing is _Doing.NOTHING
 
     def want(self, rank: int, wanted: protocol.RebalanceWanted) -> None:
-        """A server's user asks for a decision."""
+        """Queue a user's request for a decision."""
         there = None
         if wanted.resident is not None:
             there = Placement.of_lists(wanted.resident, self.layout.device_of.shape[2])
@@ -174,12 +174,12 @@ class Rebalancer:
         if self._draining:
             self._refuse(one)
         elif len(self._waiting) >= MOST_WAITING:
-            self._refuse(one, f"{MOST_WAITING} others wait for a decision")
+            self._refuse(one, f"{MOST_WAITING} other requests wait for a decision; try again later")
         else:
             self._waiting.append(one)
 
     def tick(self) -> None:
-        """Does what is due; often, while all engines run."""
+        """Do what is due; to be called often while all engines run."""
         if self._due == float("inf"):
             self._workload.engines_began(self._clock())
             self._due = self._clock() + self._options.interval_s
@@ -190,7 +190,7 @@ class Rebalancer:
                 self._decide(self._answer)
         elif self._doing is _Doing.ASKING:
             if self._clock() >= self._answers_due:
-                self._ask_no_more()
+                self._skip()
         elif self._doing is _Doing.MOVING:
             if self._clock() >= self._loading.deadline:
                 self._give_up()
@@ -201,7 +201,7 @@ class Rebalancer:
                 self._ask(_Wanted(None, 0, force=False, dry_run=False))
 
     def receive(self, rank: int, event: protocol.Event) -> None:
-        """An engine said something."""
+        """Handle an event of an engine."""
         match event:
             case protocol.Stats(stats) if self._doing is _Doing.ASKING:
                 self._stats[rank] = bytes(stats)
@@ -221,11 +221,11 @@ class Rebalancer:
                 self._dropped(rank, number)
 
     def engines_died(self, ranks: Iterable[int]) -> None:
-        """Those of these servers; what is in force stays, and others start with it."""
+        """Handle dead engines: the applied layout stays, and new engines start with it."""
         self._engines_run = False
         if self._migration is not None:
-            self._front.notice("", "experts stop moving: an engine starts anew")
-            if self._committed:  # those that live put it in force
+            self._front.notice("", "the migration stops because an engine restarts")
+            if self._committed:  # the surviving engines apply the batch
                 self._migration.commit()
                 self.layout = self._migration.layout
             else:
@@ -233,16 +233,16 @@ class Rebalancer:
             self._stop_moving(why="an engine died")
             self._publish()
         elif self._doing is not _Doing.NOTHING:
-            # Decided anew, by what the next engines say.
+            # Decide again, from the statistics of the next engines.
             self._waiting.appendleft(self._current)
         self._doing, self._answer = _Doing.NOTHING, None
         self._candidate = None
         self._workload.engines_died(ranks, self._clock())
-        if self._draining:  # nobody is left to be asked
+        if self._draining:  # no engine is left to report statistics
             self._save()
 
     def drain(self) -> None:
-        """Moves nothing more, and keeps what is known by now."""
+        """Start no more migrations, and save the state."""
         self._draining = True
         while self._waiting:
             self._refuse(self._waiting.popleft())
@@ -254,10 +254,10 @@ class Rebalancer:
                 self._ask(_Wanted(None, 0, force=False, dry_run=True))
 
     def close(self) -> None:
-        """Ends what it started; may be called twice."""
+        """Stop the solver process; may be called twice."""
         self._solver.close()
 
-    # A decision.
+    # Decisions.
 
     def _ask(self, wanted: _Wanted) -> None:
         self._current, self._doing = wanted, _Doing.ASKING
@@ -265,25 +265,25 @@ class Rebalancer:
         self._stats.clear()
         self._front.tell_all(protocol.AskStats())
 
-    def _ask_no_more(self) -> None:
-        """Some engine does not answer."""
+    def _skip(self) -> None:
+        """Give up a decision because some engine does not answer."""
         self._doing = _Doing.NOTHING
         silent = sorted(set(range(len(self._spec.servers))) - set(self._stats))
         names = ", ".join(self._spec.names[rank] for rank in silent)
-        why = f"{names} did not say what was asked for in {ANSWER_TIMEOUT_S:g} s"
-        self._front.notice("", f"no placement is looked for: {why}")
+        why = f"no statistics from {names} within {ANSWER_TIMEOUT_S:g} s"
+        self._front.notice("", f"rebalancing skipped: {why}")
         self._refuse(self._current, why)
         if self._current.rank is None:
-            self._look_again(None)
+            self._schedule(None)
 
     def _read_rates(self) -> np.ndarray:
-        """Bytes a second that each server loads; float [servers]."""
+        """Bytes per second that each server loads, float [servers]."""
         size = self._model.expert_bytes(self._config.dtype)
         read_s = READ_S + size / READ_RATE
         return np.where(np.isnan(self._rates), size / (read_s + rest_s(read_s)), self._rates)
 
     def _count(self) -> None:
-        """All engines have answered."""
+        """Continue a decision once all engines have reported their statistics."""
         now = self._clock()
         self._workload.update([self._stats[n] for n in range(len(self._stats))], now)
         if self._draining:
@@ -294,7 +294,7 @@ class Rebalancer:
         self._stays = self._stays and self._workload.idle
         if self._stays and self._current.rank is None:
             self._doing = _Doing.NOTHING
-            self._look_again(None)
+            self._schedule(None)
             return
         statistics, load = self._workload.statistics(now), self._workload.load(now)
         question = DecisionInputs(
@@ -319,14 +319,17 @@ class Rebalancer:
         self._answer, self._doing = self._solver.ask(question), _Doing.SOLVING
 
     def _patient(self, now: float) -> bool:
-        """A shift is waited out, so that one migration is enough: what is due because time has
-        passed is confirmed after a half-life, for an interval at most. Users' wishes are not, nor
-        without a half-life, when what was before the shift never fades."""
+        """Whether a move must wait for a second decision that confirms it.
+
+        During a shift of the workload, waiting makes one migration enough: a due decision is
+        confirmed after a half-life, within an interval at most. Users' requests are not delayed;
+        nor are due decisions without a half-life, because old counts then never fade.
+        """
         wanted, fades = self._current.rank is None, self._options.half_life_s is not None
         return wanted and fades and (self._candidate is None or now < self._patience)
 
-    def _look_again(self, candidate: Placement | None) -> None:
-        """When the next decision is due."""
+    def _schedule(self, candidate: Placement | None) -> None:
+        """Schedule the next decision, earlier if a candidate is to be confirmed."""
         now, interval_s = self._clock(), self._options.interval_s
         if candidate is None:
             self._due = now + interval_s
@@ -341,15 +344,15 @@ class Rebalancer:
         try:
             answer = future.result()
         except SolverError as error:
-            decision, batches = self._undecided(f"no placement was found: {error}"), []
+            decision, batches = self._undecided(f"computing a placement failed: {error}"), []
             candidate = None
         else:
             decision, batches = self._decided(answer), answer.batches
             candidate = answer.candidate
         self._decision = decision
         wanted = self._current
-        if wanted.rank is None:  # what users ask does not put off what is due
-            self._look_again(candidate)
+        if wanted.rank is None:  # users' requests do not postpone due decisions
+            self._schedule(candidate)
             self._stays = not decision.migrate and candidate is None
         else:
             self._front.tell(wanted.rank, protocol.Decided(wanted.id, decision))
@@ -373,19 +376,19 @@ class Rebalancer:
     def _decided(self, answer: Answer) -> Decision:
         found = answer.verdict
         if found is None:
-            return self._undecided("nobody has asked for anything yet", answer.policy)
-        # Without a batch there is nothing to do: slots that are emptied need none.
+            return self._undecided("no requests so far", answer.policy)
+        # Without batches there is nothing to do, because emptying slots needs no batch.
         migrate = found.migrate and bool(answer.batches)
         undecided = self._undecided(found.reason, answer.policy)
         return dataclasses.replace(
             undecided, **(vars(found) | {"migrate": migrate}), gain=found.gain
         )
 
-    def _refuse(self, wanted: _Wanted, why: str = "the service ends") -> None:
+    def _refuse(self, wanted: _Wanted, why: str = "the service is shutting down") -> None:
         if wanted.rank is not None:
             self._front.tell(wanted.rank, protocol.Decided(wanted.id, None, why))
 
-    # A migration.
+    # Migrations.
 
     def _load(self) -> None:
         assert self._migration is not None
@@ -396,7 +399,7 @@ class Rebalancer:
             self._front.tell(rank, stage)
 
     def _loaded(self, rank: int) -> None:
-        """A server has loaded the batch; once all have, it may come into force."""
+        """Record that a server has loaded the batch; once all have, commit it."""
         if rank not in self._loading.missing:
             return
         self._loading.missing.discard(rank)
@@ -406,43 +409,46 @@ class Rebalancer:
             self._front.tell_all(protocol.Commit(self._number))
 
     def _advance(self, rank: int, number: int) -> None:
-        """A server has a batch in force."""
+        """Record that a server has applied a batch."""
         moving = self._migration
         if moving is not None and moving.applied(rank, number):
-            self._go_on(moving)
+            self._continue(moving)
 
-    def _go_on(self, moving: Migration) -> None:
-        """A batch is in force on all servers, or on those that are waited for."""
+    def _continue(self, moving: Migration) -> None:
+        """Continue after a batch is applied on all servers that are waited for."""
         moving.commit()
         self.layout = moving.layout
         if moving.complete:
             self._migrations += 1
             self._workload.migrated(self._clock())
             self._stop_moving()
-            text = f"experts have moved: {moving.moved} loaded; placement {self._version}"
+            text = (
+                f"migration complete: {moving.moved} experts loaded, placement version "
+                f"{self._version}"
+            )
             self._front.notice("", text)
         elif self._draining:
-            self._stop_moving(why="the service ends")
+            self._stop_moving(why="the service is shutting down")
         else:
             self._load()
         self._publish()
 
     def _give_up(self) -> None:
-        """A batch takes too long, or its end does."""
+        """Handle the timeout of a batch: of its loading, its commit or its drop."""
         if self._dropping is not None:
             self._front.tell_all(protocol.Drop(self._dropping.number))
             self._loading.deadline = self._clock() + ANSWER_TIMEOUT_S
             return
         if self._committed:
-            # Whoever is late hears "not here" until it has it in force too.
+            # Late servers answer calls with "not here" until they apply the batch too.
             assert self._migration is not None
-            self._go_on(self._migration)
+            self._continue(self._migration)
             return
         names = ", ".join(self._spec.names[rank] for rank in sorted(self._loading.missing))
-        self._drop(self._number, names, f"have not loaded them in {LOAD_TIMEOUT_S:g} s")
+        self._drop(self._number, names, f"experts were not loaded within {LOAD_TIMEOUT_S:g} s")
 
     def _drop(self, number: int, name: str, why: str) -> None:
-        """A batch is to come into force nowhere; all have to say so, as it may have by then."""
+        """Drop a batch on all servers; each must confirm, because some may have applied it."""
         moving = self._migration
         if moving is None or number != moving.number:
             return
@@ -453,7 +459,7 @@ class Rebalancer:
         self._front.tell_all(protocol.Drop(number))
 
     def _dropped(self, rank: int, number: int) -> None:
-        """A server can put a batch in force no more."""
+        """Record that a server will not apply a batch any more."""
         dropping, moving = self._dropping, self._migration
         if dropping is None or number != dropping.number:
             return
@@ -465,18 +471,18 @@ class Rebalancer:
             return  # it came into force everywhere just before
         self._failures += 1
         self._stop_moving(why=f"server {dropping.name}: {dropping.why}")
-        text = f"experts do not move, they stay where they are: {dropping.why}"
+        text = f"migration cancelled, experts stay where they are: {dropping.why}"
         self._front.notice(dropping.name, text)
         self._publish()
 
     def _stop_moving(self, why: str = "") -> None:
-        """All are where they should be, or as far as they came."""
+        """End the migration, complete or at the last applied batch."""
         assert self._migration is not None
         self._version += self._migration.begun
         self._migrated += self._migration.moved
         self._migration, self._dropping, self._doing = None, None, _Doing.NOTHING
-        self._stays = False  # it was of the placement before
-        self._look_again(None)
+        self._stays = False  # that decision was about the previous placement
+        self._schedule(None)
         if why and self._decision is not None:
             self._decision = dataclasses.replace(self._decision, failure=why)
         self._save()
@@ -501,12 +507,12 @@ class Rebalancer:
         try:
             state.save(self._options.state_dir)
         except OSError as error:
-            text = f"--state-dir {self._options.state_dir}: the placement is not kept: {error}"
+            text = f"--state-dir {self._options.state_dir}: the placement cannot be saved: {error}"
             self._front.notice("", text)
 
 
 def in_words(decision: Decision, horizon_s: float) -> str:
-    """A decision in a line."""
+    """Describe a decision in one line."""
     what = f"placement by {decision.policy}: "
     if decision.gain is not None:
         what += (

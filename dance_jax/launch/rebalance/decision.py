@@ -1,6 +1,6 @@
-"""One decision of the global scheduler: where experts would be best by now, whether moving pays.
+"""One decision of the global scheduler: the best placement now, and whether moving pays off.
 
-Everything here is a function of `DecisionInputs`, computed in a process of its own (`solver`).
+Everything here is a function of `DecisionInputs`, computed in a separate process (`solver`).
 """
 
 from __future__ import annotations
@@ -17,47 +17,47 @@ from dance_jax.placement.cost import Cost, LockStepCost, staggered_share
 from dance_jax.placement.migration import ERRORS, HYSTERESIS, MoveBatch
 from dance_jax.placement.policies import DEFAULT_POLICY, POLICIES, place, usable
 
-#: Bytes that a device writes between two steps, and experts at most.
+#: Most bytes, and most experts, that a device writes between two steps.
 BATCH_BYTES, BATCH_EXPERTS = 16 << 20, 4
-#: Seconds for which a placement is weighed that is only made on request.
+#: Seconds over which a placement is evaluated if it is computed only on request.
 HORIZON_S = 300.0
 
 
 @dataclasses.dataclass(frozen=True)
 class RebalanceOptions:
-    """When experts move while a service runs, and on what grounds."""
+    """When experts move while a service runs, and by which policy."""
 
     interval_s: float = option(
         300.0,
-        "from one decision to the next; 0: only on POST /placement/rebalance (default: {default})",
+        "seconds between two decisions; 0: only on POST /placement/rebalance (default: {default})",
         flag="--rebalance-interval",
         kind="seconds",
         metavar="S",
     )
     policy: str = option(
         DEFAULT_POLICY,
-        "as --policy, for experts that move (default: {default})",
+        "policy for moving experts, as --policy (default: {default})",
         flag="--rebalance-policy",
         choices=tuple(POLICIES),
         metavar="NAME",
     )
-    # A fifth of the interval: at the second decision after a shift hardly anything is left of
-    # before.
+    # A fifth of the interval: at the second decision after a shift, hardly any weight is left on
+    # the workload before the shift.
     half_life_s: float | None = option(
         60.0,
-        "after which what users asked for counts half; 0: it never fades (default: {default})",
+        "seconds after which past requests count half; 0: they never fade (default: {default})",
         flag="--half-life",
         kind="seconds",
         metavar="S",
     )
     state_dir: str | None = option(
         None,
-        "keep placement and statistics here, and go on with them at the next start",
+        "directory that keeps placement and statistics for the next start",
         kind="path",
         metavar="DIR",
     )
     dry_run: bool = option(
-        False, "say what would move, and move nothing", flag="--rebalance-dry-run"
+        False, "report which experts would move, without moving them", flag="--rebalance-dry-run"
     )
 
     @property
@@ -68,31 +68,32 @@ class RebalanceOptions:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class DecisionInputs:
-    """What a decision depends on."""
+    """All inputs of a decision."""
 
     policy: str
-    #: In force.
+    #: The current layout.
     layout: Layout
-    #: Of the servers.
+    #: Names of the servers.
     names: tuple[str, ...]
     #: float64 [servers, layers, experts], expert calls of each server's requests.
     counts: np.ndarray
     #: Per server int [tokens, layers, k].
     routes: tuple[np.ndarray, ...]
     cost: Cost
-    #: Of hidden states, those through the busiest link of each layer, as measured; None: unknown.
+    #: Measured fraction of the hidden states that went through the busiest link of their layer;
+    #: None: unknown.
     busiest: float | None
-    #: float [servers]: tokens that each server is expected to compute until the next decision.
+    #: float [servers]: tokens that each server will probably compute until the next decision.
     tokens: np.ndarray
     expert_bytes: int
-    #: float [servers]: bytes a second that each loads.
+    #: float [servers]: bytes per second that each server loads.
     read_rates: np.ndarray
-    #: Move whatever it costs.
+    #: Move even if it does not pay off.
     force: bool = False
-    #: Where experts are to be, whatever it costs; None: as the policy finds.
+    #: Requested placement, to be reached at any cost; None: the policy decides.
     wanted: Placement | None = None
-    #: Move only if that is not soon to be done again: where the decision before would have gone,
-    #: must be about as good by now. None there: there was none, so wait for the next.
+    #: Move only if the previous candidate placement is still about as good, so that the same
+    #: experts do not move twice. With patience and without a candidate, wait for the next decision.
     patient: bool = False
     candidate: Placement | None = None
     seed: int = 0
@@ -100,20 +101,20 @@ class DecisionInputs:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Answer:
-    """What follows."""
+    """The result of a decision."""
 
-    #: The one that placed.
+    #: The policy that was used.
     policy: str
-    #: None: nothing is known to decide on.
+    #: None: no data to decide on.
     verdict: migration.Verdict | None
-    #: Where experts would move if it still pays later; None: nothing is to be waited for.
+    #: Placement to move to if the next decision confirms it; None: nothing to confirm.
     candidate: Placement | None
-    #: What moves if it is decided, in this order.
+    #: Moves in this order, if experts move.
     batches: list[MoveBatch]
 
 
 def answer(question: DecisionInputs) -> Answer:
-    """Solves the placement anew and weighs it against the one in force.
+    """Compute a placement and compare it with the current one.
 
     Raises:
         UserError: the policy cannot place on these servers.
@@ -143,14 +144,15 @@ def answer(question: DecisionInputs) -> Answer:
     if blocked:
         verdict = dataclasses.replace(verdict, migrate=False, reason=blocked)
     elif question.wanted is not None:
-        reason = "it is wanted there" if steps else "it is there already"
+        reason = "the placement was requested" if steps else "experts are placed as requested"
         verdict = dataclasses.replace(verdict, migrate=bool(steps), reason=reason)
     elif question.patient and verdict.migrate and not _settled(question.candidate, found, *judged):
         candidate = found
-        reason = "it pays, but the workload may still be changing"
+        reason = "moving pays off, but the workload may still be changing"
         verdict = dataclasses.replace(verdict, migrate=False, reason=reason)
     elif verdict.migrate:
-        # That it pays is judged by tokens it was not fitted to; where to go, all tokens say better.
+        # The judgement uses tokens that the placement was not fitted to; the final placement uses
+        # all tokens.
         found = _place(question, used, question.routes, cost)
         steps, blocked = _steps(question, found)
         verdict = dataclasses.replace(
@@ -164,7 +166,7 @@ def answer(question: DecisionInputs) -> Answer:
 
 
 def _place(question: DecisionInputs, policy: str, routes: Routes, cost: Cost) -> Placement:
-    """Where experts are best, of these tokens."""
+    """The best placement for these tokens."""
     old = question.layout
     return place(
         policy,
@@ -179,7 +181,7 @@ def _place(question: DecisionInputs, policy: str, routes: Routes, cost: Cost) ->
 
 
 def _steps(question: DecisionInputs, found: Placement) -> tuple[list[MoveBatch], str]:
-    """How experts get there; if they cannot, why."""
+    """The batches that lead to a placement; or the reason if it cannot be reached."""
     old = question.layout
     new = spread(found, old.devices, old.slots_per_device, question.counts, old, old.spare)
     try:
@@ -195,8 +197,10 @@ def _loading_seconds(question: DecisionInputs, steps: list[MoveBatch]) -> float:
 
 
 def _measured_cost(question: DecisionInputs, present: Placement) -> Cost:
-    """The cost of a layer. In lock step it depends on how often servers were measured to have
-    tokens at the same time; servers on their own do not wait for the tokens of others."""
+    """The cost of a layer, adjusted to how often servers in lock step had tokens together.
+
+    Servers that step on their own do not wait for other servers' tokens.
+    """
     if not isinstance(question.cost, LockStepCost) or question.busiest is None:
         return question.cost
     if not any(map(len, question.routes)):
@@ -213,7 +217,7 @@ def _settled(
     cost: Cost,
     weights: np.ndarray | None,
 ) -> bool:
-    """Where experts would have moved before, they would not be moved again now."""
+    """Whether experts moved to the previous candidate would not have to move again now."""
     if before is None:
         return False
     seconds = [migration.seconds_per_token(each, judge, cost, weights) for each in (before, found)]
@@ -222,19 +226,19 @@ def _settled(
 
 
 def resident(layout: Layout) -> Placement:
-    """Which server holds what."""
+    """The placement of a layout."""
     return Placement(layout.resident)
 
 
 def most_loads(expert_bytes: int) -> int:
-    """Experts of a batch on one device, so that writing them takes no longer than a step may.
+    """Most experts that one device loads per batch, so that writing them does not delay a step.
 
-    Spare slots alone do not bound that: a device may have many more empty slots.
+    Spare slots do not bound this number: a device may have many more empty slots.
     """
     return max(1, min(BATCH_EXPERTS, BATCH_BYTES // expert_bytes))
 
 
 def _weights(tokens_n: np.ndarray) -> np.ndarray | None:
-    """What each server's tokens count; None: all the same, where none has any."""
+    """Relative weight of each server's tokens; None (all equal) if there are no tokens."""
     mean = tokens_n.mean()
     return tokens_n / mean if mean > 0 else None

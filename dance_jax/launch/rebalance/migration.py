@@ -1,4 +1,4 @@
-"""One migration on its way: batch after batch, each on all servers or on none."""
+"""The state of a migration: batch after batch, each applied on all servers or on none."""
 
 from __future__ import annotations
 
@@ -11,46 +11,46 @@ from dance_jax.placement.migration import MoveBatch, changed
 
 
 class Migration:
-    """Which batch is loaded now, and who has it in force.
+    """Tracks the batch in progress and the servers that have applied it.
 
     Args:
-        layout: in force.
-        batches: in their order; one at least.
-        number: of the first; the others follow.
+        layout: the current layout.
+        batches: in order; at least one.
+        number: of the first batch; the others follow.
     """
 
     def __init__(self, layout: Layout, batches: Sequence[MoveBatch], number: int) -> None:
-        #: In force on all servers.
+        #: Applied on all servers.
         self.layout = layout
         self._left = collections.deque(batches)
-        #: Of the batch that is loaded now.
+        #: Number of the batch in progress.
         self.number = number
-        #: Experts loaded by batches in force, on all servers.
+        #: Experts loaded by applied batches, on all servers.
         self.moved = 0
-        #: Some batch is in force.
+        #: At least one batch is applied.
         self.begun = False
         self._missing = set(range(len(layout.devices)))
 
     @property
     def complete(self) -> bool:
-        """All batches are in force."""
+        """Whether all batches are applied."""
         return not self._left
 
     def stages(self) -> list[Stage]:
-        """What each server is told to load now."""
+        """The command for each server to load the current batch."""
         batch = self._left[0]
         changes = list(map(tuple, batch.changes))
         return [Stage(self.number, changes, each) for each in _loads(self.layout, batch)]
 
     def applied(self, rank: int, number: int) -> bool:
-        """A server has a batch in force; whether all have."""
+        """Record that a server has applied a batch; returns whether all servers have."""
         if number != self.number:
             return False
         self._missing.discard(rank)
         return not self._missing
 
     def commit(self) -> None:
-        """The batch is in force; the next one may begin."""
+        """Record that the current batch is applied; the next one may begin."""
         batch = self._left.popleft()
         self.layout = changed(self.layout, batch.changes)
         self.begun = True
@@ -60,7 +60,7 @@ class Migration:
 
 
 def _loads(before: Layout, batch: MoveBatch) -> list[list[ExpertLoad]]:
-    """By server; each expert comes from a holder that has been asked least for this batch."""
+    """Loads by server; each expert comes from the holder with the fewest requests so far."""
     loads: list[list[ExpertLoad]] = [[] for _ in before.devices]
     asked: collections.Counter[int] = collections.Counter()
     for server, device, slot, layer, expert in batch.loads():

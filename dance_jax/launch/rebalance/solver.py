@@ -1,7 +1,7 @@
-"""A process of low priority that solves placements beside the engines.
+"""A process of low priority that computes placements beside the engines.
 
-It is kept, because the second decision needs no compiling any more, and ends with its parent.
-Questions and answers are pickled: both ends are this program.
+The process is kept between decisions, so that later ones need no compilation, and ends with its
+parent. Questions and answers are pickled, because both ends run the same program.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ from typing import IO
 
 from dance_jax.launch.rebalance.decision import Answer, DecisionInputs
 
-#: Niceness: less, and users notice that a placement is solved; more, and under full load it is not
-#: solved before the next one is due.
+#: Niceness. With less, users notice that a placement is computed; with more, under full load it is
+#: not finished before the next one is due.
 NICENESS = 10
 
 
 class SolverError(RuntimeError):
-    """There is no answer; the message says why."""
+    """No placement could be computed; the message says why."""
 
 
 class Solver:
-    """Answers one question at a time."""
+    """Answers one question at a time, in another process."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "solver")
 
     def ask(self, question: DecisionInputs) -> concurrent.futures.Future[Answer]:
-        """The answer to come; a SolverError where there is none."""
+        """Start to answer a question; the future raises a SolverError on failure."""
         return self._thread.submit(self._answer, question)
 
     def close(self) -> None:
-        """Ends the process, whatever it does; may be called twice."""
+        """Kill the process; may be called twice."""
         self._thread.shutdown(wait=False, cancel_futures=True)
         if self._process is not None:
             self._process.kill()
@@ -51,7 +51,7 @@ class Solver:
             if self._process is None or self._process.poll() is not None:
                 self._process = _start()
         except OSError as error:
-            raise SolverError(f"the process that places cannot start: {error}") from error
+            raise SolverError(f"the solver process cannot be started: {error}") from error
         assert self._process.stdin is not None and self._process.stdout is not None
         try:
             pickle.dump(question, self._process.stdin)
@@ -60,7 +60,7 @@ class Solver:
         except (OSError, EOFError, pickle.UnpicklingError) as error:
             self._process.kill()
             status = self._process.wait()
-            raise SolverError(f"the process that places has ended (status {status})") from error
+            raise SolverError(f"the solver process ended with status {status}") from error
         if isinstance(found, Answer):
             return found
         raise SolverError(str(found))
@@ -78,7 +78,7 @@ def _start() -> subprocess.Popen[bytes]:
 
 
 def main() -> None:
-    """Answers what comes on standard input, until it ends."""
+    """Answer questions from standard input until it ends."""
     _give_way()
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
@@ -97,15 +97,15 @@ def main() -> None:
 
 
 def _give_way() -> None:
-    """Everything else that runs here comes first."""
+    """Give all other processes of the machine priority."""
     os.nice(NICENESS)
-    # Where the kernel shares the cores among sessions first, a process's own niceness says nothing.
+    # Where the kernel shares cores between sessions first, a process's own niceness is useless.
     with contextlib.suppress(OSError):
         pathlib.Path("/proc/self/autogroup").write_text(str(NICENESS))
 
 
 def _listen(source: IO[bytes], questions: queue.SimpleQueue[DecisionInputs]) -> None:
-    """Ends the process when the parent is gone, also while it computes."""
+    """Queue questions; end this process when the parent is gone, even during a computation."""
     while True:
         try:
             questions.put(pickle.load(source))

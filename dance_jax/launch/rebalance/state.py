@@ -1,4 +1,4 @@
-"""What a service leaves for the next one: where experts are, and what users ask for."""
+"""The state that a service saves for the next one: the layout and the expert statistics."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ from dance_jax.launch.planning.plan import (
 from dance_jax.launch.rebalance.workload import Statistics
 from dance_jax.placement.core import Layout, Placement
 
-#: In the directory that the user names.
+#: Name of the file in the user's --state-dir.
 FILE_NAME = "placement.npz"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ServiceState:
-    """What is kept."""
+    """The saved state."""
 
-    #: Names of the servers by rank, and the model's fingerprint.
+    #: Names of the servers by rank; fingerprint of the model.
     servers: tuple[str, ...]
     model: str
     layout: Layout
     statistics: Statistics
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Writes it; another one that is there is replaced at once, or not at all.
+        """Write the state; an existing file is replaced at once or not at all.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: the file cannot be written.
         """
         arrays = {
             "servers": np.array(self.servers, np.str_),
@@ -56,31 +56,31 @@ class ServiceState:
             np.savez_compressed(file, allow_pickle=False, **arrays)
 
     def misfit(self, spec: ClusterSpec, model: ModelFacts, held: Sequence[Room]) -> str:
-        """Why it is of no use to these servers; "": it is."""
+        """Why the state does not fit these servers; "" if it fits."""
         if model.fingerprint and self.model != model.fingerprint:
             return "it is of another model"
         if self.servers != spec.names:
-            return f"it is of servers {', '.join(self.servers)}"
+            return f"it is of the servers {', '.join(self.servers)}"
         if (self.layout.devices, self.layout.slots_per_device) != (
             spec.devices,
             tuple(room.slots for room in held),
         ):
-            return "the servers had other devices, or slots for experts"
+            return "the servers had other devices, or another number of expert slots"
         full = [
             spec.names[server]
             for server, room in enumerate(held)
             for device in range(room.devices)
             if room.spare and (self.layout.experts_of(server, device)[:, 0] >= 0).all()
         ]
-        # A service that was interrupted in a migration has one spare slot left, if not all.
+        # After an interrupted migration, at least one spare slot is free, if not all of them.
         return f"experts fill the spare slots of {full[0]}" if full else ""
 
 
 def load(directory: str | os.PathLike[str]) -> ServiceState | None:
-    """What was saved there; None: nothing.
+    """Load a saved state; None if there is none.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: the file cannot be read.
     """
     path = pathlib.Path(directory) / FILE_NAME
     if not path.exists():
@@ -94,14 +94,14 @@ def load(directory: str | os.PathLike[str]) -> ServiceState | None:
                 Layout.from_bytes(file["layout"].tobytes()),
                 Statistics(file["counts"], tuple(file[f"routes_{n}"] for n in range(len(servers)))),
             )
-    except Exception as error:  # a damaged file may lead zipfile and numpy anywhere
-        raise UserError(f"{path}: not a readable state of a service ({error})") from error
+    except Exception as error:  # on a damaged file, zipfile and numpy may raise anything
+        raise UserError(f"{path}: is not a readable state of a service: {error}") from error
 
 
 def resumed_plan(
     spec: ClusterSpec, model: ModelFacts, config: EngineConfig, state: ServiceState
 ) -> Plan:
-    """The plan that goes on where a service before ended."""
+    """A plan with the placement of a previous service."""
     placement, held = Placement(state.layout.resident), rooms(spec, model, config)
     counts = state.statistics.counts
     residents = placement.resident.sum(2).tolist()
@@ -121,7 +121,7 @@ def resumed_plan(
         exchange=choose_exchange(spec, model.config, config, placement.local_share(counts)),
         notes=(
             *model_notes(model.config, config),
-            "Experts are where the service before had them.",
+            "Experts are placed as in the previous service.",
             *spare_notes(held, placement),
         ),
     )

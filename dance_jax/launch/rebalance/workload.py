@@ -1,4 +1,4 @@
-"""What users ask for: the statistics of all engines, over one engine after another."""
+"""The workload: statistics of all engines, accumulated over engine restarts."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from dance_jax.launch.planning.costs import MeasuredCosts, ServerLoad
 from dance_jax.models.counters import NOTHING_MOVED, Moved
 from dance_jax.placement.decay import DecayedCounts
 
-#: Expert calls whose mean time says how long one takes.
+#: Expert calls from which the mean time of a call is reliable.
 LEAST_CALLS = 1000
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Statistics:
-    """As of one moment."""
+    """Statistics at one moment."""
 
-    #: float64 [servers, layers, experts], expert calls, older ones weigh less.
+    #: float64 [servers, layers, experts], expert calls; older calls weigh less.
     counts: np.ndarray
-    #: Per server int16 [tokens, layers, k], a sample in which older tokens are fewer.
+    #: Per server int16 [tokens, layers, k], a sample that favours recent tokens.
     routes: tuple[np.ndarray, ...]
 
 
 class Workload:
-    """Gathers what the engines have counted since they were asked last.
+    """Accumulates the counters of the engines.
 
     Args:
         shape: (servers, layers, experts).
         k: experts that a token chooses.
-        devices: of all servers.
+        devices: number of devices of all servers.
         half_life_s: see `RebalanceOptions`.
-        before: of an earlier service.
+        before: statistics of a previous service.
         now: time.monotonic().
     """
 
@@ -51,11 +51,11 @@ class Workload:
         now: float,
     ) -> None:
         servers, layers, _ = shape
-        #: Nothing was computed between the last two times that engines were asked.
+        #: No token was computed between the last two updates.
         self.idle = False
         self._shape, self._no_routes = shape, np.zeros((0, layers, k), np.int16)
         self._half_life_s, self._devices = half_life_s, devices
-        #: What the present engines had counted when they were asked last.
+        #: Counters of the current engines at the last update.
         self._counted, self._computed = np.zeros(shape), np.zeros(servers)
         self._sent, self._stepped = np.zeros((servers, 2)), np.zeros((servers, STEP_SIZES, 2))
         self._costs = [_Costs()] * servers
@@ -67,10 +67,10 @@ class Workload:
             self._counts.add(before.counts, now)
 
     def _begin_counts(self, now: float) -> None:
-        """Nothing is known of what users ask for."""
+        """Start counting from zero."""
         servers = self._shape[0]
-        #: Expert calls; tokens; hidden states of all servers, and those through the busiest link of
-        #: each layer; steps of each size and their rows; seconds of devices in experts.
+        #: Expert calls; tokens; hidden states (of all servers, through the busiest link of each
+        #: layer); steps and rows of each step size; device seconds in experts.
         self._counts, self._tokens, self._rows, self._steps, self._experts_s = (
             DecayedCounts(self._half_life_s) for _ in range(5)
         )
@@ -79,27 +79,27 @@ class Workload:
         self._rows.add(np.zeros(2), now)
         self._steps.add(np.zeros((STEP_SIZES, 2)), now)
         self._experts_s.add(np.zeros(()), now)
-        #: Samples of engines that are gone, which fill up those of the present ones; since when.
+        #: Route samples of dead engines, which fill up those of the current ones; their time.
         self._old_routes, self._old_since = [self._no_routes] * servers, now
         self._routes = list(self._old_routes)
         self.engines_began(now)
 
     def engines_began(self, now: float) -> None:
-        """The first ones: nobody could ask for anything before."""
+        """Start the clock: before the first engines ran, no requests could arrive."""
         self._begin = self._asked = now
 
     def migrated(self, now: float) -> None:
-        """Experts are where they are best: what never fades accumulates anew (arXiv:2508.12851)."""
+        """Restart the counts after a migration if they never fade (arXiv:2508.12851)."""
         if self._half_life_s is None:
             self._begin_counts(now)
 
     @property
     def measured(self) -> list[MeasuredCosts]:
-        """By server."""
+        """Measured costs by server."""
         return list(self._measured)
 
     def load(self, now: float) -> ServerLoad:
-        """The load of the servers; later counts weigh more."""
+        """The current load of the servers."""
         rows, busiest = self._rows.value(now)
         steps_i, rows_i = self._steps.value(now).T
         device_s = self._devices * self._seconds(now)
@@ -115,7 +115,7 @@ class Workload:
         )
 
     def update(self, stats: Sequence[bytes], now: float) -> None:
-        """Adds what all engines have counted.
+        """Add the counters of all engines.
 
         Args:
             stats: EngineStats of each server.
@@ -128,11 +128,11 @@ class Workload:
         tokens_n = np.array([each.tokens for each in found], np.float64)
         self.idle = bool((tokens_n == self._computed).all())
         new_nle = counts_nle - self._counted
-        # Counters on the devices have 32 bits.
+        # The devices' counters have 32 bits and may wrap around.
         self._counts.add(share * (new_nle + (new_nle < 0) * 2.0**32), now)
         self._tokens.add(share * (tokens_n - self._computed), now)
         rows_n2 = np.array([(each.rows, each.busiest_rows) for each in found], np.float64)
-        # Servers that step together all count those of all: the share is the same.
+        # Servers that step together each count the totals; the ratio is the same.
         self._rows.add(share * (rows_n2 - self._sent).sum(0), now)
         stepped = np.array([each.step_rows for each in found], np.float64)
         self._steps.add(share * (stepped - self._stepped).sum(0), now)
@@ -150,7 +150,7 @@ class Workload:
             self._costs[rank] = costs
 
     def engines_died(self, ranks: Iterable[int], now: float) -> None:
-        """Those of these servers: their counters begin anew."""
+        """Reset the counters of these servers' engines."""
         self._old_since = now
         for rank in ranks:
             self._old_routes[rank] = self._routes[rank]
@@ -159,20 +159,20 @@ class Workload:
             self._costs[rank] = _Costs()
 
     def statistics(self, now: float) -> Statistics:
-        """As of now."""
+        """The statistics at this moment."""
         return Statistics(self._counts.value(now), tuple(self._routes))
 
     def token_rates(self, now: float) -> np.ndarray:
-        """Tokens a second that each server computes, float64 [servers]; later ones weigh more."""
+        """Tokens per second of each server, float64 [servers]; recent tokens weigh more."""
         return self._tokens.value(now) / self._seconds(now)
 
     def _seconds(self, now: float) -> float:
-        """Seconds since counting began, weighted as counts are: older ones weigh less."""
+        """Seconds since counting began, weighted like the counts."""
         seconds = max(now - self._begin, 1e-3)
         return seconds * _unfaded(seconds, self._half_life_s)
 
     def _filled(self, rank: int, new: np.ndarray, now: float) -> np.ndarray:
-        """The engine's sample; while it is small, with what is left of the one before."""
+        """The engine's route sample, filled up from the previous engine's sample while small."""
         old, faded = self._old_routes[rank], 1.0
         if self._half_life_s is not None:
             faded = 0.5 ** ((now - self._old_since) / self._half_life_s)
@@ -181,7 +181,7 @@ class Workload:
 
 
 def _unfaded(seconds: float, half_life_s: float | None) -> float:
-    """What is left, in the mean, of what came evenly over so many seconds up to now."""
+    """Mean weight left now of counts that arrived evenly over the last `seconds`."""
     if half_life_s is None or seconds <= 0:
         return 1.0
     faded = seconds * math.log(2) / half_life_s
@@ -190,14 +190,14 @@ def _unfaded(seconds: float, half_life_s: float | None) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class _Costs:
-    """What an engine has measured since its start."""
+    """Cost counters of an engine since its start."""
 
     expert_seconds: float = 0.0
     calls: int = 0
     moved: Moved = NOTHING_MOVED
 
     def since(self, before: _Costs, known: MeasuredCosts) -> MeasuredCosts:
-        """By what was done since then; where that is too little, since the start, or as known."""
+        """Costs since `before`; if too few calls, since the start, or else the known costs."""
         calls = self.calls - before.calls
         byte_s, round_s = known.byte_s, known.round_s
         for moved in (self.moved, self.moved - before.moved):

@@ -1,8 +1,9 @@
-"""How much of this machine's cores each local server's thread pools are made for.
+"""Share this machine's cores among the thread pools of its servers.
 
-Limited, not pinned: XLA sizes its pools by the cores it may use when its client is made; afterwards
-the system may put their threads anywhere. (measured) A server pinned to a core that another program
-kept busy took 28 s to import JAX and 300 ms for a step, and in lock step all servers waited for it.
+Cores are limited, not pinned: XLA sizes its pools by the allowed cores when its client is made;
+afterwards the system may run the threads anywhere. Measured: a server pinned to a core that another
+program kept busy took 28 s to import JAX and 300 ms per step, and in lock step all servers waited
+for it.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from collections.abc import Iterable, Iterator, Sequence
 
 
 def available() -> list[int]:
-    """Cores this process may use, ascending; empty where the system cannot say.
+    """Cores that this process may use, ascending; empty if unknown.
 
-    A quota of 1.5 cores counts as two: (measured) with more threads than that a host wakes them for
-    nothing, and pays for it.
+    A quota of 1.5 cores counts as two. Measured: with more threads than that, the host spends time
+    on waking them for nothing.
     """
     if not hasattr(os, "sched_getaffinity"):
         return []
@@ -27,7 +28,7 @@ def available() -> list[int]:
 
 
 def quota(proc: pathlib.Path = pathlib.Path("/proc/self")) -> float:
-    """Cores that cgroups, of version 1 or 2, leave this process; inf: they say nothing."""
+    """Number of cores that cgroups (version 1 or 2) allow this process; inf without a limit."""
     try:
         mounts = [line.split() for line in (proc / "mounts").read_text().splitlines()]
         groups = [line.split(":", 2) for line in (proc / "cgroup").read_text().splitlines()]
@@ -46,7 +47,7 @@ def quota(proc: pathlib.Path = pathlib.Path("/proc/self")) -> float:
 
 
 def _limit(group: pathlib.Path) -> float:
-    """Cores of one cgroup."""
+    """Number of cores that one cgroup allows."""
     try:
         if (group / "cpu.max").exists():
             allowed, period = (group / "cpu.max").read_text().split()
@@ -59,10 +60,9 @@ def _limit(group: pathlib.Path) -> float:
 
 
 def share(cores: Sequence[int], devices: Sequence[int]) -> list[list[int]]:
-    """Cuts the cores into runs in proportion to the servers' devices.
+    """Split the cores into runs in proportion to the servers' devices.
 
-    A core that falls on two runs belongs to both, so everybody has one.
-
+    A core at a boundary belongs to both runs, so every server has at least one core.
     >>> share([0, 1], [1, 1, 2])
     [[0], [0], [1]]
     >>> share([0, 1, 2, 3], [1, 2])
@@ -79,7 +79,7 @@ def share(cores: Sequence[int], devices: Sequence[int]) -> list[list[int]]:
 
 @contextlib.contextmanager
 def limited(cores: Iterable[int]) -> Iterator[None]:
-    """Within, this thread may use only these cores; then all threads again what they could."""
+    """Restrict this thread to these cores; afterwards restore the old set for all threads."""
     if not (wanted := set(cores)) or not hasattr(os, "sched_setaffinity"):
         yield
         return

@@ -1,30 +1,30 @@
-"""A server's environment, made before JAX is imported."""
+"""Prepare a server's environment before JAX is imported."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
 
-#: Would steer JAX elsewhere: a launch says itself who takes part.
+#: Prefixes of variables that would make JAX join another job; a launch itself decides who joins.
 _FOREIGN = ("JAX_COORDINATOR", "JAX_NUM_", "JAX_PROCESS", "JAX_LOCAL_DEVICE")
 
 
 def prepare(platform: str, gpus: Sequence[int]) -> None:
-    """Changes os.environ for one engine process.
+    """Change os.environ for one engine process.
 
     Args:
         platform: "cpu" or "cuda".
-        gpus: numbers of the GPUs it may see; empty: all.
+        gpus: indices of the GPUs that the process may see; empty: all.
     """
     for name in [name for name in os.environ if name.startswith(_FOREIGN)]:
         del os.environ[name]
     os.environ["JAX_PLATFORMS"] = platform
-    # A server's device count is its line's, not a test's or a user's flag.
+    # The device count comes from the hosts file, not from a flag of a test or a user.
     flags = os.environ.get("XLA_FLAGS", "").split()
     flags = [flag for flag in flags if "host_platform_device_count" not in flag]
     if platform == "cpu":
-        # A step is hundreds of small kernels around library matrix products: compiling them
-        # plainly halves the time to start and costs no measurable time in the step.
+        # A step is hundreds of small kernels around library matrix products: compiling with few
+        # optimisations halves the start time and costs no measurable step time.
         flags = [
             "--xla_cpu_use_fusion_emitters=false",
             "--xla_llvm_disable_expensive_passes=true",
@@ -32,9 +32,9 @@ def prepare(platform: str, gpus: Sequence[int]) -> None:
             *flags,
         ]
     if platform == "cuda":
-        # Each process compiles its own program, so results of autotuning are not to be shared.
+        # Each process compiles its own program, so autotuning results must not be shared.
         flags.append("--xla_gpu_shard_autotuning=false")
-        # GPUs are numbered as nvidia-smi numbers them.
+        # Number GPUs as nvidia-smi does.
         os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
         if gpus:
             os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))

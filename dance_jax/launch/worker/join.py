@@ -1,4 +1,4 @@
-"""How a server's process makes its devices, alone or as part of a jax.distributed job."""
+"""Make the devices of a server's process, alone or as part of a jax.distributed job."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from dance_jax.models.connections import Key, PeerListener
 
 log = logging.getLogger("dance_jax.worker")
 
-#: Seconds all servers have to find each other.
+#: Seconds for all servers to find each other.
 JOIN_TIMEOUT_S = 120
 
 
 def coordinator_endpoint(setup: Setup) -> str:
-    """host:port where this server would coordinate jax.distributed."""
+    """host:port at which this server would coordinate jax.distributed."""
     address = own_address(setup)
     with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -33,7 +33,7 @@ def coordinator_endpoint(setup: Setup) -> str:
 
 
 def listen(setup: Setup, key: Key) -> PeerListener:
-    """This server's listener for connections from the others, who have this key."""
+    """Open this server's listener for connections from other servers with this key."""
     address = own_address(setup)
     try:
         return PeerListener(setup.rank, setup.spec.names, address, key)
@@ -42,29 +42,29 @@ def listen(setup: Setup, key: Key) -> PeerListener:
 
 
 def own_address(setup: Setup) -> str:
-    """Where this server listens for the others."""
+    """Address at which this server listens for the others."""
     address = setup.spec.servers[setup.rank].address
     return "127.0.0.1" if address == "localhost" else address
 
 
 def join(setup: Setup, coordinator: str | None) -> int:
-    """Makes this process's devices.
+    """Make the devices of this process.
 
     Args:
-        coordinator: of the jax.distributed job that all servers form; None: each is its own.
+        coordinator: of the jax.distributed job that all servers form; None: each server is alone.
 
     Returns:
-        The cores its thread pools are made for.
+        Number of cores that the thread pools are sized for.
     """
     server = setup.spec.servers[setup.rank]
-    # CPU devices are each process's own, and of GPUs it sees those that its line names.
+    # CPU devices belong to each process; with gpus=, the process sees only its own GPUs.
     shared = server.platform == "cuda" and not server.gpus
     first = setup.first_gpu if shared else 0
     mine = cores.share(cores.available(), setup.machine_devices)[setup.machine_index]
     import jax
 
     jax.config.update("jax_platforms", server.platform)
-    # Off: JAX would catch SIGTERM and live on.
+    # Disabled, because JAX would catch SIGTERM and keep running.
     jax.config.update("jax_enable_preemption_service", False)
     if server.platform == "cpu":
         jax.config.update("jax_num_cpu_devices", server.devices)
@@ -84,10 +84,10 @@ def _listed(numbers: Iterable[int]) -> str:
 
 
 def _initialize(setup: Setup, coordinator: str, devices: Iterable[int]) -> None:
-    """Makes this process part of the cluster's jax.distributed job, with these of its devices."""
+    """Join the cluster's jax.distributed job with these devices."""
     import jax
 
-    # Gloo's address can be set nowhere else.
+    # The address of gloo can be set only through this module.
     from jax._src.lib import _jax  # pyright: ignore[reportPrivateImportUsage]
 
     if setup.spec.platform == "cpu":
@@ -95,7 +95,7 @@ def _initialize(setup: Setup, coordinator: str, devices: Iterable[int]) -> None:
         make_collectives = _jax.make_gloo_tcp_collectives
 
         def at_address(distributed_client, hostname=None, interface=None):
-            """Gloo would resolve this machine's host name, which may have no address."""
+            """Replace the default of gloo, this machine's host name, which may not resolve."""
             return make_collectives(
                 distributed_client=distributed_client,
                 hostname=hostname or own_address(setup),
@@ -115,7 +115,7 @@ def _initialize(setup: Setup, coordinator: str, devices: Iterable[int]) -> None:
 
 
 def _first_collective(num_servers: int) -> None:
-    """A sum over all devices: gloo's first one needs everybody."""
+    """Sum over all devices: the first collective of gloo needs all processes."""
     import jax
     import jax.numpy as jnp
     import numpy as np

@@ -1,9 +1,9 @@
-"""Reads moved experts in the background, while the server steps on.
+"""Read moved experts in the background while the server steps.
 
-A thread of its own reads one batch after the other into host memory; the thread that steps asks for
-what is there and hands it to the engine. It reads an expert at a time and rests in between, as what
-it takes of the cores and of the interpreter the steps lack. A batch that cannot be read is a result
-too: nothing of it reaches the engine.
+A separate thread reads one batch after the other into host memory; the stepping thread polls for
+finished batches and hands them to the engine. The reader rests after each expert, because it takes
+cores and interpreter time from the steps. A batch that cannot be read is also a result: none of its
+experts reaches the engine.
 """
 
 from __future__ import annotations
@@ -25,35 +25,35 @@ from dance_jax.models.experts import ExpertFormat, Weights
 
 log = logging.getLogger("dance_jax.loading")
 
-#: Reads what is to be loaded, in the same order: the weights, and the bytes that took.
+#: Reads the given experts, in the same order; returns the weights and the bytes that were read.
 Read = Callable[[Sequence[ExpertLoad]], tuple[list[Weights], int]]
 
-#: After an expert the reader rests so many times as long as that took, but no longer than so many
-#: seconds: large experts are read by threads that steps hardly notice.
+#: After an expert, the reader rests REST times as long as reading took, but at most LONGEST_REST_S
+#: seconds: large experts are read by threads that hardly disturb the steps.
 REST, LONGEST_REST_S = 20.0, 0.2
 
-#: What tensorstore, which reads for orbax, has read from files in this process.
+#: Metric of tensorstore, which reads files for orbax: bytes read in this process.
 _BYTES_READ = "/tensorstore/kvstore/file/bytes_read"
 
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """A batch that was read, or was not."""
+    """The result of reading a batch."""
 
     stage: Stage
     #: By (local device, slot).
     experts: dict[tuple[int, int], Weights]
     seconds: float
     bytes_read: int
-    #: Why it was not; "": it was.
+    #: Why the batch could not be read; "": it was read.
     why: str = ""
 
 
 class Loader:
-    """A thread that loads batches, in their order.
+    """A thread that loads batches in order.
 
     Args:
-        read: called in that thread; whatever it raises is the end of the batch, not of the thread.
+        read: called in that thread; an exception ends the batch, not the thread.
     """
 
     def __init__(self, read: Read) -> None:
@@ -61,26 +61,26 @@ class Loader:
         self._wanted: queue.SimpleQueue[Stage] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[Loaded] = queue.SimpleQueue()
         self._dropped: set[int] = set()
-        #: Batches that were begun and not handed out.
+        #: Number of batches that were begun and not yet returned by `finished`.
         self._open = 0
         threading.Thread(target=self._run, daemon=True, name="loader").start()
 
     @property
     def busy(self) -> bool:
-        """Something is being read, or was read and not handed out."""
+        """Whether a batch is being read, or is read and not yet returned by `finished`."""
         return self._open > 0
 
     def begin(self, stage: Stage) -> None:
-        """Loads a batch."""
+        """Start to load a batch."""
         self._open += 1
         self._wanted.put(stage)
 
     def drop(self, number: int) -> None:
-        """The batch is not wanted any more: it is not handed out."""
+        """Discard a batch: `finished` will not return it."""
         self._dropped.add(number)
 
     def finished(self) -> list[Loaded]:
-        """What was read since the last call; returns at once."""
+        """The batches read since the last call; does not wait."""
         found = []
         while self._open:
             try:
@@ -109,7 +109,7 @@ class Loader:
                 (weights,), read = self._read([load])
                 experts[load.device, load.slot] = weights
                 size += read
-                # Not as long as on other servers, so that one step does not wait for all readers.
+                # Random, so that a step does not have to wait for the readers of all servers.
                 time.sleep(random.uniform(0.5, 1.5) * rest_s(time.monotonic() - began))
         except Exception as error:
             log.exception("batch %d cannot be loaded", stage.number)
@@ -119,16 +119,16 @@ class Loader:
 
 
 def rest_s(read_s: float) -> float:
-    """Seconds of rest after an expert that took so long to read, in the mean."""
+    """Mean seconds of rest after an expert that took `read_s` to read."""
     return min(REST * read_s, LONGEST_REST_S)
 
 
 def checkpoint_reader(checkpoint: Checkpoint, form: ExpertFormat) -> Read:
-    """Reads experts from this machine's copy of the model.
+    """Make a reader of experts in this machine's copy of the model.
 
     Args:
         checkpoint: that copy.
-        form: of the pool.
+        form: format of the pool.
     """
 
     def read(loads: Sequence[ExpertLoad]) -> tuple[list[Weights], int]:
@@ -141,6 +141,6 @@ def checkpoint_reader(checkpoint: Checkpoint, form: ExpertFormat) -> Read:
 
 
 def bytes_read() -> int:
-    """Bytes that checkpoints of this process have read from files so far."""
+    """Bytes that the checkpoints of this process have read from files so far."""
     found = tensorstore.experimental_collect_matching_metrics(_BYTES_READ)
     return sum(int(each["value"]) for metric in found for each in metric["values"])

@@ -1,14 +1,14 @@
 """One server's engine process: `python -m dance_jax.launch.worker.main`.
 
-`Cluster` starts it, or the server's front end.
+It is started by `Cluster` or by the server's front end.
 
-The order is what matters here: the model is made ready before anybody waits for anybody; cores are
-limited while JAX makes its devices, because XLA sizes its thread pools by them; then the engine
-loads, compiles, and steps while it has work. Where servers step together instead, all processes do
-one collective before anything else, because a first collective of only some of them fails; they do
-one step after another while any of them has work, and one a second while none has, which shows that
-all can. Experts that move are read in the background (`loading`). A step may wait for servers that
-do not answer: a thread hears the parent meanwhile.
+The order of the steps matters. The model is made ready before any server waits for another. Cores
+are limited while JAX makes its devices, because XLA sizes its thread pools by them. Then the engine
+loads and compiles, and steps while it has work. If servers step together, all processes first run
+one collective, because a first collective of only some of them fails; then they all step while any
+server has work, and once a second while none has, which shows that all of them still can. Moved
+experts are read in the background (`loading`). A step may wait for servers that do not answer;
+meanwhile a thread receives the parent's commands.
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("dance_jax.worker")
 
-#: Seconds after which servers without work do a step together; between two reports of busy ones.
+#: Seconds after which idle servers step together; seconds between two reports of busy servers.
 HEARTBEAT_S, REPORT_S = 1.0, 0.25
-#: Seconds between two looks at a batch that is being loaded, of a server that rests.
+#: Seconds between two checks of a loading batch on an idle server.
 LOADING_POLL_S = 0.05
-#: Seconds for which a thread that loads may keep the interpreter from the one that steps.
+#: Seconds for which a loading thread may keep the interpreter from the stepping thread.
 SWITCH_S = 0.0005
-#: Seconds after which the parent is heard while a step waits for other servers.
+#: Seconds of a step after which another thread receives the parent's commands.
 HEAR_S = 0.05
 #: Seconds in which the parent's Stop may follow the end of another server.
 STOP_WINDOW_S = 0.5
@@ -78,15 +78,15 @@ class ParentChannel:
         self.socket.send(protocol.encode(event))
 
     def receive(self) -> protocol.Command:
-        """Waits for the parent's next command."""
+        """Wait for the parent's next command."""
         return protocol.decode_command(self.socket.recv())
 
     def waits(self, timeout_s: float = 0.0) -> bool:
-        """A command is there, or comes within so long."""
+        """Whether a command is there, or arrives within `timeout_s`."""
         return bool(self.socket.poll(int(1000 * timeout_s)))
 
     def close(self) -> None:
-        """Sends what is left, for a second at most."""
+        """Close the connection, with up to a second to send pending messages."""
         self._connection.close()
 
 
@@ -95,7 +95,7 @@ class Stopped(Exception):
 
 
 def main() -> None:
-    """Reads the setup from standard input, serves until told to stop, and exits."""
+    """Read the setup from standard input, serve until the parent says Stop, and exit."""
     use_huge_pages()
     child.prepare()
     sys.setswitchinterval(SWITCH_S)
@@ -117,7 +117,7 @@ def main() -> None:
     except Stopped:
         pass
     except BaseException as error:
-        if not _told_to_stop(channel):
+        if not _stop_follows(channel):
             traceback.print_exc()
             channel.send(child.failure(error))
             status = 1
@@ -126,8 +126,8 @@ def main() -> None:
     child.end(status)
 
 
-def _told_to_stop(channel: ParentChannel) -> bool:
-    """What failed may be a consequence: other servers have been stopped already."""
+def _stop_follows(channel: ParentChannel) -> bool:
+    """Whether Stop arrives: then a failure is a consequence of other servers' end."""
     deadline = time.monotonic() + STOP_WINDOW_S
     while channel.waits(max(0.0, deadline - time.monotonic())):
         if isinstance(channel.receive(), protocol.Stop):
@@ -138,10 +138,10 @@ def _told_to_stop(channel: ParentChannel) -> bool:
 def _start(
     setup: Setup, files: ModelFiles, channel: ParentChannel, listener: PeerListener, key: Key
 ) -> tuple[Worker, Wakeup | None]:
-    """Makes ready to serve, together with all others.
+    """Get ready to serve, together with all other servers.
 
     Args:
-        listener: where the others reach this server, with that key.
+        listener: where the other servers reach this one, with that key.
     """
     cache = _cache_dir(setup)
     checkpoint = None
@@ -187,7 +187,7 @@ def _start(
     stage = "loading" if checkpoint is not None else "loading from the other servers"
     channel.send(protocol.Progress(stage, 0, 0))
     layout = Layout.from_bytes(setup.layout)
-    # The seed only reaches the step as an argument, and the half-life does not.
+    # The seed reaches the step only as an argument, and the half-life does not reach it at all.
     shape = dataclasses.replace(setup.config, seed=0, half_life=None, exchange="")
     servers = () if calls else (layout.devices, layout.slots_per_device)
     scope = (setup.fingerprint, servers, shape, threads)
@@ -206,13 +206,13 @@ def _start(
     )
     engine.warmup(lambda stage, done, total: channel.send(protocol.Progress(stage, done, total)))
     if setup.trace_from:
-        whose = setup.rank, setup.spec.names
-        engine.trace = Trace(*whose, setup.trace_from, engine.runner.calls)
+        origin = setup.rank, setup.spec.names
+        engine.trace = Trace(*origin, setup.trace_from, engine.runner.calls)
     if engine.runner.calls is not None:
         lines.connect(engine.runner.calls, endpoints)
     shelf.held = engine.expert
     loader = _loader(engine, checkpoint, peers)
-    # What is there now stays: later collections need not look at it, for longer than a step takes.
+    # Freeze present objects: collecting them again takes longer than a step.
     gc.collect()
     gc.freeze()
     channel.send(protocol.Ready(steps.hits, steps.misses))
@@ -222,7 +222,7 @@ def _start(
 def _peer_weights(
     setup: Setup, model: ModelConfig, formats: Formats | None, peers: Peers | None
 ) -> WeightSource:
-    """What a server without a copy of the model loads from: those that have one."""
+    """The weights of a server without a copy of the model, from the servers that have one."""
     from dance_jax.launch.worker.peer_weights import PeerWeights
 
     assert formats is not None and peers is not None
@@ -233,7 +233,7 @@ def _peer_weights(
 
 
 def _loader(engine: Engine, checkpoint: Checkpoint | None, peers: Peers | None) -> Loader:
-    """What reads the experts that move to this server."""
+    """The loader of experts that move to this server."""
     from dance_jax.launch.worker.loading import Loader, checkpoint_reader
 
     if checkpoint is not None:
@@ -249,10 +249,11 @@ def _cache_dir(setup: Setup) -> pathlib.Path | None:
 
 
 def _open_model(setup: Setup, cache: pathlib.Path, channel: ParentChannel) -> Checkpoint:
-    """This machine's copy of the model, downloaded and converted into its cache if need be.
+    """Open this machine's copy of the model, downloading and converting it if needed.
 
     Raises:
-        UserError: it is missing, torn, another one or in other formats, or cannot be downloaded.
+        UserError: the model is missing, damaged, another model, in other formats, or cannot be
+            downloaded.
     """
     from dance_jax.launch.planning.defaults import demo_dir
     from dance_jax.models import hub
@@ -263,7 +264,7 @@ def _open_model(setup: Setup, cache: pathlib.Path, channel: ParentChannel) -> Ch
         path = hub.resolve(setup.model, lambda *what: channel.send(protocol.Progress(*what)))
     if not is_converted(path):
         channel.send(protocol.Progress("converting the model", 0, 0))
-        # Elsewhere: it computes with JAX, which must not happen here before all have joined.
+        # In another process, because JAX must not compute in this one before all servers joined.
         with concurrent.futures.ProcessPoolExecutor(
             1, multiprocessing.get_context("spawn")
         ) as pool:
@@ -272,13 +273,14 @@ def _open_model(setup: Setup, cache: pathlib.Path, channel: ParentChannel) -> Ch
     experts = checkpoint.form(setup.config.dtype).name
     if experts != setup.experts:
         raise UserError(
-            f"{path}: its experts are kept as {experts}, those of the launch as {setup.experts}; "
-            "all servers need one format: convert the model with the same --experts"
+            f"{path}: its experts have the format {experts}, but those of the launch have "
+            f"{setup.experts}; all servers need the same format: convert the model with the same "
+            "--experts"
         )
     if checkpoint.fingerprint != setup.fingerprint:
         raise UserError(
-            f"{path}: is not the model that the launch is for (fingerprint "
-            f"{checkpoint.fingerprint[:16]}, not {setup.fingerprint[:16]}): copy the same files"
+            f"{path}: is not the model of the launch (fingerprint {checkpoint.fingerprint[:16]} "
+            f"instead of {setup.fingerprint[:16]}): copy the same files to this machine"
         )
     return checkpoint
 
@@ -291,7 +293,7 @@ def _convert(source: pathlib.Path, cache: pathlib.Path, rounding: Rounding) -> p
 
 
 def _serve(worker: Worker, wakeup: Wakeup | None) -> None:
-    """Steps until the parent says Stop."""
+    """Step until the parent says Stop."""
     if wakeup is None:
         worker.serve_alone()
     else:
@@ -299,11 +301,11 @@ def _serve(worker: Worker, wakeup: Wakeup | None) -> None:
 
 
 class Worker:
-    """An engine that is ready, and what the parent has it do.
+    """Runs a ready engine as the parent commands.
 
     Args:
-        lines: to the other servers.
-        endpoints: of all servers by rank, which change where one is restarted.
+        lines: connections to the other servers.
+        endpoints: of all servers by rank; they change when a server restarts.
         channel: to the parent.
     """
 
@@ -319,32 +321,33 @@ class Worker:
         self._lines, self._endpoints, self._channel = lines, endpoints, channel
         self._reported = 0.0
         #: Commands that wait for the end of a step.
-        self._heard: collections.deque[protocol.Command] = collections.deque()
-        #: time.monotonic() at which a step began; None: none is under way. Under the lock, whoever
-        #: is not in the step has the channel while one is, and the main thread else.
+        self._pending: collections.deque[protocol.Command] = collections.deque()
+        #: time.monotonic() at which the current step began; None between steps. Under the lock: a
+        #: thread other than the main thread may use the channel during a step only, and the main
+        #: thread between steps only.
         self._step_began: float | None = None
         self._lock = threading.Lock()
 
     def serve_alone(self) -> None:
-        """Steps while there is work here, whatever the other servers do."""
+        """Step while this server has work, independently of the other servers."""
         threading.Thread(target=self._listen, daemon=True, name="listen").start()
         busy = True
         while True:
-            self._obey()
-            with self._heard_meanwhile():
+            self._execute()
+            with self._listening():
                 result = self._engine.step()
-            self._hand_out(result)
-            # The last report is of what ended the work.
+            self._send_result(result)
+            # The last report covers the end of the work.
             self._report(REPORT_S if result.active else HEARTBEAT_S, at_once=busy != result.active)
             busy = result.active
             if not busy:
-                # A sequence that rests, or a batch that is being loaded, is looked after soon.
+                # Waiting sequences and loading batches need a check soon.
                 soon = self._loader.busy or self._engine.has_work
                 self._channel.waits(LOADING_POLL_S if soon else HEARTBEAT_S)
 
     @contextlib.contextmanager
-    def _heard_meanwhile(self) -> Iterator[None]:
-        """Within it the main thread leaves the channel to the one that listens."""
+    def _listening(self) -> Iterator[None]:
+        """Leave the channel to the listening thread within the block."""
         self._step_began = time.monotonic()
         try:
             yield
@@ -353,25 +356,26 @@ class Worker:
                 self._step_began = None
 
     def _listen(self) -> None:
-        """Hears the parent while steps wait for servers that do not answer."""
+        """Receive the parent's commands while a step waits for servers that do not answer."""
         while True:
             time.sleep(HEAR_S)
             with self._lock:
                 began = self._step_began
                 if began is not None and time.monotonic() - began > HEAR_S:
-                    self._hear()
+                    self._receive()
 
     def serve_together(self, wakeup: Wakeup) -> None:
-        """Steps together with all servers.
+        """Step together with all servers.
 
-        All servers do the same steps. After one in which none had work (`StepResult.active`, known
-        to all alike) they rest, until one of them begins the next step and rings.
+        All servers do the same steps. After a step without work on any server
+        (`StepResult.active`, equal on all servers), they rest until one of them begins the next
+        step and rings the others.
         """
-        step = 1  # number of the next one, the same on all servers
+        step = 1  # number of the next step, equal on all servers
         busy = rung = False
         heartbeat = 0.0
         while True:
-            self._obey()
+            self._execute()
             now = time.monotonic()
             if not (busy or rung):
                 if not self._engine.has_work and now < heartbeat:
@@ -382,11 +386,11 @@ class Worker:
             result = self._engine.step()
             step += 1
             busy, rung = result.active, False
-            self._hand_out(result)
+            self._send_result(result)
             heartbeat = time.monotonic() + HEARTBEAT_S
             self._report(REPORT_S, at_once=not busy)
 
-    def _hand_out(self, result: StepResult) -> None:
+    def _send_result(self, result: StepResult) -> None:
         if result.outputs:
             self._channel.send(protocol.Deltas(result.outputs))
         if result.applied:
@@ -403,8 +407,8 @@ class Worker:
         if self._engine.trace is not None and (lines := self._engine.trace.take()):
             self._channel.send(protocol.Traced(lines))
 
-    def _hear(self) -> None:
-        """Takes in what the parent has said, and does what need not wait for the end of a step."""
+    def _receive(self) -> None:
+        """Receive the parent's commands, and execute those that may run during a step."""
         while self._channel.waits():
             match command := self._channel.receive():
                 case protocol.Stage():
@@ -416,24 +420,24 @@ class Worker:
                     ).start()
                 case protocol.Stop():
                     self._engine.cancel()
-                    self._heard.append(command)
+                    self._pending.append(command)
                 case _:
-                    self._heard.append(command)
-        # Slots that a batch empties are free for the next one once it is in force.
-        if not any(isinstance(each, protocol.Commit | protocol.Drop) for each in self._heard):
+                    self._pending.append(command)
+        # Slots emptied by a batch are free for the next batch only once that batch is applied.
+        if not any(isinstance(each, protocol.Commit | protocol.Drop) for each in self._pending):
             for loaded in self._loader.finished():
                 self._channel.send(_stage(self._engine, loaded))
 
-    def _obey(self) -> None:
-        """Does what the parent has said, and hands over what was loaded.
+    def _execute(self) -> None:
+        """Execute the parent's commands, and hand loaded batches to the engine.
 
         Raises:
-            Stopped: it wants an end.
+            Stopped: the parent said Stop.
         """
         engine, channel = self._engine, self._channel
-        self._hear()
-        while self._heard:
-            match self._heard.popleft():
+        self._receive()
+        while self._pending:
+            match self._pending.popleft():
                 case protocol.Submit(requests):
                     for request in requests:
                         engine.add(request)
@@ -459,12 +463,12 @@ class Worker:
     def _redial(self, rank: int, endpoint: str) -> None:
         try:
             self._lines.dial(rank, endpoint)
-        except RuntimeError as error:  # it has died again, and will be heard of
+        except RuntimeError as error:  # the server died again, and the parent will report it
             log.warning("%s", error)
 
 
 def _stage(engine: Engine, loaded: Loaded) -> protocol.Staged | protocol.StageFailed:
-    """Hands a batch to the engine: what the parent is told of it."""
+    """Hand a batch to the engine and return the answer for the parent."""
     from dance_jax.placement.migration import SlotChange, changed
 
     number, why = loaded.stage.number, loaded.why

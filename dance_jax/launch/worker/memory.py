@@ -1,4 +1,4 @@
-"""How much memory a server's devices have left, for what is sized by it: the KV cache."""
+"""Free memory of a server's devices, by which the KV cache is sized."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from dance_jax.launch.preflight.probe import memory_free
 
 
 def free_per_device(platform: str, machine_devices: Sequence[int]) -> int | None:
-    """Bytes that nothing uses yet, on the device of this process that has least.
+    """Free bytes on the device of this process that has the least.
 
     Args:
-        platform: "cpu": all servers of the machine share its memory; else JAX's devices say.
-        machine_devices: devices of each server on this machine.
+        platform: "cpu": all servers of the machine share its memory; else JAX's devices report it.
+        machine_devices: number of devices of each server on this machine.
 
     Returns:
-        None where nobody says.
+        None if unknown.
     """
     if platform == "cpu":
         free = memory_free()

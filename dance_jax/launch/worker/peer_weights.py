@@ -1,7 +1,7 @@
-"""The weights a server starts with, from the servers that have a copy of the model: both ends.
+"""Initial weights for servers without a copy of the model, from servers that have one: both ends.
 
-Names, shapes and dtypes follow from the model's config, which both have; only contents travel, in
-the dtype that the engines compute in.
+Names, shapes and dtypes follow from the model's config, which both ends have; only contents are
+sent, in the dtype that the engines compute in.
 """
 
 from __future__ import annotations
@@ -24,43 +24,43 @@ from dance_jax.models.experts import ExpertFormat, Weights
 from dance_jax.models.formats import Formats
 from dance_jax.models.trunk import Trunk
 
-#: Bytes of an answer: so much is in memory twice, on both ends. A single weight may have more.
+#: Bytes of an answer, held in memory on both ends; a single larger weight is not split.
 PORTION_BYTES = 32 << 20
-#: Seconds between two looks whether a source has failed.
+#: Seconds between two checks whether a source has failed.
 ARRIVAL_POLL_S = 0.05
 
 
 class HeldWeights:
-    """Where a server finds what others ask for.
+    """Finds the weights that other servers ask for.
 
     Args:
-        checkpoint: its copy of the model; None: it has none.
-        dtype: that the engines compute in.
+        checkpoint: this server's copy of the model; None if it has none.
+        dtype: the dtype that the engines compute in.
     """
 
     def __init__(self, checkpoint: Checkpoint | None, dtype: str) -> None:
         self._checkpoint = checkpoint
         self._dtype = dtype
         self._shapes: list[tuple[str, jax.ShapeDtypeStruct]] = []
-        #: Reads experts from the pool; None: it is not filled yet.
+        #: Reads experts from the pool; None until the pool is filled.
         self.held: Held | None = None
-        #: One answer is read at a time.
+        #: Serialises the reading of answers.
         self._reading = threading.Lock()
 
     def find(self, question: WeightRequest) -> Sequence[np.ndarray]:
-        """The answer to a question; from any thread.
+        """Answer a question; may be called by any thread.
 
         Raises:
-            LookupError: it is not here.
-            UserError: the copy of the model is torn.
+            LookupError: this server does not have the weights.
+            UserError: the copy of the model is damaged.
         """
         if question.kind is WeightKind.HELD:
             if self.held is None:
-                raise LookupError("it holds no experts yet")
+                raise LookupError("the server holds no experts yet")
             (expert,) = question.numbers
             return self.held(question.layer, expert)
         if self._checkpoint is None:
-            raise LookupError("it has no copy of the model")
+            raise LookupError("the server has no copy of the model")
         with self._reading:
             if question.kind is WeightKind.TRUNK:
                 return self._trunk(self._checkpoint, question.numbers)
@@ -76,13 +76,13 @@ class HeldWeights:
 
 
 class PeerWeights(Outline):
-    """What an engine needs of `models.checkpoint.Checkpoint`, read from other servers.
+    """The part of `models.checkpoint.Checkpoint` that an engine needs, read from other servers.
 
     Args:
         config: of the model.
-        formats: how its weights are kept.
+        formats: formats of the model's weights.
         peers: connections to all servers.
-        sources: ranks of those that have a copy of the model, one at least.
+        sources: ranks of the servers with a copy of the model; at least one.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class PeerWeights(Outline):
     ) -> None:
         super().__init__(config, formats)
         self._peers = peers
-        # Servers that load at the same time begin with different ones.
+        # Servers that load at the same time start with different sources.
         first = peers.rank % len(sources)
         self._sources = [*sources[first:], *sources[:first]]
 
@@ -118,8 +118,9 @@ class PeerWeights(Outline):
     def experts(
         self, pairs: Sequence[tuple[int, int]], form: ExpertFormat
     ) -> Iterator[tuple[int, Weights]]:
-        """As `Checkpoint.experts`; all servers that have them send at the same time, each as many
-        as its link allows.
+        """As `Checkpoint.experts`.
+
+        All sources send at the same time, each as many experts as its link allows.
 
         Raises:
             OSError, LookupError: a server does not send its part.
@@ -127,7 +128,7 @@ class PeerWeights(Outline):
         portions = queue.SimpleQueue[tuple[int, list[int]]]()
         for portion in _expert_portions(pairs, form.bytes):
             portions.put(portion)
-        #: Of each source one portion may wait to be taken.
+        #: Each source may have one portion waiting here.
         arrived = queue.Queue[tuple[list[int], list[np.ndarray]]](len(self._sources))
         failed = threading.Event()
 
@@ -145,7 +146,7 @@ class PeerWeights(Outline):
             except queue.Empty:
                 return
             except BaseException:
-                failed.set()  # the others need not go on
+                failed.set()  # the other threads stop early
                 raise
 
         with concurrent.futures.ThreadPoolExecutor(len(self._sources)) as threads:
@@ -164,7 +165,7 @@ class PeerWeights(Outline):
 def _expert_portions(
     pairs: Sequence[tuple[int, int]], expert_bytes: int
 ) -> Iterator[tuple[int, list[int]]]:
-    """Layers, and positions in `pairs` of some experts of theirs."""
+    """Group pairs into portions: the layer, and positions in `pairs` of experts of that layer."""
     rows_of: dict[int, list[int]] = collections.defaultdict(list)
     for row, (layer, _) in enumerate(pairs):
         rows_of[layer].append(row)
@@ -174,12 +175,12 @@ def _expert_portions(
 
 
 def _trunk_shapes(model: Outline, dtype: str) -> list[tuple[str, jax.ShapeDtypeStruct]]:
-    """Name and shape of every array of the trunk; all servers have them in the same order."""
+    """Name and shape of every array of the trunk, in the same order on all servers."""
     return sorted(model.trunk_shapes(dtype).items())
 
 
 def _portions(sizes: Sequence[int], limit: int) -> Iterator[tuple[int, ...]]:
-    """Positions of `sizes` in their order, in groups with a sum within the limit where possible."""
+    """Group positions of `sizes`, in order, such that sums stay within the limit if possible."""
     group: list[int] = []
     total = 0
     for number, size in enumerate(sizes):

@@ -1,10 +1,9 @@
-"""Weights from other servers, for those without a copy of the model of their own
-(`checkpoint=peer`).
+"""Weights from other servers, for servers without a copy of the model (`checkpoint=peer`).
 
-Any two servers have two connections for it, one for the questions of either. Questions are answered
-by a thread for each peer; the thread that steps has no part in it. What is asked for while servers
-load comes from the model's files (`peer_weights`), experts that move come from the pool of a server
-that holds them.
+Any two servers have two connections, one for each direction of questions. One thread per peer
+answers questions; the stepping thread is not involved. Weights requested while servers load come
+from the model's files (`peer_weights`); experts that move come from the pool of a server that holds
+them.
 """
 
 from __future__ import annotations
@@ -27,12 +26,12 @@ from dance_jax.models.experts import ExpertFormat, Weights
 
 log = logging.getLogger("dance_jax.peers")
 
-#: A question: its kind, the layer, and how many numbers follow it. The answer: all is well, and
-#: bytes of what follows: the arrays, or else why there are none.
+#: A question: kind, layer, and how many numbers follow. An answer: success, and how many bytes
+#: follow: the arrays, or else the reason of the failure.
 _QUESTION, _ANSWER = struct.Struct("<BII"), struct.Struct("<?Q")
-#: Bytes of the longest reason.
+#: Longest reason in bytes.
 _LONGEST_REASON = 4096
-#: Seconds a peer has to begin its answer, and to go on with it.
+#: Seconds for a peer to begin its answer, and between two parts of the answer.
 ANSWER_TIMEOUT_S = 60.0
 
 #: Shape and dtype of an array.
@@ -42,7 +41,7 @@ Held = Callable[[int, int], Weights]
 
 
 class WeightKind(enum.IntEnum):
-    """Where the answer to a question comes from."""
+    """Source of the requested weights."""
 
     #: The pool: one expert of a layer.
     HELD = 0
@@ -54,10 +53,10 @@ class WeightKind(enum.IntEnum):
 
 @dataclasses.dataclass(frozen=True)
 class WeightRequest:
-    """What one server wants of another."""
+    """Weights that one server requests from another."""
 
     kind: WeightKind
-    #: MoE layer counted from 0; 0 where it is about the trunk.
+    #: MoE layer, counted from 0; 0 for the trunk.
     layer: int
     numbers: tuple[int, ...]
 
@@ -68,19 +67,19 @@ class WeightRequest:
         return f"expert{'s' * (len(self.numbers) > 1)} {listed} of MoE layer {self.layer}"
 
 
-#: Finds what is asked for; raises whatever it likes where it cannot.
+#: Finds the requested weights; may raise any exception if it cannot.
 Find = Callable[[WeightRequest], Iterable[np.ndarray]]
 
 
 class Peers:
-    """This server's connections to all others: those it asks on, and those it is asked on.
+    """This server's connections to all others, for its own questions and for theirs.
 
-    Each is made when it is first needed, and anew where a server has been restarted.
+    Connections are made on first use, and made again after a server restarts.
 
     Args:
-        rank: this server's.
+        rank: of this server.
         names, endpoints: of all servers, by rank; an endpoint may change.
-        listener: this server's.
+        listener: of this server.
         key: of the servers.
     """
 
@@ -97,15 +96,15 @@ class Peers:
         self.rank = rank
         self._names, self._listener, self._key = names, listener, key
         self._endpoints = endpoints
-        #: The latest connection with each server, for this one's questions, and for the others'.
+        #: By rank, the latest connection for this server's questions; for the other's questions.
         self._asks: dict[int, socket.socket] = {}
         self._answers: dict[int, socket.socket] = {}
 
     def answer(self, find: Find) -> None:
-        """Answers questions from now on, each server's in a thread.
+        """Answer questions from now on, in one thread per server.
 
         Args:
-            find: called there; what it raises is the answer.
+            find: called in these threads; an exception is sent as the answer.
         """
 
         def admit(peer: int, _: int, connection: socket.socket) -> None:
@@ -115,10 +114,10 @@ class Peers:
         self._listener.on(self._TOPIC, admit)
 
     def _connection(self, rank: int) -> socket.socket:
-        """For questions to a server.
+        """The connection for questions to a server.
 
         Raises:
-            OSError: it cannot be reached.
+            OSError: the server cannot be reached.
         """
         if rank not in self._asks:
             try:
@@ -136,16 +135,16 @@ class Peers:
         return self._asks[rank]
 
     def ask(self, rank: int, question: WeightRequest, likes: Sequence[Like]) -> list[np.ndarray]:
-        """Asks one server; only one question may be on the way to each.
+        """Ask a server; at most one question to each server may be in flight.
 
         Args:
             rank: of that server.
-            question: what is wanted.
-            likes: of the arrays that the answer has.
+            question: the requested weights.
+            likes: shapes and dtypes of the arrays in the answer.
 
         Raises:
-            LookupError: it has them not.
-            OSError: it is gone or silent, or answers something else.
+            LookupError: the server does not have the weights.
+            OSError: the server is gone or silent, or its answer does not fit the question.
         """
         sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in likes]
         name = self._names[rank]
@@ -157,7 +156,7 @@ class Peers:
                 raise OSError(f"{found} bytes announced, not {sum(sizes)}")
             content = _receive(connection, found)
         except OSError as error:
-            # What may come late would be taken for the next answer.
+            # Reconnect next time: a late answer would be taken for the next one.
             if rank in self._asks:
                 self._asks.pop(rank).close()
             raise OSError(f"server {name} did not send {question}: {error}") from error
@@ -171,11 +170,11 @@ class Peers:
         ]
 
     def reader(self, held: Held, form: ExpertFormat) -> Read:
-        """Reads experts that move, from the servers that hold them.
+        """Make a reader of moving experts, from the servers that hold them.
 
         Args:
-            held: for those that are here.
-            form: of the pool.
+            held: reads experts that this server holds.
+            form: format of the pool.
         """
         likes: list[Like] = [(leaf.shape, leaf.dtype) for leaf in form.leaves.values()]
 
@@ -192,13 +191,13 @@ class Peers:
         return read
 
     def close(self) -> None:
-        """Ends all connections."""
+        """Close all connections."""
         for connection in (*self._asks.values(), *self._answers.values()):
             connection.close()
 
 
 def _answer(connection: socket.socket, find: Find, name: str) -> None:
-    """Until the other end is gone."""
+    """Answer questions until the other end is gone."""
     try:
         while True:
             question = _next_question(connection)
@@ -206,16 +205,18 @@ def _answer(connection: socket.socket, find: Find, name: str) -> None:
                 arrays = [np.ascontiguousarray(array) for array in find(question)]
             except Exception as error:
                 reason = _reason(error)
-                log.warning("server %s wants %s: %s", name, question, reason)
+                log.warning(
+                    "server %s asked for %s, which cannot be sent: %s", name, question, reason
+                )
                 content = reason.encode()[:_LONGEST_REASON]
                 connection.sendall(_ANSWER.pack(False, len(content)) + content)
                 continue
             connection.sendall(_ANSWER.pack(True, sum(array.nbytes for array in arrays)))
             for array in arrays:
-                # bfloat16 has no buffer of its own.
+                # bfloat16 does not support the buffer protocol.
                 connection.sendall(array.view(np.uint8).data)
     except (OSError, ValueError) as error:
-        log.info("server %s asks no more: %s", name, error)
+        log.info("the connection of server %s ended: %s", name, error)
         connection.close()
 
 
@@ -237,7 +238,7 @@ def _reason(error: Exception) -> str:
 
 
 def _receive(connection: socket.socket, count: int) -> bytearray:
-    """So many bytes.
+    """Receive exactly `count` bytes.
 
     Raises:
         OSError: the other end is gone or silent.

@@ -1,8 +1,8 @@
-"""How servers that rest wake each other: a mesh of connections on which they ring for a step.
+"""Wake-ups between resting servers, over a mesh of connections.
 
-Servers step in lock step, so one that gets a request while all of them rest must tell the others to
-begin the next step too. Whoever begins a step after a rest rings for it, by its number; a ring for
-a step that has been is void.
+Servers step in lock step, so a server that gets a request while all rest must tell the others to
+begin the next step too. The first server to begin a step after a rest rings the others with the
+step's number; a ring for a past step is ignored.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ class Wakeup:
 
     Args:
         names: of all servers, by rank.
-        connections: to all others, by rank; closed with this object.
+        connections: to all other servers, by rank; closed with this object.
     """
 
     def __init__(self, names: Sequence[str], connections: dict[int, socket.socket]) -> None:
         self._names = names
         self._connections = connections
         self._unread = dict.fromkeys(connections, b"")
-        #: The latest step somebody rang for.
+        #: Highest step number of all rings.
         self._rung = 0
         for connection in connections.values():
             connection.setblocking(False)
 
     def ring(self, next_step: int) -> None:
-        """Tells all others that this server begins a step.
+        """Tell all other servers that this server begins a step.
 
         Raises:
-            RuntimeError: one is gone, or has not listened for thousands of rings.
+            RuntimeError: a server is gone, or has not read thousands of rings.
         """
         for rank, connection in self._connections.items():
             try:
@@ -50,15 +50,15 @@ class Wakeup:
                     f"server {self._names[rank]} closed the connection: {error}"
                 ) from error
             if sent != _NUMBER.size:
-                raise RuntimeError(f"server {self._names[rank]} does not take wake-ups")
+                raise RuntimeError(f"server {self._names[rank]} does not read wake-ups")
 
     def wait(self, control: zmq.Socket, timeout_s: float, next_step: int) -> bool:
-        """Rests until there is something to do, at most for so long.
+        """Rest until there is something to do, at most for `timeout_s`.
 
         Args:
-            control: a message on it ends the rest.
+            control: a message on this socket ends the rest.
             timeout_s: in seconds.
-            next_step: number of the step that this server does next.
+            next_step: number of the next step of this server.
 
         Returns:
             Whether another server has begun that step.
@@ -74,7 +74,7 @@ class Wakeup:
             poller.register(descriptor, zmq.POLLIN)
         while self._rung < next_step:
             left = deadline - time.monotonic()
-            # A millisecond more, or the last one is spent in a loop.
+            # One millisecond more, because poll() rounds down and would spin in the last one.
             ready = dict(poller.poll(max(0, int(1000 * left) + 1))) if left > 0 else {}
             for descriptor in ranks.keys() & ready.keys():
                 self._read(ranks[descriptor])
@@ -98,7 +98,7 @@ class Wakeup:
             self._rung = max(self._rung, number)
 
     def close(self) -> None:
-        """Closes all connections."""
+        """Close all connections."""
         for connection in self._connections.values():
             connection.close()
 
@@ -106,15 +106,15 @@ class Wakeup:
 def connect(
     rank: int, names: Sequence[str], listener: PeerListener, endpoints: Sequence[str], key: Key
 ) -> Wakeup:
-    """Connects this server's end with all others'; all servers do so at the same time.
+    """Connect this server's end to all others; all servers must call this at the same time.
 
     Args:
-        rank: this server's.
+        rank: of this server.
         names, endpoints: of all servers, by rank.
-        listener: this server's.
+        listener: of this server.
         key: of the servers.
 
     Raises:
-        RuntimeError: a server cannot be reached, or is a stranger.
+        RuntimeError: a server cannot be reached, or does not have the key.
     """
     return Wakeup(names, mesh(rank, names, listener, endpoints, key, "wakeup"))

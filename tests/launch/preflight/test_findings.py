@@ -81,14 +81,16 @@ def only(found: Preflight, error: bool = True) -> str:
 def test_versions_that_differ() -> None:
     same = MadeUp()
     message = only(made_up(same, package("jax", "0.9.1"), same))
-    assert "beta has jax 0.9.1, the others have" in message and "pip install jax==" in message
+    assert (
+        "beta has jax 0.9.1, the other servers have" in message and "pip install jax==" in message
+    )
     assert "gamma lacks flax" in only(made_up(same, same, package("flax", None)))
     assert "numpy 1.0" in only(made_up(package("numpy", "1.0"), same, same), error=False)
     assert "CPython 3.99.1" in only(made_up(same, changed(python="CPython 3.99.1"), same))
     patch = f"CPython {sys.version_info[0]}.{sys.version_info[1]}.99"
     assert patch in only(made_up(same, same, changed(python=patch)), error=False)
     message = only(made_up(same, same, changed(source_hash="0")))
-    assert "gamma runs another dance_jax" in message
+    assert "gamma has a different version of dance_jax" in message
 
 
 def test_a_plugin_that_only_one_has() -> None:
@@ -148,9 +150,14 @@ NAMED = "alpha experts=1\nbeta experts=1\ngamma experts=1"
 def test_names_that_lead_to_loopback(quick_lookups: None) -> None:
     machines = [resolving("a"), resolving("b", beta="127.0.1.1"), resolving("c")]
     message = only(made_up(*machines, hosts=NAMED))
-    assert "on beta, the name beta leads to 127.0.1.1" in message and "/etc/hosts" in message
+    assert (
+        "on beta, beta resolves to the loopback address 127.0.1.1" in message
+        and "/etc/hosts" in message
+    )
     machines = [resolving("a"), resolving("b"), resolving("c", alpha="::1")]
-    assert "on gamma, the name alpha leads to ::1" in only(made_up(*machines, hosts=NAMED))
+    assert "on gamma, alpha resolves to the loopback address ::1" in only(
+        made_up(*machines, hosts=NAMED)
+    )
 
 
 def test_names_of_servers_on_one_machine_may_lead_to_loopback(quick_lookups: None) -> None:
@@ -161,10 +168,10 @@ def test_names_of_servers_on_one_machine_may_lead_to_loopback(quick_lookups: Non
 def test_names_that_lead_to_different_places_or_nowhere(quick_lookups: None) -> None:
     machines = [resolving("a"), resolving("b"), resolving("c", beta="10.9.9.9")]
     message = only(made_up(*machines, hosts=NAMED))
-    assert "on gamma, the name beta leads to 10.9.9.9, on the others to 10.0.0.98" in message
+    assert "on gamma, beta resolves to 10.9.9.9, but on the other servers to 10.0.0.98" in message
     machines = [resolving("a"), resolving("b", gamma=""), resolving("c")]
     message = only(made_up(*machines, hosts=NAMED))
-    assert "on beta, the name gamma cannot be looked up" in message
+    assert "on beta, the host name gamma cannot be looked up" in message
     machines = [resolving("a"), resolving("b", beta="10.0.0.98 fd00::1"), resolving("c")]
     made_up(*machines, hosts=NAMED).check()
 
@@ -173,7 +180,7 @@ def test_an_address_of_another_machine() -> None:
     hosts = "a address=198.51.100.1 experts=1\nb address=198.51.100.2 experts=1"
     found = made_up(MadeUp(), MadeUp(), hosts=hosts)
     assert len(found.errors) == 2
-    assert "address=198.51.100.1 is no address of the machine of a" in found.errors[0]
+    assert "address=198.51.100.1 is not an address of the machine of a" in found.errors[0]
 
 
 def gpus(*free_gib: int, problem: str = "", machine: str = "m") -> MadeUp:
@@ -190,12 +197,12 @@ def test_memory_of_gpus() -> None:
         return made_up(*machines, hosts=listed, needs=needs)
 
     found("0,1", "2", gpus(20, 20, 20), gpus(20, 20, 20)).check()
-    assert "both name GPU 1" in only(found("0,1", "1,2", *[gpus(20, 20, 20)] * 2))
+    assert "both use GPU 1" in only(found("0,1", "1,2", *[gpus(20, 20, 20)] * 2))
     found("0,1", "1,2", gpus(20, 20, 20, machine="m"), gpus(20, 20, 20, machine="n")).check()
     assert "GPU 2 of b has 9.0 GiB free" in only(found("0", "1,2", *[gpus(20, 20, 9)] * 2))
-    assert "b has no GPU 7; there are 0, 1" in only(found("0", "7", *[gpus(20, 20)] * 2))
-    broken = gpus(problem="there is no nvidia-smi", machine="n")
-    assert "no nvidia-smi" in only(found("0", "0", gpus(20), broken))
+    assert "b has no GPU 7; its GPUs are 0, 1" in only(found("0", "7", *[gpus(20, 20)] * 2))
+    broken = gpus(problem="nvidia-smi was not found", machine="n")
+    assert "nvidia-smi was not found" in only(found("0", "0", gpus(20), broken))
     unnamed = "a address=127.0.0.1 experts=1 devices=2 platform=cuda"
     (error,) = made_up(gpus(20, 9), hosts=unnamed, needs=[10 << 30]).errors
     assert "a needs 2 GPUs with 10.0 GiB free" in error

@@ -179,13 +179,13 @@ def test_a_slow_resolver_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_gpus(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert probe.gpus_free() == ([], "there is no nvidia-smi")
+    assert probe.gpus_free() == ([], "nvidia-smi was not found")
     fake = tmp_path / "nvidia-smi"
     fake.touch(0o755)
     for script, wanted in (
         ("echo '0, 81000'; echo '1, 5'", [(0, 81000 << 20), (1, 5 << 20)]),
         ("echo gone wrong >&2; exit 9", "nvidia-smi failed: gone wrong"),
-        ("echo nonsense", "nvidia-smi cannot be understood"),
+        ("echo nonsense", "the output of nvidia-smi cannot be parsed"),
     ):
         fake.write_text(f"#!/bin/sh\n{script}\n")
         gpus, problem = probe.gpus_free()
@@ -236,16 +236,16 @@ def test_models_with_something_missing(tmp_path: pathlib.Path) -> None:
     def problem(path: pathlib.Path) -> str:
         return model_state.model_state(path).problem
 
-    assert "no such directory" in problem(tmp_path / "nothing")
+    assert "the directory does not exist" in problem(tmp_path / "nothing")
     assert "config.json" in problem(tmp_path)
     model = write_model(tmp_path / "model")
     (weights,) = model.glob("*.safetensors")
     converted = convert(model, tmp_path / "converted")
     index = {"weight_map": {"a": weights.name, "b": "model-00002.safetensors"}}
     (model / model_state.INDEX).write_text(json.dumps(index))
-    assert "1 of 2 files of weights are missing: model-00002" in problem(model)
+    assert "1 of 2 weight files are missing: model-00002" in problem(model)
     (model / model_state.INDEX).write_text("{")
-    assert "cannot be understood" in problem(model)
+    assert "cannot be parsed" in problem(model)
     (model / model_state.INDEX).unlink()
     weights.unlink()
     assert "no safetensors" in problem(model)
@@ -263,7 +263,7 @@ def test_torn_weights_are_noticed(tiny_weights: pathlib.Path, part: float) -> No
     (torn / "config.json").write_text("{}")
     (torn / "model.safetensors").write_bytes(content[: int(part * len(content))])
     state = model_state.model_state(torn)
-    assert "torn" in state.problem or "not complete" in state.problem
+    assert "truncated" in state.problem or "incomplete" in state.problem
 
 
 @pytest.fixture(scope="module")

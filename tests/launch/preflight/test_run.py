@@ -132,7 +132,7 @@ def test_models_that_are_missing_or_different(tmp_path: pathlib.Path) -> None:
     )
     found = run(spec, model=model)
     assert len(found.errors) == 2
-    assert "on beta" in found.errors[0] and "no such directory" in found.errors[0]
+    assert "on beta" in found.errors[0] and "the directory does not exist" in found.errors[0]
     assert "on gamma" in found.errors[1] and "another model" in found.errors[1]
 
 
@@ -193,7 +193,7 @@ def test_through_ssh(ssh: FakeSsh) -> None:
         ("ssh: Could not resolve hostname beta: Name or service not known", 255, "correct ssh="),
         ("ssh: connect to host beta port 2222: Connection refused", 255, "no ssh server listens"),
         ("ssh: connect to host beta port 2222: Connection timed out", 255, "does not answer"),
-        ("ssh: connect to host beta port 2222: No route to host", 255, "no way to it"),
+        ("ssh: connect to host beta port 2222: No route to host", 255, "no route to the host"),
         ("something new", 255, "ssh failed (something new)"),
         ("sh: 1: /opt/python: not found", 127, "python="),
         ("ImportError: libssl.so.3", 1, "libssl.so.3"),
