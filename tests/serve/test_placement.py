@@ -85,8 +85,8 @@ def test_where_experts_are_to_be(info: ServeInfo) -> None:
     assert answer.status_code == 200, answer.text
     assert wanted[0].resident == [[list(range(8)), list(range(9, -1, -1))], held[1]]
     for bad, said in (
-        (servers[:1], "are needed, once"),
-        ([servers[0], servers[0]], "are needed, once"),
+        (servers[:1], "exactly once"),
+        ([servers[0], servers[0]], "exactly once"),
         ([servers[0] | {"resident": held[0][:1]}, servers[1]], "each of the 2 MoE layers"),
         ([servers[0] | {"resident": [[16], []]}, servers[1]], "no expert 16"),
         ([servers[0] | {"resident": [[], []]}, servers[1]], "on no server"),
@@ -113,7 +113,7 @@ def test_nobody_decides(info: ServeInfo) -> None:
 def test_who_waits_is_told_of_the_end(info: ServeInfo) -> None:
     experts = PlacementState(info.layout, lambda wanted: experts.close())
     http = client(ScriptedQueue(), info, experts)
-    assert "ends" in error(http.post("/placement/rebalance", json={}), 503)["message"]
+    assert "shutting down" in error(http.post("/placement/rebalance", json={}), 503)["message"]
 
 
 def test_it_needs_the_key(info: ServeInfo) -> None:
