@@ -121,7 +121,7 @@ def test_shared_blocks_live_until_the_last_holder():
     assert (pool.used, pool.cached) == (1, 0)
     pool.release(blocks)
     assert (pool.used, pool.cached) == (0, 1)
-    with pytest.raises(RuntimeError, match="nobody holds"):
+    with pytest.raises(RuntimeError, match="no sequence holds"):
         pool.release(blocks)
 
 
