@@ -77,7 +77,7 @@ def test_output_is_cut_to_the_context():
     [
         (SamplingParams(n=2), [], "empty"),
         (SamplingParams(), [1] * 64, "64 tokens.*context of 64"),
-        (SamplingParams(), [1, 27], "token id 27; ids are 0..26"),
+        (SamplingParams(), [1, 27], "token id 27; valid ids are 0..26"),
         (SamplingParams(), [-1], "token id -1"),
         (SamplingParams(stop_token_ids=[40]), [1], "stop_token_ids has 40"),
     ],

@@ -92,10 +92,10 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(staging: Staging, layou
     for new, experts, wrong in [
         (other, weights(), "other servers or another model"),
         (two, weights((0, 0)), r"no weights for \(device, slot\) \(1, 0\)"),
-        (one, weights((0, 0), (1, 0)), "device 1, slot 0: its layout has no expert there"),
-        (one, weights((0, 0), (1, 9)), "no such slot"),
-        (one, weights((0, 0), form=wide), "weights are"),
-        (one, wrong_shape, "weights are"),
+        (one, weights((0, 0), (1, 0)), "device 1, slot 0: the layout has no expert there"),
+        (one, weights((0, 0), (1, 9)), "the slot does not exist"),
+        (one, weights((0, 0), form=wide), "weights have"),
+        (one, wrong_shape, "weights have"),
     ]:
         with pytest.raises(ValueError, match=wrong):
             staging.add(1, new, experts)
