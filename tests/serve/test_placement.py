@@ -1,4 +1,4 @@
-"""/placement, and what it asks of the launcher."""
+"""/placement, and its requests to the launcher."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_a_decision_on_request(info: ServeInfo) -> None:
 
 
 def test_where_experts_are_to_be(info: ServeInfo) -> None:
-    """What /placement shows may be sent back, changed."""
+    """The response of /placement can be changed and sent back."""
     wanted: list[RebalanceWanted] = []
 
     def ask(asked: RebalanceWanted) -> None:
@@ -98,7 +98,7 @@ def test_where_experts_are_to_be(info: ServeInfo) -> None:
 
 
 def test_nobody_decides(info: ServeInfo) -> None:
-    """There is no launcher, or it is about to end."""
+    """There is no launcher, or the launcher is about to exit."""
     http = client(ScriptedQueue(), info, PlacementState(info.layout))
     error(http.post("/placement/rebalance", json={}), 503)
     experts = PlacementState(
