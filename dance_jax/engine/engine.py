@@ -139,7 +139,7 @@ class Engine:
         self._stalls = Stalls(("",) if cluster is None else cluster.names)
         self._staging = Staging(layout, rank, form)
         #: Held while pool and layout change, and while an expert is read.
-        self._placed = threading.Lock()
+        self._placement_lock = threading.Lock()
         #: Expert calls served here and elsewhere until the last change of the layout; and int64
         #: [l, e], all calls until then.
         self._calls_local = self._calls_remote = 0
@@ -176,7 +176,7 @@ class Engine:
         return self._staging.layout
 
     def warmup(self, progress: ProgressCallback = lambda stage, done, total: None) -> None:
-        """Compile every bucket and run each once; servers that step together must do so in step."""
+        """Compile every bucket and run each once; servers that step together do so together."""
         buckets = self.config.buckets
         self.runner.pools.warm_up()
         for done, bucket in enumerate(buckets):
@@ -333,7 +333,7 @@ class Engine:
         Raises:
             KeyError: the expert is not resident here.
         """
-        with self._placed:
+        with self._placement_lock:
             device = int(self.layout.device_of[self.rank, layer, expert])
             if device < 0:
                 raise KeyError(f"expert {expert} of MoE layer {layer} is not on this server")
@@ -345,7 +345,7 @@ class Engine:
         counts_le = self.runner.counts()
         self._calls_local, self._calls_remote = self._calls(counts_le)
         self._counted = counts_le
-        with self._placed:
+        with self._placement_lock:
             batch = self._staging.take(number)
             if not self.alone:
                 self.runner.pools.write(batch.writes)

@@ -201,9 +201,9 @@ class RequestTracker:
                 f"the prompt has {len(prompt)} tokens, which leaves no room for an output token in "
                 f"the context of {self._max_model_len} tokens (max_model_len)"
             )
-        strange = [token for token in prompt if not 0 <= token < self._vocab_size]
-        if strange:
-            return f"the prompt has token id {strange[0]}; valid ids are 0..{self._vocab_size - 1}"
+        invalid = [token for token in prompt if not 0 <= token < self._vocab_size]
+        if invalid:
+            return f"the prompt has token id {invalid[0]}; valid ids are 0..{self._vocab_size - 1}"
         unknown = [id for id in request.params.stop_token_ids or [] if id >= self._vocab_size]
         if unknown:
             return f"stop_token_ids has {unknown[0]}; valid ids are 0..{self._vocab_size - 1}"

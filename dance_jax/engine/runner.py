@@ -346,7 +346,7 @@ class Runner:
         )
 
     def _lower_layer(self, bucket: Bucket, index: int) -> jax.stages.Lowered:
-        """Lower layer `index` and its likes; hidden, cache, links and record are donated."""
+        """Lower layer `index`; hidden, cache, links and record are donated."""
 
         def layer(state, *arrays):
             layer = nnx.merge(self._layers[index], state)
@@ -378,14 +378,14 @@ class Runner:
     def _common_arguments(
         self, index: int, hidden: Any, rotations: Sequence[Any], packed: jax.Array
     ) -> tuple[Any, ...]:
-        """The arguments that all layers have, and the first half of a layer with host experts."""
+        """The arguments that a whole layer and the first half of a split layer share."""
         rope = self._ropes[index]
         rotation = None if rope is None else rotations[rope]
         state, cache = self.state["layers"][index], self.memory.cache[index]
         return state, hidden, rotation, packed, cache
 
     def _lower_start(self, bucket: Bucket, index: int) -> jax.stages.Lowered:
-        """Lower the first half of layer `index` and its likes; hidden and cache are donated."""
+        """Lower the first half of layer `index`; hidden and cache are donated."""
 
         def start(state, *arrays):
             layer = nnx.merge(self._layers[index], state)
@@ -398,7 +398,7 @@ class Runner:
         return self._lower(start, (1, 4), *arguments, record.failed)
 
     def _lower_finish(self, bucket: Bucket, index: int) -> jax.stages.Lowered:
-        """Lower the second half of layer `index` and its likes; the record is donated."""
+        """Lower the second half of layer `index`; the record is donated."""
 
         def finish(state, *arrays):
             return step_module.finish_layer(nnx.merge(self._layers[index], state), *arrays)

@@ -222,13 +222,13 @@ class Scheduler:
     def abort(self, request_id: str | None = None) -> list[Sequence]:
         """Remove the sequences of a request, or all sequences; return them, oldest first."""
 
-        def meant(sequence: Sequence) -> bool:
+        def matches(sequence: Sequence) -> bool:
             return request_id in (None, sequence.request_id)
 
-        waiting = [sequence for _, sequence in self._waiting if meant(sequence)]
-        running = [sequence for device in self.running for sequence in device if meant(sequence)]
+        waiting = [sequence for _, sequence in self._waiting if matches(sequence)]
+        running = [sequence for device in self.running for sequence in device if matches(sequence)]
         if waiting:
-            self._waiting = [entry for entry in self._waiting if not meant(entry[1])]
+            self._waiting = [entry for entry in self._waiting if not matches(entry[1])]
             heapq.heapify(self._waiting)
         for sequence in running:
             self._release(sequence)
@@ -265,9 +265,9 @@ class Scheduler:
             failed: sequences with tokens that could not be computed. They pause for RETRY_S and
                 then compute the same tokens again, from the recurrent states before the step.
         """
-        left = {id(sequence): sequence for sequence in failed}
+        failing = {id(sequence): sequence for sequence in failed}
         for row in (row for rows in plan.entries for row in rows):
-            if id(row.sequence) in left:
+            if id(row.sequence) in failing:
                 continue
             row.sequence.num_computed += len(row.tokens)
             row.sequence.rests_until = 0.0
@@ -276,7 +276,7 @@ class Scheduler:
                 row.sequence.state_slots = written, read
             if row.sequence.num_computed % self.config.block_size == 0:
                 self._publish_last(row.sequence)
-        for sequence in left.values():
+        for sequence in failing.values():
             self._put_off(sequence)
         self._uncommitted = False
 
@@ -347,7 +347,7 @@ class Scheduler:
             if not sequence.prefilling:
                 if self._allot(sequence, 1):
                     work.decodes.append(sequence)
-            elif left and (count := self._allot(sequence, left)):
+            elif left and (count := self._allot(sequence, failing)):
                 work.prefills.append((sequence, count))
                 left -= count
         return work

@@ -48,9 +48,9 @@ class Staging:
         #: The layout in force.
         self.layout = layout
         self._rank = rank
-        self._wanted = [(leaf.shape, leaf.dtype) for leaf in form.leaves.values()]
+        self._leaf_types = [(leaf.shape, leaf.dtype) for leaf in form.leaves.values()]
         self._batches: list[StagedBatch] = []
-        self._last = self._told = self._commit = 0
+        self._last = self._announced = self._commit = 0
 
     @property
     def ready(self) -> int:
@@ -65,7 +65,7 @@ class Staging:
     @property
     def news(self) -> bool:
         """Whether the other servers have yet to be told that the next batch may be applied."""
-        return self._committed not in (0, self._told)
+        return self._committed not in (0, self._announced)
 
     @property
     def _committed(self) -> int:
@@ -114,8 +114,10 @@ class Staging:
         if tables[device][slot, 0] < 0:
             raise ValueError(f"{at}: the layout has no expert there")
         found = [(array.shape, array.dtype) for array in weights]
-        if found != self._wanted:
-            raise ValueError(f"{at}: weights have shapes and dtypes {found}, not {self._wanted}")
+        if found != self._leaf_types:
+            raise ValueError(
+                f"{at}: weights have shapes and dtypes {found}, not {self._leaf_types}"
+            )
 
     def drop(self, number: int) -> bool:
         """Drop a batch and all later ones; see `Engine.unstage`."""
@@ -126,8 +128,8 @@ class Staging:
 
     def tell(self) -> int:
         """The batch that this server tells the others, in the next step, may be applied; or 0."""
-        self._told = self._committed
-        return self._told
+        self._announced = self._committed
+        return self._announced
 
     def take(self, number: int) -> StagedBatch:
         """Remove the next batch and put its layout in force.

@@ -1,8 +1,8 @@
 """One server's front end: `python -m dance_jax.serve.frontend`, started by `launch.service`.
 
 The front end holds what must survive the death of an engine: users' connections and their requests.
-Its engine is a child process (`engine_process`). When one of the cluster's engines dies, JAX takes
-the others down with it, and the launcher tells all front ends to restart their engines.
+Its engine is a child process (`engine_process`). When an engine dies, the launcher tells its front
+end to restart it. If servers step together, JAX takes all engines down with one, and all restart.
 """
 
 from __future__ import annotations

@@ -83,8 +83,8 @@ class _InFlight:
 class DeltaStream:
     """The deltas of a request until it ends; closing the stream early aborts the request."""
 
-    def __init__(self, queue: RequestQueue, one: _InFlight) -> None:
-        self._queue, self._one = queue, one
+    def __init__(self, queue: RequestQueue, entry: _InFlight) -> None:
+        self._queue, self._entry = queue, entry
         self._over = False
 
     def __aiter__(self) -> DeltaStream:
@@ -93,7 +93,7 @@ class DeltaStream:
     async def __anext__(self) -> OutputDelta:
         if self._over:
             raise StopAsyncIteration
-        delta = await self._one.unread.get()
+        delta = await self._entry.unread.get()
         if delta is None:
             self._over = True
             raise StopAsyncIteration
@@ -102,7 +102,7 @@ class DeltaStream:
     async def aclose(self) -> None:
         """End the stream; may be called twice, but not while `__anext__` waits."""
         self._over = True
-        self._queue.abort(self._one.request.request_id)
+        self._queue.abort(self._entry.request.request_id)
 
 
 class RequestQueue:
@@ -144,7 +144,7 @@ class RequestQueue:
             raise Unavailable(
                 "the server is shutting down" if self._draining else "the server is starting"
             )
-        waiting = sum(one.waits for one in self._in_flight.values())
+        waiting = sum(entry.waits for entry in self._in_flight.values())
         if waiting >= self._max_queue:
             raise QueueFull(f"the queue is full: {waiting} requests wait for their first token")
         if request.request_id in self._in_flight:
@@ -152,12 +152,12 @@ class RequestQueue:
         if request.params.seed is None:
             params = msgspec.structs.replace(request.params, seed=next(self._seeds))
             request = msgspec.structs.replace(request, params=params)
-        one = _InFlight(request, [[] for _ in range(request.params.n)], asyncio.Queue())
-        self._in_flight[request.request_id] = one
+        entry = _InFlight(request, [[] for _ in range(request.params.n)], asyncio.Queue())
+        self._in_flight[request.request_id] = entry
         self._empty.clear()
         if self._running:
             self._send(Submit([request]))
-        return DeltaStream(self, one)
+        return DeltaStream(self, entry)
 
     @property
     def ready(self) -> bool:
@@ -183,27 +183,27 @@ class RequestQueue:
         self._started = self._running = True
         self._last_step = time.monotonic()
         if self._in_flight:
-            self._send(Submit([_resumed(one) for one in self._in_flight.values()]))
+            self._send(Submit([_resumed(entry) for entry in self._in_flight.values()]))
 
     def engine_died(self) -> None:
         """The engine died: keep its requests for the next one."""
         if not self._running:
             return
         self._running = False
-        for name, one in list(self._in_flight.items()):
-            one.deaths += 1
-            if one.deaths >= MAX_DEATHS:
-                one.fail(f"{MAX_DEATHS} engines in a row died while they ran this request")
+        for name, entry in list(self._in_flight.items()):
+            entry.deaths += 1
+            if entry.deaths >= MAX_DEATHS:
+                entry.fail(f"{MAX_DEATHS} engines in a row died while they ran this request")
                 self._end(name)
 
     def receive(self, deltas: Iterable[OutputDelta]) -> None:
         """Take in deltas from the engine."""
         for delta in deltas:
-            one = self._in_flight.get(delta.request_id)
-            if one is None:
+            entry = self._in_flight.get(delta.request_id)
+            if entry is None:
                 continue  # the request was aborted in the meantime
-            one.add(delta)
-            if one.ended:
+            entry.add(delta)
+            if entry.ended:
                 self._end(delta.request_id)
 
     def reported(self, report: EngineReport) -> None:
@@ -238,5 +238,5 @@ class RequestQueue:
         return found
 
 
-def _resumed(one: _InFlight) -> Request:
-    return msgspec.structs.replace(one.request, resumed=one.tokens)
+def _resumed(entry: _InFlight) -> Request:
+    return msgspec.structs.replace(entry.request, resumed=entry.tokens)
