@@ -347,7 +347,7 @@ class Scheduler:
             if not sequence.prefilling:
                 if self._allot(sequence, 1):
                     work.decodes.append(sequence)
-            elif left and (count := self._allot(sequence, failing)):
+            elif left and (count := self._allot(sequence, left)):
                 work.prefills.append((sequence, count))
                 left -= count
         return work
