@@ -1,8 +1,8 @@
-"""The KV blocks of one device: who uses each, and which prompt prefixes they hold.
+"""The KV blocks of one device: reference counts and the prefix cache.
 
-A block is in use (referenced by sequences), cached (by none, but what it holds may be wanted again)
-or free. Only full blocks are published, and nothing writes into them any more, so sequences share
-them without copies.
+A block is in use (referenced by sequences), cached (referenced by none, but its content may be
+reused) or free. Only full blocks are published, and published blocks are never written again, so
+sequences share them without copies.
 """
 
 from __future__ import annotations
@@ -13,51 +13,55 @@ import hashlib
 
 
 class BlockPool:
-    """Blocks 1..num_blocks; block 0 is the step's scratch and is never handed out.
+    """Blocks 1..num_blocks; block 0 is the step's scratch block and is never allocated.
 
     Args:
-        num_blocks: blocks that can be handed out.
-        block_size: positions of each.
+        num_blocks: number of blocks that can be allocated.
+        block_size: positions per block.
     """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.num_blocks, self.block_size = num_blocks, block_size
-        #: How many sequences hold each block.
+        #: Number of sequences that hold each block.
         self._refs = [0] * (num_blocks + 1)
         self._free = list(range(num_blocks, 0, -1))
-        #: Published blocks that nobody holds, the one released longest ago first.
+        #: Published blocks that no sequence holds, least recently released first.
         self._cached: collections.OrderedDict[int, None] = collections.OrderedDict()
-        #: What each full block holds: its tokens and all before them.
+        #: Full block -> digest of its tokens and all tokens before them.
         self._content: dict[int, bytes] = {}
-        #: The published block of each content. Of two with equal content one is published.
+        #: Digest -> published block. Of several blocks with equal content, only one is published.
         self._published: dict[bytes, int] = {}
 
     @property
     def free(self) -> int:
-        """Blocks that hold nothing."""
+        """Number of blocks without content."""
         return len(self._free)
 
     @property
     def cached(self) -> int:
-        """Blocks that nobody holds, but whose content can be found."""
+        """Number of blocks that no sequence holds but whose content can be found."""
         return len(self._cached)
 
     @property
     def available(self) -> int:
-        """Blocks that `allocate` can hand out."""
+        """Number of blocks that `allocate` can return."""
         return self.free + self.cached
 
     @property
     def used(self) -> int:
-        """Blocks that sequences hold."""
+        """Number of blocks that sequences hold."""
         return self.num_blocks - self.available
 
     def is_published(self, block: int) -> bool:
-        """The block can be found by its content, so nobody may write into it."""
+        """Whether the block can be found by its content, and so must not be written."""
         return self._published.get(self._content.get(block, b"")) == block
 
     def allocate(self) -> int | None:
-        """A block for one holder to fill, taken from the cache if none is free; None: all used."""
+        """A block for one sequence to fill, evicted from the cache if no block is free.
+
+        Returns:
+            The block, or None if all blocks are in use.
+        """
         if self._free:
             block = self._free.pop()
         elif self._cached:
@@ -69,9 +73,9 @@ class BlockPool:
         return block
 
     def lookup(self, tokens: list[int]) -> list[int]:
-        """Published blocks that hold the longest prefix of the tokens, in its order.
+        """Published blocks that hold the longest cached prefix of the tokens, in order.
 
-        They are not held before `take`.
+        The caller does not hold them before it calls `take`.
         """
         size, content, found = self.block_size, b"", []
         for start in range(0, len(tokens) - size + 1, size):
@@ -82,23 +86,23 @@ class BlockPool:
         return found
 
     def take(self, blocks: list[int]) -> None:
-        """One more holder of blocks that `lookup` found."""
+        """Add a holder to blocks that `lookup` found."""
         for block in blocks:
             self._cached.pop(block, None)
             self._refs[block] += 1
 
     def release(self, blocks: list[int]) -> None:
-        """One holder less of a sequence's blocks, which are given in the order of its positions.
+        """Remove a holder from a sequence's blocks, given in the order of their positions.
 
-        Those that can be found again stay in the cache. The last positions leave it first, because
-        a block cannot be found without all before it.
+        Published blocks stay in the cache. The last positions are evicted first, because a block
+        cannot be found without all blocks before it.
 
         Raises:
-            RuntimeError: nobody holds one of them.
+            RuntimeError: no sequence holds one of the blocks.
         """
         for block in reversed(blocks):
             if not self._refs[block]:
-                raise RuntimeError(f"block {block} is released, but nobody holds it")
+                raise RuntimeError(f"block {block} is released, but no sequence holds it")
             self._refs[block] -= 1
             if self._refs[block]:
                 continue
@@ -109,12 +113,12 @@ class BlockPool:
                 self._free.append(block)
 
     def publish(self, parent: int | None, tokens: list[int], block: int) -> None:
-        """Makes a full block findable, unless another with equal content is.
+        """Make a full block findable, unless another block with equal content is published.
 
         Args:
-            parent: the block of the positions before, full as well; None: there are none.
-            tokens: [block_size], what the block holds.
-            block: held by one sequence, which fills it no more.
+            parent: the full block of the positions before; None if the block is the first.
+            tokens: [block_size], the block's tokens.
+            block: a block that one sequence holds and has filled.
         """
         content = _digest(b"" if parent is None else self._content[parent], tokens)
         self._content[block] = content
@@ -122,8 +126,9 @@ class BlockPool:
 
 
 def _digest(before: bytes, tokens: list[int]) -> bytes:
-    """32 bytes that tell a block's tokens and all before them.
+    """A 32-byte digest of a block's tokens and all tokens before them.
 
-    Users choose tokens, so a hash that can be made to collide would show them others' caches.
+    The hash is cryptographic because users choose the tokens: with a hash that can be made to
+    collide, one user could read another's cache.
     """
     return hashlib.blake2b(before + array.array("q", tokens).tobytes(), digest_size=32).digest()

@@ -1,9 +1,9 @@
-"""A warm start for every process of a cluster: compiled steps kept as files.
+"""A cache of compiled steps on disk, for a warm start of every process of a cluster.
 
-JAX's own persistent cache is written by process 0 only, and each process of a cluster compiles its
-own program (its pool has its own size), so the others would never hit it. Here each process keeps
-its own executables. The key is made from what the step depends on, not from its trace, so that a
-hit saves tracing as well; the sources of this package are part of it.
+Only process 0 writes JAX's own persistent cache, and each process of a cluster compiles its own
+program (its pool has its own size), so the other processes would never hit that cache. Here each
+process keeps its own executables. The key is made from everything the step depends on, including
+this package's sources, and not from the step's trace, so a hit saves tracing as well.
 
 Measured (jax 0.10.2, gloo, processes with 1, 1 and 2 CPU devices): executables with ppermute in
 lax.switch in lax.scan, psum and donated arguments give the same results after deserialisation.
@@ -32,37 +32,38 @@ from dance_jax.models import native
 
 log = logging.getLogger(__name__)
 
-#: Changes when the files' format does.
+#: Must change whenever the file format changes.
 _MAGIC = b"dance-jax-step-1\n"
 _DIGEST_BYTES = 32
 _PACKAGE = pathlib.Path(__file__).resolve().parents[1]
 
 
 class CompileCache:
-    """Compiled functions of one process in a directory.
+    """The compiled functions of one process, kept in a directory.
 
-    Files hold pickles, which can run code when they are read: the directory must belong to this
-    user and be writable by nobody else, or it is left alone.
+    The files are pickles, which can run code when they are read. The directory is therefore used
+    only if it belongs to this user and nobody else can write to it.
 
     Args:
-        directory: made (mode 0700) if missing; None compiles always and keeps nothing.
+        directory: created (mode 0700) if missing; None to compile always and keep nothing.
         scope: everything that all functions of this process depend on, e.g. the model's
-            fingerprint and shapes, devices and slots of all servers, rank, dtype. Its repr counts.
+            fingerprint and shapes, devices and slots of all servers, rank, dtype. Its repr is part
+            of the key.
     """
 
     def __init__(self, directory: str | os.PathLike[str] | None, scope: object = ()) -> None:
         self.directory = None if directory is None else private_directory(directory)
         self.scope = scope
-        #: Functions read from files, and compiled here.
+        #: Number of functions read from files, and number compiled here.
         self.hits = 0
         self.misses = 0
 
     def compile(self, key: object, lower: Callable[[], jax.stages.Lowered]) -> jax.stages.Compiled:
-        """The compiled function, from a file if there is one, else made by `lower().compile()`.
+        """The compiled function, from a file if there is one, else from `lower().compile()`.
 
         Args:
-            key: names the function within the scope (bucket, shapes, options); its repr counts.
-            lower: traces and lowers the function; not called when the file is there.
+            key: identifies the function within the scope (bucket, shapes, options) by its repr.
+            lower: traces and lowers the function; not called on a cache hit.
         """
         if self.directory is None:
             self.misses += 1
@@ -86,7 +87,7 @@ class CompileCache:
 
 
 def _compiled(lower: Callable[[], jax.stages.Lowered]) -> jax.stages.Compiled:
-    """What is lowered, compiled; the memory that took goes back to the system."""
+    """Lower and compile; the memory that this took is returned to the system."""
     compiled = lower().compile()
     give_back()
     return compiled
@@ -94,7 +95,7 @@ def _compiled(lower: Callable[[], jax.stages.Lowered]) -> jax.stages.Compiled:
 
 @functools.cache
 def environment() -> tuple[str, ...]:
-    """What compiled code depends on beside the model: versions, devices, processor, sources."""
+    """Everything but the model that compiled code depends on: versions, devices, CPU, sources."""
     devices = [(d.id, d.process_index, d.device_kind) for d in jax.devices()]
     return (
         jax.__version__,
@@ -105,7 +106,7 @@ def environment() -> tuple[str, ...]:
         repr(jax.process_index()),
         processor(),
         native.registered(),
-        # XLA:CPU cuts its work by the cores it may use.
+        # XLA:CPU partitions work by the number of cores it may use.
         repr(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
         os.environ.get("XLA_FLAGS", ""),
         repr(jax.config.jax_default_matmul_precision),  # pyright: ignore
@@ -114,7 +115,7 @@ def environment() -> tuple[str, ...]:
 
 
 def _sources() -> str:
-    """A hash of the package's code up to the engine, which decides what the steps compute."""
+    """A hash of the package's source files that determine what steps compute."""
     digest = hashlib.blake2b(digest_size=20)
     for path in source_files():
         digest.update(f"{path}\0".encode() + (_PACKAGE / path).read_bytes() + b"\0")
@@ -122,7 +123,7 @@ def _sources() -> str:
 
 
 def source_files() -> list[pathlib.Path]:
-    """The files of that code, within the package."""
+    """Source files that determine what steps compute, relative to the package."""
     files = [*_PACKAGE.glob("*.py")]
     for folder in ("placement", "models", "engine"):
         files += (_PACKAGE / folder).rglob("*.py")
@@ -139,10 +140,10 @@ def _read(path: pathlib.Path) -> jax.stages.Compiled | None:
     whole = content.startswith(_MAGIC) and content[len(_MAGIC) : head] == _checksum(body)
     try:
         if not whole:
-            raise ValueError("it is torn")
+            raise ValueError("the file is damaged or incomplete")
         return serialize_executable.deserialize_and_load(*pickle.loads(body))
-    except Exception as error:  # any kind: a file that cannot be used is made again
-        log.warning("%s is not used: %s", path, error)
+    except Exception as error:  # any error: compile again and replace the file
+        log.warning("cached step %s cannot be used, compiling again: %s", path, error)
         return None
 
 
@@ -157,8 +158,8 @@ def _write(path: pathlib.Path, compiled: jax.stages.Compiled, key: object) -> No
             except BaseException:
                 os.unlink(file.name)
                 raise
-    except Exception as error:  # the cache is an optimisation: the step itself is good
-        log.warning("%r is not kept: %s", key, error)
+    except Exception as error:  # the cache is only an optimisation: the compiled step is fine
+        log.warning("compiled step %r cannot be cached: %s", key, error)
 
 
 def _checksum(body: bytes) -> bytes:

@@ -1,4 +1,4 @@
-"""The engine of one server: requests in, tokens out, one step at a time."""
+"""The engine of one server: turns requests into tokens, one step at a time."""
 
 from __future__ import annotations
 
@@ -44,17 +44,17 @@ from dance_jax.placement.core import Layout
 
 @dataclasses.dataclass(frozen=True)
 class StepResult:
-    """What one step brought."""
+    """The result of one step."""
 
     outputs: list[OutputDelta]
-    #: Some server that takes part had work in this step; when none had, they may rest.
+    #: Whether any server taking part had work in this step; if none had, the servers may rest.
     active: bool
-    #: The batch of moved experts that came into force after it, on all servers; 0: none.
+    #: Number of the batch of moved experts that all servers applied after this step; 0 for none.
     applied: int = 0
 
 
 def whole_model(checkpoint: WeightSource) -> Layout:
-    """One server with one device that holds every expert."""
+    """The layout of a single server with one device that holds every expert."""
     config = checkpoint.config
     shape = (1, len(config.moe_layers), config.num_experts)
     count = shape[1] * shape[2]
@@ -66,19 +66,19 @@ class Engine:
     """Schedules, runs and finishes the requests of one server.
 
     Args:
-        checkpoint: the converted model, or whatever else has its weights.
-        tokenizer: its tokenizer.
-        cluster: all servers, or None for this process alone.
-        rank: this server's position among them.
-        layout: where every expert is; None (alone): all of them here.
-        config: equal on all servers.
+        checkpoint: the source of the model's weights, e.g. the converted model.
+        tokenizer: the model's tokenizer.
+        cluster: all servers; None for this process alone.
+        rank: this server's rank in the cluster.
+        layout: the placement of every expert; None (single server) to place all experts here.
+        config: the configuration, equal on all servers.
         compile_cache: keeps compiled steps between starts.
-        transport: carries rows between servers that step together; None: each steps on its own, and
-            experts answer calls.
-        free_memory: bytes of each device's memory that nothing uses, before anything is loaded
-            there; None: enough.
-        order: all servers in the order in which this one prefers to call them
-            (`visit.preferences`); None: by number.
+        transport: carries rows between servers that step together; None if each server steps on its
+            own and servers call each other's experts.
+        free_memory: unused bytes of each device's memory before anything is loaded; None if memory
+            is plentiful.
+        order: ranks of all servers in the order in which this server prefers to call them
+            (`visit.preferences`); None for ascending ranks.
     """
 
     def __init__(
@@ -98,7 +98,9 @@ class Engine:
         layout = layout or whole_model(checkpoint)
         devices = (1,) if cluster is None else cluster.devices
         if layout.devices != devices:
-            raise ValueError(f"layout for devices {layout.devices}, cluster has {devices}")
+            raise ValueError(
+                f"the layout is for devices {layout.devices}, the cluster has {devices}"
+            )
         self.rank, self.config, self._top_k = rank, config, model.top_k
         self.form = form = checkpoint.form(config.dtype)
         copies = state_copies(len(devices), calls=transport is None)
@@ -132,14 +134,14 @@ class Engine:
         self._positions = 0
         self._traffic = self._new_traffic(layers, servers)
         self.clock = StepClock(self._traffic.inside)
-        #: Draws what steps do; None: nobody wants it.
+        #: Records a trace of the steps; None if tracing is off.
         self.trace: Trace | None = None
         self._stalls = Stalls(("",) if cluster is None else cluster.names)
         self._staging = Staging(layout, rank, form)
         #: Held while pool and layout change, and while an expert is read.
-        self._placed = threading.Lock()
-        #: Calls, by where they were served, up to the last change of the layout; and int64 [l, e],
-        #: all of them then.
+        self._placement_lock = threading.Lock()
+        #: Expert calls served here and elsewhere until the last change of the layout; and int64
+        #: [l, e], all calls until then.
         self._calls_local = self._calls_remote = 0
         self._counted = np.zeros((layers, model.num_experts), np.int64)
         self._cost_base = self._costs()
@@ -150,7 +152,7 @@ class Engine:
         self._routes = RouteSample(
             config.route_sample, (layers, model.top_k), seed=rank, half_life=config.half_life
         )
-        #: Deltas that the next step hands out beside its own.
+        #: Deltas that the next step returns in addition to its own.
         self._pending: list[OutputDelta] = []
 
     def _new_traffic(self, layers: int, servers: int) -> LinkTraffic:
@@ -160,21 +162,21 @@ class Engine:
 
     @property
     def alone(self) -> bool:
-        """Its steps are its own; else all servers do each step together."""
+        """Whether this server steps on its own; otherwise all servers run each step together."""
         return self.runner.calls is not None
 
     @property
     def has_work(self) -> bool:
-        """Requests wait or run here, or something is to be handed out or told the others."""
+        """Whether requests wait or run, deltas are pending, or other servers must be told news."""
         return self.scheduler.active or bool(self._pending) or self._staging.news
 
     @property
     def layout(self) -> Layout:
-        """Where every expert is now."""
+        """The current placement of every expert."""
         return self._staging.layout
 
     def warmup(self, progress: ProgressCallback = lambda stage, done, total: None) -> None:
-        """Compiles every bucket and runs each once; servers that step together do so at once."""
+        """Compile every bucket and run each once; servers that step together do so together."""
         buckets = self.config.buckets
         self.runner.pools.warm_up()
         for done, bucket in enumerate(buckets):
@@ -189,7 +191,7 @@ class Engine:
         self._cost_base = self._costs()
 
     def add(self, request: Request) -> None:
-        """Queue a request; one that cannot run ends with finish_reason "error" in the next step."""
+        """Queue a request; an invalid request ends with finish_reason "error" in the next step."""
         sequences, refused = self.tracker.open(request)
         self._pending += refused
         for sequence in sequences:
@@ -198,21 +200,27 @@ class Engine:
             self.trace.begin(sequences)
 
     def abort(self, request_id: str | None = None) -> None:
-        """Ends a request, or all; the next step says so. An unknown one has ended already."""
+        """Abort a request, or all; the next step returns the final deltas.
+
+        An unknown request id is ignored: that request has ended already.
+        """
         for sequence in self.scheduler.abort(request_id):
             self._pending.append(self.tracker.end(sequence, "abort"))
 
     def cancel(self) -> None:
-        """Nobody is waited for any more, as the process is to end: the step under way, if any, ends
-        at once, and what it wanted of others fails. Any thread may call it."""
+        """Stop waiting for other servers, because the process is about to exit.
+
+        A step in progress ends at once, and its outstanding calls to other servers fail. Any thread
+        may call this.
+        """
         if self.runner.calls is not None:
             self.runner.calls.cancel()
 
     def step(self) -> StepResult:
-        """Schedule, run, and hand out what was sampled.
+        """Schedule and run one step, and return the sampled tokens.
 
-        Servers that step together must call it equally often; one without work takes part with
-        padding.
+        Servers that step together must call this equally often; a server without work takes part
+        with padding.
         """
         self.clock.start()
         result = self._step()
@@ -255,7 +263,7 @@ class Engine:
         return StepResult(outputs, self._work != IDLE, applied)
 
     def _failed(self, plan: StepPlan, outcomes: list[Outcome], extras: Extras) -> list[Sequence]:
-        """The sequences of which a token has failed: no expert that it needs was to be had."""
+        """The sequences with a failed token, that is, one that needed an unavailable expert."""
         if not any(outcome.any_failed for outcome in outcomes):
             return []
         return [
@@ -267,36 +275,38 @@ class Engine:
 
     @property
     def latest_layout(self) -> Layout:
-        """After the last batch that is staged; without one, the layout in force."""
+        """The layout after the last staged batch; the layout in force if none is staged."""
         return self._staging.latest
 
     def stage(self, number: int, layout: Layout, experts: Experts) -> None:
-        """Holds loaded experts until `commit`.
+        """Hold a batch of loaded experts until `commit`.
 
-        Batches come into force one by one, in the order of their numbers. Where a server steps on
-        its own, another thread may call it during a step.
+        Batches are applied one by one, in the order of their numbers. If the server steps on its
+        own, another thread may call this during a step.
 
         Args:
-            number: of the batch, from 1 on, the same on all servers, greater than all before.
-            layout: after the batch.
-            experts: weights in the format of the pool by (local device, slot); of all slots of this
-                server in which `layout` has another expert than the batch before it, or the layout
-                in force, has. They are not copied.
+            number: number of the batch, at least 1, the same on all servers, and greater than all
+                earlier numbers.
+            layout: the layout after the batch.
+            experts: (local device, slot) -> weights in the format of the pool, for all slots of
+                this server that change from the previous batch's layout (or, without one, from the
+                layout in force). They are not copied.
 
         Raises:
-            ValueError: the number is not new, the layout is another cluster's, or experts are
-                missing or not what the layout says; nothing is held then.
+            ValueError: the number is not new, the layout is for another cluster, or experts are
+                missing or do not match the layout; nothing is held in that case.
         """
         batch = self._staging.add(number, layout, experts)
-        if self.alone:  # the others may call them as soon as one server has the batch in force
+        if self.alone:  # other servers may call these experts once any server applied the batch
             self.runner.pools.write(batch.writes)
             self.runner.stage_tables(layout, number)
 
     def commit(self, number: int) -> bool:
-        """All servers have staged a batch: it comes into force after a step.
+        """Apply a batch that all servers have staged, now or after a later step.
 
         Returns:
-            Whether it has now; else `StepResult.applied` says when, the same step on all servers.
+            Whether the batch was applied now; if not, `StepResult.applied` tells when it is, in the
+            same step on all servers.
         """
         if not self.alone:
             self._staging.commit(number)
@@ -307,23 +317,23 @@ class Engine:
         return True
 
     def unstage(self, number: int) -> bool:
-        """Drops a staged batch and those after it, which build on it.
+        """Drop a staged batch and all later ones, which build on it.
 
         Returns:
-            False: it was not there, because it was not staged or is in force already.
+            False if the batch was not staged or has been applied already.
         """
         self.runner.drop_tables(number)
         return self._staging.drop(number)
 
     def expert(self, layer: int, expert: int) -> Weights:
-        """The weights of an expert that is resident here, host arrays as in `stage`.
+        """The weights of an expert that is resident here, as host arrays as in `stage`.
 
-        Any thread may call it once the engine is warm.
+        Any thread may call this once the engine is warm.
 
         Raises:
-            KeyError: it is not resident here.
+            KeyError: the expert is not resident here.
         """
-        with self._placed:
+        with self._placement_lock:
             device = int(self.layout.device_of[self.rank, layer, expert])
             if device < 0:
                 raise KeyError(f"expert {expert} of MoE layer {layer} is not on this server")
@@ -331,32 +341,32 @@ class Engine:
             return self.runner.pools.read(device, slot)
 
     def _apply(self, number: int) -> None:
-        """Puts the batch in force that all servers have staged."""
+        """Apply the batch that all servers have staged."""
         counts_le = self.runner.counts()
         self._calls_local, self._calls_remote = self._calls(counts_le)
         self._counted = counts_le
-        with self._placed:
+        with self._placement_lock:
             batch = self._staging.take(number)
             if not self.alone:
                 self.runner.pools.write(batch.writes)
             self.runner.use_tables(batch.layout, number)
-        if self.config.half_life is None:  # what never fades is of the present placement alone
+        if self.config.half_life is None:  # without fading, keep only the current layout's routes
             self._routes.clear()
 
     def _calls(self, counts_le: np.ndarray) -> tuple[int, int]:
-        """Expert calls of this server's tokens, served here and elsewhere; of all calls."""
+        """Expert calls of this server's tokens served here and elsewhere, from all calls so far."""
         since_le = counts_le - self._counted
         resident_le = self.layout.slot_of[self.rank] >= 0
         local = self._calls_local + int(since_le[resident_le].sum())
         return local, self._calls_remote + int(since_le[~resident_le].sum())
 
     def _costs(self) -> tuple[int, float]:
-        """Expert calls that the C++ library has computed in this process, and seconds in them."""
+        """Expert calls that the C++ library computed in this process, and the seconds they took."""
         _, seconds, served = kernels_cpu.routed_seconds()
         return served, seconds
 
     def _measured(self) -> dict[str, Any]:
-        """What `EngineReport` and `EngineStats` say of costs."""
+        """Measurements that `EngineReport` and `EngineStats` share."""
         (served, seconds), base = self._costs(), self._cost_base
         totals = self._traffic.totals()
         return {

@@ -1,10 +1,10 @@
-"""What one device remembers between steps: blocks of cached positions, states, counts, links.
+"""The memory of one device between steps: KV blocks, recurrent states, counts, link memory.
 
-A block holds `block_size` positions of one sequence; which block holds which is the scheduler's
-business (engine.blocks). A layer with a recurrent state has a slot for each running sequence
-instead; two of them where rows of a step may fail, which reads one and writes the other, so that
-failed sequences still have their old states. Block 0 and slot 0 are scratch: unused rows of a step
-write there, so that no row needs a test.
+A block holds `block_size` positions of one sequence; the scheduler assigns blocks to sequences
+(engine.blocks). A layer with a recurrent state has a slot for each running sequence instead. If
+rows of a step may fail, each sequence has two slots: a step reads one and writes the other, so a
+failed sequence keeps its old state. Block 0 and slot 0 are scratch: unused rows of a step write
+there, so no row needs a condition.
 """
 
 from __future__ import annotations
@@ -26,43 +26,43 @@ Leaf = Any
 
 
 class Memory(NamedTuple):
-    """One device's state, donated to every step and returned by it, layer by layer."""
+    """One device's memory, donated to every step and returned by it, layer by layer."""
 
     #: Per layer [1 + blocks, block_size, w] in the engine's dtype, or a `DeltaState` of
     #: 1 + copies * max_num_seqs slots.
     cache: list[Any]
-    #: int32 [l, e], expert calls of this device's tokens since the start.
+    #: int32 [l, e]: expert calls of this device's tokens since the start.
     counts: Leaf
     #: `Exchanged.memory` of each MoE layer.
     links: list[Any]
 
 
 def block_bytes(model: ModelConfig, config: EngineConfig) -> int:
-    """Bytes of one KV block over all layers: MLA keeps the latents alone."""
+    """Bytes of one KV block over all layers; with MLA, only the latents are kept."""
     return config.block_size * model.cache_width * jnp.dtype(config.dtype).itemsize
 
 
 def state_copies(servers: int, calls: bool) -> int:
-    """Recurrent states of each sequence: 2 where servers call each other, as rows may fail then."""
+    """Recurrent states per sequence: 2 if servers call each other, because rows may then fail."""
     return 2 if servers > 1 and calls else 1
 
 
 def num_blocks(
     model: ModelConfig, config: EngineConfig, free: int | None = None, copies: int = 1
 ) -> int:
-    """KV blocks of one device, scratch not counted.
+    """Number of KV blocks of one device, without the scratch block.
 
     Args:
+        free: unused bytes of memory available to this device; None if memory is plentiful. If
+            `config.kv_memory` is None, at most half of `free` is used; the number of blocks is then
+            rounded down to whole contexts, so that it does not change with every start.
         copies: `state_copies`.
-        free: bytes of memory that nothing uses, for this device; None: enough. Half of it may be
-            taken where `config.kv_memory` says nothing; the number is then rounded down to whole
-            contexts, so that it does not change with every start.
 
     Raises:
         UserError: the longest sequence does not fit.
     """
     each, wanted = block_bytes(model, config), config.max_num_seqs * config.max_blocks
-    if not each:  # all layers have states: blocks are only counted
+    if not each:  # all layers have recurrent states: blocks take no memory
         return wanted
     states = state_bytes(model, config, copies)
     if config.kv_memory is not None:
@@ -75,31 +75,31 @@ def num_blocks(
         given = f"half of the {free or 0:,} bytes of free memory"
     if count < config.max_blocks:
         raise UserError(
-            f"{given}: a context of {config.max_model_len} tokens takes "
+            f"{given}: not enough: a context of {config.max_model_len} tokens takes "
             f"{config.max_blocks * each:,} bytes of KV cache{_beside_states(states, config)}; give "
-            "more, or a smaller max_model_len or max_num_seqs"
+            "more memory, or a smaller max_model_len or max_num_seqs"
         )
     return count
 
 
 def _beside_states(states: int, config: EngineConfig) -> str:
-    return f" beside {states:,} bytes of states for {config.max_num_seqs} sequences" * bool(states)
+    return f", plus {states:,} bytes of states of {config.max_num_seqs} sequences" * bool(states)
 
 
 def cache_bytes(model: ModelConfig, config: EngineConfig, copies: int = 1) -> int:
-    """Bytes of one device's KV cache where memory is not short."""
+    """Bytes of one device's KV cache if memory is plentiful."""
     return (1 + num_blocks(model, config, copies=copies)) * block_bytes(model, config)
 
 
 def state_bytes(model: ModelConfig, config: EngineConfig, copies: int = 1) -> int:
-    """Bytes of one device's recurrent states; 0 for models without any."""
+    """Bytes of one device's recurrent states; 0 for models without them."""
     return (1 + copies * config.max_num_seqs) * model.state_bytes
 
 
 def new_memory(
     model: ModelConfig, config: EngineConfig, blocks: int, exchange: Exchange, copies: int = 1
 ) -> Memory:
-    """An empty memory with so many blocks and scratch, in numpy."""
+    """An empty memory in numpy, with `blocks` KV blocks plus scratch."""
     layers = len(model.moe_layers)
     links = exchange.memory(layers)
     return Memory(
@@ -112,7 +112,7 @@ def new_memory(
 def layer_cache(
     mixer: Mixer, config: EngineConfig, blocks: int, copies: int = 1
 ) -> np.ndarray | DeltaState:
-    """What a layer with this mixer keeps, empty, in numpy."""
+    """The empty cache of a layer with this mixer, in numpy."""
     if isinstance(mixer, DeltaNet):
         slots = 1 + copies * config.max_num_seqs
         return DeltaState(*(np.zeros((slots, *shape), np.float32) for shape in mixer.state_shapes))

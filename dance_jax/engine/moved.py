@@ -1,4 +1,4 @@
-"""How long what crosses links takes, as sums that add up over messages and processes."""
+"""Estimates of link costs, from sums over calls that add up across processes."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import math
 
 from dance_jax.models.counters import Moved
 
-#: `seconds_per_byte` says nothing of fewer calls, or where the slope is not so many standard errors
+#: `seconds_per_byte` needs at least this many calls, and a slope at least this many standard errors
 #: above 0.
 LEAST_CALLS, CERTAIN = 100, 4.0
 
 
 def seconds_per_byte(moved: Moved) -> float | None:
-    """What a byte more takes through a server's links, by least squares; None: not known.
+    """Seconds per additional byte over a server's links, by least squares; None if unknown.
 
-    Calls have a fixed part too. The slope is known where it stands out of its own scatter: between
-    servers of one machine, or where all calls are of a size, it does not.
+    The fit also has a fixed cost per call. The slope counts as known if it exceeds its standard
+    error by far; it does not between servers on one machine, or if all calls have the same size.
 
     Args:
-        moved: the calls, or those of some time.
+        moved: sums over all calls, or over the calls of some period.
     """
     free = moved.calls - 2
     if free < LEAST_CALLS:
@@ -34,11 +34,11 @@ def seconds_per_byte(moved: Moved) -> float | None:
 
 
 def seconds_per_call(moved: Moved, byte_s: float | None) -> float | None:
-    """Mean seconds of a call without those of its bytes; None if there were too few calls.
+    """Mean seconds per call without the time for its bytes; None if there are too few calls.
 
     Args:
-        moved: what calls moved.
-        byte_s: seconds of a byte, e.g. from `seconds_per_byte`; None: bytes take no time.
+        moved: sums over calls.
+        byte_s: seconds per byte, from `seconds_per_byte` or another source; None for 0.
     """
     if moved.calls < LEAST_CALLS:
         return None

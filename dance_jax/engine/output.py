@@ -1,5 +1,8 @@
-"""Between requests and sequences: `RequestTracker` turns requests into sequences and sampled
-tokens into deltas; `OutputCollector`, at the reader's end, adds deltas up to a RequestOutput."""
+"""Conversion between requests and sequences.
+
+`RequestTracker` turns requests into sequences, and sampled tokens into deltas. `OutputCollector`,
+on the reader's side, adds deltas up to a RequestOutput.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ from dance_jax.engine.sequence import (
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class SampledToken:
-    """What the device reports for one row, as Python numbers (sampling.Sampled of that row)."""
+    """The device's result for one row (`sampling.Sampled`), as Python numbers."""
 
     token: int
     logprob: float
@@ -37,22 +40,22 @@ class SampledToken:
 
 @dataclasses.dataclass(slots=True)
 class _Open:
-    """A request with samples that still run."""
+    """A request with unfinished samples."""
 
     metrics: RequestMetrics
     detokenizers: dict[int, Detokenizer]
 
 
 class RequestTracker:
-    """Samples in flight in one engine.
+    """The samples in flight in one engine.
 
     Args:
         decoder: the tokenizer.
-        max_model_len: context in tokens, prompt and output.
-        vocab_size: token ids are below it.
-        eos_token_ids: the model's ends of output.
-        seed: of requests that give none; they get seeds in the order of their arrival.
-        rank: server, so that servers draw differently from the same seed.
+        max_model_len: context length in tokens, prompt plus output.
+        vocab_size: upper bound of token ids, exclusive.
+        eos_token_ids: the model's EOS tokens.
+        seed: base of the seeds of requests without one, assigned in order of arrival.
+        rank: the server's rank, so that servers draw differently from the same seed.
     """
 
     def __init__(
@@ -72,7 +75,7 @@ class RequestTracker:
         self._open: dict[str, _Open] = {}
 
     def open(self, request: Request) -> tuple[list[Sequence], list[OutputDelta]]:
-        """Sequences to schedule, or, for a request that cannot run, deltas with the reason."""
+        """Sequences to schedule, or, for an invalid request, deltas with the reason."""
         metrics = RequestMetrics(request.arrival_time or time.time())
         reason = self._refusal(request)
         if reason is not None:
@@ -113,7 +116,7 @@ class RequestTracker:
         return sequences, []
 
     def _detokenizer(self, sequence: Sequence) -> Detokenizer:
-        """Of a sample, past the tokens it has already."""
+        """A detokenizer for a sample, advanced past the output tokens that the sample has."""
         params = sequence.params
         detokenizer = Detokenizer(
             self._decoder, sequence.prompt_token_ids, params.stop_strings, params.min_tokens
@@ -123,13 +126,13 @@ class RequestTracker:
         return detokenizer
 
     def scheduled(self, sequence: Sequence) -> None:
-        """A step is about to compute the sequence's prompt, or a part of it."""
+        """Note that a step is about to compute the sequence's prompt, or a part of it."""
         metrics = self._open[sequence.request_id].metrics
         if metrics.first_scheduled_time is None:
             metrics.first_scheduled_time = time.time()
 
     def append(self, sequence: Sequence, sampled: SampledToken) -> OutputDelta:
-        """Add a sampled token to its sequence; the delta's finish_reason tells when it is done."""
+        """Add a sampled token to its sequence; the delta's finish_reason is set on the last one."""
         opened = self._open[sequence.request_id]
         now = time.time()
         first = opened.metrics.first_token_time is None
@@ -148,7 +151,7 @@ class RequestTracker:
         count = len(sequence.output_token_ids)
         detokenizer = opened.detokenizers[sequence.index]
         if count >= params.min_tokens and sampled.token in sequence.stop_ids:
-            # The token that ends the output is no part of the text.
+            # The token that ends the output is not part of the text.
             delta.finish_reason = "stop"
             is_eos = sampled.token in self._eos and not params.ignore_eos
             delta.stop_reason = None if is_eos else sampled.token
@@ -165,7 +168,7 @@ class RequestTracker:
         return delta
 
     def end(self, sequence: Sequence, reason: FinishReason, why: str | None = None) -> OutputDelta:
-        """End a sample from outside ("abort", "error"); its held text comes out."""
+        """End a sample early ("abort", "error"); the delta has the text held back so far."""
         opened = self._open[sequence.request_id]
         delta = OutputDelta(
             sequence.request_id,
@@ -185,39 +188,39 @@ class RequestTracker:
         delta.metrics = opened.metrics
 
     def _refusal(self, request: Request) -> str | None:
-        """Why the request cannot run."""
+        """The reason why the request cannot run; None if it can."""
         try:
             request.params.verify()
         except UserError as error:
             return str(error)
         prompt = request.prompt_token_ids
         if not prompt:
-            return "the prompt is empty: it has no tokens"
+            return "the prompt is empty: it must have at least one token"
         if len(prompt) + 1 > self._max_model_len:
             return (
-                f"the prompt has {len(prompt)} tokens; with one output token that is more than "
+                f"the prompt has {len(prompt)} tokens, which leaves no room for an output token in "
                 f"the context of {self._max_model_len} tokens (max_model_len)"
             )
-        strange = [token for token in prompt if not 0 <= token < self._vocab_size]
-        if strange:
-            return f"the prompt has token id {strange[0]}; ids are 0..{self._vocab_size - 1}"
+        invalid = [token for token in prompt if not 0 <= token < self._vocab_size]
+        if invalid:
+            return f"the prompt has token id {invalid[0]}; valid ids are 0..{self._vocab_size - 1}"
         unknown = [id for id in request.params.stop_token_ids or [] if id >= self._vocab_size]
         if unknown:
-            return f"stop_token_ids has {unknown[0]}; ids are 0..{self._vocab_size - 1}"
+            return f"stop_token_ids has {unknown[0]}; valid ids are 0..{self._vocab_size - 1}"
         biased = max(request.params.logit_bias or {}, default=0)
         if biased >= self._vocab_size:
-            return f"logit_bias has token id {biased}; ids are 0..{self._vocab_size - 1}"
+            return f"logit_bias has token id {biased}; valid ids are 0..{self._vocab_size - 1}"
         if request.params.min_tokens and len(self._held_back(request)) > MAX_STOP_IDS:
             return (
-                f"min_tokens holds back at most {MAX_STOP_IDS} tokens; EOS and stop_token_ids are "
+                f"min_tokens allows at most {MAX_STOP_IDS} EOS and stop_token_ids together; got "
                 f"{len(self._held_back(request))}"
             )
         if request.request_id in self._open:
-            return f"request id {request.request_id!r} is in use"
+            return f"request id {request.request_id!r} is already in use"
         return None
 
     def _held_back(self, request: Request) -> tuple[int, ...]:
-        """Tokens that cannot come before min_tokens; EOS too where it is ignored, as in vLLM."""
+        """Tokens that must not be sampled before min_tokens; as in vLLM, EOS even if ignored."""
         return tuple(dict.fromkeys((*self._eos, *(request.params.stop_token_ids or []))))
 
     def _logprobs(self, sampled: SampledToken, sequence: Sequence) -> dict[int, Logprob]:
@@ -234,10 +237,10 @@ class RequestTracker:
 
 
 class OutputCollector:
-    """The RequestOutput of one request, as far as deltas have come.
+    """Collects the deltas of one request into a RequestOutput.
 
     Args:
-        request: as sent to the engine.
+        request: the request as sent to the engine.
     """
 
     def __init__(self, request: Request) -> None:
@@ -255,7 +258,7 @@ class OutputCollector:
         )
 
     def apply(self, delta: OutputDelta) -> RequestOutput:
-        """Add a delta of this request; returns the same, growing output."""
+        """Add a delta of this request; returns the same, growing output object."""
         sample = self.output.outputs[delta.index]
         sample.text += delta.text
         sample.token_ids.extend(delta.token_ids)

@@ -1,4 +1,4 @@
-"""The expert slots of one server's devices: in the C++ library's memory, or as JAX's arrays."""
+"""The expert slots of one server's devices, in the C++ library's memory or as JAX arrays."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from dance_jax.models.experts import ExpertFormat, Pool, Weights
 from dance_jax.models.kernels_cpu import NativePool
 from dance_jax.models.topology import Topology
 
-#: Rows for which `ArrayExperts` is compiled, beside the most there can be.
+#: Row counts for which `ArrayExperts` is compiled, in addition to the maximum.
 ROWS = (4, 32, 128)
 
 
 class SlotWrite(NamedTuple):
-    """What a slot of a device is to hold."""
+    """An expert to write to a slot of a device."""
 
     slot: int
-    #: Its number in the model: layer * experts of a layer + expert.
+    #: The expert's number in the model: layer * experts per layer + expert.
     expert: int
     weights: Weights
 
@@ -37,7 +37,7 @@ class Pools(Protocol):
 
     @property
     def argument(self) -> Any:
-        """What steps get, over the devices: a `Pool` of each."""
+        """The argument of steps, sharded over the devices: a `Pool` for each."""
         ...
 
     @property
@@ -46,19 +46,19 @@ class Pools(Protocol):
         ...
 
     def warm_up(self) -> None:
-        """Compiles what the others call."""
+        """Compile what `write` and `read` call."""
         ...
 
     def fill(self, device: int, experts: Iterable[SlotWrite]) -> None:
-        """Puts experts into slots of a device, before the first step."""
+        """Put experts into slots of a device, before the first step."""
         ...
 
     def write(self, writes: Sequence[Sequence[SlotWrite]]) -> None:
-        """Puts experts into slots of each device."""
+        """Put experts into slots of each device."""
         ...
 
     def read(self, device: int, slot: int) -> Weights:
-        """What a slot of a device holds, as host arrays; `write` must not run."""
+        """The expert in a slot of a device, as host arrays; must not run during a `write`."""
         ...
 
 
@@ -69,19 +69,19 @@ def make_pools(
     compile_cache: CompileCache,
     topology: Topology,
 ) -> Pools:
-    """Empty pools of so many slots on each device."""
+    """Create empty pools with `slots` slots on each device."""
     if native.usable():
         return NativePools(form, slots, shards)
     return ArrayPools(form, slots, shards, compile_cache, topology)
 
 
 class NativePools:
-    """In the C++ library's memory; slots may be written while steps run."""
+    """Pools in the C++ library's memory; slots may be written while steps run."""
 
     def __init__(self, form: ExpertFormat, slots: int, shards: Shards) -> None:
         self._form = form
         forms = (form.gate, form.up, form.down)
-        #: Of each device.
+        #: One pool per device.
         self.devices = [
             NativePool(form.d, form.f, form.activation, forms, form.bias, slots)
             for _ in shards.devices
@@ -110,9 +110,9 @@ class NativePools:
 
 
 class ArrayPools:
-    """As arrays on the devices, which a write donates.
+    """Pools as arrays on the devices, which a write donates.
 
-    A step that has an argument of them must not be under way then; `ArrayExperts` may be.
+    A step that takes the arrays as an argument must not run during a write; `ArrayExperts` may.
     """
 
     def __init__(
@@ -125,16 +125,16 @@ class ArrayPools:
     ) -> None:
         self.form, self.shards = form, shards
         self._compile_cache, self._key = compile_cache, topology
-        #: Of each device where experts, by their numbers in the model, are, and what is in slots.
+        #: Per device: expert's number in the model -> slot, and slot -> expert's number.
         self._slot_of: list[dict[int, int]] = [{} for _ in shards.devices]
         self._expert_of: list[dict[int, int]] = [{} for _ in shards.devices]
-        #: Held while the arrays and their tables change, and while a thread that does not keep
-        #: writes away starts a program with them.
+        #: Held while the arrays and their tables change, and while a thread that is not otherwise
+        #: protected from writes starts a program with the arrays.
         self.lock = threading.Lock()
-        #: Until all of them are filled, on the host.
+        #: The pools on the host until all of them are filled; None afterwards.
         self._filling: list[Weights] | None = [form.empty(slots) for _ in shards.devices]
         self._arrays: Pool = ()
-        #: What writes a slot, and what reads one, once compiled.
+        #: The compiled functions that write and read a slot.
         self._write_slot: Any = None
         self._read_slot: Any = None
 
@@ -168,8 +168,10 @@ class ArrayPools:
         slots[expert], experts[slot] = slot, expert
 
     def slots_of(self, experts: Sequence[int]) -> np.ndarray:
-        """int32 [devices, n]: the slots of experts by their numbers, -1 where a device lacks one;
-        `lock` is held."""
+        """int32 [devices, n]: each expert's slot on each device, -1 if the device lacks the expert.
+
+        The caller must hold `lock`.
+        """
         found = [[slots.get(expert, -1) for expert in experts] for slots in self._slot_of]
         return np.array(found, np.int32).reshape(len(self._slot_of), len(experts))
 
@@ -178,11 +180,15 @@ class ArrayPools:
 
     @functools.cached_property
     def _no_expert(self) -> Weights:
-        """Weights for a device that writes nothing."""
+        """Placeholder weights for a device that writes nothing."""
         return self.form.empty()
 
     def warm_up(self) -> None:
-        """The first write copies what of the pool is still numpy's memory; later ones nothing."""
+        """Compile the write and read of a slot and run each once.
+
+        The first write copies the part of the pool that is still in numpy's memory; later writes
+        copy nothing.
+        """
         if self._write_slot is not None or self.argument[0].shape[1] == 0:
             return
         compile_ = self._compile_cache.compile
@@ -192,7 +198,7 @@ class ArrayPools:
         self.read(0, 0)
 
     def lower_write(self) -> jax.stages.Lowered:
-        """`write_slot` on every device, traced for this process."""
+        """`write_slot` on every device, lowered for this process."""
         nothing = self._pack([None] * len(self.shards.devices))
         each = jax.jit(self.shards.on_each(write_slot), donate_argnums=0)
         return each.lower(self.argument, *nothing)
@@ -215,7 +221,7 @@ class ArrayPools:
                     self._remember(device, write.slot, write.expert)
 
     def _pack(self, writes: list[SlotWrite | None]) -> tuple[Array, tuple[Array, ...]]:
-        """The arguments of `write_slot`: a slot of each device, or none."""
+        """The arguments of `write_slot`: one slot per device, or none."""
         slot = [np.int32(-1 if write is None else write.slot) for write in writes]
         fresh = [self._no_expert if write is None else write.weights for write in writes]
         return self.shards.per_device(slot), self._stack(fresh)
@@ -230,16 +236,17 @@ class ArrayPools:
 
 
 class ArrayExperts:
-    """Computes experts in `ArrayPools` for rows on the host, whatever else the devices do.
+    """Computes experts in `ArrayPools` for rows on the host, independent of the devices' steps.
 
-    Each device computes those that it has, without collectives: two threads that begin programs
-    with collectives in different orders would hang.
+    Each device computes the experts it holds, without collectives: two threads that start programs
+    with collectives in different orders would deadlock.
 
     Args:
-        layers: of the model that have routed experts.
-        k: experts of a row at most.
-        most_rows: that may be computed at once.
-        dtype: of the rows on the devices.
+        pools: the pools that hold the experts.
+        layers: number of layers with routed experts in the model.
+        k: maximum number of experts of a row.
+        most_rows: maximum number of rows computed at once.
+        dtype: dtype of the rows on the devices.
     """
 
     def __init__(
@@ -248,14 +255,15 @@ class ArrayExperts:
         self._pools, self._shards = pools, pools.shards
         self._layers, self._k, self._dtype = layers, k, dtype
         self._sizes = [size for size in ROWS if size < most_rows] + [most_rows]
-        #: By the number of rows.
+        #: Number of rows -> compiled function.
         self._compiled: dict[int, jax.stages.Compiled] = {}
 
     def compile(self, compile_cache: CompileCache, key: object) -> None:
-        """Before the first call.
+        """Compile for all row counts; must be called before the first call.
 
         Args:
-            key: what compiled code depends on beside the model.
+            compile_cache: keeps the compiled functions.
+            key: what the compiled code depends on besides the model.
         """
         for size in self._sizes:
             lower = functools.partial(self._lower, size)
@@ -282,14 +290,16 @@ class ArrayExperts:
     def __call__(
         self, x_nd: np.ndarray, expert_nk: np.ndarray, weight_nk: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Weighted sums of the experts of rows; any thread may call it.
+        """Weighted sums of the experts of rows; any thread may call this.
 
         Args:
-            x_nd: float32 [n, d]; expert_nk: int [n, k], `SlotWrite.expert`, or -1 for none;
-                weight_nk: float32 [n, k]. k may be less than the model's.
+            x_nd: float32 [n, d], hidden states.
+            expert_nk: int [n, k], numbers as in `SlotWrite.expert`, or -1 for none; k may be less
+                than the model's.
+            weight_nk: float32 [n, k], the experts' weights.
 
         Returns:
-            float32 [n, d]; and bool [n, k], False where an expert is on no device.
+            float32 [n, d], the sums; and bool [n, k], False if no device holds the expert.
         """
         n, k = expert_nk.shape
         size = next(size for size in self._sizes if size >= n)
@@ -298,7 +308,7 @@ class ArrayExperts:
         x, weight = np.pad(x_nd, (more[0], (0, 0))), np.pad(weight_nk, more)
         with self._pools.lock:
             slot_dnk = self._pools.slots_of(numbers.tolist())[:, which_nk.reshape(n, k)]
-            # One device computes what several have.
+            # If several devices hold an expert, the first one computes it.
             first_nk = (slot_dnk >= 0).argmax(0)
             devices = np.arange(len(slot_dnk))[:, None, None]
             own_dnk = np.where(devices == first_nk, slot_dnk, -1)
@@ -311,9 +321,10 @@ class ArrayExperts:
 
 @jax.named_scope("write_slot")
 def write_slot(pool: tuple[Array, ...], slot: Array, fresh: tuple[Array, ...]):
-    """Puts an expert into a slot of one device, in place where the pool is donated.
+    """Put an expert into a slot of one device, in place if the pool is donated.
 
     Args:
+        pool: the device's pool.
         slot: int32 []; -1 writes nothing.
         fresh: the expert's weights.
     """

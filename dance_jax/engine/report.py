@@ -1,4 +1,4 @@
-"""What an engine tells of itself; plain types, to cross processes."""
+"""An engine's statistics and report, in plain types that can cross processes."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import numpy as np
 
 from dance_jax.models.counters import PeerCounters, Sums
 
-#: Length of `EngineStats.step_rows`; the last entry takes all larger steps.
+#: Length of `EngineStats.step_rows`; the last entry also counts all larger steps.
 STEP_SIZES = 16
 
 
 class EngineStats(msgspec.Struct):
-    """What one server counted since its start: much, told on request."""
+    """Detailed statistics of one server since its start, sent on request."""
 
     #: [l][e] expert calls of this server's tokens.
     counts: list[list[int]]
@@ -23,12 +23,13 @@ class EngineStats(msgspec.Struct):
     #: Tokens computed, prompt and output.
     tokens: int
     steps: int
-    #: int16 [tokens, l, k]: experts chosen by a random sample of the tokens, and their k.
+    #: int16 [tokens, l, k], as bytes: experts chosen for a random sample of the tokens; and k.
     routes: bytes
     top_k: int
     #: Bytes of the live expert pool of each device.
     pool_bytes: list[int]
-    #: Entry i: the number of steps with more than 2^(i - 1) and up to 2^i rows, and their rows.
+    #: Entry i: number of steps with more than 2^(i - 1) and up to 2^i rows, and the sum of their
+    #: rows.
     step_rows: list[tuple[int, int]] = []
     #: As in `EngineReport`.
     rows: int = 0
@@ -45,20 +46,20 @@ class EngineStats(msgspec.Struct):
 
 
 class EngineReport(msgspec.Struct):
-    """What one server does, in a few numbers; counters are since its start."""
+    """A summary of one server; counters are since its start."""
 
     steps: int
-    #: Sequences.
+    #: Sequences running and waiting.
     running: int
     waiting: int
-    #: KV blocks of all devices, and those that running sequences hold.
+    #: KV blocks of all devices, and those held by running sequences.
     kv_blocks: int
     kv_blocks_used: int
     preemptions: int
     #: Tokens looked up in the prefix cache, and found there.
     prefix_queries: int
     prefix_hits: int
-    #: Tokens of prompts computed, and tokens sampled.
+    #: Prompt tokens computed, and tokens sampled.
     prompt_tokens: int
     generation_tokens: int
     #: Expert calls of this server's tokens, by where they were served.
@@ -66,39 +67,39 @@ class EngineReport(msgspec.Struct):
     calls_remote: int
     #: Hidden states sent to other servers.
     transfers: int
-    #: Payload bytes to and from each server, by rank.
+    #: Payload bytes sent to and received from each server, by rank.
     bytes_sent: list[int]
     bytes_received: list[int]
     experts_resident: int
     #: Seconds in each part of the steps; see `step_clock.StepClock`.
     step_seconds: dict[str, float]
-    #: Requests with the same prefix share its computation; not with recurrent states.
+    #: Whether requests share the computation of equal prefixes; False for recurrent states.
     shares_prefixes: bool = True
     #: Bytes of recurrent states that running sequences use, on all devices.
     state_bytes_used: int = 0
-    #: Processor seconds of this process, of all its threads.
+    #: CPU seconds of this process, over all threads.
     cpu_seconds: float = 0.0
-    #: The longest step of the last seconds; see `step_clock.StepClock.longest`.
+    #: Seconds of the longest recent step; see `step_clock.StepClock.longest`.
     longest_step_s: float = 0.0
-    #: Hidden states that this server knows of, and those through the busiest link direction of each
-    #: layer and step; see `traffic.Totals`.
+    #: Hidden states sent between servers, as far as this server knows, and those over the busiest
+    #: link direction of each layer and step; see `traffic.Totals`.
     rows: int = 0
     busiest_rows: int = 0
-    #: Positions that tokens attended to: each token's own and all before it.
+    #: Positions attended to, over all tokens; each token attends to its own and all before it.
     positions: int = 0
-    #: Steps by what was compiled for them, "decode rows+slice rows".
+    #: Steps by compiled bucket, "decode rows+slice rows".
     bucket_steps: dict[str, int] = {}
-    #: Expert calls that this server's devices computed, for its own tokens and others', and the
-    #: devices' seconds in them, together; 0 where it is not counted: without the C++ library.
+    #: Expert calls computed by this server's devices, for its own and others' tokens, and the
+    #: devices' seconds in them, summed; 0 without the C++ library, which counts them.
     calls_served: int = 0
     expert_seconds: float = 0.0
-    #: Sums over expert calls and layers; counters of each server by rank, empty if servers step
+    #: Counters of expert calls and layers; and counters per server, by rank, empty if servers step
     #: together.
     sums: Sums = msgspec.field(default_factory=Sums)
     peers: list[PeerCounters] = []
-    #: Sequences that failed in a step for want of an expert, each time anew; and those that wait
-    #: for one now.
+    #: Sequences that failed in a step because an expert was unavailable, counting repeats; and
+    #: sequences that wait for an unavailable expert now.
     failed_sequences: int = 0
     stalled: int = 0
-    #: Slots of the pools without an expert.
+    #: Empty slots of the expert pools.
     spare_slots: int = 0

@@ -1,4 +1,4 @@
-"""A bounded sample of the routes of all tokens, in which old ones fade."""
+"""A bounded random sample of tokens' routes in which old tokens fade."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ from dance_jax.placement.decay import decay_rate
 
 
 class Chosen(NamedTuple):
-    """Which of the tokens on offer enter a sample."""
+    """The offered tokens that enter a sample."""
 
-    #: int [chosen], ascending: their numbers among those on offer.
+    #: int [chosen], ascending: indices of the tokens among those offered.
     tokens: np.ndarray
-    #: float64 [chosen]: their keys.
+    #: float64 [chosen]: the tokens' keys.
     keys: np.ndarray
 
 
 class RouteSample:
-    """A random sample in which a token's chance halves with every half-life.
+    """A random sample in which a token's probability halves with every half-life.
 
-    Priority sampling (Duffield, Lund and Thorup 2007) in logarithms: every token gets the key
-    rate x time + exponential noise, with rate = ln 2 / half-life, and those of the largest keys are
-    kept. What has a key below rate x now has faded and goes as well, so that of few tokens, too, a
-    share of exp(-rate x age) is left: else a sample as large as the traffic of a half-life would
-    keep old ones for want of new. Without a half-life all are as likely and none fades. Equal calls
-    give equal samples.
+    This is priority sampling (Duffield, Lund and Thorup 2007) in logarithms: every token gets the
+    key rate x time + exponential noise, with rate = ln 2 / half-life, and the tokens with the
+    largest keys are kept. A token whose key is below rate x now has faded and is dropped as well,
+    so that a share of exp(-rate x age) remains even of few tokens; otherwise a sample as large as
+    the traffic of a half-life would keep old tokens for lack of new ones. Without a half-life, all
+    tokens are equally likely and none fades. Equal calls give equal samples.
 
-    Keys are drawn before routes are looked at: once the sample is full most tokens cannot enter,
-    and their routes need not be fetched from a device (`choose`, `put`).
+    Keys are drawn before routes are read: once the sample is full, most tokens cannot enter, and
+    their routes need not be fetched from the device (`choose`, `put`).
 
     Args:
-        size: tokens kept at most; 0 keeps none.
+        size: maximum number of tokens; 0 keeps none.
         shape: (l, k) of one token's routes.
-        seed: of the choice.
-        half_life: seconds; None: old tokens do not fade.
+        seed: seed of the random choice.
+        half_life: seconds; None if tokens do not fade.
     """
 
     def __init__(
@@ -49,32 +49,33 @@ class RouteSample:
         self.clear()
 
     def clear(self) -> None:
-        """Keeps none of the tokens so far."""
-        #: (key, place in the array) of every token kept, the least key first.
+        """Drop all tokens."""
+        #: Heap of (key, index in the arrays) of every token kept, smallest key first.
         self._heap: list[tuple[float, int]] = []
         self._free = list(range(len(self._routes)))[::-1]
 
     @property
     def wanted(self) -> bool:
-        """It keeps any tokens at all."""
+        """Whether the sample can hold any tokens."""
         return len(self._routes) > 0
 
     @property
     def kept(self) -> np.ndarray:
-        """int16 [tokens, l, k]: what is left as of the last `choose` or `add`.
+        """int16 [tokens, l, k]: routes of the tokens kept as of the last `choose` or `add`.
 
-        Tokens of one request are neighbours: they choose alike, so who divides a sample should not
-        divide requests.
+        Tokens of one request are adjacent: they have similar routes, so a caller that splits the
+        sample should not split requests.
         """
         places = np.array([place for _, place in self._heap], np.int64)
         return self._routes[places[np.lexsort((places, self._request[places]))]]
 
     def choose(self, tokens: int, now: float = 0.0) -> Chosen:
-        """Which of the next tokens enter; their routes must follow with `put`.
+        """Choose which of the next tokens enter; pass their routes to `put` afterwards.
 
         Args:
-            tokens: number of tokens on offer.
-            now: seconds of any clock, when they were computed; of no effect without a half-life.
+            tokens: number of tokens offered.
+            now: time at which the tokens were computed, in seconds of any clock; has no effect
+                without a half-life.
         """
         faded = self._rate * now
         while self._heap and self._heap[0][0] < faded:
@@ -85,11 +86,12 @@ class RouteSample:
         return Chosen(entering, keys[entering])
 
     def put(self, chosen: Chosen, routes_clk: np.ndarray, request_c: np.ndarray | int = 0) -> None:
-        """Keeps the tokens that `choose` named last, in place of those with the least keys.
+        """Keep the tokens that `choose` returned last, in place of those with the smallest keys.
 
         Args:
-            routes_clk: int [chosen, l, k], routes of `chosen.tokens` in this order.
-            request_c: int [chosen], of which request they are; a number: all of that one.
+            chosen: the result of `choose`.
+            routes_clk: int [chosen, l, k], routes of `chosen.tokens`, in the same order.
+            request_c: int [chosen], number of each token's request; or one number for all tokens.
         """
         request_c = np.broadcast_to(request_c, len(routes_clk))
         source: dict[int, int] = {}
@@ -107,6 +109,6 @@ class RouteSample:
         self._request[list(source)] = request_c[list(source.values())]
 
     def add(self, routes_tlk: np.ndarray, now: float = 0.0, request: int = 0) -> None:
-        """Offers the routes of more tokens of a request, [t, l, k]; `now` as in `choose`."""
+        """Offer the routes, [t, l, k], of more tokens of a request; `now` is as in `choose`."""
         chosen = self.choose(len(routes_tlk), now)
         self.put(chosen, routes_tlk[chosen.tokens], request)

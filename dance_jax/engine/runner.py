@@ -1,4 +1,4 @@
-"""Owner of jit, buckets, pools and tables of one engine process."""
+"""The runner of one engine process: owns compiled steps, pools, tables and device memory."""
 
 from __future__ import annotations
 
@@ -61,22 +61,22 @@ from dance_jax.models.trunk import Trunk, rope_of, split_trunk
 from dance_jax.placement.core import Layout
 from dance_jax.placement.visit import masks, places
 
-#: Reads experts: pairs (layer, expert) -> their places and weights, in any order.
+#: Reads experts: pairs (layer, expert) -> (index of the pair, its weights), in any order.
 ReadExperts = Callable[[list[tuple[int, int]]], Iterable[tuple[int, Weights]]]
 
 
 class Parts(NamedTuple):
-    """The compiled parts of a step, in their order (step.py)."""
+    """The compiled parts of a step, in order (step.py)."""
 
     begin: Any
-    #: One for each layer, or its `Halves`; layers that are alike have the same.
+    #: One part or `Halves` per layer; identical layers share them.
     layers: list[Any]
     logits: Any
     choose: Any
 
 
 class Halves(NamedTuple):
-    """The compiled parts of a layer whose routed experts the host computes."""
+    """The two compiled parts of a layer whose routed experts are computed on the host."""
 
     start: Any
     finish: Any
@@ -86,44 +86,44 @@ def cluster_mesh(devices: tuple[int, ...]) -> Mesh:
     """The 1-D mesh over all servers' devices, in rank order.
 
     Raises:
-        RuntimeError: the processes do not have these devices.
+        RuntimeError: the processes have other devices.
     """
     found = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
     have = tuple(
         sum(device.process_index == rank for device in found) for rank in range(len(devices))
     )
     if have != devices:
-        raise RuntimeError(f"JAX sees {have} devices per server, the cluster has {devices}")
+        raise RuntimeError(f"JAX sees {have} devices per server, but the cluster has {devices}")
     return Mesh(np.array(found), (AXIS,))
 
 
 def own_mesh(devices: int) -> Mesh:
-    """The 1-D mesh over so many devices of this process.
+    """The 1-D mesh over this process's first `devices` devices.
 
     Raises:
-        RuntimeError: it does not have them.
+        RuntimeError: the process has fewer devices.
     """
     found = jax.local_devices()
     if len(found) < devices:
-        raise RuntimeError(f"JAX sees {len(found)} devices, the server has {devices}")
+        raise RuntimeError(f"JAX sees {len(found)} devices, but the server needs {devices}")
     return Mesh(np.array(found[:devices]), (AXIS,))
 
 
 class Runner:
     """Runs steps on this server's devices.
 
-    Arrays of the step are global over the mesh, but every process has its own idea of their
-    shapes: pools and token counts differ from server to server, and nothing ever looks at
-    another process's shard (DESIGN: one SPMD program, a different shape on each server).
+    A step's arrays are global over the mesh, but their shapes may differ between processes: pools
+    and token counts differ from server to server, and no process ever reads another process's
+    shard (DESIGN: one SPMD program, a different shape on each server).
 
     Args:
-        form: what a slot of the pool holds.
-        blocks: KV blocks of each device, scratch not counted.
+        form: the format of a slot of the pool.
+        blocks: KV blocks of each device, without the scratch block.
         state_copies: see kv_cache.py.
-        transport: carries rows between servers that step together, of one kind on all of them;
-            None: each steps on its own, and experts answer calls.
-        order: all servers in the order in which this one prefers to call them
-            (`visit.preferences`); None: by number.
+        transport: carries rows between servers that step together, the same kind on all of them;
+            None if each server steps on its own and servers call each other's experts.
+        order: ranks of all servers in the order in which this server prefers to call them
+            (`visit.preferences`); None for ascending ranks.
     """
 
     def __init__(
@@ -147,7 +147,7 @@ class Runner:
         self.rank = rank
         self._order = tuple(range(len(layout.devices)) if order is None else order)
         own = (layout.devices[rank],)
-        #: Of the servers that step together: all of them, or this one.
+        #: The topology of the servers that step together: all servers, or this one alone.
         self.topology = Topology(0, own, config.max_step_tokens)
         if transport is not None:
             self.topology = Topology(rank, layout.devices, config.max_step_tokens)
@@ -161,12 +161,12 @@ class Runner:
         self._executables: dict[Any, jax.stages.Compiled] = {}
         self._parts: dict[Bucket, Parts] = {}
         self._shapes: dict[Bucket, Any] = {}
-        #: By decode rows what a step without adjustments gets, on the devices.
+        #: Number of decode rows -> empty adjustments on the devices.
         self._no_adjustments: dict[int, jax.Array] = {}
         ends, layers = split_trunk(trunk)
         self._ends, state = nnx.split(ends)
         self._layers, states = zip(*map(nnx.split, layers), strict=True)
-        #: The trunk's weights. Plain dicts: nnx's own containers are flattened in Python.
+        #: The trunk's weights, in plain dicts because nnx's containers are flattened in Python.
         self.state: dict[str, Any] = jax.tree.map(
             self.shards.replicated,
             {"ends": nnx.to_pure_dict(state), "layers": [*map(nnx.to_pure_dict, states)]},
@@ -175,19 +175,19 @@ class Runner:
             (graph, [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(state)])
             for graph, state in zip(self._layers, states, strict=True)
         ]
-        #: Of each layer the first one that is compiled to the same.
+        #: Layer -> the first layer that compiles to the same executable.
         self._like = [kinds.index(kind) for kind in kinds]
         self._ropes = [rope_of(model_config, layer) for layer in range(len(layers))]
-        #: Of each layer with routed experts which one it is, on the host and on the devices.
+        #: Layer with routed experts -> its index among those layers, on the host and on devices.
         self._moe = {
             layer: (number, self._on_all(np.int32(number)))
             for number, layer in enumerate(model_config.moe_layers)
         }
         self.pools = self._build_pools(layout)
-        #: This server's part in expert calls; None where servers step together.
+        #: Makes and answers expert calls; None if servers step together.
         self.calls = self._call_server()
-        #: What steps get of it, of the C++ library's; and where servers step together, where
-        #: experts are.
+        #: The C++ library's callers, as an argument of steps; and the tables of experts, used if
+        #: servers step together.
         self._callers: jax.Array | None = None
         self.tables: Tables | None = None
         self.use_tables(layout)
@@ -197,7 +197,7 @@ class Runner:
     def _make_exchange(self, transport: Transport | None) -> TracedExchange | HostCalls:
         servers = len(self._order)
         if transport is None and native.usable():
-            # A recurrent state cannot be handed from one group to the next.
+            # With recurrent states one group only: a state cannot pass from one group to the next.
             return Calls(2 if servers > 1 and not self.model_config.state_bytes else 1)
         if transport is None and servers > 1:
             return HostCalls()
@@ -222,7 +222,7 @@ class Runner:
         return None
 
     def _on_all(self, value: Any) -> jax.Array:
-        """Each local device's own copy of a value."""
+        """A copy of a value on each local device."""
         return self.shards.per_device([value] * len(self.devices))
 
     # Experts.
@@ -247,11 +247,11 @@ class Runner:
                     for place, weights in experts
                 ),
             )
-        give_back()  # what was read, and trunk and experts before they were laid out
+        give_back()  # the memory of files read, and of trunk and experts before their layout
         return pools
 
     def expert_number(self, layer: int, expert: int) -> int:
-        """`SlotWrite.expert`."""
+        """The expert's number in the model, as in `SlotWrite.expert`."""
         return layer * self.model_config.num_experts + expert
 
     def _build_tables(self, layout: Layout) -> Tables:
@@ -266,10 +266,11 @@ class Runner:
         return Tables(*map(self.shards.per_device, (holders, slot_of, place)))
 
     def use_tables(self, layout: Layout, number: int = 0) -> None:
-        """From the next step on experts are looked for where `layout` says; the pool stays.
+        """Look up experts by `layout` from the next step on; the pool is not changed.
 
         Args:
-            number: of the batch that brought it; 0: it was there from the start.
+            layout: the placement of all experts.
+            number: number of the batch that led to the layout; 0 for the first layout.
         """
         if self.calls is None:
             self.tables = self._build_tables(layout)
@@ -280,19 +281,19 @@ class Runner:
             self._callers = self.shards.per_device(callers)
 
     def stage_tables(self, layout: Layout, number: int) -> None:
-        """What others refuse, as they have batch `number` in force, is where `layout` says."""
+        """Use `layout` for calls that other servers refuse because they have applied the batch."""
         if self.calls is not None:
             self.calls.stage(number, layout.resident)
 
     def drop_tables(self, number: int) -> None:
-        """Batch `number` will not be in force, nor will those after it."""
+        """Drop the staged tables of batch `number` and of all later batches."""
         if self.calls is not None:
             self.calls.drop(number)
 
     # Steps.
 
     def compile(self, bucket: Bucket) -> Parts:
-        """The parts of a bucket's step, compiled at first use; layers that are alike share one."""
+        """The parts of a bucket's step, compiled at first use; identical layers share a part."""
         if bucket not in self._parts:
             self._parts[bucket] = Parts(
                 self._compiled(self._lower_begin, bucket),
@@ -331,13 +332,13 @@ class Runner:
         return self._lower(begin, (), self.state["ends"], self._nothing(bucket))
 
     def _begun(self, bucket: Bucket) -> Any:
-        """Shapes of what `begin` gives."""
+        """Shapes of the results of `begin`."""
         if bucket not in self._shapes:
             self._shapes[bucket] = self._given(self._lower_begin(bucket))
         return self._shapes[bucket]
 
     def _given(self, part: jax.stages.Lowered) -> Any:
-        """Shapes of what a part gives."""
+        """Shapes of the results of a part."""
         sharding = NamedSharding(self.mesh, PartitionSpec(AXIS))
         return jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -345,7 +346,7 @@ class Runner:
         )
 
     def _lower_layer(self, bucket: Bucket, index: int) -> jax.stages.Lowered:
-        """Of layer `index` and those like it; it takes over hidden, cache, links and record."""
+        """Lower layer `index`; hidden, cache, links and record are donated."""
 
         def layer(state, *arrays):
             layer = nnx.merge(self._layers[index], state)
@@ -365,7 +366,7 @@ class Runner:
         packed: jax.Array,
         record: Record,
     ) -> tuple[Any, ...]:
-        """What the part of a layer is called with."""
+        """The arguments of the part of a layer."""
         arguments = self._common_arguments(index, hidden, rotations, packed)
         if index not in self._moe:
             return *arguments, None, None, None
@@ -377,15 +378,14 @@ class Runner:
     def _common_arguments(
         self, index: int, hidden: Any, rotations: Sequence[Any], packed: jax.Array
     ) -> tuple[Any, ...]:
-        """What every layer is called with, and the first half of one whose experts the host
-        computes."""
+        """The arguments that a whole layer and the first half of a split layer share."""
         rope = self._ropes[index]
         rotation = None if rope is None else rotations[rope]
         state, cache = self.state["layers"][index], self.memory.cache[index]
         return state, hidden, rotation, packed, cache
 
     def _lower_start(self, bucket: Bucket, index: int) -> jax.stages.Lowered:
-        """Of layer `index` and those like it; it takes over hidden and cache."""
+        """Lower the first half of layer `index`; hidden and cache are donated."""
 
         def start(state, *arrays):
             layer = nnx.merge(self._layers[index], state)
@@ -398,7 +398,7 @@ class Runner:
         return self._lower(start, (1, 4), *arguments, record.failed)
 
     def _lower_finish(self, bucket: Bucket, index: int) -> jax.stages.Lowered:
-        """Of layer `index` and those like it; it takes over the record."""
+        """Lower the second half of layer `index`; the record is donated."""
 
         def finish(state, *arrays):
             return step_module.finish_layer(nnx.merge(self._layers[index], state), *arrays)
@@ -419,7 +419,11 @@ class Runner:
         packed: jax.Array,
         record: Record,
     ) -> tuple[Any, Record]:
-        """A layer whose routed experts the host computes: its output, and the record."""
+        """Run a layer whose routed experts are computed on the host.
+
+        Returns:
+            The layer's output, and the record.
+        """
         assert isinstance(self.calls, HostCallServer)
         arguments = self._common_arguments(index, hidden, rotations, packed)
         rest, routed, valid, self.memory.cache[index] = halves.start(*arguments, record.failed)
@@ -446,7 +450,8 @@ class Runner:
         changes = self._pack_adjustments(((),) * len(self.devices), rows)
         _, _, state, record = self._begun((rows, 0))
         none = self._on_all(np.bool_(False))
-        # (measured) Compiled in half the time, and as fast; it is most of what a start compiles.
+        # Most of the compile time of a start is spent here. These options halve the time, and the
+        # result is as fast (measured).
         quick = {"xla_backend_optimization_level": 1, "xla_cpu_use_fusion_emitters": False}
         options = quick if jax.default_backend() == "cpu" else None
         arrays = (scores, state, changes, none, record.crossed)
@@ -460,11 +465,14 @@ class Runner:
         *arrays: Any,
         options: dict[str, Any] | None = None,
     ) -> jax.stages.Lowered:
-        """A part of one device's arrays, traced for this process, on every device's.
+        """Map a function of one device's arrays over all devices, and lower it for this process.
 
         Args:
-            state: weights, the function's first argument, equal on all devices.
-            options: XLA's.
+            function: a part of a step.
+            donated: indices of donated arguments.
+            state: the function's first argument, weights that are equal on all devices.
+            arrays: the function's other arguments.
+            options: XLA's compiler options.
         """
 
         def body(state, *arrays):
@@ -484,20 +492,20 @@ class Runner:
         return jitted.lower(state, *arrays)
 
     def _nothing(self, bucket: Bucket) -> jax.Array:
-        """The batch of a step without rows."""
+        """The packed batch of a step without rows."""
         return self.shards.per_device(self._packed(((),) * len(self.devices), bucket, IDLE))
 
     def _packed(
         self, entries: tuple[tuple[Row, ...], ...], bucket: Bucket, status: int
     ) -> list[np.ndarray]:
-        """The batch of each device."""
+        """The packed batch of each device."""
         return [
             step_module.pack(step_module.host_batch(rows, bucket, self.config, status))
             for rows in entries
         ]
 
     def _pack_adjustments(self, entries: tuple[tuple[Row, ...], ...], decode: int) -> jax.Array:
-        """`Adjustments` of every device; what most steps have of them stays on the devices."""
+        """Packed `Adjustments` of every device; empty ones, used by most steps, stay on devices."""
         sampled = [
             {n: row.sequence for n, row in enumerate(step_module.sampling_rows(rows))}
             for rows in entries
@@ -516,14 +524,16 @@ class Runner:
     def run(
         self, plan: StepPlan, work: int | None = None, loaded: int = 0
     ) -> tuple[list[Outcome], Extras]:
-        """Runs one step, together with all other servers' steps.
+        """Run one step; servers that step together run it together.
 
-        The host starts part after part and waits for the outcome alone.
+        The host starts one part after the other and waits only for the outcome.
 
         Args:
-            plan: this server's rows; an empty plan takes part with padding alone.
-            work: what the others are told; None: what the plan says.
-            loaded: and the batch of experts that this server is ready to put in place; 0: none.
+            plan: this server's rows; an empty plan takes part with padding only.
+            work: this server's work as told to the other servers (IDLE, BUSY or DECODING); None to
+                derive it from the plan.
+            loaded: the batch of experts that this server is ready to apply, told to the others as
+                well; 0 for none.
 
         Returns:
             The outcome of each device, in numpy, and the extras, still on the devices.
@@ -553,7 +563,7 @@ class Runner:
         return outcomes, extras
 
     def _outcome(self, packed: np.ndarray, rows: int, own: Crossed) -> Outcome:
-        """The outcome that `choose` packed; of a lone server, with `own` for what crossed links."""
+        """Unpack the outcome of `choose`; a server that steps alone gets `own` as `crossed`."""
         numbers, alone = np.zeros(rows, np.int32), self.topology.num_servers == 1
         like = numbers, numbers.view(np.float32), numbers, np.bool_(0), None if alone else own
         outcome = Outcome(*step_module.unpack_host(packed, like))
@@ -566,7 +576,7 @@ class Runner:
         return Crossed(links, links, np.zeros(layers, np.int32), none, none)
 
     def read(self, array: jax.Array) -> list[np.ndarray]:
-        """A per-device array of the step (an extra, or of the memory), one per local device."""
+        """Read a per-device array (an extra, or part of the memory), one array per local device."""
         return self.shards.local(array)
 
     def counts(self) -> np.ndarray:

@@ -1,9 +1,9 @@
-"""Sampling on the device: all rows at once, each with its own parameters and its own random key.
+"""Sampling on the device, for all rows at once, each with its own parameters and random key.
 
-Semantics and order are vLLM's: tokens held back, biases and penalties, then argmax for greedy rows;
-for the others temperature, min-p, top-k, top-p, and a draw. Reported logprobs are those of
-the unchanged logits. There is no sort: top-k and top-p keep every token at or above a threshold,
-found by bisection over the bits of the logits (ties at the threshold stay in).
+Semantics and order are vLLM's: held-back tokens, biases and penalties first; then argmax for greedy
+rows, and temperature, min-p, top-k, top-p and a draw for the others. Reported logprobs are those of
+the unchanged logits. Nothing is sorted: top-k and top-p keep every token at or above a threshold,
+which is found by bisection over the bits of the logits (ties at the threshold are kept).
 
 Axis letters: r rows, v vocabulary, h known tokens of a row, b biases.
 """
@@ -19,12 +19,12 @@ import numpy as np
 
 from dance_jax.engine.sequence import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_IDS, Sequence
 
-#: Vocabulary entries among which the draw's second stage chooses.
+#: Vocabulary entries per block of the draw's second stage.
 _BLOCK = 256
 
 
 class SamplingState(NamedTuple):
-    """Parameters of each row; unused rows are greedy. Made by `sampling_state`."""
+    """Sampling parameters of each row, made by `sampling_state`; unused rows are greedy."""
 
     #: float32 [r]; 0 is greedy.
     temperature: jax.Array
@@ -38,24 +38,24 @@ class SamplingState(NamedTuple):
     seed: jax.Array
     #: int32 [r]: output tokens so far; the key is fold_in(key(seed), position).
     position: jax.Array
-    #: int32 [r, MAX_STOP_IDS]: tokens that cannot be sampled now, -1 for none.
+    #: int32 [r, MAX_STOP_IDS]: tokens that must not be sampled now, -1 for none.
     held_back: jax.Array
-    #: bool [r]: the most likely tokens are to be reported.
+    #: bool [r]: whether to report the most likely tokens.
     top: jax.Array
 
 
 class Adjustments(NamedTuple):
     """Changes of logits that few requests ask for; made by `adjustments`.
 
-    They come from the host in every step that has such a request, and so hold whatever became of
-    the sequence before: cached prefixes, preemption, another engine.
+    The host sends them in every step with such a request, so they stay correct after prefix cache
+    hits, preemption or an engine restart.
     """
 
-    #: int32 [r, h]: known tokens, prompt and output; -1 behind them.
+    #: int32 [r, h]: known tokens, prompt and output, padded with -1.
     history: jax.Array
-    #: int32 [r]: of which so many are the prompt.
+    #: int32 [r]: number of prompt tokens in the history.
     prompt_length: jax.Array
-    #: float32 [r] each; 1, 0 and 0 change nothing.
+    #: float32 [r] each; the neutral values are 1, 0 and 0.
     repetition_penalty: jax.Array
     presence_penalty: jax.Array
     frequency_penalty: jax.Array
@@ -69,21 +69,21 @@ class Sampled(NamedTuple):
 
     #: int32 [r].
     token: jax.Array
-    #: float32 [r]: natural logarithm of its probability under the unchanged logits.
+    #: float32 [r]: natural logarithm of the token's probability under the unchanged logits.
     logprob: jax.Array
-    #: int32 [r]: 1 + tokens more likely than it; 0 when no row has `top`.
+    #: int32 [r]: 1 + the number of more likely tokens; 0 if no row has `top`.
     rank: jax.Array
-    #: int32 [r, k] and float32 [r, k]: most likely tokens first; zeros when no row has `top`.
+    #: int32 [r, k] and float32 [r, k]: the most likely tokens first; zeros if no row has `top`.
     top_token: jax.Array
     top_logprob: jax.Array
 
 
 def sampling_state(sequences: Mapping[int, Sequence], rows: int) -> SamplingState:
-    """Numpy SamplingState of a step on one device.
+    """The SamplingState of a step on one device, in numpy.
 
     Args:
-        sequences: row -> the sequence that samples there.
-        rows: r, rows of the bucket.
+        sequences: row -> sequence sampled in that row.
+        rows: r, number of rows in the bucket.
     """
     array = {
         "temperature": np.zeros(rows, np.float32),
@@ -111,19 +111,19 @@ def sampling_state(sequences: Mapping[int, Sequence], rows: int) -> SamplingStat
 
 
 def adjusts(sequence: Sequence) -> bool:
-    """The sequence's logits are changed by what `Adjustments` holds."""
+    """Whether the sequence's parameters ask for `Adjustments`."""
     params = sequence.params
     penalised = params.repetition_penalty != 1 or params.presence_penalty
     return bool(penalised or params.frequency_penalty or params.logit_bias)
 
 
 def adjustments(sequences: Mapping[int, Sequence], rows: int, longest: int) -> Adjustments:
-    """Numpy Adjustments of a step on one device.
+    """The Adjustments of a step on one device, in numpy.
 
     Args:
-        sequences: row -> the sequence that samples there.
-        rows: r, rows of the bucket.
-        longest: h, most known tokens of a sequence.
+        sequences: row -> sequence sampled in that row.
+        rows: r, number of rows in the bucket.
+        longest: h, maximum number of known tokens of a sequence.
     """
     array = {
         "history": np.full((rows, longest), -1, np.int32),
@@ -154,14 +154,14 @@ def sample(
 ) -> Sampled:
     """Choose the next token of every row.
 
-    A row's token depends on its own logits, state and changes alone. What no row asks for is not
-    computed: greedy rows without changes cost one argmax and one log-sum-exp.
+    A row's token depends only on the row's own logits, state and changes. Features that no row uses
+    are not computed: greedy rows without changes cost one argmax and one log-sum-exp.
 
     Args:
         logits_rv: float32 [r, v], finite.
         state: parameters of each row.
-        changes: of each row's logits.
-        top: how many of the most likely tokens are reported (static).
+        changes: changes of each row's logits.
+        top: number of most likely tokens to report (static).
     """
     changed_rv = jax.lax.cond(
         jnp.any(state.held_back >= 0), _hold_back, lambda logits_rv, _: logits_rv, logits_rv, state
@@ -201,15 +201,19 @@ def sample(
 
 
 def _hold_back(logits_rv: jax.Array, state: SamplingState) -> jax.Array:
-    """Tokens held back get -inf."""
+    """Set the logits of held-back tokens to -inf."""
     column_rs = jnp.where(state.held_back >= 0, state.held_back, logits_rv.shape[1])
     row_r1 = jnp.arange(logits_rv.shape[0])[:, None]
     return logits_rv.at[row_r1, column_rs].set(-jnp.inf, mode="drop")
 
 
 def adjusted(logits_rv: jax.Array, changes: Adjustments) -> jax.Array:
-    """Biases are added; known tokens' logits shrink by the repetition penalty (grow where < 0);
-    the frequency penalty counts a token's outputs, the presence penalty asks for one."""
+    """Apply biases and penalties to the logits.
+
+    Biases are added. The repetition penalty divides positive logits of known tokens and multiplies
+    negative ones. The frequency penalty is subtracted once for each time the token is in the
+    output, the presence penalty once if it is there at all.
+    """
     rows, vocab = logits_rv.shape
     row_r1 = jnp.arange(rows)[:, None]
     bias_rb = jnp.where(changes.bias_token >= 0, changes.bias_token, vocab)
@@ -229,11 +233,11 @@ def adjusted(logits_rv: jax.Array, changes: Adjustments) -> jax.Array:
 
 
 def kept_tokens(logits_rv: jax.Array, state: SamplingState) -> tuple[jax.Array, jax.Array]:
-    """Scaled logits float32 [r, v] and the mask bool [r, v] of tokens that can be drawn.
+    """Scaled logits, float32 [r, v], and the mask, bool [r, v], of tokens that can be drawn.
 
-    With p = softmax(logits / temperature): min-p keeps p >= min_p max(p); top-k keeps, of these,
-    those at least as likely as the k-th; top-p keeps, renormalised over these, every token whose
-    more likely ones sum to less than top_p.
+    With p = softmax(logits / temperature): min-p keeps tokens with p >= min_p max(p). Of these,
+    top-k keeps the tokens at least as likely as the k-th. With p renormalised over these, top-p
+    keeps every token for which the more likely tokens sum to less than top_p.
     """
     warm_r1 = jnp.where(state.temperature > 0, state.temperature, 1)[:, None]
     scaled_rv = logits_rv / warm_r1
@@ -249,7 +253,7 @@ def kept_tokens(logits_rv: jax.Array, state: SamplingState) -> tuple[jax.Array, 
         limit_r = jnp.where(stage == 0, top_k_r, top_p_r)
         return kept_rv & _few_above(scaled_rv, measure_rv, limit_r)
 
-    # One loop for both, and none for what no row asks for: it is compiled once.
+    # One loop for both stages, so that `narrow` is compiled once; unused stages are skipped.
     first = jnp.where(jnp.any(state.top_k > 0), 0, 1)
     last = jnp.where(jnp.any(state.top_p < 1), 2, 1)
     kept_rv = jax.lax.fori_loop(first, last, narrow, kept_rv)
@@ -257,12 +261,13 @@ def kept_tokens(logits_rv: jax.Array, state: SamplingState) -> tuple[jax.Array, 
 
 
 def _draw(logits_rv: jax.Array, state: SamplingState) -> jax.Array:
-    """int32 [r]: a kept token, with its probability.
+    """int32 [r]: a kept token, drawn with its probability.
 
-    The Gumbel-max trick in two stages: a block of the vocabulary by its sum, then a token of it.
-    Logits that are off by little, as those of another batch or server are, change the choice with
-    as little a probability; in a draw from cumulated sums every border would move. With one stage
-    it takes a random number and two logarithms a token, with two a fraction of that.
+    The draw uses the Gumbel-max trick in two stages: first a block of the vocabulary by its sum of
+    weights, then a token of the block. A small error in the logits, as from another batch or
+    server, changes the choice with a small probability only; in a draw from cumulative sums, every
+    boundary would move. A single stage would take a random number and two logarithms per token; two
+    stages take a fraction of that.
     """
     scaled_rv, kept_rv = kept_tokens(logits_rv, state)
     weight_rv = jnp.where(kept_rv, jnp.exp(scaled_rv), 0)
@@ -280,17 +285,18 @@ def _draw(logits_rv: jax.Array, state: SamplingState) -> jax.Array:
 
 
 def _gumbel_max(weight_rj: jax.Array, key_r: jax.Array) -> jax.Array:
-    """int32 [r]: a place with probability in proportion to its weight; one without is not taken."""
+    """int32 [r]: an index, drawn with probability proportional to its weight, never of weight 0."""
     noise_rj = jax.vmap(lambda key: jax.random.gumbel(key, weight_rj.shape[1:]))(key_r)
     return jnp.argmax(jnp.log(weight_rj) + noise_rj, axis=-1).astype(jnp.int32)
 
 
 def _few_above(scaled_rv: jax.Array, weight_rv: jax.Array, limit_r: jax.Array) -> jax.Array:
-    """bool [r, v]: the weights of all larger logits sum to less than the limit.
+    """bool [r, v]: whether the weights of all larger logits sum to less than the limit.
 
-    The sum of weights above a threshold falls with it, so the lowest threshold whose sum stays
-    below the limit is found by bisection. Logits are at most 0, so their bit patterns, read as
-    unsigned integers, grow as they fall; 31 halvings (the sign is fixed) find the exact one.
+    The sum of the weights above a threshold falls as the threshold rises, so bisection finds the
+    lowest threshold whose sum stays below the limit. Logits are at most 0, so their bit patterns,
+    read as unsigned integers, grow as the logits fall; 31 halvings (the sign is fixed) find the
+    exact threshold.
 
     Args:
         scaled_rv: float32 [r, v], at most 0.

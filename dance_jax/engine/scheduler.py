@@ -1,11 +1,11 @@
-"""Which sequence computes which tokens in the next step; plain Python, no arrays.
+"""The scheduler: which sequence computes which tokens in the next step. Plain Python, no arrays.
 
-A step of a server is one compiled bucket for all of its devices: on each, `decode` rows of one
-token and a slice of `slice` rows of up to block_size tokens. Every decoding sequence gets its row
-in every step, so a long prompt holds the others up for one slice at a time.
+A step of a server is one compiled bucket for all of its devices: on each device, `decode` rows of
+one token and a slice of `slice` rows of up to block_size tokens. Every decoding sequence gets its
+row in every step, so a long prompt delays other sequences by only one slice at a time.
 
-A row of a slice holds tokens of one sequence and starts where a KV block starts. That is so because
-a prefill begins at 0 or behind whole cached blocks, and all its rows but the last are whole.
+A row of a slice has tokens of one sequence and starts at the start of a KV block. This holds
+because a prefill begins at 0 or behind full cached blocks, and all its rows but the last are full.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dance_jax.config import EngineConfig, UserError
 from dance_jax.engine.blocks import BlockPool
 from dance_jax.engine.sequence import Sequence
 
-#: Seconds until a sequence whose experts nobody answered for is computed again.
+#: Seconds before a sequence is retried whose experts were unavailable.
 RETRY_S = 0.1
 
 _by_arrival = operator.attrgetter("arrival")
@@ -29,27 +29,27 @@ _by_arrival = operator.attrgetter("arrival")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Row:
-    """What one row of one device computes in a step.
+    """The tokens that one row of one device computes in a step.
 
-    Its block table is sequence.blocks, which covers the row's positions.
+    The row's block table is sequence.blocks, which covers the row's positions.
     """
 
     sequence: Sequence
-    #: Place in the bucket: 0..decode-1 in the decode, from there on in the slice.
+    #: Index in the bucket: 0..decode-1 for decode rows, decode and above for slice rows.
     index: int
-    #: Index of the slice's first row of the same sequence; decode: index.
+    #: Index of the first row of the same sequence in the slice; for decode rows, `index`.
     first: int
-    #: Position of the first token. Positions before it are cached, or in the step's rows from
-    #: `first` on.
+    #: Position of the first token. Earlier positions are cached or in the step's rows from `first`
+    #: on.
     start: int
-    #: One token id in the decode, 1..block_size in the slice.
+    #: One token id for a decode row, 1..block_size for a slice row.
     tokens: list[int]
-    #: All known tokens are then computed, so the next one is sampled from the last one's logits.
+    #: Whether a token is sampled: true if the row ends with the sequence's last known token.
     sample: bool
 
     @property
     def positions(self) -> int:
-        """Positions that the row's tokens attend to: each token's own and all before it, summed."""
+        """Positions attended to, summed over the row's tokens: a token's own and all before it."""
         count = len(self.tokens)
         return count * self.start + count * (count + 1) // 2
 
@@ -58,7 +58,7 @@ class Row:
 class StepPlan:
     """One step of one server: the bucket and, per device, the rows in use.
 
-    The bucket of a plan that computes nothing is (0, 0).
+    An empty plan has the bucket (0, 0).
     """
 
     #: Rows of one token on each device.
@@ -76,7 +76,7 @@ class StepPlan:
         return self.decode, self.slice
 
     def without(self, sequences: Iterable[Sequence]) -> StepPlan:
-        """The rows of other sequences."""
+        """The plan without the rows of these sequences."""
         gone = {id(sequence) for sequence in sequences}
         entries = (
             tuple(row for row in rows if id(row.sequence) not in gone) for rows in self.entries
@@ -90,16 +90,16 @@ class StepPlan:
 
     @property
     def decoding(self) -> bool:
-        """Some row of the decode is in use."""
+        """Whether any decode row is in use."""
         return any(row.index < self.decode for rows in self.entries for row in rows)
 
 
 @dataclasses.dataclass(slots=True)
 class _Work:
-    """What one device does in a step; all of it has its blocks."""
+    """The work of one device in a step; its blocks are allocated already."""
 
     decodes: list[Sequence] = dataclasses.field(default_factory=list)
-    #: Rows of the slice that each sequence takes.
+    #: (sequence, number of slice rows it takes).
     prefills: list[tuple[Sequence, int]] = dataclasses.field(default_factory=list)
 
     @property
@@ -108,26 +108,27 @@ class _Work:
 
 
 class Scheduler:
-    """Admits sequences first come, first served, and cuts their work into steps.
+    """Admits sequences first come, first served, and divides their work into steps.
 
-    The cycle: `add`; then `schedule` -> run -> `commit`, append the sampled tokens to their
-    sequences, `finish` those that are done.
+    The cycle is: `add`; then `schedule`, run the plan, `commit`, append the sampled tokens to their
+    sequences, and `finish` the sequences that are done.
 
-    Between two cycles a running sequence holds just the blocks of its computed tokens. Blocks come
-    when a row is planned; where none is left, the youngest sequence of the device gives its own
-    back and is computed again later. So the oldest one always advances, and all end.
+    Between two cycles, a running sequence holds exactly the blocks of its computed tokens. Blocks
+    are allocated when a row is planned. If no block is left, the youngest sequence of the device is
+    preempted: it gives up its blocks and is computed again later. So the oldest sequence always
+    advances, and all sequences end.
 
     Args:
-        config: its sizes of buckets, block_size, max_num_seqs and max_model_len are used.
-        devices: devices of this server.
+        config: provides bucket sizes, block_size, max_num_seqs and max_model_len.
+        devices: number of devices of this server.
         num_blocks: KV blocks of each device.
-        share_prefixes: sequences begin behind cached blocks of equal tokens. Not so where a layer
-            has a recurrent state, which exists only for a sequence's last token.
-        state_copies: slots for recurrent states of each running sequence, see kv_cache.py.
+        share_prefixes: whether sequences may start behind cached blocks of equal tokens. Must be
+            False if a layer has a recurrent state, which exists only for a sequence's last token.
+        state_copies: slots for recurrent states per running sequence, see kv_cache.py.
 
     Raises:
-        UserError: buckets that leave some work without a step, or a KV cache that is too small for
-            the longest sequence.
+        UserError: the buckets leave some work without a step, or the KV cache is too small for the
+            longest sequence.
     """
 
     def __init__(
@@ -147,23 +148,23 @@ class Scheduler:
         self.pools = [BlockPool(num_blocks, config.block_size) for _ in range(devices)]
         #: Admitted sequences of each device, oldest first.
         self.running: list[list[Sequence]] = [[] for _ in range(devices)]
-        #: Slots for recurrent states that no running sequence of the device has.
+        #: Free slots for recurrent states, per device.
         slots = state_copies * config.max_num_seqs
         self._state_slots = [list(range(slots, 0, -1)) for _ in range(devices)]
-        #: Heap of (arrival, sequence): those that were preempted go before all younger ones.
+        #: Heap of (arrival, sequence): preempted sequences come before all younger ones.
         self._waiting: list[tuple[int, Sequence]] = []
-        #: Running sequences that went back to waiting since the start.
+        #: Preemptions since the start.
         self.preemptions = 0
-        #: Sequences put off since the start, as tokens of them could not be computed.
+        #: Failed sequences since the start, counting repeats.
         self.failures = 0
-        #: Tokens of the sequences that began, and how many of them were cached, since the start.
+        #: Tokens looked up in the prefix cache, and tokens found there, since the start.
         self.prefix_queries = self.prefix_hits = 0
         self._arrivals = 0
         self._uncommitted = False
 
     @property
     def active(self) -> bool:
-        """Some sequence waits or runs."""
+        """Whether any sequence waits or runs."""
         return bool(self._waiting) or any(self.running)
 
     @property
@@ -176,41 +177,41 @@ class Scheduler:
 
     @property
     def stalled(self) -> int:
-        """Sequences whose last step failed."""
+        """Number of sequences whose last step failed."""
         running = [sequence for device in self.running for sequence in device]
         waiting = [sequence for _, sequence in self._waiting]
         return sum(sequence.rests_until > 0 for sequence in running + waiting)
 
     @property
     def num_blocks(self) -> int:
-        """KV blocks of all devices."""
+        """Number of KV blocks of all devices."""
         return sum(pool.num_blocks for pool in self.pools)
 
     @property
     def blocks_used(self) -> int:
-        """KV blocks that running sequences hold, of all devices."""
+        """Number of KV blocks that running sequences hold, on all devices."""
         return sum(pool.used for pool in self.pools)
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence.
 
         Raises:
-            ValueError: it has no tokens, or no room for another one in the context.
+            ValueError: the sequence has no tokens, or the context has no room for another token.
         """
         if not 0 < sequence.num_tokens < self.config.max_model_len:
             raise ValueError(
-                f"{sequence.request_id}: {sequence.num_tokens} tokens; must be at least 1, and "
-                f"fewer than max_model_len, {self.config.max_model_len}"
+                f"{sequence.request_id}: has {sequence.num_tokens} tokens; must have at least 1, "
+                f"and fewer than max_model_len, {self.config.max_model_len}"
             )
         sequence.arrival = self._arrivals
         self._arrivals += 1
         heapq.heappush(self._waiting, (sequence.arrival, sequence))
 
     def finish(self, sequence: Sequence) -> None:
-        """Forget a sequence, running or waiting; nothing of it is held any more.
+        """Remove a sequence, running or waiting, and free its blocks and state slots.
 
         Raises:
-            ValueError: the scheduler does not have it.
+            ValueError: the scheduler does not have the sequence.
         """
         if sequence.device >= 0:
             self._release(sequence)
@@ -219,29 +220,32 @@ class Scheduler:
             heapq.heapify(self._waiting)
 
     def abort(self, request_id: str | None = None) -> list[Sequence]:
-        """Forget the sequences of a request, or all of them; returns them, oldest first."""
+        """Remove the sequences of a request, or all sequences; return them, oldest first."""
 
-        def meant(sequence: Sequence) -> bool:
+        def matches(sequence: Sequence) -> bool:
             return request_id in (None, sequence.request_id)
 
-        waiting = [sequence for _, sequence in self._waiting if meant(sequence)]
-        running = [sequence for device in self.running for sequence in device if meant(sequence)]
+        waiting = [sequence for _, sequence in self._waiting if matches(sequence)]
+        running = [sequence for device in self.running for sequence in device if matches(sequence)]
         if waiting:
-            self._waiting = [entry for entry in self._waiting if not meant(entry[1])]
+            self._waiting = [entry for entry in self._waiting if not matches(entry[1])]
             heapq.heapify(self._waiting)
         for sequence in running:
             self._release(sequence)
         return sorted(waiting + running, key=_by_arrival)
 
     def schedule(self, others_decode: bool = False) -> StepPlan:
-        """Admit what fits and plan the next step; it is empty if nothing can be computed now.
+        """Admit sequences that fit and plan the next step.
 
         Args:
-            others_decode: sequences decode on other servers, which wait for this one in every
-                layer, as decoding sequences of this server do.
+            others_decode: whether sequences decode on other servers, which wait for this one in
+                every layer just like this server's own decoding sequences.
+
+        Returns:
+            The plan; it is empty if nothing can be computed now.
 
         Raises:
-            RuntimeError: the last plan was not committed, or a sampled token not appended.
+            RuntimeError: the last plan was not committed, or a sampled token was not appended.
         """
         if self._uncommitted:
             raise RuntimeError("schedule() before commit() of the last plan")
@@ -254,15 +258,16 @@ class Scheduler:
         return plan
 
     def commit(self, plan: StepPlan, failed: Iterable[Sequence] = ()) -> None:
-        """The step ran: its tokens are in the cache, and others may use the blocks it filled.
+        """Record that the step ran: its tokens are cached, and full blocks can be shared.
 
         Args:
-            failed: sequences of which tokens could not be computed. They rest for RETRY_S and
-                compute the same again, from the recurrent states before the step.
+            plan: the plan that ran.
+            failed: sequences with tokens that could not be computed. They pause for RETRY_S and
+                then compute the same tokens again, from the recurrent states before the step.
         """
-        left = {id(sequence): sequence for sequence in failed}
+        failing = {id(sequence): sequence for sequence in failed}
         for row in (row for rows in plan.entries for row in rows):
-            if id(row.sequence) in left:
+            if id(row.sequence) in failing:
                 continue
             row.sequence.num_computed += len(row.tokens)
             row.sequence.rests_until = 0.0
@@ -271,7 +276,7 @@ class Scheduler:
                 row.sequence.state_slots = written, read
             if row.sequence.num_computed % self.config.block_size == 0:
                 self._publish_last(row.sequence)
-        for sequence in left.values():
+        for sequence in failing.values():
             self._put_off(sequence)
         self._uncommitted = False
 
@@ -283,11 +288,11 @@ class Scheduler:
         sequence.blocks = sequence.blocks[:kept]
 
     def _most_rows(self, others_decode: bool) -> int:
-        """Rows of a slice that each device may take now.
+        """Slice rows that each device may take now.
 
-        Beside a decode a prompt takes a small slice, however long it is, so that it holds the
-        others up little. Many prompts take a row each: their users wait too, and a device whose
-        sequences wait for their slices computes decodes with few rows.
+        While other sequences decode, a prompt gets a small slice, however long the prompt is, so
+        that it delays them little. Several prompts get one row each: their users wait too, and a
+        device whose sequences still wait for their slices decodes with few rows.
         """
         sizes = self.config.slice_rows
         if not (others_decode or any(not s.prefilling for device in self.running for s in device)):
@@ -296,7 +301,7 @@ class Scheduler:
         return max(size for size in sizes if size <= max(prompts, sizes[0]))
 
     def _admit(self) -> None:
-        """First come, first served: no sequence goes before an older one that does not fit yet."""
+        """Admit waiting sequences in order of arrival; stop at the first that does not fit yet."""
         while self._waiting:
             _, sequence = self._waiting[0]
             device = self._choose_device(sequence)
@@ -308,7 +313,7 @@ class Scheduler:
             bisect.insort(self.running[device], sequence, key=_by_arrival)
 
     def _choose_device(self, sequence: Sequence) -> int | None:
-        """Of the devices with room: the fewest running, where a cached block outweighs one."""
+        """The device with room that has the fewest running sequences minus cached blocks."""
         needed = self._blocks_for(sequence.num_tokens + 1)
         fitting = [
             device
@@ -319,22 +324,26 @@ class Scheduler:
             return fitting[0] if fitting else None
         cached = {device: len(self._cached_prefix(sequence, device)) for device in fitting}
         running = {device: len(self.running[device]) for device in fitting}
-        # Not the longest prefix alone: one that all share would leave the other devices empty.
+        # Do not go by the longest prefix alone: if all sequences share it, the other devices would
+        # stay empty.
         return min(fitting, key=lambda device: (running[device] - cached[device], device))
 
     def _unclaimed(self, device: int) -> int:
-        """Blocks left when all running sequences have those of their known tokens."""
+        """Blocks left after all running sequences get the blocks of their known tokens."""
         claimed = (self._blocks_for(s.num_tokens) - len(s.blocks) for s in self.running[device])
         return self.pools[device].available - sum(claimed)
 
     def _plan_device(self, running: list[Sequence], most_rows: int) -> _Work:
-        """Oldest first, so that whoever loses its blocks to another has no row yet."""
+        """Plan the work of one device, oldest sequence first.
+
+        The order ensures that a sequence that is preempted for another has no row yet.
+        """
         work, left, now = _Work(), most_rows, time.monotonic()
         for sequence in tuple(running):
             if sequence.device < 0 or sequence.rests_until > now:
-                continue  # preempted for an older one, or its experts are not to be had
+                continue  # preempted for an older sequence, or pausing after a failure
             if not sequence.num_pending:
-                raise RuntimeError(f"{sequence.request_id}: its sampled token was not appended")
+                raise RuntimeError(f"{sequence.request_id}: the sampled token was not appended")
             if not sequence.prefilling:
                 if self._allot(sequence, 1):
                     work.decodes.append(sequence)
@@ -344,7 +353,7 @@ class Scheduler:
         return work
 
     def _allot(self, sequence: Sequence, most_rows: int) -> int:
-        """Blocks for the sequence's next rows; returns how many rows have theirs."""
+        """Allocate blocks for the sequence's next rows; return how many rows have blocks."""
         if not sequence.blocks:
             self._reuse_prefix(sequence)
         done = sequence.num_computed // self.config.block_size
@@ -357,9 +366,11 @@ class Scheduler:
         return 0 if sequence.device < 0 else len(sequence.blocks) - done
 
     def _allocate_for(self, sequence: Sequence, has_row: bool) -> int | None:
-        """A block; the youngest running sequences of the device give theirs back if need be.
+        """Allocate a block, preempting the device's youngest running sequences if necessary.
 
-        None: that one is the sequence itself. It stays if it has a row in this step.
+        Returns:
+            The block; None if the sequence itself is the youngest. The sequence is then preempted,
+            unless it has a row in this step.
         """
         running, pool = self.running[sequence.device], self.pools[sequence.device]
         while (block := pool.allocate()) is None:
@@ -372,7 +383,7 @@ class Scheduler:
         return block
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Back to waiting, with all tokens known so far, which will be computed again."""
+        """Move a sequence back to waiting; all its known tokens will be computed again."""
         self._release(sequence)
         heapq.heappush(self._waiting, (sequence.arrival, sequence))
         self.preemptions += 1
@@ -385,10 +396,10 @@ class Scheduler:
         sequence.state_slots = 0, 0
 
     def _reuse_prefix(self, sequence: Sequence) -> None:
-        """Begins a sequence behind the blocks that are cached.
+        """Start a sequence behind its cached prefix.
 
-        Only now, not when it is admitted, because meanwhile an older one with the same prompt may
-        have computed them.
+        This happens at the first step and not on admission, because an older sequence with the same
+        prompt may have computed the prefix in the meantime.
         """
         blocks = self._cached_prefix(sequence, sequence.device)
         self.pools[sequence.device].take(blocks)
@@ -398,13 +409,13 @@ class Scheduler:
         self.prefix_hits += sequence.num_computed
 
     def _cached_prefix(self, sequence: Sequence, device: int) -> list[int]:
-        """Cached blocks of all known tokens but the last, whose logits are needed."""
+        """Cached blocks of the known tokens, without the last token, whose logits are needed."""
         if not self.share_prefixes:
             return []
         return self.pools[device].lookup(sequence.tokens(0, sequence.num_tokens - 1))
 
     def _publish_last(self, sequence: Sequence) -> None:
-        """Lets others find the block that the sequence has just filled."""
+        """Publish the block that the sequence has just filled."""
         if not self.share_prefixes:
             return
         size = self.config.block_size
@@ -414,7 +425,7 @@ class Scheduler:
         self.pools[sequence.device].publish(parent, tokens, sequence.blocks[page])
 
     def _bucket(self, work: list[_Work]) -> tuple[int, int]:
-        """The smallest that holds what the fullest device does; (0, 0) for nothing at all."""
+        """The smallest bucket for the device with the most work; (0, 0) if there is no work."""
         decodes = max((len(part.decodes) for part in work), default=0)
         rows = max((part.slice_rows for part in work), default=0)
         if not decodes and not rows:
@@ -446,7 +457,7 @@ class Scheduler:
         )
 
     def _blocks_for(self, tokens: int) -> int:
-        """Blocks of a sequence of so many tokens."""
+        """Number of blocks for this many tokens."""
         return -(-tokens // self.config.block_size)
 
 
@@ -454,20 +465,20 @@ def _check_buckets(config: EngineConfig) -> None:
     for name in ("decode_rows", "slice_rows"):
         sizes = getattr(config, name)
         if not sizes or list(sizes) != sorted(set(sizes)) or sizes[0] < 1:
-            raise UserError(f"{name}: ascending positive sizes are needed; got {sizes}")
+            raise UserError(f"{name}: must be positive sizes in ascending order; got {sizes}")
     if config.decode_rows[-1] != config.max_num_seqs:
         raise UserError(
-            f"decode_rows: the last must be max_num_seqs, {config.max_num_seqs}; "
+            f"decode_rows: the last size must be max_num_seqs, {config.max_num_seqs}; "
             f"got {config.decode_rows}"
         )
     if config.block_size < 2:
-        raise UserError(f"block_size: at least 2 positions are needed; got {config.block_size}")
+        raise UserError(f"block_size: must be at least 2; got {config.block_size}")
 
 
 def _check_blocks(config: EngineConfig, num_blocks: int) -> None:
     if num_blocks < config.max_blocks:
         raise UserError(
-            f"max_model_len: {config.max_model_len} tokens take {config.max_blocks} KV blocks of "
-            f"block_size {config.block_size}, a device has {num_blocks}; give the KV cache more "
-            "memory, or a smaller max_model_len"
+            f"max_model_len: {config.max_model_len} tokens need {config.max_blocks} KV blocks of "
+            f"block_size {config.block_size}, but a device has only {num_blocks}; give the KV "
+            "cache more memory, or set a smaller max_model_len"
         )

@@ -1,6 +1,6 @@
-"""What a user asks for and gets back, and the state of one sample in between.
+"""Requests, sampling parameters and outputs, and the state of one sample.
 
-Names and defaults are vLLM's. Everything but `Sequence` crosses processes with msgspec.
+Names and defaults are vLLM's. All types but `Sequence` cross processes with msgspec.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ import msgspec
 
 from dance_jax.config import UserError
 
-#: Most alternatives per token that `SamplingParams.logprobs` can ask for (compiled into the step).
+#: Maximum of `SamplingParams.logprobs`, alternatives per token (compiled into the step).
 MAX_LOGPROBS = 20
-#: Most token ids (EOS included) that `SamplingParams.min_tokens` can hold back (compiled too).
+#: Maximum number of token ids, EOS included, that `SamplingParams.min_tokens` can hold back
+#: (compiled into the step).
 MAX_STOP_IDS = 16
-#: Most tokens, prompt or output, that anything here counts to: numbers go to the device as int32.
+#: Maximum token count and token id: numbers go to the device as int32.
 MAX_TOKENS = 2**31 - 1
-#: Most samples of one prompt.
+#: Maximum number of samples of one prompt.
 MAX_SAMPLES = 1024
-#: Most entries of `SamplingParams.logit_bias` (compiled into the step).
+#: Maximum number of entries of `SamplingParams.logit_bias` (compiled into the step).
 MAX_LOGIT_BIAS = 300
 #: Temperatures below this are greedy, as in vLLM.
 GREEDY_TEMPERATURE = 1e-5
@@ -33,43 +34,43 @@ FinishReason = Literal["stop", "length", "error", "abort"]
 
 
 class SamplingParams(msgspec.Struct, kw_only=True):
-    """How to sample; defaults are vLLM's.
+    """Sampling parameters; defaults are vLLM's.
 
     Raises:
         UserError: a field has a wrong type or value; the message names the field.
     """
 
-    #: Samples of each prompt.
+    #: Number of samples of each prompt.
     n: int = 1
     #: 0 is greedy.
     temperature: float = 1.0
     #: Keep the fewest most likely tokens whose probabilities reach this sum, 0 < top_p <= 1.
     top_p: float = 1.0
-    #: Keep the most likely tokens; 0 or -1 keeps all.
+    #: Keep this many most likely tokens; 0 or -1 keeps all.
     top_k: int = 0
     #: Keep tokens at least this times as likely as the most likely one, 0..1.
     min_p: float = 0.0
-    #: Same seed, same output; None takes seeds from the engine's own.
+    #: Equal seeds give equal outputs; None to take a seed from the engine.
     seed: int | None = None
     #: Strings that end the text; they are not part of it.
     stop: str | list[str] | None = None
-    #: Tokens that end the output, beside the model's EOS; they are not part of the text.
+    #: Tokens that end the output, in addition to the model's EOS; they are not part of the text.
     stop_token_ids: list[int] | None = None
-    #: Most output tokens; None: as many as the context holds.
+    #: Maximum number of output tokens; None for as many as fit the context.
     max_tokens: int | None = 16
-    #: Output tokens before EOS, stop_token_ids or stop strings may end it.
+    #: Output tokens required before EOS, stop_token_ids or stop strings can end the output.
     min_tokens: int = 0
-    #: Go on after the model's EOS.
+    #: Continue after the model's EOS.
     ignore_eos: bool = False
-    #: Most likely alternatives reported for each output token (beside the token itself).
+    #: Most likely alternatives reported per output token, in addition to the token itself.
     logprobs: int | None = None
-    #: Above 1 makes tokens of the prompt and the output less likely, below 1 more.
+    #: Above 1, makes tokens of the prompt and the output less likely; below 1, more likely.
     repetition_penalty: float = 1.0
     #: Subtracted from the logit of every token that is in the output, -2..2.
     presence_penalty: float = 0.0
-    #: Subtracted from a token's logit for each time it is in the output, -2..2.
+    #: Subtracted from a token's logit once for each time the token is in the output, -2..2.
     frequency_penalty: float = 0.0
-    #: Token id -> what is added to its logit, -100..100; at most MAX_LOGIT_BIAS tokens.
+    #: Token id -> bias added to its logit, -100..100; at most MAX_LOGIT_BIAS tokens.
     logit_bias: dict[int, float] | None = None
 
     def __post_init__(self) -> None:
@@ -82,7 +83,7 @@ class SamplingParams(msgspec.Struct, kw_only=True):
         if self.seed == -1:
             self.seed = None
         self.verify()
-        # numpy's numbers, say: only Python's own cross processes.
+        # Convert e.g. numpy's numbers: only Python's own types cross processes.
         for name in ("n", "top_k", "seed", "max_tokens", "min_tokens", "logprobs"):
             if (value := getattr(self, name)) is not None:
                 setattr(self, name, int(value))
@@ -149,7 +150,7 @@ class SamplingParams(msgspec.Struct, kw_only=True):
         _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         _check_bias(self.logit_bias)
         if self.greedy and self.n > 1:
-            _reject("n", self.n, "1 when temperature is 0: greedy samples are all the same")
+            _reject("n", self.n, "1 if temperature is 0, because greedy samples are all the same")
 
 
 def _check_bias(bias: Any) -> None:
@@ -177,7 +178,7 @@ def _integer(field: str, value: Any, low: int, high: int | None = None) -> None:
 
 def _number(field: str, value: Any, low: float, high: float = math.inf) -> None:
     real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    # Compared as it is: an integer can be larger than any float.
+    # Compared without conversion: an integer can be larger than any float.
     if not real or not low <= value <= min(high, sys.float_info.max):  # pyright: ignore
         span = f"of at least {low:g}" if math.isinf(high) else f"from {low:g} to {high:g}"
         _reject(field, value, f"a finite number {span}")
@@ -190,9 +191,9 @@ def _items(field: str, value: Any, expected: str) -> list | tuple:
 
 
 class Logprob(msgspec.Struct):
-    """One token at one place of the output, under the model's own distribution.
+    """The log-probability of one token at one position of the output.
 
-    The distribution is that of the unchanged logits: before temperature, penalties and masks.
+    The distribution is that of the unchanged logits, before temperature, penalties and masks.
     """
 
     #: Natural logarithm of the probability.
@@ -210,12 +211,12 @@ class CompletionOutput(msgspec.Struct):
     token_ids: list[int] = []
     #: Sum of the output tokens' logprobs.
     cumulative_logprob: float = 0.0
-    #: For each output token: token id -> Logprob, of the token and of the most likely ones;
-    #: None when not asked for.
+    #: For each output token: token id -> Logprob, for the token and for the most likely ones; None
+    #: if not requested.
     logprobs: list[dict[int, Logprob]] | None = None
-    #: None while it runs.
+    #: None while the sample runs.
     finish_reason: FinishReason | None = None
-    #: The stop string or token id that ended it (None for EOS); for "error" the reason as text.
+    #: The stop string or token id that ended the sample (None for EOS); for "error", the reason.
     stop_reason: int | str | None = None
 
     @property
@@ -224,24 +225,24 @@ class CompletionOutput(msgspec.Struct):
 
 
 class RequestMetrics(msgspec.Struct):
-    """Times in seconds; the absolute ones are unix time. None: it did not happen (yet)."""
+    """Times in seconds; absolute ones are unix time. None for events that have not happened."""
 
     arrival_time: float
     first_token_time: float | None = None
     finished_time: float | None = None
-    #: A step began to compute the prompt.
+    #: When the first step began to compute the prompt.
     first_scheduled_time: float | None = None
 
     @property
     def ttft_s(self) -> float | None:
-        """From arrival to the first output token (of any sample)."""
+        """Seconds from arrival to the first output token of any sample."""
         if self.first_token_time is None:
             return None
         return self.first_token_time - self.arrival_time
 
     @property
     def e2e_s(self) -> float | None:
-        """From arrival to the end of the last sample."""
+        """Seconds from arrival to the end of the last sample."""
         return None if self.finished_time is None else self.finished_time - self.arrival_time
 
 
@@ -249,7 +250,7 @@ class RequestOutput(msgspec.Struct):
     """A prompt with its samples."""
 
     request_id: str
-    #: None when the prompt came as token ids.
+    #: None if the prompt was given as token ids.
     prompt: str | None
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
@@ -258,14 +259,14 @@ class RequestOutput(msgspec.Struct):
 
 
 class OutputDelta(msgspec.Struct):
-    """What one step added to one sample: the engine's unit of streaming.
+    """The addition of one step to one sample, the engine's unit of streaming.
 
     `engine.output.OutputCollector` adds deltas up to a RequestOutput.
     """
 
     request_id: str
     index: int
-    #: New text; may lag behind token_ids (open characters, possible stop strings).
+    #: New text; may lag behind token_ids (incomplete characters, possible stop strings).
     text: str = ""
     token_ids: list[int] = []
     #: Sum of the logprobs of token_ids.
@@ -277,71 +278,71 @@ class OutputDelta(msgspec.Struct):
 
 
 class Request(msgspec.Struct):
-    """One prompt on its way to an engine."""
+    """A request: one prompt with its sampling parameters."""
 
     request_id: str
     prompt: str | None
     prompt_token_ids: list[int]
     params: SamplingParams
-    #: Unix time in seconds; None: the engine notes when it gets the request.
+    #: Unix time in seconds; None if the engine is to note when it gets the request.
     arrival_time: float | None = None
-    #: Per sample, output tokens that an engine before this one has brought: it goes on from there.
-    #: Samples that had finished have None. Empty: all begin.
+    #: Per sample, output tokens from an earlier engine, from which this one continues; None for a
+    #: finished sample. Empty if all samples start from the beginning.
     resumed: list[list[int] | None] = []
 
 
 @dataclasses.dataclass(eq=False, slots=True)
 class Sequence:
-    """State of one sample: what the scheduler moves and the runner computes.
+    """State of one sample, which the scheduler plans and the runner computes.
 
     Invariant: tokens 0..num_computed-1 are in the KV cache of `device`, position p in block
     blocks[p // block_size].
     """
 
     request_id: str
-    #: Which of the request's n samples.
+    #: Index among the request's n samples.
     index: int
     prompt_token_ids: list[int]
     params: SamplingParams
-    #: Most output tokens: params.max_tokens, cut to the context.
+    #: Maximum number of output tokens: params.max_tokens, cut to the context.
     max_tokens: int
     #: uint32; the sampling key is fold_in(key(seed), number of output tokens so far).
     seed: int
     #: Tokens that end the output: EOS (unless ignored) and params.stop_token_ids.
     stop_ids: frozenset[int] = frozenset()
-    #: Tokens that cannot be sampled before params.min_tokens outputs, at most MAX_STOP_IDS.
+    #: Tokens that must not be sampled before params.min_tokens outputs, at most MAX_STOP_IDS.
     held_back_ids: tuple[int, ...] = ()
     output_token_ids: list[int] = dataclasses.field(default_factory=list)
     num_computed: int = 0
-    #: -1: it waits.
+    #: Device that runs the sequence; -1 while it waits.
     device: int = -1
     blocks: list[int] = dataclasses.field(default_factory=list)
-    #: Where its recurrent states are on the device, and where the next step leaves them, from 1 on;
-    #: 0: it waits.
+    #: Slots, from 1 on, from which the next step reads the recurrent states and to which it writes
+    #: them; 0 while the sequence waits.
     state_slots: tuple[int, int] = (0, 0)
-    #: Number in the order in which the scheduler got the sequences.
+    #: Order of arrival at the scheduler.
     arrival: int = -1
-    #: time.monotonic() before which it rests, as experts that it needs were not to be had; 0: its
-    #: last step brought it on.
+    #: time.monotonic() until which the sequence pauses because experts were unavailable; 0 if its
+    #: last step succeeded.
     rests_until: float = 0.0
 
     @property
     def num_tokens(self) -> int:
-        """Known tokens, prompt and output."""
+        """Number of known tokens, prompt and output."""
         return len(self.prompt_token_ids) + len(self.output_token_ids)
 
     @property
     def num_pending(self) -> int:
-        """Known tokens that are not in the KV cache."""
+        """Number of known tokens that are not in the KV cache."""
         return self.num_tokens - self.num_computed
 
     @property
     def prefilling(self) -> bool:
-        """More is pending than the one token that a decode step takes, or it is a prompt token."""
+        """Whether more than one token is pending, or a prompt token; otherwise it decodes."""
         return self.num_pending > 1 or self.num_computed < len(self.prompt_token_ids)
 
     def tokens(self, start: int, count: int) -> list[int]:
-        """Known tokens start..start+count-1 (fewer at the end)."""
+        """Known tokens start..start+count-1, or fewer at the end."""
         border = len(self.prompt_token_ids)
         if start >= border:
             return self.output_token_ids[start - border : start - border + count]
@@ -350,10 +351,10 @@ class Sequence:
 
 
 def sample_seed(seed: int, index: int) -> int:
-    """uint32 seed of sample `index` of a request with this seed; well mixed, machine-independent.
+    """A well-mixed uint32 seed for one sample of a request; the same on all machines.
 
     Args:
-        seed: any integer of up to 64 bits.
+        seed: the request's seed, any integer of up to 64 bits.
         index: number of the sample, 0..n-1.
     """
     digest = hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=4).digest()

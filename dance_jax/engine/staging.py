@@ -1,4 +1,4 @@
-"""Batches of moved experts that are loaded and wait until all servers have loaded them."""
+"""Staging of batches of moved experts until all servers have loaded them."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from dance_jax.engine.pools import SlotWrite
 from dance_jax.models.experts import ExpertFormat, Weights
 from dance_jax.placement.core import Layout
 
-#: By (local device, slot).
+#: (local device, slot) -> weights.
 Experts = Mapping[tuple[int, int], Weights]
 
 
 @dataclasses.dataclass(frozen=True)
 class StagedBatch:
-    """The slots that a server writes when a layout comes into force."""
+    """A layout, and the slots that a server writes for it."""
 
     number: int
     layout: Layout
-    #: Per local device.
+    #: Slots to write, per local device.
     writes: list[list[SlotWrite]]
 
 
 def new_slots(old: Layout, new: Layout, rank: int) -> set[tuple[int, int]]:
-    """(local device, slot) of a server whose content is another expert's under `new`."""
+    """The slots (local device, slot) of a server that get another expert under `new`."""
     found = set()
     for device in range(new.devices[rank]):
         was, now = old.experts_of(rank, device), new.experts_of(rank, device)
@@ -36,62 +36,62 @@ def new_slots(old: Layout, new: Layout, rank: int) -> set[tuple[int, int]]:
 
 
 class Staging:
-    """One server's batches, in their order. It holds host arrays and touches no device.
+    """One server's staged batches, in order. Staging holds host arrays and uses no device.
 
     Args:
-        layout: in force.
-        rank: this server's.
-        form: of the pool.
+        layout: the layout in force.
+        rank: this server's rank.
+        form: the format of the pool.
     """
 
     def __init__(self, layout: Layout, rank: int, form: ExpertFormat) -> None:
-        #: In force.
+        #: The layout in force.
         self.layout = layout
         self._rank = rank
-        self._wanted = [(leaf.shape, leaf.dtype) for leaf in form.leaves.values()]
+        self._leaf_types = [(leaf.shape, leaf.dtype) for leaf in form.leaves.values()]
         self._batches: list[StagedBatch] = []
-        self._last = self._told = self._commit = 0
+        self._last = self._announced = self._commit = 0
 
     @property
     def ready(self) -> int:
-        """The batch that comes next and is loaded here; 0: none."""
+        """Number of the next batch, which is loaded here; 0 for none."""
         return self._batches[0].number if self._batches else 0
 
     @property
     def latest(self) -> Layout:
-        """Of the last batch, which the next one is to follow."""
+        """The layout after the last staged batch, on which the next batch builds."""
         return self._batches[-1].layout if self._batches else self.layout
 
     @property
     def news(self) -> bool:
-        """The others do not know yet that the next one may come into force."""
-        return self._committed not in (0, self._told)
+        """Whether the other servers have yet to be told that the next batch may be applied."""
+        return self._committed not in (0, self._announced)
 
     @property
     def _committed(self) -> int:
         return self.ready if self.ready <= self._commit else 0
 
     def commit(self, number: int) -> None:
-        """Batches up to this one have been loaded by all servers."""
+        """Note that all servers have loaded the batches up to this one."""
         self._commit = number
 
     def add(self, number: int, layout: Layout, experts: Experts) -> StagedBatch:
-        """Holds a batch; see `Engine.stage`."""
+        """Hold a batch; see `Engine.stage`."""
         before = self.latest
         if number <= self._last:
-            raise ValueError(f"batch {number} after batch {self._last}: numbers must grow")
+            raise ValueError(f"batch {number} after batch {self._last}: numbers must increase")
         same = (layout.devices, layout.slots_per_device, layout.device_of.shape) == (
             before.devices,
             before.slots_per_device,
             before.device_of.shape,
         )
         if not same:
-            raise ValueError(f"batch {number}: its layout is for other servers or another model")
+            raise ValueError(f"batch {number}: the layout is for other servers or another model")
         needed = new_slots(before, layout, self._rank)
         if missing := sorted(needed - set(experts)):
             raise ValueError(
                 f"batch {number}: no weights for (device, slot) {missing[0]} and "
-                f"{len(missing) - 1} more that its layout changes"
+                f"{len(missing) - 1} more slots that the layout changes"
             )
         writes = [[] for _ in range(layout.devices[self._rank])]
         tables = [layout.experts_of(self._rank, device) for device in range(len(writes))]
@@ -110,30 +110,32 @@ class Staging:
     ) -> None:
         at = f"batch {number}, device {device}, slot {slot}"
         if not (0 <= device < len(tables) and 0 <= slot < len(tables[device])):
-            raise ValueError(f"{at}: there is no such slot")
+            raise ValueError(f"{at}: the slot does not exist")
         if tables[device][slot, 0] < 0:
-            raise ValueError(f"{at}: its layout has no expert there")
+            raise ValueError(f"{at}: the layout has no expert there")
         found = [(array.shape, array.dtype) for array in weights]
-        if found != self._wanted:
-            raise ValueError(f"{at}: weights are {found}, not {self._wanted}")
+        if found != self._leaf_types:
+            raise ValueError(
+                f"{at}: weights have shapes and dtypes {found}, not {self._leaf_types}"
+            )
 
     def drop(self, number: int) -> bool:
-        """Forgets a batch and those after it; see `Engine.unstage`."""
+        """Drop a batch and all later ones; see `Engine.unstage`."""
         kept = [batch for batch in self._batches if batch.number < number]
         dropped = any(batch.number == number for batch in self._batches)
         self._batches = kept
         return dropped
 
     def tell(self) -> int:
-        """What this server says in the step that begins: which batch may come into force, or 0."""
-        self._told = self._committed
-        return self._told
+        """The batch that this server tells the others, in the next step, may be applied; or 0."""
+        self._announced = self._committed
+        return self._announced
 
     def take(self, number: int) -> StagedBatch:
-        """The next batch, from here on in force.
+        """Remove the next batch and put its layout in force.
 
         Args:
-            number: what all servers have said.
+            number: the batch that all servers agreed on.
         """
         batch = self._batches.pop(0)
         if batch.number != number:

@@ -1,9 +1,10 @@
-"""The parts of a step: decode rows and a slice of prefill, experts wherever they live.
+"""The parts of a step, which computes decode rows and a slice of prefill rows.
 
-`begin`, then `layer` for each layer, `logits`, `choose`: each is compiled on its own, a layer once
-for all layers like it, and the host starts one after the other without waiting (runner.py). Where
-the host computes routed experts, a layer that has them is `start_layer` and `finish_layer`, and the
-host waits between them. All are functions of one device's arrays.
+The parts are `begin`, then `layer` for each layer, `logits`, and `choose`. Each part is compiled
+separately, a layer once for all identical layers, and the host starts one part after the other
+without waiting (runner.py). If the host computes routed experts, a layer with routed experts is
+split into `start_layer` and `finish_layer`, and the host waits between the two. All parts are
+functions of one device's arrays.
 """
 
 from __future__ import annotations
@@ -35,86 +36,86 @@ from dance_jax.models.trunk import Layer, Rest, Trunk
 
 #: (decode rows, slice rows) of a compiled step.
 Bucket = tuple[int, int]
-#: What a server tells the others of its work: none, some, and that some of it decodes.
+#: A server's work as told to the other servers: none, some without decodes, or some with decodes.
 IDLE, BUSY, DECODING = 0, 1, 2
 
 
 class StepBatch(NamedTuple):
-    """What one device computes in a step: d decode rows, then s rows of a slice; r = d + s.
+    """The input of a step on one device: d decode rows, then s slice rows; r = d + s.
 
-    The tokens, t, are one of each decode row, then block_size of each row of the slice. No more
-    than d rows, one of a sequence, have a token sampled: in the order of `sampling_rows`.
+    The t tokens are one per decode row, then block_size per slice row. At most d rows, one per
+    sequence, have a token sampled, in the order of `sampling_rows`.
     """
 
-    #: int32 [t], padded after a row's length.
+    #: int32 [t], padded after each row's length.
     token: Leaf
-    #: int32 [r]: position of the first token, number of tokens (0: row unused), and the first row
-    #: of the same sequence.
+    #: int32 [r] each: position of the row's first token, number of tokens (0 if the row is unused),
+    #: and the first row of the same sequence.
     start: Leaf
     length: Leaf
     first: Leaf
-    #: int32 [r, p]: blocks of the row's sequence; int32 [r, 2]: `Rows.state_r2`.
+    #: int32 [r, p]: block table of the row's sequence; int32 [r, 2]: `Rows.state_r2`.
     table: Leaf
     state: Leaf
-    #: int32 []: what the server tells the others of itself, `messages.status_word`.
+    #: int32 []: the server's status as told to the other servers, `messages.status_word`.
     status: Leaf
-    #: int32 [d]: the tokens behind which one is sampled.
+    #: int32 [d]: indices of the tokens after which a token is sampled.
     last: Leaf
     sampling: SamplingState
 
 
 class Crossed(NamedTuple):
-    """What has crossed the links between servers in a step, and what they have told each other."""
+    """The traffic between servers in a step, and the status that they exchanged."""
 
     #: int32 [l, n, n] each: `Exchanged.rows` and `.bytes` of each MoE layer.
     rows: Leaf
     bytes: Leaf
-    #: int32 [l]: `Exchanged.away` of each.
+    #: int32 [l]: `Exchanged.away` of each MoE layer.
     away: Leaf
-    #: int32 []: the most that a server had to do, and the batch of experts that all servers are
-    #: ready to put in place, or 0.
+    #: int32 [] each: the maximum of all servers' work (IDLE, BUSY, DECODING), and the batch of
+    #: experts that all servers are ready to apply, or 0.
     work: Leaf
     loaded: Leaf
 
 
 class Outcome(NamedTuple):
-    """What the host reads after a step, of one device."""
+    """One device's results that the host reads after every step."""
 
     #: int32 [d], float32 [d], int32 [d]: the sampled token, its logprob and rank.
     token: Leaf
     logprob: Leaf
     rank: Leaf
-    #: bool []: some of the step's tokens have failed, `Extras.failed`.
+    #: bool []: whether any of the step's tokens failed, `Extras.failed`.
     any_failed: Leaf
     crossed: Crossed
 
 
 class Extras(NamedTuple):
-    """What the host reads only when it needs it, of one device."""
+    """One device's results that the host reads only if needed."""
 
     #: int32 [d, 20] and float32 [d, 20]: most likely tokens.
     top_token: Leaf
     top_logprob: Leaf
-    #: uint16 [t, l, k]: experts each token chose.
+    #: uint16 [t, l, k]: the experts chosen for each token.
     routes: Leaf
-    #: bool [t]: tokens of which some expert was nowhere to be had.
+    #: bool [t]: tokens that needed an expert that no server provided.
     failed: Leaf
     #: float32 [d, v].
     logits: Leaf
 
 
 class Record(NamedTuple):
-    """What the layers of a step record, each in its place; l MoE layers."""
+    """What the layers of a step record, each at its own index; l MoE layers."""
 
     #: `Extras.routes` and `.failed`.
     routes: Leaf
     failed: Leaf
-    #: None where there is one server.
+    #: None if a single server steps.
     crossed: Crossed | None
 
 
 def token_slice(bucket: Bucket, config: EngineConfig, row: Row) -> slice:
-    """Which of the batch's tokens are the row's."""
+    """The slice of the batch's tokens that belong to the row."""
     decode, _ = bucket
     begin = row.index
     if row.index >= decode:
@@ -130,11 +131,14 @@ def sampling_rows(rows: tuple[Row, ...]) -> list[Row]:
 def host_batch(
     rows: tuple[Row, ...], bucket: Bucket, config: EngineConfig, status: int
 ) -> StepBatch:
-    """Numpy batch of one device.
+    """The batch of one device, in numpy.
 
     Args:
         rows: the rows in use.
-        status: to the other servers, `messages.status_word` of IDLE, BUSY or DECODING and a batch.
+        bucket: the bucket of the step.
+        config: provides block_size and max_blocks.
+        status: `messages.status_word` for the other servers, made of IDLE, BUSY or DECODING and the
+            number of a batch of experts.
     """
     decode, slices = bucket
     count = decode + slices
@@ -147,7 +151,7 @@ def host_batch(
     for row in rows:
         token[token_slice(bucket, config, row)] = row.tokens
         start[row.index], length[row.index] = row.start, len(row.tokens)
-        # Among the rows of its kind.
+        # Indices count separately for decode rows and slice rows.
         first[row.index] = row.first - (decode if row.index >= decode else 0)
         table[row.index, : len(row.sequence.blocks)] = row.sequence.blocks
         state[row.index] = row.sequence.state_slots
@@ -160,7 +164,7 @@ def host_batch(
 
 
 def batch_rows(batch: StepBatch, bucket: Bucket, block_size: int) -> tuple[Rows, ...]:
-    """The batch's rows for the attention: those of the decode, those of the slice."""
+    """The batch's rows for the attention: decode rows and slice rows."""
     decode, slices = bucket
     parts = [(slice(0, decode), 1), (slice(decode, decode + slices), block_size)]
     return tuple(
@@ -178,7 +182,7 @@ def batch_rows(batch: StepBatch, bucket: Bucket, block_size: int) -> tuple[Rows,
 
 
 def pack(tree: Any) -> np.ndarray:
-    """All leaves of a numpy tree as one int32 vector: one transfer instead of many."""
+    """All leaves of a numpy tree as one int32 vector, for one transfer instead of many."""
     leaves = [
         leaf.astype(np.int32) if leaf.dtype == bool else leaf for leaf in jax.tree.leaves(tree)
     ]
@@ -186,7 +190,7 @@ def pack(tree: Any) -> np.ndarray:
 
 
 def unpack(vector: Array, like: Any) -> Any:
-    """Inverse of `pack`, traced; `like` has the leaves' shapes and dtypes."""
+    """Inverse of `pack` for use inside a step; `like` has the leaves' shapes and dtypes."""
     leaves, structure = jax.tree.flatten(like)
     out, offset = [], 0
     for leaf in leaves:
@@ -200,7 +204,7 @@ def unpack(vector: Array, like: Any) -> Any:
 
 
 def pack_traced(tree: Any) -> Array:
-    """`pack` inside the step."""
+    """`pack` for use inside a step."""
     leaves = jax.tree.leaves(tree)
     parts = [
         leaf.astype(jnp.int32) if leaf.dtype == bool else lax.bitcast_convert_type(leaf, jnp.int32)
@@ -224,12 +228,12 @@ def unpack_host(vector: np.ndarray, like: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """What all parts of the steps of a bucket are compiled for."""
+    """Static properties that all parts of a bucket's step are compiled for."""
 
     bucket: Bucket
     config: EngineConfig
     exchange: TracedExchange | HostCalls
-    #: MoE layers, experts of each, experts of a token.
+    #: Number of MoE layers, of experts per layer, and of experts per token.
     moe_layers: int
     num_experts: int
     top_k: int
@@ -240,15 +244,18 @@ class Form:
         return decode + slices * self.config.block_size
 
     def batch(self, packed: Array) -> StepBatch:
-        """What `host_batch` packed; a part of a step computes no more of it than it uses."""
+        """Unpack a batch of `host_batch`; XLA drops the fields that a part does not use."""
         return unpack(packed, host_batch((), self.bucket, self.config, IDLE))
 
     def rows(self, batch: StepBatch) -> tuple[Rows, ...]:
         return batch_rows(batch, self.bucket, self.config.block_size)
 
     def groups(self, rows: tuple[Rows, ...]) -> list[tuple[slice, tuple[Rows, ...]]]:
-        """The tokens and rows of each group of a layer: all, or a slice's rows in parts of which
-        the first has the decode rows too."""
+        """The tokens and rows of each group of a layer.
+
+        With one group, all tokens and rows. With several, each group has a part of the slice rows,
+        and the first group also has the decode rows.
+        """
         _, slices = self.bucket
         count = min(self.exchange.groups, max(slices, 1))
         ends = [slices * n // count for n in range(1, count + 1)]
@@ -272,7 +279,11 @@ class Form:
 def begin(
     form: Form, trunk: Trunk, packed: Array
 ) -> tuple[Array, tuple[Rotation, ...], Array, Record]:
-    """What the first layer gets, the rotations, the packed sampling state, and an empty record."""
+    """Begin a step.
+
+    Returns:
+        The first layer's input, the rotations, the packed sampling state, and an empty record.
+    """
     batch = form.batch(packed)
     positions_t = jnp.concatenate([rows.positions_t for rows in form.rows(batch)])
     hidden_td, rotations = trunk.embed(batch.token, positions_t, form.config.max_model_len)
@@ -298,11 +309,14 @@ def layer(
     links: Any,
     record: Record | None,
 ) -> tuple[Array, Any, Any, Record | None]:
-    """A layer's output, and what is kept: its cache, its links and the record.
+    """Compute a layer.
 
     Args:
-        layer: of the trunk.
+        layer: a layer of the trunk.
         experts, links, record: None for a layer without routed experts.
+
+    Returns:
+        The layer's output, its cache, its link memory, and the record.
     """
     batch = form.batch(packed)
     rows = form.rows(batch)
@@ -351,14 +365,14 @@ def _run_groups(
     status: Array,
     links: Any,
 ) -> tuple[tuple[Array, Array, Array, Exchanged], Any]:
-    """A layer with routed experts, a group of its tokens after the other.
+    """Compute a layer with routed experts, one group of tokens after the other.
 
-    All that need not wait for a group's calls is computed while they are out: the next group up to
-    its own calls, then what all have beside the routed experts.
+    While a group's calls are in flight, the device computes what does not depend on them: the next
+    group up to its own calls, then everything in the layer other than the routed experts.
 
     Returns:
-        hidden [t, d], the experts chosen, int32 [t, k], the tokens that have failed, bool [t], and
-        the traffic; and the cache.
+        hidden [t, d], the experts chosen, int32 [t, k], the failed tokens, bool [t], and the
+        traffic; and the cache.
     """
     exchange = form.exchange
     assert not isinstance(exchange, HostCalls)
@@ -385,7 +399,7 @@ def _run_groups(
 
 
 def _recorded(record: Record, layer: Array, expert_tk: Array, failed_t: Array) -> Record:
-    """The record with a layer's routes and the rows that have failed in it."""
+    """The record with a layer's routes and failed rows added."""
     routes = lax.dynamic_update_index_in_dim(
         record.routes, expert_tk.astype(jnp.uint16), layer, axis=1
     )
@@ -401,14 +415,14 @@ def start_layer(
     cached: Any,
     failed_t: Array,
 ) -> tuple[Any, Routed, Array, Any]:
-    """A layer up to its routed experts, which the host computes.
+    """Compute a layer up to its routed experts, which the host computes.
 
     Args:
         failed_t: `Record.failed`.
 
     Returns:
-        What `finish_layer` gets; what is routed, its hidden states in float32; bool [t], the rows
-        that are to be; and the cache.
+        The input of `finish_layer`; the routed tokens, with hidden states in float32; bool [t], the
+        rows to compute experts for; and the cache.
     """
     rows = form.rows(form.batch(packed))
     with jax.named_scope("layer"):
@@ -428,10 +442,13 @@ def finish_layer(
     failed_t: Array,
     record: Record,
 ) -> tuple[Array, Record]:
-    """A layer from its routed experts' sums on: its output, and the record.
+    """Finish a layer from the sums of its routed experts.
 
     Args:
-        number: int32 [], which of the layers with routed experts it is.
+        number: int32 [], the layer's index among the layers with routed experts.
+
+    Returns:
+        The layer's output, and the record.
     """
     hidden_td, beside_td = rest
     hidden_td = layer.finish(hidden_td, beside_td, sums_td)
@@ -441,11 +458,11 @@ def finish_layer(
 def logits(
     form: Form, trunk: Trunk, hidden_td: Array, packed: Array, counts_le: Array, record: Record
 ) -> tuple[Array, Array, Array]:
-    """The end of a step.
+    """Compute the logits, and count the step's expert calls.
 
     Returns:
-        Logits after the tokens `StepBatch.last`, float32 [d, v]; `Memory.counts` with the calls of
-        this step's tokens added, those that failed left out; whether any token failed, bool [].
+        Logits after the tokens `StepBatch.last`, float32 [d, v]; `Memory.counts` plus the calls of
+        this step's tokens, without failed tokens; whether any token failed, bool [].
     """
     batch = form.batch(packed)
     counted_t = form.valid(form.rows(batch)) & ~record.failed
@@ -464,11 +481,14 @@ def choose(
     any_failed: Array,
     crossed: Crossed | None,
 ) -> tuple[Array, Array, Array]:
-    """The fields of `Outcome`, packed, and `Extras.top_token` and `.top_logprob`.
+    """Sample the next tokens.
 
     Args:
-        longest: most tokens of a sequence.
-        crossed: None where there is one server.
+        longest: maximum number of tokens of a sequence.
+        crossed: None if a single server steps.
+
+    Returns:
+        The fields of `Outcome`, packed; `Extras.top_token` and `.top_logprob`.
     """
     state = unpack(packed_state, sampling_state({}, len(logits_dv)))
     changes = unpack(packed_adjustments, adjustments({}, len(logits_dv), longest))

@@ -1,4 +1,4 @@
-"""Where the time of an engine's steps goes."""
+"""Accounting of the time of an engine's steps, by part."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ import collections
 import time
 from collections.abc import Callable, Mapping
 
-#: Seconds of which the longest step is known.
+#: Seconds over which the longest step is tracked.
 WINDOW_S = 10.0
 
 
 class StepClock:
-    """Seconds by part of the steps, which follow each other without a gap.
+    """Measures the seconds spent in each part of the steps; the parts cover a step without gaps.
 
-    It is called several times in each step: (measured) context managers for the parts took 4 % of
-    the processor time of a decode outside the C++ library.
+    The clock is called several times in each step. It has no context managers for the parts because
+    they took 4 % of the CPU time of a decode outside the C++ library (measured).
 
-    Parts: "schedule" plans; "wait" is for other servers' first bytes, "exchange" moves rows,
-    "experts" computes them (these three where the C++ library does it, else they are 0);
-    "compute" is the rest of the device's step; "output" makes text of what was sampled.
+    Parts: "schedule" plans; "wait" waits for other servers' first bytes, "exchange" moves rows, and
+    "experts" computes them (these three are 0 unless the C++ library does them); "compute" is the
+    rest of the device's step; "output" turns sampled tokens into text.
 
     Args:
-        inside: seconds of "wait", "exchange" and "experts" since the process began, by the C++
-            library's own count.
+        inside: returns the seconds of "wait", "exchange" and "experts" since the process started,
+            as counted by the C++ library.
     """
 
     def __init__(self, inside: Callable[[], Mapping[str, float]]) -> None:
@@ -31,17 +31,18 @@ class StepClock:
         self._seconds: dict[str, float] = dict.fromkeys(
             ("schedule", "compute", "experts", "wait", "exchange", "output"), 0.0
         )
-        #: time.perf_counter() at begin and end of each part of the latest step; all of "computing".
+        #: time.perf_counter() at begin and end of each part of the latest step; "computing" covers
+        #: the whole device step.
         self.spans: dict[str, tuple[float, float]] = {}
-        #: (when it ended, seconds) of the steps in the window that no later one was as long as.
+        #: (end time, seconds) of those steps in the window that are longer than all later ones.
         self._long: collections.deque[tuple[float, float]] = collections.deque()
 
     def start(self) -> None:
-        """A step begins."""
+        """Begin a step."""
         self._began = self._lap = time.perf_counter()
 
     def end(self) -> None:
-        """The step has ended."""
+        """End the step."""
         ended = time.perf_counter()
         seconds = ended - self._began
         while self._long and self._long[-1][1] <= seconds:
@@ -50,17 +51,17 @@ class StepClock:
 
     @property
     def longest(self) -> float:
-        """Seconds of the longest step that ended in the last WINDOW_S; 0: none did."""
+        """Seconds of the longest step that ended in the last WINDOW_S; 0 if there is none."""
         while self._long and self._long[0][0] < time.perf_counter() - WINDOW_S:
             self._long.popleft()
         return self._long[0][1] if self._long else 0.0
 
     def ended(self, part: str) -> None:
-        """What the step did since its last part counts for this one."""
+        """End a part: the time since the end of the previous part counts for this one."""
         self._seconds[part] += self._span(part)
 
     def computed(self) -> None:
-        """The devices have run the step since its last part."""
+        """End the device's step and divide its time into parts by the C++ library's counts."""
         rest, before = self._span("computing"), self._counted
         self._counted = self._inside()
         for name, seconds in self._counted.items():
@@ -75,5 +76,5 @@ class StepClock:
         return self._lap - began
 
     def seconds(self) -> dict[str, float]:
-        """Since this clock was made."""
+        """Seconds by part since this clock was created."""
         return dict(self._seconds)

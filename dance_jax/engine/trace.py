@@ -1,9 +1,9 @@
-"""What a server's steps and expert calls did and when, in Chrome's trace event format.
+"""A trace of a server's steps and expert calls, in Chrome's trace event format.
 
-https://ui.perfetto.dev draws it: a process is a server, its tracks are its steps, each device's
-layers and calls, the calls of others that it answers, and its requests. An event is a line of JSON;
-times are in microseconds since `began_ns`. A call carries the number of its caller's step, and the
-event of that step names its requests.
+https://ui.perfetto.dev displays the trace. A process is a server; its tracks are its steps, each
+device's layers and calls, the calls of other servers that it answers, and its requests. Each event
+is one line of JSON; times are in microseconds since `began_ns`. A call has the number of its
+caller's step, and the event of that step lists its requests.
 """
 
 from __future__ import annotations
@@ -24,34 +24,35 @@ _encode = msgspec.json.Encoder().encode
 
 
 class Trace:
-    """The events of one server, from its steps and from its part in calls.
+    """The events of one server, from its steps and from the calls it makes and answers.
 
     Args:
-        rank: this server's.
-        names: of all servers, by rank.
-        began_ns: unix time, in ns, from which times count: the same on all servers.
-        calls: of this server, before it has connections; None where servers step together.
+        rank: this server's rank.
+        names: names of all servers, by rank.
+        began_ns: origin of all times, unix time in ns, the same on all servers.
+        calls: this server's calls, before it has connections; None if servers step together.
     """
 
     def __init__(
         self, rank: int, names: Sequence[str], began_ns: int, calls: ExpertCalls | None
     ) -> None:
         self._rank, self._names, self._calls = rank, names, calls
-        #: Added to ns of time.perf_counter() and of the C++ library, which are of one clock.
+        #: Offset in ns to add to time.perf_counter() and to the C++ library's times, which share a
+        #: clock.
         self._offset = time.time_ns() - time.perf_counter_ns() - began_ns
         self._lines: list[bytes] = []
         self._tracks: dict[str, int] = {}
-        #: Of each track, when its last event ended.
+        #: Track -> end of its last event.
         self._ends: dict[str, int] = {}
-        #: Sequences that have begun and not ended.
+        #: Names of unfinished sequences.
         self._open: set[str] = set()
-        #: Begin and end of the latest step's computing.
+        #: Begin and end of the latest step's "computing" part.
         self._computing = 0, 0
         if calls is not None:
             calls.start_trace()
 
     def begin(self, begun: Iterable[sequences.Sequence]) -> None:
-        """Sequences have come."""
+        """Record that sequences arrived."""
         for sequence in begun:
             name = f"{sequence.request_id}.{sequence.index}"
             self._open.add(name)
@@ -59,10 +60,10 @@ class Trace:
             self._request("b", name, name, time.perf_counter_ns(), tokens)
 
     def end(self, outputs: Iterable[OutputDelta]) -> None:
-        """What a step has handed out; some sequences have ended."""
+        """Record the sequences that ended with these outputs of a step."""
         for delta in outputs:
             name = f"{delta.request_id}.{delta.index}"
-            # One that was refused has not begun.
+            # A refused sequence has no begin event.
             if delta.finish_reason is not None and name in self._open:
                 self._open.remove(name)
                 reason = {"finish_reason": delta.finish_reason}
@@ -71,12 +72,13 @@ class Trace:
     def step(
         self, number: int, plan: StepPlan, spans: Mapping[str, tuple[float, float]], failed: int
     ) -> None:
-        """A step has ended.
+        """Record a step that ended.
 
         Args:
-            number: that its calls carry.
+            number: number of the step, which its calls carry.
+            plan: the step's plan.
             spans: `StepClock.spans`.
-            failed: sequences that failed in it.
+            failed: number of sequences that failed in the step.
         """
         parts = {
             name: (int(1e9 * spans[name][0]), int(1e9 * spans[name][1]))
@@ -103,12 +105,12 @@ class Trace:
             self._slice(track, "logits, sampling", max(self._ends.get(track, 0), began), ended)
 
     def take(self) -> bytes:
-        """The lines since the last time, each with a comma and a line's end."""
+        """The lines since the last call, each with a trailing comma and newline."""
         self._add_calls()
         lines, self._lines = self._lines, []
         return b"".join(lines)
 
-    # Of the C++ library.
+    # Events of the C++ library.
 
     def _add_calls(self) -> None:
         if self._calls is None:
@@ -125,7 +127,7 @@ class Trace:
         track, begin, end = f"device {event.device}", event.begin, event.end
         came, until = event.compute_begin, event.compute_end
         fields = {"step": event.step, "layer": event.layer}
-        # What is between two layers' routed experts, or two groups' of a layer.
+        # The time between the routed experts of two layers, or of two groups of a layer.
         before = max(self._ends.get(track, 0), self._computing[0])
         if before < begin:
             self._slice(track, "trunk", before, begin, fields)
@@ -174,7 +176,10 @@ class Trace:
     # Events.
 
     def _lane(self, name: str, begin: int, end: int) -> str:
-        """The first of a track's lanes where nothing overlaps; events come as they end."""
+        """The first lane of a track in which nothing overlaps; events arrive in order of their end.
+
+        Lanes are tracks named `name`, `name (2)`, and so on.
+        """
         number = 2
         lane = name
         while self._ends.get(lane, 0) > begin:
@@ -209,7 +214,7 @@ class Trace:
 
     def _event(self, phase: str, track: str, name: str, when: int, more: dict[str, Any]) -> None:
         if track not in self._tracks:
-            # The same if this server's engine starts anew.
+            # Derived from the name, so that track ids are the same after an engine restart.
             self._tracks[track] = zlib.crc32(track.encode()) >> 1
             self._event("M", track, "thread_name", -self._offset, {"args": {"name": track}})
         event = {"ph": phase, "ts": (when + self._offset) / 1000, "pid": self._rank}

@@ -1,4 +1,4 @@
-"""What has crossed the links of this server since its engine was warm, and how long that took."""
+"""Counters of the traffic over this server's links since its engine was warm."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ from dance_jax.models.counters import PeerCounters, Sums
 class Totals:
     """Counters of one server; n servers, l MoE layers."""
 
-    #: int64 [l, n], hidden states sent to each server.
+    #: int64 [l, n]: hidden states sent to each server.
     transfers: np.ndarray
-    #: Hidden states that this server knows of: of all servers where they step together, else its
-    #: own; and those through the busiest link direction of each layer and step.
+    #: Hidden states sent between servers, as far as this server knows: by all servers if they step
+    #: together, otherwise by this server only; and those over the busiest link direction of each
+    #: layer and step.
     rows: int
     busiest_rows: int
-    #: int64 [n], payload bytes to and from each server.
+    #: int64 [n] each: payload bytes sent to and received from each server.
     bytes_sent: np.ndarray
     bytes_received: np.ndarray
-    #: Sums over calls and layers; counters of each server, empty if servers step together.
+    #: Counters of calls and layers; and counters per server, empty if servers step together.
     sums: Sums = dataclasses.field(default_factory=Sums)
     peers: tuple[PeerCounters, ...] = ()
 
@@ -36,28 +37,29 @@ class LinkTraffic(Protocol):
     """Counts one server's traffic."""
 
     def add(self, crossed: Crossed) -> None:
-        """A step has ended."""
+        """Add the traffic of a step."""
         ...
 
     def totals(self) -> Totals:
-        """Since the last `reset`."""
+        """The counters since the last `reset`."""
         ...
 
     def reset(self) -> None:
-        """Counts from here on."""
+        """Restart all counters at 0."""
         ...
 
     def inside(self) -> Mapping[str, float]:
-        """Seconds of the steps' parts, as `StepClock` wants them."""
+        """Seconds of the steps' parts, in the form that `StepClock` takes."""
         ...
 
 
 class LockStepTraffic:
-    """Of servers that step together, which all know what crosses all links.
+    """Traffic of servers that step together, each of which knows the traffic of all links.
 
     Args:
-        rank: this server's.
-        layers, servers: of the model, of the cluster.
+        rank: this server's rank.
+        layers: number of MoE layers.
+        servers: number of servers.
     """
 
     def __init__(self, rank: int, layers: int, servers: int) -> None:
@@ -90,7 +92,7 @@ class LockStepTraffic:
 
 
 class CallTraffic:
-    """Of a server that steps on its own, which knows of its own calls and of those it answers."""
+    """Traffic of a server that steps on its own and knows the calls it makes and answers."""
 
     def __init__(self, calls: ExpertCalls) -> None:
         self._calls = calls
@@ -106,7 +108,8 @@ class CallTraffic:
         found = self._calls.counters() - self._before
         sent_n = np.array([peer.bytes_sent for peer in found.peers], np.int64)
         received_n = np.array([peer.bytes_received for peer in found.peers], np.int64)
-        # Its rows cross links while those of others do not: each link is the busiest of its time.
+        # This server's rows cross links independently of the other servers' steps, so each of its
+        # links counts as the busiest at that time.
         rows = int(found.rows.sum())
         return Totals(found.rows, rows, rows, sent_n, received_n, found.sums, found.peers)
 

@@ -1,4 +1,4 @@
-"""Bodies of answers: OpenAI's, vLLM's for what OpenAI has not, and our own."""
+"""Response bodies: OpenAI's, vLLM's extensions, and our own."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def _is_none(value: object) -> bool:
 
 
 class Usage(BaseModel):
-    """Tokens of a call; a prompt counts once however many samples it has."""
+    """Tokens of a call; a prompt counts once, however many samples it has."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -42,7 +42,7 @@ class CompletionLogprobs(BaseModel):
 
 
 class CompletionChoice(BaseModel):
-    """A sample, or in a stream what was added to it."""
+    """A sample, or, in a stream, what was added to it."""
 
     index: int
     text: str
@@ -52,7 +52,7 @@ class CompletionChoice(BaseModel):
 
 
 class Completion(BaseModel):
-    """Answer of /v1/completions, and a chunk of its stream."""
+    """Response of /v1/completions, or a chunk of its stream."""
 
     id: str
     object: Literal["text_completion"] = "text_completion"
@@ -65,7 +65,7 @@ class Completion(BaseModel):
 class TopLogprob(BaseModel):
     token: str
     logprob: float
-    #: UTF-8 of the token; None where it is only a part of a character.
+    #: UTF-8 bytes of the token; None if the token is not whole characters.
     bytes: list[int] | None
 
 
@@ -91,7 +91,7 @@ class ChatChoice(BaseModel):
 
 
 class ChatCompletion(BaseModel):
-    """Answer of /v1/chat/completions."""
+    """Response of /v1/chat/completions."""
 
     id: str
     object: Literal["chat.completion"] = "chat.completion"
@@ -102,7 +102,7 @@ class ChatCompletion(BaseModel):
 
 
 class ChatDelta(BaseModel):
-    """What is new in a message; what is not is left out."""
+    """What was added to a message; unset fields are omitted."""
 
     role: Literal["assistant"] | None = Field(default=None, exclude_if=_is_none)
     content: str | None = Field(default=None, exclude_if=_is_none)
@@ -156,12 +156,12 @@ class Readiness(BaseModel):
 
 class PlacedServer(BaseModel):
     name: str
-    #: Ids of the experts that live on it, per MoE layer.
+    #: Ids of the experts resident on the server, per MoE layer.
     resident: list[list[int]]
 
 
 class PlacementAnswer(BaseModel):
-    """Where experts are; the version grows when a migration has come to its end."""
+    """The placement of experts; the version grows when a migration completes or stops half-way."""
 
     version: int
     servers: list[PlacedServer]

@@ -1,4 +1,4 @@
-"""The HTTP side of one server: OpenAI's API, and what supervisors ask."""
+"""The HTTP application of one server: OpenAI's API, health checks and metrics."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ __all__ = ["ServeInfo", "create_app"]
 
 
 class _App(fastapi.FastAPI):
-    """FastAPI, but its description of the API says what this API does."""
+    """FastAPI with an OpenAPI schema that matches this API's errors."""
 
     def openapi(self) -> dict[str, Any]:
         described = super().openapi()
         for methods in described["paths"].values():
             for operation in methods.values():
-                # FastAPI's own status for wrong fields; here it is 400.
+                # FastAPI's status for invalid fields; this API answers 400 instead.
                 operation["responses"].pop("422", None)
         for unused in ("HTTPValidationError", "ValidationError"):
             described["components"]["schemas"].pop(unused, None)
@@ -36,12 +36,12 @@ class _App(fastapi.FastAPI):
 def create_app(
     queue: RequestQueue, info: ServeInfo, experts: PlacementState | None = None
 ) -> fastapi.FastAPI:
-    """The ASGI application of a server.
+    """Create the ASGI application of a server.
 
     Args:
-        queue: where requests go.
-        info: the server.
-        experts: where they are; None: they stay where they are.
+        queue: takes the requests.
+        info: describes the server.
+        experts: the current placement of experts; None if experts never move.
     """
     experts = experts or PlacementState(info.layout)
     server = RouteContext(
@@ -51,7 +51,7 @@ def create_app(
         Metrics(queue, experts, info.model, info.servers, info.rank),
         experts,
     )
-    # No pages that load scripts from elsewhere; the description is at /openapi.json.
+    # No documentation pages: they load scripts from other hosts. The schema is at /openapi.json.
     app = _App(title="dance_jax", docs_url=None, redoc_url=None, redirect_slashes=False)
     for module in (completions, chat, tokens, status, placement):
         app.include_router(module.routes(server))

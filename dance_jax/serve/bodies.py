@@ -1,4 +1,4 @@
-"""How bodies are read: bounded, JSON only, and nothing that is not JSON."""
+"""Reading of request bodies: strict JSON of bounded size."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from fastapi.routing import APIRoute
 
 from dance_jax.serve.errors import ApiError
 
-#: Bytes of the largest body.
+#: Largest body, in bytes.
 MAX_BODY = 4 << 20
-#: Seconds that one may take to come.
+#: Seconds within which a body must arrive.
 BODY_S = 60.0
-#: Entries of one list or object; lists and objects in all; token ids in all. What follows looks at
-#: each, and complains about each, while all users of this server wait.
+#: Limits of a body: entries of one list or object; lists and objects in total; token ids in total.
+#: Validation looks at each entry and can report an error for each, on the event loop, while all
+#: other users of this server wait.
 MAX_ENTRIES, MAX_CONTAINERS, MAX_TOKEN_IDS = 1024, 4096, 1 << 18
 #: Fields that may hold long lists of token ids.
 _TOKEN_FIELDS = ("prompt", "tokens")
@@ -29,8 +30,8 @@ class _JsonRequest(fastapi.Request):
     async def stream(self) -> AsyncGenerator[bytes]:
         kind = self.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
-            raise ApiError(415, f"Content-Type: application/json is needed; got {kind!r:.80}")
-        # What the header says is known before the first byte comes; it may say nothing.
+            raise ApiError(415, f"Content-Type: must be application/json; got {kind!r:.80}")
+        # The header, if present, gives the size before the first byte arrives.
         announced = self.headers.get("content-length", "")[:19]
         _check_size(int(announced) if announced.isdecimal() else 0)
         size = 0
@@ -44,25 +45,25 @@ class _JsonRequest(fastapi.Request):
             async with asyncio.timeout(BODY_S):
                 return await super().body()
         except TimeoutError:
-            raise ApiError(408, f"the body did not come within {BODY_S:.0f} s") from None
+            raise ApiError(408, f"the body did not arrive within {BODY_S:.0f} s") from None
 
     async def json(self) -> Any:
         if not hasattr(self, "_json"):
             body = await self.body()
             try:
-                # Python's own reader takes NaN, and halves of surrogate pairs.
+                # Python's own parser accepts NaN and lone surrogates.
                 self._json = pydantic_core.from_json(body, allow_inf_nan=False)
             except ValueError as error:
-                raise ApiError(400, f"the body is not JSON: {error}") from error
+                raise ApiError(400, f"the body is not valid JSON: {error}") from error
             check_extent(self._json)
         return self._json
 
 
 def check_extent(body: Any) -> None:
-    """Bounds how much there is to look at, at little cost itself.
+    """Refuse, at little cost, a body with too many entries to validate.
 
     Raises:
-        ApiError: 400, with the field that holds too much.
+        ApiError: 400, with the field that has too many entries.
     """
     containers = ids = 0
     waiting = [("", body)] if isinstance(body, dict | list) else []
@@ -73,11 +74,13 @@ def check_extent(body: Any) -> None:
             ids += len(value)
             continue
         if len(value) > MAX_ENTRIES or containers > MAX_CONTAINERS:
-            limit = f"lists and objects of at most {MAX_ENTRIES} entries are read"
+            limit = (
+                f"at most {MAX_ENTRIES} per list or object and {MAX_CONTAINERS} lists and objects"
+            )
             if field in _TOKEN_FIELDS:
-                limit += f", and {MAX_TOKEN_IDS} token ids in all"
+                limit += f", and at most {MAX_TOKEN_IDS} token ids in total"
             name = field[:80] or "body"
-            raise ApiError(400, f"{name}: holds too much: {limit}", param=field[:80] or None)
+            raise ApiError(400, f"{name}: too many entries: {limit}", param=field[:80] or None)
         entries = value.items() if isinstance(value, dict) else ((field, each) for each in value)
         waiting += [
             (field or str(key), each) for key, each in entries if isinstance(each, dict | list)
@@ -85,17 +88,17 @@ def check_extent(body: Any) -> None:
 
 
 def _are_ids(value: Any, most: int) -> bool:
-    """A list of whole numbers alone, and not more of them than that."""
+    """Whether the value is a list of at most `most` integers."""
     return isinstance(value, list) and len(value) <= most and all(type(n) is int for n in value)
 
 
 def _check_size(size: int) -> None:
     if size > MAX_BODY:
-        raise ApiError(413, f"the body is too large: at most {MAX_BODY} bytes are read")
+        raise ApiError(413, f"the body is too large: at most {MAX_BODY} bytes are allowed")
 
 
 class JsonRoute(APIRoute):
-    """A route with a body of JSON."""
+    """A route with a JSON body."""
 
     def get_route_handler(self) -> Callable[[fastapi.Request], Coroutine[Any, Any, Any]]:
         handler = super().get_route_handler()

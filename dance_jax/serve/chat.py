@@ -33,12 +33,12 @@ from dance_jax.serve.sampling import engine_requests
 
 
 def routes(server: RouteContext) -> fastapi.APIRouter:
-    """The route of chats."""
+    """The route for chat completions."""
     router = fastapi.APIRouter(route_class=JsonRoute)
 
     @router.post("/v1/chat/completions", response_model=ChatCompletion, responses=GENERATED)
     async def chat_completions(request: fastapi.Request, body: ChatRequest) -> fastapi.Response:
-        """Continues a conversation."""
+        """Continue a conversation."""
         server.info.check_model(body.model)
         _check(body)
         call = await _start(server, body)
@@ -52,8 +52,8 @@ def _check(body: ChatRequest) -> None:
     if None not in limits and body.max_tokens != body.max_completion_tokens:
         raise ApiError(
             400,
-            f"max_tokens: {body.max_tokens}, but max_completion_tokens is "
-            f"{body.max_completion_tokens}; give one of them",
+            f"max_tokens: is {body.max_tokens}, but max_completion_tokens is "
+            f"{body.max_completion_tokens}; give only one of them",
             param="max_tokens",
         )
     if body.top_logprobs is not None and not body.logprobs:
@@ -79,7 +79,7 @@ async def _start(server: RouteContext, body: ChatRequest) -> _Call:
 
 @dataclasses.dataclass
 class _Choice:
-    """What has come of one choice."""
+    """One choice as collected so far."""
 
     text: str = ""
     logprobs: list[TokenLogprob] = dataclasses.field(default_factory=list)
@@ -89,7 +89,7 @@ class _Choice:
 
 @dataclasses.dataclass
 class _Call:
-    """One HTTP call on its way."""
+    """One HTTP call in progress."""
 
     id: str
     model: str
@@ -98,7 +98,7 @@ class _Call:
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
 
     async def chunks(self) -> AsyncIterator[ChatChunk]:
-        """The answer as a stream: a chunk per token, with or without text, as it is sampled."""
+        """The answer as a stream: one chunk per sampled token, even if its text is empty."""
         begun: set[int] = set()
         async for number, delta in self.generation.deltas():
             if number not in begun:
@@ -118,7 +118,7 @@ class _Call:
             yield self._chunk([], self.generation.usage)
 
     async def whole(self) -> ChatCompletion:
-        """The answer at once."""
+        """The complete answer."""
         choices = [_Choice() for _ in range(self.body.n or 1)]
         async for number, delta in self.generation.deltas():
             choice = choices[number]

@@ -24,12 +24,12 @@ _DEFAULT_MAX_TOKENS = 16
 
 
 def routes(server: RouteContext) -> fastapi.APIRouter:
-    """The route of completions."""
+    """The route for completions."""
     router = fastapi.APIRouter(route_class=JsonRoute)
 
     @router.post("/v1/completions", response_model=Completion, responses=GENERATED)
     async def completions(request: fastapi.Request, body: CompletionRequest) -> fastapi.Response:
-        """Continues prompts."""
+        """Continue prompts."""
         server.info.check_model(body.model)
         _check(body)
         call = await _start(server, body)
@@ -42,7 +42,7 @@ def _check(body: CompletionRequest) -> None:
     if body.best_of is not None and body.best_of != (body.n or 1):
         raise ApiError(
             400,
-            f"best_of: only n, {body.n or 1}, is supported; got {body.best_of}",
+            f"best_of: must equal n, which is {body.n or 1}; got {body.best_of}",
             param="best_of",
         )
     if body.echo and body.logprobs is not None:
@@ -77,18 +77,18 @@ async def _start(server: RouteContext, body: CompletionRequest) -> _Call:
 
 @dataclasses.dataclass
 class _Call:
-    """One HTTP call on its way."""
+    """One HTTP call in progress."""
 
     id: str
     model: str
     body: CompletionRequest
     generation: Generation
-    #: What precedes the text of each prompt's samples.
+    #: Per prompt, the text that precedes its samples' text.
     echoes: list[str]
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
 
     async def parts(self) -> AsyncIterator[CompletionChoice]:
-        """What is new in each choice, as it comes."""
+        """Additions to the choices, as they arrive."""
         samples = self.body.n or 1
         lengths: dict[int, int] = {}
         async for number, delta in self.generation.deltas():
@@ -105,14 +105,14 @@ class _Call:
             )
 
     async def chunks(self) -> AsyncIterator[Completion]:
-        """The answer as a stream: a chunk per token, with or without text, as it is sampled."""
+        """The answer as a stream: one chunk per sampled token, even if its text is empty."""
         async for part in self.parts():
             yield self._answer([part])
         if self.body.include_usage:
             yield self._answer([], self.generation.usage)
 
     async def whole(self) -> Completion:
-        """The answer at once."""
+        """The complete answer."""
         parts: dict[int, list[CompletionChoice]] = {}
         async for part in self.parts():
             parts.setdefault(part.index, []).append(part)
@@ -126,7 +126,7 @@ class _Call:
 
 
 def _joined(parts: list[CompletionChoice]) -> CompletionChoice:
-    """A choice from all that came of it."""
+    """Join the parts of one choice."""
     listed = [part.logprobs for part in parts if part.logprobs is not None]
     logprobs = CompletionLogprobs(
         text_offset=[offset for each in listed for offset in each.text_offset],

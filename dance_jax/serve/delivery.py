@@ -1,4 +1,4 @@
-"""How answers reach a client: at once or as server-sent events, while it is there."""
+"""Delivery of answers, as one body or as server-sent events, until the client disconnects."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from dance_jax.serve.generation import Generation
 
 Result = TypeVar("Result")
 
-#: `responses` of the routes that generate: a stream instead of JSON, and the errors.
+#: FastAPI's `responses` of the routes that generate: the event stream and the errors.
 GENERATED: dict[int | str, dict[str, Any]] = {
     200: {
-        "description": "The answer; with stream: true server-sent events, each with a chunk of it",
+        "description": "The answer; with stream: true, server-sent events with chunks of it",
         "content": {"text/event-stream": {}},
     }
 } | documented(400, 401, 404, 408, 413, 415, 429, 500, 503)
 
-#: nginx's word for a client that has gone; nobody sees it.
+#: nginx's status for a client that closed the connection; no client ever receives it.
 _CLIENT_GONE = 499
 
 
 class Disconnected(Exception):
-    """Nobody waits for the answer any more."""
+    """The client hung up before the answer was complete."""
 
 
 async def answered(
@@ -41,14 +41,14 @@ async def answered(
     chunks: Callable[[], AsyncIterator[BaseModel]],
     stream: bool | None,
 ) -> Response:
-    """The response of a call that generates; a client that hangs up aborts it.
+    """The response of a call that generates; the call is aborted if the client hangs up.
 
     Args:
-        request: its body has been read.
+        request: the HTTP request, whose body has been read.
         generation: in flight; closed here or with the response.
-        whole: the answer at once.
-        chunks: the answer in parts.
-        stream: in parts.
+        whole: gives the complete answer.
+        chunks: gives the answer in chunks.
+        stream: whether to send chunks.
     """
     if stream:
         return EventStream(generation, chunks())
@@ -64,14 +64,14 @@ class EventStream(Response):
     """Sends chunks as events until they end, or until the client hangs up.
 
     Args:
-        generation: what the chunks come from; closed at the end, whatever ends it.
+        generation: source of the chunks; always closed at the end of the stream.
         chunks: bodies of the events, in order.
     """
 
     media_type = "text/event-stream"
 
     def __init__(self, generation: Generation, chunks: AsyncIterator[BaseModel]) -> None:
-        # Proxies must not wait for more.
+        # Proxies must not buffer the stream.
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._generation = generation
@@ -91,7 +91,7 @@ class EventStream(Response):
             async for chunk in self._chunks:
                 await _send_event(send, chunk.model_dump_json())
         except ApiError as error:
-            # The status has been sent; OpenAI's client raises on such an event.
+            # The status 200 has been sent already; OpenAI's client raises on an error event.
             await _send_event(send, error.answer.model_dump_json())
         await _send_event(send, "[DONE]")
         await send({"type": "http.response.body", "body": b"", "more_body": False})
@@ -103,10 +103,10 @@ async def _send_event(send: Send, data: str) -> None:
 
 
 async def while_connected(receive: Receive, work: Awaitable[Result]) -> Result:
-    """The result of `work`, which is cancelled when the client hangs up.
+    """The result of `work`, which is cancelled if the client hangs up.
 
     Args:
-        receive: of a call whose body has been read.
+        receive: ASGI's receive of a call whose body has been read.
 
     Raises:
         Disconnected: the client hung up.
@@ -119,7 +119,7 @@ async def while_connected(receive: Receive, work: Awaitable[Result]) -> Result:
             raise Disconnected
         return task.result()
     finally:
-        # Also when this call itself is cancelled.
+        # Runs also if this coroutine is cancelled.
         task.cancel()
         watcher.cancel()
         await asyncio.gather(task, watcher, return_exceptions=True)
@@ -131,5 +131,5 @@ async def _disconnected(receive: Receive) -> None:
 
 
 def ending(delta: OutputDelta) -> FinishReason | None:
-    """Why a choice of a `Generation` ended; other reasons are errors there."""
+    """Why a choice ended, if it did; `Generation` raises an ApiError for all other reasons."""
     return cast("FinishReason | None", delta.finish_reason)

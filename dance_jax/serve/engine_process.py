@@ -1,4 +1,4 @@
-"""A front end's engine: its child process, and the channel between the two."""
+"""The engine of a front end: a child process and the channel to it."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ from dance_jax.launch.control.channel import ControlListener, new_key
 from dance_jax.serve.loop_socket import LoopSocket
 
 WORKER = "dance_jax.launch.worker.main"
-#: Seconds an engine has to end by itself, and, killed, until it is not waited for any more.
+#: Seconds to wait for an engine to exit on its own, and, after SIGKILL, until the front end gives
+#: up waiting.
 END_TIMEOUT_S, KILL_TIMEOUT_S = 0.3, 5.0
 
 
 class EngineProcess:
-    """One engine, from its start to its end; it prints where this process does.
+    """One engine process, from start to exit; it shares this process's stdout and stderr.
 
     Args:
-        setup: of the engine, but for its control channel, which is made here.
-        on_event: called with what it says, on the event loop.
-        on_death: called once when it ends or fails, on the event loop; not after `end`.
+        setup: the engine's setup; its control channel is filled in here.
+        on_event: called on the event loop with each event from the engine.
+        on_death: called once on the event loop if the engine exits or fails; not after `end`.
     """
 
     def __init__(
@@ -36,7 +37,7 @@ class EngineProcess:
     ) -> None:
         self._on_event, self._on_death = on_event, on_death
         self._ending = False
-        #: What it said when it failed.
+        #: The failure that the engine reported, if any.
         self.failure: protocol.Failed | None = None
         loop = asyncio.get_running_loop()
         self._ended = asyncio.Event()
@@ -59,15 +60,15 @@ class EngineProcess:
 
     @property
     def status(self) -> int | None:
-        """Exit status as a shell has it; None: it lives."""
+        """Exit status as a shell gives it; None while the engine runs."""
         return self._process.status
 
     def send(self, command: protocol.Command) -> None:
-        """Tells it something; an engine that is gone does not mind."""
+        """Send a command to the engine; a command to a dead engine is lost."""
         self._socket.send(self._name, protocol.encode(command))
 
     async def end(self) -> None:
-        """Ends it and what it started, and closes the channel."""
+        """Stop the engine and its child processes, and close the channel."""
         self._ending = True
         self.send(protocol.Stop())
         if not await self._within(END_TIMEOUT_S):
@@ -78,12 +79,12 @@ class EngineProcess:
         self._listener.close(linger_s=0)
 
     def kill(self) -> None:
-        """Kills it and what it started, unless it has ended; from any thread."""
+        """Kill the engine and its child processes unless it has exited; safe in any thread."""
         if self._process.ended is None:
             self._process.kill(signal.SIGKILL)
 
     async def _within(self, seconds: float) -> bool:
-        """It ends within so long."""
+        """Wait for the engine to exit; False on timeout."""
         try:
             await asyncio.wait_for(self._ended.wait(), seconds)
         except TimeoutError:

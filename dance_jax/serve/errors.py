@@ -1,4 +1,4 @@
-"""Everything that goes wrong in an HTTP call, in the form of OpenAI's API."""
+"""HTTP errors in the form of OpenAI's API."""
 
 from __future__ import annotations
 
@@ -15,33 +15,36 @@ from starlette.exceptions import HTTPException
 
 from dance_jax.serve.queue import QueueFull, Unavailable
 
-#: Status -> (type of the error, what the API's description says about it).
+#: Status -> (error type, description in the OpenAPI schema).
 _KINDS = {
-    400: ("invalid_request_error", "A field is wrong, or what it asks for is not supported"),
-    401: ("authentication_error", "The key is missing or wrong"),
-    404: ("not_found_error", "There is no such model"),
-    405: ("invalid_request_error", "The path has no such method"),
-    408: ("invalid_request_error", "The body does not come"),
+    400: ("invalid_request_error", "A field is invalid or its value is not supported"),
+    401: ("authentication_error", "The API key is missing or wrong"),
+    404: ("not_found_error", "The model does not exist"),
+    405: ("invalid_request_error", "The path does not support this method"),
+    408: ("invalid_request_error", "The body did not arrive in time"),
     413: ("invalid_request_error", "The body is too large"),
     415: ("invalid_request_error", "The body is not application/json"),
-    429: ("rate_limit_error", "Too many requests wait; Retry-After says when to come again"),
+    429: ("rate_limit_error", "Too many requests are waiting; retry after Retry-After seconds"),
     500: ("server_error", "The server failed"),
-    503: ("server_error", "The server starts or stops; Retry-After says when to come again"),
+    503: (
+        "server_error",
+        "The server is starting or stopping; retry after Retry-After seconds",
+    ),
 }
 
 
 class ErrorDetail(BaseModel):
-    """What went wrong."""
+    """The error of an `ErrorAnswer`."""
 
     message: str
     type: str
-    #: The field that is wrong.
+    #: The invalid field.
     param: str | None = None
     code: str | None = None
 
 
 class ErrorAnswer(BaseModel):
-    """Body of every answer that is not a success."""
+    """Body of every error response."""
 
     error: ErrorDetail
 
@@ -50,11 +53,11 @@ class ApiError(HTTPException):
     """Ends an HTTP call with a status and an ErrorAnswer.
 
     Args:
-        status: of HTTP, one that `_KINDS` knows.
+        status: HTTP status, a key of `_KINDS`.
         message: what was wrong and what to do.
-        param: the field that was wrong.
-        code: for programs, e.g. "model_not_found".
-        retry_after_s: seconds until another try makes sense.
+        param: the invalid field.
+        code: error code for programs, e.g. "model_not_found".
+        retry_after_s: seconds that the client should wait before it retries.
     """
 
     def __init__(
@@ -74,13 +77,13 @@ class ApiError(HTTPException):
 def error_answer(
     status: int, message: str, param: str | None = None, code: str | None = None
 ) -> ErrorAnswer:
-    """The body for a status that this server or the framework gives."""
+    """The body for an error status of this server or of the framework."""
     kind = _KINDS[status if status in _KINDS else 500 if status >= 500 else 400][0]
     return ErrorAnswer(error=ErrorDetail(message=message, type=kind, param=param, code=code))
 
 
 def refused(error: QueueFull | Unavailable) -> ApiError:
-    """What a user hears when the queue takes no request."""
+    """The API error for a request that the queue refused."""
     status, code = (429, "queue_full") if isinstance(error, QueueFull) else (503, "unavailable")
     wait_s = max(1, math.ceil(error.retry_after_s))
     message = f"{error}; try again in {wait_s} s"
@@ -88,12 +91,12 @@ def refused(error: QueueFull | Unavailable) -> ApiError:
 
 
 def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """`responses` of a route that can end with these statuses."""
+    """FastAPI's `responses` for a route that can end with these statuses."""
     return {status: {"model": ErrorAnswer, "description": _KINDS[status][1]} for status in statuses}
 
 
 def error_response(error: HTTPException) -> JSONResponse:
-    """The answer to a call that ended with this error."""
+    """The response for an error."""
     if isinstance(error, ApiError):
         answer = error.answer
     else:
@@ -102,7 +105,7 @@ def error_response(error: HTTPException) -> JSONResponse:
 
 
 def install(app: fastapi.FastAPI) -> None:
-    """Answer every error of the app's routes in OpenAI's form."""
+    """Make the app answer every error in OpenAI's form."""
 
     @app.exception_handler(HTTPException)
     async def _(_: fastapi.Request, error: HTTPException) -> JSONResponse:
@@ -114,18 +117,18 @@ def install(app: fastapi.FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def _(_: fastapi.Request, error: Exception) -> JSONResponse:
-        # Starlette logs it; users learn nothing of the inside.
-        return error_response(ApiError(500, "the server failed; its log says why"))
+        # Starlette logs the error; its text may hold internals, so users do not get it.
+        return error_response(ApiError(500, "internal server error: see the server's log"))
 
 
 def _first_wrong_field(errors: Sequence[Any]) -> ApiError:
-    """400 with the first of pydantic's complaints."""
+    """A 400 error with the first of pydantic's validation errors."""
     first = errors[0]
     field = _field(first["loc"])
     if first["type"] == "extra_forbidden":
-        reason = "unknown field; this server supports no such parameter"
+        reason = "unknown field: this server does not support it"
     elif first["type"] == "missing" and not field:
-        reason = "a JSON object is needed"
+        reason = "must be a JSON object"
     else:
         reason = first["msg"]
     given = "" if first["type"] in ("missing", "extra_forbidden") else _shown(first.get("input"))
@@ -135,18 +138,18 @@ def _first_wrong_field(errors: Sequence[Any]) -> ApiError:
 def _field(location: Sequence[int | str]) -> str:
     """("body", "messages", 0, "content", "<parts>") -> "messages[0].content"."""
     name = ""
-    if location[-1] == "[key]":  # of a mapping: the mapping is the field
+    if location[-1] == "[key]":  # an invalid key of a mapping: name the mapping
         location = location[:-2]
     for part in location[1:]:
         if isinstance(part, int):
             name += f"[{part}]"
-        elif not part.startswith("<"):  # which of several forms the value has, not a field
+        elif not part.startswith("<"):  # a tag of a union in angle brackets is not a field
             name += f".{part}" if name else part
     return name[:80]
 
 
 def _shown(value: Any) -> str:
-    """What was given, where it is short: a whole body would be no help."""
+    """The given value as a message suffix; "" for lists and objects, which can be long."""
     if value is None or isinstance(value, bool | int | float):
         return f"; got {json.dumps(value)[:80]}"
     return f"; got {json.dumps(value[:80])}" if isinstance(value, str) else ""

@@ -1,8 +1,8 @@
 """One server's front end: `python -m dance_jax.serve.frontend`, started by `launch.service`.
 
-It holds what must survive an engine: users' connections and their requests. Its engine is its child
-(`engine_process`); when one of the cluster's engines dies, JAX takes the others along, and the
-launcher tells all front ends to start theirs anew.
+The front end holds what must survive the death of an engine: users' connections and their requests.
+Its engine is a child process (`engine_process`). When an engine dies, the launcher tells its front
+end to restart it. If servers step together, JAX takes all engines down with one, and all restart.
 """
 
 from __future__ import annotations
@@ -43,19 +43,19 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("dance_jax.frontend")
 
-#: Connections that may wait until they are accepted.
+#: Connections that may wait to be accepted.
 BACKLOG = 2048
-#: Seconds that responses have to end after what they wait for has been given up.
+#: Seconds that responses have to finish after their requests were aborted.
 HANGUP_S = 2.0
 
 
 def main() -> None:
-    """Reads the setup from standard input, serves until told to stop, and exits."""
+    """Read the setup from standard input, serve until told to stop, and exit."""
     child.prepare()
     setup = child.read_setup(FrontSetup)
     if setup is None:
         return
-    # What is imported here brings JAX along, which must not touch the engine's GPUs.
+    # The imports of this process load JAX, which must not touch the engine's GPUs.
     os.environ["JAX_PLATFORMS"] = "cpu"
     engine = setup.engine
     private = tempfile.mkdtemp(prefix="dance-jax-", dir=engine.private_dir or None)
@@ -78,39 +78,39 @@ def main() -> None:
 
 
 class FrontEnd:
-    """Users on one side, the engine and the launcher on the other.
+    """Connects users, the engine and the launcher.
 
     Args:
         setup: from the launcher.
-        private: directory of this process and its engine, which is removed in the end.
+        private: directory of this process and its engine; removed on exit.
     """
 
     def __init__(self, setup: FrontSetup, private: str) -> None:
         self._setup = setup
         self._private = private
         self._engine: EngineProcess | None = None
-        #: Number of the engine's start, and where experts are at that time.
+        #: Number of the engine's start, and the layout of experts at that start.
         self._start, self._layout = 0, setup.engine.layout
         self.queue = RequestQueue(self._to_engine, setup.options.max_queue, _seeds(setup))
 
     def kill(self) -> None:
-        """Kills the engine and removes what both have made; from any thread."""
+        """Kill the engine and remove the private directory; safe in any thread."""
         if self._engine is not None:
             self._engine.kill()
         shutil.rmtree(self._private, ignore_errors=True)
 
     async def run(self, connection: ControlConnection) -> None:
-        """Serves until the launcher says Stop.
+        """Serve until the launcher sends Stop.
 
         Raises:
-            UserError: the address cannot be listened on, or there is no model.
+            UserError: the address cannot be listened on, or the model is missing.
         """
-        #: Restart, which takes time, and what is for the engine that it starts.
+        #: Restart commands, which take time, and commands for the engine; handled in order.
         self._commands: asyncio.Queue[protocol.FrontCommand] = asyncio.Queue()
         self._draining, self._stopped = asyncio.Event(), asyncio.Event()
         with contextlib.closing(_listen(self._setup.options)) as listener:
             self._launcher = LoopSocket(connection.socket, self._from_launcher)
-            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self._end_wanted)
+            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self._on_sigterm)
             self._start_engine()
             self._experts = PlacementState(_layout(self._layout), self._tell)
             files = ModelFiles(self._setup.engine, self._private)
@@ -118,10 +118,14 @@ class FrontEnd:
             server = _http_server(app, self._setup.options.drain_seconds)
             tasks = [
                 asyncio.create_task(work)
-                for work in (self._stopped.wait(), self._serve(server, listener), self._obey())
+                for work in (
+                    self._stopped.wait(),
+                    self._serve(server, listener),
+                    self._run_commands(),
+                )
             ]
             try:
-                # The first ends when all is well, the others only with an exception.
+                # The first task ends in normal operation, the others only with an exception.
                 done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
                     task.result()
@@ -153,7 +157,7 @@ class FrontEnd:
             case command:
                 self._commands.put_nowait(command)
 
-    def _end_wanted(self) -> None:
+    def _on_sigterm(self) -> None:
         self._tell(protocol.DrainWanted())
         self._drain()
 
@@ -161,7 +165,7 @@ class FrontEnd:
         self.queue.drain()
         self._draining.set()
 
-    async def _obey(self) -> None:
+    async def _run_commands(self) -> None:
         while True:
             match await self._commands.get():
                 case protocol.Restart(start, layout):
@@ -185,8 +189,8 @@ class FrontEnd:
         setup = msgspec.structs.replace(
             self._setup.engine, private_dir=self._private, layout=self._layout
         )
-        self._engine = EngineProcess(setup, self._from_engine, lambda: self._has_died(start))
-        log.info("engine %d is process %d", start, self._engine.pid)
+        self._engine = EngineProcess(setup, self._from_engine, lambda: self._on_engine_death(start))
+        log.info("engine start %d: process %d", start, self._engine.pid)
 
     async def _end_engine(self) -> None:
         self.queue.engine_died()
@@ -211,31 +215,31 @@ class FrontEnd:
             case _:
                 self._tell(protocol.FromEngine(self._start, event))
 
-    def _has_died(self, start: int) -> None:
+    def _on_engine_death(self, start: int) -> None:
         assert self._engine is not None
         self.queue.engine_died()
         engine = self._engine
-        log.error("engine %d has ended: status %s", start, engine.status)
+        log.error("engine start %d died: exit status %s", start, engine.status)
         self._tell(protocol.EngineDied(start, engine.pid, engine.status, engine.failure))
 
     # Users.
 
     async def _serve(self, server: uvicorn.Server, listener: socket.socket) -> None:
-        """Serves HTTP until there is an end to all requests, and says so to the launcher."""
+        """Serve HTTP until drained, report Drained to the launcher, and wait for Stop."""
         serving = asyncio.create_task(server.serve([listener]))
         draining = asyncio.create_task(self._draining.wait())
         try:
             await asyncio.wait({serving, draining}, return_when=asyncio.FIRST_COMPLETED)
             if serving.done():
                 serving.result()
-                raise RuntimeError("the HTTP server has ended")
-            log.info("draining: %d requests are in flight", self.queue.in_flight)
+                raise RuntimeError("the HTTP server exited unexpectedly")
+            log.info("draining: %d requests in flight", self.queue.in_flight)
             server.should_exit = True
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.queue.drained(), self._setup.options.drain_seconds)
             self.queue.close()
             self._experts.close()
-            # Whoever still sends a request, or does not read an answer, is not waited for.
+            # Do not wait longer for clients that still send a request or do not read an answer.
             await asyncio.wait({serving}, timeout=HANGUP_S)
             server.force_exit = True
             await serving
@@ -247,13 +251,13 @@ class FrontEnd:
 
 
 def _seeds(setup: FrontSetup) -> Iterator[int]:
-    """Of requests without one; servers draw differently."""
+    """Seeds for requests without one; each server draws different seeds."""
     first, seed = setup.engine.rank << 32, setup.engine.config.seed
     return (sample_seed(seed, number) for number in itertools.count(first))
 
 
 def _listen(options: ServeOptions) -> socket.socket:
-    """The HTTP port, bound before anything that takes long."""
+    """Bind the HTTP port, before anything that takes long."""
     try:
         family, _, _, _, address = socket.getaddrinfo(
             options.bind, options.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -261,7 +265,9 @@ def _listen(options: ServeOptions) -> socket.socket:
         return socket.create_server(address[:2], family=family, backlog=BACKLOG)
     except OSError as error:
         where = f"{bracketed(options.bind)}:{options.port}"
-        raise UserError(f"cannot listen on {where}: {error}; give --bind or --port") from error
+        raise UserError(
+            f"cannot listen on {where}: {error}; give another --bind or --port"
+        ) from error
 
 
 def _layout(content: bytes) -> Layout:
@@ -295,7 +301,7 @@ def _http_server(app: fastapi.FastAPI, drain_seconds: float) -> uvicorn.Server:
     import uvicorn
 
     class Server(uvicorn.Server):
-        """Leaves signals to the front end."""
+        """A uvicorn server that leaves signal handling to the front end."""
 
         @contextlib.contextmanager
         def capture_signals(self) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""What one HTTP call has in flight in the engine."""
+"""The engine requests of one HTTP call."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _STOPPED = "the server stopped before the answer was complete"
 
 
 class _Deltas(Protocol):
-    """What the queue returns: closing it aborts the request."""
+    """The stream that the queue returns for a request; closing it aborts the request."""
 
     async def __anext__(self) -> OutputDelta: ...
 
@@ -26,9 +26,9 @@ class _Deltas(Protocol):
 
 
 class Generation:
-    """The engine requests of one call, from `start` until they are finished or this is closed.
+    """The engine requests of one call, from `start` until they finish or `close` is called.
 
-    An async context manager: leaving it aborts what has not finished.
+    This is an async context manager: leaving it aborts unfinished requests.
     """
 
     def __init__(self, requests: Sequence[Request]) -> None:
@@ -36,15 +36,15 @@ class Generation:
         self._output_tokens = 0
         self._observations: list[Observation] = []
         self._streams: list[_Deltas] = []
-        #: The next delta of each stream that has not ended -> its number.
-        self._expected: dict[asyncio.Task[OutputDelta | None], int] = {}
+        #: Task for the next delta of each open stream -> number of the stream.
+        self._pending: dict[asyncio.Task[OutputDelta | None], int] = {}
 
     @staticmethod
     async def start(server: RouteContext, requests: Sequence[Request]) -> Generation:
-        """Submits all of the requests, or none.
+        """Submit all of the requests, or none.
 
         Raises:
-            ApiError: 429 or 503, the queue takes no more.
+            ApiError: 429 or 503 if the queue refuses a request.
         """
         generation = Generation(requests)
         try:
@@ -61,26 +61,26 @@ class Generation:
 
     @property
     def usage(self) -> Usage:
-        """Tokens so far."""
+        """Token usage so far."""
         prompts = sum(len(request.prompt_token_ids) for request in self.requests)
         return Usage.of(prompts, self._output_tokens)
 
     async def deltas(self) -> AsyncIterator[tuple[int, OutputDelta]]:
-        """(number of the choice, what is new in it) until all choices are finished.
+        """Pairs (number of the choice, delta) until all choices are finished.
 
         Raises:
-            ApiError: 500 or 503, the engine gave a request up.
+            ApiError: 500 if the engine failed a request, 503 if it aborted one.
         """
         for number in range(len(self._streams)):
-            self._expect(number)
-        while self._expected:
-            done, _ = await asyncio.wait(self._expected, return_when=asyncio.FIRST_COMPLETED)
+            self._read_next(number)
+        while self._pending:
+            done, _ = await asyncio.wait(self._pending, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
-                number = self._expected.pop(task)
+                number = self._pending.pop(task)
                 delta = task.result()
                 if delta is None:
                     continue
-                self._expect(number)
+                self._read_next(number)
                 self._observations[number].add(delta)
                 _check(delta)
                 self._output_tokens += len(delta.token_ids)
@@ -88,18 +88,18 @@ class Generation:
         if not all(observation.finished for observation in self._observations):
             raise ApiError(503, _STOPPED)
 
-    def _expect(self, number: int) -> None:
+    def _read_next(self, number: int) -> None:
         task = asyncio.create_task(_next(self._streams[number]))
-        self._expected[task] = number
+        self._pending[task] = number
 
     async def close(self) -> None:
-        """Abort what has not finished; may be called twice."""
+        """Abort unfinished requests; may be called twice."""
         for observation in self._observations:
             observation.close()
-        # A stream that is being read cannot be closed.
-        for task in self._expected:
+        # A stream cannot be closed while a task reads from it.
+        for task in self._pending:
             task.cancel()
-        await asyncio.gather(*self._expected, return_exceptions=True)
+        await asyncio.gather(*self._pending, return_exceptions=True)
         await asyncio.gather(*(stream.aclose() for stream in self._streams))
 
     async def __aenter__(self) -> Generation:
@@ -115,7 +115,7 @@ class Generation:
 
 
 async def _next(stream: _Deltas) -> OutputDelta | None:
-    """None: that was all."""
+    """The next delta; None at the end of the stream."""
     return await anext(stream, None)
 
 

@@ -1,4 +1,4 @@
-"""Who may use the server."""
+"""API key authentication."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from dance_jax.serve.status import OPEN_PATHS
 
 
 class KeyGuard:
-    """Lets in who has the key, before anything of a request is read.
+    """Middleware that refuses requests without the API key before it reads their bodies.
 
     Args:
-        app: what is guarded, but for OPEN_PATHS.
-        key: what requests carry as bearer token.
+        app: the guarded application; OPEN_PATHS need no key.
+        key: the bearer token that requests must carry.
     """
 
     def __init__(self, app: ASGIApp, key: str) -> None:
@@ -28,7 +28,7 @@ class KeyGuard:
             return
         error = ApiError(
             401,
-            "a key is needed: send it as header, Authorization: Bearer KEY",
+            "the API key is missing or wrong: send the header Authorization: Bearer KEY",
             code="invalid_api_key",
         )
         response = error_response(error)
@@ -38,5 +38,5 @@ class KeyGuard:
     def _admits(self, scope: Scope) -> bool:
         given = dict(scope["headers"]).get(b"authorization", b"")
         scheme, _, key = given.partition(b" ")
-        # In a time that says nothing about where the two differ.
+        # Constant-time comparison: the time must not reveal where the keys differ.
         return scheme.lower() == b"bearer" and hmac.compare_digest(key.strip(), self._key)

@@ -1,4 +1,4 @@
-"""What the HTTP side of a server knows and uses; handed to every route."""
+"""Server information and services that every route gets."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from dance_jax.config import EngineConfig
 from dance_jax.serve.errors import ApiError
 
-# At run time this package needs no JAX.
+# These imports would load JAX, which this package does not need at run time.
 if TYPE_CHECKING:
     from dance_jax.models.config import ModelConfig
     from dance_jax.models.tokenizer import Tokenizer
@@ -21,38 +21,38 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class ServeInfo:
-    """One server as its users see it."""
+    """Properties of one server."""
 
-    #: Name of the model in requests and answers.
+    #: Name of the model in requests and responses.
     model: str
     tokenizer: Tokenizer
     engine_config: EngineConfig
     model_config: ModelConfig
-    #: Names of all servers by rank, and which of them this is.
+    #: Names of all servers by rank, and this server's rank.
     servers: tuple[str, ...]
     rank: int
-    #: Where every expert is at the start.
+    #: Layout of all experts at the start.
     layout: Layout
-    #: What requests must carry as bearer token; None: nothing.
+    #: Bearer token that requests must carry; None if the server needs no key.
     api_key: str | None
-    #: When the server was started, unix time in seconds.
+    #: Start of the server, unix time in seconds.
     created: int
 
     @property
     def max_model_len(self) -> int:
-        """Context in tokens, prompt and output."""
+        """Context length in tokens, prompt plus output."""
         return self.engine_config.max_model_len
 
     def check_model(self, name: str | None) -> None:
-        """A request may name no model, or the one that is served.
+        """Check that a request names no model or the served one.
 
         Raises:
-            ApiError: 404, it names another.
+            ApiError: 404 if it names another model.
         """
         if name is not None and name != self.model:
             raise ApiError(
                 404,
-                f"model: there is no {name!r:.80} here; this server has {self.model!r}",
+                f"model: {name!r:.80} does not exist; this server serves {self.model!r}",
                 param="model",
                 code="model_not_found",
             )
@@ -60,7 +60,7 @@ class ServeInfo:
 
 @dataclasses.dataclass(frozen=True)
 class RouteContext:
-    """What routes work with."""
+    """The services that routes use."""
 
     queue: RequestQueue
     info: ServeInfo

@@ -1,20 +1,20 @@
-"""The engine's logprobs in the forms of OpenAI's two APIs."""
+"""Conversion of the engine's logprobs to the formats of OpenAI's two APIs."""
 
 from __future__ import annotations
 
 from dance_jax.engine.sequence import Logprob, OutputDelta
 from dance_jax.serve.answers import CompletionLogprobs, TokenLogprob, TopLogprob
 
-#: JSON has no infinity; vLLM writes this for a token that cannot come.
+#: Written for -inf, which JSON cannot express; the same value as vLLM's.
 _LOWEST = -9999.0
 
 
 def completion_logprobs(delta: OutputDelta, offset: int) -> CompletionLogprobs | None:
-    """Those of a delta, for /v1/completions; None when nobody asked for them.
+    """A delta's logprobs for /v1/completions; None if the request did not ask for logprobs.
 
     Args:
         delta: from the engine.
-        offset: characters of the sample's text before it.
+        offset: characters of the sample's text before the delta.
     """
     if delta.logprobs is None:
         return None
@@ -31,11 +31,11 @@ def completion_logprobs(delta: OutputDelta, offset: int) -> CompletionLogprobs |
 
 
 def chat_logprobs(delta: OutputDelta, top: int) -> list[TokenLogprob]:
-    """Those of a delta, for /v1/chat/completions.
+    """A delta's logprobs for /v1/chat/completions.
 
     Args:
         delta: from the engine, with logprobs.
-        top: how many of the most likely tokens are listed.
+        top: number of most likely tokens to list.
     """
     listed = []
     for token, found in zip(delta.token_ids, delta.logprobs or [], strict=True):
@@ -55,9 +55,9 @@ def _top(token: int, found: Logprob) -> TopLogprob:
 
 
 def _name(token: int, found: Logprob) -> str:
-    """The token's text; "token_id:7" where that is empty or no whole characters.
+    """The token's text, or e.g. "token_id:7" if the text is empty or not whole characters.
 
-    So no two tokens have one name, as U+FFFD would be for many.
+    Names stay unique this way: the text of many tokens is U+FFFD.
     """
     text = found.decoded_token
     return text if text and "\ufffd" not in text else f"token_id:{token}"

@@ -10,11 +10,11 @@ import zmq
 
 
 class LoopSocket:
-    """Hands a socket's messages to a function, and sends without waiting.
+    """Passes a socket's messages to a function, and sends without blocking.
 
     Args:
-        socket: used by this object alone from here on; not closed by it.
-        on_message: called with the parts of each message, on the loop.
+        socket: used only by this object from now on, but not closed by it.
+        on_message: called on the event loop with the parts of each message.
     """
 
     def __init__(self, socket: zmq.Socket, on_message: Callable[[list[bytes]], None]) -> None:
@@ -27,16 +27,16 @@ class LoopSocket:
         self._loop.call_soon(self._read)
 
     def send(self, *parts: bytes) -> None:
-        """Sends a message; one to somebody who is gone is lost."""
+        """Send a message; it is lost if the peer is gone."""
         if not self._open:
             return
         with contextlib.suppress(zmq.ZMQError):
             self._socket.send_multipart(parts, flags=zmq.DONTWAIT)
-        # The descriptor signals changes only, and sending may have taken one for itself.
+        # The descriptor is edge-triggered, and the send may have consumed an edge.
         self._loop.call_soon(self._read)
 
     def close(self) -> None:
-        """Calls the function no more."""
+        """Stop calling `on_message`."""
         if self._open:
             self._open = False
             self._loop.remove_reader(self._descriptor)

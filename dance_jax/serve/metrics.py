@@ -1,4 +1,4 @@
-"""What Prometheus reads: the front end's own counts, and the engine's latest report."""
+"""Prometheus metrics: the front end's own counters, and the engine's latest report."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from dance_jax.serve.queue import RequestQueue
 
 PREFIX = "dance_jax:"
-#: Of units at the ends of counters' names.
+#: Unit suffix of a counter's name -> seconds per unit.
 _SECONDS = {"s": 1.0, "ns": 1e-9}
 
-# Upper ends of the histograms' bins: vLLM's.
+# Upper ends of the histograms' buckets, the same as vLLM's.
 _FIRST_TOKEN_S = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
     *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0),
@@ -44,11 +44,11 @@ class Metrics:
     """All metrics of one server.
 
     Args:
-        queue: where requests in flight and the engine's report are looked up.
-        experts: where they are.
-        model: label `model_name` of every metric.
-        servers: names of all servers by rank.
-        rank: this server's.
+        queue: provides the requests in flight and the engine's report.
+        experts: the current placement of experts.
+        model: value of the label `model_name` of every metric.
+        servers: names of all servers, by rank.
+        rank: this server's rank.
     """
 
     def __init__(
@@ -63,21 +63,29 @@ class Metrics:
         self._registry = CollectorRegistry()
         self._registry.register(_EngineMetrics(queue, experts, model, servers, rank))
         self.queue = self._histogram(
-            "request_queue_time_seconds", "From arrival to the first step", _FIRST_TOKEN_S
+            "request_queue_time_seconds",
+            "Time from a request's arrival to its first step",
+            _FIRST_TOKEN_S,
         )
         self.first_token = self._histogram(
-            "time_to_first_token_seconds", "From arrival to the first token", _FIRST_TOKEN_S
+            "time_to_first_token_seconds",
+            "Time from a request's arrival to its first token",
+            _FIRST_TOKEN_S,
         )
         self.inter_token = self._histogram(
-            "inter_token_latency_seconds", "From token to token of a sample", _TOKEN_S
+            "inter_token_latency_seconds",
+            "Time between consecutive tokens of a sample",
+            _TOKEN_S,
         )
         self.per_token = self._histogram(
             "request_time_per_output_token_seconds",
-            "Mean of a sample's times from token to token",
+            "Mean time between consecutive tokens of a finished sample",
             _TOKEN_S,
         )
         self.end_to_end = self._histogram(
-            "e2e_request_latency_seconds", "From arrival to the last token", _REQUEST_S
+            "e2e_request_latency_seconds",
+            "Time from a request's arrival to its last token",
+            _REQUEST_S,
         )
         self.prompt_tokens = self._histogram(
             "request_prompt_tokens", "Prompt tokens of a finished request", _TOKENS
@@ -87,13 +95,13 @@ class Metrics:
         )
         self._finished = Counter(
             PREFIX + "request_success",
-            "Samples that ended, by reason",
+            "Samples finished, by finish reason",
             ["model_name", "finished_reason"],
             registry=self._registry,
         )
         self._refused = Counter(
             PREFIX + "requests_refused",
-            "Calls that the queue did not take, by reason",
+            "HTTP calls refused by the queue, by reason",
             ["model_name", "reason"],
             registry=self._registry,
         )
@@ -103,20 +111,20 @@ class Metrics:
             self._refused.labels(model, reason)
 
     def observe(self, request: Request) -> Observation:
-        """Of a request that was submitted just now."""
+        """Start measuring a request that was submitted just now."""
         return Observation(self, request)
 
     def finished(self, reason: str, samples: int = 1) -> None:
-        """Samples ended."""
+        """Count finished samples."""
         self._finished.labels(self._model, reason).inc(samples)
 
     def refused(self, error: QueueFull | Unavailable) -> None:
-        """The queue did not take a call."""
+        """Count a call that the queue refused."""
         reason = "queue_full" if isinstance(error, QueueFull) else "unavailable"
         self._refused.labels(self._model, reason).inc()
 
     def exposition(self) -> bytes:
-        """All metrics in Prometheus' text format."""
+        """All metrics in Prometheus's text format."""
         return generate_latest(self._registry)
 
     def _histogram(self, name: str, text: str, bins: Sequence[float]) -> Histogram:
@@ -127,22 +135,22 @@ class Metrics:
 
 
 class Observation:
-    """Measures one request as its deltas come.
+    """Measures one request as its deltas arrive.
 
     Args:
-        metrics: where to.
-        request: submitted just now.
+        metrics: receives the measurements.
+        request: a request submitted just now.
     """
 
     def __init__(self, metrics: Metrics, request: Request) -> None:
         self._metrics = metrics
         self._prompt_tokens = len(request.prompt_token_ids)
-        # On the clock that is not set: how long ago it arrived is a difference of seconds.
+        # Convert the arrival from unix time to the monotonic clock, which is never adjusted.
         waited_s = 0.0 if request.arrival_time is None else time.time() - request.arrival_time
         self._arrival = time.monotonic() - max(0.0, waited_s)
         self._running = request.params.n
         self._tokens = 0
-        #: Per sample: when its first and its latest token came, and how many there are.
+        #: Sample -> times of its first and latest token, and its number of tokens.
         self._samples: dict[int, tuple[float, float, int]] = {}
 
     @property
@@ -151,7 +159,7 @@ class Observation:
         return self._running == 0
 
     def add(self, delta: OutputDelta) -> None:
-        """A delta came just now."""
+        """Record a delta that arrived just now."""
         now = time.monotonic()
         if not self._samples and delta.metrics and delta.metrics.first_scheduled_time:
             waited_s = delta.metrics.first_scheduled_time - delta.metrics.arrival_time
@@ -166,7 +174,7 @@ class Observation:
             self._metrics.generation_tokens.observe(self._tokens)
 
     def close(self) -> None:
-        """No more deltas come; samples that have not ended count as aborted."""
+        """Stop measuring; samples that have not ended count as aborted."""
         if self._running:
             self._metrics.finished("abort", self._running)
         self._running = 0
@@ -191,8 +199,10 @@ class Observation:
 
 
 class _EngineMetrics(Collector):
-    """The engine's latest report as metrics, whose counters begin anew with a new engine; and what
-    the launcher says."""
+    """The engine's latest report and the launcher's placement data as metrics.
+
+    The report's counters restart at 0 when the engine restarts.
+    """
 
     def __init__(
         self,
@@ -212,7 +222,7 @@ class _EngineMetrics(Collector):
         yield self._gauge(
             "requests_in_flight", "Requests submitted and not finished", self._queue.in_flight
         )
-        yield self._counter("engine_restarts", "Engines started anew", {(): self._queue.restarts})
+        yield self._counter("engine_restarts", "Engine restarts", {(): self._queue.restarts})
         yield from self._placement()
         if (report := self._queue.report) is not None:
             yield from self._gauges(report)
@@ -222,84 +232,114 @@ class _EngineMetrics(Collector):
 
     def _placement(self) -> Iterable[Metric]:
         placement = self._experts
-        yield self._gauge("placement_version", "Grows with each migration", placement.version)
+        yield self._gauge(
+            "placement_version",
+            "Version of the placement of experts; grows with each migration",
+            placement.version,
+        )
         for name, text, value in (
-            ("placement_decisions", "Decisions about placements", placement.decisions),
-            ("migrations", "Migrations of experts completed", placement.migrations),
+            ("placement_decisions", "Placement decisions made", placement.decisions),
+            ("migrations", "Expert migrations completed", placement.migrations),
             ("migration_failures", "Migrations that failed to load experts", placement.failures),
             ("experts_migrated", "Experts loaded by migrations", placement.experts_migrated),
         ):
             yield self._counter(name, text + ", on all servers", {(): value})
         if (decision := placement.last_decision) is not None:
             for name, text, value in (
-                ("present_seconds", "Seconds to the next one as it is", decision.present_seconds),
-                ("expected_seconds", "Seconds as it would be", decision.expected_seconds),
-                ("migration_seconds", "Seconds of loading", decision.migration_seconds),
-                ("gain", "Share of the present seconds that is saved", decision.gain),
-                ("experts_moved", "Experts to load", decision.experts_moved),
+                (
+                    "present_seconds",
+                    "Predicted seconds of expert calls until the next decision if no expert moves",
+                    decision.present_seconds,
+                ),
+                (
+                    "expected_seconds",
+                    "Predicted seconds of expert calls until the next decision after the move",
+                    decision.expected_seconds,
+                ),
+                (
+                    "migration_seconds",
+                    "Predicted seconds to load the moved experts",
+                    decision.migration_seconds,
+                ),
+                ("gain", "Share of present_seconds that the move saves", decision.gain),
+                ("experts_moved", "Experts that servers must load", decision.experts_moved),
             ):
                 if value is not None:
-                    yield self._gauge(f"placement_{name}", f"{text}, of the last decision", value)
+                    yield self._gauge(f"placement_{name}", f"{text} (last decision)", value)
 
     def _gauges(self, report: EngineReport) -> Iterable[Metric]:
         calls = report.calls_local + report.calls_remote
         used = report.kv_blocks_used / report.kv_blocks if report.kv_blocks else 0.0
         share = report.calls_local / calls if calls else float("nan")
-        yield self._gauge("num_requests_running", "Sequences that run", report.running)
-        yield self._gauge("num_requests_waiting", "Sequences that wait", report.waiting)
-        yield self._gauge("kv_cache_usage_perc", "KV blocks in use, 1 is all", used)
+        yield self._gauge("num_requests_running", "Sequences running", report.running)
+        yield self._gauge("num_requests_waiting", "Sequences waiting to run", report.waiting)
+        yield self._gauge("kv_cache_usage_perc", "Fraction of KV blocks in use (0 to 1)", used)
         yield self._gauge(
             "prefix_cache_enabled",
-            "1 if requests with the same prefix share its computation, 0 with recurrent states",
+            "1 if requests share the computation of equal prefixes; 0 for recurrent states",
             float(report.shares_prefixes),
         )
         yield self._gauge(
-            "state_bytes", "Recurrent states of running sequences", report.state_bytes_used
+            "state_bytes",
+            "Bytes of recurrent states of running sequences",
+            report.state_bytes_used,
         )
-        yield self._gauge("local_share", "Share of expert calls that stay here", share)
-        yield self._gauge("experts_resident", "Experts that live here", report.experts_resident)
-        yield self._gauge("spare_slots", "Slots that hold no expert", report.spare_slots)
-        yield self._gauge("longest_step_seconds", "Of the last ten seconds", report.longest_step_s)
+        yield self._gauge("local_share", "Fraction of expert calls served locally", share)
+        yield self._gauge(
+            "experts_resident", "Experts resident on this server", report.experts_resident
+        )
+        yield self._gauge("spare_slots", "Expert slots that are empty", report.spare_slots)
+        yield self._gauge(
+            "longest_step_seconds",
+            "Longest step of the last ten seconds",
+            report.longest_step_s,
+        )
 
     def _counters(self, report: EngineReport) -> Iterable[Metric]:
         for name, text, value in (
-            ("num_preemptions", "Sequences put back for want of KV blocks", report.preemptions),
-            ("prefix_cache_queries", "Prompt tokens looked up", report.prefix_queries),
-            ("prefix_cache_hits", "Prompt tokens found in the cache", report.prefix_hits),
+            ("num_preemptions", "Sequences preempted for lack of KV blocks", report.preemptions),
+            (
+                "prefix_cache_queries",
+                "Tokens looked up in the prefix cache",
+                report.prefix_queries,
+            ),
+            ("prefix_cache_hits", "Tokens found in the prefix cache", report.prefix_hits),
             ("prompt_tokens", "Prompt tokens computed", report.prompt_tokens),
             ("generation_tokens", "Tokens sampled", report.generation_tokens),
-            ("attended_positions", "Positions that tokens attended to", report.positions),
+            ("attended_positions", "Positions attended to, over all tokens", report.positions),
             ("transfers", "Hidden states sent to other servers", report.transfers),
             (
                 "busiest_transfers",
-                "Hidden states through the busiest link of each layer, as far as known here",
+                "Hidden states over the busiest link of each layer, as far as this server knows",
                 report.busiest_rows,
             ),
             (
                 "layers_waited",
-                "MoE layers of steps that waited for another server",
+                "MoE layers, summed over steps, that waited for another server",
                 report.sums.layers_waited,
             ),
             (
                 "token_layers_away",
-                "Pairs of token and MoE layer with an expert call to another server",
+                "Tokens with an expert call to another server, summed over MoE layers",
                 report.sums.rows_away,
             ),
             (
                 "expert_calls_served",
-                "Expert calls computed here, also for other servers",
+                "Expert calls computed on this server, including those for other servers",
                 report.calls_served,
             ),
-            ("steps", "Steps", report.steps),
-            ("engine_cpu_seconds", "Processor time of the engine", report.cpu_seconds),
+            ("steps", "Engine steps", report.steps),
+            ("engine_cpu_seconds", "CPU time of the engine process", report.cpu_seconds),
         ):
             yield self._counter(name, text, {(): value})
         calls = {("local",): report.calls_local, ("remote",): report.calls_remote}
-        yield self._counter("expert_calls", "Expert calls by where they went", calls, ["where"])
+        yield self._counter(
+            "expert_calls", "Expert calls, by where they were served", calls, ["where"]
+        )
         links = {"sent": report.bytes_sent, "received": report.bytes_received}
         yield self._counter(
             "link_bytes",
-            "Payload to and from each other server",
+            "Payload bytes sent to and received from each peer",
             {
                 (name, direction): amounts[rank]
                 for direction, amounts in links.items()
@@ -310,19 +350,19 @@ class _EngineMetrics(Collector):
         )
         yield self._counter(
             "bucket_steps",
-            "Steps by rows of decodes and of prompts that were compiled for them",
+            "Steps by bucket: compiled decode rows + prefill rows",
             {(bucket,): steps for bucket, steps in report.bucket_steps.items()},
             ["bucket"],
         )
         yield self._counter(
             "step_seconds",
-            "Time in each part of the steps",
+            "Time spent in each part of the steps",
             {(part,): seconds for part, seconds in report.step_seconds.items()},
             ["part"],
         )
 
     def _calls(self, report: EngineReport) -> Iterable[Metric]:
-        """Of expert calls: none of these exist where servers step together."""
+        """Metrics of expert calls; servers that step together have none."""
         for name, text, value in _explained(report.sums):
             yield self._counter(f"calls_{name}", text, {(): value})
         others = [rank for rank in range(len(self._servers)) if rank != self._rank]
@@ -336,11 +376,11 @@ class _EngineMetrics(Collector):
             yield self._counter(f"peer_{name}", text, values, ["peer"])
         yield self._counter(
             "failed_sequences",
-            "Sequences that failed in a step for want of an expert, each time anew",
+            "Sequences that failed in a step because an expert was unavailable; repeats count",
             {(): report.failed_sequences},
         )
         yield self._gauge(
-            "stalled_sequences", "Sequences that wait for a missing expert", report.stalled
+            "stalled_sequences", "Sequences waiting for an unavailable expert", report.stalled
         )
 
     def _gauge(self, name: str, text: str, value: float) -> Metric:
@@ -363,7 +403,7 @@ class _EngineMetrics(Collector):
 
 
 def _explained(counters: PeerCounters | Sums) -> Iterator[tuple[str, str, float]]:
-    """Name, text and value of the fields that are metrics; times in seconds."""
+    """Name, help text and value of each field that is a metric; times in seconds."""
     for field in dataclasses.fields(counters):
         if text := field.metadata.get("metric"):
             value = getattr(counters, field.name)

@@ -1,4 +1,4 @@
-"""/placement: which experts live where, and whether that is still right."""
+"""/placement: the placement of experts on servers, and rebalancing on request."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ _ERRORS = documented(400, 401, 413, 415, 503)
 
 
 def routes(server: RouteContext) -> fastapi.APIRouter:
-    """Both routes."""
+    """The routes /placement and /placement/rebalance."""
     router = fastapi.APIRouter(route_class=JsonRoute)
 
     @router.get("/placement", responses=documented(401))
     async def placement() -> PlacementAnswer:
-        """Which experts live on which server."""
+        """Show which experts are resident on which server."""
         return _placement(server)
 
     @router.post("/placement/rebalance", responses=_ERRORS)
     async def rebalance(body: RebalanceRequest) -> Decision:
-        """Decides now whether experts move; they do after the answer, and /placement's version
-        grows when they have."""
+        """Decide now whether experts move; they move after this call has returned, and the version
+        in /placement grows when they have moved."""
         try:
             resident = None if body.servers is None else _wanted(server, body.servers)
             return await server.experts.decision(bool(body.force), bool(body.dry_run), resident)
@@ -51,20 +51,20 @@ def _placement(server: RouteContext) -> PlacementAnswer:
 
 
 def _wanted(server: RouteContext, servers: list[WantedServer]) -> list[list[list[int]]]:
-    """What each server is to hold, by rank.
+    """The experts that each server must hold, by rank.
 
     Raises:
-        ApiError: 400, it is no placement of this model on these servers.
+        ApiError: 400 if this is not a placement of this model on these servers.
     """
     layout = server.experts.layout
     _, layers, experts = layout.device_of.shape
     by_name = {each.name: each.resident for each in servers}
     try:
         if len(servers) != len(by_name) or set(by_name) != set(server.info.servers):
-            raise UserError(f"servers: all of {', '.join(server.info.servers)} are needed, once")
+            raise UserError(f"servers: list each of {', '.join(server.info.servers)} exactly once")
         resident = [by_name[name] for name in server.info.servers]
         if {len(each) for each in resident} != {layers}:
-            raise UserError(f"resident: a list for each of the {layers} MoE layers is needed")
+            raise UserError(f"resident: give one list for each of the {layers} MoE layers")
         Placement.of_lists(resident, experts).validate(layout.capacities)
     except UserError as error:
         raise ApiError(400, str(error), param="servers") from error

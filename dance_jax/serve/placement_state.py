@@ -1,4 +1,4 @@
-"""Where experts are, as the launcher says, and what users ask it about that."""
+"""The placement of experts as reported by the launcher, and users' requests for decisions."""
 
 from __future__ import annotations
 
@@ -14,35 +14,38 @@ if TYPE_CHECKING:
     from dance_jax.placement.core import Layout
 
 
-def _nobody(wanted: RebalanceWanted) -> None:
-    raise Unavailable("no launcher moves experts here")
+def _no_launcher(wanted: RebalanceWanted) -> None:
+    raise Unavailable("experts cannot move: this server runs without a launcher")
 
 
 class PlacementState:
-    """The latest from the launcher; everything happens on the event loop.
+    """The launcher's latest report on placement; used only on the event loop.
 
     Args:
-        layout: at the start.
-        ask: tells the launcher something.
+        layout: the layout at the start.
+        ask: sends a request to the launcher.
     """
 
-    def __init__(self, layout: Layout, ask: Callable[[RebalanceWanted], None] = _nobody) -> None:
+    def __init__(
+        self, layout: Layout, ask: Callable[[RebalanceWanted], None] = _no_launcher
+    ) -> None:
         self.layout = layout
-        #: As in `protocol.Placed`.
+        #: See `protocol.Placed`.
         self.version = 1
         self.last_decision: Decision | None = None
         self.migrations = self.failures = self.experts_migrated = 0
-        #: That were told here.
+        #: Number of decisions reported to this server.
         self.decisions = 0
         self._ask = ask
         self._numbers = itertools.count()
         self._asked: dict[int, asyncio.Future[Decision]] = {}
 
     def placed(self, placed: Placed, layout: Layout) -> None:
-        """Something has changed.
+        """Take over a changed placement.
 
         Args:
-            layout: `placed.layout`.
+            placed: the launcher's report.
+            layout: `placed.layout`, decoded.
         """
         self.layout, self.version = layout, placed.version
         before, latest = self.last_decision, placed.last_decision
@@ -53,7 +56,7 @@ class PlacementState:
         self.experts_migrated = placed.experts_migrated
 
     def decided(self, decided: Decided) -> None:
-        """The launcher answers a question."""
+        """Pass the launcher's answer to the `decision` call that waits for it."""
         future = self._asked.get(decided.id)
         if future is None or future.done():
             return
@@ -65,15 +68,16 @@ class PlacementState:
     async def decision(
         self, force: bool, dry_run: bool, resident: list[list[list[int]]] | None = None
     ) -> Decision:
-        """Asks the launcher for a decision, and waits for it.
+        """Ask the launcher for a decision and wait for it.
 
         Args:
-            force: move experts whatever it costs.
-            dry_run: move none.
-            resident: [server][layer], experts that are to live there; None: as the policy finds.
+            force: move experts whatever the cost.
+            dry_run: decide only; move no experts.
+            resident: [server][layer], ids of the experts to place there; None to use the policy's
+                placement.
 
         Raises:
-            Unavailable: there is nobody to decide, or the service ends.
+            Unavailable: there is no launcher, the decision failed, or the service shuts down.
         """
         number = next(self._numbers)
         future = self._asked[number] = asyncio.get_running_loop().create_future()
@@ -84,7 +88,7 @@ class PlacementState:
             del self._asked[number]
 
     def close(self) -> None:
-        """Nobody answers any more."""
+        """Fail all pending requests for decisions."""
         for future in self._asked.values():
             if not future.done():
-                future.set_exception(Unavailable("the server ends"))
+                future.set_exception(Unavailable("the server is shutting down"))

@@ -1,4 +1,4 @@
-"""Prompts of any form to tokens, within the context and off the event loop."""
+"""Conversion of prompts to tokens, outside the event loop, with checks of the context length."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class EncodedPrompt:
-    """A prompt as the engine takes it."""
+    """A prompt in the engine's form."""
 
-    #: None where it came as tokens.
+    #: None if the prompt was given as tokens.
     text: str | None
     token_ids: list[int]
 
 
 class Prompts:
-    """Encodes what users send.
+    """Encodes users' prompts.
 
     Args:
-        tokenizer: the model's.
-        max_model_len: context in tokens, prompt and output.
-        vocab_size: token ids are below it.
+        tokenizer: the model's tokenizer.
+        max_model_len: context length in tokens, prompt plus output.
+        vocab_size: upper bound of token ids, exclusive.
     """
 
     def __init__(self, tokenizer: Tokenizer, max_model_len: int, vocab_size: int) -> None:
@@ -41,16 +41,17 @@ class Prompts:
             len(tokenizer.decode([token], skip_special_tokens=False))
             for token in range(tokenizer.vocab_size)
         )
-        #: No longer text fits the context; it is refused before time is spent on its tokens.
+        #: A longer text cannot fit the context; it is refused before it is tokenized.
         self._max_chars = longest * max_model_len
 
     async def completions(
         self, prompt: str | list[str] | list[int] | list[list[int]], add_special_tokens: bool
     ) -> list[EncodedPrompt]:
-        """The prompts of a completion.
+        """Encode the prompts of a completion.
 
         Raises:
-            ApiError: 400, one is empty, unknown to the model or leaves no room in the context.
+            ApiError: 400 if a prompt is empty, has an unknown token id, or leaves no room in the
+                context.
         """
         encoded = []
         for where, item in _named(prompt):
@@ -64,54 +65,56 @@ class Prompts:
         return encoded
 
     async def chat(self, messages: Sequence[Message], add_generation_prompt: bool) -> EncodedPrompt:
-        """The prompt of a conversation, through the model's chat template.
+        """Encode a conversation with the model's chat template.
 
         Raises:
-            ApiError: 400, the template refuses the messages, or they leave no room in the context.
+            ApiError: 400 if the template refuses the messages, or if they leave no room in the
+                context.
         """
         text = await self.rendered(messages, add_generation_prompt)
-        # The template itself writes special tokens.
+        # The template itself adds special tokens.
         ids = await self.encoded(text, False, "messages")
         self._check_room(len(ids), "messages")
         return EncodedPrompt(text, ids)
 
     async def rendered(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
-        """A conversation as text.
+        """Render a conversation as text with the model's chat template.
 
         Raises:
-            ApiError: 400, the template refuses the messages.
+            ApiError: 400 if the template refuses the messages.
         """
         return await asyncio.to_thread(self._render, messages, add_generation_prompt)
 
     async def encoded(self, text: str, add_special_tokens: bool, where: str) -> list[int]:
-        """Tokens of a text, which need not leave room in the context.
+        """Tokenize a text without checking that it leaves room in the context.
 
         Raises:
-            ApiError: 400, it cannot fit the context.
+            ApiError: 400 if the text is too long for any tokenization to fit the context.
         """
         if len(text) > self._max_chars:
             raise self._too_long(f"{where}: {len(text)} characters", where)
         return await asyncio.to_thread(self._tokenizer.encode, text, add_special_tokens)
 
     async def detokenized(self, tokens: list[int]) -> str:
-        """Text of tokens.
+        """The text of tokens.
 
         Raises:
-            ApiError: 400, the model has no such token.
+            ApiError: 400 if a token id is outside the vocabulary.
         """
         return await asyncio.to_thread(self._tokenizer.decode, self.known(tokens, "tokens"))
 
     def known(self, tokens: list[int], where: str) -> list[int]:
-        """The same tokens.
+        """Check that all token ids are in the vocabulary, and return them.
 
         Raises:
-            ApiError: 400, the model has no such token.
+            ApiError: 400 if a token id is outside the vocabulary.
         """
         top = max(tokens, default=0)
         if top >= self._vocab_size:
             raise ApiError(
                 400,
-                f"{where}: token id {top}; the model's ids are 0..{self._vocab_size - 1}",
+                f"{where}: token id {top} is out of range; the model's ids are "
+                f"0..{self._vocab_size - 1}",
                 param=where,
             )
         return tokens
@@ -129,24 +132,24 @@ class Prompts:
         try:
             return self._tokenizer.chat_text(variables, add_generation_prompt)
         except UserError as error:
-            reason = error.__cause__ or error  # without the path of the template
-        except Exception as error:  # templates are programs: they fail in their own ways
+            reason = error.__cause__ or error  # the cause does not show the template's path
+        except Exception as error:  # a template is a program, which can raise anything
             reason = error
         raise ApiError(
-            400, f"messages: the model's chat template refuses them: {reason}", param="messages"
+            400, f"messages: the model's chat template rejects them: {reason}", param="messages"
         )
 
     def _check_room(self, length: int, where: str) -> None:
         if length == 0:
-            raise ApiError(400, f"{where}: it is empty, it has no tokens", param=where)
+            raise ApiError(400, f"{where}: must have at least one token", param=where)
         if length + 1 > self._max_model_len:
             raise self._too_long(f"{where}: {length} tokens", where)
 
     def _too_long(self, what: str, param: str) -> ApiError:
         return ApiError(
             400,
-            f"{what} are too long: with one token of output the model's maximum context length "
-            f"is {self._max_model_len} tokens",
+            f"{what} plus at least one output token exceed the model's maximum context length of "
+            f"{self._max_model_len} tokens; shorten the prompt",
             param=param,
             code="context_length_exceeded",
         )
@@ -155,7 +158,7 @@ class Prompts:
 def _named(
     prompt: str | list[str] | list[int] | list[list[int]],
 ) -> Iterator[tuple[str, str | list[int]]]:
-    """Each prompt, and what errors call it."""
+    """Pairs (name of the prompt in error messages, prompt)."""
     if isinstance(prompt, str) or isinstance(prompt[0], int):
         yield "prompt", cast("str | list[int]", prompt)
         return
@@ -166,4 +169,4 @@ def _named(
 def _check_content(message: Message, where: str) -> None:
     calls = (message.model_extra or {}).get("tool_calls")
     if message.content is None and not (message.role == "assistant" and calls):
-        raise ApiError(400, f"{where}: text is needed", param=where)
+        raise ApiError(400, f"{where}: must be text", param=where)

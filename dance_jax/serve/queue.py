@@ -1,9 +1,8 @@
-"""The requests of a front end that are in flight: between users' connections and one engine after
-another.
+"""The requests in flight of a front end, which outlive its engines.
 
-Everything happens on the front end's event loop. A request lives here from `submit` until its last
-sample has ended, however many engines that takes: what one has brought, the next gets as
-`Request.resumed`, and goes on from there.
+Everything runs on the front end's event loop. A request stays in the queue from `submit` until its
+last sample has ended, however many engines that takes: a restarted engine gets the output tokens so
+far as `Request.resumed` and continues from there.
 """
 
 from __future__ import annotations
@@ -22,38 +21,39 @@ from dance_jax.launch.control.protocol import Abort, Command, Submit
 if TYPE_CHECKING:
     from dance_jax.engine.report import EngineReport
 
-#: Seconds without a completed step after which the engine counts as stuck.
+#: Seconds without a completed step after which the engine counts as not ready.
 STEP_TIMEOUT_S = 5.0
-#: Engines that may die over a request without bringing it a token, until it is taken for the cause.
+#: Engine deaths in a row, without a token for a request, after which that request is taken for the
+#: cause and fails.
 MAX_DEATHS = 3
-#: What users that are turned away are told to wait: a queue moves fast, a start takes longer.
+#: Retry-After of refused requests, in seconds: a full queue moves fast, a start takes longer.
 FULL_RETRY_S, UNAVAILABLE_RETRY_S = 1.0, 5.0
 
 
 class QueueFull(Exception):
-    """Too many requests wait for their first token."""
+    """The request is refused: too many requests wait for their first token."""
 
     retry_after_s = FULL_RETRY_S
 
 
 class Unavailable(Exception):
-    """No request is taken: the engine has not started yet, or the server is about to end."""
+    """The request is refused: the engine has not started yet, or the server is shutting down."""
 
     retry_after_s = UNAVAILABLE_RETRY_S
 
 
 @dataclasses.dataclass(eq=False)
 class _InFlight:
-    """A request and what has come of it."""
+    """A request and its output so far."""
 
     request: Request
-    #: Per sample, its output tokens so far; None: it has ended.
+    #: Per sample, the output tokens so far; None if the sample has ended.
     tokens: list[list[int] | None]
-    #: What the user has not read yet; None: that was all.
+    #: Deltas that the user has not read yet; None marks the end.
     unread: asyncio.Queue[OutputDelta | None]
-    #: It has no token yet.
+    #: Whether the request still waits for its first token.
     waits: bool = True
-    #: Engines that died since its latest token.
+    #: Engines that died since the latest token.
     deaths: int = 0
 
     def add(self, delta: OutputDelta) -> None:
@@ -69,11 +69,11 @@ class _InFlight:
 
     @property
     def ended(self) -> bool:
-        """All samples have."""
+        """Whether all samples have ended."""
         return all(tokens is None for tokens in self.tokens)
 
     def fail(self, why: str) -> None:
-        """Ends what has not ended."""
+        """End all unfinished samples with an error."""
         for index, tokens in enumerate(self.tokens):
             if tokens is not None:
                 name = self.request.request_id
@@ -81,10 +81,10 @@ class _InFlight:
 
 
 class DeltaStream:
-    """What comes of a request, until it has ended; closing it early aborts the request."""
+    """The deltas of a request until it ends; closing the stream early aborts the request."""
 
-    def __init__(self, queue: RequestQueue, one: _InFlight) -> None:
-        self._queue, self._one = queue, one
+    def __init__(self, queue: RequestQueue, entry: _InFlight) -> None:
+        self._queue, self._entry = queue, entry
         self._over = False
 
     def __aiter__(self) -> DeltaStream:
@@ -93,25 +93,25 @@ class DeltaStream:
     async def __anext__(self) -> OutputDelta:
         if self._over:
             raise StopAsyncIteration
-        delta = await self._one.unread.get()
+        delta = await self._entry.unread.get()
         if delta is None:
             self._over = True
             raise StopAsyncIteration
         return delta
 
     async def aclose(self) -> None:
-        """No more is wanted; may be called twice, but not while `__anext__` waits."""
+        """End the stream; may be called twice, but not while `__anext__` waits."""
         self._over = True
-        self._queue.abort(self._one.request.request_id)
+        self._queue.abort(self._entry.request.request_id)
 
 
 class RequestQueue:
     """Requests in flight on one server.
 
     Args:
-        send: gives the running engine a command.
+        send: sends a command to the running engine.
         max_queue: requests that may wait for their first token.
-        seeds: of requests without one, which would else draw anew from every engine.
+        seeds: for requests without a seed; otherwise each engine would give the request another.
     """
 
     def __init__(
@@ -121,12 +121,12 @@ class RequestQueue:
         self._max_queue = max_queue
         self._seeds = seeds
         self._in_flight: dict[str, _InFlight] = {}
-        #: Some engine has started; one runs now; no request is taken any more.
+        #: Whether an engine has ever started; whether one runs now; whether requests are refused.
         self._started = self._running = self._draining = False
         self._last_step = float("-inf")
         self._empty = asyncio.Event()
         self._empty.set()
-        #: The engine's latest.
+        #: The engine's latest report.
         self.report: EngineReport | None = None
         #: Engines started after the first.
         self.restarts = 0
@@ -134,90 +134,92 @@ class RequestQueue:
     # For users.
 
     def submit(self, request: Request) -> DeltaStream:
-        """Takes a request in; what comes of it can be read from the result.
+        """Accept a request; its deltas can be read from the result.
 
         Raises:
-            Unavailable: the engine has not started yet, or the server is about to end.
-            QueueFull: too many wait already.
+            Unavailable: the engine has not started yet, or the server is shutting down.
+            QueueFull: too many requests wait already.
         """
         if self._draining or not self._started:
-            raise Unavailable("the server ends" if self._draining else "the server is starting")
-        waiting = sum(one.waits for one in self._in_flight.values())
+            raise Unavailable(
+                "the server is shutting down" if self._draining else "the server is starting"
+            )
+        waiting = sum(entry.waits for entry in self._in_flight.values())
         if waiting >= self._max_queue:
-            raise QueueFull(f"{waiting} requests wait for their first token")
+            raise QueueFull(f"the queue is full: {waiting} requests wait for their first token")
         if request.request_id in self._in_flight:
-            raise ValueError(f"request id {request.request_id!r} is in use")
+            raise ValueError(f"request id {request.request_id!r} is already in use")
         if request.params.seed is None:
             params = msgspec.structs.replace(request.params, seed=next(self._seeds))
             request = msgspec.structs.replace(request, params=params)
-        one = _InFlight(request, [[] for _ in range(request.params.n)], asyncio.Queue())
-        self._in_flight[request.request_id] = one
+        entry = _InFlight(request, [[] for _ in range(request.params.n)], asyncio.Queue())
+        self._in_flight[request.request_id] = entry
         self._empty.clear()
         if self._running:
             self._send(Submit([request]))
-        return DeltaStream(self, one)
+        return DeltaStream(self, entry)
 
     @property
     def ready(self) -> bool:
-        """An engine runs that completed a step within STEP_TIMEOUT_S, and requests are taken."""
+        """Whether requests are accepted and the engine completed a step within STEP_TIMEOUT_S."""
         alive = time.monotonic() - self._last_step < STEP_TIMEOUT_S
         return self._running and alive and not self._draining
 
     @property
     def in_flight(self) -> int:
-        """Requests that have not ended."""
+        """Number of requests that have not ended."""
         return len(self._in_flight)
 
     def abort(self, request_id: str) -> None:
-        """Forgets a request; one that has ended already is none."""
+        """Abort a request; does nothing if the request has ended."""
         if self._remove(request_id) and self._running:
             self._send(Abort([request_id]))
 
     # For the front end.
 
     def engine_started(self) -> None:
-        """An engine waits for requests: it gets all there are."""
+        """An engine is ready: submit all requests in flight to it."""
         self.restarts += self._started
         self._started = self._running = True
         self._last_step = time.monotonic()
         if self._in_flight:
-            self._send(Submit([_resumed(one) for one in self._in_flight.values()]))
+            self._send(Submit([_resumed(entry) for entry in self._in_flight.values()]))
 
     def engine_died(self) -> None:
-        """It is gone; its requests wait for the next one."""
+        """The engine died: keep its requests for the next one."""
         if not self._running:
             return
         self._running = False
-        for name, one in list(self._in_flight.items()):
-            one.deaths += 1
-            if one.deaths >= MAX_DEATHS:
-                one.fail(f"{MAX_DEATHS} engines in a row died over this request")
+        for name, entry in list(self._in_flight.items()):
+            entry.deaths += 1
+            if entry.deaths >= MAX_DEATHS:
+                entry.fail(f"{MAX_DEATHS} engines in a row died while they ran this request")
                 self._end(name)
 
     def receive(self, deltas: Iterable[OutputDelta]) -> None:
-        """The engine has brought these."""
+        """Take in deltas from the engine."""
         for delta in deltas:
-            one = self._in_flight.get(delta.request_id)
-            if one is None:
-                continue  # aborted meanwhile
-            one.add(delta)
-            if one.ended:
+            entry = self._in_flight.get(delta.request_id)
+            if entry is None:
+                continue  # the request was aborted in the meantime
+            entry.add(delta)
+            if entry.ended:
                 self._end(delta.request_id)
 
     def reported(self, report: EngineReport) -> None:
-        """The engine completed a step."""
+        """Take in the engine's report after a step."""
         self.report, self._last_step = report, time.monotonic()
 
     def drain(self) -> None:
-        """Takes no more requests."""
+        """Refuse new requests from now on."""
         self._draining = True
 
     async def drained(self) -> None:
-        """Returns when nothing is in flight."""
+        """Wait until no request is in flight."""
         await self._empty.wait()
 
     def close(self) -> None:
-        """Ends everything that is in flight, for its readers too."""
+        """Abort all requests in flight and end their streams."""
         self._draining = True
         if self._in_flight and self._running:
             self._send(Abort(list(self._in_flight)))
@@ -229,12 +231,12 @@ class RequestQueue:
         self._remove(request_id)
 
     def _remove(self, request_id: str) -> bool:
-        """False: it was not there."""
+        """Remove a request; False if it is not in flight."""
         found = self._in_flight.pop(request_id, None) is not None
         if not self._in_flight:
             self._empty.set()
         return found
 
 
-def _resumed(one: _InFlight) -> Request:
-    return msgspec.structs.replace(one.request, resumed=one.tokens)
+def _resumed(entry: _InFlight) -> Request:
+    return msgspec.structs.replace(entry.request, resumed=entry.tokens)

@@ -1,4 +1,4 @@
-"""Bodies of requests: OpenAI's fields, vLLM's extras, and nothing that is ignored silently."""
+"""Request bodies: OpenAI's fields and vLLM's extras; no field is ignored silently."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from pydantic_core import PydanticCustomError
 
 from dance_jax.engine.sequence import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_TOKENS
 
-#: Most prompts of one call.
+#: Maximum number of prompts in one call.
 MAX_PROMPTS = 64
-#: Most samples of one prompt, and of all prompts of a call together.
+#: Maximum number of samples of one prompt, and of all prompts of a call together.
 MAX_CHOICES = 128
 MAX_STOP_STRINGS = 16
-#: Characters of the longest stop string.
+#: Maximum length of a stop string, in characters.
 MAX_STOP_CHARS = 1024
-#: Most ids in stop_token_ids.
+#: Maximum number of ids in stop_token_ids.
 MAX_STOP_TOKENS = 128
 
 
@@ -36,12 +36,14 @@ def _unsupported(value: Any) -> Any:
 
 def _only_text(value: Any) -> Any:
     if isinstance(value, dict) and value.get("type") != "text":
-        raise PydanticCustomError("unsupported", 'unsupported; only {{"type": "text"}} is served')
+        raise PydanticCustomError(
+            "unsupported", 'unsupported: only {{"type": "text"}} is supported'
+        )
     return value
 
 
 def _prompt_form(value: Any) -> str:
-    """Tag of the form a prompt has; in angle brackets, so that errors do not show it."""
+    """Tag of the prompt's form; the angle brackets keep it out of error messages."""
     if not isinstance(value, list):
         return "<text>"
     first = value[0] if value else ""
@@ -56,14 +58,14 @@ def _one_or_many(value: Any) -> str:
     return "<many>" if _many(value) else "<one>"
 
 
-#: A parameter that would change the answer and is not implemented: null, or left out.
+#: A parameter that would change the answer but is not implemented: must be null or absent.
 Unsupported = Annotated[None, BeforeValidator(_unsupported)]
-#: Accepted from clients that send it; no answer depends on it.
-Harmless = Annotated[Any, Field(description="Accepted; it changes nothing here.")]
+#: A parameter that is accepted but does not change the answer.
+Harmless = Annotated[Any, Field(description="Accepted, but has no effect.")]
 
 TokenId = Annotated[int, Field(ge=0, le=MAX_TOKENS)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
-#: Most texts or token lists.
+#: Limits of a list of texts or of token lists.
 _Several = Field(min_length=1, max_length=MAX_PROMPTS)
 Prompt = Annotated[
     Annotated[str, Tag("<text>")]
@@ -85,7 +87,7 @@ MaxTokens = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
 
 
 class _Body(BaseModel):
-    """Strict: 5 is no "5", an unknown field is an error."""
+    """Base of request bodies: strict types (5 is not "5"), and unknown fields are errors."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -96,9 +98,9 @@ class StreamOptions(_Body):
 
 
 class SamplingFields(_Body):
-    """What completions and chats have in common. null is as if left out."""
+    """Fields that completions and chats share; null means the same as absent."""
 
-    model: str | None = Field(None, description="The served model; it may be left out.")
+    model: str | None = Field(None, description="The served model; may be omitted.")
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     temperature: Annotated[float, Field(ge=0)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -111,7 +113,7 @@ class SamplingFields(_Body):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
-    # vLLM's
+    # vLLM's fields.
     top_k: Annotated[int, Field(ge=-1, le=MAX_TOKENS)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(ge=1e-6, le=1e6)] | None = None
@@ -137,7 +139,7 @@ class SamplingFields(_Body):
 
     @property
     def include_usage(self) -> bool:
-        """A stream ends with the usage."""
+        """Whether the stream ends with the usage."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
 
@@ -147,7 +149,7 @@ class CompletionRequest(SamplingFields):
     prompt: Prompt
     echo: bool | None = None
     best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = Field(
-        None, description="Only n is supported."
+        None, description="Must equal n if given."
     )
     logprobs: Logprobs | None = None
     add_special_tokens: bool | None = None
@@ -155,7 +157,7 @@ class CompletionRequest(SamplingFields):
 
 
 class TextPart(_Body):
-    """A piece of a message's content; images and sounds are not supported."""
+    """A text part of a message's content; images and audio are not supported."""
 
     type: Literal["text"]
     text: str
@@ -168,17 +170,17 @@ Content = Annotated[
 
 
 class Message(BaseModel):
-    """A turn of a conversation. Other fields (name, tool_calls, ...) are the chat template's."""
+    """A turn of a conversation; other fields (name, tool_calls, ...) go to the chat template."""
 
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 
     role: Annotated[str, Field(min_length=1, max_length=64)]
     content: Content | None = Field(
-        None, description="Text; only an assistant's message with tool_calls may have none."
+        None, description="Text; optional only for an assistant's message with tool_calls."
     )
 
     def variables(self) -> dict[str, Any]:
-        """As chat templates expect it: content is text."""
+        """The message as a dict for chat templates, with its content joined to one text."""
         fields = self.model_dump(exclude_unset=True)
         content = self.content
         if isinstance(content, list):
@@ -212,13 +214,13 @@ class ChatRequest(SamplingFields):
     reasoning_effort: Unsupported = None
     verbosity: Unsupported = None
     web_search_options: Unsupported = None
-    #: A hint that only makes answers faster.
+    #: A hint that can only make answers faster.
     prediction: Harmless = None
     parallel_tool_calls: Harmless = None
 
 
 class TokenizeRequest(_Body):
-    """Body of /tokenize: a prompt or messages."""
+    """Body of /tokenize: either a prompt or messages."""
 
     model: str | None = None
     prompt: str | None = None
@@ -235,7 +237,7 @@ class DetokenizeRequest(_Body):
 
 
 class WantedServer(_Body):
-    """Where /placement shows it, `servers` has the same form."""
+    """Experts wanted on one server, in the form of `servers` in /placement."""
 
     name: str
     resident: list[list[Annotated[int, Field(ge=0, strict=True)]]]
@@ -244,10 +246,10 @@ class WantedServer(_Body):
 class RebalanceRequest(_Body):
     """Body of /placement/rebalance."""
 
-    force: bool | None = Field(None, description="Move experts whatever it costs.")
+    force: bool | None = Field(None, description="Move experts whatever the cost.")
     dry_run: bool | None = Field(None, description="Decide, but move nothing.")
     servers: list[WantedServer] | None = Field(
         None,
-        description="Where experts are to live, in the form of /placement: they move there "
-        "whatever it costs.",
+        description="The wanted placement, in the form of /placement: experts move there "
+        "whatever the cost.",
     )

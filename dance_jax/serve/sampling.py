@@ -1,4 +1,4 @@
-"""From the fields of a request to the engine's SamplingParams and Requests."""
+"""Conversion of a request's fields to the engine's SamplingParams and Requests."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dance_jax.serve.info import RouteContext, ServeInfo
 from dance_jax.serve.prompts import EncodedPrompt
 from dance_jax.serve.requests import MAX_CHOICES, SamplingFields
 
-#: Fields that mean the same here and there; those left out have the engine's defaults.
+#: Fields with the same name and meaning in SamplingParams; absent ones get the engine's defaults.
 _SAME = (
     "n",
     "temperature",
@@ -40,26 +40,28 @@ def engine_requests(
     default_max_tokens: int | None,
     logprobs: int | None,
 ) -> list[Request]:
-    """One engine request per prompt.
+    """Create one engine request per prompt.
 
     Args:
-        server: what knows the model's limits.
-        body: of the HTTP call.
-        call_id: its id, from which those of the requests are made.
-        prompts: that fit the context.
-        max_tokens: most output tokens, as the user gave it; refused where there is no room.
-        default_max_tokens: what holds without, cut to the room there is; None: all of it.
-        logprobs: alternatives per token; None: no logprobs at all.
+        server: provides the model's limits.
+        body: body of the HTTP call.
+        call_id: id of the call; prefix of the requests' ids.
+        prompts: prompts that fit the context.
+        max_tokens: the user's limit of output tokens, refused if it exceeds the room left in the
+            context; None if not given.
+        default_max_tokens: limit if `max_tokens` is None, cut to the room left in the context; None
+            for all of that room.
+        logprobs: number of alternatives per token; None for no logprobs at all.
 
     Raises:
-        ApiError: 400, a field is wrong.
+        ApiError: 400 if a field is invalid.
     """
     choices = len(prompts) * (body.n or 1)
     if choices > MAX_CHOICES:
         raise ApiError(
             400,
-            f"n: {len(prompts)} prompts with {body.n} samples each are {choices}; "
-            f"at most {MAX_CHOICES} are answered in one call",
+            f"n: {len(prompts)} prompts with {body.n} samples each make {choices} samples; "
+            f"a call may have at most {MAX_CHOICES}",
             param="n",
         )
     now = time.time()
@@ -77,9 +79,9 @@ def engine_requests(
 def _no_room(info: ServeInfo, prompt_tokens: int, max_tokens: int) -> ApiError:
     return ApiError(
         400,
-        f"max_tokens: {max_tokens} and the prompt's {prompt_tokens} tokens are "
-        f"{prompt_tokens + max_tokens}; the model's maximum context length is "
-        f"{info.max_model_len} tokens",
+        f"max_tokens: {max_tokens} plus the prompt's {prompt_tokens} tokens are "
+        f"{prompt_tokens + max_tokens}, but the model's maximum context length is "
+        f"{info.max_model_len} tokens; lower max_tokens or shorten the prompt",
         param="max_tokens",
         code="context_length_exceeded",
     )
@@ -96,8 +98,8 @@ def _params(
     if body.min_tokens and len(ends) > MAX_STOP_IDS:
         raise ApiError(
             400,
-            f"stop_token_ids: with min_tokens they and the model's own ends are at most "
-            f"{MAX_STOP_IDS} ids; these are {len(ends)}",
+            f"stop_token_ids: together with min_tokens, at most {MAX_STOP_IDS} ids are allowed, "
+            f"including the model's EOS tokens; got {len(ends)}",
             param="stop_token_ids",
         )
     try:

@@ -1,4 +1,4 @@
-"""GET: how the server is, what it has, what it did."""
+"""GET routes: health, readiness, metrics and the served model."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from dance_jax.serve.answers import ModelCard, ModelList, Readiness
 from dance_jax.serve.errors import documented
 from dance_jax.serve.info import RouteContext, ServeInfo
 
-#: Paths that need no key: what supervisors ask.
+#: Paths that need no API key, for supervisors and monitoring.
 OPEN_PATHS = frozenset({"/health", "/ready", "/metrics"})
 
 
 def routes(server: RouteContext) -> fastapi.APIRouter:
-    """All of them."""
+    """The routes of this module."""
     router = fastapi.APIRouter()
     info = server.info
 
     @router.get("/health", response_class=Response)
     async def health() -> Response:
-        """200 as long as the process lives."""
+        """200 as long as the front end's process runs."""
         return Response()
 
     @router.get("/ready", response_model=Readiness, responses={503: {"model": Readiness}})
     async def ready() -> Response:
-        """200 once warmed up and as long as steps complete; otherwise 503."""
+        """200 if the engine is warm and completes steps; otherwise 503."""
         answer = Readiness(ready=server.queue.ready)
         return JSONResponse(answer.model_dump(), 200 if answer.ready else 503)
 
@@ -36,17 +36,17 @@ def routes(server: RouteContext) -> fastapi.APIRouter:
         responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
     )
     async def metrics() -> Response:
-        """For Prometheus."""
+        """Metrics in Prometheus's text format."""
         return Response(server.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
 
     @router.get("/v1/models", responses=documented(401))
     async def models() -> ModelList:
-        """The one model."""
+        """List the served model."""
         return ModelList(data=[_card(info)])
 
     @router.get("/v1/models/{model:path}", responses=documented(401, 404))
     async def model(model: str) -> ModelCard:
-        """The one model, by its name."""
+        """Describe the served model."""
         info.check_model(model)
         return _card(info)
 

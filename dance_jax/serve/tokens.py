@@ -1,4 +1,4 @@
-"""POST /tokenize and /detokenize, as vLLM has them."""
+"""POST /tokenize and /detokenize, compatible with vLLM."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _ERRORS = documented(400, 401, 404, 408, 413, 415)
 
 
 def routes(server: RouteContext) -> fastapi.APIRouter:
-    """Both routes."""
+    """The routes /tokenize and /detokenize."""
     router = fastapi.APIRouter(route_class=JsonRoute)
 
     @router.post("/tokenize", responses=_ERRORS)
     async def tokenize(body: TokenizeRequest) -> Tokenized:
-        """Tokens of a prompt, or of messages in the model's chat template."""
+        """Tokenize a prompt, or messages with the model's chat template."""
         server.info.check_model(body.model)
         tokens = await _tokens(server, body)
         limit = server.info.max_model_len
@@ -27,7 +27,7 @@ def routes(server: RouteContext) -> fastapi.APIRouter:
 
     @router.post("/detokenize", responses=_ERRORS)
     async def detokenize(body: DetokenizeRequest) -> Detokenized:
-        """Text of tokens."""
+        """Convert tokens to text."""
         server.info.check_model(body.model)
         return Detokenized(prompt=await server.prompts.detokenized(body.tokens))
 
@@ -35,7 +35,7 @@ def routes(server: RouteContext) -> fastapi.APIRouter:
 
 
 async def _tokens(server: RouteContext, body: TokenizeRequest) -> list[int]:
-    """Of either; they need not leave room in the context."""
+    """Tokens of the prompt or messages; they need not leave room in the context."""
     if body.prompt is not None and body.messages is None and body.add_generation_prompt is None:
         special = body.add_special_tokens is not False
         return await server.prompts.encoded(body.prompt, special, "prompt")
@@ -44,5 +44,5 @@ async def _tokens(server: RouteContext, body: TokenizeRequest) -> list[int]:
             body.messages, body.add_generation_prompt is not False
         )
         return await server.prompts.encoded(rendered, bool(body.add_special_tokens), "messages")
-    message = "prompt: give either a prompt or messages (with add_generation_prompt)"
+    message = "prompt: give either prompt or messages; add_generation_prompt needs messages"
     raise ApiError(400, message, param="prompt")

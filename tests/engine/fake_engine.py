@@ -1,4 +1,4 @@
-"""An engine without a model: it runs the scheduler's plans on a paged cache and checks each one."""
+"""A fake engine that runs the scheduler's plans on a paged cache and checks each plan."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def make_config(
 
 
 def next_token(known: list[int]) -> int:
-    """The fake model: depends on every token and its position; few values, so outputs repeat."""
+    """The fake model: depends on every token and position; few values, so that outputs repeat."""
     return (len(known) + sum((place + 1) * token for place, token in enumerate(known))) % 7
 
 
 def outputs_of(prompt: list[int], count: int) -> list[int]:
-    """What the fake model goes on with, by itself."""
+    """The fake model's next `count` tokens after a prompt."""
     known = list(prompt)
     for _ in range(count):
         known.append(next_token(known))
@@ -42,19 +42,19 @@ def known_tokens(sequence: Sequence) -> list[int]:
 
 
 class FakeEngine:
-    """Adds, steps and finishes as the engine does; an assertion fails at the first wrong plan."""
+    """Adds, steps and finishes like the engine; an assertion fails at the first wrong plan."""
 
     def __init__(self, config: EngineConfig, devices: int = 1, num_blocks: int = 0) -> None:
         self.config = config
         self.scheduler = Scheduler(config, devices, num_blocks or 8 * config.max_blocks)
-        #: (device, block, offset) -> the token written there; None: padding of a partial row.
+        #: (device, block, offset) -> token written there; None for padding of a partial row.
         self.cache: dict[tuple[int, int, int], int | None] = {}
         self.live: list[Sequence] = []
         self.done: list[Sequence] = []
         self._names = itertools.count()
 
     def add(self, prompt: list[int], outputs: int = 1, done: int = 0) -> Sequence:
-        """Queues a request; `done` of its outputs were brought by an engine before this one."""
+        """Queue a request of which an earlier engine computed `done` outputs."""
         name = str(next(self._names))
         sequence = Sequence(name, 0, prompt, SamplingParams(), outputs, seed=0)
         sequence.output_token_ids += outputs_of(prompt, done)
@@ -72,12 +72,12 @@ class FakeEngine:
         for sequence in preempted:
             stayed = self.scheduler.running[before[sequence]]
             assert stayed and all(s.arrival < sequence.arrival for s in stayed)
-        # First come, first served: those that waited and now run came before all that still wait.
+        # First come, first served: newly admitted sequences came before all that still wait.
         admitted = [s.device >= 0 for s in self.live if before[s] < 0]
         assert admitted == sorted(admitted, reverse=True)
         planned = {row.sequence for rows in plan.entries for row in rows}
         assert planned | set(preempted) >= set(decoding)
-        # Those that made room may have counted when the slice was chosen.
+        # Preempted sequences may have counted when the slice size was chosen.
         most_rows = None if preempted else self._most_rows(decoding, others_decode)
         self._check_plan(plan, most_rows)
         self._run(plan)
@@ -88,10 +88,10 @@ class FakeEngine:
         return plan
 
     def drain(self, others_decode: bool = False) -> int:
-        """Steps until nothing is left; returns how many."""
+        """Step until no sequence is left; return the number of steps."""
         work = sum(s.num_pending + s.max_tokens for s in self.live)
-        # On each device the oldest sequence advances in every step, and what a younger one
-        # computed it loses at most once to each older one.
+        # On each device the oldest sequence advances in every step, and each older sequence
+        # preempts a younger one at most once.
         bound = work * (1 + len(self.live))
         for steps in range(bound + 1):
             if not self.scheduler.active:
@@ -112,7 +112,7 @@ class FakeEngine:
         return gone
 
     def check_blocks(self) -> None:
-        """No block leaks, and the blocks of a sequence are just those of its computed tokens."""
+        """Check that no block leaks and that sequences hold only blocks of computed tokens."""
         scheduler, size = self.scheduler, self.config.block_size
         running = [s for s in self.live if s.device >= 0]
         assert scheduler.num_running == len(running)
@@ -134,11 +134,11 @@ class FakeEngine:
         assert scheduler.blocks_used == sum(pool.used for pool in scheduler.pools)
 
     def _most_rows(self, decoding: list[Sequence], others_decode: bool) -> int:
-        """Rows of a slice: all there can be, or beside a decode as many as there are prompts.
+        """Rows of a slice: the maximum, or, while sequences decode, the number of prompts.
 
         Args:
-            decoding: before the step. A sequence that begins behind a cached prefix counts as a
-                prompt, though the step may find no more than one token of it left to compute.
+            decoding: sequences that decoded before the step. A sequence that starts behind a cached
+                prefix counts as a prompt, even if the step finds only one token left to compute.
         """
         sizes = self.config.slice_rows
         if not (decoding or others_decode):
@@ -147,10 +147,10 @@ class FakeEngine:
         return max((size for size in sizes if size <= max(prompts)), default=sizes[0])
 
     def _check_plan(self, plan: StepPlan, most_rows: int | None) -> None:
-        """Rows are where they belong, none is missing, and the bucket is the smallest for them.
+        """Check that rows are in place, that none is missing, and that the bucket is minimal.
 
         Args:
-            most_rows: of a slice; None: not known.
+            most_rows: maximum rows of a slice; None if unknown.
         """
         if plan.empty:
             assert plan.bucket == (0, 0) and not any(plan.entries) and not self.live
@@ -165,7 +165,7 @@ class FakeEngine:
             assert not any(row.sequence.prefilling for row in decode)
             for _, group in itertools.groupby(piece, key=lambda row: row.sequence):
                 self._check_group(list(group))
-            # What is not planned waits for the slice or for blocks, and for older ones.
+            # Unplanned work waits for room in the slice or for blocks, behind older sequences.
             full = most_rows in (None, len(piece)) or not self.scheduler.pools[device].available
             running = self.scheduler.running[device]
             complete = [any(row.sample for row in rows if row.sequence is s) for s in running]
@@ -184,14 +184,14 @@ class FakeEngine:
         assert plan.num_tokens == sum(len(row.tokens) for rows in plan.entries for row in rows)
 
     def _check_group(self, rows: list[Row]) -> None:
-        """One sequence's rows of a slice: each begins a block, all but the last are whole."""
+        """Check a sequence's slice rows: each starts a block, and all but the last are full."""
         size = self.config.block_size
         for row in rows:
             assert row.first == rows[0].index and row.start % size == 0
             assert len(row.tokens) == size or (row is rows[-1] and 0 < len(row.tokens) < size)
 
     def _run(self, plan: StepPlan) -> None:
-        """A step reads the cache before it writes."""
+        """Run a plan; like a step, it reads the cache before it writes."""
         rows = [(device, row) for device, rows in enumerate(plan.entries) for row in rows]
         for device, row in rows:
             sequence, known = row.sequence, known_tokens(row.sequence)
@@ -205,13 +205,13 @@ class FakeEngine:
             page, offset = divmod(row.start, self.config.block_size)
             block, pool = row.sequence.blocks[page], self.scheduler.pools[device]
             assert pool._refs[block] == 1 and not pool.is_published(block), "others read it"
-            # A row of a slice writes its whole block, whatever it has to say.
+            # A slice row writes its whole block, even if it has fewer tokens.
             padding = 0 if row.index < plan.decode else self.config.block_size - len(row.tokens)
             for place, token in enumerate([*row.tokens, *[None] * padding], start=offset):
                 self.cache[device, block, place] = token
 
     def _cached(self, sequence: Sequence, count: int) -> list[int | None]:
-        """The first entries that a sequence reaches through its block table."""
+        """The first `count` cache entries that a sequence reaches through its block table."""
         places = (divmod(place, self.config.block_size) for place in range(count))
         return [self.cache[sequence.device, sequence.blocks[p], offset] for p, offset in places]
 

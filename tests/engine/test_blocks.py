@@ -1,4 +1,4 @@
-"""Blocks against a naive model, and what the pool promises, one by one."""
+"""The block pool against a naive model, and tests of its guarantees one by one."""
 
 import pytest
 from hypothesis import settings
@@ -14,9 +14,9 @@ def take_new(pool: BlockPool, count: int) -> list[int]:
 
 
 def fill(pool: BlockPool, tokens: list[int]) -> list[int]:
-    """Blocks of a sequence with these tokens: found ones first, the rest allocated, full published.
+    """Blocks of a sequence with these tokens: cached blocks first, then allocated ones.
 
-    Only as many as there are.
+    Full blocks are published. If blocks run out, the sequence gets fewer.
     """
     size = pool.block_size
     blocks = pool.lookup(tokens)
@@ -30,13 +30,13 @@ def fill(pool: BlockPool, tokens: list[int]) -> list[int]:
 
 
 class AnyUse(RuleBasedStateMachine):
-    """Sequences of few different tokens take, fill and give back blocks."""
+    """Sequences of few different tokens take, fill and release blocks."""
 
     @initialize(num_blocks=st.integers(1, 8), block_size=st.integers(1, 3))
     def start(self, num_blocks, block_size):
         self.pool = BlockPool(num_blocks, block_size)
         self.held = []
-        #: What is in each block: all tokens up to its end.
+        #: Block -> all tokens up to the block's end.
         self.written = {}
 
     @rule(tokens=st.lists(st.integers(0, 1), min_size=1, max_size=9))
@@ -121,7 +121,7 @@ def test_shared_blocks_live_until_the_last_holder():
     assert (pool.used, pool.cached) == (1, 0)
     pool.release(blocks)
     assert (pool.used, pool.cached) == (0, 1)
-    with pytest.raises(RuntimeError, match="nobody holds"):
+    with pytest.raises(RuntimeError, match="no sequence holds"):
         pool.release(blocks)
 
 
@@ -146,7 +146,7 @@ def test_of_equal_blocks_one_is_published():
     pool.publish(None, [1, 2], blocks[0])
     pool.publish(None, [1, 2], blocks[1])
     assert [pool.is_published(block) for block in blocks] == [True, False, False, False]
-    # What follows either is found behind the published one.
+    # A block after either copy is found behind the published copy.
     pool.publish(blocks[1], [3, 4], blocks[2])
     assert pool.lookup([1, 2, 3, 4]) == [blocks[0], blocks[2]]
     pool.release([blocks[1]])

@@ -1,4 +1,4 @@
-"""Compiled functions as files, in one process; clusters of processes: tests/launch."""
+"""The compile cache in one process; for clusters of processes, see tests/launch."""
 
 from __future__ import annotations
 

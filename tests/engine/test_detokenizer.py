@@ -1,4 +1,4 @@
-"""Incremental text equals the whole text, character by character, and stop strings never show."""
+"""Incremental text equals the whole text, character by character, and never has a stop string."""
 
 import pytest
 from hypothesis import given, settings
@@ -29,7 +29,7 @@ class CountingDecoder:
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    """Byte-level BPE of 256 bytes and a few merges: most characters span several tokens."""
+    """Byte-level BPE with 256 bytes and a few merges: most characters span several tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -45,7 +45,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def bytes_of(tokenizer):
-    """Token id of each byte, whatever merges there are."""
+    """Byte -> token id, regardless of merges."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     shifted = iter(range(256, 512))
@@ -56,7 +56,7 @@ def bytes_of(tokenizer):
 
 @pytest.fixture(scope="module")
 def sentencepiece():
-    """Metaspace with byte fallback, as Mixtral's tokenizer."""
+    """Metaspace with byte fallback, like Mixtral's tokenizer."""
     vocab = {"<unk>": 0}
     for piece in [*(f"<0x{b:02X}>" for b in range(256)), "▁", "▁hello", "▁world", "h", "i"]:
         vocab[piece] = len(vocab)
@@ -73,7 +73,7 @@ def sentencepiece():
 
 
 def pieces(detokenizer, ids):
-    """Text of each token, and the rest."""
+    """The text that each token adds, then the rest."""
     found = []
     for token in ids:
         found.append(detokenizer.append(token))
@@ -152,7 +152,7 @@ def test_byte_fallback_and_leading_spaces(sentencepiece):
 
 
 def test_tokens_that_never_end_with_a_character(tokenizer):
-    """Byte-level BPE learns them from Indic scripts: the end of one character, the next's lead."""
+    """Byte-level BPE learns such tokens from Indic scripts: a character's end, the next's lead."""
 
     class Shifted:
         raw = "नमस्तेदुनियायहएकपरीक्षण".encode() * 4
@@ -168,7 +168,7 @@ def test_tokens_that_never_end_with_a_character(tokenizer):
 
 
 def naive_stop(text, stops):
-    """(text before the stop that is complete first, that stop)."""
+    """(text before the stop string that is complete first, that stop string)."""
     for end in range(len(text) + 1):
         found = [(text[:end].find(stop), stop) for stop in stops if stop in text[:end]]
         if found:

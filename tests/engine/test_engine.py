@@ -1,4 +1,4 @@
-"""One server's engine under changing traffic: what it answers depends on the request alone."""
+"""One server's engine under changing traffic: outputs depend on the request alone."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_greedy_outputs_are_those_of_a_naive_loop(engine: Engine, naive: Naive, 
 
 
 def test_the_traffic_above_preempts_and_shares(engine: Engine, naive: Naive):
-    """Four long requests want 44 blocks of 18; afterwards their beginnings are known."""
+    """Four long requests need 44 blocks but only 18 exist; afterwards their prefixes are cached."""
     long = [Job((*SHARED[n % 2], n + 2), 30, 0, None) for n in range(4)]
     before = engine.report()
     collectors = run(engine, [(job, job.request(str(n))) for n, job in enumerate(long)])
@@ -71,7 +71,7 @@ def test_the_traffic_above_preempts_and_shares(engine: Engine, naive: Naive):
 
 
 def test_failed_rows_change_no_answer(engine: Engine, naive: Naive):
-    """They are computed again, into the same blocks, and count once."""
+    """Failed rows are computed again, into the same blocks, and count once."""
     long = [Job((*SHARED[n % 2], n + 2), 24, n, None) for n in range(4)]
     for seed in range(2):
         before = engine.report()
@@ -135,10 +135,10 @@ def test_reports_add_up(engine: Engine):
     assert after.generation_tokens - before.generation_tokens == 7
     known = after.prefix_hits - before.prefix_hits
     assert after.prompt_tokens - before.prompt_tokens + known == 38
-    # The last token that is sampled is computed by nobody.
+    # The last sampled token is never an input.
     assert after.positions - before.positions == sum(range(known + 1, 38 + 7))
     computed = after.prompt_tokens - before.prompt_tokens + 6
-    # Six steps of one row, and before them slices of the prompt.
+    # Slices of the prompt, and then six steps of one row.
     (one, alone), *larger = steps.tolist()
     assert (one, alone) == (6, 6) and sum(rows for _, rows in larger) == computed - 6
     for size, (number, rows) in enumerate(larger, 1):

@@ -1,4 +1,4 @@
-"""Experts move to other slots of one server while it answers requests."""
+"""Experts move to other slots of one server while the server answers requests."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.quick import QuickCache
 from tests.tiny_models import OSS
 
 LAYERS, EXPERTS = 2, 16
-#: More than experts, so that they can move.
+#: More slots than experts, so that experts can move.
 SLOTS = 40
 dtypes = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 
@@ -36,12 +36,12 @@ dtypes = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def checkpoint(
     tmp_path_factory: pytest.TempPathFactory, expert_library: pathlib.Path | None
 ) -> Checkpoint:
-    """With biases: leaves of two types."""
+    """A checkpoint with biases, so that experts have leaves of two types."""
     return make_checkpoint(tmp_path_factory.mktemp("engine"), OSS)
 
 
 def start(checkpoint: Checkpoint, dtype: str) -> Engine:
-    """All experts on one server, with free slots."""
+    """An engine of one server with all experts and free slots."""
     config = EngineConfig(
         max_model_len=64,
         max_num_seqs=4,
@@ -64,7 +64,7 @@ def engine(checkpoint: Checkpoint) -> Engine:
 
 
 def shuffled(layout: Layout, seed: int, most: int) -> Layout:
-    """Some experts in slots of others, and in free ones."""
+    """A layout with some experts moved to other experts' slots and to free slots."""
     rng = np.random.default_rng(seed)
     table = layout.experts_of(0, 0)
     moving = rng.choice(SLOTS, most, replace=False)
@@ -73,7 +73,7 @@ def shuffled(layout: Layout, seed: int, most: int) -> Layout:
 
 
 def loads(checkpoint: Checkpoint, engine: Engine, old: Layout, new: Layout):
-    """From the checkpoint, what `new` has in other slots."""
+    """The experts that `new` has in other slots, read from the checkpoint."""
     was, now = old.experts_of(0, 0), new.experts_of(0, 0)
     slots = np.flatnonzero((was != now).any(1) & (now[:, 0] >= 0)).tolist()
     assert slots
@@ -89,7 +89,7 @@ def stage(checkpoint: Checkpoint, engine: Engine, number: int, seed: int, most: 
 
 
 def check_pool(checkpoint: Checkpoint, engine: Engine) -> None:
-    """Every expert is what the checkpoint has, read on a thread of its own."""
+    """Check every expert against the checkpoint; the experts are read in a separate thread."""
     pairs = list(np.ndindex(LAYERS, EXPERTS))
     found = []
     reader = threading.Thread(target=lambda: found.extend(engine.expert(*pair) for pair in pairs))
@@ -105,7 +105,7 @@ REQUESTS = {str(n): np.random.default_rng(n).integers(2, 258, 5 + 4 * n).tolist(
 
 
 def outputs(engine: Engine, each_step=lambda: None) -> dict[str, list[int]]:
-    """Greedy, all at once."""
+    """Greedy outputs of all requests, run at once."""
     collectors = {}
     for name, prompt in REQUESTS.items():
         sampling = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)
@@ -143,7 +143,7 @@ def test_outputs_do_not_change_and_nothing_is_compiled(checkpoint: Checkpoint, e
         jax.monitoring.unregister_event_duration_listener(listener)
     assert next(numbers) > 20, "a batch in every step"
     assert (engine.layout.slot_of != first.slot_of).mean() > 0.5
-    # All calls are served here, by whatever layout.
+    # All calls are served locally under any layout.
     computed = after.prompt_tokens - before.prompt_tokens
     computed += after.generation_tokens - before.generation_tokens - len(REQUESTS)
     calls = after.calls_local - before.calls_local
@@ -151,7 +151,7 @@ def test_outputs_do_not_change_and_nothing_is_compiled(checkpoint: Checkpoint, e
 
 
 def test_a_batch_is_in_force_once_it_is_committed(checkpoint: Checkpoint, engine: Engine):
-    """Its experts are in their slots before that."""
+    """The experts of a staged batch are in their slots before the commit."""
     old = engine.layout
     stage(checkpoint, engine, 1000, seed=1, most=12)
     assert not engine.has_work and engine.layout is old
@@ -169,7 +169,7 @@ def test_a_batch_is_in_force_once_it_is_committed(checkpoint: Checkpoint, engine
         engine._staging.layout = dataclasses.replace(kept, device_of=absent)
         engine.expert(1, 3)
     engine._staging.layout = kept
-    # It has overwritten slots in use, as the launcher's batches never do.
+    # Batch 1001 overwrote slots in use, which the launcher's batches never do.
     stage(checkpoint, engine, 1002, seed=2, most=12)
     assert engine.commit(1002)
 
@@ -177,7 +177,7 @@ def test_a_batch_is_in_force_once_it_is_committed(checkpoint: Checkpoint, engine
 def test_routes_since_a_migration_are_kept_while_there_is_room(
     checkpoint: Checkpoint, engine: Engine
 ):
-    """All of them, as nothing fades."""
+    """All routes are kept, because nothing fades."""
     assert engine.config.half_life is None
     outputs(engine)
     assert len(engine.stats().routes_tlk) > 0
@@ -195,7 +195,7 @@ def test_routes_since_a_migration_are_kept_while_there_is_room(
 
 
 def test_costs_are_measured(engine: Engine):
-    """Of the calls that were served, not of those that warmed up."""
+    """Costs include the calls served, but not those of the warm-up."""
     before = engine.report()
     outputs(engine)
     after, stats = engine.report(), engine.stats()
@@ -208,7 +208,7 @@ def test_costs_are_measured(engine: Engine):
 
 @dtypes
 def test_slots_are_written_in_place(checkpoint: Checkpoint, dtype: str):
-    """Neither the compiled write nor the call of it copies the pool."""
+    """Neither the compiled write nor its call copies the pool."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native, "usable", lambda: False)
         runner = start(checkpoint, dtype).runner

@@ -1,4 +1,4 @@
-"""What a byte takes, by the times of calls of many sizes."""
+"""Seconds per byte, estimated from the times of calls of many sizes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def moved(sizes: np.ndarray, seconds: np.ndarray) -> Moved:
 
 
 def calls(byte_s: float, noise_s: float, count: int = 800) -> Moved:
-    """Of different sizes on one link."""
+    """Calls of different sizes over one link."""
     rng = np.random.default_rng(0)
     sizes = rng.integers(100, 90_000, count).astype(float)
     seconds = 5e-3 + byte_s * sizes + np.abs(rng.normal(0, noise_s, count))

@@ -1,4 +1,4 @@
-"""From request to output without a model: the tracker's deltas add up to RequestOutputs."""
+"""The tracker's deltas add up to RequestOutputs; no model is used."""
 
 import re
 
@@ -11,14 +11,14 @@ EOS = 0
 
 
 class Letters:
-    """Token i is the i-th letter; EOS is nothing."""
+    """A decoder in which token i is the i-th letter and EOS has no text."""
 
     def decode(self, ids):
         return "".join("" if i == EOS else chr(96 + i) for i in ids)
 
 
 def run(params, tokens, prompt=(1, 2), max_model_len=64, eos=(EOS,)):
-    """Output of one request whose every sample gets these tokens, and tokens used by sample 0."""
+    """The output of a request whose samples all get these tokens, and sample 0's tokens used."""
     tracker = RequestTracker(Letters(), max_model_len, 27, eos, seed=3)
     request = Request("r", None, list(prompt), params)
     collector = OutputCollector(request)
@@ -77,7 +77,7 @@ def test_output_is_cut_to_the_context():
     [
         (SamplingParams(n=2), [], "empty"),
         (SamplingParams(), [1] * 64, "64 tokens.*context of 64"),
-        (SamplingParams(), [1, 27], "token id 27; ids are 0..26"),
+        (SamplingParams(), [1, 27], "token id 27; valid ids are 0..26"),
         (SamplingParams(), [-1], "token id -1"),
         (SamplingParams(stop_token_ids=[40]), [1], "stop_token_ids has 40"),
     ],
@@ -152,7 +152,7 @@ def test_an_id_in_use_is_refused():
 @pytest.mark.parametrize("params", [dict(), dict(stop="ca", n=2), dict(stop="abca", min_tokens=3)])
 @pytest.mark.parametrize("border", range(1, 6))
 def test_another_engine_goes_on_where_one_ended(params, border):
-    """Deltas of both add up to those of one engine, wherever the first one's end is."""
+    """Deltas of both engines add up to those of one, wherever the first engine stops."""
     tokens = [1, 2, 3, 1, 2, 3, 4, 5]
     params = SamplingParams(max_tokens=8, seed=5, **params)
     expected = run(params, tokens)

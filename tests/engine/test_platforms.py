@@ -1,4 +1,4 @@
-"""Every part of a step lowers for GPUs and TPUs, in any format of weights, on a machine without."""
+"""Every part of a step lowers for GPUs and TPUs in any weight format, without such a device."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from dance_jax.models.tensors import arrays_of, parts_of, trunk_rules
 from dance_jax.placement.core import Placement, spread
 from tests.cluster import tiny
 
-#: By JAX's names: of the backend, and of the platform that is lowered for.
+#: JAX's name of the backend -> JAX's name of the lowering platform.
 PLATFORMS = {"gpu": "cuda", "tpu": "tpu"}
 EXPERTS = ("w_gate", "w_up", "w_down")
-#: dtype of activations, of floats of the experts, of those of the trunk; or names in ROUNDED.
+#: dtypes of activations, of the experts' weights and of the trunk's weights, or names in ROUNDED.
 KEPT = {
     "float32": ("float32", "float32", "float32"),
     "bfloat16": ("bfloat16", "bfloat16", "bfloat16"),
@@ -41,7 +41,7 @@ def _form(name: str) -> WeightFormat:
 
 
 def make_runner(model: str, kept: str) -> Runner:
-    """All experts on one device."""
+    """A runner with all experts on one device."""
     dtype, experts, trunk = KEPT[kept]
     config = tiny.MODELS[model]
     forms = {
@@ -72,7 +72,7 @@ def make_runner(model: str, kept: str) -> Runner:
 
 @pytest.fixture(params=PLATFORMS)
 def platform(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """What is lowered within a test is for another platform, and takes its paths."""
+    """Within a test, lowering targets another platform and takes that platform's code paths."""
     name, lower = PLATFORMS[request.param], jax.stages.Traced.lower
     monkeypatch.setattr(jax, "default_backend", lambda: request.param)
     monkeypatch.setattr(
@@ -89,7 +89,7 @@ def platform(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 )
 def test_every_part_lowers(platform: str, model: str, kept: str) -> None:
     runner = make_runner(model, kept)
-    # Decode rows beside a slice: both kinds of rows.
+    # The largest bucket has both decode rows and slice rows.
     bucket = runner.config.buckets[-1]
     parts = {
         "begin": runner._lower_begin(bucket),
@@ -101,7 +101,7 @@ def test_every_part_lowers(platform: str, model: str, kept: str) -> None:
     parts |= {index: runner._lower_layer(bucket, index) for index in sorted(set(runner._like))}
     texts = {part: lowered.as_text() for part, lowered in parts.items()}
     assert not any("dance_jax." in text for text in texts.values()), "a call of the CPUs' library"
-    # The library's grouped product where it takes the weights as they are, else the loop.
+    # JAX's grouped product is used if it takes the weights as they are, otherwise the loop.
     activations, experts, _ = KEPT[kept]
     with_experts = {runner._like[index] for index in runner._moe}
     grouped = {part for part, text in texts.items() if "ragged_dot" in text}
@@ -111,7 +111,7 @@ def test_every_part_lowers(platform: str, model: str, kept: str) -> None:
 
 
 def _converted_pools(text: str, runner: Runner) -> list[str]:
-    """Operations that make a whole pool of another type."""
+    """Operations that convert a whole pool to another dtype."""
     leaves = (leaf.shape[1:] for leaf in runner.pools.argument)
     shapes = {"x".join(map(str, shape)) for shape in leaves if len(shape) == 3}
     found = re.findall(r"stablehlo\.convert .*: \(tensor<([\dx]+)x\w+>\)", text)

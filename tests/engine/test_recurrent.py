@@ -1,4 +1,4 @@
-"""An engine whose model has recurrent states: they follow their sequences, and no one else's."""
+"""An engine whose model has recurrent states: each sequence keeps its own states."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.tiny_models import HYBRID
 def hybrid(
     tmp_path_factory: pytest.TempPathFactory, expert_library: pathlib.Path | None
 ) -> tuple[Engine, Naive]:
-    """One of two servers that call each other: it has two states of each sequence."""
+    """One of two servers that call each other, so it keeps two states per sequence."""
     checkpoint = make_checkpoint(tmp_path_factory.mktemp("recurrent"), HYBRID)
     return make_engine(checkpoint, servers=2), Naive(checkpoint)
 
@@ -43,7 +43,7 @@ def test_greedy_outputs_are_those_of_a_naive_loop(hybrid, given):
 
 
 def test_preempted_sequences_are_computed_anew_and_prefixes_are_not_shared(hybrid):
-    """Four long requests want 44 blocks of 18; then one of them comes once more."""
+    """Four long requests need 44 blocks, but only 18 exist; then one of them is repeated."""
     engine, naive = hybrid
     long = [Job((*SHARED[n % 2], n + 2), 30, 0, None) for n in range(4)]
     before = engine.report().preemptions

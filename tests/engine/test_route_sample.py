@@ -1,4 +1,4 @@
-"""A bounded sample in which every token is as likely."""
+"""A bounded sample in which all tokens are equally likely, or fade."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dance_jax.engine.route_sample import RouteSample
 
 
 def routes(tokens: range) -> np.ndarray:
-    """[t, 1, 1], each token's route is its number."""
+    """[t, 1, 1]: each token's route is its number."""
     return np.array(tokens).reshape(-1, 1, 1)
 
 
@@ -23,7 +23,7 @@ def test_few_tokens_are_all_kept_in_order():
 
 
 def test_tokens_of_a_request_are_neighbours():
-    """However requests take turns."""
+    """Tokens of a request are adjacent, however requests alternate."""
     sample = RouteSample(40, (1, 1))
     for start in range(0, 60, 3):
         sample.add(routes(range(start, start + 3)), request=start // 3 % 4)
@@ -40,7 +40,7 @@ def test_many_tokens_are_sampled_evenly():
         kept = sample.kept.ravel()
         assert len(set(kept.tolist())) == 10
         hits[kept] += 1
-    # 40 expected, standard deviation 6: no token is favoured by its place.
+    # 40 expected, standard deviation 6: no token is favoured by its position.
     assert hits.min() > 15 and hits.max() < 65
     assert abs(hits[:50].sum() - 2000) < 200
 
@@ -51,17 +51,17 @@ def test_a_sample_of_nothing_is_not_wanted():
 
 @pytest.mark.parametrize("half_life", [None, 5.0])
 def test_chances_halve_with_every_half_life(half_life: float | None) -> None:
-    """Eight half-lives (of 5 s) with as many tokens in each."""
+    """Eight half-lives of 5 s, each with the same number of tokens."""
     hits, samples = np.zeros(8), 600
     for seed in range(samples):
         sample = RouteSample(20, (1, 1), seed, half_life)
         for period in range(8):
-            # All at the same moment: a chance for each period, known exactly.
+            # All tokens of a period get the same time, so its probability is known exactly.
             sample.add(routes(range(period * 1000, (period + 1) * 1000)), now=5.0 * period)
         hits += np.bincount(sample.kept.ravel() // 1000, minlength=8)
     weight = np.ones(8) if half_life is None else 2.0 ** np.arange(8)
     want = samples * 20 * weight / weight.sum()
-    # 7 degrees of freedom: above 24.3 in one of a thousand.
+    # With 7 degrees of freedom, chi2 exceeds 24.3 once in a thousand.
     assert ((hits - want) ** 2 / want).sum() < 24.3
 
 
@@ -76,7 +76,7 @@ def test_choosing_first_is_the_same_as_adding() -> None:
         if len(chosen.tokens):
             two.put(chosen, offered[chosen.tokens])
     assert one.kept.tolist() == two.kept.tolist()
-    # Most steps' routes are never looked at.
+    # The routes of most steps are never read.
     assert 4 <= fetched < 200
 
 
@@ -96,7 +96,7 @@ def test_bounds_and_determinism(
         for now, tokens in enumerate(offers):
             sample.add(routes(range(total, total + tokens)), now=float(now))
             total += tokens
-            # The latest have not faded yet.
+            # The latest tokens have not faded yet.
             assert min(size, tokens) <= len(sample.kept) <= min(size, total)
             assert half_life is not None or len(sample.kept) == min(size, total)
             assert len(set(sample.kept.ravel().tolist())) == len(sample.kept)
@@ -108,13 +108,13 @@ def test_bounds_and_determinism(
 def test_after_many_half_lives_only_the_new_are_left() -> None:
     sample = RouteSample(10, (1, 1), half_life=1.0)
     sample.add(routes(range(100)), now=0.0)
-    # A clock that has run for years.
+    # A clock that has run for years must not overflow.
     sample.add(routes(range(100, 110)), now=1e8)
     assert sorted(sample.kept.ravel().tolist()) == list(range(100, 110))
 
 
 def test_few_tokens_fade_too() -> None:
-    """With room for all of them a share of each period's 2000 tokens is left."""
+    """Even with room for all tokens, only a share of each period's 2000 tokens remains."""
     sample = RouteSample(16000, (1, 1), seed=1, half_life=5.0)
     for period in range(8):
         sample.add(routes(range(period * 2000, (period + 1) * 2000)), now=5.0 * period)

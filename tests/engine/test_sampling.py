@@ -1,4 +1,4 @@
-"""Device-side sampling against a numpy oracle in float64; every draw has a fixed seed."""
+"""Sampling on the device against a numpy oracle in float64; every draw has a fixed seed."""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from dance_jax.engine.sampling import (
 from dance_jax.engine.sequence import MAX_LOGPROBS, MAX_STOP_IDS, SamplingParams, Sequence
 
 VOCAB = 700
-#: Rows of most tests, so that they share one compilation.
+#: Number of rows in most tests, so that they share one compilation.
 ROWS = 16
 sample_jit = jax.jit(sample, static_argnums=3)
 adjusted_jit = jax.jit(adjusted)
@@ -46,7 +46,7 @@ def make_logits(rows, seed=0, scale=3.0, vocab=VOCAB):
     return np.random.default_rng(seed).normal(size=(rows, vocab)).astype(np.float32) * scale
 
 
-#: Known tokens of a row at most.
+#: Maximum number of known tokens of a row.
 HISTORY = 40
 
 
@@ -55,14 +55,14 @@ def unchanged(rows=ROWS) -> Adjustments:
 
 
 def changes_of(rows=ROWS, **params) -> Adjustments:
-    """Every row has prompt 0, 1 and output 2, 2, 3, and these parameters."""
+    """Adjustments of rows with prompt 0, 1, output 2, 2, 3 and these parameters."""
     sequence = Sequence("r", 0, [0, 1], SamplingParams(**params), 16, 0)
     sequence.output_token_ids = [2, 2, 3]
     return adjustments(dict.fromkeys(range(rows), sequence), rows, HISTORY)
 
 
 def oracle(logits_v, temperature, top_k, top_p, min_p):
-    """(probabilities, kept, undecidable: at the rounding error of the border) of one row."""
+    """(probabilities, kept, undecidable: within rounding of a threshold) of one row."""
     scaled = logits_v.astype(np.float64) / temperature
     weight = np.exp(scaled - scaled.max())
     kept = weight >= min_p
@@ -166,7 +166,7 @@ def test_a_row_does_not_depend_on_its_batch():
 
 
 def test_noise_of_other_batches_seldom_changes_the_draw():
-    """Logits that differ by 1e-5 choose another token about as seldom: no border moves."""
+    """A difference of 1e-5 in the logits changes the token about that rarely: no boundary moves."""
     rows = 4096
     logits = np.tile(make_logits(1, vocab=VOCAB), (rows, 1))
     noise = np.random.default_rng(0).normal(size=logits.shape).astype(np.float32) * 1e-5
@@ -228,14 +228,14 @@ def test_logprobs_are_of_the_raw_distribution():
 
 
 def changed_logits(**params) -> np.ndarray:
-    """What `changes_of` makes of [2, -2, 2, 2, 2, 2]."""
+    """The logits [2, -2, 2, 2, 2, 2] after `changes_of`."""
     logits = np.full((ROWS, VOCAB), 2, np.float32)
     logits[:, 1] = -2
     return np.asarray(adjusted_jit(logits, changes_of(**params)))[0, :6]
 
 
 def test_penalties_follow_their_definitions():
-    """Prompt 0, 1, output 2, 2, 3; 4 and 5 are unknown."""
+    """The prompt is 0, 1 and the output 2, 2, 3; tokens 4 and 5 have not occurred."""
     plain = [2, -2, 2, 2, 2, 2]
     expected = {
         (("repetition_penalty", 1.25),): [1.6, -2.5, 1.6, 1.6, 2, 2],

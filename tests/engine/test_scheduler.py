@@ -1,4 +1,4 @@
-"""The scheduler as plain Python: a fake engine checks every plan and that all work gets done."""
+"""The scheduler in plain Python: a fake engine checks every plan and that all work finishes."""
 
 import dataclasses
 
@@ -12,13 +12,13 @@ from dance_jax.engine.scheduler import Scheduler
 from dance_jax.engine.sequence import SamplingParams, Sequence
 from tests.engine.fake_engine import FakeEngine, known_tokens, make_config, outputs_of
 
-#: Beginnings that prompts share, of several blocks and less than one.
+#: Prefixes that prompts share, of several blocks and of less than one.
 BEGINNINGS = ([1, 2, 3, 4, 5, 6, 7, 8, 9, 1], [1, 2, 3, 4, 9, 9, 9], [5], [])
 sizes = st.sets(st.integers(1, 5), min_size=1, max_size=3).map(lambda found: tuple(sorted(found)))
 
 
 class AnyTraffic(RuleBasedStateMachine):
-    """Requests come, go on and hang up in any order; blocks are short more often than not."""
+    """Requests arrive, resume and abort in any order; blocks are short more often than not."""
 
     @initialize(
         decode_rows=sizes,
@@ -85,7 +85,7 @@ test_any_traffic = AnyTraffic.TestCase
 
 
 def prompt_of(length: int, name: int = 0) -> list[int]:
-    """A prompt whose first token is its own, so nothing of it is another's."""
+    """A prompt with a unique first token, so that it shares no prefix with another prompt."""
     return [100 + name, *range(1, length)]
 
 
@@ -98,7 +98,7 @@ def test_no_token_is_lost_when_blocks_run_out():
     assert [s.output_token_ids for s in sequences] == [
         outputs_of(s.prompt_token_ids, 40) for s in sequences
     ]
-    # Oldest first, whatever was preempted.
+    # Sequences finish oldest first, despite preemptions.
     assert engine.done == sequences
 
 
@@ -142,7 +142,7 @@ def test_a_prompt_keeps_its_rows_of_a_step_in_which_blocks_run_out():
     young = engine.add(prompt_of(20, 9), 2)
     engine.step()
     assert ([s.num_computed for s in old], young.num_computed) == ([4, 4, 4], 8)
-    # All old ones begin a block, which leaves one for two rows of the prompt.
+    # All old sequences start a new block, which leaves one block for two rows of the prompt.
     engine.step()
     assert (young.num_computed, engine.scheduler.preemptions) == (12, 0)
     engine.step()
@@ -225,7 +225,7 @@ def test_many_prompts_take_a_row_each_beside_a_decode():
     engine.add(prompt_of(3, 0), 60)
     engine.step()
     prompts = [engine.add(prompt_of(12, name), 2) for name in range(1, 5)]
-    # Four prompts of three rows each; then two, which are fewer than three.
+    # Four prompts of three rows each, then three prompts; the last two are fewer than size 3.
     assert engine.step().bucket == (8, 4)
     assert [len(s.output_token_ids) for s in prompts] == [1, 0, 0, 0]
     assert engine.step().bucket == (8, 3)
@@ -317,7 +317,7 @@ def test_outputs_are_found_by_the_next_turn_of_a_chat():
     engine.drain()
     engine.add([*known_tokens(first), 7, 7, 7])
     engine.step()
-    # The last output is no input of any step yet.
+    # The last output has not been an input of any step yet.
     assert engine.scheduler.prefix_hits == 16
 
 
@@ -326,7 +326,7 @@ def test_devices_the_cached_prefix_first_then_the_fewest():
     spread = [engine.add(prompt_of(9, name), 9) for name in range(3)]
     engine.step()
     assert [s.device for s in spread] == [0, 1, 2]
-    # Of prompts 1, 1, 1, 2 and a new one; device 1 has room for two.
+    # Prompts 1, 1, 1, 2 and a new one; device 1 has room for two.
     more = [engine.add([*prompt_of(8, name), 77], 9) for name in (1, 1, 1, 2, 3)]
     engine.step()
     assert [s.device for s in more] == [1, 1, 0, 2, 0]
@@ -437,7 +437,7 @@ def test_a_sequence_that_failed_is_stalled_until_it_goes_on(share_prefixes):
     scheduler.commit(scheduler.schedule(), [sequence, sequence])
     assert (scheduler.stalled, scheduler.failures) == (1, 1)
     assert scheduler.schedule().empty
-    sequence.rests_until = 1e-9  # its rest is over
+    sequence.rests_until = 1e-9  # the pause is over
     plan = scheduler.schedule()
     assert plan.num_tokens == 3 and scheduler.stalled == 1
     scheduler.commit(plan)

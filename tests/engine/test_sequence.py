@@ -1,4 +1,4 @@
-"""SamplingParams: vLLM's defaults, and a UserError that names the field for everything wrong."""
+"""SamplingParams: vLLM's defaults, and a UserError that names the invalid field."""
 
 import msgspec
 import numpy as np

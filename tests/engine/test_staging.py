@@ -1,4 +1,4 @@
-"""Which batches a server takes, and what it says of them."""
+"""Which batches a server accepts, and what it tells other servers about them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dance_jax.placement.core import Layout, Placement, spread
 from dance_jax.placement.migration import SlotChange, changed
 
 LAYERS, EXPERTS = 2, 4
-#: With leaves of two types.
+#: A format with leaves of two types.
 HALF = WeightFormat("bfloat16")
 FORM = ExpertFormat(3, 2, HALF, HALF, HALF, SILU, bias=True)
 RANK = 1
@@ -23,7 +23,7 @@ RANK = 1
 
 @pytest.fixture
 def layout() -> Layout:
-    """Server 0 holds everything, server 1 nothing, on two devices of three slots."""
+    """Server 0 holds all experts, server 1 none, each on two devices of three slots."""
     resident = np.zeros((2, LAYERS, EXPERTS), bool)
     resident[0] = True
     return spread(Placement(resident), (1, 2), (8, 3))
@@ -92,10 +92,10 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(staging: Staging, layou
     for new, experts, wrong in [
         (other, weights(), "other servers or another model"),
         (two, weights((0, 0)), r"no weights for \(device, slot\) \(1, 0\)"),
-        (one, weights((0, 0), (1, 0)), "device 1, slot 0: its layout has no expert there"),
-        (one, weights((0, 0), (1, 9)), "no such slot"),
-        (one, weights((0, 0), form=wide), "weights are"),
-        (one, wrong_shape, "weights are"),
+        (one, weights((0, 0), (1, 0)), "device 1, slot 0: the layout has no expert there"),
+        (one, weights((0, 0), (1, 9)), "the slot does not exist"),
+        (one, weights((0, 0), form=wide), "weights have"),
+        (one, wrong_shape, "weights have"),
     ]:
         with pytest.raises(ValueError, match=wrong):
             staging.add(1, new, experts)

@@ -1,4 +1,4 @@
-"""What the log says of sequences that wait for experts."""
+"""Log messages about sequences that wait for experts."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_a_host_that_comes_and_goes_does_not_flood_the_log(clock: Clock, caplog:
         clock.now += 0.1
         found.update(0)
     assert len(caplog.messages) == 2
-    # One that begins in the quiet time and stays is said when it is over.
+    # A stall that starts within QUIET_S and persists is logged once QUIET_S has passed.
     found.failed(counted(7, 50))
     found.update(2)
     assert len(caplog.messages) == 2

@@ -1,4 +1,4 @@
-"""The compiled step updates its memory in place and reads the experts where they lie."""
+"""The compiled step updates its memory in place and does not copy the experts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.cluster import tiny
 
 @pytest.fixture(scope="module", params=["latent", "latent, experts in JAX", "recurrent"])
 def alone(request: pytest.FixtureRequest, expert_library: pathlib.Path | None) -> Iterator[Runner]:
-    """Every expert on one device, compiled as for users."""
+    """A runner with every expert on one device, compiled with the production options."""
     model, *in_jax = request.param.split(", ")
     resident = np.ones((1, tiny.LAYERS, tiny.EXPERTS), bool)
     layout = spread(Placement(resident), [1], [tiny.LAYERS * tiny.EXPERTS])
@@ -30,15 +30,15 @@ def alone(request: pytest.FixtureRequest, expert_library: pathlib.Path | None) -
 
 
 def _copies(hlo: str) -> Iterator[str]:
-    """Shapes, as "2,3,4", of what is copied, also within fusions."""
+    """Shapes, such as "2,3,4", of copied arrays, including copies in fusions."""
     yield from re.findall(r"= \w+\[([\d,]*)\]\S* copy\(", hlo)
-    # A start of an asynchronous copy has a tuple of shapes.
+    # The start of an asynchronous copy has a tuple of shapes.
     for shapes in re.findall(r"= (\(.*?\)) copy-start\(", hlo):
         yield from re.findall(r"\w+\[([\d,]*)\]", shapes)
 
 
 def _forbidden(arrays: list[jax.Array]) -> set[str]:
-    """The shapes of the arrays on a device, with and without the axis of the devices."""
+    """The arrays' shapes on a device, with and without the device axis."""
     shapes = {array.shape for array in arrays} | {array.shape[1:] for array in arrays}
     return {",".join(map(str, shape)) for shape in shapes}
 
@@ -47,13 +47,13 @@ def _forbidden(arrays: list[jax.Array]) -> set[str]:
 def test_pool_and_cache_are_not_copied(alone: Runner, bucket: tuple[int, int]) -> None:
     parts = alone.compile(bucket)
     texts = [part.as_text() for part in (parts.begin, *parts.layers, parts.logits, parts.choose)]
-    # What a library must initialise first crashes when the step comes from the compile cache.
+    # A call of a library that must be initialised first crashes in a step from the compile cache.
     called = set(re.findall(r'custom_call_target="([^"]+)"', "".join(texts)))
     assert all(name.startswith(("dance_jax.", "TopK")) for name in called), called
     copied = set(_copies("".join(texts)))
     assert copied, "the pattern no longer finds any copy"
     kept = jax.tree.leaves([alone.pools.argument, alone.memory.cache])
-    # The number of a pool in the library's memory may be copied.
+    # Scalars may be copied: the number of a pool that is in the C++ library's memory.
     assert not copied & _forbidden([array for array in kept if array.ndim > 1])
 
 
@@ -61,7 +61,7 @@ def test_memory_is_updated_in_place(alone: Runner) -> None:
     for index, layer in enumerate(alone.compile(tiny.DECODE).layers):
         aliased = re.search(r"input_output_alias=\{(.*?)\}, entry", layer.as_text())
         assert aliased is not None
-        # Of a layer with experts also the counts, and what else the step's record has.
+        # A layer with experts also updates the step's record.
         kept = len(jax.tree.leaves(alone.memory.cache[index])) + ("expert" in layer.as_text())
         assert aliased[1].count("may-alias") + aliased[1].count("must-alias") >= kept
 

@@ -1,4 +1,4 @@
-"""Models in every format that weights can have: the engine answers what their floats answer."""
+"""The engine gives the same answers for every weight format as for the dequantised floats."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ PROMPT, TOKENS = tuple(np.random.default_rng(0).integers(2, 258, 7).tolist()), 5
 class Case:
     """A checkpoint in some format."""
 
-    #: Makes it in a folder: what is to be converted.
+    #: Writes the source checkpoint into a folder and returns its path.
     make: Callable[[pathlib.Path], pathlib.Path]
-    #: Formats of w_gate, w_up and w_down; one where all have the same.
+    #: Formats of w_gate, w_up and w_down; one string if all three are equal.
     experts: str | tuple[str, str, str]
-    #: Formats of some of the trunk's matrices.
+    #: Matrix of the trunk -> format, for some matrices.
     trunk: Mapping[str, str]
     rounding: Rounding = KEEP
 
@@ -52,7 +52,7 @@ class Case:
 def _packed(
     name: str, change: Callable[[dict[str, Any]], None] = lambda tensors: None
 ) -> Callable[[pathlib.Path], pathlib.Path]:
-    """One of `test_packed.MODELS`."""
+    """Write one of `test_packed.MODELS`."""
 
     def make(folder: pathlib.Path) -> pathlib.Path:
         fields, config, encode = packed.MODELS[name]
@@ -67,7 +67,7 @@ def _packed(
 
 
 def _calm(tensors: dict[str, Any]) -> None:
-    """Codes of fp8 at random are large: scales that make weights of them."""
+    """Reduce the scales, because random fp8 codes are too large for weights."""
     for name in tensors:
         if name.endswith("_scale_inv"):
             tensors[name] = tensors[name] / np.float32(128)
@@ -77,7 +77,7 @@ def _floats(dtype: str) -> Callable[[pathlib.Path], pathlib.Path]:
     return lambda folder: write_random_checkpoint(folder, packed.QWEN, dtype=dtype)
 
 
-#: Types of most of the experts of a Q4_K_M, whose last projections differ from layer to layer.
+#: Types of most experts of a Q4_K_M; the types of down projections differ from layer to layer.
 _MIXTURE = {
     "blk.0.ffn_down_exps": "Q4_K",
     "ffn_down_exps": "Q6_K",
@@ -184,11 +184,11 @@ CASES = {
 
 
 class Floats:
-    """A model, as float32 of what its weights are worth.
+    """A model with the values of its weights in float32.
 
     Args:
-        model: opened.
-        rounding: what its matrices are rounded to before.
+        model: an opened model.
+        rounding: format to which matrices are rounded first.
     """
 
     def __init__(self, model: Any, rounding: Rounding) -> None:
@@ -204,7 +204,7 @@ class Floats:
             values = tensor.read().astype(np.float32)
             (first, *_) = rule.targets
             if first.matrix and first.outputs is None and tensor.format.group:
-                # Cut anew: codes do not stay what they are.
+                # Conversion splits the matrix and encodes it again, so codes change.
                 values = values.astype(ml_dtypes.bfloat16).astype(np.float32)
             choice = rounding.trunk if expert is None else rounding.experts
             if choice == "int4-mixed":
@@ -222,7 +222,7 @@ class Floats:
 
 
 class Tensor(Held):
-    """One of `Floats`."""
+    """A tensor of `Floats`."""
 
     @property
     def size(self) -> int:
@@ -231,7 +231,7 @@ class Tensor(Held):
 
 @pytest.fixture(scope="module")
 def steps(expert_library: pathlib.Path | None) -> dict[str, jax.stages.Compiled]:
-    """What has been compiled."""
+    """Compiled steps, shared by the tests of this module."""
     return {}
 
 
@@ -249,7 +249,7 @@ def make_engine(
 
 
 def answer(engine: Engine) -> Iterator[tuple[int, np.ndarray]]:
-    """Greedy tokens, and the logits they were taken from."""
+    """Greedy tokens, and the logits from which they were chosen."""
     found: list[np.ndarray] = []
     run = engine.runner.run
 
@@ -290,7 +290,7 @@ def test_weights_in_codes_answer_what_their_floats_answer(
 
 
 def check_formats(converted: pathlib.Path, case: Case) -> None:
-    """formats.json says what is expected, and what is stored is of that kind."""
+    """Check that formats.json has the expected formats and that stored weights match."""
     said = json.loads((converted / "formats.json").read_text())
     wanted = (case.experts,) * 3 if isinstance(case.experts, str) else case.experts
     assert said["experts"] == dict(zip(("w_gate", "w_up", "w_down"), wanted, strict=True))
@@ -303,7 +303,7 @@ def check_formats(converted: pathlib.Path, case: Case) -> None:
 
 
 def test_last_projections_of_two_types_become_one_without_loss(tmp_path: pathlib.Path) -> None:
-    """As in a Q4_K_M: Q4_K in the first layer, Q6_K in the second."""
+    """As in a Q4_K_M model: Q4_K in the first layer, Q6_K in the second."""
     source = CASES["GGUF Q4_K and Q6_K"].make(tmp_path)
     checkpoint = Checkpoint.open(convert(source, tmp_path / "converted"))
     model, form = open_source(source), checkpoint.form("float32")
@@ -336,5 +336,5 @@ def test_sixteen_bits_take_two_bytes_on_disk_in_the_pool_and_on_the_way(
     for layer in ("0", "1"):
         stored = (checkpoint.path / "experts" / layer).rglob("*")
         size = sum(path.stat().st_size for path in stored if path.is_file())
-        # Compressed, and with what orbax writes beside it.
+        # The stored data is compressed, but orbax adds its own files.
         assert 1.5 * 4 * weights < size < 2.2 * 4 * weights

@@ -1,4 +1,4 @@
-"""Traffic for engines, and the slow way to what they must answer."""
+"""Traffic for engines, and a slow reference for their outputs."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ from tests.forward import forward
 from tests.quick import QuickCache
 from tests.stacks import stacked
 
-#: Prompt and output of the longest request below; 12 blocks of 8 positions.
+#: Tokens, prompt plus output, of the longest request below; 12 blocks of 8 positions.
 CONTEXT = 96
-#: Blocks: less than half of what four long requests want.
+#: Number of KV blocks: less than half of what four long requests need.
 BLOCKS = 18
-#: Logits closer than this may change places: sums run in another order.
+#: Logits closer than this may swap ranks, because sums run in another order.
 MARGIN = 1e-3
 ENGINE = EngineConfig(
     max_model_len=CONTEXT, max_num_seqs=4, decode_rows=(2, 4), slice_rows=(1, 3), block_size=8
@@ -46,13 +46,13 @@ ENGINE = EngineConfig(
 
 
 def make_checkpoint(folder: pathlib.Path, fields: dict[str, Any]) -> Checkpoint:
-    """A random model, converted."""
+    """A converted random model."""
     model = write_random_checkpoint(folder / "model", fields)
     return Checkpoint.open(ensure_converted(model, folder / "cache"))
 
 
 def make_engine(checkpoint: Checkpoint, servers: int = 1) -> Engine:
-    """A warm engine that is short of blocks; of several servers the one that has all experts."""
+    """A warm engine that is short of blocks; with several servers, the one with all experts."""
     model = checkpoint.config
     memory = BLOCKS * block_bytes(model, ENGINE)
     memory += state_bytes(model, ENGINE, state_copies(servers, calls=True))
@@ -70,7 +70,11 @@ def make_engine(checkpoint: Checkpoint, servers: int = 1) -> Engine:
 
 @contextlib.contextmanager
 def failures(engine: Engine, rng: np.random.Generator) -> Iterator[list[Sequence]]:
-    """Within it some experts are nowhere in every other step; gives the sequences that fail."""
+    """Within the context, some experts are unavailable in about every other step.
+
+    Yields:
+        The list of failed sequences, which grows.
+    """
     calls, failed = engine.runner.calls, []
     assert calls is not None
     everything = engine.layout.device_of >= 0
@@ -100,7 +104,7 @@ any_traffic = settings(
 
 
 class Naive:
-    """Greedy decoding with the whole sequence in every step: no cache, no batch."""
+    """Greedy decoding that computes the whole sequence in every step, without cache or batch."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         config = checkpoint.config
@@ -128,7 +132,7 @@ class Naive:
 
     @functools.cache  # noqa: B019
     def step(self, tokens: tuple[int, ...]) -> tuple[int, float]:
-        """The most likely next token, and how far the next one is behind."""
+        """The most likely next token, and the margin of its logit over the second."""
         padded = np.zeros(CONTEXT, np.int32)
         padded[: len(tokens)] = tokens
         logits = np.asarray(self._logits(padded, len(tokens) - 1))
@@ -136,7 +140,7 @@ class Naive:
         return int(logits.argmax()), float(best - second)
 
     def check(self, prompt: list[int], output: list[int]) -> None:
-        """The output is this model's, up to a first difference at a small margin."""
+        """Check the output against this model, up to a first difference at a small margin."""
         known = tuple(prompt)
         for token in output:
             best, margin = self.step(known)
@@ -146,19 +150,19 @@ class Naive:
             known += (token,)
 
 
-#: Beginnings that prompts share.
+#: Prefixes that prompts share.
 SHARED = [np.random.default_rng(seed).integers(2, 258, 60).tolist() for seed in range(3)]
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A request, and when it comes and goes."""
+    """A request with its times of arrival and abort."""
 
     prompt: tuple[int, ...]
     max_tokens: int
-    #: Steps between the request before it and this one.
+    #: Steps between the previous request and this one.
     gap: int
-    #: It is aborted after so many steps from its coming; None: never.
+    #: Steps from arrival until the request is aborted; None if it is not aborted.
     patience: int | None
 
     def request(self, name: str, **params) -> Request:
@@ -176,7 +180,7 @@ def jobs(draw) -> Job:
 
 
 def run(engine: Engine, given: list[tuple[Job, Request]]) -> dict[str, OutputCollector]:
-    """All requests at their times, until none is left."""
+    """Run all requests at their times, until none is left."""
     collectors = {request.request_id: OutputCollector(request) for _, request in given}
     waiting, leaving, clock = list(given), [], 0
     due = given[0][0].gap if given else 0

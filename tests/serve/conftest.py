@@ -1,4 +1,4 @@
-"""One served cluster for the whole session."""
+"""One running cluster for the whole session."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, expert_library: pathlib.Path 
 
 @pytest.fixture(scope="session")
 def served(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """Three local servers on a tiny model; tests may kill its engines, not its front ends."""
+    """Three local servers with a tiny model; tests may kill engines, but not front ends."""
     folder = tmp_path_factory.mktemp("served")
     with serving(tiny, folder, "--log-dir", folder / "logs") as cluster:
         yield cluster

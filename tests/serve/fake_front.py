@@ -1,6 +1,6 @@
-"""A front end without users or an engine: it tells the launcher what a `Script` says.
+"""A fake front end without users or an engine, which sends the launcher the events of a `Script`.
 
-The script comes as the served model's name. At SIGUSR1 its engine has just died.
+The script is passed as the served model's name. SIGUSR1 makes its engine die.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from dance_jax.launch.control import protocol
 from dance_jax.launch.control.channel import ControlConnection
 from dance_jax.launch.control.protocol import FrontSetup
 
-#: Process id that its engine has.
+#: Process id of the fake engine.
 ENGINE_PID = 4242
 
 
 class Script(msgspec.Struct):
-    """What happens to the second server, or because of it."""
+    """What happens to the second server, and how the others follow."""
 
-    #: Starts at which its engine dies at once.
+    #: Numbers of the starts at which the second server's engine dies at once.
     dead_at_once: list[int] = []
-    #: What its engine says when it dies; "": it is killed.
+    #: Message of the engine's failure when it dies; "" if the engine is killed.
     says: str = ""
-    #: The user can do something about it.
+    #: Whether the failure is a user's error.
     user: bool = False
-    #: It never drains.
+    #: Whether the second server never drains.
     runs_on: bool = False
-    #: All servers step on their own.
+    #: Whether all servers step on their own.
     calls: bool = False
 
 
@@ -50,7 +50,7 @@ def main() -> None:
 
     def die(*_: object) -> None:
         if script.calls and not second:
-            return  # it lives on
+            return  # a server that steps on its own outlives the second server's engine
         if not second:
             failed = protocol.Failed("server beta closed the connection", user=False)
             tell(protocol.EngineDied(start, ENGINE_PID, None, failed))
@@ -76,7 +76,7 @@ def main() -> None:
             case protocol.Stop():
                 break
             case protocol.Restart(number):
-                # What an engine before it says late is of no interest.
+                # The launcher must ignore a late event from the previous engine.
                 tell(protocol.EngineDied(start, ENGINE_PID, 1, None))
                 start = number
                 begin()

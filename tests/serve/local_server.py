@@ -1,4 +1,4 @@
-"""One server in this process: a real engine on a tiny model, behind a real HTTP server."""
+"""One server in this process: a real engine with a tiny model behind a real HTTP server."""
 
 from __future__ import annotations
 
@@ -26,39 +26,39 @@ from tests.quick import QuickCache
 from tests.tiny_models import SERVED
 
 MODEL = "tiny"
-#: Tokens, prompt and output.
+#: Context length in tokens, prompt plus output.
 CONTEXT = 192
-#: Requests that may wait.
+#: Maximum number of waiting requests.
 MAX_QUEUE = 32
-#: Seconds after which something that should come does not.
+#: Seconds after which an expected event counts as missing.
 PATIENCE_S = 60.0
 
 
 class _EngineThread:
-    """Stands in for the engine's process: steps in a thread while there is work.
+    """Stands in for the engine process: steps in a thread while there is work.
 
     Args:
-        engine: warmed up.
+        engine: a warm engine.
     """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
-        #: Every command, as it comes.
+        #: Every command sent, in order.
         self.seen: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
-        #: Ids of requests, as the engine gives them up.
+        #: Ids of requests that the engine aborted, in order.
         self.aborted: queue.SimpleQueue[str] = queue.SimpleQueue()
-        #: Steps that may be done while the engine is held.
+        #: Permits for steps while the engine is held.
         self._permits: threading.Semaphore | None = None
 
     def send(self, command: Command | None) -> None:
-        """To the engine; None ends it."""
+        """Send a command to the engine; None ends the engine."""
         self.seen.put(command)
         self._commands.put(command)
 
     @contextlib.contextmanager
     def held(self) -> Iterator[threading.Semaphore]:
-        """Inside, the engine does one step for each release of the semaphore."""
+        """Within the context, the engine runs one step for each release of the semaphore."""
         permits = self._permits = threading.Semaphore(0)
         try:
             yield permits
@@ -67,13 +67,13 @@ class _EngineThread:
             permits.release()
 
     def run(self, loop: asyncio.AbstractEventLoop, requests: RequestQueue) -> None:
-        """Until None is sent; what the engine brings goes to `requests` on its event loop."""
+        """Run the engine until None is sent; its output goes to `requests` on the event loop."""
         while True:
             while not self._engine.has_work or not self._commands.empty():
                 command = self._commands.get()
                 if command is None:
                     return
-                self._obey(command)
+                self._execute(command)
             if self._permits is not None:
                 self._permits.acquire()
             deltas = self._engine.step().outputs
@@ -83,7 +83,7 @@ class _EngineThread:
                 if delta.finish_reason == "abort":
                     self.aborted.put(delta.request_id)
 
-    def _obey(self, command: Command) -> None:
+    def _execute(self, command: Command) -> None:
         match command:
             case Submit(requests):
                 for request in requests:
@@ -94,17 +94,17 @@ class _EngineThread:
 
 
 class LocalServer:
-    """A server at `url`, from construction until `stop`.
+    """A server at `url`, which runs from construction until `stop`.
 
     Args:
-        directory: for the model's files.
+        directory: directory for the model's files.
     """
 
     def __init__(self, directory: pathlib.Path) -> None:
         model = write_random_checkpoint(directory / "tiny", SERVED, seed=3)
         checkpoint = Checkpoint.open(ensure_converted(model, directory / "cache"))
         self.tokenizer = Tokenizer.load(model)
-        # As few buckets as there can be: compiling them takes most of the time.
+        # As few buckets as possible, because compiling them takes most of the time.
         config = EngineConfig(CONTEXT, max_num_seqs=4, decode_rows=(4,), slice_rows=(1,))
         steps = QuickCache(None)
         engine = Engine(checkpoint, self.tokenizer, None, 0, None, config, compile_cache=steps)
@@ -126,7 +126,7 @@ class LocalServer:
         self._http = uvicorn.Server(
             uvicorn.Config(app, log_level="warning", lifespan="off", ws="none")
         )
-        # Listens from here on: who connects waits until it is accepted.
+        # The socket listens from now on; clients wait until their connection is accepted.
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.address: tuple[str, int] = self._socket.getsockname()
         self.url = f"http://127.0.0.1:{self.address[1]}"
@@ -144,7 +144,7 @@ class LocalServer:
             await stepping
 
     def stop(self) -> None:
-        """End HTTP and the engine."""
+        """Stop the HTTP server and the engine."""
         self._http.should_exit = True
         self._thread.join()
         self._socket.close()
@@ -152,7 +152,7 @@ class LocalServer:
 
 @contextlib.contextmanager
 def local_server(directory: pathlib.Path) -> Iterator[LocalServer]:
-    """A running server."""
+    """A context with a running server."""
     server = LocalServer(directory)
     try:
         yield server

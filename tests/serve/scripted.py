@@ -1,4 +1,4 @@
-"""A queue whose answers are written down beforehand: tests of HTTP without an engine."""
+"""A queue with scripted answers, for tests of HTTP without an engine."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Script = Callable[[Request], Iterable[OutputDelta]]
 
 
 def letters(request: Request) -> Iterable[OutputDelta]:
-    """Each sample says "a", "b", ... for max_tokens tokens, in turn with the other samples."""
+    """Each sample gives "a", "b", ... for max_tokens tokens, interleaved with the other samples."""
     params = request.params
     last = (params.max_tokens or 1) - 1
     for number in range(last + 1):
@@ -56,8 +56,9 @@ class ScriptedQueue:
     """Stands in for serve.queue.RequestQueue.
 
     Args:
-        script: the deltas of a request.
-        refusal: raised by `submit`, once `accepted` requests have been taken.
+        script: gives the deltas of a request.
+        refusal: raised by `submit` after `accepted` requests; None to accept all.
+        accepted: number of requests to accept before `refusal`.
     """
 
     def __init__(
@@ -81,7 +82,7 @@ class ScriptedQueue:
 
 
 class _Deltas:
-    """The deltas of a request; after the last it ends if all samples have, or else waits."""
+    """The deltas of a request; after the last delta, it ends if all samples have, or blocks."""
 
     def __init__(self, queue: ScriptedQueue, request: Request, deltas: list[OutputDelta]) -> None:
         self._queue = queue
@@ -106,11 +107,11 @@ class _Deltas:
 
 
 def serve_info(directory: pathlib.Path, **changes: Any) -> ServeInfo:
-    """A model of single bytes; it needs no weights.
+    """The ServeInfo of a model with a byte tokenizer and without weights.
 
     Args:
-        directory: where the tokenizer is written.
-        changes: fields of the ServeInfo.
+        directory: directory to write the tokenizer to.
+        changes: changed fields of the ServeInfo.
     """
     config = model_config(SERVED)
     (directory / "config.json").write_text(json.dumps(SERVED))
@@ -132,7 +133,7 @@ def serve_info(directory: pathlib.Path, **changes: Any) -> ServeInfo:
 
 
 def decision(wanted: RebalanceWanted) -> Decision:
-    """What `deciding` answers."""
+    """The decision that `deciding` gives."""
     return Decision(
         when=1_700_000_000.0,
         policy="latency",
@@ -149,7 +150,7 @@ def decision(wanted: RebalanceWanted) -> Decision:
 
 
 def deciding(info: ServeInfo) -> PlacementState:
-    """A state whose launcher decides at once."""
+    """A placement state whose launcher decides at once."""
     experts = PlacementState(
         info.layout, lambda wanted: experts.decided(Decided(wanted.id, decision(wanted)))
     )
@@ -159,7 +160,7 @@ def deciding(info: ServeInfo) -> PlacementState:
 def application(
     queue: ScriptedQueue, info: ServeInfo, experts: PlacementState | None = None
 ) -> fastapi.FastAPI:
-    """The app on this queue; its launcher decides at once where no experts is given."""
+    """The app on this queue; if `experts` is None, its launcher decides at once."""
     experts = experts or deciding(info)
     return create_app(queue, info, experts)  # pyright: ignore[reportArgumentType]
 
@@ -167,19 +168,19 @@ def application(
 def client(
     queue: ScriptedQueue, info: ServeInfo, experts: PlacementState | None = None
 ) -> TestClient:
-    """Talks to the app without a socket; errors of the app come back as 500."""
+    """A client of the app without a socket; exceptions in the app become status 500."""
     return TestClient(application(queue, info, experts), raise_server_exceptions=False)
 
 
 def events(text: str) -> list[Any]:
-    """The data of a stream of server-sent events; its last, "[DONE]", left out."""
+    """The data of a stream of server-sent events, without the final "[DONE]"."""
     *chunks, done, end = text.split("\n\n")
     assert (done, end) == ("data: [DONE]", "")
     return [json.loads(chunk.removeprefix("data: ")) for chunk in chunks]
 
 
 def error(answer: Any, status: int) -> dict[str, Any]:
-    """The error of an answer, which must have OpenAI's form."""
+    """Check the status of an error response and its form, which is OpenAI's; return the error."""
     assert answer.status_code == status, answer.text
     body = answer.json()
     assert list(body) == ["error"]

@@ -1,4 +1,4 @@
-"""A tiny cluster of three local servers that serves, started as a user would."""
+"""A tiny serving cluster of three local servers, started as a user would start it."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ import psutil
 from tests.launch.cold_run import Tiny
 from tests.launch.launched import Launch, free_ports, gone, only_child
 
-#: Name of the model there.
+#: Name of the served model.
 MODEL = "tiny"
 NAMES = ("alpha", "beta", "gamma")
 
 
 class Served(Launch):
-    """One launch of the tiny cluster; `urls[rank]` is where a server answers, without /v1.
+    """One launch of the tiny cluster; `urls[rank]` is a server's URL, without /v1.
 
     Args:
-        tiny: its files.
-        folder: for what it leaves, which is nothing.
-        options: more of the command line.
+        tiny: the cluster's files.
+        folder: folder for output and temporary files; the cluster must leave nothing behind.
+        options: more command-line options.
     """
 
     def __init__(self, tiny: Tiny, folder: pathlib.Path, *options: str | os.PathLike[str]) -> None:
         self.port = free_ports(len(NAMES))
         self.urls = tuple(f"http://127.0.0.1:{self.port + rank}" for rank in range(len(NAMES)))
         words = ["--port", str(self.port), "--served-model-name", MODEL, "--policy", "uniform"]
-        # Experts move when a test says so, and nobody waits long for where to.
+        # Experts move only when a test asks for it, and the policy decides fast.
         words += ["--rebalance-interval", "0", "--rebalance-policy", "dance"]
         super().__init__(tiny.command(*words, *options), folder)
 
@@ -39,11 +39,14 @@ class Served(Launch):
         return self.workers[rank]
 
     def engine(self, rank: int) -> psutil.Process:
-        """The engine it has now, or next."""
+        """A server's engine, the current one or the next."""
         return only_child(self.front(rank))
 
     def kill_engine(self, rank: int) -> int:
-        """Returns its process id once it is gone: from here on `engine` is the next one."""
+        """Kill a server's engine and wait until it is gone; return its process id.
+
+        From then on, `engine` gives the next engine.
+        """
         engine = self.engine(rank)
         engine.kill()
         assert gone([engine], 10)
@@ -52,7 +55,7 @@ class Served(Launch):
 
 @contextlib.contextmanager
 def serving(tiny: Tiny, folder: pathlib.Path, *options: str | os.PathLike[str]) -> Iterator[Served]:
-    """A cluster that is ready."""
+    """A context with a cluster that is ready."""
     served = Served(tiny, folder, *options)
     try:
         served.wait_for("curl ")

@@ -1,4 +1,4 @@
-"""The HTTP API's answers, on a queue that is scripted."""
+"""Responses of the HTTP API, on a scripted queue."""
 
 from __future__ import annotations
 

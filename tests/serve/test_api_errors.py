@@ -1,4 +1,4 @@
-"""What goes wrong in an HTTP call, and how it is said: queue and engine are scripted."""
+"""Error responses of the HTTP API, on a scripted queue."""
 
 from __future__ import annotations
 
@@ -186,7 +186,7 @@ def test_too_long_for_the_context(http: TestClient, queue: ScriptedQueue) -> Non
         assert found["code"] == "context_length_exceeded"
         assert str(CONTEXT) in found["message"]
     assert queue.requests == []
-    # What nobody asked for is cut to the room.
+    # The default max_tokens is cut to the room left in the context.
     assert http.post("/v1/completions", json={"prompt": "x" * (CONTEXT - 5)}).is_success
     assert http.post(
         "/v1/completions", json={"prompt": "x" * (CONTEXT - 5), "max_tokens": 5}
@@ -294,7 +294,7 @@ def test_a_queue_that_takes_no_more(info: ServeInfo) -> None:
             answer = http.post("/v1/completions", json=body)
             assert error(answer, status)["message"].startswith(str(refusal))
             assert answer.headers["retry-after"] == wait
-            # None of a call runs when one of its prompts cannot.
+            # If one prompt of a call is refused, none of them runs.
             assert sorted(queue.closed) == sorted(request.request_id for request in queue.requests)
             assert len(queue.closed) == 2
 
@@ -368,7 +368,7 @@ def test_large_bodies_are_not_looked_at_entry_by_entry(
     looked = []
     monkeypatch.setattr(errors, "_first_wrong_field", looked.append)
     found = error(http.post(path, json={field: value}), 400)
-    assert found["param"] == field and "holds too much" in found["message"]
+    assert found["param"] == field and "too many entries" in found["message"]
     assert not looked
 
 

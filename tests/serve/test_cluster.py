@@ -1,4 +1,4 @@
-"""The official client against three local servers that share their experts."""
+"""OpenAI's client against three local servers that share their experts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.serve.served import MODEL, NAMES, Served
 
 PROMPTS = ["Es war einmal", "1 + 1 =", "def f(x):", "x" * 90]
 CHAT: Any = [{"role": "user", "content": "hello"}]
-#: Seconds after which something that should come does not.
+#: Seconds after which an expected event counts as missing.
 PATIENCE_S = 60.0
 GREEDY: dict[str, Any] = {
     "model": MODEL,
@@ -25,7 +25,7 @@ GREEDY: dict[str, Any] = {
 
 
 async def answers(url: str) -> list[str]:
-    """What one server says: all prompts at once, streamed and not, and a chat."""
+    """One server's answers to all prompts at once, streamed and not, and to a chat."""
     async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
 
         async def streamed(prompt: str) -> str:
@@ -79,7 +79,7 @@ def test_every_server_tells_what_it_did(served: Served) -> None:
 
 
 def metrics_after_work(http: httpx.Client) -> dict[tuple[str, ...], float]:
-    """What /metrics says once a report has come that shows work: engines report now and then."""
+    """/metrics after a report that shows work; engines report only at intervals."""
     deadline = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline:
         found = metrics(http.get("/metrics").text)
@@ -90,7 +90,7 @@ def metrics_after_work(http: httpx.Client) -> dict[tuple[str, ...], float]:
 
 
 def metrics(text: str) -> dict[tuple[str, ...], float]:
-    """(name without prefix, labels but the model's in the order of their names) -> value."""
+    """(name without prefix, labels except the model's, ordered by name) -> value."""
     return {
         (
             sample.name.removeprefix("dance_jax:"),

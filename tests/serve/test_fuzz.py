@@ -1,4 +1,4 @@
-"""Requests made up from the API's own description: no 500, and nothing that it does not say."""
+"""Random requests from the API's schema give no status 500 and only documented responses."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_the_description_is_true(schema: Any, path: str, method: str, mode: Any)
     def check(case: schemathesis.Case) -> None:
         if mode == GenerationMode.POSITIVE:
             _make_likely(case)
-        # What the schema allows may still be too long for the context, say.
+        # A body that fits the schema can still be invalid, e.g. too long for the context.
         answer = case.call_and_validate(excluded_checks=[positive_data_acceptance])
         statuses.add(answer.status_code)
 
@@ -66,7 +66,7 @@ def test_the_description_is_true(schema: Any, path: str, method: str, mode: Any)
 
 
 def _make_likely(case: schemathesis.Case) -> None:
-    """What no schema says is made right, or next to no request would be answered."""
+    """Fix what the schema cannot express, or almost no request would succeed."""
     if "model" in case.path_parameters:
         case.path_parameters["model"] = MODEL
     body: Any = case.body
@@ -88,12 +88,12 @@ def _make_likely(case: schemathesis.Case) -> None:
 
 
 def _known_tokens(value: Any) -> Any:
-    """Numbers become ids of the model's tokens."""
+    """Turn numbers into ids of the model's tokens."""
     if isinstance(value, list):
         return [_known_tokens(each) for each in value]
     return int(value) % VOCABULARY if isinstance(value, int | float) else value
 
 
 def _whole(value: Any) -> Any:
-    """2.0 is an integer in schemas; the API takes 2."""
+    """Convert 2.0, an integer in JSON schemas, to 2, which the API accepts."""
     return int(value) if isinstance(value, float) and value.is_integer() else value

@@ -1,4 +1,4 @@
-"""What /metrics says, and that it is true."""
+"""The metrics at /metrics and their values."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ REPORT = EngineReport(
     sums=Sums(layers_waited=8, rows_away=45),
     spare_slots=5,
 )
-#: (name, further labels in the order of their names) -> value
+#: (name, other labels ordered by name) -> value
 EXPECTED = {
     ("num_requests_running",): 3,
     ("num_requests_waiting",): 2,
@@ -80,7 +80,7 @@ EXPECTED = {
     ("step_seconds_total", "compute"): 1.5,
     ("step_seconds_total", "wait"): 0.25,
 }
-#: Of servers that step on their own alone.
+#: Metrics that exist only if servers step on their own.
 CALLS = {
     ("peer_calls_total", "beta"): 11,
     ("peer_rows_total", "beta"): 12,
@@ -116,7 +116,7 @@ def info(tmp_path_factory: pytest.TempPathFactory) -> ServeInfo:
 def scraped(
     queue: ScriptedQueue, info: ServeInfo, http: Any = None
 ) -> dict[tuple[str, ...], float]:
-    """(name without prefix, labels but the model's ...) -> value, of everything at /metrics."""
+    """(name without prefix, labels except the model's ...) -> value, of everything at /metrics."""
     answer = (http or client(queue, info)).get("/metrics")
     assert answer.headers["content-type"].startswith("text/plain")
     found = {}
@@ -131,7 +131,7 @@ def scraped(
 
 
 def engine_metrics(found: dict[tuple[str, ...], float]) -> dict[tuple[str, ...], float]:
-    """Without the histograms and counters of calls."""
+    """The metrics without the histograms and counters of HTTP calls."""
     own = ("request_", "requests_refused", "time_to", "inter_token", "e2e")
     return {key: value for key, value in found.items() if not key[0].startswith(own)}
 
@@ -156,7 +156,7 @@ def test_expert_calls(info: ServeInfo) -> None:
         failed_sequences=6,
         stalled=2,
     )
-    # As it comes from the engine.
+    # Decoded as a report from the engine is.
     plain = msgspec.msgpack.decode(msgspec.msgpack.encode(report))
     queue.report = msgspec.convert(plain, EngineReport)
     assert queue.report == report
@@ -196,7 +196,7 @@ def test_calls_that_fail_are_counted(info: ServeInfo) -> None:
     http = client(queue, info)
     assert http.post("/v1/completions", json={"prompt": ["a", "b"]}).status_code == 500
     found = scraped(queue, info, http)
-    # The other prompt of the call is given up.
+    # The other prompt of the call is aborted.
     assert found["request_success_total", "error"] == 1
     assert found["request_success_total", "abort"] == 1
     assert found["e2e_request_latency_seconds_count",] == 0

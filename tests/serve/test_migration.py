@@ -1,6 +1,6 @@
-"""Experts move while a cluster serves: no answer changes, and a load that fails changes nothing.
+"""Experts move while a cluster serves: no answer changes, and a failed load changes nothing.
 
-Two of the servers read experts from their copy of the model, the third gets them from the others.
+Two of the servers read experts from their copy of the model; the third gets them from the others.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tests.serve.test_cluster import metrics
 
 _Result = TypeVar("_Result")
 
-#: Seconds after which something that should come does not.
+#: Seconds after which an expected event counts as missing.
 PATIENCE_S = 300.0
 LENGTH = 100
 QUESTIONS = ("Es war einmal", "1 + 1 =", "def f(x):")
@@ -30,7 +30,7 @@ QUESTIONS = ("Es war einmal", "1 + 1 =", "def f(x):")
 
 @pytest.fixture
 def experts(tiny: Tiny) -> Iterator[pathlib.Path]:
-    """The experts of the converted model, which are there again in the end."""
+    """The folder of the converted model's experts; restored at the end."""
     (path,) = (tiny.folder / "cache" / "models").glob("*/experts")
     away = path.with_name("away")
     yield path
@@ -51,18 +51,18 @@ def rebalance(served: Served, rank: int, **options: bool) -> dict[str, Any]:
 
 
 def wait_for(served: Served, what: Any) -> dict[str, Any]:
-    """The first /placement for which it is true, on all servers."""
+    """The first /placement that is equal on all servers and fulfils `what`."""
     deadline = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline:
         found = [placement(served, rank) for rank in range(len(NAMES))]
         if found[0] == found[1] == found[2] and what(found[0]):
             return found[0]
-        time.sleep(0.02)  # between two looks
+        time.sleep(0.02)
     raise AssertionError(f"it does not come: {placement(served)}\n{served.text}")
 
 
 async def answers(served: Served) -> list[str]:
-    """What all servers say to all questions at once, greedily."""
+    """All servers' greedy answers to all questions, asked at once."""
 
     async def ask(client: openai.AsyncOpenAI, question: str) -> str:
         answer = await client.completions.create(
@@ -83,7 +83,7 @@ async def answers(served: Served) -> list[str]:
 
 
 async def under_load(served: Served, work: Callable[[], _Result], quiet: list[str]) -> _Result:
-    """Does something in a thread while all servers answer, again and again, what they should."""
+    """Run `work` in a thread while all servers keep giving the expected answers."""
     done = asyncio.create_task(asyncio.to_thread(work))
     while not done.done():
         assert await answers(served) == quiet
@@ -94,13 +94,13 @@ def test_experts_move_while_servers_answer(served: Served, experts: pathlib.Path
     quiet = asyncio.run(answers(served))
     before = placement(served)
 
-    # A dry run decides, and moves nothing.
+    # A dry run decides but moves nothing.
     decision = rebalance(served, 1, force=True, dry_run=True)
     assert decision["dry_run"] and decision["migrate"] and decision["experts_moved"] > 0
     shown = wait_for(served, lambda found: found["last_decision"] == decision)
     assert (shown["version"], shown["servers"]) == (before["version"], before["servers"])
 
-    # The models of alpha and beta cannot be read: experts stay, servers answer.
+    # The models of alpha and beta cannot be read: experts stay, and servers answer.
     away = experts.rename(experts.with_name("away"))
     assert rebalance(served, 2, force=True)["migrate"]
     shown = wait_for(served, lambda found: found["last_decision"]["failure"])
@@ -111,7 +111,7 @@ def test_experts_move_while_servers_answer(served: Served, experts: pathlib.Path
     assert found["migration_failures_total",] == 1 and found["migrations_total",] == 0
     away.rename(experts)
 
-    # Now they move, in the middle of answers.
+    # Now experts move while servers answer.
     def move() -> tuple[dict[str, Any], dict[str, Any]]:
         decision = rebalance(served, 0, force=True)
         return decision, wait_for(served, lambda found: found["version"] > before["version"])
@@ -126,7 +126,7 @@ def test_experts_move_while_servers_answer(served: Served, experts: pathlib.Path
         )
         for new, old in zip(after["servers"], before["servers"], strict=True)
     ]
-    # Also those that come from other servers.
+    # This includes experts loaded from other servers.
     assert sum(changed) == decision["experts_moved"] and changed[2] > 0
     found = metrics(httpx.get(f"{served.urls[2]}/metrics").text)
     assert found["migrations_total",] == 1
@@ -134,7 +134,7 @@ def test_experts_move_while_servers_answer(served: Served, experts: pathlib.Path
     assert found["placement_version",] == after["version"]
     assert asyncio.run(answers(served)) == quiet
 
-    # The next engines start with them where they are.
+    # Restarted engines start with the new placement.
     served.kill_engine(1)
     assert asyncio.run(answers(served)) == quiet
     assert placement(served) == after

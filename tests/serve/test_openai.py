@@ -1,4 +1,4 @@
-"""The official client, and clients that hang up, against a real server with a real engine."""
+"""OpenAI's client, and clients that hang up, against a real server with a real engine."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def test_penalties_and_bias(client: openai.OpenAI, server: LocalServer) -> None:
     def ids(**fields: Any) -> list[str]:
         return complete(client, max_tokens=16, logprobs=0, **fields).choices[0].logprobs.tokens
 
-    # A bias makes one token repeat itself; penalties that are larger stop that.
+    # A bias makes one token repeat; larger penalties stop the repetition.
     token = server.tokenizer.encode("z")[0]
     assert ids(logit_bias={str(token): 100}) == ["z"] * 16
     biased = {str(token + i): 10 for i in range(3)}
@@ -199,7 +199,7 @@ def test_a_client_that_hangs_up(server: LocalServer, client: openai.OpenAI, stre
             steps.release(2)
             read_until(connection, b"data: ")
         connection.close()
-        # Noticed although the engine brings nothing.
+        # The server notices the hang-up although the engine returns no tokens.
         aborts: Any = [engine.seen.get(timeout=PATIENCE_S) for _ in range(2)]
         assert {id for abort in aborts for id in abort.request_ids} == ids
     assert {engine.aborted.get(timeout=PATIENCE_S) for _ in range(2)} == ids
@@ -211,7 +211,7 @@ def test_a_client_that_hangs_up(server: LocalServer, client: openai.OpenAI, stre
 
 
 def test_a_body_that_never_ends(server: LocalServer) -> None:
-    """Chunks without a length: refused as soon as they are too many."""
+    """A chunked body without a length is refused as soon as it is too large."""
     with socket.create_connection(server.address) as connection:
         connection.settimeout(PATIENCE_S)
         head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"

@@ -1,4 +1,4 @@
-"""/placement, and what it asks of the launcher."""
+"""/placement, and its requests to the launcher."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_a_decision_on_request(info: ServeInfo) -> None:
 
 
 def test_where_experts_are_to_be(info: ServeInfo) -> None:
-    """What /placement shows may be sent back, changed."""
+    """The response of /placement can be changed and sent back."""
     wanted: list[RebalanceWanted] = []
 
     def ask(asked: RebalanceWanted) -> None:
@@ -85,8 +85,8 @@ def test_where_experts_are_to_be(info: ServeInfo) -> None:
     assert answer.status_code == 200, answer.text
     assert wanted[0].resident == [[list(range(8)), list(range(9, -1, -1))], held[1]]
     for bad, said in (
-        (servers[:1], "are needed, once"),
-        ([servers[0], servers[0]], "are needed, once"),
+        (servers[:1], "exactly once"),
+        ([servers[0], servers[0]], "exactly once"),
         ([servers[0] | {"resident": held[0][:1]}, servers[1]], "each of the 2 MoE layers"),
         ([servers[0] | {"resident": [[16], []]}, servers[1]], "no expert 16"),
         ([servers[0] | {"resident": [[], []]}, servers[1]], "on no server"),
@@ -98,7 +98,7 @@ def test_where_experts_are_to_be(info: ServeInfo) -> None:
 
 
 def test_nobody_decides(info: ServeInfo) -> None:
-    """There is no launcher, or it is about to end."""
+    """There is no launcher, or the launcher is about to exit."""
     http = client(ScriptedQueue(), info, PlacementState(info.layout))
     error(http.post("/placement/rebalance", json={}), 503)
     experts = PlacementState(
@@ -113,7 +113,7 @@ def test_nobody_decides(info: ServeInfo) -> None:
 def test_who_waits_is_told_of_the_end(info: ServeInfo) -> None:
     experts = PlacementState(info.layout, lambda wanted: experts.close())
     http = client(ScriptedQueue(), info, experts)
-    assert "ends" in error(http.post("/placement/rebalance", json={}), 503)["message"]
+    assert "shutting down" in error(http.post("/placement/rebalance", json={}), 503)["message"]
 
 
 def test_it_needs_the_key(info: ServeInfo) -> None:

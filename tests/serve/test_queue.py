@@ -1,4 +1,4 @@
-"""Requests in flight, while engines come and go; the engine is a list of what it was sent."""
+"""Requests in flight across engine restarts; the fake engine is a list of the commands sent."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Rig:
         self.queue.receive([OutputDelta(name, index, token_ids=list(tokens), finish_reason=end)])
 
     def resubmitted(self) -> dict[str, Request]:
-        """What another engine gets."""
+        """The requests that a restarted engine gets."""
         self.queue.engine_died()
         self.sent.clear()
         self.queue.engine_started()
@@ -44,7 +44,7 @@ class Rig:
 
 
 def on_loop(test: Callable[[Rig], Coroutine[Any, Any, None]]) -> Callable[[], None]:
-    """Runs a test on an event loop, with a rig."""
+    """Run a test on an event loop, with a rig."""
 
     def run() -> None:
         async def on_a_loop() -> None:
@@ -130,7 +130,7 @@ async def test_requests_are_taken_while_engines_start_anew(rig: Rig) -> None:
 
 @on_loop
 async def test_a_request_that_kills_engines_is_ended(rig: Rig) -> None:
-    """Not so one that gets on."""
+    """A request that makes progress is not ended."""
     poison, good = rig.submit("poison", n=2), rig.submit("good")
     rig.bring("poison", 5, index=1, end="stop")
     rig.bring("poison", 5)
@@ -140,7 +140,7 @@ async def test_a_request_that_kills_engines_is_ended(rig: Rig) -> None:
     assert set(rig.resubmitted()) == {"good"}
     *_, last = await drain(poison)
     assert (last.index, last.finish_reason) == (0, "error")
-    assert "died over this request" in str(last.stop_reason)
+    assert "died while they ran this request" in str(last.stop_reason)
     rig.bring("good", 2, end="stop")
     assert len(await drain(good)) == MAX_DEATHS
 

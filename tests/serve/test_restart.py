@@ -1,4 +1,4 @@
-"""Engines die under load, and servers end: no answer is lost, nothing is left."""
+"""Engines die under load and servers shut down: no answer is lost, and nothing is left behind."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from tests.launch.cold_run import Tiny
 from tests.launch.launched import Launch, free_ports
 from tests.serve.served import MODEL, NAMES, Served, serving
 
-#: What is asked of every server at once. The first answer is streamed; the others come several
-#: times, so that more are asked than run at the same time.
+#: Questions to every server at once. The first answer is streamed; the other questions are asked
+#: COPIES times, so that more requests are in flight than can run at the same time.
 COPIES = 2
 QUESTIONS: tuple[dict[str, Any], ...] = (
     {"prompt": "Es war einmal", "temperature": 0},
@@ -31,13 +31,13 @@ QUESTIONS: tuple[dict[str, Any], ...] = (
     {"prompt": "The end", "temperature": 0},
 )
 LENGTH = 230
-#: Chunks of the streamed answer that every server has sent before anything is done to it.
+#: Chunks of the streamed answer that every server has sent before a test interferes.
 UNDER_WAY = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """A completion: its texts and how they ended, by number of the choice."""
+    """The texts and finish reasons of a completion, by number of the choice."""
 
     texts: dict[int, str]
     reasons: dict[int, str]
@@ -46,7 +46,7 @@ class Answer:
 class Load:
     """All questions to all servers of a cluster.
 
-    An async context manager: inside it they are under way.
+    This is an async context manager: inside it, the questions are in flight.
     """
 
     def __init__(self, served: Served) -> None:
@@ -58,7 +58,7 @@ class Load:
         self._begun = [asyncio.Event() for _ in served.urls]
 
     async def __aenter__(self) -> Load:
-        # What a first request takes longer is over when they begin together.
+        # Warm up each server, so that all answers start together.
         for client in self._clients:
             await client.completions.create(model=MODEL, prompt="a", max_tokens=1)
         numbers = [0, *list(range(1, len(QUESTIONS))) * COPIES]
@@ -108,13 +108,13 @@ def get(url: str) -> str:
         return response.read().decode()
 
 
-#: Whose engine dies: the first, to which all others are connected, and one without a copy of the
-#: model. test_migration.py ends the third.
+#: Servers whose engine dies: the first, to which all others are connected, and one without a copy
+#: of the model. test_migration.py kills the engine of the remaining server.
 VICTIMS = (0, 2)
 
 
 def metric(url: str, name: str) -> int:
-    """As the server tells."""
+    """The value of a metric of a server."""
     (count,) = (
         line.rpartition(" ")[2]
         for line in get(f"{url}/metrics").splitlines()
@@ -129,7 +129,7 @@ def restarts(url: str) -> int:
 
 @pytest.fixture(scope="module")
 def quiet(served: Served) -> list[Answer]:
-    """What the cluster answers when nothing happens to it."""
+    """The cluster's answers without interference."""
 
     async def ask() -> list[Answer]:
         async with Load(served) as load:
@@ -144,7 +144,7 @@ def quiet(served: Served) -> list[Answer]:
 def test_every_answer_arrives_whichever_engine_dies(
     served: Served, quiet: list[Answer], expert_library: pathlib.Path | None
 ) -> None:
-    """And is the same as without a death, greedy or sampled from a seed."""
+    """Every answer is the same as without a death, greedy or sampled with a seed."""
     before = [restarts(url) for url in served.urls]
 
     async def ask(victim: int) -> tuple[int, list[Answer]]:
@@ -162,7 +162,7 @@ def test_every_answer_arrives_whichever_engine_dies(
     for rank, url in enumerate(served.urls):
         assert get(f"{url}/ready")
         assert restarts(url) == before[rank] + VICTIMS.count(rank)
-    if expert_library is not None:  # without it all die together
+    if expert_library is not None:  # without the C++ library, all engines die together
         assert metric(served.urls[1], "failed_sequences_total") > 0
         assert metric(served.urls[1], "stalled_sequences") == 0
         log = (served.output.parent / "logs" / "beta.log").read_text()
@@ -176,7 +176,7 @@ def test_a_signal_lets_servers_finish_what_runs(
     async def ask(cluster: Served) -> list[Answer]:
         async with Load(cluster) as load:
             cluster.process.send_signal(signal.SIGTERM)
-            # Polls; each server stops listening when it is told.
+            # Poll until each server has stopped listening.
             for rank in range(len(NAMES)):
                 while accepts(cluster.port + rank):
                     await asyncio.sleep(0.02)

@@ -1,6 +1,6 @@
-"""`python fake_launcher.py SERVERS ... --port P`: fake servers in the place of a cluster.
+"""`python fake_launcher.py SERVERS ... --port P`: fake servers in place of a cluster.
 
-SERVERS is their number; 0: it fails.
+SERVERS is the number of servers; with 0, the launcher fails.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Servers that speak the completions API and compute nothing."""
+"""Fake servers with the completions API that compute nothing."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from typing import Any
 MODEL = "fake"
 KNOWN = {"model", "prompt", "max_tokens", "temperature", "ignore_eos", "stream", "stream_options"}
 KNOWN |= {"logprobs"}
-#: Of two answers to one prompt, the token that is not the same where they are to differ.
+#: Index of the token that differs between two answers to one prompt, if they are to differ.
 DISTURBED = 1
 
 
 @dataclasses.dataclass
 class FakeServer:
-    """One server; everything it saw is kept.
+    """One server, which records its requests.
 
-    `events` are ("start" | "end", prompt) in their order. No stream begins before `gather`
-    requests have come. With `margin`, a prompt's second answer differs at token DISTURBED, where
-    that margin is between the two likeliest.
+    `events` are ("start" | "end", prompt), in order. No stream begins before `gather` requests have
+    arrived. With `margin`, a prompt's second answer differs at token DISTURBED, where `margin` is
+    the difference between the two most likely tokens' logprobs.
     """
 
     context: int = 2048
     gather: int = 0
-    #: Seconds after each token: answers take long enough to overlap if they may.
+    #: Seconds to sleep after each token, so that answers that may overlap do.
     pace_s: float = 0.0
     margin: float | None = None
-    #: Questions for /ready that are answered with 503.
+    #: Number of requests of /ready to answer with 503.
     loading: int = 0
-    #: The last chunk of every stream, in the place of [DONE]: None: the connection ends.
+    #: The last chunk of every stream; None to close the connection without one.
     last: bytes | None = b"data: [DONE]\n\n"
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
     events: list[tuple[str, list[int]]] = dataclasses.field(default_factory=list)
@@ -46,7 +46,7 @@ class FakeServer:
 
     @property
     def prompts(self) -> list[list[int]]:
-        """Of requests that were taken, in the order in which they came."""
+        """Prompts of accepted requests, in order of arrival."""
         return [prompt for event, prompt in self.events if event == "start"]
 
     @property
@@ -58,7 +58,7 @@ class FakeServer:
         return most
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """A connection with one request."""
+        """Serve a connection with one request."""
         with contextlib.suppress(ConnectionError):
             head = (await reader.readuntil(b"\r\n\r\n")).decode()
             method, path, _ = head.split(" ", 2)
@@ -89,7 +89,7 @@ class FakeServer:
         else:
             assert path == "/metrics"
             names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
-            # Every prompt waits for a millisecond.
+            # Every prompt has waited for a millisecond.
             waited = {"request_queue_time_seconds_sum": 0.001 * len(self.prompts)}
             values = dict.fromkeys(names, 0.0) | waited | self.metrics
             lines = [f'dance_jax:{name}{{model_name="a b"}} {n}' for name, n in values.items()]
@@ -158,7 +158,7 @@ def _whole(writer: asyncio.StreamWriter, status: int, value: Any) -> None:
 
 
 def _event(writer: asyncio.StreamWriter, value: Any) -> None:
-    """Cut in the middle: chunks of HTTP are not events."""
+    """Write an event as two HTTP chunks, because chunks need not match events."""
     data = f"data: {json.dumps(value)}\n\n".encode()
     _chunk(writer, data[: len(data) // 2])
     _chunk(writer, data[len(data) // 2 :])
@@ -169,7 +169,7 @@ def _chunk(writer: asyncio.StreamWriter, data: bytes) -> None:
 
 
 async def listen(server: FakeServer, port: int = 0) -> asyncio.Server:
-    """Serves; the port is then known."""
+    """Start to serve, and set the server's port."""
     listening = await asyncio.start_server(server.serve, "127.0.0.1", port)
     server.port = listening.sockets[0].getsockname()[1]
     return listening
@@ -177,7 +177,7 @@ async def listen(server: FakeServer, port: int = 0) -> asyncio.Server:
 
 @contextlib.contextmanager
 def running(servers: Sequence[FakeServer]) -> Iterator[list[str]]:
-    """The servers' URLs; they are served by a thread until the block ends."""
+    """The servers' URLs; a thread runs the servers until the block ends."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
@@ -193,7 +193,7 @@ def running(servers: Sequence[FakeServer]) -> Iterator[list[str]]:
 
 
 async def _cancel_all() -> None:
-    """Ends connections that are still open: of users who hung up, or of a test that failed."""
+    """Cancel the connections still open, of users who hung up or of a failed test."""
     tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
     for task in tasks:
         task.cancel()

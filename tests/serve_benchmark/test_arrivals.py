@@ -1,4 +1,4 @@
-"""Arrivals, lengths and texts: reproducible, and as the seed and the files say."""
+"""Arrivals, lengths and texts are reproducible and follow the seed and the files."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_poisson_arrivals_come_from_the_seed_alone() -> None:
     assert some == limited(poisson([2.0, 0.0, 1.0], seed=3), 50)
     assert some != limited(poisson([2.0, 0.0, 1.0], seed=4), 50)
     assert some == sorted(some) and {arrival.server for arrival in some} == {0, 2}
-    # A server's arrivals do not depend on the others.
+    # A server's arrivals do not depend on other servers.
     alone = limited(poisson([2.0], seed=3), 20)
     assert [a for a in limited(poisson([2.0, 9.0], seed=3), 300) if a.server == 0][:20] == alone
 
@@ -99,7 +99,7 @@ def test_cut_prompts_are_of_the_server_s_texts_and_begin_by_themselves() -> None
     found = [long.cut(0, 50, rng) for _ in range(200)]
     assert all(len(prompt) == 50 for prompt in found)
     assert len({tuple(prompt[:3]) for prompt in found}) == 200
-    for prompt in found:  # behind the beginning it is text as it is, round and round
+    for prompt in found:  # after its first tokens, a prompt is the unchanged text, repeated
         assert np.all(np.diff(prompt[3:]) % 1000 == 1)
     assert set(TEXTS.cut(1, 7, rng)) <= {20, 21}
     assert len(TEXTS.cut(0, 1, rng)) == 1

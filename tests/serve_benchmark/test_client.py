@@ -1,4 +1,4 @@
-"""The HTTP client and what it makes of streams, against servers that cut them anywhere."""
+"""The HTTP client's reading of streams, against servers that split them anywhere."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def reader_of(data: bytes) -> asyncio.StreamReader:
 
 
 def chunked(data: bytes, size: int) -> bytes:
-    """As a body in chunks."""
+    """The data as an HTTP body with chunks of `size` bytes."""
     parts = [data[at : at + size] for at in range(0, len(data), size)]
     return b"".join(b"%x;x=y\r\n%s\r\n" % (len(part), part) for part in parts) + b"0\r\n\r\n"
 
@@ -79,7 +79,7 @@ def test_what_is_no_url_of_a_server(url: str) -> None:
 
 
 def answers(server: FakeServer, calls: Sequence[Call]) -> list[Answer]:
-    """One after the other."""
+    """Answers to calls made one after the other."""
 
     async def ask(url: str) -> list[Answer]:
         api = await Api.connect([Address.of(url)])

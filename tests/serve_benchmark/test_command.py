@@ -1,4 +1,4 @@
-"""benchmarks/serve.py from its command line, against fake servers."""
+"""The command line of benchmarks/serve.py, against fake servers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 @pytest.fixture
 def hosts(tmp_path: pathlib.Path) -> pathlib.Path:
-    """Two servers, with 1 and 2 devices."""
+    """A hosts file of two servers, with 1 and 2 devices."""
     path = tmp_path / "hosts.txt"
     path.write_text(HOSTS)
     return path
@@ -37,7 +37,7 @@ def hosts(tmp_path: pathlib.Path) -> pathlib.Path:
 
 @pytest.fixture(autouse=True)
 def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No measurement is repeated."""
+    """Shorten all measurements and repeat none."""
     for section in (idle, long, prefix):
         monkeypatch.setattr(section, "REPEATS", 1)
     monkeypatch.setattr(idle, "REST_S", 0.0)
@@ -49,7 +49,7 @@ def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
 def measured(
     servers: Sequence[FakeServer], path: pathlib.Path, *arguments: str
 ) -> tuple[int, dict]:
-    """Exit code and JSON of a run with --url."""
+    """The exit code and the JSON of a run with --url."""
     output = path / "out.json"
     with running(servers) as urls:
         code = serve.main(["--url", *urls, *arguments, "--output", str(output)])
@@ -104,7 +104,7 @@ def test_sections_measure_what_they_say(tmp_path: pathlib.Path, hosts: pathlib.P
     servers = [FakeServer(), FakeServer()]
     options = ("--hosts", str(hosts), "--sections", "idle,static,long,prefix", "--duration", "0.2")
     code, found = measured(servers, tmp_path, *options, "--max-num-seqs", "4", "--batch-seqs", "4")
-    assert code == 0  # without --check, whatever the targets say
+    assert code == 0  # without --check, missed targets do not matter
     assert found["idle"]["begin"]["p99"] == pytest.approx(0.001) and found["idle"]["cores"] is None
     assert len(found["static"]["ttft_ours"]) == len(found["static"]["ttft_batches"])
     assert found["static"]["capacity"] > 0 and found["static"]["failed"] == []
@@ -115,7 +115,7 @@ def test_sections_measure_what_they_say(tmp_path: pathlib.Path, hosts: pathlib.P
     first, second = servers[0].prompts[-2:]
     assert len(first) == len(second) == prefix.SHARED + prefix.TAIL
     assert first[: prefix.SHARED] == second[: prefix.SHARED] and first != second
-    # Twice as many devices, twice as many requests: two turns of 4 and 8, in batches and not.
+    # Requests are in proportion to devices: two turns of 4 and 8, each in batches and continuous.
     assert [len(each.prompts) >= 2 * 2 * 4 * n for n, each in enumerate(servers, 1)] == [True] * 2
     assert sum(len(prompt) == long.LONG for each in servers for prompt in each.prompts) == 4
     assert "soak" not in found and found["setup"]["devices"] == [1, 2]
@@ -125,7 +125,8 @@ def test_streams_and_long_prompts(tmp_path: pathlib.Path) -> None:
     servers = [FakeServer(), FakeServer()]
     measured(servers, tmp_path, "--sections", "long")
     for server in servers:
-        # Four streams while the other is idle and while it is busy, and one beside the other's.
+        # Four streams while the other server is idle, four while it is busy, and one that keeps
+        # this server busy.
         lengths = collections.Counter(len(prompt) for prompt in server.prompts)
         assert lengths == {long.SHORT: 4 + 4 + 1, long.LONG: 2}
 
@@ -144,7 +145,7 @@ def test_static_batches_are_of_the_devices(tmp_path: pathlib.Path, hosts: pathli
     servers = [FakeServer(), FakeServer()]
     options = ("--hosts", str(hosts), "--sections", "static", "--duration", "0.01")
     with pytest.MonkeyPatch.context() as patched:
-        # Without the continuous runs and the search for a rate, only batches are left.
+        # Without the continuous runs and the search for a rate, only the batches run.
         patched.setattr(static, "open_loop", lambda api, calls, done: nothing())
         patched.setattr(static, "FRACTIONS", ())
         measured(servers, tmp_path, *options, "--max-num-seqs", "5", "--batch-seqs", "3")
@@ -153,7 +154,7 @@ def test_static_batches_are_of_the_devices(tmp_path: pathlib.Path, hosts: pathli
 
 
 async def nothing() -> list:
-    """No answers."""
+    """Stands in for a run that gives no answers."""
     return []
 
 
@@ -180,11 +181,11 @@ def test_a_soak(server: FakeServer, missed: list[str], tmp_path: pathlib.Path) -
     assert max(len(prompt) for prompt in server.prompts) <= soak.PROMPTS[1]
     differ = 0 if server.margin is None else sum(c.max_tokens > 1 for c in greedy(server))
     assert len(section["differences"]) == differ
-    assert section["growth"] is None  # nobody knows the processes behind a URL
+    assert section["growth"] is None  # the processes behind a URL are unknown
 
 
 def greedy(server: FakeServer) -> list[serve.Call]:
-    """Calls of the soak whose users wait, which a disturbed server answers in two ways."""
+    """The soak's calls that are not hung up; a disturbed server answers them in two ways."""
     texts = serve.read_texts(serve.DEMO_TASKS, 1, serve.Tokenizer.load(serve.demo_dir()))
     api = serve.Api([], "", server.context)
     setting = serve.Setting(api, ("x",), (8,), (8,), texts, 0, serve.Console())
@@ -194,7 +195,7 @@ def greedy(server: FakeServer) -> list[serve.Call]:
 
 @pytest.fixture
 def fake_cluster(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Lets the launcher be a script with so many fake servers."""
+    """Replaces the launcher by a script that runs the given number of fake servers."""
 
     def install(count: int) -> None:
         module = fake_launcher.__name__
@@ -219,7 +220,7 @@ def test_a_cluster_is_started_watched_and_ended(
 
 
 def children() -> list[psutil.Process]:
-    """Launchers that this process has started and not ended."""
+    """Launchers that this process started and that still run."""
     mine = psutil.Process().children(recursive=True)
     return [each for each in mine if fake_launcher.__name__ in each.cmdline()]
 

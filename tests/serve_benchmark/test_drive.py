@@ -1,4 +1,4 @@
-"""Open loop, gate and bound: what is in flight together, seen from the server."""
+"""Open loop, gate and bound: which requests are in flight together, as seen by the server."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from benchmarks.serving.http import Address
 from tests.serve_benchmark.fake_server import FakeServer, running
 
 Result = TypeVar("Result")
-#: Of answers that would overlap if the client let them.
+#: Seconds per token, so that answers overlap if the client lets them.
 PACE_S = 0.03
 
 
 def nothing() -> None:
-    """Nobody watches."""
+    """A callback that does nothing."""
 
 
 def driven(servers: Sequence[FakeServer], drive: Callable[[Api], Awaitable[Result]]) -> Result:
@@ -31,7 +31,7 @@ def driven(servers: Sequence[FakeServer], drive: Callable[[Api], Awaitable[Resul
 
 
 def calls(count: int, server: int = 0) -> list[Call]:
-    """That can be told apart by their prompts; all arrive at once."""
+    """Calls with distinct prompts that all arrive at once."""
     return [Call(server, [100 * server + n], 3) for n in range(count)]
 
 
@@ -55,7 +55,7 @@ def test_arrivals_are_waited_for() -> None:
 
 def test_a_batch_starts_when_the_one_before_is_finished_everywhere() -> None:
     log: list[tuple[str, list[int]]] = []
-    # One log for both servers; a server alone would gather no more than its own rows.
+    # Both servers share one log; a server's own log would have only its own rows.
     servers = [FakeServer(events=log, pace_s=PACE_S) for _ in range(2)]
     asked = [*calls(5), *calls(3, server=1)]
     answers, batches = driven(servers, lambda api: gated(api, asked, [2, 1], nothing))

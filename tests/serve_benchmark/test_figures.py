@@ -1,4 +1,4 @@
-"""Statistics and judgements, of answers made by hand."""
+"""Statistics and verdicts for hand-made answers."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from benchmarks.serving.static import Saturated, Static, sustained
 def answer(
     *pieces: float, server: int = 0, asked: float = 0.0, tokens: int = 0, error: str | None = None
 ) -> Answer:
-    """One whose pieces came then."""
+    """An answer whose pieces arrived at these times."""
     count = tokens or len(pieces)
     end = pieces[-1] if pieces else asked
     return Answer(
@@ -152,14 +152,14 @@ def test_what_a_good_request_may_fall_short_of() -> None:
 
 
 def static_of(slow: float, fast: float, ttft: tuple[float, float], failed: list[str]) -> Static:
-    """Output tokens per second, and p99 TTFT, of batches and of ours."""
+    """Results with these output tokens per second and p99 TTFTs, for batches and for ours."""
     batches, ours = (Figures.of(str(n), [answer(each)]) for n, each in enumerate(ttft))
     rates = Saturated(slow, 1.0), Saturated(fast, 1.0)
     return Static(*rates, 2.0, 0.9, batches, ours, [], [], failed)
 
 
 def verdicts(results: Results) -> list[bool]:
-    """Of the targets that were measured."""
+    """Whether each measured target was missed."""
     return [target.missed for target in results.targets() if target.worst is not None]
 
 
