@@ -1,4 +1,4 @@
-"""What an installed package brings along beside its Python files."""
+"""Files that an installed package contains beside its Python files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 
 def test_every_file_of_the_package_is_installed() -> None:
-    """The C++ above all: it is compiled where the package is used."""
+    """Most of all the C++ sources: they are compiled where the package is used."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     package = ROOT / "dance_jax"
     patterns = project["tool"]["setuptools"]["package-data"]["dance_jax"]
