@@ -53,14 +53,14 @@ def _fields(parts: list[Header]) -> Fields:
         )
     prefix = f"{architecture}."
     own = {
-        key.removeprefix(prefix): _alike(value)
+        key.removeprefix(prefix): _single_value(value)
         for key, value in metadata.items()
         if key.startswith(prefix)
     }
     return Fields(own, f"{path}: {architecture}")
 
 
-def _alike(value: Any) -> Any:
+def _single_value(value: Any) -> Any:
     """One value for a list of equal values: a per-layer key that is the same in all layers."""
     if isinstance(value, list) and value and all(each == value[0] for each in value):
         return value[0]
@@ -154,7 +154,7 @@ def _fully_rotated_head(fields: Fields) -> int:
     return width
 
 
-def _scored(fields: Fields, kind: int) -> None:
+def _require_score_function(fields: Fields, kind: int) -> None:
     """Raises UserError if the file gives a router score function other than `kind`."""
     fields.constant("expert_gating_func", kind)
 
@@ -164,7 +164,7 @@ def _has(tensors: Collection[str], leaf: str) -> bool:
 
 
 def _qwen3moe(fields: Fields, tensors: Collection[str]) -> dict[str, Any]:
-    _scored(fields, _SOFTMAX)
+    _require_score_function(fields, _SOFTMAX)
     fields.constant("expert_weights_norm", True)
     return {
         "model_type": "qwen3_moe",
@@ -178,7 +178,7 @@ def _qwen3moe(fields: Fields, tensors: Collection[str]) -> dict[str, Any]:
 
 
 def _qwen2moe(fields: Fields, tensors: Collection[str]) -> dict[str, Any]:
-    _scored(fields, _SOFTMAX)
+    _require_score_function(fields, _SOFTMAX)
     fields.constant("expert_weights_norm", False)
     fields.ignore("expert_shared_count")
     return {
@@ -195,7 +195,7 @@ def _qwen2moe(fields: Fields, tensors: Collection[str]) -> dict[str, Any]:
 
 def _qwen3next(fields: Fields, tensors: Collection[str]) -> dict[str, Any]:
     """Qwen3-Next: gated delta nets in most layers."""
-    _scored(fields, _SOFTMAX)
+    _require_score_function(fields, _SOFTMAX)
     fields.constant("expert_weights_norm", True)
     # Position sections for images; a text token has the same position in all sections.
     fields.ignore("rope.dimension_sections", "expert_shared_count")
@@ -228,7 +228,7 @@ def _qwen35moe(fields: Fields, tensors: Collection[str]) -> dict[str, Any]:
 
 
 def _olmoe(fields: Fields, tensors: Collection[str]) -> dict[str, Any]:
-    _scored(fields, _SOFTMAX)
+    _require_score_function(fields, _SOFTMAX)
     fields.constant("expert_weights_norm", False)
     width = fields.integer("feed_forward_length")
     fields.agrees("expert_feed_forward_length", width)
@@ -244,7 +244,7 @@ def _olmoe(fields: Fields, tensors: Collection[str]) -> dict[str, Any]:
 
 
 def _llama(fields: Fields, tensors: Collection[str]) -> dict[str, Any]:
-    _scored(fields, _SOFTMAX)
+    _require_score_function(fields, _SOFTMAX)
     experts = _experts(fields)
     width = fields.integer("feed_forward_length")
     fields.agrees("expert_feed_forward_length", width)
@@ -258,7 +258,7 @@ def _llama(fields: Fields, tensors: Collection[str]) -> dict[str, Any]:
 
 
 def _gpt_oss(fields: Fields, tensors: Collection[str]) -> dict[str, Any]:
-    _scored(fields, _CHOSEN)
+    _require_score_function(fields, _CHOSEN)
     fields.constant("attention.sliding_window_pattern", 2)
     fields.ignore("feed_forward_length")
     scaling = _rope_scaling(fields)
@@ -274,7 +274,7 @@ def _gpt_oss(fields: Fields, tensors: Collection[str]) -> dict[str, Any]:
 
 
 def _minimax_m2(fields: Fields, tensors: Collection[str]) -> dict[str, Any]:
-    _scored(fields, _SIGMOID)
+    _require_score_function(fields, _SIGMOID)
     width = _head_dim(fields)
     fields.ignore("feed_forward_length")
     return {
@@ -287,7 +287,7 @@ def _minimax_m2(fields: Fields, tensors: Collection[str]) -> dict[str, Any]:
 
 
 def _glm4moe(fields: Fields, tensors: Collection[str]) -> dict[str, Any]:
-    _scored(fields, _SIGMOID)
+    _require_score_function(fields, _SIGMOID)
     width = _head_dim(fields)
     fields.ignore("rope.dimension_sections")
     return {
