@@ -120,7 +120,7 @@ def build(directory: pathlib.Path) -> pathlib.Path | None:
                 _compile(library, [*_HERE.glob("*.cc")], best)
     except subprocess.CalledProcessError as error:
         log.warning(
-            "the native library could not be compiled, so XLA's slower operations run: %s failed: %s",
+            "the native library was not built, so XLA's slower operations run: %s failed: %s",
             compiler[0],
             error.stderr.strip()[-500:],
         )
