@@ -1,4 +1,4 @@
-"""What all tests share: JAX on the CPU, and one cluster of three processes for the session."""
+"""Shared by all tests: JAX on the CPU, and one cluster of three processes for the session."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from dance_jax.models import native
 from tests.cluster.fixture import TestCluster
 from tests.quick import shared_folder
 
-# A shell's background job ignores Ctrl-C, and so would every process that the tests start.
+# Background jobs of a shell ignore Ctrl-C, and so would every process that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def collected() -> None:
-    """What earlier modules left, compiled code above all, no collection looks through again."""
+    """Keeps the collector from scanning what earlier modules left, mostly compiled code."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(scope="session")
 def expert_library(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path | None:
-    """The experts in C++, registered in this process from here on; None without a compiler."""
+    """The C++ library, registered in this process. None without a compiler."""
     folder = shared_folder(tmp_path_factory) / "library"
     folder.mkdir(exist_ok=True)
-    # One process builds, and the others wait.
+    # One process builds; the others wait.
     library = native.build(folder)
     assert (library is None) == (shutil.which(os.environ.get("CXX", "c++")) is None)
     native.register(library)
@@ -43,14 +43,14 @@ def expert_library(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path | N
 
 @pytest.fixture(scope="session")
 def compiled(expert_library: pathlib.Path | None) -> pathlib.Path:
-    """`expert_library`, for tests of what is in it alone."""
+    """`expert_library`, for tests that need the C++ library."""
     assert expert_library is not None, "this test needs a C++ compiler: c++ or $CXX"
     return expert_library
 
 
 @pytest.fixture(scope="session")
 def three_servers(expert_library: pathlib.Path | None) -> Iterator[TestCluster]:
-    """Processes with 1, 1 and 2 devices; asserted by the processes when they join."""
+    """Processes with 1, 1 and 2 devices, which assert their device counts when they join."""
     cluster = TestCluster(expert_library)
     yield cluster
     cluster.close()

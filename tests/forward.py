@@ -1,4 +1,4 @@
-"""A whole trunk at once, as tests want it; the engine runs it part by part."""
+"""Runs a whole trunk at once, for tests; the engine runs a trunk part by part."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def forward(
     moe: Callable[..., jax.Array],
     context: int,
 ) -> tuple[jax.Array, list[Any]]:
-    """Hidden states [t, d] behind the layers, and per layer what is cached then.
+    """Hidden states [t, d] behind the layers, and the resulting cache of each layer.
 
     Args:
-        moe: moe(number of the MoE layer, x, expert, weight) -> float32 [t, d].
+        moe: computes an MoE layer: moe(index of the layer, x, expert, weight) -> float32 [t, d].
     """
     config, positions = model.config, jnp.concatenate([each.positions_t for each in batch])
     hidden, rotations = model.embed(tokens_t, positions, context)

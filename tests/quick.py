@@ -1,4 +1,4 @@
-"""What tests compile runs for milliseconds, so it is not optimised: compiling takes seconds."""
+"""Quick compilation for tests: the code runs for milliseconds, so optimising it does not pay."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ import pytest
 
 from dance_jax.engine.compile_cache import CompileCache
 
-#: For `compile` of what is lowered.
+#: Options for `compile` of lowered code.
 QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-#: The same for engines in processes of their own.
+#: The same for engines in separate processes.
 XLA_FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 
 
 def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """For files of the session that all processes which share its tests use."""
+    """A folder for files that all processes of the test session share."""
     own = tmp_path_factory.getbasetemp()
     return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
 
 
 def cache_directory(folder: pathlib.Path, expert_library: pathlib.Path | None) -> pathlib.Path:
-    """One for launches, in which the C++ of the session lies as if it had been built there."""
+    """A cache directory for launches that already contains the session's C++ library."""
     compiled = folder / "cache" / "compiled"
     compiled.mkdir(mode=0o700, parents=True)
     if expert_library is not None:
@@ -35,7 +35,7 @@ def cache_directory(folder: pathlib.Path, expert_library: pathlib.Path | None) -
 
 
 class QuickCache(CompileCache):
-    """For engines in the tests' process, where algorithms are compiled that run for long."""
+    """For engines in the tests' process: compiles quickly, without optimising."""
 
     def compile(self, key: object, lower: Callable[[], jax.stages.Lowered]) -> jax.stages.Compiled:
         return super().compile(key, lambda: _Quickly(lower()))  # type: ignore[arg-type]
@@ -50,11 +50,11 @@ class _Quickly:
 
 
 class SharedCache(QuickCache):
-    """For engines of alike models: what is lowered to the same text is compiled once.
+    """For engines of similar models: compiles each lowered text only once.
 
     Args:
-        compiled: what the others have compiled.
-        scope: as for `CompileCache`; what has the same is not even lowered.
+        compiled: what the other engines have compiled; shared.
+        scope: as for `CompileCache`. Equal scopes and keys are not even lowered twice.
     """
 
     def __init__(self, compiled: dict[str, jax.stages.Compiled], scope: object) -> None:
@@ -65,7 +65,7 @@ class SharedCache(QuickCache):
         known = repr((self.scope, key))
         if known not in self._compiled:
             lowered = lower()
-            # Arguments that are not used are not in the text.
+            # The text does not contain unused arguments.
             text = repr(lowered.args_info) + lowered.as_text()
             if text not in self._compiled:
                 self._compiled[text] = super().compile(key, lambda: lowered)

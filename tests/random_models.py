@@ -1,4 +1,4 @@
-"""Trunks and experts with random weights, without a file."""
+"""Makes trunks and experts with random weights, without files."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def random_expert(
     expert: int,
     form: ExpertFormat,
 ) -> Weights:
-    """One expert in `form`, of the tensors that `random_expert_tensors` yields.
+    """One expert in `form`, from the tensors that `random_expert_tensors` yields.
 
     Args:
-        layer: MoE layer counted from 0.
+        layer: index of the MoE layer, from 0.
     """
     rules = expert_rules(config, config.moe_layers[layer], expert)
     found = {}

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and never in the place of a device."""
+"""Files appear whole or not at all, and never replace a device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Imports point one way: the order of ORDER."""
+"""Imports point in one direction, given by ORDER."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import sys
 import pytest
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "dance_jax"
-#: Modules and packages: each may import those before it. The longest name that fits counts.
+#: Modules and packages; each may import those before it. The longest matching name counts.
 ORDER = (
     "config",
     "cache",
@@ -37,7 +37,7 @@ ORDER = (
 
 
 def place(module: str) -> int | None:
-    """The place of a module of this package in ORDER; None: it has none."""
+    """Index of a module of this package in ORDER. None if ORDER does not cover the module."""
     parts = module.split(".")[1:]
     for end in range(len(parts), 0, -1):
         if (name := ".".join(parts[:end])) in ORDER:
@@ -46,15 +46,16 @@ def place(module: str) -> int | None:
 
 
 def name_of(path: pathlib.Path) -> str:
-    """The name of the module in a file of the package."""
+    """The module name of a file of the package."""
     parts = path.relative_to(PACKAGE).with_suffix("").parts
     return ".".join(("dance_jax", *(part for part in parts if part != "__init__")))
 
 
 def imported(path: pathlib.Path) -> list[tuple[int, str]]:
-    """(line, module) of every import of this package in a file, also inside functions.
+    """(line, module) of every import of this package in a file, including imports in functions.
 
-    A string that is the name of a module counts as an import: a process of it is started.
+    A string that is the name of a module counts as an import, because a process may be started with
+    it.
     """
     found = []
     package = ["dance_jax", *path.relative_to(PACKAGE).parts[:-1]]
@@ -64,7 +65,7 @@ def imported(path: pathlib.Path) -> list[tuple[int, str]]:
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             module = ".".join([*base, *([node.module] if node.module else [])])
-            # `from dance_jax.launch import x` may name a module.
+            # In `from dance_jax.launch import x`, x may be a module.
             found += [(node.lineno, f"{module}.{alias.name}") for alias in node.names]
         elif (
             isinstance(node, ast.Constant)
@@ -76,7 +77,7 @@ def imported(path: pathlib.Path) -> list[tuple[int, str]]:
 
 
 def backwards(path: pathlib.Path) -> list[str]:
-    """Imports of a file that point to a later layer."""
+    """Imports in a file that point to a later layer."""
     own = place(name_of(path))
     wrong = []
     for line, module in imported(path):
@@ -89,7 +90,7 @@ def backwards(path: pathlib.Path) -> list[str]:
 
 
 def test_no_import_points_backwards() -> None:
-    # dance_jax/__init__.py offers LLM lazily: it stands above everything.
+    # dance_jax/__init__.py offers LLM lazily, so the file stands above everything.
     files = [path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py"]
     assert {place(name_of(path)) for path in files} == set(range(len(ORDER)))
     assert [wrong for path in files for wrong in backwards(path)] == []
@@ -127,6 +128,6 @@ def test_the_test_would_notice(
     ],
 )
 def test_no_jax_before_a_worker_has_its_setup(module: str) -> None:
-    """A worker says that it lives, and watches its parent, before the slow import begins."""
+    """A worker reports that it lives, and watches its parent, before the slow import of JAX."""
     code = f"import sys, {module}; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -160,13 +160,13 @@ def test_logprobs_are_consistent(llm):
     assert tokens(outputs[4:8]) == tokens(outputs[8:])
     silent = llm.generate(PROMPTS[0], greedy())[0].outputs[0]
     assert silent.logprobs is None
-    # Another batch sums an expert's width in other parts.
+    # Another batch size sums over an expert's width in other parts.
     logprob = outputs[0].outputs[0].cumulative_logprob
     assert math.isclose(silent.cumulative_logprob, logprob, abs_tol=1e-4)
 
 
 def test_logprobs_equal_the_plain_model(llm, model, cache_dir):
-    """The whole sequence at once, every expert on every token, no cache, no slots."""
+    """The reference runs the whole sequence at once: every expert, no cache, no slots."""
     checkpoint = Checkpoint.open(ensure_converted(model, cache_dir / "models"))
     experts = range(FIELDS["n_routed_experts"])
     w_gate, w_up, w_down = stacked(checkpoint, [(0, e) for e in experts])
@@ -208,7 +208,7 @@ def test_logprobs_equal_the_plain_model(llm, model, cache_dir):
 
 
 def test_chunked_prefill_gives_the_same_logprobs(llm):
-    """A prompt in two chunks (150 > 128), and its beginning with the rest as decode steps."""
+    """A prompt prefilled in two chunks (150 > 128), and a prompt continued by decode steps."""
     prompt = llm.tokenizer.encode(PROMPTS[3])
     (long,) = llm.generate(prompt, greedy(max_tokens=1, logprobs=5))
     (short,) = llm.generate(prompt[:40], greedy(max_tokens=20, logprobs=5))
@@ -252,7 +252,7 @@ def test_repetition_penalty(llm):
     fresh = llm.generate(PROMPTS[3], greedy(max_tokens=20, repetition_penalty=1e6))[0].outputs[0]
     assert len(set(fresh.token_ids)) == 20
     assert llm.tokenizer.encode("x")[0] not in fresh.token_ids
-    # A slot that is used again knows nothing of the sequence before.
+    # A reused slot keeps nothing of the previous sequence.
     assert tokens(llm.generate(PROMPTS[3], greedy(max_tokens=20))) == [free.token_ids]
 
 
@@ -344,7 +344,7 @@ def test_close_is_idempotent_and_final(model, cache_dir, tmp_path):
 
 
 def test_a_cluster_of_unequal_servers(model, cache_dir, llm, tmp_path, monkeypatch, caplog):
-    """Two processes, one of them with two devices: same tokens as one process with everything."""
+    """Two processes, one with two devices, give the same tokens as one process with all experts."""
     monkeypatch.setenv("XLA_FLAGS", XLA_FLAGS)
     hosts = tmp_path / "hosts.txt"
     hosts.write_text(
@@ -394,7 +394,7 @@ def test_names_come_without_jax():
 
 
 def test_a_model_of_the_hub(model, cache_dir, llm, tmp_path):
-    """Downloaded, it answers as its directory does, with what was compiled for that."""
+    """A downloaded model answers like its directory and reuses the directory's compiled code."""
     with running_hub() as hub:
         hub.add("org/tiny", model)
         code = (

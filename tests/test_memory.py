@@ -1,4 +1,4 @@
-"""Memory of a process."""
+"""Memory settings of a process."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def run(**environment: str) -> list[str]:
 def test_a_process_begins_anew_once_for_huge_pages() -> None:
     begins, setting = (2, "glibc.malloc.hugetlb=1") if sys.platform == "linux" else (1, None)
     assert run() == ["begun"] * begins + [f"{setting} a word another"]
-    # What the user has set stays.
+    # A value that the user has set is kept.
     assert run(GLIBC_TUNABLES="glibc.malloc.check=0") == [
         "begun",
         "glibc.malloc.check=0 a word another",

@@ -1,4 +1,4 @@
-"""config.json of the tiny models that tests make with random weights."""
+"""config.json of tiny models, which tests make with random weights."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ MIXTRAL = {
     "max_position_embeddings": 512,
     "eos_token_id": 1,
 }
-#: Delta nets and attention, and layers without experts between and behind those with experts.
+#: Delta nets and attention; layers without experts between and behind those with experts.
 HYBRID = {
     "model_type": "qwen3_next",
     "vocab_size": 264,
@@ -74,7 +74,7 @@ OSS = {
     "max_position_embeddings": 512,
     "eos_token_id": 1,
 }
-#: Two MoE layers of 16 experts and byte tokens: what the tests of whole clusters serve.
+#: Two MoE layers of 16 experts and byte tokens, served by the tests of whole clusters.
 SERVED = DEEPSEEK | {
     "vocab_size": 260,
     "n_routed_experts": 16,

@@ -1,4 +1,4 @@
-"""What every trace must be: events of Chrome's format whose durations nest."""
+"""Checks that hold for every trace: events in Chrome's format whose durations nest."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import json
 import pathlib
 from typing import Any
 
-#: Microseconds: less than what rounding makes of a nanosecond.
+#: Tolerance in microseconds, for nanoseconds that were rounded.
 EXACT = 1e-3
 
 Event = dict[str, Any]
 
 
 def read_trace(path: pathlib.Path) -> list[Event]:
-    """The events, in order of time, once they have been checked."""
+    """Reads and checks the events, in order of time."""
     events = json.loads(path.read_bytes())
     slices, requests = collections.defaultdict(list), collections.defaultdict(list)
     for event in events:
@@ -35,7 +35,7 @@ def read_trace(path: pathlib.Path) -> list[Event]:
 
 
 def _check_nested(slices: list[Event]) -> None:
-    """Each is within another or behind it."""
+    """Each slice is within another one or behind it."""
     ends: list[float] = []
     for event in slices:
         while ends and event["ts"] >= ends[-1] - EXACT:
@@ -46,7 +46,7 @@ def _check_nested(slices: list[Event]) -> None:
 
 
 def _check_paired(events: list[Event]) -> None:
-    """A request's parts end in it; one that was given up has no end."""
+    """A request's parts end before the request does; an aborted request has no end."""
     depth, latest = 0, 0.0
     for event in events:
         depth += 1 if event["ph"] == "b" else -1
@@ -55,7 +55,7 @@ def _check_paired(events: list[Event]) -> None:
 
 
 def tracks(events: list[Event]) -> dict[tuple[int, int], str]:
-    """Names by server and track."""
+    """Track names by (server, track)."""
     return {
         (event["pid"], event["tid"]): event["args"]["name"]
         for event in events
@@ -64,7 +64,7 @@ def tracks(events: list[Event]) -> dict[tuple[int, int], str]:
 
 
 def slices(events: list[Event], category: str) -> dict[tuple[str, str], Event]:
-    """Calls by caller's name and number, as the caller ("call") or callee ("served") saw them."""
+    """Calls by (caller's name, number), as seen by the caller ("call") or the callee ("served")."""
     names = {e["pid"]: e["args"]["name"] for e in events if e["name"] == "process_name"}
     found = {}
     for event in events:

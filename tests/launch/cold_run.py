@@ -1,4 +1,4 @@
-"""One cold start of a tiny cluster, whose results and compiled steps all tests of launches use."""
+"""One cold start of a tiny cluster. All tests of launches use its results and compiled steps."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from dance_jax.models.tokenizer import Tokenizer
 from tests.launch.tiny import HOSTS, write_model
 from tests.quick import cache_directory, shared_folder
 
-#: Sequences at once on each device: fewer sizes to compile.
+#: Sequences at the same time on each device: few, so that few sizes are compiled.
 NUM_SEQS = 4
 PROMPTS: list[dict[str, Any]] = [
     {"prompt": "Es war einmal", "max_tokens": 6},
@@ -48,23 +48,23 @@ PROMPTS: list[dict[str, Any]] = [
 
 @dataclasses.dataclass(frozen=True)
 class Tiny:
-    """Files of the tiny cluster and what its cold run gave."""
+    """Files of the tiny cluster and the results of its cold run."""
 
     folder: pathlib.Path
     fingerprint: str
-    #: Hash of what the model was converted from.
+    #: Hash of the model before conversion.
     source: str
     result: RunResult
     lines: list[dict[str, Any]]
     terminal: str
     cold: list[tuple[int, int]]
-    #: Functions that every process compiles.
+    #: Number of functions that every process compiles.
     functions: int
-    #: The same prompts again, after a batch that was given up half-way.
+    #: Results of the same prompts, run again after a batch that was given up half-way.
     again: list[dict[str, Any]]
 
     def command(self, *options: str | os.PathLike[str]) -> list[str]:
-        """A launch of the same cluster with the same caches."""
+        """The command for a launch of the same cluster with the same caches."""
         folder = self.folder
         words = ["--hosts", folder / "hosts.txt", "--model", folder / "model"]
         words += ["--cache-dir", folder / "cache", "--max-num-seqs", NUM_SEQS, *options]
@@ -75,7 +75,7 @@ _tiny: list[Tiny] = []
 
 
 def cold_run(tmp_path_factory: pytest.TempPathFactory, expert_library: pathlib.Path | None) -> Tiny:
-    """The results, made once for all processes of the session, and files of this process's own."""
+    """Results made once for all processes of the session, and files for this process alone."""
     if not _tiny:
         kept = shared_folder(tmp_path_factory) / "tiny.pickle"
         with kept.with_suffix(".lock").open("w") as lock:
@@ -112,11 +112,11 @@ def _cold_run(folder: pathlib.Path, expert_library: pathlib.Path | None) -> Tiny
         give_up(cluster)
         again = run_prompts(cluster, plan, tokenizer, prompts)
     print_summary(console, result)
-    # Of each size of the step how it begins, the layer without experts, those with experts, which
-    # are alike, and the logits; and the choice of tokens for each number of decoding rows.
+    # Per step size: the beginning, the layer without experts, the layers with experts (all alike)
+    # and the logits. Then the choice of tokens, once per number of decoding rows.
     functions = 4 * len(config.buckets) + len({rows for rows, _ in config.buckets})
     if expert_library is None:
-        functions += 2  # what reads and what writes a slot of the pool
+        functions += 2  # reading and writing a slot of the pool
     return Tiny(
         folder,
         checkpoint.fingerprint,

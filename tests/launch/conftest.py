@@ -1,4 +1,4 @@
-"""What tests of launches share: a tiny cluster's files, and launches that leave nothing."""
+"""Shared by tests of launches: the files of a tiny cluster, and launches that leave nothing."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""A fake `ssh` for tests: it runs the command here, as sshd would: through a shell, in a bare
-environment. What a host named HOST does instead is the shell script hosts/HOST, if there is one.
+"""A fake `ssh` for tests.
+
+The fake runs the command on this machine, as sshd would: through a shell, in a bare environment. If
+there is a shell script hosts/HOST, the fake runs that script for host HOST instead.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ exec env -i PATH="$PATH" HOME="{folder}" SSH_CONNECTION="10.9.8.7 4711 10.9.8.6 
 
 
 class FakeSsh:
-    """The fake in a folder of its own."""
+    """The fake ssh in a folder of its own."""
 
     def __init__(self, folder: pathlib.Path) -> None:
         self.folder = folder
@@ -33,11 +35,11 @@ class FakeSsh:
 
     @property
     def path(self) -> str:
-        """For $PATH."""
+        """Value of $PATH with the fake ssh first."""
         return f"{self.bin}{os.pathsep}{os.environ['PATH']}"
 
     def host(self, name: str, script: str) -> None:
-        """Lets a host do something else; the command is in "$@"."""
+        """Lets a host run another script; the command is in "$@"."""
         (self.folder / "hosts" / name).write_text(textwrap.dedent(script))
 
     def python(self, name: str, *options: str, **environment: str) -> str:
@@ -51,7 +53,7 @@ class FakeSsh:
 
     @property
     def pids(self) -> list[int]:
-        """Of every ssh that was started."""
+        """Process ids of every ssh that was started."""
         return [int(line) for line in (self.folder / "pids").read_text().split()]
 
     def _write(self, path: pathlib.Path, text: str) -> None:

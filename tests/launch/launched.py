@@ -1,4 +1,4 @@
-"""Launches in processes of their own."""
+"""Runs launches in processes of their own."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ _Result = TypeVar("_Result")
 
 
 def eventually(look: Callable[[], _Result], seconds: float = 60) -> _Result:
-    """The first true result of looking again and again; after so many seconds the last one."""
+    """The first true result of calling `look` repeatedly; after `seconds` the last result."""
     deadline = time.monotonic() + seconds
     while not (found := look()) and time.monotonic() < deadline:
-        time.sleep(0.02)  # between two looks
+        time.sleep(0.02)
     return found
 
 
 def free_ports(count: int) -> int:
-    """The first of so many TCP ports in a row that nobody uses at the moment.
+    """The first of `count` consecutive TCP ports that are free at the moment.
 
-    They are below those that Linux gives to whoever asks for any port (from 32768 on), so that
-    none is given away before the server that is told to use it does.
+    The ports are below the range from which Linux hands out arbitrary ports (32768 and up), so none
+    is handed out before the server that is told to use it binds it.
     """
     for first in random.SystemRandom().sample(range(10_000, 32_000), 100):
         with contextlib.ExitStack() as probes, contextlib.suppress(OSError):
@@ -42,17 +42,17 @@ def free_ports(count: int) -> int:
 
 
 def in_order(processes: list[psutil.Process]) -> list[psutil.Process]:
-    """As they were started; process ids alone do not tell, they begin again at a limit."""
+    """The processes in order of start. Process ids alone do not tell: they wrap around."""
     return sorted(processes, key=lambda process: (process.create_time(), process.pid))
 
 
 def gone(processes: Iterable[psutil.Process], seconds: float) -> bool:
-    """All end within so long; the children of a parent that is frozen stay as zombies."""
+    """Whether all end within `seconds`. Children of a frozen parent remain as zombies."""
     return eventually(lambda: not any(map(_lives, processes)), seconds)
 
 
 def only_child(process: psutil.Process) -> psutil.Process:
-    """Waits until exactly one child lives: between two engines a front end may have 0 or 2."""
+    """Waits until exactly one child lives. Between two engines a front end may have 0 or 2."""
 
     def look() -> psutil.Process | None:
         living = [child for child in process.children() if _lives(child)]
@@ -64,7 +64,7 @@ def only_child(process: psutil.Process) -> psutil.Process:
 
 
 def kill_all(processes: Iterable[psutil.Process]) -> None:
-    """Kills those that live; the end of one may be the end of others."""
+    """Kills the processes that still live; the end of one may end others."""
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
@@ -90,7 +90,7 @@ class Launch:
                 command, stdout=output, stderr=subprocess.STDOUT, env=environment
             )
         self.workers: list[psutil.Process] = []
-        #: All processes that were seen.
+        #: All processes seen so far.
         self.started: list[psutil.Process] = []
 
     @property
@@ -98,26 +98,26 @@ class Launch:
         return self.output.read_text(encoding="utf-8", errors="replace")
 
     def wait_for(self, text: str, seconds: float = 300) -> None:
-        """Waits until the launch has printed something; notes its workers."""
+        """Waits until the launch has printed `text`, then notes its workers."""
         ended = self.process.poll
         eventually(lambda: text in self.text or ended() is not None, seconds)
         assert text in self.text, self.text
         self.note_workers()
 
     def note_workers(self) -> None:
-        """The processes that serve: one for each server, and what they have started.
+        """Notes the processes that serve: one per server, and what each has started.
 
-        What the launch starts later, to find placements, comes behind them.
+        Processes that the launch starts later, to solve placements, come after the servers.
         """
         self.workers = in_order(self.process.children())
         self.started = list({*self.started, *self.process.children(recursive=True)})
 
     def worker(self, rank: int) -> psutil.Process:
-        """A server's process; they are started in the order of their ranks."""
+        """A server's process. Servers are started in the order of their ranks."""
         return self.workers[rank]
 
     def assert_nothing_left(self, seconds: float = 10) -> None:
-        """No process, private file or port of the launch is left after so long."""
+        """Asserts that after `seconds` no process, private file or port of the launch is left."""
         _, alive = psutil.wait_procs(self.started, timeout=seconds)
         assert not alive
         assert list(self.private.iterdir()) == []
@@ -128,7 +128,7 @@ class Launch:
 
 
 def completion(url: str) -> str:
-    """What a server answers to a short question, greedily."""
+    """A server's greedy answer to a short question."""
     body = {"prompt": "Es war einmal", "max_tokens": 6, "temperature": 0}
     request = urllib.request.Request(
         f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}

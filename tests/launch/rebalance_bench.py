@@ -1,4 +1,4 @@
-"""The scheduler of a service between front ends and engines that are made up."""
+"""The rebalancer of a service, between made-up front ends and engines."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Facts:
 
 
 def halves(first: range) -> Layout:
-    """Alpha holds these experts of every layer, beta the others; both have slots to spare."""
+    """Alpha holds these experts of every layer, beta the others; both have spare slots."""
     held = np.zeros((2, LAYERS, EXPERTS), bool)
     held[0, :, first] = True
     held[1] = ~held[0]
@@ -67,14 +67,14 @@ def halves(first: range) -> Layout:
 
 
 def routes(experts: range, tokens: int = 400, seed: int = 0) -> np.ndarray:
-    """Tokens that choose K of these experts in every layer."""
+    """Routes of tokens that choose K of these experts in every layer."""
     rng = np.random.default_rng(seed)
     chosen = rng.permuted(np.tile(np.array(experts), (tokens * LAYERS, 1)), axis=1)[:, :K]
     return chosen.reshape(tokens, LAYERS, K).astype(np.int16)
 
 
 def tastes(seed: int, tokens: int = 400) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens of alpha's users and of beta's, who like some of all experts a little more."""
+    """Routes of alpha's users and of beta's: both use all experts, some of them a little more."""
 
     def chosen(server: int) -> np.ndarray:
         taste = np.random.default_rng([0, server]).gumbel(size=(LAYERS, EXPERTS))
@@ -85,7 +85,7 @@ def tastes(seed: int, tokens: int = 400) -> tuple[np.ndarray, np.ndarray]:
 
 
 def stats(tokens: np.ndarray, more: int = 1) -> EngineStats:
-    """Of an engine that computed these tokens, `more` times; its sample has the latest."""
+    """Statistics of an engine that computed these tokens `more` times; it sampled the latest."""
     counts = [np.bincount(tokens[:, layer].ravel(), minlength=EXPERTS) for layer in range(LAYERS)]
     return EngineStats(
         counts=(more * np.array(counts)).tolist(),
@@ -100,13 +100,13 @@ def stats(tokens: np.ndarray, more: int = 1) -> EngineStats:
     )
 
 
-#: What users of alpha and of beta ask for; it is at home where LOW is alpha's.
+#: What users of alpha and of beta ask for. The experts are at home if LOW is on alpha.
 LOW, HIGH = range(8), range(8, 16)
 AT_HOME = (routes(LOW), routes(HIGH))
 
 
 class Inline:
-    """Stands in for the process that solves: answers at once."""
+    """Stands in for the solver process and answers at once."""
 
     def __init__(self) -> None:
         self.asked: list[DecisionInputs] = []
@@ -128,7 +128,7 @@ class Bench:
     """A rebalancer between front ends and engines that do as they are told.
 
     Args:
-        directory: for the state; None: none is kept.
+        directory: for the state; None to keep no state.
         fails: number of the batch that beta cannot load.
         more: options.
     """
@@ -137,17 +137,17 @@ class Bench:
         self, monkeypatch: Any, directory: pathlib.Path | None = None, fails: int = 0, **more: Any
     ) -> None:
         self.now, self.fails = 1000.0, fails
-        self.layout = halves(HIGH)  # the wrong way round
-        #: What was said to each front end, and to users of the launch.
+        self.layout = halves(HIGH)  # the experts are at the wrong servers
+        #: Messages to each front end, and to users of the launch.
         self.told: list[list[Any]] = [[], []]
         self.said: list[str] = []
         self.tokens: tuple[np.ndarray, ...] = AT_HOME
         self.more = 1000
-        #: The layout that each engine has in force, and batches that are staged there.
+        #: The layout that each engine has in force, and the batches that each engine has staged.
         self.in_force = [self.layout, self.layout]
         self.staged: list[set[int]] = [set(), set()]
         self.layouts: dict[int, Layout] = {}
-        #: What front ends were told in the last run.
+        #: Messages to front ends in the last run.
         self.history: list[list[Any]] = [[], []]
         self.solver = Inline()
         monkeypatch.setattr(rebalancer, "Solver", lambda: self.solver)
@@ -161,7 +161,7 @@ class Bench:
         self.rebalancer = Rebalancer(
             self.options, SPEC, Facts(), CONFIG, self.layout, self, clock=lambda: self.now
         )
-        self.rebalancer.tick()  # all engines run
+        self.rebalancer.tick()  # now all engines run
 
     def tell(self, rank: int, command: Any) -> None:
         self.told[rank].append(protocol.decode_front_command(protocol.encode(command)))
@@ -174,7 +174,7 @@ class Bench:
         self.said.append(f"{name}: {text}" if name else text)
 
     def run(self) -> None:
-        """Until nothing is to be done any more."""
+        """Runs until nothing is left to do."""
         done = [0, 0]
         self.rebalancer.tick()
         while any(done[rank] < len(self.told[rank]) for rank in range(2)):
@@ -221,7 +221,7 @@ class Bench:
         self.rebalancer.receive(rank, found.event)
 
     def heard(self, kind: type, rank: int = 0) -> list[Any]:
-        """What a front end was told in the last run, of one kind."""
+        """Messages of one kind to a front end in the last run."""
         return [command for command in self.history[rank] if isinstance(command, kind)]
 
 

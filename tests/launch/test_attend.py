@@ -1,4 +1,4 @@
-"""A service on the terminal, and the signals that end it."""
+"""A service on the terminal, and the signals that end the service."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SPEC = parse_hosts("alpha address=10.0.0.1 experts=1\nb address=10.0.0.2 ssh=me@
 
 
 class Service:
-    """Serves until it is told to drain, and gets signals meanwhile."""
+    """A fake service that sends signals to this process while it serves."""
 
     def __init__(self, *signals: signal.Signals) -> None:
         self.spec = SPEC

@@ -1,4 +1,4 @@
-"""What the command refuses before anything starts, and what it prints."""
+"""What the command refuses before anything starts, and what the command prints."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 @pytest.fixture
 def run(files: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch):
-    """Runs the command in this process; nothing it does here may start a server."""
+    """Runs the command in this process; no test here may start a server."""
     monkeypatch.setattr(launch.signal, "signal", lambda *_: None)
     monkeypatch.setenv("COLUMNS", "200")
 
@@ -112,7 +112,7 @@ def test_what_is_for_a_batch_is_refused_for_serving(run, options) -> None:
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> list[ServeOptions]:
-    """How services are to serve that are made; none starts."""
+    """Records the options of services that are made; none of them starts."""
     made: list[ServeOptions] = []
 
     def service(options: ServeOptions, *_: object, **__: object) -> None:
@@ -247,7 +247,7 @@ def test_activations_of_another_model(run, files: pathlib.Path) -> None:
 
 @pytest.fixture
 def far(files: pathlib.Path, monkeypatch) -> list[str]:
-    """Hosts over ssh, of which a preflight finds rates; what was done, in order."""
+    """Hosts over ssh whose rates a preflight finds; the result lists what was done, in order."""
     (files / "far").write_text(HOSTS.replace("localhost", "far.example").replace("500Mbps", "auto"))
     done: list[str] = []
 
@@ -324,7 +324,7 @@ def test_cores_are_shared_in_proportion() -> None:
 
 
 def test_cores_are_limited_within_and_free_afterwards() -> None:
-    """Threads made within are free again as well: limited pools, not pinned threads."""
+    """Threads made inside are free again as well: pools are limited, threads are not pinned."""
     before = os.sched_getaffinity(0)
     done = threading.Event()
     with cores.limited([min(before)]):

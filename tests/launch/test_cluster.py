@@ -19,7 +19,7 @@ from tests.traces import Event, read_trace, slices, tracks
 
 
 def many_prompts(folder: pathlib.Path) -> pathlib.Path:
-    """Work for much longer than a test takes."""
+    """Prompts that take much longer than a test."""
     path = folder / "many.jsonl"
     path.write_text('{"prompt": "on and on", "max_tokens": 240}\n' * 400)
     return path
@@ -51,16 +51,16 @@ def test_prompts_that_cannot_run_do_not_stop_the_others(tiny: Tiny) -> None:
 
 
 def test_a_batch_that_is_given_up_leaves_no_trace(tiny: Tiny) -> None:
-    """Its requests have ended, and the next batch runs as if it had not been."""
+    """Its requests have ended, and the next batch runs as if the first had never existed."""
     for asked, line, before in zip(PROMPTS, tiny.again, tiny.lines, strict=True):
-        if "temperature" not in asked:  # seeds of sampled ones are drawn as requests come
+        if "temperature" not in asked:  # sampled requests draw new seeds
             assert {**line, "metrics": None} == {**before, "metrics": None}
 
 
 def test_pools_hold_what_is_placed_and_no_more_than_memory_allows(
     tiny: Tiny, expert_library: pathlib.Path | None
 ) -> None:
-    """Bytes of experts in the library's memory; of all slots, where these are JAX's arrays."""
+    """Bytes of loaded experts with the C++ library; bytes of all slots if the pool is in JAX."""
     pools = tiny.result.traffic.pool_bytes
     layout = tiny.result.plan.layout
     assert layout.slots_per_device == (14, 11, 10)
@@ -78,7 +78,7 @@ def test_pools_hold_what_is_placed_and_no_more_than_memory_allows(
 def test_transfers_agree_with_the_recorded_routes(tiny: Tiny) -> None:
     traffic, placement = tiny.result.traffic, tiny.result.plan.placement
     assert [len(routes) for routes in traffic.routes] == traffic.tokens.tolist()
-    assert traffic.tokens[1] == 0  # beta's prompts could not run
+    assert traffic.tokens[1] == 0  # beta's prompts were refused
     for server, routes in enumerate(traffic.routes):
         if not len(routes):
             assert not traffic.transfers[:, server].any()
@@ -126,11 +126,11 @@ def test_the_summary_has_everything(tiny: Tiny) -> None:
 def test_a_warm_start_gives_the_same(
     tiny: Tiny, launch, tmp_path: pathlib.Path, expert_library: pathlib.Path | None
 ) -> None:
-    """Steps come from the cache in every process, and what they compute has not changed.
+    """Every process reads its steps from the cache, and they compute the same.
 
-    Nor does a trace change it.
+    A trace does not change the results either.
     """
-    # Servers of equal devices compile the same, and may find what another has compiled.
+    # Servers with equal devices compile the same and may find what another server has compiled.
     assert [sum(each) for each in tiny.cold] == [tiny.functions] * 3 and tiny.cold[2][0] == 0
     output, saved = tmp_path / "out.jsonl", tmp_path / "saved.npz"
     run = launch(
@@ -158,14 +158,14 @@ def test_a_warm_start_gives_the_same(
 
 
 def check_trace(events: list[Event], tiny: Tiny, calls: bool) -> None:
-    """Every token of every request is in a step; with calls, every layer and both ends of calls."""
+    """Every token of every request is in a step; with calls, every layer and both call ends are."""
     steps = [event for event in events if event["name"].startswith("step ")]
     computed = collections.Counter()
     for step in steps:
         computed.update(step["args"]["requests"])
     for line in tiny.lines:
         if line["finish_reason"] != "error":
-            # The last token is not computed with.
+            # The last token is never an input.
             count = len(line["prompt"].encode()) + len(line["token_ids"]) - 1
             assert computed[f"{line['index']}.0"] == count
     if not calls:
@@ -185,7 +185,7 @@ def check_trace(events: list[Event], tiny: Tiny, calls: bool) -> None:
     }
     sent, served = slices(events, "call"), slices(events, "served")
     assert sent and sent.keys() == served.keys()
-    # All on one clock.
+    # All events are on one clock.
     assert all(sent[key]["ts"] <= event["ts"] for key, event in served.items())
     by_step = {(step["pid"], step["args"]["step"]): step["args"]["requests"] for step in steps}
     for (caller, _), event in served.items():
@@ -195,10 +195,10 @@ def check_trace(events: list[Event], tiny: Tiny, calls: bool) -> None:
 
 @pytest.mark.parametrize("rank", [0, 2])
 def test_a_dead_server_is_named(rank: int, tiny: Tiny, launch, tmp_path: pathlib.Path) -> None:
-    """Within 10 s all end, with the server's name and the end of its log."""
+    """All processes end within 10 s, with the server's name and the end of its log."""
     trace = tmp_path / "trace.json"
     run = launch("--prompts", many_prompts(tmp_path), "--trace", trace)
-    # The coordinator while they start, another one while it runs.
+    # The coordinator is killed while servers start, another server while the batch runs.
     run.wait_for("alpha: loading" if rank == 0 else " | ")
     run.worker(rank).send_signal(signal.SIGKILL)
     began = time.monotonic()
@@ -216,7 +216,7 @@ def test_a_dead_server_is_named(rank: int, tiny: Tiny, launch, tmp_path: pathlib
 )
 def test_a_signal_leaves_nothing(number: int, code: int, tiny: Tiny, launch, tmp_path) -> None:
     run = launch("--prompts", many_prompts(tmp_path))
-    # One while it runs, one while it starts.
+    # One signal comes while the batch runs, the other while servers start.
     run.wait_for(" | " if number == signal.SIGINT else "joining")
     ports = {c.laddr.port for p in run.workers for c in p.net_connections() if c.status == "LISTEN"}
     run.process.send_signal(number)

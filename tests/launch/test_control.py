@@ -1,4 +1,4 @@
-"""The control channel lets in those with the launch's key, and nobody else."""
+"""The control channel admits peers with the launch's key and refuses all others."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dance_jax.launch.control import channel as control
 from dance_jax.launch.control.channel import ControlConnection, ControlListener, new_key
 
 KEY = new_key()
-#: Long for a message on loopback.
+#: A long time for a message over loopback.
 PATIENCE_MS = 400
 
 
@@ -57,7 +57,7 @@ def test_another_key_is_refused(listener: ControlListener) -> None:
 
 @pytest.mark.parametrize("curve", [False, True])
 def test_a_stranger_is_refused(listener: ControlListener, curve: bool) -> None:
-    """Without CURVE, and with the parent's public key but none of the launch's own."""
+    """A peer without CURVE, and a peer that has only the parent's public key."""
     context = zmq.Context()
     socket = context.socket(zmq.DEALER)
     if curve:

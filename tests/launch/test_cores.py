@@ -1,4 +1,4 @@
-"""How many cores a process has where cgroups limit them."""
+"""How many cores a process has if cgroups limit them."""
 
 from __future__ import annotations
 

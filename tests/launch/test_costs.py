@@ -1,4 +1,4 @@
-"""What links and devices cost, from what is known of the servers."""
+"""Costs of links and devices, from what is known about the servers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CONFIG = EngineConfig(max_model_len=64)
 LOCK_STEP = dataclasses.replace(CONFIG, exchange="collectives")
 
 
-#: `--exchange` and the cost that goes with it; which is in use is not known before planning.
+#: `--exchange` and its cost class. Which exchange "auto" uses is not known before planning.
 EXCHANGES: dict[str, type[CallCost] | type[LockStepCost]] = {
     "auto": CallCost,
     "calls": CallCost,
@@ -36,7 +36,7 @@ EXCHANGES: dict[str, type[CallCost] | type[LockStepCost]] = {
 
 
 def cluster(*keys: str) -> ClusterSpec:
-    """Servers a (one device), b (two), c (one), with these keys."""
+    """Servers a (one device), b (two devices), c (one device), with these keys."""
     lines = (
         f"{name} address=localhost experts=9 devices={devices} {more}"
         for name, devices, more in zip("abc", (1, 2, 1), keys, strict=True)
@@ -69,7 +69,7 @@ def test_nothing_is_known() -> None:
 
 
 def test_users_of_a_service_ask_one_at_a_time() -> None:
-    """In lock step; servers on their own wait for nobody else's tokens."""
+    """In lock step the cost is staggered; with calls no server waits for another's tokens."""
     spec = cluster("bandwidth=1024kbps", "", "")
     alone = cluster_cost(spec, MODEL, LOCK_STEP)
     assert isinstance(alone, LockStepCost)
@@ -80,7 +80,7 @@ def test_users_of_a_service_ask_one_at_a_time() -> None:
 
 
 def test_rates() -> None:
-    """A state of 1,024 bits takes a millisecond of a megabit per second each way; as does a sum."""
+    """A state of 1,024 bits takes 1 ms each way at 1,024 kbps; so does a sum."""
     assert MODEL.hidden_size * 4 * 8 == 1024
     spec = cluster("bandwidth=1024kbps", "bandwidth=512kbps", "bandwidth=auto")
     links = ([2e-3, 4e-3, 2e-3], [1, 2, 1], MODEL.top_k)
@@ -95,7 +95,7 @@ def test_rates() -> None:
 
 
 def test_round_trips() -> None:
-    """Between two servers it is the mean of theirs, and what their programs take besides."""
+    """Between two servers: the mean of their round trips, plus the time of their programs."""
     spec = cluster("round_trip=20ms", "", "round_trip=4ms")
     found = cluster_cost(spec, MODEL, CONFIG)
     assert isinstance(found, CallCost)
@@ -104,7 +104,7 @@ def test_round_trips() -> None:
         [16e-3 + CALL_S, 12e-3 + CALL_S, 8e-3 + CALL_S],
         [12e-3 + CALL_S, 8e-3 + CALL_S, 4e-3 + CALL_S],
     ])  # fmt: skip
-    # Seconds of links count against it, at a rate that nobody gave.
+    # A call also costs the seconds of its links, at a default rate because none is given.
     np.testing.assert_allclose(found.state, 2 * 1024 / DEFAULT_RATE)
     assert cost_note(spec) is None
     timed = cluster("round_trip=20ms expert_time=5us", "", "")
@@ -113,7 +113,7 @@ def test_round_trips() -> None:
 
 
 def test_times() -> None:
-    """Transfers keep their weight, of which nobody says anything."""
+    """Transfers keep their weight, because no option says anything about them."""
     spec = cluster("bandwidth=1024kbps expert_time=5us", "", "expert_time=7us")
     found = cluster_cost(spec, MODEL, LOCK_STEP)
     links = LockStepCost.of_links([2e-3] * 3, [1, 2, 1], MODEL.top_k)
@@ -123,8 +123,8 @@ def test_times() -> None:
 
 @pytest.mark.parametrize("exchange", EXCHANGES)
 def test_the_sooner_answer_is_preferred(exchange: str) -> None:
-    """By the slower link of the two, by the callee's experts, by the round trip where servers call
-    each other; equal ones around the ring."""
+    """Servers prefer by the slower of the two links, the callee's expert time and, if servers call
+    each other, the round trip. Equal servers are preferred in ring order."""
 
     def preferences(*keys: str) -> list[list[int]]:
         config = dataclasses.replace(CONFIG, exchange=exchange)
@@ -135,7 +135,7 @@ def test_the_sooner_answer_is_preferred(exchange: str) -> None:
     assert preferences("bandwidth=9Mbps", "bandwidth=1Mbps", "bandwidth=9Mbps") == second_last
     rate = "bandwidth=9Mbps expert_time="
     assert preferences(f"{rate}5ms", f"{rate}9ms", f"{rate}5ms") == second_last
-    # Of a call that takes milliseconds, some microseconds are no difference.
+    # A call takes milliseconds, so a few microseconds make no difference.
     assert preferences(f"{rate}5us", f"{rate}9us", f"{rate}5us") == ring
     trips = preferences("round_trip=1ms", "round_trip=9ms", "round_trip=1ms")
     assert trips == (ring if exchange == "collectives" else second_last)

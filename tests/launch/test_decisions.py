@@ -1,4 +1,4 @@
-"""What decisions about placements are made from, and the process that makes them."""
+"""Inputs of placement decisions, and the process that makes the decisions."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_a_state_of_something_else(tmp_path: pathlib.Path) -> None:
     named = parse_hosts("alpha address=localhost experts=20\ngamma address=localhost experts=20")
     assert "servers alpha, beta" in kept.misfit(named, Facts(), [room, room])
     assert "slots" in kept.misfit(SPEC, Facts(), [room, other])
-    # Of a version without spare slots.
+    # A state of a version without spare slots.
     full = spread(Placement(np.ones((2, LAYERS, EXPERTS), bool)), [1, 1], [32, 32])
     whole = dataclasses.replace(kept, layout=full)
     assert "spare slots of alpha" in whole.misfit(
@@ -76,7 +76,7 @@ def test_a_state_of_something_else(tmp_path: pathlib.Path) -> None:
     whole = bytearray((tmp_path / state.FILE_NAME).read_bytes())
     for broken in (b"torn", whole[: len(whole) // 2], *(_flipped(whole, n) for n in range(60))):
         (tmp_path / state.FILE_NAME).write_bytes(broken)
-        # Not every bit matters, but none may do worse.
+        # Not every flipped bit matters, but none may raise anything else.
         with contextlib.suppress(UserError):
             state.load(tmp_path)
     (tmp_path / state.FILE_NAME).write_bytes(b"torn")
@@ -85,7 +85,7 @@ def test_a_state_of_something_else(tmp_path: pathlib.Path) -> None:
 
 
 def _flipped(content: bytearray, seed: int) -> bytes:
-    """With one bit changed."""
+    """The content with one bit flipped."""
     rng = np.random.default_rng(seed)
     changed = bytearray(content)
     changed[rng.integers(len(changed))] ^= 1 << int(rng.integers(8))
@@ -93,7 +93,7 @@ def _flipped(content: bytearray, seed: int) -> bytes:
 
 
 def test_a_solver_that_cannot_start(monkeypatch) -> None:
-    """Says so, as any other that fails."""
+    """The error is reported like any other failure of a solver."""
 
     def fails() -> None:
         raise OSError("no more processes")
@@ -111,7 +111,7 @@ def test_a_solver_that_cannot_start(monkeypatch) -> None:
 
 
 def test_a_process_solves(monkeypatch) -> None:
-    """It gives the same answer, and says what is wrong; nothing of it is left."""
+    """The process gives the same answer, reports errors, and leaves nothing behind."""
     bench = Bench(monkeypatch)
     bench.rebalancer.want(0, protocol.RebalanceWanted(1, force=False, dry_run=True))
     bench.run()
@@ -128,7 +128,7 @@ def test_a_process_solves(monkeypatch) -> None:
         assert first is not None
         first.kill()
         first.wait()
-        # The next question starts another.
+        # The next question starts another process.
         with pytest.raises(SolverError, match="unknown policy 'none'"):
             solver.ask(dataclasses.replace(question, policy="none")).result(120)
         last = solver._process
@@ -139,7 +139,7 @@ def test_a_process_solves(monkeypatch) -> None:
 
 
 def test_servers_that_have_tokens_one_at_a_time(monkeypatch) -> None:
-    """All transfers count then in lock step, for the policy and for what is weighed."""
+    """In lock step every transfer then counts, for the policy and in the verdict."""
     bench = Bench(monkeypatch)
     bench.rebalancer.want(0, protocol.RebalanceWanted(1, force=False, dry_run=True))
     bench.run()
@@ -160,7 +160,7 @@ def test_servers_that_have_tokens_one_at_a_time(monkeypatch) -> None:
 
 
 def test_a_full_device_cannot_receive(monkeypatch) -> None:
-    """What would need that is refused, whoever asks for it, and says why."""
+    """A migration that needs a slot there is refused, whoever asks for it, with a reason."""
     bench = Bench(monkeypatch)
     bench.rebalancer.want(0, protocol.RebalanceWanted(1, force=True, dry_run=True))
     bench.run()
@@ -201,7 +201,7 @@ def test_what_is_measured_comes_first() -> None:
 
 
 def test_what_is_measured_of_round_trips_and_of_steps() -> None:
-    """The mean of a server's calls has the others' parts in it."""
+    """The mean of a server's calls contains the parts of the other servers."""
     spec = parse_hosts("\n".join(f"{n} address=localhost experts=20" for n in "abc"))
     part = np.array([1e-3, 5e-3, 2e-3])
     measured = [MeasuredCosts(round_s=each + (part.sum() - each) / 2) for each in part]
@@ -210,15 +210,15 @@ def test_what_is_measured_of_round_trips_and_of_steps() -> None:
     assert isinstance(cost, CallCost)
     np.testing.assert_allclose(cost.round, part)
     assert (cost.rows, cost.busy) == (load.rows, 0.3)
-    # Whom engines ask first was decided when they started: their links were equal then.
+    # The order in which engines ask was set when they started; their links were equal then.
     assert cost.preferences().tolist() == [[1, 2, 0], [2, 0, 1], [0, 1, 2]]
     locked = dataclasses.replace(CONFIG, exchange="collectives")
     assert isinstance(running_cost(spec, MODEL, locked, measured, load), LockStepCost)
 
 
 def test_old_work_fades() -> None:
-    """A workload that has changed: after two half-lives a quarter of the old one is left, and the
-    tokens a second are those of a steady flow, however often engines are asked."""
+    """Two half-lives after a workload changed, a quarter of the old one is left. Tokens per second
+    are those of a steady flow, however often engines are asked."""
     work = Workload((1, LAYERS, EXPERTS), K, 2, 100.0, None, 0.0)
     tokens, seconds = 0, 0.0
     per_second = 50
@@ -226,7 +226,7 @@ def test_old_work_fades() -> None:
     for wait in (300.0, 10.0, 290.0, 900.0):
         tokens, seconds = tokens + int(per_second * wait), seconds + wait
         counts[:, 0] += int(per_second * wait)
-        # A fifth of the tokens come in steps of 25; a device of two computes half of the time.
+        # A fifth of the tokens come in steps of 25; one device of two computes half of the time.
         sizes = [(0, 0)] * STEP_SIZES
         sizes[0], sizes[5] = (4 * tokens // 5, 4 * tokens // 5), (tokens // 125, tokens // 5)
         found = EngineStats(
@@ -256,14 +256,14 @@ def test_old_work_fades() -> None:
 
 
 def test_engines_before_count_on() -> None:
-    """Counters of an engine that is started anew begin at 0, and its sample is small."""
+    """A restarted engine's counters begin at 0, and its sample is small."""
     work = Workload((1, LAYERS, EXPERTS), K, 1, None, None, 0.0)
     assert work.load(0.0) == ServerLoad()
     work.update([msgspec.msgpack.encode(stats(AT_HOME[0]))], 1.0)
     work.engines_died([0], 1.0)
     few = routes(HIGH, tokens=10)
     work.update([msgspec.msgpack.encode(stats(few))], 2.0)
-    # Its steps are those of both engines.
+    # The step counts are those of both engines together.
     assert work.load(2.0).rows == ((2.0, 2.0),)
     found = work.statistics(2.0)
     assert found.counts.sum() == (len(AT_HOME[0]) + len(few)) * LAYERS * K

@@ -1,4 +1,4 @@
-"""`--dry-run` plans a model of which only config.json is there."""
+"""`--dry-run` plans a model of which only config.json is present."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import dance_jax.launch.__main__ as launch
 from tests.models.published import PUBLISHED
 
-#: Three servers with memory for experts as given; together a little more than one copy of all.
+#: Three servers with the given memory for experts; together a little more than one copy of all.
 HOSTS = """\
 alpha address=localhost memory={} bandwidth=10Gbps
 beta  address=localhost memory={} bandwidth=1Gbps
@@ -20,7 +20,7 @@ gamma address=localhost memory={} bandwidth=1Gbps
 
 @pytest.fixture
 def run(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch):
-    """run(name, memories, option, ...): the command in this process, on a config alone."""
+    """run(name, memories, option, ...): runs the command in this process, on config.json alone."""
     monkeypatch.setattr(launch.signal, "signal", lambda *_: None)
     monkeypatch.setenv("COLUMNS", "200")
     (tmp_path / "model").mkdir()
@@ -36,8 +36,8 @@ def run(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch)
     return command
 
 
-#: By model, and perhaps options: memories, the title, formats of weights, trunk, KV cache and
-#: states of each server, experts and slots of one after the other, and what a note says.
+#: By model and, for some, options: memories, the title, formats of weights, trunk, KV cache and
+#: states of each server, experts and slots of the servers in turn, and the text of a note.
 PLANS = {
     "Qwen3-30B-A3B": (
         ("32GB", "24GB", "8GB"),
@@ -102,7 +102,7 @@ def test_the_plan_of_a_config(run, case: str) -> None:
 def test_too_little_memory_for_a_config(run) -> None:
     code, out, err = run("DeepSeek-V3", ("420GB", "150GB", "60GB"), "--dry-run")
     assert code == 2 and out == ""
-    # 14,848 experts of 43.3 MiB, and whole slots in 420, 150 and 60 GB.
+    # 14,848 experts of 43.3 MiB; whole slots in 420, 150 and 60 GB.
     held = 9247 + 3302 + 1321
     assert f"the model has 14,848 experts of 43.3 MiB, but the servers have {held:,}" in err
     assert "(alpha 9247, beta 3302, gamma 1321)" in err

@@ -11,7 +11,7 @@ from dance_jax.launch.worker.environment import prepare
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One of its own, with what a user's might have."""
+    """Replaces the environment by one with variables that a user may have set."""
     found = {
         "JAX_COORDINATOR_ADDRESS": "elsewhere:1",
         "JAX_NUM_PROCESSES": "9",

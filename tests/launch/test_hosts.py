@@ -1,4 +1,4 @@
-"""The hosts file."""
+"""Parsing of the hosts file."""
 
 from __future__ import annotations
 
@@ -260,7 +260,7 @@ def test_any_text_is_parsed_or_refused_with_a_place(text: str) -> None:
 
 
 def test_the_example_holds_what_it_says() -> None:
-    """About 0.45, 0.35 and 2 x 0.3 of the demo's 320 experts of 48 KiB."""
+    """Room for about 0.45, 0.35 and 2 x 0.3 of the demo's 320 experts of 48 KiB."""
     spec = read_hosts(ROOT / "examples" / "hosts.txt")
     assert spec.names == ("alpha", "beta", "gamma")
     assert spec.devices == (1, 1, 2)

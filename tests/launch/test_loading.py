@@ -1,4 +1,4 @@
-"""Moved experts come in the background, and no others; from other servers: `test_peers`."""
+"""The loader loads moved experts, and only those, in the background. Peers: see `test_peers`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dance_jax.models.random_weights import write_random_checkpoint
 from tests.stacks import stacked
 from tests.tiny_models import DEEPSEEK
 
-#: Large enough that what describes the arrays is little beside them.
+#: Large enough that the arrays' metadata are small in comparison.
 WIDE = DEEPSEEK | {"hidden_size": 256, "moe_intermediate_size": 192}
 LOADS = [ExpertLoad(0, 3, 0, 5, 1), ExpertLoad(1, 0, 1, 2, 2), ExpertLoad(0, 1, 1, 7, 1)]
 
@@ -32,7 +32,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 
 def load(read: Read, loads: list[ExpertLoad], number: int = 1) -> Loaded:
-    """What a loader gives for one batch."""
+    """A loader's result for one batch."""
     loader = Loader(read)
     loader.begin(Stage(number, [], loads))
     return first(loader)
@@ -63,16 +63,16 @@ def test_nothing_to_load_reads_nothing(checkpoint: Checkpoint) -> None:
     assert (loaded.experts, loaded.bytes_read, loaded.why) == ({}, 0, "")
 
 
-# Reads beside the one that failed end after orbax has closed its event loop.
+# Reads that run beside the failed one end after orbax has closed its event loop.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_torn_checkpoint(checkpoint: Checkpoint, tmp_path: pathlib.Path) -> None:
-    """The batch fails with the file's name, and the next one is loaded."""
+    """The batch fails with the file's name, and the next batch is loaded."""
     copy = tmp_path / "copy"
     shutil.copytree(checkpoint.path, copy)
     torn = Checkpoint.open(copy)
     for path in (copy / "experts" / "1").rglob("*"):
         if path.is_file() and path.stat().st_size > 10_000:
-            # Less than an array: which of them come first in a file changes from run to run.
+            # Less than one array: the order of arrays in a file changes from run to run.
             path.write_bytes(path.read_bytes()[:10_000])
     loader = Loader(checkpoint_reader(torn, torn.form("float32")))
     loader.begin(Stage(1, [], LOADS))
@@ -83,7 +83,7 @@ def test_a_torn_checkpoint(checkpoint: Checkpoint, tmp_path: pathlib.Path) -> No
 
 
 def test_what_is_dropped_does_not_come() -> None:
-    """However far it is."""
+    """A dropped batch is never delivered, whether its loading has begun or not."""
     begun, going = threading.Event(), threading.Event()
 
     def read(loads: object) -> tuple[list, int]:

@@ -1,4 +1,4 @@
-"""Config and tokenizer for servers without a copy of the model, and how setups reach them."""
+"""Config and tokenizer for servers without a copy of the model, and how setups reach servers."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_files_that_are_not_small(tmp_path: pathlib.Path, monkeypatch: pytest.Mo
     [
         (b"\n\n{1}\n\n\n", b"{1}"),
         (b"{" + b"2" * 300_000 + b"}\n\n", b"{" + b"2" * 300_000 + b"}"),
-        (b"\n{3", b""),  # its parent was killed while it wrote
+        (b"\n{3", b""),  # the parent was killed while writing
         (b"", b""),
     ],
 )
@@ -117,7 +117,7 @@ def test_a_setup_between_signs_of_life(written: bytes, line: bytes) -> None:
 def test_nobody_waits_until_a_setup_is_read(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A process that begins to read late, here when a file appears; what it is told is whole."""
+    """The parent does not wait for a process that reads late; the setup arrives complete."""
     gate, line = tmp_path / "gate", b"x" * (1 << 20)
     os.mkfifo(gate)
     opened = os.open(gate, os.O_RDWR)
@@ -135,7 +135,7 @@ def test_nobody_waits_until_a_setup_is_read(
 
 
 def test_a_copy_in_another_format_of_experts_is_refused(tmp_path: pathlib.Path) -> None:
-    """Of the same model: servers answer each other's calls alike only with one format."""
+    """Even of the same model: answers to calls are only the same with one expert format."""
     source = write_model(tmp_path / "source")
     convert(source, tmp_path / "model", rounding=Rounding("int4", "int8"))
     setup = setup_with(b"", str(tmp_path / "model"))

@@ -1,4 +1,4 @@
-"""--node-rank: a launcher per server, without ssh; here on three loopback addresses."""
+"""--node-rank: one launcher per server, without ssh; here on three loopback addresses."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Start = Callable[..., psutil.Popen]
 
 @pytest.fixture
 def start(tiny: Tiny, tmp_path: pathlib.Path) -> Iterator[Start]:
-    """start(rank, options..., key=...): the launcher of a node, which logs to node-RANK."""
+    """start(rank, options..., key=...): starts a node's launcher, which logs to node-RANK."""
     hosts = tmp_path / "hosts.txt"
     lines = HOSTS.splitlines()
     addressed = [
@@ -57,7 +57,7 @@ def start(tiny: Tiny, tmp_path: pathlib.Path) -> Iterator[Start]:
 
 
 def said(folder: pathlib.Path, rank: int, text: str, seconds: float = 120) -> None:
-    """Waits until a node's launcher has printed something."""
+    """Waits until a node's launcher has printed `text`."""
     shown = folder / f"node-{rank}"
     assert eventually(lambda: text in shown.read_text(), seconds), shown.read_text()
 
@@ -107,7 +107,7 @@ def test_all_nodes_end_when_one_does(
 
 
 def test_nodes_serve_and_end_together(tiny: Tiny, start: Start, tmp_path: pathlib.Path) -> None:
-    """They go on when an engine dies, and a signal to one node's launcher drains all."""
+    """Nodes go on when an engine dies, and a signal to one node's launcher drains all nodes."""
     port = free_ports(3)
     nodes = [start(0, "--policy", "uniform", "--port", str(port)), start(1), start(2)]
     urls = [f"http://127.0.0.1:{port + rank}" for rank in range(3)]

@@ -1,4 +1,4 @@
-"""Weights from other servers: what they answer, what goes wrong, and a whole model from them."""
+"""Weights from other servers: their answers, their failures, and a whole model from them."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ from tests.stacks import stacked
 from tests.tiny_models import DEEPSEEK
 
 NAMES = ("alpha", "beta", "gamma")
-#: What gamma, which has no copy of the model, loads: of both layers, not in order.
+#: What gamma, which has no copy of the model, loads: experts of both layers, in mixed order.
 PAIRS = [(1, 3), (0, 5), (1, 0), (0, 2), (0, 7), (1, 6), (0, 1)]
-#: Of what `held` finds.
+#: Format of the experts that `held` returns.
 HALF = WeightFormat("bfloat16")
 FORM = ExpertFormat(2, 3, HALF, HALF, HALF, SILU, bias=False)
 LIKES: list[Like] = [(leaf.shape, leaf.dtype) for leaf in FORM.leaves.values()]
 
 
 def held(layer: int, expert: int):
-    """Experts of a server that has no expert 9."""
+    """Weights of an expert on a server that does not have expert 9."""
     if expert == 9:
         raise KeyError("it is not resident")
     base = np.arange(6, dtype=np.float32).reshape(2, 3) + 10 * layer + 100 * expert
@@ -50,7 +50,7 @@ def held(layer: int, expert: int):
 
 
 def pool() -> Find:
-    """Of a server that is warm."""
+    """The `find` of a server that is warm."""
     shelf = HeldWeights(None, "bfloat16")
     shelf.held = held
     return shelf.find
@@ -58,7 +58,7 @@ def pool() -> Find:
 
 @pytest.fixture
 def three() -> Iterator[list[Peers]]:
-    """Three servers that are connected; none answers yet."""
+    """Three servers that are connected; none of them answers yet."""
     key, ranks = Key(b"k" * 32, Identity("model", "float32", "float32")), range(len(NAMES))
     with contextlib.ExitStack() as stack:
         listeners = [PeerListener(rank, NAMES, "127.0.0.1", key) for rank in ranks]
@@ -75,7 +75,7 @@ def three() -> Iterator[list[Peers]]:
 def checkpoint(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Checkpoint:
-    """Of floats, and of codes."""
+    """One checkpoint with float experts and one with codes."""
     folder = tmp_path_factory.mktemp("peers")
     model = write_random_checkpoint(folder / "hf", DEEPSEEK, seed=3)
     return Checkpoint.open(ensure_converted(model, folder / "cache", rounding=request.param))
@@ -86,7 +86,7 @@ def reader(peers: Peers) -> Read:
 
 
 def test_moved_experts_come_from_those_that_hold_them(three: list[Peers]) -> None:
-    """All at the same time, and what is here already from here."""
+    """From all peers at the same time; experts that are already here are copied locally."""
     for each in three:
         each.answer(pool())
     wanted = [ExpertLoad(0, n, n % 2, n, n % 3) for n in range(9)]
@@ -104,7 +104,7 @@ def test_moved_experts_come_from_those_that_hold_them(three: list[Peers]) -> Non
 
 
 def test_what_a_server_does_not_have(three: list[Peers]) -> None:
-    """It says why, and goes on to answer."""
+    """The server reports why, and continues to answer."""
     three[1].answer(pool())
     three[2].answer(HeldWeights(None, "bfloat16").find)
     failed = load(reader(three[0]), [ExpertLoad(0, 0, 1, 9, 1)])
@@ -121,7 +121,7 @@ def test_what_a_server_does_not_have(three: list[Peers]) -> None:
 
 def silent(connection: socket.socket) -> None:
     connection.recv(1 << 20)
-    connection.recv(1)  # until the other end gives up
+    connection.recv(1)  # blocks until the other end gives up
 
 
 def gone(connection: socket.socket) -> None:
@@ -133,7 +133,7 @@ def larger(connection: socket.socket) -> None:
 
 
 def talkative(connection: socket.socket) -> None:
-    """It has more reasons than anybody wants to hear."""
+    """Announces a reason for its refusal that is far too long."""
     connection.sendall(peers._ANSWER.pack(False, 1 << 40))
 
 
@@ -158,7 +158,7 @@ def test_what_can_go_wrong(
     three: list[Peers],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The error names server and expert; the server is asked anew next time."""
+    """The error names server and expert; the next load asks the server again."""
     monkeypatch.setattr(peers, "ANSWER_TIMEOUT_S", 0.05 if what is silent else 10)
     connections = []
 
@@ -183,7 +183,7 @@ def test_a_server_that_does_not_listen(three: list[Peers]) -> None:
 
 
 class Source:
-    """Answers as `HeldWeights` does, and notes what it is asked."""
+    """Answers like `HeldWeights` and records the requests."""
 
     def __init__(self, checkpoint: Checkpoint, dtype: str) -> None:
         self._shelf = HeldWeights(checkpoint, dtype)
@@ -202,7 +202,7 @@ class Source:
 def test_a_whole_model_from_others(
     dtype: str, checkpoint: Checkpoint, three: list[Peers], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same as from files, in answers of bounded size; both servers send at the same time."""
+    """Equal to the files, in answers of bounded size; both servers send at the same time."""
     form = checkpoint.form(dtype)
     monkeypatch.setattr(peer_weights, "PORTION_BYTES", 2 * form.bytes)
     together = threading.Barrier(2, timeout=60)
@@ -230,7 +230,7 @@ def test_a_whole_model_from_others(
     assert sorted((each.layer, n) for each in asked for n in each.numbers) == sorted(PAIRS)
 
 
-# Reads beside the one that failed end after orbax has closed its event loop.
+# Reads that run beside the failed one end after orbax has closed its event loop.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_torn_copy_elsewhere(
     checkpoint: Checkpoint, three: list[Peers], tmp_path: pathlib.Path

@@ -1,4 +1,4 @@
-"""Plans: who holds what, and what is refused."""
+"""Plans: which server holds which experts, and what is refused."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def activations(
 
 
 def random_routes() -> tuple[np.ndarray, ...]:
-    """Of three servers, 20 tokens each."""
+    """Routes of three servers, 20 tokens each."""
     scores = np.random.default_rng(0).random((3, 20, LAYERS, EXPERTS))
     return tuple(scores.argsort(-1)[..., : MODEL.config.top_k])
 
@@ -186,8 +186,8 @@ def test_what_links_cost_reaches_the_policy(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_the_policy_weighs_the_exchange_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which one that is depends on the placement: where all have accelerators and fast links, what
-    was placed for calls is placed anew for lock step."""
+    """The exchange depends on the placement: if all servers have accelerators and fast links, a
+    placement made for calls is made again for lock step."""
     costs: list[Cost | None] = []
 
     def policy(problem: Problem) -> Placement:
@@ -228,7 +228,7 @@ def test_activations_are_matched_by_name() -> None:
     plan = make_plan(SPEC, MODEL, CONFIG, "dance", activations())
     text = text_of(plan)
     assert plan.notes == ()
-    assert plan.placement.resident[2, :, :8].all()  # gamma has room for 18, and uses 16
+    assert plan.placement.resident[2, :, :8].all()  # gamma has room for 18 and uses 16
     assert plan.servers[2].local_share == 1.0
     assert plan.local_share == plan.placement.local_share(activations().counts[::-1])
     for server in plan.servers:
@@ -291,7 +291,7 @@ def test_a_layout_travels_whole() -> None:
 
 
 def test_which_exchange() -> None:
-    """Collectives only where all have accelerators, and links are fast."""
+    """Collectives only if all servers have accelerators and links are fast."""
 
     def choose(lines: tuple[str, ...], asked: str = "auto") -> str:
         text = "\n".join(f"{n} address=localhost experts=1 {line}" for n, line in enumerate(lines))
@@ -329,7 +329,7 @@ def test_which_exchange() -> None:
 def test_the_type_of_the_wire(
     kinds: tuple[str, ...], dtype: str | None, asked: str, wire: str
 ) -> None:
-    """What routed experts are kept as decides; norms and the like may be wider."""
+    """The format of the routed experts decides; norms and similar tensors may be wider."""
     experts = dict(zip(("w_gate", "w_up", "w_down"), map(WeightFormat.parse, kinds), strict=True))
     formats = Formats(experts, {"output": WeightFormat("float32")})
     config = engine_config(

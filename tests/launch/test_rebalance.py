@@ -1,4 +1,4 @@
-"""Experts follow what users ask for: the scheduler of a service, with engines that are made up."""
+"""The rebalancer moves experts to follow users' requests, with made-up engines."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ from tests.launch.rebalance_bench import (
 def test_experts_move_to_where_they_are_used(monkeypatch) -> None:
     bench = Bench(monkeypatch)
     bench.run()
-    assert bench.history == [[], []]  # nothing is due
+    assert bench.history == [[], []]  # no decision is due yet
     bench.now += INTERVAL_S
     assert local_share(bench.layout) == 0
     bench.run()
-    # Slots are left over: everything that is used lives at home.
+    # There are spare slots, so every expert in use is on the server of its users.
     assert local_share(bench.rebalancer.layout) == 1
     for layout in bench.in_force:
         np.testing.assert_array_equal(layout.device_of, bench.rebalancer.layout.device_of)
@@ -65,8 +65,8 @@ def test_experts_move_to_where_they_are_used(monkeypatch) -> None:
 
 @pytest.mark.parametrize("margin", [True, False])
 def test_a_workload_that_stays_moves_nothing(monkeypatch, margin: bool) -> None:
-    """Other tokens of the same users suggest other places, again and again; what holds experts is
-    how much a gain must exceed. Without that they move, so this test can fail.
+    """New tokens of the same users suggest different placements again and again. The minimum gain
+    keeps experts in place; without the minimum gain they move, so this test can fail.
     """
     if not margin:
         monkeypatch.setattr(rebalance, "HYSTERESIS", 0.0)
@@ -79,7 +79,7 @@ def test_a_workload_that_stays_moves_nothing(monkeypatch, margin: bool) -> None:
         *_, placed = bench.heard(protocol.Placed)
         gains.append(placed.last_decision.gain)
         version = placed.version
-        # The sample is of the last tokens.
+        # The sample holds only the latest tokens.
         new = tastes(len(gains))
         bench.tokens = tuple(map(np.concatenate, zip(bench.tokens, new, strict=True)))
     assert gains[0] > 0.1, "the first decision moves experts to their users"
@@ -88,7 +88,7 @@ def test_a_workload_that_stays_moves_nothing(monkeypatch, margin: bool) -> None:
 
 
 def test_a_shift_is_waited_out(monkeypatch) -> None:
-    """What is due moves experts when it still pays, and would go to the same place."""
+    """A due decision moves experts only if the move still pays and goes to the same places."""
     bench = Bench(monkeypatch, half_life_s=INTERVAL_S / 5)
     bench.now += INTERVAL_S
     bench.run()
@@ -114,7 +114,7 @@ def test_a_shift_that_goes_on_is_waited_out_for_an_interval(monkeypatch) -> None
             break
         looks += len(bench.heard(protocol.Placed))
         bench.now += INTERVAL_S / 5
-        # The sample is of the last tokens.
+        # The sample holds only the latest tokens.
         new = (even_odd, AT_HOME)[number % 2]
         bench.tokens = tuple(map(np.concatenate, zip(bench.tokens, new, strict=True)))
     else:
@@ -131,7 +131,7 @@ def test_users_do_not_wait(monkeypatch) -> None:
 
 
 def test_a_migration_that_costs_more_than_it_gains(monkeypatch) -> None:
-    """With few tokens; whoever asks for it by force gets it."""
+    """With few tokens no experts move, unless a user forces the migration."""
     bench = Bench(monkeypatch)
     bench.more = 1
     bench.tokens = (routes(LOW, tokens=40), routes(HIGH, tokens=40))
@@ -176,7 +176,7 @@ def test_a_dry_run_says_what_would_move(monkeypatch) -> None:
 
 @pytest.mark.parametrize("fails", [1, 2])
 def test_a_server_that_cannot_load(monkeypatch, fails: int) -> None:
-    """The batch is dropped by all; those before it stay, and a later migration goes on."""
+    """All servers drop the batch. Earlier batches stay, and a later migration goes on."""
     bench = Bench(monkeypatch, fails=fails)
     bench.now += INTERVAL_S
     bench.run()
@@ -184,7 +184,7 @@ def test_a_server_that_cannot_load(monkeypatch, fails: int) -> None:
     assert [drop.number for drop in bench.heard(protocol.Drop, rank=1)] == [fails]
     *_, last = bench.heard(protocol.Placed)
     assert (last.migrations, last.failures) == (0, 1)
-    assert last.version == fails  # a batch before it did move experts
+    assert last.version == fails  # an earlier batch did move experts
     assert last.last_decision.failure == "server beta: the disk is gone"
     assert (bench.rebalancer.layout is bench.layout) == (fails == 1)
     assert any(text.startswith("beta: migration cancelled") for text in bench.said)
@@ -198,7 +198,7 @@ def test_a_server_that_cannot_load(monkeypatch, fails: int) -> None:
 
 
 def test_engines_that_do_not_answer(monkeypatch) -> None:
-    """Nobody waits for ever, and the next decision comes in its time."""
+    """The rebalancer does not wait for them forever, and the next decision comes on time."""
     bench = Bench(monkeypatch)
     say = bench._say
     monkeypatch.setattr(bench, "_say", lambda rank, event: rank or say(rank, event))
@@ -236,7 +236,7 @@ def test_what_users_ask_does_not_put_off_what_is_due(monkeypatch) -> None:
 
 
 def test_a_server_that_never_loads(monkeypatch) -> None:
-    """The batch is given up; serving goes on, and the next decision comes in its time."""
+    """The batch is given up. Serving goes on, and the next decision comes on time."""
     bench = Bench(monkeypatch)
     stage = bench._stage
     monkeypatch.setattr(bench, "_stage", lambda rank, *rest: rank or stage(rank, *rest))
@@ -257,7 +257,7 @@ def test_a_server_that_never_loads(monkeypatch) -> None:
 
 
 def test_a_server_that_does_not_put_a_batch_in_force(monkeypatch) -> None:
-    """It is not waited for long: the others go on with the next batch."""
+    """The others do not wait for it long and go on with the next batch."""
     bench = Bench(monkeypatch)
     say = bench._say
 
@@ -278,7 +278,7 @@ def test_a_server_that_does_not_put_a_batch_in_force(monkeypatch) -> None:
 
 
 def test_engines_that_die_meanwhile(monkeypatch) -> None:
-    """What is in force stays, and who asked is answered by the next engines."""
+    """The layout in force stays, and the restarted engines answer the user who asked."""
     bench = Bench(monkeypatch)
     bench.rebalancer.want(0, protocol.RebalanceWanted(1, force=False, dry_run=True))
     bench.rebalancer.tick()
@@ -287,7 +287,7 @@ def test_engines_that_die_meanwhile(monkeypatch) -> None:
     bench.run()
     (decided,) = bench.heard(protocol.Decided)
     assert decided.id == 1
-    # All have been told to put the first batch in force; alpha dies before it says so.
+    # All servers are told to put the first batch in force; alpha dies before it confirms.
     bench.now += INTERVAL_S
     say, number = bench._say, []
 
@@ -323,7 +323,7 @@ def test_nobody_has_asked_for_anything(monkeypatch) -> None:
 
 def test_nothing_is_solved_while_nobody_asks(monkeypatch) -> None:
     bench = Bench(monkeypatch)
-    bench.tokens = AT_HOME[::-1]  # all is where it should be
+    bench.tokens = AT_HOME[::-1]  # every expert is at the server of its users
     for _ in range(3):
         bench.now += INTERVAL_S
         bench.run()
@@ -334,8 +334,8 @@ def test_nothing_is_solved_while_nobody_asks(monkeypatch) -> None:
     assert len(bench.solver.asked) == 2
     bench.rebalancer.want(0, protocol.RebalanceWanted(1, force=False, dry_run=True))
     bench.run()
-    assert len(bench.solver.asked) == 3  # users are answered all the same
-    # What was found holds for where experts were then.
+    assert len(bench.solver.asked) == 3  # users still get an answer
+    # The earlier result is only valid for the layout of that time.
     elsewhere = [[np.flatnonzero(e).tolist() for e in le] for le in halves(LOW).device_of >= 0]
     bench.rebalancer.want(0, protocol.RebalanceWanted(2, False, False, resident=elsewhere))
     bench.run()
@@ -352,7 +352,7 @@ def test_zero_means_on_request_alone(monkeypatch) -> None:
 
 
 def test_experts_go_where_they_are_wanted(monkeypatch) -> None:
-    """Also before anybody has asked for anything, and without slots that are only emptied."""
+    """Even before the first user request, and without moves that would only empty slots."""
     bench = Bench(monkeypatch)
     bench.tokens = (np.zeros((0, LAYERS, K), np.int16),) * 2
 
@@ -394,7 +394,7 @@ def test_a_service_that_ends_is_resumed(monkeypatch, tmp_path: pathlib.Path) -> 
     saved = state.load(tmp_path)
     assert saved is not None
     np.testing.assert_array_equal(saved.layout.slot_of, bench.rebalancer.layout.slot_of)
-    # What is asked for afterwards is known too.
+    # Requests after the last migration are counted, too.
     bench.more = 3000
     bench.rebalancer.drain()
     assert not bench.rebalancer.settled
@@ -405,14 +405,14 @@ def test_a_service_that_ends_is_resumed(monkeypatch, tmp_path: pathlib.Path) -> 
     assert decided.decision is None
     kept = state.load(tmp_path)
     assert kept is not None
-    # What never fades accumulates since the migration: of 3,000 times, all but the first 1,000.
+    # Without fading, counts accumulate since the migration: 3,000 times minus the first 1,000.
     assert saved.statistics.counts.sum() == 0
     assert kept.statistics.counts.sum() == 2000 * sum(len(each) for each in AT_HOME) * LAYERS * K
     room = Room("", 1, 1, 1, 0, 1, 20, 1)
     assert kept.misfit(SPEC, Facts(), [room, room]) == ""
     resumed = state.resumed_plan(SPEC, Facts(), CONFIG, kept)
     assert resumed.local_share == 1
-    # The next service goes on with both.
+    # The next service continues with both, layout and statistics.
     again = Rebalancer(
         bench.options, SPEC, Facts(), CONFIG, kept.layout, bench, kept.statistics,
         clock=lambda: bench.now,
@@ -424,7 +424,7 @@ def test_a_service_that_ends_is_resumed(monkeypatch, tmp_path: pathlib.Path) -> 
 
 
 def test_a_service_that_ends_while_experts_move(monkeypatch, tmp_path: pathlib.Path) -> None:
-    """The batch under way comes into force, no other follows, and the state says so."""
+    """The running batch comes into force, no other batch follows, and the state records this."""
     bench = Bench(monkeypatch, tmp_path)
     stage, staged = bench._stage, []
 
@@ -462,12 +462,12 @@ def test_a_service_that_ends_before_it_is_decided(monkeypatch, tmp_path: pathlib
 
 
 def test_engines_that_die_as_the_service_ends(monkeypatch, tmp_path: pathlib.Path) -> None:
-    """What they had counted since is lost, what was known before is not."""
+    """Counts since the last report are lost; what was known before is not."""
     bench = Bench(monkeypatch, tmp_path)
     bench.tokens = AT_HOME[::-1]
     bench.now += INTERVAL_S
     bench.run()
-    assert state.load(tmp_path) is None  # nothing has moved
+    assert state.load(tmp_path) is None  # no expert has moved
     bench.rebalancer.drain()
     bench.rebalancer.engines_died([0, 1])
     assert bench.rebalancer.settled

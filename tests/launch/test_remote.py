@@ -1,4 +1,4 @@
-"""Launches over ssh, here a fake one: the same answers, and nothing left on any host."""
+"""Launches over ssh (a fake one): the same answers, and nothing left on any host."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from tests.launch.launched import (
 from tests.launch.test_cluster import many_prompts
 from tests.launch.tiny import HOSTS
 
-#: Seconds that everything has to end, on every host.
+#: Seconds within which everything must end, on every host.
 PATIENCE_S = 10
 
 
 class Blind:
-    """A Python that cannot open what is in some directories, nor anything that it starts."""
+    """A Python that, like all its children, cannot open files in some directories."""
 
     def __init__(self, ssh: FakeSsh, directories: list[pathlib.Path]) -> None:
         folder = ssh.folder / "blind"
@@ -62,15 +62,15 @@ class Blind:
         self.python = ssh.python("blind-python", PYTHONPATH=f"{folder}:$PYTHONPATH")
 
     def count(self, module: str) -> int:
-        """How many processes ran such a module; nothing was opened meanwhile."""
+        """How many processes ran this module. Asserts that they opened nothing forbidden."""
         text = self._log.read_text()
         assert "opened" not in text, text
-        # A server's process begins anew once, for its memory (memory.py).
+        # A server's process re-executes itself once, for its memory settings (memory.py).
         return len({line for line in text.splitlines() if f"{['-m', module]}" in line})
 
 
 class Remote:
-    """A launch of the tiny cluster whose servers are behind ssh."""
+    """A launch of the tiny cluster with its servers behind ssh."""
 
     def __init__(self, tiny: Tiny, folder: pathlib.Path) -> None:
         self.ssh = FakeSsh(folder / "ssh")
@@ -111,12 +111,12 @@ class Remote:
 
     @property
     def workers(self) -> list[psutil.Process]:
-        """Everything that runs a server, behind ssh and on this side of it."""
+        """All processes that run a server, on both sides of ssh."""
         assert self.process is not None
         return self.process.children(recursive=True)
 
     def worker(self, rank: int) -> psutil.Process:
-        """A server's own process."""
+        """The process of a server."""
         assert self.process is not None
         over_ssh = in_order(self.process.children())[rank]
         below = over_ssh.children(recursive=True)
@@ -150,7 +150,7 @@ def test_servers_over_ssh_give_the_same(tiny: Tiny, remote: Remote, tmp_path) ->
 
 @pytest.mark.parametrize("how", ["interrupt", "kill worker", "kill launch", "freeze launch"])
 def test_all_hosts_are_left_clean(how: str, remote: Remote, tmp_path: pathlib.Path) -> None:
-    """Freezing the launch is what a server sees of a broken network: no sign of life comes."""
+    """To servers, a frozen launch looks like a broken network: no sign of life arrives."""
     process = remote.start("--prompts", many_prompts(tmp_path))
     remote.wait_for(" | ")
     workers = remote.workers
@@ -172,7 +172,7 @@ def test_all_hosts_are_left_clean(how: str, remote: Remote, tmp_path: pathlib.Pa
 
 
 def test_servers_over_ssh_serve(tiny: Tiny, remote: Remote) -> None:
-    """They go on when an engine dies, and end with a launch that gives no sign of life."""
+    """Servers go on when an engine dies, and end if the launch gives no sign of life."""
     port = free_ports(3)
     process = remote.start("--port", str(port))
     remote.wait_for("curl ")
@@ -185,7 +185,7 @@ def test_servers_over_ssh_serve(tiny: Tiny, remote: Remote) -> None:
     remote.wait_for("all engines are running again")
     assert [completion(url) for url in urls] == [expected] * 3
     assert remote.blind.count("dance_jax.serve.frontend") == 1
-    assert remote.blind.count("dance_jax.launch.worker.main") == 1  # that of gamma has not ended
+    assert remote.blind.count("dance_jax.launch.worker.main") == 1  # gamma's has not ended
     workers = remote.workers
     process.send_signal(signal.SIGSTOP)
     assert gone(workers, PATIENCE_S)

@@ -1,4 +1,4 @@
-"""Which part of a launch this process is: options, Slurm's and Open MPI's environment, the key."""
+"""Which part of a launch this process is: from options, Slurm, Open MPI, and the key."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a service goes on, and when it gives up; its front ends are fake ones (`fake_front`)."""
+"""How a service survives failures, and when it gives up; with fake front ends (`fake_front`)."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ Start = Callable[..., Service]
 
 @pytest.fixture(autouse=True)
 def short_window(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What these front ends say of one death comes at once."""
+    """Shortens the wait for other reports of a death: fake front ends report it at once."""
     monkeypatch.setattr(fleet_module, "CAUSE_WINDOW_S", 0.2)
     monkeypatch.setattr(service_module, "CAUSE_WINDOW_S", 0.2)
 
 
 @pytest.fixture
 def start(tmp_path: pathlib.Path) -> Iterator[Start]:
-    """start(what the script says): a service that is not started; nothing of it is left."""
+    """start(script of the front ends): makes a service, not started, and cleans up after it."""
     made: list[Service] = []
 
     def make(drain_seconds: float = 30.0, **script: Any) -> Service:
@@ -72,21 +72,21 @@ def start(tmp_path: pathlib.Path) -> Iterator[Start]:
 
 
 def signal_all(service: Service, number: signal.Signals = signal.SIGUSR1) -> None:
-    """SIGUSR1: the engines have died."""
+    """Signals all front ends. SIGUSR1: the engines have died."""
     for pid in service.pids:
         assert pid is not None
         os.kill(pid, number)
 
 
 def served(service: Service) -> list[str]:
-    """Lets it serve to its end: what it said meanwhile."""
+    """Serves to the end of the service and returns what the service said meanwhile."""
     said: list[str] = []
     service.serve(lambda name, text: said.append(f"{name}: {text}" if name else text))
     return said
 
 
 def test_engines_start_anew_until_somebody_wants_an_end(start: Start) -> None:
-    """The second server's engine is killed when it runs, and while it starts; all feel it."""
+    """The second server's engine is killed twice, running and starting; all engines restart."""
     service = start(dead_at_once=[1, 2])
     service.start()
     said: list[str] = []
@@ -115,7 +115,7 @@ def test_engines_start_anew_until_somebody_wants_an_end(start: Start) -> None:
 
 
 def test_an_engine_that_steps_alone_starts_anew_alone(start: Start) -> None:
-    """Also where it dies once more as it starts."""
+    """Even if the engine dies once more while it starts."""
     service = start(calls=True, dead_at_once=[1])
     service.start()
     said: list[str] = []

@@ -1,4 +1,4 @@
-"""Commands for servers elsewhere: what ssh is given, and what the other end makes of it."""
+"""Commands for remote servers: what ssh is given, and what the remote shell makes of it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_ssh_asks_nothing_and_reads_no_option_from_a_field(tmp_path) -> None:
 
 @given(st.lists(st.text(st.characters(exclude_characters="\0", codec="utf-8")), max_size=4))
 def test_words_reach_the_program_as_they_are(words: list[str]) -> None:
-    """Through the login shell that sshd starts, and the shell of ours behind it."""
+    """Through the login shell that sshd starts, and our own shell inside that."""
     program = "import sys; sys.stdout.buffer.write('\\0'.join(sys.argv[1:]).encode())"
     line = _quoted([sys.executable, "-I", "-S", "-c", program, *words])
     done = subprocess.run(["sh", "-c", line], capture_output=True, check=True)

@@ -1,4 +1,4 @@
-"""A trace's file: what is in it however it ends, and servers whose clocks differ."""
+"""Trace files: readable however they end, and servers whose clocks differ."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_it_is_json_after_every_end(tmp_path: pathlib.Path) -> None:
         trace = TraceFile(path, NAMES)
         for n in range(added):
             trace.add(lines(event(n, n), event(n, n + 5)))
-        # As after a kill: an array without its end, which viewers take.
+        # As after a kill: an array without an end, which trace viewers accept.
         assert len(json.loads(path.read_bytes()[:-2] + b"]")) == 3 + 2 * added
         trace.close()
         trace.close()
@@ -71,7 +71,7 @@ def test_what_cannot_be_written_is_said_at_once(where: str, tmp_path: pathlib.Pa
 
 
 def call(caller: int, callee: int, number: int, sent: float, wire: float, ahead: float) -> bytes:
-    """Both ends of a call that was computed for 40 us, by clocks that differ by so much."""
+    """Both ends of a call that took 40 us to compute; the callee's clock is `ahead` us ahead."""
     args = {"id": str(number), "outcome": "answered"}
     own = args | {"callee": NAMES[callee]}
     theirs = args | {"caller": NAMES[caller]}
@@ -82,11 +82,11 @@ def call(caller: int, callee: int, number: int, sent: float, wire: float, ahead:
 
 
 def test_clocks_are_set_by_the_quickest_calls(tmp_path: pathlib.Path) -> None:
-    """Of beta, 5 s ahead; of gamma, 3 s behind beta, which alone calls it."""
+    """Beta's clock is 5 s ahead. Gamma's is 3 s behind beta's, and only beta calls gamma."""
     path = tmp_path / "trace.json"
     trace = TraceFile(path, NAMES)
     trace.add(call(0, 1, 1, 100.0, 20.0, 5e6))
-    trace.add(call(0, 1, 2, 900.0, 500.0, 5e6 + 200))  # the ways differ
+    trace.add(call(0, 1, 2, 900.0, 500.0, 5e6 + 200))  # the two directions differ
     trace.add(call(1, 2, 1, 5e6 + 2000.0, 10.0, -3e6))
     trace.close()
     events = read_trace(path)

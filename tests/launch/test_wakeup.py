@@ -14,13 +14,13 @@ from dance_jax.launch.worker.wakeup import Wakeup, connect
 from dance_jax.models.connections import Identity, Key, PeerListener
 
 NAMES = ("alpha", "beta", "gamma")
-#: Seconds: longer than anything here takes, and a rest that is to run out.
+#: Seconds: a wait longer than any test here takes, and a rest that is meant to run out.
 PATIENCE_S, SHORT_S = 30.0, 0.02
 
 
 @pytest.fixture
 def wakeups() -> Iterator[list[Wakeup]]:
-    """Of three servers, connected as in a cluster."""
+    """The wakeups of three servers, connected as in a cluster."""
     key, ranks = Key(b"k" * 32, Identity("model", "float32", "float32")), range(len(NAMES))
     with contextlib.ExitStack() as stack:
         listeners = [PeerListener(rank, NAMES, "127.0.0.1", key) for rank in ranks]
@@ -37,7 +37,7 @@ def wakeups() -> Iterator[list[Wakeup]]:
 
 @pytest.fixture
 def control() -> Iterator[tuple[zmq.Socket, zmq.Socket]]:
-    """A server's end of its control channel, and the parent's."""
+    """A server's end of its control channel, and the parent's end."""
     context = zmq.Context()
     ends = context.socket(zmq.PAIR), context.socket(zmq.PAIR)
     ends[0].bind("inproc://control")
@@ -64,7 +64,7 @@ def test_a_ring_wakes_who_waits_already(wakeups: list[Wakeup], control) -> None:
 
 
 def test_a_ring_for_a_step_that_has_been_is_void(wakeups: list[Wakeup], control) -> None:
-    """Two ring for the same step; the later ring comes after it."""
+    """Two servers ring for the same step; the second ring arrives after the step."""
     wakeups[1].ring(7)
     assert wakeups[0].wait(control[0], PATIENCE_S, 7)
     wakeups[2].ring(7)

@@ -1,4 +1,4 @@
-"""A server hears its parent while a step waits for others; the engine is played."""
+"""A server receives its parent's commands while a step waits for others; with a fake engine."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from dance_jax.launch.worker.loading import Loader
 from dance_jax.launch.worker.main import Stopped, Worker
 from dance_jax.placement.core import Placement, spread
 
-#: No test waits so long for what does come.
+#: Seconds: an upper limit for waits that are expected to succeed.
 LONG_S = 30.0
 
 
 class Played:
-    """The engine of a server, whose first step waits for something, and the channel to its parent.
+    """A fake engine whose first step waits for something, and the fake channel to the parent.
 
     Args:
-        said: by the parent during that step; afterwards it says Stop.
-        over: the step ends when this is true.
+        said: commands of the parent during that step. After the step the parent sends Stop.
+        over: ends the step when it returns true.
     """
 
     has_work = False
@@ -35,7 +35,7 @@ class Played:
     def __init__(self, said: Sequence[protocol.Command], over: Callable[[Played], bool]) -> None:
         self._said, self._over = said, over
         self._commands: collections.deque[protocol.Command] = collections.deque()
-        #: What has happened, in its order, and how often the channel was looked at in vain since.
+        #: What has happened, in order, and how often the empty channel was looked at since.
         self.happened: list[str] = []
         self.looks = 0
 
@@ -83,7 +83,7 @@ class Played:
 
 
 def happens(said: Sequence[protocol.Command], over: Callable[[Played], bool]) -> list[str]:
-    """Up to the end of the server; arguments are those of `Played`."""
+    """Runs the server to its end and returns what happened. Arguments as for `Played`."""
     played: Any = Played(said, over)
     lines: Any = None
     worker = Worker(played, Loader(lambda loads: ([], 0)), lines, [""], played)
@@ -107,7 +107,7 @@ def test_experts_are_staged_beside_a_step_that_waits() -> None:
 
 
 def test_a_batch_follows_the_one_before_it() -> None:
-    """Which comes into force at the end of the step: only then are its slots free."""
+    """The first batch comes into force at the end of the step; only then are its slots free."""
     said = [protocol.Commit(1), stage(2)]
     found = happens(said, lambda played: played.looks > 3)
     assert [each for each in found if each != "cancel"][:3] == ["step", "commit 1", "Applied"]

@@ -8,7 +8,7 @@ from dance_jax.models.random_weights import write_random_checkpoint
 from tests.tiny_models import SERVED
 
 LAYERS, EXPERTS = 2, 16
-EXPERT_BYTES = 3 * 32 * 16 * 4  # three matrices of floats
+EXPERT_BYTES = 3 * 32 * 16 * 4  # three float32 matrices
 
 HOSTS = f"""\
 alpha address=localhost devices=1 experts=14 bandwidth=500Mbps

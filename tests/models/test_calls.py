@@ -392,7 +392,7 @@ def test_what_is_no_call_is_an_error():
             call(found.servers[0], 0, *draw(0, MOST_ROWS + 1))
         with pytest.raises(Exception, match="another model"):
             call(found.servers[0], LAYERS, *draw(0, 1))
-    with pytest.raises(Exception, match="no such server"):
+    with pytest.raises(Exception, match="no call server has this number"):
         call(found.servers[0], 0, *draw(0, 1))
 
 

@@ -358,7 +358,7 @@ def test_files_of_another_kind(qwen, tmp_path):
     path = tmp_path / "other.gguf"
     content = qwen.read_bytes()
     for start, message in (
-        (b"GGML" + content[4:8], "no GGUF file: it begins with b'GGML'"),
+        (b"GGML" + content[4:8], "not a GGUF file: the file begins with b'GGML'"),
         (b"GGUF" + (1).to_bytes(4, "little"), "version 1 of GGUF"),
         (b"GGUF" + (3).to_bytes(4, "big"), "version 50331648 of GGUF"),
     ):

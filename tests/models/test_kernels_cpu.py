@@ -153,7 +153,7 @@ def test_slots_are_written_while_others_compute(compiled: pathlib.Path) -> None:
     with pytest.raises(IndexError):
         pool.get(1, found)
     del pool, writer
-    with pytest.raises(ValueError, match="no such pool"):
+    with pytest.raises(ValueError, match="no pool has this number"):
         call(number, *rows).block_until_ready()
 
 

@@ -1,8 +1,8 @@
-"""The reference models that make_reference.py makes: one entry of CASES for each.
+"""The reference models that make_reference.py makes, one entry of CASES each.
 
-A case has a branch of its family's mathematics, or a spelling of its files, that no other case has;
-its comment says which. All are tiny: width 32, a vocabulary of 128 and 8 experts (16 where groups
-of more than two are wanted).
+Each case covers a branch of its family's mathematics, or a spelling of its files, that no other
+case covers; the case's comment says which. All models are tiny: width 32, a vocabulary of 128 and 8
+experts (16 if a group must have more than two).
 """
 
 from collections.abc import Callable
@@ -33,10 +33,10 @@ from published import (
 
 @dataclass(frozen=True)
 class Family:
-    """How transformers calls a model, and how its stored weights differ from the usual.
+    """How transformers calls a model, and how the model's stored weights differ from the usual.
 
-    model: name of its classes without "Config" and "ForCausalLM".
-    config: name of its config class where it is not that name with "Config".
+    model: class name without "Config" and "ForCausalLM".
+    config: name of the config class, if it is not `model` with "Config".
     plus_one: norms use 1 + w, so their weights are drawn around 0.
     experts_in_out: fused experts are [experts, in, out], not [experts, out, in].
     """
@@ -52,17 +52,17 @@ class Case:
     """A reference model.
 
     family: key of FAMILIES.
-    fields: of transformers' config class.
-    prompt: its length in tokens.
-    dtype: of the stored weights.
-    shard: most bytes of a file, as transformers spells them; None for a single file.
+    fields: arguments of transformers' config class.
+    prompt: length of the prompt in tokens.
+    dtype: type of the stored weights.
+    shard: maximum size of a file, as transformers spells sizes; None for a single file.
     older: config.json is written as transformers 4 wrote it.
     spelling: config.json is written as this published model's.
-    fused: experts are stored as 5.23 holds them, one tensor for all of a layer.
-    edits: change the stored tensors, so that they look as published ones do.
+    fused: experts are stored as 5.23 holds them, one tensor for all experts of a layer.
+    edits: functions that change the stored tensors to look like published ones.
     float32: pattern of the tensors that are stored in float32 whatever `dtype` is.
-    embedding: standard deviation of the embeddings. Where they are tied to the head a large one
-        makes the model repeat its last token.
+    embedding: standard deviation of the embeddings. If embeddings are tied to the head, a large
+        value makes the model repeat its last token.
     """
 
     family: str
@@ -94,7 +94,7 @@ FAMILIES = {
     "qwen3_next": Family("Qwen3Next", plus_one=True),
 }
 
-#: Epsilon is large so that a norm that takes another's, or a fixed one, changes the logits.
+#: Epsilon is large, so that using another norm's epsilon, or a fixed one, changes the logits.
 COMMON = {
     "vocab_size": 128,
     "hidden_size": 32,
@@ -277,7 +277,7 @@ CASES = {
         },
         spelling=OLMOE,
     ),
-    # experts in layers 1 and 5 alone: step 2 would have 3 too, which mlp_only_layers takes out
+    # experts only in layers 1 and 5: step 2 would also give layer 3, which mlp_only_layers removes
     "qwen3_moe_sparse": Case(
         "qwen3_moe",
         QWEN
@@ -294,7 +294,7 @@ CASES = {
         fused=True,
         embedding=0.06,
     ),
-    # sinks, windows on every other layer, clamped gates, biases everywhere, YaRN not rounded
+    # sinks, windows in every other layer, clamped gates, biases everywhere, YaRN without rounding
     "gpt_oss": Case(
         "gpt_oss",
         COMMON
@@ -312,7 +312,7 @@ CASES = {
         },
         spelling=GPT_OSS_20B,
     ),
-    # groups chosen by their two best experts with a correction bias; a next-token layer to ignore
+    # groups ranked by their two best experts with a correction bias; an MTP layer to ignore
     "deepseek_v3": Case(
         "deepseek_v3",
         LATENT
@@ -384,7 +384,7 @@ CASES = {
         edits=(multimodal_prefix, gemma_vision),
         embedding=0.2,
     ),
-    # a gated shared expert; biases whose key is absent; a window in layer 0 alone
+    # a gated shared expert; biases although their key is absent; a window only in layer 0
     "qwen2_moe": Case(
         "qwen2_moe",
         QWEN
@@ -398,7 +398,7 @@ CASES = {
         },
         spelling=QWEN1_5_MOE,
     ),
-    # deepseek_v3 without groups under a multimodal wrapper
+    # deepseek_v3 without groups in a multimodal wrapper
     "kimi_k25": Case(
         "deepseek_v3",
         LATENT
@@ -450,7 +450,7 @@ CASES = {
         spelling=GLM_4_5,
         edits=(next_token_layer,),
     ),
-    # dense and sparse layers as a list, as transformers 5.23 saves them
+    # dense and sparse layers given as a list, as transformers 5.23 saves them
     "glm4_moe_lite": Case(
         "glm4_moe_lite",
         LATENT
@@ -464,7 +464,7 @@ CASES = {
             "rope_parameters": plain(1e6),
         },
     ),
-    # sigmoid router with a correction bias, Mixtral's names, norms over all heads, half of rope
+    # sigmoid router with a correction bias, Mixtral's names, norms over all heads, half rotated
     "minimax_m2": Case(
         "minimax_m2",
         COMMON
@@ -480,7 +480,7 @@ CASES = {
         },
         spelling=MINIMAX_M2,
     ),
-    # the delta net's projections one by one, fused experts, a multimodal wrapper
+    # the delta net's projections stored separately, fused experts, a multimodal wrapper
     "qwen3_5_moe": Case(
         "qwen3_5_moe",
         DELTA

@@ -3,10 +3,10 @@
 Run by hand, in an environment of its own (neither is a dependency of dance_jax):
     pip install torch==2.13.0 transformers==5.23.0
     python tests/reference/make_reference.py [NAME ...]
-Without a NAME it makes all of cases.py. Each is a directory with a tiny random model in Hugging
-Face format and expected.npz: `prompt` [p], `prefill` [p, vocab] logits, `greedy` [32] tokens and
-`decode` [32, vocab] logits. All is computed in float64 and stored as float32: what differs from it
-is an error of the program under test, not of the reference.
+Without a NAME all cases of cases.py are made. Each case is a directory with a tiny random model in
+Hugging Face format and expected.npz: `prompt` [p], `prefill` [p, vocab] logits, `greedy` [32]
+tokens and `decode` [32, vocab] logits. Everything is computed in float64 and stored as float32, so
+any difference is an error of the program under test, not of the reference.
 """
 
 import contextlib
@@ -25,16 +25,16 @@ from safetensors.torch import load_file, save_file
 
 HERE = pathlib.Path(__file__).parent
 STEPS = 32
-#: Least gap between best and second token, and between the last expert (or group) chosen and the
-#: next: float32 must choose the same.
+#: Minimum gap between the best and the second token, and between the last chosen and the first
+#: dropped expert (or group). float32 must make the same choices.
 TOKEN_MARGIN, EXPERT_MARGIN = 5e-3, 5e-5
-#: Least number of distinct tokens among the greedy ones: a model that repeats itself shows little.
+#: Minimum number of distinct greedy tokens: a model that repeats itself tests little.
 DISTINCT = 9
-#: Least change of the logits if a stored tensor is not used: each must matter in a comparison.
+#: Minimum change of the logits if a stored tensor is not used: each must matter in a comparison.
 EFFECT = 1e-3
 
-#: How weights that are neither norms nor matrices are made of normal draws z. The first pattern
-#: found in the tensor's name counts. The delta net's decays are slow enough to remember.
+#: How weights that are neither norms nor matrices are made from normal draws z. The first pattern
+#: found in the tensor's name applies. The delta net's decays are slow enough for it to remember.
 DRAWS = (
     (r"A_log$", lambda z: 0.5 * z - 1.5),
     (r"dt_bias$", lambda z: 0.5 * z),
@@ -47,14 +47,14 @@ DRAWS = (
 
 
 def stored(model):
-    """Names and tensors of all that a checkpoint of `model` has."""
+    """Yields names and tensors of everything that a checkpoint of `model` has."""
     names = model.state_dict().keys()
     yield from model.named_parameters()
     yield from ((name, buffer) for name, buffer in model.named_buffers() if name in names)
 
 
 def draw(name, shape, case, generator):
-    """Random values of one tensor, on a scale that keeps activations near 1."""
+    """Random values of one tensor, scaled to keep activations near 1."""
     family, values = FAMILIES[case.family], torch.randn(shape, generator=generator)
     for pattern, law in DRAWS:
         if re.search(pattern, name):
@@ -73,7 +73,7 @@ def stored_dtype(name, case):
 
 
 def build(case, seed):
-    """A random model in float64 whose weights are values of the stored dtype."""
+    """A random float64 model whose weights are representable in the stored dtype."""
     family = FAMILIES[case.family]
     names = family.config or f"{family.model}Config"
     config = getattr(transformers, names)(**case.fields)
@@ -89,7 +89,7 @@ def build(case, seed):
 
 @contextlib.contextmanager
 def float64_only():
-    """Makes transformers' explicit float32 (in norms, routers, softmax, rope) float64."""
+    """Turns transformers' explicit float32 (in norms, routers, softmax, rope) into float64."""
     single, method = torch.float32, torch.Tensor.float
     torch.float32 = torch.float = torch.float64
     torch.Tensor.float = torch.Tensor.double
@@ -104,9 +104,9 @@ def float64_only():
 
 @contextlib.contextmanager
 def watched_choices():
-    """Yields a list that gets the least gap between kept and dropped of each torch.topk.
+    """Yields a list that collects, for each torch.topk, the gap between kept and dropped values.
 
-    Routers of all families choose experts and groups with it, so none has to be known here.
+    Routers of all families choose experts and groups with torch.topk, so this works for all.
     """
     gaps, function, method = [], torch.topk, torch.Tensor.topk
 
@@ -144,22 +144,23 @@ def run(model, prompt):
 
 
 def prefilled(model, tokens):
-    """Logits [t, vocab] of all tokens at once, without a cache."""
+    """Logits [t, vocab] of all tokens computed at once, without a cache."""
     with torch.no_grad(), float64_only():
         return model(torch.tensor([tokens]), use_cache=False).logits[0].numpy()
 
 
 def check(model, outputs):
-    """Refuses outputs that are not of float64, and models with a tensor that changes nothing.
+    """Refuses outputs that are not float64, and models with a tensor that changes nothing.
 
-    Decoding step by step and all at once add in another order: in float64 they agree to 1e-9. A
-    vector is replaced by its mean, which keeps a norm a norm, and any other tensor by zeros.
+    Decoding step by step and all at once add numbers in another order; in float64 they agree to
+    1e-9. To test a tensor's effect, a vector is replaced by its mean, which keeps a norm a norm,
+    and any other tensor by zeros.
     """
     prompt, greedy = outputs["prompt"].tolist(), outputs["greedy"].tolist()
     together = prefilled(model, prompt + greedy)
     error = np.abs(together - np.concatenate([outputs["prefill"], outputs["decode"]])).max()
     if error > 1e-9:
-        raise SystemExit(f"decoding differs by {error} from prefilling: not all is float64")
+        raise SystemExit(f"decoding differs by {error} from prefilling: something is not float64")
     for name, weight in stored(model):
         kept = weight.detach().clone()
         vector = kept.dim() == 1 and kept.numel() > 1
@@ -171,7 +172,7 @@ def check(model, outputs):
 
 
 def save(model, case, directory):
-    """Writes the model as its case wants it to look."""
+    """Writes the model in the form that its case asks for."""
     shutil.rmtree(directory, ignore_errors=True)
     for name, weight in stored(model):
         weight.data = weight.data.to(stored_dtype(name, case))
@@ -193,7 +194,7 @@ def save(model, case, directory):
 
 
 def clear_model(name: str, case: Case):
-    """The first random model whose choices are clear: the model, its outputs and a report."""
+    """The first random model with clear choices: the model, its outputs and a report."""
     for seed in range(400):
         model = build(case, seed)
         prompt = np.random.default_rng(seed).integers(2, case.fields["vocab_size"], case.prompt)

@@ -1,4 +1,4 @@
-"""Rewrites what transformers 5.23 saves into what people find on a model's page.
+"""Rewrites what transformers 5.23 saves into the form of published checkpoints.
 
 Published checkpoints have other config keys than 5.23 writes, prefixes of multimodal models, and
 tensors that serving text does not need.
@@ -15,12 +15,12 @@ Tensors = dict[str, torch.Tensor]
 class Spelling:
     """How a family's published config.json differs from what transformers 5.23 saves.
 
-    older: rope and dtype are spelled as transformers 4 did.
-    rope_type: the key of rope's kind where `older`.
-    renames: key of 5.23: published key.
+    older: rope and dtype are spelled as in transformers 4.
+    rope_type: key of the rope type if `older`.
+    renames: maps keys of 5.23 to published keys.
     drops: keys that published files lack.
     adds: keys (with values) that only published files have.
-    wrapper: the multimodal config around ours, which becomes its text_config.
+    wrapper: the multimodal config around ours; ours becomes its text_config.
     """
 
     older: bool = True
@@ -31,7 +31,7 @@ class Spelling:
     wrapper: dict | None = None
 
 
-#: Left in a nested config by transformers 4, which wrote all options of generation there.
+#: Left in nested configs by transformers 4, which wrote all generation options there.
 GENERATION = {
     "_name_or_path": "",
     "add_cross_attention": False,
@@ -224,7 +224,7 @@ def older_spelling(config: dict, rope_type: str = "type") -> None:
 
 
 def as_published(config: dict, spelling: Spelling) -> dict:
-    """A config.json of transformers 5.23, spelled as its family's published ones."""
+    """A config.json of transformers 5.23, respelled as its family's published ones."""
     if spelling.older:
         older_spelling(config, spelling.rope_type)
     config = {
@@ -236,7 +236,7 @@ def as_published(config: dict, spelling: Spelling) -> dict:
 
 
 def next_token_layer(tensors: Tensors) -> None:
-    """Adds the layer behind the last with which DeepSeek-V3 and GLM predict one token more."""
+    """Adds the layer behind the last with which DeepSeek-V3 and GLM predict one more token."""
     last = max(int(name.split(".")[2]) for name in tensors if name.startswith("model.layers."))
     source, target = f"model.layers.{last}.", f"model.layers.{last + 1}."
     for name in list(tensors):
@@ -253,7 +253,7 @@ def next_token_layer(tensors: Tensors) -> None:
 
 
 def qwen_next_token(tensors: Tensors) -> None:
-    """Adds some of the tensors with which Qwen3-Next and 3.5 predict one token more."""
+    """Adds some of the tensors with which Qwen3-Next and 3.5 predict one more token."""
     width = tensors["lm_head.weight"].shape[1]
     _add(tensors, "mtp.fc.weight", (width, 2 * width))
     for norm in ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden"):
@@ -279,14 +279,14 @@ def qwen_vision(tensors: Tensors) -> None:
 
 
 def gemma_vision(tensors: Tensors) -> None:
-    """Adds some tensors of Gemma's vision tower and of its projection to the text model."""
+    """Adds some tensors of Gemma's vision tower and of the projection to the text model."""
     _add(tensors, "model.vision_tower.patch_embedder.input_proj.weight", (8, 12))
     _add(tensors, "model.vision_tower.encoder.layers.0.self_attn.q_proj.linear.weight", (8, 8))
     _add(tensors, "model.embed_vision.embedding_projection.weight", (32, 8))
 
 
 def kimi_wrapper(tensors: Tensors) -> None:
-    """Renames as Kimi-K2.5 does (language_model.* for all) and adds some of its vision tensors."""
+    """Renames all tensors to language_model.*, as in Kimi-K2.5, and adds some vision tensors."""
     for name in list(tensors):
         tensors[f"language_model.{name}"] = tensors.pop(name)
     _add(tensors, "vision_tower.patch_embed.proj.weight", (8, 3, 2, 2))
@@ -295,7 +295,7 @@ def kimi_wrapper(tensors: Tensors) -> None:
 
 
 def _add(tensors: Tensors, name: str, shape: tuple[int, ...]) -> None:
-    """Adds a random tensor of the usual scale, so that one used by mistake changes the output."""
+    """Adds a random tensor of the usual scale, so that using it by mistake changes the output."""
     generator = torch.Generator().manual_seed(len(tensors))
     dtype = torch.float32 if name.endswith("e_score_correction_bias") else torch.bfloat16
     tensors[name] = torch.randn(shape, generator=generator).to(dtype)

@@ -28,8 +28,8 @@ from dance_jax.models.families import (
 from dance_jax.models.families.fields import Fields
 from dance_jax.models.families.quantization import quantization
 
-#: By config.json's model_type: a function of the fields and of the arguments of `ModelConfig` that
-#: are read here.
+#: By model_type of config.json: a function of the fields and of the `ModelConfig` arguments that
+#: `model_config` reads.
 FAMILIES: dict[str, Callable[..., ModelConfig]] = {
     "deepseek_v2": deepseek_v2.read,
     "deepseek_v3": deepseek_v3.read,
@@ -47,9 +47,9 @@ FAMILIES: dict[str, Callable[..., ModelConfig]] = {
     "qwen3_next": qwen3_next.read,
 }
 
-#: Multimodal models of which the text model, described by `text_config`, is served.
+#: Multimodal models. Only their text model, described by `text_config`, is served.
 MULTIMODAL = ("gemma4", "kimi_k25", "qwen3_5_moe")
-#: Fields of theirs that say nothing of text.
+#: Fields of multimodal models that do not affect text.
 _MEDIA_FIELDS = (
     "audio_config",
     "audio_token_id",
@@ -69,11 +69,12 @@ _MEDIA_FIELDS = (
     "vision_soft_tokens_per_image",
     "vision_start_token_id",
 )
-#: Their names of the text model's tensors, and tensors that text does not need.
+#: Spellings of the text model's tensor names in multimodal models.
 _MEDIA_SPELLINGS = (
     (r"^model\.language_model\.", "model."),
     (r"^language_model\.", ""),
 )
+#: Tensors of multimodal models that text does not need.
 _MEDIA_TENSORS = (
     r"(model\.)?(visual|vision_tower|vision_model|audio_tower|embed_vision|embed_audio)\.",
     r"(model\.)?(mm_projector|multi_modal_projector)\.",
@@ -85,12 +86,12 @@ def model_config(
     generation: dict[str, Any] | None = None,
     where: str = "config.json",
 ) -> ModelConfig:
-    """Reads the content of config.json and, where there is one, generation_config.json.
+    """Reads the content of config.json and, if given, generation_config.json.
 
     Args:
         values: config.json as a dict, in transformers' older spelling or in that of version 5.
-        generation: generation_config.json as a dict; its eos_token_id goes first.
-        where: the file's name for messages.
+        generation: generation_config.json as a dict. Its eos_token_id takes precedence.
+        where: name of the config file, for messages.
 
     Raises:
         UserError: a field is missing, contradicts another, or would change the result and is not
@@ -127,7 +128,7 @@ def model_config(
 
 
 def _text(outside: Fields) -> Fields:
-    """The fields of a multimodal model's text, with those that stand only outside."""
+    """The text fields of a multimodal model, with the fields that only the outer object has."""
     fields = outside.inner("text_config")
     outside.ignore(*_MEDIA_FIELDS)
     moved = (
@@ -144,7 +145,7 @@ def _text(outside: Fields) -> Fields:
 
 
 def _dtype(*levels: Fields) -> str:
-    """The type that floats of the checkpoint have, by the config; it may be wrong."""
+    """The type of the checkpoint's floats according to the config, which may be wrong."""
     for fields in levels:
         for name in ("dtype", "torch_dtype"):
             value = str(fields.raw(name)).removeprefix("torch.")
@@ -159,7 +160,7 @@ def _token(fields: Fields, name: str) -> int | None:
 
 
 def _eos_token_ids(fields: Fields, generation: dict[str, Any] | None) -> tuple[int, ...]:
-    """generation_config.json's eos_token_id where it has one, else config.json's."""
+    """eos_token_id of generation_config.json if the field is there, else of config.json."""
     value, where = fields.raw("eos_token_id"), f"{fields.where}: eos_token_id"
     if generation and generation.get("eos_token_id") is not None:
         value, where = generation["eos_token_id"], "generation_config.json: eos_token_id"

@@ -1,4 +1,4 @@
-"""What families share in reading a config.json: attention, rotation, router, patterns of layers."""
+"""Shared readers of config.json: attention, rotation, router, layer patterns."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def outer(
     """The arguments of `ModelConfig` that every family has.
 
     Args:
-        eps: rms_norm_eps where it is absent.
-        tied: tie_word_embeddings where it is absent.
-        activation: what hidden_act must be where it is given.
+        eps: default of rms_norm_eps.
+        tied: default of tie_word_embeddings.
+        activation: the required value of hidden_act, if hidden_act is given.
     """
     fields.constant("hidden_act", activation)
     return {
@@ -42,7 +42,7 @@ def outer(
 
 
 def num_experts(fields: Fields, *names: str) -> int:
-    """The number of routed experts under whichever of the names it has."""
+    """The number of routed experts, a field that may have any of several names."""
     given = [name for name in names if fields.has(name)] or [names[0]]
     count = fields.integer(given[0])
     for name in names:
@@ -51,7 +51,7 @@ def num_experts(fields: Fields, *names: str) -> int:
 
 
 def top_k(fields: Fields, experts: int, name: str = "num_experts_per_tok") -> int:
-    """Experts of a token, at most `experts`, from which it can choose."""
+    """The number of experts per token, at most `experts`, the number a token can choose from."""
     count = fields.integer(name)
     if count > experts:
         raise UserError(
@@ -63,11 +63,11 @@ def top_k(fields: Fields, experts: int, name: str = "num_experts_per_tok") -> in
 def sigmoid_router(
     fields: Fields, groups: tuple[int, int] = (1, 1), scale: float = 1.0
 ) -> RouterConfig:
-    """DeepSeek-V3's router (arXiv 2412.19437, section 2.1.2), which GLM and Kimi share.
+    """DeepSeek-V3's router (arXiv 2412.19437, section 2.1.2), also used by GLM and Kimi.
 
     Args:
-        groups: n_group and topk_group where they are absent.
-        scale: routed_scaling_factor where it is absent.
+        groups: defaults of n_group and topk_group.
+        scale: default of routed_scaling_factor.
     """
     fields.constant("topk_method", "noaux_tc")
     fields.constant("scoring_func", "sigmoid")
@@ -75,8 +75,8 @@ def sigmoid_router(
     number, kept = groups_of(fields, experts, groups)
     if number > 1 and experts // number < 2:
         raise UserError(
-            f"{fields.where}: n_group {number} of {experts} experts: a group counts by its two "
-            "best, so it needs two at least"
+            f"{fields.where}: n_group {number} of {experts} experts: a group is ranked by its two "
+            "best experts, so every group needs at least two"
         )
     return RouterConfig(
         num_experts=experts,
@@ -93,7 +93,7 @@ def sigmoid_router(
 
 
 def groups_of(fields: Fields, experts: int, default: tuple[int, int] = (1, 1)) -> tuple[int, int]:
-    """Groups of experts, and how many of them a token chooses from."""
+    """The number of expert groups, and the number of groups that a token chooses from."""
     groups, kept = fields.integer("n_group", default[0]), fields.integer("topk_group", default[1])
     if experts % groups:
         raise UserError(
@@ -107,10 +107,10 @@ def groups_of(fields: Fields, experts: int, default: tuple[int, int] = (1, 1)) -
 def grouped_attention(
     fields: Fields, rope: RopeConfig, head_dim: int, **more: Any
 ) -> GroupedAttention:
-    """GQA by the usual fields.
+    """Grouped-query attention from the usual fields.
 
     Args:
-        head_dim: of `head_dim_of`.
+        head_dim: result of `head_dim_of`.
         more: further arguments of `GroupedAttention`.
     """
     heads = fields.integer("num_attention_heads")
@@ -124,7 +124,7 @@ def grouped_attention(
 
 
 def head_dim_of(fields: Fields) -> int:
-    """head_dim, or where it is absent hidden_size / num_attention_heads."""
+    """head_dim, or hidden_size / num_attention_heads if head_dim is absent."""
     heads, hidden = fields.integer("num_attention_heads"), fields.integer("hidden_size")
     if not fields.has("head_dim") and hidden % heads:
         raise UserError(
@@ -135,22 +135,22 @@ def head_dim_of(fields: Fields) -> int:
 
 
 def latent_attention(fields: Fields, theta: float = 10000.0) -> LatentAttention:
-    """MLA by DeepSeek's fields.
+    """Multi-head latent attention from DeepSeek's fields.
 
     Args:
-        theta: rope_theta where it is absent.
+        theta: default of rope_theta.
     """
     heads = fields.integer("num_attention_heads")
     if "q_lora_rank" not in fields.values:
         raise UserError(
-            f"{fields.where}: q_lora_rank is missing (null: queries are not compressed)"
+            f"{fields.where}: q_lora_rank is missing (null means that queries are not compressed)"
         )
     rope_width = fields.integer("qk_rope_head_dim")
     rotation = rope(fields, rope_width, theta, interleaved=True, scales_scores=True)
     if rotation.dim != rope_width:
         raise UserError(
-            f"{fields.where}: partial_rotary_factor must be 1: qk_rope_head_dim is all "
-            "that is rotated"
+            f"{fields.where}: partial_rotary_factor must be 1: qk_rope_head_dim is rotated "
+            "as a whole"
         )
     attention = LatentAttention(
         num_heads=heads,
@@ -164,14 +164,14 @@ def latent_attention(fields: Fields, theta: float = 10000.0) -> LatentAttention:
     )
     fields.constant("rope_interleave", True)
     fields.constant("num_key_value_heads", heads)
-    # transformers 5 repeats these
+    # transformers 5 repeats these two.
     fields.constant("head_dim", rope_width)
     fields.constant("qk_head_dim", attention.qk_nope_head_dim + rope_width)
     return attention
 
 
 def first_dense(fields: Fields, mixer: Mixer, default: int = 0) -> tuple[LayerConfig, ...]:
-    """Layers of which the first `first_k_dense_replace` have no experts."""
+    """All layers, of which the first `first_k_dense_replace` have no experts."""
     layers = fields.integer("num_hidden_layers")
     first = fields.integer("first_k_dense_replace", default, minimum=0)
     if first >= layers:
@@ -210,7 +210,7 @@ def sparse_step(fields: Fields, mixers: Sequence[Mixer]) -> tuple[LayerConfig, .
 
 
 def more_predictions(fields: Fields) -> tuple[str, ...]:
-    """Patterns of the tensors of multi-token prediction: whole layers behind the last one."""
+    """Patterns of the multi-token prediction tensors: whole layers behind the last layer."""
     layers = fields.integer("num_hidden_layers")
     counts = [fields.raw(name) for name in ("num_nextn_predict_layers", "num_mtp_layers")]
     more = max((count for count in counts if isinstance(count, int)), default=0)
@@ -227,14 +227,14 @@ def rope(
     scales_scores: bool = False,
     absent: dict[str, Any] | None = None,
 ) -> RopeConfig:
-    """Reads `rope_scaling` + `rope_theta` (older) or `rope_parameters` (transformers 5).
+    """Reads the rotation: `rope_parameters` (transformers 5), or `rope_scaling` and `rope_theta`.
 
     Args:
-        width: of a head, of which the first `partial_rotary_factor` is rotated.
-        theta: rope_theta where it is absent.
-        partial: partial_rotary_factor where it is absent.
-        scales_scores: YaRN's mscale_all_dim scales the scores too, as DeepSeek does.
-        absent: what holds where neither is there.
+        width: head width. The first `partial_rotary_factor` of it is rotated.
+        theta: default of rope_theta.
+        partial: default of partial_rotary_factor.
+        scales_scores: whether YaRN's mscale_all_dim also scales the scores, as in DeepSeek.
+        absent: the rotation if the config has neither field.
     """
     spellings = [name for name in ("rope_parameters", "rope_scaling") if fields.has(name)]
     fields.ignore("rope_parameters", "rope_scaling")
@@ -257,11 +257,11 @@ def rope_of(
     interleaved: bool = False,
     scales_scores: bool = False,
 ) -> RopeConfig:
-    """One rotation.
+    """Reads one rotation.
 
     Args:
-        inner: the object that describes it.
-        fields: the config around it, in which older spellings have some of its fields.
+        inner: the object that describes the rotation.
+        fields: the config around `inner`. Older spellings put some of the rotation's fields there.
     """
     where = inner.where
     kinds = [inner.raw(key) for key in ("rope_type", "type") if inner.has(key)] or ["default"]
@@ -275,9 +275,9 @@ def rope_of(
     if theta <= 1:
         raise UserError(f"{where}: rope_theta is {theta:g}; expected a number above 1")
     partial = _either(inner, fields, "partial_rotary_factor", partial)
-    # Which positions of a picture turn which pairs: all of them are equal for text.
+    # Which pairs rotate by which position of an image. For text all these positions are equal.
     inner.ignore("mrope_section", "mrope_interleaved")
-    # Not int(): a factor that is a quotient may be a bit too small.
+    # Not int(): a factor that came from a division may be slightly too small.
     dim = width if kind == "proportional" else math.floor(width * partial + 1e-6)
     if dim % 2 or not 0 < dim <= width:
         raise UserError(
@@ -294,10 +294,10 @@ def rope_of(
 
 
 def _either(inner: Fields, fields: Fields, name: str, default: float) -> float:
-    """A number that stands within or beside the object that describes a rotation."""
+    """A number inside the object that describes a rotation, or in the config around the object."""
     found = {source.positive(name) for source in (inner, fields) if source.has(name)}
     if len(found) > 1:
-        raise UserError(f"{inner.where}: {name} differs from the one outside it: {sorted(found)}")
+        raise UserError(f"{inner.where}: {name} differs from {name} of the config: {sorted(found)}")
     return found.pop() if found else default
 
 
@@ -324,7 +324,7 @@ def _llama3(inner: Fields, fields: Fields, dim: int, partial: float) -> dict[str
 
 
 def _longrope(inner: Fields, fields: Fields, dim: int, partial: float) -> dict[str, Any]:
-    """arXiv 2402.13753; the default of attention_factor as transformers has it."""
+    """LongRoPE (arXiv 2402.13753), with transformers' default of attention_factor."""
     name = "original_max_position_embeddings"
     original = (fields if fields.has(name) else inner).integer(name, minimum=2)
     inner.agrees(name, original)
@@ -344,8 +344,11 @@ def _longrope(inner: Fields, fields: Fields, dim: int, partial: float) -> dict[s
 
 
 def _yarn(inner: Fields, fields: Fields, dim: int, partial: float) -> dict[str, Any]:
-    """YaRN (arXiv 2309.00071) with DeepSeek's mscale and mscale_all_dim, as transformers does it:
-    their ratio scales the rotation where both are given, otherwise the default does."""
+    """YaRN (arXiv 2309.00071) with DeepSeek's mscale and mscale_all_dim, as in transformers.
+
+    If mscale and mscale_all_dim are both given, their ratio scales the rotation. Otherwise YaRN's
+    default does.
+    """
     longest = fields.integer("max_position_embeddings")
     original = inner.integer("original_max_position_embeddings", longest)
     fields.agrees("initial_context_length", original)

@@ -9,7 +9,7 @@ from dance_jax.models.families.fields import Fields
 
 
 def read(fields: Fields, **given: Any) -> ModelConfig:
-    """config.json to the model."""
+    """Reads config.json."""
     fields.constant("mlp_bias", False)
     fields.constant("moe_layer_freq", 1)
     fields.constant("scoring_func", "softmax")
@@ -26,16 +26,18 @@ def read(fields: Fields, **given: Any) -> ModelConfig:
 
 
 def shared_experts(fields: Fields, width: int) -> SharedConfig | None:
-    """n_shared_experts of `width` floats each."""
+    """The shared experts: n_shared_experts, each `width` wide."""
     if "n_shared_experts" not in fields.values:
-        raise UserError(f"{fields.where}: n_shared_experts is missing (0 or null: none)")
+        raise UserError(
+            f"{fields.where}: n_shared_experts is missing (0 or null means no shared experts)"
+        )
     count = fields.integer("n_shared_experts", 0, minimum=0)
     return SharedConfig(count * width) if count else None
 
 
 def _router(fields: Fields) -> RouterConfig:
     experts = common.num_experts(fields, "n_routed_experts", "num_local_experts")
-    # "gready" is how DeepSeek's own configuration class spells its default
+    # "gready" is how DeepSeek's own configuration class spells its default.
     method = fields.choice("topk_method", "greedy", ("greedy", "group_limited_greedy", "gready"))
     groups, kept = 1, 1
     if method == "group_limited_greedy":
@@ -44,7 +46,7 @@ def _router(fields: Fields) -> RouterConfig:
         groups, kept = common.groups_of(fields, experts)
     fields.ignore("n_group", "topk_group")  # the other methods do not read them
     chosen = common.top_k(fields, experts // groups * kept)
-    # DeepSeek's definition: normalised weights are not scaled, the others are
+    # DeepSeek's definition: normalised weights are not scaled; all others are.
     normalise = fields.boolean("norm_topk_prob", False) and chosen > 1
     scaling = fields.number("routed_scaling_factor", 1.0)
     return RouterConfig(

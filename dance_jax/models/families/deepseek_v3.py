@@ -1,4 +1,4 @@
-"""DeepSeek-V3 (arXiv 2412.19437) and models of its block: R1, Kimi-K2, Moonlight, GLM-4.7-Flash."""
+"""DeepSeek-V3 (arXiv 2412.19437) and models like it: R1, Kimi-K2, Moonlight, GLM-4.7-Flash."""
 
 import dataclasses
 from typing import Any
@@ -11,7 +11,7 @@ from dance_jax.models.families.fields import Fields
 
 
 def read(fields: Fields, **given: Any) -> ModelConfig:
-    """config.json to the model."""
+    """Reads config.json."""
     fields.constant("moe_layer_freq", 1)
     lite = given["family"] == "glm4_moe_lite"
     layers = common.first_dense(fields, common.latent_attention(fields), default=1 if lite else 3)

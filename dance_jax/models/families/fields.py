@@ -1,4 +1,4 @@
-"""Fields of config.json, read strictly: nothing that may change the result is ignored."""
+"""Reads fields of config.json strictly: a field that may change the result is never ignored."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from typing import Any
 
 from dance_jax.config import UserError
 
-#: Fields that change no logit of inference: bookkeeping, training, other programs' defaults of
-#: sampling (here these are SamplingParams), labels of other heads, layers that predict more tokens
-#: than the next.
+#: Fields that change no logit of inference: bookkeeping, training, sampling defaults (replaced by
+#: SamplingParams), labels of other heads, multi-token prediction layers.
 HARMLESS = frozenset(
     [
         "_attn_implementation",
@@ -97,7 +96,7 @@ _ABSENT = object()
 
 
 class Fields:
-    """A dict of config fields that remembers which ones were read."""
+    """A dict of config fields that records which fields were read."""
 
     def __init__(self, values: Any, where: str):
         if not isinstance(values, dict):
@@ -109,16 +108,16 @@ class Fields:
         self.seen: set[str] = set()
 
     def has(self, name: str) -> bool:
-        """True if the field is there and not null."""
+        """True if the field is present and not null."""
         return self.values.get(name) is not None
 
     def raw(self, name: str, default: Any = None) -> Any:
-        """The field as it stands, or `default` where absent."""
+        """The field's value without checks. `default` if absent."""
         self.seen.add(name)
         return self.values.get(name, default)
 
     def number(self, name: str, default: Any = _ABSENT) -> float:
-        """A finite number; `default` where absent or null."""
+        """A finite number. `default` if absent or null."""
         value = self.raw(name)
         if value is None:
             if default is _ABSENT:
@@ -134,14 +133,14 @@ class Fields:
         return float(value)
 
     def positive(self, name: str, default: Any = _ABSENT) -> float:
-        """A finite number above 0; `default` where absent or null."""
+        """A finite number above 0. `default` if absent or null."""
         value = self.number(name, default)
         if value <= 0:
             raise UserError(f"{self.where}: {name} is {value:g}; expected a number above 0")
         return value
 
     def integer(self, name: str, default: Any = _ABSENT, minimum: int = 1) -> int:
-        """A whole number of at least `minimum`; `default` where absent or null."""
+        """An integer of at least `minimum`. `default` if absent or null."""
         value = self.raw(name)
         if value is None:
             if default is _ABSENT:
@@ -154,7 +153,7 @@ class Fields:
         return value
 
     def boolean(self, name: str, default: bool) -> bool:
-        """True or false; `default` where absent or null."""
+        """A boolean. `default` if absent or null."""
         value = self.raw(name)
         if value is None:
             return default
@@ -163,7 +162,7 @@ class Fields:
         return value
 
     def choice(self, name: str, default: Any, supported: tuple[Any, ...]) -> Any:
-        """A value among `supported`; `default` where absent or null."""
+        """One of the `supported` values. `default` if absent or null."""
         value = self.raw(name)
         value = default if value is None else value
         if value not in supported or isinstance(value, bool) != isinstance(supported[0], bool):
@@ -172,18 +171,18 @@ class Fields:
         return value
 
     def constant(self, name: str, value: Any) -> None:
-        """Raises UserError where the field is neither `value` nor absent or null."""
+        """Raises UserError unless the field is `value`, absent or null."""
         self.choice(name, value, (value,))
 
     def agrees(self, name: str, value: Any) -> None:
-        """`constant` for a field that repeats what others say."""
+        """Like `constant`, for a field that repeats what other fields say."""
         if self.raw(name) not in (None, value):
             raise UserError(
                 f"{self.where}: {name} is {self.values[name]!r}, other fields say {value!r}"
             )
 
     def strings(self, name: str, length: int, supported: tuple[str, ...]) -> list[str] | None:
-        """A list of so many of the supported words; None where absent or null."""
+        """A list of `length` words, all of them `supported`. None if absent or null."""
         value = self.raw(name)
         if value is None:
             return None
@@ -195,23 +194,23 @@ class Fields:
         return value
 
     def ignore(self, *names: str) -> None:
-        """Fields without effect on this model, whatever they say."""
+        """Marks fields as read that have no effect on this model, whatever their values."""
         self.seen.update(names)
 
     def inner(self, name: str) -> Fields:
-        """The fields of an object within."""
+        """The fields of a nested object."""
         return Fields(self.raw(name), f"{self.where}: {name}")
 
     def reject(self, name: str, reason: str) -> None:
-        """Raises UserError where the field is there and neither null nor empty."""
+        """Raises UserError if the field is present and neither null nor empty."""
         if self.raw(name):
             raise UserError(f"{self.where}: {name} is set: {reason}")
 
     def finish(self) -> None:
-        """Raises UserError naming every field that nobody read and that may change the result."""
+        """Raises UserError naming every field that was not read and may change the result."""
         unknown = sorted(set(self.values) - self.seen - HARMLESS)
         if unknown:
             raise UserError(
                 f"{self.where}: unknown field{'s' * (len(unknown) > 1)} {', '.join(unknown)}: "
-                "may change what the model computes, so the model is not run without it"
+                "may change what the model computes, so the model is refused"
             )

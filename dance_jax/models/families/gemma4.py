@@ -20,7 +20,7 @@ NAMES = Names(router="router.proj", experts="experts", experts_as="joined")
 
 
 def read(fields: Fields, **given: Any) -> ModelConfig:
-    """config.json to the model."""
+    """Reads config.json."""
     fields.constant("hidden_activation", "gelu_pytorch_tanh")
     fields.choice("enable_moe_block", False, (True,))
     for name in ("attention_bias", "use_double_wide_mlp"):
@@ -28,7 +28,7 @@ def read(fields: Fields, **given: Any) -> ModelConfig:
     fields.constant("num_kv_shared_layers", 0)
     fields.choice("hidden_size_per_layer_input", 256, (0,))
     fields.ignore("vocab_size_per_layer_input")
-    # "vision": among the tokens of a picture only, so not for text.
+    # "vision": only among the tokens of an image, so text is not affected.
     fields.choice("use_bidirectional_attention", "vision", ("vision",))
     count = fields.integer("num_hidden_layers")
     kinds = fields.strings("layer_types", count, (common.FULL, common.SLIDING))
@@ -64,7 +64,7 @@ def _capped(fields: Fields) -> bool:
 
 
 def _attention(fields: Fields, kind: str, kinds: list[str]) -> GroupedAttention:
-    """GQA of all layers of a kind; the full ones have heads, and a rotation, of their own."""
+    """GQA for all layers of a kind. Full-attention layers have their own heads and rotation."""
     width, keys = fields.integer("head_dim", 256), fields.integer("num_key_value_heads")
     full = kind == common.FULL
     equal = fields.boolean("attention_k_eq_v", False)
@@ -95,7 +95,7 @@ def _attention(fields: Fields, kind: str, kinds: list[str]) -> GroupedAttention:
 
 
 def _own_shape(fields: Fields, kinds: list[str]) -> tuple[int, int | None]:
-    """Width and number of the key heads of full layers, as published or as transformers saves."""
+    """Width and number of the full layers' key heads, as published or as saved by transformers."""
     width = fields.integer("global_head_dim", 512)
     keys = fields.integer("num_global_key_value_heads", None)
     saved = fields.raw("per_layer_config")

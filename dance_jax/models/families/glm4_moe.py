@@ -1,4 +1,4 @@
-"""GLM-4.5 and 4.6 (arXiv 2508.06471): GQA rotated by half, DeepSeek-V3's experts."""
+"""GLM-4.5 and 4.6 (arXiv 2508.06471): GQA with half of each head rotated, DeepSeek-V3's experts."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from dance_jax.models.families.fields import Fields
 
 
 def read(fields: Fields, **given: Any) -> ModelConfig:
-    """config.json to the model."""
+    """Reads config.json."""
     head = common.head_dim_of(fields)
     mixer = common.grouped_attention(
         fields,

@@ -1,4 +1,4 @@
-"""gpt-oss (arXiv 2508.10925): GQA with sinks, windows in half of the layers, clamped experts."""
+"""gpt-oss (arXiv 2508.10925): GQA with sinks, a window in every other layer, clamped experts."""
 
 import dataclasses
 from typing import Any
@@ -15,7 +15,7 @@ from dance_jax.models.config import (
 from dance_jax.models.families import common
 from dance_jax.models.families.fields import Fields
 
-#: The rotation where config.json says nothing of it.
+#: The rotation if config.json does not describe one.
 YARN = {
     "rope_type": "yarn",
     "factor": 32.0,
@@ -25,7 +25,7 @@ YARN = {
 
 
 def read(fields: Fields, **given: Any) -> ModelConfig:
-    """config.json to the model."""
+    """Reads config.json."""
     head, count = common.head_dim_of(fields), fields.integer("num_hidden_layers")
     bias = fields.boolean("attention_bias", True)
     full = common.grouped_attention(

@@ -18,7 +18,7 @@ NAMES = Names(
 
 
 def read(fields: Fields, **given: Any) -> ModelConfig:
-    """config.json to the model."""
+    """Reads config.json."""
     fields.constant("scoring_func", "sigmoid")
     fields.constant("qk_norm_type", "per_layer")
     for name in ("use_qk_norm", "use_routing_bias"):
@@ -27,13 +27,13 @@ def read(fields: Fields, **given: Any) -> ModelConfig:
         fields.constant(name, 1.0)
     fields.constant("shared_intermediate_size", 0)
     fields.reject("sliding_window", "not supported for this family")
-    # Of MiniMax-M1's linear attention, dense layers and shared experts, which M2 does not have.
+    # For MiniMax-M1's linear attention, dense layers and shared experts; M2 has none of them.
     fields.ignore("layernorm_linear_attention_beta", "mlp_intermediate_size", "shared_moe_mode")
     layers, head = fields.integer("num_hidden_layers"), common.head_dim_of(fields)
     if fields.raw("attn_type_list") not in (None, [1] * layers):
         raise UserError(
-            f"{fields.where}: attn_type_list: expected {layers} times 1, full attention; nothing "
-            "else is supported"
+            f"{fields.where}: attn_type_list: expected {layers} entries of 1 (full attention); "
+            "no other attention is supported"
         )
     rope = common.rope(fields, head, theta=5e6, partial=fields.integer("rotary_dim", head) / head)
     fields.agrees("rotary_dim", rope.dim)

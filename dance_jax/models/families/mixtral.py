@@ -15,7 +15,7 @@ NAMES = Names(
 
 
 def read(fields: Fields, **given: Any) -> ModelConfig:
-    """config.json to the model."""
+    """Reads config.json."""
     fields.constant("attention_bias", False)
     width = common.head_dim_of(fields)
     mixer = common.grouped_attention(

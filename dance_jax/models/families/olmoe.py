@@ -8,7 +8,7 @@ from dance_jax.models.families.fields import Fields
 
 
 def read(fields: Fields, **given: Any) -> ModelConfig:
-    """config.json to the model."""
+    """Reads config.json."""
     head = common.head_dim_of(fields)
     bias = fields.boolean("attention_bias", False)
     mixer = common.grouped_attention(

@@ -1,5 +1,8 @@
-"""quantization_config of config.json, read strictly. Which modules are quantised is not read from
-it: their tensors say so, under names that float weights do not have (packed/)."""
+"""Reads quantization_config of config.json, strictly.
+
+Which modules are quantised is not read from there: quantised tensors have names that float weights
+do not have (packed/).
+"""
 
 from __future__ import annotations
 
@@ -10,15 +13,15 @@ from dance_jax.config import UserError
 from dance_jax.models.config import Quantization
 from dance_jax.models.families.fields import Fields
 
-#: Inputs of a group are a multiple of this: codes of four bits are read by words.
+#: The inputs of a group are a multiple of this, because four-bit codes are read as words.
 _WORD = 8
 
 #: Fields that say how the weights were found, or which kernels multiply them. None of them changes
-#: what a stored code is worth. Activations are floats here, whatever the checkpoint rounds them to.
+#: the value of a stored code. Activations are floats here, whatever the checkpoint rounds them to.
 _HARMLESS = {
     "fp8": ("dequantize",),
     "mxfp4": ("dequantize",),
-    # Of GPTQ, desc_act shows in the tensors: g_idx is looked at.
+    # GPTQ's desc_act is checked through the tensors: g_idx shows the order.
     "integers": (
         # transformers and AutoGPTQ
         *("batch_size", "block_name_to_quantize", "cache_block_outputs", "damp_percent", "dataset"),
@@ -42,10 +45,13 @@ _HARMLESS = {
 
 
 def quantization(fields: Fields) -> Quantization | None:
-    """How the weights are quantised, by quantization_config or compression_config; None: not.
+    """How the weights are quantised, from quantization_config or compression_config.
+
+    Returns:
+        None if the weights are not quantised.
 
     Raises:
-        UserError: not as something here can read; the message names the field and its value.
+        UserError: the quantisation is not supported; the message names the field and its value.
     """
     names = ("quantization_config", "compression_config")
     given = [name for name in names if fields.raw(name)]
@@ -54,7 +60,7 @@ def quantization(fields: Fields) -> Quantization | None:
     if len(given) > 1 and fields.values[given[0]] != fields.values[given[1]]:
         raise UserError(f"{fields.where}: {names[0]} and {names[1]} contradict each other")
     inner = fields.inner(given[0])
-    # Older compressed-tensors files have no method.
+    # Older compressed-tensors files have no quant_method.
     older = "compressed-tensors" if given[0] == "compression_config" else None
     method = inner.choice("quant_method", older, tuple(_METHODS))
     found = _METHODS[method](inner)
@@ -66,7 +72,7 @@ def quantization(fields: Fields) -> Quantization | None:
 
 
 def _fp8(fields: Fields) -> Quantization:
-    """transformers' finegrained_fp8, as DeepSeek-V3's: scales of blocks; or of whole tensors."""
+    """transformers' finegrained_fp8, as in DeepSeek-V3: scales per block, or per tensor."""
     fields.choice("fmt", "e4m3", ("e4m3", "float8_e4m3fn"))
     fields.choice("scale_fmt", "float", ("float", "ue8m0"))
     fields.choice("activation_scheme", "dynamic", ("dynamic", "static"))
@@ -74,12 +80,12 @@ def _fp8(fields: Fields) -> Quantization:
 
 
 def _mxfp4(fields: Fields) -> Quantization:
-    """gpt-oss's."""
+    """gpt-oss's MXFP4."""
     return Quantization("mxfp4", 4, group=32)
 
 
 def _gptq(fields: Fields) -> Quantization:
-    """GPTQModel's and AutoGPTQ's. Version 1 stores zero points less one."""
+    """GPTQModel's and AutoGPTQ's formats. Version 1 stores each zero point minus one."""
     bits = fields.choice("bits", None, (4, 8))
     layout = _layout(fields, ("gptq", "gptq_v2"))
     fields.choice("is_marlin_format", False, (False,))
@@ -88,7 +94,7 @@ def _gptq(fields: Fields) -> Quantization:
 
 
 def _awq(fields: Fields) -> Quantization:
-    """AutoAWQ's, in either spelling of its fields, and GPTQModel's."""
+    """AutoAWQ's format, in either spelling of its fields, and GPTQModel's AWQ format."""
     fields.choice(_either(fields, "bits", "w_bit"), None, (4,))
     fields.choice("backend", "autoawq", ("autoawq",))
     _layout(fields, ("gemm",))
@@ -101,14 +107,14 @@ def _awq(fields: Fields) -> Quantization:
 
 
 def _layout(fields: Fields, supported: tuple[str, ...]) -> str:
-    """GPTQModel's format, which it also has by an older name; and its further settings."""
+    """GPTQModel's format, which also has an older name. Also checks GPTQModel's other settings."""
     layout = fields.choice("checkpoint_format", supported[0], supported)
     layout = fields.choice("format", layout, supported)
     fields.agrees("checkpoint_format", layout)
     fields.choice("pack_dtype", "int32", ("int32",))
     for name in ("adapter", "rotation"):
         fields.reject(name, "not supported")
-    # Modules with settings of their own; "-:" before a pattern leaves them as floats.
+    # Modules with settings of their own. "-:" before a pattern leaves the modules as floats.
     changed = fields.raw("dynamic") or {}
     if not isinstance(changed, dict) or not all(str(key).startswith("-:") for key in changed):
         raise UserError(
@@ -119,7 +125,7 @@ def _layout(fields: Fields, supported: tuple[str, ...]) -> str:
 
 
 def _compressed(fields: Fields) -> Quantization:
-    """compressed-tensors: one way for all modules of config_groups."""
+    """compressed-tensors, if all of config_groups quantise in the same way."""
     fields.choice("quantization_status", "compressed", ("compressed",))
     for name in ("kv_cache_scheme", "moe_sparsity_config", "transform_config"):
         fields.reject(name, "not supported")
@@ -134,7 +140,7 @@ def _compressed(fields: Fields) -> Quantization:
     return found.pop()
 
 
-#: compressed-tensors' formats: the type of codes, their numbers of bits, what shares a scale.
+#: compressed-tensors' formats: type of the codes, numbers of bits, what shares a scale.
 _FORMATS = {
     "pack-quantized": ("int", (4, 8), ("group", "channel")),
     "int-quantized": ("int", (8,), ("channel", "tensor")),
@@ -144,7 +150,7 @@ _FORMATS = {
 
 
 def _weights(group: Fields, layout: str) -> Quantization:
-    """One of config_groups. Its activations' rounding is not imitated."""
+    """One of config_groups. The rounding of activations is not imitated."""
     group.choice("format", layout, (layout,))
     group.ignore("targets", "input_activations", "output_activations")
     weights = group.inner("weights")
@@ -152,7 +158,7 @@ def _weights(group: Fields, layout: str) -> Quantization:
     weights.choice("type", kind, (kind,))
     bits = weights.choice("num_bits", None, widths)
     weights.constant("dynamic", False)
-    # Of how they were found. An order of inputs shows in weight_g_idx, which is looked at.
+    # These describe how the codes were found. An order of inputs shows in weight_g_idx.
     weights.ignore("observer", "observer_kwargs", "actorder", "scale_dtype", "zp_dtype")
     way = weights.choice("strategy", "group" if weights.has("group_size") else None, ways)
     block = _block(weights, "block_structure") if way == "block" else None
@@ -169,12 +175,12 @@ def _weights(group: Fields, layout: str) -> Quantization:
 
 
 def _either(fields: Fields, *names: str) -> str:
-    """The one of several spellings that is there, the first where none is."""
+    """Of several spellings, the name that is present; the first name if none is."""
     return next((name for name in names if fields.has(name)), names[0])
 
 
 def _group(fields: Fields, name: str) -> int:
-    """Inputs of a group; 0 for -1, which says that all inputs share a scale."""
+    """Inputs per group. 0 for -1, which means that all inputs share a scale."""
     size = fields.integer(name, minimum=-1)
     if size == -1:
         return 0
@@ -186,7 +192,7 @@ def _group(fields: Fields, name: str) -> int:
 
 
 def _block(fields: Fields, name: str) -> tuple[int, int] | None:
-    """Outputs and inputs of a block, [128, 128] or "128x128"; None where absent."""
+    """Outputs and inputs per block, from [128, 128] or "128x128". None if absent."""
     value = fields.raw(name)
     if value is None:
         return None
@@ -202,7 +208,7 @@ def _block(fields: Fields, name: str) -> tuple[int, int] | None:
 
 
 def _names(fields: Fields, name: str) -> None:
-    """A list of modules, or of patterns, or nothing."""
+    """Raises UserError unless the field is a list of modules or patterns, or absent."""
     value: Any = fields.raw(name)
     if value is not None and not (
         isinstance(value, list) and all(isinstance(item, str) for item in value)

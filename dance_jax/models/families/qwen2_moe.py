@@ -18,7 +18,7 @@ NAMES = Names(shared="mlp.shared_expert")
 
 
 def read(fields: Fields, **given: Any) -> ModelConfig:
-    """config.json to the model."""
+    """Reads config.json."""
     head = common.head_dim_of(fields)
     mixer = common.grouped_attention(
         fields,
@@ -38,10 +38,10 @@ def read(fields: Fields, **given: Any) -> ModelConfig:
 
 
 def router(fields: Fields, normalise: bool = False) -> RouterConfig:
-    """Qwen's router.
+    """Qwen's router: softmax over all experts.
 
     Args:
-        normalise: norm_topk_prob where it is absent.
+        normalise: default of norm_topk_prob.
     """
     experts = common.num_experts(fields, "num_experts", "num_local_experts")
     normalise = fields.boolean("norm_topk_prob", normalise)
@@ -49,7 +49,7 @@ def router(fields: Fields, normalise: bool = False) -> RouterConfig:
 
 
 def _windows(fields: Fields, mixer: GroupedAttention) -> list[GroupedAttention]:
-    """Every other layer of the first max_window_layers has a window, where windows are used."""
+    """One mixer per layer: with windows, every other one of the first max_window_layers slides."""
     count = fields.integer("num_hidden_layers")
     kinds = fields.strings("layer_types", count, (common.FULL, common.SLIDING))
     fields.ignore("sliding_window", "max_window_layers")

@@ -1,4 +1,4 @@
-"""Qwen3-MoE (arXiv 2505.09388): GQA with norms of each head, dense layers in any pattern."""
+"""Qwen3-MoE (arXiv 2505.09388): GQA with a norm per head, dense layers in any pattern."""
 
 from typing import Any
 
@@ -9,8 +9,8 @@ from dance_jax.models.families.qwen2_moe import router
 
 
 def read(fields: Fields, **given: Any) -> ModelConfig:
-    """config.json to the model."""
-    # Qwen3-Coder repeats what all models of the family are.
+    """Reads config.json."""
+    # Qwen3-Coder repeats constants of the family.
     fields.constant("qkv_bias", False)
     fields.constant("use_qk_norm", True)
     fields.constant("shared_expert_intermediate_size", 0)

@@ -9,12 +9,12 @@ from dance_jax.models.families import common
 from dance_jax.models.families.fields import Fields
 from dance_jax.models.families.qwen2_moe import router
 
-#: Of the convolution: a block of prefill, 32 tokens, must hold all before a token.
+#: Maximum width of the convolution: a prefill block of 32 tokens must hold all positions it reads.
 MOST_POSITIONS = 32
 
 
 def read(fields: Fields, **given: Any) -> ModelConfig:
-    """config.json to the model."""
+    """Reads config.json."""
     fields.constant("attn_output_gate", True)
     fields.constant("mamba_ssm_dtype", "float32")
     fields.constant("use_sliding_window", False)
@@ -31,7 +31,7 @@ def read(fields: Fields, **given: Any) -> ModelConfig:
     )
     delta = _delta(fields)
     mixers = [delta if kind == common.LINEAR else attention for kind in _kinds(fields)]
-    # Qwen3.5 joins experts and splits the delta net's projections.
+    # Qwen3.5 stores all experts in one tensor, and the delta net's projections separately.
     names = Names(shared="mlp.shared_expert", experts_as="joined", ignored=(r"mtp\.",))
     if given["family"] == "qwen3_next":
         names = dataclasses.replace(names, experts_as="single", joined_delta=True)
@@ -48,7 +48,7 @@ def read(fields: Fields, **given: Any) -> ModelConfig:
 
 
 def _kinds(fields: Fields) -> list[str]:
-    """Kind of each layer's mixer."""
+    """The kind of each layer's mixer."""
     count = fields.integer("num_hidden_layers")
     interval = fields.integer("full_attention_interval", 4)
     kinds = fields.strings("layer_types", count, (common.FULL, common.LINEAR))

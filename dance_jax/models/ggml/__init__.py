@@ -1,1 +1,1 @@
-"""Models in GGUF files, the format of llama.cpp: read as if they were Hugging Face directories."""
+"""Reads models in GGUF files, the format of llama.cpp, as if they were Hugging Face directories."""

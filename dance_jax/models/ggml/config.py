@@ -1,4 +1,4 @@
-"""A GGUF file's metadata as the config.json it came from, by architecture."""
+"""Converts a GGUF file's metadata to the config.json it came from, by architecture."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from dance_jax.models.families.common import FULL, LINEAR
 from dance_jax.models.families.fields import Fields
 from dance_jax.models.ggml.header import Header
 
-#: Groups of experts, and how many a token chooses from, of files older than the keys for them: by
-#: number of experts, DeepSeek-V2's and V3's.
+#: (n_group, topk_group) by number of experts, for files older than the keys for them: those of
+#: DeepSeek-V2 and DeepSeek-V3.
 _GROUPS = {160: (8, 3), 256: (8, 4)}
 _SOFTMAX, _SIGMOID, _CHOSEN = 1, 2, 3
 
 
 def config_fields(parts: list[Header]) -> dict[str, Any]:
-    """The fields of config.json.
+    """The fields of config.json for a GGUF model.
 
     Args:
-        parts: of `header.read_parts`.
+        parts: result of `header.read_parts`.
 
     Raises:
         UserError: the architecture is not supported, or a key is missing or unknown.
@@ -37,13 +37,13 @@ def config_fields(parts: list[Header]) -> dict[str, Any]:
 
 
 def more_layers(parts: list[Header]) -> range:
-    """Numbers of the layers behind the last one, which predict more tokens than the next."""
+    """Indices of the multi-token prediction layers, which follow the model's last layer."""
     fields = _fields(parts)
     return range(_layers(fields), fields.integer("block_count"))
 
 
 def _fields(parts: list[Header]) -> Fields:
-    """The architecture's own keys, without its name."""
+    """The metadata keys of the architecture, with the architecture's prefix removed."""
     metadata, path = parts[0].metadata, parts[0].path
     architecture = metadata.get("general.architecture")
     if architecture not in _ARCHITECTURES:
@@ -53,22 +53,22 @@ def _fields(parts: list[Header]) -> Fields:
         )
     prefix = f"{architecture}."
     own = {
-        key.removeprefix(prefix): _alike(value)
+        key.removeprefix(prefix): _single_value(value)
         for key, value in metadata.items()
         if key.startswith(prefix)
     }
     return Fields(own, f"{path}: {architecture}")
 
 
-def _alike(value: Any) -> Any:
-    """One number for a list of equal ones: what is given layer by layer, and the same in all."""
+def _single_value(value: Any) -> Any:
+    """One value for a list of equal values: a per-layer key that is the same in all layers."""
     if isinstance(value, list) and value and all(each == value[0] for each in value):
         return value[0]
     return value
 
 
 def _common(fields: Fields, metadata: dict[str, Any], tensors: Collection[str]) -> dict[str, Any]:
-    """What all families have."""
+    """The config fields that all families have."""
     layers = _layers(fields)
     heads = fields.integer("attention.head_count")
     tokens = metadata.get("tokenizer.ggml.tokens") or []
@@ -93,16 +93,19 @@ def _common(fields: Fields, metadata: dict[str, Any], tensors: Collection[str]) 
 
 
 def _layers(fields: Fields) -> int:
-    """Layers without those behind the last, which predict more tokens than the next."""
+    """Number of layers, without the multi-token prediction layers behind the last one."""
     count = fields.integer("block_count")
     layers = count - fields.integer("nextn_predict_layers", 0, minimum=0)
     if layers < 1:
-        raise UserError(f"{fields.where}: nextn_predict_layers leaves none of {count} layers")
+        raise UserError(
+            f"{fields.where}: nextn_predict_layers {count - layers} leaves none of the {count} "
+            "layers of block_count"
+        )
     return layers
 
 
 def _rope_scaling(fields: Fields) -> dict[str, Any] | None:
-    """Context extension; None where there is none."""
+    """The `rope_scaling` object of config.json. None if the context is not extended."""
     kind = fields.choice("rope.scaling.type", "none", ("none", "linear", "yarn"))
     names = {
         "factor": "factor",
@@ -133,7 +136,7 @@ def _experts(fields: Fields) -> int:
 
 
 def _head_dim(fields: Fields) -> int:
-    """Width of a head, of queries, keys and values alike."""
+    """Head width, which must be the same for queries, keys and values."""
     hidden, heads = fields.integer("embedding_length"), fields.integer("attention.head_count")
     rotated = fields.integer("rope.dimension_count", hidden // heads)
     width = fields.integer("attention.key_length", rotated)
@@ -151,8 +154,8 @@ def _fully_rotated_head(fields: Fields) -> int:
     return width
 
 
-def _scored(fields: Fields, kind: int) -> None:
-    """Raises UserError unless the router's scores are of a kind, where it is given."""
+def _require_score_function(fields: Fields, kind: int) -> None:
+    """Raises UserError if the file gives a router score function other than `kind`."""
     fields.constant("expert_gating_func", kind)
 
 
@@ -161,7 +164,7 @@ def _has(tensors: Collection[str], leaf: str) -> bool:
 
 
 def _qwen3moe(fields: Fields, tensors: Collection[str]) -> dict[str, Any]:
-    _scored(fields, _SOFTMAX)
+    _require_score_function(fields, _SOFTMAX)
     fields.constant("expert_weights_norm", True)
     return {
         "model_type": "qwen3_moe",
@@ -175,7 +178,7 @@ def _qwen3moe(fields: Fields, tensors: Collection[str]) -> dict[str, Any]:
 
 
 def _qwen2moe(fields: Fields, tensors: Collection[str]) -> dict[str, Any]:
-    _scored(fields, _SOFTMAX)
+    _require_score_function(fields, _SOFTMAX)
     fields.constant("expert_weights_norm", False)
     fields.ignore("expert_shared_count")
     return {
@@ -191,10 +194,10 @@ def _qwen2moe(fields: Fields, tensors: Collection[str]) -> dict[str, Any]:
 
 
 def _qwen3next(fields: Fields, tensors: Collection[str]) -> dict[str, Any]:
-    """Delta nets in most layers."""
-    _scored(fields, _SOFTMAX)
+    """Qwen3-Next: gated delta nets in most layers."""
+    _require_score_function(fields, _SOFTMAX)
     fields.constant("expert_weights_norm", True)
-    # Positions of a picture; those of text are all equal.
+    # Position sections for images; a text token has the same position in all sections.
     fields.ignore("rope.dimension_sections", "expert_shared_count")
     width, heads = _head_dim(fields), fields.integer("ssm.time_step_rank")
     found = {
@@ -225,7 +228,7 @@ def _qwen35moe(fields: Fields, tensors: Collection[str]) -> dict[str, Any]:
 
 
 def _olmoe(fields: Fields, tensors: Collection[str]) -> dict[str, Any]:
-    _scored(fields, _SOFTMAX)
+    _require_score_function(fields, _SOFTMAX)
     fields.constant("expert_weights_norm", False)
     width = fields.integer("feed_forward_length")
     fields.agrees("expert_feed_forward_length", width)
@@ -241,7 +244,7 @@ def _olmoe(fields: Fields, tensors: Collection[str]) -> dict[str, Any]:
 
 
 def _llama(fields: Fields, tensors: Collection[str]) -> dict[str, Any]:
-    _scored(fields, _SOFTMAX)
+    _require_score_function(fields, _SOFTMAX)
     experts = _experts(fields)
     width = fields.integer("feed_forward_length")
     fields.agrees("expert_feed_forward_length", width)
@@ -255,13 +258,13 @@ def _llama(fields: Fields, tensors: Collection[str]) -> dict[str, Any]:
 
 
 def _gpt_oss(fields: Fields, tensors: Collection[str]) -> dict[str, Any]:
-    _scored(fields, _CHOSEN)
+    _require_score_function(fields, _CHOSEN)
     fields.constant("attention.sliding_window_pattern", 2)
     fields.ignore("feed_forward_length")
     scaling = _rope_scaling(fields)
     return {
         "model_type": "gpt_oss",
-        # What the model was trained with; GGUF has no key for it.
+        # The value the model was trained with; GGUF has no key for it.
         "rope_scaling": scaling and scaling | {"truncate": False},
         "head_dim": _fully_rotated_head(fields),
         "num_local_experts": _experts(fields),
@@ -271,7 +274,7 @@ def _gpt_oss(fields: Fields, tensors: Collection[str]) -> dict[str, Any]:
 
 
 def _minimax_m2(fields: Fields, tensors: Collection[str]) -> dict[str, Any]:
-    _scored(fields, _SIGMOID)
+    _require_score_function(fields, _SIGMOID)
     width = _head_dim(fields)
     fields.ignore("feed_forward_length")
     return {
@@ -284,7 +287,7 @@ def _minimax_m2(fields: Fields, tensors: Collection[str]) -> dict[str, Any]:
 
 
 def _glm4moe(fields: Fields, tensors: Collection[str]) -> dict[str, Any]:
-    _scored(fields, _SIGMOID)
+    _require_score_function(fields, _SIGMOID)
     width = _head_dim(fields)
     fields.ignore("rope.dimension_sections")
     return {
@@ -298,7 +301,8 @@ def _glm4moe(fields: Fields, tensors: Collection[str]) -> dict[str, Any]:
 
 
 def _deepseek2(fields: Fields, tensors: Collection[str]) -> dict[str, Any]:
-    """V2 and V3, which differ in the router; files may have keys and values apart (`names`)."""
+    """DeepSeek-V2 and V3, which differ in the router. Keys and values of latents may be stored
+    separately (see `names`)."""
     corrected = any(".exp_probs_b" in name for name in tensors)
     scored = fields.choice(
         "expert_gating_func", _SIGMOID if corrected else _SOFTMAX, (_SOFTMAX, _SIGMOID)
@@ -313,14 +317,14 @@ def _deepseek2(fields: Fields, tensors: Collection[str]) -> dict[str, Any]:
         fields.integer(f"attention.{part}_length" + ("_mla" if apart else ""))
         for part in ("key", "value")
     )
-    if apart:  # what attention over latents sees
+    if apart:  # key_length and value_length then describe the latents
         rank = fields.integer("attention.kv_lora_rank")
         fields.agrees("attention.key_length", rank + rope_width)
         fields.agrees("attention.value_length", rank)
     scaling = _rope_scaling(fields)
     multiplier = fields.number("rope.scaling.yarn_log_multiplier", 0.0)
     if scaling and multiplier:
-        # The file has a tenth of mscale_all_dim; mscale is the same in all published models.
+        # The file stores mscale_all_dim / 10; mscale equals mscale_all_dim in all published models.
         all_dim = round(10 * multiplier, 6)
         scaling |= {"mscale": all_dim, "mscale_all_dim": all_dim}
     return {
@@ -337,10 +341,10 @@ def _deepseek2(fields: Fields, tensors: Collection[str]) -> dict[str, Any]:
 
 
 def _deepseek_experts(fields: Fields, groups: tuple[int, int]) -> dict[str, Any]:
-    """Router and feed-forward of DeepSeek and GLM.
+    """Router and feed-forward fields of DeepSeek and GLM.
 
     Args:
-        groups: of experts, and how many are chosen from, where the file has no keys for them.
+        groups: (n_group, topk_group) to use if the file has no keys for them.
     """
     return {
         "n_routed_experts": _experts(fields),
@@ -372,8 +376,8 @@ _ARCHITECTURES: dict[str, Callable[[Fields, Collection[str]], dict[str, Any]]] =
 def token_fields(path: pathlib.Path, metadata: dict[str, Any]) -> dict[str, Any]:
     """The fields of generation_config.json: all tokens that end an answer.
 
-    A file names one or more of them; others that end a turn are recognised by their text, as
-    llama.cpp does.
+    A file names one or more of these tokens. Other end-of-turn tokens are recognised by their text,
+    as llama.cpp does.
     """
     tokens = metadata.get("tokenizer.ggml.tokens") or []
     kinds = metadata.get("tokenizer.ggml.token_type") or []
@@ -390,7 +394,7 @@ def token_fields(path: pathlib.Path, metadata: dict[str, Any]) -> dict[str, Any]
     return {"eos_token_id": ends} if ends else {}
 
 
-#: Special tokens that end an answer whatever the model.
+#: Texts of special tokens that end an answer in any model.
 _ENDS = frozenset(
     [
         "<|call|>",

@@ -1,8 +1,8 @@
-"""Reads the headers of GGUF files: metadata, and where each tensor's bytes are. Without JAX.
+"""Reads the headers of GGUF files: metadata and the position of each tensor's bytes. Without JAX.
 
-The `gguf` package's own reader makes several arrays for each of a vocabulary's strings, which takes
-seconds and half a gigabyte; every process that reads a tokenizer would pay for it. Its tables of
-types are used.
+The `gguf` package's own reader makes several arrays for each string of the vocabulary, which takes
+seconds and half a gigabyte in every process that reads a tokenizer. This module uses only the
+package's tables of types.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from typing import Any
 from dance_jax.config import UserError
 
 SUFFIX = ".gguf"
-#: Names of the files of a model in several: number from 1, and how many there are.
+#: Names of the files of a split model: the file's number, from 1, and the number of files.
 _SPLIT = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
 
-#: By number of a value's type: how it is unpacked.
+#: `struct` format character by number of the value type.
 _SCALARS = {
     0: "B",
     1: "b",
@@ -43,28 +43,28 @@ _STRING, _ARRAY = 8, 9
 _LENGTH = struct.Struct("<Q")
 _VERSIONS = (2, 3)
 _ALIGNMENT = 32
-#: Bytes at either end of a tensor that tell files apart.
+#: Bytes hashed at either end of each tensor by `content_hash`.
 _SAMPLE = 256
 _WHOLE_BELOW = 1 << 27
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where a tensor's bytes are."""
+    """Where a tensor's bytes are in a file."""
 
     file: pathlib.Path
     #: ggml's name of the type, e.g. "Q4_K".
     kind: str
-    #: As numpy orders it, the axis of the inputs last.
+    #: In numpy's order: the input axis is last.
     shape: tuple[int, ...]
-    #: Byte of the file at which the tensor begins.
+    #: Offset of the tensor's first byte in the file.
     offset: int
     size: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """What a GGUF file says of itself."""
+    """The content of a GGUF file's header."""
 
     path: pathlib.Path
     metadata: dict[str, Any]
@@ -74,10 +74,10 @@ class Header:
 
 
 def read_parts(path: pathlib.Path) -> list[Header]:
-    """The headers of a model's file or, if it is one of several, of all of them in order.
+    """The headers of a model's file. For a split model, the headers of all its files in order.
 
     Raises:
-        UserError: a file is missing, truncated or no GGUF file.
+        UserError: a file is missing, truncated or not a GGUF file.
     """
     header = read_header(path)
     count = header.metadata.get("split.count", 1)
@@ -127,7 +127,7 @@ def read_header(path: pathlib.Path) -> Header:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size < 24:
-                raise UserError(f"{path}: truncated: {size} bytes are no GGUF file")
+                raise UserError(f"{path}: truncated: {size} bytes are too few for a GGUF file")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 return _header(path, _Cursor(data))
     except OSError as error:
@@ -142,7 +142,7 @@ def read_header(path: pathlib.Path) -> Header:
 
 def _header(path: pathlib.Path, cursor: _Cursor) -> Header:
     if cursor.data[:4] != b"GGUF":
-        raise UserError(f"{path}: no GGUF file: it begins with {cursor.data[:4]!r}")
+        raise UserError(f"{path}: not a GGUF file: the file begins with {cursor.data[:4]!r}")
     cursor.at = 4
     version = cursor.number("I")
     if version not in _VERSIONS:
@@ -170,13 +170,13 @@ def _header(path: pathlib.Path, cursor: _Cursor) -> Header:
 
 
 def _type(path: pathlib.Path, name: str, shape: tuple[int, ...], number: int) -> tuple[str, int]:
-    """Name of a tensor's type, and its bytes."""
+    """Name of a tensor's type, and the tensor's size in bytes."""
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
     try:
         kind = GGMLQuantizationType(number)
     except ValueError:
-        raise UserError(f"{path}: {name} has type {number}, which is not known") from None
+        raise UserError(f"{path}: {name} has unknown type number {number}") from None
     weights, size = GGML_QUANT_SIZES[kind]
     if not shape or shape[-1] % weights:
         raise UserError(
@@ -186,7 +186,7 @@ def _type(path: pathlib.Path, name: str, shape: tuple[int, ...], number: int) ->
 
 
 class _Cursor:
-    """Reads one value after the other. Beyond the end it raises struct.error."""
+    """Reads values one after the other. Raises struct.error beyond the end of the data."""
 
     def __init__(self, data: mmap.mmap):
         self.data = data
@@ -203,7 +203,7 @@ class _Cursor:
         begin = self.at + 8
         end = begin + length
         if end > len(self.data):
-            raise struct.error("a text goes beyond the end")
+            raise struct.error("a string extends beyond the end of the file")
         self.at = end
         return self.data[begin:end].decode()
 
@@ -223,7 +223,7 @@ class _Cursor:
         return list(values)
 
     def tensor(self) -> tuple[str, tuple[int, ...], int, int]:
-        """Name, shape, number of the type, and offset in the data, of a tensor."""
+        """Name, shape, type number, and offset in the data section of the next tensor."""
         name, axes = self.text(), self.number("I")
         shape = tuple(self.number("Q") for _ in range(axes))
         return name, shape[::-1], self.number("I"), self.number("Q")
@@ -235,7 +235,7 @@ def _form(code: str) -> struct.Struct:
 
 
 def _shortest(value: float) -> float:
-    """The number with the fewest digits that is `value` in float32: 1e-6, not 9.99999997e-7."""
+    """The number with the fewest digits that equals `value` in float32: 1e-6, not 9.99999997e-7."""
     if math.isfinite(value):
         for digits in range(1, 10):
             short = float(f"{value:.{digits}g}")
@@ -245,7 +245,7 @@ def _shortest(value: float) -> float:
 
 
 def content_hash(header: Header) -> bytes:
-    """SHA-256 that tells files apart; of large ones the header and the ends of every tensor."""
+    """SHA-256 that identifies a file; of large files, only the header and each tensor's ends."""
     digest = hashlib.sha256()
     with header.path.open("rb") as file:
         if os.fstat(file.fileno()).st_size < _WHOLE_BELOW:

@@ -1,7 +1,7 @@
-"""The types of GGUF's weights, and the formats of ours that hold them.
+"""The weight types of GGUF, and the `WeightFormat` that holds each of them.
 
 Blocks are as ggml defines them: a row of a matrix, one output, is cut into blocks of 32 or 256
-inputs. The formats below hold a block's weights exactly, but for the types of `NOT_EXACT`.
+inputs. The formats below hold a block's weights exactly, except for the types in `NOT_EXACT`.
 """
 
 from __future__ import annotations
@@ -13,32 +13,32 @@ import numpy as np
 
 from dance_jax.models.formats import FLOATS, TABLES, Matrix, WeightFormat
 
-#: Codes of blocks [n, weights] (0..15 for four-bit formats), scales and perhaps offsets
+#: Codes of blocks [n, weights] (0..15 for four-bit formats), scales and optionally offsets, each
 #: [n, groups].
 Unpacked = tuple[np.ndarray, ...]
-#: Weights that are unpacked at a time.
+#: Number of weights that are unpacked at a time.
 _CHUNK = 1 << 22
 
 
 @dataclasses.dataclass(frozen=True)
 class BlockType:
-    """A type of blocks."""
+    """A GGUF block type."""
 
-    #: Weights and bytes of a block.
+    #: Weights per block, and bytes per block.
     weights: int
     size: int
     format: WeightFormat
-    #: Of blocks, uint8 [n, size].
+    #: Unpacks blocks, uint8 [n, size].
     unpack: Callable[[np.ndarray], Unpacked]
 
     @property
     def bits(self) -> float:
-        """Bits of a weight in the file."""
+        """Bits per weight in the file."""
         return 8 * self.size / self.weights
 
     @property
     def our_bits(self) -> float:
-        """Bits of a weight in our format."""
+        """Bits per weight in our format."""
         return 8 * self.format.bytes(256, 8) / (256 * 8)
 
 
@@ -53,7 +53,7 @@ def _wide(blocks: np.ndarray, at: int) -> np.ndarray:
 
 
 def _bits(data: np.ndarray, width: int, shifts: Sequence[int], mask: int) -> np.ndarray:
-    """uint8 [n, weights]: of every `width` bytes first the lowest bits, then those shifted."""
+    """uint8 [n, weights]: for every `width` bytes, first the lowest bits, then the shifted ones."""
     parts = data.reshape(len(data), -1, 1, width) >> np.array(shifts, np.uint8)[:, None]
     return (parts & np.uint8(mask)).reshape(len(data), -1)
 
@@ -76,7 +76,7 @@ def _q4_1(blocks: np.ndarray) -> Unpacked:
 
 
 def _fifth(blocks: np.ndarray, at: int) -> np.ndarray:
-    """Codes 0..31: their highest bits, 4 bytes, then the others, 16 bytes."""
+    """Codes 0..31 of five bits: 4 bytes with the highest bits, then 16 bytes with the low bits."""
     high = np.unpackbits(blocks[:, at : at + 4], axis=1, bitorder="little")
     return _nibbles(blocks[:, at + 4 :], 16) | high << 4
 
@@ -90,7 +90,7 @@ def _q5_1(blocks: np.ndarray) -> Unpacked:
 
 
 def _mxfp4(blocks: np.ndarray) -> Unpacked:
-    # ggml's table of values is doubled and its scale halved: together e2m1.
+    # ggml doubles the table of values and halves the scale; together they give e2m1.
     return _nibbles(blocks[:, 1:], 16), blocks[:, :1]
 
 
@@ -108,7 +108,7 @@ def _q3_k(blocks: np.ndarray) -> Unpacked:
 
 
 def _scales_k(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Scale and offset, float32 [n, 8], of Q4_K and Q5_K: of six bits each, times halves."""
+    """Scale and offset, float32 [n, 8], of Q4_K and Q5_K: six bits each, times a float16."""
     first, second, third = (blocks[:, at : at + 4] for at in (4, 8, 12))
     scale = np.concatenate([first & 63, (third & 15) | (first >> 6 << 4)], axis=1)
     least = np.concatenate([second & 63, (third >> 4) | (second >> 6 << 4)], axis=1)
@@ -132,8 +132,8 @@ def _q6_k(blocks: np.ndarray) -> Unpacked:
     return codes.view(np.int8) - np.int8(32), scale
 
 
-#: Types of weights in blocks. Groups of ours are ggml's, and each product of two of its numbers is
-#: one float32.
+#: Types that store weights in blocks. Our groups are ggml's groups. Each product of two of ggml's
+#: numbers is stored as one float32.
 KINDS = {
     "Q4_0": BlockType(32, 18, WeightFormat("int4", 32, "float16"), _q4_0),
     "Q4_1": BlockType(32, 20, WeightFormat("int4", 32, "float32", True), _q4_1),
@@ -147,20 +147,20 @@ KINDS = {
     "Q5_K": BlockType(256, 176, WeightFormat("int8", 32, "float32", True), _q5_k),
     "Q6_K": BlockType(256, 210, WeightFormat("int8", 16, "float32"), _q6_k),
 }
-#: Types of which a weight's offset is 8 scales above ggml's, because our codes begin at -8: the sum
-#: is rounded to float32 once, so a weight may differ by that rounding.
+#: Types whose offset is 8 scales above ggml's offset, because our codes begin at -8. That sum is
+#: rounded to float32 once, so a weight may differ by this rounding.
 NOT_EXACT = ("Q4_1", "Q4_K")
-#: Types of values without blocks.
+#: Types that store plain values, without blocks.
 PLAIN = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def format_of(kind: str) -> WeightFormat:
-    """The format that holds a type of GGUF; KeyError where there is none."""
+    """The format that holds a GGUF type. Raises KeyError for an unsupported type."""
     return WeightFormat(PLAIN[kind]) if kind in PLAIN else KINDS[kind].format
 
 
 def decode(kind: str, data: np.ndarray, shape: tuple[int, int]) -> Matrix:
-    """The matrix [in, out] of stored rows.
+    """Decodes stored rows to the matrix [in, out].
 
     Args:
         data: uint8, the bytes of all rows.
@@ -187,13 +187,13 @@ def decode(kind: str, data: np.ndarray, shape: tuple[int, int]) -> Matrix:
 
 
 def _words(codes_oi: np.ndarray) -> np.ndarray:
-    """uint32 [out, in / 8] of codes 0..15, the lowest bits the first input's."""
+    """uint32 [out, in / 8] of codes 0..15; the first input's code is in the lowest bits."""
     pairs = codes_oi[:, 0::2] | codes_oi[:, 1::2] << 4
     return np.ascontiguousarray(pairs).view("<u4")
 
 
 def values(kind: str, data: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """What stored rows are worth: float32 [out, in], or the type of `PLAIN`."""
+    """The values of stored rows: float32 [out, in], or the type that `PLAIN` gives."""
     if kind in PLAIN:
         return data.view(FLOATS[PLAIN[kind]]).reshape(shape)
     rows, d_in = shape

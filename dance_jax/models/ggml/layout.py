@@ -1,4 +1,4 @@
-"""What llama.cpp changes of a checkpoint's tensors, undone: shapes, order of rows, values."""
+"""Undoes what llama.cpp changes in a checkpoint's tensors: shapes, order of rows, values."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from dance_jax.models.ggml.tensors import GgufTensor
 
 
 def unchanged(tensor: GgufTensor, leaf: str, config: ModelConfig) -> GgufTensor:
-    """A layer's tensor as Hugging Face has it.
+    """A layer's tensor as Hugging Face stores it.
 
     Args:
-        leaf: its name within the layer, e.g. "attn_q.weight".
+        leaf: the tensor's name within the layer, e.g. "attn_q.weight".
     """
     if config.family == "mixtral" and leaf in _PAIRED:
         return _paired(tensor, leaf, config)
@@ -26,14 +26,18 @@ def unchanged(tensor: GgufTensor, leaf: str, config: ModelConfig) -> GgufTensor:
     delta = _delta(config)
     if delta is None or leaf not in _DELTA:
         return tensor
-    # Qwen3.5's value heads are stored with those of one key head apart, Qwen3-Next's side by side.
+    # Qwen3.5 stores all first value heads of the key heads, then all second ones, and so on.
+    # Qwen3-Next stores the value heads of a key head side by side.
     tiled = config.family == "qwen3_5_moe_text"
     return _DELTA[leaf](tensor, delta, _value_heads(delta) if tiled else _in_order(delta))
 
 
 def strengths_and_decays(tensor: GgufTensor, config: ModelConfig) -> dict[str, GgufTensor]:
-    """Qwen3-Next's ssm_ba, whose rows are grouped by key head, as two projections; nothing of
-    other models."""
+    """Splits Qwen3-Next's ssm_ba, whose rows are grouped by key head, into two projections.
+
+    Returns:
+        An empty dict for models without delta nets.
+    """
     delta = _delta(config)
     if delta is None:
         return {}
@@ -51,23 +55,23 @@ _PAIRED = ("attn_q.weight", "attn_k.weight")
 
 
 def _paired(tensor: GgufTensor, leaf: str, config: ModelConfig) -> GgufTensor:
-    """Of every head the rows that turn together are stored side by side."""
+    """Undoes the pairing of a head's rows: rows that rotate together are stored side by side."""
     mixer = config.layers[0].mixer
     assert isinstance(mixer, GroupedAttention)
     heads = mixer.num_heads if leaf == "attn_q.weight" else mixer.num_kv_heads
-    if tensor.shape[0] != heads * mixer.head_dim:  # reported with all wrong shapes
+    if tensor.shape[0] != heads * mixer.head_dim:  # reported later with all wrong shapes
         return tensor
     rows = np.arange(tensor.shape[0]).reshape(heads, -1, 2)
     return dataclasses.replace(tensor, rows=rows.swapaxes(1, 2).reshape(-1))
 
 
 def _less_one(values: np.ndarray) -> np.ndarray:
-    """A factor that is stored as what it multiplies by, and used as 1 + w."""
+    """w of a norm's factor: GGUF stores the factor 1 + w, the model uses w."""
     return values - np.float32(1)
 
 
 def _log_of_negative(values: np.ndarray) -> np.ndarray:
-    """A_log of -exp(A_log)."""
+    """A_log from the stored value -exp(A_log)."""
     return np.log(-values)
 
 
@@ -77,7 +81,7 @@ def _delta(config: ModelConfig) -> DeltaNet | None:
 
 
 def _value_heads(delta: DeltaNet) -> np.ndarray:
-    """Where each value head is stored: the first ones of all key heads, then the second ones."""
+    """Where each value head is stored: the first one of every key head, then the second ones."""
     heads = np.arange(delta.num_value_heads).reshape(-1, delta.num_key_heads)
     return heads.T.reshape(-1)
 
@@ -87,7 +91,7 @@ def _in_order(delta: DeltaNet) -> np.ndarray:
 
 
 def _rows(heads: np.ndarray, width: int, before: int = 0) -> np.ndarray:
-    """Rows of heads so wide, behind rows that stay."""
+    """Row indices of `heads`, each `width` rows wide, after `before` rows that keep their place."""
     own = (heads[:, None] * width + np.arange(width)).reshape(-1)
     return np.concatenate([np.arange(before), before + own])
 
@@ -119,7 +123,7 @@ def _decay(tensor: GgufTensor, delta: DeltaNet, heads: np.ndarray) -> GgufTensor
     return dataclasses.replace(tensor, rows=heads, change=_log_of_negative)
 
 
-#: Tensors of the delta net whose value heads may be in another order.
+#: How to restore each delta net tensor whose value heads may be stored in another order.
 _DELTA: dict[str, Callable[[GgufTensor, DeltaNet, np.ndarray], GgufTensor]] = {
     "attn_qkv.weight": _qkv,
     "attn_gate.weight": _gate,

@@ -1,4 +1,4 @@
-"""A model in GGUF files, opened like a Hugging Face directory."""
+"""Opens a model in GGUF files like a Hugging Face directory."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from dance_jax.models.ggml.side_files import gguf_config
 from dance_jax.models.ggml.tensors import GgufTensor
 from dance_jax.models.hf import HFDirectory
 
-#: Tensors named in a message.
+#: Maximum number of tensors named in a message.
 _LISTED = 8
 
 
 class GGUFModel(HFDirectory):
-    """An opened file, or all files of a model in several; `path` is the first one.
+    """An opened GGUF file, or all files of a split model; `path` is the first file.
 
-    Tensors have Hugging Face's names, shapes and order of rows, and experts are single ones.
+    Tensors have Hugging Face's names, shapes and row order. Each expert is a tensor of its own.
 
     Raises:
         UserError: a file is missing or truncated, the architecture or a type of tensors is not
@@ -53,7 +53,7 @@ class GGUFModel(HFDirectory):
         self._check([])
 
     def _stored(self) -> dict[str, GgufTensor]:
-        """All tensors under their own names."""
+        """All tensors under the names they have in the files."""
         found: dict[str, GgufTensor] = {}
         for part in self._parts:
             for name, place in part.tensors.items():
@@ -71,8 +71,10 @@ class GGUFModel(HFDirectory):
         return found
 
     def fingerprint(self) -> str:
-        """Hash (hex) of weights and of what the metadata become; the same wherever the files
-        lie."""
+        """Hash (hex) of the weights and of the side files made from the metadata.
+
+        The hash does not depend on where the files are.
+        """
         digest = hashlib.sha256()
         for name, content in sorted(side_files(self.path).items()):
             digest.update(name.encode() + hashlib.sha256(content).digest())
@@ -81,7 +83,7 @@ class GGUFModel(HFDirectory):
         return digest.hexdigest()
 
     def report(self) -> str:
-        """What each type of weights becomes, a line each, and what is left out."""
+        """One line for each weight type and the format it becomes, then what is left out."""
         lines = [_kind_report(kind, size) for kind, size in self.kinds.items()]
         return "\n".join([*lines, *filter(None, [self.left_out_report()])])
 
@@ -94,7 +96,7 @@ def _bytes_by_kind(tensors: dict[str, GgufTensor]) -> dict[str, int]:
 
 
 def _kind_report(kind: str, size: int) -> str:
-    """One line on a type of weights."""
+    """One report line about a weight type."""
     stored = f"{kind}: {size / 1e9:.3g} GB"
     if kind in PLAIN:
         return f"{stored}, {PLAIN[kind]}"
@@ -113,6 +115,6 @@ def open_source(path: str | pathlib.Path, scales: bool = True) -> HFDirectory:
         scales: see `HFDirectory`.
 
     Raises:
-        UserError: as `GGUFModel` and `HFDirectory`.
+        UserError: see `GGUFModel` and `HFDirectory`.
     """
     return GGUFModel(path) if is_gguf(path) else HFDirectory(path, scales)

@@ -1,4 +1,4 @@
-"""llama.cpp's names of tensors, as Hugging Face's."""
+"""Maps llama.cpp's tensor names to Hugging Face's."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _OUTER = {
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
-#: Modules within a layer; their tensors are .weight and .bias on both sides. In braces: names of
-#: `config.Names`.
+#: Modules within a layer; both sides name a module's tensors .weight and .bias. Names in braces are
+#: fields of `config.Names`.
 _MODULES = {
     "attn_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
@@ -51,7 +51,7 @@ _MODULES = {
     "ffn_down_shexp": "{shared}.down_proj",
     "ffn_gate_inp_shexp": "{shared_gate}",
 }
-#: Tensors within a layer whose names have other endings.
+#: Tensors within a layer that do not follow the module naming.
 _TENSORS = {
     "attn_sinks.weight": "self_attn.sinks",
     "ssm_a": "linear_attn.A_log",
@@ -60,14 +60,14 @@ _TENSORS = {
     "exp_probs_b": "{correction}",
 }
 _LAYER = re.compile(r"blk\.(?P<layer>\d+)\.(?P<leaf>.+)")
-#: Experts of a layer in one tensor [e, ...], or one by one as files of early Mixtrals have them.
+#: All experts of a layer in one tensor [e, ...], or one tensor each as in early Mixtral files.
 _JOINED = re.compile(r"ffn_(?P<part>gate_up|gate|up|down)_exps\.(?P<end>weight|bias)")
 _SINGLE = re.compile(r"ffn_(?P<part>gate|up|down)\.(?P<expert>\d+)\.(?P<end>weight)")
 _PARTS: tuple[str, ...] = ("gate", "up", "down")
 
 
 def renamed(tensors: dict[str, GgufTensor], config: ModelConfig, where: str) -> dict[str, Tensor]:
-    """The tensors under the names of `ModelConfig.names`, experts one by one.
+    """The tensors under the names of `ModelConfig.names`, one tensor per expert.
 
     Raises:
         UserError: a name is unknown.
@@ -95,12 +95,12 @@ def renamed(tensors: dict[str, GgufTensor], config: ModelConfig, where: str) -> 
     return found
 
 
-#: Of DeepSeek's keys and values of latents, in files from 2025 on.
+#: The two tensors of DeepSeek's kv_b_proj, which files from 2025 on store separately.
 _HALVES = ("attn_k_b.weight", "attn_v_b.weight")
 
 
 def _latent_heads(layer: str, tensors: dict[str, GgufTensor]) -> Iterator[tuple[str, LatentHeads]]:
-    """Both halves of a layer's keys and values as one tensor; nothing if one is missing."""
+    """Both halves of a layer's kv_b_proj as one tensor. Yields nothing if a half is missing."""
     both = [tensors.get(f"blk.{layer}.{half}") for half in _HALVES]
     if both[0] is None or both[1] is None:
         return
@@ -116,9 +116,9 @@ def _latent_heads(layer: str, tensors: dict[str, GgufTensor]) -> Iterator[tuple[
 def _layer(
     place: re.Match[str], tensor: GgufTensor, config: ModelConfig
 ) -> Iterator[tuple[str, GgufTensor]]:
-    """What one stored tensor of a layer becomes; nothing if its name is unknown."""
+    """The tensors that one stored tensor of a layer becomes. Yields nothing for an unknown name."""
     leaf, source = place["leaf"], f"model.layers.{place['layer']}"
-    if int(place["layer"]) >= config.num_layers:  # predicts more tokens; never read
+    if int(place["layer"]) >= config.num_layers:  # multi-token prediction layer; never read
         yield f"{source}.{leaf}", tensor
     elif match := _JOINED.fullmatch(leaf) or _SINGLE.fullmatch(leaf):
         yield from _experts(match, tensor, config, f"{source}.{config.names.experts}")
@@ -136,7 +136,7 @@ def _layer(
 def _experts(
     match: re.Match[str], tensor: GgufTensor, config: ModelConfig, source: str
 ) -> Iterator[tuple[str, GgufTensor]]:
-    """A projection of all experts of a layer, cut by offset, or of one."""
+    """The tensors of single experts: slices of a tensor of all experts, or one expert's tensor."""
     part, end = match["part"], match["end"]
     projections = dict(zip(_PARTS, config.names.projections, strict=True))
     if match.re is _SINGLE:
@@ -145,8 +145,8 @@ def _experts(
     count = config.num_experts
     if tensor.shape[0] != count:
         raise UserError(
-            f"{tensor.file}: {match.string} is {list(tensor.shape)}, not [{count}, ...]: there are "
-            f"{count} experts"
+            f"{tensor.file}: {match.string} is {list(tensor.shape)}, not [{count}, ...]: the model "
+            f"has {count} experts"
         )
     for expert in range(count):
         own = tensor.part(expert, count).without_first_axis()

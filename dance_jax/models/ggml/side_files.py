@@ -1,4 +1,4 @@
-"""What a GGUF file's metadata says, as the small files of a Hugging Face directory."""
+"""Converts a GGUF file's metadata to the small files of a Hugging Face directory."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from dance_jax.models.ggml.tokenizer import tokenizer_files
 
 
 def gguf_config(parts: list[Header]) -> ModelConfig:
-    """The model that the metadata describe.
+    """The model configuration that the metadata describe.
 
     Args:
-        parts: of `header.read_parts`.
+        parts: result of `header.read_parts`.
 
     Raises:
-        UserError: it is not supported.
+        UserError: the model is not supported.
     """
     path = parts[0].path
     generation = token_fields(path, parts[0].metadata)
@@ -29,10 +29,10 @@ def gguf_config(parts: list[Header]) -> ModelConfig:
 
 
 def gguf_side_files(path: pathlib.Path) -> dict[str, bytes]:
-    """The content of config.json, the tokenizer's files and the chat template, by name.
+    """The content of config.json, the tokenizer files and the chat template, by file name.
 
     Raises:
-        UserError: the model is not supported, or the file truncated.
+        UserError: the model is not supported, or the file is truncated.
     """
     parts = read_parts(path)
     metadata = parts[0].metadata

@@ -1,4 +1,4 @@
-"""Tensors of GGUF files, with the shape and the order of rows that Hugging Face has."""
+"""Tensors of GGUF files, with Hugging Face's shapes and row order."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from dance_jax.models.ggml.kinds import KINDS, PLAIN, decode, format_of, values
 
 @dataclasses.dataclass(frozen=True)
 class GgufTensor:
-    """A tensor in blocks; only its own bytes are read."""
+    """A stored tensor. Reading it reads only its own bytes."""
 
     file: pathlib.Path
     #: ggml's name of the type, e.g. "Q4_K".
     kind: str
     #: [..., out, in]
     shape: tuple[int, ...]
-    #: Byte of the file at which the tensor begins.
+    #: Offset of the tensor's first byte in the file.
     offset: int
     size: int
-    #: In the file, where it is another one.
+    #: Shape in the file, if it differs from `shape`.
     stored: tuple[int, ...] = ()
-    #: Where each row of a matrix, or each number of a vector, is stored; None: in order.
+    #: Where each row of a matrix, or each number of a vector, is stored. None if in order.
     rows: np.ndarray | None = None
-    #: Where each input is stored.
+    #: Where each input is stored. None if in order.
     inputs: np.ndarray | None = None
-    #: Applied to values without blocks.
+    #: Applied to the values after reading; only for types without blocks.
     change: Callable[[np.ndarray], np.ndarray] | None = None
 
     @staticmethod
@@ -43,17 +43,17 @@ class GgufTensor:
 
     @property
     def is_float(self) -> bool:
-        """True if the type is one that weights can have here."""
+        """True if weights of this type are supported."""
         return self.kind in PLAIN or self.kind in KINDS
 
     @property
     def format(self) -> WeightFormat:
-        """Of `matrix`; only where `is_float`."""
+        """Format of `matrix`; only valid if `is_float`."""
         form = format_of(self.kind)
         return form if self._whole(form.group or 1) else WeightFormat("float32")
 
     def _whole(self, unit: int) -> bool:
-        """Whether groups of so many inputs stay together."""
+        """Whether `inputs` keeps every group of `unit` inputs together."""
         if self.inputs is None:
             return True
         if len(self.inputs) % unit:
@@ -69,11 +69,11 @@ class GgufTensor:
         return dataclasses.replace(self, shape=shape, offset=self.offset + index * size, size=size)
 
     def without_first_axis(self) -> GgufTensor:
-        """The same bytes for a shape that begins with 1."""
+        """The same bytes without the first axis, which must have length 1."""
         return dataclasses.replace(self, shape=self.shape[1:])
 
     def matrix(self, inputs_first: bool = False) -> Matrix:
-        """The weights [in, out] of a tensor [out, in], in `format`; no file has [in, out]."""
+        """The weights of a tensor [out, in] as [in, out], in `format`; no file has [in, out]."""
         assert not inputs_first
         if self.change or not self._whole(format_of(self.kind).group or 1):
             return Matrix.of(self.read().T)
@@ -85,13 +85,13 @@ class GgufTensor:
         return found if self.rows is None else found.outputs(self.rows)
 
     def _moved(self, array: np.ndarray) -> np.ndarray:
-        """Rows of an array, each of some inputs, in the order of `inputs`."""
+        """The rows of an array in the order of `inputs`; each row covers several inputs."""
         assert self.inputs is not None
         unit = len(self.inputs) // len(array)
         return array[self.inputs[::unit] // unit]
 
     def read(self) -> np.ndarray:
-        """The weights as float32, of types without blocks as they are stored."""
+        """The weights: the stored type for types without blocks, float32 for all others."""
         stored = self.stored or self.shape
         found = values(self.kind, self._bytes(), (math.prod(stored[:-1]), stored[-1]))
         found = found.reshape(stored)
@@ -105,17 +105,19 @@ class GgufTensor:
     def _bytes(self) -> np.ndarray:
         found = np.fromfile(self.file, np.uint8, self.size, offset=self.offset)
         if len(found) < self.size:
-            raise UserError(f"{self.file}: truncated: it ends within a tensor; download it again")
+            raise UserError(
+                f"{self.file}: truncated: the file ends within a tensor; download it again"
+            )
         return found
 
 
 @dataclasses.dataclass(frozen=True)
 class LatentHeads:
-    """DeepSeek's kv_b_proj [heads * (nope + value), rank] of a file that has its halves apart."""
+    """DeepSeek's kv_b_proj [heads * (nope + value), rank], stored in two halves."""
 
-    #: [heads, rank, nope]: the keys' half, transposed.
+    #: The keys' half, transposed: [heads, rank, nope].
     keys: GgufTensor
-    #: [heads, value, rank]
+    #: The values' half: [heads, value, rank].
     values: GgufTensor
 
     @property
@@ -142,7 +144,7 @@ class LatentHeads:
 
     @property
     def format(self) -> WeightFormat:
-        """Floats: groups of the keys' half run along another axis."""
+        """A float format, because the groups of the keys' half run along another axis."""
         kinds = (self.keys.kind, self.values.kind)
         if not all(kind in PLAIN for kind in kinds):
             return WeightFormat("bfloat16")
@@ -154,7 +156,7 @@ class LatentHeads:
         return Matrix.of(self.read().T)
 
     def read(self) -> np.ndarray:
-        """The weights as floats."""
+        """The weights as floats of `shape`."""
         halves = [self.keys.read().transpose(0, 2, 1), self.values.read()]
         if halves[0].dtype != halves[1].dtype:
             halves = [half.astype(np.float32) for half in halves]

@@ -1,4 +1,4 @@
-"""A GGUF file's vocabulary as tokenizer.json and tokenizer_config.json."""
+"""Converts a GGUF file's vocabulary to tokenizer.json and tokenizer_config.json."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ _KEY = "tokenizer.ggml."
 
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _SPACES = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-#: Words, then numbers of so many digits, then other characters.
+#: Splits words, then numbers of a given count of digits, then other characters.
 _WORDS = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*" + _SPACES
 
 
 def _cased(less: str = "") -> str:
-    """As _WORDS with three digits, but a word ends where lower case becomes upper case.
+    """Like _WORDS with three digits, but a word also ends where lower case becomes upper case.
 
     Args:
-        less: what is no letter here, for a class of characters.
+        less: characters to exclude from the letters, as part of a character class.
     """
     upper, lower = (
         rf"[{case}\p{{Lm}}\p{{Lo}}\p{{M}}{less}]" for case in (r"\p{Lu}\p{Lt}", r"\p{Ll}")
@@ -30,7 +30,7 @@ def _cased(less: str = "") -> str:
     return rf"{before}{upper}*{lower}+{end}|{before}{upper}+{lower}*{end}|\p{{N}}{{1,3}}"
 
 
-#: Letters that DeepSeek-LLM's tokenizer takes for words, range by range.
+#: Ranges of letters that form words in DeepSeek-LLM's tokenizer.
 _LETTERS = (
     "A-Za-z\u00b5\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u01ba\u01bc-\u01bf\u01c4-\u0293\u0295-\u02af"
     "\u0370-\u0373\u0376\u0377\u037b-\u037d\u037f\u0386\u0388-\u038a\u038c\u038e-\u03a1"
@@ -52,21 +52,21 @@ _CHINESE_JAPANESE = "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+"
 
 @dataclasses.dataclass(frozen=True)
 class _Words:
-    """How a text is cut before pairs are merged, and what else the name of that implies."""
+    """How text is split before pairs are merged, and other settings implied by the split's name."""
 
-    #: Regular expressions, applied one after the other; none: GPT-2's, which `tokenizers` has.
+    #: Regular expressions, applied one after the other. Empty for GPT-2's, built into `tokenizers`.
     patterns: tuple[str, ...] = ()
-    #: Characters are composed first (NFC).
+    #: Characters are composed (NFC) before the split.
     composed: bool = False
-    #: A word that is a token is not made of pairs.
+    #: A word that is itself a token is used whole, without merging pairs.
     whole: bool = False
-    #: A text begins with the first token where the file does not say.
+    #: Text begins with the BOS token unless the file says otherwise.
     begins: bool = False
 
 
 _GPT2 = _Words()
 _QWEN2 = _Words((_WORDS % "",), composed=True)
-#: As Qwen2's, but marks are parts of words.
+#: Like Qwen2's, but combining marks are parts of words.
 _MARKED = (
     (_WORDS % "")
     .replace(r"?\p{L}+", r"?[\p{L}\p{M}]+")
@@ -74,7 +74,7 @@ _MARKED = (
 )
 _LLAMA3 = _Words((_WORDS % "{1,3}",), whole=True, begins=True)
 _GPT4O = _Words((_cased() + r"| ?[^\s\p{L}\p{N}]+[\r\n/]*" + _SPACES,))
-#: By tokenizer.ggml.pre.
+#: Splits by the value of tokenizer.ggml.pre.
 _PRE = {
     "chatglm-bpe": _Words((_WORDS % "{1,3}",)),
     "deepseek-coder": _Words(("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _ASIAN, r"\p{N}")),
@@ -116,13 +116,13 @@ _PRE = {
 
 
 def tokenizer_files(metadata: dict[str, Any], path: pathlib.Path) -> dict[str, Any]:
-    """Content of tokenizer.json and tokenizer_config.json.
+    """The content of tokenizer.json and tokenizer_config.json.
 
     Args:
-        path: for messages.
+        path: the file's path, for messages.
 
     Raises:
-        UserError: a key is missing, or its value not supported.
+        UserError: a key is missing, or its value is not supported.
     """
     vocabulary = _Vocabulary(metadata, path)
     kind = vocabulary.get("model")
@@ -144,7 +144,7 @@ def tokenizer_files(metadata: dict[str, Any], path: pathlib.Path) -> dict[str, A
 
 
 class _Vocabulary:
-    """The vocabulary's part of the metadata."""
+    """The vocabulary keys of the metadata."""
 
     def __init__(self, metadata: dict[str, Any], path: pathlib.Path):
         self._metadata = metadata
@@ -157,11 +157,11 @@ class _Vocabulary:
             )
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The value of a key."""
+        """The value of a vocabulary key."""
         return self._metadata.get(_KEY + key, default)
 
     def list(self, key: str, required: bool = True) -> list[Any]:
-        """The list of a key; empty where it is missing and not required."""
+        """The list under a key. Empty if the key is missing and not required."""
         value = self.get(key)
         if isinstance(value, list) and value:
             return value
@@ -172,7 +172,7 @@ class _Vocabulary:
         return []
 
     def numbers(self) -> dict[str, int]:
-        """Token by text, without the ones that fill the embedding up."""
+        """Token ids by text, without the unused tokens that pad the embedding."""
         return {
             text: number
             for number, (text, kind) in enumerate(zip(self.texts, self.kinds, strict=True))
@@ -180,7 +180,7 @@ class _Vocabulary:
         }
 
     def special(self, name: str) -> str | None:
-        """Text of a special token; None where the file names none."""
+        """Text of a special token. None if the file does not name the token."""
         number = self.get(f"{name}_token_id")
         if number is None:
             return None
@@ -192,7 +192,7 @@ class _Vocabulary:
         return self.texts[number]
 
     def added(self) -> list[dict[str, Any]]:
-        """Tokens that are found in a text before it is cut into words."""
+        """Tokens that are matched in the text before it is split into words."""
         return [
             {
                 "id": number,
@@ -208,7 +208,7 @@ class _Vocabulary:
         ]
 
     def words(self) -> _Words:
-        """How a text is cut."""
+        """How text is split."""
         name = self.get("pre", "default")
         if name not in _PRE:
             raise UserError(
@@ -218,7 +218,7 @@ class _Vocabulary:
 
 
 def _byte_pairs(vocabulary: _Vocabulary) -> dict[str, Any]:
-    """GPT-2's kind: bytes as printable characters, and a list of pairs to merge."""
+    """A GPT-2-style BPE tokenizer: bytes as printable characters, and a list of pairs to merge."""
     words = vocabulary.words()
     splits = [
         {
@@ -246,7 +246,7 @@ def _byte_pairs(vocabulary: _Vocabulary) -> dict[str, Any]:
 
 
 def _sentence_pieces(vocabulary: _Vocabulary) -> dict[str, Any]:
-    """SentencePiece's byte pairs: the best pair is the one whose token has the highest score."""
+    """A SentencePiece BPE tokenizer: the pair whose token has the highest score is merged first."""
     numbers = vocabulary.numbers()
     scores = vocabulary.list("scores")
     if len(scores) != len(vocabulary.texts):
@@ -300,12 +300,12 @@ def _model(vocab: dict[str, int], merges: list[list[str]], **more: Any) -> dict[
     }
 
 
-#: By tokenizer.ggml.model.
+#: Tokenizer builders by the value of tokenizer.ggml.model.
 _MODELS = {"gpt2": _byte_pairs, "llama": _sentence_pieces}
 
 
 def _settings(vocabulary: _Vocabulary, kind: str) -> dict[str, Any]:
-    """tokenizer_config.json."""
+    """The content of tokenizer_config.json."""
     begins = kind == "llama" or vocabulary.words().begins
     settings: dict[str, Any] = {
         "add_bos_token": vocabulary.get("add_bos_token", begins),

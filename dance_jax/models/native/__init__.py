@@ -1,8 +1,8 @@
-"""The C++ library beside this file: products, experts, calls between servers, on CPUs.
+"""The C++ library for CPUs: matrix products, experts, calls between servers.
 
-A wheel has the library for each set of instructions (CMakeLists.txt). A checkout builds one for its
-own processor, at installation by `python -m dance_jax.models.native` or else on first use. The
-library is registered with XLA; where it cannot be built, XLA's own operations serve, slower.
+A wheel has the library compiled for each instruction set (CMakeLists.txt). A checkout compiles it
+for this machine, at installation by `python -m dance_jax.models.native` or else on first use. The
+library is registered with XLA. Without it XLA's own operations run instead, more slowly.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from dance_jax.cache import processor
 log = logging.getLogger(__name__)
 
 _HERE = pathlib.Path(__file__).parent
-#: Where an installation has built the library.
+#: The folder in which an installation builds the library.
 INSTALLED = _HERE
-#: Custom calls of the library; XLA knows them by the same names.
+#: Custom calls of the library, registered with XLA under `target(name)`.
 _HANDLERS = (
     "Linear",
     "Columns",
@@ -48,7 +48,7 @@ _HANDLERS = (
     "SiblingsGather",
     "SiblingsSum",
 )
-#: What is compiled for one set of instructions or several.
+#: The source file that is compiled once for each instruction set.
 _PRODUCT = "product.cc"
 _FLAGS = ("-std=c++20", "-O3", "-fPIC", "-w", "-ffp-contract=off")
 _BUILD_TIMEOUT_S = 120
@@ -56,15 +56,15 @@ _library: ctypes.CDLL | None = None
 
 
 class Instructions(NamedTuple):
-    """A set of a processor's instructions for which product.cc is compiled."""
+    """An instruction set for which product.cc is compiled."""
 
     name: str
-    #: What /proc/cpuinfo must list.
+    #: Flags that /proc/cpuinfo must list.
     needs: tuple[str, ...]
     flags: tuple[str, ...]
 
 
-#: The best first.
+#: Best first.
 INSTRUCTIONS = (
     Instructions(
         "avx512",
@@ -75,13 +75,13 @@ INSTRUCTIONS = (
         ),
     ),
     Instructions("avx2", ("avx2", "fma", "f16c"), ("-mavx2", "-mfma", "-mf16c")),
-    # The optimiser takes three times as long for it on x86-64, where hardly a machine needs it.
+    # On x86-64 the optimiser takes three times as long for this set, and few machines need it.
     Instructions("portable", (), ("-O1",) if platform.machine() == "x86_64" else ()),
 )
 
 
 def usable_instructions() -> list[Instructions]:
-    """Those that this machine has."""
+    """The instruction sets that this machine supports, best first."""
     found: set[str] = set()
     if platform.machine() == "x86_64":
         with contextlib.suppress(OSError):
@@ -90,25 +90,29 @@ def usable_instructions() -> list[Instructions]:
 
 
 def prebuilt() -> pathlib.Path | None:
-    """The library of a wheel for this processor; None in a checkout."""
+    """Path of the wheel's library for this processor; None in a checkout."""
     libraries = (INSTALLED / f"native-{each.name}.so" for each in usable_instructions())
     return next((path for path in libraries if path.exists()), None)
 
 
 def build(directory: pathlib.Path) -> pathlib.Path | None:
-    """The library, compiled into `directory` with $CXX (default: c++) if there is none yet.
+    """Compiles the library into `directory` with $CXX (default: c++), unless it exists.
 
-    A library that the wheel or the installation brought is used where it lies. Where several
-    processes want the library at once, one compiles and the others wait for it.
+    A library that the wheel or the installation brought is used in place. If several processes need
+    the library at the same time, one compiles and the others wait.
 
     Returns:
-        None, and the reason in the log, when it cannot be compiled.
+        Path of the library. None if compiling fails; the log then gives the reason.
     """
     if (found := prebuilt()) is not None:
         return found
     compiler = _compiler()
     if shutil.which(compiler[0]) is None:
-        log.warning("no C++ compiler (%s): products run slower; install one", compiler[0])
+        log.warning(
+            "no C++ compiler (%s): XLA's own operations run instead, more slowly; install a "
+            "compiler or set CXX",
+            compiler[0],
+        )
         return None
     best = usable_instructions()[:1]
     sources = [path.read_bytes() for path in sorted(_HERE.glob("*.[ch]*"))]
@@ -123,10 +127,16 @@ def build(directory: pathlib.Path) -> pathlib.Path | None:
             if not library.exists():
                 _compile(library, [*_HERE.glob("*.cc")], best)
     except subprocess.CalledProcessError as error:
-        log.warning("products run slower, %s failed: %s", compiler[0], error.stderr.strip()[-500:])
+        log.warning(
+            "the native library was not built, so XLA's slower operations run: %s failed: %s",
+            compiler[0],
+            error.stderr.strip()[-500:],
+        )
         return None
     except (OSError, subprocess.TimeoutExpired) as error:
-        log.warning("products run slower: %s", error)
+        log.warning(
+            "the native library could not be built, so XLA's slower operations run: %s", error
+        )
         return None
     return library
 
@@ -137,7 +147,7 @@ def _compiler() -> list[str]:
 
 @contextlib.contextmanager
 def _lock(directory: pathlib.Path) -> Iterator[None]:
-    """Among the processes of this machine; it ends with the process, however that ends."""
+    """Locks `directory` among the processes of this machine. The lock ends with its process."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -149,7 +159,7 @@ def _lock(directory: pathlib.Path) -> Iterator[None]:
 def _compile(
     library: pathlib.Path, sources: Sequence[pathlib.Path], instructions: Sequence[Instructions]
 ) -> None:
-    """Compiles sources at the same time, _PRODUCT for each set of instructions, and links them."""
+    """Compiles all sources in parallel, _PRODUCT once per instruction set, and links them."""
     compiler = _compiler()
     with tempfile.TemporaryDirectory(dir=library.parent, prefix="build-") as folder:
         include = f"-I{jax.ffi.include_dir()}"
@@ -181,12 +191,12 @@ def _run(command: list[str]) -> None:
 
 
 def register(library: str | os.PathLike[str] | None, threads: int = 0) -> None:
-    """Makes the library usable in this process; None, what `build` gives on failure, does not.
+    """Makes the library usable in this process. Does nothing for None, a failed `build`.
 
-    Before the first step is traced, and once: a second library is not loaded.
+    Call before the first step is traced. Only the first library is loaded, later calls do nothing.
 
     Args:
-        threads: that share one call; 0: as many as there are cores for this process.
+        threads: number of threads that share one call. 0 for all cores of this process.
     """
     global _library
     if library is None or _library is not None:
@@ -194,7 +204,9 @@ def register(library: str | os.PathLike[str] | None, threads: int = 0) -> None:
     try:
         symbols = ctypes.CDLL(os.fspath(library))
     except OSError as error:
-        log.warning("products run slower: %s", error)
+        log.warning(
+            "the native library could not be loaded, so XLA's slower operations run: %s", error
+        )
         return
     for symbol in _HANDLERS:
         handler = jax.ffi.pycapsule(getattr(symbols, symbol))
@@ -204,38 +216,38 @@ def register(library: str | os.PathLike[str] | None, threads: int = 0) -> None:
 
 
 def set_threads(threads: int) -> None:
-    """How many threads share one call, said before the first; 0: as many as there are cores."""
+    """Sets how many threads share one call, before the first call. 0 for all cores."""
     if _library is not None:
         _library.ThreadsSet(ctypes.c_int64(threads or _cores()))
 
 
 def _cores() -> int:
-    """Cores that this process may use."""
+    """Number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def load(directory: pathlib.Path) -> None:
-    """`build` and `register`."""
+    """Builds and registers the library."""
     register(build(directory))
 
 
 def target(symbol: str) -> str:
-    """The name under which XLA knows a handler of the library."""
+    """The name under which a handler of the library is registered with XLA."""
     return f"dance_jax.{symbol}"
 
 
 def library() -> ctypes.CDLL | None:
-    """The library in use."""
+    """The library in use, or None."""
     return _library
 
 
 def registered() -> str:
-    """Name of the library in use, "" for none. Compiled steps depend on it."""
+    """File name of the library in use, "" if none. Compiled steps depend on the library."""
     return "" if _library is None else os.path.basename(_library._name)
 
 
 def usable() -> bool:
-    """Whether steps traced now may call the library."""
+    """Whether a step that is traced now may call the library."""
     return _library is not None and jax.default_backend() == "cpu"

@@ -1,6 +1,6 @@
 """Builds the library into the package: python -m dance_jax.models.native
 
-For an installation; without it the first start does so, into the cache.
+For installations. Without this command the first start builds the library, into the cache.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dance_jax.models import native
 
 
 def main() -> int:
-    """The command; succeeds without a compiler too, as the product works without the library."""
+    """Builds the library. Succeeds without a compiler too, because the library is optional."""
     logging.basicConfig(format="%(message)s")
     library = native.build(native.INSTALLED)
     if library is not None:

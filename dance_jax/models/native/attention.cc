@@ -1,8 +1,8 @@
-// Attention of a step's tokens over the paged cache on CPU (attention.py has its mathematics).
+// Attention of a step's tokens over the paged cache on CPU. attention.py defines the mathematics.
 //
-// A token's result depends on its own positions alone, in every bit: positions are taken in blocks
+// A token's result depends on its own positions alone, bit for bit: positions are processed in blocks
 // of 16 that begin at multiples of 16, whatever other tokens, rows or threads there are. Prefill and
-// decode are the same arithmetic.
+// decode use the same arithmetic.
 
 #include <vector>
 
@@ -16,12 +16,12 @@ namespace {
 
 using namespace dance::DANCE_ISA;
 
-// Heads that read an entry together, entries of a tile of scores, vectors of a tile of values.
+// Heads that read a cache entry together, entries per tile of scores, vectors per tile of values.
 constexpr int kQueries = 4, kEntries = 4, kVectors = 4;
-// Products (of a query and a key's float) that are worth waking a thread for.
+// Number of products (a query value times a key value) from which it pays to wake a thread.
 constexpr int64_t kWorthAThread = 1 << 17;
 
-// Tokens of one sequence, one after the other.
+// Consecutive tokens of one sequence.
 struct Row {
   int64_t token, start, length;
   const int32_t* table;
@@ -42,7 +42,7 @@ struct Attention {
   }
 };
 
-// scores[q][j] = scale * query q . key j, for Q queries and J keys from `first` on.
+// scores[q][j] = scale * query q . key j, for Q queries and the J keys from `first` on.
 template <int Q, int J, typename T>
 void Scores(const float* query, const T* const* keys, const Attention<T>& a, int first,
             float (*scores)[kLanes]) {
@@ -64,7 +64,7 @@ void Scores(const float* query, const T* const* keys, const Attention<T>& a, int
   }
 }
 
-// sums[q] = sums[q] * shrink[q] + the weighted values of entries [from, to), for C vectors.
+// sums[q] = sums[q] * shrink[q] + the weighted values of entries [from, to), for C vectors of outputs.
 template <int Q, int C, typename T>
 void Values(float* sums, int64_t width, int64_t at, const float* shrink, const T* const* values,
             const float (*weights)[kLanes], int from, int to) {
@@ -90,7 +90,7 @@ void Values(float* sums, int64_t width, int64_t at, const float* shrink, const T
   }
 }
 
-// Q heads of a key head of one token, from `head` on.
+// Attention of one token for Q query heads of one key head, from `head` on.
 template <int Q, typename T>
 void Attend(const Attention<T>& a, const Row& row, int64_t index, int64_t group, int64_t head) {
   const int64_t position = row.start + index;
@@ -143,10 +143,10 @@ void Attend(const Attention<T>& a, const Row& row, int64_t index, int64_t group,
   }
 }
 
-// All tokens of some rows, in parallel over rows, key heads and, where those are few, queries.
+// Attention of all tokens of some rows, in parallel over tokens, key heads and query heads.
 template <typename T>
 void AttendRows(const Attention<T>& a, const std::vector<Row>& rows) {
-  constexpr int64_t kTokens = 4;  // of a task
+  constexpr int64_t kTokens = 4;  // per task
   struct Task {
     const Row* row;
     int64_t index, group, head;
@@ -184,9 +184,9 @@ void AttendRows(const Attention<T>& a, const std::vector<Row>& rows) {
   }
 }
 
-// Writes the tokens' entries to the cache, then attends over it.
-//   cached: [1, blocks, size, width], and the cache in the same place.
-//   kinds: pairs of rows and tokens of each of them. length: tokens of a row that are no padding.
+// Writes the tokens' entries to the cache, then attends over the cache.
+//   cached: [1, blocks, size, width]; `cache` is the same buffer.
+//   kinds: pairs of (number of rows, tokens per row). length: tokens of a row without padding.
 template <ffi::DataType kType>
 ffi::Error WriteAndAttend(ffi::Span<const int64_t> kinds, float scale,
                           int64_t window, int64_t value_begin, ffi::Buffer<ffi::F32, 4> query,
@@ -199,7 +199,7 @@ ffi::Error WriteAndAttend(ffi::Span<const int64_t> kinds, float scale,
   const float* sink = nullptr;
   if (sinks.size() > 0) {
     const auto buffer = sinks.get<ffi::Buffer<ffi::F32, 2>>(0);
-    if (!buffer.has_value()) return ffi::Error::InvalidArgument("sinks: float32 [g, q] is expected");
+    if (!buffer.has_value()) return ffi::Error::InvalidArgument("sinks: expected float32 [g, q]");
     sink = buffer->typed_data();
   }
   Attention<T> a{query.typed_data(),
@@ -227,7 +227,7 @@ ffi::Error WriteAndAttend(ffi::Span<const int64_t> kinds, float scale,
         std::memcpy(a.Entry(rows.back(), rows.back().start + t), fresh_tw + (token + t) * a.width,
                     a.width * sizeof(T));
       }
-      // What padding gives is 0.
+      // The output of padding is 0.
       const int64_t floats = a.groups * a.queries * a.value_width;
       std::fill(a.out + (token + count) * floats, a.out + (token + kinds[kind + 1]) * floats, 0.0f);
     }

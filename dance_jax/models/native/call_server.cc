@@ -1,4 +1,4 @@
-// The calls for XLA, as a custom call, and for Python, as C functions.
+// Expert calls as XLA custom calls, and C functions of the call server for Python.
 
 #include <cstring>
 #include <algorithm>
@@ -107,7 +107,7 @@ namespace {
 std::mutex servers_mutex;
 std::map<int64_t, std::shared_ptr<CallServer>> call_servers;
 int64_t next_server = 1;
-// A device's caller is its server's number times this, and the device.
+// The number of a device's caller is its server's number times this, plus the device.
 constexpr int64_t kMostDevices = 1024;
 
 std::shared_ptr<CallServer> FindServer(int64_t number) {
@@ -120,21 +120,21 @@ using Rows = ffi::Buffer<ffi::F32, 2>;
 using Numbers = ffi::Buffer<ffi::S32, 2>;
 using Flags = ffi::Buffer<ffi::PRED, 1>;
 
-// The caller that a step names; null: there is none.
+// The caller that a step names. Null if there is no such caller.
 Caller* FindCaller(int64_t number, std::shared_ptr<CallServer>& server) {
   server = FindServer(number / kMostDevices);
   const int64_t device = number % kMostDevices;
   return server && device < server->devices() ? &server->caller(device) : nullptr;
 }
 
-// Sends calls for a group of a layer's rows, of which `first` come before it. then_out is `then`: what
-// is computed from it is computed once they are sent.
+// Sends calls for a group of a layer's rows, which follows `first` other rows. then_out is a copy of
+// `then`: computations on then_out start only after the calls are sent.
 ffi::Error SendCalls(int64_t first, ffi::Buffer<ffi::S32> caller, ffi::Buffer<ffi::S32> layer, Rows x,
                      Numbers expert, Rows weight, Flags valid, ffi::AnyBuffer then,
                      ffi::Result<ffi::AnyBuffer> then_out) {
   std::shared_ptr<CallServer> server;
   Caller* const own = FindCaller(caller.typed_data()[0], server);
-  if (own == nullptr) return ffi::Error::InvalidArgument("there is no such server of experts");
+  if (own == nullptr) return ffi::Error::InvalidArgument("no call server has this number");
   const CallSpec& spec = server->spec();
   const LayerRows rows{layer.typed_data()[0],   x.typed_data(),     expert.typed_data(),
                        weight.typed_data(),     valid.typed_data(), expert.dimensions()[0],
@@ -146,7 +146,7 @@ ffi::Error SendCalls(int64_t first, ffi::Buffer<ffi::S32> caller, ffi::Buffer<ff
       valid.dimensions()[0] != rows.t) {
     return ffi::Error::InvalidArgument("rows, experts, weights and flags differ in number");
   }
-  // Others would take such a call for nonsense, and end the connection.
+// The callees would reject such a call and close the connection.
   if (rows.t > spec.most_rows) {
     return ffi::Error::InvalidArgument("more rows than a call may have");
   }
@@ -155,13 +155,13 @@ ffi::Error SendCalls(int64_t first, ffi::Buffer<ffi::S32> caller, ffi::Buffer<ff
   return ffi::Error::Success();
 }
 
-// y = the weighted sums of the experts of each row of that group, wherever they are; and the rows that
-// have failed. `behind` has to be computed first.
+// y = the weighted sums of the experts of each row of a group, on whichever server the experts are.
+// failed: the rows that failed. The third argument only orders this call behind other computations.
 ffi::Error ReceiveSums(int64_t first, ffi::Buffer<ffi::S32> caller, ffi::AnyBuffer,
                        ffi::Result<Rows> y, ffi::Result<Flags> failed) {
   std::shared_ptr<CallServer> server;
   Caller* const own = FindCaller(caller.typed_data()[0], server);
-  if (own == nullptr) return ffi::Error::InvalidArgument("there is no such server of experts");
+  if (own == nullptr) return ffi::Error::InvalidArgument("no call server has this number");
   if (!own->Finish(first, y->typed_data(), failed->typed_data())) {
     return ffi::Error::InvalidArgument("no calls were sent for these rows");
   }
@@ -195,9 +195,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(ReceiveSums, dance::ReceiveSums,
 
 extern "C" {
 
-// A server whose devices have these pools: its number; 0: there is no such pool. numbers [8]: rank,
-// servers, layers, experts of a layer, kind of the wire, most rows of a call, ns until a call is
-// repeated, and until it fails. order [servers]: as it prefers to call them.
+// Creates a server whose devices have these pools. Returns its number, or 0 if a pool does not exist.
+// numbers [8]: rank, servers, layers, experts of a layer, kind of the wire, maximum rows of a call, ns
+// until a call is repeated, ns until a call fails. order [servers]: preferred order of callees.
 int64_t CallServerNew(const int64_t* numbers, const int32_t* order, int64_t devices,
                       const int64_t* pools) {
   std::vector<std::shared_ptr<dance::ExpertPool>> own;
@@ -220,14 +220,14 @@ int64_t CallServerNew(const int64_t* numbers, const int32_t* order, int64_t devi
   return dance::next_server++;
 }
 
-// It goes when the last call that it makes is done.
+// The server is destroyed when its last running call is done.
 void CallServerDelete(int64_t number) {
   const auto server = dance::FindServer(number);
   const std::lock_guard<std::mutex> lock(dance::servers_mutex);
   dance::call_servers.erase(number);
 }
 
-// resident [servers, layers, experts].
+// resident: [servers, layers, experts].
 void CallServerTable(int64_t number, int64_t version, const bool* resident) {
   if (const auto server = dance::FindServer(number)) server->SetTable(version, resident);
 }
@@ -244,7 +244,7 @@ void CallServerCancel(int64_t number) {
   if (const auto server = dance::FindServer(number)) server->Cancel();
 }
 
-// Connected, non-blocking sockets: one on which a device calls a peer, one on which a peer calls.
+// Connected, non-blocking sockets: Dial for calls of a device to a peer, Accept for calls of a peer.
 void CallServerDial(int64_t number, int64_t device, int peer, int fd) {
   if (const auto server = dance::FindServer(number)) server->caller(device).Dial(peer, fd);
 }
@@ -259,7 +259,7 @@ void CallServerSums(int64_t number, dance::CallSums* sums) {
   }
 }
 
-// counters [servers, PeerCounters::kCount]; rows [layers, servers] that went to each server.
+// counters [servers, PeerCounters::kCount]; rows [layers, servers]: rows sent to each server.
 void CallServerCounters(int64_t number, int64_t* counters, int64_t* rows) {
   const auto server = dance::FindServer(number);
   if (!server) return;
@@ -274,24 +274,25 @@ void CallServerCounters(int64_t number, int64_t* counters, int64_t* rows) {
   }
 }
 
-// Its calls carry the number of this step from here on.
+// The server's calls carry the number of this step from now on.
 void CallServerStep(int64_t number, int64_t step) {
   if (const auto server = dance::FindServer(number)) server->BeginStep(step);
 }
 
-// Records calls and layers from here on: so many of them until they are taken.
+// Starts to record calls and layers: at most `most` events until they are taken.
 void CallServerTrace(int64_t number, int64_t most) {
   if (const auto server = dance::FindServer(number)) server->StartTrace(most);
 }
 
-// Takes the oldest `most` events out: their number. lost: those that found no place since.
+// Takes out the oldest events, `most` at most, and returns their number. lost: events since the last
+// call that were dropped because the trace was full.
 int64_t CallServerTakeTrace(int64_t number, dance::TraceEvent* events, int64_t most, int64_t* lost) {
   const auto server = dance::FindServer(number);
   return server && server->trace() ? server->trace()->Take(events, most, lost) : 0;
 }
 
-// Servers [k] that are asked for a row's experts, for tests: masks [k] of up to 64 servers; order
-// [servers].
+// For tests: the servers [k] that are asked for a row's experts. masks [k]: holders of each expert, up
+// to 64 servers; order [servers].
 void ChooseServersForTest(int64_t k, const uint64_t* masks, int64_t servers, const int32_t* order,
                           int64_t* found) {
   std::vector<dance::Ranks> holders(masks, masks + k);

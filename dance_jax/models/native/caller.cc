@@ -8,18 +8,18 @@
 namespace dance {
 namespace {
 
-// A call is late after so many times what it was expected to take, and fails after so many.
+// A call is late after kLate times its expected duration, and fails after kFailed times.
 constexpr double kLate = 3, kFailed = 10;
-// How long a row waits for a table by which somebody has what others have refused.
+// How long pairs that were refused wait for a table that names another holder.
 constexpr int64_t kPatienceNs = 500'000'000;
-// How often a wait looks for a new table or connection.
+// How often `Wait` looks for new tables and connections: with and without pairs that have no holder.
 constexpr int64_t kLookNs = 5'000'000, kLookSeldomNs = 100'000'000;
-// Weight of the latest answer in a pace; bytes up to which an answer says how long a small one takes.
+// Weight of the latest answer in a pace; answers of at most kSmall bytes measure the base time.
 constexpr double kLearn = 0.2;
 constexpr size_t kSmall = 8192;
-// Bytes of rows that are worth a call of their own where there are more.
+// Minimum size of a group in bytes of rows, if the rows fill more than one group.
 constexpr size_t kGroupBytes = 64 * 1024;
-// Bits of a call's number beside the device.
+// Bits of a call's id below the device number.
 constexpr int kCallBits = 48;
 
 }  // namespace
@@ -41,7 +41,7 @@ std::vector<int> ChooseServers(const std::vector<Ranks>& holders, const std::vec
 }
 
 void Caller::Pace::Learn(size_t bytes, double s) {
-  // A server that stopped once is not slow from then on.
+  // The cap keeps one long stall from making a server look slow afterwards.
   s = std::min(s, kFailed * Expected(bytes));
   if (bytes <= kSmall) {
     base_s += kLearn * (s - base_s);
@@ -50,7 +50,7 @@ void Caller::Pace::Learn(size_t bytes, double s) {
   }
 }
 
-// No two devices' calls have the same number.
+// The device number in the ids makes the ids of all devices distinct.
 Caller::Caller(CallServer& server, int64_t device)
     : server_(server),
       device_(device),
@@ -73,7 +73,7 @@ void Caller::Adopt() {
     Forget(peer);
     line.channel = std::make_unique<Channel>(fd);
     line.suspect = false;
-    // What the old connection took along is lost.
+    // Parts that were sent on the old connection get no answer.
     for (size_t i = 0; i < parts_.size(); ++i) {
       const Part& part = parts_[i];
       const bool sent = part.state == Part::kWaiting && part.id != 0;
@@ -172,7 +172,7 @@ void Caller::Start(const LayerRows& rows, int64_t first) {
     }
   }
   Adopt();
-  // Late answers to earlier calls: whoever has sent all of them is asked again.
+  // Reads late answers to earlier calls, so that servers that have answered everything are asked again.
   Poll(0);
   group.parts = Place(missing, Ranks(), table.version, 0);
   CountAway(group);
@@ -215,7 +215,8 @@ bool Caller::Finish(int64_t first, float* y, bool* failed) {
   return true;
 }
 
-// A server's pairs in groups of whole rows. While it computes one, others are on the wire, both ways.
+// Splits a server's pairs into groups of whole rows: while the server computes one group, others are on
+// the wire in both directions.
 std::vector<std::vector<Caller::Pair>> Caller::Groups(const std::vector<Pair>& pairs) const {
   size_t rows = 0;
   for (size_t i = 0; i < pairs.size(); ++i) rows += i == 0 || pairs[i].row != pairs[i - 1].row;
@@ -270,7 +271,8 @@ std::vector<Caller::Part*> Caller::Place(const std::vector<Pair>& pairs, const R
   return placed;
 }
 
-// By a table that is not in force here yet, or as a table names what is not here.
+// For pairs that a table places on this server: a staged table that is not in force yet, or a table
+// that names an expert that is not here.
 void Caller::ComputeHere(Part& part) {
   const int64_t d = server_.spec().wire.d;
   const auto rows = static_cast<int64_t>(part.rows.size());
@@ -383,7 +385,7 @@ void Caller::Review(Part& part, int64_t now) {
     Line& line = lines_[part.peer];
     if (line.channel->closed()) Forget(part.peer);
     if (line.channel->closed() || (part.id == 0 && line.suspect)) {
-      // Nobody is waited for who may never come back.
+      // Do not wait: the peer may never come back.
       Lose(part);
     } else if (now >= part.fail_at) {
       line.suspect = true;
@@ -412,7 +414,8 @@ void Caller::Replace(Part& part, const std::vector<Pair>& missing, int64_t versi
   if (missing.empty()) return;
   tables_ = server_.tables();
   Ranks asked;
-  // When nobody was left, any server may have got them since, and is named by the newer tables.
+    // A part without a peer found no holder. Any server may have loaded the experts since; newer tables
+    // name it.
   if (part.peer >= 0) asked = Ranks(part.asked).set(part.peer);
   part.rest = Place(missing, asked, version, patience_ns);
 }
@@ -426,7 +429,7 @@ void Caller::Lose(Part& part) {
   }
 }
 
-// Asks others too, where all that is wanted has other holders.
+// Also asks other servers, if all experts of the part have other holders.
 void Caller::Repeat(Part& part) {
   part.repeated = true;
   lines_[part.peer].suspect = true;

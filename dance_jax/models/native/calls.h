@@ -1,10 +1,10 @@
-// Expert calls between servers that step on their own: a server's tokens at experts that others hold,
-// and the others' at its own.
+// Expert calls between servers that step independently. A server calls the servers that hold experts of
+// its tokens, and answers the calls of others for the experts that it holds.
 //
-// A call names experts, never slots, and asks for one sum of each row; it is pure, so it may be repeated
-// and answered by any holder. Every device of a server has a connection of its own to every other server
-// for its calls (`Caller`); those of the others are answered by one thread (`Answerer`), which makes no
-// call and waits for no step. So no two servers can wait for each other.
+// A call names experts, never slots, and asks for one sum per row. A call is pure, so it may be
+// repeated and answered by any holder. For its own calls, every device of a server has a connection
+// to every other server (`Caller`). One thread per server answers the calls of others (`Answerer`);
+// this thread makes no calls and waits for no step, so no two servers can wait for each other.
 
 #pragma once
 
@@ -31,7 +31,7 @@ constexpr int kMaxServers = 256;
 // A set of servers.
 using Ranks = std::bitset<kMaxServers>;
 
-// Who holds which expert, by one version of the placement.
+// Which servers hold which experts, according to one version of the placement.
 struct Table {
   int64_t version;
   int64_t experts;            // of a layer
@@ -42,57 +42,61 @@ struct Table {
   }
 };
 
-// What a server knows of the placement: the table in force, then those of the batches that it has
-// loaded and that may be in force elsewhere, in their order.
+// The placement tables that a server knows: the table in force, then in order the tables of batches of
+// moves that this server has loaded and that may already be in force on other servers.
 using Tables = std::vector<std::shared_ptr<const Table>>;
 
-// Experts of a layer, as far as they are on this server.
+// The experts of a layer that were looked up on this server.
 struct Held {
   std::vector<int32_t> experts;  // ascending
-  std::vector<ExpertPool::Holding> holdings;  // null: it is not here
+  std::vector<ExpertPool::Holding> holdings;  // null if the expert is not here
 
-  // An expert's place; -1: it is not here.
+  // Index of an expert, or -1 if the expert is not here.
   int32_t Place(int32_t expert) const;
 };
 
-// Groups of a layer's rows that go to a server one by one, each as a call.
+// The rows that a server is asked for are split into at most this many groups, one call each.
 constexpr size_t kMostGroups = 4;
-// Calls of one caller that a callee has not answered: one of each group, and a repeat of another's.
+// Maximum unanswered calls of one caller at one callee: one per group, and a repeat of another's call.
 constexpr size_t kMostUnanswered = kMostGroups + 1;
 
-// The server that is asked for each of a row's experts, -1 where nobody holds it: that with most of
-// them, then that with most of the others, as placement/visit.py has it. holders [k]; order: all servers, as the caller prefers
-// to call them.
+// The server to ask for each of a row's experts, or -1 if no server holds the expert. Greedy: the
+// server that holds most of the experts, then the server that holds most of the rest, and so on, as
+// in placement/visit.py. holders [k]; order: all servers, in the order in which the caller prefers
+// them.
 std::vector<int> ChooseServers(const std::vector<Ranks>& holders, const std::vector<int>& order);
 
-// What a server counts of a peer; all grow. As models/counters.py has it.
+// What a server counts per peer. All counters only grow. Same order as in models/counters.py.
 struct PeerCounters {
   enum Name {
-    kCalls,          // to it, repeats included
-    kRows,           // in them
-    kBytesSent,      // of calls to it and of answers to its own
+    kCalls,          // sent to the peer, repeats included
+    kRows,           // in these calls
+    kBytesSent,      // of calls to the peer and of answers to its calls
     kBytesReceived,
-    kRepeats,        // calls that went elsewhere as well, because its answer was late
-    kRefusals,       // calls of which it had not all experts
-    kLost,           // calls that its connection ended
-    kFailedRows,     // rows that have failed for want of an expert that it holds
-    kWaitedNs,       // from sending to the answer's arrival
-    kAnswered,       // its calls that were answered here
+    kRepeats,        // calls also sent to other servers, because the peer's answer was late
+    kRefusals,       // calls for which the peer did not have all experts
+    kLost,           // calls lost because the peer's connection ended
+    kFailedRows,     // rows that failed for lack of an expert that the peer holds
+    kWaitedNs,       // from sending a call to its answer's arrival
+    kAnswered,       // calls of the peer that were answered here
     kAnsweredRows,
-    kQueuedNs,       // that they waited for their turn
+    kQueuedNs,       // time that the peer's calls waited here for their turn
     kCount
   };
   std::array<std::atomic<int64_t>, kCount> value{};
 };
 
-// How long things took, as they add up over all calls and layers.
+// Totals over all calls and layers.
 struct CallSums {
-  double layers = 0, local_s = 0, waited_s = 0;  // of own steps: layers run, experts here, answers
-  // Layers of own steps of which any row has calls that leave this server, once in a step; these rows.
+  // Of own steps: layers run, seconds computing local experts, seconds waiting for answers.
+  double layers = 0, local_s = 0, waited_s = 0;
+  // Layers of own steps in which at least one row has calls to other servers, counted once per step;
+  // the number of these rows.
   double layers_waited = 0, rows_away = 0;
-  double served_s = 0, served_batches = 0;       // of the others' calls, several in one go perhaps
-  // Of answers: their number, seconds on the way, bytes there and back, and the products of these, for
-  // the line of seconds over bytes.
+  // Of the peers' calls: seconds computing, batches (a batch may answer several calls).
+  double served_s = 0, served_batches = 0;
+  // Of answers: number, seconds on the network, bytes both ways, and the products of these that a
+  // linear fit of seconds over bytes needs.
   double answers = 0, s = 0, bytes = 0, bytes_bytes = 0, bytes_s = 0, s_s = 0;
 };
 
@@ -100,39 +104,39 @@ struct CallSpec {
   int rank, servers;
   int64_t layers, experts;  // experts of each layer
   Wire wire;
-  uint32_t most_rows;  // of a call
-  // A call that is not answered for so long is sent to another holder as well; for so long, fails. Both
-  // are longer where calls are expected to take long.
+  uint32_t most_rows;  // maximum of a call
+  // Without an answer for repeat_ns a call is also sent to another holder; after fail_ns it fails. Both
+  // times are longer for calls that are expected to take long.
   int64_t repeat_ns, fail_ns;
-  std::vector<int> order;  // all servers, as this one prefers to call them
+  std::vector<int> order;  // all servers, in this server's order of preference
 };
 
 class CallServer;
 
-// Rows of a layer on one device: all, or a group of them.
+// Rows of a layer on one device: all rows, or a group of them.
 struct LayerRows {
   int64_t layer;
   const float* x;         // [t, d]
   const int32_t* expert;  // [t, k]
   const float* weight;    // [t, k]
-  const bool* valid;      // [t], false: the row is routed nowhere
+  const bool* valid;      // [t], false for a row without experts
   int64_t t, k;
 };
 
-// The calls of one device's steps. One thread at a time runs a layer; it may be another each time.
+// Makes the calls of one device's steps. One thread at a time runs a layer, not always the same thread.
 class Caller {
  public:
   Caller(CallServer& server, int64_t device);
   ~Caller();
 
-  // Takes over a connection to a peer, in place of the one before; from any thread.
+  // Adopts a connection to a peer in place of the previous connection. Thread-safe.
   void Dial(int peer, int fd);
-  // Sends calls for a group of a layer's rows, of which `first` come before it; the first group of all
-  // begins the layer.
+  // Sends calls for a group of a layer's rows, which follows `first` other rows. The group with
+  // `first` = 0 begins the layer.
   void Start(const LayerRows& rows, int64_t first);
-  // y [t, d] = the weighted sums of the experts of each row of that group, wherever they are: computes
-  // those that are here, and waits for the others. A row of which some are nowhere to be had has
-  // failed, and its sum is anything. False: no such group was started.
+  // y [t, d] = the weighted sums of the experts of each row of that group: computes the experts that
+  // are here and waits for the calls. failed[r] is true if no server answered for an expert of the row;
+  // its sum is then undefined. Returns false if no such group was started.
   bool Finish(int64_t first, float* y, bool* failed);
 
  private:
@@ -141,23 +145,23 @@ class Caller {
     uint16_t expert;
     float weight;
   };
-  // What is asked of one server.
+  // The pairs that one server is asked for.
   struct Part {
-    // Done: its sums are those of all its experts but for what `rest` asks others for.
+    // kDone: `sums` covers all pairs except those that `rest` asks other servers for.
     enum State { kWaiting, kDone, kLost, kNowhere, kFailed } state = kWaiting;
     int peer = -1;
-    uint64_t id = 0;             // 0: it is not sent yet
-    std::vector<Pair> pairs;     // row after row
+    uint64_t id = 0;             // 0 until the call is sent
+    std::vector<Pair> pairs;     // sorted by row
     std::vector<int32_t> rows;
-    std::shared_ptr<const Tables> tables;  // by which it was placed
-    Ranks asked;                 // for the same before
+    std::shared_ptr<const Tables> tables;  // tables that chose the peer
+    Ranks asked;                 // servers already asked for the same pairs
     int64_t repeat_at = 0, fail_at = 0;
     bool repeated = false;
     std::vector<float> sums;     // [rows, d]
     std::vector<Part*> rest;
-    std::vector<Part*> instead;  // parts that ask others for the same, as this one is late
+    std::vector<Part*> instead;  // ask other servers for the same pairs, because this part is late
   };
-  // How long a peer's answers take.
+  // How long a peer takes to answer.
   struct Pace {
     double base_s = 0.02, byte_s = 1e-6;
 
@@ -167,66 +171,66 @@ class Caller {
   struct Sent {
     uint64_t id;
     int64_t at;
-    size_t bytes;   // there and back
-    size_t queued;  // with those of the calls before it that were not answered
+    size_t bytes;   // both ways
+    size_t queued;  // `bytes` plus those of the earlier calls that were unanswered
     int64_t step, layer;
     int32_t rows;
   };
-  // Rows whose calls were sent together.
+  // Rows whose calls are sent together.
   struct Group {
     int64_t first, t, k;
-    Held held;                   // its experts that are here
-    std::vector<int32_t> local;  // [t, k]: their places, or -1
+    Held held;                   // the local experts of the group
+    std::vector<int32_t> local;  // [t, k]: indices in `held`, or -1
     std::vector<float> weights;  // [t, k]
-    std::vector<Part*> parts;    // for those that are not
+    std::vector<Part*> parts;    // for all other experts
     std::vector<char> failed;    // [t]
   };
   struct Line {
     std::unique_ptr<Channel> channel;
     std::vector<Sent> unanswered;
-    // An answer is late: it is asked no more until all that it owes have come.
+    // An answer is late: the peer gets no more calls until it has answered all of them.
     bool suspect = false;
     Pace pace;
   };
 
   void Adopt();
   std::vector<std::vector<Pair>> Groups(const std::vector<Pair>& pairs) const;
-  // Servers that may be asked, this one among them.
+  // Servers that may be asked, including this server.
   Ranks Usable() const;
-  // Those of `usable` to ask for an expert: by the newest table that is no newer than `version`, or
-  // else by the others, the next ones first.
+  // The servers of `usable` that hold an expert: by the newest table that is not newer than `version`.
+  // If that table names none: by older tables, then by newer ones, the nearest first.
   Ranks Holders(uint16_t expert, const Ranks& usable, int64_t version) const;
-  // Parts for these pairs, which are sent, or computed here; none to servers in `asked`. What nobody
-  // has is kNowhere until `patience_ns` have passed.
+  // Creates parts for these pairs and sends them, or computes them here. Does not ask servers in
+  // `asked`. Pairs without a holder stay kNowhere for `patience_ns`, then fail.
   std::vector<Part*> Place(const std::vector<Pair>& pairs, const Ranks& asked, int64_t version,
                            int64_t patience_ns);
-  // Counts the rows of a group that have calls elsewhere.
+  // Counts the rows of a group that have calls to other servers.
   void CountAway(const Group& group) const;
-  // Sends a part, or leaves it for when its server has answered another.
+  // Sends a part, or leaves the part unsent while its server has too many unanswered calls.
   void Send(Part& part);
   void ComputeHere(Part& part);
   void Wait(const std::vector<Part*>& first);
   void Review(Part& part, int64_t now);
-  // Its connection has ended, and with it what was not answered.
+  // The connection to a peer has ended: forgets the calls that the peer had not answered.
   void Forget(int peer);
-  // A part has an answer, its sums, but for these pairs, which go to others.
+  // The part's sums have arrived, except for the `missing` pairs, which go to other servers.
   void Replace(Part& part, const std::vector<Pair>& missing, int64_t version, int64_t patience_ns);
-  // A part gets no answer.
+  // The part will get no answer.
   void Lose(Part& part);
   void Repeat(Part& part);
-  // When a wait has to look at its parts again.
+  // When `Wait` must look at its parts again.
   int64_t NextLook() const;
-  // Sends and reads what it can; where that is nothing, waits for it until then.
+  // Sends and reads what is possible without blocking; if nothing is, waits until `until` at most.
   void Poll(int64_t until);
   void Read(int peer);
   void Answered(int peer, const AnswerHead& head, const char* body);
   void TakeAnswer(Part& part, const AnswerHead& head, const char* body);
   void Record(int peer, const Sent& sent, TraceEvent::Outcome outcome, const AnswerHead& head) const;
-  // y and failed are of the rows from `first` on.
+  // y and failed begin with row `first`.
   void Add(const Part& part, int64_t first, float* y, bool* failed) const;
   void CountFailed(const Part& part) const;
   static bool Succeeded(const Part& part);
-  // There is no more to wait for.
+  // Whether there is nothing left to wait for.
   static bool Resolved(const Part& part);
 
   CallServer& server_;
@@ -235,44 +239,44 @@ class Caller {
   std::mutex dialled_mutex_;
   std::vector<std::pair<int, int>> dialled_;  // (peer, fd)
   uint64_t next_id_;
-  // Of the layer that runs.
+  // The layer that runs.
   int64_t step_ = 0, layer_ = 0;
-  std::vector<float> x_;  // of all groups so far
+  std::vector<float> x_;  // rows of all groups so far
   std::shared_ptr<const Tables> tables_;
   std::deque<Part> parts_;
   std::deque<Group> groups_;
 };
 
-// Answers the others' calls, in a thread of its own.
+// Answers the calls of other servers in a thread of its own.
 class Answerer {
  public:
   explicit Answerer(CallServer& server);
   ~Answerer();
 
-  // Takes over a connection on which a peer calls; from any thread.
+  // Adopts a connection on which a peer sends calls. Thread-safe.
   void Accept(int peer, int fd);
 
  private:
   struct Line {
     int peer;
     std::unique_ptr<Channel> channel;
-    size_t waiting = 0;  // of its calls
+    size_t waiting = 0;  // the peer's queued calls
 
-    // So many calls are held for it; what it sends beyond waits in the connection.
+    // Reads no more while too many calls wait; what the peer sends then waits in the connection.
     bool Reads() const { return waiting + channel->unsent() < kMostUnanswered; }
   };
   struct Call {
-    // Kept, as the connection may end while the call waits for its turn.
+    // Shared, because the connection may end while the call waits for its turn.
     std::shared_ptr<Line> line;
     CallHead head;
     std::vector<char> body;
     int64_t arrived;
   };
-  // A call's body, read; pairs are row after row.
+  // A parsed call body; pairs are sorted by row.
   struct Content {
-    // It may be computed. False: it is no call of this model.
+    // False if the call does not fit this model, so that it must not be computed.
     bool sane = false;
-    // Anything of it is on this server, and which experts are not.
+    // Whether any of the experts is on this server; `missing` lists the experts that are not.
     bool here = false;
     std::vector<uint16_t> missing;
     const uint8_t* counts = nullptr;
@@ -283,15 +287,15 @@ class Answerer {
 
   void Serve();
   void Wake();
-  // Takes over new connections; false: the thread has to end.
+  // Adopts new connections. Returns false if the thread has to end.
   bool Adopt();
   void Poll(bool wait);
-  // Answers the call that has waited longest, and with it those for the same layer.
+  // Answers the call that has waited longest, together with waiting calls for the same layer.
   void AnswerNext();
   std::vector<Call> TakeNext();
   Content ReadBody(const Call& call) const;
   static void FindMissing(const Held& held, Content& content);
-  // [rows, d]: the sums of the calls that are here, but for what is missing.
+  // Sums [rows, d] of the calls that are `here`, without their missing experts.
   std::vector<float> Compute(const std::vector<Call>& calls, const std::vector<Content>& contents,
                              const Held& held);
   void Answer(const Call& call, const AnswerHead& head, const float* sums,
@@ -301,39 +305,39 @@ class Answerer {
   int wake_[2];
   std::mutex accepted_mutex_;
   std::vector<std::pair<int, int>> accepted_;  // (peer, fd)
-  bool stop_ = false;                          // under the mutex
+  bool stop_ = false;                          // guarded by accepted_mutex_
   std::vector<std::shared_ptr<Line>> lines_;
   std::deque<Call> calls_;
   std::thread thread_;
 };
 
-// One server's part in the calls of all.
+// One server's side of the expert calls.
 class CallServer {
  public:
   CallServer(const CallSpec& spec, std::vector<std::shared_ptr<ExpertPool>> pools);
 
   const CallSpec& spec() const { return spec_; }
   std::shared_ptr<const Tables> tables() const;
-  // From now on this table is in force, and none before it counts. resident [servers, layers,
-  // experts].
+  // Puts a table in force and drops the tables before it. resident [servers, layers, experts].
   void SetTable(int64_t version, const bool* resident);
-  // A table that will be in force, and may be elsewhere; and that it, and those after it, will not.
+  // StageTable adds a table that will be in force and may already be on other servers. DropTables drops
+  // the staged tables from `version` on, which will not be in force.
   void StageTable(int64_t version, const bool* resident);
   void DropTables(int64_t version);
-  // All calls under way and to come fail: nobody is waited for any more.
+  // All running and future calls fail; no peer is waited for any more.
   void Cancel() { cancelled_ = true; }
   bool cancelled() const { return cancelled_; }
   Caller& caller(int64_t device) { return *callers_[device]; }
   int64_t devices() const { return static_cast<int64_t>(callers_.size()); }
   Answerer& answerer() { return answerer_; }
-  // Experts of a layer, which may be named more than once, as any device holds them.
+  // Looks up experts of a layer on all devices. `experts` may contain duplicates.
   Held Find(int64_t layer, std::vector<int32_t> experts) const;
-  // y [n, d]: as RunExperts, numbers are places in `held`.
+  // y [n, d]: like RunExperts, where expert numbers are indices in `held`.
   void Compute(const Held& held, const Assignments& rows, float* y);
 
-  // So many rows of a layer of a step have calls that leave this server.
+  // Counts the rows of one layer of a step that have calls to other servers.
   void CountAway(int64_t step, int64_t layer, int64_t rows);
-  // Calls change(sums), one thread at a time.
+  // Calls change(sums) under a lock.
   template <typename Change>
   void Sum(const Change& change) {
     const std::lock_guard<std::mutex> lock(sums_mutex_);
@@ -341,15 +345,15 @@ class CallServer {
   }
   void Count(int peer, PeerCounters::Name name, int64_t more) { counters_[peer].value[name] += more; }
   int64_t Counter(int peer, PeerCounters::Name name) const { return counters_[peer].value[name]; }
-  // Rows that went to a server in a layer.
+  // Counts rows of a layer that were sent to a peer.
   void CountRows(int64_t layer, int peer, int64_t rows) { rows_[layer * spec_.servers + peer] += rows; }
   int64_t rows(int64_t layer, int peer) const { return rows_[layer * spec_.servers + peer]; }
-  // The number of the own step that runs, which its calls carry.
+  // Sets the number of the running step, which the calls carry.
   void BeginStep(int64_t step) { step_ = step; }
   int64_t step() const { return step_; }
-  // Records from now on, so many events until they are taken; once, before anything is called.
+  // Starts to record at most `most` events until they are taken; at most once, before any call.
   void StartTrace(size_t most) { trace_ = std::make_unique<Trace>(most); }
-  // Null: nothing is recorded.
+  // Null if nothing is recorded.
   Trace* trace() const { return trace_.get(); }
 
  private:
@@ -362,7 +366,7 @@ class CallServer {
   std::shared_ptr<const Tables> tables_;
   std::mutex sums_mutex_;
   CallSums sums_;
-  std::vector<int64_t> waited_;                // by layer, the last step in which it waited
+  std::vector<int64_t> waited_;                // by layer: last step with calls to others
   std::deque<PeerCounters> counters_;          // by rank
   std::deque<std::atomic<int64_t>> rows_;      // [layers, servers]
   std::atomic<int64_t> step_ = 0;

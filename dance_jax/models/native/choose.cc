@@ -1,4 +1,4 @@
-// Which set of instructions this processor has, of those that product.cc was compiled for.
+// Chooses the best instruction set of this processor among those that product.cc was compiled for.
 
 #include "product.h"
 
@@ -43,8 +43,8 @@ const Kernels& ForThisProcessor() {
 
 extern "C" {
 
-// For tests: y [rows, out] += x [rows, in] @ w by the n-th best set of instructions; false: there is
-// none.
+// For tests: y [rows, out] += x [rows, in] @ w with the n-th best instruction set. Returns false if
+// there are fewer sets.
 bool ProductBy(int64_t number, const int64_t* format, const char* panels, int64_t in, int64_t out,
                const float* x, int64_t rows, float* y) {
   const dance::Kernels* const* all = dance::AllKernels();

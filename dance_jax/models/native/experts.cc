@@ -8,16 +8,16 @@
 namespace dance {
 namespace {
 
-// Rows that read weights together: they fit the second cache, and widening weights is cheap beside
-// them.
+// Maximum rows that read weights together: the rows fit the second-level cache, and widening the
+// weights is cheap beside their products.
 constexpr int64_t kRows = 96;
-// Multiplications that are worth another thread.
+// Number of multiplications from which it pays to wake another thread.
 constexpr int64_t kWorthAThread = 1 << 16;
 constexpr int64_t kAlignment = 64;
 
 int64_t Aligned(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
-// Calls run(i) for i in [0, count), on other threads too if so many multiplications are worth it.
+// Calls run(i) for i in [0, count), on several threads if `work` multiplications are worth it.
 void For(int64_t count, int64_t work, const std::function<void(int64_t)>& run) {
   if (work < kWorthAThread) {
     for (int64_t i = 0; i < count; ++i) run(i);
@@ -26,7 +26,7 @@ void For(int64_t count, int64_t work, const std::function<void(int64_t)>& run) {
   }
 }
 
-// Outputs of a part, where a product is cut into `parts` at least; whole panels of weights.
+// Number of outputs per part if a product is cut into at least `parts` parts of whole panels.
 int64_t Width(int64_t out, int64_t parts) {
   const int64_t panels = (out + kPanel - 1) / kPanel;
   return std::max<int64_t>(1, panels / std::max<int64_t>(1, parts)) * kPanel;
@@ -38,13 +38,13 @@ struct Block {
   int64_t begin, rows;
 };
 
-// A part of a block's outputs.
+// A range of a block's outputs.
 struct Task {
   const Block* block;
   int64_t begin, end;
 };
 
-// The blocks' outputs in parts: some for each thread.
+// Cuts the blocks' outputs into tasks, about two per thread if there are few blocks.
 std::vector<Task> Cut(const std::vector<Block>& blocks, int64_t out) {
   const int64_t threads = Threads::Get().count(), count = static_cast<int64_t>(blocks.size());
   const int64_t parts = count >= 2 * threads ? 1 : (2 * threads + count - 1) / count;
@@ -56,7 +56,7 @@ std::vector<Task> Cut(const std::vector<Block>& blocks, int64_t out) {
   return tasks;
 }
 
-// Begins rows with a bias, or with zeros.
+// Initialises rows with a bias, or with zeros.
 void Begin(float* rows, int64_t count, int64_t stride, const float* bias, int64_t begin,
            int64_t end) {
   for (int64_t r = 0; r < count; ++r) {
@@ -79,7 +79,7 @@ int64_t RunExperts(int64_t d, const Activation& activation,
     const int32_t expert = rows.expert[a];
     return expert >= 0 && expert < count && experts[expert] != nullptr;
   };
-  // Assignments sorted by expert (a counting sort); those without one are left out.
+  // Sort the assignments by expert (a counting sort); leave out those without an expert.
   std::vector<int64_t> end(count + 1, 0);
   for (int64_t a = 0; a < all; ++a) {
     if (present(a)) ++end[rows.expert[a] + 1];
@@ -159,7 +159,7 @@ void RunProduct(const Matrix& w, const float* x, int64_t rows, int64_t x_stride,
   const Kernels& kernels = ForThisProcessor();
   const int64_t threads = Threads::Get().count(), work = rows * w.in * w.out;
   const int64_t blocks = (rows + kRows - 1) / kRows;
-  // One row reads each weight once: its parts are long, so that the memory streams.
+  // A single row reads each weight once, so its parts are long, to stream from memory.
   const int64_t parts = work < kWorthAThread ? 1 : (rows == 1 ? threads : 4 * threads) / blocks;
   const int64_t width = Width(w.out, parts), columns = (w.out + width - 1) / width;
   For(columns * blocks, work, [&](int64_t i) {
@@ -196,7 +196,8 @@ std::pair<Expert, int64_t> ExpertPool::Lay(char* at) const {
 
 namespace {
 
-// The parts of an expert and their arrays: calls matrix(w, arrays) and bias(values, count, array).
+// Visits the parts of an expert and their arrays: calls matrix(w, arrays) and bias(values, count,
+// array).
 template <typename Byte, typename ForMatrix, typename ForBias>
 void ForParts(const Expert& expert, Byte* const* arrays, const ForMatrix& matrix,
               const ForBias& bias) {
@@ -229,7 +230,7 @@ void ExpertPool::Put(int64_t slot, int64_t id, const void* const* arrays) {
       [](const float* values, int64_t count, const char* from) {
         std::memcpy(const_cast<float*>(values), from, count * sizeof(float));
       });
-  Holding old = std::move(held);  // its memory goes behind the lock
+  Holding old = std::move(held);  // freed after the lock is released
   const std::lock_guard<std::mutex> lock(mutex_);
   slots_[slot].swap(old);
   if (const auto found = slot_of_.find(old ? old->id : -1); found != slot_of_.end()) {
@@ -277,7 +278,7 @@ int64_t ExpertPool::bytes() const {
 }
 
 int64_t ExpertPool::Run(const Assignments& rows, float* y) const {
-  // A pool has many slots, of which few are wanted: they are numbered anew.
+  // A pool has many slots, of which a call uses few, so the used slots are renumbered.
   const int64_t all = rows.n * rows.k;
   std::vector<int32_t> wanted(rows.expert, rows.expert + all);
   std::sort(wanted.begin(), wanted.end());

@@ -1,5 +1,5 @@
-// The native products for XLA, as custom calls, and for Python, as C functions: __init__.py loads
-// and registers them.
+// The native products as XLA custom calls, and C functions for Python. __init__.py loads and registers
+// them.
 
 #include <algorithm>
 #include <cstring>
@@ -17,7 +17,7 @@ namespace {
 using Rows = ffi::Buffer<ffi::F32, 2>;
 using Numbers = ffi::Buffer<ffi::S32, 1>;
 using Formats = ffi::Span<const int64_t>;
-// Of a matrix, or of one for each head.
+// Panels of a matrix, or of one matrix per head.
 using Panels = ffi::Buffer<ffi::U8>;
 
 Matrix MakeMatrix(const Format& format, int64_t in, int64_t out, const uint8_t* panels) {
@@ -28,7 +28,7 @@ Matrix MakeMatrix(const Format& format, int64_t in, int64_t out, const uint8_t* 
 }
 
 ffi::Error OtherBytes() {
-  return ffi::Error::InvalidArgument("a matrix has other bytes than its format says");
+  return ffi::Error::InvalidArgument("the size of a matrix does not match its format");
 }
 
 // y = x @ w; or for each head h, y[:, h] = x[:, h] @ w[h], where x is [n, h, in].
@@ -59,7 +59,7 @@ ffi::Error LinearCall(Formats words, ffi::Buffer<ffi::F32> x, Panels panels,
   return ffi::Error::Success();
 }
 
-// y [t, in] = what the weights of the outputs `chosen` are worth; numbers out of range are the nearest.
+// y [t, in] = the weights of the outputs `chosen`; numbers out of range are clamped.
 ffi::Error ColumnsCall(Formats words, int64_t outputs, Numbers chosen, Panels panels,
                        ffi::Result<Rows> y) {
   const int64_t count = chosen.dimensions()[0], in = y->dimensions()[1];
@@ -72,7 +72,7 @@ ffi::Error ColumnsCall(Formats words, int64_t outputs, Numbers chosen, Panels pa
   return ffi::Error::Success();
 }
 
-// y = down(activation(gate(x), up(x))), all rows through one feed-forward.
+// y = down(activation(gate(x), up(x))): all rows through one feed-forward.
 ffi::Error GatedMlpCall(Formats words, int32_t activation, float alpha, float limit,
                         int64_t width, Rows x, Panels gate, Panels up, Panels down,
                         ffi::Result<Rows> y) {
@@ -133,7 +133,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(GatedMlp, dance::GatedMlpCall,
                                   .Ret<Rows>());
 extern "C" {
 
-// How many threads share a call; before the first one.
+// Sets how many threads share a call. Must be called before the first call.
 void ThreadsSet(int64_t count) { dance::Threads::Set(count); }
 
 }  // extern "C"

@@ -1,4 +1,4 @@
-// The layout of weights that products read.
+// Converts weights between arrays and the panel layout that products read.
 
 #include <algorithm>
 #include <cstring>
@@ -8,8 +8,8 @@
 namespace dance {
 namespace {
 
-// Calls move(array, at, panel_at, bytes) for each piece of a matrix: where it lies in one of the arrays
-// and where in the panels.
+// Calls move(array, at, panel_at, bytes) for each piece of a matrix: its position in one of the arrays,
+// and its position in the panels.
 template <typename Move>
 void ForPieces(const Matrix& w, const Move& move) {
   const Format& f = w.format;
@@ -51,7 +51,7 @@ void Unpack(const Matrix& w, const Arrays<char>& to) {
 
 extern "C" {
 
-// Bytes of the panels of a matrix.
+// Number of bytes of a matrix's panels.
 int64_t PanelsBytes(const int64_t* format, int64_t in, int64_t out) {
   dance::Matrix w;
   w.format = dance::ReadFormat(format), w.in = in, w.out = out;

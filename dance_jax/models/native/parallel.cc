@@ -18,8 +18,8 @@ namespace dance {
 namespace {
 
 using Clock = std::chrono::steady_clock;
-// A thread that finds no work looks for so long before it sleeps: between two calls of a layer it is
-// cheaper to look than to be woken, and longer would burn the quota of a small host.
+// How long a thread without work polls before it sleeps. Between two calls of a layer, polling is
+// cheaper than being woken; polling longer would use up the CPU quota of a small host.
 constexpr auto kLook = std::chrono::microseconds(15);
 
 inline void Pause() {
@@ -28,7 +28,7 @@ inline void Pause() {
 #endif
 }
 
-// Looks until `ready`, for `kLook` at most.
+// Polls until `ready`, for at most `kLook`.
 template <typename Ready>
 bool Look(const Ready& ready) {
   const auto end = Clock::now() + kLook;
@@ -47,7 +47,7 @@ struct Job {
   std::atomic<int64_t> next{0}, done{0};
 
   bool Open() const { return next.load(std::memory_order_relaxed) < count; }
-  // Works until nothing is left to begin; true for whoever ends the last part.
+  // Works until no part is left to begin. Returns true to the thread that finishes the last part.
   bool Work() {
     bool last = false;
     for (int64_t i; (i = next.fetch_add(1)) < count;) {
@@ -99,7 +99,7 @@ class Pool : public Threads {
         work_.wait(lock, [&] { return !jobs_.empty(); });
         asleep_.fetch_sub(1);
         job = jobs_.front();
-        // The next thread begins with another job, where there is one.
+        // Rotate the queue, so that the next thread begins with another job if there is one.
         jobs_.pop_front();
         jobs_.push_back(job);
       }
@@ -112,7 +112,7 @@ class Pool : public Threads {
     }
   }
 
-  // Takes a job of which nothing is left to begin out of the queue.
+  // Removes a job from the queue. Called when the job has no part left to begin.
   void Remove(const std::shared_ptr<Job>& job) {
     std::lock_guard<std::mutex> lock(mutex_);
     const auto found = std::find(jobs_.begin(), jobs_.end(), job);

@@ -7,13 +7,13 @@
 
 namespace dance {
 
-// Of this process, for all its callers. The caller of `For` works too and waits only for what others
-// have begun, so nothing hangs where all threads are busy. Threads without work sleep.
+// The threads of this process, shared by all callers. The caller of `For` works too and waits only for
+// parts that other threads have begun, so nothing hangs if all threads are busy. Idle threads sleep.
 class Threads {
  public:
-  // Those of this process; made at first use, with as many as the processor has unless Set said.
+  // The threads of this process, made at first use: one per hardware thread unless Set was called.
   static Threads& Get();
-  // How many work on a call together, the caller among them; before the first use.
+  // Sets how many threads, including the caller, work on a call. Must be called before the first use.
   static void Set(int64_t count);
 
   virtual ~Threads() = default;

@@ -1,4 +1,4 @@
-// The pools of experts for XLA, as a custom call, and for Python, as C functions.
+// Pools of experts as an XLA custom call, and C functions for Python.
 
 #include "pools.h"
 
@@ -14,12 +14,12 @@ namespace ffi = xla::ffi;
 namespace dance {
 namespace {
 
-// The pools of this process by their numbers.
+// The pools of this process by number.
 std::mutex pools_mutex;
 std::map<int64_t, std::shared_ptr<ExpertPool>> pools;
 int64_t next_pool = 1;
 
-// Calls for routed experts in this process, the time in them, and the assignments they computed.
+// Calls for routed experts in this process, ns spent in them, and assignments computed.
 std::atomic<int64_t> routed_calls{0}, routed_ns{0}, routed_assignments{0};
 
 }  // namespace
@@ -42,14 +42,14 @@ namespace {
 using Rows = ffi::Buffer<ffi::F32, 2>;
 using Slots = ffi::Buffer<ffi::S32, 2>;
 
-// y = the weighted sums of the experts in a pool's slots.
+// y = the weighted sums of experts in a pool's slots.
 ffi::Error ExpertsCall(ffi::Buffer<ffi::S32> pool, Rows x,
                        Slots slot, Rows weight,
                        ffi::Result<Rows> y) {
   const auto found = FindPool(pool.typed_data()[0]);
-  if (!found) return ffi::Error::InvalidArgument("there is no such pool of experts");
+  if (!found) return ffi::Error::InvalidArgument("no pool has this number");
   if (found->spec().d != x.dimensions()[1]) {
-    return ffi::Error::InvalidArgument("the pool's experts have another width");
+    return ffi::Error::InvalidArgument("the width of the rows does not match the pool's experts");
   }
   CountRouted([&] {
     return found->Run({x.typed_data(), slot.typed_data(), weight.typed_data(),
@@ -75,14 +75,14 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(Experts, dance::ExpertsCall,
 
 extern "C" {
 
-// counters [3]: calls for routed experts, ns in them, and assignments that they computed.
+// counters [3]: calls for routed experts, ns spent in them, and assignments computed.
 void ExpertsCounters(int64_t* counters) {
   counters[0] = dance::routed_calls.load();
   counters[1] = dance::routed_ns.load();
   counters[2] = dance::routed_assignments.load();
 }
 
-// A new pool of empty slots: its number. formats [12] are those of gate, up and down.
+// Creates a pool of empty slots and returns its number. formats [12]: those of gate, up and down.
 int64_t PoolNew(int64_t d, int64_t f, int32_t activation, float alpha, float limit,
                 const int64_t* formats, bool bias, int64_t slots) {
   using dance::kFormatWords;
@@ -98,13 +98,13 @@ int64_t PoolNew(int64_t d, int64_t f, int32_t activation, float alpha, float lim
   return dance::next_pool++;
 }
 
-// Its memory goes when the last call that reads it is done.
+// The pool's memory is freed when the last call that reads it is done.
 void PoolDelete(int64_t pool) {
   const std::lock_guard<std::mutex> lock(dance::pools_mutex);
   dance::pools.erase(pool);
 }
 
-// False: there is no such pool or slot.
+// Returns false if there is no such pool or slot.
 bool PoolPut(int64_t pool, int64_t slot, int64_t id, const void* const* arrays) {
   const auto found = dance::FindPool(pool);
   if (!found || slot < 0 || slot >= found->slots()) return false;
@@ -112,13 +112,13 @@ bool PoolPut(int64_t pool, int64_t slot, int64_t id, const void* const* arrays) 
   return true;
 }
 
-// False: there is no such pool or slot, or nothing in it.
+// Returns false if there is no such pool or slot, or the slot is empty.
 bool PoolGet(int64_t pool, int64_t slot, void* const* arrays) {
   const auto found = dance::FindPool(pool);
   return found && slot >= 0 && slot < found->slots() && found->Get(slot, arrays);
 }
 
-// Bytes of all experts in a pool.
+// Bytes of all experts in a pool. 0 if there is no such pool.
 int64_t PoolBytes(int64_t pool) {
   const auto found = dance::FindPool(pool);
   return found ? found->bytes() : 0;

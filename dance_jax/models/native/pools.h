@@ -1,4 +1,4 @@
-// The pools of this process by their numbers, and what is counted of all routed experts.
+// Finds the pools of this process by number, and counts the routed experts they compute.
 
 #pragma once
 
@@ -10,10 +10,11 @@
 
 namespace dance {
 
-// Null: there is no such pool.
+// Null if there is no such pool.
 std::shared_ptr<ExpertPool> FindPool(int64_t number);
 
-// Calls run(), which computes routed experts and returns their assignments, and counts it.
+// Calls run(), which computes routed experts and returns the number of assignments, and counts the
+// call.
 void CountRouted(const std::function<int64_t()>& run);
 
 }  // namespace dance

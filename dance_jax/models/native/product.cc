@@ -1,5 +1,4 @@
-// The functions of product.h for one set of instructions, DANCE_ISA: __init__.py compiles this file
-// once for each.
+// Implements product.h for one instruction set, DANCE_ISA. __init__.py compiles this file once per set.
 
 #include "product.h"
 
@@ -13,8 +12,8 @@ namespace dance::DANCE_ISA {
 namespace {
 
 constexpr int kVectors = kPanel / kLanes;
-// Most rows that read a panel's codes together, and vectors of outputs at a time: (measured) as many as
-// have their sums in registers.
+// Maximum rows that read a panel's codes together, and vectors of outputs at a time: (measured) as many
+// as keep their sums in registers.
 constexpr int kMostRows = 6;
 template <int R>
 inline constexpr int kTogether =
@@ -23,20 +22,20 @@ inline constexpr int kTogether =
 #else
     R > 2 ? 1 : kVectors / R;
 #endif
-// Inputs that stay in a cache while many rows read them.
+// Inputs per piece when many rows read the same weights, so that the piece stays in a cache.
 constexpr int64_t kInputs = 512;
-// Bytes that are asked of the memory ahead of their use.
+// Prefetch distance in bytes.
 constexpr int64_t kAhead = 2048;
 
 template <Kind kind>
 inline constexpr bool kTable = kind == Kind::kInt4 || kind == Kind::kMxfp4;
-// Codes of these kinds cost more to widen than a product with them does. So they are widened once, into
-// the cache, where kManyRows rows or more read them.
+// Codes of these kinds cost more to widen than to multiply. If kManyRows rows or more read them, they
+// are widened once, into the cache.
 template <Kind kind>
 inline constexpr bool kCostly = kTable<kind> || kind == Kind::kFp8;
 constexpr int64_t kManyRows = 24;
 
-// Values of one input's outputs, without scale.
+// The values of one input's outputs, without scale.
 template <Kind kind>
 inline Vector Values(const char* from) {
   if constexpr (kind == Kind::kFloat32) return Load(reinterpret_cast<const float*>(from));
@@ -46,7 +45,8 @@ inline Vector Values(const char* from) {
   if constexpr (kind == Kind::kFp8) return FromFp8(from);
 }
 
-// Words of eight codes of sixteen outputs, and the values of each word's i-th code.
+// Codes: words of eight codes each, for sixteen outputs. CodeValues: the values of each word's i-th
+// code.
 alignas(64) constexpr float kE2m1[16] = {0.0f,  0.5f,  1.0f,  1.5f,  2.0f,  3.0f,  4.0f,  6.0f,
                                          -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f};
 #if defined(__AVX512F__)
@@ -57,7 +57,7 @@ inline Vector CodeValues(Codes words, int i) {
   const Vector table = kind == Kind::kInt4
                            ? _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7)
                            : _mm512_load_ps(kE2m1);
-  // The permutation reads the lowest four bits alone.
+  // The permutation uses only the lowest four bits of each index.
   return _mm512_permutexvar_ps(_mm512_srli_epi32(words, 4 * i), table);
 }
 #elif defined(__AVX2__)
@@ -94,7 +94,7 @@ template <Kind kind>
 inline Vector CodeValues(Codes words, int i) {
   const Signed code = reinterpret_cast<Signed>((words >> (4 * i)) & 15u);
   if constexpr (kind == Kind::kInt4) return __builtin_convertvector(code - 8, Vector);
-  // Twice e2m1: 0, 1, 2, 3, 4, 6, 8, 12.
+  // Twice the e2m1 value: 0, 1, 2, 3, 4, 6, 8, 12.
   const Signed magnitude = code & 7;
   const Signed twice = magnitude + ((magnitude - 4) & (magnitude > 4)) + (2 & (magnitude == 7));
   const Vector value = __builtin_convertvector(twice, Vector) * Same(0.5f);
@@ -116,8 +116,8 @@ inline Vector Scales(ScaleKind kind, const char* row, int64_t output) {
   }
 }
 
-// Calls take(i, c, value) for `count` inputs in their order and C vectors of the outputs of a panel of
-// `width`, from the first one's codes on.
+// Calls take(i, c, value) for `count` inputs in order, for C vectors of outputs of a panel that is
+// `width` outputs wide. `codes` points to the codes of the first vector.
 template <Kind kind, int C, typename Take>
 inline void ForValues(const char* codes, int64_t width, int64_t count, const Take& take) {
   constexpr Format format{kind};
@@ -137,14 +137,15 @@ inline void ForValues(const char* codes, int64_t width, int64_t count, const Tak
   }
 }
 
-// The sum of a row's values, for the offset of a group.
+// The sum of a row's values, which is multiplied by the offset of a group.
 inline float SumOf(const float* x, int64_t count) {
   Vector sum = Zero();
   for (int64_t i = 0; i < count; i += kLanes) sum = sum + LoadSome(x + i, count - i);
   return Sum(sum);
 }
 
-// What rows of x [rows, inputs] multiply: some inputs of a panel, whole groups; y [rows, width].
+// Whole groups of inputs of one panel, and the rows that they are multiplied with: x [rows, inputs],
+// y [rows, width].
 struct Piece {
   Format format;
   const char* panel;
@@ -154,7 +155,7 @@ struct Piece {
   int64_t x_stride, y_stride;
 };
 
-// R rows, C vectors of the outputs from vector `first` on.
+// Multiplies R rows with C vectors of outputs, from vector `first` on.
 template <Kind kind, int R, int C>
 void Tile(const Piece& p, int first) {
   const Format& f = p.format;
@@ -199,7 +200,7 @@ void Tile(const Piece& p, int first) {
   }
 }
 
-// All rows of a piece, as many together as there are.
+// Multiplies all rows of a piece, in tiles of at most R rows.
 template <Kind kind, int R = kMostRows>
 void Tiles(Piece p, int64_t rows) {
   for (; rows >= R; rows -= R, p.x += R * p.x_stride, p.y += R * p.y_stride) {
@@ -211,7 +212,7 @@ void Tiles(Piece p, int64_t rows) {
   if constexpr (R > 1) Tiles<kind, R == 6 ? 4 : R / 2>(p, rows);
 }
 
-// A piece with its codes as floats, its scales and offsets as they are, in `memory`.
+// Widens the codes of a piece to floats in `memory`; copies scales and offsets unchanged.
 template <Kind kind>
 Piece Widened(const Piece& p, float* memory) {
   Piece wide = p;
@@ -237,14 +238,14 @@ Piece Widened(const Piece& p, float* memory) {
   return wide;
 }
 
-// All rows of the panel that begins with output `begin`, y [rows, its width].
+// Multiplies all rows with the panel that begins with output `begin`; y [rows, panel width].
 template <Kind kind>
 void Panel(const Matrix& w, int64_t begin, const float* x, int64_t rows, int64_t x_stride, float* y,
            int64_t y_stride) {
   const int64_t group = w.format.group ? w.format.group : 1;
   const int64_t some = rows > kMostRows ? std::max(group, kInputs / group * group) : w.in;
   const bool widen = kCostly<kind> && rows >= kManyRows && some <= kInputs;
-  // A scale takes no more than a value, and there are two of a group at most.
+  // A scale takes at most the bytes of a float, and a group has at most two.
   alignas(64) thread_local float memory[kCostly<kind> ? 3 * kInputs * kPanel : 1];
   Piece p{w.format, w.panels + w.At(begin), w.Width(begin), 0, x, y, x_stride, y_stride};
   for (int64_t i = 0; i < w.in; i += some) {
@@ -267,7 +268,7 @@ void Panels(const Matrix& w, const float* x, int64_t rows, int64_t x_stride, int
       Panel<kind>(w, begin, x, rows, x_stride, y, y_stride);
       continue;
     }
-    // The last vector has fewer outputs.
+    // The last vector is not full.
     std::vector<float> sums(rows * width, 0.0f);
     for (int64_t r = 0; r < rows; ++r) std::copy_n(y + r * y_stride, own, &sums[r * width]);
     Panel<kind>(w, begin, x, rows, x_stride, sums.data(), width);
@@ -275,7 +276,7 @@ void Panels(const Matrix& w, const float* x, int64_t rows, int64_t x_stride, int
   }
 }
 
-// Calls run(integral_constant<Kind, kind>) for the kind of a matrix.
+// Calls run(integral_constant<Kind, kind>) for a matrix's kind.
 template <typename Run>
 void ByKind(Kind kind, const Run& run) {
   switch (kind) {
@@ -328,13 +329,13 @@ void Column(const Matrix& w, int64_t output, float* x) {
   }
 }
 
-// Calls run(first, count) for each vector's part of so many values.
+// Calls run(first, count) for each vector of `count` values.
 template <typename Run>
 void ByVectors(int64_t count, const Run& run) {
   for (int64_t i = 0; i < count; i += kLanes) run(i, std::min(kLanes, count - i));
 }
 
-// The activation of vectors.
+// The activation of one vector.
 inline Vector Activated(const Activation& activation, Vector gate, Vector up) {
   switch (activation.kind) {
     case Activation::kSilu:
@@ -373,7 +374,7 @@ void Add(float a, const float* x, float* y, int64_t count) {
 
 }  // namespace
 
-// choose.cc takes it.
+// Referenced by choose.cc.
 extern const Kernels kernels;
 const Kernels kernels = {Multiply, Column, Activate, Add};
 

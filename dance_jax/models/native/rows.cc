@@ -1,6 +1,6 @@
-// What each token passes on its own, on CPU: norms, and the choice of experts.
+// Per-token operations on CPU: norms, and the choice of experts.
 //
-// A token's result is the same in every bit whatever other tokens and threads there are.
+// A token's result is the same bit for bit whatever other tokens and threads there are.
 
 #include <vector>
 
@@ -14,9 +14,9 @@ namespace {
 
 using namespace dance::DANCE_ISA;
 
-// Values of all rows, or bytes of weights, that are worth waking a thread for.
+// Number of values of all rows, or bytes of weights, from which it pays to wake a thread.
 constexpr int64_t kWorthAThread = 1 << 16;
-// Rows of a task.
+// Rows per task.
 constexpr int64_t kRows = 16;
 
 // Calls run(row) for all rows.
@@ -31,7 +31,7 @@ void EachRow(int64_t rows, int64_t width, const Run& run) {
   });
 }
 
-// x / sqrt(mean(x^2) + eps), rounded to T, times weight, or unrounded times 1 + weight.
+// x / sqrt(mean(x^2) + eps), rounded to T, then times weight; or unrounded, times 1 + weight.
 template <typename T>
 void Norm(const T* x, const T* weight, T* y, int64_t width, float eps, bool plus_one) {
   Vector squares = {};
@@ -66,7 +66,7 @@ ffi::Error NormRows(float eps, bool plus_one, ffi::Buffer<kType, 2> x,
   return ffi::Error::Success();
 }
 
-// The rule of a router (models/config.py, RouterConfig).
+// The parameters of a router (models/config.py, RouterConfig).
 struct Rule {
   enum Score : int32_t { kSoftmax = 0, kSigmoid = 1, kLogits = 2 } score;
   int64_t experts, top_k, groups, topk_group, group_best;
@@ -74,7 +74,7 @@ struct Rule {
   float norm_epsilon, scale;
 };
 
-// exp(x - max(x)) in x's place, rounded up to whole lanes; returns their sum.
+// Replaces x by exp(x - max(x)) and returns the sum. Overwrites x up to a whole number of lanes.
 float Exponentials(float* x, int64_t count) {
   const int64_t room = (count + kLanes - 1) / kLanes * kLanes;
   std::fill(x + count, x + room, -std::numeric_limits<float>::infinity());
@@ -88,7 +88,7 @@ float Exponentials(float* x, int64_t count) {
   return Sum(sum);
 }
 
-// The `count` largest values by falling size, of equal ones the first; what is taken becomes NaN.
+// Takes the `count` largest values in descending order, the first of equal ones; replaces them by NaN.
 template <typename Take>
 void Largest(float* values, int64_t size, int64_t count, const Take& take) {
   for (int64_t k = 0; k < count; ++k) {
@@ -102,7 +102,7 @@ void Largest(float* values, int64_t size, int64_t count, const Take& take) {
   }
 }
 
-// Experts and weights [k] of one token from its logits [e]; correction: [e] or null.
+// Chooses experts and weights [k] of one token from its logits [e]. correction: [e] or null.
 void ChooseOne(const Rule& rule, const float* logits, const float* correction, int32_t* expert,
             float* weight) {
   thread_local std::vector<float> scratch;
@@ -120,7 +120,7 @@ void ChooseOne(const Rule& rule, const float* logits, const float* correction, i
   }
   for (int64_t i = 0; i < e; ++i) choice[i] = correction ? score[i] + correction[i] : score[i];
   if (rule.groups > 1) {
-    // A group counts by the sum of its best choices; the others' experts are out.
+    // A group is ranked by the sum of its best choices; experts of other groups are excluded.
     const int64_t size = e / rule.groups;
     std::vector<float> members(size);
     for (int64_t g = 0; g < rule.groups; ++g) {
@@ -131,7 +131,7 @@ void ChooseOne(const Rule& rule, const float* logits, const float* correction, i
     }
     Largest(group, rule.groups, rule.topk_group, [](int64_t, int64_t, float) {});
     for (int64_t g = 0; g < rule.groups; ++g) {
-      if (std::isnan(group[g])) continue;  // taken
+      if (std::isnan(group[g])) continue;  // NaN: the group was taken
       std::fill(choice + g * size, choice + (g + 1) * size, -std::numeric_limits<float>::infinity());
     }
   }
@@ -164,7 +164,7 @@ ffi::Error ChooseRows(int32_t score, int64_t groups, int64_t topk_group,
   const float* correction = nullptr;
   if (corrections.size() > 0) {
     const auto buffer = corrections.get<ffi::Buffer<ffi::F32, 1>>(0);
-    if (!buffer.has_value()) return ffi::Error::InvalidArgument("correction: float32 [e] is expected");
+    if (!buffer.has_value()) return ffi::Error::InvalidArgument("correction: expected float32 [e]");
     correction = buffer->typed_data();
   }
   EachRow(rows, rule.experts * k, [&](int64_t row) {

@@ -1,7 +1,7 @@
-// What the devices of one server hand each other, as XLA custom calls: siblings_cpu.py traces them.
+// Collectives between the devices of one server, as XLA custom calls; siblings_cpu.py traces them.
 //
-// XLA:CPU's collectives go through the network even between the devices of one process. Here they
-// read each other's arrays in memory.
+// XLA:CPU's collectives use the network even between the devices of one process. Here the devices read
+// each other's arrays in memory.
 
 #include <condition_variable>
 #include <cstdint>
@@ -15,10 +15,10 @@ namespace ffi = xla::ffi;
 
 namespace {
 
-// Devices meet in every call and read each other's arrays; all make the same calls in the same order.
+// Devices meet in every call and read each other's arrays. All make the same calls in the same order.
 class Meeting {
  public:
-  // use(arrays): by device; they are there until all have used them.
+  // Calls use(arrays) with the arrays by device, which stay valid until all devices have used them.
   template <typename Use>
   void Meet(int device, int devices, const void* mine, const Use& use) {
     std::unique_lock<std::mutex> lock(mutex_);
@@ -34,7 +34,7 @@ class Meeting {
     use(arrays_);
     lock.lock();
     if (--reading_ == 0) changed_.notify_all();
-    // It only rises again when this device comes, too.
+    // reading_ can only rise again once this device comes back, too.
     changed_.wait(lock, [&] { return reading_ == 0; });
   }
 

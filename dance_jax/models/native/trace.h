@@ -1,4 +1,4 @@
-// What expert calls took, one by one, for whoever draws it.
+// Records expert calls and layers one by one, to draw them.
 
 #pragma once
 
@@ -16,20 +16,20 @@ struct TraceEvent {
   enum Outcome : int32_t { kAnswered, kRefused, kLost, kLate };
 
   int64_t begin = 0, end = 0;
-  // The call's arrival at the callee, if it was answered; of an own call as if both ways took the
-  // same time.
+  // When the call arrived at the callee, if it was answered. For an own call, estimated as if both
+  // directions took the same time.
   int64_t arrived = 0;
-  // While experts were computed: of a layer the local ones, of a call those of the callee.
+  // When experts were computed: for a layer the local ones, for a call those of the callee.
   int64_t compute_begin = 0, compute_end = 0;
   int64_t step = 0;  // of the caller
-  int64_t id = 0;    // of the call, among its caller's
+  int64_t id = 0;    // of the call, unique per caller
   int32_t kind = kLayer, device = 0, layer = 0, peer = 0, rows = 0;
-  int32_t calls = 0;  // that the callee computed together
+  int32_t calls = 0;  // number of calls that the callee computed together
   int32_t outcome = kAnswered;
-  int32_t bytes = 0;  // there and back
+  int32_t bytes = 0;  // both ways
 };
 
-// Holds so many events until they are taken out; what comes when it is full is lost, and counted.
+// Holds up to `most` events until they are taken. Further events are dropped and counted.
 class Trace {
  public:
   explicit Trace(size_t most) : most_(most) {}
@@ -43,7 +43,7 @@ class Trace {
     }
   }
 
-  // Takes out the oldest: their number, and in `lost` how many were lost since the last time.
+  // Takes out the oldest events and returns their number. lost: events dropped since the last Take.
   int64_t Take(TraceEvent* to, int64_t most, int64_t* lost) {
     const std::lock_guard<std::mutex> lock(mutex_);
     const int64_t count = std::min<int64_t>(most, events_.size());

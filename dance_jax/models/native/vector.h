@@ -1,6 +1,6 @@
-// Sixteen floats, by the instructions that this file is compiled for. The same operations give the
-// same bits whatever those are: sums and products are rounded once each, or together where `Fma`
-// says so. To be compiled with -ffp-contract=off.
+// Sixteen floats, in the instructions that this file is compiled for. The same operations give the
+// same bits for every instruction set: sums and products are rounded once each, or together in `Fma`.
+// Must be compiled with -ffp-contract=off.
 
 #pragma once
 
@@ -17,7 +17,7 @@ namespace dance::DANCE_ISA {
 
 constexpr int64_t kLanes = 16;
 
-// The plain form, and what the others fall back on where an operation is rare.
+// The portable form, and the fallback of the other instruction sets for rare operations.
 using Floats = float __attribute__((vector_size(64)));
 using Words = uint32_t __attribute__((vector_size(64)));
 using Signed = int32_t __attribute__((vector_size(64)));
@@ -103,7 +103,7 @@ inline Vector Load(const float* from) {
 }
 inline void Store(float* to, Vector value) { std::memcpy(to, &value, sizeof(value)); }
 inline Vector Same(float value) { return Vector{} + value; }
-// The integers at an address, widened.
+// Loads and widens integers.
 template <typename Integer>
 inline Signed Integers(const char* from) {
   Integer values __attribute__((vector_size(kLanes * sizeof(Integer))));
@@ -113,9 +113,9 @@ inline Signed Integers(const char* from) {
 inline Vector FromBfloat16(const char* from) {
   return reinterpret_cast<Vector>(Integers<uint16_t>(from) << 16);
 }
-// Of halves in the lowest bits.
+// Converts float16 values in the lowest bits.
 inline Vector FromHalves(Signed halves) {
-  // The exponent's bias is moved by a product, which is exact for subnormal numbers too.
+  // A product moves the exponent's bias; the product is exact for subnormal numbers too.
   const Signed bits = (halves & 0x7fff) << 13;
   const Signed special = bits >= 0x0f800000;  // infinity and NaN
   const Signed magnitude = reinterpret_cast<Signed>(reinterpret_cast<Vector>(bits) * 0x1p112f);
@@ -131,7 +131,7 @@ inline Vector FromInt8(const char* from) {
 
 inline Vector Zero() { return Same(0.0f); }
 
-// `value`, but 0 in the lanes where x is less than `limit`.
+// `value`, with 0 in the lanes where x is less than `limit`.
 inline Vector ZeroBelow(Vector x, float limit, Vector value) {
 #if defined(__AVX512F__)
   return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, Same(limit), _CMP_NLT_UQ), value);
@@ -145,7 +145,7 @@ inline Vector ZeroBelow(Vector x, float limit, Vector value) {
 #endif
 }
 
-// The sum of the lanes, as a tree; and the largest.
+// Sum: of the lanes, added as a tree. Max: the largest lane.
 inline float Sum(Vector value) {
   float v[kLanes];
   Store(v, value);
@@ -160,7 +160,7 @@ inline float Max(Vector value) {
   return *std::max_element(v, v + kLanes);
 }
 
-// The first `count` values, then zeros.
+// LoadSome: the first `count` values, then zeros. StoreSome: stores only the first `count` values.
 inline Vector LoadSome(const float* from, int64_t count) {
   if (count >= kLanes) return Load(from);
   float values[kLanes] = {};
@@ -174,7 +174,7 @@ inline void StoreSome(float* to, Vector value, int64_t count) {
   std::memcpy(to, values, count * sizeof(float));
 }
 
-// bfloat16, as the upper half of a float.
+// bfloat16 values are the upper halves of floats.
 inline Vector Load(const uint16_t* from) { return FromBfloat16(reinterpret_cast<const char*>(from)); }
 inline Vector LoadSome(const uint16_t* from, int64_t count) {
   if (count >= kLanes) return Load(from);
@@ -190,7 +190,7 @@ inline float ToFloat(uint16_t bfloat16) {
   return value;
 }
 inline void Round(float value, float* to) { *to = value; }
-// To the nearest bfloat16, ties to the even one.
+// Rounds to the nearest bfloat16, ties to even.
 inline void Round(float value, uint16_t* to) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof(bits));
@@ -209,11 +209,11 @@ inline Vector OfBits(Words bits) {
   return value;
 }
 
-// e4m3 as the half with the same bits moved, which is 2^-8 of it; exact.
+// Shifts e4m3 to the float16 with the same bits, which is 2^-8 times the value; exact.
 inline Vector FromFp8(const char* from) {
 #if defined(__AVX2__)
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
-  // Sign extension puts the sign where the half has it, and copies of it that the mask removes.
+  // Sign extension puts the sign where float16 has it; the mask removes the other copies of the sign.
   const __m256i wide = _mm256_slli_epi16(_mm256_cvtepi8_epi16(bytes), 7);
   const __m256i half = _mm256_and_si256(wide, _mm256_set1_epi16(static_cast<short>(0xbfff)));
   alignas(32) char halves[32];
@@ -224,7 +224,7 @@ inline Vector FromFp8(const char* from) {
 #endif
 }
 
-// Powers of two by their exponents with a bias of 127; 0 is 2^-127.
+// Powers of two from exponents with a bias of 127; exponent 0 is 2^-127.
 inline Vector FromE8m0(const char* from) {
 #if defined(__AVX512F__)
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
@@ -243,7 +243,7 @@ inline Vector FromE8m0(const char* from) {
 #endif
 }
 
-// e^x to two units in the last place; 0 below -87, and above 88 as at 88.
+// e^x to two units in the last place. 0 below -87; above 88 the value at 88.
 inline Vector Exp(Vector x) {
   constexpr float kLeast = -87.0f, kMost = 88.0f, kLog2e = 1.44269504088896341f;
   constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f, kRound = 12582912.0f;
@@ -257,7 +257,7 @@ inline Vector Exp(Vector x) {
 #else
   for (int64_t i = 0; i < kLanes; ++i) x[i] = std::fmax(std::fmin(x[i], kMost), kLeast);
 #endif
-  // x = n ln 2 + r; adding 1.5 * 2^23 rounds to the nearest integer, which stays in the low bits.
+  // x = n ln 2 + r. Adding 1.5 * 2^23 rounds to the nearest integer, which is then in the low bits.
   const Vector shifted = Fma(x, Same(kLog2e), Same(kRound));
   const Vector n = shifted - Same(kRound);
   Vector r = Fma(n, Same(-kLn2High), x);

@@ -17,7 +17,7 @@ namespace {
 constexpr int MSG_NOSIGNAL = 0;
 #endif
 
-// To the nearest, ties to even; NaN stays NaN.
+// Rounds to the nearest bfloat16, ties to even. NaN stays NaN.
 uint16_t ToBfloat16(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof(bits));
@@ -64,9 +64,9 @@ void Wire::Encode(const float* row, char* to) const {
       most = std::max(most, std::fabs(row[i]));
       finite = finite && std::isfinite(row[i]);
     }
-    // Eight bits have no NaN: the scale says that the row is none that can be sent.
+    // Eight bits have no NaN: a NaN scale marks a row that is not finite.
     const float scale = finite ? most / 127 : NAN;
-    // The reciprocal of the very smallest is infinite.
+    // The reciprocal of the smallest scales is infinite.
     const float steps = scale >= std::numeric_limits<float>::min() ? 1 / scale : 0;
     std::memcpy(to, &scale, sizeof(scale));
     for (int64_t i = 0; i < d; ++i) {

@@ -1,4 +1,4 @@
-// What servers say to each other: expert calls and their answers, and the connections that carry them.
+// Messages between servers (expert calls and their answers) and the connections that carry them.
 
 #pragma once
 
@@ -12,7 +12,7 @@
 
 namespace dance {
 
-// How hidden states travel: as they are, rounded to bfloat16, or to eight bits with a scale of a row.
+// How hidden states travel: as float32, rounded to bfloat16, or as eight bits with a scale per row.
 enum class WireKind : int32_t { kFloat32, kBfloat16, kInt8 };
 
 struct Wire {
@@ -21,35 +21,35 @@ struct Wire {
   int64_t experts;  // of a layer
 
   size_t RowBytes() const;
-  // Weights travel in sixteen bits where rows do not travel in float32.
+  // Weights travel in sixteen bits unless rows travel as float32.
   size_t WeightBytes() const { return kind == WireKind::kFloat32 ? sizeof(float) : sizeof(uint16_t); }
   void EncodeWeight(float weight, char* to) const;
   float DecodeWeight(const char* from) const;
-  // Of an expert's number in a call, the low byte first.
+  // Bytes of an expert number in a call, low byte first.
   size_t NumberBytes() const { return experts <= 256 ? 1 : 2; }
   void Encode(const float* row, char* to) const;
   void Decode(const char* row, float* to) const;
-  // What experts of this very server see of `count` numbers of rows or weights: what those of others
-  // would, but for eight bits.
+  // Rounds `count` values of rows or weights for local experts as the wire would for remote ones. kInt8
+  // is the exception: local values are not rounded.
   void Round(const float* from, int64_t count, float* to) const;
 };
 
 // The kinds of messages.
 enum class MessageKind : uint16_t { kCall = 1, kAnswer = 2 };
 
-// Before an expert call: `rows` counts of a byte each, `pairs` experts and as many weights, then the
-// rows, all as Wire has it.
+// Head of an expert call. The body: `rows` counts of one byte each, `pairs` expert numbers and as many
+// weights, then the rows, all encoded by Wire.
 struct CallHead {
   static constexpr uint32_t kMagic = 0x63786a64;
   uint32_t magic = kMagic;
   MessageKind kind = MessageKind::kCall;
   uint16_t layer = 0;
   uint64_t id = 0;
-  // Of the caller, whose trace knows the requests that are in it.
+  // Step number of the caller; the caller's trace knows the requests in that step.
   int64_t step = 0;
   uint32_t rows = 0, pairs = 0;
 
-  // It may be a call of so many rows at most. A count has one byte, so pairs are bounded as well.
+  // Whether this can be a call of at most `most` rows. A count has one byte, so pairs are bounded too.
   bool Sane(uint32_t most) const {
     return magic == kMagic && kind == MessageKind::kCall && rows <= most &&
            pairs <= uint64_t{rows} * UINT8_MAX;
@@ -59,22 +59,22 @@ struct CallHead {
   }
 };
 
-// Done: sums of all rows, but for the experts that are missing; not here: nothing of it is.
+// kDone: sums of all rows, without the missing experts. kNotHere: none of the experts is here.
 enum class Status : uint16_t { kDone = 0, kNotHere = 1 };
 
-// Before an answer: `rows` sums of d float32, then `missing` experts of two bytes.
+// Head of an answer. The body: `rows` sums of d float32, then `missing` expert numbers of two bytes.
 struct AnswerHead {
   static constexpr uint32_t kMagic = 0x61786a64;
   uint32_t magic = kMagic;
   MessageKind kind = MessageKind::kAnswer;
   Status status = Status::kDone;
   uint64_t id = 0;
-  // Of the callee's table.
+  // Version of the callee's table.
   int64_t version = 0;
   uint32_t rows = 0;
-  // How long the call waited there, and was computed.
+  // Microseconds that the call waited at the callee, and that computing it took.
   uint32_t queued_us = 0, computed_us = 0;
-  // Experts that the call wanted and that are not here.
+  // Number of the call's experts that the callee does not hold.
   uint32_t missing = 0;
 
   bool Sane(uint32_t most) const {
@@ -85,7 +85,7 @@ struct AnswerHead {
   }
 };
 
-// A connection between two servers; one thread's.
+// A connection between two servers. Used by one thread at a time.
 class Channel {
  public:
   explicit Channel(int fd) : fd_(fd) {}
@@ -94,17 +94,17 @@ class Channel {
 
   int fd() const { return fd_; }
   bool closed() const { return closed_; }
-  // Something waits until the connection takes it.
+  // Whether messages wait until the connection accepts them.
   bool sending() const { return !out_.empty(); }
-  // Messages that the connection has not taken.
+  // Number of messages that the connection has not accepted.
   size_t unsent() const { return out_.size(); }
   short Events(bool reads) const { return (reads ? POLLIN : 0) | (sending() ? POLLOUT : 0); }
-  // Sends what it can of this message, behind those that wait.
+  // Queues the message behind those that wait, and sends as much as possible.
   void Send(std::vector<char> message);
   void Flush();
 
-  // Reads what is there and calls whole(head, body) for every message, until that says false;
-  // anything but a message of `most` rows at most ends the connection.
+  // Reads the available bytes and calls whole(head, body) for every complete message, until `whole`
+  // returns false. Anything but a message of at most `most` rows closes the connection.
   template <typename Head, typename Whole>
   void Read(const Wire& wire, uint32_t most, const Whole& whole) {
     while (!closed_) {
@@ -128,7 +128,7 @@ class Channel {
   }
 
  private:
-  // Until `wanted` bytes are there; false: the rest has not come yet, or never will.
+  // Reads until `wanted` bytes are there. Returns false if the rest has not come yet, or never will.
   bool Receive(size_t wanted);
 
   const int fd_;
@@ -136,7 +136,7 @@ class Channel {
   std::vector<char> in_;
   size_t got_ = 0;
   std::deque<std::vector<char>> out_;
-  size_t sent_ = 0;  // of the first one
+  size_t sent_ = 0;  // bytes of the first message
 };
 
 int64_t NowNs();

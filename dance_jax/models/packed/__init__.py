@@ -1,4 +1,4 @@
-"""Quantised weights of a checkpoint, each in place of the float tensor that it stands for."""
+"""Assembles the quantised weights of a checkpoint, one tensor in place of each float tensor."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ __all__ = ["PackedTensor", "assemble"]
 
 @dataclasses.dataclass(frozen=True)
 class TensorNames:
-    """How the tensors of one weight are named, by the ends of their names."""
+    """The names of the tensors that hold one quantised weight, as suffixes."""
 
-    #: Of the codes.
+    #: Suffix of the codes.
     codes: str
-    #: Of the float tensor.
+    #: Suffix of the float tensor that the weight replaces.
     float: str
     open: Callable[[dict[str, str], Pieces, Quantization], PackedTensor]
-    #: By role: of the other tensors, in any of several spellings.
+    #: Suffixes of the other tensors by role, each in one or more spellings.
     others: Mapping[str, tuple[str, ...]]
-    #: Of tensors that are not needed: how activations would be rounded.
+    #: Suffixes of tensors that are not needed: they say how activations would be rounded.
     unused: tuple[str, ...] = ()
-    #: The type that tells codes from floats of the same name.
+    #: Type of the codes, if floats may have the same name. "" if they cannot.
     type: str = ""
 
 
@@ -42,12 +42,12 @@ _FP8 = (
         _ACTIVATIONS,
         type="F8_E4M3",
     ),
-    # Of all experts.
+    # The weights of all experts in one tensor.
     TensorNames("", "", Fp8.open, {"scale": ("_scale_inv", "_scale")}, type="F8_E4M3"),
 )
 _INTEGERS = {"scale": (".weight_scale",), "zeros": (".weight_zero_point",)}
 _WORDS = {"scale": (".scales",), "zeros": (".qzeros",)}
-#: By `Quantization.method`, and for compressed-tensors by its format.
+#: By `Quantization.method`; for compressed-tensors by its format.
 LAYOUTS: dict[str, tuple[TensorNames, ...]] = {
     "fp8": _FP8,
     "mxfp4": (TensorNames("_blocks", "", Mxfp4.open, {"scale": ("_scales",)}),),
@@ -77,10 +77,10 @@ LAYOUTS: dict[str, tuple[TensorNames, ...]] = {
 def assemble(
     tensors: Mapping[str, StoredTensor], quantization: Quantization
 ) -> dict[str, StoredTensor | PackedTensor]:
-    """A checkpoint's tensors, with one for the several of each quantised weight.
+    """A checkpoint's tensors, with one `PackedTensor` for the tensors of each quantised weight.
 
-    What is wrong with a weight stands in its `faults`. Tensors of floats stay, as do tensors that
-    belong to no weight.
+    Float tensors, and tensors that belong to no weight, stay as they are. A weight lists its
+    defects in `faults`.
     """
     method = quantization.method
     layouts = LAYOUTS[quantization.layout if method == "compressed-tensors" else method]

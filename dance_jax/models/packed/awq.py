@@ -1,8 +1,8 @@
-"""AWQ (arXiv 2306.00978) as AutoAWQ stores it for its kernel "gemm", of 4 bits.
+"""AWQ (arXiv 2306.00978) with 4 bits, as AutoAWQ stores it for its kernel "gemm".
 
-`qweight` int32 [in, out / 8]: a word holds eight outputs, in the order ORDER from the lowest bits.
-`qzeros` int32 [in / group, out / 8] likewise; `scales` [in / group, out]. A weight is worth
-scale * (code - zero).
+`qweight` is int32 [in, out / 8]: a word holds eight outputs, in the order ORDER from the lowest
+bits. `qzeros` is int32 [in / group, out / 8], packed the same way. `scales` is [in / group, out].
+The value of a weight is scale * (code - zero).
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from dance_jax.models.formats import Matrix, pack_words
 from dance_jax.models.packed.base import SCALES, PackedTensor, Pieces, blocks, bytes_of
 from dance_jax.models.packed.integers import integer_format, integer_matrix, unpacked, zero_faults
 
-#: The output, of eight, that a word's half-byte is of.
+#: Of the eight outputs of a word, the output that each half-byte belongs to, lowest bits first.
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Awq(PackedTensor):
-    """One weight."""
+    """One AWQ weight."""
 
     @staticmethod
     def open(names: dict[str, str], pieces: Pieces, quantization: Quantization) -> Awq:
@@ -51,7 +51,7 @@ class Awq(PackedTensor):
             yield from zero_faults(self, self._read("zeros"), 8)
 
     def _read(self, role: str) -> np.ndarray:
-        """uint8 [..., out]"""
+        """The codes of a packed tensor: uint8 [..., out]."""
         codes = unpacked(self.pieces[role].read(), 4)
         return codes.reshape(len(codes), -1, 8)[..., np.argsort(ORDER)].reshape(codes.shape)
 

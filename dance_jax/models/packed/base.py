@@ -1,4 +1,4 @@
-"""A quantised weight that lies in several tensors of a checkpoint."""
+"""The base class of quantised weights that are stored in several tensors of a checkpoint."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 from dance_jax.models.formats import Matrix, WeightFormat
 from dance_jax.models.safetensors_file import StoredTensor
 
-#: Types of scales that are floats, by safetensors' names, and ours.
+#: Supported float types of scales: safetensors' names and ours.
 SCALES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 Pieces = dict[str, StoredTensor]
@@ -23,79 +23,80 @@ Pieces = dict[str, StoredTensor]
 class PackedTensor(abc.ABC):
     """One weight, or the weights of all experts of a layer, in place of the float tensor.
 
-    A format is a subclass: `open` finds the shape and what is wrong, `_outputs` decodes.
+    Each format is a subclass: `open` finds the shape and the faults, `_outputs` decodes.
     """
 
-    #: Text for messages.
+    #: Name of the format, for messages.
     kind: str
     #: Names of `pieces` in the checkpoint, for messages.
     names: dict[str, str]
-    #: The tensors by their roles: "weight", the codes, is first.
+    #: The tensors by role. "weight", the codes, is first.
     pieces: Pieces
-    #: Shape of the float tensor: [out, in] or as `in_first` says; [e, ...] of all experts.
+    #: Shape of the float tensor: [out, in], or [in, out] if `in_first`; of all experts [e, ...].
     shape: tuple[int, ...]
-    #: Holds the weights without loss.
+    #: The format that holds the weights without loss.
     format: WeightFormat
-    #: Bytes on disk, of all pieces.
+    #: Bytes on disk of all pieces.
     size: int
-    #: The first of the stored outputs that is one of this weight's.
+    #: Index of this weight's first output among the stored outputs.
     first: int = 0
-    #: What makes it unreadable: missing pieces, shapes that do not fit.
+    #: Why the weight cannot be read: missing pieces, shapes that do not fit.
     faults: tuple[str, ...] = ()
-    #: The float tensor is [in, out].
+    #: Whether the float tensor is [in, out].
     in_first: ClassVar[bool] = False
-    #: It can be read as floats.
+    #: Whether the tensor can be read as floats.
     is_float: ClassVar[bool] = True
 
     @property
     def file(self) -> pathlib.Path:
-        """Of the codes."""
+        """The file that holds the codes."""
         return self.pieces["weight"].file
 
     @property
     def outputs(self) -> int:
-        """Outputs of one matrix."""
+        """Number of outputs of one matrix."""
         return self.shape[-1 if self.in_first else -2]
 
     @property
     def inputs(self) -> int:
-        """Inputs of one matrix."""
+        """Number of inputs of one matrix."""
         return self.shape[-2 if self.in_first else -1]
 
     def part(self, index: int, parts: int) -> Self:
-        """The index-th of `parts` equal pieces along the first axis: of experts, or of outputs."""
+        """The index-th of `parts` equal pieces along the first axis: experts, or outputs."""
         rows = self.shape[0] // parts
         part = dataclasses.replace(self, shape=(rows, *self.shape[1:]), size=self.size // parts)
-        if self.faults:  # nothing is read of it
+        if self.faults:  # a faulty weight is never read
             return part
         if len(self.shape) == 3:
             cut = {role: piece.part(index, parts) for role, piece in self.pieces.items()}
             return dataclasses.replace(part, pieces=cut)
         if self.in_first:
-            raise ValueError("a matrix is not cut by its inputs")
+            raise ValueError("a matrix cannot be cut along its inputs")
         return dataclasses.replace(part, first=self.first + index * rows)
 
     def without_first_axis(self) -> Self:
-        """The same weight for a shape that begins with 1."""
+        """The same weight without the first axis, which must have length 1."""
         pieces = {role: piece.without_first_axis() for role, piece in self.pieces.items()}
         return dataclasses.replace(self, shape=self.shape[1:], pieces=pieces)
 
     def matrix(self, inputs_first: bool | None = None) -> Matrix:
-        """The weight [in, out], as `format` says. Not of several experts.
+        """The weight [in, out] in `format`. Only for a single matrix.
 
-        Only its own bytes are read, if the checkpoint has outputs before inputs.
+        If the checkpoint stores outputs before inputs, only this weight's bytes are read.
 
         Args:
-            inputs_first: what the float tensor is; a packed one knows it.
+            inputs_first: whether the caller expects a float tensor [in, out]. None to accept
+                either.
         """
         if inputs_first not in (None, self.in_first):
             raise ValueError(f"{self.names['weight']}: inputs_first is {self.in_first}")
         if len(self.shape) != 2:
-            raise ValueError(f"{list(self.shape)} is no matrix")
+            raise ValueError(f"{list(self.shape)} is not a matrix")
         return self._outputs(self.first, self.first + self.outputs)
 
     def read(self) -> np.ndarray:
-        """float32 of `shape`."""
+        """The weights as float32 with `shape`."""
         if len(self.shape) == 3:
             count = self.shape[0]
             each = [self.part(i, count).without_first_axis().read() for i in range(count)]
@@ -104,7 +105,7 @@ class PackedTensor(abc.ABC):
         return values if self.in_first else values.T
 
     def value_faults(self) -> Iterator[str]:
-        """What is wrong with the values of scales and other small pieces, which are all read."""
+        """Faults in the values of scales and other small pieces. Reads all of these pieces."""
         scale = self.pieces["scale"]
         values = scale.read()
         wrong = values == 255 if values.dtype == np.uint8 else ~np.isfinite(values)
@@ -113,10 +114,10 @@ class PackedTensor(abc.ABC):
 
     @abc.abstractmethod
     def _outputs(self, begin: int, end: int) -> Matrix:
-        """Stored outputs begin..end of a matrix."""
+        """Decodes the stored outputs begin..end of a matrix."""
 
     def says(self, role: str, fault: str) -> str:
-        """A fault with the name, file and format of a piece."""
+        """A fault message that begins with the name, format and file of a piece."""
         piece = self.pieces.get(role, self.pieces["weight"])
         return f"{self.names[role]} ({self.kind}, {piece.file.name}): {fault}"
 
@@ -126,12 +127,12 @@ class PackedTensor(abc.ABC):
         types: Mapping[str, tuple[str, ...]],
         optional: tuple[str, ...] = (),
     ) -> Self:
-        """With faults: a piece is missing, or not of the shape or a type given, or inputs of four
-        bits fill no words.
+        """This weight with the faults that its pieces have: a piece is missing or has a wrong
+        shape or type, or the four-bit codes of the inputs do not fill whole words.
 
         Args:
-            shapes: by role.
-            types: safetensors' names, by role.
+            shapes: expected shape by role.
+            types: allowed types by role, by safetensors' names.
             optional: roles whose pieces may be missing.
         """
         faults = list(self.faults)
@@ -149,7 +150,7 @@ class PackedTensor(abc.ABC):
                 fault = f"is {list(piece.shape)}, but codes {codes} need {list(shape)}"
                 faults.append(self.says(role, fault))
             if role == "weight" and faults:
-                break  # the others' shapes follow from it
+                break  # the other pieces' expected shapes depend on the codes
         if not faults and not self.format.fits(self.inputs):
             fault = f"{self.inputs} inputs are not a multiple of 8, which is not supported"
             faults.append(self.says("weight", fault))
@@ -157,10 +158,10 @@ class PackedTensor(abc.ABC):
 
 
 def blocks(length: int, block: int) -> int:
-    """Blocks, the last of which may be shorter."""
+    """Number of blocks that cover `length`. The last block may be shorter."""
     return -(-length // block)
 
 
 def bytes_of(pieces: Pieces) -> int:
-    """Bytes on disk."""
+    """Bytes on disk of all pieces."""
     return sum(piece.size for piece in pieces.values())

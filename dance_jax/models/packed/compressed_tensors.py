@@ -1,10 +1,14 @@
-"""Integers as compressed-tensors (llm-compressor, Kimi-K2-Thinking) stores them.
+"""Integer weights as compressed-tensors (llm-compressor, Kimi-K2-Thinking) stores them.
 
-"pack-quantized": `weight_packed` int32 [out, in * bits / 32], a word holds consecutive inputs, the
-first in the lowest bits, as codes without sign; `weight_scale` [out, in / group];
-`weight_zero_point` int32 [out * bits / 32, in / group], packed by outputs; `weight_shape` is
-[out, in]. "int-quantized": `weight` int8 [out, in], `weight_scale` and `weight_zero_point` (int8)
-[out, 1], or [1] of the tensor. A weight is worth scale * (code - zero).
+"pack-quantized": `weight_packed` is int32 [out, in * bits / 32]. A word holds the unsigned codes of
+consecutive inputs, the first in the lowest bits. `weight_scale` is [out, in / group],
+`weight_zero_point` is int32 [out * bits / 32, in / group], packed by outputs, and `weight_shape` is
+[out, in].
+
+"int-quantized": `weight` is int8 [out, in]. `weight_scale` and `weight_zero_point` (int8) are
+[out, 1], or [1] for the whole tensor.
+
+In both, the value of a weight is scale * (code - zero).
 """
 
 from __future__ import annotations
@@ -29,7 +33,7 @@ from dance_jax.models.packed.integers import (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PackQuantized(PackedTensor):
-    """One weight in words."""
+    """One weight with its codes packed in words."""
 
     bits: int
 
@@ -80,7 +84,7 @@ class PackQuantized(PackedTensor):
             yield from zero_faults(self, self._zeros(), 1 << (self.bits - 1))
 
     def _zeros(self) -> np.ndarray:
-        """uint8 [groups, out]"""
+        """Zero points as unsigned codes: uint8 [groups, out]."""
         return unpacked(self.pieces["zeros"].read().T, self.bits)[:, : self.outputs]
 
     def _outputs(self, begin: int, end: int) -> Matrix:
@@ -95,7 +99,7 @@ class PackQuantized(PackedTensor):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class IntQuantized(PackedTensor):
-    """One weight in bytes."""
+    """One weight with one byte per code."""
 
     @staticmethod
     def open(names: dict[str, str], pieces: Pieces, quantization: Quantization) -> IntQuantized:
@@ -126,7 +130,7 @@ class IntQuantized(PackedTensor):
         codes = self.pieces["weight"].rows(begin, end).read().T
 
         def of_outputs(role: str) -> np.ndarray:
-            """[1, out]"""
+            """The values of a piece for these outputs: [1, out]."""
             stored = self.pieces[role].read().reshape(-1)
             return stored[begin:end][None] if len(stored) > 1 else np.full((1, end - begin), stored)
 

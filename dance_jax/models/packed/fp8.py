@@ -1,7 +1,8 @@
-"""fp8 (e4m3) with a scale for a block of weights, an output or the tensor.
+"""fp8 (e4m3) with one scale per block of weights, per output or per tensor.
 
-DeepSeek-V3 (arXiv 2412.19437, section 3.3.2) and transformers' finegrained_fp8: a weight is worth
-its code times `weight_scale_inv` of its block, [out / 128, in / 128], whatever the name says.
+DeepSeek-V3 (arXiv 2412.19437, section 3.3.2) and transformers' finegrained_fp8 use this format. The
+value of a weight is its code times its block's `weight_scale_inv`, [out / 128, in / 128], despite
+the name.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ _SCALES = SCALES | {"F8_E8M0": "e8m0"}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Fp8(PackedTensor):
-    """Codes F8_E4M3 [out, in], or [e, out, in] with scales of as many axes."""
+    """Codes F8_E4M3 [out, in] or [e, out, in]. Scales have as many axes as the codes."""
 
-    #: Outputs that share a scale.
+    #: Number of outputs that share a scale.
     block_out: int = 1
 
     @staticmethod

@@ -1,8 +1,9 @@
-"""GPTQ (arXiv 2210.17323) as AutoGPTQ and GPTQModel store it, of 4 or 8 bits.
+"""GPTQ (arXiv 2210.17323) with 4 or 8 bits, as AutoGPTQ and GPTQModel store it.
 
-`qweight` int32 [in * bits / 32, out]: a word holds consecutive inputs, the first in the lowest
-bits. `scales` [in / group, out]; `qzeros` int32 [in / group, out * bits / 32] likewise by outputs;
-`g_idx` int32 [in] is the group of each input. A weight is worth scale * (code - zero).
+`qweight` is int32 [in * bits / 32, out]: a word holds consecutive inputs, the first in the lowest
+bits. `scales` is [in / group, out]. `qzeros` is int32 [in / group, out * bits / 32], packed the
+same way by outputs. `g_idx` int32 [in] is the group of each input. The value of a weight is
+scale * (code - zero).
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ from dance_jax.models.packed.integers import (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Gptq(PackedTensor):
-    """One weight."""
+    """One GPTQ weight."""
 
     bits: int
-    #: Added to whole words of zero points: version 1 has subtracted 1 from each, and a zero borrows
-    #: from the next.
+    #: Added to each whole word of zero points. Version 1 of the format subtracts 1 from every zero
+    #: point, and a zero point of 0 borrows from the next.
     less: int
 
     @staticmethod
@@ -70,7 +71,7 @@ class Gptq(PackedTensor):
             yield from zero_faults(self, self._zeros(), 1 << (self.bits - 1))
 
     def _zeros(self) -> np.ndarray:
-        """uint8 [groups, out]"""
+        """Zero points as unsigned codes: uint8 [groups, out]."""
         words = self.pieces["zeros"].read().view(np.uint32) + np.uint32(self.less)
         return unpacked(words, self.bits)[:, : self.pieces["scale"].shape[-1]]
 

@@ -1,4 +1,4 @@
-"""What formats of integers share: codes in words of 32 bits, scales and zero points of groups."""
+"""Shared parts of the integer formats: codes in 32-bit words, scales and zero points of groups."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from dance_jax.models.packed.base import SCALES, PackedTensor, Pieces
 
 
 def integer_format(bits: int, group: int, pieces: Pieces, offset: bool) -> WeightFormat:
-    """Of integers of 4 or 8 bits whose scales are as they are stored.
+    """The format for 4-bit or 8-bit integers, with scales in their stored type.
 
-    Offsets are of float32, which holds the product of a scale of 16 bits and a zero point.
+    Offsets are float32, which holds the product of a 16-bit scale and a zero point.
     """
     scale = pieces.get("scale")
     stored = SCALES.get(scale.kind if scale else "", "float32")
@@ -21,7 +21,7 @@ def integer_format(bits: int, group: int, pieces: Pieces, offset: bool) -> Weigh
 
 
 def unpacked(words: np.ndarray, bits: int) -> np.ndarray:
-    """uint8 [..., n * 32 / bits] of int32 [..., n], the lowest bits first."""
+    """Unpacks int32 [..., n] to uint8 [..., n * 32 / bits], the lowest bits first."""
     octets = np.ascontiguousarray(words).view(np.uint8)
     if bits == 8:
         return octets
@@ -29,19 +29,21 @@ def unpacked(words: np.ndarray, bits: int) -> np.ndarray:
 
 
 def signed(codes: np.ndarray) -> np.ndarray:
-    """int8 of codes of 8 bits whose middle is 128."""
+    """int8 values of unsigned 8-bit codes whose middle is 128."""
     return (codes ^ np.uint8(128)).view(np.int8)
 
 
 def integer_matrix(
     form: WeightFormat, codes: np.ndarray, scale_go: np.ndarray, zeros_go: np.ndarray | None
 ) -> Matrix:
-    """scale * (code - zero), written as scale * (code - middle) + scale * (middle - zero).
+    """The matrix of scale * (code - zero).
+
+    The matrix holds the equal value scale * (code - middle) + scale * (middle - zero).
 
     Args:
-        codes: as the format keeps them.
-        scale_go: [groups, out]
-        zeros_go: zero points as codes without sign; None: all are the middle code.
+        codes: as the format stores them.
+        scale_go: scales [groups, out].
+        zeros_go: zero points as unsigned codes [groups, out]. None if all are the middle code.
     """
     arrays = {"codes": codes, "scale": scale_go}
     if form.offset:
@@ -53,7 +55,7 @@ def integer_matrix(
 
 
 def zero_faults(tensor: PackedTensor, zeros: np.ndarray, middle: int) -> Iterator[str]:
-    """Whether zero points are other than the middle code, though the format has no offsets."""
+    """A fault if zero points differ from the middle code although the format has no offsets."""
     if count := np.count_nonzero(zeros != middle):
         yield tensor.says(
             "zeros",
@@ -63,7 +65,7 @@ def zero_faults(tensor: PackedTensor, zeros: np.ndarray, middle: int) -> Iterato
 
 
 def order_faults(tensor: PackedTensor, group: int) -> Iterator[str]:
-    """Whether g_idx, the group of each input, is anything but the groups in turn."""
+    """A fault if g_idx, the group of each input, does not list the groups in order."""
     order = tensor.pieces.get("order")
     if order is not None and (order.read() != np.arange(tensor.inputs) // group).any():
         yield tensor.says(

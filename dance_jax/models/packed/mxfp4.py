@@ -1,9 +1,9 @@
 """MXFP4 (OCP Microscaling Formats 1.0): e2m1 in groups of 32 inputs.
 
-gpt-oss: `_blocks` uint8 [e, out, in / 32, 16], the low half of a byte is the earlier input;
-`_scales` uint8 [e, out, in / 32] are exponents whose bias is 127. The float tensor is [e, in, out].
-compressed-tensors' "mxfp4-pack-quantized": `weight_packed` [out, in / 2] and `weight_scale`
-[out, in / 32] of one weight, otherwise the same; the float tensor is [out, in].
+gpt-oss: `_blocks` is uint8 [e, out, in / 32, 16]; the low half of a byte is the earlier input.
+`_scales` is uint8 [e, out, in / 32]: exponents of bias 127. The float tensor is [e, in, out].
+compressed-tensors' "mxfp4-pack-quantized" stores one weight the same way, as `weight_packed`
+[out, in / 2] and `weight_scale` [out, in / 32]; the float tensor is [out, in].
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dance_jax.models.packed.base import PackedTensor, Pieces, blocks, bytes_of
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mxfp4(PackedTensor):
-    """gpt-oss's: all experts' weights of a layer, or one expert's."""
+    """gpt-oss's layout: the weights of all experts of a layer, or of one expert."""
 
     in_first: ClassVar[bool] = True
 
@@ -55,7 +55,7 @@ class Mxfp4(PackedTensor):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mxfp4Linear(Mxfp4):
-    """compressed-tensors': one weight."""
+    """compressed-tensors' layout: one weight."""
 
     in_first: ClassVar[bool] = False
 

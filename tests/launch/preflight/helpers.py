@@ -1,4 +1,4 @@
-"""Runs preflights for tests, with what they need left out where it does not matter."""
+"""Runs preflights for tests, without the checks that a test does not need."""
 
 from __future__ import annotations
 

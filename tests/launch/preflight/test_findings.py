@@ -1,4 +1,4 @@
-"""What preflights find on machines made up, and how links are chosen and rates counted."""
+"""What preflights report about made-up machines; how links are chosen and rates combined."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from tests.launch.preflight.helpers import LOCAL, run, text
 
 
 class MadeUp:
-    """Answers as this machine does, changed by a function."""
+    """Answers like this machine, with changes made by a function."""
 
     def __init__(self, change: Callable[[Machine], None] = lambda machine: None, ahead: float = 0):
         self._change = change
@@ -111,7 +111,7 @@ def test_clocks_that_are_wrong() -> None:
 
 
 class Elsewhere(MadeUp):
-    """A machine whose network is made up as well."""
+    """A machine with a made-up network as well."""
 
     def ask(self, request: Request, timeout_s: float) -> Reply:
         match request:
@@ -123,7 +123,7 @@ class Elsewhere(MadeUp):
 
 
 def resolving(host: str, **names: str) -> MadeUp:
-    """A machine of its own, to which names lead elsewhere ("": nowhere)."""
+    """A machine of its own on which some names resolve to other addresses ("": to none)."""
 
     def change(machine: Machine) -> None:
         machine.network_id = host
@@ -140,7 +140,7 @@ def resolving(host: str, **names: str) -> MadeUp:
 
 @pytest.fixture
 def quick_lookups(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The names of made-up machines are looked up in vain."""
+    """Lookups of made-up machines' names fail; this keeps the failures quick."""
     monkeypatch.setattr(probe, "LOOKUP_TIMEOUT_S", 0.05)
 
 
@@ -288,7 +288,7 @@ def test_the_largest_rate_counts_and_the_file_overrides(rates: list[float]) -> N
 
 
 def test_round_trips_of_pairs_are_parted_and_the_file_overrides() -> None:
-    """Links have both ways of each pair, of which the sooner counts."""
+    """There is a link in each direction of a pair; the shorter time counts."""
     lines = [f"{name} address=127.0.0.{n} experts=1" for n, name in enumerate("abcd")]
     trips = np.array([4e-3, 20e-3, 1e-3, 7e-3])
     links = {
@@ -303,7 +303,7 @@ def test_round_trips_of_pairs_are_parted_and_the_file_overrides() -> None:
     np.testing.assert_allclose(
         [server.round_trip for server in found.servers], [4e-3, 5e-3, 1e-3, 7e-3]
     )
-    # One pair alone: half of it is each one's.
+    # With a single pair, each server gets half of the round trip.
     pair = with_rates(parse_hosts("\n".join(lines[2:])), {(0, 1): Link(rtt=3e-3)})
     assert [server.round_trip for server in pair.servers] == [3e-3, 3e-3]
     links[0, 3] = links[3, 0] = Link("timed out")

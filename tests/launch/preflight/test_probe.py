@@ -1,4 +1,4 @@
-"""What a machine answers to a preflight: the process, its facts, and the measuring of links."""
+"""What a machine answers to a preflight: the process, its facts, and measured links."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_answers_line_by_line_and_ends_with_its_input() -> None:
 
 
 def test_ends_soon_even_when_it_is_busy() -> None:
-    """A peer that never answers keeps it busy longer than its input lasts."""
+    """A peer that never answers would keep the process busy longer than its input lasts."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         peer = Peer("127.0.0.1", silent.getsockname()[1])
         request = Measure(peers=[peer], token="x" * link.TOKEN_CHARACTERS, seconds=1.0)
@@ -322,7 +322,7 @@ def test_peers_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
         socket.create_server(("127.0.0.1", 0)) as silent,
         socket.create_server(("127.0.0.1", 0), backlog=0) as full,
     ):
-        # As where a firewall drops packets: its queue is full, and nothing answers any more.
+        # Like a firewall that drops packets: the queue is full, and nothing answers any more.
         waiting = [socket.socket() for _ in range(3)]
         for each in waiting:
             each.setblocking(False)

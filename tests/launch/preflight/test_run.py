@@ -1,4 +1,4 @@
-"""Preflights of real processes, here and through a fake ssh."""
+"""Preflights with real processes, on this machine and through a fake ssh."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def ssh(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> FakeSsh:
 
 
 def no_children(seconds: float = 5) -> bool:
-    """Every process that a test here has started is gone; the session's cluster may be there."""
+    """Whether every process that a test started here is gone; the session's cluster may run."""
     children = psutil.Process().children(recursive=True)
     _, alive = psutil.wait_procs([child for child in children if not _in_cluster(child)], seconds)
     return not alive
@@ -48,7 +48,7 @@ def no_children(seconds: float = 5) -> bool:
 def _in_cluster(child: psutil.Process) -> bool:
     try:
         return "tests.cluster.worker" in child.cmdline()
-    except psutil.Error:  # it has just ended
+    except psutil.Error:  # the process has just ended
         return False
 
 
@@ -87,7 +87,7 @@ def test_rates_that_are_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     given = hosts.replace("bandwidth=auto", "bandwidth=3Mbps")
     everything = run(given, measure_all=True)
     assert all(everything.rate(*pair) for pair in itertools.permutations(range(3), 2))
-    assert everything.spec.servers[0].bandwidth == 3e6  # what the file says holds
+    assert everything.spec.servers[0].bandwidth == 3e6  # the hosts file takes precedence
 
 
 def test_rates_that_take_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,7 +137,7 @@ def test_models_that_are_missing_or_different(tmp_path: pathlib.Path) -> None:
 
 
 def test_a_server_without_the_model(tmp_path: pathlib.Path) -> None:
-    """Nobody looks for it there, nor for a place to convert it."""
+    """The preflight does not look there for the model, nor for a place to convert it."""
     hosts = LOCAL.replace("address=127.0.0.3", "address=127.0.0.3 checkpoint=peer")
     found = run(hosts, model=tmp_path / "nowhere")
     assert [error.partition(",")[0] for error in found.errors] == ["on alpha", "on beta"]
@@ -210,7 +210,7 @@ def test_ssh_that_fails(ssh: FakeSsh, said: str, status: int, meaning: str) -> N
 
 
 def test_a_host_that_hangs(ssh: FakeSsh, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Alone: a host that answers would have to be as fast."""
+    """With one host only, because a second host would have to answer within the short timeout."""
     monkeypatch.setattr(preflight, "FIRST_TIMEOUT_S", 1.0)
     ssh.host("beta", "sleep 600")
     (error,) = run(FAR.splitlines()[1]).errors
@@ -254,7 +254,7 @@ run_preflight(parse_hosts(sys.argv[1]), model=None, fingerprint="", cache_dir=No
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_an_interruption_leaves_nothing(ssh: FakeSsh, number: signal.Signals) -> None:
-    """Also where one host hangs and another one has answered."""
+    """Even if one host hangs and another has answered."""
     said = ssh.folder / "said"
     said.touch()
     ssh.host("alpha", f'sh -c "$*" | tee {said}')
