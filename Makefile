@@ -1,9 +1,9 @@
-# make demo | test | research-test | lint | testbed; each makes .venv first when it is missing.
+# make demo | test | research-test | lint | docs | testbed; each makes .venv first when it is missing.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test research-test lint testbed
+.PHONY: demo test research-test lint docs testbed
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.complete
@@ -21,6 +21,10 @@ lint: $(VENV)/.complete
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+# The site of docs/, with the API reference, into site/; a warning is an error.
+docs: $(VENV)/.docs-complete
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 # Three hosts on slow links in this machine answer the demo's prompts. Root; may install sshd.
 testbed: $(VENV)/.complete
 	$(BIN)/python -m tests.testbed.check --rate 100Mbps
@@ -31,4 +35,9 @@ $(VENV)/.complete: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[test]'
 	$(BIN)/python -m dance_jax.models.native
+	touch $@
+
+# What the site needs besides.
+$(VENV)/.docs-complete: $(VENV)/.complete
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	touch $@
