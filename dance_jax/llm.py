@@ -59,13 +59,14 @@ class LLM:
             2,048.
         seed: of requests without a seed; the n-th such request of the object draws the same
             whichever server runs it.
-        dtype: of activations and KV cache, "float32" or "bfloat16"; None: float32 on CPUs,
-            bfloat16 elsewhere.
+        dtype: of activations and KV cache, "float32" or "bfloat16"; None: bfloat16 if all servers
+            compute on accelerators, else float32.
         max_num_seqs: sequences that run at once on each device.
         kv_memory: bytes of each device's KV cache; None: all sequences at full length, in at most
             half of the memory that is free.
-        exchange: how servers exchange rows: "calls" (each steps on its own, on CPUs with a C++
-            compiler), "collectives" (all step together), or "auto": calls where all can.
+        exchange: how servers exchange rows: "calls" (each steps on its own), "collectives" (all
+            step together), or "auto": calls on CPUs and on mixed platforms, and on accelerators
+            whichever is predicted to be faster.
         wire_dtype: what hidden states are rounded to before routed experts, wherever these are:
             "float32" (they are not), "bfloat16", or "auto": bfloat16 where the weights of routed
             experts have 16 bits or less. With "int8" only those are rounded that go to another
