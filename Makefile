@@ -1,9 +1,10 @@
-# make demo | test | research-test | lint | testbed | dist; each makes .venv first when it is missing.
+# make demo | test | research-test | lint | docs | testbed | dist; each makes .venv first when it is
+# missing.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test research-test lint testbed dist
+.PHONY: demo test research-test lint docs testbed dist
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.complete
@@ -21,6 +22,10 @@ lint: $(VENV)/.complete
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+# The site of docs/, with the API reference, into site/; a warning is an error.
+docs: $(VENV)/.docs-complete
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 # Three hosts on slow links in this machine answer the demo's prompts. Root; may install sshd.
 testbed: $(VENV)/.complete
 	$(BIN)/python -m tests.testbed.check --rate 100Mbps
@@ -37,4 +42,9 @@ $(VENV)/.complete: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt scikit-build-core
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[test]'
 	$(BIN)/python -m dance_jax.models.native
+	touch $@
+
+# What the site needs besides.
+$(VENV)/.docs-complete: $(VENV)/.complete
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[docs]'
 	touch $@

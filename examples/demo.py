@@ -131,7 +131,7 @@ def run_policy(
 
 
 def comparison(runs: list[Run], names: tuple[str, ...]) -> Table:
-    """One row per measure, one column per policy; definitions as in docs/structure.md."""
+    """One row per measure, one column per policy; definitions as in docs/architecture.md."""
     table = Table(title=f"{len(runs[0].result.prompts)} prompts on {len(names)} servers")
     table.add_column("")
     for run in runs:
