@@ -21,6 +21,7 @@ from dance_jax.launch.planning.hosts import MEMORY_UNITS, quantity
 from dance_jax.launch.rebalance.decision import RebalanceOptions
 from dance_jax.models.hub import served_name
 from dance_jax.placement.policies import DEFAULT_POLICY, POLICIES
+from dance_jax.placement.visit import MAX_SERVERS
 
 #: The command's name in its help.
 PROG = "python -m dance_jax.launch"
@@ -244,8 +245,10 @@ def _port(text: str) -> int:
 
 
 def _rank(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text[:9]) > 30:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a server number (0 to 30)")
+    if not text.isascii() or not text.isdigit() or int(text[:9]) >= MAX_SERVERS:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a server number (0 to {MAX_SERVERS - 1})"
+        )
     return int(text)
 
 
