@@ -1,4 +1,4 @@
-# make demo | test | research-test | lint | testbed; each makes .venv first when it is missing.
+# make demo | test | research-test | lint | testbed; each target creates .venv first if needed.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -12,7 +12,7 @@ demo: $(VENV)/.complete
 test: $(VENV)/.complete
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-# Of the paper's evaluation, the simulator and the studies in research/.
+# Tests of the paper's evaluation, the simulator and the studies in research/.
 research-test: $(VENV)/.complete
 	$(BIN)/python -m pytest -n 2 --dist loadfile research/tests
 
@@ -21,11 +21,12 @@ lint: $(VENV)/.complete
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-# Three hosts on slow links in this machine answer the demo's prompts. Root; may install sshd.
+# Answers the demo's prompts on three hosts with slow links, all inside this machine. Needs root and
+# may install sshd.
 testbed: $(VENV)/.complete
 	$(BIN)/python -m tests.testbed.check --rate 100Mbps
 
-# The marker is written last: a venv whose installation was interrupted is made again.
+# The marker is written last, so that an interrupted installation is repeated.
 $(VENV)/.complete: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; this is %d.%d: make PYTHON=python3.11" % sys.version_info[:2])'
 	$(PYTHON) -m venv $(VENV)

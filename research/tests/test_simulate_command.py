@@ -228,7 +228,7 @@ def test_trends() -> None:
         (["--devices", "6"], "6 devices: servers have"),
         (["--mbps", "fast"], "numbers with commas"),
         (["--intervals", "0"], "numbers above 0"),
-        (["--seed", "-1"], "no whole number"),
+        (["--seed", "-1"], "not a whole number"),
     ],
 )
 def test_options(

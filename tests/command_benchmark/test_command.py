@@ -106,11 +106,13 @@ def test_the_verdict(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_words() -> None:
     assert some_of(("a", "b", "c"))("c,a") == ("a", "c")
-    with pytest.raises(argparse.ArgumentTypeError, match="no policy 'd'; there are a, b"):
+    with pytest.raises(argparse.ArgumentTypeError, match="unknown policy 'd'; choose from a, b"):
         some_of(("a", "b"), "policy")("a,d")
     assert list_of(count)("3,1") == [3, 1] and count_or_0("0") == 0
     for parse, text in ((count, "0"), (count_or_0, "-1"), (count, "1" * 5000), (count, "1.0")):
-        with pytest.raises(argparse.ArgumentTypeError, match=r"no whole number of at least [01]"):
+        with pytest.raises(
+            argparse.ArgumentTypeError, match=r"not a whole number of at least [01]"
+        ):
             parse(text)
 
 

@@ -196,9 +196,9 @@ def test_options_that_run_does_not_know_keep_their_order_for_launch() -> None:
     ("arguments", "message"),
     [
         (["up", "--hosts", "32"], "from 1 to 31"),
-        (["up", "--rate", "5"], "no rate"),
+        (["up", "--rate", "5"], "not a rate"),
         (["up", "--name", "a.b"], "letters and digits"),
-        (["up", "--prompts", "x"], "unknown: --prompts x"),
+        (["up", "--prompts", "x"], "unknown options: --prompts x"),
     ],
 )
 def test_wrong_options_are_refused(arguments: list[str], message: str) -> None:
