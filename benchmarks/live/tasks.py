@@ -152,7 +152,7 @@ class Askers:
         return Plan(tuple(calls), shift_s)
 
     def streams(self, tasks: Sequence[Task], count: int) -> list[Call]:
-        """Return `count` requests per server, all at second 0, with the longest possible answers."""
+        """Return `count` requests per server, all at second 0, with answers as long as possible."""
         calls = []
         for server, task in enumerate(tasks):
             for prompt in itertools.islice(itertools.cycle(task.asked), count):

@@ -67,10 +67,10 @@ def test_hosts_follow_the_template_and_repeat_it() -> None:
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("# nothing", "no line"),
+        ("# nothing", "no lines"),
         ("head experts=1", "cannot be a host"),
         ("a.b experts=1", "cannot be a host"),
-        ("a experts=1\na experts=1", "two with one name"),
+        ("a experts=1\na experts=1", "two lines with the same name"),
         ("a devices=many", "whole number"),
     ],
 )
