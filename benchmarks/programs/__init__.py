@@ -26,8 +26,8 @@ class Unsupported(Exception):
 class Work:
     """Work to measure, on random prompts."""
 
-    #: "decode" generates `tokens` tokens after each prompt, one per step; "prefill" computes prompts
-    #: of `tokens` tokens.
+    #: "decode" generates `tokens` tokens after each prompt, one per step; "prefill" computes
+    #: prompts of `tokens` tokens.
     kind: str
     #: Number of prompts, which form one batch.
     rows: int

@@ -289,7 +289,7 @@ def test_servers_of_other_machines_are_not_started(tmp_path: pathlib.Path) -> No
         ("--url http://a:1 --output /no/such/folder/x", "no folder"),
         ("--url http://a:1 --hosts examples/hosts.txt", "has 3 servers but --url names 1"),
         ("--url http://a:1 --duration 0.0001", "no request arrives"),
-        ("--tasks no_such_folder", "no *.jsonl there"),
+        ("--tasks no_such_folder", "no *.jsonl files"),
         ("--url http://a:1 --requests 1 -- --policy dance", "no server is launched"),
     ],
 )
