@@ -31,6 +31,6 @@ Sections:
 Modules: `http` and `client` talk to servers, `cluster` starts them, `memory` samples the memory of
 their processes. `texts`, `arrivals` and `workload` make the requests and their arrival times;
 `drive` sends the requests. `figures` and `agreement` evaluate the answers. The sections are `idle`,
-`static`, `long`, `prefix` and `soak` (with its invalid requests in `wrong`); `setting` has what they
-share. `tables`, `plots` and `report` present the results.
+`static`, `long`, `prefix` and `soak` (whose invalid requests are in `wrong`); `setting` has what
+they share. `tables`, `plots` and `report` present the results.
 """
