@@ -24,7 +24,7 @@ def test_rows_of_the_table(
     arguments = ["--model", write_model(tmp_path / "model"), "--texts", *texts]
     assert wire.main([*map(str, arguments)]) == 0
     printed = capsys.readouterr().out
-    assert "3 servers" in printed and "of expert calls leave theirs" in printed
+    assert "3 servers" in printed and "of expert calls are remote" in printed
     rows = [
         [cell.strip() for cell in line.split("│")[1:-1]]
         for line in printed.splitlines()
