@@ -75,7 +75,7 @@ class Setting:
     console: Console
 
     def fitted(self, phase: int) -> pathlib.Path:
-        """Return a phase's activations, counted at the first call, on prompts that no user sends."""
+        """Return a phase's activations, counted once on prompts that no user sends."""
         result = self.work / f"fitted{phase}.npz"
         if not result.exists():
             prompts = self.work / f"fit{phase}.jsonl"

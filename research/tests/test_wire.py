@@ -1,4 +1,4 @@
-"""research/wire.py on a tiny model."""
+"""Test of research/wire.py on a tiny model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.launch.tiny import write_model
 def test_rows_of_the_table(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Float32 is what the others are compared with; int8 rounds what leaves a server."""
+    """The other types are compared with float32; int8 rounds the rows that leave a server."""
     monkeypatch.setattr(wire, "WINDOW", 32)
     texts = []
     for n in range(3):

@@ -1,4 +1,4 @@
-"""What the commands of benchmarks have in common."""
+"""Tests of what all benchmark commands share: options, exit codes, signals, verdict."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ENDING = (signal.SIGTERM, signal.SIGHUP)
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
-    """Signals are not ignored, as nohup would have it; afterwards they are as before."""
+    """Reset the signal handlers, in case nohup ignores SIGHUP; restore them afterwards."""
     before = [signal.signal(number, signal.SIG_DFL) for number in ENDING]
     yield
     for number, handler in zip(ENDING, before, strict=True):
@@ -38,7 +38,7 @@ def handlers() -> Iterator[None]:
 
 
 class Failed(OSError):
-    """Something that was measured; also an error of the system."""
+    """A failure of the measured program that is an OSError too."""
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_signals_clean_up(number: signal.Signals) -> None:
     def work() -> int:
         try:
             signal.raise_signal(number)
-            raise AssertionError("it goes on")
+            raise AssertionError("the signal did not end the work")
         finally:
             ended.append(number)
 
