@@ -132,7 +132,7 @@ MEASURES = (
         formats=("float32", "int8"),
         wanted=_wanted(float32=1.2, int8=1.5),
     ),
-    Measure("memory beside weights and cache", "MB", lambda side: side.resident() / 1e6),
+    Measure("memory without weights and cache", "MB", lambda side: side.resident() / 1e6),
     Measure("first token, cold", "s", lambda side: side.first_token(cold=True)),
     Measure("first token, warm", "s", lambda side: side.first_token(cold=False)),
     Measure(

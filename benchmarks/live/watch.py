@@ -49,7 +49,7 @@ class Sample:
     transfers: list[float]
     #: (token, layer) pairs with at least one expert call on another server.
     away: list[float]
-    #: Hidden states of all servers through the busiest link, summed over the layers.
+    #: Hidden states of all servers through the busiest link of each layer, summed over the layers.
     busiest: list[float]
     #: Prompt and generated tokens.
     tokens: list[float]

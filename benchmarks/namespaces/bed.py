@@ -1,4 +1,4 @@
-"""The testbed itself: hosts, links, logins, and commands on the hosts."""
+"""The testbed: its hosts, links and logins, and commands on the hosts."""
 
 from __future__ import annotations
 

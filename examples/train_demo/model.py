@@ -99,7 +99,7 @@ def look_back(layer: Params, c: Config) -> Params:
     """
     pairs = c.rope // 4
     frequency = c.rope_theta ** (-jnp.arange(pairs) * 2 / c.rope)
-    gain = 1.5  # times the normed input 0, about 5, squared over the softmax scale: 8
+    gain = 1.5  # times the normed input 0 (about 5), squared, over the softmax scale: 8
     key = jnp.zeros(c.rope).at[0 : 2 * pairs : 2].set(gain)
     q = layer["q"].reshape(c.hidden, c.heads, c.nope + c.rope)
     for head in range(c.heads - 1):

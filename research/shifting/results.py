@@ -79,7 +79,7 @@ def _shift(found: Shift) -> list[Target]:
     targets = [
         Target("mean latency with migration / without", LATENCY, ratio),
         # No migration is as wrong as two.
-        Target("migrations after the shift, beside the one", 0, abs(len(moves) - 1)),
+        Target("migrations after the shift, difference from one", 0, abs(len(moves) - 1)),
         Target(
             "margin of outputs that differ from those without migration",
             MARGIN,

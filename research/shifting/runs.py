@@ -159,7 +159,7 @@ def shift(setting: Setting) -> Shift:
         plan,
         setting.ask("no migration", 0, still(), plan),
         setting.ask("migration", 0, moving(setting.interval_s, half_life_s), plan),
-        setting.ask("placed for the second phase", 1, still(), plan.after(plan.shift_s)),
+        setting.ask("placed for the second task", 1, still(), plan.after(plan.shift_s)),
     )
 
 
@@ -230,7 +230,7 @@ def pause(setting: Setting) -> Pause:
         there.append((await placement(api))["servers"])
         return Pause([await _round(api, setting, n % 2, there[n % 2]) for n in range(ROUNDS)])
 
-    return setting.serve("migrations beside streams", 0, moving(0.0, PAUSE_HALF_LIFE_S), run)
+    return setting.serve("migrations during streams", 0, moving(0.0, PAUSE_HALF_LIFE_S), run)
 
 
 async def _round(api: Api, setting: Setting, phase: int, servers: list[dict[str, Any]]) -> Round:

@@ -86,7 +86,7 @@ def test_figures_of_a_shift() -> None:
     ("change", "missed"),
     [
         ({"stay": run(1.6, STAY.samples)}, "mean latency with migration / without"),
-        ({"move": run(1.5, STAY.samples)}, "migrations after the shift, beside the one"),
+        ({"move": run(1.5, STAY.samples)}, "migrations after the shift, difference from one"),
         ({"placed": run(1.0, [sample(0, 0, 0), sample(9, 85, 15)])}, "remote share after one"),
         ({"stay": run(2.0, STAY.samples, text="b", margin=2e-3)}, "margin of outputs"),
     ],
