@@ -1,4 +1,4 @@
-"""Command lines of benchmarks: words, options that several have, and their checks."""
+"""Command-line helpers for the benchmarks: argument types, shared options, and their checks."""
 
 from __future__ import annotations
 
@@ -18,100 +18,106 @@ Value = TypeVar("Value")
 
 
 def count(text: str) -> int:
-    """A whole number of at least 1."""
+    """Parse a whole number of at least 1."""
     return _whole(text, 1)
 
 
 def count_or_0(text: str) -> int:
-    """A whole number of at least 0."""
+    """Parse a whole number of at least 0."""
     return _whole(text, 0)
 
 
 def policy_name(word: str) -> str:
-    """The name of a placement policy."""
+    """Parse the name of a placement policy."""
     if word not in POLICIES:
-        raise argparse.ArgumentTypeError(f"no policy {word!r}; there are {', '.join(POLICIES)}")
+        raise argparse.ArgumentTypeError(
+            f"unknown policy {word!r}; choose from {', '.join(POLICIES)}"
+        )
     return word
 
 
 def _whole(text: str, least: int) -> int:
     digits = text.isascii() and text.isdigit() and len(text) <= 10
     if not digits or not least <= int(text) <= 10**9:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least {least}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
     return int(text)
 
 
 def positive(text: str) -> float:
-    """A number above 0."""
+    """Parse a number above 0."""
     try:
         value = float(text)
     except ValueError:
         value = 0.0
     if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
     return value
 
 
 def list_of(one: Callable[[str], Value]) -> Callable[[str], list[Value]]:
-    """Words with commas between."""
+    """Return an argument type for comma-separated values, each parsed by `one`."""
     return lambda text: [one(word) for word in text.split(",")]
 
 
 def some_of(known: Sequence[str], what: str = "section") -> Callable[[str], tuple[str, ...]]:
-    """Words with commas between that are among the known ones; in the order of `known`."""
+    """Return an argument type for comma-separated words out of `known`, sorted as in `known`."""
 
     def chosen(text: str) -> tuple[str, ...]:
         words = text.split(",")
         for word in words:
             if word not in known:
-                there = ", ".join(known)
-                raise argparse.ArgumentTypeError(f"no {what} {word!r}; there are {there}")
+                choices = ", ".join(known)
+                raise argparse.ArgumentTypeError(f"unknown {what} {word!r}; choose from {choices}")
         return tuple(word for word in known if word in words)
 
     return chosen
 
 
 def add_service(parser: argparse.ArgumentParser) -> None:
-    """Option --model, and what follows -- as `launch`: of servers that are started."""
-    parser.add_argument("--model", type=pathlib.Path, metavar="DIR", help="(the demo)")
+    """Add --model and, as `launch`, the words after --: both for servers that are started here."""
+    parser.add_argument(
+        "--model", type=pathlib.Path, metavar="DIR", help="model to serve (the demo model)"
+    )
     parser.add_argument("launch", nargs="*", help=argparse.SUPPRESS)
 
 
 def add_users(parser: argparse.ArgumentParser, requests: int, asked: str) -> None:
-    """Options --requests, --rate and --max-tokens.
+    """Add --requests, --rate and --max-tokens.
 
     Args:
-        requests: by default.
-        asked: what their number is of.
+        requests: default of --requests.
+        asked: help text of --requests: what it counts.
     """
     add = parser.add_argument
     add("--requests", type=count, default=requests, help=f"{asked} (%(default)s)")
-    add("--rate", type=positive, default=0.6, help="of each server, requests/s (%(default)s)")
-    add("--max-tokens", type=count, default=64, help="of an answer at most (%(default)s)")
+    add("--rate", type=positive, default=0.6, help="requests/s per server (%(default)s)")
+    add("--max-tokens", type=count, default=64, help="maximum tokens per answer (%(default)s)")
 
 
 def add_seed(parser: argparse.ArgumentParser, of: str) -> None:
-    """Option --seed."""
+    """Add --seed; `of` is its help text."""
     parser.add_argument("--seed", type=count_or_0, default=0, help=f"{of} (%(default)s)")
 
 
 def add_check(parser: argparse.ArgumentParser) -> None:
-    """Option --check."""
-    parser.add_argument("--check", action="store_true", help="exit code 1 if a target is missed")
+    """Add --check."""
+    parser.add_argument(
+        "--check", action="store_true", help="exit with code 1 if a target is missed"
+    )
 
 
 def add_results(parser: argparse.ArgumentParser) -> None:
-    """Options --check, --output and --plot; see `check_results`."""
+    """Add --check, --output and --plot; see `check_results`."""
     add_check(parser)
-    parser.add_argument("--output", type=pathlib.Path, metavar="JSON")
-    parser.add_argument("--plot", type=pathlib.Path, metavar="PNG")
+    parser.add_argument("--output", type=pathlib.Path, metavar="JSON", help="write results here")
+    parser.add_argument("--plot", type=pathlib.Path, metavar="PNG", help="draw results here")
 
 
 def check_results(options: argparse.Namespace) -> None:
-    """Before minutes of measuring.
+    """Check --output and --plot before minutes of measuring.
 
     Raises:
-        UserError: one of the files --output and --plot cannot be made.
+        UserError: one of the files cannot be written, or matplotlib is missing.
     """
     if options.plot is not None:
         check_module("matplotlib", "--plot")
@@ -121,16 +127,16 @@ def check_results(options: argparse.Namespace) -> None:
 
 
 def add_folder(parser: argparse.ArgumentParser) -> None:
-    """Option --output; see `check_folder`."""
-    use = "for result.json and the plots"
+    """Add --output; see `check_folder`."""
+    use = "directory for result.json and the plots"
     parser.add_argument("--output", type=pathlib.Path, metavar="DIR", help=use)
 
 
 def check_folder(options: argparse.Namespace) -> None:
-    """Makes the directory --output, if it is asked for; before minutes of measuring.
+    """Create the directory --output, if given, before minutes of measuring.
 
     Raises:
-        UserError: there can be no files in it, or no plots.
+        UserError: the directory cannot be written to, or matplotlib is missing.
     """
     if (directory := options.output) is None:
         return
@@ -144,9 +150,10 @@ def check_folder(options: argparse.Namespace) -> None:
 
 
 def check_module(name: str, what: str) -> None:
-    """
+    """Check that module `name` of the extra `bench`, which `what` needs, is installed.
+
     Raises:
-        UserError: a module of the extra `bench` is missing, without which there is no `what`.
+        UserError: the module is missing.
     """
     if importlib.util.find_spec(name) is None:
         raise UserError(f"{what} needs {name}: pip install 'dance-jax[bench]'")

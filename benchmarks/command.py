@@ -1,4 +1,4 @@
-"""What commands of benchmarks do alike: exit codes, signals, the terminal and the verdict."""
+"""Behaviour that all benchmark commands share: exit codes, signals, terminal output, verdict."""
 
 from __future__ import annotations
 
@@ -12,21 +12,24 @@ from rich.console import Console
 from benchmarks.targets import Target
 from dance_jax.config import UserError
 
-#: Exit codes: a target is missed or what was measured failed; something must be changed; Ctrl-C.
+#: Exit codes: a target was missed or the measured program failed; the user must change something
+#: (an option, a file); Ctrl-C.
 MISSED, WRONG, INTERRUPTED = 1, 2, 130
 EXAMPLES = pathlib.Path(__file__).resolve().parents[1] / "examples"
 
 
 def exit_code(work: Callable[[], int], *failures: type[Exception]) -> int:
-    """Exit code of a command's work: its own, or that of the error it ends with, which is told.
+    """Run a command's work and return its exit code; print the error if it ends with one.
 
-    SIGTERM and SIGHUP end it as SystemExit, so that what it started is cleaned up.
+    SIGTERM and SIGHUP raise SystemExit, so that processes started by `work` are cleaned up.
 
     Args:
-        failures: errors of what is measured, MISSED; those of the user are WRONG.
+        work: the command; returns an exit code.
+        failures: errors of the measured program, for which the code is MISSED. UserError and
+            other OSErrors give WRONG.
     """
     for number in (signal.SIGTERM, signal.SIGHUP):
-        # What nohup ignores stays ignored.
+        # Signals that nohup ignores stay ignored.
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
@@ -42,7 +45,7 @@ def exit_code(work: Callable[[], int], *failures: type[Exception]) -> int:
 
 
 def terminal(width: int) -> Console:
-    """Where tables go; the width in columns is for where there is no terminal."""
+    """Return the console for tables; `width` in columns applies when stdout is not a terminal."""
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = width
@@ -50,15 +53,15 @@ def terminal(width: int) -> Console:
 
 
 def say(line: str) -> None:
-    """Progress, beside the results."""
+    """Print a line of progress to stderr, apart from the results."""
     print(line, file=sys.stderr, flush=True)
 
 
 def verdict(console: Console, found: Sequence[Target], check: bool) -> int:
-    """Prints targets; the exit code is MISSED if one is and it counts.
+    """Print the targets and return the exit code.
 
     Args:
-        check: it counts.
+        check: return MISSED if a target is missed; otherwise return 0 in any case.
     """
     if found:
         console.print("Targets")

@@ -1,6 +1,6 @@
-"""Shapes of models that are measured, as what config.json would say.
+"""Shapes of the measured models, as fields of a config.json.
 
-One of about 200 M parameters for each family of models, and some larger or deeper ones.
+One model of about 200 M parameters per model family, and some larger or deeper ones.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ _GEMMA = {
 
 
 def _local(experts: int, chosen: int, width: int) -> dict[str, Any]:
-    """Experts by the names that Mixtral gave their numbers."""
+    """Return the numbers of experts under Mixtral's field names."""
     return {
         "num_local_experts": experts,
         "num_experts_per_tok": chosen,
@@ -74,7 +74,7 @@ def _local(experts: int, chosen: int, width: int) -> dict[str, Any]:
     }
 
 
-#: By model_type.
+#: Fields of config.json by model_type.
 SHAPES: dict[str, dict[str, Any]] = {
     model_type: {"model_type": model_type} | fields
     for model_type, fields in {
@@ -100,7 +100,7 @@ _LARGE = {
     "eos_token_id": 1,
     "bos_token_id": 0,
 }
-#: By the names that options give.
+#: Fields of config.json by the name that --shape takes.
 LARGE: dict[str, dict[str, Any]] = {
     "olmoe": _LARGE
     | {
@@ -116,7 +116,7 @@ LARGE: dict[str, dict[str, Any]] = {
         "rms_norm_eps": 1e-5,
     },
     "48-layers": SHAPES["deepseek_v2"] | {"hidden_size": 256, "num_hidden_layers": 48},
-    # Qwen3-30B-A3B with half of its layers.
+    # Qwen3-30B-A3B with half its layers.
     "qwen3-24-layers": _LARGE
     | {
         "model_type": "qwen3_moe",

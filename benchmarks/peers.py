@@ -1,9 +1,9 @@
-"""Ours beside an older version and llama.cpp over RPC: `python benchmarks/peers.py`, as root.
+"""Compare this version with an older one and with llama.cpp over RPC, on a testbed. Needs root.
 
     python benchmarks/peers.py --peer llama.cpp=DIR --old DIR --output OUT.json
     python benchmarks/peers.py --peer llama.cpp=DIR --links 100Mbps --loads "1 user" --repeats 1
 
-What is measured, and how, is said in benchmarks/systems.
+benchmarks/systems/__init__.py describes what is measured and how.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import pathlib
 import sys
 import tempfile
 
-# Run as a script, only this folder would be searched.
+# A script's import path has only its own folder; add the repository root.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
-# The servers compute, this process does not.
+# Only the servers compute; this process needs no accelerator.
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 from rich.console import Console
@@ -39,54 +39,81 @@ from benchmarks.systems.running import FORMATS, SLOTS, Dance, Running, Star, Sys
 from dance_jax.config import UserError
 from dance_jax.launch.cli.prompts import check_writable
 
-#: Policies of ours by default: what launch takes, and the paper's.
+#: Default policies of this version: the default of dance_jax.launch, and the paper's.
 OURS = ("latency", "dance")
 DEVICES = {"alpha": 1, "beta": 1, "gamma": 2}
-#: Servers of a system listen here, those of the next one at the next port.
+#: Port of the first system's servers; each further system takes the next port.
 FIRST_PORT = 8100
-#: Tokens of each answer that placements are fitted to.
+#: Tokens per answer in the run that placements are fitted to.
 FIT_TOKENS = 32
 WIDTH = 150
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="python benchmarks/peers.py",
-        description="Ours beside an older version and llama.cpp over RPC, on a testbed. Root, "
-        "Linux.",
+        description="Compares this version with an older one and with llama.cpp over RPC, on a "
+        "testbed. Needs root on Linux.",
     )
     add = parser.add_argument
-    add("--peer", type=directory, metavar="llama.cpp=DIR", help="the star; DIR has its programs")
-    add("--old", type=pathlib.Path, metavar="DIR", help="another checkout of this project")
-    add("--policies", type=list_of(policy_name), default=OURS, metavar="A,B", help=",".join(OURS))
+    add(
+        "--peer",
+        type=directory,
+        metavar="llama.cpp=DIR",
+        help="also measure llama.cpp over RPC (the star); DIR holds its programs",
+    )
+    add(
+        "--old",
+        type=pathlib.Path,
+        metavar="DIR",
+        help="also measure this other checkout of the project",
+    )
+    add(
+        "--policies",
+        type=list_of(policy_name),
+        default=OURS,
+        metavar="A,B",
+        help=f"placement policies of this version ({','.join(OURS)})",
+    )
     add(
         "--links",
         type=list_of(parse_rate),
         default=[20_000_000, 100_000_000, 500_000_000],
         metavar="RATES",
-        help="one after another (20Mbps,100Mbps,500Mbps)",
+        help="link rates, measured one after another (20Mbps,100Mbps,500Mbps)",
     )
     names = tuple(load.name for load in LOADS)
-    add("--loads", type=some_of(names, "load"), default=names, metavar="A,B", help=", ".join(names))
-    add("--formats", type=some_of(FORMATS, "format"), default=FORMATS, help=",".join(FORMATS))
-    add("--repeats", type=count, default=5, help="of each load (%(default)s)")
-    add_seed(parser, "of the prompts")
+    add(
+        "--loads",
+        type=some_of(names, "load"),
+        default=names,
+        metavar="A,B",
+        help=f"some of: {', '.join(names)} (all)",
+    )
+    add(
+        "--formats",
+        type=some_of(FORMATS, "format"),
+        default=FORMATS,
+        help=f"some of: {', '.join(FORMATS)} (all)",
+    )
+    add("--repeats", type=count, default=5, help="repetitions of each load (%(default)s)")
+    add_seed(parser, "seed of the prompts")
     add(
         "--work",
         type=pathlib.Path,
         default=pathlib.Path.home() / ".cache" / "dance_jax" / "benchmarks",
-        help="where the model is made and kept, 4 GB",
+        help="directory where the model is generated and kept; takes 4 GB (%(default)s)",
     )
     add_testbed(parser, "peers")
     add_bed(parser)
     add_check(parser)
-    add("--output", type=pathlib.Path, metavar="JSON")
+    add("--output", type=pathlib.Path, metavar="JSON", help="write results here")
     return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the benchmark; returns its exit code."""
+    """Run the benchmark and return its exit code."""
     words = sys.argv[1:] if arguments is None else arguments
     options, console = parser().parse_args(words), terminal(WIDTH)
 
@@ -107,24 +134,26 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Checks the options before a testbed is made.
+    """Check the options before a testbed is made.
 
     Raises:
-        UserError: something is missing, or the result cannot be written.
+        UserError: --old is not a checkout, or the result cannot be written.
     """
     if options.old is not None and not (options.old / "dance_jax" / "launch").is_dir():
-        raise UserError(f"--old {options.old}: no checkout of this project")
+        raise UserError(
+            f"--old {options.old}: not a checkout of this project (it has no dance_jax/launch)"
+        )
     if options.output is not None:
         check_writable(options.output, "--output")
 
 
 class Comparison:
-    """All cells, one after another.
+    """Measures all cells of the comparison, one after another.
 
     Args:
         options: of the command line.
-        bed: where.
-        console: for what is found.
+        bed: the testbed on which the systems run.
+        console: for the tables.
     """
 
     def __init__(self, options: argparse.Namespace, bed: Testbed, console: Console) -> None:
@@ -133,7 +162,7 @@ class Comparison:
         self._cells: list[Cell] = []
 
     def run(self) -> list[Cell]:
-        """What was measured is written after each rate."""
+        """Measure all cells; write the results so far after each rate."""
         with tempfile.TemporaryDirectory(prefix="dance-jax-peers-") as folder:
             systems = self._systems(self._activations(pathlib.Path(folder)))
             for form in self._options.formats:
@@ -143,7 +172,7 @@ class Comparison:
                     with contextlib.ExitStack() as stack:
                         running = {}
                         for system in own:
-                            say(f"{form}, {show_rate(rate)}: {system.name} starts")
+                            say(f"{form}, {show_rate(rate)}: starting {system.name}")
                             running[system.name] = stack.enter_context(
                                 system.serving(self._bed, self._model, form)
                             )
@@ -157,8 +186,8 @@ class Comparison:
             write_json(self._options.output, vars(self._options), *found)
 
     def _activations(self, folder: pathlib.Path) -> pathlib.Path:
-        """What other requests of the same users use."""
-        say("counting which experts the users need")
+        """Count expert activations on other requests of the same users; return their file."""
+        say("counting which experts the users' requests activate")
         hosts, prompts, result = folder / "hosts.txt", folder / "fit.jsonl", folder / "fit.npz"
         lines = (f"{name} address=localhost experts={SLOTS * n}" for name, n in DEVICES.items())
         hosts.write_text("\n".join(lines) + "\n")
@@ -168,7 +197,7 @@ class Comparison:
         return result
 
     def _systems(self, activations: pathlib.Path) -> list[System]:
-        """Those that the options ask for."""
+        """Return the systems that the options ask for."""
         options = self._options
         found: list[System] = [
             Dance(policy, policy, activations, ROOT, FIRST_PORT + number)
@@ -182,7 +211,7 @@ class Comparison:
         return found
 
     def _measure(self, form: str, rate: int | None, running: dict[str, Running]) -> None:
-        """All loads, with the systems in turn."""
+        """Measure all loads, with the systems taking turns."""
         order = list(running)
         for system in running.values():
             ask(system, WARM.calls(len(DEVICES), self._model.vocabulary, self._options.seed))
@@ -195,10 +224,10 @@ class Comparison:
                 order = order[1:] + order[:1]
                 for name in order:
                     cell.figures[name].append(measure(running[name], calls))
-                said = ", ".join(
+                speeds = ", ".join(
                     f"{name} {cell.speed(found[-1]):.1f}" for name, found in cell.figures.items()
                 )
-                say(f"{cell.where}, {repeat + 1} of {self._options.repeats}: {said} tokens/s")
+                say(f"{cell.where}, {repeat + 1} of {self._options.repeats}: {speeds} tokens/s")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
-"""A model of real size on three servers of this machine, none of which holds it.
+"""Serve a model of real size on three servers of this machine, none of which holds all of it.
 
     python benchmarks/real_size.py
     python benchmarks/real_size.py --peer llama.cpp=/path/to/build/bin
 
-Qwen3-30B-A3B's shape with 24 of its 48 layers and random weights: experts in four bits, the trunk
-in eight. Three servers with unequal memory are started by `python -m dance_jax.launch`; together
-they have room for --coverage times all experts. Reported are the seconds until they answer, the
-tokens per second of one stream and of one on each server at once, and the proportional share of
-memory (Pss) of each server, as the system counts it. With --peer the same shape runs in one process
-of llama.cpp. Takes 15 GB of memory and about 20 GB in --work, where the weights stay.
+The model has the shape of Qwen3-30B-A3B with 24 of its 48 layers and random weights: experts in
+four bits, the trunk in eight. `python -m dance_jax.launch` starts three servers with unequal
+memory, which together have room for --coverage times all experts. The report has the seconds until
+the servers are ready, the tokens per second of one stream and of three streams at once (one on each
+server), and the memory of each server as the kernel's proportional set size (Pss). With --peer, the
+same shape also runs in one llama.cpp process. Needs 15 GB of memory, and about 20 GB of disk in
+--work, where the weights are kept.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
-# Run as a script, only this folder would be searched.
+# A script's import path has only its own folder; add the repository root.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import psutil
@@ -46,31 +47,31 @@ from dance_jax.launch.planning.hosts import parse_hosts
 from dance_jax.launch.worker.cores import available
 from dance_jax.models.checkpoint import Checkpoint
 
-#: Servers, and their shares of the room for experts.
+#: Each server's share of the room for experts.
 SHARES = {"alpha": 0.5, "beta": 0.3, "gamma": 0.2}
-#: Seconds until the servers must answer.
+#: Seconds within which the servers must be ready.
 READY_LIMIT_S = 300.0
 SERVED = "real-size"
 
 
 @dataclasses.dataclass
 class Found:
-    """What was measured of the servers."""
+    """Measurements of the three servers."""
 
     ready_s: float
-    #: Tokens per second of one stream, by the server it was sent to.
+    #: Tokens per second of one stream, by the server that the stream was sent to.
     alone: dict[str, float] = dataclasses.field(default_factory=dict)
-    #: Tokens per second of all servers, a stream on each.
+    #: Total tokens per second with one stream on each server.
     together: float = 0.0
-    #: Bytes (Pss) of each server's processes, and of the launcher.
+    #: Bytes (Pss) of each server's processes and of the launcher, by name.
     memory: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 def hosts(checkpoint: Checkpoint, coverage: float) -> str:
-    """A hosts file whose servers have room for `coverage` times all experts.
+    """Return the text of a hosts file whose servers have room for `coverage` times all experts.
 
     Raises:
-        UserError: a server alone would hold them all.
+        UserError: one server alone would hold all experts.
     """
     experts = len(checkpoint.config.moe_layers) * checkpoint.config.num_experts
     each = checkpoint.expert_bytes("float32")
@@ -78,13 +79,15 @@ def hosts(checkpoint: Checkpoint, coverage: float) -> str:
     for name, share in SHARES.items():
         slots = math.ceil(coverage * share * experts)
         if slots >= experts:
-            raise UserError(f"--coverage {coverage:g}: server {name} alone would hold the model")
+            raise UserError(
+                f"--coverage {coverage:g}: server {name} alone would hold the model; choose less"
+            )
         lines.append(f"{name} address=localhost devices=1 memory={slots * each}B")
     return "\n".join(lines) + "\n"
 
 
 def complete(address: Address, prompt: list[int], tokens: int) -> float:
-    """Seconds of a request for so many tokens."""
+    """Request `tokens` tokens and return the seconds until the answer is complete."""
     body = {
         "model": SERVED,
         "prompt": prompt,
@@ -99,20 +102,23 @@ def complete(address: Address, prompt: list[int], tokens: int) -> float:
     )
     began = time.perf_counter()
     with urllib.request.urlopen(request) as answer:
-        said = json.load(answer)
-    if said["usage"]["completion_tokens"] != tokens:
-        raise RuntimeError(f"{address}: {tokens} tokens were asked for: {said['usage']}")
+        reply = json.load(answer)
+    if reply["usage"]["completion_tokens"] != tokens:
+        raise RuntimeError(f"{address}: asked for {tokens} tokens, got usage {reply['usage']}")
     return time.perf_counter() - began
 
 
 def decode_speed(address: Address, prompt: list[int], tokens: int) -> float:
-    """Tokens per second of one stream after its first token."""
+    """Return the tokens per second of one stream after its first token."""
     first = complete(address, prompt, 1)
     return tokens / (complete(address, [*prompt[1:], prompt[0]], tokens + 1) - first)
 
 
 def server_memory(launcher: int) -> dict[str, int]:
-    """Bytes (Pss) of each server with all its processes, in the order they were started."""
+    """Return the bytes (Pss) of the launcher and of each server with all its processes.
+
+    Servers are told apart by the order in which the launcher started them.
+    """
     process = psutil.Process(launcher)
     found = {"launcher": memory(launcher)["Pss"]}
     children = sorted(process.children(), key=lambda child: (child.create_time(), child.pid))
@@ -126,7 +132,7 @@ def server_memory(launcher: int) -> dict[str, int]:
 
 @contextlib.contextmanager
 def serving(path: pathlib.Path, coverage: float, cache: pathlib.Path) -> Iterator[Cluster]:
-    """The three servers, which end with the block."""
+    """Run the three servers for the duration of the block."""
     text = hosts(Checkpoint.open(path), coverage)
     say(text)
     with tempfile.TemporaryDirectory(prefix="dance-jax-real-size-") as work:
@@ -140,7 +146,7 @@ def serving(path: pathlib.Path, coverage: float, cache: pathlib.Path) -> Iterato
 
 
 def measure(path: pathlib.Path, options: argparse.Namespace, prompt: list[int]) -> Found:
-    """Starts the servers, asks them and looks at their memory."""
+    """Start the servers, measure their speed and their memory."""
     began = time.monotonic()
     with serving(path, options.coverage, options.work) as cluster:
         asyncio.run(cluster.ready())
@@ -158,7 +164,7 @@ def measure(path: pathlib.Path, options: argparse.Namespace, prompt: list[int]) 
 
 
 def measure_peer(peer: LlamaCpp, model: Model, tokens: int) -> dict[str, Any]:
-    """The same shape in one process of llama.cpp, in Q4_0."""
+    """Measure the same shape in one llama.cpp process, in Q4_0."""
     with contextlib.closing(peer.open(model, "int4")) as side:
         return {
             "version": peer.version(),
@@ -168,14 +174,17 @@ def measure_peer(peer: LlamaCpp, model: Model, tokens: int) -> dict[str, Any]:
 
 
 def show(result: dict[str, Any]) -> None:
-    """Prints what was measured."""
+    """Print the measurements."""
     ours = result["dance_jax"]
     verdict = "reached" if ours["ready_s"] <= READY_LIMIT_S else "MISSED"
-    print(f"three servers ready after {ours['ready_s']:.0f} s ({READY_LIMIT_S:.0f} s: {verdict})")
+    print(
+        f"three servers ready after {ours['ready_s']:.0f} s "
+        f"(at most {READY_LIMIT_S:.0f} s: {verdict})"
+    )
     for name, speed in ours["alone"].items():
         print(f"  {name}: {ours['memory'][name] / 1e9:.2f} GB, one stream {speed:.2f} tokens/s")
-    print(f"  a stream on each: {ours['together']:.2f} tokens/s in all")
-    print(f"  memory of all: {sum(ours['memory'].values()) / 1e9:.2f} GB")
+    print(f"  one stream on each server: {ours['together']:.2f} tokens/s in total")
+    print(f"  total memory: {sum(ours['memory'].values()) / 1e9:.2f} GB")
     if peer := result.get("peer"):
         print(
             f"{peer['version']}, one process: {peer['tokens_per_s']:.2f} tokens/s, first token "
@@ -185,27 +194,37 @@ def show(result: dict[str, Any]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        description="A model of real size on three servers of this machine."
+        description="Serves a model of real size on three servers of this machine."
     )
     add = parser.add_argument
-    add("--layers", type=count, default=24, help="of the model (%(default)s)")
-    add("--experts", default="int4", help="format of their weights (%(default)s)")
-    add("--trunk", default="int8", help="format of its weights (%(default)s)")
-    add("--coverage", type=positive, default=1.05, help="room over all experts (%(default)s)")
-    add("--tokens", type=count, default=32, help="decoded by a stream (%(default)s)")
-    add("--peer", type=directory, metavar="llama.cpp=DIR", help="measure its programs as well")
+    add("--layers", type=count, default=24, help="layers of the model (%(default)s)")
+    add("--experts", default="int4", help="weight format of the experts (%(default)s)")
+    add("--trunk", default="int8", help="weight format of the trunk (%(default)s)")
+    add(
+        "--coverage",
+        type=positive,
+        default=1.05,
+        help="room for experts on all servers, as a multiple of all experts (%(default)s)",
+    )
+    add("--tokens", type=count, default=32, help="tokens decoded by a stream (%(default)s)")
+    add(
+        "--peer",
+        type=directory,
+        metavar="llama.cpp=DIR",
+        help="also measure llama.cpp; DIR holds its programs",
+    )
     add("--json", type=pathlib.Path, metavar="FILE", help="also write the figures here")
     add(
         "--work",
         type=pathlib.Path,
         default=pathlib.Path.home() / ".cache" / "dance_jax" / "benchmarks",
-        help="where weights are made and kept (%(default)s)",
+        help="directory where the weights are generated and kept (%(default)s)",
     )
     options = parser.parse_args()
 
     def work() -> int:
         model = Model("qwen3-24-layers", "", options.work, options.layers)
-        say("making the weights")
+        say("generating the weights")
         path = model.converted(options.experts, options.trunk)
         prompt = Work("decode", 1, options.tokens).prompts(model.vocabulary)[0]
         result = {"dance_jax": dataclasses.asdict(measure(path, options, prompt))}

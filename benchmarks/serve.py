@@ -1,6 +1,6 @@
-"""A served cluster, measured over HTTP: `python benchmarks/serve.py`.
+"""Measure a served cluster over HTTP: `python benchmarks/serve.py`.
 
-What is measured, and what the words mean, is said in benchmarks/serving.
+benchmarks/serving/__init__.py describes what is measured and defines the terms.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-# Run as a script, only this folder would be searched.
+# A script's import path has only its own folder; add the repository root.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
-# The servers compute, this process does not.
+# Only the servers compute; this process needs no accelerator.
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 from rich.console import Console
@@ -61,63 +61,95 @@ from dance_jax.launch.planning.defaults import demo_dir
 from dance_jax.launch.planning.hosts import read_hosts
 from dance_jax.models.tokenizer import Tokenizer
 
-#: Without --tasks: what the users of the demo's servers ask, as in examples/prompts.jsonl.
+#: Used without --tasks: one task for the users of each of the demo's servers, as in
+#: examples/prompts.jsonl.
 DEMO_TASKS = [
     EXAMPLES / "tasks" / f"{name}.heldout.jsonl" for name in ("code", "english", "german")
 ]
 KEY_VARIABLE = "DANCE_JAX_API_KEY"
-#: Requests of a run under load; of the soak; seconds of arrivals in `static`.
+#: Defaults: requests of a run under load, requests of the soak, seconds of arrivals in `static`.
 REQUESTS, SOAK_REQUESTS, WINDOW_S = 100, 2000, 60.0
 RATE, MAX_TOKENS = 1.0, 256
-#: Columns of the terminal, where it does not say.
+#: Columns of the tables when stdout is not a terminal.
 WIDTH = 110
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="python benchmarks/serve.py",
-        description="A served cluster, measured over HTTP; it is started here, or given with "
-        "--url. Without --sections and --check: one run under load.",
-        epilog="What follows -- goes to dance_jax.launch, e.g. -- --policy latency",
+        description="Measures a served cluster over HTTP. The cluster is started here, or given "
+        "with --url. Without --sections and --check: one run under load.",
+        epilog="Options after -- are passed to dance_jax.launch, e.g. -- --policy latency",
     )
     add = parser.add_argument
-    add("--hosts", type=pathlib.Path, help="of the cluster that is started (examples/hosts.txt)")
-    add("--url", nargs="+", metavar="URL", help="of servers that are there already, in order")
+    add(
+        "--hosts",
+        type=pathlib.Path,
+        help="hosts file of the cluster to start (examples/hosts.txt)",
+    )
+    add("--url", nargs="+", metavar="URL", help="URLs of running servers, in the hosts' order")
     add_service(parser)
     add(
         "--max-num-seqs",
         type=count,
         default=EngineOptions().max_num_seqs,
-        help="of each device (%(default)s)",
+        help="sequences that a device runs at once (%(default)s)",
     )
     add(
         "--batch-seqs",
         type=count,
         default=8,
-        help="of each device in a batch of the section static; %(default)s: as batches were "
-        "before servers batched continuously",
+        help="sequences per device in a batch of the section static (%(default)s, the size of a "
+        "batch before servers batched continuously)",
     )
     asked = parser.add_mutually_exclusive_group()
-    asked.add_argument("--tasks", type=pathlib.Path, metavar="DIR", help="*.jsonl with prompts")
     asked.add_argument(
-        "--prompts", type=pathlib.Path, metavar="FILE", help="as of dance_jax.launch"
+        "--tasks",
+        type=pathlib.Path,
+        metavar="DIR",
+        help="directory of *.jsonl files with prompts, one file per task",
+    )
+    asked.add_argument(
+        "--prompts",
+        type=pathlib.Path,
+        metavar="FILE",
+        help="file of prompts, as --prompts of dance_jax.launch",
     )
     coming = parser.add_mutually_exclusive_group()
-    coming.add_argument("--rate", type=positive, help=f"per server, requests/s ({RATE:g})")
-    coming.add_argument("--trace", type=pathlib.Path, metavar="CSV", help="of Azure's form")
-    add("--speedup", type=positive, help="of the trace (1)")
-    add("--requests", type=count, help=f"of all servers ({REQUESTS}); in soak {SOAK_REQUESTS}")
-    add("--duration", type=positive, help=f"of arrivals, seconds; in static {WINDOW_S:g} a rate")
-    add("--max-tokens", type=count, help=f"of an answer at most ({MAX_TOKENS})")
-    add_seed(parser, "of arrivals, lengths and texts")
-    add("--sections", type=some_of(SECTIONS), metavar="A,B", help=", ".join(SECTIONS))
+    coming.add_argument("--rate", type=positive, help=f"requests/s per server ({RATE:g})")
+    coming.add_argument(
+        "--trace",
+        type=pathlib.Path,
+        metavar="CSV",
+        help="replay the arrivals and lengths of a trace in the format of the Azure traces",
+    )
+    add("--speedup", type=positive, help="how much faster to replay the trace (1)")
+    add(
+        "--requests",
+        type=count,
+        help=f"total requests ({REQUESTS}; in the section soak {SOAK_REQUESTS})",
+    )
+    add(
+        "--duration",
+        type=positive,
+        help="seconds during which requests arrive (no limit); in the section static, seconds "
+        f"per rate ({WINDOW_S:g})",
+    )
+    add("--max-tokens", type=count, help=f"maximum tokens per answer ({MAX_TOKENS})")
+    add_seed(parser, "seed of arrivals, lengths and texts")
+    add(
+        "--sections",
+        type=some_of(SECTIONS),
+        metavar="A,B",
+        help=f"measure some of: {', '.join(SECTIONS)} (with --check, all)",
+    )
     add_results(parser)
     return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the benchmark; returns its exit code."""
+    """Run the benchmark and return its exit code."""
     options, console = parser().parse_args(arguments), terminal(WIDTH)
 
     def work() -> int:
@@ -127,10 +159,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(options: argparse.Namespace, console: Console) -> list[Target]:
-    """Measures servers that are there or are started here; writes the results."""
+    """Measure running servers, or servers started here; write the results and return targets."""
     check(options)
     spec = servers_of(options)
-    # Wrong files are reported before anything starts.
+    # Report wrong files before starting any server.
     tokenizer = Tokenizer.load(options.model or demo_dir())
     files = task_files(options.tasks) if options.tasks else DEMO_TASKS
     texts = read_texts(files, len(spec.servers), tokenizer)
@@ -142,7 +174,7 @@ def run(options: argparse.Namespace, console: Console) -> list[Target]:
                 began = time.perf_counter()
                 await running.ready()
                 console.print(f"ready after {time.perf_counter() - began:.1f} s")
-            # Servers that are started here find the same variable.
+            # Servers started here inherit the same variable.
             api = await Api.connect(addresses, os.environ.get(KEY_VARIABLE))
             setting = Setting(
                 api=api,
@@ -171,40 +203,52 @@ def run(options: argparse.Namespace, console: Console) -> list[Target]:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Completes the options.
+    """Fill in and check the options.
 
     Raises:
-        UserError: some do not go together, or a result cannot be written.
+        UserError: options contradict each other, or a result cannot be written.
     """
     if options.check and options.sections is None:
         options.sections = SECTIONS
     if options.max_tokens is None and not options.sections:
         options.max_tokens = MAX_TOKENS
     if options.speedup is not None and options.trace is None:
-        raise UserError("--speedup is of a --trace")
+        raise UserError("--speedup needs --trace")
     if options.prompts is not None and options.trace is not None:
-        raise UserError("--trace says how long prompts are, --prompts what they are: give one")
+        raise UserError(
+            "--trace and --prompts both set the prompts' lengths: give only one of them"
+        )
     if options.sections:
         for name in ("rate", "trace", "prompts", "max_tokens"):
             if getattr(options, name) is not None:
                 option = name.replace("_", "-")
-                raise UserError(f"--{option} is of a run under load: leave out --check, --sections")
+                raise UserError(
+                    f"--{option} applies only to a run under load: leave out --check and --sections"
+                )
         for name, section in (("requests", "soak"), ("duration", "static")):
             if getattr(options, name) is not None and section not in options.sections:
-                raise UserError(f"--{name} is of section {section}, which is not measured")
+                raise UserError(
+                    f"--{name} applies only to the section {section}, which is not in --sections"
+                )
         if "static" in options.sections and options.url and options.hosts is None:
-            raise UserError("static: with --url give --hosts too: what runs at once depends on it")
+            raise UserError(
+                "section static with --url needs --hosts too: the devices of each server decide "
+                "how many sequences run at once"
+            )
     if options.url and options.launch:
-        raise UserError(f"{options.launch[0]}: with --url nothing is launched")
+        raise UserError(
+            f"{options.launch[0]}: with --url no server is launched; leave out the options after --"
+        )
     if "soak" in (options.sections or ()):
         check_module("psutil", "soak")
     check_results(options)
 
 
 def servers_of(options: argparse.Namespace) -> ClusterSpec:
-    """
+    """Return the servers to measure, from --url or the hosts file; set options.hosts.
+
     Raises:
-        UserError: the hosts file is wrong, or has other servers than --url.
+        UserError: the hosts file is wrong, or has not as many servers as --url.
     """
     if options.url and options.hosts is None:
         addresses = [Address.of(url) for url in options.url]
@@ -213,7 +257,8 @@ def servers_of(options: argparse.Namespace) -> ClusterSpec:
     spec = read_hosts(options.hosts)
     if options.url and len(options.url) != len(spec.servers):
         raise UserError(
-            f"{options.hosts} has {len(spec.servers)} servers, --url names {len(options.url)}"
+            f"{options.hosts} has {len(spec.servers)} servers but --url names {len(options.url)}: "
+            "give one URL per server"
         )
     return spec
 
@@ -221,10 +266,10 @@ def servers_of(options: argparse.Namespace) -> ClusterSpec:
 def work_of(
     options: argparse.Namespace, spec: ClusterSpec, tokenizer: Tokenizer
 ) -> Callable[[Setting], list[Call]]:
-    """What is asked in a run under load, once the servers are known.
+    """Return a function that makes the requests of a run under load from its setting.
 
     Raises:
-        UserError: a file is wrong, or nothing arrives.
+        UserError: a file is wrong, or no request arrives within --duration.
     """
     prompts = None
     if options.prompts is not None:
@@ -242,7 +287,9 @@ def work_of(
         everything = arrivals.poisson(rates, options.seed)
     coming = arrivals.limited(everything, requests, options.duration)
     if not coming:
-        raise UserError(f"--duration {options.duration:g}: no request arrives within it")
+        raise UserError(
+            f"--duration {options.duration:g}: no request arrives within that time; give more"
+        )
     if prompts is not None:
         calls = calls_of_prompts(coming, prompts, tokenizer)
         return lambda setting: calls
@@ -255,7 +302,7 @@ def work_of(
 def addresses_of(
     options: argparse.Namespace, spec: ClusterSpec, console: Console
 ) -> Iterator[tuple[Sequence[Address], cluster.Cluster | None]]:
-    """Where the servers are; the cluster, if it is started here: it ends with the block."""
+    """Yield the servers' addresses, and the cluster if it is started here, for the block."""
     if options.url:
         yield [Address.of(url) for url in options.url], None
         return
@@ -269,7 +316,7 @@ def addresses_of(
 
 
 async def load(setting: Setting, calls: list[Call]) -> Results:
-    """A run under load, printed."""
+    """Make a run under load and print its results."""
     with setting.progress("requests", len(calls)) as done:
         answers = await open_loop(setting.api, calls, done)
     rows = by_server(setting.names, answers)
@@ -281,7 +328,7 @@ async def load(setting: Setting, calls: list[Call]) -> Results:
 
 
 async def measure_sections(setting: Setting, options: argparse.Namespace) -> Results:
-    """The sections, printed as they come."""
+    """Measure the sections in turn and print each one's results."""
     results, console = Results(), setting.console
     if "idle" in options.sections:
         results.idle = await idle.measure(setting)

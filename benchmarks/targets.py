@@ -1,4 +1,4 @@
-"""Figures that have to be reached, and whether they are."""
+"""Targets: figures that a benchmark must reach, and whether it does."""
 
 from __future__ import annotations
 
@@ -8,31 +8,40 @@ from collections.abc import Iterable
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """One line of the verdict; worst: of all figures that it is about, None: there is none."""
+    """One line of the verdict."""
 
     name: str
     limit: float
+    #: The worst of the measured figures; None if none was measured.
     worst: float | None
+    #: Where the worst figure was measured.
     where: str = ""
-    #: More is better, and `limit` is the least; otherwise it is the most.
+    #: True if more is better and `limit` is the minimum; False if `limit` is the maximum.
     least: bool = False
 
     @classmethod
     def of_worst(cls, name: str, limit: float, found: Iterable[tuple[float | None, str]]) -> Target:
-        """The worst of figures, each with where it was found; None: not measured there."""
+        """Make a target of the highest of some figures, for a `limit` that is a maximum.
+
+        Args:
+            name: of the target.
+            limit: the maximum.
+            found: figures (None if not measured) and where each was measured.
+        """
         known = [(value, where) for value, where in found if value is not None]
         value, where = max(known, default=(None, ""))
         return cls(name, limit, value, where)
 
     @property
     def missed(self) -> bool:
-        # So that a figure that is no number misses too.
+        """Whether the figure misses the limit; NaN does."""
+        # Negated, because comparisons with NaN are false.
         return self.worst is not None and not (
             self.worst >= self.limit if self.least else self.worst <= self.limit
         )
 
     def line(self) -> str:
-        """Verdict, name and figure."""
+        """Return the verdict, the target's name and the figure as one line of text."""
         if self.worst is None:
             return f"not measured  {self.name}"
         verdict = "MISSED" if self.missed else "reached"

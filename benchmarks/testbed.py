@@ -1,6 +1,6 @@
-"""Several hosts on slow links in one machine: `python benchmarks/testbed.py up|run|exec|down`.
+"""Simulate several hosts on slow links in one machine: `benchmarks/testbed.py up|run|exec|down`.
 
-What the hosts are is said in benchmarks/namespaces.
+benchmarks/namespaces/__init__.py describes the hosts and has examples.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import time
 import types
 from collections.abc import Iterable, Sequence
 
-# Run as a script, only this folder would be searched.
+# A script's import path has only its own folder; add the repository root.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from rich.table import Table
@@ -32,28 +32,31 @@ from dance_jax.config import UserError
 from dance_jax.placement import Activations
 
 PROMPTS, ACTIVATIONS = EXAMPLES / "prompts.jsonl", EXAMPLES / "activations.npz"
-#: Seconds that sessions have to end after the launch.
+#: Seconds that ssh sessions have to end after the launch.
 GRACE_S = 12.0
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line. `run` passes options that it does not know to dance_jax.launch."""
+    """Return the parser of the command line. `run` passes unknown options to dance_jax.launch."""
     parser = argparse.ArgumentParser(
         prog="python benchmarks/testbed.py",
-        description="Hosts on slow links in one machine, as network namespaces. Root, Linux.",
+        description="Runs several hosts on slow links in one machine, as network namespaces. Needs "
+        "root on Linux.",
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", required=True)
     about = {
-        "up": "make the hosts and their links",
-        "run": "dance_jax.launch on the head, with the hosts as its servers; other options are "
-        "passed to it, by default the example prompts",
+        "up": "create the hosts and their links",
+        "run": "run dance_jax.launch on the head, with the hosts as its servers; other options "
+        "are passed to dance_jax.launch, by default those of the example prompts",
         "exec": "run a command on a host or the head",
-        "down": "remove everything",
+        "down": "remove the testbed and end all its processes",
     }
     for command, text in about.items():
         sub = commands.add_parser(command, help=text, description=text, allow_abbrev=False)
-        sub.add_argument("--name", type=_name, default="main", help="of the testbed (%(default)s)")
+        sub.add_argument(
+            "--name", type=_name, default="main", help="name of the testbed (%(default)s)"
+        )
         if command == "up":
             _add_up(sub)
         if command == "run":
@@ -61,7 +64,8 @@ def parser() -> argparse.ArgumentParser:
                 "--bandwidth",
                 choices=("auto", "link"),
                 default="auto",
-                help="in the hosts file: measured by launch, or the links' rates (%(default)s)",
+                help="bandwidth in the hosts file: auto has dance_jax.launch measure the links, "
+                "link states their rates (%(default)s)",
             )
         if command == "exec":
             sub.add_argument("host")
@@ -70,12 +74,15 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _add_up(up: argparse.ArgumentParser) -> None:
-    up.add_argument("--hosts", type=_count, help="how many (default: one per line of --like)")
+    up.add_argument(
+        "--hosts", type=_count, help="number of hosts (default: one per line of --like)"
+    )
     up.add_argument(
         "--rate",
         type=parse_rate,
         default="500Mbps",
-        help="of each link and direction, as 500Mbps, 500Mbit (the same) or none (%(default)s)",
+        help="rate of each link in each direction: 500Mbps, 500Mbit (the same) or none "
+        "(%(default)s)",
     )
     add_round_trip(up)
     up.add_argument("--cores", choices=MODES, default=QUOTA, help="how shared out (%(default)s)")
@@ -83,32 +90,33 @@ def _add_up(up: argparse.ArgumentParser) -> None:
         "--like",
         type=pathlib.Path,
         default=EXAMPLES / "hosts.txt",
-        help="hosts file with the hosts' names, devices and memory; repeats (examples/hosts.txt)",
+        help="hosts file with the hosts' names, devices and memory; its lines repeat if --hosts is "
+        "larger (examples/hosts.txt)",
     )
 
 
 def _name(text: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9]{1,20}", text):
-        raise argparse.ArgumentTypeError(f"{text!r}: up to 20 letters and digits are needed")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a name of 1 to 20 letters and digits")
     return text
 
 
 def _count(text: str) -> int:
     if not re.fullmatch(r"[0-9]{1,3}", text) or not 1 <= int(text) <= MAX_HOSTS:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 to {MAX_HOSTS}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to {MAX_HOSTS}")
     return int(text)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command; returns its exit code."""
+    """Run the command and return its exit code."""
     options, others = parser().parse_known_args(arguments)
     if others and options.command != "run":
-        parser().error(f"unknown: {' '.join(others)}")
+        parser().error(f"unknown options: {' '.join(others)}")
     return exit_code(lambda: command(options, others))
 
 
 def command(options: argparse.Namespace, others: list[str]) -> int:
-    """One of the commands; `others` go to dance_jax.launch."""
+    """Run one of the commands; `run` passes `others` to dance_jax.launch."""
     match options.command:
         case "up":
             return up(options)
@@ -123,37 +131,43 @@ def command(options: argparse.Namespace, others: list[str]) -> int:
 
 
 def up(options: argparse.Namespace) -> int:
-    """Makes a testbed and says what it is."""
+    """Create a testbed and describe it."""
     try:
         hosts = hosts_like(options.like.read_text(), options.hosts)
     except (OSError, ValueError) as error:
         raise UserError(f"--like {options.like}: {error}") from error
     bed = Testbed.up(options.name, hosts, options.rate, options.cores, options.round_trip)
     if options.cores != bed.cores:
-        print("this machine has no cpu quota that could be used; cores are pinned instead")
+        print("this machine has no usable cpu quota (cgroup): pinning the hosts to cores instead")
     print(f"testbed {bed.name} is up: {', '.join(bed.hosts)}; links {show_rate(options.rate)}")
     print(describe(bed.hosts.values(), bed.cores))
     return 0
 
 
 def execute(bed: Testbed, host: str, argv: Sequence[str]) -> int:
-    """Becomes the command, on a host or the head."""
+    """Replace this process with a command on a host or the head."""
     if host != HEAD and host not in bed.hosts:
-        raise UserError(f"there is no host {host}, but {HEAD}, {', '.join(bed.hosts)}")
+        raise UserError(f"unknown host {host}: choose from {HEAD}, {', '.join(bed.hosts)}")
     command = bed.command(host, argv or [os.environ.get("SHELL", "sh")])
     os.execvp(command[0], command)
 
 
 def run(bed: Testbed, launch_options: list[str], measure: bool) -> int:
-    """Runs dance_jax.launch on the head, which may measure the links; returns its exit code."""
+    """Run dance_jax.launch on the head and return its exit code.
+
+    Args:
+        bed: the testbed.
+        launch_options: options of dance_jax.launch; if empty, those of the example prompts.
+        measure: have dance_jax.launch measure the links.
+    """
     if any(word.split("=")[0] in ("--hosts", "--ssh-config") for word in launch_options):
-        raise UserError("the testbed gives --hosts and --ssh-config itself")
+        raise UserError("leave out --hosts and --ssh-config: the testbed sets them")
     print(describe(bed.hosts.values(), bed.cores), flush=True)
     command = [sys.executable, "-m", "dance_jax.launch"]
     command += ["--hosts", str(bed.write_hosts(measure)), "--ssh-config", str(bed.ssh_config)]
     running, before = set(bed.processes()), bed.counters()
     command += launch_options or example_options(bed.hosts)
-    # Of its own process group: what ends this process is passed on, so it gets it once.
+    # In its own process group: it gets each signal once, when this process passes the signal on.
     code = _wait(bed.exec(HEAD, command, stdin=subprocess.DEVNULL, process_group=0))
     left = _left(bed, running)
     print_links(bed, before)
@@ -163,16 +177,22 @@ def run(bed: Testbed, launch_options: list[str], measure: bool) -> int:
 
 
 def example_options(hosts: Iterable[str]) -> list[str]:
-    """Launch options for the example prompts; placed by the example activations if they can be."""
+    """Return launch options for the example prompts.
+
+    Experts are placed by the example activations if these know all hosts.
+    """
     options = ["--prompts", str(PROMPTS)]
     if missing := set(hosts) - set(Activations.load(ACTIVATIONS).servers):
-        print(f"no example activations for {', '.join(sorted(missing))}: experts go anywhere")
+        print(
+            f"the example activations have no hosts {', '.join(sorted(missing))}: experts are "
+            "placed without activations"
+        )
         return options
     return [*options, "--activations", str(ACTIVATIONS)]
 
 
 def _wait(process: subprocess.Popen) -> int:
-    """Waits for a process while it gets the signals that are meant to end us."""
+    """Wait for a process, pass on signals that ask this process to end; return the exit code."""
 
     def pass_on(number: int, frame: types.FrameType | None) -> None:
         process.send_signal(number)
@@ -184,7 +204,7 @@ def _wait(process: subprocess.Popen) -> int:
 
 
 def _left(bed: Testbed, before: set[int]) -> dict[int, str]:
-    """What the launch has left running; sessions get a little time to notice its end."""
+    """Return processes that the launch left running, after ssh sessions had GRACE_S to end."""
     deadline = time.monotonic() + GRACE_S
     while True:
         left = {pid: line for pid, line in bed.processes().items() if pid not in before}
@@ -194,8 +214,8 @@ def _left(bed: Testbed, before: set[int]) -> dict[int, str]:
 
 
 def print_links(bed: Testbed, before: dict[str, tuple[int, int]]) -> None:
-    """Bytes of every host's interface since `before`, beside its rate and share of the cores."""
-    table = Table(title="On the hosts' interfaces", title_justify="left")
+    """Print each host's traffic since `before`, with its link's rate and its share of cores."""
+    table = Table(title="Traffic of the hosts' interfaces", title_justify="left")
     table.add_column("host")
     for column in ("link", "bytes received", "bytes sent", "cores"):
         table.add_column(column, justify="right")

@@ -1,26 +1,27 @@
-"""Speed, memory and start of one process, beside other programs with the same model.
+"""Measure speed, memory and start-up of one process, and of other programs on the same model.
 
     python benchmarks/throughput.py
     python benchmarks/throughput.py --family qwen3_next --formats float32
     python benchmarks/throughput.py --peer transformers=/path/to/venv/bin/python
     python benchmarks/throughput.py --peer llama.cpp=/path/to/build/bin --shape olmoe
 
-Models have random weights. The shape 200m has about 200 M parameters, by default those of a
-DeepSeek-V2: 8 layers (the first dense), hidden 512, 64 experts x 256, top-6, 2 shared; families.py
-has the others. Every program runs in processes of its own, with as many threads. In a pair of
-measurements they take turns, ours first; a figure is the median over the pairs, a ratio the median
-of the pairs' ratios.
+Models have random weights. The shape 200m has about 200 M parameters. By default it is a
+DeepSeek-V2: 8 layers (the first dense), hidden size 512, 64 experts x 256, top-6, 2 shared experts;
+families.py has the other families. Every program runs in its own processes with the same number of
+threads. In each pair of measurements the programs take turns, dance_jax first. A figure is the
+median over the pairs, a ratio the median of the pairs' ratios.
 
-Ours is `Engine.step`: scheduler, transfers and sampling are part of it; the median step counts.
-Decode follows a prompt of 32 tokens. What the others are measured by, programs/ says: the forward
-pass of transformers with its fastest experts implementation, and llama.cpp's own benchmarks and
-server. llama.cpp's files have the same weights, rounded to its format; of shapes whose float32 copy
-would be too large each side has random weights of its own. Share of bandwidth: the weights and
-cache that a decode step must read, over its time and a plain read of 1 GiB, measured here as well.
+dance_jax is measured as `Engine.step`, which includes the scheduler, transfers and sampling; the
+median step counts. Decode follows a prompt of 32 tokens. benchmarks/programs describes how the
+other programs are measured: the forward pass of transformers with its fastest experts
+implementation, and llama.cpp's own benchmarks and server. llama.cpp gets the same weights, rounded
+to its format; for shapes whose float32 copy would be too large, each program has its own random
+weights. The share of bandwidth is the speed at which a decode step reads the weights and the cache
+that it must read, over the speed of a plain read of 1 GiB, which is measured here as well.
 
-llama.cpp as PyPI's source distribution of llama-cpp-python carries it (vendor/llama.cpp), built
-with cmake: targets llama-bench, llama-batched-bench and llama-server. Its files are written by the
-package gguf.
+llama.cpp is the one in PyPI's source distribution of llama-cpp-python (vendor/llama.cpp), built
+with cmake: targets llama-bench, llama-batched-bench and llama-server. The package gguf writes its
+model files.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-# Run as a script, only this folder would be searched.
+# A script's import path has only its own folder; add the repository root.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import numpy as np
@@ -60,20 +61,21 @@ BATCH = Work("decode", rows=8, tokens=32)
 
 @dataclasses.dataclass(frozen=True)
 class Measure:
-    """A line of the table for each format."""
+    """A measurement; the table has one line of it for each format."""
 
     name: str
     unit: str
-    #: The figure of a side, in that unit.
+    #: Measures a side; returns the figure in `unit`.
     of: Callable[[Side], float]
     shape: str = "200m"
     formats: tuple[str, ...] = ("float32",)
-    #: Wanted ratio of ours to a peer's: (peer, format) -> at least, or at most if less is better.
+    #: Target for the ratio of our figure to a peer's, by (peer, format): a minimum, or a maximum
+    #: if less is better.
     wanted: Mapping[tuple[str, str], float] = dataclasses.field(default_factory=dict)
 
     @property
     def less(self) -> bool:
-        """Less is better."""
+        """Whether less is better."""
         return self.unit != "tokens/s"
 
 
@@ -82,7 +84,7 @@ def _speed(work: Work) -> Callable[[Side], float]:
 
 
 def _wanted(transformers: float | None = None, **llama_cpp: float) -> dict[tuple[str, str], float]:
-    """Ratios by (peer, format), of llama.cpp by format."""
+    """Return target ratios by (peer, format); those of llama.cpp are given by format."""
     wanted = {("llama.cpp", form): ratio for form, ratio in llama_cpp.items()}
     if transformers is not None:
         wanted["transformers", "float32"] = transformers
@@ -130,7 +132,7 @@ MEASURES = (
         formats=("float32", "int8"),
         wanted=_wanted(float32=1.2, int8=1.5),
     ),
-    Measure("memory beside weights and cache", "MB", lambda side: side.resident() / 1e6),
+    Measure("memory without weights and cache", "MB", lambda side: side.resident() / 1e6),
     Measure("first token, cold", "s", lambda side: side.first_token(cold=True)),
     Measure("first token, warm", "s", lambda side: side.first_token(cold=False)),
     Measure(
@@ -147,19 +149,21 @@ MEASURES = (
 
 @dataclasses.dataclass
 class Line:
-    """A measured line: figures of every pair by the side's name; peers that cannot are left out."""
+    """A measured line of the table."""
 
     measure: Measure
     form: str
+    #: By the side's name, the figure of each pair. Peers that do not support the measurement are
+    #: absent.
     figures: dict[str, list[float]]
 
     def ratio(self, peer: str) -> float:
-        """Ours over the peer's."""
+        """Return the median ratio of our figure to the peer's."""
         pairs = zip(self.figures[Ours.name], self.figures[peer], strict=True)
         return statistics.median(mine / other for mine, other in pairs)
 
     def entry(self) -> dict[str, Any]:
-        """For the file of results."""
+        """Return the line's entry in the file of results."""
         peers = [name for name in self.figures if name != Ours.name]
         return {
             "measure": self.measure.name,
@@ -173,7 +177,7 @@ class Line:
 
 
 def measured(measure: Measure, form: str, sides: Mapping[str, Side], pairs: int) -> Line:
-    """Measures all sides in turn, as often as `pairs` says."""
+    """Measure all sides in turn, `pairs` times."""
     figures: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(pairs):
         for name in list(figures):
@@ -181,20 +185,26 @@ def measured(measure: Measure, form: str, sides: Mapping[str, Side], pairs: int)
                 figures[name].append(measure.of(sides[name]))
             except Unsupported:
                 del figures[name]
-        said = ", ".join(f"{name} {seen[-1]:.4g}" for name, seen in figures.items())
-        say(f"{form} {measure.name}, {turn + 1} of {pairs}: {said} {measure.unit}")
+        latest = ", ".join(f"{name} {seen[-1]:.4g}" for name, seen in figures.items())
+        say(f"{form} {measure.name}, {turn + 1} of {pairs}: {latest} {measure.unit}")
     return Line(measure, form, figures)
 
 
 def agreement(ours: Side, theirs: Side) -> tuple[int, int]:
-    """Greedy tokens that are equal before the first difference, and tokens compared."""
+    """Return the number of equal greedy tokens before the first difference, and of all tokens."""
     (mine,), (other,) = ours.greedy(DECODE), theirs.greedy(DECODE)
     same = [a == b for a, b in zip(mine, other, strict=True)]
     return same.index(False) if False in same else len(same), len(same)
 
 
 def profile(ours: OurSide, rows: int, bandwidth: float) -> dict[str, Any]:
-    """Where a decode step of so many rows goes, in milliseconds."""
+    """Return how the time of a decode step of `rows` rows is spent, in milliseconds.
+
+    Args:
+        ours: the side to profile.
+        rows: sequences in the batch.
+        bandwidth: of memory reads, in bytes per second.
+    """
     found = ours.profile(rows)
     device = found["step_s"] - found["host_s"]
     return {
@@ -209,7 +219,7 @@ def profile(ours: OurSide, rows: int, bandwidth: float) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def opened(model: Model, form: str, peers: Sequence[Peer]) -> Iterator[dict[str, Side]]:
-    """The sides that have the format, by their names."""
+    """Open the sides that support the format, for the block; yield them by name."""
     with contextlib.ExitStack() as stack:
         yield {
             peer.name: stack.enter_context(contextlib.closing(peer.open(model, form)))
@@ -219,7 +229,7 @@ def opened(model: Model, form: str, peers: Sequence[Peer]) -> Iterator[dict[str,
 
 
 def run(options: argparse.Namespace, threads: int) -> dict[str, Any]:
-    """Measures everything that the options ask for."""
+    """Measure everything that the options ask for; return the results for the JSON file."""
     bandwidth = read_bandwidth(threads)
     peers = [Ours(), *(peer(threads) for peer in options.peer)]
     model = Model(options.shape, options.family, options.work)
@@ -243,7 +253,10 @@ def run(options: argparse.Namespace, threads: int) -> dict[str, Any]:
                     name: agreement(ours, side) for name, side in sides.items() if side is not ours
                 }
     if not result["lines"]:
-        raise UserError(f"--shape {options.shape}: nothing is measured in --formats as given")
+        raise UserError(
+            f"--shape {options.shape} has no measurement in --formats {','.join(options.formats)}: "
+            "choose other formats"
+        )
     return result | {
         "shape": options.family if options.shape == "200m" else options.shape,
         "machine": processor(),
@@ -255,7 +268,7 @@ def run(options: argparse.Namespace, threads: int) -> dict[str, Any]:
 
 
 def read_bandwidth(threads: int) -> float:
-    """Bytes per second of reading 1 GiB with all threads, the best of several."""
+    """Measure the bytes per second of reading 1 GiB with all threads, best of several tries."""
     values = np.ones(1 << 27, np.int64)
     pieces = np.array_split(values, threads)
     best = float("inf")
@@ -268,7 +281,7 @@ def read_bandwidth(threads: int) -> float:
 
 
 def processor() -> str:
-    """The processor's name."""
+    """Return the processor's name."""
     with contextlib.suppress(OSError):
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
         for line in lines:
@@ -278,14 +291,14 @@ def processor() -> str:
 
 
 def show(result: dict[str, Any]) -> None:
-    """Prints the tables."""
+    """Print the tables."""
     versions = "".join(f", {version}" for version in result["versions"])
     print(
         f"{result['shape']}: {result['machine']}, {result['threads']} threads, memory read at "
         f"{result['bandwidth_gb_s']:.1f} GB/s{versions}; median of {result['pairs']} pairs\n"
     )
     less = {measure.name: measure.less for measure in MEASURES}
-    print(f"{'':<38}{'format':<9}{'dance_jax':>10}  {'peer':<13}{'':>10} {'ratio':>7}  wanted")
+    print(f"{'':<38}{'format':<9}{'dance_jax':>10}  {'peer':<13}{'':>10} {'ratio':>7}  target")
     for line in result["lines"]:
         head = f"{line['measure'] + ', ' + line['unit']:<38}{line['format']:<9}"
         head += f"{line['medians'][Ours.name]:>10.4g}"
@@ -298,24 +311,24 @@ def show(result: dict[str, Any]) -> None:
             figure = line["medians"][name]
             print(f"{head}  {name:<13}{figure:>10.4g} {ratio:>7.2f}  {wanted}")
     for name, (equal, total) in result["equal_tokens"].items():
-        print(f"\nGreedy tokens in float32 equal to those of {name}: {equal} of {total}")
+        print(f"\nfloat32 greedy tokens equal to those of {name}: {equal} of {total}")
     for form, decodes in result["decode"].items():
         for decode in decodes:
             show_decode(form, decode)
 
 
 def show_decode(form: str, decode: dict[str, Any]) -> None:
-    """Prints where a decode step goes."""
+    """Print how the time of a decode step is spent."""
     print(
-        f"\nA decode step, {form}, batch {decode['rows']}: {decode['step_ms']:.2f} ms; reads "
-        f"{decode['read_mb']:.0f} MB, {decode['bandwidth_share']:.0%} of the memory's speed"
+        f"\nDecode step, {form}, batch {decode['rows']}: {decode['step_ms']:.2f} ms; reads "
+        f"{decode['read_mb']:.0f} MB at {decode['bandwidth_share']:.0%} of the memory bandwidth"
     )
     for part, milliseconds in decode["parts_ms"].items():
         print(f"  {part:<36}{milliseconds:>7.2f}")
 
 
 def peer_option(text: str) -> Callable[[int], Peer]:
-    """NAME=PATH as what opens the peer for a number of threads."""
+    """Parse NAME=PATH; return a function that makes the peer for a number of threads."""
     name, _, path = text.partition("=")
     if name == Transformers.name and path:
         return lambda threads: Transformers(path, threads)
@@ -323,13 +336,14 @@ def peer_option(text: str) -> Callable[[int], Peer]:
         programs = directory(text)
         return lambda threads: LlamaCpp(programs, threads)
     raise argparse.ArgumentTypeError(
-        f"{text!r} is no peer; there are transformers=PYTHON and llama.cpp=DIR"
+        f"{text!r} is not a peer: give transformers=PYTHON or llama.cpp=DIR"
     )
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        description="Speed, memory and start of one process, beside other programs."
+        description="Measures speed, memory and start-up of one process, and of other programs on "
+        "the same model."
     )
     add = parser.add_argument
     add(
@@ -338,27 +352,28 @@ def main() -> int:
         action="append",
         default=[],
         metavar="NAME=PATH",
-        help="compare with transformers=PYTHON (one that has torch and transformers) or "
-        "llama.cpp=DIR (its programs); may be repeated",
+        help="compare with transformers=PYTHON (an interpreter that has torch and transformers) or "
+        "llama.cpp=DIR (DIR holds its programs); may be repeated",
     )
     shapes = ("200m", "olmoe", "48-layers")
-    add("--shape", choices=shapes, default="200m", help="of the model (%(default)s)")
+    add("--shape", choices=shapes, default="200m", help="shape of the model (%(default)s)")
     add(
         "--family",
         choices=sorted(SHAPES),
         default="deepseek_v2",
-        help="of the shape 200m (%(default)s)",
+        help="model family of the shape 200m (%(default)s)",
     )
     formats = some_of(FORMATS, "format")
     add("--formats", type=formats, default=FORMATS, help=f"some of {','.join(FORMATS)} (all)")
-    add("--pairs", type=count, default=5, help="of measurements (%(default)s)")
-    add("--threads", type=count, help="of each program (the cores that may be used)")
+    add("--pairs", type=count, default=5, help="pairs of measurements (%(default)s)")
+    add("--threads", type=count, help="threads of each program (one per available core)")
     add("--json", type=pathlib.Path, metavar="FILE", help="also write the figures here")
     add(
         "--work",
         type=pathlib.Path,
         default=pathlib.Path.home() / ".cache" / "dance_jax" / "benchmarks",
-        help="where the models are made and kept: 4 GB of 200m, 20 GB of olmoe",
+        help="directory where the models are generated and kept: 4 GB for 200m, 20 GB for olmoe "
+        "(%(default)s)",
     )
     options = parser.parse_args()
 
@@ -366,7 +381,7 @@ def main() -> int:
         cores = available() or [0]
         threads = options.threads or len(cores)
         if threads > len(cores):
-            raise UserError(f"--threads {threads}: {len(cores)} cores may be used")
+            raise UserError(f"--threads {threads}: only {len(cores)} cores are available")
         with limited(cores[:threads]):
             result = run(options, threads)
         show(result)

@@ -1,4 +1,4 @@
-"""What a profiler's trace says of where time goes."""
+"""Time per part of a model, from a profiler's trace."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from typing import Any
 def self_times(
     events: list[dict[str, Any]], parts: dict[str, str], unnamed: str | None = None
 ) -> collections.Counter[str]:
-    """Microseconds by part: each operation's own, without those that ran within it.
+    """Return the microseconds spent in each part, as the sum of its operations' self time.
+
+    Self time is an operation's time without the operations that ran inside it.
 
     Args:
-        events: a trace's.
-        parts: operation -> part.
-        unnamed: the part of all other operations; None: of the one they ran in, or "other".
+        events: the events of a trace.
+        parts: the part of each operation, by the operation's name.
+        unnamed: the part of all other operations. If None, they count for the part of the
+            operation around them, or for "other" if there is none.
     """
     times: collections.Counter[str] = collections.Counter()
     threads = collections.defaultdict(list)

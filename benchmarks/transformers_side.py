@@ -1,6 +1,7 @@
-"""What benchmarks/programs/hugging_face.py talks to; runs under a Python that has torch.
+"""Child process of benchmarks/programs/hugging_face.py; runs under a Python that has torch.
 
-One JSON object a line on standard input asks for a measurement, one on standard output answers:
+Each line of standard input is a JSON object that asks for a measurement; a JSON object on standard
+output answers it:
 {"kind": "decode" | "prefill", "tokens": [[int]], "steps": int, "implementation": str}
 -> {"seconds": [float], "tokens": [[int]]}, one time per step and the greedy tokens of every row.
 """
@@ -16,7 +17,7 @@ import time
 
 def main() -> None:
     replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print must not end up among the replies
+    os.dup2(2, 1)  # output that libraries print must not mix with the replies
     torch = importlib.import_module("torch")
     transformers = importlib.import_module("transformers")
     torch.set_grad_enabled(False)

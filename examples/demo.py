@@ -1,13 +1,13 @@
-"""`make demo`: the same prompts under three placements, and what the placement is worth.
+"""`make demo`: answer the same prompts under three placements, and compare them.
 
-Three servers of unequal size (three processes here, with 1, 1 and 2 devices) answer the prompts of
-examples/prompts.jsonl with the model that ships with the package, which none of them could hold
-alone: first with experts placed uniformly, then by the paper's `dance` and by the default policy,
-where examples/activations.npz says that they are used. The activations come from other prompts
-(examples/make_activations.py).
+Three servers of unequal size (here three processes, with 1, 1 and 2 devices) answer the prompts of
+examples/prompts.jsonl. They serve the model that ships with the package, which none of them could
+hold alone. First experts are placed uniformly, then by the paper's policy `dance`, then by the
+default policy. The latter two place experts by the activations in examples/activations.npz, which
+were counted on other prompts (examples/make_activations.py).
 
-The first run is a cold start: the model is converted and every step compiled in a fresh directory.
-The others find the compiled steps there. Nothing is left behind.
+The first run is a cold start: the model is converted and every step is compiled, in a temporary
+directory. The other runs find the compiled steps there. The directory is removed at the end.
 """
 
 from __future__ import annotations
@@ -44,19 +44,37 @@ MAX_TOKENS = 64
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One policy's run; seconds from the start of the servers."""
+    """Result of one policy's run."""
 
     result: RunResult
+    #: Seconds from the start of the servers until all are ready, and until the first token.
     ready: float
     first_token: float
 
 
 def main() -> int:
-    """Runs the demo; returns its exit code."""
-    parser = argparse.ArgumentParser(description="The same prompts under three placements")
-    parser.add_argument("--hosts", type=pathlib.Path, default=EXAMPLES / "hosts.txt")
-    parser.add_argument("--prompts", type=pathlib.Path, default=EXAMPLES / "prompts.jsonl")
-    parser.add_argument("--activations", type=pathlib.Path, default=EXAMPLES / "activations.npz")
+    """Run the demo and return its exit code."""
+    parser = argparse.ArgumentParser(
+        description="Answers the same prompts under three placements and compares them."
+    )
+    parser.add_argument(
+        "--hosts",
+        type=pathlib.Path,
+        default=EXAMPLES / "hosts.txt",
+        help="hosts file (examples/hosts.txt)",
+    )
+    parser.add_argument(
+        "--prompts",
+        type=pathlib.Path,
+        default=EXAMPLES / "prompts.jsonl",
+        help="prompts to answer (examples/prompts.jsonl)",
+    )
+    parser.add_argument(
+        "--activations",
+        type=pathlib.Path,
+        default=EXAMPLES / "activations.npz",
+        help="activations to place experts by (examples/activations.npz)",
+    )
     options = parser.parse_args()
     console = Console()
     if not console.is_terminal:
@@ -75,7 +93,7 @@ def main() -> int:
 
 
 def demo(options: argparse.Namespace, cache: pathlib.Path, console: Console) -> int:
-    """All runs and their table, with all files in `cache`."""
+    """Make all runs and print their comparison; all files are written to `cache`."""
     spec = read_hosts(options.hosts)
     prompts = read_prompts(options.prompts, spec, MAX_TOKENS)
     activations = Activations.load(options.activations)
@@ -114,7 +132,7 @@ def run_policy(
     prompts: list[Prompt],
     console: Console,
 ) -> Run:
-    """Starts the servers, runs the prompts and stops the servers."""
+    """Start the servers, run the prompts and stop the servers."""
     tokenizer = Tokenizer.load(path)
     began = time.monotonic()
     try:
@@ -131,7 +149,10 @@ def run_policy(
 
 
 def comparison(runs: list[Run], names: tuple[str, ...]) -> Table:
-    """One row per measure, one column per policy; definitions as in docs/architecture.md."""
+    """Return a table with a row per measure and a column per policy.
+
+    docs/architecture.md defines the measures.
+    """
     table = Table(title=f"{len(runs[0].result.prompts)} prompts on {len(names)} servers")
     table.add_column("")
     for run in runs:
@@ -159,14 +180,14 @@ def comparison(runs: list[Run], names: tuple[str, ...]) -> Table:
 
 
 def agreement(runs: list[Run]) -> str:
-    """How many answers the placement did not change; greedy ones should all be the same."""
+    """Count the answers that are the same under all policies; greedy answers should all be."""
     answers = list(zip(*(run.result.outputs for run in runs), strict=True))
     same = sum(len({tuple(each.outputs[0].token_ids) for each in group}) == 1 for group in answers)
     return f"{same} of {len(answers)} answers are the same under all policies."
 
 
 def verdict(runs: list[Run], console: Console) -> int:
-    """1 if something is not as it should be."""
+    """Print errors and return 1 if an answer failed or a policy is no better than uniform."""
     failed = [
         f"prompt {prompt.index}: {output.outputs[0].stop_reason}"
         for run in runs
@@ -175,7 +196,8 @@ def verdict(runs: list[Run], console: Console) -> int:
     ]
     uniform, *others = (run.result for run in runs)
     failed += [
-        f"the local share of {each.plan.policy} ({each.local_share:.3f}) is not above uniform's"
+        f"the local share of {each.plan.policy} ({each.local_share:.3f}) is not above that of "
+        f"uniform ({uniform.local_share:.3f})"
         for each in others
         if each.local_share <= uniform.local_share
     ]

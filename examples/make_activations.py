@@ -1,9 +1,10 @@
-"""Makes examples/activations.npz: what each server's domain uses, from prompts that no demo shows.
+"""Make examples/activations.npz: the experts that each server's domain activates.
 
     python examples/make_activations.py alpha=FILE.jsonl beta=FILE.jsonl gamma=FILE.jsonl
 
-Every file has a domain's prompts, {"prompt": ...} a line. They run on their server (placed
-uniformly: placement does not change what the router chooses), and `--save-activations` counts.
+Each file has the prompts of one domain, one {"prompt": ...} per line; use other prompts than the
+demo's. The prompts run on the given server, and `--save-activations` counts the router's choices.
+Experts are placed uniformly, because the placement does not change these choices.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ EXAMPLES = pathlib.Path(__file__).resolve().parent
 
 
 def main(arguments: list[str]) -> int:
-    """Runs the launch; returns its exit code."""
+    """Run dance_jax.launch on the prompts and return its exit code."""
     if not arguments or not all("=" in argument for argument in arguments):
         print(__doc__, file=sys.stderr)
         return 2

@@ -1,10 +1,10 @@
-"""Servers that step on their own: `python research/apart.py`, with --links as root.
+"""Measure what servers that step independently cost each other: `python research/apart.py`.
 
     python research/apart.py                                   # over loopback
-    python research/apart.py --links 100Mbps                   # on a testbed
+    python research/apart.py --links 100Mbps                   # on a testbed, as root
     python research/apart.py --sections processor --old DIR    # another checkout's servers
 
-What is measured, and how, is said in research/independent.
+research/independent/__init__.py describes what is measured and how.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import pathlib
 import sys
 import tempfile
 
-# Run as a script, only this folder would be searched.
+# A script's import path has only its own folder; add the repository root.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
-# The servers compute, this process does not.
+# Only the servers compute; this process needs no accelerator.
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 from rich.console import Console
@@ -36,7 +36,7 @@ from dance_jax.launch.cli.prompts import check_writable
 from research.independent import hosts, loopback
 
 LOOPBACK = ("processor", "stopped", "killed")
-#: The last one has a testbed of its own.
+#: Sections on a testbed; `many` needs its own testbed, with more hosts.
 ON_HOSTS, MANY = ("beside", "bytes"), ("many",)
 WIDTH = 120
 
@@ -44,34 +44,51 @@ Result = loopback.Processor | loopback.Failure | hosts.Beside | hosts.Many | hos
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="python research/apart.py",
-        description="What servers that step on their own cost each other, by the demo model.",
-        epilog="What follows -- goes to dance_jax.launch, e.g. -- --policy dance",
+        description="Measures what servers that step independently cost each other, on the demo "
+        "model.",
+        epilog="Options after -- are passed to dance_jax.launch, e.g. -- --policy dance",
     )
     add = parser.add_argument
     add(
         "--links",
         type=parse_rate,
         metavar="RATE",
-        help="run the sections of a testbed, with links of this rate (root, Linux)",
+        help="run the sections that need a testbed, with links of this rate (needs root on Linux)",
     )
     known = (*LOOPBACK, *ON_HOSTS, *MANY)
-    add("--sections", type=some_of(known), metavar="A,B", help=", ".join(known))
-    add("--repeats", type=count, default=3, help="of each section (%(default)s)")
-    add("--rate", type=positive, default=0.3, help="many: requests/s of each host (%(default)s)")
-    add("--old", type=pathlib.Path, metavar="DIR", help="the servers of another checkout instead")
+    add(
+        "--sections",
+        type=some_of(known),
+        metavar="A,B",
+        help=f"some of: {', '.join(known)} (without --links {','.join(LOOPBACK)}; with --links "
+        f"{','.join(ON_HOSTS)})",
+    )
+    add("--repeats", type=count, default=3, help="repetitions of each section (%(default)s)")
+    add(
+        "--rate",
+        type=positive,
+        default=0.3,
+        help="requests/s per host in the section many (%(default)s)",
+    )
+    add(
+        "--old",
+        type=pathlib.Path,
+        metavar="DIR",
+        help="measure the servers of this other checkout instead",
+    )
     add_testbed(parser, "apart")
     add_bed(parser)
     add_check(parser)
-    add("--output", type=pathlib.Path, metavar="JSON")
+    add("--output", type=pathlib.Path, metavar="JSON", help="write results here")
     add("launch", nargs="*", help=argparse.SUPPRESS)
     return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the benchmark; returns its exit code."""
+    """Run the benchmark and return its exit code."""
     words = sys.argv[1:] if arguments is None else arguments
     options, console = parser().parse_args(words), terminal(WIDTH)
 
@@ -93,17 +110,17 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def check(options: argparse.Namespace) -> tuple[str, ...]:
-    """The sections that are to run.
+    """Return the sections to run.
 
     Raises:
-        UserError: one cannot run here, or the result cannot be written.
+        UserError: a section cannot run with or without --links, or the result cannot be written.
     """
     sections = options.sections or (LOOPBACK if options.links is None else ON_HOSTS)
     places = (LOOPBACK,) if options.links is None else (ON_HOSTS, MANY)
     if not any(set(sections) <= set(place) for place in places):
         shown = " or ".join(", ".join(place) for place in places)
         links = "without" if options.links is None else "with"
-        raise UserError(f"--sections {','.join(sections)}: {links} --links, {shown} can run")
+        raise UserError(f"--sections {','.join(sections)}: {links} --links only {shown} can run")
     if options.output is not None:
         check_writable(options.output, "--output")
     return sections
@@ -112,7 +129,7 @@ def check(options: argparse.Namespace) -> tuple[str, ...]:
 def on_testbeds(
     options: argparse.Namespace, sections: tuple[str, ...], words: list[str], console: Console
 ) -> int:
-    """The same command on a testbed."""
+    """Run the same command again, inside a testbed; return its exit code."""
     if sections == MANY:
         template = "\n".join(f"host{n} experts={hosts.SLOTS}" for n in range(1, hosts.ALL + 1))
     else:
@@ -130,7 +147,7 @@ def on_testbeds(
 
 
 def measured(options: argparse.Namespace, section: str) -> Result:
-    """One section."""
+    """Measure one section."""
     root = ROOT if options.old is None else options.old.absolute()
     repeats, words = options.repeats, options.launch
     if section == "processor":

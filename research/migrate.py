@@ -1,6 +1,6 @@
-"""Experts that follow the workload, measured: `python research/migrate.py`.
+"""Measure how experts follow a changing workload: `python research/migrate.py`.
 
-What is measured, and how, is said in research/shifting.
+research/shifting/__init__.py describes what is measured and how.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import pathlib
 import sys
 import tempfile
 
-# Run as a script, only this folder would be searched.
+# A script's import path has only its own folder; add the repository root.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
-# The servers compute, this process does not.
+# Only the servers compute; this process needs no accelerator.
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 from rich.console import Console
@@ -46,27 +46,31 @@ from research.shifting import plots, runs, tables
 from research.shifting.results import Results, plain
 from research.shifting.runs import INTERVALS, SECTIONS, Setting
 
-#: Columns of the terminal, where it does not say.
+#: Columns of the tables when stdout is not a terminal.
 WIDTH = 120
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="python research/migrate.py",
-        description="Experts that follow the workload: every server's users change to another "
-        "task, with and without migration.",
-        epilog="What follows -- goes to dance_jax.launch, e.g. -- --max-num-seqs 8",
+        description="Measures how experts follow the workload: every server's users change to "
+        "another task, with and without migration.",
+        epilog="Options after -- are passed to dance_jax.launch, e.g. -- --max-num-seqs 8",
     )
     add = parser.add_argument
-    add("--hosts", type=pathlib.Path, help="servers of this machine (examples/hosts.txt)")
+    add(
+        "--hosts",
+        type=pathlib.Path,
+        help="hosts file with servers on this machine (examples/hosts.txt)",
+    )
     add_service(parser)
     add(
         "--links",
         type=parse_rate,
         metavar="RATE",
-        help="run on a testbed with links of this rate, e.g. 20Mbps (root, Linux); without it on "
-        "this machine, where links cost nothing",
+        help="run on a testbed with links of this rate, e.g. 20Mbps (needs root on Linux); "
+        "otherwise on this machine, where links have no limit",
     )
     add_testbed(parser, "migrate")
     add_bed(parser)
@@ -74,31 +78,31 @@ def parser() -> argparse.ArgumentParser:
         "--tasks",
         type=pathlib.Path,
         metavar="DIR",
-        help="*.jsonl with prompts: the first files are what each server's users ask before the "
-        "shift, the next ones after it (examples/tasks)",
+        help="directory of *.jsonl files with prompts: the first files are the servers' tasks "
+        "before the shift, the next files those after the shift (examples/tasks)",
     )
-    add_users(parser, 200, "of each server, before and after the shift")
+    add_users(parser, 200, "requests per server, before the shift and again after it")
     add(
         "--streams",
         type=count,
         default=4,
-        help="of each server, in section pause (%(default)s)",
+        help="streams per server in the section pause (%(default)s)",
     )
     add(
         "--interval",
         type=positive,
         metavar="S",
-        help=f"from one decision to the next (a {INTERVALS}th of a phase)",
+        help=f"seconds between two placement decisions (1/{INTERVALS} of a phase)",
     )
-    add_seed(parser, "of arrivals and texts")
-    sections = ", ".join(SECTIONS)
+    add_seed(parser, "seed of arrivals and texts")
+    sections = f"some of: {', '.join(SECTIONS)} (all)"
     add("--sections", type=some_of(SECTIONS), default=SECTIONS, metavar="A,B", help=sections)
     add_results(parser)
     return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the benchmark; returns its exit code."""
+    """Run the benchmark and return its exit code."""
     words = sys.argv[1:] if arguments is None else arguments
     options, console = parser().parse_args(words), terminal(WIDTH)
 
@@ -116,38 +120,46 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Completes the options.
+    """Fill in and check the options.
 
     Raises:
-        UserError: something is missing, or a result cannot be written.
+        UserError: the hosts or tasks do not fit, or a result cannot be written.
     """
     options.hosts = (options.hosts or EXAMPLES / "hosts.txt").absolute()
     options.interval = options.interval or options.requests / options.rate / INTERVALS
     spec = read_hosts(options.hosts)
     if elsewhere := [server.name for server in spec.servers if server.ssh is not None]:
-        raise UserError(f"{', '.join(elsewhere)}: on another machine; --links makes a testbed here")
+        raise UserError(
+            f"{', '.join(elsewhere)}: on another machine; use only servers on this machine, or "
+            "--links for a testbed here"
+        )
     if len(spec.servers) < 2:
-        raise UserError(f"{options.hosts}: nothing moves on one server")
+        raise UserError(
+            f"{options.hosts}: has only one server; experts need at least two to move between"
+        )
     phases(options, len(spec.servers))
     check_results(options)
 
 
 def phases(options: argparse.Namespace, servers: int) -> tuple[tuple[Task, ...], tuple[Task, ...]]:
-    """Each server's task, before and after the shift.
+    """Return each server's task before and after the shift.
 
     Raises:
-        UserError: there are too few, or one cannot be read.
+        UserError: there are too few task files, or a file cannot be read.
     """
     directory = options.tasks or EXAMPLES / "tasks"
     files = sorted(directory.glob("*.jsonl" if options.tasks else "*.heldout.jsonl"))
     if len(files) <= servers:
-        raise UserError(f"{directory}: {len(files)} files *.jsonl; more than servers are needed")
+        raise UserError(
+            f"{directory}: {len(files)} files *.jsonl, but more files than servers ({servers}) are "
+            "needed"
+        )
     tasks = [read_task(file) for file in files]
     return tuple(tasks[:servers]), tuple(tasks[n % len(tasks)] for n in range(servers, 2 * servers))
 
 
 def measure(options: argparse.Namespace, console: Console) -> list[Target]:
-    """The sections, where they are to run; writes the results."""
+    """Measure the sections, print and write their results, and return the targets."""
     bed = None if options.bed is None else Testbed.load(options.bed)
     model = options.model or demo_dir()
     with tempfile.TemporaryDirectory(prefix="dance-jax-migrate-") as work:
@@ -175,7 +187,7 @@ def measure(options: argparse.Namespace, console: Console) -> list[Target]:
         for section in options.sections:
             setattr(results, section, getattr(runs, section)(setting))
             tables.show(console, section, setting.place.spec.names, results)
-            # What was measured is kept, whatever becomes of the next section.
+            # Write after each section, in case the next one fails.
             if options.output is not None:
                 write_json(options.output, vars(options), plain(results), results.targets())
             if options.plot is not None:

@@ -1,12 +1,12 @@
-"""What the wire's type does to a model: bits per byte, and greedy tokens.
+"""Measure how the wire type affects a model: bits per byte, and greedy tokens.
 
     python research/wire.py                    # the demo model, held-out texts of examples/tasks
     python research/wire.py --model DIR --texts A.jsonl B.jsonl
 
-Each file is what the users of one server ask for; servers hold a third of the experts each, placed
-by the counts of these texts (policy `dance`). Texts run as prompts do, with the rows that a
-server's own experts see and those that others' see rounded as between servers (`models.messages`);
-compared with float32, which rounds nothing.
+Each file has the prompts of one server's users. Each server holds a third of the experts, placed by
+the activation counts of these texts (policy `dance`). The texts run like prompts. Rows for the
+server's own experts and for those of other servers are rounded as between servers
+(`models.messages`). Results are compared with float32, which rounds nothing.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import pathlib
 import sys
 import tempfile
 
-# Run as a script, only this folder would be searched.
+# A script's import path has only its own folder; add the repository root.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 os.environ["JAX_PLATFORMS"] = "cpu"
 
@@ -48,24 +48,24 @@ from dance_jax.placement import place
 
 TEXTS = sorted((pathlib.Path(__file__).parents[1] / "examples/tasks").glob("*.heldout.jsonl"))
 WIRES = ("float32", "bfloat16", "int8")
-#: Tokens of one forward pass; of the model's experts, what a server holds.
+#: Tokens of one forward pass; share of the model's experts that a server holds.
 WINDOW, SHARE = 512, 1 / 3
 
 
 @dataclasses.dataclass(frozen=True)
 class Passed:
-    """Of all tokens of a text but the first of each window."""
+    """Results for all tokens of a text except the first of each window."""
 
-    #: Bits of all of them together.
+    #: Total bits of the tokens.
     bits: float
-    #: int [tokens], the most likely one in the place of each.
+    #: int [tokens], the most likely token at each position.
     greedy: np.ndarray
-    #: int [layers, experts], how often each was chosen.
+    #: int [layers, experts], how often each expert was chosen; the first tokens are included.
     counts: np.ndarray
 
 
 class Model:
-    """A checkpoint's model with all experts in one pool, a window at a time."""
+    """A checkpoint's model with all experts in one pool, run one window at a time."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.config = config = checkpoint.config
@@ -74,7 +74,7 @@ class Model:
         read = checkpoint.experts(pairs, form)
         if native.usable():
             forms = (form.gate, form.up, form.down)
-            # It lives as long as this does.
+            # Kept as an attribute, so that the pool lives as long as the model.
             self._native = NativePool(form.d, form.f, form.activation, forms, form.bias, len(pairs))
             for slot, weights in read:
                 self._native.put(slot, slot, weights)
@@ -85,7 +85,7 @@ class Model:
         self._run = jax.jit(self._window, static_argnums=4)
 
     def _window(self, state, pool, tokens_t, here_le, wire):
-        """Nats of tokens 1.., the likeliest ones in their places, and the chosen experts."""
+        """Return the nats of tokens 1.., the most likely tokens there, and the chosen experts."""
         trunk, config, dtype = nnx.merge(self._graph, state), self.config, jnp.dtype(wire)
         window = Rows.whole(WINDOW)
         hidden, rotations = trunk.embed(tokens_t, window.positions_t, WINDOW)
@@ -114,7 +114,7 @@ class Model:
         return nats_t, logits_tv.argmax(1), jnp.stack(choices)
 
     def read(self, ids: list[int], here_le: np.ndarray, wire: str) -> Passed:
-        """A text as a server computes it that holds these experts, bool [layers, experts]."""
+        """Run a text as on a server that holds the experts `here_le`, bool [layers, experts]."""
         bits, greedy, counts = 0.0, [], np.zeros(here_le.shape, np.int64)
         for begin in range(0, len(ids), WINDOW):
             part = ids[begin : begin + WINDOW]
@@ -130,13 +130,13 @@ class Model:
 
 
 def text_of(path: pathlib.Path) -> str:
-    """All prompts of a file."""
+    """Return all prompts of a file, joined."""
     lines = path.read_text(encoding="utf-8").splitlines()
     return "\n\n".join(json.loads(line)["prompt"] for line in lines)
 
 
 def measure(model: Model, tokenizer: Tokenizer, texts: list[str]) -> Table:
-    """A row for each type of the wire."""
+    """Measure all wire types and return a table with a row for each."""
     config = model.config
     ids = [tokenizer.encode(text) for text in texts]
     everything = np.ones((len(config.moe_layers), config.num_experts), bool)
@@ -146,9 +146,9 @@ def measure(model: Model, tokenizer: Tokenizer, texts: list[str]) -> Table:
     size = sum(len(text.encode()) for text in texts)
     table = Table(
         title=f"{size:,} bytes, {sum(map(len, ids)):,} tokens, {len(texts)} servers, "
-        f"{1 - placement.local_share(counts):.2f} of expert calls leave theirs",
+        f"{1 - placement.local_share(counts):.2f} of expert calls are remote",
     )
-    for column in ("wire", "bits per byte", "greedy tokens unchanged", "bytes of row and sum"):
+    for column in ("wire", "bits per byte", "greedy tokens unchanged", "bytes per row and sum"):
         table.add_column(column, justify="right")
     exact: list[Passed] = []
     for wire in WIRES:
@@ -165,7 +165,7 @@ def measure(model: Model, tokenizer: Tokenizer, texts: list[str]) -> Table:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measures, and prints."""
+    """Measure all wire types and print the table."""
     source = options.model or demo_dir()
     with tempfile.TemporaryDirectory(prefix="dance-jax-wire-") as folder:
         native.load(pathlib.Path(folder))
@@ -175,15 +175,22 @@ def run(options: argparse.Namespace) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the benchmark; returns its exit code."""
+    """Run the benchmark and return its exit code."""
     parser = argparse.ArgumentParser(
         prog="python research/wire.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--model", type=pathlib.Path, metavar="DIR", help="(the demo model)")
     parser.add_argument(
-        "--texts", type=pathlib.Path, nargs="+", default=TEXTS, metavar="FILE", help="JSONL"
+        "--model", type=pathlib.Path, metavar="DIR", help="model to measure (the demo model)"
+    )
+    parser.add_argument(
+        "--texts",
+        type=pathlib.Path,
+        nargs="+",
+        default=TEXTS,
+        metavar="FILE",
+        help="JSON Lines of prompts, a file per server (examples/tasks/*.heldout.jsonl)",
     )
     options = parser.parse_args(arguments)
     return exit_code(lambda: run(options))

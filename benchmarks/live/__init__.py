@@ -1,6 +1,6 @@
-"""A service that runs while users ask it for tasks: what migrate.py and paper.py both measure.
+"""Measure a running service under load; shared by research/migrate.py and research/paper.py.
 
-Modules: `places` are where its servers run, processes here or hosts of a testbed; `tasks` what
-each server's users ask and when; `watch` asks it, notes what the servers tell meanwhile, and moves
-experts.
+Modules: `places` starts the servers, as processes here or on the hosts of a testbed; `tasks` makes
+each server's requests and their arrival times; `watch` sends the requests, samples the servers'
+metrics meanwhile, and moves experts.
 """

@@ -1,4 +1,4 @@
-"""Where the servers of a run are: processes here, or hosts of a testbed."""
+"""Places to run servers: processes on this machine, or the hosts of a testbed."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ from dance_jax.launch.planning.hosts import read_hosts
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Attributes:
-    hosts: a hosts file whose servers are all on this machine, for what is not measured.
-    bed: the testbed; None: servers run where `hosts` says.
-    root: of the checkout that serves.
-    port: of servers of a testbed, each of which has an address of its own.
+    """A place to run the servers of a measurement.
+
+    Attributes:
+        hosts: a hosts file whose servers are all on this machine, for runs that are not measured.
+        bed: the testbed; if None, the servers run where `hosts` says.
+        root: the checkout whose code serves.
+        port: of all servers on a testbed, where each server has its own address.
     """
 
     hosts: pathlib.Path
@@ -35,7 +37,7 @@ class Place:
 
     @contextlib.contextmanager
     def serving(self, arguments: Sequence[str]) -> Iterator[Cluster]:
-        """A service with these arguments of the launcher; it ends with the block."""
+        """Run a service for the block, started by the launcher with these arguments."""
         if self.bed is None:
             words = ["--hosts", str(self.hosts), *arguments]
             with started(self.spec, words, root=self.root) as cluster:
@@ -48,7 +50,7 @@ class Place:
             yield cluster
 
     def sent(self) -> list[float]:
-        """Bytes sent through each host's interface so far; none where there are no interfaces."""
+        """Return the bytes sent through each host's interface so far; empty without a testbed."""
         return [] if self.bed is None else [sent for _, sent in self.bed.counters().values()]
 
 
@@ -59,7 +61,14 @@ def count_activations(
     tokens: int,
     arguments: Sequence[str],
 ) -> None:
-    """Runs prompts as a batch on this machine, and keeps which experts they used.
+    """Run prompts as a batch on this machine and save which experts they activated.
+
+    Args:
+        hosts: the hosts file.
+        prompts: the file of prompts.
+        result: where the activations are written.
+        tokens: maximum tokens per answer.
+        arguments: further arguments of the launcher.
 
     Raises:
         ClusterError: the batch failed.
@@ -71,4 +80,4 @@ def count_activations(
         [*LAUNCHER, *words], capture_output=True, text=True, stdin=subprocess.DEVNULL
     )
     if run.returncode:
-        raise ClusterError(f"activations cannot be counted:\n{(run.stdout + run.stderr)[-3000:]}")
+        raise ClusterError(f"counting activations failed:\n{(run.stdout + run.stderr)[-3000:]}")

@@ -1,4 +1,4 @@
-"""What users ask for, before and after they change their minds."""
+"""Requests of users who change from one task to another during a run."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from benchmarks.serving.client import Call
 from dance_jax.config import UserError
 from dance_jax.models.tokenizer import Tokenizer
 
-#: Most likely tokens that are told with each, for the margins of choices.
+#: Most likely tokens to return with each token, for the margin between the best two.
 LOGPROBS = 2
-#: Tokens before a prompt at most.
+#: Maximum number of salt tokens before a prompt.
 LONGEST_SALT = 8
 
 
@@ -28,7 +28,7 @@ class Task:
     Attributes:
         name: of the task.
         fit: prompts that placements are fitted to.
-        asked: others, that users ask.
+        asked: other prompts, which users send.
     """
 
     name: str
@@ -37,21 +37,22 @@ class Task:
 
 
 def read_task(path: pathlib.Path) -> Task:
-    """Every other prompt of a JSON Lines file is for fitting.
+    """Read a task from a JSON Lines file; every other prompt is for fitting, the first included.
 
     Raises:
-        UserError: it cannot be read, or has not two prompts.
+        UserError: the file cannot be read, or has fewer than two prompts.
     """
     prompts = read_prompts(path)
     if len(prompts) < 2:
-        raise UserError(f"{path}: two prompts at least are needed")
+        raise UserError(f"{path}: a task needs at least two prompts")
     return Task(path.name.partition(".")[0], tuple(prompts[::2]), tuple(prompts[1::2]))
 
 
 def read_prompts(path: pathlib.Path) -> list[str]:
-    """
+    """Read the prompts of a JSON Lines file.
+
     Raises:
-        UserError: a line is not {"prompt": text}.
+        UserError: the file cannot be read, or a line is not {"prompt": text}.
     """
     found = []
     try:
@@ -67,7 +68,14 @@ def read_prompts(path: pathlib.Path) -> list[str]:
 
 
 def write_fit(path: pathlib.Path, tasks: Sequence[Task], names: Sequence[str], most: int) -> None:
-    """A file for `dance_jax.launch --prompts`: the first prompts to fit, of each server its own."""
+    """Write a file for `dance_jax.launch --prompts` with prompts that placements are fitted to.
+
+    Args:
+        path: of the file.
+        tasks: the task of each server.
+        names: of the servers.
+        most: maximum number of prompts per server.
+    """
     lines = [
         json.dumps({"prompt": prompt, "server": name})
         for name, task in zip(names, tasks, strict=True)
@@ -82,14 +90,14 @@ class Plan:
 
     Attributes:
         calls: in the order of their arrival.
-        shift_s: when the last server's users change their minds.
+        shift_s: second at which the users of the last server have changed to the next task.
     """
 
     calls: tuple[Call, ...]
     shift_s: float
 
     def after(self, moment_s: float) -> Plan:
-        """The requests from then on, the first of which comes at once."""
+        """Return the requests that arrive from `moment_s` on, which becomes second 0."""
         late = [call for call in self.calls if call.arrival_s >= moment_s]
         moved = [dataclasses.replace(c, arrival_s=c.arrival_s - moment_s) for c in late]
         return Plan(tuple(moved), max(0.0, self.shift_s - moment_s))
@@ -100,8 +108,8 @@ class Askers:
 
     Args:
         tokenizer: of the model.
-        context: tokens of a prompt and its answer at most; prompts are cut.
-        longest: tokens of an answer at most.
+        context: maximum tokens of a prompt and its answer; longer prompts are cut.
+        longest: maximum tokens of an answer.
         rate: requests per second of each server.
         seed: of arrivals, choices and lengths.
     """
@@ -115,11 +123,12 @@ class Askers:
     def plan(
         self, phases: Sequence[Sequence[Task]], requests: int, salt: Sequence[int] = ()
     ) -> Plan:
-        """So many requests of each server in each phase, one phase after the other.
+        """Plan `requests` requests per server and phase, one phase after the other.
 
         Args:
-            phases: per phase each server's task.
-            salt: tokens before every prompt: with others the servers find none of it cached.
+            phases: for each phase, the task of each server.
+            requests: per server and phase.
+            salt: tokens put before every prompt. A new salt makes the servers' prefix caches miss.
         """
         servers = len(phases[0])
         streams = [self._prompts(server, phases, requests) for server in range(servers)]
@@ -143,7 +152,7 @@ class Askers:
         return Plan(tuple(calls), shift_s)
 
     def streams(self, tasks: Sequence[Task], count: int) -> list[Call]:
-        """So many requests to each server at once, whose answers are as long as can be."""
+        """Return `count` requests per server, all at second 0, with answers as long as possible."""
         calls = []
         for server, task in enumerate(tasks):
             for prompt in itertools.islice(itertools.cycle(task.asked), count):

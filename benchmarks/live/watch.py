@@ -1,4 +1,4 @@
-"""What servers tell while they are asked."""
+"""Send requests to servers, sample the servers' metrics meanwhile, and move experts."""
 
 from __future__ import annotations
 
@@ -21,62 +21,71 @@ from benchmarks.serving.drive import Done, open_loop
 from benchmarks.serving.http import request
 
 PREFIX = "dance_jax:"
-#: Of a step's time, as `engine.step_clock.StepClock` counts it.
+#: Parts of a step's time, as `engine.step_clock.StepClock` counts them.
 PARTS = ("schedule", "compute", "experts", "wait", "exchange", "output")
-#: The parts in which nothing is sent or waited for.
+#: Parts in which the engine computes, without transfers or waiting.
 COMPUTING = ("schedule", "compute", "experts", "output")
-#: Seconds between two questions; for a migration.
+#: Seconds between two samples; seconds within which a migration must be complete.
 ASK_S, MOVE_S = 0.5, 300.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """All servers at one moment; counters since they started."""
+    """Metrics of all servers at one moment.
+
+    Lists have one value per server; counters count since the server started.
+    """
 
     #: Seconds after the run's start.
     at_s: float
-    #: By server: expert calls by where they were served; payload sent; steps; longest of late.
+    #: Expert calls served by the server itself, and by other servers.
     local: list[float]
     remote: list[float]
+    #: Bytes of payload sent to other servers.
     sent: list[float]
-    #: The same through the hosts' interfaces; empty where there are none.
+    #: Bytes sent through the hosts' interfaces; empty without a testbed.
     wire: list[float]
-    #: Hidden states sent; pairs of token and layer with any call elsewhere; hidden states of all
-    #: servers through the busiest link of each layer; tokens.
+    #: Hidden states sent.
     transfers: list[float]
+    #: (token, layer) pairs with at least one expert call on another server.
     away: list[float]
+    #: Hidden states of all servers through the busiest link of each layer, summed over the layers.
     busiest: list[float]
+    #: Prompt and generated tokens.
     tokens: list[float]
     steps: list[float]
-    #: By bucket, as in `engine.report.EngineReport.bucket_steps`, and server.
+    #: Steps of each server by bucket, as in `engine.report.EngineReport.bucket_steps`.
     bucket_steps: dict[str, list[float]]
     #: Positions that tokens attended to.
     positions: list[float]
-    #: Expert calls that its devices computed; messages with calls that it sent or answered; rows in
-    #: them; late calls that it repeated to other holders.
+    #: Expert calls that the server's devices computed.
     served: list[float]
+    #: Messages with expert calls that the server sent or answered, and the rows in them.
     messages: list[float]
     rows: list[float]
+    #: Expert calls that were late and were repeated to another server.
     repeats: list[float]
+    #: Longest of the recent steps.
     longest_step_s: list[float]
-    #: By part of the steps, as `engine.step_clock` names them, and server.
+    #: Seconds of each server's steps by part, as `engine.step_clock` names the parts.
     seconds: dict[str, list[float]]
     #: Processor seconds of each engine.
     cpu_s: list[float]
-    #: As the first server knows it.
+    #: Version of the placement, as the first server knows it.
     version: int
+    #: Counted by the first server.
     migrations: int
     experts_migrated: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Watched:
-    """A run under load.
+    """Results of a run under load.
 
     Attributes:
         answers: in the order of the calls.
-        samples: in their order.
-        decision: the last one, as /placement tells it; None: there was none.
+        samples: in the order of time.
+        decision: the last placement decision, as /placement reports it; None if there was none.
     """
 
     answers: list[Answer]
@@ -85,7 +94,7 @@ class Watched:
 
     @property
     def moves_s(self) -> list[float]:
-        """When migrations were seen to be complete."""
+        """Seconds of the first samples after each migration was complete."""
         return [
             later.at_s
             for before, later in itertools.pairwise(self.samples)
@@ -93,7 +102,7 @@ class Watched:
         ]
 
     def remote_share(self, since_s: float, until_s: float = math.inf) -> float:
-        """Of the expert calls counted in that time, the mean of the servers."""
+        """Return the remote share of the expert calls counted in that time, mean of the servers."""
         remote, local = (
             self._spent("remote", since_s, until_s),
             self._spent("local", since_s, until_s),
@@ -101,14 +110,16 @@ class Watched:
         return float(np.mean(remote / np.maximum(remote + local, 1)))
 
     def sent_per_call(self, since_s: float) -> list[float]:
-        """Bytes that each server sent from then on, per expert call of all users: through its
-        interface, or the payload where there is none."""
+        """Return the bytes that each server sent from `since_s` on, per expert call of all servers.
+
+        Bytes are those through the server's interface, or of the payload without a testbed.
+        """
         calls = self._spent("remote", since_s) + self._spent("local", since_s)
         sent = self._spent("wire" if self.samples[0].wire else "sent", since_s)
         return (sent / max(calls.sum(), 1)).tolist()
 
     def _spent(self, counter: str, since_s: float, until_s: float = math.inf) -> np.ndarray:
-        """What a counter of each server grew by."""
+        """Return how much a counter of each server grew in that time."""
         within = [s for s in self.samples if since_s <= s.at_s <= until_s] or self.samples[-1:]
         return np.subtract(getattr(within[-1], counter), getattr(within[0], counter))
 
@@ -120,10 +131,13 @@ def _nothing() -> list[float]:
 async def load(
     api: Api, calls: Sequence[Call], done: Done, wire: Callable[[], list[float]] = _nothing
 ) -> Watched:
-    """Asks, and watches meanwhile and until the counters of the last answers have come.
+    """Send the requests, and sample until the metrics include the last answers.
 
     Args:
-        wire: bytes sent through each server's interface so far.
+        api: of the servers.
+        calls: the requests, with their arrival times.
+        done: called after each answer.
+        wire: returns the bytes sent through each server's interface so far.
     """
     async with watched(api, wire) as samples:
         answers = await open_loop(api, calls, done)
@@ -135,9 +149,9 @@ async def load(
 async def watched(
     api: Api, wire: Callable[[], list[float]] = _nothing, every_s: float = ASK_S
 ) -> AsyncIterator[list[Sample]]:
-    """Samples that come while the block runs; the first and the last are of its ends.
+    """Sample all servers while the block runs; the first and last samples are of its two ends.
 
-    (measured) Reading one of three servers keeps this process busy for 20 ms.
+    Measured: reading one of three servers keeps this process busy for 20 ms.
     """
     origin, samples = time.perf_counter(), []
 
@@ -158,8 +172,8 @@ async def watched(
 
 
 async def sample(api: Api, origin: float, wire: Callable[[], list[float]] = _nothing) -> Sample:
-    """All servers now; `origin` of time.perf_counter."""
-    told = await asyncio.gather(*(_metrics(api, n) for n in range(len(api.addresses))))
+    """Sample all servers now; `origin` is the time.perf_counter() of the run's start."""
+    scraped = await asyncio.gather(*(_metrics(api, n) for n in range(len(api.addresses))))
     at_s = time.perf_counter() - origin
 
     def each(name: str, **labels: str) -> list[float]:
@@ -169,14 +183,19 @@ async def sample(api: Api, origin: float, wire: Callable[[], list[float]] = _not
                 for found, carried, value in metrics
                 if found == PREFIX + name and labels.items() <= carried.items()
             )
-            for metrics in told
+            for metrics in scraped
         ]
 
     def both(one: str, other: str) -> list[float]:
         return [sum(pair) for pair in zip(each(one), each(other), strict=True)]
 
     buckets = sorted(
-        {carried["bucket"] for metrics in told for _, carried, _ in metrics if "bucket" in carried}
+        {
+            carried["bucket"]
+            for metrics in scraped
+            for _, carried, _ in metrics
+            if "bucket" in carried
+        }
     )
     return Sample(
         at_s=at_s,
@@ -214,15 +233,15 @@ async def _metrics(api: Api, server: int) -> list[tuple[str, dict[str, str], flo
 
 
 async def placement(api: Api) -> dict[str, Any]:
-    """What /placement says."""
+    """Return the first server's answer to GET /placement."""
     return msgspec.json.decode(await api.get(0, "/placement"))
 
 
 async def force(api: Api) -> None:
-    """Experts move to where the policy wants them now, whatever it costs.
+    """Have experts move to where the policy wants them, whatever it costs; wait until they have.
 
     Raises:
-        ClusterError: they do not arrive.
+        ClusterError: the migration fails or does not finish in time.
     """
     version = (await placement(api))["version"]
     if (await _rebalance(api, {"force": True}))["migrate"]:
@@ -234,21 +253,22 @@ async def _rebalance(api: Api, body: dict[str, Any]) -> dict[str, Any]:
     async with request(api.addresses[0], "POST", path, content) as response:
         answer = await response.read()
         if response.status != 200:
-            raise ClusterError(f"{path} answers {response.status}: {answer.decode()}")
+            raise ClusterError(f"POST {path} returned {response.status}: {answer.decode()}")
         return msgspec.json.decode(answer)
 
 
 async def put(
     api: Api, names: Sequence[str], resident: Sequence[Sequence[Sequence[int]]]
 ) -> dict[str, Any]:
-    """Experts are to move there; returns the decision when they have.
+    """Have experts move to a given placement, wait until they have, and return the decision.
 
     Args:
+        api: of the servers.
         names: of the servers.
-        resident: [server][layer], experts that each holds.
+        resident: [server][layer], the experts that the server shall hold.
 
     Raises:
-        ClusterError: they do not.
+        ClusterError: the request or the migration fails, or the migration does not finish in time.
     """
     version = (await placement(api))["version"]
     servers = [{"name": n, "resident": r} for n, r in zip(names, resident, strict=True)]
@@ -259,17 +279,17 @@ async def put(
 
 
 async def moved(api: Api, version: int) -> None:
-    """Returns when the placement is a later one than this.
+    """Wait until the placement has a later version than `version`.
 
     Raises:
-        ClusterError: experts stopped moving, or do not arrive.
+        ClusterError: the migration fails, or does not finish within MOVE_S.
     """
     try:
         async with asyncio.timeout(MOVE_S):
             while (now := await placement(api))["version"] <= version:
-                # Told a moment after its answer.
+                # The failure appears a moment after the answer that started the migration.
                 if (last := now["last_decision"]) is not None and last["failure"]:
-                    raise ClusterError(f"experts stopped moving: {last['failure']}")
+                    raise ClusterError(f"the migration failed: {last['failure']}")
                 await asyncio.sleep(ASK_S)
     except TimeoutError:
-        raise ClusterError(f"experts have not moved after {MOVE_S:g} s") from None
+        raise ClusterError(f"the migration is not complete after {MOVE_S:g} s") from None

@@ -1,4 +1,4 @@
-"""The testbed itself: hosts, links, logins, and commands on the hosts."""
+"""The testbed: its hosts, links and logins, and commands on the hosts."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from .cores import cpu_controller, make_quota, share_cores
 from .hosts import HEAD, SUBNET, Host, hosts_line, show_rate
 from .machine import check_root, find, install_missing, run
 
-#: Seconds until every host's sshd must answer.
+#: Seconds within which every host's sshd must answer.
 SSH_TIMEOUT_S = 20
-#: What a link that rests takes at once: as much as it carries in so many seconds, but a packet. A
-#: larger bucket passes the small messages of a step as if there were no limit; a smaller one does
-#: not reach its rate, as a timer is not that exact.
+#: Size of a link's token bucket: what the link carries in BURST_S seconds, but at least a packet. A
+#: larger bucket would pass the small messages of a step as if the link had no limit; a smaller one
+#: would not reach the link's rate, because the kernel's timer is not precise enough.
 BURST_S, PACKET_BYTES = 0.25e-3, 1600
 _SSHD_CONFIG = """\
 ListenAddress {address}:22
@@ -56,8 +56,9 @@ Host *
     SendEnv PYTHONPATH
     ConnectTimeout 10
 """
-#: In the host's namespaces: its own /run ($1), if it has one, its name ($2), and its quota, where a
-#: machine of its own would show it: `ip netns exec` hides it (options of mount, $3).
+#: Runs in the host's namespaces. Mounts the host's own /run ($1, empty for the head), sets the host
+#: name ($2), and mounts the cgroup with the host's quota where a real machine shows it, because `ip
+#: netns exec` hides it ($3: options of mount, empty without a quota).
 _ENTER = (
     'set -e; [ -z "$1" ] || mount --bind "$1" /run; '
     '[ -z "$3" ] || mount -t $3 cpu /sys/fs/cgroup; '
@@ -72,13 +73,13 @@ def burst_bytes(rate: int) -> int:
 
 
 class Testbed:
-    """A testbed that is up.
+    """A running testbed.
 
     Attributes:
-        name: of the testbed; another name is another one beside it.
+        name: of the testbed; testbeds with different names can run side by side.
         hosts: by name, without the head.
-        rates: bits per second of each host's link; None where it is not shaped.
-        cores: how they are shared out: quota, pin or none.
+        rates: bits per second of each host's link; None if the link is not shaped.
+        cores: how the hosts share the machine's cores: quota, pin or none.
     """
 
     def __init__(
@@ -98,7 +99,7 @@ class Testbed:
         cores: str = "quota",
         round_trip: float = 0.0,
     ) -> Testbed:
-        """Makes a testbed; if that fails, nothing of it is left.
+        """Create a testbed; if that fails, remove everything created so far.
 
         Args:
             name: letters and digits.
@@ -108,17 +109,19 @@ class Testbed:
             round_trip: seconds that are added to the round trip between two hosts.
 
         Raises:
-            UserError: it is up already, or the machine lacks something.
+            UserError: the testbed is up already, or the machine lacks something.
         """
         check_root()
         install_missing()
         if found := leftovers.remains(name):
             whole = (leftovers.STATE / name / "state.json").exists()
-            what = "is up already" if whole else f"is there in part ({found[-1]})"
-            raise UserError(f"testbed {name} {what}; `down --name {name}` removes it")
+            what = "is up already" if whole else f"is partly there ({found[-1]})"
+            raise UserError(f"testbed {name} {what}: remove it with `down --name {name}`")
         mode, shared = share_cores(hosts, cores)
         bed = cls(name, shared, {host.name: None for host in hosts}, mode)
-        bed.state.mkdir(mode=0o700, parents=True)  # fails if somebody else is making it
+        bed.state.mkdir(
+            mode=0o700, parents=True
+        )  # fails if another process is creating this testbed
         try:
             bed._make_hosts()
             bed._make_links()
@@ -133,41 +136,41 @@ class Testbed:
 
     @classmethod
     def load(cls, name: str = "main") -> Testbed:
-        """The testbed of this name that is up.
+        """Return the running testbed of this name.
 
         Raises:
-            UserError: there is none.
+            UserError: no such testbed is up.
         """
         check_root()
         try:
             state = json.loads((leftovers.STATE / name / "state.json").read_text())
         except (OSError, ValueError):
-            raise UserError(f"testbed {name} is not up: `up --name {name}` makes it") from None
+            raise UserError(f"testbed {name} is not up: run `up --name {name}` first") from None
         hosts = [Host(**host) for host in state["hosts"]]
         return cls(name, hosts, state["rates"], state["cores"])
 
     @property
     def state(self) -> pathlib.Path:
-        """The directory of all its files."""
+        """The directory of all the testbed's files."""
         return leftovers.STATE / self.name
 
     @property
     def ssh_config(self) -> pathlib.Path:
-        """With `ssh -F`, lets the head log in to every host."""
+        """The ssh configuration (`ssh -F`) with which the head logs in to the hosts."""
         return self.state / "ssh_config"
 
     def exec(self, host: str, argv: Sequence[str], **popen: Any) -> subprocess.Popen:
-        """Starts a command on a host (or the head), with its name and its share of the cores.
+        """Start a command on a host or the head, under the host's name and share of the cores.
 
         Args:
-            host: its name.
+            host: name of the host.
             argv: the command and its arguments.
-            popen: arguments of subprocess.Popen; its process becomes the command itself.
+            popen: arguments of subprocess.Popen, whose process becomes the command itself.
         """
         return subprocess.Popen(self.command(host, argv), **popen)
 
     def command(self, host: str, argv: Sequence[str]) -> list[str]:
-        """What runs a command on a host: see `exec`."""
+        """Return the command line, on this machine, that runs a command on a host; see `exec`."""
         own_run = "" if host == HEAD else str(self._run_dir(host))
         enter = [find("ip") or "ip", "netns", "exec", self._label(host), "unshare", "--uts"]
         share = None if host == HEAD else self.hosts[host].share
@@ -182,11 +185,11 @@ class Testbed:
         return command
 
     def set_rate(self, rate: int | None, hosts: Iterable[str] | None = None) -> None:
-        """Shapes links in both directions, also while they are used.
+        """Set the rate of links in both directions, also while the links are in use.
 
         Args:
-            rate: bits per second; None: as fast as they go.
-            hosts: whose links; None: all.
+            rate: bits per second; not shaped if None.
+            hosts: hosts whose links to shape; all if None.
         """
         for host in self.hosts if hosts is None else hosts:
             for end, interface in ((host, "eth0"), (HEAD, self._port(host))):
@@ -201,7 +204,7 @@ class Testbed:
         self._save()
 
     def counters(self) -> dict[str, tuple[int, int]]:
-        """Bytes (received, sent) by each host's interface since the start."""
+        """Return the bytes (received, sent) by each host's interface since the start."""
         counts = {}
         for host in self.hosts:
             shown = run("ip", "-n", self._label(host), "-j", "-s", "link", "show", "dev", "eth0")
@@ -210,24 +213,24 @@ class Testbed:
         return counts
 
     def processes(self) -> dict[int, str]:
-        """Process id and command line of everything that runs in it, sshds included."""
+        """Return the process ids and command lines of all processes in the testbed, incl. sshds."""
         return leftovers.processes(self.name)
 
     def write_hosts(self, measure: bool = True) -> pathlib.Path:
-        """Writes the hosts file for a launch from the head, and returns its path.
+        """Write the hosts file for a launch from the head, and return its path.
 
         Args:
-            measure: launch is to measure the links; otherwise it is told their present rates.
+            measure: have dance_jax.launch measure the links; otherwise state their present rates.
         """
         lines = ["# Written by benchmarks/testbed."]
         for host in self.hosts.values():
             rate = self.rates[host.name]
-            told = None if rate is None else show_rate(rate)
+            stated = None if rate is None else show_rate(rate)
             keys = {
                 "address": host.name,
                 "ssh": f"root@{host.name}:22",
                 "python": sys.executable,
-                "bandwidth": "auto" if measure else told,
+                "bandwidth": "auto" if measure else stated,
             }
             lines.append(hosts_line(host, **keys))
         path = self.state / "hosts.txt"
@@ -235,11 +238,11 @@ class Testbed:
         return path
 
     def _label(self, host: str) -> str:
-        """Name of a host's namespace and cgroup."""
+        """Return the name of a host's namespace and cgroup."""
         return leftovers.prefix(self.name) + host
 
     def _port(self, host: str) -> str:
-        """The bridge's end of a host's link, in 15 characters at most."""
+        """Return the interface name of a link's end at the bridge, of at most 15 characters."""
         return f"port{list(self.hosts).index(host)}"
 
     def _run_dir(self, host: str) -> pathlib.Path:
@@ -248,7 +251,10 @@ class Testbed:
     def _cgroup(self, host: str) -> pathlib.Path:
         root = cpu_controller()
         if root is None:
-            raise UserError("the cpu controller, by which cores were shared out, is gone")
+            raise UserError(
+                "the cgroup cpu controller that limits the hosts' cores is gone: remove the "
+                "testbed with `down` and create it again"
+            )
         return root / self._label(host)
 
     def _save(self) -> None:
@@ -258,11 +264,11 @@ class Testbed:
         part.replace(self.state / "state.json")
 
     def _addresses(self) -> dict[str, str]:
-        """Of all hosts and the head."""
+        """Return the addresses of the head and all hosts, by name."""
         return {HEAD: f"{SUBNET}.1"} | {host.name: host.address for host in self.hosts.values()}
 
     def _make_hosts(self) -> None:
-        """Namespaces without links, the files in their /etc, and cgroups."""
+        """Create the namespaces without links, the files in their /etc, and the cgroups."""
         lines = [f"{address} {name}" for name, address in self._addresses().items()]
         known = "\n".join(["127.0.0.1 localhost", "::1 localhost", *lines, ""])
         for name in self._addresses():
@@ -281,7 +287,7 @@ class Testbed:
 
     def _make_links(self) -> None:
         head = self._label(HEAD)
-        # No snooping: its queries would be the only bytes on an idle link.
+        # Without snooping, because its queries would be the only traffic on an idle link.
         run(*f"ip -n {head} link add br0 type bridge mcast_snooping 0".split())
         self._switch_on(HEAD, "br0", f"{SUBNET}.1")
         for host in self.hosts.values():
@@ -294,7 +300,7 @@ class Testbed:
     def _hold_back(self, seconds: float) -> None:
         """Delays all frames between each host and the bridge by `seconds` in each direction.
 
-        A process on the head passes frames on; it ends with the testbed.
+        A process on the head forwards the frames; the process ends with the testbed.
         """
         head, names = self._label(HEAD), [f"gap{n}" for n in range(len(self.hosts))]
         program = pathlib.Path(__file__).with_name("delay.py")
@@ -321,19 +327,19 @@ class Testbed:
 
     def _switch_on(self, host: str, interface: str, address: str | None = None) -> None:
         ip = ["ip", "-n", self._label(host)]
-        # Without IPv6, which nobody uses and which talks by itself.
+        # Without IPv6, which is not used here but sends packets of its own.
         run(*ip, "link", "set", interface, "addrgenmode", "none")
         if address is not None:
             run(*ip, "address", "add", f"{address}/24", "dev", interface)
         run(*ip, "link", "set", interface, "up")
 
     def _make_logins(self) -> None:
-        """The head's key and configuration; every host's key and sshd."""
+        """Create the head's key and configuration and every host's key; start the sshds."""
         _make_key(self.state / "key")
         public = (self.state / "key.pub").read_text()
         known = []
         for host in self.hosts.values():
-            (self._run_dir(host.name) / "sshd").mkdir(parents=True)  # sshd wants it, empty
+            (self._run_dir(host.name) / "sshd").mkdir(parents=True)  # sshd needs this empty
             files = self._run_dir(host.name) / "testbed"
             files.mkdir()
             _make_key(files / "host_key")
@@ -355,16 +361,19 @@ class Testbed:
         while (tried := subprocess.run(login, capture_output=True, text=True)).returncode:
             if time.monotonic() > deadline:
                 log = self._run_dir(host) / "testbed" / "sshd.log"
-                said = log.read_text().strip() if log.exists() else "(no log)"
-                raise UserError(f"no login on {host}: {tried.stderr.strip()}; its sshd: {said}")
+                entries = log.read_text().strip() if log.exists() else "(no log)"
+                raise UserError(
+                    f"ssh login on {host} failed for {SSH_TIMEOUT_S} s: {tried.stderr.strip()}; "
+                    f"log of its sshd: {entries}"
+                )
             time.sleep(0.1)
 
 
 def _passwd(text: str) -> str:
-    """As here, but root's shell reads no start-up files.
+    """Return this machine's passwd with a shell for root that reads no start-up files.
 
-    All hosts share root's home. What its ~/.bashrc starts would be started on all of them at once
-    (pyenv waits a minute for the lock that a killed one of its own kind has left).
+    All hosts share root's home, so programs in ~/.bashrc would start on all hosts at once. (pyenv,
+    for one, waits a minute for a lock that a killed pyenv has left.)
     """
     lines = [line.split(":") for line in text.splitlines()]
     return "".join(

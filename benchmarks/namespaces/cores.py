@@ -1,9 +1,9 @@
-"""Each host's share of this machine's cores, in proportion to its devices.
+"""Shares of this machine's cores for the hosts, in proportion to their devices.
 
-Several devices take turns on few cores, so whichever host has work finds the cores that its
-neighbours leave, and a bad balance of work between them costs nothing. Only a share that is a
-host's own makes it slow when it has too much to do. A quota (of the kernel's cpu controller) is
-exact and may be a part of a core; pinning to cores is not, where runs of cores overlap.
+Several devices take turns on few cores. Without shares, a busy host uses the cores that its
+neighbours leave idle, so a bad balance of work between hosts costs nothing. A host is slow under
+too much work only if it has its own share. A quota (of the kernel's cpu controller) is exact and
+may be a fraction of a core; pinning to cores is not exact where the hosts' ranges of cores overlap.
 """
 
 from __future__ import annotations
@@ -18,19 +18,21 @@ from dance_jax.launch.worker import cores
 from .hosts import Host
 
 QUOTA, PIN, NONE = MODES = ("quota", "pin", "none")
-#: Microseconds. Short, as a host that has used up its share stands still for the rest of a period.
+#: Period of the quota in microseconds. Short, because a host that has used up its share stands
+#: still for the rest of the period.
 PERIOD_US = 10_000
 
 
 def share_cores(hosts: Sequence[Host], mode: str) -> tuple[str, list[Host]]:
-    """Gives every host its share.
+    """Give every host its share of the cores.
 
     Args:
-        hosts: whose shares.
+        hosts: the hosts, without shares.
         mode: quota, pin or none.
 
     Returns:
-        The mode in force, which is pin where there is no quota, and the hosts with shares.
+        The mode in force (pin in place of quota if the system has no quota), and the hosts with
+        their shares.
     """
     available, devices = cores.available(), [host.devices for host in hosts]
     if mode == QUOTA and cpu_controller() is None:
@@ -45,26 +47,26 @@ def share_cores(hosts: Sequence[Host], mode: str) -> tuple[str, list[Host]]:
 
 
 def describe(hosts: Iterable[Host], mode: str) -> str:
-    """What is in force, how much each host has, and why it matters."""
+    """Describe, in a line for the user, how cores are shared, each host's share, and the effect."""
     hosts = list(hosts)
     counts = f"{sum(host.devices for host in hosts)} devices on {len(cores.available())} cores"
     if mode == NONE:
         return (
-            f"cores: {counts}, not shared out: a busy host takes what the others leave, so times "
-            "say nothing about how evenly work is spread over the hosts"
+            f"cores: {counts}, not shared out: a busy host uses cores that other hosts leave idle, "
+            "so times do not show how evenly work is spread over the hosts"
         )
     each = ", ".join(f"{host.name} {show_share(host.share)}" for host in hosts)
     how = {
-        QUOTA: "shared out by quota (cpu controller), so a host with too much work is slow as if "
-        "it were a machine of its own",
-        PIN: "each host pinned to its own, but those on the same core still take what the others "
-        "leave there, which hides some of a bad balance of work",
+        QUOTA: "shared out by quota (cpu controller), so a host with too much work is slow, as a "
+        "separate machine would be",
+        PIN: "each host pinned to its cores, but hosts on the same core use the time that the "
+        "others leave idle there, which hides some of a bad balance of work",
     }[mode]
     return f"cores: {counts}, {how}: {each}"
 
 
 def show_share(share: float | list[int] | None) -> str:
-    """`0.50`, `core 0`, `cores 0,1` or `all`."""
+    """Format a share: `0.50`, `core 0`, `cores 0,1` or `all`."""
     if share is None:
         return "all"
     if isinstance(share, list):
@@ -73,7 +75,11 @@ def show_share(share: float | list[int] | None) -> str:
 
 
 def cpu_controller(mounts: str = "/proc/self/mounts") -> pathlib.Path | None:
-    """Root of the cgroups whose cpu can be limited, of version 1 or 2; None: there is none."""
+    """Return the root of the cgroups (version 1 or 2) that can limit the cpu, or None.
+
+    Args:
+        mounts: the file that lists the mounted file systems.
+    """
     for line in pathlib.Path(mounts).read_text().splitlines():
         _, path, kind, options, *_ = line.split()
         root = pathlib.Path(path)
@@ -87,7 +93,7 @@ def cpu_controller(mounts: str = "/proc/self/mounts") -> pathlib.Path | None:
 
 
 def make_quota(cgroup: pathlib.Path, share: float) -> None:
-    """Makes a cgroup whose processes have so many cores, all together."""
+    """Create a cgroup whose processes together get `share` cores."""
     cgroup.mkdir()
     quota = round(share * PERIOD_US)
     if (cgroup / "cpu.max").exists():
@@ -98,12 +104,12 @@ def make_quota(cgroup: pathlib.Path, share: float) -> None:
 
 
 def _passed_on(root: pathlib.Path) -> bool:
-    """The root's children have the controller; version 2 has to be told so."""
+    """Return whether the root's children have the cpu controller; enable it in version 2."""
     control = root / "cgroup.subtree_control"
     if control.exists() and "cpu" not in _words(control):
         try:
             control.write_text("+cpu")
-        except OSError:  # a container's root that holds processes passes nothing on
+        except OSError:  # in a container, a root that holds processes cannot enable controllers
             return False
     return True
 

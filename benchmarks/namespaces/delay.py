@@ -18,7 +18,7 @@ import struct
 import sys
 import time
 
-#: Of linux/if_tun.h.
+#: From linux/if_tun.h.
 _TUNSETIFF, _IFF_TAP, _IFF_NO_PI = 0x400454CA, 0x0002, 0x1000
 #: Most bytes of a frame, on links with an MTU of 1,500 bytes.
 _FRAME = 2048

@@ -1,4 +1,4 @@
-"""What the hosts of a testbed are before there is one: names, addresses, devices, rates."""
+"""Description of a testbed's hosts: names, addresses, devices, link rates."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import re
 
 from dance_jax.config import UserError
 
-#: The host of the person who launches.
+#: Name of the host from which commands are launched.
 HEAD = "head"
 SUBNET = "10.77.0"
-#: As many as dance_jax.launch takes.
+#: The maximum of dance_jax.launch.
 MAX_HOSTS = 31
-#: Names of hosts beyond those of the hosts file.
+#: Names for hosts beyond those in the hosts file.
 GREEK = ("alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa")
 
 _RATE = re.compile(r"(\d+(?:\.\d+)?)([kMG]?)(?:bps|bit)", re.IGNORECASE)
@@ -27,9 +27,10 @@ class Host:
 
     name: str
     address: str
-    #: Its line of the hosts file, without address and bandwidth.
+    #: Keys and values of the host's line in the hosts file, without address and bandwidth.
     keys: dict[str, str]
-    #: Its share of the cores: how many (quota), or which (pin); None: it may use all.
+    #: The host's share of the cores: a number of cores (quota), a list of cores (pin), or None if
+    #: the host may use all cores.
     share: float | list[int] | None = None
 
     @property
@@ -38,13 +39,13 @@ class Host:
 
 
 def parse_rate(text: str) -> int | None:
-    """Bits per second of `500Mbps` or `500Mbit`; None of `none`.
+    """Parse `500Mbps` or `500Mbit` to bits per second, and `none` to None.
 
     >>> parse_rate("1.5Mbps")
     1500000
 
     Raises:
-        argparse.ArgumentTypeError: it is neither.
+        argparse.ArgumentTypeError: the text is none of these.
     """
     if text.lower() == "none":
         return None
@@ -52,7 +53,7 @@ def parse_rate(text: str) -> int | None:
     rate = float(match[1]) * _FACTORS[match[2].lower()] if match else 0
     if not 1e5 <= rate <= 1e12:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no rate from 100kbps to 1000Gbps (500Mbit is 500Mbps), nor none"
+            f"{text!r} is not a rate from 100kbps to 1000Gbps (500Mbit is 500Mbps) and not 'none'"
         )
     return round(rate)
 
@@ -76,19 +77,20 @@ def parse_seconds(text: str) -> float:
 
 
 def show_rate(rate: int | None) -> str:
-    """In the hosts file's words: `500Mbps`."""
+    """Format a rate as in a hosts file: `500Mbps`."""
     return "not shaped" if rate is None else f"{rate / 1e6:.12g}Mbps"
 
 
 def hosts_like(template: str, count: int | None = None) -> list[Host]:
-    """Hosts with the keys of a hosts file's lines.
+    """Make hosts with the keys of a hosts file's lines.
 
     Args:
         template: the file's text.
-        count: how many; the lines repeat when there are more. None: as many as there are lines.
+        count: number of hosts; if larger than the number of lines, the lines repeat. One host per
+            line if None.
 
     Raises:
-        UserError: a line cannot be a host here, or there is none.
+        UserError: a line cannot be a host of the testbed, or the file has no lines.
     """
     lines = [line.split("#", 1)[0].split() for line in template.splitlines()]
     lines = [words for words in lines if words]
@@ -96,11 +98,11 @@ def hosts_like(template: str, count: int | None = None) -> list[Host]:
     for name in names:
         if name == HEAD or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9-]{0,30}", name):
             raise UserError(
-                f"{name!r} cannot be a host of the testbed: a name has up to 31 letters, digits "
-                f"and '-', and is not {HEAD}"
+                f"{name!r} cannot be a host of the testbed: a name needs up to 31 letters, digits "
+                f"and '-', and must not be {HEAD}"
             )
     if not lines or len(set(names)) < len(names):
-        raise UserError("the hosts file has no line, or two with one name")
+        raise UserError("the hosts file has no lines, or two lines with the same name")
     more = [*GREEK, *(f"host{number}" for number in range(1, MAX_HOSTS + 1))]
     names += [name for name in more if name not in names]
     hosts = []
@@ -108,12 +110,14 @@ def hosts_like(template: str, count: int | None = None) -> list[Host]:
         pairs = [word.partition("=") for word in words[1:]]
         keys = {key: value for key, _, value in pairs if key not in ("address", "bandwidth")}
         if not re.fullmatch(r"[1-9]\d{0,2}", keys.get("devices", "1")):
-            raise UserError(f"{words[0]}: devices={keys['devices']}: a whole number is needed")
+            raise UserError(
+                f"host {words[0]}: devices={keys['devices']} is not a whole number from 1 to 999"
+            )
         hosts.append(Host(names[index], f"{SUBNET}.{index + 11}", keys))
     return hosts
 
 
 def hosts_line(host: Host, **keys: str | None) -> str:
-    """A line of a hosts file: the host's keys and others, without those that are None."""
+    """Return a host's line for a hosts file, with its own and further keys; None omits a key."""
     words = [f"{key}={value}" for key, value in (keys | host.keys).items() if value is not None]
     return " ".join([host.name, *words])

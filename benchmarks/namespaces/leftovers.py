@@ -1,4 +1,4 @@
-"""What belongs to a testbed on this machine, found by its prefix, and its removal."""
+"""Find everything on this machine that belongs to a testbed, by its prefix, and remove it."""
 
 from __future__ import annotations
 
@@ -16,48 +16,51 @@ from dance_jax.config import UserError
 from .cores import cpu_controller
 from .machine import find
 
-#: One directory per testbed, with all its files. Gone at a reboot, as namespaces are.
+#: Has one directory per testbed, with all its files. Gone after a reboot, as namespaces are.
 STATE = pathlib.Path("/run/dance_jax_testbed")
-#: Where `ip` keeps the names of namespaces, and the files that it lays over /etc in each.
+#: Where `ip` keeps the names of namespaces, and the files that `ip` mounts over /etc in each.
 NAMESPACES, OVER_ETC = pathlib.Path("/run/netns"), pathlib.Path("/etc/netns")
-#: Seconds until killed processes must be gone.
+#: Seconds within which killed processes must be gone.
 KILL_TIMEOUT_S = 10
 
 
 def prefix(name: str) -> str:
-    """Of a testbed's namespaces and cgroups. No other's begins so: a name has no dot."""
+    """Return the prefix of a testbed's namespaces and cgroups.
+
+    It is the prefix of no other testbed, because names have no dots.
+    """
     return f"dance-{name}."
 
 
 def remains(name: str) -> list[str]:
-    """Everything on this machine that belongs to a testbed, in words."""
+    """Describe everything on this machine that belongs to a testbed: processes and paths."""
     found = [f"process {pid} ({line})" for pid, line in processes(name).items()]
     paths = [*_own(NAMESPACES, name), *_cgroups(name), *_own(OVER_ETC, name), STATE / name]
     return found + [str(path) for path in paths if path.exists()]
 
 
 def processes(name: str) -> dict[int, str]:
-    """Process id and command line of everything that runs in a testbed."""
+    """Return the process ids and command lines of all processes in a testbed."""
     pids: set[int] = set()
     for namespace in _own(NAMESPACES, name):
-        # One whose making was cut off is an empty file, which ip refuses: it has no processes.
+        # An interrupted `ip netns add` leaves an empty file, which ip refuses: it has no processes.
         command = [find("ip") or "ip", "netns", "pids", namespace.name]
         pids.update(map(int, subprocess.run(command, capture_output=True).stdout.split()))
     for cgroup in _cgroups(name):
         pids.update(map(int, (cgroup / "cgroup.procs").read_text().split()))
     lines = {}
     for pid in sorted(pids - {os.getpid()}):
-        with contextlib.suppress(OSError):  # it has just ended
+        with contextlib.suppress(OSError):  # the process has just ended
             line = pathlib.Path(f"/proc/{pid}/cmdline").read_bytes()
             lines[pid] = line.replace(b"\0", b" ").decode(errors="replace").strip()
     return lines
 
 
 def down(name: str) -> None:
-    """Removes a testbed, also one that is there in part, and ends all that runs in it.
+    """Remove a testbed, also one that is only partly there, and kill its processes.
 
     Raises:
-        UserError: something is left.
+        UserError: something could not be removed.
     """
     with _undisturbed():
         _kill(name)
@@ -65,21 +68,22 @@ def down(name: str) -> None:
             with contextlib.suppress(OSError):
                 cgroup.rmdir()
         for namespace in _own(NAMESPACES, name):
-            # Its links go with it. An empty file that is none is refused, and unlinked.
+            # This also deletes the namespace's links. An empty file is no namespace: ip refuses it,
+            # and it is unlinked.
             command = [find("ip") or "ip", "netns", "delete", namespace.name]
             subprocess.run(command, capture_output=True)
             namespace.unlink(missing_ok=True)
         for directory in (*_own(OVER_ETC, name), STATE / name):
             shutil.rmtree(directory, ignore_errors=True)
         for shared in (STATE, OVER_ETC):
-            with contextlib.suppress(OSError):  # not there, or still another testbed's
+            with contextlib.suppress(OSError):  # absent, or still used by another testbed
                 shared.rmdir()
         if left := remains(name):
-            raise UserError(f"testbed {name}: these are left: {', '.join(left)}")
+            raise UserError(f"testbed {name}: these could not be removed: {', '.join(left)}")
 
 
 def _kill(name: str) -> None:
-    """Kills until nothing is there: what is killed may have started something meanwhile."""
+    """Kill until no process is left: a killed process may have started others meanwhile."""
     deadline = time.monotonic() + KILL_TIMEOUT_S
     while (alive := processes(name)) and time.monotonic() < deadline:
         for pid in alive:
@@ -99,7 +103,7 @@ def _cgroups(name: str) -> list[pathlib.Path]:
 
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Within, neither Ctrl-C nor a polite signal ends this process or what it starts."""
+    """Ignore SIGINT, SIGTERM and SIGHUP in this process, and in those it starts, for the block."""
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = [signal.signal(number, signal.SIG_IGN) for number in numbers]
     try:

@@ -1,4 +1,4 @@
-"""What a testbed needs of the machine: Linux, root, and a few programs."""
+"""Requirements of a testbed on the machine: Linux, root, and a few programs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 from dance_jax.config import UserError
 
-#: Programs, and the Debian package of each.
+#: Debian package of each program.
 PACKAGES = {
     "ip": "iproute2",
     "tc": "iproute2",
@@ -27,46 +27,46 @@ _POLICY = pathlib.Path("/usr/sbin/policy-rc.d")
 
 
 def find(program: str) -> str | None:
-    """Path of a program, also where the administrator's are not in PATH."""
+    """Return the path of a program; look in /usr/sbin and /sbin too, which PATH may lack."""
     path = os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"))
     return shutil.which(program, path=path)
 
 
 def run(*command: str) -> str:
-    """Runs a command and returns what it prints.
+    """Run a command and return its standard output.
 
     Raises:
-        UserError: it failed; the message is its own.
+        UserError: the command failed; has the command's own message.
     """
     program = find(command[0]) or command[0]
     done = subprocess.run([program, *command[1:]], capture_output=True, text=True)
     if done.returncode:
-        said = done.stderr.strip() or done.stdout.strip() or f"exit status {done.returncode}"
-        raise UserError(f"`{' '.join(command)}` failed: {said}")
+        reason = done.stderr.strip() or done.stdout.strip() or f"exit status {done.returncode}"
+        raise UserError(f"`{' '.join(command)}` failed: {reason}")
     return done.stdout
 
 
 def check_root() -> None:
-    """Raises UserError unless this is Linux and we are root."""
+    """Raise UserError unless this process runs as root on Linux."""
     if sys.platform != "linux":
-        raise UserError(f"the testbed is made of Linux network namespaces; this is {sys.platform}")
+        raise UserError(f"the testbed needs Linux network namespaces; this is {sys.platform}")
     if os.geteuid() != 0:
-        raise UserError("the testbed makes network namespaces, which takes root: use sudo")
+        raise UserError("the testbed creates network namespaces, which takes root: use sudo")
 
 
 def install_missing() -> None:
-    """Installs the programs that are missing.
+    """Install the missing programs with apt-get.
 
     Raises:
-        UserError: there is no apt-get, or it failed.
+        UserError: the machine has no apt-get, or apt-get failed.
     """
     packages = sorted({PACKAGES[program] for program in PACKAGES if not find(program)})
     if not packages:
         return
     if find("apt-get") is None:
         raise UserError(
-            f"these packages are needed (by their Debian names) and apt-get is not here to "
-            f"install them: {', '.join(packages)}"
+            f"the testbed needs these packages (Debian names), and this machine has no apt-get: "
+            f"install {', '.join(packages)}"
         )
     print(f"installing {', '.join(packages)}", flush=True)
     with _no_services():
@@ -77,13 +77,16 @@ def install_missing() -> None:
 
 @contextlib.contextmanager
 def _no_services() -> Iterator[None]:
-    """Within, installing a service does not start it: this machine gets no ssh server by us."""
+    """Keep apt-get from starting services, an ssh server above all, for the block."""
     if find("sshd") is None and find("systemctl"):
         run("systemctl", "mask", "ssh.service", "ssh.socket")
-        print("the system's own ssh server stays off: systemctl unmask ssh.service allows it")
+        print(
+            "masked this machine's own ssh server so that it does not start; to allow it: "
+            "systemctl unmask ssh.service ssh.socket"
+        )
     try:
         policy = _POLICY.open("x")
-    except FileExistsError:  # the machine has its own
+    except FileExistsError:  # the machine has its own policy
         yield
         return
     try:

@@ -1,4 +1,4 @@
-"""A testbed that is made for one run, and scripts that run themselves again inside it."""
+"""A testbed for the duration of one run, and scripts that re-run themselves inside it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .leftovers import down
 
 
 def add_testbed(parser: argparse.ArgumentParser, name: str) -> None:
-    """Options --cores, --round-trip and --name, the latter by default `name`."""
+    """Add --cores, --round-trip and --name, whose default is `name`."""
     add = parser.add_argument
     add("--cores", choices=MODES, default=QUOTA, help="of the testbed's hosts (%(default)s)")
     add_round_trip(parser)
@@ -37,7 +37,7 @@ def add_round_trip(parser: argparse.ArgumentParser) -> None:
 
 
 def add_bed(parser: argparse.ArgumentParser) -> None:
-    """Option --bed: the script runs again, inside this testbed; see `again_on`."""
+    """Add the hidden option --bed: the testbed that the re-run script is in; see `again_on`."""
     parser.add_argument("--bed", help=argparse.SUPPRESS)
 
 
@@ -50,7 +50,7 @@ def testbed(
     console: Console,
     round_trip: float = 0.0,
 ) -> Iterator[Testbed]:
-    """A testbed that is removed whatever happens; arguments as of `Testbed.up`."""
+    """Create a testbed for the block and always remove it; arguments as of `Testbed.up`."""
     bed = Testbed.up(name, hosts, rate, cores, round_trip)
     try:
         console.print(describe(bed.hosts.values(), bed.cores), soft_wrap=True)
@@ -60,9 +60,15 @@ def testbed(
 
 
 def again_on(bed: Testbed, script: str, words: Sequence[str]) -> int:
-    """Runs a script on the head of a testbed, with --bed; returns its exit code."""
+    """Run a script again, on the head of a testbed with --bed; return its exit code.
+
+    Args:
+        bed: the testbed.
+        script: path of the script.
+        words: the script's arguments.
+    """
     path = str(pathlib.Path(script).resolve())
-    # Of its own process group: what ends this process is passed on, once.
+    # In its own process group: the script gets a signal once, when this process passes it on.
     process = bed.exec(
         HEAD,
         [sys.executable, path, "--bed", bed.name, *words],

@@ -1,6 +1,6 @@
 """Programs that run the same model: this project's engine, transformers and llama.cpp.
 
-Each is a `Peer`, which opens a model in a format of weights as a `Side` that can be measured.
+Each program is a `Peer`, which opens a model in a weight format as a `Side`, which is measured.
 """
 
 from __future__ import annotations
@@ -14,71 +14,73 @@ import numpy as np
 if TYPE_CHECKING:
     from benchmarks.programs.models import Model
 
-#: Formats of weights, by the names that options give.
+#: Weight formats, by the names that --formats takes.
 FORMATS = ("float32", "bf16", "int8", "int4")
 
 
 class Unsupported(Exception):
-    """The program has no such figure."""
+    """The program does not support a measurement."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """Tokens that are to be computed, of random prompts."""
+    """Work to measure, on random prompts."""
 
-    #: "decode": `tokens` more of each prompt, one a step; "prefill": prompts of `tokens`.
+    #: "decode" generates `tokens` tokens after each prompt, one per step; "prefill" computes
+    #: prompts of `tokens` tokens.
     kind: str
+    #: Number of prompts, which form one batch.
     rows: int
     tokens: int
-    #: Tokens of the prompts that a decode follows.
+    #: Length of the prompts before a decode.
     prompt: int = 32
 
     def prompts(self, vocabulary: int) -> list[list[int]]:
-        """Token ids [rows][length], the same for all sides."""
+        """Return token ids [rows][length], the same for all sides."""
         length = self.tokens if self.kind == "prefill" else self.prompt
         rng = np.random.default_rng([self.rows, length])
         return rng.integers(2, vocabulary, (self.rows, length)).tolist()
 
 
 class Side(Protocol):
-    """A program with a model, whose figures are measured; what it lacks raises `Unsupported`."""
+    """A program with an open model; measurements that the program lacks raise `Unsupported`."""
 
     def speed(self, work: Work) -> float:
-        """Tokens per second."""
+        """Measure tokens per second."""
         ...
 
     def processor_time(self, work: Work) -> float:
-        """Seconds of processor time, of all threads, for a token."""
+        """Measure seconds of processor time per token, of all threads."""
         ...
 
     def greedy(self, work: Work) -> list[list[int]]:
-        """The tokens that follow each prompt."""
+        """Return the greedy tokens after each prompt."""
         ...
 
     def first_token(self, cold: bool) -> float:
-        """Seconds from the start of another process to its first token.
+        """Measure the seconds from the start of a new process to its first token.
 
         Args:
-            cold: nothing that an earlier start left is used.
+            cold: whether the process starts without caches of an earlier process.
         """
         ...
 
     def resident(self) -> float:
-        """Resident bytes of another process, without its weights and its KV cache."""
+        """Measure the resident bytes of a new process, without its weights and KV cache."""
         ...
 
     def close(self) -> None: ...
 
 
 class Peer(Protocol):
-    """A program that is measured."""
+    """A program to measure."""
 
     name: ClassVar[str]
-    #: What the program calls each format it has.
+    #: The program's own name of each format that it supports.
     formats: ClassVar[Mapping[str, str]]
 
     def open(self, model: Model, form: str) -> Side:
-        """The model's weights in a format of `formats`."""
+        """Open the model with its weights in a format of `formats`."""
         ...
 
     def version(self) -> str: ...

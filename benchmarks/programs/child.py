@@ -1,4 +1,4 @@
-"""Processes that are measured, and what /proc says of them."""
+"""Child processes to measure, and their processor time and memory from /proc."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 
 
 class Child:
-    """A process that answers a line of JSON for each that it gets.
+    """A process that answers each line of JSON on its input with a line of JSON.
 
     Args:
-        command: starts it, in the root of this repository.
+        command: command line of the process, run in the root of this repository.
     """
 
     def __init__(self, command: Sequence[str]) -> None:
@@ -36,7 +36,7 @@ class Child:
         return self._process.pid
 
     def read(self) -> dict[str, Any]:
-        """The next answer.
+        """Read the next answer.
 
         Raises:
             RuntimeError: the process has ended.
@@ -48,25 +48,25 @@ class Child:
         return json.loads(line)
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        """The answer to a request."""
+        """Send a request and return the answer."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         return self.read()
 
     def close(self) -> None:
-        """Ends it: its input is at its end."""
+        """End the process by closing its input, and wait for it."""
         self._process.communicate()
 
 
 def processor_seconds(pid: int) -> float:
-    """User and system time of all threads of a process so far."""
-    # The name, in parentheses, may have spaces.
+    """Return the user and system time of all threads of a process so far, in seconds."""
+    # The process name, in parentheses, may have spaces.
     fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) * _TICK_S
 
 
 def memory(pid: int) -> dict[str, int]:
-    """Bytes of a process by kind, as smaps_rollup names them: Rss, Pss, Pss_File ..."""
+    """Return the bytes of a process by kind, as smaps_rollup names them: Rss, Pss, Pss_File ..."""
     lines = pathlib.Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
     return {line.split(":")[0]: int(line.split()[1]) << 10 for line in lines}

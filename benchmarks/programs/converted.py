@@ -1,4 +1,4 @@
-"""Random models as they are after conversion, drawn in their formats and never rounded."""
+"""Random converted models, whose weights are drawn directly in their formats."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ def write_random_converted(
     trunk: str,
     seed: int = 0,
 ) -> pathlib.Path:
-    """Writes a random model as it is after conversion, its weights drawn in their formats.
+    """Write a random converted model, with its weights drawn directly in their formats.
 
-    No more than a checkpoint of `GROUP_BYTES` is in memory at once, and no matrix is ever rounded,
-    so that models of many GB can be made in minutes.
+    At most one checkpoint of `GROUP_BYTES` is in memory at a time, and no matrix is rounded, so a
+    model of many GB takes only minutes.
 
     Args:
-        directory: made by this.
+        directory: where to write; must not exist.
         fields: the content of config.json.
-        experts, trunk: as in `Rounding`; "keep" is what config.json says of floats.
+        experts, trunk: formats as in `Rounding`; "keep" is the float type in config.json.
         seed: of the weights.
 
     Returns:
@@ -68,7 +68,7 @@ def write_random_converted(
 def _random_trunk(
     rng: np.random.Generator, config: ModelConfig, forms: Mapping[str, WeightFormat]
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """The trunk's arrays under their names in a converted model."""
+    """Yield the trunk's arrays, with their names in a converted model."""
     shapes = matrix_shapes(config)
     for rule in trunk_rules(config):
         plain = [target for target in rule.targets if not target.matrix]
@@ -87,7 +87,7 @@ def _random_trunk(
 def _random_experts(
     rng: np.random.Generator, config: ModelConfig, form: ExpertFormat
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """All experts of a layer under their names in a converted model."""
+    """Yield all experts of a layer, with their names in a converted model."""
     for expert in range(config.num_experts):
         arrays: dict[str, np.ndarray] = {}
         for name, (kept, d_in, d_out) in form.matrices.items():
@@ -96,7 +96,7 @@ def _random_experts(
 
 
 def random_matrix(rng: np.random.Generator, form: WeightFormat, d_in: int, d_out: int) -> Matrix:
-    """A matrix of random codes, of a size that keeps that of its input."""
+    """Return a matrix of random codes, scaled so that a product is about as large as its input."""
     size = np.float32(d_in**-0.5)
     if form.kind in FLOATS:
         values = rng.standard_normal((d_in, d_out), np.float32) * size
@@ -108,7 +108,7 @@ def random_matrix(rng: np.random.Generator, form: WeightFormat, d_in: int, d_out
         deviation = 127 / math.sqrt(3)
         codes = rng.integers(-127, 128, (d_in, d_out), np.int8)
     else:
-        raise ValueError(f"no random matrices of {form} are made")
+        raise ValueError(f"random matrices of format {form} are not supported")
     kept = form.arrays(d_in, d_out)["scale"].dtype
     factors = rng.uniform(0.5, 1.5, (-(-d_in // form.group), d_out)).astype(np.float32)
     scale = (factors * size / np.float32(deviation)).astype(kept)
@@ -118,7 +118,7 @@ def random_matrix(rng: np.random.Generator, form: WeightFormat, d_in: int, d_out
 def _write_groups(
     directory: pathlib.Path, arrays: Iterable[tuple[str, np.ndarray]]
 ) -> list[list[str]]:
-    """Writes checkpoints 0, 1 ... of bounded size; returns the names in each."""
+    """Write checkpoints 0, 1, ... of bounded size; return the names of the arrays in each."""
     directory.mkdir(parents=True)
     names: list[list[str]] = []
     group: dict[str, np.ndarray] = {}

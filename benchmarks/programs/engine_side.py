@@ -1,6 +1,6 @@
-"""This project's engine as a process that is measured: python -m ... CONVERTED KERNELS
+"""Child process that runs this project's engine: python -m ... CONVERTED KERNELS
 
-A line of JSON on standard input asks, one on standard output answers:
+Each line of standard input is a JSON request; a line of JSON on standard output answers it:
 {"do": "measure", "kind": str, "prompts": [[int]], "tokens": int}
 -> {"tokens_per_s": float, "processor_s_per_token": float, "tokens": [[int]]}
 {"do": "profile", "rows": int} -> see `EngineSide.profile`.
@@ -40,11 +40,11 @@ CONFIG = EngineConfig(
     slice_rows=(4, 16, 32),
     route_sample=0,
 )
-#: Prompts of a measure of prefill, one after the other.
+#: Batches of prompts in a measurement of prefill, one after the other.
 PREFILLS = 3
-#: Decode steps of a profile, and those that are traced.
+#: Decode steps of a profile, and decode steps that are traced.
 STEPS, TRACED_STEPS = 16, 8
-#: Scopes of the step (jax.named_scope) in the words of the table.
+#: Table labels of the step's scopes (jax.named_scope).
 PARTS = {
     "experts": "routed experts",
     "layer": "attention, shared experts, router",
@@ -65,7 +65,7 @@ class EngineSide:
         self.engine.warmup()
 
     def measure(self, kind: str, prompts: list[list[int]], tokens: int) -> dict[str, Any]:
-        """Speed, by the median step, and greedy tokens."""
+        """Measure speed (by the median step) and processor time; return the greedy tokens too."""
         measured = self._prefill(prompts) if kind == "prefill" else self._decode(prompts, tokens)
         seconds, processor, produced = measured
         step = len(prompts) * (tokens if kind == "prefill" else 1)
@@ -76,10 +76,10 @@ class EngineSide:
         }
 
     def _prefill(self, prompts: list[list[int]]) -> tuple[list[float], float, list[list[int]]]:
-        """Seconds of each prefill, processor time of all, and the first token of each prompt."""
+        """Return the seconds of each prefill, their total processor time, and the first tokens."""
         seconds, processor, produced = [], 0.0, {}
         for _ in range(PREFILLS):
-            # Another beginning each time, or the prefix cache would have it.
+            # A new first token each time, so that the prefix cache misses.
             self._beginning += 1
             changed = [[self._beginning % 1000 + 2, *prompt[1:]] for prompt in prompts]
             produced = self._add(changed, 1)
@@ -93,7 +93,7 @@ class EngineSide:
     def _decode(
         self, prompts: list[list[int]], tokens: int
     ) -> tuple[list[float], float, list[list[int]]]:
-        """Seconds of each step, processor time of all, and the tokens of each prompt."""
+        """Return the seconds of each step, their total processor time, and each prompt's tokens."""
         produced = self._prompted(prompts, tokens + 1)
         used = _processor()
         seconds = [self._step(produced) for _ in range(tokens)]
@@ -101,11 +101,12 @@ class EngineSide:
         return seconds, processor, [row[: tokens + 1] for row in produced.values()]
 
     def profile(self, rows: int) -> dict[str, Any]:
-        """Bytes that a decode step reads, seconds of the host, and shares of its parts.
+        """Profile decode steps: bytes read, host time, and shares of the device's time.
 
         Returns:
-            step_s: of the median step; bytes: weights and cache read, on average; host_s: outside
-            `Runner.run`; parts: share of the device's time by what PARTS says.
+            step_s: seconds of the median step; bytes: weights and cache that a step reads, on
+            average; host_s: seconds outside `Runner.run`; parts: share of the device's time by
+            the labels of PARTS.
         """
         prompts = Work("decode", rows, STEPS).prompts(self.engine.runner.model_config.vocab_size)
         steps, inside = self._timed(prompts)
@@ -118,7 +119,7 @@ class EngineSide:
         }
 
     def _timed(self, prompts: list[list[int]]) -> tuple[list[float], list[float]]:
-        """Seconds of each decode step, whole and within `Runner.run`."""
+        """Return the seconds of each decode step, in total and within `Runner.run`."""
         runner = self.engine.runner
         run, inside = runner.run, []
 
@@ -146,7 +147,7 @@ class EngineSide:
             distinct += int((after > before).sum())
             before = after
         trunk = sum(leaf.nbytes for leaf in jax.tree.leaves(runner.state))
-        if not model.tie_embeddings:  # of which a token reads a row
+        if not model.tie_embeddings:  # a token reads only one row of the embedding
             kept = self._formats.trunk["embedding"]
             trunk -= kept.bytes(model.hidden_size, model.vocab_size)
         width = np.dtype(CONFIG.dtype).itemsize
@@ -154,7 +155,7 @@ class EngineSide:
         return trunk + distinct / STEPS * runner.form.bytes + cache
 
     def _parts(self, prompts: list[list[int]]) -> dict[str, float]:
-        """Share of a decode step's device time by scope, from a trace of a few steps."""
+        """Return the share of a decode step's device time by scope, from a trace of a few steps."""
         parts = self.engine.runner.compile((len(prompts), 0))
         scopes = dict(
             scope
@@ -178,14 +179,14 @@ class EngineSide:
         return {PARTS.get(part, part): time / total for part, time in times.most_common()}
 
     def _prompted(self, prompts: list[list[int]], max_tokens: int) -> dict[str, list[int]]:
-        """Requests whose prompts are computed, with the tokens that are there so far."""
+        """Add requests and run until each has its first token; return the tokens so far."""
         produced = self._add(prompts, max_tokens)
         while not all(produced.values()):
             self._step(produced)
         return produced
 
     def _add(self, prompts: list[list[int]], max_tokens: int) -> dict[str, list[int]]:
-        # Of a full batch some prompts may have begun later than others, and go on.
+        # Finish earlier requests first: in a full batch some may have started later than others.
         while self.engine.has_work:
             self.engine.step()
         produced = {}
@@ -197,7 +198,7 @@ class EngineSide:
         return produced
 
     def _step(self, produced: dict[str, list[int]]) -> float:
-        """Seconds of a step, whose tokens are appended to `produced`."""
+        """Run a step, append its tokens to `produced`, and return its seconds."""
         began = time.perf_counter()
         result = self.engine.step()
         seconds = time.perf_counter() - began
@@ -207,13 +208,13 @@ class EngineSide:
 
 
 def _processor() -> float:
-    """Processor time of this process so far, all threads."""
+    """Return the processor time of all threads of this process so far, in seconds."""
     times = os.times()
     return times.user + times.system
 
 
 def _scopes(hlo: str) -> Iterator[tuple[str, str]]:
-    """Module and instruction -> the scope of PARTS it was traced in."""
+    """Yield each instruction as "module/instruction", with the scope of PARTS that it is in."""
     module = re.match(r"HloModule ([^\s,]+)", hlo)
     assert module is not None
     pattern = re.compile(r'^\s*(?:ROOT )?%?([\w.\-]+) = .*op_name="([^"]*)"', re.MULTILINE)
@@ -228,7 +229,7 @@ def main() -> None:
     use_huge_pages()
     path, kernels = sys.argv[1:]
     replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print must not end up among the replies
+    os.dup2(2, 1)  # output that libraries print must not mix with the replies
     native.load(pathlib.Path(kernels))
     side = EngineSide(path)
     print(json.dumps({"ready": True}), file=replies, flush=True)

@@ -1,6 +1,6 @@
-"""One start of this project's engine up to its first token: python -m ... MODEL CACHE
+"""Start this project's engine and generate one token: python -m ... MODEL CACHE
 
-Prints {"array_bytes": int}, of weights and KV cache, and waits until its input ends.
+Prints {"array_bytes": int}, the bytes of weights and KV cache, and waits until its input ends.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Writes random models as GGUF files, for llama.cpp. Needs the package `gguf`.
+"""Write random models as GGUF files, for llama.cpp. Needs the package `gguf`.
 
-Names and metadata are those that llama.cpp's own conversion gives; the tokenizer is a stub, as
-prompts are token ids.
+Names and metadata are those of llama.cpp's own conversion. The tokenizer is a stub, because prompts
+are token ids.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from dance_jax.models.tensors import expert_rules, trunk_rules
 
 #: llama.cpp's architecture by model_type.
 ARCHITECTURES = {"deepseek_v2": "deepseek2", "olmoe": "olmoe", "qwen3_moe": "qwen3moe"}
-#: Bytes of a block of 32 weights, a float16 scale among them.
+#: Bytes of a block of 32 weights, including its float16 scale.
 _BLOCKS = {"Q8_0": 34, "Q4_0": 18}
-#: Standard deviation of random codes, which are uniform.
+#: Standard deviation of uniformly random codes.
 _CODE_DEVIATION = {"Q8_0": 73.9, "Q4_0": 4.6}
 _NORMAL, _CONTROL = 1, 3
 
@@ -36,22 +36,24 @@ class _Entry:
     """A tensor of the file."""
 
     name: str
-    #: The last axis is the inputs'.
+    #: The last axis is that of the inputs.
     shape: tuple[int, ...]
     kind: str
-    #: Tensors of the source, which are stacked if there are several.
+    #: Source tensors; stacked if there are several.
     sources: tuple[str, ...]
-    #: Of DeepSeek's joined keys and values: "k" or "v".
+    #: Part of DeepSeek's joined keys and values: "k" or "v"; empty for other tensors.
     part: str = ""
 
 
 def write(path: pathlib.Path, fields: dict[str, Any], kind: str, tensors: Tensors | None) -> None:
-    """Writes a model, a tensor at a time.
+    """Write a model, one tensor at a time.
 
     Args:
-        fields: the content of config.json; its model_type is one of ARCHITECTURES.
-        kind: of matrices: "F32", "F16", "Q8_0" or "Q4_0". Norms and routers are F32.
-        tensors: the weights, which are rounded; None: random ones, drawn in the format.
+        path: of the file.
+        fields: the content of config.json; model_type must be one of ARCHITECTURES.
+        kind: format of the matrices: "F32", "F16", "Q8_0" or "Q4_0". Norms and routers are F32.
+        tensors: the weights, which are rounded to `kind`. If None, random weights are drawn
+            directly in that format.
     """
     gguf = importlib.import_module("gguf")
     writer = gguf.GGUFWriter(path, ARCHITECTURES[fields["model_type"]])
@@ -78,7 +80,7 @@ def write(path: pathlib.Path, fields: dict[str, Any], kind: str, tensors: Tensor
 
 
 def token_name(token: int) -> str:
-    """The made-up word that is a token's text."""
+    """Return a token's text, a made-up word."""
     return f"<{token}>"
 
 
@@ -90,7 +92,7 @@ def _metadata(writer: Any, fields: dict[str, Any]) -> None:
     writer.add_embedding_length(fields["hidden_size"])
     writer.add_vocab_size(fields["vocab_size"])
     writer.add_head_count(heads)
-    # Latent attention is computed with one head of keys.
+    # llama.cpp computes latent attention with a single key head.
     writer.add_head_count_kv(1 if latent else fields["num_key_value_heads"])
     writer.add_layer_norm_rms_eps(fields["rms_norm_eps"])
     writer.add_rope_freq_base(float(fields.get("rope_theta", 1e4)))
@@ -110,9 +112,9 @@ def _metadata(writer: Any, fields: dict[str, Any]) -> None:
 
 
 def _latent(writer: Any, fields: dict[str, Any]) -> None:
-    """DeepSeek-V2's own fields."""
+    """Add the fields that only DeepSeek-V2 has."""
     rank, rope = fields["kv_lora_rank"], fields["qk_rope_head_dim"]
-    # The loader wants this field; with 0 it takes queries that are projected in one step.
+    # The loader requires this field; 0 means that queries are projected in one step.
     writer.add_q_lora_rank(fields["q_lora_rank"] or 0)
     writer.add_kv_lora_rank(rank)
     writer.add_key_length(rank + rope)
@@ -126,7 +128,7 @@ def _latent(writer: Any, fields: dict[str, Any]) -> None:
 
 
 def _tokenizer(writer: Any, size: int) -> None:
-    """A vocabulary of made-up words; the loader wants a merge as well."""
+    """Add a vocabulary of made-up words, and one merge, which the loader requires."""
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list([token_name(token) for token in range(size)])
@@ -138,7 +140,7 @@ def _tokenizer(writer: Any, size: int) -> None:
 
 
 def _entries(gguf: Any, config: ModelConfig, fields: dict[str, Any], kind: str) -> Iterator[_Entry]:
-    """The file's tensors, layer by layer within trunk and experts."""
+    """Yield the file's tensors: the trunk layer by layer, then the experts layer by layer."""
     arch = ARCHITECTURES[fields["model_type"]]
     number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
     names = gguf.get_tensor_name_map(number, config.num_layers)
@@ -146,7 +148,7 @@ def _entries(gguf: Any, config: ModelConfig, fields: dict[str, Any], kind: str) 
     def named(source: str) -> str:
         name = names.get_name(source, try_suffixes=(".weight",))
         if name is None:
-            raise ValueError(f"gguf has no name for {source} of {arch}")
+            raise ValueError(f"the package gguf has no name for tensor {source} of {arch}")
         return name
 
     for rule in trunk_rules(config):
@@ -171,7 +173,7 @@ def _entries(gguf: Any, config: ModelConfig, fields: dict[str, Any], kind: str) 
 
 
 def _stored(entry: _Entry) -> tuple[tuple[int, ...], np.dtype]:
-    """Shape and type of what the file has of a tensor."""
+    """Return the shape and type of a tensor as stored in the file."""
     if entry.kind in _BLOCKS:
         blocks = entry.shape[-1] // 32
         return (*entry.shape[:-1], blocks * _BLOCKS[entry.kind]), np.dtype(np.uint8)
@@ -179,7 +181,7 @@ def _stored(entry: _Entry) -> tuple[tuple[int, ...], np.dtype]:
 
 
 def _values(tensors: Tensors, entry: _Entry, fields: dict[str, Any]) -> np.ndarray:
-    """A tensor's weights, float32."""
+    """Return a tensor's weights in float32."""
     read = [tensors[name].read().astype(np.float32) for name in entry.sources]
     if entry.part:
         nope = fields["qk_nope_head_dim"]
@@ -190,7 +192,7 @@ def _values(tensors: Tensors, entry: _Entry, fields: dict[str, Any]) -> np.ndarr
 
 
 def _random(rng: np.random.Generator, entry: _Entry) -> np.ndarray:
-    """Random weights as the file has them, of a size that keeps that of a product's input."""
+    """Draw random weights as stored, scaled so that a product is about as large as its input."""
     shape, dtype = _stored(entry)
     size = entry.shape[-1] ** -0.5
     if entry.kind not in _BLOCKS:

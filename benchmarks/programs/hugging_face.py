@@ -1,4 +1,4 @@
-"""transformers as a side that is measured; runs under a Python that has torch."""
+"""transformers as a side to measure, in a child process under a Python that has torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from benchmarks.programs import Side, Unsupported, Work
 from benchmarks.programs.child import ROOT, Child
 from benchmarks.programs.models import Model
 
-#: Prompts of a measure of prefill, one after the other.
+#: Batches of prompts in a measurement of prefill, one after the other.
 PREFILLS = 3
 
 
@@ -18,7 +18,7 @@ class Transformers:
     """Opens models with transformers.
 
     Args:
-        python: a Python that has torch and transformers.
+        python: path of a Python interpreter that has torch and transformers.
         threads: of torch.
     """
 
@@ -40,7 +40,7 @@ class Transformers:
 
 
 class TransformersSide(Side):
-    """The forward pass alone, with the experts implementation that is fastest for the work."""
+    """The forward pass alone, with the experts implementation that is fastest for each work."""
 
     def __init__(self, command: list[str], model: Model) -> None:
         self._model = model
@@ -85,6 +85,6 @@ class TransformersSide(Side):
 
 
 def _implementations(work: Work) -> tuple[str, ...]:
-    """Experts implementations that can be the fastest."""
-    # In prefill batched_mm copies the weights of every assignment: 10 GB for 8 x 128.
+    """Return the experts implementations that may be the fastest."""
+    # In prefill, batched_mm copies the weights of every assignment: 10 GB for 8 x 128 tokens.
     return ("grouped_mm", "eager", *(["batched_mm"] if work.kind == "decode" else []))

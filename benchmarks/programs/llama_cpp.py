@@ -1,8 +1,8 @@
-"""llama.cpp as a side that is measured: its own benchmarks, and its server for the rest.
+"""llama.cpp as a side to measure, with its own benchmarks and its server.
 
-`llama-bench` decodes one stream and computes prompts, `llama-batched-bench` decodes several; both
-call the library alone, without sampling and HTTP. Greedy tokens, processor time, the first token
-and memory are those of `llama-server`.
+`llama-bench` measures prefill and the decode of one stream, `llama-batched-bench` the decode of
+several streams. Both call only the library, without sampling and HTTP. Greedy tokens, processor
+time, the first token and memory are measured on `llama-server`.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from benchmarks.programs.child import memory, processor_seconds
 from benchmarks.programs.models import Model
 from benchmarks.serving.cluster import free_ports
 
-#: Positions of the server's context.
+#: Context length of the server in tokens.
 CONTEXT = 1024
-#: Seconds between two questions whether the server is ready, and until it must be.
+#: Seconds between two checks whether the server is ready; seconds within which it must be.
 ASK_S, READY_S = 0.005, 300.0
 
 
@@ -35,8 +35,8 @@ class LlamaCpp:
     """Opens models with llama.cpp.
 
     Args:
-        directory: of a build's programs.
-        threads: of its computation.
+        directory: with the programs of a build.
+        threads: that compute.
     """
 
     name: ClassVar = "llama.cpp"
@@ -56,24 +56,26 @@ class LlamaCpp:
 
     def version(self) -> str:
         command = [str(self._directory / "llama-bench"), "--version"]
-        said = subprocess.run(command, capture_output=True, text=True, check=True)
-        return f"llama.cpp {(said.stdout + said.stderr).splitlines()[0].removeprefix('version: ')}"
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        return f"llama.cpp {(done.stdout + done.stderr).splitlines()[0].removeprefix('version: ')}"
 
 
 def directory(text: str) -> pathlib.Path:
-    """The directory of llama.cpp's programs, from an option llama.cpp=DIR."""
+    """Parse an option llama.cpp=DIR; return the directory of llama.cpp's programs."""
     name, _, path = text.partition("=")
     if name != LlamaCpp.name or not (pathlib.Path(path) / "llama-bench").exists():
         raise argparse.ArgumentTypeError(
-            f"{text!r}: llama.cpp=DIR is needed, with llama-bench in DIR"
+            f"{text!r} is not llama.cpp=DIR with a directory DIR that has the program llama-bench"
         )
     if importlib.util.find_spec("gguf") is None:
-        raise argparse.ArgumentTypeError("llama.cpp's files need gguf: pip install gguf")
+        raise argparse.ArgumentTypeError(
+            "writing llama.cpp's model files needs the package gguf: pip install gguf"
+        )
     return pathlib.Path(path).absolute()
 
 
 class LlamaCppSide(Side):
-    """A GGUF file; each measure is a process of its own."""
+    """A GGUF file; each measurement starts a new process."""
 
     def __init__(
         self, directory: pathlib.Path, threads: int, file: pathlib.Path, model: Model
@@ -98,7 +100,7 @@ class LlamaCppSide(Side):
             return (server.processor_seconds() - one - (one - begun)) / work.tokens
 
     def greedy(self, work: Work) -> list[list[int]]:
-        # With a float32 cache, as the other sides'.
+        # With a float32 KV cache, as the other sides have.
         with self._server("-ctk", "f32", "-ctv", "f32", "-fa", "off") as server:
             prompts = work.prompts(self._model.vocabulary)
             return [server.complete(prompt, work.tokens + 1)["tokens"] for prompt in prompts]
@@ -118,7 +120,7 @@ class LlamaCppSide(Side):
         pass
 
     def _cache_bytes(self) -> int:
-        """Of the server's KV cache, in float16."""
+        """Return the bytes of the server's KV cache, which is in float16."""
         fields = self._model.fields
         if "kv_lora_rank" in fields:
             width = fields["kv_lora_rank"] + fields["qk_rope_head_dim"]
@@ -131,30 +133,30 @@ class LlamaCppSide(Side):
         decode = work.kind == "decode"
         asked = ["-p", "0", "-n", str(work.tokens), "-d", str(work.prompt)]
         asked = asked if decode else ["-p", str(work.tokens), "-n", "0"]
-        said = self._run("llama-bench", *asked, "-r", "1", "-o", "json")
-        (result,) = json.loads(said)
+        output = self._run("llama-bench", *asked, "-r", "1", "-o", "json")
+        (result,) = json.loads(output)
         return result["avg_ts"]
 
     def _batched_bench(self, work: Work) -> float:
         asked = {"-npp": work.prompt, "-ntg": work.tokens, "-npl": work.rows}
         words = [str(word) for pair in asked.items() for word in pair]
         context = ["-c", str(work.rows * (work.prompt + work.tokens)), "-fit", "off"]
-        said = self._run("llama-batched-bench", *words, *context, "--output-format", "jsonl")
-        (line,) = [line for line in said.splitlines() if line.startswith("{")]
+        output = self._run("llama-batched-bench", *words, *context, "--output-format", "jsonl")
+        (line,) = [line for line in output.splitlines() if line.startswith("{")]
         return json.loads(line)["speed_tg"]
 
     def _run(self, program: str, *words: str) -> str:
-        """What a program prints."""
+        """Run a program on the file and return its standard output."""
         command = [str(self._directory / program), "-m", str(self._file), *words]
         command += ["-t", str(self._threads)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise RuntimeError(f"{' '.join(command)}: failed:\n{done.stderr[-2000:]}")
+            raise RuntimeError(f"`{' '.join(command)}` failed:\n{done.stderr[-2000:]}")
         return done.stdout
 
     @contextlib.contextmanager
     def _server(self, *words: str) -> Iterator[_Server]:
-        """A server that is ready, and ends with the block."""
+        """Run llama-server for the block; yield it when it is ready."""
         port = free_ports(1)
         command = [str(self._directory / "llama-server"), "-m", str(self._file), *words]
         command += ["-t", str(self._threads), "-c", str(CONTEXT), "-np", "1", "-fit", "off"]
@@ -165,8 +167,10 @@ class LlamaCppSide(Side):
                 server = _Server(process, f"http://127.0.0.1:{port}")
                 if not server.ready():
                     log.seek(0)
-                    said = log.read()[-2000:].decode(errors="replace")
-                    raise RuntimeError(f"{' '.join(command)}: not ready:\n{said}")
+                    tail = log.read()[-2000:].decode(errors="replace")
+                    raise RuntimeError(
+                        f"`{' '.join(command)}` ended or was not ready after {READY_S:g} s:\n{tail}"
+                    )
                 yield server
             finally:
                 process.kill()
@@ -180,10 +184,10 @@ class _Server:
         self._process, self._url = process, url
 
     def ready(self) -> bool:
-        """Waits until it answers requests; False if it ends before, or takes too long."""
+        """Wait until the server is ready; return False if it ends before, or takes too long."""
         deadline = time.monotonic() + READY_S
         while time.monotonic() < deadline and self._process.poll() is None:
-            # 503 while the model is read, no connection before.
+            # The server refuses connections at first, then returns 503 while it loads the model.
             with contextlib.suppress(urllib.error.URLError):
                 urllib.request.urlopen(f"{self._url}/health").close()
                 return True
@@ -191,7 +195,7 @@ class _Server:
         return False
 
     def complete(self, prompt: list[int], tokens: int) -> dict[str, Any]:
-        """Greedy tokens after a prompt, and how long that took."""
+        """Request greedy tokens after a prompt; return the server's answer."""
         body = {
             "prompt": prompt,
             "n_predict": tokens,

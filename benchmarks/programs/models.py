@@ -1,4 +1,4 @@
-"""Random models in the forms that programs read, made at first use and kept."""
+"""Random models in the file formats of all programs, generated at first use and kept."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dance_jax.models.convert import ensure_converted
 from dance_jax.models.hf import HFDirectory
 from dance_jax.models.random_weights import write_random_checkpoint
 
-#: Shapes whose float32 copy is too large to be made: their weights are drawn in each format.
+#: Shapes whose float32 copy would be too large: their weights are drawn directly in each format.
 _DIRECT = ("olmoe", "qwen3-24-layers")
 
 
@@ -29,35 +29,36 @@ class Model:
 
     Args:
         name: "200m" for the family's shape in SHAPES, or one of LARGE.
+        family: model_type in SHAPES; used with "200m" only.
         work: directory in which all files are kept.
     """
 
     name: str
     family: str
     work: pathlib.Path
-    #: Another number of layers than the shape's.
+    #: Number of layers; that of the shape if None.
     layers: int | None = None
 
     @property
     def fields(self) -> dict[str, Any]:
-        """What config.json says."""
+        """The content of config.json."""
         shape = SHAPES[self.family] if self.name == "200m" else LARGE[self.name]
         return shape if self.layers is None else shape | {"num_hidden_layers": self.layers}
 
     @property
     def vocabulary(self) -> int:
-        """Token ids."""
+        """Number of token ids."""
         return self.fields["vocab_size"]
 
     def source(self) -> pathlib.Path:
-        """The model in float32, a Hugging Face directory."""
+        """Return the model in float32, as a Hugging Face directory."""
         with _made(self._path("float32")) as (path, missing):
             if missing:
                 write_random_checkpoint(path, self.fields)
         return self._path("float32")
 
     def named(self) -> pathlib.Path:
-        """`source` with a tokenizer that calls token 12 `<12>`, as that of `gguf` does."""
+        """Return `source` with a tokenizer that calls token 12 `<12>`, as in `gguf`."""
         source = self.source()
         with _made(self._path("named")) as (path, missing):
             if missing:
@@ -69,9 +70,9 @@ class Model:
         return self._path("named")
 
     def converted(self, experts: str, trunk: str) -> pathlib.Path:
-        """The model converted for this project, with the formats that `convert` knows.
+        """Return the model converted for this project, in formats of `dance_jax.models.convert`.
 
-        Of a large shape the weights are other ones than in `gguf`.
+        The weights of shapes in _DIRECT differ from those in `gguf`.
         """
         if self.name in _DIRECT:
             with _made(self._path(f"converted-{experts}-{trunk}")) as (path, missing):
@@ -82,7 +83,7 @@ class Model:
         return ensure_converted(self.source(), self.work / "models", rounding=rounding)
 
     def gguf(self, kind: str) -> pathlib.Path:
-        """The model as a GGUF file with matrices of `kind`, such as "Q8_0"."""
+        """Return the model as a GGUF file with matrices of `kind`, such as "Q8_0"."""
         with _made(self._path(f"{kind}.gguf")) as (path, missing):
             if missing:
                 direct = self.name in _DIRECT
@@ -97,7 +98,7 @@ class Model:
 
 
 def write_word_tokenizer(directory: pathlib.Path, size: int) -> None:
-    """Writes tokenizer.json and tokenizer_config.json: made-up words, `gguf_file.token_name`."""
+    """Write a tokenizer of made-up words (`gguf_file.token_name`) into a model's directory."""
     words = {gguf_file.token_name(token): token for token in range(size)}
     tokenizer = tokenizers.Tokenizer(
         tokenizers.models.WordLevel(words, unk_token=gguf_file.token_name(0))
@@ -109,9 +110,9 @@ def write_word_tokenizer(directory: pathlib.Path, size: int) -> None:
 
 @contextlib.contextmanager
 def _made(path: pathlib.Path) -> Iterator[tuple[pathlib.Path, bool]]:
-    """Yields where to make what is to be at `path`, and whether it is missing.
+    """Yield a temporary path at which to create `path`, and whether `path` is missing.
 
-    What is made takes its place when the block ends well.
+    The temporary path is renamed to `path` when the block ends without an error.
     """
     partial = path.with_name(f".{path.name}.partial")
     if path.exists():

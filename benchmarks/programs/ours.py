@@ -1,4 +1,4 @@
-"""This project's engine as a side that is measured: one process with all experts."""
+"""This project's engine as a side to measure: one process with all experts."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Ours:
 
 
 class OurSide(Side):
-    """An engine in a process of its own, started when the first step is measured."""
+    """An engine in its own process, which starts when the first step is measured."""
 
     def __init__(self, model: Model, path: pathlib.Path) -> None:
         self._model, self._path = model, path
@@ -60,7 +60,7 @@ class OurSide(Side):
         return self._start(self._warm.name)[1]
 
     def profile(self, rows: int) -> dict[str, Any]:
-        """Where a decode step of so many rows goes: see `engine_side.Engines.profile`."""
+        """Profile a decode step of `rows` rows: see `engine_side.EngineSide.profile`."""
         return self._child().ask({"do": "profile", "rows": rows})
 
     def close(self) -> None:
@@ -82,7 +82,10 @@ class OurSide(Side):
         return self._engine
 
     def _start(self, cache: str) -> tuple[float, float]:
-        """Seconds to the first token of a new process, and what it then holds beside arrays."""
+        """Return a new process's seconds to the first token, and its resident bytes then.
+
+        The bytes are without the arrays of weights and KV cache.
+        """
         module = "benchmarks.programs.first_token"
         began = time.perf_counter()
         child = Child([sys.executable, "-m", module, str(self._path), cache])

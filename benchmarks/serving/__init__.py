@@ -1,34 +1,36 @@
-"""A served cluster, measured over HTTP as its users see it.
+"""Measure a served cluster over HTTP, as its users see it.
 
     python benchmarks/serve.py                            # starts the demo on three servers
     python benchmarks/serve.py --rate 2 --duration 60 --output OUT.json --plot OUT.png
     python benchmarks/serve.py --trace azure_conv.csv --speedup 4 --requests 200
     python benchmarks/serve.py --url http://127.0.0.1:8000 --model DIR --tasks DIR
-    python benchmarks/serve.py --check                    # all sections, exit code 1 if one misses
+    python benchmarks/serve.py --check                    # all sections; exit code 1 if one misses
 
-Requests arrive in an open loop: when they come does not depend on the answers. Times count from
-the moment when a request was to arrive, so that a client or server that is late does not hide it.
+Requests arrive in an open loop: arrival times do not depend on the answers. Times count from the
+moment when a request was due to arrive, so that delays of the client or the server are included.
 
 Figures:
-    TTFT   time to the first token
-    TPOT   time per output token: from the first to the last, over the tokens between
+    TTFT   time to first token
+    TPOT   time per output token: from the first to the last token, over the tokens between
     ITL    inter-token latency: from one piece of a stream to the next
     E2E    end to end: to the last token
 
 Sections:
-    idle    what servers that rest take of a core, and how soon requests begin there
-    static  a batch at a time, as without continuous batching: the client lets the requests that
-            have arrived wait until every answer of the batch before is finished, on all servers,
-            and then starts as many as run at once. Its throughput when all requests wait; the
-            highest Poisson rate that it sustains; the servers without that gate at the same rate
-    long    four streams beside which a long prompt arrives, on each server in turn, with the other
-            servers idle and with a stream on each
-    prefix  a second prompt with the beginning of a first one
-    soak    requests of mixed length at saturation; clients that hang up, and requests that are
-            wrong, among them. All answers are compared with those of a quiet run
+    idle    processor use of idle servers, and the time until they start a request
+    static  one batch at a time, as without continuous batching: requests that have arrived wait in
+            the client until every answer of the previous batch has finished, on all servers; then
+            the client starts as many requests as run at once. Measured are the throughput of
+            batches when all requests wait, the highest Poisson rate that batches sustain, and the
+            same servers with continuous batching at that rate
+    long    a long prompt that arrives beside four streams, on each server in turn, with the other
+            servers idle and with one stream on each of them
+    prefix  a second prompt that shares the beginning of a first one (prefix cache)
+    soak    requests of mixed lengths at saturation, including clients that disconnect and invalid
+            requests. All answers are compared with those of a quiet run
 
-Modules: `http` and `client` talk to servers, `cluster` starts them, `memory` looks at their
-processes; `texts`, `arrivals` and `workload` say what is asked and when, `drive` asks it, `figures`
-and `agreement` judge answers; `setting` is what the sections `idle`, `static`, `long`,
-`prefix` and `soak` (with `wrong`, its bad requests) work with; `tables`, `plots` and `report` show.
+Modules: `http` and `client` talk to servers, `cluster` starts them, `memory` samples the memory of
+their processes. `texts`, `arrivals` and `workload` make the requests and their arrival times;
+`drive` sends the requests. `figures` and `agreement` evaluate the answers. The sections are `idle`,
+`static`, `long`, `prefix` and `soak` (whose invalid requests are in `wrong`); `setting` has what
+they share. `tables`, `plots` and `report` present the results.
 """

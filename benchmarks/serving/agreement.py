@@ -1,4 +1,4 @@
-"""Whether two greedy answers to one prompt are the same, and if not, how close the choice was."""
+"""Compare two greedy answers to a prompt: the first difference, and how close the choice was."""
 
 from __future__ import annotations
 
@@ -11,16 +11,19 @@ from .client import Token
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """The first one between two answers; what follows it says nothing."""
+    """The first difference between two answers; later tokens are not comparable."""
 
-    #: Token from which on they differ.
+    #: Index of the first token that differs.
     index: int
-    #: Logprob of the most likely token there less that of the next: the larger of both answers'.
+    #: Logprob of the most likely token there minus that of the second; the larger of both answers.
     margin: float
 
 
 def first_difference(ours: Sequence[Token], theirs: Sequence[Token]) -> Difference | None:
-    """None: they are the same. Answers of different length differ at any margin."""
+    """Return the first difference, or None if the answers are the same.
+
+    Answers of which one is the beginning of the other differ with an infinite margin.
+    """
     for index, (mine, other) in enumerate(zip(ours, theirs, strict=False)):
         if mine.text != other.text:
             return Difference(index, max(margin(mine), margin(other)))
@@ -30,6 +33,6 @@ def first_difference(ours: Sequence[Token], theirs: Sequence[Token]) -> Differen
 
 
 def margin(token: Token) -> float:
-    """Between the two most likely tokens; infinite where two are not known."""
+    """Return the margin between the two most likely tokens; infinite if only one is known."""
     first, second, *_ = [*sorted(token.top.values(), reverse=True), -math.inf, -math.inf]
     return first - second if math.isfinite(second) else math.inf

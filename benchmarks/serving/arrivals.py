@@ -1,4 +1,4 @@
-"""When requests arrive, where, and how long they are."""
+"""Arrivals of requests: time, server and lengths; from a Poisson process or a trace."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ import numpy as np
 
 from dance_jax.config import UserError
 
-#: Lengths of answers where no trace gives them, in tokens: lognormal, between those of the two
-#: services in Azure's trace of 2023 (medians of 13 and 129 tokens).
+#: Distribution of answer lengths in tokens if no trace gives them: lognormal, with a median between
+#: those of the two services in Azure's trace of 2023 (13 and 129 tokens).
 MEDIAN_TOKENS, SPREAD = 60, 1.0
 _COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Arrival:
-    """One request; lengths in tokens, None: nothing says."""
+    """Arrival of one request; lengths are in tokens, or None if not given."""
 
-    #: Seconds after the start.
+    #: Seconds after the run's start.
     at_s: float
     server: int
     prompt_tokens: int | None = None
@@ -32,11 +32,11 @@ class Arrival:
 
 
 def poisson(rates: Sequence[float], seed: int) -> Iterator[Arrival]:
-    """Arrivals of all servers in their order, without end.
+    """Yield arrivals at all servers in the order of time, without end.
 
     Args:
-        rates: of each server, requests per second; 0: none.
-        seed: a server's arrivals depend on it and on the server alone.
+        rates: requests per second of each server; 0 for none.
+        seed: a server's arrivals depend only on the seed, its rate and its index.
     """
     return heapq.merge(*(_one(rate, server, seed) for server, rate in enumerate(rates) if rate > 0))
 
@@ -50,24 +50,28 @@ def _one(rate: float, server: int, seed: int) -> Iterator[Arrival]:
 
 
 def read_trace(path: pathlib.Path, servers: int, speedup: float = 1.0) -> list[Arrival]:
-    """A trace of Azure's form: TIMESTAMP, ContextTokens, GeneratedTokens; dealt to servers in turn.
+    """Read a trace in Azure's format and assign its requests to the servers in turn.
 
     Args:
-        speedup: arrivals come so many times as fast.
+        path: CSV file with the columns TIMESTAMP, ContextTokens and GeneratedTokens.
+        servers: number of servers.
+        speedup: factor by which arrivals come faster.
 
     Raises:
-        UserError: it cannot be read, or a line is wrong.
+        UserError: the file cannot be read, or a line is wrong.
     """
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             rows = csv.DictReader(file)
             if not set(_COLUMNS) <= set(rows.fieldnames or ()):
-                raise UserError(f"{path}: the columns {', '.join(_COLUMNS)} are needed")
+                raise UserError(
+                    f"{path}: the columns of a trace must include {', '.join(_COLUMNS)}"
+                )
             found = [_row(row, f"{path}:{number}") for number, row in enumerate(rows, 2)]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: the trace cannot be read: {error}") from error
     if not found:
-        raise UserError(f"{path}: no arrivals")
+        raise UserError(f"{path}: the trace has no arrivals")
     found.sort()
     begin = found[0][0]
     return [
@@ -81,16 +85,16 @@ def _row(row: dict[str, str], where: str) -> tuple[datetime.datetime, int, int]:
         at, *lengths = (row[column] for column in _COLUMNS)
         prompt, output = map(int, lengths)
         if min(prompt, output) < 1:
-            raise ValueError("lengths are 1 token at least")
+            raise ValueError("lengths must be at least 1 token")
         return datetime.datetime.fromisoformat(at), prompt, output
     except (ValueError, TypeError) as error:
-        raise UserError(f"{where}: no arrival: {error}") from error
+        raise UserError(f"{where}: not an arrival: {error}") from error
 
 
 def limited(
     arrivals: Iterable[Arrival], requests: int | None = None, duration_s: float | None = None
 ) -> list[Arrival]:
-    """The first `requests` of them, and only those within `duration_s`; None: no limit."""
+    """Return the first `requests` arrivals within `duration_s`; None means no limit."""
     within = itertools.takewhile(
         lambda arrival: duration_s is None or arrival.at_s <= duration_s, arrivals
     )
@@ -98,6 +102,6 @@ def limited(
 
 
 def answer_lengths(count: int, longest: int, rng: np.random.Generator) -> list[int]:
-    """Lengths of answers in tokens, from 1 to `longest`."""
+    """Draw `count` lengths of answers in tokens, from 1 to `longest`."""
     drawn = np.rint(rng.lognormal(np.log(MEDIAN_TOKENS), SPREAD, count))
     return drawn.clip(1, longest).astype(int).tolist()

@@ -1,4 +1,4 @@
-"""The completions API of several servers: calls, their streams, and what came when."""
+"""Client of several servers' completions API: calls, streamed answers, and arrival times."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LONGEST_ANSWER_S = 900.0
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """What a user asks of a server."""
+    """A request of a user to a server."""
 
     server: int
     #: Token ids.
@@ -30,15 +30,15 @@ class Call:
     #: Seconds after the run's start.
     arrival_s: float = 0.0
     temperature: float = 0.0
-    #: The answer has exactly max_tokens.
+    #: Ask for exactly max_tokens tokens.
     ignore_eos: bool = True
-    #: Most likely tokens that are told with each token; None: none.
+    #: Most likely tokens to return with each token; None for none.
     logprobs: int | None = None
-    #: Pieces after which the user hangs up; None: waits for the end.
+    #: Pieces of the stream after which the user disconnects; None to wait for the end.
     hang_up_after: int | None = None
 
     def body(self, model: str) -> bytes:
-        """JSON of /v1/completions."""
+        """Return the JSON body for POST /v1/completions."""
         fields: dict[str, Any] = {
             "model": model,
             "prompt": self.prompt,
@@ -55,22 +55,22 @@ class Call:
 
 @dataclasses.dataclass(frozen=True)
 class Token:
-    """One token of an answer, where logprobs were asked for."""
+    """One token of an answer to a call with logprobs."""
 
     text: str
     logprob: float
-    #: The most likely tokens there.
+    #: Logprobs of the most likely tokens at this position, by text.
     top: Mapping[str, float]
 
 
 @dataclasses.dataclass
 class Answer:
-    """What came of a call; seconds after the run's start."""
+    """The answer to a call, also a failed one; times are in seconds after the run's start."""
 
     call: Call
-    #: When the user wanted it.
+    #: When the request was due.
     asked_s: float
-    #: When each piece with tokens came.
+    #: When each piece with tokens arrived.
     piece_s: list[float] = dataclasses.field(default_factory=list)
     end_s: float = 0.0
     text: str = ""
@@ -78,23 +78,24 @@ class Answer:
     prompt_tokens: int = 0
     output_tokens: int = 0
     finish_reason: str | None = None
+    #: Whether the user disconnected.
     hung_up: bool = False
-    #: Why there is no whole answer.
+    #: Why the answer is not complete; None if it is.
     error: str | None = None
 
     @property
     def good(self) -> bool:
-        """The whole answer came."""
+        """Whether the answer is complete."""
         return self.error is None and not self.hung_up
 
 
 class Api:
-    """Servers of one model.
+    """Client of servers that serve the same model.
 
     Attributes:
         addresses: of the servers.
-        model: its name.
-        max_model_len: tokens of the longest prompt with its answer.
+        model: name of the model.
+        max_model_len: maximum tokens of a prompt with its answer.
     """
 
     def __init__(
@@ -107,13 +108,15 @@ class Api:
 
     @classmethod
     async def connect(cls, addresses: Sequence[Address], key: str | None = None) -> Api:
-        """Asks the servers what they serve.
+        """Connect to servers and ask which model they serve.
 
         Args:
-            key: for servers that want one.
+            addresses: of the servers.
+            key: API key, if the servers require one.
 
         Raises:
-            UserError: one cannot be reached, wants another key, or they serve different models.
+            UserError: a server cannot be reached or rejects the key, or the servers serve
+                different models.
         """
         cards = [await _served(address, _headers(key)) for address in addresses]
         if len({card.id for card in cards}) != 1:
@@ -128,11 +131,12 @@ class Api:
         asked_s: float,
         heard: Callable[[int], None] | None = None,
     ) -> Answer:
-        """The answer to a call; what goes wrong is told in it.
+        """Send a call and return its answer; errors are recorded in the answer.
 
         Args:
-            origin: the run's start, of `time.perf_counter`.
-            asked_s: when the user wanted it, seconds after that.
+            call: the request.
+            origin: `time.perf_counter()` of the run's start.
+            asked_s: when the request was due, in seconds after `origin`.
             heard: called at each piece with tokens, with the number of pieces so far.
         """
         found = Answer(call, asked_s)
@@ -154,47 +158,47 @@ class Api:
         except (HttpError, msgspec.DecodeError) as error:
             found.error = str(error)
         except TimeoutError:
-            found.error = f"not finished after {LONGEST_ANSWER_S:g} s"
+            found.error = f"the answer was not finished after {LONGEST_ANSWER_S:g} s"
         found.end_s = time.perf_counter() - origin
         return found
 
     async def post(self, server: int, body: bytes) -> tuple[int, bytes]:
-        """Status and answer to any body for /v1/completions.
+        """Send any body to /v1/completions; return the status and the answer's body.
 
         Raises:
-            HttpError: there is no answer.
+            HttpError: the server cannot be reached or does not answer.
         """
         address = self.addresses[server]
         async with request(address, "POST", "/v1/completions", body, self._headers) as response:
             return response.status, await response.read()
 
     async def metrics(self, server: int) -> dict[str, float]:
-        """What a server tells Prometheus, by name without labels; metrics with several labels add.
+        """Return a server's Prometheus metrics by name, each summed over its labels.
 
         Raises:
-            HttpError: there is no answer.
+            HttpError: the server cannot be reached, or answers with an error.
         """
         return parse_metrics((await self.get(server, "/metrics")).decode())
 
     async def get(self, server: int, path: str) -> bytes:
-        """What a server answers there.
+        """Return the body of a server's answer to GET `path`.
 
         Raises:
-            HttpError: nothing, or an error.
+            HttpError: the server cannot be reached, or answers with an error.
         """
         address = self.addresses[server]
         async with request(address, "GET", path, headers=self._headers) as response:
             if response.status != 200:
-                raise HttpError(f"{address}{path} answers {response.status}")
+                raise HttpError(f"{address}: GET {path} returned HTTP {response.status}")
             return await response.read()
 
 
 def parse_metrics(text: str) -> dict[str, float]:
-    """Prometheus's text format: name -> sum over labels."""
+    """Parse Prometheus's text format to metrics by name, each summed over its labels."""
     found: dict[str, float] = {}
     for line in text.splitlines():
         if line and not line.startswith("#"):
-            # Values of labels may have spaces, the sample's value has none.
+            # Label values may have spaces; the sample's value has none.
             series, _, value = line.rpartition(" ")
             name = series.partition("{")[0]
             found[name] = found.get(name, 0.0) + float(value)
@@ -258,13 +262,15 @@ async def _served(address: Address, headers: Mapping[str, str]) -> _Card:
     except HttpError as error:
         raise UserError(f"{address}: {error}") from error
     except ValueError as error:
-        raise UserError(f"{address}/v1/models names no single model: {error}") from error
+        raise UserError(
+            f"{address}: GET /v1/models does not name exactly one model: {error}"
+        ) from error
 
 
 async def _follow(
     response: Response, answer: Answer, origin: float, heard: Callable[[int], None] | None
 ) -> str | None:
-    """Adds a stream to an answer; returns what went wrong."""
+    """Read a stream into an answer; return the error, or None."""
     async with contextlib.aclosing(response.events()) as events:
         async for data in events:
             now_s = time.perf_counter() - origin
@@ -288,18 +294,18 @@ async def _follow(
 
 
 def _add(answer: Answer, choice: _Choice, now_s: float) -> None:
-    """Adds a part; each has a token, though not always text."""
+    """Add a piece to the answer; each piece has a token, though not always text."""
     answer.finish_reason = choice.finish_reason or answer.finish_reason
     answer.text += choice.text
     if choice.logprobs is not None:
-        told = choice.logprobs
-        rows = zip(told.tokens, told.token_logprobs, told.top_logprobs, strict=True)
+        parts = choice.logprobs
+        rows = zip(parts.tokens, parts.token_logprobs, parts.top_logprobs, strict=True)
         answer.tokens += [Token(*row) for row in rows]
     answer.piece_s.append(now_s)
 
 
 async def _refusal(response: Response) -> str:
-    """What a server says that answers with another status than 200."""
+    """Return the error message of an answer whose status is not 200."""
     body = await response.read()
     try:
         message = msgspec.json.decode(body, type=_Refused).error.message

@@ -1,4 +1,4 @@
-"""A cluster of this machine that is started for a run, and ended with it."""
+"""A cluster on this machine that is started for a run and ends with the run."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ from .http import Address, HttpError, request
 LAUNCHER = (sys.executable, "-m", "dance_jax.launch")
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 LOOPBACK = "127.0.0.1"
-#: Ports are looked for from here on: below those that systems give out by themselves.
+#: Range in which free ports are searched: below the ephemeral ports of common systems.
 FIRST_PORT, LAST_PORT = 8100, 32000
-#: Seconds until the servers are ready, until they have ended after SIGTERM, between two questions.
+#: Seconds within which the servers must be ready, and must end after SIGTERM; seconds between two
+#: readiness checks.
 READY_S, END_S, ASK_S = 900.0, 60.0, 0.2
-#: Of its output, where it is shown.
+#: Bytes at the end of the launcher's output to show in errors.
 TAIL_BYTES = 3000
 
 
 class ClusterError(RuntimeError):
-    """The cluster did not start, or ended too early; the message has what it said."""
+    """The cluster did not start, or ended too early; the message has the launcher's output."""
 
 
 class Cluster:
@@ -48,10 +49,10 @@ class Cluster:
         self._log = log
 
     async def ready(self) -> None:
-        """Returns when all servers answer requests.
+        """Wait until all servers are ready.
 
         Raises:
-            ClusterError: the launcher ended, or it takes too long.
+            ClusterError: the launcher ended, or a server is not ready within READY_S.
         """
         try:
             async with asyncio.timeout(READY_S):
@@ -61,31 +62,33 @@ class Cluster:
                         await asyncio.sleep(ASK_S)
         except TimeoutError:
             raise ClusterError(
-                f"the servers are not ready after {READY_S:g} s:\n{self._said()}"
+                f"the servers are not ready after {READY_S:g} s:\n{self._tail()}"
             ) from None
 
     def check(self) -> None:
-        """
+        """Check that the launcher runs.
+
         Raises:
             ClusterError: the launcher has ended.
         """
         if self._process.poll() is not None:
             raise ClusterError(
-                f"the launcher ended with code {self._process.returncode}:\n{self._said()}"
+                f"the launcher ended with code {self._process.returncode}:\n{self._tail()}"
             )
 
     def stop(self) -> None:
-        """Ends the launcher, which ends its servers; at once when this is interrupted."""
+        """End the launcher, which ends its servers; kill it at once if the wait is interrupted."""
         self._process.terminate()
         try:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(END_S)
         finally:
-            # Its servers end themselves when it is gone.
+            # The servers end by themselves when the launcher is gone.
             self._process.kill()
             self._process.wait()
 
-    def _said(self) -> str:
+    def _tail(self) -> str:
+        """Return the end of the launcher's output."""
         return self._log.read_bytes()[-TAIL_BYTES:].decode(errors="replace").strip()
 
 
@@ -96,13 +99,15 @@ def started(
     addresses: Sequence[Address] | None = None,
     root: pathlib.Path = ROOT,
 ) -> Iterator[Cluster]:
-    """Starts the servers; they end with the block, however it ends.
+    """Run the servers for the block; they end however the block ends.
 
     Args:
-        arguments: of the launcher, without its port.
-        addresses: where they will listen, all at the first one's port or the next ones; None: on
-            free ports of this machine.
-        root: of the checkout whose launcher and servers run.
+        spec: the servers.
+        arguments: of the launcher, without --port.
+        addresses: where the servers will listen: on different hosts at the first address's port,
+            or on one host at that port and the following ones. If None, on free ports of this
+            machine.
+        root: the checkout whose launcher and servers run.
 
     Raises:
         UserError: a server is on another machine, and no addresses are given.
@@ -110,8 +115,8 @@ def started(
     elsewhere = [server.name for server in spec.servers if server.ssh is not None]
     if elsewhere and addresses is None:
         raise UserError(
-            f"{', '.join(elsewhere)}: on another machine; start the cluster yourself, with --bind, "
-            "and give --url of each server"
+            f"{', '.join(elsewhere)}: on another machine; start the cluster yourself with --bind "
+            "and give each server's URL with --url"
         )
     if addresses is None:
         port = free_ports(len(spec.servers))
@@ -120,7 +125,7 @@ def started(
         log = pathlib.Path(work) / "launcher.log"
         command = [*LAUNCHER, *arguments, "--port", str(addresses[0].port)]
         with log.open("wb") as file:
-            # In a session of its own: Ctrl-C reaches this process alone, which then ends it.
+            # In its own session: Ctrl-C reaches only this process, which then ends the launcher.
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -128,7 +133,7 @@ def started(
                 stderr=file,
                 start_new_session=True,
                 cwd=root,
-                # A testbed's ssh hands PYTHONPATH on to the hosts.
+                # On a testbed, ssh passes PYTHONPATH on to the hosts.
                 env=os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": str(root)},
             )
         cluster = Cluster(process, log, addresses)
@@ -139,15 +144,17 @@ def started(
 
 
 def free_ports(count: int) -> int:
-    """The first of some neighbouring ports that are free now.
+    """Return the first of `count` consecutive ports that are free now.
 
     Raises:
-        UserError: there are none.
+        UserError: no such ports are free.
     """
     for first in range(FIRST_PORT, LAST_PORT, count):
         if all(_is_free(first + n) for n in range(count)):
             return first
-    raise UserError(f"no {count} neighbouring ports are free on {LOOPBACK}")
+    raise UserError(
+        f"no {count} consecutive ports from {FIRST_PORT} to {LAST_PORT} are free on {LOOPBACK}"
+    )
 
 
 def _is_free(port: int) -> bool:

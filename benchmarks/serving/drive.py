@@ -1,4 +1,4 @@
-"""Asks: as requests arrive, a batch at a time, or with so many in flight."""
+"""Send requests: as they arrive, one batch at a time, or with a bounded number in flight."""
 
 from __future__ import annotations
 
@@ -12,12 +12,16 @@ from typing import TypeVar
 from .client import Answer, Api, Call
 
 Result = TypeVar("Result")
-#: Called whenever something has finished.
+#: Called whenever a request has finished.
 Done = Callable[[], None]
 
 
 async def open_loop(api: Api, calls: Sequence[Call], done: Done) -> list[Answer]:
-    """Each call at its arrival, whatever has become of the others; answers in the calls' order."""
+    """Send each call at its arrival time, regardless of other answers.
+
+    Returns:
+        The answers, in the order of the calls.
+    """
     origin = time.perf_counter()
 
     async def one(call: Call) -> Answer:
@@ -33,22 +37,25 @@ async def open_loop(api: Api, calls: Sequence[Call], done: Done) -> list[Answer]
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Calls that started together."""
+    """A batch of calls that started together."""
 
     #: Seconds after the run's start.
     start_s: float
     size: int
-    #: Calls that had arrived and found no place in it.
+    #: Calls that had arrived but did not fit into the batch.
     left: int
 
 
 async def gated(
     api: Api, calls: Sequence[Call], rows: Sequence[int], done: Done
 ) -> tuple[list[Answer], list[Batch]]:
-    """A batch at a time: the next one starts when all answers of the one before are finished.
+    """Send one batch at a time; the next starts when all answers of the previous have finished.
 
     Args:
-        rows: of each server, calls in a batch at most; the first that arrived go first.
+        api: of the servers.
+        calls: the requests, with their arrival times.
+        rows: maximum calls of each server in a batch, taken in the order of arrival.
+        done: called after each answer.
     """
     origin = time.perf_counter()
     waiting: list[collections.deque[Call]] = [collections.deque() for _ in rows]
@@ -83,14 +90,15 @@ async def bounded(
     in_flight: Sequence[int],
     done: Done,
 ) -> list[Result]:
-    """Jobs of each server in their order, with so many of each server at once.
+    """Run each server's jobs in order, with a bounded number at once.
 
     Args:
-        jobs: (server, what is to be done).
-        in_flight: of each server.
+        jobs: server and function to await, for each job.
+        in_flight: number of jobs of each server that run at once.
+        done: called after each job.
 
     Returns:
-        results in the jobs' order.
+        The results, in the order of the jobs.
     """
     found: dict[int, Result] = {}
     queues = [
@@ -112,6 +120,6 @@ async def bounded(
 
 
 async def _sleep_until(moment: float) -> None:
-    """Until `time.perf_counter` shows it."""
+    """Sleep until `time.perf_counter()` reaches `moment`."""
     while (left_s := moment - time.perf_counter()) > 0:
         await asyncio.sleep(left_s)

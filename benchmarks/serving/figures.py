@@ -1,4 +1,4 @@
-"""What answers say of the servers: times, rates, failures."""
+"""Figures of servers from their answers: times, rates, failures."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ALL = "all"
 
 @dataclasses.dataclass(frozen=True)
 class Spread:
-    """Of some seconds."""
+    """Mean and percentiles of some times, in seconds."""
 
     mean: float
     p50: float
@@ -25,7 +25,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Iterable[float]) -> Spread | None:
-        """None: there are no values."""
+        """Return the spread of some values, or None if there are no values."""
         found = np.fromiter(values, float)
         if not found.size:
             return None
@@ -35,12 +35,12 @@ class Spread:
 
 @dataclasses.dataclass(frozen=True)
 class Figures:
-    """Of a server, or of all."""
+    """Figures of one server, or of all servers."""
 
     server: str
     requests: int
     failed: int
-    #: From the first arrival to the last answer's end.
+    #: Seconds from the first arrival to the end of the last answer.
     seconds: float
     prompt_tokens: int
     output_tokens: int
@@ -51,7 +51,7 @@ class Figures:
 
     @classmethod
     def of(cls, server: str, answers: Sequence[Answer]) -> Figures:
-        """Times and tokens are of whole answers alone."""
+        """Compute the figures from answers; times and tokens count only complete answers."""
         good = [answer for answer in answers if answer.good]
         begin = min((answer.asked_s for answer in answers), default=0.0)
         end = max((answer.end_s for answer in answers), default=0.0)
@@ -69,7 +69,7 @@ class Figures:
         )
 
     def rate(self, count: int) -> float:
-        """So many, per second."""
+        """Return `count` per second of the run."""
         return count / self.seconds if self.seconds else 0.0
 
     @property
@@ -84,12 +84,12 @@ class Figures:
 
     @property
     def request_rate(self) -> float:
-        """Whole answers per second."""
+        """Requests that did not fail, per second."""
         return self.rate(self.requests - self.failed)
 
 
 def by_server(names: Sequence[str], answers: Sequence[Answer]) -> list[Figures]:
-    """Of each server and, where there are several, of all."""
+    """Return the figures of each server and, if there are several servers, of all together."""
     rows = [
         Figures.of(name, [answer for answer in answers if answer.call.server == server])
         for server, name in enumerate(names)
@@ -98,12 +98,12 @@ def by_server(names: Sequence[str], answers: Sequence[Answer]) -> list[Figures]:
 
 
 def first_token_s(answers: Iterable[Answer]) -> list[float]:
-    """TTFT of each answer that has text."""
+    """Return the TTFT of each answer that has a first token."""
     return [answer.piece_s[0] - answer.asked_s for answer in answers if answer.piece_s]
 
 
 def per_token_s(answers: Iterable[Answer]) -> list[float]:
-    """TPOT of each answer of several pieces."""
+    """Return the TPOT of each answer that has several pieces."""
     return [
         (answer.piece_s[-1] - answer.piece_s[0]) / (answer.output_tokens - 1)
         for answer in answers
@@ -112,7 +112,7 @@ def per_token_s(answers: Iterable[Answer]) -> list[float]:
 
 
 def gaps_s(answers: Iterable[Answer], after_s: float = 0.0) -> list[float]:
-    """ITLs of all answers: of those that begin at `after_s` or later."""
+    """Return the ITLs of all answers, counting gaps that begin at `after_s` or later."""
     return [
         later - earlier
         for answer in answers
@@ -122,7 +122,7 @@ def gaps_s(answers: Iterable[Answer], after_s: float = 0.0) -> list[float]:
 
 
 def saturated_until(answers: Sequence[Answer]) -> float:
-    """When the first of the servers had no request any more that waited for its first token."""
+    """Return the second at which a server first had no more requests waiting for a first token."""
     last: dict[int, float] = {}
     for answer in answers:
         if answer.good and answer.piece_s:
@@ -132,9 +132,9 @@ def saturated_until(answers: Sequence[Answer]) -> float:
 
 
 def token_rate(answers: Iterable[Answer], until_s: float) -> float:
-    """Output tokens per second from the run's start until then.
+    """Return the output tokens per second from the run's start until `until_s`.
 
-    A piece may have several tokens: those of an answer are spread over its pieces.
+    A piece may have several tokens, so an answer's tokens count evenly over its pieces.
     """
     tokens = sum(
         answer.output_tokens

@@ -1,4 +1,4 @@
-"""HTTP/1.1 on asyncio streams: lean, because it shares the machine with what it measures."""
+"""HTTP/1.1 client on asyncio streams; lean, because it shares the machine with the servers."""
 
 from __future__ import annotations
 
@@ -10,27 +10,28 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 
 from dance_jax.config import UserError
 
-#: Bytes of the longest line of a head or of chunked coding.
+#: Maximum bytes of a header line, or of a line of the chunked encoding.
 LONGEST_LINE = 1 << 16
 READ_BYTES = 1 << 16
 
 
 class HttpError(Exception):
-    """The connection failed, or what came over it is no HTTP."""
+    """The connection failed, or the answer is not HTTP."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Address:
-    """Where a server listens."""
+    """The address on which a server listens."""
 
     host: str
     port: int
 
     @classmethod
     def of(cls, url: str) -> Address:
-        """
+        """Parse a URL of the form http://host:port.
+
         Raises:
-            UserError: not of the form http://host:port.
+            UserError: the URL does not have that form.
         """
         try:
             parts = urllib.parse.urlsplit(url)
@@ -38,7 +39,7 @@ class Address:
         except ValueError:
             parts, host, port = None, None, None
         if parts is None or parts.scheme != "http" or not host or parts.path.strip("/"):
-            raise UserError(f"{url!r} is no URL of a server: http://host:port is needed")
+            raise UserError(f"{url!r} is not a server's URL: http://host:port is needed")
         return cls(host, port or 80)
 
     def __str__(self) -> str:
@@ -46,7 +47,7 @@ class Address:
 
 
 class Response:
-    """Status, and a body that is read once, as it comes."""
+    """Status of an answer, and its body, which can be read once as it arrives."""
 
     def __init__(self, status: int, headers: Mapping[str, str], reader: asyncio.StreamReader):
         self.status = status
@@ -54,11 +55,11 @@ class Response:
         self._reader = reader
 
     async def read(self) -> bytes:
-        """The whole body."""
+        """Return the whole body."""
         return b"".join([piece async for piece in self.pieces()])
 
     async def events(self) -> AsyncGenerator[bytes]:
-        """Data of server-sent events, one line each, as they come."""
+        """Yield the data of server-sent events, one line each, as they arrive."""
         rest = b""
         async for piece in self.pieces():
             *lines, rest = (rest + piece).split(b"\n")
@@ -67,10 +68,10 @@ class Response:
                     yield line[5:].strip()
 
     async def pieces(self) -> AsyncIterator[bytes]:
-        """The body, cut anywhere.
+        """Yield the body in pieces that may be cut anywhere.
 
         Raises:
-            HttpError: it ends too early.
+            HttpError: the body ends too early, or is not HTTP.
         """
         try:
             if self._headers.get("transfer-encoding", "").lower() == "chunked":
@@ -84,7 +85,7 @@ class Response:
         except (asyncio.IncompleteReadError, OSError) as error:
             raise HttpError("the connection ended in the middle of an answer") from error
         except ValueError as error:
-            raise HttpError(f"the answer's body is no HTTP: {error}") from error
+            raise HttpError(f"the answer's body is not valid HTTP: {error}") from error
 
     async def _chunks(self) -> AsyncIterator[bytes]:
         while size := int((await self._reader.readuntil(b"\n")).partition(b";")[0], 16):
@@ -100,10 +101,10 @@ async def request(
     body: bytes = b"",
     headers: Mapping[str, str] | None = None,
 ) -> AsyncIterator[Response]:
-    """Asks on a connection of its own, which is closed with the block: that is how to hang up.
+    """Send a request on a new connection; leaving the block closes the connection.
 
     Raises:
-        HttpError: there is no connection or no answer.
+        HttpError: the server cannot be reached, or does not answer.
     """
     fields = {
         "Host": str(address),
@@ -127,15 +128,15 @@ async def request(
 
 
 async def _head(reader: asyncio.StreamReader) -> tuple[int, dict[str, str]]:
-    """Status, and headers by their names in lower case."""
+    """Read the status, and the headers by their names in lower case."""
     try:
         head = await reader.readuntil(b"\r\n\r\n")
         version, status, *_ = head.split(b" ", 2)
         if not version.startswith(b"HTTP/1."):
-            raise ValueError(f"it begins with {version[:20]!r}")
+            raise ValueError(f"the answer begins with {version[:20]!r}")
         fields = (line.partition(":") for line in head.decode("latin-1").split("\r\n")[1:])
         return int(status), {name.strip().lower(): value.strip() for name, _, value in fields}
     except (asyncio.IncompleteReadError, OSError) as error:
-        raise HttpError("the connection ended before an answer came") from error
+        raise HttpError("the connection ended before the answer") from error
     except (ValueError, asyncio.LimitOverrunError) as error:
-        raise HttpError(f"the answer is no HTTP: {error}") from error
+        raise HttpError(f"the answer is not valid HTTP: {error}") from error

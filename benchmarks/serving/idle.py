@@ -1,4 +1,4 @@
-"""Servers that rest: what that costs, and how soon a request begins."""
+"""Section `idle`: processor use of idle servers, and how soon they start a request."""
 
 from __future__ import annotations
 
@@ -15,23 +15,26 @@ from .client import Call
 from .figures import Spread
 from .setting import Setting, failures
 
-#: Seconds that are watched; tokens of a prompt; requests of each server, and seconds before each,
-#: which do not go with the heartbeat.
+#: Seconds of observation; tokens of a prompt; requests per server; seconds of rest before each
+#: request, which are not a multiple of the heartbeat.
 WATCHED_S, PROMPT, REPEATS, REST_S = 10.0, 16, 10, 0.37
-#: Cores of a server that rests; seconds from a request's arrival to its first step.
+#: Targets: cores used by an idle server; seconds from a request's arrival to its first step.
 CORES, BEGIN_S = 0.05, 0.020
-#: Sum of that time over all requests.
+#: The metric that sums the time from arrival to first step over all requests.
 QUEUE_TIME = "dance_jax:request_queue_time_seconds_sum"
 
 
 @dataclasses.dataclass(frozen=True)
 class Idle:
-    #: Cores that each server's processes use, front end and engine, in no order; None: not known.
+    """Results of the section."""
+
+    #: Cores that each server's processes (front end and engine) use, in no order; None if unknown.
     cores: list[float] | None
-    #: Seconds from arrival to the first step, of requests on an idle cluster.
+    #: Seconds from arrival to the first step, of requests to an idle cluster.
     begin: Spread | None
-    #: Seconds to their first token.
+    #: Seconds to the first token of these requests.
     ttft: Spread | None
+    #: Reasons of failed requests.
     failed: list[str]
 
 
@@ -55,7 +58,7 @@ async def measure(setting: Setting) -> Idle:
 
 
 async def _cores(launcher: int) -> list[float]:
-    """Of each process that the launcher has started, with what that has started."""
+    """Measure the cores used by each child process of the launcher and its descendants."""
     servers = psutil.Process(launcher).children()
     trees = [[server, *server.children(recursive=True)] for server in servers]
 
@@ -68,9 +71,9 @@ async def _cores(launcher: int) -> list[float]:
 
 
 def targets(found: Idle | None) -> Iterator[Target]:
-    """What has to be reached; None: not measured."""
+    """Yield the targets of the section; `found` is None if it was not measured."""
     cores = None if found is None or found.cores is None else max(found.cores)
-    yield Target("idle: cores of a server that rests", CORES, cores)
+    yield Target("idle: cores used by an idle server", CORES, cores)
     begin = None if found is None or found.begin is None else found.begin.p99
     yield Target("idle: seconds to a request's first step, p99", BEGIN_S, begin)
     failed = found.failed if found else []

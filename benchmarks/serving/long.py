@@ -1,4 +1,4 @@
-"""Four streams, and a long prompt that arrives beside them."""
+"""Section `long`: inter-token latency of four streams while a long prompt arrives."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from .figures import Spread, gaps_s
 from .setting import Setting, failures
 
 STREAMS = 4
-#: Tokens: of the long prompt; of a stream's prompt and answer.
+#: Tokens of the long prompt, of a stream's prompt, and of a stream's answer.
 LONG, SHORT, ANSWER = 1500, 32, 200
-#: Pieces that every stream has got when the long prompt arrives.
+#: Pieces that every stream has received when the long prompt arrives.
 SETTLED = 40
-#: Runs of each server and of each way the others are busy.
+#: Runs per server, both with idle and with busy other servers.
 REPEATS = 3
-#: p99 of the streams' ITLs over their median.
+#: Target: p99 of the streams' ITLs over their median.
 RATIO = 3.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """The four streams of one server, in runs with a long prompt."""
+    """Results of one server's four streams beside a long prompt, over all its runs."""
 
     server: str
-    #: The other servers had a stream each.
+    #: Whether each of the other servers had a stream too.
     others_busy: bool
-    #: All ITLs from the moment when all streams run.
+    #: ITLs from the moment when all streams run.
     itl: Spread | None
-    #: Those that overlap the time from the long prompt's arrival to its first token.
+    #: ITLs that overlap the time from the long prompt's arrival to its first token.
     beside: Spread | None
     #: TTFT of the long prompt.
     ttft: Spread | None
@@ -44,18 +44,18 @@ class Row:
 
     @property
     def busy_word(self) -> str:
-        """What the other servers did."""
+        """Whether the other servers were busy or idle, as a word."""
         return "busy" if self.others_busy else "idle"
 
     @property
     def ratio(self) -> float:
-        """p99 over median of all ITLs."""
+        """The p99 of all ITLs over their median."""
         return self.itl.p99 / self.itl.p50 if self.itl else float("nan")
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One time."""
+    """One run with a long prompt."""
 
     streams: list[Answer]
     long: Answer
@@ -63,12 +63,12 @@ class Run:
 
     @property
     def gaps(self) -> list[float]:
-        """ITLs of the streams once all of them run."""
+        """ITLs of the streams from the moment when all of them run."""
         return gaps_s(self.streams, self._settled_s)
 
     @property
     def gaps_beside(self) -> list[float]:
-        """Those that overlap the long prompt's prefill."""
+        """ITLs that overlap the long prompt's prefill."""
         if not self.long.piece_s:
             return []
         return [
@@ -84,7 +84,7 @@ class Run:
 
 
 async def measure(setting: Setting) -> list[Row]:
-    """Each server, with the others idle and, where there are any, busy."""
+    """Measure each server with the other servers idle and, if there are others, busy."""
     setting.need(LONG + ANSWER, "long")
     rng = setting.rng("long")
     ways = (False, True) if len(setting.names) > 1 else (False,)
@@ -112,7 +112,7 @@ def _row(server: str, busy: bool, runs: list[Run]) -> Row:
 
 
 async def _run(setting: Setting, server: int, busy: bool, rng: np.random.Generator) -> Run:
-    """One run: the long prompt comes when all streams of its server are well under way."""
+    """Make one run; the long prompt arrives when all streams of its server are well under way."""
     origin = time.perf_counter()
     settled, under_way = asyncio.Event(), 0
 
@@ -127,7 +127,7 @@ async def _run(setting: Setting, server: int, busy: bool, rng: np.random.Generat
         try:
             return await setting.api.answer(call, origin, 0.0, heard)
         finally:
-            settled.set()  # one that failed early must not be waited for
+            settled.set()  # do not wait for a stream that failed early
 
     others = [other for other in setting.servers if other != server] if busy else []
     async with asyncio.TaskGroup() as group:
@@ -140,9 +140,9 @@ async def _run(setting: Setting, server: int, busy: bool, rng: np.random.Generat
 
 
 def targets(rows: list[Row] | None) -> Iterator[Target]:
-    """What has to be reached; None: not measured."""
+    """Yield the targets of the section; `rows` is None if it was not measured."""
     found = [(row.ratio, f"{row.server}, others {row.busy_word}") for row in rows or []]
-    yield Target.of_worst("long: p99 ITL of four streams, of its median", RATIO, found)
+    yield Target.of_worst("long: p99 ITL of four streams, over the median ITL", RATIO, found)
     failed = [error for row in rows or [] for error in row.failed]
     count = None if rows is None else float(len(failed))
     yield Target("long: failed requests", 0.0, count, failed[0] if failed else "")

@@ -1,4 +1,4 @@
-"""Resident memory of a launcher and everything it has started."""
+"""Resident memory of a launcher and all its descendant processes."""
 
 from __future__ import annotations
 
@@ -9,33 +9,38 @@ from collections.abc import AsyncIterator, Callable, Sequence
 
 import psutil
 
-#: Seconds between two looks.
+#: Seconds between two samples.
 PERIOD_S = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One look."""
+    """Resident memory at one moment."""
 
-    #: What had been done by then.
+    #: Requests finished by then.
     done: int
-    #: Bytes of all processes.
+    #: Resident bytes of all processes.
     resident: int
 
 
 def resident(pid: int) -> int:
-    """Bytes of a process and its descendants."""
+    """Return the resident bytes of a process and its descendants."""
     root = psutil.Process(pid)
     total = 0
     for process in [root, *root.children(recursive=True)]:
-        with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
+        with contextlib.suppress(psutil.NoSuchProcess):  # the process has just ended
             total += process.memory_info().rss
     return total
 
 
 @contextlib.asynccontextmanager
 async def watched(pid: int | None, done: Callable[[], int]) -> AsyncIterator[list[Sample]]:
-    """Looks as long as the block runs, and once at its end; None: nothing to look at."""
+    """Sample the memory of a process tree while the block runs, and once at its end.
+
+    Args:
+        pid: root of the process tree. If None, there are no samples.
+        done: returns the number of requests finished so far.
+    """
     samples: list[Sample] = []
     if pid is None:
         yield samples
@@ -57,6 +62,14 @@ async def watched(pid: int | None, done: Callable[[], int]) -> AsyncIterator[lis
 
 
 def unevenness(samples: Sequence[Sample], total: int) -> float | None:
-    """Largest over smallest less 1, after the first quarter of `total`; None: no samples there."""
+    """Return the largest over the smallest resident memory, minus 1, after the first quarter.
+
+    Args:
+        samples: in the order of time.
+        total: number of all requests.
+
+    Returns:
+        None if there are no samples after the first quarter of the requests.
+    """
     late = [sample.resident for sample in samples if sample.done >= total / 4]
     return max(late) / min(late) - 1 if late else None

@@ -1,4 +1,4 @@
-"""Results as a PNG file."""
+"""Plots of the results, as a PNG file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DPI = 110
 
 
 def draw(names: Sequence[str], results: Results, path: pathlib.Path) -> None:
-    """A panel for each thing that was measured and has a distribution."""
+    """Draw a panel for each measured distribution; write no file if there is none."""
     panels: list[Callable[[Any], None]] = []
     if (answers := results.answers) is not None:
         panels += [lambda panel: _load(panel, names, answers, first_token_s, "TTFT")]
@@ -33,10 +33,12 @@ def draw(names: Sequence[str], results: Results, path: pathlib.Path) -> None:
 
 
 def save(panels: Sequence[Callable[[Any], None]], path: pathlib.Path, width: float = 4.2) -> None:
-    """A PNG file with panels side by side, each of which fills its axes.
+    """Write a PNG file with panels side by side.
 
     Args:
-        width: of a panel, inches.
+        panels: functions that draw on the axes that they get.
+        path: of the file.
+        width: of a panel, in inches.
     """
     import matplotlib
 
@@ -55,7 +57,7 @@ def save(panels: Sequence[Callable[[Any], None]], path: pathlib.Path, width: flo
 
 
 def _shares(panel: Any, lines: Mapping[str, Sequence[float]], title: str) -> None:
-    """Share of values that are at most so large, a line for each."""
+    """Plot the cumulative distribution of each line's times, given in seconds."""
     for name, seconds in lines.items():
         if seconds:
             values = np.sort(seconds) * 1e3
@@ -81,11 +83,11 @@ def _load(
 
 def _static(panel: Any, found: Static) -> None:
     title = "TTFT" if found.rate is None else f"TTFT at {found.rate:.2f} requests/s"
-    lines = {"a batch at a time": found.ttft_batches, "continuous": found.ttft_ours}
+    lines = {"one batch at a time": found.ttft_batches, "continuous": found.ttft_ours}
     _shares(panel, lines, title)
 
 
 def _memory(panel: Any, samples: Sequence[Sample]) -> None:
     panel.plot([each.done for each in samples], [each.resident / 2**20 for each in samples])
-    panel.set(xlabel="requests", ylabel="MiB", title="resident memory in the soak")
+    panel.set(xlabel="requests", ylabel="MiB", title="resident memory during the soak")
     panel.set_ylim(bottom=0)

@@ -1,4 +1,4 @@
-"""A second prompt that begins as a first one did."""
+"""Section `prefix`: TTFT of a second prompt that begins like a first one (prefix cache)."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from benchmarks.targets import Target
 from .client import Call
 from .setting import Setting, failures
 
-#: Tokens: shared by both prompts, of each one's own end, of an answer.
+#: Tokens that both prompts share, of each prompt's own end, and of an answer.
 SHARED, TAIL, ANSWER = 1000, 24, 4
-#: Pairs of prompts of each server.
+#: Pairs of prompts per server.
 REPEATS = 5
-#: Second TTFT over the first.
+#: Target: second TTFT over the first.
 SHARE = 0.25
 
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """Two prompts, one after the other; seconds."""
+    """TTFT of two prompts, sent one after the other, in seconds."""
 
     server: str
     first: float
@@ -32,18 +32,21 @@ class Pair:
 
 @dataclasses.dataclass(frozen=True)
 class Prefix:
+    """Results of the section."""
+
     pairs: list[Pair]
+    #: Reasons of failed requests.
     failed: list[str]
 
     @property
     def share(self) -> float:
-        """Second TTFT over the first: median."""
+        """The median ratio of the second TTFT to the first."""
         shares = [pair.second / pair.first for pair in self.pairs]
         return float(np.median(shares)) if shares else float("nan")
 
 
 async def measure(setting: Setting) -> Prefix:
-    """Nothing else runs meanwhile; every pair has a beginning of its own."""
+    """Measure pairs of prompts on otherwise idle servers; every pair has its own beginning."""
     setting.need(SHARED + TAIL + ANSWER, "prefix")
     rng = setting.rng("prefix")
     found = Prefix([], [])
@@ -70,11 +73,14 @@ async def _pair(setting: Setting, server: int, found: Prefix, rng: np.random.Gen
 
 
 def targets(found: Prefix | None) -> Iterator[Target]:
-    """What has to be reached; None: not measured."""
+    """Yield the targets of the section; `found` is None if it was not measured."""
     share = None if found is None else found.share
     where = f"median of {len(found.pairs)}" if found else ""
     yield Target(
-        "prefix: TTFT of a prompt with a known beginning, of the first's", SHARE, share, where
+        "prefix: TTFT of a prompt with a cached beginning, over the first prompt's",
+        SHARE,
+        share,
+        where,
     )
     failed = found.failed if found else []
     count = None if found is None else float(len(failed))

@@ -1,4 +1,4 @@
-"""Everything that was measured, what it has to reach, and its JSON."""
+"""All results of benchmarks/serve.py, their targets, and their JSON file."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ SECTIONS = ("idle", "static", "long", "prefix", "soak")
 
 @dataclasses.dataclass
 class Results:
-    """What was left out is None."""
+    """Results of a run under load, or of sections; None if not measured."""
 
-    #: Of a run under load.
+    #: Answers of a run under load.
     answers: list[Answer] | None = None
+    #: Figures of the run under load.
     load: list[Figures] | None = None
     idle: idle.Idle | None = None
     static: static.Static | None = None
@@ -34,7 +35,7 @@ class Results:
     soak: soak.Soak | None = None
 
     def targets(self) -> list[Target]:
-        """Of all sections."""
+        """Return the targets of all sections."""
         return [
             *idle.targets(self.idle),
             *static.targets(self.static),
@@ -45,12 +46,12 @@ class Results:
 
 
 def machine() -> dict[str, Any]:
-    """What figures depend on."""
+    """Describe the machine that the figures depend on."""
     return {"cores": os.cpu_count(), "system": platform.platform(), "processor": _processor()}
 
 
 def _processor() -> str:
-    """Its name, where Linux tells it."""
+    """Return the processor's name: from /proc/cpuinfo if possible."""
     try:
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -60,7 +61,7 @@ def _processor() -> str:
 
 
 def write(path: pathlib.Path, setup: dict[str, Any], results: Results) -> None:
-    """As `write_json`."""
+    """Write results as a JSON file; see `write_json`."""
     plain: dict[str, Any] = {}
     if results.load is not None:
         plain["load"] = [_figures(each) for each in results.load]
@@ -73,14 +74,16 @@ def write(path: pathlib.Path, setup: dict[str, Any], results: Results) -> None:
 def write_json(
     path: pathlib.Path, setup: dict[str, Any], found: dict[str, Any], targets: Iterable[Target]
 ) -> None:
-    """A JSON object; the file appears whole or not at all.
+    """Write a JSON file, which appears complete or not at all.
 
     Args:
-        setup: what was asked for, of the command line.
-        found: by section.
+        path: of the file.
+        setup: the command line's options.
+        found: results by section.
+        targets: of the results; targets that were not measured are omitted.
     """
-    told = {k: str(v) if isinstance(v, pathlib.Path) else v for k, v in setup.items()}
-    plain = {"machine": machine(), "setup": told, **found}
+    options = {k: str(v) if isinstance(v, pathlib.Path) else v for k, v in setup.items()}
+    plain = {"machine": machine(), "setup": options, **found}
     plain["targets"] = [
         dataclasses.asdict(target) | {"missed": target.missed}
         for target in targets
@@ -104,7 +107,7 @@ def _plain(found: Any) -> Any:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no infinity: such numbers become text."""
+    """Replace infinite and NaN numbers by text, because JSON has none."""
     if isinstance(value, dict):
         return {key: _finite(each) for key, each in value.items()}
     if isinstance(value, list):

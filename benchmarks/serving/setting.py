@@ -1,4 +1,4 @@
-"""What every section works with."""
+"""The servers, texts and progress bars that all sections share."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from dance_jax.config import UserError
 from .client import Answer, Api
 from .texts import Texts
 
-#: A bar is drawn so often a second: it shares the machine with the servers.
+#: Redraws of a progress bar per second; few, because it shares the machine with the servers.
 REFRESHES_PER_S = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """Servers, and what they are asked with."""
+    """The measured servers, and the texts for requests."""
 
     api: Api
     #: Names of the servers.
     names: tuple[str, ...]
     #: Sequences that each server runs at once.
     rows: tuple[int, ...]
-    #: Those of a static batch.
+    #: Sequences of each server in a static batch.
     batch_rows: tuple[int, ...]
     texts: Texts
     seed: int
-    #: For progress.
+    #: Console for progress bars.
     console: Console
-    #: Of the launcher; None: somebody else started it.
+    #: Process id of the launcher; None if this process did not start the servers.
     pid: int | None = None
 
     @property
@@ -42,30 +42,32 @@ class Setting:
         return range(len(self.names))
 
     def rng(self, purpose: str) -> np.random.Generator:
-        """For each purpose another one; by the seed."""
+        """Return a random generator that depends on the seed and the purpose."""
         return np.random.default_rng([self.seed, *purpose.encode()])
 
     def need(self, tokens: int, section: str) -> None:
-        """
+        """Check that the servers' context has at least `tokens` tokens, for a section.
+
         Raises:
-            UserError: the context of the servers is shorter.
+            UserError: the context is shorter.
         """
         if self.api.max_model_len < tokens:
             raise UserError(
-                f"section {section} needs a context of {tokens} tokens; the servers have "
-                f"{self.api.max_model_len}"
+                f"section {section} needs a context of {tokens} tokens; the servers have only "
+                f"{self.api.max_model_len}: choose other --sections, or start the servers with a "
+                "longer --max-model-len"
             )
 
     def progress(
         self, title: str, total: int
     ) -> contextlib.AbstractContextManager[Callable[[], None]]:
-        """A bar that the caller advances."""
+        """Show a progress bar for the block; yield a function that advances it."""
         return progress(self.console, title, total)
 
 
 @contextlib.contextmanager
 def progress(console: Console, title: str, total: int) -> Iterator[Callable[[], None]]:
-    """A bar that the caller advances; only where there is a terminal."""
+    """Show a progress bar on a terminal for the block; yield a function that advances it."""
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     with Progress(
         *columns,
@@ -80,5 +82,5 @@ def progress(console: Console, title: str, total: int) -> Iterator[Callable[[], 
 
 
 def failures(answers: Sequence[Answer]) -> list[str]:
-    """Why answers are not whole, of those whose user waited for them."""
+    """Return the reasons of failed answers; answers whose user disconnected do not count."""
     return [answer.error for answer in answers if answer.error is not None]

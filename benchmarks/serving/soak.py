@@ -1,4 +1,4 @@
-"""Many requests at saturation, some of them wrong, some of whose users hang up."""
+"""Section `soak`: many requests at saturation, some invalid, some whose users disconnect."""
 
 from __future__ import annotations
 
@@ -21,53 +21,63 @@ from .http import HttpError
 from .setting import Setting
 from .wrong import refused, wrong_bodies
 
-#: Tokens: of prompts and of answers, at least and at most.
+#: Minimum and maximum tokens of prompts, and of answers.
 PROMPTS, ANSWERS = (4, 600), (1, 128)
-#: Of all requests: users that hang up, requests that are wrong.
+#: Share of all requests whose users disconnect, and share of invalid requests.
 HANG_UPS, WRONG = 0.05, 0.05
-#: Requests in flight: so many times what a server runs at once.
+#: Requests in flight, as a multiple of those that a server runs at once.
 PRESSURE = 2
-#: Margin at which a first difference is none; memory after the first quarter.
+#: Targets: largest margin at a first difference; unevenness of memory after the first quarter.
 MARGIN, GROWTH = 1e-3, 0.05
-#: What is 0 on idle servers, and seconds until they have noticed.
+#: Metrics that must be 0 on idle servers; their prefix; seconds within which they must be 0, and
+#: between two checks.
 IDLE_METRICS = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
 PREFIX, IDLE_S, ASK_S = "dance_jax:", 15.0, 0.25
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """Of one request of the soak; exactly one field is not None."""
+    """Outcome of one request of the soak; exactly one field is not None."""
 
+    #: Answer to a valid request.
     answer: Answer | None = None
-    #: What was wrong with the request, and why the server did not refuse it; "": it did.
+    #: For an invalid request, what was wrong with it, and what the server did instead of refusing
+    #: it ("" if the server refused it).
     wrong: tuple[str, str] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Soak:
+    """Results of the section."""
+
     requests: int
+    #: Requests whose users disconnected.
     hung_up: int
-    #: Requests that were wrong, by what was.
+    #: Number of invalid requests by what was wrong.
     wrong: dict[str, int]
-    #: Why good requests did not finish, and what became of wrong ones that were not refused.
+    #: Reasons of valid requests that did not finish.
     failed: list[str]
+    #: Outcomes of invalid requests that were not refused.
     taken: list[str]
-    #: Between answers of this run and the quiet one.
+    #: Number of answers compared with those of the quiet run.
     compared: int
+    #: Differences between answers of this run and of the quiet run.
     differences: list[Difference]
     samples: list[memory.Sample]
-    #: Largest over smallest resident memory less 1, after the first quarter; None: not known.
+    #: Largest over smallest resident memory, minus 1, after the first quarter; None if unknown.
     growth: float | None
-    #: What is not 0 in the end on a server where nothing runs.
+    #: Metrics that were not 0 at the end on idle servers.
     left_over: list[str]
-    #: Of the good requests.
+    #: Figures of the valid requests.
     figures: Figures
 
 
 async def measure(setting: Setting, requests: int) -> Soak:
-    """
+    """Run the same requests quietly and at saturation, and compare.
+
     Args:
-        requests: in all.
+        setting: the servers and texts.
+        requests: total number of requests at saturation.
     """
     setting.need(PROMPTS[1] + ANSWERS[1], "soak")
     calls = _calls(setting, requests)
@@ -93,7 +103,7 @@ async def measure(setting: Setting, requests: int) -> Soak:
 
 
 async def _quiet(setting: Setting, calls: Sequence[Call | None]) -> list[Answer]:
-    """Answers to those whose users wait for them: one at a time on each server."""
+    """Answer valid requests whose users wait for the end, one at a time on each server."""
     good = [call for call in calls if call is not None and call.hang_up_after is None]
     with setting.progress("soak: quiet", len(good)) as done:
         origin = time.perf_counter()
@@ -105,7 +115,7 @@ async def _quiet(setting: Setting, calls: Sequence[Call | None]) -> list[Answer]
 async def _loud(
     setting: Setting, calls: Sequence[Call | None]
 ) -> tuple[list[Outcome], list[memory.Sample]]:
-    """All of them at saturation, and the memory meanwhile."""
+    """Send all requests at saturation, and sample the memory meanwhile."""
     finished = 0
     with setting.progress("soak", len(calls)) as advance:
 
@@ -121,7 +131,7 @@ async def _loud(
 
 
 def _calls(setting: Setting, requests: int) -> list[Call | None]:
-    """None: a wrong request. Greedy, so that answers can be compared."""
+    """Make the requests; None stands for an invalid one. Greedy, so that answers are comparable."""
     rng = setting.rng("soak")
     kinds = rng.permutation(requests) / requests
     found: list[Call | None] = []
@@ -134,7 +144,7 @@ def _calls(setting: Setting, requests: int) -> list[Call | None]:
         output = int(rng.integers(*ANSWERS, endpoint=True))
         hang_up = None
         if kinds[n] < WRONG + HANG_UPS:
-            # In the middle: there is always something after the piece at which the user leaves.
+            # In the middle of the answer, so that the server still has tokens to send.
             output = max(output, 8)
             hang_up = int(rng.integers(1, output // 2, endpoint=True))
         found.append(Call(server, prompt, output, logprobs=2, hang_up_after=hang_up))
@@ -173,23 +183,23 @@ async def _ask_wrongly(setting: Setting, server: int, name: str, body: bytes) ->
 
 
 def shortfall(answer: Answer) -> str | None:
-    """Why an answer is not what was asked for; None: it is, or its user hung up."""
+    """Return why an answer is not as requested; None if it is, or if its user disconnected."""
     if answer.error is not None or answer.hung_up:
         return answer.error
     wanted = answer.call.max_tokens
     if answer.output_tokens != wanted or len(answer.tokens) != wanted:
         return f"{answer.output_tokens} tokens ({len(answer.tokens)} streamed) instead of {wanted}"
-    return None if answer.finish_reason == "length" else f"it ended with {answer.finish_reason}"
+    return None if answer.finish_reason == "length" else f"ended with {answer.finish_reason}"
 
 
 def differences(pairs: Iterable[tuple[Answer, Answer]]) -> list[Difference]:
-    """First differences of whole answers to the same calls."""
+    """Return the first differences between pairs of complete answers to the same calls."""
     found = (first_difference(ours.tokens, theirs.tokens) for ours, theirs in pairs)
     return [difference for difference in found if difference is not None]
 
 
 async def _left_over(setting: Setting) -> list[str]:
-    """What idle servers say that is not 0, once they have had time to say so."""
+    """Return metrics of idle servers that are not 0 within IDLE_S."""
     deadline = time.perf_counter() + IDLE_S
     while True:
         found = []
@@ -203,17 +213,17 @@ async def _left_over(setting: Setting) -> list[str]:
 
 
 def targets(found: Soak | None) -> Iterator[Target]:
-    """What has to be reached; None: not measured."""
-    yield _none_of("soak: good requests that did not finish", found and found.failed)
-    yield _none_of("soak: wrong requests that were not refused", found and found.taken)
+    """Yield the targets of the section; `found` is None if it was not measured."""
+    yield _none_of("soak: valid requests that did not finish", found and found.failed)
+    yield _none_of("soak: invalid requests that were not refused", found and found.taken)
     widest = None
     where = ""
     if found is not None:
         widest = max((each.margin for each in found.differences), default=0.0)
-        where = f"{len(found.differences)} of {found.compared} answers differ from the quiet run's"
+        where = f"{len(found.differences)} of {found.compared} answers differ from the quiet run"
     yield Target("soak: margin at a first difference", MARGIN, widest, where)
     growth = None if found is None else found.growth
-    yield Target("soak: resident memory after the first quarter, uneven by", GROWTH, growth)
+    yield Target("soak: unevenness of resident memory after the first quarter", GROWTH, growth)
     yield _none_of("soak: metrics of idle servers that are not 0", found and found.left_over)
 
 

@@ -1,4 +1,4 @@
-"""Continuous batching against a batch at a time, on the same servers."""
+"""Section `static`: continuous batching against one batch at a time, on the same servers."""
 
 from __future__ import annotations
 
@@ -14,54 +14,57 @@ from .drive import Batch, gated, open_loop
 from .figures import Figures, first_token_s, saturated_until, token_rate
 from .setting import Setting, failures
 
-#: Full batches of each server at saturation.
+#: Requests of each server at saturation, as a multiple of the sequences that it runs at once.
 TURNS = 4
-#: Rates that are tried, of what batches reach at saturation, in requests.
+#: Rates to try, as fractions of the requests per second that batches reach at saturation.
 FRACTIONS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
-#: Tokens: of the longest answer; of prompts, at least and at most.
+#: Tokens of the longest answer; minimum and maximum tokens of prompts.
 LONGEST, PROMPTS = 256, (32, 256)
-#: p99 TTFT and throughput: at most so much of the static batch's, at least so many times it.
+#: Targets over static batches: maximum ratio of the p99 TTFT, minimum ratio of the throughput.
 TTFT_SHARE, THROUGHPUT_RATIO = 1 / 3, 2.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Saturated:
-    """While requests wait on every server."""
+    """Throughput at saturation: while requests wait on every server."""
 
     #: Output tokens per second.
     token_rate: float
-    #: Seconds that it was so.
+    #: Seconds of saturation.
     seconds: float
 
 
 @dataclasses.dataclass(frozen=True)
 class Static:
-    """What was found; `batches` are a batch at a time, `ours` is continuous."""
+    """Results of the section: `batches` is one batch at a time, `ours` continuous batching."""
 
     saturated_batches: Saturated
     saturated_ours: Saturated
-    #: Requests per second of all servers that batches reach at saturation.
+    #: Total requests per second that batches reach at saturation.
     capacity: float
-    #: Of it, the highest that was sustained; None: none was.
+    #: Highest fraction of `capacity` that batches sustained; None if they sustained none.
     fraction: float | None
-    #: At that rate.
+    #: Figures at that rate.
     batches: Figures | None
     ours: Figures | None
-    #: TTFT of every request, seconds.
+    #: TTFT of every request at that rate, in seconds.
     ttft_batches: list[float]
     ttft_ours: list[float]
+    #: Reasons of failed requests.
     failed: list[str]
 
     @property
     def rate(self) -> float | None:
-        """Requests per second of all servers."""
+        """Highest total rate that batches sustained, in requests per second."""
         return None if self.fraction is None else self.fraction * self.capacity
 
 
 async def measure(setting: Setting, window_s: float) -> Static:
-    """
+    """Measure both ways of batching at saturation, and at the highest rate that batches sustain.
+
     Args:
-        window_s: seconds in which requests arrive, of one rate.
+        setting: the servers and texts.
+        window_s: seconds during which requests arrive, for each rate.
     """
     setting.need(LONGEST + PROMPTS[1], "static")
     at_once = [Arrival(0.0, n) for n in setting.servers for _ in range(TURNS * setting.rows[n])]
@@ -96,12 +99,15 @@ async def measure(setting: Setting, window_s: float) -> Static:
 
 
 def sustained(batches: Sequence[Batch], window_s: float) -> bool:
-    """The first batch after the window took all that waited: no queue has grown in it."""
+    """Return whether the first batch after the window took all waiting calls.
+
+    If so, no queue has grown during the window.
+    """
     return next((batch.left == 0 for batch in batches if batch.start_s >= window_s), True)
 
 
 def _arrivals(setting: Setting, rate: float, window_s: float) -> list[Arrival]:
-    """`rate` is of all servers; each has its part by what it can run at once."""
+    """Draw arrivals at a total `rate`, split by the sequences that each server runs at once."""
     rates = [rate * rows / sum(setting.rows) for rows in setting.rows]
     return arrivals.limited(arrivals.poisson(rates, setting.seed), duration_s=window_s)
 
@@ -121,7 +127,7 @@ async def _ours(setting: Setting, coming: Sequence[Arrival], title: str) -> list
 
 
 def _calls(setting: Setting, coming: Sequence[Arrival], run: str) -> list[Call]:
-    """Of the same lengths in every run, with texts of its own: caches know nothing of them."""
+    """Make calls with the same lengths in every run, but new texts, so that caches miss."""
     lengths, words = setting.rng("static: lengths"), setting.rng(run)
     outputs = arrivals.answer_lengths(len(coming), LONGEST, lengths)
     prompts = lengths.integers(*PROMPTS, len(coming), endpoint=True).tolist()
@@ -132,7 +138,7 @@ def _calls(setting: Setting, coming: Sequence[Arrival], run: str) -> list[Call]:
 
 
 def targets(found: Static | None) -> Iterator[Target]:
-    """What has to be reached; None: not measured."""
+    """Yield the targets of the section; `found` is None if it was not measured."""
     ttft = ratio = sustained = failed = None
     where = ""
     if found is not None:
@@ -142,11 +148,11 @@ def targets(found: Static | None) -> Iterator[Target]:
         if found.ours is not None and found.batches is not None:
             where = f"at {found.rate:.2f} requests/s"
             ttft = _p99(found.ours) / _p99(found.batches)
-    name = "static: p99 TTFT, of a batch at a time's at the highest rate that sustains"
+    name = "static: p99 TTFT, continuous over batches at the highest rate that batches sustain"
     yield Target(name, TTFT_SHARE, ttft, where)
-    name = "static: a batch at a time's throughput at saturation, of ours"
+    name = "static: throughput at saturation, batches over continuous"
     yield Target(name, 1 / THROUGHPUT_RATIO, ratio)
-    yield Target("static: a batch at a time sustains none of the rates", 0.0, sustained)
+    yield Target("static: batches sustain none of the rates", 0.0, sustained)
     yield Target("static: failed requests", 0.0, failed, _first(found.failed if found else []))
 
 

@@ -1,4 +1,4 @@
-"""Results as tables and lines of the terminal."""
+"""Results as tables and lines on the terminal."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TIMES = ("ttft", "tpot", "itl", "e2e")
 
 
 def grid(*columns: str, left: int = 1) -> Table:
-    """The first `left` columns are words, the others numbers."""
+    """Return a table whose first `left` columns are left-aligned text, the others numbers."""
     table = Table(box=box.SIMPLE_HEAD)
     for number, column in enumerate(columns):
         table.add_column(column, justify="left" if number < left else "right", no_wrap=True)
@@ -28,7 +28,7 @@ def grid(*columns: str, left: int = 1) -> Table:
 
 
 def milliseconds(seconds: float) -> str:
-    """Of a time."""
+    """Format a time in milliseconds."""
     value = seconds * 1e3
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
 
@@ -40,7 +40,7 @@ def _cells(spread: Spread | None) -> list[str]:
 
 
 def print_load(console: Console, rows: Sequence[Figures]) -> None:
-    """Rates, then times, of each server and of all."""
+    """Print the rates, then the times, of each server and of all."""
     rates = grid("server", "requests", "failed", "requests/s", "prompt tokens/s", "output tokens/s")
     times = grid("server", "ms", "mean", "p50", "p90", "p99", left=2)
     for row in rows:
@@ -56,7 +56,7 @@ def print_load(console: Console, rows: Sequence[Figures]) -> None:
 
 
 def print_failed(console: Console, failed: Sequence[str], most: int = 5) -> None:
-    """The first reasons."""
+    """Print the first reasons of failed requests, and the number of the others."""
     for why in failed[:most]:
         console.print(f"failed: {why}", markup=False, soft_wrap=True)
     if len(failed) > most:
@@ -66,17 +66,17 @@ def print_failed(console: Console, failed: Sequence[str], most: int = 5) -> None
 def print_static(console: Console, found: Static) -> None:
     batches, ours = found.saturated_batches, found.saturated_ours
     console.print(
-        "[bold]A batch at a time, and continuous batching[/bold]\n"
-        f"all requests wait: {batches.token_rate:.1f} output tokens/s in batches, "
-        f"{ours.token_rate:.1f} continuously, "
+        "[bold]One batch at a time, and continuous batching[/bold]\n"
+        f"at saturation: {batches.token_rate:.1f} output tokens/s in batches, "
+        f"{ours.token_rate:.1f} with continuous batching, "
         f"{ours.token_rate / batches.token_rate if batches.token_rate else 0:.2f} times as many"
     )
     if found.batches is None or found.ours is None or found.rate is None:
-        console.print("batches sustained none of the rates that were tried")
+        console.print("batches sustained none of the tried rates")
         return
     console.print(
-        f"{found.rate:.2f} requests/s, {found.fraction:.1f} of what batches reach at saturation, "
-        f"is the highest rate tried that they sustain: {found.batches.requests} requests",
+        f"highest tried rate that batches sustain: {found.rate:.2f} requests/s, "
+        f"{found.fraction:.1f} of their rate at saturation; {found.batches.requests} requests",
         soft_wrap=True,
     )
     table = grid("", "ms", "mean", "p50", "p90", "p99", left=2)
@@ -91,7 +91,7 @@ def print_static(console: Console, found: Static) -> None:
 def print_long(console: Console, rows: Sequence[Row]) -> None:
     console.print(
         "[bold]A long prompt beside four streams[/bold]\n"
-        "ITL of the streams, and of those while the prompt is read; ms"
+        "ITL of the streams, in total and during the long prompt's prefill; ms"
     )
     table = grid(
         "server",
@@ -116,10 +116,10 @@ def print_long(console: Console, rows: Sequence[Row]) -> None:
 
 
 def print_idle(console: Console, found: Idle) -> None:
-    cores = ", ".join(f"{100 * share:.1f} %" for share in found.cores or []) or "not known"
+    cores = ", ".join(f"{100 * share:.1f} %" for share in found.cores or []) or "unknown"
     console.print(
-        f"[bold]Servers that rest[/bold]\nof a core, front end and engine: {cores}; then requests "
-        "of one token, ms"
+        f"[bold]Idle servers[/bold]\nuse of a core by front end and engine: {cores}; then requests "
+        "for one token, ms"
     )
     table = grid("from arrival", "mean", "p50", "p90", "p99")
     table.add_row("to the first step", *_cells(found.begin))
@@ -128,7 +128,7 @@ def print_idle(console: Console, found: Idle) -> None:
 
 
 def print_prefix(console: Console, found: Prefix) -> None:
-    console.print("[bold]A prompt with a known beginning[/bold]\nTTFT, ms; medians")
+    console.print("[bold]A prompt with a cached beginning[/bold]\nmedian TTFT, ms")
     table = grid("server", "pairs", "first", "second")
     for server in dict.fromkeys(pair.server for pair in found.pairs):
         own = [pair for pair in found.pairs if pair.server == server]
@@ -141,8 +141,8 @@ def print_soak(console: Console, found: Soak) -> None:
     wrong = ", ".join(f"{name} {count}" for name, count in found.wrong.items())
     console.print(
         f"[bold]{found.requests:,} requests at saturation[/bold]\n"
-        f"{found.hung_up} hung up; wrong: {wrong or 'none'}\n"
-        f"{found.compared:,} answers compared with the quiet run's: {len(found.differences)} differ"
+        f"{found.hung_up} users disconnected; invalid requests: {wrong or 'none'}\n"
+        f"{found.compared:,} answers compared with the quiet run: {len(found.differences)} differ"
         f"{_margins(found)}\n{_memory(found.samples)}",
         soft_wrap=True,
     )
@@ -154,12 +154,12 @@ def _margins(found: Soak) -> str:
     if not found.differences:
         return ""
     widest = max(found.differences, key=lambda each: each.margin)
-    return f", at a margin of {widest.margin:.2g} at most (token {widest.index})"
+    return f", with a margin of at most {widest.margin:.2g} (token {widest.index})"
 
 
 def _memory(samples: Sequence[Sample]) -> str:
     if not samples:
-        return "resident memory: not known of servers that were there before"
+        return "resident memory: unknown for servers that were not started here"
     sizes = [sample.resident / 2**20 for sample in samples]
     return (
         f"resident memory: {min(sizes):,.0f} to {max(sizes):,.0f} MiB, {sizes[-1]:,.0f} at the end"

@@ -1,4 +1,4 @@
-"""Real text as prompts, by server: as it is, or cut to a length."""
+"""Prompts of real text for each server: whole prompts, or text cut to a length."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ import numpy as np
 from dance_jax.config import UserError
 from dance_jax.models.tokenizer import Tokenizer
 
-#: First tokens of a cut prompt, drawn at random: no two begin alike, nothing of them is cached.
+#: Number of first tokens of a cut prompt that are drawn at random, so that prompts begin
+#: differently and prefix caches miss.
 FRESH = 3
 
 
 class Texts:
-    """Tokens of prompts.
+    """Prompts of all servers, as tokens.
 
     Args:
-        prompts: of each server, tokens of each prompt; none is empty.
+        prompts: [server][prompt], the tokens of each prompt; no prompt is empty.
     """
 
     def __init__(self, prompts: Sequence[Sequence[list[int]]]) -> None:
@@ -27,12 +28,12 @@ class Texts:
         self._tokens = [np.concatenate([np.array(p) for p in own]) for own in prompts]
 
     def whole(self, server: int, rng: np.random.Generator) -> list[int]:
-        """One of the server's prompts."""
+        """Draw one of the server's prompts."""
         own = self._prompts[server]
         return own[int(rng.integers(len(own)))]
 
     def cut(self, server: int, length: int, rng: np.random.Generator) -> list[int]:
-        """`length` tokens from anywhere in the server's prompts, with a beginning of their own."""
+        """Draw `length` tokens from anywhere in the server's prompts, with a random beginning."""
         tokens = self._tokens[server]
         start = int(rng.integers(len(tokens)))
         found = tokens.take(range(start, start + length), mode="wrap")
@@ -42,21 +43,24 @@ class Texts:
 
 
 def task_files(directory: pathlib.Path) -> list[pathlib.Path]:
-    """
+    """Return the task files (*.jsonl) of a directory, sorted.
+
     Raises:
-        UserError: there are none.
+        UserError: the directory has no such file.
     """
     files = sorted(directory.glob("*.jsonl"))
     if not files:
-        raise UserError(f"--tasks {directory}: no *.jsonl there")
+        raise UserError(f"--tasks {directory}: no *.jsonl files in this directory")
     return files
 
 
 def read_texts(files: Sequence[pathlib.Path], servers: int, tokenizer: Tokenizer) -> Texts:
-    """Task files, dealt to the servers in turn; few files go round several times.
+    """Read task files and assign them to the servers in turn; files repeat if there are too few.
 
     Args:
-        files: JSON Lines with a "prompt" in each.
+        files: JSON Lines files with a "prompt" in each line.
+        servers: number of servers.
+        tokenizer: of the model.
 
     Raises:
         UserError: a file cannot be read, or a line has no prompt.
@@ -88,10 +92,10 @@ def _read(path: pathlib.Path, tokenizer: Tokenizer) -> list[list[int]]:
             prompt = json.loads(line)["prompt"]
             tokens = tokenizer.encode(prompt)
         except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f'{path}:{number}: a line is {{"prompt": "..."}}: {error}') from error
+            raise UserError(f'{path}:{number}: not {{"prompt": "..."}}: {error}') from error
         if not tokens:
-            raise UserError(f"{path}:{number}: prompt: it has no tokens")
+            raise UserError(f"{path}:{number}: the prompt has no tokens")
         found.append(tokens)
     if not found:
-        raise UserError(f"{path}: no prompts")
+        raise UserError(f"{path}: the file has no prompts")
     return found

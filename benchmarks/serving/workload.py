@@ -1,4 +1,4 @@
-"""What is asked in a run under load: calls from arrivals and prompts."""
+"""Requests of a run under load, from arrivals and prompts."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ from .texts import Texts
 def calls_of_texts(
     arrivals: Sequence[Arrival], texts: Texts, longest: int, context: int, seed: int
 ) -> list[Call]:
-    """Prompts as they are, or cut to the lengths that the arrivals have.
+    """Make calls with whole prompts, or with prompts cut to the arrivals' lengths if given.
 
     Args:
-        longest: tokens of an answer at most.
-        context: tokens of a prompt and its answer at most; prompts are cut to what is left.
+        arrivals: times, servers, and lengths if known.
+        texts: prompts of each server.
+        longest: maximum tokens of an answer.
+        context: maximum tokens of a prompt and its answer; longer prompts are cut.
         seed: of lengths and texts.
     """
     rng = np.random.default_rng(seed)
@@ -43,7 +45,10 @@ def calls_of_texts(
 def calls_of_prompts(
     arrivals: Sequence[Arrival], prompts: Sequence[Prompt], tokenizer: Tokenizer
 ) -> list[Call]:
-    """Each server's prompts in turn, as often as requests arrive; answers end where they end."""
+    """Make calls with each server's prompts in turn, repeated as needed.
+
+    Answers may end before max_tokens, at an end-of-sequence token.
+    """
     own: dict[int, list[Call]] = {}
     for prompt in prompts:
         tokens = tokenizer.encode(prompt.text)

@@ -1,19 +1,20 @@
-"""Requests that no server should take."""
+"""Invalid requests, which a server must refuse."""
 
 from __future__ import annotations
 
 import json
 from typing import Any
 
-#: Refused for now, not for good.
+#: HTTP status of a request that is refused only for now.
 TOO_MANY = 429
 
 
 def wrong_bodies(model: str, context: int) -> dict[str, bytes]:
-    """Bodies for /v1/completions by what is wrong with them.
+    """Return invalid bodies for POST /v1/completions, by what is wrong with them.
 
     Args:
-        context: tokens of the longest prompt with its answer.
+        model: name of the served model.
+        context: maximum tokens of a prompt with its answer.
     """
     good: dict[str, Any] = {"model": model, "prompt": [5, 6, 7], "max_tokens": 4, "stream": True}
     changed: dict[str, dict[str, Any]] = {
@@ -32,5 +33,5 @@ def wrong_bodies(model: str, context: int) -> dict[str, bytes]:
 
 
 def refused(status: int) -> bool:
-    """The server says that the request was wrong."""
+    """Return whether a status says that the request was invalid."""
     return 400 <= status < 500 and status != TOO_MANY

@@ -1,29 +1,32 @@
-"""Systems that serve one model on the hosts of a testbed, measured over HTTP on the same work.
+"""Compare systems that serve one model on the hosts of a testbed, over HTTP on the same requests.
 
 Systems:
-    latency, dance    this project with that policy, or any other policy of ours. Experts are placed
-                      by what requests of the same users, asked before, have used
-    old               another checkout of this project (--old DIR), policy `latency`
-    star              llama.cpp: `ggml-rpc-server` in every host, each with a part of the layers,
-                      and `llama-server -kvu` outside the hosts, which asks them all
+    latency, dance    this project with that policy (or any other policy of --policies). Experts are
+                      placed by the activations of earlier requests of the same users
+    old               another checkout of this project (--old DIR), with the policy `latency`
+    star              llama.cpp: a `ggml-rpc-server` on every host, each with some of the layers,
+                      and a `llama-server -kvu` outside the hosts, which calls all of them
 
-All are up at once and take turns, in another order in each repetition; a ratio is the median over
-repetitions of ours over the other's. Processor time is counted by system. Servers that rest do next
-to nothing, but for those in lock step, which keep looking at each other: compare with the star in a
-run without --old, or they take part of the hosts' cores from ours. Links get one rate after
-another, and all is started anew for each, since placements depend on it.
+All systems run at once and are measured in turn, in a different order in each repetition. A ratio
+is the median over the repetitions of our figure over the other system's. Processor time is counted
+by system. Idle servers use almost no processor time, except those of old versions in lock step,
+which keep polling each other. Compare with the star in a run without --old; otherwise such servers
+take cores from ours. The link rates are measured one after another. All systems restart for each
+rate, because placements depend on the rate.
 
-A load is so many users at once, each with random tokens of the range of the vocabulary that its
-host's users have for themselves, and greedy answers of fixed length. User n is on host n mod 3.
+A load is a number of concurrent users. Each user sends random tokens from a range of the vocabulary
+that only the users of the same host have, and gets a greedy answer of fixed length. User n is on
+host n mod 3.
 
 Figures:
     decode    tokens/s of a stream after its first token, median of the users
     total     output tokens/s of all users, from the start to the last token
-    TTFT      time to the first token, median of the users
-    CPU       processor time of all of the system's processes on all hosts (and of `llama-server`),
-              over output tokens; the prompt's is in it
-    kB        through the hosts' interfaces, sent and received, over output tokens; answers to users
-              are in it
+    TTFT      time to first token, median of the users
+    CPU       processor time of all the system's processes on all hosts (and of `llama-server`),
+              prefill included, per output token
+    kB        traffic through the hosts' interfaces, sent plus received, answers to users included,
+              per output token
 
-Modules: `running` starts systems, `loads` asks them, `results` judges and shows.
+Modules: `running` starts the systems, `loads` sends requests, `results` has ratios, targets and
+tables.
 """

@@ -1,4 +1,4 @@
-"""What the systems are asked, and what came of it."""
+"""Loads for the systems, and the figures measured under them."""
 
 from __future__ import annotations
 
@@ -20,23 +20,25 @@ from benchmarks.serving.figures import first_token_s, per_token_s
 
 from .running import Running
 
-#: Requests of each host that placements are made by, and their seed.
+#: Requests per host that placements are fitted to, and their seed.
 FIT_REQUESTS, FIT_SEED = 16, 1 << 20
-#: The first token of the ranges: those below have a meaning.
+#: First token of the hosts' ranges; lower tokens are special.
 FIRST_TOKEN = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Load:
-    """So many users at once; tokens of each prompt and of each answer."""
+    """A number of concurrent users, with one request each."""
 
     name: str
     users: int
+    #: Tokens of each prompt.
     prompt: int = 64
+    #: Tokens of each answer.
     tokens: int = 64
 
     def calls(self, hosts: int, vocabulary: int, seed: int) -> list[Call]:
-        """Of all users; for the same seed the same."""
+        """Return the calls of all users; the same for the same seed."""
         found = []
         for user in range(self.users):
             host = user % hosts
@@ -53,26 +55,26 @@ LOADS = (
     Load("12 users", 12),
     Load("prompt of 500", 1, prompt=500, tokens=1),
 )
-#: Asked before anything is measured.
+#: Sent before anything is measured.
 WARM = Load("warm", 6, tokens=16)
 
 
 def own_tokens(host: int, hosts: int, vocabulary: int) -> range:
-    """The range of the vocabulary that a host's users have for themselves."""
+    """Return the range of the vocabulary that only this host's users send."""
     width = (vocabulary - FIRST_TOKEN) // hosts
     return range(FIRST_TOKEN + host * width, FIRST_TOKEN + (host + 1) * width)
 
 
 @dataclasses.dataclass(frozen=True)
 class Figures:
-    """Of a system under a load; what each is, `benchmarks.systems` says.
+    """Figures of a system under a load, as defined in `benchmarks.systems`.
 
     Attributes:
-        decode, total: tokens per second; decode is None where answers have one token.
-        ttft_s: seconds.
-        cpu_s: seconds per token.
-        bytes: per token.
-        outputs: the answers' tokens.
+        decode, total: in tokens per second; decode is None if answers have one token.
+        ttft_s: in seconds.
+        cpu_s: in seconds per output token.
+        bytes: per output token.
+        outputs: tokens of each answer.
     """
 
     decode: float | None
@@ -84,10 +86,10 @@ class Figures:
 
 
 def measure(system: Running, calls: Sequence[Call]) -> Figures:
-    """Asks all calls at once.
+    """Send all calls at once and measure the system.
 
     Raises:
-        ClusterError: an answer is not whole.
+        ClusterError: an answer is not complete.
     """
     before = system.processor_s(), system.interface_bytes()
     answers = ask(system, calls)
@@ -106,10 +108,10 @@ def measure(system: Running, calls: Sequence[Call]) -> Figures:
 
 
 def ask(system: Running, calls: Sequence[Call]) -> list[Answer]:
-    """The answers to all calls.
+    """Send all calls at once and return the answers.
 
     Raises:
-        ClusterError: one is not whole.
+        ClusterError: an answer is not complete.
     """
     answers = asyncio.run(open_loop(system.api, calls, lambda: None))
     for answer in answers:
@@ -117,19 +119,19 @@ def ask(system: Running, calls: Sequence[Call]) -> list[Answer]:
             raise ClusterError(f"a request failed: {answer.error}")
         if answer.output_tokens != answer.call.max_tokens:
             raise ClusterError(
-                f"{answer.output_tokens} tokens came of {answer.call.max_tokens} asked for"
+                f"an answer has {answer.output_tokens} tokens instead of {answer.call.max_tokens}"
             )
     return answers
 
 
 def output(answer: Answer) -> list[int]:
-    """Its tokens, by their names; special ones may have none and are left out."""
+    """Parse an answer's tokens from their names; special tokens are left out."""
     named = map(int, re.findall(r"<(\d+)>", answer.text))
     return [token for token in named if token >= FIRST_TOKEN]
 
 
 def fit_prompts(path: pathlib.Path, names: Sequence[str], vocabulary: int) -> None:
-    """Writes other prompts of the same users, by which experts are placed; `--prompts` reads it."""
+    """Write a --prompts file of other prompts of the same users, to fit placements to."""
     calls = Load("fit", len(names) * FIT_REQUESTS).calls(len(names), vocabulary, FIT_SEED)
     lines = [
         json.dumps({"prompt": " ".join(map(token_name, call.prompt)), "server": names[call.server]})

@@ -1,4 +1,4 @@
-"""Figures of all systems, their ratios, tables, and what has to be reached."""
+"""Figures of all systems: ratios, tables and targets."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from benchmarks.targets import Target
 
 from .loads import Figures
 
-#: Ours, and what it is compared with.
+#: Names of our system and of the systems that it is compared with.
 OURS, STAR, OLD = "latency", "star", "old"
-#: Least ratio of ours to the star's: (load, rate) -> of `decode` for one user, of `total` for more.
+#: Minimum ratio of our speed to the star's, by (load, Mbps): of `decode` for one user, of `total`
+#: for several.
 SPEED = {
     ("1 user", 20): 0.8,
     ("1 user", 100): 0.6,
@@ -28,7 +29,8 @@ SPEED = {
     ("12 users", 20): 1.6,
     ("12 users", 100): 1.5,
 }
-#: Most of ours over the star's: TTFT of the long prompt by rate; processor time of one stream.
+#: Maximum ratios of ours to the star's: of the long prompt's TTFT, by Mbps; and of the processor
+#: time of one stream, as (Mbps, ratio).
 LONG_TTFT = {20: 3.0, 100: 1.2}
 PROCESSOR = (100, 2.0)
 _MBPS = 1_000_000
@@ -36,27 +38,28 @@ _MBPS = 1_000_000
 
 @dataclasses.dataclass
 class Cell:
-    """A load at a rate in a format: figures of each system, in the order of the repetitions."""
+    """Results of one load at one link rate in one format."""
 
     form: str
-    #: Bits per second; None: links are not shaped.
+    #: Bits per second; None if links are not shaped.
     rate: int | None
     load: str
+    #: Figures by system, in the order of the repetitions.
     figures: dict[str, list[Figures]]
 
     def median(self, system: str, of: Callable[[Figures], float]) -> float:
-        """Over repetitions."""
+        """Return a system's median over the repetitions."""
         return statistics.median(map(of, self.figures[system]))
 
     def ratio(self, ours: str, other: str, of: Callable[[Figures], float]) -> float | None:
-        """Median of the repetitions' ratios; None: one of them was not measured."""
+        """Return the median of the repetitions' ratios; None if a system was not measured."""
         if not self.figures.get(ours) or not self.figures.get(other):
             return None
         pairs = zip(self.figures[ours], self.figures[other], strict=False)
         return statistics.median(of(mine) / of(theirs) for mine, theirs in pairs)
 
     def speed(self, found: Figures) -> float:
-        """What the load's users are served by: tokens/s."""
+        """Return the speed that counts for the load, in tokens/s: `decode` for one user."""
         return found.decode if self.load == "1 user" and found.decode else found.total
 
     @property
@@ -65,7 +68,7 @@ class Cell:
 
 
 def show(console: Console, cells: Sequence[Cell]) -> None:
-    """A table of all figures, ratios of policies of ours to others, and equal outputs."""
+    """Print a table of all figures and ratios, and the numbers of equal outputs."""
     table = grid(
         "format", "links", "load", "system", "decode", "total", "TTFT ms", "CPU ms", "kB",
         "speed/star", "CPU/star", "TTFT/star", "speed/old", left=4,
@@ -95,7 +98,7 @@ def show(console: Console, cells: Sequence[Cell]) -> None:
     console.print(table)
     for system, (equal, compared) in agreement(cells).items():
         console.print(
-            f"Greedy outputs in float32 equal to {OURS}'s: {system} {equal} of {compared}"
+            f"float32 greedy outputs of {system} equal to those of {OURS}: {equal} of {compared}"
         )
 
 
@@ -112,7 +115,7 @@ def _ttft_s(found: Figures) -> float:
 
 
 def agreement(cells: Sequence[Cell]) -> dict[str, tuple[int, int]]:
-    """Of each other system: float32 outputs that equal ours, of how many."""
+    """Return the number of float32 outputs equal to ours, and of all, for each other system."""
     found: dict[str, tuple[int, int]] = {}
     for cell in cells:
         if cell.form != "float32" or OURS not in cell.figures:
@@ -131,7 +134,7 @@ def agreement(cells: Sequence[Cell]) -> dict[str, tuple[int, int]]:
 
 
 def targets(cells: Sequence[Cell]) -> Iterator[Target]:
-    """What has to be reached over the star."""
+    """Yield the targets, which are ratios of our figures to the star's."""
     for cell in cells:
         mbps = None if cell.rate is None else cell.rate // _MBPS
         if (least := SPEED.get((cell.load, mbps or 0))) is not None:
@@ -146,7 +149,7 @@ def targets(cells: Sequence[Cell]) -> Iterator[Target]:
 
 
 def plain(cells: Sequence[Cell]) -> dict[str, Any]:
-    """For JSON; outputs are left out."""
+    """Return the results for JSON, without the outputs."""
     return {
         "cells": [
             {

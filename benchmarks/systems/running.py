@@ -1,4 +1,4 @@
-"""The systems, started on the hosts of a testbed."""
+"""Start the systems on the hosts of a testbed."""
 
 from __future__ import annotations
 
@@ -24,30 +24,30 @@ from benchmarks.serving.client import Api
 from benchmarks.serving.cluster import LOOPBACK, ClusterError, free_ports
 from benchmarks.serving.http import Address, HttpError, request
 
-#: Formats that both sides have.
+#: Weight formats that both this project and llama.cpp have.
 FORMATS = ("float32", "int8")
-#: Slots of each device: 1.32 times the experts of the 200 M model on four devices.
+#: Expert slots of each device: on four devices, 1.32 times the experts of the 200 M model.
 SLOTS = 148
-#: Users that the star serves at once, and tokens of the cache that they share.
+#: Users that the star serves at once, and tokens of their shared KV cache.
 STAR_USERS, STAR_TOKENS = 12, 4096
 RPC_PORT = 50052
-#: Seconds until the star must be ready, and between two questions.
+#: Seconds within which the star must be ready, and between two checks.
 READY_S, ASK_S = 300.0, 0.1
 
 
 def about(model: Model, form: str) -> list[str]:
-    """Options of `launch` that say which model is served, in a format of FORMATS."""
+    """Return the options of dance_jax.launch for a model in a format of FORMATS."""
     words = ["--model", str(model.named()), "--cache-dir", str(model.work / "cache")]
     return words if form == "float32" else [*words, "--experts", form, "--trunk", form]
 
 
 class Running:
-    """A system that answers requests.
+    """A running system that is ready for requests.
 
     Args:
-        api: its servers, one for each host.
-        bed: where it runs.
-        pids: its processes on the hosts and the head.
+        api: client of the system's servers, one per host.
+        bed: the testbed that the system runs on.
+        pids: the system's processes on the hosts and the head.
     """
 
     def __init__(self, api: Api, bed: Testbed, pids: Iterable[int]) -> None:
@@ -55,7 +55,7 @@ class Running:
         self._bed, self._pids = bed, tuple(pids)
 
     def processor_s(self) -> float:
-        """Seconds of processor time so far.
+        """Return the processor time of all the system's processes so far, in seconds.
 
         Raises:
             ClusterError: a process has ended.
@@ -63,41 +63,42 @@ class Running:
         try:
             return sum(map(processor_seconds, self._pids))
         except FileNotFoundError:
-            raise ClusterError("a process of a system has ended while it was measured") from None
+            raise ClusterError("a process of a system ended during the measurement") from None
 
     def interface_bytes(self) -> int:
-        """Sent and received through the hosts' interfaces so far, by whatever system."""
+        """Return the bytes sent and received by the hosts' interfaces so far, of all systems."""
         return sum(map(sum, self._bed.counters().values()))
 
 
 class System(Protocol):
-    """What can be started."""
+    """A system that can be started."""
 
     @property
     def name(self) -> str: ...
 
     @property
     def formats(self) -> tuple[str, ...]:
-        """Some of FORMATS."""
+        """The formats of FORMATS that the system supports."""
         ...
 
     def serving(
         self, bed: Testbed, model: Model, form: str
     ) -> contextlib.AbstractContextManager[Running]:
-        """The system with a model in one of its formats; it ends with the block."""
+        """Run the system for the block, with a model in one of its formats."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Dance:
-    """This project.
+    """This project, or another checkout of it.
 
     Attributes:
         name: of the system.
-        policy: of placement.
+        policy: the placement policy.
+        activations: file of activations that experts are placed by.
         root: of the checkout.
         port: of all servers.
-    formats: that it has; old versions read models as they are.
+        formats: that the checkout supports; old versions serve models only in their own format.
     """
 
     name: str
@@ -124,10 +125,10 @@ class Dance:
 
 @dataclasses.dataclass(frozen=True)
 class Star:
-    """llama.cpp's server, whose layers rpc-servers compute.
+    """llama.cpp's server on the head, with rpc-servers on the hosts that compute its layers.
 
     Attributes:
-        directory: of its programs.
+        directory: with llama.cpp's programs.
     """
 
     directory: pathlib.Path
@@ -141,17 +142,17 @@ class Star:
         before = bed.processes().keys()
         with contextlib.ExitStack() as stack:
             log = stack.enter_context((bed.state / "star.log").open("w+b"))
-            # The rpc-servers would outlive their logins.
+            # Without this, the rpc-servers would outlive their ssh sessions.
             stack.callback(self._kill, bed, before)
             rates = dict(bed.rates)
-            # Weights are sent to the rpc-servers; that is not measured.
+            # The server sends the weights to the rpc-servers, which is not measured.
             bed.set_rate(None)
             for host, listens in zip(bed.hosts, layers, strict=True):
                 rpc = ["exec", str(self.directory / "ggml-rpc-server"), "-H", listens.host]
                 rpc += ["-p", str(listens.port), "-t", "1"]
                 login = ["ssh", "-F", str(bed.ssh_config), host, shlex.join(rpc)]
                 _start(login, listens, log)
-            # This process is on the head, and so is the server.
+            # The server runs on the head, as this process does.
             devices = [host.devices for host in bed.hosts.values()]
             file = model.gguf(LlamaCpp.formats[form])
             _start(self._server(file, layers, devices, address), address, log)
@@ -168,7 +169,7 @@ class Star:
         devices: Sequence[int],
         address: Address,
     ) -> list[str]:
-        """The command of the server."""
+        """Return the command line of llama-server."""
         options = {
             "-m": str(file),
             "-c": str(STAR_TOKENS),
@@ -184,31 +185,34 @@ class Star:
         return [str(self.directory / "llama-server"), "-kvu", "--no-ui", *words]
 
     def _kill(self, bed: Testbed, before: Collection[int]) -> None:
-        """Ends what was started since."""
+        """Kill llama.cpp's processes that were started since `before`."""
         for pid, line in bed.processes().items():
             if pid not in before and line.startswith(str(self.directory)):
                 os.kill(pid, signal.SIGKILL)
 
 
 def _parts(devices: Sequence[int]) -> list[int]:
-    """Layers of each host, and the output as a layer of the last: 2,2,5 of 8 on 1, 1, 2 devices."""
+    """Return the layers of each host; the output counts as a layer of the last host.
+
+    With 8 layers on hosts with 1, 1 and 2 devices: 2, 2, 5.
+    """
     parts = [2 * count for count in devices]
     return [*parts[:-1], parts[-1] + 1]
 
 
 def _start(command: Sequence[str], listens: Address, log: BinaryIO) -> None:
-    """Returns when the command's program listens there.
+    """Start a program and wait until it listens.
 
     Raises:
-        ClusterError: it ends, or it takes too long.
+        ClusterError: the program ended, or does not listen within READY_S.
     """
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
     deadline = time.monotonic() + READY_S
     while not _listens(listens):
         if time.monotonic() > deadline or process.poll() is not None:
             log.seek(0)
-            said = log.read()[-3000:].decode(errors="replace")
-            raise ClusterError(f"{' '.join(command)}: does not listen:\n{said}")
+            tail = log.read()[-3000:].decode(errors="replace")
+            raise ClusterError(f"`{' '.join(command)}` does not listen on {listens}:\n{tail}")
         time.sleep(ASK_S)
 
 
@@ -219,10 +223,10 @@ def _listens(address: Address) -> bool:
 
 
 async def _healthy(address: Address) -> None:
-    """Returns when the star has read its model.
+    """Wait until the star has loaded its model.
 
     Raises:
-        ClusterError: it takes too long.
+        ClusterError: the star ended, or has not loaded the model within READY_S.
     """
     try:
         async with asyncio.timeout(READY_S):
@@ -232,4 +236,6 @@ async def _healthy(address: Address) -> None:
                         return
                 await asyncio.sleep(ASK_S)
     except (HttpError, TimeoutError) as error:
-        raise ClusterError(f"star has not read its model: {error}") from None
+        raise ClusterError(
+            f"the star did not load its model (limit {READY_S:g} s): {error}"
+        ) from None

@@ -44,13 +44,13 @@ PLACES = [
 
 
 def number(rng: random.Random, digits: int | None = None) -> int:
-    """A number of one to four digits; short ones are likelier."""
+    """Draw a number of `digits` digits or, if None, of one to four, mostly few."""
     digits = digits or rng.choices([1, 2, 3, 4], [4, 6, 3, 1])[0]
     return rng.randrange(10**digits)
 
 
 def calculation(rng: random.Random) -> tuple[str, str, str]:
-    """One exercise as (expression in figures, the same in words, answer)."""
+    """Make an exercise: (expression in figures, the same in words, answer)."""
     kind = rng.choice("+-*/%")
     if kind == "+":
         a, b = number(rng), number(rng)
@@ -70,7 +70,7 @@ def calculation(rng: random.Random) -> tuple[str, str, str]:
 
 
 def comparison(rng: random.Random) -> tuple[str, str]:
-    """A question about the order of two or more numbers, and its answer."""
+    """Make a question about the order of two or more numbers, and its answer."""
     digits = rng.choice([1, 2, 3])
     a, b = number(rng, digits), number(rng, digits)
     kind = rng.randrange(3)
@@ -85,7 +85,7 @@ def comparison(rng: random.Random) -> tuple[str, str]:
 
 
 def series(rng: random.Random) -> tuple[str, str]:
-    """The next member of an arithmetic or doubling series."""
+    """Make a question for the next number of an arithmetic or doubling series, and its answer."""
     start, step = number(rng, rng.choice([1, 2])), rng.randrange(1, 13)
     values = [start + step * i for i in range(6)]
     if rng.random() < 0.2:
@@ -94,7 +94,7 @@ def series(rng: random.Random) -> tuple[str, str]:
 
 
 def word_problem(rng: random.Random) -> tuple[str, str]:
-    """A short story with a number as its answer."""
+    """Make a short story that asks for a number, and its answer."""
     name, other = rng.sample(NAMES, 2)
     thing, place = rng.choice(THINGS), rng.choice(PLACES)
     a, b = rng.randrange(2, 100), rng.randrange(2, 40)
@@ -118,7 +118,7 @@ def word_problem(rng: random.Random) -> tuple[str, str]:
 
 
 def document(rng: random.Random) -> str:
-    """One document: a page of exercises in one style, or one question and answer in chat form."""
+    """Make a document: a page of exercises in one style, or questions and answers in chat form."""
     style = rng.choice(
         ["equation", "equation", "words", "sentence", "story", "compare", "series", "mixed", "chat"]
     )

@@ -1,8 +1,8 @@
-"""Text for the demo model from Debian packages: five domains, deduplicated, split by document.
+"""Gather training text from Debian packages: five domains, deduplicated, split by document.
 
-Debian packages are downloaded with `apt-get download` and unpacked below --work (no root, nothing
-is installed).
-Writes --work/corpus/<domain>.{train,heldout}.jsonl with one {"source", "text"} per line.
+The packages are downloaded with `apt-get download` and unpacked below --work, without root and
+without installing them. The script writes --work/corpus/<domain>.{train,heldout}.jsonl with one
+{"source", "text"} per line.
 """
 
 import argparse
@@ -19,9 +19,9 @@ from pathlib import Path
 import arithmetic
 import readers
 
-HELDOUT_BYTES = 1_300_000  # 1 MB to measure bits per byte on, the rest for prompts
+HELDOUT_BYTES = 1_300_000  # 1 MB to measure bits per byte, the rest for prompts
 TRAIN_BYTES = 24_000_000
-DOCUMENT_CHARACTERS = 20_000  # longer documents are cut: many different ones, in both parts
+DOCUMENT_CHARACTERS = 20_000  # longer documents are cut, so that both parts have many documents
 
 DOC, MAN, HELP = "usr/share/doc", "usr/share/man", "usr/share/help"
 LILYPOND = DOC + "/lilypond/html/Documentation"
@@ -29,7 +29,7 @@ Reader = Callable[[Path], list[str]]
 html, text = readers.html_blocks, readers.text_blocks
 man, fortune = readers.man_blocks, readers.fortune_blocks
 
-# domain -> (package, pattern of files below the unpacked package, reader)
+# (package, pattern of files below the unpacked package, reader) by domain
 SOURCES: dict[str, list[tuple[str, str, Reader]]] = {
     "english": [
         ("debian-handbook", DOC + "/debian-handbook/html/en-US/*.html", html),
@@ -86,7 +86,7 @@ SOURCES: dict[str, list[tuple[str, str, Reader]]] = {
         ("manpages-fr-dev", MAN + "/fr/man*/*.gz", man),
     ],
 }
-# Debian packages of Python source; tests, vendored copies and generated files are left out
+# Debian packages of Python source; NO_CODE leaves out tests, vendored copies and generated files
 CODE = [
     *["libpython3.11-stdlib", "libpython3.11-minimal", "ansible-core", "beets", "black"],
     *["borgbackup", "buildbot", "deluge-common", "gajim", "gramps", "mailman3", "meld"],
@@ -121,35 +121,40 @@ def fetch(work: Path) -> None:
     if not missing:
         return
     if not shutil.which("apt-get") or not shutil.which("dpkg-deb"):
-        raise SystemExit(f"needs Debian's apt-get and dpkg-deb to fetch: {' '.join(missing)}")
+        raise SystemExit(
+            "apt-get and dpkg-deb are missing: run this on Debian 12 to fetch the packages "
+            f"{' '.join(missing)}"
+        )
     debs = work / "debs"
     debs.mkdir(parents=True, exist_ok=True)
     for package in missing:
         got = subprocess.run(["apt-get", "download", "-q", package], cwd=debs)
         found = sorted(debs.glob(f"{package}_*.deb"))
         if got.returncode or not found:
-            raise SystemExit(f"apt-get download {package} failed: run apt-get update, or Debian 12")
-        with tempfile.TemporaryDirectory(dir=debs) as folder:  # no half unpacked one is kept
+            raise SystemExit(
+                f"apt-get download {package} failed: run apt-get update first, on Debian 12"
+            )
+        with tempfile.TemporaryDirectory(dir=debs) as folder:  # keeps no half-unpacked package
             unpacked = Path(folder, package)
             subprocess.run(["dpkg-deb", "-x", str(found[-1]), str(unpacked)], check=True)
             unpacked.rename(packages / package)
 
 
 def shuffled(paths: list[Path], root: Path) -> list[Path]:
-    """Paths in an order that depends only on their names below `root`."""
+    """Return the paths in an order that depends only on their names below `root`."""
     return sorted(
         set(paths), key=lambda p: hashlib.sha1(str(p.relative_to(root)).encode()).digest()
     )
 
 
 def prose(domain: str, work: Path, seen: set[bytes]) -> Iterator[tuple[str, str]]:
-    """(source, text) of a documentation domain; a paragraph of `seen` is never repeated."""
+    """Yield (source, text) of a documentation domain, without paragraphs that are in `seen`."""
     root = work / "packages"
     reader_of: dict[Path, Reader] = {}
     for package, pattern, reader in SOURCES[domain]:
         found = [p for p in (root / package).glob(pattern) if p.is_file()]
         if not found:
-            raise SystemExit(f"no file matches {pattern} in package {package}")
+            raise SystemExit(f"no file matches {pattern} in package {package}: use Debian 12")
         reader_of |= {p: reader for p in found if not NO_PROSE.search(str(p.relative_to(root)))}
     for path in shuffled(list(reader_of), root):
         blocks = []
@@ -169,7 +174,7 @@ def prose(domain: str, work: Path, seen: set[bytes]) -> Iterator[tuple[str, str]
 
 
 def code(work: Path, seen: set[bytes]) -> Iterator[tuple[str, str]]:
-    """(source, text) of Python files; one with over 40 % known lines is a near duplicate."""
+    """Yield (source, text) of Python files, without near duplicates (over 40 % known lines)."""
     root = work / "packages"
     paths = [p for package in CODE for p in (root / package).rglob("*.py") if p.is_file()]
     for path in shuffled(paths, root):
@@ -191,7 +196,7 @@ def code(work: Path, seen: set[bytes]) -> Iterator[tuple[str, str]]:
 
 
 def sums(seed: int) -> Iterator[tuple[str, str]]:
-    """(source, text) of generated arithmetic without end; a text comes once."""
+    """Yield (source, text) of generated arithmetic without end and without repetitions."""
     rng, seen = random.Random(seed), set()
     while True:
         page = arithmetic.document(rng)
@@ -201,7 +206,7 @@ def sums(seed: int) -> Iterator[tuple[str, str]]:
 
 
 def write(domain: str, documents: Iterator[tuple[str, str]], out: Path) -> None:
-    """The first HELDOUT_BYTES of documents become held-out text, the next ones training text."""
+    """Write the first HELDOUT_BYTES of documents as held-out text, the next as training text."""
     for part, limit in (("heldout", HELDOUT_BYTES), ("train", TRAIN_BYTES)):
         size = count = 0
         with (out / f"{domain}.{part}.jsonl").open("w") as file:

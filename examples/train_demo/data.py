@@ -1,4 +1,4 @@
-"""Training batches with grain: all domains in every batch, in a fixed ratio, order from a seed.
+"""Make training batches with grain: all domains in every batch, in a fixed ratio, seeded order.
 
 `python data.py --work W` turns W/corpus and W/tokenizer.json into W/tokens/<domain>.npy.
 """
@@ -12,9 +12,10 @@ from tokenizer import BOS, DOMAINS, EOS, documents
 from tokenizers import Tokenizer
 
 WEIGHTS = {"code": 0.42, "english": 0.17, "german": 0.18, "french": 0.18, "math": 0.05}
-# Every eighth short window is a passage said over and over, until copying is learnt; later few.
+# One in REPEAT_EVERY_SHORT windows of up to SHORT tokens is a passage repeated over and over, until
+# the model has learnt to copy; of the later, longer windows one in REPEAT_EVERY.
 SHORT, REPEAT_EVERY_SHORT, REPEAT_EVERY = 256, 8, 16
-REPEATED = len(DOMAINS)  # stands in the log for the domain of such a window
+REPEATED = len(DOMAINS)  # the domain number of repeated passages in the log
 
 
 class Windows:
@@ -36,9 +37,10 @@ class Windows:
 
 
 def batches(folder: Path, length: int, batch: int, seed: int) -> grain.DatasetIterator:
-    """Endless iterator of {"tokens": [batch, length + 1], "domain": [batch]}.
+    """Return an endless iterator of {"tokens": [batch, length + 1], "domain": [batch]}.
 
-    The domain is for the log alone: the model never sees it. get_state and set_state resume it.
+    The domain is only for the log; the model does not see it. get_state and set_state of the
+    iterator allow resuming.
     """
     parts = []
     for number, domain in enumerate(DOMAINS):
@@ -49,7 +51,7 @@ def batches(folder: Path, length: int, batch: int, seed: int) -> grain.DatasetIt
 
 
 def unigram(folder: Path, vocab: int) -> np.ndarray:
-    """Share of every token in the mix of the domains, none of them zero: float64 [vocab]."""
+    """Return the share of every token in the mix of the domains, above zero: float64 [vocab]."""
     share = np.zeros(vocab)
     for domain in DOMAINS:
         counts = 1 + np.bincount(np.load(folder / f"{domain}.npy"), minlength=vocab)
@@ -58,9 +60,9 @@ def unigram(folder: Path, vocab: int) -> np.ndarray:
 
 
 def tokenize(work: Path) -> None:
-    """Write each domain's training documents as one token array, BOS and EOS around each.
+    """Write each domain's training documents as one token array, each between BOS and EOS.
 
-    In a conversation EOS ends every answer, as in the chat template.
+    In conversations EOS follows every answer, as in the chat template.
     """
     tokenizer = Tokenizer.from_file(str(work / "tokenizer.json"))
     begin, end = tokenizer.token_to_id(BOS), tokenizer.token_to_id(EOS)

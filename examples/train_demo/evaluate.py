@@ -2,7 +2,7 @@
 
 python evaluate.py --work W --model ../../dance_jax/demo [--bytes 1000000] [--out evaluation.json]
 
---experts and --trunk round the weights first, as the launcher's options do.
+--experts and --trunk round the weights first, like the same options of dance_jax.launch.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from dance_jax.models.kernels_cpu import NativePool
 from dance_jax.models.trunk import rope_of
 from dance_jax.placement import place
 
-# three unequal servers: share of all routed experts each can hold, and the domain of its users
+# three unequal servers: the share of all routed experts that each can hold, and its users' domain
 SERVERS = {"alpha": (0.45, "code"), "beta": (0.35, "english"), "gamma": (0.60, "german")}
 POLICIES = ("uniform", "dance")
 KNOWN_LINE = 40
@@ -39,12 +39,15 @@ RunWindow = Callable[[np.ndarray], tuple[jax.Array, jax.Array]]
 
 
 def heldout(work: Path, domain: str, size: int) -> bytes:
-    """The first `size` bytes of the domain's held-out documents."""
+    """Return the first `size` bytes of the domain's held-out documents."""
     return "\n\n".join(documents(work / "corpus", domain, "heldout")).encode()[:size]
 
 
 def known_share(work: Path, domain: str, text: bytes) -> float:
-    """Share of the text's lines over KNOWN_LINE characters that the training text has too."""
+    """Return the share of the text's lines over KNOWN_LINE characters that were trained on.
+
+    The share is by characters.
+    """
 
     def lines(body: str) -> list[str]:
         return [s for s in map(str.strip, body.split("\n")) if len(s) > KNOWN_LINE]
@@ -55,13 +58,13 @@ def known_share(work: Path, domain: str, text: bytes) -> float:
 
 
 def expert_pairs(checkpoint: Checkpoint) -> list[tuple[int, int]]:
-    """(MoE layer, expert) of every routed expert, layer by layer."""
+    """Return (MoE layer, expert) of every routed expert, layer by layer."""
     c = checkpoint.config
     return [(layer, e) for layer in range(len(c.moe_layers)) for e in range(c.num_experts)]
 
 
 def window_runner(checkpoint: Checkpoint) -> RunWindow:
-    """The engine's own model on one window, no token dropped."""
+    """Return a function that runs the engine's own model on a window, without dropping tokens."""
     c, form = checkpoint.config, checkpoint.form("float32")
     pairs = expert_pairs(checkpoint)
     read = checkpoint.experts(pairs, form)
@@ -80,7 +83,7 @@ def window_runner(checkpoint: Checkpoint) -> RunWindow:
     @jax.jit
     def run(state, pool, tokens):
         model = nnx.merge(graph, state)
-        # A block for the whole window.
+        # One KV block for the whole window.
         empty = [jnp.zeros((1, tokens.shape[1], layer.mixer.cache_width)) for layer in c.layers]
         window = Rows.whole(tokens.shape[1])
         hidden, rotations = model.embed(tokens[0], window.positions_t, tokens.shape[1])
@@ -102,7 +105,7 @@ def window_runner(checkpoint: Checkpoint) -> RunWindow:
         return jax.nn.logsumexp(logits, 1) - chosen, jnp.stack(choices)
 
     def window(tokens: np.ndarray) -> tuple[jax.Array, jax.Array]:
-        assert native_pool is None or native_pool.number == pool  # it lives as long as this does
+        assert native_pool is None or native_pool.number == pool  # keeps the pool alive
         return run(state, pool, tokens)
 
     return window
@@ -111,10 +114,10 @@ def window_runner(checkpoint: Checkpoint) -> RunWindow:
 def measure(
     run: RunWindow, ids: list[int], begin: int, window: int, stride: int, experts: int
 ) -> tuple[float, np.ndarray]:
-    """(bits of all tokens, activation counts [window, layer, expert]).
+    """Return (bits of all tokens, activation counts [window, layer, expert]).
 
-    Windows of BOS and `window` - 1 tokens start `stride` tokens apart; a token counts in the first
-    one it is in.
+    Windows of BOS and `window` - 1 tokens start `stride` tokens apart. A token counts in the first
+    window that has it.
     """
     length = window - 1
     bits, counts, scored = 0.0, [], 0
@@ -132,7 +135,7 @@ def measure(
 
 
 def skew(counts: np.ndarray) -> dict[str, list[float]]:
-    """How unevenly each layer's experts are used. counts: [layer, expert]."""
+    """Measure how unevenly each layer's experts are used. counts: [layer, expert]."""
     share = counts / counts.sum(1, keepdims=True)
     entropy = -(share * np.log(np.maximum(share, 1e-12))).sum(1) / math.log(share.shape[1])
     top = np.sort(share, 1)[:, -share.shape[1] // 4 :].sum(1)
@@ -140,9 +143,9 @@ def skew(counts: np.ndarray) -> dict[str, list[float]]:
 
 
 def local_share(counts: dict[str, np.ndarray]) -> dict[str, float]:
-    """Share of expert calls served at home on the odd windows, placed by the even windows.
+    """Return the local share of expert calls on the odd windows, placed by the even windows.
 
-    counts: per domain [window, layer, expert].
+    counts: [window, layer, expert] by domain.
     """
     layers, experts = next(iter(counts.values())).shape[1:]
     rooms = [int(share * layers * experts) for share, _ in SERVERS.values()]
@@ -160,14 +163,22 @@ def local_share(counts: dict[str, np.ndarray]) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--bytes", type=int, default=1_000_000)
-    parser.add_argument("--window", type=int, default=2048, help="tokens a forward pass sees")
+    parser.add_argument("--work", type=Path, required=True, help="folder of corpus.py")
+    parser.add_argument(
+        "--model", type=Path, required=True, help="Hugging Face folder of the model"
+    )
+    parser.add_argument(
+        "--bytes", type=int, default=1_000_000, help="of text per domain (%(default)s)"
+    )
+    parser.add_argument("--window", type=int, default=2048, help="tokens per forward pass")
     parser.add_argument("--stride", type=int, help="tokens between windows (default: no overlap)")
-    parser.add_argument("--experts", choices=EXPERT_CHOICES, default="keep", help="(%(default)s)")
-    parser.add_argument("--trunk", choices=TRUNK_CHOICES, default="keep", help="(%(default)s)")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument(
+        "--experts", choices=EXPERT_CHOICES, default="keep", help="weight format (%(default)s)"
+    )
+    parser.add_argument(
+        "--trunk", choices=TRUNK_CHOICES, default="keep", help="weight format (%(default)s)"
+    )
+    parser.add_argument("--out", type=Path, help="write the results to this JSON file")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as converted:
         native.load(Path(converted))

@@ -28,7 +28,7 @@ BOS_ID, EOS_ID, PAD_ID = 0, 1, 2
 
 
 def hf_config(c: Config) -> dict:
-    """config.json of the model."""
+    """Return the content of the model's config.json."""
     return {
         "architectures": ["DeepseekV2ForCausalLM"],
         "attention_bias": False,
@@ -75,7 +75,7 @@ def hf_config(c: Config) -> dict:
 
 
 def hf_tensors(params: Params, c: Config) -> dict[str, np.ndarray]:
-    """Tensors by their Hugging Face names; matrices become [out, in]."""
+    """Return the tensors by their Hugging Face names, with matrices as [out, in]."""
     tensors = {
         "model.embed_tokens.weight": params["embed"],
         "model.norm.weight": params["norm"],
@@ -140,8 +140,8 @@ def export(params: Params, c: Config, tokenizer_json: Path, out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True, help="folder of train.py")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write the model to")
     args = parser.parse_args()
     saved = pickle.loads((args.work / "checkpoint.pickle").read_bytes())
     print(saved["counters"])

@@ -1,10 +1,10 @@
-"""Measure what each format of weights costs: bits per byte of held-out text, and memory.
+"""Measure the cost of each weight format: bits per byte of held-out text, and memory.
 
 python formats.py --model ../../dance_jax/demo [--text ../tasks] [--pairs keep/keep,int4/int8]
 
-The text is that of the prompts in --text, none of which was trained on, joined for each domain. A
-pair is what --experts and --trunk of the launcher would be; the first is what the others are
-compared with.
+The text is that of the prompts in --text, joined for each domain; the model was not trained on it.
+A pair gives the values of --experts and --trunk of dance_jax.launch. The other pairs are compared
+with the first.
 """
 
 import argparse
@@ -32,7 +32,7 @@ PAIRS = (
 
 
 def texts(directory: Path) -> Iterator[str]:
-    """The prompts of each domain, joined."""
+    """Yield the prompts of each domain, joined to one text."""
     for domain in DOMAINS:
         lines = [
             line
@@ -44,10 +44,19 @@ def texts(directory: Path) -> Iterator[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--text", type=Path, default=Path(__file__).parents[1] / "tasks")
-    parser.add_argument("--pairs", default=",".join(PAIRS), help="(%(default)s)")
-    parser.add_argument("--window", type=int, default=2048, help="tokens a forward pass sees")
+    parser.add_argument(
+        "--model", type=Path, required=True, help="Hugging Face folder of the model"
+    )
+    parser.add_argument(
+        "--text",
+        type=Path,
+        default=Path(__file__).parents[1] / "tasks",
+        help="folder of prompts (examples/tasks)",
+    )
+    parser.add_argument(
+        "--pairs", default=",".join(PAIRS), help="EXPERTS/TRUNK formats (%(default)s)"
+    )
+    parser.add_argument("--window", type=int, default=2048, help="tokens per forward pass")
     args = parser.parse_args()
     bodies = list(texts(args.text))
     size = sum(len(body.encode()) for body in bodies)

@@ -1,7 +1,7 @@
 """Write prompts from held-out text: <domain>.fit.jsonl and <domain>.heldout.jsonl, disjoint.
 
-One {"task", "id", "prompt"} per line; the id names the source. No text of them was trained on,
-and no document gives prompts to both files.
+The files have one {"task", "id", "prompt"} per line; the id names the source. The model was not
+trained on these texts, and no document has prompts in both files.
 """
 
 import argparse
@@ -15,7 +15,11 @@ SHORTEST, LONGEST = 300, 600  # characters
 
 
 def excerpt(text: str, rng: random.Random) -> str | None:
-    """A run of whole lines of the wanted length, or the start of a longer paragraph."""
+    """Cut some whole lines of SHORTEST to LONGEST characters, or the start of a longer line.
+
+    Returns:
+        None if the text from the randomly chosen line on is too short.
+    """
     lines = text.split("\n")
     first = rng.randrange(len(lines))
     taken = ""
@@ -31,8 +35,8 @@ def excerpt(text: str, rng: random.Random) -> str | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True, help="folder of corpus.py")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write the prompts to")
     parser.add_argument("--count", type=int, default=40, help="prompts per file")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)

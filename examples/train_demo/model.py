@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jax import Array
 
 Params = dict
-FINAL_CONSTANT = 3.0  # input 0 after the last norm, about, at the start
-AXIS = "data"  # the mesh axis a batch is split over; parameters are the same on all of it
+FINAL_CONSTANT = 3.0  # approximate value of input 0 after the last norm at the start of training
+AXIS = "data"  # the mesh axis that a batch is split over; parameters are replicated on it
 
 
 @dataclass(frozen=True)
@@ -37,16 +37,16 @@ class Config:
     routed_scale: float = 3.0
     rope_theta: float = 10000.0
     epsilon: float = 1e-6
-    capacity: float = 2.0  # rows per expert over the mean
+    capacity: float = 2.0  # rows per expert, as a multiple of the mean
     balance: float = 0.005  # weight of the load-balancing loss
     residual: float = 0.1  # weight of the residual stream's mean square
 
 
 def init(config: Config, key: Array, unigram: Array) -> Params:
-    """Random parameters; matrices that write into the residual stream start small.
+    """Draw random parameters; matrices that write into the residual stream start small.
 
-    Input 0 of every token is the same constant, from which the output projection takes the
-    tokens' frequencies `unigram` [V], which would otherwise be the first thing the layers learn.
+    Input 0 is the same constant for every token. From it, the output projection produces the
+    tokens' frequencies `unigram` [V], which the layers would otherwise have to learn first.
     """
     keys = iter(jax.random.split(key, 200))
     c = config
@@ -90,16 +90,16 @@ def init(config: Config, key: Array, unigram: Array) -> Params:
 
 
 def look_back(layer: Params, c: Config) -> Params:
-    """Query and key matrices whose head h looks h + 1 tokens back, for all heads but the last.
+    """Return query and key matrices with which each head h but the last looks h + 1 tokens back.
 
-    A head that copies from far back ("A B ... A": B again) needs one in an earlier layer that
-    tells each token its predecessor; a short training does not find such a pair by itself. The
-    constant input 0 of the embedding becomes a key of fixed direction, and a query turned back by
-    h + 1 positions, on the fast half of the rotary frequencies.
+    A head that copies from far back ("A B ... A" continues with B) needs a head in an earlier layer
+    that tells each token its predecessor. A short training does not find such a pair of heads. Here
+    the constant input 0 of the embedding becomes a key of fixed direction, and a query rotated back
+    by h + 1 positions, on the faster half of the rotary frequencies.
     """
     pairs = c.rope // 4
     frequency = c.rope_theta ** (-jnp.arange(pairs) * 2 / c.rope)
-    gain = 1.5  # times the normed input 0, about 5, squared over the softmax scale: 8
+    gain = 1.5  # times the normed input 0 (about 5), squared, over the softmax scale: 8
     key = jnp.zeros(c.rope).at[0 : 2 * pairs : 2].set(gain)
     q = layer["q"].reshape(c.hidden, c.heads, c.nope + c.rope)
     for head in range(c.heads - 1):
@@ -112,12 +112,13 @@ def look_back(layer: Params, c: Config) -> Params:
 
 
 def find_again(layer: Params, before: Params, c: Config) -> Params:
-    """Matrices of the second layer whose head 0 copies what followed the token the last time.
+    """Return matrices of the second layer whose head 0 copies what last followed the token.
 
-    Head 0 of the layer `before` has written each token's predecessor, seen through its value
-    matrix, into the residual stream. Here the first half of the latent reads that back: it is the
-    key, and the token itself, through the same matrix, is the query, so a query meets the places
-    behind its own earlier occurrences. The second half is the value, written back as it was read.
+    Head 0 of the layer `before` has written each token's predecessor, multiplied by its value
+    matrix, into the residual stream. Here the first half of the latent reads the predecessor back
+    as the key. The query is the token itself, multiplied by the same matrix, so it matches the
+    positions after earlier occurrences of the token. The second half of the latent is the value,
+    which is written back as it was read.
     """
     half = c.kv_rank // 2
     assert c.value == c.nope == half
@@ -132,10 +133,10 @@ def find_again(layer: Params, before: Params, c: Config) -> Params:
 
 
 def learnt(params: Params, c: Config) -> Params:
-    """1 where a weight may change from the first step, 0 for `look_back` and `find_again`.
+    """Return 1 for weights that may change from the start, 0 for `look_back` and `find_again`.
 
-    The first steps are large and blind: within 300 of them the heads would look elsewhere, before
-    any layer above has learnt to listen to them. Later on the loss itself keeps them.
+    The first steps are large and noisy: within 300 steps they would change what these heads attend
+    to, before any layer above has learnt to use them. Later the loss itself preserves the heads.
     """
     free = jax.tree.map(jnp.ones_like, params)
     free["embed"] = free["embed"].at[:, 0].set(0)
@@ -183,7 +184,7 @@ def attention(x: Array, layer: Params, c: Config) -> Array:
     q = q.transpose(0, 2, 1, 3) / math.sqrt(c.nope + c.rope)
     k = jnp.concatenate([k_nope, k_rope], -1).transpose(0, 2, 3, 1)
     v = v.transpose(0, 2, 1, 3)
-    block = min(length, 128)  # queries of a block look at no key behind it: about half the work
+    block = min(length, 128)  # a block of queries skips all later keys, about half the work
     outputs = []
     for start in range(0, length, block):
         stop = min(start + block, length)
@@ -198,8 +199,10 @@ def attention(x: Array, layer: Params, c: Config) -> Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def permute(x: Array, index: Array, inverse: Array, copies: int) -> Array:
-    """Rows x[index], zero where index is out of range; `inverse` [rows of x, copies] makes the
-    transpose a gather as well (a scatter is slow on CPU)."""
+    """Return the rows x[index], zero where index is out of range.
+
+    With `inverse` [rows of x, copies] the gradient is a gather too; a scatter is slow on CPU.
+    """
     return jnp.take(x, index, axis=0, mode="fill", fill_value=0)
 
 
@@ -218,8 +221,8 @@ permute.defvjp(_permute_forward, _permute_backward)
 def moe(x: Array, layer: Params, c: Config) -> tuple[Array, dict[str, Array]]:
     """Routed and shared experts. x: [N, D] -> ([N, D], statistics).
 
-    Assignments are sorted by expert; each expert gets C rows, and what overflows is dropped
-    (in training only).
+    Assignments are sorted by expert. Each expert gets C rows; further assignments are dropped (in
+    training only).
     """
     n, k, e = x.shape[0], c.experts_per_token, c.experts
     probs = jax.nn.softmax(x @ layer["router"], -1)  # [N, E]
@@ -227,7 +230,7 @@ def moe(x: Array, layer: Params, c: Config) -> tuple[Array, dict[str, Array]]:
     rows = min(n, math.ceil(n * k / e * c.capacity))
 
     flat = choice.reshape(-1)
-    order = jnp.argsort(flat)  # assignments, those of expert 0 first
+    order = jnp.argsort(flat)  # assignments, sorted by expert
     counts = jnp.zeros(e, jnp.int32).at[flat].add(1)
     starts = jnp.cumsum(counts) - counts
     rank = jnp.arange(n * k, dtype=jnp.int32) - starts[flat[order]]
@@ -242,7 +245,7 @@ def moe(x: Array, layer: Params, c: Config) -> tuple[Array, dict[str, Array]]:
     back = permute(outputs.reshape(e * rows, -1), row_of, assignment, 1).reshape(n, k, -1)
     routed = jnp.einsum("nkd,nk->nd", back, weight * c.routed_scale)
 
-    share = jax.lax.pmean(counts / (n * k), AXIS)  # of the whole batch, not of a sequence
+    share = jax.lax.pmean(counts / (n * k), AXIS)  # over the whole batch, not per sequence
     stats = {
         "balance": e * jnp.sum(share * probs.mean(0)),
         "dropped": jnp.mean(row_of == e * rows),
@@ -253,8 +256,12 @@ def moe(x: Array, layer: Params, c: Config) -> tuple[Array, dict[str, Array]]:
 def forward(
     params: Params, tokens: Array, c: Config
 ) -> tuple[Array, list[dict[str, Array]], Array]:
-    """tokens [B, T] -> (normed hidden states [B, T, D], statistics of each MoE layer, mean square
-    of the residual stream)."""
+    """Run the layers on tokens [B, T].
+
+    Returns:
+        (normed hidden states [B, T, D], statistics of each MoE layer, mean square of the residual
+        stream).
+    """
     x = params["embed"][tokens]
     stats, size = [], jnp.float32(0)
     for layer in params["layers"]:
@@ -279,9 +286,9 @@ def cross_entropy(hidden: Array, head: Array, targets: Array) -> Array:
 
 @jax.custom_vjp
 def mean_cross_entropy(hidden: Array, embed: Array, targets: Array) -> tuple[Array, Array]:
-    """(mean over all tokens, mean of each sequence). hidden [B, T, D], targets [B, T].
+    """Return (mean over all tokens, mean of each sequence). hidden [B, T, D], targets [B, T].
 
-    Loss and gradient of one sequence at a time: no [B, T, V] array ever exists.
+    Computes loss and gradient one sequence at a time, so that no [B, T, V] array ever exists.
     """
     return _mean_cross_entropy_forward(hidden, embed, targets)[0]
 
@@ -306,7 +313,7 @@ mean_cross_entropy.defvjp(_mean_cross_entropy_forward, _mean_cross_entropy_backw
 
 
 def loss(params: Params, tokens: Array, c: Config) -> tuple[Array, dict[str, Array]]:
-    """Training loss of a batch [B, T+1], and figures for the log."""
+    """Return the training loss of a batch [B, T+1], and figures for the log."""
     hidden, stats, size = forward(params, tokens[:, :-1], c)
     mean, of_sequence = mean_cross_entropy(hidden, params["head"], tokens[:, 1:])
     balance = sum(s["balance"] for s in stats) / len(stats)

@@ -1,4 +1,4 @@
-"""Plain text from the file formats that documentation packages use."""
+"""Extract plain text from the file formats of documentation packages."""
 
 import gzip
 import re
@@ -37,7 +37,7 @@ SKIP_CLASSES = re.compile(
 
 
 def read_text(path: Path) -> str:
-    """The file's text, gunzipped if need be; bytes that are no UTF-8 are read as Latin-1."""
+    """Return the file's text, gunzipped if needed; files that are not UTF-8 are read as Latin-1."""
     raw = path.read_bytes()
     if raw[:2] == b"\x1f\x8b":
         raw = gzip.decompress(raw)
@@ -89,7 +89,7 @@ class _HtmlText(HTMLParser):
 
 
 def html_blocks(path: Path) -> list[str]:
-    """Paragraphs of an HTML or Mallard page."""
+    """Return the paragraphs of an HTML or Mallard page."""
     parser = _HtmlText()
     parser.feed(read_text(path))
     parser.close()
@@ -98,13 +98,13 @@ def html_blocks(path: Path) -> list[str]:
 
 
 def text_blocks(path: Path) -> list[str]:
-    """Paragraphs of a text or reStructuredText file."""
+    """Return the paragraphs of a text or reStructuredText file."""
     text = "\n".join(line.rstrip() for line in read_text(path).splitlines())
     return [b.strip("\n") for b in re.split(r"\n\s*\n", text) if b.strip()]
 
 
 def fortune_blocks(path: Path) -> list[str]:
-    """Sayings of a fortune file, which a line with one % separates."""
+    """Return the sayings of a fortune file, in which lines with a single % separate them."""
     return [b.strip("\n") for b in re.split(r"(?m)^%\n?", read_text(path)) if b.strip()]
 
 
@@ -130,7 +130,7 @@ def _unroff(text: str) -> str:
 
 
 def man_blocks(path: Path) -> list[str]:
-    """Paragraphs of a manual page in the `man` macros; pages in other macros give none."""
+    """Return the paragraphs of a manual page in `man` macros; none for pages in other macros."""
     source = read_text(path)
     if ".SH" not in source or source.startswith(".so"):
         return []

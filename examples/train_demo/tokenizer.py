@@ -1,4 +1,4 @@
-"""The demo model's tokenizer: byte-level BPE trained on an even mix of the domains."""
+"""Train the demo model's tokenizer: byte-level BPE on an even mix of the domains."""
 
 import argparse
 import json
@@ -10,19 +10,19 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 DOMAINS = ["code", "english", "german", "french", "math"]
 BOS, EOS, PAD = "<|begin|>", "<|end|>", "<|pad|>"
 BYTES_PER_DOMAIN = 3_000_000
-# words with one leading space, runs of spaces, punctuation; every digit on its own
+# words with one leading space, runs of spaces, punctuation; every digit separately
 PIECES = r"[ ]?\p{L}+|\p{N}|[ ]?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|[ ]+(?=[ ]\S)|\s+"
 
 
 def documents(corpus: Path, domain: str, part: str) -> Iterator[str]:
-    """Texts of one domain's "train" or "heldout" part."""
+    """Yield the texts of a domain's "train" or "heldout" part."""
     with (corpus / f"{domain}.{part}.jsonl").open() as file:
         for line in file:
             yield json.loads(line)["text"]
 
 
 def sample(corpus: Path) -> Iterator[str]:
-    """BYTES_PER_DOMAIN of training text from each domain (less of the monotonous arithmetic)."""
+    """Yield about BYTES_PER_DOMAIN of training text per domain (a tenth of that for arithmetic)."""
     for domain in DOMAINS:
         left = BYTES_PER_DOMAIN // (10 if domain == "math" else 1)
         for body in documents(corpus, domain, "train"):
@@ -33,7 +33,7 @@ def sample(corpus: Path) -> Iterator[str]:
 
 
 def train(corpus: Path, vocab_size: int) -> Tokenizer:
-    """Train the tokenizer; BOS is put in front by its post-processor."""
+    """Train the tokenizer, whose post-processor puts BOS in front of a text."""
     tokenizer = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(PIECES), behavior="isolated")
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -62,7 +62,7 @@ def main() -> None:
     for domain in DOMAINS:
         body = "\n\n".join(documents(args.work / "corpus", domain, "heldout"))[:100_000]
         count = len(tokenizer.encode(body).ids)
-        print(f"{domain:8} {len(body.encode()) / count:.2f} bytes a token")
+        print(f"{domain:8} {len(body.encode()) / count:.2f} bytes per token")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Train the demo model for a given time. Stop it whenever you like: it resumes where it was.
+"""Train the demo model for a given time; a stopped training resumes from its last checkpoint.
 
-The learning rate rises, stays, and falls linearly to zero at the end of the --minutes, which
-count over all restarts. Checkpoints are written whole and then renamed.
+The learning rate rises, stays constant, and falls linearly to zero at the end of --minutes, which
+is the total over all restarts. Checkpoints are written completely, then renamed.
 """
 
 import argparse
@@ -23,17 +23,17 @@ from model import AXIS, Config, init, learnt, loss
 from optax import contrib
 from tokenizer import DOMAINS
 
-# (sequences, tokens of each) in a batch: longer ones as the training goes on
+# (sequences, tokens of each sequence) in a batch; sequences get longer during the training
 SHAPES = {"short": (16, 256), "middle": (8, 512), "wide": (4, 1024), "long": (2, 2048)}
 SHORT_UNTIL, MIDDLE_UNTIL = 0.3, 0.7  # shares of the time
-HELD_UNTIL = 0.3  # share of the time in which the heads that look back are not changed
-LONG_EVERY = 8  # after the short ones every eighth batch is a long one
-AVERAGED = ("balance", "dropped", "size")  # over the devices, for the log
+HELD_UNTIL = 0.3  # share of the time during which the initialised copying heads are kept fixed
+LONG_EVERY = 8  # after the phase of short batches, every eighth batch is long
+AVERAGED = ("balance", "dropped", "size")  # figures for the log, averaged over the devices
 WARMUP_STEPS, DECAY_SHARE = 60, 0.45
 
 
 def muon_axes(params: dict) -> dict:
-    """Muon for matrices (each expert's on its own), AdamW for embedding, head, router, norms."""
+    """Select Muon for matrices (one per expert), AdamW for embedding, head, router and norms."""
 
     def axes(path: tuple, leaf: jax.Array) -> contrib.MuonDimensionNumbers | None:
         name = jax.tree_util.keystr(path)
@@ -56,7 +56,7 @@ OPTIMIZER = contrib.muon(
 
 
 def split(tree: dict | tuple, mesh: Mesh) -> dict | tuple:
-    """The tree with each expert stack [E, ., .] split over the mesh: a device updates its own."""
+    """Split each expert stack [E, ., .] over the mesh, so that a device updates its own experts."""
 
     def place(leaf: jax.Array) -> jax.Array:
         spec = P(AXIS) if leaf.ndim == 3 else P()
@@ -77,8 +77,8 @@ def train_step(
 ):
     """One update on tokens [B, T+1]; `rate` in [0, 1] scales the peak learning rates.
 
-    Each device of the mesh takes its sequences of the batch; gradients are averaged. With `held`
-    what `look_back` and `find_again` have set stays as it is.
+    Each device of the mesh takes its share of the batch's sequences; gradients are averaged. With
+    `held`, the weights that `look_back` and `find_again` have set stay unchanged.
     """
 
     @partial(
@@ -105,12 +105,12 @@ def train_step(
 
 
 def schedule(step: int, progress: float) -> float:
-    """Share of the peak learning rate at a share `progress` of the time."""
+    """Return the share of the peak learning rate after a share `progress` of the time."""
     return max(0.0, min((step + 1) / WARMUP_STEPS, (1 - progress) / DECAY_SHARE, 1.0))
 
 
 def shape(step: int, progress: float) -> str:
-    """Which of SHAPES the step trains on."""
+    """Return the name in SHAPES of the batch that the step trains on."""
     if progress < SHORT_UNTIL:
         return "short"
     if step % LONG_EVERY == 0:
@@ -128,8 +128,10 @@ def save(path: Path, params: dict, state: tuple, iterators: dict, counters: dict
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, required=True, help="of training in all")
+    parser.add_argument("--work", type=Path, required=True, help="folder of data.py")
+    parser.add_argument(
+        "--minutes", type=float, required=True, help="total minutes of training, over all restarts"
+    )
     parser.add_argument("--save-every", type=float, default=3, help="minutes between checkpoints")
     parser.add_argument("--devices", type=int, default=os.cpu_count(), help="cores to train on")
     parser.add_argument("--seed", type=int, default=0)

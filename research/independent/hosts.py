@@ -1,4 +1,4 @@
-"""Sections on a testbed: prompts beside a stream, many hosts, bytes."""
+"""Sections on a testbed: `beside`, `many` and `bytes`."""
 
 from __future__ import annotations
 
@@ -31,17 +31,18 @@ from dance_jax.models.tokenizer import Tokenizer
 
 from .streams import whole
 
-#: Tokens: of a stream's prompt and answer; of the prompts beside it.
+#: Tokens of a stream's prompt, of its answer, and of the prompts beside the stream.
 SHORT, STREAM, LONG = 32, 200, 1500
-#: p99 gap beside prompts over quiet; mean latency of many hosts over few; bytes over the bound.
+#: Targets: p99 gap beside prompts over that on idle hosts; mean latency of many hosts over that of
+#: few; bytes of prompts, and of the example prompts with answers, over the lower bound.
 BESIDE, MANY, PREFILL_BYTES, RUN_BYTES = 1.3, 1.5, 1.1, 1.3
-#: Hosts of the two clusters, slots of each host for the demo's 320 experts, spare ones among them.
+#: Hosts of the two clusters; slots of each host for the demo's 320 experts, spare slots included.
 ALL, FEW, SLOTS = 12, 3, 120
-#: Seconds until all servers have said what they did last.
+#: Seconds until all servers' metrics include their last steps.
 REPORT_S = 1.5
-#: Requests of each host, and tokens of each answer at most.
+#: Requests per host, and maximum tokens of each answer.
 REQUESTS, ANSWER = 12, 32
-#: Lengths of the prompts whose bytes are measured, and how many of each on each host.
+#: Lengths of the prompts whose bytes are measured, and number of prompts of each length per host.
 PREFILLS, OF_EACH = (64, 128, 256, 512), 2
 
 Found = TypeVar("Found")
@@ -49,7 +50,7 @@ Found = TypeVar("Found")
 
 @dataclasses.dataclass(frozen=True)
 class Beside:
-    """p99 gaps in seconds: by server, of each repetition."""
+    """Results of `beside`: p99 gap in seconds of each repetition, by server."""
 
     quiet_s: dict[str, list[float]]
     beside_s: dict[str, list[float]]
@@ -65,19 +66,19 @@ class Beside:
 
     def line(self) -> str:
         shown = ", ".join(
-            f"{name} {ratio:.2f} (quiet {1e3 * statistics.median(self.quiet_s[name]):.1f} ms)"
+            f"{name} {ratio:.2f} (idle {1e3 * statistics.median(self.quiet_s[name]):.1f} ms)"
             for name, ratio in self.ratios.items()
         )
-        return f"beside: p99 gap of a stream beside another host's prompts, over quiet: {shown}"
+        return f"beside: p99 gap beside another host's prompts, over that on idle hosts: {shown}"
 
     def targets(self) -> Iterator[Target]:
         found = [(ratio, name) for name, ratio in self.ratios.items()]
-        yield Target.of_worst("beside: p99 gap beside prompts, over quiet", BESIDE, found)
+        yield Target.of_worst("beside: p99 gap beside prompts, over idle hosts", BESIDE, found)
 
 
 @dataclasses.dataclass(frozen=True)
 class Many:
-    """Mean latency in seconds of each repetition."""
+    """Results of `many`: mean latency in seconds of each repetition, on few and on all hosts."""
 
     few_s: list[float]
     all_s: list[float]
@@ -96,7 +97,7 @@ class Many:
 
 @dataclasses.dataclass(frozen=True)
 class Bytes:
-    """Bytes that all interfaces sent, and the bound: (sent, bound)."""
+    """Results of `bytes`: (bytes that all interfaces sent, lower bound)."""
 
     prefill: tuple[float, float]
     run: tuple[float, float]
@@ -104,7 +105,7 @@ class Bytes:
     def line(self) -> str:
         pairs = (self.prefill, self.run)
         shown = [f"{sent / 1e6:.2f} MB, bound {bound / 1e6:.2f}" for sent, bound in pairs]
-        return f"bytes: prompts {shown[0]}; example prompts with answers {shown[1]}"
+        return f"bytes sent: prompts {shown[0]}; example prompts with answers {shown[1]}"
 
     def targets(self) -> Iterator[Target]:
         (prefill, prefill_bound), (run, run_bound) = self.prefill, self.run
@@ -113,7 +114,7 @@ class Bytes:
 
 
 def beside(bed: Testbed, place: Place, repeats: int, words: Sequence[str]) -> Beside:
-    """A stream of each server in quiet, and while the next server computes long prompts."""
+    """Measure a stream of each server, on idle hosts and beside long prompts of the next server."""
     names, texts = list(bed.hosts), _texts(len(bed.hosts))
 
     async def measure(api: Api) -> Beside:
@@ -134,7 +135,7 @@ def beside(bed: Testbed, place: Place, repeats: int, words: Sequence[str]) -> Be
 async def _prompts(
     api: Api, texts: Texts, server: int, rng: np.random.Generator
 ) -> AsyncIterator[None]:
-    """Long prompts of a server, one after another; none of them is cached."""
+    """Send long prompts to a server during the block, one after another; none is cached."""
     over = asyncio.Event()
 
     async def ask() -> None:
@@ -154,11 +155,14 @@ def _p99(answer: Answer) -> float:
 
 
 def many(bed: Testbed, place: Place, repeats: int, rate: float, words: Sequence[str]) -> Many:
-    """Poisson arrivals of the same rate on each host, on some hosts of the testbed and on all.
+    """Measure latency under the same Poisson rate per host, on FEW and on ALL hosts.
 
     Args:
-        bed: with ALL hosts.
-        rate: requests per second of each host.
+        bed: a testbed with ALL hosts.
+        place: where the servers run.
+        repeats: number of repetitions.
+        rate: requests per second per host.
+        words: further arguments of the launcher.
     """
     some = Testbed(bed.name, list(bed.hosts.values())[:FEW], bed.rates, bed.cores)
     few, all_ = (
@@ -171,7 +175,7 @@ def many(bed: Testbed, place: Place, repeats: int, rate: float, words: Sequence[
 def _latencies(
     place: Place, servers: int, repeats: int, rate: float, words: Sequence[str]
 ) -> list[float]:
-    """Mean latency of each repetition."""
+    """Measure the mean latency of each repetition, in seconds."""
     files = sorted((EXAMPLES / "tasks").glob("*.heldout.jsonl"))[:FEW]
     tasks = [read_task(files[server % FEW]) for server in range(servers)]
     context = engine_config(outline(demo_dir()).config).max_model_len
@@ -193,7 +197,7 @@ def _latencies(
 
 
 def bytes_sent(bed: Testbed, place: Place, words: Sequence[str]) -> Bytes:
-    """Of prompts that have one token of answer, then of the example prompts."""
+    """Measure the bytes of prompts with one token of answer, then of the example prompts."""
     model, texts = outline(demo_dir()), _texts(len(bed.hosts))
     config = engine_config(model.config, formats=model.formats)
     row = exchanged_bytes(model.config.hidden_size, config)
@@ -215,7 +219,7 @@ def bytes_sent(bed: Testbed, place: Place, words: Sequence[str]) -> Bytes:
         return Bytes(await sent(api, prefills), await sent(api, run))
 
     async def sent(api: Api, calls: Sequence[Call]) -> tuple[float, float]:
-        # Metrics are read before and behind what is measured: they cross the interfaces too.
+        # Read the metrics outside of the measurement, because they cross the interfaces too.
         before, begun = await sample(api, time.perf_counter()), place.sent()
         answers = await open_loop(api, calls, lambda: None)
         moved = np.subtract(place.sent(), begun).sum()
@@ -232,7 +236,7 @@ def bytes_sent(bed: Testbed, place: Place, words: Sequence[str]) -> Bytes:
 def _served(
     place: Place, words: Sequence[str], measure: Callable[[Api], Awaitable[Found]]
 ) -> Found:
-    """What is measured on servers that are started for it."""
+    """Start the servers, run `measure` on them, and return its result."""
 
     async def run() -> Found:
         await cluster.ready()

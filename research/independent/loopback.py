@@ -1,4 +1,4 @@
-"""Sections over loopback: servers without users, a server that is stopped, an engine that dies."""
+"""Sections over loopback: `processor`, `stopped` and `killed`."""
 
 from __future__ import annotations
 
@@ -21,25 +21,34 @@ from benchmarks.targets import Target
 
 from .streams import longest_gap, same, streaming, whole
 
-#: Token ids of a prompt that any model has.
+#: Token ids of a prompt; every model has them.
 PROMPT = list(range(40, 56))
-#: Tokens of the stream whose processor time is measured, and of those beside a failure.
+#: Tokens of the stream whose processor time is measured, and of the streams beside a failure.
 MEASURED, STREAM = 600, 1500
-#: The others over the serving server; longest gap of the others' streams, in seconds.
+#: Targets: processor time of the other servers over that of the serving one; longest gap in the
+#: other servers' streams, in seconds.
 OTHERS, GAP_S = 0.35, 0.6
-#: Seconds that a server stands still.
+#: Seconds for which a server is stopped.
 STOPPED_S = 8.0
-#: The first server has about half of the demo's experts, the others all: the second can be missed.
+#: Slots of each server. The first holds about half of the demo's experts, the others hold all, so
+#: that the second may fail.
 REPLICAS = (150, 330, 330)
-#: Servers: who serves the measured stream; who fails.
+#: Index of the server that serves the measured stream, and of the server that fails.
 SERVING, FAILING = 0, 1
-#: Seconds before and after a failure; until a dead engine must be back, and between two looks.
+#: Seconds before and after a failure; seconds within which the failed server must answer again, and
+#: between two checks.
 AROUND_S, BACK_S, ASK_S = 1.0, 120.0, 0.2
 
 
 @dataclasses.dataclass(frozen=True)
 class Processor:
-    """Of each stream: seconds of processor time of the serving server and of all others."""
+    """Results of `processor`, for each stream.
+
+    Attributes:
+        serving_s: processor seconds of the serving server.
+        others_s: processor seconds of all other servers.
+        tokens_per_s: speed of the stream.
+    """
 
     serving_s: list[float]
     others_s: list[float]
@@ -55,8 +64,8 @@ class Processor:
             1e3 * (a + b) / MEASURED for a, b in zip(self.serving_s, self.others_s, strict=True)
         ]
         return (
-            f"processor: others over the serving server {self.ratio:.2f}; "
-            f"{statistics.median(per_token):.2f} ms a token over all; "
+            f"processor: other servers over the serving server {self.ratio:.2f}; "
+            f"{statistics.median(per_token):.2f} ms per token on all servers; "
             f"{statistics.median(self.tokens_per_s):.0f} tokens/s"
         )
 
@@ -66,12 +75,14 @@ class Processor:
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
-    """Of each failure: the longest gap of the others' streams, in seconds.
+    """Results of `stopped` or `killed`.
 
     Attributes:
         section: "stopped" or "killed".
-        same, answers: with the text of a quiet run, and all.
-        lasted_s: until all servers answered again.
+        gaps_s: for each failure, the longest gap in the other servers' streams, in seconds.
+        lasted_s: for each failure, seconds until all servers answered again.
+        same: number of answers with the text of the quiet run.
+        answers: number of all answers.
     """
 
     section: str
@@ -82,20 +93,21 @@ class Failure:
 
     def line(self) -> str:
         return (
-            f"{self.section}: longest gap of the others {max(self.gaps_s):.2f} s, "
-            f"{self.same} of {self.answers} answers the same; all answer after "
+            f"{self.section}: longest gap in the other servers' streams {max(self.gaps_s):.2f} s; "
+            f"{self.same} of {self.answers} answers unchanged; all servers answer after "
             f"{max(self.lasted_s):.1f} s"
         )
 
     def targets(self) -> Iterator[Target]:
         if self.section == "stopped":
-            yield Target("stopped: longest gap of the others, seconds", GAP_S, max(self.gaps_s))
+            name = "stopped: seconds of the longest gap in the other servers' streams"
+            yield Target(name, GAP_S, max(self.gaps_s))
         changed = float(self.answers - self.same)
-        yield Target(f"{self.section}: answers that have changed", 0.0, changed)
+        yield Target(f"{self.section}: changed answers", 0.0, changed)
 
 
 def processor(repeats: int, root: pathlib.Path, arguments: Sequence[str]) -> Processor:
-    """Streams on the first server of three."""
+    """Measure processor time during streams on the first of three servers."""
     words = ["--policy", "dance", "--activations", str(EXAMPLES / "activations.npz"), *arguments]
 
     async def measure(cluster: Cluster) -> Processor:
@@ -119,7 +131,7 @@ def processor(repeats: int, root: pathlib.Path, arguments: Sequence[str]) -> Pro
 def stopped(
     repeats: int, root: pathlib.Path, arguments: Sequence[str], folder: pathlib.Path
 ) -> Failure:
-    """A server whose experts others hold as well stands still."""
+    """Stop a server whose experts all have replicas on other servers, for STOPPED_S."""
 
     async def stop(tree: list[psutil.Process]) -> None:
         try:
@@ -136,7 +148,7 @@ def stopped(
 def killed(
     repeats: int, root: pathlib.Path, arguments: Sequence[str], folder: pathlib.Path
 ) -> Failure:
-    """An engine of the same servers dies and is started anew."""
+    """Kill an engine of the same servers, which is then restarted."""
 
     async def kill(tree: list[psutil.Process]) -> None:
         (engine,) = (p for p in tree if "dance_jax.launch.worker.main" in p.cmdline())
@@ -153,7 +165,7 @@ def _failure(
     folder: pathlib.Path,
     fail: Callable[[list[psutil.Process]], Awaitable[None]],
 ) -> Failure:
-    """Streams of the others while `fail` does something to a server's processes."""
+    """Measure the other servers' streams while `fail` acts on the failing server's processes."""
     hosts = folder / "hosts.txt"
     names = ("alpha", "beta", "gamma")
     hosts.write_text(
@@ -207,20 +219,22 @@ async def _ready(cluster: Cluster) -> AsyncIterator[Api]:
 
 
 async def _answers(api: Api) -> None:
-    """Returns when the server that failed answers again.
+    """Wait until the failed server answers again.
 
     Raises:
-        ClusterError: it does not.
+        ClusterError: the server does not answer within BACK_S.
     """
     try:
         async with asyncio.timeout(BACK_S):
             await whole(api, Call(FAILING, PROMPT, 2))
     except TimeoutError:
-        raise ClusterError(f"no answer {BACK_S:g} s after a failure") from None
+        raise ClusterError(
+            f"the failed server does not answer {BACK_S:g} s after the failure"
+        ) from None
 
 
 def _trees(cluster: Cluster) -> list[list[psutil.Process]]:
-    """Processes of each server: its front end, which listens, and what that has started."""
+    """Return each server's processes: its front end, which listens, and all its descendants."""
     trees = {}
     for front in psutil.Process(cluster.pid).children():
         for connection in front.net_connections("tcp"):
@@ -230,5 +244,5 @@ def _trees(cluster: Cluster) -> list[list[psutil.Process]]:
 
 
 def _seconds(tree: Sequence[psutil.Process]) -> float:
-    """Of processor time."""
+    """Return the processor seconds of all processes so far."""
     return sum(sum(process.cpu_times()[:2]) for process in tree)

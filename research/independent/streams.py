@@ -1,4 +1,4 @@
-"""Streams of a server, one after another while something else happens."""
+"""Streams that are repeated during a measurement."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from benchmarks.serving.figures import first_token_s, gaps_s
 
 
 async def whole(api: Api, call: Call) -> Answer:
-    """The answer to a call that comes now.
+    """Send a call now and return its complete answer.
 
     Raises:
-        ClusterError: it is not whole.
+        ClusterError: the answer is not complete.
     """
     answer = await api.answer(call, time.perf_counter(), 0.0)
     if answer.error is not None:
-        raise ClusterError(f"a request of server {call.server} failed: {answer.error}")
+        raise ClusterError(f"a request to server {call.server} failed: {answer.error}")
     return answer
 
 
 @contextlib.asynccontextmanager
 async def streaming(api: Api, calls: Sequence[Call]) -> AsyncIterator[list[Answer]]:
-    """Asks each call again and again while the block runs, and waits for the last answers.
+    """Repeat each call during the block, and wait for the last answers.
 
     Yields:
-        Answers as they become whole; complete after the block.
+        A list to which complete answers are added; it has all answers after the block.
     """
     over, answers = asyncio.Event(), []
 
@@ -47,11 +47,11 @@ async def streaming(api: Api, calls: Sequence[Call]) -> AsyncIterator[list[Answe
 
 
 def longest_gap(answers: Sequence[Answer]) -> float:
-    """Seconds in which a user waited for a token, the first or a later one."""
+    """Return the longest time that a user waited for a token, the first included, in seconds."""
     return max([*gaps_s(answers), *first_token_s(answers)])
 
 
 def same(answers: Iterable[Answer], quiet: dict[int, str]) -> tuple[int, int]:
-    """Answers with the text of a quiet run, by server; and all."""
+    """Count the answers that have the text of the quiet run, given by server, and all answers."""
     found = [answer.text == quiet[answer.call.server] for answer in answers]
     return sum(found), len(found)

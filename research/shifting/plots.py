@@ -1,4 +1,4 @@
-"""Local share and latency over time, as a PNG file."""
+"""Plot of local share and latency over time, as a PNG file."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from benchmarks.serving.plots import save
 
 from .results import Results
 
-#: Points of a line, whatever a run's length; each is of so many of these together.
+#: Points per line, regardless of a run's length; each is the mean over SMOOTH intervals.
 POINTS, SMOOTH = 60, 3
 
 
 def draw(results: Results, path: pathlib.Path) -> None:
-    """Both panels of section `shift`; nothing where it was not measured."""
+    """Draw both panels of the section `shift`; write no file if it was not measured."""
     if (found := results.shift) is None:
         return
     runs = {"no migration": found.stay, "migration": found.move}
@@ -38,21 +38,21 @@ def _lines(
     line: Callable[[Watched, np.ndarray], np.ndarray],
     label: str,
 ) -> None:
-    """A line for each run; its migrations in its colour, the shift in grey."""
+    """Draw a line for each run, its migrations in the same colour, and the shift in grey."""
     for name, run in runs.items():
         edges = np.linspace(0, run.samples[-1].at_s, POINTS + 1)
         middles = (edges[:-1] + edges[1:]) / 2
         (drawn,) = panel.plot(middles, line(run, edges), label=name)
         for moment in run.moves_s:
             panel.axvline(moment, color=drawn.get_color(), linestyle=":")
-    panel.axvline(shift_s, color="grey", linestyle="--", label="users change their minds")
+    panel.axvline(shift_s, color="grey", linestyle="--", label="users change their task")
     panel.set(xlabel="s", ylabel=label)
     panel.set_ylim(bottom=0)
     panel.legend(fontsize="small", frameon=False)
 
 
 def _windows(edges: np.ndarray) -> list[tuple[float, float]]:
-    """Around each piece."""
+    """Return the smoothing window (begin, end) around each interval, in seconds."""
     last = len(edges) - 1
     return [
         (edges[max(0, n - SMOOTH // 2)], edges[min(last, n + 1 + SMOOTH // 2)]) for n in range(last)
@@ -64,7 +64,7 @@ def _local(run: Watched, edges: np.ndarray) -> np.ndarray:
 
 
 def _latency(run: Watched, edges: np.ndarray) -> np.ndarray:
-    """Mean of the answers that were asked for then."""
+    """Return the mean latency of the requests due in each window; NaN if there are none."""
     asked_s = np.array([a.asked_s for a in run.answers if a.good])
     taken_s = np.array([a.end_s - a.asked_s for a in run.answers if a.good])
     means = []

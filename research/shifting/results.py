@@ -1,4 +1,4 @@
-"""What was found: its figures, whether they reach the targets, and JSON of it."""
+"""Results of all sections: their figures, targets, and JSON."""
 
 from __future__ import annotations
 
@@ -15,17 +15,19 @@ from benchmarks.targets import Target
 
 from .runs import Pause, Shift
 
-#: Mean latency with migration over that without. Remote share after one, over that of servers
-#: placed for what users then ask; of the bytes that those save, the share that is not saved.
-#: Margin from which on greedy outputs must be the same.
+#: Targets of `shift`. LATENCY: mean latency with migration over that without. REMOTE: remote share
+#: after one migration, over that of servers placed for the second task. UNSAVED: share of the bytes
+#: saved by servers placed for the second task that one migration does not save. MARGIN: the largest
+#: margin at which greedy outputs may differ.
 LATENCY, REMOTE, UNSAVED, MARGIN = 0.9, 1.05, 0.05, 1e-3
-#: A step beyond the median: seconds, or medians. p99 of gaps beside a migration over that before.
+#: Targets of `pause`. The longest step may exceed the median step by STEP_S seconds or STEP_MEDIANS
+#: medians, whichever is more. GAPS: p99 gap between tokens during a migration, over that before.
 STEP_S, STEP_MEDIANS, GAPS = 0.05, 2.0, 1.5
 
 
 @dataclasses.dataclass
 class Results:
-    """By section; None: not measured."""
+    """Results by section; None if not measured."""
 
     shift: Shift | None = None
     accumulate: Watched | None = None
@@ -33,7 +35,7 @@ class Results:
     stable: Watched | None = None
 
     def targets(self) -> list[Target]:
-        """All that were measured."""
+        """Return the targets of the measured sections."""
         found: list[Target] = []
         if self.shift is not None:
             found += _shift(self.shift)
@@ -46,7 +48,7 @@ class Results:
 
 
 def latencies_s(answers: Iterable[Answer], since_s: float = 0.0) -> list[float]:
-    """Of whole answers that were asked for from then on."""
+    """Return the latencies of complete answers whose requests were due at `since_s` or later."""
     return [a.end_s - a.asked_s for a in answers if a.good and a.asked_s >= since_s]
 
 
@@ -55,19 +57,19 @@ def mean_latency_s(run: Watched, since_s: float = 0.0) -> float:
 
 
 def after_shift(found: Shift) -> list[float]:
-    """When migrations after the shift were complete."""
+    """Return the seconds at which migrations after the shift were complete."""
     return [moment for moment in found.move.moves_s if moment >= found.plan.shift_s]
 
 
 def differences(ours: Watched, theirs: Watched) -> list[float]:
-    """Margins of the first differences between the answers to the same requests."""
+    """Return the margins of the first differences between answers to the same requests."""
     pairs = zip(ours.answers, theirs.answers, strict=True)
     found = (first_difference(a.tokens, b.tokens) for a, b in pairs if a.good and b.good)
     return [difference.margin for difference in found if difference is not None]
 
 
 def failed(runs: Iterable[Watched]) -> int:
-    """Answers that are not whole."""
+    """Count the answers that are not complete."""
     return sum(not answer.good for run in runs for answer in run.answers)
 
 
@@ -76,14 +78,14 @@ def _shift(found: Shift) -> list[Target]:
     ratio = mean_latency_s(found.move) / mean_latency_s(found.stay)
     targets = [
         Target("mean latency with migration / without", LATENCY, ratio),
-        # None at all is as wrong as two.
-        Target("migrations after the shift, beside the one", 0, abs(len(moves) - 1)),
+        # No migration is as wrong as two.
+        Target("migrations after the shift, difference from one", 0, abs(len(moves) - 1)),
         Target(
             "margin of outputs that differ from those without migration",
             MARGIN,
             max([0.0, *margins]),
         ),
-        Target("answers that are not whole", 0, failed([found.stay, found.move, found.placed])),
+        Target("incomplete answers", 0, failed([found.stay, found.move, found.placed])),
     ]
     if not moves:
         return targets
@@ -96,13 +98,13 @@ def _shift(found: Shift) -> list[Target]:
             (found.placed, 0.0),
         )
     )
-    of = "after one migration / placed for it"
+    of = "after one migration / placed for the second task"
     return [
         *targets,
         Target(f"remote share {of}", REMOTE, remote),
         Target(
-            "bytes per expert call not saved by one migration, of those that servers placed for it "
-            "save",
+            "bytes per expert call not saved by one migration / saved by servers placed for the "
+            "second task",
             UNSAVED,
             (after - placed) / (stays - placed) if stays > placed else 0.0,
         ),
@@ -115,14 +117,14 @@ def _pause(found: Pause) -> list[Target]:
     p99 = [float(np.quantile(found.gaps(when), 0.99)) for when in ("moving", "before")]
     still = [n for n, each in enumerate(found.rounds, 1) if not each.experts]
     return [
-        Target.of_worst("seconds of the longest step beside a migration", limit, longest),
-        Target("p99 of gaps between tokens while experts move / before", GAPS, p99[0] / p99[1]),
+        Target.of_worst("seconds of the longest step during a migration", limit, longest),
+        Target("p99 of gaps between tokens during a migration / before", GAPS, p99[0] / p99[1]),
         Target("rounds in which nothing moved", 0, len(still)),
     ]
 
 
 def plain(results: Results) -> dict[str, Any]:
-    """For JSON, everything but the answers' texts."""
+    """Return the results for JSON, without the answers' texts."""
     found: dict[str, Any] = {}
     if (shift := results.shift) is not None:
         runs = {name: _run(getattr(shift, name)) for name in ("stay", "move", "placed")}

@@ -1,4 +1,4 @@
-"""The sections: what is started, what it is asked, and what came of it."""
+"""The sections: their servers, requests and results."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ from benchmarks.serving.setting import progress
 from dance_jax.engine.step_clock import WINDOW_S
 
 SECTIONS = ("shift", "accumulate", "pause", "stable")
-#: Prompts of each server, and tokens of each answer, that placements at the start are fitted to.
+#: Prompts per server, and tokens per answer, that initial placements are fitted to.
 FIT_PROMPTS, FIT_TOKENS = 40, 32
-#: Intervals of a phase of `shift`; of `stable` altogether.
+#: Decision intervals in a phase of `shift`, and in all of `stable`.
 INTERVALS, STABLE_INTERVALS = 4, 10
-#: An interval has so many half-lives, as with the launcher's own defaults.
+#: Half-lives of the statistics in an interval, as with the launcher's defaults.
 HALF_LIVES = 5
-#: `pause`: seconds in which streams run before a migration, of which the first half is for their
-#: prompts; half-life, migrations.
+#: `pause`: seconds for which streams run before a migration (the first half is for their prefill);
+#: half-life in seconds; number of migrations.
 STEADY_S, PAUSE_HALF_LIFE_S, ROUNDS = 9.0, 4.0, 4
 
 Found = TypeVar("Found")
@@ -48,18 +48,19 @@ Found = TypeVar("Found")
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What every section works with.
+    """Settings that all sections share.
 
     Attributes:
         place: where servers run.
-        askers: who asks them.
+        askers: users that send the requests.
         phases: each server's task, before and after the shift.
-        requests: of each server in a phase.
-        streams: of each server in section `pause`.
-        interval_s: from one decision to the next.
-        model: arguments of every launcher about the model.
-        serving: arguments of those that serve.
-        work: a directory for files in between.
+        requests: number per server and phase.
+        streams: number per server in the section `pause`.
+        interval_s: seconds between two placement decisions.
+        model: arguments about the model, for every launcher.
+        serving: further arguments, for launchers that serve.
+        work: a directory for intermediate files.
+        console: for progress.
     """
 
     place: Place
@@ -74,7 +75,7 @@ class Setting:
     console: Console
 
     def fitted(self, phase: int) -> pathlib.Path:
-        """Activations of a phase's tasks, of prompts that no user sends; counted once."""
+        """Return a phase's activations, counted once on prompts that no user sends."""
         result = self.work / f"fitted{phase}.npz"
         if not result.exists():
             prompts = self.work / f"fit{phase}.jsonl"
@@ -93,10 +94,13 @@ class Setting:
         scheduling: Sequence[str],
         run: Callable[[Api], Awaitable[Found]],
     ) -> Found:
-        """What `run` finds with servers that start placed for a phase.
+        """Start servers that are placed for a phase, and return the result of `run`.
 
         Args:
+            title: printed when the servers are ready.
+            phase: index of the phase.
             scheduling: the launcher's arguments about migration.
+            run: the measurement.
         """
 
         async def asked() -> Found:
@@ -111,7 +115,7 @@ class Setting:
             return found
 
     def ask(self, title: str, phase: int, scheduling: Sequence[str], plan: Plan) -> Watched:
-        """The same with a plan of requests."""
+        """Start servers as `serve` does, and send them a plan of requests."""
 
         async def run(api: Api) -> Watched:
             with progress(self.console, title, len(plan.calls)) as done:
@@ -121,24 +125,24 @@ class Setting:
 
 
 def still() -> list[str]:
-    """Nothing moves."""
+    """Return the launcher's arguments for no migration."""
     return ["--rebalance-interval", "0"]
 
 
 def moving(interval_s: float, half_life_s: float) -> list[str]:
-    """Experts move; half_life_s 0: nothing that was counted fades."""
+    """Return the launcher's arguments for migration; with half_life_s 0, statistics never fade."""
     return ["--rebalance-interval", f"{interval_s:.3f}", "--half-life", f"{half_life_s:.3f}"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Shift:
-    """One plan, and what became of it.
+    """Results of the section `shift`.
 
     Attributes:
-        plan: of the runs `stay` and `move`.
-        stay: servers stay as they are, placed for the first phase.
-        move: they migrate.
-        placed: servers placed for the second phase, which are asked that alone.
+        plan: requests of the runs `stay` and `move`.
+        stay: run with servers placed for the first phase, without migration.
+        move: run with servers placed for the first phase, with migration.
+        placed: run of the second phase only, with servers placed for it.
     """
 
     plan: Plan
@@ -148,26 +152,26 @@ class Shift:
 
 
 def shift(setting: Setting) -> Shift:
-    """Section `shift`."""
+    """Run the section `shift`."""
     plan = setting.askers.plan(setting.phases, setting.requests)
     half_life_s = setting.interval_s / HALF_LIVES
     return Shift(
         plan,
         setting.ask("no migration", 0, still(), plan),
         setting.ask("migration", 0, moving(setting.interval_s, half_life_s), plan),
-        setting.ask("placed for the second phase", 1, still(), plan.after(plan.shift_s)),
+        setting.ask("placed for the second task", 1, still(), plan.after(plan.shift_s)),
     )
 
 
 def accumulate(setting: Setting) -> Watched:
-    """Section `accumulate`: the plan of `shift`."""
+    """Run the section `accumulate`, with the plan of `shift`."""
     plan = setting.askers.plan(setting.phases, setting.requests)
     title = "migration, statistics that never fade"
     return setting.ask(title, 0, moving(setting.interval_s, 0.0), plan)
 
 
 def stable(setting: Setting) -> Watched:
-    """Section `stable`."""
+    """Run the section `stable`."""
     per_interval = setting.requests / INTERVALS
     plan = setting.askers.plan(setting.phases[:1], round(STABLE_INTERVALS * per_interval))
     half_life_s = setting.interval_s / HALF_LIVES
@@ -176,13 +180,17 @@ def stable(setting: Setting) -> Watched:
 
 @dataclasses.dataclass(frozen=True)
 class Round:
-    """One migration beside steady streams, none of which begins or ends in it; times in seconds.
+    """One migration during steady streams, none of which begins or ends meanwhile.
+
+    Times are in seconds.
 
     Attributes:
-        before, moving: gaps between tokens, before it and those that overlap it.
-        moving_s: how long it took.
-        longest_step_s: of any server meanwhile; if that took less than ten seconds, of ten.
-        experts: that were loaded.
+        before: gaps between tokens before the migration.
+        moving: gaps between tokens that overlap the migration.
+        moving_s: duration of the migration.
+        longest_step_s: longest step of any server during the migration, or of ten seconds if the
+            migration is shorter.
+        experts: number of experts loaded.
     """
 
     before: list[float]
@@ -199,19 +207,19 @@ class Pause:
     rounds: list[Round]
 
     def gaps(self, when: str) -> np.ndarray:
-        """Gaps between tokens of all rounds, in seconds: before or moving."""
+        """Return the gaps between tokens of all rounds, in seconds; `when` is before or moving."""
         return np.concatenate([getattr(each, when) for each in self.rounds])
 
     @property
     def median_s(self) -> float:
-        """Of the steps before migrations: each gives every stream a token."""
+        """Median step before migrations: the median gap, as a step gives each stream a token."""
         return float(np.median(self.gaps("before")))
 
 
 def pause(setting: Setting) -> Pause:
-    """Section `pause`: experts go to and fro between what was placed for the two phases' tasks.
+    """Run the section `pause`: experts move between the placements for the two phases.
 
-    They are told where to go, as nothing is solved then: streams run out while a policy looks.
+    The client gives the placements, because streams would end while a policy computes a placement.
     """
 
     async def run(api: Api) -> Pause:
@@ -222,16 +230,16 @@ def pause(setting: Setting) -> Pause:
         there.append((await placement(api))["servers"])
         return Pause([await _round(api, setting, n % 2, there[n % 2]) for n in range(ROUNDS)])
 
-    return setting.serve("migrations beside streams", 0, moving(0.0, PAUSE_HALF_LIFE_S), run)
+    return setting.serve("migrations during streams", 0, moving(0.0, PAUSE_HALF_LIFE_S), run)
 
 
 async def _round(api: Api, setting: Setting, phase: int, servers: list[dict[str, Any]]) -> Round:
-    """Streams of a phase run, experts move, and the streams are hung up on."""
+    """Run streams of a phase, move experts to `servers` meanwhile, and disconnect the streams."""
     async with _streams(api, setting, phase) as heard:
         begun_s = time.perf_counter()
         await asyncio.sleep(STEADY_S)
         moving_s = time.perf_counter()
-        # Not often: streams are read in this process too.
+        # Few samples, because this process reads the streams too.
         async with watched(api, every_s=WINDOW_S / 2) as samples:
             names, resident = ([server[k] for server in servers] for k in ("name", "resident"))
             decision = await put(api, names, resident)
@@ -248,7 +256,7 @@ async def _round(api: Api, setting: Setting, phase: int, servers: list[dict[str,
 
 @contextlib.asynccontextmanager
 async def _streams(api: Api, setting: Setting, phase: int) -> AsyncIterator[list[list[float]]]:
-    """Users of a phase read answers without end while the block runs; when each token came."""
+    """Stream answers to a phase's users during the block; yield the times of all tokens."""
     heard = list[list[float]]()
 
     async def stream(call: Call) -> None:
@@ -259,7 +267,7 @@ async def _streams(api: Api, setting: Setting, phase: int) -> AsyncIterator[list
             hear = functools.partial(_hear, times)
             answer = await api.answer(call, origin, time.perf_counter() - origin, hear)
             if not answer.good:
-                raise ClusterError(f"a stream beside a migration: {answer.error}")
+                raise ClusterError(f"a stream failed during a migration: {answer.error}")
 
     async with asyncio.TaskGroup() as group:
         calls = setting.askers.streams(setting.phases[phase], setting.streams)
@@ -274,13 +282,16 @@ def _hear(times: list[float], _: object) -> None:
 
 
 def _longest_s(samples: Sequence[Sample]) -> float:
-    """Seconds of the longest step since the first sample; each knows those of WINDOW_S."""
+    """Return the seconds of the longest step since the first sample.
+
+    A sample has the longest step of the last WINDOW_S, so earlier samples are ignored.
+    """
     since_s = min(WINDOW_S, samples[-1].at_s)
     return max(max(each.longest_step_s) for each in samples if each.at_s >= since_s)
 
 
 def _gaps(heard: Sequence[Sequence[float]], begin_s: float, end_s: float) -> list[float]:
-    """Gaps between tokens of all streams, those that overlap a time."""
+    """Return the gaps between tokens, of all streams, that overlap a period."""
     return [
         later - earlier
         for times in heard

@@ -1,4 +1,4 @@
-"""Results as tables of the terminal."""
+"""Results as tables on the terminal."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from benchmarks.serving.tables import grid, milliseconds
 from .results import Results, after_shift, differences, latencies_s
 from .runs import Pause, Shift
 
-_RUN = ("run", "latency: mean", "p50", "p99", "of the 2nd: mean", "remote", "migrations", "moved")
+_RUN = ("run", "latency: mean", "p50", "p99", "2nd task: mean", "remote", "migrations", "moved")
 
 
 def show(console: Console, section: str, names: Sequence[str], results: Results) -> None:
-    """A section that was measured, beside those before."""
+    """Print a measured section; earlier sections are in `results` too."""
     found = getattr(results, section)
     match section:
         case "shift":
@@ -35,7 +35,10 @@ def show(console: Console, section: str, names: Sequence[str], results: Results)
 
 
 def _runs(console: Console, runs: Mapping[str, Watched], shift_s: float | None) -> None:
-    """Seconds; remote: share of expert calls, and in the second phase."""
+    """Print latencies in seconds and the remote share of each run.
+
+    With `shift_s`, the remote share is given before and after the shift.
+    """
     table = grid(*_RUN)
     for name, run in runs.items():
         times = latencies_s(run.answers)
@@ -54,14 +57,14 @@ def _runs(console: Console, runs: Mapping[str, Watched], shift_s: float | None) 
         )
     console.print(table)
     if shift_s is not None:
-        console.print(f"users change their minds until {shift_s:.0f} s")
+        console.print(f"all users have changed their task at {shift_s:.0f} s")
 
 
 def _shift(console: Console, names: Sequence[str], found: Shift) -> None:
     margins = differences(found.move, found.stay)
     console.print(
         f"outputs with and without migration: {len(margins)} of {len(found.move.answers)} differ"
-        + (f", at margins up to {max(margins):.2g}" if margins else "")
+        + (f", with margins up to {max(margins):.2g}" if margins else "")
     )
     if not (moves := after_shift(found)):
         return
@@ -69,7 +72,7 @@ def _shift(console: Console, names: Sequence[str], found: Shift) -> None:
     rows = {
         "no migration": (found.stay, found.plan.shift_s),
         "migration": (found.move, moves[0]),
-        "placed for it": (found.placed, 0.0),
+        "placed for the 2nd task": (found.placed, 0.0),
     }
     for name, (run, since_s) in rows.items():
         sent = (f"{each:.1f}" for each in run.sent_per_call(since_s))
@@ -79,10 +82,10 @@ def _shift(console: Console, names: Sequence[str], found: Shift) -> None:
 
 def _pause(console: Console, found: Pause) -> None:
     console.print(
-        "[bold]Migrations beside streams[/bold]\n"
-        "in ms; of gaps between tokens the median, the 99th percentile and the longest"
+        "[bold]Migrations during streams[/bold]\n"
+        "in ms; gaps between tokens are given as median, 99th percentile and maximum"
     )
-    table = grid("", "experts", "moved in", "longest step", "gaps before", "moving")
+    table = grid("", "experts", "moved in", "longest step", "gaps before", "gaps during")
     for number, each in enumerate(found.rounds, 1):
         table.add_row(
             str(number),

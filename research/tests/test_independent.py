@@ -1,4 +1,4 @@
-"""Sections of apart.py: which can run where, and what they make of answers."""
+"""Tests of research/apart.py: where sections can run, and their figures from answers."""
 
 from __future__ import annotations
 

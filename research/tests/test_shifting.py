@@ -1,4 +1,4 @@
-"""What research/migrate.py makes of what servers tell."""
+"""Tests of research/migrate.py: figures and targets from servers' metrics and answers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from research.shifting.runs import SECTIONS, Pause, Round, Shift, _gaps, _longes
 
 
 def sample(at_s: float, local: float, remote: float, migrations: int = 0) -> Sample:
-    """Of two servers that do the same."""
+    """Make a sample of two servers with the same metrics."""
     return Sample(
         at_s=at_s,
         local=[local] * 2,
@@ -86,7 +86,7 @@ def test_figures_of_a_shift() -> None:
     ("change", "missed"),
     [
         ({"stay": run(1.6, STAY.samples)}, "mean latency with migration / without"),
-        ({"move": run(1.5, STAY.samples)}, "migrations after the shift, beside the one"),
+        ({"move": run(1.5, STAY.samples)}, "migrations after the shift, difference from one"),
         ({"placed": run(1.0, [sample(0, 0, 0), sample(9, 85, 15)])}, "remote share after one"),
         ({"stay": run(2.0, STAY.samples, text="b", margin=2e-3)}, "margin of outputs"),
     ],
@@ -116,7 +116,7 @@ def test_gaps_beside_a_migration() -> None:
 
 
 def test_the_longest_step_is_of_the_migration_alone() -> None:
-    """A sample knows the last ten seconds: the first ones know steps from before."""
+    """A sample covers the last ten seconds, so the first samples include earlier steps."""
     longest_s = {0.0: 0.9, 5.0: 0.8, 11.0: 0.04, 16.0: 0.03}
     samples = [
         dataclasses.replace(sample(at_s, 0, 0), longest_step_s=[0.01, each_s])

@@ -229,7 +229,7 @@ def test_trends() -> None:
         (["--devices", "344"], "344 devices are 258 servers"),
         (["--mbps", "fast"], "numbers with commas"),
         (["--intervals", "0"], "numbers above 0"),
-        (["--seed", "-1"], "no whole number"),
+        (["--seed", "-1"], "not a whole number"),
     ],
 )
 def test_options(

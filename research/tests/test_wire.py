@@ -1,4 +1,4 @@
-"""research/wire.py on a tiny model."""
+"""Test of research/wire.py on a tiny model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.launch.tiny import write_model
 def test_rows_of_the_table(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Float32 is what the others are compared with; int8 rounds what leaves a server."""
+    """The other types are compared with float32; int8 rounds the rows that leave a server."""
     monkeypatch.setattr(wire, "WINDOW", 32)
     texts = []
     for n in range(3):
@@ -24,7 +24,7 @@ def test_rows_of_the_table(
     arguments = ["--model", write_model(tmp_path / "model"), "--texts", *texts]
     assert wire.main([*map(str, arguments)]) == 0
     printed = capsys.readouterr().out
-    assert "3 servers" in printed and "of expert calls leave theirs" in printed
+    assert "3 servers" in printed and "of expert calls are remote" in printed
     rows = [
         [cell.strip() for cell in line.split("│")[1:-1]]
         for line in printed.splitlines()

@@ -1,4 +1,4 @@
-"""What the commands of benchmarks have in common."""
+"""Tests of what all benchmark commands share: options, exit codes, signals, verdict."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ENDING = (signal.SIGTERM, signal.SIGHUP)
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
-    """Signals are not ignored, as nohup would have it; afterwards they are as before."""
+    """Reset the signal handlers, in case nohup ignores SIGHUP; restore them afterwards."""
     before = [signal.signal(number, signal.SIG_DFL) for number in ENDING]
     yield
     for number, handler in zip(ENDING, before, strict=True):
@@ -38,7 +38,7 @@ def handlers() -> Iterator[None]:
 
 
 class Failed(OSError):
-    """Something that was measured; also an error of the system."""
+    """A failure of the measured program that is an OSError too."""
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_signals_clean_up(number: signal.Signals) -> None:
     def work() -> int:
         try:
             signal.raise_signal(number)
-            raise AssertionError("it goes on")
+            raise AssertionError("the signal did not end the work")
         finally:
             ended.append(number)
 
@@ -106,11 +106,13 @@ def test_the_verdict(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_words() -> None:
     assert some_of(("a", "b", "c"))("c,a") == ("a", "c")
-    with pytest.raises(argparse.ArgumentTypeError, match="no policy 'd'; there are a, b"):
+    with pytest.raises(argparse.ArgumentTypeError, match="unknown policy 'd'; choose from a, b"):
         some_of(("a", "b"), "policy")("a,d")
     assert list_of(count)("3,1") == [3, 1] and count_or_0("0") == 0
     for parse, text in ((count, "0"), (count_or_0, "-1"), (count, "1" * 5000), (count, "1.0")):
-        with pytest.raises(argparse.ArgumentTypeError, match=r"no whole number of at least [01]"):
+        with pytest.raises(
+            argparse.ArgumentTypeError, match=r"not a whole number of at least [01]"
+        ):
             parse(text)
 
 

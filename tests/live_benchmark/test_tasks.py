@@ -1,4 +1,4 @@
-"""What users ask of a service that runs, and when."""
+"""Tests of the requests that users send to a running service, and of their arrival times."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_every_server_asks_for_both_tasks_in_turn(askers: Askers) -> None:
         texts = [tokenizer.decode(call.prompt) for call in plan.calls if call.server == server]
         words = [text.split()[-2] for text in texts]
         assert words == [first] * REQUESTS + [second] * REQUESTS
-        # Each prompt of a task comes up before any comes up again.
+        # Every prompt of a task is sent before any is repeated.
         assert len(set(texts[:5])) == len(set(texts[REQUESTS : REQUESTS + 5])) == 5
     assert all(1 <= call.max_tokens <= 16 for call in plan.calls)
     late = plan.after(plan.shift_s)

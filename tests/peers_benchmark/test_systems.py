@@ -1,4 +1,4 @@
-"""Loads that are the same for all systems, and ratios of what came of them."""
+"""Tests of benchmarks/systems: loads that are the same for all systems, ratios, and targets."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_tokens_are_read_from_their_names(tmp_path: pathlib.Path) -> None:
     assert tokenizer.encode(" ".join(map(token_name, tokens))) == tokens
     answer = Answer(Call(0, [2], 4), 0.0, text=tokenizer.decode([12, 1, 7, 299]))
     assert output(answer) == tokens
-    # llama.cpp puts no spaces between them, and leaves special ones out.
+    # llama.cpp puts no spaces between tokens, and omits special ones.
     assert output(Answer(Call(0, [2], 4), 0.0, text="<12><7><299>")) == tokens
 
 

@@ -280,18 +280,18 @@ def test_servers_of_other_machines_are_not_started(tmp_path: pathlib.Path) -> No
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--speedup 2", "--speedup is of a --trace"),
-        ("--trace a --prompts b", "give one"),
-        ("--check --rate 2", "--rate is of a run under load"),
-        ("--check --max-tokens 2", "--max-tokens is of a run under load"),
-        ("--sections soak --duration 2", "--duration is of section static"),
-        ("--sections static --url http://a:1", "give --hosts too"),
+        ("--speedup 2", "--speedup needs --trace"),
+        ("--trace a --prompts b", "give only one"),
+        ("--check --rate 2", "--rate applies only to a run under load"),
+        ("--check --max-tokens 2", "--max-tokens applies only to a run under load"),
+        ("--sections soak --duration 2", "--duration applies only to the section static"),
+        ("--sections static --url http://a:1", "needs --hosts too"),
         ("--url a:1", "http://host:port is needed"),
         ("--url http://a:1 --output /no/such/folder/x", "does not exist"),
-        ("--url http://a:1 --hosts examples/hosts.txt", "has 3 servers, --url names 1"),
+        ("--url http://a:1 --hosts examples/hosts.txt", "has 3 servers but --url names 1"),
         ("--url http://a:1 --duration 0.0001", "no request arrives"),
-        ("--tasks no_such_folder", "no *.jsonl there"),
-        ("--url http://a:1 --requests 1 -- --policy dance", "nothing is launched"),
+        ("--tasks no_such_folder", "no *.jsonl files"),
+        ("--url http://a:1 --requests 1 -- --policy dance", "no server is launched"),
     ],
 )
 def test_options_that_are_wrong(

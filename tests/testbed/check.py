@@ -1,10 +1,10 @@
-"""Brings a testbed up, answers the example prompts across it, and takes it down: `make testbed`.
+"""Bring a testbed up, answer the example prompts on it, and take it down: `make testbed`.
 
     python -m tests.testbed.check [--rate 100Mbps]    # as root, on Linux
 
-The testbed is named after this process; what an earlier check left, because it was killed, is
-removed first. No part of pytest, as it takes root and may install sshd. Prints every check; exit
-code 1 if one fails, 2 if the machine cannot have a testbed.
+The testbed is named after this process. Testbeds that killed checks left behind are removed first.
+The check is not part of pytest, because it needs root and may install sshd. It prints every check
+and ends with exit code 1 if a check fails, or 2 if the machine cannot run a testbed.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from dance_jax.config import UserError
 from tests.launch.launched import eventually
 
 COMMAND = [sys.executable, "benchmarks/testbed.py"]
-#: By the process: one that is up meanwhile, another check's too, is not touched.
+#: Named after the process, so that other testbeds, also of other checks, are not touched.
 NAME = f"check{os.getpid()}"
-#: What the example prompts send and receive at least, per host; the start alone is far below.
+#: Minimum bytes that the example prompts send and receive per host; the start-up has far fewer.
 LEAST_BYTES = 1_000_000
 
 _RECEIVE = """
@@ -60,7 +60,7 @@ print(time.process_time() / 1.5)
 
 
 class Checks:
-    """Counts and prints what held and what did not."""
+    """Prints checks, and counts those that passed and failed."""
 
     def __init__(self) -> None:
         self.passed = self.failed = 0
@@ -72,14 +72,14 @@ class Checks:
 
 
 def forsaken() -> list[str]:
-    """Names of the testbeds that earlier checks left: their processes no longer run."""
+    """Return the names of testbeds that earlier checks left, whose processes no longer run."""
     names = sorted(path.name for path in leftovers.STATE.glob("check*"))
     pids = {name: int(name[5:]) for name in names if re.fullmatch("check[0-9]+", name)}
     return [name for name, pid in pids.items() if not _checks(pid)]
 
 
 def _checks(pid: int) -> bool:
-    """The process runs this command, and is another one: numbers are used again."""
+    """Return whether a process runs this command and is not this process (pids are reused)."""
     try:
         line = pathlib.Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
@@ -88,13 +88,13 @@ def _checks(pid: int) -> bool:
 
 
 def output(bed: Testbed, host: str, *argv: str) -> str:
-    """What a command on a host prints."""
+    """Run a command on a host and return its output."""
     process = bed.exec(host, argv, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True)
     return process.communicate()[0].strip()
 
 
 def throughput(bed: Testbed, source: str, target: str, size: int) -> float:
-    """Bits per second of one connection that sends so many bytes."""
+    """Measure the bits per second of one connection that sends `size` bytes."""
     receive = [sys.executable, "-c", _RECEIVE]
     receiver = bed.exec(target, receive, stdout=subprocess.PIPE, text=True)
     assert receiver.stdout is not None
@@ -104,51 +104,53 @@ def throughput(bed: Testbed, source: str, target: str, size: int) -> float:
 
 
 def root_links() -> list[str]:
-    """The interfaces of this machine itself."""
+    """Return the network interfaces of this machine itself."""
     return sorted(path.name for path in pathlib.Path("/sys/class/net").iterdir())
 
 
 def inhabitants(namespaces: set[int]) -> list[str]:
-    """Processes whose network namespace has one of these inodes."""
+    """Return the processes whose network namespace has one of these inodes."""
     found = []
     for process in pathlib.Path("/proc").glob("[0-9]*"):
         try:
             if (process / "ns/net").stat().st_ino in namespaces:
                 found.append(process.name)
-        except OSError:  # it has just ended
+        except OSError:  # the process has just ended
             continue
     return found
 
 
 def check_hosts(checks: Checks, bed: Testbed, rate: int | None) -> None:
-    """Names, logins, isolation, rates and shares."""
+    """Check names, logins, isolation, rates and shares of cores."""
     ssh = ["ssh", "-F", str(bed.ssh_config)]
     for host in bed.hosts:
         name = output(bed, HEAD, *ssh, f"root@{host}", "--", "hostname")
-        checks.check(name == host, f"{host} says its name over ssh")
+        checks.check(name == host, f"{host} reports its own name over ssh")
     known = output(bed, "alpha", "getent", "hosts", "alpha", "beta").split()
     expected = [word for name in ("alpha", "beta") for word in (bed.hosts[name].address, name)]
-    checks.check(known == expected, "hosts know the addresses of their own and others' names")
+    checks.check(known == expected, "a host resolves its own name and those of other hosts")
     routes = output(bed, HEAD, "ip", "route")
-    checks.check("default" not in routes, "nothing leads out of the testbed")
+    checks.check("default" not in routes, "the testbed has no route to the outside")
     if rate is not None:
         measured = throughput(bed, "alpha", "beta", rate // 8)
-        text = f"a link of {rate / 1e6:.0f} Mbit/s passes {measured / 1e6:.0f} from alpha to beta"
+        text = f"a link of {rate / 1e6:.0f} Mbit/s carries {measured / 1e6:.0f} from alpha to beta"
         checks.check(0.75 * rate < measured < 1.05 * rate, text)
     if bed.cores == QUOTA:
         share = bed.hosts["alpha"].share
         used = float(output(bed, "alpha", sys.executable, "-c", _BURN))
         assert isinstance(share, float)
-        checks.check(used < 1.15 * min(share, 1), f"alpha may use {share:.2f} cores: {used:.2f}")
+        checks.check(
+            used < 1.15 * min(share, 1), f"alpha may use {share:.2f} cores and uses {used:.2f}"
+        )
 
 
 def check_run(checks: Checks, bed: Testbed, options: list[str]) -> None:
-    """The launch answers prompts over the links and leaves no process."""
+    """Check that a launch answers prompts over the links and leaves no process."""
     idle, run = set(bed.processes()), [*COMMAND, "run", "--name", NAME]
     code = subprocess.run([*run, "--preflight"]).returncode
     checks.check(code == 0, f"the preflight, which measures the links, ends with exit code {code}")
     before = bed.counters()
-    # Not measured again, so that the bytes are the prompts'.
+    # Without measuring the links again, so that only the prompts' bytes count.
     code = subprocess.run([*run, "--bandwidth", "link", *options]).returncode
     checks.check(code == 0, f"the example prompts end with exit code {code}")
     for host, counts in bed.counters().items():
@@ -160,52 +162,56 @@ def check_run(checks: Checks, bed: Testbed, options: list[str]) -> None:
 
 
 def check_down(checks: Checks, bed: Testbed, links: list[str]) -> None:
-    """Nothing of it is left, and nothing of this machine has changed."""
+    """Check that `down` leaves nothing behind and does not change this machine."""
     spaces = {path.stat().st_ino for path in pathlib.Path("/run/netns").glob(f"dance-{NAME}.*")}
     checks.check(len(inhabitants(spaces)) >= len(bed.hosts), "the hosts have processes")
-    # One that polite signals do not end.
+    # A process that ignores SIGTERM, SIGINT and SIGHUP.
     stubborn = ["sh", "-c", "trap '' TERM INT HUP; sleep 600 & wait"]
     process = bed.exec("alpha", stubborn, start_new_session=True)
     code = subprocess.run([*COMMAND, "down", "--name", NAME]).returncode
     process.wait()
     checks.check(code == 0, f"down ends with exit code {code}")
     checks.check(not (left := remains(NAME)), f"nothing is left {left or ''}")
-    eventually(lambda: not inhabitants(spaces), 5)  # the killed are reaped
+    eventually(lambda: not inhabitants(spaces), 5)  # until killed processes are reaped
     checks.check(not (alive := inhabitants(spaces)), f"no process is left {alive or ''}")
     checks.check(root_links() == links, f"this machine's interfaces are {', '.join(links)}")
 
 
 def check_distance(checks: Checks, hosts: list[Host]) -> None:
-    """Links that are longer than they are."""
+    """Check the round trip of a testbed with --round-trip."""
     seconds = 0.02
     bed = Testbed.up(NAME, hosts, cores="none", round_trip=seconds)
     measured = float(output(bed, "alpha", sys.executable, "-c", _CONNECT, "beta"))
-    text = f"beta is {measured * 1e3:.1f} ms from alpha there and back, {seconds * 1e3:g} asked for"
+    text = f"round trip from alpha to beta {measured * 1e3:.1f} ms, with {seconds * 1e3:g} ms added"
     checks.check(seconds < measured < 1.5 * seconds, text)
     down(NAME)
     checks.check(not (left := remains(NAME)), f"nothing is left {left or ''}")
 
 
 def main() -> int:
-    """Runs all checks; returns the exit code."""
-    parser = argparse.ArgumentParser(description="Checks the testbed; other options go to launch")
-    parser.add_argument("--rate", default="100Mbps", help="of the links (%(default)s)")
+    """Run all checks and return the exit code."""
+    parser = argparse.ArgumentParser(
+        description="Checks the testbed. Other options are passed to dance_jax.launch."
+    )
+    parser.add_argument("--rate", default="100Mbps", help="rate of the links (%(default)s)")
     options, launch_options = parser.parse_known_args()
     rate, links, checks = parse_rate(options.rate), root_links(), Checks()
     try:
         for name in forsaken():
-            print(f"testbed {name} is removed: its check was killed", flush=True)
+            print(f"removing testbed {name}, whose check was killed", flush=True)
             down(name)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
     up = [*COMMAND, "up", "--name", NAME, "--rate", options.rate]
     if code := subprocess.run(up).returncode:
-        print("the testbed cannot be checked here; `TESTBED=no .ci/run` leaves it out")
+        print("the testbed cannot be checked on this machine; `TESTBED=no .ci/run` skips it")
         return code
     try:
         again = subprocess.run(up, capture_output=True, text=True)
-        checks.check(again.returncode == 2 and "is up already" in again.stderr, "not up twice")
+        checks.check(
+            again.returncode == 2 and "is up already" in again.stderr, "a second `up` fails"
+        )
         bed = Testbed.load(NAME)
         check_hosts(checks, bed, rate)
         check_run(checks, bed, launch_options)

@@ -1,4 +1,4 @@
-"""The parts of benchmarks/testbed that need no root. check.py has the rest."""
+"""Tests of the parts of benchmarks/testbed.py that need no root; check.py has the others."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TEMPLATE = (ROOT / "examples/hosts.txt").read_text()
 
 @pytest.fixture
 def state(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
-    """Every place that a testbed uses, in a directory of the test."""
+    """Redirect all paths that a testbed uses to the test's directory."""
     for place in ("STATE", "NAMESPACES", "OVER_ETC"):
         directory = tmp_path / place.lower()
         directory.mkdir()
@@ -67,10 +67,10 @@ def test_hosts_follow_the_template_and_repeat_it() -> None:
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("# nothing", "no line"),
+        ("# nothing", "no lines"),
         ("head experts=1", "cannot be a host"),
         ("a.b experts=1", "cannot be a host"),
-        ("a experts=1\na experts=1", "two with one name"),
+        ("a experts=1\na experts=1", "two lines with the same name"),
         ("a devices=many", "whole number"),
     ],
 )
@@ -136,7 +136,9 @@ def test_down_removes_its_own_and_no_other(state: pathlib.Path) -> None:
     for name in ("one", "one2"):
         (leftovers.STATE / name).mkdir()
         (leftovers.STATE / name / "key").touch()
-        (leftovers.NAMESPACES / f"dance-{name}.alpha").touch()  # made in part: no namespace
+        (
+            leftovers.NAMESPACES / f"dance-{name}.alpha"
+        ).touch()  # as an interrupted creation leaves it: no namespace
         (leftovers.OVER_ETC / f"dance-{name}.alpha").mkdir()
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     leftovers.down("one")
@@ -146,7 +148,7 @@ def test_down_removes_its_own_and_no_other(state: pathlib.Path) -> None:
 
 
 def test_what_killed_checks_left_is_found(state: pathlib.Path) -> None:
-    """And neither the testbed of a check that runs nor one of somebody else."""
+    """Neither a running check's testbed nor any other testbed counts as left behind."""
     other = [sys.executable, "-c", "import sys; sys.stdin.read()"]
     running, ended, foreign = (
         subprocess.Popen([*other, *word], stdin=subprocess.PIPE)
@@ -196,9 +198,9 @@ def test_options_that_run_does_not_know_keep_their_order_for_launch() -> None:
     ("arguments", "message"),
     [
         (["up", "--hosts", "32"], "from 1 to 31"),
-        (["up", "--rate", "5"], "no rate"),
+        (["up", "--rate", "5"], "not a rate"),
         (["up", "--name", "a.b"], "letters and digits"),
-        (["up", "--prompts", "x"], "unknown: --prompts x"),
+        (["up", "--prompts", "x"], "unknown options: --prompts x"),
     ],
 )
 def test_wrong_options_are_refused(arguments: list[str], message: str) -> None:

@@ -1,4 +1,4 @@
-"""Sides that take turns, and random models that are drawn in their formats."""
+"""Tests of benchmarks/throughput.py: sides that take turns, and random converted models."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from dance_jax.models.rounding import ROUNDED
 SMALL = SHAPES["olmoe"] | {"num_hidden_layers": 1, "num_experts": 2, "num_experts_per_tok": 1}
 
 
-class Said:
-    """A side whose speeds are given; none: it cannot say."""
+class FakeSide:
+    """A side with given speeds; with none left, its measurement is unsupported."""
 
     def __init__(self, name: str, speeds: list[float], turns: list[str]) -> None:
         self._name, self._speeds, self._turns = name, speeds, turns
@@ -34,9 +34,9 @@ class Said:
 def test_sides_take_turns_and_ratios_are_of_pairs() -> None:
     turns: list[str] = []
     sides = {
-        "dance_jax": Said("dance_jax", [2.0, 9.0, 4.0], turns),
-        "slow": Said("slow", [1.0, 3.0, 4.0], turns),
-        "mute": Said("mute", [], turns),
+        "dance_jax": FakeSide("dance_jax", [2.0, 9.0, 4.0], turns),
+        "slow": FakeSide("slow", [1.0, 3.0, 4.0], turns),
+        "mute": FakeSide("mute", [], turns),
     }
     work = Work("decode", 1, 2)
     measure = Measure("decode", "tokens/s", lambda side: side.speed(work))
