@@ -29,7 +29,8 @@ class Target:
             found: figures (None if not measured) and where each was measured.
         """
         known = [(value, where) for value, where in found if value is not None]
-        value, where = max(known, default=(None, ""))
+        # NaN is worse than any number, and `max` alone would depend on the order.
+        value, where = max(known, key=lambda each: (each[0] != each[0], each), default=(None, ""))
         return cls(name, limit, value, where)
 
     @property

@@ -26,10 +26,15 @@ def main(arguments: list[str]) -> int:
     with tempfile.NamedTemporaryFile("w", suffix=".jsonl", encoding="utf-8") as prompts:
         for argument in arguments:
             server, _, path = argument.partition("=")
-            for line in pathlib.Path(path).read_text(encoding="utf-8").split("\n"):
-                if line.strip():
-                    fields = {"prompt": json.loads(line)["prompt"], "server": server}
-                    prompts.write(json.dumps(fields) + "\n")
+            try:
+                text = pathlib.Path(path).read_text(encoding="utf-8")
+                found = [json.loads(line)["prompt"] for line in text.split("\n") if line.strip()]
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                print(f'{path}: not a file of {{"prompt": ...}} lines: {error}', file=sys.stderr)
+                return 2
+            prompts.writelines(
+                json.dumps({"prompt": prompt, "server": server}) + "\n" for prompt in found
+            )
         prompts.flush()
         command = [sys.executable, "-m", "dance_jax.launch", "--policy", "uniform"]
         command += ["--hosts", EXAMPLES / "hosts.txt", "--prompts", prompts.name]

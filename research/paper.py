@@ -381,7 +381,7 @@ class Evaluation:
             )
             for server in spec.servers
         )
-        if "collectives" in self._options.launch:
+        if "collectives" in " ".join(self._options.launch).replace("=", " ").split():
             config = dataclasses.replace(config, exchange="collectives")
         cost = cluster_cost(ClusterSpec(servers), self._work.model, config)
         if not runs:

@@ -149,7 +149,7 @@ def free_ports(count: int) -> int:
     Raises:
         UserError: no such ports are free.
     """
-    for first in range(FIRST_PORT, LAST_PORT, count):
+    for first in range(FIRST_PORT, LAST_PORT - count + 1, count):
         if all(_is_free(first + n) for n in range(count)):
             return first
     raise UserError(

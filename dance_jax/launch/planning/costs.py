@@ -143,7 +143,8 @@ def cost_note(spec: ClusterSpec) -> str | None:
         return None
     if rates:
         return f"{why}: it counts as the fastest known rate."
-    without = ", and expert_time= has no effect" if times else ""
+    trips = any(server.round_trip is not None for server in spec.servers)
+    without = ", and expert_time= has no effect" if times and not trips else ""
     return f"{why}: all links count the same{without}."
 
 
