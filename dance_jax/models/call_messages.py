@@ -60,9 +60,9 @@ class Wire:
         return rows[:, 4:] * scale_n1
 
     def round(self, x_nd: np.ndarray) -> np.ndarray:
-        """Round rows or weights for experts on this server as the wire does for other servers.
+        """Round rows or weights for local experts as the wire rounds them for remote experts.
 
-        int8 is the exception: rows for local experts are not rounded to int8.
+        int8 is the exception: nothing is rounded to int8 for local experts.
         """
         if self._kind != "bfloat16":
             return x_nd
