@@ -339,7 +339,7 @@ class ModelConfig:
 
     @property
     def trained_contexts(self) -> set[int]:
-        """Context lengths in tokens above which longrope uses its long factors; often empty."""
+        """Context lengths in tokens above which longrope's long factors apply; empty without."""
         mixers = {layer.mixer for layer in self.layers}
         ropes = {mixer.rope for mixer in mixers if not isinstance(mixer, DeltaNet)}
         return {rope.original_max_position for rope in ropes if rope.kind == "longrope"}

@@ -126,7 +126,7 @@ def test_what_is_converted_already_is_not_rounded(
     floats: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     made = convert(floats, tmp_path / "out")
-    with pytest.raises(UserError, match="is converted already; weights are rounded when"):
+    with pytest.raises(UserError, match="already converted; weights are rounded only during"):
         ensure_converted(made, tmp_path / "cache", rounding=Rounding("int8"))
 
 

@@ -274,7 +274,7 @@ def test_what_cannot_be_used_is_refused_before_weights(
     with pytest.raises(UserError, match=r"^org/pickled: has no model.safetensors on the hub"):
         call("resolve", "org/pickled")
     (published("odd") / hub.INDEX).write_text('{"weight_map": {"w": "pytorch_model.bin"}}')
-    with pytest.raises(UserError, match=r"org--odd.*no map of names to safetensors files"):
+    with pytest.raises(UserError, match=r"org--odd.*does not map names to safetensors files"):
         call("resolve", "org/odd")
     assert not any(name.endswith((".safetensors", ".bin")) for name in fake.fetched())
 
