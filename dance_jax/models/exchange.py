@@ -110,7 +110,7 @@ class TracedExchange(Exchange, Protocol):
 
     @property
     def groups(self) -> int:
-        """Number of groups into which a layer splits the rows of a long prefill slice."""
+        """Most groups into which a layer splits the rows of prefill slices."""
         ...
 
     def send(self, experts: Experts, group: Group, then: Array) -> Array:

@@ -124,7 +124,7 @@ def test_tensors_that_text_does_not_need_are_left_out_and_named(name, left_out, 
     assert all(any(t.startswith(start) for t in model.left_out) for start in left_out)
     assert convert.main([str(REFERENCE / name), str(tmp_path / "converted")]) == 0
     said = capsys.readouterr().err.replace("\n", " ")
-    assert (f"left out, as generating text does not need them: {len(model.left_out)}" in said) == (
+    assert (f"skipped tensors that generating text does not need: {len(model.left_out)}" in said) == (
         bool(left_out)
     )
 
