@@ -222,7 +222,7 @@ def test_without_a_network_the_cache_serves(
     fake: FakeHub, call: Callable[..., Any], model: pathlib.Path
 ) -> None:
     nowhere = "http://127.0.0.1:9"
-    with pytest.raises(UserError, match=rf"hub \({nowhere}\) cannot be asked.*check the network"):
+    with pytest.raises(UserError, match=rf"hub \({nowhere}\) failed.*check the network"):
         call("resolve", "org/name", HF_ENDPOINT=nowhere)
     fake.add("org/name", model)
     directory = call("resolve", "org/name")
@@ -243,9 +243,9 @@ def test_what_the_hub_refuses(
         call("resolve", "org/name", HF_TOKEN=TOKEN)
     fake.forbidden.clear()
     fake.gated.add("org/name")
-    with pytest.raises(UserError, match=rf"restricted.*{fake.url}/org/name.*HF_TOKEN.*none is set"):
+    with pytest.raises(UserError, match=rf"restricted.*{fake.url}/org/name.*HF_TOKEN.*no token is"):
         call("resolve", "org/name")
-    with pytest.raises(UserError, match=r"restricted.*the present one may not read it"):
+    with pytest.raises(UserError, match=r"restricted.*the current token may not read it"):
         call("resolve", "org/name", HF_TOKEN="hf_other")
     assert fake.fetched() == []
     call("resolve", "org/name", HF_TOKEN=TOKEN)
@@ -264,14 +264,14 @@ def test_what_cannot_be_used_is_refused_before_weights(
         call("resolve", "org/dense")
     assert fake.fetched() == CONFIG
     (published("empty") / "config.json").unlink()
-    with pytest.raises(UserError, match=r"^org/empty: has no config.json on the hub"):
+    with pytest.raises(UserError, match=r"^org/empty: the model has no config.json on the hub"):
         call("resolve", "org/empty")
     (published("mute") / "tokenizer.json").unlink()
     with pytest.raises(UserError, match=r"tokenizer.json: no such file"):
         call("resolve", "org/mute")
     pickled = published("pickled")
     (pickled / hub.INDEX).unlink()
-    with pytest.raises(UserError, match=r"^org/pickled: has no model.safetensors on the hub"):
+    with pytest.raises(UserError, match=r"^org/pickled: the model has no model.safetensors on"):
         call("resolve", "org/pickled")
     (published("odd") / hub.INDEX).write_text('{"weight_map": {"w": "pytorch_model.bin"}}')
     with pytest.raises(UserError, match=r"org--odd.*does not map names to safetensors files"):
@@ -284,7 +284,7 @@ def test_no_room(
 ) -> None:
     fake.add("org/name", model)
     fake.sizes[shards[0]] = 10**18
-    with pytest.raises(UserError, match=r"1000000000\.0 GB are to be downloaded to .* HF_HOME"):
+    with pytest.raises(UserError, match=r"download to .* needs 1000000000\.0 GB, but only .* HF_HOME"):
         call("resolve", "org/name")
     assert fake.fetched() == DEFINITION
 
