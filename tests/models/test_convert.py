@@ -168,7 +168,7 @@ def test_bytes_flipped_on_disk_are_noticed_when_read(converted, tmp_path):
     checkpoint = Checkpoint.open(copy)
     for path in (copy / "experts" / "0").rglob("d/*"):
         path.write_bytes(b"\0" * path.stat().st_size)
-    with pytest.raises(UserError, match="torn"):
+    with pytest.raises(UserError, match="damaged"):
         stacked(checkpoint, [(0, 0)])
 
 

@@ -249,7 +249,7 @@ def test_matrices_that_a_choice_does_not_fit_are_named(
     fields = packed.QWEN | {"moe_intermediate_size": 20}
     source = write_random_checkpoint(tmp_path / "model", fields)
     assert main([str(source), str(tmp_path / "out"), "--experts", "int4"]) == 0
-    line = "--experts int4 needs inputs in multiples of 8; as they are stored stay, of all"
+    line = "--experts int4 needs a multiple of 8 inputs; unchanged matrices of all"
     assert f"{line} experts: w_down (20 inputs)" in " ".join(capsys.readouterr().err.split())
     made = Checkpoint.open(tmp_path / "out")
     planned = EngineConfig(64, experts="int4")

@@ -147,7 +147,7 @@ def test_bad_files(directory):
         Tokenizer.load(directory)
     path = directory / "tokenizer.json"
     path.write_text(path.read_text()[:500])
-    with pytest.raises(UserError, match=r"tokenizer\.json.*torn"):
+    with pytest.raises(UserError, match=r"tokenizer\.json.*damaged"):
         Tokenizer.load(directory)
     path.unlink()
     with pytest.raises(UserError, match=r"tokenizer\.json: no such file"):
