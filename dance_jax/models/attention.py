@@ -209,7 +209,7 @@ def _attend_rows(
         seen_rcj = behind_rcj >= 0
         if window:
             seen_rcj &= behind_rcj < window
-        return _further(state, _scores(query_rcgqk, keys, seen_rcj, scale), values)
+        return _accumulate(state, _scores(query_rcgqk, keys, seen_rcj, scale), values)
 
     used_r = rows.length_r > 0
     first, last = jnp.int32(0), jnp.where(used_r, rows.start_r + rows.length_r, 1).max()
@@ -231,7 +231,7 @@ def _attend_rows(
     )
 
 
-def _further(state: _State, scores_rgqcj: jax.Array, values_rjgv: jax.Array) -> _State:
+def _accumulate(state: _State, scores_rgqcj: jax.Array, values_rjgv: jax.Array) -> _State:
     """Update the running softmax state with more positions."""
     top, total, sums = state
     new_top = jnp.maximum(top, scores_rgqcj.max(axis=-1))

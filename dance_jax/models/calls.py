@@ -208,10 +208,10 @@ class CallServer:
         self._end = weakref.finalize(self, library.CallServerDelete, ctypes.c_int64(self._number))
 
     def use(self, version: int, resident_nle: np.ndarray) -> None:
-        self._tell(self._library.CallServerTable, version, resident_nle)
+        self._pass_table(self._library.CallServerTable, version, resident_nle)
 
     def stage(self, version: int, resident_nle: np.ndarray) -> None:
-        self._tell(self._library.CallServerStage, version, resident_nle)
+        self._pass_table(self._library.CallServerStage, version, resident_nle)
 
     def drop(self, version: int) -> None:
         self._library.CallServerDrop(ctypes.c_int64(self._number), ctypes.c_int64(version))
@@ -219,7 +219,7 @@ class CallServer:
     def cancel(self) -> None:
         self._library.CallServerCancel(ctypes.c_int64(self._number))
 
-    def _tell(self, function: Any, version: int, resident_nle: np.ndarray) -> None:
+    def _pass_table(self, function: Any, version: int, resident_nle: np.ndarray) -> None:
         resident = np.ascontiguousarray(resident_nle, np.bool_)
         if resident.shape != self._shape:
             raise ValueError(f"the placement has shape {resident.shape}, expected {self._shape}")

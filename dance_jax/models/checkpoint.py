@@ -198,7 +198,9 @@ class Checkpoint(Outline):
             path = self.path / "experts" / str(layer) / str(group)
             return layer, load_arrays(path, wanted[layer, group])
 
-        for layer, arrays in _ahead([functools.partial(read, *each) for each in sorted(wanted)]):
+        for layer, arrays in _prefetched(
+            [functools.partial(read, *each) for each in sorted(wanted)]
+        ):
             for number, array in arrays.items():
                 weights = stored.split(array)
                 if form != stored:
@@ -207,7 +209,7 @@ class Checkpoint(Outline):
                     yield row, weights
 
 
-def _ahead(reads: Iterable[Callable[[], _Read]]) -> Iterator[_Read]:
+def _prefetched(reads: Iterable[Callable[[], _Read]]) -> Iterator[_Read]:
     """Results of `reads` in order; the next read runs while the caller uses the current result."""
     with concurrent.futures.ThreadPoolExecutor(1) as thread:
         reading = None

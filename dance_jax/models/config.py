@@ -229,7 +229,7 @@ class Names:
     """
 
     router: str = "mlp.gate"
-    #: The full name of the tensor with the router's correction.
+    #: Name of the tensor with the router's correction, without the prefix `router`.
     correction: str = "mlp.gate.e_score_correction_bias"
     experts: str = "mlp.experts"
     #: Gate, up and down projection of an expert.
@@ -339,7 +339,10 @@ class ModelConfig:
 
     @property
     def trained_contexts(self) -> set[int]:
-        """Context lengths in tokens above which longrope's long factors apply; empty without."""
+        """Trained context lengths of longrope, in tokens; empty without longrope.
+
+        Other frequencies apply to longer contexts.
+        """
         mixers = {layer.mixer for layer in self.layers}
         ropes = {mixer.rope for mixer in mixers if not isinstance(mixer, DeltaNet)}
         return {rope.original_max_position for rope in ropes if rope.kind == "longrope"}

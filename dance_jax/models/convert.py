@@ -106,7 +106,7 @@ def _convert(
         _lock_path(destination).touch()
     except OSError as error:
         raise UserError(f"{destination.parent}: cannot be written: {error}") from error
-    with _only_one(destination):
+    with _exclusive(destination):
         if destination.exists() and any(destination.iterdir()):
             if (
                 is_converted(destination)
@@ -120,8 +120,8 @@ def _convert(
         partial = _partial(destination)
         _remove(partial)
         try:
-            tell = progress or (lambda text, done, total: None)
-            _Conversion(model, formats, partial, tell).run(source, fingerprint)
+            report = progress or (lambda text, done, total: None)
+            _Conversion(model, formats, partial, report).run(source, fingerprint)
             partial.rename(destination)
         except OSError as error:
             raise UserError(f"{destination}: cannot be written: {error}") from error
@@ -255,10 +255,12 @@ class _Conversion:
         #: Bytes of the source, the unit of progress.
         self._total = sum(self._size(item) for items in self._all() for item in items)
         self._done = 0
-        made = Outline(config, formats)
+        planned = Outline(config, formats)
         experts = len(config.moe_layers) * config.num_experts
         #: Bytes of the converted model, uncompressed.
-        self._made = made.trunk_bytes("float32") + experts * made.expert_bytes("float32")
+        self._converted_bytes = planned.trunk_bytes("float32") + experts * planned.expert_bytes(
+            "float32"
+        )
 
     def _all(self) -> list[list[_Item]]:
         return [self._trunk, *self._layers]
@@ -276,10 +278,10 @@ class _Conversion:
         """
         directory = self._directory
         free = shutil.disk_usage(directory.parent).free
-        if free < self._made:
+        if free < self._converted_bytes:
             raise UserError(
                 f"{directory.parent}: {free / 1e9:.1f} GB are free, the converted model needs "
-                f"about {self._made / 1e9:.1f} GB: free some space, or use a directory on another "
+                f"about {self._converted_bytes / 1e9:.1f} GB: free some space, or use a directory on another "
                 "disk"
             )
         directory.mkdir()
@@ -366,7 +368,7 @@ def _lock_path(destination: pathlib.Path) -> pathlib.Path:
 
 
 @contextlib.contextmanager
-def _only_one(destination: pathlib.Path, wait: bool = True) -> Iterator[bool]:
+def _exclusive(destination: pathlib.Path, wait: bool = True) -> Iterator[bool]:
     """Hold the destination's lock, which the system releases when the process ends.
 
     Args:
@@ -400,7 +402,7 @@ def _remove_abandoned(cache_dir: pathlib.Path) -> None:
     """Remove the leftovers of killed conversions from the cache."""
     for partial in cache_dir.glob(".*.partial"):
         name = partial.name.removeprefix(".").removesuffix(".partial")
-        with _only_one(cache_dir / name, wait=False) as ours:
+        with _exclusive(cache_dir / name, wait=False) as ours:
             if ours:
                 _remove(partial)
 

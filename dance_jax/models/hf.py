@@ -52,7 +52,7 @@ class HFDirectory:
         self.path = model_directory(directory)
         self.config = read_config(self.path)
         self.files = weight_files(self.path)
-        self.tensors = _spelled(self._assembled(), self.config)
+        self.tensors = _canonical_names(self._assembled(), self.config)
         #: Names of tensors that are known but not needed.
         self.left_out = self._leave_out()
         faults = list(_faults(self.tensors, scales))
@@ -174,7 +174,7 @@ def _faults(tensors: dict[str, Tensor], scales: bool) -> Iterator[str]:
             yield from tensor.faults or (tensor.value_faults() if scales else ())
 
 
-def _spelled(tensors: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+def _canonical_names(tensors: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """Rename tensors from any of their spellings to the names of `ModelConfig.names`.
 
     Raises:

@@ -48,7 +48,7 @@ class HubName:
 
     #: org/name
     repo: str
-    #: Branch, tag or commit; None: the main branch.
+    #: Branch, tag or commit; None for the main branch.
     revision: str | None = None
 
     def __str__(self) -> str:
@@ -279,7 +279,7 @@ class _Repository:
                 return None
             raise
         except RuntimeError as error:  # raised by hf_xet, which transfers large files
-            raise _broken(self._name, constants.ENDPOINT, error) from error
+            raise _download_failed(self._name, constants.ENDPOINT, error) from error
 
     def check(self, files: Sequence[str]) -> None:
         """Check that files can be downloaded: the hub has the files, and the disk has enough space.
@@ -382,10 +382,10 @@ def _explained(name: HubName) -> Iterator[None]:
     except errors.HfHubHTTPError as error:
         raise _refused(name, hub, error) from error
     except (httpx2.HTTPError, errors.XetDownloadError) as error:
-        raise _broken(name, hub, error) from error
+        raise _download_failed(name, hub, error) from error
     except OSError as error:
         if error.errno is None:  # raised by the library: a file has the wrong length
-            raise _broken(name, hub, error) from error
+            raise _download_failed(name, hub, error) from error
         what = "is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "cannot be written"
         raise UserError(
             f"{name}: the cache {cache} {what}: {error}; free some space or set HF_HOME to another "
@@ -409,7 +409,7 @@ def _refused(name: HubName, hub: str, error: Exception) -> UserError:
     return UserError(f"{name}: the hub ({hub}) answered with status {status}; {advice}")
 
 
-def _broken(name: HubName, hub: str, error: Exception) -> UserError:
+def _download_failed(name: HubName, hub: str, error: Exception) -> UserError:
     return UserError(
         f"{name}: the download from {hub} failed: {_first_line(error)}; run this again: complete "
         "files are kept"
