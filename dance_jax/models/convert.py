@@ -281,8 +281,8 @@ class _Conversion:
         if free < self._converted_bytes:
             raise UserError(
                 f"{directory.parent}: {free / 1e9:.1f} GB are free, the converted model needs "
-                f"about {self._converted_bytes / 1e9:.1f} GB: free some space, or use a directory on another "
-                "disk"
+                f"about {self._converted_bytes / 1e9:.1f} GB: free some space, or use a directory "
+                "on another disk"
             )
         directory.mkdir()
         self._model.write_side_files(directory)
