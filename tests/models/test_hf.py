@@ -1,4 +1,4 @@
-"""Reading Hugging Face directories: spellings of names, reports, torn files."""
+"""Reading Hugging Face directories: spellings of names, reports, damaged files."""
 
 import json
 import pathlib
@@ -246,7 +246,7 @@ def test_index_that_lies(sharded):
 def test_fingerprint_is_of_the_content(source, tmp_path):
     first = HFDirectory(source).fingerprint()
     assert HFDirectory(shutil.copytree(source, tmp_path / "copy")).fingerprint() == first
-    # one weight in the middle of a tensor, same header
+    # Change one weight in the middle of a tensor, with the same header.
     path = source / "model.safetensors"
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1

@@ -1,4 +1,4 @@
-"""Models by their name on the hub: what is downloaded, what is not, and what is said."""
+"""Models by name on the hub: what is downloaded, what is not, and the error messages."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.tiny_models import SERVED
 
 CONFIG = ["config.json", "generation_config.json"]
 DEFINITION = [*CONFIG, "tokenizer.json", "tokenizer_config.json", hub.INDEX]
-#: What publishers put beside what is needed.
+#: Files in a repository that are not needed.
 OTHERS = (
     "README.md",
     "pytorch_model.bin",
@@ -40,7 +40,7 @@ OTHERS = (
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """A model in several files, with what a repository has beside it."""
+    """A model with several files of weights, and with files that are not needed."""
     path = write_random_checkpoint(
         tmp_path_factory.mktemp("published") / "model", SERVED, seed=3, shard_bytes=100_000
     )
@@ -73,7 +73,7 @@ def fake() -> Iterator[FakeHub]:
 
 @pytest.fixture
 def call(fake: FakeHub, caller: Caller, tmp_path: pathlib.Path) -> Callable[..., Any]:
-    """call(function of hub, *arguments, **environment variables), against the test's hub."""
+    """call(function of hub, *arguments, **environment variables), with the fake hub."""
 
     def call(function: str, *arguments: str, **variables: str) -> Any:
         name = function if ":" in function else f"dance_jax.models.hub:{function}"
@@ -125,7 +125,7 @@ def test_only_what_is_needed_is_downloaded_and_once(
     assert call("resolve", "org/name") == str(directory)
     assert [path for _, path, _ in fake.requests] == ["api/models/org/name"]
 
-    # Of a commit that is in the cache, the hub is not asked at all.
+    # For a commit that is in the cache, no request is sent.
     fake.requests.clear()
     assert call("portable_name", "org/name") == f"org/name@{commit}"
     assert call("resolve", f"org/name@{commit}") == str(directory)
@@ -153,7 +153,7 @@ def test_config_alone(fake: FakeHub, call: Callable[..., Any], model: pathlib.Pa
 def test_a_connection_that_is_cut_goes_on_where_it_was(
     fake: FakeHub, call: Callable[..., Any], tmp_path: pathlib.Path
 ) -> None:
-    """The library keeps what it has received in pieces of 10 MiB."""
+    """The library saves received data in chunks of 10 MiB."""
     fields = SERVED | {"moe_intermediate_size": 1024}
     model = write_random_checkpoint(tmp_path / "model", fields)
     fake.add("org/name", model)
