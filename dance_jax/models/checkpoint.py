@@ -128,7 +128,7 @@ class Checkpoint(Outline):
         if not is_converted(path):
             raise UserError(
                 f"{path}: not a converted model ({MANIFEST} is missing); "
-                "make one with python -m dance_jax.models.convert SRC DST"
+                "convert a model with python -m dance_jax.models.convert SRC DST"
             )
         manifest = read_json(path / MANIFEST) or {}
         if manifest.get("format") != FORMAT:
