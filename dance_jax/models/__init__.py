@@ -1,6 +1,7 @@
-"""Model definitions and checkpoints; knows neither clusters nor placements.
+"""Model definitions and checkpoints, independent of clusters and placements.
 
-What is imported here does without JAX: the preflight and the hosts file's reader use `models.hub`.
+This file must import nothing that needs JAX: the preflight and the reader of the hosts file use
+`models.hub`.
 """
 
 from dance_jax.models.config import ModelConfig

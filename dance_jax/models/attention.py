@@ -1,8 +1,8 @@
-"""Attention over cached positions; MLA (absorbed form) and GQA.
+"""Attention over the paged KV cache: MLA (absorbed form) and GQA.
 
-The cache is blocks of positions, in any order; a sequence's block table names its own (arXiv
-2309.06180). A step first writes its own tokens' entries there, and then attends over the cache
-alone: prefill and decode are the same arithmetic.
+The cache consists of blocks of positions in any order; a sequence's block table lists the blocks
+of that sequence (arXiv 2309.06180). A step first writes the entries of its tokens to the cache,
+then attends over the cache alone, so prefill and decode use the same arithmetic.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from dance_jax.models.config import GroupedAttention, LatentAttention, ModelConf
 from dance_jax.models.layers import Linear, RMSNorm, Weight, contract, parameter, rms_norm
 from dance_jax.models.rope import Rotation, rotate
 
-#: Cached positions of one turn of the loop, in whole blocks.
+#: Cached positions that one iteration of the loop reads, rounded to whole blocks.
 SPAN = 128
 
-#: DeepSeek's latents are normalised with this epsilon whatever rms_norm_eps says.
+#: DeepSeek normalises latents with this epsilon, regardless of rms_norm_eps.
 LATENT_EPS = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
 class Heads:
-    """Where keys and values of key head g lie in an entry, in floats.
+    """Layout of a cache entry: where the keys and values of each key head are, in floats.
 
-    Keys are [g * key_width, (g + 1) * key_width), values the same with value_width, from
-    value_begin on. They may overlap.
+    The keys of head g are at [g * key_width, (g + 1) * key_width). Its values are at
+    value_begin + [g * value_width, (g + 1) * value_width). Keys and values may overlap.
     """
 
     count: int
@@ -41,7 +41,7 @@ class Heads:
     value_width: int
 
     def split(self, entries: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """[..., w] -> keys [..., g, key_width] and values [..., g, value_width]."""
+        """Split entries [..., w] into keys [..., g, key_width] and values [..., g, value_width]."""
         keys = entries[..., : self.count * self.key_width]
         values = entries[..., self.value_begin :][..., : self.count * self.value_width]
         leading = entries.shape[:-1]
@@ -55,34 +55,37 @@ class Heads:
 )
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Some rows of a step, of `chunk` tokens each, one row's tokens after the other's.
+    """Rows of a step with `chunk` tokens each; the tokens are laid out row after row.
 
-    A sequence may have several rows of more than one token; they follow each other, in order and
+    A sequence may have several rows if `chunk` is above 1; these rows are adjacent, in order and
     without gaps.
     """
 
-    #: int32 [r], position of each row's first token.
+    #: int32 [r], position of the first token of each row.
     start_r: jax.Array
-    #: int32 [r], tokens of each row that are real; 0: the row is unused.
+    #: int32 [r], number of real tokens in each row; the rest is padding. 0 if the row is unused.
     length_r: jax.Array
-    #: int32 [r], the first row of the same sequence.
+    #: int32 [r], index of the first row of the same sequence.
     first_r: jax.Array
-    #: int32 [r, p], the cache's blocks that hold the sequence's positions.
+    #: int32 [r, p], block table: the cache blocks that hold the sequence's positions.
     table_rp: jax.Array
-    #: int32 [r, 2], the slot of the sequence's recurrent states, for mixers that have any, and that
-    #: in which the step leaves them.
+    #: int32 [r, 2], for mixers with recurrent states: the slot from which the step reads the
+    #: sequence's states, and the slot to which the step writes them.
     state_r2: jax.Array
     chunk: int
 
     @staticmethod
     def whole(tokens: int) -> Rows:
-        """One sequence of so many tokens, of which nothing is cached yet, in block 0."""
+        """Rows for one sequence of `tokens` tokens in block 0, with nothing cached yet."""
         zero = jnp.zeros(1, jnp.int32)
         return Rows(zero, zero + tokens, zero, zero[None], jnp.zeros((1, 2), jnp.int32), tokens)
 
     def part(self, begin: int, end: int) -> Rows:
-        """Those from `begin` to `end`; a sequence's first row is the first of those that are here,
-        so no mixer may have recurrent states."""
+        """Rows `begin` to `end`.
+
+        The first row of a sequence becomes the first one within the part, so no mixer may have
+        recurrent states.
+        """
         rows = jax.tree.map(lambda leaf: leaf[begin:end], self)
         return dataclasses.replace(rows, first_r=jnp.maximum(rows.first_r - begin, 0))
 
@@ -110,7 +113,7 @@ def write_and_attend(
     window: int | None = None,
     sinks_gq: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """`attend` after `write`, and the cache as `write` leaves it; arguments as theirs."""
+    """Run `write`, then `attend`; return the output and the cache. Arguments: see these two."""
     if native.usable():
         return attention_cpu.write_and_attend(
             query_tgqk, fresh_tw, batch, cached_bsw, heads, scale, window, sinks_gq
@@ -121,11 +124,11 @@ def write_and_attend(
 
 @jax.named_scope("write")
 def write(cached_bsw: jax.Array, fresh_tw: jax.Array, batch: Sequence[Rows]) -> jax.Array:
-    """The cache with the entries of a step's tokens, in place where it is donated.
+    """Write the entries of a step's tokens to the cache, in place if the cache is donated.
 
     Args:
         cached_bsw: [blocks, positions, width].
-        fresh_tw: [t, width], the entries of the tokens of all `batch`; padding is not written.
+        fresh_tw: [t, width], entries of the tokens of all rows in `batch`; padding is not written.
     """
     blocks, size, _ = cached_bsw.shape
     begin = 0
@@ -149,19 +152,20 @@ def attend(
     sinks_gq: jax.Array | None = None,
     span: int = SPAN,
 ) -> jax.Array:
-    """Causal attention of a step's tokens over the cache, which holds their own entries too.
+    """Causal attention of a step's tokens over the cache, which already holds their entries.
 
     Softmax in one pass over spans with a running maximum and sum (arXiv 2205.14135), in float32.
-    The number of spans follows the longest sequence of the step, not the size of the cache.
+    The number of spans depends on the longest sequence of the step, not on the size of the cache.
 
     Args:
-        query_tgqk: [t, key heads, queries per key head, key width], the tokens of all `batch`.
-        batch: the rows that the tokens are.
+        query_tgqk: [t, key heads, queries per key head, key width], for the tokens of all rows in
+            `batch`.
+        batch: the rows to which the tokens belong.
         cached_bsw: [blocks, positions, width].
-        heads: where keys and values lie in an entry.
+        heads: layout of a cache entry.
         scale: multiplies the scores.
-        window: positions a token sees, itself included; None: all.
-        sinks_gq: float32 [key heads, queries per key head], one more score of each head, whose
+        window: positions a token sees, including its own; None for no limit.
+        sinks_gq: float32 [key heads, queries per key head], an additional score per head whose
             value is 0.
         span: cached positions read at once, rounded to whole blocks.
 
@@ -190,7 +194,7 @@ def _attend_rows(
     sinks_gq: jax.Array | None,
     span: int,
 ) -> jax.Array:
-    """`attend` for the tokens of some rows."""
+    """`attend` for one element of the batch."""
     size = cached_bsw.shape[1]
     pages = max(1, span // size)
     table_rp = jnp.pad(rows.table_rp, ((0, 0), (0, -rows.table_rp.shape[1] % pages)))
@@ -205,13 +209,13 @@ def _attend_rows(
         seen_rcj = behind_rcj >= 0
         if window:
             seen_rcj &= behind_rcj < window
-        return _further(state, _scores(query_rcgqk, keys, seen_rcj, scale), values)
+        return _accumulate(state, _scores(query_rcgqk, keys, seen_rcj, scale), values)
 
     used_r = rows.length_r > 0
     first, last = jnp.int32(0), jnp.where(used_r, rows.start_r + rows.length_r, 1).max()
     if window:
-        far = jnp.iinfo(jnp.int32).max  # of rows that are not used
-        first = jnp.maximum(jnp.where(used_r, rows.start_r, far).min() - window + 1, 0)
+        unused = jnp.iinfo(jnp.int32).max
+        first = jnp.maximum(jnp.where(used_r, rows.start_r, unused).min() - window + 1, 0)
         first = jnp.minimum(first, last) // (pages * size)
     last = (last + pages * size - 1) // (pages * size)
     shape = (rows.count, *query_tgqk.shape[1:3], rows.chunk)
@@ -220,15 +224,15 @@ def _attend_rows(
     top, total, sums = jax.lax.fori_loop(first, last.astype(jnp.int32), visit, state)
     if sinks_gq is not None:
         total += jnp.exp(sinks_gq[:, :, None] - top)
-    # Rows that are not used may see nothing; what they give must be finite all the same.
+    # An unused row may see no position at all; its result must still be finite.
     total = jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
     return jnp.moveaxis(sums / total[..., None], 3, 1).reshape(
         *query_tgqk.shape[:-1], sums.shape[-1]
     )
 
 
-def _further(state: _State, scores_rgqcj: jax.Array, values_rjgv: jax.Array) -> _State:
-    """The state after some more positions."""
+def _accumulate(state: _State, scores_rgqcj: jax.Array, values_rjgv: jax.Array) -> _State:
+    """Update the running softmax state with more positions."""
     top, total, sums = state
     new_top = jnp.maximum(top, scores_rgqcj.max(axis=-1))
     weights = jnp.exp(scores_rgqcj - new_top[..., None])
@@ -243,7 +247,7 @@ def _further(state: _State, scores_rgqcj: jax.Array, values_rjgv: jax.Array) -> 
 def _scores(
     query_rcgqk: jax.Array, keys_rjgk: jax.Array, seen_rcj: jax.Array, scale: float
 ) -> jax.Array:
-    """float32 [r, g, q, c, j], -inf where a position is not seen."""
+    """Scores, float32 [r, g, q, c, j]; -inf where the token does not see the position."""
     product = contract("rcgqk,rjgk->rgqcj", query_rcgqk, keys_rjgk)
     return jnp.where(seen_rcj[:, None, None], product * scale, -jnp.inf)
 
@@ -253,11 +257,11 @@ def _weighted(weights_rgqcj: jax.Array, values_rjgv: jax.Array) -> jax.Array:
 
 
 class LatentAttentionLayer(nnx.Module):
-    """MLA (arXiv 2405.04434, section 2.1) on compressed latents alone, for prefill and decode.
+    """MLA (arXiv 2405.04434, section 2.1) on the compressed latents, for prefill and decode.
 
-    A cached entry is [normalised latent (kv_lora_rank), rotated shared key (qk_rope_head_dim)].
-    Keys are never expanded: q_nope . (W_uk latent) = (W_uk^T q_nope) . latent, and the values are
-    read off the weighted latents: W_uv (sum of weights * latents).
+    A cache entry is [normalised latent (kv_lora_rank), rotated shared key (qk_rope_head_dim)].
+    Keys are never expanded: q_nope . (W_uk latent) = (W_uk^T q_nope) . latent. Values are computed
+    from the weighted latents: W_uv (sum of weights * latents).
     """
 
     def __init__(self, config: ModelConfig, shape: LatentAttention, dtype: jnp.dtype):
@@ -307,7 +311,7 @@ class LatentAttentionLayer(nnx.Module):
 
 
 class GroupedAttentionLayer(nnx.Module):
-    """GQA; a cached entry is [rotated keys of all key heads, values of all key heads]."""
+    """GQA; a cache entry is [rotated keys of all key heads, values of all key heads]."""
 
     def __init__(self, config: ModelConfig, shape: GroupedAttention, dtype: jnp.dtype):
         d, width = config.hidden_size, shape.head_dim
@@ -362,7 +366,7 @@ class GroupedAttentionLayer(nnx.Module):
         shape, width = self.shape, self.shape.head_dim
         query, gate = self.q(hidden_td), None
         if shape.gated:
-            # Of each head, the query and then its gate.
+            # The projection yields, for each head, the query and then the gate.
             pair = query.reshape(-1, shape.num_heads, 2, width)
             query, gate = (pair[:, :, part].reshape(len(pair), -1) for part in (0, 1))
         keys = self.k(hidden_td)

@@ -1,7 +1,7 @@
-"""Attention over the paged cache on CPU, in C++: native/attention.cc.
+"""Attention over the paged KV cache on CPUs, in C++ (native/attention.cc).
 
-A token's result depends on its own positions alone, in every bit: not on other rows, on how prefill
-is cut, or on threads.
+A token's result is bit-identical regardless of other rows, of how prefill is split and of the
+number of threads.
 """
 
 from __future__ import annotations
@@ -30,14 +30,15 @@ def write_and_attend(
     window: int | None,
     sinks_gq: Array | None,
 ) -> tuple[Array, Array]:
-    """What `attention.write` and then `attention.attend` give; the cache is written in place.
+    """Compute `attention.write`, then `attention.attend`; the cache is written in place.
 
     Returns:
-        float32 [t, key heads, queries per key head, value width], 0 for padding; the cache.
+        float32 [t, key heads, queries per key head, value width], 0 for padding; and the cache.
     """
     symbol = f"Attend{cached_bsw.dtype.name.capitalize()}"
     found = jax.ShapeDtypeStruct((*query_tgqk.shape[:3], heads.value_width), jnp.float32)
-    # With the axis of devices that a step's arrays have: XLA would copy what it must reshape.
+    # Keep the leading axis of devices that the arrays of a step have: with another shape XLA would
+    # copy the cache.
     kept = jax.ShapeDtypeStruct((1, *cached_bsw.shape), cached_bsw.dtype)
     call = jax.ffi.ffi_call(native.target(symbol), (found, kept), input_output_aliases={2: 1})
     rows = [

@@ -1,4 +1,4 @@
-"""Makes trunks: the module's structure first, without memory, then the weights one by one."""
+"""Builds trunks: first the module structure, which takes no memory, then weight after weight."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from dance_jax.models.formats import WeightFormat
 from dance_jax.models.layers import Weight
 from dance_jax.models.trunk import Trunk
 
-#: Formats of matrices by dotted path; others are floats of the trunk's dtype.
+#: Formats of matrices by dotted path; matrices not listed are floats of the trunk's dtype.
 Forms = Mapping[str, WeightFormat]
 
 
 def weight_shapes(
     config: ModelConfig, dtype: str, forms: Forms | None = None
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Every array of the trunk by dotted path, with the dtype it has in a trunk of `dtype`."""
+    """Shape and dtype of every array of a trunk of `dtype`, by dotted path."""
     variables = _abstract(_skeleton(config, dtype, forms or {}))
     return {path: variable.get_value() for path, (_, variable) in variables.items()}
 
 
-@functools.lru_cache(maxsize=4)  # seconds for a model of many layers
+@functools.lru_cache(maxsize=4)  # takes seconds for a model with many layers
 def matrix_shapes(config: ModelConfig) -> Mapping[str, tuple[int, int, int]]:
-    """Heads (1: none), inputs and outputs of every matrix of the trunk by dotted path."""
+    """Heads (1 if the matrix is not per head), inputs and outputs of every matrix, by path."""
     return {
         path: (weight.heads or 1, weight.d_in, weight.d_out)
         for path, weight in _matrices(_skeleton(config, "float32", {}))
@@ -43,16 +43,16 @@ def fill(
     weights: Iterable[tuple[str, np.ndarray]],
     forms: Forms | None = None,
 ) -> Trunk:
-    """A trunk with the given weights, on the default device of this process, ready to compute.
+    """Build a trunk with the given weights on the default device of this process.
 
     Args:
         config: the model.
-        dtype: "float32" or "bfloat16", of activations and of weights whose format is not given.
-        weights: (dotted path, array); each path once, all of them. Floats may have any type.
-        forms: of matrices.
+        dtype: "float32" or "bfloat16", of activations and of weights not listed in `forms`.
+        weights: (dotted path, array) for every path, each exactly once. Floats may have any type.
+        forms: formats of matrices.
 
     Raises:
-        ValueError: a path is unknown, missing, or its shape is wrong.
+        ValueError: a path is unknown, missing or given twice, or an array has the wrong shape.
     """
     skeleton = _skeleton(config, dtype, forms or {})
     slots = _abstract(skeleton)
@@ -89,7 +89,7 @@ def _skeleton(config: ModelConfig, dtype: str, forms: Forms) -> Trunk:
 
 
 def _matrices(trunk: Trunk) -> list[tuple[str, Weight]]:
-    """Every matrix by its dotted path."""
+    """All matrices of a trunk with their dotted paths."""
     return [
         (".".join(map(str, path)), node)
         for path, node in nnx.iter_graph(trunk)

@@ -1,6 +1,6 @@
-"""What servers say to each other in expert calls, in Python: native/wire.h.
+"""Messages of expert calls between servers, in Python: the same format as native/wire.h.
 
-The heads of messages, how rows travel, and the connections that carry them.
+Message heads, the encoding of rows, and the connections that carry the messages.
 """
 
 from __future__ import annotations
@@ -18,14 +18,20 @@ import numpy as np
 
 
 class Wire:
-    """How rows travel, as `Wire` in wire.h; `experts` of a layer are named in a call."""
+    """Encoding of rows on the wire, as `Wire` in wire.h.
+
+    Args:
+        kind: "float32", "bfloat16" or "int8", the type of hidden states.
+        d: width of a row.
+        experts: routed experts per layer; determines the size of an expert number.
+    """
 
     def __init__(self, kind: str, d: int, experts: int) -> None:
         self._kind, self.d = kind, d
-        #: Of an expert's weight; of its number.
+        #: Type of an expert's weight, and of an expert's number.
         self.weight = np.dtype("<f4" if kind == "float32" else ml_dtypes.bfloat16)
         self.number = np.dtype(np.uint8 if experts <= 256 else "<u2")
-        #: Of a row.
+        #: Bytes of a row.
         self.bytes = {"float32": 4 * d, "bfloat16": 2 * d, "int8": 4 + d}[kind]
 
     def encode(self, x_nd: np.ndarray) -> bytes:
@@ -33,7 +39,7 @@ class Wire:
             return np.ascontiguousarray(x_nd, np.float32).tobytes()
         if self._kind == "bfloat16":
             return x_nd.astype(ml_dtypes.bfloat16).tobytes()
-        # Eight bits have no NaN: the scale says that the row is none that can be sent.
+        # int8 has no NaN: a NaN scale marks a row with values that are not finite.
         finite_n1 = np.isfinite(x_nd).all(1, keepdims=True)
         x_nd = np.where(finite_n1, x_nd, 0)
         scale_n1 = (np.abs(x_nd).max(1, keepdims=True) / 127).astype(np.float32)
@@ -54,30 +60,35 @@ class Wire:
         return rows[:, 4:] * scale_n1
 
     def round(self, x_nd: np.ndarray) -> np.ndarray:
-        """What experts of this very server see of rows or weights: what those of others would, but
-        for eight bits."""
+        """Round rows or weights for local experts as the wire rounds them for remote experts.
+
+        int8 is the exception: nothing is rounded to int8 for local experts.
+        """
         if self._kind != "bfloat16":
             return x_nd
         return x_nd.astype(ml_dtypes.bfloat16).astype(np.float32)
 
 
 class CallHead(NamedTuple):
-    """Before an expert call, as in wire.h."""
+    """Head of an expert call, as in wire.h."""
 
-    #: Of the model's layers with routed experts.
+    #: Index among the model's layers with routed experts.
     layer: int
     id: int
-    #: Of the caller.
+    #: Number of the caller's step.
     step: int
     rows: int
     pairs: int
 
-    # Before these fields: magic and kind.
+    # The struct begins with magic and kind, which precede the fields above.
     form = struct.Struct("<IHHQqII")
     begin = (0x63786A64, 1)
 
     def sane(self, most_rows: int) -> bool:
-        """It may be a call of so many rows at most. A count of pairs has one byte."""
+        """Whether this can be the head of a call with at most `most_rows` rows.
+
+        A row's count of pairs is one byte, so a row has at most 255 pairs.
+        """
         return self.rows <= most_rows and self.pairs <= 255 * self.rows
 
     def body_bytes(self, wire: Wire) -> int:
@@ -86,22 +97,23 @@ class CallHead(NamedTuple):
         )
 
 
-#: `AnswerHead.status`: sums of all rows, but for the experts that are missing; nothing is here.
+#: `AnswerHead.status`. DONE: the answer has sums for all rows, without the experts listed as
+#: missing. NOT_HERE: the callee holds none of the experts.
 DONE, NOT_HERE = 0, 1
 
 
 class AnswerHead(NamedTuple):
-    """Before an answer, as in wire.h."""
+    """Head of an answer, as in wire.h."""
 
     status: int
     id: int
-    #: Of the callee's table.
+    #: Version of the callee's table.
     version: int
     rows: int
-    #: Microseconds that the call waited there, and was computed.
+    #: Microseconds that the call waited at the callee, and that its computation took.
     queued_us: int
     computed_us: int
-    #: Experts that the call wanted and that are not here.
+    #: Number of requested experts that the callee does not hold.
     missing: int
 
     form = struct.Struct("<IHHQqIIII")
@@ -109,7 +121,7 @@ class AnswerHead(NamedTuple):
 
     @property
     def whole(self) -> bool:
-        """Nothing that the call wanted is missing."""
+        """Whether the answer covers every expert of the call."""
         return self.status == DONE and not self.missing
 
     def sane(self, most_rows: int) -> bool:
@@ -123,22 +135,22 @@ _Head = TypeVar("_Head", CallHead, AnswerHead)
 
 
 def pack(head: CallHead | AnswerHead, *body: bytes) -> bytes:
-    """A whole message."""
+    """Serialise a message: the head, then the parts of its body."""
     return b"".join((head.form.pack(*head.begin, *head), *body))
 
 
 class CallChannel:
-    """A connection that does not block; one thread's."""
+    """A non-blocking connection; only one thread may use it."""
 
     def __init__(self, connection: socket.socket) -> None:
         connection.setblocking(False)
         self._socket = connection
         self.closed = False
-        #: Of one message.
+        #: Bytes received so far of one message.
         self._in = bytearray()
-        #: Messages that the connection has not taken, the first one perhaps in part.
+        #: Messages not sent yet; of the first message a part may have been sent.
         self._out: collections.deque[memoryview] = collections.deque()
-        #: Nothing is read from it for now.
+        #: While True, nothing is read from the connection (backpressure).
         self.paused = False
 
     @property
@@ -147,14 +159,14 @@ class CallChannel:
 
     @property
     def unsent(self) -> int:
-        """Messages that the connection has not taken."""
+        """Number of messages that are not sent completely."""
         return len(self._out)
 
     def fileno(self) -> int:
         return self._socket.fileno()
 
     def send(self, message: bytes) -> None:
-        """Sends what it can, and keeps the rest for `flush`."""
+        """Send as much of the message as the connection takes now; `flush` sends the rest."""
         self._out.append(memoryview(message))
         self.flush()
 
@@ -175,9 +187,10 @@ class CallChannel:
     def read(
         self, kind: type[_Head], wire: Wire, most_rows: int
     ) -> Iterator[tuple[_Head, memoryview]]:
-        """The messages that have come, each as its head and body; what is not asked for stays.
+        """Yield received messages as (head, body).
 
-        Anything but a message of so many rows at most ends the connection.
+        Messages that the caller does not iterate over stay in the connection. Anything other than
+        a message of this kind with at most `most_rows` rows closes the channel.
         """
         size = kind.form.size
         while self._receive(size):
@@ -192,7 +205,11 @@ class CallChannel:
                 return
 
     def _receive(self, size: int) -> bool:
-        """Until so many bytes are there; False: the rest has not come yet, or never will."""
+        """Read until `size` bytes of the message are here.
+
+        Returns:
+            False if the rest has not arrived yet, or the connection has ended.
+        """
         while len(self._in) < size and not self.closed:
             try:
                 content = self._socket.recv(min(size - len(self._in), 1 << 20))
@@ -205,7 +222,7 @@ class CallChannel:
         return not self.closed
 
     def drain(self) -> None:
-        """Forgets what has come; the other end sends now and then a byte."""
+        """Discard received bytes, for a connection that carries only single wakeup bytes."""
         with contextlib.suppress(BlockingIOError):
             while self._socket.recv(64):
                 pass
@@ -216,14 +233,21 @@ class CallChannel:
 
 
 def poll(channels: Iterable[CallChannel], timeout_s: float | None) -> list[CallChannel]:
-    """Sends what waits; those that have something to read, once there is any or the time is up."""
+    """Flush pending messages and wait until a channel is readable or the timeout expires.
+
+    Args:
+        timeout_s: seconds; None to wait without limit.
+
+    Returns:
+        The readable channels.
+    """
     by_fd = {channel.fileno(): channel for channel in channels if not channel.closed}
     polled = select.poll()
     for fd, channel in by_fd.items():
         polled.register(fd, channel.events)
     readable = []
     for fd, events in polled.poll(None if timeout_s is None else 1000 * max(timeout_s, 0)):
-        if events & ~select.POLLIN:  # a connection that has ended says so where it is not read, too
+        if events & ~select.POLLIN:  # POLLHUP and POLLERR are reported even for a paused channel
             by_fd[fd].flush()
         if events & ~select.POLLOUT and not by_fd[fd].paused:
             readable.append(by_fd[fd])

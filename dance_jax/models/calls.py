@@ -1,9 +1,9 @@
-"""Expert calls between servers that step on their own, on CPUs: native/calls.h.
+"""Expert calls between servers that step independently, on CPUs (native/calls.h).
 
-A step hands a layer's rows to `send`, which asks other servers for experts that are not here. While
-they compute, the step goes on. `receive` computes the experts that are here, and adds what the
-others answer. Each server answers the others' calls in a thread of the C++ library, whatever its
-own step does.
+A step passes the rows of a layer to `send`, which calls other servers for experts that are not
+local. The step goes on while these servers compute. `receive` computes the local experts and adds
+the sums from the answers. Each server answers calls from other servers in a thread of the C++
+library, independently of its own step.
 """
 
 from __future__ import annotations
@@ -27,42 +27,45 @@ from dance_jax.models.counters import Counters, Moved, PeerCounters, Sums
 from dance_jax.models.kernels_cpu import NativePool
 from dance_jax.placement.visit import places
 
-#: Kinds of a wire by their numbers in C++.
+#: Wire types, in the order of their numbers in C++.
 _WIRES = ("float32", "bfloat16", "int8")
-#: Seconds after which a call is sent to another holder as well, and after which it fails; both are
-#: longer where calls are expected to take long.
+#: Seconds after which a call is also sent to another holder of the experts, and after which the
+#: call fails. Both are longer where calls are expected to take long.
 REPEAT_S, FAIL_S = 0.2, 2.0
-#: A device's caller is its server's number times this, and the device.
+#: The number of a device's caller is this times the number of its server, plus the device.
 _MOST_DEVICES = 1024
-#: Servers in a set of them, and layers and experts of two bytes, in C++.
+#: Limits of the C++ library: servers in a bit set; layers and experts in two bytes each.
 _MOST_SERVERS, _MOST_NAMED = 256, 1 << 16
 
 
-#: Fields of `Sums` but for the last one, whose fields are so many.
+#: Number of the fields of `Sums` without `moved`, the last one, and number of fields in `moved`.
 _OWN_SUMS, _MOVED = len(dataclasses.fields(Sums)) - 1, len(dataclasses.fields(Moved))
 
 
 def check_named(order: Sequence[int], layers: int, experts: int) -> None:
-    """Raises ValueError if there are more servers, layers or experts than a call can name, or if
-    the order does not list each server once."""
+    """Check that expert calls can name all servers, layers and experts.
+
+    Raises:
+        ValueError: there are too many of them, or `order` does not list each server once.
+    """
     servers = len(order)
     places(np.array(order))
     if servers > _MOST_SERVERS or max(layers, experts) > _MOST_NAMED:
         raise ValueError(
-            f"{servers} servers, {layers} layers, {experts} experts: expert calls can name"
+            f"{servers} servers, {layers} layers, {experts} experts: expert calls support at most"
             f" {_MOST_SERVERS} servers, and {_MOST_NAMED} layers of as many experts"
         )
 
 
-#: Events of a trace that are kept until they are taken.
+#: Most trace events that are kept until they are taken; later events are lost.
 TRACE_EVENTS = 1 << 16
-#: Kinds of them, and outcomes of calls, by number.
+#: Kinds of trace events, and outcomes of calls, by number.
 TRACE_KINDS = ("layer", "call", "served")
 TRACE_OUTCOMES = ("answered", "refused", "lost", "late")
 
 
 class TraceEvent(NamedTuple):
-    """What a layer or a call took; native/trace.h says what each field is. Times are in ns."""
+    """Timing of a layer or a call, in ns; native/trace.h describes the fields."""
 
     begin: int = 0
     end: int = 0
@@ -87,44 +90,47 @@ _EVENT = np.dtype(
 
 
 class ExpertCalls(Protocol):
-    """One server's part in the calls of all."""
+    """One server's side of expert calls: calls to other servers and answers to theirs."""
 
     @property
     def callers(self) -> Sequence[object]:
-        """One for each device."""
+        """The callers, one per device."""
         ...
 
     def use(self, version: int, resident_nle: np.ndarray) -> None:
-        """From now on experts are looked for where `resident_nle`, bool [n, l, e], says.
+        """Put a placement in force; later calls go where `resident_nle`, bool [n, l, e], says.
 
         Args:
-            version: of the placement, the same on all servers, and greater than that before.
+            version: version of the placement, the same on all servers and above the previous one.
         """
         ...
 
     def stage(self, version: int, resident_nle: np.ndarray) -> None:
-        """A placement will be in force, and may be on other servers: what those refuse by it is
-        looked for where it says, in the middle of a step too."""
+        """Announce a placement that comes into force later.
+
+        The placement may already be in force on other servers. If such a server refuses a call
+        because of this placement, the call goes where the placement says, also during a step.
+        """
         ...
 
     def drop(self, version: int) -> None:
-        """A staged placement, and those after it, will not be in force."""
+        """Discard a staged placement and those staged after it."""
         ...
 
     def cancel(self) -> None:
-        """All calls under way fail within 0.1 s, and later ones at once; any thread may say so."""
+        """Make all calls in flight fail within 0.1 s, and later calls at once; from any thread."""
         ...
 
     def dial(self, device: int, peer: int, connection: socket.socket) -> None:
-        """Hands over a connection on which a device calls a peer, in place of the one before."""
+        """Hand over the connection on which a device calls a peer; replaces the previous one."""
         ...
 
     def accept(self, peer: int, connection: socket.socket) -> None:
-        """Hands over a connection on which a peer calls this server."""
+        """Hand over a connection on which a peer calls this server."""
         ...
 
     def counters(self) -> Counters:
-        """What was counted so far."""
+        """The counters so far."""
         ...
 
     def sums(self) -> Sums:
@@ -132,37 +138,38 @@ class ExpertCalls(Protocol):
         ...
 
     def begin_step(self, step: int) -> None:
-        """Calls carry the number of this step from here on, by which traces find its requests."""
+        """Set the step number that later calls carry; traces find a step's requests by it."""
         ...
 
     def start_trace(self, most: int = TRACE_EVENTS) -> None:
-        """Records calls and layers from here on; once, before there are connections.
+        """Start to record calls and layers; call once, before there are connections.
 
         Args:
-            most: events that are kept until they are taken; what comes then is lost.
+            most: events kept until they are taken; further events are lost.
         """
         ...
 
     def take_trace(self) -> tuple[list[TraceEvent], int]:
-        """Events since the last time, in the order of their ends; and how many were lost."""
+        """Events since the last call, ordered by their ends, and the number of lost events."""
         ...
 
     def close(self) -> None:
-        """Ends all connections; no step may be under way."""
+        """Close all connections; no step may be in flight."""
         ...
 
 
 class CallServer:
-    """The `ExpertCalls` of the C++ library.
+    """`ExpertCalls` by the C++ library.
 
     Args:
-        rank: this server's.
-        order: all servers in the order in which this one prefers to call them
+        rank: rank of this server.
+        order: all servers, in the order in which this one prefers to call them
             (placement/visit.py).
-        layers: with routed experts, of so many `experts` each.
-        wire: type in which hidden states travel.
-        most_rows: of a call: tokens of one device in a step.
-        pools: of this server's devices.
+        layers: layers with routed experts.
+        experts: routed experts of each such layer.
+        wire: type of hidden states on the wire.
+        most_rows: most rows of a call, which is the tokens of one device in a step.
+        pools: the pools of this server's devices.
         repeat_s, fail_s: see REPEAT_S.
 
     Raises:
@@ -194,17 +201,17 @@ class CallServer:
         self._number: int = library.CallServerNew(
             _pointer(numbers), _pointer(preferred), ctypes.c_int64(len(pools)), _pointer(own)
         )
-        #: By which the steps of each device name it.
+        #: Numbers by which the steps of each device refer to their caller.
         self.callers = [self._number * _MOST_DEVICES + device for device in range(len(pools))]
-        # The library computes with the pools until it is gone.
         self._events = np.zeros(0, _EVENT)
+        # The library uses the pools until this call server is deleted.
         self._end = weakref.finalize(self, library.CallServerDelete, ctypes.c_int64(self._number))
 
     def use(self, version: int, resident_nle: np.ndarray) -> None:
-        self._tell(self._library.CallServerTable, version, resident_nle)
+        self._pass_table(self._library.CallServerTable, version, resident_nle)
 
     def stage(self, version: int, resident_nle: np.ndarray) -> None:
-        self._tell(self._library.CallServerStage, version, resident_nle)
+        self._pass_table(self._library.CallServerStage, version, resident_nle)
 
     def drop(self, version: int) -> None:
         self._library.CallServerDrop(ctypes.c_int64(self._number), ctypes.c_int64(version))
@@ -212,10 +219,10 @@ class CallServer:
     def cancel(self) -> None:
         self._library.CallServerCancel(ctypes.c_int64(self._number))
 
-    def _tell(self, function: Any, version: int, resident_nle: np.ndarray) -> None:
+    def _pass_table(self, function: Any, version: int, resident_nle: np.ndarray) -> None:
         resident = np.ascontiguousarray(resident_nle, np.bool_)
         if resident.shape != self._shape:
-            raise ValueError(f"a placement of shape {resident.shape}, not {self._shape}")
+            raise ValueError(f"the placement has shape {resident.shape}, expected {self._shape}")
         function(ctypes.c_int64(self._number), ctypes.c_int64(version), _pointer(resident))
 
     def dial(self, device: int, peer: int, connection: socket.socket) -> None:
@@ -261,20 +268,20 @@ class CallServer:
         return [*map(TraceEvent._make, events[:count].tolist())], int(lost[0])
 
     def close(self) -> None:
-        """Ends all connections once no call runs; later ones are errors."""
+        """Close all connections once no call is running; calls after that are errors."""
         self._end()
 
 
 class Lines:
-    """A server's connections for expert calls: its own to the others, and theirs to it.
+    """A server's connections for expert calls, in both directions.
 
     Args:
-        rank: this server's.
-        names: of all servers, by rank.
-        listener: this server's; from now on the others' connections are let in.
-        key: of the servers.
-        topic: tells the connections of several `CallServer`s apart.
-        rates: of all servers' links, by rank, in bits per second; None: unknown.
+        rank: rank of this server.
+        names: names of all servers, by rank.
+        listener: listener of this server; it admits the other servers' connections from now on.
+        key: key of the servers.
+        topic: distinguishes the connections of several `CallServer`s.
+        rates: rates of all servers' links, by rank, in bits per second; None if unknown.
     """
 
     def __init__(
@@ -290,7 +297,7 @@ class Lines:
         self._rates = rates or (None,) * len(names)
         self._lock = threading.Lock()
         self._server: ExpertCalls | None = None
-        #: What came before there was a server.
+        #: Connections that arrived before `connect`, with their peers.
         self._early: list[tuple[int, socket.socket]] = []
         listener.on(topic, self._admit)
 
@@ -309,13 +316,14 @@ class Lines:
         pace(connection, self._rates[self._rank], self._rates[peer])
 
     def connect(self, server: ExpertCalls, endpoints: Sequence[str]) -> None:
-        """Lets the others call a server, and dials all of them.
+        """Let other servers call `server`, and dial all of them.
 
         Args:
-            endpoints: where servers listen, by rank; "": one does not yet, it is dialled later.
+            endpoints: endpoints of all servers, by rank; "" for a server that does not listen yet
+                and is dialled later.
 
         Raises:
-            RuntimeError: one cannot be reached.
+            RuntimeError: a server cannot be reached.
         """
         with self._lock:
             self._server = server
@@ -327,10 +335,10 @@ class Lines:
                 self.dial(peer, endpoint)
 
     def dial(self, peer: int, endpoint: str) -> None:
-        """Connects with a server, perhaps anew.
+        """Connect or reconnect to a server.
 
         Raises:
-            RuntimeError: it cannot be reached.
+            RuntimeError: the server cannot be reached.
         """
         assert self._server is not None
         for device in range(len(self._server.callers)):
@@ -351,22 +359,22 @@ def send(
     then: Array,
     first: int = 0,
 ) -> Array:
-    """Sends calls for a group of a layer's rows.
+    """Send the expert calls for a group of a layer's rows.
 
     Args:
-        caller: int32 [], of `CallServer.callers`.
-        layer: int32 [], which of the layers with routed experts.
+        caller: int32 [], one of `CallServer.callers`.
+        layer: int32 [], index among the layers with routed experts.
         x_td: [t, d] of any float type.
         expert_tk: int32 [t, k]; weight_tk: float32 [t, k].
-        valid_t: bool [t], False for rows that are routed nowhere.
+        valid_t: bool [t], False for rows that are not routed.
         then: any array.
-        first: rows of the layer in the groups before it.
+        first: number of the layer's rows in earlier groups.
 
     Returns:
-        `then`: what is computed from it is computed when the calls are sent.
+        `then`, unchanged. Computations that use the result run after the calls are sent.
     """
-    # Not as a call with side effects: JAX would drive such a program from Python. The arrays that
-    # go through say what comes before what.
+    # The call is not marked as having side effects, because JAX would then run the program from
+    # Python. Data dependencies through `then` fix the order instead.
     result = jax.ShapeDtypeStruct(then.shape, then.dtype)
     call = jax.ffi.ffi_call(native.target("SendCalls"), result)
     rows = (x_td.astype(jnp.float32), expert_tk, weight_tk, valid_t)
@@ -377,14 +385,14 @@ def send(
 def receive(
     caller: Array, shape: tuple[int, int], behind: Array, first: int = 0
 ) -> tuple[Array, Array]:
-    """Weighted sums of each row's experts, wherever they are, of a group whose calls are sent.
+    """Weighted sums of each row's experts, local and remote, for a group whose calls are sent.
 
     Args:
-        shape: t, d of the group.
-        behind: any array that follows from what `send` returned, and is computed before.
+        shape: (t, d) of the group.
+        behind: any array that depends on the result of `send`; it is computed first.
 
     Returns:
-        float32 [t, d]; and bool [t], the rows that have failed, as nobody answered for them.
+        float32 [t, d]; and bool [t], rows that failed because no server answered for an expert.
     """
     sums, flags = jnp.float32, jnp.bool_
     results = jax.ShapeDtypeStruct(shape, sums), jax.ShapeDtypeStruct(shape[:1], flags)

@@ -1,4 +1,4 @@
-"""A converted model: orbax checkpoints of which the trunk or single experts are read."""
+"""A converted model: orbax checkpoints from which the trunk or single experts can be read."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from dance_jax.models.trunk import Trunk
 
 _Read = TypeVar("_Read")
 
-#: Number of the layout below; another one is refused.
+#: Version of the layout described in `Checkpoint`; other versions are rejected.
 FORMAT = 5
 
 
 def is_converted(directory: str | pathlib.Path) -> bool:
-    """True if the directory says that it is a converted model; `Checkpoint.open` checks it."""
+    """True if the directory has a manifest; `Checkpoint.open` verifies the content."""
     return (pathlib.Path(directory) / MANIFEST).exists()
 
 
 class WeightSource(Protocol):
-    """Where an engine's weights come from; `Checkpoint` is one."""
+    """Source of an engine's weights, such as a `Checkpoint`."""
 
     config: ModelConfig
 
@@ -49,13 +49,13 @@ class WeightSource(Protocol):
 
 
 class Outline:
-    """What a model's config alone says of it: enough to plan who holds what.
+    """What a model's config alone tells: enough to plan which server holds which expert.
 
     Args:
-        formats: how its weights are kept.
-        source: hash (hex) of the source's weights, config and tokenizer; "": not known. Statistics
-            of a model's experts are of a source, in whatever formats its weights were.
-        fingerprint: of the source and the formats; "": not known.
+        formats: formats of the model's weights.
+        source: hash (hex) of the source's weights, config and tokenizer; "" if unknown. Statistics
+            of a model's experts belong to a source, regardless of the formats of the weights.
+        fingerprint: hash of the source and the formats; "" if unknown.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Outline:
         self.fingerprint = fingerprint
 
     def form(self, dtype: str) -> ExpertFormat:
-        """The format of routed experts in engines that compute in `dtype`."""
+        """Format of routed experts in engines that compute in `dtype`."""
         return expert_format(self.config, self.formats.computed_in(dtype).experts)
 
     def expert_bytes(self, dtype: str) -> int:
@@ -75,16 +75,16 @@ class Outline:
         return self.form(dtype).bytes
 
     def trunk_bytes(self, dtype: str) -> int:
-        """Bytes of all weights but the routed experts, in a trunk of `dtype`."""
+        """Bytes of all weights except the routed experts, in a trunk of `dtype`."""
         shapes = self.trunk_shapes(dtype).values()
         return sum(shape.size * shape.dtype.itemsize for shape in shapes)
 
     def expert_formats(self, dtype: str) -> str:
-        """How weights of routed experts are kept in engines that compute in `dtype`, in words."""
+        """Formats of routed experts in engines that compute in `dtype`, as text for users."""
         return described(self.form(dtype).matrices.values())
 
     def trunk_formats(self, dtype: str) -> str:
-        """How those of the trunk's matrices are, in words."""
+        """Formats of the trunk's matrices, as text for users."""
         forms = self.formats.computed_in(dtype).trunk
         return described(
             (forms[path], d_in, d_out)
@@ -93,24 +93,25 @@ class Outline:
         )
 
     def trunk_shapes(self, dtype: str) -> dict[str, jax.ShapeDtypeStruct]:
-        """Every array of the trunk by dotted path."""
+        """Shape and dtype of every array of the trunk, by dotted path."""
         return weight_shapes(self.config, dtype, self.formats.computed_in(dtype).trunk)
 
 
 class Checkpoint(Outline):
-    """An opened converted model; made by `Checkpoint.open`.
+    """An opened converted model; create with `Checkpoint.open`.
 
-    Layout: MANIFEST, FORMATS, the small files of the source, trunk/0.. and experts/LAYER/0..: orbax
-    checkpoints of bounded size, each with the arrays that the manifest lists. The trunk's arrays
-    are its vectors, and of each matrix values, or codes, scales and offsets. An expert is one array
-    under its number, `ExpertFormat.joined`: (measured) a read takes 0.3 ms whatever its size.
+    Layout: MANIFEST, FORMATS, the small files of the source, and orbax checkpoints of bounded size
+    in trunk/0.. and experts/LAYER/0.., each with the arrays that the manifest lists. The trunk's
+    arrays are its vectors and, for each matrix, either values or codes, scales and offsets. An
+    expert is a single array named by its number (`ExpertFormat.joined`), because each read takes
+    0.3 ms regardless of size (measured).
     """
 
     def __init__(self, path: pathlib.Path, config: ModelConfig, manifest: dict):
         super().__init__(config, read_formats(path), manifest["source"], manifest["fingerprint"])
         self.path = path
         self._trunk_groups: list[list[str]] = manifest["trunk"]
-        #: Of each MoE layer, by the expert's number, which checkpoint it is in.
+        #: For each MoE layer, the number of each expert's checkpoint.
         self._group_of: list[dict[str, int]] = [
             {expert: index for index, group in enumerate(groups) for expert in group}
             for groups in manifest["experts"]
@@ -118,16 +119,16 @@ class Checkpoint(Outline):
 
     @staticmethod
     def open(directory: str | pathlib.Path) -> Checkpoint:
-        """Opens a converted model and checks that all of it is there.
+        """Open a converted model and check that it is complete.
 
         Raises:
-            UserError: not a converted model, made by another version, or torn.
+            UserError: not a converted model, converted by another version, or damaged.
         """
         path = pathlib.Path(directory)
         if not is_converted(path):
             raise UserError(
                 f"{path}: not a converted model ({MANIFEST} is missing); "
-                "make one with python -m dance_jax.models.convert SRC DST"
+                "convert a model with python -m dance_jax.models.convert SRC DST"
             )
         manifest = read_json(path / MANIFEST) or {}
         if manifest.get("format") != FORMAT:
@@ -142,11 +143,11 @@ class Checkpoint(Outline):
         except (KeyError, TypeError, AttributeError) as error:
             damaged = f"{MANIFEST} lacks {error}"
         raise UserError(
-            f"{path}: torn: {damaged}; delete the directory and convert the model again"
+            f"{path}: damaged: {damaged}; delete the directory and convert the model again"
         )
 
     def trunk(self, dtype: str) -> Trunk:
-        """The trunk with its weights, on this process's default device."""
+        """Load the trunk with its weights on the default device of this process."""
 
         def weights() -> Iterator[tuple[str, np.ndarray]]:
             for group in self._trunk_groups:
@@ -155,13 +156,13 @@ class Checkpoint(Outline):
         return fill(self.config, dtype, weights(), self.formats.computed_in(dtype).trunk)
 
     def trunk_weights(self, names: Collection[str]) -> dict[str, np.ndarray]:
-        """Reads weights of the trunk and nothing else, as they are stored.
+        """Read the named weights of the trunk and nothing else, as they are stored.
 
         Args:
-            names: their dotted paths.
+            names: dotted paths of the weights.
 
         Raises:
-            UserError: the checkpoint is torn.
+            UserError: the checkpoint is damaged.
         """
         found: dict[str, np.ndarray] = {}
         for index, group in enumerate(self._trunk_groups):
@@ -172,17 +173,17 @@ class Checkpoint(Outline):
     def experts(
         self, pairs: Sequence[tuple[int, int]], form: ExpertFormat
     ) -> Iterator[tuple[int, Weights]]:
-        """Reads routed experts and nothing else, in the order in which they lie.
+        """Read routed experts and nothing else, in the order in which they are stored.
 
         Args:
-            pairs: (MoE layer counted from 0, expert) of each.
-            form: what they are wanted as: `form` of a dtype.
+            pairs: (MoE layer counted from 0, expert) of each expert.
+            form: format in which to return the experts: `self.form(dtype)`.
 
         Yields:
-            The place in `pairs`, and the expert.
+            The index in `pairs`, and the expert.
 
         Raises:
-            UserError: there is no such expert, or the checkpoint is torn.
+            UserError: there is no such expert, or the checkpoint is damaged.
         """
         rows: dict[tuple[int, int], list[int]] = collections.defaultdict(list)
         wanted: dict[tuple[int, int], set[str]] = collections.defaultdict(set)
@@ -197,7 +198,9 @@ class Checkpoint(Outline):
             path = self.path / "experts" / str(layer) / str(group)
             return layer, load_arrays(path, wanted[layer, group])
 
-        for layer, arrays in _ahead([functools.partial(read, *each) for each in sorted(wanted)]):
+        for layer, arrays in _prefetched(
+            [functools.partial(read, *each) for each in sorted(wanted)]
+        ):
             for number, array in arrays.items():
                 weights = stored.split(array)
                 if form != stored:
@@ -206,8 +209,8 @@ class Checkpoint(Outline):
                     yield row, weights
 
 
-def _ahead(reads: Iterable[Callable[[], _Read]]) -> Iterator[_Read]:
-    """What is read; the next is read while one is used."""
+def _prefetched(reads: Iterable[Callable[[], _Read]]) -> Iterator[_Read]:
+    """Results of `reads` in order; the next read runs while the caller uses the current result."""
     with concurrent.futures.ThreadPoolExecutor(1) as thread:
         reading = None
         for read in reads:
@@ -220,10 +223,10 @@ def _ahead(reads: Iterable[Callable[[], _Read]]) -> Iterator[_Read]:
 
 
 def read_formats(directory: pathlib.Path) -> Formats:
-    """How the weights of a converted model are kept.
+    """Formats of the weights of a converted model.
 
     Raises:
-        UserError: the file that says so is missing or torn.
+        UserError: the file FORMATS is missing or damaged.
     """
     path = directory / FORMATS
     try:
@@ -231,7 +234,7 @@ def read_formats(directory: pathlib.Path) -> Formats:
     except (ValueError, KeyError, AttributeError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{path}: torn: {error}; convert the model again") from error
+        raise UserError(f"{path}: damaged: {error}; convert the model again") from error
 
 
 def write_manifest(
@@ -242,12 +245,12 @@ def write_manifest(
     trunk: list[list[str]],
     experts: list[list[list[str]]],
 ) -> None:
-    """Declares everything now in `directory` a converted model.
+    """Write the manifest, which makes `directory` a converted model.
 
     Args:
-        directory: with all checkpoints and small files.
-        source, fingerprint: as of `Outline`.
-        formats: of the weights.
+        directory: already contains all checkpoints and small files.
+        source, fingerprint: see `Outline`.
+        formats: formats of the weights.
         trunk: names of the arrays in trunk/0, trunk/1 ...
         experts: for each MoE layer, numbers of the experts in experts/LAYER/0, 1 ...
     """
@@ -270,7 +273,7 @@ def write_manifest(
 
 
 def _damaged(path: pathlib.Path, manifest: dict) -> str:
-    """What differs between the directory and its manifest; empty if nothing does."""
+    """The first difference between the directory and its manifest; "" if there is none."""
     for name, size in manifest["files"].items():
         try:
             found = (path / name).stat().st_size

@@ -1,14 +1,14 @@
-"""Rows between servers as JAX collectives: runs wherever JAX does, GPUs and TPUs included.
+"""Transport of rows between servers by JAX collectives; runs on GPUs, TPUs and CPUs.
 
-JAX's all-to-all moves equal parts, and a collective has one size, so what goes is cut into messages
-whose number follows the routing. Dispatch begins with a *first* message to every server: the
-sender's row counts, so that every server knows every size, and a few rows, chosen from a ladder by
-the counts of earlier steps (credit), which all servers know as well. A layer whose tokens stay at
-home sends the counts alone. What is left, and all that returns, goes in chunks, pair of servers by
-pair.
+JAX's all-to-all moves parts of equal size, and a collective has a static size, so rows are split
+into messages whose number depends on the routing. Dispatch begins with a *first* message to every
+server. This message carries the sender's row counts, so that every server knows every size, and a
+few rows. How many rows is chosen from a ladder by the counts of earlier steps (the credit), which
+all servers know too. A layer whose tokens need no other server sends only the counts. The
+remaining rows, and all sums on their way back, go in chunks, one pair of servers after another.
 
-Messages are tied to each other by data: XLA is free to reorder independent collectives, and two
-processes that disagree on the order wait for each other for ever.
+Data dependencies fix the order of the messages: XLA may reorder independent collectives, and two
+processes that disagree on the order would deadlock.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ from dance_jax.models.messages import (
 )
 from dance_jax.models.topology import AXIS, Topology, from_gateway
 
-#: Rows of a first message.
+#: Possible numbers of rows in a first message.
 LADDER = (0, 2, 4)
-#: Rows of each further message: large ones while they fill, then small ones.
+#: Rows of each further message: large messages as long as they are full, then small ones.
 CHUNKS = (32, 4)
-#: A quiet link keeps a row of its first message for this many steps.
+#: Number of steps after which the first message on a quiet link has one row less.
 CREDIT_STEPS = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Collectives:
-    """The `Transport` made of ppermute."""
+    """`Transport` by ppermute."""
 
     name = "collectives"
 
     def memory(self, layers: int) -> np.ndarray:
-        """int32 [l], credit: expected rows of the largest link, in 1/CREDIT_STEPS rows."""
+        """Credit, int32 [l]: expected rows of the busiest link, in units of 1/CREDIT_STEPS rows."""
         return np.zeros(layers, np.int32)
 
     def dispatch(
@@ -69,7 +69,7 @@ class Collectives:
 
         box = jnp.zeros((topology.room + CHUNKS[0], row_bytes(like)), jnp.uint8)
         place = jnp.int32(0)
-        # Peer after peer: what a last chunk holds too much, the next peer's rows overwrite.
+        # Peer after peer: the next peer's rows overwrite the padding of the last chunk.
         for peer in topology.peers:
             box = lax.dynamic_update_slice(box, firsts[peer], (place, 0))
             link = _Link(topology, peer, rows, first, jnp.int32(0), place, relay=True)
@@ -80,7 +80,7 @@ class Collectives:
         work, loaded = agree(heads[:, num])
         sum_bytes = np.dtype(np.float32).itemsize * outgoing.hidden[0].shape[-1]
         exchanged = Exchanged(
-            # With the order in them, they tie the sums' messages to these.
+            # Including the order makes the messages with sums depend on these messages.
             rows=rows + order,
             bytes=wire_bytes(rows, first, row_bytes(like), sum_bytes),
             away=outgoing.goes.any(0).sum(dtype=jnp.int32),
@@ -105,28 +105,29 @@ class Collectives:
 
 
 def _to_front(rows_gw: Array, goes_g: Array) -> Array:
-    """The rows that go first, and room for whole messages."""
+    """Move the rows that are sent to the front, and pad so that whole messages can be sliced."""
     source = jnp.nonzero(goes_g, size=goes_g.shape[0], fill_value=0)[0]
     return jnp.pad(rows_gw[source], ((0, CHUNKS[0] + LADDER[-1]), (0, 0)))
 
 
 def _after(message: Array, order: Array) -> Array:
-    """The next `order`: depends on `message`, is 0, in a way the compiler cannot see through."""
+    """The next `order`: 0, computed from `message` so that the compiler cannot remove it."""
     return order + jnp.minimum(message.ravel()[0].astype(jnp.int32), 0)
 
 
 def _rung(rows: Array) -> Array:
-    """int32 []: the first rung of LADDER with so much room, or the last."""
+    """int32 []: index of the first entry of LADDER with room for `rows`, or of the last entry."""
     return jnp.sum(jnp.array(LADDER[:-1]) < rows, dtype=jnp.int32)
 
 
 def _first_round(
     topology: Topology, packed: dict[int, Array], rung: Array, header: Array
 ) -> tuple[dict[int, Array], dict[int, Array], Array]:
-    """All gateways send LADDER[rung] rows (behind `header`) to all others, one shift at a time.
+    """Every gateway sends `header` and LADDER[rung] rows to all others, one shift at a time.
 
     Returns:
-        Per peer the header received and uint8 [LADDER[-1], w] of rows; the order.
+        The header received from each peer; the rows received from each peer, uint8
+        [LADDER[-1], w]; and the order.
     """
     num, rank = topology.num_servers, topology.rank
     (head,) = join_columns((header[None],))
@@ -152,21 +153,24 @@ def _first_round(
 
 @dataclasses.dataclass(frozen=True)
 class _Link:
-    """What a first message left, to and from one peer: both ways at once, then one way."""
+    """Exchange with one peer of the rows after the first message.
+
+    Messages go in both directions at once as long as both servers have rows, then in one.
+    """
 
     topology: Topology
     peer: int
-    #: int32 [n, n], rows from server to server, of which int32 [] `first` are there already.
+    #: int32 [n, n], rows from server to server; int32 [] `first` of them were in first messages.
     rows: Array
     first: Array
-    #: int32 [], where the peer's rows begin in what is sent, and in what is received.
+    #: int32 [], where the peer's rows begin in the sent array, and in the received array.
     out_place: Array
     in_place: Array
-    #: The gateway hands what it receives to its siblings.
+    #: True if the gateway copies received rows to its siblings.
     relay: bool
 
     def swap(self, packed: Array, box: Array, order: Array) -> tuple[Array, Array]:
-        """Sends rows of `packed`, receives into `box`, both uint8; returns `box` and the order."""
+        """Send rows of `packed` and receive into `box`, both uint8; return `box` and the order."""
         start = jnp.broadcast_to(self.first, self.rows.shape)
         for size in CHUNKS:
             left = jnp.maximum(self.rows - start, 0)
@@ -178,7 +182,7 @@ class _Link:
     def _swap_chunks(
         self, packed: Array, box: Array, start: Array, chunks: Array, size: int, order: Array
     ) -> tuple[Array, Array]:
-        """chunks [n, n] messages of `size` rows each, from row start [n, n] on."""
+        """Exchange `chunks` [n, n] messages of `size` rows each, starting at row `start` [n, n]."""
         rank, peer, topology = self.topology.rank, self.peer, self.topology
         here, there = topology.gateway(rank), topology.gateway(peer)
         sent, received = chunks[rank, peer], chunks[peer, rank]
@@ -213,12 +217,12 @@ class _Link:
 
 
 def wire_bytes(rows_nn: Array, first: Array, row: int, reply: int) -> Array:
-    """Payload bytes per directed pair of servers.
+    """Payload bytes for each directed pair of servers.
 
     Args:
         rows_nn: int32 [n, n], as in `Exchanged`.
         first: int32 [], rows of the first message.
-        row, reply: bytes of a row, and of its sum.
+        row, reply: bytes of a row, and of the sum that is sent back for a row.
 
     Returns:
         int32 [n, n], bytes from server (first axis) to server (second axis).

@@ -1,7 +1,7 @@
-"""What a model is, as data: frozen parts that one trunk (trunk.py) interprets.
+"""Model definitions as data: frozen dataclasses that a single trunk (trunk.py) interprets.
 
-A family (families/) reads a checkpoint's config.json into a `ModelConfig`; nothing behind it asks
-for the family's name.
+A family (families/) reads a checkpoint's config.json into a `ModelConfig`; no later code depends
+on the family's name.
 """
 
 from __future__ import annotations
@@ -15,32 +15,33 @@ import math
 class RopeConfig:
     """Rotary position embedding: how a position becomes angles."""
 
-    #: Rotated floats of each head, the first ones (even).
+    #: Number of rotated floats, the first ones of each head; even.
     dim: int
     #: Base of the geometric series of wavelengths.
     theta: float
-    #: True: floats 2i and 2i+1 form a pair (DeepSeek); False: i and i + dim/2 (all others).
+    #: True if floats 2i and 2i+1 form a pair (DeepSeek), False if i and i + dim/2 do (all others).
     interleaved: bool = False
     #: "default", "linear", "yarn", "llama3", "longrope" or "proportional".
     kind: str = "default"
     #: Context extension: extended length / trained length.
     factor: float = 1.0
-    #: YaRN, llama3, longrope: tokens of the trained context.
+    #: YaRN, llama3, longrope: length of the trained context, in tokens.
     original_max_position: int = 0
-    #: YaRN: rotations over the trained context above which a wavelength is kept as trained.
+    #: YaRN: a wavelength with more rotations than this over the trained context is kept.
     beta_fast: float = 32.0
-    #: YaRN: rotations below which a wavelength is stretched by the whole factor.
+    #: YaRN: a wavelength with fewer rotations than this is stretched by the full factor.
     beta_slow: float = 1.0
-    #: YaRN: round the borders of the ramp to whole dimensions.
+    #: YaRN: round the bounds of the ramp to whole dimensions.
     truncate: bool = True
-    #: llama3: rotations over the trained context below and above which a wavelength is stretched
-    #: wholly and not at all.
+    #: llama3: a wavelength with fewer rotations than the low factor over the trained context is
+    #: stretched by the full factor; one with more rotations than the high factor is kept.
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
-    #: longrope: divisor of each pair's frequency within the trained context, and beyond it.
+    #: longrope: divisors of the pairs' frequencies for contexts up to the trained length, and for
+    #: longer contexts.
     short_factor: tuple[float, ...] = ()
     long_factor: tuple[float, ...] = ()
-    #: proportional: pairs that turn, the first ones; the others stand still.
+    #: proportional: number of pairs that are rotated, the first ones.
     turning_pairs: int = 0
     #: Multiplies cosine and sine.
     attention_factor: float = 1.0
@@ -53,15 +54,15 @@ class LatentAttention:
     """Multi-head latent attention (MLA, arXiv 2405.04434, section 2.1); widths in floats."""
 
     num_heads: int
-    #: Width of the compressed queries; None: queries are projected in one step.
+    #: Width of the compressed queries; None if queries are projected in one step.
     q_lora_rank: int | None
-    #: Width of the compressed keys and values, the part of a token that is cached.
+    #: Width of the compressed keys and values, which are cached.
     kv_lora_rank: int
     qk_nope_head_dim: int
     qk_rope_head_dim: int
     v_head_dim: int
     rope: RopeConfig
-    #: The projections down to the latents and the one out of the heads add biases.
+    #: The projections to the latents and the output projection have biases.
     bias: bool = False
 
     @property
@@ -84,25 +85,25 @@ class GroupedAttention:
     num_kv_heads: int
     head_dim: int
     rope: RopeConfig
-    #: Positions a token sees, itself included; None: all before it.
+    #: Positions a token sees, including its own; None for no limit.
     window: int | None = None
-    #: RMS norm of queries and keys before the rotation: "none", of each head ("head") or of the
-    #: whole projection ("flat").
+    #: RMS norm of queries and keys before the rotation: "none", "head" (of each head) or "flat"
+    #: (of the whole projection).
     qk_norm: str = "none"
-    #: Values are divided by their root mean square, head by head.
+    #: The values of each head are divided by their root mean square.
     value_norm: bool = False
     #: Values are the projected keys, before norm and rotation; the layer has no value projection.
     values_are_keys: bool = False
-    #: Biases of the projections of queries, keys and values, and of the output.
+    #: The query, key and value projections have biases; the output projection has a bias.
     qkv_bias: bool = False
     out_bias: bool = False
-    #: Limit that queries, keys and values are clamped to, plus and minus; None: no limit.
+    #: Queries, keys and values are clamped to [-clip, clip]; None for no limit.
     clip: float | None = None
-    #: Each head has one more score with value 0 (gpt-oss).
+    #: Each head has an additional score whose value is 0 (gpt-oss).
     sinks: bool = False
-    #: The query projection yields a gate as well, whose sigmoid multiplies the output.
+    #: The query projection also yields a gate, whose sigmoid multiplies the output.
     gated: bool = False
-    #: Multiplies the scores; None: head_dim ** -0.5.
+    #: Multiplies the scores; None for head_dim ** -0.5.
     fixed_scale: float | None = None
 
     @property
@@ -118,16 +119,16 @@ class GroupedAttention:
 
 @dataclasses.dataclass(frozen=True)
 class DeltaNet:
-    """Gated delta net (arXiv 2412.06464): a recurrent state instead of cached positions."""
+    """Gated delta net (arXiv 2412.06464): a recurrent state in place of a KV cache."""
 
     num_key_heads: int
     #: A multiple of num_key_heads; consecutive value heads share a key head.
     num_value_heads: int
     key_dim: int
     value_dim: int
-    #: Positions of the causal convolution over queries, keys and values.
+    #: Width in positions of the causal convolution over queries, keys and values.
     conv_width: int = 4
-    #: Nothing of a token is cached.
+    #: Floats cached per token: none.
     cache_width: int = 0
 
     @property
@@ -137,7 +138,7 @@ class DeltaNet:
 
     @property
     def state_shapes(self) -> tuple[tuple[int, ...], ...]:
-        """float32 arrays kept for each sequence: inputs of the convolution, and the state."""
+        """Shapes of a sequence's float32 arrays: last inputs of the convolution, and the state."""
         return (
             (self.conv_width - 1, self.channels),
             (self.num_value_heads, self.key_dim, self.value_dim),
@@ -149,20 +150,20 @@ Mixer = GroupedAttention | LatentAttention | DeltaNet
 
 @dataclasses.dataclass(frozen=True)
 class LayerConfig:
-    """One decoder layer: what mixes tokens, then what each token passes on its own."""
+    """One decoder layer: a mixer of tokens, then a feed-forward."""
 
     mixer: Mixer
-    #: It has routed experts.
+    #: The layer has routed experts.
     routed: bool
-    #: Width of its feed-forward without experts; 0: it has none.
+    #: Width of the dense feed-forward; 0 if the layer has none.
     dense_width: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Activation:
-    """What an expert computes between its projections, from gate and up."""
+    """Activation of a gated feed-forward, from the projections gate and up."""
 
-    #: "silu": silu(gate) * up; "gelu": tanh's approximation of gelu(gate) * up; "clamped"
+    #: "silu": silu(gate) * up; "gelu": gelu(gate) * up with the tanh approximation; "clamped"
     #: (gpt-oss): g * sigmoid(alpha * g) * (u + 1), g = min(gate, limit), u = clamp(up, limit).
     kind: str = "silu"
     alpha: float = 1.0
@@ -175,93 +176,95 @@ class ExpertConfig:
 
     width: int
     activation: Activation = Activation()
-    #: All three projections add biases.
+    #: All three projections have biases.
     bias: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class SharedConfig:
-    """The shared experts of a layer, all in one."""
+    """The shared experts of a layer, combined into one feed-forward."""
 
     width: int
-    #: A sigmoid of one more projection multiplies their output.
+    #: The output is multiplied by the sigmoid of an additional projection.
     gated: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class RouterConfig:
-    """How a token chooses its experts, and their weights.
+    """How a token's experts and their weights are chosen.
 
-    Scores come from logits; the choice is by scores (plus a correction), the weights are of the
-    scores without it.
+    Scores are computed from logits. Experts are chosen by score (plus a correction); weights are
+    computed from the scores without the correction.
     """
 
     num_experts: int
     top_k: int
-    #: Scores: "softmax" over all experts, "sigmoid", or "logits" as they are, whose weights are a
-    #: softmax over the chosen ones.
+    #: Scores: "softmax" over all experts, "sigmoid", or "logits". With "logits" the weights are a
+    #: softmax over the chosen experts.
     score: str = "softmax"
     #: The logits have a bias.
     bias: bool = False
-    #: The choice adds a learned number to each expert's score.
+    #: For the choice, a learned correction is added to each expert's score.
     correction: bool = False
-    #: Only experts of the best `topk_group` of `num_groups` groups are chosen. A group counts by
-    #: the sum of its best `group_best` choices.
+    #: Only experts in the best `topk_group` of `num_groups` groups are chosen. Groups are ranked
+    #: by the sum of their `group_best` best scores (with correction).
     num_groups: int = 1
     topk_group: int = 1
     group_best: int = 1
     #: Divide the chosen scores by their sum (plus `norm_epsilon`).
     normalise: bool = False
     norm_epsilon: float = 0.0
-    #: Multiplies the weights after that.
+    #: Multiplies the weights after the normalisation.
     scale: float = 1.0
-    #: Gemma: the router sees the residual, divided by its root mean square and times learned
-    #: scales, and each expert's weight has a learned factor.
+    #: Gemma: the router's input is the residual, divided by its root mean square and multiplied by
+    #: learned scales, and each expert's weight is multiplied by a learned factor.
     scaled: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Names:
-    """Where a family's checkpoints keep tensors; the defaults are what most families use.
+    """Names of tensors in a family's checkpoints; the defaults are those of most families.
 
     Names are relative to a layer, "model.layers.N.".
     """
 
     router: str = "mlp.gate"
-    #: The router's correction, a tensor of its own name.
+    #: Name of the tensor with the router's correction, without the prefix `router`.
     correction: str = "mlp.gate.e_score_correction_bias"
     experts: str = "mlp.experts"
-    #: Gate, up and down of an expert.
+    #: Gate, up and down projection of an expert.
     projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     shared: str = "mlp.shared_experts"
     shared_gate: str = "mlp.shared_expert_gate"
-    #: How experts are published. "single": one by one. "joined": all of a layer in gate_up_proj
-    #: [e, 2f, d] and down_proj [e, d, f]. "interleaved" (gpt-oss): [e, d, 2f], columns of gate
-    #: and up taking turns, and [e, f, d]. A checkpoint may use either of the first two forms.
+    #: How experts are stored. "single": one tensor per expert and projection. "joined": all
+    #: experts of a layer in gate_up_proj [e, 2f, d] and down_proj [e, d, f]. "interleaved"
+    #: (gpt-oss): [e, d, 2f], with alternating columns of gate and up, and [e, f, d]. A checkpoint
+    #: may use either of the first two forms.
     experts_as: str = "single"
-    #: The delta net's projections are joined, grouped by key heads (qwen3_next).
+    #: The delta net's projections are stored joined, grouped by key heads (qwen3_next).
     joined_delta: bool = False
-    #: Other spellings of names: (pattern, replacement), applied to every tensor in turn.
+    #: Alternative spellings: (pattern, replacement) pairs, applied in order to every tensor name.
     spellings: tuple[tuple[str, str], ...] = ()
-    #: Patterns of tensors that are known and not needed.
+    #: Patterns of names of tensors that are known but not needed.
     ignored: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Quantization:
-    """How a checkpoint's weights are quantised. Made by `families.quantization`."""
+    """How a checkpoint's weights are quantised; read by `families.quantization`."""
 
     #: config.json's quant_method: "fp8", "mxfp4", "gptq", "awq" or "compressed-tensors".
     method: str
-    #: Bits of a weight's code.
+    #: Bits per weight.
     bits: int
-    #: Inputs that share a scale, integers only; 0: all inputs of an output do.
+    #: Number of inputs that share a scale (integers only); 0 if all inputs of an output do.
     group: int = 0
-    #: Integers have no zero points but the middle code.
+    #: The zero point of integers is the middle code.
     symmetric: bool = True
-    #: Outputs and inputs that share a scale; None: `group`, or for fp8 an output or the tensor.
+    #: Numbers of outputs and inputs that share a scale. None if `group` applies or, with fp8, if
+    #: there is a scale per output or per tensor.
     block: tuple[int, int] | None = None
-    #: "gptq" or "gptq_v2" of that method; the format of compressed-tensors.
+    #: With method "gptq": "gptq" or "gptq_v2"; with "compressed-tensors": its format.
     layout: str = ""
 
     def __str__(self) -> str:
@@ -276,7 +279,7 @@ class Quantization:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """One model; widths in floats. Made by `families.model_config`."""
+    """One model; widths in floats. Created by `families.model_config`."""
 
     #: config.json's model_type.
     family: str
@@ -297,17 +300,17 @@ class ModelConfig:
     shared: SharedConfig | None = None
     #: Norms multiply by 1 + weight.
     norm_plus_one: bool = False
-    #: Layers have norms behind attention and feed-forward too, and experts beside a dense
-    #: feed-forward (Gemma).
+    #: Layers also have norms after attention and feed-forward, and have experts in addition to a
+    #: dense feed-forward (Gemma).
     sandwich: bool = False
     #: Multiplies the embeddings.
     embedding_scale: float = 1.0
-    #: Logits become cap * tanh(logits / cap); None: logits are not capped.
+    #: Logits become cap * tanh(logits / cap); None if logits are not capped.
     logit_cap: float | None = None
     names: Names = Names()
-    #: Type of the checkpoint's floats by config.json, which need not be so: the files decide.
+    #: Type of the checkpoint's floats according to config.json; the files may differ, and decide.
     dtype: str = "float32"
-    #: How the checkpoint's weights are quantised, by config.json; None: they are not.
+    #: How the checkpoint's weights are quantised according to config.json; None if they are not.
     quantization: Quantization | None = None
 
     @property
@@ -321,12 +324,12 @@ class ModelConfig:
 
     @property
     def num_experts(self) -> int:
-        """Routed experts of each MoE layer."""
+        """Number of routed experts in each MoE layer."""
         return self.router.num_experts
 
     @property
     def top_k(self) -> int:
-        """Routed experts each token uses in each MoE layer."""
+        """Number of routed experts that a token uses in each MoE layer."""
         return self.router.top_k
 
     @property
@@ -336,14 +339,17 @@ class ModelConfig:
 
     @property
     def trained_contexts(self) -> set[int]:
-        """Tokens above which longrope's other frequencies hold; empty without longrope."""
+        """Trained context lengths of longrope, in tokens; empty without longrope.
+
+        Other frequencies apply to longer contexts.
+        """
         mixers = {layer.mixer for layer in self.layers}
         ropes = {mixer.rope for mixer in mixers if not isinstance(mixer, DeltaNet)}
         return {rope.original_max_position for rope in ropes if rope.kind == "longrope"}
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of the recurrent states of one sequence, over all layers; 0: there are none."""
+        """Bytes of a sequence's recurrent states over all layers; 0 if no layer has any."""
         return 4 * sum(
             math.prod(shape)
             for layer in self.layers

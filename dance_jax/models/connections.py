@@ -1,8 +1,9 @@
-"""Connections between all servers of a launch, which only those with its key can make.
+"""Authenticated connections between the servers of a launch.
 
-Every server has one listener. A connection to it has a topic, what it is for, and an index, where
-two servers have several for one topic. Who has proved that it knows the key says what it is a
-server of (`Identity`), and is refused where that is something else.
+Every server has one listener. A connection has a topic, which names its purpose, and an index,
+which distinguishes several connections of two servers with the same topic. Both ends prove that
+they know the secret of the launch, then exchange their `Identity`; a server with a different
+identity is rejected.
 """
 
 from __future__ import annotations
@@ -24,36 +25,38 @@ from typing import NamedTuple
 
 log = logging.getLogger(__name__)
 
-#: Seconds all servers have to connect, and a connection waits for somebody to want its topic.
+#: Seconds in which all servers must connect; also the seconds that a new connection waits for a
+#: handler of its topic.
 TIMEOUT_S = 60.0
 #: Seconds a new connection has to authenticate.
 _HANDSHAKE_S = 10
-#: Number of what servers say to each other once they are connected. It grows whenever a message of
-#: any topic becomes another one; how a connection begins must stay for it to be understood.
+#: Version of the messages that connected servers exchange; increase it whenever a message of any
+#: topic changes. The handshake must stay as it is, because it carries this version.
 PROTOCOL = 2
-#: How a connection begins: the caller's rank, the index, and the bytes of the topic that follows.
+#: Start of a connection: the caller's rank, the index, and the length in bytes of the topic, which
+#: follows.
 _CALL = struct.Struct("<IIB")
-#: Before an identity: its bytes.
+#: Length in bytes of the identity that follows.
 _LENGTH = struct.Struct("<H")
 _NONCE_BYTES = 32
 _MAC_BYTES = hashlib.sha256().digest_size
 _SEND_BYTES = 1 << 19
-#: Linux's socket option for bytes per second, which Python's socket module does not name.
+#: Linux's socket option for bytes per second; Python's socket module lacks the constant.
 _SO_MAX_PACING_RATE = 47
-#: Of a link's rate: what was measured may be a little less than it is.
+#: Pacing rate as a multiple of the link's measured rate, which may be slightly too low.
 _PACE = 1.1
-#: An idle peer whose machine is gone shows after 4 + 3 * 2 seconds.
+#: With these options, a peer whose machine is gone is detected after 4 + 3 * 2 idle seconds.
 _KEEPALIVE = (("TCP_KEEPIDLE", 4), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 3))
 
-#: Takes over a connection: the caller's rank, the index, the socket.
+#: Handler that takes over a connection: the caller's rank, the index, the socket.
 Admit = Callable[[int, int, socket.socket], None]
 
 
 @dataclasses.dataclass(frozen=True)
 class Identity:
-    """What servers that call each other have in common."""
+    """Properties that all servers of a launch must share."""
 
-    #: The model's fingerprint.
+    #: Fingerprint of the model.
     model: str
     #: Format of routed experts (`ExpertFormat.name`).
     experts: str
@@ -62,8 +65,8 @@ class Identity:
     protocol: int = PROTOCOL
 
 
-#: Fields of `Identity` in words, and what to do about servers that differ in one. Those of another
-#: protocol may have other fields: it comes first.
+#: For each field of `Identity`: its name in messages, and what to do if servers differ in it. The
+#: protocol is first, because servers with another protocol may have other fields.
 _FIELDS = {
     "protocol": ("protocol", "install the same version of dance_jax on all servers"),
     "model": ("model", "copy the same files of the model to all servers"),
@@ -73,32 +76,32 @@ _FIELDS = {
 
 
 class Key(NamedTuple):
-    """What a server shows others that it is one of them by."""
+    """Credentials with which a server proves that it belongs to the launch."""
 
-    #: Of the launch.
+    #: Secret of the launch.
     secret: bytes
     identity: Identity
 
 
 class PeerListener:
-    """Where the other servers reach this one, on a free port.
+    """Listens on a free port for connections from the other servers.
 
     Args:
-        rank: this server's.
-        names: of all servers, by rank.
-        address: IP address or host name of this server, where the others reach it.
-        key: whose secret somebody does not know is not let in, nor who is of another identity.
+        rank: rank of this server.
+        names: names of all servers, by rank.
+        address: IP address or host name at which other servers reach this one.
+        key: connections from servers with another secret or identity are rejected.
 
     Raises:
-        OSError: the address cannot be listened on.
+        OSError: the server cannot listen on the address.
     """
 
     def __init__(self, rank: int, names: Sequence[str], address: str, key: Key) -> None:
         self._rank, self._names, self._key = rank, names, key
         self._admits: dict[str, Admit] = {}
-        #: The last call of each rank, topic and index.
+        #: The latest connection for each rank, index and topic.
         self._latest: dict[tuple[int, int, str], object] = {}
-        #: Guards both; told of changes of them.
+        #: Guards `_admits` and `_latest`, and is notified when they change.
         self._changed = threading.Condition()
         self._closed = threading.Event()
         family = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0][0]
@@ -110,41 +113,42 @@ class PeerListener:
         self._thread.start()
 
     def on(self, topic: str, admit: Admit) -> None:
-        """Lets connections of a topic in from now on, those that wait for it too.
+        """Admit connections of a topic from now on, including those that are waiting.
 
         Args:
-            admit: called with each, in a thread of its own. Connections that a server makes anew,
-                after a restart, are given to it like the first.
+            admit: called with each connection, in a separate thread. If a server restarts and
+                connects again, `admit` is called again.
         """
         with self._changed:
             self._admits[topic] = admit
             self._changed.notify_all()
 
     def off(self, topic: str) -> None:
-        """Makes connections of a topic wait for the next `on`."""
+        """Stop admitting connections of a topic; they wait until `on` is called again."""
         with self._changed:
             del self._admits[topic]
 
     def close(self) -> None:
-        """Ends the listening; connections that were let in live on."""
+        """Stop listening; admitted connections stay open."""
         self._closed.set()
         with self._changed:
             self._changed.notify_all()
-        # On Linux `accept` waits on when its socket is closed; on macOS this fails, without need.
+        # On Linux closing the socket does not wake `accept`; shutdown does. On macOS shutdown
+        # fails, but is not needed.
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
         self._thread.join()
 
     def _accept(self) -> None:
-        """Each caller has a thread, so that none holds up the others."""
+        """Accept connections; each has a thread for the handshake, so that none delays others."""
         while True:
             try:
                 caller = self._socket.accept()
             except OSError as error:
                 if self._closed.wait(0.1):
                     return
-                log.warning("a connection could not be accepted: %s", error)
+                log.warning("accepting a connection failed: %s", error)
                 continue
             threading.Thread(target=self._admit, args=caller, daemon=True, name="admit").start()
 
@@ -152,32 +156,34 @@ class PeerListener:
         try:
             rank, index, topic = call = _recognise(connection, self._rank, self._key)
             if rank == self._rank or rank >= len(self._names):
-                raise _Stranger(f"calls itself server {rank}")
-            admit = self._wanted(topic, call)
+                raise _Rejected(
+                    f"invalid rank {rank}: this is server {self._rank} of {len(self._names)}"
+                )
+            admit = self._await_handler(topic, call)
             _tune(connection)
-        except (OSError, _Stranger) as error:
-            log.warning("a caller at %s was not let in: %s", where, error)
+        except (OSError, _Rejected) as error:
+            log.warning("connection from %s rejected: %s", where, error)
             connection.close()
             return
         admit(rank, index, connection)
 
-    def _wanted(self, topic: str, call: tuple[int, int, str]) -> Admit:
-        """Waits until somebody wants the topic; a call that is made once more ends the first."""
+    def _await_handler(self, topic: str, call: tuple[int, int, str]) -> Admit:
+        """Wait for a handler of the topic; give up if the same caller connects again."""
         this = object()
 
-        def repeated() -> bool:
+        def superseded() -> bool:
             return self._latest[call] is not this
 
         with self._changed:
             self._latest[call] = this
             self._changed.notify_all()
             self._changed.wait_for(
-                lambda: topic in self._admits or repeated() or self._closed.is_set(), TIMEOUT_S
+                lambda: topic in self._admits or superseded() or self._closed.is_set(), TIMEOUT_S
             )
-            if repeated():
-                raise _Stranger("it called once more")
+            if superseded():
+                raise _Rejected("a newer connection for the same purpose has replaced it")
             if topic not in self._admits:
-                raise _Stranger(f"nobody wants a connection for {topic!r}")
+                raise _Rejected(f"this server has no handler for topic {topic!r}")
             return self._admits[topic]
 
 
@@ -191,17 +197,18 @@ def dial(
     index: int = 0,
     timeout_s: float = TIMEOUT_S,
 ) -> socket.socket:
-    """A connection to another server's listener.
+    """Connect to another server's listener.
 
-    It listens before its endpoint is known, so where nobody listens it is gone: no second try.
+    There is only one attempt: a server listens before others learn its endpoint, so a refused
+    connection means that the server is gone.
 
     Args:
-        rank: this server's.
-        peer, name, endpoint: the other server's.
-        key: of the servers.
-        topic: what for, in a word.
-        index: tells several connections for one topic apart.
-        timeout_s: seconds until the connection is given up.
+        rank: rank of this server.
+        peer, name, endpoint: rank, name and endpoint of the other server.
+        key: key of the servers.
+        topic: purpose of the connection, in a word.
+        index: distinguishes several connections with the same topic.
+        timeout_s: seconds until the attempt is given up.
 
     Raises:
         RuntimeError: the other server cannot be reached, or has another key or identity.
@@ -212,10 +219,10 @@ def dial(
         connection = socket.create_connection((host.strip("[]"), int(port)), timeout=timeout_s)
         _introduce(connection, rank, peer, index, topic, key)
         _tune(connection)
-    except (OSError, _Stranger) as error:
+    except (OSError, _Rejected) as error:
         if connection is not None:
             connection.close()
-        raise RuntimeError(f"server {name} at {endpoint}: {error}") from error
+        raise RuntimeError(f"cannot connect to server {name} at {endpoint}: {error}") from error
     return connection
 
 
@@ -227,17 +234,20 @@ def mesh(
     key: Key,
     topic: str,
 ) -> dict[int, socket.socket]:
-    """One connection with each other server, by rank; all servers call it.
+    """Connect all servers pairwise; every server must call this function.
 
     Args:
-        rank: this server's.
-        names, endpoints: of all servers, by rank.
-        listener: this server's.
-        key: of the servers.
-        topic: what for.
+        rank: rank of this server.
+        names, endpoints: names and endpoints of all servers, by rank.
+        listener: listener of this server.
+        key: key of the servers.
+        topic: purpose of the connections.
+
+    Returns:
+        One connection to each other server, by rank.
 
     Raises:
-        RuntimeError: a server cannot be reached, did not come in time, or has another key or
+        RuntimeError: a server cannot be reached, did not connect in time, or has another key or
             identity.
     """
     higher = range(rank + 1, len(names))
@@ -271,17 +281,17 @@ def mesh(
             connection.close()
         raise
     finally:
-        # Who calls from here on was restarted, and waits until it is met anew.
+        # A server that connects from here on has restarted; it waits for the next `mesh`.
         listener.off(topic)
     return dialled | accepted
 
 
 def _tune(connection: socket.socket) -> None:
-    """Small messages go at once, and a peer that is gone is noticed."""
+    """Set socket options: send small messages at once, and detect a peer that is gone."""
     connection.settimeout(None)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    # Room for the calls of a layer, which the kernel sends while the server computes.
+    # Room for the calls of a layer: the kernel sends them while the server computes.
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BYTES)
     for option, value in _KEEPALIVE:
         if hasattr(socket, option):  # macOS lacks some
@@ -289,11 +299,14 @@ def _tune(connection: socket.socket) -> None:
 
 
 def pace(connection: socket.socket, *rates: float | None) -> None:
-    """Sends no faster than the slowest of these links, in bits per second; None: it is unknown.
+    """Limit a connection's send rate to that of its slowest link.
 
-    Else a large message fills the queue in front of the link at once, and every small one behind
-    it waits until it is through. (measured) Beside another server's prompts at 100 Mbps, hosts of
-    a core each, the p99 gap of a stream was 13 ms instead of 16.
+    Without pacing, a large message fills the queue in front of the link, and all small messages
+    behind it wait. With pacing, the p99 gap of a stream next to another server's prompts was 13 ms
+    instead of 16 ms (measured at 100 Mbps, hosts with one core each).
+
+    Args:
+        rates: rates of the links in bits per second; None if unknown.
     """
     known = [rate for rate in rates if rate is not None]
     if known and sys.platform == "linux":
@@ -301,18 +314,18 @@ def pace(connection: socket.socket, *rates: float | None) -> None:
         connection.setsockopt(socket.SOL_SOCKET, _SO_MAX_PACING_RATE, rate)
 
 
-# Both prove that they know the secret, by an HMAC of random numbers of both, of who they are, and
-# of what the connection is for. Only then either tells the other its identity.
+# Handshake: each end proves that it knows the secret, by an HMAC of the nonces of both ends, of
+# their ranks and of the connection's purpose. Only then does either end send its identity.
 
 
-class _Stranger(Exception):
-    """The other end is not a server of this launch."""
+class _Rejected(Exception):
+    """The connection is rejected, for example because the other end is not of this launch."""
 
 
 def _introduce(
     connection: socket.socket, rank: int, peer: int, index: int, topic: str, key: Key
 ) -> None:
-    """The dialling end: server `rank` calls server `peer`."""
+    """Handshake at the dialling end: server `rank` calls server `peer`."""
     connection.settimeout(_HANDSHAKE_S)
     call = _CALL.pack(rank, index, len(topic.encode())) + topic.encode()
     mine = secrets.token_bytes(_NONCE_BYTES)
@@ -325,7 +338,7 @@ def _introduce(
 
 
 def _recognise(connection: socket.socket, rank: int, key: Key) -> tuple[int, int, str]:
-    """The accepting end: the rank of the server that calls, index and topic."""
+    """Handshake at the accepting end; returns the caller's rank, the index and the topic."""
     connection.settimeout(_HANDSHAKE_S)
     call = _receive(connection, _CALL.size)
     caller, index, length = _CALL.unpack(call)
@@ -339,7 +352,7 @@ def _recognise(connection: socket.socket, rank: int, key: Key) -> tuple[int, int
 
 
 def _compare(connection: socket.socket, identity: Identity) -> None:
-    """Tells the other end, which has proved itself, this server's identity, and checks its own."""
+    """Exchange identities with the other end, which is authenticated, and compare them."""
     own = vars(identity)
     content = json.dumps(own).encode()
     connection.sendall(_LENGTH.pack(len(content)) + content)
@@ -347,10 +360,10 @@ def _compare(connection: socket.socket, identity: Identity) -> None:
     try:
         theirs = dict(json.loads(_receive(connection, length)))
     except (ValueError, TypeError) as error:
-        raise _Stranger("what it says of itself cannot be read") from error
+        raise _Rejected("its identity message cannot be parsed") from error
     for field, (words, advice) in _FIELDS.items():
         if theirs.get(field) != own[field]:
-            raise _Stranger(
+            raise _Rejected(
                 f"its {words} is {theirs.get(field)}, this server's {own[field]}: {advice}"
             )
 
@@ -364,7 +377,7 @@ def _mac(
 
 def _check(found: bytes, expected: bytes) -> None:
     if not hmac.compare_digest(found, expected):
-        raise _Stranger("it has another key")
+        raise _Rejected("it has another key, so it belongs to another launch")
 
 
 def _receive(connection: socket.socket, count: int) -> bytes:
@@ -372,6 +385,6 @@ def _receive(connection: socket.socket, count: int) -> bytes:
     while len(parts) < count:
         part = connection.recv(count - len(parts))
         if not part:
-            raise _Stranger("it ended the connection")
+            raise _Rejected("the other end closed the connection")
         parts += part
     return parts

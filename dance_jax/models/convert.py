@@ -1,9 +1,9 @@
-"""Turns a Hugging Face directory or a GGUF file into orbax checkpoints:
+"""Converts a Hugging Face directory or a GGUF file to orbax checkpoints:
 python -m dance_jax.models.convert SRC DST
 
-Tensors are read one at a time and written in groups of bounded size, so memory stays small however
-large the model is. Everything is written beside the destination and renamed at the end: what bears
-the destination's name is whole.
+Tensors are read one at a time and written in groups of bounded size, so memory use is small
+regardless of the model's size. Everything is written to a directory next to the destination, which
+is renamed at the end, so a destination that exists is complete.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ from dance_jax.models.tensors import (
     trunk_rules,
 )
 
-#: Bytes of the arrays of one checkpoint; a larger single tensor has a checkpoint of its own.
+#: Most bytes of arrays in one checkpoint; a larger tensor gets a checkpoint of its own.
 GROUP_BYTES = 128 << 20
-#: Seconds that writers of an interrupted conversion have to notice.
+#: Seconds in which the writer threads of an interrupted conversion must stop.
 _REMOVE_TIMEOUT_S = 10.0
 
 
@@ -68,26 +68,27 @@ def convert(
     progress: ProgressCallback | None = None,
     rounding: Rounding = KEEP,
 ) -> pathlib.Path:
-    """Converts a model.
+    """Convert a model.
 
-    Two conversions to one destination may run at once: the second waits and finds it done. What a
-    killed conversion left is removed by the next one.
+    Two conversions to the same destination may run concurrently: the second waits and then finds
+    the finished result. Leftovers of a killed conversion are removed by the next one.
 
     Args:
         source: directory in Hugging Face format, or a GGUF file.
-        destination: made by this; if it exists already it must hold the same model.
-        progress: told after each group of tensors.
-        rounding: what weights become.
+        destination: directory to create. If the directory exists and is not empty, it must be the
+            same model in the same formats.
+        progress: called after each group of tensors.
+        rounding: formats to which weights are rounded.
 
     Returns:
         The destination.
 
     Raises:
-        UserError: the source is wrong, or the destination is something else.
+        UserError: the source is invalid, or the destination contains something else.
     """
     source, destination = pathlib.Path(source), pathlib.Path(destination).absolute()
     if os.path.lexists(destination) and not destination.is_dir():
-        raise UserError(f"{destination}: exists and is no directory; choose another one")
+        raise UserError(f"{destination}: exists and is not a directory; choose another destination")
     return _convert(open_source(source), destination, progress, rounding)
 
 
@@ -97,7 +98,7 @@ def _convert(
     progress: ProgressCallback | None,
     rounding: Rounding,
 ) -> pathlib.Path:
-    """`convert` of an opened model."""
+    """`convert` for an opened model."""
     formats, source = model_formats(model, rounding), model.fingerprint()
     fingerprint = _fingerprint(source, formats)
     try:
@@ -105,7 +106,7 @@ def _convert(
         _lock_path(destination).touch()
     except OSError as error:
         raise UserError(f"{destination.parent}: cannot be written: {error}") from error
-    with _only_one(destination):
+    with _exclusive(destination):
         if destination.exists() and any(destination.iterdir()):
             if (
                 is_converted(destination)
@@ -113,13 +114,14 @@ def _convert(
             ):
                 return destination
             raise UserError(
-                f"{destination}: exists and is not this model; choose another directory"
+                f"{destination}: exists and is not this model in these formats; choose another "
+                "directory"
             )
         partial = _partial(destination)
         _remove(partial)
         try:
-            tell = progress or (lambda text, done, total: None)
-            _Conversion(model, formats, partial, tell).run(source, fingerprint)
+            report = progress or (lambda text, done, total: None)
+            _Conversion(model, formats, partial, report).run(source, fingerprint)
             partial.rename(destination)
         except OSError as error:
             raise UserError(f"{destination}: cannot be written: {error}") from error
@@ -134,42 +136,42 @@ def ensure_converted(
     progress: ProgressCallback | None = None,
     rounding: Rounding = KEEP,
 ) -> pathlib.Path:
-    """The converted form of a model, made in the cache on first use.
+    """Return the converted form of a model, converting the model to the cache on first use.
 
     Args:
-        source: directory in Hugging Face format, a GGUF file, or a directory that is converted
-            already.
-        cache_dir: holds one directory for each content that was converted.
+        source: directory in Hugging Face format, a GGUF file, or a directory that is already
+            converted.
+        cache_dir: contains one directory for each combination of model and formats.
         progress: called only if the model is converted now.
-        rounding: what weights become.
+        rounding: formats to which weights are rounded.
 
     Returns:
         A directory for `Checkpoint.open`.
 
     Raises:
-        UserError: the source or the cached conversion is wrong.
+        UserError: the source or the cached conversion is invalid.
     """
     source, cache_dir = pathlib.Path(source), pathlib.Path(cache_dir)
     if is_converted(source):
         if rounding != KEEP:
             raise UserError(
-                f"{source}: is converted already; weights are rounded when a model is converted: "
-                "give its source, or leave out --experts and --trunk"
+                f"{source}: already converted; weights are rounded only during conversion: use the "
+                "original model, or leave out --experts and --trunk"
             )
         return source
     model = open_source(source, scales=False)
-    # Conversions of earlier versions of the layout stay until the user removes them.
+    # Conversions with an earlier version of the layout stay until the user removes them.
     fingerprint = _fingerprint(model.fingerprint(), model_formats(model, rounding))
     name = f"{own_name(source)}-{fingerprint[:16]}-{FORMAT}"
     if not is_converted(cache_dir / name):
         _remove_abandoned(cache_dir)
-        # Opened anew: scales are checked only of what is converted.
+        # Opened again, now with a check of all scales, which only a conversion needs.
         _convert(open_source(source), (cache_dir / name).absolute(), progress, rounding)
     return cache_dir / name
 
 
 def _fingerprint(source: str, formats: Formats) -> str:
-    """Hash (hex) of what a conversion makes of a source, given by its own."""
+    """Hash (hex) of a conversion, from the hash of its source and the formats."""
     text = source + json.dumps(formats.to_json(), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -178,8 +180,8 @@ def check_readable(directory: str | pathlib.Path) -> None:
     """Check that a model's weights can be converted, before its other files are read.
 
     Raises:
-        UserError: the weights are missing, or config.json is wrong or of a model that is
-            quantised in a way that cannot be read.
+        UserError: the weights are missing, config.json is invalid, or the model is quantised in an
+            unsupported way.
     """
     directory = model_directory(directory)
     if is_gguf(directory):
@@ -190,14 +192,15 @@ def check_readable(directory: str | pathlib.Path) -> None:
 
 
 def outline(directory: str | pathlib.Path, rounding: Rounding = KEEP) -> Outline:
-    """What can be planned of a model without converting it, from its config.json alone if need be.
+    """The `Outline` of a model, without converting the model; config.json alone is enough.
 
     Args:
-        directory: in Hugging Face format, with or without weights, or converted; or a GGUF file.
-        rounding: what weights are to become.
+        directory: directory in Hugging Face format, with or without weights, or converted; or a
+            GGUF file.
+        rounding: formats to which weights are to be rounded.
 
     Raises:
-        UserError: the model is not supported, or weights that are there do not fit it.
+        UserError: the model is not supported, or existing weights do not match its config.
     """
     directory = pathlib.Path(directory)
     if is_converted(directory):
@@ -207,7 +210,7 @@ def outline(directory: str | pathlib.Path, rounding: Rounding = KEEP) -> Outline
     config = read_config(directory)
     files = [directory / name for name in indexed_files(directory) or ()]
     files = files or [*directory.glob("*.safetensors")]
-    # Weights may be on their way, or not wanted before the plan is known.
+    # The weights may not be downloaded yet, for example because the user plans first.
     if not files or not all(file.exists() for file in files):
         return Outline(config, expected_formats(config, rounding))
     return _outline(open_source(directory, scales=False), rounding)
@@ -218,18 +221,19 @@ def _outline(model: HFDirectory, rounding: Rounding) -> Outline:
     return Outline(model.config, formats, source, _fingerprint(source, formats))
 
 
-#: What is written together: the number of an expert, or None, and the rules of its tensors.
+#: Tensors that are written together: the number of an expert and the rules of its tensors, or None
+#: and the rule of a tensor of the trunk.
 _Item = tuple[int | None, list[TensorRule]]
 
 
 class _Conversion:
-    """Writes a model.
+    """Writes a converted model.
 
     Args:
         model: the source.
-        formats: what its weights become.
-        directory: is made.
-        progress: told after each group of tensors.
+        formats: formats of the converted weights.
+        directory: the directory to create.
+        progress: called after each group of tensors.
     """
 
     def __init__(
@@ -248,34 +252,37 @@ class _Conversion:
             for layer in config.moe_layers
         ]
         self._expert = expert_format(config, formats.experts)
-        #: Bytes of the source, by which progress is told.
+        #: Bytes of the source, the unit of progress.
         self._total = sum(self._size(item) for items in self._all() for item in items)
         self._done = 0
-        made = Outline(config, formats)
+        planned = Outline(config, formats)
         experts = len(config.moe_layers) * config.num_experts
-        #: Bytes of what is written, not compressed.
-        self._made = made.trunk_bytes("float32") + experts * made.expert_bytes("float32")
+        #: Bytes of the converted model, uncompressed.
+        self._converted_bytes = planned.trunk_bytes("float32") + experts * planned.expert_bytes(
+            "float32"
+        )
 
     def _all(self) -> list[list[_Item]]:
         return [self._trunk, *self._layers]
 
     def _size(self, item: _Item) -> int:
-        """Bytes that it has in the source."""
+        """Bytes of an item's tensors in the source."""
         return sum(self._model.tensors[rule.source].size for rule in item[1])
 
     def run(self, source: str, fingerprint: str) -> None:
-        """Writes everything, the manifest last.
+        """Write everything, the manifest last.
 
         Raises:
-            UserError: the disk has too little room.
-            OSError: it cannot be written.
+            UserError: there is too little space on the disk.
+            OSError: writing failed.
         """
         directory = self._directory
         free = shutil.disk_usage(directory.parent).free
-        if free < self._made:
+        if free < self._converted_bytes:
             raise UserError(
                 f"{directory.parent}: {free / 1e9:.1f} GB are free, the converted model needs "
-                f"about {self._made / 1e9:.1f} GB"
+                f"about {self._converted_bytes / 1e9:.1f} GB: free some space, or use a directory "
+                "on another disk"
             )
         directory.mkdir()
         self._model.write_side_files(directory)
@@ -287,7 +294,7 @@ class _Conversion:
         write_manifest(directory, source, fingerprint, self._formats, trunk, experts)
 
     def _write(self, items: list[_Item], where: pathlib.Path) -> list[list[str]]:
-        """Writes the arrays of tensors, a checkpoint at a time: their names."""
+        """Write the arrays of some tensors to checkpoints; return the names in each checkpoint."""
         where.mkdir(parents=True)
         names: list[list[str]] = []
         for part in self._parts(items):
@@ -312,7 +319,7 @@ class _Conversion:
             yield part
 
     def _arrays(self, item: _Item) -> Iterator[tuple[str, np.ndarray]]:
-        """The names and arrays that are written."""
+        """Names and arrays of an item, as they are written."""
         expert, rules = item
         arrays = {name: array for rule in rules for name, array in self._made_of(rule, expert)}
         if expert is None:
@@ -339,7 +346,11 @@ class _Conversion:
 
 
 def _check_scales(name: str, array: np.ndarray) -> None:
-    """Raises ValueError if scales or offsets are no numbers; other arrays are not looked at."""
+    """Check that scales and offsets are finite; other arrays are not checked.
+
+    Raises:
+        ValueError: some are NaN or infinite.
+    """
     if not name.endswith((".scale", ".offset")):
         return
     wrong = array == 255 if array.dtype == np.uint8 else ~np.isfinite(array)
@@ -357,8 +368,15 @@ def _lock_path(destination: pathlib.Path) -> pathlib.Path:
 
 
 @contextlib.contextmanager
-def _only_one(destination: pathlib.Path, wait: bool = True) -> Iterator[bool]:
-    """Holds the destination's lock, which ends with the process; yields False if it is taken."""
+def _exclusive(destination: pathlib.Path, wait: bool = True) -> Iterator[bool]:
+    """Hold the destination's lock, which the system releases when the process ends.
+
+    Args:
+        wait: wait while another process holds the lock.
+
+    Yields:
+        False if the lock is held by another process and `wait` is False; otherwise True.
+    """
     path = _lock_path(destination)
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -368,7 +386,7 @@ def _only_one(destination: pathlib.Path, wait: bool = True) -> Iterator[bool]:
             os.close(handle)
             yield False
             return
-        # whoever held it before may have removed the file: then others lock another one
+        # The previous holder may have removed the file; other processes then lock a new file.
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(handle), path.stat()):
                 break
@@ -381,16 +399,19 @@ def _only_one(destination: pathlib.Path, wait: bool = True) -> Iterator[bool]:
 
 
 def _remove_abandoned(cache_dir: pathlib.Path) -> None:
-    """Removes what conversions that died have left in the cache."""
+    """Remove the leftovers of killed conversions from the cache."""
     for partial in cache_dir.glob(".*.partial"):
         name = partial.name.removeprefix(".").removesuffix(".partial")
-        with _only_one(cache_dir / name, wait=False) as ours:
+        with _exclusive(cache_dir / name, wait=False) as ours:
             if ours:
                 _remove(partial)
 
 
 def _remove(partial: pathlib.Path) -> None:
-    """Removes what a conversion wrote; orbax's threads may still write after an interruption."""
+    """Remove a partial conversion.
+
+    Retries for a while, because orbax's threads may still write after an interruption.
+    """
     deadline = time.monotonic() + _REMOVE_TIMEOUT_S
     while partial.exists():
         shutil.rmtree(partial, ignore_errors=True)
@@ -402,7 +423,7 @@ def _remove(partial: pathlib.Path) -> None:
 def main(
     arguments: list[str] | None = None, prog: str = "python -m dance_jax.models.convert"
 ) -> int:
-    """The command; returns its exit status."""
+    """Run the command; return its exit status."""
     parser = argparse.ArgumentParser(
         prog=prog,
         description="Converts a model in Hugging Face format or in GGUF files for dance_jax.",
@@ -410,24 +431,25 @@ def main(
     parser.add_argument(
         "source",
         metavar="SRC",
-        help="directory with config.json and *.safetensors, or a .gguf file (of several: any)",
+        help="directory with config.json and *.safetensors, or a .gguf file (any part of a split "
+        "model)",
     )
-    parser.add_argument("destination", metavar="DST", help="directory to make")
+    parser.add_argument("destination", metavar="DST", help="directory to create")
     parser.add_argument(
         "--experts",
         choices=EXPERT_CHOICES,
         default="keep",
-        help="what the weights of routed experts become (%(default)s)",
+        help="format to which routed experts are rounded (default: %(default)s)",
     )
     parser.add_argument(
         "--trunk",
         choices=TRUNK_CHOICES,
         default="keep",
-        help="what all other matrices become (%(default)s)",
+        help="format to which all other matrices are rounded (default: %(default)s)",
     )
     options = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # no array of a conversion needs a device
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # a conversion needs no accelerator
 
     from rich import progress as bars
     from rich.console import Console
@@ -457,7 +479,7 @@ def main(
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted: nothing was left behind", file=sys.stderr)
+        print("interrupted: the partial conversion was removed", file=sys.stderr)
         return 130
     for line in filter(None, lines):
         print(line, file=sys.stderr)

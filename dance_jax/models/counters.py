@@ -1,7 +1,7 @@
-"""What a server counts of expert calls, without JAX: engines report it, `/metrics` shows it.
+"""Counters of expert calls, without JAX: engines report them and `/metrics` shows them.
 
-The one list of these counters: fields are in the order of `PeerCounters` and `CallSums` in
-native/calls.h. A field with a text is a metric of its own (serve/metrics.py).
+This is the only list of these counters. Fields are in the order of `PeerCounters` and `CallSums`
+in native/calls.h. A field with a text is also a metric (serve/metrics.py).
 """
 
 from __future__ import annotations
@@ -15,32 +15,36 @@ _Counted = TypeVar("_Counted")
 
 
 def _metric(text: str) -> Any:
-    """A counter that `/metrics` explains so."""
+    """A counter field that is a metric with this help text."""
     return dataclasses.field(default=0, metadata={"metric": text})
 
 
 @dataclasses.dataclass
 class PeerCounters:
-    """What a server has counted of a peer, since its engine was warm; times are in ns."""
+    """A server's counters for one peer since the engine's warmup; times are in ns."""
 
-    calls: int = _metric("Expert calls to the peer, repeats included")
-    rows: int = _metric("Rows in these calls")
-    #: Of calls to it and of answers to its own.
+    calls: int = _metric("Expert calls to the peer, including repeats")
+    rows: int = _metric("Rows in expert calls to the peer")
+    #: Bytes of calls to the peer and of answers to the peer's calls.
     bytes_sent: int = 0
+    #: Bytes of the peer's calls and of the peer's answers.
     bytes_received: int = 0
-    repeats: int = _metric("Calls that went to other servers too, as the peer's answer was late")
-    refusals: int = _metric("Calls that the peer answered with: not here")
-    lost: int = _metric("Calls that ended with the connection")
-    failed_rows: int = _metric("Rows that failed for want of an expert that the peer holds")
-    waited_ns: int = _metric("Time from sending calls to the arrival of answers")
-    answered: int = _metric("The peer's calls answered here")
+    repeats: int = _metric("Calls repeated at other servers because the peer's answer was late")
+    refusals: int = _metric("Calls for which the peer did not hold all requested experts")
+    lost: int = _metric("Calls lost because the connection to the peer ended")
+    failed_rows: int = _metric("Rows that failed because an expert held by the peer was missing")
+    waited_ns: int = _metric("Time from sending a call to receiving its answer")
+    answered: int = _metric("Expert calls from the peer that this server answered")
     answered_rows: int = _metric("Rows computed for the peer")
-    queued_ns: int = _metric("Time that the peer's calls waited here until they were computed")
+    queued_ns: int = _metric("Time that calls from the peer waited until they were computed")
 
 
 @dataclasses.dataclass(frozen=True)
 class Moved:
-    """Sums over calls that moved bytes, for the line of their seconds over their bytes."""
+    """Sums over answered calls, for a linear regression of seconds over bytes.
+
+    `bytes_bytes` is the sum of bytes * bytes, and so on.
+    """
 
     calls: float = 0.0
     seconds: float = 0.0
@@ -54,7 +58,7 @@ class Moved:
         return Moved(*map(sum, pairs))
 
     def __sub__(self, before: Moved) -> Moved:
-        """The calls since then."""
+        """Sums over the calls after `before`."""
         return since(before, self)
 
 
@@ -63,38 +67,39 @@ NOTHING_MOVED = Moved()
 
 @dataclasses.dataclass
 class Sums:
-    """What a server has counted of all calls and layers."""
+    """A server's counters over all calls and layers."""
 
-    #: Layers of own steps, and seconds in them: experts that are here, and waiting for answers.
+    #: Layers of the server's own steps; seconds in which local experts were computed; seconds of
+    #: waiting for answers.
     layers: float = 0.0
     local_s: float = 0.0
     waited_s: float = 0.0
-    #: Layers of own steps in which any row has calls that leave this server, and the number of
-    #: these rows. Counted also if servers step together.
+    #: Layers of the server's own steps with rows that need another server, counted once per step;
+    #: and the number of such rows. Servers that step together count these too.
     layers_waited: float = 0.0
     rows_away: float = 0.0
-    served_s: float = _metric("Time in which experts were computed for other servers")
-    served_batches: float = _metric("Computations of experts for calls that waited together")
-    #: Of answers, without what callees say they took.
+    served_s: float = _metric("Time spent computing experts for other servers")
+    served_batches: float = _metric("Batches of calls from other servers, each computed at once")
+    #: Sums over answers; the seconds do not include the callees' queueing and computation.
     moved: Moved = NOTHING_MOVED
 
 
 @dataclasses.dataclass(frozen=True)
 class Counters:
-    """Everything that a server has counted."""
+    """All counters of a server."""
 
     peers: tuple[PeerCounters, ...]
-    #: int64 [l, n], rows that went to each server.
+    #: int64 [l, n], rows sent to each server.
     rows: np.ndarray
     sums: Sums
 
     def __sub__(self, before: Counters) -> Counters:
-        """What was counted since then."""
+        """The counts after `before`."""
         peers = tuple(map(since, before.peers, self.peers))
         return Counters(peers, self.rows - before.rows, since(before.sums, self.sums))
 
 
 def since(before: _Counted, now: _Counted) -> _Counted:
-    """What each field of a dataclass of numbers has grown by."""
+    """Differences of all fields of a dataclass of numbers."""
     names = [field.name for field in dataclasses.fields(now)]  # type: ignore[arg-type]
     return type(now)(*(getattr(now, name) - getattr(before, name) for name in names))

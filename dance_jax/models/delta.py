@@ -1,11 +1,11 @@
-"""Gated delta net: a mixer whose memory of a sequence is a state, not its positions.
+"""Gated delta net: a mixer with a recurrent state per sequence in place of a KV cache.
 
 Notation of a value head (arXiv 2412.06464, section 3): state S [dk, dv], decay g <= 0, strength b,
 
     S <- e^g S;  u = b (v - S^T k);  S <- S + k u^T;  o = S^T q.
 
-Some tokens are computed at once (section 3.3, arXiv 2406.06484): with G_i = g_1 + ... + g_i and the
-state S_0 before them, the u_i solve (I + A) u = b (v - e^G K S_0), where
+The tokens of a row are computed at once (section 3.3, arXiv 2406.06484): with G_i = g_1 + ... + g_i
+and the state S_0 before these tokens, the u_i solve (I + A) u = b (v - e^G K S_0), where
 A_ij = b_i e^(G_i - G_j) k_i . k_j for j < i, and o_i and the new S are sums over u.
 """
 
@@ -22,16 +22,16 @@ from dance_jax.models.attention import Rows
 from dance_jax.models.config import DeltaNet, ModelConfig
 from dance_jax.models.layers import Linear, RMSNorm, contract, parameter
 
-#: Epsilon of the division of queries and keys by their lengths.
+#: Epsilon of the normalisation of queries and keys to unit length.
 LENGTH_EPS = 1e-6
 
 
 class DeltaState(NamedTuple):
-    """The recurrent state of each sequence, or after each row; float32, in JAX or numpy."""
+    """Recurrent states, one per sequence or per row; float32 arrays of JAX or numpy."""
 
-    #: [s, conv_width - 1, channels]: the convolution's last inputs.
+    #: [s, conv_width - 1, channels], the last inputs of the convolution.
     inputs: Any
-    #: [s, value heads, dk, dv]
+    #: [s, value heads, dk, dv], the state S.
     memory: Any
 
 
@@ -49,7 +49,7 @@ class _Tokens(NamedTuple):
 
 
 class DeltaNetLayer(nnx.Module):
-    """The mixer of a layer. Its cache is a `DeltaState` with slots for each sequence."""
+    """The mixer of a layer. Its cache is a `DeltaState` with slots for sequences."""
 
     def __init__(self, config: ModelConfig, shape: DeltaNet, dtype: jnp.dtype):
         d, heads = config.hidden_size, shape.num_value_heads
@@ -82,7 +82,8 @@ class DeltaNetLayer(nnx.Module):
             begin += rows.tokens
             output, state = self._run(rows, cached, inputs_tc[own], decay_th[own], strength_th[own])
             outputs.append(output)
-            # Other rows are of other sequences: what they read is as before.
+            # Later elements of the batch belong to other sequences, so this write does not change
+            # what they read.
             cached = _write(cached, state, rows)
         mixed_thv = jnp.concatenate(outputs).astype(hidden_td.dtype)
         gate = jax.nn.silu(self.gate(hidden_td).astype(wide)).reshape(mixed_thv.shape)
@@ -97,10 +98,10 @@ class DeltaNetLayer(nnx.Module):
         decay_th: jax.Array,
         strength_th: jax.Array,
     ) -> tuple[jax.Array, DeltaState]:
-        """The output float32 [t, h, dv] of some rows, and the state after each."""
+        """Output of some rows, float32 [t, h, dv], and the state after each row."""
         count, chunk = rows.count, rows.chunk
         real_rc = jnp.arange(chunk) < rows.length_r[:, None]
-        # Tokens that are padding leave the state as it is.
+        # With zero decay and strength, padding does not change the state.
         decay_rc, strength_rc = (
             jnp.where(real_rc[..., None], part.reshape(count, chunk, -1), 0.0)
             for part in (decay_th, strength_th)
@@ -111,11 +112,11 @@ class DeltaNetLayer(nnx.Module):
         joined = jnp.concatenate([past, inputs_rcx], axis=1)
         width = self.shape.conv_width
         mixed = sum(joined[:, i : i + chunk] * self.conv[i] for i in range(width))
-        # The inputs before the row's next token: of its last real tokens, or older ones.
+        # Keep the last conv_width - 1 inputs up to the row's last real token.
         last = rows.length_r[:, None] + jnp.arange(width - 1)
         inputs = jnp.take_along_axis(joined, last[..., None], axis=1)
         tokens = self._tokens(jax.nn.silu(mixed), decay_rc, strength_rc)
-        if chunk == 1:  # each row is a sequence of its own
+        if chunk == 1:  # each row is a different sequence
             output, memory = _advance(before.memory, tokens)
         else:
             follows = rows.first_r != jnp.arange(count)
@@ -134,7 +135,7 @@ class DeltaNetLayer(nnx.Module):
         )
 
     def _before(self, rows: Rows, cached: DeltaState) -> DeltaState:
-        """The state of each row's sequence before this step; a sequence begins with zeros."""
+        """State of each row's sequence before this step; zeros for a new sequence."""
         began_r = rows.start_r[rows.first_r] > 0
 
         def pick(kept: jax.Array) -> jax.Array:
@@ -144,14 +145,17 @@ class DeltaNetLayer(nnx.Module):
         return DeltaState(*map(pick, cached))
 
     def _past_inputs(self, rows: Rows, kept: jax.Array, inputs_rcx: jax.Array) -> jax.Array:
-        """[r, conv_width - 1, channels]: a row follows its sequence's row before it, which is
-        whole, or what earlier steps kept."""
+        """Convolution inputs before each row, [r, conv_width - 1, channels].
+
+        They come from the sequence's previous row, which has no padding, or from `kept` if the row
+        is the sequence's first one in this step.
+        """
         if rows.chunk == 1:
             return kept
         width = self.shape.conv_width - 1
         if rows.chunk < width:
             raise ValueError(
-                f"rows of {rows.chunk} tokens: the convolution needs {width} before it"
+                f"rows have {rows.chunk} tokens, but the convolution needs at least {width}"
             )
         joined = jnp.concatenate([kept, inputs_rcx], axis=1)[:, -width:]
         previous = jnp.concatenate([joined[:1], joined[:-1]])
@@ -185,10 +189,10 @@ class DeltaNetLayer(nnx.Module):
 
 
 def _write(cached: DeltaState, fresh: DeltaState, rows: Rows) -> DeltaState:
-    """The states with those after some rows, in place where they are donated.
+    """Write the states after some rows to their slots, in place if the states are donated.
 
-    Row by row, so that of several rows of a sequence the last one's state stays. Unused rows write
-    to slot 0.
+    Rows are written one after another, so that a sequence with several rows keeps the state after
+    its last row. Unused rows write to slot 0.
     """
     slot_r = jnp.where(rows.length_r > 0, rows.state_r2[:, 1], 0)
 
@@ -203,10 +207,10 @@ def _write(cached: DeltaState, fresh: DeltaState, rows: Rows) -> DeltaState:
 
 
 def _solve(lower_ij: jax.Array, right_iv: jax.Array) -> jax.Array:
-    """u of (I + A) u = r, A strictly lower triangular, row after row.
+    """Solve (I + A) u = r for u by forward substitution; A is strictly lower triangular.
 
-    JAX's own solver calls LAPACK on CPUs, which a step that was read from the compile cache has not
-    initialised: it would crash.
+    JAX's solver would crash: on CPUs it calls LAPACK, which is not initialised in a step that was
+    read from the compile cache.
     """
 
     def next_row(i: jax.Array, found: jax.Array) -> jax.Array:
@@ -215,17 +219,17 @@ def _solve(lower_ij: jax.Array, right_iv: jax.Array) -> jax.Array:
         new = old - contract("...ij,...jv->...iv", row, found)
         return jax.lax.dynamic_update_index_in_dim(found, new, i, -2)
 
-    # Row i reads the rows before it alone, which are done.
+    # Row i reads only earlier rows, which are solved already.
     return jax.lax.fori_loop(1, lower_ij.shape[-1], next_row, right_iv)
 
 
 def _advance(memory: jax.Array, tokens: _Tokens) -> tuple[jax.Array, jax.Array]:
-    """Outputs [..., h, c, dv] of c tokens and the memory [..., h, dk, dv] after them."""
+    """Outputs [..., h, c, dv] of c tokens, and the state S [..., h, dk, dv] after them."""
     total = jnp.cumsum(tokens.decay, axis=-1)
     count = total.shape[-1]
     index = jnp.arange(count)
     seen_ij = index[:, None] >= index
-    # Where j comes after i the difference is positive and its exponential may be infinite.
+    # For j after i the difference is positive, and its exponential could overflow.
     fade_ij = jnp.exp(jnp.where(seen_ij, total[..., :, None] - total[..., None, :], -jnp.inf))
     faded = jnp.exp(total)[..., None]
     missing = tokens.value - faded * contract("...ck,...kv->...cv", tokens.key, memory)

@@ -1,7 +1,7 @@
-"""A model's directory: its small files, and which files have its weights. Without JAX or numpy.
+"""A model's directory: its small files and its files of weights. Imports neither JAX nor numpy.
 
-The preflight and the reader of the hosts file use it. A GGUF file stands for a directory: its
-metadata have what the small files say.
+The preflight and the reader of the hosts file use this module. A GGUF file can take the place of a
+directory: its metadata contain what the small files contain.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dance_jax.models.families import model_config
 
 INDEX = "model.safetensors.index.json"
 
-#: Small files that define the model beside its weights; copied when it is converted.
+#: Small files that, with the weights, define a model; a conversion copies them.
 SIDE_FILES = (
     "config.json",
     "generation_config.json",
@@ -28,24 +28,24 @@ SIDE_FILES = (
     "chat_template.jinja",
 )
 
-#: The small file of a converted model that says how its weights are kept.
+#: The small file of a converted model with the formats of its weights.
 FORMATS = "formats.json"
 
-#: The file that a conversion writes last; a directory without it is not a converted model.
+#: The file that a conversion writes last; a directory without this file is not a converted model.
 MANIFEST = "dance_jax.json"
 
 
 def is_gguf(model: str | os.PathLike[str]) -> bool:
-    """Whether a path is that of a GGUF file, or of one of a model's GGUF files."""
+    """Whether a path is a GGUF file (or one part of a split one)."""
     path = pathlib.Path(model)
     return path.suffix == ".gguf" and path.is_file()
 
 
 def model_directory(directory: str | os.PathLike[str]) -> pathlib.Path:
-    """The path of a model, which must be a directory or a GGUF file.
+    """Return the path of a model, which must be a directory or a GGUF file.
 
     Raises:
-        UserError: it is neither.
+        UserError: the path is neither.
     """
     path = pathlib.Path(directory)
     if not path.is_dir() and not is_gguf(path):
@@ -57,16 +57,16 @@ def model_directory(directory: str | os.PathLike[str]) -> pathlib.Path:
 
 
 def own_name(model: str | os.PathLike[str]) -> str:
-    """A directory's name, or a GGUF file's without its ending and the number of its part."""
+    """Name of a directory, or of a GGUF file without its suffix and part number."""
     path = pathlib.Path(model).resolve()
     return re.sub(r"(-\d{5}-of-\d{5})?\.gguf$", "", path.name) if is_gguf(path) else path.name
 
 
 def side_files(model: pathlib.Path) -> dict[str, bytes]:
-    """The content of a model's small files by name, those of SIDE_FILES that it has.
+    """Content of the files in SIDE_FILES that a model has, by name.
 
     Raises:
-        UserError: one cannot be read, or the metadata of a GGUF file are not supported.
+        UserError: a file cannot be read, or the metadata of a GGUF file are not supported.
     """
     if is_gguf(model):
         from dance_jax.models.ggml.side_files import gguf_side_files
@@ -84,10 +84,10 @@ def side_files(model: pathlib.Path) -> dict[str, bytes]:
 
 
 def read_json(path: pathlib.Path, required: bool = True) -> dict[str, Any] | None:
-    """A JSON object from a file; None where it is absent and not required.
+    """Read a JSON object from a file; None if the file does not exist and is not required.
 
     Raises:
-        UserError: missing, or not a JSON object; the message names file and line.
+        UserError: the file is missing or not a JSON object; the message names file and line.
     """
     try:
         content = path.read_bytes()
@@ -101,10 +101,10 @@ def read_json(path: pathlib.Path, required: bool = True) -> dict[str, Any] | Non
 
 
 def json_object(content: bytes, path: pathlib.Path) -> dict[str, Any]:
-    """The JSON object that a file's content is.
+    """Parse a file's content as a JSON object.
 
     Raises:
-        UserError: it is none; the message names file and line.
+        UserError: the content is not a JSON object; the message names file and line.
     """
     try:
         value = json.loads(content.decode("utf-8"))
@@ -118,8 +118,12 @@ def json_object(content: bytes, path: pathlib.Path) -> dict[str, Any]:
 
 
 def read_config(directory: str | pathlib.Path) -> ModelConfig:
-    """The model of a GGUF file, or of a directory with config.json and perhaps
-    generation_config.json."""
+    """Read the config of a model.
+
+    Args:
+        directory: a GGUF file, or a directory with config.json and optionally
+            generation_config.json.
+    """
     directory = pathlib.Path(directory)
     if is_gguf(directory):
         from dance_jax.models.ggml.header import read_parts
@@ -136,10 +140,10 @@ def read_config(directory: str | pathlib.Path) -> ModelConfig:
 
 
 def indexed_files(directory: pathlib.Path) -> list[str] | None:
-    """Names of the files of weights by the index; None where there is none.
+    """Names of the files of weights according to the index; None if there is no index.
 
     Raises:
-        UserError: the index is no map of names to safetensors files.
+        UserError: the index does not map names to safetensors files.
     """
     path = directory / INDEX
     index = read_json(path, required=False)
@@ -148,25 +152,31 @@ def indexed_files(directory: pathlib.Path) -> list[str] | None:
     names = index.get("weight_map")
     files = set(names.values()) if isinstance(names, dict) else set()
     if not files or not all(str(file).endswith(".safetensors") for file in files):
-        raise UserError(f"{path}: weight_map is missing or no map of names to safetensors files")
+        raise UserError(
+            f"{path}: weight_map is missing, or does not map names to safetensors files: download "
+            "the file again"
+        )
     return sorted(files)
 
 
 def weight_files(directory: pathlib.Path) -> list[pathlib.Path]:
-    """The files of a model's weights.
+    """Files of a model's weights.
 
     Raises:
-        UserError: there are none, or nobody says which they are.
+        UserError: there are no safetensors files, or several but no index.
     """
     names = indexed_files(directory)
     if names is not None:
         return [directory / name for name in names]
     files = sorted(directory.glob("*.safetensors"))
     if len(files) > 1:
-        raise UserError(f"{directory}: {len(files)} safetensors files but no {INDEX}")
+        raise UserError(
+            f"{directory}: there are {len(files)} safetensors files but no {INDEX}: download this "
+            "file too"
+        )
     if not files:
         raise UserError(
-            f"{directory}: the weights are missing, there are no safetensors files: download them "
-            "too, or convert them to safetensors; --dry-run needs config.json alone"
+            f"{directory}: the weights are missing, there are no safetensors files: download the "
+            "weights too, or convert them to safetensors; only --dry-run needs just config.json"
         )
     return files

@@ -1,13 +1,13 @@
-"""The routed experts of one MoE layer, wherever they are: an `Exchange` computes them.
+"""Exchanges: they compute the routed experts of one MoE layer, local and remote.
 
-`Calls`: each server steps on its own, and the C++ library asks other servers for what is missing
-(calls.py). `HostCalls`: the same, but the host does it between two parts of the step
-(host_calls.py). `LockStep`: all servers do each step together. Every process then compiles its own
-program of it, with its own token count and pool size; what must agree is the sequence of messages
-between two processes, which a transport carries (messages.py). A server's first device is its
-gateway: only gateways use the slow links, so a token crosses a link once per server it needs.
-Inside a server the devices gather their tokens, each computes the experts it holds, and the sums
-are scattered back (topology.py).
+`Calls`: each server steps independently, and the C++ library calls other servers for experts that
+are not local (calls.py). `HostCalls`: the same, but the host makes the calls between two parts of
+the step (host_calls.py). `LockStep`: all servers run each step together. With `LockStep`, every
+process compiles its own program of the step, with its own token count and pool size; only the
+sequence of messages between two processes must agree, which a transport carries (messages.py). A
+server's first device is its gateway: only gateways use the slow links, so a token crosses a link
+once per server that it needs. Within a server the devices gather their tokens, each device computes
+the experts it holds, and the sums are scattered back (topology.py).
 """
 
 from __future__ import annotations
@@ -48,56 +48,56 @@ from dance_jax.models.topology import (
 )
 from dance_jax.placement.visit import choose_servers, has
 
-#: Rows from all peers for which experts are compiled, beside the most there can be: few rows must
-#: not cost what the room for a prefill's costs.
+#: Numbers of rows from all peers for which the experts are compiled, in addition to the maximum:
+#: a few rows must not cost as much as the rows of a prefill.
 LIMITS = (16, 128)
 
 
 class Tables(NamedTuple):
-    """Where experts are, as arguments of the step. Per device, l MoE layers, e experts."""
+    """Locations of experts, as arguments of the step, per device; l MoE layers, e experts."""
 
-    #: `visit.masks` [words, l, e] of the servers that hold each expert, in the order in which this
-    #: server prefers to call them.
+    #: `visit.masks` [words, l, e] of the servers that hold each expert; bits are in the order in
+    #: which this server prefers to call the servers.
     holders: Array
-    #: int32 [l, e], slot on this device, -1 when it is not here.
+    #: int32 [l, e], slot on this device; -1 if the expert is not on this device.
     slot_of: Array
-    #: int32 [n], each server's place in that order.
+    #: int32 [n], place of each server in that order.
     place: Array
 
 
 class Experts(NamedTuple):
-    """What a layer with routed experts gets beside its tokens: where experts are."""
+    """Inputs of a layer with routed experts besides its tokens."""
 
-    #: int32 []: which of the layers with routed experts it is.
+    #: int32 [], index among the layers with routed experts.
     layer: Array
-    #: Of this device; or int32 [], of `calls.CallServer.callers`.
+    #: Pool of this device; or, with `Calls`, int32 [], one of `calls.CallServer.callers`.
     pool: Pool
-    #: None where the C++ library knows.
+    #: Locations of experts; None if the C++ library has them.
     tables: Tables | None
 
 
 class Group(NamedTuple):
-    """Tokens of a device, all of a layer's or some, whose routed experts are asked for together."""
+    """Tokens of a device, all or some, whose calls for routed experts are sent together."""
 
     #: Hidden states [t, d], experts int32 [t, k] and their weights float32 [t, k].
     routed: Routed
-    #: bool [t], False for tokens that are routed nowhere.
+    #: bool [t], False for tokens that are not routed.
     valid: Array
-    #: Tokens in the groups before it.
+    #: Number of tokens in earlier groups.
     first: int
 
 
 class Exchange(Protocol):
-    """How a layer's routed experts are computed, wherever they are."""
+    """The way in which a layer's local and remote routed experts are computed."""
 
     @property
     def name(self) -> str:
-        """Compiled steps depend on it."""
+        """Name of the exchange; part of the key of compiled steps."""
         ...
 
     @property
     def servers(self) -> int:
-        """Servers that take part in every step."""
+        """Number of servers that take part in every step."""
         ...
 
     def memory(self, layers: int) -> Any:
@@ -106,21 +106,21 @@ class Exchange(Protocol):
 
 
 class TracedExchange(Exchange, Protocol):
-    """Does so as part of a layer, inside shard_map over AXIS."""
+    """An exchange that is traced as part of a layer, inside shard_map over AXIS."""
 
     @property
     def groups(self) -> int:
-        """Groups of a long slice's rows that a layer computes in turn."""
+        """Most groups into which a layer splits the rows of prefill slices."""
         ...
 
     def send(self, experts: Experts, group: Group, then: Array) -> Array:
-        """Asks other servers, where it need not wait for them, for a group's routed experts.
+        """Send calls for a group's routed experts, if the exchange can do so without waiting.
 
         Args:
-            then: what is to be computed after that.
+            then: input of the computation that is to run after sending.
 
         Returns:
-            `then`.
+            `then`, unchanged.
         """
         ...
 
@@ -130,20 +130,20 @@ class TracedExchange(Exchange, Protocol):
         """Weighted sums of routed experts for this device's tokens of a group.
 
         Args:
-            behind: follows from what `send` returned for the last group, and is computed before.
-            status: int32 [], this server's (`messages.status_word`); all servers learn what follows
-                from all of them (`messages.agree`).
-            memory: `Exchanged.memory` of this layer's last step.
+            behind: an array that depends on the result of the last `send`; it is computed first.
+            status: int32 [], this server's status (`messages.status_word`); all servers learn the
+                combination of all statuses (`messages.agree`).
+            memory: `Exchanged.memory` of this layer in the previous step.
 
         Returns:
-            float32 [t, d]; bool [t], the tokens that have failed; and the layer's traffic.
+            float32 [t, d]; bool [t], tokens that failed; and the layer's traffic.
         """
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Calls:
-    """The exchange of servers that step on their own, by calls.py."""
+    """Exchange between servers that step independently, by calls.py."""
 
     groups: int = 1
 
@@ -173,7 +173,7 @@ class Calls:
 
 @dataclasses.dataclass(frozen=True)
 class HostCalls:
-    """The exchange of servers that step on their own, by host_calls.py."""
+    """Exchange between servers that step independently, by host_calls.py."""
 
     name = "host calls"
     servers = 1
@@ -184,18 +184,18 @@ class HostCalls:
 
 
 def nothing_exchanged(status: Array, memory: Any) -> Exchanged:
-    """What a step without other servers reports."""
+    """The traffic of a step without other servers."""
     none = jnp.zeros((1, 1), jnp.int32)
     return Exchanged(none, none, jnp.int32(0), *agree(status[None]), memory)
 
 
 @dataclasses.dataclass(frozen=True)
 class LockStep:
-    """The exchange of servers that step together, all in one jax.distributed job.
+    """Exchange between servers that step together, all in one jax.distributed job.
 
     Args:
-        form: what the pools' slots hold.
-        wire_dtype: of hidden states, see `EngineConfig.wire_dtype`.
+        form: format of the experts in the pools.
+        wire_dtype: type of hidden states on the wire, see `EngineConfig.wire_dtype`.
 
     Raises:
         UserError: there are more servers than can step together.
@@ -278,7 +278,7 @@ class LockStep:
         return scatter_siblings(topology, y_gd), exchanged
 
     def _gather(self, own: Routed) -> Routed:
-        """The tokens of all devices of this server; expert numbers become uint16."""
+        """Tokens of all devices of this server; expert numbers are gathered as uint16."""
         columns = (own.x, own.expert.astype(jnp.uint16), own.weight)
         if self.topology.siblings > 1:
             rows = gather_siblings(self.topology, join_columns(columns))
@@ -289,16 +289,16 @@ class LockStep:
     def _run_experts(
         self, own: Routed, incoming: Incoming, received: Array, ffn: Callable[..., Array]
     ) -> tuple[Array, Array]:
-        """Sums of this server's experts for its own tokens and for what peers sent.
+        """Sums of this server's experts for its own tokens and for the rows from peers.
 
         Args:
-            own: tokens of this server, with the experts that are here.
-            incoming: peers' rows, of which the first `received`, int32 [], count.
-            ffn: sums of this device's experts for rows.
+            own: tokens of this server, with their local experts only.
+            incoming: rows from peers, of which the first `received`, int32 [], are valid.
+            ffn: computes the sums of this device's experts for rows.
 
         Returns:
-            float32 [g, d], this device's experts alone; and per row of `incoming` the sum to give
-            back, float32 [r, d], right on the gateway.
+            float32 [g, d], the sums of this device's experts only; and float32 [r, d], the sum to
+            send back for each row of `incoming`, valid on the gateway.
         """
         room = incoming.expert.shape[0]
 

@@ -1,10 +1,10 @@
-"""How a routed expert is kept in a slot, and the grouped expert FFN over a pool of slots.
+"""Storage of routed experts in slots, and the grouped expert FFN over a pool of slots.
 
 An `ExpertFormat` is all that the engine, its loaders and its peers know of an expert: arrays with
-names, shapes and types. `ExpertFormat.ffn` is what a step calls. Its forms: C++ on CPUs
-(kernels_cpu.py); JAX's grouped product on GPUs and TPUs; a loop over blocks of rows where weights
-have codes or another type than activations, which it widens one expert at a time, or where a CPU
-has no compiler.
+names, shapes and types. Steps call `ExpertFormat.ffn`, which has three implementations: C++ on
+CPUs (kernels_cpu.py); JAX's grouped product on GPUs and TPUs; and a loop over blocks of rows. The
+loop is used if weights are quantised or have another type than the activations, because the loop
+dequantises one expert at a time, and on CPUs without a C++ compiler.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from dance_jax.models.config import Activation, ModelConfig
 from dance_jax.models.formats import FLOATS, WeightFormat
 from dance_jax.models.layers import activate, contract
 
-#: Expert-sized slots of one device, any layer's expert in any slot: an array [s, *shape] for each
-#: leaf of the format; or int32 [], the number of a pool in the C++ library's memory.
+#: Slots of one device; a slot holds one expert of any layer. Either an array [s, *shape] for each
+#: leaf of the format, or int32 [], the number of a pool in the C++ library's memory.
 Pool = tuple[Array, ...] | Array
-#: One expert, an array for each leaf of the format; or several, each with a leading axis.
+#: One expert: an array for each leaf of the format; or several experts, with a leading axis.
 Weights = tuple[np.ndarray, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class ExpertFormat:
-    """What a slot holds: w_gate and w_up [d, f], w_down [f, d], each in a format of its own.
+    """Format of an expert in a slot: w_gate and w_up [d, f], w_down [f, d], with a format each.
 
-    With `bias` also b_gate, b_up [f] and b_down [d], in float32.
+    With `bias`, an expert also has b_gate and b_up [f], and b_down [d], in float32.
     """
 
     d: int
@@ -48,7 +48,7 @@ class ExpertFormat:
 
     @functools.cached_property
     def matrices(self) -> dict[str, tuple[WeightFormat, int, int]]:
-        """Format, inputs and outputs of each matrix by name."""
+        """Format, inputs and outputs of each matrix, by name."""
         d, f = self.d, self.f
         return {
             "w_gate": (self.gate, d, f),
@@ -58,9 +58,9 @@ class ExpertFormat:
 
     @functools.cached_property
     def leaves(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shape and type of each array of an expert, in the order of `Weights`.
+        """Shape and type of each array of an expert, by name, in the order of `Weights`.
 
-        Names are those of the matrix and of its array, as "w_gate.codes"; or of a bias.
+        A name is that of a matrix and an array of it, for example "w_gate.codes", or of a bias.
         """
         leaves = {
             f"{name}.{array}": like
@@ -77,7 +77,7 @@ class ExpertFormat:
 
     @property
     def name(self) -> str:
-        """Formats of the matrices in words: one, or those of w_gate, w_up and w_down."""
+        """Formats as text: one if all matrices have the same, else of w_gate, w_up and w_down."""
         names = [str(form) for form, _, _ in self.matrices.values()]
         return names[0] if len(set(names)) == 1 else ", ".join(names)
 
@@ -87,21 +87,21 @@ class ExpertFormat:
         return sum(leaf.size * leaf.dtype.itemsize for leaf in self.leaves.values())
 
     def all_in(self, dtype: np.dtype) -> bool:
-        """All matrices have values of this type."""
+        """Whether all matrices are unquantised values of this type."""
         return all(FLOATS.get(form.kind) == dtype for form, _, _ in self.matrices.values())
 
     def empty(self, *leading: int) -> Weights:
-        """Arrays of zeros on the host, with leading axes."""
+        """Arrays of zeros on the host, with the given leading axes."""
         return tuple(np.zeros((*leading, *leaf.shape), leaf.dtype) for leaf in self.leaves.values())
 
     def from_stored(self, stored: Mapping[str, np.ndarray]) -> Weights:
-        """One expert from a checkpoint's arrays by the leaves' names, floats of any type."""
+        """One expert from a checkpoint's arrays by leaf name; floats may have any type."""
         return tuple(
             stored[name].astype(leaf.dtype, copy=False) for name, leaf in self.leaves.items()
         )
 
     def joined(self, weights: Weights) -> np.ndarray:
-        """One expert's arrays as bytes, one after the other: uint8 [bytes]."""
+        """Concatenate the arrays of one expert as bytes: uint8 [bytes]."""
         flat = [np.ascontiguousarray(array).reshape(-1).view(np.uint8) for array in weights]
         return np.concatenate(flat)
 
@@ -115,11 +115,11 @@ class ExpertFormat:
         )
 
     def matrix_form(self, name: str) -> WeightFormat | None:
-        """The format of a matrix; None: it is a bias."""
+        """Format of a matrix; None if the name is that of a bias."""
         return self.matrices[name][0] if name in self.matrices else None
 
     def stacked(self, count: int, experts: Iterable[tuple[int, Weights]]) -> Weights:
-        """For each leaf an array [count, *shape] of experts that come with their places."""
+        """Stack experts, given with their indices, into an array [count, *shape] for each leaf."""
         found = self.empty(count)
         for place, weights in experts:
             for array, leaf in zip(found, weights, strict=True):
@@ -132,16 +132,16 @@ class ExpertFormat:
         Args:
             pool: the slots' arrays, or the number of a `kernels_cpu.NativePool`.
             x_nd: [n, d] rows.
-            slot_nk: int32 [n, k], the slot of each assignment, -1 for none.
+            slot_nk: int32 [n, k], slot of each assignment; -1 for none.
             weight_nk: float32 [n, k].
-            layers: of the model that have routed experts.
+            layers: number of the model's layers with routed experts.
 
         Returns:
             float32 [n, d].
         """
         if isinstance(pool, Array):
             return kernels_cpu.experts(pool, x_nd, slot_nk, weight_nk)
-        # Weights of another type than the rows' it would widen first, the whole pool at once.
+        # ragged_ffn would convert weights of another type than the rows', the whole pool at once.
         if self.all_in(x_nd.dtype) and jax.default_backend() != "cpu":
             return ragged_ffn(self, pool, x_nd, slot_nk, weight_nk)
         block = block_rows(slot_nk.size, pool[0].shape[0] / layers)
@@ -149,10 +149,10 @@ class ExpertFormat:
 
 
 def expert_format(config: ModelConfig, kept: Mapping[str, WeightFormat] | str) -> ExpertFormat:
-    """The format of a model's experts.
+    """Format of a model's experts.
 
     Args:
-        kept: the formats of w_gate, w_up and w_down; or a float type that all have.
+        kept: formats of w_gate, w_up and w_down; or one float type for all three.
     """
     if isinstance(kept, str):
         kept = dict.fromkeys(("w_gate", "w_up", "w_down"), WeightFormat(kept))
@@ -162,14 +162,14 @@ def expert_format(config: ModelConfig, kept: Mapping[str, WeightFormat] | str) -
 
 
 def block_rows(assignments: int, experts: float) -> int:
-    """Rows one block of `grouped_ffn` takes.
+    """Number of rows in a block of `grouped_ffn`.
 
-    Small blocks waste no arithmetic on the few rows an expert gets in decode; large ones read
-    an expert's weights once for many rows in prefill.
+    Small blocks waste little arithmetic if an expert gets few rows, as in decode. Large blocks
+    read an expert's weights once for many rows, as in prefill.
 
     Args:
         assignments: most (row, expert) pairs of one layer in this step.
-        experts: experts of one layer in the pool.
+        experts: number of experts of one layer in the pool.
     """
     mean = assignments / max(experts, 1)
     ladder = ((1 / 8, 1), (1, 2), (4, 4), (8, 8), (24, 16), (48, 32))
@@ -177,12 +177,13 @@ def block_rows(assignments: int, experts: float) -> int:
 
 
 class _Sorted(NamedTuple):
-    """Assignments in the order of their slots, those without one last; a = n * k of them."""
+    """Assignments sorted by slot, those without a slot last; there are a = n * k assignments."""
 
-    #: int32 [a], assignment (row * k + which) at each place; int32 [a], place of each assignment.
+    #: int32 [a], the assignment (row * k + index) at each sorted position.
     order: Array
+    #: int32 [a], the sorted position of each assignment.
     place: Array
-    #: int32 [s], assignments of each slot.
+    #: int32 [s], number of assignments of each slot.
     run: Array
 
 
@@ -201,7 +202,7 @@ def _sort(slot_nk: Array, slots: int) -> _Sorted:
 def ragged_ffn(
     form: ExpertFormat, pool: tuple[Array, ...], x_nd: Array, slot_nk: Array, weight_nk: Array
 ) -> Array:
-    """`ExpertFormat.ffn` with the library's grouped product: GPUs and TPUs have kernels for it."""
+    """`ExpertFormat.ffn` by JAX's grouped product, for which GPUs and TPUs have kernels."""
     (n, d), k, slots = x_nd.shape, slot_nk.shape[1], pool[0].shape[0]
     if slots == 0:
         return jnp.zeros((n, d), jnp.float32)
@@ -219,7 +220,7 @@ def ragged_ffn(
     hidden_af = activate(form.activation, product(x_ad, "gate"), product(x_ad, "up"))
     out_ad = product(hidden_af.astype(x_nd.dtype), "down")
     out_nkd = out_ad[assignments.place].reshape(n, k, d)
-    # What assignments without a slot give is not defined.
+    # The product is undefined for assignments without a slot.
     out_nkd = jnp.where(slot_nk[..., None] < 0, 0.0, out_nkd)
     return jnp.einsum("nkd,nk->nd", out_nkd, weight_nk)
 
@@ -233,13 +234,13 @@ def grouped_ffn(
     weight_nk: Array,
     block: int,
 ) -> Array:
-    """`ExpertFormat.ffn` as a loop over blocks of assignments.
+    """`ExpertFormat.ffn` by a loop over blocks of assignments.
 
-    Assignments are sorted by slot and each slot's run is cut into blocks of `block` rows. The
-    loop over blocks has a dynamic trip count, so absent assignments cost nothing.
+    Assignments are sorted by slot, and each slot's run is split into blocks of `block` rows. The
+    loop has a dynamic trip count, so assignments without a slot cost nothing.
 
     Args:
-        block: rows a block takes; the others as in `ExpertFormat.ffn`.
+        block: rows of a block; see `ExpertFormat.ffn` for the others.
     """
     n, d = x_nd.shape
     k = slot_nk.shape[1]
@@ -252,7 +253,8 @@ def grouped_ffn(
     run_end_s = jnp.cumsum(run_s)
     blocks_end_s = jnp.cumsum((run_s + block - 1) // block)
     row_a = jnp.pad(order_a // k, (0, block))
-    # Slot and first assignment of every block, once: in the loop they cost more than small blocks.
+    # Compute slot and first assignment of every block here: within the loop this would cost more
+    # than the product of a small block.
     block_b = jnp.arange(min(assignments, slots + assignments // block), dtype=jnp.int32)
     passed_bs = blocks_end_s <= block_b[:, None]
     slot_b = jnp.minimum(jnp.sum(passed_bs, axis=1, dtype=jnp.int32), slots - 1)
@@ -275,7 +277,7 @@ def grouped_ffn(
         x_bd = x_nd[lax.dynamic_slice(row_a, (start,), (block,))]
         hidden_bf = activate(form.activation, product(x_bd, "gate"), product(x_bd, "up"))
         out_bd = product(hidden_bf.astype(x_nd.dtype), "down")
-        # Rows past the run's end belong to the next slot, whose own block, coming later,
+        # Rows past the end of the run belong to the next slot, whose block comes later and
         # overwrites them.
         return lax.dynamic_update_slice(out_ad, out_bd, (start, jnp.int32(0)))
 
@@ -284,5 +286,5 @@ def grouped_ffn(
     )
     weight_nk = jnp.where(slot_nk < 0, 0.0, weight_nk)
     picked_nkd = out_ad[place_a].reshape(n, k, d)
-    # A row past the last run may hold anything finite, and weighs zero.
+    # A row past the last run may have any finite value; its weight is zero.
     return jnp.einsum("nkd,nk->nd", picked_nkd, weight_nk)

@@ -1,8 +1,8 @@
-"""How a matrix's weights are kept: as floats, or as codes with a scale for a group of inputs.
+"""Formats of a matrix's weights: floats, or codes with a scale per group of inputs.
 
-A matrix is [in, out] everywhere: a row vector is multiplied from the left. What a weight is worth
-is one float32, `scale * value(code) + offset`, whatever computes with it; a product sums in
-float32.
+A matrix is always [in, out]: a row vector is multiplied from the left. The value of a quantised
+weight is the float32 `scale * value(code) + offset`, in every implementation; products are summed
+in float32.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-#: Arrays of a matrix by name, [in, out] or as `WeightFormat.arrays` says, in numpy or JAX.
+#: Arrays of a matrix by name, with shapes as in `WeightFormat.arrays`; in numpy or JAX.
 Arrays = Mapping[str, Any]
 
-#: What the 16 codes of the four-bit kinds are worth.
+#: Values of the 16 codes of the four-bit kinds.
 TABLES = {
     "int4": tuple(float(code - 8) for code in range(16)),
     # OCP Microscaling Formats 1.0, section 5.3.3: e2m1, the sign in the highest bit.
@@ -45,31 +45,32 @@ TABLES = {
         -6.0,
     ),
 }
-#: Types of the values of kinds that have no scales.
+#: Types of the values of kinds without scales.
 FLOATS = {
     "float32": np.dtype(np.float32),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype(np.float16),
 }
 _CODES = {"int8": np.dtype(np.int8), "fp8": np.dtype(ml_dtypes.float8_e4m3fn)}
-#: Codes of one word of the four-bit kinds.
+#: Four-bit codes in a word.
 _WORD = 8
-#: Types of scales and offsets; "e8m0" is the exponent of a power of two, its bias 127, in a byte.
+#: Types of scales and offsets; "e8m0" is the exponent of a power of two, with bias 127, in a byte.
 _SCALES = FLOATS | {"e8m0": np.dtype(np.uint8)}
 _POWERS = np.append(np.ldexp(np.float32(1), np.arange(255) - 127), np.nan).astype(np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
 class WeightFormat:
-    """The kind of a matrix's weights. Its text form, `str`, is read by `parse`."""
+    """Format of a matrix's weights. `str` returns a text that `parse` reads."""
 
-    #: One of FLOATS; "int8"; "fp8" (e4m3); "int4" or "mxfp4", eight codes in a word.
+    #: One of FLOATS; "int8"; "fp8" (e4m3); "int4" or "mxfp4", with eight codes in a word.
     kind: str
-    #: Inputs that share a scale, the last group may have fewer; 0: there are no scales.
+    #: Number of inputs that share a scale (the last group may be smaller); 0 if the kind has no
+    #: scales.
     group: int = 0
     #: Type of scales and offsets: one of FLOATS, or "e8m0".
     scale: str = ""
-    #: Each group has an offset beside its scale.
+    #: Each group has an offset in addition to its scale.
     offset: bool = False
 
     def __str__(self) -> str:
@@ -79,10 +80,10 @@ class WeightFormat:
 
     @staticmethod
     def parse(text: str) -> WeightFormat:
-        """The format that `str` wrote.
+        """Parse the text of a format, as returned by `str`.
 
         Raises:
-            ValueError: it is none.
+            ValueError: the text is not a format.
         """
         kind, *rest = text.split(":")
         if kind in FLOATS and not rest:
@@ -94,21 +95,22 @@ class WeightFormat:
             or rest[1] not in _SCALES
             or rest[2:] != ["offset"] * len(rest[2:])
         ):
-            raise ValueError(f"{text!r} is no format of weights")
+            raise ValueError(f"{text!r} is not a format of weights")
         return WeightFormat(kind, int(rest[0]), rest[1], bool(rest[2:]))
 
     def arrays(self, d_in: int, d_out: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shape and type of each array of a matrix: `values` alone, or `codes`, `scale`, `offset`.
+        """Shape and type of each array of a matrix: `values`, or `codes`, `scale` and `offset`.
 
-        Codes of four bits are uint32 [in / 8, out]; the lowest bits are the first input's.
+        Four-bit codes are packed in uint32 [in / 8, out]; the lowest bits belong to the first
+        input.
 
         Raises:
-            ValueError: the format does not fit the shape.
+            ValueError: the format does not support this number of inputs.
         """
         if self.kind in FLOATS:
             return {"values": jax.ShapeDtypeStruct((d_in, d_out), FLOATS[self.kind])}
         if not self.fits(d_in):
-            raise ValueError(f"{self} does not fit {d_in} inputs")
+            raise ValueError(f"{self}: group and inputs ({d_in}) must be multiples of {_WORD}")
         groups = jax.ShapeDtypeStruct((-(-d_in // self.group), d_out), _SCALES[self.scale])
         if self.kind in TABLES:
             codes = jax.ShapeDtypeStruct((d_in // _WORD, d_out), np.dtype(np.uint32))
@@ -117,7 +119,7 @@ class WeightFormat:
         return {"codes": codes, "scale": groups} | ({"offset": groups} if self.offset else {})
 
     def fits(self, d_in: int) -> bool:
-        """Whether a matrix with so many inputs can be kept so."""
+        """Whether the format supports a matrix with `d_in` inputs."""
         return self.kind not in TABLES or (d_in % _WORD == 0 and self.group % _WORD == 0)
 
     def bytes(self, d_in: int, d_out: int) -> int:
@@ -126,9 +128,10 @@ class WeightFormat:
         return sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays)
 
     def quantise(self, values_io: np.ndarray) -> dict[str, np.ndarray]:
-        """The arrays of a matrix whose weights are nearest to `values_io`, floats [in, out].
+        """Round weights to this format: arrays of the matrix nearest to `values_io` [in, out].
 
-        Of four-bit integers the weight farthest from zero becomes -8, as that code has no opposite.
+        With int4, the weight of a group that is farthest from zero gets the code for -8, which has
+        no positive counterpart.
 
         Raises:
             ValueError: a weight is NaN or infinite and the format has scales; or the format has
@@ -137,7 +140,7 @@ class WeightFormat:
         if self.kind in FLOATS:
             return {"values": np.ascontiguousarray(values_io.astype(FLOATS[self.kind], copy=False))}
         if self.offset or (self.scale == "e8m0" and self.kind != "mxfp4"):
-            raise ValueError(f"{self}: nothing is rounded to such a format")
+            raise ValueError(f"{self}: rounding to this format is not supported")
         values = np.asarray(values_io, np.float32)
         if count := np.count_nonzero(~np.isfinite(values)):
             raise ValueError(f"{count} of {values.size} weights are NaN or infinite")
@@ -150,25 +153,25 @@ class WeightFormat:
         return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
 
     def _group_scale(self, values_go: np.ndarray) -> np.ndarray:
-        """float32 [out] of the weights of one group."""
+        """Scales for the weights of one group, float32 [out]."""
         most = np.abs(values_go).max(axis=0)
         if self.kind == "int4":
             farthest = np.take_along_axis(values_go, np.abs(values_go).argmax(0)[None], 0)[0]
             return farthest / np.float32(-8)
-        if self.kind == "mxfp4":  # section 6.3: the largest power of two in the group, less e2m1's
+        if self.kind == "mxfp4":  # section 6.3: largest power of two in the group / that of e2m1
             with np.errstate(divide="ignore"):
                 power = np.floor(np.log2(most)) - 2
             return np.ldexp(np.float32(1), np.clip(np.nan_to_num(power), -127, 127).astype(int))
         return most / np.float32({"int8": 127, "fp8": 448}[self.kind])
 
     def _rounded(self, scale: np.ndarray) -> np.ndarray:
-        """Scales in the type they are kept in."""
+        """Convert scales to the type in which they are stored."""
         if self.scale == "e8m0":
             return (np.frexp(scale)[1] - 1 + 127).astype(np.uint8)
         return scale.astype(_SCALES[self.scale])
 
     def _codes(self, ratio_io: np.ndarray) -> np.ndarray:
-        """Nearest codes of weights divided by their scales."""
+        """The nearest codes for weights that are divided by their scales."""
         if self.kind == "int8":
             return np.clip(np.rint(ratio_io), -127, 127).astype(np.int8)
         if self.kind == "fp8":
@@ -180,7 +183,7 @@ class WeightFormat:
         return pack_words(magnitude | (np.signbit(ratio_io).astype(np.uint8) << 3))
 
     def dequantise(self, arrays: Arrays, d_in: int) -> Any:
-        """What the weights are worth, float32 [in, out]; of numpy arrays or of JAX's.
+        """Values of the weights, float32 [in, out], from arrays of numpy or JAX.
 
         Leading axes of the arrays are kept.
         """
@@ -204,21 +207,21 @@ class WeightFormat:
 
 
 def _widened(scale: Any) -> Any:
-    """Scales or offsets as float32."""
+    """Convert scales or offsets to float32."""
     if scale.dtype != np.uint8:
         return scale.astype(np.float32)
     return (_POWERS if isinstance(scale, np.ndarray) else jnp.asarray(_POWERS))[scale]
 
 
 def pack_words(codes_io: np.ndarray) -> np.ndarray:
-    """uint32 [in / 8, out] of codes 0..15, [in, out]."""
+    """Pack codes 0..15, [in, out], into uint32 [in / 8, out]."""
     words = codes_io.reshape(-1, _WORD, codes_io.shape[-1]).astype(np.uint32)
     shifts = np.arange(0, 32, 4, dtype=np.uint32)[:, None]
     return np.bitwise_or.reduce(words << shifts, axis=1)
 
 
 def unpack_words(words_io: np.ndarray) -> np.ndarray:
-    """uint8 [in, out], codes 0..15: the inverse of `pack_words`."""
+    """Inverse of `pack_words`: codes 0..15 as uint8 [in, out]."""
     shifts = np.arange(0, 32, 4, dtype=np.uint32)[:, None]
     codes = (words_io[:, None] >> shifts) & np.uint32(15)
     return codes.astype(np.uint8).reshape(-1, words_io.shape[-1])
@@ -234,24 +237,24 @@ class Matrix:
 
     @staticmethod
     def of(values_io: np.ndarray) -> Matrix:
-        """Floats of a kind in FLOATS, or float64, which becomes float32."""
+        """A matrix of floats of a type in FLOATS, or of float64, which becomes float32."""
         if values_io.dtype == np.float64:
             values_io = values_io.astype(np.float32)
         kind = next(kind for kind, dtype in FLOATS.items() if dtype == values_io.dtype)
         return Matrix(WeightFormat(kind), {"values": values_io}, len(values_io))
 
     def outputs(self, chosen: slice | np.ndarray) -> Matrix:
-        """Some outputs, in the order given."""
+        """The matrix with only the chosen outputs, in the given order."""
         arrays = {name: array[:, chosen] for name, array in self.arrays.items()}
         return dataclasses.replace(self, arrays=arrays)
 
     def values(self) -> np.ndarray:
-        """float32 [in, out]"""
+        """Values of the weights, float32 [in, out]."""
         return self.format.dequantise(self.arrays, self.d_in)
 
     def to(self, form: WeightFormat) -> Matrix:
-        """The same weights in another format: exactly where it holds them (`common`), else the
-        nearest.
+        """Convert to another format: exactly if that format holds this one without loss
+        (`common`), else to the nearest values.
 
         Raises:
             ValueError: see `WeightFormat.quantise`.
@@ -264,11 +267,11 @@ class Matrix:
 
 
 def _recoded(matrix: Matrix, form: WeightFormat) -> dict[str, np.ndarray]:
-    """The arrays of a matrix in a format that holds its own."""
+    """Arrays of a matrix in a format that holds the matrix's format without loss."""
     old, arrays = matrix.format, matrix.arrays
     codes, factor = arrays["codes"], np.float32(1)
     if old.kind in TABLES and form.kind == "int8":
-        # e2m1's values are halves.
+        # The values of e2m1 are multiples of 0.5.
         factor = np.float32(0.5 if old.kind == "mxfp4" else 1)
         codes = (np.array(TABLES[old.kind]) / factor).astype(np.int8)[unpack_words(codes)]
 
@@ -284,7 +287,7 @@ def _recoded(matrix: Matrix, form: WeightFormat) -> dict[str, np.ndarray]:
 
 
 def common(formats: Iterable[WeightFormat]) -> WeightFormat:
-    """The smallest format that holds weights of all these without loss."""
+    """The smallest format that holds weights of all these formats without loss."""
     return functools.reduce(_common, dict.fromkeys(formats))
 
 
@@ -304,10 +307,11 @@ def _common(one: WeightFormat, other: WeightFormat) -> WeightFormat:
 
 
 def described(matrices: Iterable[tuple[WeightFormat, int, int]]) -> str:
-    """The kinds of matrices, most weights first, and the mean bits of a weight with its scales.
+    """Text with the kinds of matrices, most weights first, and mean bits per weight with scales.
 
     Args:
-        matrices: format, inputs and outputs of each; a kind is named however few it has.
+        matrices: format, inputs and outputs of each matrix. Every kind is named, even if it has
+            few weights.
 
     >>> described([(WeightFormat.parse("int4:32:bfloat16"), 64, 64)])
     'int4 (4.5 bits a weight)'
@@ -323,17 +327,17 @@ def described(matrices: Iterable[tuple[WeightFormat, int, int]]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Formats:
-    """How a model's weights are kept."""
+    """Formats of a model's weights."""
 
-    #: Of a routed expert's matrices: w_gate, w_up, w_down; the same for all experts.
+    #: Formats of a routed expert's matrices w_gate, w_up and w_down; the same for all experts.
     experts: Mapping[str, WeightFormat]
-    #: Of the trunk's matrices by dotted path.
+    #: Formats of the trunk's matrices by dotted path.
     trunk: Mapping[str, WeightFormat]
 
     def computed_in(self, dtype: str) -> Formats:
-        """As an engine with activations of `dtype` keeps them.
+        """Formats in an engine with activations of `dtype`.
 
-        Weights of float32 become bfloat16 where activations are, and nothing is widened.
+        With bfloat16 activations, float32 weights become bfloat16; nothing is widened.
         """
         if dtype == "float32":
             return self
@@ -346,7 +350,7 @@ class Formats:
         )
 
     def to_json(self) -> dict[str, dict[str, str]]:
-        """By names of parts and matrices, the formats' texts."""
+        """Texts of the formats, by part and matrix."""
         return {
             part: {name: str(form) for name, form in forms.items()}
             for part, forms in vars(self).items()
@@ -357,7 +361,7 @@ class Formats:
         """Inverse of `to_json`.
 
         Raises:
-            ValueError, KeyError, AttributeError: it is not of that kind.
+            ValueError, KeyError, AttributeError: the value was not made by `to_json`.
         """
         return Formats(
             *(

@@ -1,4 +1,4 @@
-"""A model directory in Hugging Face format: its config, and its tensors checked against it."""
+"""A model directory in Hugging Face format: its config, and tensors checked against the config."""
 
 from __future__ import annotations
 
@@ -22,61 +22,61 @@ from dance_jax.models.packed import PackedTensor, assemble
 from dance_jax.models.safetensors_file import StoredTensor, content_hash, read_header
 from dance_jax.models.tensors import expert_rules, trunk_rules
 
-#: Tensors that older programs saved and that hold nothing of their own.
+#: Tensors that older programs saved although they follow from the config.
 _DERIVED = re.compile(r"\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
 
-#: A weight's tensor, or several in place of one.
+#: A stored tensor, or several tensors that make up one quantised weight.
 Tensor = StoredTensor | PackedTensor
 
-#: Names listed of each kind in a report of wrong tensors.
+#: Most names listed per kind of fault in a report of wrong tensors.
 _LISTED = 12
 
 
 class HFDirectory:
-    """An opened directory; every tensor the model needs is there in the right shape.
+    """An opened directory with all tensors that the model needs, in the right shapes.
 
     Args:
-        directory: in Hugging Face format.
-        scales: also read all scales of quantised weights, which may be an eighth of their bytes,
-            and check them.
+        directory: a directory in Hugging Face format.
+        scales: also read and check all scales of quantised weights, which may be an eighth of the
+            weights' bytes.
 
     Raises:
-        UserError: anything is missing, torn, unknown or of the wrong shape. Tensors come in one
-            report.
+        UserError: something is missing, damaged, unknown or of the wrong shape. All wrong tensors
+            are listed in one report.
     """
 
-    #: What says which tensors there must be.
+    #: The file that determines which tensors there must be.
     described_by = "config.json"
 
     def __init__(self, directory: str | pathlib.Path, scales: bool = True):
         self.path = model_directory(directory)
         self.config = read_config(self.path)
         self.files = weight_files(self.path)
-        self.tensors = _spelled(self._assembled(), self.config)
-        #: Names of tensors that are known and not needed.
+        self.tensors = _canonical_names(self._assembled(), self.config)
+        #: Names of tensors that are known but not needed.
         self.left_out = self._leave_out()
         faults = list(_faults(self.tensors, scales))
         _cut_experts(self.tensors, self.config)
         self._check(faults)
 
     def left_out_report(self) -> str:
-        """One line on the tensors that are left out; "" where there are none."""
+        """One line about the tensors that are skipped; "" if there are none."""
         if not self.left_out:
             return ""
         listed = ", ".join(self.left_out[:3]) + (", ..." if len(self.left_out) > 3 else "")
         count = len(self.left_out)
-        return f"left out, as generating text does not need them: {count} tensors ({listed})"
+        return f"skipped tensors that generating text does not need: {count} ({listed})"
 
     def _assembled(self) -> dict[str, Tensor]:
         tensors, quantization = self._headers(), self.config.quantization
         return assemble(tensors, quantization) if quantization else {**tensors}
 
     def report(self) -> str:
-        """What a conversion tells the user; "" if nothing."""
+        """Text for the user after a conversion; "" if there is nothing to tell."""
         return self.left_out_report()
 
     def write_side_files(self, directory: pathlib.Path) -> None:
-        """Writes the small files that define the model beside its weights."""
+        """Write the small files that, with the weights, define the model."""
         for name, content in side_files(self.path).items():
             (directory / name).write_bytes(content)
 
@@ -88,7 +88,7 @@ class HFDirectory:
         return names
 
     def fingerprint(self) -> str:
-        """Hash (hex) of weights, config and tokenizer; the same wherever the files lie."""
+        """Hash (hex) of weights, config and tokenizer; does not depend on the directory's path."""
         digest = hashlib.sha256()
         for name in SIDE_FILES:
             path = self.path / name
@@ -102,12 +102,18 @@ class HFDirectory:
         for path in self.files:
             for name, tensor in read_header(path).items():
                 if name in tensors:
-                    raise UserError(f"{path}: {name} is also in {tensors[name].file.name}")
+                    raise UserError(
+                        f"{path}: {name} is also in {tensors[name].file.name}: remove files that "
+                        "do not belong to this model, or download the model again"
+                    )
                 tensors[name] = tensor
         index = read_json(self.path / INDEX, required=False)
         for name, file in (index or {}).get("weight_map", {}).items():
             if name not in tensors:
-                raise UserError(f"{self.path / file}: lacks {name}, which {INDEX} says it has")
+                raise UserError(
+                    f"{self.path / file}: {name} is missing, although {INDEX} lists it: download "
+                    "the file again"
+                )
         return tensors
 
     def _check(self, faults: list[str]) -> None:
@@ -149,12 +155,12 @@ class HFDirectory:
         ]
         if report:
             raise UserError(
-                f"{self.path}: the tensors do not fit {self.described_by}:\n  "
+                f"{self.path}: the tensors do not match {self.described_by}:\n  "
                 + "\n  ".join(report)
             )
 
     def _is_no_bias(self, name: str) -> bool:
-        """Whether a bias adds nothing: AutoGPTQ stores zeros where the model has none."""
+        """Whether a tensor is a bias of zeros, which AutoGPTQ stores if the model has no bias."""
         bias = self.tensors[name]
         weight = self.tensors.get(f"{name.removesuffix('.bias')}.weight")
         quantised = name.endswith(".bias") and isinstance(weight, PackedTensor)
@@ -162,17 +168,17 @@ class HFDirectory:
 
 
 def _faults(tensors: dict[str, Tensor], scales: bool) -> Iterator[str]:
-    """What is wrong with quantised weights, and with their scales if these are to be read."""
+    """Faults of quantised weights and, if `scales` is set, of the values of their scales."""
     for tensor in tensors.values():
         if isinstance(tensor, PackedTensor):
             yield from tensor.faults or (tensor.value_faults() if scales else ())
 
 
-def _spelled(tensors: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """The tensors under the names of `ModelConfig.names`, whichever spelling they are stored in.
+def _canonical_names(tensors: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """Rename tensors from any of their spellings to the names of `ModelConfig.names`.
 
     Raises:
-        UserError: two tensors are one by their names.
+        UserError: two tensors get the same name.
     """
     found: dict[str, Tensor] = {}
     for stored, tensor in tensors.items():
@@ -186,9 +192,10 @@ def _spelled(tensors: dict[str, Tensor], config: ModelConfig) -> dict[str, Tenso
 
 
 def _cut_experts(tensors: dict[str, Tensor], config: ModelConfig) -> None:
-    """Cuts tensors of all experts of a layer into one expert's each, by offset and in place.
+    """Split tensors with all experts of a layer into tensors of single experts, without reading.
 
-    gate_up_proj is [e, 2f, d], gate before up, or as gpt-oss has it; others are [e, ...].
+    Modifies `tensors`. gate_up_proj is [e, 2f, d], with gate before up, or interleaved as in
+    gpt-oss; the other tensors are [e, ...].
     """
     experts, width = config.num_experts, config.expert.width
     interleaved = config.names.experts_as == "interleaved"

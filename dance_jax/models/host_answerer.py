@@ -1,4 +1,4 @@
-"""Answers other servers' expert calls from a thread of Python, as native/answerer.cc does."""
+"""Answers expert calls from other servers in a Python thread, like native/answerer.cc."""
 
 from __future__ import annotations
 
@@ -24,37 +24,37 @@ from dance_jax.models.call_messages import (
 from dance_jax.models.calls import TRACE_KINDS, TRACE_OUTCOMES, TraceEvent
 from dance_jax.models.host_state import MOST_UNANSWERED, HostState
 
-#: Microseconds that an answer can name.
+#: Most microseconds that an answer's head can hold.
 _MOST_US = 2**32 - 1
 
 
 @dataclasses.dataclass
 class _Line:
-    """A connection on which a peer calls."""
+    """A connection on which a peer calls this server."""
 
     peer: int
     channel: CallChannel
-    #: Of its calls.
+    #: Number of the peer's calls that wait to be computed.
     waiting: int = 0
 
     @property
     def reads(self) -> bool:
-        """So many calls are held for it; what it sends beyond waits in the connection."""
+        """Whether to read more calls; beyond the limit they stay in the connection."""
         return self.waiting + self.channel.unsent < MOST_UNANSWERED
 
 
 class _Call(NamedTuple):
-    """A call that waits for its turn."""
+    """A call that waits to be computed."""
 
     line: _Line
     head: CallHead
     body: memoryview
-    #: ns.
+    #: Time of arrival in ns.
     arrived: int
 
 
 class _Content(NamedTuple):
-    """A call's body, read; without rows where it is no call of this model."""
+    """The decoded body of a call; without rows if the call does not fit this model."""
 
     sane: bool
     #: float32 [n, d]; int [n, k], -1 for none; float32 [n, k].
@@ -64,11 +64,11 @@ class _Content(NamedTuple):
 
 
 class HostAnswerer:
-    """The thread, and the connections that it answers."""
+    """The thread that answers calls, and its connections."""
 
     def __init__(self, state: HostState) -> None:
         self._state = state
-        #: Held while these two change.
+        #: Guards `_accepted` and `_closed`.
         self._lock = threading.Lock()
         self._accepted: list[tuple[int, socket.socket]] = []
         self._closed = False
@@ -81,7 +81,7 @@ class HostAnswerer:
         self._thread.start()
 
     def accept(self, peer: int, connection: socket.socket) -> None:
-        """Takes over a connection on which a peer calls; from any thread."""
+        """Take over a connection on which a peer calls; any thread may call this."""
         with self._lock:
             if self._closed:
                 connection.close()
@@ -97,7 +97,7 @@ class HostAnswerer:
         self._wake.close()
 
     def _wake_up(self) -> None:
-        # What it does not take wakes the thread as well.
+        # A full socket buffer is fine: it wakes the thread too.
         with contextlib.suppress(OSError):
             self._wake.send(b"\0")
 
@@ -110,7 +110,7 @@ class HostAnswerer:
                 for channel in [each for each in self._lines if each.closed]:
                     self._lines.pop(channel).channel.close()
         finally:
-            # Nobody waits for a thread that has ended.
+            # Close all connections, so that no caller waits for a thread that has ended.
             self._woken.close()
             for channel in self._lines:
                 channel.close()
@@ -120,7 +120,7 @@ class HostAnswerer:
                     connection.close()
 
     def _adopt(self) -> bool:
-        """Takes over new connections; False: the thread has to end."""
+        """Take over new connections; return False if the thread must end."""
         with self._lock:
             if self._closed:
                 return False
@@ -131,7 +131,7 @@ class HostAnswerer:
         return True
 
     def _receive(self) -> None:
-        """Takes the calls that have come; where none waits for its turn, waits for one."""
+        """Read the calls that have arrived; wait for one if no call waits to be computed."""
         for line in self._lines.values():
             line.channel.paused = not line.reads
         spec = self._state.spec
@@ -147,7 +147,7 @@ class HostAnswerer:
                     break
 
     def _answer_next(self) -> None:
-        """Answers the call that has waited longest, and with it those for the same layer."""
+        """Answer the oldest call together with other calls for the same layer."""
         begin = time.monotonic_ns()
         calls = self._take_next()
         contents = [self._read(call) for call in calls]
@@ -160,7 +160,7 @@ class HostAnswerer:
             self._answer(call, content, *own, event)
 
     def _take_next(self) -> list[_Call]:
-        """As many as `compute` takes at once."""
+        """Take the oldest call and others for its layer, up to `most_rows` rows in total."""
         taken: list[_Call] = []
         left: list[_Call] = []
         rows = 0
@@ -185,7 +185,7 @@ class HostAnswerer:
         sane = layer < spec.layers and pairs_n.sum() == pairs and (pairs_n <= spec.k).all()
         expert_nk = np.full((rows, spec.k), -1)
         weight_nk = np.zeros((rows, spec.k), np.float32)
-        # The number of an expert that a layer has not would be that of another layer's.
+        # An expert number that is too large would refer to an expert of another layer.
         if not sane or (experts >= spec.experts).any():
             x_nd = np.zeros((0, wire.d), np.float32)
             return _Content(False, x_nd, expert_nk[:0], weight_nk[:0])
@@ -197,7 +197,7 @@ class HostAnswerer:
     def _compute(
         self, layer: int, contents: Sequence[_Content]
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Of each call its sums, and which experts are here, as `Compute` has it."""
+        """For each call, its sums and which of its experts are here (see `Compute`)."""
         _, *columns = zip(*contents, strict=True)
         x_nd, expert_nk, weight_nk = map(np.concatenate, columns)
         sums_nd, here_nk = x_nd, expert_nk < 0
@@ -214,7 +214,11 @@ class HostAnswerer:
         here_nk: np.ndarray,
         event: TraceEvent,
     ) -> None:
-        """Sends an answer; `event` has what the trace says of all calls that were computed."""
+        """Send the answer to a call.
+
+        Args:
+            event: trace event with the fields that all calls of the computation share.
+        """
         missing = np.unique(content.expert[~here_nk])
         done = content.sane and (not len(missing) or here_nk[content.expert >= 0].any())
         if not done:

@@ -1,4 +1,4 @@
-"""One device's expert calls in Python; native/caller.cc says why it does what it does."""
+"""Expert calls of one device, in Python; native/caller.cc is the same algorithm in C++."""
 
 from __future__ import annotations
 
@@ -19,33 +19,33 @@ from dance_jax.models.calls import TRACE_KINDS, TRACE_OUTCOMES, TraceEvent
 from dance_jax.models.counters import Moved
 from dance_jax.models.host_state import MOST_GROUPS, MOST_UNANSWERED, HostState, Table
 
-# These are caller.cc's.
+# The constants are the same as in caller.cc.
 
-#: A call is late after so many times what it was expected to take, and fails after so many.
+#: A call is late, or fails, after this many times its expected duration.
 _LATE, _FAILED = 3, 10
-#: ns that a row waits for a table by which somebody has what others have refused.
+#: ns that refused assignments wait for a new table in which some server holds their experts.
 _PATIENCE_NS = 500_000_000
-#: ns between two looks at it, and at new connections.
+#: ns between two checks for a new table, and for new connections.
 _LOOK_NS, _LOOK_SELDOM_NS = 5_000_000, 100_000_000
-#: Weight of the latest answer in a pace; bytes up to which an answer is a small one.
+#: Weight of the latest answer in a pace; most bytes of an answer that counts as small.
 _LEARN, _SMALL = 0.2, 8192
-#: Bytes of rows that are worth a call of their own where there are more.
+#: Least bytes of rows in a call when the rows for a server are split into several calls.
 _GROUP_BYTES = 64 * 1024
-#: Bits of a call's number beside the device.
+#: Low bits of a call's id, a counter; the higher bits are the device.
 _CALL_BITS = 48
 
 
 class HostRows(NamedTuple):
-    """A layer's rows of one device, on the host."""
+    """One device's rows of a layer, on the host."""
 
-    #: Which of the layers with routed experts it is.
+    #: Index among the layers with routed experts.
     layer: int
     #: float32 [t, d].
     x: np.ndarray
     #: int32 [t, k] and float32 [t, k].
     expert: np.ndarray
     weight: np.ndarray
-    #: bool [t], False for rows that are routed nowhere.
+    #: bool [t], False for rows that are not routed.
     valid: np.ndarray
 
     @property
@@ -55,14 +55,14 @@ class HostRows(NamedTuple):
 
 @functools.lru_cache(maxsize=1 << 16)
 def choose(holders: tuple[int, ...], order: tuple[int, ...]) -> tuple[int, ...]:
-    """The server that computes each of a row's experts, by the rule of placement/visit.py.
+    """Choose the server to call for each of a row's experts, by the rule of placement/visit.py.
 
     Args:
-        holders: a bit mask of servers for each expert.
-        order: all servers in the order in which the caller prefers to call them.
+        holders: for each expert, a bitmask of the servers that hold it.
+        order: all servers, in the order in which the caller prefers to call them.
 
     Returns:
-        A server for each expert; -1 if no server holds it.
+        A server for each expert; -1 if no server holds the expert.
     """
     found = [-1] * len(holders)
     while True:
@@ -76,17 +76,17 @@ def choose(holders: tuple[int, ...], order: tuple[int, ...]) -> tuple[int, ...]:
 
 
 class _Pace:
-    """How long a peer's answers take."""
+    """Model of how long a peer's answers take: a constant plus a time per byte."""
 
     def __init__(self) -> None:
         self._base_s, self._byte_s = 0.02, 1e-6
 
     def expected(self, size: int) -> float:
-        """Seconds."""
+        """Expected seconds for a call of `size` bytes."""
         return self._base_s + self._byte_s * size
 
     def learn(self, size: int, s: float) -> None:
-        # A server that stopped once is not slow from then on.
+        # Limit the effect of an outlier: a server that paused once is not slow from then on.
         s = min(s, _FAILED * self.expected(size))
         if size <= _SMALL:
             self._base_s += _LEARN * (s - self._base_s)
@@ -97,21 +97,21 @@ class _Pace:
 class _Sent(NamedTuple):
     """A call that was sent."""
 
-    #: As the trace has it until there is an answer.
+    #: Trace event of the call, to be completed when the call ends.
     event: TraceEvent
-    #: Its bytes, there and back, with those of the calls before it that were not answered.
+    #: Bytes of the call and its answer, plus those of earlier calls that are not answered yet.
     queued: int
 
 
 @dataclasses.dataclass
 class _Line:
-    """A peer that is called."""
+    """The connection to a peer that this device calls."""
 
     channel: CallChannel
     pace: _Pace
-    #: Calls that it owes an answer, by their ids.
+    #: Calls that the peer has not answered yet, by id.
     unanswered: dict[int, _Sent] = dataclasses.field(default_factory=dict)
-    #: An answer is late: it is asked no more until all that it owes have come.
+    #: An answer is late; the peer gets no new calls until it has answered all earlier ones.
     suspect: bool = False
 
     @property
@@ -121,34 +121,36 @@ class _Line:
 
 @dataclasses.dataclass
 class _Part:
-    """What is asked of one server."""
+    """Assignments of a layer's rows to experts that are requested from one server."""
 
-    #: -1: nobody has it.
+    #: Rank of the server; -1 if no server holds the experts.
     peer: int
-    #: The assignments, as places t * k + i in `HostRows.expert`, ascending; and their rows.
+    #: The assignments, as ascending indices t * k + i into `HostRows.expert`; and their rows.
     places: np.ndarray
     rows: np.ndarray
-    #: By which it was placed.
+    #: The tables from which the server was chosen.
     tables: tuple[Table, ...]
-    #: Who was asked for the same before, a bitmask.
+    #: Bitmask of the servers that were called for the same assignments before.
     asked: int
-    #: Done: its sums are those of all its experts but for what `rest` asks others for.
+    #: "done": `sums` covers all assignments except those in `rest`. "nowhere": no server holds the
+    #: experts; the part waits for a new table until `fail_at`.
     state: Literal["waiting", "done", "lost", "nowhere", "failed"] = "waiting"
-    #: 0: it is not sent yet.
+    #: Id of the call; 0 if the call is not sent yet.
     id: int = 0
-    #: ns.
+    #: Times in ns.
     repeat_at: int = 0
     fail_at: int = 0
     repeated: bool = False
-    #: float32 [rows, d]; None: nothing of it was there.
+    #: float32 [rows, d]; None if the server held none of the experts.
     sums: np.ndarray | None = None
+    #: Parts that request from other servers what this server did not hold.
     rest: Sequence[_Part] = ()
-    #: Parts that ask others for the same, as this one is late.
+    #: Parts that request the same from other servers, because this part's answer is late.
     instead: Sequence[_Part] = ()
 
     @property
     def answered(self) -> bool:
-        """By its own server, and by those that `rest` asks."""
+        """Whether the server has answered, and the parts in `rest` have succeeded."""
         return self.state == "done" and all(part.succeeded for part in self.rest)
 
     @property
@@ -159,7 +161,7 @@ class _Part:
 
     @property
     def resolved(self) -> bool:
-        """There is no more to wait for."""
+        """Whether there is nothing left to wait for."""
         if self.state == "failed" or self.succeeded:
             return True
         others = (*self.rest, *self.instead)
@@ -167,22 +169,22 @@ class _Part:
 
 
 class HostCaller:
-    """The calls of one device's steps. One thread at a time runs a layer."""
+    """The expert calls of one device's steps. Only one thread at a time may run a layer."""
 
     def __init__(self, state: HostState, device: int) -> None:
         self._state, self._spec, self._device = state, state.spec, device
-        #: Of the peers that were dialled, by rank.
+        #: Connections to dialled peers, by rank.
         self._lines: dict[int, _Line] = {}
         self._lock = threading.Lock()
         self._dialled: list[tuple[int, socket.socket]] = []
-        # No two devices' calls have the same number.
+        # Call ids are unique across the server's devices.
         self._ids = itertools.count(1 + (device << _CALL_BITS))
-        #: Of the layer that runs.
+        #: Parts of the layer that runs.
         self._parts: list[_Part] = []
         self._tables = state.tables
 
     def dial(self, peer: int, connection: socket.socket) -> None:
-        """Takes over a connection to a peer, in place of the one before; from any thread."""
+        """Take over a connection to a peer, replacing the previous one; from any thread."""
         with self._lock:
             self._dialled.append((peer, connection))
 
@@ -201,24 +203,24 @@ class HostCaller:
                 self._forget(line)
                 line.channel.close()
             self._lines[peer] = _Line(CallChannel(connection), line.pace if line else _Pace())
-            # What the old connection took along is lost.
+            # Calls on the old connection are lost.
             for part in self._parts:
                 if part.state == "waiting" and part.id and part.peer == peer:
                     self._lose(part)
 
     def _forget(self, line: _Line) -> None:
-        """Its connection has ended, and with it what was not answered."""
+        """Drop the unanswered calls of a connection that has ended."""
         for sent in line.unanswered.values():
             self._record(sent, "lost")
         line.unanswered.clear()
 
     def _record(self, sent: _Sent, outcome: str, head: AnswerHead | None = None) -> None:
-        """What became of a call, and when its answer says it was where."""
+        """Add a call to the trace, with its outcome and the times from its answer."""
         begin, end = sent.event.begin, time.monotonic_ns()
         event = sent.event._replace(end=end, outcome=TRACE_OUTCOMES.index(outcome))
         if head is not None:
             queued, computed = 1000 * head.queued_us, 1000 * head.computed_us
-            # As if both ways took the same time.
+            # Assume that both directions took the same time.
             arrived = begin + max(end - begin - queued - computed, 0) // 2
             start = min(arrived + queued, end)
             done = min(start + computed, end)
@@ -238,7 +240,7 @@ class HostCaller:
         known_tk &= rows.valid[:, None]
         local_tk = known_tk & table.own[rows.layer][np.where(known_tk, rows.expert, 0)]
         self._adopt()
-        # Late answers to earlier calls: whoever has sent all of them is asked again.
+        # Read late answers to earlier calls, so that servers that have caught up are called again.
         self._exchange(0)
         first = self._place(np.flatnonzero(known_tk & ~local_tk), 0, table.version, 0)
         away = [part.rows for part in first if part.peer not in (-1, spec.rank)]
@@ -272,7 +274,7 @@ class HostCaller:
         return y_td, failed_t
 
     def _add(self, part: _Part, y_td: np.ndarray, failed_t: np.ndarray) -> None:
-        """Adds what was answered, and the rows for which nobody answered."""
+        """Add the sums of a part to `y_td`, and mark its rows in `failed_t` if it failed."""
         if part.instead and not part.answered:
             for each in part.instead:
                 self._add(each, y_td, failed_t)
@@ -286,7 +288,7 @@ class HostCaller:
             y_td[part.rows] += part.sums
 
     def _count_failed(self, part: _Part) -> None:
-        """Rows that failed, at all servers that hold what they lack."""
+        """Count failed rows for every server that holds a missing expert."""
         rows, holders = self._rows, self._tables[0].holders[self._rows.layer]
         for _, places in itertools.groupby(part.places.tolist(), lambda place: place // rows.k):
             mask = functools.reduce(int.__or__, (holders[rows.expert.flat[p]] for p in places))
@@ -295,8 +297,13 @@ class HostCaller:
                     self._state.count(peer, failed_rows=1)
 
     def _holders(self, places: np.ndarray, asked: int, version: int) -> list[int]:
-        """Of each assignment the servers to ask, a bitmask without those in `asked`: by the newest
-        table that is no newer than a version, or else by the others, the next ones first."""
+        """Servers that can be called for each assignment, as bitmasks.
+
+        Args:
+            asked: bitmask of servers to exclude.
+            version: the newest table up to this version is used first. If no server in that table
+                can be called, older tables are used, then newer ones, nearest first.
+        """
         usable = self._usable() & ~asked
         older = [table for table in self._tables if table.version <= version]
         tables = (*reversed(older), *self._tables[len(older) :])
@@ -307,7 +314,7 @@ class HostCaller:
         ]
 
     def _usable(self) -> int:
-        """Servers that may be asked, this one among them; a bitmask."""
+        """Bitmask of the servers that may be called, including this one."""
         if self._state.cancelled:
             return 0
         lines = self._lines.items()
@@ -315,11 +322,12 @@ class HostCaller:
         return sum(1 << peer for peer in (self._spec.rank, *others))
 
     def _place(self, places: np.ndarray, asked: int, version: int, patience_ns: int) -> list[_Part]:
-        """Parts for these assignments, which are sent, or computed here. What nobody has is
-        "nowhere" until so many ns have passed.
+        """Create parts for these assignments, and send or compute them.
 
         Args:
             asked, version: see `_holders`.
+            patience_ns: ns for which assignments that no server can compute wait for a new table,
+                in state "nowhere".
         """
         k, by_peer = self._rows.k, collections.defaultdict[int, list[int]](list)
         masks = iter(self._holders(places, asked, version))
@@ -348,15 +356,20 @@ class HostCaller:
         return _Part(peer, places, np.unique(places // self._rows.k), self._tables, asked)
 
     def _groups(self, places: np.ndarray) -> list[np.ndarray]:
-        """A server's assignments in groups of whole rows. While it computes one, others are on the
-        wire, both ways."""
+        """Split the assignments for a server into groups of whole rows.
+
+        While the server computes one group, other groups and answers are on the wire.
+        """
         starts = np.flatnonzero(np.diff(places // self._rows.k, prepend=-1))
         least = _GROUP_BYTES // self._spec.wire.bytes + 1
         most = max(-(-len(starts) // MOST_GROUPS), least)
         return np.split(places, starts[most::most])
 
     def _compute_here(self, part: _Part) -> None:
-        """What the table in force has here, or one that is not in force here yet."""
+        """Compute a part's experts on this server; place the missing ones elsewhere.
+
+        The part may come from a table that is not yet in force here.
+        """
         rows = self._rows
         own_tk = np.zeros(rows.expert.shape, bool)
         own_tk.flat[part.places] = True
@@ -367,7 +380,7 @@ class HostCaller:
         self._replace(part, part.places[~here_nk[own_nk]], self._tables[0].version, _PATIENCE_NS)
 
     def _send(self, part: _Part) -> None:
-        """Sends a part, or leaves it for when its server has answered another."""
+        """Send a part's call, or postpone it if its server has too many unanswered calls."""
         rows, spec, line = self._rows, self._spec, self._lines[part.peer]
         wire, count = spec.wire, len(part.rows)
         head = CallHead(rows.layer, next(self._ids), self._state.step, count, len(part.places))
@@ -413,7 +426,7 @@ class HostCaller:
             self._adopt()
 
     def _next_look(self) -> int:
-        """When a wait has to look at its parts again."""
+        """Time in ns at which the parts must be reviewed again."""
         now = time.monotonic_ns()
         times = [now + _LOOK_SELDOM_NS]
         for part in self._parts:
@@ -439,7 +452,7 @@ class HostCaller:
         if line.channel.closed:
             self._forget(line)
         if line.channel.closed or (not part.id and line.suspect):
-            # Nobody is waited for who may never come back.
+            # The server may never come back: do not wait for its answer.
             self._lose(part)
         elif now >= part.fail_at:
             line.suspect = True
@@ -453,17 +466,17 @@ class HostCaller:
             self._repeat(part)
 
     def _replace(self, part: _Part, missing: np.ndarray, version: int, patience_ns: int) -> None:
-        """A part has its answer, its sums, but for these assignments, which go to others."""
+        """Mark a part as done, and request its `missing` assignments from other servers."""
         part.state = "done"
         if not len(missing):
             return
         self._tables = self._state.tables
-        # When nobody was left, any server may have got them since.
+        # After state "nowhere", try all servers again: any of them may hold the experts by now.
         asked = part.asked | 1 << part.peer if part.peer >= 0 else 0
         part.rest = self._place(missing, asked, version, patience_ns)
 
     def _lose(self, part: _Part) -> None:
-        """A part gets no answer."""
+        """Handle a part whose answer will never arrive."""
         if part.id:
             self._state.count(part.peer, lost=1)
         if part.instead:
@@ -472,7 +485,7 @@ class HostCaller:
             self._replace(part, part.places, self._tables[0].version, 0)
 
     def _repeat(self, part: _Part) -> None:
-        """Asks others too, where all that is wanted has other holders."""
+        """Call other servers too, if other servers hold all experts of the part."""
         part.repeated = True
         self._lines[part.peer].suspect = True
         asked, version = part.asked | 1 << part.peer, self._tables[0].version
@@ -481,7 +494,7 @@ class HostCaller:
             part.instead = self._place(part.places, asked, version, 0)
 
     def _exchange(self, until: int) -> None:
-        """Sends and reads what it can; where that is nothing, waits for it until then."""
+        """Send and read what is possible, waiting until time `until` (ns) if nothing is."""
         owing = {line.channel: peer for peer, line in self._lines.items() if line.unanswered}
         for channel in poll(owing, 1e-9 * (until - time.monotonic_ns())):
             for head, body in channel.read(AnswerHead, self._spec.wire, self._spec.most_rows):

@@ -1,10 +1,10 @@
-"""Expert calls by the host: for servers with accelerators, or without the C++ library.
+"""Expert calls by the host, for servers with accelerators or without the C++ library.
 
-The protocol is that of native/wire.h, so that servers of both forms are in one cluster. The host
-drives the parts of a step (engine/step.py): it takes a layer's rows from the devices, asks other
-servers for the experts that are not here, has the devices compute those that are, and waits for
-its own answers alone (host_caller.py). One thread answers the others' calls, whatever the step
-does (host_answerer.py); it makes no call, so no two servers can wait for each other.
+The protocol is that of native/wire.h, so one cluster can have servers of both kinds. The host runs
+the parts of a step (engine/step.py): it copies a layer's rows from the devices, calls other servers
+for experts that are not local, lets the devices compute the local experts, and waits only for the
+answers to its own calls (host_caller.py). A thread answers calls from other servers, independently
+of the step (host_answerer.py). This thread makes no calls, so two servers cannot deadlock.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from dance_jax.models.host_state import CallSpec, Compute, HostState
 
 
 class HostCallServer(HostState):
-    """The `ExpertCalls` that the host does itself.
+    """`ExpertCalls` by the host.
 
     Args:
-        devices: of this server.
-        compute: the experts that are here.
+        devices: number of devices of this server.
+        compute: computes local experts.
     """
 
     def __init__(self, spec: CallSpec, devices: int, compute: Compute) -> None:
@@ -41,12 +41,13 @@ class HostCallServer(HostState):
         self._answerer.accept(peer, connection)
 
     def run(self, rows: Sequence[HostRows]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Weighted sums of the experts of each device's rows, wherever they are; one thread at a
-        time.
+        """Weighted sums of the experts of each device's rows, local and remote.
+
+        Only one thread at a time may call this.
 
         Returns:
-            Of each device float32 [t, d]; and bool [t], the rows that have failed, as nobody
-            answered for them.
+            For each device float32 [t, d]; and bool [t], rows that failed because no server
+            answered for an expert.
         """
         if len(rows) == 1:
             return [self.callers[0].run(rows[0])]

@@ -1,4 +1,4 @@
-"""What the parts of a server share whose host makes the expert calls: tables, counters, a trace."""
+"""State shared by a server's callers and answerer on the host: tables, counters and a trace."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from dance_jax.models.call_messages import Wire
 from dance_jax.models.calls import FAIL_S, REPEAT_S, TRACE_EVENTS, TraceEvent, check_named
 from dance_jax.models.counters import Counters, Moved, PeerCounters, Sums
 
-#: Groups of a layer's rows that go to a server one by one, each as a call (native/calls.h).
+#: Most groups into which a layer's rows for a server are split; each is a call (native/calls.h).
 MOST_GROUPS = 4
-#: Calls of one caller that a callee has not answered: one of each group, and a repeat of another's.
+#: Most unanswered calls from a caller to a callee: one per group, and a repeat of another server's.
 MOST_UNANSWERED = MOST_GROUPS + 1
 
-#: Computes experts that are here: (x float32 [n, d], experts int [n, k] by their numbers in the
-#: model or -1, weights float32 [n, k]) -> (sums float32 [n, d], bool [n, k], False where an expert
-#: is not here). Any thread calls it.
+#: Computes local experts: (x float32 [n, d], experts int [n, k] by their numbers in the model or
+#: -1, weights float32 [n, k]) -> (sums float32 [n, d], bool [n, k], False where an expert is not
+#: here). Any thread may call it.
 Compute = Callable[[np.ndarray, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
 @dataclasses.dataclass(frozen=True)
 class CallSpec:
-    """What does not change of a server that makes expert calls.
+    """Constants of a server that makes expert calls.
 
     Raises:
         ValueError: there are more servers, layers or experts than a call can name, or the order
@@ -34,15 +34,15 @@ class CallSpec:
     """
 
     rank: int
-    #: All servers in the order in which this one prefers to call them (placement/visit.py).
+    #: All servers, in the order in which this one prefers to call them (placement/visit.py).
     order: tuple[int, ...]
-    #: With routed experts, of so many `experts` each.
+    #: Number of layers with routed experts, and experts of each layer.
     layers: int
     experts: int
     wire: Wire
-    #: Of a call: tokens of one device in a step.
+    #: Most rows of a call, which is the tokens of one device in a step.
     most_rows: int
-    #: Experts of a row at most.
+    #: Most experts of a row.
     k: int
     #: See `calls.REPEAT_S`.
     repeat_s: float = REPEAT_S
@@ -57,37 +57,37 @@ class CallSpec:
 
 
 class Table(NamedTuple):
-    """Who holds which expert, by one version of the placement."""
+    """Holders of all experts in one version of the placement."""
 
     version: int
-    #: bool [l, e], those of this server.
+    #: bool [l, e], the experts of this server.
     own: np.ndarray
-    #: Bitmasks of servers, by layer and expert.
+    #: Bitmasks of the servers that hold each expert, by layer and expert.
     holders: list[list[int]]
 
 
 class HostState:
-    """Shared by a server's callers and its answerer, with methods of `calls.ExpertCalls`.
+    """State shared by a server's callers and its answerer.
 
-    Any thread may call them.
+    Implements most of `calls.ExpertCalls`. Any thread may call the methods.
     """
 
     def __init__(self, spec: CallSpec, compute: Compute) -> None:
         self.spec, self._compute = spec, compute
         nobody = np.zeros((spec.servers, spec.layers, spec.experts), bool)
-        #: The one in force, then those of batches that are staged, in their order.
+        #: The table in force, then the staged tables in order.
         self.tables = (self._new_table(0, nobody),)
         self.cancelled = False
-        #: The own step that runs, which its calls carry.
+        #: Number of the current step of this server; its calls carry the number.
         self.step = 0
-        #: Held while tables change, and while anybody counts or records.
+        #: Guards changes of tables, counters and the trace.
         self._lock = threading.Lock()
         self._peers = [PeerCounters() for _ in range(spec.servers)]
         self._rows = np.zeros((spec.layers, spec.servers), np.int64)
         self._sums = Sums()
-        #: For each layer, the last step in which it waited for other servers.
+        #: For each layer, the last step in which the layer waited for other servers.
         self._waited = [-1] * spec.layers
-        #: Of a trace; most is 0 where nobody wants one.
+        #: Events of the trace; `_most_events` is 0 if there is no trace.
         self._events: list[TraceEvent] = []
         self._most_events = self._lost_events = 0
 
@@ -109,7 +109,7 @@ class HostState:
     def _new_table(self, version: int, resident_nle: np.ndarray) -> Table:
         shape = self.spec.servers, self.spec.layers, self.spec.experts
         if resident_nle.shape != shape:
-            raise ValueError(f"a placement of shape {resident_nle.shape}, not {shape}")
+            raise ValueError(f"the placement has shape {resident_nle.shape}, expected {shape}")
         bytes_leb = np.packbits(resident_nle, axis=0, bitorder="little").transpose(1, 2, 0)
         holders = [[int.from_bytes(each.tobytes(), "little") for each in own] for own in bytes_leb]
         return Table(version, resident_nle[self.spec.rank].copy(), holders)
@@ -123,30 +123,30 @@ class HostState:
     def compute(
         self, layer: int, x_nd: np.ndarray, expert_nk: np.ndarray, weight_nk: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """As `Compute`, but experts by their numbers in a layer."""
+        """Compute local experts like `Compute`, but with expert numbers within a layer."""
         number_nk = np.where(expert_nk >= 0, layer * self.spec.experts + expert_nk, -1)
         return self._compute(x_nd, number_nk, weight_nk)
 
     def count(self, peer: int, **more: int) -> None:
-        """Adds to `PeerCounters`."""
+        """Add to the `PeerCounters` of a peer."""
         with self._lock:
             _add(self._peers[peer], more)
 
     def count_call(self, peer: int, layer: int, rows: int, size: int) -> None:
-        """A call of so many rows and bytes is sent."""
+        """Count a sent call with `rows` rows and `size` bytes."""
         with self._lock:
             _add(self._peers[peer], {"calls": 1, "rows": rows, "bytes_sent": size})
             self._rows[layer, peer] += rows
 
     def count_away(self, layer: int, rows: int) -> None:
-        """Counts rows, of a layer of the current step, with calls that leave this server."""
+        """Count rows of a layer in the current step that need calls to other servers."""
         with self._lock:
             new = self._waited[layer] != self.step
             _add(self._sums, {"layers_waited": new, "rows_away": rows})
             self._waited[layer] = self.step
 
     def sum(self, **more: float | Moved) -> None:
-        """Adds to `Sums`."""
+        """Add to `Sums`."""
         with self._lock:
             _add(self._sums, more)
 
@@ -163,7 +163,7 @@ class HostState:
         self._most_events = most
 
     def record(self, event: TraceEvent) -> None:
-        """Adds to the trace, if there is one."""
+        """Add an event to the trace, if there is a trace."""
         with self._lock:
             if len(self._events) < self._most_events:
                 self._events.append(event)

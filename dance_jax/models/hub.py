@@ -1,9 +1,9 @@
-"""Find a model by what the user calls it: a directory, or its name on the Hugging Face hub.
+"""Finds a model given as a directory, a GGUF file or a name on the Hugging Face hub.
 
 `org/name` or `org/name@revision` is downloaded by huggingface_hub into its own cache (HF_HOME,
 HF_HUB_CACHE) from HF_ENDPOINT, with HF_TOKEN, or not at all with HF_HUB_OFFLINE=1. That library
 reads these variables when it is imported, so it is imported where it is needed. JAX is not imported
-here either: the preflight and the hosts file's reader use this module.
+here either: the preflight and the reader of the hosts file use this module.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from dance_jax.models.directory import (
     read_config,
 )
 
-#: The weights where there is no index.
+#: The file of weights of a model without an index.
 SINGLE_FILE = "model.safetensors"
-#: What `ModelConfig` is read from.
+#: The files from which `ModelConfig` is read.
 _CONFIG = ("config.json", "generation_config.json")
 
-# As the hub has them; the library checks the same in `validate_repo_id`.
+# The hub's rules for names; the library checks the same in `validate_repo_id`.
 _PART = r"\b[A-Za-z0-9_.-]{1,96}\b"
 _NAME = re.compile(rf"(?P<repo>{_PART}/{_PART})(?:@(?P<revision>[\w./+-]+))?", re.ASCII)
 
@@ -48,7 +48,7 @@ class HubName:
 
     #: org/name
     repo: str
-    #: Branch, tag or commit; None: the main branch.
+    #: Branch, tag or commit; None for the main branch.
     revision: str | None = None
 
     def __str__(self) -> str:
@@ -59,7 +59,7 @@ def parse_name(text: str) -> HubName | None:
     """Parse `org/name` or `org/name@revision`.
 
     Returns:
-        None if the text is neither, whatever exists on this machine.
+        None if the text is neither. Files on this machine are not considered.
 
     >>> parse_name("org/name@v1")
     HubName(repo='org/name', revision='v1')
@@ -80,7 +80,7 @@ def hub_name(model: str | os.PathLike[str]) -> HubName | None:
     """Parse the name of a model on the hub.
 
     Returns:
-        None if the model is something that exists on this machine, or no such name.
+        None if the model is a path that exists on this machine, or not a valid name.
     """
     return None if os.path.exists(model) else parse_name(os.fspath(model))
 
@@ -88,17 +88,17 @@ def hub_name(model: str | os.PathLike[str]) -> HubName | None:
 def resolve(
     model: str | os.PathLike[str], progress: ProgressCallback | None = None
 ) -> pathlib.Path:
-    """Find a model's directory; a model of the hub is downloaded unless the cache has it.
+    """Find a model's directory; a model on the hub is downloaded unless the cache has it.
 
-    Only what is needed is downloaded: config and tokenizer first, and weights (safetensors) when
-    those two can be used. Files that are complete are kept if a download is interrupted, and the
-    next call goes on with the others.
+    Only what is needed is downloaded: config and tokenizer first, then weights (safetensors) if
+    config and tokenizer can be used. If a download is interrupted, complete files are kept, and the
+    next call downloads the others.
 
     Args:
-        model: a directory or a GGUF file, `org/name` or `org/name@revision`. What exists on this
-            machine is a path whatever its name looks like.
-        progress: told before each file of weights; None: the library shows its bars, if standard
-            error is a terminal.
+        model: a directory, a GGUF file, `org/name` or `org/name@revision`. A path that exists on
+            this machine takes precedence over a name on the hub.
+        progress: called before each file of weights; None to show the library's progress bars if
+            standard error is a terminal.
 
     Raises:
         UserError: there is no such model, it is not supported, or it cannot be downloaded.
@@ -124,10 +124,10 @@ def resolve(
 def fetch_config(model: str | os.PathLike[str]) -> pathlib.Path:
     """Find a model's directory with config.json and, if there is one, generation_config.json.
 
-    Of a model of the hub nothing else is downloaded.
+    For a model on the hub, nothing else is downloaded.
 
     Raises:
-        UserError: as `resolve`.
+        UserError: see `resolve`.
     """
     return _fetch(model, _Repository.config)
 
@@ -135,10 +135,10 @@ def fetch_config(model: str | os.PathLike[str]) -> pathlib.Path:
 def fetch_definition(model: str | os.PathLike[str]) -> pathlib.Path:
     """Find a model's directory with config and tokenizer.
 
-    Of a model of the hub no weights are downloaded.
+    For a model on the hub, no weights are downloaded.
 
     Raises:
-        UserError: as `resolve`.
+        UserError: see `resolve`.
     """
     return _fetch(model, _Repository.definition)
 
@@ -157,10 +157,10 @@ def cached(name: HubName) -> pathlib.Path | None:
     """Find a model's directory in this machine's cache, without asking the hub.
 
     Returns:
-        None if a file of it is not there.
+        None if a file of the model is missing.
 
     Raises:
-        UserError: the model's list of files in the cache is wrong.
+        UserError: the model's index of files in the cache is invalid.
     """
     from huggingface_hub.errors import RevisionResolutionError
 
@@ -177,7 +177,7 @@ def cached(name: HubName) -> pathlib.Path | None:
 
 
 def is_offline() -> bool:
-    """Whether HF_HUB_OFFLINE forbids to ask the hub."""
+    """Whether HF_HUB_OFFLINE forbids requests to the hub."""
     from huggingface_hub import constants
 
     return constants.HF_HUB_OFFLINE
@@ -187,8 +187,8 @@ def portable_name(model: str | os.PathLike[str]) -> str:
     """Name a model for processes on other machines.
 
     Returns:
-        An absolute path or, of a model of the hub, `org/name@commit` with the commit that this
-        machine has resolved last, so that all machines have the same.
+        An absolute path or, for a model on the hub, `org/name@commit` with the commit that this
+        machine resolved last, so that all machines use the same commit.
     """
     name = hub_name(model)
     if name is None:
@@ -202,7 +202,7 @@ def portable_name(model: str | os.PathLike[str]) -> str:
 
 
 def served_name(model: str | os.PathLike[str]) -> str:
-    """Name a model in requests and answers: `org/name`, or the directory's or file's own name."""
+    """Name a model for requests and responses: `org/name`, or the directory's or file's name."""
     name = hub_name(model)
     return own_name(model) if name is None else name.repo
 
@@ -211,8 +211,8 @@ class _Repository:
     """The files of one commit of a model, in the cache or on the hub.
 
     Args:
-        name: of the model; its revision is resolved once, so that all files are of one commit.
-        local_only: the hub is not asked.
+        name: name of the model; the revision is resolved once, so that all files are of one commit.
+        local_only: make no requests to the hub.
     """
 
     def __init__(self, name: HubName, local_only: bool = False) -> None:
@@ -225,7 +225,7 @@ class _Repository:
         ).resolved
 
     def config(self) -> pathlib.Path:
-        """The directory, with what a `ModelConfig` is read from.
+        """The directory, with the files from which a `ModelConfig` is read.
 
         Raises:
             UserError: the model has no config.json.
@@ -233,15 +233,15 @@ class _Repository:
         config = self.get("config.json")
         if config is None:
             raise UserError(
-                f"{self._name}: has no config.json on the hub; it is not in the format of "
-                "transformers, name another model"
+                f"{self._name}: the model has no config.json on the hub, so its format is not that "
+                "of transformers; choose another model"
             )
         for file in _CONFIG:
             self.get(file)
         return config.parent
 
     def definition(self) -> pathlib.Path:
-        """The directory, with config, tokenizer and the list of weights.
+        """The directory, with config, tokenizer and the index of weights.
 
         Raises:
             UserError: the model is not supported.
@@ -253,7 +253,7 @@ class _Repository:
         return directory
 
     def cached(self, file: str) -> pathlib.Path | None:
-        """A file in the cache."""
+        """A file in the cache; None if the cache does not have the file."""
         from huggingface_hub import try_to_load_from_cache
 
         found = try_to_load_from_cache(self._name.repo, file, revision=self.commit)
@@ -267,25 +267,25 @@ class _Repository:
         found = try_to_load_from_cache(self._name.repo, file, revision=self.commit)
         if isinstance(found, str):
             return pathlib.Path(found)
-        if found is not None:  # the cache knows that the model has none
+        if found is not None:  # the cache has a record that the model lacks the file
             return None
         try:
             return pathlib.Path(hf_hub_download(self._name.repo, file, revision=self.commit))
         except RemoteEntryNotFoundError:
             return None
         except LocalEntryNotFoundError:
-            # What other programs left in the cache does not say which files the model lacks.
+            # Cache entries of other programs do not record which files the model lacks.
             if is_offline() and self.cached("config.json") is not None:
                 return None
             raise
-        except RuntimeError as error:  # hf_xet's, which transfers large files
-            raise _broken(self._name, constants.ENDPOINT, error) from error
+        except RuntimeError as error:  # raised by hf_xet, which transfers large files
+            raise _download_failed(self._name, constants.ENDPOINT, error) from error
 
     def check(self, files: Sequence[str]) -> None:
-        """Check that files can be downloaded: the hub has them, and there is room for them.
+        """Check that files can be downloaded: the hub has the files, and the disk has enough space.
 
         Raises:
-            UserError: with what is missing.
+            UserError: files or disk space are missing.
         """
         from huggingface_hub import HfApi, constants
 
@@ -299,8 +299,8 @@ class _Repository:
         sizes = {each.path: getattr(each, "size", 0) for each in found}
         if lacking := [file for file in files if file not in sizes]:
             raise UserError(
-                f"{self._name}: has no {_some(lacking)} on the hub; weights are read from "
-                f"safetensors files, the one {SINGLE_FILE} or those that {INDEX} names: name "
+                f"{self._name}: the model has no {_some(lacking)} on the hub; weights must be in "
+                f"safetensors files, either {SINGLE_FILE} or those listed in {INDEX}: choose "
                 "another model or revision, or convert the weights"
             )
         cache = pathlib.Path(constants.HF_HUB_CACHE)
@@ -308,13 +308,14 @@ class _Repository:
         free, needed = shutil.disk_usage(existing).free, sum(sizes.values())
         if free < needed:
             raise UserError(
-                f"{self._name}: {needed / 1e9:.1f} GB are to be downloaded to {cache}, where "
-                f"{free / 1e9:.1f} GB are free: make room, or set HF_HOME to a larger disk"
+                f"{self._name}: the download to {cache} needs {needed / 1e9:.1f} GB, but only "
+                f"{free / 1e9:.1f} GB are free: free some space, or set HF_HOME to a directory on "
+                "a larger disk"
             )
 
 
 def _check_tokenizer(directory: pathlib.Path) -> None:
-    """Refuse a tokenizer that cannot be used, before the weights are downloaded."""
+    """Check that the tokenizer can be used, before the weights are downloaded."""
     from dance_jax.models.tokenizer import Tokenizer
 
     Tokenizer.load(directory)
@@ -334,8 +335,8 @@ def _bars(shown: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _explained(name: HubName) -> Iterator[None]:
-    """Turn the library's errors into what happened, to what, and what to do."""
-    import httpx2  # the library's HTTP client, whose errors it passes on
+    """Turn the library's errors into `UserError`s that say what to do."""
+    import httpx2  # the library's HTTP client; its errors reach the caller
     from huggingface_hub import constants, errors
 
     hub, cache = constants.ENDPOINT, constants.HF_HUB_CACHE
@@ -373,26 +374,26 @@ def _explained(name: HubName) -> Iterator[None]:
         if isinstance(cause, errors.HfHubHTTPError):
             raise _refused(name, hub, cause) from error
         raise UserError(
-            f"{name}: no such directory, and the hub ({hub}) cannot be asked for it: "
-            f"{_first_line(cause)}; correct the path or, if it is a model of the hub, check the "
-            "network, HTTPS_PROXY and HF_ENDPOINT; HF_HUB_OFFLINE=1 takes what is in the cache "
+            f"{name}: no such directory, and the request to the hub ({hub}) failed: "
+            f"{_first_line(cause)}; correct the path or, if this is a model on the hub, check the "
+            "network, HTTPS_PROXY and HF_ENDPOINT; with HF_HUB_OFFLINE=1 only the cache is used: "
             f"{cache}"
         ) from error
     except errors.HfHubHTTPError as error:
         raise _refused(name, hub, error) from error
     except (httpx2.HTTPError, errors.XetDownloadError) as error:
-        raise _broken(name, hub, error) from error
+        raise _download_failed(name, hub, error) from error
     except OSError as error:
-        if error.errno is None:  # the library's own: a file is not as long as it should be
-            raise _broken(name, hub, error) from error
+        if error.errno is None:  # raised by the library: a file has the wrong length
+            raise _download_failed(name, hub, error) from error
         what = "is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "cannot be written"
         raise UserError(
-            f"{name}: the cache {cache} {what}: {error}; make room or set HF_HOME to another "
-            "directory, and run this again: files that are complete are kept"
+            f"{name}: the cache {cache} {what}: {error}; free some space or set HF_HOME to another "
+            "directory, and run this again: complete files are kept"
         ) from error
     except json.JSONDecodeError as error:
         raise UserError(
-            f"{name}: the answer of {hub} cannot be understood: {_first_line(error)}; check "
+            f"{name}: the response of {hub} is not valid JSON: {_first_line(error)}; check "
             "HF_ENDPOINT and proxies"
         ) from error
 
@@ -400,25 +401,25 @@ def _explained(name: HubName) -> Iterator[None]:
 def _refused(name: HubName, hub: str, error: Exception) -> UserError:
     status = error.response.status_code  # pyright: ignore[reportAttributeAccessIssue]
     advice = {
-        401: f"HF_TOKEN is not valid: make a new token at {hub}/settings/tokens",
+        401: f"HF_TOKEN is not valid: create a new token at {hub}/settings/tokens",
         403: f"HF_TOKEN must be a token that may read this model{_token()}",
-        404: "HF_ENDPOINT is not the address of a hub: correct it or unset it",
-        429: "it has been asked too often: wait some minutes, or set HF_TOKEN",
-    }.get(status, "run this again later: files that are complete are kept")
+        404: "HF_ENDPOINT is not the address of a hub: correct or unset HF_ENDPOINT",
+        429: "there were too many requests: wait some minutes, or set HF_TOKEN",
+    }.get(status, "run this again later: complete files are kept")
     return UserError(f"{name}: the hub ({hub}) answered with status {status}; {advice}")
 
 
-def _broken(name: HubName, hub: str, error: Exception) -> UserError:
+def _download_failed(name: HubName, hub: str, error: Exception) -> UserError:
     return UserError(
-        f"{name}: the download from {hub} failed: {_first_line(error)}; run this again: files that "
-        "are complete are kept"
+        f"{name}: the download from {hub} failed: {_first_line(error)}; run this again: complete "
+        "files are kept"
     )
 
 
 def _token() -> str:
     from huggingface_hub import get_token
 
-    return " (the present one may not read it)" if get_token() else " (none is set)"
+    return " (the current token may not read it)" if get_token() else " (no token is set)"
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,9 +1,9 @@
-"""Products with weights in any format on CPUs, by the C++ library: native/product.cc, experts.cc.
+"""Products with weights in any format on CPUs, by the C++ library (native/product.cc, experts.cc).
 
-XLA:CPU copies every expert's matrices out of the pool before it multiplies by them, reads a trunk's
-on one thread where rows are few, and knows no weights of eight or four bits. The library keeps them
-in a layout of its own, which it reads in order, on all threads. A row's result depends on that row
-alone, in every bit.
+XLA:CPU copies every expert's matrices out of the pool before multiplying by them, uses a single
+thread for the trunk's matrices if there are few rows, and does not support eight-bit or four-bit
+weights. The library stores weights in its own layout, which it reads sequentially on all threads.
+A row's result is bit-identical regardless of the other rows.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from dance_jax.models import native
 from dance_jax.models.config import Activation
 from dance_jax.models.formats import Arrays, WeightFormat
 
-#: Kinds of weights, of scales and of `Activation` by their numbers in C++.
+#: Kinds of weights, of scales and of `Activation`, in the order of their numbers in C++.
 _KINDS = ("float32", "bfloat16", "float16", "int8", "fp8", "int4", "mxfp4")
 _SCALES = ("", "float32", "bfloat16", "float16", "e8m0")
 _ACTIVATIONS = ("silu", "gelu", "clamped")
 
-#: A matrix's format, and its panels, or those of a matrix for each head: `pack`.
+#: Format of a matrix, and its panels made by `pack`; with a matrix per head, the panels of all.
 Packed = tuple[WeightFormat, Array]
 
 
 def format_words(forms: Sequence[WeightFormat]) -> np.ndarray:
-    """int64 [4 * forms], as C++ reads them."""
+    """Encode formats for C++: int64 [4 * forms]."""
     words = [
         (_KINDS.index(form.kind), _SCALES.index(form.scale), form.group, form.offset)
         for form in forms
@@ -40,15 +40,15 @@ def format_words(forms: Sequence[WeightFormat]) -> np.ndarray:
 
 
 def pack(form: WeightFormat, arrays: Arrays, d_in: int, d_out: int) -> np.ndarray:
-    """A matrix as products read it from the first byte to the last (native/product.h): uint8 [n].
+    """Lay out a matrix in the order in which products read it (native/product.h): uint8 [n].
 
     Args:
-        arrays: of the format, [in, out].
+        arrays: arrays of the format, [in, out].
     """
     library = native.library()
     assert library is not None
     library.PanelsBytes.restype = ctypes.c_int64
-    words = format_words([form])  # named, as C++ reads it: an address alone keeps no array alive
+    words = format_words([form])  # the variable keeps the array alive while C++ reads it
     shape = ctypes.c_void_p(words.ctypes.data), ctypes.c_int64(d_in), ctypes.c_int64(d_out)
     panels = np.empty(library.PanelsBytes(*shape), np.uint8)
     own = [np.ascontiguousarray(array) for array in arrays.values()]
@@ -65,17 +65,17 @@ def linear(weight: Packed, x: Array, d_out: int) -> Array:
 
 
 def columns(weight: Packed, chosen_t: Array, d_in: int, d_out: int) -> Array:
-    """What the weights of some outputs are worth, float32 [t, in]."""
+    """Values of the weights of some outputs, float32 [t, in]."""
     form, panels = weight
     call = _call("Columns", (len(chosen_t), d_in))
     return call(chosen_t, panels, formats=format_words([form]), outputs=np.int64(d_out))
 
 
 def gated_mlp(activation: Activation, weights: Sequence[Packed], width: int, x_nd: Array) -> Array:
-    """down(activation(gate(x), up(x))), all rows through one feed-forward: float32 [n, d].
+    """A gated feed-forward, down(activation(gate(x), up(x))), for all rows: float32 [n, d].
 
     Args:
-        weights: gate and up [d, width], down [width, d].
+        weights: gate [d, width], up [d, width] and down [width, d].
         x_nd: [n, d] of any float type.
     """
     return _call("GatedMlp", x_nd.shape)(
@@ -98,20 +98,22 @@ def experts(pool: Array, x_nd: Array, slot_nk: Array, weight_nk: Array) -> Array
         x_nd: [n, d] of any float type.
         slot_nk: int32 [n, k], -1 for none; weight_nk: float32 [n, k].
     """
-    # Not as a call with side effects, though the pool is no operand: JAX would drive such a program
-    # from Python, (measured) for milliseconds a step.
+    # The pool's memory is not an operand, but the call is not marked as having side effects: JAX
+    # would then run the program from Python, which costs milliseconds per step (measured).
     call = _call("Experts", x_nd.shape)
     return call(pool, x_nd.astype(jnp.float32), slot_nk, weight_nk)
 
 
 def _call(kernel: str, shape: tuple[int, ...]) -> Callable[..., Array]:
-    """A kernel that returns float32 of that shape."""
+    """A kernel of the library that returns float32 of the given shape."""
     return jax.ffi.ffi_call(native.target(kernel), jax.ShapeDtypeStruct(shape, jnp.float32))
 
 
 def routed_seconds() -> tuple[int, float, int]:
-    """Of all devices of this process so far: calls for routed experts, seconds in them, and pairs
-    of a row and an expert that they computed.
+    """Totals for routed experts over all devices of this process.
+
+    Returns:
+        Number of calls, seconds spent in them, and number of computed (row, expert) pairs.
     """
     counters = np.zeros(3, np.int64)
     if (library := native.library()) is not None:
@@ -121,13 +123,14 @@ def routed_seconds() -> tuple[int, float, int]:
 
 
 class NativePool:
-    """The slots of a device, in the library's memory. Any thread may write one while steps run.
+    """The slots of a device, in the library's memory. Any thread may write a slot during steps.
 
     Args:
         d, f: hidden and inner width.
-        forms: of gate, up and down.
-        bias: experts have biases.
-        slots: how many.
+        activation: activation of the experts.
+        forms: formats of gate, up and down.
+        bias: whether experts have biases.
+        slots: number of slots.
     """
 
     def __init__(
@@ -145,7 +148,7 @@ class NativePool:
         library.PoolNew.restype = library.PoolBytes.restype = ctypes.c_int64
         library.PoolPut.restype = library.PoolGet.restype = ctypes.c_bool
         words = format_words(forms)
-        #: By which steps name the pool.
+        #: Number by which steps refer to the pool.
         self.number: int = library.PoolNew(
             ctypes.c_int64(d),
             ctypes.c_int64(f),
@@ -159,33 +162,33 @@ class NativePool:
         weakref.finalize(self, library.PoolDelete, ctypes.c_int64(self.number))
 
     def put(self, slot: int, expert: int, arrays: Sequence[np.ndarray]) -> None:
-        """Copies an expert into a slot; what still computes with the old one keeps that until then.
+        """Copy an expert into a slot; computations in progress keep the previous expert alive.
 
         Args:
-            expert: its number in the model, layer * experts of a layer + expert.
+            expert: number of the expert in the model: layer * experts per layer + expert.
 
         Raises:
             IndexError: there is no such slot.
         """
         whole = [np.ascontiguousarray(array) for array in arrays]
         if not self._library.PoolPut(*self._at(slot), ctypes.c_int64(expert), _pointers(whole)):
-            raise IndexError(f"slot {slot}: the pool has none such")
+            raise IndexError(f"slot {slot} does not exist in the pool")
 
     def get(self, slot: int, arrays: Sequence[np.ndarray]) -> None:
-        """Copies what a slot holds into arrays, which are contiguous.
+        """Copy the expert in a slot into contiguous arrays.
 
         Raises:
-            IndexError: the slot is empty, or there is none such.
+            IndexError: the slot is empty or does not exist.
         """
         if not self._library.PoolGet(*self._at(slot), _pointers(arrays)):
-            raise IndexError(f"slot {slot}: nothing is there")
+            raise IndexError(f"slot {slot} is empty or does not exist in the pool")
 
     def _at(self, slot: int) -> tuple[ctypes.c_int64, ctypes.c_int64]:
         return ctypes.c_int64(self.number), ctypes.c_int64(slot)
 
     @property
     def bytes(self) -> int:
-        """Bytes of the experts that it holds; outputs are filled up to multiples of 16."""
+        """Bytes of the experts in the pool; outputs are padded to multiples of 16."""
         return self._library.PoolBytes(ctypes.c_int64(self.number))
 
 

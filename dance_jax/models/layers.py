@@ -1,4 +1,4 @@
-"""Building blocks of every model: projection, norm, gated feed-forward."""
+"""Building blocks of all models: projection, norm, gated feed-forward."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ SILU = Activation()
 
 
 def parameter(shape: tuple[int, ...], dtype: jnp.dtype) -> nnx.Param:
-    """A weight that is filled later (under nnx.eval_shape it takes no memory)."""
+    """A parameter that is filled later; under nnx.eval_shape it takes no memory."""
     return nnx.Param(jnp.zeros(shape, dtype))
 
 
 def contract(spec: str, left: jax.Array, right: jax.Array) -> jax.Array:
-    """einsum with float32 sums and result, for operands of equal dtype."""
+    """einsum with float32 accumulation and result, for operands of equal dtype."""
     if jax.default_backend() == "cpu":
-        # XLA:CPU has no bfloat16 x bfloat16 -> float32 product
+        # XLA:CPU does not support bfloat16 x bfloat16 -> float32.
         left, right = left.astype(jnp.float32), right.astype(jnp.float32)
     return jnp.einsum(spec, left, right, preferred_element_type=jnp.float32)
 
 
 def activate(activation: Activation, gate: jax.Array, up: jax.Array) -> jax.Array:
-    """What a gated feed-forward computes from its two inner projections, see `Activation`."""
+    """Apply an `Activation` to the gate and up projections of a gated feed-forward."""
     if activation.kind == "silu":
         return jax.nn.silu(gate) * up
     if activation.kind == "gelu":
@@ -41,10 +41,10 @@ def activate(activation: Activation, gate: jax.Array, up: jax.Array) -> jax.Arra
 def rms_norm(
     values: jax.Array, weight_d: jax.Array, eps: float, plus_one: bool = False
 ) -> jax.Array:
-    """x / sqrt(mean(x^2) + eps), in float32, times a weight [d], or times 1 + weight.
+    """RMS norm: x / sqrt(mean(x^2) + eps), in float32, times a weight [d] (or 1 + weight).
 
     Args:
-        values: [..., d] in any dtype, which the result has too.
+        values: [..., d] in any dtype; the result has the same dtype.
     """
     weight_d = weight_d.astype(values.dtype)
     if native.usable():
@@ -57,13 +57,13 @@ def rms_norm(
 
 
 class Weight(nnx.Module):
-    """The weights of a projection [in, out], or of one for each head, in any format.
+    """Weights of a projection [in, out], or of one projection per head, in any format.
 
-    Its parameters are the format's arrays, with a leading axis for heads; or `panels`, uint8, once
-    they are packed for the C++ library.
+    The parameters are the arrays of the format, with a leading axis if there are heads. After
+    `pack` there is a single parameter, `panels`, uint8, in the layout of the C++ library.
 
     Args:
-        dtype: of the values, until `keep_as` says another format.
+        dtype: type of the values, until `keep_as` sets another format.
     """
 
     def __init__(self, d_in: int, d_out: int, dtype: jnp.dtype, heads: int | None = None):
@@ -73,7 +73,7 @@ class Weight(nnx.Module):
         self._fill()
 
     def keep_as(self, form: WeightFormat) -> None:
-        """Keeps the weights, which are zeros still, in another format."""
+        """Change the format; only before the weights are filled."""
         self._clear()
         self.form = form
         self._fill()
@@ -88,7 +88,7 @@ class Weight(nnx.Module):
             delattr(self, name)
 
     def pack(self) -> None:
-        """Lays the weights out as the C++ library reads them."""
+        """Convert the weights to the layout of the C++ library."""
         arrays = {name: np.asarray(array) for name, array in self._arrays.items()}
         each = [arrays]
         if self.heads is not None:
@@ -105,11 +105,11 @@ class Weight(nnx.Module):
 
     @property
     def as_packed(self) -> kernels_cpu.Packed:
-        """What the library's functions are called with."""
+        """The packed weights, as arguments for the functions of `kernels_cpu`."""
         return self.form, self.panels[...]
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x [..., in] @ w, or x [n, heads, in] by heads, summed in float32: float32 [..., out]."""
+        """x [..., in] @ w, or with heads x [n, heads, in] @ w per head: float32 [..., out]."""
         if self.packed:
             rows = x if self.heads else x.reshape(-1, self.d_in)
             found = kernels_cpu.linear(self.as_packed, rows, self.d_out)
@@ -121,8 +121,7 @@ class Weight(nnx.Module):
         return contract("nhi,hio->nho" if self.heads else "...i,io->...o", x, values)
 
     def columns(self, chosen_t: jax.Array) -> jax.Array:
-        """What the weights of some outputs are worth, float32 [t, in]; numbers out of range are the
-        nearest that there are."""
+        """Values of the weights of some outputs, float32 [t, in]; indices are clipped."""
         if self.packed:
             return kernels_cpu.columns(self.as_packed, chosen_t, self.d_in, self.d_out)
         own = {
@@ -133,7 +132,7 @@ class Weight(nnx.Module):
 
 
 class Linear(nnx.Module):
-    """Projection; the sum is float32, the result in the input's dtype."""
+    """Projection with float32 accumulation; the result has the input's dtype."""
 
     def __init__(self, d_in: int, d_out: int, dtype: jnp.dtype, bias: bool = False):
         self.weight = Weight(d_in, d_out, dtype)
@@ -158,7 +157,10 @@ class RMSNorm(nnx.Module):
 
 
 class GatedMLP(nnx.Module):
-    """down(activation(gate(x), up(x))), float32, as it is summed with the experts' output."""
+    """Gated feed-forward, down(activation(gate(x), up(x))).
+
+    The result is float32, because it is added to the experts' output.
+    """
 
     def __init__(self, d: int, width: int, dtype: jnp.dtype, activation: Activation = SILU):
         self.gate = Linear(d, width, dtype)

@@ -1,6 +1,6 @@
-"""What crosses the links between servers: rows, how they are encoded, what is known of them.
+"""Data sent between servers that step together: rows, their encoding, and statuses.
 
-Who carries them is a `Transport`: collectives.py.
+A `Transport` carries the data (collectives.py).
 """
 
 from __future__ import annotations
@@ -13,31 +13,31 @@ from jax import Array, lax
 
 from dance_jax.models.topology import Topology
 
-#: Marks "no expert" where expert numbers are uint16.
+#: Means "no expert" in arrays of uint16 expert numbers.
 NO_EXPERT = 0xFFFF
-#: What a server says of itself is one int32: in the low bits its work, above them a batch.
+#: Low bits of a server's status, an int32, that hold its work; the higher bits are a batch.
 WORK_BITS = 2
-#: Arrays that hold parts of the same rows; the leading axes are equal.
+#: Arrays that hold parts of the same rows; their leading axes are equal.
 Columns = tuple[Array, ...]
 
 
 class Outgoing(NamedTuple):
-    """A server's rows for the others; n servers, g rows of all its devices."""
+    """A server's rows for other servers; n servers, g rows of all its devices."""
 
-    #: bool [n, g], the row goes to the server; none goes to the own one.
+    #: bool [n, g], whether a row goes to a server; always False for this server.
     goes: Array
-    #: uint16 [n, g, k], experts the row wants of the server; NO_EXPERT: none.
+    #: uint16 [n, g, k], experts that a row needs from a server; NO_EXPERT for none.
     expert: Array
     #: float32 [g, k].
     weight: Array
-    #: [g, ...] each, hidden states as `encode` made them.
+    #: [g, ...] each, hidden states encoded by `encode`.
     hidden: Columns
 
 
 class Incoming(NamedTuple):
-    """Rows that others sent, at the front, in the order of their ranks; what follows is anything.
+    """Rows received from other servers, ordered by rank, followed by arbitrary rows.
 
-    As in `Outgoing`, without the axis of servers.
+    Fields are as in `Outgoing`, without the axis of servers.
     """
 
     expert: Array
@@ -46,32 +46,33 @@ class Incoming(NamedTuple):
 
 
 class Exchanged(NamedTuple):
-    """What one layer's exchange reports; the same on all servers, except `away`."""
+    """Report of one layer's exchange; equal on all servers except for `away`."""
 
     #: int32 [n, n], rows sent from server (first axis) to server (second axis).
     rows: Array
-    #: int32 [n, n], payload bytes from server to server, sums included.
+    #: int32 [n, n], payload bytes from server to server, including sums.
     bytes: Array
-    #: int32 [], rows of this server that went to any other server.
+    #: int32 [], this server's rows that went to any other server.
     away: Array
-    #: int32 [], the most work that a server has; the batch of experts that all are ready to put in
-    #: place, 0 where they do not name the same (`agree`).
+    #: int32 [], the maximum of all servers' work (`agree`).
     work: Array
+    #: int32 [], the batch of experts that all servers are ready to apply; 0 if they do not name
+    #: the same batch (`agree`).
     loaded: Array
-    #: What the transport wants to know in this layer's next exchange.
+    #: State of the transport for this layer's next exchange.
     memory: Any
 
 
 class Transport(Protocol):
     """Carries rows between servers, inside shard_map over AXIS.
 
-    Every device of a server calls it with the same rows and gets the same rows; the sums that come
-    back are right on the gateway.
+    Every device of a server passes the same rows and receives the same rows; returned sums are
+    valid on the gateway.
     """
 
     @property
     def name(self) -> str:
-        """Compiled steps depend on it."""
+        """Name of the transport; part of the key of compiled steps."""
         ...
 
     def memory(self, layers: int) -> Any:
@@ -81,52 +82,53 @@ class Transport(Protocol):
     def dispatch(
         self, topology: Topology, outgoing: Outgoing, status: Array, memory: Any
     ) -> tuple[Incoming, Exchanged]:
-        """Sends every server its rows.
+        """Send every server its rows.
 
         Args:
-            status: int32 [], by this server, see `status_word`.
-            memory: of this layer's last exchange.
+            status: int32 [], this server's status, see `status_word`.
+            memory: `Exchanged.memory` of this layer's previous exchange.
         """
         ...
 
     def give_back(self, topology: Topology, sums: Array, goes: Array, rows: Array) -> Array:
-        """Sends back the sums of the rows that came.
+        """Send back the sums for received rows.
 
         Args:
-            sums: float32 [as `Incoming`, d], one row for each that came, right on the gateway.
+            sums: float32 [rows of `Incoming`, d], one sum per received row, valid on the gateway.
             goes: `Outgoing.goes`; rows: `Exchanged.rows`.
 
         Returns:
-            float32 [n, g, d], on the gateway: the server's sum of each row that went to it,
-            anything in the others' places.
+            float32 [n, g, d], valid on the gateway: each server's sums for the rows that went to
+            it, and arbitrary values for other rows.
         """
         ...
 
 
 def status_word(work: int, loaded: int) -> int:
-    """A server's status for the others, in one int32: its work and the batch it can apply.
+    """Encode a server's status in one int32: its work and the batch it can apply.
 
     Args:
         work: a number below 2 ** WORK_BITS.
-        loaded: the batch that it is ready to put in place next; 0: none.
+        loaded: the batch of experts that the server is ready to apply next; 0 for none.
     """
     return work | loaded << WORK_BITS
 
 
 def agree(status_n: Array) -> tuple[Array, Array]:
-    """`Exchanged.work` and `.loaded` from the status of all servers, int32 [n].
+    """`Exchanged.work` and `.loaded` from the statuses of all servers, int32 [n].
 
-    A batch takes effect only where all name the same one: a server that has not heard yet that one
-    was dropped cannot be taken for ready for the next, nor the others for ready for that one.
+    A batch takes effect only if all servers name the same batch. A server that does not know yet
+    that a batch was dropped must not count as ready for the next one, nor the other servers as
+    ready for the dropped one.
     """
     work_n, batch_n = status_n & (2**WORK_BITS - 1), status_n >> WORK_BITS
     return work_n.max(), jnp.where((batch_n == batch_n[0]).all(), batch_n[0], 0)
 
 
 def encode(x_nd: Array, dtype: np.dtype) -> Columns:
-    """[n, d] as it travels: in `dtype`; int8 with a float32 scale per row, [n, 1].
+    """Encode rows [n, d] for the wire in `dtype`; int8 has a float32 scale per row, [n, 1].
 
-    A value is off by at most half a scale, its row's largest value / 254.
+    With int8 the error of a value is at most half a scale: its row's largest value / 254.
     """
     if dtype != jnp.int8:
         return (x_nd.astype(dtype),)
@@ -145,26 +147,26 @@ def decode(columns: Columns, dtype: np.dtype) -> Array:
 
 
 def rounded(x_nd: Array, dtype: np.dtype) -> Array:
-    """What experts of this very server see of rows: what others' do, but for int8."""
+    """Round rows for local experts as the wire rounds them for remote experts, except int8."""
     if dtype == jnp.int8:
         return x_nd
-    # Not by two conversions, which XLA may leave out.
+    # XLA may optimise away a pair of conversions, so reduce the precision explicitly.
     info = jnp.finfo(dtype)
     return lax.reduce_precision(x_nd, info.nexp, info.nmant)
 
 
 def row_bytes(columns: Columns) -> int:
-    """Bytes of one row; each column has one axis of rows, then one of values."""
+    """Bytes of one row; each column is [rows, values]."""
     return sum(column.shape[-1] * column.dtype.itemsize for column in columns)
 
 
 def join_columns(columns: Columns) -> Array:
-    """[..., w] each -> uint8 [..., bytes of a row]."""
+    """Join columns [..., w] into uint8 [..., bytes of a row]."""
     return jnp.concatenate([_to_bytes(column) for column in columns], -1)
 
 
 def split_columns(rows: Array, like: Columns) -> Columns:
-    """Inverse of `join_columns`; `like` has the columns' dtypes and widths."""
+    """Inverse of `join_columns`; `like` gives the dtypes and widths of the columns."""
     ends = np.cumsum([column.shape[-1] * column.dtype.itemsize for column in like])
     parts = jnp.split(rows, ends[:-1], axis=-1)
     return tuple(_from_bytes(part, column.dtype) for part, column in zip(parts, like, strict=True))

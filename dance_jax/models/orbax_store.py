@@ -1,7 +1,7 @@
-"""One orbax checkpoint of named arrays, written and read by this process alone.
+"""Orbax checkpoints of named arrays, written and read by a single process.
 
-Orbax meets the other processes of a jax.distributed job in barriers unless it is told that this one
-is its whole world; see `_alone`. Single arrays are read without their neighbours.
+By default orbax waits in barriers for the other processes of a jax.distributed job; `_alone`
+prevents that. Single arrays can be read without the other arrays of their checkpoint.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from orbax.checkpoint import type_handlers
 
 from dance_jax.config import UserError
 
-#: An array is cut into pieces of at most this many bytes, so that few are in memory compressed.
+#: Most bytes of a chunk of an array; small chunks limit the memory that compression needs.
 _CHUNK_BYTES = 64 << 20
 
 
 def save_arrays(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes a new checkpoint.
+    """Write a new checkpoint.
 
     Raises:
-        OSError: it cannot be written, as where the disk is full.
+        OSError: writing failed, for example because the disk is full.
     """
     options = _alone()
     saved = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), dict(arrays))
@@ -37,7 +37,7 @@ def save_arrays(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
         try:
             checkpointer.save(path.absolute(), args=ocp.args.PyTreeSave(dict(arrays), saved))
         except ValueError as error:
-            # What tensorstore makes of an error of the system; its message has every path twice.
+            # tensorstore turns an OSError into a ValueError whose message has every path twice.
             if found := re.search(r"\[os_error_code='(\d+)'\]", str(error)):
                 number = int(found[1])
                 raise OSError(number, os.strerror(number), str(path)) from error
@@ -45,13 +45,14 @@ def save_arrays(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def load_arrays(path: pathlib.Path, names: Iterable[str]) -> dict[str, np.ndarray]:
-    """Reads the named arrays and no byte of the others.
+    """Read the named arrays and no other bytes.
 
-    By orbax's handler of arrays. Restoring a tree of them would read and build what is known of all
-    its arrays first: twice the processor time for an expert, which steps lack while experts move.
+    Uses orbax's array handler directly. Restoring a tree would first read the metadata of all
+    arrays of the checkpoint, which takes twice the processor time for an expert, at the expense of
+    steps that run while experts move.
 
     Raises:
-        UserError: the checkpoint is torn; the message names it.
+        UserError: the checkpoint is damaged; the message names it.
     """
     names, directory = list(names), epath.Path(path.absolute())
     context = type_handlers.get_ts_context(use_ocdbt=True)
@@ -66,13 +67,13 @@ def load_arrays(path: pathlib.Path, names: Iterable[str]) -> dict[str, np.ndarra
         for name in names
     ]
     try:
-        # In a thread of its own: an event loop may run in the caller's, as in a notebook.
+        # In a separate thread, because the caller's thread may run an event loop (a notebook).
         with concurrent.futures.ThreadPoolExecutor(1) as thread:
             reading = type_handlers.NumpyHandler().deserialize(arrays)
             restored = thread.submit(asyncio.run, reading).result()
     except (ValueError, KeyError, OSError) as error:
         raise UserError(
-            f"{path}: torn: {error}; delete the converted model and convert it again"
+            f"{path}: damaged: {error}; delete the converted model and convert it again"
         ) from error
     return dict(zip(names, restored, strict=True))
 

@@ -21,7 +21,7 @@ from dance_jax.models.tensors import TensorRule, expert_rules, trunk_rules
 
 @dataclasses.dataclass(frozen=True)
 class Held:
-    """A tensor in memory, as a `tensors.Stored`."""
+    """A tensor in memory that implements `tensors.Stored`."""
 
     values: np.ndarray
 
@@ -53,8 +53,11 @@ def random_expert_tensors(config: ModelConfig, seed: int) -> Iterator[tuple[str,
 
 
 def random_tensor(rng: np.random.Generator, rule: TensorRule, config: ModelConfig) -> np.ndarray:
-    """Factors near 1, biases near 0, an embedding of unit size, projections that keep the size of
-    their input."""
+    """A random tensor for a rule.
+
+    Norms and scales are near 1, biases near 0, embeddings have unit variance, and projections keep
+    the variance of their input.
+    """
     values = rng.standard_normal(rule.shape, dtype=np.float32)
     if len(rule.shape) == 1:
         norm = rule.source.endswith("norm.weight") and not config.norm_plus_one
@@ -73,16 +76,16 @@ def write_random_checkpoint(
     shard_bytes: int = 1 << 30,
     tokenizer: bool = True,
 ) -> pathlib.Path:
-    """Writes a random model as a Hugging Face directory.
+    """Write a random model as a Hugging Face directory.
 
     Args:
-        directory: made if missing; files in it are replaced.
+        directory: created if missing; files in it are replaced.
         fields: the content of config.json.
-        seed: of the weights.
-        dtype: of the stored tensors, "float32" or "bfloat16".
-        shard_bytes: a new safetensors file begins when one has this many; with more than one
-            file an index is written.
-        tokenizer: also write a tokenizer of single bytes (needs vocab_size >= 258).
+        seed: seed of the weights.
+        dtype: type of the stored tensors, "float32" or "bfloat16".
+        shard_bytes: bytes at which a safetensors file is full and the next one begins; with more
+            than one file, an index is written.
+        tokenizer: also write a byte tokenizer (needs vocab_size >= 258).
 
     Returns:
         The directory.
@@ -132,7 +135,7 @@ def write_random_checkpoint(
 def _joined(
     config: ModelConfig, tensors: Iterator[tuple[str, np.ndarray]]
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Tensors of single experts as `Names.experts_as` says they are published."""
+    """Stack the tensors of single experts into the form given by `Names.experts_as`."""
     rules = expert_rules(config, config.moe_layers[0], 0)
     for layer in config.moe_layers:
         prefix = f"model.layers.{layer}.{config.names.experts}."
@@ -149,11 +152,11 @@ def _joined(
 
 
 def write_byte_tokenizer(directory: str | pathlib.Path, config: ModelConfig) -> None:
-    """Writes tokenizer.json and tokenizer_config.json: <s>, </s>, then one token for each byte."""
+    """Write tokenizer.json and tokenizer_config.json: <s>, </s>, then one token for each byte."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     if config.vocab_size < 258:
-        raise ValueError(f"a tokenizer of bytes needs vocab_size >= 258, not {config.vocab_size}")
+        raise ValueError(f"a byte tokenizer needs vocab_size >= 258, not {config.vocab_size}")
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {"<s>": 0, "</s>": 1} | {char: 2 + index for index, char in enumerate(alphabet)}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))

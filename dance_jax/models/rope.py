@@ -1,4 +1,4 @@
-"""Rotary position embedding in the kinds that published models use."""
+"""Rotary position embedding, in the variants that published models use."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def inverse_frequencies(rope: RopeConfig, context: int) -> np.ndarray:
     """Radians per position of each pair of floats, float32 [dim / 2].
 
     Args:
-        rope: the kind and its numbers.
-        context: longest sequence served, in tokens. longrope has one set of frequencies for
-            contexts as trained and one for longer ones; cached keys must all be of one set, so
-            what is served decides, not how long a sequence happens to be.
+        rope: the kind and its parameters.
+        context: longest sequence served, in tokens. longrope has a set of frequencies for contexts
+            up to the trained length, and another set for longer contexts. All cached keys must use
+            the same set, so the longest sequence served decides, not the current length.
     """
-    # float32 throughout: the angle of a late position shows every bit of it
+    # float32 throughout: at late positions every bit of a frequency shows in the angle.
     exponents = np.arange(0, rope.dim, 2, dtype=np.float32) / np.float32(rope.dim)
     plain = np.float32(1.0) / np.power(np.float32(rope.theta), exponents)
     if rope.kind == "default":
@@ -45,9 +45,9 @@ def inverse_frequencies(rope: RopeConfig, context: int) -> np.ndarray:
 def _yarn(rope: RopeConfig, plain: np.ndarray, stretched: np.ndarray) -> np.ndarray:
     """YaRN (arXiv 2309.00071, section 3.2).
 
-    Pair i turns original_max_position * f_i / 2 pi times over the trained context; pairs above
-    beta_fast turns keep f_i, those below beta_slow get f_i / factor, a linear ramp over i blends
-    between.
+    Pair i turns original_max_position * f_i / 2 pi times over the trained context. Pairs with more
+    than beta_fast turns keep f_i, pairs with fewer than beta_slow get f_i / factor, and a linear
+    ramp over i blends in between.
     """
 
     def pair_with(turns: float) -> float:
@@ -64,7 +64,7 @@ def _yarn(rope: RopeConfig, plain: np.ndarray, stretched: np.ndarray) -> np.ndar
 
 
 def _llama3(rope: RopeConfig, plain: np.ndarray, stretched: np.ndarray) -> np.ndarray:
-    """Llama 3.1's scaling: as YaRN, with a ramp over turns instead of pairs."""
+    """Llama 3.1's scaling: like YaRN, with a ramp over turns instead of pairs."""
     turns = rope.original_max_position * plain / (2 * math.pi)
     kept = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
     kept = np.clip(kept, 0, 1)
@@ -83,11 +83,11 @@ def rotation(rope: RopeConfig, positions: jax.Array, context: int) -> Rotation:
 
 
 def rotate(rope: RopeConfig, heads_thk: jax.Array, rotation_tk: Rotation) -> jax.Array:
-    """Rotates the pairs of floats in the first `rope.dim` of each head; the rest passes.
+    """Rotate the pairs of floats in the first `rope.dim` floats of each head; keep the rest.
 
     Args:
-        heads_thk: [t, heads, head width] in any dtype, returned in it.
-        rotation_tk: of `rotation`, for the tokens' positions.
+        heads_thk: [t, heads, head width] in any dtype; the result has the same dtype.
+        rotation_tk: result of `rotation` for the tokens' positions.
     """
     cos, sin = (table[..., None, :] for table in rotation_tk)
     turning, still = jnp.split(heads_thk, [rope.dim], axis=-1)

@@ -1,4 +1,4 @@
-"""What a user's choice makes of the formats of a model's weights."""
+"""Formats of a model's weights under the user's choice of rounding."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from dance_jax.models.formats import Formats, WeightFormat, common
 from dance_jax.models.hf import HFDirectory
 from dance_jax.models.tensors import expert_rules, matrix_form, trunk_rules
 
-#: What a float checkpoint is rounded to, by the names that users give.
+#: Formats to which float weights are rounded, by the names in the options.
 ROUNDED = {
     "bf16": WeightFormat("bfloat16"),
     "int8": WeightFormat("int8", 32, "bfloat16"),
     "int4": WeightFormat("int4", 32, "bfloat16"),
     "mxfp4": WeightFormat("mxfp4", 32, "e8m0"),
 }
-#: Matrices of an expert.
+#: The matrices of an expert.
 _EXPERT = ("w_gate", "w_up", "w_down")
 
 
@@ -29,25 +29,31 @@ def _is_router(path: str) -> bool:
 
 
 def _wanted(rounding: Rounding, name: str) -> WeightFormat | None:
-    """The format that a choice means for a matrix, of an expert or by its path in the trunk; None:
-    it stays what it is, as a router's few weights do, which decide where tokens go."""
+    """Format that the user's choice means for a matrix; None if the matrix keeps its format.
+
+    Routers always keep their format: their weights are few and decide where tokens go.
+
+    Args:
+        name: "w_gate", "w_up" or "w_down" of an expert; or a path in the trunk.
+    """
     choice = rounding.experts if name in _EXPERT else rounding.trunk
     if choice == "int4-mixed":
-        # (measured) These alone lose more by four bits than all others together.
+        # With four bits, these matrices alone lose more than all others together (measured).
         delicate = name in ("w_down", "embedding", "head") or ".mixer." in name
         choice = "int8" if delicate else "int4"
     return None if _is_router(name) else ROUNDED.get(choice)
 
 
 def rounded(rounding: Rounding, name: str, stored: WeightFormat, d_in: int) -> WeightFormat:
-    """The format of a matrix of a checkpoint under a user's choice.
+    """Format of a checkpoint's matrix under the user's choice.
 
-    Codes stay what they are; so do matrices that the chosen format does not fit.
+    Quantised matrices keep their format, and so do matrices that the chosen format does not
+    support.
 
     Args:
-        name: "w_gate", "w_up" or "w_down" of an expert; or the path in the trunk.
-        stored: what the checkpoint has.
-        d_in: the matrix's inputs.
+        name: "w_gate", "w_up" or "w_down" of an expert; or a path in the trunk.
+        stored: format of the matrix in the checkpoint.
+        d_in: number of inputs of the matrix.
     """
     wanted = _wanted(rounding, name)
     if wanted is None or stored.group or not wanted.fits(d_in):
@@ -56,7 +62,7 @@ def rounded(rounding: Rounding, name: str, stored: WeightFormat, d_in: int) -> W
 
 
 def unfit_report(rounding: Rounding, config: ModelConfig) -> list[str]:
-    """Lines on matrices that stay as they are stored, as the choice does not fit them."""
+    """Lines about matrices that keep their format because the chosen one does not support them."""
     d, f = config.hidden_size, config.expert.width
     experts = [("w_gate", d), ("w_up", d), ("w_down", f)]
     trunk = [(path, d_in) for path, (_, d_in, _) in matrix_shapes(config).items()]
@@ -77,19 +83,18 @@ def _unfit(
     if not found:
         return []
     return [
-        f"{option} needs inputs in multiples of 8; as they are stored stay, of {where}: "
-        + ", ".join(found)
+        f"{option} needs a multiple of 8 inputs; unchanged matrices of {where}: " + ", ".join(found)
     ]
 
 
 def model_formats(model: HFDirectory, rounding: Rounding) -> Formats:
-    """How a model's weights are kept when it is converted.
+    """Formats of a model's weights when it is converted.
 
-    The experts of all layers have one format for each matrix: the smallest that holds what the
-    checkpoint has of it without loss.
+    For each of an expert's matrices, all experts of all layers have the same format: the smallest
+    that holds the checkpoint's matrices without loss.
 
     Raises:
-        UserError: the experts have codes, and others are asked for.
+        UserError: the experts are quantised, and the user chose to round them.
     """
     config = model.config
     inputs = {path: d_in for path, (_, d_in, _) in matrix_shapes(config).items()}
@@ -116,26 +121,27 @@ def model_formats(model: HFDirectory, rounding: Rounding) -> Formats:
 
 
 def _check_floats(where: str, stored: WeightFormat, rounding: Rounding) -> None:
-    """Raises UserError if experts have codes, and others are asked for."""
+    """Raise UserError if the experts are quantised and the user chose to round them."""
     if stored.group and rounding.experts != "keep":
         raise UserError(
             f"{where}: the experts are stored as {stored.kind}; --experts {rounding.experts} "
-            "rounds floats only: leave it out"
+            "rounds floats only: leave out this option"
         )
 
 
 def expected_formats(config: ModelConfig, rounding: Rounding) -> Formats:
-    """What `model_formats` will say, if weights are what config.json says of them.
+    """The result of `model_formats`, predicted from config.json.
 
     Raises:
-        UserError: the experts have codes, and others are asked for.
+        UserError: the experts are quantised, and the user chose to round them.
     """
     floats, codes = WeightFormat(config.dtype), _codes(config)
     _check_floats("config.json", codes or floats, rounding)
     d, f = config.hidden_size, config.expert.width
     trunk = {}
     for path, (heads, d_in, _) in matrix_shapes(config).items():
-        # gpt-oss has codes of experts alone; nobody has them of these.
+        # No known checkpoint quantises matrices per head, embedding, head or routers; gpt-oss
+        # (mxfp4) quantises only the experts.
         coded = heads == 1 and path not in ("embedding", "head") and not _is_router(path)
         stored = codes if coded and codes and codes.kind != "mxfp4" else floats
         trunk[path] = rounded(rounding, path, stored, d_in)
@@ -147,7 +153,7 @@ def expected_formats(config: ModelConfig, rounding: Rounding) -> Formats:
 
 
 def _codes(config: ModelConfig) -> WeightFormat | None:
-    """What quantised weights are, by config.json; None: there are none."""
+    """Format of quantised weights according to config.json; None if weights are not quantised."""
     quantization = config.quantization
     if quantization is None:
         return None

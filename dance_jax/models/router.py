@@ -1,4 +1,4 @@
-"""Which experts a token uses and with what weights."""
+"""The router: chooses the experts of each token and their weights."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from dance_jax.models.layers import Weight, parameter, rms_norm
 
 
 class Routed(NamedTuple):
-    """What a layer hands to the routed experts."""
+    """Inputs of the routed experts of a layer."""
 
-    #: [t, d] in the engine's dtype.
+    #: Hidden states [t, d] in the engine's dtype.
     x: jax.Array
     #: int32 [t, k] and float32 [t, k].
     expert: jax.Array
@@ -24,7 +24,7 @@ class Routed(NamedTuple):
 
 
 class Router(nnx.Module):
-    """The router of one layer; its weights are float32 whatever the trunk's dtype is."""
+    """The router of one layer; its weights are float32 regardless of the trunk's dtype."""
 
     def __init__(self, config: RouterConfig, d: int, eps: float):
         wide, experts = jnp.dtype("float32"), config.num_experts
@@ -39,7 +39,7 @@ class Router(nnx.Module):
             self.expert_scale = parameter((experts,), wide)
 
     def __call__(self, x_td: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Experts int32 [t, k] of each token, and their weights float32 [t, k]."""
+        """Experts of each token, int32 [t, k], and their weights, float32 [t, k]."""
         wide = x_td.astype(jnp.float32)
         if self.config.scaled:
             scale = self.input_scale[...] * wide.shape[-1] ** -0.5
@@ -57,20 +57,20 @@ class Router(nnx.Module):
 def choose_experts(
     router: RouterConfig, logits_te: jax.Array, correction_e: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """The best k experts of each token.
+    """Choose the top-k experts of each token.
 
     Softmax scores: Mixtral (arXiv 2401.04088, section 2.1), DeepSeek-V2 (arXiv 2405.04434, section
-    2.2). Sigmoid scores with a correction that balances the choice alone, and groups by their two
-    best: DeepSeek-V3 (arXiv 2412.19437, section 2.1.2). Ties go to the lowest index.
+    2.2). Sigmoid scores with a correction that affects only the choice, and groups ranked by their
+    two best experts: DeepSeek-V3 (arXiv 2412.19437, section 2.1.2). Ties go to the lowest index.
 
     Args:
-        router: the model's rule.
+        router: the model's router.
         logits_te: float32 [tokens, experts].
         correction_e: float32 [experts], added to the scores for the choice.
 
     Returns:
-        experts int32 [tokens, k] by falling choice, and their weights float32 [tokens, k], final:
-        normalised or scaled as the model wants.
+        Experts int32 [tokens, k], best first, and their final weights float32 [tokens, k],
+        normalised and scaled as the model requires.
     """
     if native.usable():
         return rows_cpu.choose_experts(router, logits_te, correction_e)
@@ -95,7 +95,7 @@ def choose_experts(
 
 
 def _best_groups(router: RouterConfig, choice_te: jax.Array) -> jax.Array:
-    """The choice with -inf for every expert outside its token's best groups."""
+    """Replace the scores of experts outside a token's best groups by -inf."""
     tokens, experts = choice_te.shape
     groups = choice_te.reshape(tokens, router.num_groups, experts // router.num_groups)
     best, _ = jax.lax.top_k(groups, router.group_best)

@@ -1,6 +1,6 @@
-"""What each token passes on its own, on CPU, in C++: native/rows.cc.
+"""Per-token operations on CPUs, in C++ (native/rows.cc).
 
-A token's result does not depend, in any bit, on the tokens beside it.
+A token's result is bit-identical regardless of the other tokens.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from jax import Array
 from dance_jax.models import native
 from dance_jax.models.config import RouterConfig
 
-#: `RouterConfig.score` by its number in C++.
+#: Values of `RouterConfig.score`, in the order of their numbers in C++.
 _SCORES = ("softmax", "sigmoid", "logits")
 
 
 def norm(values: Array, weight_d: Array, eps: float, plus_one: bool) -> Array:
-    """What `layers.RMSNorm` computes of [..., d] and a weight of the same dtype."""
+    """`layers.rms_norm` for values [..., d] and a weight of the same dtype."""
     rows = values.reshape(-1, values.shape[-1])
     call = jax.ffi.ffi_call(
         native.target(f"Norm{values.dtype.name.capitalize()}"),
@@ -30,7 +30,7 @@ def norm(values: Array, weight_d: Array, eps: float, plus_one: bool) -> Array:
 def choose_experts(
     router: RouterConfig, logits_te: Array, correction_e: Array | None
 ) -> tuple[Array, Array]:
-    """What `router.choose_experts` gives."""
+    """`router.choose_experts` in C++."""
     shape = (len(logits_te), router.top_k)
     call = jax.ffi.ffi_call(
         native.target("ChooseExperts"),

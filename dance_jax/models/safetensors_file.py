@@ -19,7 +19,7 @@ import numpy as np
 from dance_jax.config import UserError
 from dance_jax.models.formats import Matrix, WeightFormat
 
-#: Types of weights that are not quantised.
+#: Types of unquantised weights.
 FLOATS: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -27,9 +27,9 @@ FLOATS: dict[str, np.dtype] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 
-#: Formats of matrices that are stored so.
+#: Kinds of `WeightFormat` for matrices of these types.
 KINDS = {"F64": "float32", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-#: Types of the tensors of quantised weights. F8_E8M0 is read as the byte of its exponent.
+#: Types of tensors of quantised weights. F8_E8M0 is read as a byte, its exponent.
 RAW: dict[str, np.dtype] = {
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
     "F8_E8M0": np.dtype(np.uint8),
@@ -45,14 +45,15 @@ _SAMPLE = 256
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor's bytes are."""
+    """Location of a tensor in a file."""
 
     file: pathlib.Path
-    #: safetensors' name, e.g. "BF16".
+    #: The type's name in safetensors, for example "BF16".
     kind: str
     shape: tuple[int, ...]
-    #: Byte of the file at which the tensor begins.
+    #: Byte offset in the file at which the tensor begins.
     offset: int
+    #: Bytes of the tensor.
     size: int
 
     @property
@@ -62,29 +63,29 @@ class StoredTensor:
 
     @property
     def dtype(self) -> np.dtype:
-        """numpy's type; only of types in FLOATS and RAW."""
+        """The numpy type; only for types in FLOATS and RAW."""
         return _TYPES[self.kind]
 
     @property
     def format(self) -> WeightFormat:
-        """The format of a matrix with these values; only where `is_float`."""
+        """Format of a matrix with these values; only if `is_float`."""
         return WeightFormat(KINDS[self.kind])
 
     def matrix(self, inputs_first: bool = False) -> Matrix:
-        """A tensor of two axes as a matrix [in, out].
+        """Read a tensor of two axes as a matrix [in, out].
 
         Args:
-            inputs_first: it is stored so, not as [out, in].
+            inputs_first: the tensor is stored as [in, out], not as [out, in].
         """
         return Matrix.of(self.read() if inputs_first else self.read().T)
 
     def part(self, index: int, parts: int) -> StoredTensor:
-        """The index-th of `parts` equal pieces along the first axis, which must divide."""
+        """The index-th of `parts` equal pieces along the first axis, which must be divisible."""
         rows = self.shape[0] // parts
         return self.rows(index * rows, (index + 1) * rows)
 
     def rows(self, begin: int, end: int) -> StoredTensor:
-        """Some of the first axis."""
+        """The part `begin` to `end` along the first axis."""
         row = self.size // self.shape[0] if self.shape[0] else 0
         return dataclasses.replace(
             self,
@@ -94,11 +95,11 @@ class StoredTensor:
         )
 
     def without_first_axis(self) -> StoredTensor:
-        """The same bytes for a shape that begins with 1."""
+        """The same tensor without its first axis, which must have length 1."""
         return dataclasses.replace(self, shape=self.shape[1:])
 
     def read(self) -> np.ndarray:
-        """The tensor's values; only its bytes are read."""
+        """Read the tensor's values and no other bytes."""
         values = np.empty(self.shape, self.dtype)
         view = values.reshape(-1).view(np.uint8).data
         with open(self.file, "rb", buffering=0) as file:
@@ -107,23 +108,28 @@ class StoredTensor:
             while done < self.size:
                 count = file.readinto(view[done:])
                 if not count:
-                    raise UserError(f"{self.file}: ends within a tensor; the file is torn")
+                    raise UserError(
+                        f"{self.file}: truncated: ends within a tensor; download the file again"
+                    )
                 done += count
         return values
 
 
 def read_header(path: pathlib.Path) -> dict[str, StoredTensor]:
-    """The tensors of one file.
+    """Tensors of a file, by name.
 
     Raises:
-        UserError: the file is missing, torn or not in this format; the message names it.
+        UserError: the file is missing, damaged or not in this format; the message names the file.
     """
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > size - 8:
-                raise UserError(f"{path}: torn: {size} bytes end within the header")
+                raise UserError(
+                    f"{path}: truncated: {size} bytes end within the header; download the file "
+                    "again"
+                )
             text = file.read(length)
     except FileNotFoundError as error:
         raise UserError(f"{path}: is missing: download the model's weights again") from error
@@ -134,14 +140,21 @@ def read_header(path: pathlib.Path) -> dict[str, StoredTensor]:
         entries.pop("__metadata__", None)
         tensors = {name: _entry(path, 8 + length, item) for name, item in entries.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: not a safetensors file, or torn: {error}") from error
+        raise UserError(
+            f"{path}: not a safetensors file, or damaged: {error}; download the file again"
+        ) from error
     end = 8 + length
     for name, tensor in sorted(tensors.items(), key=lambda item: item[1].offset):
         if tensor.offset < end:
-            raise UserError(f"{path}: {name} overlaps the tensor before it; the header is wrong")
+            raise UserError(
+                f"{path}: damaged: {name} overlaps the previous tensor; download the file again"
+            )
         end = tensor.offset + tensor.size
     if end != size:
-        raise UserError(f"{path}: torn: {size} bytes, the header describes {end}")
+        raise UserError(
+            f"{path}: damaged or truncated: the file has {size} bytes, but its header describes "
+            f"{end}; download the file again"
+        )
     return tensors
 
 
@@ -157,10 +170,10 @@ def _entry(path: pathlib.Path, base: int, item: dict) -> StoredTensor:
 
 
 def content_hash(path: pathlib.Path, whole_below: int = 1 << 27) -> bytes:
-    """SHA-256 that tells checkpoints apart.
+    """SHA-256 that distinguishes checkpoints.
 
-    Files under `whole_below` bytes are hashed whole; of a larger one the header and the first and
-    last bytes of every tensor.
+    Files of less than `whole_below` bytes are hashed completely. For larger files, only the header
+    and the first and last bytes of every tensor are hashed.
     """
     digest = hashlib.sha256()
     if path.stat().st_size < whole_below:

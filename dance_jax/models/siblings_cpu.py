@@ -1,8 +1,9 @@
-"""What the devices of one server hand each other on CPUs, through memory: native/siblings.cc.
+"""Collectives between the devices of one server on CPUs, through memory (native/siblings.cc).
 
-XLA's collectives on CPU go through the network even inside a process, one message after the other.
-(measured) With 1, 1 and 2 devices they took most of a layer's time wherever the links were fast.
-All devices of a server must make the same calls in the same order, which data dependence ensures.
+XLA's collectives on CPUs use the network even within a process, one message after another. With
+servers of 1, 1 and 2 devices, they took most of a layer's time whenever the links were fast
+(measured). All devices of a server must make the same calls in the same order; data dependencies
+ensure that.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from dance_jax.models import native
 
 
 def gather(device: Array, devices: int, x_td: Array) -> Array:
-    """[devices * t, d]: the rows of all devices, in their order.
+    """Gather the rows of all devices of a server, in the order of devices: [devices * t, d].
 
     Args:
-        device: int32 [], this one's number in its server; devices: how many there are.
+        device: int32 [], number of this device within its server.
+        devices: number of devices of the server.
         x_td: [t, d] of any dtype.
     """
     shape = jax.ShapeDtypeStruct((devices * x_td.shape[0], *x_td.shape[1:]), x_td.dtype)
@@ -29,12 +31,16 @@ def gather(device: Array, devices: int, x_td: Array) -> Array:
 def sum_rows(
     device: Array, devices: int, y_nd: Array, first: Array, count: Array, rows: int
 ) -> Array:
-    """float32 [rows, d]: rows [first, first + count) of the sum over devices, then anything.
+    """Rows [first, first + count) of the sum over devices.
 
     Args:
-        device, devices: as of `gather`.
+        device, devices: see `gather`.
         y_nd: float32 [n, d].
-        first, count: int32 []; each device chooses its own.
+        first, count: int32 []; may differ between devices.
+        rows: rows of the result.
+
+    Returns:
+        float32 [rows, d]; rows from `count` on are arbitrary.
     """
     shape = jax.ShapeDtypeStruct((rows, y_nd.shape[1]), y_nd.dtype)
     return _call("SiblingsSum", shape, devices, device, first, count, y_nd)

@@ -1,4 +1,4 @@
-"""The table between a checkpoint's tensors (Hugging Face names and shapes) and our weights."""
+"""Mapping from a checkpoint's tensors (Hugging Face names and shapes) to the engine's weights."""
 
 from __future__ import annotations
 
@@ -24,21 +24,22 @@ def _as_it_is(tensor: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """One of our weights and how it is cut from the checkpoint's tensor."""
+    """One of the engine's weights, and how it is derived from the checkpoint's tensor."""
 
-    #: Dotted path in the module, e.g. "layers.0.mixer.kv_a.weight".
+    #: Dotted path in the module, for example "layers.0.mixer.kv_a.weight".
     path: str
-    #: Makes floats of a tensor's floats: the array, or a matrix [in, out] or [heads, in, out].
+    #: Derives the floats of the weight from those of the tensor: an array, or a matrix [in, out]
+    #: or [heads, in, out].
     cut: Callable[[np.ndarray], np.ndarray] = _as_it_is
-    #: It is a matrix, which may be kept in any format.
+    #: The weight is a matrix, which may have any format.
     matrix: bool = False
-    #: Instead of `cut`, of a matrix: these outputs of the tensor, as it is stored, without loss.
+    #: For a matrix, instead of `cut`: the outputs to take, in the stored format, without loss.
     outputs: slice | np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorRule:
-    """One tensor of the checkpoint: its name, the shape it must have, and what it becomes."""
+    """One tensor of the checkpoint: its name, its required shape, and the weights it becomes."""
 
     source: str
     shape: tuple[int, ...]
@@ -48,12 +49,12 @@ class TensorRule:
 
     @property
     def d_in(self) -> int:
-        """Inputs of a tensor that is a matrix."""
+        """Number of inputs of a tensor that is a matrix."""
         return self.shape[0 if self.inputs_first else 1]
 
 
 class Stored(Protocol):
-    """A tensor of a checkpoint in whatever form its files have it."""
+    """A tensor of a checkpoint, in any stored format."""
 
     @property
     def format(self) -> WeightFormat: ...
@@ -64,21 +65,21 @@ class Stored(Protocol):
 
 
 def matrix_form(target: Target, tensor: Stored) -> WeightFormat:
-    """How a matrix of a tensor is kept as it is; of codes that are cut anew, in bfloat16."""
+    """Format of a target matrix without rounding; bfloat16 if a quantised tensor is rearranged."""
     if target.outputs is None and tensor.format.group:
         return WeightFormat("bfloat16")
     return tensor.format
 
 
-#: A weight on the host: an array, a matrix, or a matrix for each head.
+#: A weight on the host: an array, a matrix, or one matrix per head.
 Part = np.ndarray | Matrix | list[Matrix]
 
 
 def arrays_of(path: str, part: Part, form: WeightFormat | None) -> dict[str, np.ndarray]:
-    """The arrays of a weight by their names.
+    """Arrays of a weight by name.
 
     Args:
-        form: of a matrix.
+        form: format of the matrix; not used for other weights.
     """
     if isinstance(part, np.ndarray):
         return {path: part}
@@ -90,7 +91,7 @@ def arrays_of(path: str, part: Part, form: WeightFormat | None) -> dict[str, np.
 
 
 def parts_of(rule: TensorRule, tensor: Stored) -> Iterator[tuple[str, Part]]:
-    """Our weights of one tensor by their paths: arrays, matrices, or a matrix for each head."""
+    """Yield the weights that a tensor becomes, with their paths."""
     floats: np.ndarray | None = None
     kept: Matrix | None = None
     for target in rule.targets:
@@ -109,26 +110,26 @@ def parts_of(rule: TensorRule, tensor: Stored) -> Iterator[tuple[str, Part]]:
 
 
 def same(source: str, shape: tuple[int, ...], path: str) -> TensorRule:
-    """A tensor taken as it is."""
+    """Rule for a tensor that becomes an array unchanged."""
     return TensorRule(source, shape, (Target(path),))
 
 
 def matrix(
     source: str, shape: tuple[int, int], path: str, inputs_first: bool = False
 ) -> TensorRule:
-    """A projection."""
+    """Rule for a tensor that becomes a matrix."""
     whole = Target(path, matrix=True, outputs=slice(None))
     return TensorRule(source, shape, (whole,), inputs_first)
 
 
 def linear(source: str, d_in: int, d_out: int, path: str, bias: bool = False) -> list[TensorRule]:
-    """A `layers.Linear`."""
+    """Rules for a `layers.Linear`."""
     rules = [matrix(f"{source}.weight", (d_out, d_in), f"{path}.weight")]
     return [*rules, same(f"{source}.bias", (d_out,), f"{path}.bias")] if bias else rules
 
 
 def mlp(source: str, d: int, width: int, path: str) -> list[TensorRule]:
-    """A `layers.GatedMLP`."""
+    """Rules for a `layers.GatedMLP`."""
     return [
         *linear(f"{source}.gate_proj", d, width, f"{path}.gate"),
         *linear(f"{source}.up_proj", d, width, f"{path}.up"),
@@ -137,7 +138,7 @@ def mlp(source: str, d: int, width: int, path: str) -> list[TensorRule]:
 
 
 def trunk_rules(config: ModelConfig) -> list[TensorRule]:
-    """The checkpoint's tensors of the trunk, layer by layer."""
+    """Rules for all tensors of the trunk, layer by layer."""
     shape = (config.vocab_size, config.hidden_size)
     rules = [
         matrix("model.embed_tokens.weight", shape, "embedding"),
@@ -276,14 +277,17 @@ def _delta(config: ModelConfig, shape: DeltaNet, source: str, ours: str) -> Iter
 def _joined_delta(
     config: ModelConfig, shape: DeltaNet, source: str, ours: str
 ) -> Iterator[TensorRule]:
-    """Projections whose rows are grouped by key head: its query, its key, the values of its value
-    heads and their gates; and the strengths and the decays of its value heads."""
+    """Rules for joined projections, whose rows are grouped by key head.
+
+    In in_proj_qkvz, a group is the head's query, its key, and the values and gates of its value
+    heads. In in_proj_ba, a group is the strengths and the decays of its value heads.
+    """
     d, groups, key = config.hidden_size, shape.num_key_heads, shape.key_dim
     each = shape.num_value_heads // groups
     value = each * shape.value_dim
 
     def rows(name: str, width: int, *parts: tuple[int, int]) -> Target:
-        """Of rows in groups of `width`: rows begin..end of every group, for each part in turn."""
+        """Target with rows begin..end of every group of `width` rows, part after part."""
         number = np.arange(groups * width).reshape(groups, width)
         chosen = [number[:, begin:end].reshape(-1) for begin, end in parts]
         return Target(f"{ours}.{name}.weight", matrix=True, outputs=np.concatenate(chosen))
@@ -305,10 +309,10 @@ def _joined_delta(
 
 
 def expert_rules(config: ModelConfig, layer: int, expert: int) -> list[TensorRule]:
-    """The checkpoint's tensors of one routed expert, whose targets are leaves of its format.
+    """Rules for the tensors of one routed expert; targets are leaves of the expert's format.
 
     Args:
-        layer: counts from 0 over all layers.
+        layer: index among all layers, from 0.
     """
     d, f, names = config.hidden_size, config.expert.width, config.names
     source = f"model.layers.{layer}.{names.experts}.{expert}"
@@ -330,7 +334,7 @@ def expert_rules(config: ModelConfig, layer: int, expert: int) -> list[TensorRul
 
 
 def _interleaved_expert(config: ModelConfig, source: str) -> list[TensorRule]:
-    """gpt-oss's: [in, out], the columns of gate and up taking turns."""
+    """Rules for gpt-oss: tensors are [in, out], with alternating columns of gate and up."""
     d, f = config.hidden_size, config.expert.width
     turns = {"gate": slice(0, None, 2), "up": slice(1, None, 2)}
 

@@ -1,4 +1,4 @@
-"""Text to tokens and back, and chat templates, from a model directory's tokenizer files."""
+"""Tokenizer and chat template of a model, from the files in its directory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cl
 
 
 class Tokenizer:
-    """A model's tokenizer; made by `Tokenizer.load`."""
+    """A model's tokenizer; create with `Tokenizer.load`."""
 
     def __init__(
         self,
@@ -51,27 +51,30 @@ class Tokenizer:
             ("add_eos_token", self._eos_token_id),
         ):
             if settings.get(name) and token is None:
-                raise UserError(f"{where}: {name} is true but {name[4:]} is not in tokenizer.json")
+                raise UserError(
+                    f"{where}: {name} is true, but {name[4:]} is not in tokenizer.json: correct "
+                    "one of the files"
+                )
 
     @staticmethod
     def load(directory: str | pathlib.Path) -> Tokenizer:
-        """Reads tokenizer.json, tokenizer_config.json, chat_template.jinja and the configs' EOS.
+        """Read tokenizer.json, tokenizer_config.json, chat_template.jinja and the config's EOS.
 
         Args:
-            directory: in Hugging Face format, or converted from it; or a GGUF file.
+            directory: a directory in Hugging Face format, a converted model, or a GGUF file.
 
         Raises:
-            UserError: a file is missing or torn, or there are more tokens than the model has.
+            UserError: a file is missing or damaged, or there are more tokens than the model has.
         """
         directory = model_directory(directory)
         files = side_files(directory)
         path = directory / "tokenizer.json"
         if "tokenizer.json" not in files:
-            raise UserError(f"{path}: no such file")
+            raise UserError(f"{path}: no such file; download it with the model")
         try:
             backend = tokenizers.Tokenizer.from_buffer(files["tokenizer.json"])
         except Exception as error:  # the library raises bare Exception
-            raise UserError(f"{path}: not a tokenizer, or torn: {error}") from error
+            raise UserError(f"{path}: not a tokenizer, or damaged: {error}") from error
         config = read_config(directory)
         top = max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
         if top >= config.vocab_size:
@@ -95,7 +98,7 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens, special ones included."""
+        """Number of tokens, including special tokens."""
         return self._backend.get_vocab_size(with_added_tokens=True)
 
     @property
@@ -104,19 +107,22 @@ class Tokenizer:
         return self._template is not None
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Tokens of a prompt.
+        """Encode a prompt.
 
-        With `add_special_tokens` begin and end tokens are added as add_bos_token and add_eos_token
-        of tokenizer_config.json say or, where it says nothing, as tokenizer.json does.
+        With `add_special_tokens`, BOS and EOS tokens are added according to add_bos_token and
+        add_eos_token in tokenizer_config.json; if both are absent, according to tokenizer.json.
 
         Raises:
-            UserError: the text has half of a surrogate pair, which is no character.
+            UserError: the text contains half of a surrogate pair, which is not a character.
         """
         if any("\ud800" <= char <= "\udfff" for char in text):
-            raise UserError("prompt: half of a surrogate pair, which is no character")
+            raise UserError(
+                "prompt: contains half of a surrogate pair, which is not a character; send valid "
+                "Unicode text"
+            )
         explicit = "add_bos_token" in self._settings or "add_eos_token" in self._settings
         own = add_special_tokens and not explicit
-        # As a batch of one: that leaves other threads their turn, which a long text must.
+        # `encode_batch` releases the GIL, so that a long text does not block other threads.
         (encoding,) = self._backend.encode_batch([text], add_special_tokens=own)
         ids = encoding.ids
         if add_special_tokens and self._settings.get("add_bos_token"):
@@ -126,7 +132,7 @@ class Tokenizer:
         return ids
 
     def decode(self, token_ids: Iterable[int], skip_special_tokens: bool = True) -> str:
-        """Text of tokens; bytes that are no UTF-8 become U+FFFD."""
+        """Decode tokens to text; bytes that are not valid UTF-8 become U+FFFD."""
         return self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
 
     def chat_text(
@@ -135,15 +141,15 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         **variables: Any,
     ) -> str:
-        """The prompt of a conversation as text.
+        """Render a conversation as the text of a prompt.
 
         Args:
-            messages: each with "role" and "content".
-            add_generation_prompt: end where the assistant's answer begins.
-            variables: more names for the template, e.g. tools.
+            messages: messages with "role" and "content".
+            add_generation_prompt: end with the beginning of the assistant's answer.
+            variables: more variables for the template, for example tools.
 
         Raises:
-            UserError: the model has no chat template, or it refuses the messages.
+            UserError: the model has no chat template, or the template rejects the messages.
         """
         if self._template is None:
             raise UserError(f"{self._where}: the model has no chat template")
@@ -157,25 +163,27 @@ class Tokenizer:
 
 
 def _text(token: Any, where: str) -> str:
-    """A special token, given as text or as {"content": text}."""
+    """Text of a special token, which is given as text or as {"content": text}."""
     text = token.get("content") if isinstance(token, dict) else token
     if not isinstance(text, str):
-        raise UserError(f"{where} is {token!r}; expected text")
+        raise UserError(f"{where} is {token!r}; expected a string")
     return text
 
 
 def _default_template(value: Any, where: str) -> str | None:
-    """A template, or the one called "default" of a list of named ones."""
+    """The chat template; from a list of named templates, the one named "default"."""
     if isinstance(value, list):
         named = {item.get("name"): item.get("template") for item in value}
         value = named.get("default")
     if value is not None and not isinstance(value, str):
-        raise UserError(f"{where}: chat_template is neither text nor a list with a default")
+        raise UserError(
+            f"{where}: chat_template is neither a string nor a list with a template named default"
+        )
     return value
 
 
 class _Generation(jinja2.ext.Extension):
-    """{% generation %} ... {% endgeneration %} marks answers for training; it renders its body."""
+    """Supports {% generation %} ... {% endgeneration %}, a mark for training: renders the body."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -185,7 +193,7 @@ class _Generation(jinja2.ext.Extension):
 
 
 def _compile(template: str, where: str) -> jinja2.Template:
-    """A template in a sandbox, with the names Hugging Face's templates rely on."""
+    """Compile a template in a sandbox, with the names that Hugging Face's templates rely on."""
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True,
         lstrip_blocks=True,
@@ -207,7 +215,7 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    # jinja2's own filter escapes for HTML
+    # The filter of jinja2 would escape for HTML.
     return json.dumps(
         value,
         ensure_ascii=ensure_ascii,

@@ -1,4 +1,4 @@
-"""Which devices belong to which server, and what passes between the devices of one server."""
+"""Devices of all servers, and collectives between the devices of one server."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from dance_jax.models import native, siblings_cpu
 
 #: Mesh axis over all devices of all servers, in rank order.
 AXIS = "device"
-#: Rows of one message where a count decides how many messages there are.
+#: Rows of a message if the number of messages depends on a count.
 CHUNK = 16
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """What one process knows of the cluster at compile time."""
+    """The cluster as known to one process at compile time."""
 
     #: This server's position in the hosts file.
     rank: int
-    #: Devices of each server.
+    #: Number of devices of each server.
     devices: tuple[int, ...]
-    #: Most tokens one device of any server carries in one step.
+    #: Most tokens of one device of any server in a step.
     max_step_tokens: int
 
     @property
@@ -33,7 +33,7 @@ class Topology:
 
     @property
     def siblings(self) -> int:
-        """Devices of this server."""
+        """Number of devices of this server."""
         return self.devices[self.rank]
 
     @property
@@ -45,12 +45,12 @@ class Topology:
         return sum(self.devices[:server])
 
     def max_rows(self, server: int) -> int:
-        """Most rows `server` can send to another in one layer."""
+        """Most rows that `server` can send to another server in one layer."""
         return self.devices[server] * self.max_step_tokens
 
     @property
     def room(self) -> int:
-        """Rows of an array that holds all that others can send in one layer, in whole CHUNKs."""
+        """Most rows that all peers can send in one layer, rounded up to whole CHUNKs."""
         return -(-sum(self.max_rows(peer) for peer in self.peers) // CHUNK) * CHUNK
 
 
@@ -60,12 +60,12 @@ def _ring(topology: Topology, shift: int) -> list[tuple[int, int]]:
 
 
 def local_index(topology: Topology) -> Array:
-    """int32 []: this device's position in its server; the gateway is 0."""
+    """int32 []: index of this device within its server; 0 is the gateway."""
     return lax.axis_index(AXIS) - topology.gateway(topology.rank)
 
 
 def gather_siblings(topology: Topology, x_td: Array) -> Array:
-    """[t, w] of each device -> [devices * t, w] of all, in device order, on every device."""
+    """Gather [t, w] of every device into [devices * t, w], in device order, on every device."""
     size = topology.siblings
     if size == 1:
         return x_td
@@ -81,7 +81,7 @@ def gather_siblings(topology: Topology, x_td: Array) -> Array:
 
 
 def scatter_siblings(topology: Topology, y_gd: Array) -> Array:
-    """Sum over devices of [devices * t, d], of which each device keeps its own [t, d]."""
+    """Sum [devices * t, d] over devices; each device keeps its own [t, d] of the sum."""
     size = topology.siblings
     if size == 1:
         return y_gd
@@ -97,7 +97,7 @@ def scatter_siblings(topology: Topology, y_gd: Array) -> Array:
 
 
 def sum_at_gateway(topology: Topology, y_rd: Array, count: Array) -> Array:
-    """Sum of the first `count` rows over the devices, right on the gateway."""
+    """Sum the first `count` rows over the devices; the result is valid on the gateway."""
     base = topology.gateway(topology.rank)
 
     def add(i, y_rd):
@@ -117,7 +117,7 @@ def sum_at_gateway(topology: Topology, y_rd: Array, count: Array) -> Array:
 
 
 def from_gateway(topology: Topology, tree):
-    """The gateway's arrays, on every device of the server."""
+    """Copy the gateway's arrays to every device of the server."""
     if topology.siblings == 1:
         return tree
     base = topology.gateway(topology.rank)

@@ -1,6 +1,7 @@
-"""The trunk: everything of a model but its routed experts, as its `ModelConfig` says.
+"""The trunk: a model without its routed experts, as defined by its `ModelConfig`.
 
-A step runs it part by part: `Trunk.embed`, layer after layer, `Trunk.logits` (engine/step.py).
+A step runs the trunk part by part: `Trunk.embed`, layer after layer, `Trunk.logits`
+(engine/step.py).
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from dance_jax.models.layers import GatedMLP, Linear, RMSNorm, Weight, parameter
 from dance_jax.models.rope import Rotation, rotation
 from dance_jax.models.router import Routed, Router
 
-#: moe(routed) -> (float32 [t, d], record): the weighted sums of the experts of a layer, and any
-#: pytree. Supplied by whoever holds the experts.
+#: moe(routed) -> (float32 [t, d], record): the weighted sums of a layer's routed experts, and any
+#: pytree. Supplied by the owner of the experts.
 MoE = Callable[[Routed], tuple[jax.Array, Any]]
 
 _MIXERS: dict[type[Mixer], Callable[..., nnx.Module]] = {
@@ -40,7 +41,7 @@ _MIXERS: dict[type[Mixer], Callable[..., nnx.Module]] = {
 
 
 class SharedExperts(nnx.Module):
-    """The experts that every token of a layer uses, all in one; float32 [t, d]."""
+    """The shared experts of a layer, combined into one feed-forward; returns float32 [t, d]."""
 
     def __init__(self, config: ModelConfig, dtype: jnp.dtype):
         assert config.shared is not None
@@ -56,18 +57,19 @@ class SharedExperts(nnx.Module):
 
 
 class Rest(NamedTuple):
-    """What a layer has beside what its routed experts get."""
+    """Intermediate results of `Layer.start` for the rest of the layer."""
 
-    #: [t, d] each: the residual stream, and what `Layer.beside` gets.
+    #: [t, d], the residual stream, input of `Layer.finish`.
     hidden: jax.Array
+    #: [t, d], input of `Layer.beside`.
     x: jax.Array
 
 
 class Layer(nnx.Module):
     """One decoder layer: a mixer, then a dense feed-forward, or shared and routed experts.
 
-    `start` leads to what the routed experts get, `beside` computes what is added to their sums, and
-    `finish` goes on with both.
+    `start` computes the inputs of the routed experts, `beside` what is added to their sums, and
+    `finish` combines both.
     """
 
     def __init__(self, config: ModelConfig, index: int, dtype: jnp.dtype):
@@ -95,13 +97,13 @@ class Layer(nnx.Module):
         cached: Any,
         moe: MoE,
     ) -> tuple[jax.Array, Any, Any]:
-        """Runs the tokens of a step.
+        """Run the layer for the tokens of a step.
 
         Args:
-            moe: the routed experts of this layer; not called where it has none.
+            moe: the routed experts of this layer; not called if the layer has none.
 
         Returns:
-            hidden [t, d]; `cached` with what this step adds; the record of `moe`, or None.
+            hidden [t, d]; `cached` with this step's additions; and the record of `moe`, or None.
         """
         rest, routed, cached = self.start(hidden_td, rotation_tk, batch, cached)
         beside_td = self.beside(rest.x)
@@ -113,16 +115,17 @@ class Layer(nnx.Module):
     def start(
         self, hidden_td: jax.Array, rotation_tk: Rotation | None, batch: Sequence[Rows], cached: Any
     ) -> tuple[Rest, Routed | None, Any]:
-        """The layer up to its routed experts.
+        """Run the layer up to its routed experts.
 
         Args:
-            rotation_tk: of the mixer's rotation, for the tokens' positions.
-            batch: the rows that the tokens are.
-            cached: what earlier steps left, [blocks, positions, cache_width] or `delta.DeltaState`.
+            rotation_tk: the mixer's rotation at the tokens' positions.
+            batch: the rows to which the tokens belong.
+            cached: the cache after earlier steps, [blocks, positions, cache_width] or
+                `delta.DeltaState`.
 
         Returns:
-            What `beside` and `finish` get; what the routed experts get, None where the layer has
-            none; and `cached` with what this step adds.
+            Inputs of `beside` and `finish`; inputs of the routed experts, or None if the layer has
+            none; and `cached` with this step's additions.
         """
         mixed, cached = self.mixer(self.attention_norm(hidden_td), rotation_tk, batch, cached)
         hidden_td = hidden_td + mixed
@@ -131,7 +134,7 @@ class Layer(nnx.Module):
         return Rest(hidden_td, x_td), routed, cached
 
     def beside(self, x_td: jax.Array) -> jax.Array | None:
-        """What is added to the sums of routed experts, [t, d] of `Rest.x`; None: nothing is."""
+        """What is added to the routed experts' sums, [t, d], from `Rest.x`; None for nothing."""
         if not self.routed:
             return self.mlp(x_td)
         return None if self.shared is None else self.shared(x_td)
@@ -139,8 +142,13 @@ class Layer(nnx.Module):
     def finish(
         self, hidden_td: jax.Array, beside_td: jax.Array | None, experts_td: jax.Array | None
     ) -> jax.Array:
-        """hidden [t, d], from `Rest.hidden`, what `beside` gave, and the routed experts' sums,
-        float32 [t, d]."""
+        """Compute the layer's output, hidden [t, d].
+
+        Args:
+            hidden_td: `Rest.hidden`.
+            beside_td: result of `beside`.
+            experts_td: sums of the routed experts, float32 [t, d].
+        """
         sums_td = hidden_td.astype(jnp.float32)
         for part_td in (beside_td, experts_td):
             if part_td is not None:
@@ -149,7 +157,7 @@ class Layer(nnx.Module):
 
 
 class SandwichLayer(Layer):
-    """Gemma 4's layer: norms before and behind each part, experts beside a dense feed-forward."""
+    """Gemma 4's layer: norms before and after each part; a dense feed-forward plus experts."""
 
     def __init__(self, config: ModelConfig, index: int, dtype: jnp.dtype):
         layer, d = config.layers[index], config.hidden_size
@@ -187,7 +195,7 @@ class SandwichLayer(Layer):
 
 
 class Trunk(nnx.Module):
-    """Everything but the routed experts: embedding, layers, final norm, output projection."""
+    """A model without routed experts: embedding, layers, final norm, output projection."""
 
     def __init__(self, config: ModelConfig, dtype: jnp.dtype):
         layer = SandwichLayer if config.sandwich else Layer
@@ -201,10 +209,10 @@ class Trunk(nnx.Module):
     def embed(
         self, tokens_t: jax.Array, positions_t: jax.Array, context: int
     ) -> tuple[jax.Array, tuple[Rotation, ...]]:
-        """What the first layer gets, [t, hidden_size], and the rotations of `ropes(config)`.
+        """Inputs of the first layer, [t, hidden_size], and the rotations of `ropes(config)`.
 
         Args:
-            tokens_t: int32 [t]; positions_t: int32 [t], where they stand.
+            tokens_t: int32 [t]; positions_t: int32 [t], positions of the tokens.
             context: longest sequence served, in tokens.
         """
         hidden = self.embedding.columns(tokens_t).astype(self.dtype)
@@ -214,7 +222,7 @@ class Trunk(nnx.Module):
 
     @jax.named_scope("logits")
     def logits(self, hidden_nd: jax.Array) -> jax.Array:
-        """Scores of every token of the vocabulary, float32 [n, vocab_size], behind the layers."""
+        """Logits, float32 [n, vocab_size], from the output of the last layer."""
         weight = self.embedding if self.config.tie_embeddings else self.head
         logits = weight(self.norm(hidden_nd))
         cap = self.config.logit_cap
@@ -222,18 +230,21 @@ class Trunk(nnx.Module):
 
 
 def ropes(config: ModelConfig) -> tuple[RopeConfig, ...]:
-    """The rotations of a model's layers, each once, in the order of the layers."""
+    """The distinct rotations of a model's layers, in the order of the layers."""
     mixers = [layer.mixer for layer in config.layers]
     return tuple(dict.fromkeys(m.rope for m in mixers if not isinstance(m, DeltaNet)))
 
 
 def rope_of(config: ModelConfig, layer: int) -> int | None:
-    """Which of `ropes(config)` a layer uses."""
+    """Index in `ropes(config)` of a layer's rotation; None if the layer has none."""
     mixer = config.layers[layer].mixer
     return None if isinstance(mixer, DeltaNet) else ropes(config).index(mixer.rope)
 
 
 def split_trunk(trunk: Trunk) -> tuple[Trunk, Sequence[nnx.Module]]:
-    """The trunk without its layers, and the layers: the parts of a step, which share nothing."""
+    """Split off the layers: returns the trunk without layers, and the layers.
+
+    A step runs these parts separately; they share nothing. The trunk is modified.
+    """
     layers, trunk.layers = list(trunk.layers), nnx.List([])
     return trunk, layers

@@ -1,4 +1,4 @@
-"""What the tests of the three processes share."""
+"""Fixtures for the tests with three processes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def single(expert_library: pathlib.Path | None) -> Runner:
 
 @pytest.fixture(scope="package")
 def single_of(expert_library: pathlib.Path | None) -> Callable[..., Runner]:
-    """The like of one of `tiny.MODELS`, and of a `wire_dtype`."""
+    """single_of(model, wire_dtype) -> a runner like `single` for one of `tiny.MODELS`."""
     return alone
 
 

@@ -1,4 +1,4 @@
-"""Three real processes with 1, 1 and 2 devices, alive through the test session."""
+"""Three real processes with 1, 1 and 2 devices that run during the whole test session."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ class TestCluster:
             )
             for rank in range(len(DEVICES))
         ]
-        self._tell(self._replies())  # where each listens for the others
+        self._tell(self._replies())  # the endpoints of all servers
 
     def send(self, *command: Any) -> list[Any]:
-        """One reply per server."""
+        """Send a command to all servers; returns one reply per server."""
         self._tell(command)
         return self._replies()
 
@@ -53,18 +53,18 @@ class TestCluster:
         return [pickle.load(process.stdout) for process in self.processes]  # type: ignore[arg-type]
 
     def use(self, transport: str, wire_dtype: str = "float32", model: str = "latent") -> None:
-        """What all further commands mean; the first `place` of each compiles it."""
+        """Choose the variant for later commands; the first `place` of a variant compiles it."""
         self.send("use", transport, wire_dtype, model)
 
     def place(self, layout: Layout) -> list[Any]:
         return self.send("place", layout)
 
     def stage(self, number: int, layout: Layout, *ranks: int) -> None:
-        """These servers have loaded a batch."""
+        """Tell these servers that they have loaded a batch."""
         self.send("stage", number, layout, ranks)
 
     def commit(self, number: int, *ranks: int) -> None:
-        """These servers know that all have loaded a batch."""
+        """Tell these servers that all servers have loaded a batch."""
         self.send("commit", number, ranks)
 
     def step(self, commands: list[Any]) -> list[Any]:

@@ -1,5 +1,7 @@
-"""Three real processes give what one device gives, whatever the placement and the batches, and
-whoever carries their rows."""
+"""Three real processes compute the same results as one device.
+
+This holds for any placement, any batches, and every transport of rows.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +20,12 @@ from tests.cluster import tiny
 from tests.cluster.fixture import DEVICES, TestCluster
 from tests.cluster.tiny import DECODE, EXPERTS, LAYERS, SLICE, Tokens
 
-#: Expert slots on each device of each server: unequal, and the first server has room for all. One
-#: of them is spare, so that experts can move.
+#: Expert slots on each device of each server. The numbers are unequal, and the first server has
+#: room for all experts. One slot is spare, so that experts can move.
 SLOTS = (33, 21, 17)
 SPARE = 1
 SHAPE = (3, LAYERS, EXPERTS)
-#: The cluster starts once; no example may take it down or time out because of a busy machine.
+#: The cluster starts only once, so examples must not time out because of a busy machine.
 cluster_settings = settings(
     deadline=None,
     phases=[Phase.explicit, Phase.generate],
@@ -42,7 +44,7 @@ def placed(resident: np.ndarray) -> tuple[Placement, Layout]:
 
 
 def random_resident(seed: int, empty: frozenset[int], replicas: float) -> np.ndarray:
-    """Every expert on a random server with room, and copies into free slots at random."""
+    """A random placement: each expert on a server with room, and random replicas in free slots."""
     rng = np.random.default_rng(seed)
     room = (np.array(SLOTS) - SPARE) * np.array(DEVICES)
     room[list(empty)] = 0
@@ -57,7 +59,7 @@ def random_resident(seed: int, empty: frozenset[int], replicas: float) -> np.nda
 
 
 def alone(runner, start: int, tokens: tuple[int, ...]) -> dict:
-    """One row on the single device; `start` > 0 first fills the cache with the tokens before."""
+    """Run one row on the single device; first fills the cache with the tokens before `start`."""
     if start:
         tiny.run(runner, (SLICE, [Tokens(((0, 0, tokens[:start]),))]))
     bucket = SLICE if len(tokens) - start > 1 else DECODE
@@ -65,7 +67,7 @@ def alone(runner, start: int, tokens: tuple[int, ...]) -> dict:
 
 
 def check_row(reply: dict, index: int, expected: dict) -> None:
-    """Logits within 1e-4; the greedy token equal unless two are within 1e-3."""
+    """Check logits within 1e-4, and the greedy token unless the best two are within 1e-3."""
     logits, wanted = reply["logits"][index], expected["logits"][0]
     np.testing.assert_allclose(logits, wanted, atol=1e-4, rtol=0)
     best = np.sort(wanted)[-2:]
@@ -74,8 +76,14 @@ def check_row(reply: dict, index: int, expected: dict) -> None:
 
 
 def check_traffic(replies: list[list[dict]], resident: np.ndarray) -> np.ndarray:
-    """Hidden states sent, per layer and pair, are what the recorded routes say, [l, n, n]; and so
-    are those with any expert elsewhere."""
+    """Check traffic against the recorded routes.
+
+    Compares the hidden states sent per layer and pair of servers, and the number of hidden states
+    with any remote expert.
+
+    Returns:
+        Hidden states sent, [l, n, n].
+    """
     routes = [
         np.concatenate([route for device in server for route in device["routes"]])
         if any(device["routes"] for device in server)
@@ -96,14 +104,14 @@ def check_traffic(replies: list[list[dict]], resident: np.ndarray) -> np.ndarray
     return sent
 
 
-#: What the sequences of a server do in a step: all decode, all are in the slice, or the first of
-#: each device decodes beside the slice.
+#: What the sequences of a server do in a step: all decode, all are in the prefill slice, or the
+#: first sequence of each device decodes and the others are in the slice.
 KINDS = ("decode", "slice", "mixed")
 
 
 @st.composite
 def server_batches(draw) -> list[tuple[str, list[list[tuple[int, int]]]]]:
-    """Per server a kind and, per device, the (seed, length) of its sequences; some have none."""
+    """For each server a kind, and for each device the (seed, length) of its sequences, if any."""
     rows = st.tuples(st.integers(0, 5), st.integers(1, 30))
     return [
         (
@@ -115,17 +123,17 @@ def server_batches(draw) -> list[tuple[str, list[list[tuple[int, int]]]]]:
 
 
 def decodes(kind: str, number: int, tokens: tuple[int, ...]) -> bool:
-    """The sequence computes its last token alone, all others before."""
+    """Whether the step computes only the last token of the sequence."""
     return kind == "decode" or (kind == "mixed" and number == 0 and len(tokens) > 1)
 
 
 def start(kind: str, number: int, tokens: tuple[int, ...]) -> int:
-    """The position of the first token that the sequence computes in the step."""
+    """Position of the first token of the sequence in the step."""
     return len(tokens) - 1 if decodes(kind, number, tokens) else 0
 
 
 def any_placement(test):
-    """Given any placement and any batches, an uneven one among them."""
+    """Run a test with any placement and any batches, including an uneven one."""
     given_any = given(
         seed=st.integers(0, 2**31),
         empty=st.sampled_from([frozenset(), frozenset({1}), frozenset({0, 1}), frozenset({1, 2})]),
@@ -160,7 +168,7 @@ def test_collectives_give_it_too(
     sent = np.stack([server[0]["sent"] for server in replies], 1)
     for server in replies:
         for device in server:
-            np.testing.assert_array_equal(device["rows"], sent)  # all know what all have sent
+            np.testing.assert_array_equal(device["rows"], sent)  # all servers know all traffic
 
 
 @pytest.mark.parametrize("model", ["grouped", "recurrent", "quantised"])
@@ -176,10 +184,10 @@ def test_other_models_give_it_too(
 def check_placement(
     three_servers: TestCluster, single, seed, empty, replicas, batches
 ) -> list[list[dict]]:
-    """The replies of the last step."""
+    """Check a step with a random placement; returns the replies of the step."""
     resident = random_resident(seed, empty, replicas)
     three_servers.place(placed(resident)[1])
-    # First everything but the last token of what decodes, then the step itself.
+    # First run all but the last token of decoding sequences, then the step itself.
     fill, step = [], []
     for kind, devices in batches:
         tokens = [[sequence(*row) for row in rows] for rows in devices]
@@ -212,7 +220,7 @@ both_transports = pytest.mark.parametrize("transport", ["calls", "collectives"])
 def test_no_token_is_dropped_when_all_want_the_same_experts(
     three_servers: TestCluster, single, transport: str
 ):
-    """Routers without weights choose experts 0..3 for every token; one server holds them all."""
+    """Routers with zero weights choose experts 0..3 for every token; one server holds these."""
     resident = np.zeros(SHAPE, bool)
     resident[2, :, :4] = True
     resident[0, :, 4:] = True
@@ -239,7 +247,7 @@ def test_no_token_is_dropped_when_all_want_the_same_experts(
 
 @both_transports
 def test_a_local_layer_sends_headers_at_most(three_servers: TestCluster, transport: str):
-    """After traffic, a few quiet steps shrink every message to its header."""
+    """After traffic, quiet steps shrink every message to its header."""
     tokens = sequence(0, 32)
     three_servers.use(transport)
     three_servers.place(placed(random_resident(3, frozenset(), 0.0))[1])
@@ -256,7 +264,7 @@ def test_a_local_layer_sends_headers_at_most(three_servers: TestCluster, transpo
 
 
 def test_bytes_that_one_server_sends_another_receives(three_servers: TestCluster):
-    """Calls and answers; and every call is answered once."""
+    """Counts calls and answers; every call is answered once."""
     three_servers.use("calls")
     three_servers.place(placed(random_resident(5, frozenset(), 0.0))[1])
     tokens = sequence(1, 30)
@@ -275,13 +283,13 @@ def test_bytes_that_one_server_sends_another_receives(three_servers: TestCluster
         assert not by_peer(unwanted).any(), unwanted
 
 
-#: Each expert on one server, and those of the first server, which always knows them.
+#: The server of each expert; and the experts of the first server, which are always in its table.
 HELD_BY = np.resize([0, 1, 2], SHAPE[1:])
 OWN = HELD_BY == 0
 
 
 def held_by(server: np.ndarray) -> np.ndarray:
-    """bool [n, l, e] for int [l, e]."""
+    """The table, bool [n, l, e], for the server of each expert, int [l, e]."""
     return server == np.arange(SHAPE[0])[:, None, None]
 
 
@@ -308,13 +316,13 @@ def held_by(server: np.ndarray) -> np.ndarray:
 def test_a_server_with_an_older_table_is_refused_and_asks_again(
     three_servers: TestCluster, single, old: np.ndarray, now: np.ndarray, soon: bool
 ):
-    """Other holders by its table, or, in the same layer, those of the table that it has soon."""
+    """The next holder comes from the old table, or from a new one that arrives during the layer."""
     three_servers.use("calls")
     layout = placed(now)[1]
     three_servers.place(layout)
     tokens = sequence(2, 30)
     prompt = [(SLICE, [Tokens(((0, 0, tokens),))] * count) for count in DEVICES]
-    three_servers.step(prompt)  # nothing is left to be compiled
+    three_servers.step(prompt)  # compiles everything
     believed = dataclasses.replace(layout, device_of=np.where(old, 0, -1).astype(np.int32))
     three_servers.send("believe", believed, 0)
     if soon:
@@ -332,10 +340,10 @@ def test_a_server_with_an_older_table_is_refused_and_asks_again(
 def test_rounded_rows(
     three_servers: TestCluster, single, single_of, transport: str, wire_dtype: str
 ):
-    """In bfloat16 all rows are rounded, wherever their experts are: one device does the same.
+    """With bfloat16 all rows are rounded, for local experts too, so one device gives the same.
 
-    This model's logits have a range of 6; measured, they are off from unrounded ones by up to 0.003
-    (bfloat16) and 0.018 (int8). Routes are as without, and so is who gets what.
+    This model's logits have a range of 6. Measured, they differ from unrounded ones by up to 0.003
+    (bfloat16) and 0.018 (int8). Routes and traffic do not change.
     """
     resident = random_resident(6, frozenset(), 0.0)
     three_servers.use(transport, wire_dtype)
@@ -358,7 +366,7 @@ def test_rounded_rows(
 
 @pytest.mark.parametrize("model", ["latent", "quantised"])
 def test_pools_hold_exactly_their_slots(three_servers: TestCluster, model: str):
-    """A server allocates what its own experts take, whatever others hold."""
+    """A server allocates memory only for its own experts."""
     three_servers.use("calls", model=model)
     _, layout = placed(random_resident(4, frozenset(), 0.3))
     each = tiny.form_of(model).bytes

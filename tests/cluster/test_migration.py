@@ -1,4 +1,4 @@
-"""Experts move between three real processes while sequences go on."""
+"""Experts move between three real processes while sequences are decoded."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ EVERYONE = range(len(DEVICES))
 
 
 class Sequences:
-    """One on every device, known before; all grow by a token in every step."""
+    """One sequence per device with known tokens; all grow by one token in every step."""
 
     PROMPT = 24
 
     def __init__(self, three_servers: TestCluster, single) -> None:
         self._cluster, self._single = three_servers, single
-        # On the single device each has a number of its own.
+        # On the single device, each sequence has a different number.
         self._tokens = [sequence(seed, 120) for seed in range(sum(DEVICES))]
         self._length = 0
         self._grow(SLICE, self.PROMPT)
@@ -45,7 +45,7 @@ class Sequences:
         return self._grow(DECODE, 1)
 
     def _grow(self, bucket: tuple[int, int], count: int) -> list[list[dict]]:
-        """All replies, whose logits are those of one device."""
+        """Run a step and check its logits against one device; returns all replies."""
         begin, self._length = self._length, self._length + count
         rows = [tokens[begin : self._length] for tokens in self._tokens]
         device = iter(rows)
@@ -63,13 +63,13 @@ class Sequences:
 
 
 def loaded(replies: list[list[dict]]) -> int:
-    """The batch that came into force; all devices of all servers know the same."""
+    """The batch that came into force, which must be the same on all devices of all servers."""
     (number,) = {reply["loaded"] for server in replies for reply in server}
     return number
 
 
 def check_pools(three_servers: TestCluster, layout: Layout, model: str = "latent") -> None:
-    """Every slot that the tables name holds its expert."""
+    """Check that every slot in the tables holds its expert."""
     for rank, found in enumerate(three_servers.send("pool")):
         wanted = tiny.weights_of(layout, rank, model)
         assert set(found) == set(wanted)
@@ -112,7 +112,7 @@ def together(
     layout: Layout,
     rng: np.random.Generator,
 ) -> None:
-    """A batch comes into force in the first step of which all servers know that all have it."""
+    """A batch comes into force in the first step in which all know that all have loaded it."""
     three_servers.stage(number, layout, *EVERYONE)
     *others, last = rng.permutation(len(DEVICES)).tolist()
     three_servers.commit(number, *others)
@@ -128,7 +128,7 @@ def one_by_one(
     layout: Layout,
     rng: np.random.Generator,
 ) -> None:
-    """Server after server takes up a batch, with steps in between."""
+    """One server after another loads and applies a batch, with steps in between."""
     for rank in rng.permutation(len(DEVICES)).tolist():
         three_servers.stage(number, layout, rank)
         sequences.step()
@@ -160,7 +160,7 @@ def test_steps_during_a_migration_give_what_one_device_gives(
 def test_a_late_server_follows_what_it_has_staged(
     three_servers: TestCluster, single: Runner, exchange: str
 ):
-    """It has not put a batch in force when the others' slots are written anew already."""
+    """The late server has not applied a batch when other servers already overwrite slots."""
     three_servers.use(exchange)
     old, new = (placed(random_resident(seed, frozenset(), 0.0))[1] for seed in (7, 8))
     three_servers.place(old)
@@ -196,7 +196,7 @@ def test_experts_in_codes_move_too(three_servers: TestCluster, single_of):
 def test_a_dropped_batch_never_comes_into_force(
     three_servers: TestCluster, single: Runner, transport: str, change: Change
 ):
-    """One server cannot load it; the next one takes its slots."""
+    """One server cannot load the batch; the next batch uses the same slots."""
     old, first, second = (placed(random_resident(seed, frozenset(), 0.3))[1] for seed in range(3))
     (_, first), (_, second) = (batches(old, each, 20)[0] for each in (first, second))
     three_servers.use(transport)

@@ -1,6 +1,6 @@
-"""Tiny random models for cluster tests: their runners, and one step of raw token rows.
+"""Tiny random models for cluster tests: their runners, and single steps with raw token rows.
 
-All have the same MoE layers and experts, so that one layout fits all.
+All models have the same numbers of MoE layers and experts, so one layout fits all of them.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ from tests.random_models import init_random, random_expert
 from tests.tiny_models import HYBRID, OSS, SERVED
 
 CONFIG = model_config(SERVED)
-#: One for each mechanism that mixes tokens, and one whose weights have codes.
+#: A model for each mixer, and a quantised model.
 MODELS = {
     "latent": CONFIG,
     "grouped": model_config(OSS),
     "recurrent": model_config(HYBRID),
     "quantised": CONFIG,
 }
-#: Experts of four bits, in a trunk of eight.
+#: Formats with four-bit experts and an eight-bit trunk.
 QUANTISED = Formats(
     dict.fromkeys(("w_gate", "w_up", "w_down"), ROUNDED["int4"]),
     {path: ROUNDED["int8"] for path in matrix_shapes(CONFIG) if not path.endswith("router.weight")},
@@ -63,12 +63,12 @@ LAYERS, EXPERTS = len(CONFIG.moe_layers), CONFIG.num_experts
 
 
 def form_of(model: str) -> ExpertFormat:
-    """What a slot holds."""
+    """Format of the experts in a slot."""
     return expert_format(MODELS[model], QUANTISED.experts if model == "quantised" else "float32")
 
 
 def trunk_of(model: str) -> Trunk:
-    """With the weights of seed 0, rounded if the model's are."""
+    """The trunk with weights of seed 0, rounded if the model is quantised."""
     config = MODELS[model]
     if model != "quantised":
         return init_random(config, seed=0)
@@ -89,7 +89,7 @@ def expert_tensors(model: str) -> dict[str, np.ndarray]:
 
 
 def read_experts(model: str, pairs: list[tuple[int, int]]):
-    """Stands in for a checkpoint: the same weights as `trunk_of` goes with."""
+    """Stand-in for a checkpoint: experts that belong to the weights of `trunk_of`."""
     config, form = MODELS[model], form_of(model)
     tensors = expert_tensors(model)
     return [(n, random_expert(config, tensors, *pair, form)) for n, pair in enumerate(pairs)]
@@ -103,7 +103,7 @@ def runner(
     model: str = "latent",
     compile_cache: CompileCache | None = None,
 ) -> Runner:
-    """Of a server; what compiles its steps is by default quick."""
+    """The runner of a server; by default its steps are compiled quickly."""
     config = dataclasses.replace(ENGINE, wire_dtype=wire_dtype)
     blocks = config.max_num_seqs * config.max_blocks
     cache = compile_cache or QuickCache(None)
@@ -123,14 +123,14 @@ def runner(
 
 
 def order_of(rank: int, servers: int) -> list[int]:
-    """In which a server prefers to call the others: the next one first, itself last."""
+    """Order in which a server prefers to call the others: the next one first, itself last."""
     return [(rank + step) % servers for step in range(1, servers + 1)]
 
 
 def weights_of(
     layout: Layout, rank: int, model: str = "latent"
 ) -> dict[tuple[int, int], tuple[np.ndarray, ...]]:
-    """What the slots of a server that hold an expert must hold, by (local device, slot)."""
+    """Expected weights in all used slots of a server, by (local device, slot)."""
     found = {}
     for device in range(layout.devices[rank]):
         table = layout.experts_of(rank, device)
@@ -142,7 +142,7 @@ def weights_of(
 
 @contextlib.contextmanager
 def level_router(runner: Runner) -> Iterator[None]:
-    """Within it all experts score the same, so that every token chooses the lowest numbers."""
+    """Give all experts the same score, so that every token chooses those with lowest numbers."""
     kept = runner.state
 
     def level(path, leaf):
@@ -157,16 +157,16 @@ def level_router(runner: Runner) -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """What sequences of one device compute: (number of the sequence, start, tokens) each.
+    """Tokens that one device computes: (number of the sequence, start, tokens) for each sequence.
 
-    Each number has blocks of its own. One token past the start of its sequence is a decode row.
+    Each number has its own blocks. A single token with start above 0 is a decode row.
     """
 
     rows: tuple[tuple[int, int, tuple[int, ...]], ...]
 
 
 def rows_of(bucket: tuple[int, int], tokens: Tokens) -> list[list[Row]]:
-    """The rows of each sequence: decode rows from the front, the slice's behind them."""
+    """The rows of each sequence: decode rows first, then rows of the prefill slice."""
     decode, size = 0, ENGINE.block_size
     piece = bucket[0]
     found = []
@@ -194,7 +194,7 @@ def rows_of(bucket: tuple[int, int], tokens: Tokens) -> list[list[Row]]:
 def run(
     runner: Runner, command: tuple[tuple[int, int], list[Tokens]], loaded: int = 0
 ) -> list[dict]:
-    """One step in a bucket; per device the logits and routes of its sequences and the traffic."""
+    """Run a step; for each device, the logits and routes of its sequences and the traffic."""
     bucket, devices = command
     rows = [rows_of(bucket, tokens) for tokens in devices]
     entries = tuple(tuple(row for parts in device for row in parts) for device in rows)
@@ -225,8 +225,10 @@ def run(
 
 
 def by_calls(runner: Runner) -> tuple[np.ndarray | int, float]:
-    """int64 [l, n], hidden states that went to each server so far, and those that went to any;
-    zeros where none is called."""
+    """Hidden states sent by calls so far: int64 [l, n], to each server, and in total to any server.
+
+    Zeros if the exchange does not use calls.
+    """
     if runner.calls is None:
         return 0, 0.0
     counters = runner.calls.counters()

@@ -1,9 +1,8 @@
 """One server of the three-process test cluster: answers commands on stdin with pickles on stdout.
 
-The cluster is started once for the whole test session; a command is a placement and one batch
-per device, and every server runs the same commands in the same order. All share a jax.distributed
-job, which those that call each other's experts do not use. Before that, a server says where it
-listens for the others, and is told where they do.
+The cluster is started once for the whole test session. Every server runs the same commands in the
+same order. All servers share a jax.distributed job, which expert calls do not use. At the start,
+each server sends its endpoint and receives the endpoints of all servers.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import threading
 RANK, PORT, DEVICES = int(sys.argv[1]), sys.argv[2], tuple(map(int, sys.argv[3].split(",")))
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES[RANK]}"
 replies = os.fdopen(os.dup(1), "wb")
-os.dup2(2, 1)  # what libraries print must not end up among the pickles
+os.dup2(2, 1)  # output of libraries must not mix with the pickles
 
 from dance_jax.models.connections import Identity, Key, PeerListener  # noqa: E402
 
@@ -57,7 +56,7 @@ jax.jit(everyone)().block_until_ready()
 
 
 def patient(server: type) -> type:
-    """A busy machine must not look like a server that is gone."""
+    """Raise the timeouts, so that a busy machine does not look like a lost server."""
     return type(
         server.__name__,
         (server,),
@@ -67,12 +66,12 @@ def patient(server: type) -> type:
 
 runner_module.CallServer = patient(calls.CallServer)
 runner_module.CallSpec = patient(host_state.CallSpec)
-#: "mixed": the first server's calls are the C++ library's, the others' the host's.
+#: With "mixed", the first server calls by the C++ library and the others call by the host.
 transports = {"collectives": Collectives(), "calls": None, "mixed": None}
 
 
 class Server:
-    """Its methods are the commands."""
+    """The server; its methods are the commands."""
 
     def __init__(self) -> None:
         self.runners: dict[tuple[str, str, str], Runner] = {}
@@ -88,7 +87,7 @@ class Server:
         native._library = None if variant[0] == "mixed" and RANK > 0 else library
 
     def place(self, layout: Layout) -> list[int]:
-        """Everything anew: the pools, and the connections of what calls."""
+        """Apply a layout: build new pools and, for expert calls, new connections."""
         if self.variant in self.runners:
             runner = self.runner
             runner.pools = runner._build_pools(layout)
@@ -100,7 +99,7 @@ class Server:
         self.staging = Staging(layout, RANK, self.runner.form)
         self.places += 1
         if self.runner.calls is not None:
-            # Those of the placement before lead to servers of experts that are gone.
+            # Connections of the previous placement lead to call servers that no longer exist.
             lines = calls.Lines(RANK, names, listener, KEY, f"calls {self.places}")
             lines.connect(self.runner.calls, endpoints)
         return self.runner.pools.bytes
@@ -112,7 +111,7 @@ class Server:
             self.leveled.close()
 
     def stage(self, number: int, layout: Layout, ranks: tuple[int, ...]) -> None:
-        """These servers have loaded a batch."""
+        """Load a batch, if this server is among `ranks`."""
         if RANK not in ranks:
             return
         weights = tiny.weights_of(layout, RANK, self.variant[2])
@@ -123,7 +122,7 @@ class Server:
             self.runner.stage_tables(layout, number)
 
     def commit(self, number: int, ranks: tuple[int, ...]) -> None:
-        """These servers know that all have loaded a batch."""
+        """Note that all servers have loaded a batch, if this server is among `ranks`."""
         if RANK not in ranks:
             return
         if self.runner.calls is None:
@@ -138,12 +137,12 @@ class Server:
         return self.staging.drop(number)
 
     def believe(self, layout: Layout, rank: int) -> None:
-        """A server looks for experts where they are not."""
+        """Give one server a table that may be wrong."""
         if rank == RANK:
             self.runner.use_tables(layout)
 
     def learn(self, layout: Layout, rank: int, seconds: float) -> None:
-        """As `believe`, but during what comes next."""
+        """Like `believe`, but after a delay, during the next step."""
         if rank == RANK:
             threading.Timer(seconds, self.runner.use_tables, [layout]).start()
 

@@ -77,7 +77,7 @@ def test_a_torn_checkpoint(checkpoint: Checkpoint, tmp_path: pathlib.Path) -> No
     loader = Loader(checkpoint_reader(torn, torn.form("float32")))
     loader.begin(Stage(1, [], LOADS))
     failed = first(loader)
-    assert "torn" in failed.why and str(copy) in failed.why and not failed.experts
+    assert "damaged" in failed.why and str(copy) in failed.why and not failed.experts
     loader.begin(Stage(2, [], LOADS[:1]))
     assert first(loader).why == ""
 

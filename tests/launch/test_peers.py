@@ -242,5 +242,5 @@ def test_a_torn_copy_elsewhere(
     three[1].answer(HeldWeights(torn, "float32").find)
     weights = PeerWeights(checkpoint.config, checkpoint.formats, three[2], [1])
     assert len(jax.tree.leaves(nnx.state(weights.trunk("float32")))) > 10
-    with pytest.raises(LookupError, match=rf"server beta cannot send experts .* {copy}.*torn"):
+    with pytest.raises(LookupError, match=rf"server beta cannot send experts .* {copy}.*damaged"):
         list(weights.experts(PAIRS, checkpoint.form("float32")))

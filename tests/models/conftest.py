@@ -1,4 +1,4 @@
-"""Helpers of the model tests: tiny configs, a dense stand-in for the expert pool, a runner."""
+"""Helpers for the model tests: tiny configs, a dense stand-in for the expert pool, a runner."""
 
 import functools
 import pathlib
@@ -33,11 +33,11 @@ def mixtral_fields():
 
 
 def dense_moe(form, pools):
-    """moe(l, x, expert, weight) that runs every expert on every token.
+    """Make moe(l, x, expert, weight), which runs every expert on every token.
 
     Args:
-        form: of the experts.
-        pools: per MoE layer [e, *shape] for each leaf of the format.
+        form: format of the experts.
+        pools: for each MoE layer, an array [e, *shape] for each leaf of the format.
     """
 
     stacks = {
@@ -62,12 +62,12 @@ def dense_moe(form, pools):
     return moe
 
 
-#: Positions of a block of the runner's cache; chunks may begin and end anywhere.
+#: Positions in a block of the runner's cache; chunks may begin and end anywhere.
 BLOCK = 8
 
 
 class Runner:
-    """A model with a cache of its own, in blocks without order: the smallest possible engine."""
+    """A minimal engine: a model with a cache in blocks of random order."""
 
     def __init__(self, model, moe, rows=1, length=256, context=256):
         graph, state = nnx.split(model)
@@ -82,7 +82,7 @@ class Runner:
         self.step, self.state = step, state
         pages = -(-length // BLOCK)
         self.table = np.random.default_rng(0).permutation(rows * pages).reshape(rows, pages)
-        # What is there already is anything: a sequence begins without it.
+        # Arbitrary old content, which a new sequence must not read.
         self.cached = [
             DeltaState(
                 *(np.full((1 + rows, *shape), 7, np.float32) for shape in layer.mixer.state_shapes)
@@ -93,10 +93,10 @@ class Runner:
         ]
 
     def __call__(self, tokens_rc, start_r):
-        """Logits [r, c, v] of a chunk; its entries are kept."""
+        """Run a chunk and keep its cache entries; returns logits [r, c, v]."""
         tokens = np.asarray(tokens_rc, np.int32)
         chunk = tokens.shape[1]
-        # One row is one group of rows here: the rows are sequences of their own.
+        # Each row is a different sequence, and an element of the batch of its own.
         batch = [
             Rows(
                 np.array([first], np.int32),
@@ -125,7 +125,7 @@ def make_runner():
 
 @pytest.fixture(scope="session")
 def converted_references(tmp_path_factory):
-    """open(name) -> Checkpoint of a reference model, converted once a session."""
+    """open(name) -> Checkpoint of a reference model, converted once per session."""
     from dance_jax.models.checkpoint import Checkpoint
     from dance_jax.models.convert import convert
 

@@ -1,4 +1,4 @@
-"""A small HTTP server that speaks for the Hugging Face hub, and processes that ask it."""
+"""A small HTTP server that imitates the Hugging Face hub, and processes that use it."""
 
 from __future__ import annotations
 
@@ -19,38 +19,38 @@ from typing import Any
 
 from dance_jax.config import UserError
 
-#: What may read gated models.
+#: The token that may read gated models.
 TOKEN = "hf_good"
 _RANGE = re.compile(r"bytes=([0-9]+)-")
 
 
 class FakeHub(http.server.ThreadingHTTPServer):
-    """Serves models' directories; knows as much of the hub as huggingface_hub asks for.
+    """Serves directories of models, with as much of the hub's API as huggingface_hub uses.
 
-    Models are added to `models`; what happens to requests is changed by the other attributes.
+    Models are added with `add`; the other attributes change how requests are answered.
     """
 
     daemon_threads = True
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
-        #: By org/name, directories by commit.
+        #: Directories by commit, by org/name.
         self.models: dict[str, dict[str, pathlib.Path]] = {}
-        #: By org/name, commits by branch or tag.
+        #: Commits by branch or tag, by org/name.
         self.refs: dict[str, dict[str, str]] = {}
         #: Models that need TOKEN.
         self.gated: set[str] = set()
         #: Models that no token may read.
         self.forbidden: set[str] = set()
-        #: Of a file, the bytes after which the connection is cut, once.
+        #: For a file, the number of bytes after which its connection is cut, once.
         self.cuts: dict[str, int] = {}
-        #: Of a file, what is waited for in its middle.
+        #: For a file, an event for which the server waits in the middle of the file.
         self.holds: dict[str, threading.Event] = {}
-        #: Says that a file has bytes as many as this.
+        #: For a file, the size that the hub reports instead of the true one.
         self.sizes: dict[str, int] = {}
         #: (method, path, Range) of every request.
         self.requests: list[tuple[str, str, str | None]] = []
-        #: Set when a held file is in its middle.
+        #: Set when the server waits in the middle of a held file.
         self.held = threading.Event()
 
     @property
@@ -58,7 +58,7 @@ class FakeHub(http.server.ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}"
 
     def add(self, repo: str, directory: pathlib.Path, *revisions: str) -> str:
-        """Adds a commit with the content of a directory; returns its hash."""
+        """Add a commit with the content of a directory; returns the commit's hash."""
         known = self.models.setdefault(repo, {})
         commit = hashlib.sha1(f"{repo} {len(known)}".encode()).hexdigest()
         known[commit] = directory
@@ -66,7 +66,7 @@ class FakeHub(http.server.ThreadingHTTPServer):
         return commit
 
     def fetched(self) -> list[str]:
-        """Names of the files whose content was asked for, in that order."""
+        """Names of the files that were downloaded, in order."""
         gets = [path.split("/", 4) for method, path, _ in self.requests if method == "GET"]
         return [parts[4] for parts in gets if parts[2:3] == ["resolve"]]
 
@@ -89,7 +89,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def _answer(self) -> None:
         path = urllib.parse.urlsplit(self.path).path
-        # A revision's own slashes are quoted.
+        # Slashes within a revision are quoted.
         parts = [urllib.parse.unquote(part) for part in path.split("/")[1:]]
         self.server.requests.append((self.command, "/".join(parts), self.headers["Range"]))
         body = self.rfile.read(int(self.headers["Content-Length"] or 0)).decode()
@@ -155,7 +155,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.wfile.write(content[begin:cut])
             self.close_connection = True
             return
-        with contextlib.suppress(ConnectionError):  # who is interrupted does not read on
+        with contextlib.suppress(ConnectionError):  # a client that is interrupted stops reading
             self.wfile.write(content[begin:])
 
     def _refuse(self, status: int, code: str, commit: str = "") -> None:
@@ -190,7 +190,7 @@ def running_hub() -> Iterator[FakeHub]:
 
 
 def environment(hub: FakeHub, home: pathlib.Path, **variables: str) -> dict[str, str]:
-    """Variables of a process that asks this hub alone and keeps all it gets under `home`."""
+    """Variables for a process that uses only this hub and caches files under `home`."""
     return {
         "HF_ENDPOINT": hub.url,
         "HF_HOME": str(home),
@@ -201,10 +201,10 @@ def environment(hub: FakeHub, home: pathlib.Path, **variables: str) -> dict[str,
 
 
 class Caller:
-    """Calls functions of the package, each call in a process of its own with its own variables.
+    """Calls functions of the package, each in a new process with its own environment variables.
 
-    huggingface_hub reads them when it is imported. Importing JAX takes seconds, so the processes
-    are forks of one that has imported what is slow, and not yet huggingface_hub.
+    huggingface_hub reads the variables when it is imported. Because importing JAX takes seconds,
+    the processes are forks of one that has imported slow modules but not huggingface_hub.
     """
 
     def __init__(self) -> None:
@@ -217,7 +217,7 @@ class Caller:
         )
 
     def __call__(self, function: str, *arguments: str, variables: dict[str, str]) -> Any:
-        """What `module:function` returns, as text; what it raises as a user's error is raised."""
+        """Call `module:function`; returns the result as text, or raises the same UserError."""
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.write(json.dumps([function, arguments, variables]) + "\n")
         self._process.stdin.flush()

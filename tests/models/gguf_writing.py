@@ -45,7 +45,7 @@ _YARN_V2 = {
 _HYBRID = {
     name: value for name, value in HYBRID.items() if name not in ("model_type", "mlp_only_layers")
 } | {"vocab_size": 320, "bos_token_id": 0, "num_experts": 4, "num_experts_per_tok": 2}
-#: Architecture and config.json by the test's name of a model.
+#: Architecture and config.json, by the name that tests use for a model.
 MODELS: dict[str, tuple[MODEL_ARCH, dict[str, Any]]] = {
     "qwen3moe": (MODEL_ARCH.QWEN3MOE, QWEN3 | _USUAL),
     "deepseek2": (
@@ -147,7 +147,7 @@ _WORDS = (
 
 
 def write_tokenizer(directory: pathlib.Path) -> None:
-    """A tokenizer of Qwen2's kind with some merges, special tokens and one that is not special."""
+    """Write a tokenizer like Qwen2's with some merges, special tokens and a non-special one."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -184,15 +184,16 @@ def write_gguf(
     kinds: dict[str, str] | None = None,
     **options: Any,
 ) -> pathlib.Path:
-    """A GGUF file of a Hugging Face directory, as llama.cpp's converter lays it out.
+    """Write a Hugging Face directory as a GGUF file, with the layout of llama.cpp's converter.
 
     Args:
-        directory: of a model of `MODELS`.
-        old_heads: DeepSeek's keys and values stay in one tensor, as in files up to 2025.
-        change: called with the writer after its values are there.
-        kinds: ggml's type by the beginning of a tensor's name, with or without "blk.N."; the first
-            that fits. Others are F32. What `gguf` does not round to is blocks at random.
-        options: of `gguf.GGUFWriter`.
+        directory: directory of a model in `MODELS`.
+        old_heads: keep DeepSeek's keys and values in one tensor, as in files up to 2025.
+        change: called with the writer after the metadata are added.
+        kinds: ggml's type by the prefix of a tensor's name, with or without "blk.N."; the first
+            match counts. Other tensors are F32. Types to which `gguf` cannot round get random
+            blocks.
+        options: options of `gguf.GGUFWriter`.
     """
     arch, _ = MODELS[model]
     fields = json.loads((directory / "config.json").read_text())
@@ -222,7 +223,7 @@ def write_gguf(
 
 
 def _blocks(kind: str, tensor: np.ndarray) -> np.ndarray:
-    """A tensor as ggml stores it."""
+    """Encode a tensor in the format of ggml."""
     if kind == "F32":
         return tensor
     if kind not in RANDOM:
@@ -236,8 +237,8 @@ def _blocks(kind: str, tensor: np.ndarray) -> np.ndarray:
     return blocks.reshape(*tensor.shape[:-1], -1)
 
 
-#: Of types that `gguf` only reads: bytes of a block of 256 weights, and by their places what its
-#: halves are at most, for weights of about 0.05.
+#: For types that `gguf` can only read: bytes of a block of 256 weights, and the maximum of each
+#: float16 in a block by its offset, for weights of about 0.05.
 RANDOM = {
     "Q4_K": (144, {0: 0.05 / 150, 2: 0.05 / 20}),
     "Q6_K": (210, {208: 0.05 / 1300}),
@@ -300,7 +301,7 @@ def _add_values(writer: gguf.GGUFWriter, fields: dict[str, Any], old_heads: bool
         writer.add_expert_gating_func(ExpertGatingFuncType.SIGMOID)
 
 
-#: What families have where config.json says nothing.
+#: Defaults of families for fields that are absent from config.json.
 _EPS = dict.fromkeys(
     ("deepseek_v2", "deepseek_v3", "qwen2_moe", "minimax_m2", "qwen3_next", "qwen3_5_moe_text"),
     1e-6,
@@ -358,7 +359,7 @@ def _add_vocabulary(writer: gguf.GGUFWriter, directory: pathlib.Path, size: int)
 def _stored(
     arch: MODEL_ARCH, directory: pathlib.Path, fields: dict[str, Any], old_heads: bool
 ) -> list[tuple[str, np.ndarray]]:
-    """Tensors under llama.cpp's names, as the `gguf` package maps them."""
+    """Tensors under llama.cpp's names, according to the map of the `gguf` package."""
     mapped = gguf.get_tensor_name_map(arch, fields["num_hidden_layers"])
     stacks: dict[str, list[np.ndarray]] = collections.defaultdict(list)
     for name, tensor in HFDirectory(directory).tensors.items():
@@ -389,7 +390,7 @@ def _stored(
 def _laid_out(
     name: str, tensor: np.ndarray, fields: dict[str, Any], arch: MODEL_ARCH, old_heads: bool
 ) -> list[tuple[str, np.ndarray]]:
-    """A tensor as llama.cpp keeps it, in one or two pieces."""
+    """Rearrange a tensor as llama.cpp does, into one or two tensors."""
     heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
     part = name.split(".")[-2]
     if arch == MODEL_ARCH.LLAMA and part in heads:
@@ -411,7 +412,7 @@ def _laid_out(
 
 
 def _hybrid(name: str, tensor: np.ndarray, fields: dict[str, Any]) -> list[tuple[str, np.ndarray]]:
-    """A tensor of a model with delta nets."""
+    """`_laid_out` for a model with delta nets."""
     part = name.partition("linear_attn.")[2].removesuffix(".weight")
     keys, values = fields["linear_num_key_heads"], fields["linear_num_value_heads"]
     key, value = fields["linear_key_head_dim"], fields["linear_value_head_dim"]
@@ -441,6 +442,6 @@ def _hybrid(name: str, tensor: np.ndarray, fields: dict[str, Any]) -> list[tuple
 
 
 def _tiled(rows: np.ndarray, keys: int, width: int) -> np.ndarray:
-    """Value heads of all key heads in turn, where those of one key head stood side by side."""
+    """Reorder value heads, from grouped by key head to taking one from each key head in turn."""
     heads = rows.reshape(keys, -1, width, *rows.shape[1:])
     return heads.swapaxes(0, 1).reshape(rows.shape)

@@ -1,14 +1,15 @@
-"""config.json of published models, in the spelling of each.
+"""config.json of published models, with the fields as each model spells them.
 
-Left out is what says nothing of the model: architectures, dropout, use_cache and the like. Fields
-of this sort are here where few models have them, so that a strict reader must know them.
+Common fields that do not describe the model are left out: architectures, dropout, use_cache and the
+like. Such fields are included if only a few models have them, because a strict reader must know
+them too.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-#: Fields of every model; where a model has none of a name, SIZES says None.
+#: Fields that are in SIZES for every model; None if a model does not have the field.
 COLUMNS = (
     *("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads"),
     *("intermediate_size", "moe_intermediate_size", "num_experts_per_tok"),
@@ -38,7 +39,7 @@ SIZES = {
 
 
 def kinds(layers: int, *period: str) -> list[str]:
-    """layer_types whose words repeat."""
+    """layer_types with a repeating period."""
     return [f"{period[layer % len(period)]}_attention" for layer in range(layers)]
 
 
@@ -54,7 +55,7 @@ def yarn(factor: float, magnitude: float, fast: float = 32) -> dict[str, Any]:
 
 
 def routed(experts: int, shared: int, scale: float, dense: int, groups: int = 1, kept: int = 1):
-    """DeepSeek's fields of routing, behind `dense` layers without."""
+    """DeepSeek's routing fields; the first `dense` layers have no experts."""
     return {
         "first_k_dense_replace": dense,
         **{"n_routed_experts": experts, "n_shared_experts": shared},
@@ -88,9 +89,9 @@ MLA = PLAIN | {
     "kv_lora_rank": 512,
     **{"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128},
 }
-#: DeepSeek-V3's way to route.
+#: DeepSeek-V3's routing.
 SIGMOID = {"moe_layer_freq": 1, "scoring_func": "sigmoid", "topk_method": "noaux_tc"}
-#: Of training.
+#: Fields that only training uses.
 LOSSES = {"aux_loss_alpha": 0.001, "pretraining_tp": 1, "seq_aux": True}
 KIMI_K2 = {
     **MLA,
@@ -103,7 +104,7 @@ KIMI_K2 = {
     "q_lora_rank": 1536,
     "rope_theta": 50000.0,
 }
-#: Options that version 4 of transformers wrote into a config within another.
+#: Options that version 4 of transformers wrote into nested configs.
 GENERATION: dict[str, Any] = {
     **dict.fromkeys(("bad_words_ids", "decoder_start_token_id", "prefix", "sep_token_id")),
     **dict.fromkeys(("add_cross_attention", "do_sample", "is_decoder", "torchscript"), False),
@@ -166,7 +167,7 @@ QWEN_DELTA = {
     "shared_expert_intermediate_size": 512,
 }
 
-#: What each model says beside SIZES, or its text_config where it has one.
+#: Fields of each model (or of its text_config) in addition to SIZES.
 FIELDS: dict[str, dict[str, Any]] = {
     "Mixtral-8x7B": PLAIN
     | {
@@ -229,7 +230,7 @@ FIELDS: dict[str, dict[str, Any]] = {
         **{"rope_scaling": None, "rope_theta": 1000000},
         "topk_method": "noaux_tc",
     },
-    # With fields of MiniMax-M1, which has linear attention and a shared expert.
+    # Has fields of MiniMax-M1, which has linear attention and a shared expert.
     "MiniMax-M2": PLAIN
     | {
         "model_type": "minimax_m2",
@@ -319,7 +320,7 @@ FIELDS: dict[str, dict[str, Any]] = {
         **{"rope_scaling": None, "rope_theta": 10000.0},
     },
 }
-#: What multimodal models say around their text_config.
+#: Fields of multimodal models outside their text_config.
 AROUND: dict[str, dict[str, Any]] = {
     "Kimi-K2.5": {
         "model_type": "kimi_k25",

@@ -1,4 +1,4 @@
-"""Blocked attention against a plain softmax over everything a token sees."""
+"""Blocked attention against a plain softmax over all positions that a token sees."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ import pytest
 
 from dance_jax.models.attention import Heads, Rows, attend, write
 
-#: Of an entry keys are the first 6 floats and values the last 4.
+#: In an entry, the first 6 floats are keys and the last 4 are values.
 WIDTH, HEADS = 10, Heads(1, 6, 6, 4)
 
 
@@ -21,9 +21,9 @@ def oracle(query, known, position, scale, window):
 
 
 class Sequences:
-    """Entries of some sequences, and a cache that holds their beginnings in scattered blocks.
+    """Entries of some sequences, and a cache with their beginnings in scattered blocks.
 
-    What the cache holds beside is anything, and so are the table's entries past the beginnings.
+    The rest of the cache and the rest of the block table have arbitrary content.
     """
 
     def __init__(self, lengths, block, cached):
@@ -49,7 +49,7 @@ class Sequences:
 
 
 def run(sequences, batch, owners, window, span):
-    """Compares every token that is one (rows may be padded) with the oracle."""
+    """Compare every real token (rows may be padded) with the oracle; returns their number."""
     rng = np.random.default_rng(1)
     tokens = sum(rows.tokens for rows in batch)
     query = rng.standard_normal((tokens, 1, 3, 6)).astype(np.float32)
@@ -57,7 +57,7 @@ def run(sequences, batch, owners, window, span):
     owner_t = np.concatenate(
         [np.repeat(each, rows.chunk) for each, rows in zip(owners, batch, strict=True)]
     )
-    fresh = rng.standard_normal((tokens, WIDTH)).astype(np.float32)  # padding is anything
+    fresh = rng.standard_normal((tokens, WIDTH)).astype(np.float32)  # padding is arbitrary
     real = [p < len(sequences.entries[o]) for p, o in zip(positions, owner_t, strict=True)]
     for t in np.flatnonzero(real):
         fresh[t] = sequences.entries[owner_t[t]][positions[t]]
@@ -86,7 +86,7 @@ def run(sequences, batch, owners, window, span):
 @pytest.mark.parametrize("span", [4, 8, 16])
 @pytest.mark.parametrize("lengths", [(1, 2, 21, 38), (9, 17, 36, 1), (1, 1, 1, 1)])
 def test_decode_rows(lengths, span, window):
-    """The last token of each sequence, all others cached."""
+    """Only the last token of each sequence is computed; all others are cached."""
     cached = [length - 1 for length in lengths]
     sequences = Sequences(lengths, 4, cached)
     rows = sequences.rows(cached, range(4), range(4), 1)
@@ -96,18 +96,18 @@ def test_decode_rows(lengths, span, window):
 @pytest.mark.parametrize("window", [None, 1, 5, 17])
 @pytest.mark.parametrize("span", [4, 16])
 def test_a_slice_beside_a_decode(span, window):
-    """Sequence 0 has three rows, 1 one after cached blocks, 2 a short one; 3 decodes."""
+    """Sequence 0 has three rows, 1 has a row after cached blocks, 2 a short row; 3 decodes."""
     sequences = Sequences((11, 24, 2, 19), 4, (0, 20, 0, 18))
     decode = sequences.rows([18, 0], [3, 3], [0, 1], 1)
     starts, owners = [0, 4, 8, 20, 0, 0], [0, 0, 0, 1, 2, 2]
     piece = sequences.rows(starts, owners, [0, 0, 0, 3, 4, 5], 4)
     owners = [[3, 3], owners]
-    # The second decode row and the last row of the slice stand for unused ones.
+    # The second decode row and the last row of the slice represent unused rows.
     assert run(sequences, [decode, piece], owners, window, span) == 2 + 11 + 4 + 2 + 2
 
 
 def test_the_loop_follows_the_sequences_not_the_cache():
-    # a cache 1000 times as long must not be read: the loop's bound is data, not shape
+    # A cache that is 1000 times longer must not be read: the loop's bound is data, not a shape.
     def alone(start, cached):
         one = np.ones((1, 1, 1, 6), np.float32)
         table = np.arange(1000, dtype=np.int32)[None]

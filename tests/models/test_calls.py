@@ -1,6 +1,6 @@
 """Expert calls between servers over sockets: sums, refusals, late answers, lost connections.
 
-Several servers run in this process. Where one has to misbehave, the test plays it by hand: it
+Several servers run in this process. A server that must misbehave is played by the test itself: it
 speaks the protocol of native/wire.h on a raw socket.
 """
 
@@ -51,7 +51,7 @@ FORM = make_format(d=D, f=F)
 WEIGHTS = make_experts(FORM, LAYERS * EXPERTS)
 CALL, ANSWER = "<IHHQqII", "<IHHQqIIII"
 CALL_MAGIC, ANSWER_MAGIC, DONE, NOT_HERE = 0x63786A64, 0x61786A64, 0, 1
-#: No test waits so long for what does come.
+#: Timeout in seconds, longer than any successful wait.
 LONG_S = 30.0
 ffn = jax.jit(functools.partial(FORM.ffn, layers=1), compiler_options=QUICK)
 choose_traced = jax.jit(choose_servers, static_argnums=2, compiler_options=QUICK)
@@ -63,7 +63,7 @@ pytestmark = pytest.mark.usefixtures("compiled")
 def run(
     caller: jax.Array, layer: jax.Array, *routes: jax.Array, first: tuple[int, ...] = (0,)
 ) -> tuple[jax.Array, jax.Array]:
-    """Sums and failed rows; groups that begin with these rows have their calls out at once."""
+    """Sums and failed rows; `first` lists the first rows of groups, which are in flight at once."""
     groups = list(itertools.pairwise([*first, len(routes[0])]))
     then = routes[0]
     for begin, end in groups:
@@ -76,11 +76,11 @@ def run(
     return sums, failed
 
 
-#: For each server, for each of its devices: the experts, layer * EXPERTS + expert, that it holds.
+#: For each server and each of its devices, the experts it holds, as layer * EXPERTS + expert.
 Held = Sequence[Sequence[Sequence[int]]]
 
 
-#: Who makes the calls of the servers: the C++ library, the host, or each in turn.
+#: Whether servers use the C++ library (True) or the host (False) for calls; repeated over servers.
 FORMS = {"native": [True], "host": [False], "mixed": [False, True]}
 
 
@@ -89,7 +89,7 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(Cluster, "native", FORMS[request.param])
 
 
-#: Of a test of the C++ library's calls alone.
+#: For tests of the C++ library's calls only.
 native_calls = pytest.mark.parametrize("form", ["native"], indirect=True)
 
 
@@ -106,7 +106,7 @@ def put(pool: NativePool, slot: int, expert: int) -> None:
 
 
 def resident(held: Sequence[Sequence[int]]) -> np.ndarray:
-    """The table, bool [n, l, e], by which each server has these experts."""
+    """The table, bool [n, l, e], in which each server holds the given experts."""
     table = np.zeros((len(held), LAYERS * EXPERTS), bool)
     for server, experts in enumerate(held):
         table[server, list(experts)] = True
@@ -114,7 +114,7 @@ def resident(held: Sequence[Sequence[int]]) -> np.ndarray:
 
 
 def pair() -> tuple[socket.socket, socket.socket]:
-    """Two ends of a TCP connection."""
+    """The two ends of a TCP connection."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         one = socket.create_connection(listener.getsockname())
         other, _ = listener.accept()
@@ -128,13 +128,13 @@ class Cluster:
     """Servers that call each other.
 
     Args:
-        held: what their devices hold.
-        played: servers that are not there, as the test plays them.
-        orders: in which each prefers to call the others; none: by number.
-        limits: of `CallServer`.
+        held: experts of each device of each server.
+        played: servers that are not created, because the test plays them.
+        orders: order in which each server prefers to call the others; by number if empty.
+        limits: repeat_s and fail_s of `CallServer`.
     """
 
-    #: Of each server in turn; a fixture sets it.
+    #: An entry of FORMS, set by a fixture.
     native: Sequence[bool] = ()
 
     def __init__(
@@ -195,7 +195,7 @@ class Cluster:
         self.servers[callee].accept(caller, there)
 
     def play(self, caller: int, callee: int) -> Played:
-        """The end of a server that the test plays."""
+        """Connect a caller to a server that the test plays; returns the played server."""
         here, there = pair()
         self.servers[caller].dial(0, callee, here)
         return Played(there)
@@ -206,13 +206,13 @@ class Cluster:
 
 
 class Played:
-    """A server that is called, by hand."""
+    """A called server that the test plays."""
 
     def __init__(self, connection: socket.socket) -> None:
         self.connection = connection
 
     def receive(self) -> tuple[int, int]:
-        """A call's number and its rows."""
+        """Receive a call; returns its id and its number of rows."""
         head = self._read(struct.calcsize(CALL))
         magic, kind, _, number, self.step, rows, pairs = struct.unpack(CALL, head)
         assert (magic, kind) == (CALL_MAGIC, 1)
@@ -245,7 +245,7 @@ def cluster(held: Held, *arguments, **options) -> Iterator[Cluster]:
 
 @contextlib.contextmanager
 def meanwhile(act: Callable[[], object]) -> Iterator[None]:
-    """Runs something in a thread; its errors are those of the test."""
+    """Run `act` in a thread during the block; its exception is raised in the test."""
     errors: list[BaseException] = []
 
     def run() -> None:
@@ -265,7 +265,7 @@ def meanwhile(act: Callable[[], object]) -> Iterator[None]:
 
 
 def draw(seed: int, rows: int, k: int = K) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Hidden states, different experts of each row, and weights."""
+    """Random hidden states, distinct experts for each row, and weights."""
     rng = np.random.default_rng(seed)
     expert_tk = np.argsort(rng.random((rows, EXPERTS)))[:, :k].astype(np.int32)
     x_td = rng.normal(size=(rows, D)).astype(np.float32)
@@ -275,7 +275,7 @@ def draw(seed: int, rows: int, k: int = K) -> tuple[np.ndarray, np.ndarray, np.n
 def call(
     server: ExpertCalls, layer: int, *routes: np.ndarray, device: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Sums and failed rows, of what `draw` gives; and perhaps which of the rows are valid."""
+    """Call with the values of `draw` and optionally a mask of valid rows; sums and failed rows."""
     if len(routes) == 3:
         routes = (*routes, np.ones(len(routes[0]), bool))
     if isinstance(server, HostCallServer):
@@ -290,7 +290,7 @@ def whole() -> NativePool:
 
 
 def expected(layer: int, *routes: np.ndarray) -> np.ndarray:
-    """The sums of one pool that holds all; arguments are those of `call`."""
+    """Sums by a single pool that holds all experts; arguments as for `call`."""
     x_td, expert_tk, weight_tk, *valid = routes
     slot_tk = expert_tk + layer * EXPERTS
     if valid:
@@ -299,13 +299,13 @@ def expected(layer: int, *routes: np.ndarray) -> np.ndarray:
 
 
 def spread(held: Sequence[Sequence[int]]) -> Held:
-    """The same on one device each."""
+    """Servers with one device each."""
     return [[list(own)] for own in held]
 
 
-#: Every server holds a third.
+#: Every server holds a third of the experts.
 THIRDS = spread([range(n, LAYERS * EXPERTS, 3) for n in range(3)])
-#: Servers 0 and 1 call for what 2, or another server's second device, holds; some have replicas.
+#: Servers with one and two devices; some experts have replicas.
 UNEVEN: Held = [[[0, 1], [7, 8]], [[2, 3, 0]], [[4, 5, 6, 7, 1], [9, 10, 11, 3]]]
 
 
@@ -325,7 +325,7 @@ def test_sums_are_those_of_one_pool_with_all_experts(held, wire):
                     y_td, failed_t = call(server, layer, *rows, device=device)
                     assert not failed_t.any()
                     assert not y_td[~valid_t].any()
-                    # As all experts see them, those that are here as well.
+                    # Rows are rounded for all experts, including local ones.
                     seen = "bfloat16" if wire == "bfloat16" else "float32"
                     x_td, weight_tk = (
                         each.astype(seen).astype(np.float32) for each in (x_td, weight_tk)
@@ -339,7 +339,7 @@ def test_sums_are_those_of_one_pool_with_all_experts(held, wire):
 
 
 def test_rows_that_are_no_numbers_stay_so():
-    """Eight bits have no NaN; what a row of them becomes must not look like a result."""
+    """int8 has no NaN; a row with NaN must not become a plausible result."""
     with cluster(spread([[], range(12)]), "int8") as found:
         x_td, *routes = draw(1, 3)
         x_td[1, 3] = np.nan
@@ -371,7 +371,7 @@ def test_it_does_not_matter_where_a_rows_only_expert_is(wire):
 
 
 def test_large_messages_cross():
-    """More than the sockets hold, both ways at once: neither waits for the other to read."""
+    """Messages larger than the socket buffers, in both directions at once, do not deadlock."""
     with cluster(spread([range(0, 6), range(6, 12)]), buffers=2048) as found:
         routes = draw(5, MOST_ROWS)
 
@@ -450,7 +450,7 @@ def test_an_order_of_servers_lists_each_once():
         CallServer(0, [1, 2, 2], 1, 1, "float32", 1, [])
 
 
-# Experts that are elsewhere.
+# Experts that are not where the table says.
 
 
 def test_who_has_it_not_says_so_and_another_is_asked():
@@ -483,9 +483,10 @@ def test_others_are_asked_for_nothing_but_what_a_server_has_not():
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_a_staged_table_says_who_is_asked_next(version: int):
-    """Whoever refuses by the newer table sends the call there, by the older one to its holders.
+    """A refusal with the newer version sends the call to holders in the newer table first.
 
-    All holders of both tables are asked, each once, before the rows fail.
+    A refusal with the older version sends the call to holders in the older table first. All holders
+    in both tables are called, each once, before the rows fail.
     """
     with cluster(spread([[], [], [], []]), played=(1, 2, 3)) as found:
         caller = found.servers[0]
@@ -494,7 +495,7 @@ def test_a_staged_table_says_who_is_asked_next(version: int):
 
         def refuse() -> None:
             calls = [peers[1].receive()]
-            # In the middle of the layer.
+            # The table is staged in the middle of the layer.
             caller.stage(2, resident([[], [], [], range(12)]))
             peers[1].answer(*calls[0], status=NOT_HERE, version=version)
             for number in (2, 3) if version == 1 else (3, 2):
@@ -510,7 +511,7 @@ def test_a_staged_table_says_who_is_asked_next(version: int):
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 2**31), share=st.sampled_from([0.2, 0.5]))
 def test_experts_that_have_moved_are_found_by_a_staged_table(seed: int, share: float):
-    """Of each expert one holder is left, on any server, by either table: no row fails."""
+    """Each expert has one real holder, which is in one of the two tables: no row fails."""
     rng = np.random.default_rng(seed)
     tables = rng.random((2, 4, LAYERS * EXPERTS)) < share
     left = rng.integers(4, size=LAYERS * EXPERTS)
@@ -538,7 +539,7 @@ def test_a_dropped_table_counts_no_more():
         caller.stage(4, resident([[], range(12)]))
         caller.use(3, resident([[], []]))
         assert not call(caller, 0, *routes)[1].any()
-        # It is forgotten once it, or a newer one, is in force.
+        # A staged table is forgotten once this table or a newer one is in force.
         caller.use(4, resident([[], []]))
         assert call(caller, 0, *routes)[1].all()
 
@@ -554,7 +555,7 @@ def test_rows_of_which_an_expert_is_nowhere_fail():
 
 
 def test_a_table_that_comes_meanwhile_is_used():
-    """Two servers refuse, one after the other; then both rows learn who has their experts."""
+    """Two servers refuse; then a new table arrives with a holder for both rows' experts."""
     with cluster(spread([[], [], [], range(12)]), played=(1, 2)) as found:
         caller = found.servers[0]
         caller.use(2, resident([[], [0], [1], []]))
@@ -618,21 +619,21 @@ def test_a_late_call_is_repeated_elsewhere():
         counters = caller.counters().peers
         assert [each.repeats for each in counters] == [0, 1, 0]
         assert [each.calls for each in counters] == [0, 1, 1]
-        # It is asked no more, and what it says at last changes nothing.
+        # The late server is not called any more, and its late answer changes nothing.
         y_td, _ = call(caller, 0, *routes)
         np.testing.assert_allclose(y_td, wanted, rtol=0, atol=1e-4)
         peer.answer(*peer.receive(), value=1e6)
         y_td, _ = call(caller, 0, *routes, np.zeros(5, bool))
         assert not y_td.any()
         assert caller.counters().peers[1].calls == 1
-        # Now it is no longer suspect.
+        # After this answer, the server is no longer suspect.
         with meanwhile(lambda: peer.answer(*peer.receive(), value=2.0)):
             y_td, _ = call(caller, 0, *routes)
         assert (y_td == 2).all()
 
 
 def test_a_late_refusal_does_not_matter_where_another_answers():
-    """Of the two that are asked the late one refuses, and the other answers its repeat alone."""
+    """The late server refuses after all; the other server answers only the repeated call."""
     with cluster(spread([[], [], []]), played=(1, 2), repeat_s=0.05) as found:
         caller, peers = found.servers[0], [found.play(0, n) for n in (1, 2)]
         caller.use(2, resident([[], range(12), range(12)]))
@@ -655,7 +656,7 @@ def test_a_late_call_without_another_holder_fails():
         began = time.monotonic()
         _, failed_t = call(caller, 0, *routes)
         assert failed_t.all() and time.monotonic() - began > 0.29
-        # At once: nothing is sent.
+        # The second call fails at once: nothing is sent to a suspect server.
         _, failed_t = call(caller, 0, *routes)
         assert failed_t.all()
         counted = caller.counters().peers[1]
@@ -683,7 +684,7 @@ def test_cancelled_calls_fail_at_once():
 
 
 def test_many_rows_go_in_groups():
-    """Of 64 KiB and more, each a call of its own."""
+    """Rows are split into groups of at least 64 KiB, and each group is a call."""
     rows = 3 * (1 + 2**16 // (4 * D))
     with cluster(spread([range(0, 6), range(6, 12)]), most_rows=rows) as found:
         routes = draw(5, rows)
@@ -695,7 +696,7 @@ def test_many_rows_go_in_groups():
 
 
 def test_a_callee_owes_a_caller_so_many_answers_at_most():
-    """More others than that send all to it what they have not."""
+    """Many servers refuse and redirect to one server, which gets a limited number at a time."""
     assert EXPERTS > MOST_UNANSWERED
     others = range(1, 1 + EXPERTS)
     last = others[-1] + 1
@@ -725,7 +726,7 @@ def test_a_callee_owes_a_caller_so_many_answers_at_most():
 
 
 def test_who_calls_without_end_is_read_no_further_than_answered():
-    """Nothing of what it sends is lost, and others are answered meanwhile."""
+    """Backpressure: no call of a flooding client is lost, and other callers are answered."""
     count, size = 300, struct.calcsize(ANSWER) + MOST_ROWS * 4 * D
     message = call_bytes(rows=MOST_ROWS, pairs=MOST_ROWS)
     with cluster(spread([[], range(12), []])) as found:
@@ -765,7 +766,7 @@ def test_a_connection_that_ends(other: bool):
 
         def leave() -> None:
             number, _ = peer.receive()
-            # In the middle of an answer.
+            # The connection ends in the middle of an answer.
             peer.connection.sendall(struct.pack("<IHHQ", ANSWER_MAGIC, 2, DONE, number))
             peer.connection.close()
 
@@ -815,7 +816,7 @@ def test_an_answer_that_is_nonsense(answer: bytes):
 
         def say() -> None:
             assert peer.receive() == (1, 5)
-            # An answer to a call that was never made counts for nothing.
+            # An answer to a call that was never made is ignored.
             peer.answer(77, 5, value=1e6)
             peer.connection.sendall(answer)
 
@@ -843,9 +844,9 @@ def call_bytes(
         (call_bytes(magic=ANSWER_MAGIC), None),
         (call_bytes(kind=3), None),
         (call_bytes(rows=MOST_ROWS + 1)[: struct.calcsize(CALL)], None),
-        # Would be 24 GiB.
+        # The body would have 24 GiB.
         (struct.pack(CALL, CALL_MAGIC, 1, 0, 5, 0, 1, 2**32 - 1), None),
-        # As the number of a layer's expert it would be that of the next layer's first.
+        # This number would refer to the first expert of the next layer.
         (call_bytes(expert=EXPERTS), NOT_HERE),
         (call_bytes(expert=255), NOT_HERE),
         (call_bytes(layer=LAYERS), NOT_HERE),
@@ -864,7 +865,7 @@ def test_a_call_that_is_nonsense(message: bytes, reply: int | None):
             found.servers[1].accept(2, there)
             here.sendall(message)
             if reply is None:
-                # A reset where it had not read all.
+                # The server resets the connection if it has not read everything.
                 with contextlib.suppress(ConnectionResetError):
                     assert here.recv(1) == b""
             else:
@@ -872,7 +873,7 @@ def test_a_call_that_is_nonsense(message: bytes, reply: int | None):
                 answer = here.recv(size, socket.MSG_WAITALL)
                 magic, kind, status, number, *_ = struct.unpack(ANSWER, answer)
                 assert (magic, kind, status, number) == (ANSWER_MAGIC, 2, reply, 5)
-        # One that ends in the middle.
+        # A connection that ends in the middle of a call.
         here, there = pair()
         found.servers[1].accept(2, there)
         here.sendall(call_bytes()[:40])
@@ -891,11 +892,12 @@ MOVING, STEADY = 0, list(range(1, LAYERS * EXPERTS))
 @native_calls
 @pytest.mark.parametrize("careful", [True, False])
 def test_slots_are_rewritten_while_calls_run(careful: bool):
-    """With care a slot is overwritten once no call can want what it held: no row fails.
+    """If a slot is overwritten only when no call can need its old expert, no row fails.
 
-    Without, rows may fail, as experts are not where the table says; no sum is wrong.
+    If slots are overwritten at any time, rows may fail because experts are not where the table
+    says, but no sum is wrong.
     """
-    # A spare slot holds what another slot of its pool holds as well.
+    # The spare slot of a pool holds a copy of an expert in another slot.
     with cluster(spread([[6, 7], [MOVING, *STEADY], [*STEADY, 1]])) as found:
         routes = draw(15, 12)
         wanted = expected(0, *routes)
@@ -903,7 +905,7 @@ def test_slots_are_rewritten_while_calls_run(careful: bool):
         pools = {rank: found.pools[rank][0] for rank in (1, 2)}
 
         def hand_over(holder: int, version: int) -> None:
-            """To the other callee; the slot that is left is overwritten when no call wants it."""
+            """Move an expert to the other callee; overwrite the old slot when no call needs it."""
             other = 3 - holder
             put(pools[other], {1: 0, 2: len(STEADY)}[other], MOVING)
             table = [[6, 7], STEADY, STEADY]
@@ -929,7 +931,7 @@ def test_slots_are_rewritten_while_calls_run(careful: bool):
 
         with meanwhile(change):
             try:
-                # Without care a row may wait half a second for a table that never comes.
+                # If not careful, a row may wait half a second for a table that never comes.
                 for _ in range(60 if careful else 3):
                     y_td, failed_t = call(found.servers[0], 0, *routes)
                     turns += 1
@@ -941,7 +943,7 @@ def test_slots_are_rewritten_while_calls_run(careful: bool):
         assert not careful or failures == 0
 
 
-# What is counted.
+# Counters and traces.
 
 
 def test_counters():
@@ -975,7 +977,7 @@ def test_counters():
 
 
 def take(server: ExpertCalls, kind: str) -> list[TraceEvent]:
-    """Events of a kind since the last time."""
+    """Trace events of a kind since the previous call."""
     events, lost = server.take_trace()
     assert lost == 0
     return [event for event in events if TRACE_KINDS[event.kind] == kind]
@@ -1000,7 +1002,7 @@ def test_both_ends_of_a_call_are_traced():
         served: list[tuple[int, TraceEvent]] = []
 
         def come() -> bool:
-            """Who answers notes it when the answer is on its way."""
+            """Servers record an event only after sending the answer."""
             for n in (1, 2):
                 served.extend((n, event) for event in take(found.servers[n], "served"))
             return len(served) == 4
@@ -1033,7 +1035,7 @@ def test_what_becomes_of_calls_is_traced():
             _, failed_t = call(caller, 0, *routes)
         assert not failed_t.any()
         events, lost = caller.take_trace()
-        # The late answer, the refusal, the answer of another; there is no room for the layer.
+        # Late answer, refusal, answer of another server; the trace has no room for the layer.
         assert [TRACE_OUTCOMES[event.outcome] for event in events[1:]] == ["refused", "answered"]
         assert (events[0].id, events[2].peer, lost) == (1, 2, 1)
         with meanwhile(lambda: (peer.receive(), peer.connection.close())):
@@ -1046,7 +1048,7 @@ def test_nothing_leaks():
         with cluster(UNEVEN) as found:
             for server in found.servers.values():
                 call(server, 0, *draw(17, 3))
-            # Two that no call has taken over, of which the second replaces the first.
+            # Two connections that no call has adopted; the second replaces the first.
             found.connect(0, 1)
             found.connect(0, 1)
 
@@ -1057,7 +1059,7 @@ def test_nothing_leaks():
 
 
 def test_many_servers():
-    """Of 40 the last six hold all experts, one of each layer; the 33 before them are never met."""
+    """Of 40 servers, the last six hold all experts, one per layer each; 33 are never created."""
     held = [[]] * 34 + [[n, EXPERTS + n] for n in range(EXPERTS)]
     with cluster(spread(held), played=range(1, 34)) as servers:
         for layer in range(LAYERS):
@@ -1069,7 +1071,7 @@ def test_many_servers():
     assert (rows_ln.sum(0) > 0).tolist() == [False] * 34 + [True] * EXPERTS
 
 
-# Who is asked.
+# Choice of servers.
 
 
 @native_calls
@@ -1080,7 +1082,7 @@ def test_many_servers():
     share=st.sampled_from([0.1, 0.3, 0.7]),
 )
 def test_the_servers_that_are_asked_are_those_of_the_metrics(servers, seed, share):
-    """For many tokens of four experts at once, some of which nobody holds; in any order."""
+    """For many tokens with four experts, some without a holder, and any order of servers."""
     rng = np.random.default_rng(seed)
     has_tkn, order_n = rng.random((20, 4, servers)) < share, rng.permutation(servers)
     order_n = order_n.astype(np.int32)
@@ -1102,7 +1104,7 @@ def test_the_servers_that_are_asked_are_those_of_the_metrics(servers, seed, shar
 
 
 def test_equal_holders_are_asked_in_the_callers_order():
-    """Server 0 has nothing; each of the others has everything."""
+    """Server 0 holds no experts; each other server holds all of them."""
     everything = range(LAYERS * EXPERTS)
     orders = [[2, 1, 0], [0, 2, 1], [0, 1, 2]]
     with cluster(spread([[], everything, everything]), orders=orders) as found:

@@ -30,6 +30,6 @@ def test_a_header_and_whole_chunks():
     rows[0, 2] = 21
     found = sent(rows, 0, 260, 200)
     assert found[0, 1] == 16, "four numbers"
-    # 21 rows are 24 in chunks of 4, out and back.
+    # 21 rows become 24 in chunks of 4, in both directions.
     assert found[0, 2] == 16 + 24 * 260
     assert found[2, 0] == 16 + 24 * 200

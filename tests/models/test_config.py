@@ -1,4 +1,4 @@
-"""config.json in both spellings; nothing that changes the result passes unnoticed."""
+"""config.json in both spellings; every field that changes the result is read or rejected."""
 
 import math
 
@@ -72,7 +72,7 @@ def test_both_spellings_of_rope_mean_the_same(deepseek_fields):
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_normalised_weights_are_not_scaled(deepseek_fields, size):
-    # DeepSeek's MoEGate: either normalise (only for k > 1) or scale, never both
+    # DeepSeek's MoEGate either normalises (only for k > 1) or scales, never both.
     router = model_config(
         deepseek_fields
         | {"norm_topk_prob": True, "routed_scaling_factor": 16.0, "num_experts_per_tok": size}

@@ -1,4 +1,4 @@
-"""Connections between servers: who is let in, and for what."""
+"""Connections between servers: which are admitted, and for which topic."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ NAMES = ("here", "there", "elsewhere")
 IDENTITY = Identity("the model", "int8:32:bfloat16", "bfloat16")
 KEY = Key(b"the secret of this launch", IDENTITY)
 ANOTHER = Key(b"another", IDENTITY)
-#: Seconds: longer than anything here takes.
+#: Timeout in seconds, longer than anything here takes.
 PATIENCE_S = 20.0
-#: What a listener lets in: rank, index, connection.
+#: Connections that a listener admits: rank, index, connection.
 Arrivals = queue.SimpleQueue[tuple[int, int, socket.socket]]
 
 
 @pytest.fixture
 def listen() -> Iterator[Callable[..., PeerListener]]:
-    """Listeners of server `rank`, closed in the end."""
+    """Create listeners of server `rank`, which are closed at the end of the test."""
     with contextlib.ExitStack() as stack:
 
         def one(rank: int = 0, address: str = "127.0.0.1", key: Key = KEY) -> PeerListener:
@@ -41,19 +41,19 @@ def listen() -> Iterator[Callable[..., PeerListener]]:
 
 
 def arrivals(listener: PeerListener, topic: str) -> Arrivals:
-    """What comes from here on."""
+    """A queue of the connections that are admitted from now on."""
     found: Arrivals = queue.SimpleQueue()
     listener.on(topic, lambda *call: found.put(call))
     return found
 
 
 def call(listener: PeerListener, topic: str, index: int = 0, *, rank: int = 1, key: Key = KEY):
-    """What server `rank` gets that dials server 0."""
+    """The connection of server `rank` to server 0."""
     return dial(rank, 0, NAMES[0], listener.endpoint, key, topic, index)
 
 
 def first_call(listener: PeerListener, topic: str) -> socket.socket:
-    """A call that the listener has recognised before the next one is made."""
+    """A connection for which the listener has finished the handshake."""
     connection = call(listener, topic)
     assert eventually(lambda: listener._latest)
     return connection
@@ -88,7 +88,7 @@ def test_who_knows_the_key_is_connected(address: str, listen: Callable[..., Peer
 
 
 def test_topics_are_told_apart(listen: Callable[..., PeerListener]):
-    """One topic is wanted before the call, the other one after it."""
+    """One topic has a handler before the call, the other topic gets its handler afterwards."""
     listener = listen()
     bell = arrivals(listener, "bell")
     with call(listener, "links") as for_links, call(listener, "bell") as for_bell:
@@ -107,11 +107,11 @@ def test_a_topic_that_nobody_wants(
     monkeypatch.setattr(connections, "TIMEOUT_S", 0.1)
     with call(listen(), "link") as theirs:
         assert_closed(theirs)
-    assert "nobody wants a connection for 'link'" in caplog.text
+    assert "this server has no handler for topic 'link'" in caplog.text
 
 
 def test_a_server_that_calls_again(listen: Callable[..., PeerListener]):
-    """Both calls are let in; of those that still wait, only the later one."""
+    """Of several waiting calls only the latest is admitted; an admitted call does not end."""
     listener = listen()
     with first_call(listener, "links") as early, call(listener, "links") as late:
         assert_closed(early)
@@ -129,7 +129,7 @@ def test_ranks_that_cannot_call(
 ):
     with call(listen(), "links", rank=caller) as theirs:
         assert_closed(theirs)
-    assert f"calls itself server {caller}" in caplog.text
+    assert f"invalid rank {caller}: this is server 0 of 3" in caplog.text
 
 
 def test_another_key_is_refused(listen: Callable[..., PeerListener]):
@@ -155,7 +155,7 @@ def test_what_is_sent_is_paced_to_the_slowest_known_link(
 
 
 def _pacing(connection: socket.socket) -> int | None:
-    """Bytes per second, where the system can say."""
+    """Pacing rate in bytes per second; None if the system cannot tell."""
     if sys.platform != "linux":
         return None
     number = connection.getsockopt(socket.SOL_SOCKET, connections._SO_MAX_PACING_RATE, 8)
@@ -183,14 +183,14 @@ def test_another_identity_is_refused_at_both_ends(
     other = Key(KEY.secret, dataclasses.replace(IDENTITY, **{field: theirs}))
     with pytest.raises(RuntimeError) as error:
         call(listener, "links", key=other)
-    assert str(error.value).startswith(f"server here at {listener.endpoint}: ")
+    assert str(error.value).startswith(f"cannot connect to server here at {listener.endpoint}: ")
     assert words.format(ours, theirs) in str(error.value)
     assert eventually(lambda: words.format(theirs, ours) in caplog.text)
     assert found.empty()
 
 
 def test_who_has_not_proved_itself_is_told_nothing(listen: Callable[..., PeerListener]):
-    """Neither by a server that it calls, nor by one that calls it."""
+    """Neither the called server nor the calling server sends its identity."""
     with socket.create_connection(address(listen())) as stranger:
         stranger.settimeout(PATIENCE_S)
         stranger.sendall(connections._CALL.pack(1, 0, 5) + b"links" + bytes(32 + 32))
@@ -213,7 +213,7 @@ def test_who_has_not_proved_itself_is_told_nothing(listen: Callable[..., PeerLis
 
 
 def test_what_is_no_identity_is_refused(listen: Callable[..., PeerListener]):
-    """By one that knows the secret, as a server of some other version may."""
+    """The sender knows the secret, like a server of another version."""
     listener = listen()
     found = arrivals(listener, "links")
     for content in (b"no", b"[]", b"3", bytes(70)):
@@ -230,7 +230,7 @@ def test_what_is_no_identity_is_refused(listen: Callable[..., PeerListener]):
 
 
 def test_a_call_cannot_be_turned_into_another(listen: Callable[..., PeerListener]):
-    """A stranger on the way changes the topic: the called server's proof is of what it read."""
+    """A man in the middle changes the topic; the called server's proof covers what it received."""
     listener = listen()
     found = arrivals(listener, "bell")
     with socket.create_server(("127.0.0.1", 0)) as between:
@@ -257,7 +257,7 @@ def address(listener: PeerListener) -> tuple[str, int]:
 
 
 def test_strangers_do_not_stop_the_others(listen: Callable[..., PeerListener]):
-    """One says nothing, one hangs up, one talks of something else."""
+    """One client sends nothing, one disconnects, one speaks another protocol."""
     listener = listen()
     found = arrivals(listener, "links")
     with contextlib.ExitStack() as stack:
@@ -281,7 +281,7 @@ def test_who_says_nothing_is_not_waited_for(
     monkeypatch.setattr(connections, "_HANDSHAKE_S", 0.05)
     with socket.create_connection(address(listen())) as silent:
         assert_closed(silent)
-    assert "was not let in: timed out" in caplog.text
+    assert "rejected: timed out" in caplog.text
 
 
 def test_what_was_let_in_outlives_the_listener(listen: Callable[..., PeerListener]):
@@ -300,7 +300,7 @@ def test_what_was_let_in_outlives_the_listener(listen: Callable[..., PeerListene
 
 
 def of_all(listeners: list[PeerListener]) -> list:
-    """What `mesh` gives each server, or raises there."""
+    """The result of `mesh` on each server, or its exception."""
     endpoints = [listener.endpoint for listener in listeners]
 
     def one(rank: int):
@@ -315,7 +315,7 @@ def of_all(listeners: list[PeerListener]) -> list:
 
 def test_a_mesh_has_one_connection_for_each_pair(listen: Callable[..., PeerListener]):
     listeners = [listen(rank) for rank in range(3)]
-    for _ in range(2):  # and once more, as after a restart
+    for _ in range(2):  # again, as after a restart
         found = of_all(listeners)
         with contextlib.ExitStack() as stack:
             for rank, connections_here in enumerate(found):

@@ -1,4 +1,4 @@
-"""Conversion: exact, interruptible, bounded in memory; single experts restore alone."""
+"""Conversion: exact, interruptible, bounded in memory; single experts can be read alone."""
 
 import asyncio
 import json
@@ -34,7 +34,7 @@ EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """A DeepSeek-V2 whose experts are large beside an orbax checkpoint's metadata."""
+    """A DeepSeek-V2 whose experts are large compared to the metadata of an orbax checkpoint."""
     fields = DEEPSEEK | {
         "hidden_size": 128,
         "intermediate_size": 64,
@@ -86,9 +86,9 @@ def test_experts_equal_the_source(source, converted):
 
 
 def test_sizes(converted, monkeypatch):
-    monkeypatch.setattr(native, "_library", None)  # its panels are filled up to whole vectors
+    monkeypatch.setattr(native, "_library", None)  # the library pads weights to whole vectors
     checkpoint = Checkpoint.open(converted)
-    for dtype in ("float32", "bfloat16"):  # of activations: weights stay as they are stored
+    for dtype in ("float32", "bfloat16"):  # types of activations; weights keep their stored type
         assert checkpoint.expert_bytes(dtype) == 3 * 128 * 256 * 2
     import jax
     from flax import nnx
@@ -108,11 +108,11 @@ def test_one_expert_reads_one_expert(converted):
     used = read_bytes() - before
     size = checkpoint.expert_bytes("bfloat16")
     print(f"read {used} bytes for an expert of {size}")
-    assert 0.5 * size < used < 1.5 * size  # of 8 in this layer's checkpoint
+    assert 0.5 * size < used < 1.5 * size  # the layer's checkpoint has 8 experts
 
 
 def test_experts_are_read_beside_an_event_loop(converted):
-    """As in a notebook, whose cells run within one."""
+    """In a notebook, cells run within an event loop."""
     checkpoint = Checkpoint.open(converted)
 
     async def cell():
@@ -168,12 +168,12 @@ def test_bytes_flipped_on_disk_are_noticed_when_read(converted, tmp_path):
     checkpoint = Checkpoint.open(copy)
     for path in (copy / "experts" / "0").rglob("d/*"):
         path.write_bytes(b"\0" * path.stat().st_size)
-    with pytest.raises(UserError, match="torn"):
+    with pytest.raises(UserError, match="damaged"):
         stacked(checkpoint, [(0, 0)])
 
 
 def test_small_groups_hold_the_same_weights(source, converted, tmp_path, monkeypatch):
-    # 1 MB: the trunk and every layer take several checkpoints, an expert lies in two
+    # With 1 MB, the trunk and every layer take several checkpoints.
     monkeypatch.setattr(convert_module, "GROUP_BYTES", 1_000_000)
     several = Checkpoint.open(convert(source, tmp_path / "several"))
     assert len(list((tmp_path / "several" / "experts" / "0").iterdir())) == 2
@@ -188,7 +188,7 @@ def test_small_groups_hold_the_same_weights(source, converted, tmp_path, monkeyp
 
 
 def test_what_can_be_planned_before_a_conversion(source, converted, tmp_path):
-    """Of a config alone, of weights of which some are still on their way, of whole ones."""
+    """For a config alone, for weights that are downloaded in part, and for complete weights."""
     (tmp_path / "config.json").write_bytes((source / "config.json").read_bytes())
     whole = HFDirectory(source)
     index = {"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}
@@ -232,7 +232,7 @@ def test_a_killed_conversion_is_not_taken_for_a_whole_one(source, tmp_path):
     assert left == {".killed.partial", ".killed.lock"}
     with pytest.raises(UserError):
         Checkpoint.open(killed)
-    # the next conversion into this cache sweeps it away, whatever it converts
+    # The next conversion to this cache removes the leftovers, whatever model it converts.
     path = ensure_converted(source, tmp_path)
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
     Checkpoint.open(path)
@@ -281,7 +281,7 @@ def test_the_cache_is_by_content(source, converted, tmp_path):
 def test_command(source, tmp_path, capsys):
     assert main([str(source), str(tmp_path / "out")]) == 0
     Checkpoint.open(tmp_path / "out")
-    assert main([str(source), str(tmp_path / "out")]) == 0  # the same model: nothing to do
+    assert main([str(source), str(tmp_path / "out")]) == 0  # same model: nothing to do
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").touch()
     assert main([str(source), str(tmp_path / "other")]) == 2
@@ -294,7 +294,7 @@ def test_command(source, tmp_path, capsys):
 
 
 def sparse_checkpoint(path, layers, experts, d, f):
-    """A Mixtral of zeros that takes no disk: safetensors data is a hole in the file."""
+    """A Mixtral of zeros that takes no disk space: the data are a hole in the safetensors file."""
     from dance_jax.models import model_config
     from dance_jax.models.tensors import expert_rules, trunk_rules
 
@@ -329,7 +329,7 @@ def sparse_checkpoint(path, layers, experts, d, f):
 def test_memory_stays_below_two_thirds_of_a_gigabyte_above_the_largest_tensor(tmp_path):
     total = sparse_checkpoint(tmp_path / "model", layers=1, experts=7, d=2048, f=8192)
     largest, most = 2048 * 8192 * 2, 640 << 20
-    assert total > most + largest  # holding all of it would fail
+    assert total > most + largest  # the test fails if all weights are held in memory
     code = """
         import re, sys
         from dance_jax.models.convert import main
@@ -346,7 +346,7 @@ def test_memory_stays_below_two_thirds_of_a_gigabyte_above_the_largest_tensor(tm
 
 
 def test_one_process_of_a_distributed_job_loads_alone(converted):
-    """The other process never takes part: a barrier inside orbax would hang."""
+    """The other process does not load anything, so a barrier in orbax would hang."""
     code = """
         import sys
         import jax

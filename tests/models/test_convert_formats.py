@@ -1,4 +1,4 @@
-"""Conversions of quantised models, and to fewer bits: what is refused, and what is left behind."""
+"""Conversions of quantised models and conversions to fewer bits: rejected input, and leftovers."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def floats(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 @pytest.fixture(scope="module")
 def codes(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """Four bits with zero points."""
+    """A model with four-bit codes and zero points."""
     folder = tmp_path_factory.mktemp("codes") / "model"
     fields, config, encode = packed.MODELS["awq"]
     packed.quantised(folder, fields, config, encode)
@@ -67,7 +67,7 @@ def nothing_is_left(folder: pathlib.Path, name: str = "out") -> None:
 
 
 def run(code: str, *arguments: object) -> tuple[int, str]:
-    """A process's status and what it printed last."""
+    """Exit status and output of a process."""
     process = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
         env=dict(os.environ, JAX_PLATFORMS="cpu"),
@@ -126,7 +126,7 @@ def test_what_is_converted_already_is_not_rounded(
     floats: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     made = convert(floats, tmp_path / "out")
-    with pytest.raises(UserError, match="is converted already; weights are rounded when"):
+    with pytest.raises(UserError, match="already converted; weights are rounded only during"):
         ensure_converted(made, tmp_path / "cache", rounding=Rounding("int8"))
 
 
@@ -155,7 +155,7 @@ def test_weights_that_are_no_numbers_are_not_rounded(
 def test_scales_of_a_gguf_file_that_are_no_numbers(
     part: str, gguf: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    """A half of Q8_0, the exponent of MXFP4."""
+    """The float16 scale of Q8_0, and the exponent of MXFP4."""
     from dance_jax.models.ggml.header import read_header
 
     path = tmp_path / "model.gguf"
@@ -214,7 +214,7 @@ def test_a_full_disk_leaves_nothing(
 def test_what_orbax_cannot_write_is_an_error_of_the_system(
     floats: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    """As on a full disk: files may not be larger than an array of the model."""
+    """Like a full disk: files may not be larger than an array of the model."""
     code = """
         import resource, signal, sys
         from dance_jax.models.convert import main
@@ -230,7 +230,10 @@ def test_what_orbax_cannot_write_is_an_error_of_the_system(
 def test_room_is_asked_for_what_is_written(
     floats: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Four bits take less than the source has, a common format may take more."""
+    """The check uses the size of the result, not of the source.
+
+    Four bits take less space than the source; a common format may take more.
+    """
     source = (floats / "model.safetensors").stat().st_size
     usage = type("Usage", (), {"free": int(source * 0.6)})
     monkeypatch.setattr(convert_module.shutil, "disk_usage", lambda path: usage)
@@ -240,7 +243,7 @@ def test_room_is_asked_for_what_is_written(
     convert(floats, tmp_path / "out", rounding=Rounding("int4", "int4"))
 
 
-# What a choice does not fit.
+# Matrices that the chosen format does not support.
 
 
 def test_matrices_that_a_choice_does_not_fit_are_named(
@@ -249,7 +252,7 @@ def test_matrices_that_a_choice_does_not_fit_are_named(
     fields = packed.QWEN | {"moe_intermediate_size": 20}
     source = write_random_checkpoint(tmp_path / "model", fields)
     assert main([str(source), str(tmp_path / "out"), "--experts", "int4"]) == 0
-    line = "--experts int4 needs inputs in multiples of 8; as they are stored stay, of all"
+    line = "--experts int4 needs a multiple of 8 inputs; unchanged matrices of all"
     assert f"{line} experts: w_down (20 inputs)" in " ".join(capsys.readouterr().err.split())
     made = Checkpoint.open(tmp_path / "out")
     planned = EngineConfig(64, experts="int4")
@@ -271,7 +274,7 @@ def test_matrices_that_a_choice_does_not_fit_are_named(
 @pytest.mark.parametrize("choice", ["int8", "int4", "mxfp4", "int4-mixed"])
 @pytest.mark.parametrize(("d", "f"), [(24, 40), (40, 12), (33, 7)])
 def test_sizes_that_no_group_divides(choice: str, d: int, f: int, tmp_path: pathlib.Path) -> None:
-    """Last groups are shorter, and what does not fit stays: as the plan expects."""
+    """Last groups are shorter, and matrices that do not fit keep their format, as planned."""
     fields = packed.QWEN | {"hidden_size": d, "moe_intermediate_size": f}
     source = write_random_checkpoint(tmp_path / "model", fields, dtype="bfloat16")
     rounding = Rounding(choice)
@@ -345,13 +348,13 @@ def test_an_interrupted_conversion_of_codes(
     assert not out.exists()
     if number != signal.SIGKILL:
         nothing_is_left(tmp_path)
-    made = convert(model, out)  # what is left is swept away
+    made = convert(model, out)  # removes the leftovers
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert Checkpoint.open(made).fingerprint == outline(model).fingerprint
 
 
 def test_a_model_of_the_version_before(floats: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    """Without formats.json; in a cache it is left alone."""
+    """The old version has no formats.json; in a cache the old model is kept."""
     made = ensure_converted(floats, tmp_path / "cache")
     old = made.rename(made.with_name(made.name.removesuffix(f"-{FORMAT}") + f"-{FORMAT - 1}"))
     (old / "formats.json").unlink()
@@ -374,7 +377,7 @@ def test_formats_that_were_changed(floats: pathlib.Path, tmp_path: pathlib.Path)
 
 
 def test_codes_of_experts_in_a_trunk_of_floats(tmp_path: pathlib.Path) -> None:
-    """fp8 for some tensors, bfloat16 for the others, as `modules_to_not_convert` leaves them."""
+    """fp8 for the experts, bfloat16 for tensors in `modules_to_not_convert`."""
     fields, config, encode = packed.MODELS["fp8"]
     config = config | {"modules_to_not_convert": ["self_attn", "shared_experts", "lm_head"]}
 
@@ -396,7 +399,7 @@ def test_codes_of_experts_in_a_trunk_of_floats(tmp_path: pathlib.Path) -> None:
 
 
 def test_experts_of_which_some_are_floats(tmp_path: pathlib.Path) -> None:
-    """One common format, which loses nothing."""
+    """All experts get one common format without loss."""
     fields, config, encode = packed.MODELS["compressed-tensors"]
 
     def some(name: str, shape: tuple[int, int], rng: Any, config: Any) -> Any:

@@ -12,7 +12,7 @@ HEADS, KEY, VALUE = 2, 4, 3
 
 
 def recurrence(memory, tokens):
-    """Outputs [h, c, dv] and the memory [h, dk, dv] after all tokens."""
+    """Outputs [h, c, dv] and the state [h, dk, dv] after all tokens."""
     memory, outputs = np.array(memory, np.float64), []
     query, key, value, decay, strength = (np.asarray(part, np.float64) for part in tokens)
     for i in range(query.shape[1]):
@@ -28,7 +28,7 @@ def recurrence(memory, tokens):
 @given(
     seed=st.integers(0, 2**31),
     count=st.sampled_from([1, 2, 5, 32]),
-    # From no decay at all to a memory that is gone after a token.
+    # From no decay to a state that vanishes after one token.
     decay=st.sampled_from([0.0, 0.01, 1.0, 100.0]),
 )
 def test_some_tokens_at_once_are_those_tokens_one_by_one(seed, count, decay):

@@ -23,7 +23,7 @@ from tests.quick import QUICK
 D, F = 8, 12
 HALF = WeightFormat("bfloat16")
 Kept = tuple[WeightFormat, WeightFormat, WeightFormat]
-#: Plain experts; gpt-oss's; one with the other activation.
+#: Plain experts; experts of gpt-oss; experts with the third activation.
 KINDS = ((SILU, False), (Activation("clamped", 1.702, 1.5), True), (Activation("gelu"), False))
 
 
@@ -40,7 +40,7 @@ def make_format(
 
 
 def make_experts(form: ExpertFormat, slots: int) -> list[dict[str, np.ndarray]]:
-    """Arrays of the leaves, by their names."""
+    """Experts as arrays by leaf name."""
     rng = np.random.default_rng(slots)
     experts = []
     for _ in range(slots):
@@ -70,7 +70,7 @@ def make_pool(form: ExpertFormat, slots: int) -> tuple[jax.Array, ...]:
 
 
 def native_pool(form: ExpertFormat, slots: int) -> NativePool:
-    """The same experts in the library's memory."""
+    """A pool with the same experts in the library's memory."""
     forms = (form.gate, form.up, form.down)
     pool = NativePool(form.d, form.f, form.activation, forms, form.bias, slots)
     for slot, own in enumerate(make_experts(form, slots)):
@@ -79,7 +79,7 @@ def native_pool(form: ExpertFormat, slots: int) -> NativePool:
 
 
 def dense(form, pool, x_nd: np.ndarray, slot_nk: np.ndarray, weight_nk: np.ndarray) -> np.ndarray:
-    """Float64, one assignment at a time."""
+    """Reference in float64, one assignment at a time."""
     leaves = dict(zip(form.leaves, map(np.asarray, pool), strict=True))
     out = np.zeros(x_nd.shape)
 
@@ -112,7 +112,7 @@ def dense(form, pool, x_nd: np.ndarray, slot_nk: np.ndarray, weight_nk: np.ndarr
 
 @functools.cache
 def lowered(kind: int, block: int | None):
-    """The loop over blocks; None: the library's grouped product."""
+    """The loop over blocks of `block` rows; JAX's grouped product if `block` is None."""
     form = make_format(kind)
     if block is None:
         return jax.jit(functools.partial(ragged_ffn, form), compiler_options=QUICK)
@@ -168,14 +168,14 @@ def test_in_cpp_and_in_jax_it_is_the_same(
         ffn = jax.jit(functools.partial(form.ffn, layers=1), compiler_options=QUICK)
         y_nd = ffn(argument, x_nd, slot_nk, weight_nk)
         assert y_nd.dtype == jnp.float32
-        # In JAX weights and hidden activations are rounded to the dtype.
+        # JAX rounds weights and inner activations to the dtype.
         tolerance = (3e-2 if rounds else 1e-4) * (1 + np.abs(expected).max())
         np.testing.assert_allclose(y_nd, expected, rtol=0, atol=tolerance)
 
 
 @st.composite
 def any_formats(draw) -> tuple[int, int, Kept]:
-    """Widths, and formats of gate, up and down that fit them; groups may divide nothing."""
+    """Widths, and formats of gate, up and down that support them; groups need not divide them."""
     d, f = draw(st.tuples(*[st.sampled_from([8, 24, 40, 136, 33, 7])] * 2))
 
     def one() -> WeightFormat:
@@ -276,7 +276,7 @@ def test_a_device_without_slots_adds_nothing(expert_library):
 def test_blocks_grow_with_the_rows_an_expert_gets():
     blocks = [block_rows(rows * 6, 64) for rows in (1, 8, 64, 128, 1024, 100_000)]
     assert blocks == sorted(blocks) and blocks[0] == 1 and blocks[-1] == 64
-    # Most blocks are full: at least half of the rows an expert gets on average fit in one.
+    # Blocks are not too small: a block takes at least half of an expert's average rows.
     assert all(
         block >= min(rows * 6 / 64, 64) / 2
         for block, rows in zip(blocks, (1, 8, 64, 128, 1024, 100_000), strict=True)

@@ -1,4 +1,4 @@
-"""Formats of weights: what they hold, what they round to, and what holds two of them."""
+"""Formats of weights: exact values, rounding, and common formats."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FORMATS = {
     "int8 by output": WeightFormat("int8", 96, "float32"),
     "int8 of GGUF": WeightFormat("int8", 32, "float16"),
 }
-#: The largest error, of the largest weight in a group; of four bits one side has a value less.
+#: Largest error relative to the largest weight of a group; int4 has one value less on one side.
 STEP = {"bf16": 2**-8, "int8": 1 / 253, "int4": 1 / 8, "mxfp4": 1 / 4, "fp8": 1 / 16}
 STEP |= {"float32": 0, "float16": 2**-11, "int8 by output": 1 / 253, "int8 of GGUF": 1 / 253}
 
@@ -55,7 +55,7 @@ def test_rounding_finds_near_values(name: str) -> None:
         own = slice(begin, begin + group)
         most = np.abs(values[own]).max(axis=0)
         assert (np.abs(found[own] - values[own]) <= STEP[name] * most * 1.02).all()
-    # JAX reads the same, and what is exact is kept.
+    # JAX dequantises to the same values, and converting to the same format changes nothing.
     in_jax = form.dequantise({n: jnp.asarray(array) for n, array in arrays.items()}, 96)
     np.testing.assert_array_equal(in_jax, found)
     np.testing.assert_array_equal(Matrix(form, arrays, 96).to(form).values(), found)
@@ -119,7 +119,7 @@ def any_format(draw: st.DrawFn, d_in: int) -> WeightFormat:
 @settings(deadline=None, max_examples=100)
 @given(st.data(), st.sampled_from([7, 8, 24, 33, 40, 64, 100]), st.integers(0, 2**31))
 def test_any_formats_of_any_size_have_a_common_one(data, d_in: int, seed: int) -> None:
-    """Whatever their order."""
+    """The result does not depend on the order of the formats."""
     forms = data.draw(st.lists(any_format(d_in), min_size=2, max_size=4))
     form, rng = common(forms), np.random.default_rng(seed)
     assert common(forms[::-1]) == form == common([form, *forms])
@@ -146,7 +146,7 @@ def test_what_is_no_number_is_not_rounded() -> None:
             with pytest.raises(ValueError, match="1 of 64 weights are NaN or infinite"):
                 ROUNDED[name].quantise(values)
     for form in (WeightFormat("int8", 32, "e8m0"), WeightFormat("int4", 32, "float32", True)):
-        with pytest.raises(ValueError, match="nothing is rounded to such a format"):
+        with pytest.raises(ValueError, match="rounding to this format is not supported"):
             form.quantise(random(32, 2))
 
 

@@ -1,4 +1,4 @@
-"""GGUF files: blocks, whole models, tokenizers, split files, and files that are wrong."""
+"""GGUF files: blocks, whole models, tokenizers, split files, and invalid files."""
 
 import dataclasses
 import itertools
@@ -37,7 +37,7 @@ TEXTS = (
     "cafe\u0301 naïve 日本語 <think> ok <|user|>hi</s>",
     " </s> tail  \r\n",
 )
-#: Byte of a block at which each of its halves is.
+#: Byte offsets of the float16 values in a block.
 HALVES = {
     "Q4_0": (0,),
     "Q4_1": (0, 2),
@@ -69,13 +69,13 @@ def directories(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def qwen(directories, tmp_path_factory):
-    """A Qwen3-MoE in a GGUF file; not to be changed."""
+    """A Qwen3-MoE in a GGUF file; tests must not change the file."""
     path = tmp_path_factory.mktemp("gguf") / "qwen.gguf"
     return write_gguf(path, directories("qwen3moe"), "qwen3moe")
 
 
 def random_blocks(kind, rows, d_in):
-    """uint8 [rows, bytes] of blocks in which anything may be, but finite halves."""
+    """Random blocks, uint8 [rows, bytes], whose float16 values are finite."""
     own, rng = KINDS[kind], np.random.default_rng(0)
     blocks = rng.integers(0, 256, (rows, d_in // own.weights, own.size), dtype=np.uint8)
     for at in HALVES[kind]:
@@ -133,7 +133,7 @@ def test_floats_are_kept_as_they_are(kind, dtype, tmp_path):
 
 
 def weights(model):
-    """What a conversion would store, by name."""
+    """The weights that a conversion would store, by name."""
     rules = [("", rule) for rule in trunk_rules(model.config)]
     for layer, expert in itertools.product(
         model.config.moe_layers, range(model.config.num_experts)
@@ -149,12 +149,12 @@ def weights(model):
 
 
 def assert_equal(found, source):
-    """Config and weights of a GGUF model are those of the directory it was made from."""
+    """Check that a GGUF model has the config and weights of the directory it was made from."""
     assert found.config == dataclasses.replace(source.config, names=found.config.names)
     ours, theirs = weights(found), weights(source)
     assert ours.keys() == theirs.keys()
     for name, values in theirs.items():
-        # Some are stored as 1 + w, or as exponentials.
+        # Some weights are stored as 1 + w, or as exponentials.
         rounding = 1e-6 if source.config.norm_plus_one and values.ndim == 1 else 0
         np.testing.assert_allclose(ours[name], values, rtol=0, atol=rounding, err_msg=name)
 
@@ -192,7 +192,7 @@ def test_keys_and_values_of_latents_in_one_tensor(model, directories, tmp_path):
     ],
 )
 def test_halves_of_latents_of_two_types(keys, values, form, tmp_path):
-    """Floats are kept without loss; codes are cut anew."""
+    """Floats are kept without loss; quantised weights are rearranged as bfloat16."""
     fields = MODELS["deepseek2"][1] | {"qk_nope_head_dim": 32}
     write_random_checkpoint(tmp_path / "hf", fields, tokenizer=False)
     write_tokenizer(tmp_path / "hf")
@@ -206,7 +206,7 @@ def test_halves_of_latents_of_two_types(keys, values, form, tmp_path):
 
 
 def test_quantised_rows_of_paired_heads(directories, tmp_path):
-    """The order of rows is undone whatever their type."""
+    """The original order of rows is restored for quantised rows too."""
     directory = directories("llama")
     path = write_gguf(tmp_path / "q.gguf", directory, "llama", kinds={"attn_q": "Q8_0"})
     name = "model.layers.1.self_attn.q_proj.weight"
@@ -217,7 +217,7 @@ def test_quantised_rows_of_paired_heads(directories, tmp_path):
 
 
 def test_inputs_in_another_order(tmp_path):
-    """Of whole groups, in their format; of parts of groups, as floats."""
+    """Whole groups keep their format when reordered; parts of groups become floats."""
     values = np.random.default_rng(3).standard_normal((6, 128), np.float32)
     for kind in ("Q8_0", "Q4_0", "MXFP4", "F32"):
         data = quants.quantize(values, gguf.GGMLQuantizationType[kind])
@@ -372,7 +372,7 @@ def test_files_of_another_kind(qwen, tmp_path):
 
 
 def change(key, value, kind=gguf.GGUFValueType.UINT32):
-    """Sets a value of the metadata."""
+    """Set a value of the metadata."""
 
     def changed(writer):
         writer.kv_data[0][key] = gguf.gguf_writer.GGUFValue(value, kind)
@@ -473,7 +473,7 @@ def test_numbers_have_the_digits_they_were_written_with(qwen):
 
 
 def vocabulary(tokens, **values):
-    """Metadata of a vocabulary of (text, type, score)."""
+    """Metadata for a vocabulary of (text, type, score) tokens."""
     texts, kinds, scores = zip(*tokens, strict=True)
     lists = {"tokens": list(texts), "token_type": list(kinds), "scores": list(scores)}
     return {f"tokenizer.ggml.{key}": value for key, value in (lists | values).items()}
@@ -491,7 +491,7 @@ def loaded(metadata):
 
 
 def test_sentence_pieces():
-    """By hand: the pair whose token has the highest score is merged first."""
+    """Worked out by hand: the pair whose token has the highest score is merged first."""
     normal, pieces = 1, ["▁", "h", "e", "l", "o", "▁h", "he", "el", "ll", "llo", "hello", "▁hello"]
     scores = {"▁": -9, "el": -1, "llo": -2, "ll": -3, "he": -4, "▁h": -5, "hello": -6, "▁hello": -7}
     tokens = [("<unk>", 2, 0.0), ("<s>", 3, 0.0), ("</s>", 3, 0.0)]
@@ -510,7 +510,7 @@ def test_sentence_pieces():
     def pieces_of(text):
         return tokenizer.encode(text, add_special_tokens=False).tokens
 
-    # "el" is merged before "he" and "ll" could be.
+    # "el" is merged first, so "he" and "ll" cannot be merged.
     assert pieces_of("hello") == ["▁h", "el", "l", "o"]
     assert pieces_of("llo") == ["▁", "llo"]
     assert pieces_of("é</s>h") == ["▁", "<0xC3>", "<0xA9>", "</s>", "▁h"]
@@ -522,7 +522,7 @@ def test_sentence_pieces():
         loaded(vocabulary(tokens, model="llama", **ids) | {"tokenizer.ggml.scores": [0.0] * 3})
 
 
-#: How texts are cut into words, by tokenizer.ggml.pre.
+#: Words into which a text is split, by tokenizer.ggml.pre.
 WORDS = {
     "gpt-2": ["it", "'s", "Ġ12345", "ĠHelloWorld", "!?", "Ċ"],
     "qwen2": ["it", "'s", "Ġ", "1", "2", "3", "4", "5", "ĠHelloWorld", "!?Ċ"],

@@ -1,4 +1,4 @@
-"""Models by their name on the hub: what is downloaded, what is not, and what is said."""
+"""Models by name on the hub: what is downloaded, what is not, and the error messages."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.tiny_models import SERVED
 
 CONFIG = ["config.json", "generation_config.json"]
 DEFINITION = [*CONFIG, "tokenizer.json", "tokenizer_config.json", hub.INDEX]
-#: What publishers put beside what is needed.
+#: Files in a repository that are not needed.
 OTHERS = (
     "README.md",
     "pytorch_model.bin",
@@ -40,7 +40,7 @@ OTHERS = (
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """A model in several files, with what a repository has beside it."""
+    """A model with several files of weights, and with files that are not needed."""
     path = write_random_checkpoint(
         tmp_path_factory.mktemp("published") / "model", SERVED, seed=3, shard_bytes=100_000
     )
@@ -73,7 +73,7 @@ def fake() -> Iterator[FakeHub]:
 
 @pytest.fixture
 def call(fake: FakeHub, caller: Caller, tmp_path: pathlib.Path) -> Callable[..., Any]:
-    """call(function of hub, *arguments, **environment variables), against the test's hub."""
+    """call(function of hub, *arguments, **environment variables), with the fake hub."""
 
     def call(function: str, *arguments: str, **variables: str) -> Any:
         name = function if ":" in function else f"dance_jax.models.hub:{function}"
@@ -125,7 +125,7 @@ def test_only_what_is_needed_is_downloaded_and_once(
     assert call("resolve", "org/name") == str(directory)
     assert [path for _, path, _ in fake.requests] == ["api/models/org/name"]
 
-    # Of a commit that is in the cache, the hub is not asked at all.
+    # For a commit that is in the cache, no request is sent.
     fake.requests.clear()
     assert call("portable_name", "org/name") == f"org/name@{commit}"
     assert call("resolve", f"org/name@{commit}") == str(directory)
@@ -153,7 +153,7 @@ def test_config_alone(fake: FakeHub, call: Callable[..., Any], model: pathlib.Pa
 def test_a_connection_that_is_cut_goes_on_where_it_was(
     fake: FakeHub, call: Callable[..., Any], tmp_path: pathlib.Path
 ) -> None:
-    """The library keeps what it has received in pieces of 10 MiB."""
+    """The library saves received data in chunks of 10 MiB."""
     fields = SERVED | {"moe_intermediate_size": 1024}
     model = write_random_checkpoint(tmp_path / "model", fields)
     fake.add("org/name", model)
@@ -222,7 +222,7 @@ def test_without_a_network_the_cache_serves(
     fake: FakeHub, call: Callable[..., Any], model: pathlib.Path
 ) -> None:
     nowhere = "http://127.0.0.1:9"
-    with pytest.raises(UserError, match=rf"hub \({nowhere}\) cannot be asked.*check the network"):
+    with pytest.raises(UserError, match=rf"hub \({nowhere}\) failed.*check the network"):
         call("resolve", "org/name", HF_ENDPOINT=nowhere)
     fake.add("org/name", model)
     directory = call("resolve", "org/name")
@@ -243,9 +243,9 @@ def test_what_the_hub_refuses(
         call("resolve", "org/name", HF_TOKEN=TOKEN)
     fake.forbidden.clear()
     fake.gated.add("org/name")
-    with pytest.raises(UserError, match=rf"restricted.*{fake.url}/org/name.*HF_TOKEN.*none is set"):
+    with pytest.raises(UserError, match=rf"restricted.*{fake.url}/org/name.*HF_TOKEN.*no token is"):
         call("resolve", "org/name")
-    with pytest.raises(UserError, match=r"restricted.*the present one may not read it"):
+    with pytest.raises(UserError, match=r"restricted.*the current token may not read it"):
         call("resolve", "org/name", HF_TOKEN="hf_other")
     assert fake.fetched() == []
     call("resolve", "org/name", HF_TOKEN=TOKEN)
@@ -264,17 +264,17 @@ def test_what_cannot_be_used_is_refused_before_weights(
         call("resolve", "org/dense")
     assert fake.fetched() == CONFIG
     (published("empty") / "config.json").unlink()
-    with pytest.raises(UserError, match=r"^org/empty: has no config.json on the hub"):
+    with pytest.raises(UserError, match=r"^org/empty: the model has no config.json on the hub"):
         call("resolve", "org/empty")
     (published("mute") / "tokenizer.json").unlink()
     with pytest.raises(UserError, match=r"tokenizer.json: no such file"):
         call("resolve", "org/mute")
     pickled = published("pickled")
     (pickled / hub.INDEX).unlink()
-    with pytest.raises(UserError, match=r"^org/pickled: has no model.safetensors on the hub"):
+    with pytest.raises(UserError, match=r"^org/pickled: the model has no model.safetensors on"):
         call("resolve", "org/pickled")
     (published("odd") / hub.INDEX).write_text('{"weight_map": {"w": "pytorch_model.bin"}}')
-    with pytest.raises(UserError, match=r"org--odd.*no map of names to safetensors files"):
+    with pytest.raises(UserError, match=r"org--odd.*does not map names to safetensors files"):
         call("resolve", "org/odd")
     assert not any(name.endswith((".safetensors", ".bin")) for name in fake.fetched())
 
@@ -284,7 +284,7 @@ def test_no_room(
 ) -> None:
     fake.add("org/name", model)
     fake.sizes[shards[0]] = 10**18
-    with pytest.raises(UserError, match=r"1000000000\.0 GB are to be downloaded to .* HF_HOME"):
+    with pytest.raises(UserError, match=r"needs 1000000000\.0 GB, but only .* HF_HOME"):
         call("resolve", "org/name")
     assert fake.fetched() == DEFINITION
 

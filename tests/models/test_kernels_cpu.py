@@ -1,4 +1,4 @@
-"""Products with weights in the C++ library, in every set of instructions that this machine has."""
+"""Products with weights in the C++ library, in every instruction set that this machine has."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from dance_jax.models.kernels_cpu import NativePool, format_words
 from dance_jax.models.layers import SILU
 from tests.models.test_formats import FORMATS, random
 
-#: With what no quantiser of ours makes.
+#: Formats, including one with offsets, to which `quantise` does not round.
 ALL = {**FORMATS, "offsets": WeightFormat("int4", 8, "float32", True)}
-#: Inputs, outputs: whole vectors and panels, what is left of them, and more than a cache holds.
+#: Inputs and outputs: whole vectors and panels, remainders, and more than a cache holds.
 SIZES = ((64, 512), (200, 75), (136, 33), (264, 16), (8, 1), (1096, 70))
 
 
 @pytest.fixture(scope="module")
 def forms(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """Products in every set of instructions."""
+    """A library with the products in every instruction set."""
     library = tmp_path_factory.mktemp("all") / "products.so"
     sources = [native._HERE / name for name in ("choose.cc", "panels.cc", native._PRODUCT)]
     native._compile(library, sources, native.usable_instructions())
@@ -46,7 +46,7 @@ def arrays_of(form: WeightFormat, d_in: int, d_out: int, seed: int) -> dict[str,
 
 
 def product(symbols: ctypes.CDLL, number: int, form: WeightFormat, panels, x, d_out: int):
-    """x @ w by the n-th set of instructions; None: there is none."""
+    """x @ w with the n-th instruction set; None if there is no such set."""
     y, words = np.zeros((len(x), d_out), np.float32), format_words([form])
     there = symbols.ProductBy(
         ctypes.c_int64(number),
@@ -76,9 +76,9 @@ def test_instructions_agree_with_numpy_and_with_each_other(
         for each in found:
             assert each is not None and (np.abs(each - expected) <= bound).all()
         fused = [each for each, own in zip(found, sets, strict=True) if own.needs]
-        for each in fused:  # to the bit: so a row is the same on every server with fused products
+        for each in fused:  # so a row has the same bits on all servers with fused products
             np.testing.assert_array_equal(each, fused[0])
-        # A row does not depend on those beside it, nor on how XLA calls.
+        # A row does not depend on other rows, nor on whether XLA calls the product.
         for cut in ([*range(len(x))], [4, 7, 20]):
             parts = [product(forms, 0, form, panels, rows, d_out) for rows in np.split(x, cut)]
             np.testing.assert_array_equal(np.concatenate(parts), found[0])
@@ -97,7 +97,7 @@ def test_instructions_agree_with_numpy_and_with_each_other(
     seed=st.integers(0, 2**31),
 )
 def test_a_row_has_the_same_bits_in_any_batch(compiled, rows, sizes, name, seed) -> None:
-    """Of an expert and of a projection by heads, on however many threads."""
+    """For experts and for projections per head, with any number of threads."""
     (d, f), form = sizes, ALL[name]
     pool = NativePool(d, f, SILU, (form, form, form), False, 3)
     for slot in range(3):
@@ -120,7 +120,7 @@ def test_a_row_has_the_same_bits_in_any_batch(compiled, rows, sizes, name, seed)
 
 
 def test_slots_are_written_while_others_compute(compiled: pathlib.Path) -> None:
-    """What a call reads is one expert or another, never parts of both."""
+    """A call reads one expert or the other, never parts of both."""
     d, f = 64, 64
     pool = NativePool(d, f, SILU, [WeightFormat("float32")] * 3, False, 1)
     experts = [[np.full(s, v, np.float32) for s in ((d, f), (d, f), (f, d))] for v in (0.01, 0.02)]

@@ -1,4 +1,4 @@
-"""Rows that travel: what arrives is what was sent, or off by less than its encoding allows."""
+"""Encoding of rows: the decoded rows equal the sent rows within the error of the encoding."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_int8_is_off_by_half_a_step_of_its_row(values):
     x_nd = np.array(values, np.float32)
     got = np.asarray(decode(encode(jnp.asarray(x_nd), jnp.dtype(jnp.int8)), jnp.dtype(np.float32)))
     step_n1 = np.abs(x_nd).max(-1, keepdims=True) / 127
-    # A step that is not a normal number is none.
+    # A step that is a subnormal number counts as zero.
     least = 127 * np.finfo(np.float32).tiny
     assert (np.abs(got - x_nd) <= step_n1 * 0.5001 + least).all()
 

@@ -47,7 +47,7 @@ def test_rows_at_different_positions_do_not_disturb_each_other(
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (3, 16))
     whole = make_runner(model, moe, rows=3, length=24)(tokens, [0, 0, 0])
 
-    # rows lag 0, 4 and 8 tokens behind, in chunks of 4, so no step has equal starts
+    # The rows lag behind by 0, 4 and 8 tokens, in chunks of 4, so starts differ in every step.
     run = make_runner(model, moe, rows=3, length=24)
     for step in range(6):
         starts = [min(max(0, 4 * step - 4 * row), 12) for row in range(3)]

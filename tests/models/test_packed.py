@@ -1,4 +1,4 @@
-"""Quantised checkpoints: what they are worth, bit for bit, and what is refused."""
+"""Quantised checkpoints: bit-exact values, and rejected checkpoints."""
 
 import json
 import re
@@ -31,7 +31,7 @@ INT8 = {"format": "int-quantized", "num_bits": 8, "strategy": "channel", "group_
 
 
 def compressed(**weights):
-    """compressed-tensors with other settings of weights; `format` is of the whole."""
+    """compressed-tensors with other settings of weights; `format` is that of the checkpoint."""
     form = weights.pop("format", "pack-quantized")
     group = INT4_G32["config_groups"]["group_0"]
     group = group | {"weights": group["weights"] | weights}
@@ -39,7 +39,7 @@ def compressed(**weights):
 
 
 def words(codes, bits):
-    """int32 [..., n * bits / 32] of [..., n], the first in the lowest bits."""
+    """Pack codes [..., n] into int32 [..., n * bits / 32], the first code in the lowest bits."""
     each = 32 // bits
     out = np.zeros((*codes.shape[:-1], codes.shape[-1] // each), np.uint32)
     for i in range(codes.shape[-1]):
@@ -47,8 +47,8 @@ def words(codes, bits):
     return out.view(np.int32)
 
 
-# Encoders: name of the float tensor, its shape [out, in], a generator of random numbers, and how it
-# is stored, to the tensors on disk and the floats [out, in] that they are worth.
+# Encoders: from the name of the float tensor, its shape [out, in], a generator of random numbers
+# and the quantization config, to the tensors on disk and their values, floats [out, in].
 
 
 def fp8(name, shape, rng, config, scale_type=np.float32):
@@ -70,7 +70,7 @@ def fp8(name, shape, rng, config, scale_type=np.float32):
 
 
 def integers(shape, rng, group, bits, zeros):
-    """Codes [out, in], scales [out, groups], zero points alike, and values."""
+    """Codes [out, in], scales and zero points [out, groups], and values."""
     d_out, d_in = shape
     groups = 1 if group < 0 else d_in // group
     codes = rng.integers(0, 1 << bits, shape)
@@ -176,7 +176,7 @@ def parsed(config):
 
 @pytest.fixture
 def opened(tmp_path):
-    """opened(tensors, quantization_config) -> the tensors, assembled."""
+    """opened(tensors, quantization_config) -> the assembled tensors."""
 
     def open_(tensors, config):
         save_file(tensors, tmp_path / "x.safetensors")
@@ -186,7 +186,7 @@ def opened(tmp_path):
 
 
 def same(tensor, values):
-    """Decoded exactly, in both orientations, and in every cut of the first axis."""
+    """Check that a tensor decodes exactly, in both orientations and in parts of the first axis."""
     np.testing.assert_array_equal(tensor.read(), values)
     assert tensor.read().dtype == np.float32 and tensor.shape == values.shape
     values_io = values if tensor.in_first else values.T
@@ -324,7 +324,7 @@ def test_experts_in_one_tensor(opened):
         halves = own.matrix().outputs(slice(1, None, 2))
         np.testing.assert_array_equal(halves.values(), values[expert][:, 1::2])
 
-    # transformers' fp8: gate before up, whose border is within a block.
+    # transformers' fp8: gate before up, with the boundary within a block.
     each = [fp8("x", (192, 140), rng, FP8) for _ in range(2)]
     stored = {name: np.stack([one[0][name] for one in each]) for name in each[0][0]}
     tensor = opened(stored, FP8)["x"]
@@ -384,7 +384,7 @@ GPT_OSS = OSS | {"hidden_size": 64, "intermediate_size": 32}
 
 
 def quantised(directory, fields, config, encode):
-    """A model whose linear layers are quantised; the floats that all tensors are worth."""
+    """Write a model with quantised linear layers; returns the values of all tensors as floats."""
     write_random_checkpoint(directory, fields, tokenizer=False)
     path = directory / "model.safetensors"
     rng, stored, values = np.random.default_rng(3), {}, {}
@@ -439,7 +439,7 @@ def test_a_whole_directory(model):
         if name in tensors:
             np.testing.assert_array_equal(tensors[name].read(), expected)
             continue
-        for expert in range(len(expected)):  # all experts of a layer
+        for expert in range(len(expected)):  # tensors with all experts of a layer
             stem, leaf = name.rsplit(".", 1)
             own = tensors[f"{stem}.{expert}.{leaf}"]
             np.testing.assert_array_equal(own.read(), expected[expert])
@@ -463,12 +463,12 @@ def test_fp8_under_minimaxs_names(tmp_path):
     np.testing.assert_array_equal(tensors[name].read(), values[name])
 
 
-# What is refused
+# Rejected checkpoints
 
 
 def change(directory, edit):
     path = directory / "model.safetensors"
-    # safetensors' own reader to numpy knows no fp8.
+    # The numpy reader of safetensors does not support fp8.
     tensors = {name: tensor.read() for name, tensor in read_header(path).items()}
     edit(tensors)
     save_file(tensors, path)
@@ -522,7 +522,7 @@ def test_nan_among_powers_and_wrong_blocks(tmp_path):
 
 def test_desc_act_is_refused_where_it_shows(tmp_path):
     quantised(tmp_path, QWEN, GPTQ | {"desc_act": True}, gptq)
-    HFDirectory(tmp_path)  # groups in turn
+    HFDirectory(tmp_path)  # desc_act with groups in their usual order
     stem = "model.layers.0.mlp.experts.1.up_proj"
 
     def edit(tensors):

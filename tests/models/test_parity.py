@@ -8,7 +8,7 @@ import pytest
 from tests.stacks import stacked
 
 REFERENCE = pathlib.Path(__file__).parent.parent / "reference"
-#: Each case, and the tokens of a slice of its prompt: whole slices, then single tokens.
+#: Tokens per slice of the prompt in each case: whole slices first, then single tokens.
 CASES = {
     "deepseek_full": 12,
     "deepseek_lite": 32,
@@ -33,7 +33,8 @@ CASES = {
     "qwen3_moe_sparse": 12,
     "qwen3_next": 32,
 }
-#: Largest difference of a logit in float32; the delta net divides by lengths that may be small.
+#: Largest difference of a logit in float32; larger for the delta net, because it divides by
+#: lengths that may be small.
 TOLERANCE, DELTA_TOLERANCE = 2e-4, 5e-4
 
 
@@ -52,7 +53,7 @@ def test_prefill_and_decode_match_transformers(name, converted_references, make_
     moe = make_runner.dense_moe(form, pools)
     expected = np.load(REFERENCE / name / "expected.npz")
     prompt = expected["prompt"].tolist()
-    # transformers' longrope goes by the sequence at hand, ours by the longest that is served.
+    # longrope in transformers depends on the current sequence; here on the longest one served.
     context = 256 if name.endswith("_long") else len(prompt) + len(expected["greedy"])
     run = make_runner(checkpoint.trunk("float32"), moe, context=context)
     tolerance = DELTA_TOLERANCE if config.state_bytes else TOLERANCE

@@ -1,4 +1,4 @@
-"""Published configurations mean the models they describe, and changed ones are refused by name."""
+"""Published configs are read as the models they describe; unsupported changes are rejected."""
 
 import collections
 import math
@@ -29,7 +29,7 @@ from tests.models.published import PUBLISHED
 
 
 def gqa(heads: int, keys: int, width: int, theta: float, turned: int = 0, **more: Any):
-    """GQA that turns the first `turned` floats of each head; 0: all."""
+    """GQA that rotates the first `turned` floats of each head; all if `turned` is 0."""
     return GroupedAttention(heads, keys, width, RopeConfig(turned or width, theta), **more)
 
 
@@ -38,7 +38,7 @@ def mla(heads: int, queries: int | None, rope: RopeConfig, nope: int = 128, valu
 
 
 def pairs(theta: float, factor: float = 1.0, magnitude: float = 0.0, fast: float = 32.0):
-    """DeepSeek's rotation of 64 floats: YaRN scales the scores, and not the rotation."""
+    """DeepSeek's rotation of 64 floats: YaRN scales the scores, not the rotation."""
     if factor == 1:
         return RopeConfig(64, theta, interleaved=True)
     softmax = (0.1 * magnitude * math.log(factor) + 1) ** 2
@@ -77,7 +77,7 @@ def gpt_oss(window: int | None):
 
 
 def clamped(experts: int) -> dict[str, Any]:
-    """gpt-oss beside its layers."""
+    """The fields of gpt-oss except for its layers."""
     return {
         "router": RouterConfig(experts, 4, score="logits", bias=True),
         "expert": ExpertConfig(2880, Activation("clamped", 1.702, 7.0), bias=True),
@@ -94,13 +94,13 @@ def gemma(keys: int, width: int, rope: RopeConfig, **more: Any):
 
 FP8 = Quantization("fp8", 8, block=(128, 128))
 INT4_G32 = Quantization("compressed-tensors", 4, 32, layout="pack-quantized")
-#: Qwen3-Next's and Qwen3.5's.
+#: Mixers of Qwen3-Next and Qwen3.5.
 DELTA = DeltaNet(16, 32, 128, 128, conv_width=4)
 GATED = gqa(16, 2, 256, 1e7, turned=64, qk_norm="head", gated=True)
 QWEN_DELTA = {"shared": SharedConfig(512, gated=True), "norm_plus_one": True}
 
-#: The mixers and how many layers each has; layers without experts and their width; then fields of
-#: `ModelConfig` that are not its defaults.
+#: Mixers with their numbers of layers; the number of layers without experts and their width; then
+#: fields of `ModelConfig` that differ from DEFAULTS.
 SPECS: dict[str, tuple[dict, tuple[int, int], dict[str, Any]]] = {
     "Mixtral-8x7B": (
         {gqa(32, 8, 128, 1e6): 32},
@@ -248,7 +248,7 @@ def test_what_a_published_model_is(name: str) -> None:
     mixers, (dense, width), more = SPECS[name]
     assert collections.Counter(layer.mixer for layer in config.layers) == mixers
     assert config.moe_layers == tuple(range(dense, config.num_layers))
-    # Gemma has a dense feed-forward beside its experts.
+    # Gemma has a dense feed-forward in addition to its experts.
     assert {layer.dense_width for layer in config.layers[: dense or None]} == {width}
     assert {layer.dense_width for layer in config.layers[dense:]} == {0 if dense else width}
     expected = DEFAULTS | more
@@ -269,9 +269,9 @@ def test_which_layers_have_which_mixer(name: str, mixer, layers: range) -> None:
     assert [index for index, layer in enumerate(found) if layer.mixer == mixer] == list(layers)
 
 
-#: Parameters in billions as they are published, without layers that predict more tokens and
-#: without vision: to a tenth, and rounded by their authors to about 1 % (Kimi-K2's report says
-#: 1.04 T, of which 1.026 T are in its tensors).
+#: Published numbers of parameters in billions, without multi-token prediction layers and without
+#: vision. PARAMETERS are exact to a tenth; ROUNDED are rounded by their authors to about 1 %
+#: (Kimi-K2's report says 1.04 T, but its tensors have 1.026 T).
 PARAMETERS = {
     "Mixtral-8x7B": 46.7,
     "DeepSeek-V2-Lite": 15.7,
@@ -298,7 +298,7 @@ ROUNDED = {
 
 
 def trunk_size(config: ModelConfig) -> int:
-    """Numbers in the tensors of the trunk."""
+    """Number of parameters of the trunk."""
     return sum(math.prod(rule.shape) for rule in trunk_rules(config))
 
 
@@ -343,7 +343,7 @@ def test_bytes_of_an_expert(name: str, megabytes: float) -> None:
 
 
 def test_bytes_of_a_state() -> None:
-    # Per layer 32 heads of 128 x 128 numbers, and 3 positions of the convolution's 8192 channels.
+    # Per layer: 32 heads of 128 x 128 floats, and 3 positions of the convolution's 8192 channels.
     config = model_config(PUBLISHED["Qwen3.5-35B-A3B"])
     assert config.state_bytes == 30 * 4 * (32 * 128 * 128 + 3 * 8192)
     assert round(config.state_bytes / 2**20) == 63
@@ -375,7 +375,7 @@ def test_windows_only_where_they_are_used() -> None:
 
 
 def test_fields_that_repeat_what_the_family_is() -> None:
-    """As Qwen3-Coder has them."""
+    """Qwen3-Coder has such fields."""
     plain = PUBLISHED["Qwen3-30B-A3B"]
     more = {"qkv_bias": False, "use_qk_norm": True, "shared_expert_intermediate_size": 0}
     assert model_config(plain | more) == model_config(plain)
@@ -398,7 +398,7 @@ def text(name: str) -> dict[str, Any]:
 
 
 YARN = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096}
-#: Changes of the text model's fields (...: the field is absent), and what the error names.
+#: Changes of the text model's fields (... removes the field), and a part of the error message.
 REFUSED = [
     ("Mixtral-8x7B", {"attention_bias": True}, "attention_bias is True"),
     ("Mixtral-8x7B", {"model_type": ["mixtral"]}, "model_type"),

@@ -1,4 +1,4 @@
-"""Choice of experts against loops that spell the definition out."""
+"""Choice of experts against plain loops that follow the definition."""
 
 import jax
 import numpy as np

@@ -1,4 +1,4 @@
-"""On CPU a row's result has the same bits whatever rows go with it and however prefill is cut."""
+"""On CPUs a row's result is bit-identical regardless of other rows and of how prefill is split."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from tests.random_models import init_random
 from tests.tiny_models import DEEPSEEK, MIXTRAL, OSS
 
 pytestmark = pytest.mark.usefixtures("compiled")
-#: Every shape is compiled, and shrinking would compile for minutes.
+#: Without shrinking, which would compile for minutes because every shape is compiled.
 quick = settings(deadline=None, max_examples=8, phases=[Phase.explicit, Phase.generate])
 dtypes = st.sampled_from(["float32", "bfloat16"])
 
 
 def same_alone(function, *arrays):
-    """The function of all rows gives each row what it gives that row alone."""
+    """Check that a function gives each row the same result as for that row alone."""
     function = jax.jit(function)
     together = function(*arrays)
     for row in range(len(arrays[0])):
@@ -83,7 +83,7 @@ def routers(draw) -> RouterConfig:
 @settings(quick, max_examples=20)
 @given(rule=routers(), rows=st.integers(1, 6), corrected=st.booleans(), seed=st.integers(0, 99))
 def test_choice_of_experts(rule, rows, corrected, seed):
-    # Few values, so that there are ties; no -0.0, which JAX takes for less than 0.
+    # Few different values, so that there are ties; no -0.0, which JAX orders before 0.
     logits_te = jnp.round(2 * normal(seed, rows, rule.num_experts)) / 2 + 0.0
     correction_e = normal(seed + 1, rule.num_experts) if corrected else None
     expert_tk, weight_tk = choose_experts(rule, logits_te, correction_e)
@@ -114,7 +114,7 @@ def test_rotation(rows, interleaved, dtype):
 
 
 def one_sequence(start: int, length: int, table: np.ndarray, chunk: int) -> Rows:
-    """Rows of `chunk` tokens, the first at `start`, of which `length` in all are real."""
+    """Rows of `chunk` tokens that begin at `start` and have `length` real tokens in total."""
     count = -(-length // chunk)
     starts = start + chunk * np.arange(count)
     lengths = np.clip(start + length - starts, 0, chunk)
@@ -135,13 +135,13 @@ def one_sequence(start: int, length: int, table: np.ndarray, chunk: int) -> Rows
     dtype=dtypes,
 )
 def test_attention(lengths, block, window, groups, queries, width, sinks, dtype):
-    """All prompts at once, in rows of a block; and each alone, token by token."""
+    """All prompts at once, in rows of one block, against each prompt alone, token by token."""
     heads = Heads(groups, width, groups * width, width + 1)
     entry = groups * (2 * width + 1)
     pages = -(-60 // block)
     order = np.random.default_rng(0).permutation(len(lengths) * pages) + 1
     tables = order.reshape(len(lengths), pages).astype(np.int32)
-    # What the cache holds that nobody wrote must not be read.
+    # Cache entries that were not written must not be read: they are NaN.
     empty = np.full((1 + order.size, block, entry), np.nan).astype(jnp.dtype(dtype))
     sink = normal(7, groups, queries) if sinks else None
 
@@ -181,7 +181,7 @@ def test_attention(lengths, block, window, groups, queries, width, sinks, dtype)
             one = [one_sequence(position, 1, table, 1)]
             found, alone = attend(query[token], fresh[token], one, alone, window)
             np.testing.assert_array_equal(found[0], together[begin + position])
-        # As bytes: bfloat16 is not equal to itself where it is not a number.
+        # Compare bytes, because NaN is not equal to itself.
         assert np.asarray(alone[table]).tobytes() == np.asarray(cached[table]).tobytes()
         begin += rows.tokens
 
@@ -192,13 +192,13 @@ def test_attention(lengths, block, window, groups, queries, width, sinks, dtype)
     ids=["latent", "latent queries", "window", "sinks"],
 )
 def test_layers(fields, compiled: pathlib.Path):
-    """Whole trunks: a prompt in slices beside others, and token by token."""
+    """Whole trunks: prompts in slices, side by side, against single tokens."""
     config = model_config(fields)
     graph, state = nnx.split(init_random(config, 0))
     empty = [jnp.asarray(layer_cache(layer.mixer, ENGINE, 12)) for layer in config.layers]
 
     def moe(layer, x_td, expert_tk, weight_tk):
-        # Stands for the experts: something of a row, its experts and their weights.
+        # Stand-in for experts: a function of the row, its experts and their weights.
         return x_td * (weight_tk * (1 + expert_tk)).sum(-1, keepdims=True)
 
     @jax.jit

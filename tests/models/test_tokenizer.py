@@ -1,4 +1,4 @@
-"""Tokens and chat templates."""
+"""Tokenizers and chat templates."""
 
 import json
 
@@ -27,7 +27,7 @@ def settings(directory, **changes):
 
 
 def with_begin_token(directory):
-    """Lets tokenizer.json itself add <s>."""
+    """Change tokenizer.json so that it adds <s>."""
     path = directory / "tokenizer.json"
     content = json.loads(path.read_text())
     content["post_processor"] = {
@@ -147,7 +147,7 @@ def test_bad_files(directory):
         Tokenizer.load(directory)
     path = directory / "tokenizer.json"
     path.write_text(path.read_text()[:500])
-    with pytest.raises(UserError, match=r"tokenizer\.json.*torn"):
+    with pytest.raises(UserError, match=r"tokenizer\.json.*damaged"):
         Tokenizer.load(directory)
     path.unlink()
     with pytest.raises(UserError, match=r"tokenizer\.json: no such file"):
