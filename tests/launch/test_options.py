@@ -1,0 +1,95 @@
+"""Options from the command line and from a file, and the console script's commands."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Sequence
+
+import pytest
+
+from dance_jax import command
+from dance_jax.config import EngineOptions, UserError
+from dance_jax.launch import __main__ as launch
+from dance_jax.launch.cli.options import engine_options, parse, rebalance_options
+
+
+def options(folder: pathlib.Path, text: str, *arguments: str):
+    """Options of a --config file with this text, and of more arguments."""
+    path = folder / "options.toml"
+    path.write_text(text)
+    return parse(["--config", str(path), *arguments])
+
+
+def test_a_file_gives_options_and_the_command_line_overrides_them(tmp_path: pathlib.Path) -> None:
+    text = 'hosts = "a.txt"\nmax-num-seqs = 3\nkv_memory = "2MiB"\nrebalance-dry-run = true\n'
+    found = options(tmp_path, text + 'half-life = 2.5\nexchange = "calls"\n', "--max-num-seqs", "5")
+    assert found.hosts == pathlib.Path("a.txt")
+    wanted = EngineOptions(max_num_seqs=5, kv_memory=2 << 20, exchange="calls")
+    assert engine_options(found) == wanted
+    moving = rebalance_options(found)
+    assert (moving.dry_run, moving.half_life_s) == (True, 2.5)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("prot = 3", "prot: unknown option; the options are hosts, "),
+        ("port = 99999", "port: '99999' is not a TCP port"),
+        ('exchange = "none"', "exchange: invalid choice"),
+        ("rebalance-dry-run = 1", "rebalance-dry-run: must be true or false"),
+        ("hosts = []", "hosts: must be a string or a number"),
+        ("max-num-seqs = true", "max-num-seqs: must be a string or a number"),
+        ("config = 'x'", "config: unknown option"),
+        ("= 3", "cannot be read"),
+    ],
+)
+def test_a_wrong_file_is_refused(tmp_path: pathlib.Path, line: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        options(tmp_path, line + "\n", "--hosts", "a.txt")
+    assert "options.toml" in str(caught.value) and message in str(caught.value)
+
+
+def test_a_missing_file_ends_the_launch(capsys: pytest.CaptureFixture[str]) -> None:
+    assert launch.main(["--config", "nowhere.toml"]) == launch.WRONG
+    assert "--config nowhere.toml" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("serve --hosts a", ["--hosts", "a"]),
+        ("batch --hosts a --prompts b", ["--hosts", "a", "--prompts", "b"]),
+        ("batch --config c", ["--config", "c"]),
+        ("plan --hosts a", ["--dry-run", "--hosts", "a"]),
+        ("preflight --hosts a", ["--preflight", "--hosts", "a"]),
+    ],
+)
+def test_commands_are_launches(
+    words: str, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[tuple[Sequence[str], str]] = []
+    monkeypatch.setattr(launch, "process", lambda *given: started.append(given))
+    command.main(words.split())
+    assert started == [(expected, f"dance-jax {words.split()[0]}")]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("batch --hosts a", "needs --prompts"),
+        ("serve --hosts a --prompts=b", "does not take --prompts"),
+        ("fly", "invalid choice"),
+    ],
+)
+def test_a_wrong_command_is_refused(
+    words: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        command.main(words.split())
+    assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_model_is_converted_by_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        command.main(["convert", "--help"])
+    assert ended.value.code == 0 and "usage: dance-jax convert" in capsys.readouterr().out
