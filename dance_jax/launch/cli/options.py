@@ -323,8 +323,8 @@ def serve_options(options: argparse.Namespace) -> ServeOptions:
     if found.get("served_model_name") == "":
         raise UserError("--served-model-name: is empty; requests need a model name")
     model = options.model
-    usual = {"served_model_name": "demo" if model is None else served_name(model)}
-    return ServeOptions(**(usual | found))
+    found.setdefault("served_model_name", "demo" if model is None else served_name(model))
+    return ServeOptions(**found)
 
 
 def rebalance_options(options: argparse.Namespace) -> RebalanceOptions:

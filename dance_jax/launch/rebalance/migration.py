@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 from collections.abc import Sequence
 
-from dance_jax.launch.control.protocol import ExpertLoad, Stage
+from dance_jax.launch.control.protocol import Change, ExpertLoad, Stage
 from dance_jax.placement.core import Layout
 from dance_jax.placement.migration import MoveBatch, changed
 
@@ -39,7 +39,7 @@ class Migration:
     def stages(self) -> list[Stage]:
         """The command for each server to load the current batch."""
         batch = self._left[0]
-        changes = list(map(tuple, batch.changes))
+        changes: list[Change] = [*batch.changes]
         return [Stage(self.number, changes, each) for each in _loads(self.layout, batch)]
 
     def applied(self, rank: int, number: int) -> bool:
