@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 
 import dance_jax
-from dance_jax.config import Rounding
+from dance_jax.config import EngineOptions
 from dance_jax.launch.cli import options
 from dance_jax.launch.planning.defaults import engine_config
 from dance_jax.launch.planning.hosts import KEYS, parse_hosts
@@ -354,9 +354,9 @@ def test_the_example_of_sizes_is_what_the_plan_says(tmp_path: pathlib.Path) -> N
     with pytest.raises(ValueError, match="too little memory") as error:
         rooms(spec, model, engine_config(model.config, formats=model.formats))
     assert f"error: {error.value}" in " ".join(too_large.split("\n"))
-    rounding = Rounding("int4", "int8")
-    model = outline(tmp_path, rounding)
-    config = engine_config(model.config, max_num_seqs=4, formats=model.formats, rounding=rounding)
+    options = EngineOptions(max_num_seqs=4, experts="int4", trunk="int8")
+    model = outline(tmp_path, options.rounding)
+    config = engine_config(model.config, options, formats=model.formats)
     for room in rooms(spec, model, config):
         row = [
             cell.strip()

@@ -309,7 +309,9 @@ def test_which_exchange() -> None:
         choose((fast, ""), "collectives")
     assert choose((fast,) * 31) == "collectives"
     assert choose((fast,) * 32) == "calls"
-    with pytest.raises(UserError, match="32 servers: with --exchange collectives at most 31 can"):
+    with pytest.raises(
+        UserError, match="32 servers: with --exchange collectives at most 31 servers can"
+    ):
         choose(("",) * 32, "collectives")
 
 

@@ -89,7 +89,7 @@ def test_keys(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="cannot be read"):
         read_key(tmp_path / "none")
     monkeypatch.delenv(KEY_VARIABLE)
-    with pytest.raises(UserError, match=f"{KEY_VARIABLE}: is empty"):
+    with pytest.raises(UserError, match=f"{KEY_VARIABLE}: the key is missing"):
         read_key(None)
     with pytest.raises(UserError, match="--key-file applies to --node-rank"):
         role(SPEC, Network(), None, file)

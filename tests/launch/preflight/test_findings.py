@@ -217,7 +217,7 @@ def test_converted_models_are_compared_with_the_plan() -> None:
 
     servers = [converted("f00d"), converted("beef"), MadeUp()]
     found = made_up(*servers, fingerprint="f00d")
-    assert "on beta" in only(found) and "its weights differ" in only(found)
+    assert "on beta" in only(found) and "the weights differ" in only(found)
 
 
 def test_a_model_that_is_to_be_downloaded_is_a_warning() -> None:

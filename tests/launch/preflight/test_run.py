@@ -133,7 +133,7 @@ def test_models_that_are_missing_or_different(tmp_path: pathlib.Path) -> None:
     found = run(spec, model=model)
     assert len(found.errors) == 2
     assert "on beta" in found.errors[0] and "the directory does not exist" in found.errors[0]
-    assert "on gamma" in found.errors[1] and "another model" in found.errors[1]
+    assert "on gamma" in found.errors[1] and "a different model" in found.errors[1]
 
 
 def test_a_server_without_the_model(tmp_path: pathlib.Path) -> None:
@@ -224,7 +224,7 @@ def test_pythons_that_are_not_right(ssh: FakeSsh) -> None:
     hosts = FAR.replace("ssh=alpha", "ssh=alpha python=/no/such/python")
     found = run(hosts.replace("2222", f"2222 python={bare}"))
     missing, lacking = found.errors
-    assert "there is no /no/such/python" in missing
+    assert "/no/such/python cannot be run" in missing
     assert f"{bare} has no dance_jax; install the same version there" in lacking
 
 
