@@ -10,8 +10,8 @@ from dance_jax.models.build import fill
 from dance_jax.models.config import ModelConfig
 from dance_jax.models.experts import ExpertFormat, Weights
 from dance_jax.models.formats import WeightFormat
-from dance_jax.models.random_weights import random_trunk_tensors
-from dance_jax.models.tensors import Held, arrays_of, expert_rules, parts_of, trunk_rules
+from dance_jax.models.random_weights import Held, random_trunk_tensors
+from dance_jax.models.tensors import arrays_of, expert_rules, parts_of, trunk_rules
 from dance_jax.models.trunk import Trunk
 
 

@@ -363,7 +363,7 @@ def test_a_cluster_of_unequal_servers(model, cache_dir, llm, tmp_path, monkeypat
         max_num_seqs=4,
     ) as cluster:
         assert cluster.servers == ("single", "pair")
-        assert "latency needs routes, there are none: optimal places instead" in caplog.text
+        assert "latency needs routes, there are none: policy optimal is used instead" in caplog.text
         outputs = cluster.generate(PROMPTS[:9], params)
         assert tokens(outputs) == tokens(expected)
         for output, alone in zip(outputs, expected, strict=True):

@@ -80,7 +80,7 @@ def test_a_state_of_something_else(tmp_path: pathlib.Path) -> None:
         with contextlib.suppress(UserError):
             state.load(tmp_path)
     (tmp_path / state.FILE_NAME).write_bytes(b"torn")
-    with pytest.raises(UserError, match=r"placement\.npz: not a readable state"):
+    with pytest.raises(UserError, match=r"placement\.npz: is not a readable state"):
         state.load(tmp_path)
 
 
@@ -104,7 +104,7 @@ def test_a_solver_that_cannot_start(monkeypatch) -> None:
     bench.run()
     solver = Solver()
     try:
-        with pytest.raises(SolverError, match="cannot start: no more processes"):
+        with pytest.raises(SolverError, match="cannot be started: no more processes"):
             solver.ask(bench.solver.asked[0]).result(60)
     finally:
         solver.close()

@@ -69,7 +69,7 @@ PLANS = {
         "experts bfloat16 (16 bits a weight), trunk bfloat16 (16 bits a weight)",
         ("4.6 GiB", "640.6 MiB", "2.0 GiB"),
         (("37.2 GiB", "6357"), ("22.3 GiB", "3814"), ("7.4 GiB", "1271")),
-        "62.8 MiB for each of 16 sequences",
+        "62.8 MiB for each of the 16 sequences",
     ),
     "gpt-oss-20b": (
         ("8GB", "4GB", "2GB"),

@@ -115,7 +115,9 @@ def test_what_a_server_does_not_have(three: list[Peers]) -> None:
         "server gamma cannot send expert 8 of MoE layer 1: the server holds no experts yet"
         in failed.why
     )
-    with pytest.raises(LookupError, match="gamma cannot send experts 1, 2 of MoE layer 0: it has"):
+    with pytest.raises(
+        LookupError, match="gamma cannot send experts 1, 2 of MoE layer 0: the server has"
+    ):
         three[0].ask(2, WeightRequest(WeightKind.EXPERTS, 0, (1, 2)), LIKES)
 
 

@@ -187,7 +187,7 @@ def test_frequencies_of_linear_and_long_contexts(mixtral_fields):
     }
     config = model_config(mixtral_fields | {"rope_scaling": long})
     rope = config.layers[0].mixer.rope
-    for context, divisor, said in ((64, 1, "the shorter contexts"), (65, 2, "the longer contexts")):
+    for context, divisor, said in ((64, 1, "shorter contexts"), (65, 2, "longer contexts")):
         expected = inverse_frequencies(plain, 64) / divisor
         np.testing.assert_allclose(inverse_frequencies(rope, context), expected)
         (note,) = model_notes(config, EngineConfig(max_model_len=context))
