@@ -11,7 +11,7 @@ import pytest
 from dance_jax.config import UserError
 from research.simulation.fit import fit
 from research.simulator import Model, Requests, Server, Speed, Work, simulate
-from research.tests.simulated import CONFIG, held, scenario
+from research.tests.simulator.cases import CONFIG, held, scenario
 
 MODEL = Model(layers=3, experts=8, top_k=2, state_bytes=100)
 #: Seconds of a step in each: in no proportion to its tokens.

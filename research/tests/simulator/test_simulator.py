@@ -26,7 +26,7 @@ from research.simulator.batches import Batches, Sequence
 from research.simulator.independent import Link
 from research.simulator.lock_step import Clock, Layers
 from research.simulator.shares import Shares
-from research.tests.simulated import (
+from research.tests.simulator.cases import (
     ALL,
     CONFIG,
     HEAD,

@@ -27,7 +27,7 @@ from research.simulator import (
 )
 from research.simulator.lock_step import Clock, Layers, Wires
 from research.simulator.scenario import Messages
-from research.tests.simulated import (
+from research.tests.simulator.cases import (
     ALL,
     CONFIG,
     MODEL,
