@@ -1,10 +1,10 @@
-# make demo | test | research-test | lint | docs | testbed | dist; each makes .venv first when it is
-# missing.
+# make demo | test | research-test | slow-test | lint | docs | testbed | dist; each target creates .venv
+# first if needed.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test research-test lint docs testbed dist
+.PHONY: demo test research-test slow-test lint docs testbed dist
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.complete
@@ -16,6 +16,10 @@ test: $(VENV)/.complete
 # Of the paper's evaluation, the simulator and the studies in research/.
 research-test: $(VENV)/.complete
 	$(BIN)/python -m pytest -n 2 --dist loadfile research/tests
+
+# What the two above leave out because it takes long.
+slow-test: $(VENV)/.complete
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow tests research/tests
 
 lint: $(VENV)/.complete
 	$(BIN)/ruff check .

@@ -11,6 +11,7 @@ from research import wire
 from tests.launch.tiny import write_model
 
 
+@pytest.mark.slow
 def test_rows_of_the_table(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

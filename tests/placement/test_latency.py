@@ -154,6 +154,7 @@ def test_never_worse_than_where_it_starts(form, monkeypatch):
     assert search.seconds(found) == min(search.seconds(each) for each in starts)
 
 
+@pytest.mark.slow
 def test_forty_servers(monkeypatch):
     """More than a word has bits; the schedule is cut to what many servers allow."""
     monkeypatch.setattr(MODULE, "MOST_WORK", 3e8)

@@ -329,6 +329,7 @@ class Service:
         return decision.migrate
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("short")
 def test_a_stable_workload_never_migrates_and_a_shift_does_once():
     service = Service(half_life=60.0)
