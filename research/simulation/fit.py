@@ -49,7 +49,8 @@ def fit(windows: Sequence[Work], devices: int, block_size: int) -> Fitted:
     Raises:
         UserError: there are no steps, or the windows do not tell two costs apart.
     """
-    windows = [window for window in windows if window.processor_s]
+    # The processor clock of a virtual machine may go back by milliseconds.
+    windows = [window for window in windows if window.processor_s > 0]
     buckets = sorted({bucket for window in windows for bucket in window.buckets})
     if not buckets:
         raise UserError("fit: no steps were measured")
