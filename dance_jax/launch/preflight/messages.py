@@ -125,7 +125,7 @@ class Machine(msgspec.Struct, tag=True, kw_only=True):
     #: Why no GPU was found.
     gpu_problem: str
     cores: int
-    #: Whether a C++ compiler is installed.
+    #: Whether the C++ library is installed, or a compiler for it.
     compiler: bool
     #: Address of the launching machine as this machine sees it; None without ssh.
     ssh_client: str | None

@@ -120,7 +120,7 @@ def _machine(request: AskMachine) -> Machine:
         cores=len(os.sched_getaffinity(0))
         if hasattr(os, "sched_getaffinity")
         else os.cpu_count() or 1,
-        compiler=shutil.which((shlex.split(os.environ.get("CXX", "")) or ["c++"])[0]) is not None,
+        compiler=_has_native(),
         ssh_client=next(iter(os.environ.get("SSH_CONNECTION", "").split()), None),
         ports=[
             PortState(port, address_problem) if address_problem else _try_port(request, port)
@@ -131,6 +131,13 @@ def _machine(request: AskMachine) -> Machine:
         else ModelState(path="", kind="from peers"),
         cache_problem=_cache_problem(cache),
     )
+
+
+def _has_native() -> bool:
+    """Whether the C++ library is part of the package (a wheel), or can be compiled here."""
+    folder = pathlib.Path(__file__).resolve().parents[2] / "models" / "native"
+    compiler = (shlex.split(os.environ.get("CXX", "")) or ["c++"])[0]
+    return any(folder.glob("native-*.so")) or shutil.which(compiler) is not None
 
 
 def _version(package: str) -> str | None:
