@@ -49,7 +49,7 @@ SCRIPTS = ("peers", "real_size", "serve", "testbed", "throughput")
 RESEARCH = ("apart", "migrate", "paper", "placement", "simulate", "wire")
 CONVERT = "dance_jax.models.convert"
 #: Options of other programs.
-FOREIGN = {"--strict", "--user"}
+FOREIGN = {"--full", "--strict", "--user"}
 
 _BLOCK = re.compile(r"^( *)```([a-z]*)\n(.*?)^\1```$", re.DOTALL | re.MULTILINE)
 _LINK = re.compile(r"\]\(([^()\s]+)\)")

@@ -176,7 +176,11 @@ def test_the_key_of_users_comes_from_the_environment(run, started, monkeypatch) 
     assert [options.api_key for options in started] == ["from-there", "given"]
     monkeypatch.setenv("DANCE_JAX_API_KEY", "two words")
     code, _, err = run()
-    assert code == 2 and "DANCE_JAX_API_KEY: visible ASCII" in err and "two words" not in err
+    assert (
+        code == 2
+        and "DANCE_JAX_API_KEY: the key must be visible ASCII" in err
+        and "two words" not in err
+    )
 
 
 def test_the_cache_has_the_size_that_is_asked_for(run, files: pathlib.Path) -> None:

@@ -193,7 +193,7 @@ def check_trace(events: list[Event], tiny: Tiny, calls: bool) -> None:
         assert by_step[rank, event["args"]["step"]], "calls are of requests"
 
 
-@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_a_dead_server_is_named(rank: int, tiny: Tiny, launch, tmp_path: pathlib.Path) -> None:
     """All processes end within 10 s, with the server's name and the end of its log."""
     trace = tmp_path / "trace.json"
@@ -212,7 +212,11 @@ def test_a_dead_server_is_named(rank: int, tiny: Tiny, launch, tmp_path: pathlib
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 128 + signal.SIGTERM)]
+    ("number", "code"),
+    [
+        (signal.SIGINT, 130),
+        pytest.param(signal.SIGTERM, 128 + signal.SIGTERM, marks=pytest.mark.slow),
+    ],
 )
 def test_a_signal_leaves_nothing(number: int, code: int, tiny: Tiny, launch, tmp_path) -> None:
     run = launch("--prompts", many_prompts(tmp_path))

@@ -84,7 +84,9 @@ def test_nodes_answer_as_one_launch(tiny: Tiny, start: Start, tmp_path: pathlib.
         assert {**line, "metrics": None} == {**before, "metrics": None}
 
 
-@pytest.mark.parametrize("lost", ["node", "first", "worker"])
+@pytest.mark.parametrize(
+    "lost", ["first", *(pytest.param(lost, marks=pytest.mark.slow) for lost in ("node", "worker"))]
+)
 def test_all_nodes_end_when_one_does(
     lost: str, start: Start, tmp_path: pathlib.Path, tiny: Tiny
 ) -> None:

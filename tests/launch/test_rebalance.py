@@ -63,6 +63,7 @@ def test_experts_move_to_where_they_are_used(monkeypatch) -> None:
     assert any("experts move" in text for text in bench.said)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("margin", [True, False])
 def test_a_workload_that_stays_moves_nothing(monkeypatch, margin: bool) -> None:
     """New tokens of the same users suggest different placements again and again. The minimum gain

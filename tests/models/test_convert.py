@@ -326,6 +326,7 @@ def sparse_checkpoint(path, layers, experts, d, f):
     return end
 
 
+@pytest.mark.slow
 def test_memory_stays_below_two_thirds_of_a_gigabyte_above_the_largest_tensor(tmp_path):
     total = sparse_checkpoint(tmp_path / "model", layers=1, experts=7, d=2048, f=8192)
     largest, most = 2048 * 8192 * 2, 640 << 20

@@ -8,6 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -193,6 +194,7 @@ def any_formats(draw) -> tuple[int, int, Kept]:
     return d, f, (one(), one(), one())
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(shape=any_formats(), rows=st.sampled_from([1, 9, 40]), seed=st.integers(0, 2**31))
 def test_any_formats_of_odd_sizes_in_cpp(compiled, shape, rows, seed):
@@ -215,6 +217,7 @@ def test_any_formats_of_odd_sizes_in_cpp(compiled, shape, rows, seed):
     np.testing.assert_allclose(y_nd, expected, rtol=0, atol=1e-4 * (1 + np.abs(expected).max()))
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(
     seed=st.integers(0, 2**31),

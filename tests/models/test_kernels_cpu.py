@@ -59,6 +59,7 @@ def product(symbols: ctypes.CDLL, number: int, form: WeightFormat, panels, x, d_
     return y if there else None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 def test_instructions_agree_with_numpy_and_with_each_other(
     compiled: pathlib.Path, forms: ctypes.CDLL, name: str

@@ -80,6 +80,7 @@ def routers(draw) -> RouterConfig:
     )
 
 
+@pytest.mark.slow
 @settings(quick, max_examples=20)
 @given(rule=routers(), rows=st.integers(1, 6), corrected=st.booleans(), seed=st.integers(0, 99))
 def test_choice_of_experts(rule, rows, corrected, seed):

@@ -217,6 +217,7 @@ def zipf_routes(seed, tokens, layers=2, experts=64, k=6, exponent=2.0):
     return routes
 
 
+@pytest.mark.slow
 def test_previous_of_another_workload_does_not_hold_the_search_back(short):
     # Annealing from the old placement alone ends at 1.5 to 1.8 times the time.
     devices, capacities = [1, 1, 2], [58, 45, 77]

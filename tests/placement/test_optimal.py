@@ -52,6 +52,7 @@ def check_against_highs(counts, capacities):
     assert share <= placement.upper_bound <= share + 1e-6
 
 
+@pytest.mark.slow
 @quick
 @given(problems())
 def test_optimum_and_bound_are_those_of_highs(problem):
