@@ -18,6 +18,9 @@ from dance_jax.models import native
 from tests.cluster.fixture import TestCluster
 from tests.quick import shared_folder
 
+# No timed tests: on a busy machine an example may take long.
+settings.register_profile("suite", deadline=None)
+settings.load_profile("suite")
 # Background jobs of a shell ignore Ctrl-C, and so would every process that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
