@@ -13,6 +13,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 
 from dance_jax.models import native
 from tests.cluster.fixture import TestCluster
