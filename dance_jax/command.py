@@ -38,13 +38,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from dance_jax.launch.__main__ import process
 
     first, _ = _LAUNCHES[options.command]
-    if options.command in ("serve", "batch"):
-        words = {word.split("=")[0] for word in rest}
-        batch = "--prompts" in words
-        # The file given with --config may name the prompts.
-        if batch != (options.command == "batch") and not words & {"-h", "--help", "--config"}:
-            other = (
-                "needs --prompts" if not batch else "does not take --prompts; use dance-jax batch"
-            )
-            parser.error(f"{options.command} {other}")
-    process([*first, *rest], prog)
+    process([*first, *rest], prog, {"serve": False, "batch": True}.get(options.command))

@@ -52,16 +52,22 @@ _Fleet = TypeVar("_Fleet", bound=Fleet)
 FAILED, WRONG, INTERRUPTED = 1, 2, 130
 
 
-def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> int:
+def main(
+    arguments: Sequence[str] | None = None, prog: str = PROG, batch: bool | None = None
+) -> int:
     """Run the command and return its exit code.
 
     Args:
         arguments: command-line arguments; None: those of the process.
         prog: the command's name in its help.
+        batch: whether the options must name prompts; None: they may.
     """
     errors = Console(stderr=True)
     try:
         options = parse(arguments, prog)
+        if batch is not None and batch != (options.prompts is not None):
+            what = "needs --prompts" if batch else "does not take --prompts; use dance-jax batch"
+            raise UserError(f"{prog} {what}")
     except UserError as error:
         errors.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
         return WRONG
@@ -345,14 +351,16 @@ def _check_paths(options: argparse.Namespace) -> None:
             raise UserError(f"--log-dir {options.log_dir}: cannot be created: {error}") from error
 
 
-def process(arguments: Sequence[str] | None = None, prog: str = PROG) -> NoReturn:
+def process(
+    arguments: Sequence[str] | None = None, prog: str = PROG, batch: bool | None = None
+) -> NoReturn:
     """Run `main` and end this process; after a signal, skip JAX's shutdown.
 
     XLA may still be compiling for a placement when a call is interrupted, and a normal exit would
     then crash.
     """
     try:
-        code = main(arguments, prog)
+        code = main(arguments, prog, batch)
     except SystemExit as ended:
         code = ended.code
     if isinstance(code, int) and code > 128:

@@ -41,6 +41,10 @@ def test_a_file_gives_options_and_the_command_line_overrides_them(tmp_path: path
         ("max-num-seqs = true", "max-num-seqs: must be a string or a number"),
         ("config = 'x'", "config: unknown option"),
         ("= 3", "cannot be read"),
+        ("port = " + "9" * 5000, "cannot be read"),
+        ("port = " + "[" * 5000, "cannot be read"),
+        ("max_num_seqs = 3\nmax-num-seqs = 4", "max_num_seqs: is also given as max-num-seqs"),
+        (r'model = "a\u0000"', "model: must not contain a NUL character"),
     ],
 )
 def test_a_wrong_file_is_refused(tmp_path: pathlib.Path, line: str, message: str) -> None:
@@ -49,28 +53,54 @@ def test_a_wrong_file_is_refused(tmp_path: pathlib.Path, line: str, message: str
     assert "options.toml" in str(caught.value) and message in str(caught.value)
 
 
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path: pathlib.Path) -> None:
+    assert options(tmp_path, "\ufeffport = 8001\n", "--hosts", "a.txt").port == 8001
+
+
+@pytest.mark.parametrize("words", (["--hosts", "a", "--conf", "b"], ["--hosts", "a", "--config"]))
+def test_the_file_is_never_overlooked(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(words, "dance-jax serve")
+    assert "dance-jax serve: error: " in capsys.readouterr().err
+
+
 def test_a_missing_file_ends_the_launch(capsys: pytest.CaptureFixture[str]) -> None:
     assert launch.main(["--config", "nowhere.toml"]) == launch.WRONG
     assert "--config nowhere.toml" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("words", "expected"),
+    ("words", "expected", "batch"),
     [
-        ("serve --hosts a", ["--hosts", "a"]),
-        ("batch --hosts a --prompts b", ["--hosts", "a", "--prompts", "b"]),
-        ("batch --config c", ["--config", "c"]),
-        ("plan --hosts a", ["--dry-run", "--hosts", "a"]),
-        ("preflight --hosts a", ["--preflight", "--hosts", "a"]),
+        ("serve --hosts a", ["--hosts", "a"], False),
+        ("batch --hosts a --prompts b", ["--hosts", "a", "--prompts", "b"], True),
+        ("plan --hosts a", ["--dry-run", "--hosts", "a"], None),
+        ("preflight --hosts a", ["--preflight", "--hosts", "a"], None),
     ],
 )
 def test_commands_are_launches(
-    words: str, expected: list[str], monkeypatch: pytest.MonkeyPatch
+    words: str, expected: list[str], batch: bool | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    started: list[tuple[Sequence[str], str]] = []
+    started: list[tuple[Sequence[str], str, bool | None]] = []
     monkeypatch.setattr(launch, "process", lambda *given: started.append(given))
     command.main(words.split())
-    assert started == [(expected, f"dance-jax {words.split()[0]}")]
+    assert started == [(expected, f"dance-jax {words.split()[0]}", batch)]
+
+
+@pytest.mark.parametrize(
+    ("word", "text", "message"),
+    [
+        ("serve", 'hosts = "a"\nprompts = "b"\n', "does not take --prompts"),
+        ("batch", 'hosts = "a"\n', "needs --prompts"),
+    ],
+)
+def test_a_command_heeds_the_prompts_of_the_file(
+    word: str, text: str, message: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "options.toml").write_text(text)
+    with pytest.raises(SystemExit) as ended:
+        command.main([word, "--config", str(tmp_path / "options.toml")])
+    assert ended.value.code == 2 and message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,8 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
     """The parser of the command line."""
     parser = argparse.ArgumentParser(
         prog=prog,
+        # `parse` would overlook an abbreviated --config.
+        allow_abbrev=False,
         description="Starts the servers of a hosts file. Each server offers OpenAI's API over "
         "HTTP; with --prompts, the servers run a batch of prompts instead and then exit.",
     )
@@ -44,7 +46,7 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
         type=path,
         metavar="FILE",
         help='TOML file of options without the --, e.g. hosts = "hosts.txt"; options on the '
-        "command line take precedence",
+        "command line take precedence; paths are relative to the working directory",
     )
     parser.add_argument(
         "--hosts",
@@ -102,8 +104,10 @@ def parse(arguments: Sequence[str] | None = None, prog: str = PROG) -> argparse.
     Raises:
         UserError: the file cannot be read, or an option in it is unknown or wrong.
     """
-    command_line, file = parser(prog), argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    file.add_argument("--config", type=pathlib.Path)
+    command_line = parser(prog)
+    # Without a value, --config is left to the command line, which says so.
+    file = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    file.add_argument("--config", type=pathlib.Path, nargs="?")
     path = file.parse_known_args(arguments)[0].config
     if path is not None:
         found = _config_file(path, command_line)
@@ -116,8 +120,8 @@ def parse(arguments: Sequence[str] | None = None, prog: str = PROG) -> argparse.
 def _config_file(path: pathlib.Path, command_line: argparse.ArgumentParser) -> dict[str, Any]:
     """Read the options of a TOML file, keyed by argparse's names."""
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        content = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"--config {path}: cannot be read: {error}") from error
     actions = {
         action.option_strings[-1][2:]: action
@@ -129,6 +133,8 @@ def _config_file(path: pathlib.Path, command_line: argparse.ArgumentParser) -> d
         where, action = f"--config {path}: {key}", actions.get(key.replace("_", "-"))
         if action is None:
             raise UserError(f"{where}: unknown option; the options are {', '.join(actions)}")
+        if "_" in key and key.replace("_", "-") in content:
+            raise UserError(f"{where}: is also given as {key.replace('_', '-')}; remove one")
         if action.nargs == 0:
             if not isinstance(value, bool):
                 raise UserError(f"{where}: must be true or false")
@@ -136,6 +142,8 @@ def _config_file(path: pathlib.Path, command_line: argparse.ArgumentParser) -> d
             continue
         if isinstance(value, bool) or not isinstance(value, str | int | float):
             raise UserError(f"{where}: must be a string or a number")
+        if "\0" in str(value):
+            raise UserError(f"{where}: must not contain a NUL character")
         try:
             found[action.dest] = command_line._get_value(action, str(value))
             command_line._check_value(action, found[action.dest])
@@ -266,9 +274,10 @@ def _seconds(text: str) -> float:
 
 def _size(text: str) -> int:
     try:
-        return int(quantity(text, "SIZE", MEMORY_UNITS, "memory"))
+        return int(quantity(text, "size", MEMORY_UNITS, "option"))
     except UserError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+        # Who calls names the option.
+        raise argparse.ArgumentTypeError(str(error).removeprefix("option: size=")) from error
 
 
 #: Parsers of option values, by the `kind` of `config.option`.
