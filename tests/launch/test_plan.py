@@ -349,6 +349,13 @@ def test_which_wire_there_is_none_of() -> None:
         engine_config(MODEL.config, EngineOptions(wire_dtype="compute"))
 
 
+@pytest.mark.parametrize("name", ("max_model_len", "max_num_seqs", "kv_memory", "seed"))
+@pytest.mark.parametrize("value", ("8", 1.5, True))
+def test_numbers_of_the_engine_must_be_whole(name: str, value: object) -> None:
+    with pytest.raises(UserError, match=f"{name}=.*: must be a whole number"):
+        engine_config(MODEL.config, EngineOptions(**{name: value}))  # type: ignore[arg-type]
+
+
 def test_engine_configuration() -> None:
     model = MODEL.config
     assert engine_config(model).max_model_len == 256

@@ -73,6 +73,10 @@ def engine_config(
     Raises:
         UserError: a value is wrong, or more than the model supports.
     """
+    for name in ("max_model_len", "max_num_seqs", "kv_memory", "seed"):
+        value = getattr(options, name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            raise UserError(f"{name}={value!r}: must be a whole number")
     longest, max_model_len = model.max_position, options.max_model_len
     if max_model_len is None:
         max_model_len = min(longest, DEFAULT_MODEL_LEN)
