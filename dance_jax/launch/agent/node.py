@@ -17,6 +17,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable
 
+import msgspec
 import zmq
 from zmq.utils import monitor
 
@@ -239,7 +240,7 @@ def run_node(
                     case protocol.NodeSetup(module, drains, setup):
                         log = logs / f"{local.name}.log"
                         process = ServerProcess(local, log, module)
-                        process.tell(setup)
+                        process.tell(_with_private_dir(setup, private))
                         if drains:
                             _pass_on(signal.SIGTERM, process)
                         progress("the server starts")
@@ -259,6 +260,13 @@ def run_node(
                 process.popen.wait()
             contact.close()
             connection.close()
+
+
+def _with_private_dir(setup: bytes, private: str) -> bytes:
+    """The setup, with a directory that the server removes if this launcher is killed."""
+    content = msgspec.json.decode(setup)
+    content.get("engine", content)["private_dir"] = private
+    return msgspec.json.encode(content)
 
 
 def _pass_on(number: signal.Signals, process: ServerProcess) -> None:
