@@ -10,7 +10,7 @@ import pytest
 from dance_jax import command
 from dance_jax.config import EngineOptions, UserError
 from dance_jax.launch import __main__ as launch
-from dance_jax.launch.cli.options import engine_options, parse, rebalance_options
+from dance_jax.launch.cli.options import check_mode, engine_options, parse, rebalance_options
 
 
 def options(folder: pathlib.Path, text: str, *arguments: str):
@@ -123,3 +123,8 @@ def test_a_model_is_converted_by_the_command(capsys: pytest.CaptureFixture[str])
     with pytest.raises(SystemExit) as ended:
         command.main(["convert", "--help"])
     assert ended.value.code == 0 and "usage: dance-jax convert" in capsys.readouterr().out
+
+
+def test_a_plan_is_no_preflight() -> None:
+    with pytest.raises(UserError, match="--dry-run .* and --preflight"):
+        check_mode(parse(["--hosts", "a", "--dry-run", "--preflight"]))

@@ -298,6 +298,8 @@ def check_mode(options: argparse.Namespace) -> None:
     Raises:
         UserError: names the option and the mode.
     """
+    if options.dry_run and options.preflight:
+        raise UserError("--dry-run prints the plan and --preflight checks the servers: remove one")
     if options.prompts is None:
         for name in _BATCH:
             if getattr(options, name) is not None:
