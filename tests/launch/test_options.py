@@ -126,5 +126,5 @@ def test_a_model_is_converted_by_the_command(capsys: pytest.CaptureFixture[str])
 
 
 def test_a_plan_is_no_preflight() -> None:
-    with pytest.raises(UserError, match="--dry-run .* and --preflight"):
+    with pytest.raises(UserError, match=r"--dry-run .* and --preflight"):
         check_mode(parse(["--hosts", "a", "--dry-run", "--preflight"]))
