@@ -137,23 +137,22 @@ class Servers:
         from dance_jax.launch.agent.network import Network
         from dance_jax.launch.cluster.batch import Cluster
         from dance_jax.launch.planning.plan import make_plan, matched, rooms
-        from dance_jax.launch.preflight.launch_check import checked, needs_preflight, survey
+        from dance_jax.launch.preflight.run import needs_preflight, run_preflight
 
         held = rooms(spec, checkpoint, config)
         activations = matched(activations, spec, checkpoint)
         network = Network(ssh_config=far.ssh_config)
-        if needs_preflight(spec, None):
-            found = survey(
+        if needs_preflight(spec, network):
+            found = run_preflight(
                 spec,
-                held,
-                network,
-                None,
                 model=far.model,
                 fingerprint=checkpoint.fingerprint,
                 cache_dir=far.cache_dir,
+                needs=[room.device_bytes for room in held],
+                network=network,
                 progress=lambda text: report(f"preflight: {text}", 0, 0),
             )
-            spec, network = checked(network, found)
+            spec, network = found.applied(network)
         report(f"placing experts ({policy})", 0, 0)
         plan = make_plan(spec, checkpoint, config, policy, activations)
         for note in plan.notes:

@@ -42,7 +42,6 @@ from dance_jax.launch.planning.hosts import read_hosts
 from dance_jax.launch.planning.plan import ModelFacts, Plan, Room, make_plan, matched, rooms
 
 if TYPE_CHECKING:
-    from dance_jax.launch.agent.node import Nodes
     from dance_jax.launch.rebalance.state import ServiceState
     from dance_jax.placement.activations import Activations
 
@@ -102,7 +101,7 @@ def _launch(options: argparse.Namespace, platform: str, console: Console) -> int
     spec = read_hosts(options.hosts, platform)
     part = role(spec, _network(options), options.node_rank, options.key_file)
     if part.node:
-        return _hold_server(options, part, console)
+        return _hold_server(options, part, spec, console)
     check_mode(options)
     serving, moving = serve_options(options), rebalance_options(options)
     prompts = None
@@ -110,7 +109,7 @@ def _launch(options: argparse.Namespace, platform: str, console: Console) -> int
         prompts = read_prompts(options.prompts, spec, options.max_tokens or BATCH_TOKENS)
     _check_paths(options)
     # Imported here, so that errors in the files are reported before the slow imports.
-    from dance_jax.launch.preflight.launch_check import needs_preflight
+    from dance_jax.launch.preflight.run import needs_preflight
     from dance_jax.models.checkpoint import Checkpoint
     from dance_jax.models.convert import check_readable, ensure_converted, outline
     from dance_jax.models.hub import fetch_config, resolve
@@ -141,9 +140,9 @@ def _launch(options: argparse.Namespace, platform: str, console: Console) -> int
     )
     if prompts is None:
         config = dataclasses.replace(config, half_life=moving.half_life_s)
-    held = rooms(part.spec, model, config)
-    activations = matched(activations, part.spec, model)
-    state = _state(console, moving.state_dir, part.spec, model, held)
+    held = rooms(spec, model, config)
+    activations = matched(activations, spec, model)
+    state = _state(console, moving.state_dir, spec, model, held)
     if state is None:
         service = options.prompts is None
         place = functools.partial(
@@ -152,14 +151,12 @@ def _launch(options: argparse.Namespace, platform: str, console: Console) -> int
     else:
         place = functools.partial(_resume, console, state, model, config)
     if options.dry_run:
-        place(part.spec)
+        place(spec)
         return 0
-    nodes = part.gather_nodes(lambda name, text: console.print(Text(f"{name}: {text}")))
-    with contextlib.nullcontext() if nodes is None else contextlib.closing(nodes):
-        spec, network = part.spec, part.network
-        if options.preflight or needs_preflight(spec, nodes):
-            fingerprint = model.fingerprint
-            spec, network = _preflight(options, part, nodes, held, fingerprint, console)
+    joined = part.gathered(spec, lambda name, text: console.print(Text(f"{name}: {text}")))
+    with joined as network:
+        if options.preflight or needs_preflight(spec, network):
+            spec, network = _preflight(options, spec, network, held, model.fingerprint, console)
         if options.preflight:
             return 0
         plan = place(spec)
@@ -175,7 +172,6 @@ def _launch(options: argparse.Namespace, platform: str, console: Console) -> int
             cache_dir=cache,
             network=network,
             trace=options.trace,
-            nodes=nodes,
         )
         if prompts is None:
             before = None if state is None else state.statistics
@@ -214,29 +210,28 @@ def _started(
 
 def _preflight(
     options: argparse.Namespace,
-    part: Role,
-    nodes: Nodes | None,
+    spec: ClusterSpec,
+    network: Network,
     held: Sequence[Room],
     fingerprint: str,
     console: Console,
 ) -> tuple[ClusterSpec, Network]:
     """Survey all servers and print the findings; returns spec and network with the results."""
-    from dance_jax.launch.preflight.launch_check import checked, survey
     from dance_jax.launch.preflight.report import print_preflight
+    from dance_jax.launch.preflight.run import run_preflight
 
-    found = survey(
-        part.spec,
-        held,
-        part.network,
-        nodes,
+    found = run_preflight(
+        spec,
         model=options.model,
         fingerprint=fingerprint,
         cache_dir=options.cache_dir,
+        needs=[room.device_bytes for room in held],
+        network=network,
         measure_all=options.preflight,
         progress=lambda text: console.print(Text(f"preflight: {text}")),
     )
     print_preflight(console, found)
-    return checked(part.network, found)
+    return found.applied(network)
 
 
 def _place(
@@ -308,18 +303,18 @@ def _network(options: argparse.Namespace) -> Network:
     )
 
 
-def _hold_server(options: argparse.Namespace, part: Role, console: Console) -> int:
-    """--node-rank N for N > 0: run this server's process for the launcher on node 0."""
+def _hold_server(
+    options: argparse.Namespace, part: Role, spec: ClusterSpec, console: Console
+) -> int:
+    """--node-rank N for N > 0: hold this server's process for the launcher on node 0."""
     from dance_jax.launch.agent.node import run_node
-    from dance_jax.launch.preflight.probe import answer_json
 
     assert part.node is not None and part.network.key is not None
     return run_node(
-        part.spec,
+        spec.servers[part.node],
         part.node,
         part.endpoint,
         part.network.key,
-        answer_json,
         options.log_dir,
         lambda text: console.print(Text(text), soft_wrap=True),
     )

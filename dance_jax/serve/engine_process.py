@@ -9,7 +9,7 @@ from collections.abc import Callable
 import msgspec
 
 from dance_jax.config import ServerSpec
-from dance_jax.launch.agent.process import ServerProcess
+from dance_jax.launch.agent.process import LocalProcess
 from dance_jax.launch.control import protocol
 from dance_jax.launch.control.channel import ControlListener, new_key
 from dance_jax.serve.loop_socket import LoopSocket
@@ -25,6 +25,7 @@ class EngineProcess:
 
     Args:
         setup: the engine's setup; its control channel is filled in here.
+        private: directory that the engine removes if this process is killed.
         on_event: called on the event loop with each event from the engine.
         on_death: called once on the event loop if the engine exits or fails; not after `end`.
     """
@@ -32,6 +33,7 @@ class EngineProcess:
     def __init__(
         self,
         setup: protocol.Setup,
+        private: str,
         on_event: Callable[[protocol.Event], None],
         on_death: Callable[[], None],
     ) -> None:
@@ -46,13 +48,16 @@ class EngineProcess:
         self._socket = LoopSocket(self._listener.socket, self._receive)
         self._name = b"server-%d" % setup.rank
         server = ServerSpec(setup.spec.servers[setup.rank].name, "")
-        self._process = ServerProcess(
-            server, None, WORKER, on_end=lambda: loop.call_soon_threadsafe(self._has_ended)
+        self._process = LocalProcess(
+            server,
+            WORKER,
+            private=private,
+            on_change=lambda: loop.call_soon_threadsafe(self._has_ended),
         )
         setup = msgspec.structs.replace(
             setup, control=self._listener.private, control_key=key, beats=False
         )
-        self._process.tell(msgspec.json.encode(setup))
+        self._process.write(msgspec.json.encode(setup))
 
     @property
     def pid(self) -> int:

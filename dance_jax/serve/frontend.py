@@ -58,7 +58,7 @@ def main() -> None:
     # The imports of this process load JAX, which must not touch the engine's GPUs.
     os.environ["JAX_PLATFORMS"] = "cpu"
     engine = setup.engine
-    private = tempfile.mkdtemp(prefix="dance-jax-", dir=engine.private_dir or None)
+    private = tempfile.mkdtemp(prefix="dance-jax-", dir=child.private_dir() or None)
     front = FrontEnd(setup, private)
     child.end_with_parent(engine, before=front.kill)
     connection = ControlConnection(
@@ -186,10 +186,10 @@ class FrontEnd:
 
     def _start_engine(self) -> None:
         start = self._start
-        setup = msgspec.structs.replace(
-            self._setup.engine, private_dir=self._private, layout=self._layout
+        setup = msgspec.structs.replace(self._setup.engine, layout=self._layout)
+        self._engine = EngineProcess(
+            setup, self._private, self._from_engine, lambda: self._on_engine_death(start)
         )
-        self._engine = EngineProcess(setup, self._from_engine, lambda: self._on_engine_death(start))
         log.info("engine start %d: process %d", start, self._engine.pid)
 
     async def _end_engine(self) -> None:

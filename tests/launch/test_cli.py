@@ -22,7 +22,6 @@ from dance_jax.launch.cli.prompts import Prompt
 from dance_jax.launch.cli.stream import Startup, Stream, printable
 from dance_jax.launch.control.protocol import ServeOptions
 from dance_jax.launch.planning.hosts import read_hosts
-from dance_jax.launch.preflight import launch_check as reach
 from dance_jax.launch.preflight.run import Preflight
 from dance_jax.launch.rebalance.decision import RebalanceOptions
 from dance_jax.launch.rebalance.state import ServiceState
@@ -264,7 +263,7 @@ def far(files: pathlib.Path, monkeypatch) -> list[str]:
         done.append(f"placed at {[server.bandwidth for server in spec.servers]} bps")
         raise UserError("far enough")
 
-    monkeypatch.setattr(reach, "run_preflight", preflight)
+    monkeypatch.setattr("dance_jax.launch.preflight.run.run_preflight", preflight)
     monkeypatch.setattr("dance_jax.launch.preflight.report.print_preflight", lambda *_: None)
     monkeypatch.setattr(launch, "make_plan", place)
     return done

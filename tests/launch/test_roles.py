@@ -37,15 +37,15 @@ def no_job(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_alone_it_launches_over_ssh() -> None:
     part = role(SPEC, Network(), None, None)
-    assert (part.node, part.spec, part.network) == (None, SPEC, Network())
-    assert part.gather_nodes(lambda name, text: None) is None
+    assert (part.node, part.network) == (None, Network())
+    with part.gathered(SPEC, lambda name, text: None) as network:
+        assert network is part.network
 
 
 def test_a_node_runs_its_server_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(KEY_VARIABLE, KEY)
     part = role(SPEC, Network(), 1, None)
     assert part.node == 1 and part.endpoint == f"tcp://10.0.0.1:{NODE_PORT}"
-    assert all(server.ssh is None for server in part.spec.servers)
     assert part.network.key == read_key(None)
     chosen = Network(control_addresses=("10.9.9.9",), control_port=5)
     assert role(SPEC, chosen, 1, None).endpoint == "tcp://10.9.9.9:5"

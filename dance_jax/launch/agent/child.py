@@ -18,6 +18,7 @@ from typing import NoReturn, TypeVar
 import msgspec
 
 from dance_jax.config import UserError
+from dance_jax.launch.agent.ssh import PRIVATE_VARIABLE
 from dance_jax.launch.control.channel import ALIVE_TIMEOUT_S, bracketed
 from dance_jax.launch.control.protocol import SSH_CLIENT, Failed, Setup
 
@@ -58,14 +59,21 @@ def parent_endpoint(setup: Setup) -> str:
     return setup.control.replace(SSH_CLIENT, bracketed(client))
 
 
+def private_dir() -> str:
+    """The parent's private directory on this machine; "" if the parent is on another one."""
+    return os.environ.get(PRIVATE_VARIABLE, "")
+
+
 def end_with_parent(setup: Setup, before: Callable[[], None] = lambda: None) -> None:
     """Kill this process and its children when the parent is gone.
 
     The parent is gone when standard input ends, when this process has another parent, or, for a
     parent on another machine, after ALIVE_TIMEOUT_S of silence (a broken network ends no input).
 
+    The parent's private directory is then removed.
+
     Args:
-        setup: names the parent's private directory, which is then removed.
+        setup: of this process.
         before: called first, in a thread.
     """
     parent = os.getppid()
@@ -81,8 +89,8 @@ def end_with_parent(setup: Setup, before: Callable[[], None] = lambda: None) -> 
                 break
         try:
             before()
-            if setup.private_dir:
-                shutil.rmtree(setup.private_dir, ignore_errors=True)
+            if private_dir():
+                shutil.rmtree(private_dir(), ignore_errors=True)
         finally:
             os.killpg(os.getpgrp(), signal.SIGKILL)
 

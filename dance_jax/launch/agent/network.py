@@ -1,18 +1,22 @@
-"""Settings for connections between the launcher and servers on other machines."""
+"""How the launcher reaches the servers, and starts their processes."""
 
 from __future__ import annotations
 
 import dataclasses
 import pathlib
 
+from dance_jax.config import ServerSpec
+from dance_jax.launch.agent.nodes import Nodes
+from dance_jax.launch.agent.process import LocalProcess, ServerProcess
+
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """Addresses, ports and the key of a launch."""
+    """Addresses, ports and the key of a launch, and the launchers on other nodes."""
 
     #: Configuration file for `ssh -F`.
     ssh_config: pathlib.Path | None = None
-    #: Addresses of this machine that the servers connect to (`preflight` finds them).
+    #: Addresses of this machine that the servers connect to (the preflight finds them).
     control_addresses: tuple[str, ...] = ()
     #: TCP port of this process that the servers connect to; 0: a free port.
     control_port: int = 0
@@ -22,3 +26,46 @@ class Network:
     coordinator_port: int = 0
     #: The key of the launch; None: a new key.
     key: bytes | None = None
+    #: Launchers that hold all servers but the first; None: this process starts every server, here
+    #: or over ssh.
+    nodes: Nodes | None = None
+
+    def reached(self, server: ServerSpec) -> ServerSpec:
+        """The server as it is reached: with nodes, ssh= in the hosts file is not used."""
+        return server if self.nodes is None else dataclasses.replace(server, ssh=None)
+
+    def start(
+        self,
+        rank: int,
+        server: ServerSpec,
+        module: str,
+        *,
+        log_path: pathlib.Path | None = None,
+        answers: bool = False,
+        drains: bool = False,
+        private: str = "",
+    ) -> ServerProcess:
+        """Start a process on a server's machine.
+
+        Args:
+            rank, server: the server.
+            module: of this package, which the process runs.
+            log_path: as for `LocalProcess`; the log of a node is on the node.
+            answers: as for `LocalProcess`.
+            drains: SIGTERM drains the process, so a node passes the signal on.
+            private: directory that the process removes if this process is killed; not used on
+                another machine.
+
+        Raises:
+            UserError: the process cannot be started.
+        """
+        if self.nodes is not None and self.nodes.holds(rank):
+            return self.nodes.start(rank, module, answers=answers, drains=drains)
+        return LocalProcess(
+            self.reached(server),
+            module,
+            log_path=log_path,
+            ssh_config=self.ssh_config,
+            answers=answers,
+            private=private,
+        )

@@ -1,7 +1,9 @@
-"""A server's process as its parent sees it: local or over ssh, with the reasons for its end."""
+"""A process on a server's machine as its parent sees it, with the reasons for its end."""
 
 from __future__ import annotations
 
+import abc
+import collections
 import contextlib
 import os
 import pathlib
@@ -11,11 +13,13 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import IO, Protocol
+from typing import IO
 
-from dance_jax.config import ServerSpec
+from dance_jax.config import ServerSpec, UserError
 from dance_jax.launch.agent.ssh import SSH_FAILED, server_command, server_environment
 
+#: Precedes every answer of a process, because a login shell may print its own text first.
+MARK = b"dance_jax answer: "
 #: Lines of a dead server's log that the error quotes.
 LOG_LINES = 25
 
@@ -33,49 +37,118 @@ _ECHOES = (
 )
 
 
-class ServerHandle(Protocol):
-    """What a cluster needs of a server's process, whichever launcher started it."""
+class ServerProcess(abc.ABC):
+    """A process of one of this package's modules on a server's machine.
 
-    name: str
-    #: time.monotonic() when its end was noticed; when it reported a failure.
-    ended: float | None
-    failed: float | None
-    #: Failure message of the process, and whether the user can fix the cause.
-    failure: str | None
-    user_failure: bool
-    #: Process id on the server's machine; None: not known yet.
-    pid: int | None
+    The process reads lines and ends when its input ends or its parent dies. `LocalProcess` starts
+    it here or over ssh; `nodes.NodeProcess` has the launcher of another node start it.
 
-    def tell(self, line: bytes) -> None:
-        """Give the process its setup."""
-        ...
+    Args:
+        name: of the server.
+        pid: process id on the server's machine; None: not known yet.
+    """
+
+    #: The process is on another machine, as far as this process can tell.
+    remote: bool
+    #: The process needs signs of life (`beat`), without which it ends.
+    beats: bool
+
+    def __init__(self, name: str, pid: int | None = None) -> None:
+        self.name = name
+        self.pid = pid
+        #: time.monotonic() when its end was noticed; when it reported a failure.
+        self.ended: float | None = None
+        self.failed: float | None = None
+        #: Failure message of the process, and whether the user can fix the cause.
+        self.failure: str | None = None
+        self.user_failure = False
+        #: Answers that nobody has read yet; None: the output ended.
+        self.answers: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+
+    @abc.abstractmethod
+    def write(self, line: bytes) -> None:
+        """Write a line to the input of the process; returns at once."""
 
     def beat(self) -> None:
-        """Send a sign of life, without which a server on another machine ends."""
-        ...
+        """Send a sign of life if the process needs one."""
+        if self.beats:
+            self.write(b"")
 
+    @abc.abstractmethod
     def let_go(self) -> None:
         """Close the input of the process, which makes the process end."""
-        ...
 
-    def kill(self, number: signal.Signals) -> None: ...
+    @abc.abstractmethod
+    def kill(self, number: signal.Signals) -> None:
+        """Send a signal to the process and its children."""
+
+    def read(self, timeout_s: float) -> bytes | None:
+        """The next answer of a process that answers; None if its output has ended.
+
+        Raises:
+            TimeoutError: no answer in time.
+        """
+        deadline = time.monotonic() + timeout_s
+        while True:
+            with contextlib.suppress(queue.Empty):
+                return self.answers.get(timeout=self._receive(deadline - time.monotonic()))
+            if time.monotonic() >= deadline:
+                raise TimeoutError(f"no answer within {timeout_s:.0f} s")
+
+    def wait(self, seconds: float) -> bool:
+        """Wait for the end of the process; returns False if it has not ended in time."""
+        deadline = time.monotonic() + seconds
+        while self.ended is None and time.monotonic() < deadline:
+            time.sleep(min(self._receive(deadline - time.monotonic()), 0.01))
+        return self.ended is not None
+
+    def _receive(self, seconds: float) -> float:
+        """Receive what threads of this object do not; at most for `seconds`.
+
+        Returns:
+            Seconds for which the caller may then wait for an answer or the end.
+        """
+        return max(0.0, seconds)
+
+    def end(self, grace_s: float) -> None:
+        """End the process, by force after `grace_s`."""
+        self.let_go()
+        self.wait(grace_s)
+        # Even after the end, because children may outlive the process.
+        self.kill(signal.SIGKILL)
+        self.wait(grace_s)
+
+    @property
+    @abc.abstractmethod
+    def status(self) -> int | None:
+        """Exit status as in a shell; None: the process still runs, or its status is unknown."""
+
+    @abc.abstractmethod
+    def lost(self) -> str:
+        """Why the process is out of reach; empty if it runs or its exit status says all."""
 
     def fate(self) -> str:
         """How the process ended, as text."""
-        ...
+        if self.failure is not None:
+            return f"failed: {self.failure}"
+        if lost := self.lost():
+            return lost
+        if self.status is None:
+            return "lost its connection to the launcher"
+        return in_words(self.status)
 
+    @abc.abstractmethod
     def last_lines(self) -> list[str]:
         """The last lines of the log."""
-        ...
 
     @property
+    @abc.abstractmethod
     def log(self) -> str:
-        """Path of the whole log."""
-        ...
+        """Where the whole log is."""
 
     def echo(self) -> bool:
         """Whether the end looks like a consequence of another server's end."""
-        ...
+        return is_echo(self.failure, self.status, self.last_lines())
 
 
 def sounds_like_echo(text: str) -> bool:
@@ -110,70 +183,87 @@ def in_words(status: int) -> str:
     return f"ended with exit status {status}"
 
 
-class ServerProcess:
-    """A process of `module` for a server, local or over ssh.
+class LocalProcess(ServerProcess):
+    """A child process: the module itself, or the ssh to it.
 
     Args:
-        server: the server.
-        log_path: file for the output of the process; None: the output of this process.
+        server: the server; its ssh= and python= say how the module is run.
         module: dotted name.
+        log_path: file for the output of the process; None: the output of this process.
         ssh_config: file for `ssh -F`.
-        on_end: called, by a thread, when the process has ended.
+        answers: the process answers on its output with lines that begin with MARK; instead of a
+            log, the last other lines are kept.
+        private: directory that the process removes if this process is killed.
+        on_change: called, by a thread, when an answer has arrived and when the process has ended.
+
+    Raises:
+        UserError: the program cannot be started.
     """
 
     def __init__(
         self,
         server: ServerSpec,
-        log_path: pathlib.Path | None,
         module: str,
+        *,
+        log_path: pathlib.Path | None = None,
         ssh_config: pathlib.Path | None = None,
-        on_end: Callable[[], object] = lambda: None,
+        answers: bool = False,
+        private: str = "",
+        on_change: Callable[[], object] = lambda: None,
     ) -> None:
-        self.name = server.name
-        self.ended: float | None = None
-        self.failed: float | None = None
-        self.failure: str | None = None
-        self.user_failure = False
-        self.pid: int | None = None
+        super().__init__(server.name)
+        self.remote = self.beats = server.ssh is not None
         self._target = server.ssh
         self._log_path = log_path
-        self._on_end = on_end
-        with _log_file(log_path) as log:
-            self.popen = subprocess.Popen(
-                server_command(server, module, ssh_config),
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=server_environment(server),
-                start_new_session=True,  # Ctrl-C in the terminal is for the parent only
-            )
+        self._on_change = on_change
+        self._other_lines: collections.deque[str] = collections.deque(maxlen=LOG_LINES)
+        command = server_command(server, module, ssh_config)
+        try:
+            with _log_file(log_path) as log:
+                self.popen = subprocess.Popen(
+                    command,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE if answers else log,
+                    stderr=subprocess.PIPE if answers else subprocess.STDOUT,
+                    env=server_environment(server, private),
+                    start_new_session=True,  # Ctrl-C in the terminal is for the parent only
+                )
+        except OSError as error:
+            why = (error.strerror or str(error)).lower()
+            raise UserError(f"{command[0]} cannot be started: {why}") from error
         if self._target is None:
             self.pid = self.popen.pid
         #: Lines to write to the input of the process; None closes it.
         self._lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        for work in (self._wait, self._feed):
-            name = f"{work.__name__.strip('_')}-{self.name}"
-            threading.Thread(target=work, daemon=True, name=name).start()
+        self._readers = [self._thread(self._read, pipe) for pipe in self._outputs()]
+        self._thread(self._feed)
+        self._thread(self._await_end)
 
-    def _wait(self) -> None:
+    def _thread(self, work: Callable[..., None], *arguments: object) -> threading.Thread:
+        name = f"{work.__name__.strip('_')}-{self.name}"
+        thread = threading.Thread(target=work, args=arguments, daemon=True, name=name)
+        thread.start()
+        return thread
+
+    def _outputs(self) -> list[IO[bytes]]:
+        return [pipe for pipe in (self.popen.stdout, self.popen.stderr) if pipe is not None]
+
+    def _await_end(self) -> None:
         self.popen.wait()
+        # Children of a dead process may hold its output open.
+        for reader in self._readers:
+            reader.join(0.5)
         self.ended = time.monotonic()
         self._lines.put(None)
-        self._on_end()
+        self._on_change()
 
     @property
     def status(self) -> int | None:
-        """Exit status as in a shell; None: the process still runs."""
         status = self.popen.poll()
         return status if status is None or status >= 0 else 128 - status
 
-    def tell(self, line: bytes) -> None:
-        """Write the setup; standard input stays open as a sign of life."""
+    def write(self, line: bytes) -> None:
         self._lines.put(line + b"\n")
-
-    def beat(self) -> None:
-        if self._target is not None:
-            self._lines.put(b"\n")
 
     def let_go(self) -> None:
         self._lines.put(None)
@@ -188,27 +278,37 @@ class ServerProcess:
                 pipe.write(line)
                 pipe.flush()
 
+    def _read(self, pipe: IO[bytes]) -> None:
+        """Read the answers and other lines of an output until it ends."""
+        with pipe:
+            for line in pipe:
+                if line.startswith(MARK):
+                    self.answers.put(line.removeprefix(MARK))
+                    self._on_change()
+                else:
+                    self._other_lines.append(line.decode(errors="replace").rstrip("\n"))
+        if pipe is self.popen.stdout:
+            self.answers.put(None)
+
     def kill(self, number: signal.Signals) -> None:
         """Send a signal to the process (to ssh if it is remote) and all its children."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.popen.pid, number)
 
-    def fate(self) -> str:
-        if self.failure is not None:
-            return f"failed: {self.failure}"
-        if self.status is None:
-            return "lost its connection to the launcher"
-        if self._target is not None and self.status == SSH_FAILED:
+    def lost(self) -> str:
+        if self._target is None or self.status is None:
+            return ""
+        if self.status == SSH_FAILED:
             last = next((line for line in reversed(self.last_lines()) if line.strip()), "")
             why = f": {last.strip()}" if last.startswith(("ssh", "Connection", "Timeout")) else ""
             return f"is lost: the ssh connection to {self._target} broke{why}"
-        if self._target is not None and self.popen.returncode < 0:
+        if self.popen.returncode < 0:
             return f"is lost: the ssh to {self._target} {in_words(self.status)}"
-        return in_words(self.status)
+        return ""
 
     def last_lines(self) -> list[str]:
         if self._log_path is None:
-            return []
+            return list(self._other_lines)
         try:
             with open(self._log_path, "rb") as log:
                 log.seek(max(0, os.path.getsize(self._log_path) - 16384))
@@ -219,9 +319,6 @@ class ServerProcess:
     @property
     def log(self) -> str:
         return str(self._log_path)
-
-    def echo(self) -> bool:
-        return is_echo(self.failure, self.status, self.last_lines())
 
 
 @contextlib.contextmanager

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from dance_jax.config import ClusterSpec, UserError
 from dance_jax.launch.agent.jobs import check_job, detected_job
 from dance_jax.launch.agent.network import Network
-from dance_jax.launch.agent.node import Nodes
+from dance_jax.launch.agent.nodes import Nodes
 from dance_jax.launch.control.channel import ControlListener, bracketed
 
 #: Environment variable with the key of a launch, as an alternative to --key-file.
@@ -25,9 +26,8 @@ _SHORTEST_KEY = 16
 class Role:
     """This process's part in a launch."""
 
-    spec: ClusterSpec
     network: Network
-    #: Rank of this node; None: this process starts every server, locally and over ssh.
+    #: Rank of this node; None: this process starts every server, here and over ssh.
     node: int | None = None
 
     @property
@@ -36,31 +36,35 @@ class Role:
         host, port = self.network.control_addresses[0], self.network.control_port
         return f"tcp://{bracketed(host)}:{port}"
 
-    def gather_nodes(self, progress: Callable[[str, str], None]) -> Nodes | None:
-        """As node 0, wait for all other nodes; returns None without --node-rank.
+    @contextlib.contextmanager
+    def gathered(
+        self, spec: ClusterSpec, progress: Callable[[str, str], None]
+    ) -> Iterator[Network]:
+        """The network with all nodes, which end after the block.
+
+        Args:
+            spec: the servers.
+            progress: called with (server's name, message).
 
         Raises:
             UserError: this node cannot listen, or another node does not connect.
         """
-        if self.node is None:
-            return None
         network = self.network
+        if self.node is None:
+            yield network
+            return
         assert network.key is not None
-        listener = ControlListener(network.key)
-        try:
-            listener.listen(network.control_addresses, network.control_port)
-            nodes = Nodes(self.spec, listener)
-            nodes.meet(progress)
-        except OSError as error:
-            listener.close()
-            raise UserError(
-                f"node 0 cannot listen at {self.endpoint}: {error}; the address of the hosts "
-                "file's first line must be this machine's, and --control-port a free port"
-            ) from error
-        except BaseException:
-            listener.close()
-            raise
-        return nodes
+        with contextlib.closing(ControlListener(network.key)) as listener:
+            try:
+                listener.listen(network.control_addresses, network.control_port)
+            except OSError as error:
+                raise UserError(
+                    f"node 0 cannot listen at {self.endpoint}: {error}; the address of the hosts "
+                    "file's first line must be this machine's, and --control-port a free port"
+                ) from error
+            with contextlib.closing(Nodes(spec, listener)) as nodes:
+                nodes.meet(progress)
+                yield dataclasses.replace(network, nodes=nodes)
 
 
 def role(
@@ -83,7 +87,7 @@ def role(
             raise UserError(
                 "--key-file applies to --node-rank only: over ssh every launch makes its own key"
             )
-        return Role(spec, network)
+        return Role(network)
     first = spec.servers[0].address
     if job is not None:
         check_job(job, spec)
@@ -100,9 +104,7 @@ def role(
         control_port=network.control_port or NODE_PORT,
         key=read_key(key_file),
     )
-    # Each server is a local process of its own node.
-    servers = tuple(dataclasses.replace(server, ssh=None) for server in spec.servers)
-    return Role(ClusterSpec(servers), network, node)
+    return Role(network, node)
 
 
 def read_key(file: pathlib.Path | None) -> bytes:

@@ -16,6 +16,9 @@ CONNECT_TIMEOUT_S = 10
 ALIVE_INTERVAL_S, ALIVE_COUNT = 1, 4
 #: ssh's own exit status: connecting failed, or the connection was lost.
 SSH_FAILED = 255
+#: Environment variable with the parent's private directory on this machine, which a process removes
+#: if its parent is killed; unset: the parent is on another machine.
+PRIVATE_VARIABLE = "DANCE_JAX_PRIVATE"
 
 
 def server_command(
@@ -37,10 +40,18 @@ def server_command(
     return [*_ssh(server.ssh, ssh_config), _quoted(command)]
 
 
-def server_environment(server: ServerSpec) -> dict[str, str]:
-    """Environment of the local process: this process's, plus the path of this package."""
+def server_environment(server: ServerSpec, private: str = "") -> dict[str, str]:
+    """Environment of the local process: this process's, plus the path of this package.
+
+    Args:
+        server: the server.
+        private: value of PRIVATE_VARIABLE for a process here; empty: unset.
+    """
     environment = dict(os.environ)
+    environment.pop(PRIVATE_VARIABLE, None)
     if server.ssh is None:
+        if private:
+            environment[PRIVATE_VARIABLE] = private
         package_parent = str(pathlib.Path(__file__).resolve().parents[3])
         paths = [package_parent, environment.get("PYTHONPATH", "")]
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))

@@ -29,8 +29,7 @@ from dance_jax.cache import default_cache_dir
 from dance_jax.config import ClusterSpec, EngineConfig, UserError
 from dance_jax.launch.agent import model_files
 from dance_jax.launch.agent.network import Network
-from dance_jax.launch.agent.node import Nodes
-from dance_jax.launch.agent.process import ServerHandle, ServerProcess
+from dance_jax.launch.agent.process import ServerProcess
 from dance_jax.launch.cluster.trace import TraceFile
 from dance_jax.launch.control import protocol
 from dance_jax.launch.control.channel import ALIVE_INTERVAL_S, ControlListener, bracketed, new_key
@@ -77,8 +76,6 @@ class Fleet(abc.ABC):
         progress: called with what each server does while it starts.
         network: how servers on other machines are reached.
         trace: file for a trace of all servers; None: no trace.
-        nodes: launchers on other nodes, which hold all servers but the first; None: this process
-            starts all servers.
     """
 
     #: Module that a server's process runs, and whether SIGTERM drains the process first.
@@ -98,7 +95,6 @@ class Fleet(abc.ABC):
         progress: StartCallback | None = None,
         network: Network | None = None,
         trace: str | os.PathLike[str] | None = None,
-        nodes: Nodes | None = None,
     ) -> None:
         self.spec = spec
         self.checkpoint = checkpoint
@@ -109,7 +105,7 @@ class Fleet(abc.ABC):
         self.cache_dir = None if cache_dir is None else pathlib.Path(cache_dir).resolve()
         self.progress = progress or (lambda *_: None)
         self.network = network or Network()
-        self.nodes = nodes
+        self.nodes = self.network.nodes
         self._trace_path = trace
         self._trace: TraceFile | None = None
         self.started = False
@@ -117,7 +113,7 @@ class Fleet(abc.ABC):
         self.calls = config.exchange != "collectives"
         #: By rank, where the servers listen for each other; "": the server is restarting.
         self._endpoints: list[str] = []
-        self._processes: list[ServerHandle] = []
+        self._processes: list[ServerProcess] = []
         #: Per server, the last event of each kind while it starts.
         self._reached: list[dict[type, Any]] = [{} for _ in spec.servers]
         self._stopping = threading.Lock()
@@ -169,9 +165,9 @@ class Fleet(abc.ABC):
                     self._trace.close()
                 if self._beating is not None:
                     self._beating.set()
-                if self._listener is not None:
+                if self._listener is not None and self.nodes is None:
                     self._listener.close()
-                    self._listener = None
+                self._listener = None
                 if self._private is not None:
                     shutil.rmtree(self._private, ignore_errors=True)
                 atexit.unregister(self.stop)
@@ -190,16 +186,18 @@ class Fleet(abc.ABC):
             port = self._listen()
         logs = self.log_dir or private / "logs"
         for rank, server in enumerate(self.spec.servers):
-            if self.nodes is not None and rank in self.nodes.servers:
-                node = self.nodes.servers[rank]
-                node.module, node.drains = self.module, self.drains
-                self._processes.append(node)
-            else:
-                log, ssh_config = logs / f"{server.name}.log", self.network.ssh_config
-                self._processes.append(ServerProcess(server, log, self.module, ssh_config))
+            process = self.network.start(
+                rank,
+                server,
+                self.module,
+                log_path=logs / f"{server.name}.log",
+                drains=self.drains,
+                private=str(private),
+            )
+            self._processes.append(process)
             self.progress(server.name, "starting", 0, 0)
         for rank, process in enumerate(self._processes):
-            process.tell(msgspec.json.encode(self._process_setup(self._setup(rank, key, port))))
+            process.write(msgspec.json.encode(self._process_setup(self._setup(rank, key, port))))
         self._beating = stop = threading.Event()
         threading.Thread(target=self._beat, args=(stop,), daemon=True, name="beat").start()
 
@@ -228,11 +226,10 @@ class Fleet(abc.ABC):
     def _setup(self, rank: int, key: bytes, port: int) -> protocol.Setup:
         assert self._listener is not None
         server = self.spec.servers[rank]
-        on_node = self.nodes is not None and rank in self.nodes.servers
-        remote = server.ssh is not None or on_node
+        process = self._processes[rank]
         neighbours = self._neighbours(rank)
-        here = str(self.checkpoint.path.resolve())
-        if not remote:
+        model = self.model if process.remote else str(self.checkpoint.path.resolve())
+        if not process.remote:
             control = self._listener.private
             cache = None if self.cache_dir is None else str(self.cache_dir)
         else:
@@ -246,7 +243,7 @@ class Fleet(abc.ABC):
             spec=self.spec,
             rank=rank,
             config=self.config,
-            model="" if server.from_peers else server.model or (self.model if remote else here),
+            model="" if server.from_peers else server.model or model,
             model_files=self._model_files if server.from_peers else b"",
             fingerprint=self.checkpoint.fingerprint,
             experts=self.checkpoint.form(self.config.dtype).name,
@@ -259,8 +256,7 @@ class Fleet(abc.ABC):
             machine_devices=tuple(self.spec.devices[n] for n in neighbours),
             machine_index=neighbours.index(rank),
             cache_dir=cache,
-            private_dir="" if remote else str(self._private),
-            beats=server.ssh is not None,
+            beats=process.beats,
             trace_from=0 if self._trace is None else self._trace.began_ns,
         )
 
@@ -452,7 +448,7 @@ class Fleet(abc.ABC):
                     process.kill(number)
             self._await_end(self._processes, seconds)
 
-    def _await_end(self, processes: Iterable[ServerHandle], seconds: float) -> None:
+    def _await_end(self, processes: Iterable[ServerProcess], seconds: float) -> None:
         """Wait until all processes have ended, at most for `seconds`."""
         deadline = time.monotonic() + seconds
         waiting = collections.deque(processes)

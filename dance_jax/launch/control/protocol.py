@@ -56,9 +56,6 @@ class Setup(msgspec.Struct, kw_only=True):
     #: Directory of converted models and compiled steps; None: no cache; "": the default of the
     #: server's machine.
     cache_dir: str | None
-    #: The parent's private directory on this machine, which the process removes if the parent is
-    #: killed; "": the parent is on another machine.
-    private_dir: str
     #: The parent is across a network and sends signs of life on standard input.
     beats: bool
     #: Unix time in ns at which the trace begins; 0: no trace.
@@ -415,33 +412,40 @@ class RebalanceWanted(msgspec.Struct, tag=True):
     resident: list[list[list[int]]] | None = None
 
 
-# Between the parent and the launcher of another node (--node-rank).
+# Between node 0 and the launcher of another node (--node-rank), which holds one process at a time.
 
 
-class NodeSetup(msgspec.Struct, tag=True):
-    """Start the server's process with this `Setup` or `FrontSetup`, as JSON."""
+class NodeStart(msgspec.Struct, tag=True):
+    """Start a process, after ending the present one."""
 
+    #: Number of this process, counted from 1; messages about another number are out of date.
+    number: int
     #: Module of this package that the process runs.
     module: str
-    #: The process drains on SIGTERM, so the node passes the signal on.
+    #: The process answers on its output: send its answers on.
+    answers: bool
+    #: The process drains on SIGTERM: pass the signal on to it.
     drains: bool
-    setup: bytes
 
 
-class NodeProbe(msgspec.Struct, tag=True):
-    """Answer a preflight question (JSON)."""
+class NodeInput(msgspec.Struct, tag=True):
+    """Write a line to the input of the process, or close the input."""
 
-    request: bytes
+    line: bytes | None
 
 
-class NodeEnd(msgspec.Struct, tag=True):
-    """End the worker, by closing its input or by killing it."""
+class NodeSignal(msgspec.Struct, tag=True):
+    """Send a signal to the process."""
 
-    kill: bool
+    signal: int
 
 
 class NodePing(msgspec.Struct, tag=True):
     """Empty; that it can be sent shows that the node is connected."""
+
+
+class NodeEnd(msgspec.Struct, tag=True):
+    """End: node 0 needs this node no more."""
 
 
 class NodeHello(msgspec.Struct, tag=True):
@@ -450,15 +454,17 @@ class NodeHello(msgspec.Struct, tag=True):
     pid: int
 
 
-class NodeReply(msgspec.Struct, tag=True):
-    """Answer to a NodeProbe (JSON)."""
+class NodeAnswer(msgspec.Struct, tag=True):
+    """An answer of the process."""
 
-    reply: bytes
+    number: int
+    line: bytes
 
 
 class NodeEnded(msgspec.Struct, tag=True):
-    """The node's worker has ended."""
+    """The process has ended, or could not be started."""
 
+    number: int
     #: Exit status as in a shell.
     status: int
     #: The last lines of the log, and the path of the whole log on the node.
@@ -466,8 +472,8 @@ class NodeEnded(msgspec.Struct, tag=True):
     log: str
 
 
-NodeCommand = NodeSetup | NodeProbe | NodeEnd | NodePing
-NodeEvent = NodeHello | NodeReply | NodeEnded
+NodeCommand = NodeStart | NodeInput | NodeSignal | NodePing | NodeEnd
+NodeEvent = NodeHello | NodeAnswer | NodeEnded
 
 Command = Join | PeerRestarted | Submit | Abort | AskStats | Stage | Commit | Drop | Stop
 Event = (

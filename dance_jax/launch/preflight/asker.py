@@ -1,35 +1,23 @@
-"""Ask a server's machine the preflight's questions, through a process there (local or over ssh)."""
+"""Ask a server's machine the preflight's questions, through a process of the probe there."""
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import os
 import pathlib
-import queue
 import re
 import shlex
-import signal
-import subprocess
 import sys
-import tempfile
-import threading
-from collections.abc import Callable
 from typing import Protocol
 
 import msgspec
 
-from dance_jax.config import ServerSpec
-from dance_jax.launch.agent.ssh import SSH_FAILED, server_command, server_environment
-from dance_jax.launch.preflight.messages import (
-    MARK,
-    Refused,
-    Reply,
-    Request,
-    decode_reply,
-    encode,
-)
+from dance_jax.config import ServerSpec, UserError
+from dance_jax.launch.agent.network import Network
+from dance_jax.launch.agent.process import ServerProcess
+from dance_jax.launch.agent.ssh import SSH_FAILED
+from dance_jax.launch.preflight.messages import Refused, Reply, Request, decode_reply, encode
 
+#: Module that answers.
+PROBE = "dance_jax.launch.preflight.probe"
 #: Seconds that a probe has to end by itself once it is closed.
 _END_TIMEOUT_S = 1.0
 
@@ -54,115 +42,52 @@ class Asker(Protocol):
         ...
 
 
-class CallAsker:
-    """Asks through a function from JSON to JSON, e.g. over another launcher's channel.
-
-    Args:
-        call: takes a question and its time limit in seconds; raises TimeoutError.
-    """
-
-    def __init__(self, call: Callable[[bytes, float], bytes]) -> None:
-        self._call = call
-        #: Why no further question is sent; empty: questions are sent.
-        self._problem = ""
-
-    def ask(self, request: Request, timeout_s: float) -> Reply:
-        if self._problem:
-            raise Unreachable(self._problem)
-        try:
-            return _decoded(self._call(encode(request), timeout_s))
-        except TimeoutError as error:
-            # No further questions: a late answer would be taken for the answer to the next one.
-            self._problem = f"no answer within {timeout_s:.0f} s"
-            raise Unreachable(self._problem) from error
-
-    def close(self) -> None:
-        """Do nothing: the channel belongs to the caller."""
-
-
 class ProbeAsker:
-    """Asks a process of `dance_jax.launch.preflight.probe` on the server's machine.
+    """Asks a process of the probe on the server's machine.
 
     The probe ends when this process closes the probe's input or dies.
     """
 
-    def __init__(self, server: ServerSpec, ssh_config: pathlib.Path | None = None) -> None:
-        self._server = server
-        self._ssh_config = ssh_config
-        self._answers: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed by close)
-        self._popen: subprocess.Popen[bytes] | None = None
+    def __init__(self, rank: int, server: ServerSpec, network: Network) -> None:
+        self._server = network.reached(server)
+        self._ssh_config = network.ssh_config
         #: Why no further question is sent; empty: questions are sent.
         self._problem = ""
-        command = server_command(server, "dance_jax.launch.preflight.probe", ssh_config)
+        self._process: ServerProcess | None = None
         try:
-            self._popen = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=self._errors,
-                env=server_environment(server),
-                start_new_session=True,  # Ctrl-C in the terminal is for the parent only
-            )
-        except OSError as error:
-            self._problem = f"{command[0]} cannot be started: {(error.strerror or '').lower()}"
-            return
-        read = functools.partial(self._read, self._popen)
-        threading.Thread(target=read, daemon=True, name=f"probe-{server.name}").start()
-
-    def _read(self, popen: subprocess.Popen[bytes]) -> None:
-        assert popen.stdout is not None
-        with popen.stdout:
-            for line in popen.stdout:
-                if line.startswith(MARK):
-                    self._answers.put(line.removeprefix(MARK))
-        self._answers.put(None)
+            self._process = network.start(rank, server, PROBE, answers=True)
+        except UserError as error:
+            self._problem = str(error)
 
     def ask(self, request: Request, timeout_s: float) -> Reply:
-        if self._popen is None or self._problem:
+        if self._process is None or self._problem:
             raise Unreachable(self._problem)
-        assert self._popen.stdin is not None
-        # If writing fails, reading its output reports the end of the process.
-        with contextlib.suppress(BrokenPipeError):
-            self._popen.stdin.write(encode(request) + b"\n")
-            self._popen.stdin.flush()
+        self._process.write(encode(request))
         try:
-            answer = self._answers.get(timeout=timeout_s)
-        except queue.Empty:
+            answer = self._process.read(timeout_s)
+        except TimeoutError as error:
             # No further questions: a late answer would be taken for the answer to the next one.
-            self._problem = f"{where(self._server)}: no answer within {timeout_s:.0f} s"
+            self._problem = f"{where(self._server)}: {error}"
             if self._server.ssh is not None:
                 command = by_hand(self._server, self._ssh_config)
                 self._problem += f"; check that this command works: {command}"
             raise Unreachable(self._problem) from None
         if answer is None:
-            self._problem = self._why()
+            self._problem = self._why(self._process)
             raise Unreachable(self._problem)
         return _decoded(answer)
 
-    def _why(self) -> str:
-        assert self._popen is not None
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._popen.wait(_END_TIMEOUT_S)
-        self._errors.seek(0)
-        stderr = self._errors.read(1 << 16).decode(errors="replace")
-        return explanation(self._server, self._popen.returncode, stderr, self._ssh_config)
+    def _why(self, process: ServerProcess) -> str:
+        process.wait(_END_TIMEOUT_S)
+        if self._server.ssh is None and (lost := process.lost()):
+            return f"{self._server.name} {lost}"
+        last = "\n".join(process.last_lines())
+        return explanation(self._server, process.status, last, self._ssh_config)
 
     def close(self) -> None:
-        if self._popen is None:
-            self._errors.close()
-            return
         self._problem = self._problem or "it was closed"
-        assert self._popen.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            self._popen.stdin.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._popen.wait(_END_TIMEOUT_S)
-        # The whole group, because children may outlive their leader.
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._popen.pid, signal.SIGKILL)
-        self._popen.wait()
-        self._errors.close()
+        if self._process is not None:
+            self._process.end(_END_TIMEOUT_S)
 
 
 def _decoded(answer: bytes) -> Reply:
@@ -179,7 +104,7 @@ def _decoded(answer: bytes) -> Reply:
 
 def where(server: ServerSpec) -> str:
     """How the server's machine is reached, as text for messages."""
-    return f"ssh {server.ssh}" if server.ssh else "its process on this machine"
+    return f"ssh {server.ssh}" if server.ssh else "its process on its machine"
 
 
 def by_hand(server: ServerSpec, ssh_config: pathlib.Path | None) -> str:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import msgspec
 
-#: Precedes every answer, because a login shell may print its own text first.
-MARK = b"dance_jax probe: "
-
 
 class AskClock(msgspec.Struct, tag=True):
     """Ask for the time; as the first question, check that the machine answers."""

@@ -28,10 +28,10 @@ from collections.abc import Sequence
 import msgspec
 
 from dance_jax.cache import default_cache_dir
+from dance_jax.launch.agent.process import MARK
 from dance_jax.launch.preflight import link
 from dance_jax.launch.preflight.at_once import at_once
 from dance_jax.launch.preflight.messages import (
-    MARK,
     AskClock,
     AskMachine,
     Clock,

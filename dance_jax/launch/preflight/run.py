@@ -7,11 +7,12 @@ import functools
 import os
 import pathlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from dance_jax.config import ClusterSpec, ServerSpec, UserError
+from dance_jax.launch.agent.network import Network
 from dance_jax.launch.agent.ssh import CONNECT_TIMEOUT_S
 from dance_jax.launch.preflight import findings, probe
 from dance_jax.launch.preflight.asker import Asker, ProbeAsker, Unreachable
@@ -74,6 +75,18 @@ class Preflight:
             return way.sent
         return back.received if back else None
 
+    def applied(self, network: Network) -> tuple[ClusterSpec, Network]:
+        """The servers with measured rates, and the network with this machine's addresses.
+
+        Raises:
+            UserError: a launch would fail; the message has all reasons.
+        """
+        self.check()
+        if not network.control_addresses:
+            seen = [address for address in self.client_addresses if address is not None]
+            network = dataclasses.replace(network, control_addresses=tuple(dict.fromkeys(seen)))
+        return self.spec, network
+
     def check(self) -> None:
         """Check that a launch can succeed.
 
@@ -86,6 +99,11 @@ class Preflight:
             raise UserError(f"the preflight found {count}, no server was started:{listed}")
 
 
+def needs_preflight(spec: ClusterSpec, network: Network) -> bool:
+    """Whether a server is on another machine, where problems are invisible from here."""
+    return network.nodes is not None or any(server.ssh for server in spec.servers)
+
+
 def run_preflight(
     spec: ClusterSpec,
     *,
@@ -93,9 +111,7 @@ def run_preflight(
     fingerprint: str,
     cache_dir: pathlib.Path | None,
     needs: Sequence[int],
-    coordinator_port: int = 0,
-    ports: Mapping[str, Sequence[int]] | None = None,
-    ssh_config: pathlib.Path | None = None,
+    network: Network | None = None,
     measure_all: bool = False,
     askers: Sequence[Asker] | None = None,
     progress: Callable[[str], None] = lambda text: None,
@@ -109,19 +125,18 @@ def run_preflight(
         fingerprint: of the model that this machine planned with.
         cache_dir: of this machine and the servers; None: the default of each.
         needs: per server, bytes that each device will hold.
-        coordinator_port: of the first server; 0: a free port is chosen.
-        ports: by server, further ports that the server will use.
-        ssh_config: file for `ssh -F`.
+        network: how the servers are reached.
         measure_all: measure the rates of all links, not only of servers with bandwidth=auto.
-        askers: one per server, closed by the caller; None: a process on every server's machine,
+        askers: one per server, closed by the caller; None: a probe on every server's machine,
             ended when this function returns.
         progress: called with what is being done.
     """
+    network = network or Network()
     opened: list[ProbeAsker] = []
     try:
         if askers is None:
-            for server in spec.servers:
-                opened.append(ProbeAsker(server, ssh_config))
+            for rank, server in enumerate(spec.servers):
+                opened.append(ProbeAsker(rank, server, network))
             askers = opened
         model = None if model is None else portable_name(model)
         own = _own_machine(model)
@@ -130,7 +145,7 @@ def run_preflight(
             AskMachine(
                 address=server.address,
                 names=[each.address for each in spec.servers],
-                ports=[coordinator_port if rank == 0 else 0, *(ports or {}).get(server.name, ())],
+                ports=[network.coordinator_port if rank == 0 else 0],
                 model=server.model or model,
                 needs_model=not server.from_peers,
                 cache_dir=_absolute(cache_dir),

@@ -102,7 +102,7 @@ def main() -> None:
     setup = child.read_setup(Setup)
     if setup is None:
         return
-    files = ModelFiles(setup, setup.private_dir)
+    files = ModelFiles(setup, child.private_dir())
     child.end_with_parent(setup, before=files.close)
     own = setup.spec.servers[setup.rank]
     environment.prepare(own.platform, own.gpus)
@@ -146,7 +146,7 @@ def _start(
     cache = _cache_dir(setup)
     checkpoint = None
     if not setup.spec.servers[setup.rank].from_peers:
-        checkpoint = _open_model(setup, cache or pathlib.Path(setup.private_dir), channel)
+        checkpoint = _open_model(setup, cache or pathlib.Path(child.private_dir()), channel)
     model, tokenizer = files.read()
     channel.send(protocol.Progress("preparing", 0, 0))
     from dance_jax.engine.compile_cache import CompileCache
@@ -164,7 +164,7 @@ def _start(
     compile_dir = None if cache is None else private_directory(cache / "compiled")
     platform = setup.spec.servers[setup.rank].platform
     if platform == "cpu":
-        native.load(compile_dir or pathlib.Path(setup.private_dir))
+        native.load(compile_dir or pathlib.Path(child.private_dir()))
     channel.send(protocol.Prepared(coordinator_endpoint(setup), listener.endpoint))
     match channel.receive():
         case protocol.Join(coordinator, endpoints, calls):

@@ -21,11 +21,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dance_jax.launch.agent.process import MARK
 from dance_jax.launch.planning.defaults import demo_dir
 from dance_jax.launch.preflight import link, model_state, probe
 from dance_jax.launch.preflight.at_once import at_once
 from dance_jax.launch.preflight.messages import (
-    MARK,
     AskClock,
     AskMachine,
     Clock,

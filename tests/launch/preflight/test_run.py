@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import pathlib
 import signal
 import socket
@@ -16,14 +17,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dance_jax.config import ClusterSpec, UserError
+from dance_jax.launch.agent.network import Network
+from dance_jax.launch.agent.process import MARK
 from dance_jax.launch.planning.hosts import parse_hosts
 from dance_jax.launch.preflight import probe
 from dance_jax.launch.preflight import run as preflight
-from dance_jax.launch.preflight.asker import CallAsker, ProbeAsker, Unreachable, explanation
-from dance_jax.launch.preflight.messages import (
-    AskClock,
-    Clock,
-)
+from dance_jax.launch.preflight.asker import ProbeAsker, Unreachable, explanation
+from dance_jax.launch.preflight.messages import AskClock
 from dance_jax.launch.preflight.report import format_rate
 from tests.launch.fake_ssh import FakeSsh
 from tests.launch.launched import eventually, gone
@@ -111,11 +111,11 @@ def test_servers_at_one_address_have_no_link() -> None:
 def test_ports_that_are_taken() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        found = run(LOCAL, coordinator_port=port, ports={"beta": [0]})
+        found = run(LOCAL, network=Network(coordinator_port=port))
         with pytest.raises(UserError, match=rf"on alpha, port {port} of 127.0.0.1 cannot be used"):
             found.check()
         assert f"! {port}" in text(found)
-    assert run(LOCAL, coordinator_port=port).coordinator_port == port
+    assert run(LOCAL, network=Network(coordinator_port=port)).coordinator_port == port
 
 
 def test_models_that_are_missing_or_different(tmp_path: pathlib.Path) -> None:
@@ -178,7 +178,7 @@ def test_through_ssh(ssh: FakeSsh) -> None:
         exec env -i PATH="$PATH" HOME="{ssh.folder}" sh -c "$*"
         """,
     )
-    found = run(FAR, ssh_config=pathlib.Path("/some where/config"))
+    found = run(FAR, network=Network(ssh_config=pathlib.Path("/some where/config")))
     found.check()
     assert not found.findings
     assert found.client_addresses == ("10.9.8.7", None)
@@ -268,30 +268,24 @@ def test_an_interruption_leaves_nothing(ssh: FakeSsh, number: signal.Signals) ->
     assert gone(started, 5)
 
 
-def test_an_asker_through_a_function() -> None:
-    asking = CallAsker(lambda request, timeout_s: probe.answer_json(request))
-    assert isinstance(asking.ask(AskClock(), 1), Clock)
-    made = run("a address=127.0.0.1 experts=1", askers=[asking])
-    made.check()
-
-    def late(request: bytes, timeout_s: float) -> bytes:
-        raise TimeoutError
-
-    silent = CallAsker(late)
-    for timeout_s in (3, 5):  # the second question is not even asked
-        with pytest.raises(Unreachable, match="no answer within 3 s"):
-            silent.ask(AskClock(), timeout_s)
-    with pytest.raises(Unreachable, match="another version"):
-        CallAsker(lambda request, timeout_s: b'{"type": "Other"}').ask(AskClock(), 3)
-
-
 def test_an_asker_that_was_late_is_not_asked_again(ssh: FakeSsh) -> None:
     ssh.host("alpha", "sleep 600")
-    asking = ProbeAsker(parse_hosts(FAR).servers[0])
+    asking = ProbeAsker(0, parse_hosts(FAR).servers[0], Network())
     try:
         for _ in range(2):
             with pytest.raises(Unreachable, match="no answer within 0 s"):
                 asking.ask(AskClock(), 0.2)
+    finally:
+        asking.close()
+
+
+def test_an_answer_of_another_version(ssh: FakeSsh) -> None:
+    answer = MARK.decode() + json.dumps({"type": "Other"})
+    ssh.host("alpha", f"echo '{answer}'; cat")
+    asking = ProbeAsker(0, parse_hosts(FAR).servers[0], Network())
+    try:
+        with pytest.raises(Unreachable, match="another version"):
+            asking.ask(AskClock(), 5)
     finally:
         asking.close()
 

@@ -1,0 +1,185 @@
+"""Node 0's view of the other nodes: launchers that the user or a job started with `--node-rank`.
+
+Each of them connects to node 0's control channel, which the launch's key protects, and holds one
+process at a time for node 0 (`node`): a probe for the preflight, then the server.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable
+
+import zmq
+
+from dance_jax.config import ClusterSpec, UserError
+from dance_jax.launch.agent.process import ServerProcess
+from dance_jax.launch.control import protocol
+from dance_jax.launch.control.channel import ControlListener
+
+#: Seconds that nodes wait for each other at the start.
+MEET_TIMEOUT_S = 300.0
+#: Seconds between pings that detect a lost node: well within the window in which the cause of a
+#: failure is looked for.
+_PING_S = 0.2
+
+
+class Nodes:
+    """All nodes but node 0.
+
+    Args:
+        spec: the servers; rank 0 is this node.
+        listener: the control listener, reachable by the other nodes.
+    """
+
+    def __init__(self, spec: ClusterSpec, listener: ControlListener) -> None:
+        self.listener = listener
+        self._names = dict(enumerate(spec.names))
+        del self._names[0]
+        self._connected: set[int] = set()
+        self._processes: dict[int, NodeProcess] = {}
+        self._checked = 0.0
+        self._lock = threading.Lock()
+
+    def meet(self, progress: Callable[[str, str], None]) -> None:
+        """Wait until every node has connected.
+
+        Args:
+            progress: called with (server's name, message).
+
+        Raises:
+            UserError: some nodes did not connect in time.
+        """
+        deadline = time.monotonic() + MEET_TIMEOUT_S
+        missing = dict(self._names)
+        for name in missing.values():
+            progress(name, "waiting for its node")
+        while missing:
+            for rank in self._connected & missing.keys():
+                progress(missing.pop(rank), "its node is connected")
+            if time.monotonic() > deadline:
+                names = ", ".join(f"{name} (--node-rank {n})" for n, name in missing.items())
+                raise UserError(
+                    f"no connection within {MEET_TIMEOUT_S:.0f} s from {names}: start them with "
+                    "the same hosts file, key and --control-port"
+                )
+            self.pump(200)
+
+    def holds(self, rank: int) -> bool:
+        """Whether another node holds this server."""
+        return rank in self._names
+
+    def start(self, rank: int, module: str, *, answers: bool, drains: bool) -> NodeProcess:
+        """Start a process on a node, in place of the node's present one.
+
+        Args:
+            rank: of the server.
+            module: of this package, which the process runs.
+            answers: the process answers on its output, with lines that begin with `process.MARK`.
+            drains: the process drains on SIGTERM.
+        """
+        before = self._processes.get(rank)
+        number = 1 if before is None else before.number + 1
+        process = self._processes[rank] = NodeProcess(self, rank, self._names[rank], number)
+        process.send(protocol.NodeStart(number, module, answers, drains))
+        return process
+
+    def send(self, rank: int, command: protocol.NodeCommand) -> bool:
+        """Send a command; returns False if the node is not connected. Callable by any thread."""
+        with self._lock:
+            try:
+                message = [b"node-%d" % rank, protocol.encode(command)]
+                self.listener.socket.send_multipart(message, flags=zmq.DONTWAIT)
+            except zmq.ZMQError:
+                return False
+        return True
+
+    def pump(self, timeout_ms: int) -> None:
+        """Receive a message if one arrives in time; for the time before servers send messages."""
+        with self._lock:
+            socket = self.listener.socket
+            if socket.poll(timeout_ms):
+                sender, content = socket.recv_multipart()
+                self.receive(int(sender.rpartition(b"-")[2]), content)
+
+    def receive(self, rank: int, content: bytes) -> None:
+        """Handle a message from a node."""
+        event = protocol.decode_node_event(content)
+        if isinstance(event, protocol.NodeHello):
+            self._connected.add(rank)
+            return
+        process = self._processes.get(rank)
+        if process is None or process.number != event.number:
+            return
+        if isinstance(event, protocol.NodeAnswer):
+            process.answers.put(event.line)
+        else:
+            process.has_ended(event)
+
+    def check(self) -> None:
+        """Detect nodes that are gone, with a ping now and then."""
+        if time.monotonic() - self._checked > _PING_S:
+            self._checked = time.monotonic()
+            for process in self._processes.values():
+                if process.ended is None:
+                    process.send(protocol.NodePing())
+
+    def close(self) -> None:
+        """Let all nodes end, and stop listening."""
+        for rank in self._names:
+            self.send(rank, protocol.NodeEnd())
+        self.listener.close()
+
+
+class NodeProcess(ServerProcess):
+    """A process that the launcher of another node holds."""
+
+    remote, beats = True, False  # the connection has its own heartbeats
+
+    def __init__(self, nodes: Nodes, rank: int, name: str, number: int) -> None:
+        super().__init__(name)
+        self.number = number
+        self._nodes = nodes
+        self._rank = rank
+        self._end: protocol.NodeEnded | None = None
+
+    def send(self, command: protocol.NodeCommand) -> None:
+        """Send a command to the node; a node that is not connected is lost, with its process."""
+        if self.ended is None and not self._nodes.send(self._rank, command):
+            self.ended = time.monotonic()
+            self.answers.put(None)
+
+    def write(self, line: bytes) -> None:
+        self.send(protocol.NodeInput(line))
+
+    def let_go(self) -> None:
+        self.send(protocol.NodeInput(None))
+
+    def kill(self, number: signal.Signals) -> None:
+        self.send(protocol.NodeSignal(number))
+
+    def has_ended(self, end: protocol.NodeEnded) -> None:
+        """Record the end of the process, as reported by its node."""
+        self._end, self.ended = end, time.monotonic()
+        self.answers.put(None)
+
+    def _receive(self, seconds: float) -> float:
+        self._nodes.pump(int(1000 * min(max(seconds, 0.0), 0.02)))
+        return 0.0
+
+    @property
+    def status(self) -> int | None:
+        return None if self._end is None else self._end.status
+
+    def lost(self) -> str:
+        if self.ended is None or self._end is not None:
+            return ""
+        return f"is lost: its node (--node-rank {self._rank}) cannot be reached any more"
+
+    def last_lines(self) -> list[str]:
+        return ["(its log is on its node)"] if self._end is None else self._end.last_lines
+
+    @property
+    def log(self) -> str:
+        return f"on its node{f': {self._end.log}' if self._end else ''}"
