@@ -104,7 +104,7 @@ def _decoded(answer: bytes) -> Reply:
 
 def where(server: ServerSpec) -> str:
     """How the server's machine is reached, as text for messages."""
-    return f"ssh {server.ssh}" if server.ssh else "its process on its machine"
+    return f"ssh {server.ssh}" if server.ssh else f"the process of {server.name}"
 
 
 def by_hand(server: ServerSpec, ssh_config: pathlib.Path | None) -> str:
