@@ -137,12 +137,12 @@ class Servers:
         from dance_jax.launch.agent.network import Network
         from dance_jax.launch.cluster.batch import Cluster
         from dance_jax.launch.planning.plan import make_plan, matched, rooms
-        from dance_jax.launch.preflight.run import needs_preflight, run_preflight
+        from dance_jax.launch.preflight.run import run_preflight
 
         held = rooms(spec, checkpoint, config)
         activations = matched(activations, spec, checkpoint)
         network = Network(ssh_config=far.ssh_config)
-        if needs_preflight(spec, network):
+        if network.far(spec):
             found = run_preflight(
                 spec,
                 model=far.model,

@@ -109,7 +109,6 @@ def _launch(options: argparse.Namespace, platform: str, console: Console) -> int
         prompts = read_prompts(options.prompts, spec, options.max_tokens or BATCH_TOKENS)
     _check_paths(options)
     # Imported here, so that errors in the files are reported before the slow imports.
-    from dance_jax.launch.preflight.run import needs_preflight
     from dance_jax.models.checkpoint import Checkpoint
     from dance_jax.models.convert import check_readable, ensure_converted, outline
     from dance_jax.models.hub import fetch_config, resolve
@@ -155,7 +154,7 @@ def _launch(options: argparse.Namespace, platform: str, console: Console) -> int
         return 0
     joined = part.gathered(spec, lambda name, text: console.print(Text(f"{name}: {text}")))
     with joined as network:
-        if options.preflight or needs_preflight(spec, network):
+        if options.preflight or network.far(spec):
             spec, network = _preflight(options, spec, network, held, model.fingerprint, console)
         if options.preflight:
             return 0
@@ -339,6 +338,9 @@ def _check_paths(options: argparse.Namespace) -> None:
             if taken is not None and same_file(path, taken):
                 raise UserError(f"{option} {path}: is also the file of {other}; name another file")
         others[option] = path
+    cache = options.cache_dir
+    if cache is not None and cache.exists() and not cache.is_dir():
+        raise UserError(f"--cache-dir {cache}: is a file; name a directory")
     if options.log_dir is not None:
         try:
             options.log_dir.mkdir(parents=True, exist_ok=True)

@@ -207,6 +207,7 @@ def test_bad_files_are_named(run, files: pathlib.Path) -> None:
         ),
         (run("--dry-run", "--max-model-len", "300"), "256"),
         (run("--dry-run", "--log-dir", files / "hosts.txt"), "--log-dir"),
+        (run("--dry-run", "--cache-dir", files / "hosts.txt"), "hosts.txt: is a file"),
         (run("--dry-run", "--trace", files / "no" / "trace.json"), "--trace"),
         (
             run("--prompts", files / "prompts.jsonl", "--output", files / "prompts.jsonl"),
@@ -309,6 +310,7 @@ def test_what_is_wrong_here_is_said_before_anybody_is_asked(run, files, far) -> 
         ["--kv-memory", "5"],
         ["--drain-seconds", "-1"],
         ["--port", "65536"],
+        ["--bind", ""],
         ["--colour", "x"],
     ],
 )

@@ -97,9 +97,12 @@ def test_clocks_are_set_by_the_quickest_calls(tmp_path: pathlib.Path) -> None:
     assert [round(event["ts"]) for event in events[3:]] == [100, 110, 900, 1350, 2000, 2005]
 
 
-def test_clocks_that_may_agree_are_left_alone(tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize(("one_clock", "ahead"), [(False, 9.0), (True, 5e6)])
+def test_clocks_that_may_agree_are_left_alone(
+    one_clock: bool, ahead: float, tmp_path: pathlib.Path
+) -> None:
     path = tmp_path / "trace.json"
-    trace = TraceFile(path, NAMES)
-    trace.add(call(0, 1, 1, 100.0, 20.0, 9.0))
+    trace = TraceFile(path, NAMES, one_clock)
+    trace.add(call(0, 1, 1, 100.0, 20.0, ahead))
     trace.close()
-    assert [event["ts"] for event in read_trace(path)[3:]] == [100.0, 119.0]
+    assert [event["ts"] for event in read_trace(path)[3:]] == [100.0, 110.0 + ahead]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 
-from dance_jax.config import ServerSpec
+from dance_jax.config import ClusterSpec, ServerSpec
 from dance_jax.launch.agent.nodes import Nodes
 from dance_jax.launch.agent.process import LocalProcess, ServerProcess
 
@@ -33,6 +33,10 @@ class Network:
     def reached(self, server: ServerSpec) -> ServerSpec:
         """The server as it is reached: with nodes, ssh= in the hosts file is not used."""
         return server if self.nodes is None else dataclasses.replace(server, ssh=None)
+
+    def far(self, spec: ClusterSpec) -> bool:
+        """Whether a server is on another machine, where problems are invisible from here."""
+        return self.nodes is not None or any(server.ssh for server in spec.servers)
 
     def start(
         self,

@@ -280,9 +280,15 @@ def _size(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error).removeprefix("option: size=")) from error
 
 
+def _text(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("is empty; give a value, or leave the option out")
+    return text
+
+
 #: Parsers of option values, by the `kind` of `config.option`.
 _KINDS: dict[str, Callable[[str], Any]] = {
-    "": str,
+    "": _text,
     "int": int,
     "count": _count,
     "port": _port,
@@ -323,16 +329,13 @@ def serve_options(options: argparse.Namespace) -> ServeOptions:
     """The options of serving.
 
     Raises:
-        UserError: the API key has characters that no request can carry, or the served model name
-            is empty.
+        UserError: the API key has characters that no request can carry.
     """
     found, where = given(options, ServeOptions), "--api-key"
     if "api_key" not in found:
         found["api_key"], where = os.environ.get(API_KEY_VARIABLE) or None, API_KEY_VARIABLE
     if found["api_key"] is not None and not re.fullmatch(r"[!-~]+", found["api_key"]):
         raise UserError(f"{where}: the key must be visible ASCII characters without spaces")
-    if found.get("served_model_name") == "":
-        raise UserError("--served-model-name: is empty; requests need a model name")
     model = options.model
     found.setdefault("served_model_name", "demo" if model is None else served_name(model))
     return ServeOptions(**found)

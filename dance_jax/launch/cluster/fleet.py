@@ -146,7 +146,8 @@ class Fleet(abc.ABC):
         atexit.register(self.stop)
         try:
             if self._trace_path is not None:
-                self._trace = TraceFile(self._trace_path, self.spec.names)
+                one_clock = not self.network.far(self.spec)
+                self._trace = TraceFile(self._trace_path, self.spec.names, one_clock)
             self._spawn()
             self._bring_up()
         except BaseException:
@@ -182,7 +183,7 @@ class Fleet(abc.ABC):
         else:
             self._listener = ControlListener(key)
         port = self.network.control_port
-        if self.nodes is None and any(server.ssh for server in self.spec.servers):
+        if self.nodes is None and self.network.far(self.spec):
             port = self._listen()
         logs = self.log_dir or private / "logs"
         for rank, server in enumerate(self.spec.servers):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import logging
+import math
 import os
 import pathlib
 import time
@@ -24,6 +25,8 @@ log = logging.getLogger(__name__)
 
 #: Largest size of a trace in bytes; later events are dropped.
 MOST_BYTES = 256 << 20
+#: Bytes at the start of a trace from whose calls the clocks are compared.
+_CLOCK_BYTES = 32 << 20
 
 
 class _Args(msgspec.Struct, frozen=True):
@@ -48,6 +51,7 @@ class TraceFile:
     Args:
         path: an existing file is replaced.
         names: of the servers, by rank.
+        one_clock: all servers are on one machine, so their clocks agree.
         most_bytes: see MOST_BYTES.
 
     Raises:
@@ -55,9 +59,14 @@ class TraceFile:
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], names: Sequence[str], most_bytes: int = MOST_BYTES
+        self,
+        path: str | os.PathLike[str],
+        names: Sequence[str],
+        one_clock: bool = False,
+        most_bytes: int = MOST_BYTES,
     ) -> None:
         self._path, self._names, self._left = pathlib.Path(path), names, most_bytes
+        self._one_clock = one_clock
         #: Unix time in ns that all servers count from.
         self.began_ns = time.time_ns()
         try:
@@ -103,9 +112,10 @@ class TraceFile:
                 # Overwrite the comma after the last event.
                 self._file.seek(-2, os.SEEK_END)
                 self._file.write(b"\n]\n")
-            ahead = _clocks(self._path, self._names)
-            if any(ahead):
-                _set_clocks(self._path, ahead)
+            if not self._one_clock:
+                ahead = _clocks(self._path, self._names)
+                if any(ahead):
+                    _set_clocks(self._path, ahead)
 
 
 def _clocks(path: pathlib.Path, names: Sequence[str]) -> list[float]:
@@ -117,7 +127,7 @@ def _clocks(path: pathlib.Path, names: Sequence[str]) -> list[float]:
     unmatched: dict[tuple[int, str], _Event] = {}
     #: By (caller, callee): network time, and how far the callee's clock is ahead.
     quickest: dict[tuple[int, int], tuple[float, float]] = {}
-    for line in _lines(path):
+    for line in _lines(path, _CLOCK_BYTES):
         if b'"cat":"call"' not in line and b'"cat":"served"' not in line:
             continue
         event = msgspec.json.decode(line, type=_Event)
@@ -159,9 +169,12 @@ def _set_clocks(path: pathlib.Path, ahead: Sequence[float]) -> None:
         file.write(b"\n]\n")
 
 
-def _lines(path: pathlib.Path) -> Iterator[bytes]:
-    """The events of a finished trace file."""
+def _lines(path: pathlib.Path, most_bytes: float = math.inf) -> Iterator[bytes]:
+    """The events in the first `most_bytes` of a finished trace file."""
     with open(path, "rb") as file:
         for line in file:
+            most_bytes -= len(line)
+            if most_bytes < 0:
+                return
             if line.startswith(b"{"):
                 yield line.rstrip(b",\n")

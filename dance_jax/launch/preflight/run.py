@@ -99,11 +99,6 @@ class Preflight:
             raise UserError(f"the preflight found {count}, no server was started:{listed}")
 
 
-def needs_preflight(spec: ClusterSpec, network: Network) -> bool:
-    """Whether a server is on another machine, where problems are invisible from here."""
-    return network.nodes is not None or any(server.ssh for server in spec.servers)
-
-
 def run_preflight(
     spec: ClusterSpec,
     *,
