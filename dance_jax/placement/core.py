@@ -58,7 +58,7 @@ class Placement:
             experts: number of experts of a layer.
 
         Raises:
-            UserError: an id is not that of an expert.
+            UserError: an id is not that of an expert, or is listed twice for a server.
         """
         found = np.zeros((len(resident), len(resident[0]), experts), bool)
         for server, held in enumerate(resident):
@@ -68,14 +68,25 @@ class Placement:
                         f"placement: there is no expert {wrong[0]} in MoE layer {layer}, which "
                         f"has {experts}"
                     )
+                if len(set(ids)) < len(ids):
+                    twice = next(expert for expert in ids if ids.count(expert) > 1)
+                    raise UserError(
+                        f"placement: expert {twice} of MoE layer {layer} is listed twice for one "
+                        "server; list it once"
+                    )
                 found[server, layer, list(ids)] = True
         return cls(found)
 
-    def validate(self, capacities: Sequence[int] | np.ndarray | None = None) -> None:
+    def validate(
+        self,
+        capacities: Sequence[int] | np.ndarray | None = None,
+        names: Sequence[str] | None = None,
+    ) -> None:
         """Checks that every expert is on a server and, if given, that no capacity is exceeded.
 
         Args:
             capacities: int [servers], expert slots.
+            names: of the servers, for messages; None: their numbers.
 
         Raises:
             UserError: an expert is on no server, or a server holds more than its slots.
@@ -97,7 +108,8 @@ class Placement:
             zip(self.resident.sum((1, 2)), np.asarray(capacities), strict=True)
         ):
             if held > slots:
-                raise UserError(f"placement: server {n} holds {held} experts in {slots} slots")
+                name = n if names is None else names[n]
+                raise UserError(f"placement: server {name} holds {held} experts in {slots} slots")
 
     def local_shares(self, counts: np.ndarray) -> np.ndarray:
         """Predicted share of each server's expert calls that are served at home: float64 [servers].

@@ -65,7 +65,8 @@ def _wanted(server: RouteContext, servers: list[WantedServer]) -> list[list[list
         resident = [by_name[name] for name in server.info.servers]
         if {len(each) for each in resident} != {layers}:
             raise UserError(f"resident: give one list for each of the {layers} MoE layers")
-        Placement.of_lists(resident, experts).validate(layout.capacities)
+        placement = Placement.of_lists(resident, experts)
+        placement.validate(layout.capacities, server.info.servers)
     except UserError as error:
         raise ApiError(400, str(error), param="servers") from error
     return resident

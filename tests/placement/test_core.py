@@ -251,6 +251,10 @@ def test_validate():
     Placement(resident).validate([12, 0, 0])
     with pytest.raises(UserError, match="server 0 holds 12 experts in 11 slots"):
         Placement(resident).validate([11, 9, 9])
+    with pytest.raises(UserError, match="server alpha holds 12 experts"):
+        Placement(resident).validate([11, 9, 9], ["alpha", "beta", "gamma"])
+    with pytest.raises(UserError, match="expert 2 of MoE layer 1 is listed twice"):
+        Placement.of_lists([[[0, 1, 2, 3], [2, 0, 1, 2]]], 4)
     with pytest.raises(UserError, match="3 servers, 2 capacities"):
         Placement(resident).validate([11, 9])
     resident[0, 1, 4] = False
