@@ -93,6 +93,11 @@ class LLM:
         # Arguments are checked before anything slow starts.
         wanted = EngineOptions(**options)
         rounding = wanted.rounding
+        if hosts is None:
+            of_cluster = {"policy": policy, "activations": activations, "ssh_config": ssh_config}
+            for name, value in of_cluster.items():
+                if value is not None:
+                    raise UserError(f"{name}: applies to a cluster; give hosts, or leave it out")
         servers = None if hosts is None else _cluster_arguments(hosts, policy, activations)
         self._show = progress is True
         report = progress if callable(progress) else _print_progress if progress else _silent

@@ -287,6 +287,7 @@ def test_wrong_arguments_name_themselves(llm, model, cache_dir):
         (lambda: LLM(model, max_model_len=257, cache_dir=cache_dir), "max_model_len=257.*256"),
         (lambda: LLM(model, dtype="int8", cache_dir=cache_dir), "dtype='int8'"),
         (lambda: LLM(model, hosts="nowhere.txt", cache_dir=cache_dir), "nowhere.txt"),
+        (lambda: LLM(model, policy="dance"), "policy: applies to a cluster; give hosts"),
         (lambda: LLM(model, hosts="nowhere.txt", policy="best"), "policy.*'best'.*uniform"),
         (lambda: LLM(model / "nothing", cache_dir=cache_dir), "nothing"),
     ]:

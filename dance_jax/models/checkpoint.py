@@ -140,8 +140,10 @@ class Checkpoint(Outline):
             damaged = _damaged(path, manifest)
             if not damaged:
                 return Checkpoint(path, read_config(path), manifest)
-        except (KeyError, TypeError, AttributeError) as error:
+        except KeyError as error:
             damaged = f"{MANIFEST} lacks {error}"
+        except (TypeError, AttributeError) as error:
+            damaged = f"{MANIFEST} has a value of a wrong type: {error}"
         raise UserError(
             f"{path}: damaged: {damaged}; delete the directory and convert the model again"
         )
