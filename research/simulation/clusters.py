@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from benchmarks.serving.arrivals import Arrival, answer_lengths, limited, poisson
+from dance_jax.bench.arrivals import Arrival, answer_lengths, limited, poisson
 from dance_jax.config import EngineConfig, UserError
 from dance_jax.placement.visit import MAX_SERVERS
 from research.policies.traces import count

@@ -8,10 +8,10 @@ from collections.abc import AsyncIterator, Sequence
 
 import pytest
 
-from benchmarks.serving.client import Answer, Api, Call, parse_metrics
-from benchmarks.serving.http import Address, HttpError, Response, request
+from dance_jax.bench.client import Answer, Api, Call, parse_metrics
+from dance_jax.bench.http import Address, HttpError, Response, request
 from dance_jax.config import UserError
-from tests.serve_benchmark.fake_server import MODEL, FakeServer, running
+from tests.bench.fake_server import MODEL, FakeServer, running
 
 EVENTS = b'data: {"a": 1}\n\n: a comment\r\n\r\ndata:{"b": 2}\r\n\r\nevent: x\ndata: [DONE]\n\n'
 
