@@ -22,7 +22,7 @@ Sections:
     soak    requests of mixed lengths at saturation, including clients that disconnect and invalid
             requests. All answers are compared with those of a quiet run
 
-Modules: `task_files` reads the texts of the requests; `gates` sends them in batches or with a bound;
+Modules: `task_files` reads the texts of requests; `gates` sends them in batches or with a bound;
 `memory` samples the memory of the servers' processes; `agreement` compares answers. The sections
 are `idle`, `static`, `long`, `prefix` and `soak` (whose invalid requests are in `wrong`); `setting`
 has what they share. `tables`, `plots` and `report` present the results.

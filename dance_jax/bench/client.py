@@ -13,9 +13,12 @@ import msgspec
 
 from dance_jax.bench.http import Address, HttpError, Response, request
 from dance_jax.config import UserError
+from dance_jax.launch.control.protocol import API_KEY_VARIABLE
 
 #: Seconds after which a stream that has not ended counts as failed.
 LONGEST_ANSWER_S = 900.0
+#: Seconds within which a server must say which models it serves.
+MODELS_S = 30.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,10 +268,25 @@ def _headers(key: str | None) -> dict[str, str]:
 async def _served(address: Address, headers: Mapping[str, str], model: str | None) -> _Card:
     """Return a server's card of the model of that name, or of the only model."""
     try:
-        async with request(address, "GET", "/v1/models", headers=headers) as response:
+        async with (
+            asyncio.timeout(MODELS_S),
+            request(address, "GET", "/v1/models", headers=headers) as response,
+        ):
             if response.status != 200:
-                raise UserError(f"{address}: GET /v1/models: {await _refusal(response)}")
+                raise UserError(
+                    f"GET http://{address}/v1/models: {await _refusal(response)}; "
+                    + (
+                        f"set {API_KEY_VARIABLE} to the key of the servers"
+                        if response.status in (401, 403)
+                        else "give the URL of a server of OpenAI's API"
+                    )
+                )
             cards = msgspec.json.decode(await response.read(), type=_Models).data
+    except TimeoutError:
+        raise UserError(
+            f"GET http://{address}/v1/models: no answer within {MODELS_S:g} s; see whether this is "
+            "a server of OpenAI's API, and whether its machine is overloaded"
+        ) from None
     except HttpError as error:
         raise UserError(
             f"GET http://{address}/v1/models: {error}; start the server, or correct the URL"
@@ -331,5 +349,5 @@ async def _refusal(response: Response) -> str:
     try:
         message = msgspec.json.decode(body, type=_Refused).error.message
     except msgspec.DecodeError:
-        message = body[:200].decode(errors="replace")
+        message = " ".join(body.decode(errors="replace").split())[:200]
     return f"HTTP {response.status}: {message}"

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Sequence
 
 import pytest
 
+from dance_jax.bench import client
 from dance_jax.bench.client import Answer, Api, Call, parse_metrics
 from dance_jax.bench.http import Address, HttpError, Response, request
 from dance_jax.config import UserError
@@ -159,3 +160,14 @@ def test_metrics_add_up_over_labels() -> None:
     found = parse_metrics(text)
     assert found.pop("z") != found
     assert found == {"x": 2.5, "y": 1000.0}
+
+
+def test_a_server_that_says_nothing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "MODELS_S", 0.05)
+
+    async def ask() -> None:
+        async with await asyncio.start_server(lambda *_: None, "127.0.0.1", 0) as listening:
+            await Api.connect([Address(*listening.sockets[0].getsockname()[:2])])
+
+    with pytest.raises(UserError, match=r"no answer within 0\.05 s"):
+        asyncio.run(ask())
