@@ -119,6 +119,9 @@ def check(options: argparse.Namespace) -> None:
             "model's tokenizer; leave out --model (to choose one of a server's models, use "
             "--served-model-name)"
         )
+    launched = {word.partition("=")[0] for word in options.launch}
+    if options.trace is not None and "--model" in launched:
+        raise UserError("--trace needs the model's tokenizer: give --model before the --")
     if options.output is not None:
         check_writable(options.output, "--output")
 

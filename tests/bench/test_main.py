@@ -173,6 +173,7 @@ def test_a_signal_ends_the_cluster(number: signal.Signals, code: int, hosts: pat
         ("http://a:1 --trace a --prompts b", "give only one"),
         ("http://a:1 --trace a", "with --model"),
         ("http://a:1 --model a", "leave out --model"),
+        ("--hosts a --trace a -- --model=b", "give --model before the --"),
         ("http://a:1 --trace no_such_file --model a", "no_such_file"),
         ("http://a:1 --prompts no_such_file", "no_such_file"),
         ("http://a:1 --output /no/such/folder/x", "does not exist"),
