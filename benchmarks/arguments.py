@@ -4,27 +4,17 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import math
 import pathlib
 import tempfile
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+from dance_jax.bench.arguments import count, positive
 from dance_jax.config import UserError
 from dance_jax.launch.cli.prompts import check_writable
 from dance_jax.placement import POLICIES
 
 Value = TypeVar("Value")
-
-
-def count(text: str) -> int:
-    """Parse a whole number of at least 1."""
-    return _whole(text, 1)
-
-
-def count_or_0(text: str) -> int:
-    """Parse a whole number of at least 0."""
-    return _whole(text, 0)
 
 
 def policy_name(word: str) -> str:
@@ -34,24 +24,6 @@ def policy_name(word: str) -> str:
             f"unknown policy {word!r}; choose from {', '.join(POLICIES)}"
         )
     return word
-
-
-def _whole(text: str, least: int) -> int:
-    digits = text.isascii() and text.isdigit() and len(text) <= 10
-    if not digits or not least <= int(text) <= 10**9:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
-    return int(text)
-
-
-def positive(text: str) -> float:
-    """Parse a number above 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return value
 
 
 def list_of(one: Callable[[str], Value]) -> Callable[[str], list[Value]]:
@@ -92,11 +64,6 @@ def add_users(parser: argparse.ArgumentParser, requests: int, asked: str) -> Non
     add("--requests", type=count, default=requests, help=f"{asked} (%(default)s)")
     add("--rate", type=positive, default=0.6, help="requests/s per server (%(default)s)")
     add("--max-tokens", type=count, default=64, help="maximum tokens per answer (%(default)s)")
-
-
-def add_seed(parser: argparse.ArgumentParser, of: str) -> None:
-    """Add --seed; `of` is its help text."""
-    parser.add_argument("--seed", type=count_or_0, default=0, help=f"{of} (%(default)s)")
 
 
 def add_check(parser: argparse.ArgumentParser) -> None:

@@ -22,20 +22,23 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 from rich.console import Console
 
-from benchmarks.arguments import add_check, add_seed, count, list_of, policy_name, some_of
-from benchmarks.command import exit_code, say, terminal, verdict
+from benchmarks.arguments import add_check, list_of, policy_name, some_of
+from benchmarks.command import ROOT, say, verdict
 from benchmarks.live.places import count_activations
 from benchmarks.namespaces import Testbed, hosts_like, parse_rate, show_rate
 from benchmarks.namespaces.temporary import add_bed, add_testbed, again_on, testbed
 from benchmarks.programs.llama_cpp import directory
 from benchmarks.programs.models import Model
-from benchmarks.serving.cluster import ROOT, ClusterError
-from benchmarks.serving.http import HttpError
-from benchmarks.serving.report import write_json
 from benchmarks.systems import results
 from benchmarks.systems.loads import LOADS, WARM, ask, fit_prompts, measure
 from benchmarks.systems.results import Cell
 from benchmarks.systems.running import FORMATS, SLOTS, Dance, Running, Star, System, about
+from benchmarks.targets import plain_targets
+from dance_jax.bench.arguments import add_seed, count
+from dance_jax.bench.cluster import ClusterError
+from dance_jax.bench.http import HttpError
+from dance_jax.bench.report import write_json
+from dance_jax.bench.terminal import exit_code, terminal
 from dance_jax.config import UserError
 from dance_jax.launch.cli.prompts import check_writable
 
@@ -182,8 +185,8 @@ class Comparison:
 
     def _write(self) -> None:
         if self._options.output is not None:
-            found = results.plain(self._cells), results.targets(self._cells)
-            write_json(self._options.output, vars(self._options), *found)
+            found = results.plain(self._cells) | plain_targets(results.targets(self._cells))
+            write_json(self._options.output, vars(self._options), found)
 
     def _activations(self, folder: pathlib.Path) -> pathlib.Path:
         """Count expert activations on other requests of the same users; return their file."""

@@ -34,14 +34,15 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import psutil
 
-from benchmarks.arguments import count, positive
-from benchmarks.command import exit_code, say
+from benchmarks.command import ROOT, say
 from benchmarks.programs import Work
 from benchmarks.programs.child import memory
 from benchmarks.programs.llama_cpp import LlamaCpp, directory
 from benchmarks.programs.models import Model
-from benchmarks.serving.cluster import Cluster, ClusterError, started
-from benchmarks.serving.http import Address
+from dance_jax.bench.arguments import count, positive
+from dance_jax.bench.cluster import Cluster, ClusterError, started
+from dance_jax.bench.http import Address
+from dance_jax.bench.terminal import exit_code
 from dance_jax.config import UserError
 from dance_jax.launch.planning.hosts import parse_hosts
 from dance_jax.launch.worker.cores import available
@@ -141,7 +142,7 @@ def serving(path: pathlib.Path, coverage: float, cache: pathlib.Path) -> Iterato
         arguments = ["--hosts", str(file), "--model", str(path), "--cache-dir", str(cache)]
         arguments += ["--served-model-name", SERVED, "--max-model-len", "512"]
         arguments += ["--max-num-seqs", "4", "--rebalance-interval", "0"]
-        with started(parse_hosts(text), arguments) as cluster:
+        with started(parse_hosts(text), arguments, root=ROOT) as cluster:
             yield cluster
 
 

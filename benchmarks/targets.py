@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +50,12 @@ class Target:
         bound = "at least" if self.least else "at most"
         found = f"{_short(self.worst)} ({bound} {_short(self.limit)})"
         return f"{verdict:<14}{self.name}: {found}{', ' if self.where else ''}{self.where}"
+
+
+def plain_targets(targets: Iterable[Target]) -> dict[str, list[dict[str, Any]]]:
+    """Return the targets that were measured as an entry of a JSON file."""
+    found = (target for target in targets if target.worst is not None)
+    return {"targets": [dataclasses.asdict(each) | {"missed": each.missed} for each in found]}
 
 
 def _short(value: float) -> str:

@@ -21,13 +21,14 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from rich.table import Table
 
-from benchmarks.command import EXAMPLES, exit_code, terminal
+from benchmarks.command import EXAMPLES
 from benchmarks.namespaces import leftovers
 from benchmarks.namespaces.bed import Testbed
 from benchmarks.namespaces.cores import MODES, QUOTA, describe, show_share
 from benchmarks.namespaces.hosts import HEAD, MAX_HOSTS, hosts_like, parse_rate, show_rate
 from benchmarks.namespaces.machine import check_root
 from benchmarks.namespaces.temporary import add_round_trip
+from dance_jax.bench.terminal import exit_code, terminal
 from dance_jax.config import UserError
 from dance_jax.placement import Activations
 

@@ -44,14 +44,16 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from benchmarks.arguments import count, some_of
-from benchmarks.command import exit_code, say
+from benchmarks.arguments import some_of
+from benchmarks.command import say
 from benchmarks.families import SHAPES
 from benchmarks.programs import FORMATS, Peer, Side, Unsupported, Work
 from benchmarks.programs.hugging_face import Transformers
 from benchmarks.programs.llama_cpp import LlamaCpp, directory
 from benchmarks.programs.models import Model
 from benchmarks.programs.ours import Ours, OurSide
+from dance_jax.bench.arguments import count
+from dance_jax.bench.terminal import exit_code
 from dance_jax.config import UserError
 from dance_jax.launch.worker.cores import available, limited
 

@@ -1,4 +1,4 @@
-"""The console script: `dance-jax serve|batch|plan|preflight|convert`."""
+"""The console script: `dance-jax serve|batch|plan|preflight|convert|bench`."""
 
 from __future__ import annotations
 
@@ -28,13 +28,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, (_, text) in _LAUNCHES.items():
         commands.add_parser(name, help=text, add_help=False)
     commands.add_parser("convert", help="convert a model ahead of time", add_help=False)
-    options, rest = parser.parse_known_args(arguments)
+    commands.add_parser("bench", help="measure running servers over HTTP", add_help=False)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    # The command reads its own words itself, with the -- among them.
+    options, rest = parser.parse_args(words[:1]), words[1:]
     prog = f"dance-jax {options.command}"
     if options.command == "convert":
         # Imported here, so that each command imports only what it needs.
         from dance_jax.models import convert
 
         sys.exit(convert.main(rest, prog))
+    if options.command == "bench":
+        from dance_jax.bench import main as bench
+
+        sys.exit(bench.main(rest, prog))
     from dance_jax.launch.__main__ import process
 
     first, _ = _LAUNCHES[options.command]

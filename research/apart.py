@@ -23,14 +23,17 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 from rich.console import Console
 
-from benchmarks.arguments import add_check, count, positive, some_of
-from benchmarks.command import EXAMPLES, exit_code, terminal, verdict
+from benchmarks.arguments import add_check, some_of
+from benchmarks.command import EXAMPLES, ROOT, verdict
 from benchmarks.live.places import Place
 from benchmarks.namespaces import Testbed, hosts_like, parse_rate
 from benchmarks.namespaces.temporary import add_bed, add_testbed, again_on, testbed
-from benchmarks.serving.cluster import ROOT, ClusterError
-from benchmarks.serving.http import HttpError
-from benchmarks.serving.report import write_json
+from benchmarks.targets import plain_targets
+from dance_jax.bench.arguments import count, positive
+from dance_jax.bench.cluster import ClusterError
+from dance_jax.bench.http import HttpError
+from dance_jax.bench.report import write_json
+from dance_jax.bench.terminal import exit_code, terminal
 from dance_jax.config import UserError
 from dance_jax.launch.cli.prompts import check_writable
 from research.independent import hosts, loopback
@@ -103,7 +106,7 @@ def main(arguments: list[str] | None = None) -> int:
         targets = [target for result in found.values() for target in result.targets()]
         if options.output is not None:
             plain = {name: dataclasses.asdict(result) for name, result in found.items()}
-            write_json(options.output, vars(options), plain, targets)
+            write_json(options.output, vars(options), plain | plain_targets(targets))
         return verdict(console, targets, options.check)
 
     return exit_code(work, ClusterError, HttpError)

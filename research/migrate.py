@@ -18,25 +18,18 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 from rich.console import Console
 
-from benchmarks.arguments import (
-    add_results,
-    add_seed,
-    add_service,
-    add_users,
-    check_results,
-    count,
-    positive,
-    some_of,
-)
-from benchmarks.command import EXAMPLES, exit_code, terminal, verdict
+from benchmarks.arguments import add_results, add_service, add_users, check_results, some_of
+from benchmarks.command import EXAMPLES, verdict
 from benchmarks.live.places import Place
 from benchmarks.live.tasks import Askers, Task, read_task
 from benchmarks.namespaces import Testbed, hosts_like, parse_rate
 from benchmarks.namespaces.temporary import add_bed, add_testbed, again_on, testbed
-from benchmarks.serving.cluster import ClusterError
-from benchmarks.serving.http import HttpError
-from benchmarks.serving.report import write_json
-from benchmarks.targets import Target
+from benchmarks.targets import Target, plain_targets
+from dance_jax.bench.arguments import add_seed, count, positive
+from dance_jax.bench.cluster import ClusterError
+from dance_jax.bench.http import HttpError
+from dance_jax.bench.report import write_json
+from dance_jax.bench.terminal import exit_code, terminal
 from dance_jax.config import UserError
 from dance_jax.launch.planning.defaults import demo_dir, engine_config
 from dance_jax.launch.planning.hosts import read_hosts
@@ -189,7 +182,8 @@ def measure(options: argparse.Namespace, console: Console) -> list[Target]:
             tables.show(console, section, setting.place.spec.names, results)
             # Write after each section, in case the next one fails.
             if options.output is not None:
-                write_json(options.output, vars(options), plain(results), results.targets())
+                found = plain(results) | plain_targets(results.targets())
+                write_json(options.output, vars(options), found)
             if options.plot is not None:
                 plots.draw(results, options.plot)
     return results.targets()

@@ -27,27 +27,26 @@ from rich.console import Console
 
 from benchmarks.arguments import (
     add_results,
-    add_seed,
     add_service,
     add_users,
     check_results,
-    count,
     list_of,
     policy_name,
-    positive,
 )
-from benchmarks.command import EXAMPLES, exit_code, terminal, verdict
+from benchmarks.command import EXAMPLES, ROOT, verdict
 from benchmarks.live.places import Place, count_activations
 from benchmarks.live.tasks import LONGEST_SALT, Askers, write_fit
 from benchmarks.live.watch import load, put
 from benchmarks.namespaces import Testbed, hosts_like, parse_rate, show_rate
 from benchmarks.namespaces.hosts import MAX_HOSTS
 from benchmarks.namespaces.temporary import add_bed, add_testbed, again_on, testbed
-from benchmarks.serving.client import Api
-from benchmarks.serving.cluster import ROOT, ClusterError
-from benchmarks.serving.http import HttpError
-from benchmarks.serving.report import machine, write_json
-from benchmarks.serving.setting import progress
+from benchmarks.targets import plain_targets
+from dance_jax.bench.arguments import add_seed, count, positive
+from dance_jax.bench.client import Api
+from dance_jax.bench.cluster import ClusterError
+from dance_jax.bench.http import HttpError
+from dance_jax.bench.report import machine, write_json
+from dance_jax.bench.terminal import exit_code, progress, terminal
 from dance_jax.config import ClusterSpec, EngineConfig, UserError
 from dance_jax.launch.cli.prompts import check_writable
 from dance_jax.launch.planning.costs import cluster_cost, exchanged_bytes
@@ -409,7 +408,9 @@ def setup(options: argparse.Namespace, work: Work) -> dict[str, Any]:
 def write(options: argparse.Namespace, setup: dict[str, Any], cells: Sequence[Cell]) -> None:
     """The files that were asked for."""
     if options.output is not None:
-        write_json(options.output, setup, report.plain(cells), report.targets(cells))
+        write_json(
+            options.output, setup, report.plain(cells) | plain_targets(report.targets(cells))
+        )
     if options.plot is not None:
         report.draw(cells, options.plot)
 

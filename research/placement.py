@@ -30,8 +30,9 @@ import jax
 from rich.console import Console
 
 from benchmarks.arguments import add_check, add_folder, check_folder, some_of
-from benchmarks.command import exit_code, say, terminal, verdict
+from benchmarks.command import say, verdict
 from benchmarks.targets import Target
+from dance_jax.bench.terminal import exit_code, terminal
 from dance_jax.placement import POLICIES
 from research.policies import churn, figures, plots, setups, speed, tables, traces
 from research.policies.setups import Setup

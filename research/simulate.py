@@ -30,8 +30,10 @@ from rich.console import Console
 
 import research.simulation
 import research.simulator
-from benchmarks.arguments import add_folder, add_seed, check_folder, count, some_of
-from benchmarks.command import exit_code, say, terminal
+from benchmarks.arguments import add_folder, check_folder, some_of
+from benchmarks.command import say
+from dance_jax.bench.arguments import add_seed, count
+from dance_jax.bench.terminal import exit_code, terminal
 from dance_jax.config import UserError
 from dance_jax.placement import POLICIES
 from research.simulation import clusters, plots, runs, tables

@@ -31,7 +31,7 @@ import numpy as np
 from flax import nnx
 from rich.table import Table
 
-from benchmarks.command import exit_code, terminal
+from dance_jax.bench.terminal import exit_code, terminal
 from dance_jax.config import EngineConfig
 from dance_jax.launch.planning.costs import exchanged_bytes
 from dance_jax.launch.planning.defaults import demo_dir

@@ -1,7 +1,7 @@
 """`make dist`: builds wheel and sdist into dist/, and tries both in empty environments.
 
-In each, `dance-jax plan` and the demo must run outside this checkout; with the wheel, without a C++
-compiler.
+In each, `dance-jax plan`, the help of `dance-jax bench` and the demo must run outside this
+checkout; with the wheel, without a C++ compiler.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ def check(artefact: pathlib.Path, compiler: bool) -> None:
         environment.pop("PYTHONPATH", None)
         for command in (
             [binaries / "dance-jax", "--version"],
+            [binaries / "dance-jax", "bench", "--help"],
             [binaries / "python", "-c", LIBRARY],
             [binaries / "dance-jax", "plan", "--hosts", EXAMPLES / "hosts.txt"],
             [binaries / "python", EXAMPLES / "demo.py"],

@@ -48,6 +48,16 @@ RUNNABLE = "<!-- runnable -->\n"
 SCRIPTS = ("peers", "real_size", "serve", "testbed", "throughput")
 RESEARCH = ("apart", "migrate", "paper", "placement", "simulate", "wire")
 CONVERT = "dance_jax.models.convert"
+BENCH = "dance_jax.bench.main"
+#: Modules of the console script's commands, and the options that a command stands for.
+COMMANDS = {
+    "serve": ("dance_jax.launch",),
+    "batch": ("dance_jax.launch",),
+    "plan": ("dance_jax.launch", "--dry-run"),
+    "preflight": ("dance_jax.launch", "--preflight"),
+    "convert": (CONVERT,),
+    "bench": (BENCH,),
+}
 #: Options of other programs.
 FOREIGN = {"--full", "--strict", "--user"}
 
@@ -215,6 +225,9 @@ def commands(text: str) -> Iterator[tuple[str, list[str]]]:
     for line in lines:
         line = line.removeprefix("ExecStart=")
         words = shlex.split(line, comments=True)
+        if words and words[0].endswith("dance-jax"):
+            module, *options = COMMANDS[words[1]]
+            yield module, [*options, *words[2:]]
         start = next((i for i, w in enumerate(words) if re.search(r"python[0-9.]*$", w)), None)
         if start is None:
             continue
@@ -260,12 +273,19 @@ def test_options_that_are_written_of_exist_and_all_are_written_of() -> None:
     listed = set(re.findall(r"^\| (`--.*?) \|", PAGES["docs/operations.md"], re.MULTILINE))
     assert set(re.findall(r"--[a-z-]+", " ".join(listed))) == launch - {"--help"}
     modules = [f"benchmarks.{name}" for name in SCRIPTS] + [f"research.{name}" for name in RESEARCH]
-    known = launch.union(*(every_option(parser_of(name)) for name in (*modules, CONVERT)))
+    known = launch.union(*(every_option(parser_of(name)) for name in (*modules, CONVERT, BENCH)))
     for page, text in PAGES.items():
         if not page.startswith(("dance_jax", "examples")):
             marked = " ".join(re.findall(r"`[^`\n]+`", text))
             written = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", marked))
             assert written <= known | FOREIGN | {"--help"}, page
+
+
+def test_options_of_bench_are_those_of_its_table() -> None:
+    below = PAGES["docs/benchmarks.md"].split("\n## Your own servers\n", 1)[1].split("\n## ", 1)[0]
+    listed = " ".join(re.findall(r"^\| (.*?) \|", below, re.MULTILINE))
+    said = every_option(parser_of(BENCH)) - {"--help", "--output"}
+    assert set(re.findall(r"--[a-z][a-z-]+", listed)) == said
 
 
 def test_targets_of_make_exist() -> None:

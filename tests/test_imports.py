@@ -32,6 +32,7 @@ ORDER = (
     "launch",
     "backends",
     "llm",
+    "bench",
     "command",
 )
 
@@ -125,6 +126,7 @@ def test_the_test_would_notice(
         "dance_jax.config",
         "dance_jax.launch.worker.main",
         "dance_jax.launch.planning.hosts",
+        "dance_jax.bench.main",
     ],
 )
 def test_no_jax_before_a_worker_has_its_setup(module: str) -> None:

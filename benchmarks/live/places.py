@@ -8,9 +8,10 @@ import pathlib
 import subprocess
 from collections.abc import Iterator, Sequence
 
+from benchmarks.command import ROOT
 from benchmarks.namespaces import Testbed
-from benchmarks.serving.cluster import LAUNCHER, ROOT, Cluster, ClusterError, started
-from benchmarks.serving.http import Address
+from dance_jax.bench.cluster import LAUNCHER, Cluster, ClusterError, started
+from dance_jax.bench.http import Address
 from dance_jax.config import ClusterSpec
 from dance_jax.launch.planning.hosts import read_hosts
 

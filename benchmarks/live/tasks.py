@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from benchmarks.serving.arrivals import answer_lengths, poisson
-from benchmarks.serving.client import Call
+from dance_jax.bench.arrivals import answer_lengths, poisson
+from dance_jax.bench.client import Call
 from dance_jax.config import UserError
 from dance_jax.models.tokenizer import Tokenizer
 

@@ -15,10 +15,10 @@ import msgspec
 import numpy as np
 from prometheus_client.parser import text_string_to_metric_families
 
-from benchmarks.serving.client import Answer, Api, Call
-from benchmarks.serving.cluster import ClusterError
-from benchmarks.serving.drive import Done, open_loop
-from benchmarks.serving.http import request
+from dance_jax.bench.client import Answer, Api, Call
+from dance_jax.bench.cluster import ClusterError
+from dance_jax.bench.drive import Done, open_loop
+from dance_jax.bench.http import request
 
 PREFIX = "dance_jax:"
 #: Parts of a step's time, as `engine.step_clock.StepClock` counts them.

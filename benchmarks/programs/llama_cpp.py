@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 from benchmarks.programs import Side, Unsupported, Work
 from benchmarks.programs.child import memory, processor_seconds
 from benchmarks.programs.models import Model
-from benchmarks.serving.cluster import free_ports
+from dance_jax.bench.cluster import free_ports
 
 #: Context length of the server in tokens.
 CONTEXT = 1024

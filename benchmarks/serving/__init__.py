@@ -6,14 +6,8 @@
     python benchmarks/serve.py --url http://127.0.0.1:8000 --model DIR --tasks DIR
     python benchmarks/serve.py --check                    # all sections; exit code 1 if one misses
 
-Requests arrive in an open loop: arrival times do not depend on the answers. Times count from the
-moment when a request was due to arrive, so that delays of the client or the server are included.
-
-Figures:
-    TTFT   time to first token
-    TPOT   time per output token: from the first to the last token, over the tokens between
-    ITL    inter-token latency: from one piece of a stream to the next
-    E2E    end to end: to the last token
+A run under load, without sections, is that of `dance-jax bench`: `dance_jax.bench` defines its
+figures and has the client, the arrivals and the start of a cluster.
 
 Sections:
     idle    processor use of idle servers, and the time until they start a request
@@ -28,9 +22,8 @@ Sections:
     soak    requests of mixed lengths at saturation, including clients that disconnect and invalid
             requests. All answers are compared with those of a quiet run
 
-Modules: `http` and `client` talk to servers, `cluster` starts them, `memory` samples the memory of
-their processes. `texts`, `arrivals` and `workload` make the requests and their arrival times;
-`drive` sends the requests. `figures` and `agreement` evaluate the answers. The sections are `idle`,
-`static`, `long`, `prefix` and `soak` (whose invalid requests are in `wrong`); `setting` has what
-they share. `tables`, `plots` and `report` present the results.
+Modules: `task_files` reads the texts of requests; `gates` sends them in batches or with a bound;
+`memory` samples the memory of the servers' processes; `agreement` compares answers. The sections
+are `idle`, `static`, `long`, `prefix` and `soak` (whose invalid requests are in `wrong`); `setting`
+has what they share. `tables`, `plots` and `report` present the results.
 """

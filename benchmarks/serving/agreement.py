@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from .client import Token
+from dance_jax.bench.client import Token
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 import psutil
 
 from benchmarks.targets import Target
+from dance_jax.bench.client import Call
+from dance_jax.bench.figures import Spread, failures
 
-from .client import Call
-from .figures import Spread
-from .setting import Setting, failures
+from .setting import Setting
 
 #: Seconds of observation; tokens of a prompt; requests per server; seconds of rest before each
 #: request, which are not a multiple of the heartbeat.

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 import numpy as np
 
 from benchmarks.targets import Target
+from dance_jax.bench.client import Answer, Call
+from dance_jax.bench.figures import Spread, failures, gaps_s
 
-from .client import Answer, Call
-from .figures import Spread, gaps_s
-from .setting import Setting, failures
+from .setting import Setting
 
 STREAMS = 4
 #: Tokens of the long prompt, of a stream's prompt, and of a stream's answer.

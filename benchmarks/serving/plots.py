@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from .client import Answer
-from .figures import first_token_s, gaps_s
+from dance_jax.bench.client import Answer
+from dance_jax.bench.figures import first_token_s, gaps_s
+
 from .memory import Sample
 from .report import Results
 from .static import Static

@@ -9,9 +9,10 @@ from collections.abc import Iterator
 import numpy as np
 
 from benchmarks.targets import Target
+from dance_jax.bench.client import Call
+from dance_jax.bench.figures import failures
 
-from .client import Call
-from .setting import Setting, failures
+from .setting import Setting
 
 #: Tokens that both prompts share, of each prompt's own end, and of an answer.
 SHARED, TAIL, ANSWER = 1000, 24, 4

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from dance_jax.bench.client import Api
+from dance_jax.bench.terminal import progress
+from dance_jax.bench.texts import Texts
 from dance_jax.config import UserError
-
-from .client import Answer, Api
-from .texts import Texts
-
-#: Redraws of a progress bar per second; few, because it shares the machine with the servers.
-REFRESHES_PER_S = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,16 +41,30 @@ class Setting:
         """Return a random generator that depends on the seed and the purpose."""
         return np.random.default_rng([self.seed, *purpose.encode()])
 
+    @property
+    def context(self) -> int:
+        """Maximum tokens of a prompt with its answer.
+
+        Raises:
+            UserError: the servers do not say.
+        """
+        if (found := self.api.max_model_len) is None:
+            raise UserError(
+                "the sections need servers that name max_model_len in the answer to "
+                "GET /v1/models: leave out --sections and --check"
+            )
+        return found
+
     def need(self, tokens: int, section: str) -> None:
         """Check that the servers' context has at least `tokens` tokens, for a section.
 
         Raises:
             UserError: the context is shorter.
         """
-        if self.api.max_model_len < tokens:
+        if self.context < tokens:
             raise UserError(
                 f"section {section} needs a context of {tokens} tokens; the servers have only "
-                f"{self.api.max_model_len}: choose other --sections, or start the servers with a "
+                f"{self.context}: choose other --sections, or start the servers with a "
                 "longer --max-model-len"
             )
 
@@ -63,24 +73,3 @@ class Setting:
     ) -> contextlib.AbstractContextManager[Callable[[], None]]:
         """Show a progress bar for the block; yield a function that advances it."""
         return progress(self.console, title, total)
-
-
-@contextlib.contextmanager
-def progress(console: Console, title: str, total: int) -> Iterator[Callable[[], None]]:
-    """Show a progress bar on a terminal for the block; yield a function that advances it."""
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-    with Progress(
-        *columns,
-        TimeElapsedColumn(),
-        console=console,
-        transient=True,
-        refresh_per_second=REFRESHES_PER_S,
-        disable=not console.is_terminal,
-    ) as bar:
-        task = bar.add_task(title, total=total)
-        yield lambda: bar.advance(task)
-
-
-def failures(answers: Sequence[Answer]) -> list[str]:
-    """Return the reasons of failed answers; answers whose user disconnected do not count."""
-    return [answer.error for answer in answers if answer.error is not None]

@@ -11,13 +11,13 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 
 from benchmarks.targets import Target
+from dance_jax.bench.client import Answer, Call
+from dance_jax.bench.figures import Figures
+from dance_jax.bench.http import HttpError
 
 from . import memory
 from .agreement import Difference, first_difference
-from .client import Answer, Call
-from .drive import bounded
-from .figures import Figures
-from .http import HttpError
+from .gates import bounded
 from .setting import Setting
 from .wrong import refused, wrong_bodies
 
@@ -154,7 +154,7 @@ def _calls(setting: Setting, requests: int) -> list[Call | None]:
 def _all_jobs(
     setting: Setting, calls: Sequence[Call | None]
 ) -> list[tuple[int, Callable[[], Awaitable[Outcome]]]]:
-    bodies = itertools.cycle(wrong_bodies(setting.api.model, setting.api.max_model_len).items())
+    bodies = itertools.cycle(wrong_bodies(setting.api.model, setting.context).items())
     origin = time.perf_counter()
     jobs: list[tuple[int, Callable[[], Awaitable[Outcome]]]] = []
     for n, call in enumerate(calls):

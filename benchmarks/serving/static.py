@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from benchmarks.targets import Target
+from dance_jax.bench import arrivals
+from dance_jax.bench.arrivals import Arrival
+from dance_jax.bench.client import Answer, Call
+from dance_jax.bench.drive import open_loop
+from dance_jax.bench.figures import Figures, failures, first_token_s
 
-from . import arrivals
-from .arrivals import Arrival
-from .client import Answer, Call
-from .drive import Batch, gated, open_loop
-from .figures import Figures, first_token_s, saturated_until, token_rate
-from .setting import Setting, failures
+from .gates import Batch, gated
+from .setting import Setting
 
 #: Requests of each server at saturation, as a multiple of the sequences that it runs at once.
 TURNS = 4
@@ -135,6 +136,31 @@ def _calls(setting: Setting, coming: Sequence[Arrival], run: str) -> list[Call]:
         Call(each.server, setting.texts.cut(each.server, prompt, words), output, each.at_s)
         for each, prompt, output in zip(coming, prompts, outputs, strict=True)
     ]
+
+
+def saturated_until(answers: Sequence[Answer]) -> float:
+    """Return the second at which a server first had no more requests waiting for a first token."""
+    last: dict[int, float] = {}
+    for answer in answers:
+        if answer.good and answer.piece_s:
+            server = answer.call.server
+            last[server] = max(last.get(server, 0.0), answer.piece_s[0])
+    return min(last.values(), default=0.0)
+
+
+def token_rate(answers: Iterable[Answer], until_s: float) -> float:
+    """Return the output tokens per second from the run's start until `until_s`.
+
+    A piece may have several tokens, so an answer's tokens count evenly over its pieces.
+    """
+    tokens = sum(
+        answer.output_tokens
+        * sum(moment <= until_s for moment in answer.piece_s)
+        / len(answer.piece_s)
+        for answer in answers
+        if answer.good and answer.piece_s
+    )
+    return tokens / until_s if until_s else 0.0
 
 
 def targets(found: Static | None) -> Iterator[Target]:

@@ -1,66 +1,20 @@
-"""Results as tables and lines on the terminal."""
+"""Results of the sections as tables and lines on the terminal."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
-from .figures import Figures, Spread
+from dance_jax.bench.figures import Spread
+from dance_jax.bench.tables import TIMES, cells, grid, print_failed, print_load
+
 from .idle import Idle
 from .long import Row
 from .memory import Sample
 from .prefix import Prefix
 from .soak import Soak
 from .static import Static
-
-TIMES = ("ttft", "tpot", "itl", "e2e")
-
-
-def grid(*columns: str, left: int = 1) -> Table:
-    """Return a table whose first `left` columns are left-aligned text, the others numbers."""
-    table = Table(box=box.SIMPLE_HEAD)
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number < left else "right", no_wrap=True)
-    return table
-
-
-def milliseconds(seconds: float) -> str:
-    """Format a time in milliseconds."""
-    value = seconds * 1e3
-    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
-
-
-def _cells(spread: Spread | None) -> list[str]:
-    if spread is None:
-        return ["-"] * 4
-    return [milliseconds(value) for value in (spread.mean, spread.p50, spread.p90, spread.p99)]
-
-
-def print_load(console: Console, rows: Sequence[Figures]) -> None:
-    """Print the rates, then the times, of each server and of all."""
-    rates = grid("server", "requests", "failed", "requests/s", "prompt tokens/s", "output tokens/s")
-    times = grid("server", "ms", "mean", "p50", "p90", "p99", left=2)
-    for row in rows:
-        found = (row.request_rate, row.prompt_rate, row.output_rate)
-        cells = [f"{found[0]:.2f}", *(f"{rate:.1f}" for rate in found[1:])]
-        rates.add_row(row.server, str(row.requests), str(row.failed), *cells)
-        for name in TIMES:
-            head = row.server if name == TIMES[0] else ""
-            times.add_row(head, name.upper(), *_cells(getattr(row, name)))
-        times.add_section()
-    console.print(rates)
-    console.print(times)
-
-
-def print_failed(console: Console, failed: Sequence[str], most: int = 5) -> None:
-    """Print the first reasons of failed requests, and the number of the others."""
-    for why in failed[:most]:
-        console.print(f"failed: {why}", markup=False, soft_wrap=True)
-    if len(failed) > most:
-        console.print(f"and {len(failed) - most} more failed")
 
 
 def print_static(console: Console, found: Static) -> None:
@@ -83,7 +37,7 @@ def print_static(console: Console, found: Static) -> None:
     for row in (found.batches, found.ours):
         for name in TIMES:
             head = row.server if name == TIMES[0] else ""
-            table.add_row(head, name.upper(), *_cells(getattr(row, name)))
+            table.add_row(head, name.upper(), *cells(getattr(row, name)))
         table.add_section()
     console.print(table)
 
@@ -108,9 +62,9 @@ def print_long(console: Console, rows: Sequence[Row]) -> None:
         left=2,
     )
     for row in rows:
-        itl, beside = _cells(row.itl)[1:], _cells(row.beside)
+        itl, beside = cells(row.itl)[1:], cells(row.beside)
         counts = [str(each.count) if each else "-" for each in (row.itl, row.beside)]
-        around = [counts[1], beside[1], beside[3], _cells(row.ttft)[1]]
+        around = [counts[1], beside[1], beside[3], cells(row.ttft)[1]]
         table.add_row(row.server, row.busy_word, counts[0], *itl, f"{row.ratio:.2f}", *around)
     console.print(table)
 
@@ -122,8 +76,8 @@ def print_idle(console: Console, found: Idle) -> None:
         "for one token, ms"
     )
     table = grid("from arrival", "mean", "p50", "p90", "p99")
-    table.add_row("to the first step", *_cells(found.begin))
-    table.add_row("to the first token", *_cells(found.ttft))
+    table.add_row("to the first step", *cells(found.begin))
+    table.add_row("to the first token", *cells(found.ttft))
     console.print(table)
 
 
@@ -133,7 +87,7 @@ def print_prefix(console: Console, found: Prefix) -> None:
     for server in dict.fromkeys(pair.server for pair in found.pairs):
         own = [pair for pair in found.pairs if pair.server == server]
         first, second = (Spread.of(getattr(p, name) for p in own) for name in ("first", "second"))
-        table.add_row(server, str(len(own)), _cells(first)[1], _cells(second)[1])
+        table.add_row(server, str(len(own)), cells(first)[1], cells(second)[1])
     console.print(table)
 
 

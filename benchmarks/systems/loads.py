@@ -13,10 +13,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from benchmarks.programs.gguf_file import token_name
-from benchmarks.serving.client import Answer, Call
-from benchmarks.serving.cluster import ClusterError
-from benchmarks.serving.drive import open_loop
-from benchmarks.serving.figures import first_token_s, per_token_s
+from dance_jax.bench.client import Answer, Call
+from dance_jax.bench.cluster import ClusterError
+from dance_jax.bench.drive import open_loop
+from dance_jax.bench.figures import first_token_s, per_token_s
 
 from .running import Running
 
@@ -134,7 +134,12 @@ def fit_prompts(path: pathlib.Path, names: Sequence[str], vocabulary: int) -> No
     """Write a --prompts file of other prompts of the same users, to fit placements to."""
     calls = Load("fit", len(names) * FIT_REQUESTS).calls(len(names), vocabulary, FIT_SEED)
     lines = [
-        json.dumps({"prompt": " ".join(map(token_name, call.prompt)), "server": names[call.server]})
+        json.dumps(
+            {
+                "prompt": " ".join(token_name(int(token)) for token in call.prompt),
+                "server": names[call.server],
+            }
+        )
         for call in calls
     ]
     path.write_text("\n".join(lines) + "\n")

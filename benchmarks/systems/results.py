@@ -10,8 +10,8 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks.namespaces import show_rate
-from benchmarks.serving.tables import grid, milliseconds
 from benchmarks.targets import Target
+from dance_jax.bench.tables import grid, milliseconds
 
 from .loads import Figures
 

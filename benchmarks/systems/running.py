@@ -20,9 +20,9 @@ from benchmarks.namespaces import Testbed
 from benchmarks.programs.child import processor_seconds
 from benchmarks.programs.llama_cpp import LlamaCpp
 from benchmarks.programs.models import Model
-from benchmarks.serving.client import Api
-from benchmarks.serving.cluster import LOOPBACK, ClusterError, free_ports
-from benchmarks.serving.http import Address, HttpError, request
+from dance_jax.bench.client import Api
+from dance_jax.bench.cluster import LOOPBACK, ClusterError, free_ports
+from dance_jax.bench.http import Address, HttpError, request
 
 #: Weight formats that both this project and llama.cpp have.
 FORMATS = ("float32", "int8")

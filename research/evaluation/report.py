@@ -12,8 +12,8 @@ from rich.table import Table
 
 from benchmarks.namespaces import show_rate
 from benchmarks.serving.plots import save
-from benchmarks.serving.tables import grid
 from benchmarks.targets import Target
+from dance_jax.bench.tables import grid
 
 from .cells import Cell, Mean, Row, rows_of
 from .weight import PAPER_RATIO, nearest, weights_of

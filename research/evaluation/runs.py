@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks.serving.setting import progress
+from dance_jax.bench.terminal import progress
 from dance_jax.config import EngineConfig, UserError
 from dance_jax.files import whole_file
 from research.simulator import Model, Work

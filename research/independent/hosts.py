@@ -17,13 +17,13 @@ from benchmarks.live.places import Place
 from benchmarks.live.tasks import Askers, read_prompts, read_task
 from benchmarks.live.watch import sample
 from benchmarks.namespaces import Testbed
-from benchmarks.serving.client import Answer, Api, Call
-from benchmarks.serving.cluster import ClusterError
-from benchmarks.serving.drive import open_loop
-from benchmarks.serving.figures import gaps_s
-from benchmarks.serving.setting import failures
-from benchmarks.serving.texts import Texts, read_texts, task_files
+from benchmarks.serving.task_files import read_texts, task_files
 from benchmarks.targets import Target
+from dance_jax.bench.client import Answer, Api, Call
+from dance_jax.bench.cluster import ClusterError
+from dance_jax.bench.drive import open_loop
+from dance_jax.bench.figures import failures, gaps_s
+from dance_jax.bench.texts import Texts
 from dance_jax.launch.planning.costs import exchanged_bytes
 from dance_jax.launch.planning.defaults import demo_dir, engine_config
 from dance_jax.models.convert import outline

@@ -15,9 +15,9 @@ import psutil
 
 from benchmarks.command import EXAMPLES
 from benchmarks.live.places import Place
-from benchmarks.serving.client import Api, Call
-from benchmarks.serving.cluster import Cluster, ClusterError
 from benchmarks.targets import Target
+from dance_jax.bench.client import Api, Call
+from dance_jax.bench.cluster import Cluster, ClusterError
 
 from .streams import longest_gap, same, streaming, whole
 

@@ -7,9 +7,9 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Iterable, Sequence
 
-from benchmarks.serving.client import Answer, Api, Call
-from benchmarks.serving.cluster import ClusterError
-from benchmarks.serving.figures import first_token_s, gaps_s
+from dance_jax.bench.client import Answer, Api, Call
+from dance_jax.bench.cluster import ClusterError
+from dance_jax.bench.figures import first_token_s, gaps_s
 
 
 async def whole(api: Api, call: Call) -> Answer:

@@ -10,8 +10,8 @@ import numpy as np
 
 from benchmarks.live.watch import Watched
 from benchmarks.serving.agreement import first_difference
-from benchmarks.serving.client import Answer
 from benchmarks.targets import Target
+from dance_jax.bench.client import Answer
 
 from .runs import Pause, Shift
 

@@ -27,9 +27,9 @@ from benchmarks.live.watch import (
     put,
     watched,
 )
-from benchmarks.serving.client import Api, Call
-from benchmarks.serving.cluster import ClusterError
-from benchmarks.serving.setting import progress
+from dance_jax.bench.client import Api, Call
+from dance_jax.bench.cluster import ClusterError
+from dance_jax.bench.terminal import progress
 from dance_jax.engine.step_clock import WINDOW_S
 
 SECTIONS = ("shift", "accumulate", "pause", "stable")

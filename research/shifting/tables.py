@@ -8,7 +8,7 @@ import numpy as np
 from rich.console import Console
 
 from benchmarks.live.watch import Watched
-from benchmarks.serving.tables import grid, milliseconds
+from dance_jax.bench.tables import grid, milliseconds
 
 from .results import Results, after_shift, differences, latencies_s
 from .runs import Pause, Shift

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from benchmarks.serving.arrivals import Arrival, answer_lengths, limited, poisson
+from dance_jax.bench.arrivals import Arrival, answer_lengths, limited, poisson
 from dance_jax.config import EngineConfig, UserError
 from dance_jax.placement.visit import MAX_SERVERS
 from research.policies.traces import count
@@ -34,7 +34,7 @@ SKEW = 1.0
 TOKENS = 256
 #: Tokens of lognormal prompts. Links of 100 Mbps could not carry longer ones every few seconds.
 PROMPT_MEDIAN, PROMPT_SPREAD, LONGEST = 32, 0.7, 1024
-#: Lengths of answers, as a share of those of benchmarks/serving.
+#: Lengths of answers, as a share of those of dance_jax/bench.
 ANSWER_SHARE = 1 / 3
 
 

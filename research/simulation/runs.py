@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 
-from benchmarks.serving import arrivals
+from dance_jax.bench import arrivals
 from dance_jax.placement import POLICIES, Placement, place
 from research.policies.setups import Part, halves
 from research.policies.traces import read_trace

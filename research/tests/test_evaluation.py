@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from benchmarks.command import EXAMPLES, INTERRUPTED
+from benchmarks.command import EXAMPLES
 from benchmarks.live.tasks import Plan, Task
 from benchmarks.live.watch import COMPUTING, PARTS, Sample, Watched
-from benchmarks.serving.client import Answer, Call
+from dance_jax.bench.client import Answer, Call
+from dance_jax.bench.terminal import INTERRUPTED
 from dance_jax.config import EngineConfig, UserError
 from dance_jax.launch.planning.defaults import demo_dir
 from dance_jax.launch.planning.hosts import parse_hosts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.serving.client import Answer, Call
+from dance_jax.bench.client import Answer, Call
 from dance_jax.config import UserError
 from research import apart
 from research.independent.hosts import Beside, Bytes, Many

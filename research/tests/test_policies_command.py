@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.command import MISSED, WRONG
 from benchmarks.targets import Target
+from dance_jax.bench.terminal import MISSED, WRONG
 from dance_jax.config import UserError
 from dance_jax.placement import CallCost, place
 from dance_jax.placement.metrics import measure

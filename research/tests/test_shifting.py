@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.live.tasks import Plan
 from benchmarks.live.watch import Sample, Watched
-from benchmarks.serving.client import Answer, Call, Token
+from dance_jax.bench.client import Answer, Call, Token
 from research.migrate import main
 from research.shifting import plots, tables
 from research.shifting.results import Results, after_shift, differences, plain

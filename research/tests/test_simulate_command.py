@@ -11,8 +11,8 @@ import pathlib
 import numpy as np
 import pytest
 
-from benchmarks.command import WRONG
-from benchmarks.serving.arrivals import Arrival
+from dance_jax.bench.arrivals import Arrival
+from dance_jax.bench.terminal import WRONG
 from dance_jax.config import MOST_TOGETHER, UserError
 from research import simulate as command
 from research.policies import traces

@@ -1,12 +1,10 @@
-"""Tests of what all benchmark commands share: options, exit codes, signals, verdict."""
+"""Tests of what all benchmark commands share: options and verdict."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
 import pathlib
-import signal
-from collections.abc import Iterator
 
 import pytest
 from rich.console import Console
@@ -16,80 +14,14 @@ from benchmarks.arguments import (
     add_results,
     check_folder,
     check_results,
-    count,
-    count_or_0,
     list_of,
     some_of,
 )
-from benchmarks.command import INTERRUPTED, MISSED, WRONG, exit_code, terminal, verdict
+from benchmarks.command import verdict
 from benchmarks.targets import Target
+from dance_jax.bench.arguments import count
+from dance_jax.bench.terminal import MISSED, terminal
 from dance_jax.config import UserError
-
-ENDING = (signal.SIGTERM, signal.SIGHUP)
-
-
-@pytest.fixture(autouse=True)
-def handlers() -> Iterator[None]:
-    """Reset the signal handlers, in case nohup ignores SIGHUP; restore them afterwards."""
-    before = [signal.signal(number, signal.SIG_DFL) for number in ENDING]
-    yield
-    for number, handler in zip(ENDING, before, strict=True):
-        signal.signal(number, handler)
-
-
-class Failed(OSError):
-    """A failure of the measured program that is an OSError too."""
-
-
-@pytest.mark.parametrize(
-    ("error", "code"),
-    [
-        (Failed("gone"), MISSED),
-        (UserError("gone"), WRONG),
-        (PermissionError("gone"), WRONG),
-        (KeyboardInterrupt(), INTERRUPTED),
-    ],
-)
-def test_errors_become_exit_codes(
-    error: BaseException, code: int, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def work() -> int:
-        raise error
-
-    assert exit_code(work, Failed) == code
-    assert capsys.readouterr().err == ("" if code == INTERRUPTED else "error: gone\n")
-
-
-def test_errors_of_the_program_are_not_hidden() -> None:
-    with pytest.raises(ZeroDivisionError):
-        exit_code(lambda: 1 // 0, Failed)
-    assert exit_code(lambda: 7) == 7
-
-
-@pytest.mark.parametrize("number", ENDING)
-def test_signals_clean_up(number: signal.Signals) -> None:
-    ended = []
-
-    def work() -> int:
-        try:
-            signal.raise_signal(number)
-            raise AssertionError("the signal did not end the work")
-        finally:
-            ended.append(number)
-
-    with pytest.raises(SystemExit, match=str(128 + number)):
-        exit_code(work)
-    assert ended == [number]
-
-
-def test_what_is_ignored_stays_ignored() -> None:
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-
-    def work() -> int:
-        signal.raise_signal(signal.SIGHUP)
-        return 0
-
-    assert exit_code(work) == 0
 
 
 def test_the_verdict(capsys: pytest.CaptureFixture[str]) -> None:
@@ -108,12 +40,7 @@ def test_words() -> None:
     assert some_of(("a", "b", "c"))("c,a") == ("a", "c")
     with pytest.raises(argparse.ArgumentTypeError, match="unknown policy 'd'; choose from a, b"):
         some_of(("a", "b"), "policy")("a,d")
-    assert list_of(count)("3,1") == [3, 1] and count_or_0("0") == 0
-    for parse, text in ((count, "0"), (count_or_0, "-1"), (count, "1" * 5000), (count, "1.0")):
-        with pytest.raises(
-            argparse.ArgumentTypeError, match=r"not a whole number of at least [01]"
-        ):
-            parse(text)
+    assert list_of(count)("3,1") == [3, 1]
 
 
 def test_results_that_cannot_be_written_are_found_before(

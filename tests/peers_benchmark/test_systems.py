@@ -10,11 +10,11 @@ import pytest
 from benchmarks.families import SHAPES
 from benchmarks.programs.gguf_file import token_name
 from benchmarks.programs.models import write_word_tokenizer
-from benchmarks.serving.client import Answer, Call
 from benchmarks.systems.loads import Figures, Load, output, own_tokens
 from benchmarks.systems.results import Cell, agreement, targets
 from benchmarks.systems.running import _parts
 from benchmarks.targets import Target
+from dance_jax.bench.client import Answer, Call
 from dance_jax.models.tokenizer import Tokenizer
 
 

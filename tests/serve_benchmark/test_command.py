@@ -5,26 +5,16 @@ from __future__ import annotations
 import collections
 import json
 import pathlib
-import signal
-import subprocess
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-import psutil
 import pytest
 
 from benchmarks import serve
-from benchmarks.command import MISSED, WRONG
-from benchmarks.serving import cluster, idle, long, prefix, soak, static
-from benchmarks.serving.cluster import ClusterError
-from benchmarks.serving.texts import Texts
-from dance_jax.config import UserError
-from dance_jax.launch.planning.hosts import read_hosts
-from tests.serve_benchmark import fake_launcher
-from tests.serve_benchmark.fake_server import FakeServer, running
-
-HOSTS = "alpha devices=1 experts=4 address=localhost\nbeta devices=2 experts=4 address=localhost\n"
-ROOT = pathlib.Path(__file__).parents[2]
+from benchmarks.serving import idle, long, prefix, soak, static
+from dance_jax.bench.terminal import MISSED, WRONG
+from dance_jax.bench.texts import Texts
+from tests.bench.fake_cluster import HOSTS, children, replace_launcher
+from tests.bench.fake_server import FakeServer, running
 
 
 @pytest.fixture
@@ -70,19 +60,6 @@ def test_a_run_under_load(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[
     said = capsys.readouterr().out
     for word in ("TTFT", "TPOT", "ITL", "E2E", "p99", "output tokens/s", "failed", "all"):
         assert word in said
-
-
-def test_failed_requests_are_counted_and_told(
-    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    servers = [FakeServer(), FakeServer(last=b'data: {"error": {"message": "gone"}}\n\n')]
-    code, found = measured(servers, tmp_path, "--requests", "12", "--rate", "200")
-    rows = found["load"]
-    assert code == 0 and rows[0]["failed"] == 0
-    assert rows[1]["failed"] == rows[1]["requests"] == rows[2]["failed"] > 0
-    assert "failed: gone" in capsys.readouterr().out
-    with running(servers[1:]) as urls:
-        assert serve.main(["--url", *urls, "--requests", "3", "--rate", "200"]) == MISSED
 
 
 def test_a_trace_and_a_file_of_prompts(tmp_path: pathlib.Path) -> None:
@@ -193,21 +170,10 @@ def greedy(server: FakeServer) -> list[serve.Call]:
     return [call for call in calls if call is not None and call.hang_up_after is None]
 
 
-@pytest.fixture
-def fake_cluster(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Replaces the launcher by a script that runs the given number of fake servers."""
-
-    def install(count: int) -> None:
-        module = fake_launcher.__name__
-        monkeypatch.setattr(cluster, "LAUNCHER", (sys.executable, "-m", module, str(count)))
-
-    return install
-
-
 def test_a_cluster_is_started_watched_and_ended(
-    fake_cluster: Callable[[int], None], hosts: pathlib.Path, tmp_path: pathlib.Path
+    monkeypatch: pytest.MonkeyPatch, hosts: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    fake_cluster(2)
+    replace_launcher(monkeypatch, 2)
     output, plot = tmp_path / "out.json", tmp_path / "out.png"
     arguments = ["--hosts", str(hosts), "--sections", "soak", "--requests", "40"]
     code = serve.main([*arguments, "--check", "--output", str(output), "--plot", str(plot)])
@@ -217,64 +183,6 @@ def test_a_cluster_is_started_watched_and_ended(
     missed = [target["name"] for target in found["targets"] if target["missed"]]
     assert (code, missed) == (0, []) and plot.exists()
     assert children() == []
-
-
-def children() -> list[psutil.Process]:
-    """Launchers that this process started and that still run."""
-    mine = psutil.Process().children(recursive=True)
-    return [each for each in mine if fake_launcher.__name__ in each.cmdline()]
-
-
-def test_a_launcher_that_fails_says_why(
-    fake_cluster: Callable[[int], None],
-    hosts: pathlib.Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    fake_cluster(0)
-    assert serve.main(["--hosts", str(hosts), "--requests", "1"]) == MISSED
-    said = capsys.readouterr().err
-    assert "ended with code 1" in said and "hosts.txt:3: no such memory" in said
-
-
-@pytest.mark.parametrize("ending", [ClusterError("x"), KeyboardInterrupt(), SystemExit(143)])
-def test_a_cluster_ends_however_the_run_ends(
-    ending: BaseException, fake_cluster: Callable[[int], None], hosts: pathlib.Path
-) -> None:
-    fake_cluster(2)
-    with (
-        pytest.raises(type(ending)),
-        cluster.started(read_hosts(hosts), ["--hosts", str(hosts)]) as started,
-    ):
-        assert psutil.pid_exists(started.pid) and len(started.addresses) == 2
-        raise ending
-    assert not psutil.pid_exists(started.pid) and children() == []
-
-
-def test_a_signal_ends_the_cluster(hosts: pathlib.Path) -> None:
-    code = (
-        "import sys; from benchmarks import serve; from benchmarks.serving import cluster; "
-        f"cluster.LAUNCHER = (sys.executable, '-m', '{fake_launcher.__name__}', '2'); "
-        f"sys.exit(serve.main(['--hosts', '{hosts}', '--rate', '1e-6', '--requests', '1']))"
-    )
-    command = [sys.executable, "-u", "-c", code]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT, text=True) as process:
-        assert process.stdout is not None
-        assert "starting on" in process.stdout.readline()
-        assert "ready after" in process.stdout.readline()
-        (launcher,) = psutil.Process(process.pid).children()
-        process.send_signal(signal.SIGTERM)
-        assert process.wait() == 128 + signal.SIGTERM
-    assert not launcher.is_running()
-
-
-def test_servers_of_other_machines_are_not_started(tmp_path: pathlib.Path) -> None:
-    path = tmp_path / "hosts.txt"
-    path.write_text("alpha address=192.0.2.1 experts=4\n")
-    with (
-        pytest.raises(UserError, match="alpha: on another machine"),
-        cluster.started(read_hosts(path), []),
-    ):
-        pass
 
 
 @pytest.mark.parametrize(
@@ -288,8 +196,9 @@ def test_servers_of_other_machines_are_not_started(tmp_path: pathlib.Path) -> No
         ("--sections static --url http://a:1", "needs --hosts too"),
         ("--url a:1", "http://host:port is needed"),
         ("--url http://a:1 --output /no/such/folder/x", "does not exist"),
-        ("--url http://a:1 --hosts examples/hosts.txt", "has 3 servers but --url names 1"),
+        ("--url http://a:1 --hosts examples/hosts.txt", "has 3 servers, but 1 URLs"),
         ("--url http://a:1 --duration 0.0001", "no request arrives"),
+        ("--tasks a --prompts b", "--tasks and --prompts"),
         ("--tasks no_such_folder", "no *.jsonl files"),
         ("--url http://a:1 --requests 1 -- --policy dance", "no server is launched"),
     ],

@@ -8,10 +8,11 @@ from collections.abc import AsyncIterator, Sequence
 
 import pytest
 
-from benchmarks.serving.client import Answer, Api, Call, parse_metrics
-from benchmarks.serving.http import Address, HttpError, Response, request
+from dance_jax.bench import client
+from dance_jax.bench.client import Answer, Api, Call, parse_metrics
+from dance_jax.bench.http import Address, HttpError, Response, request
 from dance_jax.config import UserError
-from tests.serve_benchmark.fake_server import MODEL, FakeServer, running
+from tests.bench.fake_server import MODEL, FakeServer, running
 
 EVENTS = b'data: {"a": 1}\n\n: a comment\r\n\r\ndata:{"b": 2}\r\n\r\nevent: x\ndata: [DONE]\n\n'
 
@@ -159,3 +160,14 @@ def test_metrics_add_up_over_labels() -> None:
     found = parse_metrics(text)
     assert found.pop("z") != found
     assert found == {"x": 2.5, "y": 1000.0}
+
+
+def test_a_server_that_says_nothing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "MODELS_S", 0.05)
+
+    async def ask() -> None:
+        async with await asyncio.start_server(lambda *_: None, "127.0.0.1", 0) as listening:
+            await Api.connect([Address(*listening.sockets[0].getsockname()[:2])])
+
+    with pytest.raises(UserError, match=r"no answer within 0\.05 s"):
+        asyncio.run(ask())

@@ -1,4 +1,4 @@
-"""Send requests: as they arrive, one batch at a time, or with a bounded number in flight."""
+"""Send requests one batch at a time, or with a bounded number in flight."""
 
 from __future__ import annotations
 
@@ -9,30 +9,10 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
-from .client import Answer, Api, Call
+from dance_jax.bench.client import Answer, Api, Call
+from dance_jax.bench.drive import Done, sleep_until
 
 Result = TypeVar("Result")
-#: Called whenever a request has finished.
-Done = Callable[[], None]
-
-
-async def open_loop(api: Api, calls: Sequence[Call], done: Done) -> list[Answer]:
-    """Send each call at its arrival time, regardless of other answers.
-
-    Returns:
-        The answers, in the order of the calls.
-    """
-    origin = time.perf_counter()
-
-    async def one(call: Call) -> Answer:
-        await _sleep_until(origin + call.arrival_s)
-        answer = await api.answer(call, origin, call.arrival_s)
-        done()
-        return answer
-
-    async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(one(call)) for call in calls]
-    return [task.result() for task in tasks]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +49,7 @@ async def gated(
 
     while coming or any(waiting):
         if not any(waiting):
-            await _sleep_until(origin + coming[0].arrival_s)
+            await sleep_until(origin + coming[0].arrival_s)
         now_s = time.perf_counter() - origin
         while coming and coming[0].arrival_s <= now_s:
             call = coming.popleft()
@@ -117,9 +97,3 @@ async def bounded(
             for _ in range(count):
                 group.create_task(work(queue))
     return [found[number] for number in range(len(jobs))]
-
-
-async def _sleep_until(moment: float) -> None:
-    """Sleep until `time.perf_counter()` reaches `moment`."""
-    while (left_s := moment - time.perf_counter()) > 0:
-        await asyncio.sleep(left_s)

@@ -9,7 +9,7 @@ import asyncio
 import signal
 import sys
 
-from tests.serve_benchmark.fake_server import FakeServer, listen
+from tests.bench.fake_server import FakeServer, listen
 
 
 async def main() -> None:

@@ -11,12 +11,14 @@ from typing import Any
 
 import msgspec
 
+from dance_jax.bench.http import Address, HttpError, Response, request
 from dance_jax.config import UserError
-
-from .http import Address, HttpError, Response, request
+from dance_jax.launch.control.protocol import API_KEY_VARIABLE
 
 #: Seconds after which a stream that has not ended counts as failed.
 LONGEST_ANSWER_S = 900.0
+#: Seconds within which a server must say which models it serves.
+MODELS_S = 30.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,8 +26,8 @@ class Call:
     """A request of a user to a server."""
 
     server: int
-    #: Token ids.
-    prompt: list[int]
+    #: Token ids, or text that the server makes tokens of.
+    prompt: list[int] | str
     max_tokens: int
     #: Seconds after the run's start.
     arrival_s: float = 0.0
@@ -44,10 +46,12 @@ class Call:
             "prompt": self.prompt,
             "max_tokens": self.max_tokens,
             "temperature": self.temperature,
-            "ignore_eos": self.ignore_eos,
             "stream": True,
             "stream_options": {"include_usage": True},
         }
+        if self.ignore_eos:
+            # Not a field of OpenAI's, so other servers may refuse it.
+            fields["ignore_eos"] = True
         if self.logprobs is not None:
             fields["logprobs"] = self.logprobs
         return msgspec.json.encode(fields)
@@ -95,11 +99,15 @@ class Api:
     Attributes:
         addresses: of the servers.
         model: name of the model.
-        max_model_len: maximum tokens of a prompt with its answer.
+        max_model_len: maximum tokens of a prompt with its answer; None if the servers do not say.
     """
 
     def __init__(
-        self, addresses: Sequence[Address], model: str, max_model_len: int, key: str | None = None
+        self,
+        addresses: Sequence[Address],
+        model: str,
+        max_model_len: int | None,
+        key: str | None = None,
     ) -> None:
         self.addresses = tuple(addresses)
         self.model = model
@@ -107,22 +115,26 @@ class Api:
         self._headers = _headers(key)
 
     @classmethod
-    async def connect(cls, addresses: Sequence[Address], key: str | None = None) -> Api:
+    async def connect(
+        cls, addresses: Sequence[Address], key: str | None = None, model: str | None = None
+    ) -> Api:
         """Connect to servers and ask which model they serve.
 
         Args:
             addresses: of the servers.
             key: API key, if the servers require one.
+            model: name of the model, for servers that serve several.
 
         Raises:
-            UserError: a server cannot be reached or rejects the key, or the servers serve
-                different models.
+            UserError: a server cannot be reached, rejects the key, or does not serve `model`; or
+                the servers serve different models.
         """
-        cards = [await _served(address, _headers(key)) for address in addresses]
+        cards = [await _served(address, _headers(key), model) for address in addresses]
         if len({card.id for card in cards}) != 1:
             served = ", ".join(f"{a}: {c.id}" for a, c in zip(addresses, cards, strict=True))
             raise UserError(f"the servers serve different models ({served})")
-        return cls(addresses, cards[0].id, min(card.max_model_len for card in cards), key)
+        known = [card.max_model_len for card in cards if card.max_model_len is not None]
+        return cls(addresses, cards[0].id, min(known, default=None), key)
 
     async def answer(
         self,
@@ -234,7 +246,8 @@ class _Chunk(msgspec.Struct):
 
 class _Card(msgspec.Struct):
     id: str
-    max_model_len: int
+    #: Of vLLM and of this project; other servers do not give it.
+    max_model_len: int | None = None
 
 
 class _Models(msgspec.Struct):
@@ -252,19 +265,45 @@ def _headers(key: str | None) -> dict[str, str]:
     return {} if key is None else {"Authorization": f"Bearer {key}"}
 
 
-async def _served(address: Address, headers: Mapping[str, str]) -> _Card:
+async def _served(address: Address, headers: Mapping[str, str], model: str | None) -> _Card:
+    """Return a server's card of the model of that name, or of the only model."""
     try:
-        async with request(address, "GET", "/v1/models", headers=headers) as response:
+        async with (
+            asyncio.timeout(MODELS_S),
+            request(address, "GET", "/v1/models", headers=headers) as response,
+        ):
             if response.status != 200:
-                raise UserError(f"{address}: {await _refusal(response)}")
-            (card,) = msgspec.json.decode(await response.read(), type=_Models).data
-            return card
-    except HttpError as error:
-        raise UserError(f"{address}: {error}") from error
-    except ValueError as error:
+                raise UserError(
+                    f"GET http://{address}/v1/models: {await _refusal(response)}; "
+                    + (
+                        f"set {API_KEY_VARIABLE} to the key of the servers"
+                        if response.status in (401, 403)
+                        else "give the URL of a server of OpenAI's API"
+                    )
+                )
+            cards = msgspec.json.decode(await response.read(), type=_Models).data
+    except TimeoutError:
         raise UserError(
-            f"{address}: GET /v1/models does not name exactly one model: {error}"
+            f"GET http://{address}/v1/models: no answer within {MODELS_S:g} s; see whether this is "
+            "a server of OpenAI's API, and whether its machine is overloaded"
+        ) from None
+    except HttpError as error:
+        raise UserError(
+            f"GET http://{address}/v1/models: {error}; start the server, or correct the URL"
         ) from error
+    except msgspec.DecodeError as error:
+        raise UserError(
+            f"{address}: GET /v1/models does not list models, so this is no server of OpenAI's "
+            f"API: {error}"
+        ) from error
+    found = [card for card in cards if model in (None, card.id)]
+    if len(found) != 1:
+        names = ", ".join(card.id for card in cards) or "none"
+        raise UserError(
+            f"{address}: exactly one model{'' if model is None else f' {model!r}'} is needed; the "
+            f"server's models are: {names}"
+        )
+    return found[0]
 
 
 async def _follow(
@@ -310,5 +349,5 @@ async def _refusal(response: Response) -> str:
     try:
         message = msgspec.json.decode(body, type=_Refused).error.message
     except msgspec.DecodeError:
-        message = body[:200].decode(errors="replace")
+        message = " ".join(body.decode(errors="replace").split())[:200]
     return f"HTTP {response.status}: {message}"

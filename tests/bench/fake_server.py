@@ -28,6 +28,12 @@ class FakeServer:
     """
 
     context: int = 2048
+    #: Whether /v1/models says the context.
+    says_context: bool = True
+    #: Names of other models in /v1/models.
+    others: tuple[str, ...] = ()
+    #: Bearer token that requests must carry.
+    key: str | None = None
     gather: int = 0
     #: Seconds to sleep after each token, so that answers that may overlap do.
     pace_s: float = 0.0
@@ -37,7 +43,7 @@ class FakeServer:
     #: The last chunk of every stream; None to close the connection without one.
     last: bytes | None = b"data: [DONE]\n\n"
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
-    events: list[tuple[str, list[int]]] = dataclasses.field(default_factory=list)
+    events: list[tuple[str, list[int] | str]] = dataclasses.field(default_factory=list)
     port: int = 0
     _seen: collections.Counter[tuple[int, ...]] = dataclasses.field(
         default_factory=collections.Counter
@@ -45,7 +51,7 @@ class FakeServer:
     _gathered: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
 
     @property
-    def prompts(self) -> list[list[int]]:
+    def prompts(self) -> list[list[int] | str]:
         """Prompts of accepted requests, in order of arrival."""
         return [prompt for event, prompt in self.events if event == "start"]
 
@@ -68,7 +74,10 @@ class FakeServer:
                 if line.lower().startswith("content-length")
             )
             body = await reader.readexactly(length)
-            await self._answer(method, path, body, writer)
+            if self.key is not None and f"Authorization: Bearer {self.key}\r\n" not in head:
+                _whole(writer, 401, {"error": {"message": "wrong key", "type": "x"}})
+            else:
+                await self._answer(method, path, body, writer)
             await writer.drain()
         writer.close()
 
@@ -85,7 +94,8 @@ class FakeServer:
             self.loading -= 1
             _whole(writer, 503 if self.loading >= 0 else 200, {})
         elif path == "/v1/models":
-            _whole(writer, 200, {"data": [{"id": MODEL, "max_model_len": self.context}]})
+            card = {"id": MODEL} | ({"max_model_len": self.context} if self.says_context else {})
+            _whole(writer, 200, {"data": [card, *({"id": name} for name in self.others)]})
         else:
             assert path == "/metrics"
             names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
@@ -107,7 +117,7 @@ class FakeServer:
         prompt, longest = fields["prompt"], fields["max_tokens"]
         if not isinstance(longest, int) or longest < 1:
             return 400, "max_tokens"
-        if not isinstance(prompt, list) or not 1 <= len(prompt) <= self.context - longest:
+        if not isinstance(prompt, list | str) or not 1 <= len(prompt) <= self.context - longest:
             return 400, "prompt"
         return 200, ""
 

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
-import json
 import pathlib
 
 import numpy as np
 import pytest
 
-from benchmarks.serving.arrivals import Arrival, answer_lengths, limited, poisson, read_trace
-from benchmarks.serving.client import Call
-from benchmarks.serving.texts import Texts, read_texts, task_files
-from benchmarks.serving.workload import calls_of_prompts, calls_of_texts
+from dance_jax.bench.arrivals import Arrival, answer_lengths, limited, poisson, read_trace
+from dance_jax.bench.client import Call
+from dance_jax.bench.texts import TEXT, WORDS, Texts
+from dance_jax.bench.workload import calls_of_passages, calls_of_prompts, calls_of_texts
 from dance_jax.config import UserError
 from dance_jax.launch.cli.prompts import Prompt
-from dance_jax.launch.planning.defaults import demo_dir
-from dance_jax.models.tokenizer import Tokenizer
 
 TRACE = """\
 TIMESTAMP,ContextTokens,GeneratedTokens
@@ -25,11 +21,6 @@ TIMESTAMP,ContextTokens,GeneratedTokens
 2023-11-16 18:17:06.0000000,3,400
 """
 TEXTS = Texts([[[10, 11, 12], [13]], [[20, 21]]])
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return Tokenizer.load(demo_dir())
 
 
 def test_poisson_arrivals_come_from_the_seed_alone() -> None:
@@ -118,50 +109,29 @@ def test_calls_keep_to_arrivals_and_context() -> None:
     assert calls[0].prompt in ([10, 11, 12], [13]) and 1 <= calls[0].max_tokens <= 16
 
 
-def test_prompts_of_a_file_take_turns(tokenizer: Tokenizer) -> None:
+def test_prompts_of_a_file_take_turns_as_text() -> None:
     texts = ["one", "two", "three"]
     prompts = [Prompt(n, text, n % 2, 5 + n, 0.5) for n, text in enumerate(texts)]
     arrivals = [Arrival(float(n), server) for n, server in enumerate([0, 0, 1, 0])]
-    calls = calls_of_prompts(arrivals, prompts, tokenizer)
-    one, two, three = (tokenizer.encode(text) for text in texts)
-    assert [call.prompt for call in calls] == [one, three, two, one]
-    assert calls[1] == Call(0, three, 7, 1.0, temperature=0.5, ignore_eos=False)
+    calls = calls_of_prompts(arrivals, prompts)
+    assert [call.prompt for call in calls] == ["one", "three", "two", "one"]
+    assert calls[1] == Call(0, "three", 7, 1.0, temperature=0.5, ignore_eos=False)
 
 
-def test_task_files_are_dealt_to_servers(tmp_path: pathlib.Path, tokenizer: Tokenizer) -> None:
-    for name in "abc":
-        lines = [json.dumps({"task": name, "prompt": f"{name} {n}"}) for n in range(2)]
-        (tmp_path / f"{name}.jsonl").write_text("\n\n".join(lines) + "\n")
-    rng = np.random.default_rng(0)
-
-    def found(servers: int) -> list[set[str]]:
-        texts = read_texts(task_files(tmp_path), servers, tokenizer)
-        drawn = ([texts.whole(n, rng) for _ in range(60)] for n in range(servers))
-        return [{tokenizer.decode(tokens) for tokens in own} for own in drawn]
-
-    both = [{f"{name} {n}" for n in range(2)} for name in "abc"]
-    assert found(2) == [both[0] | both[2], both[1]]
-    assert found(4) == [*both, both[0]]
+def test_a_context_may_be_unknown() -> None:
+    (call,) = calls_of_texts([Arrival(0.0, 1, 30, 5)], TEXTS, longest=16, context=None, seed=1)
+    assert (len(call.prompt), call.max_tokens) == (30, 5)
 
 
-@pytest.mark.parametrize("line", ["no JSON", '{"text": "x"}', '{"prompt": 5}'])
-def test_wrong_task_files_are_told(line: str, tmp_path: pathlib.Path, tokenizer: Tokenizer) -> None:
-    with pytest.raises(UserError, match=r"no \*\.jsonl"):
-        task_files(tmp_path)
-    path = tmp_path / "a.jsonl"
-    path.write_text(f'{{"prompt": "fine"}}\n{line}\n')
-    with pytest.raises(UserError, match=r"a\.jsonl:2"):
-        read_texts([path], 1, tokenizer)
-    path.write_text("\n")
-    with pytest.raises(UserError, match="no prompts"):
-        read_texts([path], 1, tokenizer)
-
-
-def test_the_demo_s_tasks_are_there(tokenizer: Tokenizer) -> None:
-    from benchmarks.serve import DEMO_TASKS
-
-    texts = read_texts(DEMO_TASKS, 3, tokenizer)
-    rng = np.random.default_rng(0)
-    assert all(len(texts.cut(server, 1500, rng)) == 1500 for server in range(3))
-    starts = {tuple(texts.cut(server, 3, rng)) for server, _ in itertools.product(range(3), "ab")}
-    assert len(starts) == 6
+def test_passages_differ_and_follow_the_seed() -> None:
+    arrivals = [Arrival(float(n), n % 2) for n in range(100)]
+    calls = calls_of_passages(arrivals, 40, seed=2)
+    assert calls == calls_of_passages(arrivals, 40, seed=2) != calls_of_passages(arrivals, 40, 3)
+    assert [(call.server, call.arrival_s) for call in calls] == [(n % 2, n) for n in range(100)]
+    twice = " ".join(2 * TEXT.split())
+    for call in calls:
+        assert isinstance(call.prompt, str) and call.prompt in twice
+        assert WORDS[0] <= len(call.prompt.split()) <= WORDS[1]
+        # Without ignore_eos, which is no field of OpenAI's API.
+        assert 1 <= call.max_tokens <= 40 and b"ignore_eos" not in call.body("m")
+    assert len({call.prompt for call in calls}) > 90

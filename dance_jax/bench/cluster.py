@@ -12,12 +12,10 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 
+from dance_jax.bench.http import Address, HttpError, request
 from dance_jax.config import ClusterSpec, UserError
 
-from .http import Address, HttpError, request
-
 LAUNCHER = (sys.executable, "-m", "dance_jax.launch")
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 LOOPBACK = "127.0.0.1"
 #: Range in which free ports are searched: below the ephemeral ports of common systems.
 FIRST_PORT, LAST_PORT = 8100, 32000
@@ -97,7 +95,7 @@ def started(
     spec: ClusterSpec,
     arguments: Sequence[str],
     addresses: Sequence[Address] | None = None,
-    root: pathlib.Path = ROOT,
+    root: pathlib.Path | None = None,
 ) -> Iterator[Cluster]:
     """Run the servers for the block; they end however the block ends.
 
@@ -107,7 +105,8 @@ def started(
         addresses: where the servers will listen: on different hosts at the first address's port,
             or on one host at that port and the following ones. If None, on free ports of this
             machine.
-        root: the checkout whose launcher and servers run.
+        root: the checkout whose launcher and servers run, with this working directory. If None,
+            the installed package, with the working directory of this process.
 
     Raises:
         UserError: a server is on another machine, and no addresses are given.
@@ -116,12 +115,12 @@ def started(
     if elsewhere and addresses is None:
         raise UserError(
             f"{', '.join(elsewhere)}: on another machine; start the cluster yourself with --bind "
-            "and give each server's URL with --url"
+            "and give each server's URL"
         )
     if addresses is None:
         port = free_ports(len(spec.servers))
         addresses = [Address(LOOPBACK, port + n) for n in range(len(spec.servers))]
-    with tempfile.TemporaryDirectory(prefix="dance-jax-serve-") as work:
+    with tempfile.TemporaryDirectory(prefix="dance-jax-bench-") as work:
         log = pathlib.Path(work) / "launcher.log"
         command = [*LAUNCHER, *arguments, "--port", str(addresses[0].port)]
         with log.open("wb") as file:
@@ -134,7 +133,9 @@ def started(
                 start_new_session=True,
                 cwd=root,
                 # On a testbed, ssh passes PYTHONPATH on to the hosts.
-                env=os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": str(root)},
+                env=os.environ
+                | {"PYTHONUNBUFFERED": "1"}
+                | ({} if root is None else {"PYTHONPATH": str(root)}),
             )
         cluster = Cluster(process, log, addresses)
         try:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from .client import Answer
+from dance_jax.bench.client import Answer
 
 ALL = "all"
 
@@ -121,26 +121,6 @@ def gaps_s(answers: Iterable[Answer], after_s: float = 0.0) -> list[float]:
     ]
 
 
-def saturated_until(answers: Sequence[Answer]) -> float:
-    """Return the second at which a server first had no more requests waiting for a first token."""
-    last: dict[int, float] = {}
-    for answer in answers:
-        if answer.good and answer.piece_s:
-            server = answer.call.server
-            last[server] = max(last.get(server, 0.0), answer.piece_s[0])
-    return min(last.values(), default=0.0)
-
-
-def token_rate(answers: Iterable[Answer], until_s: float) -> float:
-    """Return the output tokens per second from the run's start until `until_s`.
-
-    A piece may have several tokens, so an answer's tokens count evenly over its pieces.
-    """
-    tokens = sum(
-        answer.output_tokens
-        * sum(moment <= until_s for moment in answer.piece_s)
-        / len(answer.piece_s)
-        for answer in answers
-        if answer.good and answer.piece_s
-    )
-    return tokens / until_s if until_s else 0.0
+def failures(answers: Iterable[Answer]) -> list[str]:
+    """Return the reasons of failed answers; answers whose user disconnected do not count."""
+    return [answer.error for answer in answers if answer.error is not None]

@@ -1,4 +1,4 @@
-"""Prompts of real text for each server: whole prompts, or text cut to a length."""
+"""Task files: JSON Lines files of prompts, one file per kind of task."""
 
 from __future__ import annotations
 
@@ -6,40 +6,9 @@ import json
 import pathlib
 from collections.abc import Sequence
 
-import numpy as np
-
+from dance_jax.bench.texts import Texts
 from dance_jax.config import UserError
 from dance_jax.models.tokenizer import Tokenizer
-
-#: Number of first tokens of a cut prompt that are drawn at random, so that prompts begin
-#: differently and prefix caches miss.
-FRESH = 3
-
-
-class Texts:
-    """Prompts of all servers, as tokens.
-
-    Args:
-        prompts: [server][prompt], the tokens of each prompt; no prompt is empty.
-    """
-
-    def __init__(self, prompts: Sequence[Sequence[list[int]]]) -> None:
-        self._prompts = prompts
-        self._tokens = [np.concatenate([np.array(p) for p in own]) for own in prompts]
-
-    def whole(self, server: int, rng: np.random.Generator) -> list[int]:
-        """Draw one of the server's prompts."""
-        own = self._prompts[server]
-        return own[int(rng.integers(len(own)))]
-
-    def cut(self, server: int, length: int, rng: np.random.Generator) -> list[int]:
-        """Draw `length` tokens from anywhere in the server's prompts, with a random beginning."""
-        tokens = self._tokens[server]
-        start = int(rng.integers(len(tokens)))
-        found = tokens.take(range(start, start + length), mode="wrap")
-        fresh = min(FRESH, length)
-        found[:fresh] = rng.choice(tokens, fresh)
-        return found.tolist()
 
 
 def task_files(directory: pathlib.Path) -> list[pathlib.Path]:
