@@ -85,8 +85,8 @@ class Played:
 def happens(said: Sequence[protocol.Command], over: Callable[[Played], bool]) -> list[str]:
     """Runs the server to its end and returns what happened. Arguments as for `Played`."""
     played: Any = Played(said, over)
-    lines: Any = None
-    worker = Worker(played, Loader(lambda loads: ([], 0)), lines, [""], played)
+    connections: Any = None
+    worker = Worker(played, Loader(lambda loads: ([], 0)), connections, played)
     with pytest.raises(Stopped):
         worker.serve_alone()
     return played.happened
