@@ -447,13 +447,12 @@ class Worker:
 
 def _stage(engine: Engine, loaded: Loaded) -> protocol.Staged | protocol.StageFailed:
     """Hand a batch to the engine and return the answer for the parent."""
-    from dance_jax.placement.migration import SlotChange, changed
+    from dance_jax.placement.migration import SlotChange
 
     number, why = loaded.stage.number, loaded.why
     if not why:
         try:
-            layout = changed(engine.latest_layout, map(SlotChange._make, loaded.stage.changes))
-            engine.stage(number, layout, loaded.experts)
+            engine.stage(number, map(SlotChange._make, loaded.stage.changes), loaded.experts)
         except ValueError as error:
             why = str(error)
     if why:
