@@ -395,7 +395,7 @@ def test_a_service_that_ends_is_resumed(monkeypatch, tmp_path: pathlib.Path) -> 
     np.testing.assert_array_equal(saved.layout.slot_of, bench.layout.slot_of)
     # Requests after the last migration are counted, too.
     bench.more = 3000
-    bench.rebalancer.drain()
+    bench.rebalancer.drain(engines_run=True)
     assert not bench.rebalancer.settled
     bench.rebalancer.want(0, protocol.RebalanceWanted(1, force=True, dry_run=False))
     bench.run()
@@ -428,7 +428,7 @@ def test_a_service_that_ends_while_experts_move(monkeypatch, tmp_path: pathlib.P
 
     def end(rank: int, *command: Any) -> None:
         if not staged:
-            bench.rebalancer.drain()
+            bench.rebalancer.drain(engines_run=True)
         staged.append(rank)
         stage(rank, *command)
 
@@ -450,7 +450,7 @@ def test_a_service_that_ends_before_it_is_decided(monkeypatch, tmp_path: pathlib
     bench.rebalancer.want(1, protocol.RebalanceWanted(7, force=True, dry_run=False))
     bench.run()
     assert not bench.rebalancer.settled
-    bench.rebalancer.drain()
+    bench.rebalancer.drain(engines_run=True)
     bench.run()
     assert bench.rebalancer.settled
     (decided,) = bench.heard(protocol.Decided, rank=1)
@@ -466,7 +466,7 @@ def test_engines_that_die_as_the_service_ends(monkeypatch, tmp_path: pathlib.Pat
     bench.now += INTERVAL_S
     bench.run()
     assert state.load(tmp_path) is None  # no expert has moved
-    bench.rebalancer.drain()
+    bench.rebalancer.drain(engines_run=True)
     bench.rebalancer.engines_died([0, 1])
     assert bench.rebalancer.settled
     saved = state.load(tmp_path)

@@ -258,7 +258,7 @@ class Service(Fleet):
             self._deadline = time.monotonic() + seconds + DRAIN_MARGIN_S
             self._notice("", f"finishing running requests, for at most {seconds:g} s")
             self._send_all(protocol.Drain())
-            self._rebalancer.drain()
+            self._rebalancer.drain(engines_run=not (self._down or self._died))
         if self._deadline is not None:
             late = [name for n, name in enumerate(self.spec.names) if n not in self._drained]
             done = not late and self._rebalancer.settled

@@ -143,8 +143,6 @@ class Rebalancer:
         #: Bytes per second that each server loads; nan: no load so far.
         self._rates = np.full(shape[0], np.nan)
         self._draining = False
-        #: All engines have started and none has died, so they receive commands.
-        self._engines_run = False
 
     # Called by the service.
 
@@ -171,7 +169,6 @@ class Rebalancer:
         if self._due == float("inf"):
             self._workload.engines_began(self._clock())
             self._due = self._clock() + self._options.interval_s
-        self._engines_run = True
         if self._doing is _Doing.NOTHING:
             if self._draining:
                 pass
@@ -238,7 +235,6 @@ class Rebalancer:
 
     def engines_died(self, ranks: Iterable[int]) -> None:
         """Handle dead engines: the applied layout stays, and new engines start with it."""
-        self._engines_run = False
         if self._migration is not None:
             self._front.notice("", "the migration stops because an engine restarts")
             if self._doing is _Doing.COMMITTING:  # the surviving engines apply the batch
@@ -256,8 +252,12 @@ class Rebalancer:
         if self._draining:  # no engine is left to report statistics
             self._save()
 
-    def drain(self) -> None:
-        """Start no more migrations, and save the state."""
+    def drain(self, engines_run: bool) -> None:
+        """Start no more migrations, and save the state.
+
+        Args:
+            engines_run: no engine is dead or restarting, so all can report their statistics.
+        """
         self._draining = True
         while self._waiting:
             self._refuse(self._waiting.popleft())
@@ -265,7 +265,7 @@ class Rebalancer:
             self._refuse(self._current)
         if self._doing in (_Doing.NOTHING, _Doing.SOLVING):
             self._doing, self._answer = _Doing.NOTHING, None
-            if self._options.state_dir is not None and self._engines_run:
+            if self._options.state_dir is not None and engines_run:
                 self._ask(_Wanted(None, 0, force=False, dry_run=True))
 
     def close(self) -> None:
