@@ -34,7 +34,7 @@ from dance_jax.placement import POLICIES, place
 from dance_jax.placement.policies import Policy
 from tests.models.published import PUBLISHED
 from tests.serve import test_metrics
-from tests.serve.scripted import ScriptedQueue, serve_info
+from tests.serve.scripted import ScriptedQueue, application, serve_info
 
 ROOT = pathlib.Path(__file__).parents[1]
 #: All pages of the repository, by their path in it.
@@ -319,9 +319,8 @@ def test_families_and_policies_are_written_of() -> None:
 
 
 def test_paths_are_written_of(tmp_path: pathlib.Path) -> None:
-    from dance_jax.serve.app import create_app
 
-    described = create_app(ScriptedQueue(), serve_info(tmp_path)).openapi()["paths"]  # type: ignore
+    described = application(ScriptedQueue(), serve_info(tmp_path)).openapi()["paths"]  # type: ignore
     there = {
         f"{method.upper()} {path.replace(':path', '')}"
         for path, methods in described.items()

@@ -40,6 +40,7 @@ from dance_jax.models.checkpoint import WeightSource
 from dance_jax.models.experts import Weights
 from dance_jax.models.messages import Transport
 from dance_jax.placement.core import Layout
+from dance_jax.placement.migration import SlotChange, changed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -273,12 +274,7 @@ class Engine:
             if failed_t[token_slice(plan.bucket, self.config, row)].any()
         ]
 
-    @property
-    def latest_layout(self) -> Layout:
-        """The layout after the last staged batch; the layout in force if none is staged."""
-        return self._staging.latest
-
-    def stage(self, number: int, layout: Layout, experts: Experts) -> None:
+    def stage(self, number: int, changes: Iterable[SlotChange], experts: Experts) -> None:
         """Hold a batch of loaded experts until `commit`.
 
         Batches are applied one by one, in the order of their numbers. If the server steps on its
@@ -287,15 +283,16 @@ class Engine:
         Args:
             number: number of the batch, at least 1, the same on all servers, and greater than all
                 earlier numbers.
-            layout: the layout after the batch.
+            changes: changes of all servers' slots, relative to the layout after the previous batch
+                or, without one, to the layout in force.
             experts: (local device, slot) -> weights in the format of the pool, for all slots of
-                this server that change from the previous batch's layout (or, without one, from the
-                layout in force). They are not copied.
+                this server that get an expert. They are not copied.
 
         Raises:
-            ValueError: the number is not new, the layout is for another cluster, or experts are
-                missing or do not match the layout; nothing is held in that case.
+            ValueError: the number is not new, the changes are impossible, or experts are missing
+                or do not match them; nothing is held in that case.
         """
+        layout = changed(self._staging.latest, changes)
         batch = self._staging.add(number, layout, experts)
         if self.alone:  # other servers may call these experts once any server applied the batch
             self.runner.pools.write(batch.writes)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import socket
-import threading
 import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
@@ -22,7 +21,7 @@ import numpy as np
 from jax import Array
 
 from dance_jax.models import native
-from dance_jax.models.connections import Key, PeerListener, dial, pace
+from dance_jax.models.connections import Connections, pace
 from dance_jax.models.counters import Counters, Moved, PeerCounters, Sums
 from dance_jax.models.kernels_cpu import NativePool
 from dance_jax.placement.visit import places
@@ -272,81 +271,33 @@ class CallServer:
         self._end()
 
 
-class Lines:
-    """A server's connections for expert calls, in both directions.
+def connect(
+    server: ExpertCalls,
+    connections: Connections,
+    rates: Sequence[float | None] = (),
+    topic: str = "calls",
+) -> None:
+    """Let other servers call `server`, and dial all of them, again whenever one has restarted.
 
     Args:
-        rank: rank of this server.
-        names: names of all servers, by rank.
-        listener: listener of this server; it admits the other servers' connections from now on.
-        key: key of the servers.
-        topic: distinguishes the connections of several `CallServer`s.
         rates: rates of all servers' links, by rank, in bits per second; None if unknown.
+        topic: distinguishes the connections of several `ExpertCalls`.
+
+    Raises:
+        RuntimeError: a server cannot be reached.
     """
+    rates = rates or (None,) * len(connections.names)
 
-    def __init__(
-        self,
-        rank: int,
-        names: Sequence[str],
-        listener: PeerListener,
-        key: Key,
-        topic: str = "calls",
-        rates: Sequence[float | None] = (),
-    ) -> None:
-        self._rank, self._names, self._key, self._topic = rank, names, key, topic
-        self._rates = rates or (None,) * len(names)
-        self._lock = threading.Lock()
-        self._server: ExpertCalls | None = None
-        #: Connections that arrived before `connect`, with their peers.
-        self._early: list[tuple[int, socket.socket]] = []
-        listener.on(topic, self._admit)
+    def paced(peer: int, connection: socket.socket) -> socket.socket:
+        pace(connection, rates[connections.rank], rates[peer])
+        return connection
 
-    def _admit(self, peer: int, _: int, connection: socket.socket) -> None:
-        with self._lock:
-            if self._server is None:
-                self._early.append((peer, connection))
-            else:
-                self._accept(self._server, peer, connection)
-
-    def _accept(self, server: ExpertCalls, peer: int, connection: socket.socket) -> None:
-        self._pace(peer, connection)
-        server.accept(peer, connection)
-
-    def _pace(self, peer: int, connection: socket.socket) -> None:
-        pace(connection, self._rates[self._rank], self._rates[peer])
-
-    def connect(self, server: ExpertCalls, endpoints: Sequence[str]) -> None:
-        """Let other servers call `server`, and dial all of them.
-
-        Args:
-            endpoints: endpoints of all servers, by rank; "" for a server that does not listen yet
-                and is dialled later.
-
-        Raises:
-            RuntimeError: a server cannot be reached.
-        """
-        with self._lock:
-            self._server = server
-            for peer, connection in self._early:
-                self._accept(server, peer, connection)
-            self._early.clear()
-        for peer, endpoint in enumerate(endpoints):
-            if peer != self._rank and endpoint:
-                self.dial(peer, endpoint)
-
-    def dial(self, peer: int, endpoint: str) -> None:
-        """Connect or reconnect to a server.
-
-        Raises:
-            RuntimeError: the server cannot be reached.
-        """
-        assert self._server is not None
-        for device in range(len(self._server.callers)):
-            connection = dial(
-                self._rank, peer, self._names[peer], endpoint, self._key, self._topic, device
-            )
-            self._pace(peer, connection)
-            self._server.dial(device, peer, connection)
+    connections.accept(topic, lambda peer, _, each: server.accept(peer, paced(peer, each)))
+    connections.dial_all(
+        topic,
+        len(server.callers),
+        lambda peer, device, each: server.dial(device, peer, paced(peer, each)),
+    )
 
 
 def send(

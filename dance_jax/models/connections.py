@@ -1,6 +1,6 @@
 """Authenticated connections between the servers of a launch.
 
-Every server has one listener. A connection has a topic, which names its purpose, and an index,
+Every server listens on one port. A connection has a topic, which names its purpose, and an index,
 which distinguishes several connections of two servers with the same topic. Both ends prove that
 they know the secret of the launch, then exchange their `Identity`; a server with a different
 identity is rejected.
@@ -25,8 +25,7 @@ from typing import NamedTuple
 
 log = logging.getLogger(__name__)
 
-#: Seconds in which all servers must connect; also the seconds that a new connection waits for a
-#: handler of its topic.
+#: Seconds in which all servers must connect.
 TIMEOUT_S = 60.0
 #: Seconds a new connection has to authenticate.
 _HANDSHAKE_S = 10
@@ -83,8 +82,11 @@ class Key(NamedTuple):
     identity: Identity
 
 
-class PeerListener:
-    """Listens on a free port for connections from the other servers.
+class Connections:
+    """One server's connections with the others: it listens for theirs and dials its own.
+
+    All services of a server share this object, its one port and its endpoints. A connection that
+    arrives before the service of its topic wants it waits.
 
     Args:
         rank: rank of this server.
@@ -97,22 +99,26 @@ class PeerListener:
     """
 
     def __init__(self, rank: int, names: Sequence[str], address: str, key: Key) -> None:
-        self._rank, self._names, self._key = rank, names, key
+        self.rank, self.names, self._key = rank, names, key
+        #: By rank, where the servers listen; "": the server is restarting. Set before dialling.
+        self.endpoints = [""] * len(names)
         self._admits: dict[str, Admit] = {}
-        #: The latest connection for each rank, index and topic.
-        self._latest: dict[tuple[int, int, str], object] = {}
-        #: Guards `_admits` and `_latest`, and is notified when they change.
+        #: Connections that no service wants yet, by the caller's rank, index and topic.
+        self._waiting: dict[tuple[int, int, str], socket.socket] = {}
+        #: Per topic of `dial_all`, the number of connections to each server, and their handler.
+        self._dialled: dict[str, tuple[int, Admit]] = {}
+        #: Guards `_admits` and `_waiting`, and is notified when a connection waits.
         self._changed = threading.Condition()
         self._closed = threading.Event()
         family = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0][0]
         self._socket = socket.create_server((address, 0), family=family)
         host, port = self._socket.getsockname()[:2]
-        #: "host:port", an IPv6 address in brackets.
+        #: "host:port" of this server, an IPv6 address in brackets.
         self.endpoint = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         self._thread = threading.Thread(target=self._accept, daemon=True, name="listener")
         self._thread.start()
 
-    def on(self, topic: str, admit: Admit) -> None:
+    def accept(self, topic: str, admit: Admit) -> None:
         """Admit connections of a topic from now on, including those that are waiting.
 
         Args:
@@ -121,24 +127,125 @@ class PeerListener:
         """
         with self._changed:
             self._admits[topic] = admit
-            self._changed.notify_all()
+            calls = [call for call in self._waiting if call[2] == topic]
+            waiting = [(*call[:2], self._waiting.pop(call)) for call in calls]
+        for each in waiting:
+            threading.Thread(target=admit, args=each, daemon=True, name="admit").start()
 
-    def off(self, topic: str) -> None:
-        """Stop admitting connections of a topic; they wait until `on` is called again."""
-        with self._changed:
-            del self._admits[topic]
+    def dial(
+        self, peer: int, topic: str, index: int = 0, timeout_s: float = TIMEOUT_S
+    ) -> socket.socket:
+        """Connect to another server.
+
+        There is only one attempt: a server listens before others learn its endpoint, so a refused
+        connection means that the server is gone.
+
+        Args:
+            peer: rank of the other server.
+            topic: purpose of the connection, in a word.
+            index: distinguishes several connections with the same topic.
+            timeout_s: seconds until the attempt is given up.
+
+        Raises:
+            RuntimeError: the other server cannot be reached, or has another key or identity.
+        """
+        endpoint, connection = self.endpoints[peer], None
+        host, _, port = endpoint.rpartition(":")
+        try:
+            if not endpoint:
+                raise _Rejected("it is restarting")
+            connection = socket.create_connection((host.strip("[]"), int(port)), timeout=timeout_s)
+            _introduce(connection, self.rank, peer, index, topic, self._key)
+            _tune(connection)
+        except (OSError, _Rejected) as error:
+            if connection is not None:
+                connection.close()
+            name = self.names[peer]
+            raise RuntimeError(f"cannot connect to server {name} at {endpoint}: {error}") from error
+        return connection
+
+    def dial_all(self, topic: str, count: int, admit: Admit) -> None:
+        """Connect to all servers that are not restarting, and to each server that has restarted.
+
+        Args:
+            count: connections to each server, with the indices 0 to count - 1.
+            admit: called with each connection; replaces the previous one of the server and index.
+
+        Raises:
+            RuntimeError: a server cannot be reached, or has another key or identity.
+        """
+        self._dialled[topic] = count, admit
+        for peer, endpoint in enumerate(self.endpoints):
+            if peer != self.rank and endpoint:
+                self._dial_topic(topic, peer)
+
+    def _dial_topic(self, topic: str, peer: int) -> None:
+        count, admit = self._dialled[topic]
+        for index in range(count):
+            admit(peer, index, self.dial(peer, topic, index))
+
+    def restarted(self, peer: int, endpoint: str) -> None:
+        """Take note of a server's new endpoint; a thread connects to it as `dial_all` says."""
+        self.endpoints[peer] = endpoint
+
+        def redial() -> None:
+            try:
+                for topic in self._dialled:
+                    self._dial_topic(topic, peer)
+            except RuntimeError as error:  # the server died again, and the launcher will report it
+                log.warning("%s", error)
+
+        threading.Thread(target=redial, daemon=True, name="redial").start()
+
+    def mesh(self, topic: str) -> dict[int, socket.socket]:
+        """Connect all servers pairwise; every server must call this function.
+
+        Returns:
+            One connection to each other server, by rank.
+
+        Raises:
+            RuntimeError: a server cannot be reached, did not connect in time, or has another key
+                or identity.
+        """
+        higher = range(self.rank + 1, len(self.names))
+        deadline = time.monotonic() + TIMEOUT_S
+        found: dict[int, socket.socket] = {}
+
+        def left() -> float:
+            return max(deadline - time.monotonic(), 0.01)
+
+        def missing() -> list[str]:
+            return [self.names[n] for n in higher if (n, 0, topic) not in self._waiting]
+
+        try:
+            for peer in range(self.rank):
+                found[peer] = self.dial(peer, topic, timeout_s=left())
+            with self._changed:
+                self._changed.wait_for(lambda: not missing(), left())
+                absent = missing()
+                arrived = [n for n in higher if (n, 0, topic) in self._waiting]
+                found |= {peer: self._waiting.pop((peer, 0, topic)) for peer in arrived}
+            if absent:
+                raise RuntimeError(f"no connection from {', '.join(absent)} in {TIMEOUT_S:g} s")
+        except BaseException:
+            for connection in found.values():
+                connection.close()
+            raise
+        return found
 
     def close(self) -> None:
-        """Stop listening; admitted connections stay open."""
+        """Stop listening; admitted and dialled connections stay open, waiting ones are closed."""
         self._closed.set()
-        with self._changed:
-            self._changed.notify_all()
         # On Linux closing the socket does not wake `accept`; shutdown does. On macOS shutdown
         # fails, but is not needed.
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
         self._thread.join()
+        with self._changed:
+            for connection in self._waiting.values():
+                connection.close()
+            self._waiting.clear()
 
     def _accept(self) -> None:
         """Accept connections; each has a thread for the handshake, so that none delays others."""
@@ -154,136 +261,32 @@ class PeerListener:
 
     def _admit(self, connection: socket.socket, where: object) -> None:
         try:
-            rank, index, topic = call = _recognise(connection, self._rank, self._key)
-            if rank == self._rank or rank >= len(self._names):
+            rank, index, topic = call = _recognise(connection, self.rank, self._key)
+            if rank == self.rank or rank >= len(self.names):
                 raise _Rejected(
-                    f"invalid rank {rank}: this is server {self._rank} of {len(self._names)}"
+                    f"invalid rank {rank}: this is server {self.rank} of {len(self.names)}"
                 )
-            admit = self._await_handler(topic, call)
             _tune(connection)
         except (OSError, _Rejected) as error:
             log.warning("connection from %s rejected: %s", where, error)
             connection.close()
             return
-        admit(rank, index, connection)
-
-    def _await_handler(self, topic: str, call: tuple[int, int, str]) -> Admit:
-        """Wait for a handler of the topic; give up if the same caller connects again."""
-        this = object()
-
-        def superseded() -> bool:
-            return self._latest[call] is not this
-
         with self._changed:
-            self._latest[call] = this
-            self._changed.notify_all()
-            self._changed.wait_for(
-                lambda: topic in self._admits or superseded() or self._closed.is_set(), TIMEOUT_S
-            )
-            if superseded():
-                raise _Rejected("a newer connection for the same purpose has replaced it")
-            if topic not in self._admits:
-                raise _Rejected(f"this server has no handler for topic {topic!r}")
-            return self._admits[topic]
+            admit = self._admits.get(topic)
+            if admit is None:
+                self._wait(call, connection)
+        if admit is not None:
+            admit(rank, index, connection)
 
-
-def dial(
-    rank: int,
-    peer: int,
-    name: str,
-    endpoint: str,
-    key: Key,
-    topic: str,
-    index: int = 0,
-    timeout_s: float = TIMEOUT_S,
-) -> socket.socket:
-    """Connect to another server's listener.
-
-    There is only one attempt: a server listens before others learn its endpoint, so a refused
-    connection means that the server is gone.
-
-    Args:
-        rank: rank of this server.
-        peer, name, endpoint: rank, name and endpoint of the other server.
-        key: key of the servers.
-        topic: purpose of the connection, in a word.
-        index: distinguishes several connections with the same topic.
-        timeout_s: seconds until the attempt is given up.
-
-    Raises:
-        RuntimeError: the other server cannot be reached, or has another key or identity.
-    """
-    host, _, port = endpoint.rpartition(":")
-    connection = None
-    try:
-        connection = socket.create_connection((host.strip("[]"), int(port)), timeout=timeout_s)
-        _introduce(connection, rank, peer, index, topic, key)
-        _tune(connection)
-    except (OSError, _Rejected) as error:
-        if connection is not None:
+    def _wait(self, call: tuple[int, int, str], connection: socket.socket) -> None:
+        """Keep a connection until a service wants it; replaces an older one of the same caller."""
+        if self._closed.is_set():
             connection.close()
-        raise RuntimeError(f"cannot connect to server {name} at {endpoint}: {error}") from error
-    return connection
-
-
-def mesh(
-    rank: int,
-    names: Sequence[str],
-    listener: PeerListener,
-    endpoints: Sequence[str],
-    key: Key,
-    topic: str,
-) -> dict[int, socket.socket]:
-    """Connect all servers pairwise; every server must call this function.
-
-    Args:
-        rank: rank of this server.
-        names, endpoints: names and endpoints of all servers, by rank.
-        listener: listener of this server.
-        key: key of the servers.
-        topic: purpose of the connections.
-
-    Returns:
-        One connection to each other server, by rank.
-
-    Raises:
-        RuntimeError: a server cannot be reached, did not connect in time, or has another key or
-            identity.
-    """
-    higher = range(rank + 1, len(names))
-    deadline = time.monotonic() + TIMEOUT_S
-    dialled: dict[int, socket.socket] = {}
-    accepted: dict[int, socket.socket] = {}
-    arrived = threading.Condition()
-
-    def admit(peer: int, index: int, connection: socket.socket) -> None:
-        with arrived:
-            if peer in accepted:
-                accepted[peer].close()
-            accepted[peer] = connection
-            arrived.notify()
-
-    def left() -> float:
-        return max(deadline - time.monotonic(), 0.01)
-
-    listener.on(topic, admit)
-    try:
-        for peer in range(rank):
-            dialled[peer] = dial(
-                rank, peer, names[peer], endpoints[peer], key, topic, timeout_s=left()
-            )
-        with arrived:
-            arrived.wait_for(lambda: accepted.keys() >= set(higher), left())
-            if missing := [names[n] for n in higher if n not in accepted]:
-                raise RuntimeError(f"no connection from {', '.join(missing)} in {TIMEOUT_S:g} s")
-    except BaseException:
-        for connection in (*dialled.values(), *accepted.values()):
-            connection.close()
-        raise
-    finally:
-        # A server that connects from here on has restarted; it waits for the next `mesh`.
-        listener.off(topic)
-    return dialled | accepted
+            return
+        if call in self._waiting:
+            self._waiting[call].close()
+        self._waiting[call] = connection
+        self._changed.notify_all()
 
 
 def _tune(connection: socket.socket) -> None:

@@ -33,17 +33,14 @@ class _App(fastapi.FastAPI):
         return described
 
 
-def create_app(
-    queue: RequestQueue, info: ServeInfo, experts: PlacementState | None = None
-) -> fastapi.FastAPI:
+def create_app(queue: RequestQueue, info: ServeInfo, experts: PlacementState) -> fastapi.FastAPI:
     """Create the ASGI application of a server.
 
     Args:
         queue: takes the requests.
         info: describes the server.
-        experts: the current placement of experts; None if experts never move.
+        experts: the current placement of experts.
     """
-    experts = experts or PlacementState(info.layout)
     server = RouteContext(
         queue,
         info,

@@ -89,8 +89,8 @@ class FrontEnd:
         self._setup = setup
         self._private = private
         self._engine: EngineProcess | None = None
-        #: Number of the engine's start, and the layout of experts at that start.
-        self._start, self._layout = 0, setup.engine.layout
+        #: Number of the engine's start.
+        self._start = 0
         self.queue = RequestQueue(self._to_engine, setup.options.max_queue, _seeds(setup))
 
     def kill(self) -> None:
@@ -111,8 +111,9 @@ class FrontEnd:
         with contextlib.closing(_listen(self._setup.options)) as listener:
             self._launcher = LoopSocket(connection.socket, self._from_launcher)
             asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self._on_sigterm)
-            self._start_engine()
-            self._experts = PlacementState(_layout(self._layout), self._tell)
+            layout = self._setup.engine.layout
+            self._start_engine(layout)
+            self._experts = PlacementState(_layout(layout), self._tell)
             files = ModelFiles(self._setup.engine, self._private)
             app = _app(self._setup, files, self.queue, self._experts)
             server = _http_server(app, self._setup.options.drain_seconds)
@@ -170,8 +171,8 @@ class FrontEnd:
             match await self._commands.get():
                 case protocol.Restart(start, layout):
                     await self._end_engine()
-                    self._start, self._layout = start, layout
-                    self._start_engine()
+                    self._start = start
+                    self._start_engine(layout)
                 case (
                     protocol.Join()
                     | protocol.PeerRestarted()
@@ -184,9 +185,9 @@ class FrontEnd:
 
     # The engine.
 
-    def _start_engine(self) -> None:
+    def _start_engine(self, layout: bytes) -> None:
         start = self._start
-        setup = msgspec.structs.replace(self._setup.engine, layout=self._layout)
+        setup = msgspec.structs.replace(self._setup.engine, layout=layout)
         self._engine = EngineProcess(
             setup, self._private, self._from_engine, lambda: self._on_engine_death(start)
         )
@@ -290,7 +291,6 @@ def _app(
         model_config=model_config,
         servers=engine.spec.names,
         rank=engine.rank,
-        layout=experts.layout,
         api_key=setup.options.api_key,
         created=int(time.time()),
     )

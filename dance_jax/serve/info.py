@@ -12,7 +12,6 @@ from dance_jax.serve.errors import ApiError
 if TYPE_CHECKING:
     from dance_jax.models.config import ModelConfig
     from dance_jax.models.tokenizer import Tokenizer
-    from dance_jax.placement.core import Layout
     from dance_jax.serve.metrics import Metrics
     from dance_jax.serve.placement_state import PlacementState
     from dance_jax.serve.prompts import Prompts
@@ -31,8 +30,6 @@ class ServeInfo:
     #: Names of all servers by rank, and this server's rank.
     servers: tuple[str, ...]
     rank: int
-    #: Layout of all experts at the start.
-    layout: Layout
     #: Bearer token that requests must carry; None if the server needs no key.
     api_key: str | None
     #: Start of the server, unix time in seconds.

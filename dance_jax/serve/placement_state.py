@@ -19,7 +19,7 @@ def _no_launcher(wanted: RebalanceWanted) -> None:
 
 
 class PlacementState:
-    """The launcher's latest report on placement; used only on the event loop.
+    """Where experts are, by the launcher's latest report; used only on the event loop.
 
     Args:
         layout: the layout at the start.

@@ -19,14 +19,14 @@ os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES[RANK
 replies = os.fdopen(os.dup(1), "wb")
 os.dup2(2, 1)  # output of libraries must not mix with the pickles
 
-from dance_jax.models.connections import Identity, Key, PeerListener  # noqa: E402
+from dance_jax.models.connections import Connections, Identity, Key  # noqa: E402
 
 KEY = Key(b"the key of this test", Identity("a model", "a format", "a type"))
 names = [f"server-{rank}" for rank in range(len(DEVICES))]
-listener = PeerListener(RANK, names, "127.0.0.1", KEY)
-pickle.dump(listener.endpoint, replies)
+connections = Connections(RANK, names, "127.0.0.1", KEY)
+pickle.dump(connections.endpoint, replies)
 replies.flush()
-endpoints = pickle.load(sys.stdin.buffer)
+connections.endpoints = pickle.load(sys.stdin.buffer)
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
@@ -100,8 +100,7 @@ class Server:
         self.places += 1
         if self.runner.calls is not None:
             # Connections of the previous placement lead to call servers that no longer exist.
-            lines = calls.Lines(RANK, names, listener, KEY, f"calls {self.places}")
-            lines.connect(self.runner.calls, endpoints)
+            calls.connect(self.runner.calls, connections, topic=f"calls {self.places}")
         return self.runner.pools.bytes
 
     def level_router(self, level: bool) -> None:

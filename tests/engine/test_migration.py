@@ -63,13 +63,13 @@ def engine(checkpoint: Checkpoint) -> Engine:
     return engine
 
 
-def shuffled(layout: Layout, seed: int, most: int) -> Layout:
-    """A layout with some experts moved to other experts' slots and to free slots."""
+def shuffled(layout: Layout, seed: int, most: int) -> list[SlotChange]:
+    """Changes that move some experts to other experts' slots and to free slots."""
     rng = np.random.default_rng(seed)
     table = layout.experts_of(0, 0)
     moving = rng.choice(SLOTS, most, replace=False)
     pairs = zip(moving.tolist(), table[np.roll(moving, 1)].tolist(), strict=True)
-    return changed(layout, [SlotChange(0, 0, slot, *pair) for slot, pair in pairs])
+    return [SlotChange(0, 0, slot, *pair) for slot, pair in pairs]
 
 
 def loads(checkpoint: Checkpoint, engine: Engine, old: Layout, new: Layout):
@@ -83,9 +83,9 @@ def loads(checkpoint: Checkpoint, engine: Engine, old: Layout, new: Layout):
 
 
 def stage(checkpoint: Checkpoint, engine: Engine, number: int, seed: int, most: int) -> None:
-    new = shuffled(engine.layout, seed, most)
-    experts = loads(checkpoint, engine, engine.layout, new)
-    engine.stage(number, new, experts)
+    changes = shuffled(engine.layout, seed, most)
+    experts = loads(checkpoint, engine, engine.layout, changed(engine.layout, changes))
+    engine.stage(number, changes, experts)
 
 
 def check_pool(checkpoint: Checkpoint, engine: Engine) -> None:

@@ -137,7 +137,8 @@ class Bench:
         self, monkeypatch: Any, directory: pathlib.Path | None = None, fails: int = 0, **more: Any
     ) -> None:
         self.now, self.fails = 1000.0, fails
-        self.layout = halves(HIGH)  # the experts are at the wrong servers
+        #: The layout at first, with the experts at the wrong servers, and the present one.
+        self.first = self.layout = halves(HIGH)
         #: Messages to each front end, and to users of the launch.
         self.told: list[list[Any]] = [[], []]
         self.said: list[str] = []
@@ -159,7 +160,7 @@ class Bench:
         )
         self.options = dataclasses.replace(options, **more)
         self.rebalancer = Rebalancer(
-            self.options, SPEC, Facts(), CONFIG, self.layout, self, clock=lambda: self.now
+            self.options, SPEC, Facts(), CONFIG, self, clock=lambda: self.now
         )
         self.rebalancer.tick()  # now all engines run
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import pathlib
+import subprocess
+import sys
 from typing import Any
 
 import msgspec
@@ -37,6 +39,7 @@ from dance_jax.launch.rebalance.decision import (
 from dance_jax.launch.rebalance.solver import Solver, SolverError
 from dance_jax.launch.rebalance.workload import Statistics, Workload
 from dance_jax.placement import CallCost, LockStepCost, Placement, migration, spread
+from tests.launch.launched import eventually
 from tests.launch.rebalance_bench import (
     AT_HOME,
     CONFIG,
@@ -136,6 +139,27 @@ def test_a_process_solves(monkeypatch) -> None:
     finally:
         solver.close()
     assert last.poll() is not None
+
+
+def test_a_process_without_an_answer_is_not_waited_for(monkeypatch) -> None:
+    """As when the engines leave it no processor time; the user hears why nothing moves."""
+    silent = "import time; time.sleep(600)"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    monkeypatch.setattr(
+        solver_module, "_start", lambda: subprocess.Popen([sys.executable, "-c", silent], **pipes)
+    )
+    monkeypatch.setattr(solver_module, "TIMEOUT_S", 0.1)
+    bench, solver = Bench(monkeypatch), Solver()
+    monkeypatch.setattr(bench.solver, "ask", solver.ask)
+    bench.rebalancer.want(0, protocol.RebalanceWanted(1, force=False, dry_run=True))
+    try:
+        assert eventually(lambda: bench.run() or bench.heard(protocol.Decided))
+        assert solver._process is not None and solver._process.poll() is not None
+    finally:
+        solver.close()
+    (decided,) = bench.heard(protocol.Decided)
+    assert not decided.decision.migrate
+    assert "failed: no placement within 0.1 s: the launcher's" in decided.decision.reason
 
 
 def test_servers_that_have_tokens_one_at_a_time(monkeypatch) -> None:

@@ -22,12 +22,12 @@ from dance_jax.launch.worker.loading import Loader, Read
 from dance_jax.launch.worker.peer_weights import HeldWeights, PeerWeights
 from dance_jax.launch.worker.peers import Find, Like, Peers, WeightKind, WeightRequest
 from dance_jax.models.checkpoint import Checkpoint
-from dance_jax.models.connections import Identity, Key, PeerListener
 from dance_jax.models.convert import ensure_converted
 from dance_jax.models.experts import ExpertFormat
 from dance_jax.models.formats import WeightFormat
 from dance_jax.models.layers import SILU
 from dance_jax.models.random_weights import write_random_checkpoint
+from tests.connected import connected
 from tests.launch.test_loading import first, load
 from tests.stacks import stacked
 from tests.tiny_models import DEEPSEEK
@@ -59,13 +59,8 @@ def pool() -> Find:
 @pytest.fixture
 def three() -> Iterator[list[Peers]]:
     """Three servers that are connected; none of them answers yet."""
-    key, ranks = Key(b"k" * 32, Identity("model", "float32", "float32")), range(len(NAMES))
     with contextlib.ExitStack() as stack:
-        listeners = [PeerListener(rank, NAMES, "127.0.0.1", key) for rank in ranks]
-        for listener in listeners:
-            stack.callback(listener.close)
-        endpoints = [listener.endpoint for listener in listeners]
-        made = [Peers(rank, NAMES, listeners[rank], endpoints, key) for rank in ranks]
+        made = [Peers(server) for server in stack.enter_context(connected(NAMES))]
         for each in made:
             stack.callback(each.close)
         yield made
@@ -168,7 +163,7 @@ def test_what_can_go_wrong(
         connections.append(connection)
         what(connection)
 
-    three[2]._listener.on("peers", admit)
+    three[2]._connections.accept("peers", admit)
     failed = load(reader(three[0]), [ExpertLoad(0, 0, 0, 1, 2)])
     assert "OSError: server gamma did not send expert 1 of MoE layer 0" in failed.why
     assert why in failed.why
@@ -179,9 +174,20 @@ def test_what_can_go_wrong(
 
 
 def test_a_server_that_does_not_listen(three: list[Peers]) -> None:
-    three[2]._listener.close()
+    three[2]._connections.close()
     why = load(reader(three[0]), [ExpertLoad(0, 0, 0, 1, 2)]).why
     assert "server gamma did not send expert 1 of MoE layer 0" in why and "refused" in why
+
+
+def test_a_server_that_has_restarted(three: list[Peers]) -> None:
+    """The first question after the restart is not asked of the old process."""
+    three[2].answer(pool())
+    assert load(reader(three[0]), [ExpertLoad(0, 0, 0, 1, 2)]).why == ""
+    three[2].close()
+    with connected(NAMES) as servers:
+        Peers(servers[2]).answer(pool())
+        three[0]._connections.restarted(2, servers[2].endpoint)
+        assert load(reader(three[0]), [ExpertLoad(0, 0, 0, 1, 2)]).why == ""
 
 
 class Source:

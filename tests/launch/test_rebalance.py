@@ -44,12 +44,12 @@ def test_experts_move_to_where_they_are_used(monkeypatch) -> None:
     bench.run()
     assert bench.history == [[], []]  # no decision is due yet
     bench.now += INTERVAL_S
-    assert local_share(bench.layout) == 0
+    assert local_share(bench.first) == 0
     bench.run()
     # There are spare slots, so every expert in use is on the server of its users.
-    assert local_share(bench.rebalancer.layout) == 1
+    assert local_share(bench.layout) == 1
     for layout in bench.in_force:
-        np.testing.assert_array_equal(layout.device_of, bench.rebalancer.layout.device_of)
+        np.testing.assert_array_equal(layout.device_of, bench.layout.device_of)
     stages = bench.heard(protocol.Stage)
     assert [stage.number for stage in stages] == list(range(1, len(stages) + 1))
     *_, last = bench.heard(protocol.Placed, rank=1)
@@ -57,9 +57,7 @@ def test_experts_move_to_where_they_are_used(monkeypatch) -> None:
     assert last.experts_migrated >= 2 * LAYERS * 8
     assert last.last_decision.migrate and last.last_decision.gain > 0.5
     assert last.last_decision.experts_moved == last.experts_migrated
-    np.testing.assert_array_equal(
-        Layout.from_bytes(last.layout).slot_of, bench.rebalancer.layout.slot_of
-    )
+    np.testing.assert_array_equal(Layout.from_bytes(last.layout).slot_of, bench.layout.slot_of)
     assert any("experts move" in text for text in bench.said)
 
 
@@ -102,7 +100,7 @@ def test_a_shift_is_waited_out(monkeypatch) -> None:
     bench.now += 1
     bench.run()
     assert bench.heard(protocol.Placed)[-1].version == 2
-    assert local_share(bench.rebalancer.layout) == 1
+    assert local_share(bench.layout) == 1
 
 
 def test_a_shift_that_goes_on_is_waited_out_for_an_interval(monkeypatch) -> None:
@@ -147,12 +145,12 @@ def test_a_migration_that_costs_more_than_it_gains(monkeypatch) -> None:
     bench.run()
     (decided,) = bench.heard(protocol.Decided)
     assert decided.decision.migrate and decided.decision.dry_run
-    assert bench.rebalancer.layout is bench.layout
+    assert bench.layout is bench.first
     bench.rebalancer.want(0, protocol.RebalanceWanted(9, force=True, dry_run=False))
     bench.run()
     (decided,) = bench.heard(protocol.Decided)
     assert decided.decision.migrate and decided.decision.forced
-    assert local_share(bench.rebalancer.layout) > 0
+    assert local_share(bench.layout) > 0
     assert bench.heard(protocol.Placed)[-1].version == 2
 
 
@@ -187,7 +185,7 @@ def test_a_server_that_cannot_load(monkeypatch, fails: int) -> None:
     assert (last.migrations, last.failures) == (0, 1)
     assert last.version == fails  # an earlier batch did move experts
     assert last.last_decision.failure == "server beta: the disk is gone"
-    assert (bench.rebalancer.layout is bench.layout) == (fails == 1)
+    assert (bench.layout is bench.first) == (fails == 1)
     assert any(text.startswith("beta: migration cancelled") for text in bench.said)
     bench.fails = 0
     bench.now += INTERVAL_S
@@ -195,7 +193,7 @@ def test_a_server_that_cannot_load(monkeypatch, fails: int) -> None:
     assert bench.heard(protocol.Stage)[0].number == fails + 1
     *_, last = bench.heard(protocol.Placed)
     assert (last.version, last.migrations, last.failures) == (fails + 1, 1, 1)
-    assert local_share(bench.rebalancer.layout) == 1
+    assert local_share(bench.layout) == 1
 
 
 def test_engines_that_do_not_answer(monkeypatch) -> None:
@@ -213,7 +211,7 @@ def test_engines_that_do_not_answer(monkeypatch) -> None:
     monkeypatch.setattr(bench, "_say", say)
     bench.now += INTERVAL_S
     bench.run()
-    assert local_share(bench.rebalancer.layout) == 1
+    assert local_share(bench.layout) == 1
 
 
 def test_only_so_many_wait(monkeypatch) -> None:
@@ -233,7 +231,7 @@ def test_what_users_ask_does_not_put_off_what_is_due(monkeypatch) -> None:
         bench.rebalancer.want(0, protocol.RebalanceWanted(1, force=False, dry_run=True))
         bench.run()
     bench.run()
-    assert local_share(bench.rebalancer.layout) == 1
+    assert local_share(bench.layout) == 1
 
 
 def test_a_server_that_never_loads(monkeypatch) -> None:
@@ -254,7 +252,7 @@ def test_a_server_that_never_loads(monkeypatch) -> None:
     bench.now += INTERVAL_S
     bench.run()
     assert bench.heard(protocol.Placed)[-1].migrations == 1
-    assert local_share(bench.rebalancer.layout) == 1
+    assert local_share(bench.layout) == 1
 
 
 def test_a_server_that_does_not_put_a_batch_in_force(monkeypatch) -> None:
@@ -275,7 +273,7 @@ def test_a_server_that_does_not_put_a_batch_in_force(monkeypatch) -> None:
     assert bench.heard(protocol.Stage)[0].number == 2 and not bench.heard(protocol.Drop)
     *_, last = bench.heard(protocol.Placed)
     assert (last.migrations, last.failures) == (1, 0)
-    assert local_share(bench.rebalancer.layout) == 1
+    assert local_share(bench.layout) == 1
 
 
 def test_engines_that_die_meanwhile(monkeypatch) -> None:
@@ -300,16 +298,16 @@ def test_engines_that_die_meanwhile(monkeypatch) -> None:
 
     monkeypatch.setattr(bench, "_say", lose)
     bench.run()
-    assert number == [1] and bench.rebalancer.layout is bench.layout
+    assert number == [1] and bench.layout is bench.first
     bench.rebalancer.engines_died([0])
-    assert bench.rebalancer.layout is not bench.layout
-    np.testing.assert_array_equal(bench.rebalancer.layout.slot_of, bench.in_force[1].slot_of)
+    assert bench.layout is not bench.first
+    np.testing.assert_array_equal(bench.layout.slot_of, bench.in_force[1].slot_of)
     monkeypatch.setattr(bench, "_say", say)
-    bench.in_force, bench.staged = [bench.rebalancer.layout] * 2, [set(), set()]
+    bench.in_force, bench.staged = [bench.layout] * 2, [set(), set()]
     bench.now += INTERVAL_S
     bench.run()
     assert bench.heard(protocol.Stage)[0].number == 2
-    assert local_share(bench.rebalancer.layout) == 1
+    assert local_share(bench.layout) == 1
 
 
 def test_nobody_has_asked_for_anything(monkeypatch) -> None:
@@ -367,16 +365,16 @@ def test_experts_go_where_they_are_wanted(monkeypatch) -> None:
 
     found = want(halves(LOW))
     assert (found.migrate, found.policy, found.experts_moved) == (True, "request", 32)
-    assert resident(bench.rebalancer.layout) == resident(halves(LOW))
-    np.testing.assert_array_equal(bench.in_force[1].slot_of, bench.rebalancer.layout.slot_of)
+    assert resident(bench.layout) == resident(halves(LOW))
+    np.testing.assert_array_equal(bench.in_force[1].slot_of, bench.layout.slot_of)
     assert not want(halves(LOW)).migrate
     more = halves(LOW)
     both = Placement((more.device_of >= 0) | np.isin(np.arange(EXPERTS), [3, 12]))
     want(spread(both, [1, 1], [20, 20]))
-    assert resident(bench.rebalancer.layout) == both
+    assert resident(bench.layout) == both
     version = bench.heard(protocol.Placed)[-1].version
     assert want(halves(LOW)).migrate
-    assert resident(bench.rebalancer.layout) == resident(halves(LOW))
+    assert resident(bench.layout) == resident(halves(LOW))
     assert bench.heard(protocol.Placed)[-1].version == version + 1
 
 
@@ -394,10 +392,10 @@ def test_a_service_that_ends_is_resumed(monkeypatch, tmp_path: pathlib.Path) -> 
     bench.run()
     saved = state.load(tmp_path)
     assert saved is not None
-    np.testing.assert_array_equal(saved.layout.slot_of, bench.rebalancer.layout.slot_of)
+    np.testing.assert_array_equal(saved.layout.slot_of, bench.layout.slot_of)
     # Requests after the last migration are counted, too.
     bench.more = 3000
-    bench.rebalancer.drain()
+    bench.rebalancer.drain(engines_run=True)
     assert not bench.rebalancer.settled
     bench.rebalancer.want(0, protocol.RebalanceWanted(1, force=True, dry_run=False))
     bench.run()
@@ -415,8 +413,7 @@ def test_a_service_that_ends_is_resumed(monkeypatch, tmp_path: pathlib.Path) -> 
     assert resumed.local_share == 1
     # The next service continues with both, layout and statistics.
     again = Rebalancer(
-        bench.options, SPEC, Facts(), CONFIG, kept.layout, bench, kept.statistics,
-        clock=lambda: bench.now,
+        bench.options, SPEC, Facts(), CONFIG, bench, kept.statistics, clock=lambda: bench.now
     )  # fmt: skip
     found = again._workload.statistics(bench.now)
     np.testing.assert_array_equal(found.counts, kept.statistics.counts)
@@ -431,7 +428,7 @@ def test_a_service_that_ends_while_experts_move(monkeypatch, tmp_path: pathlib.P
 
     def end(rank: int, *command: Any) -> None:
         if not staged:
-            bench.rebalancer.drain()
+            bench.rebalancer.drain(engines_run=True)
         staged.append(rank)
         stage(rank, *command)
 
@@ -441,7 +438,7 @@ def test_a_service_that_ends_while_experts_move(monkeypatch, tmp_path: pathlib.P
     assert staged == [0, 1] and bench.rebalancer.settled
     saved = state.load(tmp_path)
     assert saved is not None
-    for layout in (bench.rebalancer.layout, *bench.in_force):
+    for layout in (bench.layout, *bench.in_force):
         np.testing.assert_array_equal(saved.layout.slot_of, layout.slot_of)
     assert 0 < local_share(saved.layout) < 1
     assert bench.heard(protocol.Placed)[-1].last_decision.failure == "the service is shutting down"
@@ -453,7 +450,7 @@ def test_a_service_that_ends_before_it_is_decided(monkeypatch, tmp_path: pathlib
     bench.rebalancer.want(1, protocol.RebalanceWanted(7, force=True, dry_run=False))
     bench.run()
     assert not bench.rebalancer.settled
-    bench.rebalancer.drain()
+    bench.rebalancer.drain(engines_run=True)
     bench.run()
     assert bench.rebalancer.settled
     (decided,) = bench.heard(protocol.Decided, rank=1)
@@ -469,7 +466,7 @@ def test_engines_that_die_as_the_service_ends(monkeypatch, tmp_path: pathlib.Pat
     bench.now += INTERVAL_S
     bench.run()
     assert state.load(tmp_path) is None  # no expert has moved
-    bench.rebalancer.drain()
+    bench.rebalancer.drain(engines_run=True)
     bench.rebalancer.engines_died([0, 1])
     assert bench.rebalancer.settled
     saved = state.load(tmp_path)

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import pytest
 import zmq
 
-from dance_jax.launch.worker.wakeup import Wakeup, connect
-from dance_jax.models.connections import Identity, Key, PeerListener
+from dance_jax.launch.worker.wakeup import Wakeup
+from tests.connected import connected
 
 NAMES = ("alpha", "beta", "gamma")
 #: Seconds: a wait longer than any test here takes, and a rest that is meant to run out.
@@ -21,15 +21,10 @@ PATIENCE_S, SHORT_S = 30.0, 0.02
 @pytest.fixture
 def wakeups() -> Iterator[list[Wakeup]]:
     """The wakeups of three servers, connected as in a cluster."""
-    key, ranks = Key(b"k" * 32, Identity("model", "float32", "float32")), range(len(NAMES))
     with contextlib.ExitStack() as stack:
-        listeners = [PeerListener(rank, NAMES, "127.0.0.1", key) for rank in ranks]
-        for listener in listeners:
-            stack.callback(listener.close)
-        endpoints = [listener.endpoint for listener in listeners]
+        servers = stack.enter_context(connected(NAMES))
         pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor(len(NAMES)))
-        hung = pool.map(lambda rank: connect(rank, NAMES, listeners[rank], endpoints, key), ranks)
-        wakeups = list(hung)
+        wakeups = list(pool.map(Wakeup, servers))
         for wakeup in wakeups:
             stack.callback(wakeup.close)
         yield wakeups
@@ -103,6 +98,7 @@ def test_a_server_that_is_gone_is_named(wakeups: list[Wakeup], control) -> None:
 
 
 def test_one_server_alone_rests_too(control) -> None:
-    wakeup = Wakeup(("alone",), {})
+    with connected(("alone",)) as (server,):
+        wakeup = Wakeup(server)
     wakeup.ring(1)
     assert not wakeup.wait(control[0], SHORT_S, 2)

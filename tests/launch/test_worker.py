@@ -7,14 +7,12 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import pytest
 
 from dance_jax.engine.engine import StepResult
 from dance_jax.launch.control import protocol
 from dance_jax.launch.worker.loading import Loader
 from dance_jax.launch.worker.main import Stopped, Worker
-from dance_jax.placement.core import Placement, spread
 
 #: Seconds: an upper limit for waits that are expected to succeed.
 LONG_S = 30.0
@@ -30,7 +28,6 @@ class Played:
 
     has_work = False
     trace = None
-    latest_layout = spread(Placement(np.ones((1, 1, 2), bool)), [1], [2])
 
     def __init__(self, said: Sequence[protocol.Command], over: Callable[[Played], bool]) -> None:
         self._said, self._over = said, over
@@ -85,8 +82,8 @@ class Played:
 def happens(said: Sequence[protocol.Command], over: Callable[[Played], bool]) -> list[str]:
     """Runs the server to its end and returns what happened. Arguments as for `Played`."""
     played: Any = Played(said, over)
-    lines: Any = None
-    worker = Worker(played, Loader(lambda loads: ([], 0)), lines, [""], played)
+    connections: Any = None
+    worker = Worker(played, Loader(lambda loads: ([], 0)), connections, played)
     with pytest.raises(Stopped):
         worker.serve_alone()
     return played.happened

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from dance_jax.models import connections
-from dance_jax.models.connections import Identity, Key, PeerListener, dial, mesh
+from dance_jax.models.connections import Connections, Identity, Key
 from tests.launch.launched import eventually
 
 NAMES = ("here", "there", "elsewhere")
@@ -28,34 +28,41 @@ Arrivals = queue.SimpleQueue[tuple[int, int, socket.socket]]
 
 
 @pytest.fixture
-def listen() -> Iterator[Callable[..., PeerListener]]:
-    """Create listeners of server `rank`, which are closed at the end of the test."""
+def listen() -> Iterator[Callable[..., Connections]]:
+    """Create the connections of server `rank`, which are closed at the end of the test."""
     with contextlib.ExitStack() as stack:
 
-        def one(rank: int = 0, address: str = "127.0.0.1", key: Key = KEY) -> PeerListener:
-            listener = PeerListener(rank, NAMES, address, key)
+        def one(rank: int = 0, address: str = "127.0.0.1", key: Key = KEY) -> Connections:
+            listener = Connections(rank, NAMES, address, key)
             stack.callback(listener.close)
             return listener
 
         yield one
 
 
-def arrivals(listener: PeerListener, topic: str) -> Arrivals:
+def arrivals(listener: Connections, topic: str) -> Arrivals:
     """A queue of the connections that are admitted from now on."""
     found: Arrivals = queue.SimpleQueue()
-    listener.on(topic, lambda *call: found.put(call))
+    listener.accept(topic, lambda *call: found.put(call))
     return found
 
 
-def call(listener: PeerListener, topic: str, index: int = 0, *, rank: int = 1, key: Key = KEY):
+def call(listener: Connections, topic: str, index: int = 0, *, rank: int = 1, key: Key = KEY):
     """The connection of server `rank` to server 0."""
-    return dial(rank, 0, NAMES[0], listener.endpoint, key, topic, index)
+    return call_at(listener.endpoint, topic, index, rank, key)
 
 
-def first_call(listener: PeerListener, topic: str) -> socket.socket:
+def call_at(endpoint: str, topic: str, index: int = 0, rank: int = 1, key: Key = KEY):
+    """The connection of server `rank` to what listens at an endpoint, as to server 0."""
+    with contextlib.closing(Connections(rank, NAMES, "127.0.0.1", key)) as caller:
+        caller.endpoints[0] = endpoint
+        return caller.dial(0, topic, index)
+
+
+def first_call(listener: Connections, topic: str) -> socket.socket:
     """A connection for which the listener has finished the handshake."""
     connection = call(listener, topic)
-    assert eventually(lambda: listener._latest)
+    assert eventually(lambda: listener._waiting)
     return connection
 
 
@@ -75,7 +82,7 @@ def assert_closed(connection: socket.socket) -> None:
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
-def test_who_knows_the_key_is_connected(address: str, listen: Callable[..., PeerListener]):
+def test_who_knows_the_key_is_connected(address: str, listen: Callable[..., Connections]):
     listener = listen(address=address)
     assert listener.endpoint.startswith("[::1]:" if address == "::1" else "127.0.0.1:")
     found = arrivals(listener, "links")
@@ -87,7 +94,7 @@ def test_who_knows_the_key_is_connected(address: str, listen: Callable[..., Peer
             assert_connected(ours, theirs)
 
 
-def test_topics_are_told_apart(listen: Callable[..., PeerListener]):
+def test_topics_are_told_apart(listen: Callable[..., Connections]):
     """One topic has a handler before the call, the other topic gets its handler afterwards."""
     listener = listen()
     bell = arrivals(listener, "bell")
@@ -99,18 +106,7 @@ def test_topics_are_told_apart(listen: Callable[..., PeerListener]):
     assert bell.empty()
 
 
-def test_a_topic_that_nobody_wants(
-    listen: Callable[..., PeerListener],
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-):
-    monkeypatch.setattr(connections, "TIMEOUT_S", 0.1)
-    with call(listen(), "link") as theirs:
-        assert_closed(theirs)
-    assert "this server has no handler for topic 'link'" in caplog.text
-
-
-def test_a_server_that_calls_again(listen: Callable[..., PeerListener]):
+def test_a_server_that_calls_again(listen: Callable[..., Connections]):
     """Of several waiting calls only the latest is admitted; an admitted call does not end."""
     listener = listen()
     with first_call(listener, "links") as early, call(listener, "links") as late:
@@ -125,14 +121,14 @@ def test_a_server_that_calls_again(listen: Callable[..., PeerListener]):
 
 @pytest.mark.parametrize("caller", [0, 3])
 def test_ranks_that_cannot_call(
-    caller: int, listen: Callable[..., PeerListener], caplog: pytest.LogCaptureFixture
+    caller: int, listen: Callable[..., Connections], caplog: pytest.LogCaptureFixture
 ):
     with call(listen(), "links", rank=caller) as theirs:
         assert_closed(theirs)
     assert f"invalid rank {caller}: this is server 0 of 3" in caplog.text
 
 
-def test_another_key_is_refused(listen: Callable[..., PeerListener]):
+def test_another_key_is_refused(listen: Callable[..., Connections]):
     listener = listen()
     found = arrivals(listener, "links")
     with pytest.raises(RuntimeError, match=r"server here at 127.*another key"):
@@ -175,7 +171,7 @@ def test_another_identity_is_refused_at_both_ends(
     field: str,
     theirs: object,
     words: str,
-    listen: Callable[..., PeerListener],
+    listen: Callable[..., Connections],
     caplog: pytest.LogCaptureFixture,
 ):
     listener, ours = listen(), getattr(IDENTITY, field)
@@ -189,7 +185,7 @@ def test_another_identity_is_refused_at_both_ends(
     assert found.empty()
 
 
-def test_who_has_not_proved_itself_is_told_nothing(listen: Callable[..., PeerListener]):
+def test_who_has_not_proved_itself_is_told_nothing(listen: Callable[..., Connections]):
     """Neither the called server nor the calling server sends its identity."""
     with socket.create_connection(address(listen())) as stranger:
         stranger.settimeout(PATIENCE_S)
@@ -201,7 +197,7 @@ def test_who_has_not_proved_itself_is_told_nothing(listen: Callable[..., PeerLis
         concurrent.futures.ThreadPoolExecutor(1) as pool,
     ):
         endpoint = "{}:{}".format(*stranger.getsockname())
-        calling = pool.submit(dial, 1, 0, NAMES[0], endpoint, KEY, "links")
+        calling = pool.submit(call_at, endpoint, "links")
         connection, _ = stranger.accept()
         with connection:
             connection.settimeout(PATIENCE_S)
@@ -212,7 +208,7 @@ def test_who_has_not_proved_itself_is_told_nothing(listen: Callable[..., PeerLis
     assert len(told) == connections._CALL.size + len("links") + 32
 
 
-def test_what_is_no_identity_is_refused(listen: Callable[..., PeerListener]):
+def test_what_is_no_identity_is_refused(listen: Callable[..., Connections]):
     """The sender knows the secret, like a server of another version."""
     listener = listen()
     found = arrivals(listener, "links")
@@ -229,7 +225,7 @@ def test_what_is_no_identity_is_refused(listen: Callable[..., PeerListener]):
     assert found.empty()
 
 
-def test_a_call_cannot_be_turned_into_another(listen: Callable[..., PeerListener]):
+def test_a_call_cannot_be_turned_into_another(listen: Callable[..., Connections]):
     """A man in the middle changes the topic; the called server's proof covers what it received."""
     listener = listen()
     found = arrivals(listener, "bell")
@@ -247,16 +243,16 @@ def test_a_call_cannot_be_turned_into_another(listen: Callable[..., PeerListener
         threading.Thread(target=forward, daemon=True).start()
         endpoint = "{}:{}".format(*between.getsockname())
         with pytest.raises(RuntimeError, match="another key"):
-            dial(1, 0, "here", endpoint, KEY, "bull")
+            call_at(endpoint, "bull")
     assert found.empty()
 
 
-def address(listener: PeerListener) -> tuple[str, int]:
+def address(listener: Connections) -> tuple[str, int]:
     host, port = listener.endpoint.split(":")
     return host, int(port)
 
 
-def test_strangers_do_not_stop_the_others(listen: Callable[..., PeerListener]):
+def test_strangers_do_not_stop_the_others(listen: Callable[..., Connections]):
     """One client sends nothing, one disconnects, one speaks another protocol."""
     listener = listen()
     found = arrivals(listener, "links")
@@ -274,7 +270,7 @@ def test_strangers_do_not_stop_the_others(listen: Callable[..., PeerListener]):
 
 
 def test_who_says_nothing_is_not_waited_for(
-    listen: Callable[..., PeerListener],
+    listen: Callable[..., Connections],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ):
@@ -284,7 +280,7 @@ def test_who_says_nothing_is_not_waited_for(
     assert "rejected: timed out" in caplog.text
 
 
-def test_what_was_let_in_outlives_the_listener(listen: Callable[..., PeerListener]):
+def test_what_was_let_in_outlives_the_listener(listen: Callable[..., Connections]):
     listener = listen()
     found = arrivals(listener, "links")
     with call(listener, "links") as theirs, call(listener, "bell") as waiting:
@@ -299,21 +295,21 @@ def test_what_was_let_in_outlives_the_listener(listen: Callable[..., PeerListene
 # All servers.
 
 
-def of_all(listeners: list[PeerListener]) -> list:
+def of_all(listeners: list[Connections]) -> list:
     """The result of `mesh` on each server, or its exception."""
-    endpoints = [listener.endpoint for listener in listeners]
 
-    def one(rank: int):
+    def one(server: Connections):
+        server.endpoints = [listener.endpoint for listener in listeners]
         try:
-            return mesh(rank, NAMES, listeners[rank], endpoints, KEY, "links")
+            return server.mesh("links")
         except RuntimeError as error:
             return error
 
     with concurrent.futures.ThreadPoolExecutor(len(listeners)) as pool:
-        return list(pool.map(one, range(len(listeners))))
+        return list(pool.map(one, listeners))
 
 
-def test_a_mesh_has_one_connection_for_each_pair(listen: Callable[..., PeerListener]):
+def test_a_mesh_has_one_connection_for_each_pair(listen: Callable[..., Connections]):
     listeners = [listen(rank) for rank in range(3)]
     for _ in range(2):  # again, as after a restart
         found = of_all(listeners)
@@ -327,12 +323,11 @@ def test_a_mesh_has_one_connection_for_each_pair(listen: Callable[..., PeerListe
 
 
 def test_who_calls_again_while_others_are_waited_for_replaces_the_first(
-    listen: Callable[..., PeerListener],
+    listen: Callable[..., Connections],
 ):
     listener = listen()
-    endpoints = [listener.endpoint, "", ""]
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(mesh, 0, NAMES, listener, endpoints, KEY, "links")
+        waiting = pool.submit(listener.mesh, "links")
         with first_call(listener, "links") as early, call(listener, "links") as late:
             assert_closed(early)
             with call(listener, "links", rank=2) as other:
@@ -343,27 +338,47 @@ def test_who_calls_again_while_others_are_waited_for_replaces_the_first(
 
 
 def test_a_server_that_does_not_come_is_named(
-    listen: Callable[..., PeerListener], monkeypatch: pytest.MonkeyPatch
+    listen: Callable[..., Connections], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(connections, "TIMEOUT_S", 0.5)
     listener = listen()
     with call(listener, "links") as theirs:
-        endpoints = [listener.endpoint, "", ""]
         with pytest.raises(RuntimeError, match=r"no connection from elsewhere in 0\.5 s"):
-            mesh(0, NAMES, listener, endpoints, KEY, "links")
+            listener.mesh("links")
         assert_closed(theirs)
 
 
-def test_a_server_that_cannot_be_reached_is_named(listen: Callable[..., PeerListener]):
+def test_a_server_that_cannot_be_reached_is_named(listen: Callable[..., Connections]):
     listener, gone = listen(1), listen(0)
     gone.close()
-    endpoints = [gone.endpoint, listener.endpoint, ""]
+    listener.endpoints = [gone.endpoint, listener.endpoint, ""]
     with pytest.raises(RuntimeError, match=f"server here at {gone.endpoint}: .*refused"):
-        mesh(1, NAMES, listener, endpoints, KEY, "links")
+        listener.mesh("links")
+
+
+def test_all_are_dialled_and_again_when_one_has_restarted(listen: Callable[..., Connections]):
+    """Server 1 dials two connections each: server 2 restarts at first, and server 0 later."""
+    caller, here, elsewhere = listen(1), listen(0), listen(2)
+    found, dialled = arrivals(here, "links"), queue.SimpleQueue()
+    caller.endpoints = [here.endpoint, caller.endpoint, ""]
+    caller.dial_all("links", 2, lambda *each: dialled.put(each))
+    with pytest.raises(RuntimeError, match="server elsewhere at : it is restarting"):
+        caller.dial(2, "links")
+    again = listen(0)
+    for peer, server, at in ((0, here, found), (2, elsewhere, None), (0, again, None)):
+        if at is None:
+            at = arrivals(server, "links")
+            caller.restarted(peer, server.endpoint)
+        for index in range(2):
+            rank, there, ours = dialled.get(timeout=PATIENCE_S)
+            assert (rank, there) == (peer, index)
+            with ours, at.get(timeout=PATIENCE_S)[2] as theirs:
+                assert_connected(ours, theirs)
+    assert dialled.empty()
 
 
 def test_a_server_with_another_key_is_named(
-    listen: Callable[..., PeerListener], monkeypatch: pytest.MonkeyPatch
+    listen: Callable[..., Connections], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(connections, "TIMEOUT_S", 0.5)
     here, there, _ = of_all([listen(0, key=ANOTHER), listen(1), listen(2)])

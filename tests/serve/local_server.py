@@ -21,6 +21,7 @@ from dance_jax.models.convert import ensure_converted
 from dance_jax.models.random_weights import write_random_checkpoint
 from dance_jax.models.tokenizer import Tokenizer
 from dance_jax.serve.app import ServeInfo, create_app
+from dance_jax.serve.placement_state import PlacementState
 from dance_jax.serve.queue import RequestQueue
 from tests.quick import QuickCache
 from tests.tiny_models import SERVED
@@ -118,11 +119,10 @@ class LocalServer:
             model_config=checkpoint.config,
             servers=("alone",),
             rank=0,
-            layout=whole_model(checkpoint),
             api_key=None,
             created=1_700_000_000,
         )
-        app = create_app(self.queue, info)
+        app = create_app(self.queue, info, PlacementState(whole_model(checkpoint)))
         self._http = uvicorn.Server(
             uvicorn.Config(app, log_level="warning", lifespan="off", ws="none")
         )

@@ -19,7 +19,7 @@ from dance_jax.launch.control.protocol import Decided, Decision, RebalanceWanted
 from dance_jax.models import model_config
 from dance_jax.models.random_weights import write_byte_tokenizer
 from dance_jax.models.tokenizer import Tokenizer
-from dance_jax.placement.core import Placement, spread
+from dance_jax.placement.core import Layout, Placement, spread
 from dance_jax.serve.app import ServeInfo, create_app
 from dance_jax.serve.placement_state import PlacementState
 from tests.tiny_models import SERVED
@@ -116,8 +116,6 @@ def serve_info(directory: pathlib.Path, **changes: Any) -> ServeInfo:
     config = model_config(SERVED)
     (directory / "config.json").write_text(json.dumps(SERVED))
     write_byte_tokenizer(directory, config)
-    resident = np.zeros((2, 2, 16), bool)
-    resident[0, :, :10] = resident[1, :, 8:] = True
     fields: dict[str, Any] = {
         "model": MODEL,
         "tokenizer": Tokenizer.load(directory),
@@ -125,11 +123,17 @@ def serve_info(directory: pathlib.Path, **changes: Any) -> ServeInfo:
         "model_config": config,
         "servers": SERVERS,
         "rank": 0,
-        "layout": spread(Placement(resident), [1, 1], [21, 17]),
         "api_key": None,
         "created": 1_700_000_000,
     }
     return ServeInfo(**fields | changes)
+
+
+def layout() -> Layout:
+    """The layout of both servers, which share two experts of each layer."""
+    resident = np.zeros((2, 2, 16), bool)
+    resident[0, :, :10] = resident[1, :, 8:] = True
+    return spread(Placement(resident), [1, 1], [21, 17])
 
 
 def decision(wanted: RebalanceWanted) -> Decision:
@@ -149,10 +153,10 @@ def decision(wanted: RebalanceWanted) -> Decision:
     )
 
 
-def deciding(info: ServeInfo) -> PlacementState:
+def deciding() -> PlacementState:
     """A placement state whose launcher decides at once."""
     experts = PlacementState(
-        info.layout, lambda wanted: experts.decided(Decided(wanted.id, decision(wanted)))
+        layout(), lambda wanted: experts.decided(Decided(wanted.id, decision(wanted)))
     )
     return experts
 
@@ -161,7 +165,7 @@ def application(
     queue: ScriptedQueue, info: ServeInfo, experts: PlacementState | None = None
 ) -> fastapi.FastAPI:
     """The app on this queue; if `experts` is None, its launcher decides at once."""
-    experts = experts or deciding(info)
+    experts = experts or deciding()
     return create_app(queue, info, experts)  # pyright: ignore[reportArgumentType]
 
 

@@ -12,7 +12,7 @@ from dance_jax.launch.control.protocol import Decided, Placed, RebalanceWanted
 from dance_jax.placement.core import Placement, spread
 from dance_jax.serve.app import ServeInfo
 from dance_jax.serve.placement_state import PlacementState
-from tests.serve.scripted import ScriptedQueue, client, decision, error, serve_info
+from tests.serve.scripted import ScriptedQueue, client, decision, error, layout, serve_info
 
 
 @pytest.fixture(scope="module")
@@ -21,13 +21,12 @@ def info(tmp_path_factory: pytest.TempPathFactory) -> ServeInfo:
 
 
 def test_what_the_launcher_says_is_shown(info: ServeInfo) -> None:
-    experts = PlacementState(info.layout)
+    experts = PlacementState(layout())
     http = client(ScriptedQueue(), info, experts)
     assert http.get("/placement").json()["last_decision"] is None
-    swapped = Placement(np.asarray(info.layout.device_of >= 0)[::-1])
-    layout = spread(swapped, [1, 1], [20, 20])
+    swapped = Placement(np.asarray(layout().device_of >= 0)[::-1])
     made = dataclasses.replace(decision(RebalanceWanted(0, True, False)), failure="torn")
-    experts.placed(Placed(5, b"", made, 3, 1, 44), layout)
+    experts.placed(Placed(5, b"", made, 3, 1, 44), spread(swapped, [1, 1], [20, 20]))
     answer = http.get("/placement").json()
     assert answer["version"] == 5
     assert answer["servers"][0]["resident"] == [list(range(8, 16))] * 2
@@ -76,7 +75,7 @@ def test_where_experts_are_to_be(info: ServeInfo) -> None:
         wanted.append(asked)
         experts.decided(Decided(asked.id, decision(asked), ""))
 
-    experts = PlacementState(info.layout, ask)
+    experts = PlacementState(layout(), ask)
     http = client(ScriptedQueue(), info, experts)
     servers = http.get("/placement").json()["servers"]
     held = [server["resident"] for server in servers]
@@ -99,10 +98,10 @@ def test_where_experts_are_to_be(info: ServeInfo) -> None:
 
 def test_nobody_decides(info: ServeInfo) -> None:
     """There is no launcher, or the launcher is about to exit."""
-    http = client(ScriptedQueue(), info, PlacementState(info.layout))
+    http = client(ScriptedQueue(), info, PlacementState(layout()))
     error(http.post("/placement/rebalance", json={}), 503)
     experts = PlacementState(
-        info.layout, lambda wanted: experts.decided(Decided(wanted.id, None, "it ends"))
+        layout(), lambda wanted: experts.decided(Decided(wanted.id, None, "it ends"))
     )
     http = client(ScriptedQueue(), info, experts)
     answer = http.post("/placement/rebalance", json={})
@@ -111,7 +110,7 @@ def test_nobody_decides(info: ServeInfo) -> None:
 
 
 def test_who_waits_is_told_of_the_end(info: ServeInfo) -> None:
-    experts = PlacementState(info.layout, lambda wanted: experts.close())
+    experts = PlacementState(layout(), lambda wanted: experts.close())
     http = client(ScriptedQueue(), info, experts)
     assert "shutting down" in error(http.post("/placement/rebalance", json={}), 503)["message"]
 

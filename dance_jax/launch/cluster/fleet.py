@@ -98,6 +98,7 @@ class Fleet(abc.ABC):
     ) -> None:
         self.spec = spec
         self.checkpoint = checkpoint
+        #: Where every expert is, on all servers; the rebalancer of a service replaces it.
         self.layout = layout
         self.config = config
         self.model = "" if model is None else portable_name(model)

@@ -82,9 +82,7 @@ class Service(Fleet):
                 "per machine"
             )
         how = rebalance or RebalanceOptions(interval_s=0)
-        self._rebalancer = Rebalancer(
-            how, self.spec, self.checkpoint, self.config, self.layout, self, before
-        )
+        self._rebalancer = Rebalancer(how, self.spec, self.checkpoint, self.config, self, before)
         #: Per server, number of the engine's latest start.
         self._starts = [0] * len(self.spec.servers)
         #: Ranks of dead engines with the reports of their death; ranks whose engines are not ready.
@@ -197,7 +195,6 @@ class Service(Fleet):
     def _restart(self, ranks: set[int]) -> None:
         """Tell front ends to restart their engines."""
         self._rebalancer.engines_died(ranks)
-        self.layout = self._rebalancer.layout
         self._died.clear()
         self._down |= ranks
         for rank in ranks:
@@ -261,7 +258,7 @@ class Service(Fleet):
             self._deadline = time.monotonic() + seconds + DRAIN_MARGIN_S
             self._notice("", f"finishing running requests, for at most {seconds:g} s")
             self._send_all(protocol.Drain())
-            self._rebalancer.drain()
+            self._rebalancer.drain(engines_run=not (self._down or self._died))
         if self._deadline is not None:
             late = [name for n, name in enumerate(self.spec.names) if n not in self._drained]
             done = not late and self._rebalancer.settled

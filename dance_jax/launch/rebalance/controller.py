@@ -45,7 +45,10 @@ ANSWER_TIMEOUT_S = 30.0
 
 
 class Front(Protocol):
-    """Access to front ends and operator; implemented by the service."""
+    """Access to front ends, operator and layout; implemented by the service."""
+
+    #: The layout that is applied on all servers; the rebalancer replaces it as experts move.
+    layout: Layout
 
     def tell(self, rank: int, command: protocol.FrontCommand) -> None: ...
 
@@ -66,29 +69,18 @@ class _Wanted:
     placement: Placement | None = None
 
 
-@dataclasses.dataclass
-class _Loading:
-    """The batch in progress: its deadline, and the servers that have not loaded it yet."""
-
-    deadline: float
-    missing: set[int]
-
-
-@dataclasses.dataclass
-class _Dropping:
-    """A batch being dropped: because of which server, why, and which servers may still apply it."""
-
-    number: int
-    name: str
-    why: str
-    missing: set[int]
-
-
 class _Doing(enum.Enum):
+    """What the rebalancer waits for."""
+
     NOTHING = enum.auto()
+    #: All engines report their statistics.
     ASKING = enum.auto()
+    #: The solver process computes a placement.
     SOLVING = enum.auto()
-    MOVING = enum.auto()
+    #: All engines load a batch; apply it; or drop it, because one cannot load it.
+    LOADING = enum.auto()
+    COMMITTING = enum.auto()
+    DROPPING = enum.auto()
 
 
 class Rebalancer:
@@ -99,8 +91,7 @@ class Rebalancer:
         spec: the servers.
         model: the checkpoint.
         config: of all engines.
-        layout: the current layout.
-        front: to send commands and messages.
+        front: to send commands and messages; holds the current layout.
         before: statistics of a previous service.
         clock: monotonic time in seconds.
     """
@@ -111,7 +102,6 @@ class Rebalancer:
         spec: ClusterSpec,
         model: ModelFacts,
         config: EngineConfig,
-        layout: Layout,
         front: Front,
         before: Statistics | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -120,12 +110,10 @@ class Rebalancer:
             options = dataclasses.replace(options, interval_s=0.0)
         self._options, self._spec, self._model, self._config = options, spec, model, config
         self._front, self._clock = front, clock
-        #: The layout that is applied on all servers.
-        self.layout = layout
         self._version = 1
         self._decision: Decision | None = None
         self._migrations = self._failures = self._migrated = 0
-        shape = layout.device_of.shape
+        shape = front.layout.device_of.shape
         self._workload = Workload(
             (shape[0], shape[1], shape[2]),
             model.config.top_k,
@@ -136,6 +124,9 @@ class Rebalancer:
         )
         self._solver = Solver()
         self._doing = _Doing.NOTHING
+        #: Servers that have not done yet what is waited for, and the time to give up.
+        self._missing: set[int] = set()
+        self._deadline = float("inf")
         self._due = float("inf")
         #: Placement to move to if it still pays off at the next check; end of the waiting time.
         self._candidate: Placement | None = None
@@ -147,16 +138,11 @@ class Rebalancer:
         self._stats: dict[int, bytes] = {}
         self._answer: concurrent.futures.Future[Answer] | None = None
         self._migration: Migration | None = None
-        self._loading = _Loading(float("inf"), set())
-        self._dropping: _Dropping | None = None
-        #: Number of the latest batch; whether Commit was sent for it.
-        self._number, self._committed = 0, False
-        self._answers_due = float("inf")
+        #: Number of the latest batch; the server that could not load it, and why.
+        self._number, self._failed = 0, ("", "")
         #: Bytes per second that each server loads; nan: no load so far.
         self._rates = np.full(shape[0], np.nan)
         self._draining = False
-        #: All engines have started and none has died, so they receive commands.
-        self._engines_run = False
 
     # Called by the service.
 
@@ -169,7 +155,7 @@ class Rebalancer:
         """Queue a user's request for a decision."""
         there = None
         if wanted.resident is not None:
-            there = Placement.of_lists(wanted.resident, self.layout.device_of.shape[2])
+            there = Placement.of_lists(wanted.resident, self._front.layout.device_of.shape[2])
         one = _Wanted(rank, wanted.id, wanted.force, wanted.dry_run, there)
         if self._draining:
             self._refuse(one)
@@ -183,51 +169,76 @@ class Rebalancer:
         if self._due == float("inf"):
             self._workload.engines_began(self._clock())
             self._due = self._clock() + self._options.interval_s
-        self._engines_run = True
-        if self._doing is _Doing.SOLVING:
-            assert self._answer is not None
-            if self._answer.done():
-                self._decide(self._answer)
-        elif self._doing is _Doing.ASKING:
-            if self._clock() >= self._answers_due:
-                self._skip()
-        elif self._doing is _Doing.MOVING:
-            if self._clock() >= self._loading.deadline:
-                self._give_up()
-        elif self._doing is _Doing.NOTHING and not self._draining:
-            if self._waiting:
+        if self._doing is _Doing.NOTHING:
+            if self._draining:
+                pass
+            elif self._waiting:
                 self._ask(self._waiting.popleft())
             elif self._options.interval_s and self._clock() >= self._due:
                 self._ask(_Wanted(None, 0, force=False, dry_run=False))
+        elif self._answer is not None and self._answer.done():
+            self._decide(self._answer)
+        elif self._clock() >= self._deadline:
+            self._give_up()
 
     def receive(self, rank: int, event: protocol.Event) -> None:
         """Handle an event of an engine."""
         match event:
             case protocol.Stats(stats) if self._doing is _Doing.ASKING:
                 self._stats[rank] = bytes(stats)
-                if len(self._stats) == len(self._spec.servers):
+                if self._all(_Doing.ASKING, rank):
                     self._count()
             case protocol.Staged(number, seconds, size) if number == self._number:
-                self._loaded(rank)
                 if size and seconds > 0:
                     rate, known = size / seconds, self._rates[rank]
                     news = rate if np.isnan(known) else known + _RATE_WEIGHT * (rate - known)
                     self._rates[rank] = news
-            case protocol.StageFailed(number, why):
-                self._drop(number, self._spec.names[rank], why)
-            case protocol.Applied(number):
-                self._advance(rank, number)
-            case protocol.Dropped(number):
-                self._dropped(rank, number)
+                if self._all(_Doing.LOADING, rank):
+                    self._await(_Doing.COMMITTING, COMMIT_TIMEOUT_S)
+                    self._front.tell_all(protocol.Commit(number))
+            case protocol.StageFailed(number, why) if number == self._number:
+                if self._doing is _Doing.LOADING:
+                    self._drop(self._spec.names[rank], why)
+            case protocol.Applied(number) if number == self._number:
+                if self._all(_Doing.COMMITTING, rank):
+                    self._continue()
+            case protocol.Dropped(number) if number == self._number:
+                if self._all(_Doing.DROPPING, rank):
+                    self._cancel()
+
+    def _await(self, doing: _Doing, seconds: float) -> None:
+        """Wait for all servers to do something, for so many seconds."""
+        self._doing, self._missing = doing, set(range(len(self._spec.servers)))
+        self._deadline = self._clock() + seconds
+
+    def _all(self, doing: _Doing, rank: int) -> bool:
+        """Record that a server has done something; whether it is the last one waited for."""
+        if self._doing is not doing or rank not in self._missing:
+            return False
+        self._missing.discard(rank)
+        return not self._missing
+
+    def _give_up(self) -> None:
+        """Handle that servers have not done in time what is waited for."""
+        names = ", ".join(self._spec.names[rank] for rank in sorted(self._missing))
+        match self._doing:
+            case _Doing.ASKING:
+                self._skip(f"no statistics from {names} within {ANSWER_TIMEOUT_S:g} s")
+            case _Doing.LOADING:
+                self._drop(names, f"experts were not loaded within {LOAD_TIMEOUT_S:g} s")
+            case _Doing.COMMITTING:
+                # Late servers answer calls with "not here" until they apply the batch too.
+                self._continue()
+            case _Doing.DROPPING:
+                self._deadline = self._clock() + ANSWER_TIMEOUT_S
+                self._front.tell_all(protocol.Drop(self._number))
 
     def engines_died(self, ranks: Iterable[int]) -> None:
         """Handle dead engines: the applied layout stays, and new engines start with it."""
-        self._engines_run = False
         if self._migration is not None:
             self._front.notice("", "the migration stops because an engine restarts")
-            if self._committed:  # the surviving engines apply the batch
-                self._migration.commit()
-                self.layout = self._migration.layout
+            if self._doing is _Doing.COMMITTING:  # the surviving engines apply the batch
+                self._front.layout = self._migration.commit(self._front.layout)
             else:
                 self._front.tell_all(protocol.Drop(self._number))
             self._stop_moving(why="an engine died")
@@ -241,8 +252,12 @@ class Rebalancer:
         if self._draining:  # no engine is left to report statistics
             self._save()
 
-    def drain(self) -> None:
-        """Start no more migrations, and save the state."""
+    def drain(self, engines_run: bool) -> None:
+        """Start no more migrations, and save the state.
+
+        Args:
+            engines_run: no engine is dead or restarting, so all can report their statistics.
+        """
         self._draining = True
         while self._waiting:
             self._refuse(self._waiting.popleft())
@@ -250,7 +265,7 @@ class Rebalancer:
             self._refuse(self._current)
         if self._doing in (_Doing.NOTHING, _Doing.SOLVING):
             self._doing, self._answer = _Doing.NOTHING, None
-            if self._options.state_dir is not None and self._engines_run:
+            if self._options.state_dir is not None and engines_run:
                 self._ask(_Wanted(None, 0, force=False, dry_run=True))
 
     def close(self) -> None:
@@ -260,17 +275,14 @@ class Rebalancer:
     # Decisions.
 
     def _ask(self, wanted: _Wanted) -> None:
-        self._current, self._doing = wanted, _Doing.ASKING
-        self._answers_due = self._clock() + ANSWER_TIMEOUT_S
+        self._current = wanted
+        self._await(_Doing.ASKING, ANSWER_TIMEOUT_S)
         self._stats.clear()
         self._front.tell_all(protocol.AskStats())
 
-    def _skip(self) -> None:
-        """Give up a decision because some engine does not answer."""
+    def _skip(self, why: str) -> None:
+        """Give up a decision."""
         self._doing = _Doing.NOTHING
-        silent = sorted(set(range(len(self._spec.servers))) - set(self._stats))
-        names = ", ".join(self._spec.names[rank] for rank in silent)
-        why = f"no statistics from {names} within {ANSWER_TIMEOUT_S:g} s"
         self._front.notice("", f"rebalancing skipped: {why}")
         self._refuse(self._current, why)
         if self._current.rank is None:
@@ -299,7 +311,7 @@ class Rebalancer:
         statistics, load = self._workload.statistics(now), self._workload.load(now)
         question = DecisionInputs(
             policy=self._options.policy,
-            layout=self.layout,
+            layout=self._front.layout,
             names=self._spec.names,
             counts=statistics.counts,
             routes=statistics.routes,
@@ -317,6 +329,7 @@ class Rebalancer:
             seed=self._config.seed,
         )
         self._answer, self._doing = self._solver.ask(question), _Doing.SOLVING
+        self._deadline = float("inf")
 
     def _patient(self, now: float) -> bool:
         """Whether a move must wait for a second decision that confirms it.
@@ -358,9 +371,8 @@ class Rebalancer:
             self._front.tell(wanted.rank, protocol.Decided(wanted.id, decision))
         self._front.notice("", in_words(decision, self._options.horizon_s))
         if decision.migrate and not decision.dry_run:
-            self._migration = Migration(self.layout, batches, self._number + 1)
-            self._doing = _Doing.MOVING
-            self._load()
+            self._migration = Migration(batches)
+            self._load(self._migration)
         self._publish()
 
     def _undecided(self, reason: str, policy: str = "") -> Decision:
@@ -390,34 +402,17 @@ class Rebalancer:
 
     # Migrations.
 
-    def _load(self) -> None:
-        assert self._migration is not None
-        self._number, self._committed = self._migration.number, False
-        ranks = set(range(len(self._spec.servers)))
-        self._loading = _Loading(self._clock() + LOAD_TIMEOUT_S, ranks)
-        for rank, stage in enumerate(self._migration.stages()):
+    def _load(self, moving: Migration) -> None:
+        self._number += 1
+        self._await(_Doing.LOADING, LOAD_TIMEOUT_S)
+        for rank, stage in enumerate(moving.stages(self._number, self._front.layout)):
             self._front.tell(rank, stage)
 
-    def _loaded(self, rank: int) -> None:
-        """Record that a server has loaded the batch; once all have, commit it."""
-        if rank not in self._loading.missing:
-            return
-        self._loading.missing.discard(rank)
-        if not self._loading.missing and self._dropping is None:
-            self._committed = True
-            self._loading.deadline = self._clock() + COMMIT_TIMEOUT_S
-            self._front.tell_all(protocol.Commit(self._number))
-
-    def _advance(self, rank: int, number: int) -> None:
-        """Record that a server has applied a batch."""
-        moving = self._migration
-        if moving is not None and moving.applied(rank, number):
-            self._continue(moving)
-
-    def _continue(self, moving: Migration) -> None:
+    def _continue(self) -> None:
         """Continue after a batch is applied on all servers that are waited for."""
-        moving.commit()
-        self.layout = moving.layout
+        moving = self._migration
+        assert moving is not None
+        self._front.layout = moving.commit(self._front.layout)
         if moving.complete:
             self._migrations += 1
             self._workload.migrated(self._clock())
@@ -430,49 +425,21 @@ class Rebalancer:
         elif self._draining:
             self._stop_moving(why="the service is shutting down")
         else:
-            self._load()
+            self._load(moving)
         self._publish()
 
-    def _give_up(self) -> None:
-        """Handle the timeout of a batch: of its loading, its commit or its drop."""
-        if self._dropping is not None:
-            self._front.tell_all(protocol.Drop(self._dropping.number))
-            self._loading.deadline = self._clock() + ANSWER_TIMEOUT_S
-            return
-        if self._committed:
-            # Late servers answer calls with "not here" until they apply the batch too.
-            assert self._migration is not None
-            self._continue(self._migration)
-            return
-        names = ", ".join(self._spec.names[rank] for rank in sorted(self._loading.missing))
-        self._drop(self._number, names, f"experts were not loaded within {LOAD_TIMEOUT_S:g} s")
+    def _drop(self, name: str, why: str) -> None:
+        """Drop the batch on all servers; each must confirm that it will not apply it."""
+        self._failed = name, why
+        self._await(_Doing.DROPPING, ANSWER_TIMEOUT_S)
+        self._front.tell_all(protocol.Drop(self._number))
 
-    def _drop(self, number: int, name: str, why: str) -> None:
-        """Drop a batch on all servers; each must confirm, because some may have applied it."""
-        moving = self._migration
-        if moving is None or number != moving.number:
-            return
-        if self._dropping is not None and self._dropping.number == number:
-            return
-        self._dropping = _Dropping(number, name, why, set(range(len(self._spec.servers))))
-        self._loading.deadline = self._clock() + ANSWER_TIMEOUT_S
-        self._front.tell_all(protocol.Drop(number))
-
-    def _dropped(self, rank: int, number: int) -> None:
-        """Record that a server will not apply a batch any more."""
-        dropping, moving = self._dropping, self._migration
-        if dropping is None or number != dropping.number:
-            return
-        dropping.missing.discard(rank)
-        if dropping.missing:
-            return
-        self._dropping = None
-        if moving is None or moving.number != number:
-            return  # it came into force everywhere just before
+    def _cancel(self) -> None:
+        """End the migration because no server applies the batch any more."""
+        name, why = self._failed
         self._failures += 1
-        self._stop_moving(why=f"server {dropping.name}: {dropping.why}")
-        text = f"migration cancelled, experts stay where they are: {dropping.why}"
-        self._front.notice(dropping.name, text)
+        self._stop_moving(why=f"server {name}: {why}")
+        self._front.notice(name, f"migration cancelled, experts stay where they are: {why}")
         self._publish()
 
     def _stop_moving(self, why: str = "") -> None:
@@ -480,7 +447,7 @@ class Rebalancer:
         assert self._migration is not None
         self._version += self._migration.begun
         self._migrated += self._migration.moved
-        self._migration, self._dropping, self._doing = None, None, _Doing.NOTHING
+        self._migration, self._doing = None, _Doing.NOTHING
         self._stays = False  # that decision was about the previous placement
         self._schedule(None)
         if why and self._decision is not None:
@@ -491,7 +458,7 @@ class Rebalancer:
         self._front.tell_all(
             protocol.Placed(
                 version=self._version,
-                layout=self.layout.to_bytes(),
+                layout=self._front.layout.to_bytes(),
                 last_decision=self._decision,
                 migrations=self._migrations,
                 failures=self._failures,
@@ -503,7 +470,9 @@ class Rebalancer:
         if self._options.state_dir is None:
             return
         statistics = self._workload.statistics(self._clock())
-        state = ServiceState(self._spec.names, self._model.fingerprint, self.layout, statistics)
+        state = ServiceState(
+            self._spec.names, self._model.fingerprint, self._front.layout, statistics
+        )
         try:
             state.save(self._options.state_dir)
         except OSError as error:

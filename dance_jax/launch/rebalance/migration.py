@@ -11,52 +11,41 @@ from dance_jax.placement.migration import MoveBatch, changed
 
 
 class Migration:
-    """Tracks the batch in progress and the servers that have applied it.
+    """Tracks which batches are left.
 
     Args:
-        layout: the current layout.
         batches: in order; at least one.
-        number: of the first batch; the others follow.
     """
 
-    def __init__(self, layout: Layout, batches: Sequence[MoveBatch], number: int) -> None:
-        #: Applied on all servers.
-        self.layout = layout
+    def __init__(self, batches: Sequence[MoveBatch]) -> None:
         self._left = collections.deque(batches)
-        #: Number of the batch in progress.
-        self.number = number
         #: Experts loaded by applied batches, on all servers.
         self.moved = 0
         #: At least one batch is applied.
         self.begun = False
-        self._missing = set(range(len(layout.devices)))
 
     @property
     def complete(self) -> bool:
         """Whether all batches are applied."""
         return not self._left
 
-    def stages(self) -> list[Stage]:
-        """The command for each server to load the current batch."""
+    def stages(self, number: int, layout: Layout) -> list[Stage]:
+        """The command for each server to load the current batch.
+
+        Args:
+            number: of the batch.
+            layout: the layout in force.
+        """
         batch = self._left[0]
         changes: list[Change] = [*batch.changes]
-        return [Stage(self.number, changes, each) for each in _loads(self.layout, batch)]
+        return [Stage(number, changes, each) for each in _loads(layout, batch)]
 
-    def applied(self, rank: int, number: int) -> bool:
-        """Record that a server has applied a batch; returns whether all servers have."""
-        if number != self.number:
-            return False
-        self._missing.discard(rank)
-        return not self._missing
-
-    def commit(self) -> None:
-        """Record that the current batch is applied; the next one may begin."""
+    def commit(self, layout: Layout) -> Layout:
+        """Record that the current batch is applied; returns the layout after it."""
         batch = self._left.popleft()
-        self.layout = changed(self.layout, batch.changes)
         self.begun = True
         self.moved += len(batch.loads())
-        self.number += 1
-        self._missing = set(range(len(self.layout.devices)))
+        return changed(layout, batch.changes)
 
 
 def _loads(before: Layout, batch: MoveBatch) -> list[list[ExpertLoad]]:

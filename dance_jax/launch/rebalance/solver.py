@@ -22,6 +22,8 @@ from dance_jax.launch.rebalance.decision import Answer, DecisionInputs
 #: Niceness. With less, users notice that a placement is computed; with more, under full load it is
 #: not finished before the next one is due.
 NICENESS = 10
+#: Seconds for an answer. Then the process, which gets what the engines leave, is killed.
+TIMEOUT_S = 600.0
 
 
 class SolverError(RuntimeError):
@@ -52,15 +54,31 @@ class Solver:
                 self._process = _start()
         except OSError as error:
             raise SolverError(f"the solver process cannot be started: {error}") from error
-        assert self._process.stdin is not None and self._process.stdout is not None
+        process, late = self._process, threading.Event()
+        assert process.stdin is not None and process.stdout is not None
+
+        def end() -> None:
+            late.set()
+            process.kill()
+
+        timer = threading.Timer(TIMEOUT_S, end)
+        timer.daemon = True
+        timer.start()
         try:
-            pickle.dump(question, self._process.stdin)
-            self._process.stdin.flush()
-            found = pickle.load(self._process.stdout)
+            pickle.dump(question, process.stdin)
+            process.stdin.flush()
+            found = pickle.load(process.stdout)
         except (OSError, EOFError, pickle.UnpicklingError) as error:
-            self._process.kill()
-            status = self._process.wait()
+            process.kill()
+            status = process.wait()
+            if late.is_set():
+                raise SolverError(
+                    f"no placement within {TIMEOUT_S:g} s: the launcher's machine is too busy, or "
+                    "the policy is too slow for this model; choose another --rebalance-policy"
+                ) from error
             raise SolverError(f"the solver process ended with status {status}") from error
+        finally:
+            timer.cancel()
         if isinstance(found, Answer):
             return found
         raise SolverError(str(found))

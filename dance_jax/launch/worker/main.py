@@ -18,7 +18,6 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import gc
-import logging
 import multiprocessing
 import os
 import pathlib
@@ -40,20 +39,17 @@ from dance_jax.launch.control.channel import ControlConnection, derived
 from dance_jax.launch.control.protocol import Setup
 from dance_jax.launch.worker import environment
 from dance_jax.launch.worker.join import coordinator_endpoint, join, listen
-from dance_jax.launch.worker.wakeup import Wakeup, connect
+from dance_jax.launch.worker.wakeup import Wakeup
 from dance_jax.memory import use_huge_pages
-from dance_jax.models.connections import Identity, Key, PeerListener
+from dance_jax.models.connections import Connections, Identity, Key
 
 if TYPE_CHECKING:
     from dance_jax.engine.engine import Engine, StepResult
     from dance_jax.launch.worker.loading import Loaded, Loader
     from dance_jax.launch.worker.peers import Peers
-    from dance_jax.models.calls import Lines
     from dance_jax.models.checkpoint import Checkpoint, WeightSource
     from dance_jax.models.config import ModelConfig
     from dance_jax.models.formats import Formats
-
-log = logging.getLogger("dance_jax.worker")
 
 #: Seconds after which idle servers step together; seconds between two reports of busy servers.
 HEARTBEAT_S, REPORT_S = 1.0, 0.25
@@ -112,8 +108,8 @@ def main() -> None:
         channel.send(protocol.Hello(os.getpid()))
         identity = Identity(setup.fingerprint, setup.experts, setup.config.wire_dtype)
         key = Key(derived(setup.key, "servers"), identity)
-        with contextlib.closing(listen(setup, key)) as listener:
-            _serve(*_start(setup, files, channel, listener, key))
+        with contextlib.closing(listen(setup, key)) as connections:
+            _serve(*_start(setup, files, channel, connections))
     except Stopped:
         pass
     except BaseException as error:
@@ -136,12 +132,12 @@ def _stop_follows(channel: ParentChannel) -> bool:
 
 
 def _start(
-    setup: Setup, files: ModelFiles, channel: ParentChannel, listener: PeerListener, key: Key
+    setup: Setup, files: ModelFiles, channel: ParentChannel, connections: Connections
 ) -> tuple[Worker, Wakeup | None]:
     """Get ready to serve, together with all other servers.
 
     Args:
-        listener: where the other servers reach this one, with that key.
+        connections: with the other servers, which do not know this one's endpoint yet.
     """
     cache = _cache_dir(setup)
     checkpoint = None
@@ -156,8 +152,7 @@ def _start(
     from dance_jax.launch.worker.memory import free_per_device
     from dance_jax.launch.worker.peer_weights import HeldWeights
     from dance_jax.launch.worker.peers import Peers
-    from dance_jax.models import native
-    from dance_jax.models.calls import Lines
+    from dance_jax.models import calls, native
     from dance_jax.models.collectives import Collectives
     from dance_jax.placement.core import Layout
 
@@ -165,21 +160,18 @@ def _start(
     platform = setup.spec.servers[setup.rank].platform
     if platform == "cpu":
         native.load(compile_dir or pathlib.Path(child.private_dir()))
-    channel.send(protocol.Prepared(coordinator_endpoint(setup), listener.endpoint))
+    channel.send(protocol.Prepared(coordinator_endpoint(setup), connections.endpoint))
     match channel.receive():
-        case protocol.Join(coordinator, endpoints, calls):
-            pass
+        case protocol.Join(coordinator, endpoints, alone):
+            connections.endpoints = endpoints
         case _:
             raise Stopped
     channel.send(protocol.Progress("joining", 0, 0))
-    threads = join(setup, None if calls else coordinator)
+    threads = join(setup, None if alone else coordinator)
     native.set_threads(threads)
-    me = (setup.rank, setup.spec.names, listener, endpoints, key)
-    rates = [server.bandwidth for server in setup.spec.servers]
-    lines = Lines(setup.rank, setup.spec.names, listener, key, rates=rates)
-    wakeup = None if calls else connect(*me)
+    wakeup = None if alone else Wakeup(connections)
     shelf = HeldWeights(checkpoint, setup.config.dtype)
-    peers = Peers(*me) if any(server.from_peers for server in setup.spec.servers) else None
+    peers = Peers(connections) if any(each.from_peers for each in setup.spec.servers) else None
     if peers is not None:
         peers.answer(shelf.find)
     weights = checkpoint or _peer_weights(setup, model, files.formats, peers)
@@ -189,7 +181,7 @@ def _start(
     layout = Layout.from_bytes(setup.layout)
     # The seed reaches the step only as an argument, and the half-life does not reach it at all.
     shape = dataclasses.replace(setup.config, seed=0, half_life=None, exchange="")
-    servers = () if calls else (layout.devices, layout.slots_per_device)
+    servers = () if alone else (layout.devices, layout.slots_per_device)
     scope = (setup.fingerprint, servers, shape, threads)
     steps = CompileCache(compile_dir, scope)
     engine = Engine(
@@ -200,7 +192,7 @@ def _start(
         layout,
         setup.config,
         compile_cache=steps,
-        transport=None if calls else Collectives(),
+        transport=None if alone else Collectives(),
         free_memory=free_per_device(platform, setup.machine_devices),
         order=cluster_cost(setup.spec, model, setup.config).preferences()[setup.rank].tolist(),
     )
@@ -209,14 +201,15 @@ def _start(
         origin = setup.rank, setup.spec.names
         engine.trace = Trace(*origin, setup.trace_from, engine.runner.calls)
     if engine.runner.calls is not None:
-        lines.connect(engine.runner.calls, endpoints)
+        rates = [server.bandwidth for server in setup.spec.servers]
+        calls.connect(engine.runner.calls, connections, rates)
     shelf.held = engine.expert
     loader = _loader(engine, checkpoint, peers)
     # Freeze present objects: collecting them again takes longer than a step.
     gc.collect()
     gc.freeze()
     channel.send(protocol.Ready(steps.hits, steps.misses))
-    return Worker(engine, loader, lines, endpoints, channel), wakeup
+    return Worker(engine, loader, connections, channel), wakeup
 
 
 def _peer_weights(
@@ -304,21 +297,15 @@ class Worker:
     """Runs a ready engine as the parent commands.
 
     Args:
-        lines: connections to the other servers.
-        endpoints: of all servers by rank; they change when a server restarts.
+        connections: with the other servers.
         channel: to the parent.
     """
 
     def __init__(
-        self,
-        engine: Engine,
-        loader: Loader,
-        lines: Lines,
-        endpoints: list[str],
-        channel: ParentChannel,
+        self, engine: Engine, loader: Loader, connections: Connections, channel: ParentChannel
     ) -> None:
         self._engine, self._loader = engine, loader
-        self._lines, self._endpoints, self._channel = lines, endpoints, channel
+        self._connections, self._channel = connections, channel
         self._reported = 0.0
         #: Commands that wait for the end of a step.
         self._pending: collections.deque[protocol.Command] = collections.deque()
@@ -414,10 +401,7 @@ class Worker:
                 case protocol.Stage():
                     self._loader.begin(command)
                 case protocol.PeerRestarted(rank, endpoint):
-                    self._endpoints[rank] = endpoint
-                    threading.Thread(
-                        target=self._redial, args=(rank, endpoint), daemon=True, name="redial"
-                    ).start()
+                    self._connections.restarted(rank, endpoint)
                 case protocol.Stop():
                     self._engine.cancel()
                     self._pending.append(command)
@@ -460,22 +444,15 @@ class Worker:
                 case protocol.Join():
                     raise RuntimeError("the servers have joined already")
 
-    def _redial(self, rank: int, endpoint: str) -> None:
-        try:
-            self._lines.dial(rank, endpoint)
-        except RuntimeError as error:  # the server died again, and the parent will report it
-            log.warning("%s", error)
-
 
 def _stage(engine: Engine, loaded: Loaded) -> protocol.Staged | protocol.StageFailed:
     """Hand a batch to the engine and return the answer for the parent."""
-    from dance_jax.placement.migration import SlotChange, changed
+    from dance_jax.placement.migration import SlotChange
 
     number, why = loaded.stage.number, loaded.why
     if not why:
         try:
-            layout = changed(engine.latest_layout, map(SlotChange._make, loaded.stage.changes))
-            engine.stage(number, layout, loaded.experts)
+            engine.stage(number, map(SlotChange._make, loaded.stage.changes), loaded.experts)
         except ValueError as error:
             why = str(error)
     if why:

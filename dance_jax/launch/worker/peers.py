@@ -21,7 +21,7 @@ import numpy as np
 from dance_jax.config import UserError
 from dance_jax.launch.control.protocol import ExpertLoad
 from dance_jax.launch.worker.loading import Read
-from dance_jax.models.connections import Key, PeerListener, dial
+from dance_jax.models.connections import Connections
 from dance_jax.models.experts import ExpertFormat, Weights
 
 log = logging.getLogger("dance_jax.peers")
@@ -77,28 +77,23 @@ class Peers:
     Connections are made on first use, and made again after a server restarts.
 
     Args:
-        rank: of this server.
-        names, endpoints: of all servers, by rank; an endpoint may change.
-        listener: of this server.
-        key: of the servers.
+        connections: of this server.
     """
 
     _TOPIC = "peers"
 
-    def __init__(
-        self,
-        rank: int,
-        names: Sequence[str],
-        listener: PeerListener,
-        endpoints: list[str],
-        key: Key,
-    ) -> None:
-        self.rank = rank
-        self._names, self._listener, self._key = names, listener, key
-        self._endpoints = endpoints
-        #: By rank, the latest connection for this server's questions; for the other's questions.
-        self._asks: dict[int, socket.socket] = {}
+    def __init__(self, connections: Connections) -> None:
+        self._connections = connections
+        self._names = connections.names
+        #: The latest connection for this server's questions, by endpoint, which changes when the
+        #: other server restarts; and for the other's questions, by rank.
+        self._asks: dict[str, socket.socket] = {}
         self._answers: dict[int, socket.socket] = {}
+
+    @property
+    def rank(self) -> int:
+        """Rank of this server."""
+        return self._connections.rank
 
     def answer(self, find: Find) -> None:
         """Answer questions from now on, in one thread per server.
@@ -111,7 +106,7 @@ class Peers:
             self._answers[peer] = connection
             _answer(connection, find, self._names[peer])
 
-        self._listener.on(self._TOPIC, admit)
+        self._connections.accept(self._TOPIC, admit)
 
     def _connection(self, rank: int) -> socket.socket:
         """The connection for questions to a server.
@@ -119,20 +114,15 @@ class Peers:
         Raises:
             OSError: the server cannot be reached.
         """
-        if rank not in self._asks:
+        endpoint = self._connections.endpoints[rank]
+        if endpoint not in self._asks:
             try:
-                self._asks[rank] = dial(
-                    self.rank,
-                    rank,
-                    self._names[rank],
-                    self._endpoints[rank],
-                    self._key,
-                    self._TOPIC,
-                )
+                connection = self._connections.dial(rank, self._TOPIC)
             except RuntimeError as error:
                 raise OSError(str(error)) from error
-            self._asks[rank].settimeout(ANSWER_TIMEOUT_S)
-        return self._asks[rank]
+            connection.settimeout(ANSWER_TIMEOUT_S)
+            self._asks[endpoint] = connection
+        return self._asks[endpoint]
 
     def ask(self, rank: int, question: WeightRequest, likes: Sequence[Like]) -> list[np.ndarray]:
         """Ask a server; at most one question to each server may be in flight.
@@ -157,8 +147,8 @@ class Peers:
             content = _receive(connection, found)
         except OSError as error:
             # Reconnect next time: a late answer would be taken for the next one.
-            if rank in self._asks:
-                self._asks.pop(rank).close()
+            if connection := self._asks.pop(self._connections.endpoints[rank], None):
+                connection.close()
             raise OSError(f"server {name} did not send {question}: {error}") from error
         if not there:
             reason = content.decode(errors="replace")

@@ -7,33 +7,34 @@ step's number; a ring for a past step is ignored.
 
 from __future__ import annotations
 
-import socket
 import struct
 import time
-from collections.abc import Sequence
 
 import zmq
 
-from dance_jax.models.connections import Key, PeerListener, mesh
+from dance_jax.models.connections import Connections
 
 _NUMBER = struct.Struct("<Q")
 
 
 class Wakeup:
-    """One server's end of the mesh.
+    """One server's end of the mesh; all servers must create theirs at the same time.
 
     Args:
-        names: of all servers, by rank.
-        connections: to all other servers, by rank; closed with this object.
+        connections: of this server.
+
+    Raises:
+        RuntimeError: a server cannot be reached, or does not have the key.
     """
 
-    def __init__(self, names: Sequence[str], connections: dict[int, socket.socket]) -> None:
-        self._names = names
-        self._connections = connections
-        self._unread = dict.fromkeys(connections, b"")
+    def __init__(self, connections: Connections) -> None:
+        self._names = connections.names
+        #: To all other servers, by rank.
+        self._connections = connections.mesh("wakeup")
+        self._unread = dict.fromkeys(self._connections, b"")
         #: Highest step number of all rings.
         self._rung = 0
-        for connection in connections.values():
+        for connection in self._connections.values():
             connection.setblocking(False)
 
     def ring(self, next_step: int) -> None:
@@ -101,20 +102,3 @@ class Wakeup:
         """Close all connections."""
         for connection in self._connections.values():
             connection.close()
-
-
-def connect(
-    rank: int, names: Sequence[str], listener: PeerListener, endpoints: Sequence[str], key: Key
-) -> Wakeup:
-    """Connect this server's end to all others; all servers must call this at the same time.
-
-    Args:
-        rank: of this server.
-        names, endpoints: of all servers, by rank.
-        listener: of this server.
-        key: of the servers.
-
-    Raises:
-        RuntimeError: a server cannot be reached, or does not have the key.
-    """
-    return Wakeup(names, mesh(rank, names, listener, endpoints, key, "wakeup"))
