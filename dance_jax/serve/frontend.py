@@ -106,7 +106,7 @@ class FrontEnd:
             UserError: the address cannot be listened on, or the model is missing.
         """
         #: Restart commands, which take time, and commands for the engine; handled in order.
-        self._commands: asyncio.Queue[protocol.FrontCommand] = asyncio.Queue()
+        self._commands: asyncio.Queue[protocol.PassedCommand | protocol.Restart] = asyncio.Queue()
         self._draining, self._stopped = asyncio.Event(), asyncio.Event()
         with contextlib.closing(_listen(self._setup.options)) as listener:
             self._launcher = LoopSocket(connection.socket, self._from_launcher)
@@ -172,14 +172,7 @@ class FrontEnd:
                     await self._end_engine()
                     self._start, self._layout = start, layout
                     self._start_engine()
-                case (
-                    protocol.Join()
-                    | protocol.PeerRestarted()
-                    | protocol.AskStats()
-                    | protocol.Stage()
-                    | protocol.Commit()
-                    | protocol.Drop()
-                ) as command:
+                case command:
                     self._to_engine(command)
 
     # The engine.
