@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import logging
 import os
 import shutil
@@ -24,7 +23,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from dance_jax.config import UserError
-from dance_jax.engine.sequence import sample_seed
+from dance_jax.engine.sequence import request_seeds
 from dance_jax.launch.agent import child
 from dance_jax.launch.agent.model_files import ModelFiles
 from dance_jax.launch.control import protocol
@@ -91,7 +90,8 @@ class FrontEnd:
         self._engine: EngineProcess | None = None
         #: Number of the engine's start, and the layout of experts at that start.
         self._start, self._layout = 0, setup.engine.layout
-        self.queue = RequestQueue(self._to_engine, setup.options.max_queue, _seeds(setup))
+        seeds = request_seeds(setup.engine.config.seed, setup.engine.rank)
+        self.queue = RequestQueue(self._to_engine, setup.options.max_queue, seeds)
 
     def kill(self) -> None:
         """Kill the engine and remove the private directory; safe in any thread."""
@@ -241,12 +241,6 @@ class FrontEnd:
         finally:
             serving.cancel()
             draining.cancel()
-
-
-def _seeds(setup: FrontSetup) -> Iterator[int]:
-    """Seeds for requests without one; each server draws different seeds."""
-    first, seed = setup.engine.rank << 32, setup.engine.config.seed
-    return (sample_seed(seed, number) for number in itertools.count(first))
 
 
 def _listen(options: ServeOptions) -> socket.socket:
