@@ -74,7 +74,7 @@ async def _start(server: RouteContext, body: ChatRequest) -> _Call:
         default_max_tokens=None,
         logprobs=body.top_logprobs or 0 if body.logprobs else None,
     )
-    return _Call(call_id, server.info.model, body, await Generation.start(server, requests))
+    return _Call(call_id, server.info.model, body, Generation(server, requests))
 
 
 @dataclasses.dataclass

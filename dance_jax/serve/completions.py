@@ -71,7 +71,7 @@ async def _start(server: RouteContext, body: CompletionRequest) -> _Call:
             else prompt.text
             for prompt in prompts
         ]
-    generation = await Generation.start(server, requests)
+    generation = Generation(server, requests)
     return _Call(call_id, server.info.model, body, generation, echoes)
 
 
