@@ -16,8 +16,8 @@ from dance_jax.serve.errors import ApiError
 from dance_jax.serve.generation import Generation
 from dance_jax.serve.info import RouteContext
 from dance_jax.serve.logprobs import completion_logprobs
-from dance_jax.serve.requests import CompletionRequest
-from dance_jax.serve.sampling import engine_requests
+from dance_jax.serve.requests import MAX_CHOICES, CompletionRequest
+from dance_jax.serve.sampling import sampling_params
 
 #: OpenAI's default.
 _DEFAULT_MAX_TOKENS = 16
@@ -52,24 +52,23 @@ def _check(body: CompletionRequest) -> None:
 
 async def _start(server: RouteContext, body: CompletionRequest) -> _Call:
     call_id = f"cmpl-{uuid.uuid4().hex}"
-    special = body.add_special_tokens is not False
-    prompts = await server.prompts.completions(body.prompt, special)
-    requests = engine_requests(
-        server,
-        body,
-        call_id,
-        prompts,
-        max_tokens=body.max_tokens,
-        default_max_tokens=_DEFAULT_MAX_TOKENS,
-        logprobs=body.logprobs,
-    )
-    echoes = [""] * len(prompts)
+    max_tokens = body.max_tokens or _DEFAULT_MAX_TOKENS
+    params = sampling_params(server, body, max_tokens, body.logprobs)
+    requests = await server.prompts.completions(call_id, body, params)
+    if len(requests) * params.n > MAX_CHOICES:
+        raise ApiError(
+            400,
+            f"n: {len(requests)} prompts with {params.n} samples each make "
+            f"{len(requests) * params.n} samples; a call may have at most {MAX_CHOICES}",
+            param="n",
+        )
+    echoes = [""] * len(requests)
     if body.echo:
         echoes = [
-            await server.prompts.detokenized(prompt.token_ids)
-            if prompt.text is None
-            else prompt.text
-            for prompt in prompts
+            await server.prompts.detokenized(request.prompt_token_ids)
+            if request.prompt is None
+            else request.prompt
+            for request in requests
         ]
     generation = Generation(server, requests)
     return _Call(call_id, server.info.model, body, generation, echoes)
