@@ -112,11 +112,13 @@ class _Call:
 
     async def whole(self) -> Completion:
         """The complete answer."""
-        parts: dict[int, list[CompletionChoice]] = {}
+        choices: dict[int, CompletionChoice] = {}
         async for part in self.parts():
-            parts.setdefault(part.index, []).append(part)
-        choices = [_joined(parts[number]) for number in sorted(parts)]
-        return self._answer(choices, self.generation.usage)
+            if part.index in choices:
+                _extend(choices[part.index], part)
+            else:
+                choices[part.index] = part
+        return self._answer([choices[number] for number in sorted(choices)], self.generation.usage)
 
     def _answer(self, choices: list[CompletionChoice], usage: Usage | None = None) -> Completion:
         return Completion(
@@ -124,18 +126,10 @@ class _Call:
         )
 
 
-def _joined(parts: list[CompletionChoice]) -> CompletionChoice:
-    """Join the parts of one choice."""
-    listed = [part.logprobs for part in parts if part.logprobs is not None]
-    logprobs = CompletionLogprobs(
-        text_offset=[offset for each in listed for offset in each.text_offset],
-        token_logprobs=[logprob for each in listed for logprob in each.token_logprobs],
-        tokens=[token for each in listed for token in each.tokens],
-        top_logprobs=[top for each in listed for top in each.top_logprobs],
-    )
-    return parts[-1].model_copy(
-        update={
-            "text": "".join(part.text for part in parts),
-            "logprobs": logprobs if listed else None,
-        }
-    )
+def _extend(choice: CompletionChoice, part: CompletionChoice) -> None:
+    """Add the next part of a choice to it."""
+    choice.text += part.text
+    choice.finish_reason, choice.stop_reason = part.finish_reason, part.stop_reason
+    if choice.logprobs is not None and part.logprobs is not None:
+        for name in CompletionLogprobs.model_fields:
+            getattr(choice.logprobs, name).extend(getattr(part.logprobs, name))
