@@ -15,6 +15,7 @@ from dance_jax.engine.sequence import (
     OutputDelta,
     Request,
     RequestMetrics,
+    SamplingParams,
     Sequence,
     request_seeds,
     sample_seed,
@@ -75,8 +76,8 @@ class RequestTracker:
             ]
         params = request.params
         room = self._max_model_len - len(request.prompt_token_ids)
-        stop_ids = dict.fromkeys(() if params.ignore_eos else self._eos)
-        stop_ids.update(dict.fromkeys(params.stop_token_ids or []))
+        ends = self._ends(params)
+        stop_ids = frozenset((params.stop_token_ids or ()) if params.ignore_eos else ends)
         seed = next(self._seeds) if params.seed is None else params.seed
         sequences = [
             Sequence(
@@ -84,10 +85,11 @@ class RequestTracker:
                 index=index,
                 prompt_token_ids=request.prompt_token_ids,
                 params=params,
-                max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
+                max_tokens=min(params.max_tokens or room, room),
                 seed=sample_seed(seed, index),
-                stop_ids=frozenset(stop_ids),
-                held_back_ids=self._held_back(request) if params.min_tokens else (),
+                stop_ids=stop_ids,
+                # As in vLLM, EOS is held back even if it is ignored.
+                held_back_ids=ends if params.min_tokens else (),
                 output_token_ids=list(resumed),
             )
             for index, resumed in enumerate(request.resumed or [[]] * params.n)
@@ -192,7 +194,10 @@ class RequestTracker:
         delta.metrics = opened.metrics
 
     def _refusal(self, request: Request) -> str | None:
-        """The reason why the request cannot run; None if it can."""
+        """The reason why this model cannot run the request; None if it can.
+
+        `SamplingParams` has checked its fields.
+        """
         prompt = request.prompt_token_ids
         if not prompt:
             return "the prompt is empty: it must have at least one token"
@@ -210,15 +215,16 @@ class RequestTracker:
         biased = max(request.params.logit_bias or {}, default=0)
         if biased >= self._vocab_size:
             return f"logit_bias has token id {biased}; valid ids are 0..{self._vocab_size - 1}"
-        if request.params.min_tokens and len(self._held_back(request)) > MAX_STOP_IDS:
+        ends = len(self._ends(request.params))
+        if request.params.min_tokens and ends > MAX_STOP_IDS:
             return (
                 f"min_tokens allows at most {MAX_STOP_IDS} EOS and stop_token_ids together; got "
-                f"{len(self._held_back(request))}"
+                f"{ends}"
             )
         if request.request_id in self._open:
             return f"request id {request.request_id!r} is already in use"
         return None
 
-    def _held_back(self, request: Request) -> tuple[int, ...]:
-        """Tokens that must not be sampled before min_tokens; as in vLLM, EOS even if ignored."""
-        return tuple(dict.fromkeys((*self._eos, *(request.params.stop_token_ids or []))))
+    def _ends(self, params: SamplingParams) -> tuple[int, ...]:
+        """The model's EOS tokens and stop_token_ids, each once."""
+        return tuple(dict.fromkeys((*self._eos, *(params.stop_token_ids or ()))))
