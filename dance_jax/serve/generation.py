@@ -61,6 +61,8 @@ class Generation:
         left = len(first)
         while left:
             delta = await self._unread.get()
+            # `get` does not wait while deltas are there: without this, other connections would.
+            await asyncio.sleep(0)
             if delta is None:
                 left -= 1
                 continue

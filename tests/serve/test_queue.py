@@ -6,12 +6,14 @@ import asyncio
 import itertools
 from collections.abc import Callable, Coroutine
 from typing import Any
+from unittest import mock
 
 import pytest
 
 from dance_jax.engine.sequence import OutputDelta, Request, SamplingParams
 from dance_jax.launch.control.protocol import Abort, Command, Submit
 from dance_jax.serve import queue as queue_module
+from dance_jax.serve.generation import Generation
 from dance_jax.serve.queue import MAX_DEATHS, QueueFull, RequestQueue, Unavailable
 
 Unread = asyncio.Queue[OutputDelta | None]
@@ -112,6 +114,25 @@ async def test_another_engine_goes_on_from_the_tokens_so_far(rig: Rig) -> None:
     assert [each.token_ids for each in await drain(one)] == [[5], [6], [8], [7], [9]]
     rig.bring("new", 1, end="stop")
     assert len(await drain(new)) == 1
+
+
+@on_loop
+async def test_others_have_their_turn_while_a_call_reads_what_has_piled_up(rig: Rig) -> None:
+    server: Any = mock.Mock(queue=rig.queue)
+    call = Generation(server, [Request("one", None, [1], SamplingParams())])
+    for _ in range(9):
+        rig.bring("one", 5)
+    rig.bring("one", 6, end="stop")
+    read, turns = asyncio.create_task(count_of(call)), 0
+    while not read.done():
+        await asyncio.sleep(0)
+        turns += 1
+    assert read.result() == 10 and turns >= 10
+
+
+async def count_of(call: Generation) -> int:
+    """The number of deltas that a call gets."""
+    return len([delta async for delta in call.deltas()])
 
 
 @on_loop
