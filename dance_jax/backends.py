@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 import os
 import pathlib
 from collections.abc import Generator
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Protocol
 
 from dance_jax.cache import private_directory
 from dance_jax.config import ClusterSpec, EngineConfig, ProgressCallback
@@ -173,11 +172,7 @@ class Servers:
         self._cluster.start()
 
     def run(self, requests: list[tuple[int, Request]]) -> Generator[OutputDelta]:
-        # Closing this generator also closes `running` at once, which aborts the remaining requests.
-        running = cast("Generator[tuple[int, OutputDelta]]", self._cluster.generate(requests))
-        with contextlib.closing(running) as deltas:
-            for _, delta in deltas:
-                yield delta
+        return self._cluster.generate(requests)
 
     def close(self) -> None:
         self._cluster.stop()

@@ -9,7 +9,6 @@ import os
 import pathlib
 import sys
 import threading
-import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -19,13 +18,7 @@ import msgspec
 from dance_jax.backends import Backend, InProcess, RemoteOptions, Servers
 from dance_jax.cache import default_cache_dir
 from dance_jax.config import ClusterSpec, EngineOptions, ProgressCallback, UserError
-from dance_jax.engine.output import OutputCollector
-from dance_jax.engine.sequence import (
-    Request,
-    RequestOutput,
-    SamplingParams,
-    sample_seed,
-)
+from dance_jax.engine.sequence import Request, RequestOutput, SamplingParams, request_seeds
 
 if TYPE_CHECKING:
     from dance_jax.models.tokenizer import Tokenizer
@@ -115,7 +108,7 @@ class LLM:
         self.config = defaults.engine_config(
             checkpoint.config, wanted, platform=platform, formats=checkpoint.formats
         )
-        self._seeds = (sample_seed(wanted.seed, number) for number in itertools.count())
+        self._seeds = request_seeds(wanted.seed)
         self._numbers = itertools.count()
         self._next_server = 0
         self._lock = threading.Lock()
@@ -220,18 +213,20 @@ class LLM:
         server: str | Sequence[str] | None,
         progress: bool | None,
     ) -> list[RequestOutput]:
-        params = _one_each("sampling_params", sampling_params, SamplingParams, len(prompts))
-        for each in params:
-            (each or SamplingParams()).verify()
+        params = SamplingParams() if sampling_params is None else sampling_params
+        params = _one_each("sampling_params", params, SamplingParams, len(prompts))
+        # Copies, which are checked anew: fields may have changed since they were checked.
+        params = [msgspec.structs.replace(each) for each in params]
         with self._lock:
             if not self._finalizer.alive:
                 raise RuntimeError("this LLM is closed")
             ranks = self._ranks(_one_each("server", server, str, len(prompts)))
-            requests = [
-                self._request(prompt, token_ids, each or SamplingParams())
-                for (prompt, token_ids), each in zip(prompts, params, strict=True)
-            ]
-            collectors = {request.request_id: OutputCollector(request) for request in requests}
+            requests = []
+            for prompt, each in zip(prompts, params, strict=True):
+                if each.seed is None:
+                    each.seed = next(self._seeds)
+                requests.append(Request(str(next(self._numbers)), *prompt, each))
+            outputs = {request.request_id: RequestOutput.of(request) for request in requests}
             show = self._show if progress is None else progress
             with (
                 _bar(len(requests), show) as advance,
@@ -240,14 +235,10 @@ class LLM:
                 ) as deltas,
             ):
                 for delta in deltas:
-                    output = collectors[delta.request_id].apply(delta)
+                    output = outputs[delta.request_id]
+                    output.add(delta)
                     advance(output.finished, len(delta.token_ids))
-        return [collector.output for collector in collectors.values()]
-
-    def _request(self, prompt: str | None, token_ids: list[int], params: SamplingParams) -> Request:
-        if params.seed is None:
-            params = msgspec.structs.replace(params, seed=next(self._seeds))
-        return Request(str(next(self._numbers)), prompt, token_ids, params, time.time())
+        return list(outputs.values())
 
     def _ranks(self, names: Sequence[str | None]) -> list[int]:
         servers = self._backend.servers

@@ -15,7 +15,6 @@ from flax import nnx
 from dance_jax import LLM, RequestOutput, SamplingParams
 from dance_jax.config import UserError
 from dance_jax.engine import compile_cache
-from dance_jax.engine.output import OutputCollector
 from dance_jax.models.attention import Rows
 from dance_jax.models.checkpoint import Checkpoint
 from dance_jax.models.convert import ensure_converted
@@ -317,7 +316,7 @@ def test_progress_shows_on_standard_error(llm, capfd):
 def test_a_call_that_ends_early_leaves_nothing_behind(llm, monkeypatch):
     expected = tokens(llm.generate(PROMPTS[:3], greedy()))
     with monkeypatch.context() as patch:
-        patch.setattr(OutputCollector, "apply", lambda *_: 1 / 0)
+        patch.setattr(RequestOutput, "add", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             llm.generate(PROMPTS, greedy(max_tokens=100))
     assert tokens(llm.generate(PROMPTS[:3], greedy())) == expected

@@ -15,11 +15,11 @@ from dance_jax.config import ClusterSpec, EngineConfig, ProgressCallback
 from dance_jax.engine.compile_cache import CompileCache
 from dance_jax.engine.detokenizer import Decoder
 from dance_jax.engine.kv_cache import num_blocks, state_copies
-from dance_jax.engine.output import RequestTracker, SampledToken
+from dance_jax.engine.output import RequestTracker
 from dance_jax.engine.report import STEP_SIZES, EngineReport, EngineStats
 from dance_jax.engine.route_sample import RouteSample
 from dance_jax.engine.runner import Runner
-from dance_jax.engine.scheduler import Row, Scheduler, StepPlan
+from dance_jax.engine.scheduler import Scheduler, StepPlan
 from dance_jax.engine.sequence import OutputDelta, Request, Sequence
 from dance_jax.engine.staging import Experts, Staging
 from dance_jax.engine.stalls import Stalls
@@ -249,9 +249,7 @@ class Engine:
         failed = self._failed(plan, outcomes, extras)
         self.scheduler.commit(plan, failed)
         outputs, self._pending = self._pending, []
-        for row, sampled in self._sampled(plan, outcomes, extras):
-            if not any(row.sequence is each for each in failed):
-                outputs.append(self._append(row, sampled))
+        outputs += self._sampled(plan, outcomes, extras, failed)
         self._record(plan.without(failed), outcomes[0], extras)
         applied = 0 if self.alone else int(outcomes[0].crossed.loaded)
         if applied:
@@ -426,8 +424,9 @@ class Engine:
         )
 
     def _sampled(
-        self, plan: StepPlan, outcomes: list[Outcome], extras: Extras
-    ) -> Iterable[tuple[Row, SampledToken]]:
+        self, plan: StepPlan, outcomes: list[Outcome], extras: Extras, failed: list[Sequence]
+    ) -> Iterable[OutputDelta]:
+        """Append the sampled tokens to their sequences, and finish those that are done."""
         rows = [sampling_rows(device) for device in plan.entries]
         top: list[Any] = [None] * len(outcomes)
         if any(row.sequence.params.logprobs is not None for device in rows for row in device):
@@ -435,21 +434,21 @@ class Engine:
             top = list(zip(tokens, self.runner.read(extras.top_logprob), strict=True))
         for device, outcome, most_likely in zip(rows, outcomes, top, strict=True):
             for place, row in enumerate(device):
-                sampled = SampledToken(
+                if any(row.sequence is each for each in failed):
+                    continue
+                alternatives = ()
+                if most_likely is not None and row.sequence.params.logprobs is not None:
+                    alternatives = zip(*(part[place].tolist() for part in most_likely), strict=True)
+                delta = self.tracker.append(
+                    row.sequence,
                     int(outcome.token[place]),
                     float(outcome.logprob[place]),
                     int(outcome.rank[place]),
+                    alternatives,
                 )
-                if most_likely is not None and row.sequence.params.logprobs is not None:
-                    tokens, logprobs = (part[place].tolist() for part in most_likely)
-                    sampled = dataclasses.replace(sampled, top_tokens=tokens, top_logprobs=logprobs)
-                yield row, sampled
-
-    def _append(self, row: Row, sampled: SampledToken) -> OutputDelta:
-        delta = self.tracker.append(row.sequence, sampled)
-        if delta.finish_reason is not None:
-            self.scheduler.finish(row.sequence)
-        return delta
+                if delta.finish_reason is not None:
+                    self.scheduler.finish(row.sequence)
+                yield delta
 
     def _record(self, plan: StepPlan, outcome: Outcome, extras: Extras) -> None:
         self.steps += 1

@@ -1,8 +1,4 @@
-"""Conversion between requests and sequences.
-
-`RequestTracker` turns requests into sequences, and sampled tokens into deltas. `OutputCollector`,
-on the reader's side, adds deltas up to a RequestOutput.
-"""
+"""Conversion of requests to sequences, and of sampled tokens to deltas."""
 
 from __future__ import annotations
 
@@ -11,31 +7,19 @@ import itertools
 import time
 from collections.abc import Iterable
 
-from dance_jax.config import UserError
 from dance_jax.engine.detokenizer import Decoder, Detokenizer
 from dance_jax.engine.sequence import (
     MAX_STOP_IDS,
-    CompletionOutput,
     FinishReason,
     Logprob,
     OutputDelta,
     Request,
     RequestMetrics,
-    RequestOutput,
+    SamplingParams,
     Sequence,
+    request_seeds,
     sample_seed,
 )
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class SampledToken:
-    """The device's result for one row (`sampling.Sampled`), as Python numbers."""
-
-    token: int
-    logprob: float
-    rank: int = 0
-    top_tokens: list[int] = dataclasses.field(default_factory=list)
-    top_logprobs: list[float] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(slots=True)
@@ -71,12 +55,12 @@ class RequestTracker:
         self._max_model_len = max_model_len
         self._vocab_size = vocab_size
         self._eos = tuple(eos_token_ids)
-        self._seeds = (sample_seed(seed, (rank << 32) + i) for i in itertools.count())
+        self._seeds = request_seeds(seed, rank)
         self._open: dict[str, _Open] = {}
 
     def open(self, request: Request) -> tuple[list[Sequence], list[OutputDelta]]:
         """Sequences to schedule, or, for an invalid request, deltas with the reason."""
-        metrics = RequestMetrics(request.arrival_time or time.time())
+        metrics = RequestMetrics(request.arrival_time)
         reason = self._refusal(request)
         if reason is not None:
             metrics.finished_time = time.time()
@@ -92,8 +76,8 @@ class RequestTracker:
             ]
         params = request.params
         room = self._max_model_len - len(request.prompt_token_ids)
-        stop_ids = dict.fromkeys(() if params.ignore_eos else self._eos)
-        stop_ids.update(dict.fromkeys(params.stop_token_ids or []))
+        ends = self._ends(params)
+        stop_ids = frozenset((params.stop_token_ids or ()) if params.ignore_eos else ends)
         seed = next(self._seeds) if params.seed is None else params.seed
         sequences = [
             Sequence(
@@ -101,10 +85,11 @@ class RequestTracker:
                 index=index,
                 prompt_token_ids=request.prompt_token_ids,
                 params=params,
-                max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
+                max_tokens=min(params.max_tokens or room, room),
                 seed=sample_seed(seed, index),
-                stop_ids=frozenset(stop_ids),
-                held_back_ids=self._held_back(request) if params.min_tokens else (),
+                stop_ids=stop_ids,
+                # As in vLLM, EOS is held back even if it is ignored.
+                held_back_ids=ends if params.min_tokens else (),
                 output_token_ids=list(resumed),
             )
             for index, resumed in enumerate(request.resumed or [[]] * params.n)
@@ -131,32 +116,53 @@ class RequestTracker:
         if metrics.first_scheduled_time is None:
             metrics.first_scheduled_time = time.time()
 
-    def append(self, sequence: Sequence, sampled: SampledToken) -> OutputDelta:
-        """Add a sampled token to its sequence; the delta's finish_reason is set on the last one."""
+    def append(
+        self,
+        sequence: Sequence,
+        token: int,
+        logprob: float,
+        rank: int = 0,
+        top: Iterable[tuple[int, float]] = (),
+    ) -> OutputDelta:
+        """Add a sampled token to its sequence; the delta's finish_reason is set on the last one.
+
+        Args:
+            sequence: of a request that was opened.
+            token: the token id.
+            logprob: of the token.
+            rank: of the token, 1 for the most likely one.
+            top: (token id, logprob) of the most likely tokens, the most likely one first.
+        """
         opened = self._open[sequence.request_id]
         now = time.time()
         first = opened.metrics.first_token_time is None
         if first:
             opened.metrics.first_token_time = now
-        sequence.output_token_ids.append(sampled.token)
+        sequence.output_token_ids.append(token)
         params = sequence.params
         delta = OutputDelta(
             sequence.request_id,
             sequence.index,
-            token_ids=[sampled.token],
-            logprob=sampled.logprob,
-            logprobs=None if params.logprobs is None else [self._logprobs(sampled, sequence)],
+            token_ids=[token],
+            logprob=logprob,
             metrics=opened.metrics if first else None,
         )
+        if params.logprobs is not None:
+            found = {token: (logprob, rank)}
+            for place, (other, each) in enumerate(itertools.islice(top, params.logprobs), 1):
+                found.setdefault(other, (each, place))
+            delta.logprobs = [
+                {each: Logprob(*what, self._decoder.decode([each])) for each, what in found.items()}
+            ]
         count = len(sequence.output_token_ids)
         detokenizer = opened.detokenizers[sequence.index]
-        if count >= params.min_tokens and sampled.token in sequence.stop_ids:
+        if count >= params.min_tokens and token in sequence.stop_ids:
             # The token that ends the output is not part of the text.
             delta.finish_reason = "stop"
-            is_eos = sampled.token in self._eos and not params.ignore_eos
-            delta.stop_reason = None if is_eos else sampled.token
+            is_eos = token in self._eos and not params.ignore_eos
+            delta.stop_reason = None if is_eos else token
         else:
-            delta.text = detokenizer.append(sampled.token)
+            delta.text = detokenizer.append(token)
             if detokenizer.stopped_by is None and count >= sequence.max_tokens:
                 delta.finish_reason = "length"
         if delta.finish_reason is not None:
@@ -188,11 +194,10 @@ class RequestTracker:
         delta.metrics = opened.metrics
 
     def _refusal(self, request: Request) -> str | None:
-        """The reason why the request cannot run; None if it can."""
-        try:
-            request.params.verify()
-        except UserError as error:
-            return str(error)
+        """The reason why this model cannot run the request; None if it can.
+
+        `SamplingParams` has checked its fields.
+        """
         prompt = request.prompt_token_ids
         if not prompt:
             return "the prompt is empty: it must have at least one token"
@@ -210,64 +215,16 @@ class RequestTracker:
         biased = max(request.params.logit_bias or {}, default=0)
         if biased >= self._vocab_size:
             return f"logit_bias has token id {biased}; valid ids are 0..{self._vocab_size - 1}"
-        if request.params.min_tokens and len(self._held_back(request)) > MAX_STOP_IDS:
+        ends = len(self._ends(request.params))
+        if request.params.min_tokens and ends > MAX_STOP_IDS:
             return (
                 f"min_tokens allows at most {MAX_STOP_IDS} EOS and stop_token_ids together; got "
-                f"{len(self._held_back(request))}"
+                f"{ends}"
             )
         if request.request_id in self._open:
             return f"request id {request.request_id!r} is already in use"
         return None
 
-    def _held_back(self, request: Request) -> tuple[int, ...]:
-        """Tokens that must not be sampled before min_tokens; as in vLLM, EOS even if ignored."""
-        return tuple(dict.fromkeys((*self._eos, *(request.params.stop_token_ids or []))))
-
-    def _logprobs(self, sampled: SampledToken, sequence: Sequence) -> dict[int, Logprob]:
-        count = sequence.params.logprobs or 0
-        found = {sampled.token: (sampled.logprob, sampled.rank)}
-        for rank, (token, logprob) in enumerate(
-            zip(sampled.top_tokens[:count], sampled.top_logprobs[:count], strict=True), 1
-        ):
-            found.setdefault(token, (logprob, rank))
-        return {
-            token: Logprob(logprob, rank, self._decoder.decode([token]))
-            for token, (logprob, rank) in found.items()
-        }
-
-
-class OutputCollector:
-    """Collects the deltas of one request into a RequestOutput.
-
-    Args:
-        request: the request as sent to the engine.
-    """
-
-    def __init__(self, request: Request) -> None:
-        wants_logprobs = request.params.logprobs is not None
-        self.output = RequestOutput(
-            request_id=request.request_id,
-            prompt=request.prompt,
-            prompt_token_ids=request.prompt_token_ids,
-            outputs=[
-                CompletionOutput(index=index, logprobs=[] if wants_logprobs else None)
-                for index in range(request.params.n)
-            ],
-            finished=False,
-            metrics=RequestMetrics(request.arrival_time or time.time()),
-        )
-
-    def apply(self, delta: OutputDelta) -> RequestOutput:
-        """Add a delta of this request; returns the same, growing output object."""
-        sample = self.output.outputs[delta.index]
-        sample.text += delta.text
-        sample.token_ids.extend(delta.token_ids)
-        sample.cumulative_logprob += delta.logprob
-        if sample.logprobs is not None and delta.logprobs is not None:
-            sample.logprobs.extend(delta.logprobs)
-        if delta.finish_reason is not None:
-            sample.finish_reason, sample.stop_reason = delta.finish_reason, delta.stop_reason
-            self.output.finished = all(sample.finished for sample in self.output.outputs)
-        if delta.metrics is not None:
-            self.output.metrics = delta.metrics
-        return self.output
+    def _ends(self, params: SamplingParams) -> tuple[int, ...]:
+        """The model's EOS tokens and stop_token_ids, each once."""
+        return tuple(dict.fromkeys((*self._eos, *(params.stop_token_ids or ()))))

@@ -121,14 +121,14 @@ class Scheduler:
     Args:
         config: provides bucket sizes, block_size, max_num_seqs and max_model_len.
         devices: number of devices of this server.
-        num_blocks: KV blocks of each device.
+        num_blocks: KV blocks of each device, at least `config.max_blocks` (`kv_cache.num_blocks`
+            checks).
         share_prefixes: whether sequences may start behind cached blocks of equal tokens. Must be
             False if a layer has a recurrent state, which exists only for a sequence's last token.
         state_copies: slots for recurrent states per running sequence, see kv_cache.py.
 
     Raises:
-        UserError: the buckets leave some work without a step, or the KV cache is too small for the
-            longest sequence.
+        UserError: the buckets leave some work without a step.
     """
 
     def __init__(
@@ -140,7 +140,6 @@ class Scheduler:
         state_copies: int = 1,
     ) -> None:
         _check_buckets(config)
-        _check_blocks(config, num_blocks)
         self.config = config
         self.devices = devices
         self.share_prefixes, self.state_copies = share_prefixes, state_copies
@@ -193,16 +192,7 @@ class Scheduler:
         return sum(pool.used for pool in self.pools)
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a new sequence.
-
-        Raises:
-            ValueError: the sequence has no tokens, or the context has no room for another token.
-        """
-        if not 0 < sequence.num_tokens < self.config.max_model_len:
-            raise ValueError(
-                f"{sequence.request_id}: has {sequence.num_tokens} tokens; must have at least 1, "
-                f"and fewer than max_model_len, {self.config.max_model_len}"
-            )
+        """Queue a new sequence, of 1 to max_model_len - 1 tokens (`RequestTracker.open` checks)."""
         sequence.arrival = self._arrivals
         self._arrivals += 1
         heapq.heappush(self._waiting, (sequence.arrival, sequence))
@@ -473,12 +463,3 @@ def _check_buckets(config: EngineConfig) -> None:
         )
     if config.block_size < 2:
         raise UserError(f"block_size: must be at least 2; got {config.block_size}")
-
-
-def _check_blocks(config: EngineConfig, num_blocks: int) -> None:
-    if num_blocks < config.max_blocks:
-        raise UserError(
-            f"max_model_len: {config.max_model_len} tokens need {config.max_blocks} KV blocks of "
-            f"block_size {config.block_size}, but a device has only {num_blocks}; give the KV "
-            "cache more memory, or set a smaller max_model_len"
-        )

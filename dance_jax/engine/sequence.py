@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import math
 import numbers
 import sys
+import time
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import msgspec
@@ -82,7 +85,7 @@ class SamplingParams(msgspec.Struct, kw_only=True):
             self.stop_token_ids = []
         if self.seed == -1:
             self.seed = None
-        self.verify()
+        self._verify()
         # Convert e.g. numpy's numbers: only Python's own types cross processes.
         for name in ("n", "top_k", "seed", "max_tokens", "min_tokens", "logprobs"):
             if (value := getattr(self, name)) is not None:
@@ -112,12 +115,7 @@ class SamplingParams(msgspec.Struct, kw_only=True):
     def greedy(self) -> bool:
         return self.temperature < GREEDY_TEMPERATURE
 
-    def verify(self) -> None:
-        """Check every field.
-
-        Raises:
-            UserError: a field has a wrong type or value; the message names the field.
-        """
+    def _verify(self) -> None:
         _integer("n", self.n, 1, MAX_SAMPLES)
         _number("temperature", self.temperature, 0.0)
         _number("top_p", self.top_p, 0.0, 1.0)
@@ -246,23 +244,8 @@ class RequestMetrics(msgspec.Struct):
         return None if self.finished_time is None else self.finished_time - self.arrival_time
 
 
-class RequestOutput(msgspec.Struct):
-    """A prompt with its samples."""
-
-    request_id: str
-    #: None if the prompt was given as token ids.
-    prompt: str | None
-    prompt_token_ids: list[int]
-    outputs: list[CompletionOutput]
-    finished: bool
-    metrics: RequestMetrics
-
-
 class OutputDelta(msgspec.Struct):
-    """The addition of one step to one sample, the engine's unit of streaming.
-
-    `engine.output.OutputCollector` adds deltas up to a RequestOutput.
-    """
+    """The addition of one step to one sample, the engine's unit of streaming."""
 
     request_id: str
     index: int
@@ -284,11 +267,53 @@ class Request(msgspec.Struct):
     prompt: str | None
     prompt_token_ids: list[int]
     params: SamplingParams
-    #: Unix time in seconds; None if the engine is to note when it gets the request.
-    arrival_time: float | None = None
+    #: Unix time in seconds.
+    arrival_time: float = msgspec.field(default_factory=time.time)
     #: Per sample, output tokens from an earlier engine, from which this one continues; None for a
     #: finished sample. Empty if all samples start from the beginning.
     resumed: list[list[int] | None] = []
+
+
+class RequestOutput(msgspec.Struct):
+    """A prompt with its samples."""
+
+    request_id: str
+    #: None if the prompt was given as token ids.
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool
+    metrics: RequestMetrics
+
+    @staticmethod
+    def of(request: Request) -> RequestOutput:
+        """The output of a request before its first delta."""
+        logprobs = request.params.logprobs is not None
+        return RequestOutput(
+            request.request_id,
+            request.prompt,
+            request.prompt_token_ids,
+            [
+                CompletionOutput(index, logprobs=[] if logprobs else None)
+                for index in range(request.params.n)
+            ],
+            finished=False,
+            metrics=RequestMetrics(request.arrival_time),
+        )
+
+    def add(self, delta: OutputDelta) -> None:
+        """Add a delta of this request."""
+        sample = self.outputs[delta.index]
+        sample.text += delta.text
+        sample.token_ids.extend(delta.token_ids)
+        sample.cumulative_logprob += delta.logprob
+        if sample.logprobs is not None and delta.logprobs is not None:
+            sample.logprobs.extend(delta.logprobs)
+        if delta.finish_reason is not None:
+            sample.finish_reason, sample.stop_reason = delta.finish_reason, delta.stop_reason
+            self.finished = all(sample.finished for sample in self.outputs)
+        if delta.metrics is not None:
+            self.metrics = delta.metrics
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -359,3 +384,13 @@ def sample_seed(seed: int, index: int) -> int:
     """
     digest = hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=4).digest()
     return int.from_bytes(digest, "little")
+
+
+def request_seeds(seed: int, rank: int = 0) -> Iterator[int]:
+    """Seeds for the requests that a server gets without one, in order of arrival.
+
+    Args:
+        seed: of the launch.
+        rank: of the server; servers draw differently from the same seed.
+    """
+    return (sample_seed(seed, number) for number in itertools.count(rank << 32))

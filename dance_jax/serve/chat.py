@@ -18,7 +18,6 @@ from dance_jax.serve.answers import (
     ChatCompletion,
     ChatDelta,
     ChatLogprobs,
-    FinishReason,
     TokenLogprob,
     Usage,
 )
@@ -29,7 +28,7 @@ from dance_jax.serve.generation import Generation
 from dance_jax.serve.info import RouteContext
 from dance_jax.serve.logprobs import chat_logprobs
 from dance_jax.serve.requests import ChatRequest
-from dance_jax.serve.sampling import engine_requests
+from dance_jax.serve.sampling import sampling_params
 
 
 def routes(server: RouteContext) -> fastapi.APIRouter:
@@ -64,27 +63,11 @@ def _check(body: ChatRequest) -> None:
 
 async def _start(server: RouteContext, body: ChatRequest) -> _Call:
     call_id = f"chatcmpl-{uuid.uuid4().hex}"
-    prompt = await server.prompts.chat(body.messages, body.add_generation_prompt is not False)
-    requests = engine_requests(
-        server,
-        body,
-        call_id,
-        [prompt],
-        max_tokens=body.max_completion_tokens or body.max_tokens,
-        default_max_tokens=None,
-        logprobs=body.top_logprobs or 0 if body.logprobs else None,
-    )
-    return _Call(call_id, server.info.model, body, await Generation.start(server, requests))
-
-
-@dataclasses.dataclass
-class _Choice:
-    """One choice as collected so far."""
-
-    text: str = ""
-    logprobs: list[TokenLogprob] = dataclasses.field(default_factory=list)
-    finish_reason: FinishReason = "length"
-    stop_reason: int | str | None = None
+    _, max_tokens = body.output_limit
+    logprobs = body.top_logprobs or 0 if body.logprobs else None
+    params = sampling_params(server, body, max_tokens, logprobs)
+    request = await server.prompts.chat(call_id, body, params)
+    return _Call(call_id, server.info.model, body, Generation(server, [request]))
 
 
 @dataclasses.dataclass
@@ -119,27 +102,27 @@ class _Call:
 
     async def whole(self) -> ChatCompletion:
         """The complete answer."""
-        choices = [_Choice() for _ in range(self.body.n or 1)]
+        choices = [
+            ChatChoice(
+                index=number,
+                message=AssistantMessage(content=""),
+                logprobs=ChatLogprobs(content=[]) if self.body.logprobs else None,
+                finish_reason="length",
+            )
+            for number in range(self.body.n or 1)
+        ]
         async for number, delta in self.generation.deltas():
             choice = choices[number]
-            choice.text += delta.text
-            choice.logprobs += self._logprobs(delta)
+            choice.message.content += delta.text
+            if choice.logprobs is not None:
+                choice.logprobs.content += self._logprobs(delta)
             choice.finish_reason = ending(delta) or choice.finish_reason
             choice.stop_reason = delta.stop_reason
         return ChatCompletion(
             id=self.id,
             created=self.created,
             model=self.model,
-            choices=[
-                ChatChoice(
-                    index=number,
-                    message=AssistantMessage(content=choice.text),
-                    logprobs=ChatLogprobs(content=choice.logprobs) if self.body.logprobs else None,
-                    finish_reason=choice.finish_reason,
-                    stop_reason=choice.stop_reason,
-                )
-                for number, choice in enumerate(choices)
-            ],
+            choices=choices,
             usage=self.generation.usage,
         )
 

@@ -16,8 +16,8 @@ from dance_jax.serve.errors import ApiError
 from dance_jax.serve.generation import Generation
 from dance_jax.serve.info import RouteContext
 from dance_jax.serve.logprobs import completion_logprobs
-from dance_jax.serve.requests import CompletionRequest
-from dance_jax.serve.sampling import engine_requests
+from dance_jax.serve.requests import MAX_CHOICES, CompletionRequest
+from dance_jax.serve.sampling import sampling_params
 
 #: OpenAI's default.
 _DEFAULT_MAX_TOKENS = 16
@@ -52,26 +52,25 @@ def _check(body: CompletionRequest) -> None:
 
 async def _start(server: RouteContext, body: CompletionRequest) -> _Call:
     call_id = f"cmpl-{uuid.uuid4().hex}"
-    special = body.add_special_tokens is not False
-    prompts = await server.prompts.completions(body.prompt, special)
-    requests = engine_requests(
-        server,
-        body,
-        call_id,
-        prompts,
-        max_tokens=body.max_tokens,
-        default_max_tokens=_DEFAULT_MAX_TOKENS,
-        logprobs=body.logprobs,
-    )
-    echoes = [""] * len(prompts)
+    max_tokens = body.max_tokens or _DEFAULT_MAX_TOKENS
+    params = sampling_params(server, body, max_tokens, body.logprobs)
+    requests = await server.prompts.completions(call_id, body, params)
+    if len(requests) * params.n > MAX_CHOICES:
+        raise ApiError(
+            400,
+            f"n: {len(requests)} prompts with {params.n} samples each make "
+            f"{len(requests) * params.n} samples; a call may have at most {MAX_CHOICES}",
+            param="n",
+        )
+    echoes = [""] * len(requests)
     if body.echo:
         echoes = [
-            await server.prompts.detokenized(prompt.token_ids)
-            if prompt.text is None
-            else prompt.text
-            for prompt in prompts
+            await server.prompts.detokenized(request.prompt_token_ids)
+            if request.prompt is None
+            else request.prompt
+            for request in requests
         ]
-    generation = await Generation.start(server, requests)
+    generation = Generation(server, requests)
     return _Call(call_id, server.info.model, body, generation, echoes)
 
 
@@ -113,11 +112,13 @@ class _Call:
 
     async def whole(self) -> Completion:
         """The complete answer."""
-        parts: dict[int, list[CompletionChoice]] = {}
+        choices: dict[int, CompletionChoice] = {}
         async for part in self.parts():
-            parts.setdefault(part.index, []).append(part)
-        choices = [_joined(parts[number]) for number in sorted(parts)]
-        return self._answer(choices, self.generation.usage)
+            if part.index in choices:
+                _extend(choices[part.index], part)
+            else:
+                choices[part.index] = part
+        return self._answer([choices[number] for number in sorted(choices)], self.generation.usage)
 
     def _answer(self, choices: list[CompletionChoice], usage: Usage | None = None) -> Completion:
         return Completion(
@@ -125,18 +126,10 @@ class _Call:
         )
 
 
-def _joined(parts: list[CompletionChoice]) -> CompletionChoice:
-    """Join the parts of one choice."""
-    listed = [part.logprobs for part in parts if part.logprobs is not None]
-    logprobs = CompletionLogprobs(
-        text_offset=[offset for each in listed for offset in each.text_offset],
-        token_logprobs=[logprob for each in listed for logprob in each.token_logprobs],
-        tokens=[token for each in listed for token in each.tokens],
-        top_logprobs=[top for each in listed for top in each.top_logprobs],
-    )
-    return parts[-1].model_copy(
-        update={
-            "text": "".join(part.text for part in parts),
-            "logprobs": logprobs if listed else None,
-        }
-    )
+def _extend(choice: CompletionChoice, part: CompletionChoice) -> None:
+    """Add the next part of a choice to it."""
+    choice.text += part.text
+    choice.finish_reason, choice.stop_reason = part.finish_reason, part.stop_reason
+    if choice.logprobs is not None and part.logprobs is not None:
+        for name in CompletionLogprobs.model_fields:
+            getattr(choice.logprobs, name).extend(getattr(part.logprobs, name))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar, cast
 
@@ -52,7 +53,7 @@ async def answered(
     """
     if stream:
         return EventStream(generation, chunks())
-    async with generation:
+    with contextlib.closing(generation):
         try:
             answer = await while_connected(request.receive, whole())
         except Disconnected:
@@ -78,7 +79,7 @@ class EventStream(Response):
         self._chunks = chunks
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with self._generation:
+        with contextlib.closing(self._generation):
             try:
                 await while_connected(receive, self._send_all(send))
             except Disconnected:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import logging
 import os
 import shutil
@@ -24,7 +23,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from dance_jax.config import UserError
-from dance_jax.engine.sequence import sample_seed
+from dance_jax.engine.sequence import request_seeds
 from dance_jax.launch.agent import child
 from dance_jax.launch.agent.model_files import ModelFiles
 from dance_jax.launch.control import protocol
@@ -91,7 +90,8 @@ class FrontEnd:
         self._engine: EngineProcess | None = None
         #: Number of the engine's start.
         self._start = 0
-        self.queue = RequestQueue(self._to_engine, setup.options.max_queue, _seeds(setup))
+        seeds = request_seeds(setup.engine.config.seed, setup.engine.rank)
+        self.queue = RequestQueue(self._to_engine, setup.options.max_queue, seeds)
 
     def kill(self) -> None:
         """Kill the engine and remove the private directory; safe in any thread."""
@@ -106,7 +106,7 @@ class FrontEnd:
             UserError: the address cannot be listened on, or the model is missing.
         """
         #: Restart commands, which take time, and commands for the engine; handled in order.
-        self._commands: asyncio.Queue[protocol.FrontCommand] = asyncio.Queue()
+        self._commands: asyncio.Queue[protocol.PassedCommand | protocol.Restart] = asyncio.Queue()
         self._draining, self._stopped = asyncio.Event(), asyncio.Event()
         with contextlib.closing(_listen(self._setup.options)) as listener:
             self._launcher = LoopSocket(connection.socket, self._from_launcher)
@@ -173,14 +173,7 @@ class FrontEnd:
                     await self._end_engine()
                     self._start = start
                     self._start_engine(layout)
-                case (
-                    protocol.Join()
-                    | protocol.PeerRestarted()
-                    | protocol.AskStats()
-                    | protocol.Stage()
-                    | protocol.Commit()
-                    | protocol.Drop()
-                ) as command:
+                case command:
                     self._to_engine(command)
 
     # The engine.
@@ -249,12 +242,6 @@ class FrontEnd:
         finally:
             serving.cancel()
             draining.cancel()
-
-
-def _seeds(setup: FrontSetup) -> Iterator[int]:
-    """Seeds for requests without one; each server draws different seeds."""
-    first, seed = setup.engine.rank << 32, setup.engine.config.seed
-    return (sample_seed(seed, number) for number in itertools.count(first))
 
 
 def _listen(options: ServeOptions) -> socket.socket:

@@ -41,7 +41,7 @@ def chat_logprobs(delta: OutputDelta, top: int) -> list[TokenLogprob]:
     for token, found in zip(delta.token_ids, delta.logprobs or [], strict=True):
         best = [_top(other, each) for other, each in found.items() if (each.rank or 0) <= top]
         best.sort(key=lambda each: -each.logprob)
-        chosen = _top(token, found[token]).model_dump()
+        chosen = vars(_top(token, found[token]))
         listed.append(TokenLogprob(**chosen, top_logprobs=best[:top]))
     return listed
 

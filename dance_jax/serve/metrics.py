@@ -146,8 +146,7 @@ class Observation:
         self._metrics = metrics
         self._prompt_tokens = len(request.prompt_token_ids)
         # Convert the arrival from unix time to the monotonic clock, which is never adjusted.
-        waited_s = 0.0 if request.arrival_time is None else time.time() - request.arrival_time
-        self._arrival = time.monotonic() - max(0.0, waited_s)
+        self._arrival = time.monotonic() - max(0.0, time.time() - request.arrival_time)
         self._running = request.params.n
         self._tokens = 0
         #: Sample -> times of its first and latest token, and its number of tokens.

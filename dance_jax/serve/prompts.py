@@ -1,27 +1,18 @@
-"""Conversion of prompts to tokens, outside the event loop, with checks of the context length."""
+"""Conversion of prompts to requests, outside the event loop, with checks of the context length."""
 
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, cast
 
 from dance_jax.config import UserError
+from dance_jax.engine.sequence import Request, SamplingParams
 from dance_jax.serve.errors import ApiError
-from dance_jax.serve.requests import Message
+from dance_jax.serve.requests import ChatRequest, CompletionRequest, Message, Prompt, SamplingFields
 
 if TYPE_CHECKING:
     from dance_jax.models.tokenizer import Tokenizer
-
-
-@dataclasses.dataclass(frozen=True)
-class EncodedPrompt:
-    """A prompt in the engine's form."""
-
-    #: None if the prompt was given as tokens.
-    text: str | None
-    token_ids: list[int]
 
 
 class Prompts:
@@ -45,37 +36,42 @@ class Prompts:
         self._max_chars = longest * max_model_len
 
     async def completions(
-        self, prompt: str | list[str] | list[int] | list[list[int]], add_special_tokens: bool
-    ) -> list[EncodedPrompt]:
-        """Encode the prompts of a completion.
+        self, call_id: str, body: CompletionRequest, params: SamplingParams
+    ) -> list[Request]:
+        """Encode the prompts of a completion, one request each.
+
+        Args:
+            call_id: id of the call; prefix of the requests' ids.
+            body: of the call.
+            params: of all requests.
 
         Raises:
-            ApiError: 400 if a prompt is empty, has an unknown token id, or leaves no room in the
-                context.
+            ApiError: 400 if a prompt is empty, has an unknown token id, or leaves less room in the
+                context than the body asks for.
         """
-        encoded = []
-        for where, item in _named(prompt):
+        requests = []
+        for number, (where, item) in enumerate(_named(body.prompt)):
+            text = item if isinstance(item, str) else None
             if isinstance(item, str):
-                ids = await self.encoded(item, add_special_tokens, where)
-                found = EncodedPrompt(item, ids)
+                ids = await self.encoded(item, body.add_special_tokens is not False, where)
             else:
-                found = EncodedPrompt(None, self.known(item, where))
-            self._check_room(len(found.token_ids), where)
-            encoded.append(found)
-        return encoded
+                ids = self.known(item, where)
+            self._check_room(len(ids), where, body)
+            requests.append(Request(f"{call_id}-{number}", text, ids, params))
+        return requests
 
-    async def chat(self, messages: Sequence[Message], add_generation_prompt: bool) -> EncodedPrompt:
-        """Encode a conversation with the model's chat template.
+    async def chat(self, call_id: str, body: ChatRequest, params: SamplingParams) -> Request:
+        """Encode a conversation with the model's chat template; arguments as in `completions`.
 
         Raises:
-            ApiError: 400 if the template refuses the messages, or if they leave no room in the
-                context.
+            ApiError: 400 if the template refuses the messages, or if they leave less room in the
+                context than the body asks for.
         """
-        text = await self.rendered(messages, add_generation_prompt)
+        text = await self.rendered(body.messages, body.add_generation_prompt is not False)
         # The template itself adds special tokens.
         ids = await self.encoded(text, False, "messages")
-        self._check_room(len(ids), "messages")
-        return EncodedPrompt(text, ids)
+        self._check_room(len(ids), "messages", body)
+        return Request(f"{call_id}-0", text, ids, params)
 
     async def rendered(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         """Render a conversation as text with the model's chat template.
@@ -96,12 +92,8 @@ class Prompts:
         return await asyncio.to_thread(self._tokenizer.encode, text, add_special_tokens)
 
     async def detokenized(self, tokens: list[int]) -> str:
-        """The text of tokens.
-
-        Raises:
-            ApiError: 400 if a token id is outside the vocabulary.
-        """
-        return await asyncio.to_thread(self._tokenizer.decode, self.known(tokens, "tokens"))
+        """The text of tokens of the vocabulary."""
+        return await asyncio.to_thread(self._tokenizer.decode, tokens)
 
     def known(self, tokens: list[int], where: str) -> list[int]:
         """Check that all token ids are in the vocabulary, and return them.
@@ -139,11 +131,26 @@ class Prompts:
             400, f"messages: the model's chat template rejects them: {reason}", param="messages"
         )
 
-    def _check_room(self, length: int, where: str) -> None:
+    def _check_room(self, length: int, where: str, body: SamplingFields) -> None:
+        """Check that a prompt of `length` tokens leaves room for the output asked for."""
         if length == 0:
             raise ApiError(400, f"{where}: must have at least one token", param=where)
-        if length + 1 > self._max_model_len:
+        room = self._max_model_len - length
+        if room < 1:
             raise self._too_long(f"{where}: {length} tokens", where)
+        name, wanted = body.output_limit
+        if wanted is not None and wanted > room:
+            raise ApiError(
+                400,
+                f"{name}: {wanted} plus the prompt's {length} tokens are {length + wanted}, but "
+                f"the model's maximum context length is {self._max_model_len} tokens; lower "
+                f"{name} or shorten the prompt",
+                param=name,
+                code="context_length_exceeded",
+            )
+        if (body.min_tokens or 0) > room:
+            message = f"min_tokens: must be at most max_tokens, {room}; got {body.min_tokens}"
+            raise ApiError(400, message, param="min_tokens")
 
     def _too_long(self, what: str, param: str) -> ApiError:
         return ApiError(
@@ -155,9 +162,7 @@ class Prompts:
         )
 
 
-def _named(
-    prompt: str | list[str] | list[int] | list[list[int]],
-) -> Iterator[tuple[str, str | list[int]]]:
+def _named(prompt: Prompt) -> Iterator[tuple[str, str | list[int]]]:
     """Pairs (name of the prompt in error messages, prompt)."""
     if isinstance(prompt, str) or isinstance(prompt[0], int):
         yield "prompt", cast("str | list[int]", prompt)

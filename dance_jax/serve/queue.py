@@ -44,12 +44,10 @@ class Unavailable(Exception):
 
 @dataclasses.dataclass(eq=False)
 class _InFlight:
-    """A request and its output so far."""
+    """A request, whose `resumed` grows with its output."""
 
     request: Request
-    #: Per sample, the output tokens so far; None if the sample has ended.
-    tokens: list[list[int] | None]
-    #: Deltas that the user has not read yet; None marks the end.
+    #: Gets the deltas, and None at the end.
     unread: asyncio.Queue[OutputDelta | None]
     #: Whether the request still waits for its first token.
     waits: bool = True
@@ -57,52 +55,27 @@ class _InFlight:
     deaths: int = 0
 
     def add(self, delta: OutputDelta) -> None:
-        tokens = self.tokens[delta.index]
+        tokens = self.request.resumed[delta.index]
         if tokens is None:
             return
         if delta.token_ids:
             tokens += delta.token_ids
             self.waits, self.deaths = False, 0
         if delta.finish_reason is not None:
-            self.tokens[delta.index] = None
+            self.request.resumed[delta.index] = None
         self.unread.put_nowait(delta)
 
     @property
     def ended(self) -> bool:
         """Whether all samples have ended."""
-        return all(tokens is None for tokens in self.tokens)
+        return all(tokens is None for tokens in self.request.resumed)
 
     def fail(self, why: str) -> None:
         """End all unfinished samples with an error."""
-        for index, tokens in enumerate(self.tokens):
+        for index, tokens in enumerate(self.request.resumed):
             if tokens is not None:
                 name = self.request.request_id
                 self.add(OutputDelta(name, index, finish_reason="error", stop_reason=why))
-
-
-class DeltaStream:
-    """The deltas of a request until it ends; closing the stream early aborts the request."""
-
-    def __init__(self, queue: RequestQueue, entry: _InFlight) -> None:
-        self._queue, self._entry = queue, entry
-        self._over = False
-
-    def __aiter__(self) -> DeltaStream:
-        return self
-
-    async def __anext__(self) -> OutputDelta:
-        if self._over:
-            raise StopAsyncIteration
-        delta = await self._entry.unread.get()
-        if delta is None:
-            self._over = True
-            raise StopAsyncIteration
-        return delta
-
-    async def aclose(self) -> None:
-        """End the stream; may be called twice, but not while `__anext__` waits."""
-        self._over = True
-        self._queue.abort(self._entry.request.request_id)
 
 
 class RequestQueue:
@@ -133,8 +106,12 @@ class RequestQueue:
 
     # For users.
 
-    def submit(self, request: Request) -> DeltaStream:
-        """Accept a request; its deltas can be read from the result.
+    def submit(self, request: Request, unread: asyncio.Queue[OutputDelta | None]) -> None:
+        """Accept a request.
+
+        Args:
+            request: with an id that no other request has.
+            unread: gets the request's deltas, and None at its end unless it is aborted.
 
         Raises:
             Unavailable: the engine has not started yet, or the server is shutting down.
@@ -147,17 +124,15 @@ class RequestQueue:
         waiting = sum(entry.waits for entry in self._in_flight.values())
         if waiting >= self._max_queue:
             raise QueueFull(f"the queue is full: {waiting} requests wait for their first token")
-        if request.request_id in self._in_flight:
-            raise ValueError(f"request id {request.request_id!r} is already in use")
-        if request.params.seed is None:
-            params = msgspec.structs.replace(request.params, seed=next(self._seeds))
-            request = msgspec.structs.replace(request, params=params)
-        entry = _InFlight(request, [[] for _ in range(request.params.n)], asyncio.Queue())
-        self._in_flight[request.request_id] = entry
+        params = request.params
+        if params.seed is None:
+            params = msgspec.structs.replace(params, seed=next(self._seeds))
+        begun = [[] for _ in range(params.n)]
+        request = msgspec.structs.replace(request, params=params, resumed=begun)
+        self._in_flight[request.request_id] = _InFlight(request, unread)
         self._empty.clear()
         if self._running:
             self._send(Submit([request]))
-        return DeltaStream(self, entry)
 
     @property
     def ready(self) -> bool:
@@ -183,7 +158,7 @@ class RequestQueue:
         self._started = self._running = True
         self._last_step = time.monotonic()
         if self._in_flight:
-            self._send(Submit([_resumed(entry) for entry in self._in_flight.values()]))
+            self._send(Submit([entry.request for entry in self._in_flight.values()]))
 
     def engine_died(self) -> None:
         """The engine died: keep its requests for the next one."""
@@ -236,7 +211,3 @@ class RequestQueue:
         if not self._in_flight:
             self._empty.set()
         return found
-
-
-def _resumed(entry: _InFlight) -> Request:
-    return msgspec.structs.replace(entry.request, resumed=entry.tokens)

@@ -142,6 +142,11 @@ class SamplingFields(_Body):
         """Whether the stream ends with the usage."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
+    @property
+    def output_limit(self) -> tuple[str, int | None]:
+        """The field that limits the output tokens, and its value."""
+        return "max_tokens", self.max_tokens
+
 
 class CompletionRequest(SamplingFields):
     """Body of /v1/completions."""
@@ -217,6 +222,12 @@ class ChatRequest(SamplingFields):
     #: A hint that can only make answers faster.
     prediction: Harmless = None
     parallel_tool_calls: Harmless = None
+
+    @property
+    def output_limit(self) -> tuple[str, int | None]:
+        if self.max_completion_tokens is None:
+            return super().output_limit
+        return "max_completion_tokens", self.max_completion_tokens
 
 
 class TokenizeRequest(_Body):

@@ -29,7 +29,8 @@ def routes(server: RouteContext) -> fastapi.APIRouter:
     async def detokenize(body: DetokenizeRequest) -> Detokenized:
         """Convert tokens to text."""
         server.info.check_model(body.model)
-        return Detokenized(prompt=await server.prompts.detokenized(body.tokens))
+        tokens = server.prompts.known(body.tokens, "tokens")
+        return Detokenized(prompt=await server.prompts.detokenized(tokens))
 
     return router
 

@@ -47,9 +47,9 @@ def naive(checkpoint: Checkpoint) -> Naive:
 @any_traffic
 @given(st.lists(jobs(), min_size=1, max_size=9))
 def test_greedy_outputs_are_those_of_a_naive_loop(engine: Engine, naive: Naive, given):
-    collectors = run(engine, [(job, job.request(str(n))) for n, job in enumerate(given)])
+    outputs = run(engine, [(job, job.request(str(n))) for n, job in enumerate(given)])
     for number, job in enumerate(given):
-        (sample,) = collectors[str(number)].output.outputs
+        (sample,) = outputs[str(number)].outputs
         naive.check(list(job.prompt), sample.token_ids)
         assert sample.finish_reason in ("length", "abort")
         if job.patience is None:
@@ -62,12 +62,12 @@ def test_the_traffic_above_preempts_and_shares(engine: Engine, naive: Naive):
     """Four long requests need 44 blocks but only 18 exist; afterwards their prefixes are cached."""
     long = [Job((*SHARED[n % 2], n + 2), 30, 0, None) for n in range(4)]
     before = engine.report()
-    collectors = run(engine, [(job, job.request(str(n))) for n, job in enumerate(long)])
+    outputs = run(engine, [(job, job.request(str(n))) for n, job in enumerate(long)])
     after = engine.report()
     assert after.preemptions > before.preemptions
     assert after.prefix_hits > before.prefix_hits
     for number, job in enumerate(long):
-        naive.check(list(job.prompt), collectors[str(number)].output.outputs[0].token_ids)
+        naive.check(list(job.prompt), outputs[str(number)].outputs[0].token_ids)
 
 
 def test_failed_rows_change_no_answer(engine: Engine, naive: Naive):
@@ -76,10 +76,10 @@ def test_failed_rows_change_no_answer(engine: Engine, naive: Naive):
     for seed in range(2):
         before = engine.report()
         with failures(engine, np.random.default_rng(seed)) as failed:
-            collectors = run(engine, [(job, job.request(str(n))) for n, job in enumerate(long)])
+            outputs = run(engine, [(job, job.request(str(n))) for n, job in enumerate(long)])
         assert len(failed) > 10
         for number, job in enumerate(long):
-            naive.check(list(job.prompt), collectors[str(number)].output.outputs[0].token_ids)
+            naive.check(list(job.prompt), outputs[str(number)].outputs[0].token_ids)
         after = engine.report()
         assert after.generation_tokens - before.generation_tokens == sum(j.max_tokens for j in long)
         assert after.kv_blocks_used == 0
@@ -94,8 +94,8 @@ def test_a_seed_draws_the_same_whatever_else_runs(engine: Engine):
         for n, job in enumerate([Job(tuple(SHARED[1][: 9 * n + 1]), 25, 1, None) for n in range(6)])
     ]
     among = run(engine, [*crowd[:3], (sampled, sampled.request("x", **params)), *crowd[3:]])["x"]
-    assert among.output.outputs[0].token_ids == alone.output.outputs[0].token_ids
-    assert len(set(alone.output.outputs[0].token_ids)) > 5
+    assert among.outputs[0].token_ids == alone.outputs[0].token_ids
+    assert len(set(alone.outputs[0].token_ids)) > 5
 
 
 def test_nothing_is_compiled_once_it_is_warm(engine: Engine):
@@ -119,9 +119,9 @@ def test_nothing_is_compiled_once_it_is_warm(engine: Engine):
                 for n in range(10)
             )
         ]
-        collectors = run(engine, traffic)
+        outputs = run(engine, traffic)
         engine.report()
-        assert all(collector.output.finished for collector in collectors.values())
+        assert all(each.finished for each in outputs.values())
         assert not compiled
     finally:
         jax.monitoring.unregister_event_duration_listener(listener)

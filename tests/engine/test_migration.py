@@ -14,9 +14,8 @@ import pytest
 
 from dance_jax.config import EngineConfig
 from dance_jax.engine.engine import Engine
-from dance_jax.engine.output import OutputCollector
 from dance_jax.engine.pools import ArrayPools, SlotWrite
-from dance_jax.engine.sequence import Request, SamplingParams
+from dance_jax.engine.sequence import Request, RequestOutput, SamplingParams
 from dance_jax.models import native
 from dance_jax.models.checkpoint import Checkpoint
 from dance_jax.models.tokenizer import Tokenizer
@@ -106,17 +105,17 @@ REQUESTS = {str(n): np.random.default_rng(n).integers(2, 258, 5 + 4 * n).tolist(
 
 def outputs(engine: Engine, each_step=lambda: None) -> dict[str, list[int]]:
     """Greedy outputs of all requests, run at once."""
-    collectors = {}
+    found = {}
     for name, prompt in REQUESTS.items():
         sampling = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)
         request = Request(name, None, prompt, sampling)
-        collectors[name] = OutputCollector(request)
+        found[name] = RequestOutput.of(request)
         engine.add(request)
     while engine.has_work:
         each_step()
         for delta in engine.step().outputs:
-            collectors[delta.request_id].apply(delta)
-    return {name: each.output.outputs[0].token_ids for name, each in collectors.items()}
+            found[delta.request_id].add(delta)
+    return {name: each.outputs[0].token_ids for name, each in found.items()}
 
 
 def test_outputs_do_not_change_and_nothing_is_compiled(checkpoint: Checkpoint, engine: Engine):

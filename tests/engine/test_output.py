@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from dance_jax.engine.output import OutputCollector, RequestTracker, SampledToken
-from dance_jax.engine.sequence import MAX_STOP_IDS, Request, SamplingParams
+from dance_jax.engine.output import RequestTracker
+from dance_jax.engine.sequence import MAX_STOP_IDS, Request, RequestOutput, SamplingParams
 
 EOS = 0
 
@@ -21,18 +21,18 @@ def run(params, tokens, prompt=(1, 2), max_model_len=64, eos=(EOS,)):
     """The output of a request whose samples all get these tokens, and sample 0's tokens used."""
     tracker = RequestTracker(Letters(), max_model_len, 27, eos, seed=3)
     request = Request("r", None, list(prompt), params)
-    collector = OutputCollector(request)
+    output = RequestOutput.of(request)
     sequences, deltas = tracker.open(request)
     for delta in deltas:
-        collector.apply(delta)
+        output.add(delta)
     for sequence in sequences:
         for token in tokens:
-            sampled = SampledToken(token, -0.5, 2, [5, token, 9], [-0.1, -0.5, -3.0])
-            delta = tracker.append(sequence, sampled)
-            collector.apply(delta)
+            top = [(5, -0.1), (token, -0.5), (9, -3.0)]
+            delta = tracker.append(sequence, token, -0.5, 2, top)
+            output.add(delta)
             if delta.finish_reason is not None:
                 break
-    return collector.output
+    return output
 
 
 def test_length():
@@ -128,16 +128,16 @@ def test_samples_and_seeds():
 def test_end_from_outside_gives_out_the_held_text():
     tracker = RequestTracker(Letters(), 64, 27, (EOS,))
     request = Request("r", None, [1], SamplingParams(n=2, stop="ab"))
-    collector = OutputCollector(request)
+    output = RequestOutput.of(request)
     sequences, _ = tracker.open(request)
-    assert tracker.append(sequences[0], SampledToken(1, -1.0)).text == ""
-    collector.apply(tracker.end(sequences[0], "abort"))
-    assert not collector.output.finished
-    collector.apply(tracker.end(sequences[1], "error", "the engine died"))
-    first, second = collector.output.outputs
+    assert tracker.append(sequences[0], 1, -1.0).text == ""
+    output.add(tracker.end(sequences[0], "abort"))
+    assert not output.finished
+    output.add(tracker.end(sequences[1], "error", "the engine died"))
+    first, second = output.outputs
     assert (first.text, first.finish_reason) == ("a", "abort")
     assert (second.finish_reason, second.stop_reason) == ("error", "the engine died")
-    assert collector.output.finished
+    assert output.finished
     assert not tracker.open(request)[1], "its id is free again"
 
 
@@ -157,7 +157,7 @@ def test_another_engine_goes_on_where_one_ended(params, border):
     params = SamplingParams(max_tokens=8, seed=5, **params)
     expected = run(params, tokens)
     request = Request("r", None, [1, 2], params)
-    collector = OutputCollector(request)
+    output = RequestOutput.of(request)
     resumed: list = [[] for _ in range(params.n)]
     for steps in (border, len(tokens)):
         tracker = RequestTracker(Letters(), 64, 27, (EOS,), seed=3)
@@ -167,17 +167,14 @@ def test_another_engine_goes_on_where_one_ended(params, border):
         for sequence in sequences:
             while len(sequence.output_token_ids) < steps:
                 token = tokens[len(sequence.output_token_ids)]
-                delta = tracker.append(sequence, SampledToken(token, -0.5, 2))
-                collector.apply(delta)
+                delta = tracker.append(sequence, token, -0.5, 2)
+                output.add(delta)
                 if delta.finish_reason is not None:
                     break
-        resumed = [
-            None if sample.finished else list(sample.token_ids)
-            for sample in collector.output.outputs
-        ]
+        resumed = [None if sample.finished else list(sample.token_ids) for sample in output.outputs]
         if all(each is None for each in resumed):
             break
-    for ours, wanted in zip(collector.output.outputs, expected.outputs, strict=True):
+    for ours, wanted in zip(output.outputs, expected.outputs, strict=True):
         assert (ours.text, ours.token_ids) == (wanted.text, wanted.token_ids)
         assert (ours.finish_reason, ours.stop_reason) == (wanted.finish_reason, wanted.stop_reason)
 

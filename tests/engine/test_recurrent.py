@@ -37,9 +37,9 @@ def hybrid(
 @given(st.lists(jobs(), min_size=1, max_size=9))
 def test_greedy_outputs_are_those_of_a_naive_loop(hybrid, given):
     engine, naive = hybrid
-    collectors = run(engine, [(job, job.request(str(n))) for n, job in enumerate(given)])
+    outputs = run(engine, [(job, job.request(str(n))) for n, job in enumerate(given)])
     for number, job in enumerate(given):
-        naive.check(list(job.prompt), collectors[str(number)].output.outputs[0].token_ids)
+        naive.check(list(job.prompt), outputs[str(number)].outputs[0].token_ids)
 
 
 def test_preempted_sequences_are_computed_anew_and_prefixes_are_not_shared(hybrid):
@@ -48,9 +48,9 @@ def test_preempted_sequences_are_computed_anew_and_prefixes_are_not_shared(hybri
     long = [Job((*SHARED[n % 2], n + 2), 30, 0, None) for n in range(4)]
     before = engine.report().preemptions
     for traffic in (long, long[:1]):
-        collectors = run(engine, [(job, job.request(str(n))) for n, job in enumerate(traffic)])
+        outputs = run(engine, [(job, job.request(str(n))) for n, job in enumerate(traffic)])
         for number, job in enumerate(traffic):
-            naive.check(list(job.prompt), collectors[str(number)].output.outputs[0].token_ids)
+            naive.check(list(job.prompt), outputs[str(number)].outputs[0].token_ids)
     report = engine.report()
     assert report.preemptions > before
     assert not report.shares_prefixes and report.prefix_queries == report.prefix_hits == 0
@@ -62,7 +62,7 @@ def test_failed_rows_go_on_from_the_states_before_the_step(hybrid):
     traffic = [Job((*SHARED[n % 2][:20], n + 2), 12, n, None) for n in range(3)]
     before = engine.report().preemptions
     with failures(engine, np.random.default_rng(1)) as failed:
-        collectors = run(engine, [(job, job.request(str(n))) for n, job in enumerate(traffic)])
+        outputs = run(engine, [(job, job.request(str(n))) for n, job in enumerate(traffic)])
     for number, job in enumerate(traffic):
-        naive.check(list(job.prompt), collectors[str(number)].output.outputs[0].token_ids)
+        naive.check(list(job.prompt), outputs[str(number)].outputs[0].token_ids)
     assert len(failed) > 10 and engine.report().preemptions == before

@@ -390,15 +390,6 @@ def test_forgetting_a_sampled_token_or_commit_is_noticed():
         scheduler.schedule()
 
 
-def test_sequences_that_can_never_run_are_refused():
-    engine = FakeEngine(make_config(max_model_len=8))
-    for prompt in ([], prompt_of(8)):
-        with pytest.raises(ValueError, match="max_model_len, 8"):
-            engine.add(prompt)
-    engine.add(prompt_of(7))
-    engine.drain()
-
-
 def test_finishing_what_is_unknown_is_noticed():
     engine = FakeEngine(make_config())
     sequence = engine.add(prompt_of(3))
@@ -419,7 +410,6 @@ def test_finishing_what_is_unknown_is_noticed():
         ({"slice_rows": (0, 1)}, "slice_rows"),
         ({"slice_rows": (4, 1)}, "slice_rows"),
         ({"block_size": 1, "max_model_len": 8}, "block_size"),
-        ({"max_model_len": 65}, "max_model_len"),
     ],
 )
 def test_configurations_that_cannot_work_are_refused(wrong, field):

@@ -21,8 +21,7 @@ from dance_jax.config import EngineConfig
 from dance_jax.engine import scheduler
 from dance_jax.engine.engine import Engine, StepResult
 from dance_jax.engine.kv_cache import block_bytes, layer_cache, state_bytes, state_copies
-from dance_jax.engine.output import OutputCollector
-from dance_jax.engine.sequence import Request, SamplingParams, Sequence
+from dance_jax.engine.sequence import Request, RequestOutput, SamplingParams, Sequence
 from dance_jax.launch.planning.hosts import parse_hosts
 from dance_jax.models.attention import Rows
 from dance_jax.models.checkpoint import Checkpoint
@@ -179,9 +178,9 @@ def jobs(draw) -> Job:
     return Job((*shared, *own), draw(st.integers(1, 28)), draw(st.integers(0, 6)), patience)
 
 
-def run(engine: Engine, given: list[tuple[Job, Request]]) -> dict[str, OutputCollector]:
+def run(engine: Engine, given: list[tuple[Job, Request]]) -> dict[str, RequestOutput]:
     """Run all requests at their times, until none is left."""
-    collectors = {request.request_id: OutputCollector(request) for _, request in given}
+    outputs = {request.request_id: RequestOutput.of(request) for _, request in given}
     waiting, leaving, clock = list(given), [], 0
     due = given[0][0].gap if given else 0
     while waiting or engine.has_work:
@@ -195,6 +194,6 @@ def run(engine: Engine, given: list[tuple[Job, Request]]) -> dict[str, OutputCol
             if when == clock:
                 engine.abort(name)
         for delta in engine.step().outputs:
-            collectors[delta.request_id].apply(delta)
+            outputs[delta.request_id].add(delta)
         clock += 1
-    return collectors
+    return outputs

@@ -11,7 +11,6 @@ import pathlib
 import pickle
 import shutil
 import sys
-from collections.abc import Generator
 from typing import Any
 
 import pytest
@@ -135,7 +134,6 @@ def give_up(cluster: Cluster) -> None:
     params = SamplingParams(max_tokens=200, ignore_eos=True)
     work = [(rank, Request(str(n), None, [5, 6], params)) for rank in range(3) for n in range(9)]
     deltas = cluster.generate(work)
-    assert isinstance(deltas, Generator)
     next(deltas)
     deltas.close()
     assert cluster.started

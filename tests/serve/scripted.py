@@ -74,36 +74,19 @@ class ScriptedQueue:
         self.in_flight = 0
         self.restarts = 0
 
-    def submit(self, request: Request) -> _Deltas:
+    def submit(self, request: Request, unread: asyncio.Queue[OutputDelta | None]) -> None:
         if self._refusal is not None and len(self.requests) >= self._accepted:
             raise self._refusal
         self.requests.append(request)
-        return _Deltas(self, request, list(self._script(request)))
+        running = request.params.n
+        for delta in self._script(request):
+            running -= delta.finish_reason is not None
+            unread.put_nowait(delta)
+        if not running:
+            unread.put_nowait(None)
 
-
-class _Deltas:
-    """The deltas of a request; after the last delta, it ends if all samples have, or blocks."""
-
-    def __init__(self, queue: ScriptedQueue, request: Request, deltas: list[OutputDelta]) -> None:
-        self._queue = queue
-        self._request = request
-        self._deltas = deltas
-        self._running = request.params.n
-
-    def __aiter__(self) -> _Deltas:
-        return self
-
-    async def __anext__(self) -> OutputDelta:
-        if self._deltas:
-            delta = self._deltas.pop(0)
-            self._running -= delta.finish_reason is not None
-            return delta
-        if self._running:
-            await asyncio.Event().wait()
-        raise StopAsyncIteration
-
-    async def aclose(self) -> None:
-        self._queue.closed.append(self._request.request_id)
+    def abort(self, request_id: str) -> None:
+        self.closed.append(request_id)
 
 
 def serve_info(directory: pathlib.Path, **changes: Any) -> ServeInfo:

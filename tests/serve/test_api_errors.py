@@ -181,17 +181,20 @@ def test_too_long_for_the_context(http: TestClient, queue: ScriptedQueue) -> Non
         ("/v1/completions", {"prompt": "x" * (CONTEXT - 5), "max_tokens": 6}),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x" * CONTEXT}]}),
         ("/v1/chat/completions", {"messages": HELLO, "max_tokens": CONTEXT - 1}),
+        ("/v1/chat/completions", {"messages": HELLO, "max_completion_tokens": CONTEXT - 1}),
     ):
         found = error(http.post(path, json=body), 400)
         assert found["code"] == "context_length_exceeded"
         assert str(CONTEXT) in found["message"]
+        assert found["message"].startswith(found["param"])
+        assert found["param"] in body
     assert queue.requests == []
-    # The default max_tokens is cut to the room left in the context.
+    # The engine cuts the default max_tokens to the room left in the context.
     assert http.post("/v1/completions", json={"prompt": "x" * (CONTEXT - 5)}).is_success
     assert http.post(
         "/v1/completions", json={"prompt": "x" * (CONTEXT - 5), "max_tokens": 5}
     ).is_success
-    assert [request.params.max_tokens for request in queue.requests] == [5, 5]
+    assert [request.params.max_tokens for request in queue.requests] == [16, 5]
 
 
 @pytest.mark.parametrize(

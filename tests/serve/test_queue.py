@@ -6,13 +6,17 @@ import asyncio
 import itertools
 from collections.abc import Callable, Coroutine
 from typing import Any
+from unittest import mock
 
 import pytest
 
 from dance_jax.engine.sequence import OutputDelta, Request, SamplingParams
 from dance_jax.launch.control.protocol import Abort, Command, Submit
 from dance_jax.serve import queue as queue_module
-from dance_jax.serve.queue import MAX_DEATHS, DeltaStream, QueueFull, RequestQueue, Unavailable
+from dance_jax.serve.generation import Generation
+from dance_jax.serve.queue import MAX_DEATHS, QueueFull, RequestQueue, Unavailable
+
+Unread = asyncio.Queue[OutputDelta | None]
 
 
 class Rig:
@@ -23,9 +27,11 @@ class Rig:
         self.queue = RequestQueue(self.sent.append, max_queue, itertools.count(1000))
         self.queue.engine_started()
 
-    def submit(self, name: str, n: int = 1, **params: Any) -> DeltaStream:
+    def submit(self, name: str, n: int = 1, **params: Any) -> Unread:
+        unread: Unread = asyncio.Queue()
         request = Request(name, None, [1, 2], SamplingParams(n=n, **params))
-        return self.queue.submit(request)
+        self.queue.submit(request, unread)
+        return unread
 
     def bring(self, name: str, *tokens: int, index: int = 0, end: Any = None) -> None:
         self.queue.receive([OutputDelta(name, index, token_ids=list(tokens), finish_reason=end)])
@@ -56,8 +62,11 @@ def on_loop(test: Callable[[Rig], Coroutine[Any, Any, None]]) -> Callable[[], No
     return run
 
 
-async def drain(deltas: DeltaStream) -> list[OutputDelta]:
-    return [delta async for delta in deltas]
+async def drain(unread: Unread) -> list[OutputDelta]:
+    found = []
+    while (delta := await unread.get()) is not None:
+        found.append(delta)
+    return found
 
 
 @on_loop
@@ -72,20 +81,20 @@ async def test_deltas_reach_their_request_until_its_end(rig: Rig) -> None:
     assert [(each.index, each.token_ids) for each in found] == [(0, [5]), (1, [7]), (0, [])]
     assert [each.token_ids for each in await drain(two)] == [[6]]
     assert rig.queue.in_flight == 0
-    await one.aclose()
+    rig.queue.abort("one")
     assert [type(command) for command in rig.sent] == [Submit, Submit], "it had ended: no Abort"
 
 
 @on_loop
-async def test_closing_early_aborts(rig: Rig) -> None:
-    deltas = rig.submit("one")
+async def test_an_aborted_request_gives_no_more(rig: Rig) -> None:
+    unread = rig.submit("one")
     rig.bring("one", 5)
-    assert (await anext(deltas)).token_ids == [5]
-    await deltas.aclose()
+    assert unread.qsize() == 1
+    rig.queue.abort("one")
     assert rig.sent[-1] == Abort(["one"])
     rig.bring("one", 6, end="abort")
-    assert await drain(deltas) == [] and rig.queue.in_flight == 0
-    await deltas.aclose()
+    assert unread.qsize() == 1 and rig.queue.in_flight == 0
+    rig.queue.abort("one")
     assert len(rig.sent) == 2
 
 
@@ -108,6 +117,25 @@ async def test_another_engine_goes_on_from_the_tokens_so_far(rig: Rig) -> None:
 
 
 @on_loop
+async def test_others_have_their_turn_while_a_call_reads_what_has_piled_up(rig: Rig) -> None:
+    server: Any = mock.Mock(queue=rig.queue)
+    call = Generation(server, [Request("one", None, [1], SamplingParams())])
+    for _ in range(9):
+        rig.bring("one", 5)
+    rig.bring("one", 6, end="stop")
+    read, turns = asyncio.create_task(count_of(call)), 0
+    while not read.done():
+        await asyncio.sleep(0)
+        turns += 1
+    assert read.result() == 10 and turns >= 10
+
+
+async def count_of(call: Generation) -> int:
+    """The number of deltas that a call gets."""
+    return len([delta async for delta in call.deltas()])
+
+
+@on_loop
 async def test_a_seed_is_drawn_once(rig: Rig) -> None:
     rig.submit("one")
     rig.submit("two")
@@ -119,8 +147,8 @@ async def test_a_seed_is_drawn_once(rig: Rig) -> None:
 async def test_requests_are_taken_while_engines_start_anew(rig: Rig) -> None:
     rig.queue.engine_died()
     rig.submit("one")
-    gone = rig.submit("gone")
-    await gone.aclose()
+    rig.submit("gone")
+    rig.queue.abort("gone")
     assert rig.sent == [] and not rig.queue.ready
     rig.queue.engine_started()
     (command,) = rig.sent
@@ -158,18 +186,11 @@ async def test_only_so_many_wait_for_their_first_token(rig: Rig) -> None:
     assert caught.value.retry_after_s > 0
 
 
-@on_loop
-async def test_ids_are_unique(rig: Rig) -> None:
-    rig.submit("one")
-    with pytest.raises(ValueError, match="in use"):
-        rig.submit("one")
-
-
 def test_nothing_is_taken_before_the_first_engine_runs() -> None:
     queue = RequestQueue(lambda command: None, 4, itertools.count())
     assert not queue.ready
     with pytest.raises(Unavailable) as caught:
-        queue.submit(Request("one", None, [1], SamplingParams()))
+        queue.submit(Request("one", None, [1], SamplingParams()), asyncio.Queue())
     assert caught.value.retry_after_s > 0
 
 

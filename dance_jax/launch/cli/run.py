@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dance_jax.engine.output import OutputCollector
 from dance_jax.engine.sequence import OutputDelta, Request, RequestOutput, SamplingParams
 from dance_jax.launch.cli.prompts import Prompt
 from dance_jax.launch.cluster.batch import Cluster
@@ -115,32 +114,31 @@ def run_prompts(
         ClusterError: a server failed.
     """
     started = time.monotonic()
-    requests = {
-        str(prompt.index): Request(
-            request_id=str(prompt.index),
+    requests = [
+        Request(
+            request_id=str(number),
             prompt=prompt.text,
             prompt_token_ids=tokenizer.encode(prompt.text),
             params=SamplingParams(
                 temperature=prompt.temperature,
                 max_tokens=prompt.max_tokens,
             ),
-            arrival_time=time.time(),
         )
-        for prompt in prompts
-    }
-    collectors = {name: OutputCollector(request) for name, request in requests.items()}
-    by_name = {str(prompt.index): prompt for prompt in prompts}
+        for number, prompt in enumerate(prompts)
+    ]
+    outputs = tuple(map(RequestOutput.of, requests))
     first_token = None
-    work = [(prompt.rank, requests[str(prompt.index)]) for prompt in prompts]
-    for _, delta in cluster.generate(work):
+    ranks = [prompt.rank for prompt in prompts]
+    for delta in cluster.generate(zip(ranks, requests, strict=True)):
         if delta.token_ids and first_token is None:
             first_token = time.monotonic()
-        collectors[delta.request_id].apply(delta)
-        on_delta(by_name[delta.request_id], delta)
+        number = int(delta.request_id)
+        outputs[number].add(delta)
+        on_delta(prompts[number], delta)
     return RunResult(
         plan=plan,
         prompts=tuple(prompts),
-        outputs=tuple(collectors[str(prompt.index)].output for prompt in prompts),
+        outputs=outputs,
         traffic=gather(cluster.stats()),
         seconds=time.monotonic() - started,
         first_token=first_token,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -34,18 +34,18 @@ class Cluster(Fleet):
         #: By rank, as of the last batch.
         self._stats: dict[int, EngineStats] = {}
         self._stopped_by = ""
+        #: Samples of the running batch that have not finished.
+        self._left = 0
 
-    def generate(
-        self, requests: Iterable[tuple[int, Request]]
-    ) -> Iterator[tuple[int, OutputDelta]]:
+    def generate(self, requests: Iterable[tuple[int, Request]]) -> Generator[OutputDelta]:
         """Run requests on their servers, all servers at the same time, until all have finished.
 
         Args:
             requests: (rank of the server, request).
 
         Yields:
-            (rank, delta) as the servers send them. Closing the iterator early aborts the
-            remaining requests.
+            Deltas as the servers send them. Closing the generator early aborts the remaining
+            requests.
 
         Raises:
             ClusterError: a server failed; all servers are stopped.
@@ -58,15 +58,15 @@ class Cluster(Fleet):
             batches[rank].append(request)
         # Encode all batches first, so that an encoding error leaves no server with requests.
         work = [protocol.encode(protocol.Submit(batch)) for batch in batches]
-        running = _Samples(batches)
+        self._left = sum(request.params.n for batch in batches for request in batch)
         try:
             for rank, encoded in enumerate(work):
                 self._send(rank, encoded)
-            while running.left:
-                yield from self._deltas(running)
+            while self._left:
+                yield from self._deltas()
             self._count()
         except GeneratorExit:
-            self._abort(running)
+            self._abort()
             raise
         except BaseException as error:
             self._stopped_by = str(error).partition("\n")[0] or type(error).__name__
@@ -80,14 +80,14 @@ class Cluster(Fleet):
     def _decode(self, rank: int, content: bytes) -> protocol.Event:
         return protocol.decode_event(content)
 
-    def _deltas(self, running: _Samples) -> list[tuple[int, OutputDelta]]:
+    def _deltas(self) -> list[OutputDelta]:
         deltas = [
-            (rank, delta)
-            for rank, event in self._events()
+            delta
+            for _, event in self._events()
             if isinstance(event, protocol.Deltas)
             for delta in event.deltas
         ]
-        running.left -= sum(delta.finish_reason is not None for _, delta in deltas)
+        self._left -= sum(delta.finish_reason is not None for delta in deltas)
         return deltas
 
     def _count(self) -> None:
@@ -103,25 +103,14 @@ class Cluster(Fleet):
                     self._stats[rank] = msgspec.msgpack.decode(event.stats, type=EngineStats)
                     missing.discard(rank)
 
-    def _abort(self, running: _Samples) -> None:
+    def _abort(self) -> None:
         """Abort a batch; stops the cluster if the batch does not end in time."""
         deadline = time.monotonic() + ABORT_TIMEOUT_S
         with contextlib.suppress(ClusterError, UserError):
             self._send_all(protocol.Abort())
-            while running.left and time.monotonic() < deadline:
-                self._deltas(running)
-            if not running.left:
+            while self._left and time.monotonic() < deadline:
+                self._deltas()
+            if not self._left:
                 self._count()
                 return
         self.stop()
-
-
-class _Samples:
-    """Counts the samples of a batch that have not finished.
-
-    Args:
-        batches: requests by server.
-    """
-
-    def __init__(self, batches: Iterable[Iterable[Request]]) -> None:
-        self.left = sum(request.params.n for batch in batches for request in batch)

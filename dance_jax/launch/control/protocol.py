@@ -363,23 +363,18 @@ class Placed(msgspec.Struct, tag=True):
 # From front end to launcher, in addition to Hello and Failed.
 
 
+#: Events of an engine that its front end passes on to the launcher.
+PassedEvent = (
+    Prepared | Joined | Progress | Ready | Stats | Traced | Staged | StageFailed | Applied | Dropped
+)
+
+
 class FromEngine(msgspec.Struct, tag=True):
     """An event of the front end's engine."""
 
     #: Number of the engine's start.
     start: int
-    event: (
-        Prepared
-        | Joined
-        | Progress
-        | Ready
-        | Stats
-        | Traced
-        | Staged
-        | StageFailed
-        | Applied
-        | Dropped
-    )
+    event: PassedEvent
 
 
 class EngineDied(msgspec.Struct, tag=True):
@@ -475,36 +470,11 @@ class NodeEnded(msgspec.Struct, tag=True):
 NodeCommand = NodeStart | NodeInput | NodeSignal | NodePing | NodeEnd
 NodeEvent = NodeHello | NodeAnswer | NodeEnded
 
-Command = Join | PeerRestarted | Submit | Abort | AskStats | Stage | Commit | Drop | Stop
-Event = (
-    Hello
-    | Prepared
-    | Joined
-    | Progress
-    | Ready
-    | Deltas
-    | Report
-    | Stats
-    | Traced
-    | Staged
-    | StageFailed
-    | Applied
-    | Dropped
-    | Failed
-)
-FrontCommand = (
-    Join
-    | PeerRestarted
-    | Restart
-    | AskStats
-    | Stage
-    | Commit
-    | Drop
-    | Decided
-    | Placed
-    | Drain
-    | Stop
-)
+#: Commands that a front end passes on from the launcher to its engine, and all that each obeys.
+PassedCommand = Join | PeerRestarted | AskStats | Stage | Commit | Drop
+Command = PassedCommand | Submit | Abort | Stop
+FrontCommand = PassedCommand | Restart | Decided | Placed | Drain | Stop
+Event = Hello | PassedEvent | Deltas | Report | Failed
 FrontEvent = Hello | FromEngine | EngineDied | RebalanceWanted | DrainWanted | Drained | Failed
 
 encode = msgspec.msgpack.Encoder().encode
