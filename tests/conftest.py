@@ -7,8 +7,12 @@ import os
 import pathlib
 import shutil
 import signal
+import sys
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Otherwise each of the many processes that tests start would compile all sources for seconds.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 from collections.abc import Iterator
 
