@@ -32,6 +32,7 @@ from dance_jax.models.random_weights import write_random_checkpoint
 from dance_jax.models.tokenizer import Tokenizer
 from dance_jax.placement.core import Placement, spread
 from tests.forward import forward
+from tests.quick import OPTIMISED
 from tests.stacks import stacked
 
 #: Tokens, prompt plus output, of the longest request below; 12 blocks of 8 positions.
@@ -121,7 +122,8 @@ class Naive:
             slot_tk = layer * config.num_experts + expert_tk
             return form.ffn(pool, x_td, slot_tk, weight_tk, config.num_experts)
 
-        @jax.jit
+        # It runs hundreds of times, so optimising it pays.
+        @functools.partial(jax.jit, compiler_options=OPTIMISED)
         def logits(state, tokens_t, last):
             trunk = nnx.merge(graph, state)
             whole = Rows.whole(len(tokens_t))
