@@ -7,6 +7,7 @@ import os
 import pathlib
 import shutil
 import signal
+import sys
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 
@@ -17,13 +18,26 @@ from hypothesis import settings
 
 from dance_jax.models import native
 from tests.cluster.fixture import TestCluster
-from tests.quick import shared_folder
+from tests.quick import XLA_FLAGS, shared_folder
+from tests.schedule import Schedule, longest_first
 
+os.environ["XLA_FLAGS"] = XLA_FLAGS
+# Otherwise each of the many processes that tests start would compile all sources for seconds.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 # No timed tests: on a busy machine an example may take long.
 settings.register_profile("suite", deadline=None)
 settings.load_profile("suite")
 # Background jobs of a shell ignore Ctrl-C, and so would every process that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    longest_first(items)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> Schedule | None:
+    return Schedule(config, log) if config.option.dist == "loadfile" else None
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,4 +1,4 @@
-"""Quick compilation for tests: the code runs for milliseconds, so optimising it does not pay."""
+"""Quick compilation for tests: nothing is optimised, and nothing is compiled twice."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ import pytest
 
 from dance_jax.engine.compile_cache import CompileCache
 
-#: Options for `compile` of lowered code.
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-#: The same for engines in separate processes.
+#: XLA's options in all processes of the tests. Code runs for milliseconds, so optimising it does
+#: not pay.
 XLA_FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+#: Options for `compile` of lowered code: those without `XLA_FLAGS`.
+OPTIMISED = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
 
 
 def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
@@ -34,22 +35,22 @@ def cache_directory(folder: pathlib.Path, expert_library: pathlib.Path | None) -
     return compiled.parent
 
 
-class QuickCache(CompileCache):
-    """For engines in the tests' process: compiles quickly, without optimising."""
+class OptimisingCache(CompileCache):
+    """For engines whose code is examined: compiles with a server's options."""
 
     def compile(self, key: object, lower: Callable[[], jax.stages.Lowered]) -> jax.stages.Compiled:
-        return super().compile(key, lambda: _Quickly(lower()))  # type: ignore[arg-type]
+        return super().compile(key, lambda: _Optimised(lower()))  # type: ignore[arg-type]
 
 
 @dataclasses.dataclass(frozen=True)
-class _Quickly:
+class _Optimised:
     lowered: jax.stages.Lowered
 
     def compile(self) -> jax.stages.Compiled:
-        return self.lowered.compile(compiler_options=QUICK)
+        return self.lowered.compile(compiler_options=OPTIMISED)
 
 
-class SharedCache(QuickCache):
+class SharedCache(CompileCache):
     """For engines of similar models: compiles each lowered text only once.
 
     Args:

@@ -14,14 +14,13 @@ from flax import nnx
 
 from dance_jax import LLM, RequestOutput, SamplingParams
 from dance_jax.config import UserError
-from dance_jax.engine import compile_cache
 from dance_jax.models.attention import Rows
 from dance_jax.models.checkpoint import Checkpoint
 from dance_jax.models.convert import ensure_converted
 from dance_jax.models.random_weights import write_random_checkpoint
 from tests.forward import forward
 from tests.models.fake_hub import environment, running_hub
-from tests.quick import XLA_FLAGS, QuickCache, cache_directory
+from tests.quick import cache_directory
 from tests.stacks import stacked
 from tests.tiny_models import DEEPSEEK
 from tests.traces import read_trace
@@ -39,13 +38,6 @@ PROMPTS = [
     "one more than there are slots",
     "and another one",
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quickly():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compile_cache, "CompileCache", QuickCache)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -343,9 +335,8 @@ def test_close_is_idempotent_and_final(model, cache_dir, tmp_path):
     assert "step 0" in steps and "step 1" in steps
 
 
-def test_a_cluster_of_unequal_servers(model, cache_dir, llm, tmp_path, monkeypatch, caplog):
+def test_a_cluster_of_unequal_servers(model, cache_dir, llm, tmp_path, caplog):
     """Two processes, one with two devices, give the same tokens as one process with all experts."""
-    monkeypatch.setenv("XLA_FLAGS", XLA_FLAGS)
     hosts = tmp_path / "hosts.txt"
     hosts.write_text(
         "single address=localhost experts=5\npair address=localhost devices=2 experts=2\n"

@@ -19,7 +19,7 @@ from dance_jax.engine.runner import Runner
 from dance_jax.engine.scheduler import Row, StepPlan
 from dance_jax.engine.sequence import SamplingParams, Sequence
 from dance_jax.engine.step import BUSY, token_slice
-from dance_jax.models import model_config
+from dance_jax.models import model_config, native
 from dance_jax.models.build import fill, matrix_shapes
 from dance_jax.models.experts import ExpertFormat, expert_format
 from dance_jax.models.formats import Formats, WeightFormat
@@ -33,11 +33,13 @@ from dance_jax.models.rounding import ROUNDED
 from dance_jax.models.tensors import arrays_of, parts_of, trunk_rules
 from dance_jax.models.trunk import Trunk
 from dance_jax.placement.core import Layout
-from tests.quick import QuickCache
+from tests.quick import SharedCache
 from tests.random_models import init_random, random_expert
 from tests.tiny_models import HYBRID, OSS, SERVED
 
 CONFIG = model_config(SERVED)
+#: Everything that this process has compiled: most parts of a step are the same in all variants.
+COMPILED: dict[str, jax.stages.Compiled] = {}
 #: A model for each mixer, and a quantised model.
 MODELS = {
     "latent": CONFIG,
@@ -106,7 +108,8 @@ def runner(
     """The runner of a server; by default its steps are compiled quickly."""
     config = dataclasses.replace(ENGINE, wire_dtype=wire_dtype)
     blocks = config.max_num_seqs * config.max_blocks
-    cache = compile_cache or QuickCache(None)
+    scope = transport and type(transport).__name__, native.registered(), wire_dtype, model
+    cache = compile_cache or SharedCache(COMPILED, (scope, rank, layout.devices))
     return Runner(
         MODELS[model],
         trunk_of(model),

@@ -15,7 +15,7 @@ import sys
 import threading
 
 RANK, PORT, DEVICES = int(sys.argv[1]), sys.argv[2], tuple(map(int, sys.argv[3].split(",")))
-os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES[RANK]}"
+os.environ["XLA_FLAGS"] += f" --xla_force_host_platform_device_count={DEVICES[RANK]}"
 replies = os.fdopen(os.dup(1), "wb")
 os.dup2(2, 1)  # output of libraries must not mix with the pickles
 

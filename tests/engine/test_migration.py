@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from dance_jax.config import EngineConfig
+from dance_jax.engine.compile_cache import CompileCache
 from dance_jax.engine.engine import Engine
 from dance_jax.engine.pools import ArrayPools, SlotWrite
 from dance_jax.engine.sequence import Request, RequestOutput, SamplingParams
@@ -22,7 +23,6 @@ from dance_jax.models.tokenizer import Tokenizer
 from dance_jax.placement.core import Layout, Placement, spread
 from dance_jax.placement.migration import SlotChange, changed
 from tests.engine.traffic import make_checkpoint
-from tests.quick import QuickCache
 from tests.tiny_models import OSS
 
 LAYERS, EXPERTS = 2, 16
@@ -51,7 +51,7 @@ def start(checkpoint: Checkpoint, dtype: str) -> Engine:
     )
     everything = Placement(np.ones((1, LAYERS, EXPERTS), bool))
     layout = spread(everything, [1], [SLOTS])
-    tokenizer, steps = Tokenizer.load(checkpoint.path), QuickCache(None)
+    tokenizer, steps = Tokenizer.load(checkpoint.path), CompileCache(None)
     return Engine(checkpoint, tokenizer, None, 0, layout, config, compile_cache=steps)
 
 

@@ -10,23 +10,23 @@ import jax
 import numpy as np
 import pytest
 
-from dance_jax.engine.compile_cache import CompileCache
 from dance_jax.engine.runner import Runner
 from dance_jax.models import native
 from dance_jax.placement.core import Placement, spread
 from tests.cluster import tiny
+from tests.quick import OptimisingCache
 
 
 @pytest.fixture(scope="module", params=["latent", "latent, experts in JAX", "recurrent"])
 def alone(request: pytest.FixtureRequest, expert_library: pathlib.Path | None) -> Iterator[Runner]:
-    """A runner with every expert on one device, compiled with the production options."""
+    """A runner with every expert on one device, compiled with the options of a server."""
     model, *in_jax = request.param.split(", ")
     resident = np.ones((1, tiny.LAYERS, tiny.EXPERTS), bool)
     layout = spread(Placement(resident), [1], [tiny.LAYERS * tiny.EXPERTS])
     with pytest.MonkeyPatch.context() as patch:
         if in_jax:
             patch.setattr(native, "usable", lambda: False)
-        yield tiny.runner(layout, 0, model=model, compile_cache=CompileCache(None))
+        yield tiny.runner(layout, 0, model=model, compile_cache=OptimisingCache(None))
 
 
 def _copies(hlo: str) -> Iterator[str]:

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from dance_jax.config import EngineConfig
 from dance_jax.engine import scheduler
+from dance_jax.engine.compile_cache import CompileCache
 from dance_jax.engine.engine import Engine, StepResult
 from dance_jax.engine.kv_cache import block_bytes, layer_cache, state_bytes, state_copies
 from dance_jax.engine.sequence import Request, RequestOutput, SamplingParams, Sequence
@@ -30,7 +31,7 @@ from dance_jax.models.random_weights import write_random_checkpoint
 from dance_jax.models.tokenizer import Tokenizer
 from dance_jax.placement.core import Placement, spread
 from tests.forward import forward
-from tests.quick import QuickCache
+from tests.quick import OPTIMISED
 from tests.stacks import stacked
 
 #: Tokens, prompt plus output, of the longest request below; 12 blocks of 8 positions.
@@ -56,7 +57,7 @@ def make_engine(checkpoint: Checkpoint, servers: int = 1) -> Engine:
     memory = BLOCKS * block_bytes(model, ENGINE)
     memory += state_bytes(model, ENGINE, state_copies(servers, calls=True))
     config = dataclasses.replace(ENGINE, kv_memory=memory)
-    tokenizer, steps = Tokenizer.load(checkpoint.path), QuickCache(None)
+    tokenizer, steps = Tokenizer.load(checkpoint.path), CompileCache(None)
     spec = parse_hosts("\n".join(f"s{n} address=localhost experts=1" for n in range(servers)))
     resident = np.zeros((servers, len(model.moe_layers), model.num_experts), bool)
     resident[0] = True
@@ -120,7 +121,8 @@ class Naive:
             slot_tk = layer * config.num_experts + expert_tk
             return form.ffn(pool, x_td, slot_tk, weight_tk, config.num_experts)
 
-        @jax.jit
+        # It runs hundreds of times, so optimising it pays.
+        @functools.partial(jax.jit, compiler_options=OPTIMISED)
         def logits(state, tokens_t, last):
             trunk = nnx.merge(graph, state)
             whole = Rows.whole(len(tokens_t))

@@ -1,6 +1,5 @@
 """Helpers for the model tests: tiny configs, a dense stand-in for the expert pool, a runner."""
 
-import functools
 import pathlib
 
 import jax
@@ -14,7 +13,6 @@ from dance_jax.models.config import DeltaNet
 from dance_jax.models.delta import DeltaState
 from dance_jax.models.layers import activate
 from tests.forward import forward
-from tests.quick import QUICK
 from tests.tiny_models import DEEPSEEK, MIXTRAL
 
 REFERENCE = pathlib.Path(__file__).parent.parent / "reference"
@@ -73,7 +71,7 @@ class Runner:
         graph, state = nnx.split(model)
         config, dtype = model.config, model.dtype
 
-        @functools.partial(jax.jit, compiler_options=QUICK)
+        @jax.jit
         def step(state, tokens, batch, cached):
             model = nnx.merge(graph, state)
             hidden, cached = forward(model, tokens.reshape(-1), batch, cached, moe, context)

@@ -44,7 +44,6 @@ from dance_jax.models.kernels_cpu import NativePool
 from dance_jax.placement.visit import choose_servers
 from dance_jax.placement.visit import masks as server_masks
 from tests.models.test_experts import make_experts, make_format
-from tests.quick import QUICK
 
 LAYERS, EXPERTS, D, F, K, MOST_ROWS = 2, 6, 16, 12, 3, 64
 FORM = make_format(d=D, f=F)
@@ -53,13 +52,13 @@ CALL, ANSWER = "<IHHQqII", "<IHHQqIIII"
 CALL_MAGIC, ANSWER_MAGIC, DONE, NOT_HERE = 0x63786A64, 0x61786A64, 0, 1
 #: Timeout in seconds, longer than any successful wait.
 LONG_S = 30.0
-ffn = jax.jit(functools.partial(FORM.ffn, layers=1), compiler_options=QUICK)
-choose_traced = jax.jit(choose_servers, static_argnums=2, compiler_options=QUICK)
+ffn = jax.jit(functools.partial(FORM.ffn, layers=1))
+choose_traced = jax.jit(choose_servers, static_argnums=2)
 
 pytestmark = pytest.mark.usefixtures("compiled")
 
 
-@functools.partial(jax.jit, static_argnames="first", compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnames="first")
 def run(
     caller: jax.Array, layer: jax.Array, *routes: jax.Array, first: tuple[int, ...] = (0,)
 ) -> tuple[jax.Array, jax.Array]:

@@ -6,11 +6,22 @@ import jax
 import pytest
 
 from dance_jax.placement.policies.latency import Search
+from tests.quick import OPTIMISED
 
 
 @pytest.fixture(autouse=True, scope="module")
 def strict_arithmetic():
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        yield
+
+
+@pytest.fixture(autouse=True, scope="package")
+def optimised_annealing():
+    """Annealing runs for many rounds, so optimising it pays."""
+    module = sys.modules[Search.__module__]
+    with pytest.MonkeyPatch.context() as patch:
+        anneal = jax.jit(module._anneal.__wrapped__, compiler_options=OPTIMISED)
+        patch.setattr(module, "_anneal", anneal)
         yield
 
 

@@ -19,7 +19,6 @@ from dance_jax.placement.visit import (
     preferences,
 )
 from tests.placement.cases import plain_servers
-from tests.quick import QUICK
 
 TOKENS, K = 16, 4
 SERVERS = [1, 2, 3, 8, 9, 16, 33, 100, 256]
@@ -37,7 +36,7 @@ def bits(bitmasks, num_servers):
     return np.asarray(bitmasks)[..., None] >> np.arange(num_servers) & 1 != 0
 
 
-jitted = jax.jit(choose_servers, static_argnums=2, compiler_options=QUICK)
+jitted = jax.jit(choose_servers, static_argnums=2)
 
 
 @st.composite

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import uvicorn
 
 from dance_jax.config import EngineConfig
+from dance_jax.engine.compile_cache import CompileCache
 from dance_jax.engine.engine import Engine, whole_model
 from dance_jax.launch.control.protocol import Abort, Command, Submit
 from dance_jax.models.checkpoint import Checkpoint
@@ -23,7 +24,6 @@ from dance_jax.models.tokenizer import Tokenizer
 from dance_jax.serve.app import ServeInfo, create_app
 from dance_jax.serve.placement_state import PlacementState
 from dance_jax.serve.queue import RequestQueue
-from tests.quick import QuickCache
 from tests.tiny_models import SERVED
 
 MODEL = "tiny"
@@ -107,8 +107,9 @@ class LocalServer:
         self.tokenizer = Tokenizer.load(model)
         # As few buckets as possible, because compiling them takes most of the time.
         config = EngineConfig(CONTEXT, max_num_seqs=4, decode_rows=(4,), slice_rows=(1,))
-        steps = QuickCache(None)
-        engine = Engine(checkpoint, self.tokenizer, None, 0, None, config, compile_cache=steps)
+        engine = Engine(
+            checkpoint, self.tokenizer, None, 0, None, config, compile_cache=CompileCache(None)
+        )
         engine.warmup()
         self.engine = _EngineThread(engine)
         self.queue = RequestQueue(self.engine.send, MAX_QUEUE, itertools.count())
