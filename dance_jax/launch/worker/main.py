@@ -99,7 +99,7 @@ def main() -> None:
     if setup is None:
         return
     files = ModelFiles(setup, child.private_dir())
-    child.end_with_parent(setup, before=files.close)
+    child.end_with_parent(setup, on_parent_gone=files.close)
     own = setup.spec.servers[setup.rank]
     environment.prepare(own.platform, own.gpus)
     channel = ParentChannel(child.parent_endpoint(setup), setup.control_key, setup.rank)
