@@ -97,8 +97,8 @@ def role(
     assert node_rank is not None
     if node_rank >= len(spec.servers):
         raise UserError(
-            f"--node-rank {node_rank}: the hosts file has {len(spec.servers)} servers, numbered from "
-            "0"
+            f"--node-rank {node_rank}: the hosts file has {len(spec.servers)} servers, "
+            "numbered from 0"
         )
     network = dataclasses.replace(
         network,
