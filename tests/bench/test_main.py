@@ -128,7 +128,7 @@ def test_a_cluster_is_started_for_the_run(
     monkeypatch.chdir(ROOT)
     assert bench.main(["--hosts", str(hosts), *QUICKLY, "--requests", "6", "--", "--x", "y"]) == 0
     said = capsys.readouterr().out
-    assert "alpha, beta: starting on" in said and "ready after" in said and "beta" in said
+    assert "alpha, beta: starting at" in said and "ready after" in said and "beta" in said
     assert children() == []
 
 
@@ -154,7 +154,7 @@ def test_a_signal_ends_the_cluster(number: signal.Signals, code: int, hosts: pat
     words = [sys.executable, "-u", "-c", script]
     with subprocess.Popen(words, stdout=subprocess.PIPE, cwd=ROOT, text=True) as process:
         assert process.stdout is not None
-        assert "starting on" in process.stdout.readline()
+        assert "starting at" in process.stdout.readline()
         assert "ready after" in process.stdout.readline()
         (launcher,) = psutil.Process(process.pid).children()
         process.send_signal(number)
