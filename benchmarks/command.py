@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from benchmarks.targets import Target
-from dance_jax.bench.terminal import MISSED
+from dance_jax.bench.terminal import FAILED
 
 #: This checkout, whose code the benchmarks measure.
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -25,10 +25,10 @@ def verdict(console: Console, found: Sequence[Target], check: bool) -> int:
     """Print the targets and return the exit code.
 
     Args:
-        check: return MISSED if a target is missed; otherwise return 0 in any case.
+        check: return FAILED if a target is missed; otherwise return 0 in any case.
     """
     if found:
         console.print("Targets")
     for target in found:
         console.print(target.line(), markup=False, soft_wrap=True)
-    return MISSED if check and any(target.missed for target in found) else 0
+    return FAILED if check and any(target.missed for target in found) else 0

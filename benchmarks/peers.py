@@ -35,7 +35,7 @@ from benchmarks.systems.results import Cell
 from benchmarks.systems.running import FORMATS, SLOTS, Dance, Running, Star, System, about
 from benchmarks.targets import plain_targets
 from dance_jax.bench.arguments import add_seed, count
-from dance_jax.bench.cluster import ClusterError
+from dance_jax.bench.cluster import RunError
 from dance_jax.bench.http import HttpError
 from dance_jax.bench.report import write_json
 from dance_jax.bench.terminal import exit_code, terminal
@@ -133,7 +133,7 @@ def main(arguments: list[str] | None = None) -> int:
         results.show(console, cells)
         return verdict(console, list(results.targets(cells)), options.check)
 
-    return exit_code(work, ClusterError, HttpError)
+    return exit_code(work, RunError, HttpError)
 
 
 def check(options: argparse.Namespace) -> None:

@@ -40,7 +40,7 @@ from benchmarks.programs.child import memory
 from benchmarks.programs.llama_cpp import LlamaCpp, directory
 from benchmarks.programs.models import Model
 from dance_jax.bench.arguments import count, positive
-from dance_jax.bench.cluster import Cluster, ClusterError, started
+from dance_jax.bench.cluster import RunError, StartedCluster, started
 from dance_jax.bench.http import Address
 from dance_jax.bench.terminal import exit_code
 from dance_jax.config import UserError
@@ -132,7 +132,7 @@ def server_memory(launcher: int) -> dict[str, int]:
 
 
 @contextlib.contextmanager
-def serving(path: pathlib.Path, coverage: float, cache: pathlib.Path) -> Iterator[Cluster]:
+def serving(path: pathlib.Path, coverage: float, cache: pathlib.Path) -> Iterator[StartedCluster]:
     """Run the three servers for the duration of the block."""
     text = hosts(Checkpoint.open(path), coverage)
     say(text)
@@ -237,7 +237,7 @@ def main() -> int:
             options.json.write_text(json.dumps(result, indent=2) + "\n")
         return 0
 
-    return exit_code(work, RuntimeError, ClusterError)
+    return exit_code(work, RuntimeError, RunError)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from benchmarks.targets import Target
 from dance_jax.bench import load
 from dance_jax.bench.arguments import MAX_TOKENS, add_load, check_load, count
 from dance_jax.bench.client import Api, Call
-from dance_jax.bench.cluster import ClusterError
+from dance_jax.bench.cluster import RunError
 from dance_jax.bench.http import HttpError
 from dance_jax.bench.terminal import exit_code, terminal
 from dance_jax.bench.texts import Texts
@@ -111,7 +111,7 @@ def main(arguments: list[str] | None = None) -> int:
     def work() -> int:
         return verdict(console, run(options, console), options.check)
 
-    return exit_code(work, ClusterError, HttpError)
+    return exit_code(work, RunError, HttpError)
 
 
 def run(options: argparse.Namespace, console: Console) -> list[Target]:
@@ -121,7 +121,7 @@ def run(options: argparse.Namespace, console: Console) -> list[Target]:
     # Report wrong files before starting any server.
     files = task_files(options.tasks) if options.tasks else DEMO_TASKS
     texts = read_texts(files, len(spec.servers), Tokenizer.load(options.model or demo_dir()))
-    calls_for = None if options.sections else work_of(options, spec, texts)
+    calls_for = None if options.sections else call_maker(options, spec, texts)
     arguments = ["--max-num-seqs", str(options.max_num_seqs)]
     with load.running(options, spec, console, arguments, ROOT) as servers:
 
@@ -190,7 +190,7 @@ def check(options: argparse.Namespace) -> None:
     check_results(options)
 
 
-def work_of(
+def call_maker(
     options: argparse.Namespace, spec: ClusterSpec, texts: Texts
 ) -> Callable[[Api], list[Call]]:
     """Return a function that makes the requests of a run under load for servers.

@@ -141,7 +141,7 @@ class Servers:
         held = rooms(spec, checkpoint, config)
         activations = matched(activations, spec, checkpoint)
         network = Network(ssh_config=far.ssh_config)
-        if network.far(spec):
+        if network.any_remote(spec):
             found = run_preflight(
                 spec,
                 model=far.model,

@@ -26,7 +26,7 @@ from benchmarks.namespaces import Testbed, hosts_like, parse_rate
 from benchmarks.namespaces.temporary import add_bed, add_testbed, again_on, testbed
 from benchmarks.targets import Target, plain_targets
 from dance_jax.bench.arguments import add_seed, count, positive
-from dance_jax.bench.cluster import ClusterError
+from dance_jax.bench.cluster import RunError
 from dance_jax.bench.http import HttpError
 from dance_jax.bench.report import write_json
 from dance_jax.bench.terminal import exit_code, terminal
@@ -109,7 +109,7 @@ def main(arguments: list[str] | None = None) -> int:
                 return again_on(bed, __file__, words)
         return verdict(console, measure(options, console), options.check)
 
-    return exit_code(work, ClusterError, HttpError)
+    return exit_code(work, RunError, HttpError)
 
 
 def check(options: argparse.Namespace) -> None:

@@ -43,7 +43,7 @@ from benchmarks.namespaces.temporary import add_bed, add_testbed, again_on, test
 from benchmarks.targets import plain_targets
 from dance_jax.bench.arguments import add_seed, count, positive
 from dance_jax.bench.client import Api
-from dance_jax.bench.cluster import ClusterError
+from dance_jax.bench.cluster import RunError
 from dance_jax.bench.http import HttpError
 from dance_jax.bench.report import machine, write_json
 from dance_jax.bench.terminal import exit_code, progress, terminal
@@ -130,7 +130,7 @@ def main(arguments: list[str] | None = None) -> int:
         cells = Evaluation(options, work, Testbed.load(options.bed), console).run()
         return told(options, setup(options, work), cells, console)
 
-    return exit_code(evaluate, ClusterError, HttpError)
+    return exit_code(evaluate, RunError, HttpError)
 
 
 def told(

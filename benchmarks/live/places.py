@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 from benchmarks.command import ROOT
 from benchmarks.namespaces import Testbed
-from dance_jax.bench.cluster import LAUNCHER, Cluster, ClusterError, started
+from dance_jax.bench.cluster import LAUNCHER, RunError, StartedCluster, started
 from dance_jax.bench.http import Address
 from dance_jax.config import ClusterSpec
 from dance_jax.launch.planning.hosts import read_hosts
@@ -37,7 +37,7 @@ class Place:
         return read_hosts(self.hosts)
 
     @contextlib.contextmanager
-    def serving(self, arguments: Sequence[str]) -> Iterator[Cluster]:
+    def serving(self, arguments: Sequence[str]) -> Iterator[StartedCluster]:
         """Run a service for the block, started by the launcher with these arguments."""
         if self.bed is None:
             words = ["--hosts", str(self.hosts), *arguments]
@@ -72,7 +72,7 @@ def count_activations(
         arguments: further arguments of the launcher.
 
     Raises:
-        ClusterError: the batch failed.
+        RunError: the batch failed.
     """
     words = ["--hosts", str(hosts), "--prompts", str(prompts), "--max-tokens", str(tokens)]
     words += ["--save-activations", str(result), "--policy", "uniform"]
@@ -81,4 +81,4 @@ def count_activations(
         [*LAUNCHER, *words], capture_output=True, text=True, stdin=subprocess.DEVNULL
     )
     if run.returncode:
-        raise ClusterError(f"counting activations failed:\n{(run.stdout + run.stderr)[-3000:]}")
+        raise RunError(f"counting activations failed:\n{(run.stdout + run.stderr)[-3000:]}")

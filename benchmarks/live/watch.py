@@ -16,7 +16,7 @@ import numpy as np
 from prometheus_client.parser import text_string_to_metric_families
 
 from dance_jax.bench.client import Answer, Api, Call
-from dance_jax.bench.cluster import ClusterError
+from dance_jax.bench.cluster import RunError
 from dance_jax.bench.drive import Done, open_loop
 from dance_jax.bench.http import request
 
@@ -241,7 +241,7 @@ async def force(api: Api) -> None:
     """Have experts move to where the policy wants them, whatever it costs; wait until they have.
 
     Raises:
-        ClusterError: the migration fails or does not finish in time.
+        RunError: the migration fails or does not finish in time.
     """
     version = (await placement(api))["version"]
     if (await _rebalance(api, {"force": True}))["migrate"]:
@@ -253,7 +253,7 @@ async def _rebalance(api: Api, body: dict[str, Any]) -> dict[str, Any]:
     async with request(api.addresses[0], "POST", path, content) as response:
         answer = await response.read()
         if response.status != 200:
-            raise ClusterError(f"POST {path} returned {response.status}: {answer.decode()}")
+            raise RunError(f"POST {path} returned {response.status}: {answer.decode()}")
         return msgspec.json.decode(answer)
 
 
@@ -268,7 +268,7 @@ async def put(
         resident: [server][layer], the experts that the server shall hold.
 
     Raises:
-        ClusterError: the request or the migration fails, or the migration does not finish in time.
+        RunError: the request or the migration fails, or the migration does not finish in time.
     """
     version = (await placement(api))["version"]
     servers = [{"name": n, "resident": r} for n, r in zip(names, resident, strict=True)]
@@ -282,14 +282,14 @@ async def moved(api: Api, version: int) -> None:
     """Wait until the placement has a later version than `version`.
 
     Raises:
-        ClusterError: the migration fails, or does not finish within MOVE_S.
+        RunError: the migration fails, or does not finish within MOVE_S.
     """
     try:
         async with asyncio.timeout(MOVE_S):
             while (now := await placement(api))["version"] <= version:
                 # The failure appears a moment after the answer that started the migration.
                 if (last := now["last_decision"]) is not None and last["failure"]:
-                    raise ClusterError(f"the migration failed: {last['failure']}")
+                    raise RunError(f"the migration failed: {last['failure']}")
                 await asyncio.sleep(ASK_S)
     except TimeoutError:
-        raise ClusterError(f"the migration is not complete after {MOVE_S:g} s") from None
+        raise RunError(f"the migration is not complete after {MOVE_S:g} s") from None

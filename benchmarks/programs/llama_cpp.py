@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 from benchmarks.programs import Side, Unsupported, Work
 from benchmarks.programs.child import memory, processor_seconds
 from benchmarks.programs.models import Model
-from dance_jax.bench.cluster import free_ports
+from dance_jax.bench.cluster import first_free_port
 
 #: Context length of the server in tokens.
 CONTEXT = 1024
@@ -157,7 +157,7 @@ class LlamaCppSide(Side):
     @contextlib.contextmanager
     def _server(self, *words: str) -> Iterator[_Server]:
         """Run llama-server for the block; yield it when it is ready."""
-        port = free_ports(1)
+        port = first_free_port(1)
         command = [str(self._directory / "llama-server"), "-m", str(self._file), *words]
         command += ["-t", str(self._threads), "-c", str(CONTEXT), "-np", "1", "-fit", "off"]
         command += ["--host", "127.0.0.1", "--port", str(port), "--no-ui"]

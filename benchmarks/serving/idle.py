@@ -52,7 +52,7 @@ async def measure(setting: Setting) -> Idle:
                 answer = await setting.api.answer(call, origin, time.perf_counter() - origin)
                 failed += failures([answer])
                 waited.append((await setting.api.metrics(server))[QUEUE_TIME] - before)
-                ttft += [answer.piece_s[0] - answer.asked_s] if answer.piece_s else []
+                ttft += [answer.piece_s[0] - answer.due_s] if answer.piece_s else []
                 done()
     return Idle(cores, Spread.of(waited), Spread.of(ttft), failed)
 

@@ -75,7 +75,7 @@ class Run:
             later - earlier
             for stream in self.streams
             for earlier, later in itertools.pairwise(stream.piece_s)
-            if earlier < self.long.piece_s[0] and later > self.long.asked_s
+            if earlier < self.long.piece_s[0] and later > self.long.due_s
         ]
 
     @property
@@ -106,7 +106,7 @@ def _row(server: str, busy: bool, runs: list[Run]) -> Row:
         others_busy=busy,
         itl=Spread.of(gap for run in runs for gap in run.gaps),
         beside=Spread.of(gap for run in runs for gap in run.gaps_beside),
-        ttft=Spread.of(run.long.piece_s[0] - run.long.asked_s for run in runs if run.long.piece_s),
+        ttft=Spread.of(run.long.piece_s[0] - run.long.due_s for run in runs if run.long.piece_s),
         failed=[error for run in runs for error in run.failed],
     )
 
@@ -117,7 +117,7 @@ async def _run(setting: Setting, server: int, busy: bool, rng: np.random.Generat
     settled, under_way = asyncio.Event(), 0
 
     async def stream(own: int) -> Answer:
-        def heard(pieces: int) -> None:
+        def on_piece(pieces: int) -> None:
             nonlocal under_way
             under_way += own == server and pieces == SETTLED
             if under_way == STREAMS:
@@ -125,7 +125,7 @@ async def _run(setting: Setting, server: int, busy: bool, rng: np.random.Generat
 
         call = Call(own, setting.texts.cut(own, SHORT, rng), ANSWER)
         try:
-            return await setting.api.answer(call, origin, 0.0, heard)
+            return await setting.api.answer(call, origin, 0.0, on_piece)
         finally:
             settled.set()  # do not wait for a stream that failed early
 

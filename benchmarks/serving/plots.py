@@ -76,7 +76,7 @@ def _load(
     title: str,
 ) -> None:
     own = {
-        name: times([each for each in answers if each.good and each.call.server == server])
+        name: times([each for each in answers if each.complete and each.call.server == server])
         for server, name in enumerate(names)
     }
     _shares(panel, own, title)

@@ -68,8 +68,8 @@ async def _pair(setting: Setting, server: int, found: Prefix, rng: np.random.Gen
         call = Call(server, shared + tail, ANSWER)
         answers.append(await setting.api.answer(call, origin, time.perf_counter() - origin))
     found.failed.extend(failures(answers))
-    if all(answer.good and answer.piece_s for answer in answers):
-        first, second = (answer.piece_s[0] - answer.asked_s for answer in answers)
+    if all(answer.complete and answer.piece_s for answer in answers):
+        first, second = (answer.piece_s[0] - answer.due_s for answer in answers)
         found.pairs.append(Pair(setting.names[server], first, second))
 
 

@@ -86,7 +86,7 @@ async def measure(setting: Setting, requests: int) -> Soak:
     answers = [each.answer for each in outcomes if each.answer is not None]
     whole = [answer for answer in answers if answer.call.hang_up_after is None]
     wrong = [each.wrong for each in outcomes if each.wrong is not None]
-    pairs = [(a, b) for a, b in zip(quiet, whole, strict=True) if a.good and b.good]
+    pairs = [(a, b) for a, b in zip(quiet, whole, strict=True) if a.complete and b.complete]
     return Soak(
         requests=requests,
         hung_up=sum(answer.hung_up for answer in answers),

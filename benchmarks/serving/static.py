@@ -142,7 +142,7 @@ def saturated_until(answers: Sequence[Answer]) -> float:
     """Return the second at which a server first had no more requests waiting for a first token."""
     last: dict[int, float] = {}
     for answer in answers:
-        if answer.good and answer.piece_s:
+        if answer.complete and answer.piece_s:
             server = answer.call.server
             last[server] = max(last.get(server, 0.0), answer.piece_s[0])
     return min(last.values(), default=0.0)
@@ -158,7 +158,7 @@ def token_rate(answers: Iterable[Answer], until_s: float) -> float:
         * sum(moment <= until_s for moment in answer.piece_s)
         / len(answer.piece_s)
         for answer in answers
-        if answer.good and answer.piece_s
+        if answer.complete and answer.piece_s
     )
     return tokens / until_s if until_s else 0.0
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from benchmarks.programs.gguf_file import token_name
 from dance_jax.bench.client import Answer, Call
-from dance_jax.bench.cluster import ClusterError
+from dance_jax.bench.cluster import RunError
 from dance_jax.bench.drive import open_loop
 from dance_jax.bench.figures import first_token_s, per_token_s
 
@@ -89,7 +89,7 @@ def measure(system: Running, calls: Sequence[Call]) -> Figures:
     """Send all calls at once and measure the system.
 
     Raises:
-        ClusterError: an answer is not complete.
+        RunError: an answer is not complete.
     """
     before = system.processor_s(), system.interface_bytes()
     answers = ask(system, calls)
@@ -111,14 +111,14 @@ def ask(system: Running, calls: Sequence[Call]) -> list[Answer]:
     """Send all calls at once and return the answers.
 
     Raises:
-        ClusterError: an answer is not complete.
+        RunError: an answer is not complete.
     """
     answers = asyncio.run(open_loop(system.api, calls, lambda: None))
     for answer in answers:
         if answer.error is not None:
-            raise ClusterError(f"a request failed: {answer.error}")
+            raise RunError(f"a request failed: {answer.error}")
         if answer.output_tokens != answer.call.max_tokens:
-            raise ClusterError(
+            raise RunError(
                 f"an answer has {answer.output_tokens} tokens instead of {answer.call.max_tokens}"
             )
     return answers

@@ -21,7 +21,7 @@ from benchmarks.programs.child import processor_seconds
 from benchmarks.programs.llama_cpp import LlamaCpp
 from benchmarks.programs.models import Model
 from dance_jax.bench.client import Api
-from dance_jax.bench.cluster import LOOPBACK, ClusterError, free_ports
+from dance_jax.bench.cluster import LOOPBACK, RunError, first_free_port
 from dance_jax.bench.http import Address, HttpError, request
 
 #: Weight formats that both this project and llama.cpp have.
@@ -58,12 +58,12 @@ class Running:
         """Return the processor time of all the system's processes so far, in seconds.
 
         Raises:
-            ClusterError: a process has ended.
+            RunError: a process has ended.
         """
         try:
             return sum(map(processor_seconds, self._pids))
         except FileNotFoundError:
-            raise ClusterError("a process of a system ended during the measurement") from None
+            raise RunError("a process of a system ended during the measurement") from None
 
     def interface_bytes(self) -> int:
         """Return the bytes sent and received by the hosts' interfaces so far, of all systems."""
@@ -137,7 +137,7 @@ class Star:
 
     @contextlib.contextmanager
     def serving(self, bed: Testbed, model: Model, form: str) -> Iterator[Running]:
-        address = Address(LOOPBACK, free_ports(1))
+        address = Address(LOOPBACK, first_free_port(1))
         layers = [Address(host.address, RPC_PORT) for host in bed.hosts.values()]
         before = bed.processes().keys()
         with contextlib.ExitStack() as stack:
@@ -204,7 +204,7 @@ def _start(command: Sequence[str], listens: Address, log: BinaryIO) -> None:
     """Start a program and wait until it listens.
 
     Raises:
-        ClusterError: the program ended, or does not listen within READY_S.
+        RunError: the program ended, or does not listen within READY_S.
     """
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
     deadline = time.monotonic() + READY_S
@@ -212,7 +212,7 @@ def _start(command: Sequence[str], listens: Address, log: BinaryIO) -> None:
         if time.monotonic() > deadline or process.poll() is not None:
             log.seek(0)
             tail = log.read()[-3000:].decode(errors="replace")
-            raise ClusterError(f"`{' '.join(command)}` does not listen on {listens}:\n{tail}")
+            raise RunError(f"`{' '.join(command)}` does not listen on {listens}:\n{tail}")
         time.sleep(ASK_S)
 
 
@@ -226,7 +226,7 @@ async def _healthy(address: Address) -> None:
     """Wait until the star has loaded its model.
 
     Raises:
-        ClusterError: the star ended, or has not loaded the model within READY_S.
+        RunError: the star ended, or has not loaded the model within READY_S.
     """
     try:
         async with asyncio.timeout(READY_S):
@@ -236,6 +236,4 @@ async def _healthy(address: Address) -> None:
                         return
                 await asyncio.sleep(ASK_S)
     except (HttpError, TimeoutError) as error:
-        raise ClusterError(
-            f"the star did not load its model (limit {READY_S:g} s): {error}"
-        ) from None
+        raise RunError(f"the star did not load its model (limit {READY_S:g} s): {error}") from None

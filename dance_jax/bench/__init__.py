@@ -13,9 +13,9 @@ Figures, of each server and of all:
     ITL    inter-token latency: from one piece of a stream to the next
     E2E    end to end: to the last token
 
-Modules: `main` is the command; `load` is its run, which benchmarks/serve.py makes too, with the
-options of `arguments`. `http` and `client` talk to servers, `cluster` starts them. `texts`,
-`arrivals` and `workload` make the requests and their arrival times; `drive` sends the requests.
-`figures` evaluates the answers; `tables` and `report` present the results, and `terminal` has what
-a command shows while it runs, and its exit codes.
+Modules: `main` is the command. `load` carries out a run; benchmarks/serve.py uses it too.
+`arguments` has the options of a run. `http` and `client` talk to servers, `cluster` starts them.
+`texts`, `arrivals` and `workload` make the requests and their arrival times; `drive` sends the
+requests. `figures` evaluates the answers; `tables` and `report` present the results. `terminal` has
+what a command shows while it runs, and its exit codes.
 """

@@ -40,9 +40,9 @@ def positive(text: str) -> float:
     return value
 
 
-def add_seed(parser: argparse.ArgumentParser, of: str) -> None:
-    """Add --seed; `of` is its help text."""
-    parser.add_argument("--seed", type=count_or_0, default=0, help=f"{of} (%(default)s)")
+def add_seed(parser: argparse.ArgumentParser, help: str) -> None:
+    """Add --seed with a help text, to which the default is appended."""
+    parser.add_argument("--seed", type=count_or_0, default=0, help=f"{help} (default: %(default)s)")
 
 
 def add_load(parser: argparse.ArgumentParser) -> None:
@@ -55,27 +55,33 @@ def add_load(parser: argparse.ArgumentParser) -> None:
         help="file of prompts, as --prompts of dance_jax.launch",
     )
     coming = parser.add_mutually_exclusive_group()
-    coming.add_argument("--rate", type=positive, help=f"requests/s per server ({RATE:g})")
+    coming.add_argument("--rate", type=positive, help=f"requests/s per server (default: {RATE:g})")
     coming.add_argument(
         "--trace",
         type=pathlib.Path,
         metavar="CSV",
         help="replay the arrivals and lengths of a trace in the format of the Azure traces",
     )
-    add("--speedup", type=positive, help="how much faster to replay the trace (1)")
+    add("--speedup", type=positive, help="how much faster to replay the trace (default: 1)")
     add(
         "--requests",
         type=count,
-        help=f"total requests ({REQUESTS}, or one for each line of --prompts; no limit with "
-        "--duration)",
+        help=f"total requests (default: {REQUESTS}, or one for each line of --prompts; no limit "
+        "with --duration)",
     )
-    add("--duration", type=positive, help="seconds during which requests arrive (no limit)")
-    add("--max-tokens", type=count, help=f"maximum tokens per answer ({MAX_TOKENS})")
+    add(
+        "--duration", type=positive, help="seconds during which requests arrive (default: no limit)"
+    )
+    add("--max-tokens", type=count, help=f"maximum tokens per answer (default: {MAX_TOKENS})")
     add_seed(parser, "seed of arrivals, lengths and texts")
 
 
 def check_load(options: argparse.Namespace) -> None:
     """Check the options of a run under load.
+
+    Args:
+        options: those of `add_load`; `url`, the URLs of running servers; `launch`, the launcher's
+            arguments.
 
     Raises:
         UserError: options contradict each other.

@@ -73,7 +73,7 @@ class Answer:
 
     call: Call
     #: When the request was due.
-    asked_s: float
+    due_s: float
     #: When each piece with tokens arrived.
     piece_s: list[float] = dataclasses.field(default_factory=list)
     end_s: float = 0.0
@@ -88,7 +88,7 @@ class Answer:
     error: str | None = None
 
     @property
-    def good(self) -> bool:
+    def complete(self) -> bool:
         """Whether the answer is complete."""
         return self.error is None and not self.hung_up
 
@@ -132,7 +132,9 @@ class Api:
         cards = [await _served(address, _headers(key), model) for address in addresses]
         if len({card.id for card in cards}) != 1:
             served = ", ".join(f"{a}: {c.id}" for a, c in zip(addresses, cards, strict=True))
-            raise UserError(f"the servers serve different models ({served})")
+            raise UserError(
+                f"the servers serve different models ({served}): give only servers of one model"
+            )
         known = [card.max_model_len for card in cards if card.max_model_len is not None]
         return cls(addresses, cards[0].id, min(known, default=None), key)
 
@@ -140,18 +142,18 @@ class Api:
         self,
         call: Call,
         origin: float,
-        asked_s: float,
-        heard: Callable[[int], None] | None = None,
+        due_s: float,
+        on_piece: Callable[[int], None] | None = None,
     ) -> Answer:
         """Send a call and return its answer; errors are recorded in the answer.
 
         Args:
             call: the request.
             origin: `time.perf_counter()` of the run's start.
-            asked_s: when the request was due, in seconds after `origin`.
-            heard: called at each piece with tokens, with the number of pieces so far.
+            due_s: when the request was due, in seconds after `origin`.
+            on_piece: called at each piece with tokens, with the number of pieces so far.
         """
-        found = Answer(call, asked_s)
+        found = Answer(call, due_s)
         try:
             async with (
                 asyncio.timeout(LONGEST_ANSWER_S),
@@ -164,7 +166,7 @@ class Api:
                 ) as response,
             ):
                 if response.status == 200:
-                    found.error = await _follow(response, found, origin, heard)
+                    found.error = await _follow(response, found, origin, on_piece)
                 else:
                     found.error = await _refusal(response)
         except (HttpError, msgspec.DecodeError) as error:
@@ -300,14 +302,14 @@ async def _served(address: Address, headers: Mapping[str, str], model: str | Non
     if len(found) != 1:
         names = ", ".join(card.id for card in cards) or "none"
         raise UserError(
-            f"{address}: exactly one model{'' if model is None else f' {model!r}'} is needed; the "
-            f"server's models are: {names}"
+            f"{address}: exactly one model{'' if model is None else f' {model!r}'} is needed, but "
+            f"the server's models are: {names}; name one with --served-model-name"
         )
     return found[0]
 
 
 async def _follow(
-    response: Response, answer: Answer, origin: float, heard: Callable[[int], None] | None
+    response: Response, answer: Answer, origin: float, on_piece: Callable[[int], None] | None
 ) -> str | None:
     """Read a stream into an answer; return the error, or None."""
     async with contextlib.aclosing(response.events()) as events:
@@ -323,8 +325,8 @@ async def _follow(
                 answer.output_tokens = chunk.usage.completion_tokens
             for choice in chunk.choices:
                 _add(answer, choice, now_s)
-                if heard is not None:
-                    heard(len(answer.piece_s))
+                if on_piece is not None:
+                    on_piece(len(answer.piece_s))
             leaves = answer.call.hang_up_after
             if leaves is not None and len(answer.piece_s) >= leaves:
                 answer.hung_up = True

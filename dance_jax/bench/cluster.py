@@ -26,12 +26,12 @@ READY_S, END_S, ASK_S = 900.0, 60.0, 0.2
 TAIL_BYTES = 3000
 
 
-class ClusterError(RuntimeError):
-    """The cluster did not start, or ended too early; the message has the launcher's output."""
+class RunError(RuntimeError):
+    """A run failed: its servers did not start, ended too early or did not answer as they must."""
 
 
-class Cluster:
-    """A launcher and its servers.
+class StartedCluster:
+    """A cluster that was started for a run: a launcher and its servers.
 
     Attributes:
         addresses: where the servers listen.
@@ -50,7 +50,7 @@ class Cluster:
         """Wait until all servers are ready.
 
         Raises:
-            ClusterError: the launcher ended, or a server is not ready within READY_S.
+            RunError: the launcher ended, or a server is not ready within READY_S.
         """
         try:
             async with asyncio.timeout(READY_S):
@@ -59,7 +59,7 @@ class Cluster:
                         self.check()
                         await asyncio.sleep(ASK_S)
         except TimeoutError:
-            raise ClusterError(
+            raise RunError(
                 f"the servers are not ready after {READY_S:g} s:\n{self._tail()}"
             ) from None
 
@@ -67,10 +67,10 @@ class Cluster:
         """Check that the launcher runs.
 
         Raises:
-            ClusterError: the launcher has ended.
+            RunError: the launcher has ended.
         """
         if self._process.poll() is not None:
-            raise ClusterError(
+            raise RunError(
                 f"the launcher ended with code {self._process.returncode}:\n{self._tail()}"
             )
 
@@ -96,7 +96,7 @@ def started(
     arguments: Sequence[str],
     addresses: Sequence[Address] | None = None,
     root: pathlib.Path | None = None,
-) -> Iterator[Cluster]:
+) -> Iterator[StartedCluster]:
     """Run the servers for the block; they end however the block ends.
 
     Args:
@@ -118,7 +118,7 @@ def started(
             "and give each server's URL"
         )
     if addresses is None:
-        port = free_ports(len(spec.servers))
+        port = first_free_port(len(spec.servers))
         addresses = [Address(LOOPBACK, port + n) for n in range(len(spec.servers))]
     with tempfile.TemporaryDirectory(prefix="dance-jax-bench-") as work:
         log = pathlib.Path(work) / "launcher.log"
@@ -137,14 +137,14 @@ def started(
                 | {"PYTHONUNBUFFERED": "1"}
                 | ({} if root is None else {"PYTHONPATH": str(root)}),
             )
-        cluster = Cluster(process, log, addresses)
+        cluster = StartedCluster(process, log, addresses)
         try:
             yield cluster
         finally:
             cluster.stop()
 
 
-def free_ports(count: int) -> int:
+def first_free_port(count: int) -> int:
     """Return the first of `count` consecutive ports that are free now.
 
     Raises:
@@ -154,7 +154,8 @@ def free_ports(count: int) -> int:
         if all(_is_free(first + n) for n in range(count)):
             return first
     raise UserError(
-        f"no {count} consecutive ports from {FIRST_PORT} to {LAST_PORT} are free on {LOOPBACK}"
+        f"no {count} consecutive ports from {FIRST_PORT} to {LAST_PORT} are free on {LOOPBACK}: "
+        "stop programs that use these ports"
     )
 
 

@@ -52,20 +52,20 @@ class Figures:
     @classmethod
     def of(cls, server: str, answers: Sequence[Answer]) -> Figures:
         """Compute the figures from answers; times and tokens count only complete answers."""
-        good = [answer for answer in answers if answer.good]
-        begin = min((answer.asked_s for answer in answers), default=0.0)
+        complete = [answer for answer in answers if answer.complete]
+        begin = min((answer.due_s for answer in answers), default=0.0)
         end = max((answer.end_s for answer in answers), default=0.0)
         return cls(
             server=server,
             requests=len(answers),
             failed=sum(answer.error is not None for answer in answers),
             seconds=end - begin,
-            prompt_tokens=sum(answer.prompt_tokens for answer in good),
-            output_tokens=sum(answer.output_tokens for answer in good),
-            ttft=Spread.of(first_token_s(good)),
-            tpot=Spread.of(per_token_s(good)),
-            itl=Spread.of(gaps_s(good)),
-            e2e=Spread.of(answer.end_s - answer.asked_s for answer in good),
+            prompt_tokens=sum(answer.prompt_tokens for answer in complete),
+            output_tokens=sum(answer.output_tokens for answer in complete),
+            ttft=Spread.of(first_token_s(complete)),
+            tpot=Spread.of(per_token_s(complete)),
+            itl=Spread.of(gaps_s(complete)),
+            e2e=Spread.of(answer.end_s - answer.due_s for answer in complete),
         )
 
     def rate(self, count: int) -> float:
@@ -99,7 +99,7 @@ def by_server(names: Sequence[str], answers: Sequence[Answer]) -> list[Figures]:
 
 def first_token_s(answers: Iterable[Answer]) -> list[float]:
     """Return the TTFT of each answer that has a first token."""
-    return [answer.piece_s[0] - answer.asked_s for answer in answers if answer.piece_s]
+    return [answer.piece_s[0] - answer.due_s for answer in answers if answer.piece_s]
 
 
 def per_token_s(answers: Iterable[Answer]) -> list[float]:

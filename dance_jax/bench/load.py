@@ -1,7 +1,7 @@
 """A run under load: requests arrive at one or several servers, and their answers are measured.
 
 The functions take the options of `dance_jax.bench.arguments.add_load`, and `url`: the URLs of
-running servers, or nothing if a cluster is started.
+running servers, empty if a cluster is started.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Servers:
     """
 
     addresses: tuple[Address, ...]
-    cluster: cluster.Cluster | None = None
+    cluster: cluster.StartedCluster | None = None
 
     async def connect(self, console: Console, model: str | None = None) -> Api:
         """Wait until a cluster that was started is ready, and connect to the servers.
@@ -53,7 +53,7 @@ class Servers:
             model: name of the model; None for the only one that the servers serve.
 
         Raises:
-            ClusterError: the cluster did not start.
+            RunError: the cluster did not start.
             UserError: a server cannot be reached, rejects the key, or serves another model.
         """
         if self.cluster is not None:
@@ -92,14 +92,14 @@ def running(
     """Yield the servers at the URLs, or start a cluster for the block.
 
     Args:
-        options: `url`; `hosts`, `model` and `launch` (arguments of the launcher) of a cluster.
+        options: `url`, or for a cluster `hosts`, `model` and `launch` (the launcher's arguments).
         spec: the servers.
         console: for a line that says what is started.
-        arguments: further ones of the launcher.
+        arguments: further arguments of the launcher.
         root: the checkout whose servers run; None for the installed package.
 
     Raises:
-        ClusterError: the cluster ended before the block.
+        RunError: the cluster ended before the block.
     """
     if options.url:
         yield Servers(tuple(map(Address.of, options.url)))
@@ -107,7 +107,9 @@ def running(
     words = ["--hosts", str(options.hosts.absolute()), *arguments]
     words += ["--model", str(options.model.absolute())] if options.model else []
     with cluster.started(spec, [*words, *options.launch], root=root) as started:
-        console.print(f"{', '.join(spec.names)}: starting on {started.addresses[0]} and up")
+        console.print(
+            f"{', '.join(spec.names)}: starting at {started.addresses[0]} and the following ports"
+        )
         yield Servers(started.addresses, started)
         started.check()
 
@@ -138,7 +140,8 @@ def arrivals_of(
     found = limited(everything, requests, options.duration)
     if not found:
         raise UserError(
-            f"--duration {options.duration:g}: no request arrives within that time; give more"
+            f"--duration {options.duration:g}: no request arrives within that time; give a "
+            "longer --duration"
         )
     return found
 
@@ -162,6 +165,6 @@ async def measure(
     rows = by_server(names, answers)
     print_load(console, rows)
     print_failed(console, failures(answers))
-    if not any(answer.good for answer in answers):
+    if not any(answer.complete for answer in answers):
         raise HttpError("no request was answered")
     return answers, rows

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from dance_jax.bench.arguments import MAX_TOKENS, add_load, check_load
 from dance_jax.bench.client import Api, Call
-from dance_jax.bench.cluster import ClusterError
+from dance_jax.bench.cluster import RunError
 from dance_jax.bench.http import HttpError
 from dance_jax.bench.load import arrivals_of, measure, running, servers_of
 from dance_jax.bench.report import plain_load, write_json
@@ -34,7 +34,7 @@ def parser(prog: str = "dance-jax bench") -> argparse.ArgumentParser:
         "a cluster that is started for the run with --hosts. Prints tokens/s, TTFT, TPOT, ITL and "
         "end to end latency of each server and of all.",
         epilog="Options after -- are passed to dance_jax.launch, e.g. --hosts FILE -- --policy "
-        f"latency. Servers that require an API key get that of the variable {API_KEY_VARIABLE}. "
+        f"latency. The API key is read from the variable {API_KEY_VARIABLE}. "
         "Exit codes: 1 if no request was answered or the cluster failed, 2 if an option or a file "
         "is wrong.",
     )
@@ -43,19 +43,19 @@ def parser(prog: str = "dance-jax bench") -> argparse.ArgumentParser:
     add(
         "--hosts",
         type=pathlib.Path,
-        help="hosts file of the cluster to start; with URLs, of the servers that run there",
+        help="hosts file of the cluster to start; with URLs: the file that names them",
     )
     add(
         "--model",
         type=pathlib.Path,
         metavar="DIR",
-        help="model to serve with --hosts (the demo model); with URLs, the served model, whose "
-        "tokenizer --trace needs",
+        help="model to serve with --hosts (default: the demo model); with URLs: the served model, "
+        "whose tokenizer --trace needs",
     )
     add(
         "--served-model-name",
         metavar="NAME",
-        help="model to ask for (the only one of the servers)",
+        help="model to ask for (default: the only model served)",
     )
     add_load(parser)
     add("--output", type=pathlib.Path, metavar="JSON", help="write results here")
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str], prog: str = "dance-jax bench") -> int:
         run(options, console)
         return 0
 
-    return exit_code(work, ClusterError, HttpError)
+    return exit_code(work, RunError, HttpError)
 
 
 def run(options: argparse.Namespace, console: Console) -> None:
@@ -82,7 +82,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
     check(options)
     spec = servers_of(options.url, options.hosts)
     # Report wrong files before starting any server.
-    calls_for = work_of(options, spec)
+    calls_for = call_maker(options, spec)
     with running(options, spec, console) as servers:
 
         async def work() -> None:
@@ -126,7 +126,7 @@ def check(options: argparse.Namespace) -> None:
         check_writable(options.output, "--output")
 
 
-def work_of(options: argparse.Namespace, spec: ClusterSpec) -> Callable[[Api], list[Call]]:
+def call_maker(options: argparse.Namespace, spec: ClusterSpec) -> Callable[[Api], list[Call]]:
     """Return a function that makes the requests for servers.
 
     Raises:

@@ -12,9 +12,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from dance_jax.config import UserError
 
-#: Exit codes: a target was missed or the measured program failed; the user must change something
-#: (an option, a file); Ctrl-C.
-MISSED, WRONG, INTERRUPTED = 1, 2, 130
+#: Exit code: a target was missed, or the measured program failed.
+FAILED = 1
+#: Exit code: the user must change something (an option, a file).
+WRONG = 2
+#: Exit code: Ctrl-C.
+INTERRUPTED = 130
 #: Redraws of a progress bar per second; few, because it shares the machine with the servers.
 REFRESHES_PER_S = 2
 
@@ -26,7 +29,7 @@ def exit_code(work: Callable[[], int], *failures: type[Exception]) -> int:
 
     Args:
         work: the command; returns an exit code.
-        failures: errors of the measured program, for which the code is MISSED. UserError and
+        failures: errors of the measured program, for which the code is FAILED. UserError and
             other OSErrors give WRONG.
     """
     for number in (signal.SIGTERM, signal.SIGHUP):
@@ -37,7 +40,7 @@ def exit_code(work: Callable[[], int], *failures: type[Exception]) -> int:
         return work()
     except failures as error:
         print(f"error: {error}", file=sys.stderr)
-        return MISSED
+        return FAILED
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return WRONG

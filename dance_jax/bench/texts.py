@@ -49,7 +49,10 @@ class Texts:
         return own[int(rng.integers(len(own)))]
 
     def cut(self, server: int, length: int, rng: np.random.Generator) -> list[int]:
-        """Draw `length` tokens from anywhere in the server's prompts, with a random beginning."""
+        """Draw `length` tokens from anywhere in the server's prompts; they wrap around at the end.
+
+        The first FRESH tokens are drawn at random.
+        """
         tokens = self._tokens[server]
         start = int(rng.integers(len(tokens)))
         found = tokens.take(range(start, start + length), mode="wrap")
@@ -59,7 +62,7 @@ class Texts:
 
 
 def passage(rng: np.random.Generator) -> str:
-    """Draw a passage of the built-in text that begins at any word; past its end it goes on."""
+    """Draw a passage of the built-in text from any word on; it wraps around at the end."""
     words = np.array(TEXT.split())
     start, length = int(rng.integers(len(words))), int(rng.integers(*WORDS, endpoint=True))
     return " ".join(words.take(range(start, start + length), mode="wrap"))

@@ -100,7 +100,7 @@ def _terminate(number: int, frame: types.FrameType | None) -> None:
 def _launch(options: argparse.Namespace, platform: str, console: Console) -> int:
     spec = read_hosts(options.hosts, platform)
     part = role(spec, _network(options), options.node_rank, options.key_file)
-    if part.node:
+    if part.node_rank:
         return _hold_server(options, part, spec, console)
     check_mode(options)
     serving, moving = serve_options(options), rebalance_options(options)
@@ -154,7 +154,7 @@ def _launch(options: argparse.Namespace, platform: str, console: Console) -> int
         return 0
     joined = part.gathered(spec, lambda name, text: console.print(Text(f"{name}: {text}")))
     with joined as network:
-        if options.preflight or network.far(spec):
+        if options.preflight or network.any_remote(spec):
             spec, network = _preflight(options, spec, network, held, model.fingerprint, console)
         if options.preflight:
             return 0
@@ -306,12 +306,12 @@ def _hold_server(
     options: argparse.Namespace, part: Role, spec: ClusterSpec, console: Console
 ) -> int:
     """--node-rank N for N > 0: hold this server's process for the launcher on node 0."""
-    from dance_jax.launch.agent.node import run_node
+    from dance_jax.launch.agent.holder import run_node
 
-    assert part.node is not None and part.network.key is not None
+    assert part.node_rank is not None and part.network.key is not None
     return run_node(
-        spec.servers[part.node],
-        part.node,
+        spec.servers[part.node_rank],
+        part.node_rank,
         part.endpoint,
         part.network.key,
         options.log_dir,

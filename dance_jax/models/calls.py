@@ -292,7 +292,7 @@ def connect(
         pace(connection, rates[connections.rank], rates[peer])
         return connection
 
-    connections.accept(topic, lambda peer, _, each: server.accept(peer, paced(peer, each)))
+    connections.handle(topic, lambda peer, _, each: server.accept(peer, paced(peer, each)))
     connections.dial_all(
         topic,
         len(server.callers),

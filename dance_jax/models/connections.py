@@ -47,8 +47,8 @@ _PACE = 1.1
 #: With these options, a peer whose machine is gone is detected after 4 + 3 * 2 idle seconds.
 _KEEPALIVE = (("TCP_KEEPIDLE", 4), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 3))
 
-#: Handler that takes over a connection: the caller's rank, the index, the socket.
-Admit = Callable[[int, int, socket.socket], None]
+#: Takes over a connection; called with the other server's rank, the index and the socket.
+Handler = Callable[[int, int, socket.socket], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,8 +74,8 @@ _FIELDS = {
 }
 
 
-class Key(NamedTuple):
-    """Credentials with which a server proves that it belongs to the launch."""
+class Credentials(NamedTuple):
+    """With these a server proves that it belongs to the launch."""
 
     #: Secret of the launch.
     secret: bytes
@@ -83,31 +83,34 @@ class Key(NamedTuple):
 
 
 class Connections:
-    """One server's connections with the others: it listens for theirs and dials its own.
+    """One server's connections with the others: it accepts connections from them and dials them.
 
-    All services of a server share this object, its one port and its endpoints. A connection that
-    arrives before the service of its topic wants it waits.
+    All topics of a server share this object, its one port and its endpoints. A connection whose
+    topic has no handler yet is kept until there is one.
 
     Args:
         rank: rank of this server.
         names: names of all servers, by rank.
         address: IP address or host name at which other servers reach this one.
-        key: connections from servers with another secret or identity are rejected.
+        credentials: connections from servers with another secret or identity are rejected.
 
     Raises:
         OSError: the server cannot listen on the address.
     """
 
-    def __init__(self, rank: int, names: Sequence[str], address: str, key: Key) -> None:
-        self.rank, self.names, self._key = rank, names, key
+    def __init__(
+        self, rank: int, names: Sequence[str], address: str, credentials: Credentials
+    ) -> None:
+        self.rank, self.names, self._credentials = rank, names, credentials
         #: By rank, where the servers listen; "": the server is restarting. Set before dialling.
         self.endpoints = [""] * len(names)
-        self._admits: dict[str, Admit] = {}
-        #: Connections that no service wants yet, by the caller's rank, index and topic.
+        #: The topic handlers.
+        self._handlers: dict[str, Handler] = {}
+        #: Connections that are not claimed yet, by the caller's rank, index and topic.
         self._waiting: dict[tuple[int, int, str], socket.socket] = {}
         #: Per topic of `dial_all`, the number of connections to each server, and their handler.
-        self._dialled: dict[str, tuple[int, Admit]] = {}
-        #: Guards `_admits` and `_waiting`, and is notified when a connection waits.
+        self._dialled: dict[str, tuple[int, Handler]] = {}
+        #: Guards `_handlers` and `_waiting`, and is notified when a connection waits.
         self._changed = threading.Condition()
         self._closed = threading.Event()
         family = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0][0]
@@ -118,19 +121,20 @@ class Connections:
         self._thread = threading.Thread(target=self._accept, daemon=True, name="listener")
         self._thread.start()
 
-    def accept(self, topic: str, admit: Admit) -> None:
-        """Admit connections of a topic from now on, including those that are waiting.
+    def handle(self, topic: str, handler: Handler) -> None:
+        """Handle connections of a topic from now on, including those that are waiting.
 
         Args:
-            admit: called with each connection, in a separate thread. If a server restarts and
-                connects again, `admit` is called again.
+            topic: purpose of the connections.
+            handler: called with each connection, in a separate thread; also when a server restarts
+                and connects again.
         """
         with self._changed:
-            self._admits[topic] = admit
+            self._handlers[topic] = handler
             calls = [call for call in self._waiting if call[2] == topic]
             waiting = [(*call[:2], self._waiting.pop(call)) for call in calls]
         for each in waiting:
-            threading.Thread(target=admit, args=each, daemon=True, name="admit").start()
+            threading.Thread(target=handler, args=each, daemon=True, name="handler").start()
 
     def dial(
         self, peer: int, topic: str, index: int = 0, timeout_s: float = TIMEOUT_S
@@ -147,7 +151,7 @@ class Connections:
             timeout_s: seconds until the attempt is given up.
 
         Raises:
-            RuntimeError: the other server cannot be reached, or has another key or identity.
+            RuntimeError: the other server cannot be reached, or has another secret or identity.
         """
         endpoint, connection = self.endpoints[peer], None
         host, _, port = endpoint.rpartition(":")
@@ -155,7 +159,7 @@ class Connections:
             if not endpoint:
                 raise _Rejected("it is restarting")
             connection = socket.create_connection((host.strip("[]"), int(port)), timeout=timeout_s)
-            _introduce(connection, self.rank, peer, index, topic, self._key)
+            _introduce(connection, self.rank, peer, index, topic, self._credentials)
             _tune(connection)
         except (OSError, _Rejected) as error:
             if connection is not None:
@@ -164,28 +168,32 @@ class Connections:
             raise RuntimeError(f"cannot connect to server {name} at {endpoint}: {error}") from error
         return connection
 
-    def dial_all(self, topic: str, count: int, admit: Admit) -> None:
-        """Connect to all servers that are not restarting, and to each server that has restarted.
+    def dial_all(self, topic: str, count: int, handler: Handler) -> None:
+        """Connect to every server that is up, and again to each one after it restarts.
 
         Args:
+            topic: purpose of the connections.
             count: connections to each server, with the indices 0 to count - 1.
-            admit: called with each connection; replaces the previous one of the server and index.
+            handler: called with each connection, which replaces the previous one of the server and
+                index.
 
         Raises:
-            RuntimeError: a server cannot be reached, or has another key or identity.
+            RuntimeError: a server cannot be reached, or has another secret or identity.
         """
-        self._dialled[topic] = count, admit
+        self._dialled[topic] = count, handler
         for peer, endpoint in enumerate(self.endpoints):
             if peer != self.rank and endpoint:
                 self._dial_topic(topic, peer)
 
     def _dial_topic(self, topic: str, peer: int) -> None:
-        count, admit = self._dialled[topic]
+        count, handler = self._dialled[topic]
         for index in range(count):
-            admit(peer, index, self.dial(peer, topic, index))
+            handler(peer, index, self.dial(peer, topic, index))
 
     def restarted(self, peer: int, endpoint: str) -> None:
-        """Take note of a server's new endpoint; a thread connects to it as `dial_all` says."""
+        """Record a restarted server's endpoint, and repeat the connections of `dial_all` to it in a
+        thread.
+        """
         self.endpoints[peer] = endpoint
 
         def redial() -> None:
@@ -204,8 +212,8 @@ class Connections:
             One connection to each other server, by rank.
 
         Raises:
-            RuntimeError: a server cannot be reached, did not connect in time, or has another key
-                or identity.
+            RuntimeError: a server cannot be reached, did not connect in time, or has another
+                secret or identity.
         """
         higher = range(self.rank + 1, len(self.names))
         deadline = time.monotonic() + TIMEOUT_S
@@ -234,7 +242,7 @@ class Connections:
         return found
 
     def close(self) -> None:
-        """Stop listening; admitted and dialled connections stay open, waiting ones are closed."""
+        """Stop listening; claimed and dialled connections stay open, waiting ones are closed."""
         self._closed.set()
         # On Linux closing the socket does not wake `accept`; shutdown does. On macOS shutdown
         # fails, but is not needed.
@@ -261,7 +269,7 @@ class Connections:
 
     def _admit(self, connection: socket.socket, where: object) -> None:
         try:
-            rank, index, topic = call = _recognise(connection, self.rank, self._key)
+            rank, index, topic = call = _recognise(connection, self.rank, self._credentials)
             if rank == self.rank or rank >= len(self.names):
                 raise _Rejected(
                     f"invalid rank {rank}: this is server {self.rank} of {len(self.names)}"
@@ -272,14 +280,14 @@ class Connections:
             connection.close()
             return
         with self._changed:
-            admit = self._admits.get(topic)
-            if admit is None:
+            handler = self._handlers.get(topic)
+            if handler is None:
                 self._wait(call, connection)
-        if admit is not None:
-            admit(rank, index, connection)
+        if handler is not None:
+            handler(rank, index, connection)
 
     def _wait(self, call: tuple[int, int, str], connection: socket.socket) -> None:
-        """Keep a connection until a service wants it; replaces an older one of the same caller."""
+        """Keep a connection until it is claimed; it replaces an older one of the same caller."""
         if self._closed.is_set():
             connection.close()
             return
@@ -326,7 +334,12 @@ class _Rejected(Exception):
 
 
 def _introduce(
-    connection: socket.socket, rank: int, peer: int, index: int, topic: str, key: Key
+    connection: socket.socket,
+    rank: int,
+    peer: int,
+    index: int,
+    topic: str,
+    credentials: Credentials,
 ) -> None:
     """Handshake at the dialling end: server `rank` calls server `peer`."""
     connection.settimeout(_HANDSHAKE_S)
@@ -334,23 +347,25 @@ def _introduce(
     mine = secrets.token_bytes(_NONCE_BYTES)
     connection.sendall(call + mine)
     theirs = _receive(connection, _NONCE_BYTES)
-    secret = key.secret
+    secret = credentials.secret
     _check(_receive(connection, _MAC_BYTES), _mac(secret, b"answer", call, peer, mine, theirs))
     connection.sendall(_mac(secret, b"call", call, peer, mine, theirs))
-    _compare(connection, key.identity)
+    _compare(connection, credentials.identity)
 
 
-def _recognise(connection: socket.socket, rank: int, key: Key) -> tuple[int, int, str]:
+def _recognise(
+    connection: socket.socket, rank: int, credentials: Credentials
+) -> tuple[int, int, str]:
     """Handshake at the accepting end; returns the caller's rank, the index and the topic."""
     connection.settimeout(_HANDSHAKE_S)
     call = _receive(connection, _CALL.size)
     caller, index, length = _CALL.unpack(call)
     call += (topic := _receive(connection, length))
     theirs, mine = _receive(connection, _NONCE_BYTES), secrets.token_bytes(_NONCE_BYTES)
-    secret = key.secret
+    secret = credentials.secret
     connection.sendall(mine + _mac(secret, b"answer", call, rank, theirs, mine))
     _check(_receive(connection, _MAC_BYTES), _mac(secret, b"call", call, rank, theirs, mine))
-    _compare(connection, key.identity)
+    _compare(connection, credentials.identity)
     return caller, index, topic.decode()
 
 
@@ -367,7 +382,7 @@ def _compare(connection: socket.socket, identity: Identity) -> None:
     for field, (words, advice) in _FIELDS.items():
         if theirs.get(field) != own[field]:
             raise _Rejected(
-                f"its {words} is {theirs.get(field)}, this server's {own[field]}: {advice}"
+                f"its {words} is {theirs.get(field)}, but this server's is {own[field]}: {advice}"
             )
 
 

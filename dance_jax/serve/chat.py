@@ -40,8 +40,10 @@ def routes(server: RouteContext) -> fastapi.APIRouter:
         """Continue a conversation."""
         server.info.check_model(body.model)
         _check(body)
-        call = await _start(server, body)
-        return await answered(request, call.generation, call.whole, call.chunks, body.stream)
+        completion = await _start(server, body)
+        return await answered(
+            request, completion.generation, completion.whole, completion.chunks, body.stream
+        )
 
     return router
 
@@ -61,18 +63,18 @@ def _check(body: ChatRequest) -> None:
         )
 
 
-async def _start(server: RouteContext, body: ChatRequest) -> _Call:
-    call_id = f"chatcmpl-{uuid.uuid4().hex}"
+async def _start(server: RouteContext, body: ChatRequest) -> _ChatCompletion:
+    completion_id = f"chatcmpl-{uuid.uuid4().hex}"
     _, max_tokens = body.output_limit
     logprobs = body.top_logprobs or 0 if body.logprobs else None
     params = sampling_params(server, body, max_tokens, logprobs)
-    request = await server.prompts.chat(call_id, body, params)
-    return _Call(call_id, server.info.model, body, Generation(server, [request]))
+    request = await server.prompts.chat(completion_id, body, params)
+    return _ChatCompletion(completion_id, server.info.model, body, Generation(server, [request]))
 
 
 @dataclasses.dataclass
-class _Call:
-    """One HTTP call in progress."""
+class _ChatCompletion:
+    """One HTTP request in progress."""
 
     id: str
     model: str

@@ -32,8 +32,10 @@ def routes(server: RouteContext) -> fastapi.APIRouter:
         """Continue prompts."""
         server.info.check_model(body.model)
         _check(body)
-        call = await _start(server, body)
-        return await answered(request, call.generation, call.whole, call.chunks, body.stream)
+        completion = await _start(server, body)
+        return await answered(
+            request, completion.generation, completion.whole, completion.chunks, body.stream
+        )
 
     return router
 
@@ -50,16 +52,16 @@ def _check(body: CompletionRequest) -> None:
         raise ApiError(400, message, param="echo")
 
 
-async def _start(server: RouteContext, body: CompletionRequest) -> _Call:
-    call_id = f"cmpl-{uuid.uuid4().hex}"
+async def _start(server: RouteContext, body: CompletionRequest) -> _Completion:
+    completion_id = f"cmpl-{uuid.uuid4().hex}"
     max_tokens = body.max_tokens or _DEFAULT_MAX_TOKENS
     params = sampling_params(server, body, max_tokens, body.logprobs)
-    requests = await server.prompts.completions(call_id, body, params)
+    requests = await server.prompts.completions(completion_id, body, params)
     if len(requests) * params.n > MAX_CHOICES:
         raise ApiError(
             400,
             f"n: {len(requests)} prompts with {params.n} samples each make "
-            f"{len(requests) * params.n} samples; a call may have at most {MAX_CHOICES}",
+            f"{len(requests) * params.n} samples; a request may have at most {MAX_CHOICES}",
             param="n",
         )
     echoes = [""] * len(requests)
@@ -71,12 +73,12 @@ async def _start(server: RouteContext, body: CompletionRequest) -> _Call:
             for request in requests
         ]
     generation = Generation(server, requests)
-    return _Call(call_id, server.info.model, body, generation, echoes)
+    return _Completion(completion_id, server.info.model, body, generation, echoes)
 
 
 @dataclasses.dataclass
-class _Call:
-    """One HTTP call in progress."""
+class _Completion:
+    """One HTTP request in progress."""
 
     id: str
     model: str
@@ -87,16 +89,17 @@ class _Call:
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
 
     async def parts(self) -> AsyncIterator[CompletionChoice]:
-        """Additions to the choices, as they arrive."""
+        """The next pieces of the choices, as they arrive."""
         samples = self.body.n or 1
+        # Characters so far, by choice.
         lengths: dict[int, int] = {}
-        async for number, delta in self.generation.deltas():
-            echo = "" if number in lengths else self.echoes[number // samples]
-            offset = lengths.get(number, 0)
+        async for choice, delta in self.generation.deltas():
+            echo = "" if choice in lengths else self.echoes[choice // samples]
+            offset = lengths.get(choice, 0)
             text = echo + delta.text
-            lengths[number] = offset + len(text)
+            lengths[choice] = offset + len(text)
             yield CompletionChoice(
-                index=number,
+                index=choice,
                 text=text,
                 logprobs=completion_logprobs(delta, offset),
                 finish_reason=ending(delta),
@@ -118,7 +121,7 @@ class _Call:
                 _extend(choices[part.index], part)
             else:
                 choices[part.index] = part
-        return self._answer([choices[number] for number in sorted(choices)], self.generation.usage)
+        return self._answer([choices[index] for index in sorted(choices)], self.generation.usage)
 
     def _answer(self, choices: list[CompletionChoice], usage: Usage | None = None) -> Completion:
         return Completion(

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import msgspec
 
 from dance_jax.config import ServerSpec
-from dance_jax.launch.agent.process import LocalProcess
+from dance_jax.launch.agent.process import ChildProcess
 from dance_jax.launch.control import protocol
 from dance_jax.launch.control.channel import ControlListener, new_key
 from dance_jax.serve.loop_socket import LoopSocket
@@ -25,7 +25,7 @@ class EngineProcess:
 
     Args:
         setup: the engine's setup; its control channel is filled in here.
-        private: directory that the engine removes if this process is killed.
+        private: directory that the child removes if its parent, this front end, is killed.
         on_event: called on the event loop with each event from the engine.
         on_death: called once on the event loop if the engine exits or fails; not after `end`.
     """
@@ -48,7 +48,7 @@ class EngineProcess:
         self._socket = LoopSocket(self._listener.socket, self._receive)
         self._name = b"server-%d" % setup.rank
         server = ServerSpec(setup.spec.servers[setup.rank].name, "")
-        self._process = LocalProcess(
+        self._process = ChildProcess(
             server,
             WORKER,
             private=private,

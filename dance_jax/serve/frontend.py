@@ -59,7 +59,7 @@ def main() -> None:
     engine = setup.engine
     private = tempfile.mkdtemp(prefix="dance-jax-", dir=child.private_dir() or None)
     front = FrontEnd(setup, private)
-    child.end_with_parent(engine, before=front.kill)
+    child.end_with_parent(engine, on_parent_gone=front.kill)
     connection = ControlConnection(
         child.parent_endpoint(engine), engine.control_key, f"server-{engine.rank}"
     )

@@ -23,10 +23,11 @@ if TYPE_CHECKING:
 
 #: Seconds without a completed step after which the engine counts as not ready.
 STEP_TIMEOUT_S = 5.0
-#: Engine deaths in a row, without a token for a request, after which that request is taken for the
-#: cause and fails.
+#: A request fails, as the presumed cause, after so many engine deaths in a row without a token for
+#: it.
 MAX_DEATHS = 3
-#: Retry-After of refused requests, in seconds: a full queue moves fast, a start takes longer.
+#: Retry-After of refused requests, in seconds: a full queue frees places quickly; an engine's start
+#: takes longer.
 FULL_RETRY_S, UNAVAILABLE_RETRY_S = 1.0, 5.0
 
 
@@ -37,21 +38,21 @@ class QueueFull(Exception):
 
 
 class Unavailable(Exception):
-    """The request is refused: the engine has not started yet, or the server is shutting down."""
+    """This server cannot take the request now; the message says why."""
 
     retry_after_s = UNAVAILABLE_RETRY_S
 
 
 @dataclasses.dataclass(eq=False)
 class _InFlight:
-    """A request, whose `resumed` grows with its output."""
+    """A request in flight; its `resumed` grows with its output."""
 
     request: Request
     #: Gets the deltas, and None at the end.
     unread: asyncio.Queue[OutputDelta | None]
     #: Whether the request still waits for its first token.
     waits: bool = True
-    #: Engines that died since the latest token.
+    #: Engine deaths since its latest token.
     deaths: int = 0
 
     def add(self, delta: OutputDelta) -> None:
@@ -84,7 +85,7 @@ class RequestQueue:
     Args:
         send: sends a command to the running engine.
         max_queue: requests that may wait for their first token.
-        seeds: for requests without a seed; otherwise each engine would give the request another.
+        seeds: for requests without a seed, so that a restarted engine goes on with the same one.
     """
 
     def __init__(
@@ -94,8 +95,13 @@ class RequestQueue:
         self._max_queue = max_queue
         self._seeds = seeds
         self._in_flight: dict[str, _InFlight] = {}
-        #: Whether an engine has ever started; whether one runs now; whether requests are refused.
-        self._started = self._running = self._draining = False
+        #: Whether an engine has ever started.
+        self._started = False
+        #: Whether an engine runs now.
+        self._running = False
+        #: Whether new requests are refused, because the server is shutting down.
+        self._draining = False
+        #: time.monotonic() at the latest start of an engine or completed step.
         self._last_step = float("-inf")
         self._empty = asyncio.Event()
         self._empty.set()
@@ -206,7 +212,7 @@ class RequestQueue:
         self._remove(request_id)
 
     def _remove(self, request_id: str) -> bool:
-        """Remove a request; False if it is not in flight."""
+        """Remove a request; returns False if it is not in flight."""
         found = self._in_flight.pop(request_id, None) is not None
         if not self._in_flight:
             self._empty.set()

@@ -105,14 +105,14 @@ def cell_of(
     def per_token_and_layer(name: str) -> float:
         return float(np.mean(spent(name) / np.maximum(spent("tokens") * layers, 1)))
 
-    good = [answer for answer in run.answers if answer.good]
+    complete = [answer for answer in run.answers if answer.complete]
     return Cell(
         workload=workload,
         rate=rate,
         policy=placed.policy,
         seed=seed,
-        latency_s=[answer.end_s - answer.asked_s for answer in good],
-        failed=len(run.answers) - len(good),
+        latency_s=[answer.end_s - answer.due_s for answer in complete],
+        failed=len(run.answers) - len(complete),
         expert_calls=float((spent("local") + spent("remote")).sum()),
         remote=run.remote_share(0.0),
         any_miss=per_token_and_layer("away"),

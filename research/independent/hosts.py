@@ -20,7 +20,7 @@ from benchmarks.namespaces import Testbed
 from benchmarks.serving.task_files import read_texts, task_files
 from benchmarks.targets import Target
 from dance_jax.bench.client import Answer, Api, Call
-from dance_jax.bench.cluster import ClusterError
+from dance_jax.bench.cluster import RunError
 from dance_jax.bench.drive import open_loop
 from dance_jax.bench.figures import failures, gaps_s
 from dance_jax.bench.texts import Texts
@@ -188,8 +188,8 @@ def _latencies(
             plan = askers.plan([tasks], REQUESTS, tokenizer.encode(f"{seed} "))
             answers = await open_loop(api, plan.calls, lambda: None)
             if failed := failures(answers):
-                raise ClusterError(f"a request failed: {failed[0]}")
-            means.append(float(np.mean([each.end_s - each.asked_s for each in answers])))
+                raise RunError(f"a request failed: {failed[0]}")
+            means.append(float(np.mean([each.end_s - each.due_s for each in answers])))
             say(f"{servers} hosts, {seed + 1} of {repeats}: mean latency {means[-1]:.2f} s")
         return means
 
@@ -224,7 +224,7 @@ def bytes_sent(bed: Testbed, place: Place, words: Sequence[str]) -> Bytes:
         answers = await open_loop(api, calls, lambda: None)
         moved = np.subtract(place.sent(), begun).sum()
         if failed := failures(answers):
-            raise ClusterError(f"a request failed: {failed[0]}")
+            raise RunError(f"a request failed: {failed[0]}")
         await asyncio.sleep(REPORT_S)
         after = await sample(api, time.perf_counter())
         transfers = np.subtract(after.transfers, before.transfers).sum()

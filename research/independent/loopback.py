@@ -17,7 +17,7 @@ from benchmarks.command import EXAMPLES
 from benchmarks.live.places import Place
 from benchmarks.targets import Target
 from dance_jax.bench.client import Api, Call
-from dance_jax.bench.cluster import Cluster, ClusterError
+from dance_jax.bench.cluster import RunError, StartedCluster
 
 from .streams import longest_gap, same, streaming, whole
 
@@ -110,7 +110,7 @@ def processor(repeats: int, root: pathlib.Path, arguments: Sequence[str]) -> Pro
     """Measure processor time during streams on the first of three servers."""
     words = ["--policy", "dance", "--activations", str(EXAMPLES / "activations.npz"), *arguments]
 
-    async def measure(cluster: Cluster) -> Processor:
+    async def measure(cluster: StartedCluster) -> Processor:
         found = Processor([], [], [])
         async with _ready(cluster) as api:
             trees = _trees(cluster)
@@ -175,7 +175,7 @@ def _failure(
         )
     )
 
-    async def measure(cluster: Cluster) -> Failure:
+    async def measure(cluster: StartedCluster) -> Failure:
         found = Failure(section, [], [], 0, 0)
         async with _ready(cluster) as api:
             calls = [
@@ -207,12 +207,12 @@ def _failure(
 
 def _serving(
     hosts: pathlib.Path, root: pathlib.Path, words: Sequence[str]
-) -> contextlib.AbstractContextManager[Cluster]:
+) -> contextlib.AbstractContextManager[StartedCluster]:
     return Place(hosts, root=root).serving(["--rebalance-interval", "0", *words])
 
 
 @contextlib.asynccontextmanager
-async def _ready(cluster: Cluster) -> AsyncIterator[Api]:
+async def _ready(cluster: StartedCluster) -> AsyncIterator[Api]:
     await cluster.ready()
     yield await Api.connect(cluster.addresses)
     cluster.check()
@@ -222,18 +222,18 @@ async def _answers(api: Api) -> None:
     """Wait until the failed server answers again.
 
     Raises:
-        ClusterError: the server does not answer within BACK_S.
+        RunError: the server does not answer within BACK_S.
     """
     try:
         async with asyncio.timeout(BACK_S):
             await whole(api, Call(FAILING, PROMPT, 2))
     except TimeoutError:
-        raise ClusterError(
+        raise RunError(
             f"the failed server does not answer {BACK_S:g} s after the failure"
         ) from None
 
 
-def _trees(cluster: Cluster) -> list[list[psutil.Process]]:
+def _trees(cluster: StartedCluster) -> list[list[psutil.Process]]:
     """Return each server's processes: its front end, which listens, and all its descendants."""
     trees = {}
     for front in psutil.Process(cluster.pid).children():

@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncIterator, Iterable, Sequence
 
 from dance_jax.bench.client import Answer, Api, Call
-from dance_jax.bench.cluster import ClusterError
+from dance_jax.bench.cluster import RunError
 from dance_jax.bench.figures import first_token_s, gaps_s
 
 
@@ -16,11 +16,11 @@ async def whole(api: Api, call: Call) -> Answer:
     """Send a call now and return its complete answer.
 
     Raises:
-        ClusterError: the answer is not complete.
+        RunError: the answer is not complete.
     """
     answer = await api.answer(call, time.perf_counter(), 0.0)
     if answer.error is not None:
-        raise ClusterError(f"a request to server {call.server} failed: {answer.error}")
+        raise RunError(f"a request to server {call.server} failed: {answer.error}")
     return answer
 
 

@@ -65,10 +65,10 @@ def _local(run: Watched, edges: np.ndarray) -> np.ndarray:
 
 def _latency(run: Watched, edges: np.ndarray) -> np.ndarray:
     """Return the mean latency of the requests due in each window; NaN if there are none."""
-    asked_s = np.array([a.asked_s for a in run.answers if a.good])
-    taken_s = np.array([a.end_s - a.asked_s for a in run.answers if a.good])
+    due_s = np.array([a.due_s for a in run.answers if a.complete])
+    taken_s = np.array([a.end_s - a.due_s for a in run.answers if a.complete])
     means = []
     for begin, end in _windows(edges):
-        within = (asked_s >= begin) & (asked_s < end)
+        within = (due_s >= begin) & (due_s < end)
         means.append(taken_s[within].mean() if within.any() else np.nan)
     return np.array(means)

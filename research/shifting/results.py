@@ -49,7 +49,7 @@ class Results:
 
 def latencies_s(answers: Iterable[Answer], since_s: float = 0.0) -> list[float]:
     """Return the latencies of complete answers whose requests were due at `since_s` or later."""
-    return [a.end_s - a.asked_s for a in answers if a.good and a.asked_s >= since_s]
+    return [a.end_s - a.due_s for a in answers if a.complete and a.due_s >= since_s]
 
 
 def mean_latency_s(run: Watched, since_s: float = 0.0) -> float:
@@ -64,13 +64,13 @@ def after_shift(found: Shift) -> list[float]:
 def differences(ours: Watched, theirs: Watched) -> list[float]:
     """Return the margins of the first differences between answers to the same requests."""
     pairs = zip(ours.answers, theirs.answers, strict=True)
-    found = (first_difference(a.tokens, b.tokens) for a, b in pairs if a.good and b.good)
+    found = (first_difference(a.tokens, b.tokens) for a, b in pairs if a.complete and b.complete)
     return [difference.margin for difference in found if difference is not None]
 
 
 def failed(runs: Iterable[Watched]) -> int:
     """Count the answers that are not complete."""
-    return sum(not answer.good for run in runs for answer in run.answers)
+    return sum(not answer.complete for run in runs for answer in run.answers)
 
 
 def _shift(found: Shift) -> list[Target]:
@@ -140,9 +140,9 @@ def plain(results: Results) -> dict[str, Any]:
 
 def _run(run: Watched) -> dict[str, Any]:
     answers = [
-        {"server": a.call.server, "asked_s": a.asked_s, "end_s": a.end_s, "tokens": a.output_tokens}
+        {"server": a.call.server, "asked_s": a.due_s, "end_s": a.end_s, "tokens": a.output_tokens}
         for a in run.answers
-        if a.good
+        if a.complete
     ]
     return {
         "mean_latency_s": mean_latency_s(run),

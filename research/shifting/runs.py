@@ -28,7 +28,7 @@ from benchmarks.live.watch import (
     watched,
 )
 from dance_jax.bench.client import Api, Call
-from dance_jax.bench.cluster import ClusterError
+from dance_jax.bench.cluster import RunError
 from dance_jax.bench.terminal import progress
 from dance_jax.engine.step_clock import WINDOW_S
 
@@ -266,8 +266,8 @@ async def _streams(api: Api, setting: Setting, phase: int) -> AsyncIterator[list
             heard.append(times)
             hear = functools.partial(_hear, times)
             answer = await api.answer(call, origin, time.perf_counter() - origin, hear)
-            if not answer.good:
-                raise ClusterError(f"a stream failed during a migration: {answer.error}")
+            if not answer.complete:
+                raise RunError(f"a stream failed during a migration: {answer.error}")
 
     async with asyncio.TaskGroup() as group:
         calls = setting.askers.streams(setting.phases[phase], setting.streams)

@@ -73,7 +73,7 @@ def sample(at_s: float, share: float, sent: float) -> Sample:
 
 
 def watched(latency_s: float) -> Watched:
-    answers = [Answer(Call(n % 2, [1], 1), asked_s=n, end_s=n + latency_s) for n in range(4)]
+    answers = [Answer(Call(n % 2, [1], 1), due_s=n, end_s=n + latency_s) for n in range(4)]
     answers[-1].error = "lost"
     return Watched(answers, [sample(0, 0, 0), sample(10, 0.25, 6400)], None)
 

@@ -50,9 +50,7 @@ def sample(at_s: float, local: float, remote: float, migrations: int = 0) -> Sam
 def answers(taken_s: float, text: str = "a", margin: float = 1.0) -> list[Answer]:
     found = []
     for n in range(4):
-        answer = Answer(
-            Call(n % 2, [1], 1, float(10 * n)), asked_s=10.0 * n, end_s=10 * n + taken_s
-        )
+        answer = Answer(Call(n % 2, [1], 1, float(10 * n)), due_s=10.0 * n, end_s=10 * n + taken_s)
         answer.tokens = [Token(text, 0.0, {"a": 0.0, "b": -margin})]
         found.append(answer)
     return found

@@ -95,7 +95,7 @@ def answers(server: FakeServer, calls: Sequence[Call]) -> list[Answer]:
 def test_an_answer_is_all_of_its_stream() -> None:
     server = FakeServer()
     plain, told = answers(server, [Call(0, [3, 4], 3), Call(0, [5], 2, logprobs=2)])
-    assert plain.good and plain.text == " token0 token1 token2"
+    assert plain.complete and plain.text == " token0 token1 token2"
     assert (plain.prompt_tokens, plain.output_tokens) == (2, 3)
     assert plain.finish_reason == "length" and plain.tokens == []
     assert len(plain.piece_s) == 3 and plain.piece_s == sorted(plain.piece_s)
@@ -117,7 +117,7 @@ def test_every_piece_is_heard() -> None:
 
 def test_hanging_up_in_the_middle() -> None:
     (answer,) = answers(FakeServer(), [Call(0, [1], 1000, hang_up_after=2)])
-    assert answer.hung_up and answer.error is None and not answer.good
+    assert answer.hung_up and answer.error is None and not answer.complete
     assert len(answer.piece_s) == 2
 
 
@@ -132,7 +132,7 @@ def test_hanging_up_in_the_middle() -> None:
 )
 def test_streams_that_fail_are_told(last: bytes | None, error: str) -> None:
     (answer,) = answers(FakeServer(last=last), [Call(0, [1], 2)])
-    assert not answer.good and answer.error is not None
+    assert not answer.complete and answer.error is not None
     assert error in answer.error
 
 

@@ -8,13 +8,13 @@ import psutil
 import pytest
 
 from dance_jax.bench import cluster
-from dance_jax.bench.cluster import ClusterError
+from dance_jax.bench.cluster import RunError
 from dance_jax.config import UserError
 from dance_jax.launch.planning.hosts import parse_hosts, read_hosts
 from tests.bench.fake_cluster import HOSTS, ROOT, children, replace_launcher
 
 
-@pytest.mark.parametrize("ending", [ClusterError("x"), KeyboardInterrupt(), SystemExit(143)])
+@pytest.mark.parametrize("ending", [RunError("x"), KeyboardInterrupt(), SystemExit(143)])
 def test_a_cluster_ends_however_the_run_ends(
     ending: BaseException, monkeypatch: pytest.MonkeyPatch
 ) -> None:

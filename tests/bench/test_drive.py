@@ -38,7 +38,7 @@ def test_an_open_loop_does_not_wait_for_answers() -> None:
     finished: list[None] = []
     found = driven([server], lambda api: open_loop(api, asked, lambda: finished.append(None)))
     assert [answer.call for answer in found] == asked
-    assert all(answer.good for answer in found) and len(finished) == 6
+    assert all(answer.complete for answer in found) and len(finished) == 6
     assert server.most_running == 6
 
 
@@ -48,4 +48,4 @@ def test_arrivals_are_waited_for() -> None:
     found = driven([server], lambda api: open_loop(api, asked, nothing))
     assert server.prompts == [[2], [1], [0]]
     for answer in found:
-        assert answer.asked_s == answer.call.arrival_s <= answer.piece_s[0]
+        assert answer.due_s == answer.call.arrival_s <= answer.piece_s[0]

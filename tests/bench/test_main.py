@@ -15,7 +15,7 @@ import pytest
 
 from dance_jax import command
 from dance_jax.bench import main as bench
-from dance_jax.bench.terminal import MISSED, WRONG
+from dance_jax.bench.terminal import FAILED, WRONG
 from dance_jax.launch.planning.defaults import demo_dir
 from tests.bench.fake_cluster import HOSTS, MODULE, ROOT, children, replace_launcher
 from tests.bench.fake_server import MODEL, FakeServer, running
@@ -69,7 +69,7 @@ def test_failed_requests_are_counted_and_told(
     assert rows[1]["failed"] == rows[1]["requests"] == rows[2]["failed"] > 0
     assert "failed: gone" in capsys.readouterr().out
     with running(servers[1:]) as urls:
-        assert bench.main([*urls, *QUICKLY, "--requests", "3"]) == MISSED
+        assert bench.main([*urls, *QUICKLY, "--requests", "3"]) == FAILED
     assert "no request was answered" in capsys.readouterr().err
 
 
@@ -128,7 +128,7 @@ def test_a_cluster_is_started_for_the_run(
     monkeypatch.chdir(ROOT)
     assert bench.main(["--hosts", str(hosts), *QUICKLY, "--requests", "6", "--", "--x", "y"]) == 0
     said = capsys.readouterr().out
-    assert "alpha, beta: starting on" in said and "ready after" in said and "beta" in said
+    assert "alpha, beta: starting at" in said and "ready after" in said and "beta" in said
     assert children() == []
 
 
@@ -137,7 +137,7 @@ def test_a_launcher_that_fails_says_why(
 ) -> None:
     replace_launcher(monkeypatch, 0)
     monkeypatch.chdir(ROOT)
-    assert bench.main(["--hosts", str(hosts), "--requests", "1"]) == MISSED
+    assert bench.main(["--hosts", str(hosts), "--requests", "1"]) == FAILED
     said = capsys.readouterr().err
     assert "ended with code 1" in said and "hosts.txt:3: no such memory" in said
 
@@ -154,7 +154,7 @@ def test_a_signal_ends_the_cluster(number: signal.Signals, code: int, hosts: pat
     words = [sys.executable, "-u", "-c", script]
     with subprocess.Popen(words, stdout=subprocess.PIPE, cwd=ROOT, text=True) as process:
         assert process.stdout is not None
-        assert "starting on" in process.stdout.readline()
+        assert "starting at" in process.stdout.readline()
         assert "ready after" in process.stdout.readline()
         (launcher,) = psutil.Process(process.pid).children()
         process.send_signal(number)

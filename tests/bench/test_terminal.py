@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from dance_jax.bench.terminal import INTERRUPTED, MISSED, WRONG, exit_code
+from dance_jax.bench.terminal import FAILED, INTERRUPTED, WRONG, exit_code
 from dance_jax.config import UserError
 
 ENDING = (signal.SIGTERM, signal.SIGHUP)
@@ -29,7 +29,7 @@ class Failed(OSError):
 @pytest.mark.parametrize(
     ("error", "code"),
     [
-        (Failed("gone"), MISSED),
+        (Failed("gone"), FAILED),
         (UserError("gone"), WRONG),
         (PermissionError("gone"), WRONG),
         (KeyboardInterrupt(), INTERRUPTED),

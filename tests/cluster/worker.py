@@ -19,11 +19,11 @@ os.environ["XLA_FLAGS"] += f" --xla_force_host_platform_device_count={DEVICES[RA
 replies = os.fdopen(os.dup(1), "wb")
 os.dup2(2, 1)  # output of libraries must not mix with the pickles
 
-from dance_jax.models.connections import Connections, Identity, Key  # noqa: E402
+from dance_jax.models.connections import Connections, Credentials, Identity  # noqa: E402
 
-KEY = Key(b"the key of this test", Identity("a model", "a format", "a type"))
+CREDENTIALS = Credentials(b"the key of this test", Identity("a model", "a format", "a type"))
 names = [f"server-{rank}" for rank in range(len(DEVICES))]
-connections = Connections(RANK, names, "127.0.0.1", KEY)
+connections = Connections(RANK, names, "127.0.0.1", CREDENTIALS)
 pickle.dump(connections.endpoint, replies)
 replies.flush()
 connections.endpoints = pickle.load(sys.stdin.buffer)

@@ -20,7 +20,7 @@ from benchmarks.arguments import (
 from benchmarks.command import verdict
 from benchmarks.targets import Target
 from dance_jax.bench.arguments import count
-from dance_jax.bench.terminal import MISSED, terminal
+from dance_jax.bench.terminal import FAILED, terminal
 from dance_jax.config import UserError
 
 
@@ -28,7 +28,7 @@ def test_the_verdict(capsys: pytest.CaptureFixture[str]) -> None:
     good, bad = Target("good", 1.0, 0.5), Target("bad [x]", 1.0, 2.0)
     console = terminal(20)
     assert console.width == 20
-    assert verdict(console, [good, bad], check=True) == MISSED
+    assert verdict(console, [good, bad], check=True) == FAILED
     assert verdict(console, [good, bad], check=False) == 0
     assert verdict(Console(), [good], check=True) == 0
     assert capsys.readouterr().out.splitlines()[:3] == ["Targets", good.line(), bad.line()]

@@ -13,7 +13,7 @@ import pytest
 from dance_jax.config import EngineConfig, Rounding, ServerSpec, UserError
 from dance_jax.launch.agent import child, model_files
 from dance_jax.launch.agent.model_files import ModelFiles, pack
-from dance_jax.launch.agent.process import LocalProcess
+from dance_jax.launch.agent.process import ChildProcess
 from dance_jax.launch.control.protocol import Setup
 from dance_jax.launch.planning.hosts import parse_hosts
 from dance_jax.launch.worker.main import _open_model
@@ -124,7 +124,7 @@ def test_nobody_waits_until_a_setup_is_read(
         f"import sys; open({str(gate)!r}).read(1); print(len(sys.stdin.read()))"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    process = LocalProcess(ServerSpec("late", ""), "late", log_path=tmp_path / "log")
+    process = ChildProcess(ServerSpec("late", ""), "late", log_path=tmp_path / "log")
     process.write(line)
     process.let_go()
     os.write(opened, b"!")

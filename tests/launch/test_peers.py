@@ -159,11 +159,11 @@ def test_what_can_go_wrong(
     monkeypatch.setattr(peers, "ANSWER_TIMEOUT_S", 0.05 if what is silent else 10)
     connections = []
 
-    def admit(_: int, __: int, connection: socket.socket) -> None:
+    def handler(_: int, __: int, connection: socket.socket) -> None:
         connections.append(connection)
         what(connection)
 
-    three[2]._connections.accept("peers", admit)
+    three[2]._connections.handle("peers", handler)
     failed = load(reader(three[0]), [ExpertLoad(0, 0, 0, 1, 2)])
     assert "OSError: server gamma did not send expert 1 of MoE layer 0" in failed.why
     assert why in failed.why

@@ -37,7 +37,7 @@ def no_job(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_alone_it_launches_over_ssh() -> None:
     part = role(SPEC, Network(), None, None)
-    assert (part.node, part.network) == (None, Network())
+    assert (part.node_rank, part.network) == (None, Network())
     with part.gathered(SPEC, lambda name, text: None) as network:
         assert network is part.network
 
@@ -45,7 +45,7 @@ def test_alone_it_launches_over_ssh() -> None:
 def test_a_node_runs_its_server_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(KEY_VARIABLE, KEY)
     part = role(SPEC, Network(), 1, None)
-    assert part.node == 1 and part.endpoint == f"tcp://10.0.0.1:{NODE_PORT}"
+    assert part.node_rank == 1 and part.endpoint == f"tcp://10.0.0.1:{NODE_PORT}"
     assert part.network.key == read_key(None)
     chosen = Network(control_addresses=("10.9.9.9",), control_port=5)
     assert role(SPEC, chosen, 1, None).endpoint == "tcp://10.9.9.9:5"
@@ -60,10 +60,10 @@ def test_jobs_are_detected(job: dict, host: str, monkeypatch: pytest.MonkeyPatch
     for name, value in {**job, KEY_VARIABLE: KEY}.items():
         monkeypatch.setenv(name, value)
     part = role(SPEC, Network(), None, None)
-    assert part.node == 1 and part.endpoint == f"tcp://{host}:{NODE_PORT}"
+    assert part.node_rank == 1 and part.endpoint == f"tcp://{host}:{NODE_PORT}"
     assert part.network.coordinator is not None
     assert part.network.coordinator.startswith(f"{host}:")
-    assert role(SPEC, Network(), 0, None).node == 0, "an option overrides the job"
+    assert role(SPEC, Network(), 0, None).node_rank == 0, "an option overrides the job"
     three = parse_hosts("\n".join(f"{n} address=10.0.0.1 experts=1" for n in "abc"))
     with pytest.raises(UserError, match="job has 2 processes, but the hosts file has 3 servers"):
         role(three, Network(), None, None)
@@ -72,7 +72,7 @@ def test_jobs_are_detected(job: dict, host: str, monkeypatch: pytest.MonkeyPatch
 def test_a_job_of_one_process_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {**SLURM, "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}.items():
         monkeypatch.setenv(name, value)
-    assert role(SPEC, Network(), None, None).node is None
+    assert role(SPEC, Network(), None, None).node_rank is None
 
 
 def test_keys(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dance_jax.config import ServerSpec, SshTarget
-from dance_jax.launch.agent.ssh import _quoted, server_command
+from dance_jax.launch.agent.command import _quoted, server_command
 
 
 def test_a_server_here_needs_no_ssh() -> None:

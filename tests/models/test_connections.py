@@ -14,13 +14,13 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from dance_jax.models import connections
-from dance_jax.models.connections import Connections, Identity, Key
+from dance_jax.models.connections import Connections, Credentials, Identity
 from tests.launch.launched import eventually
 
 NAMES = ("here", "there", "elsewhere")
 IDENTITY = Identity("the model", "int8:32:bfloat16", "bfloat16")
-KEY = Key(b"the secret of this launch", IDENTITY)
-ANOTHER = Key(b"another", IDENTITY)
+CREDENTIALS = Credentials(b"the secret of this launch", IDENTITY)
+ANOTHER = Credentials(b"another", IDENTITY)
 #: Timeout in seconds, longer than anything here takes.
 PATIENCE_S = 20.0
 #: Connections that a listener admits: rank, index, connection.
@@ -32,8 +32,10 @@ def listen() -> Iterator[Callable[..., Connections]]:
     """Create the connections of server `rank`, which are closed at the end of the test."""
     with contextlib.ExitStack() as stack:
 
-        def one(rank: int = 0, address: str = "127.0.0.1", key: Key = KEY) -> Connections:
-            listener = Connections(rank, NAMES, address, key)
+        def one(
+            rank: int = 0, address: str = "127.0.0.1", credentials: Credentials = CREDENTIALS
+        ) -> Connections:
+            listener = Connections(rank, NAMES, address, credentials)
             stack.callback(listener.close)
             return listener
 
@@ -43,18 +45,27 @@ def listen() -> Iterator[Callable[..., Connections]]:
 def arrivals(listener: Connections, topic: str) -> Arrivals:
     """A queue of the connections that are admitted from now on."""
     found: Arrivals = queue.SimpleQueue()
-    listener.accept(topic, lambda *call: found.put(call))
+    listener.handle(topic, lambda *call: found.put(call))
     return found
 
 
-def call(listener: Connections, topic: str, index: int = 0, *, rank: int = 1, key: Key = KEY):
+def call(
+    listener: Connections,
+    topic: str,
+    index: int = 0,
+    *,
+    rank: int = 1,
+    credentials: Credentials = CREDENTIALS,
+):
     """The connection of server `rank` to server 0."""
-    return call_at(listener.endpoint, topic, index, rank, key)
+    return call_at(listener.endpoint, topic, index, rank, credentials)
 
 
-def call_at(endpoint: str, topic: str, index: int = 0, rank: int = 1, key: Key = KEY):
+def call_at(
+    endpoint: str, topic: str, index: int = 0, rank: int = 1, credentials: Credentials = CREDENTIALS
+):
     """The connection of server `rank` to what listens at an endpoint, as to server 0."""
-    with contextlib.closing(Connections(rank, NAMES, "127.0.0.1", key)) as caller:
+    with contextlib.closing(Connections(rank, NAMES, "127.0.0.1", credentials)) as caller:
         caller.endpoints[0] = endpoint
         return caller.dial(0, topic, index)
 
@@ -132,7 +143,7 @@ def test_another_key_is_refused(listen: Callable[..., Connections]):
     listener = listen()
     found = arrivals(listener, "links")
     with pytest.raises(RuntimeError, match=r"server here at 127.*another key"):
-        call(listener, "links", key=ANOTHER)
+        call(listener, "links", credentials=ANOTHER)
     assert found.empty()
 
 
@@ -161,10 +172,14 @@ def _pacing(connection: socket.socket) -> int | None:
 @pytest.mark.parametrize(
     ("field", "theirs", "words"),
     [
-        ("protocol", 99, "its protocol is {}, this server's {}: install the same version"),
-        ("model", "another", "its model is {}, this server's {}: copy the same files"),
-        ("experts", "int4:32:float16", "its format of experts is {}, this server's {}: convert"),
-        ("wire", "float32", "its wire type is {}, this server's {}: start all servers"),
+        ("protocol", 99, "its protocol is {}, but this server's is {}: install the same version"),
+        ("model", "another", "its model is {}, but this server's is {}: copy the same files"),
+        (
+            "experts",
+            "int4:32:float16",
+            "its format of experts is {}, but this server's is {}: convert",
+        ),
+        ("wire", "float32", "its wire type is {}, but this server's is {}: start all servers"),
     ],
 )
 def test_another_identity_is_refused_at_both_ends(
@@ -176,9 +191,9 @@ def test_another_identity_is_refused_at_both_ends(
 ):
     listener, ours = listen(), getattr(IDENTITY, field)
     found = arrivals(listener, "links")
-    other = Key(KEY.secret, dataclasses.replace(IDENTITY, **{field: theirs}))
+    other = Credentials(CREDENTIALS.secret, dataclasses.replace(IDENTITY, **{field: theirs}))
     with pytest.raises(RuntimeError) as error:
-        call(listener, "links", key=other)
+        call(listener, "links", credentials=other)
     assert str(error.value).startswith(f"cannot connect to server here at {listener.endpoint}: ")
     assert words.format(ours, theirs) in str(error.value)
     assert eventually(lambda: words.format(theirs, ours) in caplog.text)
@@ -218,7 +233,7 @@ def test_what_is_no_identity_is_refused(listen: Callable[..., Connections]):
             head = connections._CALL.pack(1, 0, 5) + b"links"
             other.sendall(head + bytes(32))
             theirs = connections._receive(other, 32 + 32)[:32]
-            proof = connections._mac(KEY.secret, b"call", head, 0, bytes(32), theirs)
+            proof = connections._mac(CREDENTIALS.secret, b"call", head, 0, bytes(32), theirs)
             other.sendall(proof + connections._LENGTH.pack(len(content)) + content)
             while other.recv(1000):
                 pass
@@ -381,6 +396,6 @@ def test_a_server_with_another_key_is_named(
     listen: Callable[..., Connections], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(connections, "TIMEOUT_S", 0.5)
-    here, there, _ = of_all([listen(0, key=ANOTHER), listen(1), listen(2)])
+    here, there, _ = of_all([listen(0, credentials=ANOTHER), listen(1), listen(2)])
     assert "no connection from there, elsewhere" in str(here)
     assert "server here" in str(there) and "another key" in str(there)

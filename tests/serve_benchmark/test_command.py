@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks import serve
 from benchmarks.serving import idle, long, prefix, soak, static
-from dance_jax.bench.terminal import MISSED, WRONG
+from dance_jax.bench.terminal import FAILED, WRONG
 from dance_jax.bench.texts import Texts
 from tests.bench.fake_cluster import HOSTS, children, replace_launcher
 from tests.bench.fake_server import FakeServer, running
@@ -150,7 +150,7 @@ async def nothing() -> list:
 def test_a_soak(server: FakeServer, missed: list[str], tmp_path: pathlib.Path) -> None:
     code, found = measured([server], tmp_path, "--check", "--sections", "soak", "--requests", "40")
     assert [target["name"] for target in found["targets"] if target["missed"]] == missed
-    assert code == (MISSED if missed else 0)
+    assert code == (FAILED if missed else 0)
     section = found["soak"]
     assert section["hung_up"] == sum(section["wrong"].values()) == 2
     assert section["compared"] == 36 and section["failed"] == section["taken"] == []

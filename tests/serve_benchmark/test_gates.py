@@ -22,7 +22,7 @@ def test_a_batch_starts_when_the_one_before_is_finished_everywhere() -> None:
     servers = [FakeServer(events=log, pace_s=PACE_S) for _ in range(2)]
     asked = [*calls(5), *calls(3, server=1)]
     answers, batches = driven(servers, lambda api: gated(api, asked, [2, 1], nothing))
-    assert len(answers) == 8 and all(answer.good for answer in answers)
+    assert len(answers) == 8 and all(answer.complete for answer in answers)
     assert [(batch.size, batch.left) for batch in batches] == [(3, 5), (3, 2), (2, 0)]
     at = 0
     for batch in batches:
@@ -46,7 +46,7 @@ def test_a_gate_waits_for_arrivals() -> None:
     answers, batches = driven([FakeServer()], lambda api: gated(api, asked, [8], nothing))
     assert [batch.size for batch in batches] == [1, 1]
     assert all(batch.start_s >= call.arrival_s for batch, call in zip(batches, asked, strict=True))
-    assert all(answer.asked_s == answer.call.arrival_s for answer in answers)
+    assert all(answer.due_s == answer.call.arrival_s for answer in answers)
 
 
 def test_a_bound_is_reached_and_kept() -> None:

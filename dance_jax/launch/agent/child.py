@@ -1,5 +1,7 @@
-"""First steps of a process started by a launcher or a front end: read the setup, watch the parent,
-and connect to it."""
+"""First steps of a child process: read the setup, find the parent, and watch it.
+
+The parent is a launcher or a front end.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ from typing import NoReturn, TypeVar
 import msgspec
 
 from dance_jax.config import UserError
-from dance_jax.launch.agent.ssh import PRIVATE_VARIABLE
+from dance_jax.launch.agent.command import PRIVATE_VARIABLE
 from dance_jax.launch.control.channel import ALIVE_TIMEOUT_S, bracketed
 from dance_jax.launch.control.protocol import SSH_CLIENT, Failed, Setup
 
@@ -64,17 +66,17 @@ def private_dir() -> str:
     return os.environ.get(PRIVATE_VARIABLE, "")
 
 
-def end_with_parent(setup: Setup, before: Callable[[], None] = lambda: None) -> None:
+def end_with_parent(setup: Setup, on_parent_gone: Callable[[], None] = lambda: None) -> None:
     """Kill this process and its children when the parent is gone.
 
-    The parent is gone when standard input ends, when this process has another parent, or, for a
-    parent on another machine, after ALIVE_TIMEOUT_S of silence (a broken network ends no input).
+    The parent is gone when standard input ends, when this process was re-parented, or, for a parent
+    on another machine, after ALIVE_TIMEOUT_S of silence (a broken network ends no input).
 
     The parent's private directory is then removed.
 
     Args:
         setup: of this process.
-        before: called first, in a thread.
+        on_parent_gone: called in the watching thread before anything is killed.
     """
     parent = os.getppid()
 
@@ -88,7 +90,7 @@ def end_with_parent(setup: Setup, before: Callable[[], None] = lambda: None) -> 
             if ended or silent or os.getppid() != parent:
                 break
         try:
-            before()
+            on_parent_gone()
             if private_dir():
                 shutil.rmtree(private_dir(), ignore_errors=True)
         finally:

@@ -59,7 +59,8 @@ class ModelFiles:
     """
 
     def __init__(self, setup: Setup, private: str) -> None:
-        self._own = setup.model
+        #: Directory or name on the hub; "": the demo model.
+        self._model = setup.model
         #: Formats of the weights, if they came with the setup and have been read.
         self.formats: Formats | None = None
         self._given: tempfile.TemporaryDirectory[str] | None = None
@@ -86,7 +87,7 @@ class ModelFiles:
                 directory = pathlib.Path(self._given.name)
                 self.formats = read_formats(directory)
             else:
-                directory = hub.fetch_definition(self._own) if self._own else demo_dir()
+                directory = hub.fetch_definition(self._model) if self._model else demo_dir()
             return read_config(directory), Tokenizer.load(directory)
         finally:
             self.close()

@@ -7,7 +7,7 @@ import pathlib
 
 from dance_jax.config import ClusterSpec, ServerSpec
 from dance_jax.launch.agent.nodes import Nodes
-from dance_jax.launch.agent.process import LocalProcess, ServerProcess
+from dance_jax.launch.agent.process import ChildProcess, ServerProcess
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,12 +30,15 @@ class Network:
     #: or over ssh.
     nodes: Nodes | None = None
 
-    def reached(self, server: ServerSpec) -> ServerSpec:
-        """The server as it is reached: with nodes, ssh= in the hosts file is not used."""
+    def as_started(self, server: ServerSpec) -> ServerSpec:
+        """The server, without ssh= if nodes hold the servers."""
         return server if self.nodes is None else dataclasses.replace(server, ssh=None)
 
-    def far(self, spec: ClusterSpec) -> bool:
-        """Whether a server is on another machine, where problems are invisible from here."""
+    def any_remote(self, spec: ClusterSpec) -> bool:
+        """Whether any server is on another machine, so that a preflight is needed.
+
+        Nodes count as other machines.
+        """
         return self.nodes is not None or any(server.ssh for server in spec.servers)
 
     def start(
@@ -54,19 +57,19 @@ class Network:
         Args:
             rank, server: the server.
             module: of this package, which the process runs.
-            log_path: as for `LocalProcess`; the log of a node is on the node.
-            answers: as for `LocalProcess`.
+            log_path: as for `ChildProcess`; the log of a node is on the node.
+            answers: as for `ChildProcess`.
             drains: SIGTERM drains the process, so a node passes the signal on.
-            private: directory that the process removes if this process is killed; not used on
-                another machine.
+            private: directory that the child removes if its parent is killed; not used on another
+                machine.
 
         Raises:
             UserError: the process cannot be started.
         """
-        if self.nodes is not None and self.nodes.holds(rank):
+        if self.nodes is not None and self.nodes.has(rank):
             return self.nodes.start(rank, module, answers=answers, drains=drains)
-        return LocalProcess(
-            self.reached(server),
+        return ChildProcess(
+            self.as_started(server),
             module,
             log_path=log_path,
             ssh_config=self.ssh_config,

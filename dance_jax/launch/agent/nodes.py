@@ -1,7 +1,7 @@
 """Node 0's view of the other nodes: launchers that the user or a job started with `--node-rank`.
 
 Each of them connects to node 0's control channel, which the launch's key protects, and holds one
-process at a time for node 0 (`node`): a probe for the preflight, then the server.
+process at a time for node 0 (`holder`): a probe for the preflight, then the server.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from dance_jax.launch.control.channel import ControlListener
 
 #: Seconds that nodes wait for each other at the start.
 MEET_TIMEOUT_S = 300.0
-#: Seconds between pings that detect a lost node: well within the window in which the cause of a
-#: failure is looked for.
+#: Seconds between pings that detect a lost node: much shorter than fleet.CAUSE_WINDOW_S, so that a
+#: lost node is noticed while the cause is sought.
 _PING_S = 0.2
 
 
@@ -66,7 +66,7 @@ class Nodes:
                 )
             self.pump(200)
 
-    def holds(self, rank: int) -> bool:
+    def has(self, rank: int) -> bool:
         """Whether another node holds this server."""
         return rank in self._names
 
@@ -96,7 +96,10 @@ class Nodes:
         return True
 
     def pump(self, timeout_ms: int) -> None:
-        """Receive a message if one arrives in time; for the time before servers send messages."""
+        """Receive a message if one arrives in time.
+
+        Only before servers run: it takes every message for a node's.
+        """
         with self._lock:
             socket = self.listener.socket
             if socket.poll(timeout_ms):
@@ -118,7 +121,7 @@ class Nodes:
             process.has_ended(event)
 
     def check(self) -> None:
-        """Detect nodes that are gone, with a ping now and then."""
+        """Detect nodes that are gone: ping all, every _PING_S at most."""
         if time.monotonic() - self._checked > _PING_S:
             self._checked = time.monotonic()
             for process in self._processes.values():
@@ -126,7 +129,7 @@ class Nodes:
                     process.send(protocol.NodePing())
 
     def close(self) -> None:
-        """Let all nodes end, and stop listening."""
+        """Tell all nodes to end, and stop listening."""
         for rank in self._names:
             self.send(rank, protocol.NodeEnd())
         self.listener.close()
@@ -145,7 +148,7 @@ class NodeProcess(ServerProcess):
         self._end: protocol.NodeEnded | None = None
 
     def send(self, command: protocol.NodeCommand) -> None:
-        """Send a command to the node; a node that is not connected is lost, with its process."""
+        """Send a command to the node; if the node is not connected, the process counts as lost."""
         if self.ended is None and not self._nodes.send(self._rank, command):
             self.ended = time.monotonic()
             self.answers.put(None)
@@ -181,5 +184,5 @@ class NodeProcess(ServerProcess):
         return ["(its log is on its node)"] if self._end is None else self._end.last_lines
 
     @property
-    def log(self) -> str:
+    def log_place(self) -> str:
         return f"on its node{f': {self._end.log}' if self._end else ''}"

@@ -16,15 +16,15 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import IO
 
 from dance_jax.config import ServerSpec, UserError
-from dance_jax.launch.agent.ssh import SSH_FAILED, server_command, server_environment
+from dance_jax.launch.agent.command import SSH_FAILED, server_command, server_environment
 
 #: Precedes every answer of a process, because a login shell may print its own text first.
 MARK = b"dance_jax answer: "
 #: Lines of a dead server's log that the error quotes.
 LOG_LINES = 25
 
-#: Signs in a log or message that a process failed because another process was gone.
-_ECHOES = (
+#: Texts showing that a process failed only because another one was gone.
+_CONSEQUENCES = (
     "gloo",
     "Connection reset by peer",
     "Connection closed by peer",
@@ -40,29 +40,31 @@ _ECHOES = (
 class ServerProcess(abc.ABC):
     """A process of one of this package's modules on a server's machine.
 
-    The process reads lines and ends when its input ends or its parent dies. `LocalProcess` starts
-    it here or over ssh; `nodes.NodeProcess` has the launcher of another node start it.
+    The process reads lines and ends when its input ends or its parent dies. `ChildProcess` starts
+    it here or over ssh; for `nodes.NodeProcess` the launcher of another node starts it.
 
     Args:
         name: of the server.
-        pid: process id on the server's machine; None: not known yet.
+        pid: process id on the server's machine; None if not known yet.
     """
 
-    #: The process is on another machine, as far as this process can tell.
+    #: Started over ssh or by another node: local paths and loopback addresses do not apply there.
     remote: bool
-    #: The process needs signs of life (`beat`), without which it ends.
+    #: The process ends if it gets no signs of life (`beat`).
     beats: bool
 
     def __init__(self, name: str, pid: int | None = None) -> None:
         self.name = name
         self.pid = pid
-        #: time.monotonic() when its end was noticed; when it reported a failure.
+        #: time.monotonic() when the end was noticed; None while the process runs.
         self.ended: float | None = None
+        #: time.monotonic() when it reported a failure; None if it has not.
         self.failed: float | None = None
-        #: Failure message of the process, and whether the user can fix the cause.
+        #: Failure message of the process; None if it has reported none.
         self.failure: str | None = None
+        #: Whether the user can fix the cause of that failure.
         self.user_failure = False
-        #: Answers that nobody has read yet; None: the output ended.
+        #: Unread answers; a None marks the end of the output.
         self.answers: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
 
     @abc.abstractmethod
@@ -86,7 +88,7 @@ class ServerProcess(abc.ABC):
         """The next answer of a process that answers; None if its output has ended.
 
         Raises:
-            TimeoutError: no answer in time.
+            TimeoutError: there was no answer within `timeout_s`.
         """
         deadline = time.monotonic() + timeout_s
         while True:
@@ -103,10 +105,10 @@ class ServerProcess(abc.ABC):
         return self.ended is not None
 
     def _receive(self, seconds: float) -> float:
-        """Receive what threads of this object do not; at most for `seconds`.
+        """Receive messages, in subclasses without reader threads, for at most `seconds`.
 
         Returns:
-            Seconds for which the caller may then wait for an answer or the end.
+            Seconds the caller may still block.
         """
         return max(0.0, seconds)
 
@@ -121,11 +123,14 @@ class ServerProcess(abc.ABC):
     @property
     @abc.abstractmethod
     def status(self) -> int | None:
-        """Exit status as in a shell; None: the process still runs, or its status is unknown."""
+        """Exit status as in a shell; None if the process still runs or its status is unknown."""
 
     @abc.abstractmethod
     def lost(self) -> str:
-        """Why the process is out of reach; empty if it runs or its exit status says all."""
+        """Why the process can no longer be reached.
+
+        Empty if it runs, or if its exit status explains its end.
+        """
 
     def fate(self) -> str:
         """How the process ended, as text."""
@@ -143,31 +148,27 @@ class ServerProcess(abc.ABC):
 
     @property
     @abc.abstractmethod
-    def log(self) -> str:
-        """Where the whole log is."""
+    def log_place(self) -> str:
+        """Path of the whole log, or the node it is on."""
 
-    def echo(self) -> bool:
+    def ended_as_consequence(self) -> bool:
         """Whether the end looks like a consequence of another server's end."""
-        return is_echo(self.failure, self.status, self.last_lines())
+        return is_consequence(self.failure, self.status, self.last_lines())
 
 
-def sounds_like_echo(text: str) -> bool:
-    """Whether the text of a failure or log says that another process was gone."""
-    return any(sign.lower() in text.lower() for sign in _ECHOES)
-
-
-def is_echo(failure: str | None, status: int | None, lines: Sequence[str]) -> bool:
+def is_consequence(failure: str | None, status: int | None, lines: Sequence[str]) -> bool:
     """Whether a process's end looks like a consequence of another server's end.
 
     Args:
         failure: the message of the process itself.
-        status: exit status as in a shell; None: the process still runs.
+        status: exit status as in a shell; None if the process still runs.
         lines: the last lines of its log.
     """
     if failure is None and status is not None and status > 128:
         # JAX aborts a process whose job is broken.
         return status == 128 + signal.SIGABRT
-    return sounds_like_echo(failure or "\n".join(lines))
+    said = (failure or "\n".join(lines)).lower()
+    return any(text.lower() in said for text in _CONSEQUENCES)
 
 
 def in_words(status: int) -> str:
@@ -183,17 +184,17 @@ def in_words(status: int) -> str:
     return f"ended with exit status {status}"
 
 
-class LocalProcess(ServerProcess):
-    """A child process: the module itself, or the ssh to it.
+class ChildProcess(ServerProcess):
+    """A child process: the module, or the ssh client that runs it.
 
     Args:
         server: the server; its ssh= and python= say how the module is run.
         module: dotted name.
         log_path: file for the output of the process; None: the output of this process.
         ssh_config: file for `ssh -F`.
-        answers: the process answers on its output with lines that begin with MARK; instead of a
-            log, the last other lines are kept.
-        private: directory that the process removes if this process is killed.
+        answers: the process answers on its output with lines that begin with MARK; no log is
+            written; the last LOG_LINES other lines are kept in memory.
+        private: directory that the child removes if its parent is killed.
         on_change: called, by a thread, when an answer has arrived and when the process has ended.
 
     Raises:
@@ -269,7 +270,11 @@ class LocalProcess(ServerProcess):
         self._lines.put(None)
 
     def _feed(self) -> None:
-        """Write lines, in a thread: a setup is larger than a pipe and is read after the imports."""
+        """Write lines to the child's input.
+
+        In a thread, because a setup exceeds the pipe's buffer and the child reads it only after its
+        imports.
+        """
         pipe = self.popen.stdin
         assert pipe is not None
         # The process may be dead, which is noticed elsewhere.
@@ -317,7 +322,7 @@ class LocalProcess(ServerProcess):
             return [f"(the log cannot be read: {error})"]
 
     @property
-    def log(self) -> str:
+    def log_place(self) -> str:
         return str(self._log_path)
 
 

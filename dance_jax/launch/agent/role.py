@@ -10,9 +10,9 @@ import pathlib
 from collections.abc import Callable, Iterator
 
 from dance_jax.config import ClusterSpec, UserError
-from dance_jax.launch.agent.jobs import check_job, detected_job
 from dance_jax.launch.agent.network import Network
 from dance_jax.launch.agent.nodes import Nodes
+from dance_jax.launch.agent.slurm_mpi import check_job, detected_job
 from dance_jax.launch.control.channel import ControlListener, bracketed
 
 #: Environment variable with the key of a launch, as an alternative to --key-file.
@@ -28,7 +28,7 @@ class Role:
 
     network: Network
     #: Rank of this node; None: this process starts every server, here and over ssh.
-    node: int | None = None
+    node_rank: int | None = None
 
     @property
     def endpoint(self) -> str:
@@ -40,7 +40,7 @@ class Role:
     def gathered(
         self, spec: ClusterSpec, progress: Callable[[str, str], None]
     ) -> Iterator[Network]:
-        """The network with all nodes, which end after the block.
+        """Wait for all nodes; yield the network with them; end them after the block.
 
         Args:
             spec: the servers.
@@ -50,7 +50,7 @@ class Role:
             UserError: this node cannot listen, or another node does not connect.
         """
         network = self.network
-        if self.node is None:
+        if self.node_rank is None:
             yield network
             return
         assert network.key is not None
@@ -68,21 +68,22 @@ class Role:
 
 
 def role(
-    spec: ClusterSpec, network: Network, node: int | None, key_file: pathlib.Path | None
+    spec: ClusterSpec, network: Network, node_rank: int | None, key_file: pathlib.Path | None
 ) -> Role:
     """The role of this process, from the options and the environment.
 
     Args:
         spec: the servers.
         network: the settings from the options.
-        node: --node-rank; None: the rank in a Slurm or Open MPI job, if this process is in one.
+        node_rank: --node-rank; None: the rank in a Slurm or Open MPI job, if this process is in
+            one.
         key_file: --key-file.
 
     Raises:
         UserError: the node does not exist, the job does not fit the servers, or there is no key.
     """
-    job = detected_job() if node is None else None
-    if node is None and job is None:
+    job = detected_job() if node_rank is None else None
+    if node_rank is None and job is None:
         if key_file is not None:
             raise UserError(
                 "--key-file applies to --node-rank only: over ssh every launch makes its own key"
@@ -91,12 +92,13 @@ def role(
     first = spec.servers[0].address
     if job is not None:
         check_job(job, spec)
-        node, first = job.rank, job.host
+        node_rank, first = job.rank, job.host
         network = dataclasses.replace(network, coordinator=job.coordinator)
-    assert node is not None
-    if node >= len(spec.servers):
+    assert node_rank is not None
+    if node_rank >= len(spec.servers):
         raise UserError(
-            f"--node-rank {node}: the hosts file has {len(spec.servers)} servers, numbered from 0"
+            f"--node-rank {node_rank}: the hosts file has {len(spec.servers)} servers, "
+            "numbered from 0"
         )
     network = dataclasses.replace(
         network,
@@ -104,7 +106,7 @@ def role(
         control_port=network.control_port or NODE_PORT,
         key=read_key(key_file),
     )
-    return Role(network, node)
+    return Role(network, node_rank)
 
 
 def read_key(file: pathlib.Path | None) -> bytes:

@@ -147,7 +147,7 @@ class Fleet(abc.ABC):
         atexit.register(self.stop)
         try:
             if self._trace_path is not None:
-                one_clock = not self.network.far(self.spec)
+                one_clock = not self.network.any_remote(self.spec)
                 self._trace = TraceFile(self._trace_path, self.spec.names, one_clock)
             self._spawn()
             self._bring_up()
@@ -184,7 +184,7 @@ class Fleet(abc.ABC):
         else:
             self._listener = ControlListener(key)
         port = self.network.control_port
-        if self.nodes is None and self.network.far(self.spec):
+        if self.nodes is None and self.network.any_remote(self.spec):
             port = self._listen()
         logs = self.log_dir or private / "logs"
         for rank, server in enumerate(self.spec.servers):
@@ -412,7 +412,7 @@ class Fleet(abc.ABC):
         def order(rank: int) -> tuple[bool, float]:
             process = self._processes[rank]
             when = process.failed or process.ended
-            return process.echo(), when if when is not None else float("inf")
+            return process.ended_as_consequence(), when if when is not None else float("inf")
 
         cause = min(suspects, key=order)
         process = self._processes[cause]
@@ -422,7 +422,7 @@ class Fleet(abc.ABC):
 
     def _error(self, rank: int, what: str) -> ClusterError:
         process = self._processes[rank]
-        kept = f"; the whole log is {process.log}" if self.log_dir else ""
+        kept = f"; the whole log is {process.log_place}" if self.log_dir else ""
         lines = "\n".join(f"    {line}" for line in process.last_lines()) or "    (it is empty)"
         number = f" (process {process.pid})" if process.pid is not None else ""
         return ClusterError(

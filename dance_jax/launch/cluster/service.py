@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from dance_jax.config import UserError
-from dance_jax.launch.agent.process import in_words, is_echo
+from dance_jax.launch.agent.process import in_words, is_consequence
 from dance_jax.launch.cluster.fleet import CAUSE_WINDOW_S, Fleet
 from dance_jax.launch.control import protocol
 from dance_jax.launch.control.channel import bracketed
@@ -288,7 +288,7 @@ class Service(Fleet):
     def _is_consequence(self, rank: int) -> bool:
         died = self._died[rank]
         said = None if died.failure is None else died.failure.message
-        return is_echo(said, died.status, self._processes[rank].last_lines())
+        return is_consequence(said, died.status, self._processes[rank].last_lines())
 
     def _fate(self, rank: int) -> str:
         died = self._died[rank]

@@ -11,9 +11,9 @@ from typing import Protocol
 import msgspec
 
 from dance_jax.config import ServerSpec, UserError
+from dance_jax.launch.agent.command import SSH_FAILED
 from dance_jax.launch.agent.network import Network
 from dance_jax.launch.agent.process import ServerProcess
-from dance_jax.launch.agent.ssh import SSH_FAILED
 from dance_jax.launch.preflight.messages import Refused, Reply, Request, decode_reply, encode
 
 #: Module that answers.
@@ -49,7 +49,7 @@ class ProbeAsker:
     """
 
     def __init__(self, rank: int, server: ServerSpec, network: Network) -> None:
-        self._server = network.reached(server)
+        self._server = network.as_started(server)
         self._ssh_config = network.ssh_config
         #: Why no further question is sent; empty: questions are sent.
         self._problem = ""

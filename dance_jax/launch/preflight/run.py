@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from dance_jax.config import ClusterSpec, ServerSpec, UserError
+from dance_jax.launch.agent.command import CONNECT_TIMEOUT_S
 from dance_jax.launch.agent.network import Network
-from dance_jax.launch.agent.ssh import CONNECT_TIMEOUT_S
 from dance_jax.launch.preflight import findings, probe
 from dance_jax.launch.preflight.asker import Asker, ProbeAsker, Unreachable
 from dance_jax.launch.preflight.at_once import at_once

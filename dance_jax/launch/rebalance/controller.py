@@ -1,7 +1,8 @@
-"""The global scheduler of a service: queries the engines, decides, and moves experts.
+"""The rebalancer of a service (the paper's global scheduler).
 
-The scheduler runs no steps and never blocks: it receives the engines' events, and `Rebalancer.tick`
-checks whether something is due. Placements are computed in another process.
+It queries the engines, decides, and moves experts. The rebalancer runs no steps and never blocks:
+it receives the engines' events, and `Rebalancer.tick` checks whether something is due. Placements
+are computed in another process.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ COMMIT_TIMEOUT_S = 10.0
 ANSWER_TIMEOUT_S = 30.0
 
 
-class Front(Protocol):
-    """Access to front ends, operator and layout; implemented by the service."""
+class ServiceAccess(Protocol):
+    """What the rebalancer uses of the service: front ends, messages and the layout."""
 
     #: The layout that is applied on all servers; the rebalancer replaces it as experts move.
     layout: Layout
@@ -59,7 +60,7 @@ class Front(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class _Wanted:
-    """A pending decision: requested by a user of server `rank`, or due (`rank` is None)."""
+    """A pending decision: requested by a user of server `rank`, or scheduled (`rank` is None)."""
 
     rank: int | None
     id: int
@@ -69,17 +70,19 @@ class _Wanted:
     placement: Placement | None = None
 
 
-class _Doing(enum.Enum):
-    """What the rebalancer waits for."""
+class _Phase(enum.Enum):
+    """Phase of a decision or migration; says what the rebalancer waits for."""
 
     NOTHING = enum.auto()
     #: All engines report their statistics.
     ASKING = enum.auto()
     #: The solver process computes a placement.
     SOLVING = enum.auto()
-    #: All engines load a batch; apply it; or drop it, because one cannot load it.
+    #: All engines load a batch.
     LOADING = enum.auto()
+    #: All engines apply the batch.
     COMMITTING = enum.auto()
+    #: All engines drop the batch, because one has not loaded it.
     DROPPING = enum.auto()
 
 
@@ -91,7 +94,7 @@ class Rebalancer:
         spec: the servers.
         model: the checkpoint.
         config: of all engines.
-        front: to send commands and messages; holds the current layout.
+        service: to send commands and messages; holds the current layout.
         before: statistics of a previous service.
         clock: monotonic time in seconds.
     """
@@ -102,18 +105,18 @@ class Rebalancer:
         spec: ClusterSpec,
         model: ModelFacts,
         config: EngineConfig,
-        front: Front,
+        service: ServiceAccess,
         before: Statistics | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if len(spec.servers) == 1:  # nothing can move
             options = dataclasses.replace(options, interval_s=0.0)
         self._options, self._spec, self._model, self._config = options, spec, model, config
-        self._front, self._clock = front, clock
+        self._service, self._clock = service, clock
         self._version = 1
         self._decision: Decision | None = None
         self._migrations = self._failures = self._migrated = 0
-        shape = front.layout.device_of.shape
+        shape = service.layout.device_of.shape
         self._workload = Workload(
             (shape[0], shape[1], shape[2]),
             model.config.top_k,
@@ -123,23 +126,27 @@ class Rebalancer:
             clock(),
         )
         self._solver = Solver()
-        self._doing = _Doing.NOTHING
-        #: Servers that have not done yet what is waited for, and the time to give up.
+        self._phase = _Phase.NOTHING
+        #: Servers still to answer in this phase, and its deadline.
         self._missing: set[int] = set()
         self._deadline = float("inf")
+        #: When the next scheduled decision is due.
         self._due = float("inf")
-        #: Placement to move to if it still pays off at the next check; end of the waiting time.
+        #: Placement to move to if it still pays off at the next scheduled decision.
         self._candidate: Placement | None = None
-        self._patience = 0.0
-        #: The latest due decision moved nothing, and no tokens were computed since.
-        self._stays = False
+        #: When a move needs no further confirmation.
+        self._patient_until = 0.0
+        #: The latest scheduled decision moved nothing, and no tokens were computed since.
+        self._nothing_to_decide = False
         self._waiting: collections.deque[_Wanted] = collections.deque()
         self._current = _Wanted(None, 0, False, False)
         self._stats: dict[int, bytes] = {}
         self._answer: concurrent.futures.Future[Answer] | None = None
         self._migration: Migration | None = None
-        #: Number of the latest batch; the server that could not load it, and why.
-        self._number, self._failed = 0, ("", "")
+        #: Number of the latest batch.
+        self._number = 0
+        #: Names of the servers that have not loaded it, and why.
+        self._failed = "", ""
         #: Bytes per second that each server loads; nan: no load so far.
         self._rates = np.full(shape[0], np.nan)
         self._draining = False
@@ -149,13 +156,13 @@ class Rebalancer:
     @property
     def settled(self) -> bool:
         """Whether a drained service may end, as far as migrations are concerned."""
-        return self._doing is _Doing.NOTHING
+        return self._phase is _Phase.NOTHING
 
     def want(self, rank: int, wanted: protocol.RebalanceWanted) -> None:
         """Queue a user's request for a decision."""
         there = None
         if wanted.resident is not None:
-            there = Placement.of_lists(wanted.resident, self._front.layout.device_of.shape[2])
+            there = Placement.of_lists(wanted.resident, self._service.layout.device_of.shape[2])
         one = _Wanted(rank, wanted.id, wanted.force, wanted.dry_run, there)
         if self._draining:
             self._refuse(one)
@@ -169,7 +176,7 @@ class Rebalancer:
         if self._due == float("inf"):
             self._workload.engines_began(self._clock())
             self._due = self._clock() + self._options.interval_s
-        if self._doing is _Doing.NOTHING:
+        if self._phase is _Phase.NOTHING:
             if self._draining:
                 pass
             elif self._waiting:
@@ -184,69 +191,69 @@ class Rebalancer:
     def receive(self, rank: int, event: protocol.Event) -> None:
         """Handle an event of an engine."""
         match event:
-            case protocol.Stats(stats) if self._doing is _Doing.ASKING:
+            case protocol.Stats(stats) if self._phase is _Phase.ASKING:
                 self._stats[rank] = bytes(stats)
-                if self._all(_Doing.ASKING, rank):
-                    self._count()
+                if self._answered(_Phase.ASKING, rank):
+                    self._solve()
             case protocol.Staged(number, seconds, size) if number == self._number:
                 if size and seconds > 0:
                     rate, known = size / seconds, self._rates[rank]
                     news = rate if np.isnan(known) else known + _RATE_WEIGHT * (rate - known)
                     self._rates[rank] = news
-                if self._all(_Doing.LOADING, rank):
-                    self._await(_Doing.COMMITTING, COMMIT_TIMEOUT_S)
-                    self._front.tell_all(protocol.Commit(number))
+                if self._answered(_Phase.LOADING, rank):
+                    self._enter(_Phase.COMMITTING, COMMIT_TIMEOUT_S)
+                    self._service.tell_all(protocol.Commit(number))
             case protocol.StageFailed(number, why) if number == self._number:
-                if self._doing is _Doing.LOADING:
+                if self._phase is _Phase.LOADING:
                     self._drop(self._spec.names[rank], why)
             case protocol.Applied(number) if number == self._number:
-                if self._all(_Doing.COMMITTING, rank):
+                if self._answered(_Phase.COMMITTING, rank):
                     self._continue()
             case protocol.Dropped(number) if number == self._number:
-                if self._all(_Doing.DROPPING, rank):
+                if self._answered(_Phase.DROPPING, rank):
                     self._cancel()
 
-    def _await(self, doing: _Doing, seconds: float) -> None:
-        """Wait for all servers to do something, for so many seconds."""
-        self._doing, self._missing = doing, set(range(len(self._spec.servers)))
+    def _enter(self, phase: _Phase, seconds: float) -> None:
+        """Enter a phase that ends when all servers have answered, or after `seconds`."""
+        self._phase, self._missing = phase, set(range(len(self._spec.servers)))
         self._deadline = self._clock() + seconds
 
-    def _all(self, doing: _Doing, rank: int) -> bool:
-        """Record that a server has done something; whether it is the last one waited for."""
-        if self._doing is not doing or rank not in self._missing:
+    def _answered(self, phase: _Phase, rank: int) -> bool:
+        """Record a server's answer; returns whether all have answered."""
+        if self._phase is not phase or rank not in self._missing:
             return False
         self._missing.discard(rank)
         return not self._missing
 
     def _give_up(self) -> None:
-        """Handle that servers have not done in time what is waited for."""
+        """Handle a phase whose deadline has passed."""
         names = ", ".join(self._spec.names[rank] for rank in sorted(self._missing))
-        match self._doing:
-            case _Doing.ASKING:
+        match self._phase:
+            case _Phase.ASKING:
                 self._skip(f"no statistics from {names} within {ANSWER_TIMEOUT_S:g} s")
-            case _Doing.LOADING:
+            case _Phase.LOADING:
                 self._drop(names, f"experts were not loaded within {LOAD_TIMEOUT_S:g} s")
-            case _Doing.COMMITTING:
+            case _Phase.COMMITTING:
                 # Late servers answer calls with "not here" until they apply the batch too.
                 self._continue()
-            case _Doing.DROPPING:
+            case _Phase.DROPPING:
                 self._deadline = self._clock() + ANSWER_TIMEOUT_S
-                self._front.tell_all(protocol.Drop(self._number))
+                self._service.tell_all(protocol.Drop(self._number))
 
     def engines_died(self, ranks: Iterable[int]) -> None:
         """Handle dead engines: the applied layout stays, and new engines start with it."""
         if self._migration is not None:
-            self._front.notice("", "the migration stops because an engine restarts")
-            if self._doing is _Doing.COMMITTING:  # the surviving engines apply the batch
-                self._front.layout = self._migration.commit(self._front.layout)
+            self._service.notice("", "the migration stops because an engine restarts")
+            if self._phase is _Phase.COMMITTING:  # the surviving engines apply the batch
+                self._service.layout = self._migration.commit(self._service.layout)
             else:
-                self._front.tell_all(protocol.Drop(self._number))
+                self._service.tell_all(protocol.Drop(self._number))
             self._stop_moving(why="an engine died")
             self._publish()
-        elif self._doing is not _Doing.NOTHING:
+        elif self._phase is not _Phase.NOTHING:
             # Decide again, from the statistics of the next engines.
             self._waiting.appendleft(self._current)
-        self._doing, self._answer = _Doing.NOTHING, None
+        self._phase, self._answer = _Phase.NOTHING, None
         self._candidate = None
         self._workload.engines_died(ranks, self._clock())
         if self._draining:  # no engine is left to report statistics
@@ -261,10 +268,10 @@ class Rebalancer:
         self._draining = True
         while self._waiting:
             self._refuse(self._waiting.popleft())
-        if self._doing is _Doing.SOLVING:
+        if self._phase is _Phase.SOLVING:
             self._refuse(self._current)
-        if self._doing in (_Doing.NOTHING, _Doing.SOLVING):
-            self._doing, self._answer = _Doing.NOTHING, None
+        if self._phase in (_Phase.NOTHING, _Phase.SOLVING):
+            self._phase, self._answer = _Phase.NOTHING, None
             if self._options.state_dir is not None and engines_run:
                 self._ask(_Wanted(None, 0, force=False, dry_run=True))
 
@@ -276,14 +283,14 @@ class Rebalancer:
 
     def _ask(self, wanted: _Wanted) -> None:
         self._current = wanted
-        self._await(_Doing.ASKING, ANSWER_TIMEOUT_S)
+        self._enter(_Phase.ASKING, ANSWER_TIMEOUT_S)
         self._stats.clear()
-        self._front.tell_all(protocol.AskStats())
+        self._service.tell_all(protocol.AskStats())
 
     def _skip(self, why: str) -> None:
-        """Give up a decision."""
-        self._doing = _Doing.NOTHING
-        self._front.notice("", f"rebalancing skipped: {why}")
+        """Give up the current decision."""
+        self._phase = _Phase.NOTHING
+        self._service.notice("", f"rebalancing skipped: {why}")
         self._refuse(self._current, why)
         if self._current.rank is None:
             self._schedule(None)
@@ -294,24 +301,27 @@ class Rebalancer:
         read_s = READ_S + size / READ_RATE
         return np.where(np.isnan(self._rates), size / (read_s + rest_s(read_s)), self._rates)
 
-    def _count(self) -> None:
-        """Continue a decision once all engines have reported their statistics."""
+    def _solve(self) -> None:
+        """Ask the solver, once all engines have reported their statistics.
+
+        Nothing is asked if the service is shutting down, or if there is nothing to decide.
+        """
         now = self._clock()
         self._workload.update([self._stats[n] for n in range(len(self._stats))], now)
         if self._draining:
-            self._doing = _Doing.NOTHING
+            self._phase = _Phase.NOTHING
             self._refuse(self._current)
             self._save()
             return
-        self._stays = self._stays and self._workload.idle
-        if self._stays and self._current.rank is None:
-            self._doing = _Doing.NOTHING
+        self._nothing_to_decide = self._nothing_to_decide and self._workload.idle
+        if self._nothing_to_decide and self._current.rank is None:
+            self._phase = _Phase.NOTHING
             self._schedule(None)
             return
         statistics, load = self._workload.statistics(now), self._workload.load(now)
         question = DecisionInputs(
             policy=self._options.policy,
-            layout=self._front.layout,
+            layout=self._service.layout,
             names=self._spec.names,
             counts=statistics.counts,
             routes=statistics.routes,
@@ -328,18 +338,19 @@ class Rebalancer:
             candidate=self._candidate,
             seed=self._config.seed,
         )
-        self._answer, self._doing = self._solver.ask(question), _Doing.SOLVING
+        self._answer, self._phase = self._solver.ask(question), _Phase.SOLVING
         self._deadline = float("inf")
 
     def _patient(self, now: float) -> bool:
         """Whether a move must wait for a second decision that confirms it.
 
-        During a shift of the workload, waiting makes one migration enough: a due decision is
-        confirmed after a half-life, within an interval at most. Users' requests are not delayed;
-        nor are due decisions without a half-life, because old counts then never fade.
+        While the workload shifts, a move at once would soon need another. So a scheduled decision
+        is confirmed by a second one a half-life later, at most one interval later. Users' requests
+        are not delayed; nor are scheduled decisions without a half-life, because old counts then
+        never fade.
         """
-        wanted, fades = self._current.rank is None, self._options.half_life_s is not None
-        return wanted and fades and (self._candidate is None or now < self._patience)
+        scheduled, fades = self._current.rank is None, self._options.half_life_s is not None
+        return scheduled and fades and (self._candidate is None or now < self._patient_until)
 
     def _schedule(self, candidate: Placement | None) -> None:
         """Schedule the next decision, earlier if a candidate is to be confirmed."""
@@ -348,34 +359,35 @@ class Rebalancer:
             self._due = now + interval_s
         else:
             if self._candidate is None:
-                self._patience = now + interval_s
-            self._due = min(now + (self._options.half_life_s or 0.0), self._patience)
+                self._patient_until = now + interval_s
+            self._due = min(now + (self._options.half_life_s or 0.0), self._patient_until)
         self._candidate = candidate
 
     def _decide(self, future: concurrent.futures.Future[Answer]) -> None:
-        self._answer, self._doing = None, _Doing.NOTHING
+        self._answer, self._phase = None, _Phase.NOTHING
         try:
             answer = future.result()
         except SolverError as error:
-            decision, batches = self._undecided(f"computing a placement failed: {error}"), []
+            decision, batches = self._no_move(f"computing a placement failed: {error}"), []
             candidate = None
         else:
             decision, batches = self._decided(answer), answer.batches
             candidate = answer.candidate
         self._decision = decision
         wanted = self._current
-        if wanted.rank is None:  # users' requests do not postpone due decisions
+        if wanted.rank is None:  # users' requests do not postpone scheduled decisions
             self._schedule(candidate)
-            self._stays = not decision.migrate and candidate is None
+            self._nothing_to_decide = not decision.migrate and candidate is None
         else:
-            self._front.tell(wanted.rank, protocol.Decided(wanted.id, decision))
-        self._front.notice("", in_words(decision, self._options.horizon_s))
+            self._service.tell(wanted.rank, protocol.Decided(wanted.id, decision))
+        self._service.notice("", in_words(decision, self._options.horizon_s))
         if decision.migrate and not decision.dry_run:
             self._migration = Migration(batches)
             self._load(self._migration)
         self._publish()
 
-    def _undecided(self, reason: str, policy: str = "") -> Decision:
+    def _no_move(self, reason: str, policy: str = "") -> Decision:
+        """The current decision if nothing moves, for this reason."""
         return Decision(
             when=time.time(),
             policy=policy or self._options.policy,
@@ -388,31 +400,29 @@ class Rebalancer:
     def _decided(self, answer: Answer) -> Decision:
         found = answer.verdict
         if found is None:
-            return self._undecided("no requests so far", answer.policy)
-        # Without batches there is nothing to do, because emptying slots needs no batch.
+            return self._no_move("no requests so far", answer.policy)
+        # The placement fitted to all tokens may be the one in force: no batches, so nothing to do.
         migrate = found.migrate and bool(answer.batches)
-        undecided = self._undecided(found.reason, answer.policy)
-        return dataclasses.replace(
-            undecided, **(vars(found) | {"migrate": migrate}), gain=found.gain
-        )
+        base = self._no_move(found.reason, answer.policy)
+        return dataclasses.replace(base, **(vars(found) | {"migrate": migrate}), gain=found.gain)
 
     def _refuse(self, wanted: _Wanted, why: str = "the service is shutting down") -> None:
         if wanted.rank is not None:
-            self._front.tell(wanted.rank, protocol.Decided(wanted.id, None, why))
+            self._service.tell(wanted.rank, protocol.Decided(wanted.id, None, why))
 
     # Migrations.
 
     def _load(self, moving: Migration) -> None:
         self._number += 1
-        self._await(_Doing.LOADING, LOAD_TIMEOUT_S)
-        for rank, stage in enumerate(moving.stages(self._number, self._front.layout)):
-            self._front.tell(rank, stage)
+        self._enter(_Phase.LOADING, LOAD_TIMEOUT_S)
+        for rank, stage in enumerate(moving.stages(self._number, self._service.layout)):
+            self._service.tell(rank, stage)
 
     def _continue(self) -> None:
-        """Continue after a batch is applied on all servers that are waited for."""
+        """Continue after a batch: it is applied on all servers, or its deadline has passed."""
         moving = self._migration
         assert moving is not None
-        self._front.layout = moving.commit(self._front.layout)
+        self._service.layout = moving.commit(self._service.layout)
         if moving.complete:
             self._migrations += 1
             self._workload.migrated(self._clock())
@@ -421,7 +431,7 @@ class Rebalancer:
                 f"migration complete: {moving.moved} experts loaded, placement version "
                 f"{self._version}"
             )
-            self._front.notice("", text)
+            self._service.notice("", text)
         elif self._draining:
             self._stop_moving(why="the service is shutting down")
         else:
@@ -431,15 +441,15 @@ class Rebalancer:
     def _drop(self, name: str, why: str) -> None:
         """Drop the batch on all servers; each must confirm that it will not apply it."""
         self._failed = name, why
-        self._await(_Doing.DROPPING, ANSWER_TIMEOUT_S)
-        self._front.tell_all(protocol.Drop(self._number))
+        self._enter(_Phase.DROPPING, ANSWER_TIMEOUT_S)
+        self._service.tell_all(protocol.Drop(self._number))
 
     def _cancel(self) -> None:
         """End the migration because no server applies the batch any more."""
         name, why = self._failed
         self._failures += 1
         self._stop_moving(why=f"server {name}: {why}")
-        self._front.notice(name, f"migration cancelled, experts stay where they are: {why}")
+        self._service.notice(name, f"migration cancelled, experts stay where they are: {why}")
         self._publish()
 
     def _stop_moving(self, why: str = "") -> None:
@@ -447,18 +457,18 @@ class Rebalancer:
         assert self._migration is not None
         self._version += self._migration.begun
         self._migrated += self._migration.moved
-        self._migration, self._doing = None, _Doing.NOTHING
-        self._stays = False  # that decision was about the previous placement
+        self._migration, self._phase = None, _Phase.NOTHING
+        self._nothing_to_decide = False  # that decision was about the previous placement
         self._schedule(None)
         if why and self._decision is not None:
             self._decision = dataclasses.replace(self._decision, failure=why)
         self._save()
 
     def _publish(self) -> None:
-        self._front.tell_all(
+        self._service.tell_all(
             protocol.Placed(
                 version=self._version,
-                layout=self._front.layout.to_bytes(),
+                layout=self._service.layout.to_bytes(),
                 last_decision=self._decision,
                 migrations=self._migrations,
                 failures=self._failures,
@@ -471,13 +481,13 @@ class Rebalancer:
             return
         statistics = self._workload.statistics(self._clock())
         state = ServiceState(
-            self._spec.names, self._model.fingerprint, self._front.layout, statistics
+            self._spec.names, self._model.fingerprint, self._service.layout, statistics
         )
         try:
             state.save(self._options.state_dir)
         except OSError as error:
             text = f"--state-dir {self._options.state_dir}: the placement cannot be saved: {error}"
-            self._front.notice("", text)
+            self._service.notice("", text)
 
 
 def in_words(decision: Decision, horizon_s: float) -> str:

@@ -1,4 +1,4 @@
-"""One decision of the global scheduler: the best placement now, and whether moving pays off.
+"""One decision of the rebalancer: the best placement now, and whether moving pays off.
 
 Everything here is a function of `DecisionInputs`, computed in a separate process (`solver`).
 """

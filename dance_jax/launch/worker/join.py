@@ -10,7 +10,7 @@ from dance_jax.config import UserError
 from dance_jax.launch.control.channel import bracketed
 from dance_jax.launch.control.protocol import Setup
 from dance_jax.launch.worker import cores
-from dance_jax.models.connections import Connections, Key
+from dance_jax.models.connections import Connections, Credentials
 
 log = logging.getLogger("dance_jax.worker")
 
@@ -32,11 +32,11 @@ def coordinator_endpoint(setup: Setup) -> str:
     return f"{bracketed(address)}:{port}"
 
 
-def listen(setup: Setup, key: Key) -> Connections:
-    """Listen for connections from other servers with this key."""
+def listen(setup: Setup, credentials: Credentials) -> Connections:
+    """Listen for connections from other servers with the same credentials."""
     address = own_address(setup)
     try:
-        return Connections(setup.rank, setup.spec.names, address, key)
+        return Connections(setup.rank, setup.spec.names, address, credentials)
     except OSError as error:
         raise UserError(f"{address}: cannot listen on a port: {error}") from error
 

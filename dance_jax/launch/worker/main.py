@@ -41,7 +41,7 @@ from dance_jax.launch.worker import environment
 from dance_jax.launch.worker.join import coordinator_endpoint, join, listen
 from dance_jax.launch.worker.wakeup import Wakeup
 from dance_jax.memory import use_huge_pages
-from dance_jax.models.connections import Connections, Identity, Key
+from dance_jax.models.connections import Connections, Credentials, Identity
 
 if TYPE_CHECKING:
     from dance_jax.engine.engine import Engine, StepResult
@@ -99,7 +99,7 @@ def main() -> None:
     if setup is None:
         return
     files = ModelFiles(setup, child.private_dir())
-    child.end_with_parent(setup, before=files.close)
+    child.end_with_parent(setup, on_parent_gone=files.close)
     own = setup.spec.servers[setup.rank]
     environment.prepare(own.platform, own.gpus)
     channel = ParentChannel(child.parent_endpoint(setup), setup.control_key, setup.rank)
@@ -107,8 +107,8 @@ def main() -> None:
     try:
         channel.send(protocol.Hello(os.getpid()))
         identity = Identity(setup.fingerprint, setup.experts, setup.config.wire_dtype)
-        key = Key(derived(setup.key, "servers"), identity)
-        with contextlib.closing(listen(setup, key)) as connections:
+        credentials = Credentials(derived(setup.key, "servers"), identity)
+        with contextlib.closing(listen(setup, credentials)) as connections:
             _serve(*_start(setup, files, channel, connections))
     except Stopped:
         pass

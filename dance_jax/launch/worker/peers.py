@@ -102,11 +102,11 @@ class Peers:
             find: called in these threads; an exception is sent as the answer.
         """
 
-        def admit(peer: int, _: int, connection: socket.socket) -> None:
+        def handler(peer: int, _: int, connection: socket.socket) -> None:
             self._answers[peer] = connection
             _answer(connection, find, self._names[peer])
 
-        self._connections.accept(self._TOPIC, admit)
+        self._connections.handle(self._TOPIC, handler)
 
     def _connection(self, rank: int) -> socket.socket:
         """The connection for questions to a server.

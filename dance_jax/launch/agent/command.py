@@ -1,4 +1,4 @@
-"""The command that runs a module on a server's machine: over the system's ssh, or locally."""
+"""The command that runs a module on a server's machine: locally, or over the system's ssh."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ CONNECT_TIMEOUT_S = 10
 ALIVE_INTERVAL_S, ALIVE_COUNT = 1, 4
 #: ssh's own exit status: connecting failed, or the connection was lost.
 SSH_FAILED = 255
-#: Environment variable with the parent's private directory on this machine, which a process removes
-#: if its parent is killed; unset: the parent is on another machine.
+#: Environment variable with the parent's private directory on this machine, which the child removes
+#: if its parent is killed; unset if the parent is on another machine.
 PRIVATE_VARIABLE = "DANCE_JAX_PRIVATE"
 
 
@@ -30,7 +30,7 @@ def server_command(
     the module there is reported as 128 + its number.
 
     Args:
-        server: runs locally without `ssh`.
+        server: without ssh=, the module runs on this machine.
         module: dotted name.
         ssh_config: file for `ssh -F`.
     """
@@ -41,11 +41,12 @@ def server_command(
 
 
 def server_environment(server: ServerSpec, private: str = "") -> dict[str, str]:
-    """Environment of the local process: this process's, plus the path of this package.
+    """Environment of the command: this process's; for a child here also the package's path in
+    PYTHONPATH.
 
     Args:
         server: the server.
-        private: value of PRIVATE_VARIABLE for a process here; empty: unset.
+        private: value of PRIVATE_VARIABLE for a child here; empty: unset.
     """
     environment = dict(os.environ)
     environment.pop(PRIVATE_VARIABLE, None)

@@ -23,11 +23,11 @@ from zmq.utils import monitor
 
 from dance_jax.config import ServerSpec, UserError
 from dance_jax.launch.agent.nodes import MEET_TIMEOUT_S
-from dance_jax.launch.agent.process import LocalProcess
+from dance_jax.launch.agent.process import ChildProcess
 from dance_jax.launch.control import protocol
 from dance_jax.launch.control.channel import ALIVE_TIMEOUT_S, ControlConnection
 
-#: Connections that end during the handshake after which the key counts as wrong.
+#: After so many connections lost in the handshake, the key counts as wrong.
 _REFUSALS = 3
 #: Seconds that a process has to end by itself once its input is closed.
 _END_S = 1.0
@@ -72,7 +72,7 @@ def run_node(
         poller = zmq.Poller()
         for source in (connection.socket, holder.changes):
             poller.register(source, zmq.POLLIN)
-        while contact.holds():
+        while contact.alive():
             ready = dict(poller.poll(100))
             holder.report()
             if connection.socket not in ready:
@@ -81,7 +81,7 @@ def run_node(
             if isinstance(command, protocol.NodeEnd):
                 return 1 if holder.failed else 0
             holder.obey(command)
-        if holder.told_to_end:  # node 0 ended before this server did
+        if holder.told_to_end:  # node 0 had already told the process to end
             return 0
         progress("node 0 cannot be reached any more; the server is stopped")
         return 1
@@ -93,7 +93,7 @@ class _Holder:
     Args:
         server, log_dir, progress: as for `run_node`.
         channel: to node 0.
-        private: directory that the process removes if this launcher is killed.
+        private: directory that the child removes if its parent, this launcher, is killed.
     """
 
     def __init__(
@@ -104,16 +104,18 @@ class _Holder:
         private: str,
         progress: Callable[[str], None],
     ) -> None:
-        # The server is here, however the hosts file says that a launcher reaches it.
+        # This is the server's own machine, so ssh= does not apply.
         self._server = ServerSpec(server.name, "", python=server.python)
         self._channel = channel
         self._log_path = (log_dir or pathlib.Path(private)) / f"{server.name}.log"
         self._private = private
         self._progress = progress
-        self._process: LocalProcess | None = None
+        self._process: ChildProcess | None = None
         self._start = protocol.NodeStart(0, "", False, False)
-        #: Node 0 wants the process to end; the process ended with an error before that.
-        self.told_to_end = self.failed = False
+        #: Node 0 asked for the end.
+        self.told_to_end = False
+        #: The process ended with an error unasked.
+        self.failed = False
         #: Readable when the process has answered or ended.
         self.changes, self._noted = socket.socketpair()
         self.changes.setblocking(False)
@@ -148,14 +150,14 @@ class _Holder:
         process, number = self._process, self._start.number
         if process is None:
             return
-        ended = process.ended is not None  # looked at first: all answers come before the end
+        ended = process.ended is not None  # read first, so that no answer is sent after the end
         with contextlib.suppress(queue.Empty):
             while (answer := process.answers.get_nowait()) is not None:
                 self._send(protocol.NodeAnswer(number, answer))
         if ended:
             status = process.status
             assert status is not None
-            self._send(protocol.NodeEnded(number, status, process.last_lines(), process.log))
+            self._send(protocol.NodeEnded(number, status, process.last_lines(), process.log_place))
             self._process = None
             if not self._start.answers:
                 self.failed = status != 0 and not self.told_to_end
@@ -166,7 +168,7 @@ class _Holder:
             self._process.end(_END_S)
         self._start, self.told_to_end, self.failed = start, False, False
         try:
-            self._process = LocalProcess(
+            self._process = ChildProcess(
                 self._server,
                 start.module,
                 log_path=None if start.answers else self._log_path,
@@ -178,7 +180,7 @@ class _Holder:
             self._send(protocol.NodeEnded(start.number, _NOT_STARTED, [str(error)], ""))
             return
         if start.drains:
-            # The server then drains together with all servers.
+            # Forward SIGTERM; the front end asks node 0 to drain all servers.
             signal.signal(signal.SIGTERM, self._pass_on)
         if not start.answers:
             self._progress("the server starts")
@@ -197,7 +199,7 @@ class _Holder:
 
 
 class _Contact:
-    """Whether the connection to node 0 holds; short interruptions are tolerated."""
+    """Watches the connection to node 0; short interruptions are tolerated."""
 
     def __init__(self, socket: zmq.Socket) -> None:
         self._socket = socket
@@ -206,7 +208,7 @@ class _Contact:
         self._refused = 0
         self._since = time.monotonic()
 
-    def holds(self) -> bool:
+    def alive(self) -> bool:
         while self._events.poll(0):
             match monitor.recv_monitor_message(self._events)["event"]:
                 case zmq.EVENT_HANDSHAKE_SUCCEEDED:

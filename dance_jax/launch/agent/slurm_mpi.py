@@ -7,17 +7,18 @@ import os
 
 from dance_jax.config import ClusterSpec, UserError
 
-_SIGNS = ("SLURM_", "OMPI_")
+_PREFIXES = ("SLURM_", "OMPI_")
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A job, as detected by JAX."""
+    """A job, as JAX detects it."""
 
     #: "slurm" or "ompi".
-    launcher: str
+    scheduler: str
     #: Rank of this process in the job.
     rank: int
+    #: Number of its processes.
     size: int
     #: host:port at which the first process coordinates jax.distributed.
     coordinator: str
@@ -30,7 +31,7 @@ class Job:
 
 def detected_job() -> Job | None:
     """The multi-process job that this process belongs to; None if there is none."""
-    if not any(name.startswith(_SIGNS) for name in os.environ):
+    if not any(name.startswith(_PREFIXES) for name in os.environ):
         return None
     from jax._src.clusters import OmpiCluster, SlurmCluster
 
@@ -54,6 +55,6 @@ def check_job(job: Job, spec: ClusterSpec) -> None:
     """
     if job.size != len(spec.servers):
         raise UserError(
-            f"the {job.launcher} job has {job.size} processes, but the hosts file has "
+            f"the {job.scheduler} job has {job.size} processes, but the hosts file has "
             f"{len(spec.servers)} servers: start one process per server, in the file's order"
         )
