@@ -336,7 +336,7 @@ def send(
 def receive(
     caller: Array, shape: tuple[int, int], behind: Array, first: int = 0
 ) -> tuple[Array, Array]:
-    """Compute a group's local experts, then wait for its calls and add their sums.
+    """Compute a group's local experts, wait for the answers to its calls, and add all sums.
 
     Args:
         shape: (t, d) of the group.
