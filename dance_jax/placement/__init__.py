@@ -1,4 +1,4 @@
-"""Which server holds which expert: statistics, policies, metrics, and the shared tie rule."""
+"""Which server holds which expert: statistics, policies, measures, and the shared tie rule."""
 
 from dance_jax.config import DEFAULT_POLICY
 from dance_jax.placement.activations import Activations
