@@ -1,4 +1,7 @@
-"""Frozen descriptions of the machines and of the engine; every field names its unit."""
+"""Frozen descriptions of the machines, of the engine and of all options that are dataclasses.
+
+Every field names its unit.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,10 @@ ProgressCallback = Callable[[str, int, int], None]
 
 class UserError(ValueError):
     """Something the user gave is wrong; the message says what, where and what to do."""
+
+
+#: The kinds of `option` whose values are whole numbers.
+INTEGER_KINDS = ("int", "count", "port", "size")
 
 
 def option(
@@ -32,7 +39,8 @@ def option(
         help: help text for the command line; `{default}` in the text stands for the default.
         flag: name on the command line; "": that of the field.
         kind: how text is parsed: "int", "count" (at least 1), "port", "seconds", "size" (bytes with
-            a unit) or "path"; "": a string, or a switch if the default is False.
+            a unit), "path" or "policy" (a name in `placement.POLICIES`); "": a string, or a switch
+            if the default is False.
         choices: all allowed values; (): any value.
         metavar: stands for the value in the help.
     """
@@ -227,6 +235,100 @@ class EngineOptions:
     def rounding(self) -> Rounding:
         """The formats that weights are rounded to when the model is converted."""
         return Rounding(self.experts, self.trunk)
+
+
+#: Environment variable with the API key; --api-key is visible to other users of the machine.
+API_KEY_VARIABLE = "DANCE_JAX_API_KEY"
+
+
+@dataclasses.dataclass(frozen=True)
+class ServeOptions:
+    """Options of the front ends."""
+
+    served_model_name: str = option(
+        "",
+        "name of the model in requests and answers (default: org/name, the model's directory, or "
+        "demo)",
+        metavar="NAME",
+    )
+    bind: str = option(
+        "127.0.0.1",
+        "address that each server listens on; 0.0.0.0: all addresses (default: {default})",
+        metavar="ADDRESS",
+    )
+    port: int = option(
+        8000,
+        "port of each server; the second server on the same machine uses the next port, and so on "
+        "(default: {default})",
+        kind="port",
+    )
+    api_key: str | None = option(
+        None,
+        "key that requests must carry; visible to other users of the machine, unlike "
+        f"{API_KEY_VARIABLE} (default: no key)",
+        metavar="KEY",
+    )
+    drain_seconds: float = option(
+        30.0,
+        "seconds for running requests to finish after SIGTERM or Ctrl-C (default: {default})",
+        kind="seconds",
+        metavar="S",
+    )
+    max_queue: int = option(
+        256,
+        "requests per server that may wait for their first token (default: {default})",
+        kind="count",
+        metavar="N",
+    )
+
+
+#: The default placement policy, a name in `placement.POLICIES`.
+DEFAULT_POLICY = "latency"
+#: Seconds over which a placement is evaluated if it is computed only on request.
+HORIZON_S = 300.0
+
+
+@dataclasses.dataclass(frozen=True)
+class RebalanceOptions:
+    """When experts move while a service runs, and by which policy."""
+
+    interval_s: float = option(
+        300.0,
+        "seconds between two decisions; 0: only on POST /placement/rebalance (default: {default})",
+        flag="--rebalance-interval",
+        kind="seconds",
+        metavar="S",
+    )
+    policy: str = option(
+        DEFAULT_POLICY,
+        "policy for moving experts, as --policy (default: {default})",
+        flag="--rebalance-policy",
+        kind="policy",
+        metavar="NAME",
+    )
+    # A fifth of the interval: at the second decision after a shift, hardly any weight is left on
+    # the workload before the shift.
+    half_life_s: float | None = option(
+        60.0,
+        "seconds after which past requests count half; 0: they never fade (default: {default})",
+        flag="--half-life",
+        kind="seconds",
+        metavar="S",
+    )
+    state_dir: str | None = option(
+        None,
+        "directory that keeps placement and statistics for the next start",
+        kind="path",
+        metavar="DIR",
+    )
+    dry_run: bool = option(
+        False, "report which experts would move, without moving them", flag="--rebalance-dry-run"
+    )
+
+    @property
+    def horizon_s(self) -> float:
+        """Seconds over which costs are compared."""
+        return self.interval_s or HORIZON_S
 
 
 @dataclasses.dataclass(frozen=True)

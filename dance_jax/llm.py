@@ -17,7 +17,13 @@ import msgspec
 
 from dance_jax.backends import Backend, InProcess, RemoteOptions, Servers
 from dance_jax.cache import default_cache_dir
-from dance_jax.config import ClusterSpec, EngineOptions, ProgressCallback, UserError
+from dance_jax.config import (
+    DEFAULT_POLICY,
+    ClusterSpec,
+    EngineOptions,
+    ProgressCallback,
+    UserError,
+)
 from dance_jax.engine.sequence import Request, RequestOutput, SamplingParams, request_seeds
 
 if TYPE_CHECKING:
@@ -44,7 +50,8 @@ class LLM:
             `org/name@revision` on the Hugging Face hub, downloaded into the hub's cache on first
             use; None: the demo model of this package.
         hosts: hosts file (or its content as a ClusterSpec): one engine process is started per
-            server, on this machine or over ssh. None: one server in this process, with all experts.
+            server, on this machine or over ssh (only the command line has --node-rank). None: one
+            server in this process, with all experts.
         policy: placement policy of the cluster, a name in `placement.POLICIES`; None:
             `placement.DEFAULT_POLICY`.
         activations: npz file with the counts and routes that the policy reads; None: all counts
@@ -264,7 +271,7 @@ def _cluster_arguments(
     from dance_jax.launch.planning.defaults import default_platform
     from dance_jax.launch.planning.hosts import read_hosts
     from dance_jax.placement.activations import Activations
-    from dance_jax.placement.policies import DEFAULT_POLICY, POLICIES
+    from dance_jax.placement.policies import POLICIES
 
     policy = DEFAULT_POLICY if policy is None else policy
     if policy not in POLICIES:

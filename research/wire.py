@@ -6,7 +6,7 @@
 Each file has the prompts of one server's users. Each server holds a third of the experts, placed by
 the activation counts of these texts (policy `dance`). The texts run like prompts. Rows for the
 server's own experts and for those of other servers are rounded as between servers
-(`models.messages`). Results are compared with float32, which rounds nothing.
+(`models.lock_step_messages`). Results are compared with float32, which rounds nothing.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from dance_jax.models.attention import Rows
 from dance_jax.models.checkpoint import Checkpoint
 from dance_jax.models.convert import ensure_converted
 from dance_jax.models.kernels_cpu import NativePool
-from dance_jax.models.messages import decode, encode, rounded
+from dance_jax.models.lock_step_messages import decode, encode, rounded
 from dance_jax.models.router import Routed
 from dance_jax.models.tokenizer import Tokenizer
 from dance_jax.models.trunk import rope_of

@@ -12,8 +12,7 @@ from typing import Any
 import msgspec
 
 from dance_jax.bench.http import Address, HttpError, Response, request
-from dance_jax.config import UserError
-from dance_jax.launch.control.protocol import API_KEY_VARIABLE
+from dance_jax.config import API_KEY_VARIABLE, UserError
 
 #: Seconds after which a stream that has not ended counts as failed.
 LONGEST_ANSWER_S = 900.0

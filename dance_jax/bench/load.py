@@ -25,9 +25,8 @@ from dance_jax.bench.figures import Figures, by_server, failures
 from dance_jax.bench.http import Address, HttpError
 from dance_jax.bench.tables import print_failed, print_load
 from dance_jax.bench.terminal import progress
-from dance_jax.config import ClusterSpec, ServerSpec, UserError
+from dance_jax.config import API_KEY_VARIABLE, ClusterSpec, ServerSpec, UserError
 from dance_jax.launch.cli.prompts import Prompt
-from dance_jax.launch.control.protocol import API_KEY_VARIABLE
 from dance_jax.launch.planning.hosts import read_hosts
 
 

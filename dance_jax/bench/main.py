@@ -18,9 +18,8 @@ from dance_jax.bench.report import plain_load, write_json
 from dance_jax.bench.terminal import exit_code, terminal
 from dance_jax.bench.texts import TEXT, Texts
 from dance_jax.bench.workload import calls_of_passages, calls_of_prompts, calls_of_texts
-from dance_jax.config import ClusterSpec, UserError
+from dance_jax.config import API_KEY_VARIABLE, ClusterSpec, UserError
 from dance_jax.launch.cli.prompts import check_writable, read_prompts
-from dance_jax.launch.control.protocol import API_KEY_VARIABLE
 
 #: Columns of the tables when stdout is not a terminal.
 WIDTH = 110

@@ -38,7 +38,7 @@ from dance_jax.engine.traffic import CallTraffic, LinkTraffic, LockStepTraffic
 from dance_jax.models import kernels_cpu
 from dance_jax.models.checkpoint import WeightSource
 from dance_jax.models.experts import Weights
-from dance_jax.models.messages import Transport
+from dance_jax.models.lock_step_messages import Transport
 from dance_jax.placement.core import Layout
 from dance_jax.placement.migration import SlotChange, changed
 

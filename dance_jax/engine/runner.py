@@ -55,7 +55,7 @@ from dance_jax.models.experts import ExpertFormat, Weights
 from dance_jax.models.host_caller import HostRows
 from dance_jax.models.host_calls import HostCallServer
 from dance_jax.models.host_state import CallSpec
-from dance_jax.models.messages import Transport, status_word
+from dance_jax.models.lock_step_messages import Transport, status_word
 from dance_jax.models.topology import AXIS, Topology
 from dance_jax.models.trunk import Trunk, rope_of, split_trunk
 from dance_jax.placement.core import Layout

@@ -57,7 +57,8 @@ class StepBatch(NamedTuple):
     #: int32 [r, p]: block table of the row's sequence; int32 [r, 2]: `Rows.state_r2`.
     table: Leaf
     state: Leaf
-    #: int32 []: the server's status as told to the other servers, `messages.status_word`.
+    #: int32 []: the server's status as told to the other servers
+    #: (`lock_step_messages.status_word`).
     status: Leaf
     #: int32 [d]: indices of the tokens after which a token is sampled.
     last: Leaf
@@ -137,8 +138,8 @@ def host_batch(
         rows: the rows in use.
         bucket: the bucket of the step.
         config: provides block_size and max_blocks.
-        status: `messages.status_word` for the other servers, made of IDLE, BUSY or DECODING and the
-            number of a batch of experts.
+        status: `lock_step_messages.status_word` for the other servers, made of IDLE, BUSY or
+            DECODING and the number of a batch of experts.
     """
     decode, slices = bucket
     count = decode + slices

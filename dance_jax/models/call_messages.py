@@ -1,4 +1,4 @@
-"""Messages of expert calls between servers, in Python: the same format as native/wire.h.
+"""Messages of expert calls, from engine to engine, in Python: the same format as native/wire.h.
 
 Message heads, the encoding of rows, and the connections that carry the messages.
 """

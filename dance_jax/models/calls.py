@@ -336,14 +336,15 @@ def send(
 def receive(
     caller: Array, shape: tuple[int, int], behind: Array, first: int = 0
 ) -> tuple[Array, Array]:
-    """Weighted sums of each row's experts, local and remote, for a group whose calls are sent.
+    """Compute a group's local experts, wait for the answers to its calls, and add all sums.
 
     Args:
         shape: (t, d) of the group.
         behind: any array that depends on the result of `send`; it is computed first.
 
     Returns:
-        float32 [t, d]; and bool [t], rows that failed because no server answered for an expert.
+        float32 [t, d], the weighted sums of each row's experts, local and remote; and bool [t],
+        rows that failed because no server answered for an expert.
     """
     sums, flags = jnp.float32, jnp.bool_
     results = jax.ShapeDtypeStruct(shape, sums), jax.ShapeDtypeStruct(shape[:1], flags)

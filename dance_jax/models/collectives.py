@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from dance_jax.models.messages import (
+from dance_jax.models.lock_step_messages import (
     Exchanged,
     Incoming,
     Outgoing,

@@ -31,7 +31,7 @@ TIMEOUT_S = 60.0
 _HANDSHAKE_S = 10
 #: Version of the messages that connected servers exchange; increase it whenever a message of any
 #: topic changes. The handshake must stay as it is, because it carries this version.
-PROTOCOL = 2
+PEER_PROTOCOL = 2
 #: Start of a connection: the caller's rank, the index, and the length in bytes of the topic, which
 #: follows.
 _CALL = struct.Struct("<IIB")
@@ -61,7 +61,7 @@ class Identity:
     experts: str
     #: `EngineConfig.wire_dtype`.
     wire: str
-    protocol: int = PROTOCOL
+    protocol: int = PEER_PROTOCOL
 
 
 #: For each field of `Identity`: its name in messages, and what to do if servers differ in it. The

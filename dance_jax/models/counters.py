@@ -1,7 +1,8 @@
 """Counters of expert calls, without JAX: engines report them and `/metrics` shows them.
 
-This is the only list of these counters. Fields are in the order of `PeerCounters` and `CallSums`
-in native/calls.h. A field with a text is also a metric (serve/metrics.py).
+`PeerCounters` and `CallSums` in native/calls.h have the same fields in the same order, and arrays
+without names carry them from there: change both together. A field with a text is also a metric
+(serve/metrics.py).
 """
 
 from __future__ import annotations

@@ -4,10 +4,10 @@
 are not local (calls.py). `HostCalls`: the same, but the host makes the calls between two parts of
 the step (host_calls.py). `LockStep`: all servers run each step together. With `LockStep`, every
 process compiles its own program of the step, with its own token count and pool size; only the
-sequence of messages between two processes must agree, which a transport carries (messages.py). A
-server's first device is its gateway: only gateways use the slow links, so a token crosses a link
-once per server that it needs. Within a server the devices gather their tokens, each device computes
-the experts it holds, and the sums are scattered back (topology.py).
+sequence of messages between two processes must agree. A transport carries the messages
+(lock_step_messages.py). A server's first device is its gateway: only gateways use the slow links,
+so a token crosses a link once per server that it needs. Within a server the devices gather their
+tokens, each device computes the experts it holds, and the sums are scattered back (topology.py).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from jax import Array, lax
 from dance_jax.config import check_together
 from dance_jax.models import calls
 from dance_jax.models.experts import ExpertFormat, Pool
-from dance_jax.models.messages import (
+from dance_jax.models.lock_step_messages import (
     NO_EXPERT,
     Exchanged,
     Incoming,
@@ -131,8 +131,8 @@ class TracedExchange(Exchange, Protocol):
 
         Args:
             behind: an array that depends on the result of the last `send`; it is computed first.
-            status: int32 [], this server's status (`messages.status_word`); all servers learn the
-                combination of all statuses (`messages.agree`).
+            status: int32 [], this server's status (`lock_step_messages.status_word`); all
+                servers learn the combination of all statuses (`lock_step_messages.agree`).
             memory: `Exchanged.memory` of this layer in the previous step.
 
         Returns:

@@ -72,6 +72,8 @@ def choose_experts(
         Experts int32 [tokens, k], best first, and their final weights float32 [tokens, k],
         normalised and scaled as the model requires.
     """
+    # CPUs run native/rows.cc here. The code below runs on GPUs and TPUs, and without the library.
+    # Both must be equal: tests/models/test_rows_alone.py compares them.
     if native.usable():
         return rows_cpu.choose_experts(router, logits_te, correction_e)
     scores_te = {

@@ -16,7 +16,7 @@ from jax import lax
 from dance_jax.config import UserError
 from dance_jax.files import whole_file
 from dance_jax.placement.cost import Cost
-from dance_jax.placement.metrics import Traffic, measure
+from dance_jax.placement.measures import Traffic, measure
 from dance_jax.placement.spare import spare_slots
 
 Routes = Sequence[np.ndarray]

@@ -1,8 +1,9 @@
-"""One server's front end: `python -m dance_jax.serve.frontend`, started by `launch.service`.
+"""One server's front end, `python -m dance_jax.serve.frontend`.
 
-The front end holds what must survive the death of an engine: users' connections and their requests.
-Its engine is a child process (`engine_process`). When an engine dies, the launcher tells its front
-end to restart it. If servers step together, JAX takes all engines down with one, and all restart.
+`launch.cluster.service` starts it. The front end holds what must survive the death of an engine:
+users' connections and their requests. Its engine is a child process (`engine_process`). When an
+engine dies, the launcher tells its front end to restart it. If servers step together, JAX takes all
+engines down with one, and all restart.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from dance_jax.config import UserError
+from dance_jax.config import ServeOptions, UserError
 from dance_jax.engine.sequence import request_seeds
 from dance_jax.launch.agent import child
 from dance_jax.launch.agent.model_files import ModelFiles
 from dance_jax.launch.control import protocol
 from dance_jax.launch.control.channel import ControlConnection, bracketed
-from dance_jax.launch.control.protocol import FrontSetup, ServeOptions
+from dance_jax.launch.control.protocol import FrontSetup
 from dance_jax.serve.engine_process import EngineProcess
 from dance_jax.serve.loop_socket import LoopSocket
 from dance_jax.serve.placement_state import PlacementState

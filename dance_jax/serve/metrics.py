@@ -62,7 +62,7 @@ class Metrics:
         self._model = model
         self._registry = CollectorRegistry()
         self._registry.register(_EngineMetrics(queue, experts, model, servers, rank))
-        self.queue = self._histogram(
+        self.queue_time = self._histogram(
             "request_queue_time_seconds",
             "Time from a request's arrival to its first step",
             _FIRST_TOKEN_S,
@@ -162,7 +162,7 @@ class Observation:
         now = time.monotonic()
         if not self._samples and delta.metrics and delta.metrics.first_scheduled_time:
             waited_s = delta.metrics.first_scheduled_time - delta.metrics.arrival_time
-            self._metrics.queue.observe(max(0.0, waited_s))
+            self._metrics.queue_time.observe(max(0.0, waited_s))
         if delta.token_ids:
             self._add_tokens(delta.index, len(delta.token_ids), now)
         if delta.finish_reason is not None:

@@ -95,7 +95,7 @@ class Placed:
     Attributes:
         policy: the name of the policy.
         placement: fitted to one half of the tokens.
-        busiest, load, concentration: on the other half, see `placement.metrics.Traffic`.
+        busiest, load, concentration: on the other half, see `placement.measures.Traffic`.
     """
 
     policy: str

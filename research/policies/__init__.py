@@ -17,7 +17,7 @@ Every server has a workload of its own: topics of the trace. A policy sees the f
 topic's tokens (counts are normalised, so all servers weigh the same), and its placement is measured
 on the second half. Counts alone have no halves: their placements are measured on the same counts.
 
-Columns (means over servers; `dance_jax.placement.metrics`):
+Columns (means over servers; `dance_jax.placement.measures`):
     remote      share of expert calls that leave the server
     any miss    share of (token, layer) with any such call: a step of servers on their own waits for
                 another server there

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from dance_jax.placement import Placement, place
-from dance_jax.placement.metrics import Traffic
+from dance_jax.placement.measures import Traffic
 
 from .published import Figures
 from .setups import Setup

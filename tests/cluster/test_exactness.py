@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
 from dance_jax.placement.core import Layout, Placement, spread
-from dance_jax.placement.metrics import measure
+from dance_jax.placement.measures import measure
 from tests.cluster import tiny
 from tests.cluster.fixture import DEVICES, TestCluster
 from tests.cluster.tiny import DECODE, EXPERTS, LAYERS, SLICE, Tokens

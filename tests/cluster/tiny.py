@@ -23,7 +23,7 @@ from dance_jax.models import model_config, native
 from dance_jax.models.build import fill, matrix_shapes
 from dance_jax.models.experts import ExpertFormat, expert_format
 from dance_jax.models.formats import Formats, WeightFormat
-from dance_jax.models.messages import Transport
+from dance_jax.models.lock_step_messages import Transport
 from dance_jax.models.random_weights import (
     Held,
     random_expert_tensors,

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from dance_jax.config import EngineConfig, UserError
+from dance_jax.config import EngineConfig, RebalanceOptions, UserError
 from dance_jax.engine.report import STEP_SIZES, EngineStats
 from dance_jax.launch.control import protocol
 from dance_jax.launch.planning.hosts import parse_hosts
@@ -19,7 +19,6 @@ from dance_jax.launch.rebalance.controller import Rebalancer
 from dance_jax.launch.rebalance.decision import (
     Answer,
     DecisionInputs,
-    RebalanceOptions,
     answer,
     resident,
 )

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from dance_jax.config import ServeOptions
 from dance_jax.launch.cli.attend import attend, greeting
-from dance_jax.launch.control.protocol import ServeOptions
 from dance_jax.launch.planning.hosts import parse_hosts
 
 SPEC = parse_hosts("alpha address=10.0.0.1 experts=1\nb address=10.0.0.2 ssh=me@gate experts=1")

@@ -15,15 +15,13 @@ import pytest
 from rich.console import Console
 
 import dance_jax.launch.__main__ as launch
-from dance_jax.config import ClusterSpec, UserError
+from dance_jax.config import ClusterSpec, RebalanceOptions, ServeOptions, UserError
 from dance_jax.engine.sequence import OutputDelta
 from dance_jax.launch.cli.options import parser, rebalance_options
 from dance_jax.launch.cli.prompts import Prompt
 from dance_jax.launch.cli.stream import Startup, Stream, printable
-from dance_jax.launch.control.protocol import ServeOptions
 from dance_jax.launch.planning.hosts import read_hosts
 from dance_jax.launch.preflight.run import Preflight
-from dance_jax.launch.rebalance.decision import RebalanceOptions
 from dance_jax.launch.rebalance.state import ServiceState
 from dance_jax.launch.rebalance.workload import Statistics
 from dance_jax.launch.worker import cores

@@ -14,12 +14,11 @@ import numpy as np
 import psutil
 import pytest
 
-from dance_jax.config import EngineConfig, UserError
+from dance_jax.config import EngineConfig, ServeOptions, UserError
 from dance_jax.launch.cluster import fleet as fleet_module
 from dance_jax.launch.cluster import service as service_module
 from dance_jax.launch.cluster.fleet import ClusterError
 from dance_jax.launch.cluster.service import MAX_FAILED_STARTS, Service
-from dance_jax.launch.control.protocol import ServeOptions
 from dance_jax.launch.planning.hosts import parse_hosts
 from dance_jax.placement.core import Placement, spread
 from tests.serve.fake_front import ENGINE_PID, Script

@@ -30,7 +30,7 @@ SIZES = ((64, 512), (200, 75), (136, 33), (264, 16), (8, 1), (1096, 70))
 def forms(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """A library with the products in every instruction set."""
     library = tmp_path_factory.mktemp("all") / "products.so"
-    sources = [native._HERE / name for name in ("choose.cc", "panels.cc", native._PRODUCT)]
+    sources = [native._HERE / name for name in ("instruction_set.cc", "panels.cc", native._PRODUCT)]
     native._compile(library, sources, native.usable_instructions())
     symbols = ctypes.CDLL(str(library))
     symbols.ProductBy.restype = ctypes.c_bool

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from dance_jax.placement import CallCost, LockStepCost, Placement
 from dance_jax.placement.flows import BLOCK_TOKENS, MOST_TOKENS, Flows, Sample, flows, packed
-from dance_jax.placement.metrics import measure
+from dance_jax.placement.measures import measure
 from tests.placement.cases import preferring_routes, random_order, random_resident
 
 quick = settings(max_examples=8, deadline=None, derandomize=True, database=None)

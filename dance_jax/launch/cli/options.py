@@ -13,14 +13,19 @@ from importlib.metadata import version
 from typing import Any
 
 from dance_jax.cache import default_cache_dir
-from dance_jax.config import EngineOptions, UserError
+from dance_jax.config import (
+    API_KEY_VARIABLE,
+    DEFAULT_POLICY,
+    EngineOptions,
+    RebalanceOptions,
+    ServeOptions,
+    UserError,
+)
 from dance_jax.engine.sequence import MAX_TOKENS
 from dance_jax.launch.agent.role import KEY_VARIABLE
-from dance_jax.launch.control.protocol import API_KEY_VARIABLE, ServeOptions
 from dance_jax.launch.planning.hosts import MEMORY_UNITS, quantity
-from dance_jax.launch.rebalance.decision import RebalanceOptions
 from dance_jax.models.hub import served_name
-from dance_jax.placement.policies import DEFAULT_POLICY, POLICIES
+from dance_jax.placement.policies import POLICIES
 from dance_jax.placement.visit import MAX_SERVERS
 
 #: The command's name in its help.
@@ -31,7 +36,11 @@ _BATCH = ("output", "max_tokens", "save_activations")
 
 
 def parser(prog: str = PROG) -> argparse.ArgumentParser:
-    """The parser of the command line."""
+    """The parser of the command line.
+
+    The options that are dataclasses (`EngineOptions`, `ServeOptions`, `RebalanceOptions`) are
+    declared in `config`; the others are declared here.
+    """
     parser = argparse.ArgumentParser(
         prog=prog,
         # `parse` would overlook an abbreviated --config.
@@ -164,7 +173,8 @@ def _add_fields(group: argparse._ActionsContainer, options: type) -> None:
             more |= {"action": "store_true", "default": None}
         else:
             more |= {"metavar": meta["metavar"], "type": _KINDS[meta["kind"]]}
-            more |= {"choices": meta["choices"]} if meta["choices"] else {}
+            choices = tuple(POLICIES) if meta["kind"] == "policy" else meta["choices"]
+            more |= {"choices": choices} if choices else {}
         group.add_argument(_flag(field), **more)
 
 
@@ -295,6 +305,7 @@ _KINDS: dict[str, Callable[[str], Any]] = {
     "seconds": _seconds,
     "size": _size,
     "path": str,
+    "policy": str,
 }
 
 

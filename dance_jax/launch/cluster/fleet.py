@@ -57,7 +57,7 @@ class ClusterError(RuntimeError):
 
 
 class Fleet(abc.ABC):
-    """The processes of all servers of a hosts file, on this machine or over ssh.
+    """All servers' processes: on this machine, over ssh, or on other nodes (--node-rank).
 
     A context manager: `with Cluster(...) as cluster` starts the processes and always stops them.
     If this process is killed or the network to it breaks, the server processes end by themselves.

@@ -15,13 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from dance_jax.config import UserError
+from dance_jax.config import RebalanceOptions, ServeOptions, UserError
 from dance_jax.launch.agent.process import in_words, is_consequence
 from dance_jax.launch.cluster.fleet import CAUSE_WINDOW_S, Fleet
 from dance_jax.launch.control import protocol
 from dance_jax.launch.control.channel import bracketed
-from dance_jax.launch.control.protocol import ServeOptions
-from dance_jax.launch.rebalance.decision import RebalanceOptions
 
 if TYPE_CHECKING:
     from dance_jax.launch.rebalance.workload import Statistics
@@ -250,9 +248,20 @@ class Service(Fleet):
 
         Raises:
             _EngineFailure: an engine died.
-            _Drained: the service has drained.
+            _Drained: as `_check_drain`.
         """
         events = super()._events()
+        self._check_drain()
+        if self._died:
+            self._raise_engine_failure()
+        return events
+
+    def _check_drain(self) -> None:
+        """Start to drain once that is wanted and all servers have started.
+
+        Raises:
+            _Drained: the service has drained, or its time to drain is over.
+        """
         if self._drain_wanted and self.started and self._deadline is None:
             seconds = self.options.drain_seconds
             self._deadline = time.monotonic() + seconds + DRAIN_MARGIN_S
@@ -270,9 +279,6 @@ class Service(Fleet):
                 )
                 self._notice("", text)
                 raise _Drained
-        if self._died:
-            self._raise_engine_failure()
-        return events
 
     def _raise_engine_failure(self) -> None:
         """Find the engine that died first."""

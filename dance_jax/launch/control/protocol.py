@@ -1,4 +1,9 @@
-"""Messages between launcher, front ends and engines: msgspec over a socket.
+"""Messages of the control channel, between launcher, front ends, engines and other nodes.
+
+They are msgspec over ZeroMQ, and JSON on a process's input for its setup. They carry no version,
+because before a launch on other machines the preflight refuses servers whose sources differ
+(`preflight.findings.software`). Only the messages to and from nodes (`--node-rank`) come earlier:
+through them the preflight asks.
 
 Free of JAX, because a worker reads its Setup before it may import JAX.
 """
@@ -10,13 +15,11 @@ from typing import Any
 
 import msgspec
 
-from dance_jax.config import ClusterSpec, EngineConfig, option
+from dance_jax.config import ClusterSpec, EngineConfig, ServeOptions
 from dance_jax.engine.sequence import OutputDelta, Request
 
 #: In `Setup.control`, stands for the machine that the server's ssh connection comes from.
 SSH_CLIENT = "{ssh client}"
-#: Environment variable with the API key; --api-key is visible to other users of the machine.
-API_KEY_VARIABLE = "DANCE_JAX_API_KEY"
 
 
 class Setup(msgspec.Struct, kw_only=True):
@@ -60,47 +63,6 @@ class Setup(msgspec.Struct, kw_only=True):
     beats: bool
     #: Unix time in ns at which the trace begins; 0: no trace.
     trace_from: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class ServeOptions:
-    """Options of the front ends."""
-
-    served_model_name: str = option(
-        "",
-        "name of the model in requests and answers (default: org/name, the model's directory, or "
-        "demo)",
-        metavar="NAME",
-    )
-    bind: str = option(
-        "127.0.0.1",
-        "address that each server listens on; 0.0.0.0: all addresses (default: {default})",
-        metavar="ADDRESS",
-    )
-    port: int = option(
-        8000,
-        "port of each server; the second server on the same machine uses the next port, and so on "
-        "(default: {default})",
-        kind="port",
-    )
-    api_key: str | None = option(
-        None,
-        "key that requests must carry; visible to other users of the machine, unlike "
-        f"{API_KEY_VARIABLE} (default: no key)",
-        metavar="KEY",
-    )
-    drain_seconds: float = option(
-        30.0,
-        "seconds for running requests to finish after SIGTERM or Ctrl-C (default: {default})",
-        kind="seconds",
-        metavar="S",
-    )
-    max_queue: int = option(
-        256,
-        "requests per server that may wait for their first token (default: {default})",
-        kind="count",
-        metavar="N",
-    )
 
 
 class FrontSetup(msgspec.Struct, kw_only=True):

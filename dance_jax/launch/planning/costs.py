@@ -13,7 +13,7 @@ import numpy as np
 
 from dance_jax.config import ClusterSpec, EngineConfig
 from dance_jax.models.config import ModelConfig
-from dance_jax.models.messages import encode, row_bytes
+from dance_jax.models.lock_step_messages import encode, row_bytes
 from dance_jax.placement.cost import CallCost, Cost, LockStepCost, of_pairs
 
 #: Rate (bits per second) and round trip (seconds) of links when none is known but costs are in

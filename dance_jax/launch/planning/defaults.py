@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pathlib
 
 from dance_jax.config import (
     DEFAULT_MODEL_LEN,
     EXCHANGES,
+    INTEGER_KINDS,
     WIRE_DTYPES,
     EngineConfig,
     EngineOptions,
@@ -55,6 +57,16 @@ def own_wire_dtype(dtype: str, formats: Formats | None) -> str:
     return "float32" if wide and dtype == "float32" else "bfloat16"
 
 
+def _check_whole(options: EngineOptions) -> None:
+    """Check that the options that count something are whole numbers, also if set from Python."""
+    for field in dataclasses.fields(EngineOptions):
+        value = getattr(options, field.name)
+        if field.metadata["kind"] not in INTEGER_KINDS or value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise UserError(f"{field.name}={value!r}: must be a whole number")
+
+
 def engine_config(
     model: ModelConfig,
     options: EngineOptions = EngineOptions(),  # noqa: B008 (frozen)
@@ -73,10 +85,7 @@ def engine_config(
     Raises:
         UserError: a value is wrong, or more than the model supports.
     """
-    for name in ("max_model_len", "max_num_seqs", "kv_memory", "seed"):
-        value = getattr(options, name)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-            raise UserError(f"{name}={value!r}: must be a whole number")
+    _check_whole(options)
     longest, max_model_len = model.max_position, options.max_model_len
     if max_model_len is None:
         max_model_len = min(longest, DEFAULT_MODEL_LEN)

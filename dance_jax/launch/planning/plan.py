@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from dance_jax.config import ClusterSpec, EngineConfig, UserError
+from dance_jax.config import DEFAULT_POLICY, ClusterSpec, EngineConfig, UserError
 from dance_jax.engine.kv_cache import cache_bytes, state_bytes, state_copies
 from dance_jax.launch.planning.costs import cluster_cost, cost_note
 from dance_jax.launch.planning.exchange import ExchangeChoice, choose_exchange
@@ -16,7 +16,7 @@ from dance_jax.models.config import ModelConfig
 from dance_jax.models.rounding import unfit_report
 from dance_jax.placement.activations import Activations
 from dance_jax.placement.core import Layout, Placement, spread
-from dance_jax.placement.policies import DEFAULT_POLICY, POLICIES, place, usable, why_not
+from dance_jax.placement.policies import POLICIES, place, usable, why_not
 from dance_jax.placement.spare import spare_slots
 from dance_jax.placement.visit import MAX_SERVERS
 
@@ -150,7 +150,6 @@ def make_plan(
         spec: the servers; rates still to be measured count as unknown.
         model: the checkpoint.
         config: of the engines.
-        policy: a name in `placement.POLICIES`; if it cannot place, `placement.usable` chooses
         policy: a name in `placement.POLICIES`; where it cannot place, `placement.usable` takes
             another policy.
         activations: statistics of every server's requests; None: all counts are equal.

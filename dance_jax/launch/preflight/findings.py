@@ -29,7 +29,7 @@ class Finding:
 
     #: Name of the server concerned; None: all servers.
     server: str | None
-    #: Column of the table.
+    #: Column of the table: a key of `report._HEADS`.
     check: str
     #: What is wrong, where, and what to do.
     message: str

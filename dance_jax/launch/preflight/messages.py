@@ -1,4 +1,7 @@
-"""The questions of a preflight and their answers, one line of JSON each."""
+"""Messages of the preflight, between the launcher and the probes: questions and answers.
+
+Each is one line of JSON, on a probe's standard input or output.
+"""
 
 from __future__ import annotations
 

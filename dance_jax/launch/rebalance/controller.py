@@ -17,13 +17,13 @@ from typing import Protocol
 
 import numpy as np
 
-from dance_jax.config import ClusterSpec, EngineConfig
+from dance_jax.config import ClusterSpec, EngineConfig, RebalanceOptions
 from dance_jax.launch.control import protocol
 from dance_jax.launch.control.protocol import Decision
 from dance_jax.launch.planning.costs import running_cost
 from dance_jax.launch.planning.plan import ModelFacts
-from dance_jax.launch.rebalance.decision import Answer, DecisionInputs, RebalanceOptions
-from dance_jax.launch.rebalance.migration import Migration
+from dance_jax.launch.rebalance.batches import Migration
+from dance_jax.launch.rebalance.decision import Answer, DecisionInputs
 from dance_jax.launch.rebalance.solver import Solver, SolverError
 from dance_jax.launch.rebalance.state import ServiceState
 from dance_jax.launch.rebalance.workload import Statistics, Workload

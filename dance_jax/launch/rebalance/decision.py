@@ -10,60 +10,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dance_jax.config import option
 from dance_jax.placement import migration
 from dance_jax.placement.core import Layout, Placement, Routes, spread
 from dance_jax.placement.cost import Cost, LockStepCost, staggered_share
 from dance_jax.placement.migration import ERRORS, HYSTERESIS, MoveBatch
-from dance_jax.placement.policies import DEFAULT_POLICY, POLICIES, place, usable
+from dance_jax.placement.policies import place, usable
 
 #: Most bytes, and most experts, that a device writes between two steps.
 BATCH_BYTES, BATCH_EXPERTS = 16 << 20, 4
-#: Seconds over which a placement is evaluated if it is computed only on request.
-HORIZON_S = 300.0
-
-
-@dataclasses.dataclass(frozen=True)
-class RebalanceOptions:
-    """When experts move while a service runs, and by which policy."""
-
-    interval_s: float = option(
-        300.0,
-        "seconds between two decisions; 0: only on POST /placement/rebalance (default: {default})",
-        flag="--rebalance-interval",
-        kind="seconds",
-        metavar="S",
-    )
-    policy: str = option(
-        DEFAULT_POLICY,
-        "policy for moving experts, as --policy (default: {default})",
-        flag="--rebalance-policy",
-        choices=tuple(POLICIES),
-        metavar="NAME",
-    )
-    # A fifth of the interval: at the second decision after a shift, hardly any weight is left on
-    # the workload before the shift.
-    half_life_s: float | None = option(
-        60.0,
-        "seconds after which past requests count half; 0: they never fade (default: {default})",
-        flag="--half-life",
-        kind="seconds",
-        metavar="S",
-    )
-    state_dir: str | None = option(
-        None,
-        "directory that keeps placement and statistics for the next start",
-        kind="path",
-        metavar="DIR",
-    )
-    dry_run: bool = option(
-        False, "report which experts would move, without moving them", flag="--rebalance-dry-run"
-    )
-
-    @property
-    def horizon_s(self) -> float:
-        """Seconds over which costs are compared."""
-        return self.interval_s or HORIZON_S
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -66,7 +66,8 @@ constexpr size_t kMostUnanswered = kMostGroups + 1;
 // them.
 std::vector<int> ChooseServers(const std::vector<Ranks>& holders, const std::vector<int>& order);
 
-// What a server counts per peer. All counters only grow. Same order as in models/counters.py.
+// What a server counts per peer. All counters only grow. models/counters.py has the same fields in the
+// same order: change both together.
 struct PeerCounters {
   enum Name {
     kCalls,          // sent to the peer, repeats included
@@ -86,7 +87,8 @@ struct PeerCounters {
   std::array<std::atomic<int64_t>, kCount> value{};
 };
 
-// Totals over all calls and layers.
+// Totals over all calls and layers. models/counters.py (Sums, Moved) has the same fields in the same order:
+// change both together.
 struct CallSums {
   // Of own steps: layers run, seconds computing local experts, seconds waiting for answers.
   double layers = 0, local_s = 0, waited_s = 0;

@@ -374,7 +374,7 @@ void Add(float a, const float* x, float* y, int64_t count) {
 
 }  // namespace
 
-// Referenced by choose.cc.
+// Referenced by instruction_set.cc.
 extern const Kernels kernels;
 const Kernels kernels = {Multiply, Column, Activate, Add};
 

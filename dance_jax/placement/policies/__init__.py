@@ -48,8 +48,8 @@ POLICIES: dict[str, Policy] = {
     "latency": Policy(latency, needs_routes=True, weighs_cost=True),
 }
 
-#: The default policy, and the one that replaces policies that lack routes.
-DEFAULT_POLICY, WITHOUT_ROUTES = "latency", "optimal"
+#: The policy that replaces policies that lack routes.
+WITHOUT_ROUTES = "optimal"
 
 log = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""What holds whatever is simulated, against `placement.metrics`."""
+"""What holds whatever is simulated, against `placement.measures`."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_invariants(case: Scenario) -> None:
     # Every request is served, and none before it came.
     assert (result.ttfts > 0).all() and (result.latencies >= result.ttfts).all()
     assert np.array_equal(result.ttfts == result.latencies, case.requests.output == 1)
-    # What crosses the links is what `placement.metrics` says of the routes.
+    # What crosses the links is what `placement.measures` says of the routes.
     traffic = case.placement.traffic(case.routes, case.order)
     flows = traffic.transfers_lnn
     if case.messages == "expert":

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dance_jax.models.messages import (
+from dance_jax.models.lock_step_messages import (
     NO_EXPERT,
     decode,
     encode,

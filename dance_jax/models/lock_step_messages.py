@@ -1,6 +1,7 @@
-"""Data sent between servers that step together: rows, their encoding, and statuses.
+"""Messages of lock step, from engine to engine over collectives: rows, their encoding, statuses.
 
-A `Transport` carries the data (collectives.py).
+A `Transport` carries them (collectives.py). Servers that step on their own send expert calls
+instead (call_messages.py).
 """
 
 from __future__ import annotations

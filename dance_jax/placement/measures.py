@@ -1,4 +1,4 @@
-"""Metrics of a placement on given routes: remote, any-miss, transfers, busiest, load, layer time.
+"""Measures of a placement on given routes: remote, any-miss, transfers, busiest, load, layer time.
 
 All servers weigh the same, however many tokens their routes have. Servers without tokens send
 nothing and are left out of the means.
