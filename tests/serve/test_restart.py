@@ -66,8 +66,10 @@ class Load:
             [asyncio.create_task(self._ask(rank, number)) for number in numbers]
             for rank in range(len(self._clients))
         ]
-        for begun in self._begun:
+        for begun, url in zip(self._begun, self._served.urls, strict=True):
             await begun.wait()
+            while await asyncio.to_thread(metric, url, "requests_in_flight") < len(numbers):
+                await asyncio.sleep(0.02)
         for own in self._answers:
             assert not all(answer.done() for answer in own), "too little for this machine"
         return self

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 
 import psutil
 import pytest
@@ -38,24 +39,23 @@ def ssh(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> FakeSsh:
     return fake
 
 
-def no_children(seconds: float = 5) -> bool:
-    """Whether every process that a test started here is gone; the session's cluster may run."""
-    children = psutil.Process().children(recursive=True)
-    _, alive = psutil.wait_procs([child for child in children if not _in_cluster(child)], seconds)
-    return not alive
+@pytest.fixture
+def no_children() -> Callable[[], bool]:
+    """Whether every process that the test started is gone; other tests' servers may run."""
+    before = set(psutil.Process().children(recursive=True))
 
+    def look() -> bool:
+        started = set(psutil.Process().children(recursive=True)) - before
+        _, alive = psutil.wait_procs(started, timeout=5)
+        return not alive
 
-def _in_cluster(child: psutil.Process) -> bool:
-    try:
-        return "tests.cluster.worker" in child.cmdline()
-    except psutil.Error:  # the process has just ended
-        return False
+    return look
 
 
 # Servers of this machine.
 
 
-def test_three_servers_here() -> None:
+def test_three_servers_here(no_children: Callable[[], bool]) -> None:
     found = run(LOCAL)
     found.check()
     assert not found.findings
@@ -209,7 +209,9 @@ def test_ssh_that_fails(ssh: FakeSsh, said: str, status: int, meaning: str) -> N
     assert "! no" in text(found) and found.client_addresses == ("10.9.8.7", None)
 
 
-def test_a_host_that_hangs(ssh: FakeSsh, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_host_that_hangs(
+    ssh: FakeSsh, monkeypatch: pytest.MonkeyPatch, no_children: Callable[[], bool]
+) -> None:
     """With one host only, because a second host would have to answer within the short timeout."""
     monkeypatch.setattr(preflight, "FIRST_TIMEOUT_S", 1.0)
     ssh.host("beta", "sleep 600")
