@@ -30,6 +30,8 @@ QUESTIONS: tuple[dict[str, Any], ...] = (
     {"prompt": "On and on", "temperature": 0.8, "seed": 12, "n": 2},
     {"prompt": "The end", "temperature": 0},
 )
+#: The questions to a server, by number.
+NUMBERS = (0, *tuple(range(1, len(QUESTIONS))) * COPIES)
 LENGTH = 230
 #: Chunks of the streamed answer that every server has sent before a test interferes.
 UNDER_WAY = 8
@@ -46,11 +48,17 @@ class Answer:
 class Load:
     """All questions to all servers of a cluster.
 
-    This is an async context manager: inside it, the questions are in flight.
+    This is an async context manager: inside it, the questions are on their way.
+
+    Args:
+        served: the cluster.
+        accepted: stream all answers, and begin when the servers have accepted all questions. A
+            stream's headers say so; otherwise a question may still be on its way.
     """
 
-    def __init__(self, served: Served) -> None:
-        self._served = served
+    def __init__(self, served: Served, accepted: bool = False) -> None:
+        self._streamed = accepted
+        self._accepted = [asyncio.Event() for _ in range(len(NUMBERS) * len(served.urls))]
         self._clients = [
             openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
             for url in served.urls
@@ -61,15 +69,13 @@ class Load:
         # Warm up each server, so that all answers start together.
         for client in self._clients:
             await client.completions.create(model=MODEL, prompt="a", max_tokens=1)
-        numbers = [0, *list(range(1, len(QUESTIONS))) * COPIES]
+        accepted = iter(self._accepted)
         self._answers = [
-            [asyncio.create_task(self._ask(rank, number)) for number in numbers]
+            [asyncio.create_task(self._ask(rank, number, next(accepted))) for number in NUMBERS]
             for rank in range(len(self._clients))
         ]
-        for begun, url in zip(self._begun, self._served.urls, strict=True):
-            await begun.wait()
-            while await asyncio.to_thread(metric, url, "requests_in_flight") < len(numbers):
-                await asyncio.sleep(0.02)
+        for event in (*self._begun, *(self._accepted if self._streamed else ())):
+            await event.wait()
         for own in self._answers:
             assert not all(answer.done() for answer in own), "too little for this machine"
         return self
@@ -83,24 +89,25 @@ class Load:
     async def answers(self) -> list[Answer]:
         return await asyncio.gather(*itertools.chain(*self._answers))
 
-    async def _ask(self, rank: int, number: int) -> Answer:
+    async def _ask(self, rank: int, number: int, accepted: asyncio.Event) -> Answer:
         create = self._clients[rank].completions.create
         asked = {"model": MODEL, "max_tokens": LENGTH, "extra_body": {"ignore_eos": True}}
         answer, count = Answer({}, {}), 0
-        if number > 0:
+        if number > 0 and not self._streamed:
             whole = await create(**asked, **QUESTIONS[number])
             for choice in whole.choices:
                 answer.texts[choice.index] = choice.text
                 answer.reasons[choice.index] = choice.finish_reason
             return answer
         chunks = await create(**asked, **QUESTIONS[number], stream=True)
+        accepted.set()
         async for chunk in chunks:
             for choice in chunk.choices:
                 answer.texts[choice.index] = answer.texts.get(choice.index, "") + choice.text
                 if choice.finish_reason is not None:
                     answer.reasons[choice.index] = choice.finish_reason
             count += 1
-            if count == UNDER_WAY:
+            if number == 0 and count == UNDER_WAY:
                 self._begun[rank].set()
         return answer
 
@@ -176,7 +183,7 @@ def test_a_signal_lets_servers_finish_what_runs(
     quiet: list[Answer], tiny: Tiny, tmp_path: pathlib.Path
 ) -> None:
     async def ask(cluster: Served) -> list[Answer]:
-        async with Load(cluster) as load:
+        async with Load(cluster, accepted=True) as load:
             cluster.process.send_signal(signal.SIGTERM)
             # Poll until each server has stopped listening.
             for rank in range(len(NAMES)):
