@@ -132,6 +132,7 @@ def remote(tiny: Tiny, tmp_path: pathlib.Path) -> Iterator[Remote]:
         remote.process.wait()
 
 
+@pytest.mark.slow  # the testbed compares the answers of a batch over real ssh in each CI run
 def test_servers_over_ssh_give_the_same(tiny: Tiny, remote: Remote, tmp_path) -> None:
     output = tmp_path / "out.jsonl"
     prompts = tiny.folder / "prompts.jsonl"

@@ -20,6 +20,8 @@ from dance_jax.launch.agent.command import SSH_FAILED, server_command, server_en
 
 #: Precedes every answer of a process, because a login shell may print its own text first.
 MARK = b"dance_jax answer: "
+#: Seconds until a killed process must have ended.
+_KILLED_S = 5.0
 #: Lines of a dead server's log that the error quotes.
 LOG_LINES = 25
 
@@ -118,7 +120,7 @@ class ServerProcess(abc.ABC):
         self.wait(grace_s)
         # Even after the end, because children may outlive the process.
         self.kill(signal.SIGKILL)
-        self.wait(grace_s)
+        self.wait(_KILLED_S)
 
     @property
     @abc.abstractmethod
