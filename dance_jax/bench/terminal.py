@@ -45,6 +45,7 @@ def exit_code(work: Callable[[], int], *failures: type[Exception]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return WRONG
     except KeyboardInterrupt:
+        print("interrupted: the run was not finished, no results were kept", file=sys.stderr)
         return INTERRUPTED
 
 

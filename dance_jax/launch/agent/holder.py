@@ -66,8 +66,7 @@ def run_node(
     with (
         contextlib.closing(connection),
         contextlib.closing(contact),
-        tempfile.TemporaryDirectory(prefix="dance-jax-") as private,
-        _Holder(server, connection.socket, log_dir, private, progress) as holder,
+        _Holder(server, connection.socket, log_dir, progress) as holder,
     ):
         poller = zmq.Poller()
         for source in (connection.socket, holder.changes):
@@ -93,7 +92,6 @@ class _Holder:
     Args:
         server, log_dir, progress: as for `run_node`.
         channel: to node 0.
-        private: directory that the child removes if its parent, this launcher, is killed.
     """
 
     def __init__(
@@ -101,14 +99,14 @@ class _Holder:
         server: ServerSpec,
         channel: zmq.Socket,
         log_dir: pathlib.Path | None,
-        private: str,
         progress: Callable[[str], None],
     ) -> None:
         # This is the server's own machine, so ssh= does not apply.
         self._server = ServerSpec(server.name, "", python=server.python)
         self._channel = channel
-        self._log_path = (log_dir or pathlib.Path(private)) / f"{server.name}.log"
-        self._private = private
+        self._log_dir = log_dir
+        #: Directory that the server removes if this launcher is killed. The probe needs none.
+        self._private: tempfile.TemporaryDirectory[str] | None = None
         self._progress = progress
         self._process: ChildProcess | None = None
         self._start = protocol.NodeStart(0, "", False, False)
@@ -126,6 +124,8 @@ class _Holder:
     def __exit__(self, *_: object) -> None:
         if self._process is not None:
             self._process.end(0.0)
+        if self._private is not None:
+            self._private.cleanup()
         self.changes.close()
         self._noted.close()
 
@@ -167,13 +167,18 @@ class _Holder:
         if self._process is not None:
             self._process.end(_END_S)
         self._start, self.told_to_end, self.failed = start, False, False
+        private, log_path = "", None
+        if not start.answers:
+            self._private = self._private or tempfile.TemporaryDirectory(prefix="dance-jax-")
+            private = self._private.name
+            log_path = (self._log_dir or pathlib.Path(private)) / f"{self._server.name}.log"
         try:
             self._process = ChildProcess(
                 self._server,
                 start.module,
-                log_path=None if start.answers else self._log_path,
+                log_path=log_path,
                 answers=start.answers,
-                private=self._private,
+                private=private,
                 on_change=self._note,
             )
         except UserError as error:

@@ -178,7 +178,10 @@ class NodeProcess(ServerProcess):
     def lost(self) -> str:
         if self.ended is None or self._end is not None:
             return ""
-        return f"is lost: its node (--node-rank {self._rank}) cannot be reached any more"
+        return (
+            f"is lost: its node (--node-rank {self._rank}) cannot be reached any more; look at its "
+            "terminal, then start all nodes again"
+        )
 
     def last_lines(self) -> list[str]:
         return ["(its log is on its node)"] if self._end is None else self._end.last_lines

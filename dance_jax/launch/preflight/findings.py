@@ -310,6 +310,8 @@ def links(surveys: Sequence[Survey], measured: Measurements) -> Iterator[Finding
         if survey.machine and not survey.machine.ports[0].problem:
             message = f"{survey.name} cannot listen at {survey.server.address}: {why}"
             yield Finding(survey.name, "links", message)
+    for rank, why in measured.lost.items():
+        yield Finding(surveys[rank].name, "links", f"{why} (while links were measured)")
     for (source, target), link in measured.links.items():
         if link.problem:
             sender, receiver = surveys[source], surveys[target]
@@ -327,7 +329,8 @@ def links(surveys: Sequence[Survey], measured: Measurements) -> Iterator[Finding
                 ),
             )
     links = measured.links.values()
-    if len(measured.ports) < len(surveys) or any(link.problem for link in links):
+    broken = measured.lost or any(link.problem for link in links)
+    if broken or len(measured.ports) < len(surveys):
         return  # no rates were measured, for a reason that is already reported
     rated = {rank for pair, link in measured.links.items() if link.sent for rank in pair}
     for rank, survey in enumerate(surveys):

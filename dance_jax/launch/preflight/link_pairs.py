@@ -53,11 +53,12 @@ def measure_links(
         for one, other in itertools.combinations(sorted(ports), 2)
         if surveys[one].server.address != surveys[other].server.address
     ]
-    measure = functools.partial(_measure, surveys, askers, ports, token)
+    lost: dict[int, str] = {}
+    measure = functools.partial(_measure, surveys, askers, ports, token, lost)
     both = [*pairs, *((other, one) for one, other in pairs)]
     links = measure(both, 0.0)
-    if len(ports) < len(surveys) or any(link.problem for link in links.values()):
-        return Measurements(links, ports, deaf)
+    if len(ports) < len(surveys) or lost or any(link.problem for link in links.values()):
+        return Measurements(links, ports, deaf, lost)
     wanted = [
         pair
         for pair in pairs
@@ -68,14 +69,14 @@ def measure_links(
     for number, together in enumerate(rounds, 1):
         if time.monotonic() > deadline:
             left_out = sum(map(len, rounds[number - 1 :]))
-            return Measurements(links, ports, deaf, left_out)
+            return Measurements(links, ports, deaf, lost, left_out)
         progress(f"measuring rates, {number} of {len(rounds)}")
         seconds = min(max(RATES_S / (2 * len(rounds)), SHORTEST_RATE_S), LONGEST_RATE_S)
         for pair, link in measure(together, seconds).items():
             # The round trip was measured while the link was idle.
             link.rtt = links[pair].rtt
             links[pair] = link
-    return Measurements(links, ports, deaf)
+    return Measurements(links, ports, deaf, lost)
 
 
 def disjoint_rounds(
@@ -125,10 +126,14 @@ def _measure(
     askers: Sequence[Asker],
     ports: Mapping[int, int],
     token: str,
+    lost: dict[int, str],
     pairs: Sequence[tuple[int, int]],
     seconds: float,
 ) -> Links:
-    """Measure links; each server measures its links one after the other."""
+    """Measure links; each server measures its links one after the other.
+
+    Servers that cannot be asked are added to `lost`, and links from and to them are left out.
+    """
     targets: dict[int, list[int]] = {}
     for source, target in pairs:
         targets.setdefault(source, []).append(target)
@@ -142,7 +147,8 @@ def _measure(
         try:
             reply = askers[source].ask(request, patience)
         except Unreachable as error:
-            return [Link(str(error)) for _ in peers]
+            lost[source] = str(error)
+            return []
         assert isinstance(reply, Measured)
         return reply.links
 
@@ -151,5 +157,6 @@ def _measure(
     for (source, ranks), links in zip(targets.items(), replies, strict=True):
         if isinstance(links, Exception):
             raise links
-        found |= {(source, rank): link for rank, link in zip(ranks, links, strict=True)}
-    return found
+        # A lost server has no links.
+        found |= {(source, rank): link for rank, link in zip(ranks, links, strict=False)}
+    return {pair: link for pair, link in found.items() if not lost.keys() & set(pair)}

@@ -59,5 +59,7 @@ class Measurements:
     ports: dict[int, int]
     #: By rank, why a server could not listen.
     deaf: dict[int, str]
+    #: By rank, why a server that had answered could not be asked to measure.
+    lost: dict[int, str] = dataclasses.field(default_factory=dict)
     #: Links whose rates should have been measured but were not, because time ran out.
     left_out: int = 0

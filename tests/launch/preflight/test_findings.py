@@ -247,6 +247,20 @@ def test_servers_that_cannot_reach_each_other() -> None:
     assert found.rate(0, 1) is None and "! timed out" in text(found)
 
 
+def test_a_server_that_is_lost_while_links_are_measured() -> None:
+    """One finding says so, and none blames a link."""
+
+    class Lost(MadeUp):
+        def ask(self, request: Request, timeout_s: float) -> Reply:
+            if isinstance(request, Measure):
+                raise Unreachable("beta is lost")
+            return super().ask(request, timeout_s)
+
+    found = made_up(MadeUp(), Lost(), MadeUp(), measure_all=True)
+    assert only(found) == "beta is lost (while links were measured)"
+    assert found.rtt(0, 1) is None and found.rtt(0, 2) is not None
+
+
 def test_many_servers_have_ranges() -> None:
     hosts = "\n".join(f"s{n} address=127.0.0.{n + 1} experts=1" for n in range(8))
     found = made_up(*[MadeUp()] * 8, hosts=hosts)
