@@ -313,7 +313,8 @@ def links(surveys: Sequence[Survey], measured: Measurements) -> Iterator[Finding
     for rank, why in measured.lost.items():
         yield Finding(surveys[rank].name, "links", f"{why} (while links were measured)")
     for (source, target), link in measured.links.items():
-        if link.problem:
+        # A lost server explains the links to it.
+        if link.problem and target not in measured.lost:
             sender, receiver = surveys[source], surveys[target]
             known = sender.machine.resolved[receiver.server.address] if sender.machine else None
             address = known.addresses[0] if known and known.addresses else receiver.server.address

@@ -132,7 +132,7 @@ def _measure(
 ) -> Links:
     """Measure links; each server measures its links one after the other.
 
-    Servers that cannot be asked are added to `lost`, and links from and to them are left out.
+    Servers that cannot be asked are added to `lost`, and links from them are left out.
     """
     targets: dict[int, list[int]] = {}
     for source, target in pairs:
@@ -159,4 +159,4 @@ def _measure(
             raise links
         # A lost server has no links.
         found |= {(source, rank): link for rank, link in zip(ranks, links, strict=False)}
-    return {pair: link for pair, link in found.items() if not lost.keys() & set(pair)}
+    return found
