@@ -20,6 +20,7 @@ from dance_jax.cache import default_cache_dir
 from dance_jax.config import ClusterSpec, EngineConfig, UserError
 from dance_jax.launch.agent.network import Network
 from dance_jax.launch.agent.role import Role, role
+from dance_jax.launch.cli.answers import AnswerFile
 from dance_jax.launch.cli.attend import attend
 from dance_jax.launch.cli.options import (
     BATCH_TOKENS,
@@ -30,9 +31,9 @@ from dance_jax.launch.cli.options import (
     rebalance_options,
     serve_options,
 )
-from dance_jax.launch.cli.prompts import check_writable, read_prompts, same_file, write_results
+from dance_jax.launch.cli.prompts import check_writable, read_prompts, same_file
 from dance_jax.launch.cli.report import print_plan, print_summary
-from dance_jax.launch.cli.run import result_lines, run_prompts
+from dance_jax.launch.cli.run import run_prompts
 from dance_jax.launch.cli.stream import Startup, Stream, conversion, download, placing
 from dance_jax.launch.cluster.batch import Cluster
 from dance_jax.launch.cluster.fleet import ClusterError, Fleet
@@ -172,16 +173,23 @@ def _launch(options: argparse.Namespace, platform: str, console: Console) -> int
             network=network,
             trace=options.trace,
         )
+
+        def notice(text: str) -> None:
+            console.print(Text(text), soft_wrap=True)
+
         if prompts is None:
             before = None if state is None else state.statistics
             make = functools.partial(Service, serving, rebalance=moving, before=before)
             with started(make) as service:
                 attend(service, console)
             return 0
-        with started(Cluster) as cluster, Stream(console, spec.names, prompts) as stream:
-            result = run_prompts(cluster, plan, tokenizer, prompts, stream.update)
-    if options.output is not None:
-        write_results(options.output, result_lines(result))
+        with (
+            AnswerFile(options.output, spec.names, notice) as file,
+            started(Cluster) as cluster,
+            Stream(console, spec.names, prompts) as stream,
+        ):
+            result = run_prompts(cluster, plan, tokenizer, prompts, stream.update, file.add)
+            file.write()
     if options.save_activations is not None:
         result.activations(model.source).save(options.save_activations)
     print_summary(console, result)

@@ -11,8 +11,8 @@ import msgspec
 from dance_jax.config import ServerSpec
 from dance_jax.launch.agent.process import ChildProcess
 from dance_jax.launch.control import protocol
-from dance_jax.launch.control.channel import ControlListener, new_key
-from dance_jax.serve.loop_socket import LoopSocket
+from dance_jax.launch.control.channel import ControlListener, new_key, server_identity
+from dance_jax.serve.loop_channel import LoopChannel
 
 WORKER = "dance_jax.launch.worker.main"
 #: Seconds to wait for an engine to exit on its own, and, after SIGKILL, until the front end gives
@@ -44,9 +44,9 @@ class EngineProcess:
         loop = asyncio.get_running_loop()
         self._ended = asyncio.Event()
         key = new_key()
-        self._listener = ControlListener(key)
-        self._socket = LoopSocket(self._listener.socket, self._receive)
-        self._name = b"server-%d" % setup.rank
+        self._identity = server_identity(setup.rank)
+        self._listener = ControlListener(key, [self._identity])
+        self._channel = LoopChannel(self._listener.socket, self._listener.receive, self._receive)
         server = ServerSpec(setup.spec.servers[setup.rank].name, "")
         self._process = ChildProcess(
             server,
@@ -70,7 +70,8 @@ class EngineProcess:
 
     def send(self, command: protocol.Command) -> None:
         """Send a command to the engine; a command to a dead engine is lost."""
-        self._socket.send(self._name, protocol.encode(command))
+        self._listener.send(self._identity, protocol.encode(command))
+        self._channel.look_again()
 
     async def end(self) -> None:
         """Stop the engine and its child processes, and close the channel."""
@@ -80,7 +81,7 @@ class EngineProcess:
             self.kill()
             await self._within(KILL_TIMEOUT_S)
         self._process.let_go()
-        self._socket.close()
+        self._channel.close()
         self._listener.close(linger_s=0)
 
     def kill(self) -> None:
@@ -96,7 +97,7 @@ class EngineProcess:
             return False
         return True
 
-    def _receive(self, message: list[bytes]) -> None:
+    def _receive(self, message: tuple[str, bytes]) -> None:
         event = protocol.decode_event(message[1])
         if not isinstance(event, protocol.Failed):
             self._on_event(event)

@@ -28,10 +28,10 @@ from dance_jax.engine.sequence import request_seeds
 from dance_jax.launch.agent import child
 from dance_jax.launch.agent.model_files import ModelFiles
 from dance_jax.launch.control import protocol
-from dance_jax.launch.control.channel import ControlConnection, bracketed
+from dance_jax.launch.control.channel import ControlConnection, bracketed, server_identity
 from dance_jax.launch.control.protocol import FrontSetup
 from dance_jax.serve.engine_process import EngineProcess
-from dance_jax.serve.loop_socket import LoopSocket
+from dance_jax.serve.loop_channel import LoopChannel
 from dance_jax.serve.placement_state import PlacementState
 from dance_jax.serve.queue import RequestQueue
 
@@ -62,15 +62,15 @@ def main() -> None:
     front = FrontEnd(setup, private)
     child.end_with_parent(engine, on_parent_gone=front.kill)
     connection = ControlConnection(
-        child.parent_endpoint(engine), engine.control_key, f"server-{engine.rank}"
+        child.parent_endpoint(engine), engine.control_key, server_identity(engine.rank)
     )
     status = 0
     try:
-        connection.socket.send(protocol.encode(protocol.Hello(os.getpid())))
+        connection.send(protocol.encode(protocol.Hello(os.getpid())))
         asyncio.run(front.run(connection))
     except BaseException as error:
         traceback.print_exc()
-        connection.socket.send(protocol.encode(child.failure(error)))
+        connection.send(protocol.encode(child.failure(error)))
         status = 1
     front.kill()
     connection.close()
@@ -109,8 +109,9 @@ class FrontEnd:
         #: Restart commands, which take time, and commands for the engine; handled in order.
         self._commands: asyncio.Queue[protocol.PassedCommand | protocol.Restart] = asyncio.Queue()
         self._draining, self._stopped = asyncio.Event(), asyncio.Event()
+        self._connection = connection
         with contextlib.closing(_listen(self._setup.options)) as listener:
-            self._launcher = LoopSocket(connection.socket, self._from_launcher)
+            self._launcher = LoopChannel(connection.socket, connection.arrived, self._from_launcher)
             asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self._on_sigterm)
             layout = self._setup.engine.layout
             self._start_engine(layout)
@@ -144,10 +145,11 @@ class FrontEnd:
     # The launcher.
 
     def _tell(self, event: protocol.FrontEvent) -> None:
-        self._launcher.send(protocol.encode(event))
+        self._connection.send(protocol.encode(event))
+        self._launcher.look_again()
 
-    def _from_launcher(self, message: list[bytes]) -> None:
-        match protocol.decode_front_command(message[0]):
+    def _from_launcher(self, message: bytes) -> None:
+        match protocol.decode_front_command(message):
             case protocol.Stop():
                 self._stopped.set()
             case protocol.Drain():

@@ -18,9 +18,10 @@ from rich.console import Console
 
 from dance_jax.config import EngineOptions
 from dance_jax.engine.sequence import Request, SamplingParams
+from dance_jax.launch.cli.answers import answer_line
 from dance_jax.launch.cli.prompts import read_prompts
 from dance_jax.launch.cli.report import print_summary
-from dance_jax.launch.cli.run import RunResult, result_lines, run_prompts
+from dance_jax.launch.cli.run import RunResult, run_prompts
 from dance_jax.launch.cli.stream import Stream
 from dance_jax.launch.cluster.batch import Cluster
 from dance_jax.launch.control import protocol
@@ -121,12 +122,21 @@ def _cold_run(folder: pathlib.Path, expert_library: pathlib.Path | None) -> Tiny
         checkpoint.fingerprint,
         checkpoint.source,
         result,
-        result_lines(result),
+        lines(result),
         console.export_text(),
         [(ready.cache_hits, ready.cache_misses) for ready in started],
         functions,
-        result_lines(again),
+        lines(again),
     )
+
+
+def lines(result: RunResult) -> list[dict[str, Any]]:
+    """The lines of --output."""
+    names = result.plan.spec.names
+    return [
+        answer_line(names[prompt.rank], prompt, output)
+        for prompt, output in zip(result.prompts, result.outputs, strict=True)
+    ]
 
 
 def give_up(cluster: Cluster) -> None:

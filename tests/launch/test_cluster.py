@@ -219,15 +219,24 @@ def test_a_dead_server_is_named(rank: int, tiny: Tiny, launch, tmp_path: pathlib
     ],
 )
 def test_a_signal_leaves_nothing(number: int, code: int, tiny: Tiny, launch, tmp_path) -> None:
-    run = launch("--prompts", many_prompts(tmp_path))
+    output = tmp_path / "out.jsonl"
+    partial = tmp_path / "out.jsonl.partial"
+    run = launch("--prompts", many_prompts(tmp_path), "--output", output)
     # One signal comes while the batch runs, the other while servers start.
-    run.wait_for(" | " if number == signal.SIGINT else "joining")
+    run.wait_for(" [length]" if number == signal.SIGINT else "joining")
     ports = {c.laddr.port for p in run.workers for c in p.net_connections() if c.status == "LISTEN"}
     run.process.send_signal(number)
     assert run.process.wait(10) == code
     run.assert_nothing_left()
     listening = {c.laddr.port for c in psutil.net_connections() if c.status == "LISTEN"}
     assert not ports & listening
+    assert not output.exists()
+    if number == signal.SIGINT:
+        complete = [json.loads(line) for line in partial.read_text().splitlines()]
+        assert f"complete answers: {len(complete)}, in {partial}" in run.text
+        assert {len(answer["token_ids"]) for answer in complete} == {240}
+    else:
+        assert not partial.exists()
 
 
 def test_workers_end_with_a_killed_parent(tiny: Tiny, launch, tmp_path: pathlib.Path) -> None:

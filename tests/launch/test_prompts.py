@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
 
 import pytest
 
 from dance_jax.config import UserError
-from dance_jax.launch.cli.prompts import check_writable, read_prompts, same_file, write_results
+from dance_jax.launch.cli.prompts import check_writable, read_prompts, same_file
 from dance_jax.launch.planning.hosts import parse_hosts
 
 SPEC = parse_hosts("\n".join(f"{name} address=localhost experts=1" for name in "abc"))
@@ -75,25 +74,6 @@ def test_missing_and_empty_files(tmp_path: pathlib.Path) -> None:
         read_prompts(tmp_path / "none", SPEC, 9)
     with pytest.raises(UserError, match="no prompt"):
         read_prompts(written(tmp_path, " "), SPEC, 9)
-
-
-def test_results_appear_whole_or_not_at_all(tmp_path: pathlib.Path) -> None:
-    path = tmp_path / "out.jsonl"
-    write_results(path, [{"index": 0, "text": "\u00fc\u2028"}, {"index": 1}])
-    lines = path.read_text(encoding="utf-8").split("\n")
-    assert [json.loads(line) for line in lines[:-1]] == [
-        {"index": 0, "text": "\u00fc\u2028"},
-        {"index": 1},
-    ]
-
-    def breaks():
-        yield {"index": 0}
-        raise RuntimeError
-
-    with pytest.raises(RuntimeError):
-        write_results(path, breaks())
-    assert path.read_text(encoding="utf-8").split("\n") == lines
-    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_places_that_cannot_be_written(tmp_path: pathlib.Path) -> None:

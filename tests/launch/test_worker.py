@@ -67,6 +67,8 @@ class Played:
 
     # The channel.
 
+    keeps_up = True
+
     def waits(self, timeout_s: float = 0.0) -> bool:
         self.looks += not self._commands
         return bool(self._commands)

@@ -46,7 +46,7 @@ def main() -> None:
     start = 0
 
     def tell(event: protocol.FrontEvent) -> None:
-        connection.socket.send(protocol.encode(event))
+        connection.send(protocol.encode(event))
 
     def die(*_: object) -> None:
         if script.calls and not second:
@@ -72,7 +72,7 @@ def main() -> None:
     tell(protocol.Hello(os.getpid()))
     begin()
     while True:
-        match protocol.decode_front_command(connection.socket.recv()):
+        match protocol.decode_front_command(connection.receive()):
             case protocol.Stop():
                 break
             case protocol.Restart(number):

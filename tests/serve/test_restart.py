@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import itertools
+import json
 import pathlib
 import re
 import signal
@@ -35,6 +36,8 @@ NUMBERS = (0, *tuple(range(1, len(QUESTIONS))) * COPIES)
 LENGTH = 230
 #: Chunks of the streamed answer that every server has sent before a test interferes.
 UNDER_WAY = 8
+#: Seconds of a pause, such as a suspended machine's.
+PAUSE_S = 7.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,6 +180,38 @@ def test_every_answer_arrives_whichever_engine_dies(
         log = (served.output.parent / "logs" / "beta.log").read_text()
         assert re.search("for experts of (alpha|gamma), which does not answer", log)
         assert re.search("no sequence waits for experts of (alpha|gamma)", log)
+
+
+def test_a_pause_of_a_process_costs_nothing_but_time(
+    served: Served, quiet: list[Answer], tiny: Tiny, tmp_path: pathlib.Path
+) -> None:
+    """The launcher and a front end of a service pause, and the launcher of a batch."""
+    line = {"prompt": "on and on", "max_tokens": 200}
+    (tmp_path / "many.jsonl").write_text(f"{json.dumps(line)}\n" * 150)
+    files = "--prompts", tmp_path / "many.jsonl", "--output", tmp_path / "out.jsonl"
+    batch = Launch(tiny.command(*files), tmp_path)
+    batch.wait_for(" | ")
+
+    async def ask() -> list[Answer]:
+        async with Load(served) as load:
+            paused = batch.process, served.process, served.front(1)
+            for process in paused:
+                process.suspend()
+            await asyncio.sleep(PAUSE_S)
+            for process in paused:
+                process.resume()
+            return await load.answers()
+
+    try:
+        assert asyncio.run(asyncio.wait_for(ask(), 120)) == quiet
+        assert batch.process.wait(60) == 0, batch.text
+    finally:
+        batch.kill()
+    answers = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [answer["index"] for answer in answers] == list(range(150))
+    assert len({tuple(answer["token_ids"]) for answer in answers}) == 1
+    assert not (tmp_path / "out.jsonl.partial").exists()
+    batch.assert_nothing_left()
 
 
 def test_a_signal_lets_servers_finish_what_runs(

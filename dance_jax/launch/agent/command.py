@@ -13,7 +13,7 @@ from dance_jax.config import ServerSpec, SshTarget
 #: Seconds until a host that does not answer counts as unreachable.
 CONNECT_TIMEOUT_S = 10
 #: Seconds between ssh keep-alives; number of missed ones after which the connection is lost.
-ALIVE_INTERVAL_S, ALIVE_COUNT = 1, 4
+ALIVE_INTERVAL_S, ALIVE_COUNT = 5, 15
 #: ssh's own exit status: connecting failed, or the connection was lost.
 SSH_FAILED = 255
 #: Environment variable with the parent's private directory on this machine, which the child removes

@@ -25,7 +25,7 @@ from dance_jax.config import ServerSpec, UserError
 from dance_jax.launch.agent.nodes import MEET_TIMEOUT_S
 from dance_jax.launch.agent.process import ChildProcess
 from dance_jax.launch.control import protocol
-from dance_jax.launch.control.channel import ALIVE_TIMEOUT_S, ControlConnection
+from dance_jax.launch.control.channel import RECONNECT_S, ControlConnection, node_identity
 
 #: After so many connections lost in the handshake, the key counts as wrong.
 _REFUSALS = 3
@@ -59,27 +59,26 @@ def run_node(
     Raises:
         UserError: node 0 refuses the key.
     """
-    connection = ControlConnection(endpoint, key, f"node-{rank}")
+    connection = ControlConnection(endpoint, key, node_identity(rank))
     contact = _Contact(connection.socket)
-    connection.socket.send(protocol.encode(protocol.NodeHello(os.getpid())))
+    connection.send(protocol.encode(protocol.NodeHello(os.getpid())))
     progress(f"node {rank} ({server.name}): connecting to node 0 at {endpoint}")
     with (
         contextlib.closing(connection),
         contextlib.closing(contact),
-        _Holder(server, connection.socket, log_dir, progress) as holder,
+        _Holder(server, connection, log_dir, progress) as holder,
     ):
         poller = zmq.Poller()
         for source in (connection.socket, holder.changes):
             poller.register(source, zmq.POLLIN)
         while contact.alive():
-            ready = dict(poller.poll(100))
+            poller.poll(100)
             holder.report()
-            if connection.socket not in ready:
-                continue
-            command = protocol.decode_node_command(connection.socket.recv())
-            if isinstance(command, protocol.NodeEnd):
-                return 1 if holder.failed else 0
-            holder.obey(command)
+            while connection.waits():
+                command = protocol.decode_node_command(connection.receive())
+                if isinstance(command, protocol.NodeEnd):
+                    return 1 if holder.failed else 0
+                holder.obey(command)
         if holder.told_to_end:  # node 0 had already told the process to end
             return 0
         progress("node 0 cannot be reached any more; the server is stopped")
@@ -97,7 +96,7 @@ class _Holder:
     def __init__(
         self,
         server: ServerSpec,
-        channel: zmq.Socket,
+        channel: ControlConnection,
         log_dir: pathlib.Path | None,
         progress: Callable[[str], None],
     ) -> None:
@@ -204,7 +203,7 @@ class _Holder:
 
 
 class _Contact:
-    """Watches the connection to node 0; short interruptions are tolerated."""
+    """Watches the connection to node 0, which may be interrupted for RECONNECT_S."""
 
     def __init__(self, socket: zmq.Socket) -> None:
         self._socket = socket
@@ -223,7 +222,7 @@ class _Contact:
                     self._refused += not self._met
         if self._refused >= _REFUSALS:
             raise UserError("node 0 refuses this node's key: give all nodes the same key")
-        allowed = ALIVE_TIMEOUT_S / 2 if self._met else MEET_TIMEOUT_S
+        allowed = RECONNECT_S if self._met else MEET_TIMEOUT_S
         return time.monotonic() - self._since < allowed
 
     def close(self) -> None:

@@ -11,12 +11,10 @@ import threading
 import time
 from collections.abc import Callable
 
-import zmq
-
 from dance_jax.config import ClusterSpec, UserError
 from dance_jax.launch.agent.process import ServerProcess
 from dance_jax.launch.control import protocol
-from dance_jax.launch.control.channel import ControlListener
+from dance_jax.launch.control.channel import RECONNECT_S, ControlListener, node_identity
 
 #: Seconds that nodes wait for each other at the start.
 MEET_TIMEOUT_S = 300.0
@@ -85,26 +83,19 @@ class Nodes:
         process.send(protocol.NodeStart(number, module, answers, drains))
         return process
 
-    def send(self, rank: int, command: protocol.NodeCommand) -> bool:
-        """Send a command; returns False if the node is not connected. Callable by any thread."""
+    def send(self, rank: int, command: protocol.NodeCommand) -> None:
+        """Send a command; callable by any thread."""
         with self._lock:
-            try:
-                message = [b"node-%d" % rank, protocol.encode(command)]
-                self.listener.socket.send_multipart(message, flags=zmq.DONTWAIT)
-            except zmq.ZMQError:
-                return False
-        return True
+            self.listener.send(node_identity(rank), protocol.encode(command))
 
     def pump(self, timeout_ms: int) -> None:
-        """Receive a message if one arrives in time.
+        """Receive messages if any arrive in time.
 
         Only before servers run: it takes every message for a node's.
         """
         with self._lock:
-            socket = self.listener.socket
-            if socket.poll(timeout_ms):
-                sender, content = socket.recv_multipart()
-                self.receive(int(sender.rpartition(b"-")[2]), content)
+            for sender, content in self.listener.receive(timeout_ms / 1000):
+                self.receive(int(sender.rpartition("-")[2]), content)
 
     def receive(self, rank: int, content: bytes) -> None:
         """Handle a message from a node."""
@@ -121,12 +112,14 @@ class Nodes:
             process.has_ended(event)
 
     def check(self) -> None:
-        """Detect nodes that are gone: ping all, every _PING_S at most."""
+        """Detect nodes that are gone; looks every _PING_S at most."""
         if time.monotonic() - self._checked > _PING_S:
             self._checked = time.monotonic()
-            for process in self._processes.values():
+            for rank, process in self._processes.items():
                 if process.ended is None:
-                    process.send(protocol.NodePing())
+                    with self._lock:
+                        connected = self.listener.connected(node_identity(rank))
+                    process.reached(connected)
 
     def close(self) -> None:
         """Tell all nodes to end, and stop listening."""
@@ -148,9 +141,19 @@ class NodeProcess(ServerProcess):
         self._end: protocol.NodeEnded | None = None
 
     def send(self, command: protocol.NodeCommand) -> None:
-        """Send a command to the node; if the node is not connected, the process counts as lost."""
-        if self.ended is None and not self._nodes.send(self._rank, command):
-            self.ended = time.monotonic()
+        """Send a command to the node."""
+        if self.ended is None:
+            self._nodes.send(self._rank, command)
+
+    def reached(self, connected: bool) -> None:
+        """Record whether the node is connected; a node that does not come back is lost."""
+        now = time.monotonic()
+        if connected:
+            self.unreachable = None
+        elif self.unreachable is None:
+            self.unreachable = now
+        elif now - self.unreachable > RECONNECT_S:
+            self.ended = now
             self.answers.put(None)
 
     def write(self, line: bytes) -> None:
@@ -169,6 +172,7 @@ class NodeProcess(ServerProcess):
 
     def _receive(self, seconds: float) -> float:
         self._nodes.pump(int(1000 * min(max(seconds, 0.0), 0.02)))
+        self._nodes.check()
         return 0.0
 
     @property
@@ -176,7 +180,7 @@ class NodeProcess(ServerProcess):
         return None if self._end is None else self._end.status
 
     def lost(self) -> str:
-        if self.ended is None or self._end is not None:
+        if self.unreachable is None or self._end is not None:
             return ""
         return (
             f"is lost: its node (--node-rank {self._rank}) cannot be reached any more; look at its "

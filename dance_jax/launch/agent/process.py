@@ -60,6 +60,8 @@ class ServerProcess(abc.ABC):
         self.pid = pid
         #: time.monotonic() when the end was noticed; None while the process runs.
         self.ended: float | None = None
+        #: time.monotonic() since when it cannot be reached, though it may run; None if it can.
+        self.unreachable: float | None = None
         #: time.monotonic() when it reported a failure; None if it has not.
         self.failed: float | None = None
         #: Failure message of the process; None if it has reported none.

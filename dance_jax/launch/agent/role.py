@@ -13,7 +13,12 @@ from dance_jax.config import ClusterSpec, UserError
 from dance_jax.launch.agent.network import Network
 from dance_jax.launch.agent.nodes import Nodes
 from dance_jax.launch.agent.slurm_mpi import check_job, detected_job
-from dance_jax.launch.control.channel import ControlListener, bracketed
+from dance_jax.launch.control.channel import (
+    ControlListener,
+    bracketed,
+    node_identity,
+    server_identity,
+)
 
 #: Environment variable with the key of a launch, as an alternative to --key-file.
 KEY_VARIABLE = "DANCE_JAX_KEY"
@@ -54,7 +59,9 @@ class Role:
             yield network
             return
         assert network.key is not None
-        with contextlib.closing(ControlListener(network.key)) as listener:
+        ranks = range(len(spec.servers))
+        peers = [*map(node_identity, ranks), *map(server_identity, ranks)]
+        with contextlib.closing(ControlListener(network.key, peers)) as listener:
             try:
                 listener.listen(network.control_addresses, network.control_port)
             except OSError as error:

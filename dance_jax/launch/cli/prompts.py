@@ -1,4 +1,4 @@
-"""Read prompt files and write result files, both JSON Lines."""
+"""Read prompt files (JSON Lines), and check where results go before a run."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ import json
 import os
 import pathlib
 import sys
-from collections.abc import Iterable
 from typing import Any
 
 from dance_jax.config import ClusterSpec, UserError
 from dance_jax.engine.sequence import MAX_TOKENS
-from dance_jax.files import whole_file
 
 KEYS = ("prompt", "server", "max_tokens", "temperature")
 
@@ -150,7 +148,7 @@ def check_writable(path: str | os.PathLike[str], option: str) -> None:
     folder = path.absolute().parent
     if path.is_dir():
         raise UserError(f"{option} {path}: is a directory; name a file")
-    if _is_special(path):  # written to in place, not replaced
+    if is_special(path):  # written to in place, not replaced
         if not os.access(path, os.W_OK):
             raise UserError(f"{option} {path}: is not writable")
         return
@@ -160,18 +158,11 @@ def check_writable(path: str | os.PathLike[str], option: str) -> None:
         raise UserError(f"{option} {path}: the folder {folder} is not writable")
 
 
-def _is_special(path: pathlib.Path) -> bool:
+def is_special(path: pathlib.Path) -> bool:
     """Whether the path is a device or a pipe."""
     return path.exists() and not path.is_file() and not path.is_dir()
 
 
 def same_file(path: pathlib.Path, other: pathlib.Path) -> bool:
     """Whether both paths name one file; two results may go to the same device or pipe."""
-    return not _is_special(path) and path.resolve() == other.resolve()
-
-
-def write_results(path: str | os.PathLike[str], results: Iterable[dict[str, Any]]) -> None:
-    """Write one JSON object per line; the file appears whole or not at all."""
-    with whole_file(path) as file:
-        for result in results:
-            file.write((json.dumps(result, ensure_ascii=False) + "\n").encode())
+    return not is_special(path) and path.resolve() == other.resolve()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 #: Called with (prompt, delta) as outputs arrive.
 DeltaCallback = Callable[[Prompt, OutputDelta], None]
+#: Called with (prompt, output) when an output is complete.
+EndCallback = Callable[[Prompt, RequestOutput], None]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -97,6 +99,7 @@ def run_prompts(
     tokenizer: Tokenizer,
     prompts: Sequence[Prompt],
     on_delta: DeltaCallback = lambda prompt, delta: None,
+    on_end: EndCallback = lambda prompt, output: None,
 ) -> RunResult:
     """Run prompts on their servers.
 
@@ -109,6 +112,7 @@ def run_prompts(
         tokenizer: of the model.
         prompts: all of them run at the same time.
         on_delta: called with every delta as it arrives.
+        on_end: called with every output as it ends.
 
     Raises:
         ClusterError: a server failed.
@@ -135,6 +139,8 @@ def run_prompts(
         number = int(delta.request_id)
         outputs[number].add(delta)
         on_delta(prompts[number], delta)
+        if delta.finish_reason is not None:
+            on_end(prompts[number], outputs[number])
     return RunResult(
         plan=plan,
         prompts=tuple(prompts),
@@ -156,23 +162,3 @@ def gather(stats: Sequence[EngineStats]) -> RunTraffic:
         routes=tuple(each.routes_tlk for each in stats),
         pool_bytes=tuple(tuple(each.pool_bytes) for each in stats),
     )
-
-
-def result_lines(result: RunResult) -> list[dict[str, Any]]:
-    """The lines of --output, in the order of the prompts; "error" only for failed prompts."""
-    lines = []
-    for prompt, output in zip(result.prompts, result.outputs, strict=True):
-        sample = output.outputs[0]
-        line = {
-            "index": prompt.index,
-            "server": result.plan.spec.names[prompt.rank],
-            "prompt": prompt.text,
-            "text": sample.text,
-            "token_ids": sample.token_ids,
-            "finish_reason": sample.finish_reason,
-            "metrics": {"ttft_s": output.metrics.ttft_s, "e2e_s": output.metrics.e2e_s},
-        }
-        if sample.finish_reason == "error":
-            line["error"] = str(sample.stop_reason)
-        lines.append(line)
-    return lines

@@ -10,7 +10,6 @@ from __future__ import annotations
 import abc
 import atexit
 import collections
-import contextlib
 import functools
 import os
 import pathlib
@@ -23,7 +22,6 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 import msgspec
-import zmq
 
 from dance_jax.cache import default_cache_dir
 from dance_jax.config import ClusterSpec, EngineConfig, UserError
@@ -32,7 +30,13 @@ from dance_jax.launch.agent.network import Network
 from dance_jax.launch.agent.process import ServerProcess
 from dance_jax.launch.cluster.trace import TraceFile
 from dance_jax.launch.control import protocol
-from dance_jax.launch.control.channel import ALIVE_INTERVAL_S, ControlListener, bracketed, new_key
+from dance_jax.launch.control.channel import (
+    ALIVE_INTERVAL_S,
+    ControlListener,
+    bracketed,
+    new_key,
+    server_identity,
+)
 from dance_jax.launch.planning.hosts import is_loopback
 from dance_jax.models.hub import portable_name
 from dance_jax.placement.core import Layout
@@ -182,7 +186,8 @@ class Fleet(abc.ABC):
         if self.nodes is not None:
             self._listener = self.nodes.listener
         else:
-            self._listener = ControlListener(key)
+            peers = map(server_identity, range(len(self.spec.servers)))
+            self._listener = ControlListener(key, peers)
         port = self.network.control_port
         if self.nodes is None and self.network.any_remote(self.spec):
             port = self._listen()
@@ -337,19 +342,9 @@ class Fleet(abc.ABC):
             self._send(rank, protocol.encode(command))
 
     def _send(self, rank: int, encoded: bytes) -> None:
-        if not self._try_send(rank, encoded):
-            self._raise_failure([rank])
-
-    def _try_send(self, rank: int, encoded: bytes) -> bool:
-        """Send a message; returns False if the server's process is not connected."""
+        """Send a message; the end of a process that cannot get it is noticed by `_events`."""
         assert self._listener is not None
-        try:
-            self._listener.socket.send_multipart([b"server-%d" % rank, encoded])
-        except zmq.ZMQError as error:
-            if error.errno != zmq.EHOSTUNREACH:
-                raise
-            return False
-        return True
+        self._listener.send(server_identity(rank), encoded)
 
     @abc.abstractmethod
     def _decode(self, rank: int, content: bytes) -> Any:
@@ -370,32 +365,31 @@ class Fleet(abc.ABC):
     def _ended(self) -> list[int]:
         return [rank for rank, process in enumerate(self._processes) if process.ended is not None]
 
+    def _unreachable(self) -> list[int]:
+        return [rank for rank, each in enumerate(self._processes) if each.unreachable is not None]
+
     def _receive(self, timeout_ms: int) -> tuple[list[tuple[int, Any]], list[int]]:
         """Receive (rank, event) pairs, and the ranks of servers that report a failure."""
         assert self._listener is not None
         events, failed = [], []
-        while self._listener.socket.poll(0 if events else timeout_ms):
-            sender, content = self._listener.socket.recv_multipart()
-            kind, _, number = sender.partition(b"-")
+        for sender, content in self._listener.receive(timeout_ms / 1000):
+            kind, _, number = sender.partition("-")
             rank = int(number)
-            if kind == b"node":
+            if kind == "node":
                 assert self.nodes is not None
                 self.nodes.receive(rank, content)
-                break
+                continue
             event = self._decode(rank, content)
             if isinstance(event, protocol.Traced):
                 if self._trace is not None:
                     self._trace.add(event.lines)
-                break
-            if isinstance(event, protocol.Failed):
+            elif isinstance(event, protocol.Failed):
                 process = self._processes[rank]
                 process.failure, process.user_failure = event.message, event.user
                 process.failed = time.monotonic()
                 failed.append(rank)
-                break
-            if event is None:
-                break
-            events.append((rank, event))
+            elif event is not None:
+                events.append((rank, event))
         if self.nodes is not None:
             self.nodes.check()
         return events, failed
@@ -407,11 +401,11 @@ class Fleet(abc.ABC):
         suspects = set(failed)
         deadline = time.monotonic() + CAUSE_WINDOW_S
         while time.monotonic() < deadline:
-            suspects |= {*self._receive(50)[1], *self._ended()}
+            suspects |= {*self._receive(50)[1], *self._ended(), *self._unreachable()}
 
         def order(rank: int) -> tuple[bool, float]:
             process = self._processes[rank]
-            when = process.failed or process.ended
+            when = process.failed or process.ended or process.unreachable
             return process.ended_as_consequence(), when if when is not None else float("inf")
 
         cause = min(suspects, key=order)
@@ -435,10 +429,7 @@ class Fleet(abc.ABC):
         if alive and self._listener is not None:
             for rank, process in enumerate(self._processes):
                 if process in alive:
-                    # DONTWAIT: nothing may delay the end.
-                    message = [b"server-%d" % rank, protocol.encode(protocol.Stop())]
-                    with contextlib.suppress(zmq.ZMQError):
-                        self._listener.socket.send_multipart(message, flags=zmq.DONTWAIT)
+                    self._send(rank, protocol.encode(protocol.Stop()))
         self._await_end(alive, 0.5)
         # A process whose input ends kills itself, on any machine; signals follow if it does not.
         for process in self._processes:

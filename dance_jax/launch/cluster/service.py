@@ -122,12 +122,8 @@ class Service(Fleet):
         super().stop()
 
     def tell(self, rank: int, command: protocol.FrontCommand) -> None:
-        """Send a command to a front end, or through it to its engine.
-
-        The front end misses the message while it reconnects, after this process was suspended for
-        some seconds; a dead front end is noticed elsewhere.
-        """
-        self._try_send(rank, protocol.encode(command))
+        """Send a command to a front end, or through it to its engine."""
+        self._send(rank, protocol.encode(command))
 
     def tell_all(self, command: protocol.FrontCommand) -> None:
         """Send a command to all front ends."""

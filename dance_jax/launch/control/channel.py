@@ -2,22 +2,46 @@
 
 Every launch has its own random key, handed to the servers over ssh (or given by the user if other
 launchers start the servers). All secrets are derived from the key, so a process without it can
-neither send nor receive; messages are also encrypted.
+neither send nor receive; messages are also encrypted. ZeroMQ makes a broken connection again, and
+no message is lost or repeated then (`session`).
 """
 
 from __future__ import annotations
 
+import collections
+import functools
 import hashlib
+import math
 import secrets
 import socket
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Sequence
 
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
 from zmq.utils import z85
 
-#: Seconds between heartbeats; seconds without one after which a connection counts as lost.
-ALIVE_INTERVAL_S, ALIVE_TIMEOUT_S = 1.0, 5.0
+from dance_jax.launch.control.session import Session
+
+#: Seconds between heartbeats; seconds without one after which a process counts as lost. Suspended,
+#: swapped-out and starved processes are silent for less.
+ALIVE_INTERVAL_S, ALIVE_TIMEOUT_S = 1.0, 75.0
+#: Seconds in which a process whose connection was closed must have made a new one.
+RECONNECT_S = 3.0
+#: Seconds between two looks at messages that are not acknowledged.
+KEEP_UP_S = 1.0
+#: Most frames that are read at once, so that nothing else waits for long.
+MOST_AT_ONCE = 256
+
+
+def server_identity(rank: int) -> str:
+    """Identity of a server's process."""
+    return f"server-{rank}"
+
+
+def node_identity(rank: int) -> str:
+    """Identity of the launcher on another node."""
+    return f"node-{rank}"
 
 
 def bracketed(host: str) -> str:
@@ -42,7 +66,9 @@ def _curve_pair(key: bytes, role: str) -> tuple[bytes, bytes]:
 
 
 def _keep_alive(end: zmq.Socket) -> None:
-    """Detect vanished peers soon, and never disconnect idle ones."""
+    """Detect vanished peers soon, never disconnect idle ones, and never block on slow ones."""
+    end.setsockopt(zmq.SNDHWM, 0)  # sessions bound what is sent
+    end.setsockopt(zmq.RCVHWM, 0)
     end.setsockopt(zmq.HEARTBEAT_IVL, int(1000 * ALIVE_INTERVAL_S))
     end.setsockopt(zmq.HEARTBEAT_TIMEOUT, int(1000 * ALIVE_TIMEOUT_S))
 
@@ -58,9 +84,16 @@ class _Members:
 
 
 class ControlListener:
-    """The parent's end: a ROUTER socket, on loopback for the servers of this machine."""
+    """The parent's end: a ROUTER socket, on loopback for the servers of this machine.
 
-    def __init__(self, key: bytes) -> None:
+    Used by one thread at a time.
+
+    Args:
+        key: of the launch.
+        peers: identities of the other ends.
+    """
+
+    def __init__(self, key: bytes, peers: Iterable[str]) -> None:
         self._context = zmq.Context()
         self._guard = ThreadAuthenticator(self._context)
         self._guard.start()
@@ -75,6 +108,12 @@ class ControlListener:
         _keep_alive(self.socket)
         self.socket.curve_server = True
         self.socket.curve_publickey, self.socket.curve_secretkey = _curve_pair(key, "parent")
+        self._sessions = {
+            peer: Session(functools.partial(self._transmit, peer.encode())) for peer in peers
+        }
+        self._kept_up = time.monotonic()
+        #: Frames without a known sender: after a handover, the old connection's are such.
+        self.unknown = 0
         #: Endpoint for this machine's servers.
         self.private = f"tcp://127.0.0.1:{self.listen(['127.0.0.1'], 0)}"
 
@@ -99,6 +138,30 @@ class ControlListener:
             port = int(endpoint.rpartition(":")[2])
         return port
 
+    def send(self, peer: str, content: bytes) -> None:
+        """Send a message without waiting; the peer gets it as soon as it is connected."""
+        self._sessions[peer].send(content)
+
+    def receive(self, timeout_s: float = 0.0) -> list[tuple[str, bytes]]:
+        """The messages that have arrived, as (peer, content); waits for the first if none has.
+
+        Call this at least once a second, which also keeps up with what peers have received.
+        """
+        self._keep_up()
+        messages: list[tuple[str, bytes]] = []
+        deadline = time.monotonic() + timeout_s
+        while not messages:
+            left_s = deadline - time.monotonic()
+            arrived = self.socket.poll(max(0, math.ceil(1000 * left_s)))
+            messages = self._read()
+            if not arrived and left_s <= 0:
+                break
+        return messages
+
+    def connected(self, peer: str) -> bool:
+        """Whether a frame can be sent to the peer now; asks what the peer has received."""
+        return self._sessions[peer].ask()
+
     def close(self, linger_s: float = 0.5) -> None:
         """Close everything, with up to `linger_s` to send pending messages; may be called twice."""
         if not self.socket.closed:
@@ -106,22 +169,136 @@ class ControlListener:
             self._guard.stop()
             self._context.term()
 
+    def _keep_up(self) -> None:
+        now = time.monotonic()
+        if now - self._kept_up >= KEEP_UP_S:
+            self._kept_up = now
+            for session in self._sessions.values():
+                session.keep_up()
+
+    def _read(self) -> list[tuple[str, bytes]]:
+        """Read frames, a bounded number of them."""
+        messages = []
+        for _ in range(MOST_AT_ONCE):
+            try:
+                sender, *frame = self.socket.recv_multipart(flags=zmq.DONTWAIT)
+            except zmq.Again:
+                break
+            peer = sender.decode(errors="replace")
+            session = self._sessions.get(peer)
+            content = None if session is None else _content(session, frame)
+            if content is not None:
+                messages.append((peer, content))
+            elif session is None:
+                self.unknown += 1
+        return messages
+
+    def _transmit(self, peer: bytes, head: bytes, content: bytes) -> bool:
+        return _transmitted(self.socket, peer, head, content)
+
 
 class ControlConnection:
-    """A server's end: a DEALER socket, used by one thread."""
+    """A server's end: a DEALER socket, used by one thread at a time."""
 
     def __init__(self, endpoint: str, key: bytes, identity: str) -> None:
         self._context = zmq.Context()
         self.socket = self._context.socket(zmq.DEALER)
         self.socket.setsockopt(zmq.IDENTITY, identity.encode())
-        self.socket.setsockopt(zmq.LINGER, 1000)
         self.socket.setsockopt(zmq.IPV6, 1)
         _keep_alive(self.socket)
         self.socket.curve_publickey, self.socket.curve_secretkey = _curve_pair(key, "server")
         self.socket.curve_serverkey = _curve_pair(key, "parent")[0]
+        self._session = Session(functools.partial(_transmitted, self.socket))
+        self._kept_up = float("-inf")
+        self._messages: collections.deque[bytes] = collections.deque()
         self.socket.connect(endpoint)
 
-    def close(self) -> None:
-        """Close the connection, with up to a second to send pending messages."""
-        self.socket.close()
+    @property
+    def unacknowledged(self) -> int:
+        """Number of messages that the parent may not have received."""
+        return self._session.unacknowledged
+
+    def send(self, content: bytes) -> None:
+        """Send a message without waiting; the parent gets it as soon as it is connected."""
+        self._session.send(content)
+
+    def waits(self, timeout_s: float = 0.0) -> bool:
+        """Whether a message has arrived, or arrives within `timeout_s`.
+
+        Call this at least once a second while idle, which also keeps up with what the parent has
+        received.
+        """
+        deadline = time.monotonic() + timeout_s
+        while True:
+            self._keep_up()
+            left_s = deadline - time.monotonic()
+            if not self._messages and left_s > 0:
+                self.socket.poll(math.ceil(1000 * min(left_s, KEEP_UP_S)))
+            self._read()
+            if self._messages or left_s <= 0:
+                return bool(self._messages)
+
+    def receive(self) -> bytes:
+        """Wait for the parent's next message."""
+        while not self.waits(KEEP_UP_S):
+            pass
+        return self._messages.popleft()
+
+    def arrived(self) -> list[bytes]:
+        """All messages that have arrived."""
+        self.waits()
+        messages = list(self._messages)
+        self._messages.clear()
+        return messages
+
+    def close(self, linger_s: float = 1.0) -> None:
+        """Close the connection, with up to `linger_s` until the parent has all messages.
+
+        May be called twice.
+        """
+        if self.socket.closed:
+            return
+        deadline = time.monotonic() + linger_s
+        while self.unacknowledged and time.monotonic() < deadline:
+            self._session.ask()
+            self.socket.poll(100)
+            self._read()
+        self.socket.close(linger=0)
         self._context.term()
+
+    def _keep_up(self) -> None:
+        now = time.monotonic()
+        if now - self._kept_up >= KEEP_UP_S:
+            self._kept_up = now
+            self._session.keep_up()
+
+    def _read(self) -> None:
+        for _ in range(MOST_AT_ONCE):
+            try:
+                frame = self.socket.recv_multipart(flags=zmq.DONTWAIT)
+            except zmq.Again:
+                return
+            content = _content(self._session, frame)
+            if content is not None:
+                self._messages.append(content)
+
+
+def _content(session: Session, frame: Sequence[bytes]) -> bytes | None:
+    """The next message of a session, if the frame has it."""
+    if len(frame) != 2:
+        return None
+    try:
+        return session.receive(*frame)
+    except ValueError:
+        return None
+
+
+def _transmitted(end: zmq.Socket, *parts: bytes) -> bool:
+    """Give a frame to ZeroMQ; returns False if it cannot take the frame now."""
+    try:
+        end.send_multipart(parts, flags=zmq.DONTWAIT)
+    except zmq.ZMQError as error:
+        if error.errno in (zmq.EAGAIN, zmq.EHOSTUNREACH):
+            return False
+        raise
+    return True

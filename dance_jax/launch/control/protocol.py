@@ -397,10 +397,6 @@ class NodeSignal(msgspec.Struct, tag=True):
     signal: int
 
 
-class NodePing(msgspec.Struct, tag=True):
-    """Empty; that it can be sent shows that the node is connected."""
-
-
 class NodeEnd(msgspec.Struct, tag=True):
     """End: node 0 needs this node no more."""
 
@@ -429,7 +425,7 @@ class NodeEnded(msgspec.Struct, tag=True):
     log: str
 
 
-NodeCommand = NodeStart | NodeInput | NodeSignal | NodePing | NodeEnd
+NodeCommand = NodeStart | NodeInput | NodeSignal | NodeEnd
 NodeEvent = NodeHello | NodeAnswer | NodeEnded
 
 #: Commands that a front end passes on from the launcher to its engine, and all that each obeys.

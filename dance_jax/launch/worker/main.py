@@ -35,7 +35,7 @@ from dance_jax.config import Rounding, UserError
 from dance_jax.launch.agent import child
 from dance_jax.launch.agent.model_files import ModelFiles
 from dance_jax.launch.control import protocol
-from dance_jax.launch.control.channel import ControlConnection, derived
+from dance_jax.launch.control.channel import ControlConnection, derived, server_identity
 from dance_jax.launch.control.protocol import Setup
 from dance_jax.launch.worker import environment
 from dance_jax.launch.worker.join import coordinator_endpoint, join, listen
@@ -59,31 +59,32 @@ LOADING_POLL_S = 0.05
 SWITCH_S = 0.0005
 #: Seconds of a step after which another thread receives the parent's commands.
 HEAR_S = 0.05
+#: Messages without an acknowledgement after which the engine sends no reports: the parent is hung.
+UNREAD = 1000
 #: Seconds in which the parent's Stop may follow the end of another server.
 STOP_WINDOW_S = 0.5
 
 
 class ParentChannel:
-    """The socket to the parent; used by one thread at a time."""
+    """Events to the parent, and commands from it; used by one thread at a time."""
 
     def __init__(self, endpoint: str, key: bytes, rank: int) -> None:
-        self._connection = ControlConnection(endpoint, key, f"server-{rank}")
+        self._connection = ControlConnection(endpoint, key, server_identity(rank))
         self.socket = self._connection.socket
+        self.waits = self._connection.waits
+        self.close = self._connection.close
+
+    @property
+    def keeps_up(self) -> bool:
+        """Whether the parent reads what it is sent."""
+        return self._connection.unacknowledged < UNREAD
 
     def send(self, event: protocol.Event) -> None:
-        self.socket.send(protocol.encode(event))
+        self._connection.send(protocol.encode(event))
 
     def receive(self) -> protocol.Command:
         """Wait for the parent's next command."""
-        return protocol.decode_command(self.socket.recv())
-
-    def waits(self, timeout_s: float = 0.0) -> bool:
-        """Whether a command is there, or arrives within `timeout_s`."""
-        return bool(self.socket.poll(int(1000 * timeout_s)))
-
-    def close(self) -> None:
-        """Close the connection, with up to a second to send pending messages."""
-        self._connection.close()
+        return protocol.decode_command(self._connection.receive())
 
 
 class Stopped(Exception):
@@ -111,7 +112,7 @@ def main() -> None:
         with contextlib.closing(listen(setup, credentials)) as connections:
             _serve(*_start(setup, files, channel, connections))
     except Stopped:
-        pass
+        channel.close(0)
     except BaseException as error:
         if not _stop_follows(channel):
             traceback.print_exc()
@@ -385,7 +386,7 @@ class Worker:
 
     def _report(self, interval_s: float, at_once: bool) -> None:
         now = time.monotonic()
-        if at_once or now > self._reported + interval_s:
+        if (at_once or now > self._reported + interval_s) and self._channel.keeps_up:
             self._reported = now
             self._channel.send(protocol.Report(self._engine.report()))
             self._send_trace()
