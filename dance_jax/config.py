@@ -274,6 +274,13 @@ class ServeOptions:
         kind="seconds",
         metavar="S",
     )
+    watchdog: float = option(
+        10.0,
+        "seconds without progress after which an engine is restarted; waiting for other servers "
+        "and compiling are progress; 0: never (default: {default})",
+        kind="seconds",
+        metavar="S",
+    )
     max_queue: int = option(
         256,
         "requests per server that may wait for their first token (default: {default})",

@@ -208,6 +208,15 @@ class Engine:
         for sequence in self.scheduler.abort(request_id):
             self._pending.append(self.tracker.end(sequence, "abort"))
 
+    def beats(self) -> int:
+        """A number that grows while a step calls other servers and waits for them."""
+        return 0 if self.runner.calls is None else self.runner.calls.beats()
+
+    def own_cpu_s(self) -> float:
+        """Processor seconds of this process without those spent for other servers' calls."""
+        served_s = 0.0 if self.runner.calls is None else self.runner.calls.sums().served_s
+        return time.process_time() - served_s
+
     def cancel(self) -> None:
         """Stop waiting for other servers, because the process is about to exit.
 

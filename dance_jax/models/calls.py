@@ -116,6 +116,10 @@ class ExpertCalls(Protocol):
         """Discard a staged placement and those staged after it."""
         ...
 
+    def beats(self) -> int:
+        """A number that grows while a layer's calls are made and awaited; from any thread."""
+        ...
+
     def cancel(self) -> None:
         """Make all calls in flight fail within 0.1 s, and later calls at once; from any thread."""
         ...
@@ -192,7 +196,7 @@ class CallServer:
         assert library is not None
         check_named(order, layers, experts)
         self._library, self._shape = library, (len(order), layers, experts)
-        library.CallServerNew.restype = ctypes.c_int64
+        library.CallServerNew.restype = library.CallServerBeats.restype = ctypes.c_int64
         limits = (most_rows, int(repeat_s * 1e9), int(fail_s * 1e9))
         numbers = np.array([rank, *self._shape, _WIRES.index(wire), *limits], np.int64)
         preferred = np.array(order, np.int32)
@@ -214,6 +218,9 @@ class CallServer:
 
     def drop(self, version: int) -> None:
         self._library.CallServerDrop(ctypes.c_int64(self._number), ctypes.c_int64(version))
+
+    def beats(self) -> int:
+        return self._library.CallServerBeats(ctypes.c_int64(self._number))
 
     def cancel(self) -> None:
         self._library.CallServerCancel(ctypes.c_int64(self._number))

@@ -422,6 +422,7 @@ class HostCaller:
                 self._review(part, now)
             if all(part.resolved for part in first):
                 return
+            self._state.progress += 1
             self._exchange(self._next_look())
             self._adopt()
 

@@ -78,6 +78,8 @@ class HostState:
         #: The table in force, then the staged tables in order.
         self.tables = (self._new_table(0, nobody),)
         self.cancelled = False
+        #: Grows while a layer's calls are made and awaited.
+        self.progress = 0
         #: Number of the current step of this server; its calls carry the number.
         self.step = 0
         #: Guards changes of tables, counters and the trace.
@@ -113,6 +115,9 @@ class HostState:
         bytes_leb = np.packbits(resident_nle, axis=0, bitorder="little").transpose(1, 2, 0)
         holders = [[int.from_bytes(each.tobytes(), "little") for each in own] for own in bytes_leb]
         return Table(version, resident_nle[self.spec.rank].copy(), holders)
+
+    def beats(self) -> int:
+        return self.progress
 
     def cancel(self) -> None:
         self.cancelled = True

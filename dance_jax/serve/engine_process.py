@@ -11,8 +11,14 @@ import msgspec
 from dance_jax.config import ServerSpec
 from dance_jax.launch.agent.process import ChildProcess
 from dance_jax.launch.control import protocol
-from dance_jax.launch.control.channel import ControlListener, new_key, server_identity
+from dance_jax.launch.control.channel import (
+    ControlListener,
+    new_key,
+    pulse_identity,
+    server_identity,
+)
 from dance_jax.serve.loop_channel import LoopChannel
+from dance_jax.serve.watchdog import CHECK_S, Watchdog
 
 WORKER = "dance_jax.launch.worker.main"
 #: Seconds to wait for an engine to exit on its own, and, after SIGKILL, until the front end gives
@@ -26,6 +32,7 @@ class EngineProcess:
     Args:
         setup: the engine's setup; its control channel is filled in here.
         private: directory that the child removes if its parent, this front end, is killed.
+        watchdog_s: seconds without progress after which the engine is killed; 0: never.
         on_event: called on the event loop with each event from the engine.
         on_death: called once on the event loop if the engine exits or fails; not after `end`.
     """
@@ -34,6 +41,7 @@ class EngineProcess:
         self,
         setup: protocol.Setup,
         private: str,
+        watchdog_s: float,
         on_event: Callable[[protocol.Event], None],
         on_death: Callable[[], None],
     ) -> None:
@@ -45,7 +53,7 @@ class EngineProcess:
         self._ended = asyncio.Event()
         key = new_key()
         self._identity = server_identity(setup.rank)
-        self._listener = ControlListener(key, [self._identity])
+        self._listener = ControlListener(key, [self._identity, pulse_identity(setup.rank)])
         self._channel = LoopChannel(self._listener.socket, self._listener.receive, self._receive)
         server = ServerSpec(setup.spec.servers[setup.rank].name, "")
         self._process = ChildProcess(
@@ -55,9 +63,15 @@ class EngineProcess:
             on_change=lambda: loop.call_soon_threadsafe(self._has_ended),
         )
         setup = msgspec.structs.replace(
-            setup, control=self._listener.private, control_key=key, beats=False
+            setup,
+            control=self._listener.private,
+            control_key=key,
+            beats=False,
+            watched=watchdog_s > 0,
         )
         self._process.write(msgspec.json.encode(setup))
+        self._watchdog = Watchdog(watchdog_s, self.pid)
+        self._watching = asyncio.create_task(self._watch()) if watchdog_s else None
 
     @property
     def pid(self) -> int:
@@ -76,6 +90,8 @@ class EngineProcess:
     async def end(self) -> None:
         """Stop the engine and its child processes, and close the channel."""
         self._ending = True
+        if self._watching is not None:
+            self._watching.cancel()
         self.send(protocol.Stop())
         if not await self._within(END_TIMEOUT_S):
             self.kill()
@@ -98,12 +114,25 @@ class EngineProcess:
         return True
 
     def _receive(self, message: tuple[str, bytes]) -> None:
-        event = protocol.decode_event(message[1])
-        if not isinstance(event, protocol.Failed):
-            self._on_event(event)
-        elif not self._ending:
-            self._ending, self.failure = True, event
+        match protocol.decode_event(message[1]):
+            case protocol.Pulse() as pulse:
+                self._watchdog.heard(pulse)
+            case protocol.Failed() as failure:
+                self._fail(failure)
+            case event:
+                self._on_event(event)
+
+    def _fail(self, failure: protocol.Failed) -> None:
+        if not self._ending:
+            self._ending, self.failure = True, failure
             self._on_death()
+
+    async def _watch(self) -> None:
+        """Kill the engine once it makes no progress."""
+        while not (why := self._watchdog.verdict()):
+            await asyncio.sleep(CHECK_S)
+        self.kill()
+        self._fail(protocol.Failed(why, user=False))
 
     def _has_ended(self) -> None:
         self._ended.set()

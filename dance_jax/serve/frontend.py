@@ -185,7 +185,11 @@ class FrontEnd:
         start = self._start
         setup = msgspec.structs.replace(self._setup.engine, layout=layout)
         self._engine = EngineProcess(
-            setup, self._private, self._from_engine, lambda: self._on_engine_death(start)
+            setup,
+            self._private,
+            self._setup.options.watchdog,
+            self._from_engine,
+            lambda: self._on_engine_death(start),
         )
         log.info("engine start %d: process %d", start, self._engine.pid)
 
@@ -207,7 +211,7 @@ class FrontEnd:
             case protocol.Ready():
                 self.queue.engine_started()
                 self._tell(protocol.FromEngine(self._start, event))
-            case protocol.Hello() | protocol.Failed():
+            case protocol.Hello() | protocol.Failed() | protocol.Pulse():
                 pass
             case _:
                 self._tell(protocol.FromEngine(self._start, event))

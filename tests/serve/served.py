@@ -30,6 +30,7 @@ class Served(Launch):
         self.port = free_ports(len(NAMES))
         self.urls = tuple(f"http://127.0.0.1:{self.port + rank}" for rank in range(len(NAMES)))
         words = ["--port", str(self.port), "--served-model-name", MODEL, "--policy", "uniform"]
+        words += ["--watchdog", "4"]
         # Experts move only when a test asks for it, and the policy decides fast.
         words += ["--rebalance-interval", "0", "--rebalance-policy", "dance"]
         super().__init__(tiny.command(*words, *options), folder)

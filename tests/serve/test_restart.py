@@ -182,6 +182,26 @@ def test_every_answer_arrives_whichever_engine_dies(
         assert re.search("no sequence waits for experts of (alpha|gamma)", log)
 
 
+def test_a_hung_engine_is_restarted(
+    served: Served, quiet: list[Answer], expert_library: pathlib.Path | None
+) -> None:
+    before = [restarts(url) for url in served.urls]
+
+    async def ask() -> list[Answer]:
+        async with Load(served) as load:
+            engine = served.engine(1)
+            engine.suspend()
+            answers = await load.answers()
+            served.wait_for(f"beta: its engine (process {engine.pid}) failed: gave no sign of life")
+            return answers
+
+    assert asyncio.run(asyncio.wait_for(ask(), 120)) == quiet
+    assert "it was in step" in served.text
+    assert restarts(served.urls[1]) == before[1] + 1
+    if expert_library is not None:
+        assert restarts(served.urls[0]) == before[0]
+
+
 def test_a_pause_of_a_process_costs_nothing_but_time(
     served: Served, quiet: list[Answer], tiny: Tiny, tmp_path: pathlib.Path
 ) -> None:

@@ -39,6 +39,11 @@ def server_identity(rank: int) -> str:
     return f"server-{rank}"
 
 
+def pulse_identity(rank: int) -> str:
+    """Identity of an engine's signs of life."""
+    return f"pulse-{rank}"
+
+
 def node_identity(rank: int) -> str:
     """Identity of the launcher on another node."""
     return f"node-{rank}"

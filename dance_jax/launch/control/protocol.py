@@ -63,6 +63,8 @@ class Setup(msgspec.Struct, kw_only=True):
     beats: bool
     #: Unix time in ns at which the trace begins; 0: no trace.
     trace_from: int = 0
+    #: The parent is a front end that watches the engine's signs of life.
+    watched: bool = False
 
 
 class FrontSetup(msgspec.Struct, kw_only=True):
@@ -249,6 +251,17 @@ class Dropped(msgspec.Struct, tag=True):
     number: int
 
 
+class Pulse(msgspec.Struct, tag=True):
+    """A sign of life, over a connection of its own."""
+
+    #: What the engine does, in a few words.
+    doing: str
+    #: Seconds in which it has neither made progress nor used its cores.
+    still_s: float
+    #: Seconds without progress.
+    stalled_s: float
+
+
 class Failed(msgspec.Struct, tag=True):
     """The process is about to exit because of an exception."""
 
@@ -432,7 +445,7 @@ NodeEvent = NodeHello | NodeAnswer | NodeEnded
 PassedCommand = Join | PeerRestarted | AskStats | Stage | Commit | Drop
 Command = PassedCommand | Submit | Abort | Stop
 FrontCommand = PassedCommand | Restart | Decided | Placed | Drain | Stop
-Event = Hello | PassedEvent | Deltas | Report | Failed
+Event = Hello | PassedEvent | Deltas | Report | Pulse | Failed
 FrontEvent = Hello | FromEngine | EngineDied | RebalanceWanted | DrainWanted | Drained | Failed
 
 encode = msgspec.msgpack.Encoder().encode

@@ -39,6 +39,7 @@ from dance_jax.launch.control.channel import ControlConnection, derived, server_
 from dance_jax.launch.control.protocol import Setup
 from dance_jax.launch.worker import environment
 from dance_jax.launch.worker.join import coordinator_endpoint, join, listen
+from dance_jax.launch.worker.pulse import Pulse
 from dance_jax.launch.worker.wakeup import Wakeup
 from dance_jax.memory import use_huge_pages
 from dance_jax.models.connections import Connections, Credentials, Identity
@@ -73,6 +74,8 @@ class ParentChannel:
         self.socket = self._connection.socket
         self.waits = self._connection.waits
         self.close = self._connection.close
+        #: Says what this process does; None: the parent does not watch it.
+        self.pulse: Pulse | None = None
 
     @property
     def keeps_up(self) -> bool:
@@ -80,6 +83,8 @@ class ParentChannel:
         return self._connection.unacknowledged < UNREAD
 
     def send(self, event: protocol.Event) -> None:
+        if self.pulse is not None and isinstance(event, protocol.Progress):
+            self.pulse.doing = event.stage
         self._connection.send(protocol.encode(event))
 
     def receive(self) -> protocol.Command:
@@ -104,6 +109,8 @@ def main() -> None:
     own = setup.spec.servers[setup.rank]
     environment.prepare(own.platform, own.gpus)
     channel = ParentChannel(child.parent_endpoint(setup), setup.control_key, setup.rank)
+    if setup.watched:
+        channel.pulse = Pulse(child.parent_endpoint(setup), setup.control_key, setup.rank)
     status = 0
     try:
         channel.send(protocol.Hello(os.getpid()))
@@ -308,6 +315,8 @@ class Worker:
         self._engine, self._loader = engine, loader
         self._connections, self._channel = connections, channel
         self._reported = 0.0
+        #: Number of looks at the parent's commands; grows while this process is not stuck.
+        self._turns = 0
         #: Commands that wait for the end of a step.
         self._pending: collections.deque[protocol.Command] = collections.deque()
         #: time.monotonic() at which the current step began; None between steps. Under the lock: a
@@ -319,6 +328,8 @@ class Worker:
     def serve_alone(self) -> None:
         """Step while this server has work, independently of the other servers."""
         threading.Thread(target=self._listen, daemon=True, name="listen").start()
+        if self._channel.pulse is not None:
+            self._channel.pulse.watch(self._progress, self._engine.own_cpu_s)
         busy = True
         while True:
             self._execute()
@@ -332,6 +343,13 @@ class Worker:
                 # Waiting sequences and loading batches need a check soon.
                 soon = self._loader.busy or self._engine.has_work
                 self._channel.waits(LOADING_POLL_S if soon else HEARTBEAT_S)
+
+    def _progress(self) -> tuple[int, int]:
+        """Changes as this server makes progress."""
+        assert self._channel.pulse is not None
+        began = self._step_began
+        self._channel.pulse.doing = "idle" if began is None else f"in step {self._engine.steps}"
+        return self._turns, self._engine.beats()
 
     @contextlib.contextmanager
     def _listening(self) -> Iterator[None]:
@@ -420,6 +438,7 @@ class Worker:
             Stopped: the parent said Stop.
         """
         engine, channel = self._engine, self._channel
+        self._turns += 1
         self._receive()
         while self._pending:
             match self._pending.popleft():

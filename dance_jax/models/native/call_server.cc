@@ -244,6 +244,11 @@ void CallServerCancel(int64_t number) {
   if (const auto server = dance::FindServer(number)) server->Cancel();
 }
 
+int64_t CallServerBeats(int64_t number) {
+  const auto server = dance::FindServer(number);
+  return server ? server->beats() : 0;
+}
+
 // Connected, non-blocking sockets: Dial for calls of a device to a peer, Accept for calls of a peer.
 void CallServerDial(int64_t number, int64_t device, int peer, int fd) {
   if (const auto server = dance::FindServer(number)) server->caller(device).Dial(peer, fd);

@@ -456,6 +456,7 @@ int64_t Caller::NextLook() const {
 }
 
 void Caller::Poll(int64_t until) {
+  server_.Beat();
   std::vector<pollfd> polled;
   std::vector<int> peers;
   for (size_t n = 0; n < lines_.size(); ++n) {

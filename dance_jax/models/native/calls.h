@@ -328,6 +328,9 @@ class CallServer {
   void DropTables(int64_t version);
   // All running and future calls fail; no peer is waited for any more.
   void Cancel() { cancelled_ = true; }
+  // A sign that this server's steps make progress, waiting for peers included.
+  void Beat() { ++beats_; }
+  int64_t beats() const { return beats_; }
   bool cancelled() const { return cancelled_; }
   Caller& caller(int64_t device) { return *callers_[device]; }
   int64_t devices() const { return static_cast<int64_t>(callers_.size()); }
@@ -364,6 +367,7 @@ class CallServer {
   const CallSpec spec_;
   const std::vector<std::shared_ptr<ExpertPool>> pools_;
   std::atomic<bool> cancelled_{false};
+  std::atomic<int64_t> beats_{0};
   mutable std::mutex tables_mutex_;
   std::shared_ptr<const Tables> tables_;
   std::mutex sums_mutex_;
