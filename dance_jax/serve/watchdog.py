@@ -51,11 +51,11 @@ class Watchdog:
         if work != self._work:
             self._work, self._worked = work, now
         silent_s, still_s = now - self._heard, now - self._worked
-        doing = f"it was {self._pulse.doing}"
+        doing = self._pulse.doing
         if self._hung(min(silent_s, still_s), silent_s):
-            return f"gave no sign of life for {silent_s:.0f} s; {doing}"
+            return f"gave no sign of life for {silent_s:.0f} s; it was {doing}"
         if self._hung(self._pulse.still_s, self._pulse.stalled_s):
-            return f"made no progress for {self._pulse.stalled_s:.0f} s; {doing}"
+            return f"made no progress for {self._pulse.stalled_s:.0f} s; it was {doing}"
         return ""
 
     def _hung(self, still_s: float, stalled_s: float) -> bool:
