@@ -157,7 +157,7 @@ class Connections:
         host, _, port = endpoint.rpartition(":")
         try:
             if not endpoint:
-                raise _Rejected("it is restarting")
+                raise _Rejected("it is not running")
             connection = socket.create_connection((host.strip("[]"), int(port)), timeout=timeout_s)
             _introduce(connection, self.rank, peer, index, topic, self._credentials)
             _tune(connection)
@@ -189,6 +189,10 @@ class Connections:
         count, handler = self._dialled[topic]
         for index in range(count):
             handler(peer, index, self.dial(peer, topic, index))
+
+    def lost(self, peer: int) -> None:
+        """Record that a server is gone until it restarts; dialling it fails at once."""
+        self.endpoints[peer] = ""
 
     def restarted(self, peer: int, endpoint: str) -> None:
         """Record a restarted server's endpoint, and repeat the connections of `dial_all` to it in a

@@ -112,6 +112,16 @@ def changed(layout: Layout, changes: Iterable[SlotChange]) -> Layout:
     return _with_tables(layout, tables)
 
 
+def difference(old: Layout, new: Layout) -> list[SlotChange]:
+    """The slots whose content differs, with their content in `new`."""
+    tables = _tables(old), _tables(new)
+    return [
+        SlotChange(*device, slot, *tables[1][device][slot].tolist())
+        for device in tables[0]
+        for slot in np.flatnonzero((tables[0][device] != tables[1][device]).any(1)).tolist()
+    ]
+
+
 def batches(old: Layout, new: Layout, most: int) -> list[tuple[MoveBatch, Layout]]:
     """Batches from one layout to another, each with the layout after it.
 

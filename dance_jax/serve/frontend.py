@@ -89,8 +89,8 @@ class FrontEnd:
         self._setup = setup
         self._private = private
         self._engine: EngineProcess | None = None
-        #: Number of the engine's start.
-        self._start = 0
+        #: Number of the engine's start, which grows also from one front end to the next.
+        self._start = setup.start
         seeds = request_seeds(setup.engine.config.seed, setup.engine.rank)
         self.queue = RequestQueue(self._to_engine, setup.options.max_queue, seeds)
 
@@ -158,6 +158,7 @@ class FrontEnd:
                 self._experts.decided(decided)
             case protocol.Placed() as placed:
                 self._experts.placed(placed, _layout(placed.layout))
+                self.queue.short = placed.short
             case command:
                 self._commands.put_nowait(command)
 

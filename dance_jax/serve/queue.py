@@ -105,6 +105,8 @@ class RequestQueue:
         self._last_step = float("-inf")
         self._empty = asyncio.Event()
         self._empty.set()
+        #: Why the servers that run cannot answer; "": they can.
+        self.short = ""
         #: The engine's latest report.
         self.report: EngineReport | None = None
         #: Engines started after the first.
@@ -127,6 +129,8 @@ class RequestQueue:
             raise Unavailable(
                 "the server is shutting down" if self._draining else "the server is starting"
             )
+        if self.short:
+            raise Unavailable(self.short)
         waiting = sum(entry.waits for entry in self._in_flight.values())
         if waiting >= self._max_queue:
             raise QueueFull(f"the queue is full: {waiting} requests wait for their first token")
@@ -144,7 +148,7 @@ class RequestQueue:
     def ready(self) -> bool:
         """Whether requests are accepted and the engine completed a step within STEP_TIMEOUT_S."""
         alive = time.monotonic() - self._last_step < STEP_TIMEOUT_S
-        return self._running and alive and not self._draining
+        return self._running and alive and not self._draining and not self.short
 
     @property
     def in_flight(self) -> int:

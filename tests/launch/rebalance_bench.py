@@ -143,6 +143,8 @@ class Bench:
         self.said: list[str] = []
         self.tokens: tuple[np.ndarray, ...] = AT_HOME
         self.more = 1000
+        #: Servers that do not run.
+        self.absent: frozenset[int] = frozenset()
         #: The layout that each engine has in force, and the batches that each engine has staged.
         self.in_force = [self.layout, self.layout]
         self.staged: list[set[int]] = [set(), set()]
@@ -162,6 +164,16 @@ class Bench:
             self.options, SPEC, Facts(), CONFIG, self, clock=lambda: self.now
         )
         self.rebalancer.tick()  # now all engines run
+
+    calls = True
+    gone: frozenset[int] = frozenset()
+
+    @property
+    def present(self) -> frozenset[int]:
+        return frozenset(range(len(SPEC.servers))) - self.absent
+
+    def restart(self, rank: int, why: str) -> None:
+        raise AssertionError(f"server {rank} is to restart: {why}")
 
     def tell(self, rank: int, command: Any) -> None:
         self.told[rank].append(protocol.decode_front_command(protocol.encode(command)))

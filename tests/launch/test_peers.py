@@ -8,6 +8,7 @@ import shutil
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -77,7 +78,8 @@ def checkpoint(
 
 
 def reader(peers: Peers) -> Read:
-    return peers.reader(held, FORM)
+    files: Any = None  # every expert has a holder
+    return peers.reader(held, FORM, files)
 
 
 def test_moved_experts_come_from_those_that_hold_them(three: list[Peers]) -> None:
@@ -236,6 +238,27 @@ def test_a_whole_model_from_others(
         (WeightKind.EXPERTS, 2),
     }
     assert sorted((each.layer, n) for each in asked for n in each.numbers) == sorted(PAIRS)
+
+
+def test_an_expert_that_no_server_holds_comes_from_files(
+    checkpoint: Checkpoint, three: list[Peers], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The servers that are left send the part of one that is gone."""
+    form = checkpoint.form("float32")
+    monkeypatch.setattr(peer_weights, "PORTION_BYTES", form.bytes)
+    three[1].answer(HeldWeights(checkpoint, "float32").find)
+    three[2]._connections.lost(0)
+    weights = PeerWeights(checkpoint.config, checkpoint.formats, three[2], [0, 1])
+    loads = [ExpertLoad(0, n, *pair, -1) for n, pair in enumerate(PAIRS)]
+    loaded = load(three[2].reader(held, form, weights), loads)
+    assert loaded.why == "" and loaded.bytes_read == len(PAIRS) * form.bytes
+    for n, pair in enumerate(PAIRS):
+        for our, their in zip(
+            loaded.experts[0, n], stacked(checkpoint, [pair], "float32"), strict=True
+        ):
+            np.testing.assert_array_equal(our, their[0])
+    three[2]._connections.lost(1)
+    assert "not running" in load(three[2].reader(held, form, weights), loads[:1]).why
 
 
 # Reads that run beside the failed one end after orbax has closed its event loop.

@@ -104,6 +104,8 @@ class _Holder:
         self._server = ServerSpec(server.name, "", python=server.python)
         self._channel = channel
         self._log_dir = log_dir
+        if log_dir is not None:
+            (log_dir / f"{server.name}.log").unlink(missing_ok=True)
         #: Directory that the server removes if this launcher is killed. The probe needs none.
         self._private: tempfile.TemporaryDirectory[str] | None = None
         self._progress = progress

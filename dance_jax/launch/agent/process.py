@@ -336,5 +336,5 @@ def _log_file(path: pathlib.Path | None) -> Iterator[IO[bytes] | None]:
         yield None
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "wb") as file:
+    with open(path, "ab") as file:  # a server that is started again goes on with its log
         yield file

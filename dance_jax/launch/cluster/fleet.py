@@ -123,6 +123,8 @@ class Fleet(abc.ABC):
         self._reached: list[dict[type, Any]] = [{} for _ in spec.servers]
         self._stopping = threading.Lock()
         self._private: pathlib.Path | None = None
+        #: The launch's key, and the port of this process that servers on other machines connect to.
+        self._key, self._control_port = b"", 0
         self._listener: ControlListener | None = None
         self._beating: threading.Event | None = None
 
@@ -181,32 +183,42 @@ class Fleet(abc.ABC):
     # Starting.
 
     def _spawn(self) -> None:
-        self._private = private = pathlib.Path(tempfile.mkdtemp(prefix="dance-jax-"))
-        key = self.network.key or new_key()
+        self._private = pathlib.Path(tempfile.mkdtemp(prefix="dance-jax-"))
+        self._key = key = self.network.key or new_key()
         if self.nodes is not None:
             self._listener = self.nodes.listener
         else:
             peers = map(server_identity, range(len(self.spec.servers)))
             self._listener = ControlListener(key, peers)
-        port = self.network.control_port
+        self._control_port = self.network.control_port
         if self.nodes is None and self.network.any_remote(self.spec):
-            port = self._listen()
-        logs = self.log_dir or private / "logs"
+            self._control_port = self._listen()
         for rank, server in enumerate(self.spec.servers):
-            process = self.network.start(
-                rank,
-                server,
-                self.module,
-                log_path=logs / f"{server.name}.log",
-                drains=self.drains,
-                private=str(private),
-            )
-            self._processes.append(process)
+            self._log_path(rank).unlink(missing_ok=True)
+            self._processes.append(self._start_process(rank))
             self.progress(server.name, "starting", 0, 0)
-        for rank, process in enumerate(self._processes):
-            process.write(msgspec.json.encode(self._process_setup(self._setup(rank, key, port))))
+        for rank in range(len(self._processes)):
+            self._write_setup(rank)
         self._beating = stop = threading.Event()
         threading.Thread(target=self._beat, args=(stop,), daemon=True, name="beat").start()
+
+    def _log_path(self, rank: int) -> pathlib.Path:
+        assert self._private is not None
+        return (self.log_dir or self._private / "logs") / f"{self.spec.names[rank]}.log"
+
+    def _start_process(self, rank: int) -> ServerProcess:
+        return self.network.start(
+            rank,
+            self.spec.servers[rank],
+            self.module,
+            log_path=self._log_path(rank),
+            drains=self.drains,
+            private=str(self._private),
+        )
+
+    def _write_setup(self, rank: int) -> None:
+        setup = self._process_setup(self._setup(rank))
+        self._processes[rank].write(msgspec.json.encode(setup))
 
     def _listen(self) -> int:
         assert self._listener is not None
@@ -230,7 +242,7 @@ class Fleet(abc.ABC):
         """The setup that a server's process reads from its standard input."""
         return engine
 
-    def _setup(self, rank: int, key: bytes, port: int) -> protocol.Setup:
+    def _setup(self, rank: int) -> protocol.Setup:
         assert self._listener is not None
         server = self.spec.servers[rank]
         process = self._processes[rank]
@@ -243,7 +255,7 @@ class Fleet(abc.ABC):
             # With several addresses, each server saw a different one of this machine's.
             addresses = self.network.control_addresses
             host = addresses[0] if len(addresses) == 1 else protocol.SSH_CLIENT
-            control = f"tcp://{bracketed(host)}:{port}"
+            control = f"tcp://{bracketed(host)}:{self._control_port}"
             usual = self.cache_dir in (None, default_cache_dir().resolve())
             cache = "" if usual else str(self.cache_dir)
         return protocol.Setup(
@@ -256,8 +268,8 @@ class Fleet(abc.ABC):
             experts=self.checkpoint.form(self.config.dtype).name,
             layout=self.layout.to_bytes(),
             control=control,
-            control_key=key,
-            key=key,
+            control_key=self._key,
+            key=self._key,
             first_gpu=self._first_gpu(rank, neighbours),
             coordinator_port=self.network.coordinator_port,
             machine_devices=tuple(self.spec.devices[n] for n in neighbours),

@@ -1,14 +1,15 @@
 """A cluster that serves: the parent of one front end per server, each with its own engine.
 
-A dead engine is restarted; its requests wait meanwhile, and so do requests that need its experts.
-Engines that step together die together, so all of them restart. A dead front end ends the service.
-The rebalancer moves experts to where they are used.
+Servers that step on their own are lost and come back alone (`members`); meanwhile the others load
+their experts. Engines that step together die together, so all of them restart, and a dead front end
+ends the service. The rebalancer moves experts to where they are used.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import signal
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -18,8 +19,9 @@ import msgspec
 from dance_jax.config import RebalanceOptions, ServeOptions, UserError
 from dance_jax.launch.agent.process import in_words, is_consequence
 from dance_jax.launch.cluster.fleet import CAUSE_WINDOW_S, Fleet
+from dance_jax.launch.cluster.members import MAX_FAILED_STARTS, AllFailed, Members
 from dance_jax.launch.control import protocol
-from dance_jax.launch.control.channel import bracketed
+from dance_jax.launch.control.channel import bracketed, server_identity
 
 if TYPE_CHECKING:
     from dance_jax.launch.rebalance.workload import Statistics
@@ -28,8 +30,6 @@ if TYPE_CHECKING:
 Notice = Callable[[str, str], None]
 
 MAX_PORT = 65535
-#: Failed starts of the engines in a row after which the service gives up.
-MAX_FAILED_STARTS = 5
 #: Seconds beyond the drain time after which a front end that has not drained is stopped.
 DRAIN_MARGIN_S = 5.0
 
@@ -81,12 +81,16 @@ class Service(Fleet):
             )
         how = rebalance or RebalanceOptions(interval_s=0)
         self._rebalancer = Rebalancer(how, self.spec, self.checkpoint, self.config, self, before)
+        #: Servers that step on their own: which of them run. Unused if they step together.
+        self.members = Members(self.spec.names, self)
         #: Per server, number of the engine's latest start.
         self._starts = [0] * len(self.spec.servers)
         #: Ranks of dead engines with the reports of their death; ranks whose engines are not ready.
         self._died: dict[int, protocol.EngineDied] = {}
         self._down: set[int] = set()
         self._drained: set[int] = set()
+        #: Ranks of the servers whose front ends have ended and were not started again.
+        self._fronts_dead: set[int] = set()
         #: Draining was requested; time.monotonic() at which the service ends in any case.
         self._drain_wanted = False
         self._deadline: float | None = None
@@ -114,7 +118,10 @@ class Service(Fleet):
         self.progress, self._notice = (lambda *_: None), notice
         with contextlib.suppress(_Drained):
             while True:
-                self._recover(self._next_death())
+                if self.calls:
+                    self._turn()
+                else:
+                    self._recover(self._next_death())
 
     def stop(self) -> None:
         """Stop all servers, as `Fleet.stop`."""
@@ -134,6 +141,18 @@ class Service(Fleet):
         """Pass a message to the operator."""
         self._notice(name, text)
 
+    @property
+    def present(self) -> frozenset[int]:
+        """Ranks of the servers that run; with collectives, all that are not restarting."""
+        if self.calls:
+            return self.members.present
+        return frozenset(range(len(self._starts))) - self._down
+
+    @property
+    def gone(self) -> frozenset[int]:
+        """Ranks of the servers that are gone with their front ends."""
+        return self.members.gone
+
     def drain(self) -> None:
         """Let all servers finish their requests and end `serve`; safe in a signal handler."""
         self._drain_wanted = True
@@ -151,6 +170,95 @@ class Service(Fleet):
             what = f"cannot start: its engine {self._fate(failure.rank)}"
             raise self._error(failure.rank, what) from None
 
+    # Servers that step on their own.
+
+    def _turn(self) -> None:
+        """Handle what has happened, and do what is due.
+
+        Raises:
+            ClusterError: every server fails again and again.
+            _Drained: as `_check_drain`.
+        """
+        events, failed = self._receive(200)
+        try:
+            for rank in {*failed, *self._ended()} - self._fronts_dead:
+                self._fronts_dead.add(rank)
+                process = self._processes[rank]
+                why = f"(process {process.pid}) {process.fate()}"
+                process.kill(signal.SIGKILL)
+                self.members.front_died(rank, why)
+            for rank, event in events:
+                self._member_event(rank, event)
+            died, self._died = self._died, {}
+            for rank, death in died.items():
+                self.members.engine_died(rank, f"its engine {_fate(death)}")
+            self.members.tick(fronts=self._deadline is None)
+        except AllFailed as error:
+            what = f"{error.why}, as in the {MAX_FAILED_STARTS - 1} starts before"
+            raise self._error(error.rank, what) from None
+        self._rebalancer.tick()
+        self._check_drain()
+
+    def _member_event(self, rank: int, event: Any) -> None:
+        match event:
+            case protocol.Hello(pid):
+                self._processes[rank].pid = pid
+                self.members.called(rank)
+            case protocol.Prepared():
+                self._endpoints[rank] = event.endpoint
+                # Servers that are not present connect when they are.
+                there = self.present | {rank}
+                endpoints = [
+                    each if other in there else "" for other, each in enumerate(self._endpoints)
+                ]
+                self.tell(rank, protocol.Join(event.coordinator, endpoints, calls=True))
+            case protocol.Ready():
+                self.members.ready(rank)
+            case _:
+                self._handle(rank, event)
+
+    def restart(self, rank: int, why: str) -> None:
+        self.members.engine_died(rank, f"its engine is out of step: {why}")
+
+    def start_engine(self, rank: int, number: int) -> None:
+        self._starts[rank] = number
+        self._rebalancer.starts(rank)
+        self.tell(rank, protocol.Restart(number, self.layout.to_bytes()))
+
+    def start_front(self, rank: int, number: int) -> bool:
+        if self._processes[rank].ended is None:
+            return False
+        try:
+            self._processes[rank] = self._start_process(rank)
+        except UserError as error:
+            self.notice(self.spec.names[rank], str(error))
+            return False
+        self._starts[rank] = number
+        self._rebalancer.starts(rank)
+        self._fronts_dead.discard(rank)
+        self._write_setup(rank)
+        return True
+
+    def end_front(self, rank: int) -> None:
+        self._processes[rank].kill(signal.SIGKILL)
+
+    def left(self, rank: int) -> None:
+        for other in set(range(len(self._starts))) - {rank}:
+            self.tell(other, protocol.PeerLost(rank))
+        self._rebalancer.engines_died([rank])
+
+    def came(self, rank: int) -> None:
+        for other in self.present - {rank}:
+            self.tell(other, protocol.PeerRestarted(rank, self._endpoints[rank]))
+            self.tell(rank, protocol.PeerRestarted(other, self._endpoints[other]))
+        self._rebalancer.came(rank)
+
+    def heard(self, rank: int) -> int:
+        assert self._listener is not None
+        return self._listener.heard(server_identity(rank))
+
+    # All servers.
+
     def _next_death(self) -> int:
         """Wait until an engine dies and return its rank."""
         try:
@@ -165,17 +273,16 @@ class Service(Fleet):
         self._rebalancer.receive(rank, event)
 
     def _recover(self, dead: int) -> None:
-        """Restart the dead engine, and the engines that died with it.
+        """Restart all engines, because they step together and die together.
 
         Raises:
             ClusterError: the engines died again in MAX_FAILED_STARTS starts.
         """
         for _ in range(MAX_FAILED_STARTS):
             what, _, _ = f"its engine {self._fate(dead)}".partition("\n")
-            which = "it restarts" if self.calls else "all engines restart"
-            text = f"{what}; {which}, requests in flight wait"
+            text = f"{what}; all engines restart, requests in flight wait"
             self._notice(self.spec.names[dead], text)
-            self._restart({*self._died} if self.calls else {*range(len(self._starts))})
+            self._restart({*range(len(self._starts))})
             try:
                 self._await_restarted()
             except _EngineFailure as failure:
@@ -199,25 +306,14 @@ class Service(Fleet):
             self.tell(rank, protocol.Restart(self._starts[rank], self.layout.to_bytes()))
 
     def _await_restarted(self) -> None:
-        """Wait until the restarted engines are ready, and connect the other engines to them."""
-        if not self.calls:
-            self._bring_up()
-            self._down.clear()
-            return
-        ranks = sorted(self._down)
-        for rank, prepared in zip(ranks, self._gather(ranks, protocol.Prepared), strict=True):
-            if not self._endpoints[rank]:  # Join was not sent to it yet
-                self._endpoints[rank] = prepared.endpoint
-                self.tell(rank, self._join_message(prepared))
-        self._gather(ranks, protocol.Ready)
+        """Wait until all engines are ready."""
+        self._bring_up()
         self._down.clear()
-        for rank in ranks:
-            for other in set(range(len(self._starts))) - {rank}:
-                self.tell(other, protocol.PeerRestarted(rank, self._endpoints[rank]))
 
     def _process_setup(self, engine: protocol.Setup) -> msgspec.Struct:
         options = dataclasses.replace(self.options, port=self._port(engine.rank))
-        return protocol.FrontSetup(engine=engine, options=options)
+        start = self._starts[engine.rank]
+        return protocol.FrontSetup(engine=engine, options=options, start=start)
 
     def _port(self, rank: int) -> int:
         return self.options.port + self._neighbours(rank).index(rank)
@@ -263,9 +359,14 @@ class Service(Fleet):
             self._deadline = time.monotonic() + seconds + DRAIN_MARGIN_S
             self._notice("", f"finishing running requests, for at most {seconds:g} s")
             self._send_all(protocol.Drain())
-            self._rebalancer.drain(engines_run=not (self._down or self._died))
+            engines_run = len(self.present) == len(self._starts) and not self._died
+            self._rebalancer.drain(engines_run)
         if self._deadline is not None:
-            late = [name for n, name in enumerate(self.spec.names) if n not in self._drained]
+            late = [
+                name
+                for n, name in enumerate(self.spec.names)
+                if n not in self._drained and n not in self._fronts_dead
+            ]
             done = not late and self._rebalancer.settled
             if done or time.monotonic() > self._deadline:
                 text = (
@@ -293,9 +394,13 @@ class Service(Fleet):
         return is_consequence(said, died.status, self._processes[rank].last_lines())
 
     def _fate(self, rank: int) -> str:
-        died = self._died[rank]
-        if died.failure is not None:
-            what = f"failed: {died.failure.message}"
-        else:
-            what = "ended" if died.status is None else in_words(died.status)
-        return f"(process {died.pid}) {what}"
+        return _fate(self._died[rank])
+
+
+def _fate(died: protocol.EngineDied) -> str:
+    """How an engine ended, as text."""
+    if died.failure is not None:
+        what = f"failed: {died.failure.message}"
+    else:
+        what = "ended" if died.status is None else in_words(died.status)
+    return f"(process {died.pid}) {what}"

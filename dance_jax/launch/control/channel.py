@@ -167,6 +167,12 @@ class ControlListener:
         """Whether a frame can be sent to the peer now; asks what the peer has received."""
         return self._sessions[peer].ask()
 
+    def heard(self, peer: str) -> int:
+        """Number of frames from the peer so far, which grows by the answer to this question."""
+        session = self._sessions[peer]
+        session.ask()
+        return session.heard
+
     def close(self, linger_s: float = 0.5) -> None:
         """Close everything, with up to `linger_s` to send pending messages; may be called twice."""
         if not self.socket.closed:

@@ -74,6 +74,8 @@ class FrontSetup(msgspec.Struct, kw_only=True):
     engine: Setup
     #: With the port of this server.
     options: ServeOptions
+    #: Number of the first engine's start; higher than those of earlier front ends of this server.
+    start: int = 0
 
 
 # From parent to worker.
@@ -119,7 +121,7 @@ class ExpertLoad(msgspec.Struct, frozen=True, array_like=True):
     slot: int
     layer: int
     expert: int
-    #: Rank of a server that holds the expert until the batch is committed.
+    #: Rank of a server that holds the expert until the batch is committed; -1: no server that runs.
     holder: int
 
 
@@ -132,6 +134,8 @@ class Stage(msgspec.Struct, tag=True):
     changes: list[Change]
     #: What this server loads, and from which holders.
     loads: list[ExpertLoad]
+    #: Sequences wait for these experts: load them at once, without rests.
+    urgent: bool = False
 
 
 class PeerRestarted(msgspec.Struct, tag=True):
@@ -139,6 +143,12 @@ class PeerRestarted(msgspec.Struct, tag=True):
 
     rank: int
     endpoint: str
+
+
+class PeerLost(msgspec.Struct, tag=True):
+    """Another server is gone until PeerRestarted: ask it for nothing."""
+
+    rank: int
 
 
 class Commit(msgspec.Struct, tag=True):
@@ -277,7 +287,7 @@ class Failed(msgspec.Struct, tag=True):
 class Restart(msgspec.Struct, tag=True):
     """End the rest of the engine and start a new one."""
 
-    #: Number of this start; the first start, without a Restart, has number 0.
+    #: Number of this start, above that of the previous one.
     start: int
     #: The current layout, as in `Setup`.
     layout: bytes
@@ -333,6 +343,10 @@ class Placed(msgspec.Struct, tag=True):
     migrations: int
     failures: int
     experts_migrated: int
+    #: Ranks of the servers that do not run.
+    absent: list[int] = []
+    #: Why requests cannot be answered, because no server has some experts; "": they can.
+    short: str = ""
 
 
 # From front end to launcher, in addition to Hello and Failed.
@@ -442,7 +456,7 @@ NodeCommand = NodeStart | NodeInput | NodeSignal | NodeEnd
 NodeEvent = NodeHello | NodeAnswer | NodeEnded
 
 #: Commands that a front end passes on from the launcher to its engine, and all that each obeys.
-PassedCommand = Join | PeerRestarted | AskStats | Stage | Commit | Drop
+PassedCommand = Join | PeerLost | PeerRestarted | AskStats | Stage | Commit | Drop
 Command = PassedCommand | Submit | Abort | Stop
 FrontCommand = PassedCommand | Restart | Decided | Placed | Drain | Stop
 Event = Hello | PassedEvent | Deltas | Report | Pulse | Failed

@@ -61,6 +61,8 @@ class Session:
         self._acknowledged = self._given = 0
         #: Number of the latest message received, and of the latest one that was acknowledged.
         self._received = self._told = 0
+        #: Number of frames from the other end.
+        self.heard = 0
         #: When this end last asked what the other end has, sent messages again, and reported a gap.
         self._asked = self._repeated = self._reported = float("-inf")
 
@@ -92,6 +94,7 @@ class Session:
         if receiver not in (0, self._own):  # meant for a predecessor of this process
             self._frame(_Kind.RECEIVED, 0, receiver=sender)
             return None
+        self.heard += 1
         if sender != self._peer:
             self._meet(sender)
         self._acknowledge(received)

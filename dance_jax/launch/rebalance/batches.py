@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from dance_jax.launch.control.protocol import Change, ExpertLoad, Stage
 from dance_jax.placement.core import Layout
@@ -15,10 +15,15 @@ class Migration:
 
     Args:
         batches: in order; at least one.
+        present: ranks of the servers that run; the others neither load nor send experts.
+        urgent: sequences wait for the experts.
     """
 
-    def __init__(self, batches: Sequence[MoveBatch]) -> None:
+    def __init__(
+        self, batches: Sequence[MoveBatch], present: Collection[int], urgent: bool = False
+    ) -> None:
         self._left = collections.deque(batches)
+        self._present, self.urgent = sorted(present), urgent
         #: Experts loaded by applied batches, on all servers.
         self.moved = 0
         #: At least one batch is applied.
@@ -38,7 +43,8 @@ class Migration:
         """
         batch = self._left[0]
         changes: list[Change] = [*batch.changes]
-        return [Stage(number, changes, each) for each in _loads(layout, batch)]
+        loads = _loads(layout, batch, self._present)
+        return [Stage(number, changes, each, self.urgent) for each in loads]
 
     def commit(self, layout: Layout) -> Layout:
         """Record that the current batch is applied; returns the layout after it."""
@@ -48,13 +54,15 @@ class Migration:
         return changed(layout, batch.changes)
 
 
-def _loads(before: Layout, batch: MoveBatch) -> list[list[ExpertLoad]]:
+def _loads(before: Layout, batch: MoveBatch, present: Sequence[int]) -> list[list[ExpertLoad]]:
     """Loads by server; each expert comes from the holder with the fewest requests so far."""
     loads: list[list[ExpertLoad]] = [[] for _ in before.devices]
     asked: collections.Counter[int] = collections.Counter()
     for server, device, slot, layer, expert in batch.loads():
         held_n = before.device_of[:, layer, expert] >= 0
-        holders = [n for n in held_n.nonzero()[0].tolist() if n != server] or [server]
+        holders = [n for n in present if held_n[n] and n != server] or [
+            server if held_n[server] else -1
+        ]
         holder = min(holders, key=lambda n: (asked[n], n))
         asked[holder] += 1
         loads[server].append(ExpertLoad(device, slot, layer, expert, holder))

@@ -21,7 +21,7 @@ from dance_jax.config import ClusterSpec, EngineConfig, RebalanceOptions
 from dance_jax.launch.control import protocol
 from dance_jax.launch.control.protocol import Decision
 from dance_jax.launch.planning.costs import running_cost
-from dance_jax.launch.planning.plan import ModelFacts
+from dance_jax.launch.planning.plan import ModelFacts, format_bytes
 from dance_jax.launch.rebalance.batches import Migration
 from dance_jax.launch.rebalance.decision import Answer, DecisionInputs
 from dance_jax.launch.rebalance.solver import Solver, SolverError
@@ -29,6 +29,8 @@ from dance_jax.launch.rebalance.state import ServiceState
 from dance_jax.launch.rebalance.workload import Statistics, Workload
 from dance_jax.launch.worker.loading import rest_s
 from dance_jax.placement.core import Layout, Placement
+from dance_jax.placement.migration import difference
+from dance_jax.placement.recovery import recovery, release, uncovered
 
 #: Loading speed assumed until a server has loaded something: fixed seconds per expert, and bytes
 #: per second.
@@ -41,6 +43,9 @@ _RATE_WEIGHT = 0.3
 LOAD_TIMEOUT_S = 300.0
 #: Seconds for servers to apply a loaded batch; later servers are not waited for.
 COMMIT_TIMEOUT_S = 10.0
+#: Most bytes that a device loads in one batch while sequences wait for them; seconds until a
+#: recovery that failed is tried again.
+RECOVERY_BYTES, RECOVERY_RETRY_S = 64 << 20, 5.0
 #: Seconds for engines to report their statistics, or that a batch is dropped.
 ANSWER_TIMEOUT_S = 30.0
 
@@ -51,9 +56,26 @@ class ServiceAccess(Protocol):
     #: The layout that is applied on all servers; the rebalancer replaces it as experts move.
     layout: Layout
 
+    @property
+    def present(self) -> frozenset[int]:
+        """Ranks of the servers that run."""
+        ...
+
+    @property
+    def gone(self) -> frozenset[int]:
+        """Ranks of the servers that are gone with their front ends."""
+        ...
+
+    #: Each server steps on its own, so the others go on when one is lost.
+    calls: bool
+
     def tell(self, rank: int, command: protocol.FrontCommand) -> None: ...
 
     def tell_all(self, command: protocol.FrontCommand) -> None: ...
+
+    def restart(self, rank: int, why: str) -> None:
+        """Restart a server's engine."""
+        ...
 
     def notice(self, name: str, text: str) -> None: ...
 
@@ -150,6 +172,20 @@ class Rebalancer:
         #: Bytes per second that each server loads; nan: no load so far.
         self._rates = np.full(shape[0], np.nan)
         self._draining = False
+        #: Servers that take part in the current batch.
+        self._parties: frozenset[int] = frozenset()
+        #: By rank, the layout of an engine that was started, or of a server that was lost; and of
+        #: those that are back, until they are told what has changed since.
+        self._given: dict[int, Layout] = {}
+        self._behind: dict[int, Layout] = {}
+        #: By rank, number of the batch that tells them, and the layout after it.
+        self._following: dict[int, tuple[int, Layout]] = {}
+        #: When the servers that are left load the experts of lost ones; inf: nothing to load.
+        self._recovery_due = float("inf")
+        #: (server, layer, expert) loaded in place of lost servers.
+        self._recovered: set[tuple[int, int, int]] = set()
+        #: Why requests cannot be answered: experts that no server has; "": they can.
+        self._short = ""
 
     # Called by the service.
 
@@ -176,9 +212,20 @@ class Rebalancer:
         if self._due == float("inf"):
             self._workload.engines_began(self._clock())
             self._due = self._clock() + self._options.interval_s
+        absent = len(self._service.present) < len(self._spec.servers)
         if self._phase is _Phase.NOTHING:
-            if self._draining:
+            while self._behind:
+                self._catch_up(*self._behind.popitem())
+            if self._clock() >= self._recovery_due and self._service.present:
+                self._recover()
+            elif absent:
+                while self._waiting:
+                    names = ", ".join(self._absent())
+                    self._refuse(self._waiting.popleft(), f"{names} does not run")
+            elif self._draining:
                 pass
+            elif self._recovered:
+                self._release()
             elif self._waiting:
                 self._ask(self._waiting.popleft())
             elif self._options.interval_s and self._clock() >= self._due:
@@ -191,6 +238,12 @@ class Rebalancer:
     def receive(self, rank: int, event: protocol.Event) -> None:
         """Handle an event of an engine."""
         match event:
+            case protocol.Staged(number) if self._follows(rank, number):
+                self._service.tell(rank, protocol.Commit(number))
+            case protocol.Applied(number) if self._follows(rank, number):
+                _, reached = self._following.pop(rank)
+                if reached is not self._service.layout:
+                    self._behind[rank] = reached
             case protocol.Stats(stats) if self._phase is _Phase.ASKING:
                 self._stats[rank] = bytes(stats)
                 if self._answered(_Phase.ASKING, rank):
@@ -202,10 +255,12 @@ class Rebalancer:
                     self._rates[rank] = news
                 if self._answered(_Phase.LOADING, rank):
                     self._enter(_Phase.COMMITTING, COMMIT_TIMEOUT_S)
-                    self._service.tell_all(protocol.Commit(number))
-            case protocol.StageFailed(number, why) if number == self._number:
-                if self._phase is _Phase.LOADING:
+                    self._tell_parties(protocol.Commit(number))
+            case protocol.StageFailed(number, why):
+                if self._phase is _Phase.LOADING and number == self._number:
                     self._drop(self._spec.names[rank], why)
+                elif self._follows(rank, number):  # the other servers have applied the changes
+                    self._service.restart(rank, f"it cannot follow the placement: {why}")
             case protocol.Applied(number) if number == self._number:
                 if self._answered(_Phase.COMMITTING, rank):
                     self._continue()
@@ -214,8 +269,8 @@ class Rebalancer:
                     self._cancel()
 
     def _enter(self, phase: _Phase, seconds: float) -> None:
-        """Enter a phase that ends when all servers have answered, or after `seconds`."""
-        self._phase, self._missing = phase, set(range(len(self._spec.servers)))
+        """Enter a phase that ends when all parties have answered, or after `seconds`."""
+        self._phase, self._missing = phase, set(self._parties)
         self._deadline = self._clock() + seconds
 
     def _answered(self, phase: _Phase, rank: int) -> bool:
@@ -238,7 +293,7 @@ class Rebalancer:
                 self._continue()
             case _Phase.DROPPING:
                 self._deadline = self._clock() + ANSWER_TIMEOUT_S
-                self._service.tell_all(protocol.Drop(self._number))
+                self._tell_parties(protocol.Drop(self._number))
 
     def engines_died(self, ranks: Iterable[int]) -> None:
         """Handle dead engines: the applied layout stays, and new engines start with it."""
@@ -247,7 +302,7 @@ class Rebalancer:
             if self._phase is _Phase.COMMITTING:  # the surviving engines apply the batch
                 self._service.layout = self._migration.commit(self._service.layout)
             else:
-                self._service.tell_all(protocol.Drop(self._number))
+                self._tell_parties(protocol.Drop(self._number))
             self._stop_moving(why="an engine died")
             self._publish()
         elif self._phase is not _Phase.NOTHING:
@@ -256,8 +311,25 @@ class Rebalancer:
         self._phase, self._answer = _Phase.NOTHING, None
         self._candidate = None
         self._workload.engines_died(ranks, self._clock())
+        for rank in ranks:
+            self._given[rank] = self._service.layout
+            self._behind.pop(rank, None)
+            self._following.pop(rank, None)
+        if self._service.calls:
+            self._recovery_due = self._clock()
         if self._draining:  # no engine is left to report statistics
             self._save()
+
+    def starts(self, rank: int) -> None:
+        """An engine is started with the present layout."""
+        self._given[rank] = self._service.layout
+
+    def came(self, rank: int) -> None:
+        """A lost server is back, with the experts that the layout says."""
+        self._behind[rank] = self._given[rank]
+        if not self._uncovered().any():
+            self._recovery_due, self._short = float("inf"), ""
+        self._publish()
 
     def drain(self, engines_run: bool) -> None:
         """Start no more migrations, and save the state.
@@ -283,6 +355,7 @@ class Rebalancer:
 
     def _ask(self, wanted: _Wanted) -> None:
         self._current = wanted
+        self._parties = self._service.present
         self._enter(_Phase.ASKING, ANSWER_TIMEOUT_S)
         self._stats.clear()
         self._service.tell_all(protocol.AskStats())
@@ -307,7 +380,7 @@ class Rebalancer:
         Nothing is asked if the service is shutting down, or if there is nothing to decide.
         """
         now = self._clock()
-        self._workload.update([self._stats[n] for n in range(len(self._stats))], now)
+        self._workload.update(self._stats, now)
         if self._draining:
             self._phase = _Phase.NOTHING
             self._refuse(self._current)
@@ -382,7 +455,7 @@ class Rebalancer:
             self._service.tell(wanted.rank, protocol.Decided(wanted.id, decision))
         self._service.notice("", in_words(decision, self._options.horizon_s))
         if decision.migrate and not decision.dry_run:
-            self._migration = Migration(batches)
+            self._migration = Migration(batches, self._service.present)
             self._load(self._migration)
         self._publish()
 
@@ -410,20 +483,84 @@ class Rebalancer:
         if wanted.rank is not None:
             self._service.tell(wanted.rank, protocol.Decided(wanted.id, None, why))
 
+    # Lost servers.
+
+    def _absent(self) -> list[str]:
+        """Names of the servers that do not run."""
+        present = self._service.present
+        return [name for rank, name in enumerate(self._spec.names) if rank not in present]
+
+    def _catch_up(self, rank: int, layout: Layout) -> None:
+        """Tell a server that is back what has changed on the others."""
+        if changes := difference(layout, self._service.layout):
+            self._number += 1
+            self._following[rank] = self._number, self._service.layout
+            self._service.tell(rank, protocol.Stage(self._number, [*changes], []))
+
+    def _follows(self, rank: int, number: int) -> bool:
+        """Whether a batch tells a server that is back what has changed."""
+        return rank in self._following and self._following[rank][0] == number
+
+    def _uncovered(self) -> np.ndarray:
+        """Experts that no server has that runs, bool [layers, experts]."""
+        return uncovered(self._service.layout, self._service.present)
+
+    def _recover(self) -> None:
+        """Have the servers that are left load the experts that only lost ones have."""
+        self._recovery_due = float("inf")
+        missing = int(self._uncovered().sum())
+        if not missing:
+            self._publish()
+            return
+        counts = self._workload.statistics(self._clock()).counts
+        size = self._model.expert_bytes(self._config.dtype)
+        most = max(1, RECOVERY_BYTES // size)
+        batches = recovery(self._service.layout, self._service.present, counts, most)
+        loads = [change for batch in batches for change in batch.loads()]
+        self._recovered |= {(change.server, change.layer, change.expert) for change in loads}
+        short = missing - len(loads)
+        self._short = ""
+        if short and self._service.gone:
+            self._short = (
+                f"no server has {short} of the model's experts while {', '.join(self._absent())} "
+                f"is gone, and the others lack {format_bytes(short * size)} of memory to load them"
+            )
+            self._service.notice("", self._short)
+        if batches:
+            self._migration = Migration(batches, self._service.present, urgent=True)
+            self._load(self._migration)
+        self._publish()
+
+    def _release(self) -> None:
+        """Empty spare slots that `_recover` has filled; all servers run again."""
+        counts = self._workload.statistics(self._clock()).counts
+        batch = release(self._service.layout, self._recovered, counts)
+        self._recovered.clear()
+        if batch is not None:
+            self._migration = Migration([batch], self._service.present)
+            self._load(self._migration)
+
     # Migrations.
 
     def _load(self, moving: Migration) -> None:
         self._number += 1
+        self._parties = self._service.present - self._behind.keys() - self._following.keys()
         self._enter(_Phase.LOADING, LOAD_TIMEOUT_S)
         for rank, stage in enumerate(moving.stages(self._number, self._service.layout)):
-            self._service.tell(rank, stage)
+            if rank in self._parties:
+                self._service.tell(rank, stage)
 
     def _continue(self) -> None:
         """Continue after a batch: it is applied on all servers, or its deadline has passed."""
         moving = self._migration
         assert moving is not None
         self._service.layout = moving.commit(self._service.layout)
-        if moving.complete:
+        if moving.complete and moving.urgent:
+            self._stop_moving()
+            self._service.notice("", f"{moving.moved} experts of lost servers are loaded")
+        elif moving.complete and not moving.moved:
+            self._stop_moving()
+        elif moving.complete:
             self._migrations += 1
             self._workload.migrated(self._clock())
             self._stop_moving()
@@ -432,7 +569,7 @@ class Rebalancer:
                 f"{self._version}"
             )
             self._service.notice("", text)
-        elif self._draining:
+        elif self._draining and not moving.urgent:
             self._stop_moving(why="the service is shutting down")
         else:
             self._load(moving)
@@ -442,12 +579,19 @@ class Rebalancer:
         """Drop the batch on all servers; each must confirm that it will not apply it."""
         self._failed = name, why
         self._enter(_Phase.DROPPING, ANSWER_TIMEOUT_S)
-        self._service.tell_all(protocol.Drop(self._number))
+        self._tell_parties(protocol.Drop(self._number))
+
+    def _tell_parties(self, command: protocol.FrontCommand) -> None:
+        """Tell the servers that take part in the current batch."""
+        for rank in self._parties:
+            self._service.tell(rank, command)
 
     def _cancel(self) -> None:
         """End the migration because no server applies the batch any more."""
         name, why = self._failed
         self._failures += 1
+        if self._migration is not None and self._migration.urgent:
+            self._recovery_due = self._clock() + RECOVERY_RETRY_S
         self._stop_moving(why=f"server {name}: {why}")
         self._service.notice(name, f"migration cancelled, experts stay where they are: {why}")
         self._publish()
@@ -473,6 +617,8 @@ class Rebalancer:
                 migrations=self._migrations,
                 failures=self._failures,
                 experts_migrated=self._migrated,
+                absent=sorted({*range(len(self._spec.servers))} - self._service.present),
+                short=self._short,
             )
         )
 

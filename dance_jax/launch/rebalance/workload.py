@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 
 import msgspec
 import numpy as np
@@ -114,16 +114,18 @@ class Workload:
             busiest=float(busiest / rows) if rows > 0 else None,
         )
 
-    def update(self, stats: Sequence[bytes], now: float) -> None:
+    def update(self, stats: Mapping[int, bytes], now: float) -> None:
         """Add the counters of all engines.
 
         Args:
-            stats: EngineStats of each server.
+            stats: EngineStats by rank, of all servers.
             now: time.monotonic().
         """
         share = _unfaded(now - self._asked, self._half_life_s)
         self._asked = now
-        found = [msgspec.msgpack.decode(each, type=EngineStats) for each in stats]
+        found = [
+            msgspec.msgpack.decode(stats[rank], type=EngineStats) for rank in range(len(stats))
+        ]
         counts_nle = np.array([each.counts for each in found], np.float64)
         tokens_n = np.array([each.tokens for each in found], np.float64)
         self.idle = bool((tokens_n == self._computed).all())

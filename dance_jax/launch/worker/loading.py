@@ -109,8 +109,9 @@ class Loader:
                 (weights,), read = self._read([load])
                 experts[load.device, load.slot] = weights
                 size += read
-                # Random, so that a step does not have to wait for the readers of all servers.
-                time.sleep(random.uniform(0.5, 1.5) * rest_s(time.monotonic() - began))
+                if not stage.urgent:
+                    # Random, so that a step does not have to wait for the readers of all servers.
+                    time.sleep(random.uniform(0.5, 1.5) * rest_s(time.monotonic() - began))
         except Exception as error:
             log.exception("batch %d cannot be loaded", stage.number)
             why = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"

@@ -212,7 +212,7 @@ def _start(
         rates = [server.bandwidth for server in setup.spec.servers]
         calls.connect(engine.runner.calls, connections, rates)
     shelf.held = engine.expert
-    loader = _loader(engine, checkpoint, peers)
+    loader = _loader(engine, checkpoint, weights, peers)
     # Freeze present objects: collecting them again takes longer than a step.
     gc.collect()
     gc.freeze()
@@ -233,14 +233,16 @@ def _peer_weights(
     )
 
 
-def _loader(engine: Engine, checkpoint: Checkpoint | None, peers: Peers | None) -> Loader:
+def _loader(
+    engine: Engine, checkpoint: Checkpoint | None, weights: WeightSource, peers: Peers | None
+) -> Loader:
     """The loader of experts that move to this server."""
     from dance_jax.launch.worker.loading import Loader, checkpoint_reader
 
     if checkpoint is not None:
         return Loader(checkpoint_reader(checkpoint, engine.form))
     assert peers is not None
-    return Loader(peers.reader(engine.expert, engine.form))
+    return Loader(peers.reader(engine.expert, engine.form, weights))
 
 
 def _cache_dir(setup: Setup) -> pathlib.Path | None:
@@ -419,6 +421,8 @@ class Worker:
             match command := self._channel.receive():
                 case protocol.Stage():
                     self._loader.begin(command)
+                case protocol.PeerLost(rank):
+                    self._connections.lost(rank)
                 case protocol.PeerRestarted(rank, endpoint):
                     self._connections.restarted(rank, endpoint)
                 case protocol.Stop():

@@ -120,37 +120,68 @@ class PeerWeights(Outline):
     ) -> Iterator[tuple[int, Weights]]:
         """As `Checkpoint.experts`.
 
-        All sources send at the same time, each as many experts as its link allows.
+        All sources send at the same time, each as many experts as its link allows. The others send
+        the part of a source that is gone.
 
         Raises:
-            OSError, LookupError: a server does not send its part.
+            OSError, LookupError: no server sends a part.
         """
         portions = queue.SimpleQueue[tuple[int, list[int]]]()
         for portion in _expert_portions(pairs, form.bytes):
             portions.put(portion)
+        sources = self._sources
+        while not portions.empty():
+            gone: list[int] = []
+            yield from self._fetch(pairs, form, sources, portions, gone)
+            sources = [source for source in sources if source not in gone]
+
+    def _fetch(
+        self,
+        pairs: Sequence[tuple[int, int]],
+        form: ExpertFormat,
+        sources: Sequence[int],
+        portions: queue.SimpleQueue[tuple[int, list[int]]],
+        gone: list[int],
+    ) -> Iterator[tuple[int, Weights]]:
+        """Fetch portions from all sources; the portion of a source that is gone is put back.
+
+        Args:
+            gone: gets the sources that are gone.
+
+        Raises:
+            OSError: all sources are gone.
+            LookupError: a source does not send its part.
+        """
         #: Each source may have one portion waiting here.
-        arrived = queue.Queue[tuple[list[int], list[np.ndarray]]](len(self._sources))
+        arrived = queue.Queue[tuple[list[int], list[np.ndarray]]](len(sources))
         failed = threading.Event()
 
         def fetch(source: int) -> None:
-            try:
-                while not failed.is_set():
-                    layer, rows = portions.get_nowait()
-                    question = WeightRequest(
-                        WeightKind.EXPERTS, layer, tuple(pairs[row][1] for row in rows)
-                    )
-                    likes: list[Like] = [
-                        ((len(rows), *leaf.shape), leaf.dtype) for leaf in form.leaves.values()
-                    ]
+            while not failed.is_set():
+                try:
+                    portion = layer, rows = portions.get_nowait()
+                except queue.Empty:
+                    return
+                question = WeightRequest(
+                    WeightKind.EXPERTS, layer, tuple(pairs[row][1] for row in rows)
+                )
+                likes: list[Like] = [
+                    ((len(rows), *leaf.shape), leaf.dtype) for leaf in form.leaves.values()
+                ]
+                try:
                     arrived.put((rows, self._peers.ask(source, question, likes)))
-            except queue.Empty:
-                return
-            except BaseException:
-                failed.set()  # the other threads stop early
-                raise
+                except OSError:
+                    portions.put(portion)
+                    gone.append(source)
+                    if len(gone) == len(sources):
+                        raise
+                    return
+                except BaseException:
+                    failed.set()  # the other threads stop early
+                    raise
 
-        with concurrent.futures.ThreadPoolExecutor(len(self._sources)) as threads:
-            fetching = [threads.submit(fetch, source) for source in self._sources]
+        with concurrent.futures.ThreadPoolExecutor(len(sources)) as threads:
+            fetching = [threads.submit(fetch, source) for source in sources]
             while not (all(each.done() for each in fetching) and arrived.empty()):
                 try:
                     rows, found = arrived.get(timeout=ARRIVAL_POLL_S)

@@ -21,6 +21,7 @@ import numpy as np
 from dance_jax.config import UserError
 from dance_jax.launch.control.protocol import ExpertLoad
 from dance_jax.launch.worker.loading import Read
+from dance_jax.models.checkpoint import WeightSource
 from dance_jax.models.connections import Connections
 from dance_jax.models.experts import ExpertFormat, Weights
 
@@ -159,18 +160,22 @@ class Peers:
             for part, (shape, dtype) in zip(parts, likes, strict=True)
         ]
 
-    def reader(self, held: Held, form: ExpertFormat) -> Read:
+    def reader(self, held: Held, form: ExpertFormat, files: WeightSource) -> Read:
         """Make a reader of moving experts, from the servers that hold them.
 
         Args:
             held: reads experts that this server holds.
             form: format of the pool.
+            files: reads experts that no server holds from the servers with a copy of the model.
         """
         likes: list[Like] = [(leaf.shape, leaf.dtype) for leaf in form.leaves.values()]
 
         def one(load: ExpertLoad) -> tuple[Weights, int]:
             if load.holder == self.rank:
                 return held(load.layer, load.expert), 0
+            if load.holder < 0:
+                ((_, weights),) = files.experts([(load.layer, load.expert)], form)
+                return weights, form.bytes
             question = WeightRequest(WeightKind.HELD, load.layer, (load.expert,))
             return tuple(self.ask(load.holder, question, likes)), form.bytes
 
