@@ -11,7 +11,14 @@ from collections.abc import Collection, Iterator
 import numpy as np
 
 from dance_jax.placement.core import Layout
-from dance_jax.placement.migration import Device, Expert, MoveBatch, SlotChange
+from dance_jax.placement.migration import (
+    Device,
+    Expert,
+    MoveBatch,
+    SlotChange,
+    batches,
+    changed,
+)
 
 
 def uncovered(layout: Layout, present: Collection[int]) -> np.ndarray:
@@ -53,31 +60,25 @@ def recovery(
     return list(_batches(rooms, most))
 
 
-def release(
-    layout: Layout, recovered: Collection[tuple[int, int, int]], calls_nle: np.ndarray
-) -> MoveBatch | None:
-    """The batch that empties spare slots again, once all servers are back; None if none is needed.
+def restoration(layout: Layout, before: Layout, most: int) -> list[MoveBatch]:
+    """Batches back to the placement before a loss, once all servers run again.
 
     Args:
         layout: the layout in force.
-        recovered: (server, layer, expert) that were loaded by `recovery`.
-        calls_nle: as for `recovery`.
+        before: the layout before the loss; `recovery` led from there to `layout`.
+        most: experts that a device loads in one batch.
     """
-    copies_le, changes = layout.resident.sum(0), []
-    calls_le = calls_nle.sum(0)
-    for server, devices in enumerate(layout.devices):
-        for device in range(devices):
-            held = _Room(layout, server, device).held
-            empty = layout.slots_per_device[server] - len(held)
-            own = [pair for pair in held if (server, *pair) in recovered]
-            for pair in _by_calls(np.array(own).reshape(-1, 2), calls_le):
-                if empty >= layout.spare[server]:
-                    break
-                if copies_le[pair] > 1:
-                    copies_le[pair] -= 1
-                    empty += 1
-                    changes.append(SlotChange(server, device, held[pair], -1, -1))
-    return MoveBatch(tuple(changes)) if changes else None
+    (present, others) = layout.resident, before.resident
+    emptied = tuple(
+        SlotChange(server, device, slot, -1, -1)
+        for server, devices in enumerate(layout.devices)
+        for device in range(devices)
+        for (layer, expert), slot in _Room(layout, server, device).held.items()
+        if not others[server, layer, expert] and (present & others)[:, layer, expert].any()
+    )
+    released = changed(layout, emptied)
+    steps = [batch for batch, _ in batches(released, before, most)]
+    return [MoveBatch(emptied), *steps] if emptied else steps
 
 
 def _by_calls(pairs: np.ndarray, key_le: np.ndarray) -> Iterator[Expert]:

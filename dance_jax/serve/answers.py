@@ -154,6 +154,14 @@ class Readiness(BaseModel):
     ready: bool
 
 
+class Health(BaseModel):
+    """The servers as the launcher last reported them."""
+
+    #: Names of the servers that run, and of those that are lost for the moment.
+    alive: list[str]
+    lost: list[str]
+
+
 class PlacedServer(BaseModel):
     name: str
     #: Ids of the experts resident on the server, per MoE layer.
@@ -164,5 +172,8 @@ class PlacementAnswer(BaseModel):
     """The placement of experts; the version grows when a migration completes or stops half-way."""
 
     version: int
+    #: A lost server's experts are those that it will come back with.
     servers: list[PlacedServer]
+    #: Names of the servers that are lost for the moment.
+    lost: list[str]
     last_decision: Decision | None

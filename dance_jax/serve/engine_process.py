@@ -9,6 +9,7 @@ from collections.abc import Callable
 import msgspec
 
 from dance_jax.config import ServerSpec
+from dance_jax.launch.agent.child import STACKS_SIGNAL
 from dance_jax.launch.agent.process import ChildProcess
 from dance_jax.launch.control import protocol
 from dance_jax.launch.control.channel import (
@@ -20,6 +21,8 @@ from dance_jax.launch.control.channel import (
 from dance_jax.serve.loop_channel import LoopChannel
 from dance_jax.serve.watchdog import CHECK_S, Watchdog
 
+#: Seconds for a hung engine to write the stacks of its threads to the log.
+STACKS_S = 0.2
 WORKER = "dance_jax.launch.worker.main"
 #: Seconds to wait for an engine to exit on its own, and, after SIGKILL, until the front end gives
 #: up waiting.
@@ -131,6 +134,8 @@ class EngineProcess:
         """Kill the engine once it makes no progress."""
         while not (why := self._watchdog.verdict()):
             await asyncio.sleep(CHECK_S)
+        self._process.kill(STACKS_SIGNAL)
+        await asyncio.sleep(STACKS_S)
         self.kill()
         self._fail(protocol.Failed(why, user=False))
 

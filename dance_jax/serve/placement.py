@@ -46,7 +46,10 @@ def _placement(server: RouteContext) -> PlacementAnswer:
         for name, held_le in zip(server.info.servers, experts.layout.resident, strict=True)
     ]
     return PlacementAnswer(
-        version=experts.version, servers=servers, last_decision=experts.last_decision
+        version=experts.version,
+        servers=servers,
+        lost=[server.info.servers[rank] for rank in sorted(experts.absent)],
+        last_decision=experts.last_decision,
     )
 
 

@@ -34,6 +34,8 @@ class PlacementState:
         self.version = 1
         self.last_decision: Decision | None = None
         self.migrations = self.failures = self.experts_migrated = 0
+        #: Ranks of the servers that do not run.
+        self.absent: frozenset[int] = frozenset()
         #: Number of decisions reported to this server.
         self.decisions = 0
         self._ask = ask
@@ -48,6 +50,7 @@ class PlacementState:
             layout: `placed.layout`, decoded.
         """
         self.layout, self.version = layout, placed.version
+        self.absent = frozenset(placed.absent)
         before, latest = self.last_decision, placed.last_decision
         if latest is not None and (before is None or before.when != latest.when):
             self.decisions += 1

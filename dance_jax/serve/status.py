@@ -6,7 +6,7 @@ import fastapi
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from dance_jax.serve.answers import ModelCard, ModelList, Readiness
+from dance_jax.serve.answers import Health, ModelCard, ModelList, Readiness
 from dance_jax.serve.errors import documented
 from dance_jax.serve.info import RouteContext, ServeInfo
 
@@ -19,10 +19,13 @@ def routes(server: RouteContext) -> fastapi.APIRouter:
     router = fastapi.APIRouter()
     info = server.info
 
-    @router.get("/health", response_class=Response)
-    async def health() -> Response:
-        """200 as long as the front end's process runs."""
-        return Response()
+    @router.get("/health")
+    async def health() -> Health:
+        """200 as long as the front end's process runs; says which servers of the service run."""
+        absent = server.experts.absent
+        names = enumerate(info.servers)
+        alive = [name for rank, name in names if rank not in absent]
+        return Health(alive=alive, lost=[info.servers[rank] for rank in sorted(absent)])
 
     @router.get("/ready", response_model=Readiness, responses={503: {"model": Readiness}})
     async def ready() -> Response:

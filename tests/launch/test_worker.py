@@ -68,6 +68,7 @@ class Played:
     # The channel.
 
     keeps_up = True
+    pulse = None
 
     def waits(self, timeout_s: float = 0.0) -> bool:
         self.looks += not self._commands

@@ -24,12 +24,15 @@ from dance_jax.launch.agent.command import PRIVATE_VARIABLE
 from dance_jax.launch.control.channel import ALIVE_TIMEOUT_S, bracketed
 from dance_jax.launch.control.protocol import SSH_CLIENT, Failed, Setup
 
+#: Has a child write the stacks of its threads to its log.
+STACKS_SIGNAL = signal.SIGUSR1
 _Setup = TypeVar("_Setup", bound=msgspec.Struct)
 
 
 def prepare() -> None:
     """Log to standard error, and ignore Ctrl-C, which is for the launcher only."""
     faulthandler.enable()
+    faulthandler.register(STACKS_SIGNAL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s: %(message)s"

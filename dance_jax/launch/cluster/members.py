@@ -203,7 +203,7 @@ class Members:
 
     def _ask(self) -> None:
         for rank, member in enumerate(self._members):
-            if member.state not in (_State.RUNS, _State.STARTS, _State.ENGINE_DEAD):
+            if member.state is not _State.RUNS:  # a front end that starts is busy
                 continue
             heard = self._actions.heard(rank)
             member.unanswered = member.unanswered + 1 if heard == member.heard else 0

@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import collections
+import enum
 from collections.abc import Collection, Sequence
 
 from dance_jax.launch.control.protocol import Change, ExpertLoad, Stage
 from dance_jax.placement.core import Layout
 from dance_jax.placement.migration import MoveBatch, changed
+
+
+class Purpose(enum.Enum):
+    """Why experts move."""
+
+    #: A decision: they are used elsewhere.
+    DECIDED = enum.auto()
+    #: Only a lost server has them, and sequences wait.
+    RECOVER = enum.auto()
+    #: The lost servers are back.
+    RESTORE = enum.auto()
 
 
 class Migration:
@@ -16,14 +28,17 @@ class Migration:
     Args:
         batches: in order; at least one.
         present: ranks of the servers that run; the others neither load nor send experts.
-        urgent: sequences wait for the experts.
+        purpose: why experts move.
     """
 
     def __init__(
-        self, batches: Sequence[MoveBatch], present: Collection[int], urgent: bool = False
+        self,
+        batches: Sequence[MoveBatch],
+        present: Collection[int],
+        purpose: Purpose = Purpose.DECIDED,
     ) -> None:
         self._left = collections.deque(batches)
-        self._present, self.urgent = sorted(present), urgent
+        self._present, self.purpose = sorted(present), purpose
         #: Experts loaded by applied batches, on all servers.
         self.moved = 0
         #: At least one batch is applied.
@@ -44,7 +59,8 @@ class Migration:
         batch = self._left[0]
         changes: list[Change] = [*batch.changes]
         loads = _loads(layout, batch, self._present)
-        return [Stage(number, changes, each, self.urgent) for each in loads]
+        urgent = self.purpose is Purpose.RECOVER
+        return [Stage(number, changes, each, urgent) for each in loads]
 
     def commit(self, layout: Layout) -> Layout:
         """Record that the current batch is applied; returns the layout after it."""

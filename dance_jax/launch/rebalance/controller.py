@@ -22,15 +22,15 @@ from dance_jax.launch.control import protocol
 from dance_jax.launch.control.protocol import Decision
 from dance_jax.launch.planning.costs import running_cost
 from dance_jax.launch.planning.plan import ModelFacts, format_bytes
-from dance_jax.launch.rebalance.batches import Migration
-from dance_jax.launch.rebalance.decision import Answer, DecisionInputs
+from dance_jax.launch.rebalance.batches import Migration, Purpose
+from dance_jax.launch.rebalance.decision import Answer, DecisionInputs, most_loads
 from dance_jax.launch.rebalance.solver import Solver, SolverError
 from dance_jax.launch.rebalance.state import ServiceState
 from dance_jax.launch.rebalance.workload import Statistics, Workload
 from dance_jax.launch.worker.loading import rest_s
 from dance_jax.placement.core import Layout, Placement
 from dance_jax.placement.migration import difference
-from dance_jax.placement.recovery import recovery, release, uncovered
+from dance_jax.placement.recovery import recovery, restoration, uncovered
 
 #: Loading speed assumed until a server has loaded something: fixed seconds per expert, and bytes
 #: per second.
@@ -182,8 +182,8 @@ class Rebalancer:
         self._following: dict[int, tuple[int, Layout]] = {}
         #: When the servers that are left load the experts of lost ones; inf: nothing to load.
         self._recovery_due = float("inf")
-        #: (server, layer, expert) loaded in place of lost servers.
-        self._recovered: set[tuple[int, int, int]] = set()
+        #: The layout before experts of lost servers were loaded.
+        self._before: Layout | None = None
         #: Why requests cannot be answered: experts that no server has; "": they can.
         self._short = ""
 
@@ -224,8 +224,8 @@ class Rebalancer:
                     self._refuse(self._waiting.popleft(), f"{names} does not run")
             elif self._draining:
                 pass
-            elif self._recovered:
-                self._release()
+            elif self._before is not None:
+                self._restore(self._before)
             elif self._waiting:
                 self._ask(self._waiting.popleft())
             elif self._options.interval_s and self._clock() >= self._due:
@@ -517,7 +517,8 @@ class Rebalancer:
         most = max(1, RECOVERY_BYTES // size)
         batches = recovery(self._service.layout, self._service.present, counts, most)
         loads = [change for batch in batches for change in batch.loads()]
-        self._recovered |= {(change.server, change.layer, change.expert) for change in loads}
+        if batches and self._before is None:
+            self._before = self._service.layout
         short = missing - len(loads)
         self._short = ""
         if short and self._service.gone:
@@ -527,17 +528,16 @@ class Rebalancer:
             )
             self._service.notice("", self._short)
         if batches:
-            self._migration = Migration(batches, self._service.present, urgent=True)
+            self._migration = Migration(batches, self._service.present, Purpose.RECOVER)
             self._load(self._migration)
         self._publish()
 
-    def _release(self) -> None:
-        """Empty spare slots that `_recover` has filled; all servers run again."""
-        counts = self._workload.statistics(self._clock()).counts
-        batch = release(self._service.layout, self._recovered, counts)
-        self._recovered.clear()
-        if batch is not None:
-            self._migration = Migration([batch], self._service.present)
+    def _restore(self, before: Layout) -> None:
+        """Go back to the placement before the loss; all servers run again."""
+        self._before = None
+        most = most_loads(self._model.expert_bytes(self._config.dtype))
+        if batches := restoration(self._service.layout, before, most):
+            self._migration = Migration(batches, self._service.present, Purpose.RESTORE)
             self._load(self._migration)
 
     # Migrations.
@@ -555,10 +555,10 @@ class Rebalancer:
         moving = self._migration
         assert moving is not None
         self._service.layout = moving.commit(self._service.layout)
-        if moving.complete and moving.urgent:
+        if moving.complete and moving.purpose is Purpose.RECOVER:
             self._stop_moving()
             self._service.notice("", f"{moving.moved} experts of lost servers are loaded")
-        elif moving.complete and not moving.moved:
+        elif moving.complete and moving.purpose is Purpose.RESTORE:
             self._stop_moving()
         elif moving.complete:
             self._migrations += 1
@@ -569,7 +569,7 @@ class Rebalancer:
                 f"{self._version}"
             )
             self._service.notice("", text)
-        elif self._draining and not moving.urgent:
+        elif self._draining and moving.purpose is not Purpose.RECOVER:
             self._stop_moving(why="the service is shutting down")
         else:
             self._load(moving)
@@ -590,7 +590,7 @@ class Rebalancer:
         """End the migration because no server applies the batch any more."""
         name, why = self._failed
         self._failures += 1
-        if self._migration is not None and self._migration.urgent:
+        if self._migration is not None and self._migration.purpose is Purpose.RECOVER:
             self._recovery_due = self._clock() + RECOVERY_RETRY_S
         self._stop_moving(why=f"server {name}: {why}")
         self._service.notice(name, f"migration cancelled, experts stay where they are: {why}")
