@@ -318,7 +318,7 @@ def _check_tokenizer(directory: pathlib.Path) -> None:
     """Check that the tokenizer can be used, before the weights are downloaded."""
     from dance_jax.models.tokenizer import Tokenizer
 
-    Tokenizer.load(directory)
+    Tokenizer.load(directory).check_chat_template()
 
 
 def _some(files: Sequence[str]) -> str:
