@@ -179,8 +179,10 @@ def _text(token: Any, where: str) -> str:
 def _default_template(value: Any, where: str) -> str | None:
     """The chat template; from a list of named templates, the one named "default"."""
     if isinstance(value, list):
-        named = {item.get("name"): item.get("template") for item in value}
-        value = named.get("default")
+        named = [item for item in value if isinstance(item, dict)]
+        value = next(
+            (item.get("template") for item in named if item.get("name") == "default"), None
+        )
     if value is not None and not isinstance(value, str):
         raise UserError(
             f"{where}: chat_template is neither a string nor a list with a template named default"
