@@ -282,11 +282,23 @@ class ServeOptions:
         metavar="S",
     )
     max_queue: int = option(
-        256,
+        512,
         "requests per server that may wait for their first token (default: {default})",
         kind="count",
         metavar="N",
     )
+    max_queue_per_client: int | None = option(
+        None,
+        "how many of these requests may come from one client, that is, one IP address (default: "
+        "half of them)",
+        kind="count",
+        metavar="N",
+    )
+
+    @property
+    def client_queue(self) -> int:
+        """`max_queue_per_client` or its default, half of `max_queue`."""
+        return self.max_queue_per_client or -(-self.max_queue // 2)
 
 
 #: The default placement policy, a name in `placement.POLICIES`.

@@ -1,4 +1,4 @@
-"""Memory of this process."""
+"""Memory of this process, and sizes in words."""
 
 from __future__ import annotations
 
@@ -31,3 +31,18 @@ def give_back() -> None:
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).malloc_trim(0)
+
+
+def format_bytes(count: float) -> str:
+    """Format a size with the binary unit that shows it best; all messages with sizes use it.
+
+    >>> format_bytes(1536), format_bytes(1023.97 * 2**20), format_bytes(3 * 2**41)
+    ('1.5 KiB', '1.0 GiB', '6.0 TiB')
+    """
+    if abs(count) < 1023.5:
+        return f"{count:.0f} B"
+    for unit in ("KiB", "MiB", "GiB"):
+        count /= 1024
+        if abs(count) < 1023.95:  # it would be written as 1024.0
+            return f"{count:.1f} {unit}"
+    return f"{count / 1024:.1f} TiB"

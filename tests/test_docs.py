@@ -27,7 +27,8 @@ from dance_jax.config import EngineOptions
 from dance_jax.launch.cli import options
 from dance_jax.launch.planning.defaults import engine_config
 from dance_jax.launch.planning.hosts import KEYS, parse_hosts
-from dance_jax.launch.planning.plan import format_bytes, rooms
+from dance_jax.launch.planning.plan import rooms
+from dance_jax.memory import format_bytes
 from dance_jax.models.convert import outline
 from dance_jax.models.families import FAMILIES, MULTIMODAL
 from dance_jax.placement import POLICIES, place

@@ -1,10 +1,14 @@
-"""Memory settings of a process."""
+"""Memory settings of a process, and sizes in words."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+
+import pytest
+
+from dance_jax.memory import format_bytes
 
 _CODE = """
 import os, sys
@@ -30,3 +34,22 @@ def test_a_process_begins_anew_once_for_huge_pages() -> None:
         "begun",
         "glibc.malloc.check=0 a word another",
     ]
+
+
+@pytest.mark.parametrize(
+    "count, text",
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1023.6, "1.0 KiB"),
+        (48 * 2**10, "48.0 KiB"),
+        (2**20 - 1, "1.0 MiB"),
+        (5 * 10**7, "47.7 MiB"),
+        (16 * 2**30, "16.0 GiB"),
+        (3 * 2**41, "6.0 TiB"),
+        (10**18, "909494.7 TiB"),
+        (-2048, "-2.0 KiB"),
+    ],
+)
+def test_a_size_has_a_unit_that_says_something(count: float, text: str) -> None:
+    assert format_bytes(count) == text

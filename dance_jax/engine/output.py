@@ -91,6 +91,7 @@ class RequestTracker:
                 # As in vLLM, EOS is held back even if it is ignored.
                 held_back_ids=ends if params.min_tokens else (),
                 output_token_ids=list(resumed),
+                client=request.client,
             )
             for index, resumed in enumerate(request.resumed or [[]] * params.n)
             if resumed is not None

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-import heapq
 import operator
 import time
 from collections.abc import Iterable
@@ -20,11 +19,13 @@ from collections.abc import Iterable
 from dance_jax.config import EngineConfig, UserError
 from dance_jax.engine.blocks import BlockPool
 from dance_jax.engine.sequence import Sequence
+from dance_jax.engine.waiting import WaitingQueue
 
 #: Seconds before a sequence is retried whose experts were unavailable.
 RETRY_S = 0.1
 
 _by_arrival = operator.attrgetter("arrival")
+_by_turn = operator.attrgetter("turn")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -108,7 +109,7 @@ class _Work:
 
 
 class Scheduler:
-    """Admits sequences first come, first served, and divides their work into steps.
+    """Admits sequences, round robin between clients, and divides their work into steps.
 
     The cycle is: `add`; then `schedule`, run the plan, `commit`, append the sampled tokens to their
     sequences, and `finish` the sequences that are done.
@@ -116,7 +117,7 @@ class Scheduler:
     Between two cycles, a running sequence holds exactly the blocks of its computed tokens. Blocks
     are allocated when a row is planned. If no block is left, the youngest sequence of the device is
     preempted: it gives up its blocks and is computed again later. So the oldest sequence always
-    advances, and all sequences end.
+    advances, and all sequences end. The oldest is the one that was admitted first (`turn`).
 
     Args:
         config: provides bucket sizes, block_size, max_num_seqs and max_model_len.
@@ -150,8 +151,7 @@ class Scheduler:
         #: Free slots for recurrent states, per device.
         slots = state_copies * config.max_num_seqs
         self._state_slots = [list(range(slots, 0, -1)) for _ in range(devices)]
-        #: Heap of (arrival, sequence): preempted sequences come before all younger ones.
-        self._waiting: list[tuple[int, Sequence]] = []
+        self._waiting = WaitingQueue()
         #: Preemptions since the start.
         self.preemptions = 0
         #: Failed sequences since the start, counting repeats.
@@ -178,8 +178,7 @@ class Scheduler:
     def stalled(self) -> int:
         """Number of sequences whose last step failed."""
         running = [sequence for device in self.running for sequence in device]
-        waiting = [sequence for _, sequence in self._waiting]
-        return sum(sequence.rests_until > 0 for sequence in running + waiting)
+        return sum(sequence.rests_until > 0 for sequence in [*running, *self._waiting])
 
     @property
     def num_blocks(self) -> int:
@@ -195,7 +194,7 @@ class Scheduler:
         """Queue a new sequence, of 1 to max_model_len - 1 tokens (`RequestTracker.open` checks)."""
         sequence.arrival = self._arrivals
         self._arrivals += 1
-        heapq.heappush(self._waiting, (sequence.arrival, sequence))
+        self._waiting.add(sequence)
 
     def finish(self, sequence: Sequence) -> None:
         """Remove a sequence, running or waiting, and free its blocks and state slots.
@@ -206,8 +205,7 @@ class Scheduler:
         if sequence.device >= 0:
             self._release(sequence)
         else:
-            self._waiting.remove((sequence.arrival, sequence))
-            heapq.heapify(self._waiting)
+            self._waiting.remove(sequence)
 
     def abort(self, request_id: str | None = None) -> list[Sequence]:
         """Remove the sequences of a request, or all sequences; return them, oldest first."""
@@ -215,11 +213,10 @@ class Scheduler:
         def matches(sequence: Sequence) -> bool:
             return request_id in (None, sequence.request_id)
 
-        waiting = [sequence for _, sequence in self._waiting if matches(sequence)]
+        waiting = [sequence for sequence in self._waiting if matches(sequence)]
         running = [sequence for device in self.running for sequence in device if matches(sequence)]
-        if waiting:
-            self._waiting = [entry for entry in self._waiting if not matches(entry[1])]
-            heapq.heapify(self._waiting)
+        for sequence in waiting:
+            self._waiting.remove(sequence)
         for sequence in running:
             self._release(sequence)
         return sorted(waiting + running, key=_by_arrival)
@@ -291,16 +288,16 @@ class Scheduler:
         return max(size for size in sizes if size <= max(prompts, sizes[0]))
 
     def _admit(self) -> None:
-        """Admit waiting sequences in order of arrival; stop at the first that does not fit yet."""
+        """Admit waiting sequences in their order; stop at the first that does not fit yet."""
         while self._waiting:
-            _, sequence = self._waiting[0]
+            sequence = self._waiting.first()
             device = self._choose_device(sequence)
             if device is None:
                 return
-            heapq.heappop(self._waiting)
+            self._waiting.take_first()
             slots = [self._state_slots[device].pop() for _ in range(self.state_copies)]
             sequence.device, sequence.state_slots = device, (slots[0], slots[-1])
-            bisect.insort(self.running[device], sequence, key=_by_arrival)
+            bisect.insort(self.running[device], sequence, key=_by_turn)
 
     def _choose_device(self, sequence: Sequence) -> int | None:
         """The device with room that has the fewest running sequences minus cached blocks."""
@@ -375,7 +372,7 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         """Move a sequence back to waiting; all its known tokens will be computed again."""
         self._release(sequence)
-        heapq.heappush(self._waiting, (sequence.arrival, sequence))
+        self._waiting.put_back(sequence)
         self.preemptions += 1
 
     def _release(self, sequence: Sequence) -> None:

@@ -269,6 +269,8 @@ class Request(msgspec.Struct):
     params: SamplingParams
     #: Unix time in seconds.
     arrival_time: float = msgspec.field(default_factory=time.time)
+    #: Who sent the request; waiting requests are admitted round robin between clients.
+    client: str = ""
     #: Per sample, output tokens from an earlier engine, from which this one continues; None for a
     #: finished sample. Empty if all samples start from the beginning.
     resumed: list[list[int] | None] = []
@@ -345,8 +347,13 @@ class Sequence:
     #: Slots, from 1 on, from which the next step reads the recurrent states and to which it writes
     #: them; 0 while the sequence waits.
     state_slots: tuple[int, int] = (0, 0)
+    #: `Request.client`.
+    client: str = ""
     #: Order of arrival at the scheduler.
     arrival: int = -1
+    #: Order of the first admission, or of arrival if an earlier engine admitted the sequence; -1
+    #: before. A lower turn goes first ever after.
+    turn: int = -1
     #: time.monotonic() until which the sequence pauses because experts were unavailable; 0 if its
     #: last step succeeded.
     rests_until: float = 0.0

@@ -24,6 +24,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from dance_jax.config import EXPERT_CHOICES, TRUNK_CHOICES, ProgressCallback, Rounding, UserError
+from dance_jax.memory import format_bytes
 from dance_jax.models.checkpoint import (
     FORMAT,
     Checkpoint,
@@ -280,8 +281,8 @@ class _Conversion:
         free = shutil.disk_usage(directory.parent).free
         if free < self._converted_bytes:
             raise UserError(
-                f"{directory.parent}: {free / 1e9:.1f} GB are free, the converted model needs "
-                f"about {self._converted_bytes / 1e9:.1f} GB: free some space, or use a directory "
+                f"{directory.parent}: {format_bytes(free)} are free, the converted model needs "
+                f"about {format_bytes(self._converted_bytes)}: free some space, or use a directory "
                 "on another disk"
             )
         directory.mkdir()

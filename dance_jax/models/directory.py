@@ -7,6 +7,7 @@ directory: its metadata contain what the small files contain.
 from __future__ import annotations
 
 import json
+import math
 import os
 import pathlib
 import re
@@ -33,6 +34,9 @@ FORMATS = "formats.json"
 
 #: The file that a conversion writes last; a directory without this file is not a converted model.
 MANIFEST = "dance_jax.json"
+
+#: Levels of objects and lists in a model's JSON.
+MAX_DEPTH = 64
 
 
 def is_gguf(model: str | os.PathLike[str]) -> bool:
@@ -101,20 +105,56 @@ def read_json(path: pathlib.Path, required: bool = True) -> dict[str, Any] | Non
 
 
 def json_object(content: bytes, path: pathlib.Path) -> dict[str, Any]:
-    """Parse a file's content as a JSON object.
+    """Parse a file's content as a JSON object. All JSON of models is read here.
+
+    Python's parser takes more than JSON has: NaN, Infinity and halves of surrogate pairs. Here
+    numbers are finite and fit a float, text is valid Unicode, and nesting ends at MAX_DEPTH.
 
     Raises:
         UserError: the content is not a JSON object; the message names file and line.
     """
     try:
-        value = json.loads(content.decode("utf-8"))
+        text = content.decode("utf-8")
+        value = json.loads(text, parse_constant=_finite, parse_float=_finite)
+        if "\\ud" in text.lower():
+            json.dumps(value, ensure_ascii=False).encode()
+        shallow = _depth_at_most(MAX_DEPTH, value)
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}: not JSON: {error.msg}") from error
+    except UnicodeEncodeError as error:
+        raise UserError(f"{path}: has half of a surrogate pair: {error}") from error
+    except ValueError as error:
+        raise UserError(f"{path}: has a number that is not finite or too long: {error}") from error
+    except RecursionError:
+        shallow = False
+    if not shallow:
+        raise UserError(f"{path}: nested deeper than {MAX_DEPTH} levels: download the file again")
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(text[:80])
+    return value
+
+
+def _depth_at_most(most: int, value: Any) -> bool:
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(most + 1):
+        if not level:
+            return True
+        level = [
+            child
+            for each in level
+            for child in (each.values() if isinstance(each, dict) else each)
+            if isinstance(child, dict | list)
+        ]
+    return False
 
 
 def read_config(directory: str | pathlib.Path) -> ModelConfig:
@@ -150,13 +190,13 @@ def indexed_files(directory: pathlib.Path) -> list[str] | None:
     if index is None:
         return None
     names = index.get("weight_map")
-    files = set(names.values()) if isinstance(names, dict) else set()
-    if not files or not all(str(file).endswith(".safetensors") for file in files):
+    files = list(names.values()) if isinstance(names, dict) else []
+    if not files or not all(isinstance(f, str) and f.endswith(".safetensors") for f in files):
         raise UserError(
             f"{path}: weight_map is missing, or does not map names to safetensors files: download "
             "the file again"
         )
-    return sorted(files)
+    return sorted(set(files))
 
 
 def weight_files(directory: pathlib.Path) -> list[pathlib.Path]:

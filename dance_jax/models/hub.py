@@ -19,6 +19,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 
 from dance_jax.config import ProgressCallback, UserError
+from dance_jax.memory import format_bytes
 from dance_jax.models.directory import (
     INDEX,
     SIDE_FILES,
@@ -308,8 +309,8 @@ class _Repository:
         free, needed = shutil.disk_usage(existing).free, sum(sizes.values())
         if free < needed:
             raise UserError(
-                f"{self._name}: the download to {cache} needs {needed / 1e9:.1f} GB, but only "
-                f"{free / 1e9:.1f} GB are free: free some space, or set HF_HOME to a directory on "
+                f"{self._name}: the download to {cache} needs {format_bytes(needed)}, but only "
+                f"{format_bytes(free)} are free: free some space, or set HF_HOME to a directory on "
                 "a larger disk"
             )
 
@@ -318,7 +319,7 @@ def _check_tokenizer(directory: pathlib.Path) -> None:
     """Check that the tokenizer can be used, before the weights are downloaded."""
     from dance_jax.models.tokenizer import Tokenizer
 
-    Tokenizer.load(directory)
+    Tokenizer.load(directory).check_chat_template()
 
 
 def _some(files: Sequence[str]) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import math
 import os
 import pathlib
@@ -17,6 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from dance_jax.config import UserError
+from dance_jax.models.directory import json_object
 from dance_jax.models.formats import Matrix, WeightFormat
 
 #: Types of unquantised weights.
@@ -136,7 +136,7 @@ def read_header(path: pathlib.Path) -> dict[str, StoredTensor]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     try:
-        entries = json.loads(text)
+        entries = json_object(text, path)
         entries.pop("__metadata__", None)
         tensors = {name: _entry(path, 8 + length, item) for name, item in entries.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -159,11 +159,9 @@ def read_header(path: pathlib.Path) -> dict[str, StoredTensor]:
 
 
 def _entry(path: pathlib.Path, base: int, item: dict) -> StoredTensor:
-    shape = tuple(int(length) for length in item["shape"])
-    begin, end = item["data_offsets"]
-    kind = item["dtype"]
-    if begin < 0 or end < begin or min(shape, default=0) < 0:
-        raise ValueError("a tensor has a negative size")
+    shape, (begin, end), kind = tuple(item["shape"]), item["data_offsets"], item["dtype"]
+    if not all(type(n) is int and 0 <= n < 2**63 for n in (*shape, begin, end)) or end < begin:
+        raise ValueError("a tensor has a size that is not a whole number, or negative")
     if kind in _TYPES and end - begin != math.prod(shape) * _TYPES[kind].itemsize:
         raise ValueError(f"a tensor of {kind} {list(shape)} has {end - begin} bytes")
     return StoredTensor(path, kind, shape, base + begin, end - begin)

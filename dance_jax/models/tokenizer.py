@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import datetime
-import json
 import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-import jinja2.sandbox
 import tokenizers
 
 from dance_jax.config import UserError
+from dance_jax.models.chat_template import ChatTemplate, TemplateRefusal, TemplateTooCostly
 from dance_jax.models.directory import json_object, model_directory, read_config, side_files
 
 _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token")
@@ -40,7 +34,7 @@ class Tokenizer:
             for name in _SPECIAL
             if settings.get(name)
         }
-        self._template = None if template is None else _compile(template, where)
+        self._template = None if template is None else ChatTemplate(template, where)
         #: Token ids that end a sequence.
         self.eos_token_ids = tuple(eos_token_ids)
         bos, eos = self._special.get("bos_token"), self._special.get("eos_token")
@@ -149,17 +143,29 @@ class Tokenizer:
             variables: more variables for the template, for example tools.
 
         Raises:
-            UserError: the model has no chat template, or the template rejects the messages.
+            UserError: the model has no chat template, or it gives no text for the messages
+                (`TemplateFailure`).
         """
         if self._template is None:
             raise UserError(f"{self._where}: the model has no chat template")
         names = {"tools": None, "documents": None} | self._special | variables
+        own = {"messages": messages, "add_generation_prompt": add_generation_prompt}
+        return self._template.render(names | own)
+
+    def check_chat_template(self) -> None:
+        """Check that the chat template, if there is one, can be used within its limits.
+
+        Raises:
+            UserError: it cannot.
+        """
+        if self._template is None:
+            return
         try:
-            return self._template.render(
-                messages=messages, add_generation_prompt=add_generation_prompt, **names
-            )
-        except (jinja2.TemplateError, TypeError) as error:
-            raise UserError(f"{self._where}: chat template: {error}") from error
+            self.chat_text([{"role": "user", "content": "hello"}])
+        except TemplateRefusal:
+            return  # it may want other messages
+        except TemplateTooCostly as error:
+            raise UserError(f"{error}: correct the template, or remove it") from error
 
 
 def _text(token: Any, where: str) -> str:
@@ -173,61 +179,12 @@ def _text(token: Any, where: str) -> str:
 def _default_template(value: Any, where: str) -> str | None:
     """The chat template; from a list of named templates, the one named "default"."""
     if isinstance(value, list):
-        named = {item.get("name"): item.get("template") for item in value}
-        value = named.get("default")
+        named = [item for item in value if isinstance(item, dict)]
+        value = next(
+            (item.get("template") for item in named if item.get("name") == "default"), None
+        )
     if value is not None and not isinstance(value, str):
         raise UserError(
             f"{where}: chat_template is neither a string nor a list with a template named default"
         )
     return value
-
-
-class _Generation(jinja2.ext.Extension):
-    """Supports {% generation %} ... {% endgeneration %}, a mark for training: renders the body."""
-
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _compile(template: str, where: str) -> jinja2.Template:
-    """Compile a template in a sandbox, with the names that Hugging Face's templates rely on."""
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True,
-        lstrip_blocks=True,
-        extensions=[_Generation, jinja2.ext.loopcontrols],
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _refuse
-    environment.globals["strftime_now"] = _strftime_now
-    try:
-        return environment.from_string(template)
-    except jinja2.TemplateSyntaxError as error:
-        raise UserError(f"{where}: chat template, line {error.lineno}: {error.message}") from error
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    # The filter of jinja2 would escape for HTML.
-    return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
-    )
-
-
-def _refuse(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _strftime_now(form: str) -> str:
-    return datetime.datetime.now().strftime(form)

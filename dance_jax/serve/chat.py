@@ -22,6 +22,7 @@ from dance_jax.serve.answers import (
     Usage,
 )
 from dance_jax.serve.bodies import JsonRoute
+from dance_jax.serve.client import client_of
 from dance_jax.serve.delivery import GENERATED, answered, ending
 from dance_jax.serve.errors import ApiError
 from dance_jax.serve.generation import Generation
@@ -40,7 +41,7 @@ def routes(server: RouteContext) -> fastapi.APIRouter:
         """Continue a conversation."""
         server.info.check_model(body.model)
         _check(body)
-        completion = await _start(server, body)
+        completion = await _start(server, body, client_of(request))
         return await answered(
             request, completion.generation, completion.whole, completion.chunks, body.stream
         )
@@ -63,13 +64,14 @@ def _check(body: ChatRequest) -> None:
         )
 
 
-async def _start(server: RouteContext, body: ChatRequest) -> _ChatCompletion:
+async def _start(server: RouteContext, body: ChatRequest, client: str) -> _ChatCompletion:
     completion_id = f"chatcmpl-{uuid.uuid4().hex}"
     _, max_tokens = body.output_limit
     logprobs = body.top_logprobs or 0 if body.logprobs else None
     params = sampling_params(server, body, max_tokens, logprobs)
     request = await server.prompts.chat(completion_id, body, params)
-    return _ChatCompletion(completion_id, server.info.model, body, Generation(server, [request]))
+    generation = Generation(server, [request], client)
+    return _ChatCompletion(completion_id, server.info.model, body, generation)
 
 
 @dataclasses.dataclass

@@ -11,6 +11,7 @@ import fastapi
 
 from dance_jax.serve.answers import Completion, CompletionChoice, CompletionLogprobs, Usage
 from dance_jax.serve.bodies import JsonRoute
+from dance_jax.serve.client import client_of
 from dance_jax.serve.delivery import GENERATED, answered, ending
 from dance_jax.serve.errors import ApiError
 from dance_jax.serve.generation import Generation
@@ -32,7 +33,7 @@ def routes(server: RouteContext) -> fastapi.APIRouter:
         """Continue prompts."""
         server.info.check_model(body.model)
         _check(body)
-        completion = await _start(server, body)
+        completion = await _start(server, body, client_of(request))
         return await answered(
             request, completion.generation, completion.whole, completion.chunks, body.stream
         )
@@ -52,7 +53,7 @@ def _check(body: CompletionRequest) -> None:
         raise ApiError(400, message, param="echo")
 
 
-async def _start(server: RouteContext, body: CompletionRequest) -> _Completion:
+async def _start(server: RouteContext, body: CompletionRequest, client: str) -> _Completion:
     completion_id = f"cmpl-{uuid.uuid4().hex}"
     max_tokens = body.max_tokens or _DEFAULT_MAX_TOKENS
     params = sampling_params(server, body, max_tokens, body.logprobs)
@@ -72,7 +73,7 @@ async def _start(server: RouteContext, body: CompletionRequest) -> _Completion:
             else request.prompt
             for request in requests
         ]
-    generation = Generation(server, requests)
+    generation = Generation(server, requests, client)
     return _Completion(completion_id, server.info.model, body, generation, echoes)
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, TypeVar, cast
+from typing import Any, NoReturn, TypeVar, cast
 
 import fastapi
 from fastapi.responses import Response
@@ -16,6 +17,7 @@ from dance_jax.engine.sequence import OutputDelta
 from dance_jax.serve.answers import FinishReason
 from dance_jax.serve.errors import ApiError, documented
 from dance_jax.serve.generation import Generation
+from dance_jax.serve.unread import MAX_UNREAD, UNREAD_S
 
 Result = TypeVar("Result")
 
@@ -31,8 +33,16 @@ GENERATED: dict[int | str, dict[str, Any]] = {
 _CLIENT_GONE = 499
 
 
+#: Seconds between two looks at whether a client reads.
+_LOOK_S = 1.0
+
+
 class Disconnected(Exception):
     """The client hung up before the answer was complete."""
+
+
+class NotRead(Exception):
+    """The client does not read the answer."""
 
 
 async def answered(
@@ -62,7 +72,10 @@ async def answered(
 
 
 class EventStream(Response):
-    """Sends chunks as events until they end, or until the client hangs up.
+    """Sends chunks as events until they end, or until the client hangs up or does not read them.
+
+    A client that does not read has its connection closed in the middle of the stream: there is no
+    room left to send it an error.
 
     Args:
         generation: source of the chunks; always closed at the end of the stream.
@@ -77,58 +90,77 @@ class EventStream(Response):
         del self.headers["content-length"]
         self._generation = generation
         self._chunks = chunks
+        #: time.monotonic() since which an event waits for room in the connection, if one waits.
+        self._waits_since: float | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with contextlib.closing(self._generation):
             try:
-                await while_connected(receive, self._send_all(send))
+                await while_connected(receive, self._send_all(send), self._not_read())
             except Disconnected:
                 return
+            except NotRead:
+                self._generation.not_read()
 
     async def _send_all(self, send: Send) -> None:
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
         await send(start)
         try:
             async for chunk in self._chunks:
-                await _send_event(send, chunk.model_dump_json())
+                await self._send_event(send, chunk.model_dump_json())
         except ApiError as error:
             # The status 200 has been sent already; OpenAI's client raises on an error event.
-            await _send_event(send, error.answer.model_dump_json())
-        await _send_event(send, "[DONE]")
+            await self._send_event(send, error.answer.model_dump_json())
+        await self._send_event(send, "[DONE]")
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
+    async def _send_event(self, send: Send, data: str) -> None:
+        body = f"data: {data}\n\n".encode()
+        self._waits_since = time.monotonic()
+        await send({"type": "http.response.body", "body": body, "more_body": True})
+        self._waits_since = None
 
-async def _send_event(send: Send, data: str) -> None:
-    body = f"data: {data}\n\n".encode()
-    await send({"type": "http.response.body", "body": body, "more_body": True})
+    async def _not_read(self) -> NoReturn:
+        """Raise NotRead as soon as the client leaves too much unread, or for too long."""
+        while True:
+            await asyncio.sleep(_LOOK_S)
+            if self._waits_since is None:
+                continue
+            waited_s = time.monotonic() - self._waits_since
+            if waited_s > UNREAD_S or self._generation.num_unread > MAX_UNREAD:
+                raise NotRead
 
 
-async def while_connected(receive: Receive, work: Awaitable[Result]) -> Result:
+async def while_connected(
+    receive: Receive, work: Awaitable[Result], *watchers: Awaitable[NoReturn]
+) -> Result:
     """The result of `work`, which is cancelled if the client hangs up.
 
     Args:
         receive: ASGI's receive of a call whose body has been read.
+        watchers: raise what ends the work too.
 
     Raises:
         Disconnected: the client hung up.
     """
     task = asyncio.ensure_future(work)
-    watcher = asyncio.create_task(_disconnected(receive))
+    watching = [asyncio.ensure_future(each) for each in (_disconnected(receive), *watchers)]
     try:
-        await asyncio.wait((task, watcher), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((task, *watching), return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise Disconnected
+            next(each for each in watching if each.done()).result()
         return task.result()
     finally:
         # Runs also if this coroutine is cancelled.
-        task.cancel()
-        watcher.cancel()
-        await asyncio.gather(task, watcher, return_exceptions=True)
+        for each in (task, *watching):
+            each.cancel()
+        await asyncio.gather(task, *watching, return_exceptions=True)
 
 
-async def _disconnected(receive: Receive) -> None:
+async def _disconnected(receive: Receive) -> NoReturn:
     while (await receive())["type"] != "http.disconnect":
         pass
+    raise Disconnected
 
 
 def ending(delta: OutputDelta) -> FinishReason | None:

@@ -84,10 +84,10 @@ def error_answer(
 
 def refused(error: QueueFull | Unavailable) -> ApiError:
     """The API error for a request that the queue refused."""
-    status, code = (429, "queue_full") if isinstance(error, QueueFull) else (503, "unavailable")
+    status = 429 if isinstance(error, QueueFull) else 503
     wait_s = max(1, math.ceil(error.retry_after_s))
     message = f"{error}; try again in {wait_s} s"
-    return ApiError(status, message, code=code, retry_after_s=wait_s)
+    return ApiError(status, message, code=error.reason, retry_after_s=wait_s)
 
 
 def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:

@@ -34,6 +34,7 @@ from dance_jax.serve.engine_process import EngineProcess
 from dance_jax.serve.loop_channel import LoopChannel
 from dance_jax.serve.placement_state import PlacementState
 from dance_jax.serve.queue import RequestQueue
+from dance_jax.serve.unread import limit_unread
 
 if TYPE_CHECKING:
     import fastapi
@@ -92,7 +93,8 @@ class FrontEnd:
         #: Number of the engine's start, which grows also from one front end to the next.
         self._start = setup.start
         seeds = request_seeds(setup.engine.config.seed, setup.engine.rank)
-        self.queue = RequestQueue(self._to_engine, setup.options.max_queue, seeds)
+        limits = setup.options.max_queue, setup.options.client_queue
+        self.queue = RequestQueue(self._to_engine, *limits, seeds)
 
     def kill(self) -> None:
         """Kill the engine and remove the private directory; safe in any thread."""
@@ -258,12 +260,14 @@ def _listen(options: ServeOptions) -> socket.socket:
         family, _, _, _, address = socket.getaddrinfo(
             options.bind, options.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        return socket.create_server(address[:2], family=family, backlog=BACKLOG)
+        listener = socket.create_server(address[:2], family=family, backlog=BACKLOG)
     except OSError as error:
         where = f"{bracketed(options.bind)}:{options.port}"
         raise UserError(
             f"cannot listen on {where}: {error}; give another --bind or --port"
         ) from error
+    limit_unread(listener)
+    return listener
 
 
 def _layout(content: bytes) -> Layout:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Sequence
+
+import msgspec
 
 from dance_jax.engine.sequence import OutputDelta, Request
 from dance_jax.serve.answers import Usage
@@ -11,6 +14,8 @@ from dance_jax.serve.errors import ApiError, refused
 from dance_jax.serve.info import RouteContext
 from dance_jax.serve.metrics import Observation
 from dance_jax.serve.queue import QueueFull, Unavailable
+
+log = logging.getLogger("dance_jax.generation")
 
 _STOPPED = "the server stopped before the answer was complete"
 
@@ -21,20 +26,22 @@ class Generation:
     Args:
         server: provides the queue and the metrics.
         requests: with equally many samples each.
+        client: who sent the call, see `client_of`.
 
     Raises:
         ApiError: 429 or 503 if the queue refuses a request.
     """
 
-    def __init__(self, server: RouteContext, requests: Sequence[Request]) -> None:
+    def __init__(self, server: RouteContext, requests: Sequence[Request], client: str = "") -> None:
         self._server = server
-        self._requests = requests
+        self._requests = [msgspec.structs.replace(one, client=client) for one in requests]
+        self._client = client
         self._output_tokens = 0
         #: By request id, of the requests in the queue.
         self._observations: dict[str, Observation] = {}
         self._unread: asyncio.Queue[OutputDelta | None] = asyncio.Queue()
         try:
-            for request in requests:
+            for request in self._requests:
                 server.queue.submit(request, self._unread)
                 self._observations[request.request_id] = server.metrics.observe(request)
         except BaseException as error:
@@ -75,6 +82,21 @@ class Generation:
             yield first[delta.request_id] + delta.index, delta
         if not all(observation.finished for observation in self._observations.values()):
             raise ApiError(503, _STOPPED)
+
+    @property
+    def num_unread(self) -> int:
+        """Number of deltas that have arrived and that `deltas` has not given out."""
+        return self._unread.qsize()
+
+    def not_read(self) -> None:
+        """Record that the call ends because its client did not read the answer."""
+        log.warning(
+            "%s: ended: client %s does not read its stream, %d tokens wait for it",
+            self._requests[0].request_id,
+            self._client,
+            self.num_unread,
+        )
+        self._server.metrics.not_read()
 
     def close(self) -> None:
         """Abort unfinished requests; may be called twice."""

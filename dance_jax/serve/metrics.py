@@ -13,7 +13,7 @@ from prometheus_client.registry import Collector
 
 from dance_jax.engine.sequence import OutputDelta, Request
 from dance_jax.models.counters import PeerCounters, Sums
-from dance_jax.serve.queue import QueueFull, Unavailable
+from dance_jax.serve.queue import REASONS, QueueFull, Unavailable
 
 if TYPE_CHECKING:
     from dance_jax.engine.report import EngineReport
@@ -105,9 +105,15 @@ class Metrics:
             ["model_name", "reason"],
             registry=self._registry,
         )
+        self._not_read = Counter(
+            PREFIX + "streams_not_read",
+            "Streams ended because their client did not read them",
+            ["model_name"],
+            registry=self._registry,
+        ).labels(model)
         for reason in ("stop", "length", "error", "abort"):
             self._finished.labels(model, reason)
-        for reason in ("queue_full", "unavailable"):
+        for reason in REASONS:
             self._refused.labels(model, reason)
 
     def observe(self, request: Request) -> Observation:
@@ -120,8 +126,11 @@ class Metrics:
 
     def refused(self, error: QueueFull | Unavailable) -> None:
         """Count a call that the queue refused."""
-        reason = "queue_full" if isinstance(error, QueueFull) else "unavailable"
-        self._refused.labels(self._model, reason).inc()
+        self._refused.labels(self._model, error.reason).inc()
+
+    def not_read(self) -> None:
+        """Count a stream that was ended because its client did not read it."""
+        self._not_read.inc()
 
     def exposition(self) -> bytes:
         """All metrics in Prometheus's text format."""

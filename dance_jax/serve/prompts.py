@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, cast
 
-from dance_jax.config import UserError
 from dance_jax.engine.sequence import Request, SamplingParams
+from dance_jax.models.chat_template import TemplateFailure, TemplateRefusal
 from dance_jax.serve.errors import ApiError
 from dance_jax.serve.requests import ChatRequest, CompletionRequest, Message, Prompt, SamplingFields
 
@@ -22,9 +22,13 @@ class Prompts:
         tokenizer: the model's tokenizer.
         max_model_len: context length in tokens, prompt plus output.
         vocab_size: upper bound of token ids, exclusive.
+
+    Raises:
+        UserError: the chat template cannot be used.
     """
 
     def __init__(self, tokenizer: Tokenizer, max_model_len: int, vocab_size: int) -> None:
+        tokenizer.check_chat_template()
         self._tokenizer = tokenizer
         self._max_model_len = max_model_len
         self._vocab_size = vocab_size
@@ -123,13 +127,10 @@ class Prompts:
         variables = [message.variables() for message in messages]
         try:
             return self._tokenizer.chat_text(variables, add_generation_prompt)
-        except UserError as error:
-            reason = error.__cause__ or error  # the cause does not show the template's path
-        except Exception as error:  # a template is a program, which can raise anything
-            reason = error
-        raise ApiError(
-            400, f"messages: the model's chat template rejects them: {reason}", param="messages"
-        )
+        except TemplateFailure as error:
+            verb = "rejects" if isinstance(error, TemplateRefusal) else "cannot render"
+            message = f"messages: the model's chat template {verb} them: {error.reason}"
+            raise ApiError(400, message, param="messages") from error
 
     def _check_room(self, length: int, where: str, body: SamplingFields) -> None:
         """Check that a prompt of `length` tokens leaves room for the output asked for."""

@@ -34,13 +34,26 @@ FULL_RETRY_S, UNAVAILABLE_RETRY_S = 1.0, 5.0
 class QueueFull(Exception):
     """The request is refused: too many requests wait for their first token."""
 
+    #: Error code for programs, and label of the metric.
+    reason = "queue_full"
     retry_after_s = FULL_RETRY_S
+
+
+class ClientQueueFull(QueueFull):
+    """The request is refused: too many requests of its client wait for their first token."""
+
+    reason = "client_queue_full"
 
 
 class Unavailable(Exception):
     """This server cannot take the request now; the message says why."""
 
+    reason = "unavailable"
     retry_after_s = UNAVAILABLE_RETRY_S
+
+
+#: `reason` of all refusals.
+REASONS = tuple(each.reason for each in (QueueFull, ClientQueueFull, Unavailable))
 
 
 @dataclasses.dataclass(eq=False)
@@ -85,14 +98,19 @@ class RequestQueue:
     Args:
         send: sends a command to the running engine.
         max_queue: requests that may wait for their first token.
+        client_queue: how many of them may come from one client.
         seeds: for requests without a seed, so that a restarted engine goes on with the same one.
     """
 
     def __init__(
-        self, send: Callable[[Command], None], max_queue: int, seeds: Iterator[int]
+        self,
+        send: Callable[[Command], None],
+        max_queue: int,
+        client_queue: int,
+        seeds: Iterator[int],
     ) -> None:
         self._send = send
-        self._max_queue = max_queue
+        self._max_queue, self._client_queue = max_queue, client_queue
         self._seeds = seeds
         self._in_flight: dict[str, _InFlight] = {}
         #: Whether an engine has ever started.
@@ -124,6 +142,7 @@ class RequestQueue:
         Raises:
             Unavailable: the engine has not started yet, or the server is shutting down.
             QueueFull: too many requests wait already.
+            ClientQueueFull: too many requests of this client wait already.
         """
         if self._draining or not self._started:
             raise Unavailable(
@@ -131,9 +150,7 @@ class RequestQueue:
             )
         if self.short:
             raise Unavailable(self.short)
-        waiting = sum(entry.waits for entry in self._in_flight.values())
-        if waiting >= self._max_queue:
-            raise QueueFull(f"the queue is full: {waiting} requests wait for their first token")
+        self._check_room(request.client)
         params = request.params
         if params.seed is None:
             params = msgspec.structs.replace(params, seed=next(self._seeds))
@@ -143,6 +160,19 @@ class RequestQueue:
         self._empty.clear()
         if self._running:
             self._send(Submit([request]))
+
+    def _check_room(self, client: str) -> None:
+        waiting = [entry.request.client for entry in self._in_flight.values() if entry.waits]
+        if len(waiting) >= self._max_queue:
+            raise QueueFull(
+                f"the queue is full: {len(waiting)} requests wait for their first token "
+                "(--max-queue)"
+            )
+        if (own := waiting.count(client)) >= self._client_queue:
+            raise ClientQueueFull(
+                f"this client's share of the queue is full: {own} of its requests wait for their "
+                "first token (--max-queue-per-client)"
+            )
 
     @property
     def ready(self) -> bool:

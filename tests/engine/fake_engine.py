@@ -53,10 +53,10 @@ class FakeEngine:
         self.done: list[Sequence] = []
         self._names = itertools.count()
 
-    def add(self, prompt: list[int], outputs: int = 1, done: int = 0) -> Sequence:
+    def add(self, prompt: list[int], outputs: int = 1, done: int = 0, client: str = "") -> Sequence:
         """Queue a request of which an earlier engine computed `done` outputs."""
         name = str(next(self._names))
-        sequence = Sequence(name, 0, prompt, SamplingParams(), outputs, seed=0)
+        sequence = Sequence(name, 0, prompt, SamplingParams(), outputs, seed=0, client=client)
         sequence.output_token_ids += outputs_of(prompt, done)
         self.scheduler.add(sequence)
         self.live.append(sequence)
@@ -64,6 +64,7 @@ class FakeEngine:
 
     def step(self, others_decode: bool = False) -> StepPlan:
         before = {sequence: sequence.device for sequence in self.live}
+        turns = {sequence: sequence.turn for sequence in self.live}
         decoding = [s for s in self.live if s.device >= 0 and not s.prefilling]
         preemptions = self.scheduler.preemptions
         plan = self.scheduler.schedule(others_decode)
@@ -71,10 +72,8 @@ class FakeEngine:
         assert self.scheduler.preemptions == preemptions + len(preempted)
         for sequence in preempted:
             stayed = self.scheduler.running[before[sequence]]
-            assert stayed and all(s.arrival < sequence.arrival for s in stayed)
-        # First come, first served: newly admitted sequences came before all that still wait.
-        admitted = [s.device >= 0 for s in self.live if before[s] < 0]
-        assert admitted == sorted(admitted, reverse=True)
+            assert stayed and all(s.turn < sequence.turn for s in stayed)
+        self._check_admitted([s for s in self.live if before[s] < 0], turns)
         planned = {row.sequence for rows in plan.entries for row in rows}
         assert planned | set(preempted) >= set(decoding)
         # Preempted sequences may have counted when the slice size was chosen.
@@ -122,7 +121,7 @@ class FakeEngine:
             assert len(sequence.blocks) == -(-sequence.num_computed // size)
             assert sequence.device >= 0 or not sequence.blocks
         for device, pool in enumerate(scheduler.pools):
-            here = [s for s in running if s.device == device]
+            here = sorted((s for s in running if s.device == device), key=lambda s: s.turn)
             assert here == scheduler.running[device], "oldest first"
             assert len(here) <= self.config.max_num_seqs
             holders = [block for s in here for block in s.blocks]
@@ -132,6 +131,27 @@ class FakeEngine:
             assert pool.used == len(set(holders))
             assert pool.free + pool.cached + pool.used == pool.num_blocks
         assert scheduler.blocks_used == sum(pool.used for pool in scheduler.pools)
+
+    def _check_admitted(self, waited: list[Sequence], turns: dict[Sequence, int]) -> None:
+        """Check the order in which a step admitted sequences.
+
+        Args:
+            waited: those that waited before the step, in order of arrival.
+            turns: turns before the step.
+        """
+        begun = sorted((s for s in waited if turns[s] >= 0), key=lambda s: turns[s])
+        new = [s for s in waited if turns[s] < 0]
+        clients = [[s for s in new if s.client == name] for name in {s.client for s in new}]
+        for queue in (begun, *([*begun, *own] for own in clients)):
+            admitted = [s.device >= 0 for s in queue]
+            assert admitted == sorted(admitted, reverse=True), "first come, first served"
+        counts = [sum(s.device >= 0 for s in own) for own in clients]
+        left = [
+            count
+            for own, count in zip(clients, counts, strict=True)
+            if not all(s.device >= 0 for s in own)
+        ]
+        assert not left or max(counts) <= min(left) + 1, "round robin"
 
     def _most_rows(self, decoding: list[Sequence], others_decode: bool) -> int:
         """Rows of a slice: the maximum, or, while sequences decode, the number of prompts.

@@ -38,13 +38,14 @@ class AnyTraffic(RuleBasedStateMachine):
         outputs=st.integers(1, 16),
         resumed=st.integers(0, 15),
         copies=st.sampled_from([1, 1, 1, 3]),
+        client=st.sampled_from("aaab"),
     )
-    def add(self, beginning, tail, outputs, resumed, copies):
+    def add(self, beginning, tail, outputs, resumed, copies, client):
         longest = self.engine.config.max_model_len
         prompt = [*beginning, *tail][: longest - 1]
         outputs = min(outputs, longest - len(prompt))
         for _ in range(copies):
-            self.engine.add(prompt, outputs, min(resumed, outputs - 1))
+            self.engine.add(prompt, outputs, min(resumed, outputs - 1), client)
 
     @rule(count=st.integers(1, 8), others_decode=st.booleans())
     def step(self, count, others_decode):
@@ -187,6 +188,39 @@ def test_those_who_wait_keep_their_order_when_others_hang_up():
         assert engine.abort(sequence.request_id) == [sequence]
     engine.drain()
     assert engine.done == [*waiting[1:], old]
+
+
+def test_clients_are_admitted_round_robin():
+    """However many sequences one client has, another waits for at most one of them."""
+    engine = FakeEngine(make_config((1,), (1,)))
+    many = [engine.add(prompt_of(2, name), 1, client="many") for name in range(9)]
+    engine.step()
+    few = [engine.add(prompt_of(2, name), 1, client="few") for name in (20, 21)]
+    late = engine.add(prompt_of(2, 30), 1, client="late")
+    engine.drain()
+    assert engine.done == [*many[:2], few[0], late, many[2], few[1], *many[3:]]
+
+
+def test_what_an_earlier_engine_began_goes_before_new_requests_of_all_clients():
+    engine = FakeEngine(make_config((1,), (4,)))
+    new = engine.add(prompt_of(2, 0), 5, client="other")
+    begun = [engine.add(prompt_of(2, name), 5, done=2, client="many") for name in (1, 2)]
+    engine.drain()
+    assert engine.done == [*begun, new]
+
+
+def test_a_client_that_hung_up_waits_no_longer_than_others():
+    engine = FakeEngine(make_config((1,), (1,)))
+    for name in range(9):
+        engine.add(prompt_of(2, name), 1, client="many")
+    old = engine.add(prompt_of(2, 20), 1, client="other")
+    engine.step()
+    for sequence in [s for s in engine.live if s.client == "many"]:
+        assert engine.abort(sequence.request_id) == [sequence]
+    again = engine.add(prompt_of(2, 10), 1, client="many")
+    later = engine.add(prompt_of(2, 21), 1, client="other")
+    engine.drain()
+    assert engine.done[1:] == [old, again, later]
 
 
 def test_a_long_prompt_is_not_starved_by_short_ones():

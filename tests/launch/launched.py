@@ -52,15 +52,27 @@ def gone(processes: Iterable[psutil.Process], seconds: float) -> bool:
 
 
 def only_child(process: psutil.Process) -> psutil.Process:
-    """Waits until exactly one child lives. Between two engines a front end may have 0 or 2."""
+    """Waits until exactly one child lives, apart from the process that renders chat templates.
+
+    Between two engines a front end may have 0 or 2.
+    """
 
     def look() -> psutil.Process | None:
-        living = [child for child in process.children() if _lives(child)]
+        living = [
+            child for child in process.children() if _lives(child) and not _renders_chats(child)
+        ]
         return living[0] if len(living) == 1 else None
 
     child = eventually(look)
     assert child is not None, f"{process} has not one child but {process.children()}"
     return child
+
+
+def _renders_chats(process: psutil.Process) -> bool:
+    try:
+        return any(word.endswith("chat_renderer.py") for word in process.cmdline())
+    except psutil.NoSuchProcess:
+        return False
 
 
 def kill_all(processes: Iterable[psutil.Process]) -> None:

@@ -305,7 +305,9 @@ def test_the_report_says_what_types_become(directories, tmp_path):
     kinds = {"token_embd": "Q8_0", "attn_q.": "Q4_1"}
     path = write_gguf(tmp_path / "q.gguf", directories("qwen3moe"), "qwen3moe", kinds=kinds)
     report = open_source(path).report()
-    assert re.search(r"Q8_0: .* GB of 8\.5 bits a weight, held as int8:32:float16 of 8\.5", report)
+    assert re.search(
+        r"Q8_0: [0-9.]+ [KM]iB of 8\.5 bits a weight, held as int8:32:float16 of 8\.5", report
+    )
     assert re.search(r"Q4_1: .* held as int4:32:float32:offset of 6, offsets rounded", report)
 
 

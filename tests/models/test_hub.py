@@ -284,7 +284,7 @@ def test_no_room(
 ) -> None:
     fake.add("org/name", model)
     fake.sizes[shards[0]] = 10**18
-    with pytest.raises(UserError, match=r"needs 1000000000\.0 GB, but only .* HF_HOME"):
+    with pytest.raises(UserError, match=r"needs 909494\.7 TiB, but only .*iB are free.* HF_HOME"):
         call("resolve", "org/name")
     assert fake.fetched() == DEFINITION
 

@@ -112,7 +112,7 @@ class LocalServer:
         )
         engine.warmup()
         self.engine = _EngineThread(engine)
-        self.queue = RequestQueue(self.engine.send, MAX_QUEUE, itertools.count())
+        self.queue = RequestQueue(self.engine.send, MAX_QUEUE, MAX_QUEUE, itertools.count())
         info = ServeInfo(
             model=MODEL,
             tokenizer=self.tokenizer,

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
+from dance_jax.config import UserError
 from dance_jax.engine.sequence import OutputDelta
 from dance_jax.serve import errors
 from dance_jax.serve.app import ServeInfo
@@ -149,6 +150,26 @@ def test_what_is_unsupported_says_so(http: TestClient) -> None:
     assert "unsupported" in error(http.post("/v1/chat/completions", json=body), 400)["message"]
     answer = http.post("/v1/completions", json={"prompt": "a", "suffix": "b"})
     assert "does not support" in error(answer, 400)["message"]
+
+
+def test_a_template_that_needs_too_much(tmp_path: pathlib.Path) -> None:
+    info = serve_info(tmp_path)
+    config = tmp_path / "tokenizer_config.json"
+    settings = json.loads(config.read_text())
+    bomb = "{{ 'a' * 10 ** 10 }}"
+    template = "{% if messages[0].content == 'bomb' %}" + bomb + "{% endif %}fine"
+    config.write_text(json.dumps(settings | {"chat_template": template}))
+    http = client(
+        ScriptedQueue(), dataclasses.replace(info, tokenizer=info.tokenizer.load(tmp_path))
+    )
+    messages = [{"role": "user", "content": "bomb"}]
+    found = error(http.post("/v1/chat/completions", json={"messages": messages}), 400)
+    assert found["param"] == "messages" and "needs more than 512 MiB" in found["message"]
+    assert http.post("/v1/chat/completions", json={"messages": HELLO}).is_success
+    config.write_text(json.dumps(settings | {"chat_template": bomb}))
+    tokenizer = info.tokenizer.load(tmp_path)
+    with pytest.raises(UserError, match=r"tokenizer_config.json: chat template: .* correct the"):
+        client(ScriptedQueue(), dataclasses.replace(info, tokenizer=tokenizer))
 
 
 def test_a_template_that_refuses(tmp_path: pathlib.Path) -> None:

@@ -14,7 +14,7 @@ from dance_jax.engine.report import EngineReport
 from dance_jax.engine.sequence import OutputDelta
 from dance_jax.models.counters import Moved, PeerCounters, Sums
 from dance_jax.serve.app import ServeInfo
-from dance_jax.serve.queue import QueueFull, Unavailable
+from dance_jax.serve.queue import ClientQueueFull, QueueFull, Unavailable
 from tests.serve.scripted import MODEL, ScriptedQueue, client, serve_info
 
 REPORT = EngineReport(
@@ -132,7 +132,7 @@ def scraped(
 
 def engine_metrics(found: dict[tuple[str, ...], float]) -> dict[tuple[str, ...], float]:
     """The metrics without the histograms and counters of HTTP calls."""
-    own = ("request_", "requests_refused", "time_to", "inter_token", "e2e")
+    own = ("request_", "requests_refused", "streams_not_read", "time_to", "inter_token", "e2e")
     return {key: value for key, value in found.items() if not key[0].startswith(own)}
 
 
@@ -203,7 +203,11 @@ def test_calls_that_fail_are_counted(info: ServeInfo) -> None:
 
 
 def test_refusals_are_counted(info: ServeInfo) -> None:
-    for refusal, reason in ((QueueFull(), "queue_full"), (Unavailable(), "unavailable")):
+    for refusal, reason in (
+        (QueueFull(), "queue_full"),
+        (ClientQueueFull(), "client_queue_full"),
+        (Unavailable(), "unavailable"),
+    ):
         queue = ScriptedQueue(refusal=refusal)
         http = client(queue, info)
         http.post("/v1/completions", json={"prompt": "a"})

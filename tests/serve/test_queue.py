@@ -8,13 +8,22 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 from unittest import mock
 
+import fastapi
 import pytest
 
+from dance_jax.config import ServeOptions
 from dance_jax.engine.sequence import OutputDelta, Request, SamplingParams
 from dance_jax.launch.control.protocol import Abort, Command, Submit
 from dance_jax.serve import queue as queue_module
+from dance_jax.serve.client import client_of
 from dance_jax.serve.generation import Generation
-from dance_jax.serve.queue import MAX_DEATHS, QueueFull, RequestQueue, Unavailable
+from dance_jax.serve.queue import (
+    MAX_DEATHS,
+    ClientQueueFull,
+    QueueFull,
+    RequestQueue,
+    Unavailable,
+)
 
 Unread = asyncio.Queue[OutputDelta | None]
 
@@ -22,14 +31,14 @@ Unread = asyncio.Queue[OutputDelta | None]
 class Rig:
     """A queue whose engine has started."""
 
-    def __init__(self, max_queue: int = 4) -> None:
+    def __init__(self, max_queue: int = 4, client_queue: int = 4) -> None:
         self.sent: list[Command] = []
-        self.queue = RequestQueue(self.sent.append, max_queue, itertools.count(1000))
+        self.queue = RequestQueue(self.sent.append, max_queue, client_queue, itertools.count(1000))
         self.queue.engine_started()
 
-    def submit(self, name: str, n: int = 1, **params: Any) -> Unread:
+    def submit(self, name: str, n: int = 1, client: str = "", **params: Any) -> Unread:
         unread: Unread = asyncio.Queue()
-        request = Request(name, None, [1, 2], SamplingParams(n=n, **params))
+        request = Request(name, None, [1, 2], SamplingParams(n=n, **params), client=client)
         self.queue.submit(request, unread)
         return unread
 
@@ -186,8 +195,46 @@ async def test_only_so_many_wait_for_their_first_token(rig: Rig) -> None:
     assert caught.value.retry_after_s > 0
 
 
+def test_one_client_leaves_room_for_others() -> None:
+    rig = Rig(max_queue=4, client_queue=3)
+    for name in "abc":
+        rig.submit(name, client="many")
+    with pytest.raises(ClientQueueFull, match=r"3 of its requests wait .*--max-queue-per-client"):
+        rig.submit("d", client="many")
+    rig.submit("e", client="one")
+    with pytest.raises(QueueFull, match=r"4 requests wait .*\(--max-queue\)"):
+        rig.submit("f", client="another")
+    rig.bring("a", 1)
+    rig.submit("g", client="many")
+
+
+@pytest.mark.parametrize(
+    "options, most", [({}, 256), ({"max_queue": 7}, 4), ({"max_queue_per_client": 9}, 9)]
+)
+def test_a_client_may_have_half_of_the_queue_unless_told(
+    options: dict[str, int], most: int
+) -> None:
+    assert ServeOptions(**options).client_queue == most
+
+
+@pytest.mark.parametrize(
+    "address, client",
+    [
+        ("192.0.2.7", "192.0.2.7"),
+        ("::ffff:192.0.2.7", "192.0.2.7"),
+        ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"),
+        ("fe80::1%eth0", "fe80::/64"),
+        ("testclient", "testclient"),
+        (None, ""),
+    ],
+)
+def test_a_client_is_its_address(address: str | None, client: str) -> None:
+    peer = None if address is None else (address, 5)
+    assert client_of(fastapi.Request({"type": "http", "client": peer})) == client
+
+
 def test_nothing_is_taken_before_the_first_engine_runs() -> None:
-    queue = RequestQueue(lambda command: None, 4, itertools.count())
+    queue = RequestQueue(lambda command: None, 4, 4, itertools.count())
     assert not queue.ready
     with pytest.raises(Unavailable) as caught:
         queue.submit(Request("one", None, [1], SamplingParams()), asyncio.Queue())
@@ -223,7 +270,7 @@ async def test_closing_ends_what_runs_for_its_readers_too(rig: Rig) -> None:
 def test_ready_as_long_as_steps_complete(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr(queue_module.time, "monotonic", lambda: now)
-    queue = RequestQueue(lambda command: None, 4, itertools.count())
+    queue = RequestQueue(lambda command: None, 4, 4, itertools.count())
     queue.engine_started()
     assert queue.ready
     now += queue_module.STEP_TIMEOUT_S + 0.1

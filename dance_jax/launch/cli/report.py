@@ -10,7 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from dance_jax.launch.cli.run import RunResult
-from dance_jax.launch.planning.plan import Plan, format_bytes
+from dance_jax.launch.planning.plan import Plan
+from dance_jax.memory import format_bytes
 
 #: With more MoE layers than this, the plan shows only the minimum and maximum over layers.
 _LAYERS_SHOWN = 12

@@ -12,6 +12,7 @@ from dance_jax.config import DEFAULT_POLICY, ClusterSpec, EngineConfig, UserErro
 from dance_jax.engine.kv_cache import cache_bytes, state_bytes, state_copies
 from dance_jax.launch.planning.costs import cluster_cost, cost_note
 from dance_jax.launch.planning.exchange import ExchangeChoice, choose_exchange
+from dance_jax.memory import format_bytes
 from dance_jax.models.config import ModelConfig
 from dance_jax.models.rounding import unfit_report
 from dance_jax.placement.activations import Activations
@@ -288,16 +289,3 @@ def _check_capacity(spec: ClusterSpec, slots: list[int], experts: int, expert_by
         f"{missing * expert_bytes:,} bytes ({format_bytes(missing * expert_bytes)}): "
         "give servers more memory= (or experts=) in the hosts file, or add a server"
     )
-
-
-def format_bytes(count: float) -> str:
-    """Format bytes with a binary unit.
-
-    >>> format_bytes(1536)
-    '1.5 KiB'
-    """
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(count) < 1024 or unit == "GiB":
-            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    raise AssertionError

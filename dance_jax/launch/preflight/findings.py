@@ -8,10 +8,10 @@ import ipaddress
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
-from dance_jax.launch.planning.plan import format_bytes
 from dance_jax.launch.preflight.messages import Machine
 from dance_jax.launch.preflight.probe import GPU_PACKAGES, PACKAGES
 from dance_jax.launch.preflight.survey import Measurements, Survey
+from dance_jax.memory import format_bytes
 
 #: Packages of the program that all servers run together; other packages may differ (a warning).
 PROGRAM = ("jax", "jaxlib", "flax", *GPU_PACKAGES)

@@ -7,7 +7,6 @@ sizes, which detects another model, another version, and an incomplete download.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import pathlib
 from typing import Any
@@ -15,7 +14,14 @@ from typing import Any
 from dance_jax.config import UserError
 from dance_jax.launch.preflight.messages import ModelState
 from dance_jax.models import hub
-from dance_jax.models.directory import INDEX, MANIFEST, SIDE_FILES, is_gguf, side_files
+from dance_jax.models.directory import (
+    INDEX,
+    MANIFEST,
+    SIDE_FILES,
+    is_gguf,
+    json_object,
+    side_files,
+)
 
 #: Largest plausible header in bytes.
 _LONGEST_HEADER = 1 << 28
@@ -88,7 +94,7 @@ def _converted(path: pathlib.Path) -> tuple[str, str]:
     """Hash of the manifest and the fingerprint in it; checks that all files are complete."""
     text = (path / MANIFEST).read_bytes()
     try:
-        manifest = json.loads(text)
+        manifest = json_object(text, path / MANIFEST)
         fingerprint, sizes = str(manifest["fingerprint"]), dict(manifest["files"])
     except (ValueError, KeyError, TypeError) as error:
         raise _Wrong(f"{MANIFEST} cannot be parsed ({error}); convert the model again") from error
@@ -133,7 +139,7 @@ def _shards(path: pathlib.Path) -> list[pathlib.Path]:
     index = path / INDEX
     if index.exists():
         try:
-            names = set(json.loads(index.read_bytes())["weight_map"].values())
+            names = set(json_object(index.read_bytes(), index)["weight_map"].values())
             return [path / name for name in sorted(names)]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise _Wrong(f"{INDEX} cannot be parsed ({error})") from error
@@ -151,7 +157,7 @@ def _header(shard: pathlib.Path) -> bytes:
             raise _Wrong(f"{shard.name} is truncated, or not a safetensors file")
         header = file.read(length)
     try:
-        _check_size(shard, 8 + length + _data_bytes(json.loads(header)))
+        _check_size(shard, 8 + length + _data_bytes(json_object(header, shard)))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _Wrong(f"{shard.name} is truncated, or not a safetensors file") from error
     return header

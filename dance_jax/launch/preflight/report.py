@@ -8,10 +8,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dance_jax.launch.planning.plan import format_bytes
 from dance_jax.launch.preflight.messages import Machine
 from dance_jax.launch.preflight.run import Preflight
 from dance_jax.launch.preflight.survey import Survey
+from dance_jax.memory import format_bytes
 
 #: With more servers than this, only the minimum and maximum of each server's links are shown.
 _SERVERS_SHOWN = 6

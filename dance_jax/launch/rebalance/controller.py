@@ -21,13 +21,14 @@ from dance_jax.config import ClusterSpec, EngineConfig, RebalanceOptions
 from dance_jax.launch.control import protocol
 from dance_jax.launch.control.protocol import Decision
 from dance_jax.launch.planning.costs import running_cost
-from dance_jax.launch.planning.plan import ModelFacts, format_bytes
+from dance_jax.launch.planning.plan import ModelFacts
 from dance_jax.launch.rebalance.batches import Migration, Purpose
 from dance_jax.launch.rebalance.decision import Answer, DecisionInputs, most_loads
 from dance_jax.launch.rebalance.solver import Solver, SolverError
 from dance_jax.launch.rebalance.state import ServiceState
 from dance_jax.launch.rebalance.workload import Statistics, Workload
 from dance_jax.launch.worker.loading import rest_s
+from dance_jax.memory import format_bytes
 from dance_jax.placement.core import Layout, Placement
 from dance_jax.placement.migration import difference
 from dance_jax.placement.recovery import recovery, restoration, uncovered

@@ -172,7 +172,7 @@ def latent_attention(fields: Fields, theta: float = 10000.0) -> LatentAttention:
 
 def first_dense(fields: Fields, mixer: Mixer, default: int = 0) -> tuple[LayerConfig, ...]:
     """All layers, of which the first `first_k_dense_replace` have no experts."""
-    layers = fields.integer("num_hidden_layers")
+    layers = fields.num_layers()
     first = fields.integer("first_k_dense_replace", default, minimum=0)
     if first >= layers:
         raise UserError(
@@ -211,7 +211,7 @@ def sparse_step(fields: Fields, mixers: Sequence[Mixer]) -> tuple[LayerConfig, .
 
 def more_predictions(fields: Fields) -> tuple[str, ...]:
     """Patterns of the multi-token prediction tensors: whole layers behind the last layer."""
-    layers = fields.integer("num_hidden_layers")
+    layers = fields.num_layers()
     counts = [fields.raw(name) for name in ("num_nextn_predict_layers", "num_mtp_layers")]
     more = max((count for count in counts if isinstance(count, int)), default=0)
     return tuple(rf"model\.layers\.{layers + number}\." for number in range(more))

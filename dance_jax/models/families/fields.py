@@ -92,6 +92,11 @@ HARMLESS = frozenset(
     ]
 )
 
+#: Largest integer of a field: sizes and token ids go to the device as int32.
+MAX_INTEGER = 2**31 - 1
+#: Largest number of layers: a config has an entry for each.
+MAX_LAYERS = 10_000
+
 _ABSENT = object()
 
 
@@ -139,8 +144,18 @@ class Fields:
             raise UserError(f"{self.where}: {name} is {value:g}; expected a number above 0")
         return value
 
-    def integer(self, name: str, default: Any = _ABSENT, minimum: int = 1) -> int:
-        """An integer of at least `minimum`. `default` if absent or null."""
+    def num_layers(self) -> int:
+        """The number of layers."""
+        return self.integer("num_hidden_layers", maximum=MAX_LAYERS)
+
+    def integer(
+        self,
+        name: str,
+        default: Any = _ABSENT,
+        minimum: int = 1,
+        maximum: int = MAX_INTEGER,
+    ) -> int:
+        """An integer of `minimum` to `maximum`. `default` if absent or null."""
         value = self.raw(name)
         if value is None:
             if default is _ABSENT:
@@ -149,6 +164,10 @@ class Fields:
         if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
             raise UserError(
                 f"{self.where}: {name} is {value!r}; expected a whole number >= {minimum}"
+            )
+        if value > maximum:
+            raise UserError(
+                f"{self.where}: {name} is larger than {maximum}: download the file again"
             )
         return value
 

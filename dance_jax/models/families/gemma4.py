@@ -30,7 +30,7 @@ def read(fields: Fields, **given: Any) -> ModelConfig:
     fields.ignore("vocab_size_per_layer_input")
     # "vision": only among the tokens of an image, so text is not affected.
     fields.choice("use_bidirectional_attention", "vision", ("vision",))
-    count = fields.integer("num_hidden_layers")
+    count = fields.num_layers()
     kinds = fields.strings("layer_types", count, (common.FULL, common.SLIDING))
     kinds = kinds or [
         common.SLIDING if (index + 1) % 6 and index + 1 < count else common.FULL

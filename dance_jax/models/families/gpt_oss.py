@@ -26,7 +26,7 @@ YARN = {
 
 def read(fields: Fields, **given: Any) -> ModelConfig:
     """Reads config.json."""
-    head, count = common.head_dim_of(fields), fields.integer("num_hidden_layers")
+    head, count = common.head_dim_of(fields), fields.num_layers()
     bias = fields.boolean("attention_bias", True)
     full = common.grouped_attention(
         fields,

@@ -29,7 +29,7 @@ def read(fields: Fields, **given: Any) -> ModelConfig:
     fields.reject("sliding_window", "not supported for this family")
     # For MiniMax-M1's linear attention, dense layers and shared experts; M2 has none of them.
     fields.ignore("layernorm_linear_attention_beta", "mlp_intermediate_size", "shared_moe_mode")
-    layers, head = fields.integer("num_hidden_layers"), common.head_dim_of(fields)
+    layers, head = fields.num_layers(), common.head_dim_of(fields)
     if fields.raw("attn_type_list") not in (None, [1] * layers):
         raise UserError(
             f"{fields.where}: attn_type_list: expected {layers} entries of 1 (full attention); "

@@ -26,7 +26,7 @@ def read(fields: Fields, **given: Any) -> ModelConfig:
     )
     experts = common.num_experts(fields, "num_local_experts", "num_experts")
     return ModelConfig(
-        layers=(LayerConfig(mixer, routed=True),) * fields.integer("num_hidden_layers"),
+        layers=(LayerConfig(mixer, routed=True),) * fields.num_layers(),
         router=RouterConfig(experts, common.top_k(fields, experts), normalise=True),
         expert=ExpertConfig(fields.integer("intermediate_size")),
         names=NAMES,

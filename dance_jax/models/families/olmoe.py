@@ -24,7 +24,7 @@ def read(fields: Fields, **given: Any) -> ModelConfig:
     experts = common.num_experts(fields, "num_experts", "num_local_experts")
     normalise = fields.boolean("norm_topk_prob", False)
     return ModelConfig(
-        layers=(LayerConfig(mixer, routed=True),) * fields.integer("num_hidden_layers"),
+        layers=(LayerConfig(mixer, routed=True),) * fields.num_layers(),
         router=RouterConfig(experts, common.top_k(fields, experts), normalise=normalise),
         expert=ExpertConfig(fields.integer("intermediate_size")),
         **common.outer(fields, eps=1e-5),

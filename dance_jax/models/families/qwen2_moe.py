@@ -50,7 +50,7 @@ def router(fields: Fields, normalise: bool = False) -> RouterConfig:
 
 def _windows(fields: Fields, mixer: GroupedAttention) -> list[GroupedAttention]:
     """One mixer per layer: with windows, every other one of the first max_window_layers slides."""
-    count = fields.integer("num_hidden_layers")
+    count = fields.num_layers()
     kinds = fields.strings("layer_types", count, (common.FULL, common.SLIDING))
     fields.ignore("sliding_window", "max_window_layers")
     used = fields.boolean("use_sliding_window", False)

@@ -27,7 +27,7 @@ def read(fields: Fields, **given: Any) -> ModelConfig:
         out_bias=bias,
     )
     return ModelConfig(
-        layers=common.sparse_step(fields, [mixer] * fields.integer("num_hidden_layers")),
+        layers=common.sparse_step(fields, [mixer] * fields.num_layers()),
         router=router(fields),
         expert=ExpertConfig(fields.integer("moe_intermediate_size")),
         **common.outer(fields, eps=1e-6),

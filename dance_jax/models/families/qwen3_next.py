@@ -49,7 +49,7 @@ def read(fields: Fields, **given: Any) -> ModelConfig:
 
 def _kinds(fields: Fields) -> list[str]:
     """The kind of each layer's mixer."""
-    count = fields.integer("num_hidden_layers")
+    count = fields.num_layers()
     interval = fields.integer("full_attention_interval", 4)
     kinds = fields.strings("layer_types", count, (common.FULL, common.LINEAR))
     return kinds or [

@@ -8,6 +8,7 @@ import hashlib
 import pathlib
 
 from dance_jax.config import UserError
+from dance_jax.memory import format_bytes
 from dance_jax.models.directory import is_gguf, side_files
 from dance_jax.models.ggml.config import more_layers
 from dance_jax.models.ggml.header import content_hash, read_parts
@@ -97,7 +98,7 @@ def _bytes_by_kind(tensors: dict[str, GgufTensor]) -> dict[str, int]:
 
 def _kind_report(kind: str, size: int) -> str:
     """One report line about a weight type."""
-    stored = f"{kind}: {size / 1e9:.3g} GB"
+    stored = f"{kind}: {format_bytes(size)}"
     if kind in PLAIN:
         return f"{stored}, {PLAIN[kind]}"
     own = KINDS[kind]
