@@ -17,6 +17,7 @@ import openai
 import pytest
 
 from tests.launch.cold_run import Tiny
+from tests.launch.launched import eventually
 from tests.serve.served import MODEL, NAMES, Served
 from tests.serve.test_cluster import metrics
 
@@ -139,6 +140,10 @@ def test_experts_move_while_servers_answer(served: Served, experts: pathlib.Path
     assert asyncio.run(answers(served)) == quiet
     served.wait_for("all engines are running again", seconds=30)
     wait_for(served, lambda found: found["servers"] == after["servers"])
-    for rank, server in enumerate(after["servers"]):
-        found = metrics(httpx.get(f"{served.urls[rank]}/metrics").text)
-        assert found["experts_resident",] == sum(map(len, server["resident"]))
+    held = [sum(map(len, server["resident"])) for server in after["servers"]]
+
+    def resident() -> list[float]:
+        texts = (httpx.get(f"{url}/metrics").text for url in served.urls)
+        return [metrics(text)["experts_resident",] for text in texts]
+
+    assert eventually(lambda: resident() == held, 10), resident()
