@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from dance_jax import signals
 from dance_jax.config import UserError
 
 #: Exit code: a target was missed, or the measured program failed.
@@ -25,7 +26,8 @@ REFRESHES_PER_S = 2
 def exit_code(work: Callable[[], int], *failures: type[Exception]) -> int:
     """Run a command's work and return its exit code; print the error if it ends with one.
 
-    SIGTERM and SIGHUP raise SystemExit, so that processes started by `work` are cleaned up.
+    SIGTERM and SIGHUP raise SystemExit, so that processes started by `work` are cleaned up; an
+    ignored signal stays ignored.
 
     Args:
         work: the command; returns an exit code.
@@ -33,9 +35,7 @@ def exit_code(work: Callable[[], int], *failures: type[Exception]) -> int:
             other OSErrors give WRONG.
     """
     for number in (signal.SIGTERM, signal.SIGHUP):
-        # Signals that nohup ignores stay ignored.
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, lambda number, _: sys.exit(128 + number))
+        signals.handle(number, lambda number, _: sys.exit(128 + number))
     try:
         return work()
     except failures as error:

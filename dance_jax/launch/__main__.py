@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from rich.console import Console
 from rich.text import Text
 
+from dance_jax import descriptors, logs, signals
 from dance_jax.cache import default_cache_dir
 from dance_jax.config import ClusterSpec, EngineConfig, UserError
 from dance_jax.launch.agent.network import Network
@@ -31,7 +32,7 @@ from dance_jax.launch.cli.options import (
     rebalance_options,
     serve_options,
 )
-from dance_jax.launch.cli.prompts import check_writable, read_prompts, same_file
+from dance_jax.launch.cli.prompts import check_directory, check_writable, read_prompts, same_file
 from dance_jax.launch.cli.report import print_plan, print_summary
 from dance_jax.launch.cli.run import run_prompts
 from dance_jax.launch.cli.stream import Startup, Stream, conversion, download, placing
@@ -74,9 +75,9 @@ def main(
     # The plan is computed in this process, which must leave the accelerators to the servers.
     platform = default_platform()
     os.environ["JAX_PLATFORMS"] = "cpu"
-    signal.signal(signal.SIGTERM, _terminate)
-    if hasattr(signal, "SIGHUP"):
-        signal.signal(signal.SIGHUP, _terminate)
+    descriptors.raise_limit()
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signals.handle(number, _terminate)
     try:
         return _launch(options, platform, terminal())
     except (UserError, ClusterError) as error:
@@ -317,6 +318,8 @@ def _hold_server(
     from dance_jax.launch.agent.holder import run_node
 
     assert part.node_rank is not None and part.network.key is not None
+    if options.log_dir is not None:
+        check_directory(options.log_dir, "--log-dir")
     return run_node(
         spec.servers[part.node_rank],
         part.node_rank,
@@ -350,10 +353,7 @@ def _check_paths(options: argparse.Namespace) -> None:
     if cache is not None and cache.exists() and not cache.is_dir():
         raise UserError(f"--cache-dir {cache}: is a file; name a directory")
     if options.log_dir is not None:
-        try:
-            options.log_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--log-dir {options.log_dir}: cannot be created: {error}") from error
+        check_directory(options.log_dir, "--log-dir")
 
 
 def process(
@@ -362,12 +362,17 @@ def process(
     """Run `main` and end this process; after a signal, skip JAX's shutdown.
 
     XLA may still be compiling for a placement when a call is interrupted, and a normal exit would
-    then crash.
+    then crash. Output that cannot be written ends nothing; the exit code is then FAILED.
     """
+    outputs = logs.write_what_fits()
     try:
         code = main(arguments, prog, batch)
     except SystemExit as ended:
         code = ended.code
+    sys.stdout.flush()
+    if not code and any(output.lost for output in outputs):
+        print("error: some of the output could not be written; is its disk full?", file=sys.stderr)
+        code = FAILED
     if isinstance(code, int) and code > 128:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -23,12 +23,20 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from dance_jax.logs import OnceASecond
+
 log = logging.getLogger(__name__)
+#: For failures of accept(2), which fails again at once when this process has no descriptor left.
+_accept_log = logging.getLogger(f"{__name__}.accept")
+_accept_log.addFilter(OnceASecond())
 
 #: Seconds in which all servers must connect.
 TIMEOUT_S = 60.0
-#: Seconds a new connection has to authenticate.
+#: Seconds a new connection has for each message of its handshake.
 _HANDSHAKE_S = 10
+#: Maximum number of connections that authenticate at once; further ones wait to be accepted. Each
+#: takes a thread and a descriptor, and strangers can make any number of them.
+_HANDSHAKES = 128
 #: Version of the messages that connected servers exchange; increase it whenever a message of any
 #: topic changes. The handshake must stay as it is, because it carries this version.
 PEER_PROTOCOL = 2
@@ -113,6 +121,7 @@ class Connections:
         #: Guards `_handlers` and `_waiting`, and is notified when a connection waits.
         self._changed = threading.Condition()
         self._closed = threading.Event()
+        self._handshakes = threading.BoundedSemaphore(_HANDSHAKES)
         family = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0][0]
         self._socket = socket.create_server((address, 0), family=family)
         host, port = self._socket.getsockname()[:2]
@@ -261,15 +270,32 @@ class Connections:
 
     def _accept(self) -> None:
         """Accept connections; each has a thread for the handshake, so that none delays others."""
-        while True:
+        while self._handshake_slot():
             try:
-                caller = self._socket.accept()
-            except OSError as error:
+                connection, where = self._socket.accept()
+                self._start_handshake(connection, where)
+            except (OSError, RuntimeError) as error:  # no descriptor, or no thread
+                self._handshakes.release()
                 if self._closed.wait(0.1):
                     return
-                log.warning("accepting a connection failed: %s", error)
-                continue
-            threading.Thread(target=self._admit, args=caller, daemon=True, name="admit").start()
+                _accept_log.warning("accepting a connection failed: %s", error)
+
+    def _handshake_slot(self) -> bool:
+        """Wait until one more connection may authenticate; False if this object is closed."""
+        while not self._handshakes.acquire(timeout=0.1):
+            if self._closed.is_set():
+                return False
+        return True
+
+    def _start_handshake(self, connection: socket.socket, where: object) -> None:
+        thread = threading.Thread(
+            target=self._admit, args=(connection, where), daemon=True, name="admit"
+        )
+        try:
+            thread.start()
+        except RuntimeError:
+            connection.close()
+            raise
 
     def _admit(self, connection: socket.socket, where: object) -> None:
         try:
@@ -283,6 +309,8 @@ class Connections:
             log.warning("connection from %s rejected: %s", where, error)
             connection.close()
             return
+        finally:
+            self._handshakes.release()
         with self._changed:
             handler = self._handlers.get(topic)
             if handler is None:
@@ -403,10 +431,16 @@ def _check(found: bytes, expected: bytes) -> None:
 
 
 def _receive(connection: socket.socket, count: int) -> bytes:
+    """Receive a message of the handshake, within the connection's timeout as a whole."""
+    timeout_s = connection.gettimeout()
+    assert timeout_s is not None
+    deadline = time.monotonic() + timeout_s
     parts = b""
     while len(parts) < count:
+        connection.settimeout(max(deadline - time.monotonic(), 1e-3))
         part = connection.recv(count - len(parts))
         if not part:
             raise _Rejected("the other end closed the connection")
         parts += part
+    connection.settimeout(timeout_s)
     return parts

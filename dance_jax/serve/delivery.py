@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, NoReturn, TypeVar, cast
@@ -15,10 +16,11 @@ from starlette.types import Receive, Scope, Send
 
 from dance_jax.engine.sequence import OutputDelta
 from dance_jax.serve.answers import FinishReason
-from dance_jax.serve.errors import ApiError, documented
+from dance_jax.serve.errors import ApiError, api_error, documented
 from dance_jax.serve.generation import Generation
 from dance_jax.serve.unread import MAX_UNREAD, UNREAD_S
 
+log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 #: FastAPI's `responses` of the routes that generate: the event stream and the errors.
@@ -108,9 +110,11 @@ class EventStream(Response):
         try:
             async for chunk in self._chunks:
                 await self._send_event(send, chunk.model_dump_json())
-        except ApiError as error:
+        except Exception as error:
+            if not isinstance(error, ApiError):
+                log.exception("a stream failed")
             # The status 200 has been sent already; OpenAI's client raises on an error event.
-            await self._send_event(send, error.answer.model_dump_json())
+            await self._send_event(send, api_error(error).answer.model_dump_json())
         await self._send_event(send, "[DONE]")
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 

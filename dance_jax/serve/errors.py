@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dance_jax.serve.queue import QueueFull, Unavailable
 
@@ -21,7 +23,7 @@ _KINDS = {
     401: ("authentication_error", "The API key is missing or wrong"),
     404: ("not_found_error", "The model does not exist"),
     405: ("invalid_request_error", "The path does not support this method"),
-    408: ("invalid_request_error", "The body did not arrive in time"),
+    408: ("invalid_request_error", "The request did not arrive in time"),
     413: ("invalid_request_error", "The body is too large"),
     415: ("invalid_request_error", "The body is not application/json"),
     429: ("rate_limit_error", "Too many requests are waiting; retry after Retry-After seconds"),
@@ -31,6 +33,8 @@ _KINDS = {
         "The server is starting or stopping; retry after Retry-After seconds",
     ),
 }
+#: Message for an exception that nobody expected.
+_FAILED = "internal server error: see the server's log"
 
 
 class ErrorDetail(BaseModel):
@@ -118,7 +122,46 @@ def install(app: fastapi.FastAPI) -> None:
     @app.exception_handler(Exception)
     async def _(_: fastapi.Request, error: Exception) -> JSONResponse:
         # Starlette logs the error; its text may hold internals, so users do not get it.
-        return error_response(ApiError(500, "internal server error: see the server's log"))
+        return error_response(api_error(error))
+
+
+class AlwaysAnswers:
+    """Middleware around the whole application: a call that ends without an answer gets one.
+
+    Without it, the HTTP server would answer "Internal Server Error" as plain text.
+
+    Args:
+        app: the application.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
+
+        async def sent(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, sent)
+        except BaseException as error:
+            if started or scope["type"] != "http":
+                raise
+            await error_response(api_error(error))(scope, receive, send)
+            if not isinstance(error, asyncio.CancelledError):
+                raise
+
+
+def api_error(error: BaseException) -> ApiError:
+    """The API error for a call that an exception has ended."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, asyncio.CancelledError):
+        return refused(Unavailable("the server is shutting down"))
+    return ApiError(500, _FAILED)
 
 
 def _first_wrong_field(errors: Sequence[Any]) -> ApiError:

@@ -18,11 +18,11 @@ import socket
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import msgspec
 
+from dance_jax import signals
 from dance_jax.config import ServeOptions, UserError
 from dance_jax.engine.sequence import request_seeds
 from dance_jax.launch.agent import child
@@ -38,9 +38,9 @@ from dance_jax.serve.unread import limit_unread
 
 if TYPE_CHECKING:
     import fastapi
-    import uvicorn
 
     from dance_jax.placement.core import Layout
+    from dance_jax.serve.http_server import HttpServer
 
 log = logging.getLogger("dance_jax.frontend")
 
@@ -70,8 +70,8 @@ def main() -> None:
         connection.send(protocol.encode(protocol.Hello(os.getpid())))
         asyncio.run(front.run(connection))
     except BaseException as error:
-        traceback.print_exc()
         connection.send(protocol.encode(child.failure(error)))
+        traceback.print_exc()
         status = 1
     front.kill()
     connection.close()
@@ -114,7 +114,8 @@ class FrontEnd:
         self._connection = connection
         with contextlib.closing(_listen(self._setup.options)) as listener:
             self._launcher = LoopChannel(connection.socket, connection.arrived, self._from_launcher)
-            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self._on_sigterm)
+            if not signals.ignored(signal.SIGTERM):
+                asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self._on_sigterm)
             layout = self._setup.engine.layout
             self._start_engine(layout)
             self._experts = PlacementState(_layout(layout), self._tell)
@@ -228,7 +229,7 @@ class FrontEnd:
 
     # Users.
 
-    async def _serve(self, server: uvicorn.Server, listener: socket.socket) -> None:
+    async def _serve(self, server: HttpServer, listener: socket.socket) -> None:
         """Serve HTTP until drained, report Drained to the launcher, and wait for Stop."""
         serving = asyncio.create_task(server.serve([listener]))
         draining = asyncio.create_task(self._draining.wait())
@@ -296,24 +297,10 @@ def _app(
     return create_app(queue, info, experts)
 
 
-def _http_server(app: fastapi.FastAPI, drain_seconds: float) -> uvicorn.Server:
-    import uvicorn
+def _http_server(app: fastapi.FastAPI, drain_seconds: float) -> HttpServer:
+    from dance_jax.serve.http_server import HttpServer
 
-    class Server(uvicorn.Server):
-        """A uvicorn server that leaves signal handling to the front end."""
-
-        @contextlib.contextmanager
-        def capture_signals(self) -> Iterator[None]:
-            yield
-
-    config = uvicorn.Config(
-        app,
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        timeout_graceful_shutdown=int(drain_seconds + HANGUP_S),
-    )
-    return Server(config)
+    return HttpServer(app, drain_seconds + HANGUP_S, BACKLOG)
 
 
 def _report(plain: object):

@@ -13,6 +13,8 @@ from dance_jax.serve.queue import Unavailable
 if TYPE_CHECKING:
     from dance_jax.placement.core import Layout
 
+_ENDS = "the server is shutting down"
+
 
 def _no_launcher(wanted: RebalanceWanted) -> None:
     raise Unavailable("experts cannot move: this server runs without a launcher")
@@ -41,6 +43,7 @@ class PlacementState:
         self._ask = ask
         self._numbers = itertools.count()
         self._asked: dict[int, asyncio.Future[Decision]] = {}
+        self._closed = False
 
     def placed(self, placed: Placed, layout: Layout) -> None:
         """Take over a changed placement.
@@ -82,6 +85,8 @@ class PlacementState:
         Raises:
             Unavailable: there is no launcher, the decision failed, or the service shuts down.
         """
+        if self._closed:
+            raise Unavailable(_ENDS)
         number = next(self._numbers)
         future = self._asked[number] = asyncio.get_running_loop().create_future()
         try:
@@ -91,7 +96,8 @@ class PlacementState:
             del self._asked[number]
 
     def close(self) -> None:
-        """Fail all pending requests for decisions."""
+        """Fail all pending requests for decisions, and later ones."""
+        self._closed = True
         for future in self._asked.values():
             if not future.done():
-                future.set_exception(Unavailable("the server is shutting down"))
+                future.set_exception(Unavailable(_ENDS))

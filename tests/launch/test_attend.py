@@ -68,3 +68,15 @@ def test_a_second_interrupt_ends_at_once() -> None:
     with pytest.raises(KeyboardInterrupt):
         attend(service, Console(file=io.StringIO()))
     assert service.drained == 1
+
+
+def test_an_ignored_interrupt_stays_ignored() -> None:
+    """A shell without job control starts its background commands so."""
+    service: Any = Service(signal.SIGINT, signal.SIGINT, signal.SIGTERM)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        attend(service, Console(file=io.StringIO()))
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert service.drained == 1

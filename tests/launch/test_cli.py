@@ -44,7 +44,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 @pytest.fixture
 def run(files: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch):
     """Runs the command in this process; no test here may start a server."""
-    monkeypatch.setattr(launch.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(launch.signals, "handle", lambda *_: None)
     monkeypatch.setenv("COLUMNS", "200")
 
     def no_cluster(*_: object, **__: object) -> None:
@@ -205,6 +205,8 @@ def test_bad_files_are_named(run, files: pathlib.Path) -> None:
         ),
         (run("--dry-run", "--max-model-len", "300"), "256"),
         (run("--dry-run", "--log-dir", files / "hosts.txt"), "--log-dir"),
+        # Nobody can make a file here, not even root.
+        (run("--log-dir", "/proc"), "--log-dir /proc: no file can be written there"),
         (run("--dry-run", "--cache-dir", files / "hosts.txt"), "hosts.txt: is a file"),
         (run("--dry-run", "--trace", files / "no" / "trace.json"), "--trace"),
         (

@@ -6,6 +6,7 @@ import collections
 import json
 import pathlib
 import signal
+import subprocess
 import time
 
 import numpy as np
@@ -237,6 +238,38 @@ def test_a_signal_leaves_nothing(number: int, code: int, tiny: Tiny, launch, tmp
         assert {len(answer["token_ids"]) for answer in complete} == {240}
     else:
         assert not partial.exists()
+
+
+def test_a_full_disk_behind_the_terminal_ends_no_batch(tiny: Tiny, tmp_path: pathlib.Path) -> None:
+    prompts, output = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    prompts.write_text('{"prompt": "on and on", "max_tokens": 4}\n')
+    command = tiny.command("--prompts", prompts, "--output", output)
+    with open("/dev/full", "wb") as full:
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert ended.returncode == 1
+    assert "error: some of the output could not be written" in ended.stderr
+    (answer,) = map(json.loads, output.read_text().splitlines())
+    assert answer["finish_reason"] == "length"
+
+
+def test_an_ignored_signal_ends_nothing(tiny: Tiny, launch, tmp_path: pathlib.Path) -> None:
+    """A launch under nohup outlives its terminal, and one in the background Ctrl-C."""
+    ignored = (signal.SIGHUP, signal.SIGINT)
+    before = [signal.signal(number, signal.SIG_IGN) for number in ignored]
+    try:
+        run = launch("--prompts", many_prompts(tmp_path))
+    finally:
+        for number, handler in zip(ignored, before, strict=True):
+            signal.signal(number, handler)
+    run.wait_for("alpha: preparing")
+    for process in (run.process, *run.workers):
+        for number in ignored:
+            process.send_signal(number)
+    run.wait_for("alpha: loading")
+    assert all(worker.is_running() for worker in run.workers)
+    run.process.send_signal(signal.SIGTERM)
+    assert run.process.wait(10) == 128 + signal.SIGTERM
+    run.assert_nothing_left()
 
 
 def test_workers_end_with_a_killed_parent(tiny: Tiny, launch, tmp_path: pathlib.Path) -> None:

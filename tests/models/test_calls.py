@@ -11,9 +11,12 @@ import ctypes
 import functools
 import itertools
 import os
+import pathlib
 import select
+import signal
 import socket
 import struct
+import subprocess
 import sys
 import threading
 import time
@@ -1055,6 +1058,32 @@ def test_nothing_leaks():
     before = len(os.listdir("/dev/fd"))
     once()
     assert len(os.listdir("/dev/fd")) == before
+
+
+#: Makes a server when this process has one descriptor left.
+FULL = """
+import contextlib, os, resource, sys
+from dance_jax.models import native
+native.register(sys.argv[1])
+from tests.models.test_calls import UNEVEN, Cluster
+Cluster.native = [True]
+resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))
+taken = []
+with contextlib.suppress(OSError):
+    while True:
+        taken.append(os.open("/dev/null", os.O_RDONLY))
+os.close(taken[0])
+Cluster(UNEVEN)
+"""
+
+
+@native_calls
+def test_a_server_without_descriptors_says_what_failed(compiled: pathlib.Path):
+    command = [sys.executable, "-c", FULL, str(compiled)]
+    environment = os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parents[2])}
+    ended = subprocess.run(command, stderr=subprocess.PIPE, text=True, env=environment)
+    assert ended.returncode == -signal.SIGABRT
+    assert "cannot start: pipe: Too many open files" in ended.stderr
 
 
 def test_many_servers():

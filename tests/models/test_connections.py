@@ -7,8 +7,10 @@ import contextlib
 import dataclasses
 import queue
 import socket
+import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -295,6 +297,66 @@ def test_who_says_nothing_is_not_waited_for(
     assert "rejected: timed out" in caplog.text
 
 
+def test_who_says_little_by_little_is_not_waited_for(
+    listen: Callable[..., Connections], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(connections, "_HANDSHAKE_S", 0.3)
+    with socket.create_connection(address(listen())) as slow, pytest.raises(OSError):
+        for _ in range(200):
+            slow.sendall(b"\0")
+            time.sleep(0.05)
+
+
+def test_many_strangers_keep_few_threads_and_nobody_out(
+    listen: Callable[..., Connections], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(connections, "_HANDSHAKES", 4)
+    monkeypatch.setattr(connections, "_HANDSHAKE_S", 2.0)
+    before = {*threading.enumerate()}
+    listener = listen()
+    found = arrivals(listener, "links")
+    with contextlib.ExitStack() as stack:
+        for _ in range(6):
+            stack.enter_context(socket.create_connection(address(listener)))
+        time.sleep(1.0)
+        admitting = [thread.name for thread in {*threading.enumerate()} - before]
+        assert sorted(admitting) == ["admit"] * 4 + ["listener"]
+        theirs = stack.enter_context(call(listener, "links"))
+        assert_connected(stack.enter_context(found.get(timeout=PATIENCE_S)[2]), theirs)
+
+
+#: Runs out of descriptors for two seconds while a client calls, and serves it afterwards.
+FULL = """
+import contextlib, logging, os, resource, socket, sys, time
+from dance_jax.models.connections import Connections, Credentials, Identity
+logging.basicConfig(level=logging.WARNING, format="%(message)s")
+listener = Connections(0, ("here", "there"), "127.0.0.1", Credentials(b"x", Identity("", "", "")))
+host, port = listener.endpoint.split(":")
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+caller = socket.socket()
+taken = []
+with contextlib.suppress(OSError):
+    while True:
+        taken.append(os.open("/dev/null", os.O_RDONLY))
+caller.connect((host, int(port)))
+time.sleep(2)
+for descriptor in taken:
+    os.close(descriptor)
+caller.settimeout(20)
+caller.sendall(bytes(9 + 32))
+assert len(caller.recv(64)) == 64
+caller.close()
+listener.close()
+"""
+
+
+def test_without_descriptors_it_says_so_once_a_second_and_goes_on():
+    ended = subprocess.run([sys.executable, "-c", FULL], stderr=subprocess.PIPE, text=True)
+    assert ended.returncode == 0, ended.stderr
+    said = [line for line in ended.stderr.splitlines() if "Too many open files" in line]
+    assert 1 <= len(said) <= 4, ended.stderr
+
+
 def test_what_was_let_in_outlives_the_listener(listen: Callable[..., Connections]):
     listener = listen()
     found = arrivals(listener, "links")
@@ -377,7 +439,7 @@ def test_all_are_dialled_and_again_when_one_has_restarted(listen: Callable[..., 
     found, dialled = arrivals(here, "links"), queue.SimpleQueue()
     caller.endpoints = [here.endpoint, caller.endpoint, ""]
     caller.dial_all("links", 2, lambda *each: dialled.put(each))
-    with pytest.raises(RuntimeError, match="server elsewhere at : it is restarting"):
+    with pytest.raises(RuntimeError, match="server elsewhere at : it is not running"):
         caller.dial(2, "links")
     again = listen(0)
     for peer, server, at in ((0, here, found), (2, elsewhere, None), (0, again, None)):

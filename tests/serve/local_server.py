@@ -11,8 +11,6 @@ import socket
 import threading
 from collections.abc import Iterator
 
-import uvicorn
-
 from dance_jax.config import EngineConfig
 from dance_jax.engine.compile_cache import CompileCache
 from dance_jax.engine.engine import Engine, whole_model
@@ -22,6 +20,7 @@ from dance_jax.models.convert import ensure_converted
 from dance_jax.models.random_weights import write_random_checkpoint
 from dance_jax.models.tokenizer import Tokenizer
 from dance_jax.serve.app import ServeInfo, create_app
+from dance_jax.serve.http_server import HttpServer
 from dance_jax.serve.placement_state import PlacementState
 from dance_jax.serve.queue import RequestQueue
 from tests.tiny_models import SERVED
@@ -124,9 +123,7 @@ class LocalServer:
             created=1_700_000_000,
         )
         app = create_app(self.queue, info, PlacementState(whole_model(checkpoint)))
-        self._http = uvicorn.Server(
-            uvicorn.Config(app, log_level="warning", lifespan="off", ws="none")
-        )
+        self._http = HttpServer(app, PATIENCE_S, 128)
         # The socket listens from now on; clients wait until their connection is accepted.
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.address: tuple[str, int] = self._socket.getsockname()

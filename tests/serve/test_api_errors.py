@@ -350,6 +350,18 @@ def test_a_bug_shows_nothing_of_the_inside(info: ServeInfo) -> None:
     assert found["type"] == "server_error" and "secret" not in found["message"]
 
 
+def test_a_bug_in_a_stream_is_an_error_event(info: ServeInfo) -> None:
+    def script(request: Any) -> Any:
+        yield OutputDelta(request.request_id, 0, text="so", token_ids=[5])
+        yield OutputDelta(request.request_id, 0, text="secret", token_ids=[5], logprobs=[{}])
+
+    queue = ScriptedQueue(script)
+    body = {"prompt": "a", "stream": True, "logprobs": 1}
+    *_, last = events(client(queue, info).post("/v1/completions", json=body).text)
+    assert last["error"]["type"] == "server_error" and "secret" not in last["error"]["message"]
+    assert len(queue.closed) == 1
+
+
 def test_the_key(info: ServeInfo) -> None:
     http = client(ScriptedQueue(), dataclasses.replace(info, api_key="sésame"))
     right: Any = {"Authorization": "Bearer sésame".encode()}

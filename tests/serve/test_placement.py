@@ -112,9 +112,18 @@ def test_nobody_decides(info: ServeInfo) -> None:
 
 
 def test_who_waits_is_told_of_the_end(info: ServeInfo) -> None:
-    experts = PlacementState(layout(), lambda wanted: experts.close())
+    asked: list[RebalanceWanted] = []
+
+    def ask(wanted: RebalanceWanted) -> None:
+        asked.append(wanted)
+        experts.close()
+
+    experts = PlacementState(layout(), ask)
     http = client(ScriptedQueue(), info, experts)
-    assert "shutting down" in error(http.post("/placement/rebalance", json={}), 503)["message"]
+    for _ in range(2):  # the second one comes after the end
+        answer = http.post("/placement/rebalance", json={})
+        assert "shutting down" in error(answer, 503)["message"]
+    assert len(asked) == 1
 
 
 def test_it_needs_the_key(info: ServeInfo) -> None:

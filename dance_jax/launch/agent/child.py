@@ -6,7 +6,6 @@ The parent is a launcher or a front end.
 from __future__ import annotations
 
 import faulthandler
-import logging
 import os
 import select
 import shutil
@@ -19,6 +18,7 @@ from typing import NoReturn, TypeVar
 
 import msgspec
 
+from dance_jax import descriptors, logs
 from dance_jax.config import UserError
 from dance_jax.launch.agent.command import PRIVATE_VARIABLE
 from dance_jax.launch.control.channel import ALIVE_TIMEOUT_S, bracketed
@@ -31,14 +31,11 @@ _Setup = TypeVar("_Setup", bound=msgspec.Struct)
 
 def prepare() -> None:
     """Log to standard error, and ignore Ctrl-C, which is for the launcher only."""
+    logs.begin()
     faulthandler.enable()
     faulthandler.register(STACKS_SIGNAL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s: %(message)s"
-    )
-    logging.getLogger("jax").setLevel(logging.WARNING)
-    logging.getLogger("absl").setLevel(logging.WARNING)
+    descriptors.raise_limit()
 
 
 def read_setup(kind: type[_Setup]) -> _Setup | None:
@@ -103,7 +100,10 @@ def end_with_parent(setup: Setup, on_parent_gone: Callable[[], None] = lambda: N
 
 
 def failure(error: BaseException) -> Failed:
-    """The message that tells the parent about an exception that ends this process."""
+    """The message that tells the parent about an exception that ends this process.
+
+    Send it before you print the exception: the log may be unable to take it.
+    """
     if isinstance(error, UserError):
         return Failed(str(error), user=True)
     return Failed(f"{type(error).__name__}: {error}", user=False)

@@ -21,6 +21,7 @@ from typing import Self
 import zmq
 from zmq.utils import monitor
 
+from dance_jax import signals
 from dance_jax.config import ServerSpec, UserError
 from dance_jax.launch.agent.nodes import MEET_TIMEOUT_S
 from dance_jax.launch.agent.process import ChildProcess
@@ -187,7 +188,7 @@ class _Holder:
             return
         if start.drains:
             # Forward SIGTERM; the front end asks node 0 to drain all servers.
-            signal.signal(signal.SIGTERM, self._pass_on)
+            signals.handle(signal.SIGTERM, self._pass_on)
         if not start.answers:
             self._progress("the server starts")
 

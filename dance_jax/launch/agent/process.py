@@ -24,6 +24,8 @@ MARK = b"dance_jax answer: "
 _KILLED_S = 5.0
 #: Lines of a dead server's log that the error quotes.
 LOG_LINES = 25
+#: Bytes at the end of a log that are read for them.
+_TAIL_BYTES = 1 << 14
 
 #: Texts showing that a process failed only because another one was gone.
 _CONSEQUENCES = (
@@ -202,7 +204,7 @@ class ChildProcess(ServerProcess):
         on_change: called, by a thread, when an answer has arrived and when the process has ended.
 
     Raises:
-        UserError: the program cannot be started.
+        UserError: the program cannot be started, or the log cannot be written.
     """
 
     def __init__(
@@ -320,8 +322,9 @@ class ChildProcess(ServerProcess):
             return list(self._other_lines)
         try:
             with open(self._log_path, "rb") as log:
-                log.seek(max(0, os.path.getsize(self._log_path) - 16384))
-                return log.read().decode(errors="replace").splitlines()[-LOG_LINES:]
+                log.seek(max(0, os.path.getsize(self._log_path) - _TAIL_BYTES))
+                # A device such as /dev/full has no end.
+                return log.read(_TAIL_BYTES).decode(errors="replace").splitlines()[-LOG_LINES:]
         except OSError as error:
             return [f"(the log cannot be read: {error})"]
 
@@ -335,6 +338,14 @@ def _log_file(path: pathlib.Path | None) -> Iterator[IO[bytes] | None]:
     if path is None:
         yield None
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab") as file:  # a server that is started again goes on with its log
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # A server that is started again goes on with its log.
+        file = open(path, "ab")  # noqa: SIM115
+    except OSError as error:
+        why = (error.strerror or str(error)).lower()
+        raise UserError(
+            f"{path}: the log cannot be written: {why}; name another --log-dir"
+        ) from error
+    with file:
         yield file

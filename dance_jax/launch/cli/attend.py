@@ -11,12 +11,14 @@ from rich.console import Console
 from rich.text import Text
 
 from dance_jax.launch.cluster.service import Service
+from dance_jax.signals import ignored
 
 
 def attend(service: Service, console: Console) -> None:
     """Print where a started service is reached, and serve until a signal ends it.
 
     The first SIGTERM or Ctrl-C lets the servers finish running requests; a second Ctrl-C does not.
+    A signal that this process ignores stays ignored.
 
     Raises:
         KeyboardInterrupt: on the second Ctrl-C.
@@ -76,7 +78,8 @@ def _draining(service: Service) -> Iterator[None]:
 
 @contextmanager
 def _handlers(numbers: Sequence[signal.Signals], handler: object) -> Iterator[None]:
-    before = {number: signal.signal(number, handler) for number in numbers}  # type: ignore
+    heard = [number for number in numbers if not ignored(number)]
+    before = {number: signal.signal(number, handler) for number in heard}  # type: ignore
     try:
         yield
     finally:

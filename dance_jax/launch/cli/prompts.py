@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import sys
+import tempfile
 from typing import Any
 
 from dance_jax.config import ClusterSpec, UserError
@@ -156,6 +157,25 @@ def check_writable(path: str | os.PathLike[str], option: str) -> None:
         raise UserError(f"{option} {path}: the folder {folder} does not exist")
     if not os.access(folder, os.W_OK):
         raise UserError(f"{option} {path}: the folder {folder} is not writable")
+
+
+def check_directory(path: pathlib.Path, option: str) -> None:
+    """Make a directory for results, and check that files can be written there.
+
+    Raises:
+        UserError: they cannot.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        # Trying is the only check that is right on every file system, and for root.
+        with tempfile.NamedTemporaryFile(dir=path, prefix=".dance-jax-"):
+            pass
+    except OSError as error:
+        why = (error.strerror or str(error)).lower()
+        raise UserError(
+            f"{option} {path}: no file can be written there: {why}; name another directory, or "
+            "change its owner or permissions"
+        ) from error
 
 
 def is_special(path: pathlib.Path) -> bool:

@@ -8,6 +8,9 @@ from collections.abc import Sequence
 #: Prefixes of variables that would make JAX join another job; a launch itself decides who joins.
 _FOREIGN = ("JAX_COORDINATOR", "JAX_NUM_", "JAX_PROCESS", "JAX_LOCAL_DEVICE")
 
+#: Hosts that gRPC connects to directly, and, without that variable, hosts that all do.
+_DIRECT, _ALL_DIRECT = "no_grpc_proxy", "no_proxy"
+
 
 def prepare(platform: str, gpus: Sequence[int]) -> None:
     """Change os.environ for one engine process.
@@ -39,3 +42,16 @@ def prepare(platform: str, gpus: Sequence[int]) -> None:
         if gpus:
             os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
     os.environ["XLA_FLAGS"] = " ".join(flags)
+
+
+def bypass_proxy(host: str) -> None:
+    """Change os.environ so that gRPC connects to a host directly; all else uses the proxy as set.
+
+    gRPC would send the traffic of jax.distributed through the proxy of http_proxy, which companies
+    have for downloads and which does not reach the servers.
+
+    Args:
+        host: name or IP address, without a port.
+    """
+    known = os.environ.get(_DIRECT) or os.environ.get(_ALL_DIRECT, "")
+    os.environ[_DIRECT] = ",".join(filter(None, (known, host)))

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dance_jax.config import UserError
 from dance_jax.launch.control.channel import bracketed
 from dance_jax.launch.control.protocol import Setup
-from dance_jax.launch.worker import cores
+from dance_jax.launch.worker import cores, environment
 from dance_jax.models.connections import Connections, Credentials
 
 log = logging.getLogger("dance_jax.worker")
@@ -103,6 +103,7 @@ def _initialize(setup: Setup, coordinator: str, devices: Iterable[int]) -> None:
             )
 
         _jax.make_gloo_tcp_collectives = at_address
+    environment.bypass_proxy(coordinator.rpartition(":")[0].strip("[]"))
     log.info("JAX is imported; finding the others at %s", coordinator)
     jax.distributed.initialize(
         coordinator,

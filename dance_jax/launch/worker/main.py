@@ -122,8 +122,8 @@ def main() -> None:
         channel.close(0)
     except BaseException as error:
         if not _stop_follows(channel):
-            traceback.print_exc()
             channel.send(child.failure(error))
+            traceback.print_exc()
             status = 1
     files.close()
     channel.close()

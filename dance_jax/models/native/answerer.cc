@@ -5,6 +5,9 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cerrno>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <iterator>
 
@@ -37,7 +40,11 @@ constexpr uint32_t kMostTogether = 1024;
 }  // namespace
 
 Answerer::Answerer(CallServer& server) : server_(server) {
-  if (pipe(wake_) != 0) std::abort();
+  if (pipe(wake_) != 0) {
+    std::fprintf(stderr, "dance_jax: the thread that answers expert calls cannot start: pipe: %s\n",
+                 std::strerror(errno));
+    std::abort();
+  }
   for (const int end : wake_) fcntl(end, F_SETFL, O_NONBLOCK);
   thread_ = std::thread([this] { Serve(); });
 }
