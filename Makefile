@@ -1,10 +1,10 @@
-# make demo | test | research-test | slow-test | lint | docs | testbed | dist; each target creates .venv
-# first if needed.
+# make demo | test | research-test | slow-test | lint | docs | testbed | chaos | dist; each target
+# creates .venv first if needed.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test research-test slow-test lint docs testbed dist
+.PHONY: demo test research-test slow-test lint docs testbed chaos dist
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.complete
@@ -33,6 +33,10 @@ docs: $(VENV)/.docs-complete
 # Three hosts on slow links in this machine answer the demo's prompts. Root; may install sshd.
 testbed: $(VENV)/.complete
 	$(BIN)/python -m tests.testbed.check --rate 100Mbps
+
+# Processes and servers are lost under load for two minutes; no answer may be lost or changed.
+chaos: $(VENV)/.complete
+	$(BIN)/python benchmarks/chaos.py --seconds 100
 
 # Wheel and sdist in dist/, tried in empty environments.
 dist: $(VENV)/.complete

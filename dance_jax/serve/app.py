@@ -9,7 +9,7 @@ import fastapi
 from dance_jax.serve import chat, completions, errors, placement, status, tokens
 from dance_jax.serve.guard import KeyGuard
 from dance_jax.serve.info import RouteContext, ServeInfo
-from dance_jax.serve.metrics import Metrics
+from dance_jax.serve.metrics import HttpConnections, Metrics
 from dance_jax.serve.placement_state import PlacementState
 from dance_jax.serve.prompts import Prompts
 
@@ -33,19 +33,32 @@ class _App(fastapi.FastAPI):
         return described
 
 
-def create_app(queue: RequestQueue, info: ServeInfo, experts: PlacementState) -> fastapi.FastAPI:
+def create_app(
+    queue: RequestQueue,
+    info: ServeInfo,
+    experts: PlacementState,
+    connections: HttpConnections | None = None,
+) -> fastapi.FastAPI:
     """Create the ASGI application of a server.
 
     Args:
         queue: takes the requests.
         info: describes the server.
         experts: the current placement of experts.
+        connections: the HTTP server's counts, for the metrics.
     """
     server = RouteContext(
         queue,
         info,
         Prompts(info.tokenizer, info.max_model_len, info.model_config.vocab_size),
-        Metrics(queue, experts, info.model, info.servers, info.rank),
+        Metrics(
+            queue,
+            experts,
+            connections or HttpConnections(),
+            info.model,
+            info.servers,
+            info.rank,
+        ),
         experts,
     )
     # No documentation pages: they load scripts from other hosts. The schema is at /openapi.json.

@@ -37,8 +37,6 @@ from dance_jax.serve.queue import RequestQueue
 from dance_jax.serve.unread import limit_unread
 
 if TYPE_CHECKING:
-    import fastapi
-
     from dance_jax.placement.core import Layout
     from dance_jax.serve.http_server import HttpServer
 
@@ -120,8 +118,7 @@ class FrontEnd:
             self._start_engine(layout)
             self._experts = PlacementState(_layout(layout), self._tell)
             files = ModelFiles(self._setup.engine, self._private)
-            app = _app(self._setup, files, self.queue, self._experts)
-            server = _http_server(app, self._setup.options.drain_seconds)
+            server = _http_server(self._setup, files, self.queue, self._experts)
             tasks = [
                 asyncio.create_task(work)
                 for work in (
@@ -277,10 +274,12 @@ def _layout(content: bytes) -> Layout:
     return Layout.from_bytes(content)
 
 
-def _app(
+def _http_server(
     setup: FrontSetup, files: ModelFiles, queue: RequestQueue, experts: PlacementState
-) -> fastapi.FastAPI:
+) -> HttpServer:
     from dance_jax.serve.app import ServeInfo, create_app
+    from dance_jax.serve.http_server import HttpServer
+    from dance_jax.serve.metrics import HttpConnections
 
     engine = setup.engine
     model_config, tokenizer = files.read()
@@ -294,13 +293,9 @@ def _app(
         api_key=setup.options.api_key,
         created=int(time.time()),
     )
-    return create_app(queue, info, experts)
-
-
-def _http_server(app: fastapi.FastAPI, drain_seconds: float) -> HttpServer:
-    from dance_jax.serve.http_server import HttpServer
-
-    return HttpServer(app, drain_seconds + HANGUP_S, BACKLOG)
+    counts = HttpConnections()
+    app = create_app(queue, info, experts, counts)
+    return HttpServer(app, setup.options.drain_seconds + HANGUP_S, BACKLOG, counts=counts)
 
 
 def _report(plain: object):

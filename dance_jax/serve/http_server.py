@@ -22,6 +22,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from dance_jax import descriptors
 from dance_jax.logs import OnceASecond
 from dance_jax.serve.errors import AlwaysAnswers, ApiError, error_response
+from dance_jax.serve.metrics import HttpConnections
 
 log = logging.getLogger(__name__)
 log.addFilter(OnceASecond())
@@ -49,7 +50,7 @@ _VERSION = b"HTTP/1.1 "
 def most_connections() -> int:
     """Maximum number of HTTP connections for this process's limit of descriptors."""
     limit = descriptors.raise_limit()
-    return max(limit - RESERVE, limit // 2)
+    return max(limit - RESERVE, limit // 4)
 
 
 class HttpServer(uvicorn.Server):
@@ -60,16 +61,23 @@ class HttpServer(uvicorn.Server):
         graceful_s: seconds that a shutdown waits for answers.
         backlog: connections that may wait to be accepted.
         most: maximum number of connections; None: as many as the limit of descriptors allows.
+        counts: of the connections; kept up to date.
     """
 
     def __init__(
-        self, app: ASGIApp, graceful_s: float, backlog: int, most: int | None = None
+        self,
+        app: ASGIApp,
+        graceful_s: float,
+        backlog: int,
+        most: int | None = None,
+        counts: HttpConnections | None = None,
     ) -> None:
         self._backlog = backlog
         most = most_connections() if most is None else most
+        counted = counts or HttpConnections()
 
         class Limited(Connection):
-            MOST = most
+            MOST, COUNTS = most, counted
 
         super().__init__(
             uvicorn.Config(
@@ -102,6 +110,8 @@ class Connection(H11Protocol):
 
     #: Maximum number of connections of the server.
     MOST = 1
+    #: Counts of the server.
+    COUNTS = HttpConnections()
 
     _refused = False
     #: Closes the connection unless a request arrives in time; None while there is a request.
@@ -111,6 +121,7 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self.COUNTS.open = len(self.connections)
         if len(self.connections) > self.MOST:
             self._refuse()
         else:
@@ -118,6 +129,7 @@ class Connection(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
+        self.COUNTS.open = len(self.connections)
         self._unset_keepalive_if_required()
         for timer in (self._head_timer, self._probe_timer):
             if timer is not None:
@@ -171,6 +183,7 @@ class Connection(H11Protocol):
         if self._answering:
             return
         if self.conn.their_state is h11.IDLE and self.conn.trailing_data[0]:
+            self.COUNTS.late += 1
             self._error(ApiError(408, f"the headers did not arrive within {HEAD_S:.0f} s"))
         self.transport.close()
 
@@ -183,6 +196,7 @@ class Connection(H11Protocol):
     def _refuse(self) -> None:
         log.warning("a connection was refused: %d are open (raise ulimit -Hn)", self.MOST)
         self._refused = True
+        self.COUNTS.refused += 1
         message = f"too many connections: {self.MOST} are open; try again in {RETRY_S} s"
         self._error(ApiError(503, message, code="unavailable", retry_after_s=RETRY_S))
         if len(self.connections) > self.MOST + LINGERING:

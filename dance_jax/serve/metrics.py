@@ -40,12 +40,25 @@ _REQUEST_S = (
 _TOKENS = tuple(digit * 10**power for power in range(6) for digit in (1, 2, 5))
 
 
+@dataclasses.dataclass
+class HttpConnections:
+    """Counts of the HTTP server's connections."""
+
+    #: Open at present.
+    open: int = 0
+    #: Refused because too many were open.
+    refused: int = 0
+    #: Closed because the headers of a request did not arrive in time.
+    late: int = 0
+
+
 class Metrics:
     """All metrics of one server.
 
     Args:
         queue: provides the requests in flight and the engine's report.
         experts: the current placement of experts.
+        connections: provides the counts of HTTP connections.
         model: value of the label `model_name` of every metric.
         servers: names of all servers, by rank.
         rank: this server's rank.
@@ -55,13 +68,14 @@ class Metrics:
         self,
         queue: RequestQueue,
         experts: PlacementState,
+        connections: HttpConnections,
         model: str,
         servers: Sequence[str],
         rank: int,
     ) -> None:
         self._model = model
         self._registry = CollectorRegistry()
-        self._registry.register(_EngineMetrics(queue, experts, model, servers, rank))
+        self._registry.register(_EngineMetrics(queue, experts, connections, model, servers, rank))
         self.queue_time = self._histogram(
             "request_queue_time_seconds",
             "Time from a request's arrival to its first step",
@@ -207,7 +221,7 @@ class Observation:
 
 
 class _EngineMetrics(Collector):
-    """The engine's latest report and the launcher's placement data as metrics.
+    """The engine's latest report, the launcher's placement data and HTTP connections as metrics.
 
     The report's counters restart at 0 when the engine restarts.
     """
@@ -216,12 +230,14 @@ class _EngineMetrics(Collector):
         self,
         queue: RequestQueue,
         experts: PlacementState,
+        connections: HttpConnections,
         model: str,
         servers: Sequence[str],
         rank: int,
     ) -> None:
         self._queue = queue
         self._experts = experts
+        self._connections = connections
         self._model = model
         self._servers = servers
         self._rank = rank
@@ -231,12 +247,23 @@ class _EngineMetrics(Collector):
             "requests_in_flight", "Requests submitted and not finished", self._queue.in_flight
         )
         yield self._counter("engine_restarts", "Engine restarts", {(): self._queue.restarts})
+        yield from self._http()
         yield from self._placement()
         if (report := self._queue.report) is not None:
             yield from self._gauges(report)
             yield from self._counters(report)
             if report.peers:
                 yield from self._calls(report)
+
+    def _http(self) -> Iterable[Metric]:
+        counts = self._connections
+        yield self._gauge("http_connections", "HTTP connections open", counts.open)
+        yield self._counter(
+            "http_connections_refused",
+            "HTTP connections closed without an answer of the API, by reason",
+            {("too_many",): counts.refused, ("late",): counts.late},
+            ["reason"],
+        )
 
     def _placement(self) -> Iterable[Metric]:
         placement = self._experts

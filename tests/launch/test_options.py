@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+import sys
 from collections.abc import Sequence
 
 import pytest
@@ -69,6 +70,16 @@ def test_a_missing_file_ends_the_launch(capsys: pytest.CaptureFixture[str]) -> N
     assert "--config nowhere.toml" in capsys.readouterr().err
 
 
+@pytest.fixture
+def streams(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> pytest.CaptureFixture[str]:
+    """What a command writes, which replaces the streams of its process."""
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, getattr(sys, name))
+    return capfd
+
+
 @pytest.mark.parametrize(
     ("words", "expected", "batch"),
     [
@@ -95,12 +106,12 @@ def test_commands_are_launches(
     ],
 )
 def test_a_command_heeds_the_prompts_of_the_file(
-    word: str, text: str, message: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+    word: str, text: str, message: str, tmp_path: pathlib.Path, streams: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "options.toml").write_text(text)
     with pytest.raises(SystemExit) as ended:
         command.main([word, "--config", str(tmp_path / "options.toml")])
-    assert ended.value.code == 2 and message in capsys.readouterr().err
+    assert ended.value.code == 2 and message in streams.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -112,11 +123,11 @@ def test_a_command_heeds_the_prompts_of_the_file(
     ],
 )
 def test_a_wrong_command_is_refused(
-    words: str, message: str, capsys: pytest.CaptureFixture[str]
+    words: str, message: str, streams: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
         command.main(words.split())
-    assert ended.value.code == 2 and message in capsys.readouterr().err
+    assert ended.value.code == 2 and message in streams.readouterr().err
 
 
 def test_a_model_is_converted_by_the_command(capsys: pytest.CaptureFixture[str]) -> None:

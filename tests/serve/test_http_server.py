@@ -20,6 +20,8 @@ from starlette.types import Receive, Scope, Send
 
 from dance_jax.serve import http_server
 from dance_jax.serve.http_server import HttpServer
+from dance_jax.serve.metrics import HttpConnections
+from tests.launch.launched import eventually
 
 PATIENCE_S = 30.0
 
@@ -72,6 +74,7 @@ class Running:
     def __init__(self, most: int) -> None:
         self._ready = threading.Event()
         self._most = most
+        self.counts = HttpConnections()
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.address = self._socket.getsockname()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), daemon=True)
@@ -81,7 +84,7 @@ class Running:
     async def _run(self) -> None:
         self.loop = asyncio.get_running_loop()
         self.app = App()
-        self.server = HttpServer(self.app, PATIENCE_S, 128, self._most)
+        self.server = HttpServer(self.app, PATIENCE_S, 128, self._most, self.counts)
         self._ready.set()
         with contextlib.suppress(asyncio.CancelledError):
             await self.server.serve([self._socket])
@@ -145,6 +148,8 @@ def test_excess_connections_are_told_so(running: Running) -> None:
         answer = running.answer(request("/"))
         error = error_of(answer, 503)
         assert "too many connections: 4 are open" in error["message"]
+        assert running.counts.refused == 1
+        assert eventually(lambda: running.counts.open == 4)
         assert b"retry-after: 5" in answer.lower()
         # The others are still served.
         idle[0].sendall(request("/again"))
@@ -157,6 +162,7 @@ def test_connections_without_a_request_are_closed(
     monkeypatch.setattr(http_server, "HEAD_S", 0.3)
     assert running.answer(b"") == b""
     assert "headers did not arrive" in error_of(running.answer(b"GET / HT"), 408)["message"]
+    assert running.counts.late == 1
     # A body that nobody reads and that never ends is no way around it.
     with running.connect() as connection, contextlib.suppress(ConnectionError):
         connection.sendall(request("/unread", "Content-Length: 1000"))

@@ -100,6 +100,9 @@ CALLS = {
 FRONT_END = {
     ("requests_in_flight",): 0,
     ("engine_restarts_total",): 0,
+    ("http_connections",): 0,
+    ("http_connections_refused_total", "too_many"): 0,
+    ("http_connections_refused_total", "late"): 0,
     ("placement_version",): 1,
     ("placement_decisions_total",): 0,
     ("migrations_total",): 0,
