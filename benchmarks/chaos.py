@@ -273,7 +273,10 @@ async def kill_engine(bed: Bed, ranks: Sequence[int]) -> None:
 
 
 async def stop_engine(bed: Bed, ranks: Sequence[int]) -> None:
-    bed.engine(ranks[0]).suspend()
+    engine = bed.engine(ranks[0])
+    engine.suspend()
+    while engine.is_running():  # until the watchdog kills it
+        await asyncio.sleep(LOOK_S)
 
 
 async def pause_engine(bed: Bed, ranks: Sequence[int]) -> None:

@@ -37,6 +37,8 @@ class EngineProcess:
         private: directory that the child removes if its parent, this front end, is killed.
         watchdog_s: seconds without progress after which the engine is killed; 0: never.
         on_event: called on the event loop with each event from the engine.
+        on_silence: called on the event loop with True when the engine gives no sign of life, and
+            with False when it does again.
         on_death: called once on the event loop if the engine exits or fails; not after `end`.
     """
 
@@ -46,9 +48,10 @@ class EngineProcess:
         private: str,
         watchdog_s: float,
         on_event: Callable[[protocol.Event], None],
+        on_silence: Callable[[bool], None],
         on_death: Callable[[], None],
     ) -> None:
-        self._on_event, self._on_death = on_event, on_death
+        self._on_event, self._on_silence, self._on_death = on_event, on_silence, on_death
         self._ending = False
         #: The failure that the engine reported, if any.
         self.failure: protocol.Failed | None = None
@@ -132,7 +135,11 @@ class EngineProcess:
 
     async def _watch(self) -> None:
         """Kill the engine once it makes no progress."""
+        silent = False
         while not (why := self._watchdog.verdict()):
+            if self._watchdog.silent != silent:
+                silent = self._watchdog.silent
+                self._on_silence(silent)
             await asyncio.sleep(CHECK_S)
         self._process.kill(STACKS_SIGNAL)
         await asyncio.sleep(STACKS_S)

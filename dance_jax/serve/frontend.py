@@ -190,6 +190,7 @@ class FrontEnd:
             self._private,
             self._setup.options.watchdog,
             self._from_engine,
+            lambda silent: self._tell(protocol.EngineSilent(start, silent)),
             lambda: self._on_engine_death(start),
         )
         log.info("engine start %d: process %d", start, self._engine.pid)

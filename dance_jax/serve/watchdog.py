@@ -11,7 +11,9 @@ from dance_jax.launch.control.protocol import Pulse
 
 #: Seconds between two checks; this process was stopped itself if they are further apart than
 #: PAUSE_S.
-CHECK_S, PAUSE_S = 1.0, 3.0
+CHECK_S, PAUSE_S = 0.5, 3.0
+#: Seconds without a sign of life, which comes every second, after which an engine is silent.
+SILENT_S = 2.5
 #: An engine that uses its cores but makes no progress is given so many times longer: a layer of a
 #: long prompt, or the copy of a large file, may take that long on a slow machine.
 BUSY_FACTOR = 10
@@ -36,6 +38,12 @@ class Watchdog:
         self._pulse = Pulse("starting", 0.0, 0.0)
         self._checked = self._heard = self._worked = clock()
         self._work: object = None
+        self._silent = False
+
+    @property
+    def silent(self) -> bool:
+        """Whether other servers should do without the engine for the moment."""
+        return self._silent
 
     def heard(self, pulse: Pulse) -> None:
         """Take in a sign of life."""
@@ -52,6 +60,7 @@ class Watchdog:
             self._work, self._worked = work, now
         silent_s, still_s = now - self._heard, now - self._worked
         doing = self._pulse.doing
+        self._silent = min(silent_s, still_s) > SILENT_S
         if self._hung(min(silent_s, still_s), silent_s):
             return f"gave no sign of life for {silent_s:.0f} s; it was {doing}"
         if self._hung(self._pulse.still_s, self._pulse.stalled_s):

@@ -121,6 +121,20 @@ def test_a_server_that_does_not_answer_is_lost_until_it_does(played: Played) -> 
     assert played.said[1:] == ["alpha: answers again"]
 
 
+def test_an_engine_without_a_sign_of_life_is_done_without(played: Played) -> None:
+    played.members.engine_silent(1, True)
+    assert played.did == [("left", 1)] and not played.members.gone
+    played.members.engine_silent(1, False)
+    assert played.did == [("left", 1), ("came", 1)]
+    played.members.engine_silent(1, True)
+    played.did.clear()
+    played.members.engine_died(1, "it hung")
+    assert played.did == []
+    assert played.run(0.1) == [("engine", 1, 1)]
+    played.members.ready(1)
+    assert played.members.present == {0, 1, 2}
+
+
 def test_a_pause_of_the_launcher_makes_nobody_silent(played: Played) -> None:
     played.silent = {1}
     played.run(2 * ASK_S)

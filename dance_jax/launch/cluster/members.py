@@ -84,6 +84,8 @@ class Member:
     why: str = ""
     #: It does not answer, though its processes may run.
     silent: bool = False
+    #: Its engine gives no sign of life.
+    hung: bool = False
     #: Frames heard from it, and questions since then.
     heard: int = 0
     unanswered: int = 0
@@ -91,7 +93,7 @@ class Member:
     @property
     def present(self) -> bool:
         """Whether other servers may count on it."""
-        return self.state is _State.RUNS and not self.silent
+        return self.state is _State.RUNS and not (self.silent or self.hung)
 
     @property
     def gone(self) -> bool:
@@ -146,6 +148,19 @@ class Members:
         what = f"{why.partition(chr(10))[0]}; it is started again, the others serve on"
         self._died(rank, _State.FRONT_DEAD, why, what)
 
+    def engine_silent(self, rank: int, silent: bool) -> None:
+        """A running engine gives no sign of life for the moment, or does so again."""
+        member = self._members[rank]
+        was_present, member.hung = member.present, silent
+        if was_present and not member.present:
+            self._actions.notice(
+                self._names[rank], "its engine gives no sign of life; the others serve on"
+            )
+            self._actions.left(rank)
+        elif member.present and not was_present:
+            self._actions.notice(self._names[rank], "its engine goes on")
+            self._actions.came(rank)
+
     def _died(self, rank: int, state: _State, why: str, what: str) -> None:
         member = self._members[rank]
         started = member.state in (_State.STARTS, _State.FRONT_STARTS)
@@ -153,7 +168,7 @@ class Members:
         delay = BACK_OFF_S[min(member.failures, len(BACK_OFF_S) - 1)]
         was_present = member.present
         member.state, member.why, member.at = state, why, self._clock() + delay
-        member.silent, member.unanswered = False, 0
+        member.silent, member.hung, member.unanswered = False, False, 0
         self._actions.notice(self._names[rank], what)
         if was_present:
             self._actions.left(rank)

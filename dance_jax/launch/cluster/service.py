@@ -325,6 +325,9 @@ class Service(Fleet):
             case protocol.EngineDied() as died:
                 if died.start == self._starts[rank]:
                     self._died[rank] = died
+            case protocol.EngineSilent(start, silent):
+                if self.calls and self.started and start == self._starts[rank]:
+                    self.members.engine_silent(rank, silent)
             case protocol.RebalanceWanted() as wanted:
                 self._rebalancer.want(rank, wanted)
             case protocol.DrainWanted():

@@ -377,6 +377,13 @@ class EngineDied(msgspec.Struct, tag=True):
     failure: Failed | None
 
 
+class EngineSilent(msgspec.Struct, tag=True):
+    """The front end's engine gives no sign of life for the moment, or does so again."""
+
+    start: int
+    silent: bool
+
+
 class DrainWanted(msgspec.Struct, tag=True):
     """The front end got SIGTERM: drain all servers."""
 
@@ -460,7 +467,16 @@ PassedCommand = Join | PeerLost | PeerRestarted | AskStats | Stage | Commit | Dr
 Command = PassedCommand | Submit | Abort | Stop
 FrontCommand = PassedCommand | Restart | Decided | Placed | Drain | Stop
 Event = Hello | PassedEvent | Deltas | Report | Pulse | Failed
-FrontEvent = Hello | FromEngine | EngineDied | RebalanceWanted | DrainWanted | Drained | Failed
+FrontEvent = (
+    Hello
+    | FromEngine
+    | EngineDied
+    | EngineSilent
+    | RebalanceWanted
+    | DrainWanted
+    | Drained
+    | Failed
+)
 
 encode = msgspec.msgpack.Encoder().encode
 decode_command = msgspec.msgpack.Decoder(Command).decode
