@@ -89,6 +89,7 @@ def test_a_front_end_is_started_again_until_it_calls(played: Played) -> None:
     played.members.front_died(2, "the host is gone")
     assert played.did == [("left", 2)]
     assert played.members.gone == {2}
+    played.members.engine_died(2, "its engine died with it")
     played.possible = False
     assert played.run(3) == []
     played.possible = True

@@ -140,6 +140,8 @@ class Members:
 
     def engine_died(self, rank: int, why: str) -> None:
         """A server's engine has ended; its front end runs."""
+        if self._members[rank].state in (_State.FRONT_DEAD, _State.FRONT_STARTS):
+            return  # the front end died as well, and takes its engine along
         what = f"{why.partition(chr(10))[0]}; it restarts, requests in flight wait"
         self._died(rank, _State.ENGINE_DEAD, why, what)
 
