@@ -290,6 +290,12 @@ def test_a_layout_travels_whole() -> None:
         assert np.array_equal(getattr(found, field.name), getattr(layout, field.name))
 
 
+@pytest.mark.parametrize(("exchange", "said"), [("calls", False), ("collectives", True)])
+def test_the_open_port_of_collectives_is_said(exchange: str, said: bool) -> None:
+    notes = make_plan(SPEC, MODEL, dataclasses.replace(CONFIG, exchange=exchange)).notes
+    assert any("port of jax.distributed" in note for note in notes) == said
+
+
 def test_which_exchange() -> None:
     """Collectives only if all servers have accelerators and links are fast."""
 

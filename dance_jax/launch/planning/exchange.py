@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 from dance_jax.config import (
     MOST_TOGETHER,
@@ -31,6 +32,16 @@ class ExchangeChoice:
     name: str
     #: The reason, as part of a sentence.
     why: str
+
+
+def exchange_notes(exchange: ExchangeChoice, servers: int) -> Iterator[str]:
+    """Notes about the risks of an exchange."""
+    if exchange.name == "collectives" and servers > 1:
+        yield (
+            "With collectives all engines end together. So they do if any program reaches the port "
+            "of jax.distributed on the first server, which asks for no key: let only the servers "
+            "reach it (--coordinator-port), or use --exchange calls."
+        )
 
 
 def choose_exchange(

@@ -11,7 +11,7 @@ import numpy as np
 from dance_jax.config import DEFAULT_POLICY, ClusterSpec, EngineConfig, UserError
 from dance_jax.engine.kv_cache import cache_bytes, state_bytes, state_copies
 from dance_jax.launch.planning.costs import cluster_cost, cost_note
-from dance_jax.launch.planning.exchange import ExchangeChoice, choose_exchange
+from dance_jax.launch.planning.exchange import ExchangeChoice, choose_exchange, exchange_notes
 from dance_jax.memory import format_bytes
 from dance_jax.models.config import ModelConfig
 from dance_jax.models.rounding import unfit_report
@@ -210,6 +210,7 @@ def make_plan(
             *model_notes(model.config, config),
             *_notes(spec, why_not(policy, routes), used, activations),
             *spare_notes(servers, placement),
+            *exchange_notes(exchange, len(spec.servers)),
         ),
     )
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from dance_jax.config import ClusterSpec, EngineConfig, UserError
 from dance_jax.files import whole_file
-from dance_jax.launch.planning.exchange import choose_exchange
+from dance_jax.launch.planning.exchange import choose_exchange, exchange_notes
 from dance_jax.launch.planning.plan import (
     ModelFacts,
     Plan,
@@ -104,6 +104,7 @@ def resumed_plan(
     """A plan with the placement of a previous service."""
     placement, held = Placement(state.layout.resident), rooms(spec, model, config)
     counts = state.statistics.counts
+    exchange = choose_exchange(spec, model.config, config, placement.local_share(counts))
     residents = placement.resident.sum(2).tolist()
     shares = placement.local_shares(counts).tolist()
     return Plan(
@@ -118,10 +119,11 @@ def resumed_plan(
         local_share=placement.local_share(counts),
         expert_bytes=model.expert_bytes(config.dtype),
         weights=weights_note(model, config),
-        exchange=choose_exchange(spec, model.config, config, placement.local_share(counts)),
+        exchange=exchange,
         notes=(
             *model_notes(model.config, config),
             "Experts are placed as in the previous service.",
             *spare_notes(held, placement),
+            *exchange_notes(exchange, len(spec.servers)),
         ),
     )
