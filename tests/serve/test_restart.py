@@ -196,7 +196,7 @@ def test_a_hung_engine_is_restarted(
             return answers
 
     assert asyncio.run(asyncio.wait_for(ask(), 120)) == quiet
-    assert "it was in step" in served.text
+    assert re.search("it was (in step [0-9]+|idle)", served.text)  # stopped in a step or between
     assert restarts(served.urls[1]) == before[1] + 1
     if expert_library is not None:
         assert restarts(served.urls[0]) == before[0]
