@@ -127,8 +127,11 @@ def test_invariants(case: Scenario) -> None:
         rows_nn = rows_lnn.sum(0)
         payload = rows_nn * case.model.row_bytes + rows_nn.T * case.model.reply_bytes
         heads_nn = result.bytes_nn - payload
-        assert heads_nn.any() == ((case.lock_step and len(case.servers) > 1) or repeats > 0)
-        assert (heads_nn >= 0).all() or repeats
+        if repeats or case.lock_step:
+            assert heads_nn.any() == (repeats > 0 or len(case.servers) > 1)
+        else:  # calls go to another holder while the first one owes a late answer
+            assert heads_nn.sum() == pytest.approx(0, abs=1e-6)
+        assert (heads_nn >= 0).all() or not case.lock_step
     assert not result.bytes_nn.diagonal().any()
     assert np.array_equal(result.sent_bytes, result.bytes_nn.sum(1))
     # Nothing is busy longer than time lasts, and steps wait for links.
