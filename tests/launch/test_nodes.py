@@ -108,6 +108,7 @@ def test_all_nodes_end_when_one_does(
     assert nodes[2].returncode != 0 or lost != "first"
 
 
+@pytest.mark.slow
 def test_nodes_serve_and_end_together(tiny: Tiny, start: Start, tmp_path: pathlib.Path) -> None:
     """Nodes go on when an engine dies, and a signal to one node's launcher drains all nodes."""
     port = free_ports(3)
