@@ -80,8 +80,6 @@ class Member:
     failures: int = 0
     #: When it is started again, or when it was started.
     at: float = 0.0
-    #: Why it died last.
-    why: str = ""
     #: It does not answer, though its processes may run.
     silent: bool = False
     #: Its engine gives no sign of life.
@@ -169,7 +167,7 @@ class Members:
         member.failures = member.failures + 1 if started else 0
         delay = BACK_OFF_S[min(member.failures, len(BACK_OFF_S) - 1)]
         was_present = member.present
-        member.state, member.why, member.at = state, why, self._clock() + delay
+        member.state, member.at = state, self._clock() + delay
         member.silent, member.hung, member.unanswered = False, False, 0
         self._actions.notice(self._names[rank], what)
         if was_present:

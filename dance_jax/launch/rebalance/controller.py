@@ -328,7 +328,9 @@ class Rebalancer:
     def came(self, rank: int) -> None:
         """A lost server is back, with the experts that the layout says."""
         self._behind[rank] = self._given[rank]
-        if not self._uncovered().any():
+        if self._uncovered().any():  # the server may have room for experts of others
+            self._recovery_due = self._clock()
+        else:
             self._recovery_due, self._short = float("inf"), ""
         self._publish()
 
@@ -511,6 +513,7 @@ class Rebalancer:
         self._recovery_due = float("inf")
         missing = int(self._uncovered().sum())
         if not missing:
+            self._short = ""
             self._publish()
             return
         counts = self._workload.statistics(self._clock()).counts
