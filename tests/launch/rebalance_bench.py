@@ -165,7 +165,6 @@ class Bench:
         )
         self.rebalancer.tick()  # now all engines run
 
-    calls = True
     gone: frozenset[int] = frozenset()
 
     @property

@@ -11,9 +11,9 @@ import pytest
 
 from dance_jax.launch.control import protocol
 from dance_jax.launch.planning.plan import Room
+from dance_jax.launch.rebalance import batches, state
 from dance_jax.launch.rebalance import controller as rebalancer
 from dance_jax.launch.rebalance import decision as rebalance
-from dance_jax.launch.rebalance import state
 from dance_jax.launch.rebalance.controller import Rebalancer
 from dance_jax.launch.rebalance.decision import (
     resident,
@@ -134,7 +134,7 @@ def test_a_migration_that_costs_more_than_it_gains(monkeypatch) -> None:
     bench = Bench(monkeypatch)
     bench.more = 1
     bench.tokens = (routes(LOW, tokens=40), routes(HIGH, tokens=40))
-    bench.rebalancer._rates[:] = 1.0
+    bench.rebalancer._rates = {0: 1.0, 1: 1.0}
     bench.rebalancer.want(1, protocol.RebalanceWanted(7, force=False, dry_run=False))
     bench.run()
     (decided,) = bench.heard(protocol.Decided, rank=1)
@@ -242,7 +242,7 @@ def test_a_server_that_never_loads(monkeypatch) -> None:
     bench.now += INTERVAL_S
     bench.run()
     assert bench.heard(protocol.Stage, rank=1) and not bench.heard(protocol.Drop)
-    bench.now += rebalancer.LOAD_TIMEOUT_S
+    bench.now += batches.LOAD_TIMEOUT_S
     bench.run()
     assert [drop.number for drop in bench.heard(protocol.Drop, rank=1)] == [1]
     *_, last = bench.heard(protocol.Placed)
@@ -268,7 +268,7 @@ def test_a_server_that_does_not_put_a_batch_in_force(monkeypatch) -> None:
     bench.now += INTERVAL_S
     bench.run()
     assert [commit.number for commit in bench.heard(protocol.Commit)] == [1]
-    bench.now += rebalancer.COMMIT_TIMEOUT_S
+    bench.now += batches.COMMIT_TIMEOUT_S
     bench.run()
     assert bench.heard(protocol.Stage)[0].number == 2 and not bench.heard(protocol.Drop)
     *_, last = bench.heard(protocol.Placed)

@@ -11,9 +11,9 @@ import collections
 import concurrent.futures
 import dataclasses
 import enum
+import itertools
 import time
 from collections.abc import Callable, Iterable
-from typing import Protocol
 
 import numpy as np
 
@@ -22,16 +22,15 @@ from dance_jax.launch.control import protocol
 from dance_jax.launch.control.protocol import Decision
 from dance_jax.launch.planning.costs import running_cost
 from dance_jax.launch.planning.plan import ModelFacts
-from dance_jax.launch.rebalance.batches import Migration, Purpose
-from dance_jax.launch.rebalance.decision import Answer, DecisionInputs, most_loads
+from dance_jax.launch.rebalance.batches import Migration, Phase, Purpose, Rollout, stages
+from dance_jax.launch.rebalance.decision import Answer, DecisionInputs
+from dance_jax.launch.rebalance.losses import Losses, ServiceAccess
 from dance_jax.launch.rebalance.solver import Solver, SolverError
 from dance_jax.launch.rebalance.state import ServiceState
 from dance_jax.launch.rebalance.workload import Statistics, Workload
 from dance_jax.launch.worker.loading import rest_s
-from dance_jax.memory import format_bytes
-from dance_jax.placement.core import Layout, Placement
-from dance_jax.placement.migration import difference
-from dance_jax.placement.recovery import recovery, restoration, uncovered
+from dance_jax.placement.core import Placement
+from dance_jax.placement.migration import MoveBatch, changed
 
 #: Loading speed assumed until a server has loaded something: fixed seconds per expert, and bytes
 #: per second.
@@ -40,45 +39,8 @@ READ_S, READ_RATE = 0.01, 200e6
 MOST_WAITING = 16
 #: Weight of the latest batch in a server's mean loading rate.
 _RATE_WEIGHT = 0.3
-#: Seconds after which a batch that some server has not loaded is dropped.
-LOAD_TIMEOUT_S = 300.0
-#: Seconds for servers to apply a loaded batch; later servers are not waited for.
-COMMIT_TIMEOUT_S = 10.0
-#: Most bytes that a device loads in one batch while sequences wait for them; seconds until a
-#: recovery that failed is tried again.
-RECOVERY_BYTES, RECOVERY_RETRY_S = 64 << 20, 5.0
-#: Seconds for engines to report their statistics, or that a batch is dropped.
+#: Seconds for engines to report their statistics.
 ANSWER_TIMEOUT_S = 30.0
-
-
-class ServiceAccess(Protocol):
-    """What the rebalancer uses of the service: front ends, messages and the layout."""
-
-    #: The layout that is applied on all servers; the rebalancer replaces it as experts move.
-    layout: Layout
-
-    @property
-    def present(self) -> frozenset[int]:
-        """Ranks of the servers that run."""
-        ...
-
-    @property
-    def gone(self) -> frozenset[int]:
-        """Ranks of the servers that are gone with their front ends."""
-        ...
-
-    #: Each server steps on its own, so the others go on when one is lost.
-    calls: bool
-
-    def tell(self, rank: int, command: protocol.FrontCommand) -> None: ...
-
-    def tell_all(self, command: protocol.FrontCommand) -> None: ...
-
-    def restart(self, rank: int, why: str) -> None:
-        """Restart a server's engine."""
-        ...
-
-    def notice(self, name: str, text: str) -> None: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,20 +55,16 @@ class _Wanted:
     placement: Placement | None = None
 
 
-class _Phase(enum.Enum):
-    """Phase of a decision or migration; says what the rebalancer waits for."""
+class _Doing(enum.Enum):
+    """What the rebalancer does."""
 
     NOTHING = enum.auto()
     #: All engines report their statistics.
     ASKING = enum.auto()
     #: The solver process computes a placement.
     SOLVING = enum.auto()
-    #: All engines load a batch.
-    LOADING = enum.auto()
-    #: All engines apply the batch.
-    COMMITTING = enum.auto()
-    #: All engines drop the batch, because one has not loaded it.
-    DROPPING = enum.auto()
+    #: Experts move.
+    MOVING = enum.auto()
 
 
 class Rebalancer:
@@ -139,6 +97,7 @@ class Rebalancer:
         self._version = 1
         self._decision: Decision | None = None
         self._migrations = self._failures = self._migrated = 0
+        self._expert_bytes = model.expert_bytes(config.dtype)
         shape = service.layout.device_of.shape
         self._workload = Workload(
             (shape[0], shape[1], shape[2]),
@@ -149,9 +108,11 @@ class Rebalancer:
             clock(),
         )
         self._solver = Solver()
-        self._phase = _Phase.NOTHING
-        #: Servers still to answer in this phase, and its deadline.
-        self._missing: set[int] = set()
+        #: Numbers of batches.
+        self._numbers = itertools.count(1)
+        self._losses = Losses(spec.names, service, self._expert_bytes, self._numbers, clock)
+        self._doing = _Doing.NOTHING
+        #: When the servers that have not reported their statistics are given up.
         self._deadline = float("inf")
         #: When the next scheduled decision is due.
         self._due = float("inf")
@@ -165,35 +126,21 @@ class Rebalancer:
         self._current = _Wanted(None, 0, False, False)
         self._stats: dict[int, bytes] = {}
         self._answer: concurrent.futures.Future[Answer] | None = None
+        #: The experts that move, and their batch on its way.
         self._migration: Migration | None = None
-        #: Number of the latest batch.
-        self._number = 0
-        #: Names of the servers that have not loaded it, and why.
-        self._failed = "", ""
-        #: Bytes per second that each server loads; nan: no load so far.
-        self._rates = np.full(shape[0], np.nan)
+        self._rollout: Rollout | None = None
+        #: Bytes per second that each server loads, of those that have loaded something.
+        self._rates: dict[int, float] = {}
         self._draining = False
-        #: Servers that take part in the current batch.
-        self._parties: frozenset[int] = frozenset()
-        #: By rank, the layout of an engine that was started, or of a server that was lost; and of
-        #: those that are back, until they are told what has changed since.
-        self._given: dict[int, Layout] = {}
-        self._behind: dict[int, Layout] = {}
-        #: By rank, number of the batch that tells them, and the layout after it.
-        self._following: dict[int, tuple[int, Layout]] = {}
-        #: When the servers that are left load the experts of lost ones; inf: nothing to load.
-        self._recovery_due = float("inf")
-        #: The layout before experts of lost servers were loaded.
-        self._before: Layout | None = None
-        #: Why requests cannot be answered: experts that no server has; "": they can.
-        self._short = ""
+        #: Front ends are to hear of a change, once the servers know what to load.
+        self._news = False
 
     # Called by the service.
 
     @property
     def settled(self) -> bool:
         """Whether a drained service may end, as far as migrations are concerned."""
-        return self._phase is _Phase.NOTHING
+        return self._doing is _Doing.NOTHING
 
     def want(self, rank: int, wanted: protocol.RebalanceWanted) -> None:
         """Queue a user's request for a decision."""
@@ -213,126 +160,73 @@ class Rebalancer:
         if self._due == float("inf"):
             self._workload.engines_began(self._clock())
             self._due = self._clock() + self._options.interval_s
-        absent = len(self._service.present) < len(self._spec.servers)
-        if self._phase is _Phase.NOTHING:
-            while self._behind:
-                self._catch_up(*self._behind.popitem())
-            if self._clock() >= self._recovery_due and self._service.present:
-                self._recover()
-            elif absent:
-                while self._waiting:
-                    names = ", ".join(self._absent())
-                    self._refuse(self._waiting.popleft(), f"{names} does not run")
-            elif self._draining:
-                pass
-            elif self._before is not None:
-                self._restore(self._before)
-            elif self._waiting:
-                self._ask(self._waiting.popleft())
-            elif self._options.interval_s and self._clock() >= self._due:
-                self._ask(_Wanted(None, 0, force=False, dry_run=False))
-        elif self._answer is not None and self._answer.done():
+        self._losses.tick()
+        if self._doing is _Doing.ASKING:
+            self._check_answers()
+        if self._doing is _Doing.SOLVING and self._answer is not None and self._answer.done():
             self._decide(self._answer)
-        elif self._clock() >= self._deadline:
-            self._give_up()
+        if self._doing is _Doing.MOVING:
+            self._go_on()
+        if self._doing is _Doing.NOTHING:
+            self._begin()
+        if self._news:
+            self._publish()
+
+    def _begin(self) -> None:
+        """Begin what is due next, if anything."""
+        if batches := self._recovery():
+            self._move(batches, Purpose.RECOVER)
+        elif absent := self._losses.absent:
+            while self._waiting:
+                self._refuse(self._waiting.popleft(), f"{', '.join(absent)} does not run")
+        elif self._draining or self._losses.current != self._service.present:
+            pass
+        elif batches := self._losses.restoration():
+            self._move(batches, Purpose.RESTORE)
+        elif self._waiting:
+            self._ask(self._waiting.popleft())
+        elif self._options.interval_s and self._clock() >= self._due:
+            self._ask(_Wanted(None, 0, force=False, dry_run=False))
 
     def receive(self, rank: int, event: protocol.Event) -> None:
         """Handle an event of an engine."""
         match event:
-            case protocol.Staged(number) if self._follows(rank, number):
-                self._service.tell(rank, protocol.Commit(number))
-            case protocol.Applied(number) if self._follows(rank, number):
-                _, reached = self._following.pop(rank)
-                if reached is not self._service.layout:
-                    self._behind[rank] = reached
-            case protocol.Stats(stats) if self._phase is _Phase.ASKING:
+            case protocol.Stats(stats) if self._doing is _Doing.ASKING:
                 self._stats[rank] = bytes(stats)
-                if self._answered(_Phase.ASKING, rank):
-                    self._solve()
-            case protocol.Staged(number, seconds, size) if number == self._number:
-                if size and seconds > 0:
-                    rate, known = size / seconds, self._rates[rank]
-                    news = rate if np.isnan(known) else known + _RATE_WEIGHT * (rate - known)
-                    self._rates[rank] = news
-                if self._answered(_Phase.LOADING, rank):
-                    self._enter(_Phase.COMMITTING, COMMIT_TIMEOUT_S)
-                    self._tell_parties(protocol.Commit(number))
-            case protocol.StageFailed(number, why):
-                if self._phase is _Phase.LOADING and number == self._number:
-                    self._drop(self._spec.names[rank], why)
-                elif self._follows(rank, number):  # the other servers have applied the changes
-                    self._service.restart(rank, f"it cannot follow the placement: {why}")
-            case protocol.Applied(number) if number == self._number:
-                if self._answered(_Phase.COMMITTING, rank):
-                    self._continue()
-            case protocol.Dropped(number) if number == self._number:
-                if self._answered(_Phase.DROPPING, rank):
-                    self._cancel()
-
-    def _enter(self, phase: _Phase, seconds: float) -> None:
-        """Enter a phase that ends when all parties have answered, or after `seconds`."""
-        self._phase, self._missing = phase, set(self._parties)
-        self._deadline = self._clock() + seconds
-
-    def _answered(self, phase: _Phase, rank: int) -> bool:
-        """Record a server's answer; returns whether all have answered."""
-        if self._phase is not phase or rank not in self._missing:
-            return False
-        self._missing.discard(rank)
-        return not self._missing
-
-    def _give_up(self) -> None:
-        """Handle a phase whose deadline has passed."""
-        names = ", ".join(self._spec.names[rank] for rank in sorted(self._missing))
-        match self._phase:
-            case _Phase.ASKING:
-                self._skip(f"no statistics from {names} within {ANSWER_TIMEOUT_S:g} s")
-            case _Phase.LOADING:
-                self._drop(names, f"experts were not loaded within {LOAD_TIMEOUT_S:g} s")
-            case _Phase.COMMITTING:
-                # Late servers answer calls with "not here" until they apply the batch too.
-                self._continue()
-            case _Phase.DROPPING:
-                self._deadline = self._clock() + ANSWER_TIMEOUT_S
-                self._tell_parties(protocol.Drop(self._number))
+            case protocol.Staged(_, seconds, size) if size and seconds > 0:
+                known = self._rates.get(rank, size / seconds)
+                self._rates[rank] = known + _RATE_WEIGHT * (size / seconds - known)
+        if self._rollout is not None:
+            self._rollout.receive(rank, event)
+        self._losses.receive(rank, event)
 
     def engines_died(self, ranks: Iterable[int]) -> None:
         """Handle dead engines: the applied layout stays, and new engines start with it."""
-        if self._migration is not None:
+        if self._rollout is not None:
             self._service.notice("", "the migration stops because an engine restarts")
-            if self._phase is _Phase.COMMITTING:  # the surviving engines apply the batch
-                self._service.layout = self._migration.commit(self._service.layout)
-            else:
-                self._tell_parties(protocol.Drop(self._number))
+            if self._rollout.abandon():
+                self._applied(self._rollout)
             self._stop_moving(why="an engine died")
-            self._publish()
-        elif self._phase is not _Phase.NOTHING:
+        elif self._doing is not _Doing.NOTHING and self._current.rank is not None:
             # Decide again, from the statistics of the next engines.
             self._waiting.appendleft(self._current)
-        self._phase, self._answer = _Phase.NOTHING, None
+        self._doing, self._answer = _Doing.NOTHING, None
         self._candidate = None
         self._workload.engines_died(ranks, self._clock())
         for rank in ranks:
-            self._given[rank] = self._service.layout
-            self._behind.pop(rank, None)
-            self._following.pop(rank, None)
-        if self._service.calls:
-            self._recovery_due = self._clock()
+            self._losses.lost(rank)
+        self._news = True
         if self._draining:  # no engine is left to report statistics
             self._save()
 
     def starts(self, rank: int) -> None:
         """An engine is started with the present layout."""
-        self._given[rank] = self._service.layout
+        self._losses.started(rank)
 
     def came(self, rank: int) -> None:
-        """A lost server is back, with the experts that the layout says."""
-        self._behind[rank] = self._given[rank]
-        if self._uncovered().any():  # the server may have room for experts of others
-            self._recovery_due = self._clock()
-        else:
-            self._recovery_due, self._short = float("inf"), ""
-        self._publish()
+        """A lost server is back, with the layout that it had or was started with."""
+        self._losses.returned()
+        self._news = True
 
     def drain(self, engines_run: bool) -> None:
         """Start no more migrations, and save the state.
@@ -343,10 +237,10 @@ class Rebalancer:
         self._draining = True
         while self._waiting:
             self._refuse(self._waiting.popleft())
-        if self._phase is _Phase.SOLVING:
+        if self._doing is _Doing.SOLVING:
             self._refuse(self._current)
-        if self._phase in (_Phase.NOTHING, _Phase.SOLVING):
-            self._phase, self._answer = _Phase.NOTHING, None
+        if self._doing in (_Doing.NOTHING, _Doing.SOLVING):
+            self._doing, self._answer = _Doing.NOTHING, None
             if self._options.state_dir is not None and engines_run:
                 self._ask(_Wanted(None, 0, force=False, dry_run=True))
 
@@ -357,15 +251,22 @@ class Rebalancer:
     # Decisions.
 
     def _ask(self, wanted: _Wanted) -> None:
-        self._current = wanted
-        self._parties = self._service.present
-        self._enter(_Phase.ASKING, ANSWER_TIMEOUT_S)
+        self._current, self._doing = wanted, _Doing.ASKING
+        self._deadline = self._clock() + ANSWER_TIMEOUT_S
         self._stats.clear()
         self._service.tell_all(protocol.AskStats())
 
+    def _check_answers(self) -> None:
+        """Go on if all engines have reported their statistics, or if time is up."""
+        late = [name for rank, name in enumerate(self._spec.names) if rank not in self._stats]
+        if not late:
+            self._solve()
+        elif self._clock() >= self._deadline:
+            self._skip(f"no statistics from {', '.join(late)} within {ANSWER_TIMEOUT_S:g} s")
+
     def _skip(self, why: str) -> None:
         """Give up the current decision."""
-        self._phase = _Phase.NOTHING
+        self._doing = _Doing.NOTHING
         self._service.notice("", f"rebalancing skipped: {why}")
         self._refuse(self._current, why)
         if self._current.rank is None:
@@ -373,9 +274,9 @@ class Rebalancer:
 
     def _read_rates(self) -> np.ndarray:
         """Bytes per second that each server loads, float [servers]."""
-        size = self._model.expert_bytes(self._config.dtype)
-        read_s = READ_S + size / READ_RATE
-        return np.where(np.isnan(self._rates), size / (read_s + rest_s(read_s)), self._rates)
+        read_s = READ_S + self._expert_bytes / READ_RATE
+        assumed = self._expert_bytes / (read_s + rest_s(read_s))
+        return np.array([self._rates.get(rank, assumed) for rank in range(len(self._spec.names))])
 
     def _solve(self) -> None:
         """Ask the solver, once all engines have reported their statistics.
@@ -385,13 +286,13 @@ class Rebalancer:
         now = self._clock()
         self._workload.update(self._stats, now)
         if self._draining:
-            self._phase = _Phase.NOTHING
+            self._doing = _Doing.NOTHING
             self._refuse(self._current)
             self._save()
             return
         self._nothing_to_decide = self._nothing_to_decide and self._workload.idle
         if self._nothing_to_decide and self._current.rank is None:
-            self._phase = _Phase.NOTHING
+            self._doing = _Doing.NOTHING
             self._schedule(None)
             return
         statistics, load = self._workload.statistics(now), self._workload.load(now)
@@ -406,7 +307,7 @@ class Rebalancer:
             ),
             busiest=load.busiest,
             tokens=self._workload.token_rates(now) * self._options.horizon_s,
-            expert_bytes=self._model.expert_bytes(self._config.dtype),
+            expert_bytes=self._expert_bytes,
             read_rates=self._read_rates(),
             force=self._current.force,
             wanted=self._current.placement,
@@ -414,8 +315,7 @@ class Rebalancer:
             candidate=self._candidate,
             seed=self._config.seed,
         )
-        self._answer, self._phase = self._solver.ask(question), _Phase.SOLVING
-        self._deadline = float("inf")
+        self._answer, self._doing = self._solver.ask(question), _Doing.SOLVING
 
     def _patient(self, now: float) -> bool:
         """Whether a move must wait for a second decision that confirms it.
@@ -440,7 +340,7 @@ class Rebalancer:
         self._candidate = candidate
 
     def _decide(self, future: concurrent.futures.Future[Answer]) -> None:
-        self._answer, self._phase = None, _Phase.NOTHING
+        self._answer, self._doing = None, _Doing.NOTHING
         try:
             answer = future.result()
         except SolverError as error:
@@ -458,9 +358,8 @@ class Rebalancer:
             self._service.tell(wanted.rank, protocol.Decided(wanted.id, decision))
         self._service.notice("", in_words(decision, self._options.horizon_s))
         if decision.migrate and not decision.dry_run:
-            self._migration = Migration(batches, self._service.present)
-            self._load(self._migration)
-        self._publish()
+            self._move(batches, Purpose.DECIDED)
+        self._news = True
 
     def _no_move(self, reason: str, policy: str = "") -> Decision:
         """The current decision if nothing moves, for this reason."""
@@ -486,126 +385,90 @@ class Rebalancer:
         if wanted.rank is not None:
             self._service.tell(wanted.rank, protocol.Decided(wanted.id, None, why))
 
-    # Lost servers.
-
-    def _absent(self) -> list[str]:
-        """Names of the servers that do not run."""
-        present = self._service.present
-        return [name for rank, name in enumerate(self._spec.names) if rank not in present]
-
-    def _catch_up(self, rank: int, layout: Layout) -> None:
-        """Tell a server that is back what has changed on the others."""
-        if changes := difference(layout, self._service.layout):
-            self._number += 1
-            self._following[rank] = self._number, self._service.layout
-            self._service.tell(rank, protocol.Stage(self._number, [*changes], []))
-
-    def _follows(self, rank: int, number: int) -> bool:
-        """Whether a batch tells a server that is back what has changed."""
-        return rank in self._following and self._following[rank][0] == number
-
-    def _uncovered(self) -> np.ndarray:
-        """Experts that no server has that runs, bool [layers, experts]."""
-        return uncovered(self._service.layout, self._service.present)
-
-    def _recover(self) -> None:
-        """Have the servers that are left load the experts that only lost ones have."""
-        self._recovery_due = float("inf")
-        missing = int(self._uncovered().sum())
-        if not missing:
-            self._short = ""
-            self._publish()
-            return
-        counts = self._workload.statistics(self._clock()).counts
-        size = self._model.expert_bytes(self._config.dtype)
-        most = max(1, RECOVERY_BYTES // size)
-        batches = recovery(self._service.layout, self._service.present, counts, most)
-        loads = [change for batch in batches for change in batch.loads()]
-        if batches and self._before is None:
-            self._before = self._service.layout
-        short = missing - len(loads)
-        self._short = ""
-        if short and self._service.gone:
-            self._short = (
-                f"no server has {short} of the model's experts while {', '.join(self._absent())} "
-                f"is gone, and the others lack {format_bytes(short * size)} of memory to load them"
-            )
-            self._service.notice("", self._short)
-        if batches:
-            self._migration = Migration(batches, self._service.present, Purpose.RECOVER)
-            self._load(self._migration)
-        self._publish()
-
-    def _restore(self, before: Layout) -> None:
-        """Go back to the placement before the loss; all servers run again."""
-        self._before = None
-        most = most_loads(self._model.expert_bytes(self._config.dtype))
-        if batches := restoration(self._service.layout, before, most):
-            self._migration = Migration(batches, self._service.present, Purpose.RESTORE)
-            self._load(self._migration)
-
     # Migrations.
 
-    def _load(self, moving: Migration) -> None:
-        self._number += 1
-        self._parties = self._service.present - self._behind.keys() - self._following.keys()
-        self._enter(_Phase.LOADING, LOAD_TIMEOUT_S)
-        for rank, stage in enumerate(moving.stages(self._number, self._service.layout)):
-            if rank in self._parties:
-                self._service.tell(rank, stage)
+    def _recovery(self) -> list[MoveBatch]:
+        short = self._losses.short
+        found = self._losses.recovery(lambda: self._workload.statistics(self._clock()).counts)
+        if self._losses.short != short:
+            self._news = True
+        return found
 
-    def _continue(self) -> None:
-        """Continue after a batch: it is applied on all servers, or its deadline has passed."""
-        moving = self._migration
-        assert moving is not None
-        self._service.layout = moving.commit(self._service.layout)
-        if moving.complete and moving.purpose is Purpose.RECOVER:
-            self._stop_moving()
-            self._service.notice("", f"{moving.moved} experts of lost servers are loaded")
-        elif moving.complete and moving.purpose is Purpose.RESTORE:
-            self._stop_moving()
-        elif moving.complete:
+    def _move(self, batches: list[MoveBatch], purpose: Purpose) -> None:
+        """Start a migration."""
+        self._doing, self._migration = _Doing.MOVING, Migration(batches, purpose)
+        self._load(self._migration)
+
+    def _load(self, moving: Migration) -> None:
+        """Have the servers load the next batch."""
+        batch, service = moving.left[0], self._service
+        urgent = moving.purpose is Purpose.RECOVER
+        each = stages(next(self._numbers), batch, service.layout, service.present, urgent)
+        self._rollout = Rollout(
+            {rank: each[rank] for rank in self._losses.current},
+            changed(service.layout, batch.changes),
+            self._spec.names,
+            service.tell,
+            self._clock,
+        )
+
+    def _go_on(self) -> None:
+        """Go on with a migration once its batch is applied or dropped."""
+        moving, rollout = self._migration, self._rollout
+        assert moving is not None and rollout is not None
+        rollout.tick()
+        if rollout.phase is Phase.APPLIED:
+            self._applied(rollout)
+            if not moving.left:
+                self._complete(moving)
+            elif self._draining and moving.purpose is not Purpose.RECOVER:
+                self._stop_moving(why="the service is shutting down")
+            elif moving.purpose is Purpose.RECOVER and not self._losses.uncovered.any():
+                self._complete(moving)  # the lost servers are back
+            else:
+                self._load(moving)
+            self._news = True
+        elif rollout.phase is Phase.DROPPED:
+            self._cancel(moving, *rollout.failure)
+
+    def _applied(self, rollout: Rollout) -> None:
+        assert self._migration is not None
+        self._service.layout = rollout.after
+        self._losses.applied(rollout)
+        self._migration.applied()
+        if self._migration.purpose is Purpose.DECIDED:
+            self._losses.home = rollout.after
+
+    def _complete(self, moving: Migration) -> None:
+        if moving.purpose is Purpose.DECIDED:
             self._migrations += 1
             self._workload.migrated(self._clock())
-            self._stop_moving()
+        self._stop_moving()
+        if moving.purpose is Purpose.DECIDED:
             text = (
                 f"migration complete: {moving.moved} experts loaded, placement version "
                 f"{self._version}"
             )
             self._service.notice("", text)
-        elif self._draining and moving.purpose is not Purpose.RECOVER:
-            self._stop_moving(why="the service is shutting down")
-        else:
-            self._load(moving)
-        self._publish()
+        elif moving.purpose is Purpose.RECOVER:
+            self._service.notice("", f"{moving.moved} experts of lost servers are loaded")
 
-    def _drop(self, name: str, why: str) -> None:
-        """Drop the batch on all servers; each must confirm that it will not apply it."""
-        self._failed = name, why
-        self._enter(_Phase.DROPPING, ANSWER_TIMEOUT_S)
-        self._tell_parties(protocol.Drop(self._number))
-
-    def _tell_parties(self, command: protocol.FrontCommand) -> None:
-        """Tell the servers that take part in the current batch."""
-        for rank in self._parties:
-            self._service.tell(rank, command)
-
-    def _cancel(self) -> None:
+    def _cancel(self, moving: Migration, name: str, why: str) -> None:
         """End the migration because no server applies the batch any more."""
-        name, why = self._failed
         self._failures += 1
-        if self._migration is not None and self._migration.purpose is Purpose.RECOVER:
-            self._recovery_due = self._clock() + RECOVERY_RETRY_S
+        if moving.purpose is not Purpose.DECIDED:
+            self._losses.failed()
         self._stop_moving(why=f"server {name}: {why}")
         self._service.notice(name, f"migration cancelled, experts stay where they are: {why}")
-        self._publish()
+        self._news = True
 
     def _stop_moving(self, why: str = "") -> None:
         """End the migration, complete or at the last applied batch."""
         assert self._migration is not None
         self._version += self._migration.begun
         self._migrated += self._migration.moved
-        self._migration, self._phase = None, _Phase.NOTHING
+        self._migration = self._rollout = None
+        self._doing = _Doing.NOTHING
         self._nothing_to_decide = False  # that decision was about the previous placement
         self._schedule(None)
         if why and self._decision is not None:
@@ -613,6 +476,7 @@ class Rebalancer:
         self._save()
 
     def _publish(self) -> None:
+        self._news = False
         self._service.tell_all(
             protocol.Placed(
                 version=self._version,
@@ -622,7 +486,7 @@ class Rebalancer:
                 failures=self._failures,
                 experts_migrated=self._migrated,
                 absent=sorted({*range(len(self._spec.servers))} - self._service.present),
-                short=self._short,
+                short=self._losses.short,
             )
         )
 
