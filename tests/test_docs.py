@@ -47,7 +47,7 @@ PAGES = {
 RUNNABLE = "<!-- runnable -->\n"
 #: Scripts that users run, and modules with `python -m`.
 SCRIPTS = ("peers", "real_size", "serve", "testbed", "throughput")
-RESEARCH = ("apart", "migrate", "paper", "placement", "simulate", "wire")
+RESEARCH = ("apart", "migrate", "paper", "placement", "recovery", "simulate", "wire")
 CONVERT = "dance_jax.models.convert"
 BENCH = "dance_jax.bench.main"
 #: Modules of the console script's commands, and the options that a command stands for.
