@@ -1,4 +1,4 @@
-"""The console script: `dance-jax serve|batch|plan|preflight|convert|bench`."""
+"""The console script: `dance-jax serve|batch|plan|preflight|convert|bench|hosts|stop`."""
 
 from __future__ import annotations
 
@@ -29,6 +29,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         commands.add_parser(name, help=text, add_help=False)
     commands.add_parser("convert", help="convert a model ahead of time", add_help=False)
     commands.add_parser("bench", help="measure running servers over HTTP", add_help=False)
+    commands.add_parser(
+        "hosts", help="add servers to a running service, or remove them", add_help=False
+    )
+    commands.add_parser("stop", help="end a service by its --state-dir", add_help=False)
     words = list(sys.argv[1:] if arguments is None else arguments)
     # The command reads its own words itself, with the -- among them.
     options, rest = parser.parse_args(words[:1]), words[1:]
@@ -42,6 +46,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from dance_jax.bench import main as bench
 
         sys.exit(bench.main(rest, prog))
+    if options.command == "hosts":
+        from dance_jax.launch.cli import hosts
+
+        sys.exit(hosts.main(rest, prog))
+    if options.command == "stop":
+        from dance_jax.launch.cli import stop
+
+        sys.exit(stop.main(rest, prog))
     from dance_jax.launch.__main__ import process
 
     first, _ = _LAUNCHES[options.command]

@@ -100,6 +100,11 @@ class ServerSpec:
     #: that move come from the servers that hold them (`checkpoint=peer`).
     from_peers: bool = False
 
+    @property
+    def vacant(self) -> bool:
+        """Whether this is a seat that a server may take later."""
+        return not self.name
+
     def slots(self, expert_bytes: int) -> int:
         """Expert slots on each device: floor(memory / bytes of one expert).
 
@@ -113,11 +118,32 @@ class ServerSpec:
         return min(self.memory) // expert_bytes
 
 
+#: A seat without a server.
+VACANT = ServerSpec("", "", experts=0)
+
+
 @dataclasses.dataclass(frozen=True)
 class ClusterSpec:
-    """The servers in the order of the hosts file; a server's position is its rank."""
+    """The servers in the order of the hosts file; a server's position is its rank.
+
+    A service that servers may join has vacant seats at the end, or where servers have left.
+    """
 
     servers: tuple[ServerSpec, ...]
+
+    @property
+    def seated(self) -> tuple[int, ...]:
+        """Ranks of the servers, without vacant seats."""
+        return tuple(rank for rank, server in enumerate(self.servers) if not server.vacant)
+
+    def with_seats(self, count: int) -> ClusterSpec:
+        """The same servers, with vacant seats up to `count`."""
+        more = count - len(self.servers)
+        return ClusterSpec((*self.servers, *(VACANT,) * more))
+
+    def with_server(self, rank: int, server: ServerSpec) -> ClusterSpec:
+        """The same servers but for one."""
+        return ClusterSpec((*self.servers[:rank], server, *self.servers[rank + 1 :]))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -280,6 +306,11 @@ class ServeOptions:
         "and compiling are progress; 0: never (default: {default})",
         kind="seconds",
         metavar="S",
+    )
+    die_with_launcher: bool = option(
+        False,
+        "end all servers if the launcher is killed; without this option, servers with --state-dir "
+        "go on, and a launcher that is started again takes them over",
     )
     max_queue: int = option(
         512,

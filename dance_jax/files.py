@@ -11,11 +11,15 @@ from typing import IO
 
 
 @contextlib.contextmanager
-def whole_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+def whole_file(path: str | os.PathLike[str], mode: int = 0o666) -> Iterator[IO[bytes]]:
     """Open a file for writing that gets its name when the block ends without an exception.
 
     A symlink stays and its target is replaced. A path that is not a regular file (a device, a
     pipe) is written to, never replaced.
+
+    Args:
+        path: of the file.
+        mode: permissions of the file, less those that the umask takes away.
     """
     path = pathlib.Path(path)
     if path.exists() and not path.is_file():
@@ -29,7 +33,7 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
             file.close()
             umask = os.umask(0)
             os.umask(umask)
-            os.chmod(file.name, 0o666 & ~umask)
+            os.chmod(file.name, mode & ~umask)
             os.replace(file.name, path)
         except BaseException:
             os.unlink(file.name)

@@ -176,6 +176,11 @@ class Engine:
         """The current placement of every expert."""
         return self._staging.layout
 
+    @property
+    def last_batch(self) -> int:
+        """Number of the last batch that was staged; 0 for none."""
+        return self._staging.last
+
     def warmup(self, progress: ProgressCallback = lambda stage, done, total: None) -> None:
         """Compile every bucket and run each once; servers that step together do so together."""
         buckets = self.config.buckets
@@ -328,6 +333,20 @@ class Engine:
         """
         self.runner.drop_tables(number)
         return self._staging.drop(number)
+
+    def reseat(self, number: int, rank: int, devices: int, slots: int) -> None:
+        """Put another server, without experts, in the place of one; between steps.
+
+        Args:
+            number: as of a batch.
+            rank: of the server, which steps on its own as this one does.
+            devices, slots: devices of the new server, and expert slots of each.
+
+        Raises:
+            ValueError: a batch is staged.
+        """
+        with self._placement_lock:
+            self.runner.use_tables(self._staging.reseat(number, rank, devices, slots), number)
 
     def expert(self, layer: int, expert: int) -> Weights:
         """The weights of an expert that is resident here, as host arrays as in `stage`.

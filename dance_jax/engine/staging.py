@@ -50,7 +50,9 @@ class Staging:
         self._rank = rank
         self._leaf_types = [(leaf.shape, leaf.dtype) for leaf in form.leaves.values()]
         self._batches: list[StagedBatch] = []
-        self._last = self._announced = self._commit = 0
+        #: Number of the last batch that was staged.
+        self.last = 0
+        self._announced = self._commit = 0
 
     @property
     def ready(self) -> int:
@@ -71,6 +73,21 @@ class Staging:
     def _committed(self) -> int:
         return self.ready if self.ready <= self._commit else 0
 
+    def reseat(self, number: int, rank: int, devices: int, slots: int) -> Layout:
+        """Put another server in the place of one, as a batch of this number.
+
+        Returns:
+            The layout in force from now on.
+
+        Raises:
+            ValueError: a batch is staged.
+        """
+        if self._batches:
+            raise ValueError(f"batch {self.ready} is staged: no server can join or leave")
+        self.last = number
+        self.layout = self.layout.reseated(rank, devices, slots)
+        return self.layout
+
     def commit(self, number: int) -> None:
         """Note that all servers have loaded the batches up to this one."""
         self._commit = number
@@ -78,8 +95,8 @@ class Staging:
     def add(self, number: int, layout: Layout, experts: Experts) -> StagedBatch:
         """Hold a batch; see `Engine.stage`."""
         before = self.latest
-        if number <= self._last:
-            raise ValueError(f"batch {number} after batch {self._last}: numbers must increase")
+        if number <= self.last:
+            raise ValueError(f"batch {number} after batch {self.last}: numbers must increase")
         same = (layout.devices, layout.slots_per_device, layout.device_of.shape) == (
             before.devices,
             before.slots_per_device,
@@ -102,7 +119,7 @@ class Staging:
             writes[device].append(SlotWrite(slot, which, weights))
         batch = StagedBatch(number, layout, writes)
         self._batches.append(batch)
-        self._last = number
+        self.last = number
         return batch
 
     def _check(

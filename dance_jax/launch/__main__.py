@@ -18,7 +18,7 @@ from rich.text import Text
 
 from dance_jax import descriptors, logs, signals
 from dance_jax.cache import default_cache_dir
-from dance_jax.config import ClusterSpec, EngineConfig, UserError
+from dance_jax.config import ClusterSpec, EngineConfig, ServeOptions, ServerSpec, UserError
 from dance_jax.launch.agent.network import Network
 from dance_jax.launch.agent.role import Role, role
 from dance_jax.launch.cli.answers import AnswerFile
@@ -39,6 +39,7 @@ from dance_jax.launch.cli.stream import Startup, Stream, conversion, download, p
 from dance_jax.launch.cluster.batch import Cluster
 from dance_jax.launch.cluster.fleet import ClusterError, Fleet
 from dance_jax.launch.cluster.service import Service
+from dance_jax.launch.cluster.succession import Survivors, find_survivors, sole_launcher
 from dance_jax.launch.planning.defaults import default_platform, demo_dir, engine_config
 from dance_jax.launch.planning.hosts import read_hosts
 from dance_jax.launch.planning.plan import ModelFacts, Plan, Room, make_plan, matched, rooms
@@ -46,6 +47,7 @@ from dance_jax.launch.planning.plan import ModelFacts, Plan, Room, make_plan, ma
 if TYPE_CHECKING:
     from dance_jax.launch.rebalance.state import ServiceState
     from dance_jax.placement.activations import Activations
+    from dance_jax.placement.core import Layout
 
 _Fleet = TypeVar("_Fleet", bound=Fleet)
 
@@ -116,6 +118,7 @@ def _launch(options: argparse.Namespace, platform: str, console: Console) -> int
     from dance_jax.models.hub import fetch_config, resolve
     from dance_jax.models.tokenizer import Tokenizer
     from dance_jax.placement.activations import Activations
+    from dance_jax.placement.core import Layout
 
     activations = None
     if options.activations is not None:
@@ -154,19 +157,38 @@ def _launch(options: argparse.Namespace, platform: str, console: Console) -> int
     if options.dry_run:
         place(spec)
         return 0
+    survivors = None
+    alone = contextlib.nullcontext()
+    if moving.state_dir is not None and not options.preflight:
+        alone = sole_launcher(moving.state_dir)
     joined = part.gathered(spec, lambda name, text: console.print(Text(f"{name}: {text}")))
-    with joined as network:
-        if options.preflight or network.any_remote(spec):
-            spec, network = _preflight(options, spec, network, held, model.fingerprint, console)
-        if options.preflight:
-            return 0
-        plan = place(spec)
-        config = dataclasses.replace(config, exchange=plan.exchange.name)
+    with alone, joined as network:
+        if moving.state_dir is not None and not options.preflight:
+            survivors = _survivors(moving.state_dir, config, serving, model.fingerprint)
+        if survivors is not None:
+            text = f"taking over the servers of {moving.state_dir}, which still run"
+            console.print(Text(text), soft_wrap=True)
+            left = survivors.handover
+            spec, config, layout = (
+                left.spec,
+                left.config,
+                Layout.from_bytes(survivors.latest.layout),
+            )
+            network = dataclasses.replace(network, control_addresses=left.control_addresses)
+        else:
+            if options.preflight or network.any_remote(spec):
+                spec, network = _preflight(options, spec, network, held, model.fingerprint, console)
+            if options.preflight:
+                return 0
+            plan = place(spec)
+            spec, layout = plan.spec, plan.layout
+            config = dataclasses.replace(config, exchange=plan.exchange.name)
         started = functools.partial(
             _started,
             console,
-            plan,
+            spec,
             model,
+            layout,
             config,
             model=options.model,
             log_dir=options.log_dir,
@@ -180,7 +202,15 @@ def _launch(options: argparse.Namespace, platform: str, console: Console) -> int
 
         if prompts is None:
             before = None if state is None else state.statistics
-            make = functools.partial(Service, serving, rebalance=moving, before=before)
+            make = functools.partial(
+                Service,
+                serving,
+                rebalance=moving,
+                before=before,
+                read_hosts=functools.partial(read_hosts, options.hosts, platform),
+                survey=functools.partial(_survey_one, options, network, model, config),
+                survivors=survivors,
+            )
             with started(make) as service:
                 attend(service, console)
             return 0
@@ -200,20 +230,74 @@ def _launch(options: argparse.Namespace, platform: str, console: Console) -> int
 @contextlib.contextmanager
 def _started(
     console: Console,
-    plan: Plan,
+    spec: ClusterSpec,
     facts: ModelFacts,
+    layout: Layout,
     config: EngineConfig,
     make: Callable[..., _Fleet],
     **how: Any,
 ) -> Iterator[_Fleet]:
     """Start a cluster or a service, showing its progress, and stop it at the end."""
-    fleet = make(plan.spec, facts, plan.layout, config, **how)
+    fleet = make(spec, facts, layout, config, **how)
     try:
-        with Startup(console, plan.spec.names) as startup:
+        with Startup(console, spec.names) as startup:
             fleet.start(startup.update)
         yield fleet
     finally:
         fleet.stop()
+
+
+def _survivors(
+    directory: str, config: EngineConfig, serving: ServeOptions, model: str
+) -> Survivors | None:
+    """The servers that a lost launcher has left; None if there are none.
+
+    Raises:
+        UserError: they are not those that the user asks for.
+    """
+    found = find_survivors(directory)
+    if found is None:
+        return None
+    if misfit := found.handover.misfit(config, serving, model):
+        found.listener.close()
+        raise UserError(
+            f"--state-dir {directory}: servers of an earlier launch still run there, with "
+            f"{misfit}; start with the same to take them over, or end them with: dance-jax stop "
+            f"--state-dir {directory}"
+        )
+    return found
+
+
+def _survey_one(
+    options: argparse.Namespace,
+    network: Network,
+    model: ModelFacts,
+    config: EngineConfig,
+    server: ServerSpec,
+) -> tuple[ServerSpec, Network]:
+    """Survey a server that is to join a running service, if it is on another machine.
+
+    Raises:
+        UserError: the server cannot join.
+    """
+    spec = ClusterSpec((server,))
+    if not network.any_remote(spec):
+        return server, network
+    from dance_jax.launch.preflight.run import run_preflight
+
+    room = rooms(spec, model, config, alone=False)[0]
+    found = run_preflight(
+        spec,
+        model=options.model,
+        fingerprint=model.fingerprint,
+        cache_dir=options.cache_dir,
+        needs=[room.device_bytes],
+        network=network,
+        measure_all=False,
+        progress=lambda text: None,
+    )
+    spec, network = found.applied(network)
+    return spec.servers[0], network
 
 
 def _preflight(

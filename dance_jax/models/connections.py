@@ -109,7 +109,9 @@ class Connections:
     def __init__(
         self, rank: int, names: Sequence[str], address: str, credentials: Credentials
     ) -> None:
-        self.rank, self.names, self._credentials = rank, names, credentials
+        self.rank, self._credentials = rank, credentials
+        #: Names of all servers, by rank; they change as servers join and leave.
+        self.names = [*names]
         #: By rank, where the servers listen; "": the server is restarting. Set before dialling.
         self.endpoints = [""] * len(names)
         #: The topic handlers.
@@ -205,8 +207,10 @@ class Connections:
 
     def restarted(self, peer: int, endpoint: str) -> None:
         """Record a restarted server's endpoint, and repeat the connections of `dial_all` to it in a
-        thread.
+        thread; a server that is known at this endpoint has not restarted.
         """
+        if self.endpoints[peer] == endpoint:
+            return
         self.endpoints[peer] = endpoint
 
         def redial() -> None:

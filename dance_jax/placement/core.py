@@ -217,6 +217,38 @@ class Layout:
         table[self.slot_of[server][tuple(layer_expert.T)]] = layer_expert
         return table
 
+    def same_experts(self, other: Layout, server: int) -> bool:
+        """Whether a server has the same experts in the same slots in both layouts."""
+        return bool(
+            (self.device_of[server] == other.device_of[server]).all()
+            and (self.slot_of[server] == other.slot_of[server]).all()
+        )
+
+    def with_seats(self, count: int) -> Layout:
+        """This layout, with servers without slots up to `count`."""
+        more = count - len(self.devices)
+        pad = ((0, more), (0, 0), (0, 0))
+        return Layout(
+            device_of=np.pad(self.device_of, pad, constant_values=-1),
+            slot_of=np.pad(self.slot_of, pad, constant_values=-1),
+            devices=(*self.devices, *(1,) * more),
+            slots_per_device=(*self.slots_per_device, *(0,) * more),
+        )
+
+    def reseated(self, server: int, devices: int, slots: int) -> Layout:
+        """This layout, with another server in the place of one; it holds no experts."""
+        device_of, slot_of = self.device_of.copy(), self.slot_of.copy()
+        device_of[server] = slot_of[server] = -1
+        sizes = [[*self.devices], [*self.slots_per_device]]
+        sizes[0][server], sizes[1][server] = devices, slots
+        return Layout(device_of, slot_of, *map(tuple, sizes))
+
+    def with_server(self, server: int, other: Layout) -> Layout:
+        """This layout, with a server's experts where `other` has them."""
+        device_of, slot_of = self.device_of.copy(), self.slot_of.copy()
+        device_of[server], slot_of[server] = other.device_of[server], other.slot_of[server]
+        return dataclasses.replace(self, device_of=device_of, slot_of=slot_of)
+
     def to_bytes(self) -> bytes:
         """The layout for another process: the content of an npz file."""
         file = io.BytesIO()

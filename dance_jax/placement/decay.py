@@ -32,6 +32,10 @@ class DecayedCounts:
         self._value = np.zeros((), np.float64)
         self._time: float | None = None
 
+    def clear(self, index: int) -> None:
+        """Set the counts of one index of the first dimension to 0."""
+        self._value[index] = 0.0
+
     def add(self, delta: np.ndarray, now: float) -> None:
         """Adds what was counted since the last call.
 

@@ -12,12 +12,14 @@ import asyncio
 import contextlib
 import logging
 import os
+import pathlib
 import shutil
 import signal
 import socket
 import tempfile
 import time
 import traceback
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -46,6 +48,8 @@ log = logging.getLogger("dance_jax.frontend")
 BACKLOG = 2048
 #: Seconds that responses have to finish after their requests were aborted.
 HANGUP_S = 2.0
+#: Seconds without a frame from the launcher, which sends one every second, after which it is gone.
+LAUNCHER_S = 5.0
 
 
 def main() -> None:
@@ -54,12 +58,14 @@ def main() -> None:
     setup = child.read_setup(FrontSetup)
     if setup is None:
         return
+    if setup.before is not None and _is_front_end(setup.before):
+        child.end(child.STILL_THERE)
     # The imports of this process load JAX, which must not touch the engine's GPUs.
     os.environ["JAX_PLATFORMS"] = "cpu"
     engine = setup.engine
     private = tempfile.mkdtemp(prefix="dance-jax-", dir=child.private_dir() or None)
     front = FrontEnd(setup, private)
-    child.end_with_parent(engine, on_parent_gone=front.kill)
+    child.end_with_parent(engine, on_parent_gone=front.kill, outlives=setup.outlives)
     connection = ControlConnection(
         child.parent_endpoint(engine), engine.control_key, server_identity(engine.rank)
     )
@@ -90,6 +96,12 @@ class FrontEnd:
         self._engine: EngineProcess | None = None
         #: Number of the engine's start, which grows also from one front end to the next.
         self._start = setup.start
+        #: What a launcher that takes over must know: where this engine listens, whether it is
+        #: ready, whether it gives no sign of life, and the report of its death.
+        self._endpoint, self._ready, self._silent = "", False, False
+        self._died: protocol.EngineDied | None = None
+        #: Names of all servers by rank, "" for vacant seats; they change as servers join and leave.
+        self._names = [*setup.engine.spec.names]
         seeds = request_seeds(setup.engine.config.seed, setup.engine.rank)
         limits = setup.options.max_queue, setup.options.client_queue
         self.queue = RequestQueue(self._to_engine, *limits, seeds)
@@ -118,17 +130,18 @@ class FrontEnd:
             self._start_engine(layout)
             self._experts = PlacementState(_layout(layout), self._tell)
             files = ModelFiles(self._setup.engine, self._private)
-            server = _http_server(self._setup, files, self.queue, self._experts)
+            server = _http_server(self._setup, self._names, files, self.queue, self._experts)
             tasks = [
                 asyncio.create_task(work)
                 for work in (
                     self._stopped.wait(),
                     self._serve(server, listener),
                     self._run_commands(),
+                    self._mind_launcher(),
                 )
             ]
             try:
-                # The first task ends in normal operation, the others only with an exception.
+                # The first two tasks end in normal operation, the others only with an exception.
                 done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
                     task.result()
@@ -154,6 +167,14 @@ class FrontEnd:
                 self._stopped.set()
             case protocol.Drain():
                 self._drain()
+            case protocol.TakeOver() as command:
+                self._taken_over(command)
+            case protocol.Reseat(_, rank, server) as command:
+                self._names[rank] = server.name
+                spec = self._setup.engine.spec.with_server(rank, server)
+                engine = msgspec.structs.replace(self._setup.engine, spec=spec)
+                self._setup = msgspec.structs.replace(self._setup, engine=engine)
+                self._commands.put_nowait(command)
             case protocol.Decided() as decided:
                 self._experts.decided(decided)
             case protocol.Placed() as placed:
@@ -161,6 +182,36 @@ class FrontEnd:
                 self.queue.short = placed.short
             case command:
                 self._commands.put_nowait(command)
+
+    def _taken_over(self, command: protocol.TakeOver) -> None:
+        """Tell a launcher that did not start this server how things are."""
+        self._experts.launcher_lost()
+        self._tell(
+            protocol.Taken(
+                os.getpid(),
+                self._start,
+                self._endpoint,
+                self._ready,
+                self._draining.is_set(),
+                self._experts.report(),
+            )
+        )
+        if self._died is not None:
+            self._tell(self._died)
+        elif self._ready:
+            self._commands.put_nowait(command)
+        if self._silent:
+            self._tell(protocol.EngineSilent(self._start, True))
+
+    async def _mind_launcher(self) -> None:
+        """Notice whether a launcher is there."""
+        heard, when = -1, 0.0
+        while True:
+            now = time.monotonic()
+            if (count := self._connection.heard) != heard:
+                heard, when = count, now
+            self._experts.launcher = now - when < LAUNCHER_S
+            await asyncio.sleep(1.0)
 
     def _on_sigterm(self) -> None:
         self._tell(protocol.DrainWanted())
@@ -184,13 +235,14 @@ class FrontEnd:
 
     def _start_engine(self, layout: bytes) -> None:
         start = self._start
+        self._endpoint, self._ready, self._silent, self._died = "", False, False, None
         setup = msgspec.structs.replace(self._setup.engine, layout=layout)
         self._engine = EngineProcess(
             setup,
             self._private,
             self._setup.options.watchdog,
             self._from_engine,
-            lambda silent: self._tell(protocol.EngineSilent(start, silent)),
+            lambda silent: self._on_engine_silence(start, silent),
             lambda: self._on_engine_death(start),
         )
         log.info("engine start %d: process %d", start, self._engine.pid)
@@ -211,9 +263,15 @@ class FrontEnd:
             case protocol.Report(report):
                 self.queue.reported(_report(report))
             case protocol.Ready():
+                self._ready = True
                 self.queue.engine_started()
                 self._tell(protocol.FromEngine(self._start, event))
+            case protocol.Prepared(_, endpoint):
+                self._endpoint = endpoint
+                self._tell(protocol.FromEngine(self._start, event))
             case protocol.Hello() | protocol.Failed() | protocol.Pulse():
+                pass
+            case protocol.Traced() if not self._experts.launcher:
                 pass
             case _:
                 self._tell(protocol.FromEngine(self._start, event))
@@ -223,7 +281,13 @@ class FrontEnd:
         self.queue.engine_died()
         engine = self._engine
         log.error("engine start %d died: exit status %s", start, engine.status)
-        self._tell(protocol.EngineDied(start, engine.pid, engine.status, engine.failure))
+        self._endpoint, self._ready = "", False
+        self._died = protocol.EngineDied(start, engine.pid, engine.status, engine.failure)
+        self._tell(self._died)
+
+    def _on_engine_silence(self, start: int, silent: bool) -> None:
+        self._silent = silent
+        self._tell(protocol.EngineSilent(start, silent))
 
     # Users.
 
@@ -247,10 +311,20 @@ class FrontEnd:
             server.force_exit = True
             await serving
             self._tell(protocol.Drained())
-            await self._stopped.wait()
+            while self._experts.launcher:  # which will say Stop
+                await asyncio.sleep(0.2)
         finally:
             serving.cancel()
             draining.cancel()
+
+
+def _is_front_end(pid: int) -> bool:
+    """Whether a front end has this process id; False where the system does not tell."""
+    try:
+        command = pathlib.Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+    return b"dance_jax.serve.frontend" in command.split(b"\0")
 
 
 def _listen(options: ServeOptions) -> socket.socket:
@@ -276,7 +350,11 @@ def _layout(content: bytes) -> Layout:
 
 
 def _http_server(
-    setup: FrontSetup, files: ModelFiles, queue: RequestQueue, experts: PlacementState
+    setup: FrontSetup,
+    names: Sequence[str],
+    files: ModelFiles,
+    queue: RequestQueue,
+    experts: PlacementState,
 ) -> HttpServer:
     from dance_jax.serve.app import ServeInfo, create_app
     from dance_jax.serve.http_server import HttpServer
@@ -289,7 +367,7 @@ def _http_server(
         tokenizer=tokenizer,
         engine_config=engine.config,
         model_config=model_config,
-        servers=engine.spec.names,
+        servers=names,
         rank=engine.rank,
         api_key=setup.options.api_key,
         created=int(time.time()),

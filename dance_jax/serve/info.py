@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from dance_jax.config import EngineConfig
@@ -27,13 +28,19 @@ class ServeInfo:
     tokenizer: Tokenizer
     engine_config: EngineConfig
     model_config: ModelConfig
-    #: Names of all servers by rank, and this server's rank.
-    servers: tuple[str, ...]
+    #: Names of all servers by rank, "" for vacant seats; and this server's rank. The names change
+    #: as servers join and leave.
+    servers: Sequence[str]
     rank: int
     #: Bearer token that requests must carry; None if the server needs no key.
     api_key: str | None
     #: Start of the server, unix time in seconds.
     created: int
+
+    @property
+    def seated(self) -> dict[int, str]:
+        """Names of the servers by rank, without vacant seats."""
+        return {rank: name for rank, name in enumerate(self.servers) if name}
 
     @property
     def max_model_len(self) -> int:

@@ -379,7 +379,7 @@ class _EngineMetrics(Collector):
                 (name, direction): amounts[rank]
                 for direction, amounts in links.items()
                 for rank, name in enumerate(self._servers)
-                if rank != self._rank
+                if name and rank != self._rank
             },
             ["peer", "direction"],
         )
@@ -400,7 +400,7 @@ class _EngineMetrics(Collector):
         """Metrics of expert calls; servers that step together have none."""
         for name, text, value in _explained(report.sums):
             yield self._counter(f"calls_{name}", text, {(): value})
-        others = [rank for rank in range(len(self._servers)) if rank != self._rank]
+        others = [rank for rank, name in enumerate(self._servers) if name and rank != self._rank]
         metrics = zip(*(_explained(report.peers[rank]) for rank in others), strict=True)
         for metric in metrics:
             (name, text, _), *_ = metric

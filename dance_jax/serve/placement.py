@@ -44,11 +44,12 @@ def _placement(server: RouteContext) -> PlacementAnswer:
     servers = [
         PlacedServer(name=name, resident=[layer.nonzero()[0].tolist() for layer in held_le])
         for name, held_le in zip(server.info.servers, experts.layout.resident, strict=True)
+        if name
     ]
     return PlacementAnswer(
         version=experts.version,
         servers=servers,
-        lost=[server.info.servers[rank] for rank in sorted(experts.absent)],
+        lost=[name for rank, name in server.info.seated.items() if rank in experts.absent],
         last_decision=experts.last_decision,
     )
 
@@ -63,9 +64,10 @@ def _wanted(server: RouteContext, servers: list[WantedServer]) -> list[list[list
     _, layers, experts = layout.device_of.shape
     by_name = {each.name: each.resident for each in servers}
     try:
-        if len(servers) != len(by_name) or set(by_name) != set(server.info.servers):
-            raise UserError(f"servers: list each of {', '.join(server.info.servers)} exactly once")
-        resident = [by_name[name] for name in server.info.servers]
+        seated = server.info.seated.values()
+        if len(servers) != len(by_name) or set(by_name) != set(seated):
+            raise UserError(f"servers: list each of {', '.join(seated)} exactly once")
+        resident = [by_name[name] if name else [[]] * layers for name in server.info.servers]
         if {len(each) for each in resident} != {layers}:
             raise UserError(f"resident: give one list for each of the {layers} MoE layers")
         placement = Placement.of_lists(resident, experts)

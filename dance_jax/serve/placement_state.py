@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from dance_jax.placement.core import Layout
 
 _ENDS = "the server is shutting down"
+_LOST = "the launcher does not answer; the servers go on, but experts move only once it is back"
 
 
 def _no_launcher(wanted: RebalanceWanted) -> None:
@@ -40,6 +41,8 @@ class PlacementState:
         self.absent: frozenset[int] = frozenset()
         #: Number of decisions reported to this server.
         self.decisions = 0
+        #: Whether a launcher is there.
+        self.launcher = True
         self._ask = ask
         self._numbers = itertools.count()
         self._asked: dict[int, asyncio.Future[Decision]] = {}
@@ -60,6 +63,18 @@ class PlacementState:
         self.last_decision = placed.last_decision
         self.migrations, self.failures = placed.migrations, placed.failures
         self.experts_migrated = placed.experts_migrated
+
+    def report(self) -> Placed:
+        """What is known here, for a launcher that takes over."""
+        return Placed(
+            version=self.version,
+            layout=self.layout.to_bytes(),
+            last_decision=self.last_decision,
+            migrations=self.migrations,
+            failures=self.failures,
+            experts_migrated=self.experts_migrated,
+            absent=sorted(self.absent),
+        )
 
     def decided(self, decided: Decided) -> None:
         """Pass the launcher's answer to the `decision` call that waits for it."""
@@ -87,6 +102,8 @@ class PlacementState:
         """
         if self._closed:
             raise Unavailable(_ENDS)
+        if not self.launcher:
+            raise Unavailable(_LOST)
         number = next(self._numbers)
         future = self._asked[number] = asyncio.get_running_loop().create_future()
         try:
@@ -95,9 +112,16 @@ class PlacementState:
         finally:
             del self._asked[number]
 
+    def launcher_lost(self) -> None:
+        """Fail all pending requests for decisions: the launcher that got them is gone."""
+        self._fail(_LOST)
+
     def close(self) -> None:
         """Fail all pending requests for decisions, and later ones."""
         self._closed = True
+        self._fail(_ENDS)
+
+    def _fail(self, why: str) -> None:
         for future in self._asked.values():
             if not future.done():
-                future.set_exception(Unavailable(_ENDS))
+                future.set_exception(Unavailable(why))

@@ -23,9 +23,8 @@ def routes(server: RouteContext) -> fastapi.APIRouter:
     async def health() -> Health:
         """200 as long as the front end's process runs; says which servers of the service run."""
         absent = server.experts.absent
-        names = enumerate(info.servers)
-        alive = [name for rank, name in names if rank not in absent]
-        return Health(alive=alive, lost=[info.servers[rank] for rank in sorted(absent)])
+        lost = [name for rank, name in info.seated.items() if rank in absent]
+        return Health(alive=[name for name in info.seated.values() if name not in lost], lost=lost)
 
     @router.get("/ready", response_model=Readiness, responses={503: {"model": Readiness}})
     async def ready() -> Response:

@@ -55,6 +55,7 @@ def start(tmp_path: pathlib.Path) -> Iterator[Start]:
             fingerprint="f",
             config=config,
             form=lambda dtype: types.SimpleNamespace(name=dtype),
+            expert_bytes=lambda dtype: 1,
         )
         layout = spread(Placement(np.ones((2, 1, 2), bool)), [1, 1], [2, 2])
         exchange = "calls" if script.get("calls") else "collectives"
@@ -133,7 +134,7 @@ def test_an_engine_that_steps_alone_starts_anew_alone(start: Start) -> None:
         "all engines are running again",
     ]
     assert "; it restarts" in said[0]
-    assert service._starts == [0, 2]
+    assert service._starts[:2] == [0, 2]
 
 
 def test_it_gives_up_when_engines_die_again_and_again(start: Start) -> None:

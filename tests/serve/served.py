@@ -24,10 +24,17 @@ class Served(Launch):
         tiny: the cluster's files.
         folder: folder for output and temporary files; the cluster must leave nothing behind.
         options: more command-line options.
+        port: of the first server; None: a free one.
     """
 
-    def __init__(self, tiny: Tiny, folder: pathlib.Path, *options: str | os.PathLike[str]) -> None:
-        self.port = free_ports(len(NAMES))
+    def __init__(
+        self,
+        tiny: Tiny,
+        folder: pathlib.Path,
+        *options: str | os.PathLike[str],
+        port: int | None = None,
+    ) -> None:
+        self.port = port or free_ports(len(NAMES))
         self.urls = tuple(f"http://127.0.0.1:{self.port + rank}" for rank in range(len(NAMES)))
         words = ["--port", str(self.port), "--served-model-name", MODEL, "--policy", "uniform"]
         words += ["--watchdog", "4"]

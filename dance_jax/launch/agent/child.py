@@ -26,6 +26,10 @@ from dance_jax.launch.control.protocol import SSH_CLIENT, Failed, Setup
 
 #: Has a child write the stacks of its threads to its log.
 STACKS_SIGNAL = signal.SIGUSR1
+#: A line on a child's input that tells the child to end; empty lines are signs of life.
+END = b"end"
+#: Exit status of a front end whose predecessor still runs.
+STILL_THERE = 75
 _Setup = TypeVar("_Setup", bound=msgspec.Struct)
 
 
@@ -39,19 +43,22 @@ def prepare() -> None:
 
 
 def read_setup(kind: type[_Setup]) -> _Setup | None:
-    """Read the setup from standard input; None if the parent closed it without a setup."""
+    """Read the setup from standard input; None if the parent ends this process without one."""
     line = _read_line(0)
-    return msgspec.json.decode(line, type=kind) if line else None
+    return None if line in (b"", END) else msgspec.json.decode(line, type=kind)
 
 
 def _read_line(descriptor: int) -> bytes:
-    """The first non-empty line, or b"" if there is none; may drop signs of life after that line."""
+    """The first non-empty line, or b"" if there is none or END follows it at once.
+
+    May drop signs of life after that line.
+    """
     line = bytearray()
     while content := os.read(descriptor, 1 << 16):
-        part, end, _ = (content if line else content.lstrip(b"\n")).partition(b"\n")
+        part, end, rest = (content if line else content.lstrip(b"\n")).partition(b"\n")
         line += part
         if end:
-            return bytes(line)
+            return b"" if rest.strip() else bytes(line)
     return b""
 
 
@@ -66,8 +73,10 @@ def private_dir() -> str:
     return os.environ.get(PRIVATE_VARIABLE, "")
 
 
-def end_with_parent(setup: Setup, on_parent_gone: Callable[[], None] = lambda: None) -> None:
-    """Kill this process and its children when the parent is gone.
+def end_with_parent(
+    setup: Setup, on_parent_gone: Callable[[], None] = lambda: None, outlives: bool = False
+) -> None:
+    """Kill this process and its children when the parent says so or is gone.
 
     The parent is gone when standard input ends, when this process was re-parented, or, for a parent
     on another machine, after ALIVE_TIMEOUT_S of silence (a broken network ends no input).
@@ -77,6 +86,8 @@ def end_with_parent(setup: Setup, on_parent_gone: Callable[[], None] = lambda: N
     Args:
         setup: of this process.
         on_parent_gone: called in the watching thread before anything is killed.
+        outlives: a parent that is gone ends nothing, because another one takes over; the parent's
+            private directory is left to that one.
     """
     parent = os.getppid()
 
@@ -84,14 +95,18 @@ def end_with_parent(setup: Setup, on_parent_gone: Callable[[], None] = lambda: N
         last_sign = time.monotonic()
         while True:
             readable, _, _ = select.select([0], [], [], 0.5)
-            ended = bool(readable) and not os.read(0, 4096)
+            content = os.read(0, 4096) if readable else None
             last_sign = time.monotonic() if readable else last_sign
             silent = setup.beats and time.monotonic() - last_sign > ALIVE_TIMEOUT_S
-            if ended or silent or os.getppid() != parent:
+            if content and content.strip():  # END
+                break
+            if content == b"" or silent or os.getppid() != parent:
+                if outlives:
+                    return
                 break
         try:
             on_parent_gone()
-            if private_dir():
+            if private_dir() and not outlives:
                 shutil.rmtree(private_dir(), ignore_errors=True)
         finally:
             os.killpg(os.getpgrp(), signal.SIGKILL)

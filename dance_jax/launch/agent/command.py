@@ -37,7 +37,7 @@ def server_command(
     command = [server.python or sys.executable, "-m", module]
     if server.ssh is None:
         return command
-    return [*_ssh(server.ssh, ssh_config), _quoted(command)]
+    return [*ssh_command(server.ssh, ssh_config), _quoted(command)]
 
 
 def server_environment(server: ServerSpec, private: str = "") -> dict[str, str]:
@@ -60,7 +60,8 @@ def server_environment(server: ServerSpec, private: str = "") -> dict[str, str]:
     return environment
 
 
-def _ssh(target: SshTarget, config: pathlib.Path | None) -> list[str]:
+def ssh_command(target: SshTarget, config: pathlib.Path | None) -> list[str]:
+    """The ssh client that runs a command on a machine; the command's words follow."""
     options = {
         "BatchMode": "yes",  # no prompts, which no user would see
         "ConnectTimeout": CONNECT_TIMEOUT_S,

@@ -320,17 +320,22 @@ class ChildProcess(ServerProcess):
     def last_lines(self) -> list[str]:
         if self._log_path is None:
             return list(self._other_lines)
-        try:
-            with open(self._log_path, "rb") as log:
-                log.seek(max(0, os.path.getsize(self._log_path) - _TAIL_BYTES))
-                # A device such as /dev/full has no end.
-                return log.read(_TAIL_BYTES).decode(errors="replace").splitlines()[-LOG_LINES:]
-        except OSError as error:
-            return [f"(the log cannot be read: {error})"]
+        return tail(self._log_path)
 
     @property
     def log_place(self) -> str:
         return str(self._log_path)
+
+
+def tail(path: pathlib.Path) -> list[str]:
+    """The last LOG_LINES lines of a log, or why it cannot be read."""
+    try:
+        with open(path, "rb") as log:
+            log.seek(max(0, os.path.getsize(path) - _TAIL_BYTES))
+            # A device such as /dev/full has no end.
+            return log.read(_TAIL_BYTES).decode(errors="replace").splitlines()[-LOG_LINES:]
+    except OSError as error:
+        return [f"(the log cannot be read: {error})"]
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import types
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,8 @@ def attend(service: Service, console: Console) -> None:
     """Print where a started service is reached, and serve until a signal ends it.
 
     The first SIGTERM or Ctrl-C lets the servers finish running requests; a second Ctrl-C does not.
-    A signal that this process ignores stays ignored.
+    SIGHUP has the hosts file read again, or counts as SIGTERM if the terminal was closed. A signal
+    that this process ignores stays ignored.
 
     Raises:
         KeyboardInterrupt: on the second Ctrl-C.
@@ -39,8 +41,8 @@ def greeting(service: Service) -> list[str]:
     names, urls, options = service.spec.names, service.urls, service.options
     width = max(map(len, names))
     lines = [
-        f"{name:<{width}}  {url}{_where(service, rank)}"
-        for rank, (name, url) in enumerate(zip(names, urls, strict=True))
+        f"{names[rank]:<{width}}  {url}{_where(service, rank)}"
+        for rank, url in zip(service.spec.seated, urls, strict=True)
     ]
     key = " -H 'Authorization: Bearer KEY'" if options.api_key else ""
     lines.append(
@@ -72,8 +74,28 @@ def _draining(service: Service) -> Iterator[None]:
         asked.append(number)
         service.drain()
 
-    with _handlers((signal.SIGINT, signal.SIGTERM), drain):
+    had_terminal = _has_terminal()
+
+    def hang_up(number: int, frame: types.FrameType | None) -> None:
+        if had_terminal and not _has_terminal():
+            service.drain()
+        else:
+            service.reload()
+
+    with (
+        _handlers((signal.SIGINT, signal.SIGTERM), drain),
+        _handlers((signal.SIGHUP,), hang_up),
+    ):
         yield
+
+
+def _has_terminal() -> bool:
+    """Whether this process has a terminal; one that was closed counts no more."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR))
+    except OSError:
+        return False
+    return True
 
 
 @contextmanager

@@ -26,6 +26,8 @@ import msgspec
 from dance_jax.cache import default_cache_dir
 from dance_jax.config import ClusterSpec, EngineConfig, UserError
 from dance_jax.launch.agent import model_files
+from dance_jax.launch.agent.adopted import AdoptedProcess, nobody
+from dance_jax.launch.agent.child import END
 from dance_jax.launch.agent.network import Network
 from dance_jax.launch.agent.process import ServerProcess
 from dance_jax.launch.cluster.trace import TraceFile
@@ -85,6 +87,8 @@ class Fleet(abc.ABC):
     #: Module that a server's process runs, and whether SIGTERM drains the process first.
     module: ClassVar[str]
     drains: ClassVar[bool] = False
+    #: The servers go on without this process, until another one takes over.
+    outlives = False
 
     def __init__(
         self,
@@ -138,7 +142,7 @@ class Fleet(abc.ABC):
     @property
     def pids(self) -> list[int | None]:
         """Process ids of the servers on their machines, in rank order."""
-        return [process.pid for process in self._processes]
+        return [self._processes[rank].pid for rank in self.spec.seated if self._processes]
 
     def start(self, progress: StartCallback | None = None) -> None:
         """Start all servers; returns when they are ready.
@@ -183,7 +187,7 @@ class Fleet(abc.ABC):
     # Starting.
 
     def _spawn(self) -> None:
-        self._private = pathlib.Path(tempfile.mkdtemp(prefix="dance-jax-"))
+        self._private = self._private_dir()
         self._key = key = self.network.key or new_key()
         if self.nodes is not None:
             self._listener = self.nodes.listener
@@ -193,12 +197,20 @@ class Fleet(abc.ABC):
         self._control_port = self.network.control_port
         if self.nodes is None and self.network.any_remote(self.spec):
             self._control_port = self._listen()
-        for rank, server in enumerate(self.spec.servers):
+        self._processes = [nobody() for _ in self.spec.servers]
+        for rank in self.spec.seated:
             self._log_path(rank).unlink(missing_ok=True)
-            self._processes.append(self._start_process(rank))
-            self.progress(server.name, "starting", 0, 0)
-        for rank in range(len(self._processes)):
+            self._processes[rank] = self._start_process(rank)
+            self.progress(self.spec.names[rank], "starting", 0, 0)
+        for rank in self.spec.seated:
             self._write_setup(rank)
+        self._begin_beats()
+
+    def _private_dir(self) -> pathlib.Path:
+        """A new directory for logs and the servers' temporary files."""
+        return pathlib.Path(tempfile.mkdtemp(prefix="dance-jax-"))
+
+    def _begin_beats(self) -> None:
         self._beating = stop = threading.Event()
         threading.Thread(target=self._beat, args=(stop,), daemon=True, name="beat").start()
 
@@ -295,17 +307,19 @@ class Fleet(abc.ABC):
             n
             for n, other in enumerate(self.spec.servers)
             if n == rank
-            or (self.nodes is None and other.ssh == mine.ssh)
+            or (self.nodes is None and other.ssh == mine.ssh and not other.vacant)
             # Servers with loopback addresses reach each other, so they are on one machine.
             or is_loopback(other.address)
         ]
 
     def _bring_up(self) -> None:
         """Wait until all processes have called back and their engines are ready for requests."""
-        ranks = range(len(self.spec.servers))
+        ranks = self.spec.seated
         self._gather(ranks, protocol.Hello, CALL_TIMEOUT_S, "did not call back")
         prepared = self._gather(ranks, protocol.Prepared)
-        self._endpoints = [each.endpoint for each in prepared]
+        self._endpoints = [""] * len(self.spec.servers)
+        for rank, each in zip(ranks, prepared, strict=True):
+            self._endpoints[rank] = each.endpoint
         self._send_all(self._join_message(prepared[0]))
         self._gather(ranks, protocol.Joined, JOIN_TIMEOUT_S, "did not join the others")
         self._gather(ranks, protocol.Ready)
@@ -350,7 +364,7 @@ class Fleet(abc.ABC):
     # Messages.
 
     def _send_all(self, command: msgspec.Struct) -> None:
-        for rank in range(len(self._processes)):
+        for rank in self.spec.seated:
             self._send(rank, protocol.encode(command))
 
     def _send(self, rank: int, encoded: bytes) -> None:
@@ -375,7 +389,7 @@ class Fleet(abc.ABC):
         return events
 
     def _ended(self) -> list[int]:
-        return [rank for rank, process in enumerate(self._processes) if process.ended is not None]
+        return [rank for rank in self.spec.seated if self._processes[rank].ended is not None]
 
     def _unreachable(self) -> list[int]:
         return [rank for rank, each in enumerate(self._processes) if each.unreachable is not None]
@@ -383,8 +397,20 @@ class Fleet(abc.ABC):
     def _receive(self, timeout_ms: int) -> tuple[list[tuple[int, Any]], list[int]]:
         """Receive (rank, event) pairs, and the ranks of servers that report a failure."""
         assert self._listener is not None
+        events, failed = self._events_of(self._listener.receive(timeout_ms / 1000))
+        if self.nodes is not None:
+            self.nodes.check()
+        for rank, process in enumerate(self._processes):
+            if isinstance(process, AdoptedProcess):
+                process.reached(self._listener.connected(server_identity(rank)))
+        return events, failed
+
+    def _events_of(
+        self, messages: Iterable[tuple[str, bytes]]
+    ) -> tuple[list[tuple[int, Any]], list[int]]:
+        """The events of messages, as `_receive`."""
         events, failed = [], []
-        for sender, content in self._listener.receive(timeout_ms / 1000):
+        for sender, content in messages:
             kind, _, number = sender.partition("-")
             rank = int(number)
             if kind == "node":
@@ -402,8 +428,6 @@ class Fleet(abc.ABC):
                 failed.append(rank)
             elif event is not None:
                 events.append((rank, event))
-        if self.nodes is not None:
-            self.nodes.check()
         return events, failed
 
     # Ending.
@@ -445,6 +469,8 @@ class Fleet(abc.ABC):
         self._await_end(alive, 0.5)
         # A process whose input ends kills itself, on any machine; signals follow if it does not.
         for process in self._processes:
+            if self.outlives:
+                process.write(END)
             process.let_go()
         self._await_end(self._processes, 3.0)
         for number, seconds in ((signal.SIGTERM, 1.0), (signal.SIGKILL, 5.0)):
@@ -460,7 +486,7 @@ class Fleet(abc.ABC):
         while waiting and time.monotonic() < deadline:
             if waiting[0].ended is not None:
                 waiting.popleft()
-            elif self.nodes is not None and self._listener is not None:
-                self._receive(10)  # the ends of processes on nodes arrive as messages
+            elif self._listener is not None and (self.nodes is not None or self.outlives):
+                self._receive(10)  # the ends of processes that are not children arrive so
             else:
                 time.sleep(0.01)

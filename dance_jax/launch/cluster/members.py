@@ -67,6 +67,8 @@ class _State(enum.Enum):
     #: The engine, or the front end with it, waits to be started again.
     ENGINE_DEAD = enum.auto()
     FRONT_DEAD = enum.auto()
+    #: There is no server.
+    VACANT = enum.auto()
 
 
 @dataclasses.dataclass
@@ -76,8 +78,9 @@ class Member:
     state: _State = _State.RUNS
     #: Number of the engine's latest start.
     start: int = 0
-    #: Starts in a row that failed.
+    #: Starts in a row that failed, and why the server ended last.
     failures: int = 0
+    why: str = ""
     #: When it is started again, or when it was started.
     at: float = 0.0
     #: It does not answer, though its processes may run.
@@ -111,7 +114,8 @@ class Members:
     """The servers of a service.
 
     Args:
-        names: of the servers, by rank; all run.
+        names: of the servers, by rank, "" for vacant seats; all servers run. The service changes
+            the names as servers join and leave.
         actions: starts processes and tells the servers.
         clock: monotonic time in seconds.
     """
@@ -120,8 +124,29 @@ class Members:
         self, names: Sequence[str], actions: Actions, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._names, self._actions, self._clock = names, actions, clock
-        self._members = [Member() for _ in names]
+        self._members = [Member(_State.RUNS if name else _State.VACANT) for name in names]
         self._asked = clock()
+
+    @property
+    def _seated(self) -> list[Member]:
+        return [member for member in self._members if member.state is not _State.VACANT]
+
+    def join(self, rank: int) -> None:
+        """A server takes a vacant seat: start it."""
+        start = self._members[rank].start
+        self._members[rank] = Member(_State.FRONT_DEAD, start, at=self._clock())
+
+    def leave(self, rank: int) -> None:
+        """A server has left for good."""
+        was_present = self._members[rank].present
+        self._members[rank] = Member(_State.VACANT, self._members[rank].start)
+        if was_present:
+            self._actions.left(rank)
+
+    def await_call(self, rank: int) -> None:
+        """A front end runs, but whether its engine does is known only once it calls back."""
+        member = self._members[rank]
+        member.state, member.at = _State.FRONT_STARTS, self._clock()
 
     def __getitem__(self, rank: int) -> Member:
         return self._members[rank]
@@ -167,12 +192,12 @@ class Members:
         member.failures = member.failures + 1 if started else 0
         delay = BACK_OFF_S[min(member.failures, len(BACK_OFF_S) - 1)]
         was_present = member.present
-        member.state, member.at = state, self._clock() + delay
+        member.state, member.at, member.why = state, self._clock() + delay, why
         member.silent, member.hung, member.unanswered = False, False, 0
         self._actions.notice(self._names[rank], what)
         if was_present:
             self._actions.left(rank)
-        if all(each.failures >= MAX_FAILED_STARTS for each in self._members):
+        if all(each.failures >= MAX_FAILED_STARTS for each in self._seated):
             raise AllFailed(rank, why)
 
     def ready(self, rank: int) -> None:
@@ -183,13 +208,20 @@ class Members:
         member.state, member.failures = _State.RUNS, 0
         if member.present:
             self._actions.came(rank)
-        if len(self.present) == len(self._members):
+        if len(self.present) == len(self._seated):
             self._actions.notice("", "all engines are running again")
 
-    def called(self, rank: int) -> None:
-        """A front end that was started has called back."""
-        if self._members[rank].state is _State.FRONT_STARTS:
-            self._members[rank].state = _State.STARTS
+    def called(self, rank: int, start: int = 0) -> None:
+        """A front end that was started, or taken over, has called back.
+
+        Args:
+            rank: of the server.
+            start: number of its engine's start, if the front end was taken over.
+        """
+        member = self._members[rank]
+        member.start = max(member.start, start)
+        if member.state is _State.FRONT_STARTS:
+            member.state = _State.STARTS
 
     def tick(self, fronts: bool) -> None:
         """Start what is due, and notice servers that do not answer; call this often.

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
+import pathlib
 import signal
 import time
 from collections.abc import Callable
@@ -16,20 +18,45 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from dance_jax.config import RebalanceOptions, ServeOptions, UserError
-from dance_jax.launch.agent.process import in_words, is_consequence
+from dance_jax.config import (
+    VACANT,
+    ClusterSpec,
+    EngineConfig,
+    RebalanceOptions,
+    ServeOptions,
+    ServerSpec,
+    UserError,
+)
+from dance_jax.launch.agent.adopted import AdoptedProcess, nobody
+from dance_jax.launch.agent.child import END, STILL_THERE
+from dance_jax.launch.agent.network import Network
+from dance_jax.launch.agent.process import ServerProcess, in_words, is_consequence
+from dance_jax.launch.cluster.changes import Changes, Survey
 from dance_jax.launch.cluster.fleet import CAUSE_WINDOW_S, Fleet
 from dance_jax.launch.cluster.members import MAX_FAILED_STARTS, AllFailed, Members
+from dance_jax.launch.cluster.succession import FILE_NAME, Handover, Survivors
 from dance_jax.launch.control import protocol
 from dance_jax.launch.control.channel import bracketed, server_identity
+from dance_jax.launch.planning.plan import rooms
+from dance_jax.placement.core import Layout
+from dance_jax.placement.visit import MAX_SERVERS
 
 if TYPE_CHECKING:
     from dance_jax.launch.rebalance.workload import Statistics
+    from dance_jax.models.checkpoint import Checkpoint
 
 #: Called with (server's name or "", a message).
 Notice = Callable[[str, str], None]
 
 MAX_PORT = 65535
+#: Failed starts in a row after which a server that joins is taken out again.
+FAILED_JOINS = 2
+#: Seconds for a server that leaves to end by itself.
+END_S = 5.0
+#: Seats of a service, taken or not, unless it starts with more servers.
+SEATS = 8
+#: Seconds for the engines of servers that are taken over to tell what they hold.
+TAKE_OVER_S = 30.0
 #: Seconds beyond the drain time after which a front end that has not drained is stopped.
 DRAIN_MARGIN_S = 5.0
 
@@ -51,9 +78,12 @@ class Service(Fleet):
 
     Args:
         options: of serving.
-        arguments: as for `Fleet`.
+        spec, checkpoint, layout, config, others: as for `Fleet`.
         rebalance: when experts move; None: only on request.
         before: statistics of a previous service.
+        read_hosts: reads the hosts file, as it was at the start and later; None: it cannot change.
+        survey: of servers that are to join.
+        survivors: servers to take over; None: all are started.
     """
 
     module = "dance_jax.serve.frontend"
@@ -62,27 +92,59 @@ class Service(Fleet):
     def __init__(
         self,
         options: ServeOptions,
-        *args: Any,
+        spec: ClusterSpec,
+        checkpoint: Checkpoint,
+        layout: Layout,
+        config: EngineConfig,
+        *,
         rebalance: RebalanceOptions | None = None,
         before: Statistics | None = None,
+        read_hosts: Callable[[], ClusterSpec] | None = None,
+        survey: Survey | None = None,
+        survivors: Survivors | None = None,
         **kwargs: Any,
     ) -> None:
         # Imported here, because the import is slow and errors in the files are reported first.
         from dance_jax.launch.rebalance.controller import Rebalancer
 
-        super().__init__(*args, **kwargs)
+        hosts = spec if read_hosts is None else read_hosts()
+        if config.exchange != "collectives":  # servers that step together cannot join or leave
+            seats = min(max(SEATS, len(spec.servers)), MAX_SERVERS)
+            spec, layout = spec.with_seats(seats), layout.with_seats(seats)
+            before = None if before is None else before.with_seats(seats)
+        super().__init__(spec, checkpoint, layout, config, **kwargs)
         self.options = options
-        ports = [self._port(rank) for rank in range(len(self.spec.servers))]
-        if max(ports) > MAX_PORT:
-            raise UserError(
-                f"--port {options.port}: the servers of one machine use a port each, up to "
-                f"{max(ports)}, which is above {MAX_PORT}: choose a lower --port, or fewer servers "
-                "per machine"
-            )
+        #: Names by rank, and ports; they change as servers join and leave.
+        self._names = [*spec.names]
+        self._ports = dict(survivors.handover.ports) if survivors is not None else {}
+        for rank in self.spec.seated:
+            self._ports.setdefault(rank, self._free_port(rank))
         how = rebalance or RebalanceOptions(interval_s=0)
         self._rebalancer = Rebalancer(how, self.spec, self.checkpoint, self.config, self, before)
+        self._survivors = survivors
+        self._state_dir = how.state_dir
+        self.outlives = (
+            self.calls
+            and how.state_dir is not None
+            and self.nodes is None
+            and not options.die_with_launcher
+        )
+        #: Whether the hosts file is to be read again.
+        self._reload = False
+        self._read_hosts = read_hosts
+        #: None: no server can join or leave.
+        self._changes: Changes | None = None
+        if self.calls and read_hosts is not None and survey is not None and self.nodes is None:
+            known = hosts if survivors is None else survivors.handover.hosts
+            patience_s = options.drain_seconds + DRAIN_MARGIN_S
+            self._changes = Changes(known, self, survey, self._state_dir, patience_s)
+            self._reload = hosts != known
+        #: Processes of servers that have left, and when they are killed.
+        self._left: list[tuple[ServerProcess, float]] = []
+        #: By rank, process id of the front end before the present one.
+        self._before: dict[int, int | None] = {}
         #: Servers that step on their own: which of them run. Unused if they step together.
-        self.members = Members(self.spec.names, self)
+        self.members = Members(self._names, self)
         #: Per server, number of the engine's latest start.
         self._starts = [0] * len(self.spec.servers)
         #: Ranks of dead engines with the reports of their death; ranks whose engines are not ready.
@@ -90,7 +152,7 @@ class Service(Fleet):
         self._down: set[int] = set()
         self._drained: set[int] = set()
         #: Ranks of the servers whose front ends have ended and were not started again.
-        self._fronts_dead: set[int] = set()
+        self._fronts_dead = {*range(len(self.spec.servers))} - {*self.spec.seated}
         #: Draining was requested; time.monotonic() at which the service ends in any case.
         self._drain_wanted = False
         self._deadline: float | None = None
@@ -98,13 +160,10 @@ class Service(Fleet):
 
     @property
     def urls(self) -> list[str]:
-        """URL of each server, by rank; usable only on the server's machine if bind is loopback."""
+        """URLs of the servers; usable only on the server's machine if bind is loopback."""
         anywhere = self.options.bind in ("0.0.0.0", "::", "")
-        return [
-            f"http://{bracketed(server.address if anywhere else self.options.bind)}:"
-            f"{self._port(rank)}"
-            for rank, server in enumerate(self.spec.servers)
-        ]
+        hosts = [server.address if anywhere else self.options.bind for server in self.spec.servers]
+        return [f"http://{bracketed(hosts[n])}:{self._ports[n]}" for n in self.spec.seated]
 
     def serve(self, notice: Notice = lambda name, text: None) -> None:
         """Serve until `drain` was called and all servers have drained; restarts dead engines.
@@ -126,7 +185,11 @@ class Service(Fleet):
     def stop(self) -> None:
         """Stop all servers, as `Fleet.stop`."""
         self._rebalancer.close()
+        if self._changes is not None:
+            self._changes.close()
         super().stop()
+        if self.outlives and self._state_dir is not None:
+            (pathlib.Path(self._state_dir) / FILE_NAME).unlink(missing_ok=True)
 
     def tell(self, rank: int, command: protocol.FrontCommand) -> None:
         """Send a command to a front end, or through it to its engine."""
@@ -134,7 +197,7 @@ class Service(Fleet):
 
     def tell_all(self, command: protocol.FrontCommand) -> None:
         """Send a command to all front ends."""
-        for rank in range(len(self.spec.servers)):
+        for rank in self.spec.seated:
             self.tell(rank, command)
 
     def notice(self, name: str, text: str) -> None:
@@ -157,9 +220,94 @@ class Service(Fleet):
         """Let all servers finish their requests and end `serve`; safe in a signal handler."""
         self._drain_wanted = True
 
+    def _spawn(self) -> None:
+        if self._survivors is None:
+            super()._spawn()
+        else:
+            self._adopt(self._survivors)
+        self._save_handover()
+
+    # A changed hosts file.
+
+    def reload(self) -> None:
+        """Read the hosts file again; safe in a signal handler."""
+        self._reload = True
+
+    def _follow_hosts(self) -> None:
+        """Change the servers as the hosts file says."""
+        if self._reload:
+            self._reload = False
+            if self._changes is None or self._read_hosts is None:
+                self.notice("", "hosts: servers of this service cannot join or leave")
+                return
+            try:
+                self._changes.want(self._read_hosts())
+            except UserError as error:
+                self._changes.refuse(str(error))
+        if self._changes is not None and self._deadline is None:
+            self._changes.tick()
+        for process, until in self._left:
+            if process.ended is None and time.monotonic() > until:
+                process.kill(signal.SIGKILL)
+        self._left = [each for each in self._left if each[0].ended is None]
+
+    @property
+    def settled(self) -> bool:
+        return self._rebalancer.idle
+
+    def dismiss(self, rank: int) -> str:
+        why = self._rebalancer.leaves(rank)
+        if not why:
+            self.tell(rank, protocol.Drain())
+        return why
+
+    def dismissed(self, rank: int) -> bool:
+        serves = rank in self.present and rank not in self._drained
+        return not serves and self._rebalancer.may_leave
+
+    def unseat(self, rank: int) -> None:
+        process = self._processes[rank]
+        self.members.leave(rank)
+        self.tell(rank, protocol.Stop())
+        if self.outlives:
+            process.write(END)
+        process.let_go()
+        self._left.append((process, time.monotonic() + END_S))
+        self._processes[rank] = nobody()
+        self._fronts_dead.add(rank)
+        self._drained.discard(rank)
+        self._before.pop(rank, None)
+        self._reseat(rank, VACANT, 0)
+        del self._ports[rank]
+
+    def seat(self, rank: int, server: ServerSpec, network: Network) -> None:
+        slots = rooms(ClusterSpec((server,)), self.checkpoint, self.config, alone=False)[0].slots
+        if server.ssh is not None and not self._control_port:
+            self.network = network
+            self._control_port = self._listen()
+        self._reseat(rank, server, slots)
+        self._ports[rank] = self._free_port(rank)
+        self._log_path(rank).unlink(missing_ok=True)
+        self.members.join(rank)
+        self._save_handover()
+
+    def fails(self, rank: int) -> str:
+        member = self.members[rank]
+        return member.why if member.failures >= FAILED_JOINS else ""
+
+    def _reseat(self, rank: int, server: ServerSpec, slots: int) -> None:
+        self.spec, self._names[rank] = self.spec.with_server(rank, server), server.name
+        self._endpoints[rank] = ""
+        self._rebalancer.reseat(rank, server, slots)
+        self._save_handover()
+
     def _bring_up(self) -> None:
+        if self._survivors is not None and not self.started:
+            self._take_over(self._survivors)
+            return
         try:
             super()._bring_up()
+            self._save_handover()
         except _EngineFailure as failure:
             if self.started:
                 raise
@@ -169,6 +317,84 @@ class Service(Fleet):
                 raise UserError(f"server {name}: {died.failure.message}") from None
             what = f"cannot start: its engine {self._fate(failure.rank)}"
             raise self._error(failure.rank, what) from None
+
+    # Servers that outlive their launcher.
+
+    def _adopt(self, survivors: Survivors) -> None:
+        handover = survivors.handover
+        self._private = pathlib.Path(handover.private)
+        self._key, self._control_port = handover.key, handover.control_port
+        self._listener, self._processes = survivors.listener, [*survivors.processes]
+        self._endpoints = [""] * len(self._processes)
+        for rank in self.spec.seated:
+            self.members.await_call(rank)
+        self._begin_beats()
+
+    def _take_over(self, survivors: Survivors) -> None:
+        """Find out what the servers do and hold; those that do not answer count as lost."""
+        self._rebalancer.resume(survivors.latest)
+        deadline = time.monotonic() + TAKE_OVER_S
+        events, _ = self._events_of(survivors.messages)
+        while True:
+            for rank, event in events:
+                self._member_event(rank, event)
+            ready = {rank for rank, taken in survivors.taken.items() if taken.ready}
+            if not ready - self.present - self._died.keys() or time.monotonic() > deadline:
+                break
+            events, _ = self._receive(200)
+        for rank in self.spec.seated:
+            there = rank in self.present
+            self.progress(self._names[rank], "taken over" if there else "does not answer", 0, 0)
+            if not there:
+                self.left(rank)
+
+    def _still_runs(self, rank: int) -> bool:
+        """Whether a front end goes on, though the process that this one started has ended.
+
+        Its ssh connection broke, or the front end that was to replace it has found it.
+        """
+        process, before = self._processes[rank], self._before.get(rank)
+        assert self._listener is not None
+        found = process.status == STILL_THERE
+        if not found and not (
+            self.outlives and process.lost() and self._listener.connected(server_identity(rank))
+        ):
+            return False
+        pid = before if found else process.pid
+        self._processes[rank] = AdoptedProcess(
+            self.spec.servers[rank], pid, self._log_path(rank), self.network.ssh_config
+        )
+        if found:
+            self.members.await_call(rank)
+            self.tell(rank, protocol.TakeOver())
+        return True
+
+    def _save_handover(self) -> None:
+        if not self.outlives or self._state_dir is None:
+            return
+        assert self._listener is not None and self._private is not None
+        ssh_config = self.network.ssh_config
+        handover = Handover(
+            hosts=ClusterSpec(tuple(self._changes.hosts.values())) if self._changes else self.spec,
+            spec=self.spec,
+            config=self.config,
+            options=self.options,
+            fingerprint=self.checkpoint.fingerprint,
+            model=self.model,
+            key=self._key,
+            private_port=self._listener.port,
+            control_addresses=self.network.control_addresses,
+            control_port=self._control_port,
+            ssh_config=None if ssh_config is None else str(ssh_config.resolve()),
+            private=str(self._private),
+            log_dir=None if self.log_dir is None else str(self.log_dir.resolve()),
+            pids=[process.pid for process in self._processes],
+            ports=self._ports,
+        )
+        try:
+            handover.save(self._state_dir)
+        except OSError as error:
+            self.notice("", f"--state-dir {self._state_dir}: cannot be written: {error}")
 
     # Servers that step on their own.
 
@@ -182,21 +408,25 @@ class Service(Fleet):
         events, failed = self._receive(200)
         try:
             for rank in {*failed, *self._ended()} - self._fronts_dead:
+                if self._still_runs(rank):
+                    continue
                 self._fronts_dead.add(rank)
                 process = self._processes[rank]
                 why = f"(process {process.pid}) {process.fate()}"
                 process.kill(signal.SIGKILL)
                 self.members.front_died(rank, why)
             for rank, event in events:
-                self._member_event(rank, event)
+                if rank in self.spec.seated:
+                    self._member_event(rank, event)
             died, self._died = self._died, {}
-            for rank, death in died.items():
-                self.members.engine_died(rank, f"its engine {_fate(death)}")
+            for rank in died.keys() & self.spec.seated:
+                self.members.engine_died(rank, f"its engine {_fate(died[rank])}")
             self.members.tick(fronts=self._deadline is None)
         except AllFailed as error:
             what = f"{error.why}, as in the {MAX_FAILED_STARTS - 1} starts before"
             raise self._error(error.rank, what) from None
         self._rebalancer.tick()
+        self._follow_hosts()
         self._check_drain()
 
     def _member_event(self, rank: int, event: Any) -> None:
@@ -204,6 +434,15 @@ class Service(Fleet):
             case protocol.Hello(pid):
                 self._processes[rank].pid = pid
                 self.members.called(rank)
+                self._save_handover()
+            case protocol.Taken():
+                self._processes[rank].pid = event.pid
+                self._endpoints[rank] = event.endpoint
+                self.members.called(rank, event.start)
+                self._save_handover()
+            case protocol.Holds():
+                self._rebalancer.holds(rank, Layout.from_bytes(event.layout), event.number)
+                self.members.ready(rank)
             case protocol.Prepared():
                 self._endpoints[rank] = event.endpoint
                 # Servers that are not present connect when they are.
@@ -228,6 +467,7 @@ class Service(Fleet):
     def start_front(self, rank: int, number: int) -> bool:
         if self._processes[rank].ended is None:
             return False
+        self._before[rank] = self._processes[rank].pid or self._before.get(rank)
         try:
             self._processes[rank] = self._start_process(rank)
         except UserError as error:
@@ -237,13 +477,14 @@ class Service(Fleet):
         self._rebalancer.starts(rank)
         self._fronts_dead.discard(rank)
         self._write_setup(rank)
+        self._save_handover()
         return True
 
     def end_front(self, rank: int) -> None:
         self._processes[rank].kill(signal.SIGKILL)
 
     def left(self, rank: int) -> None:
-        for other in set(range(len(self._starts))) - {rank}:
+        for other in {*self.spec.seated} - {rank}:
             self.tell(other, protocol.PeerLost(rank))
         self._rebalancer.engines_died([rank])
 
@@ -311,12 +552,27 @@ class Service(Fleet):
         self._down.clear()
 
     def _process_setup(self, engine: protocol.Setup) -> msgspec.Struct:
-        options = dataclasses.replace(self.options, port=self._port(engine.rank))
+        options = dataclasses.replace(self.options, port=self._ports[engine.rank])
         start = self._starts[engine.rank]
-        return protocol.FrontSetup(engine=engine, options=options, start=start)
+        return protocol.FrontSetup(
+            engine=engine,
+            options=options,
+            start=start,
+            outlives=self.outlives,
+            before=self._before.get(engine.rank),
+        )
 
-    def _port(self, rank: int) -> int:
-        return self.options.port + self._neighbours(rank).index(rank)
+    def _free_port(self, rank: int) -> int:
+        """The lowest port that no other server of the same machine has."""
+        taken = {self._ports.get(other) for other in self._neighbours(rank)}
+        port = next(port for port in itertools.count(self.options.port) if port not in taken)
+        if port > MAX_PORT:
+            raise UserError(
+                f"--port {self.options.port}: the servers of one machine use a port each, up to "
+                f"{port}, which is above {MAX_PORT}: choose a lower --port, or fewer servers per "
+                "machine"
+            )
+        return port
 
     def _decode(self, rank: int, content: bytes) -> Any:
         match protocol.decode_front_event(content):
@@ -325,8 +581,12 @@ class Service(Fleet):
             case protocol.EngineDied() as died:
                 if died.start == self._starts[rank]:
                     self._died[rank] = died
+            case protocol.Taken() as taken:
+                self._starts[rank] = taken.start
+                return taken
             case protocol.EngineSilent(start, silent):
-                if self.calls and self.started and start == self._starts[rank]:
+                known = self.started or self._survivors is not None
+                if self.calls and known and start == self._starts[rank]:
                     self.members.engine_silent(rank, silent)
             case protocol.RebalanceWanted() as wanted:
                 self._rebalancer.want(rank, wanted)
@@ -362,7 +622,7 @@ class Service(Fleet):
             self._deadline = time.monotonic() + seconds + DRAIN_MARGIN_S
             self._notice("", f"finishing running requests, for at most {seconds:g} s")
             self._send_all(protocol.Drain())
-            engines_run = len(self.present) == len(self._starts) and not self._died
+            engines_run = len(self.present) == len(self.spec.seated) and not self._died
             self._rebalancer.drain(engines_run)
         if self._deadline is not None:
             late = [

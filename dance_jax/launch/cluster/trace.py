@@ -72,7 +72,9 @@ class TraceFile:
         try:
             # Unbuffered, so that only whole lines are written.
             self._file = open(path, "wb", buffering=0)  # noqa: SIM115
-            self._file.write(b"[\n" + b"".join(map(self._name, range(len(names)))))
+            self._file.write(
+                b"[\n" + b"".join(self._name(n) for n, name in enumerate(names) if name)
+            )
             self._file.tell()  # fails for a pipe
         except OSError as error:
             raise UserError(f"trace {path}: cannot be written: {error.strerror}") from error

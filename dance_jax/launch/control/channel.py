@@ -96,9 +96,13 @@ class ControlListener:
     Args:
         key: of the launch.
         peers: identities of the other ends.
+        port: on loopback; 0: a free port.
+
+    Raises:
+        OSError: the port is taken.
     """
 
-    def __init__(self, key: bytes, peers: Iterable[str]) -> None:
+    def __init__(self, key: bytes, peers: Iterable[str], port: int = 0) -> None:
         self._context = zmq.Context()
         self._guard = ThreadAuthenticator(self._context)
         self._guard.start()
@@ -119,8 +123,17 @@ class ControlListener:
         self._kept_up = time.monotonic()
         #: Frames without a known sender: after a handover, the old connection's are such.
         self.unknown = 0
-        #: Endpoint for this machine's servers.
-        self.private = f"tcp://127.0.0.1:{self.listen(['127.0.0.1'], 0)}"
+        #: Port for this machine's servers.
+        try:
+            self.port = self.listen(["127.0.0.1"], port)
+        except OSError:
+            self.close()
+            raise
+
+    @property
+    def private(self) -> str:
+        """Endpoint for this machine's servers."""
+        return f"tcp://127.0.0.1:{self.port}"
 
     def listen(self, addresses: Sequence[str], port: int) -> int:
         """Also listen on these addresses, all at one port; returns the port.
@@ -219,10 +232,17 @@ class ControlConnection:
         _keep_alive(self.socket)
         self.socket.curve_publickey, self.socket.curve_secretkey = _curve_pair(key, "server")
         self.socket.curve_serverkey = _curve_pair(key, "parent")[0]
+        # A host that comes back is tried every few seconds, not after minutes.
+        self.socket.setsockopt(zmq.CONNECT_TIMEOUT, int(1000 * RECONNECT_S))
         self._session = Session(functools.partial(_transmitted, self.socket))
         self._kept_up = float("-inf")
         self._messages: collections.deque[bytes] = collections.deque()
         self.socket.connect(endpoint)
+
+    @property
+    def heard(self) -> int:
+        """Number of frames from the parent so far."""
+        return self._session.heard
 
     @property
     def unacknowledged(self) -> int:

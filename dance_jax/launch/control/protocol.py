@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from dance_jax.config import ClusterSpec, EngineConfig, ServeOptions
+from dance_jax.config import ClusterSpec, EngineConfig, ServeOptions, ServerSpec
 from dance_jax.engine.sequence import OutputDelta, Request
 
 #: In `Setup.control`, stands for the machine that the server's ssh connection comes from.
@@ -76,6 +76,10 @@ class FrontSetup(msgspec.Struct, kw_only=True):
     options: ServeOptions
     #: Number of the first engine's start; higher than those of earlier front ends of this server.
     start: int = 0
+    #: The server goes on without its launcher, until another one takes over.
+    outlives: bool = False
+    #: Process id of an earlier front end, which may still run on the server's machine.
+    before: int | None = None
 
 
 # From parent to worker.
@@ -164,6 +168,25 @@ class Drop(msgspec.Struct, tag=True):
     """Discard a batch that some server could not load; answer with Dropped."""
 
     number: int
+
+
+class Reseat(msgspec.Struct, tag=True):
+    """A server has left for good, or another one takes its seat; no batch is under way."""
+
+    #: Number as of a batch.
+    number: int
+    rank: int
+    #: The new server; `config.VACANT`: there is none.
+    server: ServerSpec
+    #: Expert slots of each of its devices.
+    slots: int
+
+
+class TakeOver(msgspec.Struct, tag=True):
+    """From a launcher that has not started this server, or has lost it for a while.
+
+    The front end answers with Taken; the engine drops what is staged and answers with Holds.
+    """
 
 
 class Stop(msgspec.Struct, tag=True):
@@ -261,6 +284,15 @@ class Dropped(msgspec.Struct, tag=True):
     number: int
 
 
+class Holds(msgspec.Struct, tag=True):
+    """The layout as the engine knows it, with no batch staged."""
+
+    #: As `Layout.to_bytes`.
+    layout: bytes
+    #: Number of the last batch; later ones must have higher numbers.
+    number: int
+
+
 class Pulse(msgspec.Struct, tag=True):
     """A sign of life, over a connection of its own."""
 
@@ -354,7 +386,17 @@ class Placed(msgspec.Struct, tag=True):
 
 #: Events of an engine that its front end passes on to the launcher.
 PassedEvent = (
-    Prepared | Joined | Progress | Ready | Stats | Traced | Staged | StageFailed | Applied | Dropped
+    Prepared
+    | Joined
+    | Progress
+    | Ready
+    | Stats
+    | Traced
+    | Staged
+    | StageFailed
+    | Applied
+    | Dropped
+    | Holds
 )
 
 
@@ -382,6 +424,21 @@ class EngineSilent(msgspec.Struct, tag=True):
 
     start: int
     silent: bool
+
+
+class Taken(msgspec.Struct, tag=True):
+    """Answer to a TakeOver; an engine that has died is reported again after this message."""
+
+    pid: int
+    #: Number of the engine's start, and where the engine listens; "": it is not prepared.
+    start: int
+    endpoint: str
+    #: The engine is ready, so its Holds follows.
+    ready: bool
+    #: The front end accepts no requests any more, and ends when the running ones are done.
+    draining: bool
+    #: The placement as the front end knows it.
+    placed: Placed
 
 
 class DrainWanted(msgspec.Struct, tag=True):
@@ -463,7 +520,9 @@ NodeCommand = NodeStart | NodeInput | NodeSignal | NodeEnd
 NodeEvent = NodeHello | NodeAnswer | NodeEnded
 
 #: Commands that a front end passes on from the launcher to its engine, and all that each obeys.
-PassedCommand = Join | PeerLost | PeerRestarted | AskStats | Stage | Commit | Drop
+PassedCommand = (
+    Join | PeerLost | PeerRestarted | AskStats | Stage | Commit | Drop | Reseat | TakeOver
+)
 Command = PassedCommand | Submit | Abort | Stop
 FrontCommand = PassedCommand | Restart | Decided | Placed | Drain | Stop
 Event = Hello | PassedEvent | Deltas | Report | Pulse | Failed
@@ -472,6 +531,7 @@ FrontEvent = (
     | FromEngine
     | EngineDied
     | EngineSilent
+    | Taken
     | RebalanceWanted
     | DrainWanted
     | Drained

@@ -95,8 +95,14 @@ class Plan:
     notes: tuple[str, ...]
 
 
-def rooms(spec: ClusterSpec, model: ModelFacts, config: EngineConfig) -> tuple[Room, ...]:
+def rooms(
+    spec: ClusterSpec, model: ModelFacts, config: EngineConfig, alone: bool = True
+) -> tuple[Room, ...]:
     """Compute the memory of each server, in the order of the servers.
+
+    Args:
+        spec, model, config: as for `make_plan`.
+        alone: there are no other servers, so these must have memory for all experts.
 
     Raises:
         UserError: there are too many servers, or their memory is too small for all experts.
@@ -107,7 +113,8 @@ def rooms(spec: ClusterSpec, model: ModelFacts, config: EngineConfig) -> tuple[R
     expert_bytes = model.expert_bytes(config.dtype)
     # No device can use more slots than there are experts.
     slots = [min(server.slots(expert_bytes), experts) for server in spec.servers]
-    _check_capacity(spec, slots, experts, expert_bytes)
+    if alone:
+        _check_capacity(spec, slots, experts, expert_bytes)
     copies = state_copies(len(spec.servers), calls=config.exchange != "collectives")
     fixed = (
         model.trunk_bytes(config.dtype),

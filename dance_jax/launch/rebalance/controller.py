@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from dance_jax.config import ClusterSpec, EngineConfig, RebalanceOptions
+from dance_jax.config import ClusterSpec, EngineConfig, RebalanceOptions, ServerSpec
 from dance_jax.launch.control import protocol
 from dance_jax.launch.control.protocol import Decision
 from dance_jax.launch.planning.costs import running_cost
@@ -29,7 +29,7 @@ from dance_jax.launch.rebalance.solver import Solver, SolverError
 from dance_jax.launch.rebalance.state import ServiceState
 from dance_jax.launch.rebalance.workload import Statistics, Workload
 from dance_jax.launch.worker.loading import rest_s
-from dance_jax.placement.core import Placement
+from dance_jax.placement.core import Layout, Placement
 from dance_jax.placement.migration import MoveBatch, changed
 
 #: Loading speed assumed until a server has loaded something: fixed seconds per expert, and bytes
@@ -39,6 +39,8 @@ READ_S, READ_RATE = 0.01, 200e6
 MOST_WAITING = 16
 #: Weight of the latest batch in a server's mean loading rate.
 _RATE_WEIGHT = 0.3
+#: Seconds after a server has joined or left until the next decision.
+JOINED_S = 10.0
 #: Seconds for engines to report their statistics.
 ANSWER_TIMEOUT_S = 30.0
 
@@ -90,8 +92,6 @@ class Rebalancer:
         before: Statistics | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        if len(spec.servers) == 1:  # nothing can move
-            options = dataclasses.replace(options, interval_s=0.0)
         self._options, self._spec, self._model, self._config = options, spec, model, config
         self._service, self._clock = service, clock
         self._version = 1
@@ -102,7 +102,7 @@ class Rebalancer:
         self._workload = Workload(
             (shape[0], shape[1], shape[2]),
             model.config.top_k,
-            sum(spec.devices),
+            sum(spec.devices[rank] for rank in spec.seated),
             options.half_life_s,
             before,
             clock(),
@@ -110,7 +110,9 @@ class Rebalancer:
         self._solver = Solver()
         #: Numbers of batches.
         self._numbers = itertools.count(1)
-        self._losses = Losses(spec.names, service, self._expert_bytes, self._numbers, clock)
+        #: Names of the servers by rank, "" for vacant seats.
+        self._names = [*spec.names]
+        self._losses = Losses(self._names, service, self._expert_bytes, self._numbers, clock)
         self._doing = _Doing.NOTHING
         #: When the servers that have not reported their statistics are given up.
         self._deadline = float("inf")
@@ -185,7 +187,7 @@ class Rebalancer:
             self._move(batches, Purpose.RESTORE)
         elif self._waiting:
             self._ask(self._waiting.popleft())
-        elif self._options.interval_s and self._clock() >= self._due:
+        elif self._options.interval_s and self._clock() >= self._due and self._several:
             self._ask(_Wanted(None, 0, force=False, dry_run=False))
 
     def receive(self, rank: int, event: protocol.Event) -> None:
@@ -228,6 +230,86 @@ class Rebalancer:
         self._losses.returned()
         self._news = True
 
+    def resume(self, placed: protocol.Placed) -> None:
+        """Go on where another launcher stopped."""
+        self._version, self._decision = placed.version, placed.last_decision
+        self._migrations, self._failures = placed.migrations, placed.failures
+        self._migrated = placed.experts_migrated
+
+    def holds(self, rank: int, layout: Layout, number: int) -> None:
+        """Take in what a server knows that another launcher started, or that was silent for long.
+
+        Its own experts are where it says; another launcher may have stopped half-way.
+
+        Args:
+            rank: of the server.
+            layout: as the server knows it.
+            number: of its last batch.
+        """
+        while next(self._numbers) < number:
+            pass
+        self._workload.goes_on(rank)
+        self._losses.knows(rank, layout)
+        in_force = self._service.layout
+        if in_force.same_experts(layout, rank):
+            return
+        if self._doing is _Doing.MOVING:
+            self._service.restart(rank, "it holds other experts than the launcher knows")
+            return
+        self._service.layout = in_force.with_server(rank, layout)
+        self._losses.home = self._service.layout
+
+    @property
+    def idle(self) -> bool:
+        """Nothing is decided or moved, and all servers that run have the layout in force."""
+        return self._doing is _Doing.NOTHING and self._losses.current == self._service.present
+
+    def leaves(self, rank: int) -> str:
+        """A server is about to leave: the others load the experts that only it has.
+
+        Returns:
+            Why it cannot leave; "" if it can.
+        """
+        calls_nle = self._workload.statistics(self._clock()).counts
+        why = self._losses.shortage_without(rank, calls_nle)
+        if not why:
+            self._losses.leaving |= {rank}
+        return why
+
+    @property
+    def may_leave(self) -> bool:
+        """Whether the servers that stay hold all experts."""
+        return self._doing is _Doing.NOTHING and not self._losses.uncovered.any()
+
+    def reseat(self, rank: int, server: ServerSpec, slots: int) -> None:
+        """Put another server in the place of one that has left; only while `idle`.
+
+        Args:
+            rank: of both.
+            server: `config.VACANT`: nobody takes the seat.
+            slots: expert slots of each device of the server.
+        """
+        told = self._losses.current - {rank}
+        layout = self._service.layout.reseated(rank, server.devices, slots)
+        before = self._spec.servers[rank]
+        devices = (each.devices * (not each.vacant) for each in (server, before))
+        self._workload.reseated(rank, *devices)
+        self._spec, self._names[rank] = self._spec.with_server(rank, server), server.name
+        self._service.layout = layout
+        self._losses.leaving -= {rank}
+        self._losses.reseated(layout, told)
+        self._rates.pop(rank, None)
+        command = protocol.Reseat(next(self._numbers), rank, server, slots)
+        for other in told:
+            self._service.tell(other, command)
+        self._due = min(self._due, self._clock() + JOINED_S)
+        self._nothing_to_decide = False
+        self._news = True
+
+    @property
+    def _several(self) -> bool:
+        return len(self._spec.seated) > 1
+
     def drain(self, engines_run: bool) -> None:
         """Start no more migrations, and save the state.
 
@@ -258,7 +340,7 @@ class Rebalancer:
 
     def _check_answers(self) -> None:
         """Go on if all engines have reported their statistics, or if time is up."""
-        late = [name for rank, name in enumerate(self._spec.names) if rank not in self._stats]
+        late = [self._names[rank] for rank in self._spec.seated if rank not in self._stats]
         if not late:
             self._solve()
         elif self._clock() >= self._deadline:
@@ -407,7 +489,7 @@ class Rebalancer:
         self._rollout = Rollout(
             {rank: each[rank] for rank in self._losses.current},
             changed(service.layout, batch.changes),
-            self._spec.names,
+            self._names,
             service.tell,
             self._clock,
         )
@@ -485,7 +567,7 @@ class Rebalancer:
                 migrations=self._migrations,
                 failures=self._failures,
                 experts_migrated=self._migrated,
-                absent=sorted({*range(len(self._spec.servers))} - self._service.present),
+                absent=sorted({*self._spec.seated} - self._service.present),
                 short=self._losses.short,
             )
         )

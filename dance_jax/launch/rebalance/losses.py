@@ -8,7 +8,7 @@ in batches once it has the layout in force.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -58,7 +58,7 @@ class Losses:
     """Knows the layout of each server, and what to load because servers are lost or back.
 
     Args:
-        names: of the servers, by rank.
+        names: of the servers, by rank, "" for vacant seats; the rebalancer changes them.
         service: to tell servers that are back what has changed.
         expert_bytes: bytes of an expert.
         numbers: of batches.
@@ -77,6 +77,8 @@ class Losses:
         self._numbers, self._clock = numbers, clock
         #: The layout without losses: decisions make it, and restoration leads back to it.
         self.home = service.layout
+        #: Ranks of servers that are about to leave: the others load what only these have.
+        self.leaving: frozenset[int] = frozenset()
         #: Why requests cannot be answered: experts that no server has; "": they can.
         self.short = ""
         #: By rank, the layout that the server has, or had when it was lost.
@@ -95,15 +97,19 @@ class Losses:
         return frozenset(rank for rank in self._service.present if self._known[rank] is layout)
 
     @property
+    def _staying(self) -> frozenset[int]:
+        return self._service.present - self.leaving
+
+    @property
     def uncovered(self) -> np.ndarray:
-        """Experts that no server has that runs, bool [layers, experts]."""
-        return uncovered(self._service.layout, self._service.present)
+        """Experts that no server has that runs and stays, bool [layers, experts]."""
+        return uncovered(self._service.layout, self._staying)
 
     @property
     def absent(self) -> list[str]:
-        """Names of the servers that do not run."""
-        present = self._service.present
-        return [name for rank, name in enumerate(self._names) if rank not in present]
+        """Names of the servers that do not run, or are about to leave."""
+        there = self._staying
+        return [name for rank, name in enumerate(self._names) if name and rank not in there]
 
     def started(self, rank: int) -> None:
         """An engine is started with the layout in force."""
@@ -121,6 +127,36 @@ class Losses:
         self._retry_at = float("-inf")
         if self.short and not self.uncovered.any():
             self.short = ""
+
+    def knows(self, rank: int, layout: Layout) -> None:
+        """A server has this layout, as it says itself."""
+        self._known[rank] = layout
+
+    def reseated(self, layout: Layout, told: Iterable[int]) -> None:
+        """A server has joined or left.
+
+        Args:
+            layout: in force from now on.
+            told: ranks of the servers that have it.
+        """
+        self._known |= dict.fromkeys(told, layout)
+        self.home = layout
+
+    def shortage_without(self, rank: int, calls_nle: np.ndarray) -> str:
+        """Why a server cannot leave, because the others lack memory; "" if it can.
+
+        Args:
+            rank: of the server.
+            calls_nle: float [servers, layers, experts], expert calls of each server's tokens.
+        """
+        others = self._service.present - {rank}
+        if not others:
+            return "no other server runs"
+        at = self._service.layout, self.home, others
+        loads = sum(len(each.loads()) for each in recovery(*at, calls_nle, self._most))
+        missing = int(uncovered(self._service.layout, others).sum()) - loads
+        lack = format_bytes(missing * self._expert_bytes)
+        return (missing and f"the others lack {lack} of memory for {missing} experts") or ""
 
     def applied(self, rollout: Rollout) -> None:
         """Servers have applied a batch."""
@@ -167,18 +203,22 @@ class Losses:
             calls: float [servers, layers, experts], expert calls of each server's tokens.
         """
         service = self._service
-        state = service.layout, service.present, self.current, service.gone
+        state = service.layout, self._staying, self.current, service.gone
         if state == self._settled or self._clock() < self._retry_at or not self.current:
             return []
         missing, batches = int(self.uncovered.sum()), []
         if missing:
-            most = max(1, RECOVERY_BYTES // self._expert_bytes)
-            at = service.layout, self.home, service.present
-            batches = recovery(*at, calls(), most, self.current)
+            at = service.layout, self.home, self._staying
+            batches = recovery(*at, calls(), self._most, self.current - self.leaving)
         self.short = self._shortage(missing - sum(len(batch.loads()) for batch in batches))
         if not batches:
             self._settled = state
         return batches
+
+    @property
+    def _most(self) -> int:
+        """Experts that a device loads in one batch while sequences wait for them."""
+        return max(1, RECOVERY_BYTES // self._expert_bytes)
 
     def _shortage(self, missing: int) -> str:
         """What to tell users if so many experts cannot be loaded; "" if they come back soon.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable, Mapping
 
@@ -27,6 +28,14 @@ class Statistics:
     counts: np.ndarray
     #: Per server int16 [tokens, layers, k], a sample that favours recent tokens.
     routes: tuple[np.ndarray, ...]
+
+    def with_seats(self, count: int) -> Statistics:
+        """These statistics, with servers without requests up to `count`."""
+        more = count - len(self.routes)
+        return Statistics(
+            np.pad(self.counts, ((0, more), (0, 0), (0, 0))),
+            (*self.routes, *(self.routes[0][:0],) * more),
+        )
 
 
 class Workload:
@@ -59,6 +68,8 @@ class Workload:
         self._counted, self._computed = np.zeros(shape), np.zeros(servers)
         self._sent, self._stepped = np.zeros((servers, 2)), np.zeros((servers, STEP_SIZES, 2))
         self._costs = [_Costs()] * servers
+        #: Servers whose engines ran before this object was made.
+        self._unknown: set[int] = set()
         self._measured = [MeasuredCosts()] * servers
         self._begin_counts(now)
         if before is not None:
@@ -118,25 +129,31 @@ class Workload:
         """Add the counters of all engines.
 
         Args:
-            stats: EngineStats by rank, of all servers.
+            stats: EngineStats by rank, of all servers; vacant seats have none.
             now: time.monotonic().
         """
         share = _unfaded(now - self._asked, self._half_life_s)
         self._asked = now
         found = [
-            msgspec.msgpack.decode(stats[rank], type=EngineStats) for rank in range(len(stats))
+            msgspec.msgpack.decode(stats[rank], type=EngineStats) if rank in stats else self._nobody
+            for rank in range(self._shape[0])
         ]
         counts_nle = np.array([each.counts for each in found], np.float64)
         tokens_n = np.array([each.tokens for each in found], np.float64)
+        rows_n2 = np.array([(each.rows, each.busiest_rows) for each in found], np.float64)
+        stepped = np.array([each.step_rows for each in found], np.float64)
+        for rank in self._unknown:
+            self._counted[rank], self._computed[rank] = counts_nle[rank], tokens_n[rank]
+            self._sent[rank], self._stepped[rank] = rows_n2[rank], stepped[rank]
+            self._costs[rank] = _Costs.of(found[rank])
+        self._unknown.clear()
         self.idle = bool((tokens_n == self._computed).all())
         new_nle = counts_nle - self._counted
         # The devices' counters have 32 bits and may wrap around.
         self._counts.add(share * (new_nle + (new_nle < 0) * 2.0**32), now)
         self._tokens.add(share * (tokens_n - self._computed), now)
-        rows_n2 = np.array([(each.rows, each.busiest_rows) for each in found], np.float64)
         # Servers that step together each count the totals; the ratio is the same.
         self._rows.add(share * (rows_n2 - self._sent).sum(0), now)
-        stepped = np.array([each.step_rows for each in found], np.float64)
         self._steps.add(share * (stepped - self._stepped).sum(0), now)
         experts_s = sum(
             each.expert_seconds - costs.expert_seconds
@@ -147,18 +164,45 @@ class Workload:
         self._stepped = stepped
         for rank, each in enumerate(found):
             self._routes[rank] = self._filled(rank, each.routes_tlk, now)
-            costs = _Costs(each.expert_seconds, each.calls_served, each.sums.moved)
+            costs = _Costs.of(each)
             self._measured[rank] = costs.since(self._costs[rank], self._measured[rank])
             self._costs[rank] = costs
+
+    @functools.cached_property
+    def _nobody(self) -> EngineStats:
+        """The statistics of a vacant seat."""
+        _, layers, experts = self._shape
+        none = [[0] * experts for _ in range(layers)]
+        k = self._no_routes.shape[2]
+        return EngineStats(none, [], [], 0, 0, b"", k, [], [(0, 0)] * STEP_SIZES)
+
+    def reseated(self, rank: int, devices: int, devices_before: int) -> None:
+        """A server without a past takes the place of one, or nobody does.
+
+        Args:
+            rank: of both.
+            devices, devices_before: number of devices of the new one, and of the old one.
+        """
+        self._devices += devices - devices_before
+        self.engines_died([rank], self._asked)
+        self._old_routes[rank] = self._routes[rank] = self._no_routes
+        self._measured[rank] = MeasuredCosts()
+        for each in (self._counts, self._tokens):
+            each.clear(rank)
 
     def engines_died(self, ranks: Iterable[int], now: float) -> None:
         """Reset the counters of these servers' engines."""
         self._old_since = now
         for rank in ranks:
+            self._unknown.discard(rank)
             self._old_routes[rank] = self._routes[rank]
             self._counted[rank], self._computed[rank], self._sent[rank] = 0, 0, 0
             self._stepped[rank] = 0
             self._costs[rank] = _Costs()
+
+    def goes_on(self, rank: int) -> None:
+        """A server's engine has counted before, which the next `update` leaves out."""
+        self._unknown.add(rank)
 
     def statistics(self, now: float) -> Statistics:
         """The statistics at this moment."""
@@ -197,6 +241,10 @@ class _Costs:
     expert_seconds: float = 0.0
     calls: int = 0
     moved: Moved = NOTHING_MOVED
+
+    @staticmethod
+    def of(stats: EngineStats) -> _Costs:
+        return _Costs(stats.expert_seconds, stats.calls_served, stats.sums.moved)
 
     def since(self, before: _Costs, known: MeasuredCosts) -> MeasuredCosts:
         """Costs since `before`; if too few calls, since the start, or else the known costs."""

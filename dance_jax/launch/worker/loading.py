@@ -61,23 +61,27 @@ class Loader:
         self._wanted: queue.SimpleQueue[Stage] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[Loaded] = queue.SimpleQueue()
         self._dropped: set[int] = set()
-        #: Number of batches that were begun and not yet returned by `finished`.
-        self._open = 0
+        #: Numbers of the batches that were begun and not yet returned by `finished`.
+        self._open: set[int] = set()
         threading.Thread(target=self._run, daemon=True, name="loader").start()
 
     @property
     def busy(self) -> bool:
         """Whether a batch is being read, or is read and not yet returned by `finished`."""
-        return self._open > 0
+        return bool(self._open)
 
     def begin(self, stage: Stage) -> None:
         """Start to load a batch."""
-        self._open += 1
+        self._open.add(stage.number)
         self._wanted.put(stage)
 
     def drop(self, number: int) -> None:
         """Discard a batch: `finished` will not return it."""
         self._dropped.add(number)
+
+    def drop_all(self) -> None:
+        """Discard all batches that were begun."""
+        self._dropped |= self._open
 
     def finished(self) -> list[Loaded]:
         """The batches read since the last call; does not wait."""
@@ -87,7 +91,7 @@ class Loader:
                 loaded = self._done.get_nowait()
             except queue.Empty:
                 break
-            self._open -= 1
+            self._open.discard(loaded.stage.number)
             if loaded.stage.number not in self._dropped:
                 found.append(loaded)
         return found

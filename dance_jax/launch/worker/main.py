@@ -179,9 +179,8 @@ def _start(
     native.set_threads(threads)
     wakeup = None if alone else Wakeup(connections)
     shelf = HeldWeights(checkpoint, setup.config.dtype)
-    peers = Peers(connections) if any(each.from_peers for each in setup.spec.servers) else None
-    if peers is not None:
-        peers.answer(shelf.find)
+    peers = Peers(connections)
+    peers.answer(shelf.find)
     weights = checkpoint or _peer_weights(setup, model, files.formats, peers)
     channel.send(protocol.Joined())
     stage = "loading" if checkpoint is not None else "loading from the other servers"
@@ -206,7 +205,7 @@ def _start(
     )
     engine.warmup(lambda stage, done, total: channel.send(protocol.Progress(stage, done, total)))
     if setup.trace_from:
-        origin = setup.rank, setup.spec.names
+        origin = setup.rank, connections.names
         engine.trace = Trace(*origin, setup.trace_from, engine.runner.calls)
     if engine.runner.calls is not None:
         rates = [server.bandwidth for server in setup.spec.servers]
@@ -221,27 +220,26 @@ def _start(
 
 
 def _peer_weights(
-    setup: Setup, model: ModelConfig, formats: Formats | None, peers: Peers | None
+    setup: Setup, model: ModelConfig, formats: Formats | None, peers: Peers
 ) -> WeightSource:
     """The weights of a server without a copy of the model, from the servers that have one."""
     from dance_jax.launch.worker.peer_weights import PeerWeights
 
-    assert formats is not None and peers is not None
-    servers = enumerate(setup.spec.servers)
+    assert formats is not None
+    servers = setup.spec.servers
     return PeerWeights(
-        model, formats, peers, [rank for rank, server in servers if not server.from_peers]
+        model, formats, peers, [n for n in setup.spec.seated if not servers[n].from_peers]
     )
 
 
 def _loader(
-    engine: Engine, checkpoint: Checkpoint | None, weights: WeightSource, peers: Peers | None
+    engine: Engine, checkpoint: Checkpoint | None, weights: WeightSource, peers: Peers
 ) -> Loader:
     """The loader of experts that move to this server."""
     from dance_jax.launch.worker.loading import Loader, checkpoint_reader
 
     if checkpoint is not None:
         return Loader(checkpoint_reader(checkpoint, engine.form))
-    assert peers is not None
     return Loader(peers.reader(engine.expert, engine.form, weights))
 
 
@@ -431,7 +429,10 @@ class Worker:
                 case _:
                     self._pending.append(command)
         # Slots emptied by a batch are free for the next batch only once that batch is applied.
-        if not any(isinstance(each, protocol.Commit | protocol.Drop) for each in self._pending):
+        if not any(
+            isinstance(each, protocol.Commit | protocol.Drop | protocol.TakeOver)
+            for each in self._pending
+        ):
             for loaded in self._loader.finished():
                 self._channel.send(_stage(self._engine, loaded))
 
@@ -463,6 +464,14 @@ class Worker:
                     self._loader.drop(number)
                     engine.unstage(number)
                     channel.send(protocol.Dropped(number))
+                case protocol.Reseat(number, rank, server, slots):
+                    self._connections.names[rank] = server.name
+                    engine.reseat(number, rank, server.devices, slots)
+                case protocol.TakeOver():
+                    self._loader.drop_all()
+                    engine.unstage(1)
+                    layout = engine.layout.to_bytes()
+                    channel.send(protocol.Holds(layout, engine.last_batch))
                 case protocol.Stop():
                     raise Stopped
                 case protocol.Join():

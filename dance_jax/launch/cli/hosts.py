@@ -1,0 +1,174 @@
+"""`dance-jax hosts`: add servers to a running service, remove them, or take them out for a while.
+
+The command changes the hosts file and has the launcher read it again (SIGHUP).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pathlib
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+
+from dance_jax.config import UserError
+from dance_jax.files import whole_file
+from dance_jax.launch.cluster.changes import DONE, END, FILE_NAME
+from dance_jax.launch.cluster.succession import InUse, launcher_pid, sole_launcher
+from dance_jax.launch.planning.defaults import default_platform
+from dance_jax.launch.planning.hosts import read_hosts
+
+#: Precedes the line of a server that was taken out with `drain`.
+DRAINED = "# drained: "
+_LOOK_S = 0.1
+
+
+def main(arguments: Sequence[str], prog: str = "dance-jax hosts") -> int:
+    """Run the command; returns 0 once the servers are as wanted."""
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description="Changes the servers of a running service, whose requests go on. A server that "
+        "leaves finishes its requests while the others load its experts.",
+    )
+    parser.add_argument(
+        "action",
+        choices=("add", "remove", "drain"),
+        help="add a server; remove one from the hosts file; drain: keep its line as a comment, so "
+        "that `add NAME` brings the server back",
+    )
+    parser.add_argument(
+        "server", nargs="+", help="a server's name; for a new one its line: name key=value ..."
+    )
+    parser.add_argument("--hosts", type=pathlib.Path, required=True, help="the hosts file")
+    parser.add_argument(
+        "--state-dir", type=pathlib.Path, required=True, metavar="DIR", help="of the service"
+    )
+    options = parser.parse_args(arguments)
+    try:
+        return change(options.action, " ".join(options.server), options.hosts, options.state_dir)
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the launcher goes on with the change", file=sys.stderr)
+        return 130
+
+
+def change(action: str, server: str, hosts: pathlib.Path, state_dir: pathlib.Path) -> int:
+    """Change a hosts file, and the service that uses it.
+
+    Args:
+        action: "add", "remove" or "drain".
+        server: name, or for a new server its line of the hosts file.
+        hosts: the hosts file.
+        state_dir: of the service.
+
+    Returns:
+        0, or 1 if the service refuses; the file is then as before.
+
+    Raises:
+        UserError: the server is not in the file or is there already, or its line is wrong.
+        OSError: a file cannot be read or written.
+    """
+    before = hosts.read_bytes()
+    text = changed(before.decode(), action, server)
+    _write(hosts, text.encode())
+    try:
+        read_hosts(hosts, default_platform())
+        if not _serves(state_dir):
+            print("no launcher uses this --state-dir; the next start reads the hosts file")
+            return 0
+        if _applied(state_dir):
+            return 0
+    except UserError:
+        _write(hosts, before)
+        raise
+    _write(hosts, before)
+    return 1
+
+
+def changed(text: str, action: str, server: str) -> str:
+    """The content of a hosts file with a server added, removed or taken out.
+
+    Raises:
+        UserError: the server is not in the file, or is there already.
+    """
+    name, *more = server.split(maxsplit=1)
+    lines = text.splitlines()
+    at = {
+        words[0]: n
+        for n, line in enumerate(lines)
+        if (words := line.split()) and "#" not in words[0]
+    }
+    drained = {
+        line.removeprefix(DRAINED).split()[0]: n
+        for n, line in enumerate(lines)
+        if line.startswith(DRAINED) and line.removeprefix(DRAINED).split()
+    }
+    if action == "add":
+        if name in at:
+            raise UserError(f"{name} is in the hosts file already")
+        if more:
+            lines = [line for n, line in enumerate(lines) if n != drained.get(name)] + [server]
+        elif name in drained:
+            lines[drained[name]] = lines[drained[name]].removeprefix(DRAINED)
+        else:
+            raise UserError(f"{name} is not in the hosts file: give its line, name key=value ...")
+    elif more:
+        raise UserError(f"{action} takes the name of one server")
+    elif name not in at:
+        raise UserError(f"{name} is not in the hosts file; its servers are {', '.join(at)}")
+    elif action == "drain":
+        lines[at[name]] = DRAINED + lines[at[name]]
+    else:
+        del lines[at[name]]
+    return "\n".join(lines) + "\n"
+
+
+def _write(path: pathlib.Path, content: bytes) -> None:
+    with whole_file(path) as file:
+        file.write(content)
+
+
+def _serves(state_dir: pathlib.Path) -> bool:
+    """Whether a launcher uses the directory."""
+    if not state_dir.is_dir():
+        raise UserError(f"--state-dir {state_dir}: no such directory")
+    try:
+        with sole_launcher(state_dir):
+            return False
+    except InUse:
+        return True
+
+
+def _applied(state_dir: pathlib.Path) -> bool:
+    """Have the launcher read the hosts file, and show what it does until it is done."""
+    log = state_dir / FILE_NAME
+    log.unlink(missing_ok=True)
+    pid = launcher_pid(state_dir)
+    if pid is None:
+        raise UserError(f"--state-dir {state_dir}: the launcher has only begun to start; try again")
+    os.kill(pid, signal.SIGHUP)
+    line = ""
+    for line in _lines(log, state_dir):
+        print(line)
+    return line.startswith(DONE)
+
+
+def _lines(log: pathlib.Path, state_dir: pathlib.Path) -> Iterator[str]:
+    """The lines of a change's log as they are written, up to the last."""
+    shown = 0
+    while True:
+        lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+        for line in lines[shown:]:
+            if not line.endswith(("\n", "\r")):
+                break
+            shown += 1
+            yield line.strip()
+            if line.startswith(END):
+                return
+        if not _serves(state_dir):
+            raise UserError("the launcher has ended")
+        time.sleep(_LOOK_S)

@@ -1,0 +1,88 @@
+"""`dance-jax stop`: end a service by its --state-dir, whether its launcher still runs or not."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pathlib
+import signal
+import sys
+import time
+from collections.abc import Sequence
+
+from dance_jax.config import UserError
+from dance_jax.launch.cluster.succession import (
+    InUse,
+    end_servers,
+    find_survivors,
+    launcher_pid,
+    sole_launcher,
+)
+
+#: Seconds between two looks whether a launcher has ended.
+_LOOK_S = 0.1
+
+
+def main(arguments: Sequence[str], prog: str = "dance-jax stop") -> int:
+    """Run the command; returns 0 once nothing is left, 1 if servers cannot be reached."""
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description="Ends the service that uses a state directory: its launcher and its servers, "
+        "or the servers that a lost launcher has left running.",
+    )
+    parser.add_argument("--state-dir", type=pathlib.Path, required=True, metavar="DIR")
+    parser.add_argument("--now", action="store_true", help="do not wait for running requests")
+    options = parser.parse_args(arguments)
+    try:
+        return stop(options.state_dir, options.now)
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def stop(directory: pathlib.Path, now: bool) -> int:
+    """End the service of a state directory.
+
+    Args:
+        directory: the service's --state-dir.
+        now: do not wait for running requests.
+
+    Returns:
+        0; 1 if servers cannot be reached and may run on.
+
+    Raises:
+        UserError: there is no such directory, or its files cannot be read.
+        OSError: the launcher cannot be ended.
+    """
+    if not directory.is_dir():
+        raise UserError(f"--state-dir {directory}: no such directory")
+    while True:
+        try:
+            with sole_launcher(directory):
+                return _end_survivors(directory, now)
+        except InUse:
+            pid = launcher_pid(directory)
+            if pid is None:
+                time.sleep(_LOOK_S)
+                continue
+            print(f"ending the launcher (process {pid}) and its servers")
+            # The launcher drains on the first signal; a second Ctrl-C ends it at once.
+            for number in (signal.SIGINT, signal.SIGINT) if now else (signal.SIGTERM,):
+                os.kill(pid, number)
+                time.sleep(_LOOK_S)
+            while launcher_pid(directory) == pid:
+                time.sleep(_LOOK_S)
+
+
+def _end_survivors(directory: pathlib.Path, now: bool) -> int:
+    survivors = find_survivors(directory)
+    if survivors is None:
+        print("no server of this directory runs")
+        return 0
+    names = ", ".join(survivors.handover.spec.names[rank] for rank in sorted(survivors.taken))
+    print(f"ending {names}, whose launcher is gone")
+    left = end_servers(survivors, 0.0 if now else survivors.handover.options.drain_seconds)
+    survivors.forget(directory)
+    if left:
+        print(f"error: cannot be reached, and may run on: {', '.join(left)}", file=sys.stderr)
+    return 1 if left else 0

@@ -1,0 +1,106 @@
+"""The launcher of a service is lost: the servers go on, and the next launcher takes them over."""
+
+from __future__ import annotations
+
+import asyncio
+import pathlib
+from collections.abc import Iterator
+
+import httpx
+import pytest
+
+from dance_jax.launch.cli.stop import stop
+from dance_jax.launch.cluster.succession import FILE_NAME
+from tests.launch.cold_run import Tiny
+from tests.launch.launched import eventually, gone
+from tests.serve.served import Served
+from tests.serve.test_restart import Answer, Load
+
+NO_LAUNCHER = "the launcher does not answer"
+
+
+class Site:
+    """Launches, one after the other, of the same service with a state directory."""
+
+    def __init__(self, tiny: Tiny, folder: pathlib.Path) -> None:
+        self.tiny, self.folder, self.state = tiny, folder, folder / "state"
+        self.launches: list[Served] = []
+
+    @property
+    def first(self) -> Served:
+        """The launch that started the servers."""
+        return self.launches[0]
+
+    def launch(self, *options: str, seen: str = "curl ") -> Served:
+        """Starts a launcher, and waits until it has printed a text."""
+        folder = self.folder / str(len(self.launches))
+        folder.mkdir()
+        port = self.first.port if self.launches else None
+        found = Served(self.tiny, folder, "--state-dir", self.state, *options, port=port)
+        self.launches.append(found)
+        found.wait_for(seen)
+        return found
+
+    def end(self) -> None:
+        for launch in self.launches:
+            launch.kill()
+
+
+@pytest.fixture(scope="module")
+def site(
+    compiled: pathlib.Path, tiny: Tiny, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Site]:
+    site = Site(tiny, tmp_path_factory.mktemp("site"))
+    try:
+        site.launch()
+        yield site
+    finally:
+        site.end()
+
+
+def rebalance(site: Site) -> httpx.Response:
+    """Asks for a migration."""
+    url = f"{site.first.urls[0]}/placement/rebalance"
+    return httpx.post(url, json={"force": True}, timeout=120)
+
+
+def test_requests_go_on_without_a_launcher_and_under_the_next_one(site: Site) -> None:
+    async def ask(lose: bool) -> list[Answer]:
+        async with Load(site.first) as running:
+            if lose:
+                site.first.process.kill()
+                await asyncio.to_thread(site.launch)
+            return await running.answers()
+
+    before = asyncio.run(asyncio.wait_for(ask(lose=False), 120))
+    assert asyncio.run(asyncio.wait_for(ask(lose=True), 120)) == before
+    assert "taking over the servers" in site.launches[1].text
+    assert httpx.get(f"{site.first.urls[0]}/health").json()["lost"] == []
+
+
+def test_the_next_launcher_restarts_engines_and_moves_experts(site: Site) -> None:
+    launcher = site.launches[1]
+    site.first.kill_engine(1)
+    assert eventually(lambda: "all engines are running again" in launcher.text), launcher.text
+    assert rebalance(site).json()["forced"]
+
+
+def test_a_second_launcher_is_refused_while_one_runs(site: Site) -> None:
+    second = site.launch(seen="is in use by another launcher (process ")
+    assert second.process.wait(30) == 2
+
+
+def test_without_a_launcher_experts_stay_and_other_options_are_refused(site: Site) -> None:
+    """Then `stop` ends the servers."""
+    site.launches[1].process.kill()
+    other = site.launch("--max-queue", "7", seen="with another max_queue; start with the same")
+    assert other.process.wait(30) == 2
+
+    answer = eventually(lambda: NO_LAUNCHER in (found := rebalance(site)).text and found, 30)
+    assert answer.status_code == 503
+    servers = [each for each in site.first.started if each.is_running()]
+    assert servers and stop(site.state, now=True) == 0
+    assert gone(servers, 10)
+    assert not (site.state / FILE_NAME).exists()
+    for launch in site.launches:
+        assert list(launch.private.iterdir()) == []
