@@ -12,7 +12,7 @@ import pytest
 from dance_jax.engine.engine import StepResult
 from dance_jax.launch.control import protocol
 from dance_jax.launch.worker.loading import Loader
-from dance_jax.launch.worker.main import Stopped, Worker
+from dance_jax.launch.worker.main import Stopped, Worker, _await_join
 
 #: Seconds: an upper limit for waits that are expected to succeed.
 LONG_S = 30.0
@@ -104,6 +104,17 @@ def test_a_stop_ends_a_step_that_waits() -> None:
 def test_experts_are_staged_beside_a_step_that_waits() -> None:
     found = happens([stage(1)], lambda played: "Staged" in played.happened)
     assert found[:3] == ["stage 1", "Staged", "step"]
+
+
+def test_others_may_be_lost_before_a_server_joins() -> None:
+    """It used to end, and had to be started once more."""
+    join = protocol.Join("", ["a:1", "", "c:3"], calls=True)
+    played: Any = Played([], lambda played: True)
+    played._commands.extend([protocol.PeerLost(1), protocol.PeerRestarted(1, "b:2"), join])
+    assert _await_join(played) is join
+    played._commands.append(protocol.Stop())
+    with pytest.raises(Stopped):
+        _await_join(played)
 
 
 def test_a_batch_follows_the_one_before_it() -> None:

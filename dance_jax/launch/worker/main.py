@@ -25,7 +25,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -169,13 +169,10 @@ def _start(
     if platform == "cpu":
         native.load(compile_dir or pathlib.Path(child.private_dir()))
     channel.send(protocol.Prepared(coordinator_endpoint(setup), connections.endpoint))
-    match channel.receive():
-        case protocol.Join(coordinator, endpoints, alone):
-            connections.endpoints = endpoints
-        case _:
-            raise Stopped
+    joined = _await_join(channel)
+    connections.endpoints, alone = joined.endpoints, joined.calls
     channel.send(protocol.Progress("joining", 0, 0))
-    threads = join(setup, None if alone else coordinator)
+    threads = join(setup, None if alone else joined.coordinator)
     native.set_threads(threads)
     wakeup = None if alone else Wakeup(connections)
     shelf = HeldWeights(checkpoint, setup.config.dtype)
@@ -217,6 +214,24 @@ def _start(
     gc.freeze()
     channel.send(protocol.Ready(steps.hits, steps.misses))
     return Worker(engine, loader, connections, channel), wakeup
+
+
+def _await_join(channel: ParentChannel) -> protocol.Join:
+    """Wait until the parent says where the other servers are.
+
+    Others may be lost or come back meanwhile; what Join says is newer.
+
+    Raises:
+        Stopped: the parent wants this process to end.
+    """
+    while True:
+        match channel.receive():
+            case protocol.Join() as joined:
+                return joined
+            case protocol.PeerLost() | protocol.PeerRestarted():
+                pass
+            case _:
+                raise Stopped
 
 
 def _peer_weights(
@@ -315,7 +330,8 @@ class Worker:
         self._engine, self._loader = engine, loader
         self._connections, self._channel = connections, channel
         self._reported = 0.0
-        #: Number of looks at the parent's commands; grows while this process is not stuck.
+        #: Number of looks at the parent's commands, of commands and of batches; grows while this
+        #: process is not stuck.
         self._turns = 0
         #: Commands that wait for the end of a step.
         self._pending: collections.deque[protocol.Command] = collections.deque()
@@ -324,12 +340,14 @@ class Worker:
         #: thread between steps only.
         self._step_began: float | None = None
         self._lock = threading.Lock()
+        #: It waits for the parent's commands.
+        self._idle = False
 
     def serve_alone(self) -> None:
         """Step while this server has work, independently of the other servers."""
         threading.Thread(target=self._listen, daemon=True, name="listen").start()
         if self._channel.pulse is not None:
-            self._channel.pulse.watch(self._progress, self._engine.own_cpu_s)
+            self._channel.pulse.watch(self._progress, self._engine.own_cpu_s, _thread_clock())
         busy = True
         while True:
             self._execute()
@@ -342,13 +360,18 @@ class Worker:
             if not busy:
                 # Waiting sequences and loading batches need a check soon.
                 soon = self._loader.busy or self._engine.has_work
+                self._idle = True
                 self._channel.waits(LOADING_POLL_S if soon else HEARTBEAT_S)
+                self._idle = False
 
     def _progress(self) -> tuple[int, int]:
         """Changes as this server makes progress."""
         assert self._channel.pulse is not None
         began = self._step_began
-        self._channel.pulse.doing = "idle" if began is None else f"in step {self._engine.steps}"
+        if began is not None:
+            self._channel.pulse.doing = f"in step {self._engine.steps}"
+        else:
+            self._channel.pulse.doing = "idle" if self._idle else "between two steps"
         return self._turns, self._engine.beats()
 
     @contextlib.contextmanager
@@ -434,6 +457,7 @@ class Worker:
             for each in self._pending
         ):
             for loaded in self._loader.finished():
+                self._turns += 1
                 self._channel.send(_stage(self._engine, loaded))
 
     def _execute(self) -> None:
@@ -446,6 +470,7 @@ class Worker:
         self._turns += 1
         self._receive()
         while self._pending:
+            self._turns += 1
             match self._pending.popleft():
                 case protocol.Submit(requests):
                     for request in requests:
@@ -476,6 +501,14 @@ class Worker:
                     raise Stopped
                 case protocol.Join():
                     raise RuntimeError("the servers have joined already")
+
+
+def _thread_clock() -> Callable[[], float]:
+    """A function that returns the processor seconds of the calling thread, in any thread."""
+    if not hasattr(time, "pthread_getcpuclockid"):  # macOS
+        return lambda: 0.0
+    clock = time.pthread_getcpuclockid(threading.get_ident())
+    return lambda: time.clock_gettime(clock)
 
 
 def _stage(engine: Engine, loaded: Loaded) -> protocol.Staged | protocol.StageFailed:

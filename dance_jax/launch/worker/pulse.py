@@ -29,28 +29,34 @@ class Pulse:
         self.doing = "starting"
         self._connection = ControlConnection(endpoint, key, pulse_identity(rank))
         self._progress: Callable[[], object] | None = None
-        self._cpu_s: Callable[[], float] = time.process_time
+        self._clocks: tuple[Callable[[], float], ...] = (time.process_time,)
         threading.Thread(target=self._run, daemon=True, name="pulse").start()
 
-    def watch(self, progress: Callable[[], object], cpu_s: Callable[[], float]) -> None:
+    def watch(self, progress: Callable[[], object], *clocks: Callable[[], float]) -> None:
         """Watch a started engine.
 
         Args:
             progress: its value changes as the engine makes progress, waiting for peers included.
-            cpu_s: processor seconds of the engine's own work.
+            clocks: processor seconds of the engine's own work. It works while one of them advances:
+                on a busy machine, that of the process without answers to others, whose seconds are
+                not those of a processor, may stand still or even go back.
         """
-        self._cpu_s, self._progress = cpu_s, progress
+        self._clocks, self._progress = clocks, progress
 
     def _run(self) -> None:
         moved = worked = looked = time.monotonic()
         last: object = None
-        cpu_s = 0.0
+        cpu_s: list[float] = []
         while True:
             now = time.monotonic()
             present = None if self._progress is None else self._progress()
             if present is None or present != last:
                 moved = now
-            if (spent := self._cpu_s()) - cpu_s > BUSY * (now - looked):
+            spent = [clock() for clock in self._clocks]
+            least_s = BUSY * (now - looked)
+            if len(spent) != len(cpu_s) or any(
+                new - old > least_s for new, old in zip(spent, cpu_s, strict=True)
+            ):
                 worked = now
             last, cpu_s, looked = present, spent, now
             still_s, stalled_s = now - max(moved, worked), now - moved
