@@ -96,9 +96,10 @@ class FrontEnd:
         self._engine: EngineProcess | None = None
         #: Number of the engine's start, which grows also from one front end to the next.
         self._start = setup.start
-        #: What a launcher that takes over must know: where this engine listens, whether it is
-        #: ready, whether it gives no sign of life, and the report of its death.
-        self._endpoint, self._ready, self._silent = "", False, False
+        #: What a launcher that takes over must know: where this engine listens, whether it was told
+        #: to join, whether it is ready, whether it gives no sign of life, and the report of its
+        #: death.
+        self._endpoint, self._joins, self._ready, self._silent = "", False, False, False
         self._died: protocol.EngineDied | None = None
         #: Names of all servers by rank, "" for vacant seats; they change as servers join and leave.
         self._names = [*setup.engine.spec.names]
@@ -169,6 +170,9 @@ class FrontEnd:
                 self._drain()
             case protocol.TakeOver() as command:
                 self._taken_over(command)
+            case protocol.Join() as command:
+                self._joins = True
+                self._commands.put_nowait(command)
             case protocol.Reseat(_, rank, server) as command:
                 self._names[rank] = server.name
                 spec = self._setup.engine.spec.with_server(rank, server)
@@ -192,6 +196,7 @@ class FrontEnd:
                 self._start,
                 self._endpoint,
                 self._ready,
+                bool(self._endpoint) and not self._joins,
                 self._draining.is_set(),
                 self._experts.report(),
             )
@@ -235,7 +240,8 @@ class FrontEnd:
 
     def _start_engine(self, layout: bytes) -> None:
         start = self._start
-        self._endpoint, self._ready, self._silent, self._died = "", False, False, None
+        self._endpoint, self._joins, self._ready, self._silent = "", False, False, False
+        self._died = None
         setup = msgspec.structs.replace(self._setup.engine, layout=layout)
         self._engine = EngineProcess(
             setup,

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import pathlib
+import types
 from collections.abc import Iterator
+from typing import Any
 
 import httpx
 import pytest
 
+from dance_jax.launch.cli.hosts import change
 from dance_jax.launch.cli.stop import stop
 from dance_jax.launch.cluster.succession import FILE_NAME
 from tests.launch.cold_run import Tiny
 from tests.launch.launched import eventually, gone
-from tests.serve.served import Served
+from tests.launch.tiny import HOSTS
+from tests.serve.served import NAMES, Served
 from tests.serve.test_restart import Answer, Load
 
 NO_LAUNCHER = "the launcher does not answer"
@@ -24,6 +28,8 @@ class Site:
 
     def __init__(self, tiny: Tiny, folder: pathlib.Path) -> None:
         self.tiny, self.folder, self.state = tiny, folder, folder / "state"
+        self.hosts = folder / "hosts.txt"
+        self.hosts.write_text(HOSTS)
         self.launches: list[Served] = []
 
     @property
@@ -36,7 +42,8 @@ class Site:
         folder = self.folder / str(len(self.launches))
         folder.mkdir()
         port = self.first.port if self.launches else None
-        found = Served(self.tiny, folder, "--state-dir", self.state, *options, port=port)
+        words = "--state-dir", self.state, "--hosts", self.hosts, *options
+        found = Served(self.tiny, folder, *words, port=port)
         self.launches.append(found)
         found.wait_for(seen)
         return found
@@ -83,6 +90,29 @@ def test_the_next_launcher_restarts_engines_and_moves_experts(site: Site) -> Non
     site.first.kill_engine(1)
     assert eventually(lambda: "all engines are running again" in launcher.text), launcher.text
     assert rebalance(site).json()["forced"]
+
+
+def test_a_server_leaves_and_comes_back_while_others_serve(site: Site) -> None:
+    """No request of the others is lost or changed."""
+    others: Any = types.SimpleNamespace(urls=[site.first.urls[0], site.first.urls[2]])
+
+    def changed(action: str, name: str) -> int:
+        return change(action, name, site.hosts, site.state)
+
+    async def ask(*actions: str) -> list[Answer]:
+        async with Load(others) as running:
+            for action in actions:
+                assert await asyncio.to_thread(changed, action, NAMES[1]) == 0
+            return await running.answers()
+
+    before = asyncio.run(asyncio.wait_for(ask(), 120))
+    assert asyncio.run(asyncio.wait_for(ask("drain", "add"), 240)) == before
+    health = httpx.get(f"{site.first.urls[0]}/health").json()
+    assert sorted(health["alive"]) == [*NAMES] and health["lost"] == []
+    assert httpx.get(f"{site.first.urls[1]}/ready").status_code == 200
+    lines = site.hosts.read_text()
+    assert changed("remove", NAMES[2]) == 1  # the others lack memory
+    assert site.hosts.read_text() == lines
 
 
 def test_a_second_launcher_is_refused_while_one_runs(site: Site) -> None:

@@ -439,22 +439,25 @@ class Service(Fleet):
                 self._processes[rank].pid = event.pid
                 self._endpoints[rank] = event.endpoint
                 self.members.called(rank, event.start)
+                if event.waits:
+                    self._let_join(rank, event.endpoint)
                 self._save_handover()
             case protocol.Holds():
                 self._rebalancer.holds(rank, Layout.from_bytes(event.layout), event.number)
                 self.members.ready(rank)
             case protocol.Prepared():
-                self._endpoints[rank] = event.endpoint
-                # Servers that are not present connect when they are.
-                there = self.present | {rank}
-                endpoints = [
-                    each if other in there else "" for other, each in enumerate(self._endpoints)
-                ]
-                self.tell(rank, protocol.Join(event.coordinator, endpoints, calls=True))
+                self._let_join(rank, event.endpoint)
             case protocol.Ready():
                 self.members.ready(rank)
             case _:
                 self._handle(rank, event)
+
+    def _let_join(self, rank: int, endpoint: str) -> None:
+        """Tell a prepared engine where the others are; those not present connect when they are."""
+        self._endpoints[rank] = endpoint
+        there = self.present | {rank}
+        endpoints = [each if n in there else "" for n, each in enumerate(self._endpoints)]
+        self.tell(rank, protocol.Join("", endpoints, calls=True))
 
     def restart(self, rank: int, why: str) -> None:
         self.members.engine_died(rank, f"its engine is out of step: {why}")

@@ -433,8 +433,9 @@ class Taken(msgspec.Struct, tag=True):
     #: Number of the engine's start, and where the engine listens; "": it is not prepared.
     start: int
     endpoint: str
-    #: The engine is ready, so its Holds follows.
+    #: The engine is ready, so its Holds follows; it is prepared, and waits for Join.
     ready: bool
+    waits: bool
     #: The front end accepts no requests any more, and ends when the running ones are done.
     draining: bool
     #: The placement as the front end knows it.
