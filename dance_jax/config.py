@@ -367,7 +367,8 @@ class RebalanceOptions:
     )
     state_dir: str | None = option(
         None,
-        "directory that keeps placement and statistics for the next start",
+        "directory that keeps placement and statistics for the next start; with it, servers go on "
+        "when the launcher is killed",
         kind="path",
         metavar="DIR",
     )

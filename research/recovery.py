@@ -48,7 +48,7 @@ class Service:
     """Servers that are sent commands; the first one is lost."""
 
     def __init__(self, layout: Layout) -> None:
-        self.layout, self.gone = layout, frozenset[int]()
+        self.layout, self.gone, self.epoch = layout, frozenset[int](), 1
         self.present = frozenset(range(len(layout.devices)))
         self.stages: list[protocol.Stage] = []
         self.told_at = 0.0

@@ -49,6 +49,7 @@ RUNNABLE = "<!-- runnable -->\n"
 SCRIPTS = ("peers", "real_size", "serve", "testbed", "throughput")
 RESEARCH = ("apart", "migrate", "paper", "placement", "recovery", "simulate", "wire")
 CONVERT = "dance_jax.models.convert"
+HOSTS, STOP = "dance_jax.launch.cli.hosts", "dance_jax.launch.cli.stop"
 BENCH = "dance_jax.bench.main"
 #: Modules of the console script's commands, and the options that a command stands for.
 COMMANDS = {
@@ -58,6 +59,8 @@ COMMANDS = {
     "preflight": ("dance_jax.launch", "--preflight"),
     "convert": (CONVERT,),
     "bench": (BENCH,),
+    "hosts": (HOSTS,),
+    "stop": (STOP,),
 }
 #: Options of other programs.
 FOREIGN = {"--full", "--strict", "--user"}
@@ -274,7 +277,8 @@ def test_options_that_are_written_of_exist_and_all_are_written_of() -> None:
     listed = set(re.findall(r"^\| (`--.*?) \|", PAGES["docs/operations.md"], re.MULTILINE))
     assert set(re.findall(r"--[a-z-]+", " ".join(listed))) == launch - {"--help"}
     modules = [f"benchmarks.{name}" for name in SCRIPTS] + [f"research.{name}" for name in RESEARCH]
-    known = launch.union(*(every_option(parser_of(name)) for name in (*modules, CONVERT, BENCH)))
+    modules += [CONVERT, BENCH, HOSTS, STOP]
+    known = launch.union(*(every_option(parser_of(name)) for name in modules))
     for page, text in PAGES.items():
         if not page.startswith(("dance_jax", "examples")):
             marked = " ".join(re.findall(r"`[^`\n]+`", text))

@@ -157,6 +157,8 @@ class Readiness(BaseModel):
 class Health(BaseModel):
     """The servers as the launcher last reported them."""
 
+    #: Number of the membership, which grows whenever a server is lost or back.
+    epoch: int
     #: Names of the servers that run, and of those that are lost for the moment.
     alive: list[str]
     lost: list[str]
@@ -172,6 +174,8 @@ class PlacementAnswer(BaseModel):
     """The placement of experts; the version grows when a migration completes or stops half-way."""
 
     version: int
+    #: As in `Health`.
+    epoch: int
     #: A lost server's experts are those that it will come back with.
     servers: list[PlacedServer]
     #: Names of the servers that are lost for the moment.

@@ -49,6 +49,7 @@ def _placement(server: RouteContext) -> PlacementAnswer:
     return PlacementAnswer(
         version=experts.version,
         servers=servers,
+        epoch=experts.epoch,
         lost=[name for rank, name in server.info.seated.items() if rank in experts.absent],
         last_decision=experts.last_decision,
     )

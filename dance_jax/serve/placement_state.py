@@ -37,7 +37,8 @@ class PlacementState:
         self.version = 1
         self.last_decision: Decision | None = None
         self.migrations = self.failures = self.experts_migrated = 0
-        #: Ranks of the servers that do not run.
+        #: Number of the membership; ranks of the servers that do not run.
+        self.epoch = 1
         self.absent: frozenset[int] = frozenset()
         #: Number of decisions reported to this server.
         self.decisions = 0
@@ -56,7 +57,7 @@ class PlacementState:
             layout: `placed.layout`, decoded.
         """
         self.layout, self.version = layout, placed.version
-        self.absent = frozenset(placed.absent)
+        self.epoch, self.absent = placed.epoch, frozenset(placed.absent)
         before, latest = self.last_decision, placed.last_decision
         if latest is not None and (before is None or before.when != latest.when):
             self.decisions += 1
@@ -73,6 +74,7 @@ class PlacementState:
             migrations=self.migrations,
             failures=self.failures,
             experts_migrated=self.experts_migrated,
+            epoch=self.epoch,
             absent=sorted(self.absent),
         )
 

@@ -22,9 +22,12 @@ def routes(server: RouteContext) -> fastapi.APIRouter:
     @router.get("/health")
     async def health() -> Health:
         """200 as long as the front end's process runs; says which servers of the service run."""
-        absent = server.experts.absent
-        lost = [name for rank, name in info.seated.items() if rank in absent]
-        return Health(alive=[name for name in info.seated.values() if name not in lost], lost=lost)
+        absent, seated = server.experts.absent, info.seated.items()
+        return Health(
+            epoch=server.experts.epoch,
+            alive=[name for rank, name in seated if rank not in absent],
+            lost=[name for rank, name in seated if rank in absent],
+        )
 
     @router.get("/ready", response_model=Readiness, responses={503: {"model": Readiness}})
     async def ready() -> Response:

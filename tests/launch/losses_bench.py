@@ -252,6 +252,10 @@ class LossesBench:
         return self.members.present
 
     @property
+    def epoch(self) -> int:
+        return self.members.epoch
+
+    @property
     def gone(self) -> frozenset[int]:
         return self.members.gone
 

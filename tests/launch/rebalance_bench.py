@@ -166,6 +166,7 @@ class Bench:
         self.rebalancer.tick()  # now all engines run
 
     gone: frozenset[int] = frozenset()
+    epoch = 1
 
     @property
     def present(self) -> frozenset[int]:

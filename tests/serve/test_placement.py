@@ -26,11 +26,12 @@ def test_what_the_launcher_says_is_shown(info: ServeInfo) -> None:
     assert http.get("/placement").json()["last_decision"] is None
     swapped = Placement(np.asarray(layout().device_of >= 0)[::-1])
     made = dataclasses.replace(decision(RebalanceWanted(0, True, False)), failure="torn")
-    experts.placed(Placed(5, b"", made, 3, 1, 44, absent=[1]), spread(swapped, [1, 1], [20, 20]))
+    experts.placed(Placed(5, b"", made, 3, 1, 44, 7, [1]), spread(swapped, [1, 1], [20, 20]))
     answer = http.get("/placement").json()
     assert answer["version"] == 5
     assert answer["lost"] == [info.servers[1]]
-    assert http.get("/health").json() == {"alive": [info.servers[0]], "lost": [info.servers[1]]}
+    alive, lost = info.servers
+    assert http.get("/health").json() == {"epoch": 7, "alive": [alive], "lost": [lost]}
     assert answer["servers"][0]["resident"] == [list(range(8, 16))] * 2
     assert answer["last_decision"] == {
         "when": 1_700_000_000.0,

@@ -126,6 +126,16 @@ class Members:
         self._names, self._actions, self._clock = names, actions, clock
         self._members = [Member(_State.RUNS if name else _State.VACANT) for name in names]
         self._asked = clock()
+        #: Grows whenever a server is present no longer, or again.
+        self.epoch = 1
+
+    def _left(self, rank: int) -> None:
+        self.epoch += 1
+        self._actions.left(rank)
+
+    def _came(self, rank: int) -> None:
+        self.epoch += 1
+        self._actions.came(rank)
 
     @property
     def _seated(self) -> list[Member]:
@@ -141,7 +151,7 @@ class Members:
         was_present = self._members[rank].present
         self._members[rank] = Member(_State.VACANT, self._members[rank].start)
         if was_present:
-            self._actions.left(rank)
+            self._left(rank)
 
     def await_call(self, rank: int) -> None:
         """A front end runs, but whether its engine does is known only once it calls back."""
@@ -181,10 +191,10 @@ class Members:
             self._actions.notice(
                 self._names[rank], "its engine gives no sign of life; the others serve on"
             )
-            self._actions.left(rank)
+            self._left(rank)
         elif member.present and not was_present:
             self._actions.notice(self._names[rank], "its engine goes on")
-            self._actions.came(rank)
+            self._came(rank)
 
     def _died(self, rank: int, state: _State, why: str, what: str) -> None:
         member = self._members[rank]
@@ -196,7 +206,7 @@ class Members:
         member.silent, member.hung, member.unanswered = False, False, 0
         self._actions.notice(self._names[rank], what)
         if was_present:
-            self._actions.left(rank)
+            self._left(rank)
         if all(each.failures >= MAX_FAILED_STARTS for each in self._seated):
             raise AllFailed(rank, why)
 
@@ -207,7 +217,7 @@ class Members:
             return
         member.state, member.failures = _State.RUNS, 0
         if member.present:
-            self._actions.came(rank)
+            self._came(rank)
         if len(self.present) == len(self._seated):
             self._actions.notice("", "all engines are running again")
 
@@ -262,9 +272,9 @@ class Members:
                     f"does not answer for {UNANSWERED * ASK_S:g} s; the others serve on",
                 )
                 if was_present:
-                    self._actions.left(rank)
+                    self._left(rank)
             elif member.unanswered == 0 and member.silent:
                 member.silent = False
                 self._actions.notice(self._names[rank], "answers again")
                 if member.present:
-                    self._actions.came(rank)
+                    self._came(rank)

@@ -216,6 +216,11 @@ class Service(Fleet):
         """Ranks of the servers that are gone with their front ends."""
         return self.members.gone
 
+    @property
+    def epoch(self) -> int:
+        """Number that grows whenever `present` changes."""
+        return self.members.epoch
+
     def drain(self) -> None:
         """Let all servers finish their requests and end `serve`; safe in a signal handler."""
         self._drain_wanted = True
@@ -333,6 +338,7 @@ class Service(Fleet):
     def _take_over(self, survivors: Survivors) -> None:
         """Find out what the servers do and hold; those that do not answer count as lost."""
         self._rebalancer.resume(survivors.latest)
+        self.members.epoch = 1 + max(taken.placed.epoch for taken in survivors.taken.values())
         deadline = time.monotonic() + TAKE_OVER_S
         events, _ = self._events_of(survivors.messages)
         while True:

@@ -375,7 +375,9 @@ class Placed(msgspec.Struct, tag=True):
     migrations: int
     failures: int
     experts_migrated: int
-    #: Ranks of the servers that do not run.
+    #: Number of the membership, which grows whenever a server is lost or back; and ranks of the
+    #: servers that do not run.
+    epoch: int = 1
     absent: list[int] = []
     #: Why requests cannot be answered, because no server has some experts; "": they can.
     short: str = ""

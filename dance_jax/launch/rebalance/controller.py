@@ -567,6 +567,7 @@ class Rebalancer:
                 migrations=self._migrations,
                 failures=self._failures,
                 experts_migrated=self._migrated,
+                epoch=self._service.epoch,
                 absent=sorted({*self._spec.seated} - self._service.present),
                 short=self._losses.short,
             )
