@@ -62,6 +62,8 @@ class HttpServer(uvicorn.Server):
         backlog: connections that may wait to be accepted.
         most: maximum number of connections; None: as many as the limit of descriptors allows.
         counts: of the connections; kept up to date.
+        trusted_proxies: addresses or networks, with commas between them, whose X-Forwarded-For
+            is believed.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class HttpServer(uvicorn.Server):
         backlog: int,
         most: int | None = None,
         counts: HttpConnections | None = None,
+        trusted_proxies: str = "",
     ) -> None:
         self._backlog = backlog
         most = most_connections() if most is None else most
@@ -90,6 +93,7 @@ class HttpServer(uvicorn.Server):
                 backlog=ACCEPTED_AT_ONCE,
                 timeout_keep_alive=KEEP_ALIVE_S,
                 timeout_graceful_shutdown=int(graceful_s),
+                forwarded_allow_ips=trusted_proxies,
             )
         )
 

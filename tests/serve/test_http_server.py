@@ -51,7 +51,8 @@ class App:
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
             for each in waits:
                 each.cancel()
-        await JSONResponse({"path": scope["path"]})(scope, receive, send)
+        shown = scope["client"][0] if scope["path"] == "/client" else scope["path"]
+        await JSONResponse({"path": shown})(scope, receive, send)
 
     async def _disconnect(self, receive: Receive) -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -71,9 +72,9 @@ class App:
 class Running:
     """An HttpServer in a thread."""
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, trusted_proxies: str = "") -> None:
         self._ready = threading.Event()
-        self._most = most
+        self._most, self._trusted_proxies = most, trusted_proxies
         self.counts = HttpConnections()
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.address = self._socket.getsockname()
@@ -84,7 +85,9 @@ class Running:
     async def _run(self) -> None:
         self.loop = asyncio.get_running_loop()
         self.app = App()
-        self.server = HttpServer(self.app, PATIENCE_S, 128, self._most, self.counts)
+        self.server = HttpServer(
+            self.app, PATIENCE_S, 128, self._most, self.counts, self._trusted_proxies
+        )
         self._ready.set()
         with contextlib.suppress(asyncio.CancelledError):
             await self.server.serve([self._socket])
@@ -137,6 +140,20 @@ def error_of(answer: bytes, status: int) -> dict[str, Any]:
     assert head.startswith(b"HTTP/1.1 %d %b\r\n" % (status, phrase)), answer
     assert b"content-type: application/json" in head.lower()
     return json.loads(body)["error"]
+
+
+@pytest.mark.parametrize(
+    ("trusted_proxies", "client"),
+    [("127.0.0.1,::1", "192.0.2.7"), ("127.0.0.0/8", "192.0.2.7"), ("10.0.0.5", "127.0.0.1")],
+)
+def test_only_a_trusted_proxy_names_the_client(trusted_proxies: str, client: str) -> None:
+    running = Running(4, trusted_proxies)
+    try:
+        with running.connect() as connection:
+            connection.sendall(request("/client", "X-Forwarded-For: 198.51.100.1, 192.0.2.7"))
+            read_until(connection, f'{{"path":"{client}"}}'.encode())
+    finally:
+        running.stop()
 
 
 def test_excess_connections_are_told_so(running: Running) -> None:
