@@ -116,8 +116,13 @@ class Client:
 
 
 def _body(prompt: str, length: int, stream: bool) -> dict[str, object]:
-    body = {"prompt": prompt, "max_tokens": length, "temperature": 0, "ignore_eos": True}
-    return body | {"stream": stream}
+    return {
+        "prompt": prompt,
+        "max_tokens": length,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": stream,
+    }
 
 
 def _head(answer: Answer, response: httpx.Response) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from starlette.responses import JSONResponse, StreamingResponse
+from starlette.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from dance_jax.serve import http_server
@@ -24,6 +24,8 @@ from dance_jax.serve.metrics import HttpConnections
 from tests.launch.launched import eventually
 
 PATIENCE_S = 30.0
+#: Bytes of an answer that fits into no buffer of the kernel.
+LONG = 1 << 25
 
 
 class App:
@@ -51,6 +53,9 @@ class App:
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
             for each in waits:
                 each.cancel()
+        if scope["path"] == "/long":
+            await PlainTextResponse(bytes(LONG))(scope, receive, send)
+            return
         shown = scope["client"][0] if scope["path"] == "/client" else scope["path"]
         await JSONResponse({"path": shown})(scope, receive, send)
 
@@ -206,6 +211,26 @@ def test_a_slow_answer_is_no_late_request(
         running.let_go()
         connection.settimeout(PATIENCE_S)
         assert connection.recv(1 << 16).startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_client_that_does_not_read_is_closed(
+    running: Running, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    """Its answer waits; with a second request, that one's answer cannot begin either."""
+    monkeypatch.setattr(http_server, "NOT_READ_S", 1.0)
+    with running.connect() as idle, running.connect() as reading:
+        for connection in (idle, reading):
+            connection.sendall(count * request("/long"))
+        unread = count * LONG
+        while unread > 0:  # for longer than the idle one may take
+            time.sleep(0.1)
+            left = unread - (1 << 21)
+            while unread > max(left, 0):
+                got = len(reading.recv(1 << 18))
+                assert got, "the connection was closed while its client read"
+                unread -= got
+        assert eventually(lambda: running.counts.open <= 1, 5)
 
 
 @pytest.mark.parametrize("version", ["1.0", "1.1"])

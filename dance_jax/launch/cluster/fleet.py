@@ -27,7 +27,7 @@ from dance_jax.cache import default_cache_dir
 from dance_jax.config import ClusterSpec, EngineConfig, UserError
 from dance_jax.launch.agent import model_files
 from dance_jax.launch.agent.network import Network
-from dance_jax.launch.agent.process import ServerProcess
+from dance_jax.launch.agent.process import ServerProcess, remove_log
 from dance_jax.launch.cluster.trace import TraceFile
 from dance_jax.launch.control import protocol
 from dance_jax.launch.control.channel import (
@@ -194,7 +194,7 @@ class Fleet(abc.ABC):
         if self.nodes is None and self.network.any_remote(self.spec):
             self._control_port = self._listen()
         for rank, server in enumerate(self.spec.servers):
-            self._log_path(rank).unlink(missing_ok=True)
+            remove_log(self._log_path(rank))
             self._processes.append(self._start_process(rank))
             self.progress(server.name, "starting", 0, 0)
         for rank in range(len(self._processes)):
