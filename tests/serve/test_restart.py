@@ -78,8 +78,10 @@ class Load:
         ]
         for event in self._begun:
             await event.wait()
-        for url in self._urls if self._streamed else ():
-            while await asyncio.to_thread(metric, url, "requests_in_flight") < len(NUMBERS):
+        for url, own in zip(self._urls, self._answers, strict=True) if self._streamed else ():
+            while await asyncio.to_thread(metric, url, "requests_in_flight") + sum(
+                answer.done() for answer in own
+            ) < len(NUMBERS):
                 await asyncio.sleep(0.01)
         for own in self._answers:
             assert not all(answer.done() for answer in own), "too little for this machine"
