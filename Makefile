@@ -1,10 +1,10 @@
-# make demo | test | research-test | slow-test | lint | docs | testbed | chaos | dist; each target
-# creates .venv first if needed.
+# make demo | test | research-test | slow-test | lint | docs | testbed | haproxy | chaos | dist; each
+# target creates .venv first if needed.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test research-test slow-test lint docs testbed chaos dist
+.PHONY: demo test research-test slow-test lint docs testbed haproxy chaos dist
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.complete
@@ -33,6 +33,10 @@ docs: $(VENV)/.docs-complete
 # Three hosts on slow links in this machine answer the demo's prompts. Root; may install sshd.
 testbed: $(VENV)/.complete
 	$(BIN)/python -m tests.testbed.check --rate 100Mbps
+
+# A server behind HAProxy is killed; may install haproxy, as root.
+haproxy: $(VENV)/.complete
+	$(BIN)/python -m tests.haproxy.check
 
 # Processes and servers are lost under load; no answer may be lost or changed.
 chaos: $(VENV)/.complete

@@ -39,8 +39,9 @@ def option(
         help: help text for the command line; `{default}` in the text stands for the default.
         flag: name on the command line; "": that of the field.
         kind: how text is parsed: "int", "count" (at least 1), "port", "seconds", "size" (bytes with
-            a unit), "path" or "policy" (a name in `placement.POLICIES`); "": a string, or a switch
-            if the default is False.
+            a unit), "path", "policy" (a name in `placement.POLICIES`) or "networks" (IP addresses
+            or networks with commas between them); "": a string, or a switch if the default is
+            False.
         choices: all allowed values; (): any value.
         metavar: stands for the value in the help.
     """
@@ -324,6 +325,13 @@ class ServeOptions:
         "half of them)",
         kind="count",
         metavar="N",
+    )
+    trusted_proxies: str = option(
+        "127.0.0.1,::1",
+        "addresses or networks of the proxies whose X-Forwarded-For names the client (default: "
+        "{default})",
+        kind="networks",
+        metavar="ADDRESS,...",
     )
 
     @property

@@ -18,7 +18,7 @@ from hypothesis import settings
 
 from dance_jax.models import native
 from tests.cluster.fixture import TestCluster
-from tests.quick import XLA_FLAGS, shared_folder
+from tests.quick import XLA_FLAGS
 from tests.schedule import Schedule, longest_first
 
 os.environ["XLA_FLAGS"] = XLA_FLAGS
@@ -48,12 +48,13 @@ def collected() -> None:
 
 
 @pytest.fixture(scope="session")
-def expert_library(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path | None:
-    """The C++ library, registered in this process. None without a compiler."""
-    folder = shared_folder(tmp_path_factory) / "library"
-    folder.mkdir(exist_ok=True)
+def expert_library() -> pathlib.Path | None:
+    """The C++ library, registered in this process. None without a compiler.
+
+    It is kept where `make` builds it, so the next session finds it unless the sources change.
+    """
     # One process builds; the others wait.
-    library = native.build(folder)
+    library = native.build(native.INSTALLED)
     assert (library is None) == (shutil.which(os.environ.get("CXX", "c++")) is None)
     native.register(library)
     return library

@@ -7,14 +7,18 @@ from xdist.scheduler import LoadFileScheduling
 
 #: The files that take longest, by the beginnings of their paths, and the group of each. They come
 #: first, so that no worker is left alone with one at the end. One worker runs a whole group, whose
-#: files use the same processes: they start and compile once.
+#: files use the same processes or compile the same functions: they start and compile once.
 LONGEST = {
     "tests/cluster/": "three_servers",
     "tests/serve/test_cluster.py": "served",
     "tests/serve/test_migration.py": "served",
     "tests/serve/test_restart.py": "served",
+    "tests/placement/": "placement",
     "tests/launch/test_cluster.py": "",
+    "tests/serve/test_loss.py": "",
+    "tests/models/test_parity.py": "",
     "tests/launch/test_nodes.py": "",
+    "tests/launch/test_remote.py": "",
     "tests/test_llm.py": "",
 }
 

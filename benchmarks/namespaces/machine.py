@@ -8,7 +8,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from dance_jax.config import UserError
 
@@ -54,18 +54,21 @@ def check_root() -> None:
         raise UserError("the testbed creates network namespaces, which takes root: use sudo")
 
 
-def install_missing() -> None:
-    """Install the missing programs with apt-get.
+def install_missing(wanted: Mapping[str, str] = PACKAGES) -> None:
+    """Install the missing programs with apt-get, as root.
+
+    Args:
+        wanted: Debian package of each program.
 
     Raises:
         UserError: the machine has no apt-get, or apt-get failed.
     """
-    packages = sorted({PACKAGES[program] for program in PACKAGES if not find(program)})
+    packages = sorted({wanted[program] for program in wanted if not find(program)})
     if not packages:
         return
     if find("apt-get") is None:
         raise UserError(
-            f"the testbed needs these packages (Debian names), and this machine has no apt-get: "
+            f"packages are missing (Debian names), and this machine has no apt-get: "
             f"install {', '.join(packages)}"
         )
     print(f"installing {', '.join(packages)}", flush=True)

@@ -96,6 +96,7 @@ def started(
     arguments: Sequence[str],
     addresses: Sequence[Address] | None = None,
     root: pathlib.Path | None = None,
+    prefix: Sequence[str] = (),
 ) -> Iterator[StartedCluster]:
     """Run the servers for the block; they end however the block ends.
 
@@ -107,6 +108,7 @@ def started(
             machine.
         root: the checkout whose launcher and servers run, with this working directory. If None,
             the installed package, with the working directory of this process.
+        prefix: words of a command that runs the launcher's command, which follows them.
 
     Raises:
         UserError: a server is on another machine, and no addresses are given.
@@ -122,7 +124,7 @@ def started(
         addresses = [Address(LOOPBACK, port + n) for n in range(len(spec.servers))]
     with tempfile.TemporaryDirectory(prefix="dance-jax-bench-") as work:
         log = pathlib.Path(work) / "launcher.log"
-        command = [*LAUNCHER, *arguments, "--port", str(addresses[0].port)]
+        command = [*prefix, *LAUNCHER, *arguments, "--port", str(addresses[0].port)]
         with log.open("wb") as file:
             # In its own session: Ctrl-C reaches only this process, which then ends the launcher.
             process = subprocess.Popen(

@@ -40,6 +40,8 @@ RAW: dict[str, np.dtype] = {
 }
 _TYPES = FLOATS | RAW
 
+#: Bytes of the longest header, as in the safetensors library.
+MAX_HEADER = 100_000_000
 _SAMPLE = 256
 
 
@@ -129,6 +131,11 @@ def read_header(path: pathlib.Path) -> dict[str, StoredTensor]:
                 raise UserError(
                     f"{path}: truncated: {size} bytes end within the header; download the file "
                     "again"
+                )
+            if length > MAX_HEADER:
+                raise UserError(
+                    f"{path}: not a safetensors file, or damaged: a header of {length} bytes, but "
+                    f"at most {MAX_HEADER} are allowed; download the file again"
                 )
             text = file.read(length)
     except FileNotFoundError as error:

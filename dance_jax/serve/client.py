@@ -13,9 +13,9 @@ _IPV6_PREFIX = 64
 def client_of(request: fastapi.Request) -> str:
     """The client of a call: its IP address, or its network of 64 bits if the address is IPv6.
 
-    uvicorn takes the address from `X-Forwarded-For` if the connection comes from a proxy that it
-    trusts: one on this machine, or one in the environment variable FORWARDED_ALLOW_IPS. A server
-    has one API key at most, so keys do not tell clients apart.
+    uvicorn takes the address from `X-Forwarded-For` if the connection comes from one of
+    `ServeOptions.trusted_proxies`. A server has one API key at most, so keys do not tell clients
+    apart.
     """
     host = request.client.host if request.client else ""
     try:

@@ -56,17 +56,27 @@ async def answered(
 ) -> Response:
     """The response of a call that generates; the call is aborted if the client hangs up.
 
+    A stream begins with its first chunk. Until then a proxy can repeat the call on another server,
+    and an error has its status.
+
     Args:
         request: the HTTP request, whose body has been read.
         generation: in flight; closed here or with the response.
         whole: gives the complete answer.
-        chunks: gives the answer in chunks.
+        chunks: gives the answer in chunks, at least one.
         stream: whether to send chunks.
+
+    Raises:
+        ApiError: the generation failed before anything was sent.
     """
-    if stream:
-        return EventStream(generation, chunks())
-    with contextlib.closing(generation):
+    with contextlib.ExitStack() as failed:
+        failed.enter_context(contextlib.closing(generation))
         try:
+            if stream:
+                parts = chunks()
+                first = await while_connected(request.receive, anext(parts))
+                failed.pop_all()
+                return EventStream(generation, first, parts)
             answer = await while_connected(request.receive, whole())
         except Disconnected:
             return Response(status_code=_CLIENT_GONE)
@@ -81,17 +91,20 @@ class EventStream(Response):
 
     Args:
         generation: source of the chunks; always closed at the end of the stream.
-        chunks: bodies of the events, in order.
+        first: body of the first event.
+        chunks: bodies of the events that follow, in order.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, generation: Generation, chunks: AsyncIterator[BaseModel]) -> None:
+    def __init__(
+        self, generation: Generation, first: BaseModel, chunks: AsyncIterator[BaseModel]
+    ) -> None:
         # Proxies must not buffer the stream.
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._generation = generation
-        self._chunks = chunks
+        self._first, self._chunks = first, chunks
         #: time.monotonic() since which an event waits for room in the connection, if one waits.
         self._waits_since: float | None = None
 
@@ -108,6 +121,7 @@ class EventStream(Response):
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
         await send(start)
         try:
+            await self._send_event(send, self._first.model_dump_json())
             async for chunk in self._chunks:
                 await self._send_event(send, chunk.model_dump_json())
         except Exception as error:

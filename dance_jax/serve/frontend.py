@@ -378,9 +378,15 @@ def _http_server(
         api_key=setup.options.api_key,
         created=int(time.time()),
     )
-    counts = HttpConnections()
+    options, counts = setup.options, HttpConnections()
     app = create_app(queue, info, experts, counts)
-    return HttpServer(app, setup.options.drain_seconds + HANGUP_S, BACKLOG, counts=counts)
+    return HttpServer(
+        app,
+        options.drain_seconds + HANGUP_S,
+        BACKLOG,
+        counts=counts,
+        trusted_proxies=options.trusted_proxies,
+    )
 
 
 def _report(plain: object):

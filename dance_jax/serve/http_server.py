@@ -1,7 +1,7 @@
 """The HTTP server of a front end: uvicorn, with a limited number of connections.
 
-A connection is closed if it brings no request in time. A client that has closed only its side of a
-connection still gets its answer.
+A connection is closed if it brings no request in time, or if its client does not read an answer. A
+client that has closed only its side of a connection still gets its answer.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from dance_jax import descriptors
 from dance_jax.logs import OnceASecond
 from dance_jax.serve.errors import AlwaysAnswers, ApiError, error_response
 from dance_jax.serve.metrics import HttpConnections
+from dance_jax.serve.unread import UNREAD_S
 
 log = logging.getLogger(__name__)
 log.addFilter(OnceASecond())
@@ -43,6 +44,9 @@ LINGERING = 32
 #: Seconds between the first two probes of a half-closed connection; then twice as many, up to the
 #: second number.
 PROBE_S = (0.1, 10.0)
+#: Seconds for which a client may read nothing of what waits for it: longer than streams allow
+#: (delivery.EventStream), and Linux (unread.limit_unread).
+NOT_READ_S = 2 * UNREAD_S
 #: Start of every answer.
 _VERSION = b"HTTP/1.1 "
 
@@ -62,6 +66,8 @@ class HttpServer(uvicorn.Server):
         backlog: connections that may wait to be accepted.
         most: maximum number of connections; None: as many as the limit of descriptors allows.
         counts: of the connections; kept up to date.
+        trusted_proxies: addresses or networks, with commas between them, whose X-Forwarded-For
+            is believed.
     """
 
     def __init__(
@@ -71,6 +77,7 @@ class HttpServer(uvicorn.Server):
         backlog: int,
         most: int | None = None,
         counts: HttpConnections | None = None,
+        trusted_proxies: str = "",
     ) -> None:
         self._backlog = backlog
         most = most_connections() if most is None else most
@@ -90,6 +97,7 @@ class HttpServer(uvicorn.Server):
                 backlog=ACCEPTED_AT_ONCE,
                 timeout_keep_alive=KEEP_ALIVE_S,
                 timeout_graceful_shutdown=int(graceful_s),
+                forwarded_allow_ips=trusted_proxies,
             )
         )
 
@@ -118,6 +126,8 @@ class Connection(H11Protocol):
     _head_timer: asyncio.TimerHandle | None = None
     #: Probes the client, which has closed its side of the connection; None if it has not.
     _probe_timer: asyncio.TimerHandle | None = None
+    #: Looks whether the client reads what waits for it; None if nothing waits.
+    _read_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -131,7 +141,7 @@ class Connection(H11Protocol):
         super().connection_lost(exc)
         self.COUNTS.open = len(self.connections)
         self._unset_keepalive_if_required()
-        for timer in (self._head_timer, self._probe_timer):
+        for timer in (self._head_timer, self._probe_timer, self._read_timer):
             if timer is not None:
                 timer.cancel()
 
@@ -143,6 +153,7 @@ class Connection(H11Protocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
+        self._await_reading()
         if self._probe_timer is not None and not self._answering:
             self._unset_keepalive_if_required()
             self.transport.close()
@@ -190,6 +201,30 @@ class Connection(H11Protocol):
     def send_400_response(self, msg: str) -> None:
         self._error(ApiError(400, "the request is not valid HTTP"))
         self.transport.close()
+
+    # A client that does not read.
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._await_reading()
+
+    def _await_reading(self) -> None:
+        """Close the connection unless its client reads some of what waits for it in time."""
+        if self._read_timer is not None:
+            self._read_timer.cancel()
+        waits = self.transport.get_write_buffer_size()
+        self._read_timer = (
+            self.loop.call_later(NOT_READ_S, self._look_at_reading, waits) if waits else None
+        )
+
+    def _look_at_reading(self, waited: int) -> None:
+        # While more of an answer is written, as many bytes may wait although the client reads.
+        complete = self.flow.write_paused or not self._answering
+        if complete and self.transport.get_write_buffer_size() >= waited:
+            log.warning("a connection was closed: its client does not read its answer")
+            self.transport.abort()
+        else:
+            self._await_reading()
 
     # Too many connections.
 

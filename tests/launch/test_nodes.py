@@ -85,7 +85,11 @@ def test_nodes_answer_as_one_launch(tiny: Tiny, start: Start, tmp_path: pathlib.
 
 
 @pytest.mark.parametrize(
-    "lost", ["first", *(pytest.param(lost, marks=pytest.mark.slow) for lost in ("node", "worker"))]
+    "lost",
+    [
+        "first",
+        *(pytest.param(lost, marks=pytest.mark.slow) for lost in ("interrupt", "node", "worker")),
+    ],
 )
 def test_all_nodes_end_when_one_does(
     lost: str, start: Start, tmp_path: pathlib.Path, tiny: Tiny
@@ -97,13 +101,17 @@ def test_all_nodes_end_when_one_does(
     ]
     said(tmp_path, 0, " | ")
     processes = [child for node in nodes for child in node.children(recursive=True)]
-    victim = {"node": nodes[1], "first": nodes[0], "worker": only_child(nodes[1])}[lost]
-    victim.send_signal(signal.SIGKILL)
+    victim = {"first": nodes[0], "worker": only_child(nodes[1])}.get(lost, nodes[1])
+    victim.send_signal(signal.SIGINT if lost == "interrupt" else signal.SIGKILL)
     _, alive = psutil.wait_procs([*nodes, *processes], timeout=10)
     assert not alive
     if lost != "first":
         assert nodes[0].returncode == 1
-        end = "was killed by signal 9" if lost == "worker" else "cannot be reached any more"
+        end = {
+            "interrupt": r"was ended by Ctrl-C on its node \(--node-rank 1\)",
+            "node": "cannot be reached any more",
+            "worker": "was killed by signal 9",
+        }[lost]
         assert re.search(rf"server beta \(process \d+\) .*{end}", (tmp_path / "node-0").read_text())
     assert nodes[2].returncode != 0 or lost != "first"
 

@@ -37,6 +37,7 @@ def test_a_file_gives_options_and_the_command_line_overrides_them(tmp_path: path
         ("prot = 3", "prot: unknown option; the options are hosts, "),
         ("port = 99999", "port: '99999' is not a TCP port"),
         ('exchange = "none"', "exchange: invalid choice"),
+        ('trusted-proxies = "10.0.0.5, lb"', "trusted-proxies: 'lb' does not appear to be an IPv4"),
         ("rebalance-dry-run = 1", "rebalance-dry-run: must be true or false"),
         ("hosts = []", "hosts: must be a string or a number"),
         ("max-num-seqs = true", "max-num-seqs: must be a string or a number"),

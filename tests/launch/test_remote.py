@@ -78,6 +78,9 @@ class Remote:
     def __init__(self, tiny: Tiny, folder: pathlib.Path) -> None:
         self.ssh = FakeSsh(folder / "ssh")
         self.output = folder / "terminal"
+        #: Temporary files of the launch. If it is killed, no server removes them: all are remote.
+        self.private = folder / "tmp"
+        self.private.mkdir()
         lines = [line for line in HOSTS.splitlines() if "address=" in line]
         self.blind = Blind(self.ssh, [tiny.folder / "model", tiny.folder / "cache" / "models"])
         hosts = folder / "hosts.txt"
@@ -101,7 +104,8 @@ class Remote:
                 [*self._command, *map(str, options)],
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=os.environ | {"PATH": self.ssh.path, "COLUMNS": "200"},
+                env=os.environ
+                | {"PATH": self.ssh.path, "COLUMNS": "200", "TMPDIR": str(self.private)},
             )
         return self.process
 
@@ -180,6 +184,7 @@ def test_all_hosts_are_left_clean(how: str, remote: Remote, tmp_path: pathlib.Pa
     process.send_signal(signal.SIGCONT)
     code = process.wait(PATIENCE_S)
     assert code == {"interrupt": 130, "kill launch": -signal.SIGKILL}.get(how, 1), remote.text
+    assert how == "kill launch" or not list(remote.private.iterdir())
     if how == "kill worker":
         assert re.search(r"server beta \(process \d+\) was killed by signal 9", remote.text)
 

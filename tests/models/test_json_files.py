@@ -15,7 +15,7 @@ from dance_jax.models import model_config
 from dance_jax.models.directory import INDEX, MAX_DEPTH, json_object, read_config, weight_files
 from dance_jax.models.families.fields import MAX_LAYERS
 from dance_jax.models.random_weights import write_byte_tokenizer
-from dance_jax.models.safetensors_file import read_header
+from dance_jax.models.safetensors_file import MAX_HEADER, read_header
 from dance_jax.models.tokenizer import Tokenizer
 from tests.tiny_models import SERVED
 
@@ -77,6 +77,15 @@ def test_a_safetensors_header(directory: pathlib.Path, content: str) -> None:
         "model.safetensors is truncated, or not a safetensors file"
         in model_state(directory).problem
     )
+
+
+def test_the_length_of_a_safetensors_header_is_limited(directory: pathlib.Path) -> None:
+    path = directory / "model.safetensors"
+    with path.open("wb") as file:
+        file.write((MAX_HEADER + 1).to_bytes(8, "little"))
+        file.truncate(MAX_HEADER + 100)  # a hole: it takes no room on the disk
+    with pytest.raises(UserError, match=r"damaged: a header of 100000001 bytes, but at most"):
+        read_header(path)
 
 
 @pytest.mark.parametrize(

@@ -344,6 +344,17 @@ def test_an_engine_that_fails(info: ServeInfo) -> None:
         assert len(queue.closed) == 4
 
 
+def test_a_failure_before_the_first_token_has_a_status(info: ServeInfo) -> None:
+    """Also in a stream: proxies repeat calls that fail with 503 on another server."""
+
+    def script(request: Any) -> Any:
+        yield OutputDelta(request.request_id, 0, finish_reason="abort")
+
+    queue = ScriptedQueue(script)
+    error(client(queue, info).post("/v1/completions", json={"prompt": "a", "stream": True}), 503)
+    assert len(queue.closed) == 1
+
+
 def test_a_bug_shows_nothing_of_the_inside(info: ServeInfo) -> None:
     http = client(ScriptedQueue(refusal=RuntimeError("secret")), info)
     found = error(http.post("/v1/completions", json={"prompt": "a"}), 500)

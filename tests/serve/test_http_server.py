@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from starlette.responses import JSONResponse, StreamingResponse
+from starlette.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from dance_jax.serve import http_server
@@ -24,6 +24,8 @@ from dance_jax.serve.metrics import HttpConnections
 from tests.launch.launched import eventually
 
 PATIENCE_S = 30.0
+#: Bytes of an answer that fits into no buffer of the kernel.
+LONG = 1 << 25
 
 
 class App:
@@ -51,7 +53,11 @@ class App:
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
             for each in waits:
                 each.cancel()
-        await JSONResponse({"path": scope["path"]})(scope, receive, send)
+        if scope["path"] == "/long":
+            await PlainTextResponse(bytes(LONG))(scope, receive, send)
+            return
+        shown = scope["client"][0] if scope["path"] == "/client" else scope["path"]
+        await JSONResponse({"path": shown})(scope, receive, send)
 
     async def _disconnect(self, receive: Receive) -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -71,9 +77,9 @@ class App:
 class Running:
     """An HttpServer in a thread."""
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, trusted_proxies: str = "") -> None:
         self._ready = threading.Event()
-        self._most = most
+        self._most, self._trusted_proxies = most, trusted_proxies
         self.counts = HttpConnections()
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.address = self._socket.getsockname()
@@ -84,7 +90,9 @@ class Running:
     async def _run(self) -> None:
         self.loop = asyncio.get_running_loop()
         self.app = App()
-        self.server = HttpServer(self.app, PATIENCE_S, 128, self._most, self.counts)
+        self.server = HttpServer(
+            self.app, PATIENCE_S, 128, self._most, self.counts, self._trusted_proxies
+        )
         self._ready.set()
         with contextlib.suppress(asyncio.CancelledError):
             await self.server.serve([self._socket])
@@ -139,6 +147,20 @@ def error_of(answer: bytes, status: int) -> dict[str, Any]:
     return json.loads(body)["error"]
 
 
+@pytest.mark.parametrize(
+    ("trusted_proxies", "client"),
+    [("127.0.0.1,::1", "192.0.2.7"), ("127.0.0.0/8", "192.0.2.7"), ("10.0.0.5", "127.0.0.1")],
+)
+def test_only_a_trusted_proxy_names_the_client(trusted_proxies: str, client: str) -> None:
+    running = Running(4, trusted_proxies)
+    try:
+        with running.connect() as connection:
+            connection.sendall(request("/client", "X-Forwarded-For: 198.51.100.1, 192.0.2.7"))
+            read_until(connection, f'{{"path":"{client}"}}'.encode())
+    finally:
+        running.stop()
+
+
 def test_excess_connections_are_told_so(running: Running) -> None:
     with contextlib.ExitStack() as stack:
         idle = [stack.enter_context(running.connect()) for _ in range(4)]
@@ -189,6 +211,26 @@ def test_a_slow_answer_is_no_late_request(
         running.let_go()
         connection.settimeout(PATIENCE_S)
         assert connection.recv(1 << 16).startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_client_that_does_not_read_is_closed(
+    running: Running, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    """Its answer waits; with a second request, that one's answer cannot begin either."""
+    monkeypatch.setattr(http_server, "NOT_READ_S", 1.0)
+    with running.connect() as idle, running.connect() as reading:
+        for connection in (idle, reading):
+            connection.sendall(count * request("/long"))
+        unread = count * LONG
+        while unread > 0:  # for longer than the idle one may take
+            time.sleep(0.1)
+            left = unread - (1 << 21)
+            while unread > max(left, 0):
+                got = len(reading.recv(1 << 18))
+                assert got, "the connection was closed while its client read"
+                unread -= got
+        assert eventually(lambda: running.counts.open <= 1, 5)
 
 
 @pytest.mark.parametrize("version", ["1.0", "1.1"])

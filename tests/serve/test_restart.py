@@ -55,13 +55,13 @@ class Load:
 
     Args:
         served: the cluster.
-        accepted: stream all answers, and begin when the servers have accepted all questions. A
-            stream's headers say so; otherwise a question may still be on its way.
+        accepted: stream all answers, and begin when the servers have accepted all questions.
+            Otherwise a question may still be on its way.
     """
 
     def __init__(self, served: Served, accepted: bool = False) -> None:
         self._streamed = accepted
-        self._accepted = [asyncio.Event() for _ in range(len(NUMBERS) * len(served.urls))]
+        self._urls = served.urls
         self._clients = [
             openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
             for url in served.urls
@@ -72,13 +72,17 @@ class Load:
         # Warm up each server, so that all answers start together.
         for client in self._clients:
             await client.completions.create(model=MODEL, prompt="a", max_tokens=1)
-        accepted = iter(self._accepted)
         self._answers = [
-            [asyncio.create_task(self._ask(rank, number, next(accepted))) for number in NUMBERS]
+            [asyncio.create_task(self._ask(rank, number)) for number in NUMBERS]
             for rank in range(len(self._clients))
         ]
-        for event in (*self._begun, *(self._accepted if self._streamed else ())):
+        for event in self._begun:
             await event.wait()
+        for url, own in zip(self._urls, self._answers, strict=True) if self._streamed else ():
+            while await asyncio.to_thread(metric, url, "requests_in_flight") + sum(
+                answer.done() for answer in own
+            ) < len(NUMBERS):
+                await asyncio.sleep(0.01)
         for own in self._answers:
             assert not all(answer.done() for answer in own), "too little for this machine"
         return self
@@ -92,7 +96,7 @@ class Load:
     async def answers(self) -> list[Answer]:
         return await asyncio.gather(*itertools.chain(*self._answers))
 
-    async def _ask(self, rank: int, number: int, accepted: asyncio.Event) -> Answer:
+    async def _ask(self, rank: int, number: int) -> Answer:
         create = self._clients[rank].completions.create
         asked = {"model": MODEL, "max_tokens": LENGTH, "extra_body": {"ignore_eos": True}}
         answer, count = Answer({}, {}), 0
@@ -103,7 +107,6 @@ class Load:
                 answer.reasons[choice.index] = choice.finish_reason
             return answer
         chunks = await create(**asked, **QUESTIONS[number], stream=True)
-        accepted.set()
         async for chunk in chunks:
             for choice in chunk.choices:
                 answer.texts[choice.index] = answer.texts.get(choice.index, "") + choice.text

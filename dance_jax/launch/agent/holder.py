@@ -23,8 +23,8 @@ from zmq.utils import monitor
 
 from dance_jax import signals
 from dance_jax.config import ServerSpec, UserError
-from dance_jax.launch.agent.nodes import MEET_TIMEOUT_S
-from dance_jax.launch.agent.process import ChildProcess
+from dance_jax.launch.agent.nodes import INTERRUPTED, MEET_TIMEOUT_S
+from dance_jax.launch.agent.process import ChildProcess, remove_log
 from dance_jax.launch.control import protocol
 from dance_jax.launch.control.channel import RECONNECT_S, ControlConnection, node_identity
 
@@ -106,7 +106,7 @@ class _Holder:
         self._channel = channel
         self._log_dir = log_dir
         if log_dir is not None:
-            (log_dir / f"{server.name}.log").unlink(missing_ok=True)
+            remove_log(log_dir / f"{server.name}.log")
         #: Directory that the server removes if this launcher is killed. The probe needs none.
         self._private: tempfile.TemporaryDirectory[str] | None = None
         self._progress = progress
@@ -123,9 +123,13 @@ class _Holder:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._process is not None:
-            self._process.end(0.0)
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if (process := self._process) is not None:
+            if kind is KeyboardInterrupt:
+                # Before the end of the process, so that node 0 learns the cause first.
+                number, place = self._start.number, process.log_place
+                self._send(protocol.NodeEnded(number, INTERRUPTED, process.last_lines(), place))
+            process.end(0.0)
         if self._private is not None:
             self._private.cleanup()
         self.changes.close()

@@ -18,6 +18,8 @@ from dance_jax.launch.control.channel import RECONNECT_S, ControlListener, node_
 
 #: Seconds that nodes wait for each other at the start.
 MEET_TIMEOUT_S = 300.0
+#: Status of a process whose node is interrupted by Ctrl-C, as in a shell.
+INTERRUPTED = 128 + signal.SIGINT
 #: Seconds between pings that detect a lost node: much shorter than fleet.CAUSE_WINDOW_S, so that a
 #: lost node is noticed while the cause is sought.
 _PING_S = 0.2
@@ -180,6 +182,8 @@ class NodeProcess(ServerProcess):
         return None if self._end is None else self._end.status
 
     def lost(self) -> str:
+        if self.status == INTERRUPTED:
+            return f"was ended by Ctrl-C on its node (--node-rank {self._rank})"
         if self.unreachable is None or self._end is not None:
             return ""
         return (

@@ -338,19 +338,35 @@ def tail(path: pathlib.Path) -> list[str]:
         return [f"(the log cannot be read: {error})"]
 
 
+def remove_log(path: pathlib.Path) -> None:
+    """Remove the log of an earlier launch, if there is one.
+
+    Raises:
+        UserError: it cannot be removed; a directory, for example.
+    """
+    with _writable(path):
+        path.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def _log_file(path: pathlib.Path | None) -> Iterator[IO[bytes] | None]:
     if path is None:
         yield None
         return
-    try:
+    with _writable(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         # A server that is started again goes on with its log.
         file = open(path, "ab")  # noqa: SIM115
+    with file:
+        yield file
+
+
+@contextlib.contextmanager
+def _writable(path: pathlib.Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         why = (error.strerror or str(error)).lower()
         raise UserError(
             f"{path}: the log cannot be written: {why}; name another --log-dir"
         ) from error
-    with file:
-        yield file

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import ipaddress
 import os
 import pathlib
 import re
@@ -296,6 +297,15 @@ def _text(text: str) -> str:
     return text
 
 
+def _networks(text: str) -> str:
+    for part in text.split(","):
+        try:
+            ipaddress.ip_network(part.strip())
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{error}; give for example 10.0.0.5") from error
+    return text
+
+
 #: Parsers of option values, by the `kind` of `config.option`.
 _KINDS: dict[str, Callable[[str], Any]] = {
     "": _text,
@@ -306,6 +316,7 @@ _KINDS: dict[str, Callable[[str], Any]] = {
     "size": _size,
     "path": str,
     "policy": str,
+    "networks": _networks,
 }
 
 

@@ -29,7 +29,7 @@ from dance_jax.launch.agent import model_files
 from dance_jax.launch.agent.adopted import AdoptedProcess, nobody
 from dance_jax.launch.agent.child import END
 from dance_jax.launch.agent.network import Network
-from dance_jax.launch.agent.process import ServerProcess
+from dance_jax.launch.agent.process import ServerProcess, remove_log
 from dance_jax.launch.cluster.trace import TraceFile
 from dance_jax.launch.control import protocol
 from dance_jax.launch.control.channel import (
@@ -199,7 +199,7 @@ class Fleet(abc.ABC):
             self._control_port = self._listen()
         self._processes = [nobody() for _ in self.spec.servers]
         for rank in self.spec.seated:
-            self._log_path(rank).unlink(missing_ok=True)
+            remove_log(self._log_path(rank))
             self._processes[rank] = self._start_process(rank)
             self.progress(self.spec.names[rank], "starting", 0, 0)
         for rank in self.spec.seated:

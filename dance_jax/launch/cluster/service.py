@@ -30,7 +30,7 @@ from dance_jax.config import (
 from dance_jax.launch.agent.adopted import AdoptedProcess, nobody
 from dance_jax.launch.agent.child import END, STILL_THERE
 from dance_jax.launch.agent.network import Network
-from dance_jax.launch.agent.process import ServerProcess, in_words, is_consequence
+from dance_jax.launch.agent.process import ServerProcess, in_words, is_consequence, remove_log
 from dance_jax.launch.cluster.changes import Changes, Survey
 from dance_jax.launch.cluster.fleet import CAUSE_WINDOW_S, Fleet
 from dance_jax.launch.cluster.members import MAX_FAILED_STARTS, AllFailed, Members
@@ -292,7 +292,7 @@ class Service(Fleet):
             self._control_port = self._listen()
         self._reseat(rank, server, slots)
         self._ports[rank] = self._free_port(rank)
-        self._log_path(rank).unlink(missing_ok=True)
+        remove_log(self._log_path(rank))
         self.members.join(rank)
         self._save_handover()
 
