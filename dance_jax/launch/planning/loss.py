@@ -12,7 +12,8 @@ from dance_jax.placement.core import Layout
 from dance_jax.placement.migration import migration_seconds
 from dance_jax.placement.recovery import recovery, uncovered
 
-#: Loading speed where none is measured: fixed seconds per expert, and bytes per second.
+#: Loading speed assumed until a server has loaded something: fixed seconds per expert, and bytes
+#: per second.
 READ_S, READ_RATE = 0.01, 200e6
 #: Most bytes that a device loads in one batch while sequences wait for them.
 RECOVERY_BYTES = 64 << 20

@@ -21,6 +21,7 @@ from dance_jax.config import ClusterSpec, EngineConfig, RebalanceOptions
 from dance_jax.launch.control import protocol
 from dance_jax.launch.control.protocol import Decision
 from dance_jax.launch.planning.costs import running_cost
+from dance_jax.launch.planning.loss import READ_RATE, READ_S, most_urgent_loads
 from dance_jax.launch.planning.plan import ModelFacts
 from dance_jax.launch.rebalance.batches import Migration, Purpose
 from dance_jax.launch.rebalance.decision import Answer, DecisionInputs, most_loads
@@ -33,9 +34,6 @@ from dance_jax.placement.core import Layout, Placement
 from dance_jax.placement.migration import difference
 from dance_jax.placement.recovery import recovery, restoration, uncovered
 
-#: Loading speed assumed until a server has loaded something: fixed seconds per expert, and bytes
-#: per second.
-READ_S, READ_RATE = 0.01, 200e6
 #: Most requests for decisions that may wait.
 MOST_WAITING = 16
 #: Weight of the latest batch in a server's mean loading rate.
@@ -44,9 +42,8 @@ _RATE_WEIGHT = 0.3
 LOAD_TIMEOUT_S = 300.0
 #: Seconds for servers to apply a loaded batch; later servers are not waited for.
 COMMIT_TIMEOUT_S = 10.0
-#: Most bytes that a device loads in one batch while sequences wait for them; seconds until a
-#: recovery that failed is tried again.
-RECOVERY_BYTES, RECOVERY_RETRY_S = 64 << 20, 5.0
+#: Seconds until a recovery that failed is tried again.
+RECOVERY_RETRY_S = 5.0
 #: Seconds for engines to report their statistics, or that a batch is dropped.
 ANSWER_TIMEOUT_S = 30.0
 
@@ -518,7 +515,7 @@ class Rebalancer:
             return
         counts = self._workload.statistics(self._clock()).counts
         size = self._model.expert_bytes(self._config.dtype)
-        most = max(1, RECOVERY_BYTES // size)
+        most = most_urgent_loads(size)
         batches = recovery(self._service.layout, self._service.present, counts, most)
         loads = [change for batch in batches for change in batch.loads()]
         if batches and self._before is None:
