@@ -345,9 +345,8 @@ class RebalanceOptions:
     )
     survive: int = option(
         0,
-        "servers that may be lost at once without anyone having to wait: every expert has one "
-        "holder more than that; 0: the other servers load what a loss takes away "
-        "(default: {default})",
+        "servers that may be lost at once without anything to load: every expert has one holder "
+        "more than that; 0: the other servers load what a loss takes away (default: {default})",
         kind="whole",
         metavar="N",
     )

@@ -10,6 +10,7 @@ Sections:
     counts     the same servers, if only counts are known
     memory     the same servers with less and more memory
     servers    4, 8 and 16 servers
+    survive    what it costs that every expert has holders for the loss of one or two servers
     churn      experts that move when a placement is made anew
     speed      times to solve
 

@@ -55,7 +55,7 @@ def choose_exchange(
 
     Args:
         local_share: local share of expert calls under the placement.
-        survive: servers that may be lost at once without anyone having to wait.
+        survive: servers that may be lost at once, with nothing to load.
 
     Raises:
         UserError: the servers cannot use the exchange that was asked for.

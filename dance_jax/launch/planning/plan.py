@@ -169,7 +169,7 @@ def make_plan(
             another policy.
         activations: statistics of every server's requests; None: all counts are equal.
         service: requests arrive at independent times, as opposed to a batch.
-        survive: servers that a service may lose at once without anyone having to wait.
+        survive: servers that a service may lose at once, with nothing to load.
 
     Raises:
         UserError: the servers are too few or have too little memory, the activations are of another

@@ -52,10 +52,10 @@ def repaired(placement: Placement, problem: Problem) -> Placement:
     needed. Of such placements it has the most calls at home. That is the optimum of a
     transportation problem (`transport`) in which a copy that is held is worth more than all calls.
 
-    Worked example: one layer of 3 experts, `holders` 2, two servers with 3 slots that hold {0, 1}
-    and {1, 2}: each lacks one expert and has room, so both get all three. With a third server of
-    one slot that holds {1}, expert 1 has a copy to give up; it stays where it is, as nobody needs
-    its slot.
+    Worked example: one layer of 4 experts, `holders` 2, three servers of 3 slots that hold {0, 1},
+    {2, 3} and {0}. Expert 0 has enough, the others need one more holder each. The servers call them
+    [0, 5, 2, 1], [0, 1, 7, 1] and [9, 0, 1, 3] times. The first server takes 2, the second 1 and
+    the third 3, which keeps 2 + 1 + 3 calls more at home; nothing is evicted.
 
     Args:
         placement: within the capacities.
