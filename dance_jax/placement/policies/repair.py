@@ -49,8 +49,9 @@ def repaired(placement: Placement, problem: Problem) -> Placement:
     """The placement itself if every expert has `problem.holders`, else the nearest one with them.
 
     It evicts as few copies as possible, of experts with more than `holders`, and adds no more than
-    needed. Of such placements it has the most calls at home. That is the optimum of a
-    transportation problem (`transport`) in which a copy that is held is worth more than all calls.
+    needed; they go where more calls then stay at home. That is the optimum of a transportation
+    problem (`transport`) in which a copy that is held is worth more than all calls, without the
+    copies that only fill slots.
 
     Worked example: one layer of 4 experts, `holders` 2, three servers of 3 slots that hold {0, 1},
     {2, 3} and {0}. Expert 0 has enough, the others need one more holder each. The servers call them
