@@ -18,7 +18,7 @@ class UserError(ValueError):
 
 
 #: The kinds of `option` whose values are whole numbers.
-INTEGER_KINDS = ("int", "count", "port", "size")
+INTEGER_KINDS = ("int", "whole", "count", "port", "size")
 
 
 def option(
@@ -38,10 +38,10 @@ def option(
     Args:
         help: help text for the command line; `{default}` in the text stands for the default.
         flag: name on the command line; "": that of the field.
-        kind: how text is parsed: "int", "count" (at least 1), "port", "seconds", "size" (bytes with
-            a unit), "path", "policy" (a name in `placement.POLICIES`) or "networks" (IP addresses
-            or networks with commas between them); "": a string, or a switch if the default is
-            False.
+        kind: how text is parsed: "int", "whole" (at least 0), "count" (at least 1), "port",
+            "seconds", "size" (bytes with a unit), "path", "policy" (a name in
+            `placement.POLICIES`) or "networks" (IP addresses or networks with commas between them);
+            "": a string, or a switch if the default is False.
         choices: all allowed values; (): any value.
         metavar: stands for the value in the help.
     """
@@ -348,7 +348,7 @@ HORIZON_S = 300.0
 
 @dataclasses.dataclass(frozen=True)
 class RebalanceOptions:
-    """When experts move while a service runs, and by which policy."""
+    """When experts move while a service runs, by which policy, and what losses it survives."""
 
     interval_s: float = option(
         300.0,
@@ -382,6 +382,13 @@ class RebalanceOptions:
     )
     dry_run: bool = option(
         False, "report which experts would move, without moving them", flag="--rebalance-dry-run"
+    )
+    survive: int = option(
+        0,
+        "servers that may be lost at once without anything to load: every expert has one holder "
+        "more than that; 0: the other servers load what a loss takes away (default: {default})",
+        kind="whole",
+        metavar="N",
     )
 
     @property

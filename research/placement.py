@@ -18,7 +18,7 @@ import json
 import os
 import pathlib
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 # Run as a script, only this folder would be searched.
@@ -29,16 +29,17 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 from rich.console import Console
 
-from benchmarks.arguments import add_check, add_folder, check_folder, some_of
+from benchmarks.arguments import add_check, add_folder, check_folder, list_of, some_of
 from benchmarks.command import say, verdict
 from benchmarks.targets import Target
+from dance_jax.bench.arguments import count_or_0
 from dance_jax.bench.terminal import exit_code, terminal
 from dance_jax.placement import POLICIES
 from research.policies import churn, figures, plots, setups, speed, tables, traces
 from research.policies.setups import Setup
 from research.policies.targets import Results, targets
 
-SECTIONS = ("reference", "counts", "memory", "servers", "churn", "speed")
+SECTIONS = ("reference", "counts", "memory", "servers", "survive", "churn", "speed")
 QUICK = ("reference", "counts")
 #: Columns of the terminal, where it does not say.
 WIDTH = 140
@@ -68,6 +69,14 @@ def parser() -> argparse.ArgumentParser:
         const=QUICK,
         help=f"only {' and '.join(QUICK)}",
     )
+    parser.add_argument(
+        "--survive",
+        type=list_of(count_or_0),
+        default=setups.LOSSES,
+        metavar="N,N",
+        help="losses of servers to survive, in the section survive "
+        f"({','.join(map(str, setups.LOSSES))})",
+    )
     return parser
 
 
@@ -87,7 +96,7 @@ def run(options: argparse.Namespace, console: Console) -> list[Target]:
     console.print(f"{os.cpu_count()} cores, jax {jax.__version__}, {jax.default_backend()}")
     results = Results()
     for section in options.sections:
-        measure(section, trace, models, results, console)
+        measure(section, trace, models, results, console, options.survive)
     found = targets(results)
     if options.output is not None:
         write(options.output, results, found)
@@ -100,11 +109,16 @@ def measure(
     models: list[traces.CountsAlone],
     results: Results,
     console: Console,
+    survive: Sequence[int] = setups.LOSSES,
 ) -> None:
     """One section: adds to the results and prints them."""
     if section == "churn":
         results.churn = churn.measure_churn(setups.reference(trace), POLICIES, say)
         tables.print_churn(console, results.churn)
+    elif section == "survive":
+        found = setups.surviving(trace, survive)
+        results.survive = [figures.measure(setup, POLICIES, say) for setup in found]
+        tables.print_price(console, results.survive)
     elif section == "speed":
         results.speed = speed.measure_speed(speed.cases(POLICIES), say)
         tables.print_speed(console, results.speed)
@@ -143,6 +157,7 @@ def write(directory: pathlib.Path, results: Results, found: list[Target]) -> Non
             section: [_plain(table) for table in measured]
             for section, measured in results.tables.items()
         },
+        "survive": [_plain(table) for table in results.survive],
         "churn": [dataclasses.asdict(row) for row in results.churn],
         "speed": [dataclasses.asdict(row) for row in results.speed],
         "targets": [dataclasses.asdict(target) | {"missed": target.missed} for target in found],
@@ -163,6 +178,7 @@ def _plain(table: figures.Table) -> dict[str, Any]:
         "devices": list(setup.devices),
         "slots": setup.capacities,
         "memory": setup.memory,
+        "survive": setup.survive,
         "rows": [dataclasses.asdict(row) for row in table.rows],
         "published": {policy: dict(each) for policy, each in setup.published.items()},
     }

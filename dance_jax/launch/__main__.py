@@ -18,7 +18,14 @@ from rich.text import Text
 
 from dance_jax import descriptors, logs, signals
 from dance_jax.cache import default_cache_dir
-from dance_jax.config import ClusterSpec, EngineConfig, ServeOptions, ServerSpec, UserError
+from dance_jax.config import (
+    ClusterSpec,
+    EngineConfig,
+    RebalanceOptions,
+    ServeOptions,
+    ServerSpec,
+    UserError,
+)
 from dance_jax.launch.agent.network import Network
 from dance_jax.launch.agent.role import Role, role
 from dance_jax.launch.cli.answers import AnswerFile
@@ -144,16 +151,16 @@ def _launch(options: argparse.Namespace, platform: str, console: Console) -> int
     )
     if prompts is None:
         config = dataclasses.replace(config, half_life=moving.half_life_s)
-    held = rooms(spec, model, config)
+    held = rooms(spec, model, config, moving.survive)
     activations = matched(activations, spec, model)
-    state = _state(console, moving.state_dir, spec, model, held)
+    state = _state(console, moving, spec, model, held)
     if state is None:
         service = options.prompts is None
         place = functools.partial(
-            _place, console, options.policy, activations, service, model, config
+            _place, console, options.policy, activations, service, moving.survive, model, config
         )
     else:
-        place = functools.partial(_resume, console, state, model, config)
+        place = functools.partial(_resume, console, state, moving.survive, model, config)
     if options.dry_run:
         place(spec)
         return 0
@@ -169,11 +176,9 @@ def _launch(options: argparse.Namespace, platform: str, console: Console) -> int
             text = f"taking over the servers of {moving.state_dir}, which still run"
             console.print(Text(text), soft_wrap=True)
             left = survivors.handover
-            spec, config, layout = (
-                left.spec,
-                left.config,
-                Layout.from_bytes(survivors.latest.layout),
-            )
+            spec, config = left.spec, left.config
+            layout = Layout.from_bytes(survivors.latest.layout)
+            layout = dataclasses.replace(layout, holders=moving.survive + 1)
             network = dataclasses.replace(network, control_addresses=left.control_addresses)
         else:
             if options.preflight or network.any_remote(spec):
@@ -331,20 +336,21 @@ def _place(
     policy: str,
     activations: Activations | None,
     service: bool,
+    survive: int,
     model: ModelFacts,
     config: EngineConfig,
     spec: ClusterSpec,
 ) -> Plan:
     """Decide where experts go and print the plan."""
     with placing(console, policy):
-        plan = make_plan(spec, model, config, policy, activations, service)
+        plan = make_plan(spec, model, config, policy, activations, service, survive)
     print_plan(console, plan)
     return plan
 
 
 def _state(
     console: Console,
-    directory: str | None,
+    moving: RebalanceOptions,
     spec: ClusterSpec,
     model: ModelFacts,
     held: Sequence[Room],
@@ -352,6 +358,7 @@ def _state(
     """The state that a previous service saved for these servers; prints why if it is unusable."""
     from dance_jax.launch.rebalance.state import FILE_NAME, load
 
+    directory = moving.state_dir
     if directory is None:
         return None
     why = ""
@@ -360,7 +367,9 @@ def _state(
     except UserError as error:
         state, why = None, str(error)
     else:
-        misfit = "" if state is None else state.misfit(spec, model, held)
+        if state is not None and {*state.servers} == {*spec.names}:  # perhaps in another order
+            state = state.of([state.servers.index(name) for name in spec.names])
+        misfit = "" if state is None else state.misfit(spec, model, held, moving.survive)
         if misfit:
             state, why = None, f"{os.path.join(directory, FILE_NAME)}: {misfit}"
     if why:
@@ -371,6 +380,7 @@ def _state(
 def _resume(
     console: Console,
     state: ServiceState,
+    survive: int,
     model: ModelFacts,
     config: EngineConfig,
     spec: ClusterSpec,
@@ -378,7 +388,7 @@ def _resume(
     """Resume the placement of a previous service and print the plan."""
     from dance_jax.launch.rebalance.state import resumed_plan
 
-    plan = resumed_plan(spec, model, config, state)
+    plan = resumed_plan(spec, model, config, state, survive)
     print_plan(console, plan)
     return plan
 

@@ -29,7 +29,7 @@ class Placement:
     #: bool [servers, MoE layers, experts].
     resident: np.ndarray
     #: The greatest `local_share`, of the counts that it was made from, that any placement in the
-    #: same slots can have; None if it is not known.
+    #: same slots with as many holders can have; None if it is not known.
     upper_bound: float | None = None
 
     def __post_init__(self):
@@ -81,21 +81,24 @@ class Placement:
         self,
         capacities: Sequence[int] | np.ndarray | None = None,
         names: Sequence[str] | None = None,
+        holders: int = 1,
     ) -> None:
-        """Checks that every expert is on a server and, if given, that no capacity is exceeded.
+        """Checks that every expert is on enough servers and, if given, that all are within memory.
 
         Args:
             capacities: int [servers], expert slots.
             names: of the servers, for messages; None: their numbers.
+            holders: servers that must hold each expert.
 
         Raises:
-            UserError: an expert is on no server, or a server holds more than its slots.
+            UserError: an expert is on too few servers, or a server holds more than its slots.
         """
-        homeless = np.argwhere(~self.resident.any(0))
-        if len(homeless):
-            layer, expert = homeless[0]
+        short = np.argwhere(self.short(holders))
+        if len(short):
+            layer, expert = short[0]
+            where = "no server" if holders == 1 else f"fewer than {holders} servers"
             raise UserError(
-                f"placement: {len(homeless)} experts are on no server, "
+                f"placement: {len(short)} experts are on {where}, "
                 f"the first is expert {expert} of MoE layer {layer}"
             )
         if capacities is None:
@@ -110,6 +113,10 @@ class Placement:
             if held > slots:
                 name = n if names is None else names[n]
                 raise UserError(f"placement: server {name} holds {held} experts in {slots} slots")
+
+    def short(self, holders: int = 1) -> np.ndarray:
+        """Experts that fewer than `holders` servers hold: bool [layers, experts]."""
+        return self.resident.sum(0) < holders
 
     def local_shares(self, counts: np.ndarray) -> np.ndarray:
         """Predicted share of each server's expert calls that are served at home: float64 [servers].
@@ -194,6 +201,8 @@ class Layout:
     devices: tuple[int, ...]
     #: Slots on each device of each server.
     slots_per_device: tuple[int, ...]
+    #: Servers that hold each expert at least, by every placement in these slots.
+    holders: int = 1
 
     @property
     def resident(self) -> np.ndarray:
@@ -203,7 +212,8 @@ class Layout:
     @property
     def spare(self) -> tuple[int, ...]:
         """Slots of each device of each server that a placement leaves empty; see `spare_slots`."""
-        return spare_slots(self.slots_per_device, self.devices, self.device_of[0].size)
+        experts = self.device_of[0].size
+        return spare_slots(self.slots_per_device, self.devices, experts, self.holders)
 
     @property
     def capacities(self) -> np.ndarray:
@@ -228,20 +238,38 @@ class Layout:
         """This layout, with servers without slots up to `count`."""
         more = count - len(self.devices)
         pad = ((0, more), (0, 0), (0, 0))
-        return Layout(
+        return dataclasses.replace(
+            self,
             device_of=np.pad(self.device_of, pad, constant_values=-1),
             slot_of=np.pad(self.slot_of, pad, constant_values=-1),
             devices=(*self.devices, *(1,) * more),
             slots_per_device=(*self.slots_per_device, *(0,) * more),
         )
 
+    def of(self, servers: Sequence[int]) -> Layout:
+        """The layout of some of the servers, in this order."""
+        chosen = [*servers]
+        return dataclasses.replace(
+            self,
+            device_of=self.device_of[chosen],
+            slot_of=self.slot_of[chosen],
+            devices=tuple(self.devices[n] for n in chosen),
+            slots_per_device=tuple(self.slots_per_device[n] for n in chosen),
+        )
+
     def reseated(self, server: int, devices: int, slots: int) -> Layout:
         """This layout, with another server in the place of one; it holds no experts."""
         device_of, slot_of = self.device_of.copy(), self.slot_of.copy()
         device_of[server] = slot_of[server] = -1
-        sizes = [[*self.devices], [*self.slots_per_device]]
-        sizes[0][server], sizes[1][server] = devices, slots
-        return Layout(device_of, slot_of, *map(tuple, sizes))
+        all_devices, all_slots = [*self.devices], [*self.slots_per_device]
+        all_devices[server], all_slots[server] = devices, slots
+        return dataclasses.replace(
+            self,
+            device_of=device_of,
+            slot_of=slot_of,
+            devices=tuple(all_devices),
+            slots_per_device=tuple(all_slots),
+        )
 
     def with_server(self, server: int, other: Layout) -> Layout:
         """This layout, with a server's experts where `other` has them."""
@@ -264,6 +292,8 @@ class Layout:
                 slot_of=file["slot_of"],
                 devices=tuple(file["devices"].tolist()),
                 slots_per_device=tuple(file["slots_per_device"].tolist()),
+                # Version 0.1.0 as first saved had no such number.
+                holders=int(file["holders"]) if "holders" in file else 1,
             )
 
 
@@ -341,8 +371,9 @@ def spread(
     counts: np.ndarray | None = None,
     previous: Layout | None = None,
     spare: Sequence[int] | int = 0,
+    holders: int = 1,
 ) -> Layout:
-    """Spreads the experts of every server over its devices; see `device_slots`.
+    """Spreads the experts of every server over its devices; see `device_slots` and `Layout`.
 
     Raises:
         UserError: as `device_slots`.
@@ -353,6 +384,7 @@ def spread(
         slot_of,
         tuple(int(d) for d in devices),
         tuple(int(s) for s in slots_per_device),
+        holders,
     )
 
 

@@ -126,16 +126,18 @@ def batches(old: Layout, new: Layout, most: int) -> list[tuple[MoveBatch, Layout
     """Batches from one layout to another, each with the layout after it.
 
     A batch loads experts into slots that are empty before it, at most `most` on a device. It
-    empties slots of experts that `new` does not have there as soon as another copy remains. So
-    everything that is used before or after a batch is in place once all servers have loaded. The
-    last layout has every expert on the device that `new` says; the slots of arriving experts are
-    chosen here, and other experts keep theirs.
+    empties slots of experts that `new` does not have there as soon as enough other copies remain:
+    no expert has fewer holders than `Layout.holders` asks for, or than in `old` or `new` if these
+    are fewer. So everything that is used before or after a batch is in place once all servers have
+    loaded. The last layout has every expert on the device that `new` says; the slots of arriving
+    experts are chosen here, and other experts keep theirs.
 
     A device fills its last empty slot only in a batch that empties another of its slots, or with
     its last expert if `new` leaves no slot empty. So there always is a next batch: if all devices
     that lack experts have one empty slot left, each has experts to give up, because `new` needs no
-    more slots. These are last copies that other such devices lack, or else they would be gone.
-    Followed from device to device they form a circle, in which each loads one and gives up another.
+    more slots. These have no more holders than they need, so other such devices lack them: `new`
+    has at least as many. Followed from device to device they form a circle, in which each loads one
+    and gives up another.
 
     Equal arguments give equal batches.
 
@@ -353,6 +355,9 @@ class _Plan:
         self._size = {device: old.slots_per_device[device[0]] for device in self._slots}
         self._coming = {d: sorted(target[d].keys() - held) for d, held in self._slots.items()}
         self._going = {d: held.keys() - target[d] for d, held in self._slots.items()}
+        #: Copies that each expert keeps on the way.
+        wanted = min(old.holders, new.holders)
+        self._keeps = np.minimum(wanted, np.minimum(old.resident.sum(0), new.resident.sum(0)))
         #: Devices that end without an empty slot.
         self._full = {device for device, held in target.items() if len(held) == self._size[device]}
         self._holders: dict[Expert, set[Device]] = {}
@@ -380,8 +385,8 @@ class _Plan:
             self._load(device, min(self._coming[device], key=self._preference))
         # All other devices would fill their last slot.
         while circle := _shortest_circle(self._exchanges()):
-            for device, expert in circle:
-                self._load(device, expert)
+            for device, expert, source in circle:
+                self._load(device, expert, source)
         return tuple(sorted(self._changes))
 
     def _empty(self, device: Device) -> int:
@@ -398,15 +403,12 @@ class _Plan:
 
     def _preference(self, expert: Expert) -> tuple[int, Expert]:
         """Sort key: first the experts that free a slot on the device that lacks most."""
-        source = self._source(expert)
-        need = 0 if source is None else len(self._coming[source]) - self._empty(source)
-        return -need, expert
+        needs = [len(self._coming[each]) - self._empty(each) for each in self._leaving(expert)]
+        return -max(needs, default=0), expert
 
-    def _source(self, expert: Expert) -> Device | None:
-        """The device that may give up the expert once another has it; None if there is none."""
-        holders = self._holders[expert]
-        (device,) = holders if len(holders) == 1 else (None,)
-        return device if device is not None and expert in self._going[device] else None
+    def _leaving(self, expert: Expert) -> list[Device]:
+        """Devices of which one gives up the expert once another has it."""
+        return [device for device in self._holders[expert] if expert in self._going[device]]
 
     def _exchanges(self) -> dict[Device, dict[Device, Expert]]:
         """Experts that a waiting device can give to another: by the giving, then the taking one."""
@@ -414,27 +416,31 @@ class _Plan:
         exchanges: dict[Device, dict[Device, Expert]] = {device: {} for device in waiting}
         for device in waiting:
             for expert in self._coming[device]:
-                source = self._source(expert)
-                if source in exchanges:
-                    exchanges[source].setdefault(device, expert)
+                leaving = self._leaving(expert)
+                siblings = [source for source in leaving if source[0] == device[0]]
+                for source in siblings or leaving:
+                    if source in exchanges:
+                        exchanges[source].setdefault(device, expert)
         return exchanges
 
-    def _load(self, device: Device, expert: Expert) -> None:
+    def _load(self, device: Device, expert: Expert, source: Device | None = None) -> None:
+        """Load an expert, and release it elsewhere: first on its own server, then on `source`."""
         slot = self._room[device].pop(0)
         self._coming[device].remove(expert)
         self._slots[device][expert] = slot
         self._holders[expert].add(device)
         self._changes.append(SlotChange(*device, slot, *expert))
-        self._release(expert)
+        # A server holds an expert once.
+        self._release(expert, (device[0], source))
 
-    def _release(self, expert: Expert) -> None:
-        """Empties the slots that the expert has to leave, as long as a copy remains."""
-        going = [device for device in self._holders[expert] if expert in self._going[device]]
-        # If one copy must wait, then the one on the device that needs slots least.
+    def _release(self, expert: Expert, first: tuple[int, Device | None] | None = None) -> None:
+        """Empties slots that the expert has to leave, as long as enough copies remain."""
+        going = self._leaving(expert)
+        # If copies must wait, then those on the devices that need slots least.
         going.sort(key=lambda device: (-len(self._coming[device]), device))
-        if len(going) == len(self._holders[expert]):
-            del going[-1]
-        for device in going:
+        if first is not None:
+            going.sort(key=lambda device: (device[0] != first[0], device != first[1]))
+        for device in going[: len(self._holders[expert]) - self._keeps[expert]]:
             self._going[device].remove(expert)
             self._holders[expert].remove(device)
             slot = self._slots[device].pop(expert)
@@ -443,7 +449,7 @@ class _Plan:
 
 def _shortest_circle(
     exchanges: Mapping[Device, Mapping[Device, Expert]],
-) -> list[tuple[Device, Expert]]:
+) -> list[tuple[Device, Expert, Device]]:
     """A circle of devices, each of which takes an expert from the next; empty if there is none."""
     circles = (_circle_through(start, exchanges) for start in exchanges)
     return min(filter(None, circles), key=len, default=[])
@@ -451,7 +457,7 @@ def _shortest_circle(
 
 def _circle_through(
     start: Device, exchanges: Mapping[Device, Mapping[Device, Expert]]
-) -> list[tuple[Device, Expert]]:
+) -> list[tuple[Device, Expert, Device]]:
     """The shortest circle through a device, by breadth-first search; empty if there is none."""
     came_from: dict[Device, Device] = {}
     queue = deque([start])
@@ -467,6 +473,7 @@ def _circle_through(
         return []
     way, circle = start, []
     while not circle or way != start:
-        circle.append((way, exchanges[came_from[way]][way]))
-        way = came_from[way]
+        source = came_from[way]
+        circle.append((way, exchanges[source][way], source))
+        way = source
     return circle

@@ -20,6 +20,8 @@ class Problem:
     counts: np.ndarray
     #: int64 [servers]: expert slots, at most the number of experts of all layers.
     capacities: np.ndarray
+    #: Servers that must hold each expert, at least 1.
+    holders: int
     #: Per server int [tokens, layers, k]; None if routes are not known.
     routes: tuple[np.ndarray, ...] | None
     #: int64 [servers]: devices of each server.
@@ -37,13 +39,14 @@ class Problem:
         counts: np.ndarray,
         capacities: Sequence[int] | np.ndarray,
         *,
+        holders: int = 1,
         routes: Sequence[np.ndarray] | None,
         devices: Sequence[int] | np.ndarray | None,
         cost: Cost | None,
         previous: Placement | None,
         seed: int,
     ) -> Problem:
-        """Checks shapes, ranges, and that there are slots for all experts.
+        """Checks shapes, ranges, and that there are slots for `holders` copies of all experts.
 
         Raises:
             UserError: an input has a wrong shape, is negative or not finite, or slots are missing.
@@ -62,7 +65,8 @@ class Problem:
         checked_devices, checked_cost = _checked_cost(devices, cost, num_servers, checked_routes)
         return cls(
             counts,
-            _checked_capacities(capacities, num_servers, layers * experts),
+            _checked_capacities(capacities, num_servers, layers * experts, holders),
+            holders,
             checked_routes,
             checked_devices,
             checked_cost,
@@ -88,14 +92,18 @@ def _per_server(what: str, values: Sequence[int] | np.ndarray, num: int, least: 
 
 
 def _checked_capacities(
-    capacities: Sequence[int] | np.ndarray, num_servers: int, total: int
+    capacities: Sequence[int] | np.ndarray, num_servers: int, total: int, holders: int
 ) -> np.ndarray:
+    # A server holds an expert once, so it has no use for more slots than there are experts.
     capacities_n = np.minimum(_per_server("capacities", capacities, num_servers, 0), total)
-    missing = total - int(capacities_n.sum())
+    if not 1 <= holders <= num_servers:
+        raise UserError(f"holders: from 1 to {num_servers}, the number of servers; got {holders}")
+    missing = holders * total - int(capacities_n.sum())
     if missing > 0:
+        times = f" that {holders} servers each must hold" if holders > 1 else ""
         raise UserError(
-            f"too little memory: the model has {total} experts and the servers have "
-            f"{total - missing} slots, {missing} slots are missing; "
+            f"too little memory: the model has {total} experts{times} and the servers have "
+            f"{holders * total - missing} slots, {missing} slots are missing; "
             "give servers more memory or add one"
         )
     return capacities_n

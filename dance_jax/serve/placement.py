@@ -72,7 +72,7 @@ def _wanted(server: RouteContext, servers: list[WantedServer]) -> list[list[list
         if {len(each) for each in resident} != {layers}:
             raise UserError(f"resident: give one list for each of the {layers} MoE layers")
         placement = Placement.of_lists(resident, experts)
-        placement.validate(layout.capacities, server.info.servers)
+        placement.validate(layout.capacities, server.info.servers, layout.holders)
     except UserError as error:
         raise ApiError(400, str(error), param="servers") from error
     return resident

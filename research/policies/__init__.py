@@ -3,13 +3,15 @@
     python research/placement.py                             # a synthetic trace, made here
     python research/placement.py --traces DIR --output OUT   # measured ones; tables, plots, JSON
 
-All sections take 6 to 13 minutes on two cores, most of that for `latency` on 8 and 16 servers.
+All sections but `survive` take 6 to 13 minutes on two cores, most of that for `latency` on 8 and 16
+servers; `survive` takes about 5 minutes of processor time.
 
 Sections:
     reference  three servers with 1, 1 and 2 devices and 1.32 x the model of memory
     counts     the same servers, if only counts are known
     memory     the same servers with less and more memory
     servers    4, 8 and 16 servers
+    survive    what it costs that every expert has holders for the loss of one or two servers
     churn      experts that move when a placement is made anew
     speed      times to solve
 

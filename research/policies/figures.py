@@ -81,6 +81,7 @@ def solve(policy: str, setup: Setup, previous: Placement | None = None) -> tuple
         policy,
         setup.counts,
         setup.capacities,
+        holders=setup.survive + 1,
         routes=setup.fit,
         devices=setup.devices,
         cost=setup.cost,

@@ -20,6 +20,10 @@ PATTERN = (1, 1, 2)
 MEMORY = 1.32
 MEMORIES = (1.05, 1.32, 1.7, 2.5)
 SERVERS = (4, 8, 16)
+#: Servers and their memory, in copies of the model, where every expert has several holders, and the
+#: numbers of losses to survive.
+SURVIVING = ((3, 2.5), (4, 3.6))
+LOSSES = (0, 1, 2)
 
 
 def devices_of(servers: int) -> tuple[int, ...]:
@@ -44,6 +48,8 @@ class Setup:
     test: tuple[np.ndarray, ...] | None = None
     #: Published figures, by policy.
     published: Mapping[str, Figures] = dataclasses.field(default_factory=dict)
+    #: Servers that may be lost: every expert has one holder more than that.
+    survive: int = 0
 
     @functools.cached_property
     def capacities(self) -> list[int]:
@@ -175,6 +181,21 @@ def more_servers(trace: Trace) -> list[Setup]:
         workload_setup(trace, f"{trace.name}, {servers} servers", deal(trace, servers))
         for servers in SERVERS
     ]
+
+
+def surviving(trace: Trace, losses: Sequence[int]) -> list[Setup]:
+    """Few servers in which every expert has holders for so many losses, where memory suffices."""
+    found = []
+    for servers, memory in SURVIVING:
+        workloads = _three(trace) if servers == 3 else deal(trace, servers)
+        for survive in losses:
+            title = f"{trace.name}, {servers} servers, {memory:g} x the model, survive {survive}"
+            setup = workload_setup(trace, title, workloads, memory)
+            total = setup.counts[0].size
+            usable = sum(min(slots, total) for slots in setup.capacities)
+            if usable >= (survive + 1) * total:
+                found.append(dataclasses.replace(setup, survive=survive))
+    return found
 
 
 def counts_alone(trace: Trace, models: Sequence[CountsAlone]) -> list[Setup]:

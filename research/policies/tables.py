@@ -62,6 +62,24 @@ def _print(console: Console, title: str, about: str, grid: Grid) -> None:
     console.print(grid)
 
 
+def print_price(console: Console, measured: Sequence[Table]) -> None:
+    """Prints what more holders cost: local share and any miss of all policies, side by side."""
+    for servers in dict.fromkeys(len(table.setup.devices) for table in measured):
+        same = [table for table in measured if len(table.setup.devices) == servers]
+        heads = [
+            f"{name}, survive {table.setup.survive}"
+            for table in same
+            for name in ("local", "any miss")
+        ]
+        grid = _grid(["policy", *heads])
+        for rows in zip(*(table.rows for table in same), strict=True):
+            cells = [(1 - row.remote, row.any_miss) for row in rows]
+            grid.add_row(rows[0].policy, *(_number(value, 3) for pair in cells for value in pair))
+        setup = same[0].setup
+        about = f"{setup.describe()}; local and any miss are of unseen tokens"
+        _print(console, f"The price of holders, {servers} servers", about, grid)
+
+
 def fastest_line(table: Table) -> str:
     """Says whether LATENCY is the fastest on tokens that no policy saw."""
     found = table.over_best_other("layer_time")

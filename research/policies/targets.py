@@ -31,6 +31,8 @@ class Results:
 
     #: Tables by section.
     tables: dict[str, list[Table]] = dataclasses.field(default_factory=dict)
+    #: Tables with more holders, and those to compare them with.
+    survive: list[Table] = dataclasses.field(default_factory=list)
     churn: list[Churn] = dataclasses.field(default_factory=list)
     speed: list[Speed] = dataclasses.field(default_factory=list)
 

@@ -164,6 +164,18 @@ def test_topics_with_most_tokens_are_cut(directory: pathlib.Path) -> None:
     assert len(parts) == 16
 
 
+def test_holders_are_compared_at_equal_memory(trace: traces.Trace) -> None:
+    """Losses for which memory suffices, and what they cost in local share."""
+    found = setups.surviving(trace, (0, 1, 2))
+    sizes = [(len(setup.devices), setup.survive) for setup in found]
+    assert sizes == [(3, 0), (3, 1), (4, 0), (4, 1), (4, 2)]
+    measured = [figures.measure(setup, ("optimal",), said) for setup in found]
+    for setup, table in zip(found, measured, strict=True):
+        assert not table.placements["optimal"].short(setup.survive + 1).any()
+    local = [table.rows[0].local for table in measured]
+    assert local[0] > local[1] and local[2] >= local[3] >= local[4]
+
+
 def test_churn_counts_from_the_old_placement(trace: traces.Trace) -> None:
     setup = setups.reference(trace)
     assert churn.measure_churn(setup, POLICIES, said) == []
@@ -304,8 +316,10 @@ def test_the_command_writes_all_of_it(quickly: None, tmp_path: pathlib.Path, cap
     assert [len(plain["sections"][each]) for each in tables_of] == [1, 1, 2, 1]
     assert [each["policy"] for each in plain["sections"]["servers"][0]["rows"]] == list(POLICIES)
     assert len(plain["speed"]) == 1 and plain["churn"] == []
+    assert [table["survive"] for table in plain["survive"]] == [0, 1, 0, 1, 2]
     shown = capsys.readouterr()
     assert "synthetic, 4 servers" in shown.out and "latency is left out" in shown.out
+    assert "The price of holders, 4 servers" in shown.out
     assert "synthetic: dance" in shown.err
 
 

@@ -34,11 +34,11 @@ def random_order(rng: np.random.Generator, servers: int) -> np.ndarray:
 
 
 def random_resident(
-    rng: np.random.Generator, shape: tuple[int, int, int], density: float = 0.3
+    rng: np.random.Generator, shape: tuple[int, int, int], density: float = 0.3, holders: int = 1
 ) -> np.ndarray:
-    """Every expert on one server at least: bool [servers, layers, experts]."""
-    home_le = rng.integers(0, shape[0], shape[1:])
-    return (rng.random(shape) < density) | (np.arange(shape[0])[:, None, None] == home_le)
+    """Every expert on `holders` servers at least: bool [servers, layers, experts]."""
+    rank_nle = rng.random(shape).argsort(0).argsort(0)
+    return (rng.random(shape) < density) | (rank_nle < holders)
 
 
 def preferring_routes(seed: int, shape: tuple[int, int, int, int], tokens: int) -> list[np.ndarray]:
@@ -57,20 +57,30 @@ def preferring_routes(seed: int, shape: tuple[int, int, int, int], tokens: int) 
     ]
 
 
-def draw_capacities(draw, rng, servers, total):
-    """Slots of unequal servers, from just enough for all experts to more than everything."""
+def draw_capacities(draw, rng, servers, total, holders=1):
+    """Slots of unequal servers, from just enough for all copies to more than everything."""
     spare = draw(st.sampled_from([0, 1, total // 3, total * servers]))
     weights = rng.gamma(draw(st.sampled_from([0.1, 5.0])), size=servers) + 1e-9
-    capacities = rng.multinomial(total + spare, weights / weights.sum())
-    # Slots above a whole copy of the model are of no use; the model must still fit.
-    capacities[0] += max(0, total - int(np.minimum(capacities, total).sum()))
+    capacities = rng.multinomial(holders * total + spare, weights / weights.sum())
+    # Slots above a whole copy of the model are of no use; all copies must still fit.
+    missing = holders * total - int(np.minimum(capacities, total).sum())
+    for n in range(servers):
+        more = min(max(missing, 0), total - min(int(capacities[n]), total))
+        capacities[n] += more
+        missing -= more
     return capacities
 
 
-@st.composite
-def problems(draw):
+def problems():
     """Counts of every kind, and capacities from just enough to more than everything."""
-    servers, layers, experts = draw(st.sampled_from(SHAPES))
+    return held_problems(1).map(lambda problem: problem[:2])
+
+
+@st.composite
+def held_problems(draw, most, least=1):
+    """As `problems`, with a number of holders that every expert needs."""
+    servers, layers, experts = draw(st.sampled_from([s for s in SHAPES if s[0] >= least]))
+    holders = draw(st.integers(least, min(most, servers)))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     shape = (servers, layers, experts)
     counts = {
@@ -88,4 +98,4 @@ def problems(draw):
             )
         )
     ]()
-    return counts, draw_capacities(draw, rng, servers, layers * experts)
+    return counts, draw_capacities(draw, rng, servers, layers * experts, holders), holders

@@ -46,11 +46,12 @@ def random_cost(form, rng, servers):
     return cost
 
 
-def problem_of(routes, experts, cost, capacities=None, seed=0, previous=None):
+def problem_of(routes, experts, cost, capacities=None, seed=0, previous=None, holders=1):
     counts = counts_of(routes, experts)
     return Problem.checked(
         counts,
         [counts[0].size] * len(routes) if capacities is None else capacities,
+        holders=holders,
         routes=routes,
         devices=None,
         cost=cost,
@@ -65,20 +66,21 @@ def problem_of(routes, experts, cost, capacities=None, seed=0, previous=None):
     seed=st.integers(0, 2**32 - 1),
     density=st.sampled_from([0.0, 0.3, 0.8, 1.0]),
     hot=st.sampled_from([1e-3, 1e3]),
+    holders=st.integers(1, 3),
 )
-def test_annealing_keeps_slots_and_coverage(form, seed, density, hot):
+def test_annealing_keeps_slots_and_coverage(form, seed, density, hot, holders):
     rng = np.random.default_rng(seed)
-    start = Placement(random_resident(rng, LARGE[:3], density))
+    start = Placement(random_resident(rng, LARGE[:3], density, holders))
     routes, cost = preferring_routes(seed, LARGE, TOKENS), random_cost(form, rng, 3)
-    search = Search(problem_of(routes, 16, cost, seed=seed))
+    search = Search(problem_of(routes, 16, cost, seed=seed, holders=holders))
     schedule = Schedule(50, hot, hot)
     end, seconds = search.anneal(start, schedule)
-    end.validate()
+    end.validate(holders=holders)
     assert (end.resident.sum((1, 2)) == start.resident.sum((1, 2))).all()
     assert seconds == pytest.approx(search.seconds(end), rel=1e-5)
     assert search.anneal(start, schedule)[0] == end
     # Hot enough, anything goes that can: slots move between layers, too.
-    if hot > 1 and density == 0.3:
+    if hot > 1 and density == 0.3 and holders < 3:
         assert (end.resident.sum(2) != start.resident.sum(2)).any()
 
 
@@ -107,6 +109,20 @@ def brute_force(routes, capacities, cost, experts):
         if resident.any(0).all():
             best = min(best, Placement(resident).layer_time(routes, cost))
     return best
+
+
+def test_holders_are_kept(drifting, short):
+    """The policy and its starts look at them; what has fewer is not kept."""
+    previous, workloads = drifting
+    routes, cost = workloads["same"], CallCost.reference(DEVICES, 3)
+    problem = problem_of(routes, 16, cost, [60, 60, 96], previous=previous, holders=2)
+    found = POLICIES["latency"].place(problem)
+    found.validate([60, 60, 96], holders=2)
+    assert found.resident.sum() == 216
+    # All its experts may stay.
+    again = POLICIES["latency"].place(dataclasses.replace(problem, previous=found))
+    again.validate([60, 60, 96], holders=2)
+    assert again.moved(found) < found.moved(previous)
 
 
 @pytest.mark.parametrize("seed", [0, 1, -1, 2**70])

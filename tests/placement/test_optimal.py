@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 
 from dance_jax.placement import Placement, place
 from dance_jax.placement.policies.transport import balance, choose
-from tests.placement.cases import SHAPES, problems
+from tests.placement.cases import SHAPES, held_problems, problems
 
 quick = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 
 
-def highs(counts, capacities):
+def highs(counts, capacities, holders=1):
     """Most calls at home, by HiGHS' linear program over x[n, j] in [0, 1]."""
     servers = len(counts)
     value_nj = counts.reshape(servers, -1)
@@ -30,7 +30,7 @@ def highs(counts, capacities):
     result = scipy.optimize.linprog(
         -value_nj.reshape(-1) / unit,
         A_ub=scipy.sparse.vstack([held, -copies]).tocsr(),
-        b_ub=np.concatenate([capacities, -np.ones(items)]),
+        b_ub=np.concatenate([capacities, np.full(items, -holders)]),
         bounds=(0, 1),
         method="highs",
     )
@@ -42,10 +42,10 @@ def at_home(placement, counts):
     return (placement.resident * counts).sum()
 
 
-def check_against_highs(counts, capacities):
-    placement = place("optimal", counts, capacities)
-    placement.validate(capacities)
-    want = highs(np.asarray(counts, float), capacities)
+def check_against_highs(counts, capacities, holders=1):
+    placement = place("optimal", counts, capacities, holders=holders)
+    placement.validate(capacities, holders=holders)
+    want = highs(np.asarray(counts, float), capacities, holders)
     assert at_home(placement, counts) == pytest.approx(want, rel=1e-6, abs=1e-9)
     share = placement.local_share(counts)
     assert placement.upper_bound is not None
@@ -54,7 +54,7 @@ def check_against_highs(counts, capacities):
 
 @pytest.mark.slow
 @quick
-@given(problems())
+@given(held_problems(3))
 def test_optimum_and_bound_are_those_of_highs(problem):
     check_against_highs(*problem)
 
@@ -70,6 +70,17 @@ def test_many_servers_and_experts(memory, kind):
     capacities = np.minimum((memory * total * weights / weights.sum()).astype(int), total)
     capacities[0] += max(0, total - capacities.sum())
     check_against_highs(counts, capacities)
+
+
+@pytest.mark.parametrize(("memory", "holders"), [(2.0, 2), (2.3, 2), (3.5, 3)])
+@pytest.mark.parametrize("kind", ["gamma", "ties"])
+def test_many_servers_with_more_holders(memory, holders, kind):
+    rng = np.random.default_rng(0)
+    shape = (5, 6, 32)
+    rate = 2 * rng.gamma(0.3, size=shape)
+    counts, total = rate if kind == "gamma" else rng.poisson(rate), shape[1] * shape[2]
+    capacities = [total, *np.array([0.2, 0.3, 0.3, 0.2]) @ np.eye(4) * (memory - 1) * total]
+    check_against_highs(counts, np.ceil(np.minimum(capacities, total)).astype(int), holders)
 
 
 @pytest.mark.parametrize("capacities", [[2, 2], [3, 1], [3, 2], [4, 0], [4, 4]])
@@ -175,8 +186,8 @@ def test_balance_mends_any_prices():
     for prices in ([0, 0, 0], [900, 0, 300], [0, 1000, 0]):
         with jax.enable_x64(True):
             value_nj, price_n = jnp.asarray(values, jnp.int64), jnp.asarray(prices, jnp.int64)
-            start = choose(value_nj, price_n)
-            held, _ = jax.jit(balance)(value_nj, jnp.asarray(capacities, jnp.int64), start)
+            start = choose(value_nj, price_n, 1)
+            held, _ = jax.jit(balance)(value_nj, jnp.asarray(capacities, jnp.int64), start, 1)
         assert (held.sum(1) == capacities).all() and held.any(0).all()
         assert (values * np.asarray(held)).sum() == pytest.approx(want)
 

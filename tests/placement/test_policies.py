@@ -14,7 +14,7 @@ from dance_jax.config import UserError
 from dance_jax.placement import POLICIES, CallCost, Placement, place, policies, visit
 from dance_jax.placement.policies import rounding
 from dance_jax.placement.policies.dance import assign, layer_counts
-from tests.placement.cases import SHAPES, problems
+from tests.placement.cases import SHAPES, held_problems, problems
 
 #: `latency` needs routes (test_latency).
 OF_COUNTS = [name for name, policy in POLICIES.items() if not policy.needs_routes]
@@ -43,7 +43,7 @@ def plain_shares(capacity, entropy, experts):
     return slots
 
 
-def plain_stage_1(counts, capacities):
+def plain_stage_1(counts, capacities, holders=1):
     servers, _, experts = counts.shape
     slots = []
     for n in range(servers):
@@ -54,9 +54,11 @@ def plain_stage_1(counts, capacities):
         slots.append(plain_shares(int(capacities[n]), entropy, experts))
     slots = np.array(slots)
     by_memory = sorted(range(servers), key=lambda n: (-capacities[n], n))
-    while (short := np.flatnonzero(slots.sum(0) < experts)).size:
-        surplus = np.flatnonzero(slots.sum(0) > experts)
-        server = next(n for n in by_memory if slots[n, surplus].any())
+    while (short := np.flatnonzero(slots.sum(0) < holders * experts)).size:
+        surplus = np.flatnonzero(slots.sum(0) > holders * experts)
+        server = next(
+            n for n in by_memory if slots[n, surplus].any() and slots[n, short[0]] < experts
+        )
         donor = max(
             (layer for layer in surplus if slots[server, layer]),
             key=lambda layer: (slots[:, layer].sum(), -layer),
@@ -66,7 +68,7 @@ def plain_stage_1(counts, capacities):
     return slots
 
 
-def plain_stage_2(counts, slots):
+def plain_stage_2(counts, slots, holders=1):
     servers, layers, experts = counts.shape
     resident = np.zeros(counts.shape, bool)
     for layer in range(layers):
@@ -74,14 +76,17 @@ def plain_stage_2(counts, slots):
             set(sorted(range(experts), key=lambda e: (-counts[n, layer, e], e))[: slots[n, layer]])
             for n in range(servers)
         ]
-        while missing := set(range(experts)) - set.union(*held):
-            twice = [
-                {e for e in held[n] if any(e in held[m] for m in range(servers) if m != n)}
-                for n in range(servers)
-            ]
-            n = max(range(servers), key=lambda n: (len(twice[n]), -n))
+        while True:
+            copies = [sum(e in each for each in held) for e in range(experts)]
+            missing = {e for e in range(experts) if copies[e] < holders}
+            if not missing:
+                break
+            twice = [{e for e in each if copies[e] > holders} for each in held]
+            lacking = [n for n in range(servers) if missing - held[n]]
+            n = max(lacking, key=lambda n: (len(twice[n]), -n))
+            takes = min(missing - held[n], key=lambda e: (-counts[n, layer, e], e))
             held[n].remove(min(twice[n], key=lambda e: (counts[n, layer, e], e)))
-            held[n].add(min(missing, key=lambda e: (-counts[n, layer, e], e)))
+            held[n].add(takes)
         for n in range(servers):
             resident[n, layer, list(held[n])] = True
     return resident
@@ -99,22 +104,26 @@ def test_every_expert_somewhere_and_nobody_overfull(policy, problem):
 
 
 @quick
-@given(problems())
+@given(held_problems(3))
 def test_dance_stage_1_is_the_paper(problem):
-    counts, capacities = problem
+    """With one holder; with more, every layer has slots for all copies."""
+    counts, capacities, holders = problem
     capacities = np.minimum(capacities, counts[0].size)
     with jax.enable_x64(True):
-        got = layer_counts(jnp.asarray(counts, jnp.float64), jnp.asarray(capacities, jnp.int64))
-    assert (np.asarray(got) == plain_stage_1(counts, capacities)).all()
+        arrays = jnp.asarray(counts, jnp.float64), jnp.asarray(capacities, jnp.int64)
+        got = np.asarray(layer_counts(*arrays, holders))
+    assert (got == plain_stage_1(counts, capacities, holders)).all()
+    assert (got.sum(0) >= holders * counts.shape[2]).all() and (got <= counts.shape[2]).all()
 
 
 @quick
-@given(problems())
+@given(held_problems(3))
 def test_dance_is_the_paper(problem):
-    counts, capacities = problem
+    counts, capacities, holders = problem
     capacities = np.minimum(capacities, counts[0].size)
-    want = plain_stage_2(counts, plain_stage_1(counts, capacities))
-    assert (place("dance", counts, capacities).resident == want).all()
+    want = plain_stage_2(counts, plain_stage_1(counts, capacities, holders), holders)
+    assert (place("dance", counts, capacities, holders=holders).resident == want).all()
+    assert (want.sum(0) >= holders).all()
     # All memory is used.
     assert (want.sum((1, 2)) == capacities).all()
 
@@ -127,7 +136,7 @@ def test_dance_stage_2_with_any_counts_of_slots(problem, seed):
     slots = np.random.default_rng(seed).integers(0, experts + 1, (servers, layers))
     slots[0] = np.maximum(slots[0], experts - slots[1:].sum(0))
     with jax.enable_x64(True):
-        got = assign(jnp.asarray(counts, jnp.float64), jnp.asarray(slots, jnp.int64))
+        got = assign(jnp.asarray(counts, jnp.float64), jnp.asarray(slots, jnp.int64), 1)
     assert (np.asarray(got) == plain_stage_2(counts, slots)).all()
 
 

@@ -31,6 +31,23 @@ def test_spare_slots(slots, devices, experts, spare):
     assert spare_slots(slots, devices, experts) == spare
 
 
+@pytest.mark.parametrize(
+    ("slots", "experts", "holders", "spare"),
+    [
+        ((20, 20, 20), 25, 2, (1, 1, 1)),
+        # All copies come first. A server with room for everything keeps what it does not need.
+        ((26, 13, 14), 25, 2, (1, 1, 1)),
+        ((26, 13, 13), 25, 2, (1, 0, 1)),
+        ((26, 13, 12), 25, 2, (1, 0, 0)),
+        ((26, 12, 12), 25, 2, (1, 0, 0)),
+    ],
+)
+def test_spare_slots_with_more_holders(slots, experts, holders, spare):
+    assert spare_slots(slots, (1, 1, 1), experts, holders) == spare
+    layout = spread(Placement(np.ones((3, 1, 12), bool)), [1] * 3, [30] * 3, holders=3)
+    assert layout.capacities.tolist() == [29] * 3
+
+
 def test_spare_slots_stay_empty_on_every_device():
     held = Placement(np.ones((2, 2, 8), bool))
     layout = spread(held, [3, 1], [7, 17], spare=[1, 1])

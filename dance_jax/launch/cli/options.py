@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import ipaddress
 import os
 import pathlib
@@ -271,9 +272,11 @@ def _rank(text: str) -> int:
     return int(text)
 
 
-def _count(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or not 1 <= int(text[:20]) <= MAX_TOKENS:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to {MAX_TOKENS}")
+def _count(text: str, least: int = 1) -> int:
+    if not text.isascii() or not text.isdigit() or not least <= int(text[:20]) <= MAX_TOKENS:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a whole number from {least} to {MAX_TOKENS}"
+        )
     return int(text)
 
 
@@ -310,6 +313,7 @@ def _networks(text: str) -> str:
 _KINDS: dict[str, Callable[[str], Any]] = {
     "": _text,
     "int": int,
+    "whole": functools.partial(_count, least=0),
     "count": _count,
     "port": _port,
     "seconds": _seconds,

@@ -45,16 +45,26 @@ def exchange_notes(exchange: ExchangeChoice, servers: int) -> Iterator[str]:
 
 
 def choose_exchange(
-    spec: ClusterSpec, model: ModelConfig, config: EngineConfig, local_share: float
+    spec: ClusterSpec,
+    model: ModelConfig,
+    config: EngineConfig,
+    local_share: float,
+    survive: int = 0,
 ) -> ExchangeChoice:
     """Return the exchange that was asked for, or the one that is predicted to be faster.
 
     Args:
         local_share: local share of expert calls under the placement.
+        survive: servers that may be lost at once, with nothing to load.
 
     Raises:
         UserError: the servers cannot use the exchange that was asked for.
     """
+    if config.exchange == "collectives" and survive:
+        raise UserError(
+            f"--survive {survive}: with exchange=collectives all engines end when a server is "
+            "lost; use exchange=calls or auto, or leave out --survive"
+        )
     if config.exchange == "collectives" and spec.platform == "mixed":
         raise UserError(
             "exchange=collectives: servers of different platforms cannot form one job; "
@@ -64,6 +74,8 @@ def choose_exchange(
         check_together(len(spec.servers))
     if config.exchange != "auto":
         return ExchangeChoice(config.exchange, "as requested")
+    if survive:
+        return ExchangeChoice("calls", "with collectives no server survives the loss of another")
     if spec.platform == "mixed":
         return ExchangeChoice("calls", "servers of different platforms cannot form one job")
     if len(spec.servers) > MOST_TOGETHER:

@@ -12,6 +12,7 @@ from dance_jax.config import DEFAULT_POLICY, ClusterSpec, EngineConfig, UserErro
 from dance_jax.engine.kv_cache import cache_bytes, state_bytes, state_copies
 from dance_jax.launch.planning.costs import cluster_cost, cost_note
 from dance_jax.launch.planning.exchange import ExchangeChoice, choose_exchange, exchange_notes
+from dance_jax.launch.planning.loss import loss_lines, losses
 from dance_jax.memory import format_bytes
 from dance_jax.models.config import ModelConfig
 from dance_jax.models.rounding import unfit_report
@@ -96,16 +97,24 @@ class Plan:
 
 
 def rooms(
-    spec: ClusterSpec, model: ModelFacts, config: EngineConfig, alone: bool = True
+    spec: ClusterSpec,
+    model: ModelFacts,
+    config: EngineConfig,
+    survive: int = 0,
+    alone: bool = True,
 ) -> tuple[Room, ...]:
     """Compute the memory of each server, in the order of the servers.
 
     Args:
-        spec, model, config: as for `make_plan`.
+        spec: the servers.
+        model: the checkpoint.
+        config: of the engines.
+        survive: servers that may be lost at once: every expert needs one more holder than that.
         alone: there are no other servers, so these must have memory for all experts.
 
     Raises:
-        UserError: there are too many servers, or their memory is too small for all experts.
+        UserError: there are too many servers, or their memory is too small for all experts, or
+            either is too little to survive such losses.
     """
     if len(spec.servers) > MAX_SERVERS:
         raise UserError(f"{len(spec.servers)} servers: at most {MAX_SERVERS} can serve a model")
@@ -114,7 +123,7 @@ def rooms(
     # No device can use more slots than there are experts.
     slots = [min(server.slots(expert_bytes), experts) for server in spec.servers]
     if alone:
-        _check_capacity(spec, slots, experts, expert_bytes)
+        _check_capacity(spec, slots, experts, expert_bytes, survive)
     copies = state_copies(len(spec.servers), calls=config.exchange != "collectives")
     fixed = (
         model.trunk_bytes(config.dtype),
@@ -124,7 +133,10 @@ def rooms(
     return tuple(
         Room(server.name, server.devices, *fixed, count * expert_bytes, count, spare)
         for server, count, spare in zip(
-            spec.servers, slots, spare_slots(slots, spec.devices, experts), strict=True
+            spec.servers,
+            slots,
+            spare_slots(slots, spec.devices, experts, survive + 1),
+            strict=True,
         )
     )
 
@@ -151,6 +163,7 @@ def make_plan(
     policy: str = DEFAULT_POLICY,
     activations: Activations | None = None,
     service: bool = False,
+    survive: int = 0,
 ) -> Plan:
     """Place a model's experts on the servers.
 
@@ -162,12 +175,13 @@ def make_plan(
             another policy.
         activations: statistics of every server's requests; None: all counts are equal.
         service: requests arrive at independent times, as opposed to a batch.
+        survive: servers that a service may lose at once, with nothing to load.
 
     Raises:
-        UserError: the servers have too little memory, the activations are of another model or lack
-            a server, or the policy is unknown.
+        UserError: the servers are too few or have too little memory, the activations are of another
+            model or lack a server, or the policy is unknown.
     """
-    held = rooms(spec, model, config)
+    held = rooms(spec, model, config, survive)
     activations = matched(activations, spec, model)
     if activations is None:
         shape = (len(spec.servers), len(model.config.moe_layers), model.config.num_experts)
@@ -184,13 +198,14 @@ def make_plan(
             used,
             counts,
             [room.capacity for room in held],
+            holders=survive + 1,
             routes=routes,
             devices=spec.devices,
             cost=cluster_cost(spec, model.config, config, service=service),
             seed=config.seed,
         )
         share = placement.local_share(counts)
-        return placement, choose_exchange(spec, model.config, config, share)
+        return placement, choose_exchange(spec, model.config, config, share, survive)
 
     placement, exchange = placed(config)
     if exchange.name == "collectives" != config.exchange:
@@ -203,11 +218,12 @@ def make_plan(
             held, placement.resident.sum(2).tolist(), shares, strict=True
         )
     )
+    layout = spread(placement, spec.devices, slots, counts, spare=spare, holders=survive + 1)
     return Plan(
         spec=spec,
         policy=used,
         placement=placement,
-        layout=spread(placement, spec.devices, slots, counts, spare=spare),
+        layout=layout,
         servers=servers,
         local_share=placement.local_share(counts),
         expert_bytes=model.expert_bytes(config.dtype),
@@ -218,8 +234,23 @@ def make_plan(
             *_notes(spec, why_not(policy, routes), used, activations),
             *spare_notes(servers, placement),
             *exchange_notes(exchange, len(spec.servers)),
+            *(loss_notes(layout, exchange, spec, counts, model, config) if service else ()),
         ),
     )
+
+
+def loss_notes(
+    layout: Layout,
+    exchange: ExchangeChoice,
+    spec: ClusterSpec,
+    counts: np.ndarray,
+    model: ModelFacts,
+    config: EngineConfig,
+) -> Iterator[str]:
+    """Notes about the loss of each server of a service; none if all engines end together."""
+    if exchange.name == "calls" and len(spec.servers) > 1:
+        size = model.expert_bytes(config.dtype)
+        yield from loss_lines(losses(layout, spec.names, counts, size), layout.holders, size)
 
 
 def weights_note(model: ModelFacts, config: EngineConfig) -> str:
@@ -282,18 +313,35 @@ def spare_notes(held: Sequence[Room], placement: Placement) -> Iterator[str]:
         )
 
 
-def _check_capacity(spec: ClusterSpec, slots: list[int], experts: int, expert_bytes: int) -> None:
-    have = sum(count * devices for count, devices in zip(slots, spec.devices, strict=True))
-    missing = experts - have
+def _check_capacity(
+    spec: ClusterSpec, slots: list[int], experts: int, expert_bytes: int, survive: int
+) -> None:
+    holders, servers = survive + 1, len(spec.servers)
+    if holders > servers:
+        raise UserError(
+            f"--survive {survive}: every expert needs {holders} servers that hold it, but the "
+            f"hosts file has {servers}: add servers, or use --survive {servers - 1} at most"
+        )
+    # A server holds an expert once, so it has no use for more slots than there are experts.
+    usable = [
+        min(count * devices, experts) for count, devices in zip(slots, spec.devices, strict=True)
+    ]
+    missing = holders * experts - sum(usable)
     if missing <= 0:
         return
     each = ", ".join(
-        f"{server.name} {count * server.devices}"
-        for server, count in zip(spec.servers, slots, strict=True)
+        f"{server.name} {count}" for server, count in zip(spec.servers, usable, strict=True)
     )
+    needed, instead = "", ""
+    if survive:
+        needed = (
+            f", and with --survive {survive} each of them needs {holders} servers that hold it: "
+            f"{holders * experts:,} slots"
+        )
+        instead = ", or use a smaller --survive"
     raise UserError(
-        f"too little memory: the model has {experts:,} experts of {format_bytes(expert_bytes)}, "
-        f"but the servers have {have:,} slots ({each}); {missing:,} slots are missing, "
-        f"{missing * expert_bytes:,} bytes ({format_bytes(missing * expert_bytes)}): "
-        "give servers more memory= (or experts=) in the hosts file, or add a server"
+        f"too little memory: the model has {experts:,} experts of {format_bytes(expert_bytes)}"
+        f"{needed}, but the servers have {sum(usable):,} slots ({each}); {missing:,} slots are "
+        f"missing, {missing * expert_bytes:,} bytes ({format_bytes(missing * expert_bytes)}): "
+        f"give servers more memory= (or experts=) in the hosts file, or add a server{instead}"
     )

@@ -21,6 +21,7 @@ from dance_jax.config import ClusterSpec, EngineConfig, RebalanceOptions, Server
 from dance_jax.launch.control import protocol
 from dance_jax.launch.control.protocol import Decision
 from dance_jax.launch.planning.costs import running_cost
+from dance_jax.launch.planning.loss import READ_RATE, READ_S
 from dance_jax.launch.planning.plan import ModelFacts
 from dance_jax.launch.rebalance.batches import Migration, Phase, Purpose, Rollout, stages
 from dance_jax.launch.rebalance.decision import Answer, DecisionInputs
@@ -32,9 +33,6 @@ from dance_jax.launch.worker.loading import rest_s
 from dance_jax.placement.core import Layout, Placement
 from dance_jax.placement.migration import MoveBatch, changed
 
-#: Loading speed assumed until a server has loaded something: fixed seconds per expert, and bytes
-#: per second.
-READ_S, READ_RATE = 0.01, 200e6
 #: Most requests for decisions that may wait.
 MOST_WAITING = 16
 #: Weight of the latest batch in a server's mean loading rate.
@@ -581,7 +579,7 @@ class Rebalancer:
             self._spec.names, self._model.fingerprint, self._service.layout, statistics
         )
         try:
-            state.save(self._options.state_dir)
+            state.of(self._spec.seated).save(self._options.state_dir)
         except OSError as error:
             text = f"--state-dir {self._options.state_dir}: the placement cannot be saved: {error}"
             self._service.notice("", text)

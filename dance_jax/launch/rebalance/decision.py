@@ -126,6 +126,7 @@ def _place(question: DecisionInputs, policy: str, routes: Routes, cost: Cost) ->
         policy,
         question.counts,
         old.capacities,
+        holders=old.holders,
         routes=routes,
         devices=old.devices,
         cost=cost,
@@ -137,7 +138,13 @@ def _place(question: DecisionInputs, policy: str, routes: Routes, cost: Cost) ->
 def _steps(question: DecisionInputs, found: Placement) -> tuple[list[MoveBatch], str]:
     """The batches that lead to a placement; or the reason if it cannot be reached."""
     old = question.layout
-    new = spread(found, old.devices, old.slots_per_device, question.counts, old, old.spare)
+    if short := int(found.short(old.holders).sum()):
+        return [], (
+            f"{short} experts would have fewer than the {old.holders} holders of "
+            f"--survive {old.holders - 1}"
+        )
+    slots = old.slots_per_device
+    new = spread(found, old.devices, slots, question.counts, old, old.spare, old.holders)
     try:
         steps = migration.batches(old, new, most_loads(question.expert_bytes))
         return [batch for batch, _ in steps], ""

@@ -14,6 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from dance_jax.launch.control import protocol
+from dance_jax.launch.planning.loss import most_urgent_loads
 from dance_jax.launch.rebalance.batches import Phase, Rollout
 from dance_jax.launch.rebalance.decision import most_loads
 from dance_jax.memory import format_bytes
@@ -21,8 +22,6 @@ from dance_jax.placement.core import Layout
 from dance_jax.placement.migration import MoveBatch, difference
 from dance_jax.placement.recovery import recovery, restoration, uncovered
 
-#: Most bytes that a device loads in one batch while sequences wait for them.
-RECOVERY_BYTES = 64 << 20
 #: Seconds until the loading of experts that failed is tried again.
 RETRY_S = 5.0
 
@@ -79,6 +78,8 @@ class Losses:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._names, self._service, self._expert_bytes = names, service, expert_bytes
+        #: Experts that a device loads in one batch while sequences wait for them.
+        self._most = most_urgent_loads(expert_bytes)
         self._numbers, self._clock = numbers, clock
         #: The layout without losses: decisions make it, and restoration leads back to it.
         self.home = service.layout
@@ -219,11 +220,6 @@ class Losses:
         if not batches:
             self._settled = state
         return batches
-
-    @property
-    def _most(self) -> int:
-        """Experts that a device loads in one batch while sequences wait for them."""
-        return max(1, RECOVERY_BYTES // self._expert_bytes)
 
     def _shortage(self, missing: int) -> str:
         """What to tell users if so many experts cannot be loaded; "" if they come back soon.

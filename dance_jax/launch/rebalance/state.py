@@ -17,6 +17,7 @@ from dance_jax.launch.planning.plan import (
     Plan,
     Room,
     ServerPlan,
+    loss_notes,
     model_notes,
     rooms,
     spare_notes,
@@ -39,6 +40,16 @@ class ServiceState:
     layout: Layout
     statistics: Statistics
 
+    def of(self, servers: Sequence[int]) -> ServiceState:
+        """The state of some of the servers, in this order."""
+        counts, routes = self.statistics.counts, self.statistics.routes
+        return ServiceState(
+            tuple(self.servers[n] for n in servers),
+            self.model,
+            self.layout.of(servers),
+            Statistics(counts[[*servers]], tuple(routes[n] for n in servers)),
+        )
+
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write the state; an existing file is replaced at once or not at all.
 
@@ -55,8 +66,10 @@ class ServiceState:
         with whole_file(pathlib.Path(directory) / FILE_NAME) as file:
             np.savez_compressed(file, allow_pickle=False, **arrays)
 
-    def misfit(self, spec: ClusterSpec, model: ModelFacts, held: Sequence[Room]) -> str:
-        """Why the state does not fit these servers; "" if it fits."""
+    def misfit(
+        self, spec: ClusterSpec, model: ModelFacts, held: Sequence[Room], survive: int = 0
+    ) -> str:
+        """Why the state does not fit these servers and `--survive`; "" if it fits."""
         if model.fingerprint and self.model != model.fingerprint:
             return "it is of another model"
         if self.servers != spec.names:
@@ -66,6 +79,10 @@ class ServiceState:
             tuple(room.slots for room in held),
         ):
             return "the servers had other devices, or another number of expert slots"
+        if short := int(Placement(self.layout.resident).short(survive + 1).sum()):
+            return (
+                f"{short} experts have fewer than the {survive + 1} holders of --survive {survive}"
+            )
         full = [
             spec.names[server]
             for server, room in enumerate(held)
@@ -99,19 +116,24 @@ def load(directory: str | os.PathLike[str]) -> ServiceState | None:
 
 
 def resumed_plan(
-    spec: ClusterSpec, model: ModelFacts, config: EngineConfig, state: ServiceState
+    spec: ClusterSpec,
+    model: ModelFacts,
+    config: EngineConfig,
+    state: ServiceState,
+    survive: int = 0,
 ) -> Plan:
-    """A plan with the placement of a previous service."""
-    placement, held = Placement(state.layout.resident), rooms(spec, model, config)
+    """A plan with the placement of a previous service; see `ServiceState.misfit`."""
+    layout = dataclasses.replace(state.layout, holders=survive + 1)
+    placement, held = Placement(layout.resident), rooms(spec, model, config, survive)
     counts = state.statistics.counts
-    exchange = choose_exchange(spec, model.config, config, placement.local_share(counts))
+    exchange = choose_exchange(spec, model.config, config, placement.local_share(counts), survive)
     residents = placement.resident.sum(2).tolist()
     shares = placement.local_shares(counts).tolist()
     return Plan(
         spec=spec,
         policy="as before",
         placement=placement,
-        layout=state.layout,
+        layout=layout,
         servers=tuple(
             ServerPlan(**vars(room), resident=tuple(each), local_share=share)
             for room, each, share in zip(held, residents, shares, strict=True)
@@ -125,5 +147,6 @@ def resumed_plan(
             "Experts are placed as in the previous service.",
             *spare_notes(held, placement),
             *exchange_notes(exchange, len(spec.servers)),
+            *loss_notes(layout, exchange, spec, counts, model, config),
         ),
     )

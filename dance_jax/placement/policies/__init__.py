@@ -1,7 +1,8 @@
 """The placement algorithms by name.
 
 A policy is a function from a checked `Problem` to a `Placement`:
-every expert is somewhere, nobody exceeds its capacity, and equal inputs give equal results.
+every expert is somewhere, nobody exceeds its capacity, and equal inputs give equal results. `place`
+repairs the placements of policies that do not look at `Problem.holders`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from dance_jax.placement.policies.latency import latency
 from dance_jax.placement.policies.layers import layers
 from dance_jax.placement.policies.optimal import optimal
 from dance_jax.placement.policies.redundance import redundance
+from dance_jax.placement.policies.repair import repaired
 from dance_jax.placement.policies.smartmoe import smartmoe
 from dance_jax.placement.policies.uniform import uniform
 from dance_jax.placement.problem import Problem
@@ -85,6 +87,7 @@ def place(
     counts: np.ndarray,
     capacities: Sequence[int] | np.ndarray,
     *,
+    holders: int = 1,
     routes: Sequence[np.ndarray] | None = None,
     devices: Sequence[int] | np.ndarray | None = None,
     cost: Cost | None = None,
@@ -103,6 +106,7 @@ def place(
             They are not normalised. A server without counts in a layer is taken to use all its
             experts equally.
         capacities: int [servers], expert slots.
+        holders: servers that must hold each expert, so that any holders - 1 of them may be lost.
         routes: per server int [tokens, layers, k], for policies that need them; without routes
             WITHOUT_ROUTES places instead, and the log says why.
         devices: int [servers], devices of each server; default: as in `cost`, or else 1.
@@ -112,7 +116,7 @@ def place(
         seed: for policies that draw at random.
 
     Returns:
-        A placement that covers every expert within the capacities.
+        A placement within the capacities in which `holders` servers or more hold each expert.
 
     Raises:
         UserError: the policy is unknown, an input is malformed, or slots are missing.
@@ -123,6 +127,7 @@ def place(
     problem = Problem.checked(
         counts,
         capacities,
+        holders=holders,
         routes=routes,
         devices=devices,
         cost=cost,
@@ -131,4 +136,4 @@ def place(
     )
     placement = POLICIES[policy].place(problem)
     placement.validate(problem.capacities)
-    return placement
+    return repaired(placement, problem)

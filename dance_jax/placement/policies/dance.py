@@ -53,23 +53,31 @@ def _layer_shares(capacity: jax.Array, entropy_l: jax.Array, experts: int) -> ja
     return jnp.where(full_l, experts, largest_remainder(left, weight_l))
 
 
-def _cover_layers(slots_nl: jax.Array, capacities_n: jax.Array, experts: int) -> jax.Array:
-    """Moves slots between a server's layers until every layer has `experts` in all: int64 [n, l].
+def _cover_layers(
+    slots_nl: jax.Array, capacities_n: jax.Array, experts: int, holders: int
+) -> jax.Array:
+    """Moves slots between a server's layers until all layers have enough in all: int64 [n, l].
 
-    Slots move one at a time to the lowest layer that is short of slots. Each comes from the server
-    with the largest capacity among those with slots in a layer with surplus, out of its layer with
-    the largest surplus (ties: lowest server, lowest layer).
+    A layer needs holders * experts, and a server has use for `experts` of them. Slots move one at a
+    time to the lowest layer that is short of slots. Each comes from the server with the largest
+    capacity among those with room in that layer and slots in a layer with surplus, out of its layer
+    with the largest surplus (ties: lowest server, lowest layer).
+
+    There always is such a server: if each server with slots in a layer with surplus were full in
+    the layer that is short, these would be fewer than `holders` servers, and their slots too few
+    for a surplus.
     """
     memory_rank_n = ranks(-capacities_n)
     num_servers = capacities_n.shape[0]
 
     def surplus(slots_nl: jax.Array) -> jax.Array:
-        return slots_nl.sum(axis=0) - experts
+        return slots_nl.sum(axis=0) - holders * experts
 
     def move_one(slots_nl: jax.Array) -> jax.Array:
         surplus_l = surplus(slots_nl)
         short = jnp.argmax(surplus_l < 0)
         donor_nl = (slots_nl > 0) & (surplus_l > 0)[None, :]
+        donor_nl = donor_nl & (slots_nl[:, short] < experts)[:, None]
         server = jnp.argmin(jnp.where(donor_nl.any(axis=1), memory_rank_n, num_servers))
         donor = jnp.argmax(jnp.where(donor_nl[server], surplus_l, 0))
         return slots_nl.at[server, short].add(1).at[server, donor].add(-1)
@@ -78,7 +86,7 @@ def _cover_layers(slots_nl: jax.Array, capacities_n: jax.Array, experts: int) ->
 
 
 @jax.jit
-def layer_counts(counts_nle: jax.Array, capacities_n: jax.Array) -> jax.Array:
+def layer_counts(counts_nle: jax.Array, capacities_n: jax.Array, holders: int) -> jax.Array:
     """Stage 1: how many experts of each layer a server holds, int64 [n, l]; needs 64-bit mode.
 
     Server n's slots are shared among layers in proportion to the entropy of its counts, and left
@@ -86,43 +94,55 @@ def layer_counts(counts_nle: jax.Array, capacities_n: jax.Array) -> jax.Array:
 
     Args:
         counts_nle: float64 expert calls.
-        capacities_n: int64 slots, at most l * e each and at least l * e in all.
+        capacities_n: int64 slots, at most l * e each and at least holders * l * e in all.
+        holders: servers that must hold each expert.
     """
     experts = counts_nle.shape[2]
     entropy_nl = entropy_units(counts_nle)
     slots_nl = jax.vmap(_layer_shares, (0, 0, None))(capacities_n, entropy_nl, experts)
-    return _cover_layers(slots_nl, capacities_n, experts)
+    return _cover_layers(slots_nl, capacities_n, experts, holders)
 
 
-def _cover_experts(resident_ne: jax.Array, counts_ne: jax.Array) -> jax.Array:
-    """Swaps duplicates of one layer for experts on no server: bool [n, e]."""
+def _cover_experts(resident_ne: jax.Array, counts_ne: jax.Array, holders: int) -> jax.Array:
+    """Swaps duplicates of one layer for experts on too few servers: bool [n, e].
+
+    A duplicate is a copy of an expert with more than `holders`. One of its servers always lacks the
+    expert that is short, because that one has fewer holders.
+    """
 
     def swap_one(resident_ne: jax.Array) -> jax.Array:
         copies_e = resident_ne.sum(axis=0)
-        duplicate_ne = resident_ne & (copies_e > 1)[None, :]
-        server = jnp.argmax(duplicate_ne.sum(axis=1))
+        duplicate_ne = resident_ne & (copies_e > holders)[None, :]
+        lacks_ne = ~resident_ne & (copies_e < holders)[None, :]
+        server = jnp.argmax(jnp.where(lacks_ne.any(axis=1), duplicate_ne.sum(axis=1), 0))
         used_e = counts_ne[server]
         drop = jnp.argmin(jnp.where(duplicate_ne[server], used_e, jnp.inf))
-        take = jnp.argmax(jnp.where(copies_e == 0, used_e, -1.0))
+        take = jnp.argmax(jnp.where(lacks_ne[server], used_e, -1.0))
         return resident_ne.at[server, drop].set(False).at[server, take].set(True)
 
-    return lax.while_loop(lambda resident_ne: ~resident_ne.any(axis=0).all(), swap_one, resident_ne)
+    def short(resident_ne: jax.Array) -> jax.Array:
+        return (resident_ne.sum(axis=0) < holders).any()
+
+    return lax.while_loop(short, swap_one, resident_ne)
 
 
 @jax.jit
-def assign(counts_nle: jax.Array, slots_nl: jax.Array) -> jax.Array:
+def assign(counts_nle: jax.Array, slots_nl: jax.Array, holders: int) -> jax.Array:
     """Stage 2: which experts each server holds, bool [n, l, e]; needs 64-bit mode.
 
-    Every server takes the experts that it calls most in each layer. Then, while an expert is on no
-    server, the server with most duplicates in the layer replaces the duplicate that it calls least
-    by the missing expert that it calls most (ties: lowest server, lowest expert).
+    Every server takes the experts that it calls most in each layer. Then, while an expert has fewer
+    than `holders`, the server with most duplicates in the layer, of those that lack such an expert,
+    replaces the duplicate that it calls least by the one of these experts that it calls most (ties:
+    lowest server, lowest expert). Duplicates are copies of experts with more than `holders`.
 
     Args:
         counts_nle: float64 expert calls.
-        slots_nl: int64 experts to hold in each layer; every layer sums to at least e.
+        slots_nl: int64 experts to hold in each layer, at most e; every layer sums to at least
+            holders * e.
+        holders: servers that must hold each expert.
     """
     resident_nle = ranks(-counts_nle) < slots_nl[:, :, None]
-    return jax.vmap(_cover_experts, (1, 1), 1)(resident_nle, counts_nle)
+    return jax.vmap(_cover_experts, (1, 1, None), 1)(resident_nle, counts_nle, holders)
 
 
 def dance(problem: Problem) -> Placement:
@@ -135,5 +155,5 @@ def dance(problem: Problem) -> Placement:
     """
     with jax.enable_x64(True):
         counts_nle = jnp.asarray(problem.counts)
-        slots_nl = layer_counts(counts_nle, jnp.asarray(problem.capacities))
-        return Placement(np.asarray(assign(counts_nle, slots_nl)))
+        slots_nl = layer_counts(counts_nle, jnp.asarray(problem.capacities), problem.holders)
+        return Placement(np.asarray(assign(counts_nle, slots_nl, problem.holders)))

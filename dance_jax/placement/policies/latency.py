@@ -8,8 +8,9 @@ change is judged as if it were the only one.
 
 A change consists of two half moves between the same two places, there and back, in one layer or in
 a pair of layers. A place is a server or `outside`. A half move from server a to server b moves an
-expert, one from a to outside drops a copy that is not the last, and one from outside to b adds a
-copy. So every server keeps its number of experts, and every expert stays on a server.
+expert, one from a to outside drops a copy of an expert with more than `Problem.holders`, and one
+from outside to b adds a copy. So every server keeps its number of experts, and every expert its
+holders.
 
 The expert that moves is drawn at random, more likely one that is used more at the new place than at
 the old one. For a part of the moves it is an expert that a random token of the new place misses.
@@ -30,6 +31,7 @@ from dance_jax.placement.core import Placement
 from dance_jax.placement.flows import Sample, flows, work
 from dance_jax.placement.policies.layers import layers
 from dance_jax.placement.policies.optimal import optimal
+from dance_jax.placement.policies.repair import repaired
 from dance_jax.placement.policies.rounding import fill
 from dance_jax.placement.problem import Problem
 from dance_jax.placement.times import Times
@@ -89,6 +91,8 @@ class Goal(NamedTuple):
     previous: Array
     #: float32 []: the price of moving one expert, in seconds.
     move: Array
+    #: int32 []: servers that must hold each expert.
+    holders: Array
 
     def state(self, resident: Array) -> Annealing:
         seconds_bl, load = self.times.layers(flows(self.sample, resident))
@@ -126,7 +130,7 @@ def _scores(goal: Goal, resident: Array, place_l: Array, from_l: Array, key: Arr
 
 
 def _half_move(
-    resident: Array, score_le: Array, from_l: Array, to_l: Array, not_l: Array
+    resident: Array, score_le: Array, from_l: Array, to_l: Array, not_l: Array, holders: Array
 ) -> tuple[Array, Array]:
     """Moves in each layer the movable expert with the greatest score.
 
@@ -135,6 +139,7 @@ def _half_move(
         score_le: float32 [l, e], scores of the experts.
         from_l, to_l: int32 [l], servers; n means outside.
         not_l: int32 [l], an expert that must not move.
+        holders: int32 [], servers that must hold each expert.
 
     Returns:
         The expert of each layer, int32 [l], e if none can move; the placement after the move.
@@ -144,9 +149,9 @@ def _half_move(
     outside = jnp.zeros((1, num_layers, experts), bool)
     held = jnp.concatenate([resident, outside])
     here_le = held[from_l, layer_l] | (from_l == servers)[:, None]
-    # A copy may be dropped unless it is the last.
+    # A copy may be dropped if enough others remain.
     copies_le = resident.sum(0, dtype=jnp.int32)
-    free_le = ~held[to_l, layer_l] & ((to_l < servers)[:, None] | (copies_le > 1))
+    free_le = ~held[to_l, layer_l] & ((to_l < servers)[:, None] | (copies_le > holders))
     movable_le = here_le & free_le & (jnp.arange(experts, dtype=jnp.int32)[None] != not_l[:, None])
     score_le = jnp.where(movable_le, score_le, jnp.float32(-jnp.inf))
     expert_l = jnp.argmax(score_le, axis=1).astype(jnp.int32)
@@ -189,9 +194,9 @@ def _round(goal: Goal, key: Array, temperature: Array, state: Annealing) -> Anne
     from_l, to_l = jnp.where(leads_l, a_l, b_l), jnp.where(leads_l, b_l, a_l)
     nothing_l = jnp.full(num_layers, experts, jnp.int32)
     score_le = _scores(goal, state.resident, to_l, from_l, first_key)
-    first_l, resident = _half_move(state.resident, score_le, from_l, to_l, nothing_l)
+    first_l, resident = _half_move(state.resident, score_le, from_l, to_l, nothing_l, goal.holders)
     score_le = _scores(goal, resident, from_l, to_l, second_key)
-    second_l, back = _half_move(resident, score_le, to_l, from_l, first_l)
+    second_l, back = _half_move(resident, score_le, to_l, from_l, first_l, goal.holders)
     possible_l = (first_l < experts) & ((second_l < experts) | ~alone_l)
     resident = jnp.where(alone_l[:, None], back, resident)
     changed = goal.state(resident)
@@ -249,7 +254,7 @@ class Search:
     def __init__(self, problem: Problem) -> None:
         if problem.routes is None or problem.cost is None:
             raise UserError("latency: routes are needed; with counts alone use optimal")
-        cost, self._seed = problem.cost, problem.seed
+        cost, self._seed, self._holders = problem.cost, problem.seed, problem.holders
         active_n = np.array([len(route) > 0 for route in problem.routes])
         experts = problem.counts.shape[2]
         self._sample = Sample.of(problem.routes, experts, cost.preferences(), blocks=cost.together)
@@ -269,7 +274,7 @@ class Search:
         """Searches for a placement of less predicted time, with as many experts on each server.
 
         Args:
-            start: covers all experts.
+            start: every expert has the holders that the problem asks for.
             schedule: rounds and temperatures.
             previous: the placement from which experts move; default: `start`.
             move_cost: the price of moving one expert, in mean layer times of the start.
@@ -290,13 +295,14 @@ class Search:
 
     def _goal(self, previous: Placement, move_cost: float) -> Goal:
         before = jnp.asarray(previous.resident)
-        return Goal(self._sample, self._times, before, jnp.float32(move_cost))
+        move, holders = jnp.float32(move_cost), jnp.int32(self._holders)
+        return Goal(self._sample, self._times, before, move, holders)
 
 
 def _kept(problem: Problem, previous: Placement) -> Placement:
     """`previous` with its free slots filled; if it does not fit, what `optimal` makes of it."""
     held_n = previous.resident.sum((1, 2))
-    if (held_n > problem.capacities).any() or not previous.resident.any(0).all():
+    if (held_n > problem.capacities).any() or previous.short(problem.holders).any():
         return optimal(problem)
     with jax.enable_x64(True):
         arrays = (previous.resident, problem.counts, problem.capacities)
@@ -329,10 +335,15 @@ def _with_few_moves(problem: Problem, previous: Placement) -> Placement:
     return best
 
 
+def _starts(problem: Problem) -> tuple[Placement, Placement]:
+    """`optimal` and `layers`."""
+    return optimal(problem), repaired(layers(problem), problem)
+
+
 def _afresh(problem: Problem, search: Search) -> tuple[Placement, float]:
     """The best of three: SEARCH from `optimal`, REFINE from the better start, and that start."""
     problem = dataclasses.replace(problem, previous=None)
-    starts = [(each, search.seconds(each)) for each in (optimal(problem), layers(problem))]
+    starts = [(each, search.seconds(each)) for each in _starts(problem)]
     best = min(starts, key=lambda each: each[1])
     found = [search.anneal(starts[0][0], SEARCH), search.anneal(best[0], REFINE)]
     return min((best, *found), key=lambda each: each[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -10,6 +11,7 @@ import numpy as np
 
 from dance_jax.placement.core import Placement
 from dance_jax.placement.policies.dance import dance
+from dance_jax.placement.policies.prices import best
 from dance_jax.placement.policies.transport import (
     NO_ARC,
     Solution,
@@ -86,8 +88,10 @@ def _values(whole_nj: jax.Array, favourite_nj: jax.Array, bonus: jax.Array) -> j
     return calls_nj + (favourite_nj << scale.favourite) + noise_nj
 
 
-@jax.jit
-def _gap(counts_nj: jax.Array, unit: jax.Array, held_nj: jax.Array, arcs_mm: jax.Array):
+@functools.partial(jax.jit, static_argnames="holders")
+def _gap(
+    counts_nj: jax.Array, unit: jax.Array, held_nj: jax.Array, arcs_mm: jax.Array, holders: int
+) -> jax.Array:
     """The most calls by which any placement can beat this optimum of rounded counts.
 
     The dual value, for prices from the costs of exchanges in calls alone, minus the calls at home:
@@ -98,8 +102,8 @@ def _gap(counts_nj: jax.Array, unit: jax.Array, held_nj: jax.Array, arcs_mm: jax
     distance_m, _ = distances(calls_mm, jnp.zeros(arcs_mm.shape[0], jnp.int64))
     price_n = jnp.ldexp((distance_m[-1] - distance_m[:-1]).astype(jnp.float64), unit)
     reduced_nj = counts_nj - price_n[:, None]
-    best_j = reduced_nj.max(axis=0)
-    most_j = jnp.where(best_j > 0, jnp.maximum(reduced_nj, 0).sum(axis=0), best_j)
+    chosen_nj = best(reduced_nj, holders) | (reduced_nj > 0)
+    most_j = jnp.where(chosen_nj, reduced_nj, 0).sum(axis=0)
     return (most_j - jnp.where(held_nj, reduced_nj, 0).sum(axis=0)).sum()
 
 
@@ -110,7 +114,7 @@ class _Search:
         self.counts_nj = jnp.asarray(counts_nj)
         self.favourite_nj = jnp.asarray(favourite_nj)
         self.capacities_n = jnp.asarray(problem.capacities)
-        self.layers = problem.counts.shape[1]
+        self.layers, self.holders = problem.counts.shape[1], problem.holders
         self.whole_nj, self.unit = _whole(self.counts_nj)
 
     def best(self, bonus: int = 0, near: Solution | None = None) -> Solution:
@@ -127,7 +131,7 @@ class _Search:
         else:
             prices_n = near.prices_n
             temperature = jnp.float64(bonus << Scale.of(len(values_nj)).calls)
-        return solve(values_nj, self.capacities_n, prices_n, temperature, self.layers)
+        return solve(values_nj, self.capacities_n, prices_n, temperature, self.layers, self.holders)
 
     def remote(self, solution: Solution) -> float:
         """The number of remote calls."""
@@ -162,12 +166,13 @@ def optimal(problem: Problem) -> Placement:
     """The placement with the fewest remote calls, and the bound that proves it.
 
         maximise  sum over n, l, e of counts[n,l,e] resident[n,l,e]
-        subject to  every (l, e) resident somewhere,  server n holding at most capacities[n],
+        subject to  every (l, e) on at least h servers,  server n holding at most capacities[n],
 
-    the objective of DanceMoE, is a transportation problem (`transport`), solved exactly for counts
-    rounded to integers (38 bits for 3 servers, 30 for 64; smaller whole counts stay exact). All
-    slots are used. Without any count all experts count the same. Of equally good placements it is
-    the one with most residents in common with `previous`, or else with `dance`.
+    the objective of DanceMoE if h = `holders` is 1, is a transportation problem (`transport`),
+    solved exactly for counts rounded to integers (38 bits for 3 servers, 30 for 64; smaller whole
+    counts stay exact). All slots are used. Without any count all experts count the same. Of equally
+    good placements it is the one with most residents in common with `previous`, or else with
+    `dance`.
 
     With `previous`, each of its residents gets a bonus, so that fewer experts move. It is the
     largest bonus, found by bisection, for which remote calls exceed the fewest by at most
@@ -187,7 +192,9 @@ def optimal(problem: Problem) -> Placement:
     with jax.enable_x64(True):
         search = _Search(counts.reshape(servers, -1), problem, favourites.reshape(servers, -1))
         optimum = search.best()
-        gap = float(_gap(search.counts_nj, search.unit, optimum.held_nj, optimum.arcs_mm))
+        gap = float(
+            _gap(search.counts_nj, search.unit, optimum.held_nj, optimum.arcs_mm, problem.holders)
+        )
         chosen = optimum if previous is None else search.calmer(optimum)
         best, resident = (
             np.asarray(solution.held_nj).reshape(counts.shape) for solution in (optimum, chosen)

@@ -7,6 +7,10 @@ exp(sum of r / t), where r[n,j] = values[n,j] - prices[n]. The dual value become
 
 a smooth convex function of the N prices, whose gradient and Hessian are expectations and
 covariances of the choice. Its minimum is followed while t falls.
+
+An item that needs h holders is on its h - 1 best servers whatever else it chooses, and so chooses
+among the others. That is not smooth where these best servers change, but the lower t, the rarer is
+an item for which it matters.
 """
 
 from __future__ import annotations
@@ -20,6 +24,8 @@ from jax import lax
 
 #: Prices are kept within this, far beyond any value; only capacities of 0 or everything get near.
 MAX_PRICE = 2**60
+#: Minus this, a value minus a price that no other is below.
+NEVER = 2**62
 
 #: The temperature falls to this share once the expected numbers of copies are near the capacities.
 NEXT_TEMPERATURE = np.float64(0.25)
@@ -44,8 +50,18 @@ def in_blocks(values_nj: jax.Array, layers: int) -> jax.Array:
     return jnp.swapaxes(values_nj.reshape(servers, blocks, items // blocks), 0, 1)
 
 
+def best(reduced_nj: jax.Array, count: int) -> jax.Array:
+    """The `count` best servers of every item, ties: lowest server; bool [n, j]."""
+    server_n1 = jnp.arange(reduced_nj.shape[0])[:, None]
+    best_nj = jnp.zeros(reduced_nj.shape, bool)
+    for _ in range(count):
+        left_nj = jnp.where(best_nj, -NEVER, reduced_nj)
+        best_nj = best_nj | (left_nj.argmax(axis=0)[None, :] == server_n1)
+    return best_nj
+
+
 def _expectations(
-    values_knb: jax.Array, prices_n: jax.Array, temperature: jax.Array
+    values_knb: jax.Array, prices_n: jax.Array, temperature: jax.Array, holders: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Copies of each server, expected and at temperature 0, and the Hessian of D x temperature.
 
@@ -57,8 +73,10 @@ def _expectations(
 
     def add_block(sums, values_nb):
         reduced_nb = values_nb - prices_n[:, None]
+        sure_nb = best(reduced_nb, holders - 1)
+        reduced_nb = jnp.where(sure_nb, -NEVER, reduced_nb)
         best_b = reduced_nb.max(axis=0)
-        decided_n = (reduced_nb >= jnp.minimum(best_b, 1)[None, :]).sum(axis=1)
+        decided_n = (sure_nb | (reduced_nb >= jnp.minimum(best_b, 1)[None, :])).sum(axis=1)
         r_nb = reduced_nb.astype(jnp.float64) / temperature
         # Far below 0 only differences matter; exp must not underflow.
         r_nb = r_nb - jnp.minimum(r_nb.max(axis=0) + 40, 0)[None, :]
@@ -74,7 +92,8 @@ def _expectations(
         root_nb = x_nb * jnp.sqrt(none_b)[None, :]
         variance_n = x_nb.sum(axis=1) - (x_nb * x_nb) @ some_b
         hessian_nn = jnp.diag(variance_n) - root_nb @ root_nb.T
-        added = x_nb.sum(axis=1), decided_n, hessian_nn
+        expected_n = jnp.where(sure_nb, 1.0, x_nb).sum(axis=1)
+        added = expected_n, decided_n, hessian_nn
         return jax.tree.map(jnp.add, sums, added), None
 
     start = (
@@ -99,7 +118,11 @@ class _Annealing(NamedTuple):
 
 
 def anneal(
-    values_knb: jax.Array, capacities_n: jax.Array, prices_n: jax.Array, temperature: jax.Array
+    values_knb: jax.Array,
+    capacities_n: jax.Array,
+    prices_n: jax.Array,
+    temperature: jax.Array,
+    holders: int,
 ) -> jax.Array:
     """Prices for which `choose` nearly holds what the servers can: int64 [n].
 
@@ -108,6 +131,7 @@ def anneal(
         capacities_n: int64.
         prices_n: int64, where to start.
         temperature: float64, in units of values, about as far as prices may be off.
+        holders: servers that every item needs.
     """
     servers = capacities_n.shape[0]
 
@@ -116,7 +140,7 @@ def anneal(
 
     def newton(state: _Annealing) -> _Annealing:
         expected_n, decided_n, hessian_nn = _expectations(
-            values_knb, state.prices_n, state.temperature
+            values_knb, state.prices_n, state.temperature, holders
         )
         gradient_n = capacities_n.astype(jnp.float64) - expected_n
         step_n = -jnp.linalg.solve(hessian_nn + RIDGE * jnp.eye(servers), gradient_n)

@@ -3,13 +3,14 @@
 Items j are to be copied to servers n; a copy is worth values[n, j], a whole number:
 
     maximise  sum_nj values[n,j] x[n,j],  x[n,j] in {0, 1}
-    subject to  sum_n x[n,j] >= 1 for every item,  sum_j x[n,j] = capacities[n] for every server
+    subject to  sum_n x[n,j] >= h for every item,  sum_j x[n,j] = capacities[n] for every server
 
-The matrix is that of a bipartite graph, hence totally unimodular: relaxed, the program keeps an
-integral optimum. With a price per server its dual is
+for a number h of holders that every item needs. The matrix is that of a bipartite graph, hence
+totally unimodular: relaxed, the program keeps an integral optimum. With a price per server its dual
+is
 
     D(prices) = sum_n prices[n] capacities[n] + sum_j g_j,   r[n,j] = values[n,j] - prices[n]
-    g_j = sum_n max(r[n,j], 0) if one of them is positive, else max_n r[n,j],
+    g_j = the sum of the h greatest r[n,j], and of the others that are positive,
 
 an upper bound for any prices, reached by copies that the items choose for these prices
 (`choose`) once every server holds as many as it can. Two phases find them:
@@ -31,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from dance_jax.placement.policies.prices import anneal, in_blocks
+from dance_jax.placement.policies.prices import anneal, best, in_blocks
 
 #: Cost of an exchange that is not possible.
 NO_ARC = np.int64(2**62)
@@ -56,15 +57,14 @@ def value_bits(servers: int) -> int:
     return min(VALUE_BITS, 62 - (servers + 1).bit_length())
 
 
-def choose(values_nj: jax.Array, prices_n: jax.Array) -> jax.Array:
+def choose(values_nj: jax.Array, prices_n: jax.Array, holders: int) -> jax.Array:
     """The copies of greatest value minus price: bool [n, j].
 
-    An item goes to every server where its value exceeds the price, and always to the best one
-    (ties: lowest server).
+    An item goes to every server where its value exceeds the price, and always to the `holders` best
+    ones (ties: lowest server).
     """
     reduced_nj = values_nj - prices_n[:, None]
-    server_n1 = jnp.arange(values_nj.shape[0])[:, None]
-    return (reduced_nj > 0) | (reduced_nj.argmax(axis=0)[None, :] == server_n1)
+    return (reduced_nj > 0) | best(reduced_nj, holders)
 
 
 class _Sides(NamedTuple):
@@ -84,13 +84,13 @@ class _Sides(NamedTuple):
         return jnp.where(possible_aj, cost_aj, NO_ARC)
 
 
-def _sides(values_nj: jax.Array, held_nj: jax.Array) -> _Sides:
+def _sides(values_nj: jax.Array, held_nj: jax.Array, holders: int) -> _Sides:
     """The nodes between which copies move.
 
-    The spare stands for copies that no server holds: it takes a copy of any item that has another
-    one, and gives a copy of any item. Its copies are worth nothing.
+    The spare stands for copies that no server holds: it takes a copy of any item that has more than
+    `holders`, and gives a copy of any item. Its copies are worth nothing.
     """
-    duplicate_1j = held_nj.sum(axis=0, keepdims=True) > 1
+    duplicate_1j = held_nj.sum(axis=0, keepdims=True) > holders
     return _Sides(
         jnp.pad(values_nj, ((0, 1), (0, 0))),
         jnp.pad(held_nj, ((0, 1), (0, 0)), constant_values=True),
@@ -131,7 +131,7 @@ def distances(arcs_mm: jax.Array, start_m: jax.Array) -> tuple[jax.Array, jax.Ar
 
 
 def balance(
-    values_nj: jax.Array, capacities_n: jax.Array, held_nj: jax.Array
+    values_nj: jax.Array, capacities_n: jax.Array, held_nj: jax.Array, holders: int
 ) -> tuple[jax.Array, jax.Array]:
     """Moves copies until every server holds its capacity, with the least loss of value.
 
@@ -151,7 +151,7 @@ def balance(
 
     def shift(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         held_nj, arcs_mm = state
-        sides, surplus_m = _sides(values_nj, held_nj), surplus(held_nj)
+        sides, surplus_m = _sides(values_nj, held_nj, holders), surplus(held_nj)
         distance_m, before_m = distances(arcs_mm, jnp.where(surplus_m > 0, 0, NO_ARC))
         target = jnp.argmin(jnp.where(surplus_m < 0, distance_m, NO_ARC))
 
@@ -167,7 +167,7 @@ def balance(
             return before_m[step[1]] >= 0
 
         held_nj, source = lax.while_loop(on_path, give, (held_nj, target))
-        sides = _sides(values_nj, held_nj)
+        sides = _sides(values_nj, held_nj, holders)
         node_m = jnp.arange(surplus_m.shape[0])
 
         def refresh(node: jax.Array, arcs_mm: jax.Array) -> jax.Array:
@@ -181,27 +181,30 @@ def balance(
         )
         return held_nj, refresh(source, arcs_mm)
 
-    start = held_nj, _all_arcs(_sides(values_nj, held_nj))
+    start = held_nj, _all_arcs(_sides(values_nj, held_nj, holders))
     return lax.while_loop(lambda state: (surplus(state[0]) != 0).any(), shift, start)
 
 
-@functools.partial(jax.jit, static_argnames="layers")
+@functools.partial(jax.jit, static_argnames=("layers", "holders"))
 def solve(
     values_nj: jax.Array,
     capacities_n: jax.Array,
     prices_n: jax.Array,
     temperature: jax.Array,
     layers: int,
+    holders: int,
 ) -> Solution:
     """The copies of greatest value.
 
     Args:
         values_nj: int64, from 0 to 2**value_bits(n).
-        capacities_n: int64, at most j each and at least j in all.
+        capacities_n: int64, at most j each and at least holders * j in all.
         prices_n: int64, where to start.
         temperature: float64, in units of values, about as far as prices may be off.
         layers: a divisor of j, for the size of blocks.
+        holders: servers that every item needs, from 1 to n.
     """
-    prices_n = anneal(in_blocks(values_nj, layers), capacities_n, prices_n, temperature)
-    held_nj, arcs_mm = balance(values_nj, capacities_n, choose(values_nj, prices_n))
+    prices_n = anneal(in_blocks(values_nj, layers), capacities_n, prices_n, temperature, holders)
+    chosen_nj = choose(values_nj, prices_n, holders)
+    held_nj, arcs_mm = balance(values_nj, capacities_n, chosen_nj, holders)
     return Solution(held_nj, prices_n, arcs_mm)
