@@ -216,6 +216,8 @@ class FrontEnd:
             if (count := self._connection.heard) != heard:
                 heard, when = count, now
             self._experts.launcher = now - when < LAUNCHER_S
+            if not self._experts.launcher:
+                self._experts.launcher_lost()
             await asyncio.sleep(1.0)
 
     def _on_sigterm(self) -> None:
