@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from dance_jax.bench.http import Address, HttpError, request
 from dance_jax.config import ClusterSpec, UserError
@@ -96,6 +96,7 @@ def started(
     arguments: Sequence[str],
     addresses: Sequence[Address] | None = None,
     root: pathlib.Path | None = None,
+    elsewhere: Callable[[Sequence[str]], Sequence[str]] = lambda command: command,
 ) -> Iterator[StartedCluster]:
     """Run the servers for the block; they end however the block ends.
 
@@ -107,14 +108,15 @@ def started(
             machine.
         root: the checkout whose launcher and servers run, with this working directory. If None,
             the installed package, with the working directory of this process.
+        elsewhere: makes, of the launcher's command, the one that runs it where it shall run.
 
     Raises:
         UserError: a server is on another machine, and no addresses are given.
     """
-    elsewhere = [server.name for server in spec.servers if server.ssh is not None]
-    if elsewhere and addresses is None:
+    remote = [server.name for server in spec.servers if server.ssh is not None]
+    if remote and addresses is None:
         raise UserError(
-            f"{', '.join(elsewhere)}: on another machine; start the cluster yourself with --bind "
+            f"{', '.join(remote)}: on another machine; start the cluster yourself with --bind "
             "and give each server's URL"
         )
     if addresses is None:
@@ -122,7 +124,7 @@ def started(
         addresses = [Address(LOOPBACK, port + n) for n in range(len(spec.servers))]
     with tempfile.TemporaryDirectory(prefix="dance-jax-bench-") as work:
         log = pathlib.Path(work) / "launcher.log"
-        command = [*LAUNCHER, *arguments, "--port", str(addresses[0].port)]
+        command = elsewhere([*LAUNCHER, *arguments, "--port", str(addresses[0].port)])
         with log.open("wb") as file:
             # In its own session: Ctrl-C reaches only this process, which then ends the launcher.
             process = subprocess.Popen(
