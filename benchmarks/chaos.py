@@ -159,6 +159,7 @@ def lose(options: argparse.Namespace, console: Console) -> int:
                 options.every,
                 options.in_flight,
                 say,
+                console.print,
             )
         )
         processes = bed.processes()

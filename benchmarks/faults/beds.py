@@ -19,8 +19,8 @@ from dance_jax.bench.http import Address, HttpError, request
 FRONT, ENGINE = "dance_jax.serve.frontend", "dance_jax.launch.worker.main"
 #: Experts that each of two servers gives to the other in a forced migration.
 MOVED = 24
-#: Seconds for an answer about the service itself.
-ANSWER_S = 5.0
+#: Seconds for an answer about the service itself; for a decision, whose process has low priority.
+ANSWER_S, DECIDE_S = 5.0, 300.0
 
 
 class Bed(abc.ABC):
@@ -132,7 +132,8 @@ class Bed(abc.ABC):
             {"name": name, "resident": [sorted(layer) for layer in layers]}
             for name, layers in zip(self.names, residents, strict=True)
         ]
-        decision = await self._ask(rank, "POST", "/placement/rebalance", {"servers": servers}, 60.0)
+        wish = {"servers": servers}
+        decision = await self._ask(rank, "POST", "/placement/rebalance", wish, DECIDE_S)
         return decision["experts_moved"]
 
     async def _ask(

@@ -115,6 +115,10 @@ def show_all(console: Console, reports: Sequence[Report]) -> None:
         )
     console.print(table)
     console.print("Gaps: measured / limit. Not ended requests count as lost.")
+    if reports:
+        first, last = reports[0].memory, reports[-1].memory
+        sizes = (f"{name} {format_bytes(first[name])}, {format_bytes(last[name])}" for name in last)
+        console.print(f"Memory after the first and the last fault: {'; '.join(sizes)}.")
 
 
 def _gap(seconds: float, limit: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -38,6 +39,7 @@ async def run(
     every_s: float,
     in_flight: int,
     say: Callable[[Report], None],
+    note: Callable[[str], None],
 ) -> list[Report]:
     """Make faults under load, one after another, in an order that the seed decides.
 
@@ -49,12 +51,18 @@ async def run(
         every_s: seconds from one fault to the next, or more if the first takes longer.
         in_flight: requests on each server.
         say: called with what each fault cost.
+        note: called with messages.
     """
     chance = random.Random(seed)
     texts = np.random.default_rng(seed)
-    cases = [Case(passage(texts), None if n % 2 else n, stream=n % 4 < 2) for n in range(CASES)]
-    load = Load(bed.addresses, cases, in_flight)
-    await load.learn()
+    cases = (
+        Case(passage(texts), None if n % 2 else n, stream=n % 4 < 2) for n in itertools.count()
+    )
+    load = Load(bed.addresses, in_flight)
+    if left_out := await load.learn(cases, CASES):
+        note(f"left out: {left_out} requests that the servers answer differently, by rounding")
+    if any(FAULTS[name].migrating for name in names):
+        await bed.migrate(0, chance)  # the first decision starts the process that decides
     reports: list[Report] = []
     async with load.running():
         began = time.monotonic()
