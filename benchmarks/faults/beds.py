@@ -123,9 +123,10 @@ class Bed(abc.ABC):
         residents = await self.residents(rank)
         one, two = chance.sample(range(len(residents)), 2)
         ways = (one, two), (two, one)
-        given = [_sample(chance, residents[source], residents[target]) for source, target in ways]
-        for (source, target), experts in zip(ways, given, strict=True):
-            for layer, expert in experts:
+        only = [_only(residents[source], residents[target]) for source, target in ways]
+        number = min(MOVED, *map(len, only))
+        for (source, target), experts in zip(ways, only, strict=True):
+            for layer, expert in chance.sample(experts, number):
                 residents[source][layer].discard(expert)
                 residents[target][layer].add(expert)
         servers = [
@@ -241,16 +242,13 @@ class Hosts(Bed):
                 yield int(local.rpartition(":")[2], 16)
 
 
-def _sample(
-    chance: random.Random, source: list[set[int]], target: list[set[int]]
-) -> list[tuple[int, int]]:
-    """Some (layer, expert) that the source has and the target has not."""
-    only = [
+def _only(source: list[set[int]], target: list[set[int]]) -> list[tuple[int, int]]:
+    """The (layer, expert) that the source has and the target has not."""
+    return [
         (layer, expert)
         for layer, (mine, theirs) in enumerate(zip(source, target, strict=True))
         for expert in sorted(mine - theirs)
     ]
-    return chance.sample(only, min(MOVED, len(only)))
 
 
 def _runs(process: psutil.Process, module: str) -> bool:
