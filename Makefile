@@ -1,10 +1,10 @@
-# make demo | test | research-test | slow-test | lint | docs | testbed | haproxy | chaos | dist; each
-# target creates .venv first if needed.
+# make demo | test | research-test | slow-test | lint | docs | testbed | haproxy | chaos | slow-chaos
+# | dist; each target creates .venv first if needed.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test research-test slow-test lint docs testbed haproxy chaos dist
+.PHONY: demo test research-test slow-test lint docs testbed haproxy chaos slow-chaos dist
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.complete
@@ -41,6 +41,10 @@ haproxy: $(VENV)/.complete
 # Processes and servers are lost under load; no answer may be lost or changed.
 chaos: $(VENV)/.complete
 	$(BIN)/python benchmarks/chaos.py --seconds 60
+
+# And hosts on slow links. Root; may install sshd and nftables.
+slow-chaos: $(VENV)/.complete
+	$(BIN)/python benchmarks/chaos.py --testbed 100Mbps --seconds 600
 
 # Wheel and sdist in dist/, tried in empty environments.
 dist: $(VENV)/.complete

@@ -83,7 +83,8 @@ def _on_a_server(prefix: Sequence[str], *cases) -> list[Case]:
         hosts = pathlib.Path(folder, "hosts.txt")
         hosts.write_text(HOSTS)
         arguments = ["--hosts", str(hosts), "--rebalance-interval", "0"]
-        with started(read_hosts(hosts), arguments, root=ROOT, prefix=prefix) as cluster:
+        limited = lambda command: [*prefix, *command]  # noqa: E731
+        with started(read_hosts(hosts), arguments, root=ROOT, elsewhere=limited) as cluster:
 
             async def measure() -> list[Case]:
                 await cluster.ready()

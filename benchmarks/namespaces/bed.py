@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import os
 import pathlib
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -35,8 +39,6 @@ AllowUsers root
 PermitRootLogin prohibit-password
 PasswordAuthentication no
 KbdInteractiveAuthentication no
-ClientAliveInterval 2
-ClientAliveCountMax 2
 AcceptEnv PYTHONPATH
 MaxSessions 100
 MaxStartups 100
@@ -203,6 +205,56 @@ class Testbed:
             self.rates[host] = rate
         self._save()
 
+    def set_link(self, host: str, up: bool) -> None:
+        """Cut a host's link, or make it whole again; nobody is told that connections are gone."""
+        state = "up" if up else "down"
+        run(*f"ip -n {self._label(HEAD)} link set {self._port(host)} {state}".split())
+
+    def set_loss(self, host: str, share: float) -> None:
+        """Have a host's link lose packets at random in both directions; needs the program nft.
+
+        Args:
+            host: name of the host.
+            share: of the packets that are lost; 0: none.
+        """
+        for end, interface in ((host, "eth0"), (HEAD, self._port(host))):
+            table = f"netdev loss-{interface}"
+            nft = ["ip", "netns", "exec", self._label(end), find("nft") or "nft"]
+            run(*nft, f"add table {table}; delete table {table}")
+            if share:
+                chain = f"type filter hook ingress device {interface} priority 0;"
+                drop = f"numgen random mod 1000 < {round(1000 * share)} drop"
+                run(*nft, f"table {table} {{\nchain in {{\n{chain}\n{drop}\n}}\n}}")
+
+    def crash(self, host: str) -> None:
+        """Kill all processes of a host, sshd included."""
+        while pids := leftovers.inhabitants(self._label(host)):
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.02)
+
+    def boot(self, host: str) -> None:
+        """Start a host's sshd, as after a crash."""
+        sshd = [find("sshd") or "sshd", "-f", "/run/testbed/sshd_config"]
+        self.exec(host, [*sshd, "-E", "/run/testbed/sshd.log"]).wait()
+
+    def let_launch(self, host: str) -> str:
+        """Let a host log in to all hosts; returns the path there of its ssh configuration."""
+        files = self._run_dir(host) / "testbed"
+        for name in ("key", "known_hosts"):
+            shutil.copy(self.state / name, files / name)
+        (files / "ssh_config").write_text(_SSH_CONFIG.format(state="/run/testbed"))
+        for each in self.hosts:
+            allowed = self._run_dir(each) / "testbed" / "authorized_keys"
+            sources = f"{SUBNET}.1,{self.hosts[host].address}"
+            allowed.write_text(allowed.read_text().replace(f"{SUBNET}.1", sources, 1))
+        return "/run/testbed/ssh_config"
+
+    def host_processes(self, host: str) -> list[int]:
+        """Return the ids of a host's processes."""
+        return leftovers.inhabitants(self._label(host))
+
     def counters(self) -> dict[str, tuple[int, int]]:
         """Return the bytes (received, sent) by each host's interface since the start."""
         counts = {}
@@ -349,9 +401,8 @@ class Testbed:
             (files / "sshd_config").write_text(_SSHD_CONFIG.format(address=host.address))
         (self.state / "known_hosts").write_text("".join(known))
         self.ssh_config.write_text(_SSH_CONFIG.format(state=self.state))
-        sshd = [find("sshd") or "sshd", "-f", "/run/testbed/sshd_config"]
         for host in self.hosts:
-            self.exec(host, [*sshd, "-E", "/run/testbed/sshd.log"]).wait()
+            self.boot(host)
         for host in self.hosts:
             self._wait_for_login(host)
 

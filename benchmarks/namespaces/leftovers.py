@@ -41,11 +41,7 @@ def remains(name: str) -> list[str]:
 
 def processes(name: str) -> dict[int, str]:
     """Return the process ids and command lines of all processes in a testbed."""
-    pids: set[int] = set()
-    for namespace in _own(NAMESPACES, name):
-        # An interrupted `ip netns add` leaves an empty file, which ip refuses: it has no processes.
-        command = [find("ip") or "ip", "netns", "pids", namespace.name]
-        pids.update(map(int, subprocess.run(command, capture_output=True).stdout.split()))
+    pids = {pid for namespace in _own(NAMESPACES, name) for pid in inhabitants(namespace.name)}
     for cgroup in _cgroups(name):
         pids.update(map(int, (cgroup / "cgroup.procs").read_text().split()))
     lines = {}
@@ -54,6 +50,13 @@ def processes(name: str) -> dict[int, str]:
             line = pathlib.Path(f"/proc/{pid}/cmdline").read_bytes()
             lines[pid] = line.replace(b"\0", b" ").decode(errors="replace").strip()
     return lines
+
+
+def inhabitants(namespace: str) -> list[int]:
+    """Return the ids of the processes in a network namespace."""
+    # An interrupted `ip netns add` leaves an empty file, which ip refuses: it has no processes.
+    command = [find("ip") or "ip", "netns", "pids", namespace]
+    return [int(pid) for pid in subprocess.run(command, capture_output=True).stdout.split()]
 
 
 def down(name: str) -> None:

@@ -8,7 +8,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 
 from dance_jax.config import UserError
 
@@ -22,7 +22,11 @@ PACKAGES = {
     "unshare": "util-linux",
     "taskset": "util-linux",
     "mount": "mount",
+    "nft": "nftables",
+    "haproxy": "haproxy",
 }
+#: Programs that every testbed needs; nft only makes links lose packets.
+NEEDED = tuple(program for program in PACKAGES if program not in ("nft", "haproxy"))
 _POLICY = pathlib.Path("/usr/sbin/policy-rc.d")
 
 
@@ -54,16 +58,13 @@ def check_root() -> None:
         raise UserError("the testbed creates network namespaces, which takes root: use sudo")
 
 
-def install_missing(wanted: Mapping[str, str] = PACKAGES) -> None:
-    """Install the missing programs with apt-get, as root.
-
-    Args:
-        wanted: Debian package of each program.
+def install_missing(programs: Iterable[str] = NEEDED) -> None:
+    """Install those of these programs that are missing, with apt-get.
 
     Raises:
         UserError: the machine has no apt-get, or apt-get failed.
     """
-    packages = sorted({wanted[program] for program in wanted if not find(program)})
+    packages = sorted({PACKAGES[program] for program in programs if not find(program)})
     if not packages:
         return
     if find("apt-get") is None:

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from dance_jax.bench.http import Address, HttpError, request
 from dance_jax.config import ClusterSpec, UserError
@@ -39,12 +39,24 @@ class StartedCluster:
     """
 
     def __init__(
-        self, process: subprocess.Popen[bytes], log: pathlib.Path, addresses: Sequence[Address]
+        self,
+        launch: Callable[[], subprocess.Popen[bytes]],
+        log: pathlib.Path,
+        addresses: Sequence[Address],
     ) -> None:
         self.addresses = tuple(addresses)
-        self.pid = process.pid
-        self._process = process
+        self._launch = launch
+        self._process = launch()
         self._log = log
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def launch_again(self) -> None:
+        """Start the launcher again, which was killed."""
+        self._process.wait()
+        self._process = self._launch()
 
     async def ready(self) -> None:
         """Wait until all servers are ready.
@@ -96,7 +108,7 @@ def started(
     arguments: Sequence[str],
     addresses: Sequence[Address] | None = None,
     root: pathlib.Path | None = None,
-    prefix: Sequence[str] = (),
+    elsewhere: Callable[[Sequence[str]], Sequence[str]] = lambda command: command,
 ) -> Iterator[StartedCluster]:
     """Run the servers for the block; they end however the block ends.
 
@@ -108,15 +120,15 @@ def started(
             machine.
         root: the checkout whose launcher and servers run, with this working directory. If None,
             the installed package, with the working directory of this process.
-        prefix: words of a command that runs the launcher's command, which follows them.
+        elsewhere: makes, of the launcher's command, the one that runs it where it shall run.
 
     Raises:
         UserError: a server is on another machine, and no addresses are given.
     """
-    elsewhere = [server.name for server in spec.servers if server.ssh is not None]
-    if elsewhere and addresses is None:
+    remote = [server.name for server in spec.servers if server.ssh is not None]
+    if remote and addresses is None:
         raise UserError(
-            f"{', '.join(elsewhere)}: on another machine; start the cluster yourself with --bind "
+            f"{', '.join(remote)}: on another machine; start the cluster yourself with --bind "
             "and give each server's URL"
         )
     if addresses is None:
@@ -124,22 +136,26 @@ def started(
         addresses = [Address(LOOPBACK, port + n) for n in range(len(spec.servers))]
     with tempfile.TemporaryDirectory(prefix="dance-jax-bench-") as work:
         log = pathlib.Path(work) / "launcher.log"
-        command = [*prefix, *LAUNCHER, *arguments, "--port", str(addresses[0].port)]
-        with log.open("wb") as file:
-            # In its own session: Ctrl-C reaches only this process, which then ends the launcher.
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=file,
-                start_new_session=True,
-                cwd=root,
-                # On a testbed, ssh passes PYTHONPATH on to the hosts.
-                env=os.environ
-                | {"PYTHONUNBUFFERED": "1"}
-                | ({} if root is None else {"PYTHONPATH": str(root)}),
-            )
-        cluster = StartedCluster(process, log, addresses)
+        command = elsewhere([*LAUNCHER, *arguments, "--port", str(addresses[0].port)])
+
+        def launch() -> subprocess.Popen[bytes]:
+            with log.open("ab") as file:
+                # In its own session: Ctrl-C reaches only this process, which then ends the
+                # launcher.
+                return subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=file,
+                    stderr=file,
+                    start_new_session=True,
+                    cwd=root,
+                    # On a testbed, ssh passes PYTHONPATH on to the hosts.
+                    env=os.environ
+                    | {"PYTHONUNBUFFERED": "1"}
+                    | ({} if root is None else {"PYTHONPATH": str(root)}),
+                )
+
+        cluster = StartedCluster(launch, log, addresses)
         try:
             yield cluster
         finally:

@@ -19,6 +19,10 @@ class HttpError(Exception):
     """The connection failed, or the answer is not HTTP."""
 
 
+class NotReached(HttpError):
+    """No connection could be made."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Address:
     """The address on which a server listens."""
@@ -104,7 +108,8 @@ async def request(
     """Send a request on a new connection; leaving the block closes the connection.
 
     Raises:
-        HttpError: the server cannot be reached, or does not answer.
+        NotReached: no connection could be made.
+        HttpError: the server does not answer.
     """
     fields = {
         "Host": str(address),
@@ -119,7 +124,7 @@ async def request(
             address.host, address.port, limit=LONGEST_LINE
         )
     except OSError as error:
-        raise HttpError(f"{address} cannot be reached: {error.strerror or error}") from error
+        raise NotReached(f"{address} cannot be reached: {error.strerror or error}") from error
     try:
         writer.write("\r\n".join([*lines, "", ""]).encode() + body)
         yield Response(*await _head(reader), reader)

@@ -284,7 +284,7 @@ async def check_end(checks: Checks, url: str, launch: Launch) -> None:
 def main() -> int:
     """Run all checks and return the exit code."""
     try:
-        install_missing({"haproxy": "haproxy"})
+        install_missing(["haproxy"])
     except UserError as error:
         print(error, file=sys.stderr)
         return 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
@@ -13,7 +14,16 @@ from collections.abc import Callable, Iterator
 import psutil
 import pytest
 
+from dance_jax.launch.agent.nodes import NodeProcess, Nodes
 from dance_jax.launch.agent.role import KEY_VARIABLE
+from dance_jax.launch.control import protocol
+from dance_jax.launch.control.channel import (
+    ControlConnection,
+    ControlListener,
+    new_key,
+    node_identity,
+)
+from dance_jax.launch.planning.hosts import parse_hosts
 from tests.launch.cold_run import Tiny
 from tests.launch.launched import completion, eventually, free_ports, kill_all, only_child
 from tests.launch.test_cluster import many_prompts
@@ -84,6 +94,51 @@ def test_nodes_answer_as_one_launch(tiny: Tiny, start: Start, tmp_path: pathlib.
         assert {**line, "metrics": None} == {**before, "metrics": None}
 
 
+def test_a_node_that_is_started_again_gets_a_process_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Node 0 sends a start only to a node that is there to get it."""
+    monkeypatch.setattr("dance_jax.launch.agent.nodes.RECONNECT_S", 0.3)
+    key, spec = new_key(), parse_hosts("alpha experts=1\nbeta experts=1")
+    with contextlib.closing(ControlListener(key, [node_identity(1)])) as listener:
+        nodes = Nodes(spec, listener)
+
+        def begin() -> ControlConnection:
+            node = ControlConnection(listener.private, key, node_identity(1))
+            node.send(protocol.encode(protocol.NodeHello(os.getpid())))
+            return node
+
+        def commands(node: ControlConnection) -> list[protocol.NodeCommand]:
+            assert eventually(lambda: nodes.pump(10) or node.waits(), 5)
+            return [protocol.decode_node_command(each) for each in node.arrived()]
+
+        def launched() -> NodeProcess:
+            return nodes.start(1, "some.module", answers=False, drains=True)
+
+        def gone() -> bool:
+            nodes.check()
+            return process.ended is not None
+
+        node = begin()
+        nodes.meet(lambda *_: None)
+        process = launched()
+        assert commands(node) == [protocol.NodeStart(1, "some.module", False, True)]
+        node.close()
+        assert eventually(gone, 10)
+        assert "cannot be reached any more" in process.fate()
+        process = launched()
+        assert process.ended is not None
+        assert "is not connected" in process.fate()
+        again = begin()
+        assert eventually(lambda: nodes.pump(10) or launched().ended is None, 5)
+        (command,) = commands(again)
+        assert isinstance(command, protocol.NodeStart)
+        # Started again before node 0 has missed it.
+        process = nodes._processes[1]
+        again.close()
+        with contextlib.closing(begin()):
+            assert eventually(lambda: nodes.pump(10) or process.ended is not None, 5)
+        assert "was started again" in process.fate()
+
+
 @pytest.mark.parametrize(
     "lost",
     [
@@ -129,6 +184,13 @@ def test_nodes_serve_and_end_together(tiny: Tiny, start: Start, tmp_path: pathli
     engine.kill()
     said(tmp_path, 0, f"beta: its engine (process {engine.pid}) was killed by signal 9")
     said(tmp_path, 0, "all engines are running again")
+    assert [completion(url) for url in urls] == [expected] * 3
+    # The machine of a node is lost, and the node is started again there.
+    kill_all([*nodes[1].children(recursive=True), nodes[1]])
+    said(tmp_path, 0, "beta: (process None) is lost: its node (--node-rank 1) is not connected")
+    nodes[1] = start(1)
+    running = "all engines are running again"
+    assert eventually(lambda: (tmp_path / "node-0").read_text().count(running) == 2, 60)
     assert [completion(url) for url in urls] == [expected] * 3
     processes = [child for node in nodes for child in node.children(recursive=True)]
     nodes[2].send_signal(signal.SIGTERM)

@@ -23,6 +23,7 @@ INTERRUPTED = 128 + signal.SIGINT
 #: Seconds between pings that detect a lost node: much shorter than fleet.CAUSE_WINDOW_S, so that a
 #: lost node is noticed while the cause is sought.
 _PING_S = 0.2
+_UNREACHABLE = "cannot be reached any more; look at its terminal, and start it again there"
 
 
 class Nodes:
@@ -82,7 +83,11 @@ class Nodes:
         before = self._processes.get(rank)
         number = 1 if before is None else before.number + 1
         process = self._processes[rank] = NodeProcess(self, rank, self._names[rank], number)
-        process.send(protocol.NodeStart(number, module, answers, drains))
+        # A node that is started later would not get what is sent to it now.
+        if self._is_connected(rank):
+            process.send(protocol.NodeStart(number, module, answers, drains))
+        else:
+            process.is_lost("is not connected; start it again there")
         return process
 
     def send(self, rank: int, command: protocol.NodeCommand) -> None:
@@ -104,6 +109,8 @@ class Nodes:
         event = protocol.decode_node_event(content)
         if isinstance(event, protocol.NodeHello):
             self._connected.add(rank)
+            if (before := self._processes.get(rank)) is not None:
+                before.is_lost("was started again")
             return
         process = self._processes.get(rank)
         if process is None or process.number != event.number:
@@ -119,9 +126,11 @@ class Nodes:
             self._checked = time.monotonic()
             for rank, process in self._processes.items():
                 if process.ended is None:
-                    with self._lock:
-                        connected = self.listener.connected(node_identity(rank))
-                    process.reached(connected)
+                    process.reached(self._is_connected(rank))
+
+    def _is_connected(self, rank: int) -> bool:
+        with self._lock:
+            return self.listener.connected(node_identity(rank))
 
     def close(self) -> None:
         """Tell all nodes to end, and stop listening."""
@@ -141,6 +150,8 @@ class NodeProcess(ServerProcess):
         self._nodes = nodes
         self._rank = rank
         self._end: protocol.NodeEnded | None = None
+        #: What became of its node, if that ended it.
+        self._lost = ""
 
     def send(self, command: protocol.NodeCommand) -> None:
         """Send a command to the node."""
@@ -155,7 +166,12 @@ class NodeProcess(ServerProcess):
         elif self.unreachable is None:
             self.unreachable = now
         elif now - self.unreachable > RECONNECT_S:
-            self.ended = now
+            self.is_lost(_UNREACHABLE)
+
+    def is_lost(self, why: str) -> None:
+        """Record that the node does not hold the process any more, unless it has ended before."""
+        if self.ended is None:
+            self._lost, self.ended = why, time.monotonic()
             self.answers.put(None)
 
     def write(self, line: bytes) -> None:
@@ -184,12 +200,10 @@ class NodeProcess(ServerProcess):
     def lost(self) -> str:
         if self.status == INTERRUPTED:
             return f"was ended by Ctrl-C on its node (--node-rank {self._rank})"
-        if self.unreachable is None or self._end is not None:
+        why = self._lost or (_UNREACHABLE if self.unreachable is not None else "")
+        if not why or self._end is not None:
             return ""
-        return (
-            f"is lost: its node (--node-rank {self._rank}) cannot be reached any more; look at its "
-            "terminal, then start all nodes again"
-        )
+        return f"is lost: its node (--node-rank {self._rank}) {why}"
 
     def last_lines(self) -> list[str]:
         return ["(its log is on its node)"] if self._end is None else self._end.last_lines
