@@ -177,6 +177,11 @@ class Engine:
         return self._staging.layout
 
     @property
+    def staged(self) -> int:
+        """Number of the first batch that is staged and not applied; 0 for none."""
+        return self._staging.ready
+
+    @property
     def last_batch(self) -> int:
         """Number of the last batch that was staged; 0 for none."""
         return self._staging.last

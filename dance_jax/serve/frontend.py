@@ -97,10 +97,11 @@ class FrontEnd:
         #: Number of the engine's start, which grows also from one front end to the next.
         self._start = setup.start
         #: What a launcher that takes over must know: where this engine listens, whether it was told
-        #: to join, whether it is ready, whether it gives no sign of life, and the report of its
-        #: death.
+        #: to join, whether it is ready, its last batch, whether it gives no sign of life, and the
+        #: report of its death.
         self._endpoint, self._joins, self._ready, self._silent = "", False, False, False
         self._died: protocol.EngineDied | None = None
+        self._applied = 0
         #: Names of all servers by rank, "" for vacant seats; they change as servers join and leave.
         self._names = [*setup.engine.spec.names]
         seeds = request_seeds(setup.engine.config.seed, setup.engine.rank)
@@ -168,8 +169,8 @@ class FrontEnd:
                 self._stopped.set()
             case protocol.Drain():
                 self._drain()
-            case protocol.TakeOver() as command:
-                self._taken_over(command)
+            case protocol.TakeOver():
+                self._taken_over()
             case protocol.Join() as command:
                 self._joins = True
                 self._commands.put_nowait(command)
@@ -187,7 +188,7 @@ class FrontEnd:
             case command:
                 self._commands.put_nowait(command)
 
-    def _taken_over(self, command: protocol.TakeOver) -> None:
+    def _taken_over(self) -> None:
         """Tell a launcher that did not start this server how things are."""
         self._experts.launcher_lost()
         self._tell(
@@ -197,14 +198,13 @@ class FrontEnd:
                 self._endpoint,
                 self._ready,
                 bool(self._endpoint) and not self._joins,
+                self._applied,
                 self._draining.is_set(),
                 self._experts.report(),
             )
         )
         if self._died is not None:
             self._tell(self._died)
-        elif self._ready:
-            self._commands.put_nowait(command)
         if self._silent:
             self._tell(protocol.EngineSilent(self._start, True))
 
@@ -243,7 +243,7 @@ class FrontEnd:
     def _start_engine(self, layout: bytes) -> None:
         start = self._start
         self._endpoint, self._joins, self._ready, self._silent = "", False, False, False
-        self._died = None
+        self._died, self._applied = None, 0
         setup = msgspec.structs.replace(self._setup.engine, layout=layout)
         self._engine = EngineProcess(
             setup,
@@ -273,6 +273,9 @@ class FrontEnd:
             case protocol.Ready():
                 self._ready = True
                 self.queue.engine_started()
+                self._tell(protocol.FromEngine(self._start, event))
+            case protocol.Applied(number):
+                self._applied = number
                 self._tell(protocol.FromEngine(self._start, event))
             case protocol.Prepared(_, endpoint):
                 self._endpoint = endpoint

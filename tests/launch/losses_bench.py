@@ -32,7 +32,7 @@ RANKS = range(len(NAMES))
 #: Of a pool whose experts have no arrays.
 FORM: Any = types.SimpleNamespace(leaves={})
 #: What an engine's process gets; all other messages are for its front end.
-PASSED = (protocol.Stage, protocol.Commit, protocol.Drop, protocol.AskStats)
+PASSED = (protocol.Stage, protocol.Commit, protocol.Drop, protocol.AskStats, protocol.Settle)
 
 
 class EngineProcess:
@@ -46,8 +46,8 @@ class EngineProcess:
     def __init__(self, rank: int, layout: Layout, bench: LossesBench) -> None:
         self.rank, self._bench = rank, bench
         self.staging = Staging(layout, rank, FORM)
-        #: It is ready.
-        self.runs = False
+        #: It is ready; the last batch that it has applied.
+        self.runs, self.applied = False, 0
         #: Commands on the way here, and how many of them arrive now; batches that it loads.
         self.inbox: collections.deque[bytes] = collections.deque()
         self._arrived = 0
@@ -89,6 +89,9 @@ class EngineProcess:
         self.loading = [stage for stage in self.loading if stage.number != number]
         self._loaded = [stage for stage in self._loaded if stage.number != number]
 
+    def drop_all(self) -> None:
+        self.loading, self._loaded = [], []
+
     def finished(self) -> list[Loaded]:
         found, self._loaded = self._loaded, []
         why = "the disk is gone" if self.rank in self._bench.broken else ""
@@ -117,10 +120,23 @@ class EngineProcess:
     def commit(self, number: int) -> bool:
         assert self.staging.ready == number, "the engine has no such batch"
         self.staging.take(number)
+        self.applied = number
         return True
 
     def unstage(self, number: int) -> bool:
         return self.staging.drop(number)
+
+    @property
+    def staged(self) -> int:
+        return self.staging.ready
+
+    @property
+    def layout(self) -> Layout:
+        return self.staging.layout
+
+    @property
+    def last_batch(self) -> int:
+        return self.staging.last
 
     def stats(self) -> Any:
         tokens = np.zeros((0, LAYERS, K), np.int16)
@@ -152,15 +168,41 @@ class LossesBench:
         self._heard = 0
         monkeypatch.setattr(controller, "Solver", Inline)
         self.members = Members(NAMES, self, lambda: self.now)
-        options = RebalanceOptions(interval_s=0.0, policy="dance", **more)
-        self.rebalancer = Rebalancer(options, SPEC, Facts(), CONFIG, self, clock=lambda: self.now)
+        self._options = RebalanceOptions(interval_s=0.0, policy="dance", **more)
+        self.rebalancer = self._rebalancer()
         self.engines += [EngineProcess(rank, layout, self) for rank in RANKS]
         for engine in self.engines:
             assert engine is not None
             engine.runs = True
         self.turn()
 
+    def _rebalancer(self) -> Rebalancer:
+        return Rebalancer(self._options, SPEC, Facts(), CONFIG, self, clock=lambda: self.now)
+
     # What happens.
+
+    def take_over(self) -> None:
+        """The launcher is lost, and another one takes over while all servers run."""
+        assert len(self.present) == len(NAMES)
+        self.members, self.events = Members(NAMES, self, lambda: self.now), []
+        if self.placed is not None:
+            self.layout = Layout.from_bytes(self.placed.layout)
+        self.rebalancer = self._rebalancer()
+        engines = [engine for engine in self.engines if engine is not None]
+        settle = protocol.Settle(max(engine.applied for engine in engines))
+        for engine in engines:
+            self.members.await_call(engine.rank)
+            self.tell(engine.rank, settle)
+        while len(self.present) < len(NAMES):
+            for engine in engines:
+                engine.obey(100, 0)
+            events, self.events = self.events, []
+            for engine, event in events:
+                if isinstance(event, protocol.Holds):
+                    layout = Layout.from_bytes(event.layout)
+                    self.rebalancer.holds(engine.rank, layout, event.number)
+                    self.members.ready(engine.rank)
+        self.turn()
 
     def kill_engine(self, rank: int) -> None:
         self.engines[rank] = None

@@ -139,7 +139,7 @@ def test_the_first_of_two_is_back_in_time_to_load(monkeypatch) -> None:
 
 def test_a_server_is_back_before_the_others_have_loaded(monkeypatch) -> None:
     """It never ended; what was loaded for it leaves again, and the rest is not loaded."""
-    monkeypatch.setattr("dance_jax.launch.rebalance.losses.RECOVERY_BYTES", 1)
+    monkeypatch.setattr("dance_jax.launch.planning.loss.RECOVERY_BYTES", 1)
     bench = LossesBench(monkeypatch, first := thirds())
     bench.pause(GAMMA)
     loads = sum(len(stage.loads) for _, stage in bench.staged)
@@ -321,7 +321,7 @@ class LossesMachine(RuleBasedStateMachine):
     )
     def start(self, seed: int, replicas: float, spare: tuple[int, ...], small: bool) -> None:
         if small:  # batches of one expert on each server
-            self.patch.setattr("dance_jax.launch.rebalance.losses.RECOVERY_BYTES", 1)
+            self.patch.setattr("dance_jax.launch.planning.loss.RECOVERY_BYTES", 1)
         random = np.random.default_rng(seed)
         resident = random.random((len(NAMES), LAYERS, EXPERTS)) < replicas
         home = random.integers(len(NAMES), size=(LAYERS, EXPERTS))
@@ -374,6 +374,12 @@ class LossesMachine(RuleBasedStateMachine):
         wanted = protocol.RebalanceWanted(1, False, False, resident=lists)
         self.bench.rebalancer.want(ALPHA, wanted)
         self.bench.turn()
+
+    @precondition(lambda self: len(self.bench.present) == len(NAMES))
+    @rule()
+    def another_launcher_takes_over(self) -> None:
+        self.bench.take_over()
+        self.home = self.bench.rebalancer._losses.home
 
     @rule()
     def all_do_what_they_are_told(self) -> None:

@@ -122,6 +122,8 @@ class Service(Fleet):
         how = rebalance or RebalanceOptions(interval_s=0)
         self._rebalancer = Rebalancer(how, self.spec, self.checkpoint, self.config, self, before)
         self._survivors = survivors
+        #: Number of the last batch under earlier launchers that any server has applied.
+        self._applied = 0
         self._state_dir = how.state_dir
         self.outlives = (
             self.calls
@@ -338,6 +340,7 @@ class Service(Fleet):
     def _take_over(self, survivors: Survivors) -> None:
         """Find out what the servers do and hold; those that do not answer count as lost."""
         self._rebalancer.resume(survivors.latest)
+        self._applied = max(taken.applied for taken in survivors.taken.values())
         self.members.epoch = 1 + max(taken.placed.epoch for taken in survivors.taken.values())
         deadline = time.monotonic() + TAKE_OVER_S
         events, _ = self._events_of(survivors.messages)
@@ -445,7 +448,9 @@ class Service(Fleet):
                 self._processes[rank].pid = event.pid
                 self._endpoints[rank] = event.endpoint
                 self.members.called(rank, event.start)
-                if event.waits:
+                if event.ready:
+                    self.tell(rank, protocol.Settle(self._applied))
+                elif event.waits:
                     self._let_join(rank, event.endpoint)
                 self._save_handover()
             case protocol.Holds():

@@ -183,10 +183,17 @@ class Reseat(msgspec.Struct, tag=True):
 
 
 class TakeOver(msgspec.Struct, tag=True):
-    """From a launcher that has not started this server, or has lost it for a while.
+    """From a launcher that has not started this front end, or has lost it for a while.
 
-    The front end answers with Taken; the engine drops what is staged and answers with Holds.
+    The front end answers with Taken.
     """
+
+
+class Settle(msgspec.Struct, tag=True):
+    """Apply the staged batches that some server has applied, drop all others; answer with Holds."""
+
+    #: Number of the last batch that any server has applied.
+    applied: int
 
 
 class Stop(msgspec.Struct, tag=True):
@@ -435,9 +442,11 @@ class Taken(msgspec.Struct, tag=True):
     #: Number of the engine's start, and where the engine listens; "": it is not prepared.
     start: int
     endpoint: str
-    #: The engine is ready, so its Holds follows; it is prepared, and waits for Join.
+    #: The engine is ready; it is prepared, and waits for Join.
     ready: bool
     waits: bool
+    #: Number of the last batch that the engine has applied.
+    applied: int
     #: The front end accepts no requests any more, and ends when the running ones are done.
     draining: bool
     #: The placement as the front end knows it.
@@ -523,11 +532,9 @@ NodeCommand = NodeStart | NodeInput | NodeSignal | NodeEnd
 NodeEvent = NodeHello | NodeAnswer | NodeEnded
 
 #: Commands that a front end passes on from the launcher to its engine, and all that each obeys.
-PassedCommand = (
-    Join | PeerLost | PeerRestarted | AskStats | Stage | Commit | Drop | Reseat | TakeOver
-)
+PassedCommand = Join | PeerLost | PeerRestarted | AskStats | Stage | Commit | Drop | Reseat | Settle
 Command = PassedCommand | Submit | Abort | Stop
-FrontCommand = PassedCommand | Restart | Decided | Placed | Drain | Stop
+FrontCommand = PassedCommand | Restart | Decided | Placed | TakeOver | Drain | Stop
 Event = Hello | PassedEvent | Deltas | Report | Pulse | Failed
 FrontEvent = (
     Hello

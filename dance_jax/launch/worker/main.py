@@ -453,7 +453,7 @@ class Worker:
                     self._pending.append(command)
         # Slots emptied by a batch are free for the next batch only once that batch is applied.
         if not any(
-            isinstance(each, protocol.Commit | protocol.Drop | protocol.TakeOver)
+            isinstance(each, protocol.Commit | protocol.Drop | protocol.Settle)
             for each in self._pending
         ):
             for loaded in self._loader.finished():
@@ -492,9 +492,11 @@ class Worker:
                 case protocol.Reseat(number, rank, server, slots):
                     self._connections.names[rank] = server.name
                     engine.reseat(number, rank, server.devices, slots)
-                case protocol.TakeOver():
+                case protocol.Settle(applied):
                     self._loader.drop_all()
-                    engine.unstage(1)
+                    while 0 < engine.staged <= applied:
+                        engine.commit(engine.staged)
+                    engine.unstage(engine.staged)
                     layout = engine.layout.to_bytes()
                     channel.send(protocol.Holds(layout, engine.last_batch))
                 case protocol.Stop():
