@@ -49,6 +49,7 @@ class Site:
         return found
 
     def end(self) -> None:
+        stop(self.state, now=True)
         for launch in self.launches:
             launch.kill()
 
