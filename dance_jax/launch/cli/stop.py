@@ -13,8 +13,10 @@ from collections.abc import Sequence
 from dance_jax.config import UserError
 from dance_jax.launch.cluster.succession import (
     InUse,
+    OtherVersion,
     end_servers,
     find_survivors,
+    kill_servers,
     launcher_pid,
     sole_launcher,
 )
@@ -56,26 +58,30 @@ def stop(directory: pathlib.Path, now: bool) -> int:
     """
     if not directory.is_dir():
         raise UserError(f"--state-dir {directory}: no such directory")
+    told = None
     while True:
         try:
             with sole_launcher(directory):
                 return _end_survivors(directory, now)
         except InUse:
             pid = launcher_pid(directory)
-            if pid is None:
-                time.sleep(_LOOK_S)
-                continue
-            print(f"ending the launcher (process {pid}) and its servers")
-            # The launcher drains on the first signal; a second Ctrl-C ends it at once.
-            for number in (signal.SIGINT, signal.SIGINT) if now else (signal.SIGTERM,):
-                os.kill(pid, number)
-                time.sleep(_LOOK_S)
-            while launcher_pid(directory) == pid:
-                time.sleep(_LOOK_S)
+            if pid not in (None, told):
+                print(f"ending the launcher (process {pid}) and its servers")
+                # Without the launcher, which would drain, the servers are ended here.
+                os.kill(pid, signal.SIGKILL if now else signal.SIGTERM)
+                told = pid
+            time.sleep(_LOOK_S)
 
 
 def _end_survivors(directory: pathlib.Path, now: bool) -> int:
-    survivors = find_survivors(directory)
+    try:
+        survivors = find_survivors(directory)
+    except OtherVersion:
+        if not now:
+            raise
+        print("killing servers of another version")
+        kill_servers(directory)
+        return 0
     if survivors is None:
         print("no server of this directory runs")
         return 0

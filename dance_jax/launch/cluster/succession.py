@@ -147,6 +147,10 @@ def sole_launcher(directory: str | os.PathLike[str]) -> Iterator[None]:
             file.truncate(0)
 
 
+class OtherVersion(UserError):
+    """The servers that still run do not understand this version's messages."""
+
+
 class InUse(UserError):
     """Another launcher uses the directory."""
 
@@ -179,14 +183,14 @@ class Survivors:
     def forget(self, directory: str | os.PathLike[str]) -> None:
         """Remove what only the servers needed."""
         self.listener.close()
-        shutil.rmtree(self.handover.private, ignore_errors=True)
-        (pathlib.Path(directory) / FILE_NAME).unlink(missing_ok=True)
+        _forget(self.handover, directory)
 
 
 def find_survivors(directory: str | os.PathLike[str]) -> Survivors | None:
     """The servers that a lost launcher left running; None if there are none.
 
     Raises:
+        OtherVersion: they run another version.
         UserError: the file of the launcher cannot be read, or its ports are taken.
     """
     handover = load(directory)
@@ -203,7 +207,15 @@ def find_survivors(directory: str | os.PathLike[str]) -> Survivors | None:
             break
         for peer, content in listener.receive(0.1):
             survivors.messages.append((peer, content))
-            event = protocol.decode_front_event(content)
+            try:
+                event = protocol.decode_front_event(content)
+            except msgspec.MsgspecError as error:
+                listener.close()
+                raise OtherVersion(
+                    f"{pathlib.Path(directory) / FILE_NAME}: the servers of that launch still run, "
+                    "but another version of dance_jax: start the launcher with that version, or "
+                    f"end the servers with: dance-jax stop --now --state-dir {directory}"
+                ) from error
             if isinstance(event, protocol.Taken):
                 rank = int(peer.rpartition("-")[2])
                 survivors.taken[rank] = event
@@ -214,6 +226,15 @@ def find_survivors(directory: str | os.PathLike[str]) -> Survivors | None:
     end_servers(survivors, drain_s=0.0)
     survivors.forget(directory)
     return None
+
+
+def kill_servers(directory: str | os.PathLike[str]) -> None:
+    """End the servers of a lost launcher without talking to them."""
+    handover = load(directory)
+    if handover is not None:
+        for process in handover.processes():
+            process.kill(signal.SIGKILL)
+        _forget(handover, directory)
 
 
 def end_servers(survivors: Survivors, drain_s: float) -> list[str]:
@@ -254,6 +275,11 @@ def end_servers(survivors: Survivors, drain_s: float) -> list[str]:
                 process.kill(signal.SIGKILL)
         within(END_S, ended)
     return [process.name for process in processes if process.ended is None]
+
+
+def _forget(handover: Handover, directory: str | os.PathLike[str]) -> None:
+    shutil.rmtree(handover.private, ignore_errors=True)
+    (pathlib.Path(directory) / FILE_NAME).unlink(missing_ok=True)
 
 
 def _listener(handover: Handover) -> ControlListener:
