@@ -267,7 +267,7 @@ def test_old_work_fades() -> None:
             busiest_rows=tokens,
             expert_seconds=0.5 * seconds,
         )
-        work.update([msgspec.msgpack.encode(found)], seconds)
+        work.update({0: msgspec.msgpack.encode(found)}, seconds)
         np.testing.assert_allclose(work.token_rates(seconds), per_second, rtol=1e-6)
         load = work.load(seconds)
         np.testing.assert_allclose(load.busiest, 0.25)
@@ -283,10 +283,10 @@ def test_engines_before_count_on() -> None:
     """A restarted engine's counters begin at 0, and its sample is small."""
     work = Workload((1, LAYERS, EXPERTS), K, 1, None, None, 0.0)
     assert work.load(0.0) == ServerLoad()
-    work.update([msgspec.msgpack.encode(stats(AT_HOME[0]))], 1.0)
+    work.update({0: msgspec.msgpack.encode(stats(AT_HOME[0]))}, 1.0)
     work.engines_died([0], 1.0)
     few = routes(HIGH, tokens=10)
-    work.update([msgspec.msgpack.encode(stats(few))], 2.0)
+    work.update({0: msgspec.msgpack.encode(stats(few))}, 2.0)
     # The step counts are those of both engines together.
     assert work.load(2.0).rows == ((2.0, 2.0),)
     found = work.statistics(2.0)

@@ -129,9 +129,9 @@ def test_what_each_loss_means() -> None:
     full = layout_of([0, 1, 2], [2, 3], [4, 5, 0], slots=3)
     tight = [*loss_lines(losses(full, "abc", counts, size), 1, size)]
     assert tight[2] == (
-        "If c is lost, 2 experts have no other holder: a loads 1, b loads 1 (3.8 MiB); nobody is "
-        "known to call them."
-    ), "a gives up expert 2, which b has as well"
+        "If c is lost, 2 experts have no other holder: b loads 2 (3.8 MiB); nobody is known to call "
+        "them."
+    ), "b gives up expert 2, which a has as well"
     none = layout_of([0, 1], [2, 3], [4, 5], slots=2)
     first, *_ = loss_lines(losses(none, "abc", counts, size), 1, size)
     assert first == (
@@ -149,7 +149,7 @@ def test_a_plan_says_what_the_service_will_do() -> None:
     for lost, loss in enumerate(found):
         present = {0, 1, 2} - {lost}
         layout = plan.layout
-        batches = recovery(layout, present, counts, most_urgent_loads(size))
+        batches = recovery(layout, layout, present, counts, most_urgent_loads(size))
         for batch in batches:
             layout = changed(layout, batch.changes)
         assert loss.experts == uncovered(plan.layout, present).sum() > 0

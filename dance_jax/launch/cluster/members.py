@@ -201,10 +201,11 @@ class Members:
         started = member.state in (_State.STARTS, _State.FRONT_STARTS)
         member.failures = member.failures + 1 if started else 0
         delay = BACK_OFF_S[min(member.failures, len(BACK_OFF_S) - 1)]
-        was_present = member.present
+        was_present, news = member.present, why != member.why or not member.failures
         member.state, member.at, member.why = state, self._clock() + delay, why
         member.silent, member.hung, member.unanswered = False, False, 0
-        self._actions.notice(self._names[rank], what)
+        if news:  # a host that is away for long fails in the same way every few seconds
+            self._actions.notice(self._names[rank], what)
         if was_present:
             self._left(rank)
         if all(each.failures >= MAX_FAILED_STARTS for each in self._seated):

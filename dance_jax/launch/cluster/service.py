@@ -421,7 +421,8 @@ class Service(Fleet):
                     continue
                 self._fronts_dead.add(rank)
                 process = self._processes[rank]
-                why = f"(process {process.pid}) {process.fate()}"
+                number = "" if process.pid is None else f"(process {process.pid}) "
+                why = f"{number}{process.fate()}"
                 process.kill(signal.SIGKILL)
                 self.members.front_died(rank, why)
             for rank, event in events:
