@@ -43,6 +43,7 @@ from dance_jax.bench.http import Address, HttpError
 from dance_jax.bench.terminal import exit_code, terminal
 from dance_jax.config import UserError
 from dance_jax.files import whole_file
+from dance_jax.launch.cli.stop import stop
 from dance_jax.launch.planning.hosts import parse_hosts, read_hosts
 
 #: Any two of them can hold the demo model.
@@ -192,10 +193,15 @@ def loopback(options: argparse.Namespace, work: pathlib.Path) -> Iterator[Bed]:
         file = work / "hosts.txt"
         file.write_text(HOSTS)
     spec = read_hosts(file)
-    arguments = ["--hosts", str(file), "--state-dir", str(work / "state"), *options.launch]
-    with started(spec, arguments) as cluster:
-        asyncio.run(cluster.ready())
-        yield Loopback(cluster, spec.names)
+    state = work / "state"
+    state.mkdir()
+    try:
+        arguments = ["--hosts", str(file), "--state-dir", str(state), *options.launch]
+        with started(spec, arguments) as cluster:
+            asyncio.run(cluster.ready())
+            yield Loopback(cluster, spec.names)
+    finally:
+        stop(state, now=True)  # a launcher that was killed has left its servers
 
 
 @contextlib.contextmanager

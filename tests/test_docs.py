@@ -46,7 +46,7 @@ PAGES = {
 }
 RUNNABLE = "<!-- runnable -->\n"
 #: Scripts that users run, and modules with `python -m`.
-SCRIPTS = ("peers", "real_size", "serve", "testbed", "throughput")
+SCRIPTS = ("chaos", "clients", "peers", "real_size", "serve", "testbed", "throughput")
 RESEARCH = ("apart", "migrate", "paper", "placement", "recovery", "simulate", "wire")
 CONVERT = "dance_jax.models.convert"
 HOSTS, STOP = "dance_jax.launch.cli.hosts", "dance_jax.launch.cli.stop"

@@ -71,7 +71,7 @@ async def kill_launcher(bed: Any, ranks: Sequence[int]) -> None:
     """Another launcher takes over after a while."""
     bed.launcher.kill()
     await asyncio.sleep(PAUSE_S)
-    bed.launch_again()
+    await bed.launch_again()
 
 
 async def kill_front(bed: Any, ranks: Sequence[int]) -> None:

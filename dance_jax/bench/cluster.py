@@ -53,10 +53,19 @@ class StartedCluster:
     def pid(self) -> int:
         return self._process.pid
 
-    def launch_again(self) -> None:
-        """Start the launcher again, which was killed."""
+    async def launch_again(self) -> None:
+        """Start the launcher again, which was killed; returns once it has taken over the servers.
+
+        Raises:
+            RunError: the launcher ended, or has not taken over within READY_S.
+        """
         self._process.wait()
+        before = self._log.stat().st_size
         self._process = self._launch()
+        async with asyncio.timeout(READY_S):
+            while b"Ctrl-C finishes" not in self._log.read_bytes()[before:]:
+                self.check()
+                await asyncio.sleep(ASK_S)
 
     async def ready(self) -> None:
         """Wait until all servers are ready.

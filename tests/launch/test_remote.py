@@ -189,6 +189,7 @@ def test_all_hosts_are_left_clean(how: str, remote: Remote, tmp_path: pathlib.Pa
         assert re.search(r"server beta \(process \d+\) was killed by signal 9", remote.text)
 
 
+@pytest.mark.slow
 def test_servers_over_ssh_serve(tiny: Tiny, remote: Remote) -> None:
     """Servers go on when an engine dies, and when the launch pauses."""
     port = free_ports(3)
