@@ -129,8 +129,8 @@ def test_what_each_loss_means() -> None:
     full = layout_of([0, 1, 2], [2, 3], [4, 5, 0], slots=3)
     tight = [*loss_lines(losses(full, "abc", counts, size), 1, size)]
     assert tight[2] == (
-        "If c is lost, 2 experts have no other holder: b loads 2 (3.8 MiB); nobody is known to call "
-        "them."
+        "If c is lost, 2 experts have no other holder: b loads 2 (3.8 MiB); nobody is known to "
+        "call them."
     ), "b gives up expert 2, which a has as well"
     none = layout_of([0, 1], [2, 3], [4, 5], slots=2)
     first, *_ = loss_lines(losses(none, "abc", counts, size), 1, size)
