@@ -207,10 +207,10 @@ class Connections:
 
     def restarted(self, peer: int, endpoint: str) -> None:
         """Record a restarted server's endpoint, and repeat the connections of `dial_all` to it in a
-        thread; a server that is known at this endpoint has not restarted.
+        thread.
+
+        A server that was only cut off has the same endpoint as before, but no connections.
         """
-        if self.endpoints[peer] == endpoint:
-            return
         self.endpoints[peer] = endpoint
 
         def redial() -> None:

@@ -434,7 +434,9 @@ def test_a_server_that_cannot_be_reached_is_named(listen: Callable[..., Connecti
 
 
 def test_all_are_dialled_and_again_when_one_has_restarted(listen: Callable[..., Connections]):
-    """Server 1 dials two connections each: server 2 restarts at first, and server 0 later."""
+    """Server 1 dials two connections each: server 2 restarts at first, and server 0 later, which is
+    then cut off for a while.
+    """
     caller, here, elsewhere = listen(1), listen(0), listen(2)
     found, dialled = arrivals(here, "links"), queue.SimpleQueue()
     caller.endpoints = [here.endpoint, caller.endpoint, ""]
@@ -442,7 +444,8 @@ def test_all_are_dialled_and_again_when_one_has_restarted(listen: Callable[..., 
     with pytest.raises(RuntimeError, match="server elsewhere at : it is not running"):
         caller.dial(2, "links")
     again = listen(0)
-    for peer, server, at in ((0, here, found), (2, elsewhere, None), (0, again, None)):
+    cases = ((0, here, found), (2, elsewhere, None), (0, again, None), (0, again, None))
+    for peer, server, at in cases:
         if at is None:
             at = arrivals(server, "links")
             caller.restarted(peer, server.endpoint)

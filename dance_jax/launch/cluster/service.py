@@ -122,6 +122,8 @@ class Service(Fleet):
         how = rebalance or RebalanceOptions(interval_s=0)
         self._rebalancer = Rebalancer(how, self.spec, self.checkpoint, self.config, self, before)
         self._survivors = survivors
+        #: Servers that an earlier launcher has connected to each other, unless they were lost since.
+        self._connected: set[int] = set()
         #: Number of the last batch under earlier launchers that any server has applied.
         self._applied = 0
         self._state_dir = how.state_dir
@@ -341,13 +343,14 @@ class Service(Fleet):
         """Find out what the servers do and hold; those that do not answer count as lost."""
         self._rebalancer.resume(survivors.latest)
         self._applied = max(taken.applied for taken in survivors.taken.values())
+        ready = {rank for rank, taken in survivors.taken.items() if taken.ready}
+        self._connected = ready - {*survivors.latest.absent}
         self.members.epoch = 1 + max(taken.placed.epoch for taken in survivors.taken.values())
         deadline = time.monotonic() + TAKE_OVER_S
         events, _ = self._events_of(survivors.messages)
         while True:
             for rank, event in events:
                 self._member_event(rank, event)
-            ready = {rank for rank, taken in survivors.taken.items() if taken.ready}
             if not ready - self.present - self._died.keys() or time.monotonic() > deadline:
                 break
             events, _ = self._receive(200)
@@ -499,12 +502,15 @@ class Service(Fleet):
         self._processes[rank].kill(signal.SIGKILL)
 
     def left(self, rank: int) -> None:
+        self._connected.discard(rank)
         for other in {*self.spec.seated} - {rank}:
             self.tell(other, protocol.PeerLost(rank))
         self._rebalancer.engines_died([rank])
 
     def came(self, rank: int) -> None:
         for other in self.present - {rank}:
+            if {rank, other} <= self._connected:
+                continue
             self.tell(other, protocol.PeerRestarted(rank, self._endpoints[rank]))
             self.tell(rank, protocol.PeerRestarted(other, self._endpoints[other]))
         self._rebalancer.came(rank)
