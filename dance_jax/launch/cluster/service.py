@@ -122,7 +122,7 @@ class Service(Fleet):
         how = rebalance or RebalanceOptions(interval_s=0)
         self._rebalancer = Rebalancer(how, self.spec, self.checkpoint, self.config, self, before)
         self._survivors = survivors
-        #: Servers that an earlier launcher has connected to each other, unless they were lost since.
+        #: Servers that an earlier launcher has connected to each other and that were never lost.
         self._connected: set[int] = set()
         #: Number of the last batch under earlier launchers that any server has applied.
         self._applied = 0
