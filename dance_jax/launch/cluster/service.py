@@ -255,10 +255,11 @@ class Service(Fleet):
                 self._changes.refuse(str(error))
         if self._changes is not None and self._deadline is None:
             self._changes.tick()
+        now = time.monotonic()
         for process, until in self._left:
-            if process.ended is None and time.monotonic() > until:
+            if process.ended is None and now > until:
                 process.kill(signal.SIGKILL)
-        self._left = [each for each in self._left if each[0].ended is None]
+        self._left = [each for each in self._left if each[0].ended is None and now <= each[1]]
 
     @property
     def settled(self) -> bool:
