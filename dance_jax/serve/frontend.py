@@ -12,7 +12,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import pathlib
 import shutil
 import signal
 import socket
@@ -28,6 +27,7 @@ from dance_jax import signals
 from dance_jax.config import ServeOptions, UserError
 from dance_jax.engine.sequence import request_seeds
 from dance_jax.launch.agent import child
+from dance_jax.launch.agent.adopted import is_front_end
 from dance_jax.launch.agent.model_files import ModelFiles
 from dance_jax.launch.control import protocol
 from dance_jax.launch.control.channel import ControlConnection, bracketed, server_identity
@@ -58,7 +58,7 @@ def main() -> None:
     setup = child.read_setup(FrontSetup)
     if setup is None:
         return
-    if setup.before is not None and _is_front_end(setup.before):
+    if setup.before is not None and is_front_end(setup.before):
         child.end(child.STILL_THERE)
     # The imports of this process load JAX, which must not touch the engine's GPUs.
     os.environ["JAX_PLATFORMS"] = "cpu"
@@ -327,15 +327,6 @@ class FrontEnd:
         finally:
             serving.cancel()
             draining.cancel()
-
-
-def _is_front_end(pid: int) -> bool:
-    """Whether a front end has this process id; False where the system does not tell."""
-    try:
-        command = pathlib.Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return False
-    return b"dance_jax.serve.frontend" in command.split(b"\0")
 
 
 def _listen(options: ServeOptions) -> socket.socket:

@@ -154,3 +154,29 @@ def test_it_gives_up_only_when_all_fail(played: Played) -> None:
         for rank in range(3):
             played.members.engine_died(rank, "no")
     assert caught.value.why == "no"
+
+
+def test_seats_are_left_and_taken() -> None:
+    played = Played()
+    played.members = Members(["alpha", "beta", ""], played, lambda: played.now)
+    assert played.members.present == {0, 1}
+    played.members.leave(1)
+    assert played.members.present == {0} and ("left", 1) in played.did
+    assert played.members.epoch == 2
+    assert played.run(10.0) == []  # a vacant seat is neither asked nor started
+    played.members.join(2)
+    assert played.run(1.0) == [("front", 2, 1)]
+    played.members.called(2)
+    played.members.ready(2)
+    assert played.members.present == {0, 2} and played.members.epoch == 3
+
+
+def test_a_front_end_that_was_taken_over_is_waited_for() -> None:
+    played = Played()
+    played.members.await_call(1)
+    assert played.members.present == {0, 2} and played.members.gone == {1}
+    played.members.called(1, start=7)
+    played.members.ready(1)
+    assert played.did == [("came", 1)]
+    played.members.engine_died(1, "ended")
+    assert played.run(1.0) == [("engine", 1, 8)]

@@ -14,6 +14,10 @@ from dance_jax.launch.agent.command import ssh_command
 from dance_jax.launch.agent.process import ServerProcess, tail
 from dance_jax.launch.control.channel import RECONNECT_S
 
+#: Module of a front end's process.
+FRONT_END = "dance_jax.serve.frontend"
+_PROCESSES = pathlib.Path("/proc")
+
 
 class AdoptedProcess(ServerProcess):
     """A process that is reached over the control channel only.
@@ -45,7 +49,7 @@ class AdoptedProcess(ServerProcess):
         if self.ended is not None:
             return
         if not self.remote:
-            self.ended = None if self.pid is not None and _runs(self.pid) else now
+            self.ended = None if self.pid is not None and is_front_end(self.pid) else now
         elif connected:
             self.unreachable = None
         elif self.unreachable is None:
@@ -68,13 +72,15 @@ class AdoptedProcess(ServerProcess):
         if self.pid is None:
             return
         if not self.remote:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(self.pid, number)
+            if is_front_end(self.pid):
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(self.pid, number)
             return
         assert self._server.ssh is not None
         command = ssh_command(self._server.ssh, self._ssh_config)
+        where = _PROCESSES / str(self.pid) / "cmdline"
         subprocess.Popen(
-            [*command, f"kill -{number.value} {self.pid}"],
+            [*command, f"grep -qa {FRONT_END} {where} && kill -{number.value} {self.pid}"],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -103,15 +109,16 @@ def nobody() -> AdoptedProcess:
     return AdoptedProcess(VACANT, None, pathlib.Path(os.devnull), None)
 
 
-def _runs(pid: int) -> bool:
-    """Whether a process of this machine runs."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
+def is_front_end(pid: int) -> bool:
+    """Whether a front end of this machine has this process id, which may be another's by now."""
+    if not _PROCESSES.is_dir():  # not every system tells
+        try:
+            os.kill(pid, 0)
+        except OSError:
+            return False
         return True
-    with contextlib.suppress(OSError):  # not every system has /proc
-        # After the name in parentheses; Z: it has ended, and its parent has not looked yet.
-        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    return True
+    try:
+        command = (_PROCESSES / str(pid) / "cmdline").read_bytes()
+    except OSError:
+        return False
+    return FRONT_END.encode() in command.split(b"\0")

@@ -27,7 +27,7 @@ from dance_jax.config import (
     ServerSpec,
     UserError,
 )
-from dance_jax.launch.agent.adopted import AdoptedProcess, nobody
+from dance_jax.launch.agent.adopted import FRONT_END, AdoptedProcess, nobody
 from dance_jax.launch.agent.child import END, STILL_THERE
 from dance_jax.launch.agent.network import Network
 from dance_jax.launch.agent.process import ServerProcess, in_words, is_consequence, remove_log
@@ -86,7 +86,7 @@ class Service(Fleet):
         survivors: servers to take over; None: all are started.
     """
 
-    module = "dance_jax.serve.frontend"
+    module = FRONT_END
     drains = True
 
     def __init__(

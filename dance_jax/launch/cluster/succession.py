@@ -222,7 +222,7 @@ def find_survivors(directory: str | os.PathLike[str]) -> Survivors | None:
                 processes[rank].answered(event.pid)
     if any(not taken.draining for taken in survivors.taken.values()):
         return survivors
-    # Those that end themselves serve nobody any more.
+    # Those that drain or hang serve nobody any more.
     end_servers(survivors, drain_s=0.0)
     survivors.forget(directory)
     return None
@@ -269,11 +269,11 @@ def end_servers(survivors: Survivors, drain_s: float) -> list[str]:
         within(drain_s, lambda: drained >= survivors.taken.keys() or ended())
     for rank in survivors.taken:
         listener.send(server_identity(rank), protocol.encode(protocol.Stop()))
-    if not within(END_S, ended):
-        for process in processes:
-            if process.ended is None:
-                process.kill(signal.SIGKILL)
-        within(END_S, ended)
+    within(END_S, ended)
+    for process in processes:
+        if process.ended is None:
+            process.kill(signal.SIGKILL)
+    within(END_S, ended)
     return [process.name for process in processes if process.ended is None]
 
 
