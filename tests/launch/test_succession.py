@@ -116,6 +116,7 @@ def test_what_differs_is_named(tmp_path: pathlib.Path) -> None:
 def test_a_process_that_ends_is_noticed() -> None:
     words = [sys.executable, "-c", "import sys; sys.stdin.read()", "dance_jax.serve.frontend"]
     with subprocess.Popen(words, stdin=subprocess.PIPE) as process:
+        assert eventually(lambda: is_front_end(process.pid), 10)
         adopted = AdoptedProcess(
             ServerSpec("a", "localhost"), process.pid, pathlib.Path("/nothing"), None
         )
