@@ -186,8 +186,8 @@ def check_trace(events: list[Event], tiny: Tiny, calls: bool) -> None:
     }
     sent, served = slices(events, "call"), slices(events, "served")
     assert sent and sent.keys() == served.keys()
-    # All events are on one clock.
-    assert all(sent[key]["ts"] <= event["ts"] for key, event in served.items())
+    # All events are on one clock, in microseconds; another core may note the answer's begin first.
+    assert all(sent[key]["ts"] <= event["ts"] + 1000 for key, event in served.items())
     by_step = {(step["pid"], step["args"]["step"]): step["args"]["requests"] for step in steps}
     for (caller, _), event in served.items():
         rank = tiny.result.plan.spec.names.index(caller)
@@ -240,6 +240,7 @@ def test_a_signal_leaves_nothing(number: int, code: int, tiny: Tiny, launch, tmp
         assert not partial.exists()
 
 
+@pytest.mark.slow
 def test_a_full_disk_behind_the_terminal_ends_no_batch(tiny: Tiny, tmp_path: pathlib.Path) -> None:
     prompts, output = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
     prompts.write_text('{"prompt": "on and on", "max_tokens": 4}\n')

@@ -139,13 +139,8 @@ def test_a_node_that_is_started_again_gets_a_process_again(monkeypatch: pytest.M
         assert "was started again" in process.fate()
 
 
-@pytest.mark.parametrize(
-    "lost",
-    [
-        "first",
-        *(pytest.param(lost, marks=pytest.mark.slow) for lost in ("interrupt", "node", "worker")),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", ["first", "interrupt", "node", "worker"])
 def test_all_nodes_end_when_one_does(
     lost: str, start: Start, tmp_path: pathlib.Path, tiny: Tiny
 ) -> None:

@@ -156,16 +156,8 @@ def test_servers_over_ssh_give_the_same(tiny: Tiny, remote: Remote, tmp_path) ->
     assert remote.blind.count("dance_jax.launch.worker.main") == 1
 
 
-@pytest.mark.parametrize(
-    "how",
-    [
-        "kill launch",
-        *(
-            pytest.param(how, marks=pytest.mark.slow)
-            for how in ("interrupt", "kill worker", "freeze launch")
-        ),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["kill launch", "interrupt", "kill worker", "freeze launch"])
 def test_all_hosts_are_left_clean(how: str, remote: Remote, tmp_path: pathlib.Path) -> None:
     """To servers, a frozen launch looks like a broken network: no sign of life arrives."""
     process = remote.start("--prompts", many_prompts(tmp_path))

@@ -95,6 +95,7 @@ def wait_until_whole(served: Served, rank: int, times: int) -> None:
     served.workers = [*fronts[:rank], fronts[-1], *fronts[rank:-1]]
 
 
+@pytest.mark.slow  # benchmarks/chaos.py loses servers in each CI run
 def test_a_lost_server_costs_the_others_no_token(unequal: Served) -> None:
     """The others load its experts; one of them reads them from the files of the other."""
     before = answers(unequal, 0, 1)
@@ -110,7 +111,7 @@ def test_a_lost_server_costs_the_others_no_token(unequal: Served) -> None:
 
 def test_requests_wait_for_a_server_that_the_others_cannot_replace(unequal: Served) -> None:
     """New requests are refused meanwhile, with the reason."""
-    before = answers(unequal, 1)
+    before, whole = answers(unequal, 1), unequal.text.count("all engines are running again")
     refused: list[Any] = []
 
     async def ask() -> list[Answer]:
@@ -125,7 +126,7 @@ def test_requests_wait_for_a_server_that_the_others_cannot_replace(unequal: Serv
     ((status, message, retry_after),) = refused
     assert status == 503 and retry_after is not None
     assert "of the model's experts while alpha is gone" in message
-    wait_until_whole(unequal, 0, times=2)
+    wait_until_whole(unequal, 0, times=whole + 1)
     assert eventually(lambda: refusal(unequal.urls[1]) is None, 10)
 
 

@@ -205,6 +205,7 @@ def test_a_hung_engine_is_restarted(
         assert restarts(served.urls[0]) == before[0]
 
 
+@pytest.mark.slow  # benchmarks/chaos.py pauses processes in each CI run
 def test_a_pause_of_a_process_costs_nothing_but_time(
     served: Served, quiet: list[Answer], tiny: Tiny, tmp_path: pathlib.Path
 ) -> None:

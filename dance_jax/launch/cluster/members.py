@@ -201,10 +201,12 @@ class Members:
         started = member.state in (_State.STARTS, _State.FRONT_STARTS)
         member.failures = member.failures + 1 if started else 0
         delay = BACK_OFF_S[min(member.failures, len(BACK_OFF_S) - 1)]
-        was_present, news = member.present, why != member.why or not member.failures
+        was_present = member.present
+        # A host that is away for long fails in the same way every few seconds.
+        told = state is _State.FRONT_DEAD and why == member.why and member.failures > 0
         member.state, member.at, member.why = state, self._clock() + delay, why
         member.silent, member.hung, member.unanswered = False, False, 0
-        if news:  # a host that is away for long fails in the same way every few seconds
+        if not told:
             self._actions.notice(self._names[rank], what)
         if was_present:
             self._left(rank)
