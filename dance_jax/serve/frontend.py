@@ -27,7 +27,7 @@ from dance_jax import signals
 from dance_jax.config import ServeOptions, UserError
 from dance_jax.engine.sequence import request_seeds
 from dance_jax.launch.agent import child
-from dance_jax.launch.agent.adopted import is_front_end
+from dance_jax.launch.agent.adopted import runs
 from dance_jax.launch.agent.model_files import ModelFiles
 from dance_jax.launch.control import protocol
 from dance_jax.launch.control.channel import ControlConnection, bracketed, server_identity
@@ -58,7 +58,7 @@ def main() -> None:
     setup = child.read_setup(FrontSetup)
     if setup is None:
         return
-    if setup.before is not None and is_front_end(setup.before):
+    if setup.before is not None and runs("dance_jax.serve.frontend", setup.before):
         child.end(child.STILL_THERE)
     # The imports of this process load JAX, which must not touch the engine's GPUs.
     os.environ["JAX_PLATFORMS"] = "cpu"

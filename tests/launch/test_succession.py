@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 
 from dance_jax.config import EngineConfig, ServeOptions, ServerSpec, UserError
-from dance_jax.launch.agent.adopted import AdoptedProcess, is_front_end
+from dance_jax.launch.agent.adopted import AdoptedProcess, runs
 from dance_jax.launch.agent.child import END
 from dance_jax.launch.cli.stop import stop
 from dance_jax.launch.cluster.succession import (
     FILE_NAME,
+    FRONT_END,
     Handover,
     InUse,
     find_survivors,
@@ -96,7 +97,7 @@ def test_what_is_saved_is_read_by_its_owner_alone(tmp_path: pathlib.Path) -> Non
 def test_servers_that_are_gone_leave_nothing(tmp_path: pathlib.Path) -> None:
     """A process id may be another program's by now, which is left alone."""
     handover(tmp_path, pids=[os.getpid(), None, 1]).save(tmp_path)
-    assert not is_front_end(os.getpid())
+    assert not runs(FRONT_END, os.getpid())
     began = time.monotonic()
     assert stop(tmp_path, now=True) == 0
     assert time.monotonic() - began < 4  # nobody is waited for
@@ -116,9 +117,9 @@ def test_what_differs_is_named(tmp_path: pathlib.Path) -> None:
 def test_a_process_that_ends_is_noticed() -> None:
     words = [sys.executable, "-c", "import sys; sys.stdin.read()", "dance_jax.serve.frontend"]
     with subprocess.Popen(words, stdin=subprocess.PIPE) as process:
-        assert eventually(lambda: is_front_end(process.pid), 10)
+        assert eventually(lambda: runs(FRONT_END, process.pid), 10)
         adopted = AdoptedProcess(
-            ServerSpec("a", "localhost"), process.pid, pathlib.Path("/nothing"), None
+            ServerSpec("a", "localhost"), process.pid, pathlib.Path("/nothing"), None, FRONT_END
         )
         adopted.reached(False)
         assert adopted.ended is None

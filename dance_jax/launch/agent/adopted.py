@@ -14,8 +14,6 @@ from dance_jax.launch.agent.command import ssh_command
 from dance_jax.launch.agent.process import ServerProcess, tail
 from dance_jax.launch.control.channel import RECONNECT_S
 
-#: Module of a front end's process.
-FRONT_END = "dance_jax.serve.frontend"
 _PROCESSES = pathlib.Path("/proc")
 
 
@@ -27,6 +25,7 @@ class AdoptedProcess(ServerProcess):
         pid: process id on the server's machine; None: not known yet.
         log_path: its log on this machine.
         ssh_config: file for `ssh -F`.
+        module: that the process runs.
     """
 
     beats = False
@@ -37,8 +36,10 @@ class AdoptedProcess(ServerProcess):
         pid: int | None,
         log_path: pathlib.Path,
         ssh_config: pathlib.Path | None,
+        module: str,
     ) -> None:
         super().__init__(server.name, pid)
+        self._module = module
         self.remote = server.ssh is not None
         self._server, self._log_path, self._ssh_config = server, log_path, ssh_config
         self.reached(True)
@@ -49,7 +50,7 @@ class AdoptedProcess(ServerProcess):
         if self.ended is not None:
             return
         if not self.remote:
-            self.ended = None if self.pid is not None and is_front_end(self.pid) else now
+            self.ended = None if self.pid is not None and runs(self._module, self.pid) else now
         elif connected:
             self.unreachable = None
         elif self.unreachable is None:
@@ -72,7 +73,7 @@ class AdoptedProcess(ServerProcess):
         if self.pid is None:
             return
         if not self.remote:
-            if is_front_end(self.pid):
+            if runs(self._module, self.pid):
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.kill(self.pid, number)
             return
@@ -80,7 +81,7 @@ class AdoptedProcess(ServerProcess):
         command = ssh_command(self._server.ssh, self._ssh_config)
         where = _PROCESSES / str(self.pid) / "cmdline"
         subprocess.Popen(
-            [*command, f"grep -qa {FRONT_END} {where} && kill -{number.value} {self.pid}"],
+            [*command, f"grep -qa {self._module} {where} && kill -{number.value} {self.pid}"],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -106,11 +107,14 @@ class AdoptedProcess(ServerProcess):
 
 def nobody() -> AdoptedProcess:
     """The process of a vacant seat, which has ended."""
-    return AdoptedProcess(VACANT, None, pathlib.Path(os.devnull), None)
+    return AdoptedProcess(VACANT, None, pathlib.Path(os.devnull), None, "")
 
 
-def is_front_end(pid: int) -> bool:
-    """Whether a front end of this machine has this process id, which may be another's by now."""
+def runs(module: str, pid: int) -> bool:
+    """Whether a process of this machine has this id and runs `python -m module`.
+
+    The id may be another program's by now.
+    """
     if not _PROCESSES.is_dir():  # not every system tells
         try:
             os.kill(pid, 0)
@@ -121,4 +125,4 @@ def is_front_end(pid: int) -> bool:
         command = (_PROCESSES / str(pid) / "cmdline").read_bytes()
     except OSError:
         return False
-    return FRONT_END.encode() in command.split(b"\0")
+    return module.encode() in command.split(b"\0")

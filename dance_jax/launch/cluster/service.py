@@ -27,14 +27,14 @@ from dance_jax.config import (
     ServerSpec,
     UserError,
 )
-from dance_jax.launch.agent.adopted import FRONT_END, AdoptedProcess, nobody
+from dance_jax.launch.agent.adopted import AdoptedProcess, nobody
 from dance_jax.launch.agent.child import END, STILL_THERE
 from dance_jax.launch.agent.network import Network
 from dance_jax.launch.agent.process import ServerProcess, in_words, is_consequence, remove_log
 from dance_jax.launch.cluster.changes import Changes, Survey
 from dance_jax.launch.cluster.fleet import CAUSE_WINDOW_S, Fleet
 from dance_jax.launch.cluster.members import MAX_FAILED_STARTS, AllFailed, Members
-from dance_jax.launch.cluster.succession import FILE_NAME, Handover, Survivors
+from dance_jax.launch.cluster.succession import FILE_NAME, FRONT_END, Handover, Survivors
 from dance_jax.launch.control import protocol
 from dance_jax.launch.control.channel import bracketed, server_identity
 from dance_jax.launch.planning.plan import rooms
@@ -375,7 +375,7 @@ class Service(Fleet):
             return False
         pid = before if found else process.pid
         self._processes[rank] = AdoptedProcess(
-            self.spec.servers[rank], pid, self._log_path(rank), self.network.ssh_config
+            self.spec.servers[rank], pid, self._log_path(rank), self.network.ssh_config, FRONT_END
         )
         if found:
             self.members.await_call(rank)

@@ -25,6 +25,8 @@ from dance_jax.launch.agent.adopted import AdoptedProcess
 from dance_jax.launch.control import protocol
 from dance_jax.launch.control.channel import ControlListener, server_identity
 
+#: Module of a front end's process.
+FRONT_END = "dance_jax.serve.frontend"
 #: Names of the files in the user's --state-dir.
 FILE_NAME, LOCK_NAME = "launcher.json", "launcher.lock"
 #: Seconds for servers to find a launcher that takes over, and for its ports to become free.
@@ -76,7 +78,7 @@ class Handover(msgspec.Struct, kw_only=True):
         """The front ends, by rank."""
         config = None if self.ssh_config is None else pathlib.Path(self.ssh_config)
         return [
-            AdoptedProcess(server, pid, self.log_path(rank), config)
+            AdoptedProcess(server, pid, self.log_path(rank), config, FRONT_END)
             for rank, (server, pid) in enumerate(zip(self.spec.servers, self.pids, strict=True))
         ]
 
