@@ -109,6 +109,26 @@ def test_a_server_that_cannot_join_is_taken_out_again(site: Site) -> None:
     assert site.change("a", "b", "c") == "done: the servers are a, b, c"
 
 
+def test_a_file_that_changes_meanwhile_is_followed_afterwards(site: Site) -> None:
+    site.changes.want(servers("a", "c"))
+    site.changes.want(servers("a", "b", "c"))
+    assert site.end() == "done: the servers are a, c"
+    site.changes.tick()
+    assert site.end() == "done: the servers are a, c, b"
+
+
+def test_what_is_saved_with_the_seats_is_right(site: Site) -> None:
+    unseat, seen = site.unseat, []
+
+    def saving(rank: int) -> None:
+        seen.append([*site.changes.hosts])
+        unseat(rank)
+
+    site.unseat = saving
+    site.change("a", "c")
+    assert seen == [["a", "c"]]
+
+
 def test_without_a_vacant_seat_none_joins(site: Site) -> None:
     assert site.change("a", "b", "c", "d", "e").startswith("failed: e cannot join: the service has")
     assert "d has joined" in site.lines

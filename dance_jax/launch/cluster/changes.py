@@ -104,11 +104,13 @@ class Changes:
         self._surveyed: concurrent.futures.Future[tuple[ServerSpec, Network]] | None = None
         self._pool = concurrent.futures.ThreadPoolExecutor(1, "survey")
         self._under_way = False
+        #: The servers of a file that was read while an earlier change was under way.
+        self._next: ClusterSpec | None = None
 
     def want(self, hosts: ClusterSpec) -> None:
         """Begin to change to these servers."""
         if self._under_way:
-            self._actions.notice("", "the hosts file is read again once its last change is done")
+            self._next = hosts
             return
         self._begin()
         new = {server.name: server for server in hosts.servers}
@@ -130,6 +132,9 @@ class Changes:
 
     def tick(self) -> None:
         """Do what is due; call this often."""
+        if not self._under_way and self._next is not None:
+            hosts, self._next = self._next, None
+            self.want(hosts)
         if not self._under_way:
             return
         try:
@@ -148,8 +153,9 @@ class Changes:
             if actions.dismissed(rank) or self._clock() > until:
                 self._leaving = None
                 name = actions.spec.names[rank]
-                actions.unseat(rank)
+                # First, because the service saves the hosts with the seats.
                 del self.hosts[name]
+                actions.unseat(rank)
                 self._say(f"{name} has left")
         elif self._joining is not None:
             self._await(self._joining)
@@ -184,8 +190,12 @@ class Changes:
                 f"{line.name} cannot join: the service has seats for {len(actions.spec.servers)} "
                 "servers; start it again with the new hosts file"
             )
-        actions.seat(vacant[0], server, network)
         self.hosts[line.name] = line
+        try:
+            actions.seat(vacant[0], server, network)
+        except UserError:
+            del self.hosts[line.name]
+            raise
         self._joining = vacant[0]
         self._say(f"{line.name} starts")
 
@@ -197,8 +207,8 @@ class Changes:
             self._say(f"{name} has joined")
         elif why := actions.fails(rank):
             self._joining = None
-            actions.unseat(rank)
             del self.hosts[name]
+            actions.unseat(rank)
             raise UserError(f"{name} does not start: {why}")
 
     def _others_settled(self, ranks: set[int]) -> bool:
