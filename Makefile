@@ -51,12 +51,13 @@ dist: $(VENV)/.complete
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt build
 	$(BIN)/python -m tests.dist
 
-# The marker is written last: a venv whose installation was interrupted is made again.
+# The marker is written last: a venv whose installation was interrupted is made again. Packages are
+# compiled as they are imported: to compile all of them takes two minutes.
 $(VENV)/.complete: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; this is %d.%d: make PYTHON=python3.11" % sys.version_info[:2])'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt scikit-build-core
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[test]'
+	$(BIN)/python -m pip install --disable-pip-version-check --no-compile -c constraints.txt scikit-build-core
+	$(BIN)/python -m pip install --disable-pip-version-check --no-compile -c constraints.txt --no-build-isolation -e '.[test]'
 	$(BIN)/python -m dance_jax.models.native
 	touch $@
 

@@ -10,26 +10,16 @@ import os
 import signal
 import sys
 import types
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NoReturn
 
 from rich.console import Console
 from rich.text import Text
 
 from dance_jax import descriptors, logs, signals
-from dance_jax.cache import default_cache_dir
-from dance_jax.config import (
-    ClusterSpec,
-    EngineConfig,
-    RebalanceOptions,
-    ServeOptions,
-    ServerSpec,
-    UserError,
-)
+from dance_jax.config import ClusterSpec, EngineConfig, RebalanceOptions, UserError
 from dance_jax.launch.agent.network import Network
 from dance_jax.launch.agent.role import Role, role
-from dance_jax.launch.cli.answers import AnswerFile
-from dance_jax.launch.cli.attend import attend
 from dance_jax.launch.cli.options import (
     BATCH_TOKENS,
     PROG,
@@ -40,23 +30,21 @@ from dance_jax.launch.cli.options import (
     serve_options,
 )
 from dance_jax.launch.cli.prompts import check_directory, check_writable, read_prompts, same_file
-from dance_jax.launch.cli.report import print_plan, print_summary
-from dance_jax.launch.cli.run import run_prompts
-from dance_jax.launch.cli.stream import Startup, Stream, conversion, download, placing
-from dance_jax.launch.cluster.batch import Cluster
-from dance_jax.launch.cluster.fleet import ClusterError, Fleet
-from dance_jax.launch.cluster.service import Service
-from dance_jax.launch.cluster.succession import Survivors, find_survivors, sole_launcher
+from dance_jax.launch.cli.report import print_plan
+from dance_jax.launch.cli.start import Start, cache_dir, run_batch, serve, survivors_of, take_over
+from dance_jax.launch.cli.stream import conversion, download, placing
+from dance_jax.launch.cluster.fleet import ClusterError
+from dance_jax.launch.cluster.succession import sole_launcher
 from dance_jax.launch.planning.defaults import default_platform, demo_dir, engine_config
 from dance_jax.launch.planning.hosts import read_hosts
 from dance_jax.launch.planning.plan import ModelFacts, Plan, Room, make_plan, matched, rooms
 
 if TYPE_CHECKING:
     from dance_jax.launch.rebalance.state import ServiceState
+    from dance_jax.models.checkpoint import Checkpoint
+    from dance_jax.models.convert import Outline
+    from dance_jax.models.tokenizer import Tokenizer
     from dance_jax.placement.activations import Activations
-    from dance_jax.placement.core import Layout
-
-_Fleet = TypeVar("_Fleet", bound=Fleet)
 
 #: Exit codes: a server failed; the user must change something; interrupted (as in shells).
 FAILED, WRONG, INTERRUPTED = 1, 2, 130
@@ -119,190 +107,71 @@ def _launch(options: argparse.Namespace, platform: str, console: Console) -> int
     if options.prompts is not None:
         prompts = read_prompts(options.prompts, spec, options.max_tokens or BATCH_TOKENS)
     _check_paths(options)
-    # Imported here, so that errors in the files are reported before the slow imports.
-    from dance_jax.models.checkpoint import Checkpoint
-    from dance_jax.models.convert import check_readable, ensure_converted, outline
-    from dance_jax.models.hub import fetch_config, resolve
-    from dance_jax.models.tokenizer import Tokenizer
-    from dance_jax.placement.activations import Activations
-    from dance_jax.placement.core import Layout
-
-    activations = None
-    if options.activations is not None:
-        activations = Activations.load(options.activations)
-    cache = options.cache_dir or default_cache_dir()
+    activations = _activations(options)
+    model, tokenizer = _model(options, console)
     wanted = engine_options(options)
-    rounding = wanted.rounding
-    if options.dry_run:
-        source = demo_dir() if options.model is None else fetch_config(options.model)
-        model = outline(source, rounding)
-    else:
-        source = demo_dir() if options.model is None else resolve(options.model, download(console))
-        check_readable(source)
-        tokenizer = Tokenizer.load(source)
-        with conversion(console) as progress:
-            path = ensure_converted(source, cache / "models", progress, rounding)
-            model = Checkpoint.open(path)
-    config = engine_config(
-        model.config,
-        wanted,
-        platform=spec.platform,
-        formats=model.formats,
-    )
+    config = engine_config(model.config, wanted, platform=spec.platform, formats=model.formats)
     if prompts is None:
         config = dataclasses.replace(config, half_life=moving.half_life_s)
     held = rooms(spec, model, config, moving.survive)
     activations = matched(activations, spec, model)
     state = _state(console, moving, spec, model, held)
-    if state is None:
-        service = options.prompts is None
-        place = functools.partial(
-            _place, console, options.policy, activations, service, moving.survive, model, config
-        )
-    else:
+    place = functools.partial(
+        _place, console, options.policy, activations, prompts is None, moving.survive, model, config
+    )
+    if state is not None:
         place = functools.partial(_resume, console, state, moving.survive, model, config)
     if options.dry_run:
         place(spec)
         return 0
-    survivors = None
-    alone = contextlib.nullcontext()
-    if moving.state_dir is not None and not options.preflight:
-        alone = sole_launcher(moving.state_dir)
+    directory = None if options.preflight else moving.state_dir
+    alone = contextlib.nullcontext() if directory is None else sole_launcher(directory)
     joined = part.gathered(spec, lambda name, text: console.print(Text(f"{name}: {text}")))
     with alone, joined as network:
-        if moving.state_dir is not None and not options.preflight:
-            survivors = _survivors(moving.state_dir, config, serving, model.fingerprint)
+        survivors = None
+        if directory is not None:
+            survivors = survivors_of(directory, config, serving, model.fingerprint)
         if survivors is not None:
-            text = f"taking over the servers of {moving.state_dir}, which still run"
-            console.print(Text(text), soft_wrap=True)
-            left = survivors.handover
-            spec, config = left.spec, left.config
-            layout = Layout.from_bytes(survivors.latest.layout)
-            layout = dataclasses.replace(layout, holders=moving.survive + 1)
-            network = dataclasses.replace(network, control_addresses=left.control_addresses)
+            start = take_over(console, survivors, moving, model, network)
         else:
             if options.preflight or network.any_remote(spec):
                 spec, network = _preflight(options, spec, network, held, model.fingerprint, console)
             if options.preflight:
                 return 0
-            plan = place(spec)
-            spec, layout = plan.spec, plan.layout
-            config = dataclasses.replace(config, exchange=plan.exchange.name)
-        started = functools.partial(
-            _started,
-            console,
-            spec,
-            model,
-            layout,
-            config,
-            model=options.model,
-            log_dir=options.log_dir,
-            cache_dir=cache,
-            network=network,
-            trace=options.trace,
-        )
-
-        def notice(text: str) -> None:
-            console.print(Text(text), soft_wrap=True)
-
+            start = Start.of(place(spec), model, config, network, state)
         if prompts is None:
-            before = None if state is None else state.statistics
-            make = functools.partial(
-                Service,
-                serving,
-                rebalance=moving,
-                before=before,
-                read_hosts=functools.partial(read_hosts, options.hosts, platform),
-                survey=functools.partial(_survey_one, options, network, model, config),
-                survivors=survivors,
-            )
-            with started(make) as service:
-                attend(service, console)
-            return 0
-        with (
-            AnswerFile(options.output, spec.names, notice) as file,
-            started(Cluster) as cluster,
-            Stream(console, spec.names, prompts) as stream,
-        ):
-            result = run_prompts(cluster, plan, tokenizer, prompts, stream.update, file.add)
-            file.write()
-    if options.save_activations is not None:
-        result.activations(model.source).save(options.save_activations)
-    print_summary(console, result)
-    return 0
+            return serve(options, platform, console, serving, moving, start)
+        assert tokenizer is not None and start.plan is not None
+        return run_batch(options, console, prompts, tokenizer, start, start.plan)
 
 
-@contextlib.contextmanager
-def _started(
-    console: Console,
-    spec: ClusterSpec,
-    facts: ModelFacts,
-    layout: Layout,
-    config: EngineConfig,
-    make: Callable[..., _Fleet],
-    **how: Any,
-) -> Iterator[_Fleet]:
-    """Start a cluster or a service, showing its progress, and stop it at the end."""
-    fleet = make(spec, facts, layout, config, **how)
-    try:
-        with Startup(console, spec.names) as startup:
-            fleet.start(startup.update)
-        yield fleet
-    finally:
-        fleet.stop()
+def _activations(options: argparse.Namespace) -> Activations | None:
+    # Imported here, as in the functions below, so that errors in the files are reported before the
+    # slow imports.
+    from dance_jax.placement.activations import Activations
+
+    return None if options.activations is None else Activations.load(options.activations)
 
 
-def _survivors(
-    directory: str, config: EngineConfig, serving: ServeOptions, model: str
-) -> Survivors | None:
-    """The servers that a lost launcher has left; None if there are none.
+def _model(
+    options: argparse.Namespace, console: Console
+) -> tuple[Checkpoint | Outline, Tokenizer | None]:
+    """The converted model and its tokenizer; with --dry-run, only what the files' heads say."""
+    from dance_jax.models.checkpoint import Checkpoint
+    from dance_jax.models.convert import check_readable, ensure_converted, outline
+    from dance_jax.models.hub import fetch_config, resolve
+    from dance_jax.models.tokenizer import Tokenizer
 
-    Raises:
-        UserError: they are not those that the user asks for.
-    """
-    found = find_survivors(directory)
-    if found is None:
-        return None
-    if misfit := found.handover.misfit(config, serving, model):
-        found.listener.close()
-        raise UserError(
-            f"--state-dir {directory}: servers of an earlier launch still run there, with "
-            f"{misfit}; start with the same to take them over, or end them with: dance-jax stop "
-            f"--state-dir {directory}"
-        )
-    return found
-
-
-def _survey_one(
-    options: argparse.Namespace,
-    network: Network,
-    model: ModelFacts,
-    config: EngineConfig,
-    server: ServerSpec,
-) -> tuple[ServerSpec, Network]:
-    """Survey a server that is to join a running service, if it is on another machine.
-
-    Raises:
-        UserError: the server cannot join.
-    """
-    spec = ClusterSpec((server,))
-    if not network.any_remote(spec):
-        return server, network
-    from dance_jax.launch.preflight.run import run_preflight
-
-    room = rooms(spec, model, config, alone=False)[0]
-    found = run_preflight(
-        spec,
-        model=options.model,
-        fingerprint=model.fingerprint,
-        cache_dir=options.cache_dir,
-        needs=[room.device_bytes],
-        network=network,
-        measure_all=False,
-        progress=lambda text: None,
-    )
-    spec, network = found.applied(network)
-    return spec.servers[0], network
+    rounding = engine_options(options).rounding
+    if options.dry_run:
+        source = demo_dir() if options.model is None else fetch_config(options.model)
+        return outline(source, rounding), None
+    source = demo_dir() if options.model is None else resolve(options.model, download(console))
+    check_readable(source)
+    tokenizer = Tokenizer.load(source)
+    with conversion(console) as progress:
+        path = ensure_converted(source, cache_dir(options) / "models", progress, rounding)
+        return Checkpoint.open(path), tokenizer
 
 
 def _preflight(
@@ -367,7 +236,8 @@ def _state(
     except UserError as error:
         state, why = None, str(error)
     else:
-        if state is not None and {*state.servers} == {*spec.names}:  # perhaps in another order
+        if state is not None and {*state.servers} - {""} == {*spec.names}:
+            # Perhaps in another order, or with vacant seats.
             state = state.of([state.servers.index(name) for name in spec.names])
         misfit = "" if state is None else state.misfit(spec, model, held, moving.survive)
         if misfit:

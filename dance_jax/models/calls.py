@@ -278,24 +278,20 @@ class CallServer:
         self._end()
 
 
-def connect(
-    server: ExpertCalls,
-    connections: Connections,
-    rates: Sequence[float | None] = (),
-    topic: str = "calls",
-) -> None:
+def connect(server: ExpertCalls, connections: Connections, topic: str = "calls") -> None:
     """Let other servers call `server`, and dial all of them, again whenever one has restarted.
 
     Args:
-        rates: rates of all servers' links, by rank, in bits per second; None if unknown.
+        server: this server's end of the calls.
+        connections: of this server.
         topic: distinguishes the connections of several `ExpertCalls`.
 
     Raises:
         RuntimeError: a server cannot be reached.
     """
-    rates = rates or (None,) * len(connections.names)
 
     def paced(peer: int, connection: socket.socket) -> socket.socket:
+        rates = connections.rates
         pace(connection, rates[connections.rank], rates[peer])
         return connection
 

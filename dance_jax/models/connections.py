@@ -112,6 +112,8 @@ class Connections:
         self.rank, self._credentials = rank, credentials
         #: Names of all servers, by rank; they change as servers join and leave.
         self.names = [*names]
+        #: Rates of the servers' links by rank, in bits per second; None: not known. They change so.
+        self.rates: list[float | None] = [None] * len(names)
         #: By rank, where the servers listen; "": the server is restarting. Set before dialling.
         self.endpoints = [""] * len(names)
         #: The topic handlers.

@@ -40,6 +40,7 @@ class PlacementState:
         #: Number of the membership; ranks of the servers that do not run.
         self.epoch = 1
         self.absent: frozenset[int] = frozenset()
+        self.home = b""
         #: Number of decisions reported to this server.
         self.decisions = 0
         #: Whether a launcher is there.
@@ -64,6 +65,7 @@ class PlacementState:
         self.last_decision = placed.last_decision
         self.migrations, self.failures = placed.migrations, placed.failures
         self.experts_migrated = placed.experts_migrated
+        self.home = placed.home
 
     def report(self) -> Placed:
         """What is known here, for a launcher that takes over."""
@@ -76,6 +78,7 @@ class PlacementState:
             experts_migrated=self.experts_migrated,
             epoch=self.epoch,
             absent=sorted(self.absent),
+            home=self.home,
         )
 
     def decided(self, decided: Decided) -> None:

@@ -182,18 +182,24 @@ class LossesBench:
     # What happens.
 
     def take_over(self) -> None:
-        """The launcher is lost, and another one takes over while all servers run."""
-        assert len(self.present) == len(NAMES)
+        """The launcher is lost, and another one takes over the servers that run."""
+        present = self.present
         self.members, self.events = Members(NAMES, self, lambda: self.now), []
         if self.placed is not None:
             self.layout = Layout.from_bytes(self.placed.layout)
         self.rebalancer = self._rebalancer()
-        engines = [engine for engine in self.engines if engine is not None]
+        if self.placed is not None:
+            self.rebalancer.resume(self.placed)
+        engines = [each for each in self.engines if each is not None and each.rank in present]
         settle = protocol.Settle(max(engine.applied for engine in engines))
+        for rank in {*RANKS} - present:
+            self.engines[rank] = None
+            self.paused.discard(rank)
+            self.members.front_died(rank, "ended meanwhile")
         for engine in engines:
             self.members.await_call(engine.rank)
             self.tell(engine.rank, settle)
-        while len(self.present) < len(NAMES):
+        while self.present < present:
             for engine in engines:
                 engine.obey(100, 0)
             events, self.events = self.events, []

@@ -17,6 +17,7 @@ from rich.console import Console
 import dance_jax.launch.__main__ as launch
 from dance_jax.config import ClusterSpec, RebalanceOptions, ServeOptions, UserError
 from dance_jax.engine.sequence import OutputDelta
+from dance_jax.launch.cli import start
 from dance_jax.launch.cli.options import parser, rebalance_options
 from dance_jax.launch.cli.prompts import Prompt
 from dance_jax.launch.cli.stream import Startup, Stream, printable
@@ -50,7 +51,7 @@ def run(files: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch):
     def no_cluster(*_: object, **__: object) -> None:
         raise AssertionError("a server was started")
 
-    monkeypatch.setattr(launch, "Cluster", no_cluster)
+    monkeypatch.setattr(start, "Cluster", no_cluster)
 
     def command(*options: object, hosts: object = "hosts.txt", model: object = "model"):
         words = ["--hosts", files / str(hosts), "--model", files / str(model)]
@@ -116,7 +117,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[ServeOptions]:
         made.append(options)
         raise UserError("far enough")
 
-    monkeypatch.setattr(launch, "Service", service)
+    monkeypatch.setattr(start, "IndependentService", service)
     monkeypatch.delenv("DANCE_JAX_API_KEY", raising=False)
     return made
 

@@ -90,6 +90,29 @@ def test_no_message_is_lost_when_connections_break(listener: ControlListener) ->
         server.close()
 
 
+def test_a_server_connects_anew_when_its_connection_is_dead(
+    listener: ControlListener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a cut of the link, for as long as TCP waits before it tries again."""
+    monkeypatch.setattr(control, "KEEP_UP_S", 0.02)
+    with Breaker(int(listener.private.rpartition(":")[2])) as breaker:
+        server = ControlConnection(f"tcp://127.0.0.1:{breaker.port}", KEY, "server-2")
+        server.send(b"hello")
+        assert listener.receive(5) == [("server-2", b"hello")]
+        breaker.swallow()
+        server.send(b"up")
+        listener.send("server-2", b"down")
+        deadline = time.monotonic() + 20
+        at_parent: list[tuple[str, bytes]] = []
+        at_server: list[bytes] = []
+        while not (at_parent and at_server) and time.monotonic() < deadline:
+            at_parent += listener.receive(0.01)
+            at_server += server.arrived()
+        assert at_parent == [("server-2", b"up")]
+        assert at_server == [b"down"]
+        server.close()
+
+
 class Breaker:
     """Passes TCP connections on to a port; loses what is under way, then breaks them."""
 
@@ -100,6 +123,7 @@ class Breaker:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
         self._ends: list[socket.socket] = []
+        self._swallowed: set[socket.socket] = set()
         threading.Thread(target=self._accept, daemon=True).start()
 
     def __enter__(self) -> Self:
@@ -115,6 +139,10 @@ class Breaker:
             with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
 
+    def swallow(self) -> None:
+        """The connections of this moment stay, but pass nothing on any more."""
+        self._swallowed |= {*self._ends}
+
     def _accept(self) -> None:
         with contextlib.suppress(OSError):
             while True:
@@ -127,7 +155,7 @@ class Breaker:
     def _pass(self, source: socket.socket, target: socket.socket) -> None:
         with contextlib.suppress(OSError), source, target:
             while content := source.recv(1 << 16):
-                if not self.loses:
+                if not self.loses and source not in self._swallowed:
                     target.sendall(content)
 
 

@@ -18,7 +18,10 @@ from dance_jax.config import EngineConfig, ServeOptions, UserError
 from dance_jax.launch.cluster import fleet as fleet_module
 from dance_jax.launch.cluster import service as service_module
 from dance_jax.launch.cluster.fleet import ClusterError
-from dance_jax.launch.cluster.service import MAX_FAILED_STARTS, Service
+from dance_jax.launch.cluster.independent import IndependentService
+from dance_jax.launch.cluster.members import MAX_FAILED_STARTS
+from dance_jax.launch.cluster.service import Service
+from dance_jax.launch.cluster.together import TogetherService
 from dance_jax.launch.planning.hosts import parse_hosts
 from dance_jax.placement.core import Placement, spread
 from tests.serve.fake_front import ENGINE_PID, Script
@@ -26,7 +29,11 @@ from tests.serve.fake_front import ENGINE_PID, Script
 SPEC = parse_hosts("alpha address=localhost experts=2\nbeta address=localhost experts=2")
 
 
-class FakeService(Service):
+class FakeTogether(TogetherService):
+    module = "tests.serve.fake_front"
+
+
+class FakeIndependent(IndependentService):
     module = "tests.serve.fake_front"
 
 
@@ -58,9 +65,10 @@ def start(tmp_path: pathlib.Path) -> Iterator[Start]:
             expert_bytes=lambda dtype: 1,
         )
         layout = spread(Placement(np.ones((2, 1, 2), bool)), [1, 1], [2, 2])
-        exchange = "calls" if script.get("calls") else "collectives"
-        engine = EngineConfig(64, exchange=exchange)
-        made.append(FakeService(options, SPEC, checkpoint, layout, engine))
+        calls = script.get("calls")
+        engine = EngineConfig(64, exchange="calls" if calls else "collectives")
+        kind = FakeIndependent if calls else FakeTogether
+        made.append(kind(options, SPEC, checkpoint, layout, engine))
         return made[-1]
 
     yield make

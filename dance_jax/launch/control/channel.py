@@ -30,6 +30,9 @@ ALIVE_INTERVAL_S, ALIVE_TIMEOUT_S = 1.0, 75.0
 RECONNECT_S = 3.0
 #: Seconds between two looks at messages that are not acknowledged.
 KEEP_UP_S = 1.0
+#: Looks without a frame from the parent after which it is asked for one, and after which a server
+#: connects anew: after a cut of 20 s, TCP would try the old connection again only 9 s later.
+SILENT_LOOKS, LOST_LOOKS = 3, 6
 #: Most frames that are read at once, so that nothing else waits for long.
 MOST_AT_ONCE = 256
 
@@ -234,9 +237,14 @@ class ControlConnection:
         self.socket.curve_serverkey = _curve_pair(key, "parent")[0]
         # A host that comes back is tried every few seconds, not after minutes.
         self.socket.setsockopt(zmq.CONNECT_TIMEOUT, int(1000 * RECONNECT_S))
+        # What a broken connection has not sent is sent again by the session.
+        self.socket.setsockopt(zmq.LINGER, 0)
         self._session = Session(functools.partial(_transmitted, self.socket))
         self._kept_up = float("-inf")
+        #: Frames heard at the latest look, and looks since a frame was heard.
+        self._heard = self._silent_looks = 0
         self._messages: collections.deque[bytes] = collections.deque()
+        self._endpoint = endpoint
         self.socket.connect(endpoint)
 
     @property
@@ -294,7 +302,7 @@ class ControlConnection:
             self._session.ask()
             self.socket.poll(100)
             self._read()
-        self.socket.close(linger=0)
+        self.socket.close()
         self._context.term()
 
     def _keep_up(self) -> None:
@@ -302,6 +310,22 @@ class ControlConnection:
         if now - self._kept_up >= KEEP_UP_S:
             self._kept_up = now
             self._session.keep_up()
+            self._look()
+
+    def _look(self) -> None:
+        """Connect anew if the parent answers no more.
+
+        Looks are counted instead of seconds, because this process may pause.
+        """
+        silent = self._heard == self._session.heard
+        self._heard = self._session.heard
+        self._silent_looks = self._silent_looks + 1 if silent else 0
+        if self._silent_looks >= LOST_LOOKS:
+            self.socket.disconnect(self._endpoint)
+            self.socket.connect(self._endpoint)
+            self._silent_looks = 0
+        if self._silent_looks >= SILENT_LOOKS:
+            self._session.ask()
 
     def _read(self) -> None:
         for _ in range(MOST_AT_ONCE):

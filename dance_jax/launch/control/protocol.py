@@ -388,6 +388,8 @@ class Placed(msgspec.Struct, tag=True):
     absent: list[int] = []
     #: Why requests cannot be answered, because no server has some experts; "": they can.
     short: str = ""
+    #: The layout to return to when lost servers are back; empty: `layout`.
+    home: bytes = b""
 
 
 # From front end to launcher, in addition to Hello and Failed.

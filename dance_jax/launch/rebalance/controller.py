@@ -233,6 +233,8 @@ class Rebalancer:
         self._version, self._decision = placed.version, placed.last_decision
         self._migrations, self._failures = placed.migrations, placed.failures
         self._migrated = placed.experts_migrated
+        if placed.home:
+            self._losses.home = Layout.from_bytes(placed.home)
 
     def holds(self, rank: int, layout: Layout, number: int) -> None:
         """Take in what a server knows that another launcher started, or that was silent for long.
@@ -255,7 +257,8 @@ class Rebalancer:
             self._service.restart(rank, "it holds other experts than the launcher knows")
             return
         self._service.layout = in_force.with_server(rank, layout)
-        self._losses.home = self._service.layout
+        if self._losses.home is in_force:
+            self._losses.home = self._service.layout
 
     @property
     def idle(self) -> bool:
@@ -557,6 +560,7 @@ class Rebalancer:
 
     def _publish(self) -> None:
         self._news = False
+        home = self._losses.home
         self._service.tell_all(
             protocol.Placed(
                 version=self._version,
@@ -568,6 +572,7 @@ class Rebalancer:
                 epoch=self._service.epoch,
                 absent=sorted({*self._spec.seated} - self._service.present),
                 short=self._losses.short,
+                home=b"" if home is self._service.layout else home.to_bytes(),
             )
         )
 
@@ -576,10 +581,10 @@ class Rebalancer:
             return
         statistics = self._workload.statistics(self._clock())
         state = ServiceState(
-            self._spec.names, self._model.fingerprint, self._service.layout, statistics
+            self._spec.names, self._model.fingerprint, self._losses.home, statistics
         )
         try:
-            state.of(self._spec.seated).save(self._options.state_dir)
+            state.save(self._options.state_dir)
         except OSError as error:
             text = f"--state-dir {self._options.state_dir}: the placement cannot be saved: {error}"
             self._service.notice("", text)

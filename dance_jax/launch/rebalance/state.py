@@ -34,9 +34,10 @@ FILE_NAME = "placement.npz"
 class ServiceState:
     """The saved state."""
 
-    #: Names of the servers by rank; fingerprint of the model.
+    #: Names of the servers by rank, "" for vacant seats; fingerprint of the model.
     servers: tuple[str, ...]
     model: str
+    #: Where experts are when no server is lost.
     layout: Layout
     statistics: Statistics
 

@@ -36,9 +36,11 @@ def listen(setup: Setup, credentials: Credentials) -> Connections:
     """Listen for connections from other servers with the same credentials."""
     address = own_address(setup)
     try:
-        return Connections(setup.rank, setup.spec.names, address, credentials)
+        connections = Connections(setup.rank, setup.spec.names, address, credentials)
     except OSError as error:
         raise UserError(f"{address}: cannot listen on a port: {error}") from error
+    connections.rates = [server.bandwidth for server in setup.spec.servers]
+    return connections
 
 
 def own_address(setup: Setup) -> str:

@@ -205,8 +205,7 @@ def _start(
         origin = setup.rank, connections.names
         engine.trace = Trace(*origin, setup.trace_from, engine.runner.calls)
     if engine.runner.calls is not None:
-        rates = [server.bandwidth for server in setup.spec.servers]
-        calls.connect(engine.runner.calls, connections, rates)
+        calls.connect(engine.runner.calls, connections)
     shelf.held = engine.expert
     loader = _loader(engine, checkpoint, weights, peers)
     # Freeze present objects: collecting them again takes longer than a step.
@@ -491,6 +490,7 @@ class Worker:
                     channel.send(protocol.Dropped(number))
                 case protocol.Reseat(number, rank, server, slots):
                     self._connections.names[rank] = server.name
+                    self._connections.rates[rank] = server.bandwidth
                     engine.reseat(number, rank, server.devices, slots)
                 case protocol.Settle(applied):
                     self._loader.drop_all()
