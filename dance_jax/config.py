@@ -87,6 +87,9 @@ class ServerSpec:
     round_trip: float | None = None
     #: Seconds of one expert call (a token through an expert) on one device; None if unknown.
     expert_time: float | None = None
+    #: Bytes per second that the server reads from its copy of the model; None if unknown. It is
+    #: measured before the start.
+    read_rate: float | None = None
     #: Where ssh starts the server; None: a process of this machine.
     ssh: SshTarget | None = None
     #: Path of the Python that runs the server; None: the launcher's path.

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import os
+import pathlib
 import signal
 import sys
 import types
@@ -108,7 +109,7 @@ def _launch(options: argparse.Namespace, platform: str, console: Console) -> int
         prompts = read_prompts(options.prompts, spec, options.max_tokens or BATCH_TOKENS)
     _check_paths(options)
     activations = _activations(options)
-    model, tokenizer = _model(options, console)
+    model, tokenizer, directory = _model(options, console)
     wanted = engine_options(options)
     config = engine_config(model.config, wanted, platform=spec.platform, formats=model.formats)
     if prompts is None:
@@ -124,13 +125,13 @@ def _launch(options: argparse.Namespace, platform: str, console: Console) -> int
     if options.dry_run:
         place(spec)
         return 0
-    directory = None if options.preflight else moving.state_dir
-    alone = contextlib.nullcontext() if directory is None else sole_launcher(directory)
+    state_dir = None if options.preflight else moving.state_dir
+    alone = contextlib.nullcontext() if state_dir is None else sole_launcher(state_dir)
     joined = part.gathered(spec, lambda name, text: console.print(Text(f"{name}: {text}")))
     with alone, joined as network:
         survivors = None
-        if directory is not None:
-            survivors = survivors_of(directory, config, serving, model.fingerprint)
+        if state_dir is not None:
+            survivors = survivors_of(state_dir, config, serving, model.fingerprint)
         if survivors is not None:
             start = take_over(console, survivors, moving, model, network)
         else:
@@ -138,11 +139,23 @@ def _launch(options: argparse.Namespace, platform: str, console: Console) -> int
                 spec, network = _preflight(options, spec, network, held, model.fingerprint, console)
             if options.preflight:
                 return 0
+            if part.node_rank is None and not network.any_remote(spec):
+                spec = _with_read_rate(spec, directory)
             start = Start.of(place(spec), model, config, network, state)
         if prompts is None:
             return serve(options, platform, console, serving, moving, start)
         assert tokenizer is not None and start.plan is not None
         return run_batch(options, console, prompts, tokenizer, start, start.plan)
+
+
+def _with_read_rate(spec: ClusterSpec, model: pathlib.Path) -> ClusterSpec:
+    """The servers of this machine, with the measured rate at which it reads the model."""
+    from dance_jax.launch.preflight.disk import read_rate
+
+    rate = read_rate(model)
+    return ClusterSpec(
+        tuple(dataclasses.replace(server, read_rate=rate) for server in spec.servers)
+    )
 
 
 def _activations(options: argparse.Namespace) -> Activations | None:
@@ -155,8 +168,8 @@ def _activations(options: argparse.Namespace) -> Activations | None:
 
 def _model(
     options: argparse.Namespace, console: Console
-) -> tuple[Checkpoint | Outline, Tokenizer | None]:
-    """The converted model and its tokenizer; with --dry-run, only what the files' heads say."""
+) -> tuple[Checkpoint | Outline, Tokenizer | None, pathlib.Path]:
+    """The converted model, its tokenizer and its directory; with --dry-run, an outline."""
     from dance_jax.models.checkpoint import Checkpoint
     from dance_jax.models.convert import check_readable, ensure_converted, outline
     from dance_jax.models.hub import fetch_config, resolve
@@ -165,13 +178,13 @@ def _model(
     rounding = engine_options(options).rounding
     if options.dry_run:
         source = demo_dir() if options.model is None else fetch_config(options.model)
-        return outline(source, rounding), None
+        return outline(source, rounding), None, source
     source = demo_dir() if options.model is None else resolve(options.model, download(console))
     check_readable(source)
     tokenizer = Tokenizer.load(source)
     with conversion(console) as progress:
         path = ensure_converted(source, cache_dir(options) / "models", progress, rounding)
-        return Checkpoint.open(path), tokenizer
+        return Checkpoint.open(path), tokenizer, path
 
 
 def _preflight(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
@@ -265,6 +267,14 @@ def test_a_restoration_that_a_loss_interrupts_goes_on_afterwards(monkeypatch) ->
     bench.resume(BETA)
     bench.settle()
     check_whole(bench, first)
+
+
+def test_a_server_whose_copies_are_needed_stays(monkeypatch) -> None:
+    bench = LossesBench(monkeypatch, dataclasses.replace(thirds(spare=1), holders=2))
+    assert bench.rebalancer.leaves(GAMMA).startswith("--survive 1 needs")
+    bench.kill_front(BETA)
+    assert bench.rebalancer.leaves(GAMMA) == "--survive 1 needs 2 servers"
+    assert LossesBench(monkeypatch, thirds(spare=8)).rebalancer.leaves(GAMMA) == ""
 
 
 def test_a_launcher_that_takes_over_knows_the_way_back(monkeypatch) -> None:

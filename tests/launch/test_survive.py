@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from dance_jax.config import RebalanceOptions, UserError
+from dance_jax.config import RebalanceOptions, ServerSpec, UserError
 from dance_jax.launch.cli.options import check_mode, parser, rebalance_options
 from dance_jax.launch.cli.report import print_plan
 from dance_jax.launch.control import protocol
 from dance_jax.launch.planning.exchange import choose_exchange
 from dance_jax.launch.planning.hosts import parse_hosts
-from dance_jax.launch.planning.loss import loss_lines, losses, most_urgent_loads, urgent_rate
+from dance_jax.launch.planning.loss import load_seconds, loss_lines, losses, most_urgent_loads
 from dance_jax.launch.planning.plan import Plan, make_plan, rooms
 from dance_jax.launch.rebalance import state
 from dance_jax.launch.rebalance.decision import answer, resident
@@ -110,30 +110,36 @@ def layout_of(*held: list[int], slots: int):
     return spread(Placement(resident), [1] * len(held), [slots] * len(held))
 
 
+ABC = tuple(ServerSpec(n, "", read_rate=400e6 if n == "a" else None) for n in "abc")
+
+
 def test_what_each_loss_means() -> None:
     layout = layout_of([0, 1, 2], [2, 3], [4, 5, 0], slots=4)
     counts = np.zeros((3, 1, 6))
     counts[0, 0, [1, 3]] = counts[1, 0, 1] = 5  # nobody has asked c yet
     size = 2_000_000
-    lines = [*loss_lines(losses(layout, "abc", counts, size), 1, size)]
-    # Two slots of b are empty, one of each other server; 10 ms and 10 ms for 2 MB each.
+    lines = [*loss_lines(losses(layout, ABC, counts, size), ABC, 1, size)]
+    # Two slots of b are empty, one of each other server; 10 ms and 10 ms for 2 MB each, or 5 of a.
     assert lines[:3] == [
         "If a is lost, 1 expert has no other holder: b loads 1 (1.9 MiB); users of b, c wait "
         "about 0.02 s.",
         "If b is lost, 1 expert has no other holder: a loads 1 (1.9 MiB); users of a, c wait "
-        "about 0.02 s.",
+        "about 0.015 s.",
         "If c is lost, 2 experts have no other holder: a loads 1, b loads 1 (3.8 MiB); nobody is "
         "known to call them.",
     ]
-    assert "every server is assumed to load 95.4 MiB per second" in lines[3]
+    assert lines[3].startswith(
+        "Of their models, a reads 381.5 MiB, b, c are assumed to read 190.7 MiB per second; each "
+        "expert takes 10 ms more."
+    )
     full = layout_of([0, 1, 2], [2, 3], [4, 5, 0], slots=3)
-    tight = [*loss_lines(losses(full, "abc", counts, size), 1, size)]
+    tight = [*loss_lines(losses(full, ABC, counts, size), ABC, 1, size)]
     assert tight[2] == (
         "If c is lost, 2 experts have no other holder: b loads 2 (3.8 MiB); nobody is known to "
         "call them."
     ), "b gives up expert 2, which a has as well"
     none = layout_of([0, 1], [2, 3], [4, 5], slots=2)
-    first, *_ = loss_lines(losses(none, "abc", counts, size), 1, size)
+    first, *_ = loss_lines(losses(none, ABC, counts, size), ABC, 1, size)
     assert first == (
         "If a is lost, 2 experts have no other holder; the memory of the others does not suffice: "
         "2 experts lack 3.8 MiB, and requests wait until a is back."
@@ -145,7 +151,7 @@ def test_a_plan_says_what_the_service_will_do() -> None:
     spec = parse_hosts("\n".join(f"{n} address=localhost experts=17" for n in "abc"))
     plan = make_plan(spec, Facts(), CONFIG, "dance", service=True)
     counts, size = np.ones((3, LAYERS, EXPERTS)), Facts().expert_bytes("float32")
-    found = losses(plan.layout, spec.names, counts, size)
+    found = losses(plan.layout, spec.servers, counts, size)
     for lost, loss in enumerate(found):
         present = {0, 1, 2} - {lost}
         layout = plan.layout
@@ -155,7 +161,9 @@ def test_a_plan_says_what_the_service_will_do() -> None:
         assert loss.experts == uncovered(plan.layout, present).sum() > 0
         assert loss.short == uncovered(layout, present).sum()
         assert sum(count for _, count in loss.loads) == loss.experts - loss.short
-        assert loss.seconds == migration_seconds(batches, size, [urgent_rate(size)] * 3)
+        assert loss.seconds == migration_seconds(
+            batches, size, [size / load_seconds(spec.servers[0], size)] * 3
+        )
     assert text_of(plan).count("is lost, ") == 3
 
 

@@ -5,16 +5,15 @@ The command changes the hosts file and has the launcher read it again (SIGHUP).
 
 from __future__ import annotations
 
-import argparse
 import os
 import pathlib
 import signal
-import sys
 import time
 from collections.abc import Iterator, Sequence
 
 from dance_jax.config import UserError
 from dance_jax.files import whole_file
+from dance_jax.launch.cli import running
 from dance_jax.launch.cluster.changes import DONE, END, FILE_NAME
 from dance_jax.launch.cluster.succession import InUse, launcher_pid, sole_launcher
 from dance_jax.launch.planning.defaults import default_platform
@@ -22,14 +21,13 @@ from dance_jax.launch.planning.hosts import read_hosts
 
 #: Precedes the line of a server that was taken out with `drain`.
 DRAINED = "# drained: "
-_LOOK_S = 0.1
 
 
 def main(arguments: Sequence[str], prog: str = "dance-jax hosts") -> int:
     """Run the command; returns 0 once the servers are as wanted."""
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description="Changes the servers of a running service, whose requests go on. A server that "
+    parser = running.parser(
+        prog,
+        "Changes the servers of a running service, whose requests go on. A server that "
         "leaves finishes its requests while the others load its experts.",
     )
     parser.add_argument(
@@ -42,18 +40,11 @@ def main(arguments: Sequence[str], prog: str = "dance-jax hosts") -> int:
         "server", nargs="+", help="a server's name; for a new one its line: name key=value ..."
     )
     parser.add_argument("--hosts", type=pathlib.Path, required=True, help="the hosts file")
-    parser.add_argument(
-        "--state-dir", type=pathlib.Path, required=True, metavar="DIR", help="of the service"
-    )
     options = parser.parse_args(arguments)
-    try:
-        return change(options.action, " ".join(options.server), options.hosts, options.state_dir)
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the launcher goes on with the change", file=sys.stderr)
-        return 130
+    return running.run(
+        lambda: change(options.action, " ".join(options.server), options.hosts, options.state_dir),
+        "the launcher goes on with the change",
+    )
 
 
 def change(action: str, server: str, hosts: pathlib.Path, state_dir: pathlib.Path) -> int:
@@ -134,8 +125,6 @@ def _write(path: pathlib.Path, content: bytes) -> None:
 
 def _serves(state_dir: pathlib.Path) -> bool:
     """Whether a launcher uses the directory."""
-    if not state_dir.is_dir():
-        raise UserError(f"--state-dir {state_dir}: no such directory")
     try:
         with sole_launcher(state_dir):
             return False
@@ -171,4 +160,4 @@ def _lines(log: pathlib.Path, state_dir: pathlib.Path) -> Iterator[str]:
                 return
         if not _serves(state_dir):
             raise UserError("the launcher has ended")
-        time.sleep(_LOOK_S)
+        time.sleep(running.LOOK_S)

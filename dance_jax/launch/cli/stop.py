@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import pathlib
 import signal
@@ -10,7 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from dance_jax.config import UserError
+from dance_jax.launch.cli import running
 from dance_jax.launch.cluster.succession import (
     InUse,
     OtherVersion,
@@ -21,25 +20,19 @@ from dance_jax.launch.cluster.succession import (
     sole_launcher,
 )
 
-#: Seconds between two looks whether a launcher has ended.
-_LOOK_S = 0.1
-
 
 def main(arguments: Sequence[str], prog: str = "dance-jax stop") -> int:
     """Run the command; returns 0 once nothing is left, 1 if servers cannot be reached."""
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description="Ends the service that uses a state directory: its launcher and its servers, "
+    parser = running.parser(
+        prog,
+        "Ends the service that uses a state directory: its launcher and its servers, "
         "or the servers that a lost launcher has left running.",
     )
-    parser.add_argument("--state-dir", type=pathlib.Path, required=True, metavar="DIR")
     parser.add_argument("--now", action="store_true", help="do not wait for running requests")
     options = parser.parse_args(arguments)
-    try:
-        return stop(options.state_dir, options.now)
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return running.run(
+        lambda: stop(options.state_dir, options.now), "some servers may run; call this again"
+    )
 
 
 def stop(directory: pathlib.Path, now: bool) -> int:
@@ -53,11 +46,9 @@ def stop(directory: pathlib.Path, now: bool) -> int:
         0; 1 if servers cannot be reached and may run on.
 
     Raises:
-        UserError: there is no such directory, or its files cannot be read.
+        UserError: the files of the directory cannot be read.
         OSError: the launcher cannot be ended.
     """
-    if not directory.is_dir():
-        raise UserError(f"--state-dir {directory}: no such directory")
     told = None
     while True:
         try:
@@ -70,7 +61,7 @@ def stop(directory: pathlib.Path, now: bool) -> int:
                 # Without the launcher, which would drain, the servers are ended here.
                 os.kill(pid, signal.SIGKILL if now else signal.SIGTERM)
                 told = pid
-            time.sleep(_LOOK_S)
+            time.sleep(running.LOOK_S)
 
 
 def _end_survivors(directory: pathlib.Path, now: bool) -> int:

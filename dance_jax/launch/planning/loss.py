@@ -7,13 +7,14 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from dance_jax.config import ServerSpec
 from dance_jax.memory import format_bytes
 from dance_jax.placement.core import Layout
 from dance_jax.placement.migration import migration_seconds
 from dance_jax.placement.recovery import recovery, uncovered
 
-#: Loading speed assumed until a server has loaded something: fixed seconds per expert, and bytes
-#: per second.
+#: Loading speed assumed until a server has loaded something: fixed seconds per expert; and bytes
+#: per second, unless the rate of its disk was measured.
 READ_S, READ_RATE = 0.01, 200e6
 #: Most bytes that a device loads in one batch while sequences wait for them.
 RECOVERY_BYTES = 64 << 20
@@ -37,9 +38,9 @@ class Loss:
     short: int
 
 
-def urgent_rate(expert_bytes: int) -> float:
-    """Bytes per second that a server is assumed to load while sequences wait."""
-    return expert_bytes / (READ_S + expert_bytes / READ_RATE)
+def load_seconds(server: ServerSpec, expert_bytes: int) -> float:
+    """Seconds in which a server is expected to load one expert while sequences wait."""
+    return READ_S + expert_bytes / (server.read_rate or READ_RATE)
 
 
 def most_urgent_loads(expert_bytes: int) -> int:
@@ -48,19 +49,20 @@ def most_urgent_loads(expert_bytes: int) -> int:
 
 
 def losses(
-    layout: Layout, names: Sequence[str], counts: np.ndarray, expert_bytes: int
+    layout: Layout, servers: Sequence[ServerSpec], counts: np.ndarray, expert_bytes: int
 ) -> tuple[Loss, ...]:
     """The loss of each server, computed as the service recovers from it.
 
     Args:
         layout: the layout in force.
-        names: of the servers.
+        servers: by rank.
         counts: [servers, layers, experts], expert calls of each server's requests. A server without
             any is taken to call all experts.
         expert_bytes: bytes of one expert.
     """
     counts = np.where(counts.any((1, 2), keepdims=True), counts, 1)
-    rates = np.full(len(names), urgent_rate(expert_bytes))
+    names = [server.name for server in servers]
+    rates = [expert_bytes / load_seconds(server, expert_bytes) for server in servers]
     found = []
     for lost, name in enumerate(names):
         present = [n for n in range(len(names)) if n != lost]
@@ -81,11 +83,14 @@ def losses(
     return tuple(found)
 
 
-def loss_lines(found: Sequence[Loss], holders: int, expert_bytes: int) -> Iterator[str]:
+def loss_lines(
+    found: Sequence[Loss], servers: Sequence[ServerSpec], holders: int, expert_bytes: int
+) -> Iterator[str]:
     """Say what each loss means, in one line each, or in one for all if nobody waits.
 
     Args:
         found: the losses; none: nothing is said.
+        servers: by rank.
         holders: servers that hold each expert at least.
         expert_bytes: bytes of one expert.
     """
@@ -97,10 +102,20 @@ def loss_lines(found: Sequence[Loss], holders: int, expert_bytes: int) -> Iterat
     for loss in found:
         yield f"If {loss.server} is lost, {_consequence(loss, expert_bytes)}"
     if any(loss.loads for loss in found):
+        measured = [
+            f"{server.name} reads {format_bytes(round(server.read_rate))}"
+            for server in servers
+            if server.read_rate
+        ]
+        unknown = [server.name for server in servers if not server.read_rate]
+        if unknown:
+            measured.append(
+                f"{', '.join(unknown)} {'is' if len(unknown) == 1 else 'are'} assumed to read "
+                f"{format_bytes(round(READ_RATE))}"
+            )
         yield (
-            "No reading is measured yet: every server is assumed to load "
-            f"{format_bytes(round(urgent_rate(expert_bytes)))} per second. A server that falls "
-            "silent counts as lost after 3 s."
+            f"Of their models, {', '.join(measured)} per second; each expert takes "
+            f"{1000 * READ_S:g} ms more. A server that falls silent counts as lost after 3 s."
         )
 
 

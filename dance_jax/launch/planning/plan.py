@@ -250,7 +250,8 @@ def loss_notes(
     """Notes about the loss of each server of a service; none if all engines end together."""
     if exchange.name == "calls" and len(spec.servers) > 1:
         size = model.expert_bytes(config.dtype)
-        yield from loss_lines(losses(layout, spec.names, counts, size), layout.holders, size)
+        found = losses(layout, spec.servers, counts, size)
+        yield from loss_lines(found, spec.servers, layout.holders, size)
 
 
 def weights_note(model: ModelFacts, config: EngineConfig) -> str:

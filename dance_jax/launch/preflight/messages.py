@@ -99,6 +99,8 @@ class ModelState(msgspec.Struct, kw_only=True):
     index: str = ""
     #: Fingerprint of the source of converted weights; empty for the other kinds.
     fingerprint: str = ""
+    #: Bytes per second that the machine reads from the files; None: not measured.
+    read_rate: float | None = None
 
 
 class Machine(msgspec.Struct, tag=True, kw_only=True):

@@ -12,6 +12,7 @@ import pathlib
 from typing import Any
 
 from dance_jax.config import UserError
+from dance_jax.launch.preflight.disk import read_rate
 from dance_jax.launch.preflight.messages import ModelState
 from dance_jax.models import hub
 from dance_jax.models.directory import (
@@ -64,6 +65,7 @@ def model_state(directory: str | os.PathLike[str] | None) -> ModelState:
         else:
             raise _Wrong("the directory does not exist")
         state.definition = _definition(path)
+        state.read_rate = read_rate(path)
     except (_Wrong, UserError) as error:
         state.problem = str(error)
     except OSError as error:

@@ -164,11 +164,20 @@ def run_preflight(
         *findings.clocks(surveys),
     ]
     return Preflight(
-        spec=with_rates(spec, measured.links),
+        spec=_with_read_rates(with_rates(spec, measured.links), surveys),
         surveys=tuple(surveys),
         needs=tuple(needs),
         links=measured.links,
         findings=tuple(dict.fromkeys(found)),
+    )
+
+
+def _with_read_rates(spec: ClusterSpec, surveys: Sequence[Survey]) -> ClusterSpec:
+    return ClusterSpec(
+        tuple(
+            dataclasses.replace(server, read_rate=survey.machine and survey.machine.model.read_rate)
+            for server, survey in zip(spec.servers, surveys, strict=True)
+        )
     )
 
 

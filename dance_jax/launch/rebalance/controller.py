@@ -21,7 +21,7 @@ from dance_jax.config import ClusterSpec, EngineConfig, RebalanceOptions, Server
 from dance_jax.launch.control import protocol
 from dance_jax.launch.control.protocol import Decision
 from dance_jax.launch.planning.costs import running_cost
-from dance_jax.launch.planning.loss import READ_RATE, READ_S
+from dance_jax.launch.planning.loss import load_seconds
 from dance_jax.launch.planning.plan import ModelFacts
 from dance_jax.launch.rebalance.batches import Migration, Phase, Purpose, Rollout, stages
 from dance_jax.launch.rebalance.decision import Answer, DecisionInputs
@@ -357,9 +357,11 @@ class Rebalancer:
 
     def _read_rates(self) -> np.ndarray:
         """Bytes per second that each server loads, float [servers]."""
-        read_s = READ_S + self._expert_bytes / READ_RATE
-        assumed = self._expert_bytes / (read_s + rest_s(read_s))
-        return np.array([self._rates.get(rank, assumed) for rank in range(len(self._spec.names))])
+        size = self._expert_bytes
+        read_s = [load_seconds(server, size) for server in self._spec.servers]
+        return np.array(
+            [self._rates.get(rank, size / (s + rest_s(s))) for rank, s in enumerate(read_s)]
+        )
 
     def _solve(self) -> None:
         """Ask the solver, once all engines have reported their statistics.

@@ -149,7 +149,7 @@ class Losses:
         self.home = layout
 
     def shortage_without(self, rank: int, calls_nle: np.ndarray) -> str:
-        """Why a server cannot leave, because the others lack memory; "" if it can.
+        """Why a server cannot leave, because the others do not suffice; "" if it can.
 
         Args:
             rank: of the server.
@@ -158,9 +158,18 @@ class Losses:
         others = self._service.present - {rank}
         if not others:
             return "no other server runs"
-        at = self._service.layout, self.home, others
-        loads = sum(len(each.loads()) for each in recovery(*at, calls_nle, self._most))
-        missing = int(uncovered(self._service.layout, others).sum()) - loads
+        layout, holders = self._service.layout, self._service.layout.holders
+        if len(others) < holders:
+            return f"--survive {holders - 1} needs {holders} servers"
+        experts = self.home.resident[0].size
+        # A server holds an expert once.
+        room = sum(min(int(layout.capacities[n]), experts) for n in others)
+        if holders > 1 and (missing := holders * experts - room) > 0:
+            lack = format_bytes(missing * self._expert_bytes)
+            return f"--survive {holders - 1} needs {lack} more memory for experts on the others"
+        batches = recovery(layout, self.home, others, calls_nle, self._most)
+        loads = sum(len(each.loads()) for each in batches)
+        missing = int(uncovered(layout, others).sum()) - loads
         lack = format_bytes(missing * self._expert_bytes)
         return (missing and f"the others lack {lack} of memory for {missing} experts") or ""
 

@@ -25,6 +25,7 @@ from dance_jax.launch.agent.process import MARK
 from dance_jax.launch.planning.defaults import demo_dir
 from dance_jax.launch.preflight import link, model_state, probe
 from dance_jax.launch.preflight.at_once import at_once
+from dance_jax.launch.preflight.disk import read_rate
 from dance_jax.launch.preflight.messages import (
     AskClock,
     AskMachine,
@@ -349,3 +350,19 @@ def test_at_once_keeps_order_and_reports_what_failed() -> None:
     late.set()
     assert one == 1 and isinstance(failed, ValueError) and isinstance(slow, TimeoutError)
     assert at_once([]) == []
+
+
+# The disk.
+
+
+def test_the_rate_of_the_disk(tmp_path: pathlib.Path) -> None:
+    """Of the largest file, if it is large enough to tell."""
+    assert read_rate(tmp_path) is None and read_rate(tmp_path / "missing") is None
+    weights = tmp_path / "parts" / "weights.safetensors"
+    weights.parent.mkdir()
+    weights.write_bytes(bytes(1 << 20))
+    assert read_rate(tmp_path) is None
+    weights.write_bytes(bytes(24 << 20))
+    for path in (tmp_path, weights):
+        rate = read_rate(path)
+        assert rate is not None and 1e6 < rate < 1e12
