@@ -25,8 +25,8 @@ os.environ["XLA_FLAGS"] = XLA_FLAGS
 # Otherwise each of the many processes that tests start would compile all sources for seconds.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
-# No timed tests: on a busy machine an example may take long.
-settings.register_profile("suite", deadline=None)
+# No timed tests: on a busy machine an example may take long. Every run tries other examples.
+settings.register_profile("suite", deadline=None, max_examples=30)
 settings.load_profile("suite")
 # Background jobs of a shell ignore Ctrl-C, and so would every process that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)

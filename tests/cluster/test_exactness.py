@@ -25,6 +25,8 @@ from tests.cluster.tiny import DECODE, EXPERTS, LAYERS, SLICE, Tokens
 SLOTS = (33, 21, 17)
 SPARE = 1
 SHAPE = (3, LAYERS, EXPERTS)
+#: Models with other mixers, each of which is compiled for all servers.
+MIXERS = ("grouped", "recurrent")
 #: The cluster starts only once, so examples must not time out because of a busy machine.
 cluster_settings = settings(
     deadline=None,
@@ -149,7 +151,7 @@ def any_placement(test):
 
 
 @pytest.mark.parametrize("transport", ["calls", "mixed"])
-@settings(cluster_settings, max_examples=3)
+@settings(cluster_settings, max_examples=2)
 @any_placement
 def test_any_placement_gives_what_one_device_gives(
     three_servers: TestCluster, single, transport, seed, empty, replicas, batches
@@ -158,6 +160,7 @@ def test_any_placement_gives_what_one_device_gives(
     check_placement(three_servers, single, seed, empty, replicas, batches)
 
 
+@pytest.mark.slow
 @settings(cluster_settings, max_examples=2)
 @any_placement
 def test_collectives_give_it_too(
@@ -171,7 +174,9 @@ def test_collectives_give_it_too(
             np.testing.assert_array_equal(device["rows"], sent)  # all servers know all traffic
 
 
-@pytest.mark.parametrize("model", ["grouped", "recurrent", "quantised"])
+@pytest.mark.parametrize(
+    "model", ["quantised", *(pytest.param(n, marks=pytest.mark.slow) for n in MIXERS)]
+)
 @settings(cluster_settings, max_examples=2)
 @any_placement
 def test_other_models_give_it_too(
@@ -335,8 +340,17 @@ def test_a_server_with_an_older_table_is_refused_and_asks_again(
     assert refusals[0] > 0 and refusals[1:] == [0, 0]
 
 
-@pytest.mark.parametrize("wire_dtype", ["bfloat16", "int8"])
-@pytest.mark.parametrize("transport", ["calls", "mixed", "collectives"])
+@pytest.mark.parametrize(
+    ("transport", "wire_dtype"),
+    [
+        ("mixed", "int8"),
+        ("collectives", "bfloat16"),
+        *(
+            pytest.param(*each, marks=pytest.mark.slow)
+            for each in [("calls", "bfloat16"), ("calls", "int8"), ("collectives", "int8")]
+        ),
+    ],
+)
 def test_rounded_rows(
     three_servers: TestCluster, single, single_of, transport: str, wire_dtype: str
 ):

@@ -82,7 +82,7 @@ class AnyUse(RuleBasedStateMachine):
             assert self.pool.allocate() is None
 
 
-AnyUse.TestCase.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
+AnyUse.TestCase.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
 test_any_use = AnyUse.TestCase
 
 

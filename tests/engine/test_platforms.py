@@ -70,7 +70,7 @@ def make_runner(model: str, kept: str) -> Runner:
     )
 
 
-@pytest.fixture(params=PLATFORMS)
+@pytest.fixture(params=["gpu", pytest.param("tpu", marks=pytest.mark.slow)])
 def platform(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Within a test, lowering targets another platform and takes that platform's code paths."""
     name, lower = PLATFORMS[request.param], jax.stages.Traced.lower

@@ -81,7 +81,7 @@ class AnyTraffic(RuleBasedStateMachine):
             assert self.engine.scheduler.blocks_used == 0
 
 
-AnyTraffic.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+AnyTraffic.TestCase.settings = settings(max_examples=50, stateful_step_count=40, deadline=None)
 test_any_traffic = AnyTraffic.TestCase
 
 

@@ -43,7 +43,7 @@ def _forbidden(arrays: list[jax.Array]) -> set[str]:
     return {",".join(map(str, shape)) for shape in shapes}
 
 
-@pytest.mark.parametrize("bucket", tiny.ENGINE.buckets)
+@pytest.mark.parametrize("bucket", [tiny.DECODE, pytest.param(tiny.SLICE, marks=pytest.mark.slow)])
 def test_pool_and_cache_are_not_copied(alone: Runner, bucket: tuple[int, int]) -> None:
     parts = alone.compile(bucket)
     texts = [part.as_text() for part in (parts.begin, *parts.layers, parts.logits, parts.choose)]

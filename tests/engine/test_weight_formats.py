@@ -107,6 +107,8 @@ def _gguf(
 
 _Q = "layers.0.mixer.q.weight"
 _ROUTER = {"layers.1.router.weight": "float32"}
+#: What users have most; the other cases are slow.
+USUAL = ("fp8", "mxfp4", "awq", "GGUF Q4_K and Q6_K", "to int4")
 CASES = {
     "fp8": Case(
         _packed("fp8", _calm),
@@ -265,7 +267,10 @@ def answer(engine: Engine) -> Iterator[tuple[int, np.ndarray]]:
         yield from ((token, found[-1]) for delta in outputs for token in delta.token_ids)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name in USUAL else pytest.mark.slow) for name in CASES],
+)
 def test_weights_in_codes_answer_what_their_floats_answer(
     name: str, steps: dict[str, jax.stages.Compiled], tokenizer: Tokenizer, tmp_path: pathlib.Path
 ) -> None:

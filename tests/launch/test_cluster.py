@@ -253,6 +253,7 @@ def test_a_full_disk_behind_the_terminal_ends_no_batch(tiny: Tiny, tmp_path: pat
     assert answer["finish_reason"] == "length"
 
 
+@pytest.mark.slow
 def test_an_ignored_signal_ends_nothing(tiny: Tiny, launch, tmp_path: pathlib.Path) -> None:
     """A launch under nohup outlives its terminal, and one in the background Ctrl-C."""
     ignored = (signal.SIGHUP, signal.SIGINT)

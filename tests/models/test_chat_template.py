@@ -48,6 +48,7 @@ def test_the_text_is_limited() -> None:
         template.render(NAMES)
 
 
+@pytest.mark.slow
 def test_time_is_limited() -> None:
     loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     with pytest.raises(TemplateTooCostly, match="more than 5 s of CPU time"):

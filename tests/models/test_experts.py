@@ -119,7 +119,7 @@ def lowered(kind: int, block: int | None):
     return jax.jit(functools.partial(grouped_ffn, form, block=block))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     seed=st.integers(0, 2**31),
     block=st.sampled_from([1, 4, 16, None]),
@@ -141,7 +141,7 @@ def test_equals_one_dense_ffn_per_assignment(seed, block, absent, skewed, kind):
     np.testing.assert_allclose(y_nd, expected, rtol=1e-4, atol=1e-4)
 
 
-@settings(max_examples=25, deadline=None)  # each example compiles twice
+@settings(max_examples=8, deadline=None)  # each example compiles twice
 @given(
     seed=st.integers(0, 2**31),
     rows=st.sampled_from([1, 2, 23, 90]),

@@ -90,7 +90,7 @@ def test_instructions_agree_with_numpy_and_with_each_other(
     assert product(forms, len(sets), form, panels, x, d_out) is None
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=8)
 @given(
     rows=st.sampled_from([1, 2, 5, 40, 200]),
     sizes=st.sampled_from([(64, 96), (32, 16), (160, 512)]),

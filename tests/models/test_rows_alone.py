@@ -27,7 +27,7 @@ from tests.tiny_models import DEEPSEEK, MIXTRAL, OSS
 
 pytestmark = pytest.mark.usefixtures("compiled")
 #: Without shrinking, which would compile for minutes because every shape is compiled.
-quick = settings(deadline=None, max_examples=8, phases=[Phase.explicit, Phase.generate])
+quick = settings(deadline=None, max_examples=4, phases=[Phase.explicit, Phase.generate])
 dtypes = st.sampled_from(["float32", "bfloat16"])
 
 

@@ -156,6 +156,7 @@ def quiet(served: Served) -> list[Answer]:
     return answers
 
 
+@pytest.mark.slow  # benchmarks/chaos.py kills engines in each CI run
 def test_every_answer_arrives_whichever_engine_dies(
     served: Served, quiet: list[Answer], expert_library: pathlib.Path | None
 ) -> None:
@@ -238,6 +239,7 @@ def test_a_pause_of_a_process_costs_nothing_but_time(
     batch.assert_nothing_left()
 
 
+@pytest.mark.slow  # test_takeover.py ends services in this way
 def test_a_signal_lets_servers_finish_what_runs(
     quiet: list[Answer], tiny: Tiny, tmp_path: pathlib.Path
 ) -> None:
@@ -273,6 +275,7 @@ def test_a_taken_port_is_said_before_anything_is_loaded(tiny: Tiny, tmp_path: pa
     cluster.assert_nothing_left()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", ["launch", "front end"])
 def test_engines_end_with_those_above_them(victim: str, tiny: Tiny, tmp_path: pathlib.Path) -> None:
     cluster = Served(tiny, tmp_path)
