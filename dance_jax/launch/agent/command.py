@@ -10,8 +10,9 @@ from collections.abc import Sequence
 
 from dance_jax.config import ServerSpec, SshTarget
 
-#: Seconds until a host that does not answer counts as unreachable.
-CONNECT_TIMEOUT_S = 10
+#: Seconds until a host that does not answer counts as unreachable. A host that was switched off is
+#: tried again and again, and one attempt does not see it come back: TCP waits longer and longer.
+CONNECT_TIMEOUT_S = 5
 #: Seconds between ssh keep-alives; number of missed ones after which the connection is lost.
 ALIVE_INTERVAL_S, ALIVE_COUNT = 5, 15
 #: ssh's own exit status: connecting failed, or the connection was lost.

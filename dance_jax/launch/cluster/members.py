@@ -14,7 +14,7 @@ from typing import Protocol
 
 #: Seconds before a lost server is started again, after so many failed starts; the last one for all
 #: further ones.
-BACK_OFF_S = (0.0, 0.5, 1.0, 2.0, 5.0)
+BACK_OFF_S = (0.0, 0.5, 1.0, 2.0, 3.0)
 #: Failed starts of every server in a row after which the service gives up.
 MAX_FAILED_STARTS = 5
 #: Seconds for a front end that was started again to call back.

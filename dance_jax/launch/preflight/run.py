@@ -25,7 +25,7 @@ from dance_jax.models.hub import portable_name
 from dance_jax.placement.cost import of_pairs
 
 #: Seconds for the first answer, which may include connecting, and for all others.
-FIRST_TIMEOUT_S, ANSWER_TIMEOUT_S = CONNECT_TIMEOUT_S + 2.0, 10.0
+FIRST_TIMEOUT_S, ANSWER_TIMEOUT_S = CONNECT_TIMEOUT_S + 7.0, 10.0
 #: Number of clock questions; the fastest answer counts.
 _CLOCK_QUESTIONS = 5
 
