@@ -1,11 +1,24 @@
 """Placement problems of every kind for hypothesis, and the rule of visits in plain Python."""
 
+import sys
 from collections.abc import Sequence
 
 import numpy as np
+import pytest
 from hypothesis import strategies as st
 
-SHAPES = [(3, 4, 8), (2, 1, 5), (1, 3, 4), (4, 2, 6)]
+from dance_jax.placement.policies.latency import Search
+
+#: Servers, layers, experts; every shape compiles each policy once.
+SHAPES = [(3, 4, 8), (1, 3, 4), (4, 2, 6)]
+
+
+def shorten_annealing(patch: pytest.MonkeyPatch, times: int) -> None:
+    """Divides the rounds of every annealing of `latency`."""
+    module = sys.modules[Search.__module__]
+    for name in ("SEARCH", "REFINE", "SETTLE"):
+        schedule = getattr(module, name)
+        patch.setattr(module, name, schedule._replace(rounds=schedule.rounds // times))
 
 
 def plain_servers(held: np.ndarray, needed: np.ndarray, order: Sequence[int]) -> list[int]:

