@@ -78,7 +78,8 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--faults",
         type=lambda text: text.split(";"),
-        help=f"names with ; between them, of: {'; '.join(FAULTS)} (default: all that can be made)",
+        help="names with ; between them, of: "
+        f"{'; '.join(FAULTS).replace('%', '%%')} (default: all that can be made)",
     )
     add(
         "--testbed",

@@ -271,6 +271,10 @@ class EngineOptions:
 API_KEY_VARIABLE = "DANCE_JAX_API_KEY"
 
 
+#: Values of --generation-config.
+GENERATION_CONFIGS = ("auto", "none")
+
+
 @dataclasses.dataclass(frozen=True)
 class ServeOptions:
     """Options of the front ends."""
@@ -297,6 +301,38 @@ class ServeOptions:
         "key that requests must carry; visible to other users of the machine, unlike "
         f"{API_KEY_VARIABLE} (default: no key)",
         metavar="KEY",
+    )
+    allowed_origins: str = option(
+        "",
+        "web sites whose pages may call the servers, with commas between them; *: any "
+        "(default: none)",
+        metavar="ORIGINS",
+    )
+    keep_alive: float = option(
+        75.0,
+        "seconds for which a connection without a request stays open; longer than the proxies in "
+        "front of the servers keep theirs (default: {default})",
+        kind="seconds",
+        metavar="S",
+    )
+    chat_template: str | None = option(
+        None,
+        "file with a chat template, on the launcher's machine, to use instead of the model's",
+        kind="path",
+        metavar="FILE",
+    )
+    generation_config: str = option(
+        "auto",
+        "auto: requests that say nothing else are sampled as the model's generation_config.json "
+        "says; none: with OpenAI's defaults ({default})",
+        choices=GENERATION_CONFIGS,
+    )
+    api_key_file: str | None = option(
+        None,
+        "file with a key in each line, on the launcher's machine, any of which a request must "
+        "carry; it is read again when it changes",
+        kind="path",
+        metavar="FILE",
     )
     drain_seconds: float = option(
         30.0,

@@ -11,7 +11,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
@@ -19,11 +19,13 @@ from dance_jax.backends import Backend, InProcess, RemoteOptions, Servers
 from dance_jax.cache import default_cache_dir
 from dance_jax.config import (
     DEFAULT_POLICY,
+    GENERATION_CONFIGS,
     ClusterSpec,
     EngineOptions,
     ProgressCallback,
     UserError,
 )
+from dance_jax.engine.generation import sampling_defaults
 from dance_jax.engine.sequence import Request, RequestOutput, SamplingParams, request_seeds
 
 if TYPE_CHECKING:
@@ -65,6 +67,9 @@ class LLM:
             complete once the object is closed; None: no trace.
         progress: True shows progress on standard error while starting and generating; a function
             is called with the progress while starting.
+        generation_config: "auto": prompts without sampling parameters are sampled as the model's
+            generation_config.json says; "none": with the defaults of `SamplingParams`.
+        chat_template: file with a chat template to use instead of the model's.
 
     Raises:
         UserError: an argument, a file or the model is wrong.
@@ -82,15 +87,21 @@ class LLM:
         log_dir: str | os.PathLike[str] | None = None,
         trace: str | os.PathLike[str] | None = None,
         progress: bool | ProgressCallback = False,
+        generation_config: Literal["auto", "none"] = "auto",
+        chat_template: str | os.PathLike[str] | None = None,
         **options: Any,
     ) -> None:
         from dance_jax.launch.planning import defaults
+        from dance_jax.models.chat_template import read_template
         from dance_jax.models.checkpoint import Checkpoint
         from dance_jax.models.convert import check_readable, ensure_converted
         from dance_jax.models.hub import resolve
         from dance_jax.models.tokenizer import Tokenizer
 
         # Arguments are checked before anything slow starts.
+        if generation_config not in GENERATION_CONFIGS:
+            allowed = ", ".join(GENERATION_CONFIGS)
+            raise UserError(f"generation_config={generation_config!r}: must be one of {allowed}")
         wanted = EngineOptions(**options)
         rounding = wanted.rounding
         if hosts is None:
@@ -110,7 +121,8 @@ class LLM:
         else:
             source = resolve(model, progress if callable(progress) else None)
         check_readable(source)
-        self.tokenizer: Tokenizer = Tokenizer.load(source)
+        self.tokenizer: Tokenizer = Tokenizer.load(source, read_template(chat_template))
+        self._sampling = sampling_defaults(source, generation_config)
         checkpoint = Checkpoint.open(ensure_converted(source, cache / "models", report, rounding))
         self.config = defaults.engine_config(
             checkpoint.config, wanted, platform=platform, formats=checkpoint.formats
@@ -139,6 +151,11 @@ class LLM:
         self._finalizer = weakref.finalize(self, self._backend.close)
 
     @property
+    def default_sampling_params(self) -> SamplingParams:
+        """A copy of the parameters of prompts without any, to be changed as wanted."""
+        return SamplingParams(**self._sampling)
+
+    @property
     def servers(self) -> tuple[str, ...]:
         """Names of the servers; without hosts, one server with an empty name."""
         return self._backend.servers
@@ -158,7 +175,7 @@ class LLM:
 
         Args:
             prompts: one or several, as text or as token ids.
-            sampling_params: for all prompts, or one for each; default: SamplingParams().
+            sampling_params: for all prompts, or one for each; default: `default_sampling_params`.
             server: name of the server that answers, one for all or one each; default: the servers
                 take turns.
             progress: show a bar on standard error; default: the `progress` of the object.
@@ -220,7 +237,7 @@ class LLM:
         server: str | Sequence[str] | None,
         progress: bool | None,
     ) -> list[RequestOutput]:
-        params = SamplingParams() if sampling_params is None else sampling_params
+        params = self.default_sampling_params if sampling_params is None else sampling_params
         params = _one_each("sampling_params", params, SamplingParams, len(prompts))
         # Copies, which are checked anew: fields may have changed since they were checked.
         params = [msgspec.structs.replace(each) for each in params]
@@ -295,7 +312,7 @@ def _check_conversation(messages: Any) -> None:
     for number, message in enumerate(messages):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise UserError(f'messages[{number}]: "role" must be a string; got {message!r:.80}')
-        if not isinstance(message.get("content"), str | list):
+        if not isinstance(message.get("content"), str | list | None):
             raise UserError(f'messages[{number}]: "content" must be text; got {message!r:.80}')
 
 

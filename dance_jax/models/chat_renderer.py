@@ -124,7 +124,23 @@ def _answers(frames: BinaryIO) -> Iterator[dict[str, str]]:
             yield {"refused": str(error) or type(error).__name__}
 
 
+class _Arguments(dict):
+    """Arguments of a call. A template that takes them for text gets JSON, as models write it."""
+
+    def __str__(self) -> str:
+        return json.dumps(self, ensure_ascii=False)
+
+
+def _with_arguments(messages: list[dict[str, Any]]) -> None:
+    for message in messages:
+        for call in message.get("tool_calls") or ():
+            function = call.get("function") if isinstance(call, dict) else None
+            if isinstance(function, dict) and isinstance(function.get("arguments"), dict):
+                function["arguments"] = _Arguments(function["arguments"])
+
+
 def _rendered(template: jinja2.Template, names: dict[str, Any]) -> dict[str, str]:
+    _with_arguments(names.get("messages") or [])
     parts, length = [], 0
     for part in template.generate(**names):
         parts.append(part)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -15,6 +17,29 @@ import jinja2
 from dance_jax.config import UserError
 from dance_jax.models import chat_renderer
 from dance_jax.models.chat_renderer import CPU_S, read_frame, write_frame
+
+
+def read_template(path: str | os.PathLike[str] | None) -> tuple[str, str] | None:
+    """Read a file with a chat template.
+
+    Args:
+        path: of the file; None: there is none.
+
+    Returns:
+        The template, and where it is from.
+
+    Raises:
+        UserError: the file cannot be read, or the template has a syntax error.
+    """
+    if path is None:
+        return None
+    where = f"--chat-template {os.fspath(path)}"
+    try:
+        source = pathlib.Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{where}: cannot be read: {error}") from error
+    ChatTemplate(source, where)
+    return source, where
 
 
 class TemplateFailure(UserError):
@@ -56,6 +81,10 @@ class ChatTemplate:
             ) from error
         except Exception as error:  # e.g. brackets in brackets, a number of many digits
             raise UserError(f"{where}: chat template: cannot be parsed: {error}") from error
+
+    def mentions(self, word: str) -> bool:
+        """Whether the template has this word."""
+        return word in self._source
 
     def render(self, names: dict[str, Any]) -> str:
         """Render a text; several threads may call this, and one waits for the other.

@@ -6,6 +6,7 @@ directory: its metadata contain what the small files contain.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -27,7 +28,12 @@ SIDE_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/default.jinja",
 )
+
+#: Those that count in a fingerprint also if they are absent: activations are recorded with it.
+FIRST_SIDE_FILES = SIDE_FILES[:6]
 
 #: The small file of a converted model with the formats of its weights.
 FORMATS = "formats.json"
@@ -113,6 +119,7 @@ def json_object(content: bytes, path: pathlib.Path) -> dict[str, Any]:
     Raises:
         UserError: the content is not a JSON object; the message names file and line.
     """
+    check_no_pointer(content, path)
     try:
         text = content.decode("utf-8")
         value = json.loads(text, parse_constant=_finite, parse_float=_finite)
@@ -176,11 +183,55 @@ def read_config(directory: str | pathlib.Path) -> ModelConfig:
     fields = read_json(path)
     assert fields is not None
     generation = read_json(directory / "generation_config.json", required=False)
-    return model_config(fields, generation, str(path))
+    config = model_config(fields, generation, str(path))
+    end = _tokenizer_end(directory)
+    if end is None or end >= config.vocab_size or end in config.eos_token_ids:
+        return config
+    return dataclasses.replace(config, eos_token_ids=(*config.eos_token_ids, end))
 
 
-def indexed_files(directory: pathlib.Path) -> list[str] | None:
-    """Names of the files of weights according to the index; None if there is no index.
+def _tokenizer_end(directory: pathlib.Path) -> int | None:
+    """Id of the tokenizer's own end token, which chat models often have beside the config's."""
+    names = "special_tokens_map.json", "tokenizer_config.json"
+    older, settings = (read_json(directory / name, required=False) or {} for name in names)
+    token = {**older, **settings}.get("eos_token")
+    text = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(text, str):
+        return None
+    listed = settings.get("added_tokens_decoder")
+    for number, added in listed.items() if isinstance(listed, dict) else ():
+        if isinstance(added, dict) and added.get("content") == text and number.isdecimal():
+            return int(number)
+    tokenizer = read_json(directory / "tokenizer.json", required=False) or {}
+    added = tokenizer.get("added_tokens")
+    for each in added if isinstance(added, list) else ():
+        if isinstance(each, dict) and each.get("content") == text:
+            return each["id"] if isinstance(each.get("id"), int) else None
+    model = tokenizer.get("model")
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    number = vocab.get(text) if isinstance(vocab, dict) else None
+    return number if isinstance(number, int) else None
+
+
+#: What stands in a file instead of its content if git was used without git-lfs.
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def check_no_pointer(content: bytes, path: pathlib.Path) -> None:
+    """Check that a file, of which `content` is at least the begin, is not a pointer of git-lfs.
+
+    Raises:
+        UserError: it is one.
+    """
+    if content.startswith(_LFS_POINTER):
+        raise UserError(
+            f"{path}: is a pointer of git-lfs, not the file itself: install git-lfs and run "
+            f"git lfs pull in {path.parent}, or download the model again"
+        )
+
+
+def weight_map(directory: pathlib.Path) -> dict[str, str] | None:
+    """The file of each tensor according to the index; None if there is no index.
 
     Raises:
         UserError: the index does not map names to safetensors files.
@@ -196,18 +247,27 @@ def indexed_files(directory: pathlib.Path) -> list[str] | None:
             f"{path}: weight_map is missing, or does not map names to safetensors files: download "
             "the file again"
         )
-    return sorted(set(files))
+    return names
+
+
+def indexed_files(directory: pathlib.Path) -> list[str] | None:
+    """Names of the files of weights according to the index; None if there is no index."""
+    names = weight_map(directory)
+    return None if names is None else sorted({*names.values()})
 
 
 def weight_files(directory: pathlib.Path) -> list[pathlib.Path]:
-    """Files of a model's weights.
+    """Files of a model's weights; other files may lie beside them, as in many repositories.
 
     Raises:
-        UserError: there are no safetensors files, or several but no index.
+        UserError: there are no safetensors files, or several of which neither an index nor the
+            usual name says which are the model's.
     """
     names = indexed_files(directory)
     if names is not None:
         return [directory / name for name in names]
+    if (usual := directory / "model.safetensors").exists():
+        return [usual]
     files = sorted(directory.glob("*.safetensors"))
     if len(files) > 1:
         raise UserError(

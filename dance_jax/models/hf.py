@@ -10,13 +10,14 @@ from collections.abc import Iterator
 from dance_jax.config import UserError
 from dance_jax.models.config import ModelConfig
 from dance_jax.models.directory import (
+    FIRST_SIDE_FILES,
     INDEX,
     SIDE_FILES,
     model_directory,
     read_config,
-    read_json,
     side_files,
     weight_files,
+    weight_map,
 )
 from dance_jax.models.packed import PackedTensor, assemble
 from dance_jax.models.safetensors_file import StoredTensor, content_hash, read_header
@@ -78,6 +79,7 @@ class HFDirectory:
     def write_side_files(self, directory: pathlib.Path) -> None:
         """Write the small files that, with the weights, define the model."""
         for name, content in side_files(self.path).items():
+            (directory / name).parent.mkdir(exist_ok=True)
             (directory / name).write_bytes(content)
 
     def _leave_out(self) -> list[str]:
@@ -92,29 +94,28 @@ class HFDirectory:
         digest = hashlib.sha256()
         for name in SIDE_FILES:
             path = self.path / name
-            digest.update(content_hash(path) if path.exists() else b"absent")
+            if path.exists():
+                digest.update(content_hash(path))
+            elif name in FIRST_SIDE_FILES:
+                digest.update(b"absent")
         for path in self.files:
             digest.update(path.name.encode() + content_hash(path))
         return digest.hexdigest()
 
     def _headers(self) -> dict[str, StoredTensor]:
-        tensors: dict[str, StoredTensor] = {}
-        for path in self.files:
-            for name, tensor in read_header(path).items():
-                if name in tensors:
-                    raise UserError(
-                        f"{path}: {name} is also in {tensors[name].file.name}: remove files that "
-                        "do not belong to this model, or download the model again"
-                    )
-                tensors[name] = tensor
-        index = read_json(self.path / INDEX, required=False)
-        for name, file in (index or {}).get("weight_map", {}).items():
-            if name not in tensors:
+        """The tensors; with an index, those that it lists, each of the file that it names."""
+        listed = weight_map(self.path)
+        if listed is None:
+            (file,) = self.files
+            return read_header(file)
+        headers = {file: read_header(self.path / file) for file in {*listed.values()}}
+        for name, file in listed.items():
+            if name not in headers[file]:
                 raise UserError(
                     f"{self.path / file}: {name} is missing, although {INDEX} lists it: download "
                     "the file again"
                 )
-        return tensors
+        return {name: headers[file][name] for name, file in listed.items()}
 
     def _check(self, faults: list[str]) -> None:
         wanted = {rule.source: rule.shape for rule in trunk_rules(self.config)}

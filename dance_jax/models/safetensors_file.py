@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from dance_jax.config import UserError
-from dance_jax.models.directory import json_object
+from dance_jax.models.directory import check_no_pointer, json_object
 from dance_jax.models.formats import Matrix, WeightFormat
 
 #: Types of unquantised weights.
@@ -126,7 +126,10 @@ def read_header(path: pathlib.Path) -> dict[str, StoredTensor]:
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
+            begin = file.read(64)
+            check_no_pointer(begin, path)
+            file.seek(8)
+            length = int.from_bytes(begin[:8], "little")
             if size < 8 or length > size - 8:
                 raise UserError(
                     f"{path}: truncated: {size} bytes end within the header; download the file "

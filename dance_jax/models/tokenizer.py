@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+import shlex
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -10,7 +11,20 @@ import tokenizers
 
 from dance_jax.config import UserError
 from dance_jax.models.chat_template import ChatTemplate, TemplateRefusal, TemplateTooCostly
-from dance_jax.models.directory import json_object, model_directory, read_config, side_files
+from dance_jax.models.conversation import (
+    has_calls,
+    marked,
+    normalised,
+    up_to_the_end_of,
+    with_arguments_as_text,
+)
+from dance_jax.models.directory import (
+    check_no_pointer,
+    json_object,
+    model_directory,
+    read_config,
+    side_files,
+)
 
 _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token")
 
@@ -51,11 +65,14 @@ class Tokenizer:
                 )
 
     @staticmethod
-    def load(directory: str | pathlib.Path) -> Tokenizer:
-        """Read tokenizer.json, tokenizer_config.json, chat_template.jinja and the config's EOS.
+    def load(
+        directory: str | pathlib.Path, chat_template: tuple[str, str] | None = None
+    ) -> Tokenizer:
+        """Read tokenizer.json, tokenizer_config.json, the chat template and the config's EOS.
 
         Args:
             directory: a directory in Hugging Face format, a converted model, or a GGUF file.
+            chat_template: a template to use instead of the model's, and where it is from.
 
         Raises:
             UserError: a file is missing or damaged, or there are more tokens than the model has.
@@ -64,7 +81,8 @@ class Tokenizer:
         files = side_files(directory)
         path = directory / "tokenizer.json"
         if "tokenizer.json" not in files:
-            raise UserError(f"{path}: no such file; download it with the model")
+            raise UserError(f"{path}: no such file; {_how_to_make(directory)}")
+        check_no_pointer(files["tokenizer.json"], path)
         try:
             backend = tokenizers.Tokenizer.from_buffer(files["tokenizer.json"])
         except Exception as error:  # the library raises bare Exception
@@ -77,16 +95,7 @@ class Tokenizer:
             json_object(files.get(name, b"{}"), directory / name)
             for name in ("tokenizer_config.json", "special_tokens_map.json")
         )
-        name = "chat_template.jinja"
-        if name in files:
-            where = str(directory / name)
-            try:
-                template = files[name].decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise UserError(f"{where}: cannot be read: {error}") from error
-        else:
-            where = str(directory / "tokenizer_config.json")
-            template = _default_template(settings.get("chat_template"), where)
+        template, where = chat_template or _template(directory, files, settings)
         eos = config.eos_token_ids
         return Tokenizer(backend, {**older, **settings}, template, eos, where)
 
@@ -133,24 +142,81 @@ class Tokenizer:
         self,
         messages: Sequence[dict[str, Any]],
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         **variables: Any,
     ) -> str:
         """Render a conversation as the text of a prompt.
 
         Args:
-            messages: messages with "role" and "content".
+            messages: messages with the fields of OpenAI's API; see `conversation.normalised`.
             add_generation_prompt: end with the beginning of the assistant's answer.
+            continue_final_message: end where the last message ends, so that the answer goes on
+                there; without the beginning of an answer of its own.
             variables: more variables for the template, for example tools.
 
         Raises:
-            UserError: the model has no chat template, or it gives no text for the messages
-                (`TemplateFailure`).
+            UserError: the model has no chat template, a message is wrong, or the template gives no
+                text for the messages (`TemplateFailure`) or drops one of them.
         """
         if self._template is None:
             raise UserError(f"{self._where}: the model has no chat template")
         names = {"tools": None, "documents": None} | self._special | variables
-        own = {"messages": messages, "add_generation_prompt": add_generation_prompt}
-        return self._template.render(names | own)
+        names["add_generation_prompt"] = add_generation_prompt and not continue_final_message
+        given = normalised(messages)
+        if not self._template.mentions("developer"):
+            # OpenAI's newer name of the role that templates know as system.
+            roles = {"developer": "system"}
+            given = [each | {"role": roles.get(each["role"], each["role"])} for each in given]
+        text, given = self._rendered(self._template, given, names)
+        self._check_kept(self._template, given, messages, names)
+        if not continue_final_message:
+            return text
+        cut = up_to_the_end_of(given[-1]["content"], text)
+        if cut is None:
+            raise TemplateRefusal(self._where, "it does not show the end of the last message")
+        return cut
+
+    @staticmethod
+    def _rendered(
+        template: ChatTemplate, messages: list[dict[str, Any]], names: dict[str, Any]
+    ) -> tuple[str, list[dict[str, Any]]]:
+        """The text, and the messages in the form that the template can handle."""
+        try:
+            return template.render(names | {"messages": messages}), messages
+        except TemplateRefusal as refusal:
+            if not has_calls(messages):
+                raise
+            as_text = with_arguments_as_text(messages)
+            try:
+                return template.render(names | {"messages": as_text}), as_text
+            except TemplateRefusal:
+                raise refusal from None
+
+    def _check_kept(
+        self,
+        template: ChatTemplate,
+        messages: list[dict[str, Any]],
+        sent: Sequence[dict[str, Any]],
+        names: dict[str, Any],
+    ) -> None:
+        """Check that the template shows all messages.
+
+        Raises:
+            TemplateRefusal: it drops one.
+        """
+        changed, marks = marked(messages)
+        if not marks:
+            return
+        try:
+            text = template.render(names | {"messages": changed})
+        except TemplateRefusal:
+            return  # it wants other contents, so it looks at them
+        for number, mark in marks.items():
+            if mark not in text:
+                role = sent[number]["role"]
+                raise TemplateRefusal(
+                    self._where, f"it drops messages[{number}], whose role is {role!r}"
+                )
 
     def check_chat_template(self) -> None:
         """Check that the chat template, if there is one, can be used within its limits.
@@ -168,6 +234,24 @@ class Tokenizer:
             raise UserError(f"{error}: correct the template, or remove it") from error
 
 
+#: Files of tokenizers in other formats.
+_OTHER_FORMATS = ("tokenizer.model", "tiktoken.model", "*.tiktoken", "vocab.json", "spiece.model")
+
+
+def _how_to_make(directory: pathlib.Path) -> str:
+    found = [path.name for pattern in _OTHER_FORMATS for path in directory.glob(pattern)]
+    if not found:
+        return "download it with the model"
+    code = (
+        "from transformers import AutoTokenizer as T; "
+        f"T.from_pretrained({str(directory)!r}).save_pretrained({str(directory)!r})"
+    )
+    return (
+        f"make it from {found[0]}, once: pip install transformers sentencepiece tiktoken, then "
+        f"python -c {shlex.quote(code)}"
+    )
+
+
 def _text(token: Any, where: str) -> str:
     """Text of a special token, which is given as text or as {"content": text}."""
     text = token.get("content") if isinstance(token, dict) else token
@@ -176,13 +260,35 @@ def _text(token: Any, where: str) -> str:
     return text
 
 
+def _template(
+    directory: pathlib.Path, files: dict[str, bytes], settings: dict[str, Any]
+) -> tuple[str | None, str]:
+    """The model's chat template, if any, and where it is from; in transformers' order."""
+    for name in ("chat_template.jinja", "additional_chat_templates/default.jinja"):
+        if name in files:
+            where = str(directory / name)
+            try:
+                return files[name].decode("utf-8"), where
+            except UnicodeDecodeError as error:
+                raise UserError(f"{where}: cannot be read: {error}") from error
+    older = "chat_template.json"
+    where = directory / "tokenizer_config.json"
+    found = _default_template(settings.get("chat_template"), str(where))
+    if found is None and older in files:
+        where = directory / older
+        fields = json_object(files[older], where)
+        found = _default_template(fields.get("chat_template"), str(where))
+    return found, str(where)
+
+
 def _default_template(value: Any, where: str) -> str | None:
-    """The chat template; from a list of named templates, the one named "default"."""
-    if isinstance(value, list):
-        named = [item for item in value if isinstance(item, dict)]
-        value = next(
-            (item.get("template") for item in named if item.get("name") == "default"), None
-        )
+    """The chat template; from named templates, the one named "default"."""
+    named = [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+    if named:
+        chosen = (item.get("template") for item in named if item.get("name") == "default")
+        value = next(chosen, None)
+    if isinstance(value, dict):
+        value = value.get("default")
     if value is not None and not isinstance(value, str):
         raise UserError(
             f"{where}: chat_template is neither a string nor a list with a template named default"

@@ -150,6 +150,12 @@ class Detokenized(BaseModel):
     prompt: str
 
 
+class Version(BaseModel):
+    """Answer of /version."""
+
+    version: str
+
+
 class Readiness(BaseModel):
     ready: bool
 

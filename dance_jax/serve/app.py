@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import fastapi
+from starlette.middleware.cors import CORSMiddleware
 
 from dance_jax.serve import chat, completions, errors, placement, status, tokens
 from dance_jax.serve.guard import KeyGuard
 from dance_jax.serve.info import RouteContext, ServeInfo
+from dance_jax.serve.lenient import Lenient
 from dance_jax.serve.metrics import HttpConnections, Metrics
 from dance_jax.serve.placement_state import PlacementState
 from dance_jax.serve.prompts import Prompts
@@ -66,6 +68,16 @@ def create_app(
     for module in (completions, chat, tokens, status, placement):
         app.include_router(module.routes(server))
     errors.install(app)
-    if info.api_key is not None:
-        app.add_middleware(KeyGuard, key=info.api_key)
+    # What is added last comes first.
+    app.add_middleware(KeyGuard, keys=info.keys)
+    app.add_middleware(Lenient)
+    if info.allowed_origins:
+        # Browsers ask first, without a key, whether a page may send its request.
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=info.allowed_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["Retry-After"],
+        )
     return app

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any
 
@@ -20,6 +21,11 @@ BODY_S = 60.0
 #: Validation looks at each entry and can report an error for each, on the event loop, while all
 #: other users of this server wait.
 MAX_ENTRIES, MAX_CONTAINERS, MAX_TOKEN_IDS = 1024, 4096, 1 << 18
+#: Half of a surrogate pair, which is not a character: of a text that was cut in an emoji.
+_HALF_PAIR = re.compile(
+    rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])|"
+    rb"(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F][0-9a-fA-F]{2}"
+)
 #: Fields that may hold long lists of token ids.
 _TOKEN_FIELDS = ("prompt", "tokens")
 
@@ -54,7 +60,10 @@ class _JsonRequest(fastapi.Request):
                 # Python's own parser accepts NaN and lone surrogates.
                 self._json = pydantic_core.from_json(body, allow_inf_nan=False)
             except ValueError as error:
-                raise ApiError(400, f"the body is not valid JSON: {error}") from error
+                why = str(error)
+                if _HALF_PAIR.search(body):
+                    why += "; half of a surrogate pair: a text was cut within a character"
+                raise ApiError(400, f"the body is not valid JSON: {why}") from error
             check_extent(self._json)
         return self._json
 

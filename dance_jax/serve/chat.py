@@ -58,18 +58,19 @@ def _check(body: ChatRequest) -> None:
             f"{body.max_completion_tokens}; give only one of them",
             param="max_tokens",
         )
-    if body.top_logprobs is not None and not body.logprobs:
+    if body.top_logprobs and not body.logprobs:
         raise ApiError(
             400, "top_logprobs: only allowed together with logprobs: true", param="top_logprobs"
         )
 
 
 async def _start(server: RouteContext, body: ChatRequest, client: str) -> _ChatCompletion:
-    completion_id = f"chatcmpl-{uuid.uuid4().hex}"
+    unique = uuid.uuid4().hex
+    completion_id = f"chatcmpl-{body.request_id or unique}"
     _, max_tokens = body.output_limit
     logprobs = body.top_logprobs or 0 if body.logprobs else None
     params = sampling_params(server, body, max_tokens, logprobs)
-    request = await server.prompts.chat(completion_id, body, params)
+    request = await server.prompts.chat(f"chatcmpl-{unique}", body, params)
     generation = Generation(server, [request], client)
     return _ChatCompletion(completion_id, server.info.model, body, generation)
 

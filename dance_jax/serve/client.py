@@ -6,17 +6,24 @@ import ipaddress
 
 import fastapi
 
+#: Name in ASGI's scope of the number of the key that a request carries.
+KEY_NUMBER = "dance_jax.key"
 #: Addresses of IPv6 that count as one client: a user usually has all addresses of such a network.
 _IPV6_PREFIX = 64
 
 
 def client_of(request: fastapi.Request) -> str:
-    """The client of a call: its IP address, or its network of 64 bits if the address is IPv6.
+    """The client of a call: its key among several, and its IP address, or of an IPv6 address its
+    network of 64 bits.
 
     uvicorn takes the address from `X-Forwarded-For` if the connection comes from one of
-    `ServeOptions.trusted_proxies`. A server has one API key at most, so keys do not tell clients
-    apart.
+    `ServeOptions.trusted_proxies`.
     """
+    number = request.scope.get(KEY_NUMBER, -1)
+    return _address(request) if number < 0 else f"key {number}"
+
+
+def _address(request: fastapi.Request) -> str:
     host = request.client.host if request.client else ""
     try:
         address = ipaddress.ip_address(host.partition("%")[0])

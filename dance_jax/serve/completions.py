@@ -54,10 +54,11 @@ def _check(body: CompletionRequest) -> None:
 
 
 async def _start(server: RouteContext, body: CompletionRequest, client: str) -> _Completion:
-    completion_id = f"cmpl-{uuid.uuid4().hex}"
+    unique = uuid.uuid4().hex
+    completion_id = f"cmpl-{body.request_id or unique}"
     max_tokens = body.max_tokens or _DEFAULT_MAX_TOKENS
     params = sampling_params(server, body, max_tokens, body.logprobs)
-    requests = await server.prompts.completions(completion_id, body, params)
+    requests = await server.prompts.completions(f"cmpl-{unique}", body, params)
     if len(requests) * params.n > MAX_CHOICES:
         raise ApiError(
             400,

@@ -37,6 +37,9 @@ _CLIENT_GONE = 499
 
 #: Seconds between two looks at whether a client reads.
 _LOOK_S = 1.0
+#: Seconds without a token after which a stream gets a comment, because proxies and clients give up
+#: connections on which nothing comes; before the first token, the stream begins then.
+COMMENT_S = 15.0
 
 
 class Disconnected(Exception):
@@ -56,8 +59,8 @@ async def answered(
 ) -> Response:
     """The response of a call that generates; the call is aborted if the client hangs up.
 
-    A stream begins with its first chunk. Until then a proxy can repeat the call on another server,
-    and an error has its status.
+    A stream begins with its first chunk, or after COMMENT_S. Until then a proxy can repeat the call
+    on another server, and an error has its status.
 
     Args:
         request: the HTTP request, whose body has been read.
@@ -74,7 +77,11 @@ async def answered(
         try:
             if stream:
                 parts = chunks()
-                first = await while_connected(request.receive, anext(parts))
+                first = asyncio.ensure_future(anext(parts))
+                failed.callback(first.cancel)
+                waiting = asyncio.wait({first}, timeout=COMMENT_S)
+                if (await while_connected(request.receive, waiting))[0]:
+                    first.result()
                 failed.pop_all()
                 return EventStream(generation, first, parts)
             answer = await while_connected(request.receive, whole())
@@ -91,14 +98,17 @@ class EventStream(Response):
 
     Args:
         generation: source of the chunks; always closed at the end of the stream.
-        first: body of the first event.
+        first: body of the first event, which may not be there yet.
         chunks: bodies of the events that follow, in order.
     """
 
     media_type = "text/event-stream"
 
     def __init__(
-        self, generation: Generation, first: BaseModel, chunks: AsyncIterator[BaseModel]
+        self,
+        generation: Generation,
+        first: Awaitable[BaseModel],
+        chunks: AsyncIterator[BaseModel],
     ) -> None:
         # Proxies must not buffer the stream.
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
@@ -107,11 +117,14 @@ class EventStream(Response):
         self._first, self._chunks = first, chunks
         #: time.monotonic() since which an event waits for room in the connection, if one waits.
         self._waits_since: float | None = None
+        #: time.monotonic() when the last event was sent.
+        self._sent_at = time.monotonic()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with contextlib.closing(self._generation):
             try:
-                await while_connected(receive, self._send_all(send), self._not_read())
+                watchers = self._not_read(), self._comment(send)
+                await while_connected(receive, self._send_all(send), *watchers)
             except Disconnected:
                 return
             except NotRead:
@@ -121,7 +134,8 @@ class EventStream(Response):
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
         await send(start)
         try:
-            await self._send_event(send, self._first.model_dump_json())
+            first = await self._first
+            await self._send_event(send, first.model_dump_json())
             async for chunk in self._chunks:
                 await self._send_event(send, chunk.model_dump_json())
         except Exception as error:
@@ -134,9 +148,19 @@ class EventStream(Response):
 
     async def _send_event(self, send: Send, data: str) -> None:
         body = f"data: {data}\n\n".encode()
-        self._waits_since = time.monotonic()
+        self._waits_since = self._sent_at = time.monotonic()
         await send({"type": "http.response.body", "body": body, "more_body": True})
         self._waits_since = None
+
+    async def _comment(self, send: Send) -> NoReturn:
+        """Send a comment whenever no event was sent for a while."""
+        while True:
+            quiet_s = time.monotonic() - self._sent_at
+            if quiet_s < COMMENT_S or self._waits_since is not None:
+                await asyncio.sleep(max(COMMENT_S - quiet_s, _LOOK_S))
+                continue
+            self._sent_at = time.monotonic()
+            await send({"type": "http.response.body", "body": b": waiting\n\n", "more_body": True})
 
     async def _not_read(self) -> NoReturn:
         """Raise NotRead as soon as the client leaves too much unread, or for too long."""

@@ -33,6 +33,11 @@ _KINDS = {
         "The server is starting or stopping; retry after Retry-After seconds",
     ),
 }
+#: What to say of a path that there is not, or not for this method.
+_WRONG_PATHS = {
+    404: "no such path; the API is described at /openapi.json, and begins with /v1",
+    405: "the path does not support this method",
+}
 #: Message for an exception that nobody expected.
 _FAILED = "internal server error: see the server's log"
 
@@ -112,7 +117,11 @@ def install(app: fastapi.FastAPI) -> None:
     """Make the app answer every error in OpenAI's form."""
 
     @app.exception_handler(HTTPException)
-    async def _(_: fastapi.Request, error: HTTPException) -> JSONResponse:
+    async def _(request: fastapi.Request, error: HTTPException) -> JSONResponse:
+        if not isinstance(error, ApiError) and error.status_code in _WRONG_PATHS:
+            what = _WRONG_PATHS[error.status_code]
+            where = f"{request.method} {request.url.path}"[:200]
+            error = HTTPException(error.status_code, f"{where}: {what}", error.headers)
         return error_response(error)
 
     @app.exception_handler(RequestValidationError)

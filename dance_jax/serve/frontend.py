@@ -33,6 +33,7 @@ from dance_jax.launch.control import protocol
 from dance_jax.launch.control.channel import ControlConnection, bracketed, server_identity
 from dance_jax.launch.control.protocol import FrontSetup
 from dance_jax.serve.engine_process import EngineProcess
+from dance_jax.serve.keys import Keys
 from dance_jax.serve.loop_channel import LoopChannel
 from dance_jax.serve.placement_state import PlacementState
 from dance_jax.serve.queue import RequestQueue
@@ -104,6 +105,7 @@ class FrontEnd:
         self._applied = 0
         #: Names of all servers by rank, "" for vacant seats; they change as servers join and leave.
         self._names = [*setup.engine.spec.names]
+        self._keys = Keys(setup.keys)
         seeds = request_seeds(setup.engine.config.seed, setup.engine.rank)
         limits = setup.options.max_queue, setup.options.client_queue
         self.queue = RequestQueue(self._to_engine, *limits, seeds)
@@ -132,7 +134,9 @@ class FrontEnd:
             self._start_engine(layout)
             self._experts = PlacementState(_layout(layout), self._tell)
             files = ModelFiles(self._setup.engine, self._private)
-            server = _http_server(self._setup, self._names, files, self.queue, self._experts)
+            server = _http_server(
+                self._setup, self._names, files, self.queue, self._experts, self._keys
+            )
             tasks = [
                 asyncio.create_task(work)
                 for work in (
@@ -180,6 +184,8 @@ class FrontEnd:
                 engine = msgspec.structs.replace(self._setup.engine, spec=spec)
                 self._setup = msgspec.structs.replace(self._setup, engine=engine)
                 self._commands.put_nowait(command)
+            case protocol.Keys(keys):
+                self._keys.change(keys)
             case protocol.Decided() as decided:
                 self._experts.decided(decided)
             case protocol.Placed() as placed:
@@ -357,21 +363,24 @@ def _http_server(
     files: ModelFiles,
     queue: RequestQueue,
     experts: PlacementState,
+    keys: Keys,
 ) -> HttpServer:
     from dance_jax.serve.app import ServeInfo, create_app
     from dance_jax.serve.http_server import HttpServer
     from dance_jax.serve.metrics import HttpConnections
 
     engine = setup.engine
-    model_config, tokenizer = files.read()
+    model_config, tokenizer = files.read(setup.chat_template)
     info = ServeInfo(
-        model=setup.options.served_model_name,
+        models=setup.options.served_model_name.split(","),
         tokenizer=tokenizer,
         engine_config=engine.config,
         model_config=model_config,
         servers=names,
         rank=engine.rank,
-        api_key=setup.options.api_key,
+        keys=keys,
+        allowed_origins=[each for each in setup.options.allowed_origins.split(",") if each],
+        sampling=setup.sampling,
         created=int(time.time()),
     )
     options, counts = setup.options, HttpConnections()
@@ -382,6 +391,7 @@ def _http_server(
         BACKLOG,
         counts=counts,
         trusted_proxies=options.trusted_proxies,
+        keep_alive_s=options.keep_alive,
     )
 
 

@@ -35,8 +35,6 @@ ACCEPTED_AT_ONCE = 16
 RESERVE = 128
 #: Seconds that a client has to send a request's line and headers.
 HEAD_S = 10.0
-#: Seconds for which a connection without a request stays open after an answer.
-KEEP_ALIVE_S = 5
 #: Seconds that a refused client has to read why, and until it shall try again.
 REFUSED_S, RETRY_S = 1.0, 5
 #: Refused connections that are given that time; others are closed at once.
@@ -68,6 +66,7 @@ class HttpServer(uvicorn.Server):
         counts: of the connections; kept up to date.
         trusted_proxies: addresses or networks, with commas between them, whose X-Forwarded-For
             is believed.
+        keep_alive_s: seconds for which a connection without a request stays open after an answer.
     """
 
     def __init__(
@@ -78,6 +77,7 @@ class HttpServer(uvicorn.Server):
         most: int | None = None,
         counts: HttpConnections | None = None,
         trusted_proxies: str = "",
+        keep_alive_s: float = 75.0,
     ) -> None:
         self._backlog = backlog
         most = most_connections() if most is None else most
@@ -95,7 +95,7 @@ class HttpServer(uvicorn.Server):
                 log_config=None,
                 access_log=False,
                 backlog=ACCEPTED_AT_ONCE,
-                timeout_keep_alive=KEEP_ALIVE_S,
+                timeout_keep_alive=cast("int", keep_alive_s),
                 timeout_graceful_shutdown=int(graceful_s),
                 forwarded_allow_ips=trusted_proxies,
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from dance_jax.config import EngineConfig
@@ -13,6 +13,7 @@ from dance_jax.serve.errors import ApiError
 if TYPE_CHECKING:
     from dance_jax.models.config import ModelConfig
     from dance_jax.models.tokenizer import Tokenizer
+    from dance_jax.serve.keys import Keys
     from dance_jax.serve.metrics import Metrics
     from dance_jax.serve.placement_state import PlacementState
     from dance_jax.serve.prompts import Prompts
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
 class ServeInfo:
     """Properties of one server."""
 
-    #: Name of the model in requests and responses.
-    model: str
+    #: Names of the model in requests; the first is that in responses.
+    models: Sequence[str]
     tokenizer: Tokenizer
     engine_config: EngineConfig
     model_config: ModelConfig
@@ -32,8 +33,12 @@ class ServeInfo:
     #: as servers join and leave.
     servers: Sequence[str]
     rank: int
-    #: Bearer token that requests must carry; None if the server needs no key.
-    api_key: str | None
+    #: Bearer tokens, one of which requests must carry.
+    keys: Keys
+    #: Web sites whose pages may call the server.
+    allowed_origins: Sequence[str]
+    #: The model's defaults of fields of `SamplingParams`.
+    sampling: Mapping[str, float]
     #: Start of the server, unix time in seconds.
     created: int
 
@@ -47,16 +52,22 @@ class ServeInfo:
         """Context length in tokens, prompt plus output."""
         return self.engine_config.max_model_len
 
+    @property
+    def model(self) -> str:
+        """Name of the model in responses."""
+        return self.models[0]
+
     def check_model(self, name: str | None) -> None:
         """Check that a request names no model or the served one.
 
         Raises:
             ApiError: 404 if it names another model.
         """
-        if name is not None and name != self.model:
+        if name and name not in self.models:
+            served = " or ".join(map(repr, self.models))
             raise ApiError(
                 404,
-                f"model: {name!r:.80} does not exist; this server serves {self.model!r}",
+                f"model: {name!r:.80} does not exist; this server serves {served}",
                 param="model",
                 code="model_not_found",
             )

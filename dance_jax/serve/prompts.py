@@ -6,10 +6,18 @@ import asyncio
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, cast
 
+from dance_jax.config import UserError
 from dance_jax.engine.sequence import Request, SamplingParams
 from dance_jax.models.chat_template import TemplateFailure, TemplateRefusal
 from dance_jax.serve.errors import ApiError
-from dance_jax.serve.requests import ChatRequest, CompletionRequest, Message, Prompt, SamplingFields
+from dance_jax.serve.requests import (
+    ChatRequest,
+    CompletionRequest,
+    Message,
+    Prompt,
+    SamplingFields,
+    TemplateFields,
+)
 
 if TYPE_CHECKING:
     from dance_jax.models.tokenizer import Tokenizer
@@ -71,19 +79,19 @@ class Prompts:
             ApiError: 400 if the template refuses the messages, or if they leave less room in the
                 context than the body asks for.
         """
-        text = await self.rendered(body.messages, body.add_generation_prompt is not False)
+        text = await self.rendered(body.messages, body)
         # The template itself adds special tokens.
-        ids = await self.encoded(text, False, "messages")
+        ids = await self.encoded(text, bool(body.add_special_tokens), "messages")
         self._check_room(len(ids), "messages", body)
         return Request(f"{call_id}-0", text, ids, params)
 
-    async def rendered(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+    async def rendered(self, messages: Sequence[Message], how: TemplateFields) -> str:
         """Render a conversation as text with the model's chat template.
 
         Raises:
             ApiError: 400 if the template refuses the messages.
         """
-        return await asyncio.to_thread(self._render, messages, add_generation_prompt)
+        return await asyncio.to_thread(self._render, messages, how)
 
     async def encoded(self, text: str, add_special_tokens: bool, where: str) -> list[int]:
         """Tokenize a text without checking that it leaves room in the context.
@@ -115,9 +123,7 @@ class Prompts:
             )
         return tokens
 
-    def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
-        for number, message in enumerate(messages):
-            _check_content(message, f"messages[{number}].content")
+    def _render(self, messages: Sequence[Message], how: TemplateFields) -> str:
         if not self._tokenizer.has_chat_template:
             raise ApiError(
                 400,
@@ -126,11 +132,13 @@ class Prompts:
             )
         variables = [message.variables() for message in messages]
         try:
-            return self._tokenizer.chat_text(variables, add_generation_prompt)
+            return self._tokenizer.chat_text(variables, **how.variables)
         except TemplateFailure as error:
             verb = "rejects" if isinstance(error, TemplateRefusal) else "cannot render"
             message = f"messages: the model's chat template {verb} them: {error.reason}"
             raise ApiError(400, message, param="messages") from error
+        except UserError as error:
+            raise ApiError(400, str(error), param=str(error).partition(":")[0]) from error
 
     def _check_room(self, length: int, where: str, body: SamplingFields) -> None:
         """Check that a prompt of `length` tokens leaves room for the output asked for."""
@@ -170,9 +178,3 @@ def _named(prompt: Prompt) -> Iterator[tuple[str, str | list[int]]]:
         return
     for number, item in enumerate(cast("list[str] | list[list[int]]", prompt)):
         yield f"prompt[{number}]", item
-
-
-def _check_content(message: Message, where: str) -> None:
-    calls = (message.model_extra or {}).get("tool_calls")
-    if message.content is None and not (message.role == "assistant" and calls):
-        raise ApiError(400, f"{where}: must be text", param=where)

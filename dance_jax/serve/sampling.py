@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from dance_jax.config import UserError
 from dance_jax.engine.sequence import MAX_STOP_IDS, SamplingParams
 from dance_jax.serve.errors import ApiError
 from dance_jax.serve.info import RouteContext
 from dance_jax.serve.requests import SamplingFields
 
-#: Fields with the same name and meaning in both; absent ones get the engine's defaults.
+#: Fields with the same name and meaning in both.
 _SAME = {*SamplingFields.model_fields} & {*SamplingParams.__struct_fields__}
 _SAME -= {"max_tokens", "logit_bias"}
 
@@ -16,19 +18,23 @@ _SAME -= {"max_tokens", "logit_bias"}
 def sampling_params(
     server: RouteContext, body: SamplingFields, max_tokens: int | None, logprobs: int | None
 ) -> SamplingParams:
-    """The parameters of all requests of a call.
+    """The parameters of all requests of a call; what the body leaves out is the model's default.
 
     Args:
         server: provides the model's vocabulary and EOS tokens.
         body: body of the HTTP call.
-        max_tokens: most output tokens, which the engine cuts to the context; None for as many as
-            fit.
+        max_tokens: most output tokens, which the engine cuts to the context; None for the model's
+            default, or for as many as fit.
         logprobs: number of alternatives per token; None for no logprobs at all.
 
     Raises:
         ApiError: 400 if a field is invalid.
     """
-    fields = {name: value for name in _SAME if (value := getattr(body, name)) is not None}
+    defaults: dict[str, Any] = dict(server.info.sampling)
+    if max_tokens is None:
+        max_tokens = defaults.get("max_tokens")
+    asked = {name: value for name in _SAME if (value := getattr(body, name)) is not None}
+    fields = {name: value for name, value in defaults.items() if name in _SAME} | asked
     bias = {int(token): value for token, value in (body.logit_bias or {}).items()}
     server.prompts.known(list(bias), "logit_bias")
     server.prompts.known(body.stop_token_ids or [], "stop_token_ids")

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+
 import fastapi
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from dance_jax.serve.answers import Health, ModelCard, ModelList, Readiness
+from dance_jax.serve.answers import Health, ModelCard, ModelList, Readiness, Version
 from dance_jax.serve.errors import documented
 from dance_jax.serve.info import RouteContext, ServeInfo
 
 #: Paths that need no API key, for supervisors and monitoring.
-OPEN_PATHS = frozenset({"/health", "/ready", "/metrics"})
+OPEN_PATHS = frozenset({"/health", "/ping", "/ready", "/metrics", "/version"})
 
 
 def routes(server: RouteContext) -> fastapi.APIRouter:
@@ -28,6 +30,16 @@ def routes(server: RouteContext) -> fastapi.APIRouter:
             alive=[name for rank, name in seated if rank not in absent],
             lost=[name for rank, name in seated if rank in absent],
         )
+
+    @router.get("/ping")
+    async def ping() -> dict[str, str]:
+        """200 as long as the front end's process runs."""
+        return {}
+
+    @router.get("/version")
+    async def version() -> Version:
+        """The version of dance_jax."""
+        return Version(version=importlib.metadata.version("dance-jax"))
 
     @router.get("/ready", response_model=Readiness, responses={503: {"model": Readiness}})
     async def ready() -> Response:
@@ -47,16 +59,16 @@ def routes(server: RouteContext) -> fastapi.APIRouter:
     @router.get("/v1/models", responses=documented(401))
     async def models() -> ModelList:
         """List the served model."""
-        return ModelList(data=[_card(info)])
+        return ModelList(data=[_card(info, name) for name in info.models])
 
     @router.get("/v1/models/{model:path}", responses=documented(401, 404))
     async def model(model: str) -> ModelCard:
         """Describe the served model."""
         info.check_model(model)
-        return _card(info)
+        return _card(info, model)
 
     return router
 
 
-def _card(info: ServeInfo) -> ModelCard:
-    return ModelCard(id=info.model, created=info.created, max_model_len=info.max_model_len)
+def _card(info: ServeInfo, name: str) -> ModelCard:
+    return ModelCard(id=name, created=info.created, max_model_len=info.max_model_len)

@@ -37,13 +37,15 @@ def routes(server: RouteContext) -> fastapi.APIRouter:
 
 async def _tokens(server: RouteContext, body: TokenizeRequest) -> list[int]:
     """Tokens of the prompt or messages; they need not leave room in the context."""
-    if body.prompt is not None and body.messages is None and body.add_generation_prompt is None:
+    only_messages = body.add_generation_prompt, body.continue_final_message
+    if body.prompt is not None and body.messages is None and only_messages == (None, None):
         special = body.add_special_tokens is not False
         return await server.prompts.encoded(body.prompt, special, "prompt")
     if body.messages is not None and body.prompt is None:
-        rendered = await server.prompts.rendered(
-            body.messages, body.add_generation_prompt is not False
-        )
+        rendered = await server.prompts.rendered(body.messages, body)
         return await server.prompts.encoded(rendered, bool(body.add_special_tokens), "messages")
-    message = "prompt: give either prompt or messages; add_generation_prompt needs messages"
+    message = (
+        "prompt: give either prompt or messages; add_generation_prompt and continue_final_message "
+        "need messages"
+    )
     raise ApiError(400, message, param="prompt")

@@ -24,7 +24,7 @@ class Service:
     def __init__(self, *signals: signal.Signals) -> None:
         self.spec = SPEC
         self.urls = ["http://127.0.0.1:8000", "http://127.0.0.1:8000"]
-        self.options = ServeOptions("m")
+        self.options, self.sampling = ServeOptions("m"), {}
         self.drained = 0
         self._signals = signals
 
@@ -35,6 +35,12 @@ class Service:
         for number in self._signals:
             os.kill(os.getpid(), number)
         notice("alpha", "says so")
+
+
+def test_how_the_model_samples_is_said() -> None:
+    service: Any = Service()
+    service.sampling = {"temperature": 0.6}
+    assert any("samples with temperature=0.6 unless" in line for line in greeting(service))
 
 
 def test_where_servers_are_reached() -> None:

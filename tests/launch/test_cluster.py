@@ -274,6 +274,7 @@ def test_an_ignored_signal_ends_nothing(tiny: Tiny, launch, tmp_path: pathlib.Pa
     run.assert_nothing_left()
 
 
+@pytest.mark.slow
 def test_workers_end_with_a_killed_parent(tiny: Tiny, launch, tmp_path: pathlib.Path) -> None:
     run = launch("--prompts", many_prompts(tmp_path))
     run.wait_for("alpha: loading")

@@ -14,6 +14,7 @@ from dance_jax.models import convert
 from dance_jax.models.directory import INDEX
 from dance_jax.models.hf import HFDirectory
 from dance_jax.models.random_weights import write_random_checkpoint
+from dance_jax.models.tokenizer import Tokenizer
 
 REFERENCE = pathlib.Path(__file__).parent.parent / "reference"
 
@@ -241,6 +242,44 @@ def test_index_that_lies(sharded):
     (sharded / INDEX).unlink()
     with pytest.raises(UserError, match="safetensors files but no"):
         HFDirectory(sharded)
+
+
+def test_the_index_decides(sharded):
+    """A shard may have tensors that are not the model's, and older copies of some that are."""
+    before = HFDirectory(sharded)
+    name = next(n for n, tensor in before.tensors.items() if tensor.file == before.files[1])
+    stale = load_file(before.files[0]) | {
+        name: np.zeros((3, 3), np.float32),
+        "model.stale.weight": np.zeros(5, np.float32),
+    }
+    save_file(stale, before.files[0])
+    after = HFDirectory(sharded)
+    assert after.tensors.keys() == before.tensors.keys()
+    assert after.tensors[name].file == before.files[1]
+
+
+def test_other_files_of_weights_lie_beside(source):
+    tensors = HFDirectory(source).tensors.keys()
+    for name in ("consolidated.safetensors", "adapter_model.safetensors"):
+        save_file({"a": np.zeros(2, np.float32)}, source / name)
+    assert HFDirectory(source).tensors.keys() == tensors
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_pointers_of_git_lfs(source, name):
+    (source / name).write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935\nsize 4000000\n"
+    )
+    with pytest.raises(UserError, match=rf"{name}: is a pointer of git-lfs.* git lfs pull in"):
+        HFDirectory(source)
+        Tokenizer.load(source)
+
+
+def test_a_tokenizer_in_another_format(source):
+    (source / "tokenizer.json").unlink()
+    (source / "tokenizer.model").write_bytes(b"")
+    with pytest.raises(UserError, match=r"make it from tokenizer\.model.*save_pretrained"):
+        Tokenizer.load(source)
 
 
 def test_fingerprint_is_of_the_content(source, tmp_path):

@@ -6,6 +6,7 @@ import pytest
 
 from dance_jax.config import UserError
 from dance_jax.models import model_config
+from dance_jax.models.directory import read_config
 from dance_jax.models.random_weights import write_byte_tokenizer
 from dance_jax.models.tokenizer import Tokenizer
 
@@ -88,6 +89,23 @@ def test_add_bos_token_spelled_as_an_object(directory):
 def test_generation_config_goes_first_for_eos(directory):
     (directory / "generation_config.json").write_text('{"eos_token_id": [1, 9]}')
     assert Tokenizer.load(directory).eos_token_ids == (1, 9)
+
+
+@pytest.mark.parametrize(
+    ("changes", "ends"),
+    [
+        ({"eos_token": "<s>"}, (1, 0)),
+        ({"eos_token": {"content": "<s>"}}, (1, 0)),
+        ({"eos_token": "z", "added_tokens_decoder": {"7": {"content": "z"}}}, (1, 7)),
+        ({"eos_token": "z", "added_tokens_decoder": {"999999": {"content": "z"}}}, (1,)),
+        ({"eos_token": "<unheard of>"}, (1,)),
+        ({"eos_token": None}, (1,)),
+    ],
+)
+def test_the_tokenizers_own_end_token_ends_too(directory, changes, ends):
+    path = directory / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    assert read_config(directory).eos_token_ids == ends
 
 
 def test_chat_template(directory):

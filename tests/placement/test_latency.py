@@ -65,7 +65,7 @@ def problem_of(routes, experts, cost, capacities=None, seed=0, previous=None, ho
     )
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", [CallCost, pytest.param(LockStepCost, marks=pytest.mark.slow)])
 @quick
 @given(
     seed=st.integers(0, 2**32 - 1),

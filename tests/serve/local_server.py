@@ -21,6 +21,7 @@ from dance_jax.models.random_weights import write_random_checkpoint
 from dance_jax.models.tokenizer import Tokenizer
 from dance_jax.serve.app import ServeInfo, create_app
 from dance_jax.serve.http_server import HttpServer
+from dance_jax.serve.keys import Keys
 from dance_jax.serve.placement_state import PlacementState
 from dance_jax.serve.queue import RequestQueue
 from tests.tiny_models import SERVED
@@ -113,13 +114,15 @@ class LocalServer:
         self.engine = _EngineThread(engine)
         self.queue = RequestQueue(self.engine.send, MAX_QUEUE, MAX_QUEUE, itertools.count())
         info = ServeInfo(
-            model=MODEL,
+            models=[MODEL],
             tokenizer=self.tokenizer,
             engine_config=config,
             model_config=checkpoint.config,
             servers=("alone",),
             rank=0,
-            api_key=None,
+            keys=Keys(),
+            allowed_origins=[],
+            sampling={},
             created=1_700_000_000,
         )
         app = create_app(self.queue, info, PlacementState(whole_model(checkpoint)))

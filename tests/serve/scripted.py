@@ -21,6 +21,7 @@ from dance_jax.models.random_weights import write_byte_tokenizer
 from dance_jax.models.tokenizer import Tokenizer
 from dance_jax.placement.core import Layout, Placement, spread
 from dance_jax.serve.app import ServeInfo, create_app
+from dance_jax.serve.keys import Keys
 from dance_jax.serve.placement_state import PlacementState
 from tests.tiny_models import SERVED
 
@@ -100,13 +101,15 @@ def serve_info(directory: pathlib.Path, **changes: Any) -> ServeInfo:
     (directory / "config.json").write_text(json.dumps(SERVED))
     write_byte_tokenizer(directory, config)
     fields: dict[str, Any] = {
-        "model": MODEL,
+        "models": [MODEL],
         "tokenizer": Tokenizer.load(directory),
         "engine_config": EngineConfig(max_model_len=CONTEXT),
         "model_config": config,
         "servers": SERVERS,
         "rank": 0,
-        "api_key": None,
+        "keys": Keys(),
+        "allowed_origins": [],
+        "sampling": {},
         "created": 1_700_000_000,
     }
     return ServeInfo(**fields | changes)

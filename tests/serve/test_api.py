@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -70,6 +71,22 @@ def test_what_is_left_out_or_null_is_default(http: TestClient, queue: ScriptedQu
     first, second = queue.requests
     assert first.params == second.params
     assert (first.params.max_tokens, first.params.temperature, first.params.n) == (16, 1.0, 1)
+
+
+def test_what_is_left_out_is_the_models_default(info: ServeInfo) -> None:
+    queue = ScriptedQueue()
+    defaults = {"temperature": 0.6, "top_k": 20, "repetition_penalty": 1.1, "max_tokens": 9}
+    http = client(queue, dataclasses.replace(info, sampling=defaults))
+    assert http.post("/v1/completions", json={"prompt": "hi", "top_k": None}).is_success
+    assert http.post("/v1/chat/completions", json={"messages": HELLO}).is_success
+    chat(http, temperature=0, top_k=0, repetition_penalty=1)
+    said = [
+        (each.params.temperature, each.params.top_k, each.params.repetition_penalty)
+        for each in queue.requests
+    ]
+    assert said == [(0.6, 20, 1.1), (0.6, 20, 1.1), (0.0, 0, 1.0)]
+    # A completion has OpenAI's own default.
+    assert [each.params.max_tokens for each in queue.requests] == [16, 9, 3]
 
 
 def test_all_forms_of_prompts(http: TestClient, queue: ScriptedQueue, info: ServeInfo) -> None:
@@ -189,7 +206,7 @@ def test_messages_reach_the_template(http: TestClient, queue: ScriptedQueue) -> 
         {"role": "tool", "content": "3", "tool_call_id": "1"},
     ]
     chat(http, messages=messages, add_generation_prompt=False)
-    assert queue.requests[0].prompt == "system: one\ntwo\nassistant: None\ntool: 3\n"
+    assert queue.requests[0].prompt == "system: one\ntwo\nassistant: \ntool: 3\n"
 
 
 def test_what_changes_nothing_is_accepted(http: TestClient) -> None:

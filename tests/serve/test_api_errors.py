@@ -16,6 +16,7 @@ from dance_jax.engine.sequence import OutputDelta
 from dance_jax.serve import errors
 from dance_jax.serve.app import ServeInfo
 from dance_jax.serve.bodies import MAX_BODY, MAX_TOKEN_IDS
+from dance_jax.serve.keys import Keys
 from dance_jax.serve.queue import QueueFull, Unavailable
 from tests.serve.scripted import (
     CONTEXT,
@@ -64,13 +65,13 @@ def http(queue: ScriptedQueue, info: ServeInfo) -> TestClient:
         ({"n": 0}, "n"),
         ({"n": 129}, "n"),
         ({"n": 1.5}, "n"),
-        ({"n": "2"}, "n"),
+        ({"n": "two"}, "n"),
         ({"n": 2, "temperature": 0}, "n"),
         ({"best_of": 2}, "best_of"),
         ({"suffix": "end"}, "suffix"),
         ({"echo": True, "logprobs": 1}, "echo"),
         ({"logprobs": 21}, "logprobs"),
-        ({"logprobs": True}, "logprobs"),
+        ({"logprobs": "all"}, "logprobs"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": 10**30}, "max_tokens"),
         ({"min_tokens": 4}, "min_tokens"),
@@ -97,7 +98,7 @@ def http(queue: ScriptedQueue, info: ServeInfo) -> TestClient:
         ({"logit_bias": {str(i): 1 for i in range(301)}}, "logit_bias"),
         ({"stream_options": {"include_usage": True}}, None),
         ({"stream": True, "stream_options": {"more": 1}}, "stream_options.more"),
-        ({"stream": 1}, "stream"),
+        ({"stream": 5}, "stream"),
         ({"unheard_of": 1}, "unheard_of"),
     ],
 )
@@ -117,8 +118,6 @@ def test_wrong_fields_of_completions(
         ({"messages": []}, "messages"),
         ({"messages": "hello"}, "messages"),
         ({"messages": [{"content": "a"}]}, "messages[0].role"),
-        ({"messages": [*HELLO, {"role": "user"}]}, "messages[1].content"),
-        ({"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": []}]}, "messages[0].content"),
         (
@@ -132,7 +131,7 @@ def test_wrong_fields_of_completions(
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format"),
         ({"tools": [{"type": "function"}]}, "tools"),
-        ({"tool_choice": "auto"}, "tool_choice"),
+        ({"tool_choice": "required"}, "tool_choice"),
         ({"reasoning_effort": "low"}, "reasoning_effort"),
         ({"prompt": "hi"}, "prompt"),
     ],
@@ -300,7 +299,7 @@ def test_unknown_models_routes_and_methods(http: TestClient) -> None:
         found = error(http.post(path, json=body), 404)
         assert (found["param"], found["code"]) == ("model", "model_not_found")
     assert error(http.get("/v1/models/a/b"), 404)["code"] == "model_not_found"
-    for path in ("/", "/v1", "/v1/completions/", "/docs", "/v1/embeddings"):
+    for path in ("/", "/v1", "/docs", "/v1/embeddings"):
         error(http.get(path), 404)
     answer = http.get("/v1/completions")
     error(answer, 405)
@@ -374,7 +373,7 @@ def test_a_bug_in_a_stream_is_an_error_event(info: ServeInfo) -> None:
 
 
 def test_the_key(info: ServeInfo) -> None:
-    http = client(ScriptedQueue(), dataclasses.replace(info, api_key="sésame"))
+    http = client(ScriptedQueue(), dataclasses.replace(info, keys=Keys(["sésame", "zwei"])))
     right: Any = {"Authorization": "Bearer sésame".encode()}
     wrong: list[Any] = [
         {},

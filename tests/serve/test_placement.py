@@ -11,6 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from dance_jax.launch.control.protocol import Decided, Placed, RebalanceWanted
 from dance_jax.placement.core import Placement, spread
 from dance_jax.serve.app import ServeInfo
+from dance_jax.serve.keys import Keys
 from dance_jax.serve.placement_state import PlacementState
 from tests.serve.scripted import ScriptedQueue, client, decision, error, layout, serve_info
 
@@ -128,5 +129,5 @@ def test_who_waits_is_told_of_the_end(info: ServeInfo) -> None:
 
 
 def test_it_needs_the_key(info: ServeInfo) -> None:
-    http = client(ScriptedQueue(), dataclasses.replace(info, api_key="k"))
+    http = client(ScriptedQueue(), dataclasses.replace(info, keys=Keys(["k"])))
     error(http.post("/placement/rebalance", json={"force": True}), 401)

@@ -186,6 +186,7 @@ def test_every_answer_arrives_whichever_engine_dies(
         assert re.search("no sequence waits for experts of (alpha|gamma)", log)
 
 
+@pytest.mark.slow  # benchmarks/chaos.py stops engines in each CI run
 def test_a_hung_engine_is_restarted(
     served: Served, quiet: list[Answer], expert_library: pathlib.Path | None
 ) -> None:

@@ -69,8 +69,11 @@ class ModelFiles:
             with zipfile.ZipFile(io.BytesIO(setup.model_files)) as packed:
                 packed.extractall(self._given.name)
 
-    def read(self) -> tuple[ModelConfig, Tokenizer]:
+    def read(self, chat_template: tuple[str, str] | None = None) -> tuple[ModelConfig, Tokenizer]:
         """Read config and tokenizer; removes the files that came with the setup.
+
+        Args:
+            chat_template: see `Tokenizer.load`.
 
         Raises:
             UserError: a file is missing, damaged or not supported.
@@ -88,7 +91,7 @@ class ModelFiles:
                 self.formats = read_formats(directory)
             else:
                 directory = hub.fetch_definition(self._model) if self._model else demo_dir()
-            return read_config(directory), Tokenizer.load(directory)
+            return read_config(directory), Tokenizer.load(directory, chat_template)
         finally:
             self.close()
 

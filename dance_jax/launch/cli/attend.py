@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.text import Text
 
+from dance_jax.engine.generation import in_words
 from dance_jax.launch.cluster.service import Service
 from dance_jax.signals import ignored
 
@@ -44,7 +45,12 @@ def greeting(service: Service) -> list[str]:
         f"{names[rank]:<{width}}  {url}{_where(service, rank)}"
         for rank, url in zip(service.spec.seated, urls, strict=True)
     ]
-    key = " -H 'Authorization: Bearer KEY'" if options.api_key else ""
+    if service.sampling:
+        lines.append(
+            f"The model samples with {in_words(service.sampling)} unless a request says otherwise "
+            "(--generation-config none: not)"
+        )
+    key = " -H 'Authorization: Bearer KEY'" if options.api_key or options.api_key_file else ""
     lines.append(
         f"curl {urls[0]}/v1/completions{key} -H 'Content-Type: application/json' "
         """-d '{"prompt": "Once upon a time", "max_tokens": 32}'"""

@@ -25,6 +25,7 @@ from dance_jax.config import (
 )
 from dance_jax.engine.sequence import MAX_TOKENS
 from dance_jax.launch.agent.role import KEY_VARIABLE
+from dance_jax.launch.cluster.keys import KEY
 from dance_jax.launch.planning.hosts import MEMORY_UNITS, quantity
 from dance_jax.models.hub import served_name
 from dance_jax.placement.policies import POLICIES
@@ -360,7 +361,7 @@ def serve_options(options: argparse.Namespace) -> ServeOptions:
     found, where = given(options, ServeOptions), "--api-key"
     if "api_key" not in found:
         found["api_key"], where = os.environ.get(API_KEY_VARIABLE) or None, API_KEY_VARIABLE
-    if found["api_key"] is not None and not re.fullmatch(r"[!-~]+", found["api_key"]):
+    if found["api_key"] is not None and not KEY.fullmatch(found["api_key"]):
         raise UserError(f"{where}: the key must be visible ASCII characters without spaces")
     model = options.model
     found.setdefault("served_model_name", "demo" if model is None else served_name(model))

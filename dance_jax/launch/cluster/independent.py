@@ -209,6 +209,7 @@ class IndependentService(Service):
                 self._processes[rank].pid = event.pid
                 self._endpoints[rank] = event.endpoint
                 self.members.called(rank, event.start)
+                self.tell(rank, protocol.Keys(self._keys))
                 if event.ready:
                     self.tell(rank, protocol.Settle(self._applied))
                 elif event.waits:

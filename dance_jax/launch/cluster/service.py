@@ -20,6 +20,7 @@ import msgspec
 from dance_jax.config import ClusterSpec, EngineConfig, RebalanceOptions, ServeOptions, UserError
 from dance_jax.launch.agent.process import in_words, is_consequence
 from dance_jax.launch.cluster.fleet import CAUSE_WINDOW_S, Fleet
+from dance_jax.launch.cluster.keys import KeyFile
 from dance_jax.launch.cluster.succession import FRONT_END
 from dance_jax.launch.control import protocol
 from dance_jax.launch.control.channel import bracketed
@@ -77,10 +78,16 @@ class Service(Fleet):
         **kwargs: Any,
     ) -> None:
         # Imported here, because the import is slow and errors in the files are reported first.
+        from dance_jax.engine.generation import sampling_defaults
         from dance_jax.launch.rebalance.controller import Rebalancer
+        from dance_jax.models.chat_template import read_template
 
         super().__init__(spec, checkpoint, layout, config, **kwargs)
         self.options = options
+        #: The model's defaults of sampling.
+        self.sampling = sampling_defaults(checkpoint.path, options.generation_config)
+        self._chat_template = read_template(options.chat_template)
+        self._key_file = None if options.api_key_file is None else KeyFile(options.api_key_file)
         #: Ports of the servers by rank; they change as servers join and leave.
         self._ports = dict(ports)
         for rank in self.spec.seated:
@@ -121,6 +128,7 @@ class Service(Fleet):
         with contextlib.suppress(_Drained):
             while True:
                 self._turn()
+                self._follow_keys()
 
     @abc.abstractmethod
     def _turn(self) -> None:
@@ -130,6 +138,20 @@ class Service(Fleet):
             ClusterError: as `serve`.
             _Drained: as `_check_drain`.
         """
+
+    @property
+    def _keys(self) -> list[str]:
+        """Keys, one of which requests must carry; none: they need no key."""
+        one = [] if self.options.api_key is None else [self.options.api_key]
+        return one + ([] if self._key_file is None else self._key_file.keys)
+
+    def _follow_keys(self) -> None:
+        try:
+            if self._key_file is not None and self._key_file.changed():
+                self.tell_all(protocol.Keys(self._keys))
+                self.notice("", f"{self.options.api_key_file}: the keys have changed")
+        except UserError as error:
+            self.notice("", f"{error}; the keys stay as they were")
 
     def stop(self) -> None:
         """Stop all servers, as `Fleet.stop`."""
@@ -191,7 +213,14 @@ class Service(Fleet):
 
     def _process_setup(self, engine: protocol.Setup) -> msgspec.Struct:
         options = dataclasses.replace(self.options, port=self._ports[engine.rank])
-        return protocol.FrontSetup(engine=engine, options=options, start=self._starts[engine.rank])
+        return protocol.FrontSetup(
+            engine=engine,
+            options=options,
+            start=self._starts[engine.rank],
+            sampling=self.sampling,
+            keys=self._keys,
+            chat_template=self._chat_template,
+        )
 
     def _free_port(self, rank: int) -> int:
         """The lowest port that no other server of the same machine has."""

@@ -80,6 +80,12 @@ class FrontSetup(msgspec.Struct, kw_only=True):
     outlives: bool = False
     #: Process id of an earlier front end, which may still run on the server's machine.
     before: int | None = None
+    #: The model's defaults of fields of `SamplingParams`.
+    sampling: dict[str, float] = {}
+    #: Keys, one of which requests must carry; none: they need no key.
+    keys: list[str] = []
+    #: A chat template to use instead of the model's, and where it is from.
+    chat_template: tuple[str, str] | None = None
 
 
 # From parent to worker.
@@ -371,6 +377,12 @@ class Decided(msgspec.Struct, tag=True):
     why: str = ""
 
 
+class Keys(msgspec.Struct, tag=True):
+    """The keys, one of which requests must carry from now on."""
+
+    keys: list[str]
+
+
 class Placed(msgspec.Struct, tag=True):
     """The current placement and the state of migrations; sent when any of it changes."""
 
@@ -536,7 +548,7 @@ NodeEvent = NodeHello | NodeAnswer | NodeEnded
 #: Commands that a front end passes on from the launcher to its engine, and all that each obeys.
 PassedCommand = Join | PeerLost | PeerRestarted | AskStats | Stage | Commit | Drop | Reseat | Settle
 Command = PassedCommand | Submit | Abort | Stop
-FrontCommand = PassedCommand | Restart | Decided | Placed | TakeOver | Drain | Stop
+FrontCommand = PassedCommand | Restart | Decided | Placed | TakeOver | Keys | Drain | Stop
 Event = Hello | PassedEvent | Deltas | Report | Pulse | Failed
 FrontEvent = (
     Hello

@@ -145,6 +145,8 @@ def _shards(path: pathlib.Path) -> list[pathlib.Path]:
             return [path / name for name in sorted(names)]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise _Wrong(f"{INDEX} cannot be parsed ({error})") from error
+    if (usual := path / "model.safetensors").exists():
+        return [usual]
     if not (found := sorted(path.glob("*.safetensors"))):
         raise _Wrong("the directory has no safetensors files")
     return found

@@ -276,7 +276,7 @@ def rope_of(
         raise UserError(f"{where}: rope_theta is {theta:g}; expected a number above 1")
     partial = _either(inner, fields, "partial_rotary_factor", partial)
     # Which pairs rotate by which position of an image. For text all these positions are equal.
-    inner.ignore("mrope_section", "mrope_interleaved")
+    inner.ignore("mrope_section", "mrope_interleaved", "finetuned")
     # Not int(): a factor that came from a division may be slightly too small.
     dim = width if kind == "proportional" else math.floor(width * partial + 1e-6)
     if dim % 2 or not 0 < dim <= width:

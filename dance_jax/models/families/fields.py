@@ -15,6 +15,7 @@ HARMLESS = frozenset(
         "_attn_implementation",
         "_attn_implementation_autoset",
         "_commit_hash",
+        "_moe_implementation",
         "_name_or_path",
         "architectures",
         "_experts_implementation",
@@ -39,12 +40,15 @@ HARMLESS = frozenset(
         "finetuning_task",
         "forced_bos_token_id",
         "forced_eos_token_id",
+        "gradient_checkpointing",
         "id2label",
         "initializer_range",
         "label2id",
         "length_penalty",
+        "loss_type",
         "max_length",
         "min_length",
+        "model_max_length",
         "model_type",
         "no_repeat_ngram_size",
         "num_beam_groups",
@@ -82,7 +86,9 @@ HARMLESS = frozenset(
         "top_p",
         "torch_dtype",
         "torchscript",
+        "transformers.js_config",
         "transformers_version",
+        "trust_remote_code",
         "typical_p",
         "unsloth_fixed",
         "unsloth_version",
@@ -92,6 +98,14 @@ HARMLESS = frozenset(
     ]
 )
 
+#: Fields of some families, with the value that holds for all families that do not read them.
+NEUTRAL = {
+    "mlp_bias": False,
+    "qkv_bias": False,
+    "use_sliding_window": False,
+}
+#: Ends of the names of probabilities with which training leaves something out.
+_TRAINING = ("dropout", "_pdrop", "_drop")
 #: Largest integer of a field: sizes and token ids go to the device as int32.
 MAX_INTEGER = 2**31 - 1
 #: Largest number of layers: a config has an entry for each.
@@ -225,9 +239,21 @@ class Fields:
         if self.raw(name):
             raise UserError(f"{self.where}: {name} is set: {reason}")
 
+    def _neutral(self, name: str) -> bool:
+        """Whether a field that was not read says what holds anyway."""
+        value = self.values[name]
+        if name == "layer_types":
+            return isinstance(value, list) and {*map(str, value)} <= {"full_attention"}
+        return (
+            value in (None, "", [], {})
+            or (isinstance(value, int | float) and name.endswith(_TRAINING))
+            or (name in NEUTRAL and value == NEUTRAL[name])
+        )
+
     def finish(self) -> None:
         """Raises UserError naming every field that was not read and may change the result."""
-        unknown = sorted(set(self.values) - self.seen - HARMLESS)
+        left = set(self.values) - self.seen - HARMLESS
+        unknown = sorted(name for name in left if not self._neutral(name))
         if unknown:
             raise UserError(
                 f"{self.where}: unknown field{'s' * (len(unknown) > 1)} {', '.join(unknown)}: "

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from typing import Any
 
 from dance_jax.config import UserError
+from dance_jax.models.directory import check_no_pointer
 
 SUFFIX = ".gguf"
 #: Names of the files of a split model: the file's number, from 1, and the number of files.
@@ -141,6 +142,7 @@ def read_header(path: pathlib.Path) -> Header:
 
 
 def _header(path: pathlib.Path, cursor: _Cursor) -> Header:
+    check_no_pointer(bytes(cursor.data[:64]), path)
     if cursor.data[:4] != b"GGUF":
         raise UserError(f"{path}: not a GGUF file: the file begins with {cursor.data[:4]!r}")
     cursor.at = 4

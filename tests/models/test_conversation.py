@@ -1,0 +1,131 @@
+"""Conversations as they reach chat templates."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any
+
+import pytest
+
+from dance_jax.config import UserError
+from dance_jax.models import model_config
+from dance_jax.models.random_weights import write_byte_tokenizer
+from dance_jax.models.tokenizer import Tokenizer
+from tests.tiny_models import SERVED
+
+CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"city": "Öst"}'}}
+HISTORY: list[dict[str, Any]] = [
+    {"role": "user", "content": "w?"},
+    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    {"role": "tool", "tool_call_id": "c1", "content": "5"},
+]
+#: Shows all messages; CALLS stands for what it makes of the arguments.
+TEMPLATE = (
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}{{ c.function.name }} CALLS{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+@pytest.fixture
+def directory(tmp_path: pathlib.Path) -> pathlib.Path:
+    (tmp_path / "config.json").write_text(json.dumps(SERVED))
+    write_byte_tokenizer(tmp_path, model_config(SERVED))
+    return tmp_path
+
+
+def with_template(directory: pathlib.Path, template: str) -> Tokenizer:
+    return Tokenizer.load(directory, chat_template=(template, "a file"))
+
+
+@pytest.mark.parametrize(
+    "calls",
+    [
+        "{{ c.function.arguments | tojson }}",
+        "{{ c.function.arguments }}",
+        "{{ '' + c.function.arguments }}",
+        "{% if c.function.arguments is string %}no{% else %}{{ c.function.arguments | tojson }}"
+        "{% endif %}",
+    ],
+    ids=["as objects", "printed", "as text", "either"],
+)
+def test_arguments_of_calls(directory: pathlib.Path, calls: str) -> None:
+    """Whatever form a template wants them in, they are in the text once, as JSON."""
+    tokenizer = with_template(directory, TEMPLATE.replace("CALLS", calls))
+    expected = '[user]w?[assistant]f {"city": "Öst"}[tool]5[assistant]'
+    assert tokenizer.chat_text(HISTORY) == expected
+    assert isinstance(HISTORY[1]["tool_calls"][0]["function"]["arguments"], str)
+
+
+def test_what_is_not_json_is_named(directory: pathlib.Path) -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": "{city"}}
+    message = {"role": "assistant", "content": "", "tool_calls": [CALL, call]}
+    with pytest.raises(UserError, match=r"messages\[0\]\.tool_calls\[1\]\.function\.arguments: "):
+        with_template(directory, TEMPLATE).chat_text([message])
+    with pytest.raises(UserError, match=r"messages\[0\]\.content: must be text"):
+        with_template(directory, TEMPLATE).chat_text([{"role": "user", "content": [{"a": 1}]}])
+
+
+def test_no_message_vanishes(directory: pathlib.Path) -> None:
+    template = (
+        "{% for m in messages %}{% if m.role in ['user', 'assistant'] %}{{ m.content }}"
+        "{% endif %}{% endfor %}"
+    )
+    tokenizer = with_template(directory, template)
+    assert tokenizer.chat_text([{"role": "system", "content": ""}, *HISTORY[:1]]) == "w?"
+    with pytest.raises(UserError, match=r"drops messages\[2\], whose role is 'tool'"):
+        tokenizer.chat_text(HISTORY)
+    with pytest.raises(UserError, match=r"drops messages\[0\], whose role is 'developer'"):
+        tokenizer.chat_text([{"role": "developer", "content": "be kind"}, *HISTORY[:1]])
+
+
+def test_developers_are_the_system_of_older_templates(directory: pathlib.Path) -> None:
+    messages = [{"role": "developer", "content": "be kind"}]
+    assert with_template(directory, TEMPLATE).chat_text(messages) == "[system]be kind[assistant]"
+    newer = TEMPLATE + "{# developer #}"
+    assert with_template(directory, newer).chat_text(messages) == "[developer]be kind[assistant]"
+
+
+@pytest.mark.parametrize(
+    ("shown", "content", "expected"),
+    [
+        ("{{ m.content }}", "Once upon ", "[user]w?[assistant]Once upon "),
+        ("{{ m.content | trim }}", "Once upon ", "[user]w?[assistant]Once upon"),
+        ("{{ m.content }}</s>", "w?", "[user]w?</s>[assistant]w?"),
+    ],
+)
+def test_an_answer_goes_on(
+    directory: pathlib.Path, shown: str, content: str, expected: str
+) -> None:
+    template = "{% for m in messages %}[{{ m.role }}]" + shown + "{% endfor %}"
+    messages = [*HISTORY[:1], {"role": "assistant", "content": content}]
+    tokenizer = with_template(directory, template)
+    assert tokenizer.chat_text(messages, continue_final_message=True) == expected
+    with pytest.raises(UserError, match="does not show the end of the last message"):
+        hidden = with_template(directory, "{{ messages[0].content }}")
+        hidden.chat_text([messages[0], messages[1] | {"content": "x"}], continue_final_message=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("chat_template.jinja", "found"),
+        ("additional_chat_templates/default.jinja", "found"),
+        ("chat_template.json", json.dumps({"chat_template": "found"})),
+        ("tokenizer_config.json", json.dumps({"chat_template": {"default": "found"}})),
+        (
+            "tokenizer_config.json",
+            json.dumps({"chat_template": [{"name": "default", "template": "found"}]}),
+        ),
+    ],
+)
+def test_files_of_templates(directory: pathlib.Path, name: str, content: str) -> None:
+    (directory / "tokenizer_config.json").write_text("{}")
+    (directory / name).parent.mkdir(exist_ok=True)
+    (directory / name).write_text(content)
+    assert Tokenizer.load(directory).chat_text(HISTORY[:1]) == "found"
+    (directory / "tokenizer_config.json").write_text('{"chat_template": ["a", "b"]}')
+    if name in ("tokenizer_config.json", "chat_template.json"):
+        with pytest.raises(UserError, match="neither a string nor a list with a template named"):
+            Tokenizer.load(directory)
