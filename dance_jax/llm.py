@@ -201,11 +201,17 @@ class LLM:
         *,
         server: str | Sequence[str] | None = None,
         progress: bool | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        chat_template_kwargs: dict[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """Answer conversations through the model's chat template; otherwise as `generate`.
 
         Args:
             messages: one conversation, or several.
+            sampling_params, server, progress: as for `generate`.
+            add_generation_prompt, continue_final_message: see `Tokenizer.chat_text`.
+            chat_template_kwargs: more variables for the template.
 
         Raises:
             UserError: as for `generate`; or the model has no chat template, or the template refuses
@@ -216,7 +222,12 @@ class LLM:
         encoded = []
         for conversation in conversations:
             _check_conversation(conversation)
-            text = self.tokenizer.chat_text(conversation)
+            text = self.tokenizer.chat_text(
+                conversation,
+                add_generation_prompt,
+                continue_final_message,
+                **(chat_template_kwargs or {}),
+            )
             encoded.append((text, self.tokenizer.encode(text, add_special_tokens=False)))
         return self._run(encoded, sampling_params, server, progress)
 

@@ -24,6 +24,8 @@ CASES = 12
 WHOLE_S, SETTLE_S = 180.0, 60.0
 #: Seconds between two looks whether a server runs.
 LOOK_S = 0.2
+#: Seconds for experts to return after a loss, until a migration can begin.
+RETURN_S = 20.0
 #: Seconds from the decision for a migration, which takes some seconds, to the fault.
 UNDER_WAY_S = 0.3
 #: Longest gaps of a stream, in seconds: where all experts have another holder, where others load
@@ -131,11 +133,17 @@ async def _one(bed: Bed, load: Load, fault: Fault, chance: random.Random) -> Rep
 
 async def _migrate(bed: Bed, rank: int, chance: random.Random) -> str:
     """Have experts migrate, which begins when this returns; returns how many, or why none do."""
-    try:
-        moved = await bed.migrate(rank, chance)
-    except TimeoutError:
-        return "no migration: no answer in time"
-    except HttpError as error:
-        return f"no migration: {error}"
-    await asyncio.sleep(UNDER_WAY_S)
-    return f"{moved} experts to move"
+    until = time.monotonic() + RETURN_S
+    while True:
+        try:
+            moved = await bed.migrate(rank, chance)
+        except TimeoutError:
+            return "no migration: no answer in time"
+        except HttpError as error:
+            # Servers that have loaded experts of a lost one may hold too many until it has its own.
+            if time.monotonic() > until:
+                return f"no migration: {error}"
+            await asyncio.sleep(LOOK_S)
+            continue
+        await asyncio.sleep(UNDER_WAY_S)
+        return f"{moved} experts to move"
