@@ -13,8 +13,8 @@ _IPV6_PREFIX = 64
 
 
 def client_of(request: fastapi.Request) -> str:
-    """The client of a call: its key among several, and its IP address, or of an IPv6 address its
-    network of 64 bits.
+    """The client of a call: its key if there are several, else its IP address, or the network of 64
+    bits of an IPv6 address.
 
     uvicorn takes the address from `X-Forwarded-For` if the connection comes from one of
     `ServeOptions.trusted_proxies`.

@@ -21,10 +21,13 @@ class Keys:
         self._keys = [key.encode() for key in keys]
 
     def number(self, given: bytes) -> int | None:
-        """Number of the key that a request carries; None if it carries none, -1 if it needs none.
+        """Number of the key that a request carries.
 
         Args:
             given: the header Authorization.
+
+        Returns:
+            None if the request carries none; -1 if it needs none, or if there is only one.
         """
         if not self._keys:
             return -1
@@ -33,4 +36,6 @@ class Keys:
             return None
         # Constant-time comparisons: the time must not reveal where the keys differ.
         same = [hmac.compare_digest(key.strip(), each) for each in self._keys]
-        return same.index(True) if any(same) else None
+        if not any(same):
+            return None
+        return same.index(True) if len(same) > 1 else -1

@@ -177,6 +177,12 @@ def test_several_names_and_keys(info: ServeInfo) -> None:
     assert ask("big", "three").is_success
 
 
+def test_one_key_does_not_make_one_client() -> None:
+    assert Keys().number(b"") == Keys(["k"]).number(b"Bearer k") == -1
+    assert Keys(["a", "k"]).number(b"bearer k") == 1
+    assert Keys(["a", "k"]).number(b"Bearer b") is Keys(["k"]).number(b"k") is None
+
+
 def test_a_stream_that_waits_has_comments(info: ServeInfo, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before the first token and between two."""
     monkeypatch.setattr(delivery, "COMMENT_S", 0.05)
