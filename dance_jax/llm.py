@@ -217,6 +217,9 @@ class LLM:
             UserError: as for `generate`; or the model has no chat template, or the template refuses
                 the messages.
         """
+        reserved = {"messages", "add_generation_prompt", "continue_final_message"}
+        if wrong := reserved & {*(chat_template_kwargs or {})}:
+            raise UserError(f"chat_template_kwargs: cannot have {', '.join(sorted(wrong))}")
         single = bool(messages) and isinstance(messages[0], dict)
         conversations: Sequence[Any] = [messages] if single else messages
         encoded = []

@@ -142,7 +142,7 @@ def _with_arguments(messages: list[dict[str, Any]]) -> None:
 def _rendered(template: jinja2.Template, names: dict[str, Any]) -> dict[str, str]:
     _with_arguments(names.get("messages") or [])
     parts, length = [], 0
-    for part in template.generate(**names):
+    for part in template.generate(names):
         parts.append(part)
         length += len(part)
         if length > MAX_TEXT:

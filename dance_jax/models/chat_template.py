@@ -17,6 +17,7 @@ import jinja2
 from dance_jax.config import UserError
 from dance_jax.models import chat_renderer
 from dance_jax.models.chat_renderer import CPU_S, read_frame, write_frame
+from dance_jax.models.directory import check_no_pointer
 
 
 def read_template(path: str | os.PathLike[str] | None) -> tuple[str, str] | None:
@@ -35,7 +36,9 @@ def read_template(path: str | os.PathLike[str] | None) -> tuple[str, str] | None
         return None
     where = f"--chat-template {os.fspath(path)}"
     try:
-        source = pathlib.Path(path).read_text(encoding="utf-8")
+        content = pathlib.Path(path).read_bytes()
+        check_no_pointer(content, pathlib.Path(path))
+        source = content.decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{where}: cannot be read: {error}") from error
     ChatTemplate(source, where)
@@ -82,9 +85,9 @@ class ChatTemplate:
         except Exception as error:  # e.g. brackets in brackets, a number of many digits
             raise UserError(f"{where}: chat template: cannot be parsed: {error}") from error
 
-    def mentions(self, word: str) -> bool:
-        """Whether the template has this word."""
-        return word in self._source
+    def mentions(self, role: str) -> bool:
+        """Whether the template compares something with this role."""
+        return f"'{role}'" in self._source or f'"{role}"' in self._source
 
     def render(self, names: dict[str, Any]) -> str:
         """Render a text; several threads may call this, and one waits for the other.

@@ -7,6 +7,8 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import pydantic_core
+
 from dance_jax.config import UserError
 
 Message = dict[str, Any]
@@ -50,43 +52,29 @@ def has_calls(messages: Sequence[Message]) -> bool:
     return any(True for _ in _functions(messages))
 
 
-def marked(messages: Sequence[Message]) -> tuple[list[Message], dict[int, str]]:
-    """Messages that a template might drop, with marks as their contents.
-
-    Templates know users and assistants. Messages of other roles may vanish in silence.
-
-    Returns:
-        All messages; and the marks, by number of the message.
-    """
-    marks = {
-        number: f"mark{number}mark"
-        for number, message in enumerate(messages)
-        if message["role"] not in ("user", "assistant") and message["content"]
-    }
-    made = [
-        message | ({"content": marks[number]} if number in marks else {})
-        for number, message in enumerate(messages)
+def with_content_as_parts(messages: Sequence[Message]) -> list[Message]:
+    """Normalised messages for templates that want content as a list of parts."""
+    return [
+        each | {"content": [{"type": "text", "text": each["content"]}]}
+        if isinstance(each["content"], str)
+        else each
+        for each in messages
     ]
-    return made, marks
 
 
-def up_to_the_end_of(content: str, text: str) -> str | None:
-    """A rendered text up to the end of its last message, as transformers cuts it.
+def with_change(messages: Sequence[Message], number: int, before: str, after: str) -> list[Message]:
+    """Normalised messages, one of them with other text before and after its content."""
+    content = messages[number]["content"]
+    text = content if isinstance(content, str) else content[0]["text"]
+    changed = f"{before}{text}{after}"
+    new = changed if isinstance(content, str) else [{"type": "text", "text": changed}]
+    return [*messages[:number], messages[number] | {"content": new}, *messages[number + 1 :]]
 
-    Args:
-        content: of the last message.
-        text: rendered, without the beginning of an answer.
 
-    Returns:
-        None if the template does not show the content.
-    """
-    bare = content.strip()
-    if not bare or bare not in text:
-        return None
-    begin = text.rindex(bare)
-    whole = content.lstrip()
-    kept = whole if text[begin : begin + len(whole)] == whole else bare
-    return text[: begin + len(kept)]
+def text_of(message: Message) -> str:
+    """The text of a normalised message's content, in either form."""
+    content = message["content"]
+    return content if isinstance(content, str) else content[0]["text"]
 
 
 def _text(content: Any, where: str) -> str:
@@ -112,12 +100,16 @@ def _functions(messages: Sequence[Message]) -> Iterator[tuple[int, dict[str, Any
                 yield number, function
 
 
-def _parsed(arguments: Any, where: str) -> Any:
-    if arguments is None or arguments == "":
+def _parsed(arguments: Any, where: str) -> dict[str, Any]:
+    """Arguments as an object; they come from models, so they may be anything."""
+    if isinstance(arguments, str):
+        try:
+            # Strict JSON, of bounded depth and in valid Unicode.
+            arguments = pydantic_core.from_json(arguments.strip() or "{}", allow_inf_nan=False)
+        except ValueError as error:
+            raise UserError(f"{where}: is not JSON: {error}") from error
+    if arguments is None:
         return {}
-    if not isinstance(arguments, str):
-        return arguments
-    try:
-        return json.loads(arguments)
-    except ValueError as error:
-        raise UserError(f"{where}: is not JSON: {error}") from error
+    if not isinstance(arguments, dict):
+        raise UserError(f"{where}: must be a JSON object")
+    return arguments

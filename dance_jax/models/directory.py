@@ -200,17 +200,20 @@ def _tokenizer_end(directory: pathlib.Path) -> int | None:
         return None
     listed = settings.get("added_tokens_decoder")
     for number, added in listed.items() if isinstance(listed, dict) else ():
-        if isinstance(added, dict) and added.get("content") == text and number.isdecimal():
-            return int(number)
+        if isinstance(added, dict) and added.get("content") == text and len(number) < 10:
+            return int(number) if number.isdecimal() else None
     tokenizer = read_json(directory / "tokenizer.json", required=False) or {}
     added = tokenizer.get("added_tokens")
     for each in added if isinstance(added, list) else ():
         if isinstance(each, dict) and each.get("content") == text:
-            return each["id"] if isinstance(each.get("id"), int) else None
+            return _token_id(each.get("id"))
     model = tokenizer.get("model")
     vocab = model.get("vocab") if isinstance(model, dict) else None
-    number = vocab.get(text) if isinstance(vocab, dict) else None
-    return number if isinstance(number, int) else None
+    return _token_id(vocab.get(text)) if isinstance(vocab, dict) else None
+
+
+def _token_id(value: Any) -> int | None:
+    return value if type(value) is int and value >= 0 else None
 
 
 #: What stands in a file instead of its content if git was used without git-lfs.
@@ -242,12 +245,18 @@ def weight_map(directory: pathlib.Path) -> dict[str, str] | None:
         return None
     names = index.get("weight_map")
     files = list(names.values()) if isinstance(names, dict) else []
-    if not files or not all(isinstance(f, str) and f.endswith(".safetensors") for f in files):
+    if not files or not all(isinstance(f, str) and _is_file_of_weights(f) for f in files):
         raise UserError(
             f"{path}: weight_map is missing, or does not map names to safetensors files: download "
             "the file again"
         )
     return names
+
+
+def _is_file_of_weights(name: str) -> bool:
+    """Whether an index may name this file, which must be in the model's directory."""
+    path = pathlib.PurePosixPath(name)
+    return path.suffix == ".safetensors" and not path.is_absolute() and ".." not in path.parts
 
 
 def indexed_files(directory: pathlib.Path) -> list[str] | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
+import secrets
 import shlex
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -13,10 +15,11 @@ from dance_jax.config import UserError
 from dance_jax.models.chat_template import ChatTemplate, TemplateRefusal, TemplateTooCostly
 from dance_jax.models.conversation import (
     has_calls,
-    marked,
     normalised,
-    up_to_the_end_of,
+    text_of,
     with_arguments_as_text,
+    with_change,
+    with_content_as_parts,
 )
 from dance_jax.models.directory import (
     check_no_pointer,
@@ -141,6 +144,7 @@ class Tokenizer:
     def chat_text(
         self,
         messages: Sequence[dict[str, Any]],
+        /,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         **variables: Any,
@@ -168,13 +172,54 @@ class Tokenizer:
             roles = {"developer": "system"}
             given = [each | {"role": roles.get(each["role"], each["role"])} for each in given]
         text, given = self._rendered(self._template, given, names)
-        self._check_kept(self._template, given, messages, names)
-        if not continue_final_message:
-            return text
-        cut = up_to_the_end_of(given[-1]["content"], text)
-        if cut is None:
-            raise TemplateRefusal(self._where, "it does not show the end of the last message")
-        return cut
+        dropped = self._dropped(self._template, text, given, names)
+        if dropped is not None:
+            # Some templates show content only if it is a list of parts.
+            with contextlib.suppress(TemplateRefusal):
+                parts = with_content_as_parts(given)
+                of_parts = self._template.render(names | {"messages": parts})
+                if self._dropped(self._template, of_parts, parts, names) is None:
+                    text, given, dropped = of_parts, parts, None
+        if dropped is not None:
+            role = messages[dropped]["role"]
+            raise TemplateRefusal(
+                self._where, f"it drops messages[{dropped}], whose role is {role!r}"
+            )
+        return self._cut(self._template, text, given, names) if continue_final_message else text
+
+    def _cut(
+        self, template: ChatTemplate, text: str, messages: list[dict[str, Any]], names: dict
+    ) -> str:
+        """A rendered text up to the end of its last message's content."""
+        mark = f"<{secrets.token_hex(8)}>"
+        changed = with_change(messages, len(messages) - 1, "", mark)
+        shown = template.render(names | {"messages": changed})
+        before, found, _ = shown.rpartition(mark)
+        if text_of(messages[-1]).strip() and found:
+            # A template that strips contents has not stripped what now precedes the mark.
+            for cut in (before, before.rstrip()):
+                if text.startswith(cut):
+                    return cut
+        raise TemplateRefusal(self._where, "it does not show the end of the last message")
+
+    def _dropped(
+        self, template: ChatTemplate, text: str, messages: list[dict[str, Any]], names: dict
+    ) -> int | None:
+        """Number of a message whose content has no effect on the text; None if all have.
+
+        Assistants' are not looked at: templates may leave out what they thought.
+        """
+        for number, message in enumerate(messages):
+            content = text_of(message)
+            if message["role"] == "assistant" or not content.strip() or content in text:
+                continue
+            changed = with_change(messages, number, "x", "x")
+            try:
+                if template.render(names | {"messages": changed}) == text:
+                    return number
+            except TemplateRefusal:
+                pass  # it looks at the content
+        return None
 
     @staticmethod
     def _rendered(
@@ -191,32 +236,6 @@ class Tokenizer:
                 return template.render(names | {"messages": as_text}), as_text
             except TemplateRefusal:
                 raise refusal from None
-
-    def _check_kept(
-        self,
-        template: ChatTemplate,
-        messages: list[dict[str, Any]],
-        sent: Sequence[dict[str, Any]],
-        names: dict[str, Any],
-    ) -> None:
-        """Check that the template shows all messages.
-
-        Raises:
-            TemplateRefusal: it drops one.
-        """
-        changed, marks = marked(messages)
-        if not marks:
-            return
-        try:
-            text = template.render(names | {"messages": changed})
-        except TemplateRefusal:
-            return  # it wants other contents, so it looks at them
-        for number, mark in marks.items():
-            if mark not in text:
-                role = sent[number]["role"]
-                raise TemplateRefusal(
-                    self._where, f"it drops messages[{number}], whose role is {role!r}"
-                )
 
     def check_chat_template(self) -> None:
         """Check that the chat template, if there is one, can be used within its limits.
@@ -267,6 +286,7 @@ def _template(
     for name in ("chat_template.jinja", "additional_chat_templates/default.jinja"):
         if name in files:
             where = str(directory / name)
+            check_no_pointer(files[name], directory / name)
             try:
                 return files[name].decode("utf-8"), where
             except UnicodeDecodeError as error:

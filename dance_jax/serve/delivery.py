@@ -107,7 +107,7 @@ class EventStream(Response):
     def __init__(
         self,
         generation: Generation,
-        first: Awaitable[BaseModel],
+        first: asyncio.Future[BaseModel],
         chunks: AsyncIterator[BaseModel],
     ) -> None:
         # Proxies must not buffer the stream.
@@ -129,6 +129,8 @@ class EventStream(Response):
                 return
             except NotRead:
                 self._generation.not_read()
+            finally:
+                self._first.cancel()
 
     async def _send_all(self, send: Send) -> None:
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}

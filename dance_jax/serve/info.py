@@ -38,7 +38,7 @@ class ServeInfo:
     #: Web sites whose pages may call the server.
     allowed_origins: Sequence[str]
     #: The model's defaults of fields of `SamplingParams`.
-    sampling: Mapping[str, float]
+    sampling: Mapping[str, int | float]
     #: Start of the server, unix time in seconds.
     created: int
 

@@ -101,7 +101,10 @@ class Prompts:
         """
         if len(text) > self._max_chars:
             raise self._too_long(f"{where}: {len(text)} characters", where)
-        return await asyncio.to_thread(self._tokenizer.encode, text, add_special_tokens)
+        try:
+            return await asyncio.to_thread(self._tokenizer.encode, text, add_special_tokens)
+        except UserError as error:
+            raise ApiError(400, str(error), param=where) from error
 
     async def detokenized(self, tokens: list[int]) -> str:
         """The text of tokens of the vocabulary."""

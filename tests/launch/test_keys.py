@@ -24,6 +24,9 @@ def test_a_file_that_changes(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyP
         with pytest.raises(UserError, match=why):
             file.changed()
         assert file.keys == ["three"] and not file.changed()
+    path.write_text("a\x1cb\n")
+    with pytest.raises(UserError, match="must be visible"):
+        file.changed()
     path.unlink()
     with pytest.raises(UserError, match="cannot be read"):
         file.changed()

@@ -59,10 +59,13 @@ def test_arguments_of_calls(directory: pathlib.Path, calls: str) -> None:
 
 
 def test_what_is_not_json_is_named(directory: pathlib.Path) -> None:
-    call = {"type": "function", "function": {"name": "f", "arguments": "{city"}}
-    message = {"role": "assistant", "content": "", "tool_calls": [CALL, call]}
-    with pytest.raises(UserError, match=r"messages\[0\]\.tool_calls\[1\]\.function\.arguments: "):
-        with_template(directory, TEMPLATE).chat_text([message])
+    wrong = ("{city", "[" * 5000 + "]" * 5000, '{"a": NaN}', '{"a": "\\ud800"}', "[1]", "5", 5)
+    for arguments in wrong:
+        call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+        message = {"role": "assistant", "content": "", "tool_calls": [CALL, call]}
+        where = r"messages\[0\]\.tool_calls\[1\]\.function\.arguments: "
+        with pytest.raises(UserError, match=where):
+            with_template(directory, TEMPLATE).chat_text([message])
     with pytest.raises(UserError, match=r"messages\[0\]\.content: must be text"):
         with_template(directory, TEMPLATE).chat_text([{"role": "user", "content": [{"a": 1}]}])
 
@@ -80,10 +83,41 @@ def test_no_message_vanishes(directory: pathlib.Path) -> None:
         tokenizer.chat_text([{"role": "developer", "content": "be kind"}, *HISTORY[:1]])
 
 
+@pytest.mark.parametrize(
+    "shown",
+    [
+        "{{ m.content | upper }}",
+        "{{ m.content[:3] }}",
+        "{% for p in m.content %}{{ p.text }}{% endfor %}",
+    ],
+    ids=["changed", "cut", "of parts alone"],
+)
+def test_what_is_shown_in_another_form_is_not_dropped(directory: pathlib.Path, shown: str) -> None:
+    template = "{% for m in messages %}" + shown + "{% endfor %}"
+    messages = [{"role": "tool", "content": "five"}, {"role": "user", "content": "why?"}]
+    text = with_template(directory, template).chat_text(messages)
+    assert text.lower() in ("fivewhy?", "fivwhy")
+
+
+@pytest.mark.parametrize("arguments", ["", " ", "null", None, "{}"])
+def test_no_arguments(directory: pathlib.Path, arguments: str | None) -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+    messages = [{"role": "assistant", "content": "", "tool_calls": [call]}]
+    template = TEMPLATE.replace("CALLS", "{{ c.function.arguments }}")
+    assert with_template(directory, template).chat_text(messages) == "[assistant]f {}[assistant]"
+
+
+@pytest.mark.parametrize("name", ["self", "messages", "args"])
+def test_variables_may_have_any_name(directory: pathlib.Path, name: str) -> None:
+    text = with_template(directory, TEMPLATE).chat_text(HISTORY[:1], **{name: 5})
+    assert text == "[user]w?[assistant]"
+
+
 def test_developers_are_the_system_of_older_templates(directory: pathlib.Path) -> None:
     messages = [{"role": "developer", "content": "be kind"}]
     assert with_template(directory, TEMPLATE).chat_text(messages) == "[system]be kind[assistant]"
-    newer = TEMPLATE + "{# developer #}"
+    assert with_template(directory, TEMPLATE + "{# for developers #}").chat_text(messages)
+    newer = TEMPLATE + "{% if messages[0].role == 'developer' %}{% endif %}"
     assert with_template(directory, newer).chat_text(messages) == "[developer]be kind[assistant]"
 
 
@@ -93,6 +127,7 @@ def test_developers_are_the_system_of_older_templates(directory: pathlib.Path) -
         ("{{ m.content }}", "Once upon ", "[user]w?[assistant]Once upon "),
         ("{{ m.content | trim }}", "Once upon ", "[user]w?[assistant]Once upon"),
         ("{{ m.content }}</s>", "w?", "[user]w?</s>[assistant]w?"),
+        ("{{ m.content }}<|im_end|>", "end", "[user]w?<|im_end|>[assistant]end"),
     ],
 )
 def test_an_answer_goes_on(
@@ -107,16 +142,19 @@ def test_an_answer_goes_on(
         hidden.chat_text([messages[0], messages[1] | {"content": "x"}], continue_final_message=True)
 
 
+FOUND = "found {{ messages[0].content }}"
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("chat_template.jinja", "found"),
-        ("additional_chat_templates/default.jinja", "found"),
-        ("chat_template.json", json.dumps({"chat_template": "found"})),
-        ("tokenizer_config.json", json.dumps({"chat_template": {"default": "found"}})),
+        ("chat_template.jinja", FOUND),
+        ("additional_chat_templates/default.jinja", FOUND),
+        ("chat_template.json", json.dumps({"chat_template": FOUND})),
+        ("tokenizer_config.json", json.dumps({"chat_template": {"default": FOUND}})),
         (
             "tokenizer_config.json",
-            json.dumps({"chat_template": [{"name": "default", "template": "found"}]}),
+            json.dumps({"chat_template": [{"name": "default", "template": FOUND}]}),
         ),
     ],
 )
@@ -124,7 +162,7 @@ def test_files_of_templates(directory: pathlib.Path, name: str, content: str) ->
     (directory / "tokenizer_config.json").write_text("{}")
     (directory / name).parent.mkdir(exist_ok=True)
     (directory / name).write_text(content)
-    assert Tokenizer.load(directory).chat_text(HISTORY[:1]) == "found"
+    assert Tokenizer.load(directory).chat_text(HISTORY[:1]) == "found w?"
     (directory / "tokenizer_config.json").write_text('{"chat_template": ["a", "b"]}')
     if name in ("tokenizer_config.json", "chat_template.json"):
         with pytest.raises(UserError, match="neither a string nor a list with a template named"):

@@ -127,15 +127,18 @@ def test_template_file_goes_first_and_sees_what_templates_rely_on(directory):
 
 
 def test_begin_token_of_a_template_is_not_doubled(directory):
-    tokenizer = settings(directory, add_bos_token=True, chat_template="{{ bos_token }}a")
+    tokenizer = settings(
+        directory, add_bos_token=True, chat_template="{{ bos_token }}{{ messages[0].content[0] }}"
+    )
     text = tokenizer.chat_text(MESSAGES)
     tokens = tokenizer.encode(text, add_special_tokens=False)
-    assert tokens == [0, tokenizer.encode("a")[-1]]
+    assert tokens == [0, tokenizer.encode("h")[-1]]
 
 
 def test_named_templates(directory):
-    named = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
-    assert settings(directory, chat_template=named).chat_text(MESSAGES) == "d"
+    template = "d{{ messages[0].content }}"
+    named = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": template}]
+    assert settings(directory, chat_template=named).chat_text(MESSAGES) == "dhi <b> é"
 
 
 @pytest.mark.parametrize(

@@ -156,7 +156,9 @@ def test_a_template_that_needs_too_much(tmp_path: pathlib.Path) -> None:
     config = tmp_path / "tokenizer_config.json"
     settings = json.loads(config.read_text())
     bomb = "{{ 'a' * 10 ** 10 }}"
-    template = "{% if messages[0].content == 'bomb' %}" + bomb + "{% endif %}fine"
+    template = (
+        "{% if messages[0].content == 'bomb' %}" + bomb + "{% endif %}{{ messages[0].content }}"
+    )
     config.write_text(json.dumps(settings | {"chat_template": template}))
     http = client(
         ScriptedQueue(), dataclasses.replace(info, tokenizer=info.tokenizer.load(tmp_path))

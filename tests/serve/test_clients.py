@@ -6,9 +6,12 @@ import dataclasses
 import json
 from typing import Any
 
+import msgspec
 import pytest
 from fastapi.testclient import TestClient
 
+from dance_jax.engine.sequence import SamplingParams
+from dance_jax.launch.control.protocol import FrontSetup
 from dance_jax.serve import delivery
 from dance_jax.serve.app import ServeInfo
 from dance_jax.serve.keys import Keys
@@ -77,6 +80,24 @@ def test_what_would_change_the_answer_is_refused_by_name(
     (name,) = fields
     found = error(http.post(CHAT, json={"messages": HELLO, **fields}), 400)
     assert found["param"] == name and "does not support it" in found["message"]
+
+
+def test_odd_variables_of_templates(http: TestClient) -> None:
+    for fields in ({"self": 5}, {"tools": 7, "bos_token": []}, {"names": {"a": "b"}}):
+        body = {"messages": HELLO, "max_tokens": 1, "chat_template_kwargs": fields}
+        assert http.post(CHAT, json=body).is_success
+    body = {"messages": HELLO, "chat_template_kwargs": {"messages": []}}
+    assert "cannot have messages" in error(http.post(CHAT, json=body), 400)["message"]
+
+
+def test_defaults_arrive_as_they_are() -> None:
+    """In the setup of a front end, which is JSON."""
+    defaults = {"temperature": 0.6, "top_k": 20}
+    kind = next(
+        field.type for field in msgspec.structs.fields(FrontSetup) if field.name == "sampling"
+    )
+    found = msgspec.json.decode(msgspec.json.encode(defaults), type=kind)
+    assert found == defaults and SamplingParams(**found).top_k == 20
 
 
 def test_a_request_id_names_the_answer(http: TestClient, queue: ScriptedQueue) -> None:

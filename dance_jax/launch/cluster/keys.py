@@ -26,9 +26,9 @@ class KeyFile:
 
     def __init__(self, path: str) -> None:
         self._path = pathlib.Path(path)
+        self._seen, self._looked = self._stamp(), time.monotonic()
         #: The keys at the last look.
         self.keys = self._read()
-        self._seen, self._looked = self._stamp(), time.monotonic()
 
     def changed(self) -> bool:
         """Look whether the file has changed, at most once in LOOK_S; `keys` are then the new ones.
@@ -57,7 +57,7 @@ class KeyFile:
     def _read(self) -> list[str]:
         where = f"--api-key-file {self._path}"
         try:
-            lines = self._path.read_text(encoding="utf-8").splitlines()
+            lines = self._path.read_text(encoding="utf-8").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{where}: cannot be read: {error}") from error
         keys = []

@@ -81,7 +81,7 @@ class FrontSetup(msgspec.Struct, kw_only=True):
     #: Process id of an earlier front end, which may still run on the server's machine.
     before: int | None = None
     #: The model's defaults of fields of `SamplingParams`.
-    sampling: dict[str, float] = {}
+    sampling: dict[str, int | float] = {}
     #: Keys, one of which requests must carry; none: they need no key.
     keys: list[str] = []
     #: A chat template to use instead of the model's, and where it is from.
