@@ -16,6 +16,7 @@ from dance_jax.config import EngineConfig, ServeOptions, ServerSpec, UserError
 from dance_jax.launch.agent.adopted import AdoptedProcess, runs
 from dance_jax.launch.agent.child import END
 from dance_jax.launch.cli.stop import stop
+from dance_jax.launch.cluster import succession
 from dance_jax.launch.cluster.succession import (
     FILE_NAME,
     FRONT_END,
@@ -102,6 +103,16 @@ def test_servers_that_are_gone_leave_nothing(tmp_path: pathlib.Path) -> None:
     assert stop(tmp_path, now=True) == 0
     assert time.monotonic() - began < 4  # nobody is waited for
     assert not (tmp_path / FILE_NAME).exists() and not (tmp_path / "private").exists()
+
+
+def test_a_launcher_on_another_machine_says_which_address_it_lacks(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(succession, "PORT_S", 0.3)
+    elsewhere = {"control_addresses": ("192.0.2.1",), "control_port": free_ports(1)}
+    handover(tmp_path, **elsewhere).save(tmp_path)
+    with pytest.raises(UserError, match=r"192\.0\.2\.1, port .* on the machine of the last"):
+        find_survivors(tmp_path)
 
 
 def test_what_differs_is_named(tmp_path: pathlib.Path) -> None:

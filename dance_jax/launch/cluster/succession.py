@@ -290,14 +290,23 @@ def _listener(handover: Handover) -> ControlListener:
     deadline = time.monotonic() + PORT_S
     while True:
         try:
-            listener = ControlListener(handover.key, peers, handover.private_port)
-            if handover.control_port:
-                listener.listen(handover.control_addresses, handover.control_port)
-            return listener
+            return _listening(handover, peers)
         except OSError as error:
             if time.monotonic() > deadline:
                 raise UserError(
-                    f"the servers of the last launch wait for a launcher at a port that another "
-                    f"process has: {error}; end that process, or end the servers on each machine"
+                    f"the servers of the last launch wait for a launcher at an address that this "
+                    f"one cannot have: {error}; end the process that has the port, start on the "
+                    "machine of the last launcher, or end the servers on each machine"
                 ) from error
             time.sleep(0.2)
+
+
+def _listening(handover: Handover, peers: list[str]) -> ControlListener:
+    listener = ControlListener(handover.key, peers, handover.private_port)
+    try:
+        if handover.control_port:
+            listener.listen(handover.control_addresses, handover.control_port)
+    except OSError:
+        listener.close()
+        raise
+    return listener
