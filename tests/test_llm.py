@@ -272,7 +272,7 @@ def test_wrong_arguments_name_themselves(llm, model, cache_dir):
         (lambda: llm.chat("hello"), "messages: must be a non-empty list"),
         (lambda: llm.chat([{"foo": 1}]), r'messages\[0\]: "role" must be a string'),
         (
-            lambda: llm.chat([{"role": "user", "content": None}]),
+            lambda: llm.chat([{"role": "user", "content": 5}]),
             r'messages\[0\]: "content" must be text',
         ),
         (lambda: LLM(model, max_model_len=257, cache_dir=cache_dir), "max_model_len=257.*256"),

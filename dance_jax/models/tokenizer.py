@@ -91,7 +91,8 @@ class Tokenizer:
         except Exception as error:  # the library raises bare Exception
             raise UserError(f"{path}: not a tokenizer, or damaged: {error}") from error
         config = read_config(directory)
-        top = max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
+        # Added tokens may be above: of images, for example, which the model never sees.
+        top = max(backend.get_vocab(with_added_tokens=False).values(), default=-1)
         if top >= config.vocab_size:
             raise UserError(f"{path}: has token {top}, but vocab_size is {config.vocab_size}")
         settings, older = (

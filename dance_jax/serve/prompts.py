@@ -97,14 +97,16 @@ class Prompts:
         """Tokenize a text without checking that it leaves room in the context.
 
         Raises:
-            ApiError: 400 if the text is too long for any tokenization to fit the context.
+            ApiError: 400 if the text is too long for any tokenization to fit the context, or has a
+                token that only the tokenizer knows.
         """
         if len(text) > self._max_chars:
             raise self._too_long(f"{where}: {len(text)} characters", where)
         try:
-            return await asyncio.to_thread(self._tokenizer.encode, text, add_special_tokens)
+            ids = await asyncio.to_thread(self._tokenizer.encode, text, add_special_tokens)
         except UserError as error:
             raise ApiError(400, str(error), param=where) from error
+        return self.known(ids, where)
 
     async def detokenized(self, tokens: list[int]) -> str:
         """The text of tokens of the vocabulary."""

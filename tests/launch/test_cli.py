@@ -129,7 +129,7 @@ def test_without_prompts_it_serves(run, started: list[ServeOptions]) -> None:
         "--bind", "::1", "--port", "99", "--api-key", "k", "--drain-seconds", "0.5",
         "--max-queue", "7", "--served-model-name", "org/name",
     )  # fmt: skip
-    assert started[1] == ServeOptions("org/name", "::1", 99, "k", 0.5, max_queue=7)
+    assert started[1] == ServeOptions("org/name", "::1", 99, "k", drain_seconds=0.5, max_queue=7)
 
 
 def test_when_experts_move() -> None:
