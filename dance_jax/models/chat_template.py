@@ -73,7 +73,7 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, where: str) -> None:
-        self._source, self._where = source, where
+        self._source, self.where = source, where
         self._lock = threading.Lock()
         self._renderer: _Renderer | None = None
         try:
@@ -115,12 +115,12 @@ class ChatTemplate:
         renderer, self._renderer = self._renderer, None
         answer = renderer.ask(content)
         if "exceeded" in answer:
-            raise TemplateTooCostly(self._where, answer["exceeded"])
+            raise TemplateTooCostly(self.where, answer["exceeded"])
         if "refused" in answer and content is self._source:
-            raise TemplateRefusal(self._where, answer["refused"])
+            raise TemplateRefusal(self.where, answer["refused"])
         self._renderer = renderer
         if "refused" in answer:
-            raise TemplateRefusal(self._where, answer["refused"])
+            raise TemplateRefusal(self.where, answer["refused"])
         return answer["text"]
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import pathlib
-import secrets
 import shlex
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -13,14 +11,7 @@ import tokenizers
 
 from dance_jax.config import UserError
 from dance_jax.models.chat_template import ChatTemplate, TemplateRefusal, TemplateTooCostly
-from dance_jax.models.conversation import (
-    has_calls,
-    normalised,
-    text_of,
-    with_arguments_as_text,
-    with_change,
-    with_content_as_parts,
-)
+from dance_jax.models.conversation import Conversation
 from dance_jax.models.directory import (
     check_no_pointer,
     json_object,
@@ -51,7 +42,9 @@ class Tokenizer:
             for name in _SPECIAL
             if settings.get(name)
         }
-        self._template = None if template is None else ChatTemplate(template, where)
+        self._conversation = (
+            None if template is None else Conversation(ChatTemplate(template, where))
+        )
         #: Token ids that end a sequence.
         self.eos_token_ids = tuple(eos_token_ids)
         bos, eos = self._special.get("bos_token"), self._special.get("eos_token")
@@ -111,7 +104,7 @@ class Tokenizer:
     @property
     def has_chat_template(self) -> bool:
         """True if `chat_text` can be used."""
-        return self._template is not None
+        return self._conversation is not None
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Encode a prompt.
@@ -163,80 +156,11 @@ class Tokenizer:
             UserError: the model has no chat template, a message is wrong, or the template gives no
                 text for the messages (`TemplateFailure`) or drops one of them.
         """
-        if self._template is None:
+        if self._conversation is None:
             raise UserError(f"{self._where}: the model has no chat template")
         names = {"tools": None, "documents": None} | self._special | variables
         names["add_generation_prompt"] = add_generation_prompt and not continue_final_message
-        given = normalised(messages)
-        if not self._template.mentions("developer"):
-            # OpenAI's newer name of the role that templates know as system.
-            roles = {"developer": "system"}
-            given = [each | {"role": roles.get(each["role"], each["role"])} for each in given]
-        text, given = self._rendered(self._template, given, names)
-        dropped = self._dropped(self._template, text, given, names)
-        if dropped is not None:
-            # Some templates show content only if it is a list of parts.
-            with contextlib.suppress(TemplateRefusal):
-                parts = with_content_as_parts(given)
-                of_parts = self._template.render(names | {"messages": parts})
-                if self._dropped(self._template, of_parts, parts, names) is None:
-                    text, given, dropped = of_parts, parts, None
-        if dropped is not None:
-            role = messages[dropped]["role"]
-            raise TemplateRefusal(
-                self._where, f"it drops messages[{dropped}], whose role is {role!r}"
-            )
-        return self._cut(self._template, text, given, names) if continue_final_message else text
-
-    def _cut(
-        self, template: ChatTemplate, text: str, messages: list[dict[str, Any]], names: dict
-    ) -> str:
-        """A rendered text up to the end of its last message's content."""
-        mark = f"<{secrets.token_hex(8)}>"
-        changed = with_change(messages, len(messages) - 1, "", mark)
-        shown = template.render(names | {"messages": changed})
-        before, found, _ = shown.rpartition(mark)
-        if text_of(messages[-1]).strip() and found:
-            # A template that strips contents has not stripped what now precedes the mark.
-            for cut in (before, before.rstrip()):
-                if text.startswith(cut):
-                    return cut
-        raise TemplateRefusal(self._where, "it does not show the end of the last message")
-
-    def _dropped(
-        self, template: ChatTemplate, text: str, messages: list[dict[str, Any]], names: dict
-    ) -> int | None:
-        """Number of a message whose content has no effect on the text; None if all have.
-
-        Assistants' are not looked at: templates may leave out what they thought.
-        """
-        for number, message in enumerate(messages):
-            content = text_of(message)
-            if message["role"] == "assistant" or not content.strip() or content in text:
-                continue
-            changed = with_change(messages, number, "x", "x")
-            try:
-                if template.render(names | {"messages": changed}) == text:
-                    return number
-            except TemplateRefusal:
-                pass  # it looks at the content
-        return None
-
-    @staticmethod
-    def _rendered(
-        template: ChatTemplate, messages: list[dict[str, Any]], names: dict[str, Any]
-    ) -> tuple[str, list[dict[str, Any]]]:
-        """The text, and the messages in the form that the template can handle."""
-        try:
-            return template.render(names | {"messages": messages}), messages
-        except TemplateRefusal as refusal:
-            if not has_calls(messages):
-                raise
-            as_text = with_arguments_as_text(messages)
-            try:
-                return template.render(names | {"messages": as_text}), as_text
-            except TemplateRefusal:
-                raise refusal from None
+        return self._conversation.text(messages, names, continue_final_message)
 
     def check_chat_template(self) -> None:
         """Check that the chat template, if there is one, can be used within its limits.
@@ -244,7 +168,7 @@ class Tokenizer:
         Raises:
             UserError: it cannot.
         """
-        if self._template is None:
+        if self._conversation is None:
             return
         try:
             self.chat_text([{"role": "user", "content": "hello"}])
