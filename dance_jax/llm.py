@@ -209,8 +209,11 @@ class LLM:
 
         Args:
             messages: one conversation, or several.
-            sampling_params, server, progress: as for `generate`.
-            add_generation_prompt, continue_final_message: see `Tokenizer.chat_text`.
+            sampling_params: as for `generate`.
+            server: as for `generate`.
+            progress: as for `generate`.
+            add_generation_prompt: end the prompt with the beginning of an answer.
+            continue_final_message: the answer goes on where the last message ends.
             chat_template_kwargs: more variables for the template.
 
         Raises:
