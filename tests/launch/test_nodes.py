@@ -153,7 +153,7 @@ def test_all_nodes_end_when_one_does(
     processes = [child for node in nodes for child in node.children(recursive=True)]
     victim = {"first": nodes[0], "worker": only_child(nodes[1])}.get(lost, nodes[1])
     victim.send_signal(signal.SIGINT if lost == "interrupt" else signal.SIGKILL)
-    _, alive = psutil.wait_procs([*nodes, *processes], timeout=10)
+    _, alive = psutil.wait_procs([*nodes, *processes], timeout=20)
     assert not alive
     if lost != "first":
         assert nodes[0].returncode == 1

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 import psutil
 import pytest
 
+from dance_jax.launch.control.channel import ALIVE_TIMEOUT_S
 from tests.launch.cold_run import Tiny
 from tests.launch.fake_ssh import FakeSsh
 from tests.launch.launched import (
@@ -172,7 +173,9 @@ def test_all_hosts_are_left_clean(how: str, remote: Remote, tmp_path: pathlib.Pa
             "freeze launch": signal.SIGSTOP,
         }
         process.send_signal(names[how])
-    assert gone(workers, PATIENCE_S)
+    # A launch that is only suspended is waited for.
+    silence_s = ALIVE_TIMEOUT_S if how == "freeze launch" else 0.0
+    assert gone(workers, silence_s + PATIENCE_S)
     process.send_signal(signal.SIGCONT)
     code = process.wait(PATIENCE_S)
     assert code == {"interrupt": 130, "kill launch": -signal.SIGKILL}.get(how, 1), remote.text

@@ -23,7 +23,7 @@ from tests.serve.served import MODEL, NAMES, Served, serving
 
 #: Questions to every server at once. The first answer is streamed; the other questions are asked
 #: COPIES times, so that more requests are in flight than can run at the same time.
-COPIES = 2
+COPIES = 6
 QUESTIONS: tuple[dict[str, Any], ...] = (
     {"prompt": "Es war einmal", "temperature": 0},
     {"prompt": "1 + 1 =", "temperature": 1.0, "seed": 11},
