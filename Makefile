@@ -42,7 +42,7 @@ haproxy: $(VENV)/.complete
 # are in slow-chaos: on busy cores, a placement is computed for a minute first.
 CHAOS := engine killed;engine paused;front end killed;server lost;server lost, engine killed;launcher killed
 chaos: $(VENV)/.complete
-	$(BIN)/python benchmarks/chaos.py --seconds 60 --faults "$(CHAOS)"
+	$(BIN)/python benchmarks/chaos.py --seconds 120 --faults "$(CHAOS)"
 
 # And hosts on slow links. Root; may install sshd and nftables.
 slow-chaos: $(VENV)/.complete
