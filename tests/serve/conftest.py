@@ -1,4 +1,4 @@
-"""One running cluster for the whole session."""
+"""One running cluster for the whole session, and the HTTP API on a scripted queue."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import pathlib
 from collections.abc import Iterator
 
 import pytest
+from fastapi.testclient import TestClient
 
+from dance_jax.serve.app import ServeInfo
 from tests.launch.cold_run import Tiny, cold_run
+from tests.serve.scripted import ScriptedQueue, client, serve_info
 from tests.serve.served import Served, serving
 
 
@@ -22,3 +25,18 @@ def served(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
     folder = tmp_path_factory.mktemp("served")
     with serving(tiny, folder, "--log-dir", folder / "logs") as cluster:
         yield cluster
+
+
+@pytest.fixture(scope="module")
+def info(tmp_path_factory: pytest.TempPathFactory) -> ServeInfo:
+    return serve_info(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def queue() -> ScriptedQueue:
+    return ScriptedQueue()
+
+
+@pytest.fixture
+def http(queue: ScriptedQueue, info: ServeInfo) -> TestClient:
+    return client(queue, info)

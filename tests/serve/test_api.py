@@ -6,7 +6,6 @@ import dataclasses
 import math
 from typing import Any
 
-import pytest
 from fastapi.testclient import TestClient
 
 from dance_jax.engine.sequence import Logprob, OutputDelta
@@ -19,23 +18,7 @@ from tests.serve.scripted import (
     client,
     error,
     events,
-    serve_info,
 )
-
-
-@pytest.fixture(scope="module")
-def info(tmp_path_factory: pytest.TempPathFactory) -> ServeInfo:
-    return serve_info(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture
-def queue() -> ScriptedQueue:
-    return ScriptedQueue()
-
-
-@pytest.fixture
-def http(queue: ScriptedQueue, info: ServeInfo) -> TestClient:
-    return client(queue, info)
 
 
 def complete(http: TestClient, **fields: Any) -> Any:

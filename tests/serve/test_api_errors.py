@@ -30,21 +30,6 @@ from tests.serve.scripted import (
 )
 
 
-@pytest.fixture(scope="module")
-def info(tmp_path_factory: pytest.TempPathFactory) -> ServeInfo:
-    return serve_info(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture
-def queue() -> ScriptedQueue:
-    return ScriptedQueue()
-
-
-@pytest.fixture
-def http(queue: ScriptedQueue, info: ServeInfo) -> TestClient:
-    return client(queue, info)
-
-
 @pytest.mark.parametrize(
     ("fields", "param"),
     [

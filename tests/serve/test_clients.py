@@ -15,23 +15,7 @@ from dance_jax.launch.control.protocol import FrontSetup
 from dance_jax.serve import delivery
 from dance_jax.serve.app import ServeInfo
 from dance_jax.serve.keys import Keys
-from tests.serve.scripted import HELLO, MODEL, ScriptedQueue, client, error, serve_info
-
-
-@pytest.fixture(scope="module")
-def info(tmp_path_factory: pytest.TempPathFactory) -> ServeInfo:
-    return serve_info(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture
-def queue() -> ScriptedQueue:
-    return ScriptedQueue()
-
-
-@pytest.fixture
-def http(queue: ScriptedQueue, info: ServeInfo) -> TestClient:
-    return client(queue, info)
-
+from tests.serve.scripted import HELLO, MODEL, ScriptedQueue, client, error
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
 SAYS_NOTHING: list[tuple[str, dict[str, Any]]] = [

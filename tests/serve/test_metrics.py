@@ -7,7 +7,6 @@ import math
 from typing import Any
 
 import msgspec
-import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from dance_jax.engine.report import EngineReport
@@ -15,7 +14,7 @@ from dance_jax.engine.sequence import OutputDelta
 from dance_jax.models.counters import Moved, PeerCounters, Sums
 from dance_jax.serve.app import ServeInfo
 from dance_jax.serve.queue import ClientQueueFull, QueueFull, Unavailable
-from tests.serve.scripted import MODEL, ScriptedQueue, client, serve_info
+from tests.serve.scripted import MODEL, ScriptedQueue, client
 
 REPORT = EngineReport(
     steps=10,
@@ -109,11 +108,6 @@ FRONT_END = {
     ("migration_failures_total",): 0,
     ("experts_migrated_total",): 0,
 }
-
-
-@pytest.fixture(scope="module")
-def info(tmp_path_factory: pytest.TempPathFactory) -> ServeInfo:
-    return serve_info(tmp_path_factory.mktemp("model"))
 
 
 def scraped(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
-import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from dance_jax.launch.control.protocol import Decided, Placed, RebalanceWanted
@@ -13,12 +12,7 @@ from dance_jax.placement.core import Placement, spread
 from dance_jax.serve.app import ServeInfo
 from dance_jax.serve.keys import Keys
 from dance_jax.serve.placement_state import PlacementState
-from tests.serve.scripted import ScriptedQueue, client, decision, error, layout, serve_info
-
-
-@pytest.fixture(scope="module")
-def info(tmp_path_factory: pytest.TempPathFactory) -> ServeInfo:
-    return serve_info(tmp_path_factory.mktemp("model"))
+from tests.serve.scripted import ScriptedQueue, client, decision, error, layout
 
 
 def test_what_the_launcher_says_is_shown(info: ServeInfo) -> None:
