@@ -21,7 +21,7 @@ def attend(service: Service, console: Console) -> None:
 
     The first SIGTERM or Ctrl-C lets the servers finish running requests; a second Ctrl-C does not.
     SIGHUP has the hosts file read again, or counts as SIGTERM if the terminal was closed. A signal
-    that this process ignores stays ignored.
+    that this process ignores ends nothing.
 
     Raises:
         KeyboardInterrupt: on the second Ctrl-C.
@@ -80,17 +80,18 @@ def _draining(service: Service) -> Iterator[None]:
         asked.append(number)
         service.drain()
 
-    had_terminal = _has_terminal()
+    # Under nohup, a closed terminal ends nothing; `dance-jax hosts` sends the signal all the same.
+    minds_terminal = _has_terminal() and not ignored(signal.SIGHUP)
 
     def hang_up(number: int, frame: types.FrameType | None) -> None:
-        if had_terminal and not _has_terminal():
+        if minds_terminal and not _has_terminal():
             service.drain()
         else:
             service.reload()
 
     with (
         _handlers((signal.SIGINT, signal.SIGTERM), drain),
-        _handlers((signal.SIGHUP,), hang_up),
+        _handlers((signal.SIGHUP,), hang_up, even_if_ignored=True),
     ):
         yield
 
@@ -105,8 +106,10 @@ def _has_terminal() -> bool:
 
 
 @contextmanager
-def _handlers(numbers: Sequence[signal.Signals], handler: object) -> Iterator[None]:
-    heard = [number for number in numbers if not ignored(number)]
+def _handlers(
+    numbers: Sequence[signal.Signals], handler: object, even_if_ignored: bool = False
+) -> Iterator[None]:
+    heard = [number for number in numbers if even_if_ignored or not ignored(number)]
     before = {number: signal.signal(number, handler) for number in heard}  # type: ignore
     try:
         yield

@@ -19,6 +19,8 @@ from dance_jax.launch.cluster.succession import InUse, launcher_pid, sole_launch
 from dance_jax.launch.planning.defaults import default_platform
 from dance_jax.launch.planning.hosts import read_hosts
 
+#: Seconds for the launcher to begin with a change.
+BEGIN_S = 60.0
 #: Precedes the line of a server that was taken out with `drain`.
 DRAINED = "# drained: "
 
@@ -148,7 +150,7 @@ def _applied(state_dir: pathlib.Path) -> bool:
 
 def _lines(log: pathlib.Path, state_dir: pathlib.Path) -> Iterator[str]:
     """The lines of a change's log as they are written, up to the last."""
-    shown = 0
+    shown, deadline = 0, time.monotonic() + BEGIN_S
     while True:
         lines = log.read_text().splitlines(keepends=True) if log.exists() else []
         for line in lines[shown:]:
@@ -160,4 +162,6 @@ def _lines(log: pathlib.Path, state_dir: pathlib.Path) -> Iterator[str]:
                 return
         if not _serves(state_dir):
             raise UserError("the launcher has ended")
+        if not shown and time.monotonic() > deadline:
+            raise UserError(f"the launcher has not begun with the change within {BEGIN_S:g} s")
         time.sleep(running.LOOK_S)
