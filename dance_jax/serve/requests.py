@@ -32,7 +32,7 @@ MAX_STOP_CHARS = 1024
 MAX_STOP_TOKENS = 128
 
 
-#: Values that say nothing.
+#: Values that mean the same as leaving the field out.
 _EMPTY = (None, "", [], {})
 
 

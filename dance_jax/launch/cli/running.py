@@ -23,7 +23,7 @@ def parser(prog: str, description: str) -> argparse.ArgumentParser:
 
 
 def existing(text: str) -> pathlib.Path:
-    """A directory that there is."""
+    """The type of an argument that names an existing directory."""
     path = pathlib.Path(text)
     if not path.is_dir():
         raise argparse.ArgumentTypeError(f"{text}: no such directory")
