@@ -1,7 +1,7 @@
 """Conversations as texts: messages in the form that a chat template expects, and none dropped.
 
 Messages are handed over as transformers and vLLM do. Templates differ in what they want, so what a
-template makes of a conversation is looked at.
+template makes of each form of a conversation is looked at (`forms`).
 """
 
 from __future__ import annotations
@@ -19,6 +19,12 @@ from dance_jax.config import UserError
 from dance_jax.models.chat_template import ChatTemplate, TemplateRefusal
 
 Message = dict[str, Any]
+
+#: Names under which clients send what an assistant thought; templates read the first or the second.
+_THOUGHT = ("reasoning_content", "thinking", "reasoning")
+#: A key of every part of content. A text with it shows the list itself instead of its texts. It is
+#: random, so that no message has it.
+_MARK = f"part-{secrets.token_hex(8)}"
 
 
 class Conversation:
@@ -45,24 +51,29 @@ class Conversation:
             UserError: a message is wrong.
             TemplateFailure: the template gives no text for the messages, or drops one of them.
         """
-        given = normalised(messages)
-        if not self._template.mentions("developer"):
-            # OpenAI's newer name of the role that templates know as system.
-            roles = {"developer": "system"}
-            given = [each | {"role": roles.get(each["role"], each["role"])} for each in given]
-        text, given = self._rendered(given, names)
-        dropped = self._dropped(text, given, names)
-        if dropped is not None:
-            # Some templates show content only if it is a list of parts.
-            with contextlib.suppress(TemplateRefusal):
-                parts = with_content_as_parts(given)
-                of_parts = self._render(parts, names)
-                if self._dropped(of_parts, parts, names) is None:
-                    text, given, dropped = of_parts, parts, None
-        if dropped is not None:
-            role = messages[dropped]["role"]
-            raise self._refusal(f"it drops messages[{dropped}], whose role is {role!r}")
-        return self._cut(text, given, names) if continue_final_message else text
+        text, form = self._best(messages, names)
+        return self._cut(text, form, names) if continue_final_message else text
+
+    def _best(
+        self, messages: Sequence[Message], names: dict[str, Any]
+    ) -> tuple[str, list[Message]]:
+        """The text of the first form that is shown whole, and that form."""
+        failure, without_calls = None, None
+        for form in forms(messages, self._template.mentions("developer")):
+            try:
+                text = self._render(form, names)
+                self._check_whole(text, form, messages, names)
+            except TemplateRefusal as refusal:
+                # Of parts, a template that wants text may tell only that their type is wrong.
+                failure = failure or (None if has_parts(form) else refusal)
+                continue
+            if shows_calls(text, form):
+                return text, form
+            without_calls = without_calls or (text, form)
+        if without_calls is None:
+            assert failure is not None
+            raise failure
+        return without_calls
 
     def _render(self, messages: Sequence[Message], names: dict[str, Any]) -> str:
         return self._template.render(names | {"messages": [*messages]})
@@ -70,35 +81,49 @@ class Conversation:
     def _refusal(self, reason: str) -> TemplateRefusal:
         return TemplateRefusal(self._template.where, reason)
 
-    def _rendered(
-        self, messages: list[Message], names: dict[str, Any]
-    ) -> tuple[str, list[Message]]:
-        """The text, and the messages in the form that the template can handle."""
-        try:
-            return self._render(messages, names), messages
-        except TemplateRefusal as refusal:
-            if not has_calls(messages):
-                raise
-            as_text = with_arguments_as_text(messages)
-            try:
-                return self._render(as_text, names), as_text
-            except TemplateRefusal:
-                raise refusal from None
+    def _check_whole(
+        self,
+        text: str,
+        form: Sequence[Message],
+        messages: Sequence[Message],
+        names: dict[str, Any],
+    ) -> None:
+        """Check that a text shows all messages."""
+        if _MARK in text:
+            raise self._refusal("it takes content as text only")
+        for number in range(len(form)):
+            if self._is_dropped(text, form, number, names):
+                role = messages[number]["role"]
+                raise self._refusal(f"it drops messages[{number}], whose role is {role!r}")
 
-    def _dropped(self, text: str, messages: Sequence[Message], names: dict[str, Any]) -> int | None:
-        """Number of a message whose content has no effect on the text; None if all have.
+    def _is_dropped(
+        self, text: str, form: Sequence[Message], number: int, names: dict[str, Any]
+    ) -> bool:
+        """Whether the content of a message has no effect on the text.
 
-        Assistants' are not looked at: templates may leave out what they thought.
+        Text of assistants is not looked at: templates may leave out what they thought.
         """
-        for number, message in enumerate(messages):
-            content = text_of(message)
-            if message["role"] == "assistant" or not content.strip() or content in text:
-                continue
-            # It looks at the content if it refuses another one.
-            with contextlib.suppress(TemplateRefusal):
-                if self._render(with_change(messages, number, "x", "x"), names) == text:
-                    return number
-        return None
+        message, content = form[number], text_of(form[number])
+        if message["role"] == "assistant" and not has_parts([message]):
+            return False
+        if not content.strip() or content in text or self._has_effect(text, form, number, names):
+            return False
+        # Mistral's templates show the system's message only if a user's message comes last.
+        question = up_to_user(form)
+        if not number < len(question) < len(form):
+            return True
+        with contextlib.suppress(TemplateRefusal):
+            return not self._has_effect(self._render(question, names), question, number, names)
+        return True
+
+    def _has_effect(
+        self, text: str, form: Sequence[Message], number: int, names: dict[str, Any]
+    ) -> bool:
+        """Whether other content of a message makes another text."""
+        try:
+            return self._render(with_change(form, number, "x", "x"), names) != text
+        except TemplateRefusal:
+            return True  # The template looks at the content if it refuses another one.
 
     def _cut(self, text: str, messages: Sequence[Message], names: dict[str, Any]) -> str:
         """A rendered text up to the end of its last message's content."""
@@ -113,8 +138,42 @@ class Conversation:
         raise self._refusal("it does not show the end of the last message")
 
 
+def forms(messages: Sequence[Message], has_developer: bool) -> Iterator[list[Message]]:
+    """The forms of messages that templates want, the usual one first.
+
+    Args:
+        messages: with the fields of OpenAI's API.
+        has_developer: the template knows developers, OpenAI's newer name of the system.
+
+    Raises:
+        UserError: a message is wrong.
+    """
+    given = normalised(messages)
+    if not has_developer:
+        roles = {"developer": "system"}
+        given = [each | {"role": roles.get(each["role"], each["role"])} for each in given]
+    yield from _forms_of(given, messages)
+    if (shorter := without_thoughts_beside_text(given)) != given:
+        yield from _forms_of(shorter, messages)
+
+
+def _forms_of(given: list[Message], messages: Sequence[Message]) -> Iterator[list[Message]]:
+    texts = with_content_as_text(given)
+    for contents in [given] * has_parts(given) + [texts, with_content_as_parts(texts)]:
+        yield contents
+        if not has_calls(given):
+            continue
+        yield with_arguments_as_text(contents, messages)
+        nulls = with_null_content(contents)
+        yield nulls
+        yield with_arguments_as_text(nulls, messages)
+
+
 def normalised(messages: Sequence[Message]) -> list[Message]:
-    """Copies of messages for a template: content is text, and arguments of calls are objects.
+    """Copies of messages for a template.
+
+    Content is text or a list of parts, arguments of calls are objects, fields that are null are
+    left out, and what an assistant thought has the names that templates read.
 
     Args:
         messages: with the fields of OpenAI's API.
@@ -125,10 +184,11 @@ def normalised(messages: Sequence[Message]) -> list[Message]:
     made = []
     for number, message in enumerate(messages):
         where = f"messages[{number}]"
-        fields = {name: value for name, value in message.items() if name != "tool_calls" or value}
-        fields["content"] = _text(message.get("content"), f"{where}.content")
-        if "tool_calls" in fields:
-            fields["tool_calls"] = copy.deepcopy(fields["tool_calls"])
+        fields = {name: value for name, value in message.items() if value is not None}
+        fields["content"] = _content(message.get("content"), f"{where}.content")
+        if not fields.get("tool_calls"):
+            fields.pop("tool_calls", None)
+        fields = _with_thought(copy.deepcopy(fields))
         for call, function in _functions([fields]):
             arguments = function.get("arguments")
             function["arguments"] = _parsed(
@@ -138,11 +198,20 @@ def normalised(messages: Sequence[Message]) -> list[Message]:
     return made
 
 
-def with_arguments_as_text(messages: Sequence[Message]) -> list[Message]:
-    """Normalised messages for templates that want the arguments of calls as text."""
+def with_arguments_as_text(messages: Sequence[Message], given: Sequence[Message]) -> list[Message]:
+    """Normalised messages for templates that want the arguments of calls as text.
+
+    Args:
+        messages: normalised.
+        given: the same messages with the fields of OpenAI's API.
+    """
     made = [*copy.deepcopy(messages)]
-    for _, function in _functions(made):
-        function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
+    for (_, function), (_, original) in zip(_functions(made), _functions(given), strict=True):
+        text = original.get("arguments")
+        is_object = isinstance(text, str) and text.strip().startswith("{")
+        function["arguments"] = (
+            text if is_object else json.dumps(function["arguments"], ensure_ascii=False)
+        )
     return made
 
 
@@ -151,33 +220,78 @@ def has_calls(messages: Sequence[Message]) -> bool:
     return any(True for _ in _functions(messages))
 
 
-def with_content_as_parts(messages: Sequence[Message]) -> list[Message]:
-    """Normalised messages for templates that want content as a list of parts."""
+def has_parts(messages: Sequence[Message]) -> bool:
+    """Whether the content of any normalised message is a list of parts."""
+    return any(isinstance(each["content"], list) for each in messages)
+
+
+def shows_calls(text: str, messages: Sequence[Message]) -> bool:
+    """Whether the names of all functions that messages call are in a text."""
+    names = (function.get("name") for _, function in _functions(messages))
+    return all(name in text for name in names if isinstance(name, str))
+
+
+def with_null_content(messages: Sequence[Message]) -> list[Message]:
+    """Normalised messages for templates that show calls only if the content is null."""
     return [
-        each | {"content": [{"type": "text", "text": each["content"]}]}
-        if isinstance(each["content"], str)
+        each | {"content": None} if has_calls([each]) and not each["content"] else each
+        for each in messages
+    ]
+
+
+def without_thoughts_beside_text(messages: list[Message]) -> list[Message]:
+    """Normalised messages for templates that take calls with thoughts or with text, not with both.
+
+    gpt-oss writes both, and its template refuses them.
+    """
+    return [
+        {name: value for name, value in each.items() if name not in _THOUGHT}
+        if has_calls([each]) and text_of(each)
         else each
         for each in messages
     ]
 
 
+def with_content_as_text(messages: Sequence[Message]) -> list[Message]:
+    """Normalised messages for templates that want content as text."""
+    return [each | {"content": text_of(each)} for each in messages]
+
+
+def with_content_as_parts(messages: Sequence[Message]) -> list[Message]:
+    """Normalised messages for templates that want content as a list of parts."""
+    return [each | {"content": [_part(text_of(each))]} for each in messages]
+
+
 def with_change(messages: Sequence[Message], number: int, before: str, after: str) -> list[Message]:
     """Normalised messages, one of them with other text before and after its content."""
-    content = messages[number]["content"]
-    text = content if isinstance(content, str) else content[0]["text"]
-    changed = f"{before}{text}{after}"
-    new = changed if isinstance(content, str) else [{"type": "text", "text": changed}]
+    content = messages[number]["content"] or ""
+    if isinstance(content, str):
+        new: Any = f"{before}{content}{after}"
+    else:
+        first, *rest = [part["text"] for part in content]
+        *rest, last = before + first, *rest
+        new = [_part(text) for text in (*rest, last + after)]
     return [*messages[:number], messages[number] | {"content": new}, *messages[number + 1 :]]
 
 
+def up_to_user(messages: Sequence[Message]) -> Sequence[Message]:
+    """Messages up to the last one of a user; all if there is none."""
+    users = [number for number, each in enumerate(messages) if each["role"] == "user"]
+    return messages[: users[-1] + 1] if users else messages
+
+
 def text_of(message: Message) -> str:
-    """The text of a normalised message's content, in either form."""
-    content = message["content"]
-    return content if isinstance(content, str) else content[0]["text"]
+    """The text of a normalised message's content, in any form."""
+    content = message["content"] or ""
+    return content if isinstance(content, str) else "\n".join(part["text"] for part in content)
 
 
-def _text(content: Any, where: str) -> str:
-    if content is None:
+def _part(text: str) -> dict[str, str]:
+    return {"type": "text", "text": text, _MARK: ""}
+
+
+def _content(content: Any, where: str) -> str | list[dict[str, str]]:
+    if content is None or content == []:
         return ""
     if isinstance(content, str):
         return content
@@ -185,8 +299,16 @@ def _text(content: Any, where: str) -> str:
         parts = [part.get("text") if isinstance(part, dict) else part for part in content]
         texts = [part for part in parts if isinstance(part, str)]
         if len(texts) == len(parts):
-            return "\n".join(texts)
+            return [_part(text) for text in texts]
     raise UserError(f"{where}: must be text")
+
+
+def _with_thought(message: Message) -> Message:
+    """A message with what the assistant thought under the names that templates read."""
+    thought = next((message[name] for name in _THOUGHT if name in message), None)
+    if thought is None:
+        return message
+    return {"thinking": thought, **message, "reasoning_content": thought}
 
 
 def _functions(messages: Sequence[Message]) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -42,6 +42,8 @@ class Tokenizer:
             for name in _SPECIAL
             if settings.get(name)
         }
+        #: The chat template's source; None if the model has none.
+        self.template = template
         self._conversation = (
             None if template is None else Conversation(ChatTemplate(template, where))
         )
@@ -134,6 +136,10 @@ class Tokenizer:
     def decode(self, token_ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Decode tokens to text; bytes that are not valid UTF-8 become U+FFFD."""
         return self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+
+    def to_json(self) -> str:
+        """The tokenizer in the form of tokenizer.json."""
+        return self._backend.to_str()
 
     def chat_text(
         self,

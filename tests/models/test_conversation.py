@@ -58,6 +58,43 @@ def test_arguments_of_calls(directory: pathlib.Path, calls: str) -> None:
     assert isinstance(HISTORY[1]["tool_calls"][0]["function"]["arguments"], str)
 
 
+def test_text_of_arguments_stays_as_it_is(directory: pathlib.Path) -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": '{"a":1.0,"b":"\\u00e9"}'}}
+    message = {"role": "assistant", "content": None, "tool_calls": [call]}
+    template = TEMPLATE.replace("CALLS", "{{ '' + c.function.arguments }}")
+    text = with_template(directory, template).chat_text([message])
+    assert text == '[assistant]f {"a":1.0,"b":"\\u00e9"}[assistant]'
+
+
+@pytest.mark.parametrize("content", [None, ""])
+def test_calls_that_are_shown_beside_null_content_alone(
+    directory: pathlib.Path, content: str | None
+) -> None:
+    template = TEMPLATE.replace("m.tool_calls or []", "(m.tool_calls if m.content is none) or []")
+    template = template.replace("{{ m.content }}", "{{ m.content or '' }}")
+    template = template.replace("CALLS", "{{ c.function.arguments | tojson }}")
+    text = with_template(directory, template).chat_text([HISTORY[1] | {"content": content}])
+    assert text == '[assistant]f {"city": "Öst"}[assistant]'
+
+
+def test_calls_that_a_template_does_not_show(directory: pathlib.Path) -> None:
+    template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    assert with_template(directory, template).chat_text(HISTORY) == "[user]w?[assistant][tool]5"
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "thinking", "reasoning"])
+def test_names_of_what_was_thought(directory: pathlib.Path, name: str) -> None:
+    message = {"role": "assistant", "content": "", "reasoning_content": None, name: "hm"}
+    template = "{{ messages[0].reasoning_content }} {{ messages[0].thinking }}"
+    assert with_template(directory, template).chat_text([message]) == "hm hm"
+
+
+def test_null_fields_are_left_out(directory: pathlib.Path) -> None:
+    message = {"role": "user", "content": None, "name": None, "tool_calls": None}
+    template = "{% for name in messages[0] %}{{ name }} {% endfor %}"
+    assert with_template(directory, template).chat_text([message]) == "role content "
+
+
 def test_what_is_not_json_is_named(directory: pathlib.Path) -> None:
     wrong = ("{city", "[" * 5000 + "]" * 5000, '{"a": NaN}', '{"a": "\\ud800"}', "[1]", "5", 5)
     for arguments in wrong:
@@ -81,6 +118,47 @@ def test_no_message_vanishes(directory: pathlib.Path) -> None:
         tokenizer.chat_text(HISTORY)
     with pytest.raises(UserError, match=r"drops messages\[0\], whose role is 'developer'"):
         tokenizer.chat_text([{"role": "developer", "content": "be kind"}, *HISTORY[:1]])
+
+
+def test_a_system_may_be_shown_to_users_alone(directory: pathlib.Path) -> None:
+    """Mistral's templates leave it out where a result of a tool comes last."""
+    template = (
+        "{% for m in messages if m.role != 'system' %}"
+        "{% if loop.last and m.role == 'user' %}{{ messages[0].content }} {% endif %}"
+        "{{ m.content }}{% endfor %}"
+    )
+    tokenizer = with_template(directory, template)
+    system = {"role": "system", "content": "be kind"}
+    assert tokenizer.chat_text([system, *HISTORY[:1]]) == "be kind w?"
+    assert tokenizer.chat_text([system, *HISTORY]) == "w?5"
+    with pytest.raises(UserError, match=r"drops messages\[2\], whose role is 'system'"):
+        tokenizer.chat_text([system, *HISTORY[:1], system | {"content": "be brief"}])
+
+
+@pytest.mark.parametrize(
+    ("shown", "expected"),
+    [
+        ("{{ m.content }}", "a\nb"),
+        ("{{ m.content | tojson }}", '"a\\nb"'),
+        ("{{ m.content + '!' }}", "a\nb!"),
+        ("{% if m.content is string %}{{ m.content }}{% endif %}", "a\nb"),
+        ("{% for p in m.content %}{{ p.text }}-{% endfor %}", "a-b-"),
+        ("{% for p in m.content %}{{ p['text'] | trim + ' ' }}{% endfor %}", "a b "),
+    ],
+)
+@pytest.mark.parametrize("role", ["user", "assistant"])
+def test_parts_of_content(directory: pathlib.Path, role: str, shown: str, expected: str) -> None:
+    """A template that takes parts gets them as they came; others get their texts in lines."""
+    content = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    tokenizer = with_template(directory, "{% for m in messages %}" + shown + "{% endfor %}")
+    assert tokenizer.chat_text([{"role": role, "content": content}]) == expected
+
+
+def test_the_reason_is_that_of_text(directory: pathlib.Path) -> None:
+    template = "{{ messages[0].content + '' }}{{ raise_exception('too kind') }}"
+    message = {"role": "user", "content": [{"type": "text", "text": "a"}]}
+    with pytest.raises(UserError, match="too kind"):
+        with_template(directory, template).chat_text([message])
 
 
 @pytest.mark.parametrize(
@@ -128,10 +206,11 @@ def test_developers_are_the_system_of_older_templates(directory: pathlib.Path) -
         ("{{ m.content | trim }}", "Once upon ", "[user]w?[assistant]Once upon"),
         ("{{ m.content }}</s>", "w?", "[user]w?</s>[assistant]w?"),
         ("{{ m.content }}<|im_end|>", "end", "[user]w?<|im_end|>[assistant]end"),
+        ("{{ m.content }}</s>", [{"type": "text", "text": "a "}], "[user]w?</s>[assistant]a "),
     ],
 )
 def test_an_answer_goes_on(
-    directory: pathlib.Path, shown: str, content: str, expected: str
+    directory: pathlib.Path, shown: str, content: Any, expected: str
 ) -> None:
     template = "{% for m in messages %}[{{ m.role }}]" + shown + "{% endfor %}"
     messages = [*HISTORY[:1], {"role": "assistant", "content": content}]
