@@ -7,14 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dance_jax.engine.sequence import RequestOutput, SamplingParams
+    from dance_jax.engine.structured import StructuredOutputsParams
     from dance_jax.llm import LLM
 
-__all__ = ["LLM", "RequestOutput", "SamplingParams"]
+__all__ = ["LLM", "RequestOutput", "SamplingParams", "StructuredOutputsParams"]
 
 _HOME = {
     "LLM": "dance_jax.llm",
     "RequestOutput": "dance_jax.engine.sequence",
     "SamplingParams": "dance_jax.engine.sequence",
+    "StructuredOutputsParams": "dance_jax.engine.structured",
 }
 
 

@@ -203,6 +203,8 @@ class LLM:
         progress: bool | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        tools: Sequence[dict[str, Any]] | None = None,
+        documents: Sequence[dict[str, Any]] | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """Answer conversations through the model's chat template; otherwise as `generate`.
@@ -214,6 +216,9 @@ class LLM:
             progress: as for `generate`.
             add_generation_prompt: end the prompt with the beginning of an answer.
             continue_final_message: the answer goes on where the last message ends.
+            tools: functions that the model may call, in the form of OpenAI's API. Calls are in the
+                text, as the model writes them; `dance_jax.serve.parsers` reads them.
+            documents: texts for templates that take some.
             chat_template_kwargs: more variables for the template.
 
         Raises:
@@ -223,6 +228,11 @@ class LLM:
         reserved = {"messages", "add_generation_prompt", "continue_final_message"}
         if wrong := reserved & {*(chat_template_kwargs or {})}:
             raise UserError(f"chat_template_kwargs: cannot have {', '.join(sorted(wrong))}")
+        if tools and "tools" not in (self.tokenizer.template or ""):
+            raise UserError("tools: the model's chat template has no tools")
+        given = {"tools": tools, "documents": documents}
+        variables = {name: [*value] for name, value in given.items() if value}
+        variables |= chat_template_kwargs or {}
         single = bool(messages) and isinstance(messages[0], dict)
         conversations: Sequence[Any] = [messages] if single else messages
         encoded = []
@@ -232,7 +242,7 @@ class LLM:
                 conversation,
                 add_generation_prompt,
                 continue_final_message,
-                **(chat_template_kwargs or {}),
+                **variables,
             )
             encoded.append((text, self.tokenizer.encode(text, add_special_tokens=False)))
         return self._run(encoded, sampling_params, server, progress)
@@ -258,15 +268,19 @@ class LLM:
         params = _one_each("sampling_params", params, SamplingParams, len(prompts))
         # Copies, which are checked anew: fields may have changed since they were checked.
         params = [msgspec.structs.replace(each) for each in params]
+        for structure in {id(s): s for p in params if (s := p.structured_outputs)}.values():
+            structure.check()
+        room = self.config.max_model_len
         with self._lock:
             if not self._finalizer.alive:
                 raise RuntimeError("this LLM is closed")
             ranks = self._ranks(_one_each("server", server, str, len(prompts)))
             requests = []
-            for prompt, each in zip(prompts, params, strict=True):
+            for (text, ids), each in zip(prompts, params, strict=True):
                 if each.seed is None:
                     each.seed = next(self._seeds)
-                requests.append(Request(str(next(self._numbers)), *prompt, each))
+                name, ids = str(next(self._numbers)), each.truncated(ids, room)
+                requests.append(Request(name, text, ids, each))
             outputs = {request.request_id: RequestOutput.of(request) for request in requests}
             show = self._show if progress is None else progress
             with (

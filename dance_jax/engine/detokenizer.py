@@ -18,7 +18,11 @@ _PATIENCE = 4
 class Decoder(Protocol):
     """Any tokenizer, byte-level BPE or SentencePiece with byte fallback."""
 
-    def decode(self, ids: list[int], /) -> str: ...
+    def decode(self, ids: list[int], /, skip_special_tokens: bool = True) -> str: ...
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
+
+    def to_json(self) -> str: ...
 
 
 class Detokenizer:
@@ -34,6 +38,8 @@ class Detokenizer:
         prompt_token_ids: the tokens that the output continues.
         stop: stop strings, each non-empty.
         min_tokens: a stop string that is complete within this many tokens is ignored.
+        keep_stop: whether the stop string that ends the text is part of it.
+        skip_special_tokens: whether special tokens are left out.
     """
 
     def __init__(
@@ -42,8 +48,12 @@ class Detokenizer:
         prompt_token_ids: Sequence[int] = (),
         stop: Sequence[str] = (),
         min_tokens: int = 0,
+        keep_stop: bool = False,
+        skip_special_tokens: bool = True,
     ) -> None:
         self._decoder = decoder
+        self._skips = skip_special_tokens
+        self._keep_stop = keep_stop
         self._stop = tuple(stop)
         self._min_tokens = min_tokens
         self._num_tokens = 0
@@ -69,7 +79,7 @@ class Detokenizer:
 
     def _decode(self) -> str:
         """The window's new whole characters."""
-        text = self._decoder.decode(self._window)
+        text = self._text(self._window)
         # Byte-level decoders write one U+FFFD for an open character. Byte fallback writes one for
         # every byte, even for those of whole characters just before the open one.
         whole = text.rstrip(_OPEN)
@@ -85,8 +95,11 @@ class Detokenizer:
         # Only the last U+FFFD can still become a character; it lies within the last tokens.
         new = text[len(self._read) : -1]
         self._window, self._idle = self._window[-_PATIENCE:], 0
-        self._read = self._decoder.decode(self._window)[:-1]
+        self._read = self._text(self._window)[:-1]
         return new
+
+    def _text(self, tokens: list[int]) -> str:
+        return self._decoder.decode(tokens, skip_special_tokens=self._skips)
 
     def _context(self, tokens: list[int]) -> tuple[list[int], str]:
         """The fewest last tokens whose text has a whole character, and that text.
@@ -95,7 +108,7 @@ class Detokenizer:
         tokens does not change that.
         """
         for count in range(1, len(tokens) + 1):
-            whole = self._decoder.decode(tokens[-count:]).rstrip(_OPEN)
+            whole = self._text(tokens[-count:]).rstrip(_OPEN)
             if whole:
                 return tokens[-count:], whole
         return [], ""
@@ -115,7 +128,7 @@ class Detokenizer:
             if found:
                 at, self.stopped_by = min(found, key=lambda place: place[0])
                 self._held = ""
-                return text[:at]
+                return text[: at + len(self.stopped_by) * self._keep_stop]
         keep = max(_overlap(text, stop) for stop in self._stop)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]

@@ -19,7 +19,7 @@ from dance_jax.engine.output import RequestTracker
 from dance_jax.engine.report import STEP_SIZES, EngineReport, EngineStats
 from dance_jax.engine.route_sample import RouteSample
 from dance_jax.engine.runner import Runner
-from dance_jax.engine.scheduler import Scheduler, StepPlan
+from dance_jax.engine.scheduler import Row, Scheduler, StepPlan
 from dance_jax.engine.sequence import OutputDelta, Request, Sequence
 from dance_jax.engine.staging import Experts, Staging
 from dance_jax.engine.stalls import Stalls
@@ -268,6 +268,7 @@ class Engine:
         failed = self._failed(plan, outcomes, extras)
         self.scheduler.commit(plan, failed)
         outputs, self._pending = self._pending, []
+        self._score_prompts(plan, extras, failed)
         outputs += self._sampled(plan, outcomes, extras, failed)
         self._record(plan.without(failed), outcomes[0], extras)
         applied = 0 if self.alone else int(outcomes[0].crossed.loaded)
@@ -447,6 +448,9 @@ class Engine:
             peers=list(totals.peers),
             failed_sequences=scheduler.failures,
             stalled=scheduler.stalled,
+            masks=self.runner.masks.count,
+            mask_seconds=self.runner.masks.seconds,
+            mask_wait_seconds=self.runner.masks.waited_s,
             experts_resident=resident,
             spare_slots=len(self.runner.devices) * slots - resident,
             step_seconds=self.clock.seconds(),
@@ -455,6 +459,27 @@ class Engine:
             bucket_steps={f"{rows}+{more}": n for (rows, more), n in self._bucket_steps.items()},
             **self._measured(),
         )
+
+    def _score_prompts(self, plan: StepPlan, extras: Extras, failed: list[Sequence]) -> None:
+        """Keep the logprobs of the step's prompt tokens that are wanted."""
+        if extras.scores is None:
+            return
+        devices = zip(*(self.runner.read(leaf) for leaf in extras.scores), strict=True)
+        for rows, scores in zip(plan.without(failed).entries, devices, strict=True):
+            for row in rows:
+                self._score_row(row, token_slice(plan.bucket, self.config, row).start, scores)
+
+    def _score_row(self, row: Row, begin: int, scores: tuple[np.ndarray, ...]) -> None:
+        """Keep the logprobs of the prompt tokens after those of a row, which begins at `begin`."""
+        sequence, most = row.sequence, row.sequence.params.prompt_logprobs
+        if sequence.prompt_logprobs is None or most is None:
+            return
+        last = len(sequence.prompt_token_ids) - 1
+        for n, position in enumerate(range(row.start, min(row.start + len(row.tokens), last))):
+            token, logprob, rank, *top = (leaf[begin + n].tolist() for leaf in scores)
+            sequence.prompt_logprobs[position + 1] = self.tracker.logprobs(
+                token, logprob, rank, zip(*top, strict=True), most
+            )
 
     def _sampled(
         self, plan: StepPlan, outcomes: list[Outcome], extras: Extras, failed: list[Sequence]
@@ -472,13 +497,17 @@ class Engine:
                 alternatives = ()
                 if most_likely is not None and row.sequence.params.logprobs is not None:
                     alternatives = zip(*(part[place].tolist() for part in most_likely), strict=True)
-                delta = self.tracker.append(
-                    row.sequence,
-                    int(outcome.token[place]),
-                    float(outcome.logprob[place]),
-                    int(outcome.rank[place]),
-                    alternatives,
-                )
+                error = row.sequence.error
+                if error is not None:
+                    delta = self.tracker.end(row.sequence, "error", error)
+                else:
+                    delta = self.tracker.append(
+                        row.sequence,
+                        int(outcome.token[place]),
+                        float(outcome.logprob[place]),
+                        int(outcome.rank[place]),
+                        alternatives,
+                    )
                 if delta.finish_reason is not None:
                     self.scheduler.finish(row.sequence)
                 yield delta

@@ -7,9 +7,9 @@ import itertools
 import time
 from collections.abc import Iterable
 
+from dance_jax.engine.allowed import Allowed
 from dance_jax.engine.detokenizer import Decoder, Detokenizer
 from dance_jax.engine.sequence import (
-    MAX_STOP_IDS,
     FinishReason,
     Logprob,
     OutputDelta,
@@ -20,6 +20,7 @@ from dance_jax.engine.sequence import (
     request_seeds,
     sample_seed,
 )
+from dance_jax.engine.structured import Structure, Structures
 
 
 @dataclasses.dataclass(slots=True)
@@ -56,6 +57,7 @@ class RequestTracker:
         self._vocab_size = vocab_size
         self._eos = tuple(eos_token_ids)
         self._seeds = request_seeds(seed, rank)
+        self._structures = Structures(decoder, vocab_size, self._eos)
         self._open: dict[str, _Open] = {}
 
     def open(self, request: Request) -> tuple[list[Sequence], list[OutputDelta]]:
@@ -77,6 +79,7 @@ class RequestTracker:
         params = request.params
         room = self._max_model_len - len(request.prompt_token_ids)
         ends = self._ends(params)
+        bad_words = self._bad_words(params)
         stop_ids = frozenset((params.stop_token_ids or ()) if params.ignore_eos else ends)
         seed = next(self._seeds) if params.seed is None else params.seed
         sequences = [
@@ -85,11 +88,12 @@ class RequestTracker:
                 index=index,
                 prompt_token_ids=request.prompt_token_ids,
                 params=params,
-                max_tokens=min(params.max_tokens or room, room),
+                max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
                 seed=sample_seed(seed, index),
                 stop_ids=stop_ids,
-                # As in vLLM, EOS is held back even if it is ignored.
-                held_back_ids=ends if params.min_tokens else (),
+                allowed=self._allowed(params, ends, bad_words, resumed),
+                # Given out with the first token, so only once.
+                prompt_logprobs=None if params.prompt_logprobs is None or resumed else {},
                 output_token_ids=list(resumed),
                 client=request.client,
             )
@@ -101,11 +105,47 @@ class RequestTracker:
         )
         return sequences, []
 
+    def _allowed(
+        self,
+        params: SamplingParams,
+        ends: tuple[int, ...],
+        bad_words: list[list[int]],
+        output: list[int],
+    ) -> Allowed | None:
+        """The tokens that a sample may have after its output so far; None for all."""
+        only, structured = params.allowed_token_ids, params.structured_outputs
+        if not (only or bad_words or params.min_tokens or structured):
+            return None
+        structure = None
+        if structured is not None:
+            structure = Structure(
+                self._structures.matcher(structured), structured.begins_after, self._piece, output
+            )
+        # As in vLLM, EOS is held back even if it is ignored.
+        return Allowed(self._vocab_size, only or (), bad_words, ends, params.min_tokens, structure)
+
+    def _piece(self, token: int) -> str:
+        return self._decoder.decode([token], skip_special_tokens=False)
+
+    def _bad_words(self, params: SamplingParams) -> list[list[int]]:
+        """The runs of tokens that bad_words exclude, as in vLLM."""
+        runs = []
+        for word in params.bad_words or ():
+            plain = self._decoder.encode(word, add_special_tokens=False)
+            spaced = self._decoder.encode(f" {word.lstrip()}", add_special_tokens=False)
+            runs += [run for run in (plain, spaced) if run and run not in runs]
+        return runs
+
     def _detokenizer(self, sequence: Sequence) -> Detokenizer:
         """A detokenizer for a sample, advanced past the output tokens that the sample has."""
         params = sequence.params
         detokenizer = Detokenizer(
-            self._decoder, sequence.prompt_token_ids, params.stop_strings, params.min_tokens
+            self._decoder,
+            sequence.prompt_token_ids,
+            params.stop_strings,
+            params.min_tokens,
+            params.include_stop_str_in_output,
+            params.skip_special_tokens,
         )
         for token in sequence.output_token_ids:
             detokenizer.append(token)
@@ -139,32 +179,36 @@ class RequestTracker:
         first = opened.metrics.first_token_time is None
         if first:
             opened.metrics.first_token_time = now
-        sequence.output_token_ids.append(token)
         params = sequence.params
         delta = OutputDelta(
             sequence.request_id,
             sequence.index,
-            token_ids=[token],
-            logprob=logprob,
+            prompt_logprobs=self._prompt_logprobs(sequence),
             metrics=opened.metrics if first else None,
         )
+        if not sequence.max_tokens:
+            delta.finish_reason = "length"
+            self._close(sequence, opened, delta, now)
+            return delta
+        sequence.output_token_ids.append(token)
+        delta.token_ids, delta.logprob = [token], logprob
         if params.logprobs is not None:
-            found = {token: (logprob, rank)}
-            for place, (other, each) in enumerate(itertools.islice(top, params.logprobs), 1):
-                found.setdefault(other, (each, place))
-            delta.logprobs = [
-                {each: Logprob(*what, self._decoder.decode([each])) for each, what in found.items()}
-            ]
+            delta.logprobs = [self.logprobs(token, logprob, rank, top, params.logprobs)]
+        if sequence.structure is not None:
+            sequence.structure.append(token)
         count = len(sequence.output_token_ids)
         detokenizer = opened.detokenizers[sequence.index]
         if count >= params.min_tokens and token in sequence.stop_ids:
-            # The token that ends the output is not part of the text.
+            if params.include_stop_str_in_output:
+                delta.text = detokenizer.append(token)
             delta.finish_reason = "stop"
             is_eos = token in self._eos and not params.ignore_eos
             delta.stop_reason = None if is_eos else token
         else:
             delta.text = detokenizer.append(token)
-            if detokenizer.stopped_by is None and count >= sequence.max_tokens:
+            if sequence.complete:
+                delta.finish_reason = "stop"
+            elif detokenizer.stopped_by is None and count >= sequence.max_tokens:
                 delta.finish_reason = "length"
         if delta.finish_reason is not None:
             delta.text += detokenizer.finish()
@@ -173,6 +217,31 @@ class RequestTracker:
         if delta.finish_reason is not None:
             self._close(sequence, opened, delta, now)
         return delta
+
+    def logprobs(
+        self, token: int, logprob: float, rank: int, top: Iterable[tuple[int, float]], most: int
+    ) -> dict[int, Logprob]:
+        """Token id -> Logprob, for a token and for the most likely ones.
+
+        Args:
+            token: the token id.
+            logprob: of the token.
+            rank: of the token.
+            top: as in `append`.
+            most: maximum number of most likely tokens.
+        """
+        found = {token: (logprob, rank)}
+        for place, (other, each) in enumerate(itertools.islice(top, most), 1):
+            found.setdefault(other, (each, place))
+        return {each: Logprob(*what, self._decoder.decode([each])) for each, what in found.items()}
+
+    @staticmethod
+    def _prompt_logprobs(sequence: Sequence) -> list[dict[int, Logprob] | None] | None:
+        """The logprobs of the prompt's tokens, which are given out once; None if not wanted."""
+        found, sequence.prompt_logprobs = sequence.prompt_logprobs, None
+        if found is None:
+            return None
+        return [found.get(position) for position in range(len(sequence.prompt_token_ids))]
 
     def end(self, sequence: Sequence, reason: FinishReason, why: str | None = None) -> OutputDelta:
         """End a sample early ("abort", "error"); the delta has the text held back so far."""
@@ -213,15 +282,10 @@ class RequestTracker:
         unknown = [id for id in request.params.stop_token_ids or [] if id >= self._vocab_size]
         if unknown:
             return f"stop_token_ids has {unknown[0]}; valid ids are 0..{self._vocab_size - 1}"
-        biased = max(request.params.logit_bias or {}, default=0)
-        if biased >= self._vocab_size:
-            return f"logit_bias has token id {biased}; valid ids are 0..{self._vocab_size - 1}"
-        ends = len(self._ends(request.params))
-        if request.params.min_tokens and ends > MAX_STOP_IDS:
-            return (
-                f"min_tokens allows at most {MAX_STOP_IDS} EOS and stop_token_ids together; got "
-                f"{ends}"
-            )
+        for name in ("logit_bias", "allowed_token_ids"):
+            highest = max(getattr(request.params, name) or (), default=0)
+            if highest >= self._vocab_size:
+                return f"{name} has token id {highest}; valid ids are 0..{self._vocab_size - 1}"
         if request.request_id in self._open:
             return f"request id {request.request_id!r} is already in use"
         return None

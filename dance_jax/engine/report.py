@@ -97,6 +97,11 @@ class EngineReport(msgspec.Struct):
     #: together.
     sums: Sums = msgspec.field(default_factory=Sums)
     peers: list[PeerCounters] = []
+    #: Masks made for tokens whose choice is restricted, for example by a structure; the seconds
+    #: that making them took beside the layers, and the seconds that steps waited for them.
+    masks: int = 0
+    mask_seconds: float = 0.0
+    mask_wait_seconds: float = 0.0
     #: Sequences that failed in a step because an expert was unavailable, counting repeats; and
     #: sequences that wait for an unavailable expert now.
     failed_sequences: int = 0

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +14,9 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dance_jax.config import EngineConfig
+from dance_jax.engine import sequence
 from dance_jax.engine import step as step_module
+from dance_jax.engine.allowed import Masks
 from dance_jax.engine.compile_cache import CompileCache
 from dance_jax.engine.kv_cache import Memory, new_memory
 from dance_jax.engine.pools import (
@@ -61,6 +64,8 @@ from dance_jax.models.trunk import Trunk, rope_of, split_trunk
 from dance_jax.placement.core import Layout
 from dance_jax.placement.visit import masks, places
 
+#: Of each device, row -> sequence sampled in that row.
+_Sampled = Sequence[Mapping[int, sequence.Sequence]]
 #: Reads experts: pairs (layer, expert) -> (index of the pair, its weights), in any order.
 ReadExperts = Callable[[list[tuple[int, int]]], Iterable[tuple[int, Weights]]]
 
@@ -190,6 +195,9 @@ class Runner:
         #: servers step together.
         self._callers: jax.Array | None = None
         self.tables: Tables | None = None
+        #: Masks of the tokens that may be sampled, and those of steps in which all tokens may.
+        self.masks = Masks(model_config.vocab_size)
+        self._no_masks: dict[int, jax.Array] = {}
         self.use_tables(layout)
         memory = new_memory(model_config, config, blocks, self.exchange, state_copies)
         self.memory: Memory = jax.tree.map(self._on_all, memory)
@@ -447,15 +455,24 @@ class Runner:
             return step_module.choose(self.config.max_model_len, *arrays)
 
         scores = self._on_all(np.zeros((rows, self.model_config.vocab_size), np.float32))
-        changes = self._pack_adjustments(((),) * len(self.devices), rows)
+        changes = self._pack_adjustments([{}] * len(self.devices), rows)
         _, _, state, record = self._begun((rows, 0))
+        allowed = self._on_all(self.masks.none(rows))
         none = self._on_all(np.bool_(False))
         # Most of the compile time of a start is spent here. These options halve the time, and the
         # result is as fast (measured).
         quick = {"xla_backend_optimization_level": 1, "xla_cpu_use_fusion_emitters": False}
         options = quick if jax.default_backend() == "cpu" else None
-        arrays = (scores, state, changes, none, record.crossed)
+        arrays = (scores, state, changes, allowed, none, record.crossed)
         return self._lower(choose, (), {}, *arrays, options=options)
+
+    def _lower_score(self, bucket: Bucket) -> jax.stages.Lowered:
+        def score(ends, *arrays):
+            return step_module.score(nnx.merge(self._ends, ends), *arrays)
+
+        hidden, _, _, _ = self._begun(bucket)
+        tokens = self._on_all(np.zeros(self._form(bucket).tokens, np.int32))
+        return self._lower(score, (), self.state["ends"], hidden, tokens)
 
     def _lower(
         self,
@@ -504,12 +521,8 @@ class Runner:
             for rows in entries
         ]
 
-    def _pack_adjustments(self, entries: tuple[tuple[Row, ...], ...], decode: int) -> jax.Array:
+    def _pack_adjustments(self, sampled: _Sampled, decode: int) -> jax.Array:
         """Packed `Adjustments` of every device; empty ones, used by most steps, stay on devices."""
-        sampled = [
-            {n: row.sequence for n, row in enumerate(step_module.sampling_rows(rows))}
-            for rows in entries
-        ]
         wanted = any(adjusts(sequence) for rows in sampled for sequence in rows.values())
         if not wanted and decode in self._no_adjustments:
             return self._no_adjustments[decode]
@@ -520,6 +533,25 @@ class Runner:
         if not wanted:
             self._no_adjustments[decode] = packed
         return packed
+
+    def _allowed(self, masks: Future[list[np.ndarray]] | None, decode: int) -> jax.Array:
+        """The masks of every device, for which this waits; those of most steps stay on devices."""
+        if masks is not None:
+            return self.shards.per_device(self.masks.wait(masks))
+        if decode not in self._no_masks:
+            self._no_masks[decode] = self._on_all(self.masks.none(decode))
+        return self._no_masks[decode]
+
+    def _scores(self, plan: StepPlan, hidden: jax.Array) -> Any:
+        """`step.score` of the step's tokens; None if no sequence wants logprobs of its prompt."""
+        rows = [row for device in plan.entries for row in device]
+        if all(row.sequence.prompt_logprobs is None for row in rows):
+            return None
+        tokens = [
+            step_module.next_tokens(device, plan.bucket, self.config) for device in plan.entries
+        ]
+        score = self._compiled(self._lower_score, plan.bucket)
+        return score(self.state["ends"], hidden, self.shards.per_device(tokens))
 
     def run(
         self, plan: StepPlan, work: int | None = None, loaded: int = 0
@@ -543,7 +575,12 @@ class Runner:
             work = IDLE if plan.empty else DECODING if plan.decoding else step_module.BUSY
         parts, ends, memory = self.compile(bucket), self.state["ends"], self.memory
         packed = self.shards.passed(self._packed(plan.entries, bucket, status_word(work, loaded)))
-        changes = self._pack_adjustments(plan.entries, bucket[0])
+        sampled = [
+            {n: row.sequence for n, row in enumerate(step_module.sampling_rows(rows))}
+            for rows in plan.entries
+        ]
+        masks = self.masks.start(sampled, bucket[0])
+        changes = self._pack_adjustments(sampled, bucket[0])
         hidden, rotations, state, record = parts.begin(ends, packed)
         for index, layer in enumerate(parts.layers):
             if isinstance(layer, Halves):
@@ -556,8 +593,11 @@ class Runner:
                 memory.links[self._moe[index][0]], record = links, recorded
         logits, counts, any_failed = parts.logits(ends, hidden, packed, memory.counts, record)
         self.memory = memory._replace(counts=counts)
-        chosen, *top = parts.choose({}, logits, state, changes, any_failed, record.crossed)
-        extras = Extras(top[0], top[1], record.routes, record.failed, logits)
+        scores = self._scores(plan, hidden)
+        allowed = self._allowed(masks, bucket[0])
+        arrays = (logits, state, changes, allowed, any_failed, record.crossed)
+        chosen, *top = parts.choose({}, *arrays)
+        extras = Extras(top[0], top[1], record.routes, record.failed, logits, scores)
         own = self._nothing_crossed._replace(work=np.int32(work), loaded=np.int32(loaded))
         outcomes = [self._outcome(vector, bucket[0], own) for vector in self.shards.local(chosen)]
         return outcomes, extras

@@ -1,11 +1,11 @@
 """Sampling on the device, for all rows at once, each with its own parameters and random key.
 
-Semantics and order are vLLM's: held-back tokens, biases and penalties first; then argmax for greedy
-rows, and temperature, min-p, top-k, top-p and a draw for the others. Reported logprobs are those of
+Semantics and order are vLLM's: masks, biases and penalties first; then argmax for greedy rows, and
+temperature, min-p, top-k, top-p and a draw for the others. Reported logprobs are those of
 the unchanged logits. Nothing is sorted: top-k and top-p keep every token at or above a threshold,
 which is found by bisection over the bits of the logits (ties at the threshold are kept).
 
-Axis letters: r rows, v vocabulary, h known tokens of a row, b biases.
+Axis letters: r rows, v vocabulary, w words of 32 tokens, h known tokens of a row, b biases.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dance_jax.engine.sequence import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_IDS, Sequence
+from dance_jax.engine.sequence import MAX_LOGIT_BIAS, MAX_LOGPROBS, Sequence
 
 #: Vocabulary entries per block of the draw's second stage.
 _BLOCK = 256
@@ -38,8 +38,6 @@ class SamplingState(NamedTuple):
     seed: jax.Array
     #: int32 [r]: output tokens so far; the key is fold_in(key(seed), position).
     position: jax.Array
-    #: int32 [r, MAX_STOP_IDS]: tokens that must not be sampled now, -1 for none.
-    held_back: jax.Array
     #: bool [r]: whether to report the most likely tokens.
     top: jax.Array
 
@@ -92,20 +90,16 @@ def sampling_state(sequences: Mapping[int, Sequence], rows: int) -> SamplingStat
         "min_p": np.zeros(rows, np.float32),
         "seed": np.zeros(rows, np.uint32),
         "position": np.zeros(rows, np.int32),
-        "held_back": np.full((rows, MAX_STOP_IDS), -1, np.int32),
         "top": np.zeros(rows, bool),
     }
     for row, sequence in sequences.items():
         params = sequence.params
-        position = len(sequence.output_token_ids)
         array["temperature"][row] = 0 if params.greedy else params.temperature
         array["top_p"][row] = params.top_p
         array["top_k"][row] = min(max(params.top_k, 0), np.iinfo(np.int32).max)
         array["min_p"][row] = params.min_p
         array["seed"][row] = sequence.seed
-        array["position"][row] = position
-        if position < params.min_tokens:
-            array["held_back"][row, : len(sequence.held_back_ids)] = sequence.held_back_ids
+        array["position"][row] = len(sequence.output_token_ids)
         array["top"][row] = params.logprobs is not None
     return SamplingState(**cast("dict[str, jax.Array]", array))
 
@@ -150,7 +144,11 @@ def adjustments(sequences: Mapping[int, Sequence], rows: int, longest: int) -> A
 
 @jax.named_scope("sampling")
 def sample(
-    logits_rv: jax.Array, state: SamplingState, changes: Adjustments, top: int = MAX_LOGPROBS
+    logits_rv: jax.Array,
+    state: SamplingState,
+    changes: Adjustments,
+    allowed_rw: jax.Array,
+    top: int = MAX_LOGPROBS,
 ) -> Sampled:
     """Choose the next token of every row.
 
@@ -161,10 +159,11 @@ def sample(
         logits_rv: float32 [r, v], finite.
         state: parameters of each row.
         changes: changes of each row's logits.
+        allowed_rw: int32 [r, w], one bit per token that may be chosen (`allowed.Masks`).
         top: number of most likely tokens to report (static).
     """
     changed_rv = jax.lax.cond(
-        jnp.any(state.held_back >= 0), _hold_back, lambda logits_rv, _: logits_rv, logits_rv, state
+        jnp.any(allowed_rw != -1), masked, lambda logits_rv, _: logits_rv, logits_rv, allowed_rw
     )
     changed_rv = jax.lax.cond(
         jnp.any(changes.history >= 0), adjusted, lambda logits_rv, _: logits_rv, changed_rv, changes
@@ -185,9 +184,7 @@ def sample(
     logprob_r = (chosen_r1 - total_r1)[:, 0]
 
     def most_likely(logits_rv, chosen_r1, total_r1):
-        top_logit_rk, top_token_rk = jax.lax.top_k(logits_rv, top)
-        rank_r = 1 + jnp.sum(logits_rv > chosen_r1, axis=-1, dtype=jnp.int32)
-        return rank_r, top_token_rk.astype(jnp.int32), top_logit_rk - total_r1
+        return _most_likely(logits_rv, chosen_r1, total_r1, top)
 
     def nothing(logits_rv, chosen_r1, total_r1):
         # Derived from the operands so that under shard_map both branches vary over the same axes.
@@ -200,11 +197,28 @@ def sample(
     return Sampled(token_r, logprob_r, rank_r, top_token_rk, top_logprob_rk)
 
 
-def _hold_back(logits_rv: jax.Array, state: SamplingState) -> jax.Array:
-    """Set the logits of held-back tokens to -inf."""
-    column_rs = jnp.where(state.held_back >= 0, state.held_back, logits_rv.shape[1])
-    row_r1 = jnp.arange(logits_rv.shape[0])[:, None]
-    return logits_rv.at[row_r1, column_rs].set(-jnp.inf, mode="drop")
+def scored(logits_rv: jax.Array, token_r: jax.Array, top: int = MAX_LOGPROBS) -> Sampled:
+    """The logprobs and ranks of given tokens, and the most likely tokens."""
+    chosen_r1 = jnp.take_along_axis(logits_rv, token_r[:, None], axis=-1)
+    total_r1 = jax.nn.logsumexp(logits_rv, axis=-1, keepdims=True)
+    likely = _most_likely(logits_rv, chosen_r1, total_r1, top)
+    return Sampled(token_r, (chosen_r1 - total_r1)[:, 0], *likely)
+
+
+def _most_likely(
+    logits_rv: jax.Array, chosen_r1: jax.Array, total_r1: jax.Array, top: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The ranks of chosen logits, and the most likely tokens with their logprobs."""
+    top_logit_rk, top_token_rk = jax.lax.top_k(logits_rv, top)
+    rank_r = 1 + jnp.sum(logits_rv > chosen_r1, axis=-1, dtype=jnp.int32)
+    return rank_r, top_token_rk.astype(jnp.int32), top_logit_rk - total_r1
+
+
+def masked(logits_rv: jax.Array, allowed_rw: jax.Array) -> jax.Array:
+    """Set the logits of tokens that are not allowed to -inf."""
+    bit_rwb = (allowed_rw[:, :, None] >> jnp.arange(32)[None, None]) & 1
+    allowed_rv = bit_rwb.reshape(len(allowed_rw), -1)[:, : logits_rv.shape[1]]
+    return jnp.where(allowed_rv == 1, logits_rv, -jnp.inf)
 
 
 def adjusted(logits_rv: jax.Array, changes: Adjustments) -> jax.Array:

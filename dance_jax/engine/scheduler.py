@@ -327,8 +327,8 @@ class Scheduler:
         """
         work, left, now = _Work(), most_rows, time.monotonic()
         for sequence in tuple(running):
-            if sequence.device < 0 or sequence.rests_until > now:
-                continue  # preempted for an older sequence, or pausing after a failure
+            if sequence.device < 0 or sequence.rests_until > now or not sequence.ready:
+                continue  # preempted for an older one, pausing after a failure, or in preparation
             if not sequence.num_pending:
                 raise RuntimeError(f"{sequence.request_id}: the sampled token was not appended")
             if not sequence.prefilling:
@@ -397,7 +397,7 @@ class Scheduler:
 
     def _cached_prefix(self, sequence: Sequence, device: int) -> list[int]:
         """Cached blocks of the known tokens, without the last token, whose logits are needed."""
-        if not self.share_prefixes:
+        if not self.share_prefixes or sequence.prompt_logprobs is not None:
             return []
         return self.pools[device].lookup(sequence.tokens(0, sequence.num_tokens - 1))
 

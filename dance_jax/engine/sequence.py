@@ -13,17 +13,18 @@ import numbers
 import sys
 import time
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
 from dance_jax.config import UserError
+from dance_jax.engine.structured import Structure, StructuredOutputsParams
+
+if TYPE_CHECKING:
+    from dance_jax.engine.allowed import Allowed
 
 #: Maximum of `SamplingParams.logprobs`, alternatives per token (compiled into the step).
 MAX_LOGPROBS = 20
-#: Maximum number of token ids, EOS included, that `SamplingParams.min_tokens` can hold back
-#: (compiled into the step).
-MAX_STOP_IDS = 16
 #: Maximum token count and token id: numbers go to the device as int32.
 MAX_TOKENS = 2**31 - 1
 #: Maximum number of samples of one prompt.
@@ -59,7 +60,10 @@ class SamplingParams(msgspec.Struct, kw_only=True):
     stop: str | list[str] | None = None
     #: Tokens that end the output, in addition to the model's EOS; they are not part of the text.
     stop_token_ids: list[int] | None = None
-    #: Maximum number of output tokens; None for as many as fit the context.
+    #: Whether a stop string or stop token that ends the text is part of it.
+    include_stop_str_in_output: bool = False
+    #: Maximum number of output tokens; None for as many as fit the context, 0 to compute the prompt
+    #: only.
     max_tokens: int | None = 16
     #: Output tokens required before EOS, stop_token_ids or stop strings can end the output.
     min_tokens: int = 0
@@ -67,6 +71,12 @@ class SamplingParams(msgspec.Struct, kw_only=True):
     ignore_eos: bool = False
     #: Most likely alternatives reported per output token, in addition to the token itself.
     logprobs: int | None = None
+    #: The same for the prompt's tokens, from the second on.
+    prompt_logprobs: int | None = None
+    #: Whether special tokens are left out of the text.
+    skip_special_tokens: bool = True
+    #: Use only this many of the prompt's last tokens; -1 for as many as leave room for max_tokens.
+    truncate_prompt_tokens: int | None = None
     #: Above 1, makes tokens of the prompt and the output less likely; below 1, more likely.
     repetition_penalty: float = 1.0
     #: Subtracted from the logit of every token that is in the output, -2..2.
@@ -75,6 +85,13 @@ class SamplingParams(msgspec.Struct, kw_only=True):
     frequency_penalty: float = 0.0
     #: Token id -> bias added to its logit, -100..100; at most MAX_LOGIT_BIAS tokens.
     logit_bias: dict[int, float] | None = None
+    #: Texts that must not occur in the output; each as the tokenizer encodes it, with and without a
+    #: space before it.
+    bad_words: list[str] | None = None
+    #: The only tokens that may be in the output; None for all.
+    allowed_token_ids: list[int] | None = None
+    #: What the output must be; None for anything.
+    structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
         if self.stop is None:
@@ -87,7 +104,16 @@ class SamplingParams(msgspec.Struct, kw_only=True):
             self.seed = None
         self._verify()
         # Convert e.g. numpy's numbers: only Python's own types cross processes.
-        for name in ("n", "top_k", "seed", "max_tokens", "min_tokens", "logprobs"):
+        for name in (
+            "n",
+            "top_k",
+            "seed",
+            "max_tokens",
+            "min_tokens",
+            "logprobs",
+            "prompt_logprobs",
+            "truncate_prompt_tokens",
+        ):
             if (value := getattr(self, name)) is not None:
                 setattr(self, name, int(value))
         for name in (
@@ -103,6 +129,8 @@ class SamplingParams(msgspec.Struct, kw_only=True):
             int(token): float(bias) for token, bias in (self.logit_bias or {}).items()
         }
         self.stop_token_ids = [int(token) for token in self.stop_token_ids]
+        if self.allowed_token_ids is not None:
+            self.allowed_token_ids = [int(token) for token in self.allowed_token_ids]
 
     @property
     def stop_strings(self) -> list[str]:
@@ -114,6 +142,14 @@ class SamplingParams(msgspec.Struct, kw_only=True):
     @property
     def greedy(self) -> bool:
         return self.temperature < GREEDY_TEMPERATURE
+
+    def truncated(self, prompt: list[int], max_model_len: int) -> list[int]:
+        """The end of a prompt that `truncate_prompt_tokens` asks for."""
+        most = self.truncate_prompt_tokens
+        if most == -1:
+            output = 1 if self.max_tokens is None else max(self.max_tokens, 1)
+            most = max(max_model_len - output, 1)
+        return prompt if most is None else prompt[-most:]
 
     def _verify(self) -> None:
         _integer("n", self.n, 1, MAX_SAMPLES)
@@ -131,24 +167,40 @@ class SamplingParams(msgspec.Struct, kw_only=True):
         for token in _items("stop_token_ids", self.stop_token_ids or [], "a list of token ids"):
             _integer("stop_token_ids", token, 0, MAX_TOKENS)
         if self.max_tokens is not None:
-            _integer("max_tokens", self.max_tokens, 1, MAX_TOKENS)
+            _integer("max_tokens", self.max_tokens, 0, MAX_TOKENS)
         _integer("min_tokens", self.min_tokens, 0, MAX_TOKENS)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             _reject("min_tokens", self.min_tokens, f"at most max_tokens, {self.max_tokens}")
-        if self.min_tokens and len(self.stop_token_ids or []) >= MAX_STOP_IDS:
-            count = len(self.stop_token_ids or [])
-            limit = f"at most {MAX_STOP_IDS - 1} ids together with min_tokens"
-            _reject("stop_token_ids", f"{count} ids", limit)
-        if not isinstance(self.ignore_eos, bool):
-            _reject("ignore_eos", self.ignore_eos, "True or False")
-        if self.logprobs is not None:
-            _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):
+            if not isinstance(getattr(self, name), bool):
+                _reject(name, getattr(self, name), "True or False")
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                _integer(name, getattr(self, name), 0, MAX_LOGPROBS)
+        if self.truncate_prompt_tokens is not None:
+            _integer("truncate_prompt_tokens", self.truncate_prompt_tokens, -1, MAX_TOKENS)
+            if self.truncate_prompt_tokens == 0:
+                _reject("truncate_prompt_tokens", 0, "at least 1, or -1")
+        self._verify_words()
         _number("repetition_penalty", self.repetition_penalty, 1e-6, 1e6)
         _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         _check_bias(self.logit_bias)
         if self.greedy and self.n > 1:
             _reject("n", self.n, "1 if temperature is 0, because greedy samples are all the same")
+
+    def _verify_words(self) -> None:
+        for word in _items("bad_words", self.bad_words or [], "a list of texts"):
+            if not isinstance(word, str) or not word.strip():
+                _reject("bad_words", word, "a list of texts that are not empty")
+        if self.allowed_token_ids is not None:
+            for token in _items("allowed_token_ids", self.allowed_token_ids, "a list of token ids"):
+                _integer("allowed_token_ids", token, 0, MAX_TOKENS)
+            if not self.allowed_token_ids:
+                _reject("allowed_token_ids", [], "None or a list with at least one token id")
+        wanted = self.structured_outputs
+        if not isinstance(wanted, StructuredOutputsParams | None):
+            _reject("structured_outputs", wanted, "a StructuredOutputsParams")
 
 
 def _check_bias(bias: Any) -> None:
@@ -255,6 +307,9 @@ class OutputDelta(msgspec.Struct):
     #: Sum of the logprobs of token_ids.
     logprob: float = 0.0
     logprobs: list[dict[int, Logprob]] | None = None
+    #: In the first delta of each sample if requested: for each token of the prompt, token id ->
+    #: Logprob as in `CompletionOutput`; None for the first token.
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     metrics: RequestMetrics | None = None
@@ -286,6 +341,8 @@ class RequestOutput(msgspec.Struct):
     outputs: list[CompletionOutput]
     finished: bool
     metrics: RequestMetrics
+    #: As in `OutputDelta`; None if not requested.
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
 
     @staticmethod
     def of(request: Request) -> RequestOutput:
@@ -316,6 +373,8 @@ class RequestOutput(msgspec.Struct):
             self.finished = all(sample.finished for sample in self.outputs)
         if delta.metrics is not None:
             self.metrics = delta.metrics
+        if delta.prompt_logprobs is not None:
+            self.prompt_logprobs = delta.prompt_logprobs
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -337,8 +396,10 @@ class Sequence:
     seed: int
     #: Tokens that end the output: EOS (unless ignored) and params.stop_token_ids.
     stop_ids: frozenset[int] = frozenset()
-    #: Tokens that must not be sampled before params.min_tokens outputs, at most MAX_STOP_IDS.
-    held_back_ids: tuple[int, ...] = ()
+    #: The tokens that may be sampled; None for all.
+    allowed: Allowed | None = None
+    #: Logprobs of the prompt's tokens by position, until they are given out; None if not requested.
+    prompt_logprobs: dict[int, dict[int, Logprob]] | None = None
     output_token_ids: list[int] = dataclasses.field(default_factory=list)
     num_computed: int = 0
     #: Device that runs the sequence; -1 while it waits.
@@ -367,6 +428,26 @@ class Sequence:
     def num_pending(self) -> int:
         """Number of known tokens that are not in the KV cache."""
         return self.num_tokens - self.num_computed
+
+    @property
+    def structure(self) -> Structure | None:
+        """The structure of the output, if it has one."""
+        return None if self.allowed is None else self.allowed.structure
+
+    @property
+    def ready(self) -> bool:
+        """Whether the structure of the output is prepared."""
+        return self.structure is None or self.structure.ready
+
+    @property
+    def complete(self) -> bool:
+        """Whether the structure of the output allows nothing more."""
+        return self.structure is not None and self.structure.ended
+
+    @property
+    def error(self) -> str | None:
+        """Why the output cannot have its structure; None if it can."""
+        return None if self.structure is None else self.structure.error
 
     @property
     def prefilling(self) -> bool:

@@ -22,10 +22,12 @@ from jax import Array, lax
 from dance_jax.config import EngineConfig
 from dance_jax.engine.kv_cache import Leaf
 from dance_jax.engine.sampling import (
+    Sampled,
     SamplingState,
     adjustments,
     sample,
     sampling_state,
+    scored,
 )
 from dance_jax.engine.scheduler import Row
 from dance_jax.models.attention import Rows
@@ -36,6 +38,8 @@ from dance_jax.models.trunk import Layer, Rest, Trunk
 
 #: (decode rows, slice rows) of a compiled step.
 Bucket = tuple[int, int]
+#: Tokens scored at a time.
+_SCORED = 32
 #: A server's work as told to the other servers: none, some without decodes, or some with decodes.
 IDLE, BUSY, DECODING = 0, 1, 2
 
@@ -103,6 +107,8 @@ class Extras(NamedTuple):
     failed: Leaf
     #: float32 [d, v].
     logits: Leaf
+    #: `score` of the step's tokens; None if nobody asks for logprobs of a prompt.
+    scores: Sampled | None
 
 
 class Record(NamedTuple):
@@ -122,6 +128,18 @@ def token_slice(bucket: Bucket, config: EngineConfig, row: Row) -> slice:
     if row.index >= decode:
         begin = decode + (row.index - decode) * config.block_size
     return slice(begin, begin + len(row.tokens))
+
+
+def next_tokens(rows: tuple[Row, ...], bucket: Bucket, config: EngineConfig) -> np.ndarray:
+    """int32 [t]: the prompt's token after each of a step's tokens, where logprobs are wanted."""
+    decode, slices = bucket
+    token = np.zeros(decode + slices * config.block_size, np.int32)
+    for row in rows:
+        if row.sequence.prompt_logprobs is not None:
+            following = row.sequence.prompt_token_ids[row.start + 1 :][: len(row.tokens)]
+            begin = token_slice(bucket, config, row).start
+            token[begin : begin + len(following)] = following
+    return token
 
 
 def sampling_rows(rows: tuple[Row, ...]) -> list[Row]:
@@ -474,11 +492,28 @@ def logits(
     return trunk.logits(hidden_td[batch.last]), counts_le, record.failed.any()
 
 
+def score(trunk: Trunk, hidden_td: Array, token_t: Array) -> Sampled:
+    """Score given tokens, one after each of a step's tokens: logprobs of prompts.
+
+    Args:
+        hidden_td: output of the last layer.
+        token_t: int32 [t].
+    """
+
+    count, width = hidden_td.shape
+    # The logits of all tokens at once would need much memory.
+    hidden_npd = jnp.pad(hidden_td, ((0, -count % _SCORED), (0, 0))).reshape(-1, _SCORED, width)
+    token_np = jnp.pad(token_t, (0, -count % _SCORED)).reshape(-1, _SCORED)
+    parts = lax.map(lambda part: scored(trunk.logits(part[0]), part[1]), (hidden_npd, token_np))
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:count], parts)
+
+
 def choose(
     longest: int,
     logits_dv: Array,
     packed_state: Array,
     packed_adjustments: Array,
+    allowed_dw: Array,
     any_failed: Array,
     crossed: Crossed | None,
 ) -> tuple[Array, Array, Array]:
@@ -486,6 +521,7 @@ def choose(
 
     Args:
         longest: maximum number of tokens of a sequence.
+        allowed_dw: see `sample`.
         crossed: None if a single server steps.
 
     Returns:
@@ -493,6 +529,6 @@ def choose(
     """
     state = unpack(packed_state, sampling_state({}, len(logits_dv)))
     changes = unpack(packed_adjustments, adjustments({}, len(logits_dv), longest))
-    sampled = sample(logits_dv, state, changes)
+    sampled = sample(logits_dv, state, changes, allowed_dw)
     outcome = pack_traced((sampled.token, sampled.logprob, sampled.rank, any_failed, crossed))
     return outcome, sampled.top_token, sampled.top_logprob

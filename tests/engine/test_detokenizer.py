@@ -22,7 +22,7 @@ class CountingDecoder:
         self.tokenizer = tokenizer
         self.decoded = 0
 
-    def decode(self, ids):
+    def decode(self, ids, skip_special_tokens=True):
         self.decoded += len(ids)
         return self.tokenizer.decode(ids)
 
@@ -157,7 +157,7 @@ def test_tokens_that_never_end_with_a_character(tokenizer):
     class Shifted:
         raw = "नमस्तेदुनियायहएकपरीक्षण".encode() * 4
 
-        def decode(self, ids):
+        def decode(self, ids, skip_special_tokens=True):
             start = 1 + 3 * ids[0] if ids else 0
             return self.raw[start : start + 3 * len(ids)].decode(errors="replace")
 
@@ -193,7 +193,7 @@ def test_a_stop_string_inside_one_token():
     class Words:
         words = ("one ", "two END three", " four")
 
-        def decode(self, ids):
+        def decode(self, ids, skip_special_tokens=True):
             return "".join(self.words[i] for i in ids)
 
     detokenizer = Detokenizer(Words(), stop=["END"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dance_jax.engine.engine import Engine
+from dance_jax.engine.structured import StructuredOutputsParams
 from dance_jax.models.checkpoint import Checkpoint
 from tests.engine.traffic import (
     SHARED,
@@ -83,6 +85,56 @@ def test_failed_rows_change_no_answer(engine: Engine, naive: Naive):
         after = engine.report()
         assert after.generation_tokens - before.generation_tokens == sum(j.max_tokens for j in long)
         assert after.kv_blocks_used == 0
+
+
+def test_logprobs_of_prompts(engine: Engine, naive: Naive):
+    """Of prompts in several slices, with cached prefixes, and among failed requests."""
+    asked = [Job((*SHARED[n % 2], n + 2), 24 * (n % 2), n, None) for n in range(4)]
+    with failures(engine, np.random.default_rng(0)):
+        outputs = run(
+            engine, [(job, job.request(str(n), prompt_logprobs=2)) for n, job in enumerate(asked)]
+        )
+    for number, job in enumerate(asked):
+        first, *others = outputs[str(number)].prompt_logprobs
+        assert first is None and len(others) == len(job.prompt) - 1
+        assert len(outputs[str(number)].outputs[0].token_ids) == job.max_tokens
+        for position, found in enumerate(others, 1):
+            logits = naive.logits(job.prompt[:position])
+            logprobs = logits - np.logaddexp.reduce(logits)
+            token = job.prompt[position]
+            assert abs(found[token].logprob - logprobs[token]) < 1e-3
+            assert abs(found[token].rank - (1 + (logits > logits[token]).sum())) <= 1
+            best = {each.rank: each.logprob for each in found.values()}
+            np.testing.assert_allclose([best[1], best[2]], np.sort(logprobs)[:-3:-1], atol=1e-3)
+
+
+def test_structured_outputs_hold_under_preemption_and_failures(engine: Engine):
+    """Others in the same steps are not touched, and the same seed gives the same text."""
+    structures = [
+        dict(regex="[a-c]{30}"),
+        dict(json={"type": "array", "items": {"type": "boolean"}}),
+    ]
+    long = [Job((*SHARED[n % 2], n + 2), 30, n, None) for n in range(4)]
+
+    def requests():
+        for n, job in enumerate(long):
+            structure = StructuredOutputsParams(**structures[n // 2]) if n % 2 else None
+            params = {"temperature": 1.0, "seed": n, "structured_outputs": structure}
+            yield job, job.request(str(n), **params)
+
+    quiet = {}
+    for pair in requests():
+        quiet |= run(engine, [pair])
+    before = engine.report()
+    with failures(engine, np.random.default_rng(1)) as failed:
+        outputs = run(engine, [*requests()])
+    after = engine.report()
+    assert after.preemptions > before.preemptions and failed
+    assert after.masks - before.masks >= 31 and after.mask_seconds > before.mask_seconds
+    for name, output in outputs.items():
+        assert output.outputs[0].text == quiet[name].outputs[0].text
+    assert re.fullmatch("[a-c]{30}", outputs["1"].outputs[0].text)
+    assert outputs["3"].outputs[0].text.startswith("[")
 
 
 def test_a_seed_draws_the_same_whatever_else_runs(engine: Engine):

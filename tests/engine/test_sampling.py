@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from dance_jax.engine.allowed import Masks, words_of
 from dance_jax.engine.sampling import (
     Adjustments,
     SamplingState,
@@ -15,12 +16,23 @@ from dance_jax.engine.sampling import (
     sample,
     sampling_state,
 )
-from dance_jax.engine.sequence import MAX_LOGPROBS, MAX_STOP_IDS, SamplingParams, Sequence
+from dance_jax.engine.sequence import MAX_LOGPROBS, SamplingParams, Sequence
 
 VOCAB = 700
 #: Number of rows in most tests, so that they share one compilation.
 ROWS = 16
-sample_jit = jax.jit(sample, static_argnums=3)
+sample_masked_jit = jax.jit(sample)
+
+
+def everything(rows=ROWS, vocab=VOCAB):
+    """A mask that allows all tokens."""
+    return Masks(vocab).none(rows)
+
+
+def sample_jit(logits, state, changes):
+    return sample_masked_jit(logits, state, changes, everything(*logits.shape))
+
+
 adjusted_jit = jax.jit(adjusted)
 
 
@@ -253,18 +265,16 @@ def test_a_bias_comes_before_the_penalties():
     np.testing.assert_allclose(found, [1, -4, 1.5, 1, 1.5, 2], atol=1e-6)
 
 
-def test_held_back_tokens_are_never_drawn_before_min_tokens():
+def test_tokens_that_are_not_allowed_are_never_drawn():
     logits = make_logits(ROWS)
     logits[:, [3, 9]] += 50
-    params = SamplingParams(temperature=0, min_tokens=2, stop_token_ids=[9])
-    sequences = {}
-    for row in range(5):
-        sequence = Sequence("r", 0, [1], params, 16, 0, frozenset({3, 9}), (3, 9))
-        sequence.output_token_ids = [0] * row
-        sequences[row] = sequence
-    result = sample_jit(logits, sampling_state(sequences, ROWS), unchanged())
-    held = np.isin(np.asarray(result.token[:5]), [3, 9])
-    np.testing.assert_array_equal(held, [False, False, True, True, True])
+    allowed = everything()
+    allowed[:3] = ~words_of([3, 9], VOCAB)
+    for temperature in (0.0, 1.0):
+        state = make_state(ROWS, temperature=temperature, seed=np.arange(ROWS))
+        result = sample_masked_jit(logits, state, unchanged(), allowed)
+        held = np.isin(np.asarray(result.token), [3, 9])
+        np.testing.assert_array_equal(held, np.arange(ROWS) >= 3)
 
 
 def test_state_of_sequences():
@@ -276,7 +286,6 @@ def test_state_of_sequences():
     assert state.temperature.tolist() == [0, 0, 0.5, 0]
     assert (state.top_k[2], state.seed[2], state.position[2]) == (0, 2**32 - 1, 2)
     assert state.top.tolist() == [False, False, True, False]
-    assert state.held_back.shape == (4, MAX_STOP_IDS)
 
 
 def test_adjustments_of_sequences():
@@ -296,8 +305,8 @@ def test_runs_under_shard_map():
     logits = make_logits(ROWS)
     state = make_state(ROWS, temperature=1.0, top_p=0.9, top_k=9, seed=np.arange(ROWS))
     spec = PartitionSpec("device")
-    sharded = jax.jit(jax.shard_map(sample, mesh=mesh, in_specs=(spec, spec, spec), out_specs=spec))
-    result = sharded(logits, state, unchanged())
+    sharded = jax.jit(jax.shard_map(sample, mesh=mesh, in_specs=(spec,) * 4, out_specs=spec))
+    result = sharded(logits, state, unchanged(), everything())
     np.testing.assert_array_equal(
         result.token, sample_jit(jnp.asarray(logits), state, unchanged()).token
     )

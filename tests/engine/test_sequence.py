@@ -90,8 +90,17 @@ def test_numbers_of_numpy_cross_processes():
         ("stop_token_ids", [-1]),
         ("stop_token_ids", ["a"]),
         ("stop_token_ids", 5),
-        ("max_tokens", 0),
+        ("max_tokens", -1),
         ("min_tokens", -1),
+        ("bad_words", [" "]),
+        ("bad_words", "no"),
+        ("allowed_token_ids", []),
+        ("allowed_token_ids", [-1]),
+        ("truncate_prompt_tokens", 0),
+        ("truncate_prompt_tokens", -2),
+        ("prompt_logprobs", 21),
+        ("skip_special_tokens", 1),
+        ("structured_outputs", {"regex": "a"}),
         ("min_tokens", 17),
         ("ignore_eos", 1),
         ("logprobs", -1),
@@ -108,8 +117,6 @@ def test_wrong_values_name_the_field(field, value):
 def test_fields_that_do_not_go_together():
     with pytest.raises(UserError, match=r"SamplingParams\.n\b"):
         SamplingParams(n=2, temperature=0)
-    with pytest.raises(UserError, match="stop_token_ids"):
-        SamplingParams(min_tokens=1, stop_token_ids=list(range(16)))
     SamplingParams(stop_token_ids=list(range(100)))
 
 

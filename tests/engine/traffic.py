@@ -131,12 +131,16 @@ class Naive:
 
         self._logits = functools.partial(logits, state)
 
+    def logits(self, tokens: tuple[int, ...]) -> np.ndarray:
+        """Logits after these tokens, float32 [v]."""
+        padded = np.zeros(CONTEXT, np.int32)
+        padded[: len(tokens)] = tokens
+        return np.asarray(self._logits(padded, len(tokens) - 1))
+
     @functools.cache  # noqa: B019
     def step(self, tokens: tuple[int, ...]) -> tuple[int, float]:
         """The most likely next token, and the margin of its logit over the second."""
-        padded = np.zeros(CONTEXT, np.int32)
-        padded[: len(tokens)] = tokens
-        logits = np.asarray(self._logits(padded, len(tokens) - 1))
+        logits = self.logits(tokens)
         second, best = np.sort(logits)[-2:]
         return int(logits.argmax()), float(best - second)
 
