@@ -321,6 +321,18 @@ class ServeOptions:
         kind="path",
         metavar="FILE",
     )
+    tool_call_parser: str = option(
+        "auto",
+        "how the model writes calls of tools: hermes, qwen_xml, glm, deepseek_v3, mistral or "
+        "harmony; auto: as its chat template does; none: calls stay text (default: {default})",
+        metavar="FORMAT",
+    )
+    reasoning_parser: str = option(
+        "auto",
+        "how the model writes what it thinks: think or harmony; auto: as its chat template does; "
+        "none: it stays text (default: {default})",
+        metavar="FORMAT",
+    )
     generation_config: str = option(
         "auto",
         "auto: requests that say nothing else are sampled as the model's generation_config.json "

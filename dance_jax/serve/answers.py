@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
@@ -10,10 +10,15 @@ from dance_jax.launch.control.protocol import Decision
 
 StopReason = int | str | None
 FinishReason = Literal["stop", "length"]
+ChatFinishReason = Literal["stop", "length", "tool_calls"]
 
 
 def _is_none(value: object) -> bool:
     return value is None
+
+
+#: Default of a field that is left out of the answer if it is None.
+_OMITTED: Any = Field(default=None, exclude_if=_is_none)
 
 
 class Usage(BaseModel):
@@ -36,9 +41,22 @@ class CompletionLogprobs(BaseModel):
     """One entry per output token in each list."""
 
     text_offset: list[int]
-    token_logprobs: list[float]
+    #: None for the first token of a prompt that the answer repeats, as in `top_logprobs`.
+    token_logprobs: list[float | None]
     tokens: list[str]
-    top_logprobs: list[dict[str, float]]
+    top_logprobs: list[dict[str, float] | None]
+
+
+class PromptLogprob(BaseModel):
+    """vLLM's form of `Logprob`."""
+
+    logprob: float
+    rank: int | None
+    decoded_token: str | None
+
+
+#: By token id, for each token of the prompt; None for the first.
+PromptLogprobs = list[dict[int, PromptLogprob] | None]
 
 
 class CompletionChoice(BaseModel):
@@ -49,6 +67,9 @@ class CompletionChoice(BaseModel):
     logprobs: CompletionLogprobs | None = None
     finish_reason: FinishReason | None = None
     stop_reason: StopReason = None
+    prompt_logprobs: PromptLogprobs | None = _OMITTED
+    prompt_token_ids: list[int] | None = _OMITTED
+    token_ids: list[int] | None = _OMITTED
 
 
 class Completion(BaseModel):
@@ -77,17 +98,34 @@ class ChatLogprobs(BaseModel):
     content: list[TokenLogprob]
 
 
+class FunctionCall(BaseModel):
+    name: str
+    #: JSON text.
+    arguments: str
+
+
+class ToolCall(BaseModel):
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
 class AssistantMessage(BaseModel):
     role: Literal["assistant"] = "assistant"
-    content: str
+    #: None if the model only calls tools.
+    content: str | None
+    #: What the model thought.
+    reasoning_content: str | None = _OMITTED
+    tool_calls: list[ToolCall] | None = _OMITTED
 
 
 class ChatChoice(BaseModel):
     index: int
     message: AssistantMessage
     logprobs: ChatLogprobs | None = None
-    finish_reason: FinishReason
+    finish_reason: ChatFinishReason
     stop_reason: StopReason = None
+    token_ids: list[int] | None = _OMITTED
 
 
 class ChatCompletion(BaseModel):
@@ -99,21 +137,40 @@ class ChatCompletion(BaseModel):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    prompt_logprobs: PromptLogprobs | None = _OMITTED
+    prompt_token_ids: list[int] | None = _OMITTED
+
+
+class FunctionDelta(BaseModel):
+    name: str | None = _OMITTED
+    arguments: str
+
+
+class ToolCallDelta(BaseModel):
+    """What was added to a call; id, type and name come with the first delta of each call."""
+
+    index: int
+    id: str | None = _OMITTED
+    type: Literal["function"] | None = _OMITTED
+    function: FunctionDelta
 
 
 class ChatDelta(BaseModel):
     """What was added to a message; unset fields are omitted."""
 
-    role: Literal["assistant"] | None = Field(default=None, exclude_if=_is_none)
-    content: str | None = Field(default=None, exclude_if=_is_none)
+    role: Literal["assistant"] | None = _OMITTED
+    content: str | None = _OMITTED
+    reasoning_content: str | None = _OMITTED
+    tool_calls: list[ToolCallDelta] | None = _OMITTED
 
 
 class ChatChunkChoice(BaseModel):
     index: int
     delta: ChatDelta
     logprobs: ChatLogprobs | None = None
-    finish_reason: FinishReason | None = None
+    finish_reason: ChatFinishReason | None = None
     stop_reason: StopReason = None
+    token_ids: list[int] | None = _OMITTED
 
 
 class ChatChunk(BaseModel):
@@ -125,6 +182,8 @@ class ChatChunk(BaseModel):
     model: str
     choices: list[ChatChunkChoice]
     usage: Usage | None = None
+    prompt_logprobs: PromptLogprobs | None = _OMITTED
+    prompt_token_ids: list[int] | None = _OMITTED
 
 
 class ModelCard(BaseModel):

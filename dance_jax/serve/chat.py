@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 import fastapi
+import msgspec
 
 from dance_jax.engine.sequence import OutputDelta
+from dance_jax.engine.structured import StructuredOutputsParams
 from dance_jax.serve.answers import (
     AssistantMessage,
     ChatChoice,
@@ -17,8 +20,13 @@ from dance_jax.serve.answers import (
     ChatChunkChoice,
     ChatCompletion,
     ChatDelta,
+    ChatFinishReason,
     ChatLogprobs,
+    FunctionCall,
+    FunctionDelta,
     TokenLogprob,
+    ToolCall,
+    ToolCallDelta,
     Usage,
 )
 from dance_jax.serve.bodies import JsonRoute
@@ -27,9 +35,11 @@ from dance_jax.serve.delivery import GENERATED, answered, ending
 from dance_jax.serve.errors import ApiError
 from dance_jax.serve.generation import Generation
 from dance_jax.serve.info import RouteContext
-from dance_jax.serve.logprobs import chat_logprobs
+from dance_jax.serve.logprobs import chat_logprobs, prompt_logprobs
+from dance_jax.serve.parsers.parsed import AnswerParser, CallDelta
 from dance_jax.serve.requests import ChatRequest
-from dance_jax.serve.sampling import sampling_params
+from dance_jax.serve.sampling import checked, sampling_params, structure_of
+from dance_jax.serve.tools import Tool, calls_grammar, forced_tools, offered
 
 
 def routes(server: RouteContext) -> fastapi.APIRouter:
@@ -68,11 +78,113 @@ async def _start(server: RouteContext, body: ChatRequest, client: str) -> _ChatC
     unique = uuid.uuid4().hex
     completion_id = f"chatcmpl-{body.request_id or unique}"
     _, max_tokens = body.output_limit
-    logprobs = body.top_logprobs or 0 if body.logprobs else None
-    params = sampling_params(server, body, max_tokens, logprobs)
-    request = await server.prompts.chat(f"chatcmpl-{unique}", body, params)
+    tools, forced = offered(body), forced_tools(body)
+    text = await server.prompts.rendered(body.messages, body)
+    form = server.info.answer_format
+    structure = await _structure(body, forced, form.before_answer(text))
+    marked = form.is_harmony or (form.special_tokens and bool(tools))
+    more = {"skip_special_tokens": False} if marked else {}
+    params = sampling_params(
+        server,
+        body,
+        max_tokens,
+        structure,
+        logprobs=body.top_logprobs or 0 if body.logprobs else None,
+        **more,
+    )
+    request = await server.prompts.chat(f"chatcmpl-{unique}", text, body, params)
     generation = Generation(server, [request], client)
-    return _ChatCompletion(completion_id, server.info.model, body, generation)
+    choices = [
+        _Choice(
+            number,
+            body,
+            form.parser(text, tools or None, required=bool(forced)),
+            form.call_id,
+        )
+        for number in range(params.n)
+    ]
+    return _ChatCompletion(
+        completion_id, server.info.model, body, generation, request.prompt_token_ids, choices
+    )
+
+
+async def _structure(
+    body: ChatRequest, forced: list[Tool], before: dict[str, Any]
+) -> StructuredOutputsParams | None:
+    """What the output must be, after what the model thinks (`AnswerFormat.before_answer`)."""
+    if forced:
+        parallel = isinstance(body.tool_choice, str) and body.parallel_tool_calls is not False
+        structure = await checked({"grammar": calls_grammar(forced, parallel)}, "tools")
+    else:
+        structure = await structure_of(body)
+        if structure is not None and offered(body):
+            field = next(iter(body.structures))
+            message = f"{field}: not together with tools; set tool_choice to none, or leave it out"
+            raise ApiError(400, message, param=field)
+    return None if structure is None else msgspec.structs.replace(structure, **before)
+
+
+class _Choice:
+    """One sample of a chat: what the model writes becomes content, reasoning and calls.
+
+    Args:
+        index: of the choice.
+        body: of the call.
+        parser: of this sample's output.
+        new_id: makes the id of a call.
+    """
+
+    def __init__(
+        self, index: int, body: ChatRequest, parser: AnswerParser, new_id: Callable[[], str]
+    ) -> None:
+        self.index = index
+        self._body = body
+        self._parser = parser
+        self._new_id = new_id
+        self._calls = False
+
+    def add(self, delta: OutputDelta) -> ChatChunkChoice:
+        """What a delta adds to the choice."""
+        parsed = self._parser.feed(delta.text)
+        if delta.finish_reason is not None:
+            parsed.extend(self._parser.finish())
+        calls = [self._call(call) for call in parsed.calls if self._wanted(call)]
+        self._calls |= bool(calls)
+        reasoning = parsed.reasoning if self._body.include_reasoning is not False else ""
+        silent = not (calls or reasoning)
+        logprobs = self._logprobs(delta)
+        finish_reason: ChatFinishReason | None = ending(delta)
+        if finish_reason == "stop" and self._calls:
+            finish_reason = "tool_calls"
+        return ChatChunkChoice(
+            index=self.index,
+            delta=ChatDelta(
+                content=parsed.content if parsed.content or silent else None,
+                reasoning_content=reasoning or None,
+                tool_calls=calls or None,
+            ),
+            logprobs=ChatLogprobs(content=logprobs) if logprobs else None,
+            finish_reason=finish_reason,
+            stop_reason=delta.stop_reason,
+            token_ids=delta.token_ids if self._body.return_token_ids else None,
+        )
+
+    def _wanted(self, call: CallDelta) -> bool:
+        return self._body.parallel_tool_calls is not False or call.index == 0
+
+    def _call(self, call: CallDelta) -> ToolCallDelta:
+        function = FunctionDelta(name=call.name, arguments=call.arguments)
+        if call.name is None:
+            return ToolCallDelta(index=call.index, function=function)
+        return ToolCallDelta(
+            index=call.index, id=self._new_id(), type="function", function=function
+        )
+
+    def _logprobs(self, delta: OutputDelta) -> list[TokenLogprob]:
+        if not self._body.logprobs:
+            return []
+        as_ids = bool(self._body.return_tokens_as_token_ids)
+        return chat_logprobs(delta, self._body.top_logprobs or 0, as_ids)
 
 
 @dataclasses.dataclass
@@ -83,25 +195,21 @@ class _ChatCompletion:
     model: str
     body: ChatRequest
     generation: Generation
+    prompt: list[int]
+    choices: list[_Choice]
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
 
     async def chunks(self) -> AsyncIterator[ChatChunk]:
         """The answer as a stream: one chunk per sampled token, even if its text is empty."""
         begun: set[int] = set()
         async for number, delta in self.generation.deltas():
+            usage = self.generation.usage if self.body.continuous_usage else None
             if number not in begun:
-                begun.add(number)
                 first = ChatDelta(role="assistant", content="")
-                yield self._chunk([ChatChunkChoice(index=number, delta=first)])
-            logprobs = self._logprobs(delta)
-            part = ChatChunkChoice(
-                index=number,
-                delta=ChatDelta(content=delta.text),
-                logprobs=ChatLogprobs(content=logprobs) if logprobs else None,
-                finish_reason=ending(delta),
-                stop_reason=delta.stop_reason,
-            )
-            yield self._chunk([part])
+                of_prompt = {} if begun else self._of_prompt(delta)
+                yield self._chunk([ChatChunkChoice(index=number, delta=first)], usage, **of_prompt)
+                begun.add(number)
+            yield self._chunk([self.choices[number].add(delta)], usage)
         if self.body.include_usage:
             yield self._chunk([], self.generation.usage)
 
@@ -109,32 +217,68 @@ class _ChatCompletion:
         """The complete answer."""
         choices = [
             ChatChoice(
-                index=number,
+                index=choice.index,
                 message=AssistantMessage(content=""),
                 logprobs=ChatLogprobs(content=[]) if self.body.logprobs else None,
                 finish_reason="length",
+                token_ids=[] if self.body.return_token_ids else None,
             )
-            for number in range(self.body.n or 1)
+            for choice in self.choices
         ]
+        of_prompt: dict[str, Any] = {}
         async for number, delta in self.generation.deltas():
-            choice = choices[number]
-            choice.message.content += delta.text
-            if choice.logprobs is not None:
-                choice.logprobs.content += self._logprobs(delta)
-            choice.finish_reason = ending(delta) or choice.finish_reason
-            choice.stop_reason = delta.stop_reason
+            of_prompt = of_prompt or self._of_prompt(delta)
+            _extend(choices[number], self.choices[number].add(delta))
+        for choice in choices:
+            if choice.message.tool_calls and not choice.message.content:
+                choice.message.content = None
         return ChatCompletion(
             id=self.id,
             created=self.created,
             model=self.model,
             choices=choices,
             usage=self.generation.usage,
+            **of_prompt,
         )
 
-    def _logprobs(self, delta: OutputDelta) -> list[TokenLogprob]:
-        return chat_logprobs(delta, self.body.top_logprobs or 0) if self.body.logprobs else []
+    def _of_prompt(self, delta: OutputDelta) -> dict[str, Any]:
+        """Fields of the answer about the prompt, from the first delta."""
+        found, fields = delta.prompt_logprobs, {}
+        if found is not None:
+            fields["prompt_logprobs"] = prompt_logprobs(found)
+        if self.body.return_token_ids:
+            fields["prompt_token_ids"] = self.prompt
+        return fields
 
-    def _chunk(self, choices: list[ChatChunkChoice], usage: Usage | None = None) -> ChatChunk:
+    def _chunk(
+        self, choices: list[ChatChunkChoice], usage: Usage | None = None, **of_prompt: Any
+    ) -> ChatChunk:
         return ChatChunk(
-            id=self.id, created=self.created, model=self.model, choices=choices, usage=usage
+            id=self.id,
+            created=self.created,
+            model=self.model,
+            choices=choices,
+            usage=usage,
+            **of_prompt,
         )
+
+
+def _extend(choice: ChatChoice, part: ChatChunkChoice) -> None:
+    """Add the next part of a choice to it."""
+    message, delta = choice.message, part.delta
+    message.content = (message.content or "") + (delta.content or "")
+    if delta.reasoning_content:
+        message.reasoning_content = (message.reasoning_content or "") + delta.reasoning_content
+    for call in delta.tool_calls or ():
+        if call.id is not None:
+            function = FunctionCall(name=call.function.name or "", arguments="")
+            calls = message.tool_calls = message.tool_calls or []
+            calls.append(ToolCall(id=call.id, function=function))
+        assert message.tool_calls is not None
+        message.tool_calls[-1].function.arguments += call.function.arguments
+    if choice.logprobs is not None and part.logprobs is not None:
+        choice.logprobs.content += part.logprobs.content
+    if choice.token_ids is not None:
+        choice.token_ids += part.token_ids or []
+    choice.finish_reason = part.finish_reason or choice.finish_reason
+    choice.stop_reason = part.stop_reason

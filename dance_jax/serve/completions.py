@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 
 import fastapi
 
+from dance_jax.engine.sequence import OutputDelta
 from dance_jax.serve.answers import Completion, CompletionChoice, CompletionLogprobs, Usage
 from dance_jax.serve.bodies import JsonRoute
 from dance_jax.serve.client import client_of
@@ -16,9 +17,9 @@ from dance_jax.serve.delivery import GENERATED, answered, ending
 from dance_jax.serve.errors import ApiError
 from dance_jax.serve.generation import Generation
 from dance_jax.serve.info import RouteContext
-from dance_jax.serve.logprobs import completion_logprobs
+from dance_jax.serve.logprobs import completion_logprobs, echoed_logprobs, prompt_logprobs
 from dance_jax.serve.requests import MAX_CHOICES, CompletionRequest
-from dance_jax.serve.sampling import sampling_params
+from dance_jax.serve.sampling import sampling_params, structure_of
 
 #: OpenAI's default.
 _DEFAULT_MAX_TOKENS = 16
@@ -48,16 +49,22 @@ def _check(body: CompletionRequest) -> None:
             f"best_of: must equal n, which is {body.n or 1}; got {body.best_of}",
             param="best_of",
         )
-    if body.echo and body.logprobs is not None:
-        message = "echo: logprobs of prompts are not supported; leave out echo or logprobs"
-        raise ApiError(400, message, param="echo")
 
 
 async def _start(server: RouteContext, body: CompletionRequest, client: str) -> _Completion:
     unique = uuid.uuid4().hex
     completion_id = f"cmpl-{body.request_id or unique}"
-    max_tokens = body.max_tokens or _DEFAULT_MAX_TOKENS
-    params = sampling_params(server, body, max_tokens, body.logprobs)
+    max_tokens = _DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+    asked = body.prompt_logprobs, body.logprobs if body.echo else None
+    of_prompt = max((each for each in asked if each is not None), default=None)
+    params = sampling_params(
+        server,
+        body,
+        max_tokens,
+        await structure_of(body),
+        logprobs=body.logprobs,
+        prompt_logprobs=of_prompt,
+    )
     requests = await server.prompts.completions(f"cmpl-{unique}", body, params)
     if len(requests) * params.n > MAX_CHOICES:
         raise ApiError(
@@ -74,8 +81,12 @@ async def _start(server: RouteContext, body: CompletionRequest, client: str) -> 
             else request.prompt
             for request in requests
         ]
+    prompts = [
+        (echo, request.prompt_token_ids) for echo, request in zip(echoes, requests, strict=True)
+    ]
+    firsts = [await server.prompts.detokenized(ids[:1]) for _, ids in prompts] if body.echo else []
     generation = Generation(server, requests, client)
-    return _Completion(completion_id, server.info.model, body, generation, echoes)
+    return _Completion(completion_id, server.info.model, body, generation, prompts, firsts)
 
 
 @dataclasses.dataclass
@@ -86,32 +97,52 @@ class _Completion:
     model: str
     body: CompletionRequest
     generation: Generation
-    #: Per prompt, the text that precedes its samples' text.
-    echoes: list[str]
+    #: Per prompt, the text that precedes its samples' text, and its tokens.
+    prompts: list[tuple[str, list[int]]]
+    #: Per prompt, the text of the first token, if prompts are repeated.
+    firsts: list[str]
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
 
     async def parts(self) -> AsyncIterator[CompletionChoice]:
         """The next pieces of the choices, as they arrive."""
-        samples = self.body.n or 1
         # Characters so far, by choice.
         lengths: dict[int, int] = {}
         async for choice, delta in self.generation.deltas():
-            echo = "" if choice in lengths else self.echoes[choice // samples]
-            offset = lengths.get(choice, 0)
-            text = echo + delta.text
-            lengths[choice] = offset + len(text)
-            yield CompletionChoice(
-                index=choice,
-                text=text,
-                logprobs=completion_logprobs(delta, offset),
-                finish_reason=ending(delta),
-                stop_reason=delta.stop_reason,
-            )
+            begins = choice not in lengths
+            part = self._begun(choice, delta) if begins else CompletionChoice(index=choice, text="")
+            offset = lengths.get(choice, 0) + len(part.text)
+            own = completion_logprobs(delta, offset, bool(self.body.return_tokens_as_token_ids))
+            if part.logprobs is None:
+                part.logprobs = own
+            elif own is not None:
+                _extend_logprobs(part.logprobs, own)
+            part.text += delta.text
+            part.finish_reason, part.stop_reason = ending(delta), delta.stop_reason
+            if self.body.return_token_ids:
+                part.token_ids = delta.token_ids
+            lengths[choice] = offset + len(delta.text)
+            yield part
+
+    def _begun(self, choice: int, delta: OutputDelta) -> CompletionChoice:
+        """The beginning of a choice: what it tells of its prompt."""
+        number = choice // (self.body.n or 1)
+        echo, ids = self.prompts[number]
+        part = CompletionChoice(index=choice, text=echo)
+        found = delta.prompt_logprobs
+        if found is not None and self.body.echo and self.body.logprobs is not None:
+            as_ids = bool(self.body.return_tokens_as_token_ids)
+            part.logprobs = echoed_logprobs(ids, self.firsts[number], found, as_ids)
+        if found is not None and self.body.prompt_logprobs is not None:
+            part.prompt_logprobs = prompt_logprobs(found)
+        if self.body.return_token_ids:
+            part.prompt_token_ids = ids
+        return part
 
     async def chunks(self) -> AsyncIterator[Completion]:
         """The answer as a stream: one chunk per sampled token, even if its text is empty."""
         async for part in self.parts():
-            yield self._answer([part])
+            usage = self.generation.usage if self.body.continuous_usage else None
+            yield self._answer([part], usage)
         if self.body.include_usage:
             yield self._answer([], self.generation.usage)
 
@@ -135,6 +166,12 @@ def _extend(choice: CompletionChoice, part: CompletionChoice) -> None:
     """Add the next part of a choice to it."""
     choice.text += part.text
     choice.finish_reason, choice.stop_reason = part.finish_reason, part.stop_reason
+    if choice.token_ids is not None and part.token_ids is not None:
+        choice.token_ids += part.token_ids
     if choice.logprobs is not None and part.logprobs is not None:
-        for name in CompletionLogprobs.model_fields:
-            getattr(choice.logprobs, name).extend(getattr(part.logprobs, name))
+        _extend_logprobs(choice.logprobs, part.logprobs)
+
+
+def _extend_logprobs(whole: CompletionLogprobs, part: CompletionLogprobs) -> None:
+    for name in CompletionLogprobs.model_fields:
+        getattr(whole, name).extend(getattr(part, name))

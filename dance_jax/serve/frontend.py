@@ -368,9 +368,14 @@ def _http_server(
     from dance_jax.serve.app import ServeInfo, create_app
     from dance_jax.serve.http_server import HttpServer
     from dance_jax.serve.metrics import HttpConnections
+    from dance_jax.serve.parsers.formats import AnswerFormat
 
     engine = setup.engine
     model_config, tokenizer = files.read(setup.chat_template)
+    answer_format = AnswerFormat.detect(
+        tokenizer.template, setup.options.tool_call_parser, setup.options.reasoning_parser
+    )
+    log.info("answers: tool calls %s, reasoning %s", answer_format.tools, answer_format.reasoning)
     info = ServeInfo(
         models=setup.options.served_model_name.split(","),
         tokenizer=tokenizer,
@@ -381,6 +386,7 @@ def _http_server(
         keys=keys,
         allowed_origins=[each for each in setup.options.allowed_origins.split(",") if each],
         sampling=setup.sampling,
+        answer_format=answer_format,
         created=int(time.time()),
     )
     options, counts = setup.options, HttpConnections()

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from dance_jax.models.tokenizer import Tokenizer
     from dance_jax.serve.keys import Keys
     from dance_jax.serve.metrics import Metrics
+    from dance_jax.serve.parsers.formats import AnswerFormat
     from dance_jax.serve.placement_state import PlacementState
     from dance_jax.serve.prompts import Prompts
     from dance_jax.serve.queue import RequestQueue
@@ -39,6 +40,8 @@ class ServeInfo:
     allowed_origins: Sequence[str]
     #: The model's defaults of fields of `SamplingParams`.
     sampling: Mapping[str, int | float]
+    #: How the model writes calls and reasoning.
+    answer_format: AnswerFormat
     #: Start of the server, unix time in seconds.
     created: int
 

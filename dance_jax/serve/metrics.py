@@ -363,6 +363,21 @@ class _EngineMetrics(Collector):
                 "Expert calls computed on this server, including those for other servers",
                 report.calls_served,
             ),
+            (
+                "sampling_masks",
+                "Tokens whose choice was restricted, by a structured output for example",
+                report.masks,
+            ),
+            (
+                "sampling_mask_seconds",
+                "Time spent on the masks of these tokens, beside the layers",
+                report.mask_seconds,
+            ),
+            (
+                "sampling_mask_wait_seconds",
+                "Time that steps waited for masks",
+                report.mask_wait_seconds,
+            ),
             ("steps", "Engine steps", report.steps),
             ("engine_cpu_seconds", "CPU time of the engine process", report.cpu_seconds),
         ):

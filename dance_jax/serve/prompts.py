@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from dance_jax.config import UserError
 from dance_jax.engine.sequence import Request, SamplingParams
@@ -68,20 +68,23 @@ class Prompts:
                 ids = await self.encoded(item, body.add_special_tokens is not False, where)
             else:
                 ids = self.known(item, where)
+            ids = params.truncated(ids, self._max_model_len)
             self._check_room(len(ids), where, body)
             requests.append(Request(f"{call_id}-{number}", text, ids, params))
         return requests
 
-    async def chat(self, call_id: str, body: ChatRequest, params: SamplingParams) -> Request:
-        """Encode a conversation with the model's chat template; arguments as in `completions`.
+    async def chat(
+        self, call_id: str, text: str, body: ChatRequest, params: SamplingParams
+    ) -> Request:
+        """Encode a rendered conversation; other arguments as in `completions`.
 
         Raises:
-            ApiError: 400 if the template refuses the messages, or if they leave less room in the
-                context than the body asks for.
+            ApiError: 400 if the conversation leaves less room in the context than the body asks
+                for.
         """
-        text = await self.rendered(body.messages, body)
         # The template itself adds special tokens.
         ids = await self.encoded(text, bool(body.add_special_tokens), "messages")
+        ids = params.truncated(ids, self._max_model_len)
         self._check_room(len(ids), "messages", body)
         return Request(f"{call_id}-0", text, ids, params)
 
@@ -137,13 +140,27 @@ class Prompts:
             )
         variables = [message.variables() for message in messages]
         try:
-            return self._tokenizer.chat_text(variables, **how.variables)
+            return self._tokenizer.chat_text(variables, **self._variables(how))
         except TemplateFailure as error:
             verb = "rejects" if isinstance(error, TemplateRefusal) else "cannot render"
             message = f"messages: the model's chat template {verb} them: {error.reason}"
             raise ApiError(400, message, param="messages") from error
         except UserError as error:
             raise ApiError(400, str(error), param=str(error).partition(":")[0]) from error
+
+    def _variables(self, how: TemplateFields) -> dict[str, Any]:
+        """Arguments of `Tokenizer.chat_text`, which the template must know."""
+        found, template = how.variables, self._tokenizer.template or ""
+        if how.tools and "tools" in found and "tools" not in template:
+            raise ApiError(400, "tools: the model's chat template has no tools", param="tools")
+        if "reasoning_effort" not in template:
+            effort = found.pop("reasoning_effort", None)
+            if effort is not None and "enable_thinking" in template:
+                found.setdefault("enable_thinking", effort != "none")
+            elif effort not in (None, "none"):
+                message = "reasoning_effort: the model's chat template has no reasoning_effort"
+                raise ApiError(400, message, param="reasoning_effort")
+        return found
 
     def _check_room(self, length: int, where: str, body: SamplingFields) -> None:
         """Check that a prompt of `length` tokens leaves room for the output asked for."""

@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
@@ -30,7 +30,8 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 1024
 #: Maximum number of ids in stop_token_ids.
 MAX_STOP_TOKENS = 128
-
+#: Maximum number of bad_words, and of their characters.
+MAX_BAD_WORDS, MAX_WORD_CHARS = 64, 128
 
 #: Values that mean the same as leaving the field out.
 _EMPTY = (None, "", [], {})
@@ -55,12 +56,6 @@ class Only:
     def _check(self, value: Any) -> None:
         if value not in self._values:
             raise PydanticCustomError("unsupported", "this server does not support it")
-
-
-def _only_text(value: Any) -> Any:
-    if isinstance(value, dict) and value.get("type") != "text":
-        raise PydanticCustomError("unsupported", 'unsupported: only {"type": "text"} is supported')
-    return value
 
 
 def _prompt_form(value: Any) -> str:
@@ -104,7 +99,7 @@ Stop = Annotated[
 BiasKey = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 Logprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
-MaxTokens = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
+MaxTokens = Annotated[int, Field(ge=0, le=MAX_TOKENS)]
 RequestId = Annotated[str, Field(pattern=r"^[!-~]{1,128}$")]
 
 
@@ -135,7 +130,48 @@ class _Body(BaseModel):
 class StreamOptions(_Body):
     include_usage: bool | None = None
     include_obfuscation: Harmless = None
-    continuous_usage_stats: Annotated[None, Only(False)] = None
+    continuous_usage_stats: bool | None = Field(
+        None, description="Whether each chunk has the usage so far; with include_usage."
+    )
+
+
+Choices = Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
+
+
+class StructuredOutputs(_Body):
+    """What the output must be, in exactly one of the ways; vLLM's field."""
+
+    json_schema: dict[str, Any] | str | None = Field(None, alias="json")
+    json_object: bool | None = None
+    regex: str | None = None
+    choice: Choices | None = None
+    grammar: str | None = Field(None, description="In the syntax of Lark or GBNF.")
+    disable_any_whitespace: Annotated[None, Only(False)] = None
+    disable_additional_properties: Annotated[None, Only(False)] = None
+    whitespace_pattern: Unsupported = None
+    structural_tag: Unsupported = None
+
+
+class JsonSchema(_Body):
+    """A schema of `ResponseFormat`; the output follows the schema, strict or not."""
+
+    name: str
+    description: str | None = None
+    json_schema: dict[str, Any] | None = Field(None, alias="schema")
+    strict: Harmless = None
+
+
+class ResponseFormat(_Body):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _check_schema(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise PydanticCustomError(
+                "json_schema", 'json_schema is required with type "json_schema", and only there'
+            )
+        return self
 
 
 class SamplingFields(_Body):
@@ -161,24 +197,31 @@ class SamplingFields(_Body):
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKENS)] | None = None
     min_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = None
     ignore_eos: bool | None = None
+    bad_words: (
+        Annotated[
+            list[Annotated[str, Field(pattern=r"\S", max_length=MAX_WORD_CHARS)]],
+            Field(max_length=MAX_BAD_WORDS),
+        ]
+        | None
+    ) = None
+    allowed_token_ids: Annotated[list[TokenId], Field(fail_fast=True)] | None = None
+    skip_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=MAX_TOKENS)] | None = None
+    prompt_logprobs: Logprobs | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: str | None = None
 
-    bad_words: Unsupported = None
-    allowed_token_ids: Unsupported = None
     length_penalty: Annotated[None, Only(1)] = None
     use_beam_search: Annotated[None, Only(False)] = None
     early_stopping: Annotated[None, Only(False)] = None
-    skip_special_tokens: Annotated[None, Only(True)] = None
     spaces_between_special_tokens: Annotated[None, Only(True)] = None
-    include_stop_str_in_output: Annotated[None, Only(False)] = None
-    truncate_prompt_tokens: Unsupported = None
-    prompt_logprobs: Unsupported = None
-    return_token_ids: Annotated[None, Only(False)] = None
-    return_tokens_as_token_ids: Annotated[None, Only(False)] = None
-    structured_outputs: Unsupported = None
-    guided_json: Unsupported = None
-    guided_regex: Unsupported = None
-    guided_choice: Unsupported = None
-    guided_grammar: Unsupported = None
     priority: Annotated[None, Only(0)] = None
 
     request_id: RequestId | None = Field(None, description="Part of the answer's id.")
@@ -207,6 +250,29 @@ class SamplingFields(_Body):
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
     @property
+    def continuous_usage(self) -> bool:
+        """Whether each chunk of the stream has the usage so far."""
+        options = self.stream_options
+        return options is not None and self.include_usage and bool(options.continuous_usage_stats)
+
+    @property
+    def structures(self) -> dict[str, dict[str, Any]]:
+        """What each field says the output must be, as arguments of `StructuredOutputsParams`."""
+        asked: dict[str, dict[str, Any]] = {}
+        form, own = self.response_format, self.structured_outputs
+        if form is not None and form.type != "text":
+            schema = None if form.json_schema is None else form.json_schema.json_schema
+            asked["response_format"] = {"json_object": True} if schema is None else {"json": schema}
+        ways = {} if own is None else own.model_dump(by_alias=True, exclude_unset=True)
+        ways = {name: value for name, value in ways.items() if value not in (*_EMPTY, False)}
+        if ways:
+            asked["structured_outputs"] = ways
+        for name in ("json", "regex", "choice", "grammar"):
+            if (value := getattr(self, f"guided_{name}")) not in _EMPTY:
+                asked[f"guided_{name}"] = {name: value}
+        return asked
+
+    @property
     def output_limit(self) -> tuple[str, int | None]:
         """The field that limits the output tokens, and its value."""
         return "max_tokens", self.max_tokens
@@ -222,7 +288,6 @@ class CompletionRequest(SamplingFields):
     )
     logprobs: Logprobs | None = None
     add_special_tokens: bool | None = None
-    response_format: Annotated[None, Only({"type": "text"})] = None
     suffix: Unsupported = None
 
 
@@ -264,19 +329,48 @@ class Message(BaseModel):
     content: Content | None = Field(None, description="Text; null is the empty text.")
 
     def variables(self) -> dict[str, Any]:
-        """The message as a dict for chat templates, with its content joined to one text."""
+        """The message as a dict for chat templates; all parts of its content are of type text."""
         fields = self.model_dump(exclude_unset=True)
         content = self.content
         if isinstance(content, list):
-            content = "\n".join(part.content for part in content)
+            content = [{"type": "text", "text": part.content} for part in content]
         return fields | {"content": content}
 
 
 Messages = Annotated[list[Message], Field(min_length=1)]
 
 
-class ResponseFormat(_Body):
-    type: Literal["text"]
+def _check_tools(tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    for number, tool in enumerate(tools):
+        function = tool.get("function")
+        function = function if isinstance(function, dict) else {}
+        name = function.get("name")
+        if tool.get("type") != "function" or not isinstance(name, str) or not name:
+            raise PydanticCustomError(
+                "tool",
+                'tool {number}: must be {"type": "function", "function": {"name": ...}}',
+                {"number": number},
+            )
+        if not isinstance(function.get("parameters") or {}, dict):
+            raise PydanticCustomError(
+                "tool", "tool {number}: parameters must be a JSON schema", {"number": number}
+            )
+    return tools
+
+
+#: Functions that the model may call; chat templates get them as they are.
+Tools = Annotated[list[dict[str, Any]], AfterValidator(_check_tools)]
+
+
+class NamedFunction(_Body):
+    name: str
+
+
+class NamedTool(_Body):
+    """The function that the model must call."""
+
+    type: Literal["function"]
+    function: NamedFunction
 
 
 class TemplateFields(_Body):
@@ -295,6 +389,7 @@ class TemplateFields(_Body):
     documents: list[dict[str, Any]] | None = Field(
         None, description="Texts for templates that take some."
     )
+    tools: Tools | None = None
     chat_template: Unsupported = None
 
     @model_validator(mode="after")
@@ -314,10 +409,10 @@ class TemplateFields(_Body):
     @property
     def variables(self) -> dict[str, Any]:
         """Arguments of `Tokenizer.chat_text`."""
-        documents = {"documents": self.documents} if self.documents else {}
+        more = {"documents": self.documents, "tools": self.tools}
         return {
             **(self.chat_template_kwargs or {}),
-            **documents,
+            **{name: value for name, value in more.items() if value},
             "add_generation_prompt": self.add_generation_prompt is not False,
             "continue_final_message": bool(self.continue_final_message),
         }
@@ -330,21 +425,30 @@ class ChatRequest(SamplingFields, TemplateFields):
     max_completion_tokens: MaxTokens | None = None
     logprobs: bool | None = None
     top_logprobs: Logprobs | None = None
-    response_format: Annotated[ResponseFormat, BeforeValidator(_only_text)] | None = None
     modalities: list[Literal["text"]] | None = None
     echo: Annotated[None, Only(False)] = None
-    #: Whether to call tools, of which there are none.
-    tool_choice: Annotated[None, Only("none", "auto")] = None
-    tools: Unsupported = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = Field(None, description="False: at most one call.")
+    include_reasoning: bool | None = Field(
+        None, description="False: what the model thinks is left out."
+    )
+    reasoning_effort: str | None = Field(None, description="A variable of the chat template.")
     functions: Unsupported = None
     function_call: Unsupported = None
     audio: Unsupported = None
-    reasoning_effort: Annotated[None, Only("none")] = None
     verbosity: Unsupported = None
     web_search_options: Unsupported = None
     #: A hint that can only make answers faster.
     prediction: Harmless = None
-    parallel_tool_calls: Harmless = None
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        found = super().variables
+        if self.tool_choice == "none":
+            found.pop("tools", None)
+        if self.reasoning_effort:
+            found["reasoning_effort"] = self.reasoning_effort
+        return found
 
     @property
     def output_limit(self) -> tuple[str, int | None]:

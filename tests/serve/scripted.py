@@ -22,6 +22,7 @@ from dance_jax.models.tokenizer import Tokenizer
 from dance_jax.placement.core import Layout, Placement, spread
 from dance_jax.serve.app import ServeInfo, create_app
 from dance_jax.serve.keys import Keys
+from dance_jax.serve.parsers.formats import AnswerFormat
 from dance_jax.serve.placement_state import PlacementState
 from tests.tiny_models import SERVED
 
@@ -110,6 +111,7 @@ def serve_info(directory: pathlib.Path, **changes: Any) -> ServeInfo:
         "keys": Keys(),
         "allowed_origins": [],
         "sampling": {},
+        "answer_format": AnswerFormat(),
         "created": 1_700_000_000,
     }
     return ServeInfo(**fields | changes)

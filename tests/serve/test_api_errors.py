@@ -54,13 +54,21 @@ from tests.serve.scripted import (
         ({"n": 2, "temperature": 0}, "n"),
         ({"best_of": 2}, "best_of"),
         ({"suffix": "end"}, "suffix"),
-        ({"echo": True, "logprobs": 1}, "echo"),
         ({"logprobs": 21}, "logprobs"),
         ({"logprobs": "all"}, "logprobs"),
-        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": -1}, "max_tokens"),
         ({"max_tokens": 10**30}, "max_tokens"),
         ({"min_tokens": 4}, "min_tokens"),
-        ({"min_tokens": 2, "stop_token_ids": list(range(2, 18))}, "stop_token_ids"),
+        ({"allowed_token_ids": [260]}, "allowed_token_ids"),
+        ({"bad_words": ["  "]}, "bad_words[0]"),
+        ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
+        ({"guided_regex": "a("}, "guided_regex"),
+        ({"guided_json": "{"}, "guided_json"),
+        ({"guided_regex": "a", "guided_choice": ["a"]}, "guided_choice"),
+        ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs"),
+        ({"structured_outputs": {"json": {"type": "thing"}}}, "structured_outputs"),
+        ({"structured_outputs": {"structural_tag": "{}"}}, "structured_outputs.structural_tag"),
+        ({"response_format": {"type": "json_schema"}}, "response_format"),
         ({"temperature": -0.1}, "temperature"),
         ({"temperature": "hot"}, "temperature"),
         ({"top_p": 0}, "top_p"),
@@ -113,9 +121,13 @@ def test_wrong_fields_of_completions(
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"logprobs": 3}, "logprobs"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {}}}},
+            "response_format.json_schema.name",
+        ),
         ({"tools": [{"type": "function"}]}, "tools"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"reasoning_effort": "low"}, "reasoning_effort"),
         ({"prompt": "hi"}, "prompt"),
@@ -130,8 +142,6 @@ def test_wrong_fields_of_chats(
 
 
 def test_what_is_unsupported_says_so(http: TestClient) -> None:
-    body = {"messages": HELLO, "response_format": {"type": "json_object"}}
-    assert "unsupported" in error(http.post("/v1/chat/completions", json=body), 400)["message"]
     answer = http.post("/v1/completions", json={"prompt": "a", "suffix": "b"})
     assert "does not support" in error(answer, 400)["message"]
 

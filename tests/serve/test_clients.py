@@ -48,13 +48,10 @@ def test_what_says_nothing_is_accepted(
 @pytest.mark.parametrize(
     "fields",
     [
-        {"tools": [{"type": "function"}]},
-        {"tool_choice": "required"},
+        {"functions": [{"name": "f"}]},
         {"priority": 3},
         {"use_beam_search": True},
-        {"guided_json": {"type": "object"}},
-        {"reasoning_effort": "high"},
-        {"skip_special_tokens": False},
+        {"spaces_between_special_tokens": False},
         {"something_new": 1},
     ],
 )
