@@ -55,6 +55,9 @@ class StructuredOutputsParams(msgspec.Struct, kw_only=True):
     #: Two texts: an output that begins with the first is structured after the second, for models
     #: that may think first. None: all outputs are structured from their beginning.
     may_begin_with: list[str] | None = None
+    #: A text, or the id of a special token: an output that begins with it (after what the model
+    #: thinks) is free, for models that may call a tool instead. None: no output is free.
+    unless_begins_with: str | int | None = None
 
     def __post_init__(self) -> None:
         ways = ("json", "json_object", "regex", "choice", "grammar")
@@ -74,14 +77,22 @@ class StructuredOutputsParams(msgspec.Struct, kw_only=True):
         Raises:
             UserError: the schema, expression or grammar is wrong; the message says where.
         """
-        own = self._own_grammar()
-        if self.may_begin_with is None:
+        own, other = self._own_grammar(), self.unless_begins_with
+        if self.may_begin_with is None and other is None:
             return own
-        begin, end = map(json.dumps, self.may_begin_with)
-        free = f"start: ({begin} free SPACE?)? @structure\n"
-        free += f"free[suffix={end}]: /(.|\\n)*/\nSPACE: /\\s+/"
+        thought, rules, answer = "", [], "@structure"
+        if self.may_begin_with is not None:
+            begin, end = map(json.dumps, self.may_begin_with)
+            thought = "(thought SPACE?)? "
+            rules += [f"thought: {begin} thinking", f"thinking[suffix={end}]: /(.|\\n)*/"]
+            rules.append(r"SPACE: /\s+/")
+        if other is not None:
+            answer = "(@structure | other)"
+            begin = f"<[{other}]>" if isinstance(other, int) else json.dumps(other)
+            rules.append(f"other: {begin} <[*]>*")
+        lark = "\n".join([f"start: {thought}{answer}", *rules])
         first, *others = _grammars(own)
-        named = [{"lark_grammar": free}, first | {"name": "structure"}, *others]
+        named = [{"lark_grammar": lark}, first | {"name": "structure"}, *others]
         return json.dumps({"grammars": named})
 
     def _own_grammar(self) -> str:

@@ -137,6 +137,11 @@ class Tokenizer:
         """Decode tokens to text; bytes that are not valid UTF-8 become U+FFFD."""
         return self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
 
+    def special_id(self, text: str) -> int | None:
+        """The id of a special token; None if the text is none."""
+        found = self._backend.get_added_tokens_decoder().items()
+        return next((id for id, token in found if token.special and token.content == text), None)
+
     def to_json(self) -> str:
         """The tokenizer in the form of tokenizer.json."""
         return self._backend.to_str()

@@ -81,7 +81,12 @@ async def _start(server: RouteContext, body: ChatRequest, client: str) -> _ChatC
     tools, forced = offered(body), forced_tools(body)
     text = await server.prompts.rendered(body.messages, body)
     form = server.info.answer_format
-    structure = await _structure(body, forced, form.before_answer(text))
+    structure = await _structure(body, forced)
+    if structure is not None:
+        around = form.before_answer(text)
+        if tools and not forced and form.call_begins is not None:
+            around["unless_begins_with"] = server.prompts.marker(form.call_begins)
+        structure = msgspec.structs.replace(structure, **around)
     marked = form.is_harmony or (form.special_tokens and bool(tools))
     more = {"skip_special_tokens": False} if marked else {}
     params = sampling_params(
@@ -108,20 +113,12 @@ async def _start(server: RouteContext, body: ChatRequest, client: str) -> _ChatC
     )
 
 
-async def _structure(
-    body: ChatRequest, forced: list[Tool], before: dict[str, Any]
-) -> StructuredOutputsParams | None:
-    """What the output must be, after what the model thinks (`AnswerFormat.before_answer`)."""
-    if forced:
-        parallel = isinstance(body.tool_choice, str) and body.parallel_tool_calls is not False
-        structure = await checked({"grammar": calls_grammar(forced, parallel)}, "tools")
-    else:
-        structure = await structure_of(body)
-        if structure is not None and offered(body):
-            field = next(iter(body.structures))
-            message = f"{field}: not together with tools; set tool_choice to none, or leave it out"
-            raise ApiError(400, message, param=field)
-    return None if structure is None else msgspec.structs.replace(structure, **before)
+async def _structure(body: ChatRequest, forced: list[Tool]) -> StructuredOutputsParams | None:
+    """What the answer must be: calls of some tools, or what the body says."""
+    if not forced:
+        return await structure_of(body)
+    parallel = isinstance(body.tool_choice, str) and body.parallel_tool_calls is not False
+    return await checked({"grammar": calls_grammar(forced, parallel)}, "tools")
 
 
 class _Choice:

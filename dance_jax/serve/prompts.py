@@ -115,6 +115,11 @@ class Prompts:
         """The text of tokens of the vocabulary."""
         return await asyncio.to_thread(self._tokenizer.decode, tokens)
 
+    def marker(self, text: str) -> str | int:
+        """A text of the model's own, as the id of the special token if it is one."""
+        found = self._tokenizer.special_id(text)
+        return text if found is None else found
+
     def known(self, tokens: list[int], where: str) -> list[int]:
         """Check that all token ids are in the vocabulary, and return them.
 

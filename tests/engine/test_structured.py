@@ -126,6 +126,20 @@ def test_a_model_may_think_first_or_not(fields, _):
         assert not matcher.deep_copy().consume_tokens(TOKENIZER.encode(text, False)), text
 
 
+@pytest.mark.parametrize("marker", ["<tool_call>", 7])
+def test_a_model_may_call_a_tool_instead(marker):
+    structure = StructuredOutputsParams(
+        choice=["yes"], may_begin_with=["<think>", "</think>"], unless_begins_with=marker
+    )
+    matcher = Structures(TOKENIZER, VOCAB, EOS).matcher(structure).result()
+    call = [marker] if marker == 7 else TOKENIZER.encode(marker, False)
+    yes, any_text = (TOKENIZER.encode(text, False) for text in ("yes", '{"a": [[]'))
+    thought = TOKENIZER.encode("<think>so</think>\n", False)
+    for output in (yes, thought + yes, [*call, *any_text], [*thought, *call, *any_text, EOS[0]]):
+        assert matcher.deep_copy().consume_tokens(output)
+    assert not matcher.deep_copy().consume_tokens([*yes, *call])
+
+
 @pytest.mark.parametrize(
     "fields, reason",
     [

@@ -29,7 +29,12 @@ QUESTIONS: tuple[dict[str, Any], ...] = (
     {"prompt": "1 + 1 =", "temperature": 1.0, "seed": 11},
     {"prompt": "def f(x):", "temperature": 0},
     {"prompt": "On and on", "temperature": 0.8, "seed": 12, "n": 2},
-    {"prompt": "The end", "temperature": 0},
+    {
+        "prompt": "The end",
+        "temperature": 0.9,
+        "seed": 13,
+        "extra_body": {"guided_regex": "([a-z]{2,9} ){99}"},
+    },
 )
 #: The questions to a server, by number.
 NUMBERS = (0, *tuple(range(1, len(QUESTIONS))) * COPIES)
@@ -98,15 +103,18 @@ class Load:
 
     async def _ask(self, rank: int, number: int) -> Answer:
         create = self._clients[rank].completions.create
-        asked = {"model": MODEL, "max_tokens": LENGTH, "extra_body": {"ignore_eos": True}}
-        answer, count = Answer({}, {}), 0
+        question, answer, count = QUESTIONS[number], Answer({}, {}), 0
+        asked: dict[str, Any] = {"model": MODEL, "max_tokens": LENGTH, **question}
+        asked["extra_body"] = {"ignore_eos": True, **question.get("extra_body", {})}
         if number > 0 and not self._streamed:
-            whole = await create(**asked, **QUESTIONS[number])
+            whole = await create(**asked)
             for choice in whole.choices:
                 answer.texts[choice.index] = choice.text
                 answer.reasons[choice.index] = choice.finish_reason
+                if "guided_regex" in asked["extra_body"]:
+                    assert re.fullmatch("([a-z]{2,9} )*[a-z]{0,9}", choice.text), choice.text
             return answer
-        chunks = await create(**asked, **QUESTIONS[number], stream=True)
+        chunks = await create(**asked, stream=True)
         async for chunk in chunks:
             for choice in chunk.choices:
                 answer.texts[choice.index] = answer.texts.get(choice.index, "") + choice.text

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
 
 from dance_jax.config import EngineConfig
-from dance_jax.engine.sequence import OutputDelta, Request
+from dance_jax.engine.sequence import Request
 from dance_jax.serve.app import ServeInfo
 from dance_jax.serve.parsers.formats import AnswerFormat
-from tests.serve.scripted import HELLO, ScriptedQueue, client, error, events, serve_info
+from tests.serve.scripted import HELLO, ScriptedQueue, client, error, events, serve_info, writes
 
 CHAT = "/v1/chat/completions"
 WEATHER = {
@@ -41,18 +41,6 @@ CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Bonn"}}\n</tool_
 BODY = {"messages": HELLO, "tools": [WEATHER, CLOCK]}
 
 Writing = Callable[[str], TestClient]
-
-
-def writes(text: str, finish_reason: Any = "stop") -> Callable[[Request], Iterable[OutputDelta]]:
-    """A script that writes a text in pieces of three characters."""
-
-    def script(request: Request) -> Iterable[OutputDelta]:
-        pieces = [text[at : at + 3] for at in range(0, len(text), 3)] or [""]
-        for number, piece in enumerate(pieces, 1):
-            last = finish_reason if number == len(pieces) else None
-            yield OutputDelta(request.request_id, 0, piece, [number], finish_reason=last)
-
-    return script
 
 
 @pytest.fixture(scope="module")
@@ -158,13 +146,28 @@ def test_a_call_that_must_come(thinking: ServeInfo, choice: Any) -> None:
         ({"tool_choice": {"type": "function", "function": {"name": "x"}}}, "tool_choice"),
         ({"tool_choice": "sometimes"}, "tool_choice"),
         ({"tools": [{"type": "function", "function": {"name": "f", "parameters": 7}}]}, "tools"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
     ],
 )
 def test_what_does_not_fit_together(thinking: ServeInfo, fields: Any, param: str) -> None:
     answer = client(ScriptedQueue(), thinking).post(CHAT, json={**BODY, **fields})
     found = error(answer, 400)
     assert (found["param"] or "").split(".")[0] == param, found
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_an_answer_with_a_structure_or_calls(thinking: ServeInfo, special: bool) -> None:
+    """The grammar knows the marker of calls, which may be a special token."""
+    form = AnswerFormat("hermes", None) if not special else AnswerFormat("mistral", None)
+    info = dataclasses.replace(thinking, answer_format=form)
+    if special:
+        info.tokenizer._backend.add_special_tokens(["[TOOL_CALLS]"])
+    choice, request = ask(info, '{"a": 1}', response_format={"type": "json_object"})
+    assert choice["message"]["content"] == '{"a": 1}'
+    structure = request.params.structured_outputs
+    assert structure is not None
+    begin = info.tokenizer.special_id("[TOOL_CALLS]") if special else "<tool_call>"
+    assert structure.unless_begins_with == begin is not None
+    structure.check()
 
 
 @pytest.mark.parametrize(

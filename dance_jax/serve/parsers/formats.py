@@ -47,6 +47,11 @@ _REASONING_SIGNS = (
     ("harmony", re.compile(r"<\|channel\|>")),
     ("think", re.compile("</?think>")),
 )
+_CALL_BEGINS = {
+    **dict.fromkeys(("hermes", "qwen_xml", "glm"), "<tool_call>"),
+    "deepseek_v3": DeepSeekParser.begin_of_calls,
+    "mistral": "[TOOL_CALLS]",
+}
 #: Formats of tools whose markers are special tokens.
 _SPECIAL = ("mistral", "deepseek_v3", "harmony")
 
@@ -101,6 +106,14 @@ class AnswerFormat:
     def special_tokens(self) -> bool:
         """Whether markers are special tokens, so that decoding must not skip these."""
         return self.is_harmony or self.tools in _SPECIAL
+
+    @property
+    def call_begins(self) -> str | None:
+        """The text with which an answer that only calls begins.
+
+        None without such a text: no calls are looked for, or they have a channel of their own.
+        """
+        return _CALL_BEGINS.get(self.tools or "")
 
     def before_answer(self, prompt: str) -> dict[str, Any]:
         """Fields of `StructuredOutputsParams` for what comes before the answer to a prompt."""

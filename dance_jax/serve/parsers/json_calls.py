@@ -155,6 +155,8 @@ class DeepSeekParser(CallParser):
     writes the name and the arguments.
     """
 
+    #: The text with which all calls begin.
+    begin_of_calls = _CALLS
     openings = Markers(_CALLS, _CALL)
 
     def call(self, opening: str) -> Reading[None]:
