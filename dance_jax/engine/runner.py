@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 import jax
@@ -534,10 +533,11 @@ class Runner:
             self._no_adjustments[decode] = packed
         return packed
 
-    def _allowed(self, masks: Future[list[np.ndarray]] | None, decode: int) -> jax.Array:
-        """The masks of every device, for which this waits; those of most steps stay on devices."""
+    def _allowed(self, sampled: _Sampled, decode: int) -> Any:
+        """The masks of every device; those of most steps stay on devices."""
+        masks = self.masks.make(sampled, decode)
         if masks is not None:
-            return self.shards.per_device(self.masks.wait(masks))
+            return self.shards.passed(masks)
         if decode not in self._no_masks:
             self._no_masks[decode] = self._on_all(self.masks.none(decode))
         return self._no_masks[decode]
@@ -579,7 +579,6 @@ class Runner:
             {n: row.sequence for n, row in enumerate(step_module.sampling_rows(rows))}
             for rows in plan.entries
         ]
-        masks = self.masks.start(sampled, bucket[0])
         changes = self._pack_adjustments(sampled, bucket[0])
         hidden, rotations, state, record = parts.begin(ends, packed)
         for index, layer in enumerate(parts.layers):
@@ -594,7 +593,8 @@ class Runner:
         logits, counts, any_failed = parts.logits(ends, hidden, packed, memory.counts, record)
         self.memory = memory._replace(counts=counts)
         scores = self._scores(plan, hidden)
-        allowed = self._allowed(masks, bucket[0])
+        # The devices compute meanwhile.
+        allowed = self._allowed(sampled, bucket[0])
         arrays = (logits, state, changes, allowed, any_failed, record.crossed)
         chosen, *top = parts.choose({}, *arrays)
         extras = Extras(top[0], top[1], record.routes, record.failed, logits, scores)

@@ -202,6 +202,8 @@ class Structure:
         """
         if self._future.exception() is None:
             self._matcher().unsafe_compute_mask_ptr(words_w.ctypes.data, words_w.nbytes)
+        else:
+            words_w[:] = -1
 
     def _take(self, token: int) -> None:
         if self._begins_after is None:
