@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import threading
 import time
 from collections.abc import Iterable
 from typing import Any
 
+import jax
 import numpy as np
 
 from dance_jax.config import ClusterSpec, EngineConfig, ProgressCallback
 from dance_jax.engine.compile_cache import CompileCache
 from dance_jax.engine.detokenizer import Decoder
-from dance_jax.engine.kv_cache import num_blocks, state_copies
+from dance_jax.engine.kv_cache import block_bytes, num_blocks, state_copies
 from dance_jax.engine.output import RequestTracker
 from dance_jax.engine.report import STEP_SIZES, EngineReport, EngineStats
 from dance_jax.engine.route_sample import RouteSample
@@ -35,6 +37,7 @@ from dance_jax.engine.step import (
 from dance_jax.engine.step_clock import StepClock
 from dance_jax.engine.trace import Trace
 from dance_jax.engine.traffic import CallTraffic, LinkTraffic, LockStepTraffic
+from dance_jax.engine.waterfall import Waterfall
 from dance_jax.models import kernels_cpu
 from dance_jax.models.checkpoint import WeightSource
 from dance_jax.models.experts import Weights
@@ -137,6 +140,8 @@ class Engine:
         self.clock = StepClock(self._traffic.inside)
         #: Records a trace of the steps; None if tracing is off.
         self.trace: Trace | None = None
+        #: Records the next steps; None if nobody asks for them.
+        self.waterfall: Waterfall | None = None
         self._stalls = Stalls(("",) if cluster is None else cluster.names)
         self._staging = Staging(layout, rank, form)
         #: Held while pool and layout change, and while an expert is read.
@@ -279,6 +284,8 @@ class Engine:
             self._stalls.failed(self._traffic.totals().peers)
         if self.trace is not None:
             self.trace.step(number, plan, self.clock.spans, len(set(map(id, failed))))
+        if self.waterfall is not None:
+            self.waterfall.step(number, plan, self.clock.spans)
         return StepResult(outputs, self._work != IDLE, applied)
 
     def _failed(self, plan: StepPlan, outcomes: list[Outcome], extras: Extras) -> list[Sequence]:
@@ -407,6 +414,14 @@ class Engine:
             "bytes_sent": totals.bytes_sent.tolist(),
         }
 
+    @functools.cached_property
+    def _memory(self) -> dict[str, int]:
+        """`EngineReport.memory`, which does not change."""
+        runner = self.runner
+        trunk = sum(leaf.nbytes for leaf in jax.tree.leaves(runner.state))
+        blocks = self.scheduler.num_blocks * block_bytes(runner.model_config, self.config)
+        return {"trunk": trunk, "kv": blocks, "experts": sum(runner.pools.bytes)}
+
     def stats(self) -> EngineStats:
         return EngineStats(
             counts=self.runner.counts().tolist(),
@@ -420,8 +435,9 @@ class Engine:
             **self._measured(),
         )
 
-    def report(self) -> EngineReport:
-        calls_local, calls_remote = self._calls(self.runner.counts())
+    def report(self, with_counts: bool = False) -> EngineReport:
+        counts_le = self.runner.counts()
+        calls_local, calls_remote = self._calls(counts_le)
         scheduler, totals = self.scheduler, self._traffic.totals()
         resident = int((self.layout.slot_of[self.rank] >= 0).sum())
         slots = self.layout.slots_per_device[self.rank]
@@ -448,9 +464,10 @@ class Engine:
             peers=list(totals.peers),
             failed_sequences=scheduler.failures,
             stalled=scheduler.stalled,
+            memory=self._memory,
+            counts=counts_le.astype(np.uint32).tobytes() if with_counts else b"",
             masks=self.runner.masks.count,
             mask_seconds=self.runner.masks.seconds,
-            mask_wait_seconds=self.runner.masks.waited_s,
             experts_resident=resident,
             spare_slots=len(self.runner.devices) * slots - resident,
             step_seconds=self.clock.seconds(),

@@ -97,14 +97,17 @@ class EngineReport(msgspec.Struct):
     #: together.
     sums: Sums = msgspec.field(default_factory=Sums)
     peers: list[PeerCounters] = []
-    #: Masks made for tokens whose choice is restricted, for example by a structure; the seconds
-    #: that making them took beside the layers, and the seconds that steps waited for them.
+    #: Masks made for tokens whose choice is restricted, for example by a structure; and the seconds
+    #: that this took while the devices computed.
     masks: int = 0
     mask_seconds: float = 0.0
-    mask_wait_seconds: float = 0.0
     #: Sequences that failed in a step because an expert was unavailable, counting repeats; and
     #: sequences that wait for an unavailable expert now.
     failed_sequences: int = 0
     stalled: int = 0
     #: Empty slots of the expert pools.
     spare_slots: int = 0
+    #: Bytes of the devices' memory by use: "trunk", "kv" and "experts".
+    memory: dict[str, int] = {}
+    #: uint32 [l, e], as bytes: expert calls of this server's tokens. Empty unless somebody watches.
+    counts: bytes = b""

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 import fastapi
 from starlette.middleware.cors import CORSMiddleware
 
-from dance_jax.serve import chat, completions, errors, placement, status, tokens
+from dance_jax.serve import chat, completions, dashboard, errors, placement, status, tokens
 from dance_jax.serve.guard import KeyGuard
 from dance_jax.serve.info import RouteContext, ServeInfo
 from dance_jax.serve.lenient import Lenient
 from dance_jax.serve.metrics import HttpConnections, Metrics
 from dance_jax.serve.placement_state import PlacementState
 from dance_jax.serve.prompts import Prompts
+from dance_jax.serve.view import Views
 
 if TYPE_CHECKING:
     from dance_jax.serve.queue import RequestQueue
@@ -40,6 +41,7 @@ def create_app(
     info: ServeInfo,
     experts: PlacementState,
     connections: HttpConnections | None = None,
+    views: Views | None = None,
 ) -> fastapi.FastAPI:
     """Create the ASGI application of a server.
 
@@ -48,7 +50,9 @@ def create_app(
         info: describes the server.
         experts: the current placement of experts.
         connections: the HTTP server's counts, for the metrics.
+        views: what a dashboard shows; None: only this server.
     """
+    views = views or Views(queue, info, experts)
     server = RouteContext(
         queue,
         info,
@@ -60,12 +64,14 @@ def create_app(
             info.model,
             info.servers,
             info.rank,
+            views.latest,
         ),
         experts,
+        views,
     )
     # No documentation pages: they load scripts from other hosts. The schema is at /openapi.json.
     app = _App(title="dance_jax", docs_url=None, redoc_url=None, redirect_slashes=False)
-    for module in (completions, chat, tokens, status, placement):
+    for module in (completions, chat, tokens, status, placement, dashboard):
         app.include_router(module.routes(server))
     errors.install(app)
     # What is added last comes first.

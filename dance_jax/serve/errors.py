@@ -21,6 +21,7 @@ from dance_jax.serve.queue import QueueFull, Unavailable
 _KINDS = {
     400: ("invalid_request_error", "A field is invalid or its value is not supported"),
     401: ("authentication_error", "The API key is missing or wrong"),
+    403: ("permission_error", "The service does not allow this"),
     404: ("not_found_error", "The model does not exist"),
     405: ("invalid_request_error", "The path does not support this method"),
     408: ("invalid_request_error", "The request did not arrive in time"),

@@ -41,7 +41,9 @@ from dance_jax.serve.unread import limit_unread
 
 if TYPE_CHECKING:
     from dance_jax.placement.core import Layout
+    from dance_jax.serve.app import ServeInfo
     from dance_jax.serve.http_server import HttpServer
+    from dance_jax.serve.view import Views
 
 log = logging.getLogger("dance_jax.frontend")
 
@@ -134,9 +136,18 @@ class FrontEnd:
             self._start_engine(layout)
             self._experts = PlacementState(_layout(layout), self._tell)
             files = ModelFiles(self._setup.engine, self._private)
-            server = _http_server(
-                self._setup, self._names, files, self.queue, self._experts, self._keys
+            from dance_jax.serve.view import Views
+
+            info = _serve_info(self._setup, self._names, files, self._keys)
+            self._views = Views(
+                self.queue,
+                info,
+                self._experts,
+                lambda: [server.bandwidth for server in self._setup.engine.spec.servers],
+                self._tell,
+                self._to_engine,
             )
+            server = _http_server(self._setup, info, self.queue, self._experts, self._views)
             tasks = [
                 asyncio.create_task(work)
                 for work in (
@@ -188,10 +199,17 @@ class FrontEnd:
                 self._keys.change(keys)
             case protocol.Decided() as decided:
                 self._experts.decided(decided)
+            case protocol.AskView(watcher):
+                self._views.asked(watcher)
+            case protocol.Viewed() as viewed:
+                self._views.viewed(viewed)
+            case protocol.DrainAnswered(number) as answer:
+                self._views.answered(number, answer)
             case protocol.Placed() as placed:
                 self._experts.placed(placed, _layout(placed.layout))
                 self.queue.short = placed.short
             case command:
+                self._experts.moving |= isinstance(command, protocol.Stage)
                 self._commands.put_nowait(command)
 
     def _taken_over(self) -> None:
@@ -232,6 +250,7 @@ class FrontEnd:
 
     def _drain(self) -> None:
         self.queue.drain()
+        self._views.close()
         self._draining.set()
 
     async def _run_commands(self) -> None:
@@ -286,6 +305,8 @@ class FrontEnd:
             case protocol.Prepared(_, endpoint):
                 self._endpoint = endpoint
                 self._tell(protocol.FromEngine(self._start, event))
+            case protocol.Waterfall(number) as answer:
+                self._views.answered(number, answer)
             case protocol.Hello() | protocol.Failed() | protocol.Pulse():
                 pass
             case protocol.Traced() if not self._experts.launcher:
@@ -357,17 +378,10 @@ def _layout(content: bytes) -> Layout:
     return Layout.from_bytes(content)
 
 
-def _http_server(
-    setup: FrontSetup,
-    names: Sequence[str],
-    files: ModelFiles,
-    queue: RequestQueue,
-    experts: PlacementState,
-    keys: Keys,
-) -> HttpServer:
-    from dance_jax.serve.app import ServeInfo, create_app
-    from dance_jax.serve.http_server import HttpServer
-    from dance_jax.serve.metrics import HttpConnections
+def _serve_info(
+    setup: FrontSetup, names: Sequence[str], files: ModelFiles, keys: Keys
+) -> ServeInfo:
+    from dance_jax.serve.app import ServeInfo
     from dance_jax.serve.parsers.formats import AnswerFormat
 
     engine = setup.engine
@@ -376,7 +390,7 @@ def _http_server(
         tokenizer.template, setup.options.tool_call_parser, setup.options.reasoning_parser
     )
     log.info("answers: tool calls %s, reasoning %s", answer_format.tools, answer_format.reasoning)
-    info = ServeInfo(
+    return ServeInfo(
         models=setup.options.served_model_name.split(","),
         tokenizer=tokenizer,
         engine_config=engine.config,
@@ -389,8 +403,21 @@ def _http_server(
         answer_format=answer_format,
         created=int(time.time()),
     )
+
+
+def _http_server(
+    setup: FrontSetup,
+    info: ServeInfo,
+    queue: RequestQueue,
+    experts: PlacementState,
+    views: Views,
+) -> HttpServer:
+    from dance_jax.serve.app import create_app
+    from dance_jax.serve.http_server import HttpServer
+    from dance_jax.serve.metrics import HttpConnections
+
     options, counts = setup.options, HttpConnections()
-    app = create_app(queue, info, experts, counts)
+    app = create_app(queue, info, experts, counts, views)
     return HttpServer(
         app,
         options.drain_seconds + HANGUP_S,

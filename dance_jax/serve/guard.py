@@ -10,11 +10,15 @@ from dance_jax.serve.keys import Keys
 from dance_jax.serve.status import OPEN_PATHS
 
 
+def _is_open(path: str) -> bool:
+    return path in OPEN_PATHS or path.startswith("/dashboard/")
+
+
 class KeyGuard:
     """Middleware that refuses requests without an API key before it reads their bodies.
 
     Args:
-        app: the guarded application; OPEN_PATHS need no key.
+        app: the guarded application; OPEN_PATHS and the files of the dashboard need no key.
         keys: one of which requests must carry.
     """
 
@@ -23,7 +27,7 @@ class KeyGuard:
         self._keys = keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in OPEN_PATHS:
+        if scope["type"] != "http" or _is_open(scope["path"]):
             await self._app(scope, receive, send)
             return
         given = dict(scope["headers"]).get(b"authorization", b"")

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from dance_jax.serve.placement_state import PlacementState
     from dance_jax.serve.prompts import Prompts
     from dance_jax.serve.queue import RequestQueue
+    from dance_jax.serve.view import Views
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,3 +86,4 @@ class RouteContext:
     prompts: Prompts
     metrics: Metrics
     experts: PlacementState
+    views: Views

@@ -20,6 +20,11 @@ class Keys:
         """Take other keys from now on."""
         self._keys = [key.encode() for key in keys]
 
+    @property
+    def needed(self) -> bool:
+        """Whether requests need a key."""
+        return bool(self._keys)
+
     def number(self, given: bytes) -> int | None:
         """Number of the key that a request carries.
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from dance_jax.engine.report import EngineReport
     from dance_jax.serve.placement_state import PlacementState
     from dance_jax.serve.queue import RequestQueue
+    from dance_jax.serve.view import Latest
 
 PREFIX = "dance_jax:"
 #: Unit suffix of a counter's name -> seconds per unit.
@@ -62,6 +63,7 @@ class Metrics:
         model: value of the label `model_name` of every metric.
         servers: names of all servers, by rank.
         rank: this server's rank.
+        latest: gets the latest latencies.
     """
 
     def __init__(
@@ -72,8 +74,10 @@ class Metrics:
         model: str,
         servers: Sequence[str],
         rank: int,
+        latest: Latest,
     ) -> None:
         self._model = model
+        self.latest = latest
         self._registry = CollectorRegistry()
         self._registry.register(_EngineMetrics(queue, experts, connections, model, servers, rank))
         self.queue_time = self._histogram(
@@ -204,12 +208,14 @@ class Observation:
     def _add_tokens(self, sample: int, count: int, now: float) -> None:
         if not self._samples:
             self._metrics.first_token.observe(now - self._arrival)
+            self._metrics.latest.ttft.append(now - self._arrival)
         self._tokens += count
         if sample not in self._samples:
             self._samples[sample] = (now, now, count)
             return
         first, latest, before = self._samples[sample]
         self._metrics.inter_token.observe(now - latest)
+        self._metrics.latest.itl.append(now - latest)
         self._samples[sample] = (first, now, before + count)
 
     def _end_sample(self, sample: int, reason: str) -> None:
@@ -370,13 +376,8 @@ class _EngineMetrics(Collector):
             ),
             (
                 "sampling_mask_seconds",
-                "Time spent on the masks of these tokens, beside the layers",
+                "Time spent on the masks of these tokens, while the layers were computed",
                 report.mask_seconds,
-            ),
-            (
-                "sampling_mask_wait_seconds",
-                "Time that steps waited for masks",
-                report.mask_wait_seconds,
             ),
             ("steps", "Engine steps", report.steps),
             ("engine_cpu_seconds", "CPU time of the engine process", report.cpu_seconds),

@@ -41,6 +41,8 @@ class PlacementState:
         self.epoch = 1
         self.absent: frozenset[int] = frozenset()
         self.home = b""
+        #: Whether experts are on their way.
+        self.moving = False
         #: Number of decisions reported to this server.
         self.decisions = 0
         #: Whether a launcher is there.
@@ -66,6 +68,7 @@ class PlacementState:
         self.migrations, self.failures = placed.migrations, placed.failures
         self.experts_migrated = placed.experts_migrated
         self.home = placed.home
+        self.moving = False
 
     def report(self) -> Placed:
         """What is known here, for a launcher that takes over."""

@@ -103,7 +103,7 @@ MaxTokens = Annotated[int, Field(ge=0, le=MAX_TOKENS)]
 RequestId = Annotated[str, Field(pattern=r"^[!-~]{1,128}$")]
 
 
-class _Body(BaseModel):
+class Body(BaseModel):
     """Base of request bodies. Numbers are converted as vLLM converts them: 16.0 and "16" are 16.
 
     Unknown fields are errors, unless they say nothing.
@@ -127,7 +127,7 @@ class _Body(BaseModel):
         }
 
 
-class StreamOptions(_Body):
+class StreamOptions(Body):
     include_usage: bool | None = None
     include_obfuscation: Harmless = None
     continuous_usage_stats: bool | None = Field(
@@ -138,7 +138,7 @@ class StreamOptions(_Body):
 Choices = Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
 
 
-class StructuredOutputs(_Body):
+class StructuredOutputs(Body):
     """What the output must be, in exactly one of the ways; vLLM's field."""
 
     json_schema: dict[str, Any] | str | None = Field(None, alias="json")
@@ -152,7 +152,7 @@ class StructuredOutputs(_Body):
     structural_tag: Unsupported = None
 
 
-class JsonSchema(_Body):
+class JsonSchema(Body):
     """A schema of `ResponseFormat`; the output follows the schema, strict or not."""
 
     name: str
@@ -161,7 +161,7 @@ class JsonSchema(_Body):
     strict: Harmless = None
 
 
-class ResponseFormat(_Body):
+class ResponseFormat(Body):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
@@ -174,7 +174,7 @@ class ResponseFormat(_Body):
         return self
 
 
-class SamplingFields(_Body):
+class SamplingFields(Body):
     """Fields that completions and chats share; null means the same as absent."""
 
     model: str | None = Field(None, description="The served model; may be omitted.")
@@ -291,7 +291,7 @@ class CompletionRequest(SamplingFields):
     suffix: Unsupported = None
 
 
-class Part(_Body):
+class Part(Body):
     """A part of a message's content: text, or what an assistant refused, which is text as well.
 
     Images and audio are not supported.
@@ -362,18 +362,18 @@ def _check_tools(tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
 Tools = Annotated[list[dict[str, Any]], AfterValidator(_check_tools)]
 
 
-class NamedFunction(_Body):
+class NamedFunction(Body):
     name: str
 
 
-class NamedTool(_Body):
+class NamedTool(Body):
     """The function that the model must call."""
 
     type: Literal["function"]
     function: NamedFunction
 
 
-class TemplateFields(_Body):
+class TemplateFields(Body):
     """How messages become a text."""
 
     add_generation_prompt: bool | None = None
@@ -465,21 +465,21 @@ class TokenizeRequest(TemplateFields):
     messages: Messages | None = None
 
 
-class DetokenizeRequest(_Body):
+class DetokenizeRequest(Body):
     """Body of /detokenize."""
 
     model: str | None = None
     tokens: Annotated[list[TokenId], Field(fail_fast=True)]
 
 
-class WantedServer(_Body):
+class WantedServer(Body):
     """Experts wanted on one server, in the form of `servers` in /placement."""
 
     name: str
     resident: list[list[Annotated[int, Field(ge=0, strict=True)]]]
 
 
-class RebalanceRequest(_Body):
+class RebalanceRequest(Body):
     """Body of /placement/rebalance."""
 
     model_config = ConfigDict(strict=True)

@@ -13,7 +13,7 @@ from dance_jax.serve.errors import documented
 from dance_jax.serve.info import RouteContext, ServeInfo
 
 #: Paths that need no API key, for supervisors and monitoring.
-OPEN_PATHS = frozenset({"/health", "/ping", "/ready", "/metrics", "/version"})
+OPEN_PATHS = frozenset({"/health", "/ping", "/ready", "/metrics", "/version", "/dashboard"})
 
 
 def routes(server: RouteContext) -> fastapi.APIRouter:

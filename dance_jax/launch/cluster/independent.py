@@ -184,6 +184,7 @@ class IndependentService(Service):
                 number = "" if process.pid is None else f"(process {process.pid}) "
                 why = f"{number}{process.fate()}"
                 process.kill(signal.SIGKILL)
+                self.faults[rank] = why, time.time()
                 self.members.front_died(rank, why)
             for rank, event in events:
                 if rank in self.spec.seated:
@@ -299,6 +300,16 @@ class IndependentService(Service):
             if process.ended is None and now > until:
                 process.kill(signal.SIGKILL)
         self._left = [each for each in self._left if each[0].ended is None and now <= each[1]]
+
+    def _drain_server(self, name: str) -> str:
+        if self._changes is None:
+            return super()._drain_server(name)
+        hosts = [server for server in self._changes.hosts.values() if server.name != name]
+        if not hosts or len(hosts) == len(self._changes.hosts):
+            return "it is the only server" if not hosts else "it is not in the hosts file"
+        self.notice(name, "leaves, as a user of the dashboard wants")
+        self._changes.want(ClusterSpec(tuple(hosts)))
+        return ""
 
     @property
     def settled(self) -> bool:

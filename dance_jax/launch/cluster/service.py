@@ -98,6 +98,8 @@ class Service(Fleet):
         self._reload = False
         #: Per server, number of the engine's latest start.
         self._starts = [0] * len(self.spec.servers)
+        #: By rank, how a server's processes ended last, and when, unix time in seconds.
+        self.faults: dict[int, tuple[str, float]] = {}
         #: Ranks of dead engines with the reports of their death.
         self._died: dict[int, protocol.EngineDied] = {}
         self._drained: set[int] = set()
@@ -245,6 +247,13 @@ class Service(Fleet):
             case protocol.EngineDied() as died:
                 if died.start == self._starts[rank]:
                     self._died[rank] = died
+                    self.faults[rank] = f"its engine {fate(died)}", time.time()
+            case protocol.Watching():
+                self._show(rank)
+            case protocol.View(watcher, view):
+                self._tell_view(watcher, rank, view)
+            case protocol.DrainServer(number, name):
+                self.tell(rank, protocol.DrainAnswered(number, self._drain_server(name)))
             case protocol.RebalanceWanted() as wanted:
                 self._rebalancer.want(rank, wanted)
             case protocol.DrainWanted():
@@ -254,6 +263,23 @@ class Service(Fleet):
             case _:
                 return event
         return None
+
+    def _show(self, watcher: int) -> None:
+        """Have all servers show what they do to somebody who watches at one of them."""
+        for rank in self.spec.seated:
+            if rank in self.present and rank != watcher:
+                self.tell(rank, protocol.AskView(watcher))
+            else:
+                self._tell_view(watcher, rank, None)
+
+    def _tell_view(self, watcher: int, rank: int, view: Any) -> None:
+        url = dict(zip(self.spec.seated, self.urls, strict=True)).get(rank, "")
+        fault = self.faults.get(rank, ("", 0.0))
+        self.tell(watcher, protocol.Viewed(rank, view, url, *fault))
+
+    def _drain_server(self, name: str) -> str:
+        """Let a server finish its requests and leave; or say why it cannot."""
+        return "servers of this service cannot leave"
 
     def _handle(self, rank: int, event: Any) -> None:
         self._rebalancer.receive(rank, event)

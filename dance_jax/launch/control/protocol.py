@@ -202,6 +202,18 @@ class Settle(msgspec.Struct, tag=True):
     applied: int
 
 
+class Watched(msgspec.Struct, tag=True):
+    """Somebody looks at the engine: for some seconds, its reports have `EngineReport.counts`."""
+
+
+class AskWaterfall(msgspec.Struct, tag=True):
+    """Record the next steps that decode in detail; answer with Waterfall."""
+
+    id: int
+    #: Number of steps.
+    steps: int
+
+
 class Stop(msgspec.Struct, tag=True):
     """Exit."""
 
@@ -260,6 +272,16 @@ class Stats(msgspec.Struct, tag=True):
     """All counters of the worker: an EngineStats, left encoded for processes that relay it."""
 
     stats: msgspec.Raw
+
+
+class Waterfall(msgspec.Struct, tag=True):
+    """Answer to AskWaterfall."""
+
+    id: int
+    #: `engine.waterfall.Waterfall.steps`.
+    steps: list[dict[str, Any]]
+    #: Why steps cannot be recorded; "": they were.
+    why: str = ""
 
 
 class Traced(msgspec.Struct, tag=True):
@@ -404,6 +426,34 @@ class Placed(msgspec.Struct, tag=True):
     home: bytes = b""
 
 
+class AskView(msgspec.Struct, tag=True):
+    """Somebody watches at another server: answer with View."""
+
+    #: Rank of the server that asks.
+    watcher: int
+
+
+class Viewed(msgspec.Struct, tag=True):
+    """What another server has to show, or the launcher of a server that does not run."""
+
+    rank: int
+    #: The server's `serve.view.View`; None: it does not run.
+    view: Any
+    #: Where the server's users reach it.
+    url: str
+    #: How the server's processes ended last, and when, unix time in seconds; "": they never did.
+    fault: str = ""
+    fault_time: float = 0.0
+
+
+class DrainAnswered(msgspec.Struct, tag=True):
+    """Answer to DrainServer."""
+
+    id: int
+    #: Why the server cannot leave; "": it finishes its requests now.
+    why: str
+
+
 # From front end to launcher, in addition to Hello and Failed.
 
 
@@ -486,6 +536,24 @@ class RebalanceWanted(msgspec.Struct, tag=True):
     resident: list[list[list[int]]] | None = None
 
 
+class Watching(msgspec.Struct, tag=True):
+    """Somebody watches at this server: have all servers show what they do."""
+
+
+class View(msgspec.Struct, tag=True):
+    """Answer to AskView."""
+
+    watcher: int
+    view: Any
+
+
+class DrainServer(msgspec.Struct, tag=True):
+    """A user wants a server to finish its requests and leave; answered with DrainAnswered."""
+
+    id: int
+    name: str
+
+
 # Between node 0 and the launcher of another node (--node-rank), which holds one process at a time.
 
 
@@ -547,9 +615,21 @@ NodeEvent = NodeHello | NodeAnswer | NodeEnded
 
 #: Commands that a front end passes on from the launcher to its engine, and all that each obeys.
 PassedCommand = Join | PeerLost | PeerRestarted | AskStats | Stage | Commit | Drop | Reseat | Settle
-Command = PassedCommand | Submit | Abort | Stop
-FrontCommand = PassedCommand | Restart | Decided | Placed | TakeOver | Keys | Drain | Stop
-Event = Hello | PassedEvent | Deltas | Report | Pulse | Failed
+Command = PassedCommand | Submit | Abort | Watched | AskWaterfall | Stop
+FrontCommand = (
+    PassedCommand
+    | Restart
+    | Decided
+    | Placed
+    | TakeOver
+    | Keys
+    | AskView
+    | Viewed
+    | DrainAnswered
+    | Drain
+    | Stop
+)
+Event = Hello | PassedEvent | Deltas | Report | Waterfall | Pulse | Failed
 FrontEvent = (
     Hello
     | FromEngine
@@ -557,6 +637,9 @@ FrontEvent = (
     | EngineSilent
     | Taken
     | RebalanceWanted
+    | Watching
+    | View
+    | DrainServer
     | DrainWanted
     | Drained
     | Failed

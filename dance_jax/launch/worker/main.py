@@ -54,6 +54,8 @@ if TYPE_CHECKING:
 
 #: Seconds after which idle servers step together; seconds between two reports of busy servers.
 HEARTBEAT_S, REPORT_S = 1.0, 0.25
+#: Seconds for which reports have the counts of experts after somebody has looked.
+WATCHED_S = 5.0
 #: Seconds between two checks of a loading batch on an idle server.
 LOADING_POLL_S = 0.05
 #: Seconds for which a loading thread may keep the interpreter from the stepping thread.
@@ -156,6 +158,7 @@ def _start(
     from dance_jax.engine.compile_cache import CompileCache
     from dance_jax.engine.engine import Engine
     from dance_jax.engine.trace import Trace
+    from dance_jax.engine.waterfall import EVENTS
     from dance_jax.launch.planning.costs import cluster_cost
     from dance_jax.launch.worker.memory import free_per_device
     from dance_jax.launch.worker.peer_weights import HeldWeights
@@ -204,6 +207,8 @@ def _start(
     if setup.trace_from:
         origin = setup.rank, connections.names
         engine.trace = Trace(*origin, setup.trace_from, engine.runner.calls)
+    elif engine.runner.calls is not None:
+        engine.runner.calls.start_trace(EVENTS)
     if engine.runner.calls is not None:
         calls.connect(engine.runner.calls, connections)
     shelf.held = engine.expert
@@ -329,6 +334,9 @@ class Worker:
         self._engine, self._loader = engine, loader
         self._connections, self._channel = connections, channel
         self._reported = 0.0
+        #: time.monotonic() until which reports have the counts of experts; the id of the waterfall.
+        self._watched_until = 0.0
+        self._asked = 0
         #: Number of looks at the parent's commands, of commands and of batches; grows while this
         #: process is not stuck.
         self._turns = 0
@@ -423,17 +431,39 @@ class Worker:
             self._channel.send(protocol.Deltas(result.outputs))
         if result.applied:
             self._channel.send(protocol.Applied(result.applied))
+        drawn = self._engine.waterfall
+        if drawn is not None and drawn.done:
+            self._engine.waterfall = None
+            self._channel.send(protocol.Waterfall(self._asked, drawn.steps))
 
     def _report(self, interval_s: float, at_once: bool) -> None:
         now = time.monotonic()
         if (at_once or now > self._reported + interval_s) and self._channel.keeps_up:
             self._reported = now
-            self._channel.send(protocol.Report(self._engine.report()))
+            self._channel.send(protocol.Report(self._engine.report(now < self._watched_until)))
             self._send_trace()
 
     def _send_trace(self) -> None:
         if self._engine.trace is not None and (lines := self._engine.trace.take()):
             self._channel.send(protocol.Traced(lines))
+
+    def _draw(self, number: int, steps: int) -> None:
+        """Begin to record steps, or say why that is not possible."""
+        from dance_jax.engine.waterfall import Waterfall
+
+        calls, names, why = self._engine.runner.calls, self._connections.names, ""
+        if calls is None:
+            why = "the servers step together, and call nothing"
+        elif self._engine.trace is not None:
+            why = "the whole run is traced (--trace)"
+        elif self._engine.waterfall is not None:
+            why = "another waterfall is recorded just now"
+        if why:
+            self._channel.send(protocol.Waterfall(number, [], why))
+        else:
+            assert calls is not None
+            self._asked = number
+            self._engine.waterfall = Waterfall(calls, names, steps)
 
     def _receive(self) -> None:
         """Receive the parent's commands, and execute those that may run during a step."""
@@ -477,6 +507,10 @@ class Worker:
                 case protocol.Abort(request_ids):
                     for request_id in [None] if request_ids is None else request_ids:
                         engine.abort(request_id)
+                case protocol.Watched():
+                    self._watched_until = time.monotonic() + WATCHED_S
+                case protocol.AskWaterfall(number, steps):
+                    self._draw(number, steps)
                 case protocol.AskStats():
                     self._send_trace()
                     stats = msgspec.msgpack.encode(engine.stats())
