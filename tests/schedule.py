@@ -20,6 +20,9 @@ LONGEST = {
     "tests/launch/test_nodes.py": "",
     "tests/launch/test_remote.py": "",
     "tests/test_llm.py": "",
+    "tests/serve/test_openai": "local_server",
+    "tests/serve/test_client_libraries.py": "local_server",
+    "tests/serve/test_resume.py": "local_server",
 }
 
 

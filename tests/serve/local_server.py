@@ -9,7 +9,10 @@ import pathlib
 import queue
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from typing import TypeVar
+
+from starlette.types import ASGIApp
 
 from dance_jax.config import EngineConfig
 from dance_jax.engine.compile_cache import CompileCache
@@ -22,17 +25,30 @@ from dance_jax.models.tokenizer import Tokenizer
 from dance_jax.serve.app import ServeInfo, create_app
 from dance_jax.serve.http_server import HttpServer
 from dance_jax.serve.keys import Keys
+from dance_jax.serve.parsers.formats import AnswerFormat
 from dance_jax.serve.placement_state import PlacementState
 from dance_jax.serve.queue import RequestQueue
 from tests.tiny_models import SERVED
 
 MODEL = "tiny"
 #: Context length in tokens, prompt plus output.
-CONTEXT = 192
+CONTEXT = 512
 #: Maximum number of waiting requests.
 MAX_QUEUE = 32
 #: Seconds after which an expected event counts as missing.
 PATIENCE_S = 60.0
+#: Calls are written as Hermes writes them. Of tools it shows only the names: prompts stay short.
+TEMPLATE = r"""
+{%- if tools %}tools:{% for tool in tools %} {{ tool.function.name }}{% endfor %}
+{% endif %}
+{%- for message in messages %}
+{{- message.role }}: {{ message.content }}
+{%- for call in message.tool_calls or [] %}
+{{- '<tool_call>{"name": "' ~ call.function.name ~ '", "arguments": ' }}
+{{- call.function.arguments | tojson }}}</tool_call>
+{%- endfor %}{{ "\n" }}
+{%- endfor %}
+{%- if add_generation_prompt %}assistant: {% endif %}"""
 
 
 class _EngineThread:
@@ -94,15 +110,49 @@ class _EngineThread:
                     self._engine.abort(request_id)
 
 
-class LocalServer:
-    """A server at `url`, which runs from construction until `stop`.
+class HttpThread:
+    """An application behind a real HTTP server at `url`, from construction until `stop`.
+
+    Args:
+        app: the application.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._http = HttpServer(app, PATIENCE_S, 128)
+        # The socket listens from now on; clients wait until their connection is accepted.
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self.address: tuple[str, int] = self._socket.getsockname()
+        self.url = f"http://127.0.0.1:{self.address[1]}"
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)
+        self._thread.start()
+
+    async def _serve(self) -> None:
+        async with self._beside():
+            await self._http.serve(sockets=[self._socket])
+
+    @contextlib.asynccontextmanager
+    async def _beside(self) -> AsyncIterator[None]:
+        """A context with what runs beside the HTTP server, on its event loop."""
+        yield
+
+    def stop(self) -> None:
+        """Stop the HTTP server and what runs beside it."""
+        self._http.should_exit = True
+        self._thread.join()
+        self._socket.close()
+
+
+class LocalServer(HttpThread):
+    """A server with an engine, from construction until `stop`.
 
     Args:
         directory: directory for the model's files.
     """
 
     def __init__(self, directory: pathlib.Path) -> None:
-        model = write_random_checkpoint(directory / "tiny", SERVED, seed=3)
+        fields = SERVED | {"max_position_embeddings": CONTEXT}
+        model = write_random_checkpoint(directory / "tiny", fields, seed=3)
+        (model / "chat_template.jinja").write_text(TEMPLATE)
         checkpoint = Checkpoint.open(ensure_converted(model, directory / "cache"))
         self.tokenizer = Tokenizer.load(model)
         # As few buckets as possible, because compiling them takes most of the time.
@@ -123,38 +173,36 @@ class LocalServer:
             keys=Keys(),
             allowed_origins=[],
             sampling={},
+            answer_format=AnswerFormat.detect(self.tokenizer.template),
             created=1_700_000_000,
         )
-        app = create_app(self.queue, info, PlacementState(whole_model(checkpoint)))
-        self._http = HttpServer(app, PATIENCE_S, 128)
-        # The socket listens from now on; clients wait until their connection is accepted.
-        self._socket = socket.create_server(("127.0.0.1", 0))
-        self.address: tuple[str, int] = self._socket.getsockname()
-        self.url = f"http://127.0.0.1:{self.address[1]}"
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)
-        self._thread.start()
+        super().__init__(create_app(self.queue, info, PlacementState(whole_model(checkpoint))))
 
-    async def _serve(self) -> None:
+    @contextlib.asynccontextmanager
+    async def _beside(self) -> AsyncIterator[None]:
         loop = asyncio.get_running_loop()
         stepping = loop.run_in_executor(None, self.engine.run, loop, self.queue)
         self.queue.engine_started()
         try:
-            await self._http.serve(sockets=[self._socket])
+            yield
         finally:
             self.engine.send(None)
             await stepping
-
-    def stop(self) -> None:
-        """Stop the HTTP server and the engine."""
-        self._http.should_exit = True
-        self._thread.join()
-        self._socket.close()
 
 
 @contextlib.contextmanager
 def local_server(directory: pathlib.Path) -> Iterator[LocalServer]:
     """A context with a running server."""
-    server = LocalServer(directory)
+    with stopping(LocalServer(directory)) as server:
+        yield server
+
+
+Stoppable = TypeVar("Stoppable", bound=HttpThread)
+
+
+@contextlib.contextmanager
+def stopping(server: Stoppable) -> Iterator[Stoppable]:
+    """A context with a server that is stopped at its end."""
     try:
         yield server
     finally:

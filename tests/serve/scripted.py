@@ -54,6 +54,18 @@ def letters(request: Request) -> Iterable[OutputDelta]:
             )
 
 
+def writes(text: str, finish_reason: Any = "stop") -> Script:
+    """A script that writes a text in pieces of three characters."""
+
+    def script(request: Request) -> Iterable[OutputDelta]:
+        pieces = [text[at : at + 3] for at in range(0, len(text), 3)] or [""]
+        for number, piece in enumerate(pieces, 1):
+            last = finish_reason if number == len(pieces) else None
+            yield OutputDelta(request.request_id, 0, piece, [number], finish_reason=last)
+
+    return script
+
+
 class ScriptedQueue:
     """Stands in for serve.queue.RequestQueue.
 
