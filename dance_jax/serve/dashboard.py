@@ -84,9 +84,13 @@ def routes(server: RouteContext) -> fastapi.APIRouter:
     router = fastapi.APIRouter(route_class=JsonRoute)
     files = dict(_files(importlib.resources.files("dance_jax.serve") / "page"))
 
-    @router.get("/dashboard", include_in_schema=False)
+    @router.get(
+        "/dashboard",
+        response_class=Response,
+        responses={200: {"description": "The page", "content": {"text/html": {}}}},
+    )
     async def dashboard(request: fastapi.Request) -> Response:
-        """The page."""
+        """A page that shows what all servers do."""
         if request.scope.get("raw_path", b"").endswith(b"/"):
             # The page's own addresses are relative to /dashboard.
             return RedirectResponse("../dashboard")

@@ -34,6 +34,7 @@ OPERATIONS = [
     ("/v1/models/{model}", "GET"),
     ("/placement", "GET"),
     ("/placement/rebalance", "POST"),
+    ("/dashboard", "GET"),
     ("/events", "GET"),
     ("/trace", "POST"),
     (DRAIN, "POST"),
