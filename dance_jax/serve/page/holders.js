@@ -1,0 +1,262 @@
+/** The picture of who holds which expert: one grid of layers x experts for each server. */
+
+import { byId, canvasColour, colourClass, fillChoice, h, nameTag, setHidden, setText, showTip } from "./dom.js";
+import { counted, listed, number, perSecond } from "./format.js";
+import { callersOf, scaleOf } from "./rates.js";
+import { holdersInWords } from "./state.js";
+
+const ALL = "all";
+const LEFT = 26;
+const BOTTOM = 16;
+const SMALLEST_CELL = 6;
+const LARGEST_CELL = 14;
+/** Spare slots that are drawn; their number is told in words. */
+const SLOTS = 24;
+
+export class Holders {
+  #grids = new Map();
+  #chosen = ALL;
+
+  /** @param {() => void} onChange - the picture must be drawn again */
+  constructor(onChange) {
+    this.onChange = onChange;
+  }
+
+  draw(state) {
+    const { placement } = state;
+    setHidden(byId("experts-empty"), Boolean(placement));
+    setHidden(byId("experts-body"), !placement);
+    if (!placement) return;
+    fillChoice(byId("experts-callers"), [ALL, ...state.names].map((name) => [name, name]), ALL, (name) => {
+      this.#chosen = name;
+      this.onChange();
+    });
+    const calls = this.#calls(state);
+    drawLegend(state, calls, this.#chosen);
+    setText(byId("experts-moving"), moving(state));
+    this.#matchGrids(state);
+    const look = lookOf(state);
+    for (const grid of this.#grids.values()) grid.draw(state, calls, look);
+  }
+
+  /** What the colours show: calls by all, or by the chosen server's tokens. */
+  #calls(state) {
+    const rates = state.expertRates();
+    const isShown = (name) => this.#chosen === ALL || name === this.#chosen;
+    const shown = rates.map((each, at) => (isShown(state.names[at]) ? each : null));
+    const calls = callersOf(shown, state.placement.layers * state.placement.experts);
+    return { ...calls, scale: scaleOf(calls.rate) };
+  }
+
+  #matchGrids(state) {
+    for (const [name, grid] of this.#grids) {
+      if (!state.resident.has(name)) {
+        grid.root.remove();
+        this.#grids.delete(name);
+      }
+    }
+    for (const name of state.resident.keys()) {
+      if (this.#grids.has(name)) continue;
+      const grid = new Grid(name, state.indexOf(name));
+      this.#grids.set(name, grid);
+      byId("experts-grids").append(grid.root);
+    }
+  }
+}
+
+function moving(state) {
+  const arrived = [...state.resident.keys()].filter((name) => state.newOn(name));
+  const news = arrived.map((name) => `${state.newOn(name)} on ${name}`);
+  return [
+    state.placement.moving ? "Experts are on their way." : "",
+    news.length ? `New within a minute: ${listed(news)}.` : "",
+  ].filter(Boolean).join(" ");
+}
+
+/** Colours of the present theme, as canvases understand them. */
+function lookOf(state) {
+  return {
+    ink: canvasColour("var(--ink)"),
+    muted: canvasColour("var(--muted)"),
+    absent: canvasColour("var(--absent)"),
+    idle: canvasColour("var(--idle)"),
+    servers: state.names.map((_, index) => canvasColour("var(--c)", colourClass(index))),
+  };
+}
+
+class Grid {
+  #cursor = null;
+  #state = null;
+
+  constructor(name, index) {
+    this.name = name;
+    this.canvas = h("canvas", { role: "img", tabindex: "0" });
+    this.caption = h("span", { class: "muted" });
+    this.slots = h("span", { class: "slots", "aria-hidden": "true" });
+    this.root = h("figure", {}, h("figcaption", {}, h("h3", {}, nameTag(name, index)), this.caption, this.slots),
+      h("div", { class: "scroll" }, this.canvas));
+    this.canvas.addEventListener("pointermove", (event) => this.#point(event));
+    this.canvas.addEventListener("pointerdown", (event) => this.#point(event));
+    // A finger leaves when it is lifted; the tip of a tap stays until the next tap.
+    this.canvas.addEventListener("pointerleave", (event) => event.pointerType !== "touch" && this.#moveTo(null));
+    this.canvas.addEventListener("blur", () => this.#moveTo(null));
+    this.canvas.addEventListener("keydown", (event) => this.#key(event));
+  }
+
+  draw(state, calls, look) {
+    Object.assign(this, { calls, look });
+    this.#state = state;
+    const { layers, experts } = state.placement;
+    const width = this.root.clientWidth - LEFT - 4;
+    this.cell = Math.max(SMALLEST_CELL, Math.min(LARGEST_CELL, Math.floor(width / experts)));
+    this.tall = Math.max(this.cell, Math.min(LARGEST_CELL, Math.floor(260 / layers)));
+    this.#label();
+    const context = scaled(this.canvas, LEFT + experts * this.cell + 1, layers * this.tall + BOTTOM);
+    const held = state.resident.get(this.name);
+    for (let at = 0; at < held.length; at += 1) this.#drawCell(context, at, held[at], experts);
+    drawAxes(context, layers, experts, this.cell, this.tall, look.muted);
+    if (this.#cursor !== null) this.#frame(context, this.#cursor, look.ink, 0);
+  }
+
+  #label() {
+    const { words, spare } = gridInWords(this.#state, this.name);
+    if (this.slots.childElementCount !== Math.min(spare, SLOTS)) {
+      this.slots.replaceChildren(...Array.from({ length: Math.min(spare, SLOTS) }, () => h("i")));
+    }
+    setText(this.caption, words);
+    const label = `Experts on ${this.name}: ${words}`;
+    if (this.canvas.getAttribute("aria-label") !== label) this.canvas.setAttribute("aria-label", label);
+  }
+
+  #drawCell(context, at, held, experts) {
+    const { calls, look, cell, tall } = this;
+    const x = LEFT + (at % experts) * cell;
+    const y = Math.floor(at / experts) * tall;
+    context.fillStyle = held ? look.idle : look.absent;
+    context.fillRect(x, y, cell - 1, tall - 1);
+    if (!held) return;
+    if (calls.caller[at] >= 0) {
+      // The square root shows rare calls too: rates of experts differ by powers of ten.
+      context.globalAlpha = Math.max(0.12, Math.min(1, Math.sqrt(calls.rate[at] / calls.scale)));
+      context.fillStyle = look.servers[calls.caller[at]];
+      context.fillRect(x, y, cell - 1, tall - 1);
+      context.globalAlpha = 1;
+    }
+    if (this.#state.holders[at] > 1) drawDot(context, x + (cell - 1) / 2, y + (tall - 1) / 2, look.ink);
+    if (this.#state.isNew(this.name, at)) this.#frame(context, at, look.ink, 1);
+  }
+
+  #frame(context, at, colour, inset) {
+    const { experts } = this.#state.placement;
+    context.strokeStyle = colour;
+    context.lineWidth = inset ? 1.5 : 2;
+    const x = LEFT + (at % experts) * this.cell + inset - 0.5;
+    const y = Math.floor(at / experts) * this.tall + inset - 0.5;
+    context.strokeRect(x, y, this.cell - 2 * inset, this.tall - 2 * inset);
+  }
+
+  #point(event) {
+    if (!this.#state) return;
+    const { layers, experts } = this.#state.placement;
+    const expert = Math.floor((event.offsetX - LEFT) / this.cell);
+    const layer = Math.floor(event.offsetY / this.tall);
+    const inside = expert >= 0 && expert < experts && layer >= 0 && layer < layers;
+    this.#moveTo(inside ? layer * experts + expert : null);
+  }
+
+  #key(event) {
+    const { layers, experts } = this.#state.placement;
+    const step = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -experts, ArrowDown: experts }[event.key];
+    if (event.key === "Escape") return this.#moveTo(null);
+    if (!step) return undefined;
+    event.preventDefault();
+    const to = this.#cursor === null ? 0 : this.#cursor + step;
+    if (to >= 0 && to < layers * experts) this.#moveTo(to);
+    setText(byId("experts-said"), cellInWords(this.#state, this.#cursor).join(". "));
+    return undefined;
+  }
+
+  #moveTo(cell) {
+    const isSame = cell === this.#cursor && (cell === null || !byId("tip").hidden);
+    if (!this.#state || isSame) return;
+    this.#cursor = cell;
+    this.draw(this.#state, this.calls, this.look);
+    if (cell === null) return void showTip(0, 0, []);
+    const { experts } = this.#state.placement;
+    const box = this.canvas.getBoundingClientRect();
+    showTip(box.left + LEFT + ((cell % experts) + 0.5) * this.cell, box.top + Math.floor(cell / experts) * this.tall,
+      cellInWords(this.#state, cell));
+  }
+}
+
+/** The context of a canvas that has this size on the page, at the screen's resolution. */
+function scaled(canvas, width, height) {
+  const density = devicePixelRatio || 1;
+  canvas.width = Math.round(width * density);
+  canvas.height = Math.round(height * density);
+  canvas.style.width = `${width}px`;
+  canvas.style.height = `${height}px`;
+  const context = canvas.getContext("2d");
+  context.scale(density, density);
+  return context;
+}
+
+function drawDot(context, x, y, colour) {
+  context.fillStyle = colour;
+  context.fillRect(x - 1, y - 1, 2, 2);
+}
+
+function drawAxes(context, layers, experts, cell, tall, colour) {
+  context.fillStyle = colour;
+  context.font = "10px system-ui, sans-serif";
+  context.textBaseline = "middle";
+  context.textAlign = "right";
+  for (let layer = 0; layer < layers; layer += 5) context.fillText(layer, LEFT - 5, (layer + 0.5) * tall);
+  context.textAlign = "center";
+  const every = cell < 9 ? 16 : 8;
+  for (let expert = 0; expert < experts; expert += every) {
+    context.fillText(expert, LEFT + (expert + 0.5) * cell, layers * tall + BOTTOM / 2);
+  }
+}
+
+/** What a server holds. */
+function gridInWords(state, name) {
+  if (state.isLost(name)) return { words: "lost: its experts are not available", spare: 0 };
+  const held = state.resident.get(name);
+  const experts = held.reduce((sum, bit) => sum + bit, 0);
+  const shared = held.reduce((sum, bit, at) => sum + (bit && state.holders[at] > 1 ? 1 : 0), 0);
+  const { slots } = state.placement.servers.find((each) => each.name === name);
+  const spare = state.views.get(name)?.spare_slots ?? slots - experts;
+  const words = `${counted(experts, "expert")}, ${number(shared)} also elsewhere, ${counted(spare, "spare slot")}`;
+  return { words, spare };
+}
+
+/** Lines about one expert. */
+function cellInWords(state, cell) {
+  const { experts } = state.placement;
+  const rates = state.expertRates();
+  const callers = state.names.flatMap((name, at) =>
+    (rates[at]?.[cell] > 0.005 ? [`${perSecond(rates[at][cell])} by ${name}`] : []));
+  return [
+    `Layer ${Math.floor(cell / experts)}, expert ${cell % experts}`,
+    `held by ${holdersInWords(state, cell)}`,
+    callers.length ? `called ${listed(callers)}` : "not called now",
+  ];
+}
+
+function drawLegend(state, { scale }, chosen) {
+  const shown = state.names.filter((name) => chosen === ALL || name === chosen);
+  const text = JSON.stringify([shown, Math.round(scale * 10)]);
+  const legend = byId("experts-legend");
+  if (legend.dataset.state === text) return;
+  legend.dataset.state = text;
+  legend.replaceChildren(
+    h("span", {}, chosen === ALL ? "Colour: whose tokens call it most" : "Colour: calls by the tokens of"),
+    ...shown.map((name) => nameTag(name, state.indexOf(name))),
+    h("span", { class: "name" }, h("i", { class: "ramp" }), `0 to ${perSecond(scale)} calls`),
+    h("span", { class: "name" }, h("i", { class: "swatch idle" }), "held, not called"),
+    h("span", { class: "name" }, h("i", { class: "swatch absent" }), "not held here"),
+    h("span", { class: "name" }, h("i", { class: "swatch idle dotted" }), "also held elsewhere"),
+    h("span", { class: "name" }, h("i", { class: "swatch idle framed" }), "new within a minute"),
+  );
+}
