@@ -1,10 +1,10 @@
-# make demo | test | research-test | slow-test | lint | docs | testbed | haproxy | chaos | slow-chaos
-# | dist; each target creates .venv first if needed.
+# make demo | test | research-test | slow-test | lint | docs | testbed | haproxy | page | chaos
+# | slow-chaos | dist; each target creates .venv first if needed.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test research-test slow-test lint docs testbed haproxy chaos slow-chaos dist
+.PHONY: demo test research-test slow-test lint docs testbed haproxy page chaos slow-chaos dist
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.complete
@@ -38,6 +38,10 @@ testbed: $(VENV)/.complete
 haproxy: $(VENV)/.complete
 	$(BIN)/python -m tests.haproxy.check
 
+# The dashboard in a real browser; may install chromium, as root.
+page: $(VENV)/.page-complete
+	$(BIN)/python -m tests.page.check
+
 # Processes and servers are lost under load; no answer may be lost or changed. Those in a migration
 # are in slow-chaos: on busy cores, a placement is computed for a minute first.
 CHAOS := engine killed;engine paused;front end killed;server lost;server lost, engine killed;launcher killed
@@ -61,6 +65,11 @@ $(VENV)/.complete: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --disable-pip-version-check --no-compile -c constraints.txt scikit-build-core
 	$(BIN)/python -m pip install --disable-pip-version-check --no-compile -c constraints.txt --no-build-isolation -e '.[test]'
 	$(BIN)/python -m dance_jax.models.native
+	touch $@
+
+# What the test of the dashboard needs besides.
+$(VENV)/.page-complete: $(VENV)/.complete
+	$(BIN)/python -m pip install --disable-pip-version-check --no-compile -c constraints.txt --no-build-isolation -e '.[page]'
 	touch $@
 
 # What the site needs besides.

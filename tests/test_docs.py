@@ -344,6 +344,13 @@ def test_metrics_are_written_of() -> None:
         assert f'"{stem}"' in source or f"_{stem}" in source, name
 
 
+def test_the_grafana_dashboard_shows_metrics_that_are_there() -> None:
+    board = json.loads((ROOT / "examples" / "grafana.json").read_text(encoding="utf-8"))
+    shown = " ".join(target["expr"] for panel in board["panels"] for target in panel["targets"])
+    names = {re.sub("_bucket$", "", name) for name in re.findall(r"dance_jax:(\w+)", shown)}
+    assert len(names) > 15 and names <= set(cells("docs/operations.md", "Metrics"))
+
+
 def literals() -> list[str]:
     """All strings of the package, with … for what is put into them."""
     found = []

@@ -24,9 +24,12 @@ PACKAGES = {
     "mount": "mount",
     "nft": "nftables",
     "haproxy": "haproxy",
+    "chromium": "chromium",
 }
-#: Programs that every testbed needs; nft only makes links lose packets.
-NEEDED = tuple(program for program in PACKAGES if program not in ("nft", "haproxy"))
+#: Programs that only some checks need.
+_OTHERS = ("nft", "haproxy", "chromium")
+#: Programs that every testbed needs.
+NEEDED = tuple(program for program in PACKAGES if program not in _OTHERS)
 _POLICY = pathlib.Path("/usr/sbin/policy-rc.d")
 
 

@@ -47,12 +47,12 @@ def test_the_pages_files_need_no_key_and_nothing_else_is_served(
     queue: ScriptedQueue, info: ServeInfo
 ) -> None:
     http = client(queue, dataclasses.replace(info, keys=Keys(["secret"])))
-    page = http.get("/dashboard")
+    assert http.get("/dashboard", follow_redirects=False).headers["location"] == "dashboard/"
+    page = http.get("/dashboard/")
     assert page.is_success and page.headers["content-type"].startswith("text/html")
     assert "default-src 'self'" in page.headers["content-security-policy"]
     script = http.get("/dashboard/main.js")
     assert script.is_success and script.headers["content-type"].startswith("text/javascript")
-    assert http.get("/dashboard/", follow_redirects=False).headers["location"] == "../dashboard"
     for path in ("nothing.js", "../view.py", "..%2fview.py", "vendor"):
         assert http.get(f"/dashboard/{path}").status_code in (401, 404)
     for path in ("/events", "/placement"):

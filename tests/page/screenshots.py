@@ -1,0 +1,45 @@
+"""The pictures of the dashboard in README and docs: `python -m tests.page.screenshots`.
+
+Three servers of the demo are asked for a while; then pictures are taken of the page, in a wide
+window and on a phone.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+import tempfile
+
+from tests.page.browser import asked, chromium, opened, served, settle
+
+DOCS = pathlib.Path(__file__).parents[2] / "docs"
+#: Seconds of work before the pictures are taken.
+WORK_S = 25.0
+
+
+def main() -> int:
+    """Write the pictures."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        served(pathlib.Path(folder)) as (_, url),
+        chromium() as browser,
+        asked(url),
+    ):
+        with opened(browser, url, 1400, "dark") as (page, _):
+            settle(WORK_S / 2)
+            page.check("#decide-force")
+            page.click("#decide-now")
+            settle(WORK_S)
+            page.click("#token-record")
+            settle()
+            page.screenshot(path=DOCS / "dashboard.png", full_page=True)
+            for section in ("experts", "token"):
+                page.locator(f"#{section}").screenshot(path=DOCS / f"dashboard-{section}.png")
+        with opened(browser, url, 360, "light") as (page, _):
+            settle(WORK_S / 2)
+            page.screenshot(path=DOCS / "dashboard-phone.png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
