@@ -87,13 +87,16 @@ def routes(server: RouteContext) -> fastapi.APIRouter:
     @router.get(
         "/dashboard",
         response_class=Response,
-        responses={200: {"description": "The page", "content": {"text/html": {}}}},
+        responses={
+            200: {"description": "The page", "content": {"text/html": {}}},
+            307: {"description": "The page is at /dashboard/"},
+        },
     )
     async def dashboard(request: fastapi.Request) -> Response:
         """A page that shows what all servers do."""
-        if request.scope.get("raw_path", b"").endswith(b"/"):
-            # The page's own addresses are relative to /dashboard.
-            return RedirectResponse("../dashboard")
+        # The page's own addresses are relative to /dashboard/, also below a proxy's prefix.
+        if not request.scope.get("raw_path", b"").endswith(b"/"):
+            return RedirectResponse("dashboard/")
         return _file(files, "index.html")
 
     @router.get("/dashboard/{path:path}", include_in_schema=False)
@@ -111,15 +114,13 @@ def routes(server: RouteContext) -> fastapi.APIRouter:
         """What all servers do, once a second, as server-sent events."""
         return _Events(server.views)
 
-    @router.post("/trace", responses=documented(400, 401, 408, 413, 415, 503))
+    @router.post("/trace", responses=documented(400, 401, 413, 415, 503))
     async def trace(body: TraceRequest) -> TraceAnswer:
         """The next steps of this server that compute tokens of answers, in detail."""
         try:
             return TraceAnswer(steps=await server.views.waterfall(body.tokens))
         except Unavailable as error:
             raise refused(error) from error
-        except TimeoutError:
-            raise ApiError(408, "no token was computed meanwhile: ask when requests run") from None
 
     @router.post("/servers/{name}/drain", responses=documented(400, 401, 403, 404, 503))
     async def drain(name: str) -> Drained:

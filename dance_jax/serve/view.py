@@ -241,11 +241,13 @@ class Views:
         """The next steps that decode, in detail.
 
         Raises:
-            Unavailable: they cannot be recorded.
-            TimeoutError: no token was computed for a while.
+            Unavailable: they cannot be recorded, or no token was computed for a while.
         """
         ask = lambda number: self._to_engine(protocol.AskWaterfall(number, steps))  # noqa: E731
-        answer = await self._ask(ask, WATERFALL_S)
+        try:
+            answer = await self._ask(ask, WATERFALL_S)
+        except TimeoutError:
+            raise Unavailable("no token was computed: ask while requests run") from None
         if answer.why:
             raise Unavailable(answer.why)
         return answer.steps
@@ -318,7 +320,7 @@ class Views:
 
     def _placement_key(self) -> tuple[Any, ...]:
         experts = self._experts
-        return experts.version, experts.epoch, experts.moving, *self._info.servers
+        return experts.version, experts.absent, experts.moving, *self._info.servers
 
     def _placement(self) -> bytes:
         experts, layout = self._experts, self._experts.layout

@@ -100,7 +100,7 @@ def test_a_waterfall_that_does_not_come(
 ) -> None:
     monkeypatch.setattr(view, "WATERFALL_S", 0.05)
     other = Other(queue, info)
-    assert "no token" in error(other.http.post("/trace", json={}), 408)["message"]
+    assert "no token" in error(other.http.post("/trace", json={}), 503)["message"]
     assert other.commands == [protocol.AskWaterfall(1, 4)]
     assert error(other.http.post("/trace", json={"tokens": 99}), 400)["param"] == "tokens"
 

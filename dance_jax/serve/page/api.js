@@ -1,26 +1,19 @@
 /** Calls to the server: its address, the key, and errors in words. */
 
+import { keep, kept } from "./kept.js";
+
 // This file is .../dashboard/api.js, also behind a proxy's prefix: the API is one folder up.
 const BASE = new URL("..", import.meta.url);
-const KEPT = "dance_jax.key";
+const KEPT = ["sessionStorage", "dance_jax.key"];
 
-let key = storage((kept) => kept.getItem(KEPT)) ?? "";
-
-/** Use the session's storage if the browser allows it; the page works without. */
-function storage(use) {
-  try {
-    return use(sessionStorage);
-  } catch {
-    return null;
-  }
-}
+let key = kept(...KEPT);
 
 export const hasKey = () => key !== "";
 
 /** Use a key from now on; "" forgets it. */
 export function setKey(value) {
   key = value;
-  storage((kept) => (value ? kept.setItem(KEPT, value) : kept.removeItem(KEPT)));
+  keep(...KEPT, value);
 }
 
 /** A call that failed; `status` is 0 if the server was not reached. */

@@ -1,6 +1,6 @@
 /** A chat with the model on a server of choice. */
 
-import { call, callJson } from "./api.js";
+import { call } from "./api.js";
 import { byId, h, setHidden, setText } from "./dom.js";
 import { counted, number, seconds } from "./format.js";
 import { eventsOf } from "./stream.js";
@@ -27,7 +27,8 @@ const now = () => performance.now() / 1000;
 export class Chat {
   #messages = [];
   #stop = null;
-  #servers = [];
+  /** The model has a chat template, or it is not known. */
+  #canChat = true;
 
   constructor(state) {
     this.state = state;
@@ -44,19 +45,17 @@ export class Chat {
     byId("chat-clear").addEventListener("click", () => this.#clear());
   }
 
-  /** Learn the servers' addresses; to be called when the service can be reached. */
-  async offerServers() {
-    const you = this.state.placement.you;
-    try {
-      this.#servers = (await callJson("servers")).servers.filter((each) => each.name !== you);
-    } catch {
-      this.#servers = []; // The page's own server can still be tried.
-    }
+  /** Offer the servers that have told their addresses; the page's own needs none. */
+  offerServers() {
+    const { placement, views } = this.state;
+    const others = [...views.values()].filter(({ name, url }) => url && name !== placement?.you);
+    const options = [["", `${placement?.you ?? "this"} (this server)`], ...others.map(({ name, url }) => [url, name])];
     const select = byId("chat-server");
+    if (select.dataset.state === JSON.stringify(options)) return;
+    select.dataset.state = JSON.stringify(options);
     const chosen = select.value;
-    select.replaceChildren(h("option", { value: "" }, `${you} (this server)`),
-      ...this.#servers.map(({ name, url }) => h("option", { value: url }, name)));
-    if (this.#servers.some((each) => each.url === chosen)) select.value = chosen;
+    select.replaceChildren(...options.map(([value, label]) => h("option", { value }, label)));
+    select.value = options.some(([url]) => url === chosen) ? chosen : "";
   }
 
   async #send() {
@@ -92,20 +91,25 @@ export class Chat {
       stream: true,
       stream_options: { include_usage: true, continuous_usage_stats: true },
     };
-    let reply;
-    try {
-      reply = await call("v1/chat/completions", { body: { messages: this.#messages, ...how }, signal, server });
-    } catch (error) {
-      if (error.status !== 400 || !error.message.includes("chat template")) throw error;
-      setText(byId("chat-said"), "This model has no chat template, so it continues your text.");
-      reply = await call("v1/completions", { body: { prompt: this.#messages.at(-1).content, ...how }, signal, server });
-    }
-    for await (const { data } of eventsOf(reply)) {
+    for await (const { data } of eventsOf(await this.#ask(how, { signal, server }))) {
       if (data === "[DONE]") return;
       const chunk = JSON.parse(data);
       if (chunk.error) throw new Error(chunk.error.message);
       answer.add(pieceOf(chunk));
     }
+  }
+
+  async #ask(how, where) {
+    if (this.#canChat) {
+      try {
+        return await call("v1/chat/completions", { body: { messages: this.#messages, ...how }, ...where });
+      } catch (error) {
+        if (error.status !== 400 || !error.message.includes("no chat template")) throw error;
+        this.#canChat = false;
+      }
+    }
+    setText(byId("chat-said"), "This model has no chat template, so it continues your text.");
+    return call("v1/completions", { body: { prompt: this.#messages.at(-1).content, ...how }, ...where });
   }
 
   #clear() {

@@ -67,15 +67,17 @@ function lastDecision(decision) {
   const words = decisionInWords(decision);
   const bars = [...costBar("Present placement", present, most), ...costBar("New placement", moved, most)];
   return [
-    h("p", {}, h("b", {}, words[0].toUpperCase() + words.slice(1)), " ", h("span", { class: "muted" }, `(${how.join(", ")})`)),
+    h("p", {}, h("b", {}, words[0].toUpperCase() + words.slice(1)), " ",
+      h("span", { class: "muted" }, `(${how.join(", ")})`)),
     h("div", { class: "costs" }, ...bars),
     h("p", {}, gainInWords(decision)),
   ];
 }
 
-function gainInWords({ gain, present_seconds: present, experts_moved: experts }) {
+function gainInWords({ gain, present_seconds: present, experts_moved: experts, migrate, dry_run: dry }) {
   if (present === null || gain === null) return "There is no data yet to predict costs from.";
-  const change = gain < 0 ? `costs ${share(-gain)} more than` : `saves ${share(gain)} of`;
+  const [saves, costs] = migrate && !dry ? ["saves", "costs"] : ["would save", "would cost"];
+  const change = gain < 0 ? `${costs} ${share(-gain)} more than` : `${saves} ${share(gain)} of`;
   const load = experts ? ` ${counted(experts, "expert")} to load.` : "";
   return `The new placement ${change} the present seconds until the next decision.${load}`;
 }
@@ -105,7 +107,7 @@ function row(decision) {
 export async function drain(name) {
   const dialog = byId("drain-dialog");
   setText(byId("drain-title"), `Drain ${name}?`);
-  setText(byId("drain-text"), `${name} finishes its requests, takes no new ones, and ends. ` +
+  setText(byId("drain-text"), `${name} finishes its requests, takes no new ones, and leaves. ` +
     "Others load the experts that only it holds.");
   dialog.returnValue = "no";
   dialog.showModal();

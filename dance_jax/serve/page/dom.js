@@ -126,5 +126,9 @@ export function tipsInside(node) {
 }
 
 const hideTip = () => showTip(0, 0, []);
-document.addEventListener("pointerdown", hideTip, true);
-document.addEventListener("scroll", hideTip, { capture: true, passive: true });
+
+/** Hide a tip when the page is scrolled, or when something else is tapped. */
+export function startTips() {
+  document.addEventListener("pointerdown", hideTip, true);
+  document.addEventListener("scroll", hideTip, { capture: true, passive: true });
+}

@@ -8,8 +8,9 @@ import { holdersInWords } from "./state.js";
 const ALL = "all";
 const LEFT = 26;
 const BOTTOM = 16;
-const SMALLEST_CELL = 6;
+const SMALLEST_CELL = 5;
 const LARGEST_CELL = 14;
+const TALLEST_CELL = 22;
 /** Spare slots that are drawn; their number is told in words. */
 const SLOTS = 24;
 
@@ -93,7 +94,7 @@ class Grid {
     this.canvas = h("canvas", { role: "img", tabindex: "0" });
     this.caption = h("span", { class: "muted" });
     this.slots = h("span", { class: "slots", "aria-hidden": "true" });
-    this.root = h("figure", {}, h("figcaption", {}, h("h3", {}, nameTag(name, index)), this.caption, this.slots),
+    this.root = h("figure", {}, h("figcaption", {}, h("h3", {}, nameTag(name, index)), this.slots, this.caption),
       h("div", { class: "scroll" }, this.canvas));
     this.canvas.addEventListener("pointermove", (event) => this.#point(event));
     this.canvas.addEventListener("pointerdown", (event) => this.#point(event));
@@ -108,14 +109,18 @@ class Grid {
     this.#state = state;
     const { layers, experts } = state.placement;
     const width = this.root.clientWidth - LEFT - 4;
-    this.cell = Math.max(SMALLEST_CELL, Math.min(LARGEST_CELL, Math.floor(width / experts)));
-    this.tall = Math.max(this.cell, Math.min(LARGEST_CELL, Math.floor(260 / layers)));
+    this.cell = Math.max(SMALLEST_CELL, Math.min(LARGEST_CELL, width / experts));
+    this.tall = Math.round(Math.max(this.cell, Math.min(TALLEST_CELL, 260 / layers)));
     this.#label();
-    const context = scaled(this.canvas, LEFT + experts * this.cell + 1, layers * this.tall + BOTTOM);
+    const context = scaled(this.canvas, Math.ceil(LEFT + experts * this.cell + 1), layers * this.tall + BOTTOM);
     const held = state.resident.get(this.name);
     for (let at = 0; at < held.length; at += 1) this.#drawCell(context, at, held[at], experts);
     drawAxes(context, layers, experts, this.cell, this.tall, look.muted);
-    if (this.#cursor !== null) this.#frame(context, this.#cursor, look.ink, 0);
+    if (this.#cursor === null) return;
+    const [x, y, wide, high] = this.#boxOf(this.#cursor, experts);
+    context.lineWidth = 2;
+    context.strokeStyle = look.ink;
+    context.strokeRect(x, y, wide, high);
   }
 
   #label() {
@@ -129,30 +134,30 @@ class Grid {
   }
 
   #drawCell(context, at, held, experts) {
-    const { calls, look, cell, tall } = this;
-    const x = LEFT + (at % experts) * cell;
-    const y = Math.floor(at / experts) * tall;
+    const { calls, look } = this;
+    const [x, y, width, height] = this.#boxOf(at, experts);
     context.fillStyle = held ? look.idle : look.absent;
-    context.fillRect(x, y, cell - 1, tall - 1);
+    context.fillRect(x, y, width, height);
     if (!held) return;
     if (calls.caller[at] >= 0) {
       // The square root shows rare calls too: rates of experts differ by powers of ten.
-      context.globalAlpha = Math.max(0.12, Math.min(1, Math.sqrt(calls.rate[at] / calls.scale)));
+      context.globalAlpha = 0.2 + 0.8 * Math.min(1, Math.sqrt(calls.rate[at] / calls.scale));
       context.fillStyle = look.servers[calls.caller[at]];
-      context.fillRect(x, y, cell - 1, tall - 1);
+      context.fillRect(x, y, width, height);
       context.globalAlpha = 1;
     }
-    if (this.#state.holders[at] > 1) drawDot(context, x + (cell - 1) / 2, y + (tall - 1) / 2, look.ink);
-    if (this.#state.isNew(this.name, at)) this.#frame(context, at, look.ink, 1);
+    context.fillStyle = context.strokeStyle = look.ink;
+    if (this.#state.holders[at] > 1) context.fillRect(x + width / 2 - 1, y + height / 2 - 1, 2, 2);
+    context.lineWidth = 1;
+    if (this.#state.isNew(this.name, at)) context.strokeRect(x + 0.5, y + 0.5, width - 1, height - 1);
   }
 
-  #frame(context, at, colour, inset) {
-    const { experts } = this.#state.placement;
-    context.strokeStyle = colour;
-    context.lineWidth = inset ? 1.5 : 2;
-    const x = LEFT + (at % experts) * this.cell + inset - 0.5;
-    const y = Math.floor(at / experts) * this.tall + inset - 0.5;
-    context.strokeRect(x, y, this.cell - 2 * inset, this.tall - 2 * inset);
+  /** [x, y, width, height] of a cell, on whole pixels with a gap of one. */
+  #boxOf(at, experts) {
+    const column = at % experts;
+    const x = LEFT + Math.round(column * this.cell);
+    const end = LEFT + Math.round((column + 1) * this.cell);
+    return [x, Math.floor(at / experts) * this.tall, end - x - 1, this.tall - 1];
   }
 
   #point(event) {
@@ -184,8 +189,8 @@ class Grid {
     if (cell === null) return void showTip(0, 0, []);
     const { experts } = this.#state.placement;
     const box = this.canvas.getBoundingClientRect();
-    showTip(box.left + LEFT + ((cell % experts) + 0.5) * this.cell, box.top + Math.floor(cell / experts) * this.tall,
-      cellInWords(this.#state, cell));
+    const [x, y, width] = this.#boxOf(cell, experts);
+    showTip(box.left + x + width / 2, box.top + y, cellInWords(this.#state, cell));
   }
 }
 
@@ -199,11 +204,6 @@ function scaled(canvas, width, height) {
   const context = canvas.getContext("2d");
   context.scale(density, density);
   return context;
-}
-
-function drawDot(context, x, y, colour) {
-  context.fillStyle = colour;
-  context.fillRect(x - 1, y - 1, 2, 2);
 }
 
 function drawAxes(context, layers, experts, cell, tall, colour) {

@@ -11,6 +11,8 @@ const CHARTS = [
   { key: "bytes", title: "Bytes per second on its links, both ways", show: bytesPerSecond, binary: true },
 ];
 const RANGES = [["120", "2 min"], ["300", "5 min"], [String(HISTORY_SECONDS), "15 min"]];
+/** Seconds that the charts show at least, however young the page is. */
+const SHORTEST_RANGE = 60;
 const HEIGHT = 170;
 const PLOT = { left: 64, right: 12, top: 30, bottom: 22 };
 /** A longer pause between two points is a gap in the line. */
@@ -43,8 +45,8 @@ export function pathOf(points, x, y) {
 /** Labels of marks in two rows: [{x, text, row}]; those that would overlap in both are left out. */
 export function placeLabels(marks, right) {
   const ends = [-Infinity, -Infinity];
-  return marks.flatMap(({ x, text }) => {
-    const width = text.length * 6 + 6;
+  return marks.filter((mark) => mark.text).flatMap(({ x, text }) => {
+    const width = text.length * 6.5 + 8;
     const start = Math.min(x, right - width);
     const row = ends.findIndex((end) => end < start);
     if (row < 0) return [];
@@ -73,7 +75,8 @@ export class TimeLines {
     if (!state.history.size) return;
     this.#charts ??= CHARTS.map((chart) => this.#make(chart));
     const to = state.now;
-    const from = to - this.#range;
+    const begin = Math.min(...[...state.history.values()].map((points) => points[0].time));
+    const from = Math.max(to - this.#range, Math.min(begin, to - SHORTEST_RANGE));
     this.span = [from, to];
     const marks = state.marks.filter((mark) => mark.time >= from);
     const lines = [...state.history].map(([name, points]) => [name, points.filter((point) => point.time >= from)]);
@@ -103,7 +106,7 @@ export class TimeLines {
     if (!step) return;
     event.preventDefault();
     const [from, to] = this.span;
-    this.#show(Math.max(from, Math.min(to, (this.#at ?? to) + (step * this.#range) / 60)));
+    this.#show(Math.max(from, Math.min(to, (this.#at ?? to) + (step * (to - from)) / 60)));
   }
 
   #show(at) {

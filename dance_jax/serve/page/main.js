@@ -3,7 +3,7 @@
 import { hasKey, setKey } from "./api.js";
 import { Chat } from "./chat.js";
 import { Decisions, drain } from "./decisions.js";
-import { byId, setHidden, setText } from "./dom.js";
+import { byId, setHidden, setText, startTips } from "./dom.js";
 import { clock } from "./format.js";
 import { Holders } from "./holders.js";
 import { TimeLines } from "./lines.js";
@@ -46,6 +46,7 @@ const sections = {
   links: () => drawLinks(state),
   decisions: () => decisions.draw(state, isLive()),
   token: () => waterfall.draw(state, isLive()),
+  chat: () => chat.offerServers(),
 };
 
 async function askToDrain(name) {
@@ -54,16 +55,13 @@ async function askToDrain(name) {
 }
 
 function onEvent(name, data) {
-  const before = state.placement;
+  const known = state.history.size;
   state.take(name, data);
-  if (name === "placement") {
-    setText(byId("about"), `model ${data.model}, seen from ${data.you}`);
-    if (namesOf(data) !== namesOf(before)) chat.offerServers();
-  }
+  // What changes heights is drawn everywhere at once, so that nothing shifts while the user scrolls.
+  if (name !== "views" || state.history.size > known) everything = true;
+  if (name === "placement") setText(byId("about"), `model ${data.model}, seen from ${data.you}`);
   redraw();
 }
-
-const namesOf = (placement) => placement?.servers.map((each) => each.name).join();
 
 function onState(next) {
   connection = next;
@@ -77,7 +75,7 @@ function onState(next) {
     reconnecting: `reconnecting since ${clock(next.since)}`,
   };
   setText(node, words[next.name]);
-  node.title = next.why ?? "";
+  setText(byId("state-why"), next.name === "reconnecting" ? next.why : "");
   if (next.name === "key") {
     showKeyForm(hasKey() ? "The server does not accept this key." : "This service asks for a key.");
   }
@@ -125,5 +123,6 @@ function watchSections() {
 }
 
 startTheme(redraw);
+startTips();
 watchSections();
 startKeyForm(follow("events", onEvent, onState));

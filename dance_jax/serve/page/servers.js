@@ -88,7 +88,7 @@ function makeCard(name, index, onDrain) {
     state: h("span", { class: "badge" }),
     bar: h("div", { class: "memory", "aria-hidden": "true" }),
     memory: h("p", { class: "memory-text" }),
-    fault: h("p", { class: "fault" }),
+    fault: h("p", { class: "last-fault" }),
     drain: h("button", { type: "button", class: "small", onclick: onDrain, "aria-label": `Drain ${name}` }, "Drain"),
   };
   const title = h("h3", {}, nameTag(name, index), " ", card.you, card.state);
@@ -96,8 +96,8 @@ function makeCard(name, index, onDrain) {
   card.parts = ["trunk", "kv-used", "kv-free", "experts"].map((kind) => h("i", { class: kind }));
   card.bar.append(...card.parts);
   card.labels = card.parts.map(() => h("span"));
-  card.memory.append("Memory: ", ...card.labels.flatMap((label, at) => [
-    h("i", { class: `key ${card.parts[at].className}` }), label]));
+  card.memory.append(...card.labels.map((label, at) =>
+    h("span", { class: "nowrap" }, h("i", { class: `key ${card.parts[at].className}` }), label)));
   card.root = h("article", { class: `card ${colourClass(index)}` }, title, figures, card.bar, card.memory,
     h("div", { class: "card-foot" }, card.fault, card.drain));
   return card;
@@ -108,6 +108,6 @@ function drawMemory(card, memory) {
   const all = parts.reduce((sum, part) => sum + part[2], 0);
   parts.forEach(([label, , size], at) => {
     card.parts[at].style.width = `${all ? (size / all) * 100 : 0}%`;
-    setText(card.labels[at], `${label} ${bytes(size)} `);
+    setText(card.labels[at], `${label} ${bytes(size)}`);
   });
 }

@@ -22,7 +22,7 @@ export class State {
   views = new Map();
   /** Name -> [{time, local, anyMiss, itl, bytes}], oldest first. */
   history = new Map();
-  /** [{time, kind, short, text}], oldest first. */
+  /** [{time, kind, short, text}], oldest first; short is the label in the charts. */
   marks = [];
   /** Oldest first. */
   decisions = [];
@@ -78,7 +78,7 @@ export class State {
   }
 
   isLost(name) {
-    return this.placement?.lost.includes(name) || this.views.get(name)?.alive === false;
+    return this.placement?.lost.includes(name) ?? false;
   }
 
   #takePlacement(placement) {
@@ -91,7 +91,9 @@ export class State {
       const held = residentOf(resident, placement.experts);
       if (placement.lost.includes(name)) held.fill(0);
       this.resident.set(name, held);
-      if (old.get(name)?.length === held.length) this.#noteArrivals(name, old.get(name), held);
+      // All experts of a server that comes back are new there: nothing to point out.
+      const wasThere = old.get(name)?.length === held.length && !before.lost.includes(name);
+      if (wasThere) this.#noteArrivals(name, old.get(name), held);
     }
     const all = [...this.resident.values()];
     this.holders = Uint8Array.from({ length: placement.layers * placement.experts }, (_, cell) =>
@@ -113,7 +115,7 @@ export class State {
     if (after.version > before.version && !lostChanged) {
       this.#mark(this.now, "migration", `v${after.version}`, `Experts have migrated: placement ${after.version}`);
     } else if (after.moving && !before.moving) {
-      this.#mark(this.now, "migration", "moving", "Experts begin to migrate");
+      this.#mark(this.now, "migration", "", "Experts begin to migrate");
     }
     for (const name of after.lost.filter((each) => !before.lost.includes(each))) {
       this.#mark(this.now, "loss", `lost ${name}`, `${name} is lost`);
@@ -194,10 +196,11 @@ export function decisionInWords(decision) {
   return `${decision.migrate ? moves : "all experts stay"}: ${decision.reason}${stopped}`;
 }
 
-/** "alive", "lost" or "no answer for 8 s". */
+/** "alive", "lost", "no answer yet" or "no answer for 8 s". */
 export function serverInWords(state, view) {
   if (state.isLost(view.name)) return "lost";
-  return isAnswering(view) ? "alive" : `no answer for ${seconds(view.age)}`;
+  if (isAnswering(view)) return "alive";
+  return view.alive ? `no answer for ${seconds(Math.round(view.age))}` : "no answer yet";
 }
 
 export function holdersInWords(state, cell) {

@@ -149,7 +149,8 @@ function layerBars({ me, bar }, layer, calls, x, y) {
 }
 
 function timeAxis(step, x, height) {
-  return [0, 0.25, 0.5, 0.75, 1].flatMap((part) => {
+  const parts = x(step.end) < 600 ? [0, 0.5, 1] : [0, 0.25, 0.5, 0.75, 1];
+  return parts.flatMap((part) => {
     const time = step.begin + part * (step.end - step.begin);
     const anchor = { 0: "start", 1: "end" }[part] ?? "middle";
     return [
