@@ -24,6 +24,8 @@ class Decoder(Protocol):
 
     def to_json(self) -> str: ...
 
+    def special_ids(self) -> list[int]: ...
+
 
 class Detokenizer:
     """The growing text of one sample.

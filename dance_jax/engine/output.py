@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import time
 from collections.abc import Iterable
 
-from dance_jax.engine.allowed import Allowed
+import numpy as np
+
+from dance_jax.engine.allowed import Allowed, words_of
 from dance_jax.engine.detokenizer import Decoder, Detokenizer
 from dance_jax.engine.sequence import (
     FinishReason,
@@ -92,8 +95,8 @@ class RequestTracker:
                 seed=sample_seed(seed, index),
                 stop_ids=stop_ids,
                 allowed=self._allowed(params, ends, bad_words, resumed),
-                # Given out with the first token, so only once.
-                prompt_logprobs=None if params.prompt_logprobs is None or resumed else {},
+                # Given out with the first token of the first sample.
+                prompt_logprobs=None if params.prompt_logprobs is None or index or resumed else {},
                 output_token_ids=list(resumed),
                 client=request.client,
             )
@@ -118,11 +121,30 @@ class RequestTracker:
             return None
         structure = None
         if structured is not None:
+            special = self._special_w
+            if structured.unless_begins_with is not None:
+                special = np.zeros_like(special)  # calls have special tokens
             structure = Structure(
-                self._structures.matcher(structured), structured.begins_after, self._piece, output
+                self._structures.matcher(structured),
+                structured.begins_after,
+                self._piece,
+                self._ends_w,
+                special,
+                output,
             )
         # As in vLLM, EOS is held back even if it is ignored.
         return Allowed(self._vocab_size, only or (), bad_words, ends, params.min_tokens, structure)
+
+    @functools.cached_property
+    def _ends_w(self) -> np.ndarray:
+        """Bits of the EOS tokens."""
+        return words_of(self._eos, self._vocab_size)
+
+    @functools.cached_property
+    def _special_w(self) -> np.ndarray:
+        """Bits of the special tokens."""
+        special = [token for token in self._decoder.special_ids() if token < self._vocab_size]
+        return words_of({*special, *self._eos}, self._vocab_size)
 
     def _piece(self, token: int) -> str:
         return self._decoder.decode([token], skip_special_tokens=False)

@@ -307,7 +307,7 @@ class OutputDelta(msgspec.Struct):
     #: Sum of the logprobs of token_ids.
     logprob: float = 0.0
     logprobs: list[dict[int, Logprob]] | None = None
-    #: In the first delta of each sample if requested: for each token of the prompt, token id ->
+    #: In the first delta of sample 0 if requested: for each token of the prompt, token id ->
     #: Logprob as in `CompletionOutput`; None for the first token.
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     finish_reason: FinishReason | None = None

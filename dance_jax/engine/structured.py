@@ -8,6 +8,7 @@ from __future__ import annotations
 import concurrent.futures
 import json
 import re
+import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,13 @@ if TYPE_CHECKING:
 #: some models write spaces until the output is full.
 _WHITESPACE = r"[ \n\t]{1,40}"
 #: Grammars whose compiled form is kept for the next request with the same one.
-_KEPT = 64
+_KEPT = 16
+#: Most characters of a regular expression or grammar, and of a schema as JSON.
+MAX_GRAMMAR, MAX_SCHEMA = 1 << 16, 1 << 20
+#: Seconds that masks of one output may take: at the beginning, and for each token.
+_PATIENCE_S, _TOKEN_S = 1.0, 0.005
+#: Most characters of llguidance's reasons that users get.
+_REASON = 300
 #: Characters of the output in which the beginning of the structured part is looked for.
 _TAIL = 256
 
@@ -68,8 +75,21 @@ class StructuredOutputsParams(msgspec.Struct, kw_only=True):
                 f"got {', '.join(given) or 'none'}"
             )
         texts = self.choice
-        if texts is not None and not (texts and all(isinstance(each, str) for each in texts)):
-            raise UserError(f"structured_outputs.choice: must be a list of texts; got {texts!r}")
+        listed = isinstance(texts, list) and all(isinstance(each, str) for each in texts)
+        if texts is not None and not (texts and listed):
+            raise UserError(
+                f"structured_outputs.choice: must be a list of texts; got {texts!r:.80}"
+            )
+        for name, kind in (("regex", str), ("grammar", str), ("json", (dict, str))):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, kind):
+                wanted = "an object or its JSON" if name == "json" else "a text"
+                raise UserError(f"structured_outputs.{name}: must be {wanted}; got {value!r:.80}")
+            if isinstance(value, str) and len(value) > (most := _most(name)):
+                raise UserError(
+                    f"structured_outputs.{name}: has {len(value)} characters; at most {most} are "
+                    "allowed"
+                )
 
     def compiled(self) -> str:
         """The grammar in llguidance's form.
@@ -102,12 +122,15 @@ class StructuredOutputsParams(msgspec.Struct, kw_only=True):
         schema = {"type": "object"} if self.json_object else self.json
         if schema is not None:
             options: Any = {"whitespace_pattern": _WHITESPACE, "lenient": self.lenient}
-            text = schema if isinstance(schema, str) else json.dumps(schema)
             try:
-                json.loads(text)
-            except ValueError as error:
-                raise UserError(f"structured_outputs.json: not valid JSON: {error}") from error
-            return llguidance.LLMatcher.grammar_from_json_schema(text, defaults=options)
+                schema = json.loads(schema) if isinstance(schema, str) else schema
+                text = json.dumps({} if schema is True else schema)
+                if not isinstance(schema, dict) and schema is not True:
+                    raise ValueError("a schema is an object")
+                return llguidance.LLMatcher.grammar_from_json_schema(text, defaults=options)
+            except (ValueError, TypeError, RecursionError) as error:
+                reason = _short(str(error))
+                raise UserError(f"structured_outputs.json: not a JSON schema: {reason}") from error
         if self.regex is not None:
             return llguidance.LLMatcher.grammar_from_regex(self.regex)
         if self.choice is not None:
@@ -115,7 +138,7 @@ class StructuredOutputsParams(msgspec.Struct, kw_only=True):
         try:
             return llguidance.grammar_from("grammar", self.grammar or "")
         except ValueError as error:
-            raise UserError(f"structured_outputs.grammar: {error}") from error
+            raise UserError(f"structured_outputs.grammar: {_short(str(error))}") from error
 
     def check(self) -> None:
         """Check that the structure is one that llguidance can follow.
@@ -127,7 +150,16 @@ class StructuredOutputsParams(msgspec.Struct, kw_only=True):
 
         wrong, messages = llguidance.LLMatcher.validate_grammar_with_warnings(self.compiled())
         if wrong:
-            raise UserError(f"structured_outputs: {messages[0].strip()}")
+            raise UserError(f"structured_outputs: {_short(messages[0])}")
+
+
+def _most(name: str) -> int:
+    return MAX_SCHEMA if name == "json" else MAX_GRAMMAR
+
+
+def _short(reason: str) -> str:
+    """A reason of llguidance's without the state of its parser."""
+    return reason.partition("<state")[0].strip()[:_REASON]
 
 
 def _grammars(compiled: str) -> list[dict[str, Any]]:
@@ -144,6 +176,8 @@ class Structure:
         matcher: the matcher, at its beginning; it may still be in preparation.
         begins_after: see `StructuredOutputsParams`.
         decode: the text of a token, special tokens included.
+        ends: bits of the tokens that end an output, int32 [w].
+        special: bits of the special tokens, int32 [w]; they are not text, whatever their names.
         tokens: the output so far.
     """
 
@@ -152,9 +186,14 @@ class Structure:
         matcher: concurrent.futures.Future[LLMatcher],
         begins_after: str | None,
         decode: Callable[[int], str],
+        ends: np.ndarray,
+        special: np.ndarray,
         tokens: Sequence[int] = (),
     ) -> None:
         self._future = matcher
+        self._ends_w, self._special_w = ends, special
+        #: Seconds that the masks have taken, and their number.
+        self._spent_s, self._masks = 0.0, 0
         self._begins_after = None if begins_after is None else re.compile(begins_after)
         self._decode = decode
         self._tail = ""
@@ -184,9 +223,11 @@ class Structure:
     @property
     def error(self) -> str | None:
         """Why the structure cannot be followed; None if it can."""
-        if (failed := self._future.exception()) is not None:
-            return str(failed)
-        return self._matcher().get_error() or None
+        failed = self._future.exception()
+        reason = _short(self._matcher().get_error() if failed is None else str(failed))
+        if not reason and self._spent_s > _PATIENCE_S + _TOKEN_S * self._masks:
+            reason = "too many ways to go on; write it with less ambiguity"
+        return f"structured_outputs: cannot be followed: {reason}" if reason else None
 
     def append(self, token: int) -> None:
         """Follow a token that was chosen."""
@@ -200,10 +241,17 @@ class Structure:
         Args:
             words_w: int32, contiguous, one bit per token id.
         """
-        if self._future.exception() is None:
-            self._matcher().unsafe_compute_mask_ptr(words_w.ctypes.data, words_w.nbytes)
-        else:
+        if self._future.exception() is not None:
             words_w[:] = -1
+            return
+        began = time.perf_counter()
+        matcher = self._matcher()
+        matcher.unsafe_compute_mask_ptr(words_w.ctypes.data, words_w.nbytes)
+        ends_w = words_w & self._ends_w if matcher.is_accepting() else 0
+        words_w &= ~self._special_w
+        words_w |= ends_w
+        self._spent_s += time.perf_counter() - began
+        self._masks += 1
 
     def _take(self, token: int) -> None:
         if self._begins_after is None:

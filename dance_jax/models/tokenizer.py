@@ -139,8 +139,13 @@ class Tokenizer:
 
     def special_id(self, text: str) -> int | None:
         """The id of a special token; None if the text is none."""
-        found = self._backend.get_added_tokens_decoder().items()
-        return next((id for id, token in found if token.special and token.content == text), None)
+        id = self._backend.token_to_id(text)
+        return id if id in self.special_ids() else None
+
+    def special_ids(self) -> list[int]:
+        """The ids of the special tokens."""
+        added = self._backend.get_added_tokens_decoder().items()
+        return [id for id, token in added if token.special]
 
     def to_json(self) -> str:
         """The tokenizer in the form of tokenizer.json."""

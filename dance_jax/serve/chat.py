@@ -117,6 +117,10 @@ async def _structure(body: ChatRequest, forced: list[Tool]) -> StructuredOutputs
     """What the answer must be: calls of some tools, or what the body says."""
     if not forced:
         return await structure_of(body)
+    for tool in forced:
+        schema = tool["function"].get("parameters") or {"type": "object"}
+        field = f"tools: parameters of {tool['function']['name']:.80}"
+        await checked({"json": schema, "lenient": True}, field)
     parallel = isinstance(body.tool_choice, str) and body.parallel_tool_calls is not False
     return await checked({"grammar": calls_grammar(forced, parallel)}, "tools")
 
@@ -151,7 +155,7 @@ class _Choice:
         silent = not (calls or reasoning)
         logprobs = self._logprobs(delta)
         finish_reason: ChatFinishReason | None = ending(delta)
-        if finish_reason == "stop" and self._calls:
+        if finish_reason == "stop" and self._calls and not isinstance(delta.stop_reason, str):
             finish_reason = "tool_calls"
         return ChatChunkChoice(
             index=self.index,

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
 
 import fastapi
 
-from dance_jax.engine.sequence import OutputDelta
+from dance_jax.engine.sequence import OutputDelta, SamplingParams
 from dance_jax.serve.answers import Completion, CompletionChoice, CompletionLogprobs, Usage
 from dance_jax.serve.bodies import JsonRoute
 from dance_jax.serve.client import client_of
@@ -21,6 +22,8 @@ from dance_jax.serve.logprobs import completion_logprobs, echoed_logprobs, promp
 from dance_jax.serve.requests import MAX_CHOICES, CompletionRequest
 from dance_jax.serve.sampling import sampling_params, structure_of
 
+#: Logprobs of prompts in one answer.
+MAX_PROMPT_LOGPROBS = 1 << 18
 #: OpenAI's default.
 _DEFAULT_MAX_TOKENS = 16
 
@@ -77,16 +80,41 @@ async def _start(server: RouteContext, body: CompletionRequest, client: str) -> 
     if body.echo:
         echoes = [
             await server.prompts.detokenized(request.prompt_token_ids)
-            if request.prompt is None
+            if request.prompt is None or body.truncate_prompt_tokens is not None
             else request.prompt
             for request in requests
         ]
     prompts = [
         (echo, request.prompt_token_ids) for echo, request in zip(echoes, requests, strict=True)
     ]
-    firsts = [await server.prompts.detokenized(ids[:1]) for _, ids in prompts] if body.echo else []
+    offsets = []
+    if of_prompt is not None:
+        _check_logprobs(prompts, params)
+        if body.echo:
+            offsets = [await server.prompts.offsets(ids) for _, ids in prompts]
     generation = Generation(server, requests, client)
-    return _Completion(completion_id, server.info.model, body, generation, prompts, firsts)
+    return _Completion(
+        completion_id,
+        server.info.model,
+        body,
+        generation,
+        prompts,
+        of_prompt is not None,
+        offsets,
+    )
+
+
+def _check_logprobs(prompts: Sequence[tuple[str, list[int]]], params: SamplingParams) -> None:
+    """Refuse answers that would keep the server busy with writing them."""
+    tokens = sum(len(ids) for _, ids in prompts) * params.n
+    count = tokens * (1 + (params.prompt_logprobs or 0))
+    if count > MAX_PROMPT_LOGPROBS:
+        raise ApiError(
+            400,
+            f"prompt_logprobs: {tokens} prompt tokens in all samples make {count} logprobs; at "
+            f"most {MAX_PROMPT_LOGPROBS} are allowed: ask for fewer tokens, samples or logprobs",
+            param="prompt_logprobs",
+        )
 
 
 @dataclasses.dataclass
@@ -99,15 +127,18 @@ class _Completion:
     generation: Generation
     #: Per prompt, the text that precedes its samples' text, and its tokens.
     prompts: list[tuple[str, list[int]]]
-    #: Per prompt, the text of the first token, if prompts are repeated.
-    firsts: list[str]
+    #: Whether logprobs of prompts are wanted.
+    prompt_logprobs: bool
+    #: Per prompt, the text of the first token and the places of all in the text, if prompts are
+    #: repeated with logprobs.
+    offsets: list[tuple[str, list[int]]]
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
 
     async def parts(self) -> AsyncIterator[CompletionChoice]:
         """The next pieces of the choices, as they arrive."""
         # Characters so far, by choice.
         lengths: dict[int, int] = {}
-        async for choice, delta in self.generation.deltas():
+        async for choice, delta in self._with_prompts():
             begins = choice not in lengths
             part = self._begun(choice, delta) if begins else CompletionChoice(index=choice, text="")
             offset = lengths.get(choice, 0) + len(part.text)
@@ -123,6 +154,28 @@ class _Completion:
             lengths[choice] = offset + len(delta.text)
             yield part
 
+    async def _with_prompts(self) -> AsyncIterator[tuple[int, OutputDelta]]:
+        """The deltas; the first of each choice has the logprobs of its prompt, if wanted.
+
+        The engine gives them with the first sample of a prompt, for which the others wait here.
+        """
+        wanted = self.prompt_logprobs
+        found: dict[int, Any] = {}
+        waiting: dict[int, list[tuple[int, OutputDelta]]] = {}
+        begun: set[int] = set()
+        async for choice, delta in self.generation.deltas():
+            number = choice // (self.body.n or 1)
+            if wanted and number not in found and delta.prompt_logprobs is None:
+                waiting.setdefault(number, []).append((choice, delta))
+                continue
+            if delta.prompt_logprobs is not None:
+                found[number] = delta.prompt_logprobs
+            for one, each in ((choice, delta), *waiting.pop(number, ())):
+                if one not in begun:
+                    begun.add(one)
+                    each.prompt_logprobs = found.get(number)
+                yield one, each
+
     def _begun(self, choice: int, delta: OutputDelta) -> CompletionChoice:
         """The beginning of a choice: what it tells of its prompt."""
         number = choice // (self.body.n or 1)
@@ -131,7 +184,8 @@ class _Completion:
         found = delta.prompt_logprobs
         if found is not None and self.body.echo and self.body.logprobs is not None:
             as_ids = bool(self.body.return_tokens_as_token_ids)
-            part.logprobs = echoed_logprobs(ids, self.firsts[number], found, as_ids)
+            first, offsets = self.offsets[number]
+            part.logprobs = echoed_logprobs(ids, first, offsets, found, as_ids)
         if found is not None and self.body.prompt_logprobs is not None:
             part.prompt_logprobs = prompt_logprobs(found)
         if self.body.return_token_ids:

@@ -114,13 +114,15 @@ def routes(server: RouteContext) -> fastapi.APIRouter:
         """What all servers do, once a second, as server-sent events."""
         return _Events(server.views)
 
-    @router.post("/trace", responses=documented(400, 401, 413, 415, 503))
+    @router.post("/trace", responses=documented(400, 401, 409, 413, 415, 503))
     async def trace(body: TraceRequest) -> TraceAnswer:
         """The next steps of this server that compute tokens of answers, in detail."""
         try:
             return TraceAnswer(steps=await server.views.waterfall(body.tokens))
         except Unavailable as error:
             raise refused(error) from error
+        except TimeoutError:
+            raise ApiError(409, "no token was computed: ask while requests run") from None
 
     @router.post("/servers/{name}/drain", responses=documented(400, 401, 403, 404, 503))
     async def drain(name: str) -> Drained:

@@ -25,6 +25,7 @@ _KINDS = {
     404: ("not_found_error", "The model does not exist"),
     405: ("invalid_request_error", "The path does not support this method"),
     408: ("invalid_request_error", "The request did not arrive in time"),
+    409: ("conflict_error", "Nothing is under way that the request is about"),
     413: ("invalid_request_error", "The body is too large"),
     415: ("invalid_request_error", "The body is not application/json"),
     429: ("rate_limit_error", "Too many requests are waiting; retry after Retry-After seconds"),

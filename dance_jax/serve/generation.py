@@ -75,6 +75,9 @@ class Generation:
                 continue
             self._observations[delta.request_id].add(delta)
             if delta.finish_reason == "error":
+                field, _, _ = str(delta.stop_reason).partition(":")
+                if field == "structured_outputs":
+                    raise ApiError(400, str(delta.stop_reason), param=field)
                 raise ApiError(500, f"the engine failed: {delta.stop_reason}")
             if delta.finish_reason == "abort":
                 raise ApiError(503, _STOPPED)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 from dance_jax.engine.sequence import Logprob, OutputDelta
@@ -43,6 +42,7 @@ def completion_logprobs(delta: OutputDelta, offset: int, as_ids: bool) -> Comple
 def echoed_logprobs(
     prompt: Sequence[int],
     first: str,
+    offsets: Sequence[int],
     found: Sequence[dict[int, Logprob] | None],
     as_ids: bool,
 ) -> CompletionLogprobs:
@@ -51,14 +51,14 @@ def echoed_logprobs(
     Args:
         prompt: the prompt's tokens.
         first: text of the first token.
+        offsets: place of each token in the text.
         found: `OutputDelta.prompt_logprobs`.
         as_ids: as in `completion_logprobs`.
     """
     own = [Logprob(0.0, decoded_token=first)]
     own += [each[token] for token, each in zip(prompt[1:], found[1:], strict=True) if each]
-    lengths = [len(each.decoded_token or "") for each in own]
     return CompletionLogprobs(
-        text_offset=[0, *itertools.accumulate(lengths[:-1])],
+        text_offset=[*offsets],
         token_logprobs=[None, *(_finite(each) for each in own[1:])],
         tokens=[_name(token, each, as_ids) for token, each in zip(prompt, own, strict=True)],
         top_logprobs=[

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from dance_jax.config import UserError
+from dance_jax.engine.detokenizer import Detokenizer
 from dance_jax.engine.sequence import Request, SamplingParams
 from dance_jax.models.chat_template import TemplateFailure, TemplateRefusal
 from dance_jax.serve.errors import ApiError
@@ -65,7 +66,10 @@ class Prompts:
         for number, (where, item) in enumerate(_named(body.prompt)):
             text = item if isinstance(item, str) else None
             if isinstance(item, str):
-                ids = await self.encoded(item, body.add_special_tokens is not False, where)
+                special = body.add_special_tokens is not False
+                ids = await self.encoded(
+                    item, special, where, params.truncate_prompt_tokens is not None
+                )
             else:
                 ids = self.known(item, where)
             ids = params.truncated(ids, self._max_model_len)
@@ -83,7 +87,8 @@ class Prompts:
                 for.
         """
         # The template itself adds special tokens.
-        ids = await self.encoded(text, bool(body.add_special_tokens), "messages")
+        truncated = params.truncate_prompt_tokens is not None
+        ids = await self.encoded(text, bool(body.add_special_tokens), "messages", truncated)
         ids = params.truncated(ids, self._max_model_len)
         self._check_room(len(ids), "messages", body)
         return Request(f"{call_id}-0", text, ids, params)
@@ -96,14 +101,37 @@ class Prompts:
         """
         return await asyncio.to_thread(self._render, messages, how)
 
-    async def encoded(self, text: str, add_special_tokens: bool, where: str) -> list[int]:
+    async def offsets(self, tokens: list[int]) -> tuple[str, list[int]]:
+        """The text of the first token, and the place in the text at which each token begins."""
+
+        def found() -> tuple[str, list[int]]:
+            detokenizer, places, length = Detokenizer(self._tokenizer), [], 0
+            first = ""
+            for number, token in enumerate(tokens):
+                places.append(length)
+                text = detokenizer.append(token)
+                length += len(text)
+                first = text if number == 0 else first
+            return first, places
+
+        return await asyncio.to_thread(found)
+
+    async def encoded(
+        self, text: str, add_special_tokens: bool, where: str, truncated: bool = False
+    ) -> list[int]:
         """Tokenize a text without checking that it leaves room in the context.
+
+        Args:
+            text: the text.
+            add_special_tokens: see `Tokenizer.encode`.
+            where: the text's name in error messages.
+            truncated: only the end is wanted, so the text may be longer than the context.
 
         Raises:
             ApiError: 400 if the text is too long for any tokenization to fit the context, or has a
                 token that only the tokenizer knows.
         """
-        if len(text) > self._max_chars:
+        if len(text) > self._max_chars and not truncated:
             raise self._too_long(f"{where}: {len(text)} characters", where)
         try:
             ids = await asyncio.to_thread(self._tokenizer.encode, text, add_special_tokens)

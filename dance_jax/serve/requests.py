@@ -373,6 +373,17 @@ class NamedTool(Body):
     function: NamedFunction
 
 
+def _is_named(value: Any) -> str:
+    return "<function>" if isinstance(value, dict | NamedTool) else "<word>"
+
+
+ToolChoice = Annotated[
+    Annotated[Literal["none", "auto", "required"], Tag("<word>")]
+    | Annotated[NamedTool, Tag("<function>")],
+    Discriminator(_is_named),
+]
+
+
 class TemplateFields(Body):
     """How messages become a text."""
 
@@ -427,7 +438,7 @@ class ChatRequest(SamplingFields, TemplateFields):
     top_logprobs: Logprobs | None = None
     modalities: list[Literal["text"]] | None = None
     echo: Annotated[None, Only(False)] = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = Field(None, description="False: at most one call.")
     include_reasoning: bool | None = Field(
         None, description="False: what the model thinks is left out."

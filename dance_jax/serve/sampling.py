@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 from typing import Any
 
 from dance_jax.config import UserError
@@ -15,6 +16,8 @@ from dance_jax.serve.requests import SamplingFields
 #: Fields with the same name and meaning in both.
 _SAME = {*SamplingFields.model_fields} & {*SamplingParams.__struct_fields__}
 _SAME -= {"max_tokens", "logit_bias", "structured_outputs"}
+#: Checks of structures, which may take long: tokenizing does not wait for them.
+_CHECKS = concurrent.futures.ThreadPoolExecutor(1, "structures")
 #: Fields with token ids.
 _TOKEN_FIELDS = ("logit_bias", "stop_token_ids", "allowed_token_ids")
 
@@ -84,8 +87,10 @@ async def checked(ways: dict[str, Any], field: str) -> StructuredOutputsParams:
     """
     try:
         structure = StructuredOutputsParams(**ways)
-        await asyncio.to_thread(structure.check)
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(_CHECKS, structure.check)
     except UserError as error:
         message = str(error).removeprefix("structured_outputs").lstrip(":. ")
-        raise ApiError(400, f"{field}: {message}", param=field) from error
+        param = field.partition(":")[0]
+        raise ApiError(400, f"{field}: {message}", param=param) from error
     return structure

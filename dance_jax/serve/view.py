@@ -215,7 +215,7 @@ class Views:
     def close(self) -> None:
         """End all streams: the server drains."""
         self._closed.set()
-        self._tick.set()
+        self._wake()
 
     # For users.
 
@@ -241,13 +241,11 @@ class Views:
         """The next steps that decode, in detail.
 
         Raises:
-            Unavailable: they cannot be recorded, or no token was computed for a while.
+            Unavailable: they cannot be recorded.
+            TimeoutError: no token was computed for a while.
         """
         ask = lambda number: self._to_engine(protocol.AskWaterfall(number, steps))  # noqa: E731
-        try:
-            answer = await self._ask(ask, WATERFALL_S)
-        except TimeoutError:
-            raise Unavailable("no token was computed: ask while requests run") from None
+        answer = await self._ask(ask, WATERFALL_S)
         if answer.why:
             raise Unavailable(answer.why)
         return answer.steps
@@ -295,12 +293,16 @@ class Views:
             # Meanwhile the others answer.
             await asyncio.sleep(VIEW_S / 2)
             self._views = self._all_views()
-            self._tick.set()
-            self._tick = asyncio.Event()
+            self._wake()
             await asyncio.sleep(VIEW_S / 2)
         self._ticking = None
         self._views = b""
+        self._wake()
+
+    def _wake(self) -> None:
+        """Wake all that wait for a tick; who waits from now on waits for the next."""
         self._tick.set()
+        self._tick = asyncio.Event()
 
     def _all_views(self) -> bytes:
         now, shown = time.time(), []

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dance_jax.config import UserError
+from dance_jax.engine import structured
 from dance_jax.engine.allowed import Allowed, num_words, words_of
 from dance_jax.engine.output import RequestTracker
 from dance_jax.engine.sequence import Request, RequestOutput, SamplingParams
@@ -41,6 +42,8 @@ STRUCTURES = [
     (dict(json=json.dumps(PERSON)), is_person),
     (dict(regex="[a-f]{2,4}-[0-9]+x"), lambda text: re.fullmatch("[a-f]{2,4}-[0-9]+x", text)),
     (dict(choice=["yes", "no", 'ma"ybe']), lambda text: text in ("yes", "no", 'ma"ybe')),
+    # Special tokens are not text: these are written with others.
+    (dict(choice=["a<|end|>b", "<|begin|>"]), lambda text: text in ("a<|end|>b", "<|begin|>")),
     (dict(grammar='root ::= "(" root ")" | "x"'), lambda text: re.fullmatch(r"\(*x\)*", text)),
     (dict(grammar='start: "a" B*\nB: /[bc]/'), lambda text: re.fullmatch("a[bc]*", text)),
 ]
@@ -119,7 +122,8 @@ def test_a_model_may_think_first_or_not(fields, _):
     structure = StructuredOutputsParams(**fields, may_begin_with=["<think>", "</think>"])
     structure.check()
     matcher = Structures(TOKENIZER, VOCAB, EOS).matcher(structure).result()
-    start = {"json": "{", "regex": "a", "choice": "yes", "grammar": ""}[next(iter(fields))]
+    start = {"json": "{", "regex": "a", "grammar": ""}.get(next(iter(fields)))
+    start = fields["choice"][0][:1] if start is None else start
     for text in (start, "<think>", f"<think>so, no</think>\n\n{start}"):
         assert matcher.deep_copy().consume_tokens(TOKENIZER.encode(text, False)), text
     for text in ("so", "<think>so</think>so"):
@@ -148,7 +152,12 @@ def test_a_model_may_call_a_tool_instead(marker):
         (dict(regex="a("), "unclosed group"),
         (dict(regex="a(?=b)"), "look-around"),
         (dict(json={"type": "thing"}), "Invalid type: thing"),
-        (dict(json='{"type"'), "not valid JSON"),
+        (dict(json='{"type"'), "not a JSON schema"),
+        (dict(json="7"), "not a JSON schema"),
+        (dict(json="[" * 100_000), "not a JSON schema"),
+        (dict(regex="a" * 100_000), "at most"),
+        (dict(regex=5), "must be a text"),
+        (dict(choice="yes"), "must be a list of texts"),
         (dict(json={"not": {}}), 'Unimplemented keys: ."not"'),
         (dict(grammar="start: nothing"), "unknown name"),
         (dict(grammar='root ::= "a'), "structured_outputs"),
@@ -159,6 +168,20 @@ def test_a_model_may_call_a_tool_instead(marker):
 def test_wrong_structures_say_why(fields, reason):
     with pytest.raises(UserError, match=reason):
         StructuredOutputsParams(**fields).check()
+
+
+def test_a_structure_with_too_many_ways_ends_the_request(monkeypatch):
+    monkeypatch.setattr(structured, "_PATIENCE_S", 0.02)
+    grammar = 'start: a\na: a a | "x" | "y"'
+    params = SamplingParams(structured_outputs=StructuredOutputsParams(grammar=grammar))
+    (sequence,), _ = new_tracker().open(Request("r", None, [5], params))
+    x = TOKENIZER.encode("x", False)[0]
+    for _ in range(400):
+        sequence.allowed.fill(np.zeros(num_words(VOCAB), np.int32), ())
+        if sequence.error:
+            break
+        sequence.structure.append(x)
+    assert "ambiguity" in sequence.error
 
 
 def test_a_structure_that_cannot_be_followed_ends_the_request():

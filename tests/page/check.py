@@ -93,10 +93,13 @@ def check_work(checks: Checks, page: Page) -> None:
         "the waterfall shows calls of a token",
         lambda: expect(page.locator("#token-rows tr").first).to_be_visible(),
     )
+
+
+def check_decisions(checks: Checks, page: Page) -> None:
+    """Check a dry run and a forced migration; on busy cores, the solver would take a minute."""
     page.click("#decide-dry")
     last = page.locator("#decision-last")
     shows(checks, "a dry run shows both costs", lambda: expect(last).not_to_be_empty())
-    before = page.locator("#about").inner_text()
     page.check("#decide-force")
     page.click("#decide-now")
     events = page.locator("#events")
@@ -105,7 +108,6 @@ def check_work(checks: Checks, page: Page) -> None:
         "a forced migration is marked",
         lambda: expect(events).to_contain_text("igration", timeout=PATIENCE_MS),
     )
-    checks.check(bool(before), "the page says what it shows")
 
 
 def check_loss(checks: Checks, page: Page, launch: Launch, url: str) -> None:
@@ -173,11 +175,13 @@ def main() -> int:
         folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
         browser = stack.enter_context(chromium())
         launch, url = stack.enter_context(served(folder / "open"))
-        with asked(url), opened(browser, url) as (page, errors):
+        page, errors = stack.enter_context(opened(browser, url))
+        with asked(url):
             check_live(checks, page, errors)
             check_work(checks, page)
             check_looks(checks, browser, url)
-            check_loss(checks, page, launch, url)
+        check_decisions(checks, page)
+        check_loss(checks, page, launch, url)
     with contextlib.ExitStack() as stack:
         folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
         browser = stack.enter_context(chromium())

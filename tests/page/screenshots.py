@@ -23,19 +23,15 @@ def main() -> int:
         tempfile.TemporaryDirectory() as folder,
         served(pathlib.Path(folder)) as (_, url),
         chromium() as browser,
-        asked(url),
     ):
-        with opened(browser, url, 1400, "dark") as (page, _):
-            settle(WORK_S / 2)
-            page.check("#decide-force")
-            page.click("#decide-now")
+        with opened(browser, url, 1400, "dark") as (page, _), asked(url):
             settle(WORK_S)
             page.click("#token-record")
             settle()
             page.screenshot(path=DOCS / "dashboard.png", full_page=True)
             for section in ("experts", "token"):
                 page.locator(f"#{section}").screenshot(path=DOCS / f"dashboard-{section}.png")
-        with opened(browser, url, 360, "light") as (page, _):
+        with opened(browser, url, 360, "light") as (page, _), asked(url):
             settle(WORK_S / 2)
             page.screenshot(path=DOCS / "dashboard-phone.png")
     return 0

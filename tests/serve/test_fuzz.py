@@ -40,7 +40,7 @@ OPERATIONS = [
     (DRAIN, "POST"),
 ]
 #: Statuses of good requests other than 200: there is no engine, no key, and the page has a slash.
-USUAL = {"/trace": 503, DRAIN: 403, "/dashboard": 307}
+USUAL = {"/trace": 409, DRAIN: 403, "/dashboard": 307}
 
 
 @pytest.fixture(scope="module")
