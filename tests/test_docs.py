@@ -46,7 +46,10 @@ PAGES = {
 }
 RUNNABLE = "<!-- runnable -->\n"
 #: Scripts that users run, and modules with `python -m`.
-SCRIPTS = ("chaos", "clients", "peers", "real_size", "serve", "testbed", "throughput")
+SCRIPTS = (
+    *("chaos", "clients", "peers", "real_size", "serve", "structured", "testbed", "throughput"),
+    "viewers",
+)
 RESEARCH = ("apart", "migrate", "paper", "placement", "recovery", "simulate", "wire")
 CONVERT = "dance_jax.models.convert"
 HOSTS, STOP = "dance_jax.launch.cli.hosts", "dance_jax.launch.cli.stop"

@@ -27,7 +27,7 @@ class Played:
     """
 
     has_work = False
-    trace = None
+    trace = waterfall = None
 
     def __init__(self, said: Sequence[protocol.Command], over: Callable[[Played], bool]) -> None:
         self._said, self._over = said, over
@@ -62,7 +62,7 @@ class Played:
         self._note(f"commit {number}")
         return True
 
-    def report(self) -> None:
+    def report(self, with_counts: bool) -> None:
         return None
 
     # The channel.
