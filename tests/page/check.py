@@ -99,7 +99,11 @@ def check_decisions(checks: Checks, page: Page) -> None:
     """Check a dry run and a forced migration; on busy cores, the solver would take a minute."""
     page.click("#decide-dry")
     last = page.locator("#decision-last")
-    shows(checks, "a dry run shows both costs", lambda: expect(last).not_to_be_empty())
+    shows(
+        checks,
+        "a dry run shows both costs",
+        lambda: expect(last).not_to_be_empty(timeout=PATIENCE_MS),
+    )
     page.check("#decide-force")
     page.click("#decide-now")
     events = page.locator("#events")

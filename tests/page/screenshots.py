@@ -28,6 +28,7 @@ def main() -> int:
             settle(WORK_S)
             page.click("#token-record")
             settle()
+            page.evaluate("scrollTo(0, 0)")
             page.screenshot(path=DOCS / "dashboard.png", full_page=True)
             for section in ("experts", "token"):
                 page.locator(f"#{section}").screenshot(path=DOCS / f"dashboard-{section}.png")
