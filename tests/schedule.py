@@ -13,6 +13,7 @@ LONGEST = {
     "tests/serve/test_cluster.py": "served",
     "tests/serve/test_migration.py": "served",
     "tests/serve/test_restart.py": "served",
+    "tests/serve/test_dashboard.py": "served",
     "tests/placement/": "placement",
     "tests/launch/test_cluster.py": "",
     "tests/serve/test_loss.py": "",

@@ -77,6 +77,12 @@ class Placement:
                 found[server, layer, list(ids)] = True
         return cls(found)
 
+    def lists(self) -> list[list[list[int]]]:
+        """The ids of the experts that each server holds, [servers][layers], ascending."""
+        return [
+            [np.flatnonzero(held_e).tolist() for held_e in held_le] for held_le in self.resident
+        ]
+
     def validate(
         self,
         capacities: Sequence[int] | np.ndarray | None = None,

@@ -112,6 +112,15 @@ def changed(layout: Layout, changes: Iterable[SlotChange]) -> Layout:
     return _with_tables(layout, tables)
 
 
+def target(layout: Layout, steps: Iterable[MoveBatch]) -> Layout:
+    """The layout once all batches are applied, one after the other."""
+    tables = _tables(layout)
+    for batch in steps:
+        for server, device, slot, layer, expert in batch.changes:
+            tables[server, device][slot] = layer, expert
+    return _with_tables(layout, tables)
+
+
 def difference(old: Layout, new: Layout) -> list[SlotChange]:
     """The slots whose content differs, with their content in `new`."""
     tables = _tables(old), _tables(new)

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
-from dance_jax.launch.control.protocol import Decision
+from dance_jax.launch.control.protocol import Decision, PlacedServer
 
 StopReason = int | str | None
 FinishReason = Literal["stop", "length"]
@@ -227,12 +227,6 @@ class Health(BaseModel):
     #: Names of the servers that run, and of those that are lost for the moment.
     alive: list[str]
     lost: list[str]
-
-
-class PlacedServer(BaseModel):
-    name: str
-    #: Ids of the experts resident on the server, per MoE layer.
-    resident: list[list[int]]
 
 
 class PlacementAnswer(BaseModel):

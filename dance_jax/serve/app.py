@@ -77,13 +77,12 @@ def create_app(
     # What is added last comes first.
     app.add_middleware(KeyGuard, keys=info.keys)
     app.add_middleware(Lenient)
-    if info.allowed_origins:
-        # Browsers ask first, without a key, whether a page may send its request.
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=info.allowed_origins,
-            allow_methods=["GET", "POST"],
-            allow_headers=["*"],
-            expose_headers=["Retry-After"],
-        )
+    # Browsers ask first, without a key, whether a page may send its request.
+    app.add_middleware(
+        CORSMiddleware,
+        allow_origins=info.allowed_origins,
+        allow_methods=["GET", "POST"],
+        allow_headers=["*"],
+        expose_headers=["Retry-After"],
+    )
     return app

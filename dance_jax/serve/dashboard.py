@@ -126,7 +126,7 @@ def routes(server: RouteContext) -> fastapi.APIRouter:
 
     @router.post("/servers/{name}/drain", responses=documented(400, 401, 403, 404, 503))
     async def drain(name: str) -> Drained:
-        """Let a server finish its requests and leave, until the hosts file is read again."""
+        """Let a server finish its requests and leave, as `dance-jax hosts drain`."""
         if not server.info.keys.needed:
             raise ApiError(403, "draining a server needs a service with a key: --api-key")
         if name not in server.info.seated.values():
@@ -137,7 +137,10 @@ def routes(server: RouteContext) -> fastapi.APIRouter:
             raise refused(error) from error
         if why:
             raise ApiError(400, f"{name} cannot leave: {why}")
-        return Drained(name=name, text=f"{name} finishes its requests and leaves")
+        text = (
+            f"{name} finishes its requests and leaves; `dance-jax hosts add {name}` brings it back"
+        )
+        return Drained(name=name, text=text)
 
     return router
 

@@ -199,8 +199,8 @@ class FrontEnd:
                 self._keys.change(keys)
             case protocol.Decided() as decided:
                 self._experts.decided(decided)
-            case protocol.AskView(watcher):
-                self._views.asked(watcher)
+            case protocol.AskView(watcher, url):
+                self._views.asked(watcher, url)
             case protocol.Viewed() as viewed:
                 self._views.viewed(viewed)
             case protocol.DrainAnswered(number) as answer:
@@ -209,7 +209,6 @@ class FrontEnd:
                 self._experts.placed(placed, _layout(placed.layout))
                 self.queue.short = placed.short
             case command:
-                self._experts.moving |= isinstance(command, protocol.Stage)
                 self._commands.put_nowait(command)
 
     def _taken_over(self) -> None:

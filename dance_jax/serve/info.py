@@ -37,8 +37,8 @@ class ServeInfo:
     rank: int
     #: Bearer tokens, one of which requests must carry.
     keys: Keys
-    #: Web sites whose pages may call the server.
-    allowed_origins: Sequence[str]
+    #: Web sites whose pages may call the server. Other servers' dashboards are added.
+    allowed_origins: list[str]
     #: The model's defaults of fields of `SamplingParams`.
     sampling: Mapping[str, int | float]
     #: How the model writes calls and reasoning.

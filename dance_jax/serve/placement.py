@@ -5,9 +5,9 @@ from __future__ import annotations
 import fastapi
 
 from dance_jax.config import UserError
-from dance_jax.launch.control.protocol import Decision
+from dance_jax.launch.control.protocol import Decision, PlacedServer
 from dance_jax.placement.core import Placement
-from dance_jax.serve.answers import PlacedServer, PlacementAnswer
+from dance_jax.serve.answers import PlacementAnswer
 from dance_jax.serve.bodies import JsonRoute
 from dance_jax.serve.errors import ApiError, documented, refused
 from dance_jax.serve.info import RouteContext
@@ -41,11 +41,8 @@ def routes(server: RouteContext) -> fastapi.APIRouter:
 
 def _placement(server: RouteContext) -> PlacementAnswer:
     experts = server.experts
-    servers = [
-        PlacedServer(name=name, resident=[layer.nonzero()[0].tolist() for layer in held_le])
-        for name, held_le in zip(server.info.servers, experts.layout.resident, strict=True)
-        if name
-    ]
+    held = Placement(experts.layout.resident).lists()
+    servers = [PlacedServer(name, held[rank]) for rank, name in server.info.seated.items()]
     return PlacementAnswer(
         version=experts.version,
         servers=servers,

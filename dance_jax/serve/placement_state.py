@@ -41,8 +41,8 @@ class PlacementState:
         self.epoch = 1
         self.absent: frozenset[int] = frozenset()
         self.home = b""
-        #: Whether experts are on their way.
-        self.moving = False
+        #: The layout that the migration under way leads to, encoded; empty: nothing moves.
+        self.target = b""
         #: Number of decisions reported to this server.
         self.decisions = 0
         #: Whether a launcher is there.
@@ -67,8 +67,7 @@ class PlacementState:
         self.last_decision = placed.last_decision
         self.migrations, self.failures = placed.migrations, placed.failures
         self.experts_migrated = placed.experts_migrated
-        self.home = placed.home
-        self.moving = False
+        self.home, self.target = placed.home, placed.target
 
     def report(self) -> Placed:
         """What is known here, for a launcher that takes over."""

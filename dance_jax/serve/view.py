@@ -197,10 +197,18 @@ class Views:
 
     # From the launcher and the engine.
 
-    def asked(self, watcher: int) -> None:
-        """Another server's watcher wants the view of this one."""
+    def asked(self, watcher: int, url: str) -> None:
+        """Another server's watcher wants the view of this one, and its page may call this one."""
+        self._allow(url)
         self._to_engine(protocol.Watched())
-        self._tell(protocol.View(watcher, self._own()))
+        self._tell(protocol.View(watcher, msgspec.msgpack.encode(self._own())))
+
+    def _allow(self, url: str) -> None:
+        allowed = self._info.allowed_origins
+        # Browsers on the server's machine may know it by either name.
+        for origin in {url, url.replace("//127.0.0.1:", "//localhost:")} - {""}:
+            if origin not in allowed:
+                allowed.append(origin)
 
     def viewed(self, viewed: protocol.Viewed) -> None:
         """Take in the view of another server."""
@@ -308,8 +316,12 @@ class Views:
         now, shown = time.time(), []
         for rank, name in self._info.seated.items():
             viewed, came = self._others.get(rank, (None, now))
-            view = self._own() if rank == self._info.rank else viewed and viewed.view
-            fields = msgspec.to_builtins(view or View(name, now))
+            if rank == self._info.rank:
+                fields = msgspec.to_builtins(self._own())
+            elif viewed and viewed.view:
+                fields = msgspec.msgpack.decode(viewed.view)
+            else:
+                fields = msgspec.to_builtins(View(name, now))
             fields["alive"] = rank not in self._experts.absent and (
                 rank == self._info.rank or viewed is not None
             )
@@ -322,17 +334,20 @@ class Views:
 
     def _placement_key(self) -> tuple[Any, ...]:
         experts = self._experts
-        return experts.version, experts.absent, experts.moving, *self._info.servers
+        held = experts.layout.resident.tobytes()
+        return experts.version, held, experts.absent, experts.target, *self._info.servers
 
     def _placement(self) -> bytes:
         experts, layout = self._experts, self._experts.layout
         layers, count = layout.device_of.shape[1:]
         capacities = layout.capacities
+        target = type(layout).from_bytes(experts.target) if experts.target else None
         servers = [
             {
                 "name": name,
                 "slots": int(capacities[rank]),
                 "resident": [_bits(layer) for layer in layout.resident[rank]],
+                "target": target and [_bits(layer) for layer in target.resident[rank]],
             }
             for rank, name in self._info.seated.items()
         ]
@@ -346,7 +361,6 @@ class Views:
                 "experts": count,
                 "servers": servers,
                 "lost": [n for rank, n in self._info.seated.items() if rank in experts.absent],
-                "moving": experts.moving,
             }
         )
 

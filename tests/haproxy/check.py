@@ -2,8 +2,8 @@
 
     python -m tests.haproxy.check    # installs Debian's haproxy if it is missing, as root
 
-Three servers of the demo run on this machine, with HAProxy in front of them. It is not part of
-pytest because it may install HAProxy. It prints every check and ends with exit code 1 if one fails.
+Three servers of the demo run on this machine, with HAProxy in front of them. The script prints
+every check and ends with exit code 1 if one fails.
 """
 
 from __future__ import annotations
@@ -14,21 +14,16 @@ import dataclasses
 import json
 import pathlib
 import re
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 
 import httpx
 
-from benchmarks.namespaces.machine import find, install_missing
-from dance_jax.config import UserError
+from tests.checks import NAMES, Checks, haproxy, run_checks, three_servers
 from tests.launch.launched import Launch, free_ports
-from tests.testbed.check import Checks
 
 CONFIGURATION = pathlib.Path("examples/haproxy.cfg")
-NAMES = ("alpha", "beta", "gamma")
 #: Rank of the server whose front end is killed.
 VICTIM = 1
 #: Calls in flight when it is killed, every second one streamed, and the number of their clients.
@@ -135,31 +130,6 @@ def prompt_of(number: int) -> str:
 
 
 @contextlib.contextmanager
-def launched(folder: pathlib.Path) -> Iterator[tuple[Launch, int]]:
-    """Three servers of the demo, ready, and the port of the first."""
-    # Any two of them have room for all experts.
-    lines = (f"{name} address=localhost memory=8MiB\n" for name in NAMES)
-    (folder / "hosts.txt").write_text("".join(lines))
-    port = free_ports(len(NAMES))
-    options = {
-        "--hosts": folder / "hosts.txt",
-        "--port": port,
-        "--max-num-seqs": NUM_SEQS,
-        "--max-queue-per-client": CLIENT_QUEUE,
-        "--rebalance-interval": 0,
-    }
-    words = [str(word) for pair in options.items() for word in pair]
-    launch = Launch([sys.executable, "-m", "dance_jax.launch", *words], folder)
-    try:
-        launch.wait_for("curl ")
-        yield launch, port
-    finally:
-        if launch.process.poll() is None:
-            launch.note_workers()
-        launch.kill()
-
-
-@contextlib.contextmanager
 def proxied(folder: pathlib.Path, port: int) -> Iterator[tuple[str, pathlib.Path]]:
     """HAProxy in front of the servers, with the committed configuration; its URL and its log."""
     own = free_ports(1)
@@ -168,16 +138,8 @@ def proxied(folder: pathlib.Path, port: int) -> Iterator[tuple[str, pathlib.Path
         text, found = re.subn(rf"(server {name}) \S+", rf"\1 127.0.0.1:{port + rank}", text)
         assert found == 1, name
     assert binds == 1
-    (folder / "haproxy.cfg").write_text(text)
-    log = folder / "haproxy.log"
-    command = [find("haproxy") or "haproxy", "-db", "-f", str(folder / "haproxy.cfg")]
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
-    try:
+    with haproxy(folder, text) as log:
         yield f"http://127.0.0.1:{own}", log
-    finally:
-        process.terminate()
-        process.wait()
 
 
 async def check_loss(checks: Checks, launch: Launch, url: str, log: pathlib.Path) -> None:
@@ -281,24 +243,15 @@ async def check_end(checks: Checks, url: str, launch: Launch) -> None:
     launch.assert_nothing_left()
 
 
-def main() -> int:
-    """Run all checks and return the exit code."""
-    try:
-        install_missing(["haproxy"])
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    checks = Checks()
-    with contextlib.ExitStack() as stack:
-        folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        launch, port = stack.enter_context(launched(folder))
-        url, log = stack.enter_context(proxied(folder, port))
-        asyncio.run(check_loss(checks, launch, url, log))
-        asyncio.run(check_clients(checks, url))
-        asyncio.run(check_end(checks, url, launch))
-    print(f"{checks.passed} passed, {checks.failed} failed")
-    return 1 if checks.failed else 0
+def check(checks: Checks, folder: pathlib.Path, stack: contextlib.ExitStack) -> None:
+    """Run all checks."""
+    limits = ("--max-num-seqs", NUM_SEQS, "--max-queue-per-client", CLIENT_QUEUE)
+    launch, port = stack.enter_context(three_servers(folder, *limits))
+    url, log = stack.enter_context(proxied(folder, port))
+    asyncio.run(check_loss(checks, launch, url, log))
+    asyncio.run(check_clients(checks, url))
+    asyncio.run(check_end(checks, url, launch))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_checks(["haproxy"], check))

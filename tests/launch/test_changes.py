@@ -8,8 +8,8 @@ import pytest
 
 from dance_jax.config import ClusterSpec, ServerSpec, UserError
 from dance_jax.launch.agent.network import Network
-from dance_jax.launch.cli.hosts import DRAINED, changed
 from dance_jax.launch.cluster.changes import FILE_NAME, Changes
+from dance_jax.launch.planning.hosts_file import DRAINED, HostsFile, changed
 from tests.launch.launched import eventually
 
 
@@ -94,10 +94,14 @@ def test_servers_leave_first_and_others_take_their_seats(site: Site) -> None:
 
 def test_a_server_that_cannot_leave_stays(site: Site) -> None:
     site.refusal = "the others lack 1 MiB"
-    assert site.change("a") == "failed: b cannot leave: the others lack 1 MiB"
-    assert site.done == ["dismiss b"]
+    undone: list[str] = []
+    site.changes.want(servers("a"), lambda: undone.append("first"))
+    site.changes.want(servers("a"), lambda: undone.append("second"))
+    assert site.end() == "failed: b cannot leave: the others lack 1 MiB"
+    assert site.done == ["dismiss b"] and undone == ["first"]
     site.refusal = ""
-    assert site.change("a") == "done: the servers are a"
+    site.changes.tick()  # which begins with the second change
+    assert site.end() == "done: the servers are a" and undone == ["first"]
 
 
 def test_a_server_that_cannot_join_is_taken_out_again(site: Site) -> None:
@@ -170,7 +174,7 @@ def test_a_server_that_does_not_finish_in_time_leaves_anyway(site: Site) -> None
 HOSTS = "# ours\na address=x memory=1GiB\n\nb address=y memory=1GiB # small\n"
 
 
-def test_the_command_changes_one_line_of_the_hosts_file() -> None:
+def test_the_hosts_file_changes_by_one_line(tmp_path: pathlib.Path) -> None:
     without = "# ours\na address=x memory=1GiB\n\n"
     assert changed(HOSTS, "remove", "b") == without
     drained = changed(HOSTS, "drain", "b")
@@ -182,3 +186,15 @@ def test_the_command_changes_one_line_of_the_hosts_file() -> None:
     for action, server in (("add", "a"), ("add", "c"), ("remove", "c"), ("drain", "a x=1")):
         with pytest.raises(UserError):
             changed(HOSTS, action, server)
+    path = tmp_path / "hosts.txt"
+    path.write_text(HOSTS)
+    file = HostsFile(path, "cpu")
+    with pytest.raises(UserError, match="unknown key"):
+        file.change("add", "c address=x rooms=4")
+    assert path.read_text() == HOSTS
+    before = file.change("drain", "b")
+    assert path.read_text() == drained and file.read().names == ("a",)
+    with pytest.raises(UserError, match="no servers"):
+        file.change("drain", "a")
+    file.restore(before)
+    assert path.read_text() == HOSTS

@@ -16,7 +16,7 @@ import pytest
 
 from dance_jax.launch.agent.nodes import NodeProcess, Nodes
 from dance_jax.launch.agent.role import KEY_VARIABLE
-from dance_jax.launch.control import protocol
+from dance_jax.launch.control import node_protocol
 from dance_jax.launch.control.channel import (
     ControlConnection,
     ControlListener,
@@ -103,12 +103,12 @@ def test_a_node_that_is_started_again_gets_a_process_again(monkeypatch: pytest.M
 
         def begin() -> ControlConnection:
             node = ControlConnection(listener.private, key, node_identity(1))
-            node.send(protocol.encode(protocol.NodeHello(os.getpid())))
+            node.send(node_protocol.encode(node_protocol.Hello(os.getpid())))
             return node
 
-        def commands(node: ControlConnection) -> list[protocol.NodeCommand]:
+        def commands(node: ControlConnection) -> list[node_protocol.Command]:
             assert eventually(lambda: nodes.pump(10) or node.waits(), 5)
-            return [protocol.decode_node_command(each) for each in node.arrived()]
+            return [node_protocol.decode_command(each) for each in node.arrived()]
 
         def launched() -> NodeProcess:
             return nodes.start(1, "some.module", answers=False, drains=True)
@@ -120,7 +120,7 @@ def test_a_node_that_is_started_again_gets_a_process_again(monkeypatch: pytest.M
         node = begin()
         nodes.meet(lambda *_: None)
         process = launched()
-        assert commands(node) == [protocol.NodeStart(1, "some.module", False, True)]
+        assert commands(node) == [node_protocol.Start(1, "some.module", False, True)]
         node.close()
         assert eventually(gone, 10)
         assert "cannot be reached any more" in process.fate()
@@ -130,7 +130,7 @@ def test_a_node_that_is_started_again_gets_a_process_again(monkeypatch: pytest.M
         again = begin()
         assert eventually(lambda: nodes.pump(10) or launched().ended is None, 5)
         (command,) = commands(again)
-        assert isinstance(command, protocol.NodeStart)
+        assert isinstance(command, node_protocol.Start)
         # Started again before node 0 has missed it.
         process = nodes._processes[1]
         again.close()

@@ -52,7 +52,14 @@ def test_experts_move_to_where_they_are_used(monkeypatch) -> None:
         np.testing.assert_array_equal(layout.device_of, bench.layout.device_of)
     stages = bench.heard(protocol.Stage)
     assert [stage.number for stage in stages] == list(range(1, len(stages) + 1))
-    *_, last = bench.heard(protocol.Placed, rank=1)
+    *before, last = bench.heard(protocol.Placed, rank=1)
+    assert before and not last.target
+    for placed in before:
+        target = Layout.from_bytes(placed.target)
+        np.testing.assert_array_equal(target.slot_of, bench.layout.slot_of)
+    assert [server.name for server in last.last_decision.servers] == [*SPEC.names]
+    held = [server.resident for server in last.last_decision.servers]
+    assert held == resident(bench.layout).lists()
     assert (last.version, last.migrations, last.failures) == (2, 1, 0)
     assert last.experts_migrated >= 2 * LAYERS * 8
     assert last.last_decision.migrate and last.last_decision.gain > 0.5

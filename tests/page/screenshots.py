@@ -10,7 +10,8 @@ import pathlib
 import sys
 import tempfile
 
-from tests.page.browser import asked, chromium, opened, served, settle
+from tests.checks import three_servers
+from tests.page.browser import MOVING, asked, chromium, opened, settle
 
 DOCS = pathlib.Path(__file__).parents[2] / "docs"
 #: Seconds of work before the pictures are taken.
@@ -21,10 +22,10 @@ def main() -> int:
     """Write the pictures."""
     with (
         tempfile.TemporaryDirectory() as folder,
-        served(pathlib.Path(folder)) as (_, url),
+        three_servers(pathlib.Path(folder), *MOVING) as (_, port),
         chromium() as browser,
     ):
-        with opened(browser, url, 1400, "dark") as (page, _), asked(url):
+        with opened(browser, port, 1400, "dark") as (page, _), asked(port):
             settle(WORK_S)
             page.click("#token-record")
             settle()
@@ -32,7 +33,7 @@ def main() -> int:
             page.screenshot(path=DOCS / "dashboard.png", full_page=True)
             for section in ("experts", "token"):
                 page.locator(f"#{section}").screenshot(path=DOCS / f"dashboard-{section}.png")
-        with opened(browser, url, 360, "light") as (page, _), asked(url):
+        with opened(browser, port, 360, "light") as (page, _), asked(port):
             settle(WORK_S / 2)
             page.screenshot(path=DOCS / "dashboard-phone.png")
     return 0

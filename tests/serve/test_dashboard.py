@@ -9,6 +9,7 @@ import json
 from typing import Any
 
 import httpx
+import msgspec
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
@@ -65,7 +66,10 @@ def test_views_are_made_only_while_somebody_watches(
 ) -> None:
     monkeypatch.setattr(view, "VIEW_S", 0.02)
     other = Other(queue, info)
-    other.views.viewed(protocol.Viewed(1, None, "http://beta", "its engine ended", 7.0))
+    shown = view.View("beta", 1.0, running=3)
+    packed = msgspec.msgpack.encode(shown)
+    fault = "its engine ended", 7.0
+    other.views.viewed(protocol.Viewed(1, packed, "http://beta", *fault))
 
     async def watch() -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -86,14 +90,22 @@ def test_views_are_made_only_while_somebody_watches(
     assert np.flatnonzero(np.unpackbits(bits, bitorder="little")).tolist() == [*range(8, 16)]
     alpha, beta = found["views"]["servers"]
     assert alpha["alive"] and alpha["in_flight"] == 0
-    assert (beta["url"], beta["fault"], beta["fault_time"]) == (
-        "http://beta",
-        "its engine ended",
-        7,
-    )
+    assert (beta["url"], beta["fault"], beta["fault_time"]) == ("http://beta", *fault)
+    assert beta["running"] == 3
     asked = len(other.told)
     assert 0 < asked < 9 and {type(event) for event in other.told} == {protocol.Watching}
     assert {type(command) for command in other.commands} == {protocol.Watched}
+
+
+def test_pages_of_other_servers_may_call_this_one(queue: ScriptedQueue, info: ServeInfo) -> None:
+    other = Other(queue, dataclasses.replace(info, allowed_origins=[]))
+    other.views.asked(1, "http://127.0.0.1:8001")
+    other.views.asked(1, "")
+    (told, _) = other.told
+    assert told.watcher == 1 and msgspec.msgpack.decode(told.view)["name"] == "alpha"
+    for origin, allowed in (("127.0.0.1:8001", True), ("localhost:8001", True), ("beta", False)):
+        answer = other.http.get("/health", headers={"Origin": f"http://{origin}"})
+        assert ("access-control-allow-origin" in answer.headers) == allowed
 
 
 def test_a_waterfall_that_does_not_come(

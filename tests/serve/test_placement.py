@@ -41,6 +41,7 @@ def test_what_the_launcher_says_is_shown(info: ServeInfo) -> None:
         "experts_moved": 7,
         "gain": 0.25,
         "failure": "torn",
+        "servers": [],
     }
     found = {
         sample.name.removeprefix("dance_jax:"): sample.value

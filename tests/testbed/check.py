@@ -19,6 +19,7 @@ import sys
 from benchmarks.namespaces import HEAD, Host, Testbed, down, leftovers, parse_rate, remains
 from benchmarks.namespaces.cores import QUOTA
 from dance_jax.config import UserError
+from tests.checks import Checks
 from tests.launch.launched import eventually
 
 COMMAND = [sys.executable, "benchmarks/testbed.py"]
@@ -57,18 +58,6 @@ while time.monotonic() < end:
     pass
 print(time.process_time() / 1.5)
 """
-
-
-class Checks:
-    """Prints checks, and counts those that passed and failed."""
-
-    def __init__(self) -> None:
-        self.passed = self.failed = 0
-
-    def check(self, holds: bool, what: str) -> None:
-        self.passed += holds
-        self.failed += not holds
-        print(f"{'ok' if holds else 'FAILED'}: {what}", flush=True)
 
 
 def forsaken() -> list[str]:

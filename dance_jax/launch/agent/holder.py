@@ -25,7 +25,7 @@ from dance_jax import signals
 from dance_jax.config import ServerSpec, UserError
 from dance_jax.launch.agent.nodes import INTERRUPTED, MEET_TIMEOUT_S
 from dance_jax.launch.agent.process import ChildProcess, remove_log
-from dance_jax.launch.control import protocol
+from dance_jax.launch.control import node_protocol
 from dance_jax.launch.control.channel import RECONNECT_S, ControlConnection, node_identity
 
 #: After so many connections lost in the handshake, the key counts as wrong.
@@ -62,7 +62,7 @@ def run_node(
     """
     connection = ControlConnection(endpoint, key, node_identity(rank))
     contact = _Contact(connection.socket)
-    connection.send(protocol.encode(protocol.NodeHello(os.getpid())))
+    connection.send(node_protocol.encode(node_protocol.Hello(os.getpid())))
     progress(f"node {rank} ({server.name}): connecting to node 0 at {endpoint}")
     with (
         contextlib.closing(connection),
@@ -76,8 +76,8 @@ def run_node(
             poller.poll(100)
             holder.report()
             while connection.waits():
-                command = protocol.decode_node_command(connection.receive())
-                if isinstance(command, protocol.NodeEnd):
+                command = node_protocol.decode_command(connection.receive())
+                if isinstance(command, node_protocol.End):
                     return 1 if holder.failed else 0
                 holder.obey(command)
         if holder.told_to_end:  # node 0 had already told the process to end
@@ -111,7 +111,7 @@ class _Holder:
         self._private: tempfile.TemporaryDirectory[str] | None = None
         self._progress = progress
         self._process: ChildProcess | None = None
-        self._start = protocol.NodeStart(0, "", False, False)
+        self._start = node_protocol.Start(0, "", False, False)
         #: Node 0 asked for the end.
         self.told_to_end = False
         #: The process ended with an error unasked.
@@ -128,24 +128,24 @@ class _Holder:
             if kind is KeyboardInterrupt:
                 # Before the end of the process, so that node 0 learns the cause first.
                 number, place = self._start.number, process.log_place
-                self._send(protocol.NodeEnded(number, INTERRUPTED, process.last_lines(), place))
+                self._send(node_protocol.Ended(number, INTERRUPTED, process.last_lines(), place))
             process.end(0.0)
         if self._private is not None:
             self._private.cleanup()
         self.changes.close()
         self._noted.close()
 
-    def obey(self, command: protocol.NodeCommand) -> None:
+    def obey(self, command: node_protocol.Command) -> None:
         """Carry out a command about the process."""
         match command:
-            case protocol.NodeStart():
+            case node_protocol.Start():
                 self._begin(command)
-            case protocol.NodeInput(bytes() as line) if self._process is not None:
+            case node_protocol.Input(bytes() as line) if self._process is not None:
                 self._process.write(line)
-            case protocol.NodeInput(None) if self._process is not None:
+            case node_protocol.Input(None) if self._process is not None:
                 self.told_to_end = True
                 self._process.let_go()
-            case protocol.NodeSignal(number) if self._process is not None:
+            case node_protocol.Signal(number) if self._process is not None:
                 self.told_to_end = True
                 self._process.kill(signal.Signals(number))
 
@@ -159,17 +159,17 @@ class _Holder:
         ended = process.ended is not None  # read first, so that no answer is sent after the end
         with contextlib.suppress(queue.Empty):
             while (answer := process.answers.get_nowait()) is not None:
-                self._send(protocol.NodeAnswer(number, answer))
+                self._send(node_protocol.Answer(number, answer))
         if ended:
             status = process.status
             assert status is not None
-            self._send(protocol.NodeEnded(number, status, process.last_lines(), process.log_place))
+            self._send(node_protocol.Ended(number, status, process.last_lines(), process.log_place))
             self._process = None
             if not self._start.answers:
                 self.failed = status != 0 and not self.told_to_end
                 self._progress(f"the server {process.fate()}")
 
-    def _begin(self, start: protocol.NodeStart) -> None:
+    def _begin(self, start: node_protocol.Start) -> None:
         if self._process is not None:
             self._process.end(_END_S)
         self._start, self.told_to_end, self.failed = start, False, False
@@ -188,7 +188,7 @@ class _Holder:
                 on_change=self._note,
             )
         except UserError as error:
-            self._send(protocol.NodeEnded(start.number, _NOT_STARTED, [str(error)], ""))
+            self._send(node_protocol.Ended(start.number, _NOT_STARTED, [str(error)], ""))
             return
         if start.drains:
             # Forward SIGTERM; the front end asks node 0 to drain all servers.
@@ -205,8 +205,8 @@ class _Holder:
         if self._process is not None:
             self._process.kill(signal.Signals(number))
 
-    def _send(self, event: protocol.NodeEvent) -> None:
-        self._channel.send(protocol.encode(event))
+    def _send(self, event: node_protocol.Event) -> None:
+        self._channel.send(node_protocol.encode(event))
 
 
 class _Contact:

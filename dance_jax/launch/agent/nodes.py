@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from dance_jax.config import ClusterSpec, UserError
 from dance_jax.launch.agent.process import ServerProcess
-from dance_jax.launch.control import protocol
+from dance_jax.launch.control import node_protocol
 from dance_jax.launch.control.channel import RECONNECT_S, ControlListener, node_identity
 
 #: Seconds that nodes wait for each other at the start.
@@ -85,15 +85,15 @@ class Nodes:
         process = self._processes[rank] = NodeProcess(self, rank, self._names[rank], number)
         # A node that is started later would not get what is sent to it now.
         if self._is_connected(rank):
-            process.send(protocol.NodeStart(number, module, answers, drains))
+            process.send(node_protocol.Start(number, module, answers, drains))
         else:
             process.is_lost("is not connected; start it again there")
         return process
 
-    def send(self, rank: int, command: protocol.NodeCommand) -> None:
+    def send(self, rank: int, command: node_protocol.Command) -> None:
         """Send a command; callable by any thread."""
         with self._lock:
-            self.listener.send(node_identity(rank), protocol.encode(command))
+            self.listener.send(node_identity(rank), node_protocol.encode(command))
 
     def pump(self, timeout_ms: int) -> None:
         """Receive messages if any arrive in time.
@@ -106,8 +106,8 @@ class Nodes:
 
     def receive(self, rank: int, content: bytes) -> None:
         """Handle a message from a node."""
-        event = protocol.decode_node_event(content)
-        if isinstance(event, protocol.NodeHello):
+        event = node_protocol.decode_event(content)
+        if isinstance(event, node_protocol.Hello):
             self._connected.add(rank)
             if (before := self._processes.get(rank)) is not None:
                 before.is_lost("was started again")
@@ -115,7 +115,7 @@ class Nodes:
         process = self._processes.get(rank)
         if process is None or process.number != event.number:
             return
-        if isinstance(event, protocol.NodeAnswer):
+        if isinstance(event, node_protocol.Answer):
             process.answers.put(event.line)
         else:
             process.has_ended(event)
@@ -135,7 +135,7 @@ class Nodes:
     def close(self) -> None:
         """Tell all nodes to end, and stop listening."""
         for rank in self._names:
-            self.send(rank, protocol.NodeEnd())
+            self.send(rank, node_protocol.End())
         self.listener.close()
 
 
@@ -149,11 +149,11 @@ class NodeProcess(ServerProcess):
         self.number = number
         self._nodes = nodes
         self._rank = rank
-        self._end: protocol.NodeEnded | None = None
+        self._end: node_protocol.Ended | None = None
         #: What became of its node, if that ended it.
         self._lost = ""
 
-    def send(self, command: protocol.NodeCommand) -> None:
+    def send(self, command: node_protocol.Command) -> None:
         """Send a command to the node."""
         if self.ended is None:
             self._nodes.send(self._rank, command)
@@ -175,15 +175,15 @@ class NodeProcess(ServerProcess):
             self.answers.put(None)
 
     def write(self, line: bytes) -> None:
-        self.send(protocol.NodeInput(line))
+        self.send(node_protocol.Input(line))
 
     def let_go(self) -> None:
-        self.send(protocol.NodeInput(None))
+        self.send(node_protocol.Input(None))
 
     def kill(self, number: signal.Signals) -> None:
-        self.send(protocol.NodeSignal(number))
+        self.send(node_protocol.Signal(number))
 
-    def has_ended(self, end: protocol.NodeEnded) -> None:
+    def has_ended(self, end: node_protocol.Ended) -> None:
         """Record the end of the process, as reported by its node."""
         self._end, self.ended = end, time.monotonic()
         self.answers.put(None)

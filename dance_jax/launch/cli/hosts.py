@@ -12,17 +12,14 @@ import time
 from collections.abc import Iterator, Sequence
 
 from dance_jax.config import UserError
-from dance_jax.files import whole_file
 from dance_jax.launch.cli import running
 from dance_jax.launch.cluster.changes import DONE, END, FILE_NAME
 from dance_jax.launch.cluster.succession import InUse, launcher_pid, sole_launcher
 from dance_jax.launch.planning.defaults import default_platform
-from dance_jax.launch.planning.hosts import read_hosts
+from dance_jax.launch.planning.hosts_file import HostsFile
 
 #: Seconds for the launcher to begin with a change.
 BEGIN_S = 60.0
-#: Precedes the line of a server that was taken out with `drain`.
-DRAINED = "# drained: "
 
 
 def main(arguments: Sequence[str], prog: str = "dance-jax hosts") -> int:
@@ -65,64 +62,19 @@ def change(action: str, server: str, hosts: pathlib.Path, state_dir: pathlib.Pat
         UserError: the server is not in the file or is there already, or its line is wrong.
         OSError: a file cannot be read or written.
     """
-    before = hosts.read_bytes()
-    text = changed(before.decode(), action, server)
-    _write(hosts, text.encode())
+    file = HostsFile(hosts, default_platform())
+    before = file.change(action, server)
     try:
-        read_hosts(hosts, default_platform())
         if not _serves(state_dir):
             print("no launcher uses this --state-dir; the next start reads the hosts file")
             return 0
         if _applied(state_dir):
             return 0
     except UserError:
-        _write(hosts, before)
+        file.restore(before)
         raise
-    _write(hosts, before)
+    file.restore(before)
     return 1
-
-
-def changed(text: str, action: str, server: str) -> str:
-    """The content of a hosts file with a server added, removed or taken out.
-
-    Raises:
-        UserError: the server is not in the file, or is there already.
-    """
-    name, *more = server.split(maxsplit=1)
-    lines = text.splitlines()
-    at = {
-        words[0]: n
-        for n, line in enumerate(lines)
-        if (words := line.split()) and "#" not in words[0]
-    }
-    drained = {
-        line.removeprefix(DRAINED).split()[0]: n
-        for n, line in enumerate(lines)
-        if line.startswith(DRAINED) and line.removeprefix(DRAINED).split()
-    }
-    if action == "add":
-        if name in at:
-            raise UserError(f"{name} is in the hosts file already")
-        if more:
-            lines = [line for n, line in enumerate(lines) if n != drained.get(name)] + [server]
-        elif name in drained:
-            lines[drained[name]] = lines[drained[name]].removeprefix(DRAINED)
-        else:
-            raise UserError(f"{name} is not in the hosts file: give its line, name key=value ...")
-    elif more:
-        raise UserError(f"{action} takes the name of one server")
-    elif name not in at:
-        raise UserError(f"{name} is not in the hosts file; its servers are {', '.join(at)}")
-    elif action == "drain":
-        lines[at[name]] = DRAINED + lines[at[name]]
-    else:
-        del lines[at[name]]
-    return "\n".join(lines) + "\n"
-
-
-def _write(path: pathlib.Path, content: bytes) -> None:
-    with whole_file(path) as file:
-        file.write(content)
 
 
 def _serves(state_dir: pathlib.Path) -> bool:

@@ -34,7 +34,7 @@ from dance_jax.launch.cluster.independent import IndependentService
 from dance_jax.launch.cluster.service import Service
 from dance_jax.launch.cluster.succession import Survivors, find_survivors
 from dance_jax.launch.cluster.together import TogetherService
-from dance_jax.launch.planning.hosts import read_hosts
+from dance_jax.launch.planning.hosts_file import HostsFile
 from dance_jax.launch.planning.plan import ModelFacts, Plan, rooms
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ def serve(
     if start.config.exchange != "collectives":
         make = IndependentService
         how |= {
-            "read_hosts": functools.partial(read_hosts, options.hosts, platform),
+            "hosts_file": HostsFile(options.hosts, platform),
             "survey": functools.partial(
                 _survey_one, options, start.network, start.model, start.config
             ),

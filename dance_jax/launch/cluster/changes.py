@@ -28,6 +28,10 @@ END = DONE, FAILED = "done", "failed"
 Survey = Callable[[ServerSpec], tuple[ServerSpec, Network]]
 
 
+def _keep() -> None:
+    """Undo nothing."""
+
+
 class Actions(Protocol):
     """What changes need of the service."""
 
@@ -104,15 +108,23 @@ class Changes:
         self._surveyed: concurrent.futures.Future[tuple[ServerSpec, Network]] | None = None
         self._pool = concurrent.futures.ThreadPoolExecutor(1, "survey")
         self._under_way = False
-        #: The servers of a file that was read while an earlier change was under way.
-        self._next: ClusterSpec | None = None
+        self._undo = _keep
+        #: The servers of a file that was read while an earlier change was under way, and how to
+        #: undo the file's change.
+        self._next: tuple[ClusterSpec, Callable[[], None]] | None = None
 
-    def want(self, hosts: ClusterSpec) -> None:
-        """Begin to change to these servers."""
+    def want(self, hosts: ClusterSpec, undo: Callable[[], None] = _keep) -> None:
+        """Begin to change to these servers.
+
+        Args:
+            hosts: the servers.
+            undo: called if the change fails.
+        """
         if self._under_way:
-            self._next = hosts
+            self._next = hosts, undo
             return
         self._begin()
+        self._undo = undo
         new = {server.name: server for server in hosts.servers}
         both = new.keys() & self.hosts.keys()
         if changed := sorted(name for name in both if new[name] != self.hosts[name]):
@@ -133,8 +145,8 @@ class Changes:
     def tick(self) -> None:
         """Do what is due; call this often."""
         if not self._under_way and self._next is not None:
-            hosts, self._next = self._next, None
-            self.want(hosts)
+            wanted, self._next = self._next, None
+            self.want(*wanted)
         if not self._under_way:
             return
         try:
@@ -227,6 +239,9 @@ class Changes:
         self._join.clear()
         self._say(text)
         self._under_way = False
+        undo, self._undo = self._undo, _keep
+        if text.startswith(FAILED):
+            undo()
 
     def _say(self, text: str) -> None:
         self._actions.notice("", f"hosts: {text}")

@@ -6,10 +6,10 @@ join and leave (`changes`), and with --state-dir they outlive their launcher (`s
 
 from __future__ import annotations
 
+import functools
 import pathlib
 import signal
 import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -33,6 +33,7 @@ from dance_jax.launch.cluster.service import DRAIN_MARGIN_S, Service, fate
 from dance_jax.launch.cluster.succession import FILE_NAME, FRONT_END, Handover, Survivors
 from dance_jax.launch.control import protocol
 from dance_jax.launch.control.channel import server_identity
+from dance_jax.launch.planning.hosts_file import HostsFile
 from dance_jax.launch.planning.plan import rooms
 from dance_jax.placement.core import Layout
 from dance_jax.placement.visit import MAX_SERVERS
@@ -56,7 +57,7 @@ class IndependentService(Service):
 
     Args:
         options, spec, checkpoint, layout, others: as for `Service`.
-        read_hosts: reads the hosts file, as it was at the start and later; None: it cannot change.
+        hosts_file: of these servers; None: they cannot change.
         survey: of servers that are to join.
         survivors: servers to take over; None: all are started.
     """
@@ -71,12 +72,12 @@ class IndependentService(Service):
         *,
         rebalance: RebalanceOptions | None = None,
         before: Statistics | None = None,
-        read_hosts: Callable[[], ClusterSpec] | None = None,
+        hosts_file: HostsFile | None = None,
         survey: Survey | None = None,
         survivors: Survivors | None = None,
         **kwargs: Any,
     ) -> None:
-        hosts = spec if read_hosts is None else read_hosts()
+        hosts = spec if hosts_file is None else hosts_file.read()
         seats = min(max(SEATS, len(spec.servers)), MAX_SERVERS)
         spec, layout = spec.with_seats(seats), layout.with_seats(seats)
         before = None if before is None else before.with_seats(seats)
@@ -102,10 +103,10 @@ class IndependentService(Service):
         self.outlives = (
             self._state_dir is not None and self.nodes is None and not options.die_with_launcher
         )
-        self._read_hosts = read_hosts
+        self._hosts_file = hosts_file
         #: None: no server can join or leave.
         self._changes: Changes | None = None
-        if read_hosts is not None and survey is not None and self.nodes is None:
+        if hosts_file is not None and survey is not None and self.nodes is None:
             known = hosts if survivors is None else survivors.handover.hosts
             patience_s = options.drain_seconds + DRAIN_MARGIN_S
             self._changes = Changes(known, self, survey, self._state_dir, patience_s)
@@ -286,11 +287,11 @@ class IndependentService(Service):
         """Change the servers as the hosts file says."""
         if self._reload:
             self._reload = False
-            if self._changes is None or self._read_hosts is None:
+            if self._changes is None or self._hosts_file is None:
                 self.notice("", "hosts: servers of this service cannot join or leave")
                 return
             try:
-                self._changes.want(self._read_hosts())
+                self._changes.want(self._hosts_file.read())
             except UserError as error:
                 self._changes.refuse(str(error))
         if self._changes is not None and self._deadline is None:
@@ -302,14 +303,25 @@ class IndependentService(Service):
         self._left = [each for each in self._left if each[0].ended is None and now <= each[1]]
 
     def _drain_server(self, name: str) -> str:
-        if self._changes is None:
+        if self._changes is None or self._hosts_file is None:
             return super()._drain_server(name)
-        hosts = [server for server in self._changes.hosts.values() if server.name != name]
-        if not hosts or len(hosts) == len(self._changes.hosts):
-            return "it is the only server" if not hosts else "it is not in the hosts file"
+        if why := self._rebalancer.shortage_without(self._names.index(name)):
+            return why
+        try:
+            before = self._hosts_file.change("drain", name)
+            hosts = self._hosts_file.read()
+        except (UserError, OSError) as error:
+            return str(error)
         self.notice(name, "leaves, as a user of the dashboard wants")
-        self._changes.want(ClusterSpec(tuple(hosts)))
+        self._changes.want(hosts, functools.partial(self._restore_hosts, before))
         return ""
+
+    def _restore_hosts(self, content: bytes) -> None:
+        assert self._hosts_file is not None
+        try:
+            self._hosts_file.restore(content)
+        except OSError as error:
+            self.notice("", f"hosts: the hosts file cannot be restored: {error}")
 
     @property
     def settled(self) -> bool:

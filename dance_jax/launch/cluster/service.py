@@ -24,6 +24,7 @@ from dance_jax.launch.cluster.keys import KeyFile
 from dance_jax.launch.cluster.succession import FRONT_END
 from dance_jax.launch.control import protocol
 from dance_jax.launch.control.channel import bracketed
+from dance_jax.launch.planning.hosts import is_loopback
 
 if TYPE_CHECKING:
     from dance_jax.launch.rebalance.workload import Statistics
@@ -268,14 +269,20 @@ class Service(Fleet):
         """Have all servers show what they do to somebody who watches at one of them."""
         for rank in self.spec.seated:
             if rank in self.present and rank != watcher:
-                self.tell(rank, protocol.AskView(watcher))
+                self.tell(rank, protocol.AskView(watcher, self._url(watcher, rank)))
             else:
-                self._tell_view(watcher, rank, None)
+                self._tell_view(watcher, rank, b"")
 
-    def _tell_view(self, watcher: int, rank: int, view: Any) -> None:
-        url = dict(zip(self.spec.seated, self.urls, strict=True)).get(rank, "")
+    def _tell_view(self, watcher: int, rank: int, view: bytes) -> None:
         fault = self.faults.get(rank, ("", 0.0))
-        self.tell(watcher, protocol.Viewed(rank, view, url, *fault))
+        self.tell(watcher, protocol.Viewed(rank, view, self._url(rank, watcher), *fault))
+
+    def _url(self, rank: int, other: int) -> str:
+        """Where users of another server reach a server; "" if the server is gone, or listens only
+        on the loopback interface of another machine."""
+        if is_loopback(self.options.bind) and rank not in self._neighbours(other):
+            return ""
+        return dict(zip(self.spec.seated, self.urls, strict=True)).get(rank, "")
 
     def _drain_server(self, name: str) -> str:
         """Let a server finish its requests and leave; or say why it cannot."""

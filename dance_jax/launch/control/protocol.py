@@ -1,9 +1,8 @@
-"""Messages of the control channel, between launcher, front ends, engines and other nodes.
+"""Messages of the control channel, between launcher, front ends and engines.
 
 They are msgspec over ZeroMQ, and JSON on a process's input for its setup. They carry no version,
 because before a launch on other machines the preflight refuses servers whose sources differ
-(`preflight.findings.software`). Only the messages to and from nodes (`--node-rank`) come earlier:
-through them the preflight asks.
+(`preflight.findings.software`).
 
 Free of JAX, because a worker reads its Setup before it may import JAX.
 """
@@ -364,6 +363,15 @@ class Drain(msgspec.Struct, tag=True):
     """Refuse new requests, finish the running ones, then send Drained; the engine steps on."""
 
 
+@dataclasses.dataclass(frozen=True)
+class PlacedServer:
+    """The experts of one server, as `/placement` shows them."""
+
+    name: str
+    #: Ids of the experts resident on the server, per MoE layer.
+    resident: list[list[int]]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Decision:
     """Whether experts move, and why; also shown by `/placement`."""
@@ -389,6 +397,9 @@ class Decision:
     gain: float | None = None
     #: Why the migration stopped half-way; "": it did not.
     failure: str = ""
+    #: Where all experts are afterwards, or would be; a request for a decision may ask for it. Empty
+    #: if they stay.
+    servers: list[PlacedServer] = dataclasses.field(default_factory=list)
 
 
 class Decided(msgspec.Struct, tag=True):
@@ -424,6 +435,8 @@ class Placed(msgspec.Struct, tag=True):
     short: str = ""
     #: The layout to return to when lost servers are back; empty: `layout`.
     home: bytes = b""
+    #: The layout that the migration under way leads to; empty: there is none.
+    target: bytes = b""
 
 
 class AskView(msgspec.Struct, tag=True):
@@ -431,15 +444,17 @@ class AskView(msgspec.Struct, tag=True):
 
     #: Rank of the server that asks.
     watcher: int
+    #: Where its users reach it: its page may call this server. "": not known.
+    url: str
 
 
 class Viewed(msgspec.Struct, tag=True):
     """What another server has to show, or the launcher of a server that does not run."""
 
     rank: int
-    #: The server's `serve.view.View`; None: it does not run.
-    view: Any
-    #: Where the server's users reach it.
+    #: The server's `serve.view.View` as msgpack; empty: it does not run.
+    view: bytes
+    #: Where users of the watched server reach it; "": they cannot.
     url: str
     #: How the server's processes ended last, and when, unix time in seconds; "": they never did.
     fault: str = ""
@@ -544,7 +559,8 @@ class View(msgspec.Struct, tag=True):
     """Answer to AskView."""
 
     watcher: int
-    view: Any
+    #: As in `Viewed`.
+    view: bytes
 
 
 class DrainServer(msgspec.Struct, tag=True):
@@ -553,65 +569,6 @@ class DrainServer(msgspec.Struct, tag=True):
     id: int
     name: str
 
-
-# Between node 0 and the launcher of another node (--node-rank), which holds one process at a time.
-
-
-class NodeStart(msgspec.Struct, tag=True):
-    """Start a process, after ending the present one."""
-
-    #: Number of this process, counted from 1; messages about another number are out of date.
-    number: int
-    #: Module of this package that the process runs.
-    module: str
-    #: The process answers on its output: send its answers on.
-    answers: bool
-    #: The process drains on SIGTERM: pass the signal on to it.
-    drains: bool
-
-
-class NodeInput(msgspec.Struct, tag=True):
-    """Write a line to the input of the process, or close the input."""
-
-    line: bytes | None
-
-
-class NodeSignal(msgspec.Struct, tag=True):
-    """Send a signal to the process."""
-
-    signal: int
-
-
-class NodeEnd(msgspec.Struct, tag=True):
-    """End: node 0 needs this node no more."""
-
-
-class NodeHello(msgspec.Struct, tag=True):
-    """A launcher on another node has connected."""
-
-    pid: int
-
-
-class NodeAnswer(msgspec.Struct, tag=True):
-    """An answer of the process."""
-
-    number: int
-    line: bytes
-
-
-class NodeEnded(msgspec.Struct, tag=True):
-    """The process has ended, or could not be started."""
-
-    number: int
-    #: Exit status as in a shell.
-    status: int
-    #: The last lines of the log, and the path of the whole log on the node.
-    last_lines: list[str]
-    log: str
-
-
-NodeCommand = NodeStart | NodeInput | NodeSignal | NodeEnd
-NodeEvent = NodeHello | NodeAnswer | NodeEnded
 
 #: Commands that a front end passes on from the launcher to its engine, and all that each obeys.
 PassedCommand = Join | PeerLost | PeerRestarted | AskStats | Stage | Commit | Drop | Reseat | Settle
@@ -650,5 +607,3 @@ decode_command = msgspec.msgpack.Decoder(Command).decode
 decode_event = msgspec.msgpack.Decoder(Event).decode
 decode_front_command = msgspec.msgpack.Decoder(FrontCommand).decode
 decode_front_event = msgspec.msgpack.Decoder(FrontEvent).decode
-decode_node_command = msgspec.msgpack.Decoder(NodeCommand).decode
-decode_node_event = msgspec.msgpack.Decoder(NodeEvent).decode

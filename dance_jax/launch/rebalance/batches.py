@@ -40,10 +40,11 @@ class Migration:
     Args:
         batches: in order; at least one.
         purpose: why experts move.
+        target: the layout once all batches are applied.
     """
 
-    def __init__(self, batches: Sequence[MoveBatch], purpose: Purpose) -> None:
-        self.left, self.purpose = collections.deque(batches), purpose
+    def __init__(self, batches: Sequence[MoveBatch], purpose: Purpose, target: Layout) -> None:
+        self.left, self.purpose, self.target = collections.deque(batches), purpose, target
         #: Experts loaded by applied batches, on all servers.
         self.moved = 0
         #: At least one batch is applied.

@@ -19,7 +19,7 @@ import numpy as np
 
 from dance_jax.config import ClusterSpec, EngineConfig, RebalanceOptions, ServerSpec
 from dance_jax.launch.control import protocol
-from dance_jax.launch.control.protocol import Decision
+from dance_jax.launch.control.protocol import Decision, PlacedServer
 from dance_jax.launch.planning.costs import running_cost
 from dance_jax.launch.planning.loss import load_seconds
 from dance_jax.launch.planning.plan import ModelFacts
@@ -31,7 +31,7 @@ from dance_jax.launch.rebalance.state import ServiceState
 from dance_jax.launch.rebalance.workload import Statistics, Workload
 from dance_jax.launch.worker.loading import rest_s
 from dance_jax.placement.core import Layout, Placement
-from dance_jax.placement.migration import MoveBatch, changed
+from dance_jax.placement.migration import MoveBatch, changed, target
 
 #: Most requests for decisions that may wait.
 MOST_WAITING = 16
@@ -271,11 +271,15 @@ class Rebalancer:
         Returns:
             Why it cannot leave; "" if it can.
         """
-        calls_nle = self._workload.statistics(self._clock()).counts
-        why = self._losses.shortage_without(rank, calls_nle)
+        why = self.shortage_without(rank)
         if not why:
             self._losses.leaving |= {rank}
         return why
+
+    def shortage_without(self, rank: int) -> str:
+        """Why the other servers cannot hold all experts; "": they can."""
+        calls_nle = self._workload.statistics(self._clock()).counts
+        return self._losses.shortage_without(rank, calls_nle)
 
     @property
     def may_leave(self) -> bool:
@@ -464,7 +468,17 @@ class Rebalancer:
         # The placement fitted to all tokens may be the one in force: no batches, so nothing to do.
         migrate = found.migrate and bool(answer.batches)
         base = self._no_move(found.reason, answer.policy)
-        return dataclasses.replace(base, **(vars(found) | {"migrate": migrate}), gain=found.gain)
+        result = vars(found) | {"migrate": migrate, "gain": found.gain}
+        if migrate:
+            result["servers"] = self._after(answer.batches)
+        return dataclasses.replace(base, **result)
+
+    def _after(self, batches: list[MoveBatch]) -> list[PlacedServer]:
+        """The experts of all servers once these batches are applied."""
+        held = Placement(target(self._service.layout, batches).resident).lists()
+        return [
+            PlacedServer(name, each) for name, each in zip(self._names, held, strict=True) if name
+        ]
 
     def _refuse(self, wanted: _Wanted, why: str = "the service is shutting down") -> None:
         if wanted.rank is not None:
@@ -481,8 +495,10 @@ class Rebalancer:
 
     def _move(self, batches: list[MoveBatch], purpose: Purpose) -> None:
         """Start a migration."""
-        self._doing, self._migration = _Doing.MOVING, Migration(batches, purpose)
+        self._doing = _Doing.MOVING
+        self._migration = Migration(batches, purpose, target(self._service.layout, batches))
         self._load(self._migration)
+        self._news = True
 
     def _load(self, moving: Migration) -> None:
         """Have the servers load the next batch."""
@@ -562,7 +578,7 @@ class Rebalancer:
 
     def _publish(self) -> None:
         self._news = False
-        home = self._losses.home
+        home, moving = self._losses.home, self._migration
         self._service.tell_all(
             protocol.Placed(
                 version=self._version,
@@ -575,6 +591,7 @@ class Rebalancer:
                 absent=sorted({*self._spec.seated} - self._service.present),
                 short=self._losses.short,
                 home=b"" if home is self._service.layout else home.to_bytes(),
+                target=b"" if moving is None else moving.target.to_bytes(),
             )
         )
 

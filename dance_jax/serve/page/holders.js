@@ -34,7 +34,7 @@ export class Holders {
     });
     const calls = this.#calls(state);
     drawLegend(state, calls, this.#chosen);
-    setText(byId("experts-moving"), moving(state));
+    setText(byId("experts-moving"), movesInWords(state));
     this.#matchGrids(state);
     const look = lookOf(state);
     for (const grid of this.#grids.values()) grid.draw(state, calls, look);
@@ -65,11 +65,16 @@ export class Holders {
   }
 }
 
-function moving(state) {
-  const arrived = [...state.resident.keys()].filter((name) => state.newOn(name));
-  const news = arrived.map((name) => `${state.newOn(name)} on ${name}`);
+/** Which experts move, would move by a dry run, or have moved within a minute. */
+function movesInWords(state) {
+  const moves = (countOn, word) => [...state.resident.keys()].flatMap((name) => {
+    const count = countOn(name);
+    return count ? [`${number(count)} ${word} ${name}`] : [];
+  });
+  const coming = moves((name) => state.comingTo(name), "to");
+  const news = moves((name) => state.newOn(name), "on");
   return [
-    state.placement.moving ? "Experts are on their way." : "",
+    coming.length ? `${state.plan.dry ? "Would move" : "On their way"}: ${listed(coming)}.` : "",
     news.length ? `New within a minute: ${listed(news)}.` : "",
   ].filter(Boolean).join(" ");
 }
@@ -135,11 +140,11 @@ class Grid {
 
   #drawCell(context, at, held, experts) {
     const { calls, look } = this;
+    const state = this.#state;
     const [x, y, width, height] = this.#boxOf(at, experts);
     context.fillStyle = held ? look.idle : look.absent;
     context.fillRect(x, y, width, height);
-    if (!held) return;
-    if (calls.caller[at] >= 0) {
+    if (held && calls.caller[at] >= 0) {
       // The square root shows rare calls too: rates of experts differ by powers of ten.
       context.globalAlpha = 0.2 + 0.8 * Math.min(1, Math.sqrt(calls.rate[at] / calls.scale));
       context.fillStyle = look.servers[calls.caller[at]];
@@ -147,9 +152,11 @@ class Grid {
       context.globalAlpha = 1;
     }
     context.fillStyle = context.strokeStyle = look.ink;
-    if (this.#state.holders[at] > 1) context.fillRect(x + width / 2 - 1, y + height / 2 - 1, 2, 2);
     context.lineWidth = 1;
-    if (this.#state.isNew(this.name, at)) context.strokeRect(x + 0.5, y + 0.5, width - 1, height - 1);
+    const isFramed = held ? state.isNew(this.name, at) : state.comes(this.name, at);
+    if (held && state.holders[at] > 1) context.fillRect(x + width / 2 - 1, y + height / 2 - 1, 2, 2);
+    if (isFramed) context.strokeRect(x + 0.5, y + 0.5, width - 1, height - 1);
+    if (state.leaves(this.name, at)) strike(context, x, y, width, height);
   }
 
   /** [x, y, width, height] of a cell, on whole pixels with a gap of one. */
@@ -192,6 +199,13 @@ class Grid {
     const [x, y, width] = this.#boxOf(cell, experts);
     showTip(box.left + x + width / 2, box.top + y, cellInWords(this.#state, cell));
   }
+}
+
+function strike(context, x, y, width, height) {
+  context.beginPath();
+  context.moveTo(x, y + height);
+  context.lineTo(x + width, y);
+  context.stroke();
 }
 
 /** The context of a canvas that has this size on the page, at the screen's resolution. */
@@ -241,12 +255,26 @@ function cellInWords(state, cell) {
     `Layer ${Math.floor(cell / experts)}, expert ${cell % experts}`,
     `held by ${holdersInWords(state, cell)}`,
     callers.length ? `called ${listed(callers)}` : "not called now",
+    ...planInWords(state, cell),
+  ];
+}
+
+/** How one expert moves by the plan: "on its way to beta", "leaves alpha". */
+function planInWords(state, cell) {
+  const servers = [...state.resident.keys()];
+  const to = servers.filter((name) => state.comes(name, cell));
+  const from = servers.filter((name) => state.leaves(name, cell));
+  const [comes, leaves] = state.plan?.dry ? ["would come to", "would leave"] : ["on its way to", "leaves"];
+  return [
+    ...(to.length ? [`${comes} ${listed(to)}`] : []),
+    ...(from.length ? [`${leaves} ${listed(from)}`] : []),
   ];
 }
 
 function drawLegend(state, { scale }, chosen) {
   const shown = state.names.filter((name) => chosen === ALL || name === chosen);
-  const text = JSON.stringify([shown, Math.round(scale * 10)]);
+  const { plan } = state;
+  const text = JSON.stringify([shown, Math.round(scale * 10), plan && plan.dry]);
   const legend = byId("experts-legend");
   if (legend.dataset.state === text) return;
   legend.dataset.state = text;
@@ -258,5 +286,9 @@ function drawLegend(state, { scale }, chosen) {
     h("span", { class: "name" }, h("i", { class: "swatch absent" }), "not held here"),
     h("span", { class: "name" }, h("i", { class: "swatch idle dotted" }), "also held elsewhere"),
     h("span", { class: "name" }, h("i", { class: "swatch idle framed" }), "new within a minute"),
+    ...(plan ? [
+      h("span", { class: "name" }, h("i", { class: "swatch absent framed" }), plan.dry ? "would come" : "on its way here"),
+      h("span", { class: "name" }, h("i", { class: "swatch idle struck" }), plan.dry ? "would leave" : "leaves"),
+    ] : []),
   );
 }

@@ -28,6 +28,19 @@ export function residentOf(layers, experts) {
   return held;
 }
 
+/**
+ * Which experts are resident, from their ids.
+ *
+ * @param {number[][]} layers - per layer the ids
+ * @param {number} experts - experts per layer
+ * @returns {Uint8Array} as residentOf
+ */
+export function heldOf(layers, experts) {
+  const held = new Uint8Array(layers.length * experts);
+  layers.forEach((ids, layer) => ids.forEach((id) => (held[layer * experts + id] = 1)));
+  return held;
+}
+
 /** Counts from the base64 of little-endian uint32. */
 export function countsOf(base64) {
   const bytes = bytesOf(base64);

@@ -1,6 +1,6 @@
 /** What the page knows of the service: the newest events, rates, history and marks. Touches no DOM. */
 
-import { Meter, countersOf, countsOf, residentOf } from "./rates.js";
+import { Meter, countersOf, countsOf, heldOf, residentOf } from "./rates.js";
 import { counted, listed, seconds } from "./format.js";
 
 /** Seconds of history that the time lines can show. */
@@ -19,6 +19,8 @@ export class State {
   resident = new Map();
   /** How many servers hold each expert, [layers x experts]. */
   holders = new Uint8Array(0);
+  /** Where experts move to, or would by the last dry run: {dry, target: name -> Uint8Array}; null: nowhere. */
+  plan = null;
   views = new Map();
   /** Name -> [{time, local, anyMiss, itl, bytes}], oldest first. */
   history = new Map();
@@ -52,6 +54,7 @@ export class State {
 
   /** Also for decisions that answer a call; the stream repeats them. */
   takeDecision(decision) {
+    if (!this.plan || this.plan.dry) this.plan = this.#dryPlan(decision);
     if (this.decisions.some((each) => each.when === decision.when)) return;
     this.decisions.push(decision);
     this.#mark(decision.when, "decision", shortDecision(decision), `Decision: ${decisionInWords(decision)}`);
@@ -77,6 +80,15 @@ export class State {
     return [...(this.#arrivals.get(name)?.keys() ?? [])].filter((cell) => this.isNew(name, cell)).length;
   }
 
+  /** Whether an expert comes to a server, or leaves it, by the plan. */
+  comes = (name, cell) => Boolean(this.plan?.target.get(name)?.[cell]) && !this.resident.get(name)[cell];
+  leaves = (name, cell) => this.plan?.target.get(name)?.[cell] === 0 && Boolean(this.resident.get(name)[cell]);
+
+  /** How many experts come to a server by the plan. */
+  comingTo(name) {
+    return this.resident.get(name).reduce((sum, _, cell) => sum + this.comes(name, cell), 0);
+  }
+
   isLost(name) {
     return this.placement?.lost.includes(name) ?? false;
   }
@@ -98,7 +110,15 @@ export class State {
     const all = [...this.resident.values()];
     this.holders = Uint8Array.from({ length: placement.layers * placement.experts }, (_, cell) =>
       all.reduce((sum, held) => sum + held[cell], 0));
-    if (before) this.#markPlacement(before, placement);
+    const wasMoving = this.plan && !this.plan.dry;
+    this.plan = movingPlan(placement);
+    if (before) this.#markPlacement(before, placement, wasMoving);
+  }
+
+  #dryPlan({ dry_run: dry, servers }) {
+    const { experts } = this.placement ?? {};
+    if (!dry || !servers?.length || !experts) return null;
+    return { dry, target: new Map(servers.map(({ name, resident }) => [name, heldOf(resident, experts)])) };
   }
 
   #noteArrivals(name, old, held) {
@@ -110,12 +130,14 @@ export class State {
     });
   }
 
-  #markPlacement(before, after) {
+  #markPlacement(before, after, wasMoving) {
     const lostChanged = after.lost.join() !== before.lost.join();
     if (after.version > before.version && !lostChanged) {
       this.#mark(this.now, "migration", `v${after.version}`, `Experts have migrated: placement ${after.version}`);
-    } else if (after.moving && !before.moving) {
-      this.#mark(this.now, "migration", "", "Experts begin to migrate");
+    }
+    if (this.plan && !wasMoving) {
+      const coming = this.names.reduce((sum, name) => sum + (this.resident.has(name) ? this.comingTo(name) : 0), 0);
+      this.#mark(this.now, "migration", "", `${counted(coming, "expert")} begin${coming === 1 ? "s" : ""} to migrate`);
     }
     for (const name of after.lost.filter((each) => !before.lost.includes(each))) {
       this.#mark(this.now, "loss", `lost ${name}`, `${name} is lost`);
@@ -172,6 +194,12 @@ export class State {
     this.marks.sort((a, b) => a.time - b.time);
     this.marks.splice(0, this.marks.length - MARKS);
   }
+}
+
+/** The plan of a migration under way; null: nothing moves. */
+function movingPlan({ servers, experts }) {
+  if (!servers.some(({ target }) => target)) return null;
+  return { dry: false, target: new Map(servers.map(({ name, target }) => [name, residentOf(target, experts)])) };
 }
 
 export const isAnswering = (view) => view.alive && view.age < OLD_SECONDS;
