@@ -12,7 +12,7 @@ from typing import TypeVar
 from dance_jax.bench.arguments import count, positive
 from dance_jax.config import UserError
 from dance_jax.launch.cli.prompts import check_writable
-from dance_jax.placement import POLICIES
+from dance_jax.placement.policies import POLICIES
 
 Value = TypeVar("Value")
 

@@ -42,7 +42,7 @@ from dance_jax.bench.texts import Texts
 from dance_jax.bench.workload import calls_of_prompts, calls_of_texts
 from dance_jax.config import ClusterSpec, EngineOptions, UserError
 from dance_jax.launch.cli.prompts import read_prompts
-from dance_jax.launch.planning.defaults import demo_dir
+from dance_jax.models.directory import demo_dir
 from dance_jax.models.tokenizer import Tokenizer
 
 #: Used without --tasks: one task for the users of each of the demo's servers, as in

@@ -30,7 +30,7 @@ from benchmarks.namespaces.machine import check_root
 from benchmarks.namespaces.temporary import add_round_trip
 from dance_jax.bench.terminal import exit_code, terminal
 from dance_jax.config import UserError
-from dance_jax.placement import Activations
+from dance_jax.placement.activations import Activations
 
 PROMPTS, ACTIVATIONS = EXAMPLES / "prompts.jsonl", EXAMPLES / "activations.npz"
 #: Seconds that ssh sessions have to end after the launch.

@@ -95,6 +95,7 @@ class LLM:
         from dance_jax.models.chat_template import read_template
         from dance_jax.models.checkpoint import Checkpoint
         from dance_jax.models.convert import check_readable, ensure_converted
+        from dance_jax.models.directory import demo_dir
         from dance_jax.models.hub import resolve
         from dance_jax.models.tokenizer import Tokenizer
 
@@ -117,7 +118,7 @@ class LLM:
         platform = _jax_platform() if servers is None else servers[0].platform
         cache = pathlib.Path(cache_dir) if cache_dir is not None else default_cache_dir()
         if model is None:
-            source = defaults.demo_dir()
+            source = demo_dir()
         else:
             source = resolve(model, progress if callable(progress) else None)
         check_readable(source)

@@ -23,19 +23,20 @@ import time
 from rich.console import Console
 from rich.table import Table
 
-from dance_jax.config import EngineConfig, UserError
+from dance_jax.config import DEFAULT_POLICY, EngineConfig, UserError
 from dance_jax.launch.cli.prompts import Prompt, read_prompts
 from dance_jax.launch.cli.report import print_plan, print_summary
 from dance_jax.launch.cli.run import RunResult, run_prompts
 from dance_jax.launch.cli.stream import Startup, Stream, conversion, placing
 from dance_jax.launch.cluster.batch import Cluster, ClusterError
-from dance_jax.launch.planning.defaults import demo_dir, engine_config
+from dance_jax.launch.planning.defaults import engine_config
 from dance_jax.launch.planning.hosts import read_hosts
 from dance_jax.launch.planning.plan import Plan, make_plan
 from dance_jax.models.checkpoint import Checkpoint
 from dance_jax.models.convert import ensure_converted
+from dance_jax.models.directory import demo_dir
 from dance_jax.models.tokenizer import Tokenizer
-from dance_jax.placement import DEFAULT_POLICY, Activations
+from dance_jax.placement.activations import Activations
 
 EXAMPLES = pathlib.Path(__file__).resolve().parent
 POLICIES = ("uniform", "dance", DEFAULT_POLICY)

@@ -31,9 +31,9 @@ from dance_jax.bench.http import HttpError
 from dance_jax.bench.report import write_json
 from dance_jax.bench.terminal import exit_code, terminal
 from dance_jax.config import UserError
-from dance_jax.launch.planning.defaults import demo_dir, engine_config
+from dance_jax.launch.planning.defaults import engine_config
 from dance_jax.launch.planning.hosts import read_hosts
-from dance_jax.models.directory import read_config
+from dance_jax.models.directory import demo_dir, read_config
 from dance_jax.models.tokenizer import Tokenizer
 from research.shifting import plots, runs, tables
 from research.shifting.results import Results, plain

@@ -50,11 +50,13 @@ from dance_jax.bench.terminal import exit_code, progress, terminal
 from dance_jax.config import ClusterSpec, EngineConfig, UserError
 from dance_jax.launch.cli.prompts import check_writable
 from dance_jax.launch.planning.costs import cluster_cost, exchanged_bytes
-from dance_jax.launch.planning.defaults import demo_dir, engine_config
+from dance_jax.launch.planning.defaults import engine_config
 from dance_jax.models.config import ModelConfig
 from dance_jax.models.convert import outline
+from dance_jax.models.directory import demo_dir
 from dance_jax.models.tokenizer import Tokenizer
-from dance_jax.placement import Activations, CallCost, Cost, LockStepCost
+from dance_jax.placement.activations import Activations
+from dance_jax.placement.cost import CallCost, Cost, LockStepCost
 from dance_jax.placement.spare import reserve
 from research.evaluation import report
 from research.evaluation.cells import Cell, cell_of

@@ -34,7 +34,7 @@ from benchmarks.command import say, verdict
 from benchmarks.targets import Target
 from dance_jax.bench.arguments import count_or_0
 from dance_jax.bench.terminal import exit_code, terminal
-from dance_jax.placement import POLICIES
+from dance_jax.placement.policies import POLICIES
 from research.policies import churn, figures, plots, setups, speed, tables, traces
 from research.policies.setups import Setup
 from research.policies.targets import Results, targets

@@ -29,7 +29,8 @@ from dance_jax.config import EngineConfig, RebalanceOptions
 from dance_jax.launch.control import protocol
 from dance_jax.launch.planning.hosts import parse_hosts
 from dance_jax.launch.rebalance.controller import Rebalancer
-from dance_jax.placement.core import Layout, Placement, spread
+from dance_jax.placement.core import Layout, Placement
+from dance_jax.placement.devices import spread
 
 #: Servers, layers, experts of a layer, and bytes of an expert.
 SHAPES = (

@@ -35,7 +35,7 @@ from benchmarks.command import say
 from dance_jax.bench.arguments import add_seed, count
 from dance_jax.bench.terminal import exit_code, terminal
 from dance_jax.config import UserError
-from dance_jax.placement import POLICIES
+from dance_jax.placement.policies import POLICIES
 from research.simulation import clusters, plots, runs, tables
 from research.simulation.runs import Run, Sweep
 

@@ -34,17 +34,17 @@ from rich.table import Table
 from dance_jax.bench.terminal import exit_code, terminal
 from dance_jax.config import EngineConfig
 from dance_jax.launch.planning.costs import exchanged_bytes
-from dance_jax.launch.planning.defaults import demo_dir
 from dance_jax.models import native
 from dance_jax.models.attention import Rows
 from dance_jax.models.checkpoint import Checkpoint
 from dance_jax.models.convert import ensure_converted
+from dance_jax.models.directory import demo_dir
 from dance_jax.models.kernels_cpu import NativePool
 from dance_jax.models.lock_step_messages import decode, encode, rounded
 from dance_jax.models.router import Routed
 from dance_jax.models.tokenizer import Tokenizer
 from dance_jax.models.trunk import rope_of
-from dance_jax.placement import place
+from dance_jax.placement.policies import place
 
 TEXTS = sorted((pathlib.Path(__file__).parents[1] / "examples/tasks").glob("*.heldout.jsonl"))
 WIRES = ("float32", "bfloat16", "int8")

@@ -31,8 +31,7 @@ from dance_jax.launch.planning.plan import rooms
 from dance_jax.memory import format_bytes
 from dance_jax.models.convert import outline
 from dance_jax.models.families import FAMILIES, MULTIMODAL
-from dance_jax.placement import POLICIES, place
-from dance_jax.placement.policies import Policy
+from dance_jax.placement.policies import POLICIES, Policy, place
 from tests.models.published import PUBLISHED
 from tests.serve import test_metrics
 from tests.serve.scripted import ScriptedQueue, application, serve_info

@@ -141,7 +141,7 @@ def call_maker(options: argparse.Namespace, spec: ClusterSpec) -> Callable[[Api]
         calls = calls_of_passages(coming, options.max_tokens, options.seed)
         return lambda api: calls
     # Imported here, because other runs need no tokenizer, and JAX loads slowly.
-    from dance_jax.launch.planning.defaults import demo_dir
+    from dance_jax.models.directory import demo_dir
     from dance_jax.models.tokenizer import Tokenizer
 
     tokens = Tokenizer.load(options.model or demo_dir()).encode(TEXT)

@@ -36,9 +36,10 @@ from dance_jax.launch.cli.start import Start, cache_dir, run_batch, serve, survi
 from dance_jax.launch.cli.stream import conversion, download, placing
 from dance_jax.launch.cluster.fleet import ClusterError
 from dance_jax.launch.cluster.succession import sole_launcher
-from dance_jax.launch.planning.defaults import default_platform, demo_dir, engine_config
+from dance_jax.launch.planning.defaults import default_platform, engine_config
 from dance_jax.launch.planning.hosts import read_hosts
 from dance_jax.launch.planning.plan import ModelFacts, Plan, Room, make_plan, matched, rooms
+from dance_jax.models.directory import demo_dir
 
 if TYPE_CHECKING:
     from dance_jax.launch.rebalance.state import ServiceState

@@ -51,6 +51,18 @@ def is_gguf(model: str | os.PathLike[str]) -> bool:
     return path.suffix == ".gguf" and path.is_file()
 
 
+def demo_dir() -> pathlib.Path:
+    """Directory of the demo model in this package.
+
+    Raises:
+        UserError: this installation has no demo model.
+    """
+    path = pathlib.Path(__file__).resolve().parents[1] / "demo"
+    if not (path / "config.json").exists():
+        raise UserError(f"{path}: the demo model is missing; name another model's directory")
+    return path
+
+
 def model_directory(directory: str | os.PathLike[str]) -> pathlib.Path:
     """Return the path of a model, which must be a directory or a GGUF file.
 

@@ -63,8 +63,6 @@ def main() -> None:
         return
     if setup.before is not None and runs("dance_jax.serve.frontend", setup.before):
         child.end(child.STILL_THERE)
-    # The imports of this process load JAX, which must not touch the engine's GPUs.
-    os.environ["JAX_PLATFORMS"] = "cpu"
     engine = setup.engine
     private = tempfile.mkdtemp(prefix="dance-jax-", dir=child.private_dir() or None)
     front = FrontEnd(setup, private)
@@ -385,6 +383,7 @@ def _serve_info(
 
     engine = setup.engine
     model_config, tokenizer = files.read(setup.chat_template)
+    files.close()
     answer_format = AnswerFormat.detect(
         tokenizer.template, setup.options.tool_call_parser, setup.options.reasoning_parser
     )

@@ -28,7 +28,7 @@ from dance_jax.models.convert import convert
 from dance_jax.models.experts import Pool
 from dance_jax.models.kernels_cpu import NativePool
 from dance_jax.models.trunk import rope_of
-from dance_jax.placement import place
+from dance_jax.placement.policies import place
 
 # three unequal servers: the share of all routed experts that each can hold, and its users' domain
 SERVERS = {"alpha": (0.45, "code"), "beta": (0.35, "english"), "gamma": (0.60, "german")}

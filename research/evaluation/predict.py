@@ -22,7 +22,7 @@ from benchmarks.live.tasks import Plan
 from benchmarks.live.watch import COMPUTING, Sample, Watched
 from benchmarks.namespaces.bed import burst_bytes
 from dance_jax.config import EngineConfig, UserError
-from dance_jax.placement import Activations
+from dance_jax.placement.activations import Activations
 from research.simulation.fit import Fitted, fit
 from research.simulator import Model, Requests, Scenario, Server, Work, simulate
 

@@ -8,7 +8,7 @@ import pathlib
 import shutil
 from typing import Any
 
-from dance_jax.launch.planning.defaults import demo_dir
+from dance_jax.models.directory import demo_dir
 from dance_jax.models.random_weights import write_random_checkpoint
 
 #: Memory of all servers, in copies of all experts: as in the paper for DeepSeek-V2-Lite.

@@ -12,11 +12,11 @@ import numpy as np
 
 from benchmarks.live.tasks import Task, read_task
 from dance_jax.config import UserError
-from dance_jax.placement import place
 from dance_jax.placement.activations import Activations
 from dance_jax.placement.core import Placement
 from dance_jax.placement.cost import Cost
 from dance_jax.placement.migration import halves
+from dance_jax.placement.policies import place
 from dance_jax.placement.spare import reserve
 
 #: Names and devices of the servers, as in the paper.

@@ -25,8 +25,9 @@ from dance_jax.bench.drive import open_loop
 from dance_jax.bench.figures import failures, gaps_s
 from dance_jax.bench.texts import Texts
 from dance_jax.launch.planning.costs import exchanged_bytes
-from dance_jax.launch.planning.defaults import demo_dir, engine_config
+from dance_jax.launch.planning.defaults import engine_config
 from dance_jax.models.convert import outline
+from dance_jax.models.directory import demo_dir
 from dance_jax.models.tokenizer import Tokenizer
 
 from .streams import whole

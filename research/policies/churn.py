@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from dance_jax.placement import Placement
+from dance_jax.placement.core import Placement
 
 from .figures import LATENCY, OPTIMAL, Say, row, solve
 from .setups import Setup, normalised

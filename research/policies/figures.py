@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from dance_jax.placement import Placement, place
+from dance_jax.placement.core import Placement
 from dance_jax.placement.measures import Traffic
+from dance_jax.placement.policies import place
 
 from .published import Figures
 from .setups import Setup

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from dance_jax.placement import Placement
+from dance_jax.placement.core import Placement
 
 from .figures import Table
 from .setups import Setup

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from dance_jax.placement import CallCost
+from dance_jax.placement.cost import CallCost
 
 from .published import COUNTS, REFERENCE, Figures
 from .traces import CountsAlone, Trace, count

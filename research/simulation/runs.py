@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 
 from dance_jax.bench import arrivals
-from dance_jax.placement import POLICIES, Placement, place
+from dance_jax.placement.core import Placement
+from dance_jax.placement.policies import POLICIES, place
 from research.policies.setups import Part, halves
 from research.policies.traces import read_trace
 from research.simulator import Model, Requests, Scenario, Server, cost_of, simulate

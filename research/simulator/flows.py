@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dance_jax.placement.core import Placement, device_slots
+from dance_jax.placement.core import Placement
+from dance_jax.placement.devices import device_slots
 from dance_jax.placement.visit import choose_servers, masks
 from research.simulator.batches import Sequence
 from research.simulator.scenario import Messages, Scenario

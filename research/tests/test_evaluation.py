@@ -20,12 +20,13 @@ from benchmarks.live.watch import COMPUTING, PARTS, Sample, Watched
 from dance_jax.bench.client import Answer, Call
 from dance_jax.bench.terminal import INTERRUPTED
 from dance_jax.config import EngineConfig, UserError
-from dance_jax.launch.planning.defaults import demo_dir
 from dance_jax.launch.planning.hosts import parse_hosts
-from dance_jax.models.directory import read_config
+from dance_jax.models.directory import demo_dir, read_config
 from dance_jax.models.hf import HFDirectory
 from dance_jax.models.tokenizer import Tokenizer
-from dance_jax.placement import Activations, CallCost, Placement
+from dance_jax.placement.activations import Activations
+from dance_jax.placement.core import Placement
+from dance_jax.placement.cost import CallCost
 from dance_jax.placement.spare import reserve
 from research import paper
 from research.evaluation import report

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from benchmarks.targets import Target
 from dance_jax.bench.terminal import FAILED, WRONG
 from dance_jax.config import UserError
-from dance_jax.placement import CallCost, place
+from dance_jax.placement.cost import CallCost
 from dance_jax.placement.measures import measure
+from dance_jax.placement.policies import place
 from research import placement as command
 from research.policies import churn, figures, setups, speed, tables, traces
 from research.policies.figures import Row, Table

@@ -16,7 +16,7 @@ import pytest
 from dance_jax import command
 from dance_jax.bench import main as bench
 from dance_jax.bench.terminal import FAILED, WRONG
-from dance_jax.launch.planning.defaults import demo_dir
+from dance_jax.models.directory import demo_dir
 from tests.bench.fake_cluster import HOSTS, MODULE, ROOT, children, replace_launcher
 from tests.bench.fake_server import MODEL, FakeServer, running
 

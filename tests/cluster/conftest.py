@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from dance_jax.engine.runner import Runner
-from dance_jax.placement.core import Placement, spread
+from dance_jax.placement.core import Placement
+from dance_jax.placement.devices import spread
 from tests.cluster import tiny
 from tests.cluster.tiny import EXPERTS, LAYERS
 

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dance_jax.engine.runner import Runner
-from dance_jax.placement.core import Layout, spread
+from dance_jax.placement.core import Layout
+from dance_jax.placement.devices import spread
 from dance_jax.placement.migration import batches
 from tests.cluster import tiny
 from tests.cluster.fixture import DEVICES, TestCluster

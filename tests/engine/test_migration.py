@@ -20,7 +20,8 @@ from dance_jax.engine.sequence import Request, RequestOutput, SamplingParams
 from dance_jax.models import native
 from dance_jax.models.checkpoint import Checkpoint
 from dance_jax.models.tokenizer import Tokenizer
-from dance_jax.placement.core import Layout, Placement, spread
+from dance_jax.placement.core import Layout, Placement
+from dance_jax.placement.devices import spread
 from dance_jax.placement.migration import SlotChange, changed
 from tests.engine.traffic import make_checkpoint
 from tests.tiny_models import OSS

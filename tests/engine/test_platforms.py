@@ -19,7 +19,8 @@ from dance_jax.models.formats import Formats, WeightFormat
 from dance_jax.models.random_weights import Held, random_trunk_tensors
 from dance_jax.models.rounding import ROUNDED
 from dance_jax.models.tensors import arrays_of, parts_of, trunk_rules
-from dance_jax.placement.core import Placement, spread
+from dance_jax.placement.core import Placement
+from dance_jax.placement.devices import spread
 from tests.cluster import tiny
 
 #: JAX's name of the backend -> JAX's name of the lowering platform.

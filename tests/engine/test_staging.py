@@ -11,7 +11,8 @@ from dance_jax.engine.staging import Experts, Staging, new_slots
 from dance_jax.models.experts import ExpertFormat
 from dance_jax.models.formats import WeightFormat
 from dance_jax.models.layers import SILU
-from dance_jax.placement.core import Layout, Placement, spread
+from dance_jax.placement.core import Layout, Placement
+from dance_jax.placement.devices import spread
 from dance_jax.placement.migration import SlotChange, changed
 
 LAYERS, EXPERTS = 2, 4

@@ -12,7 +12,8 @@ import pytest
 
 from dance_jax.engine.runner import Runner
 from dance_jax.models import native
-from dance_jax.placement.core import Placement, spread
+from dance_jax.placement.core import Placement
+from dance_jax.placement.devices import spread
 from tests.cluster import tiny
 from tests.quick import OptimisingCache
 

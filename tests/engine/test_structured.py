@@ -14,7 +14,7 @@ from dance_jax.engine.allowed import Allowed, num_words, words_of
 from dance_jax.engine.output import RequestTracker
 from dance_jax.engine.sequence import Request, RequestOutput, SamplingParams
 from dance_jax.engine.structured import StructuredOutputsParams, Structures
-from dance_jax.launch.planning.defaults import demo_dir
+from dance_jax.models.directory import demo_dir
 from dance_jax.models.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer.load(demo_dir())

@@ -29,7 +29,8 @@ from dance_jax.models.checkpoint import Checkpoint
 from dance_jax.models.convert import ensure_converted
 from dance_jax.models.random_weights import write_random_checkpoint
 from dance_jax.models.tokenizer import Tokenizer
-from dance_jax.placement.core import Placement, spread
+from dance_jax.placement.core import Placement
+from dance_jax.placement.devices import spread
 from tests.forward import forward
 from tests.quick import OPTIMISED
 from tests.stacks import stacked

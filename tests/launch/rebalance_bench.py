@@ -24,7 +24,8 @@ from dance_jax.launch.rebalance.decision import (
 )
 from dance_jax.launch.rebalance.solver import SolverError
 from dance_jax.models import model_config
-from dance_jax.placement.core import Layout, Placement, spread
+from dance_jax.placement.core import Layout, Placement
+from dance_jax.placement.devices import spread
 from dance_jax.placement.migration import SlotChange, changed
 from tests.tiny_models import SERVED
 

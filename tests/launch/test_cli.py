@@ -28,8 +28,9 @@ from dance_jax.launch.rebalance.workload import Statistics
 from dance_jax.launch.worker import cores
 from dance_jax.models.checkpoint import Checkpoint
 from dance_jax.models.convert import ensure_converted
-from dance_jax.placement import Activations
-from dance_jax.placement.core import Placement, spread
+from dance_jax.placement.activations import Activations
+from dance_jax.placement.core import Placement
+from dance_jax.placement.devices import spread
 from tests.launch.tiny import EXPERTS, HOSTS, LAYERS, write_model
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import psutil
 import pytest
 
-from dance_jax.placement import Activations
+from dance_jax.placement.activations import Activations
 from tests.launch.cold_run import PROMPTS, Tiny
 from tests.launch.tiny import EXPERT_BYTES, EXPERTS, LAYERS
 from tests.traces import Event, read_trace, slices, tracks

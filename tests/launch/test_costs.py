@@ -19,7 +19,7 @@ from dance_jax.launch.planning.costs import (
 )
 from dance_jax.launch.planning.hosts import parse_hosts
 from dance_jax.models import model_config
-from dance_jax.placement import CallCost, Cost, LockStepCost
+from dance_jax.placement.cost import CallCost, Cost, LockStepCost
 from tests.tiny_models import SERVED
 
 MODEL = model_config(SERVED)

@@ -38,7 +38,10 @@ from dance_jax.launch.rebalance.decision import (
 )
 from dance_jax.launch.rebalance.solver import Solver, SolverError
 from dance_jax.launch.rebalance.workload import Statistics, Workload
-from dance_jax.placement import CallCost, LockStepCost, Placement, migration, spread
+from dance_jax.placement import migration
+from dance_jax.placement.core import Placement
+from dance_jax.placement.cost import CallCost, LockStepCost
+from dance_jax.placement.devices import spread
 from tests.launch.launched import eventually
 from tests.launch.rebalance_bench import (
     AT_HOME,

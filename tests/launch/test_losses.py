@@ -13,7 +13,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from dance_jax.launch.control import protocol
 from dance_jax.launch.rebalance.batches import COMMIT_TIMEOUT_S, LOAD_TIMEOUT_S
 from dance_jax.launch.rebalance.losses import RETRY_S
-from dance_jax.placement.core import Layout, Placement, spread
+from dance_jax.placement.core import Layout, Placement
+from dance_jax.placement.devices import spread
 from dance_jax.placement.recovery import uncovered
 from tests.launch.losses_bench import NAMES, RANKS, LossesBench
 from tests.launch.rebalance_bench import EXPERTS, LAYERS

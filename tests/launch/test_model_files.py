@@ -45,7 +45,7 @@ def setup_with(files: bytes, model: str = "") -> Setup:
     )
 
 
-def test_they_are_there_until_they_have_been_read(tmp_path: pathlib.Path) -> None:
+def test_they_are_there_until_they_are_closed(tmp_path: pathlib.Path) -> None:
     source, private = write_model(tmp_path / "source"), tmp_path / "private"
     model = convert(source, tmp_path / "model", rounding=Rounding("int4", "int8"))
     private.mkdir()
@@ -55,13 +55,14 @@ def test_they_are_there_until_they_have_been_read(tmp_path: pathlib.Path) -> Non
     there = {path.name: path.read_bytes() for path in directory.iterdir()}
     names = [n for n in (*SIDE_FILES, FORMATS) if (model / n).exists()]
     assert there == {n: (model / n).read_bytes() for n in names}
-    assert FORMATS in there and files.formats is None
+    assert FORMATS in there
     config, tokenizer = files.read()
-    assert files.formats == Checkpoint.open(model).formats
-    assert str(files.formats.experts["w_up"]) == "int4:32:bfloat16"
     assert config == read_config(model)
-    assert files.formats == Checkpoint.open(model).formats
+    formats = files.formats()
+    assert formats == Checkpoint.open(model).formats
+    assert str(formats.experts["w_up"]) == "int4:32:bfloat16"
     assert tokenizer.decode(tokenizer.encode("Es war")) == "Es war"
+    files.close()
     assert list(private.iterdir()) == []
     files.close()
 

@@ -20,15 +20,10 @@ from dance_jax.launch.planning.hosts import parse_hosts
 from dance_jax.launch.planning.plan import Plan, make_plan, rooms
 from dance_jax.models import model_config
 from dance_jax.models.formats import Formats, WeightFormat
-from dance_jax.placement import (
-    POLICIES,
-    Activations,
-    CallCost,
-    Cost,
-    LockStepCost,
-    Placement,
-)
-from dance_jax.placement.core import Layout
+from dance_jax.placement.activations import Activations
+from dance_jax.placement.core import Layout, Placement
+from dance_jax.placement.cost import CallCost, Cost, LockStepCost
+from dance_jax.placement.policies import POLICIES
 from dance_jax.placement.problem import Problem
 from tests.launch.tiny import EXPERT_BYTES, EXPERTS, HOSTS, LAYERS
 from tests.tiny_models import HYBRID, SERVED

@@ -19,7 +19,8 @@ from dance_jax.launch.rebalance.decision import (
     resident,
 )
 from dance_jax.placement import migration
-from dance_jax.placement.core import Layout, Placement, spread
+from dance_jax.placement.core import Layout, Placement
+from dance_jax.placement.devices import spread
 from tests.launch.rebalance_bench import (
     AT_HOME,
     CONFIG,

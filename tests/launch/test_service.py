@@ -23,7 +23,8 @@ from dance_jax.launch.cluster.members import MAX_FAILED_STARTS
 from dance_jax.launch.cluster.service import Service
 from dance_jax.launch.cluster.together import TogetherService
 from dance_jax.launch.planning.hosts import parse_hosts
-from dance_jax.placement.core import Placement, spread
+from dance_jax.placement.core import Placement
+from dance_jax.placement.devices import spread
 from tests.serve.fake_front import ENGINE_PID, Script
 
 SPEC = parse_hosts("alpha address=localhost experts=2\nbeta address=localhost experts=2")

@@ -31,7 +31,8 @@ from dance_jax.launch.control.channel import new_key
 from dance_jax.launch.planning.hosts import parse_hosts
 from dance_jax.launch.rebalance.state import ServiceState
 from dance_jax.launch.rebalance.workload import Statistics
-from dance_jax.placement.core import Placement, spread
+from dance_jax.placement.core import Placement
+from dance_jax.placement.devices import spread
 from tests.launch.launched import eventually, free_ports
 from tests.launch.tiny import HOSTS
 

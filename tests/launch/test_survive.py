@@ -21,8 +21,10 @@ from dance_jax.launch.planning.plan import Plan, make_plan, rooms
 from dance_jax.launch.rebalance import state
 from dance_jax.launch.rebalance.decision import answer, resident
 from dance_jax.launch.rebalance.workload import Statistics
-from dance_jax.placement import POLICIES, Placement, spread
+from dance_jax.placement.core import Placement
+from dance_jax.placement.devices import spread
 from dance_jax.placement.migration import changed, migration_seconds
+from dance_jax.placement.policies import POLICIES
 from dance_jax.placement.recovery import recovery, uncovered
 from tests.launch.rebalance_bench import AT_HOME, CONFIG, EXPERTS, LAYERS, LOW, Bench, Facts, halves
 

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.live.tasks import Askers, Task, read_task
 from dance_jax.config import UserError
-from dance_jax.launch.planning.defaults import demo_dir
+from dance_jax.models.directory import demo_dir
 from dance_jax.models.tokenizer import Tokenizer
 
 ONE, OTHER = (Task(n, (f"fit {n}",), tuple(f"{n} {i}" for i in range(5))) for n in ("one", "other"))

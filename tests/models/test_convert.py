@@ -16,11 +16,10 @@ import pytest
 
 import dance_jax.models.convert as convert_module
 from dance_jax.config import Rounding, UserError
-from dance_jax.launch.planning.defaults import demo_dir
 from dance_jax.models import native
 from dance_jax.models.checkpoint import MANIFEST, Checkpoint
 from dance_jax.models.convert import convert, ensure_converted, main, outline
-from dance_jax.models.directory import INDEX
+from dance_jax.models.directory import INDEX, demo_dir
 from dance_jax.models.hf import HFDirectory
 from dance_jax.models.random_weights import write_random_checkpoint
 from dance_jax.models.tokenizer import Tokenizer

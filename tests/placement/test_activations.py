@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dance_jax.config import UserError
-from dance_jax.placement import Activations
+from dance_jax.placement.activations import Activations
 
 
 def example(routes=True):

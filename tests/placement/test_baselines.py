@@ -12,8 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dance_jax.config import UserError
-from dance_jax.placement import place
-from dance_jax.placement.policies import packing
+from dance_jax.placement.policies import packing, place
 from dance_jax.placement.policies.eplb import rebalance_experts
 from dance_jax.placement.policies.packing import pack
 from tests.placement.cases import draw_capacities

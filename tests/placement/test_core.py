@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dance_jax.config import UserError
-from dance_jax.placement import CallCost, LockStepCost, Placement
-from dance_jax.placement.cost import of_pairs, staggered_share
+from dance_jax.placement.core import Placement
+from dance_jax.placement.cost import CallCost, LockStepCost, of_pairs, staggered_share
 from tests.placement.cases import plain_servers, random_order, random_resident
 
 SHAPE, TOKENS, K = (3, 2, 6), 8, 3

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dance_jax.config import UserError
-from dance_jax.placement import POLICIES, Placement, place, spread
-from dance_jax.placement.core import Layout
+from dance_jax.placement.core import Layout, Placement
+from dance_jax.placement.devices import spread
 from dance_jax.placement.migration import batches
+from dance_jax.placement.policies import POLICIES, place
 from dance_jax.placement.policies.repair import repaired
 from dance_jax.placement.problem import Problem
 from tests.placement.cases import held_problems, random_resident

@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dance_jax.config import UserError
-from dance_jax.placement import POLICIES, CallCost, LockStepCost, Placement, place
+from dance_jax.placement.core import Placement
+from dance_jax.placement.cost import CallCost, LockStepCost
 from dance_jax.placement.flows import BLOCK_TOKENS
+from dance_jax.placement.policies import POLICIES, place
 from dance_jax.placement.policies.latency import SEARCH, SETTLE, Schedule, Search, latency
 from dance_jax.placement.problem import Problem
 from tests.placement.cases import (

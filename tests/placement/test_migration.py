@@ -8,8 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dance_jax.engine.route_sample import RouteSample
-from dance_jax.placement import CallCost, Layout, Placement, place, spread
+from dance_jax.placement.core import Layout, Placement
+from dance_jax.placement.cost import CallCost
 from dance_jax.placement.decay import DecayedCounts
+from dance_jax.placement.devices import spread
 from dance_jax.placement.migration import (
     ERRORS,
     HYSTERESIS,
@@ -25,6 +27,7 @@ from dance_jax.placement.migration import (
     seconds_per_token,
     worth,
 )
+from dance_jax.placement.policies import place
 from tests.placement.test_spread import random_placement
 
 SHAPE, DEVICES = (3, 4, 8), (1, 1, 2)

@@ -11,7 +11,8 @@ import scipy.sparse
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dance_jax.placement import Placement, place
+from dance_jax.placement.core import Placement
+from dance_jax.placement.policies import place
 from dance_jax.placement.policies.transport import balance, choose
 from tests.placement.cases import SHAPES, held_problems, problems
 

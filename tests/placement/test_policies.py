@@ -11,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dance_jax.config import UserError
-from dance_jax.placement import POLICIES, CallCost, Placement, place, policies, visit
-from dance_jax.placement.policies import rounding
+from dance_jax.placement import policies, visit
+from dance_jax.placement.core import Placement
+from dance_jax.placement.cost import CallCost
+from dance_jax.placement.policies import POLICIES, place, rounding
 from dance_jax.placement.policies.dance import assign, layer_counts
 from tests.placement.cases import SHAPES, held_problems, problems
 

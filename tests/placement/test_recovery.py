@@ -6,7 +6,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dance_jax.placement.core import Layout, Placement, spread
+from dance_jax.placement.core import Layout, Placement
+from dance_jax.placement.devices import spread
 from dance_jax.placement.migration import MoveBatch, changed
 from dance_jax.placement.recovery import recovery, restoration, uncovered
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dance_jax.placement import Placement, spread
+from dance_jax.placement.core import Placement
+from dance_jax.placement.devices import spread
 from dance_jax.placement.spare import MOST_SPARE, spare_slots
 
 

@@ -6,7 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dance_jax.config import UserError
-from dance_jax.placement import Placement, place, spread
+from dance_jax.placement.core import Placement
+from dance_jax.placement.devices import spread
+from dance_jax.placement.policies import place
 
 SHAPE, DEVICES = (3, 4, 8), (1, 2, 3)
 

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dance_jax.placement import CallCost, LockStepCost, Placement
+from dance_jax.placement.core import Placement
+from dance_jax.placement.cost import CallCost, LockStepCost
 from dance_jax.placement.flows import BLOCK_TOKENS, MOST_TOKENS, Flows, Sample, flows, packed
 from dance_jax.placement.measures import measure
 from tests.placement.cases import preferring_routes, random_order, random_resident

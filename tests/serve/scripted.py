@@ -19,7 +19,8 @@ from dance_jax.launch.control.protocol import Decided, Decision, RebalanceWanted
 from dance_jax.models import model_config
 from dance_jax.models.random_weights import write_byte_tokenizer
 from dance_jax.models.tokenizer import Tokenizer
-from dance_jax.placement.core import Layout, Placement, spread
+from dance_jax.placement.core import Layout, Placement
+from dance_jax.placement.devices import spread
 from dance_jax.serve.app import ServeInfo, create_app
 from dance_jax.serve.keys import Keys
 from dance_jax.serve.parsers.formats import AnswerFormat

@@ -8,7 +8,8 @@ import numpy as np
 from prometheus_client.parser import text_string_to_metric_families
 
 from dance_jax.launch.control.protocol import Decided, Placed, RebalanceWanted
-from dance_jax.placement.core import Placement, spread
+from dance_jax.placement.core import Placement
+from dance_jax.placement.devices import spread
 from dance_jax.serve.app import ServeInfo
 from dance_jax.serve.keys import Keys
 from dance_jax.serve.placement_state import PlacementState

@@ -12,7 +12,7 @@ import pytest
 from benchmarks.serve import DEMO_TASKS
 from benchmarks.serving.task_files import read_texts, task_files
 from dance_jax.config import UserError
-from dance_jax.launch.planning.defaults import demo_dir
+from dance_jax.models.directory import demo_dir
 from dance_jax.models.tokenizer import Tokenizer
 
 

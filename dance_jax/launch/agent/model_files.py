@@ -51,7 +51,7 @@ def pack(directory: str | os.PathLike[str]) -> bytes:
 class ModelFiles:
     """The model files of a server: from its copy of the model, or from its setup.
 
-    Files from the setup are kept in a temporary directory until they have been read.
+    Files from the setup are kept in a temporary directory until `close`.
 
     Args:
         setup: of the server.
@@ -61,8 +61,6 @@ class ModelFiles:
     def __init__(self, setup: Setup, private: str) -> None:
         #: Directory or name on the hub; "": the demo model.
         self._model = setup.model
-        #: Formats of the weights, if they came with the setup and have been read.
-        self.formats: Formats | None = None
         self._given: tempfile.TemporaryDirectory[str] | None = None
         if setup.model_files:
             self._given = tempfile.TemporaryDirectory(prefix="dance-jax-", dir=private or None)
@@ -70,7 +68,7 @@ class ModelFiles:
                 packed.extractall(self._given.name)
 
     def read(self, chat_template: tuple[str, str] | None = None) -> tuple[ModelConfig, Tokenizer]:
-        """Read config and tokenizer; removes the files that came with the setup.
+        """Read config and tokenizer.
 
         Args:
             chat_template: see `Tokenizer.load`.
@@ -78,22 +76,26 @@ class ModelFiles:
         Raises:
             UserError: a file is missing, damaged or not supported.
         """
-        # Imported here, because it imports JAX.
-        from dance_jax.launch.planning.defaults import demo_dir
         from dance_jax.models import hub
-        from dance_jax.models.checkpoint import read_formats
-        from dance_jax.models.directory import read_config
+        from dance_jax.models.directory import demo_dir, read_config
         from dance_jax.models.tokenizer import Tokenizer
 
-        try:
-            if self._given is not None:
-                directory = pathlib.Path(self._given.name)
-                self.formats = read_formats(directory)
-            else:
-                directory = hub.fetch_definition(self._model) if self._model else demo_dir()
-            return read_config(directory), Tokenizer.load(directory, chat_template)
-        finally:
-            self.close()
+        if self._given is not None:
+            directory = pathlib.Path(self._given.name)
+        else:
+            directory = hub.fetch_definition(self._model) if self._model else demo_dir()
+        return read_config(directory), Tokenizer.load(directory, chat_template)
+
+    def formats(self) -> Formats:
+        """Read the formats of weights that came with the setup.
+
+        Raises:
+            UserError: the file is missing or damaged.
+        """
+        from dance_jax.models.checkpoint import read_formats  # which imports JAX
+
+        assert self._given is not None
+        return read_formats(pathlib.Path(self._given.name))
 
     def close(self) -> None:
         """Remove the files that came with the setup; callable by any thread, more than once."""

@@ -1,10 +1,9 @@
-"""Defaults for everything the user does not set: model, platform, engine configuration."""
+"""Defaults for what the user does not set: platform and engine configuration."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
-import pathlib
 
 from dance_jax.config import (
     DEFAULT_MODEL_LEN,
@@ -23,18 +22,6 @@ from dance_jax.models.formats import Formats
 FEW_ROWS = (1, 4)
 #: Slices of prefill in blocks. The first runs beside a decode and should take about as long as it.
 CPU_SLICES, SLICES = (1, 4), (8, 32)
-
-
-def demo_dir() -> pathlib.Path:
-    """Directory of the demo model in this package.
-
-    Raises:
-        UserError: this installation has no demo model.
-    """
-    path = pathlib.Path(__file__).resolve().parents[2] / "demo"
-    if not (path / "config.json").exists():
-        raise UserError(f"{path}: the demo model is missing; name another model's directory")
-    return path
 
 
 def default_platform() -> str:

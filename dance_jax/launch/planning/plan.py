@@ -17,7 +17,8 @@ from dance_jax.memory import format_bytes
 from dance_jax.models.config import ModelConfig
 from dance_jax.models.rounding import unfit_report
 from dance_jax.placement.activations import Activations
-from dance_jax.placement.core import Layout, Placement, spread
+from dance_jax.placement.core import Layout, Placement
+from dance_jax.placement.devices import spread
 from dance_jax.placement.policies import POLICIES, place, usable, why_not
 from dance_jax.placement.spare import spare_slots
 from dance_jax.placement.visit import MAX_SERVERS

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from dance_jax.placement import migration
-from dance_jax.placement.core import Layout, Placement, Routes, spread
+from dance_jax.placement.core import Layout, Placement, Routes
 from dance_jax.placement.cost import Cost, LockStepCost, staggered_share
+from dance_jax.placement.devices import spread
 from dance_jax.placement.migration import ERRORS, HYSTERESIS, MoveBatch
 from dance_jax.placement.policies import place, usable
 

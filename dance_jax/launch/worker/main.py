@@ -181,7 +181,8 @@ def _start(
     shelf = HeldWeights(checkpoint, setup.config.dtype)
     peers = Peers(connections)
     peers.answer(shelf.find)
-    weights = checkpoint or _peer_weights(setup, model, files.formats, peers)
+    weights = checkpoint or _peer_weights(setup, model, files.formats(), peers)
+    files.close()
     channel.send(protocol.Joined())
     stage = "loading" if checkpoint is not None else "loading from the other servers"
     channel.send(protocol.Progress(stage, 0, 0))
@@ -238,13 +239,10 @@ def _await_join(channel: ParentChannel) -> protocol.Join:
                 raise Stopped
 
 
-def _peer_weights(
-    setup: Setup, model: ModelConfig, formats: Formats | None, peers: Peers
-) -> WeightSource:
+def _peer_weights(setup: Setup, model: ModelConfig, formats: Formats, peers: Peers) -> WeightSource:
     """The weights of a server without a copy of the model, from the servers that have one."""
     from dance_jax.launch.worker.peer_weights import PeerWeights
 
-    assert formats is not None
     servers = setup.spec.servers
     return PeerWeights(
         model, formats, peers, [n for n in setup.spec.seated if not servers[n].from_peers]
@@ -275,9 +273,9 @@ def _open_model(setup: Setup, cache: pathlib.Path, channel: ParentChannel) -> Ch
         UserError: the model is missing, damaged, another model, in other formats, or cannot be
             downloaded.
     """
-    from dance_jax.launch.planning.defaults import demo_dir
     from dance_jax.models import hub
     from dance_jax.models.checkpoint import Checkpoint, is_converted
+    from dance_jax.models.directory import demo_dir
 
     path = demo_dir()
     if setup.model:

@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from dance_jax.config import EngineConfig
-from dance_jax.placement import Placement
+from dance_jax.placement.core import Placement
 from research.simulator import Model, Requests, Scenario, Server, Speed
 
 CONFIG = EngineConfig(

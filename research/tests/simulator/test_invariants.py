@@ -14,7 +14,8 @@ from dance_jax.config import EngineConfig, UserError
 from dance_jax.launch.planning.costs import cluster_cost
 from dance_jax.launch.planning.hosts import parse_hosts
 from dance_jax.models import model_config
-from dance_jax.placement import CallCost, Cost, LockStepCost, Placement
+from dance_jax.placement.core import Placement
+from dance_jax.placement.cost import CallCost, Cost, LockStepCost
 from research.simulator import (
     Model,
     Requests,

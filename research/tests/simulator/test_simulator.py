@@ -15,7 +15,7 @@ from dance_jax.config import UserError
 from dance_jax.engine.scheduler import Scheduler
 from dance_jax.engine.sequence import SamplingParams
 from dance_jax.engine.sequence import Sequence as EngineSequence
-from dance_jax.placement import Placement
+from dance_jax.placement.core import Placement
 from research.simulator import (
     Model,
     Requests,

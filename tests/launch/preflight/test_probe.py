@@ -22,7 +22,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dance_jax.launch.agent.process import MARK
-from dance_jax.launch.planning.defaults import demo_dir
 from dance_jax.launch.preflight import link, model_state, probe
 from dance_jax.launch.preflight.at_once import at_once
 from dance_jax.launch.preflight.disk import read_rate
@@ -41,6 +40,7 @@ from dance_jax.launch.preflight.messages import (
     encode,
 )
 from dance_jax.models.convert import convert, outline
+from dance_jax.models.directory import demo_dir
 from tests.launch.launched import eventually, gone
 from tests.launch.tiny import write_model
 
