@@ -143,7 +143,7 @@ class FrontEnd:
                 self._experts,
                 lambda: [server.bandwidth for server in self._setup.engine.spec.servers],
                 self._tell,
-                self._to_engine,
+                self._to_ready_engine,
             )
             server = _http_server(self._setup, info, self.queue, self._experts, self._views)
             tasks = [
@@ -285,6 +285,11 @@ class FrontEnd:
     def _to_engine(self, command: protocol.Command) -> None:
         if self._engine is not None:
             self._engine.send(command)
+
+    def _to_ready_engine(self, command: protocol.Command) -> None:
+        """Send what an engine that starts has no answer to."""
+        if self._ready:
+            self._to_engine(command)
 
     def _from_engine(self, event: protocol.Event) -> None:
         match event:

@@ -181,6 +181,11 @@ class RequestQueue:
         return self._running and alive and not self._draining and not self.short
 
     @property
+    def running(self) -> bool:
+        """Whether an engine runs requests."""
+        return self._running
+
+    @property
     def in_flight(self) -> int:
         """Number of requests that have not ended."""
         return len(self._in_flight)

@@ -165,7 +165,7 @@ class Views:
         experts: the placement.
         rates: of each server's network in bits per second, by rank; they change. None: unknown.
         tell: sends an event to the launcher.
-        to_engine: sends a command to the engine.
+        to_engine: sends a command to the engine, if one is ready.
     """
 
     def __init__(
@@ -252,6 +252,8 @@ class Views:
             Unavailable: they cannot be recorded.
             TimeoutError: no token was computed for a while.
         """
+        if not self._queue.running:
+            raise Unavailable("the engine is starting")
         ask = lambda number: self._to_engine(protocol.AskWaterfall(number, steps))  # noqa: E731
         answer = await self._ask(ask, WATERFALL_S)
         if answer.why:

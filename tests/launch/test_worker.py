@@ -107,10 +107,11 @@ def test_experts_are_staged_beside_a_step_that_waits() -> None:
 
 
 def test_others_may_be_lost_before_a_server_joins() -> None:
-    """It used to end, and had to be started once more."""
+    """A server that ended because of that would have to be started once more."""
     join = protocol.Join("", ["a:1", "", "c:3"], calls=True)
     played: Any = Played([], lambda played: True)
-    played._commands.extend([protocol.PeerLost(1), protocol.PeerRestarted(1, "b:2"), join])
+    early = [protocol.PeerLost(1), protocol.PeerRestarted(1, "b:2"), protocol.Watched()]
+    played._commands.extend([*early, join])
     assert _await_join(played) is join
     played._commands.append(protocol.Stop())
     with pytest.raises(Stopped):

@@ -85,7 +85,7 @@ class ScriptedQueue:
         self.requests: list[Request] = []
         self.closed: list[str] = []
         self.report: EngineReport | None = None
-        self.ready = True
+        self.ready = self.running = True
         self.in_flight = 0
         self.restarts = 0
 

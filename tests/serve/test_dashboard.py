@@ -122,6 +122,8 @@ def test_a_waterfall_that_does_not_come(
 
     other.views._to_engine = refuse
     assert "it is traced" in error(other.http.post("/trace", json={}), 503)["message"]
+    queue.running = False
+    assert "is starting" in error(other.http.post("/trace", json={}), 503)["message"]
 
 
 def test_draining_needs_a_key(queue: ScriptedQueue, info: ServeInfo) -> None:

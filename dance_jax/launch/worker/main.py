@@ -224,7 +224,7 @@ def _start(
 def _await_join(channel: ParentChannel) -> protocol.Join:
     """Wait until the parent says where the other servers are.
 
-    Others may be lost or come back meanwhile; what Join says is newer.
+    What comes meanwhile, such as the loss of another server, is older than what Join says.
 
     Raises:
         Stopped: the parent wants this process to end.
@@ -233,9 +233,7 @@ def _await_join(channel: ParentChannel) -> protocol.Join:
         match channel.receive():
             case protocol.Join() as joined:
                 return joined
-            case protocol.PeerLost() | protocol.PeerRestarted():
-                pass
-            case _:
+            case protocol.Stop():
                 raise Stopped
 
 
