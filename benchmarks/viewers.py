@@ -13,7 +13,6 @@ import os
 import pathlib
 import sys
 import tempfile
-from collections.abc import AsyncIterator
 
 # A script's import path has only its own folder; add the repository root.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
@@ -23,9 +22,10 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import psutil
 from rich.table import Table
 
+from benchmarks.background import background, watch
 from benchmarks.command import ROOT
 from dance_jax.bench.cluster import RunError, started
-from dance_jax.bench.http import Address, HttpError, request
+from dance_jax.bench.http import HttpError
 from dance_jax.bench.terminal import exit_code, terminal
 from dance_jax.launch.planning.hosts import read_hosts
 
@@ -70,28 +70,12 @@ async def _measure() -> dict[int, list[float]]:
             await cluster.ready()
             found = {}
             for viewers in VIEWERS:
-                async with _watching(cluster.addresses[0], viewers):
+                async with background(watch(cluster.addresses[0]) for _ in range(viewers)):
                     await asyncio.sleep(SETTLE_S)
                     before = _seconds()
                     await asyncio.sleep(MEASURE_S)
                     found[viewers] = _shares(before, _seconds(), cluster.addresses[0].port)
             return found
-
-
-@contextlib.asynccontextmanager
-async def _watching(server: Address, viewers: int) -> AsyncIterator[None]:
-    async def watch() -> None:
-        async with request(server, "GET", "/events") as response:
-            async for _ in response.events():
-                pass
-
-    tasks = [asyncio.create_task(watch()) for _ in range(viewers)]
-    try:
-        yield
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _seconds() -> dict[psutil.Process, float]:

@@ -9,6 +9,7 @@ import json
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 
+from benchmarks.background import background, watch
 from dance_jax.bench.cluster import RunError
 from dance_jax.bench.http import Address, HttpError, NotReached, request
 
@@ -98,19 +99,11 @@ class Load:
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Keep requests in flight within the block."""
+        """Keep requests in flight within the block, while a dashboard watches each server."""
         ranks = range(len(self._addresses))
-        tasks = [
-            asyncio.create_task(self._user(rank, number))
-            for rank in ranks
-            for number in range(self._each)
-        ]
-        try:
+        users = (self._user(rank, number) for rank in ranks for number in range(self._each))
+        async with background(users), background(map(watch, self._addresses)):
             yield
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def settled(self, seconds: float) -> int:
         """Wait until all requests now in flight have ended; return how many have not in time."""
