@@ -326,8 +326,10 @@ def test_two_choices_in_one_cache_at_once(floats: pathlib.Path, tmp_path: pathli
         assert each.fingerprint == outline(floats, Rounding(choice)).fingerprint
 
 
-@pytest.mark.parametrize("source", ["codes", "gguf"])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    ("source", "number"),
+    [("codes", signal.SIGINT), ("gguf", signal.SIGTERM), ("codes", signal.SIGKILL)],
+)
 def test_an_interrupted_conversion_of_codes(
     source: str, number: int, request: pytest.FixtureRequest, tmp_path: pathlib.Path
 ) -> None:

@@ -305,6 +305,10 @@ class IndependentService(Service):
     def _drain_server(self, name: str) -> str:
         if self._changes is None or self._hosts_file is None:
             return super()._drain_server(name)
+        if self._drain_wanted:
+            return "the service is shutting down"
+        if name not in self._names:
+            return "it has left"
         if why := self._rebalancer.shortage_without(self._names.index(name)):
             return why
         try:
