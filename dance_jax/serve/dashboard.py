@@ -24,7 +24,8 @@ from dance_jax.serve.view import MAX_STEPS, Views
 #: The page's files may load nothing from elsewhere, but try other servers of the service.
 _HEADERS = {
     "Cache-Control": "no-cache",
-    "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; connect-src *",
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; connect-src *; "
+    "base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
 }
 #: Types that the machine's own table may lack or have wrong.
@@ -118,11 +119,14 @@ def routes(server: RouteContext) -> fastapi.APIRouter:
     async def trace(body: TraceRequest) -> TraceAnswer:
         """The next steps of this server that compute tokens of answers, in detail."""
         try:
-            return TraceAnswer(steps=await server.views.waterfall(body.tokens))
+            found = await server.views.waterfall(body.tokens)
         except Unavailable as error:
             raise refused(error) from error
         except TimeoutError:
             raise ApiError(409, "no token was computed: ask while requests run") from None
+        if found.why:
+            raise ApiError(409, found.why)
+        return TraceAnswer(steps=found.steps)
 
     @router.post("/servers/{name}/drain", responses=documented(400, 401, 403, 404, 503))
     async def drain(name: str) -> Drained:

@@ -195,6 +195,7 @@ class FrontEnd:
                 self._commands.put_nowait(command)
             case protocol.Keys(keys):
                 self._keys.change(keys)
+                self._views.end_streams()
             case protocol.Decided() as decided:
                 self._experts.decided(decided)
             case protocol.AskView(watcher, url):

@@ -186,6 +186,8 @@ class Views:
         self._others: dict[int, tuple[protocol.Viewed, float]] = {}
         self._watchers = 0
         self._closed = asyncio.Event()
+        #: Grows when all streams must end.
+        self._era = 0
         self._tick = asyncio.Event()
         self._views = b""
         self._ticking: asyncio.Task[None] | None = None
@@ -220,10 +222,15 @@ class Views:
         if future is not None and not future.done():
             future.set_result(answer)
 
+    def end_streams(self) -> None:
+        """End all streams: the keys have changed. Viewers whose keys are valid come back."""
+        self._era += 1
+        self._wake()
+
     def close(self) -> None:
         """End all streams: the server drains."""
         self._closed.set()
-        self._wake()
+        self.end_streams()
 
     # For users.
 
@@ -232,33 +239,31 @@ class Views:
         with self._watching():
             placed: Any = None
             decided: Any = None
-            while not self._closed.is_set():
+            era = self._era
+            while self._era == era and not self._closed.is_set():
                 placement = self._placement_key()
                 if placement != placed:
                     placed = placement
                     yield "placement", self._placement()
                 decision = self._experts.last_decision
-                if decision is not None and decision.when != decided:
-                    decided = decision.when
+                if decision is not None and decision != decided:
+                    decided = decision
                     yield "decision", _encode(decision)
                 if self._views:
                     yield "views", self._views
                 await self._tick.wait()
 
-    async def waterfall(self, steps: int) -> list[dict[str, Any]]:
-        """The next steps that decode, in detail.
+    async def waterfall(self, steps: int) -> protocol.Waterfall:
+        """The next steps that decode, in detail, or why they cannot be recorded.
 
         Raises:
-            Unavailable: they cannot be recorded.
+            Unavailable: no engine is ready.
             TimeoutError: no token was computed for a while.
         """
         if not self._queue.running:
             raise Unavailable("the engine is starting")
         ask = lambda number: self._to_engine(protocol.AskWaterfall(number, steps))  # noqa: E731
-        answer = await self._ask(ask, WATERFALL_S)
-        if answer.why:
-            raise Unavailable(answer.why)
-        return answer.steps
+        return await self._ask(ask, WATERFALL_S)
 
     async def drain(self, name: str) -> str:
         """Have a server finish its requests and leave; "", or why it cannot.
@@ -332,7 +337,7 @@ class Views:
             fields["fault"] = viewed.fault if viewed else ""
             fields["fault_time"] = viewed.fault_time if viewed else 0.0
             shown.append(fields)
-        return _encode({"time": now, "servers": shown})
+        return _encode({"time": now, "launcher": self._experts.launcher, "servers": shown})
 
     def _placement_key(self) -> tuple[Any, ...]:
         experts = self._experts

@@ -8,7 +8,9 @@ import pytest
 
 from dance_jax.config import ClusterSpec, ServerSpec, UserError
 from dance_jax.launch.agent.network import Network
+from dance_jax.launch.cli.hosts import change
 from dance_jax.launch.cluster.changes import FILE_NAME, Changes
+from dance_jax.launch.cluster.succession import sole_launcher
 from dance_jax.launch.planning.hosts_file import DRAINED, HostsFile, changed
 from tests.launch.launched import eventually
 
@@ -95,8 +97,10 @@ def test_servers_leave_first_and_others_take_their_seats(site: Site) -> None:
 def test_a_server_that_cannot_leave_stays(site: Site) -> None:
     site.refusal = "the others lack 1 MiB"
     undone: list[str] = []
+    assert not site.changes.under_way
     site.changes.want(servers("a"), lambda: undone.append("first"))
-    site.changes.want(servers("a"), lambda: undone.append("second"))
+    site.changes.want(servers("a"))
+    assert site.changes.under_way
     assert site.end() == "failed: b cannot leave: the others lack 1 MiB"
     assert site.done == ["dismiss b"] and undone == ["first"]
     site.refusal = ""
@@ -192,9 +196,30 @@ def test_the_hosts_file_changes_by_one_line(tmp_path: pathlib.Path) -> None:
     with pytest.raises(UserError, match="unknown key"):
         file.change("add", "c address=x rooms=4")
     assert path.read_text() == HOSTS
+    path.chmod(0o600)
     before = file.change("drain", "b")
     assert path.read_text() == drained and file.read().names == ("a",)
+    assert path.stat().st_mode & 0o777 == 0o600
     with pytest.raises(UserError, match="no servers"):
         file.change("drain", "a")
     file.restore(before)
     assert path.read_text() == HOSTS
+    path.write_bytes(HOSTS.encode() + b"# M\xfcller\n")
+    with pytest.raises(UserError, match="cannot be read"):
+        file.change("drain", "b")
+    path.write_bytes(b"\xef\xbb\xbf" + HOSTS.encode())
+    file.change("drain", "a")
+    assert file.read().names == ("b",)
+
+
+def test_changes_are_made_one_after_the_other(tmp_path: pathlib.Path) -> None:
+    """A second command would take the end of the first one's change for its own."""
+    hosts, log = tmp_path / "hosts.txt", tmp_path / FILE_NAME
+    hosts.write_text(HOSTS)
+    log.write_text("b finishes its requests, the others load its experts\n")
+    with sole_launcher(tmp_path), pytest.raises(UserError, match="just now"):
+        change("drain", "b", hosts, tmp_path)
+    assert hosts.read_text() == HOSTS
+    Site(tmp_path, "a", "b")  # a launcher that starts has no change under way
+    assert not log.exists()
+    assert change("drain", "b", hosts, tmp_path) == 0

@@ -61,11 +61,17 @@ async (folder) => {
   const lastMark = () => state.marks.at(-1)?.text;
   place({});
   same("holders", [[...state.holders], state.marks.length, state.plan], [[1, 1, 1, 1, 0, 0, 0, 0], 0, null]);
-  const dry = { when: 5, migrate: true, dry_run: true, experts_moved: 1, reason: "it pays",
+  const dry = { when: Date.now() / 1000, failure: "", migrate: true, dry_run: true, experts_moved: 1, reason: "it pays",
     servers: [{ name: "a", resident: [[0, 1, 2]] }, { name: "b", resident: [[3]] }] };
   state.takeDecision(dry);
   state.takeDecision({ ...dry });
   same("one dry run", [state.decisions.length, state.plan.dry], [1, true]);
+  state.takeDecision({ ...dry, when: 5, servers: [] });
+  state.takeDecision({ ...dry, when: 5, servers: [], failure: "torn" });
+  same("a migration stops", [lastMark(), state.plan], ["The migration stopped: torn", null]);
+  state.takeDecision({ ...dry, when: 6 });
+  same("an old dry run", state.plan, null);
+  state.takeDecision({ ...dry, when: Date.now() / 1000 });
   same("would move", [state.comes("a", 2), state.leaves("b", 2), state.leaves("a", 0), state.comingTo("a")],
     [true, true, false, 1]);
   place({ servers: [server("a", 3, 15), server("b", 12, 12)] });
@@ -77,9 +83,15 @@ async (folder) => {
   place({ version: 3, lost: ["b"] });
   same("a loss", [lastMark(), state.isLost("b")], ["b is lost", true]);
   place({ version: 4 });
-  same("a return", [lastMark(), state.newOn("b")], ["b is no longer lost", 0]);
+  same("a return", [lastMark(), state.newOn("b")], ["b serves", 0]);
+  place({ version: 4, lost: ["c"], servers: [server("a", 3), server("b", 12), server("c", 0)] });
+  same("a newcomer", lastMark(), "c joins");
+  place({ version: 4, servers: [server("a", 3), server("b", 12), server("c", 0)] });
+  same("it has started", lastMark(), "c serves");
+  place({ version: 4 });
+  same("it leaves", lastMark(), "c has left");
 
-  const view = (time, change) => state.take("views", { time, servers: [{ name: "a", alive: true, fault: "",
+  const view = (time, change) => state.take("views", { time, launcher: true, servers: [{ name: "a", alive: true, fault: "",
     fault_time: 0, age: 0, running: 0, waiting: 0, in_flight: 0, prompt_tokens: 0, generation_tokens: time,
     ttft: null, itl: [0.01, 0.02], steps: time, layers: time, layers_waited: 0, rows: time, rows_away: 0,
     calls_local: 3 * time, calls_remote: time, memory: {}, spare_slots: 1, counts: base64(Array(32).fill(0)),

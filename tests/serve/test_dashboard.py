@@ -121,7 +121,7 @@ def test_a_waterfall_that_does_not_come(
         other.views.answered(command.id, protocol.Waterfall(command.id, [], "it is traced"))
 
     other.views._to_engine = refuse
-    assert "it is traced" in error(other.http.post("/trace", json={}), 503)["message"]
+    assert "it is traced" in error(other.http.post("/trace", json={}), 409)["message"]
     queue.running = False
     assert "is starting" in error(other.http.post("/trace", json={}), 503)["message"]
 

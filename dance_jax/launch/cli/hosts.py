@@ -59,9 +59,12 @@ def change(action: str, server: str, hosts: pathlib.Path, state_dir: pathlib.Pat
         0, or 1 if the service refuses; the file is then as before.
 
     Raises:
-        UserError: the server is not in the file or is there already, or its line is wrong.
-        OSError: a file cannot be read or written.
+        UserError: the server is not in the file or is there already, its line is wrong, the file
+            cannot be read or written, or another change is under way.
     """
+    log = state_dir / FILE_NAME
+    if log.exists() and not _ended(log.read_text()) and _serves(state_dir):
+        raise UserError("another server joins or leaves just now; try again when it has")
     file = HostsFile(hosts, default_platform())
     before = file.change(action, server)
     try:
@@ -84,6 +87,11 @@ def _serves(state_dir: pathlib.Path) -> bool:
             return False
     except InUse:
         return True
+
+
+def _ended(text: str) -> bool:
+    """Whether the log of a change has its last line."""
+    return any(line.startswith(END) for line in text.splitlines())
 
 
 def _applied(state_dir: pathlib.Path) -> bool:

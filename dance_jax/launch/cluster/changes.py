@@ -109,19 +109,25 @@ class Changes:
         self._pool = concurrent.futures.ThreadPoolExecutor(1, "survey")
         self._under_way = False
         self._undo = _keep
-        #: The servers of a file that was read while an earlier change was under way, and how to
-        #: undo the file's change.
-        self._next: tuple[ClusterSpec, Callable[[], None]] | None = None
+        #: The servers of a file that was read while an earlier change was under way.
+        self._next: ClusterSpec | None = None
+        if self._file is not None:  # an earlier launcher may have been killed in a change
+            self._file.unlink(missing_ok=True)
+
+    @property
+    def under_way(self) -> bool:
+        """Whether a change is under way, or the next one waits."""
+        return self._under_way or self._next is not None
 
     def want(self, hosts: ClusterSpec, undo: Callable[[], None] = _keep) -> None:
-        """Begin to change to these servers.
+        """Begin to change to these servers, after the change under way if there is one.
 
         Args:
             hosts: the servers.
-            undo: called if the change fails.
+            undo: called if the change fails; only if no other one is under way.
         """
         if self._under_way:
-            self._next = hosts, undo
+            self._next = hosts
             return
         self._begin()
         self._undo = undo
@@ -145,8 +151,8 @@ class Changes:
     def tick(self) -> None:
         """Do what is due; call this often."""
         if not self._under_way and self._next is not None:
-            wanted, self._next = self._next, None
-            self.want(*wanted)
+            hosts, self._next = self._next, None
+            self.want(hosts)
         if not self._under_way:
             return
         try:

@@ -307,25 +307,28 @@ class IndependentService(Service):
             return super()._drain_server(name)
         if self._drain_wanted:
             return "the service is shutting down"
+        if self._changes.under_way:
+            return "another server joins or leaves just now; try again when it has"
         if name not in self._names:
             return "it has left"
         if why := self._rebalancer.shortage_without(self._names.index(name)):
             return why
         try:
-            before = self._hosts_file.change("drain", name)
+            self._hosts_file.change("drain", name)
             hosts = self._hosts_file.read()
-        except (UserError, OSError) as error:
+        except UserError as error:
             return str(error)
         self.notice(name, "leaves, as a user of the dashboard wants")
-        self._changes.want(hosts, functools.partial(self._restore_hosts, before))
+        self._changes.want(hosts, functools.partial(self._keep_server, name))
         return ""
 
-    def _restore_hosts(self, content: bytes) -> None:
+    def _keep_server(self, name: str) -> None:
+        """Undo a drain in the hosts file, which may have changed otherwise since."""
         assert self._hosts_file is not None
         try:
-            self._hosts_file.restore(content)
-        except OSError as error:
-            self.notice("", f"hosts: the hosts file cannot be restored: {error}")
+            self._hosts_file.change("add", name)
+        except UserError as error:
+            self.notice("", f"hosts: {error}")
 
     @property
     def settled(self) -> bool:

@@ -63,11 +63,15 @@ def read_hosts(path: str | os.PathLike[str], platform: str = "cpu") -> ClusterSp
     Raises:
         UserError: the file cannot be read, or a line is wrong; the message names file and line.
     """
+    return parse_hosts(hosts_text(path), str(path), platform)
+
+
+def hosts_text(path: str | os.PathLike[str]) -> str:
+    """The content of a hosts file; raises UserError if the file cannot be read."""
     try:
-        text = pathlib.Path(path).read_text(encoding="utf-8-sig")
+        return pathlib.Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: the hosts file cannot be read: {error}") from error
-    return parse_hosts(text, str(path), platform)
 
 
 def parse_hosts(text: str, source: str = "hosts", platform: str = "cpu") -> ClusterSpec:

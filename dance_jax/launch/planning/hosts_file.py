@@ -7,7 +7,7 @@ import pathlib
 
 from dance_jax.config import ClusterSpec, UserError
 from dance_jax.files import whole_file
-from dance_jax.launch.planning.hosts import parse_hosts, read_hosts
+from dance_jax.launch.planning.hosts import hosts_text, parse_hosts, read_hosts
 
 #: Precedes the line of a server that was taken out with "drain".
 DRAINED = "# drained: "
@@ -28,27 +28,31 @@ class HostsFile:
         """The servers; raises UserError as `read_hosts`."""
         return read_hosts(self._path, self._platform)
 
-    def change(self, action: str, server: str) -> bytes:
+    def change(self, action: str, server: str) -> str:
         """Change the file, as `changed`.
 
         Returns:
             The content before, for `restore`.
 
         Raises:
-            UserError: the server is not in the file or is there already, or its line is wrong; the
-                file is as before.
-            OSError: the file cannot be read or written.
+            UserError: the server is not in the file or is there already, its line is wrong, or the
+                file cannot be read or written; it is as before.
         """
-        before = self._path.read_bytes()
-        text = changed(before.decode(), action, server)
+        before = hosts_text(self._path)
+        text = changed(before, action, server)
         parse_hosts(text, str(self._path), self._platform)
-        self.restore(text.encode())
+        self.restore(text)
         return before
 
-    def restore(self, content: bytes) -> None:
-        """Give the file this content; raises OSError if it cannot be written."""
-        with whole_file(self._path) as file:
-            file.write(content)
+    def restore(self, text: str) -> None:
+        """Give the file this content; raises UserError if the file cannot be written."""
+        try:
+            mode = self._path.stat().st_mode & 0o777
+            with whole_file(self._path) as file:
+                file.write(text.encode())
+            self._path.chmod(mode)
+        except OSError as error:
+            raise UserError(f"{self._path}: the hosts file cannot be written: {error}") from error
 
 
 def changed(text: str, action: str, server: str) -> str:

@@ -56,6 +56,8 @@ if TYPE_CHECKING:
 HEARTBEAT_S, REPORT_S = 1.0, 0.25
 #: Seconds for which reports have the counts of experts after somebody has looked.
 WATCHED_S = 5.0
+#: Seconds after which a waterfall that is not complete may be replaced: nobody waits any more.
+DRAW_S = 10.0
 #: Seconds between two checks of a loading batch on an idle server.
 LOADING_POLL_S = 0.05
 #: Seconds for which a loading thread may keep the interpreter from the stepping thread.
@@ -330,9 +332,10 @@ class Worker:
         self._engine, self._loader = engine, loader
         self._connections, self._channel = connections, channel
         self._reported = 0.0
-        #: time.monotonic() until which reports have the counts of experts; the id of the waterfall.
+        #: time.monotonic() until which reports have the counts of experts.
         self._watched_until = 0.0
-        self._asked = 0
+        #: Number of the waterfall asked for, and when another one may replace it.
+        self._asked, self._drawn_by = 0, 0.0
         #: Number of looks at the parent's commands, of commands and of batches; grows while this
         #: process is not stuck.
         self._turns = 0
@@ -452,13 +455,13 @@ class Worker:
             why = "the servers step together, and call nothing"
         elif self._engine.trace is not None:
             why = "the whole run is traced (--trace)"
-        elif self._engine.waterfall is not None:
+        elif self._engine.waterfall is not None and time.monotonic() < self._drawn_by:
             why = "another waterfall is recorded just now"
         if why:
             self._channel.send(protocol.Waterfall(number, [], why))
         else:
             assert calls is not None
-            self._asked = number
+            self._asked, self._drawn_by = number, time.monotonic() + DRAW_S
             self._engine.waterfall = Waterfall(calls, names, steps)
 
     def _receive(self) -> None:

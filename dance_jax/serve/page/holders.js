@@ -5,7 +5,7 @@ import { counted, listed, number, perSecond } from "./format.js";
 import { callersOf, scaleOf } from "./rates.js";
 import { holdersInWords } from "./state.js";
 
-const ALL = "all";
+const ALL = "";
 const LEFT = 26;
 const BOTTOM = 16;
 const SMALLEST_CELL = 5;
@@ -28,7 +28,8 @@ export class Holders {
     setHidden(byId("experts-empty"), Boolean(placement));
     setHidden(byId("experts-body"), !placement);
     if (!placement) return;
-    fillChoice(byId("experts-callers"), [ALL, ...state.names].map((name) => [name, name]), ALL, (name) => {
+    const callers = state.names.map((name) => [name, name]);
+    fillChoice(byId("experts-callers"), [[ALL, "all"], ...callers], ALL, (name) => {
       this.#chosen = name;
       this.onChange();
     });

@@ -10,6 +10,9 @@ export const NEW_SECONDS = 60;
 /** A view older than this many seconds: the server does not answer. */
 const OLD_SECONDS = 6;
 const MARKS = 200;
+const DECISIONS = 50;
+/** A dry run that is older when the page learns of it is not shown: the placement may have changed. */
+const DRY_SECONDS = 30;
 
 export class State {
   /** Names in the order they were first seen; the index chooses the colour, so it never changes. */
@@ -22,6 +25,8 @@ export class State {
   /** Where experts move to, or would by the last dry run: {dry, target: name -> Uint8Array}; null: nowhere. */
   plan = null;
   views = new Map();
+  /** Whether a launcher answers; without one, only the page's own server shows itself. */
+  launcher = true;
   /** Name -> [{time, local, anyMiss, itl, bytes}], oldest first. */
   history = new Map();
   /** [{time, kind, short, text}], oldest first; short is the label in the charts. */
@@ -55,9 +60,16 @@ export class State {
   /** Also for decisions that answer a call; the stream repeats them. */
   takeDecision(decision) {
     if (!this.plan || this.plan.dry) this.plan = this.#dryPlan(decision);
-    if (this.decisions.some((each) => each.when === decision.when)) return;
-    this.decisions.push(decision);
-    this.#mark(decision.when, "decision", shortDecision(decision), `Decision: ${decisionInWords(decision)}`);
+    const { servers: _, ...kept } = decision; // which are large
+    const known = this.decisions.findIndex((each) => each.when === decision.when);
+    if (known < 0) {
+      this.decisions.push(kept);
+      this.decisions.splice(0, this.decisions.length - DECISIONS);
+      this.#mark(decision.when, "decision", shortDecision(decision), `Decision: ${decisionInWords(decision)}`);
+    } else if (kept.failure !== this.decisions[known].failure) {
+      this.decisions[known] = kept;
+      this.#mark(this.now, "migration", "stopped", `The migration stopped: ${kept.failure}`);
+    }
   }
 
   /** The meter of a server that answers, else null: old rates would mislead. */
@@ -115,9 +127,9 @@ export class State {
     if (before) this.#markPlacement(before, placement, wasMoving);
   }
 
-  #dryPlan({ dry_run: dry, servers }) {
+  #dryPlan({ dry_run: dry, servers, when }) {
     const { experts } = this.placement ?? {};
-    if (!dry || !servers?.length || !experts) return null;
+    if (!dry || !servers?.length || !experts || this.now - when > DRY_SECONDS) return null;
     return { dry, target: new Map(servers.map(({ name, resident }) => [name, heldOf(resident, experts)])) };
   }
 
@@ -139,16 +151,20 @@ export class State {
       const coming = this.names.reduce((sum, name) => sum + (this.resident.has(name) ? this.comingTo(name) : 0), 0);
       this.#mark(this.now, "migration", "", `${counted(coming, "expert")} begin${coming === 1 ? "s" : ""} to migrate`);
     }
-    for (const name of after.lost.filter((each) => !before.lost.includes(each))) {
+    const [was, is] = [before, after].map(({ servers }) => new Set(servers.map((each) => each.name)));
+    for (const name of is) if (!was.has(name)) this.#mark(this.now, "return", `${name} joins`, `${name} joins`);
+    for (const name of was) if (!is.has(name)) this.#mark(this.now, "loss", `${name} left`, `${name} has left`);
+    for (const name of after.lost.filter((each) => was.has(each) && !before.lost.includes(each))) {
       this.#mark(this.now, "loss", `lost ${name}`, `${name} is lost`);
     }
-    for (const name of before.lost.filter((each) => !after.lost.includes(each))) {
-      this.#mark(this.now, "return", `${name} back`, `${name} is no longer lost`);
+    for (const name of before.lost.filter((each) => is.has(each) && !after.lost.includes(each))) {
+      this.#mark(this.now, "return", `${name} serves`, `${name} serves`);
     }
   }
 
-  #takeViews({ time, servers }) {
+  #takeViews({ time, launcher, servers }) {
     this.#serverTime = time;
+    this.launcher = launcher;
     this.#localTime = Date.now() / 1000;
     for (const view of servers) {
       this.indexOf(view.name);
@@ -224,10 +240,11 @@ export function decisionInWords(decision) {
   return `${decision.migrate ? moves : "all experts stay"}: ${decision.reason}${stopped}`;
 }
 
-/** "alive", "lost", "no answer yet" or "no answer for 8 s". */
+/** "alive", "lost", "not known without a launcher", "no answer yet" or "no answer for 8 s". */
 export function serverInWords(state, view) {
   if (state.isLost(view.name)) return "lost";
   if (isAnswering(view)) return "alive";
+  if (!state.launcher) return "not known without a launcher";
   return view.alive ? `no answer for ${seconds(Math.round(view.age))}` : "no answer yet";
 }
 
