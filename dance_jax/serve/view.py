@@ -208,7 +208,8 @@ class Views:
     def _allow(self, url: str) -> None:
         allowed = self._info.allowed_origins
         # Browsers on the server's machine may know it by either name.
-        for origin in {url, url.replace("//127.0.0.1:", "//localhost:")} - {""}:
+        names = "//127.0.0.1:", "//localhost:"
+        for origin in {url, url.replace(*names), url.replace(*names[::-1])} - {""}:
             if origin not in allowed:
                 allowed.append(origin)
 
