@@ -208,8 +208,8 @@ class Views:
     def _allow(self, url: str) -> None:
         allowed = self._info.allowed_origins
         # Browsers on the server's machine may know it by either name.
-        names = "//127.0.0.1:", "//localhost:"
-        for origin in {url, url.replace(*names), url.replace(*names[::-1])} - {""}:
+        number, name = "//127.0.0.1:", "//localhost:"
+        for origin in {url, url.replace(number, name), url.replace(name, number)} - {""}:
             if origin not in allowed:
                 allowed.append(origin)
 
