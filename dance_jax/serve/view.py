@@ -316,7 +316,7 @@ class Views:
         self._wake()
 
     def _wake(self) -> None:
-        """Wake all that wait for a tick; who waits from now on waits for the next."""
+        """Wake all streams that wait for a tick; streams that come later wait for the next one."""
         self._tick.set()
         self._tick = asyncio.Event()
 

@@ -149,7 +149,7 @@ def check_loss(checks: Checks, page: Page, launch: Launch, port: int) -> None:
     fronts[-1].kill()
     has_text(checks, "the loss of a server is marked", page, "#events", "is lost")
     checks.check(is_up(port + 2), "the server comes back")
-    has_text(checks, "the page marks it", page, "#events", "serves")
+    has_text(checks, "the page marks it", page, "#events", f"{NAMES[-1]} serves")
     why = "killed by signal 9"
     has_text(checks, "and shows why it was lost", page, "#servers-cards", why)
 

@@ -73,7 +73,7 @@ def test_views_are_made_only_while_somebody_watches(
 
     async def watch() -> dict[str, Any]:
         found: dict[str, Any] = {}
-        for _ in range(2):  # who comes after all have left must wait for views like the first
+        for _ in range(2):  # a viewer that comes after all have left waits, as the first did
             events = other.views.events()
             async for name, data in events:
                 found[name] = json.loads(data)

@@ -64,7 +64,7 @@ def change(action: str, server: str, hosts: pathlib.Path, state_dir: pathlib.Pat
     """
     log = state_dir / FILE_NAME
     if log.exists() and not _ended(log.read_text()) and _serves(state_dir):
-        raise UserError("another server joins or leaves just now; try again when it has")
+        raise UserError("another server is joining or leaving; try again when that is done")
     file = HostsFile(hosts, default_platform())
     before = file.change(action, server)
     try:

@@ -111,8 +111,10 @@ class Changes:
         self._undo = _keep
         #: The servers of a file that was read while an earlier change was under way.
         self._next: ClusterSpec | None = None
-        if self._file is not None:  # an earlier launcher may have been killed in a change
-            self._file.unlink(missing_ok=True)
+        if self._file is not None:
+            # An earlier launcher may have been killed during a change.
+            with contextlib.suppress(OSError):
+                self._file.unlink(missing_ok=True)
 
     @property
     def under_way(self) -> bool:

@@ -308,7 +308,7 @@ class IndependentService(Service):
         if self._drain_wanted:
             return "the service is shutting down"
         if self._changes.under_way:
-            return "another server joins or leaves just now; try again when it has"
+            return "another server is joining or leaving; try again when that is done"
         if name not in self._names:
             return "it has left"
         if why := self._rebalancer.shortage_without(self._names.index(name)):

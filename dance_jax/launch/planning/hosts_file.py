@@ -48,9 +48,9 @@ class HostsFile:
         """Give the file this content; raises UserError if the file cannot be written."""
         try:
             mode = self._path.stat().st_mode & 0o777
-            with whole_file(self._path) as file:
+            with whole_file(self._path, mode) as file:
                 file.write(text.encode())
-            self._path.chmod(mode)
+            self._path.chmod(mode)  # also what the umask took away
         except OSError as error:
             raise UserError(f"{self._path}: the hosts file cannot be written: {error}") from error
 
